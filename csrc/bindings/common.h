@@ -1,0 +1,111 @@
+// What every op's glue shares. Only this folder includes torch, and only its stable ABI (one binary for torch >= 2.11).
+// The glue checks what could corrupt memory, allocates, and spreads items over torch's thread pool; the messages meant
+// for users are raised in gptfast/ops before a call arrives here.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace gptfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+using cpu::DType;
+using cpu::i64;
+
+inline DType dtype_of(const char* op, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, op, ": expected a float32, bfloat16 or float16 tensor");
+  return DType::f32;
+}
+
+inline Tensor new_tensor(std::initializer_list<i64> size, ScalarType dtype) {
+  return torch::stable::empty({size.begin(), size.size()}, dtype);
+}
+inline Tensor new_like(const Tensor& x, ScalarType dtype) { return torch::stable::empty(x.sizes(), dtype); }
+inline Tensor new_like(const Tensor& x) { return new_like(x, x.scalar_type()); }
+
+// x (…, C) seen as rows of C. `owner` keeps the copy alive that is made where no single row stride exists.
+struct RowView {
+  Tensor owner;
+  i64 R, C, stride;
+  DType dtype;
+  cpu::Rows rows() const { return {owner.const_data_ptr(), stride, dtype}; }
+};
+inline bool single_row_stride(const Tensor& x, i64* stride) {
+  const i64 d = x.dim();
+  if (x.size(d - 1) > 1 && x.stride(d - 1) != 1) return false;
+  i64 expected = -1;  // stride that the next outer dimension must have
+  *stride = x.size(d - 1);
+  for (i64 k = d - 2; k >= 0; k--) {
+    if (x.size(k) == 1) continue;
+    if (expected < 0) *stride = x.stride(k);
+    else if (x.stride(k) != expected) return false;
+    expected = x.stride(k) * x.size(k);
+  }
+  return true;
+}
+inline RowView rows_of(const char* op, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, op, ": expected a CPU tensor of at least one dimension");
+  RowView v{x, 0, x.size(x.dim() - 1), 0, dtype_of(op, x)};
+  v.R = v.C ? x.numel() / v.C : 0;
+  if (!single_row_stride(x, &v.stride)) {
+    v.owner = torch::stable::contiguous(x);
+    v.stride = v.C;
+  }
+  return v;
+}
+inline cpu::MutRows mut_rows(const char* op, Tensor& y, i64 C) { return {y.mutable_data_ptr(), C, dtype_of(op, y)}; }
+
+// A vector of n values, or {nullptr} when absent. `owner` as above.
+inline cpu::Vector vector_of(const char* op, const OptTensor& v, i64 n, Tensor* owner) {
+  if (!v) return {nullptr, DType::f32};
+  STD_TORCH_CHECK(v->is_cpu() && v->numel() == n, op, ": expected a CPU vector of ", n, " values, got ", v->numel());
+  *owner = torch::stable::contiguous(*v);
+  return {owner->const_data_ptr(), dtype_of(op, *v)};
+}
+
+// Runs f(begin, end) over [0, n) on torch's pool in fixed parts; `cost` is the work of one item in bytes or so.
+template <class Fn> void parallel(i64 n, i64 cost, const Fn& f) {
+  if (n <= 0) return;
+  const i64 grain = cost > 0 ? (32768 + cost - 1) / cost : 1;
+  torch::stable::parallel_for(0, n, grain < 1 ? 1 : grain, f);
+}
+
+// Runs f(item) for every item of [0, n), dealt one by one in order, so that threads end together when items differ.
+template <class Fn> void parallel_items(i64 n, const Fn& f) {
+  const i64 threads = torch::stable::get_num_threads();
+  if (n <= 0) return;
+  std::atomic<i64> next{0};
+  torch::stable::parallel_for(0, threads < n ? threads : n, 1, [&](i64, i64) {
+    for (i64 item; (item = next.fetch_add(1)) < n;) f(item);
+  });
+}
+
+// (chunks, C) fp32 partial sums -> (C) of `dtype`.
+inline Tensor sum_chunks(const char* op, const Tensor& partial, ScalarType dtype) {
+  const i64 C = partial.size(1);
+  Tensor out = new_tensor({C}, dtype);
+  const cpu::SumChunksParams p{static_cast<const float*>(partial.const_data_ptr()), partial.size(0), C,
+                               out.mutable_data_ptr(), dtype_of(op, out)};
+  parallel((C + 63) / 64, p.chunks * 256, [&](i64 begin, i64 end) {
+    cpu::kernels().sum_chunks(p, begin * 64, end * 64 < C ? end * 64 : C);
+  });
+  return out;
+}
+
+}  // namespace gptfast

@@ -1,0 +1,26 @@
+// The body of every isa_*.cpp: all kernels, compiled with that file's flags into one table.
+//
+// An isa_*.cpp is compiled with its own -m flags (setup.py). To keep its instructions out of every other unit, nothing
+// from the standard library is instantiated here and all code sits in an anonymous namespace; a test disassembles the
+// shared object and fails on wide registers outside these namespaces.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace gptfast::cpu::GPTFAST_ISA {
+namespace {
+#include "simd.h"
+
+#include "sum_chunks-inl.h"
+
+#include "gelu-inl.h"
+}  // namespace
+
+extern const Kernels table;
+const Kernels table = {
+    GPTFAST_ISA_NAME, L, gelu_fwd, gelu_bwd, sum_chunks,
+};
+
+}  // namespace gptfast::cpu::GPTFAST_ISA

@@ -1,0 +1,77 @@
+// The CPU kernels as the rest of the project sees them: parameter structs, and one table of function pointers per ISA.
+// Nothing here or below knows of torch. A kernel is serial over a range of work items; the caller spreads the range
+// over threads. What one item computes never depends on how the range was split, so neither do the results.
+//
+// Conventions: strides are in elements; the last dimension is contiguous; `dtype` is the type behind a void pointer.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace gptfast::cpu {
+
+using i64 = int64_t;
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+inline i64 element_size(DType t) { return t == DType::f32 ? 4 : 2; }
+
+// A matrix of rows: element (i, c) lies at data + i * stride + c.
+struct Rows {
+  const void* data;
+  i64 stride;
+  DType dtype;
+};
+struct MutRows {
+  void* data;
+  i64 stride;
+  DType dtype;
+};
+// A vector such as a bias; data == nullptr when absent.
+struct Vector {
+  const void* data;
+  DType dtype;
+};
+
+// Rows of one item of a kernel that sums over rows: partial sums are kept per chunk and added in chunk order.
+constexpr i64 kRowChunk = 64;
+
+struct GeluParams {
+  Rows x;        // (R, C)
+  Vector bias;   // (C)
+  Rows dout;     // (R, C), backward only
+  MutRows out;   // (R, C): y, or dx in backward
+  float* dbias;  // (ceil(R / kRowChunk), C) partial sums, backward with bias only
+  i64 R, C;
+  i64 tail;   // columns of the last row (C unless a flat buffer was cut into rows)
+  bool tanh;  // tanh approximation or erf
+};
+
+// Adds partial sums (chunks, C) in chunk order: out[c] = sum_k partial[k][c].
+struct SumChunksParams {
+  const float* partial;
+  i64 chunks, C;
+  void* out;  // (C)
+  DType dtype;
+};
+
+struct Kernels {
+  const char* isa;
+  int lanes;  // fp32 values in a vector
+  void (*gelu_fwd)(const GeluParams&, i64 row_begin, i64 row_end);
+  void (*gelu_bwd)(const GeluParams&, i64 chunk_begin, i64 chunk_end);
+  void (*sum_chunks)(const SumChunksParams&, i64 c_begin, i64 c_end);
+};
+
+// The table in use: the best ISA that this CPU and operating system support and that was compiled in, or the one
+// that GPTFAST_CPU_ISA or set_isa names.
+const Kernels& kernels();
+// Names of the tables that can run here, worst first: scalar, avx2, avx512, avx512_bf16.
+const char* const* available_isas(int* count);
+// Returns false, changing nothing, when `name` cannot run here. nullptr restores the automatic choice.
+bool set_isa(const char* name);
+// The value of GPTFAST_CPU_ISA when it names no table that can run here, else nullptr: the glue reports it.
+const char* rejected_isa();
+
+// Grow-only, 64-byte aligned memory of this thread; the contents survive until the next call from it.
+void* scratch(size_t bytes);
+
+}  // namespace gptfast::cpu

@@ -1,0 +1,179 @@
+// One small vector vocabulary for every ISA. This file is compiled once per ISA (see isa.h); everything lives in an
+// anonymous namespace of that ISA, so that no AVX-512 copy of a shared inline function can reach the baseline.
+//
+//   F, I, W, M        fp32 lanes, 32-bit integer lanes, 64-bit integer lanes, lane mask;  L = fp32 lanes in a vector
+//   load / load_n     L floats / the first n (the rest 0);  store / store_n likewise; load_bf16, store_f16, … convert
+//   fma fnma          a * b + c, c - a * b
+//   lt ge eq, select, keep    compares, m ? a : b, m ? a : 0;  min and max return b where either is nan
+//   sum hmax          over the lanes
+//   exp2 exp log erf  below, with their error in units in the last place (ulp), measured over the range in tests
+//   philox_*          Philox4x32-10, a call per lane
+#pragma once
+
+#define INL static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#if defined(GPTFAST_SCALAR)
+#include "simd_scalar.h"
+#elif defined(__AVX512F__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__)
+#include "simd_avx2.h"
+#endif
+
+INL F zero() { return set(0.f); }
+
+// ---- elementary functions -------------------------------------------------------------------------------------------
+
+// 2^f on [0, 1), minimax polynomials: DEG 6 1.1 ulp, 5 2.1 ulp, 4 relative error 2.6e-6 (enough before bf16).
+template <int DEG> INL F exp2_fraction(F f) {
+  if constexpr (DEG == 6) {
+    F p = set(0x1.c71fdp-13f);
+    p = fma(p, f, set(0x1.461982p-10f));
+    p = fma(p, f, set(0x1.3d2806p-7f));
+    p = fma(p, f, set(0x1.c684fep-5f));
+    p = fma(p, f, set(0x1.ebfdap-3f));
+    p = fma(p, f, set(0x1.62e42ap-1f));
+    return fma(p, f, set(1.f));
+  } else if constexpr (DEG == 5) {
+    F p = set(0x1.ec2ff6p-10f);
+    p = fma(p, f, set(0x1.26902ep-7f));
+    p = fma(p, f, set(0x1.c9546p-5f));
+    p = fma(p, f, set(0x1.ebd5a2p-3f));
+    p = fma(p, f, set(0x1.62e4f6p-1f));
+    return fma(p, f, set(0x1.fffffep-1f));
+  } else {
+    F p = set(0x1.bb79dap-7f);
+    p = fma(p, f, set(0x1.aa13f2p-5f));
+    p = fma(p, f, set(0x1.ee79d4p-3f));
+    p = fma(p, f, set(0x1.62d15cp-1f));
+    return fma(p, f, set(0x1.00002cp+0f));
+  }
+}
+// 2^y, -inf -> 0, inf -> inf, nan -> nan.
+template <int DEG = 6> INL F exp2(F y) {
+  y = clamp_exponent(y);
+  return scale_by_exp2(exp2_fraction<DEG>(fraction(y)), y);
+}
+// e^x with the rounding of x * log2(e) carried along: 1.5 ulp over the whole range; -inf -> 0, inf -> inf, nan -> nan.
+INL F exp(F x) {
+  x = min(set(89.f), max(set(-107.f), x));
+  const F log2e = set(0x1.715476p+0f), log2e_low = set(0x1.4ae0cp-26f);
+  const F n = floor(x * log2e);
+  const F f = fma(x, log2e_low, fma(x, log2e, zero() - n));
+  return scale_by_exp2(exp2_fraction<6>(f), n);
+}
+
+INL F abs(F x) { return as_float(iand(as_int(x), iset(0x7fffffffu))); }
+INL F copysign(F magnitude, F sign) {
+  return as_float(ior(as_int(magnitude), iand(as_int(sign), iset(0x80000000u))));
+}
+
+// erf(x): x P(x^2) for |x| < 1 and 1 - 2^Q(|x|) beyond (weighted minimax fits); absolute error below 1e-7.
+INL F erf(F x) {
+  const F s = x * x, a = min(set(4.f), abs(x));
+  F p = set(0x1.4ae4a6p-14f);
+  p = fma(p, s, set(-0x1.a485dcp-11f));
+  p = fma(p, s, set(0x1.5419f2p-8f));
+  p = fma(p, s, set(-0x1.b7fbb4p-6f));
+  p = fma(p, s, set(0x1.ce2d2p-4f));
+  p = fma(p, s, set(-0x1.81273ep-2f));
+  p = fma(p, s, set(0x1.20dd74p+0f));
+  F q = set(-0x1.0697aep-15f);
+  q = fma(q, a, set(0x1.4ded5cp-11f));
+  q = fma(q, a, set(-0x1.8d9adcp-8f));
+  q = fma(q, a, set(0x1.29f35p-5f));
+  q = fma(q, a, set(-0x1.405934p-3f));
+  q = fma(q, a, set(-0x1.d3bb42p-1f));
+  q = fma(q, a, set(-0x1.a13016p+0f));
+  q = fma(q, a, set(0x1.1d1f48p-12f));
+  const F far = copysign(set(1.f) - exp2<6>(q), x);
+  return select(ge(a, set(1.f)), far, x * p);
+}
+
+// ---- Philox4x32-10 --------------------------------------------------------------------------------------------------
+// 32-bit lanes are held as even and odd 64-bit halves, where the low word counts and the high word may be anything.
+
+struct Wide {
+  W even, odd;
+};
+INL Wide widen(I x) { return {(W)x, wshr32((W)x)}; }
+INL Wide widen(uint32_t x) { return {wset(x), wset(x)}; }
+
+INL void philox(uint32_t k0, uint32_t k1, Wide c0, Wide c1, Wide c2, Wide c3, I out[4]) {
+  const W m0 = wset(0xD2511F53u), m1 = wset(0xCD9E8D57u);
+  UNROLL for (int r = 0; r < 10; r++) {
+    const W K0 = wset(k0), K1 = wset(k1);
+    const W a_even = wmul(m0, c0.even), a_odd = wmul(m0, c0.odd);
+    const W b_even = wmul(m1, c2.even), b_odd = wmul(m1, c2.odd);
+    c0 = {wxor3(wshr32(b_even), c1.even, K0), wxor3(wshr32(b_odd), c1.odd, K0)};
+    c2 = {wxor3(wshr32(a_even), c3.even, K1), wxor3(wshr32(a_odd), c3.odd, K1)};
+    c1 = {b_even, b_odd};
+    c3 = {a_even, a_odd};
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  out[0] = interleave_low(c0.even, c0.odd);
+  out[1] = interleave_low(c1.even, c1.odd);
+  out[2] = interleave_low(c2.even, c2.odd);
+  out[3] = interleave_low(c3.even, c3.odd);
+}
+
+// ---- any dtype at the edges, fp32 inside ----------------------------------------------------------------------------
+
+INL void widen_row(float* out, const void* x, DType t, i64 n) {
+  const uint16_t* p = static_cast<const uint16_t*>(x);
+  alignas(64) uint16_t tail[L] = {};
+  i64 i = 0;
+  if (t == DType::bf16) {
+    for (; i + L <= n; i += L) store(out + i, load_bf16(p + i));
+  } else {
+    for (; i + L <= n; i += L) store(out + i, load_f16(p + i));
+  }
+  if (i == n) return;
+  __builtin_memcpy(tail, p + i, size_t(n - i) * 2);
+  store_n(out + i, t == DType::bf16 ? load_bf16(tail) : load_f16(tail), n - i);
+}
+INL void narrow_row(void* y, const float* x, DType t, i64 n) {
+  uint16_t* p = static_cast<uint16_t*>(y);
+  alignas(64) uint16_t tail[L];
+  i64 i = 0;
+  if (t == DType::bf16) {
+    for (; i + L <= n; i += L) store_bf16(p + i, load(x + i));
+  } else {
+    for (; i + L <= n; i += L) store_f16(p + i, load(x + i));
+  }
+  if (i == n) return;
+  const F last = load_n(x + i, n - i);
+  if (t == DType::bf16) store_bf16(tail, last);
+  else store_f16(tail, last);
+  __builtin_memcpy(p + i, tail, size_t(n - i) * 2);
+}
+INL const void* at(const void* p, DType t, i64 i) { return static_cast<const char*>(p) + i * element_size(t); }
+INL void* at(void* p, DType t, i64 i) { return static_cast<char*>(p) + i * element_size(t); }
+
+// n values from p on as fp32: p itself when it is fp32, else converted into `buffer`.
+INL const float* read_row(const void* p, DType t, i64 n, float* buffer) {
+  if (t == DType::f32) return static_cast<const float*>(p);
+  widen_row(buffer, p, t, n);
+  return buffer;
+}
+// Where to write n fp32 values that finish_row then brings to p (p itself when it is fp32).
+INL float* write_row(void* p, DType t, float* buffer) { return t == DType::f32 ? static_cast<float*>(p) : buffer; }
+INL void finish_row(void* p, DType t, const float* buffer, i64 n) {
+  if (t != DType::f32) narrow_row(p, buffer, t, n);
+}
+INL const void* row(const Rows& x, i64 i) { return at(x.data, x.dtype, i * x.stride); }
+INL void* row(const MutRows& x, i64 i) { return at(x.data, x.dtype, i * x.stride); }
+
+// Calls f(c, n) for c = 0, L, 2L, … < C with n = lanes that count: f sees whole vectors but for the last.
+template <class Fn> INL void for_lanes(i64 C, Fn f) {
+  i64 c = 0;
+  for (; c + L <= C; c += L) f(c, i64(L));
+  if (c < C) f(c, C - c);
+}
+INL F load_lanes(const float* p, i64 n) { return n == L ? load(p) : load_n(p, n); }
+INL void store_lanes(float* p, F x, i64 n) {
+  if (n == L) store(p, x);
+  else store_n(p, x, n);
+}

@@ -1,0 +1,104 @@
+// The vector vocabulary on AVX-512 (F, BW, DQ, VL): 16 lanes. See simd.h for what each word means.
+#pragma once
+
+constexpr int L = 16;
+using F = __m512;
+using I = __m512i;  // 32-bit lanes
+using W = __m512i;  // 64-bit lanes
+using M = __mmask16;
+
+INL M first_n(i64 n) { return n >= 16 ? M(0xffff) : M((1u << n) - 1); }
+INL F set(float x) { return _mm512_set1_ps(x); }
+INL F load(const float* p) { return _mm512_loadu_ps(p); }
+INL F load_n(const float* p, i64 n) { return _mm512_maskz_loadu_ps(first_n(n), p); }
+INL void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+INL void store_n(float* p, F x, i64 n) { _mm512_mask_storeu_ps(p, first_n(n), x); }
+INL F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+INL F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+INL F max(F a, F b) { return _mm512_max_ps(a, b); }
+INL F min(F a, F b) { return _mm512_min_ps(a, b); }
+INL F sqrt(F a) { return _mm512_sqrt_ps(a); }
+INL F floor(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+INL M lt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+INL M ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+INL M eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+INL M both(M a, M b) { return a & b; }
+INL unsigned bits(M m) { return m; }
+INL F select(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); }
+INL F keep(M m, F a) { return _mm512_maskz_mov_ps(m, a); }
+INL float sum(F a) { return _mm512_reduce_add_ps(a); }
+INL float hmax(F a) { return _mm512_reduce_max_ps(a); }
+
+INL I iset(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+INL I iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+INL I iload(const void* p) { return _mm512_loadu_si512(p); }
+INL void istore(void* p, I x) { _mm512_storeu_si512(p, x); }
+INL I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+INL I ior(I a, I b) { return _mm512_or_si512(a, b); }
+INL I iand(I a, I b) { return _mm512_and_si512(a, b); }
+INL I shl16(I a) { return _mm512_slli_epi32(a, 16); }
+INL I shr16(I a) { return _mm512_srli_epi32(a, 16); }
+INL I shr(I a, int n) { return _mm512_srli_epi32(a, unsigned(n)); }
+INL I shl(I a, int n) { return _mm512_slli_epi32(a, unsigned(n)); }
+INL M uge(I a, I b) { return _mm512_cmpge_epu32_mask(a, b); }
+INL M igt(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }  // signed
+INL F as_float(I a) { return _mm512_castsi512_ps(a); }
+INL I as_int(F a) { return _mm512_castps_si512(a); }
+INL F to_float(I a) { return _mm512_cvtepu32_ps(a); }  // of an unsigned value
+
+INL W wset(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }
+INL W wmul(W a, W b) { return _mm512_mul_epu32(a, b); }  // product of the low halves
+INL W wshr32(W a) { return _mm512_srli_epi64(a, 32); }
+INL W wxor3(W a, W b, W c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+INL I interleave_low(W even, W odd) { return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA); }
+
+INL F load_bf16(const uint16_t* p) {
+  return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+INL F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INL __m256i narrow_bf16(F x) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  const I u = as_int(x);
+  const I lsb = iand(shr16(u), iset(1));
+  I r = iadd(u, iadd(lsb, iset(0x7fff)));
+  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), iset(0x7fc00000));
+  return _mm512_cvtepi32_epi16(shr16(r));
+#endif
+}
+INL void store_bf16(uint16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(x)); }
+INL void store_f16(uint16_t* p, F x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+INL F fraction(F y) { return _mm512_reduce_ps(y, 0x09); }  // y - floor(y)
+INL F scale_by_exp2(F p, F y) { return _mm512_scalef_ps(p, y); }  // p * 2^floor(y)
+INL F clamp_exponent(F y) { return min(set(129.f), max(set(-160.f), y)); }  // min and max give the second of a nan
+
+// In place: r[i] lane j <-> r[j] lane i.
+INL void transpose(I r[16]) {
+  I t[16];
+  UNROLL for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  UNROLL for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}

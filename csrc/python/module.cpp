@@ -1,0 +1,26 @@
+// gptfast._C: what is not a tensor operation. Build information now; the inference engine joins here.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#ifndef GPTFAST_BUILD_FLAGS
+#define GPTFAST_BUILD_FLAGS ""
+#endif
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = std::string("g++ ") + __VERSION__;
+  info["torch_target"] = GPTFAST_TORCH_TARGET;
+  info["torch_headers"] = GPTFAST_TORCH_HEADERS;
+  info["cuda"] = false;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information of gptfast's compiled part.";
+  m.def("build_info", &build_info, "Compiler, torch version of the headers, and what was compiled in.");
+}

@@ -1,0 +1,13 @@
+"""gptfast: GPTs that train, fine-tune and generate fast on the machine you have."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from gptfast import ops
+from gptfast.backend import backend
+
+try:
+    __version__ = version("gptfast")
+except PackageNotFoundError:  # imported from a source folder that was never installed
+    __version__ = "0+source"
+
+__all__ = ["backend", "ops"]

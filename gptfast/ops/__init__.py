@@ -1,0 +1,25 @@
+"""Fused operations of GPT models as plain functions; `gptfast.ops.reference` holds each of them in eager PyTorch."""
+
+from gptfast.ops.add_layer_norm import add_layer_norm
+from gptfast.ops.causal_attention import causal_attention
+from gptfast.ops.cross_entropy import cross_entropy
+from gptfast.ops.dropout import dropout
+from gptfast.ops.embedding import embedding
+from gptfast.ops.gelu import gelu
+from gptfast.ops.layer_norm import layer_norm
+from gptfast.ops.linear import linear
+from gptfast.ops.linear_cross_entropy import linear_cross_entropy
+from gptfast.ops.sample import sample
+
+__all__ = [
+    "add_layer_norm",
+    "causal_attention",
+    "cross_entropy",
+    "dropout",
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "sample",
+]

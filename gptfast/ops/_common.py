@@ -1,0 +1,69 @@
+"""What every op's Python side shares: argument checks with one way of speaking, and registration of op properties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.backend import has_cpu_ops
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the shape function of torch.ops.gptfast.<name> (nothing to register in a pure-Python install)."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        if has_cpu_ops:
+            torch.library.register_fake(f"gptfast::{name}", function)
+        return function
+
+    return register
+
+
+def forbid_double_backward(op: str, name: str) -> None:
+    """Make differentiating through the backward op torch.ops.gptfast.<name> a clear error."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{op}: double backward is not implemented by the fused kernels; use gptfast.backend('eager') for this part"
+        )
+
+    if has_cpu_ops:
+        torch.library.register_autograd(f"gptfast::{name}", backward)
+
+
+def check_float(op: str, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected a torch.Tensor")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} has dtype {x.dtype}; expected float32, bfloat16, float16 or float64")
+
+
+def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    present = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(present.values())) > 1:
+        got = ", ".join(f"{name} on {device}" for name, device in present.items())
+        raise ValueError(f"{op}: all tensors must be on one device, got {got}; move them with .to(device)")
+
+
+def check_vector(op: str, name: str, v: Tensor | None, size: int, of: str) -> None:
+    """`v` must have shape (size,), where `of` says what the size comes from."""
+    if v is not None and tuple(v.shape) != (size,):
+        raise ValueError(f"{op}: {name} has shape {tuple(v.shape)}; expected ({size},), the last dimension of {of}")
+
+
+def check_choice(op: str, name: str, got: object, choices: tuple[object, ...]) -> None:
+    if got not in choices:
+        raise ValueError(f"{op}: {name} is {got!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def check_probability(op: str, name: str, p: float) -> None:
+    if not 0 <= p <= 1:  # also false for nan
+        raise ValueError(f"{op}: {name} is {p}; expected a probability in [0, 1]")

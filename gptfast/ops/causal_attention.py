@@ -1,0 +1,124 @@
+"""Fused causal attention: QK^T, mask, softmax, dropout and PV in one pass, O(T) memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast import rng
+from gptfast.backend import resolve
+from gptfast.ops import reference
+from gptfast.ops._common import check_float, check_probability, check_same_device
+
+OP = "causal_attention"
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+    seq_lens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(softmax_scale * q k^T + mask) v, by tiles with a running maximum and sum (Milakov and Gimelshein,
+    arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135).
+
+    Query i may see key j when all of these hold:
+        causal:      j <= i + S - T           (T != S: the queries are the last T positions, as with cached keys)
+        window:      j >  i + S - T - window  (the query's own position counts: window=1 sees itself only)
+        seq_lens:    j <  seq_lens[b]         (keys after a row's length are padding)
+        cu_seqlens:  i and j lie in the same document (B = 1, documents packed one after another)
+    A query that sees no key gives output 0, gradient 0 and lse -inf; nan or inf in keys that a query does not see
+    never reach it.
+
+    Args:
+        q: (B, H, T, D), float32, bfloat16, float16 (float64 runs in eager PyTorch). Any strides; the kernels read
+            views such as `qkv.view(B, T, 3, H, D)` in place when the last dimension is contiguous. D <= 256.
+        k, v: (B, H, S, D), dtype and device of q.
+        softmax_scale: multiplies the scores; None: D ** -0.5.
+        dropout_p: probability in [0, 1] of dropping an attention weight, by the Philox contract of `gptfast.rng`.
+        seed, offset: of the dropout mask, in [0, 2**64) and [0, 2**32): the same pair gives the same mask.
+        seq_lens: (B,) int32 or int64, 0 <= seq_lens[b] <= S.
+        cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T: document d is positions cu[d] .. cu[d + 1].
+        window: int >= 1 or None; needs causal=True.
+        return_lse: also return the log-sum-exp of the scores, (B, H, T) float32, without gradient.
+        backend: see `gptfast.backend`.
+    Returns:
+        (B, H, T, D) in q's dtype, stored as (B, T, H, D) so that `.transpose(1, 2).reshape(B, T, H * D)` is a view.
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or range.
+    """
+    _check(q, k, v, causal, dropout_p, seed, offset, seq_lens, cu_seqlens, window)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if resolve(OP, backend, q) == "eager":
+        options = {"causal": causal, "seq_lens": seq_lens, "cu_seqlens": cu_seqlens, "window": window}
+        return reference.causal_attention(
+            q, k, v, softmax_scale=scale, dropout_p=dropout_p, seed=seed, offset=offset, return_lse=return_lse, **options
+        )
+    return reference.causal_attention(
+        q, k, v, softmax_scale=scale, dropout_p=dropout_p, seed=seed, offset=offset, return_lse=return_lse,
+        causal=causal, seq_lens=seq_lens, cu_seqlens=cu_seqlens, window=window)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    dropout_p: float,
+    seed: int,
+    offset: int,
+    seq_lens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+) -> None:
+    check_float(OP, q=q, k=k, v=v)
+    check_same_device(OP, q=q, k=k, v=v, seq_lens=seq_lens, cu_seqlens=cu_seqlens)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"{OP}: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal")
+    if q.dim() != 4:
+        raise ValueError(f"{OP}: q has shape {tuple(q.shape)}; expected (B, H, T, D)")
+    if k.shape != v.shape or k.dim() != 4:
+        raise ValueError(f"{OP}: k has shape {tuple(k.shape)} and v {tuple(v.shape)}; expected equal (B, H, S, D)")
+    if k.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"{OP}: k has batch and heads {tuple(k.shape[:2])} but q has {tuple(q.shape[:2])}; they must be equal - "
+            "for grouped queries repeat k and v with repeat_interleave(dim=1)"
+        )
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"{OP}: k has head_dim {k.shape[3]} but q has {q.shape[3]}; they must be equal - check the c_attn split"
+        )
+    if not 1 <= q.shape[3] <= 256:
+        raise ValueError(f"{OP}: head_dim is {q.shape[3]}; expected 1 to 256 - use more heads")
+    check_probability(OP, "dropout_p", dropout_p)
+    rng.check_counter(OP, "seed", seed, 64)
+    rng.check_counter(OP, "offset", offset)
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"{OP}: window is {window} with causal={causal}; expected window >= 1 and causal=True")
+    _check_lengths(q, k, seq_lens, cu_seqlens)
+
+
+def _check_lengths(q: Tensor, k: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    for name, lengths in (("seq_lens", seq_lens), ("cu_seqlens", cu_seqlens)):
+        if lengths is not None and (lengths.dim() != 1 or lengths.dtype not in (torch.int32, torch.int64)):
+            raise TypeError(
+                f"{OP}: {name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; expected a vector of int32 or int64"
+            )
+    if seq_lens is not None and seq_lens.shape[0] != q.shape[0]:
+        raise ValueError(f"{OP}: seq_lens has {seq_lens.shape[0]} entries for a batch of {q.shape[0]}; expected one per row")
+    if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[2] != k.shape[2]):
+        raise ValueError(
+            f"{OP}: cu_seqlens needs packed documents, B = 1 and T = S; got B = {q.shape[0]}, T = {q.shape[2]}, S = {k.shape[2]}"
+        )

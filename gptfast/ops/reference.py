@@ -1,0 +1,230 @@
+"""Every op in eager PyTorch: the oracle of the tests, the baseline of the benchmarks, and what runs where no kernel does.
+
+Same arguments as the public functions, any floating dtype including fp64, differentiable by autograd.
+Half-precision inputs are computed in fp32 and rounded once at the end; fp32 and fp64 are computed as they are.
+Named dimensions: B batch, T queries, S keys, H heads, D head_dim, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast import rng
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _keep_scaled(x: Tensor, shape: tuple[int, int, int], p: float, seed: int, offset: int) -> Tensor:
+    """Dropout of x (any shape with the elements of `shape`) by the Philox contract; nan in a dropped place is dropped."""
+    if p == 0:
+        return x
+    keep = rng.dropout_keep(shape, p, seed, offset, x.device).view(x.shape)
+    return torch.where(keep, x * rng.dropout_scale(p), 0.0)
+
+
+def _rows(x: Tensor) -> tuple[int, int, int]:
+    """(1, rows, C): how a tensor of rows is numbered by the dropout contract."""
+    return 1, math.prod(x.shape[:-1]), x.shape[-1]
+
+
+def visible_keys(
+    T: int,
+    S: int,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    seq_lens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """bool (B or 1, 1, T, S): may query i see key j?  Causal: j <= i + S - T; window w: also j > i + S - T - w."""
+    last = torch.arange(T, device=device)[:, None] + (S - T)
+    j = torch.arange(S, device=device)[None, :]
+    visible = torch.ones(1, 1, T, S, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible & (j <= last)
+    if window is not None:
+        visible = visible & (j > last - window)
+    if cu_seqlens is not None:  # packed documents: query and key must lie in the same one
+        document = torch.searchsorted(cu_seqlens.contiguous(), torch.arange(T, device=device), right=True)
+        inside = document < len(cu_seqlens)
+        visible = visible & (document[:, None] == document[None, :]) & inside[:, None]
+    if seq_lens is not None:
+        visible = visible & (j < seq_lens[:, None, None, None])
+    return visible
+
+
+def _masked_product(equation: str, a: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """einsum of `a` with the keys or values x (B, H, S, D) that each query may see: 0 * nan must not leak from the others.
+
+    Holds (B, H, T, S, D), so it serves only inputs that are not finite.
+    """
+    return torch.einsum(equation, a, torch.where(mask[..., None], x[:, :, None], 0.0))
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+    seq_lens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    B, H, T, D = q.shape
+    S = k.shape[2]
+    scale = D**-0.5 if softmax_scale is None else softmax_scale
+    mask = visible_keys(
+        T, S, causal=causal, window=window, seq_lens=seq_lens, cu_seqlens=cu_seqlens, device=q.device
+    )
+    qf, kf, vf = _upcast(q), _upcast(k), _upcast(v)
+    leaky = not (torch.isfinite(kf).all() and torch.isfinite(vf).all())
+    scores = _masked_product("bhtd,bhtsd->bhts", qf, kf, mask) if leaky else qf @ kf.transpose(-1, -2)
+    scores = (scores * scale).masked_fill(~mask, float("-inf"))  # B H T S
+    lse = scores.logsumexp(-1)  # B H T; -inf where no key is visible
+    empty = torch.isneginf(lse)
+    probs = (scores - lse.masked_fill(empty, 0.0)[..., None]).exp()
+    probs = _keep_scaled(probs, (B * H, T, S), dropout_p, seed, offset)
+    out = _masked_product("bhts,bhtsd->bhtd", probs, vf, mask) if leaky else probs @ vf
+    return (out.to(q.dtype), lse.detach()) if return_lse else out.to(q.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    xf = _upcast(x)
+    mean = xf.mean(-1, keepdim=True)
+    var = (xf - mean).square().mean(-1, keepdim=True)
+    y = (xf - mean) * torch.rsqrt(var + eps) * weight.to(xf.dtype)
+    return (y if bias is None else y + bias.to(xf.dtype)).to(x.dtype)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    dropped = _keep_scaled(_upcast(x), _rows(x), dropout_p, seed, offset)
+    total = (dropped + _upcast(residual)).to(torch.promote_types(x.dtype, residual.dtype))
+    return layer_norm(total, weight, bias, eps), total
+
+
+def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+    xf = _upcast(x) if bias is None else _upcast(x) + bias.to(_upcast(x).dtype)
+    if approximate == "tanh":
+        inner = math.sqrt(2 / math.pi) * (xf + 0.044715 * xf**3)
+        return (0.5 * xf * (1 + torch.tanh(inner))).to(x.dtype)
+    return (0.5 * xf * (1 + torch.erf(xf * math.sqrt(0.5)))).to(x.dtype)
+
+
+def dropout(x: Tensor, p: float, seed: int = 0, offset: int = 0) -> Tensor:
+    return _keep_scaled(_upcast(x), _rows(x), p, seed, offset).to(x.dtype)
+
+
+def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    x = F.embedding(ids, wte)  # B T C
+    if wpe is None:
+        return x
+    if positions is None:
+        positions = torch.arange(ids.shape[-1], device=ids.device)
+    return x + F.embedding(positions, wpe)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    y = F.linear(x, weight, bias)
+    if activation is None:
+        return y
+    return gelu(y, None, "tanh" if activation == "gelu_tanh" else "none")
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    xf = _upcast(logits)  # N V
+    lse = xf.logsumexp(-1)
+    valid = targets != ignore_index
+    picked = xf.gather(-1, targets.clamp(0, xf.shape[-1] - 1)[..., None])[..., 0]
+    loss = (lse - picked) * (1 - label_smoothing)
+    if label_smoothing:
+        loss = loss + label_smoothing * (lse - xf.mean(-1))
+    loss = torch.where(valid, loss, 0.0)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / valid.sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    logits = _upcast(hidden) @ _upcast(weight).T
+    return cross_entropy(
+        logits, targets, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
+def kept_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """bool (B, V): the tokens that top-k and then top-p leave (DESIGN: ties to the lowest id, never empty)."""
+    B, V = logits.shape
+    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices  # equal logits stay in id order
+    ranked = torch.ones(B, V, dtype=torch.bool, device=logits.device)
+    if 0 < top_k < V:
+        ranked[:, top_k:] = False
+    if top_p < 1:
+        scaled = (logits.double() / temperature).gather(-1, order).masked_fill(~ranked, float("-inf"))
+        probs = scaled.softmax(-1)
+        before = probs.cumsum(-1) - probs  # mass of the strictly better ranked
+        ranked &= before < top_p
+        ranked[:, 0] = True
+    return torch.zeros_like(ranked).scatter(-1, order, ranked)
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    position: Tensor,
+    stream: Tensor,
+) -> Tensor:
+    x = logits.float()
+    if temperature == 0:
+        return _first_argmax(x)
+    keep = kept_tokens(x, temperature, top_k, top_p)
+    noise = rng.gumbel_noise(x.shape[-1], seed, position, stream)
+    return _first_argmax((x / temperature + noise).masked_fill(~keep, float("-inf")))
+
+
+def _first_argmax(x: Tensor) -> Tensor:
+    """argmax over the last dimension, ties to the lowest index (torch leaves ties open)."""
+    top = x.amax(-1, keepdim=True)
+    index = torch.arange(x.shape[-1], device=x.device)
+    return torch.where(x == top, index, x.shape[-1]).amin(-1)
