@@ -16,11 +16,19 @@ namespace {
 #include "sum_chunks-inl.h"
 
 #include "gelu-inl.h"
+
+#include "tile_product-inl.h"
+
+#include "attention_tile-inl.h"
+
+#include "causal_attention_fwd-inl.h"
+
+#include "causal_attention_bwd-inl.h"
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {
-    GPTFAST_ISA_NAME, L, gelu_fwd, gelu_bwd, sum_chunks,
+    GPTFAST_ISA_NAME, L, gelu_fwd, gelu_bwd, causal_attention_fwd, causal_attention_bwd, sum_chunks,
 };
 
 }  // namespace gptfast::cpu::GPTFAST_ISA

@@ -53,11 +53,45 @@ struct SumChunksParams {
   DType dtype;
 };
 
+// One head's worth of rows of q, k, v, … : element (b, h, t, d) lies at data + b * sb + h * sh + t * st + d.
+struct Heads {
+  const void* data;
+  i64 sb, sh, st;
+};
+struct MutHeads {
+  void* data;
+  i64 sb, sh, st;
+};
+
+struct AttentionParams {
+  i64 B, H, T, S, D;
+  DType dtype;      // of q, k, v, out and their gradients
+  Heads q, k, v;    // (B, H, T, D), (B, H, S, D)
+  Heads out, dout;  // (B, H, T, D), backward only
+  MutHeads y;       // (B, H, T, D): the output, forward only
+  MutHeads dq, dk, dv;
+  float* lse;             // (B, H, T), written by forward, read by backward
+  const i64* seq_lens;    // (B) or nullptr
+  const i64* cu_seqlens;  // (documents + 1) or nullptr
+  i64 documents;
+  i64 window;  // 0: none
+  bool causal;
+  float scale;         // >= 0
+  uint32_t threshold;  // of dropout in 1/65536; 0: none; 65536: everything
+  uint32_t offset;
+  uint64_t seed;
+};
+constexpr i64 kAttentionBlock = 64;  // queries that are computed together
+
 struct Kernels {
   const char* isa;
   int lanes;  // fp32 values in a vector
   void (*gelu_fwd)(const GeluParams&, i64 row_begin, i64 row_end);
   void (*gelu_bwd)(const GeluParams&, i64 chunk_begin, i64 chunk_end);
+  // Query blocks first, first + step, … of head bh = b * H + h.
+  void (*causal_attention_fwd)(const AttentionParams&, i64 bh, i64 first, i64 step);
+  // All of head bh: dq, dk, dv.
+  void (*causal_attention_bwd)(const AttentionParams&, i64 bh);
   void (*sum_chunks)(const SumChunksParams&, i64 c_begin, i64 c_end);
 };
 

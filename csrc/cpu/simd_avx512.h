@@ -74,7 +74,7 @@ INL void store_f16(uint16_t* p, F x) {
 
 INL F fraction(F y) { return _mm512_reduce_ps(y, 0x09); }  // y - floor(y)
 INL F scale_by_exp2(F p, F y) { return _mm512_scalef_ps(p, y); }  // p * 2^floor(y)
-INL F clamp_exponent(F y) { return min(set(129.f), max(set(-160.f), y)); }  // min and max give the second of a nan
+INL F clamp_exponent(F y) { return y; }  // fraction(+-inf) is 0 and scale_by_exp2 saturates
 
 // In place: r[i] lane j <-> r[j] lane i.
 INL void transpose(I r[16]) {

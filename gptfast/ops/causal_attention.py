@@ -10,7 +10,7 @@ from torch import Tensor
 from gptfast import rng
 from gptfast.backend import resolve
 from gptfast.ops import reference
-from gptfast.ops._common import check_float, check_probability, check_same_device
+from gptfast.ops._common import check_float, check_probability, check_same_device, fake, forbid_double_backward
 
 OP = "causal_attention"
 
@@ -62,13 +62,72 @@ def causal_attention(
     _check(q, k, v, causal, dropout_p, seed, offset, seq_lens, cu_seqlens, window)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if resolve(OP, backend, q) == "eager":
-        options = {"causal": causal, "seq_lens": seq_lens, "cu_seqlens": cu_seqlens, "window": window}
         return reference.causal_attention(
-            q, k, v, softmax_scale=scale, dropout_p=dropout_p, seed=seed, offset=offset, return_lse=return_lse, **options
+            q,
+            k,
+            v,
+            causal=causal,
+            softmax_scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+            offset=offset,
+            seq_lens=seq_lens,
+            cu_seqlens=cu_seqlens,
+            window=window,
+            return_lse=return_lse,
         )
-    return reference.causal_attention(
-        q, k, v, softmax_scale=scale, dropout_p=dropout_p, seed=seed, offset=offset, return_lse=return_lse,
-        causal=causal, seq_lens=seq_lens, cu_seqlens=cu_seqlens, window=window)
+    if scale < 0:  # the kernels take the maximum of unscaled scores
+        q, scale = -q, -scale
+    options = (causal, scale, float(dropout_p), rng.as_int64(seed), offset, window or 0)
+    out, lse = CausalAttentionFunction.apply(q, k, v, seq_lens, cu_seqlens, *options)
+    return (out, lse) if return_lse else out
+
+
+class CausalAttentionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        seq_lens: Tensor | None,
+        cu_seqlens: Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout_p: float,
+        seed: int,
+        offset: int,
+        window: int,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.options = (causal, scale, dropout_p, seed, offset, window)
+        out, lse = torch.ops.gptfast.causal_attention_fwd(q, k, v, seq_lens, cu_seqlens, *ctx.options)
+        ctx.save_for_backward(q, k, v, out, lse, seq_lens, cu_seqlens)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dv = torch.ops.gptfast.causal_attention_bwd(dout, *ctx.saved_tensors, *ctx.options)
+        return dq, dk, dv, *(None,) * 8
+
+
+def _new_heads(x: Tensor) -> Tensor:
+    """(B, H, T, D) stored as (B, T, H, D)."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
+
+
+@fake("causal_attention_fwd")
+def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _new_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@fake("causal_attention_bwd")
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_heads(q), _new_heads(k), _new_heads(v)
+
+
+forbid_double_backward(OP, "causal_attention_bwd")
 
 
 def _check(

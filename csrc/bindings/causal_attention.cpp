@@ -1,0 +1,120 @@
+// causal_attention: schema, checks, allocation, launch.
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+constexpr const char* kOp = "causal_attention";
+
+// x (B, H, T, D) with a contiguous last dimension; a copy otherwise, kept alive by *owner.
+cpu::Heads heads_of(const Tensor& x, Tensor* owner) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, kOp, ": expected CPU tensors (B, H, T, D)");
+  *owner = x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
+  return {owner->const_data_ptr(), owner->stride(0), owner->stride(1), owner->stride(2)};
+}
+// A fresh (B, H, T, D) stored as (B, T, H, D), the layout that the next projection reads without a copy.
+Tensor new_heads(const Tensor& like, cpu::MutHeads* view) {
+  const i64 B = like.size(0), H = like.size(1), T = like.size(2), D = like.size(3);
+  Tensor x = new_tensor({B, T, H, D}, like.scalar_type());
+  *view = {x.mutable_data_ptr(), T * H * D, D, H * D};
+  return torch::stable::transpose(x, 1, 2);
+}
+
+struct Lengths {  // int32 or int64 -> int64, checked against what the kernel will index
+  std::vector<i64> values;
+  Lengths(const OptTensor& t, i64 limit, bool rising) {
+    if (!t) return;
+    const Tensor c = torch::stable::contiguous(*t);
+    const bool wide = c.scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(wide || c.scalar_type() == ScalarType::Int, kOp, ": lengths must be int32 or int64");
+    for (i64 n = 0; n < c.numel(); n++) {
+      const i64 x = wide ? static_cast<const int64_t*>(c.const_data_ptr())[n]
+                         : static_cast<const int32_t*>(c.const_data_ptr())[n];
+      STD_TORCH_CHECK(x >= 0 && x <= limit, kOp, ": ", rising ? "cu_seqlens" : "seq_lens", "[", n, "] is ", x,
+                      "; expected 0 to ", limit);
+      STD_TORCH_CHECK(!rising || values.empty() || x >= values.back(), kOp, ": cu_seqlens[", n, "] is ", x,
+                      ", less than the entry before it; expected rising offsets");
+      values.push_back(x);
+    }
+  }
+  const i64* data() const { return values.empty() ? nullptr : values.data(); }
+};
+
+struct Options {
+  bool causal;
+  double scale, dropout_p;
+  i64 seed, offset, window;
+};
+
+cpu::AttentionParams params_of(const Tensor& q, const Tensor& k, const Options& o, const Lengths& seq_lens,
+                               const Lengths& cu_seqlens) {
+  cpu::AttentionParams p{};
+  p.B = q.size(0), p.H = q.size(1), p.T = q.size(2), p.D = q.size(3), p.S = k.size(2);
+  p.dtype = dtype_of(kOp, q);
+  p.causal = o.causal, p.scale = float(o.scale), p.window = o.window;
+  p.threshold = uint32_t(o.dropout_p * 65536 + 0.5);
+  p.seed = uint64_t(o.seed), p.offset = uint32_t(o.offset);
+  p.seq_lens = seq_lens.data(), p.cu_seqlens = cu_seqlens.data();
+  p.documents = i64(cu_seqlens.values.size()) - 1;
+  STD_TORCH_CHECK(p.D >= 1 && p.D <= 256 && o.scale >= 0, kOp, ": head_dim must be 1 to 256 and the scale >= 0");
+  STD_TORCH_CHECK(k.size(0) == p.B && k.size(1) == p.H && k.size(3) == p.D, kOp, ": q and k differ in shape");
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type(), kOp, ": q and k differ in dtype");
+  return p;
+}
+
+std::tuple<Tensor, Tensor> causal_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                const OptTensor& seq_lens, const OptTensor& cu_seqlens, bool causal,
+                                                double scale, double dropout_p, i64 seed, i64 offset, i64 window) {
+  const Lengths lens(seq_lens, k.size(2), false), cu(cu_seqlens, q.size(2), true);
+  cpu::AttentionParams p = params_of(q, k, {causal, scale, dropout_p, seed, offset, window}, lens, cu);
+  Tensor q_owner, k_owner, v_owner;
+  p.q = heads_of(q, &q_owner), p.k = heads_of(k, &k_owner), p.v = heads_of(v, &v_owner);
+  Tensor out = new_heads(q, &p.y), lse = new_tensor({p.B, p.H, p.T}, ScalarType::Float);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  // Whole heads when there are enough of them (k and v then stay in one core's cache), else a few slices of each whose
+  // query blocks interleave: late blocks see more keys.
+  const i64 heads = p.B * p.H, blocks = (p.T + cpu::kAttentionBlock - 1) / cpu::kAttentionBlock;
+  if (!heads || !blocks) return {out, lse};
+  const i64 wanted = (4 * i64(torch::stable::get_num_threads()) + heads - 1) / heads;
+  const i64 slices = wanted < blocks ? wanted : blocks;
+  parallel_items(heads * slices, [&](i64 item) {
+    cpu::kernels().causal_attention_fwd(p, item / slices, slices - 1 - item % slices, slices);
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k,
+                                                        const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                        const OptTensor& seq_lens, const OptTensor& cu_seqlens,
+                                                        bool causal, double scale, double dropout_p, i64 seed,
+                                                        i64 offset, i64 window) {
+  const Lengths lens(seq_lens, k.size(2), false), cu(cu_seqlens, q.size(2), true);
+  cpu::AttentionParams p = params_of(q, k, {causal, scale, dropout_p, seed, offset, window}, lens, cu);
+  STD_TORCH_CHECK(dout.scalar_type() == q.scalar_type() && dout.numel() == q.numel(), kOp, ": dout and q differ");
+  Tensor owners[5];
+  p.q = heads_of(q, &owners[0]), p.k = heads_of(k, &owners[1]), p.v = heads_of(v, &owners[2]);
+  p.out = heads_of(out, &owners[3]), p.dout = heads_of(dout, &owners[4]);
+  const Tensor lse_rows = torch::stable::contiguous(lse);
+  p.lse = const_cast<float*>(static_cast<const float*>(lse_rows.const_data_ptr()));
+  Tensor dq = new_heads(q, &p.dq), dk = new_heads(k, &p.dk), dv = new_heads(k, &p.dv);
+  parallel_items(p.B * p.H, [&](i64 bh) { cpu::kernels().causal_attention_bwd(p, bh); });
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
+  m.def(
+      "causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? cu_seqlens, bool causal, "
+      "float scale, float dropout_p, int seed, int offset, int window) -> (Tensor out, Tensor lse)");
+  m.def(
+      "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seq_lens, "
+      "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, int seed, int offset, int window) "
+      "-> (Tensor dq, Tensor dk, Tensor dv)");
+}
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+  m.impl("causal_attention_fwd", TORCH_BOX(&causal_attention_fwd));
+  m.impl("causal_attention_bwd", TORCH_BOX(&causal_attention_bwd));
+}
+
+}  // namespace gptfast

@@ -1,0 +1,259 @@
+// What the forward and the backward of causal_attention share: which keys a block of queries sees, packing of rows
+// into words, and the dropout bits.
+//
+// Query rows sit in the lanes. Scores, probabilities and their gradients are therefore held transposed, S^T[j][i], and
+// maxima, sums, masks and rescaling are vertical vector operations; all products are tile_product-inl.h on rows of q,
+// k, v and dout as they lie in memory or after one packing.
+
+constexpr i64 kQueries = kAttentionBlock;  // lanes of a block: L-wide vectors 0 .. kVectors - 1
+constexpr int kVectors = int(kQueries / L);
+constexpr i64 kKeys = 64;   // keys of a tile
+constexpr i64 kGroup = 16;  // keys that are skipped or masked together at the edge of visibility
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kMasked = -1e30f;
+
+INL i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+// Query lane i of the block sees keys [lo[i], hi[i]). Lanes past the last query repeat it.
+struct Visible {
+  alignas(64) int32_t lo[kQueries], hi[kQueries];
+  int32_t vector_lo[kVectors], vector_hi[kVectors];  // union over the lanes of each vector; empty: hi <= lo
+  int32_t all_lo, all_hi;                            // seen by every lane: a tile inside needs no mask
+  int32_t first, last;                               // union over the block
+};
+
+static void see(Visible& s, const AttentionParams& p, i64 b, i64 i0, i64 queries) {
+  i64 document = 0;
+  s.all_lo = s.last = 0;
+  s.all_hi = s.first = int32_t(p.S);
+  for (int v = 0; v < kVectors; v++) s.vector_lo[v] = int32_t(p.S), s.vector_hi[v] = 0;
+  for (i64 n = 0; n < kQueries; n++) {
+    const i64 i = i0 + (n < queries ? n : queries - 1), last = i + p.S - p.T;
+    i64 lo = 0, hi = p.S;
+    if (p.causal && hi > last + 1) hi = last + 1;
+    if (p.window && lo < last - p.window + 1) lo = last - p.window + 1;
+    if (p.seq_lens && hi > p.seq_lens[b]) hi = p.seq_lens[b];
+    if (p.cu_seqlens) {
+      while (document < p.documents && p.cu_seqlens[document + 1] <= i) document++;
+      if (document == p.documents || i < p.cu_seqlens[0]) hi = 0;
+      else {
+        if (lo < p.cu_seqlens[document]) lo = p.cu_seqlens[document];
+        if (hi > p.cu_seqlens[document + 1]) hi = p.cu_seqlens[document + 1];
+      }
+    }
+    if (hi <= lo) lo = hi = 0;
+    s.lo[n] = int32_t(lo);
+    s.hi[n] = int32_t(hi);
+    if (s.all_lo < s.lo[n]) s.all_lo = s.lo[n];
+    if (s.all_hi > s.hi[n]) s.all_hi = s.hi[n];
+    if (hi == lo) continue;
+    const i64 v = n / L;
+    if (s.vector_lo[v] > s.lo[n]) s.vector_lo[v] = s.lo[n];
+    if (s.vector_hi[v] < s.hi[n]) s.vector_hi[v] = s.hi[n];
+    if (s.first > s.lo[n]) s.first = s.lo[n];
+    if (s.last < s.hi[n]) s.last = s.hi[n];
+  }
+}
+
+// Keys [begin, end) of a tile and the vectors of queries [va, vb) that see any of them.
+struct Group {
+  i64 begin, end;
+  int va, vb;
+};
+// The parts of the tile of `keys` keys from j0 on. One group of everything when no mask is needed (*edge false).
+INL int tile_groups(const Visible& s, i64 j0, i64 keys, Group* groups, bool* edge) {
+  *edge = j0 < s.all_lo || j0 + keys > s.all_hi || keys % 2;
+  if (!*edge) {
+    groups[0] = {0, keys, 0, kVectors};
+    return 1;
+  }
+  int n = 0;
+  for (i64 g = 0; g < keys; g += kGroup) {
+    const i64 end = g + kGroup < keys ? g + kGroup : keys;
+    int va = kVectors, vb = 0;
+    for (int v = 0; v < kVectors; v++) {
+      if (s.vector_hi[v] <= j0 + g || s.vector_lo[v] >= j0 + end) continue;
+      if (va > v) va = v;
+      vb = v + 1;
+    }
+    if (va < vb) groups[n++] = {g, end, va, vb};
+  }
+  return n;
+}
+// Lanes of vector v that see key j.
+INL M sees(const Visible& s, int v, i64 j) {
+  const I key = iset(uint32_t(j));
+  return both(igt(iload(s.hi + v * L), key), igt(iadd(key, iset(1)), iload(s.lo + v * L)));
+}
+
+// ---- words and packing ----------------------------------------------------------------------------------------------
+
+// Takes aligned pieces of this thread's scratch memory. Counts first (base == nullptr), then hands out.
+struct Arena {
+  char* base;
+  size_t used = 0;
+  template <class T> T* take(i64 n) {
+    T* r = reinterpret_cast<T*>(base + used);
+    used += size_t(round_up(n * i64(sizeof(T)), 64));
+    return r;
+  }
+};
+
+// n <= L values at p as fp32, the other lanes 0.
+INL F load_any(const void* p, DType t, i64 n) {
+  if (t == DType::f32) return load_lanes(static_cast<const float*>(p), n);
+  alignas(64) uint16_t buffer[L] = {};
+  const uint16_t* h = static_cast<const uint16_t*>(p);
+  if (n < L) {
+    __builtin_memcpy(buffer, p, size_t(n) * 2);
+    h = buffer;
+  }
+  return t == DType::bf16 ? load_bf16(h) : load_f16(h);
+}
+INL void store_any(void* p, DType t, F x, i64 n) {
+  if (t == DType::f32) return store_lanes(static_cast<float*>(p), x, n);
+  alignas(64) uint16_t buffer[L];
+  uint16_t* h = n < L ? buffer : static_cast<uint16_t*>(p);
+  if (t == DType::bf16) store_bf16(h, x);
+  else store_f16(h, x);
+  if (n < L) __builtin_memcpy(p, buffer, size_t(n) * 2);
+}
+INL const void* head_row(const Heads& x, DType t, i64 b, i64 h, i64 i) {
+  return at(x.data, t, b * x.sb + h * x.sh + i * x.st);
+}
+INL void* head_row(const MutHeads& x, DType t, i64 b, i64 h, i64 i) {
+  return at(x.data, t, b * x.sb + h * x.sh + i * x.st);
+}
+
+// Words of a row of D values: D (fp32) or ceil(D / 2) (pairs of bf16, an odd tail padded with 0).
+template <bool PAIR> INL i64 words_of(i64 D) { return PAIR ? (D + 1) / 2 : D; }
+
+// L words from word w on of the row at p.
+template <bool PAIR> INL I load_words(const void* p, DType t, i64 w, i64 D) {
+  if constexpr (PAIR) {
+    const i64 n = D - 2 * w;
+    if (n >= 2 * L) return iload(static_cast<const uint16_t*>(p) + 2 * w);
+    alignas(64) uint16_t buffer[2 * L] = {};
+    __builtin_memcpy(buffer, static_cast<const uint16_t*>(p) + 2 * w, size_t(n) * 2);
+    return iload(buffer);
+  }
+  return as_int(load_any(at(p, t, w), t, D - w < L ? D - w : L));
+}
+
+// Rows i0 .. i0 + rows of a head, transposed: out[word][lane], lanes past the last row 0.
+template <bool PAIR>
+static void pack_transposed(uint32_t* out, const Heads& x, DType t, i64 b, i64 h, i64 i0, i64 rows, i64 D) {
+  const i64 words = words_of<PAIR>(D);
+  for (int v = 0; v < kVectors; v++)
+    for (i64 w = 0; w < words; w += L) {
+      I r[L];
+      for (int n = 0; n < L; n++) {
+        const i64 i = v * L + n;
+        r[n] = i < rows ? load_words<PAIR>(head_row(x, t, b, h, i0 + i), t, w, D) : iset(0);
+      }
+      transpose(r);
+      for (int n = 0; n < L && w + n < words; n++) istore(out + (w + n) * kQueries + v * L, r[n]);
+    }
+}
+// Rows [begin, end) of a head as rows of `stride` words; what the last vector spills past a row, the next overwrites.
+template <bool PAIR>
+static void pack_rows(uint32_t* out, i64 stride, const Heads& x, DType t, i64 b, i64 h, i64 begin, i64 end, i64 D) {
+  const i64 words = words_of<PAIR>(D);
+  for (i64 i = begin; i < end; i++) {
+    const void* p = head_row(x, t, b, h, i);
+    for (i64 w = 0; w < words; w += L) istore(out + i * stride + w, load_words<PAIR>(p, t, w, D));
+  }
+}
+#ifdef __AVX512BF16__
+// Rows (i, i + 1) of a head side by side: out[i / 2][d] = (x[i][d], x[i + 1][d]) for i in [begin, end), begin even;
+// a missing last row counts as 0. `base` is the row that out[0] stands for.
+static void pack_row_pairs(uint32_t* out, i64 stride, const Heads& x, i64 b, i64 h, i64 base, i64 begin, i64 end, i64 D) {
+  for (i64 i = begin; i < end; i += 2) {
+    const auto* p = static_cast<const uint16_t*>(head_row(x, DType::bf16, b, h, base + i));
+    const auto* q = i + 1 < end ? static_cast<const uint16_t*>(head_row(x, DType::bf16, b, h, base + i + 1)) : nullptr;
+    for (i64 d = 0; d < D; d += L) {
+      const __mmask16 m = first_n(D - d);
+      const I low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p + d));
+      const I high = q ? shl16(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, q + d))) : iset(0);
+      istore(out + i / 2 * stride + d, ior(low, high));
+    }
+  }
+}
+// 32-bit lanes (low[i], high[i]) as bf16 from two vectors of fp32: low halves from x, high halves from y.
+INL I pair_bf16(F x, F y) {
+  const I both_halves = (I)_mm512_cvtne2ps_pbh(y, x);
+  const I order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                   20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, both_halves);
+}
+#endif
+
+// A block^T [d][query] times `factor` per lane, written as rows of a head. Rows of `block` past D are never stored.
+static void unpack_transposed(const MutHeads& y, DType t, i64 b, i64 h, i64 i0, i64 rows, i64 D, const float* block,
+                              const float* factor) {
+  for (int v = 0; v < kVectors && v * L < rows; v++) {
+    const F f = load(factor + v * L);
+    for (i64 d = 0; d < D; d += L) {
+      I r[L];
+      for (int n = 0; n < L; n++) r[n] = as_int(load(block + (d + n) * kQueries + v * L) * f);
+      transpose(r);
+      for (int n = 0; n < L && v * L + n < rows; n++)
+        store_any(at(head_row(y, t, b, h, i0 + v * L + n), t, d), t, as_float(r[n]), D - d < L ? D - d : L);
+    }
+  }
+}
+
+// Are rows [0, n) of `stride` words all finite? Scans fp32 values, or halves of words with PAIR.
+template <bool PAIR> static bool all_finite(const uint32_t* x, i64 stride, i64 n, i64 words) {
+  uint32_t bad = 0;
+  for (i64 j = 0; j < n; j++)
+    for (i64 w = 0; w < words; w++) {
+      uint32_t u;
+      __builtin_memcpy(&u, x + j * stride + w, 4);
+      if constexpr (PAIR) bad |= ((u & 0x7f80u) == 0x7f80u) | ((u & 0x7f800000u) == 0x7f800000u);
+      else bad |= (u & 0x7f800000u) == 0x7f800000u;
+    }
+  return !bad;
+}
+// block[d][query] += sum_j x[j][d] a[j][query] over a group, leaving out every a that is 0: nan and inf of keys that a
+// query does not see stay away from it. Slow; used only when such keys are about.
+template <bool PAIR>
+static void guarded_product(float* block, const uint32_t* x, i64 xs, const uint32_t* a, const Group& g, i64 D) {
+  for (i64 j = g.begin; j < g.end; j++)
+    for (int v = g.va; v < g.vb; v++) {
+      I w = iload(a + (PAIR ? j / 2 : j) * kQueries + v * L);
+      if (PAIR) w = j % 2 ? iand(w, iset(0xffff0000u)) : shl16(w);
+      const F weight = as_float(w);
+      for (i64 d = 0; d < D; d++) {
+        uint32_t u;
+        __builtin_memcpy(&u, x + (PAIR ? j / 2 : j) * xs + d, 4);
+        if (PAIR) u = j % 2 ? u & 0xffff0000u : u << 16;
+        float* out = block + d * kQueries + v * L;
+        const F sum = load(out);
+        store(out, select(eq(weight, zero()), sum, fma(as_float(iset(u)), weight, sum)));
+      }
+    }
+}
+
+// ---- dropout --------------------------------------------------------------------------------------------------------
+
+struct DropoutKey {
+  uint32_t k0, k1, matrix, offset, threshold;
+  float scale;  // of what is kept: 65536 / (65536 - threshold); 0 when everything is dropped
+};
+INL DropoutKey dropout_key(const AttentionParams& p, i64 bh) {
+  const bool nothing = p.threshold >= 65536;
+  return {uint32_t(p.seed), uint32_t(p.seed >> 32), uint32_t(bh),
+          p.offset,         nothing ? 65535u : p.threshold, nothing ? 0.f : 65536.f / float(65536 - p.threshold)};
+}
+// Decisions of 32 keys from j (a multiple of 32) on for L queries from i on: words[(j >> 1) & 15], low half for even j.
+INL void dropout_words(const DropoutKey& k, i64 i, i64 j, I words[16]) {
+  const Wide row = widen(iadd(iset(uint32_t(i)), iota()));
+  for (uint32_t q = 0; q < 4; q++) {
+    I out[4];
+    philox(k.k0, k.k1, widen(uint32_t(j >> 5 << 2) | q), row, widen(k.matrix), widen(k.offset), out);
+    UNROLL for (int t = 0; t < 4; t++) words[t * 4 + int(q)] = out[t];
+  }
+}
+INL M keeps_even(const DropoutKey& k, I word) { return uge(shl16(word), iset(k.threshold << 16)); }
+INL M keeps_odd(const DropoutKey& k, I word) { return uge(word, iset(k.threshold << 16)); }

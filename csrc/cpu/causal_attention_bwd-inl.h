@@ -1,0 +1,225 @@
+// Backward of causal_attention (FlashAttention-2, arXiv 2307.08691, section 3.1.2): one head at a time, query blocks
+// outside, key tiles inside, every sum in one fixed order and no atomics, so gradients repeat bit for bit.
+//
+//   P^T = exp(scale k q^T - lse)            dP^T = v dout^T             delta_i = sum_d out[i][d] dout[i][d]
+//   dv[j] += sum_i P'[i][j] dout[i]         dS^T = P^T (keep dP^T / (1 - p) - delta)      P' = dropped P
+//   dk[j] += sum_i dS[i][j] q[i]            dq^T[d][i] += sum_j k[j][d] dS^T[j][i]
+//
+// Floor: 10 T S D flops a head, half of them under a causal mask.
+
+template <bool PAIR> struct AttentionBackward {
+  const AttentionParams& p;
+  const i64 b, h, D, words, stride;  // stride: D rounded up to whole vectors, for rows whose lanes are d
+  static constexpr i64 kRow = PAIR ? kQueries / 2 : kQueries;  // words of a row of P^T or dS^T
+  const DropoutKey dropout;
+  const F scale;
+  Visible visible;
+  uint32_t *q_t, *g_t, *q_rows, *g_rows;          // q and dout: transposed; rows (PAIR: pairs of rows)
+  uint32_t *k_packed, *v_packed, *k_pairs;        // keys as words along d, and (PAIR) as pairs along j
+  uint32_t *p_rows, *ds_rows, *ds_lanes;          // P', dS as words along i; dS with queries in the lanes
+  float *s, *dp, *dq, *lse, *delta, *dk, *dv, *factor;
+  const uint32_t *k, *v, *k_for_dq;
+  size_t bytes = 0;
+
+  bool direct(const Heads& x) const {
+    return PAIR ? x.st == D && D % 2 == 0 : p.dtype == DType::f32 && x.st == D;
+  }
+  void carve(Arena a) {
+    const i64 keys = round_up(p.S, kKeys);
+    q_t = a.take<uint32_t>(words * kQueries);
+    g_t = a.take<uint32_t>(words * kQueries);
+    q_rows = a.take<uint32_t>(kRow * stride);
+    g_rows = a.take<uint32_t>(kRow * stride);
+    s = a.take<float>(kKeys * kQueries);
+    dp = a.take<float>(kKeys * kQueries);
+    p_rows = PAIR ? a.take<uint32_t>(kKeys * kRow) : reinterpret_cast<uint32_t*>(s);
+    ds_rows = PAIR ? a.take<uint32_t>(kKeys * kRow) : reinterpret_cast<uint32_t*>(dp);
+    ds_lanes = PAIR ? a.take<uint32_t>(kKeys / 2 * kQueries) : ds_rows;
+    dq = a.take<float>(round_up(D, L) * kQueries);
+    lse = a.take<float>(kQueries);
+    delta = a.take<float>(kQueries);
+    factor = a.take<float>(kQueries);
+    k_packed = a.take<uint32_t>(direct(p.k) ? 0 : keys * words + L);
+    v_packed = a.take<uint32_t>(direct(p.v) ? 0 : keys * words + L);
+    k_pairs = a.take<uint32_t>(PAIR ? keys / 2 * D + L : 0);
+    dk = a.take<float>(keys * stride);
+    dv = a.take<float>(keys * stride);
+    bytes = a.used;
+  }
+
+  AttentionBackward(const AttentionParams& params, i64 bh)
+      : p(params), b(bh / p.H), h(bh % p.H), D(p.D), words(words_of<PAIR>(D)), stride(round_up(D, L)),
+        dropout(dropout_key(p, bh)), scale(set(p.scale * kLog2e)) {
+    carve({nullptr});
+    carve({static_cast<char*>(scratch(bytes))});
+    k = direct(p.k) ? static_cast<const uint32_t*>(head_row(p.k, p.dtype, b, h, 0)) : k_packed;
+    v = direct(p.v) ? static_cast<const uint32_t*>(head_row(p.v, p.dtype, b, h, 0)) : v_packed;
+    k_for_dq = PAIR ? k_pairs : k;
+    if (!direct(p.k)) pack_rows<PAIR>(k_packed, words, p.k, p.dtype, b, h, 0, p.S, D);
+    if (!direct(p.v)) pack_rows<PAIR>(v_packed, words, p.v, p.dtype, b, h, 0, p.S, D);
+#ifdef __AVX512BF16__
+    if (PAIR) pack_row_pairs(k_pairs, D, p.k, b, h, 0, 0, p.S, D);
+#endif
+    __builtin_memset(dk, 0, size_t(p.S * stride) * 4);
+    __builtin_memset(dv, 0, size_t(p.S * stride) * 4);
+  }
+
+  const uint32_t* dq_rows(i64 j) const { return k_for_dq + (PAIR ? j / 2 : j) * D; }
+
+  // Rows of a block with d in the lanes, zeros past the last query and past D.
+  void pack_lanes(uint32_t* out, const Heads& x, i64 i0, i64 queries) {
+    __builtin_memset(out, 0, size_t(kRow * stride) * 4);
+    if constexpr (PAIR) {
+#ifdef __AVX512BF16__
+      pack_row_pairs(out, stride, x, b, h, i0, 0, queries, D);
+#endif
+    } else {
+      Heads from_block = x;
+      from_block.data = at(x.data, p.dtype, i0 * x.st);
+      pack_rows<PAIR>(out, stride, from_block, p.dtype, b, h, 0, queries, D);
+    }
+  }
+  void row_statistics(i64 i0, i64 queries) {
+    for (i64 i = 0; i < kQueries; i++) {
+      lse[i] = 1e30f;  // P = 0 past the last query
+      delta[i] = 0.f;
+      if (i >= queries) continue;
+      const void *o = head_row(p.out, p.dtype, b, h, i0 + i), *g = head_row(p.dout, p.dtype, b, h, i0 + i);
+      F dot = zero();
+      for (i64 d = 0; d < D; d += L) {
+        const i64 n = D - d < L ? D - d : L;
+        dot = fma(load_any(at(o, p.dtype, d), p.dtype, n), load_any(at(g, p.dtype, d), p.dtype, n), dot);
+      }
+      delta[i] = sum(dot);
+      lse[i] = p.lse[(b * p.H + h) * p.T + i0 + i] * kLog2e;
+    }
+  }
+
+  // s, dp -> P' and dS of one vector of queries over one group of keys.
+  template <bool DROP, bool EDGE> void slopes(int v, i64 i0, i64 j0, const Group* groups, int n) {
+    float *sv = s + v * L, *dpv = dp + v * L;
+    const F shift = load(lse + v * L), center = load(delta + v * L), kept = set(dropout.scale);
+    I bits[16];
+    i64 have_bits = -1;
+    for (int g = 0; g < n; g++) {
+      if (v < groups[g].va || v >= groups[g].vb) continue;
+      for (i64 j = groups[g].begin; j < groups[g].end; j += 2) {
+        F x = exp2<PAIR ? 4 : 6>(load(sv + j * kQueries) * scale - shift);
+        F y = exp2<PAIR ? 4 : 6>(load(sv + (j + 1) * kQueries) * scale - shift);
+        F gx = load(dpv + j * kQueries), gy = load(dpv + (j + 1) * kQueries), px = x, py = y;
+        if (DROP) {
+          if (have_bits != (j0 + j) / 32) {
+            have_bits = (j0 + j) / 32;
+            dropout_words(dropout, i0 + v * L, have_bits * 32, bits);
+          }
+          const I w = bits[(j0 + j) / 2 % 16];
+          const M keep_x = keeps_even(dropout, w), keep_y = keeps_odd(dropout, w);
+          gx = keep(keep_x, gx * kept);
+          gy = keep(keep_y, gy * kept);
+          px = keep(keep_x, px);
+          py = keep(keep_y, py);
+        }
+        x = x * (gx - center);
+        y = y * (gy - center);
+        if (EDGE) {
+          const M see_x = sees(visible, v, j0 + j), see_y = sees(visible, v, j0 + j + 1);
+          x = keep(see_x, x);
+          y = keep(see_y, y);
+          px = keep(see_x, px);
+          py = keep(see_y, py);
+        }
+        if constexpr (PAIR) {
+#ifdef __AVX512BF16__
+          store_pair_rows(p_rows + j * kRow + v * L / 2, px, py);
+          store_pair_rows(ds_rows + j * kRow + v * L / 2, x, y);
+          istore(ds_lanes + j / 2 * kQueries + v * L, pair_bf16(x, y));
+#endif
+        } else {
+          store(sv + j * kQueries, px);
+          store(sv + (j + 1) * kQueries, py);
+          store(dpv + j * kQueries, x);
+          store(dpv + (j + 1) * kQueries, y);
+        }
+      }
+    }
+  }
+#ifdef __AVX512BF16__
+  static void store_pair_rows(uint32_t* row, F x, F y) {  // x at this row of pairs along i, y at the next
+    const I halves = (I)_mm512_cvtne2ps_pbh(y, x);
+    _mm256_storeu_si256((__m256i*)row, _mm512_castsi512_si256(halves));
+    _mm256_storeu_si256((__m256i*)(row + kRow), _mm512_extracti64x4_epi64(halves, 1));
+  }
+#endif
+
+  template <bool DROP> void key_tile(i64 i0, i64 j0) {
+    const i64 keys = visible.last - j0 < kKeys ? visible.last - j0 : kKeys;
+    Group groups[kKeys / kGroup];
+    bool edge;
+    const int n = tile_groups(visible, j0, keys, groups, &edge);
+    for (int t = 0; t < n; t++) {
+      const Group& g = groups[t];
+      const i64 at_s = g.begin * kQueries + g.va * L, count = g.end - g.begin;
+      product<PAIR, SET>(k + (j0 + g.begin) * words, words, 1, q_t + g.va * L, kQueries, words, s + at_s, kQueries,
+                         count, g.vb - g.va);
+      product<PAIR, SET>(v + (j0 + g.begin) * words, words, 1, g_t + g.va * L, kQueries, words, dp + at_s, kQueries,
+                         count, g.vb - g.va);
+    }
+    for (int vec = 0; vec < kVectors; vec++)
+      edge ? slopes<DROP, true>(vec, i0, j0, groups, n) : slopes<DROP, false>(vec, i0, j0, groups, n);
+    const bool finite =
+        !edge || all_finite<PAIR>(dq_rows(j0), D, PAIR ? (keys + 1) / 2 : keys, D);
+    for (int t = 0; t < n; t++) accumulate(j0, groups[t], finite);
+  }
+  void accumulate(i64 j0, const Group& g, bool finite) {
+    // queries [va, vb) as words of rows: contraction of dv and dk
+    const i64 from = g.va * L * kRow / kQueries, length = (g.vb - g.va) * L * kRow / kQueries;
+    const i64 count = g.end - g.begin, lanes = stride / L;
+    product<PAIR, ACC>(p_rows + g.begin * kRow + from, kRow, 1, g_rows + from * stride, stride, length,
+                       dv + (j0 + g.begin) * stride, stride, count, int(lanes));
+    product<PAIR, ACC>(ds_rows + g.begin * kRow + from, kRow, 1, q_rows + from * stride, stride, length,
+                       dk + (j0 + g.begin) * stride, stride, count, int(lanes));
+    if (!finite) return guarded_product<PAIR>(dq, dq_rows(j0), D, ds_lanes, g, D);
+    const i64 first = PAIR ? g.begin / 2 : g.begin, pairs = PAIR ? (count + 1) / 2 : count;
+    product<PAIR, ACC>(dq_rows(j0 + g.begin), 1, D, ds_lanes + first * kQueries + g.va * L, kQueries, pairs,
+                       dq + g.va * L, kQueries, D, g.vb - g.va);
+  }
+
+  template <bool DROP> void block(i64 i0) {
+    const i64 queries = p.T - i0 < kQueries ? p.T - i0 : kQueries;
+    see(visible, p, b, i0, queries);
+    pack_transposed<PAIR>(q_t, p.q, p.dtype, b, h, i0, queries, D);
+    pack_transposed<PAIR>(g_t, p.dout, p.dtype, b, h, i0, queries, D);
+    pack_lanes(q_rows, p.q, i0, queries);
+    pack_lanes(g_rows, p.dout, i0, queries);
+    row_statistics(i0, queries);
+    __builtin_memset(dq, 0, size_t(D * kQueries) * 4);
+    for (i64 j0 = visible.first / kKeys * kKeys; j0 < visible.last; j0 += kKeys) key_tile<DROP>(i0, j0);
+    for (int v = 0; v < kVectors; v++) store(factor + v * L, set(p.scale));
+    unpack_transposed(p.dq, p.dtype, b, h, i0, queries, D, dq, factor);
+  }
+
+  void write_keys() {
+    const F to_dk = set(p.scale), to_dv = set(p.threshold ? dropout.scale : 1.f);
+    for (i64 j = 0; j < p.S; j++)
+      for (i64 d = 0; d < D; d += L) {
+        const i64 n = D - d < L ? D - d : L;
+        store_any(at(head_row(p.dk, p.dtype, b, h, j), p.dtype, d), p.dtype, load(dk + j * stride + d) * to_dk, n);
+        store_any(at(head_row(p.dv, p.dtype, b, h, j), p.dtype, d), p.dtype, load(dv + j * stride + d) * to_dv, n);
+      }
+  }
+};
+
+template <bool PAIR> static void attention_backward(const AttentionParams& p, i64 bh) {
+  AttentionBackward<PAIR> w(p, bh);
+  for (i64 i0 = 0; i0 < p.T; i0 += kQueries) {
+    if (p.threshold) w.template block<true>(i0);
+    else w.template block<false>(i0);
+  }
+  w.write_keys();
+}
+static void causal_attention_bwd(const AttentionParams& p, i64 bh) {
+#ifdef __AVX512BF16__
+  if (p.dtype == DType::bf16) return attention_backward<true>(p, bh);
+#endif
+  attention_backward<false>(p, bh);
+}

@@ -1,0 +1,192 @@
+// Forward of causal_attention: out = softmax(scale q k^T + mask) v by tiles of 64 queries x 64 keys with a running
+// maximum and sum per query (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135).
+//
+//   S^T[j][i] = sum_d k[j][d] q^T[d][i]      k broadcast as it lies, q^T packed once per block
+//   O^T[d][i] = sum_j v[j][d] P^T[j][i]      v broadcast as it lies, P^T as produced
+//
+// Floor: 4 T S D flops a head, half of them under a causal mask. Where the CPU multiplies bf16 (PAIR) k and q are read as
+// pairs along d, v and P as pairs along j; elsewhere half-precision inputs are widened to fp32 once a head.
+
+template <bool PAIR> struct AttentionForward {
+  const AttentionParams& p;
+  const i64 b, h, D, words;
+  const DropoutKey dropout;
+  const F scale;  // of scores, in units of log2
+  Visible visible;
+  uint32_t *q, *k_packed, *v_packed, *pairs;
+  float *s, *o, *m, *l, *alpha;
+  const uint32_t *k, *v;  // word rows of all keys: k[j * k_stride], v[j * v_stride] (PAIR: v[j / 2 * v_stride])
+  i64 k_stride, v_stride, packed = 0;
+
+  // k as it lies serves when its rows are words without gaps; gaps are packed away, as rows kilobytes apart collide in L1
+  bool k_direct() const { return PAIR ? p.k.st == D && D % 2 == 0 : p.dtype == DType::f32 && p.k.st == D; }
+  bool v_direct() const { return !PAIR && p.dtype == DType::f32 && p.v.st == D; }
+
+  void carve(Arena a) {
+    const i64 keys = round_up(p.S, kKeys);
+    q = a.take<uint32_t>(words * kQueries);
+    s = a.take<float>(kKeys * kQueries);
+    pairs = PAIR ? a.take<uint32_t>(kKeys / 2 * kQueries) : reinterpret_cast<uint32_t*>(s);
+    o = a.take<float>(round_up(D, L) * kQueries);
+    m = a.take<float>(kQueries);
+    l = a.take<float>(kQueries);
+    alpha = a.take<float>(kQueries);
+    k_packed = a.take<uint32_t>(k_direct() ? 0 : keys * words + L);
+    v_packed = a.take<uint32_t>(v_direct() ? 0 : keys * D + L);
+    bytes = a.used;
+  }
+  size_t bytes = 0;
+
+  AttentionForward(const AttentionParams& params, i64 bh)
+      : p(params), b(bh / p.H), h(bh % p.H), D(p.D), words(words_of<PAIR>(D)), dropout(dropout_key(p, bh)),
+        scale(set(p.scale * kLog2e)) {
+    carve({nullptr});
+    carve({static_cast<char*>(scratch(bytes))});
+    k = k_direct() ? static_cast<const uint32_t*>(head_row(p.k, p.dtype, b, h, 0)) : k_packed;
+    v = v_direct() ? static_cast<const uint32_t*>(head_row(p.v, p.dtype, b, h, 0)) : v_packed;
+    k_stride = words;
+    v_stride = D;
+  }
+
+  void pack_keys(i64 end) {  // makes keys [0, end) available
+    if (end <= packed) return;
+    if (!k_direct()) pack_rows<PAIR>(k_packed, words, p.k, p.dtype, b, h, packed, end, D);
+    if constexpr (PAIR) {
+#ifdef __AVX512BF16__
+      const i64 from = packed / 2 * 2;  // an odd end was paired with 0
+      pack_row_pairs(v_packed + from / 2 * D, D, p.v, b, h, from, 0, end - from, D);
+#endif
+    } else if (!v_direct()) {
+      pack_rows<PAIR>(v_packed, D, p.v, p.dtype, b, h, packed, end, D);
+    }
+    packed = end;
+  }
+
+  const uint32_t* v_rows(i64 j) const { return v + (PAIR ? j / 2 : j) * v_stride; }
+
+  // s -> P^T of one vector of queries over one group of keys; returns nothing, updates m, l, alpha of the vector.
+  template <bool DROP, bool EDGE> void softmax(int v, i64 i0, i64 j0, const Group* groups, int n) {
+    float* sv = s + v * L;
+    F top = load(m + v * L);
+    for (int g = 0; g < n; g++) {
+      if (v < groups[g].va || v >= groups[g].vb) continue;
+      for (i64 j = groups[g].begin; j < groups[g].end; j++) {
+        F x = load(sv + j * kQueries);
+        if (EDGE) store(sv + j * kQueries, x = select(sees(visible, v, j0 + j), x, set(kMasked)));
+        top = max(x, top);
+      }
+    }
+    const F before = load(m + v * L), rescale = exp2<6>((before - top) * scale), shift = top * scale;
+    store(m + v * L, top);
+    store(alpha + v * L, rescale);
+    F sum0 = zero(), sum1 = zero();
+    I bits[16];
+    i64 have_bits = -1;
+    for (int g = 0; g < n; g++) {
+      if (v < groups[g].va || v >= groups[g].vb) continue;
+      for (i64 j = groups[g].begin; j < groups[g].end; j += 2) {
+        if (DROP && have_bits != (j0 + j) / 32) {
+          have_bits = (j0 + j) / 32;
+          dropout_words(dropout, i0 + v * L, have_bits * 32, bits);
+        }
+        F x = exp2<PAIR ? 4 : 6>(load(sv + j * kQueries) * scale - shift);
+        F y = exp2<PAIR ? 4 : 6>(load(sv + (j + 1) * kQueries) * scale - shift);
+        if (EDGE) {
+          x = keep(sees(visible, v, j0 + j), x);
+          y = keep(sees(visible, v, j0 + j + 1), y);
+        }
+        sum0 = sum0 + x;
+        sum1 = sum1 + y;
+        if (DROP) {
+          const I w = bits[(j0 + j) / 2 % 16];
+          x = keep(keeps_even(dropout, w), x);
+          y = keep(keeps_odd(dropout, w), y);
+        }
+        if constexpr (PAIR) {
+#ifdef __AVX512BF16__
+          istore(pairs + j / 2 * kQueries + v * L, pair_bf16(x, y));
+#endif
+        } else {
+          store(sv + j * kQueries, x);
+          store(sv + (j + 1) * kQueries, y);
+        }
+      }
+    }
+    store(l + v * L, fma(load(l + v * L), rescale, sum0 + sum1));
+  }
+
+  // O^T += V^T P^T over one group.
+  template <Mode MODE> void weigh(i64 j0, const Group& g) {
+    const i64 from = PAIR ? g.begin / 2 : g.begin, count = PAIR ? (g.end - g.begin + 1) / 2 : g.end - g.begin;
+    product<PAIR, MODE>(v_rows(j0 + g.begin), 1, v_stride, pairs + from * kQueries + g.va * L, kQueries, count,
+                        o + g.va * L, kQueries, D, g.vb - g.va, alpha + g.va * L);
+  }
+  void rescale_output() {
+    for (i64 d = 0; d < D; d++)
+      for (int v = 0; v < kVectors; v++) {
+        float* x = o + d * kQueries + v * L;
+        store(x, load(x) * load(alpha + v * L));
+      }
+  }
+
+  template <bool DROP> void key_tile(i64 i0, i64 j0, bool first) {
+    const i64 keys = visible.last - j0 < kKeys ? visible.last - j0 : kKeys;
+    Group groups[kKeys / kGroup];
+    bool edge;
+    const int n = tile_groups(visible, j0, keys, groups, &edge);
+    for (int g = 0; g < n; g++)
+      product<PAIR, SET>(k + (j0 + groups[g].begin) * k_stride, k_stride, 1, q + groups[g].va * L, kQueries, words,
+                         s + groups[g].begin * kQueries + groups[g].va * L, kQueries, groups[g].end - groups[g].begin,
+                         groups[g].vb - groups[g].va);
+    for (int v = 0; v < kVectors; v++)
+      edge ? softmax<DROP, true>(v, i0, j0, groups, n) : softmax<DROP, false>(v, i0, j0, groups, n);
+    if (!edge) return first ? weigh<SET>(j0, groups[0]) : weigh<SCALE>(j0, groups[0]);
+    if (first) __builtin_memset(o, 0, size_t(D * kQueries) * 4);
+    else rescale_output();
+    const bool finite = all_finite<PAIR>(v_rows(j0), v_stride, PAIR ? (keys + 1) / 2 : keys, D);
+    for (int g = 0; g < n; g++) {
+      if (finite) weigh<ACC>(j0, groups[g]);
+      else guarded_product<PAIR>(o, v_rows(j0), v_stride, pairs, groups[g], D);
+    }
+  }
+
+  template <bool DROP> void block(i64 i0) {
+    const i64 queries = p.T - i0 < kQueries ? p.T - i0 : kQueries;
+    see(visible, p, b, i0, queries);
+    pack_keys(visible.last);
+    pack_transposed<PAIR>(q, p.q, p.dtype, b, h, i0, queries, D);
+    for (int v = 0; v < kVectors; v++) {
+      store(m + v * L, set(kMasked));
+      store(l + v * L, zero());
+    }
+    const i64 j_first = visible.first / kKeys * kKeys;
+    if (visible.last <= visible.first) __builtin_memset(o, 0, size_t(D * kQueries) * 4);
+    for (i64 j0 = j_first; j0 < visible.last; j0 += kKeys) key_tile<DROP>(i0, j0, j0 == j_first);
+    finish(i0, queries);
+  }
+
+  void finish(i64 i0, i64 queries) {  // normalise and write; a query that saw no key gives 0 and lse -inf
+    const float kept = p.threshold ? dropout.scale : 1.f;
+    for (int v = 0; v < kVectors; v++) {
+      const F total = load(l + v * L);
+      store(alpha + v * L, select(eq(total, zero()), zero(), set(kept) / total));
+    }
+    unpack_transposed(p.y, p.dtype, b, h, i0, queries, D, o, alpha);
+    for (i64 i = 0; i < queries; i++)
+      p.lse[(b * p.H + h) * p.T + i0 + i] = l[i] == 0.f ? -__builtin_inff() : m[i] * p.scale + __builtin_logf(l[i]);
+  }
+};
+
+template <bool PAIR> static void attention_forward(const AttentionParams& p, i64 bh, i64 first, i64 step) {
+  AttentionForward<PAIR> f(p, bh);
+  for (i64 i0 = first * kQueries; i0 < p.T; i0 += step * kQueries) {
+    if (p.threshold) f.template block<true>(i0);
+    else f.template block<false>(i0);
+  }
+}
+static void causal_attention_fwd(const AttentionParams& p, i64 bh, i64 first, i64 step) {
+#ifdef __AVX512BF16__
+  if (p.dtype == DType::bf16) return attention_forward<true>(p, bh, first, step);
+#endif
+  attention_forward<false>(p, bh, first, step);
+}
