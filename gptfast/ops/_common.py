@@ -67,3 +67,21 @@ def check_choice(op: str, name: str, got: object, choices: tuple[object, ...]) -
 def check_probability(op: str, name: str, p: float) -> None:
     if not 0 <= p <= 1:  # also false for nan
         raise ValueError(f"{op}: {name} is {p}; expected a probability in [0, 1]")
+
+
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same tensors, with a view in place of each repeat: Dynamo traces no Function that gets one tensor twice."""
+    result: list[Tensor | None] = []
+    for t in tensors:
+        repeated = t is not None and any(t is other for other in result)
+        result.append(t.view_as(t) if repeated else t)
+    return result
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the autocast dtype where autocast is on, as `F.linear` and SDPA take theirs; float64 stays."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor
 from gptfast import rng
 from gptfast.backend import resolve
 from gptfast.ops import reference
-from gptfast.ops._common import check_float, check_probability, check_same_device, fake, forbid_double_backward
+from gptfast.ops._common import (
+    autocast,
+    check_float,
+    check_probability,
+    check_same_device,
+    distinct,
+    fake,
+    forbid_double_backward,
+)
 
 OP = "causal_attention"
 
@@ -59,8 +68,12 @@ def causal_attention(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range.
     """
+    check_float(OP, q=q, k=k, v=v)
+    q, k, v = autocast(q, k, v)
     _check(q, k, v, causal, dropout_p, seed, offset, seq_lens, cu_seqlens, window)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"{OP}: softmax_scale is {scale}; expected a finite number")
     if resolve(OP, backend, q) == "eager":
         return reference.causal_attention(
             q,
@@ -79,6 +92,7 @@ def causal_attention(
     if scale < 0:  # the kernels take the maximum of unscaled scores
         q, scale = -q, -scale
     options = (causal, scale, float(dropout_p), rng.as_int64(seed), offset, window or 0)
+    q, k, v = distinct(q, k, v)
     out, lse = CausalAttentionFunction.apply(q, k, v, seq_lens, cu_seqlens, *options)
     return (out, lse) if return_lse else out
 
@@ -142,7 +156,6 @@ def _check(
     cu_seqlens: Tensor | None,
     window: int | None,
 ) -> None:
-    check_float(OP, q=q, k=k, v=v)
     check_same_device(OP, q=q, k=k, v=v, seq_lens=seq_lens, cu_seqlens=cu_seqlens)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"{OP}: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal")

@@ -14,6 +14,7 @@ from gptfast.ops._common import (
     check_float,
     check_same_device,
     check_vector,
+    distinct,
     fake,
     forbid_double_backward,
 )
@@ -44,6 +45,7 @@ def gelu(
         check_vector("gelu", "bias", bias, x.shape[-1] if x.dim() else 1, "x")
     if resolve("gelu", backend, x) == "eager":
         return reference.gelu(x, bias, approximate)
+    x, bias = distinct(x, bias)
     if x.dim() == 0:
         return GELUFunction.apply(x[None], bias, approximate == "tanh")[0]
     return GELUFunction.apply(x, bias, approximate == "tanh")

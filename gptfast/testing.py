@@ -1,0 +1,251 @@
+"""One case table per op, shared by the tests and the benchmarks, and the accuracy rule they are held to.
+
+The rule (`assert_accurate`): the error against the same op in float64 may be at most `factor` times the error of eager
+PyTorch in the same dtype (2 for results, 3 for gradients), plus a floor of a few units in the last place of the largest
+value about. The tolerance is thus what PyTorch itself achieves on the same input, not a number chosen by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.ops import reference
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLOOR = 4  # units in the last place of the largest magnitude among the results (or among the gradients) of a call
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of one op: named dimensions (B T S H D C V N), options of the call, and how the tensors lie in memory."""
+
+    op: str
+    dims: dict[str, int]
+    options: dict[str, Any] = field(default_factory=dict)
+    layout: str = "contiguous"  # or "strided": rows with gaps, from one larger buffer
+    bench: bool = False  # also timed by the benchmarks
+
+    @property
+    def id(self) -> str:
+        """Such as `B2H3T113D59-strided-dropout_p0.1`."""
+        parts = ["".join(f"{k}{v}" for k, v in self.dims.items())]
+        parts += [self.layout] * (self.layout != "contiguous")
+        parts += [k if v is True else f"{k}{_short(v)}" for k, v in self.options.items() if k not in ("seed", "offset")]
+        return "-".join(parts)
+
+    def inputs(self, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor | None, ...]:
+        """Fresh positional arguments of the op, on the CPU."""
+        generator = torch.Generator().manual_seed(seed)
+        return _MAKERS[self.op](self, dtype, generator)
+
+    def cost(self, element_size: int) -> tuple[float, float]:
+        """(flops, bytes) of a forward call: the least that any implementation must do and move."""
+        return _COSTS[self.op](self, element_size)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "_".join(map(str, value.tolist()))
+    return str(value)
+
+
+# ---- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def _randn(case: Case, dtype: torch.dtype, g: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
+    """Normal values; "strided" leaves a gap of three values after every row, so rows are misaligned too."""
+    gap = 3 if case.layout == "strided" else 0
+    x = (torch.randn(*shape[:-1], shape[-1] + gap, generator=g) * scale).to(dtype)
+    return x[..., : shape[-1]]
+
+
+def _make_gelu(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    N, C = c.dims["N"], c.dims["C"]
+    bias = torch.randn(C, generator=g).to(dtype) if c.dims.get("bias", 1) else None
+    return _randn(c, dtype, g, N, C, scale=3.0), bias
+
+
+def _make_attention(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    B, H, T, D = (c.dims[k] for k in "BHTD")
+    S = c.dims.get("S", T)
+    if c.layout == "strided":  # one projection of q, k and v, as a model makes it
+        x = torch.randn(B, max(T, S), 3, H, D, generator=g).to(dtype)
+        return tuple(x[:, :n, i].transpose(1, 2) for i, n in enumerate((T, S, S)))
+    return tuple(torch.randn(B, H, n, D, generator=g).to(dtype) for n in (T, S, S))
+
+
+_MAKERS: dict[str, Callable[[Case, torch.dtype, torch.Generator], tuple[Tensor | None, ...]]] = {
+    "gelu": _make_gelu,
+    "causal_attention": _make_attention,
+}
+
+
+# ---- least work -------------------------------------------------------------------------------------------------------
+
+
+def _attention_cost(c: Case, size: int) -> tuple[float, float]:
+    B, H, T, D = (c.dims[k] for k in "BHTD")
+    S = c.dims.get("S", T)
+    visible = T * S - T * (T - 1) / 2 if c.options.get("causal", True) and T <= S else T * S
+    return 4.0 * B * H * visible * D, B * H * D * (2 * T + 2 * S) * size
+
+
+def _pointwise(reads_and_writes: int) -> Callable[[Case, int], tuple[float, float]]:
+    return lambda c, size: (0.0, reads_and_writes * math.prod(c.dims[k] for k in "NC") * size)
+
+
+_COSTS: dict[str, Callable[[Case, int], tuple[float, float]]] = {
+    "gelu": _pointwise(2),
+    "causal_attention": _attention_cost,
+}
+
+
+# ---- the tables -------------------------------------------------------------------------------------------------------
+
+
+def _attention(B: int, H: int, T: int, D: int, S: int | None = None, layout: str = "contiguous", **options: Any) -> Case:
+    dims = {"B": B, "H": H, "T": T, **({} if S is None else {"S": S}), "D": D}
+    return Case("causal_attention", dims, options, layout)
+
+
+CASES: dict[str, list[Case]] = {
+    "gelu": [
+        Case("gelu", {"N": 1, "C": 1}),
+        Case("gelu", {"N": 3, "C": 15}),
+        Case("gelu", {"N": 7, "C": 33}, {"approximate": "none"}, "strided"),
+        Case("gelu", {"N": 130, "C": 70}, {"approximate": "tanh"}),
+        Case("gelu", {"N": 1, "C": 9001, "bias": 0}, {"approximate": "none"}),
+        Case("gelu", {"N": 5, "C": 2049}, {"approximate": "tanh"}, "strided"),
+        Case("gelu", {"N": 0, "C": 8}),
+        Case("gelu", {"N": 4096, "C": 3072}, {"approximate": "tanh"}, bench=True),
+    ],
+    "causal_attention": [
+        _attention(2, 3, 256, 64),
+        _attention(1, 2, 200, 64, layout="strided"),
+        _attention(1, 2, 77, 64, causal=False),
+        _attention(2, 2, 129, 128, dropout_p=0.1, seed=2**63 + 5, offset=7),
+        _attention(1, 2, 333, 48, layout="strided", dropout_p=0.2, seed=3),
+        _attention(1, 2, 1, 64),
+        _attention(1, 1, 67, 80, causal=False, dropout_p=0.3, seed=9, offset=2**32 - 1),
+        _attention(2, 2, 113, 59, layout="strided", dropout_p=0.1),
+        _attention(1, 1, 65, 1),
+        _attention(1, 1, 70, 256),
+        _attention(1, 2, 5, 64, S=200),
+        _attention(2, 2, 1, 33, S=77),
+        _attention(1, 2, 100, 16, S=40),
+        _attention(2, 1, 150, 64, window=17),
+        _attention(1, 1, 300, 32, window=64, dropout_p=0.1, seed=1),
+        _attention(3, 2, 90, 64, seq_lens=torch.tensor([90, 0, 37])),
+        _attention(2, 2, 70, 64, S=130, causal=False, seq_lens=torch.tensor([101, 5])),
+        _attention(1, 2, 200, 64, cu_seqlens=torch.tensor([0, 13, 13, 100, 200])),
+        _attention(1, 2, 150, 40, layout="strided", cu_seqlens=torch.tensor([0, 100, 140]), window=9),
+        _attention(1, 2, 64, 64, softmax_scale=-0.3),
+        _attention(1, 2, 64, 64, softmax_scale=0.0, dropout_p=1.0),
+        _attention(0, 2, 8, 16),
+        _attention(1, 2, 0, 16, S=5),
+        _attention(1, 2, 3, 16, S=0),
+        Case("causal_attention", {"B": 4, "H": 12, "T": 1024, "D": 64}, bench=True),
+        Case("causal_attention", {"B": 4, "H": 12, "T": 1024, "D": 64}, {"dropout_p": 0.1}, bench=True),
+    ],
+}
+
+
+def cases(op: str) -> list[Case]:
+    """The cases that the parity tests of `op` run (those for the benchmarks alone left out)."""
+    return [c for c in CASES[op] if not c.bench]
+
+
+def bench_cases(op: str) -> list[Case]:
+    return [c for c in CASES[op] if c.bench]
+
+
+# ---- running and comparing --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """Results of one call and the gradients of its differentiable arguments."""
+
+    outputs: list[Tensor]
+    grads: list[Tensor]
+
+
+def _floats(values: Any) -> list[Tensor]:
+    values = values if isinstance(values, (tuple, list)) else (values,)
+    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def run(fn: Callable[..., Any], case: Case, dtype: torch.dtype, *, exact: bool = False, seed: int = 0) -> Run:
+    """Call fn on the case's inputs and differentiate all its differentiable results against random gradients.
+
+    With exact=True the inputs, already rounded to dtype, and the upstream gradients are widened to float64 first.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    widen = (lambda t: t.double()) if exact else (lambda t: t)
+    args = [widen(a).requires_grad_() if a is not None and a.is_floating_point() else a for a in case.inputs(dtype, seed)]
+    outputs = _floats(fn(*args, **case.options))
+    differentiable = [o for o in outputs if o.requires_grad]
+    upstream = [widen(torch.randn(o.shape, generator=generator).to(dtype)).to(o.dtype) for o in differentiable]
+    inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    grads = torch.autograd.grad(differentiable, inputs, upstream) if differentiable else ()
+    return Run([o.detach() for o in outputs], list(grads))
+
+
+def check_case(case: Case, dtype: torch.dtype, seed: int = 0, **extra_floor: float) -> None:
+    """Three-way parity of one case: the public op, the eager reference in the same dtype, the reference in float64."""
+    ours = run(getattr(ops, case.op), case, dtype, seed=seed)
+    eager = run(getattr(reference, case.op), case, dtype, seed=seed)
+    exact = run(getattr(reference, case.op), case, dtype, exact=True, seed=seed)
+    label = f"{case.op} {case.id} {dtype}"
+    assert_accurate(ours.outputs, eager.outputs, exact.outputs, 2, f"{label} result", dtype, **extra_floor)
+    assert_accurate(ours.grads, eager.grads, exact.grads, 3, f"{label} gradient", dtype, **extra_floor)
+
+
+def assert_accurate(
+    ours: list[Tensor],
+    eager: list[Tensor],
+    exact: list[Tensor],
+    factor: float,
+    label: str,
+    dtype: torch.dtype,
+    floor: float = 0.0,
+) -> None:
+    """Raise AssertionError unless |ours - exact| <= factor * |eager - exact| + floors, and the same places are finite.
+
+    Args:
+        ours, eager, exact: results, one tensor each per place; exact in float64.
+        factor: how much worse than eager PyTorch is allowed.
+        label: begins the message.
+        dtype: of the inputs; its precision sets the floor of FLOOR units in the last place.
+        floor: a further relative floor, for a stated and measured reason.
+    """
+    scale = max((_finite(x).abs().max().item() for x in exact if _finite(x).numel()), default=0.0)
+    for n, (a, e, x) in enumerate(zip(ours, eager, exact, strict=True)):
+        assert a.shape == x.shape, f"{label} {n}: shape {tuple(a.shape)}, expected {tuple(x.shape)}"
+        same = torch.equal(a.isfinite(), x.isfinite()) and torch.equal(a[~x.isfinite()].double(), x[~x.isfinite()])
+        assert same or x.isnan().any(), f"{label} {n}: other places are finite than in the reference"
+        where = x.isfinite()
+        if not where.any():
+            continue
+        error, theirs = ((t.double() - x)[where].abs().max().item() for t in (a, e))
+        eps = torch.finfo(dtype if a.dtype == dtype else torch.float32).eps
+        limit = factor * theirs + (FLOOR * eps + floor) * scale
+        assert error <= limit, f"{label} {n}: error {error:.3g}, eager {theirs:.3g}, limit {limit:.3g}"
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x[x.isfinite()]
+
+
+def dtypes() -> list[Any]:
+    """pytest parameters over the kernels' dtypes."""
+    import pytest
+
+    return [pytest.param(dtype, id=name) for name, dtype in DTYPES.items()]
