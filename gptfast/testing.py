@@ -30,7 +30,8 @@ class Case:
     dims: dict[str, int]
     options: dict[str, Any] = field(default_factory=dict)
     layout: str = "contiguous"  # or "strided": rows with gaps, from one larger buffer
-    bench: bool = False  # also timed by the benchmarks
+    bench: bool = False  # timed by the benchmarks instead of being tested
+    slow_reference: bool = False  # the eager reference would take minutes or most of the memory at this size
 
     @property
     def id(self) -> str:
@@ -81,9 +82,53 @@ def _make_attention(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Te
     return tuple(torch.randn(B, H, n, D, generator=g).to(dtype) for n in (T, S, S))
 
 
+def _make_norm(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    """x (around 1, so that the mean matters), then weight and bias, in float32 where the case says so."""
+    N, C = c.dims["N"], c.dims["C"]
+    weights = torch.float32 if c.dims.get("fp32_weights") else dtype
+    x = _randn(c, dtype, g, N, C) + 1
+    bias = torch.randn(C, generator=g).to(weights) if c.dims.get("bias", 1) else None
+    return x if c.layout == "contiguous" else _randn(c, dtype, g, N, C), torch.randn(C, generator=g).to(weights), bias
+
+
+def _make_add_norm(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    x, weight, bias = _make_norm(c, dtype, g)
+    residual = _randn(c, torch.float32 if c.dims.get("fp32_residual") else dtype, g, c.dims["N"], c.dims["C"])
+    return x, residual, weight, bias
+
+
+def _make_dropout(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    return (_randn(c, dtype, g, c.dims["N"], c.dims["C"]),)
+
+
+def _make_targets(c: Case, g: torch.Generator) -> Tensor:
+    targets = torch.randint(c.dims["V"], (c.dims["N"],), generator=g)
+    targets[1::5] = c.options.get("ignore_index", -100)
+    return targets
+
+
+def _make_loss(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    return _randn(c, dtype, g, c.dims["N"], c.dims["V"], scale=3.0), _make_targets(c, g)
+
+
+def _make_linear_loss(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    N, C, V = (c.dims[k] for k in "NCV")
+    return _randn(c, dtype, g, N, C), (torch.randn(V, C, generator=g) * C**-0.5).to(dtype), _make_targets(c, g)
+
+
+def _make_sample(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    return (_randn(c, dtype, g, c.dims["N"], c.dims["V"], scale=3.0),)
+
+
 _MAKERS: dict[str, Callable[[Case, torch.dtype, torch.Generator], tuple[Tensor | None, ...]]] = {
     "gelu": _make_gelu,
     "causal_attention": _make_attention,
+    "layer_norm": _make_norm,
+    "add_layer_norm": _make_add_norm,
+    "dropout": _make_dropout,
+    "cross_entropy": _make_loss,
+    "linear_cross_entropy": _make_linear_loss,
+    "sample": _make_sample,
 }
 
 
@@ -101,9 +146,24 @@ def _pointwise(reads_and_writes: int) -> Callable[[Case, int], tuple[float, floa
     return lambda c, size: (0.0, reads_and_writes * math.prod(c.dims[k] for k in "NC") * size)
 
 
+def _over_logits(reads_and_writes: int) -> Callable[[Case, int], tuple[float, float]]:
+    return lambda c, size: (0.0, reads_and_writes * c.dims["N"] * c.dims["V"] * size)
+
+
+def _linear_loss_cost(c: Case, size: int) -> tuple[float, float]:
+    N, C, V = (c.dims[k] for k in "NCV")
+    return 2.0 * N * C * V, (N * C + V * C) * size
+
+
 _COSTS: dict[str, Callable[[Case, int], tuple[float, float]]] = {
     "gelu": _pointwise(2),
     "causal_attention": _attention_cost,
+    "layer_norm": _pointwise(2),
+    "add_layer_norm": _pointwise(4),
+    "dropout": _pointwise(2),
+    "cross_entropy": _over_logits(1),
+    "linear_cross_entropy": _linear_loss_cost,
+    "sample": _over_logits(1),
 }
 
 
@@ -113,6 +173,20 @@ _COSTS: dict[str, Callable[[Case, int], tuple[float, float]]] = {
 def _attention(B: int, H: int, T: int, D: int, S: int | None = None, layout: str = "contiguous", **options: Any) -> Case:
     dims = {"B": B, "H": H, "T": T, **({} if S is None else {"S": S}), "D": D}
     return Case("causal_attention", dims, options, layout)
+
+
+def _rows(op: str, N: int, C: int, layout: str = "contiguous", bench: bool = False, **extra: Any) -> Case:
+    """A case over (N, C); bias, fp32_weights and fp32_residual are dimensions, all else options."""
+    dims = {"N": N, "C": C, **{k: extra.pop(k) for k in ("bias", "fp32_weights", "fp32_residual") if k in extra}}
+    return Case(op, dims, extra, layout, bench)
+
+
+def _loss(N: int, V: int, layout: str = "contiguous", bench: bool = False, **options: Any) -> Case:
+    return Case("cross_entropy", {"N": N, "V": V}, options, layout, bench)
+
+
+def _linear_loss(N: int, C: int, V: int, bench: bool = False, **options: Any) -> Case:
+    return Case("linear_cross_entropy", {"N": N, "C": C, "V": V}, options, bench=bench, slow_reference=bench)
 
 
 CASES: dict[str, list[Case]] = {
@@ -154,6 +228,56 @@ CASES: dict[str, list[Case]] = {
         Case("causal_attention", {"B": 4, "H": 12, "T": 1024, "D": 64}, bench=True),
         Case("causal_attention", {"B": 4, "H": 12, "T": 1024, "D": 64}, {"dropout_p": 0.1}, bench=True),
     ],
+    "layer_norm": [
+        _rows("layer_norm", 1, 1),
+        _rows("layer_norm", 3, 15),
+        _rows("layer_norm", 7, 33, "strided", eps=1e-3),
+        _rows("layer_norm", 130, 70, bias=0),
+        _rows("layer_norm", 5, 1023, fp32_weights=1),
+        _rows("layer_norm", 65, 768),
+        _rows("layer_norm", 0, 8),
+        _rows("layer_norm", 4096, 768, bench=True),
+    ],
+    "add_layer_norm": [
+        _rows("add_layer_norm", 1, 1),
+        _rows("add_layer_norm", 3, 15, dropout_p=0.5, seed=1),
+        _rows("add_layer_norm", 7, 33, "strided"),
+        _rows("add_layer_norm", 130, 70, bias=0, dropout_p=0.1, seed=2**64 - 1, offset=3),
+        _rows("add_layer_norm", 5, 1023, fp32_weights=1, fp32_residual=1, dropout_p=0.2),
+        _rows("add_layer_norm", 9, 129, fp32_residual=1, dropout_p=1.0),
+        _rows("add_layer_norm", 0, 8),
+        _rows("add_layer_norm", 4096, 768, bench=True),
+        _rows("add_layer_norm", 4096, 768, dropout_p=0.1, bench=True),
+    ],
+    "dropout": [
+        _rows("dropout", 1, 1, p=0.5),
+        _rows("dropout", 3, 15, p=0.0),
+        _rows("dropout", 7, 33, "strided", p=0.3, seed=2**63, offset=2**32 - 1),
+        _rows("dropout", 5, 1029, p=0.9),
+        _rows("dropout", 4, 70, p=1.0),
+        _rows("dropout", 0, 8, p=0.1),
+        _rows("dropout", 4096, 768, p=0.1, bench=True),
+    ],
+    "cross_entropy": [
+        _loss(1, 1),
+        _loss(7, 15, reduction="none"),
+        _loss(9, 33, "strided", reduction="sum", label_smoothing=0.1),
+        _loss(6, 2049, label_smoothing=1.0, ignore_index=-1),
+        _loss(5, 5003, "strided", ignore_index=3, label_smoothing=0.3, reduction="none"),
+        _loss(2048, 50257, bench=True),
+    ],
+    "linear_cross_entropy": [
+        _linear_loss(7, 8, 15, reduction="none"),
+        _linear_loss(9, 16, 33, reduction="sum", label_smoothing=0.1),
+        _linear_loss(11, 24, 2049, ignore_index=3),
+        _linear_loss(2048, 768, 50257, bench=True),
+    ],
+    "sample": [
+        Case("sample", {"N": 3, "V": 15}),
+        Case("sample", {"N": 8, "V": 50257}, {"temperature": 0.8, "top_p": 0.9}, bench=True),
+        Case("sample", {"N": 8, "V": 50257}, {"top_k": 50}, bench=True),
+        Case("sample", {"N": 8, "V": 50257}, bench=True),
+    ],
 }
 
 
@@ -175,6 +299,7 @@ class Run:
 
     outputs: list[Tensor]
     grads: list[Tensor]
+    upstream: float  # largest of the gradients that were sent in: the scale of one that cancels to nothing
 
 
 def _floats(values: Any) -> list[Tensor]:
@@ -195,7 +320,8 @@ def run(fn: Callable[..., Any], case: Case, dtype: torch.dtype, *, exact: bool =
     upstream = [widen(torch.randn(o.shape, generator=generator).to(dtype)).to(o.dtype) for o in differentiable]
     inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     grads = torch.autograd.grad(differentiable, inputs, upstream) if differentiable else ()
-    return Run([o.detach() for o in outputs], list(grads))
+    largest = max((u.abs().max().item() for u in upstream if u.numel()), default=0.0)
+    return Run([o.detach() for o in outputs], list(grads), largest)
 
 
 def check_case(case: Case, dtype: torch.dtype, seed: int = 0, **extra_floor: float) -> None:
@@ -205,7 +331,8 @@ def check_case(case: Case, dtype: torch.dtype, seed: int = 0, **extra_floor: flo
     exact = run(getattr(reference, case.op), case, dtype, exact=True, seed=seed)
     label = f"{case.op} {case.id} {dtype}"
     assert_accurate(ours.outputs, eager.outputs, exact.outputs, 2, f"{label} result", dtype, **extra_floor)
-    assert_accurate(ours.grads, eager.grads, exact.grads, 3, f"{label} gradient", dtype, **extra_floor)
+    least = exact.upstream
+    assert_accurate(ours.grads, eager.grads, exact.grads, 3, f"{label} gradient", dtype, least, **extra_floor)
 
 
 def assert_accurate(
@@ -215,6 +342,7 @@ def assert_accurate(
     factor: float,
     label: str,
     dtype: torch.dtype,
+    least: float = 0.0,
     floor: float = 0.0,
 ) -> None:
     """Raise AssertionError unless |ours - exact| <= factor * |eager - exact| + floors, and the same places are finite.
@@ -224,9 +352,11 @@ def assert_accurate(
         factor: how much worse than eager PyTorch is allowed.
         label: begins the message.
         dtype: of the inputs; its precision sets the floor of FLOOR units in the last place.
+        least: the scale of those units is at least this.
         floor: a further relative floor, for a stated and measured reason.
     """
     scale = max((_finite(x).abs().max().item() for x in exact if _finite(x).numel()), default=0.0)
+    scale = max(scale, least)
     for n, (a, e, x) in enumerate(zip(ours, eager, exact, strict=True)):
         assert a.shape == x.shape, f"{label} {n}: shape {tuple(a.shape)}, expected {tuple(x.shape)}"
         same = torch.equal(a.isfinite(), x.isfinite()) and torch.equal(a[~x.isfinite()].double(), x[~x.isfinite()])

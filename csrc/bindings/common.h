@@ -79,6 +79,10 @@ inline cpu::Vector vector_of(const char* op, const OptTensor& v, i64 n, Tensor* 
   return {owner->const_data_ptr(), dtype_of(op, *v)};
 }
 
+inline cpu::DropoutParams dropout_params(double p, i64 seed, i64 offset) {
+  return {uint64_t(seed), uint32_t(offset), uint32_t(p * 65536 + 0.5)};
+}
+
 // Runs f(begin, end) over [0, n) on torch's pool in fixed parts; `cost` is the work of one item in bytes or so.
 template <class Fn> void parallel(i64 n, i64 cost, const Fn& f) {
   if (n <= 0) return;

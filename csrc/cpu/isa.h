@@ -15,6 +15,8 @@ namespace {
 
 #include "sum_chunks-inl.h"
 
+#include "peak-inl.h"
+
 #include "gelu-inl.h"
 
 #include "tile_product-inl.h"
@@ -24,11 +26,26 @@ namespace {
 #include "causal_attention_fwd-inl.h"
 
 #include "causal_attention_bwd-inl.h"
+
+#include "dropout-inl.h"
+
+#include "layer_norm-inl.h"
+
+#include "cross_entropy-inl.h"
+
+#include "sample-inl.h"
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {
-    GPTFAST_ISA_NAME, L, gelu_fwd, gelu_bwd, causal_attention_fwd, causal_attention_bwd, sum_chunks,
+    GPTFAST_ISA_NAME,  L,
+    gelu_fwd,          gelu_bwd,
+    causal_attention_fwd, causal_attention_bwd,
+    dropout,           dropout_mask,
+    layer_norm_fwd,    layer_norm_bwd,
+    cross_entropy_fwd, cross_entropy_bwd,
+    sample,            peak_flops,
+    sum_chunks,
 };
 
 }  // namespace gptfast::cpu::GPTFAST_ISA

@@ -45,6 +45,55 @@ struct GeluParams {
   bool tanh;  // tanh approximation or erf
 };
 
+struct DropoutParams {
+  uint64_t seed;
+  uint32_t offset, threshold;  // in 1/65536; 0: none; 65536: everything
+};
+struct DropoutRowsParams {
+  Rows x;
+  MutRows y;
+  i64 C;
+  DropoutParams dropout;
+};
+struct DropoutMaskParams {
+  bool* keep;  // (matrices, rows, C)
+  i64 rows, C;
+  DropoutParams dropout;
+};
+
+// layer_norm when residual.data is null, else add_layer_norm; the backward reads x as what was normalised.
+struct LayerNormParams {
+  Rows x, residual;  // (R, C)
+  Vector weight, bias;
+  MutRows total, y;
+  Rows dy, dtotal;        // backward: either may be null
+  MutRows dx, dresidual;  // backward: dx after dropout, dresidual before it; either may be null
+  float *mean, *rstd;     // (R)
+  float *dweight, *dbias;  // (ceil(R / kRowChunk), C) partial sums; dbias may be null
+  i64 R, C;
+  float eps;
+  DropoutParams dropout;
+};
+
+struct CrossEntropyParams {
+  Rows logits;         // (R, V)
+  const i64* targets;  // (R), in [0, V) or ignore_index
+  float *loss, *lse;   // (R)
+  const float* dloss;  // (R), backward
+  MutRows dlogits;     // (R, V), backward
+  i64 V, ignore_index;
+  float label_smoothing;
+};
+
+struct SampleParams {
+  Rows logits;  // (R, V)
+  const i64 *position, *stream;
+  i64* out;
+  i64 V, top_k;  // 0: all
+  float temperature, top_p;
+  uint64_t seed;
+};
+
 // Adds partial sums (chunks, C) in chunk order: out[c] = sum_k partial[k][c].
 struct SumChunksParams {
   const float* partial;
@@ -92,6 +141,15 @@ struct Kernels {
   void (*causal_attention_fwd)(const AttentionParams&, i64 bh, i64 first, i64 step);
   // All of head bh: dq, dk, dv.
   void (*causal_attention_bwd)(const AttentionParams&, i64 bh);
+  void (*dropout)(const DropoutRowsParams&, i64 row_begin, i64 row_end);
+  void (*dropout_mask)(const DropoutMaskParams&, i64 row_begin, i64 row_end);
+  void (*layer_norm_fwd)(const LayerNormParams&, i64 row_begin, i64 row_end);
+  void (*layer_norm_bwd)(const LayerNormParams&, i64 chunk_begin, i64 chunk_end);
+  void (*cross_entropy_fwd)(const CrossEntropyParams&, i64 row_begin, i64 row_end);
+  void (*cross_entropy_bwd)(const CrossEntropyParams&, i64 row_begin, i64 row_end);
+  void (*sample)(const SampleParams&, i64 row_begin, i64 row_end);
+  // Runs independent multiply-adds (of bf16 pairs where the CPU has them); returns the flops done.
+  double (*peak_flops)(i64 iterations, bool pairs, float* sink);
   void (*sum_chunks)(const SumChunksParams&, i64 c_begin, i64 c_end);
 };
 

@@ -91,6 +91,29 @@ INL F erf(F x) {
   return select(ge(a, set(1.f)), far, x * p);
 }
 
+// Natural logarithm of positive normal numbers: f - f^2/2 + f^3 P(f) on [sqrt(1/2), sqrt(2)), P a minimax fit; 1.5 ulp.
+INL F log(F x) {
+  const I exponent = sra(isub(as_int(x), iset(0x3f3504f3u)), 23);
+  const F n = to_float_signed(exponent), f = as_float(isub(as_int(x), shl(exponent, 23))) - set(1.f);
+  F p = set(0x1.1455f4p-4f);
+  p = fma(p, f, set(-0x1.de3baep-4f));
+  p = fma(p, f, set(0x1.e6f0fcp-4f));
+  p = fma(p, f, set(-0x1.fc2220p-4f));
+  p = fma(p, f, set(0x1.233760p-3f));
+  p = fma(p, f, set(-0x1.555c4cp-3f));
+  p = fma(p, f, set(0x1.99a4b6p-3f));
+  p = fma(p, f, set(-0x1.000006p-2f));
+  p = fma(p, f, set(0x1.555548p-2f));
+  const F f2 = f * f;
+  const F small = fma(f2 * f, p, fma(n, set(0x1.7f7d1cp-20f), set(-0.5f) * f2));  // ln 2 in two parts
+  return fma(n, set(0x1.62e4p-1f), small + f);
+}
+// log(1 + x) for x in (-1, 0]: log(u) x / (u - 1) with u = 1 + x undoes the rounding of u (Kahan; Higham 2002, 1.14.1).
+INL F log1p_negative(F x) {
+  const F u = set(1.f) + x;
+  return select(eq(u, set(1.f)), x, log(u) * (x / (u - set(1.f))));
+}
+
 // ---- Philox4x32-10 --------------------------------------------------------------------------------------------------
 // 32-bit lanes are held as even and odd 64-bit halves, where the low word counts and the high word may be anything.
 

@@ -59,6 +59,22 @@ INL F to_float(I a) {  // of an unsigned value: exact halves, one rounding in th
   return fma(high, set(65536.f), low);
 }
 
+INL F to_float_signed(I a) { return _mm256_cvtepi32_ps(a); }
+INL I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
+INL I sra(I a, int n) { return _mm256_srai_epi32(a, n); }
+INL I iselect(M m, I a, I b) { return as_int(_mm256_blendv_ps(as_float(b), as_float(a), m.v)); }
+INL M ieq(I a, I b) { return {as_float(_mm256_cmpeq_epi32(a, b))}; }
+INL I iload_u16(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+// Writes the lanes of x where m is set one after another (up to L lanes are touched); returns how many.
+INL int compress(void* out, I x, M m) {
+  alignas(32) uint32_t lanes[8];
+  istore(lanes, x);
+  uint32_t* to = static_cast<uint32_t*>(out);
+  int n = 0;
+  for (unsigned b = bits(m); b; b &= b - 1) to[n++] = lanes[__builtin_ctz(b)];
+  return n;
+}
+
 INL W wset(uint64_t x) { return _mm256_set1_epi64x(int64_t(x)); }
 INL W wmul(W a, W b) { return _mm256_mul_epu32(a, b); }  // product of the low halves
 INL W wshr32(W a) { return _mm256_srli_epi64(a, 32); }

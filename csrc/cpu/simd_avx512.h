@@ -46,6 +46,18 @@ INL F as_float(I a) { return _mm512_castsi512_ps(a); }
 INL I as_int(F a) { return _mm512_castps_si512(a); }
 INL F to_float(I a) { return _mm512_cvtepu32_ps(a); }  // of an unsigned value
 
+INL F to_float_signed(I a) { return _mm512_cvtepi32_ps(a); }
+INL I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
+INL I sra(I a, int n) { return _mm512_srai_epi32(a, unsigned(n)); }
+INL I iselect(M m, I a, I b) { return _mm512_mask_mov_epi32(b, m, a); }
+INL M ieq(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
+INL I iload_u16(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+// Writes the lanes of x where m is set one after another (up to L lanes are touched); returns how many.
+INL int compress(void* out, I x, M m) {
+  istore(out, _mm512_maskz_compress_epi32(m, x));
+  return __builtin_popcount(m);
+}
+
 INL W wset(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }
 INL W wmul(W a, W b) { return _mm512_mul_epu32(a, b); }  // product of the low halves
 INL W wshr32(W a) { return _mm512_srli_epi64(a, 32); }

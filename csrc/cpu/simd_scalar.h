@@ -73,6 +73,21 @@ typedef int32_t SI __attribute__((vector_size(16)));
 INL M igt(I a, I b) { return {(I)((SI)a > (SI)b)}; }  // signed
 INL F to_float(I a) { return F{float(a[0]), float(a[1]), float(a[2]), float(a[3])}; }  // of an unsigned value
 
+INL F to_float_signed(I a) { return F{float(int32_t(a[0])), float(int32_t(a[1])), float(int32_t(a[2])), float(int32_t(a[3]))}; }
+INL I isub(I a, I b) { return a - b; }
+INL I sra(I a, int n) { return (I)((SI)a >> n); }
+INL I iselect(M m, I a, I b) { return (a & m.v) | (b & ~m.v); }
+INL M ieq(I a, I b) { return {(I)(a == b)}; }
+INL I iload_u16(const uint16_t* p) { return I{p[0], p[1], p[2], p[3]}; }
+// Writes the lanes of x where m is set one after another (up to L lanes are touched); returns how many.
+INL int compress(void* out, I x, M m) {
+  uint32_t* to = static_cast<uint32_t*>(out);
+  int n = 0;
+  for (int i = 0; i < 4; i++)
+    if (m.v[i]) to[n++] = x[i];
+  return n;
+}
+
 INL W wset(uint64_t x) { return W{x, x}; }
 INL W wmul(W a, W b) { return (a & 0xffffffffu) * (b & 0xffffffffu); }  // product of the low halves
 INL W wshr32(W a) { return a >> 32; }

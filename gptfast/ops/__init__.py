@@ -3,12 +3,12 @@
 from gptfast.ops.add_layer_norm import add_layer_norm
 from gptfast.ops.causal_attention import causal_attention
 from gptfast.ops.cross_entropy import cross_entropy
-from gptfast.ops.dropout import dropout
+from gptfast.ops.dropout import dropout, dropout_mask
 from gptfast.ops.embedding import embedding
 from gptfast.ops.gelu import gelu
 from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear import linear
-from gptfast.ops.linear_cross_entropy import linear_cross_entropy
+from gptfast.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 from gptfast.ops.sample import sample
 
 __all__ = [
@@ -16,10 +16,12 @@ __all__ = [
     "causal_attention",
     "cross_entropy",
     "dropout",
+    "dropout_mask",
     "embedding",
     "gelu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_logprobs",
     "sample",
 ]

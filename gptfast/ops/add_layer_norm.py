@@ -1,1 +1,129 @@
-from gptfast.ops.reference import add_layer_norm  # kernels follow
+"""Dropout, residual sum and LayerNorm in one pass: the seam between the blocks of pre-norm and post-norm models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast import rng
+from gptfast.backend import KERNEL_DTYPES, resolve
+from gptfast.ops import reference
+from gptfast.ops._common import check_float, check_probability, distinct, fake, forbid_double_backward
+from gptfast.ops.layer_norm import check_norm
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """total = dropout(x) + residual;  y = layer_norm(total).  Returns (y, total).
+
+    Backward recomputes the dropout mask from (seed, offset); only total and two statistics a row are kept.
+
+    Args:
+        x: (..., C), the output of a branch.
+        residual: shape of x; may be of another dtype, such as a float32 stream beside bfloat16 branches.
+        weight, bias, eps: of the LayerNorm, as in `layer_norm`.
+        dropout_p: probability in [0, 1] of dropping an element of x.
+        seed, offset: of the mask, in [0, 2**64) and [0, 2**32); rows are numbered over the leading dimensions.
+        backend: see `gptfast.backend`.
+    Returns:
+        (y, total), both of x's shape, in the dtype that x + residual has.
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or range.
+    """
+    op = "add_layer_norm"
+    check_norm(op, x, weight, bias, eps)
+    check_float(op, residual=residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}; they must be equal")
+    check_probability(op, "dropout_p", dropout_p)
+    rng.check_counter(op, "seed", seed, 64)
+    rng.check_counter(op, "offset", offset)
+    if residual.dtype == torch.float64 or resolve(op, backend, x) == "eager":
+        return reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
+    options = (float(eps), float(dropout_p), rng.as_int64(seed), offset)
+    return AddLayerNormFunction.apply(*distinct(x, residual, weight, bias), *options)
+
+
+class AddLayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        dropout_p: float,
+        seed: int,
+        offset: int,
+    ) -> tuple[Tensor, Tensor]:
+        y, total, mean, rstd = torch.ops.gptfast.add_layer_norm_fwd(
+            x, residual, weight, bias, eps, dropout_p, seed, offset
+        )
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.set_materialize_grads(False)  # a gradient of zeros would cost a pass over memory
+        ctx.options = (
+            bias is not None,
+            KERNEL_DTYPES.index(x.dtype),
+            KERNEL_DTYPES.index(residual.dtype),
+            dropout_p,
+            seed,
+            offset,
+        )
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None and dtotal is None:
+            return (None,) * 8
+        dx, dresidual, dweight, dbias = torch.ops.gptfast.add_layer_norm_bwd(
+            dy, dtotal, *ctx.saved_tensors, *ctx.options
+        )
+        has_bias, x_type, residual_type, dropout_p = ctx.options[:4]
+        if x_type == residual_type and rng.dropout_threshold(dropout_p) == 0:
+            dx = dresidual
+        return dx, dresidual, dweight, dbias if has_bias else None, None, None, None, None
+
+
+@fake("add_layer_norm_fwd")
+def _(x: Tensor, residual: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    dtype = x.dtype if x.dtype == residual.dtype else torch.float32
+    rows = x.numel() // x.shape[-1]
+    statistics = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype), *statistics
+
+
+@fake("add_layer_norm_bwd")
+def _(
+    dy: Tensor | None,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+    x_type: int,
+    residual_type: int,
+    dropout_p: float,
+    seed: int,
+    offset: int,
+) -> tuple[Tensor, ...]:
+    own_dx = rng.dropout_threshold(dropout_p) != 0 or x_type != residual_type
+    dx = total.new_empty(total.shape if own_dx else 0, dtype=KERNEL_DTYPES[x_type])
+    dresidual = total.new_empty(total.shape, dtype=KERNEL_DTYPES[residual_type])
+    return dx, dresidual, weight.new_empty(weight.shape), weight.new_empty(weight.shape if has_bias else 0)
+
+
+forbid_double_backward("add_layer_norm", "add_layer_norm_bwd")

@@ -1,1 +1,121 @@
-from gptfast.ops.reference import cross_entropy  # kernels follow
+"""Log-softmax and negative log-likelihood in one pass over the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.backend import resolve
+from gptfast.ops import reference
+from gptfast.ops._common import check_choice, check_float, check_same_device, fake, forbid_double_backward
+
+OP = "cross_entropy"
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """-log softmax(logits)[target], as `F.cross_entropy` with class indices.
+
+    loss = (1 - e) (lse - x_target) + e (lse - mean(x)), e the label smoothing (Szegedy et al., arXiv 1512.00567), and
+    lse = log sum exp(x). -inf logits (masked tokens) are legal.
+
+    Args:
+        logits: (..., V), float32, bfloat16, float16 or float64.
+        targets: (...), int64, in [0, V) or ignore_index.
+        ignore_index: targets of this value count neither in the loss nor in the mean.
+        reduction: "mean" over the targets that count (nan when none does, as torch), "sum" or "none".
+        label_smoothing: e in [0, 1].
+        backend: see `gptfast.backend`.
+    Returns:
+        float32 (float64 for float64 logits): a scalar, or (...) for "none".
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or option.  IndexError: a target outside the vocabulary.
+    """
+    check_float(OP, logits=logits)
+    check_loss(OP, targets, logits.shape[:-1], reduction, label_smoothing)
+    check_same_device(OP, logits=logits, targets=targets)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{OP}: logits has shape {tuple(logits.shape)}; expected (..., V) with V >= 1")
+    check_targets(OP, targets, logits.shape[-1], ignore_index)
+    rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
+    if resolve(OP, backend, logits) == "eager":
+        loss = reference.cross_entropy(
+            rows, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+        )
+    else:
+        loss, _ = CrossEntropyFunction.apply(rows, flat, ignore_index, float(label_smoothing))
+    return reduce_loss(loss, targets, ignore_index, reduction)
+
+
+def check_loss(op: str, targets: Tensor, shape: tuple[int, ...], reduction: str, label_smoothing: float) -> None:
+    """Checks of the options that cross_entropy and linear_cross_entropy share."""
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(f"{op}: targets has dtype {got}; expected int64 class indices")
+    if tuple(targets.shape) != tuple(shape):
+        raise ValueError(f"{op}: targets has shape {tuple(targets.shape)}; expected {tuple(shape)}, one per row")
+    check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing is {label_smoothing}; expected a number in [0, 1]")
+
+
+def check_targets(op: str, targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raise IndexError for a target outside the vocabulary. Left to the kernel while tracing and on other devices."""
+    if torch.compiler.is_compiling() or targets.device.type != "cpu":
+        return
+    bad = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
+    if bad.any():
+        value = targets[bad][0].item()
+        raise IndexError(
+            f"{op}: a target is {value}; expected 0 to {vocab_size - 1}, or ignore_index ({ignore_index}) - "
+            "check that tokenizer and model have one vocabulary size"
+        )
+
+
+def reduce_loss(loss: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """(N,) losses with 0 where ignored -> the reduction that was asked for. Summed in float64: order does not show."""
+    if reduction == "none":
+        return loss.view(targets.shape)
+    total = loss.double().sum()
+    if reduction == "mean":
+        total = total / (targets != ignore_index).sum()
+    return total.to(loss.dtype)
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        loss, lse = torch.ops.gptfast.cross_entropy_fwd(logits, targets, ignore_index, label_smoothing)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.options = (ignore_index, label_smoothing)
+        ctx.mark_non_differentiable(lse)
+        return loss, lse
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+        dlogits = torch.ops.gptfast.cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options)
+        return dlogits, None, None, None
+
+
+@fake("cross_entropy_fwd")
+def _(logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    return tuple(logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
+
+
+@fake("cross_entropy_bwd")
+def _(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+forbid_double_backward(OP, "cross_entropy_bwd")

@@ -1,1 +1,83 @@
-from gptfast.ops.reference import dropout  # kernels follow
+"""Dropout by the Philox contract: the mask is a function of (seed, offset, row, column)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast import rng
+from gptfast.backend import has_cpu_ops, resolve
+from gptfast.ops import reference
+from gptfast.ops._common import check_float, check_probability, fake
+
+
+def dropout(x: Tensor, p: float, seed: int = 0, offset: int = 0, *, backend: str | None = None) -> Tensor:
+    """x / (1 - p) where an element is kept, 0 elsewhere (Srivastava et al., JMLR 15, 2014).
+
+    p is rounded to a multiple of 1/65536. The mask is `dropout_mask((1, rows, C), p, seed=seed, offset=offset)` with
+    the leading dimensions of x as rows; backward recomputes it, nothing is saved.
+
+    Args:
+        x: (..., C), float32, bfloat16, float16 or float64.
+        p: probability in [0, 1] of dropping an element; 1 drops everything.
+        seed, offset: in [0, 2**64) and [0, 2**32). The same pair gives the same mask on every backend.
+        backend: see `gptfast.backend`.
+    Returns:
+        Tensor of x's shape and dtype.
+    Raises:
+        TypeError, ValueError: wrong dtype or range.
+    """
+    check_float("dropout", x=x)
+    check_probability("dropout", "p", p)
+    rng.check_counter("dropout", "seed", seed, 64)
+    rng.check_counter("dropout", "offset", offset)
+    if x.dim() == 0:
+        return dropout(x[None], p, seed, offset, backend=backend)[0]
+    if resolve("dropout", backend, x) == "eager":
+        return reference.dropout(x, p, seed, offset)
+    return DropoutFunction.apply(x, float(p), rng.as_int64(seed), offset)
+
+
+def dropout_mask(shape: tuple[int, int, int], p: float, *, seed: int = 0, offset: int = 0) -> Tensor:
+    """Which elements dropout keeps: what `dropout`, `add_layer_norm` and `causal_attention` apply.
+
+    Args:
+        shape: (matrices, rows, cols). causal_attention: (B * H, T, S); the others: (1, rows, C).
+        p: probability in [0, 1] of dropping an element.
+        seed, offset: in [0, 2**64) and [0, 2**32).
+    Returns:
+        bool tensor of `shape` on the CPU, True where kept.
+    Raises:
+        TypeError, ValueError: wrong shape or range.
+    """
+    if len(shape) != 3 or any(not isinstance(n, int) or n < 0 for n in shape):
+        raise ValueError(f"dropout_mask: shape is {tuple(shape)}; expected three sizes (matrices, rows, cols)")
+    check_probability("dropout_mask", "p", p)
+    rng.check_counter("dropout_mask", "seed", seed, 64)
+    rng.check_counter("dropout_mask", "offset", offset)
+    if not has_cpu_ops:
+        return rng.dropout_keep(tuple(shape), p, seed, offset)
+    return torch.ops.gptfast.dropout_mask(*shape, float(p), rng.as_int64(seed), offset)
+
+
+class DropoutFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int, offset: int) -> Tensor:
+        ctx.options = (p, seed, offset)
+        return torch.ops.gptfast.dropout(x, p, seed, offset)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return DropoutFunction.apply(dy, *ctx.options), None, None, None  # linear: differentiable any number of times
+
+
+@fake("dropout")
+def _(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@fake("dropout_mask")
+def _(matrices: int, rows: int, cols: int, p: float, seed: int, offset: int) -> Tensor:
+    return torch.empty(matrices, rows, cols, dtype=torch.bool)

@@ -1,1 +1,85 @@
-from gptfast.ops.reference import layer_norm  # kernels follow
+"""LayerNorm in one pass over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.backend import resolve
+from gptfast.ops import reference
+from gptfast.ops._common import (
+    check_float,
+    check_same_device,
+    check_vector,
+    distinct,
+    fake,
+    forbid_double_backward,
+)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, backend: str | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, as `F.layer_norm`
+    (Ba et al., arXiv 1607.06450).
+
+    Statistics are fp32, by two passes over a row that stays in cache. The gradients of weight and bias are summed in
+    fp32 in a fixed order.
+
+    Args:
+        x: (..., C), float32, bfloat16, float16 or float64.
+        weight: (C,); may be of another float dtype than x, such as float32 beside bfloat16 activations.
+        bias: (C,) or None.
+        eps: added to the variance, >= 0.
+        backend: see `gptfast.backend`.
+    Returns:
+        Tensor of x's shape and dtype (under autocast too: the dtype follows x).
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or eps.
+    """
+    check_norm("layer_norm", x, weight, bias, eps)
+    if resolve("layer_norm", backend, x) == "eager":
+        return reference.layer_norm(x, weight, bias, eps)
+    return LayerNormFunction.apply(*distinct(x, weight, bias), float(eps))
+
+
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    """The checks that layer_norm and add_layer_norm share."""
+    check_float(op, x=x, weight=weight, bias=bias)
+    check_same_device(op, x=x, weight=weight, bias=bias)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (..., C) with C >= 1")
+    check_vector(op, "weight", weight, x.shape[-1], "x")
+    check_vector(op, "bias", bias, x.shape[-1], "x")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"{op}: eps is {eps}; expected a finite number >= 0, such as 1e-5")
+
+
+class LayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        y, mean, rstd = torch.ops.gptfast.layer_norm_fwd(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.has_bias = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight, dbias = torch.ops.gptfast.layer_norm_bwd(dy, *ctx.saved_tensors, ctx.has_bias)
+        return dx, dweight, dbias if ctx.has_bias else None, None
+
+
+@fake("layer_norm_fwd")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(x.shape), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+
+
+@fake("layer_norm_bwd")
+def _(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape if has_bias else 0)
+
+
+forbid_double_backward("layer_norm", "layer_norm_bwd")

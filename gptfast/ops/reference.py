@@ -183,9 +183,8 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    logits = _upcast(hidden) @ _upcast(weight).T
     return cross_entropy(
-        logits, targets, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        F.linear(hidden, weight), targets, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
 
 
@@ -212,12 +211,20 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    position: Tensor,
-    stream: Tensor,
+    position: Tensor | int = 0,
+    stream: Tensor | int | None = None,
 ) -> Tensor:
     x = logits.float()
+    for r in range(x.shape[0]):
+        if x[r].isnan().any():
+            raise RuntimeError(f"sample: logits[{r}] holds nan - look for an overflow in the model")
+        if temperature != 0 and x[r].isneginf().all():
+            raise RuntimeError(f"sample: logits[{r}] holds nothing but -inf; no token is left to draw")
     if temperature == 0:
         return _first_argmax(x)
+    rows = torch.arange(x.shape[0], device=x.device)
+    position = position if isinstance(position, Tensor) else torch.full_like(rows, position)
+    stream = rows if stream is None else stream if isinstance(stream, Tensor) else torch.full_like(rows, stream)
     keep = kept_tokens(x, temperature, top_k, top_p)
     noise = rng.gumbel_noise(x.shape[-1], seed, position, stream)
     return _first_argmax((x / temperature + noise).masked_fill(~keep, float("-inf")))

@@ -1,0 +1,71 @@
+// cross_entropy: schema, checks, allocation, launch.
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+constexpr const char* kOp = "cross_entropy";
+
+struct Targets {
+  Tensor owner;
+  const i64* data;
+  Targets(const Tensor& t, i64 rows, i64 V, i64 ignore_index) : owner(torch::stable::contiguous(t)) {
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.numel() == rows, kOp,
+                    ": targets must be an int64 CPU tensor with one entry per row");
+    data = static_cast<const i64*>(owner.const_data_ptr());
+    for (i64 r = 0; r < rows; r++)
+      STD_TORCH_CHECK((data[r] >= 0 && data[r] < V) || data[r] == ignore_index, kOp, ": targets[", r, "] is ", data[r],
+                      "; expected 0 to ", V - 1, " or ignore_index (", ignore_index, ") - check the vocabulary size");
+  }
+};
+
+cpu::CrossEntropyParams params_of(const RowView& x, const Targets& targets, i64 ignore_index, double label_smoothing) {
+  cpu::CrossEntropyParams p{};
+  p.logits = x.rows(), p.targets = targets.data, p.V = x.C, p.ignore_index = ignore_index;
+  p.label_smoothing = float(label_smoothing);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& targets, i64 ignore_index,
+                                             double label_smoothing) {
+  const RowView x = rows_of(kOp, logits);
+  const Targets t(targets, x.R, x.C, ignore_index);
+  cpu::CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
+  Tensor loss = new_tensor({x.R}, ScalarType::Float), lse = new_tensor({x.R}, ScalarType::Float);
+  p.loss = static_cast<float*>(loss.mutable_data_ptr()), p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  parallel(x.R, x.C * 8, [&](i64 begin, i64 end) { cpu::kernels().cross_entropy_fwd(p, begin, end); });
+  return {loss, lse};
+}
+
+Tensor cross_entropy_bwd(const Tensor& dloss, const Tensor& logits, const Tensor& targets, const Tensor& lse,
+                         i64 ignore_index, double label_smoothing) {
+  const RowView x = rows_of(kOp, logits);
+  const Targets t(targets, x.R, x.C, ignore_index);
+  cpu::CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
+  const Tensor d = torch::stable::contiguous(dloss), l = torch::stable::contiguous(lse);
+  STD_TORCH_CHECK(d.numel() == x.R && d.scalar_type() == ScalarType::Float && l.numel() == x.R, kOp,
+                  ": dloss and lse must be float32 with one value per row");
+  p.dloss = static_cast<const float*>(d.const_data_ptr());
+  p.lse = const_cast<float*>(static_cast<const float*>(l.const_data_ptr()));
+  Tensor dlogits = new_like(logits);
+  p.dlogits = mut_rows(kOp, dlogits, x.C);
+  parallel(x.R, x.C * 8, [&](i64 begin, i64 end) { cpu::kernels().cross_entropy_bwd(p, begin, end); });
+  return dlogits;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
+  m.def(
+      "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, float label_smoothing) "
+      "-> (Tensor loss, Tensor lse)");
+  m.def(
+      "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index, "
+      "float label_smoothing) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+  m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd));
+}
+
+}  // namespace gptfast

@@ -1,0 +1,36 @@
+// dropout and dropout_mask: schema, checks, allocation, launch.
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+constexpr const char* kOp = "dropout";
+
+Tensor dropout(const Tensor& x, double p, i64 seed, i64 offset) {
+  const RowView v = rows_of(kOp, x);
+  Tensor y = new_like(x);
+  const cpu::DropoutRowsParams params{v.rows(), mut_rows(kOp, y, v.C), v.C, dropout_params(p, seed, offset)};
+  parallel(v.R, v.C * 8, [&](i64 begin, i64 end) { cpu::kernels().dropout(params, begin, end); });
+  return y;
+}
+
+Tensor dropout_mask(i64 matrices, i64 rows, i64 cols, double p, i64 seed, i64 offset) {
+  Tensor keep = new_tensor({matrices, rows, cols}, ScalarType::Bool);
+  const cpu::DropoutMaskParams params{static_cast<bool*>(keep.mutable_data_ptr()), rows, cols,
+                                      dropout_params(p, seed, offset)};
+  parallel(matrices * rows, cols * 8, [&](i64 begin, i64 end) { cpu::kernels().dropout_mask(params, begin, end); });
+  return keep;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
+  m.def("dropout(Tensor x, float p, int seed, int offset) -> Tensor");
+  m.def("dropout_mask(int matrices, int rows, int cols, float p, int seed, int offset) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("dropout", TORCH_BOX(&dropout)); }
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
+  m.impl("dropout_mask", TORCH_BOX(&dropout_mask));
+}
+
+}  // namespace gptfast

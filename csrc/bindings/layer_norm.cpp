@@ -1,0 +1,122 @@
+// layer_norm and add_layer_norm: schemas, checks, allocation, launch. One kernel serves both.
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+i64 chunks_of(i64 R) { return (R + cpu::kRowChunk - 1) / cpu::kRowChunk; }
+
+void launch_fwd(const cpu::LayerNormParams& p) {
+  parallel(p.R, p.C * 8, [&](i64 begin, i64 end) { cpu::kernels().layer_norm_fwd(p, begin, end); });
+}
+
+// Runs the backward kernel and adds up the chunks; fills everything of p that belongs to the weights.
+std::tuple<Tensor, Tensor> launch_bwd(const char* op, cpu::LayerNormParams& p, const Tensor& weight, bool has_bias,
+                                      const Tensor& mean, const Tensor& rstd) {
+  Tensor weight_owner;
+  p.weight = vector_of(op, weight, p.C, &weight_owner);
+  STD_TORCH_CHECK(mean.numel() == p.R && rstd.numel() == p.R, op, ": mean and rstd must have one value a row");
+  p.mean = const_cast<float*>(static_cast<const float*>(mean.const_data_ptr()));
+  p.rstd = const_cast<float*>(static_cast<const float*>(rstd.const_data_ptr()));
+  const i64 chunks = chunks_of(p.R);
+  Tensor dweight = new_tensor({chunks, p.C}, ScalarType::Float);
+  Tensor dbias = new_tensor({has_bias ? chunks : 0, has_bias ? p.C : 0}, ScalarType::Float);
+  p.dweight = static_cast<float*>(dweight.mutable_data_ptr());
+  p.dbias = has_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
+  parallel(chunks, p.C * 8 * cpu::kRowChunk,
+           [&](i64 begin, i64 end) { cpu::kernels().layer_norm_bwd(p, begin, end); });
+  return {sum_chunks(op, dweight, weight.scalar_type()), sum_chunks(op, dbias, weight.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                                                  double eps) {
+  constexpr const char* op = "layer_norm";
+  const RowView v = rows_of(op, x);
+  Tensor y = new_like(x), weight_owner, bias_owner;
+  Tensor mean = new_tensor({v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
+  cpu::LayerNormParams p{};
+  p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = float(eps);
+  p.weight = vector_of(op, weight, v.C, &weight_owner), p.bias = vector_of(op, bias, v.C, &bias_owner);
+  p.mean = static_cast<float*>(mean.mutable_data_ptr()), p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  launch_fwd(p);
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                  const Tensor& mean, const Tensor& rstd, bool has_bias) {
+  constexpr const char* op = "layer_norm";
+  const RowView v = rows_of(op, x), g = rows_of(op, dy);
+  STD_TORCH_CHECK(g.R == v.R && g.C == v.C, op, ": dy and x differ in shape");
+  Tensor dx = new_like(x);
+  cpu::LayerNormParams p{};
+  p.x = v.rows(), p.dy = g.rows(), p.dx = mut_rows(op, dx, v.C), p.R = v.R, p.C = v.C;
+  auto [dweight, dbias] = launch_bwd(op, p, weight, has_bias, mean, rstd);
+  return {dx, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, const Tensor& residual,
+                                                              const Tensor& weight, const OptTensor& bias, double eps,
+                                                              double dropout_p, i64 seed, i64 offset) {
+  constexpr const char* op = "add_layer_norm";
+  const RowView v = rows_of(op, x), r = rows_of(op, residual);
+  STD_TORCH_CHECK(r.R == v.R && r.C == v.C, op, ": x and residual differ in shape");
+  const ScalarType total_type = x.scalar_type() == residual.scalar_type() ? x.scalar_type() : ScalarType::Float;
+  Tensor total = new_like(x, total_type), y = new_like(x, total_type), weight_owner, bias_owner;
+  Tensor mean = new_tensor({v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
+  cpu::LayerNormParams p{};
+  p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C), p.y = mut_rows(op, y, v.C);
+  p.R = v.R, p.C = v.C, p.eps = float(eps), p.dropout = dropout_params(dropout_p, seed, offset);
+  p.weight = vector_of(op, weight, v.C, &weight_owner), p.bias = vector_of(op, bias, v.C, &bias_owner);
+  p.mean = static_cast<float*>(mean.mutable_data_ptr()), p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  launch_fwd(p);
+  return {y, total, mean, rstd};
+}
+
+// dx is left empty where it would equal dresidual: without dropout and with x_type == residual_type.
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptTensor& dy, const OptTensor& dtotal,
+                                                              const Tensor& total, const Tensor& weight,
+                                                              const Tensor& mean, const Tensor& rstd, bool has_bias,
+                                                              i64 x_type, i64 residual_type, double dropout_p, i64 seed,
+                                                              i64 offset) {
+  constexpr const char* op = "add_layer_norm";
+  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  STD_TORCH_CHECK(x_type >= 0 && x_type < 3 && residual_type >= 0 && residual_type < 3, op, ": unknown dtype");
+  const RowView v = rows_of(op, total);
+  RowView g = v, d = v;
+  cpu::LayerNormParams p{};
+  p.x = v.rows(), p.R = v.R, p.C = v.C, p.dropout = dropout_params(dropout_p, seed, offset);
+  if (dy) g = rows_of(op, *dy), p.dy = g.rows();
+  if (dtotal) d = rows_of(op, *dtotal), p.dtotal = d.rows();
+  STD_TORCH_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C, op, ": gradients and total differ in shape");
+  const bool own_dx = p.dropout.threshold || x_type != residual_type;
+  Tensor dresidual = new_like(total, types[residual_type]);
+  Tensor dx = own_dx ? new_like(total, types[x_type]) : new_tensor({0}, types[x_type]);
+  p.dresidual = mut_rows(op, dresidual, v.C);
+  if (own_dx) p.dx = mut_rows(op, dx, v.C);
+  auto [dweight, dbias] = launch_bwd(op, p, weight, has_bias, mean, rstd);
+  return {dx, dresidual, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
+  m.def("layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, int seed, "
+      "int offset) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)");
+  m.def(
+      "add_layer_norm_bwd(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
+      "bool has_bias, int x_type, int residual_type, float dropout_p, int seed, int offset) "
+      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+}
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+  m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
+  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
+  m.impl("add_layer_norm_bwd", TORCH_BOX(&add_layer_norm_bwd));
+}
+
+}  // namespace gptfast

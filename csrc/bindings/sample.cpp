@@ -1,0 +1,39 @@
+// sample: schema, checks, allocation, launch.
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+constexpr const char* kOp = "sample";
+
+Tensor sample(const Tensor& logits, double temperature, i64 top_k, double top_p, i64 seed, const Tensor& position,
+              const Tensor& stream) {
+  const RowView x = rows_of(kOp, logits);
+  const Tensor pos = torch::stable::contiguous(position), str = torch::stable::contiguous(stream);
+  STD_TORCH_CHECK(pos.scalar_type() == ScalarType::Long && str.scalar_type() == ScalarType::Long &&
+                      pos.numel() == x.R && str.numel() == x.R,
+                  kOp, ": position and stream must be int64 with one value per row");
+  Tensor out = new_tensor({x.R}, ScalarType::Long);
+  i64* tokens = static_cast<i64*>(out.mutable_data_ptr());
+  const cpu::SampleParams p{x.rows(), static_cast<const i64*>(pos.const_data_ptr()),
+                            static_cast<const i64*>(str.const_data_ptr()), tokens, x.C, top_k, float(temperature),
+                            float(top_p), uint64_t(seed)};
+  STD_TORCH_CHECK(x.C > 0 || !x.R, kOp, ": logits has an empty vocabulary");
+  parallel_items(x.R, [&](i64 r) { cpu::kernels().sample(p, r, r + 1); });
+  for (i64 r = 0; r < x.R; r++) {
+    STD_TORCH_CHECK(tokens[r] != -1, kOp, ": logits[", r, "] holds nan - look for an overflow in the model");
+    STD_TORCH_CHECK(tokens[r] != -2, kOp, ": logits[", r, "] holds nothing but -inf; no token is left to draw");
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
+  m.def(
+      "sample(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor position, Tensor stream) "
+      "-> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("sample", TORCH_BOX(&sample)); }
+
+}  // namespace gptfast

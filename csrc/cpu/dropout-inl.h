@@ -1,0 +1,54 @@
+// Dropout along rows by the Philox contract (gptfast/rng.py): element (m, i, j) is kept when its 16-bit lane of the call
+// with counter (c0(j), i, m, offset) is >= threshold, and scaled by 65536 / (65536 - threshold).
+//
+// Call k = c0 serves columns 32 (k >> 2) + 8 w + 2 (k & 3) + {0, 1} in the halves of its word w. L calls run at once, one
+// a lane; storing 4 lanes (k & 3) of each word side by side puts the 16-bit decisions in column order.
+//
+// Floor: one read and one write; a Philox call of L lanes (about 60 vector operations) serves 8 L columns.
+
+// Decisions of columns [0, C) of row (m, i), in order; `lanes` holds round_up(C, 8 * L) values.
+static void dropout_row(uint16_t* lanes, const DropoutParams& d, i64 m, i64 i, i64 C) {
+  const Wide c1 = widen(uint32_t(i)), c2 = widen(uint32_t(m)), c3 = widen(d.offset);
+  for (i64 k = 0; 8 * k < C; k += L) {
+    I out[4];
+    philox(uint32_t(d.seed), uint32_t(d.seed >> 32), widen(iadd(iset(uint32_t(k)), iota())), c1, c2, c3, out);
+    alignas(64) uint32_t words[4][L];
+    UNROLL for (int w = 0; w < 4; w++) istore(words[w], out[w]);
+    for (int b = 0; b < L / 4; b++)
+      for (int w = 0; w < 4; w++) __builtin_memcpy(lanes + 8 * k + b * 32 + w * 8, words[w] + 4 * b, 16);
+  }
+}
+INL float dropout_scale(const DropoutParams& d) {
+  return d.threshold >= 65536 ? 0.f : 65536.f / float(65536 - d.threshold);
+}
+// x where the element at `lanes` is kept, times `scale`; 0 elsewhere, also for nan. Reads L decisions.
+INL F drop(F x, const uint16_t* lanes, uint32_t threshold, float scale) {
+  return keep(uge(iload_u16(lanes), iset(threshold)), x * set(scale));
+}
+
+constexpr i64 kDropoutBlock = 2048;
+
+static void dropout(const DropoutRowsParams& p, i64 row_begin, i64 row_end) {
+  float* xs = static_cast<float*>(scratch(size_t(p.C + kDropoutBlock) * 16));
+  float* ys = xs + p.C + L;
+  uint16_t* lanes = reinterpret_cast<uint16_t*>(ys + p.C + L);
+  const float scale = dropout_scale(p.dropout);
+  for (i64 r = row_begin; r < row_end; r++) {
+    const float* x = read_row(row(p.x, r), p.x.dtype, p.C, xs);
+    float* y = write_row(row(p.y, r), p.y.dtype, ys);
+    dropout_row(lanes, p.dropout, 0, r, p.C);
+    for_lanes(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
+      store_lanes(y + c, drop(load_lanes(x + c, n), lanes + c, p.dropout.threshold, scale), n);
+    });
+    finish_row(row(p.y, r), p.y.dtype, y, p.C);
+  }
+}
+
+static void dropout_mask(const DropoutMaskParams& p, i64 row_begin, i64 row_end) {
+  uint16_t* lanes = static_cast<uint16_t*>(scratch(size_t(p.C + kDropoutBlock) * 2));
+  for (i64 r = row_begin; r < row_end; r++) {
+    dropout_row(lanes, p.dropout, r / p.rows, r % p.rows, p.C);
+    bool* keep = p.keep + r * p.C;
+    for (i64 c = 0; c < p.C; c++) keep[c] = lanes[c] >= p.dropout.threshold;
+  }
+}

@@ -1,0 +1,91 @@
+"""The table, the JSON file and the picture of a set of comparisons. A comparison that we lose is shown like one we win."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from gptfast._files import atomic_write
+from gptfast.benchmarking.compare import Comparison
+from gptfast.benchmarking.machine import Machine
+
+BACKWARD_FLOPS = 2.5  # of attention, as a multiple of its forward
+
+
+def percent_of_limit(c: Comparison, machine: Machine) -> tuple[float, str]:
+    """How near ours comes to the tighter of the machine's two limits, and which one that is."""
+    size = torch.finfo(c.dtype).bits // 8
+    flops, data = c.case.cost(size)
+    passes = 1 + (BACKWARD_FLOPS if flops else 1.5) * c.backward  # backward of a pointwise op: 2 reads, 1 write
+    seconds = c.milliseconds["ours"] / 1e3
+    arithmetic = flops * passes / machine.peak(c.dtype) if flops else 0.0
+    memory = data * passes / (machine.copy_gbs * 1e9)
+    floor, what = max((arithmetic, "flops"), (memory, "memory"))
+    return 100 * floor / seconds, what
+
+
+def print_table(results: list[Comparison], machine: Machine) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=130)
+    console.print(
+        f"{machine.name}, {machine.threads} threads, {machine.isa}, torch {machine.torch}\n"
+        f"limits measured now: fp32 {machine.fp32_gflops:.0f} and bf16 {machine.bf16_gflops:.0f} GFLOP/s, "
+        f"copy {machine.copy_gbs:.0f} GB/s, signal between threads {machine.signal_ns:.0f} ns"
+    )
+    table = Table("op and shape", header_style="bold")
+    for title in ("ours, ms", "% of limit", "against", "ms", "speed-up"):
+        table.add_column(title, justify="left" if title == "against" else "right")
+    for c in results:
+        share, what = percent_of_limit(c, machine)
+        for n, (peer, ratio) in enumerate(c.ratios.items()):
+            mine = (c.name, f"{c.milliseconds['ours']:.2f}", f"{share:.0f} {what}") if n == 0 else ("", "", "")
+            style = "green" if ratio >= 1 else "red"
+            table.add_row(*mine, peer, f"{c.milliseconds[peer]:.2f}", f"[{style}]{ratio:.2f}x[/]")
+    console.print(table)
+
+
+def save_json(results: list[Comparison], machine: Machine, path: Path) -> None:
+    rows = [
+        {
+            "op": c.case.op,
+            "case": c.case.id,
+            "dtype": str(c.dtype)[6:],
+            "backward": c.backward,
+            "milliseconds": c.milliseconds,
+            "speedup": c.ratios,
+            "percent_of_limit": dict([reversed(percent_of_limit(c, machine))]),
+        }
+        for c in results
+    ]
+    atomic_write(path, json.dumps({"machine": machine.as_dict(), "results": rows}, indent=1).encode())
+
+
+def save_plot(results: list[Comparison], machine: Machine, path: Path) -> None:
+    """Horizontal bars of the speed-up over torch's own function, logarithmic, one line per case."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [c.name for c in results][::-1]
+    speedups = [next(iter(c.ratios.values())) for c in results][::-1]
+    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.32 * len(names)), layout="constrained")
+    colors = ["#2a7f62" if s >= 1 else "#b23a48" for s in speedups]
+    bars = axis.barh(names, speedups, color=colors)
+    axis.bar_label(bars, labels=[f"{s:.2f}x" for s in speedups], padding=3, fontsize=8)
+    axis.set_xscale("log")
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xlabel("times as fast as torch's own function")
+    axis.set_title(f"{machine.name}, {machine.threads} threads, {machine.isa}", fontsize=10)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.margins(x=0.15)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    atomic_write(path, buffer.getvalue())

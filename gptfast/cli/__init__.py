@@ -1,0 +1,62 @@
+"""The `gptfast` command. Each subcommand is one function in its own file; this one puts them together."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from gptfast.cli.bench import bench
+from gptfast.cli.doctor import doctor
+from gptfast.cli.generate import generate
+from gptfast.cli.info import info
+from gptfast.cli.prepare import prepare
+from gptfast.cli.train import train
+
+app = typer.Typer(
+    name="gptfast",
+    help="Train, fine-tune and run GPTs, fast on the machine you have.",
+    epilog="Start with: gptfast train --data shakespeare --out runs/bard, then gptfast generate --model runs/bard/best",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("gptfast"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Train, fine-tune and run GPTs, fast on the machine you have."""
+
+
+for command in (train, generate, prepare, info, doctor, bench):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line. What a user can mend is one line on stderr and exit code 1, never a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError) as error:
+        if os.environ.get("GPTFAST_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        print("(GPTFAST_DEBUG=1 shows where it was raised)", file=sys.stderr)
+        sys.exit(1)

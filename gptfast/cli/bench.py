@@ -1,0 +1,44 @@
+"""gptfast bench: every op beside eager PyTorch and torch's own functions, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops to time, such as gelu; all of them by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("runs/bench"),
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds of ours, peer, ours, peer, … per case.")] = 7,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 keeps PyTorch's choice.")] = 0,
+) -> None:
+    """Time the ops beside eager PyTorch and torch's own functions; print a table, write JSON and a plot.
+
+    Ours and the peers take turns in one run, and the ratio is the median over the rounds, so that a machine whose
+    speed drifts does not favour either. Each op's results are checked against float64 before it is timed.
+    """
+    import torch
+    from rich.progress import Progress
+
+    from gptfast.benchmarking import compare, comparisons, measure_machine, print_table, save_json, save_plot
+    from gptfast.testing import CASES
+
+    unknown = sorted(set(ops or []) - set(CASES))
+    if unknown:
+        raise ValueError(f"bench: no op named {', '.join(unknown)}; expected some of {', '.join(CASES)}")
+    if threads:
+        torch.set_num_threads(threads)
+    machine = measure_machine()
+    results = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("checking and timing", total=None)
+        for c in comparisons(ops):
+            progress.update(task, description=c.name)
+            results.append(compare(c, rounds))
+    print_table(results, machine)
+    out.mkdir(parents=True, exist_ok=True)
+    save_json(results, machine, out / "bench.json")
+    save_plot(results, machine, out / "bench.png")
+    print(f"wrote {out / 'bench.json'} and {out / 'bench.png'}")

@@ -1,0 +1,60 @@
+"""gptfast doctor: what runs here, and why."""
+
+from __future__ import annotations
+
+
+def doctor() -> None:
+    """Say what runs on this machine and why: CPU instruction set, threads, compiled ops, CUDA, Triton, versions."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "here", box=None, header_style="bold", pad_edge=False)
+    for name, value in report():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def report() -> list[tuple[str, str]]:
+    """Rows of (what, how it stands here)."""
+    import platform
+
+    import torch
+
+    import gptfast
+    from gptfast.backend import cpu_isa, cpu_isas, has_cpu_ops, missing_reason
+
+    cpu = "eager PyTorch" if not has_cpu_ops else f"compiled kernels, {cpu_isa()}"
+    rows = [
+        ("gptfast", f"{gptfast.__version__} (Python {platform.python_version()}, torch {torch.__version__})"),
+        ("processor", f"{cpu_name()}, {torch.get_num_threads()} threads"),
+        ("ops on the CPU", cpu + (f": {missing_reason}" if missing_reason else "")),
+    ]
+    if has_cpu_ops:
+        from gptfast import _C
+
+        usable = ", ".join(cpu_isas())
+        built = _C.build_info()
+        rows.append(("instruction sets", f"{usable} (GPTFAST_CPU_ISA forces one)"))
+        rows.append(("built with", f"{built['compiler']}, headers of torch {built['torch_headers']}"))
+    rows.append(("ops on CUDA", _cuda_status()))
+    rows.append(("Triton", "no Triton kernels in this version of gptfast"))
+    return rows
+
+
+def _cuda_status() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU that this torch can use" + ("" if torch.version.cuda else " (a CPU build of torch)")
+    return f"{torch.cuda.get_device_name()}: every op in eager PyTorch (no CUDA kernels in this version of gptfast)"
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except FileNotFoundError:
+        names = []
+    import platform
+
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,107 @@
+"""The choice among backends: never silent, never falling back on an explicit request."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import gptfast
+from gptfast import ops
+from gptfast.backend import cpu_isa, cpu_isas, force_cpu_isa, resolve
+
+X = torch.ones(4)
+
+
+def python(code: str, cwd: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, check=False, cwd=cwd
+    )
+
+
+def test_auto_takes_the_kernels_where_they_can_run():
+    assert resolve("gelu", None, X) == "cpu"
+    assert resolve("gelu", None, X.double()) == "eager"
+    assert resolve("gelu", None, X.to("meta")) == "eager"
+
+
+def test_argument_beats_context_beats_environment():
+    with gptfast.backend("eager"):
+        assert resolve("gelu", None, X) == "eager"
+        assert resolve("gelu", "cpu", X) == "cpu"
+        with gptfast.backend("cpu"):
+            assert resolve("gelu", None, X) == "cpu"
+        assert resolve("gelu", None, X) == "eager"
+    code = "import torch, gptfast; from gptfast.backend import resolve; print(resolve('gelu', None, torch.ones(1)))"
+    assert python(code, GPTFAST_BACKEND="eager").stdout.strip() == "eager"
+
+
+def test_the_choice_is_left_after_an_error_and_belongs_to_its_thread():
+    with pytest.raises(KeyError), gptfast.backend("eager"):
+        raise KeyError
+    assert resolve("gelu", None, X) == "cpu"
+    seen = []
+    with gptfast.backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(resolve("gelu", None, X)))
+        thread.start()
+        thread.join()
+    assert seen == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: ops.gelu(X, backend="cuda"), RuntimeError, "gelu: backend='cuda' was asked for, but this version"),
+        (lambda: ops.gelu(X, backend="triton"), RuntimeError, "backend='triton'"),
+        (lambda: ops.gelu(X, backend="gpu"), ValueError, "gelu: backend is 'gpu'; expected one of auto, cpu"),
+        (lambda: ops.gelu(X.double(), backend="cpu"), TypeError, "computes float32, bfloat16 and float16, got torch.float64"),
+        (lambda: ops.gelu(X.to("meta"), backend="cpu"), ValueError, "the input is on meta"),
+        (lambda: gptfast.backend("fast").__enter__(), ValueError, "gptfast.backend: backend is 'fast'"),
+        (lambda: force_cpu_isa("sse9").__enter__(), ValueError, "force_cpu_isa: 'sse9' cannot run here; available: scalar"),
+    ],
+)
+def test_errors(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_environment_is_checked_at_import():
+    bad = python("import gptfast", GPTFAST_BACKEND="metal")
+    assert bad.returncode and "GPTFAST_BACKEND: backend is 'metal'" in bad.stderr
+    bad = python("import gptfast", GPTFAST_CPU_ISA="avx1024")
+    assert bad.returncode and "GPTFAST_CPU_ISA is 'avx1024'; this machine runs scalar" in bad.stderr
+
+
+def test_isa_can_be_forced():
+    assert cpu_isa() == cpu_isas()[-1]
+    for name in cpu_isas():
+        code = "import gptfast; from gptfast.backend import cpu_isa; print(cpu_isa())"
+        assert python(code, GPTFAST_CPU_ISA=name).stdout.strip() == name
+        with force_cpu_isa(name):
+            assert cpu_isa() == name
+    assert cpu_isa() == cpu_isas()[-1]
+
+
+def test_missing_library_is_said_once_and_eager_runs(tmp_path):
+    """A copy of the package without _ops.so: what GPTFAST_BUILD=0 installs."""
+    import shutil
+    from pathlib import Path
+
+    package = Path(gptfast.__file__).parent
+    shutil.copytree(package, tmp_path / "gptfast", ignore=shutil.ignore_patterns("*.so", "__pycache__", "assets"))
+    code = (
+        "import torch, gptfast; x = torch.ones(3)\n"
+        "print(gptfast.ops.gelu(x).sum().item() > 2)\n"
+        "q = torch.ones(1, 1, 2, 4); print(gptfast.ops.causal_attention(q, q, q).shape)\n"
+        "try: gptfast.ops.gelu(x, backend='cpu')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    result = python(code, cwd=str(tmp_path), PYTHONPATH=str(tmp_path))
+    assert result.stderr.count("every op runs in eager PyTorch") == 1, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["True", "torch.Size([1, 1, 2, 4])"]
+    assert lines[2].startswith("gelu: backend='cpu' was asked for, but _ops.so was not built")
