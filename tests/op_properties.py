@@ -14,10 +14,10 @@ def bitwise(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def check_repeatable(case: Case, dtype: torch.dtype) -> None:
-    """Two runs, and runs on 1, 2 and 3 threads, give the same bits in results and gradients."""
+def check_repeatable(case: Case, dtype: torch.dtype, thread_counts: tuple[int, ...] = (1, 2, 3, 3)) -> None:
+    """Runs on these numbers of threads give the same bits in results and gradients."""
     runs = []
-    for threads in (1, 2, 3, 3):
+    for threads in thread_counts:
         torch.set_num_threads(threads)
         runs.append(run(getattr(ops, case.op), case, dtype))
     for other in runs[1:]:

@@ -1,0 +1,120 @@
+"""sample: the kept set and the draw of the contract on every ISA, statistics, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptfast import ops
+from gptfast.ops import reference
+from gptfast.testing import dtypes
+
+SETTINGS = [
+    {},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 50},
+    {"temperature": 1.3, "top_k": 40, "top_p": 0.5},
+    {"temperature": 0.0},
+    {"top_k": 1},
+    {"temperature": 2.0, "top_k": 5000, "top_p": 0.999},
+    {"top_p": 1e-6},
+]
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("V", [1, 2, 15, 16, 17, 63, 100, 50257])
+def test_equals_the_reference(V, dtype, isa):
+    """Token for token. Scores of float32 noise differ by about 1e-6, so two tokens swap once in some 10^5 draws."""
+    for n, options in enumerate(SETTINGS):
+        logits = (torch.randn(4, V) * 3).to(dtype)
+        if V > 50:
+            logits[:, ::7] = logits[:, :1].clone()  # ties
+        logits[1, : V // 2] = float("-inf")
+        key = {"seed": 2**63 + n, "position": 9 + n}
+        assert torch.equal(ops.sample(logits, **options, **key), reference.sample(logits, **options, **key)), options
+
+
+def test_ties_go_to_the_lowest_ids(isa):
+    logits = torch.zeros(1, 100)
+    logits[0, 40:] = 1.0
+    assert ops.sample(logits, temperature=0.0).item() == 40
+    drawn = {ops.sample(logits, top_k=3, seed=s).item() for s in range(200)}
+    assert drawn == {40, 41, 42}
+    nucleus = {ops.sample(logits.clamp_min(1.0)[:, :10], top_p=0.35, seed=s).item() for s in range(200)}
+    assert nucleus == {0, 1, 2, 3}  # 4 of 10 equal tokens reach 0.35
+
+
+def test_strided_rows_and_masked_tokens(isa):
+    x = torch.randn(3, 60)[:, 5:45]
+    x[:, 7] = float("-inf")
+    key = {"seed": 1, "position": torch.tensor([1, 2, 3]), "stream": torch.tensor([0, 0, 2**32 - 1])}
+    assert torch.equal(ops.sample(x, **key), ops.sample(x.contiguous(), **key))
+    assert all((ops.sample(x, seed=s, temperature=5.0) != 7).all() for s in range(100))
+
+
+def test_a_row_depends_on_its_coordinates_alone(isa):
+    logits = torch.randn(5, 300)
+    together = ops.sample(logits, seed=3, position=8, stream=torch.arange(10, 15))
+    alone = [ops.sample(logits[r : r + 1], seed=3, position=8, stream=10 + r).item() for r in range(5)]
+    assert together.tolist() == alone
+    assert torch.equal(ops.sample(logits, seed=3), ops.sample(logits, seed=3, stream=torch.arange(5)))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.6, "temperature": 1.5}])
+def test_draws_follow_the_distribution(options):
+    """Chi-square of 20,000 draws against the exact probabilities; every drawn token is in the kept set."""
+    V, draws = 12, 20000
+    logits = torch.randn(1, V) * 1.5
+    tokens = ops.sample(logits.expand(draws, V), seed=17, stream=torch.arange(draws), **options)
+    keep = reference.kept_tokens(logits, options.get("temperature", 1.0), options.get("top_k", 0), options.get("top_p", 1))
+    probs = (logits.double() / options.get("temperature", 1.0)).masked_fill(~keep, float("-inf")).softmax(-1)[0]
+    counts = torch.bincount(tokens, minlength=V).double()
+    assert (counts[~keep[0]] == 0).all()
+    kept = probs > 0
+    chi2 = ((counts[kept] - draws * probs[kept]) ** 2 / (draws * probs[kept])).sum().item()
+    freedom = kept.sum().item() - 1
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5 + 10, (chi2, freedom)
+
+
+def test_opcheck_and_compile():
+    logits, row = torch.randn(3, 20), torch.arange(3)
+    torch.library.opcheck(torch.ops.gptfast.sample.default, (logits, 1.0, 5, 0.9, 1, row, row))
+    f = torch.compile(lambda x: ops.sample(x, top_k=5, seed=2) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(f(logits), ops.sample(logits, top_k=5, seed=2) + 1)
+
+
+def test_inputs_unchanged_and_no_gradient():
+    logits = torch.randn(3, 20, requires_grad=True)
+    before = logits.detach().clone()
+    assert not ops.sample(logits, top_p=0.5).requires_grad
+    assert torch.equal(logits.detach(), before)
+
+
+X = torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: ops.sample(X[0]), ValueError, r"sample: logits has shape \(4,\); expected \(B, V\)"),
+        (lambda: ops.sample(X[:, :0]), ValueError, r"logits has shape \(2, 0\)"),
+        (lambda: ops.sample(X.long()), TypeError, "logits has dtype torch.int64"),
+        (lambda: ops.sample(X, temperature=-1.0), ValueError, "temperature is -1.0; expected a finite number >= 0"),
+        (lambda: ops.sample(X, temperature=float("nan")), ValueError, "temperature is nan"),
+        (lambda: ops.sample(X, temperature=float("inf")), ValueError, "temperature is inf"),
+        (lambda: ops.sample(X, top_k=-1), ValueError, "top_k is -1; expected an int >= 0"),
+        (lambda: ops.sample(X, top_k=2.5), ValueError, "top_k is 2.5"),
+        (lambda: ops.sample(X, top_p=0.0), ValueError, "top_p is 0.0; expected 0 < top_p <= 1"),
+        (lambda: ops.sample(X, top_p=1.5), ValueError, "top_p is 1.5"),
+        (lambda: ops.sample(X, seed=-1), ValueError, "seed is -1"),
+        (lambda: ops.sample(X, position=2**32), ValueError, "position is 4294967296"),
+        (lambda: ops.sample(X, position=torch.tensor([1])), TypeError, r"position is \(1,\) torch.int64"),
+        (lambda: ops.sample(X, stream=torch.tensor([0, -1])), ValueError, "stream has values outside"),
+        (lambda: ops.sample(X * float("nan")), RuntimeError, r"logits\[0\] holds nan"),
+        (lambda: ops.sample(X - float("inf")), RuntimeError, r"logits\[0\] holds nothing but -inf"),
+        (lambda: ops.sample(X * float("nan"), backend="eager"), RuntimeError, r"logits\[0\] holds nan"),
+    ],
+)
+def test_errors(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
