@@ -74,7 +74,7 @@ def distinct(*tensors: Any) -> list[Any]:
     result: list[Tensor | None] = []  # in, and out: tensors or None
     for t in tensors:
         repeated = t is not None and any(t is other for other in result)
-        result.append(t.view_as(t) if repeated else t)
+        result.append(t.view_as(t) if t is not None and repeated else t)
     return result
 
 
