@@ -32,7 +32,9 @@ def pair(tmp_path_factory):
 
 def theirs_generate(model, ids, **options):
     mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=options.get("eos_token_id", 0), **options)
+    return model.generate(
+        ids, attention_mask=mask, do_sample=False, pad_token_id=options.get("eos_token_id", 0), **options
+    )
 
 
 @pytest.mark.parametrize(("B", "T"), [(1, 1), (3, 7), (2, 30)])
@@ -78,7 +80,9 @@ def plain_loop(model, prompt, n, stream, **options):
 PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11, 12, 13]]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.4, "top_p": 0.8, "seed": 9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.4, "top_p": 0.8, "seed": 9}]
+)
 def test_sampling_equals_a_plain_loop_row_by_row(pair, options):
     model = pair[1]
     rows = model.generate(PROMPTS, max_new_tokens=10, num_return_sequences=2, **options)
@@ -141,7 +145,12 @@ def test_fills_the_whole_block(pair):
 @pytest.mark.parametrize(
     ("ids", "options", "error", "match"),
     [
-        ([[1]], {"max_new_tokens": 48}, ValueError, "1 tokens and max_new_tokens is 48, together 49, but block_size is 48"),
+        (
+            [[1]],
+            {"max_new_tokens": 48},
+            ValueError,
+            "1 tokens and max_new_tokens is 48, together 49, but block_size is 48",
+        ),
         ([[]], {}, ValueError, "prompt 0 is empty"),
         ([], {}, ValueError, "holds no prompts"),
         ([[1], [61]], {}, ValueError, r"prompt 1 holds token id 61; expected ids in \[0, 61\)"),
@@ -156,7 +165,12 @@ def test_fills_the_whole_block(pair):
         ([[1]], {"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
         ([[1]], {"max_new_tokens": 2.0}, TypeError, "max_new_tokens is 2.0; expected an int"),
         ([[1]], {"seed": -1}, ValueError, "seed is -1"),
-        ([[1]], {"num_beams": 2, "num_return_sequences": 3}, ValueError, "num_return_sequences is 3 but num_beams is 2"),
+        (
+            [[1]],
+            {"num_beams": 2, "num_return_sequences": 3},
+            ValueError,
+            "num_return_sequences is 3 but num_beams is 2",
+        ),
         ([[1]], {"num_beams": 2, "top_k": 5}, ValueError, "beam search draws nothing"),
         ([[1]], {"early_stopping": "maybe"}, ValueError, "early_stopping is 'maybe'"),
         ([[1]], {"max_length": 5}, TypeError, "unknown option 'max_length'; expected some of max_new_tokens"),

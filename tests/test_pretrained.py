@@ -308,7 +308,7 @@ def test_no_such_folder_and_wrong_arguments(tmp_path: Path, saved: Path):
     with pytest.raises(TypeError, match="GPTConfig has no field 'n_layers'"):
         GPT.from_pretrained(saved, n_layers=2)
     for size in ("5 apples", 0, 2.5, True):
-        with pytest.raises(ValueError, match="max_shard_size is .*expected bytes, or text such as '500MB'"):
+        with pytest.raises(ValueError, match=r"max_shard_size is .*expected bytes, or text such as '500MB'"):
             make().save_pretrained(tmp_path / "x", max_shard_size=size)  # type: ignore[arg-type]
     model = make()
     model.lm_head.weight = torch.nn.Parameter(model.wte.weight.detach().clone())

@@ -34,7 +34,9 @@ TOKENIZER = CharTokenizer.train(TEXT)
 TOKENS = np.array(TOKENIZER.encode(TEXT), np.uint16)
 TRAIN, VAL = TOKENS[:900], TOKENS[900:]
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=TOKENIZER.vocab_size, dropout=0.1)
-QUICK = TrainConfig(batch_size=4, max_steps=12, eval_every=3, eval_batches=2, log_every=1, dtype="float32", device="cpu")
+QUICK = TrainConfig(
+    batch_size=4, max_steps=12, eval_every=3, eval_batches=2, log_every=1, dtype="float32", device="cpu"
+)
 
 
 def make_trainer(out: Path, config: TrainConfig = QUICK, shape: GPTConfig = SHAPE, **options) -> Trainer:
@@ -170,7 +172,9 @@ def test_a_run_learns_and_leaves_checkpoints_log_and_plot(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     best = GPT.from_pretrained(tmp_path / "best")
     batches = evaluation_batches(VAL, 16, 4, config.eval_batches)
-    assert evaluate(best, batches, torch.no_grad, torch.device("cpu"))[0] == pytest.approx(result.best_val_loss, abs=1e-6)
+    assert evaluate(best, batches, torch.no_grad, torch.device("cpu"))[0] == pytest.approx(
+        result.best_val_loss, abs=1e-6
+    )
     assert load_tokenizer(tmp_path / "best").encode("sea") == TOKENIZER.encode("sea")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["best", "last", "log.jsonl", "loss.png"]
 

@@ -19,7 +19,9 @@ def generate(
     model: Annotated[str, typer.Option(help="Checkpoint folder, such as runs/bard/best, or a Hugging Face hub id.")],
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Text to continue; give it several times for several. Without any it is read from standard input."),
+        typer.Option(
+            help="Text to continue; give it several times for several. Without any it is read from standard input."
+        ),
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read one prompt from this UTF-8 text file instead.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to add to each prompt, at most.")] = 200,
@@ -31,9 +33,12 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed writes the same text, on any machine.")] = 0,
     num_return_sequences: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
     num_beams: Annotated[int, typer.Option(help="Beam search over so many beams; draws nothing.")] = 1,
-    length_penalty: Annotated[float, typer.Option(help="With beams: above 0 favours longer text, below shorter.")] = 1.0,
+    length_penalty: Annotated[
+        float, typer.Option(help="With beams: above 0 favours longer text, below shorter.")
+    ] = 1.0,
     show_probabilities: Annotated[
-        bool, typer.Option("--show-probabilities", help="At each step, show the most likely next tokens and what was drawn.")
+        bool,
+        typer.Option("--show-probabilities", help="At each step, show the most likely next tokens and what was drawn."),
     ] = False,
 ) -> None:
     """Continue a text.
@@ -93,7 +98,9 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     if not ids and tokenizer.eos_id is not None:
         return [tokenizer.eos_id]  # a document begins
     if not ids:
-        raise ValueError("generate: the prompt is empty; give at least one character - this tokenizer has no start token")
+        raise ValueError(
+            "generate: the prompt is empty; give at least one character - this tokenizer has no start token"
+        )
     return ids
 
 
@@ -146,7 +153,7 @@ def _show_probabilities(gpt: GPT, tokenizer: Tokenizer, ids: list[list[int]], op
     console, count, text = Console(highlight=False), 0, list(ids[0])
     for count, step in enumerate(stream(gpt, ids, top=8, **options), start=1):
         console.print(_step_table(tokenizer, tokenizer.decode(text), step, count))
-        text.append(step.tokens[0])
+        text += [token for token in step.tokens if token is not None]
     console.print(tokenizer.decode(text), markup=False)
     return count
 
@@ -156,7 +163,9 @@ def _step_table(tokenizer: Tokenizer, text: str, step: Step, number: int) -> Any
     from rich.table import Table
 
     chosen = step.tokens[0]
-    table = Table("next token", "probability", "", title=escape(f"{number}: …{text[-40:]!r}"), title_justify="left", box=None)
+    table = Table(
+        "next token", "probability", "", title=escape(f"{number}: …{text[-40:]!r}"), title_justify="left", box=None
+    )
     shown = step.top[0]
     for token, probability in shown:
         mark = "[green]drawn[/]" if token == chosen else ""

@@ -87,9 +87,7 @@ def train(
             "How far a step goes, at its largest. Too high and the loss jumps; too low and it crawls.",
         ),
     ] = None,
-    min_lr: Annotated[
-        float | None, _option(_OPTIMISER, "a tenth of --learning-rate", "Where the cosine ends.")
-    ] = None,
+    min_lr: Annotated[float | None, _option(_OPTIMISER, "a tenth of --learning-rate", "Where the cosine ends.")] = None,
     warmup_steps: Annotated[
         int | None,
         _option(_OPTIMISER, "100, at most a tenth of the steps", "Steps over which the learning rate rises from 0."),
@@ -97,9 +95,7 @@ def train(
     lr_decay_steps: Annotated[
         int | None, _option(_OPTIMISER, "the last step", "The step at which the learning rate reaches its lowest.")
     ] = None,
-    weight_decay: Annotated[
-        float | None, _option(_OPTIMISER, "0.1", "Pull of the matrices towards 0 (AdamW).")
-    ] = None,
+    weight_decay: Annotated[float | None, _option(_OPTIMISER, "0.1", "Pull of the matrices towards 0 (AdamW).")] = None,
     grad_clip: Annotated[
         float | None, _option(_OPTIMISER, "1.0", "Longest gradient; a longer one is shortened. 0: never.")
     ] = None,
@@ -115,9 +111,7 @@ def train(
             "still ends low.",
         ),
     ] = None,
-    eval_every: Annotated[
-        int | None, _option(_RUN, "250", "Steps between looks at the validation text.")
-    ] = None,
+    eval_every: Annotated[int | None, _option(_RUN, "250", "Steps between looks at the validation text.")] = None,
     eval_batches: Annotated[
         int | None, _option(_RUN, "20", "Batches of validation text, the same each time; 0: all of it.")
     ] = None,
@@ -138,9 +132,9 @@ def train(
     ] = None,
     device: Annotated[str | None, _option(_RUN, "cuda where there is one", "cpu or cuda.")] = None,
     threads: Annotated[int | None, _option(_RUN, "all cores", "CPU threads.")] = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder for checkpoints, log and plot.", rich_help_panel=_RUN)
-    ] = Path("runs/gpt"),
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and plot.", rich_help_panel=_RUN)] = Path(
+        "runs/gpt"
+    ),
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in OUT, bit for bit.", rich_help_panel=_RUN)
     ] = False,
@@ -153,13 +147,17 @@ def train(
 ) -> None:
     """Train a GPT to predict the next token of a text.
 
-    Without options it learns to write Shakespeare, character by character, in minutes on a laptop.
-    The loss is how surprised the model is by the next token, in nats: ln(vocabulary) for pure
-    guessing (4.5 for 90 characters), and falling as it learns. The training loss is of text it is
-    learning from, the validation loss of text it has never seen: that is the one that counts.
+    Without options it learns to write Shakespeare, character by
+    character, in minutes on a laptop.
 
-    OUT/last is the newest checkpoint and OUT/best the one with the lowest validation loss; each is a
-    complete folder for gptfast generate and for transformers. Ctrl-C saves and stops; --resume goes on.
+    The loss is how surprised the model is by the next token, in nats:
+    ln(vocabulary) for pure guessing (4.5 for 90 characters), less as it
+    learns. The training loss is of text that it learns from, the
+    validation loss of text that it never sees: that is the one that counts.
+
+    OUT/last is the newest checkpoint and OUT/best the one with the lowest
+    validation loss; each is a complete folder for gptfast generate and for
+    transformers. Ctrl-C saves and stops; --resume goes on.
     """
     given = {name: value for name, value in locals().items() if value is not None}
     from gptfast.malloc import tune_malloc
@@ -193,7 +191,10 @@ def describe(run: Run) -> list[str]:
     place = f"{cpu_name()}, {torch.get_num_threads()} threads, {kernels}"
     if trainer.device.type == "cuda":
         place = f"{torch.cuda.get_device_name(trainer.device)}, eager PyTorch"
-    steps = [f"{train.max_steps:,} steps" if train.max_steps else "", f"{train.max_minutes:g} min" if train.max_minutes else ""]
+    steps = [
+        f"{train.max_steps:,} steps" if train.max_steps else "",
+        f"{train.max_minutes:g} min" if train.max_minutes else "",
+    ]
     lines = [
         f"model    {trainer.model.num_parameters() / 1e6:.2f}M parameters: {shape}",
         f"data     {len(data.train):,} tokens to train on, {len(data.val):,} for validation; "

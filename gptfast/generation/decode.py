@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -53,10 +54,7 @@ def generate(model: GPT, ids: Any, **options: Any) -> Tensor | list[list[int]]:
         with for_generation(model):
             rows = beam_search(model, prompts, config)
     else:
-        rows = None
-        for rows, _ in _decode(model, ids, config, 0):
-            pass
-    assert rows is not None  # max_new_tokens >= 1
+        rows, _ = deque(_decode(model, ids, config, 0), maxlen=1)[0]
     return _as_tensor(rows, config, ids.device) if isinstance(ids, Tensor) else rows
 
 
@@ -76,9 +74,7 @@ def stream(model: GPT, ids: Any, *, top: int = 0, **options: Any) -> Iterator[St
         yield step
 
 
-def _decode(
-    model: GPT, ids: Any, config: GenerationConfig, top: int
-) -> Iterator[tuple[list[list[int]], Step]]:
+def _decode(model: GPT, ids: Any, config: GenerationConfig, top: int) -> Iterator[tuple[list[list[int]], Step]]:
     """Yields (all rows so far, the step that was just made)."""
     prompts = read_prompts(ids, model, config.max_new_tokens)
     copies, eos = config.num_return_sequences, set(config.eos_ids)

@@ -27,7 +27,9 @@ def read_prompts(ids: Any, model: GPT, max_new_tokens: int) -> list[list[int]]:
     """
     if isinstance(ids, Tensor):
         if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
-            raise TypeError(f"generate: ids is a {ids.dtype} tensor of shape {tuple(ids.shape)}; expected (B, T) token ids")
+            raise TypeError(
+                f"generate: ids is a {ids.dtype} tensor of shape {tuple(ids.shape)}; expected (B, T) token ids"
+            )
         rows = ids.tolist() if ids.dim() == 2 else [ids.tolist()]
     elif isinstance(ids, Sequence) and not isinstance(ids, str):
         rows = [list(ids)] if ids and isinstance(ids[0], int) else [list(row) for row in ids]

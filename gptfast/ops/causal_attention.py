@@ -39,7 +39,7 @@ def causal_attention(
     window: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # Tensor, or (Tensor, Tensor) with return_lse
     """softmax(softmax_scale * q k^T + mask) v, by tiles with a running maximum and sum (Milakov and Gimelshein,
     arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135).
 

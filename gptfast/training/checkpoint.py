@@ -136,7 +136,9 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         )
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("version") != VERSION:
-        raise ValueError(f"{path}: expected version {VERSION} of a training checkpoint; resume with the gptfast that wrote it")
+        raise ValueError(
+            f"{path}: expected version {VERSION} of a training checkpoint; resume with the gptfast that wrote it"
+        )
     try:
         return _parse(folder, raw)
     except (KeyError, TypeError, ValueError) as error:

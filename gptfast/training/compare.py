@@ -94,7 +94,9 @@ def compare_step(
         ValueError: a config that the plain implementation does not cover.  RuntimeError: the losses differ.
     """
     if config.norm_position != "pre" or not config.final_norm or config.attention_pattern != "dense":
-        raise ValueError("compare_step: config is not a GPT-2; expected norm_position='pre', final_norm, dense attention")
+        raise ValueError(
+            "compare_step: config is not a GPT-2; expected norm_position='pre', final_norm, dense attention"
+        )
     if config.position_embedding != "learned" or config.activation != "gelu_tanh":
         raise ValueError("compare_step: config is not a GPT-2; expected learned positions and activation='gelu_tanh'")
     torch.manual_seed(0)

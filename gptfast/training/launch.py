@@ -47,7 +47,9 @@ def new_run(given: dict[str, Any]) -> Run:
         OSError, TypeError, ValueError, ImportError: whatever is wrong with them or with the data.
     """
     if "preset" in given and "init_from" in given:
-        raise ValueError("train: preset and init_from were both given; init_from has its shape already - leave preset out")
+        raise ValueError(
+            "train: preset and init_from were both given; init_from has its shape already - leave preset out"
+        )
     start = {"init_from": _FINETUNE, "preset": _LARGE}
     defaults = next((values for name, values in start.items() if name in given), SMALL)
     config = _train_config({**defaults, **given})
@@ -117,7 +119,9 @@ def _tokenizer(given: dict[str, Any], model: GPT | None) -> str | None:
         return str(given["init_from"])
     if model.config.vocab_size == 50257:
         return "gpt2"
-    raise ValueError(f"train: which tokenizer {given['init_from']} uses is not known here; say so with --tokenizer FOLDER")
+    raise ValueError(
+        f"train: which tokenizer {given['init_from']} uses is not known here; say so with --tokenizer FOLDER"
+    )
 
 
 def _is_prepared(data: str) -> bool:

@@ -24,7 +24,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"TrainConfig: device is {name!r}; expected 'auto', 'cpu' or 'cuda'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"TrainConfig: device is {name!r}, but PyTorch sees {torch.cuda.device_count()} GPUs; use 'cpu'")
+        raise ValueError(
+            f"TrainConfig: device is {name!r}, but PyTorch sees {torch.cuda.device_count()} GPUs; use 'cpu'"
+        )
     return device
 
 

@@ -66,6 +66,4 @@ def restore_optimizer(
                     f"{source}: {key}/{name} {got}; the file belongs to another model - resume from another "
                     "checkpoint, or start anew from these weights with --init-from"
                 )
-        optimizer.state[parameter] = {
-            key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in expected
-        }
+        optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].to(parameter.device, copy=True) for key in expected}

@@ -58,8 +58,13 @@ class TrainingProgress:
         self._live = enabled and self.console.is_terminal
         texts = [TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "val", "speed", "peak", "left")]
         self._bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), *texts, console=self.console,
-            disable=not self._live, expand=True,
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            *texts,
+            console=self.console,
+            disable=not self._live,
+            expand=True,
         )
         self._task = self._bar.add_task("train", total=None, loss="", val="", speed="", peak="", left="")
         self._last_line = -math.inf

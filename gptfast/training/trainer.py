@@ -16,7 +16,14 @@ import torch
 from gptfast.data import TokenFile, WindowSampler
 from gptfast.models import GPT
 from gptfast.tokenizer import Tokenizer
-from gptfast.training.checkpoint import Checkpoint, TrainState, copy_checkpoint, load_optimizer, make_room, save_checkpoint
+from gptfast.training.checkpoint import (
+    Checkpoint,
+    TrainState,
+    copy_checkpoint,
+    load_optimizer,
+    make_room,
+    save_checkpoint,
+)
 from gptfast.training.config import TrainConfig
 from gptfast.training.evaluate import Batch, evaluate, evaluation_batches
 from gptfast.training.interrupt import Interrupt
