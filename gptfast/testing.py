@@ -228,7 +228,13 @@ CASES: dict[str, list[Case]] = {
         _attention(1, 2, 0, 16, S=5),
         _attention(1, 2, 3, 16, S=0),
         Case("causal_attention", {"B": 4, "H": 12, "T": 1024, "D": 64}, bench=True),
-        Case("causal_attention", {"B": 4, "H": 12, "T": 1024, "D": 64}, {"dropout_p": 0.1}, bench=True),
+        Case(
+            "causal_attention",
+            {"B": 4, "H": 12, "T": 1024, "D": 64},
+            {"dropout_p": 0.1},
+            bench=True,
+            slow_reference=True,
+        ),
     ],
     "layer_norm": [
         _rows("layer_norm", 1, 1),
