@@ -52,7 +52,7 @@ cpu::AttentionParams params_of(const Tensor& q, const Tensor& k, const Options& 
   p.B = q.size(0), p.H = q.size(1), p.T = q.size(2), p.D = q.size(3), p.S = k.size(2);
   p.dtype = dtype_of(kOp, q);
   p.causal = o.causal, p.scale = float(o.scale), p.window = o.window;
-  p.threshold = uint32_t(o.dropout_p * 65536 + 0.5);
+  p.threshold = dropout_threshold(o.dropout_p);
   p.seed = uint64_t(o.seed), p.offset = uint32_t(o.offset);
   p.seq_lens = seq_lens.data(), p.cu_seqlens = cu_seqlens.data();
   p.documents = i64(cu_seqlens.values.size()) - 1;

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
@@ -79,8 +80,10 @@ inline cpu::Vector vector_of(const char* op, const OptTensor& v, i64 n, Tensor* 
   return {owner->const_data_ptr(), dtype_of(op, *v)};
 }
 
+// round(65536 p), halves to even: as gptfast.rng.dropout_threshold.
+inline uint32_t dropout_threshold(double p) { return uint32_t(std::nearbyint(p * 65536)); }
 inline cpu::DropoutParams dropout_params(double p, i64 seed, i64 offset) {
-  return {uint64_t(seed), uint32_t(offset), uint32_t(p * 65536 + 0.5)};
+  return {uint64_t(seed), uint32_t(offset), dropout_threshold(p)};
 }
 
 // Runs f(begin, end) over [0, n) on torch's pool in fixed parts; `cost` is the work of one item in bytes or so.

@@ -6,12 +6,14 @@
 //
 // Floor: one read and one write; a Philox call of L lanes (about 60 vector operations) serves 8 L columns.
 
-// Decisions of columns [0, C) of row (m, i), in order; `lanes` holds round_up(C, 8 * L) values.
-static void dropout_row(uint16_t* lanes, const DropoutParams& d, i64 m, i64 i, i64 C) {
+// Decisions of columns [j, j + n) of row (m, i), in order; j is a multiple of 32, `lanes` has room for
+// round_up(n, 8 * L) values.
+static void dropout_lanes(uint16_t* lanes, const DropoutParams& d, i64 m, i64 i, i64 j, i64 n) {
   const Wide c1 = widen(uint32_t(i)), c2 = widen(uint32_t(m)), c3 = widen(d.offset);
-  for (i64 k = 0; 8 * k < C; k += L) {
+  for (i64 k = 0; 8 * k < n; k += L) {
     I out[4];
-    philox(uint32_t(d.seed), uint32_t(d.seed >> 32), widen(iadd(iset(uint32_t(k)), iota())), c1, c2, c3, out);
+    const I calls = iadd(iset(uint32_t(j / 8 + k)), iota());
+    philox(uint32_t(d.seed), uint32_t(d.seed >> 32), widen(calls), c1, c2, c3, out);
     alignas(64) uint32_t words[4][L];
     UNROLL for (int w = 0; w < 4; w++) istore(words[w], out[w]);
     for (int b = 0; b < L / 4; b++)
@@ -26,29 +28,32 @@ INL F drop(F x, const uint16_t* lanes, uint32_t threshold, float scale) {
   return keep(uge(iload_u16(lanes), iset(threshold)), x * set(scale));
 }
 
-constexpr i64 kDropoutBlock = 2048;
+constexpr i64 kDropoutBlock = 2048;  // columns at a time: a multiple of 8 * L, within L1
 
 static void dropout(const DropoutRowsParams& p, i64 row_begin, i64 row_end) {
-  float* xs = static_cast<float*>(scratch(size_t(p.C + kDropoutBlock) * 16));
-  float* ys = xs + p.C + L;
-  uint16_t* lanes = reinterpret_cast<uint16_t*>(ys + p.C + L);
+  alignas(64) float xs[kDropoutBlock], ys[kDropoutBlock];
+  alignas(64) uint16_t lanes[kDropoutBlock] = {};  // at threshold 0 these decisions stand: everything is kept
   const float scale = dropout_scale(p.dropout);
-  for (i64 r = row_begin; r < row_end; r++) {
-    const float* x = read_row(row(p.x, r), p.x.dtype, p.C, xs);
-    float* y = write_row(row(p.y, r), p.y.dtype, ys);
-    dropout_row(lanes, p.dropout, 0, r, p.C);
-    for_lanes(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
-      store_lanes(y + c, drop(load_lanes(x + c, n), lanes + c, p.dropout.threshold, scale), n);
-    });
-    finish_row(row(p.y, r), p.y.dtype, y, p.C);
-  }
+  for (i64 r = row_begin; r < row_end; r++)
+    for (i64 c0 = 0; c0 < p.C; c0 += kDropoutBlock) {
+      const i64 width = p.C - c0 < kDropoutBlock ? p.C - c0 : kDropoutBlock;
+      const float* x = read_row(at(row(p.x, r), p.x.dtype, c0), p.x.dtype, width, xs);
+      void* out = at(row(p.y, r), p.y.dtype, c0);
+      float* y = write_row(out, p.y.dtype, ys);
+      if (p.dropout.threshold) dropout_lanes(lanes, p.dropout, 0, r, c0, width);
+      for_lanes(width, [&](i64 c, i64 n) __attribute__((always_inline)) {
+        store_lanes(y + c, drop(load_lanes(x + c, n), lanes + c, p.dropout.threshold, scale), n);
+      });
+      finish_row(out, p.y.dtype, y, width);
+    }
 }
 
 static void dropout_mask(const DropoutMaskParams& p, i64 row_begin, i64 row_end) {
-  uint16_t* lanes = static_cast<uint16_t*>(scratch(size_t(p.C + kDropoutBlock) * 2));
-  for (i64 r = row_begin; r < row_end; r++) {
-    dropout_row(lanes, p.dropout, r / p.rows, r % p.rows, p.C);
-    bool* keep = p.keep + r * p.C;
-    for (i64 c = 0; c < p.C; c++) keep[c] = lanes[c] >= p.dropout.threshold;
-  }
+  alignas(64) uint16_t lanes[kDropoutBlock];
+  for (i64 r = row_begin; r < row_end; r++)
+    for (i64 c0 = 0; c0 < p.C; c0 += kDropoutBlock) {
+      const i64 width = p.C - c0 < kDropoutBlock ? p.C - c0 : kDropoutBlock;
+      dropout_lanes(lanes, p.dropout, r / p.rows, r % p.rows, c0, width);
+      for (i64 c = 0; c < width; c++) p.keep[r * p.C + c0 + c] = lanes[c] >= p.dropout.threshold;
+    }
 }

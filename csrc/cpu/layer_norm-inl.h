@@ -43,7 +43,7 @@ static const float* norm_input(const LayerNormParams& p, const NormBuffers& t, i
   float* total = write_row(row(p.total, r), p.total.dtype, t.x);
   const DropoutParams& d = p.dropout;
   if (d.threshold) {
-    dropout_row(t.lanes, d, 0, r, p.C);
+    dropout_lanes(t.lanes, d, 0, r, 0, p.C);
     const float scale = dropout_scale(d);
     for_lanes(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
       const F kept = drop(load_lanes(x + c, n), t.lanes + c, d.threshold, scale);
@@ -126,7 +126,7 @@ static void layer_norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i
   float* dx = write_row(row(p.dx, r), p.dx.dtype, t.y);
   const DropoutParams& d = p.dropout;
   if (d.threshold) {
-    dropout_row(t.lanes, d, 0, r, p.C);
+    dropout_lanes(t.lanes, d, 0, r, 0, p.C);
     const float scale = dropout_scale(d);
     for_lanes(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
       store_lanes(dx + c, drop(load_lanes(t.g + c, n), t.lanes + c, d.threshold, scale), n);
