@@ -1,4 +1,4 @@
-"""What `make demo` runs: train a small GPT on Shakespeare, let it write, and time its training step beside PyTorch's."""
+"""What `make demo` runs: train a small GPT on Shakespeare, let it write, time its training step beside PyTorch's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ OUT = Path("runs/demo")
 PLAYS = "shakespeare:comedy,history,tragedy"  # held out by play; the poems would make a validation set of another kind
 TRAIN = [
     *("--data", PLAYS, "--tokenizer", "char", "--out", str(OUT), "--overwrite"),
-    *("--n-layer", "4", "--n-head", "4", "--n-embd", "256", "--block-size", "128", "--batch-size", "16"),
-    *("--dropout", "0", "--learning-rate", "3e-3", "--min-lr", "1e-5", "--warmup-steps", "100"),
-    *("--max-minutes", "2.9", "--eval-every", "300", "--eval-batches", "16"),
+    *("--n-layer", "4", "--n-head", "6", "--n-embd", "192", "--block-size", "128", "--batch-size", "16"),
+    *("--dropout", "0", "--optimizer", "muon", "--learning-rate", "4e-3", "--min-lr", "1e-5", "--warmup-steps", "50"),
+    *("--max-minutes", "2.9", "--eval-every", "300", "--eval-batches", "32"),
 ]
 PROMPT = "HAMLET:\n"
 TEMPERATURES = (0.5, 0.8, 1.0)

@@ -179,7 +179,8 @@ def recompute(model: GPT, ids: Tensor, targets: Tensor, step: int, seed: int) ->
     def norm(module, x: Tensor) -> Tensor:
         return F.layer_norm(x, (c.n_embd,), module.weight, module.bias, c.layer_norm_epsilon)
 
-    x = drop(model.wte.weight[ids] + model.wpe.weight[:T], c.embd_pdrop, next(numbers))
+    scale = 48**0.5 if c.position_embedding == "sinusoidal" else 1
+    x = drop(model.wte.weight[ids] * scale + model.wpe.weight[:T], c.embd_pdrop, next(numbers))
     for block in model.h:
         if c.norm_position == "pre":
             x = x + attention(block.attn, norm(block.ln_1, x))

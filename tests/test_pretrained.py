@@ -412,35 +412,49 @@ def kill_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
 
 
-def test_a_kill_at_any_moment_leaves_all_old_or_all_new(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("read_between", [True, False])
+def test_a_kill_at_any_moment_leaves_all_old_or_all_new(tmp_path: Path, monkeypatch, read_between: bool):
     """Old: one file; new: two shards and an index. The child process is ended at every step in turn."""
     old = {"config.json": "old", "model.safetensors": "old"}
     new = {name: "new" for name in ("config.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors")}
     new["model.safetensors.index.json"] = "new"
-    outcomes = []
+    outcomes, status = [], None
     for step in range(100):
         folder = tmp_path / str(step)
         folder.mkdir()
-        for name, text in old.items():
-            (folder / name).write_text(text)
-        child = os.fork()
-        if child == 0:
-            kill_after(step, monkeypatch)
-            with _folders.staged_folder(folder) as stage:
-                for name, text in new.items():
-                    (stage / name).write_text(text)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        _folders.finish_staged(folder)
-        found = {f.name: f.read_text() for f in folder.iterdir() if f.name != _folders.STAGE}
-        assert found in (old, new), f"step {step}: {found}"
-        outcomes.append(found == new)
+        write(folder, old)
+        status = save_and_die(folder, new, step, monkeypatch)
+        if read_between:
+            _folders.finish_staged(folder)
+            found = {f.name: f.read_text() for f in folder.iterdir() if f.name != _folders.STAGE}
+            assert found in (old, new), f"step {step}: {found}"
+            outcomes.append(found == new)
         with _folders.staged_folder(folder) as stage:  # and the next save works
-            (stage / "model.safetensors").write_text("newer")
+            write(stage, {"model.safetensors": "newer"})
         assert {f.name for f in folder.iterdir()} == {"config.json", "model.safetensors"}
         if status == 0:
             break
     assert status == 0
-    assert outcomes == sorted(outcomes)
-    assert outcomes.count(False) > 5, "the kill never came before the commit"
-    assert outcomes.count(True) > 5, "the kill never came after the commit"
+    if read_between:
+        assert outcomes == sorted(outcomes)
+        assert outcomes.count(False) > 5, "the kill never came before the commit"
+        assert outcomes.count(True) > 5, "the kill never came after the commit"
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+
+def save_and_die(folder: Path, files: dict[str, str], step: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Save in a child process that ends at the given step; its exit code, 0 if it came to the end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            kill_after(step, monkeypatch)
+            with _folders.staged_folder(folder) as stage:
+                write(stage, files)
+            os._exit(0)
+        finally:  # an error must not let the child go on as a second pytest
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

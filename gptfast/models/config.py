@@ -33,7 +33,8 @@ class GPTConfig:
         attention_pattern: "dense", or "alternating": layers 1, 3, 5 ... see only the last `window` positions
             (GPT-3).
         window: positions that a banded layer sees, its own among them; None with "dense".
-        position_embedding: "learned", or "sinusoidal" (Vaswani et al., arXiv 1706.03762, section 3.5).
+        position_embedding: "learned", or "sinusoidal": fixed, added to sqrt(n_embd) times the token embedding
+            (Vaswani et al., arXiv 1706.03762, sections 3.4 and 3.5).
         tie_weights: the head uses the token embedding matrix.
         bias: biases in the linear layers and LayerNorms.
         layer_norm_epsilon: > 0.

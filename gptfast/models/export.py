@@ -45,7 +45,7 @@ def save(model: GPT, path: str | os.PathLike[str], max_shard_size: int | str = "
     with staged_folder(path) as stage:
         _write_json(stage / CONFIG, hf_layout.to_hf(model.config, str(model.wte.weight.dtype).removeprefix("torch.")))
         for file, names in zip(files, shards, strict=True):
-            _write_shard(stage / file, {name: tensors[name].contiguous().cpu() for name in names})
+            write_tensors(stage / file, {name: tensors[name].contiguous().cpu() for name in names})
         if len(shards) > 1:
             weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
             total = sum(x.nbytes for x in tensors.values())
@@ -87,7 +87,7 @@ def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # how safetensors reports a failed write

@@ -117,7 +117,7 @@ class GPT(nn.Module):
         """Hidden states before the head, (B, T, C)."""
         config, seed, first = self.config, *self._take_offsets()
         positions = None if cache is None else cache.start(ids.shape[1])
-        residual = ops.embedding(ids, self.wte.weight, self.wpe.weight, positions)
+        residual = self._embed(ids, positions)
         if self.training and config.embd_pdrop > 0:
             residual = ops.dropout(residual, config.embd_pdrop, seed, first)
         branch = None
@@ -126,6 +126,14 @@ class GPT(nn.Module):
         if cache is not None:
             cache.finish(ids.shape[1])
         return self._final_norm(branch, residual, seed, first + 3 * config.n_layer)
+
+    def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """Token plus position embedding, (B, T, C)."""
+        if self.config.position_embedding == "learned":
+            return ops.embedding(ids, self.wte.weight, self.wpe.weight, positions)
+        sinusoids = self.wpe.weight[: ids.shape[1]] if positions is None else self.wpe.weight[positions]
+        scale = math.sqrt(self.config.n_embd)  # Vaswani et al., section 3.4: or 0.02 would drown in sinusoids of 1
+        return ops.embedding(ids, self.wte.weight) * scale + sinusoids
 
     def _final_norm(self, branch: Tensor | None, residual: Tensor, seed: int, offset: int) -> Tensor:
         """Add the last block's branch and normalise, as far as the config has these."""
