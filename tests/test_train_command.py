@@ -21,9 +21,8 @@ from gptfast.training import read_checkpoint
 from gptfast.training.log import read_log
 
 TEXT = "Is this a dagger which I see before me,\nThe handle toward my hand? Come, let me clutch thee.\n" * 30
-SMALL = (
-    ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "16", "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "--threads", "1"]
-)
+SHAPE = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--block-size", "16"]
+SMALL = [*SHAPE, "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "--threads", "1"]
 SCHEDULE = ["--max-steps", "12", "--eval-every", "3", "--eval-batches", "2", "--log-every", "1"]
 
 
@@ -121,8 +120,8 @@ def test_init_from_starts_anew_from_the_weights_and_tokenizer_of_a_checkpoint(tm
 
 
 def test_preset_gives_the_shape_and_options_change_it(tmp_path, text, capsys):
-    shape = ["--n-layer", "1", "--n-head", "2", "--n-embd", "8", "--block-size", "16", "--tokenizer", "char", "--max-steps", "1", "--threads", "1"]
-    assert gptfast("train", "--data", text, "--preset", "gpt1", *shape, "--out", tmp_path / "run") == 0
+    changes = [*SHAPE, "--n-embd", "8", "--tokenizer", "char", "--max-steps", "1", "--threads", "1"]
+    assert gptfast("train", "--data", text, "--preset", "gpt1", *changes, "--out", tmp_path / "run") == 0
     config = GPT.from_pretrained(tmp_path / "run" / "last").config
     assert (config.norm_position, config.n_embd, config.block_size) == ("post", 8, 16)
     assert read_checkpoint(tmp_path / "run" / "last").config.batch_size == 8

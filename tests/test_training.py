@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,12 @@ from gptfast.training.checkpoint import copy_checkpoint, save_checkpoint
 from gptfast.training.compare import compare_step, eager_loss, gptfast_loss, torch_loss
 from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_batches
 from gptfast.training.log import Log, read_log
-from gptfast.training.optim import build_optimizer, decay_groups
+from gptfast.training.optim import build_optimizers, parameters_of
 from gptfast.training.progress import Figures, TrainingProgress, clock
 from gptfast.training.schedule import learning_rate
 from gptfast.training.timing import RunClock
 
+MUON = TrainConfig(optimizer="muon")
 TEXT = "she sells sea shells by the sea shore. the shells she sells are sea shells, i am sure.\n" * 12
 TOKENIZER = CharTokenizer.train(TEXT)
 TOKENS = np.array(TOKENIZER.encode(TEXT), np.uint16)
@@ -69,6 +71,7 @@ def timeless(path: Path) -> list[dict]:
         ({"max_steps": None}, ValueError, "max_steps and max_minutes are both None"),
         ({"max_minutes": -1}, ValueError, "max_minutes is -1; expected a number > 0"),
         ({"dtype": "float16"}, ValueError, "dtype is 'float16'; expected one of auto, float32, bfloat16"),
+        ({"optimizer": "sgd"}, ValueError, "optimizer is 'sgd'; expected one of adamw, muon"),
         ({"device": 0}, TypeError, "device is 0; expected a str"),
         ({"seed": 2**63}, ValueError, "seed is 9223372036854775808"),
         ({"steps": 5}, TypeError, "TrainConfig has no field 'steps'"),
@@ -85,7 +88,7 @@ def test_learning_rate_rises_linearly_then_falls_as_half_a_cosine():
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[14] == pytest.approx(0.6)  # half way
     assert rates[9] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
-    assert all(a > b for a, b in zip(rates[4:24], rates[5:25], strict=True))
+    assert all(a > b for a, b in pairwise(rates[4:25]))
     assert rates[24:] == [0.2] * 6
 
 
@@ -112,20 +115,29 @@ def test_matrices_decay_and_vectors_do_not():
     model = GPT(SHAPE)
     model.h[0].attn.c_attn.weight.requires_grad_(False)
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, others = ([names[id(p)] for p in g["params"]] for g in decay_groups(model, 0.3))
+    (optimizer,) = build_optimizers(model, TrainConfig(weight_decay=0.3))
+    decayed, others = ([names[id(p)] for p in g["params"]] for g in optimizer.param_groups)
     assert {n.split(".")[-2] for n in decayed} == {"wte", "wpe", "c_attn", "c_proj", "c_fc"}
     assert "h.0.attn.c_attn.weight" not in decayed
     assert all(n.endswith("bias") or ".ln_" in n or n.startswith("ln_f") for n in others)
     assert len(decayed) + len(others) == len(names) - 1
     assert len(set(decayed)) == len(decayed)  # the tied head is wte, once
-    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.3))
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3, 0.0]
     assert all(g["fused"] and g["betas"] == (0.9, 0.95) for g in optimizer.param_groups)
 
 
+def test_muon_takes_the_matrices_inside_the_blocks_and_adamw_the_rest():
+    model = GPT(SHAPE)
+    names = {id(p): name for name, p in model.named_parameters()}
+    adamw, muon = ([names[id(p)] for p in parameters_of([o])] for o in build_optimizers(model, MUON))
+    assert sorted(adamw + muon) == sorted(names.values())
+    assert {n.split(".")[-2] for n in muon} == {"c_attn", "c_proj", "c_fc"}
+    assert not [n for n in muon if n.endswith("bias")]
+
+
 def test_a_frozen_model_has_nothing_to_train():
     with pytest.raises(ValueError, match="no parameter of the model has requires_grad=True"):
-        build_optimizer(GPT(SHAPE).requires_grad_(False), TrainConfig())
+        build_optimizers(GPT(SHAPE).requires_grad_(False), TrainConfig())
 
 
 def _gradients(batches: list) -> tuple[float, list[torch.Tensor]]:
@@ -193,9 +205,9 @@ def _pretend(trainer: Trainer, value: float) -> None:
         trainer.state.best_val_loss, trainer.state.best_step = value, trainer.state.step
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, dtype):
-    config = QUICK.replace(lr_decay_steps=12, grad_accum=2, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "optimizer"), [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, dtype, optimizer):
+    config = QUICK.replace(lr_decay_steps=12, grad_accum=2, dtype=dtype, optimizer=optimizer)
     make_trainer(tmp_path / "whole", config).train()
     make_trainer(tmp_path / "parts", config.replace(max_steps=6)).train()
     with (tmp_path / "parts" / "log.jsonl").open("a") as file:  # steps that were made and lost, the last line cut short
@@ -213,7 +225,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, dtype):
 
 def test_a_complete_run_has_nothing_to_resume(tmp_path):
     make_trainer(tmp_path, QUICK.replace(max_steps=3)).train()
-    with pytest.raises(ValueError, match="this run is complete .3 steps.*raise max_steps .now 3"):
+    with pytest.raises(ValueError, match=r"this run is complete \(3 steps.*raise max_steps \(now 3"):
         resumed(tmp_path, QUICK.replace(max_steps=3))
 
 
@@ -230,7 +242,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
     trainer = resumed(tmp_path, QUICK)
     with torch.no_grad():
         trainer.model.wte.weight.fill_(math.nan)
-    with pytest.raises(RuntimeError, match="the loss is nan .* at step 4, .* lower learning_rate"):
+    with pytest.raises(RuntimeError, match=r"the loss is nan .* at step 4, .* lower learning_rate"):
         trainer.train()
     assert read_checkpoint(tmp_path / "last").state.step == 3
     assert torch.isfinite(GPT.from_pretrained(tmp_path / "last").wte.weight).all()
@@ -325,12 +337,12 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path):
 def test_best_is_not_changed_by_later_saves_of_last(tmp_path):
     trainer = make_trainer(tmp_path)
     state = (trainer.tokenizer, trainer.state, trainer.config, {})
-    save_checkpoint(tmp_path / "last", trainer.model, trainer.optimizer, *state)
+    save_checkpoint(tmp_path / "last", trainer.model, trainer.optimizers, *state)
     copy_checkpoint(tmp_path / "last", tmp_path / "best")
     before = {f.name: f.read_bytes() for f in (tmp_path / "best").iterdir()}
     with torch.no_grad():
         trainer.model.wte.weight.add_(1)
-    save_checkpoint(tmp_path / "last", trainer.model, trainer.optimizer, *state)
+    save_checkpoint(tmp_path / "last", trainer.model, trainer.optimizers, *state)
     assert {f.name: f.read_bytes() for f in (tmp_path / "best").iterdir()} == before
     assert (tmp_path / "last" / "model.safetensors").read_bytes() != before["model.safetensors"]
 
@@ -341,10 +353,10 @@ from pathlib import Path
 from gptfast.models import GPT, GPTConfig
 from gptfast.training import TrainConfig
 from gptfast.training.checkpoint import TrainState, copy_checkpoint, save_checkpoint
-from gptfast.training.optim import build_optimizer
+from gptfast.training.optim import build_optimizers, parameters_of
 out, first = Path(sys.argv[1]), int(sys.argv[2])
 model, config = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=64, block_size=8, vocab_size=500)), TrainConfig()
-optimizer = build_optimizer(model, config)
+(optimizer,) = build_optimizers(model, config)
 for p in model.parameters(): p.grad = torch.zeros_like(p)
 optimizer.step()
 for step in itertools.count(first):
@@ -352,7 +364,7 @@ for step in itertools.count(first):
         for p in model.parameters():
             p.fill_(step)
             optimizer.state[p]["exp_avg"].fill_(step)
-    save_checkpoint(out / "last", model, optimizer, None, TrainState(step=step), config, {})
+    save_checkpoint(out / "last", model, [optimizer], None, TrainState(step=step), config, {})
     copy_checkpoint(out / "last", out / "best")
     print(step, flush=True)
 """
@@ -459,5 +471,5 @@ def test_compare_step_reports_every_implementation():
     comparison = compare_step(SHAPE, 2, rounds=2)
     assert list(comparison.milliseconds) == ["gptfast", *comparison.ratios]
     assert len(comparison.lines()) == 5
-    with pytest.raises(ValueError, match="config is not a GPT-2"):
+    with pytest.raises(ValueError, match="norm_position is 'post'; expected 'pre', as in GPT-2"):
         compare_step(SHAPE.replace(norm_position="post", final_norm=False), 2)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gptfast.training.launch import Run
     from gptfast.training.trainer import TrainResult
 
+_OUT = Path("runs/gpt")
 _DATA, _MODEL, _OPTIMISER, _RUN = "Data", "Model", "Learning", "The run"
 
 
@@ -79,6 +80,15 @@ def train(
         int | None,
         _option(_OPTIMISER, "1", "Passes summed into one step: a larger batch without more memory."),
     ] = None,
+    optimizer: Annotated[
+        str | None,
+        _option(
+            _OPTIMISER,
+            "adamw",
+            "adamw; or muon, which evens out the steps of the matrices inside the blocks: it learns more from a token, "
+            "and takes longer for a step.",
+        ),
+    ] = None,
     learning_rate: Annotated[
         float | None,
         _option(
@@ -132,9 +142,7 @@ def train(
     ] = None,
     device: Annotated[str | None, _option(_RUN, "cuda where there is one", "cpu or cuda.")] = None,
     threads: Annotated[int | None, _option(_RUN, "all cores", "CPU threads.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and plot.", rich_help_panel=_RUN)] = Path(
-        "runs/gpt"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and plot.", rich_help_panel=_RUN)] = _OUT,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in OUT, bit for bit.", rich_help_panel=_RUN)
     ] = False,
@@ -191,10 +199,8 @@ def describe(run: Run) -> list[str]:
     place = f"{cpu_name()}, {torch.get_num_threads()} threads, {kernels}"
     if trainer.device.type == "cuda":
         place = f"{torch.cuda.get_device_name(trainer.device)}, eager PyTorch"
-    steps = [
-        f"{train.max_steps:,} steps" if train.max_steps else "",
-        f"{train.max_minutes:g} min" if train.max_minutes else "",
-    ]
+    limits = [f"{train.max_steps:,} steps"] if train.max_steps else []
+    limits += [f"{train.max_minutes:g} min"] if train.max_minutes else []
     lines = [
         f"model    {trainer.model.num_parameters() / 1e6:.2f}M parameters: {shape}",
         f"data     {len(data.train):,} tokens to train on, {len(data.val):,} for validation; "
@@ -203,7 +209,7 @@ def describe(run: Run) -> list[str]:
         f"machine  {place}",
         f"         {train.dtype} products, at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s (measured just now: "
         "the 100% of peak)",
-        f"plan     {' or '.join(filter(None, steps))}, {train.rows_per_step * trainer.block_size:,} tokens a step",
+        f"plan     {' or '.join(limits)}, {train.rows_per_step * trainer.block_size:,} tokens a step",
     ]
     return lines + _resume_lines(run)
 
@@ -213,10 +219,10 @@ def _resume_lines(run: Run) -> list[str]:
         return []
     old, new = run.checkpoint.config, run.trainer.config
     lines = [f"resume   from step {run.checkpoint.state.step} in {run.checkpoint.folder}"]
-    ends = [c.lr_decay_steps or c.max_steps for c in (old, new)]
-    if ends[0] != ends[1]:
+    before, now = (c.lr_decay_steps or c.max_steps or "(by time)" for c in (old, new))
+    if before != now:
         lines.append(
-            f"         the learning rate now falls until step {ends[1] or '(by time)'} instead of {ends[0] or '(by time)'}: "
+            f"         the learning rate now falls until step {now} instead of {before}: "
             "not the same as a run started like that"
         )
     return lines

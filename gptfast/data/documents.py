@@ -91,7 +91,7 @@ def split_documents(documents: Sequence[Document], val_fraction: float = 0.1, se
     total = sum(document.size for document in documents)
     chosen = _choose(documents, val_fraction * total, seed)
     size = sum(document.size for document in chosen)
-    if not val_fraction * total / 2 <= size <= val_fraction * total * 2:
+    if size == 0 or not val_fraction * total / 2 <= size <= val_fraction * total * 2:
         return _split_ends(documents, val_fraction)
     names = {document.name for document in chosen}
     listed = ", ".join(document.name for document in chosen[:6]) + (", …" if len(chosen) > 6 else "")

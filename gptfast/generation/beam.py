@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from gptfast.generation.prompts import prefill
 if TYPE_CHECKING:
     from gptfast.models import GPT
 
-NEVER = -1e9  # the score of a beam that is not there
+NEVER = -math.inf  # the score of a beam that is not there
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Search:
         length = len(self.running[0]) + 1
         running: list[tuple[float, int, list[int]]] = []
         ended: list[tuple[float, list[int]]] = []
-        full = len(self.ended) == K and config.early_stopping is True
+        full = config.early_stopping is True and self._count_ended() == K
         for rank, (score, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
             beam, token = divmod(place, V)
             sequence = [*self.running[beam], token]
@@ -58,15 +59,16 @@ class Search:
         self.ended = sorted(self.ended + ended, key=lambda e: e[0], reverse=True)[:K]
         running = running[:K]
         self.done = not running or not self._may_improve(running[0][0], length)
-        if running:
-            running += [running[-1]] * (K - len(running))
-            self.scores = [score for score, _, _ in running]
-            self.running = [sequence for _, _, sequence in running]
+        self.scores = [score for score, _, _ in running]
+        self.running = [sequence for _, _, sequence in running]
         return [beam for _, beam, _ in running]
+
+    def _count_ended(self) -> int:
+        return sum(score > NEVER for score, _ in self.ended)
 
     def _may_improve(self, best_running: float, length: int) -> bool:
         config = self.config
-        if len(self.ended) < config.num_beams:
+        if self._count_ended() < config.num_beams:
             return True
         if config.early_stopping is True:
             return False
@@ -86,6 +88,8 @@ def beam_search(model: GPT, prompts: list[list[int]], config: GenerationConfig) 
     active = searches
     while True:
         logprobs = logits.float().log_softmax(-1).cpu().view(len(active), K, -1)
+        if logprobs.isnan().any():
+            raise RuntimeError("generate: the logits hold nan - look for an overflow in the model")
         parents = [search.advance(part) for search, part in zip(active, logprobs, strict=True)]
         rows = [n * K + beam for n, beams in enumerate(parents) if not active[n].done for beam in beams]
         active = [search for search in active if not search.done]

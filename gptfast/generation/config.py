@@ -19,13 +19,16 @@ class GenerationConfig:
         top_k: draw among the k most likely tokens; 0: all.
         top_p: draw among the fewest most likely tokens whose mass reaches p; in (0, 1].
         seed: of the draws, in [0, 2**64). A token depends on (seed, its position, number of the return sequence, logits)
-            and on nothing else in the batch.
-        eos_token_id: an id, or several: a sequence ends with the first of them. None: only max_new_tokens ends it.
+            and on nothing else in the batch. Logits can differ in their last bits with the number of rows, as the
+            matrix library rounds differently, which tips a token where two are all but tied (rare; more so in bf16).
+        eos_token_id: an id, or a list of several: a sequence ends with the first of them that comes. None: only
+            max_new_tokens ends it.
         num_return_sequences: continuations of each prompt; with beams: the best so many.
         num_beams: beam search over so many beams when > 1; the temperature must then be 1 or 0, and nothing is drawn.
-        length_penalty: a finished beam is ranked by its log-probability / length ** length_penalty.
-        early_stopping: True: stop when num_beams sequences have ended; False: when the best running beam, at its present
-            length, could not beat the worst ended one; "never": when it could not at any length.
+        length_penalty: with beams: an ended one is ranked by its log-probability / new tokens ** length_penalty, so
+            that above 0 favours long ones.
+        early_stopping: with beams: True: stop when num_beams sequences have ended; False: when the best running beam,
+            at its present length, could not beat the worst ended one; "never": when it could not at any length.
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, or two that contradict each other.
     """
@@ -51,11 +54,10 @@ class GenerationConfig:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"generate: top_p is {self.top_p}; expected 0 < top_p <= 1 (1 keeps all tokens)")
         rng.check_counter("generate", "seed", self.seed, 64)
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"generate: early_stopping is {self.early_stopping!r}; expected True, False or 'never'")
-        eos = self.eos_token_id
-        if isinstance(eos, list):
-            object.__setattr__(self, "eos_token_id", tuple(eos))
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for token in self.eos_ids:
             _check_int("eos_token_id", token, 0)
         self._check_beams()
@@ -73,12 +75,17 @@ class GenerationConfig:
                 f"generate: num_beams={self.num_beams} with temperature={self.temperature}, top_k={self.top_k}, "
                 f"top_p={self.top_p}; beam search draws nothing - leave these at their defaults"
             )
+        if abs(self.length_penalty) * math.log(self.max_new_tokens) > 700:  # exp(709) is the largest double
+            raise ValueError(
+                f"generate: length_penalty is {self.length_penalty}; {self.max_new_tokens} new tokens to this power is "
+                "beyond the range of a float - use something between -2 and 2"
+            )
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens that end a sequence."""
         eos = self.eos_token_id
-        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return eos if isinstance(eos, tuple) else () if eos is None else (eos,)
 
     @classmethod
     def of(cls, **options: Any) -> GenerationConfig:

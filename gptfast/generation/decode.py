@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,10 @@ class Step:
 
     Args:
         tokens: the new token of each row; None where the row had ended before.
-        logprobs: its log-probability under the model (before temperature, top-k and top-p); None likewise.
-        top: the most likely next tokens of each row as (token, probability at the temperature), best first; empty
-            unless they were asked for.
+        logprobs: its log-probability under the model (before temperature, top-k and top-p), None likewise; empty
+            unless asked for.
+        top: the most likely next tokens of each row as (token, probability at the temperature, before top-k and
+            top-p; at 1 when the temperature is 0), best first; empty unless asked for.
     """
 
     tokens: list[int | None]
@@ -46,90 +46,88 @@ def generate(model: GPT, ids: Any, **options: Any) -> Tensor | list[list[int]]:
         For a tensor: (B * num_return_sequences, T + n) int64, ended rows filled up with the (first) eos_token_id. For
         lists: one id list per prompt and return sequence. An eos token is part of its sequence.
     Raises:
-        TypeError, ValueError: see `GenerationConfig` and `read_prompts`.
+        TypeError, ValueError: see `GenerationConfig` and `read_prompts`.  RuntimeError: the logits hold nan.
     """
     config = GenerationConfig.of(**options)
+    prompts = read_prompts(ids, model, config)
     if config.num_beams > 1:
-        prompts = read_prompts(ids, model, config.max_new_tokens)
         with for_generation(model):
             rows = beam_search(model, prompts, config)
     else:
-        rows, _ = deque(_decode(model, ids, config, 0), maxlen=1)[0]
+        rows = [list(prompt) for prompt in prompts for _ in range(config.num_return_sequences)]
+        for step in _decode(model, prompts, config):
+            for row, token in zip(rows, step.tokens, strict=True):
+                if token is not None:
+                    row.append(token)
     return _as_tensor(rows, config, ids.device) if isinstance(ids, Tensor) else rows
 
 
-def stream(model: GPT, ids: Any, *, top: int = 0, **options: Any) -> Iterator[Step]:
-    """As `generate` without beams, yielding each step when it is made.
+def stream(model: GPT, ids: Any, *, logprobs: bool = False, top: int = 0, **options: Any) -> Iterator[Step]:
+    """As `generate` without beams, yielding each step when it is made. The arguments are checked at once.
 
     Args:
         model, ids, options: as in `generate`.
+        logprobs: whether each Step tells the log-probabilities of its tokens.
         top: how many of the most likely next tokens each Step tells.
-    Yields:
-        A `Step` per position, until every row has ended.
+    Returns:
+        An iterator of one `Step` per position, until every row has ended.
+    Raises:
+        TypeError, ValueError: as `generate`.
     """
     config = GenerationConfig.of(**options)
     if config.num_beams > 1:
         raise ValueError("stream: num_beams must be 1; beams change their past until the end - use generate")
-    for _, step in _decode(model, ids, config, top):
-        yield step
+    if not isinstance(top, int) or top < 0:
+        raise ValueError(f"stream: top is {top!r}; expected an int >= 0 (0 tells none)")
+    return _decode(model, read_prompts(ids, model, config), config, logprobs, top)
 
 
-def _decode(model: GPT, ids: Any, config: GenerationConfig, top: int) -> Iterator[tuple[list[list[int]], Step]]:
-    """Yields (all rows so far, the step that was just made)."""
-    prompts = read_prompts(ids, model, config.max_new_tokens)
+def _decode(
+    model: GPT, prompts: list[list[int]], config: GenerationConfig, logprobs: bool = False, top: int = 0
+) -> Iterator[Step]:
     copies, eos = config.num_return_sequences, set(config.eos_ids)
-    rows = [list(prompt) for prompt in prompts for _ in range(copies)]
+    positions = torch.tensor([len(prompt) for prompt in prompts for _ in range(copies)])  # of the tokens to draw
     streams = torch.arange(copies).repeat(len(prompts))
-    ended = [False] * len(rows)
+    ended = [False] * len(positions)
     with for_generation(model):
         logits, cache = prefill(model, prompts, copies, config.max_new_tokens)
     for n in range(config.max_new_tokens):
-        with for_generation(model):
-            if n:
-                last = torch.tensor([[row[-1]] for row in rows], device=logits.device)
-                logits = model(last, cache=cache, last_only=True)
-            positions = torch.tensor([len(row) for row in rows])
+        with for_generation(model):  # not around the yield: the caller's code runs there
             tokens = ops.sample(
                 logits,
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
                 seed=config.seed,
-                position=positions,
+                position=positions + n,
                 stream=streams,
-            ).tolist()
-            step = _describe(logits, tokens, ended, config, top)
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token)  # ended rows keep pace with the cache; _finish cuts them
-        ended = [was or token in eos for was, token in zip(ended, tokens, strict=True)]
-        yield _finish(rows, prompts, copies, eos), step
-        if all(ended):
+            )
+            drawn = tokens.tolist()
+            step = Step(
+                tokens=_hide(drawn, ended),
+                logprobs=_hide(_logprobs(logits, tokens), ended) if logprobs else [],
+                top=_top(logits, top, config.temperature) if top else [],
+            )
+        yield step
+        ended = [was or token in eos for was, token in zip(ended, drawn, strict=True)]
+        if all(ended) or n + 1 == config.max_new_tokens:
             return
+        with for_generation(model):
+            logits = model(tokens[:, None], cache=cache, last_only=True)
 
 
-def _finish(rows: list[list[int]], prompts: list[list[int]], copies: int, eos: set[int]) -> list[list[int]]:
-    """The rows up to and with their first end token behind the prompt."""
-    finished = []
-    for n, row in enumerate(rows):
-        start = len(prompts[n // copies])
-        end = next((i + 1 for i in range(start, len(row)) if row[i] in eos), len(row))
-        finished.append(row[:end])
-    return finished
+def _hide(values: list[Any], ended: list[bool]) -> list[Any]:
+    return [None if was else value for was, value in zip(ended, values, strict=True)]
 
 
-def _describe(logits: Tensor, tokens: list[int], ended: list[bool], config: GenerationConfig, top: int) -> Step:
-    logprobs = logits.float().log_softmax(-1)
-    picked = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    best: list[list[tuple[int, float]]] = [[] for _ in tokens]
-    if top:
-        probs = (logits.float() / (config.temperature or 1.0)).softmax(-1)
-        values, ids = probs.topk(min(top, probs.shape[-1]))
-        best = [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-    return Step(
-        tokens=[None if e else t for e, t in zip(ended, tokens, strict=True)],
-        logprobs=[None if e else p for e, p in zip(ended, picked, strict=True)],
-        top=best,
-    )
+def _logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
+    return logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
+
+
+def _top(logits: Tensor, count: int, temperature: float) -> list[list[tuple[int, float]]]:
+    probs = (logits.float() / (temperature or 1.0)).softmax(-1)
+    values, ids = probs.topk(min(count, probs.shape[-1]))
+    return [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
 def _as_tensor(rows: list[list[int]], config: GenerationConfig, device: torch.device) -> Tensor:

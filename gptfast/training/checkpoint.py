@@ -3,7 +3,7 @@
 RUN/last and RUN/best each hold what `GPT.save_pretrained` and the tokenizer write, and
 
     trainer.json            step, best validation loss, dropout counter, configuration, what the data was
-    optimizer.safetensors   the state of AdamW under the names of the parameters
+    optimizer.safetensors   the state of the optimizers under the names of the parameters
 
 The order of the data needs no state of its own: it is a function of (seed, step). Nothing is pickled.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from safetensors.torch import load_file
 from gptfast._files import read_json
 from gptfast._folders import finish_staged, staged_folder
 from gptfast.models import GPT
-from gptfast.models.export import _write_shard as write_tensors
+from gptfast.models.export import write_tensors
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.config import TrainConfig
-from gptfast.training.optim import optimizer_tensors, restore_optimizer
+from gptfast.training.optim import optimizer_tensors, restore_optimizers
 
 TRAINER, OPTIMIZER = "trainer.json", "optimizer.safetensors"
 VERSION = 1
@@ -64,7 +65,7 @@ class Checkpoint:
 def save_checkpoint(
     folder: str | os.PathLike[str],
     model: GPT,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     tokenizer: Tokenizer | None,
     state: TrainState,
     config: TrainConfig,
@@ -87,7 +88,7 @@ def save_checkpoint(
         model.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save(stage)
-        write_tensors(stage / OPTIMIZER, optimizer_tensors(model, optimizer))
+        write_tensors(stage / OPTIMIZER, optimizer_tensors(model, optimizers))
         (stage / TRAINER).write_text(json.dumps(trainer, indent=2) + "\n", encoding="utf-8")
 
 
@@ -160,8 +161,8 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
     )
 
 
-def load_optimizer(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the optimizer's state from a checkpoint folder.
+def load_optimizers(folder: Path, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Restore the optimizers' state from a checkpoint folder.
 
     Raises:
         FileNotFoundError: the file is missing.  ValueError: it is damaged, or of another model.
@@ -175,4 +176,4 @@ def load_optimizer(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -
         raise ValueError(
             f"{path} is damaged or cut short ({error}); resume from another checkpoint, such as RUN/best"
         ) from error
-    restore_optimizer(model, optimizer, tensors, str(path))
+    restore_optimizers(model, optimizers, tensors, str(path))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 from gptfast.backend import backend, cpu_isa
 from gptfast.models import GPT, GPTConfig
 from gptfast.training.config import TrainConfig
-from gptfast.training.optim import build_optimizer
+from gptfast.training.optim import build_optimizers
 
 LossFn = Callable[[GPT, Tensor, Tensor], Tensor]
 _TOLERANCE = 0.02  # nats, between the losses of two implementations; bfloat16 keeps 8 bits
@@ -60,7 +61,8 @@ def torch_loss(model: GPT, x: Tensor, y: Tensor) -> Tensor:
     norm = lambda h, ln: F.layer_norm(h, (c.n_embd,), ln.weight, ln.bias, ln.eps)  # noqa: E731
     linear = lambda h, layer: F.linear(h, layer.weight, layer.bias)  # noqa: E731
     h = F.embedding(x, model.wte.weight) + model.wpe.weight[:T]
-    for block in model.h:
+    blocks: Any = model.h
+    for block in blocks:
         qkv = linear(norm(h, block.ln_1), block.attn.c_attn).view(B, T, 3, c.n_head, c.head_dim)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -93,12 +95,10 @@ def compare_step(
     Raises:
         ValueError: a config that the plain implementation does not cover.  RuntimeError: the losses differ.
     """
-    if config.norm_position != "pre" or not config.final_norm or config.attention_pattern != "dense":
-        raise ValueError(
-            "compare_step: config is not a GPT-2; expected norm_position='pre', final_norm, dense attention"
-        )
-    if config.position_embedding != "learned" or config.activation != "gelu_tanh":
-        raise ValueError("compare_step: config is not a GPT-2; expected learned positions and activation='gelu_tanh'")
+    as_gpt2 = {"norm_position": "pre", "final_norm": True, "attention_pattern": "dense"}
+    for name, value in {**as_gpt2, "position_embedding": "learned", "activation": "gelu_tanh"}.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"compare_step: {name} is {getattr(config, name)!r}; expected {value!r}, as in GPT-2")
     torch.manual_seed(0)
     T = block_size or config.block_size
     x, y = torch.randint(config.vocab_size, (2, batch_size, T)).unbind()
@@ -131,7 +131,7 @@ def compare_step(
 
 def _stepper(model: GPT, loss_fn: LossFn, x: Tensor, y: Tensor, dtype: str) -> Callable[[], float]:
     """A function that trains `model` one step and returns the loss."""
-    optimizer = build_optimizer(model, TrainConfig())
+    (optimizer,) = build_optimizers(model, TrainConfig())
     parameters = list(model.parameters())
 
     def step() -> float:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-DTYPES = ("auto", "float32", "bfloat16")
+_CHOICES = {"optimizer": ("adamw", "muon"), "dtype": ("auto", "float32", "bfloat16")}
 WARMUP_STEPS = 100
 
 
@@ -21,6 +21,8 @@ class TrainConfig:
         max_steps: how many steps to train; None: no limit, which needs max_minutes.
         max_minutes: wall-clock time for all of the training, evaluations and checkpoints included. The number of
             steps that fit is planned from the measured speed, and again after every step.
+        optimizer: "adamw", or "muon" for the matrices inside the blocks and AdamW for the rest: it learns more from a
+            token, and takes longer for a step (see `build_optimizers`).
         learning_rate: the largest one, reached after the warm-up.
         min_lr: where the cosine ends; None: learning_rate / 10 (Brown et al., arXiv 2005.14165, appendix B).
         warmup_steps: steps over which the rate rises linearly; None: 100, or a tenth of all steps if that is less.
@@ -45,6 +47,7 @@ class TrainConfig:
     block_size: int | None = None
     max_steps: int | None = 2000
     max_minutes: float | None = None
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     min_lr: float | None = None
     warmup_steps: int | None = None
@@ -68,8 +71,10 @@ class TrainConfig:
             _check_number(name, getattr(self, name), expected, holds, optional)
         if self.max_steps is None and self.max_minutes is None:
             raise ValueError("TrainConfig: max_steps and max_minutes are both None; give at least one of them")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"TrainConfig: dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                got = getattr(self, name)
+                raise ValueError(f"TrainConfig: {name} is {got!r}; expected one of {', '.join(choices)}")
         if not isinstance(self.device, str):
             raise TypeError(f"TrainConfig: device is {self.device!r}; expected a str such as 'cpu' or 'cuda'")
         if self.min_lr is not None and self.min_lr > self.learning_rate:

@@ -21,11 +21,11 @@ _LARGE = {"batch_size": 8, "learning_rate": 6e-4}  # GPT-3's rate for 125M (arXi
 _FINETUNE = {"batch_size": 8, "learning_rate": 1e-4, "dropout": 0.1}
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
 _TRAIN = tuple(f.name for f in fields(TrainConfig))
-_MAY_CHANGE = (
-    ("max_steps", "max_minutes", "lr_decay_steps", "learning_rate", "min_lr", "warmup_steps", "grad_clip")
-    + ("eval_every", "eval_batches", "checkpoint_every", "log_every", "threads", "data", "dtype", "device")
-    + ("out", "resume", "tensorboard", "overwrite")
-)
+_MAY_CHANGE = {
+    *("max_steps", "max_minutes", "lr_decay_steps", "learning_rate", "min_lr", "warmup_steps", "grad_clip"),
+    *("eval_every", "eval_batches", "checkpoint_every", "log_every", "threads", "data", "dtype", "device"),
+    *("out", "resume", "tensorboard", "overwrite"),
+}
 _MARKED = 1 << 20  # tokens
 
 
@@ -146,9 +146,10 @@ def _untrained(given: dict[str, Any], defaults: dict[str, Any], data: PreparedDa
 def _reshaped(model: GPT, given: dict[str, Any], defaults: dict[str, Any]) -> GPT:
     """A loaded model with another dropout or a smaller block_size; its other sizes are what they are."""
     for name in ("n_layer", "n_head", "n_embd"):
-        if name in given and given[name] != getattr(model.config, name):
+        stored = getattr(model.config, name)
+        if given.get(name, stored) != stored:
             raise ValueError(
-                f"train: {name} is {given[name]} but {given['init_from']} has {getattr(model.config, name)}; leave it out"
+                f"train: {name} is {given[name]} but {given['init_from']} has {stored}, which it keeps; leave it out"
             )
     changes = {"dropout": given.get("dropout", defaults["dropout"])}
     if "block_size" in given:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -79,7 +80,8 @@ class TrainingProgress:
     def show(self, figures: Figures, important: bool = False) -> None:
         """Update the bar; where there is none, print a line if it is `important` or ten seconds have passed."""
         if self._live:
-            self._bar.update(self._task, completed=figures.step, total=figures.total, **figures.columns())
+            columns: dict[str, Any] = figures.columns()
+            self._bar.update(self._task, completed=figures.step, total=figures.total, **columns)
         elif self._enabled and (important or time.monotonic() - self._last_line >= _LINE_SECONDS):
             self._last_line = time.monotonic()
             self.note(figures.line())

@@ -20,7 +20,7 @@ from gptfast.training.checkpoint import (
     Checkpoint,
     TrainState,
     copy_checkpoint,
-    load_optimizer,
+    load_optimizers,
     make_room,
     save_checkpoint,
 )
@@ -29,7 +29,7 @@ from gptfast.training.evaluate import Batch, evaluate, evaluation_batches
 from gptfast.training.interrupt import Interrupt
 from gptfast.training.log import Log
 from gptfast.training.machine import choose_dtype, peak_flops, resolve_device
-from gptfast.training.optim import build_optimizer
+from gptfast.training.optim import build_optimizers, parameters_of
 from gptfast.training.plot import plot_losses, require_matplotlib
 from gptfast.training.progress import Figures, TrainingProgress
 from gptfast.training.schedule import learning_rate
@@ -131,7 +131,7 @@ class Trainer:
         self.tokenizer, self.source = tokenizer, source or {}
         self.sampler = WindowSampler(train_tokens, self.block_size, config.batch_size, config.seed)
         self.val_tokens = val_tokens
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizers = build_optimizers(self.model, config)
         self.state = TrainState(planned_steps=None if config.max_minutes else config.max_steps)
         self.model.dropout_seed, self.model.dropout_step = config.seed, 0
         if resume is None:
@@ -156,7 +156,7 @@ class Trainer:
             )
         self.state = state
         self.model.dropout_seed, self.model.dropout_step = checkpoint.dropout
-        load_optimizer(checkpoint.folder, self.model, self.optimizer)
+        load_optimizers(checkpoint.folder, self.model, self.optimizers)
 
     def train(self) -> TrainResult:
         """Train to the end, or until Ctrl-C or SIGTERM: then RUN/last is saved, and the result says so.
@@ -215,19 +215,19 @@ class Trainer:
         """Change the weights once; loss, learning rate and norm of the gradient, for the log."""
         step, config = self.state.step, self.config
         rate = learning_rate(step, config, self.state.planned_steps or math.inf)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         batches = [self.sampler.batch(step * config.grad_accum + n) for n in range(config.grad_accum)]
         loss = accumulate_gradients(self.model, batches, self._autocast, self.device)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf))
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizers), config.grad_clip or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RuntimeError(
                 f"training: the loss is {loss} and the norm of its gradient {norm} at step {step + 1}, where the "
                 f"learning rate is {rate:.2g}; what is saved is intact - lower learning_rate or raise warmup_steps"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         return {"loss": loss, "lr": rate, "grad_norm": norm}
 
@@ -249,7 +249,7 @@ class Trainer:
         """RUN/last, and RUN/best where this is the best step so far."""
         self.state.seconds = self.clock.seconds
         last = self.out / "last"
-        save_checkpoint(last, self.model, self.optimizer, self.tokenizer, self.state, self.config, self.source)
+        save_checkpoint(last, self.model, self.optimizers, self.tokenizer, self.state, self.config, self.source)
         if self.state.best_step == self.state.step:
             copy_checkpoint(last, self.out / "best")
         self._saved = self.state.step
@@ -267,7 +267,6 @@ class Trainer:
     def _figures(self) -> Figures:
         step, planned, speed = self.state.step, self.state.planned_steps, self._tokens_per_second()
         flops = None if speed is None else speed * self.model.flops_per_token(self.block_size)
-        settled = speed is not None and planned is not None
         return Figures(
             step=step,
             total=planned,
@@ -275,7 +274,7 @@ class Trainer:
             val_loss=self._val_loss,
             tokens_per_second=speed,
             percent_of_peak=None if flops is None else 100 * flops / self.peak_flops,
-            seconds_left=(planned - step) * self.clock.seconds_per_step() if settled else None,
+            seconds_left=None if speed is None or planned is None else (planned - step) * self.clock.seconds_per_step(),
         )
 
 
