@@ -29,9 +29,11 @@ CXX_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=fast"),
     *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unused-parameter", "-DNDEBUG"),
 ]
-# Per-ISA units get their own flags. g++ 12 warns about its own AVX-512 headers: hence no -Wmaybe-uninitialized.
-WIDE = ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# Per-ISA units get their own flags. g++ 12 warns about its own AVX-512 headers and about vectors filled lane by lane.
+QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+WIDE = ["-mprefer-vector-width=512", *QUIET]
 ISA_FLAGS = {
+    "isa_scalar": QUIET,
     "isa_avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
     "isa_avx512": ["-march=skylake-avx512", *WIDE],
     "isa_avx512_bf16": ["-march=cooperlake", "-mtune=znver3", *WIDE],

@@ -2,12 +2,14 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from gptfast import ops
+from gptfast import nn, ops
 from gptfast.backend import backend
+from gptfast.malloc import tune_malloc
+from gptfast.models import GPT, GPTConfig
 
 try:
     __version__ = version("gptfast")
 except PackageNotFoundError:  # imported from a source folder that was never installed
     __version__ = "0+source"
 
-__all__ = ["backend", "ops"]
+__all__ = ["GPT", "GPTConfig", "backend", "nn", "ops", "tune_malloc"]

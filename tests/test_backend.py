@@ -58,10 +58,18 @@ def test_the_choice_is_left_after_an_error_and_belongs_to_its_thread():
         (lambda: ops.gelu(X, backend="cuda"), RuntimeError, "gelu: backend='cuda' was asked for, but this version"),
         (lambda: ops.gelu(X, backend="triton"), RuntimeError, "backend='triton'"),
         (lambda: ops.gelu(X, backend="gpu"), ValueError, "gelu: backend is 'gpu'; expected one of auto, cpu"),
-        (lambda: ops.gelu(X.double(), backend="cpu"), TypeError, "computes float32, bfloat16 and float16, got torch.float64"),
+        (
+            lambda: ops.gelu(X.double(), backend="cpu"),
+            TypeError,
+            "computes float32, bfloat16 and float16, got torch.float64",
+        ),
         (lambda: ops.gelu(X.to("meta"), backend="cpu"), ValueError, "the input is on meta"),
         (lambda: gptfast.backend("fast").__enter__(), ValueError, "gptfast.backend: backend is 'fast'"),
-        (lambda: force_cpu_isa("sse9").__enter__(), ValueError, "force_cpu_isa: 'sse9' cannot run here; available: scalar"),
+        (
+            lambda: force_cpu_isa("sse9").__enter__(),
+            ValueError,
+            "force_cpu_isa: 'sse9' cannot run here; available: scalar",
+        ),
     ],
 )
 def test_errors(call, error, match):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,7 +101,7 @@ def test_packed_documents_equal_single_ones(isa):
     cu = torch.tensor([0, 20, 21, 90], dtype=torch.int32)
     q, k, v = torch.randn(3, 1, 2, 90, 16)
     packed = ops.causal_attention(q, k, v, cu_seqlens=cu)
-    for a, b in zip(cu[:-1], cu[1:], strict=True):
+    for a, b in pairwise(cu.tolist()):
         alone = ops.causal_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b])
         torch.testing.assert_close(packed[:, :, a:b], alone, rtol=1e-5, atol=1e-6)
 
@@ -187,7 +189,11 @@ X = torch.zeros(2, 3, 5, 8)
         (lambda: causal_attention(X, X, X, window=0), ValueError, r"window is 0"),
         (lambda: causal_attention(X, X, X, window=2, causal=False), ValueError, r"causal=False"),
         (lambda: causal_attention(X, X, X, seq_lens=torch.tensor([1])), ValueError, r"seq_lens has 1 entries"),
-        (lambda: causal_attention(X, X, X, seq_lens=torch.ones(2)), TypeError, r"seq_lens has .*float32; expected a vector"),
+        (
+            lambda: causal_attention(X, X, X, seq_lens=torch.ones(2)),
+            TypeError,
+            r"seq_lens has .*float32; expected a vector",
+        ),
         (lambda: causal_attention(X, X, X, seq_lens=torch.tensor([1, 6])), RuntimeError, r"seq_lens\[1\] is 6"),
         (lambda: causal_attention(X, X, X, cu_seqlens=torch.tensor([0, 5])), ValueError, r"B = 1 and T = S; got B = 2"),
         (

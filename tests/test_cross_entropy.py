@@ -163,7 +163,11 @@ X, T = torch.zeros(2, 4), torch.tensor([0, 3])
         (lambda: ops.cross_entropy(X, T, reduction="avg"), ValueError, "reduction is 'avg'"),
         (lambda: ops.cross_entropy(X, T, label_smoothing=1.5), ValueError, "label_smoothing is 1.5"),
         (lambda: ops.cross_entropy(X[:, :0], T), ValueError, r"logits has shape \(2, 0\)"),
-        (lambda: ops.linear_cross_entropy(X, torch.zeros(9, 5), T), ValueError, r"hidden has shape \(2, 4\) and weight"),
+        (
+            lambda: ops.linear_cross_entropy(X, torch.zeros(9, 5), T),
+            ValueError,
+            r"hidden has shape \(2, 4\) and weight",
+        ),
         (lambda: ops.linear_cross_entropy(X, torch.zeros(3, 4), T), IndexError, "a target is 3; expected 0 to 2"),
         (lambda: ops.linear_cross_entropy(X, X.half(), T), TypeError, "hidden is torch.float32 but weight is"),
         (

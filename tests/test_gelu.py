@@ -86,9 +86,21 @@ def test_bias_of_another_dtype():
     [
         (lambda: ops.gelu([1.0]), TypeError, r"gelu: x is a list; expected a torch.Tensor"),
         (lambda: ops.gelu(torch.ones(2, dtype=torch.int32)), TypeError, r"gelu: x has dtype torch.int32"),
-        (lambda: ops.gelu(torch.ones(2, 3), torch.ones(2)), ValueError, r"gelu: bias has shape \(2,\); expected \(3,\)"),
-        (lambda: ops.gelu(torch.ones(2), approximate="erf"), ValueError, r"gelu: approximate is 'erf'; expected one of"),
-        (lambda: ops.gelu(torch.ones(2), torch.ones(2, device="meta")), ValueError, r"gelu: all tensors must be on one"),
+        (
+            lambda: ops.gelu(torch.ones(2, 3), torch.ones(2)),
+            ValueError,
+            r"gelu: bias has shape \(2,\); expected \(3,\)",
+        ),
+        (
+            lambda: ops.gelu(torch.ones(2), approximate="erf"),
+            ValueError,
+            r"gelu: approximate is 'erf'; expected one of",
+        ),
+        (
+            lambda: ops.gelu(torch.ones(2), torch.ones(2, device="meta")),
+            ValueError,
+            r"gelu: all tensors must be on one",
+        ),
     ],
 )
 def test_errors(call, error, match):

@@ -66,7 +66,9 @@ def test_draws_follow_the_distribution(options):
     V, draws = 12, 20000
     logits = torch.randn(1, V) * 1.5
     tokens = ops.sample(logits.expand(draws, V), seed=17, stream=torch.arange(draws), **options)
-    keep = reference.kept_tokens(logits, options.get("temperature", 1.0), options.get("top_k", 0), options.get("top_p", 1))
+    keep = reference.kept_tokens(
+        logits, options.get("temperature", 1.0), options.get("top_k", 0), options.get("top_p", 1)
+    )
     probs = (logits.double() / options.get("temperature", 1.0)).masked_fill(~keep, float("-inf")).softmax(-1)[0]
     counts = torch.bincount(tokens, minlength=V).double()
     assert (counts[~keep[0]] == 0).all()

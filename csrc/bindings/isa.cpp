@@ -9,7 +9,10 @@ std::string cpu_isas() {  // comma-separated, worst first
   int count = 0;
   const char* const* names = cpu::available_isas(&count);
   std::string all;
-  for (int i = 0; i < count; i++) all += (i ? "," : "") + std::string(names[i]);
+  for (int i = 0; i < count; i++) {
+    if (i) all += ',';
+    all += names[i];
+  }
   return all;
 }
 std::string cpu_rejected_isa() { return cpu::rejected_isa() ? cpu::rejected_isa() : ""; }

@@ -20,10 +20,12 @@ struct Visible {
   int32_t vector_lo[kVectors], vector_hi[kVectors];  // union over the lanes of each vector; empty: hi <= lo
   int32_t all_lo, all_hi;                            // seen by every lane: a tile inside needs no mask
   int32_t first, last;                               // union over the block
+  int vectors;                                       // that hold a query: 1 when one token is decoded
 };
 
 static void see(Visible& s, const AttentionParams& p, i64 b, i64 i0, i64 queries) {
   i64 document = 0;
+  s.vectors = int((queries + L - 1) / L);
   s.all_lo = s.last = 0;
   s.all_hi = s.first = int32_t(p.S);
   for (int v = 0; v < kVectors; v++) s.vector_lo[v] = int32_t(p.S), s.vector_hi[v] = 0;
@@ -64,14 +66,14 @@ struct Group {
 INL int tile_groups(const Visible& s, i64 j0, i64 keys, Group* groups, bool* edge) {
   *edge = j0 < s.all_lo || j0 + keys > s.all_hi || keys % 2;
   if (!*edge) {
-    groups[0] = {0, keys, 0, kVectors};
+    groups[0] = {0, keys, 0, s.vectors};
     return 1;
   }
   int n = 0;
   for (i64 g = 0; g < keys; g += kGroup) {
     const i64 end = g + kGroup < keys ? g + kGroup : keys;
     int va = kVectors, vb = 0;
-    for (int v = 0; v < kVectors; v++) {
+    for (int v = 0; v < s.vectors; v++) {
       if (s.vector_hi[v] <= j0 + g || s.vector_lo[v] >= j0 + end) continue;
       if (va > v) va = v;
       vb = v + 1;

@@ -164,7 +164,7 @@ template <bool PAIR> struct AttentionBackward {
       product<PAIR, SET>(v + (j0 + g.begin) * words, words, 1, g_t + g.va * L, kQueries, words, dp + at_s, kQueries,
                          count, g.vb - g.va);
     }
-    for (int vec = 0; vec < kVectors; vec++)
+    for (int vec = 0; vec < visible.vectors; vec++)
       edge ? slopes<DROP, true>(vec, i0, j0, groups, n) : slopes<DROP, false>(vec, i0, j0, groups, n);
     const bool finite =
         !edge || all_finite<PAIR>(dq_rows(j0), D, PAIR ? (keys + 1) / 2 : keys, D);

@@ -138,7 +138,7 @@ template <bool PAIR> struct AttentionForward {
       product<PAIR, SET>(k + (j0 + groups[g].begin) * k_stride, k_stride, 1, q + groups[g].va * L, kQueries, words,
                          s + groups[g].begin * kQueries + groups[g].va * L, kQueries, groups[g].end - groups[g].begin,
                          groups[g].vb - groups[g].va);
-    for (int v = 0; v < kVectors; v++)
+    for (int v = 0; v < visible.vectors; v++)
       edge ? softmax<DROP, true>(v, i0, j0, groups, n) : softmax<DROP, false>(v, i0, j0, groups, n);
     if (!edge) return first ? weigh<SET>(j0, groups[0]) : weigh<SCALE>(j0, groups[0]);
     if (first) __builtin_memset(o, 0, size_t(D * kQueries) * 4);

@@ -35,7 +35,10 @@ class Machine:
 def measure_machine() -> Machine:
     """Measure the limits; takes about half a second."""
     probe = torch.ops.gptfast
-    peaks = [max(probe.peak_flops(1_000_000, pairs) for _ in range(3)) / 1e9 if has_cpu_ops else 0.0 for pairs in (False, True)]
+    peaks = [
+        max(probe.peak_flops(1_000_000, pairs) for _ in range(3)) / 1e9 if has_cpu_ops else 0.0
+        for pairs in (False, True)
+    ]
     signal = min(probe.signal_ns(5000) for _ in range(5)) if has_cpu_ops else 0.0
     return Machine(
         name=cpu_name(),

@@ -1,4 +1,4 @@
-"""The table, the JSON file and the picture of a set of comparisons. A comparison that we lose is shown like one we win."""
+"""Table, JSON file and picture of a set of comparisons. One that we lose is shown like one that we win."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def save_json(results: list[Comparison], machine: Machine, path: Path) -> None:
             "backward": c.backward,
             "milliseconds": c.milliseconds,
             "speedup": c.ratios,
-            "percent_of_limit": dict([reversed(percent_of_limit(c, machine))]),
+            "percent_of_limit": percent_of_limit(c, machine),
         }
         for c in results
     ]

@@ -69,12 +69,12 @@ def check_probability(op: str, name: str, p: float) -> None:
         raise ValueError(f"{op}: {name} is {p}; expected a probability in [0, 1]")
 
 
-def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+def distinct(*tensors: Any) -> list[Any]:
     """The same tensors, with a view in place of each repeat: Dynamo traces no Function that gets one tensor twice."""
-    result: list[Tensor | None] = []
+    result: list[Tensor | None] = []  # in, and out: tensors or None
     for t in tensors:
         repeated = t is not None and any(t is other for other in result)
-        result.append(t.view_as(t) if repeated else t)
+        result.append(t.view_as(t) if t is not None and repeated else t)
     return result
 
 

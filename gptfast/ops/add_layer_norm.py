@@ -46,7 +46,9 @@ def add_layer_norm(
     check_norm(op, x, weight, bias, eps)
     check_float(op, residual=residual)
     if residual.shape != x.shape:
-        raise ValueError(f"{op}: residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}; they must be equal")
+        raise ValueError(
+            f"{op}: residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}; they must be equal"
+        )
     check_probability(op, "dropout_p", dropout_p)
     rng.check_counter(op, "seed", seed, 64)
     rng.check_counter(op, "offset", offset)

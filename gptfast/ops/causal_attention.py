@@ -39,7 +39,7 @@ def causal_attention(
     window: int | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # Tensor, or (Tensor, Tensor) with return_lse
     """softmax(softmax_scale * q k^T + mask) v, by tiles with a running maximum and sum (Milakov and Gimelshein,
     arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135).
 
@@ -186,11 +186,15 @@ def _check_lengths(q: Tensor, k: Tensor, seq_lens: Tensor | None, cu_seqlens: Te
     for name, lengths in (("seq_lens", seq_lens), ("cu_seqlens", cu_seqlens)):
         if lengths is not None and (lengths.dim() != 1 or lengths.dtype not in (torch.int32, torch.int64)):
             raise TypeError(
-                f"{OP}: {name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; expected a vector of int32 or int64"
+                f"{OP}: {name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; "
+                "expected a vector of int32 or int64"
             )
     if seq_lens is not None and seq_lens.shape[0] != q.shape[0]:
-        raise ValueError(f"{OP}: seq_lens has {seq_lens.shape[0]} entries for a batch of {q.shape[0]}; expected one per row")
+        raise ValueError(
+            f"{OP}: seq_lens has {seq_lens.shape[0]} entries for a batch of {q.shape[0]}; expected one per row"
+        )
     if cu_seqlens is not None and (q.shape[0] != 1 or q.shape[2] != k.shape[2]):
         raise ValueError(
-            f"{OP}: cu_seqlens needs packed documents, B = 1 and T = S; got B = {q.shape[0]}, T = {q.shape[2]}, S = {k.shape[2]}"
+            f"{OP}: cu_seqlens needs packed documents, B = 1 and T = S; "
+            f"got B = {q.shape[0]}, T = {q.shape[2]}, S = {k.shape[2]}"
         )

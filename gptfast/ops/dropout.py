@@ -58,7 +58,7 @@ def dropout_mask(shape: tuple[int, int, int], p: float, *, seed: int = 0, offset
     rng.check_counter("dropout_mask", "seed", seed, 64)
     rng.check_counter("dropout_mask", "offset", offset)
     if not has_cpu_ops:
-        return rng.dropout_keep(tuple(shape), p, seed, offset)
+        return rng.dropout_keep(shape, p, seed, offset)
     return torch.ops.gptfast.dropout_mask(*shape, float(p), rng.as_int64(seed), offset)
 
 

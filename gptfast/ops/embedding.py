@@ -28,5 +28,7 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Te
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"embedding: ids has dtype {ids.dtype}; expected int64 or int32 token ids")
     if wpe is not None and positions is None and ids.shape[-1] > wpe.shape[0]:
-        raise ValueError(f"embedding: ids has {ids.shape[-1]} positions but wpe has {wpe.shape[0]} rows; shorten the input")
+        raise ValueError(
+            f"embedding: ids has {ids.shape[-1]} positions but wpe has {wpe.shape[0]} rows; shorten the input"
+        )
     return reference.embedding(ids, wte, wpe, positions)

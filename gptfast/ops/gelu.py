@@ -20,9 +20,7 @@ from gptfast.ops._common import (
 )
 
 
-def gelu(
-    x: Tensor, bias: Tensor | None = None, approximate: str = "tanh", *, backend: str | None = None
-) -> Tensor:
+def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh", *, backend: str | None = None) -> Tensor:
     """GELU(x + bias), equal to `F.gelu(x + bias, approximate=approximate)` but for rounding.
 
     z = x + bias;  "none": z Phi(z);  "tanh": 0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))

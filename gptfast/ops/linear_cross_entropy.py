@@ -137,7 +137,10 @@ class TotalLossFunction(torch.autograd.Function):
     ) -> Tensor:
         op = torch.ops.gptfast
         if not any(ctx.needs_input_grad[:2]):
-            return op.linear_cross_entropy_fwd(hidden, weight, targets, ignore_index, smoothing).double().sum().float() * unit
+            return (
+                op.linear_cross_entropy_fwd(hidden, weight, targets, ignore_index, smoothing).double().sum().float()
+                * unit
+            )
         dloss = unit.expand(hidden.shape[0])
         loss, dhidden, dweight = op.linear_cross_entropy_bwd(dloss, hidden, weight, targets, ignore_index, smoothing)
         ctx.save_for_backward(dhidden, dweight)

@@ -1,4 +1,4 @@
-"""Every op in eager PyTorch: the oracle of the tests, the baseline of the benchmarks, and what runs where no kernel does.
+"""Every op in eager PyTorch: oracle of the tests, baseline of the benchmarks, and what runs where no kernel does.
 
 Same arguments as the public functions, any floating dtype including fp64, differentiable by autograd.
 Half-precision inputs are computed in fp32 and rounded once at the end; fp32 and fp64 are computed as they are.
@@ -21,7 +21,7 @@ def _upcast(x: Tensor) -> Tensor:
 
 
 def _keep_scaled(x: Tensor, shape: tuple[int, int, int], p: float, seed: int, offset: int) -> Tensor:
-    """Dropout of x (any shape with the elements of `shape`) by the Philox contract; nan in a dropped place is dropped."""
+    """Dropout by the Philox contract; `shape` numbers the elements of x. A nan in a dropped place is dropped."""
     if p == 0:
         return x
     keep = rng.dropout_keep(shape, p, seed, offset, x.device).view(x.shape)
@@ -61,7 +61,7 @@ def visible_keys(
 
 
 def _masked_product(equation: str, a: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    """einsum of `a` with the keys or values x (B, H, S, D) that each query may see: 0 * nan must not leak from the others.
+    """einsum of `a` with those keys or values x (B, H, S, D) that each query sees: no 0 * nan from the others.
 
     Holds (B, H, T, S, D), so it serves only inputs that are not finite.
     """
@@ -86,9 +86,7 @@ def causal_attention(
     B, H, T, D = q.shape
     S = k.shape[2]
     scale = D**-0.5 if softmax_scale is None else softmax_scale
-    mask = visible_keys(
-        T, S, causal=causal, window=window, seq_lens=seq_lens, cu_seqlens=cu_seqlens, device=q.device
-    )
+    mask = visible_keys(T, S, causal=causal, window=window, seq_lens=seq_lens, cu_seqlens=cu_seqlens, device=q.device)
     qf, kf, vf = _upcast(q), _upcast(k), _upcast(v)
     leaky = not (torch.isfinite(kf).all() and torch.isfinite(vf).all())
     scores = _masked_product("bhtd,bhtsd->bhts", qf, kf, mask) if leaky else qf @ kf.transpose(-1, -2)
@@ -184,7 +182,11 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     return cross_entropy(
-        F.linear(hidden, weight), targets, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        F.linear(hidden, weight),
+        targets,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
     )
 
 

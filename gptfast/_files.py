@@ -1,0 +1,156 @@
+"""Files that are never left half written, and text files that are read with helpful errors."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file so that a reader, a crash or a full disk sees the whole old file or the whole new one.
+
+    Args:
+        path: the file to write; folders that are missing are made.
+        content: the bytes, or a function that writes them to the open (seekable) binary file it is given.
+    Raises:
+        OSError: the file cannot be written; the text says which, why and what to do. The old file is intact.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there replaces `path` when the block ends well.
+
+    For writers that insist on a path of their own (`with atomic_path(p) as t: save_file(tensors, t)`). The
+    new file is flushed to the disk before it takes the name, and removed if the block raises.
+
+    Raises:
+        OSError: as `atomic_write`.
+    """
+    target = Path(os.path.realpath(path))  # through links: the file they point to is the one to replace
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        if os.name == "posix":  # the new name itself lives in the folder; Windows cannot open one
+            _sync(target.parent)
+    except OSError as error:
+        if getattr(error, "explained", False):  # of another file that the block reads or writes
+            raise
+        raise _explain(error, f"cannot write {path}", "the previous file, if any, is intact") from error
+    finally:
+        with suppress(OSError):  # gone already when all went well
+            temporary.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explain(error: OSError, failure: str, state: str = "") -> OSError:
+    """The same class of error and errno, with a text that names the file, the reason and the remedy."""
+    reason = error.strerror or str(error)
+    remedy = _REMEDIES.get(type(error), "check the disk (free space, quota) and try again")
+    message = "; ".join(filter(None, [f"{failure}: {reason}", state, remedy]))
+    explained = OSError(error.errno, message) if error.errno is not None else OSError(message)
+    explained.explained = True  # type: ignore[attr-defined]
+    return explained
+
+
+_REMEDIES: dict[type, str] = {
+    PermissionError: "check who owns the file and its folder, or name another place",
+    FileNotFoundError: "check the spelling of the path",
+    NotADirectoryError: "a part of the path is a file, not a folder; name another place",
+    FileExistsError: "a part of the path is a file, not a folder; name another place",
+    IsADirectoryError: "this is a folder; name a file",
+}
+
+
+def open_read(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a binary file for reading. Raises OSError with a text that says which, why and what to do."""
+    try:
+        return Path(path).open("rb")
+    except OSError as error:
+        raise _explain(error, f"cannot read {path}") from error
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The content of a file that must not be empty.
+
+    Raises:
+        OSError: missing, a folder, unreadable (FileNotFoundError, IsADirectoryError, PermissionError).
+        ValueError: the file is empty.
+    """
+    with open_read(path) as file:
+        content = file.read()
+    if not content:
+        raise ValueError(f"{path} is empty (0 bytes); expected a file with content")
+    return content
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file; line ends become "\\n" and a byte order mark is dropped.
+
+    Raises:
+        OSError: as `read_bytes`.
+        ValueError: the file is empty, or binary, or not UTF-8 (the text names the first offending byte).
+    """
+    content = read_bytes(path)
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path} is UTF-16 (byte order mark at byte 0); {_convert(path, 'UTF-16')}")
+    null = content.find(b"\0")
+    if null >= 0:
+        raise ValueError(f"{path} is binary, not text (zero byte at byte {null}); give a UTF-8 text file")
+    try:
+        text = content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise ValueError(
+            f"{path} is not UTF-8 (byte 0x{byte:02x} at byte {error.start}: {error.reason}); "
+            f"{_convert(path, 'LATIN1')} if it is Latin-1"
+        ) from error
+    if not text:
+        raise ValueError(f"{path} is empty (only a byte order mark); expected a file with content")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _convert(path: str | os.PathLike[str], encoding: str) -> str:
+    return f"convert it: iconv -f {encoding} -t UTF-8 {path} > {Path(path).stem}.utf8.txt"
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError, ValueError: as `read_text`, or the text is not JSON (line and column are named).
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(
+            f"{path} is not valid JSON ({error.msg} at {where}); it is damaged or cut short - write it again"
+        ) from error
+
+
+def read_asset(name: str) -> bytes:
+    """The content of gptfast/assets/`name`.xz, a data file that the package ships."""
+    return lzma.decompress((resources.files("gptfast") / "assets" / f"{name}.xz").read_bytes())

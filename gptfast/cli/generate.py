@@ -1,0 +1,223 @@
+"""gptfast generate: a GPT writes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from gptfast.generation import Step
+    from gptfast.models import GPT
+    from gptfast.tokenizer import Tokenizer
+
+MAX_NEW_TOKENS, TEMPERATURE = 200, 0.8
+TOP = 8  # rows of a --show-probabilities table
+
+
+def generate(
+    model: Annotated[str, typer.Option(help="Checkpoint folder, such as runs/bard/best, or a Hugging Face hub id.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to continue; give it several times for several. Without any it is read from standard input. "
+            "<|endoftext|> begins a new document, where the tokenizer has that token."
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="Read one prompt from this UTF-8 text file instead; a newline at its very end is left out."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How many tokens to add to each prompt, at most.",
+            show_default=f"{MAX_NEW_TOKENS}, or fewer where the model has no more room",
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Below 1: safer and more repetitive. Above: bolder. 0: always the most likely token.",
+            show_default=str(TEMPERATURE),
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw among the k most likely tokens only; 0: among all.", show_default="0")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw among the most likely tokens whose probabilities reach p.", show_default="1.0"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws: the same seed writes the same text again.")] = 0,
+    num_return_sequences: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
+    num_beams: Annotated[
+        int, typer.Option(help="Search for the most likely text over so many beams, instead of drawing.")
+    ] = 1,
+    length_penalty: Annotated[
+        float | None,
+        typer.Option(help="With beams: above 0 favours longer text, below shorter.", show_default="1.0"),
+    ] = None,
+    show_probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--show-probabilities",
+            help="At each step, show the most likely next tokens (before top-k and top-p) and which was drawn.",
+        ),
+    ] = False,
+) -> None:
+    """Continue a text, token by token.
+
+    [bold]Examples[/]
+
+      Write on, a little less boldly than the model would:
+
+      [cyan]gptfast generate --model runs/bard/best --prompt "ROMEO:" --temperature 0.8 --top-p 0.95[/]
+
+      Three different continuations:
+
+      [cyan]gptfast generate --model runs/bard/best --prompt "To be" --num-return-sequences 3[/]
+
+      Look over the model's shoulder: what it holds likely at each step:
+
+      [cyan]gptfast generate --model runs/bard/best --prompt "To be" --max-new-tokens 12 --show-probabilities[/]
+
+      The most likely text that four beams find:
+
+      [cyan]gptfast generate --model runs/bard/best --prompt "To be" --num-beams 4[/]
+    """
+    from gptfast.models import GPT
+    from gptfast.models.pretrained import resolve
+    from gptfast.tokenizer import load_tokenizer
+
+    drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options: dict[str, Any] = {"seed": seed, "num_return_sequences": num_return_sequences, "num_beams": num_beams}
+    options |= _method(num_beams, drawing, length_penalty)
+    texts = _prompts(prompt, prompt_file)
+    folder = resolve(model)
+    gpt, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
+    ids = [_encode(tokenizer, text) for text in texts]
+    options["eos_token_id"] = tokenizer.eos_id
+    options["max_new_tokens"] = _room(gpt, ids) if max_new_tokens is None else max_new_tokens
+    start = time.perf_counter()
+    if show_probabilities:
+        count = _show_probabilities(gpt, tokenizer, ids, options)
+    elif len(ids) == 1 and num_return_sequences == 1 and num_beams == 1:
+        count = _stream(gpt, tokenizer, texts[0], ids, options)
+    else:
+        count = _print_all(gpt, tokenizer, ids, options)
+    seconds = time.perf_counter() - start
+    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
+
+
+def _method(num_beams: int, drawing: dict[str, Any], length_penalty: float | None) -> dict[str, Any]:
+    """The options of drawing or of beam search; those of the other must not have been given."""
+    given = {name: value for name, value in drawing.items() if value is not None}
+    if num_beams > 1:
+        if given:
+            flags = " and ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(
+                f"generate: {flags} with --num-beams {num_beams}; beam search draws nothing - leave one out"
+            )
+        return {} if length_penalty is None else {"length_penalty": length_penalty}
+    if length_penalty is not None:
+        raise ValueError("generate: --length-penalty ranks beams, but there is one; give --num-beams 2 or more as well")
+    return {"temperature": TEMPERATURE} | given
+
+
+def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
+    from gptfast._files import read_text
+
+    if prompt and prompt_file:
+        raise ValueError("generate: --prompt and --prompt-file were both given; expected one of them")
+    if prompt:
+        return prompt
+    if prompt_file:
+        return [read_text(prompt_file).removesuffix("\n")]
+    if sys.stdin.isatty():
+        raise ValueError('generate: no prompt; give one with --prompt "…", --prompt-file, or on standard input')
+    try:
+        return [sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"generate: standard input is not UTF-8 ({error}); expected UTF-8 text") from None
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    if not text:
+        start = "a newline" if tokenizer.eos_id is None else "<|endoftext|> to begin a new document"
+        raise ValueError(f"generate: the prompt is empty; give at least one character, such as {start}")
+    return tokenizer.encode(text, allowed_special="all")
+
+
+def _room(gpt: GPT, ids: list[list[int]]) -> int:
+    """The default of max_new_tokens: what fits behind the longest prompt; 1 where nothing does, which is an error."""
+    return max(1, min(MAX_NEW_TOKENS, gpt.config.block_size - max(map(len, ids))))
+
+
+def _stream(gpt: GPT, tokenizer: Tokenizer, text: str, ids: list[list[int]], options: dict[str, Any]) -> int:
+    """One sequence, to the terminal as it comes."""
+    from gptfast.generation import stream
+    from gptfast.tokenizer import StreamDecoder
+
+    steps, decoder, count = stream(gpt, ids, **options), StreamDecoder(tokenizer), 0
+    print(text, end="", flush=True)
+    for step in steps:
+        count += 1
+        token = step.tokens[0]
+        if token is not None and token != tokenizer.eos_id:
+            print(decoder.push(token), end="", flush=True)
+    print(decoder.finish())
+    return count
+
+
+def _print_all(gpt: GPT, tokenizer: Tokenizer, ids: list[list[int]], options: dict[str, Any]) -> int:
+    copies = options["num_return_sequences"]
+    rows = gpt.generate(ids, **options)
+    for n, row in enumerate(rows):
+        print(f"---- prompt {n // copies + 1}, continuation {n % copies + 1} " + "-" * 40)
+        print(tokenizer.decode([token for token in row if token != tokenizer.eos_id]))
+    return sum(map(len, rows)) - copies * sum(map(len, ids))
+
+
+def _show_probabilities(gpt: GPT, tokenizer: Tokenizer, ids: list[list[int]], options: dict[str, Any]) -> int:
+    """A table per step: what the model held likely, and what was drawn."""
+    from rich.console import Console
+
+    from gptfast.generation import stream
+
+    if len(ids) > 1 or options["num_return_sequences"] > 1 or options["num_beams"] > 1:
+        raise ValueError("generate: --show-probabilities shows one sequence; give one prompt and no beams or copies")
+    console, count, row = Console(highlight=False), 0, list(ids[0])
+    for count, step in enumerate(stream(gpt, ids, top=TOP, **options), start=1):
+        console.print(_step_table(tokenizer, tokenizer.decode(row), step, count))
+        row += [token for token in step.tokens if token is not None]
+    print(tokenizer.decode([token for token in row if token != tokenizer.eos_id]))
+    return count
+
+
+def _step_table(tokenizer: Tokenizer, text: str, step: Step, number: int) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    drawn = step.tokens[0]
+    title = escape(f"{number}: …{text[-40:]!r}")
+    table = Table("next token", "probability", "", title=title, title_justify="left", box=None)
+    shown = step.top[0]
+    for token, probability in shown:
+        mark = "[green]drawn[/]" if token == drawn else ""
+        table.add_row(escape(_show(tokenizer, token)), f"{probability:6.1%} {'█' * round(40 * probability)}", mark)
+    if drawn is not None and drawn not in [token for token, _ in shown]:
+        table.add_row(escape(_show(tokenizer, drawn)), "less likely than these", "[green]drawn[/]")
+    return table
+
+
+def _show(tokenizer: Tokenizer, token: int) -> str:
+    """A token as Python writes its text, or its bytes where they are only a part of a character."""
+    data = tokenizer.decode_bytes([token])
+    try:
+        return repr(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return repr(data)

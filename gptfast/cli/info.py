@@ -1,0 +1,69 @@
+"""gptfast info: what a model consists of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gptfast.models.config import GPTConfig
+    from gptfast.models.tally import Row
+
+
+def info(
+    model: Annotated[
+        str,
+        typer.Argument(help="A preset (gpt2, gpt3-175b, ...), a checkpoint folder or a Hugging Face hub id."),
+    ],
+) -> None:
+    """Print the parameters of a model by matrix category, and the memory that they need."""
+    from rich.console import Console
+
+    from gptfast.models.config import PRESETS, GPTConfig
+    from gptfast.models.pretrained import read_config, resolve
+    from gptfast.models.tally import tally
+
+    config = GPTConfig.preset(model) if model in PRESETS else read_config(resolve(model))
+    rows = tally(config)
+    console = Console()
+    console.print(_shape(config), highlight=False)
+    console.print(_table(model, rows, config.tie_weights))
+    total = sum(row.count for row in rows)
+    memory = f"{_bytes(4 * total)} in fp32, {_bytes(2 * total)} in bf16"
+    console.print(f"memory of the weights: {memory}", highlight=False)
+
+
+def _shape(config: GPTConfig) -> str:
+    attention = "dense" if config.window is None else f"dense and banded ({config.window}) in turn"
+    return (
+        f"{config.n_layer} layers, {config.n_head} heads of {config.head_dim}, {config.n_embd} channels, "
+        f"context {config.block_size}, vocabulary {config.vocab_size}; {config.norm_position}-norm, "
+        f"attention {attention}"
+    )
+
+
+def _table(title: str, rows: list[Row], tied: bool) -> Table:
+    from rich.table import Table
+
+    total = sum(row.count for row in rows)
+    table = Table(title=title, title_justify="left", title_style="bold", show_footer=True)
+    table.add_column("matrices", "Total")
+    table.add_column("shape x copies", justify="right")
+    table.add_column("parameters", f"{total:,}", justify="right")
+    table.add_column("share", _short(total), justify="right")
+    for row in rows:
+        shared = tied and row.category == "Unembedding"
+        share = "is the embedding" if shared else f"{100 * row.count / total:.2f}%"
+        table.add_row(row.category, f"{row.shape} x {row.copies:,}", f"{row.count:,}", share)
+    return table
+
+
+def _short(n: int) -> str:
+    return f"{n / 1e9:.1f}B" if n >= 10**9 else f"{n / 1e6:.1f}M"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 10**9 else f"{n / 1e6:.1f} MB"

@@ -1,0 +1,68 @@
+"""gptfast prepare: text to token files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def prepare(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="The text: 'shakespeare' (42 plays and poems, built in), 'shakespeare:comedy,poetry' (some "
+            "of them), a UTF-8 text file, or a folder whose .txt files are one document each."
+        ),
+    ] = "shakespeare",
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="How text becomes numbers. gpt2: GPT-2's 50257 subwords, to fine-tune or compare with it. "
+            "char: one number per character, best for a small model and a few minutes. word: one per word. "
+            "bpe: subwords learnt from your text. Or the FOLDER of a checkpoint, to use its tokenizer."
+        ),
+    ] = "gpt2",
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            help="How many tokens bpe learns (default 8192), or word keeps (default all). More tokens make "
+            "shorter sequences, and a larger embedding matrix."
+        ),
+    ] = None,
+    val_fraction: Annotated[
+        float,
+        typer.Option(
+            help="Part of the text that training never sees, to measure how well the model predicts new "
+            "text. Whole documents are kept where there are enough."
+        ),
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(help="Chooses the documents for validation.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for train.bin, val.bin, data.json and the tokenizer's files.")
+    ] = Path("runs/data"),
+) -> None:
+    """Turn text into token files, once, so that training can start at once and read them from disk.
+
+    gptfast train does the same when it is given text; prepare is for text that is used often, or large. A
+    second run with the same arguments does nothing.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from gptfast.data import prepare as prepare_data
+
+    prepared = prepare_data(data, tokenizer, out, vocab_size=vocab_size, val_fraction=val_fraction, seed=seed)
+    table = Table("part", "documents", "bytes", "tokens", "bytes per token", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in ("train", "val"):
+        counts = prepared.info[part]
+        ratio = counts["bytes"] / counts["tokens"]
+        table.add_row(part, str(counts["documents"]), f"{counts['bytes']:,}", f"{counts['tokens']:,}", f"{ratio:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(f"vocabulary: {prepared.tokenizer.vocab_size:,} tokens", highlight=False, markup=False)
+    console.print(prepared.info["split"], highlight=False, markup=False)
+    console.print(f"next: gptfast train --data {out}", highlight=False, markup=False)

@@ -1,0 +1,24 @@
+"""Text to tokens to batches: documents, token files, and the order in which a training run sees them."""
+
+from __future__ import annotations
+
+from gptfast.data.documents import Document, Split, load_documents, split_documents
+from gptfast.data.prepare import PreparedData, load_prepared, open_data, prepare
+from gptfast.data.sampler import WindowSampler, sequential_batches
+from gptfast.data.token_file import TokenFile, is_token_file, write_tokens
+
+__all__ = [
+    "Document",
+    "PreparedData",
+    "Split",
+    "TokenFile",
+    "WindowSampler",
+    "is_token_file",
+    "load_documents",
+    "load_prepared",
+    "open_data",
+    "prepare",
+    "sequential_batches",
+    "split_documents",
+    "write_tokens",
+]

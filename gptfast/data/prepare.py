@@ -1,0 +1,283 @@
+"""From text to token files: what `gptfast prepare` does, and what training opens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from gptfast._files import atomic_path, atomic_write, read_json
+from gptfast.data.documents import Document, Split, load_documents, split_documents
+from gptfast.data.token_file import TokenFile, TokenWriter, is_token_file
+from gptfast.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
+
+MANIFEST = "data.json"
+_VERSION = 1
+_PIECE = 1 << 20  # characters that are encoded at once
+_LONG = 8_000_000  # from this many characters on, a progress bar is worth its place
+_TRAINABLE = ("char", "word", "bpe")
+_PATH = (str, os.PathLike)
+_CUT = re.compile(r"\S\n(?=\S)")
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedData:
+    """Tokens to train on and to validate with, and their tokenizer.
+
+    info: {"data", "split", "train", "val"}; the last two hold "documents", "tokens" and, where the text is
+    known, "bytes" (UTF-8), which turns nats per token into bits per byte.
+    """
+
+    folder: Path
+    train: TokenFile
+    val: TokenFile
+    tokenizer: Tokenizer
+    info: dict[str, Any]
+
+
+def open_data(
+    data: str | os.PathLike[str],
+    cache_dir: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+    *,
+    vocab_size: int | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    progress: bool = True,
+) -> PreparedData:
+    """Whatever `--data` names, as tokens.
+
+    Args:
+        data: what `prepare` takes (the tokens then go to `cache_dir`), a folder that `prepare` filled, or one
+            token file, of which the last documents are kept for validation.
+        cache_dir: where tokens of a text are written, and found again the next time.
+        tokenizer: as in `prepare`; None means "gpt2" for text, and for tokens the tokenizer beside them.
+        vocab_size, val_fraction, seed, progress: as in `prepare`.
+    Raises:
+        OSError, ValueError: as `prepare` and `load_prepared`; a tokenizer that does not fit the tokens.
+    """
+    if (Path(data) / MANIFEST).exists():
+        if tokenizer is not None or vocab_size is not None:
+            raise ValueError(
+                f"open_data: {data} holds tokens and their tokenizer; leave tokenizer and vocab_size out, or "
+                "pass the text"
+            )
+        return load_prepared(data)
+    if is_token_file(data):
+        return _open_token_file(Path(data), tokenizer, val_fraction)
+    return prepare(
+        data,
+        "gpt2" if tokenizer is None else tokenizer,
+        cache_dir,
+        vocab_size=vocab_size,
+        val_fraction=val_fraction,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def prepare(
+    data: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str] | Tokenizer,
+    out_dir: str | os.PathLike[str],
+    *,
+    vocab_size: int | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    progress: bool = True,
+) -> PreparedData:
+    """Split text into training and validation documents and write their tokens.
+
+    Writes train.bin, val.bin, the tokenizer's files and data.json. Where these are already there for the same
+    text, tokenizer and split, nothing is done. Where text cannot be read or a token file not written, what was
+    there before stays as it was; a folder whose last files are missing is refused by `load_prepared`.
+
+    Args:
+        data: "shakespeare", "shakespeare:comedy", a text file, or a folder of .txt files (see
+            `load_documents`).
+        tokenizer: "gpt2", "char", "word" or "bpe" (the last three are learnt from the text), a folder with a
+            saved tokenizer, or a tokenizer.
+        out_dir: the folder to write, made where it is missing.
+        vocab_size: for "bpe" and "word", see `get_tokenizer`.
+        val_fraction: part of the text to keep for validation, in (0, 1); see `split_documents`.
+        seed: chooses the validation documents.
+        progress: show a progress bar for a long text, where standard error is a terminal.
+    Raises:
+        OSError: a file cannot be read or written.
+        ValueError: bad arguments, or text that cannot be read or encoded.
+    """
+    out_dir = Path(out_dir)
+    documents = load_documents(data)
+    split = split_documents(documents, val_fraction, seed)
+    chosen = None if tokenizer in _TRAINABLE else _given(tokenizer, vocab_size)
+    fingerprint = _fingerprint(split, chosen or (tokenizer, vocab_size))
+    found = _up_to_date(out_dir, fingerprint)
+    if found is not None:
+        return found
+    chosen = chosen or _trained(str(tokenizer), split, vocab_size)
+    info: dict[str, Any] = {"version": _VERSION, "fingerprint": fingerprint}
+    info |= {"data": str(data), "split": split.note}
+    with ExitStack() as files:
+        paths = {part: files.enter_context(atomic_path(out_dir / f"{part}.bin")) for part in ("train", "val")}
+        with _progress_bar(documents, progress) as advance:
+            for part, path in paths.items():
+                info[part] = _write_part(path, getattr(split, part), chosen, advance)
+        (out_dir / MANIFEST).unlink(missing_ok=True)  # until the new one is written, the folder is a mixture
+        if not _is_folder(tokenizer, out_dir):
+            chosen.save(out_dir)
+    atomic_write(out_dir / MANIFEST, json.dumps(info, indent=2).encode("utf-8"))
+    return load_prepared(out_dir)
+
+
+def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
+    """Open what `prepare` wrote.
+
+    Raises:
+        OSError, ValueError: a missing, damaged or mixed-up file.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists():
+        raise FileNotFoundError(
+            f"load_prepared: {folder} has no {MANIFEST}; it was not made by `gptfast prepare`, or that was "
+            "interrupted - run it (again)"
+        )
+    info = read_json(folder / MANIFEST)
+    if not isinstance(info, dict) or info.get("version") != _VERSION:
+        raise ValueError(f"{folder / MANIFEST}: expected version {_VERSION}; prepare the data again")
+    train, val = TokenFile.open(folder / "train.bin"), TokenFile.open(folder / "val.bin")
+    tokenizer = load_tokenizer(folder)
+    _check_fit(train, tokenizer)
+    _check_fit(val, tokenizer)
+    return PreparedData(folder, train, val, tokenizer, info)
+
+
+def _given(tokenizer: Any, vocab_size: int | None) -> Tokenizer:
+    return get_tokenizer(tokenizer, vocab_size=vocab_size) if isinstance(tokenizer, _PATH) else tokenizer
+
+
+def _trained(name: str, split: Split, vocab_size: int | None) -> Tokenizer:
+    """Characters come from all the text, so that each can be encoded; words and merges from train alone."""
+    documents = split.train + split.val if name == "char" else split.train
+    return get_tokenizer(name, (document.text for document in documents), vocab_size)
+
+
+def _is_folder(tokenizer: Any, folder: Path) -> bool:
+    return isinstance(tokenizer, _PATH) and Path(tokenizer).resolve() == folder.resolve()
+
+
+def _fingerprint(split: Split, tokenizer: Tokenizer | tuple[Any, int | None]) -> str:
+    """A hash of everything that decides what is written."""
+    digest = hashlib.sha256(f"{_VERSION}".encode())
+    if isinstance(tokenizer, tuple):
+        digest.update(repr(tokenizer).encode())
+    else:
+        with TemporaryDirectory() as folder:
+            tokenizer.save(folder)
+            for file in sorted(Path(folder).iterdir()):
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for part in (split.train, split.val):
+        digest.update(f"part {len(part)}".encode())
+        for document in part:
+            digest.update(hashlib.sha256(repr(document.name).encode()).digest())
+            digest.update(hashlib.sha256(document.text.encode()).digest())
+    return digest.hexdigest()
+
+
+def _up_to_date(folder: Path, fingerprint: str) -> PreparedData | None:
+    """What `folder` holds if it is whole and made from the same things; None where it is to be written."""
+    try:
+        found = load_prepared(folder)
+        found.train.verify()
+        found.val.verify()
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if found.info.get("fingerprint") == fingerprint else None
+
+
+def _write_part(
+    path: Path, documents: Sequence[Document], tokenizer: Tokenizer, advance: Callable[[int], None]
+) -> dict[str, int]:
+    size = 0
+
+    def encode(document: Document) -> Iterator[np.ndarray]:
+        nonlocal size
+        for ids, n_bytes in _encode(document, tokenizer):
+            size += n_bytes
+            advance(n_bytes)
+            yield ids
+
+    with path.open("wb") as file:
+        writer = TokenWriter(file, tokenizer.vocab_size, tokenizer.eos_id)
+        writer.write(map(encode, documents))
+    return {"documents": len(writer.starts), "tokens": writer.count, "bytes": size}
+
+
+def _encode(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
+    """The ids of each piece of a document, and how many bytes of text they stand for."""
+    start = 0
+    for piece in pieces(document.text):
+        try:
+            ids = tokenizer.encode(piece)
+        except ValueError as error:
+            raise ValueError(f"{document.name}, counted from character {start}: {error}") from error
+        start += len(piece)
+        yield np.array(ids, np.uint32), len(piece.encode())
+
+
+def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
+    """Cut a long text where every tokenizer cuts anyway: after a newline with no other blank beside it."""
+    start = 0
+    while start < len(text):
+        cut = _CUT.search(text, start + size)
+        stop = cut.end() if cut else len(text)
+        yield text[start:stop]
+        start = stop
+
+
+@contextmanager
+def _progress_bar(documents: Iterable[Document], wanted: bool) -> Iterator[Callable[[int], None]]:
+    total = sum(document.size for document in documents)
+    console = Console(stderr=True)
+    hidden = not wanted or total < _LONG or not console.is_terminal
+    with Progress(console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("tokenising", total=total)
+        yield lambda n_bytes: bar.advance(task, n_bytes)
+
+
+def _open_token_file(path: Path, tokenizer: Any, val_fraction: float) -> PreparedData:
+    file = TokenFile.open(path)
+    if tokenizer in _TRAINABLE:
+        raise ValueError(
+            f"open_data: tokenizer is {tokenizer!r}, which is learnt from text, but {path} holds tokens; "
+            "name 'gpt2' or the folder of the tokenizer that made them"
+        )
+    chosen = _given(path.parent if tokenizer is None else tokenizer, None)
+    _check_fit(file, chosen)
+    train, val = file.split(val_fraction)
+    info: dict[str, Any] = {
+        "data": str(path),
+        "split": f"validation: the last {len(val) / len(file):.1%} of the tokens",
+    }
+    for name, part in (("train", train), ("val", val)):
+        info[name] = {"documents": len(part.document_starts), "tokens": len(part)}
+    return PreparedData(path.parent, train, val, chosen, info)
+
+
+def _check_fit(file: TokenFile, tokenizer: Tokenizer) -> None:
+    if (file.vocab_size, file.eos_id) != (tokenizer.vocab_size, tokenizer.eos_id):
+        raise ValueError(
+            f"{file.path} was made with a vocabulary of {file.vocab_size} (end of text: {file.eos_id}), but "
+            f"the tokenizer has {tokenizer.vocab_size} (end of text: {tokenizer.eos_id}); name the tokenizer "
+            "that made it, or prepare the data again"
+        )

@@ -1,0 +1,196 @@
+"""Which tokens a training step sees: a pure function of (seed, step), so that a resume needs two integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptfast.data.token_file import TokenFile
+
+_MASK = 2**64 - 1
+_ROUNDS = 8
+
+
+class WindowSampler:
+    """Windows of block_size + 1 neighbouring tokens, in a random order that visits each once an epoch.
+
+    An epoch cuts the N tokens into n = (N - block_size) // block_size windows (at least one) that start at
+    phase + i * block_size. The phase is drawn for each epoch, so the cuts move, and the order of the windows
+    is a keyed permutation of 0..n-1: nothing is stored, and any step can be asked for at any time.
+
+    Args:
+        tokens: a token file or an array (N,) of ids.
+        block_size: T, tokens in one row; N must be at least T + 1.
+        batch_size: B, rows of one batch, on each rank.
+        seed: in [0, 2**64).
+        rank, world_size: this process and how many there are. Together they draw what one process with a
+            batch of world_size * batch_size would.
+    Raises:
+        ValueError: too few tokens, or a size, seed or rank out of range.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenFile | np.ndarray,
+        block_size: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _check_sizes("WindowSampler", tokens, block_size + 1, block_size, batch_size)
+        if not 0 <= seed <= _MASK:
+            raise ValueError(f"WindowSampler: seed is {seed}; expected 0 <= seed < 2**64")
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"WindowSampler: rank is {rank} and world_size {world_size}; expected 0 <= rank < world_size"
+            )
+        self.tokens, self.vocab_size = _unpack(tokens)
+        self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
+        self._phases = min(block_size, len(tokens) - self.windows_per_epoch * block_size)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The rows of `step` (>= 0; counts every batch, also those of one accumulated update).
+
+        Returns:
+            x, y: (B, T) int64, y[b, t] being the token that follows x[b, t].
+        Raises:
+            ValueError: a negative step, or an id outside the vocabulary of the token file (it is damaged).
+        """
+        return _rows(self.tokens, self.starts(step), self.block_size, self.vocab_size)
+
+    def starts(self, step: int) -> np.ndarray:
+        """(B,) int64: where in the tokens the rows of `step` begin."""
+        if step < 0:
+            raise ValueError(f"WindowSampler.batch: step is {step}; expected step >= 0")
+        first = (step * self.world_size + self.rank) * self.batch_size
+        starts = np.empty(self.batch_size, np.int64)
+        done = 0
+        while done < self.batch_size:  # a batch may run over the end of an epoch, or of several
+            epoch, index = divmod(first + done, self.windows_per_epoch)
+            n = min(self.batch_size - done, self.windows_per_epoch - index)
+            windows = permute(np.arange(index, index + n), self.windows_per_epoch, self.seed, epoch)
+            starts[done : done + n] = self._phase(epoch) + windows * self.block_size
+            done += n
+        return starts
+
+    def epoch(self, step: int) -> float:
+        """How many times the data has been seen before `step`."""
+        return step * self.world_size * self.batch_size / self.windows_per_epoch
+
+    def _phase(self, epoch: int) -> int:
+        return _key(self.seed, epoch, 0) % self._phases
+
+
+def sequential_batches(
+    tokens: TokenFile | np.ndarray, block_size: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All tokens in order, for an evaluation that predicts each of them, but the first, exactly once.
+
+    Yields:
+        x, y: (B, T) int64; the last batch may have fewer rows. Where the text ends inside a row, y is -100
+        (ignored) and x is 0.
+    Raises:
+        ValueError: fewer than two tokens, or a size out of range.
+    """
+    _check_sizes("sequential_batches", tokens, 2, block_size, batch_size)
+    ids, vocab_size = _unpack(tokens)
+    starts = np.arange(0, len(ids) - 1, block_size)
+    for first in range(0, len(starts), batch_size):
+        rows = starts[first : first + batch_size]
+        if rows[-1] + block_size < len(ids):
+            yield _rows(ids, rows, block_size, vocab_size)
+        else:
+            yield _padded_rows(ids, rows, block_size, vocab_size)
+
+
+def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Places of `index` (int64, in [0, n)) under the permutation of 0..n-1 that (seed, epoch) selects.
+
+    A Feistel network over the smallest power of two that holds n, walked until the value lies below n (Black
+    and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). Its halves may differ by one bit, so
+    they swap widths every round. The round function is the finaliser of SplitMix64 (Steele, Lea and Flood,
+    OOPSLA 2014).
+    """
+    bits = max(2, (n - 1).bit_length())
+    keys = [np.uint64(_key(seed, epoch, i)) for i in range(1, _ROUNDS + 1)]
+    value = _feistel(index.astype(np.uint64), bits, keys)
+    outside = value >= n
+    while outside.any():
+        value[outside] = _feistel(value[outside], bits, keys)
+        outside = value >= n
+    return value.astype(np.int64)
+
+
+def _feistel(value: np.ndarray, bits: int, keys: list[np.uint64]) -> np.ndarray:
+    """A permutation of 0..2**bits-1; the number of keys is even, so the widths of the halves end as they
+    began."""
+    left, right = bits // 2, bits - bits // 2
+    for key in keys:
+        high, low = value >> np.uint64(right), value & np.uint64(2**right - 1)
+        value = (low << np.uint64(left)) | (high ^ (_mix_array(low ^ key) & np.uint64(2**left - 1)))
+        left, right = right, left
+    return value
+
+
+def _key(seed: int, epoch: int, purpose: int) -> int:
+    return _mix(_mix(_mix(seed) + epoch) + purpose)
+
+
+def _mix_array(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _mix(x: int) -> int:
+    """The same of one integer, offset so that 0 is not a fixed point."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return x ^ (x >> 31)
+
+
+def _rows(tokens: np.ndarray, starts: np.ndarray, block_size: int, vocab_size: int | None) -> tuple[Tensor, Tensor]:
+    rows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
+    _check_ids(rows, vocab_size)
+    return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
+
+
+def _padded_rows(
+    tokens: np.ndarray, starts: np.ndarray, block_size: int, vocab_size: int | None
+) -> tuple[Tensor, Tensor]:
+    places = starts[:, None] + np.arange(block_size + 1)
+    rows = tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64)
+    _check_ids(rows, vocab_size)
+    known = places[:, 1:] < len(tokens)  # y exists
+    x, y = np.where(known, rows[:, :-1], 0), np.where(known, rows[:, 1:], -100)
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def _unpack(tokens: TokenFile | np.ndarray) -> tuple[np.ndarray, int | None]:
+    return (tokens.tokens, tokens.vocab_size) if isinstance(tokens, TokenFile) else (tokens, None)
+
+
+def _check_ids(rows: np.ndarray, vocab_size: int | None) -> None:
+    if vocab_size is not None and rows.max() >= vocab_size:
+        raise ValueError(
+            f"token file: id {rows.max()} lies outside its vocabulary of {vocab_size}; the file is damaged - "
+            "prepare the data again"
+        )
+
+
+def _check_sizes(owner: str, tokens: TokenFile | np.ndarray, needed: int, block_size: int, batch_size: int) -> None:
+    for name, value in (("block_size", block_size), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{owner}: {name} is {value}; expected at least 1")
+    if len(tokens) < needed:
+        raise ValueError(
+            f"{owner}: the data has {len(tokens)} tokens; expected at least {needed} for block_size "
+            f"{block_size} and the token that follows - use more text, or a smaller block_size"
+        )

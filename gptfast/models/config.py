@@ -1,0 +1,208 @@
+"""GPTConfig: the shape of a GPT, checked when it is made, and the published GPT-1, GPT-2 and GPT-3."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import InitVar, dataclass, fields, replace
+from typing import Any
+
+_CHOICES = {
+    "norm_position": ("pre", "post"),
+    "activation": ("gelu_tanh", "gelu"),
+    "attention_pattern": ("dense", "alternating"),
+    "position_embedding": ("learned", "sinusoidal"),
+}
+_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that decides the shape and the arithmetic of a `GPT`; without arguments it is GPT-2 (124M).
+
+    Args:
+        n_layer, n_head, n_embd: layers, heads per layer, channels C; n_embd is a multiple of n_head.
+        block_size: the longest sequence, T <= block_size.
+        vocab_size: V.
+        embd_pdrop, attn_pdrop, resid_pdrop: dropout after the embedding, on the attention weights, and on
+            every branch before it is added to the residual; probabilities in [0, 1].
+        n_inner: hidden channels of the MLP; None: 4 * n_embd.
+        norm_position: "pre" normalises the input of each branch (GPT-2, GPT-3), "post" the sum after it
+            (GPT-1).
+        final_norm: one more LayerNorm before the head (GPT-2, GPT-3).
+        activation: "gelu_tanh" (all published GPTs) or "gelu" (exact).
+        attention_pattern: "dense", or "alternating": layers 1, 3, 5 ... see only the last `window` positions
+            (GPT-3).
+        window: positions that a banded layer sees, its own among them; None with "dense".
+        position_embedding: "learned", or "sinusoidal": fixed, added to sqrt(n_embd) times the token embedding
+            (Vaswani et al., arXiv 1706.03762, sections 3.4 and 3.5).
+        tie_weights: the head uses the token embedding matrix.
+        bias: biases in the linear layers and LayerNorms.
+        layer_norm_epsilon: > 0.
+        dropout: sets embd_pdrop, attn_pdrop and resid_pdrop together (not stored).
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, or two that contradict each other.
+    """
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024
+    vocab_size: int = 50257
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    n_inner: int | None = None
+    norm_position: str = "pre"
+    final_norm: bool = True
+    activation: str = "gelu_tanh"
+    attention_pattern: str = "dense"
+    window: int | None = None
+    position_embedding: str = "learned"
+    tie_weights: bool = True
+    bias: bool = True
+    layer_norm_epsilon: float = 1e-5
+    dropout: InitVar[float | None] = None
+
+    def __post_init__(self, dropout: float | None) -> None:
+        if dropout is not None:
+            for name in _DROPOUTS:
+                object.__setattr__(self, name, dropout)
+        self._check_fields()
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"GPTConfig: n_embd is {self.n_embd} but n_head is {self.n_head}; n_embd must be a multiple "
+                f"of n_head - try n_embd={_multiples_near(self.n_embd, self.n_head)}"
+            )
+        if self.head_dim > 256:
+            raise ValueError(
+                f"GPTConfig: n_embd={self.n_embd} over n_head={self.n_head} gives a head_dim of "
+                f"{self.head_dim}; at most 256 is supported - use n_head >= {math.ceil(self.n_embd / 256)}"
+            )
+        if (self.attention_pattern == "alternating") != (self.window is not None):
+            raise ValueError(
+                f"GPTConfig: attention_pattern is {self.attention_pattern!r} with window={self.window}; "
+                "'alternating' needs a window (such as 256) and 'dense' takes none"
+            )
+
+    def _check_fields(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_inner", "window"):
+            value = getattr(self, name)
+            if value is not None or name not in ("n_inner", "window"):
+                _check_count(name, value)
+        for name in _DROPOUTS:
+            _check_number(name, getattr(self, name), "a probability in [0, 1]", lambda p: 0 <= p <= 1)
+        _check_number("layer_norm_epsilon", self.layer_norm_epsilon, "> 0 and finite", lambda e: 0 < e < math.inf)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                expected = " or ".join(map(repr, choices))
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}; expected {expected}")
+        for name in ("final_norm", "tie_weights", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"GPTConfig: {name} is {getattr(self, name)!r}; expected True or False")
+
+    @classmethod
+    def preset(cls, name: str, dropout: float | None = None, **overrides: Any) -> GPTConfig:
+        """The configuration of a published model, with what you want changed.
+
+        Args:
+            name: gpt1; gpt2, gpt2-medium, gpt2-large, gpt2-xl; gpt3-125m, -350m, -760m, -1.3b, -2.7b, -6.7b,
+                -13b, -175b (see `PRESETS` for where the numbers come from).
+            dropout: sets all three dropouts; None keeps the preset's.
+            overrides: any field of GPTConfig.
+        Raises:
+            ValueError: unknown name.  TypeError: unknown field.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"GPTConfig.preset: unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], "dropout": dropout, **_known(overrides)})
+
+    def with_dropout(self, p: float) -> GPTConfig:
+        """A copy whose three dropouts are p."""
+        return replace(self, dropout=p)
+
+    def replace(self, **overrides: Any) -> GPTConfig:
+        """A checked copy with some fields changed (`dropout=` sets all three)."""
+        return replace(self, **_known(overrides))
+
+    @property
+    def head_dim(self) -> int:
+        """D, channels per head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def inner_dim(self) -> int:
+        """Hidden channels of the MLP."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions layer `layer` sees, or None for all of them."""
+        return self.window if layer % 2 == 1 else None
+
+
+def _known(overrides: dict[str, Any]) -> dict[str, Any]:
+    names = [f.name for f in fields(GPTConfig)] + ["dropout"]
+    for name in overrides:
+        if name not in names:
+            raise TypeError(f"GPTConfig has no field {name!r}; it has {', '.join(names)}")
+    return overrides
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"GPTConfig: {name} is {value!r}; expected an int")
+    if value < 1:
+        raise ValueError(f"GPTConfig: {name} is {value}; expected at least 1")
+
+
+def _check_number(name: str, value: Any, expected: str, holds: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"GPTConfig: {name} is {value!r}; expected a number, {expected}")
+    if not holds(value):
+        raise ValueError(f"GPTConfig: {name} is {value}; expected {expected}")
+
+
+def _multiples_near(n: int, of: int) -> str:
+    below = n // of * of
+    return f"{below} or {below + of}" if below else f"{of}"
+
+
+def _gpt3(n_layer: int, n_embd: int, n_head: int, **others: Any) -> dict[str, Any]:
+    return {
+        "n_layer": n_layer,
+        "n_embd": n_embd,
+        "n_head": n_head,
+        "block_size": 2048,
+        "attention_pattern": "alternating",
+        "window": 256,
+        "dropout": 0.0,
+        **others,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt1": {"block_size": 512, "vocab_size": 40478, "norm_position": "post", "final_norm": False},
+    "gpt2": {},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+    "gpt3-125m": _gpt3(12, 768, 12),
+    "gpt3-350m": _gpt3(24, 1024, 16),
+    "gpt3-760m": _gpt3(24, 1536, 16),
+    "gpt3-1.3b": _gpt3(24, 2048, 16),
+    "gpt3-2.7b": _gpt3(32, 2560, 32),
+    "gpt3-6.7b": _gpt3(32, 4096, 32),
+    "gpt3-13b": _gpt3(40, 5120, 40),
+    "gpt3-175b": _gpt3(96, 12288, 96, tie_weights=False),
+}
+"""Shapes from the papers: Radford et al. 2018 (GPT-1), Radford et al. 2019 (GPT-2), Brown et al., arXiv
+2005.14165, Table 2.1 (GPT-3). Where the GPT-3 paper leaves a choice:
+
+* its XL row (2048 channels, 24 heads of 128) and its 13B row (5140 channels, 40 heads of 128) contradict
+  themselves; n_head * head_dim = n_embd and the printed parameter counts hold with 16 heads and with 5120
+  channels;
+* it does not say whether the head is tied. The printed counts of the small models fit only a tied head (125M
+  would be 164M untied), so 125M to 13B are tied as GPT-2 is; 175B is untied, as its usual tally lists it:
+  617M each for the embedding and the unembedding, 175.2B in all (tied it would be 174.6B);
+* it gives no width for the banded layers; 256 is that of GPT-Neo's local layers. Dropout is 0: less than one
+  epoch.
+"""

@@ -1,0 +1,106 @@
+"""Writing checkpoints in the Hugging Face layout: config.json and safetensors, in one file or in shards."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptfast._folders import staged_folder
+from gptfast.models import hf_layout
+
+if TYPE_CHECKING:
+    from gptfast.models.gpt import GPT
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def save(model: GPT, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+    """Write config.json and the weights to the folder `path`, together: a failure leaves what was there.
+
+    transformers loads the result with the same logits wherever it knows the architecture (see
+    `hf_layout.model_type`). Tied weights are stored once. Other files of the folder stay.
+
+    Args:
+        model: on any device, any float dtype; saved in its dtype.
+        path: a folder, made if missing.
+        max_shard_size: bytes, or text such as "500MB" (10**6); more than that is split into shards with an
+            index.
+    Raises:
+        OSError: cannot be written (disk full, no permission).  ValueError: max_shard_size.
+    """
+    limit = _bytes(max_shard_size)
+    tensors = _named_tensors(model)
+    shards = _split({name: x.nbytes for name, x in tensors.items()}, limit)
+    count = f"{len(shards):05d}"
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{count}.safetensors" for i in range(len(shards))]
+    with staged_folder(path) as stage:
+        _write_json(stage / CONFIG, hf_layout.to_hf(model.config, str(model.wte.weight.dtype).removeprefix("torch.")))
+        for file, names in zip(files, shards, strict=True):
+            write_tensors(stage / file, {name: tensors[name].contiguous().cpu() for name in names})
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            total = sum(x.nbytes for x in tensors.values())
+            _write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _named_tensors(model: GPT) -> dict[str, Tensor]:
+    """Every tensor under its name in the file and in its shape there (views, not yet contiguous)."""
+    config, kind = model.config, hf_layout.model_type(model.config)
+    if config.tie_weights and model.lm_head.weight is not model.wte.weight:
+        raise ValueError(
+            "save_pretrained: the config ties lm_head to wte, but they are two tensors; call tie_weights()"
+        )
+    out: dict[str, Tensor] = {}
+    for name, x in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_weights:
+            continue
+        out[hf_layout.to_file(name, kind)] = x.t() if hf_layout.is_conv1d(name) else x
+        if kind != "gptfast" and not config.bias and name.startswith(("h.", "ln_f.")):
+            bias = name.removesuffix("weight") + "bias"  # transformers has biases everywhere
+            out[hf_layout.to_file(bias, kind)] = x.new_zeros(x.shape[0])
+    return out
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, filled into shards of at most `limit` bytes (a larger tensor has its own)."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors reports a failed write
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number)) from error
+
+
+def _bytes(size: int | str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", size.strip(), re.IGNORECASE) if isinstance(size, str) else None
+    number = int(float(match[1]) * _UNITS[match[2].upper()]) if match else size
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(
+            f"save_pretrained: max_shard_size is {size!r}; expected bytes, or text such as '500MB' or '5GB'"
+        )
+    return number

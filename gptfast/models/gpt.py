@@ -1,0 +1,241 @@
+"""The GPT model.  B batch, T time, C channels (n_embd), V vocabulary."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptfast import ops
+from gptfast.models.config import GPTConfig
+from gptfast.models.kv_cache import KVCache
+from gptfast.nn import Block, LayerNorm, Linear
+from gptfast.nn.block import add_branch
+from gptfast.nn.dropout import DropoutCounter
+from gptfast.nn.position import SinusoidalEmbedding
+
+INIT_STD = 0.02  # of all matrices and embeddings (GPT-2)
+
+
+class GPT(nn.Module):
+    """A GPT-1, GPT-2 or GPT-3 with GPT-2's parameter names; all of it runs through `gptfast.ops`.
+
+    Weights are normal with standard deviation 0.02, divided by sqrt(2 n_layer) for the projections into the
+    residual stream (Radford et al. 2019, section 2.3); biases are 0.
+
+    Dropout is a function of (dropout_seed, dropout_step) alone: these two integers restore it. A forward in
+    training mode with any dropout advances dropout_step by one.
+
+    Args:
+        config: see `GPTConfig`.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if not isinstance(config, GPTConfig):
+            raise TypeError(f"GPT: config is a {type(config).__name__}; expected a GPTConfig")
+        self.config = config
+        C = config.n_embd
+        learned = config.position_embedding == "learned"
+        self.wte = nn.Embedding(config.vocab_size, C)
+        self.wpe = nn.Embedding(config.block_size, C) if learned else SinusoidalEmbedding(config.block_size, C)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(C, eps=config.layer_norm_epsilon, bias=config.bias) if config.final_norm else None
+        self.lm_head = Linear(C, config.vocab_size, bias=False)
+        self._dropout = DropoutCounter(seed=0)  # its offset counts forwards
+        self.tie_weights()
+        self._init_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head share the token embedding, if the config says so."""
+        if self.config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+
+    def _init_weights(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    @property
+    def dropout_seed(self) -> int:
+        """Seed of all dropouts, in [0, 2**64)."""
+        return self._dropout.seed
+
+    @dropout_seed.setter
+    def dropout_seed(self, value: int) -> None:
+        self._dropout.seed = value
+
+    @property
+    def dropout_step(self) -> int:
+        """How many forwards with dropout have been made."""
+        return self._dropout.offset
+
+    @dropout_step.setter
+    def dropout_step(self, value: int) -> None:
+        self._dropout.offset = value
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor | tuple[Tensor | None, Tensor]:
+        """Logits, or logits and mean cross-entropy.
+
+        Args:
+            ids: (B, T) int64 or int32 in [0, V), 1 <= T <= block_size.
+            targets: (B, T) int64, the token that follows each id, in [0, V) or -100 (not counted). In
+                training mode the head and the loss are one op that never holds all logits.
+            cache: append the T positions of every row to it and attend to what it holds; no gradients.
+            last_only: logits of the last position only.
+        Returns:
+            Without targets: logits (B, T, V), or (B, V) with last_only.
+            With targets: (logits, loss), logits None in training mode; loss is a scalar.
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or range; sequence too long.
+        """
+        self._check(ids, targets, cache, last_only)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            x = self._hidden(ids, cache)  # B T C
+            if targets is None:
+                return self.lm_head(x[:, -1] if last_only else x)
+            hidden, wanted = x.flatten(0, 1), targets.flatten()
+            if self.training:
+                return None, ops.linear_cross_entropy(hidden, self.lm_head.weight, wanted)
+            logits = self.lm_head(x)
+            return logits, ops.cross_entropy(logits.flatten(0, 1), wanted)
+
+    def _hidden(self, ids: Tensor, cache: KVCache | None) -> Tensor:
+        """Hidden states before the head, (B, T, C)."""
+        config, seed, first = self.config, *self._take_offsets()
+        positions = None if cache is None else cache.start(ids.shape[1])
+        residual = self._embed(ids, positions)
+        if self.training and config.embd_pdrop > 0:
+            residual = ops.dropout(residual, config.embd_pdrop, seed, first)
+        branch = None
+        for layer, block in enumerate(self.h):
+            branch, residual = block(branch, residual, rng=(seed, first + 1 + 3 * layer), cache=cache)
+        if cache is not None:
+            cache.finish(ids.shape[1])
+        return self._final_norm(branch, residual, seed, first + 3 * config.n_layer)
+
+    def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """Token plus position embedding, (B, T, C)."""
+        if self.config.position_embedding == "learned":
+            return ops.embedding(ids, self.wte.weight, self.wpe.weight, positions)
+        sinusoids = self.wpe.weight[: ids.shape[1]] if positions is None else self.wpe.weight[positions]
+        scale = math.sqrt(self.config.n_embd)  # Vaswani et al., section 3.4: or 0.02 would drown in sinusoids of 1
+        return ops.embedding(ids, self.wte.weight) * scale + sinusoids
+
+    def _final_norm(self, branch: Tensor | None, residual: Tensor, seed: int, offset: int) -> Tensor:
+        """Add the last block's branch and normalise, as far as the config has these."""
+        p = self.config.resid_pdrop if self.training else 0.0
+        dropout = {"dropout_p": p, "seed": seed, "offset": offset} if p > 0 else {}
+        if self.ln_f is None:
+            return add_branch(branch, residual, dropout)
+        return self.ln_f(residual) if branch is None else self.ln_f(branch, residual, **dropout)[0]
+
+    def _take_offsets(self) -> tuple[int, int]:
+        """(seed, first Philox offset) of this forward: each has 1 + 3 n_layer dropouts, numbered in order."""
+        c = self.config
+        if not self.training or not (c.embd_pdrop or c.attn_pdrop or c.resid_pdrop):
+            return 0, 0
+        seed, step = self._dropout.take()
+        return seed, step * (1 + 3 * c.n_layer)
+
+    def _check(self, ids: Tensor, targets: Tensor | None, cache: KVCache | None, last_only: bool) -> None:
+        V, limit = self.config.vocab_size, self.config.block_size
+        _check_ids("ids", ids, (torch.int64, torch.int32), V)
+        if ids.shape[1] == 0:
+            raise ValueError("GPT: ids holds no tokens (T = 0); give at least one, such as the end-of-text token")
+        if ids.shape[1] > limit:
+            raise ValueError(
+                f"GPT: ids has {ids.shape[1]} positions but block_size is {limit}; keep the last {limit} "
+                "(ids[:, -model.config.block_size:]) or build the model with a larger block_size"
+            )
+        if targets is not None:
+            _check_ids("targets", targets, (torch.int64,), V, ignored=-100)
+            if targets.shape != ids.shape or last_only:
+                raise ValueError(
+                    f"GPT: targets has shape {tuple(targets.shape)} and ids {tuple(ids.shape)} "
+                    f"(last_only={last_only}); expected equal shapes, targets[b, t] being the token after "
+                    "ids[b, t], without last_only"
+                )
+        if cache is not None and cache.batch_size != ids.shape[0]:
+            raise ValueError(f"GPT: ids has {ids.shape[0]} rows but the cache {cache.batch_size}; they must be equal")
+        if cache is not None and self.training:
+            raise ValueError("GPT: a cache is for generation, but the model is in training mode; call model.eval()")
+
+    def generate(self, ids: Any, **options: Any) -> Any:
+        """Continue `ids`; see `gptfast.generation.generate`."""
+        from gptfast.generation import generate
+
+        return generate(self, ids, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **config_overrides: Any
+    ) -> GPT:
+        """Load a checkpoint folder or a Hugging Face hub id; see `gptfast.models.pretrained.load`."""
+        from gptfast.models import pretrained
+
+        return pretrained.load(cls, path, dtype, config_overrides)
+
+    def save_pretrained(self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Write a checkpoint folder in the Hugging Face layout; see `gptfast.models.export.save`."""
+        from gptfast.models import export
+
+        export.save(self, path, max_shard_size)
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of parameters; tied weights count once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def flops_per_token(self, T: int, training: bool = True) -> float:
+        """Multiplications and additions that a sequence of T tokens needs, per token.
+
+        2 per weight of every matrix product (the embeddings are look-ups), and 4 C per key that a query sees,
+        averaged
+        over the queries: masked keys are not counted, so attention is about half of what PaLM's formula
+        (arXiv 2204.02311, appendix B) counts. The backward pass needs twice the forward.
+
+        Args:
+            T: sequence length.
+            training: forward and backward; False: forward only.
+        """
+        config = self.config
+        weights = self.lm_head.weight.numel() + sum(p.numel() for p in self.h.parameters() if p.dim() == 2)
+        keys = sum(_mean_visible_keys(T, config.window_of(layer)) for layer in range(config.n_layer))
+        return (3 if training else 1) * (2 * weights + 4 * config.n_embd * keys)
+
+
+def _mean_visible_keys(T: int, window: int | None) -> float:
+    w = T if window is None else min(window, T)
+    return (w * (w + 1) / 2 + (T - w) * w) / T
+
+
+def _check_ids(name: str, ids: Tensor, dtypes: tuple[torch.dtype, ...], V: int, ignored: int | None = None) -> None:
+    """A (B, T) tensor of token ids; values are checked where cheap: on the CPU, not in torch.compile."""
+    expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if not isinstance(ids, Tensor) or ids.dtype not in dtypes:
+        got = f"has dtype {ids.dtype}" if isinstance(ids, Tensor) else f"is a {type(ids).__name__}"
+        raise TypeError(f"GPT: {name} {got}; expected a tensor of token ids, {expected}")
+    if ids.dim() != 2:
+        raise ValueError(f"GPT: {name} has shape {tuple(ids.shape)}; expected (B, T) - use {name}[None] for one row")
+    if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    checked = ids if ignored is None else torch.where(ids == ignored, 0, ids)
+    low, high = (int(x) for x in checked.aminmax())
+    if low < 0 or high >= V:
+        raise ValueError(
+            f"GPT: {name} holds token id {high if high >= V else low}; expected ids in [0, {V}), the "
+            "vocabulary of this model - was the text encoded with another tokenizer?"
+        )

@@ -1,0 +1,141 @@
+"""How a GPT is called in Hugging Face checkpoints: the keys of config.json and the names of the tensors."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from gptfast.models.config import GPTConfig
+
+ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel", "gptfast": "GPT"}
+
+_SAME = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "vocab_size",
+    "embd_pdrop",
+    "attn_pdrop",
+    "resid_pdrop",
+    "layer_norm_epsilon",
+)
+_RENAMED = {"block_size": "n_positions", "tie_weights": "tie_word_embeddings"}
+_OWN = ("norm_position", "final_norm", "attention_pattern", "window", "position_embedding")
+_REQUIRED = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+}
+_MUST_BE = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+
+
+def model_type(config: GPTConfig) -> str:
+    """The transformers architecture that computes exactly this model, or "gptfast" where there is none.
+
+    transformers does not know banded layers, sinusoids, or other places of the norms. Such a checkpoint has
+    GPT-2's tensors, but its model_type makes transformers stop rather than compute something else.
+    """
+    plain = config.attention_pattern == "dense" and config.position_embedding == "learned"
+    if plain and config.norm_position == "pre" and config.final_norm:
+        return "gpt2"
+    as_gpt1 = config.activation == "gelu_tanh" and config.inner_dim == 4 * config.n_embd
+    if plain and config.norm_position == "post" and not config.final_norm and as_gpt1:
+        return "openai-gpt"
+    return "gptfast"
+
+
+def to_hf(config: GPTConfig, dtype: str) -> dict[str, Any]:
+    """The content of config.json."""
+    kind = model_type(config)
+    raw: dict[str, Any] = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], "dtype": dtype}
+    raw |= {name: getattr(config, name) for name in _SAME}
+    raw |= {theirs: getattr(config, ours) for ours, theirs in _RENAMED.items()}
+    if kind == "openai-gpt":
+        raw["afn"] = "gelu"  # transformers' name for the tanh form in this architecture
+    else:
+        raw["activation_function"] = "gelu_new" if config.activation == "gelu_tanh" else "gelu"
+        raw["n_inner"] = config.n_inner
+        end_of_text = 50256 if config.vocab_size == 50257 else None  # GPT-2's vocabulary
+        raw |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    if kind == "gptfast":
+        raw |= {name: getattr(config, name) for name in _OWN}
+    if not config.bias:
+        raw["bias"] = False
+    return raw
+
+
+def from_hf(raw: Any, where: object) -> dict[str, Any]:
+    """The fields of GPTConfig in the content of config.json.
+
+    Args:
+        raw: the parsed file.
+        where: the file, for messages.
+    Raises:
+        ValueError: another architecture, an option that gptfast does not have, or a key that is missing.
+    """
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind not in ARCHITECTURES:
+        raise ValueError(
+            f"{where}: model_type is {kind!r}; gptfast loads {', '.join(ARCHITECTURES)} - use transformers for others"
+        )
+    missing = [key for key in _REQUIRED if key not in raw]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} is missing; copy the complete config.json of the checkpoint")
+    for key, value in _MUST_BE.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{where}: {key} is {raw[key]}, which gptfast does not compute; use transformers")
+    names = {**{name: name for name in (*_SAME, "bias")}, **_RENAMED}
+    values = {ours: raw[theirs] for ours, theirs in names.items() if theirs in raw}
+    if kind == "gptfast":
+        values |= {name: raw[name] for name in _OWN if name in raw}
+    if kind == "openai-gpt":
+        return values | {
+            "norm_position": "post",
+            "final_norm": False,
+            "activation": _gpt1_activation(raw, where),
+        }
+    return values | {"activation": _activation(raw, where), "n_inner": raw.get("n_inner")}
+
+
+def _activation(raw: dict[str, Any], where: object) -> str:
+    name = raw.get("activation_function", "gelu_new")
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"{where}: activation_function is {name!r}; gptfast has {', '.join(_ACTIVATIONS)} - use transformers"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _gpt1_activation(raw: dict[str, Any], where: object) -> str:
+    if raw.get("afn", "gelu") != "gelu":
+        raise ValueError(f"{where}: afn is {raw['afn']!r}; gptfast has 'gelu' - use transformers")
+    return "gelu_tanh"
+
+
+def is_conv1d(name: str) -> bool:
+    """Is this a matrix that transformers stores as (in, out), in its Conv1D?  Ours is (out, in)."""
+    return re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) is not None
+
+
+def to_file(name: str, kind: str) -> str:
+    """The tensor's name in the file."""
+    if name == "lm_head.weight":
+        return name
+    if kind == "openai-gpt":
+        name = re.sub(r"^wte\.", "tokens_embed.", re.sub(r"^wpe\.", "positions_embed.", name))
+    return f"transformer.{name}"
+
+
+def from_file(name: str) -> str | None:
+    """Our name of a tensor in a file, "transformer." before it or not; None for stored attention masks."""
+    name = name.removeprefix("transformer.")
+    if re.search(r"\.attn\.(masked_)?bias$", name):
+        return None
+    return re.sub(r"^tokens_embed\.", "wte.", re.sub(r"^positions_embed\.", "wpe.", name))

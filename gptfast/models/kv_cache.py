@@ -1,0 +1,118 @@
+"""Keys and values of the positions a GPT has seen.  B rows, T new positions, S keys, H heads, D head_dim."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.models.config import GPTConfig
+
+
+class KVCache:
+    """Per-layer keys and values with room for max_len positions a row, for `GPT.forward(ids, cache=...)`.
+
+    `lengths`, (B,) int64, says how many positions of each row are filled. It may be set: shorten a row and
+    the next call overwrites what lay behind (that is how right-padded prompts of different lengths are
+    started).
+
+    Args:
+        config: of the model.
+        batch_size: B.
+        max_len: positions per row, at most block_size; None: block_size.
+        dtype, device: of the stored keys and values. Attention runs in this dtype.
+    Raises:
+        ValueError: batch_size or max_len out of range.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        max_len: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        max_len = config.block_size if max_len is None else max_len
+        if not 1 <= max_len <= config.block_size:
+            raise ValueError(f"KVCache: max_len is {max_len}; expected 1 to block_size = {config.block_size}")
+        if batch_size < 1:
+            raise ValueError(f"KVCache: batch_size is {batch_size}; expected at least 1")
+        shape = (config.n_layer, batch_size, config.n_head, max_len, config.head_dim)  # L B H S_max D
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._starts: list[int] = []  # lengths of the rows before the running call, on the host
+
+    @property
+    def batch_size(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def max_len(self) -> int:
+        return self.k.shape[3]
+
+    def start(self, T: int) -> Tensor:
+        """Make ready for T new positions in every row; return their numbers, (T,) or (B, T) int64.
+
+        Raises:
+            ValueError: no room.
+        """
+        self._starts = self.lengths.tolist()
+        if max(self._starts) + T > self.max_len:
+            raise ValueError(
+                f"KVCache: {max(self._starts)} positions are filled and {T} more do not fit into max_len = "
+                f"{self.max_len}; make the cache longer (up to block_size) or crop it"
+            )
+        new = torch.arange(T, device=self.lengths.device)
+        return new + self._starts[0] if self._uniform() else new + self.lengths[:, None]
+
+    def finish(self, T: int) -> None:
+        """Count the T positions that every layer has stored since `start`."""
+        self.lengths = self.lengths + T
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Store k and v, (B, H, T, D), behind what is cached and attend from q to all of it: (B, H, T, D)."""
+        T = q.shape[2]
+        self._store(layer, k, v)
+        keys, values, query = self.k[layer], self.v[layer], q.to(self.k.dtype)
+        S = max(self._starts) + T
+        if self._uniform():
+            out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], window=window)
+        elif T == 1 and window is None:
+            out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], seq_lens=self.lengths + 1)
+        else:  # the last T of each row's own keys: row by row
+            ends = [start + T for start in self._starts]
+            rows = [slice(b, b + 1) for b in range(len(ends))]
+            parts = [
+                ops.causal_attention(query[b], keys[b, :, :end], values[b, :, :end], window=window)
+                for b, end in zip(rows, ends, strict=True)
+            ]
+            out = torch.cat(parts)
+        return out.to(q.dtype)
+
+    def _uniform(self) -> bool:
+        return min(self._starts) == max(self._starts)
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        T, first = k.shape[2], self._starts[0]
+        for cached, new in ((self.k[layer], k), (self.v[layer], v)):
+            if self._uniform():
+                cached[:, :, first : first + T] = new
+                continue
+            for b, start in enumerate(self._starts):
+                cached[b, :, start : start + T] = new[b]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row b becomes a copy of the old row rows[b]; rows may repeat, and their number may change B."""
+        used = int(self.lengths.max())
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = old.new_empty(old.shape[0], len(rows), *old.shape[2:])
+            new[:, :, :, :used] = old[:, rows, :, :used]
+            setattr(self, name, new)
+        self.lengths = self.lengths[rows]
+
+    def crop(self, max_length: int) -> None:
+        """Forget what lies behind the first `max_length` positions of every row."""
+        self.lengths = self.lengths.clamp(max=max_length)

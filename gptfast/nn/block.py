@@ -1,0 +1,109 @@
+"""One transformer block, pre-norm (GPT-2, GPT-3) or post-norm (GPT-1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.nn.attention import CausalSelfAttention
+from gptfast.nn.dropout import DropoutCounter
+from gptfast.nn.layer_norm import LayerNorm
+from gptfast.nn.mlp import MLP
+
+if TYPE_CHECKING:
+    from gptfast.models.config import GPTConfig
+    from gptfast.models.kv_cache import KVCache
+
+
+class Block(torch.nn.Module):
+    """Attention and MLP with their residual additions, dropouts and LayerNorms.
+
+    pre:   x = x + dropout(attn(ln_1(x)));  x = x + dropout(mlp(ln_2(x)))
+    post:  x = ln_1(x + dropout(attn(x)));  x = ln_2(x + dropout(mlp(x)))
+
+    Every "dropout, add, normalise" is one pass (`gptfast.ops.add_layer_norm`). In a stack of pre-norm blocks
+    the last addition of a block belongs to the first LayerNorm of the next: call the blocks with `residual=`
+        and each hands its
+    branch on, not yet added.
+
+    Args:
+        config: a GPTConfig.
+        layer: index of the layer (see `CausalSelfAttention`).
+    """
+
+    def __init__(self, config: GPTConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.resid_pdrop = config.resid_pdrop
+        self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.mlp = MLP(config)
+        self.counter = DropoutCounter()
+
+    def forward(
+        self,
+        x: Tensor | None,
+        residual: Tensor | None = None,
+        *,
+        rng: tuple[int, int] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor | tuple[Tensor | None, Tensor]:
+        """The whole block, or with `residual` its fused form.
+
+        Args:
+            x: (B, T, C); with `residual`: the branch that the block before handed on, or None.
+            residual: None, or the stream that the branch is to be added to, (B, T, C).
+            rng: (seed, offset) of the attention dropout; offset + 1 and + 2 serve the dropouts after
+                attention and MLP, offset - 1 that of the branch handed in. None takes the next four of the
+                module's own counter.
+            cache: see `CausalSelfAttention`.
+        Returns:
+            (B, T, C); with `residual`: (branch, residual), where branch is None for post-norm blocks.
+        """
+        if rng is None:
+            seed, first = self.counter.take(4) if self.training else (0, 0)
+            rng = seed, first + 1
+        stream, branch = (x, None) if residual is None else (residual, x)
+        if stream is None:
+            raise TypeError("Block: x is None without a residual; expected (B, T, C)")
+        run = self._pre_norm if self.pre_norm else self._post_norm
+        branch, stream = run(branch, stream, rng, cache)
+        return add_branch(branch, stream, self._dropout(rng, 2)) if residual is None else (branch, stream)
+
+    def _pre_norm(
+        self, branch: Tensor | None, residual: Tensor, rng: tuple[int, int], cache: KVCache | None
+    ) -> tuple[Tensor | None, Tensor]:
+        if branch is None:
+            y = self.ln_1(residual)
+        else:
+            y, residual = self.ln_1(branch, residual, **self._dropout(rng, -1))
+        y = self.attn(y, rng=rng, cache=cache)
+        y, residual = self.ln_2(y, residual, **self._dropout(rng, 1))
+        return self.mlp(y), residual
+
+    def _post_norm(
+        self, branch: Tensor | None, residual: Tensor, rng: tuple[int, int], cache: KVCache | None
+    ) -> tuple[Tensor | None, Tensor]:
+        residual = add_branch(branch, residual, self._dropout(rng, -1))
+        y = self.attn(residual, rng=rng, cache=cache)
+        x, _ = self.ln_1(y, residual, **self._dropout(rng, 1))
+        x, _ = self.ln_2(self.mlp(x), x, **self._dropout(rng, 2))
+        return None, x
+
+    def _dropout(self, rng: tuple[int, int], index: int) -> dict[str, Any]:
+        if not self.training or self.resid_pdrop == 0:
+            return {}
+        return {"dropout_p": self.resid_pdrop, "seed": rng[0], "offset": rng[1] + index}
+
+
+def add_branch(branch: Tensor | None, residual: Tensor, dropout: dict[str, Any]) -> Tensor:
+    """dropout(branch) + residual, where no LayerNorm follows."""
+    if branch is None:
+        return residual
+    if dropout:
+        branch = ops.dropout(branch, dropout["dropout_p"], dropout["seed"], dropout["offset"])
+    return branch + residual

@@ -1,0 +1,58 @@
+"""LayerNorm, alone or fused with the residual addition and dropout before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptfast import ops
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """Drop-in for `torch.nn.LayerNorm`: same arguments, same state_dict, through `gptfast.ops.layer_norm`.
+
+    With `residual` it is one pass of dropout, residual addition and LayerNorm (`gptfast.ops.add_layer_norm`).
+    """
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        dropout_p: float = 0.0,
+        seed: int = 0,
+        offset: int = 0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """LN(input), or, with a residual: (LN(sum), sum) where sum = dropout(input) + residual.
+
+        Args:
+            input: (..., *normalized_shape).
+            residual: None or shaped like `input`.
+            dropout_p, seed, offset: dropout of `input` before the addition; see `gptfast.ops.add_layer_norm`.
+        Raises:
+            ValueError: the last dimensions are not normalized_shape.
+        """
+        n = len(self.normalized_shape)
+        if tuple(input.shape[-n:]) != self.normalized_shape:
+            raise ValueError(
+                f"LayerNorm: input has shape {tuple(input.shape)}; expected its last {n} dimension(s) to be "
+                f"{self.normalized_shape}, the normalized_shape"
+            )
+        weight = self._weight(input)
+        bias = None if self.bias is None else self.bias.flatten()
+        if residual is None:
+            return ops.layer_norm(_rows(input, n), weight, bias, self.eps).view(input.shape)
+        y, total = ops.add_layer_norm(
+            _rows(input, n), _rows(residual, n), weight, bias, self.eps, dropout_p, seed, offset
+        )
+        return y.view(input.shape), total.view(input.shape)
+
+    def _weight(self, input: Tensor) -> Tensor:
+        if self.weight is None:  # elementwise_affine=False
+            return input.new_ones(input.shape[-len(self.normalized_shape) :]).flatten()
+        return self.weight.flatten()
+
+
+def _rows(x: Tensor, n: int) -> Tensor:
+    """The last n dimensions as one."""
+    return x if n == 1 else x.flatten(-n)

@@ -1,0 +1,39 @@
+"""Linear layer with an optional fused activation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast import ops
+
+
+class Linear(torch.nn.Linear):
+    """Drop-in for `torch.nn.Linear` with an optional GELU fused to it: activation(x W^T + b).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in torch.
+        activation: None, "gelu_tanh" or "gelu" (exact); see `gptfast.ops.linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return ops.linear(input, self.weight, self.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")

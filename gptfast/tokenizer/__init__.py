@@ -1,0 +1,95 @@
+"""Tokenizers: text to token ids and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from gptfast._files import read_json
+from gptfast.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer
+from gptfast.tokenizer.bpe import BPETokenizer, GPT2Tokenizer
+from gptfast.tokenizer.gpt1 import OpenAIGPTTokenizer
+from gptfast.tokenizer.hf_files import read_hf_files
+from gptfast.tokenizer.vocabulary import FILE_NAME, CharTokenizer, WordTokenizer
+
+__all__ = [
+    "END_OF_TEXT",
+    "BPETokenizer",
+    "CharTokenizer",
+    "GPT2Tokenizer",
+    "OpenAIGPTTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "WordTokenizer",
+    "get_tokenizer",
+    "load_tokenizer",
+]
+
+DEFAULT_BPE_SIZE = 8192
+
+
+def get_tokenizer(
+    name: str | os.PathLike[str],
+    text: str | Iterable[str] | None = None,
+    vocab_size: int | None = None,
+) -> Tokenizer:
+    """The tokenizer that `name` stands for, trained on `text` where it has to be.
+
+    Args:
+        name: "gpt2" (needs no text), "char", "word" or "bpe" (trained on text), or a folder with a saved
+            tokenizer.
+        text: one text or several, for "char", "word" and "bpe".
+        vocab_size: number of tokens for "bpe" (default 8192) and "word" (default: every word).
+    Raises:
+        ValueError: an unknown name, a missing text, or a vocab_size for a tokenizer whose size is given.
+    """
+    if vocab_size is not None and name not in ("word", "bpe"):
+        raise ValueError(
+            f"get_tokenizer: vocab_size is {vocab_size}, but the size of {str(name)!r} is given; "
+            "leave it out, or choose 'bpe' or 'word'"
+        )
+    if name not in ("char", "word", "bpe"):
+        return load_tokenizer(name)
+    if text is None:
+        raise ValueError(f"get_tokenizer: {name!r} is learnt from text, but text is None; pass text=")
+    if name == "char":
+        return CharTokenizer.train(text)
+    if name == "word":
+        return WordTokenizer.train(text, vocab_size)
+    return BPETokenizer.train(text, DEFAULT_BPE_SIZE if vocab_size is None else vocab_size)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer saved in a folder, of whichever kind; "gpt2" is the one that the package ships.
+
+    Reads what `save` wrote and the files of Hugging Face checkpoints (vocab.json + merges.txt, or
+    tokenizer.json) of GPT-2's and GPT-1's kind.
+
+    Raises:
+        FileNotFoundError: no such folder, or none of these files in it.
+        ValueError: damaged files, or a tokenizer of another kind.
+    """
+    if path == "gpt2":
+        return GPT2Tokenizer()
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"load_tokenizer: {str(path)!r} is neither 'gpt2' nor a folder; name one of gpt2, char, word, "
+            "bpe (the last three are learnt from text), or the folder of a checkpoint or of prepared data"
+        )
+    if (folder / FILE_NAME).exists():
+        kind = _kind(folder / FILE_NAME)
+        if kind is not None:
+            return {"char": CharTokenizer, "word": WordTokenizer}[kind].load(folder)
+    found = read_hf_files(folder)
+    return BPETokenizer.load(folder) if found.byte_level else OpenAIGPTTokenizer.load(folder)
+
+
+def _kind(path: Path) -> str | None:
+    """The "kind" of a tokenizer.json that gptfast wrote, None for one that `tokenizers` wrote."""
+    found = read_json(path)
+    kind = found.get("kind") if isinstance(found, dict) else None
+    if kind not in (None, "char", "word"):
+        raise ValueError(f"{path}: kind is {kind!r}; expected 'char' or 'word' - update gptfast, or write it again")
+    return kind

@@ -1,0 +1,139 @@
+"""What every tokenizer offers, and what they share: checks of text and ids, and decoding token by token."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Collection, Iterable
+from typing import Literal, Protocol
+
+END_OF_TEXT = "<|endoftext|>"
+AllowedSpecial = Collection[str] | Literal["all"]
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    `kind` is "gpt2", "bpe", "openai-gpt", "char" or "word"; `eos_id` is the token that ends a document, or
+    None where the vocabulary has no such token (characters, GPT-1).
+    """
+
+    kind: str
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of the token that ends a document."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        ...
+
+    def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
+        """The ids of `text`.
+
+        Args:
+            text: any str without lone surrogates.
+            allowed_special: names of special tokens ("<|endoftext|>") that become their single id where the
+                text has them, or "all". By default they are ordinary text, so that no document or user can
+                inject one.
+        Raises:
+            ValueError: a lone surrogate, an unknown special token, a character outside a character
+                vocabulary.
+        """
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id without a
+        token."""
+        ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes of `ids`, also where they end inside a character."""
+        ...
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's files into `folder`, from where `load_tokenizer(folder)` brings it back."""
+        ...
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """The tokenizer whose files are in `folder`."""
+        ...
+
+
+class StreamDecoder:
+    """Decode one sequence token by token: what `push` and `finish` return joins to exactly
+    `tokenizer.decode(ids)`.
+
+    A character whose UTF-8 bytes are spread over several tokens is held back until it is whole. So is a
+    trailing
+    space: GPT-1 writes one after each word, and its decoder drops the last.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._ids: list[int] = []
+        self._spaces = ""
+        self._length = 0  # characters returned so far
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, "" where more bytes are needed."""
+        text = self._spaces + self._utf8.decode(self.tokenizer.decode_bytes([token]))
+        shown = text.rstrip(" ")
+        self._spaces = text[len(shown) :]
+        self._ids.append(token)
+        self._length += len(shown)
+        return shown
+
+    def finish(self) -> str:
+        """The rest, with U+FFFD for a character that never became whole."""
+        rest = self.tokenizer.decode(self._ids)[self._length :]
+        self._length += len(rest)
+        return rest
+
+
+def check_text(owner: str, text: str) -> None:
+    """Raise unless `text` is a str that UTF-8 can hold.
+
+    Raises:
+        TypeError: not a str.
+        ValueError: a lone surrogate, half of a pair that UTF-16 uses; it has no UTF-8 form, so it cannot
+            round-trip.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{owner}.encode: text is {type(text).__name__}; expected str (decode bytes first)")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{owner}.encode: text has a lone surrogate U+{ord(text[error.start]):04X} at position "
+            f"{error.start}, which is no character; repair the text with "
+            'text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
+        ) from None
+
+
+def choose_special(owner: str, allowed: AllowedSpecial, specials: Collection[str]) -> set[str]:
+    """The special tokens that `allowed_special` asks for. Raises ValueError for one the vocabulary does not
+    have."""
+    if allowed == "all":
+        return set(specials)
+    if isinstance(allowed, str):
+        raise TypeError(f"{owner}.encode: allowed_special is {allowed!r}; expected a collection of names or 'all'")
+    unknown = sorted(set(allowed) - set(specials))
+    if unknown:
+        raise ValueError(
+            f"{owner}.encode: allowed_special names {unknown[0]!r}; this tokenizer has "
+            f"{', '.join(map(repr, sorted(specials))) or 'no special tokens'} - leave it out or pass 'all'"
+        )
+    return set(allowed)
+
+
+def unknown_id(owner: str, token: object, vocab_size: int) -> ValueError:
+    """The error for an id that has no token."""
+    return ValueError(
+        f"{owner}.decode: id {token} has no token; ids run from 0 to {vocab_size - 1} - "
+        "does the model belong to this tokenizer (a vocabulary padded for speed has ids that mean nothing)?"
+    )

@@ -1,0 +1,200 @@
+"""Byte-level BPE: GPT-2's own vocabulary, one trained on the user's text, or one from a checkpoint folder.
+
+A vocabulary is held in the form of GPT-2's files: `vocab` maps a token to its id and `merges` lists the pairs
+in the order in which they were learnt, both written in GPT-2's printable alphabet for bytes ("Ġ" for a
+space). Encoding is tiktoken's; training is that of `tokenizers`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, repeat
+from json import loads
+
+import tiktoken
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models, pre_tokenizers, trainers
+
+from gptfast._files import read_asset
+from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, unknown_id
+from gptfast.tokenizer.hf_files import Merge, parse_merges, read_hf_files, write_hf_files
+from gptfast.tokenizer.vocabulary import as_texts
+
+# The pattern of GPT-2 (https://github.com/openai/gpt-2, src/encoder.py), written with tiktoken's possessive
+# quantifiers.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable character for each byte, in the order of the first 256 ids.
+
+    Bytes that print as themselves in Latin-1 come first; the others (blanks, controls) follow as U+0100 and
+    up.
+    """
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+_CHARACTER = byte_alphabet()
+_BYTE = {character: byte for byte, character in _CHARACTER.items()}
+
+
+class BPETokenizer:
+    """Byte-level byte-pair encoding: takes any text, and gives it back exactly.
+
+    Args:
+        vocab: token -> id, with all 256 bytes and every merged token; whatever else it holds is a special
+            token.
+        merges: pairs of tokens, the first learnt first.
+        eos_token: the special token that ends a document; `eos_id` is None where `vocab` has no such token.
+    Raises:
+        ValueError: vocab lacks a byte or a merged token, or gives two tokens one id.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, vocab: Mapping[str, int], merges: Sequence[Merge], eos_token: str | None = END_OF_TEXT) -> None:
+        self.vocab, self.merges = dict(vocab), list(merges)
+        ranks = _ranks(self.merges)
+        tokens = [_write(token) for token in ranks]
+        _check_vocab(self.vocab, tokens)
+        merged = set(tokens)
+        self.specials = {token: i for token, i in self.vocab.items() if token not in merged}
+        self.eos_id = self.specials.get(eos_token) if eos_token else None
+        # tiktoken takes the rank of a merge for its id. That holds for GPT-2; other vocabularies need the two
+        # tables.
+        self._ids = [self.vocab[token] for token in chain(tokens, self.specials)]
+        self._ranks = {i: rank for rank, i in enumerate(self._ids)}
+        self._encoding = tiktoken.Encoding(
+            "gptfast",
+            pat_str=PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={token: len(ranks) + n for n, token in enumerate(self.specials)},
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self.vocab.values()) + 1
+
+    def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
+        check_text("BPETokenizer", text)
+        allowed = choose_special("BPETokenizer", allowed_special, self.specials)
+        ranks = self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
+        return [self._ids[rank] for rank in ranks]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        try:
+            return self._encoding.decode_bytes([self._ranks[int(i)] for i in ids])
+        except KeyError as error:
+            raise unknown_id("BPETokenizer", error.args[0], self.vocab_size) from None
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write vocab.json, merges.txt and tokenizer_config.json as transformers' GPT2Tokenizer reads
+        them."""
+        eos = next((token for token, i in self.specials.items() if i == self.eos_id), None)
+        special = {name: eos for name in ("bos_token", "eos_token", "unk_token") if eos is not None}
+        write_hf_files(folder, self.vocab, self.merges, {"tokenizer_class": "GPT2Tokenizer", **special})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> BPETokenizer:
+        """The tokenizer of a checkpoint folder: vocab.json + merges.txt, or transformers' tokenizer.json."""
+        found = read_hf_files(folder)
+        if not found.byte_level:
+            raise ValueError(
+                f"BPETokenizer.load: {folder} holds the vocabulary of GPT-1 (words that end in </w>); "
+                "use load_tokenizer(folder)"
+            )
+        return BPETokenizer(found.vocab, found.merges, found.eos_token or END_OF_TEXT)
+
+    @classmethod
+    def from_merges(cls, merges: Sequence[Merge]) -> BPETokenizer:
+        """The tokenizer with GPT-2's order of ids: 256 bytes, the merged tokens, <|endoftext|>."""
+        return BPETokenizer(_usual_vocab(merges), merges)
+
+    @classmethod
+    def train(cls, texts: str | Iterable[str] | Mapping[str, int], vocab_size: int) -> BPETokenizer:
+        """Learn merges: again and again join the most frequent pair of neighbouring tokens inside words.
+
+        Sennrich, Haddow and Birch, arXiv 1508.07909, on bytes as in GPT-2.
+
+        Args:
+            texts: one text, several, or a mapping word -> how often it occurs.
+            vocab_size: number of tokens, at least 257 (bytes and <|endoftext|>). A small text may give fewer:
+                pairs that occur once are not merged.
+        Raises:
+            ValueError: vocab_size too small, or a text with a lone surrogate.
+        """
+        if vocab_size < 257:
+            raise ValueError(
+                f"BPETokenizer.train: vocab_size is {vocab_size}; expected at least 257, for the 256 "
+                f"bytes and {END_OF_TEXT} - try 512 for a tiny text, 8192 for a book"
+            )
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,  # <|endoftext|> comes on top
+            min_frequency=2,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        rust = RustTokenizer(models.BPE())
+        rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        rust.train_from_iterator(_checked(texts), trainer)
+        merges = loads(rust.to_str())["model"]["merges"]
+        return cls.from_merges([(first, second) for first, second in merges])
+
+
+class GPT2Tokenizer(BPETokenizer):
+    """The tokenizer of GPT-2 and GPT-3 (50257 tokens), from data that the package ships: works offline."""
+
+    kind = "gpt2"
+
+    def __init__(self) -> None:
+        merges = parse_merges("gpt2_vocab.bpe", read_asset("gpt2_vocab.bpe").decode("utf-8"))
+        super().__init__(_usual_vocab(merges), merges)
+
+
+def _usual_vocab(merges: Iterable[Merge]) -> dict[str, int]:
+    """GPT-2's order of ids: the bytes, the merged tokens, <|endoftext|>."""
+    return {token: i for i, token in enumerate([*map(_write, _ranks(merges)), END_OF_TEXT])}
+
+
+def _write(token: bytes) -> str:
+    return "".join(map(_CHARACTER.__getitem__, token))
+
+
+def _ranks(merges: Iterable[Merge]) -> dict[bytes, int]:
+    """Token -> rank: the single bytes, then each merged token at the place where it is first learnt."""
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(_CHARACTER)}
+    for first, second in merges:
+        try:
+            token = bytes(map(_BYTE.__getitem__, first + second))
+        except KeyError as error:
+            raise ValueError(
+                f"BPETokenizer: merge {first!r} {second!r} has {error.args[0]!r}, which stands for no byte "
+                "in GPT-2's alphabet; the merges belong to another kind of tokenizer"
+            ) from None
+        ranks.setdefault(token, len(ranks))
+    return ranks
+
+
+def _check_vocab(vocab: dict[str, int], tokens: list[str]) -> None:
+    missing = [token for token in tokens if token not in vocab]
+    if missing:
+        raise ValueError(
+            f"BPETokenizer: vocab lacks {len(missing)} tokens, the first {missing[0]!r}; expected all 256 "
+            "bytes and the result of every merge - vocab.json and merges.txt belong to different tokenizers, "
+            "or one of them is cut short"
+        )
+    if len(set(vocab.values())) < len(vocab) or min(vocab.values()) < 0:
+        raise ValueError("BPETokenizer: vocab gives an id to two tokens, or a negative id; vocab.json is damaged")
+
+
+def _checked(texts: str | Iterable[str] | Mapping[str, int]) -> Iterator[str]:
+    counted = texts.items() if isinstance(texts, Mapping) else ((text, 1) for text in as_texts(texts))
+    for text, count in counted:
+        check_text("BPETokenizer", text)
+        yield from repeat(text, count)

@@ -1,0 +1,73 @@
+"""The tokenizer of GPT-1: lower-cased words, split at blanks and punctuation, BPE with "</w>" at the end of a
+word."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models, normalizers, pre_tokenizers
+
+from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, unknown_id
+from gptfast.tokenizer.hf_files import Merge, read_hf_files, write_hf_files
+
+_END_OF_WORD = "</w>"
+
+
+class OpenAIGPTTokenizer:
+    """GPT-1's BPE, as in the `openai-gpt` checkpoint (40478 tokens, no end-of-text token).
+
+    Case and layout are lost: text is lower-cased, blanks and newlines become single spaces, and a character
+    that the vocabulary lacks becomes <unk>.
+    """
+
+    kind = "openai-gpt"
+    eos_id: int | None = None
+
+    def __init__(self, vocab: Mapping[str, int], merges: Sequence[Merge], unk_token: str = "<unk>") -> None:
+        if unk_token not in vocab:
+            raise ValueError(f"OpenAIGPTTokenizer: vocab has no {unk_token!r}; vocab.json is of another tokenizer")
+        self.vocab, self.merges, self.unk_token = dict(vocab), list(merges), unk_token
+        try:
+            model = models.BPE(
+                vocab=self.vocab, merges=self.merges, unk_token=unk_token, end_of_word_suffix=_END_OF_WORD
+            )
+        except Exception as error:  # what `tokenizers` raises is a bare Exception
+            raise ValueError(
+                f"OpenAIGPTTokenizer: {error}; vocab.json and merges.txt belong to different tokenizers"
+            ) from error
+        self._rust = RustTokenizer(model)
+        self._rust.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self._rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._tokens = {i: token for token, i in self.vocab.items()}
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self._tokens) + 1
+
+    def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
+        check_text("OpenAIGPTTokenizer", text)
+        choose_special("OpenAIGPTTokenizer", allowed_special, ())
+        return self._rust.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8").removesuffix(" ")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return "".join(map(self._token, ids)).encode("utf-8")
+
+    def _token(self, i: int) -> str:
+        token = self._tokens.get(int(i))
+        if token is None:
+            raise unknown_id("OpenAIGPTTokenizer", int(i), self.vocab_size)
+        return token[: -len(_END_OF_WORD)] + " " if token.endswith(_END_OF_WORD) else token
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        config = {"tokenizer_class": "OpenAIGPTTokenizer", "unk_token": self.unk_token}
+        write_hf_files(folder, self.vocab, self.merges, config)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> OpenAIGPTTokenizer:
+        found = read_hf_files(folder)
+        return cls(found.vocab, found.merges)

@@ -1,0 +1,132 @@
+"""The tokenizer files of a Hugging Face checkpoint: vocab.json and merges.txt, or one tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptfast._files import atomic_write, read_json, read_text
+
+Merge = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class HFFiles:
+    """vocab: token -> id; merges: pairs, first learnt first; eos_token: as the folder's settings name it, or
+    None."""
+
+    vocab: dict[str, int]
+    merges: list[Merge]
+    eos_token: str | None
+
+    @property
+    def byte_level(self) -> bool:
+        """True for GPT-2's kind, False for GPT-1's, whose words end in </w>."""
+        return not any(token.endswith("</w>") for token in self.vocab)
+
+
+def read_hf_files(folder: str | os.PathLike[str]) -> HFFiles:
+    """Read the BPE vocabulary of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: neither vocab.json + merges.txt nor tokenizer.json is there.
+        ValueError: a damaged file, or a tokenizer that is neither GPT-2's kind nor GPT-1's.
+    """
+    folder = Path(folder)
+    eos_token = _eos_token(folder)
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        vocab = _check_ids(folder / "vocab.json", read_json(folder / "vocab.json"))
+        if (folder / "added_tokens.json").exists():
+            vocab |= _check_ids(folder / "added_tokens.json", read_json(folder / "added_tokens.json"))
+        merges = parse_merges(folder / "merges.txt", read_text(folder / "merges.txt"))
+        return HFFiles(vocab, merges, eos_token)
+    if (folder / "tokenizer.json").exists():
+        return _from_fast(folder / "tokenizer.json", eos_token)
+    raise FileNotFoundError(
+        f"no tokenizer in {folder}; expected tokenizer.json, or vocab.json with merges.txt - copy the "
+        "tokenizer's files there, or name another folder"
+    )
+
+
+def write_hf_files(
+    folder: str | os.PathLike[str],
+    vocab: Mapping[str, int],
+    merges: Sequence[Merge],
+    config: Mapping[str, Any],
+) -> None:
+    """Write vocab.json, merges.txt and tokenizer_config.json, and remove a tokenizer.json that would hide
+    them."""
+    folder = Path(folder)
+    by_id = dict(sorted(vocab.items(), key=lambda item: item[1]))
+    atomic_write(folder / "vocab.json", json.dumps(by_id).encode("ascii"))
+    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges), ""]
+    atomic_write(folder / "merges.txt", "\n".join(lines).encode("utf-8"))
+    atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2).encode("ascii"))
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+
+
+def parse_merges(source: str | os.PathLike[str], text: str) -> list[Merge]:
+    """The pairs in a merges.txt or vocab.bpe: a "#version" line, then one pair a line."""
+    merges = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(
+                f"{source}: line {number} is {line!r}; expected two tokens with one space between them - "
+                "the file is damaged"
+            )
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+def _from_fast(path: Path, eos_token: str | None) -> HFFiles:
+    """The vocabulary inside a tokenizer.json as the `tokenizers` library writes it."""
+    found = read_json(path)
+    model = found.get("model") if isinstance(found, dict) else None
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not _supported(found):
+        raise ValueError(
+            f"{path} is not a tokenizer that gptfast knows; expected GPT-2's byte-level BPE (ByteLevel "
+            "pre-tokenizer without prefix space), GPT-1's BPE (</w>), or a file that gptfast wrote"
+        )
+    added = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
+    vocab = _check_ids(path, {**model.get("vocab", {}), **added})
+    pairs: Iterable[Any] = model.get("merges", [])
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]  # old files: "a b"
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in merges):
+        raise ValueError(f"{path}: model.merges is not a list of pairs; the file is damaged")
+    return HFFiles(vocab, [(first, second) for first, second in merges], eos_token)
+
+
+def _supported(found: dict[str, Any]) -> bool:
+    if found["model"].get("end_of_word_suffix") == "</w>":
+        return True
+    split = found.get("pre_tokenizer") or {}
+    return (
+        split.get("type") == "ByteLevel"
+        and not split.get("add_prefix_space")
+        and split.get("use_regex", True)
+        and not found.get("normalizer")
+    )
+
+
+def _check_ids(path: Path, vocab: Any) -> dict[str, int]:
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+        raise ValueError(f"{path}: expected a JSON object of token: id; the file is damaged")
+    return vocab
+
+
+def _eos_token(folder: Path) -> str | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            settings = read_json(folder / name)
+            token = settings.get("eos_token") if isinstance(settings, dict) else None
+            token = token.get("content") if isinstance(token, dict) else token  # an AddedToken is written as an object
+            if token:
+                return token
+    return None

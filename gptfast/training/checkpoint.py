@@ -1,0 +1,179 @@
+"""A run's checkpoints: folders from which a model can be loaded and a training run continued.
+
+RUN/last and RUN/best each hold what `GPT.save_pretrained` and the tokenizer write, and
+
+    trainer.json            step, best validation loss, dropout counter, configuration, what the data was
+    optimizer.safetensors   the state of the optimizers under the names of the parameters
+
+The order of the data needs no state of its own: it is a function of (seed, step). Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from gptfast._files import read_json
+from gptfast._folders import finish_staged, staged_folder
+from gptfast.models import GPT
+from gptfast.models.export import write_tensors
+from gptfast.tokenizer import Tokenizer
+from gptfast.training.config import TrainConfig
+from gptfast.training.optim import optimizer_tensors, restore_optimizers
+
+TRAINER, OPTIMIZER = "trainer.json", "optimizer.safetensors"
+VERSION = 1
+_EVERYTHING = ".*"  # a checkpoint folder is ours alone: files of an older one do not stay
+
+
+@dataclass
+class TrainState:
+    """Where a run stands.
+
+    step: updates made. planned_steps: where the run is to end; None until max_minutes has been turned into steps.
+    best_val_loss, best_step: of the best evaluation so far. seconds: wall-clock time of all sessions.
+    """
+
+    step: int = 0
+    planned_steps: int | None = None
+    best_val_loss: float | None = None
+    best_step: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What trainer.json holds."""
+
+    folder: Path
+    state: TrainState
+    config: TrainConfig
+    source: dict[str, Any]  # how the data was opened, and marks of it that must stay the same
+    dropout: tuple[int, int]  # seed, step
+    threads: int
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: GPT,
+    optimizers: Sequence[torch.optim.Optimizer],
+    tokenizer: Tokenizer | None,
+    state: TrainState,
+    config: TrainConfig,
+    source: dict[str, Any],
+) -> None:
+    """Write a checkpoint folder, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written (disk full, no permission); the one before is intact.
+    """
+    trainer = {
+        "version": VERSION,
+        "state": asdict(state),
+        "dropout": [model.dropout_seed, model.dropout_step],
+        "threads": torch.get_num_threads(),
+        "source": source,
+        "config": asdict(config),
+    }
+    with staged_folder(folder, replaces=_EVERYTHING) as stage:
+        model.save_pretrained(stage)
+        if tokenizer is not None:
+            tokenizer.save(stage)
+        write_tensors(stage / OPTIMIZER, optimizer_tensors(model, optimizers))
+        (stage / TRAINER).write_text(json.dumps(trainer, indent=2) + "\n", encoding="utf-8")
+
+
+def make_room(out: Path, overwrite: bool) -> None:
+    """Delete the checkpoints of a run that is to be replaced.
+
+    Raises:
+        FileExistsError: there are some, and `overwrite` is False.
+    """
+    old = [out / name for name in ("last", "best") if (out / name).exists()]
+    if old and not overwrite:
+        raise FileExistsError(
+            f"{out} already holds a training run; continue it with --resume, replace it with --overwrite, or choose "
+            "another --out"
+        )
+    for folder in old:
+        shutil.rmtree(folder)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Make `target` the same checkpoint, whole or not at all; hard links, where the file system has them.
+
+    A checkpoint's files are replaced and never changed, so that a shared file stays what it is.
+    """
+    with staged_folder(target, replaces=_EVERYTHING) as stage:
+        for file in source.iterdir():
+            try:
+                os.link(file, stage / file.name)
+            except OSError:
+                shutil.copy2(file, stage / file.name)
+
+
+def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """What a checkpoint says about its run.
+
+    Raises:
+        FileNotFoundError: no checkpoint of a training run there.
+        ValueError: trainer.json is damaged, or of another version.
+    """
+    folder = Path(folder)
+    finish_staged(folder)
+    path = folder / TRAINER
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no {path}: no training run to resume; check the folder, or start a run without --resume"
+        )
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: expected version {VERSION} of a training checkpoint; resume with the gptfast that wrote it"
+        )
+    try:
+        return _parse(folder, raw)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); resume from another checkpoint, such as RUN/best") from error
+
+
+def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
+    unknown = raw["state"].keys() ^ {f.name for f in fields(TrainState)}
+    if unknown:
+        raise ValueError(f"state: {', '.join(sorted(unknown))}")
+    seed, step = raw["dropout"]
+    return Checkpoint(
+        folder,
+        TrainState(**raw["state"]),
+        TrainConfig(**raw["config"]),
+        raw["source"],
+        (int(seed), int(step)),
+        int(raw["threads"]),
+    )
+
+
+def load_optimizers(folder: Path, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Restore the optimizers' state from a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: the file is missing.  ValueError: it is damaged, or of another model.
+    """
+    path = folder / OPTIMIZER
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; to start anew from these weights pass --init-from {folder}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or cut short ({error}); resume from another checkpoint, such as RUN/best"
+        ) from error
+    restore_optimizers(model, optimizers, tensors, str(path))

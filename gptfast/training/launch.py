@@ -1,0 +1,181 @@
+"""From the options of `gptfast train` to a Trainer: a new run, or one that goes on."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptfast.data import PreparedData, TokenFile, open_data
+from gptfast.models import GPT, GPTConfig
+from gptfast.training.checkpoint import Checkpoint, read_checkpoint
+from gptfast.training.config import TrainConfig
+from gptfast.training.trainer import Trainer
+
+SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 128, "dropout": 0.0}
+_LARGE = {"batch_size": 8, "learning_rate": 6e-4}  # GPT-3's rate for 125M (arXiv 2005.14165, table 2.1)
+_FINETUNE = {"batch_size": 8, "learning_rate": 1e-4, "dropout": 0.1}
+_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
+_TRAIN = tuple(f.name for f in fields(TrainConfig))
+_MAY_CHANGE = {
+    *("max_steps", "max_minutes", "lr_decay_steps", "learning_rate", "min_lr", "warmup_steps", "grad_clip"),
+    *("eval_every", "eval_batches", "checkpoint_every", "log_every", "threads", "data", "dtype", "device"),
+    *("out", "resume", "tensorboard", "overwrite"),
+}
+_MARKED = 1 << 20  # tokens
+
+
+@dataclass(frozen=True)
+class Run:
+    """A Trainer that is ready, and its data."""
+
+    trainer: Trainer
+    data: PreparedData
+    checkpoint: Checkpoint | None  # where it goes on from
+
+
+def new_run(given: dict[str, Any]) -> Run:
+    """A run from the beginning.
+
+    Args:
+        given: options of `gptfast train` that were given, by the names of its parameters.
+    Raises:
+        OSError, TypeError, ValueError, ImportError: whatever is wrong with them or with the data.
+    """
+    if "preset" in given and "init_from" in given:
+        raise ValueError(
+            "train: preset and init_from were both given; init_from has its shape already - leave preset out"
+        )
+    start = {"init_from": _FINETUNE, "preset": _LARGE}
+    defaults = next((values for name, values in start.items() if name in given), SMALL)
+    config = _train_config({**defaults, **given})
+    _set_threads(given.get("threads"))
+    model = GPT.from_pretrained(given["init_from"], dtype=torch.float32) if "init_from" in given else None
+    tokenizer = _tokenizer(given, model)
+    data = _open(given, tokenizer)
+    torch.manual_seed(config.seed)
+    model = _untrained(given, defaults, data) if model is None else _reshaped(model, given, defaults)
+    options = {name: value for name, value in given.items() if name not in _MAY_CHANGE}
+    source = {"data": _absolute(given["data"]), "options": {**options, "tokenizer": tokenizer}, "marks": _marks(data)}
+    return _run(model, data, config, given, source=source, overwrite=given.get("overwrite", False))
+
+
+def resumed_run(given: dict[str, Any]) -> Run:
+    """The run in `given["out"]`, from its last checkpoint on.
+
+    Raises:
+        As `new_run`; FileNotFoundError: no run there; ValueError: an option that a run cannot change, or other data.
+    """
+    last = Path(given["out"]) / "last"
+    checkpoint = read_checkpoint(last)
+    source = checkpoint.source
+    _set_threads(given.get("threads", checkpoint.threads))
+    model = GPT.from_pretrained(last)
+    _refuse_changes(given, checkpoint, model)
+    config = checkpoint.config.replace(**{k: v for k, v in given.items() if k in _TRAIN and k in _MAY_CHANGE})
+    data = _open({**source["options"], "data": source["data"], **given}, source["options"]["tokenizer"])
+    if _marks(data) != source["marks"]:
+        raise ValueError(
+            f"train: the data is not what {last} was trained on; resume with the same data, or start a new run from "
+            f"these weights with --init-from {last}"
+        )
+    return _run(model, data, config, given, source=source, resume=checkpoint)
+
+
+def _run(model: GPT, data: PreparedData, config: TrainConfig, given: dict[str, Any], **options: Any) -> Run:
+    board = given.get("tensorboard", False)
+    trainer = Trainer(
+        model, data.train, data.val, config, given["out"], tokenizer=data.tokenizer, tensorboard=board, **options
+    )
+    return Run(trainer, data, options.get("resume"))
+
+
+def _train_config(options: dict[str, Any]) -> TrainConfig:
+    chosen = {name: value for name, value in options.items() if name in _TRAIN and name != "block_size"}
+    if "max_minutes" in chosen:
+        chosen.setdefault("max_steps", None)
+    return TrainConfig(**chosen)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"train: threads is {threads}; expected at least 1")
+    torch.set_num_threads(threads)
+
+
+def _tokenizer(given: dict[str, Any], model: GPT | None) -> str | None:
+    """What is asked for; else that of the checkpoint or preset, and characters for a small model of one's own."""
+    if "tokenizer" in given or _is_prepared(given["data"]):
+        return given.get("tokenizer")
+    if model is None:
+        return "gpt2" if "preset" in given else "char"
+    if Path(given["init_from"]).is_dir():
+        return str(given["init_from"])
+    if model.config.vocab_size == 50257:
+        return "gpt2"
+    raise ValueError(
+        f"train: which tokenizer {given['init_from']} uses is not known here; say so with --tokenizer FOLDER"
+    )
+
+
+def _is_prepared(data: str) -> bool:
+    from gptfast.data import is_token_file
+
+    return (Path(data) / "data.json").exists() or is_token_file(data)
+
+
+def _open(given: dict[str, Any], tokenizer: str | None) -> PreparedData:
+    cache = Path(given["out"]) / "data"
+    return open_data(given["data"], cache, tokenizer, vocab_size=given.get("vocab_size"))
+
+
+def _untrained(given: dict[str, Any], defaults: dict[str, Any], data: PreparedData) -> GPT:
+    shape = {name: given[name] for name in _SHAPE if name in given}
+    vocab_size = data.tokenizer.vocab_size
+    if "preset" in given:
+        return GPT(GPTConfig.preset(given["preset"], **shape, vocab_size=vocab_size))
+    return GPT(GPTConfig(**{**defaults, **shape}, vocab_size=vocab_size))
+
+
+def _reshaped(model: GPT, given: dict[str, Any], defaults: dict[str, Any]) -> GPT:
+    """A loaded model with another dropout or a smaller block_size; its other sizes are what they are."""
+    for name in ("n_layer", "n_head", "n_embd"):
+        stored = getattr(model.config, name)
+        if given.get(name, stored) != stored:
+            raise ValueError(
+                f"train: {name} is {given[name]} but {given['init_from']} has {stored}, which it keeps; leave it out"
+            )
+    changes = {"dropout": given.get("dropout", defaults["dropout"])}
+    if "block_size" in given:
+        changes["block_size"] = given["block_size"]
+    return GPT.from_pretrained(given["init_from"], dtype=torch.float32, **changes)
+
+
+def _refuse_changes(given: dict[str, Any], checkpoint: Checkpoint, model: GPT) -> None:
+    stored = {**vars(checkpoint.config), **vars(model.config), "dropout": model.config.resid_pdrop}
+    stored |= checkpoint.source["options"]
+    for name, value in given.items():
+        if name not in _MAY_CHANGE and value != stored.get(name):
+            raise ValueError(
+                f"train: {name} is {value} but the run in {given['out']} has {stored.get(name)}, which it cannot change; "
+                f"leave it out, or start a new run with --init-from {checkpoint.folder}"
+            )
+
+
+def _absolute(data: str) -> str:
+    return str(Path(data).resolve()) if Path(data).exists() else data
+
+
+def _marks(data: PreparedData) -> dict[str, list[int]]:
+    """Enough to recognise the tokens again: how many, and a checksum of the first million."""
+    return {"train": _mark(data.train), "val": _mark(data.val)}
+
+
+def _mark(part: TokenFile) -> list[int]:
+    return [len(part), zlib.crc32(np.ascontiguousarray(part.tokens[:_MARKED]).data)]

@@ -1,0 +1,77 @@
+"""RUN/log.jsonl: one JSON object a line, and the same figures for TensorBoard where that is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gptfast._files import atomic_write
+
+
+class Log:
+    """Appends records to a JSON Lines file; a resumed run first drops what was recorded after its checkpoint.
+
+    Args:
+        path: the file.
+        step: of the checkpoint that the run continues from, 0 for a new run: records of later steps, and a line that
+            a crash cut short, are removed.
+        tensorboard: folder for TensorBoard's event files, or None.
+    Raises:
+        OSError: the file cannot be written.  ImportError: tensorboard is asked for and not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], step: int = 0, tensorboard: Path | None = None) -> None:
+        self.path = Path(path)
+        self.records = [r for r in read_log(self.path) if r["step"] <= step] if step else []
+        lines = "".join(json.dumps(r) + "\n" for r in self.records)
+        atomic_write(self.path, lines.encode())
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = None if tensorboard is None else _summary_writer(tensorboard, step)
+
+    def write(self, **record: Any) -> None:
+        """Append one record, which has a "step"; it is in the file when this returns."""
+        self.records.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a log, [] where there is none; a last line that was cut short is left out.
+
+    Raises:
+        ValueError: another line is not a record.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [_record(path, number, line) for number, line in enumerate(lines[:-1], 1)]
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{path}, line {number} is not a record of a training log; repair or remove the line")
+    return record
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs a package that is not installed: pip install tensorboard") from error
+    return SummaryWriter(str(folder), purge_step=step + 1)

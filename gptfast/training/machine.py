@@ -1,0 +1,85 @@
+"""The machine that trains: its device, the faster dtype there, and its limit, to which "% of peak" refers."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+
+from gptfast.backend import has_cpu_ops
+
+_SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
+_FASTER = 1.5  # bfloat16 is chosen when its products are at least so many times as fast
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a config names. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"TrainConfig: device is {name!r}; expected 'auto', 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"TrainConfig: device is {name!r}; expected 'auto', 'cpu' or 'cuda'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"TrainConfig: device is {name!r}, but PyTorch sees {torch.cuda.device_count()} GPUs; use 'cpu'"
+        )
+    return device
+
+
+def peak_flops(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """Flop/s limit of matrix products in `dtype`, measured once per process and thread count in about 0.2 s.
+
+    The best of a large matrix product in torch and, on the CPU, of multiply-adds on registers that touch no memory
+    (bfloat16 pairs where the CPU has them). A program cannot get past the larger of the two.
+
+    Args:
+        dtype: torch.float32 or torch.bfloat16.
+        device: where.
+    """
+    device = torch.device(device)
+    return _peak(dtype, str(device), torch.get_num_threads())
+
+
+@cache
+def _peak(dtype: torch.dtype, device: str, threads: int) -> float:
+    peak = gemm_flops(dtype, device)
+    if has_cpu_ops and device == "cpu":
+        pairs = dtype == torch.bfloat16
+        peak = max([peak] + [torch.ops.gptfast.peak_flops(500_000, pairs) for _ in range(5)])
+    return peak
+
+
+def gemm_flops(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 0.1) -> float:
+    """Flop/s of the best of several square matrix products in torch, after one to warm up."""
+    device = torch.device(device)
+    n = _SIZE[device.type]
+    a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    _timed_product(a, b)
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        best = min(best, _timed_product(a, b))
+    return 2 * n**3 / best
+
+
+def _timed_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    torch.mm(a, b)
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - start
+
+
+def choose_dtype(device: torch.device | str = "cpu") -> tuple[str, str]:
+    """("bfloat16" or "float32", the reason in words): bfloat16 where its matrix products are clearly faster here."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "this GPU has it") if native else ("float32", "this GPU has no bfloat16")
+    ratio = gemm_flops(torch.bfloat16, device) / gemm_flops(torch.float32, device)
+    name = "bfloat16" if ratio >= _FASTER else "float32"
+    return name, f"bfloat16 matrix products run {ratio:.1f}x as fast as float32 here"

@@ -1,0 +1,94 @@
+"""AdamW with the decay groups of GPT training, or Muon for the matrices inside the blocks; their state as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gptfast.models import GPT
+from gptfast.training.config import TrainConfig
+
+_STATE = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"), torch.optim.Muon: ("momentum_buffer",)}
+_MOMENTUM = 0.95  # of Muon
+
+
+def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Parameter groups: matrices and embeddings decay, vectors (biases, LayerNorms) do not; empty groups are left out."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """torch's fused AdamW (Loshchilov and Hutter, arXiv 1711.05101) over the decay groups of the trainable parameters.
+
+    With optimizer="muon" the matrices inside the blocks are left to torch's Muon (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon): its step is the momentum with all singular values set to about 1, scaled
+    to the size of an AdamW step (Liu et al., arXiv 2502.16982), so that one learning rate serves both.
+
+    Raises:
+        ValueError: the model has no trainable parameter.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("build_optimizers: no parameter of the model has requires_grad=True; unfreeze some")
+    inside = {id(p) for p in model.h.parameters() if p.dim() == 2} if config.optimizer == "muon" else set()
+    matrices = [p for p in trainable if id(p) in inside]
+    groups = decay_groups([p for p in trainable if id(p) not in inside], config.weight_decay)
+    rate, betas = config.learning_rate, (config.beta1, config.beta2)
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True))
+    if matrices:
+        options = {"weight_decay": config.weight_decay, "momentum": _MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(matrices, lr=rate, **options))
+    return optimizers
+
+
+def parameters_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
+    """Every parameter that they change."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state under the model's names: "exp_avg/h.0.attn.c_attn.weight" and so on."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}/{names[p]}": values[key].detach().contiguous()
+        for optimizer in optimizers
+        for p, values in optimizer.state.items()
+        for key in _STATE[type(optimizer)]
+    }
+
+
+def restore_optimizers(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor], source: str
+) -> None:
+    """Put what `optimizer_tensors` gave back, exactly.
+
+    Args:
+        source: the file they come from, for messages.
+    Raises:
+        ValueError: a tensor is missing or has another shape than the parameter.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for p in parameters_of([optimizer]):
+            shapes = {key: torch.Size([]) if key == "step" else p.shape for key in _STATE[type(optimizer)]}
+            state = {key: _find(tensors, f"{key}/{names[p]}", shape, source) for key, shape in shapes.items()}
+            optimizer.state[p] = {key: tensor.to(p.device, copy=True) for key, tensor in state.items()}
+
+
+def _find(tensors: dict[str, Tensor], name: str, shape: torch.Size, source: str) -> Tensor:
+    found = tensors.get(name)
+    if found is None or found.shape != shape:
+        got = "is missing" if found is None else f"has shape {tuple(found.shape)}, expected {tuple(shape)}"
+        raise ValueError(
+            f"{source}: {name} {got}; the file belongs to another model or optimizer - resume from another checkpoint, "
+            "or start anew from these weights with --init-from"
+        )
+    return found

@@ -1,0 +1,92 @@
+"""What a person sees while a model trains: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+_LINE_SECONDS = 10.0  # between plain lines
+
+
+@dataclass
+class Figures:
+    """What is shown of a step; None is not known yet."""
+
+    step: int
+    total: int | None
+    loss: float
+    val_loss: float | None
+    tokens_per_second: float | None
+    percent_of_peak: float | None
+    seconds_left: float | None
+
+    def columns(self) -> dict[str, str]:
+        val = "" if self.val_loss is None else f"val {self.val_loss:.4f}"
+        speed = "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
+        peak = "" if self.percent_of_peak is None else f"{self.percent_of_peak:.0f}% of peak"
+        left = "" if self.seconds_left is None else f"ETA {clock(self.seconds_left)}"
+        return {"loss": f"loss {self.loss:.4f}", "val": val, "speed": speed, "peak": peak, "left": left}
+
+    def line(self) -> str:
+        total = "?" if self.total is None else self.total
+        shown = [text for text in self.columns().values() if text]
+        return "  ".join([f"step {self.step}/{total}", *shown])
+
+
+def clock(seconds: float) -> str:
+    """1:05 or 2:03:04."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class TrainingProgress:
+    """Shows `Figures`; use as a context manager.
+
+    Args:
+        enabled: False shows nothing.
+        console: where; None: standard output.
+    """
+
+    def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._enabled = enabled
+        self._live = enabled and self.console.is_terminal
+        texts = [TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "val", "speed", "peak", "left")]
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            *texts,
+            console=self.console,
+            disable=not self._live,
+            expand=True,
+        )
+        self._task = self._bar.add_task("train", total=None, loss="", val="", speed="", peak="", left="")
+        self._last_line = -math.inf
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, figures: Figures, important: bool = False) -> None:
+        """Update the bar; where there is none, print a line if it is `important` or ten seconds have passed."""
+        if self._live:
+            columns: dict[str, Any] = figures.columns()
+            self._bar.update(self._task, completed=figures.step, total=figures.total, **columns)
+        elif self._enabled and (important or time.monotonic() - self._last_line >= _LINE_SECONDS):
+            self._last_line = time.monotonic()
+            self.note(figures.line())
+
+    def note(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._enabled:
+            self.console.print(text, markup=False, highlight=False)

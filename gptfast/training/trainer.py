@@ -1,0 +1,300 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptfast.data import TokenFile, WindowSampler
+from gptfast.models import GPT
+from gptfast.tokenizer import Tokenizer
+from gptfast.training.checkpoint import (
+    Checkpoint,
+    TrainState,
+    copy_checkpoint,
+    load_optimizers,
+    make_room,
+    save_checkpoint,
+)
+from gptfast.training.config import TrainConfig
+from gptfast.training.evaluate import Batch, evaluate, evaluation_batches
+from gptfast.training.interrupt import Interrupt
+from gptfast.training.log import Log
+from gptfast.training.machine import choose_dtype, peak_flops, resolve_device
+from gptfast.training.optim import build_optimizers, parameters_of
+from gptfast.training.plot import plot_losses, require_matplotlib
+from gptfast.training.progress import Figures, TrainingProgress
+from gptfast.training.schedule import learning_rate
+from gptfast.training.timing import RunClock
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """steps, seconds: of all sessions. val_loss: of this session's last evaluation, None where there was none.
+    best_val_loss, best_step: of the best one. tokens_per_second: of this session's last steps, without evaluations
+    and checkpoints. interrupted: the signal that ended the run early, or None."""
+
+    steps: int
+    seconds: float
+    val_loss: float | None
+    best_val_loss: float | None
+    best_step: int
+    tokens_per_second: float | None
+    interrupted: int | None
+
+
+def accumulate_gradients(
+    model: GPT,
+    batches: Sequence[Batch],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Add the gradient of the mean loss over all targets of all batches, not of the mean of their means.
+
+    loss = sum_i loss_i * count_i / sum_i count_i, count_i being the targets of batch i that are not -100: the same,
+    up to rounding, however the rows are dealt out to batches.
+
+    Args:
+        model: in training mode.
+        batches: (x, y), each (B, T) int64.
+        autocast: gives the context of a forward pass.
+        device: where the model is.
+    Returns:
+        That loss.
+    Raises:
+        ValueError: every target is -100.
+    """
+    counts = [int((y != -100).sum()) for _, y in batches]
+    if not sum(counts):
+        raise ValueError("accumulate_gradients: every target is -100; expected at least one that counts")
+    total = 0.0
+    for (x, y), count in zip(batches, counts, strict=True):
+        if count:
+            with autocast():
+                _, loss = model(x.to(device), y.to(device))
+            share = loss * (count / sum(counts))
+            share.backward()
+            total += float(share.detach())
+    return total
+
+
+class Trainer:
+    """Trains a GPT and keeps RUN/last, RUN/best, RUN/log.jsonl and RUN/loss.png.
+
+    Args:
+        model: the GPT, float32; moved to the device of the config.
+        train_tokens, val_tokens: token files, or (N,) arrays of ids.
+        config: see `TrainConfig`.
+        out: RUN, the folder to write.
+        tokenizer: saved with every checkpoint, so that it can write text; None: left out.
+        source: kept in every checkpoint: how the data was made (JSON values).
+        resume: a checkpoint of `read_checkpoint`, from which `model` was loaded; training goes on bit for bit as if it
+            had not been interrupted.
+        overwrite: replace a run that is already in `out`, and delete its checkpoints.
+        progress: show what happens.
+        tensorboard: also write the figures to RUN/tensorboard.
+    Raises:
+        TypeError, ValueError: a model in another dtype, too few tokens, tokens or a block_size that do not fit it.
+        FileExistsError: `out` holds a run already.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        train_tokens: TokenFile | np.ndarray,
+        val_tokens: TokenFile | np.ndarray,
+        config: TrainConfig,
+        out: str | os.PathLike[str],
+        *,
+        tokenizer: Tokenizer | None = None,
+        source: dict[str, Any] | None = None,
+        resume: Checkpoint | None = None,
+        overwrite: bool = False,
+        progress: bool = True,
+        tensorboard: bool = False,
+    ) -> None:
+        require_matplotlib()
+        self.block_size = _check_model(model, config, train_tokens, val_tokens)
+        self.out, self.device = Path(out), resolve_device(config.device)
+        if config.dtype == "auto":
+            config = config.replace(dtype=choose_dtype(self.device)[0])
+        self.config, self.dtype = config, getattr(torch, config.dtype)
+        self.model = model.to(self.device).train()
+        self.tokenizer, self.source = tokenizer, source or {}
+        self.sampler = WindowSampler(train_tokens, self.block_size, config.batch_size, config.seed)
+        self.val_tokens = val_tokens
+        self.optimizers = build_optimizers(self.model, config)
+        self.state = TrainState(planned_steps=None if config.max_minutes else config.max_steps)
+        self.model.dropout_seed, self.model.dropout_step = config.seed, 0
+        if resume is None:
+            make_room(self.out, overwrite)
+        else:
+            self._restore(resume)
+        self.log = Log(self.out / "log.jsonl", self.state.step, self.out / "tensorboard" if tensorboard else None)
+        self.progress = TrainingProgress(progress)
+        self.peak_flops = peak_flops(self.dtype, self.device)
+        self._loss, self._val_loss = math.nan, None  # of the last step, of the last evaluation
+        self._evaluated, self._saved = 0, 0  # the steps of the last evaluation and of RUN/last
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state, config = replace(checkpoint.state), self.config
+        if config.max_minutes is None or config.max_minutes != checkpoint.config.max_minutes:
+            state.planned_steps = None if config.max_minutes else config.max_steps
+        late = config.max_minutes is not None and state.seconds >= 60 * config.max_minutes
+        if late or (state.planned_steps is not None and state.step >= state.planned_steps):
+            raise ValueError(
+                f"{checkpoint.folder}: this run is complete ({state.step} steps, {state.seconds:.0f} s); to train on, "
+                f"raise max_steps (now {config.max_steps}) or max_minutes (now {config.max_minutes})"
+            )
+        self.state = state
+        self.model.dropout_seed, self.model.dropout_step = checkpoint.dropout
+        load_optimizers(checkpoint.folder, self.model, self.optimizers)
+
+    def train(self) -> TrainResult:
+        """Train to the end, or until Ctrl-C or SIGTERM: then RUN/last is saved, and the result says so.
+
+        Raises:
+            RuntimeError: the loss is no longer finite.  OSError: a file cannot be written.
+        """
+        minutes = self.config.max_minutes
+        self.clock = RunClock(self.state.seconds, None if minutes is None else 60 * minutes)
+        with closing(self.log), Interrupt() as interrupt, self.progress:
+            while not self._done() and interrupt.signal is None:
+                self._step()
+            interrupted = None if self._done() else interrupt.signal
+            if interrupted is None and self._evaluated != self.state.step:
+                self._evaluate()
+                self._save()
+                self.progress.show(self._figures(), important=True)
+            elif self._saved != self.state.step:
+                self._save()
+        seconds = self.clock.seconds
+        plot_losses(self.log.records, self.out / "loss.png", f"{self.out.name}: {self.state.step} steps")
+        return TrainResult(
+            steps=self.state.step,
+            seconds=seconds,
+            val_loss=self._val_loss,
+            best_val_loss=self.state.best_val_loss,
+            best_step=self.state.best_step,
+            tokens_per_second=self._tokens_per_second(),
+            interrupted=interrupted,
+        )
+
+    def _done(self) -> bool:
+        planned = self.state.planned_steps
+        return (planned is not None and self.state.step >= planned) or self.clock.out_of_time
+
+    def _step(self) -> None:
+        """One update, and whatever is due after it."""
+        config = self.config
+        with self.clock.step():
+            record: dict[str, float] = self._update()
+        self._loss = record["loss"]
+        step = self.state.step
+        if self.clock.can_plan:
+            record |= self._plan()
+        if step == 1 or step % config.log_every == 0:
+            self.log.write(step=step, **record, seconds=round(self.clock.seconds, 3))
+        evaluating = step % config.eval_every == 0
+        with self.clock.pause():
+            if evaluating:
+                self._evaluate()
+            if step % config.steps_per_checkpoint == 0 or self.state.best_step == step:
+                self._save()
+        self.progress.show(self._figures(), important=evaluating or step == 1)
+
+    def _update(self) -> dict[str, float]:
+        """Change the weights once; loss, learning rate and norm of the gradient, for the log."""
+        step, config = self.state.step, self.config
+        rate = learning_rate(step, config, self.state.planned_steps or math.inf)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
+        batches = [self.sampler.batch(step * config.grad_accum + n) for n in range(config.grad_accum)]
+        loss = accumulate_gradients(self.model, batches, self._autocast, self.device)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizers), config.grad_clip or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RuntimeError(
+                f"training: the loss is {loss} and the norm of its gradient {norm} at step {step + 1}, where the "
+                f"learning rate is {rate:.2g}; what is saved is intact - lower learning_rate or raise warmup_steps"
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        return {"loss": loss, "lr": rate, "grad_norm": norm}
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _evaluate(self) -> None:
+        config, state = self.config, self.state
+        batches = evaluation_batches(self.val_tokens, self.block_size, config.batch_size, config.eval_batches)
+        self._val_loss, _ = evaluate(self.model, batches, self._autocast, self.device)
+        self._evaluated = state.step
+        if state.best_val_loss is None or self._val_loss < state.best_val_loss:
+            state.best_val_loss, state.best_step = self._val_loss, state.step
+        self.log.write(step=state.step, val_loss=self._val_loss)
+
+    def _save(self) -> None:
+        """RUN/last, and RUN/best where this is the best step so far."""
+        self.state.seconds = self.clock.seconds
+        last = self.out / "last"
+        save_checkpoint(last, self.model, self.optimizers, self.tokenizer, self.state, self.config, self.source)
+        if self.state.best_step == self.state.step:
+            copy_checkpoint(last, self.out / "best")
+        self._saved = self.state.step
+
+    def _plan(self) -> dict[str, int]:
+        """Turn the time that is left into steps, for the schedule and for the log."""
+        steps = self.state.step + self.clock.more_steps()
+        self.state.planned_steps = steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+        return {"planned_steps": self.state.planned_steps}
+
+    def _tokens_per_second(self) -> float | None:
+        seconds = self.clock.step_seconds
+        return None if seconds is None else self.config.rows_per_step * self.block_size / seconds
+
+    def _figures(self) -> Figures:
+        step, planned, speed = self.state.step, self.state.planned_steps, self._tokens_per_second()
+        flops = None if speed is None else speed * self.model.flops_per_token(self.block_size)
+        return Figures(
+            step=step,
+            total=planned,
+            loss=self._loss,
+            val_loss=self._val_loss,
+            tokens_per_second=speed,
+            percent_of_peak=None if flops is None else 100 * flops / self.peak_flops,
+            seconds_left=None if speed is None or planned is None else (planned - step) * self.clock.seconds_per_step(),
+        )
+
+
+def _check_model(model: GPT, config: TrainConfig, *tokens: TokenFile | np.ndarray) -> int:
+    """T, where model, config and tokens fit together."""
+    limit = model.config.block_size
+    if model.wte.weight.dtype != torch.float32:
+        raise TypeError(
+            f"Trainer: the model's weights are {model.wte.weight.dtype}; expected float32 - load it with "
+            "dtype=torch.float32 and choose the dtype of the products with TrainConfig(dtype=...)"
+        )
+    for part in tokens:
+        if isinstance(part, TokenFile) and part.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"Trainer: {part.path} has ids up to {part.vocab_size - 1} but the model a vocab_size of "
+                f"{model.config.vocab_size}; use the tokenizer of the model, or a model with vocab_size={part.vocab_size}"
+            )
+    if config.block_size is not None and config.block_size > limit:
+        raise ValueError(
+            f"Trainer: block_size is {config.block_size} but the model takes at most {limit} tokens; use a block_size "
+            f"up to {limit}, or a model with a larger one"
+        )
+    return config.block_size or limit

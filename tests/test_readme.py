@@ -1,0 +1,66 @@
+"""The README is the contract: its table, its Python, its tree."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptfast import ops
+from gptfast.testing import DTYPES, cases
+
+README = Path(__file__).parent.parent / "README.md"
+TEXT = README.read_text()
+
+
+def test_support_matrix():
+    """Every cell of the table is what a call does."""
+    lines = [line.strip("| ") for line in TEXT.splitlines() if line.startswith("| ")]
+    table = [re.split(r"\s*\|\s*", line) for line in lines]
+    start = next(n for n, cells in enumerate(table) if cells[:2] == ["op", "cpu fp32"])
+    header, rows = table[start], table[start + 1 : start + 9]
+    assert {row[0] for row in rows} == set(ops.__all__) - {"dropout_mask", "embedding", "linear", "linear_logprobs"}
+    dtypes = {**DTYPES, "fp64": torch.float64}
+    for row in rows:
+        case = cases(row[0])[0]
+        for name, cell in zip(header[1:], row[1:], strict=True):
+            backend, _, dtype = name.partition(" ")
+            args = case.inputs(dtypes.get(dtype, torch.float32))
+            works = "yes"
+            try:
+                getattr(ops, row[0])(*args, **case.options, backend=backend)
+            except RuntimeError as error:
+                works = "no" if "was asked for" in str(error) else str(error)
+            assert works == cell, (row[0], name)
+
+
+def test_the_python_runs():
+    [code] = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    namespace: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["out"].shape == (2, 8, 1024, 64)
+
+
+def test_the_tree_exists():
+    [tree] = re.findall(r"## The tree\n(.*?)\n## ", TEXT, re.S) or re.findall(r"## The tree\n(.*?)\nHow to", TEXT, re.S)
+    paths = [p for row in re.findall(r"^\| (`.*?) \|", tree, re.M) for p in re.findall(r"`([^`]+)`", row)]
+    assert len(paths) > 15
+    for path in paths:
+        pattern = path.replace("<op>", "gelu")
+        assert list(README.parent.glob(pattern)) or list(README.parent.glob(f"**/{pattern}")), path
+
+
+def test_the_commands_exist():
+    from gptfast.cli import app
+
+    known = {command.callback.__name__ for command in app.registered_commands}
+    assert {m for m in re.findall(r"^    gptfast (\w+)", TEXT, re.M)} <= known
+    targets = re.findall(r"^([a-z-]+):.*##", (README.parent / "Makefile").read_text(), re.M)
+    assert {m for m in re.findall(r"(?:^    |`)make ([a-z-]+)", TEXT, re.M)} <= set(targets)
+
+
+@pytest.mark.parametrize("word", ["<!--", "TODO"])
+def test_nothing_is_left_open(word):
+    assert word not in TEXT

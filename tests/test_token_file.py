@@ -1,0 +1,130 @@
+"""Token files: round trips, and every way in which they can be damaged."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from gptfast.data import (
+    TokenFile,
+    WindowSampler,
+    is_token_file,
+    write_tokens,
+)
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1, "uint16"), (65536, "uint16"), (65537, "uint32")])
+def test_token_file_round_trip(tmp_path, vocab_size, dtype):
+    rng = np.random.default_rng(vocab_size)
+    documents = [rng.integers(0, vocab_size, n) for n in (1, 1000, 0, 77)]
+    documents[1][5] = vocab_size - 1
+    file = write_tokens(tmp_path / "t.bin", documents, vocab_size)
+    assert file.tokens.dtype == dtype
+    assert isinstance(file.tokens, np.memmap)
+    np.testing.assert_array_equal(file.tokens, np.concatenate(documents))
+    assert file.document_starts.tolist() == [0, 1, 1001]  # the empty document is left out
+    assert (len(file), file.vocab_size, file.eos_id) == (1078, vocab_size, None)
+    file.verify()
+    assert is_token_file(tmp_path / "t.bin")
+
+
+def test_end_of_text_and_pieces(tmp_path):
+    document = iter([[1, 2], np.array([3]), []])
+    file = write_tokens(tmp_path / "t.bin", [document, [4], iter([])], vocab_size=10, eos_id=9)
+    assert file.tokens.tolist() == [1, 2, 3, 9, 4, 9]
+    assert file.document_starts.tolist() == [0, 4]
+    assert file.eos_id == 9
+
+
+@pytest.mark.parametrize(
+    ("documents", "options", "error", "message"),
+    [
+        ([[1], [2, 10]], {}, ValueError, "document 1 has id 10; expected ids in .0, 10"),
+        ([[-1]], {}, ValueError, "document 0 has id -1"),
+        ([[0.5]], {}, TypeError, "document 0 is of float64 with shape .1,."),
+        ([np.zeros((2, 2), int)], {}, TypeError, "shape .2, 2."),
+        ([[]], {}, ValueError, "documents hold no token"),
+        ([[1]], {"eos_id": 10}, ValueError, "eos_id is 10; expected None or 0 <= eos_id < 10"),
+        ([[1]], {"vocab_size": 0}, ValueError, "vocab_size is 0"),
+    ],
+)
+def test_what_write_tokens_refuses(tmp_path, documents, options, error, message):
+    path = tmp_path / "t.bin"
+    write_tokens(path, [[7]], vocab_size=10)
+    with pytest.raises(error, match=message):
+        write_tokens(path, documents, **{"vocab_size": 10, **options})
+    assert TokenFile.open(path).tokens.tolist() == [7]
+    assert os.listdir(tmp_path) == ["t.bin"]
+
+
+def change(content: bytes, at: int, new: bytes) -> bytes:
+    return content[:at] + new + content[at + len(new) :]
+
+
+def reheaded(content: bytes, at: int, new: bytes) -> bytes:
+    """With a valid checksum of the header, as another version of gptfast would write it."""
+    header = change(content, at, new)[:60]
+    return header + struct.pack("<I", zlib.crc32(header)) + content[64:]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: c[:-1], "is cut short: 287 bytes, expected 288"),
+        (lambda c: c[:100], "is cut short: 100 bytes, expected 288"),
+        (lambda c: c[:30], "is cut short: 30 bytes, less than the header"),
+        (lambda c: c + b"x", "is longer than it should be: 289 bytes"),
+        (lambda c: c[64:], "is not a gptfast token file .it begins with"),
+        (lambda c: b"", "is not a gptfast token file"),
+        (lambda c: change(c, 16, b"\xff"), "the header does not match its checksum"),
+        (lambda c: reheaded(c, 8, b"\x02"), "has version 2, expected 1"),
+        (lambda c: change(c, 280, b"\x32"), "the list of documents is damaged"),
+        (lambda c: change(c, 264, b"\xff\xff\xff"), "the list of documents is damaged"),
+    ],
+)
+def test_damaged_token_files(tmp_path, damage, message):
+    path = tmp_path / "t.bin"
+    write_tokens(path, [range(50), range(25), range(25)], vocab_size=100)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        TokenFile.open(path)
+
+
+def test_a_damaged_token_is_found(tmp_path):
+    path = tmp_path / "t.bin"
+    write_tokens(path, [range(100)], vocab_size=100)
+    path.write_bytes(change(path.read_bytes(), 64 + 2 * 50 + 1, b"\x80"))
+    with pytest.raises(ValueError, match=r"the tokens have checksum 0x.*, expected 0x"):
+        TokenFile.open(path).verify()
+    sampler = WindowSampler(TokenFile.open(path), 99, 1)
+    with pytest.raises(ValueError, match="id 32818 lies outside its vocabulary of 100"):
+        sampler.batch(0)
+
+
+def test_a_headerless_file_says_how_to_convert_it(tmp_path):
+    old = tmp_path / "train.bin"
+    np.arange(500, dtype="uint16").tofile(old)
+    with pytest.raises(ValueError, match=r"from raw uint16 ids .nanoGPT's train.bin. with gptfast.data.write_tokens"):
+        TokenFile.open(old)
+    assert len(write_tokens(tmp_path / "new.bin", [np.fromfile(old, "uint16")], 500)) == 500
+    with pytest.raises(FileNotFoundError, match=r"cannot read .*nothing.bin"):
+        TokenFile.open(tmp_path / "nothing.bin")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "train"),
+    [([50, 38, 12], 88), ([100], 90), ([30, 70], 90), ([5] * 20, 90)],
+    ids=["boundary", "one document", "no boundary near", "even"],
+)
+def test_split_of_a_token_file(tmp_path, lengths, train):
+    ids = np.arange(100)
+    documents = np.split(ids, np.cumsum(lengths)[:-1])
+    first, last = write_tokens(tmp_path / "t.bin", documents, vocab_size=100).split(0.1)
+    assert (len(first), len(last)) == (train, 100 - train)
+    np.testing.assert_array_equal(np.concatenate([first.tokens, last.tokens]), ids)
+    starts = [*first.document_starts, *(last.document_starts + train)]
+    assert starts == sorted({0, train, *np.cumsum(lengths)[:-1].tolist()})
