@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor&
   const RowView x = rows_of(kOp, logits);
   const Targets t(targets, x.R, x.C, ignore_index);
   cpu::CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
-  Tensor loss = new_tensor({x.R}, ScalarType::Float), lse = new_tensor({x.R}, ScalarType::Float);
+  Tensor loss = new_tensor({x.R}, ScalarType::Float), lse = new_tensor({x.R, 2}, ScalarType::Float);
   p.loss = static_cast<float*>(loss.mutable_data_ptr()), p.lse = static_cast<float*>(lse.mutable_data_ptr());
   parallel(x.R, x.C * 8, [&](i64 begin, i64 end) { cpu::kernels().cross_entropy_fwd(p, begin, end); });
   return {loss, lse};
@@ -43,14 +43,32 @@ Tensor cross_entropy_bwd(const Tensor& dloss, const Tensor& logits, const Tensor
   const Targets t(targets, x.R, x.C, ignore_index);
   cpu::CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
   const Tensor d = torch::stable::contiguous(dloss), l = torch::stable::contiguous(lse);
-  STD_TORCH_CHECK(d.numel() == x.R && d.scalar_type() == ScalarType::Float && l.numel() == x.R, kOp,
-                  ": dloss and lse must be float32 with one value per row");
+  STD_TORCH_CHECK(d.numel() == x.R && d.scalar_type() == ScalarType::Float && l.numel() == 2 * x.R, kOp,
+                  ": dloss must be float32 with one value per row, lse with two");
   p.dloss = static_cast<const float*>(d.const_data_ptr());
   p.lse = const_cast<float*>(static_cast<const float*>(l.const_data_ptr()));
   Tensor dlogits = new_like(logits);
   p.dlogits = mut_rows(kOp, dlogits, x.C);
   parallel(x.R, x.C * 8, [&](i64 begin, i64 end) { cpu::kernels().cross_entropy_bwd(p, begin, end); });
   return dlogits;
+}
+
+// Loss of each row; then its gradient takes the place of the logits, while the row is in cache.
+Tensor cross_entropy_in_place(Tensor& logits, const Tensor& targets, const OptTensor& dloss, i64 ignore_index,
+                              double label_smoothing) {
+  const RowView x = rows_of(kOp, logits);
+  STD_TORCH_CHECK(x.owner.const_data_ptr() == logits.const_data_ptr(), kOp, ": logits must lie in rows");
+  const Targets t(targets, x.R, x.C, ignore_index);
+  cpu::CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
+  Tensor loss = new_tensor({x.R}, ScalarType::Float), lse = new_tensor({x.R, 2}, ScalarType::Float), owner;
+  p.loss = static_cast<float*>(loss.mutable_data_ptr()), p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  p.dloss = static_cast<const float*>(vector_of(kOp, dloss, x.R, &owner).data);
+  STD_TORCH_CHECK(!dloss || dloss->scalar_type() == ScalarType::Float, kOp, ": dloss must be float32");
+  p.dlogits = {logits.mutable_data_ptr(), x.stride, x.dtype};
+  parallel(x.R, x.C * 16, [&](i64 begin, i64 end) {
+    for (i64 r = begin; r < end; r++) cpu::kernels().cross_entropy_fwd(p, r, r + 1), cpu::kernels().cross_entropy_bwd(p, r, r + 1);
+  });
+  return loss;
 }
 
 }  // namespace
@@ -62,10 +80,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
   m.def(
       "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index, "
       "float label_smoothing) -> Tensor");
+  m.def(
+      "cross_entropy_in_place(Tensor(a!) logits, Tensor targets, Tensor? dloss, int ignore_index, "
+      "float label_smoothing) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd));
   m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd));
+  m.impl("cross_entropy_in_place", TORCH_BOX(&cross_entropy_in_place));
 }
 
 }  // namespace gptfast

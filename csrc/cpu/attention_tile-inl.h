@@ -9,10 +9,8 @@ constexpr i64 kQueries = kAttentionBlock;  // lanes of a block: L-wide vectors 0
 constexpr int kVectors = int(kQueries / L);
 constexpr i64 kKeys = 64;   // keys of a tile
 constexpr i64 kGroup = 16;  // keys that are skipped or masked together at the edge of visibility
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kMasked = -1e30f;
 
-INL i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
 // Query lane i of the block sees keys [lo[i], hi[i]). Lanes past the last query repeat it.
 struct Visible {
@@ -101,27 +99,6 @@ struct Arena {
   }
 };
 
-// n <= L values at p as fp32, the other lanes 0.
-INL F load_any(const void* p, DType t, i64 n) {
-  if (t == DType::f32) return load_lanes(static_cast<const float*>(p), n);
-  alignas(64) uint16_t buffer[L] = {};
-  const uint16_t* h = static_cast<const uint16_t*>(p);
-  if (n < L) {
-    __builtin_memcpy(buffer, p, size_t(n) * 2);
-    h = buffer;
-  }
-  return t == DType::bf16 ? load_bf16(h) : load_f16(h);
-}
-template <DType T> INL F load_as(const void* row, i64 c, i64 n) { return load_any(at(row, T, c), T, n); }
-INL void store_any(void* p, DType t, F x, i64 n) {
-  if (t == DType::f32) return store_lanes(static_cast<float*>(p), x, n);
-  alignas(64) uint16_t buffer[L];
-  uint16_t* h = n < L ? buffer : static_cast<uint16_t*>(p);
-  if (t == DType::bf16) store_bf16(h, x);
-  else store_f16(h, x);
-  if (n < L) __builtin_memcpy(p, buffer, size_t(n) * 2);
-}
-template <DType T> INL void store_as(void* row, i64 c, F x, i64 n) { store_any(at(row, T, c), T, x, n); }
 INL const void* head_row(const Heads& x, DType t, i64 b, i64 h, i64 i) {
   return at(x.data, t, b * x.sb + h * x.sh + i * x.st);
 }

@@ -1,75 +1,94 @@
 // Cross-entropy of rows of logits, forward and backward.
 //
-//   lse = log sum_v exp(x_v)
-//   loss = (1 - e) (lse - x_target) + e (lse - mean_v x_v)          e: label smoothing
-//   dx_v = g (exp(x_v - lse) - (1 - e) [v = target] - e / V)        g: gradient of this row's loss
+//   lse = m + s,  m = max_v x_v,  s = log sum_v exp(x_v - m)
+//   loss = (1 - e) (m - x_target + s) + e (m - mean_v x_v + s)      e: label smoothing
+//   dx_v = g (exp(x_v - m - s) - (1 - e) [v = target] - e / V)      g: gradient of this row's loss
 //
-// Floor: one read of the logits forward, one read and one write backward. The maximum runs along with the sum, chunk by
-// chunk (arXiv 1805.02867), so that a row comes from memory once.
+// m and s are kept apart: their sum would round away what a confident row, or one with a large common offset, is about.
+// Floor: one read of the logits forward, one read and one write backward. The maximum runs along with the sum, block by
+// block (Milakov and Gimelshein, arXiv 1805.02867), so that a row comes from memory once.
 
 constexpr i64 kLossBlock = 2048;
 
-static void cross_entropy_fwd(const CrossEntropyParams& p, i64 row_begin, i64 row_end) {
-  alignas(64) float buffer[kLossBlock];
-  for (i64 r = row_begin; r < row_end; r++) {
-    float top = -__builtin_inff(), total = 0.f, plain = 0.f;
-    for (i64 v0 = 0; v0 < p.V; v0 += kLossBlock) {
-      const i64 n = p.V - v0 < kLossBlock ? p.V - v0 : kLossBlock;
-      const float* x = read_row(at(row(p.logits, r), p.logits.dtype, v0), p.logits.dtype, n, buffer);
-      F m0 = set(-__builtin_inff());  // nan passes it by and shows up in the sum
-      for_lanes(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
-        const F value = load_lanes(x + c, k);
-        m0 = max(m0, k == L ? value : select(first_n(k), value, m0));
-      });
-      const float higher = hmax(m0);
-      if (higher > top) {
-        total *= top == -__builtin_inff() ? 0.f : __builtin_expf(top - higher);
-        top = higher;
-      }
-      const F shift = set(top == -__builtin_inff() ? 0.f : top * kLog2e), log2e = set(kLog2e);
-      total += row_sum(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
-        const F e = exp2<6>(fma(load_lanes(x + c, k), log2e, zero() - shift));
-        return k == L ? e : keep(first_n(k), e);
-      });
-      if (p.label_smoothing != 0.f)
-        plain += row_sum(n, [&](i64 c, i64 k) __attribute__((always_inline)) { return load_lanes(x + c, k); });
-    }
-    const float lse = top + __builtin_logf(total);
-    p.lse[r] = lse;
-    const i64 target = p.targets[r];
-    if (target == p.ignore_index) {
-      p.loss[r] = 0.f;
-      continue;
-    }
-    float picked[L];
-    store(picked, load_any(at(row(p.logits, r), p.logits.dtype, target), p.logits.dtype, 1));
-    const float e = p.label_smoothing;
-    p.loss[r] = (1.f - e) * (lse - picked[0]) + (e != 0.f ? e * (lse - plain / float(p.V)) : 0.f);
-  }
+template <DType T> INL float block_max(const void* x, i64 n) {
+  F m[2] = {set(-__builtin_inff()), set(-__builtin_inff())};  // nan passes by and shows up in the sum
+  for_lanes_paired(n, [&](i64 c, i64 k, int u) __attribute__((always_inline)) {
+    const F value = load_as<T>(x, c, k);
+    m[u] = max(k == L ? value : select(first_n(k), value, m[u]), m[u]);
+  });
+  return hmax(max(m[0], m[1]));
 }
 
-static void cross_entropy_bwd(const CrossEntropyParams& p, i64 row_begin, i64 row_end) {
-  alignas(64) float xs[kLossBlock], ds[kLossBlock];
-  for (i64 r = row_begin; r < row_end; r++) {
-    const i64 target = p.targets[r];
-    const bool ignored = target == p.ignore_index;
-    const float g = ignored ? 0.f : p.dloss[r], e = p.label_smoothing;
-    const F scale = set(g), shift = set(p.lse[r] * kLog2e), log2e = set(kLog2e), even = set(g * e / float(p.V));
-    for (i64 v0 = 0; v0 < p.V; v0 += kLossBlock) {
-      const i64 n = p.V - v0 < kLossBlock ? p.V - v0 : kLossBlock;
-      void* out = at(row(p.dlogits, r), p.dlogits.dtype, v0);
-      float* d = write_row(out, p.dlogits.dtype, ds);
-      if (ignored) {
-        __builtin_memset(d, 0, size_t(n) * 4);
-      } else {
-        const float* x = read_row(at(row(p.logits, r), p.logits.dtype, v0), p.logits.dtype, n, xs);
-        for_lanes(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
-          const F prob = exp2<6>(fma(load_lanes(x + c, k), log2e, zero() - shift));
-          store_lanes(d + c, prob * scale - even, k);
-        });
-        if (target >= v0 && target < v0 + n) d[target - v0] -= g * (1.f - e);
-      }
-      finish_row(out, p.dlogits.dtype, d, n);
+// The statistics of a row, block by block.
+struct LossRow {
+  float top = -__builtin_inff(), total = 0.f;  // maximum, sum of exp(x - top)
+  float origin = 0.f, shifted = 0.f;           // sum of x - origin, for label smoothing
+
+  template <DType T> void add(const void* x, i64 n, bool smooth, bool first) {
+    const float high = block_max<T>(x, n);
+    if (high > top) {
+      total *= top == -__builtin_inff() ? 0.f : __builtin_expf(top - high);
+      top = high;
     }
+    const float level = top == -__builtin_inff() ? 0.f : top;
+    const F center = set(level), log2e = set(kLog2e);
+    total += row_sum(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
+      const F e = exp2<6>((load_as<T>(x, c, k) - center) * log2e);
+      return k == L ? e : keep(first_n(k), e);
+    });
+    if (!smooth) return;
+    if (first) origin = level;
+    const F from = set(origin);
+    shifted += row_sum(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
+      const F d = load_as<T>(x, c, k) - from;
+      return k == L ? d : keep(first_n(k), d);
+    });
   }
+};
+
+template <DType T> static void cross_entropy_fwd_row(const CrossEntropyParams& p, i64 r) {
+  const i64 target = p.targets[r];
+  const float e = p.label_smoothing;
+  const void* x = row(p.logits, r);
+  p.loss[r] = p.lse[2 * r] = p.lse[2 * r + 1] = 0.f;
+  if (target == p.ignore_index) return;
+  LossRow s;
+  for (i64 v = 0; v < p.V; v += kLossBlock)
+    s.add<T>(at(x, T, v), p.V - v < kLossBlock ? p.V - v : kLossBlock, e != 0.f, v == 0);
+  const float log_total = __builtin_logf(s.total);
+  float picked[L];
+  store(picked, load_as<T>(x, target, 1));
+  p.lse[2 * r] = s.top;
+  p.lse[2 * r + 1] = log_total;
+  p.loss[r] = (1.f - e) * (s.top - picked[0] + log_total);
+  if (e != 0.f) p.loss[r] += e * (s.top - s.origin - s.shifted / float(p.V) + log_total);
+}
+
+template <DType T> static void cross_entropy_bwd_row(const CrossEntropyParams& p, i64 r) {
+  const i64 target = p.targets[r];
+  const void* x = row(p.logits, r);
+  void* d = row(p.dlogits, r);
+  if (target == p.ignore_index) {
+    __builtin_memset(d, 0, size_t(p.V * element_size(T)));
+    return;
+  }
+  const float g = p.dloss ? p.dloss[r] : 1.f, e = p.label_smoothing;
+  const F top = set(p.lse[2 * r]), log2_total = set(p.lse[2 * r + 1] * kLog2e), log2e = set(kLog2e), scale = set(g);
+  const F even = set(g * e / float(p.V));
+  const auto slope = [=](i64 c, i64 k) __attribute__((always_inline)) {
+    return exp2<6>(fma(load_as<T>(x, c, k) - top, log2e, zero() - log2_total)) * scale - even;
+  };
+  float at_target[L];  // before x is overwritten where it is d
+  store(at_target, slope(target, 1));
+  for_lanes(p.V, [=](i64 c, i64 k) __attribute__((always_inline)) { store_as<T>(d, c, slope(c, k), k); });
+  store_as<T>(d, target, set(at_target[0] - g * (1.f - e)), 1);
+}
+
+static void cross_entropy_fwd(const CrossEntropyParams& p, i64 row_begin, i64 row_end) {
+  for (i64 r = row_begin; r < row_end; r++)
+    with_dtype(p.logits.dtype, [&](auto t) { cross_entropy_fwd_row<t.value>(p, r); });
+}
+static void cross_entropy_bwd(const CrossEntropyParams& p, i64 row_begin, i64 row_end) {
+  for (i64 r = row_begin; r < row_end; r++)
+    with_dtype(p.logits.dtype, [&](auto t) { cross_entropy_bwd_row<t.value>(p, r); });
 }

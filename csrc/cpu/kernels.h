@@ -79,9 +79,10 @@ struct LayerNormParams {
 struct CrossEntropyParams {
   Rows logits;         // (R, V)
   const i64* targets;  // (R), in [0, V) or ignore_index
-  float *loss, *lse;   // (R)
-  const float* dloss;  // (R), backward
-  MutRows dlogits;     // (R, V), backward
+  float* loss;         // (R)
+  float* lse;          // (R, 2): the maximum m, and log sum exp(x - m); both 0 where ignored
+  const float* dloss;  // (R) or null for ones, backward
+  MutRows dlogits;     // (R, V), backward; may be the logits themselves
   i64 V, ignore_index;
   float label_smoothing;
 };

@@ -17,28 +17,11 @@ struct NormBuffers {
     weight = static_cast<float*>(scratch(size_t(2 * n) * 4 + size_t(round_up(p.C, 8 * L)) * 2));
     bias = weight + n;
     lanes = reinterpret_cast<uint16_t*>(bias + n);
-    if (p.weight.dtype == DType::f32) __builtin_memcpy(weight, p.weight.data, size_t(p.C) * 4);
-    else widen_row(weight, p.weight.data, p.weight.dtype, p.C);
-    if (!p.bias.data) __builtin_memset(bias, 0, size_t(p.C) * 4);
-    else if (p.bias.dtype == DType::f32) __builtin_memcpy(bias, p.bias.data, size_t(p.C) * 4);
-    else widen_row(bias, p.bias.data, p.bias.dtype, p.C);
+    copy_row(weight, p.weight.data, p.weight.dtype, p.C);
+    if (p.bias.data) copy_row(bias, p.bias.data, p.bias.dtype, p.C);
+    else __builtin_memset(bias, 0, size_t(p.C) * 4);
   }
 };
-
-// sum over the row of f(c, n), which gives 0 in lanes that do not count; four sums run side by side
-template <class Fn> INL float row_sum(i64 C, Fn f) {
-  F s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
-  i64 c = 0;
-  for (; c + 4 * L <= C; c += 4 * L) {
-    s0 = s0 + f(c, i64(L));
-    s1 = s1 + f(c + L, i64(L));
-    s2 = s2 + f(c + 2 * L, i64(L));
-    s3 = s3 + f(c + 3 * L, i64(L));
-  }
-  for (; c + L <= C; c += L) s0 = s0 + f(c, i64(L));
-  if (c < C) s1 = s1 + f(c, C - c);
-  return sum((s0 + s1) + (s2 + s3));
-}
 
 // total = dropout(x) + residual; load_x(c, n) and load_residual(c, n) give the values.
 template <DType T, class X, class R>
@@ -95,9 +78,7 @@ template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_b
   }
 }
 static void layer_norm_fwd(const LayerNormParams& p, i64 row_begin, i64 row_end) {
-  if (p.y.dtype == DType::f32) norm_fwd_rows<DType::f32>(p, row_begin, row_end);
-  else if (p.y.dtype == DType::bf16) norm_fwd_rows<DType::bf16>(p, row_begin, row_end);
-  else norm_fwd_rows<DType::f16>(p, row_begin, row_end);
+  with_dtype(p.y.dtype, [&](auto t) { norm_fwd_rows<t.value>(p, row_begin, row_end); });
 }
 
 // Two sums over a row of x and dy: mean(g) and mean(g xhat); adds the row's share to dweight and dbias on the way.
@@ -170,7 +151,5 @@ template <DType T> static void norm_bwd_chunks(const LayerNormParams& p, i64 chu
   }
 }
 static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
-  if (p.x.dtype == DType::f32) norm_bwd_chunks<DType::f32>(p, chunk_begin, chunk_end);
-  else if (p.x.dtype == DType::bf16) norm_bwd_chunks<DType::bf16>(p, chunk_begin, chunk_end);
-  else norm_bwd_chunks<DType::f16>(p, chunk_begin, chunk_end);
+  with_dtype(p.x.dtype, [&](auto t) { norm_bwd_chunks<t.value>(p, chunk_begin, chunk_end); });
 }

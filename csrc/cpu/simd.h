@@ -22,6 +22,7 @@
 #endif
 
 INL F zero() { return set(0.f); }
+constexpr float kLog2e = 1.4426950408889634f;
 
 // ---- elementary functions -------------------------------------------------------------------------------------------
 
@@ -181,6 +182,10 @@ INL const float* read_row(const void* p, DType t, i64 n, float* buffer) {
   widen_row(buffer, p, t, n);
   return buffer;
 }
+INL void copy_row(float* out, const void* p, DType t, i64 n) {
+  if (t == DType::f32) __builtin_memcpy(out, p, size_t(n) * 4);
+  else widen_row(out, p, t, n);
+}
 // Where to write n fp32 values that finish_row then brings to p (p itself when it is fp32).
 INL float* write_row(void* p, DType t, float* buffer) { return t == DType::f32 ? static_cast<float*>(p) : buffer; }
 INL void finish_row(void* p, DType t, const float* buffer, i64 n) {
@@ -209,4 +214,52 @@ INL F load_lanes(const float* p, i64 n) { return n == L ? load(p) : load_n(p, n)
 INL void store_lanes(float* p, F x, i64 n) {
   if (n == L) store(p, x);
   else store_n(p, x, n);
+}
+INL i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+// The sum over the row of f(c, n), which gives 0 in lanes that do not count; four sums run side by side
+template <class Fn> INL float row_sum(i64 C, Fn f) {
+  F s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
+  i64 c = 0;
+  for (; c + 4 * L <= C; c += 4 * L) {
+    s0 = s0 + f(c, i64(L));
+    s1 = s1 + f(c + L, i64(L));
+    s2 = s2 + f(c + 2 * L, i64(L));
+    s3 = s3 + f(c + 3 * L, i64(L));
+  }
+  for (; c + L <= C; c += L) s0 = s0 + f(c, i64(L));
+  if (c < C) s1 = s1 + f(c, C - c);
+  return sum((s0 + s1) + (s2 + s3));
+}
+
+// n <= L values at p as fp32, the other lanes 0.
+INL F load_any(const void* p, DType t, i64 n) {
+  if (t == DType::f32) return load_lanes(static_cast<const float*>(p), n);
+  alignas(64) uint16_t buffer[L] = {};
+  const uint16_t* h = static_cast<const uint16_t*>(p);
+  if (n < L) {
+    __builtin_memcpy(buffer, p, size_t(n) * 2);
+    h = buffer;
+  }
+  return t == DType::bf16 ? load_bf16(h) : load_f16(h);
+}
+template <DType T> INL F load_as(const void* row, i64 c, i64 n) { return load_any(at(row, T, c), T, n); }
+INL void store_any(void* p, DType t, F x, i64 n) {
+  if (t == DType::f32) return store_lanes(static_cast<float*>(p), x, n);
+  alignas(64) uint16_t buffer[L];
+  uint16_t* h = n < L ? buffer : static_cast<uint16_t*>(p);
+  if (t == DType::bf16) store_bf16(h, x);
+  else store_f16(h, x);
+  if (n < L) __builtin_memcpy(p, buffer, size_t(n) * 2);
+}
+template <DType T> INL void store_as(void* row, i64 c, F x, i64 n) { store_any(at(row, T, c), T, x, n); }
+
+// Calls f(t) with t.value the dtype as a constant.
+template <DType T> struct DTypeConstant {
+  static constexpr DType value = T;
+};
+template <class Fn> INL void with_dtype(DType t, Fn f) {
+  if (t == DType::f32) f(DTypeConstant<DType::f32>());
+  else if (t == DType::bf16) f(DTypeConstant<DType::bf16>());
+  else f(DTypeConstant<DType::f16>());
 }

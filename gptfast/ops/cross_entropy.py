@@ -26,7 +26,9 @@ def cross_entropy(
     """-log softmax(logits)[target], as `F.cross_entropy` with class indices.
 
     loss = (1 - e) (lse - x_target) + e (lse - mean(x)), e the label smoothing (Szegedy et al., arXiv 1512.00567), and
-    lse = log sum exp(x). -inf logits (masked tokens) are legal.
+    lse = log sum exp(x), kept relative to the largest logit: as exact for confident rows and for logits far from 0.
+    -inf logits (masked tokens) are legal; rows that are ignored may hold anything. Computed in fp32 for every dtype,
+    also under autocast.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64.
@@ -68,15 +70,18 @@ def check_loss(op: str, targets: Tensor, shape: tuple[int, ...], reduction: str,
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; expected a number in [0, 1]")
 
 
-def check_targets(op: str, targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+def check_targets(op: str, targets: Tensor, vocab_size: int, ignore_index: int | None) -> None:
     """Raise IndexError for a target outside the vocabulary. Left to the kernel while tracing and on other devices."""
     if torch.compiler.is_compiling() or targets.device.type != "cpu":
         return
-    bad = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
+    bad = (targets < 0) | (targets >= vocab_size)
+    if ignore_index is not None:
+        bad &= targets != ignore_index
     if bad.any():
         value = targets[bad][0].item()
+        ignored = "" if ignore_index is None else f", or ignore_index ({ignore_index})"
         raise IndexError(
-            f"{op}: a target is {value}; expected 0 to {vocab_size - 1}, or ignore_index ({ignore_index}) - "
+            f"{op}: a target is {value}; expected 0 to {vocab_size - 1}{ignored} - "
             "check that tokenizer and model have one vocabulary size"
         )
 
@@ -110,13 +115,18 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 @fake("cross_entropy_fwd")
 def _(logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    loss = logits.new_empty(targets.shape, dtype=torch.float32)
-    return loss, torch.empty_like(loss)
+    rows = targets.shape[0]
+    return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, 2, dtype=torch.float32)
 
 
 @fake("cross_entropy_bwd")
 def _(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
     return logits.new_empty(logits.shape)
+
+
+@fake("cross_entropy_in_place")
+def _(logits: Tensor, targets: Tensor, dloss: Tensor | None, ignore_index: int, label_smoothing: float) -> Tensor:
+    return logits.new_empty(targets.shape[0], dtype=torch.float32)
 
 
 forbid_double_backward(OP, "cross_entropy_bwd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from gptfast.backend import has_cpu_ops, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import autocast, check_float, check_same_device, forbid_double_backward
+from gptfast.ops._common import autocast, check_float, check_same_device, distinct, forbid_double_backward
 from gptfast.ops.cross_entropy import check_loss, check_targets, reduce_loss
 
 OP = "linear_cross_entropy"
-CHUNK_BYTES = 64 << 20  # of logits held at a time
+CHUNK_BYTES = 128 << 20  # of logits held at a time: enough rows that streaming the weight does not show
 
 
 def linear_cross_entropy(
@@ -30,11 +31,13 @@ def linear_cross_entropy(
 
     With reduction "mean" or "sum" the gradients are computed in the forward pass, from the logits while they are
     there (Hsu et al., Liger Kernel, arXiv 2410.10989), so backward only scales them; with "none" backward computes the
-    logits once more. The gradient of weight is summed over the chunks in fp32.
+    logits once more. A factor that needs no gradient costs none. The gradient of weight is summed over the chunks in
+    fp32. Under autocast the products are taken in the autocast dtype, as by `F.linear`, but the gradient of a float32
+    weight keeps its fp32 sum.
 
     Args:
-        hidden: (..., C), float32, bfloat16, float16 or float64. Under autocast both factors are cast, as `F.linear`.
-        weight: (V, C).
+        hidden: (..., C), float32, bfloat16, float16 or float64.
+        weight: (V, C), of hidden's dtype, or of any under autocast.
         targets: (...), int64, in [0, V) or ignore_index.
         ignore_index, reduction, label_smoothing: as in `cross_entropy`.
         backend: see `gptfast.backend`.
@@ -43,113 +46,141 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or option.  IndexError: a target outside the vocabulary.
     """
-    rows, weight, flat = _checked(OP, hidden, weight, targets, ignore_index)
+    rows = _rows(OP, hidden, weight, targets)
     check_loss(OP, targets, hidden.shape[:-1], reduction, label_smoothing)
+    check_targets(OP, targets, weight.shape[0], ignore_index)
+    flat = targets.reshape(-1).long()
     if resolve(OP, backend, rows) == "eager":
         loss = reference.linear_cross_entropy(
             rows, weight, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
         )
         return reduce_loss(loss, targets, ignore_index, reduction)
-    options = (ignore_index, float(label_smoothing))
+    arguments = (*distinct(rows, weight), flat, ignore_index, float(label_smoothing))
     if reduction == "none":
-        return RowLossFunction.apply(rows, weight, flat, *options).view(targets.shape)
-    count = (flat != ignore_index).sum()
-    unit = torch.ones((), dtype=torch.float32) if reduction == "sum" else 1.0 / count.float()
-    return TotalLossFunction.apply(rows, weight, flat, unit, *options)
+        return RowLossFunction.apply(*arguments).view(targets.shape)
+    total = TotalLossFunction.apply(*arguments)
+    return total if reduction == "sum" else _mean(total, (flat != ignore_index).sum())
 
 
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: str | None = None) -> Tensor:
-    """log softmax(hidden @ weight^T)[target] per row, for scoring: perplexity, ranking, beam search.
+    """log softmax(hidden @ weight^T)[target] per row, for scoring, ranking and preference losses.
+
+    Differentiable, as `linear_cross_entropy(..., reduction="none")`; without gradients it costs one product.
 
     Args:
         hidden: (..., C).  weight: (V, C).  targets: (...), int64 in [0, V).
         backend: see `gptfast.backend`.
     Returns:
-        (...) float32, without gradient; use `linear_cross_entropy(..., reduction="none")` to train on it.
+        (...) float32 (float64 for float64 inputs).
     Raises:
         As `linear_cross_entropy`.
     """
-    with torch.no_grad():
-        return -linear_cross_entropy(hidden, weight, targets, ignore_index=-1, reduction="none", backend=backend)
+    _rows("linear_logprobs", hidden, weight, targets)
+    check_loss("linear_logprobs", targets, hidden.shape[:-1], "none", 0.0)
+    check_targets("linear_logprobs", targets, weight.shape[0], None)
+    nothing = -(2**63)  # an ignore_index that no target has
+    return -linear_cross_entropy(hidden, weight, targets, ignore_index=nothing, reduction="none", backend=backend)
 
 
-def _checked(
-    op: str, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, C) rows, weight, (N,) targets, in the autocast dtype where autocast is on."""
+def _rows(op: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """hidden as (N, C), in the dtype of the products, once the three are found to fit together."""
     check_float(op, hidden=hidden, weight=weight)
-    check_same_device(op, hidden=hidden, weight=weight, targets=targets)
-    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+    check_same_device(op, hidden=hidden, weight=weight, targets=targets if isinstance(targets, Tensor) else None)
+    if weight.dim() != 2 or weight.shape[0] == 0 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; "
-            "expected hidden (..., C) and weight (V, C)"
+            "expected hidden (..., C) and weight (V, C) with V >= 1"
         )
-    hidden, weight = autocast(hidden, weight)
-    if hidden.dtype != weight.dtype:
+    kind = hidden.device.type
+    casts = kind != "meta" and torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype)
+    if not casts and hidden.dtype != weight.dtype:
         raise TypeError(f"{op}: hidden is {hidden.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
-    if isinstance(targets, Tensor) and not targets.is_floating_point():
-        check_targets(op, targets, weight.shape[0], ignore_index)
-        targets = targets.reshape(-1).long()
-    return hidden.reshape(-1, hidden.shape[-1]), weight, targets
+    return autocast(hidden)[0].reshape(-1, hidden.shape[-1])
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    rows = max(16, CHUNK_BYTES // (weight.shape[0] * hidden.element_size()))
-    return [slice(n, min(n + rows, hidden.shape[0])) for n in range(0, hidden.shape[0], rows)]
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    """total / count; nan with gradient 0 when nothing counts, as `F.cross_entropy`."""
+    return torch.where(count > 0, total / count.clamp_min(1), torch.nan)
 
 
-def _row_losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
+def _chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
+    """Even parts of about CHUNK_BYTES."""
+    parts = max(1, -(-rows * bytes_per_row // CHUNK_BYTES))
+    size = max(16, -(-rows // parts))
+    return (slice(n, min(n + size, rows)) for n in range(0, rows, size))
+
+
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
     """(N,) losses, without gradients."""
-    op = torch.ops.gptfast
+    weight = weight.to(hidden.dtype)
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    for part in _chunks(hidden, weight):
+    for part in _chunks(hidden.shape[0], weight.shape[0] * hidden.element_size()):
         logits = hidden[part] @ weight.T
-        loss[part] = op.cross_entropy_fwd(logits, targets[part], ignore_index, label_smoothing)[0]
+        loss[part] = torch.ops.gptfast.cross_entropy_fwd(logits, targets[part], ignore_index, label_smoothing)[0]
     return loss
 
 
-def _losses_and_slopes(
-    dloss: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float
+def _losses_and_gradients(
+    dloss: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    want_hidden: bool,
+    want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) losses, and the gradients of sum(dloss * loss): dhidden in hidden's dtype, dweight in weight's."""
-    op = torch.ops.gptfast
-    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    dweight = torch.zeros(weight.shape, dtype=torch.float32)
-    for part in _chunks(hidden, weight):
-        logits = hidden[part] @ weight.T
-        loss[part], lse = op.cross_entropy_fwd(logits, targets[part], ignore_index, label_smoothing)
-        dlogits = op.cross_entropy_bwd(dloss[part], logits, targets[part], lse, ignore_index, label_smoothing)
-        torch.mm(dlogits, weight, out=dhidden[part])
-        if hidden.dtype == torch.float32:
-            dweight.addmm_(dlogits.T, hidden[part])
-        else:
-            dweight += dlogits.T @ hidden[part]  # a chunk's product is rounded once, the sum is fp32
-    return loss, dhidden, dweight.to(weight.dtype)
+    """(N,) losses and the gradients of sum(dloss * loss): dhidden in hidden's dtype, dweight in fp32; dloss None: ones."""
+    loss, dhidden, dweight = _fake_bwd(
+        dloss, hidden, weight, targets, ignore_index, label_smoothing, want_hidden, want_weight
+    )
+    factor, logits, product = weight.to(hidden.dtype), None, None
+    if not hidden.shape[0]:
+        dweight.zero_()
+    for part in _chunks(hidden.shape[0], weight.shape[0] * hidden.element_size()):
+        x = hidden[part]
+        logits = hidden.new_empty(len(x), weight.shape[0]) if logits is None else logits[: len(x)]
+        torch.mm(x, factor.T, out=logits)
+        upstream = None if dloss is None else dloss[part]
+        loss[part] = torch.ops.gptfast.cross_entropy_in_place(
+            logits, targets[part], upstream, ignore_index, label_smoothing
+        )
+        if want_hidden:
+            torch.mm(logits, factor, out=dhidden[part])
+        if want_weight and x.dtype == torch.float32:
+            torch.addmm(dweight, logits.T, x, beta=int(part.start > 0), out=dweight)
+        elif want_weight:  # a chunk's product is rounded once, the sum is fp32
+            product = torch.empty_like(factor) if product is None else product
+            torch.mm(logits.T, x, out=product)
+            dweight.add_(product) if part.start else dweight.copy_(product)
+    return loss, dhidden, dweight
+
+
+def _scaled(dtotal: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients times dtotal: as a Python number, which a half-precision product does not round first."""
+    scale = dtotal.item()
+    return dhidden * scale, (dweight * scale).to(weight.dtype)
 
 
 class TotalLossFunction(torch.autograd.Function):
-    """unit * sum of the row losses."""
+    """Sum of the row losses. The gradients wait for their factor unscaled: divided by N they would underflow in fp16."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, unit: Tensor, ignore_index: int, smoothing: float
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, smoothing: float
     ) -> Tensor:
-        op = torch.ops.gptfast
-        if not any(ctx.needs_input_grad[:2]):
-            return (
-                op.linear_cross_entropy_fwd(hidden, weight, targets, ignore_index, smoothing).double().sum().float()
-                * unit
-            )
-        dloss = unit.expand(hidden.shape[0])
-        loss, dhidden, dweight = op.linear_cross_entropy_bwd(dloss, hidden, weight, targets, ignore_index, smoothing)
-        ctx.save_for_backward(dhidden, dweight)
-        return loss.double().sum().float() * unit
+        op, options = torch.ops.gptfast, (ignore_index, smoothing)
+        ctx.wanted = tuple(ctx.needs_input_grad[:2])
+        if not any(ctx.wanted):
+            return op.linear_cross_entropy_fwd(hidden, weight, targets, *options).double().sum().float()
+        loss, *grads = op.linear_cross_entropy_bwd(None, hidden, weight, targets, *options, *ctx.wanted)
+        ctx.save_for_backward(hidden, weight, *grads)
+        return loss.double().sum().float()
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
-        return dhidden * dtotal.to(dhidden.dtype), dweight * dtotal.to(dweight.dtype), None, None, None, None
+        grads = torch.ops.gptfast.linear_cross_entropy_scale(dtotal, *ctx.saved_tensors)
+        return *(g if wanted else None for g, wanted in zip(grads, ctx.wanted, strict=True)), None, None, None
 
 
 class RowLossFunction(torch.autograd.Function):
@@ -161,27 +192,17 @@ class RowLossFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
         ctx.options = (ignore_index, smoothing)
-        return torch.ops.gptfast.linear_cross_entropy_fwd(hidden, weight, targets, ignore_index, smoothing)
+        ctx.wanted = tuple(ctx.needs_input_grad[:2])
+        return torch.ops.gptfast.linear_cross_entropy_fwd(hidden, weight, targets, *ctx.options)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        op = torch.ops.gptfast
-        _, dhidden, dweight = op.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options)
-        return dhidden, dweight, None, None, None
-
-
-def _register() -> None:
-    """The chunk loops as operators of their own, so that torch.compile sees one call and not the loop."""
-    library = torch.library.Library("gptfast", "FRAGMENT")
-    arguments = "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing"
-    library.define(f"linear_cross_entropy_fwd({arguments}) -> Tensor")
-    library.define(f"linear_cross_entropy_bwd(Tensor dloss, {arguments}) -> (Tensor, Tensor, Tensor)")
-    library.impl("linear_cross_entropy_fwd", _row_losses, "CPU")
-    library.impl("linear_cross_entropy_bwd", _losses_and_slopes, "CPU")
-    torch.library.register_fake("gptfast::linear_cross_entropy_fwd", _fake_fwd, lib=library)
-    torch.library.register_fake("gptfast::linear_cross_entropy_bwd", _fake_bwd, lib=library)
-    globals()["_library"] = library  # keeps the registrations alive
-    forbid_double_backward(OP, "linear_cross_entropy_bwd")
+        hidden, weight, targets = ctx.saved_tensors
+        _, dhidden, dweight = torch.ops.gptfast.linear_cross_entropy_bwd(
+            dloss, hidden, weight, targets, *ctx.options, *ctx.wanted
+        )
+        dweight = dweight.to(weight.dtype)
+        return dhidden if ctx.wanted[0] else None, dweight if ctx.wanted[1] else None, None, None, None
 
 
 def _fake_fwd(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
@@ -189,11 +210,50 @@ def _fake_fwd(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int
 
 
 def _fake_bwd(
-    dloss: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float
+    dloss: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    want_hidden: bool,
+    want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    return loss, hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+    dweight = weight.new_empty(weight.shape if want_weight else (0,), dtype=torch.float32)
+    return loss, hidden.new_empty(hidden.shape if want_hidden else (0,)), dweight
 
 
-if has_cpu_ops:
-    _register()
+def _fake_scale(
+    dtotal: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tensor, dweight: Tensor
+) -> tuple[Tensor, Tensor]:
+    return dhidden.new_empty(dhidden.shape), weight.new_empty(dweight.shape)
+
+
+def _register() -> torch.library.Library:
+    """The chunk loops as operators of their own, so that torch.compile sees one call and not the loop."""
+    library = torch.library.Library("gptfast", "FRAGMENT")
+    inputs = "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing"
+    schemas = {
+        f"{OP}_fwd": (f"({inputs}) -> Tensor", _losses, _fake_fwd),
+        f"{OP}_bwd": (
+            f"(Tensor? dloss, {inputs}, bool want_hidden, bool want_weight) -> (Tensor, Tensor, Tensor)",
+            _losses_and_gradients,
+            _fake_bwd,
+        ),
+        f"{OP}_scale": (
+            "(Tensor dtotal, Tensor hidden, Tensor weight, Tensor dhidden, Tensor dweight) -> (Tensor, Tensor)",
+            _scaled,
+            _fake_scale,
+        ),
+    }
+    for name, (schema, function, shapes) in schemas.items():
+        library.define(name + schema)
+        library.impl(name, function, "CPU")
+        torch.library.register_fake(f"gptfast::{name}", shapes, lib=library)
+    forbid_double_backward(OP, f"{OP}_bwd")
+    forbid_double_backward(OP, f"{OP}_scale")
+    return library
+
+
+_library = _register() if has_cpu_ops else None  # keeps the registrations alive

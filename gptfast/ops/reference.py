@@ -158,13 +158,12 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    xf = _upcast(logits)  # N V
-    lse = xf.logsumexp(-1)
+    logprobs = _upcast(logits).log_softmax(-1)  # N V
     valid = targets != ignore_index
-    picked = xf.gather(-1, targets.clamp(0, xf.shape[-1] - 1)[..., None])[..., 0]
-    loss = (lse - picked) * (1 - label_smoothing)
+    picked = logprobs.gather(-1, targets.clamp(0, logprobs.shape[-1] - 1)[..., None])[..., 0]
+    loss = -picked * (1 - label_smoothing)
     if label_smoothing:
-        loss = loss + label_smoothing * (lse - xf.mean(-1))
+        loss = loss - label_smoothing * logprobs.mean(-1)
     loss = torch.where(valid, loss, 0.0)
     if reduction == "none":
         return loss
