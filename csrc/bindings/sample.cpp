@@ -17,7 +17,7 @@ Tensor sample(const Tensor& logits, double temperature, i64 top_k, double top_p,
   i64* tokens = static_cast<i64*>(out.mutable_data_ptr());
   const cpu::SampleParams p{x.rows(), static_cast<const i64*>(pos.const_data_ptr()),
                             static_cast<const i64*>(str.const_data_ptr()), tokens, x.C, top_k, float(temperature),
-                            float(top_p), uint64_t(seed)};
+                            top_p, uint64_t(seed)};
   STD_TORCH_CHECK(x.C > 0 || !x.R, kOp, ": logits has an empty vocabulary");
   parallel_items(x.R, [&](i64 r) { cpu::kernels().sample(p, r, r + 1); });
   for (i64 r = 0; r < x.R; r++) {

@@ -14,10 +14,8 @@ static void dropout_lanes(uint16_t* lanes, const DropoutParams& d, i64 m, i64 i,
     I out[4];
     const I calls = iadd(iset(uint32_t(j / 8 + k)), iota());
     philox(uint32_t(d.seed), uint32_t(d.seed >> 32), widen(calls), c1, c2, c3, out);
-    alignas(64) uint32_t words[4][L];
-    UNROLL for (int w = 0; w < 4; w++) istore(words[w], out[w]);
-    for (int b = 0; b < L / 4; b++)
-      for (int w = 0; w < 4; w++) __builtin_memcpy(lanes + 8 * k + b * 32 + w * 8, words[w] + 4 * b, 16);
+    spread_pieces(out);
+    UNROLL for (int w = 0; w < 4; w++) istore(lanes + 8 * k + 2 * L * w, out[w]);
   }
 }
 INL float dropout_scale(const DropoutParams& d) {

@@ -92,7 +92,8 @@ struct SampleParams {
   const i64 *position, *stream;
   i64* out;
   i64 V, top_k;  // 0: all
-  float temperature, top_p;
+  float temperature;
+  double top_p;  // not rounded: 0.3 of ten equal tokens are three
   uint64_t seed;
 };
 

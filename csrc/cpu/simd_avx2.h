@@ -105,6 +105,24 @@ INL F scale_by_exp2(F p, F y) {  // two factors, as 2^-152 and 2^128 have no sin
   return p * a * b;
 }
 
+// In place: 128-bit piece b of r[w] becomes piece 4 b + w of the four together.
+INL void spread_pieces(I r[4]) {
+  const I a = r[0], b = r[1], c = r[2], d = r[3];
+  r[0] = _mm256_permute2x128_si256(a, b, 0x20);
+  r[1] = _mm256_permute2x128_si256(c, d, 0x20);
+  r[2] = _mm256_permute2x128_si256(a, b, 0x31);
+  r[3] = _mm256_permute2x128_si256(c, d, 0x31);
+}
+// In place: lane i of r[w] becomes value 4 i + w of the four together.
+INL void interleave4(I r[4]) {
+  const I a = _mm256_unpacklo_epi32(r[0], r[1]), b = _mm256_unpackhi_epi32(r[0], r[1]);
+  const I c = _mm256_unpacklo_epi32(r[2], r[3]), d = _mm256_unpackhi_epi32(r[2], r[3]);
+  r[0] = _mm256_unpacklo_epi64(a, c);
+  r[1] = _mm256_unpackhi_epi64(a, c);
+  r[2] = _mm256_unpacklo_epi64(b, d);
+  r[3] = _mm256_unpackhi_epi64(b, d);
+  spread_pieces(r);
+}
 // In place: r[i] lane j <-> r[j] lane i.
 INL void transpose(I r[8]) {
   I t[8];

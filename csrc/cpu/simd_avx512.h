@@ -88,6 +88,25 @@ INL F fraction(F y) { return _mm512_reduce_ps(y, 0x09); }  // y - floor(y)
 INL F scale_by_exp2(F p, F y) { return _mm512_scalef_ps(p, y); }  // p * 2^floor(y)
 INL F clamp_exponent(F y) { return y; }  // fraction(+-inf) is 0 and scale_by_exp2 saturates
 
+// In place: 128-bit piece b of r[w] becomes piece 4 b + w of the four together.
+INL void spread_pieces(I r[4]) {
+  const I a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[2], r[3], 0x44);
+  const I c = _mm512_shuffle_i32x4(r[0], r[1], 0xee), d = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
+  r[0] = _mm512_shuffle_i32x4(a, b, 0x88);
+  r[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+  r[2] = _mm512_shuffle_i32x4(c, d, 0x88);
+  r[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
+// In place: lane i of r[w] becomes value 4 i + w of the four together.
+INL void interleave4(I r[4]) {
+  const I a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+  const I c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+  r[0] = _mm512_unpacklo_epi64(a, c);
+  r[1] = _mm512_unpackhi_epi64(a, c);
+  r[2] = _mm512_unpacklo_epi64(b, d);
+  r[3] = _mm512_unpackhi_epi64(b, d);
+  spread_pieces(r);
+}
 // In place: r[i] lane j <-> r[j] lane i.
 INL void transpose(I r[16]) {
   I t[16];

@@ -167,3 +167,7 @@ INL void transpose(I r[4]) {
     for (int j = 0; j < 4; j++) t[i][j] = r[j][i];
   for (int i = 0; i < 4; i++) r[i] = t[i];
 }
+// In place: 128-bit piece b of r[w] becomes piece 4 b + w of the four together: one piece each here.
+INL void spread_pieces(I r[4]) {}
+// In place: lane i of r[w] becomes value 4 i + w of the four together.
+INL void interleave4(I r[4]) { transpose(r); }

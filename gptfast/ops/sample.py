@@ -33,8 +33,9 @@ def sample(
     every backend and in every batch. Nucleus: Holtzman et al., arXiv 1904.09751.
 
     Args:
-        logits: (B, V), float32, bfloat16, float16 or float64; -inf excludes a token.
-        temperature: finite, >= 0; 0 takes the largest logit (ties: lowest id).
+        logits: (B, V), float32, bfloat16, float16 or float64; -inf excludes a token, +inf makes it certain.
+        temperature: finite, >= 0. The largest logit is taken (ties: lowest id) at 0, below 2**-126, and where
+            logit / temperature reaches 1e30, beside which the noise is nothing.
         top_k: keep exactly k tokens (ties: lowest ids); 0 keeps all.
         top_p: in (0, 1]; keep the smallest set of largest probabilities with mass >= p, never empty.
         seed: in [0, 2**64).
