@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -263,17 +264,18 @@ def test_max_minutes_plans_the_steps_and_keeps_to_the_time(tmp_path):
 def test_run_clock_reserves_time_for_the_last_checkpoint(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    clock = RunClock(before=10.0, limit=100.0)
+    clock = RunClock(before=10.0, limit=100.0, evaluation=4.0)
     for seconds in (5, 5, 5, *[1] * 10):
         with clock.step():
             now[0] += seconds
     assert clock.step_seconds == 1.0
+    assert clock.more_steps() == 100 - 10 - 25 - 7  # 1.5 times the expected evaluation, and 1% of the limit
     with clock.pause():
         now[0] += 10
     assert clock.seconds == 10 + 25 + 10
     assert clock.seconds_per_step() == 2.0  # the pause is spread over the steps, the slow first three are left out
-    assert clock.more_steps() == (100 - 45 - 15) // 2
-    now[0] += 39.5
+    assert clock.more_steps() == (100 - 45 - 16) // 2  # 1.5 times the measured pause, and 1%
+    now[0] += 38.5
     assert clock.out_of_time
 
 
@@ -319,18 +321,22 @@ def test_evaluation_is_the_mean_over_the_tokens_it_claims(batches, tokens):
 # ---- checkpoints that survive ---------------------------------------------------------------------------------------
 
 
-def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path):
+@pytest.fixture
+def file_size_limit() -> Iterator[Callable[[int], None]]:
+    """A function that makes every write past so many bytes of a file fail, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path, file_size_limit):
     trainer = make_trainer(tmp_path, QUICK.replace(max_steps=3))
     trainer.train()
     before = {f.name: f.read_bytes() for f in (tmp_path / "last").iterdir()}
     sizes = [(tmp_path / "last" / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer")]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (sum(sizes) // 2, hard))  # the model fits, the optimizer does not
-    try:
-        with pytest.raises(OSError, match=r"cannot write .*last.* is intact"):
-            trainer._save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    file_size_limit(sum(sizes) // 2)  # the model fits, the optimizer does not
+    with pytest.raises(OSError, match=r"cannot write .*last.* is intact"):
+        trainer._save()
     assert {f.name: f.read_bytes() for f in (tmp_path / "last").iterdir()} == before
 
 
@@ -426,6 +432,19 @@ def test_the_optimizer_of_another_model_is_refused(tmp_path):
 
 
 # ---- log, progress, comparison --------------------------------------------------------------------------------------
+
+
+def test_a_log_that_cannot_grow_names_the_file(tmp_path, file_size_limit):
+    log = Log(tmp_path / "log.jsonl")
+    file_size_limit(90)
+    with pytest.raises(OSError, match=r"cannot write .*log.jsonl: .*; free some space and go on with --resume"):
+        _ = [log.write(step=step, loss=4.0) for step in range(1, 10)]
+    log.close()
+    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [
+        1,
+        2,
+        3,
+    ]  # of 25 bytes each; the cut line is left out
 
 
 def test_a_log_line_that_is_no_record_is_named(tmp_path):
