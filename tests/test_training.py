@@ -9,7 +9,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -321,21 +322,24 @@ def test_evaluation_is_the_mean_over_the_tokens_it_claims(batches, tokens):
 # ---- checkpoints that survive ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def file_size_limit() -> Iterator[Callable[[int], None]]:
-    """A function that makes every write past so many bytes of a file fail, as a full disk does."""
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Every write past so many bytes of a file fails, as on a full disk; only inside, as pytest writes its report too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path, file_size_limit):
+def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path):
     trainer = make_trainer(tmp_path, QUICK.replace(max_steps=3))
     trainer.train()
     before = {f.name: f.read_bytes() for f in (tmp_path / "last").iterdir()}
     sizes = [(tmp_path / "last" / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer")]
-    file_size_limit(sum(sizes) // 2)  # the model fits, the optimizer does not
-    with pytest.raises(OSError, match=r"cannot write .*last.* is intact"):
+    fits_one = sum(sizes) // 2  # the model fits, the optimizer does not
+    with file_size_limit(fits_one), pytest.raises(OSError, match=r"cannot write .*last.* is intact"):
         trainer._save()
     assert {f.name: f.read_bytes() for f in (tmp_path / "last").iterdir()} == before
 
@@ -434,17 +438,15 @@ def test_the_optimizer_of_another_model_is_refused(tmp_path):
 # ---- log, progress, comparison --------------------------------------------------------------------------------------
 
 
-def test_a_log_that_cannot_grow_names_the_file(tmp_path, file_size_limit):
+def test_a_log_that_cannot_grow_names_the_file(tmp_path):
     log = Log(tmp_path / "log.jsonl")
-    file_size_limit(90)
-    with pytest.raises(OSError, match=r"cannot write .*log.jsonl: .*; free some space and go on with --resume"):
-        _ = [log.write(step=step, loss=4.0) for step in range(1, 10)]
+    message = r"cannot write .*log.jsonl: .*; free some space and go on with --resume"
+    with file_size_limit(90), pytest.raises(OSError, match=message):
+        for step in range(1, 10):
+            log.write(step=step, loss=4.0)  # 25 bytes each
     log.close()
-    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [
-        1,
-        2,
-        3,
-    ]  # of 25 bytes each; the cut line is left out
+    steps = [r["step"] for r in read_log(tmp_path / "log.jsonl")]
+    assert steps == [1, 2, 3]  # the cut line is left out
 
 
 def test_a_log_line_that_is_no_record_is_named(tmp_path):
