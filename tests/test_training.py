@@ -442,8 +442,7 @@ def test_a_log_that_cannot_grow_names_the_file(tmp_path):
     log = Log(tmp_path / "log.jsonl")
     message = r"cannot write .*log.jsonl: .*; free some space and go on with --resume"
     with file_size_limit(90), pytest.raises(OSError, match=message):
-        for step in range(1, 10):
-            log.write(step=step, loss=4.0)  # 25 bytes each
+        _ = [log.write(step=step, loss=4.0) for step in range(1, 10)]  # 25 bytes each
     log.close()
     steps = [r["step"] for r in read_log(tmp_path / "log.jsonl")]
     assert steps == [1, 2, 3]  # the cut line is left out
