@@ -112,7 +112,6 @@ INL F load_any(const void* p, DType t, i64 n) {
   }
   return t == DType::bf16 ? load_bf16(h) : load_f16(h);
 }
-template <DType T> INL F load_as(const void* row, i64 c, i64 n) { return load_any(at(row, T, c), T, n); }
 INL void store_any(void* p, DType t, F x, i64 n) {
   if (t == DType::f32) return store_lanes(static_cast<float*>(p), x, n);
   alignas(64) uint16_t buffer[L];
@@ -121,7 +120,6 @@ INL void store_any(void* p, DType t, F x, i64 n) {
   else store_f16(h, x);
   if (n < L) __builtin_memcpy(p, buffer, size_t(n) * 2);
 }
-template <DType T> INL void store_as(void* row, i64 c, F x, i64 n) { store_any(at(row, T, c), T, x, n); }
 INL const void* head_row(const Heads& x, DType t, i64 b, i64 h, i64 i) {
   return at(x.data, t, b * x.sb + h * x.sh + i * x.st);
 }

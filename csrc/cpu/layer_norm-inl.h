@@ -8,20 +8,15 @@
 // Floor: one read and one write forward (with a residual two and two), two reads and one write backward (three and one
 // or two); a row of up to some thousand values stays in L1 over its passes.
 
-// What this thread keeps beside the rows: weight and bias as fp32, and the dropout decisions of a row.
+// Row buffers of this thread, fp32, each with room for C values and a vector of overhang.
 struct NormBuffers {
-  float *weight, *bias;
+  float *weight, *bias, *x, *residual, *y, *g;
   uint16_t* lanes;
-  explicit NormBuffers(const LayerNormParams& p) {
-    const i64 n = round_up(p.C + L, 16);
-    weight = static_cast<float*>(scratch(size_t(2 * n) * 4 + size_t(round_up(p.C, 8 * L)) * 2));
-    bias = weight + n;
-    lanes = reinterpret_cast<uint16_t*>(bias + n);
-    if (p.weight.dtype == DType::f32) __builtin_memcpy(weight, p.weight.data, size_t(p.C) * 4);
-    else widen_row(weight, p.weight.data, p.weight.dtype, p.C);
-    if (!p.bias.data) __builtin_memset(bias, 0, size_t(p.C) * 4);
-    else if (p.bias.dtype == DType::f32) __builtin_memcpy(bias, p.bias.data, size_t(p.C) * 4);
-    else widen_row(bias, p.bias.data, p.bias.dtype, p.C);
+  explicit NormBuffers(i64 C) {
+    const i64 n = round_up(C + L, 16);
+    float* p = static_cast<float*>(scratch(size_t(6 * n) * 4 + size_t(round_up(C, 8 * L)) * 2));
+    weight = p, bias = p + n, x = p + 2 * n, residual = p + 3 * n, y = p + 4 * n, g = p + 5 * n;
+    lanes = reinterpret_cast<uint16_t*>(p + 6 * n);
   }
 };
 
@@ -40,137 +35,116 @@ template <class Fn> INL float row_sum(i64 C, Fn f) {
   return sum((s0 + s1) + (s2 + s3));
 }
 
-// total = dropout(x) + residual; load_x(c, n) and load_residual(c, n) give the values.
-template <DType T, class X, class R>
-INL void add_rows(const LayerNormParams& p, const uint16_t* lanes, void* total, X load_x, R load_residual) {
-  const uint32_t threshold = p.dropout.threshold;
-  const float kept = dropout_scale(p.dropout);
-  for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
-    const F x = load_x(c, n);
-    store_as<T>(total, c, (threshold ? drop(x, lanes + c, threshold, kept) : x) + load_residual(c, n), n);
-  });
-}
-
-// Row r of what is normalised: x, or the total, rounded as it is stored, which is what the next layer sees too.
-template <DType T> static const void* norm_input(const LayerNormParams& p, const NormBuffers& t, i64 r) {
-  const void* x = row(p.x, r);
+// total of row r as fp32, rounded as it is stored: what both LayerNorm and the next layer see.
+static const float* norm_input(const LayerNormParams& p, const NormBuffers& t, i64 r) {
+  const float* x = read_row(row(p.x, r), p.x.dtype, p.C, t.x);
   if (!p.residual.data) return x;
-  const void* residual = row(p.residual, r);
-  void* total = row(p.total, r);
-  if (p.dropout.threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
-  const DType x_type = p.x.dtype, residual_type = p.residual.dtype;
-  if (x_type == T && residual_type == T)
-    add_rows<T>(p, t.lanes, total, [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(x, c, n); },
-                [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(residual, c, n); });
-  else
-    add_rows<T>(
-        p, t.lanes, total,
-        [=](i64 c, i64 n) __attribute__((always_inline)) { return load_any(at(x, x_type, c), x_type, n); },
-        [=](i64 c, i64 n)
-            __attribute__((always_inline)) { return load_any(at(residual, residual_type, c), residual_type, n); });
-  return total;
+  const float* residual = read_row(row(p.residual, r), p.residual.dtype, p.C, t.residual);
+  float* total = write_row(row(p.total, r), p.total.dtype, t.x);
+  const DropoutParams& d = p.dropout;
+  if (d.threshold) {
+    dropout_lanes(t.lanes, d, 0, r, 0, p.C);
+    const float scale = dropout_scale(d);
+    for_lanes(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
+      const F kept = drop(load_lanes(x + c, n), t.lanes + c, d.threshold, scale);
+      store_lanes(total + c, kept + load_lanes(residual + c, n), n);
+    });
+  } else {
+    for_lanes(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
+      store_lanes(total + c, load_lanes(x + c, n) + load_lanes(residual + c, n), n);
+    });
+  }
+  finish_row(row(p.total, r), p.total.dtype, total, p.C);
+  return p.total.dtype == DType::f32 ? total : read_row(row(p.total, r), p.total.dtype, p.C, t.x);
 }
 
-template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_begin, i64 row_end) {
-  const NormBuffers t(p);
+static void layer_norm_fwd(const LayerNormParams& p, i64 row_begin, i64 row_end) {
+  const NormBuffers t(p.C);
+  const float* weight = read_row(p.weight.data, p.weight.dtype, p.C, t.weight);
+  const float* bias = p.bias.data ? read_row(p.bias.data, p.bias.dtype, p.C, t.bias) : nullptr;
   for (i64 r = row_begin; r < row_end; r++) {
-    const void* x = norm_input<T>(p, t, r);
-    const float total = row_sum(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(x, c, n); });
-    const F center = set(total / float(p.C));
+    const float* x = norm_input(p, t, r);
+    const float mean = row_sum(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) { return load_lanes(x + c, n); }) /
+                       float(p.C);
+    const F center = set(mean);
     const float square = row_sum(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
-      const F d = load_as<T>(x, c, n) - center;
+      const F d = load_lanes(x + c, n) - center;
       const F counted = n == L ? d : keep(first_n(n), d);
       return counted * counted;
     });
     const float rstd = 1.f / __builtin_sqrtf(square / float(p.C) + p.eps);
-    p.mean[r] = total / float(p.C);
+    p.mean[r] = mean;
     p.rstd[r] = rstd;
     const F scale = set(rstd);
-    void* y = row(p.y, r);
-    const float *weight = t.weight, *bias = t.bias;
-    for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
-      const F xhat = (load_as<T>(x, c, n) - center) * scale;
-      store_as<T>(y, c, fma(xhat, load_lanes(weight + c, n), load_lanes(bias + c, n)), n);
+    float* y = write_row(row(p.y, r), p.y.dtype, t.y);
+    for_lanes(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
+      const F xhat = (load_lanes(x + c, n) - center) * scale, w = load_lanes(weight + c, n);
+      store_lanes(y + c, bias ? fma(xhat, w, load_lanes(bias + c, n)) : xhat * w, n);
     });
+    finish_row(row(p.y, r), p.y.dtype, y, p.C);
   }
 }
-static void layer_norm_fwd(const LayerNormParams& p, i64 row_begin, i64 row_end) {
-  if (p.y.dtype == DType::f32) norm_fwd_rows<DType::f32>(p, row_begin, row_end);
-  else if (p.y.dtype == DType::bf16) norm_fwd_rows<DType::bf16>(p, row_begin, row_end);
-  else norm_fwd_rows<DType::f16>(p, row_begin, row_end);
-}
 
-// Two sums over a row of x and dy: mean(g) and mean(g xhat); adds the row's share to dweight and dbias on the way.
-template <DType T>
-INL void norm_means(const LayerNormParams& p, const float* weight, i64 r, float* dw, float* db, F* mean_g, F* mean_gx) {
-  const void *x = row(p.x, r), *dy = row(p.dy, r);
+// dy -> gradient of total in t.g, adding this row's share of dweight and dbias.
+static void norm_slope(const LayerNormParams& p, const NormBuffers& t, i64 r, const float* weight, float* dw, float* db) {
+  const float* x = read_row(row(p.x, r), p.x.dtype, p.C, t.x);
+  const float* dy = read_row(row(p.dy, r), p.dy.dtype, p.C, t.y);
   const F center = set(p.mean[r]), scale = set(p.rstd[r]);
-  F g_sum[2] = {zero(), zero()}, gx_sum[2] = {zero(), zero()};
-  for_lanes_paired(p.C, [&](i64 c, i64 n, int u) __attribute__((always_inline)) {
-    const F xhat = (load_as<T>(x, c, n) - center) * scale, d = load_as<T>(dy, c, n);
+  F a0 = zero(), b0 = zero();
+  for_lanes(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
+    const F xhat = (load_lanes(x + c, n) - center) * scale, d = load_lanes(dy + c, n);
     store_lanes(dw + c, fma(d, xhat, load_lanes(dw + c, n)), n);
     if (db) store_lanes(db + c, load_lanes(db + c, n) + d, n);
     const F g = d * load_lanes(weight + c, n);  // 0 in lanes past the end
-    g_sum[u] = g_sum[u] + g;
-    gx_sum[u] = fma(g, n == L ? xhat : keep(first_n(n), xhat), gx_sum[u]);
+    a0 = a0 + g;
+    b0 = fma(g, n == L ? xhat : keep(first_n(n), xhat), b0);
   });
-  *mean_g = set(sum(g_sum[0] + g_sum[1]) / float(p.C));
-  *mean_gx = set(sum(gx_sum[0] + gx_sum[1]) / float(p.C));
-}
-
-// The gradient of row r of what was normalised, L values at a time, to store(c, gradient, n).
-template <DType T, class Store>
-INL void norm_gradient(const LayerNormParams& p, const float* weight, i64 r, F mean_g, F mean_gx, Store store) {
-  const void* x = row(p.x, r);
-  const void *dy = p.dy.data ? row(p.dy, r) : nullptr, *dtotal = p.dtotal.data ? row(p.dtotal, r) : nullptr;
-  const F center = set(p.mean[r]), scale = set(p.rstd[r]);
-  for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
-    F d = zero();
-    if (dy) {
-      const F xhat = (load_as<T>(x, c, n) - center) * scale;
-      const F g = load_as<T>(dy, c, n) * load_lanes(weight + c, n);
-      d = scale * fnma(xhat, mean_gx, g - mean_g);
-    }
-    store(c, dtotal ? d + load_as<T>(dtotal, c, n) : d, n);
+  const F mean_g = set(sum(a0) / float(p.C)), mean_gx = set(sum(b0) / float(p.C));
+  for_lanes(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
+    const F xhat = (load_lanes(x + c, n) - center) * scale;
+    const F g = load_lanes(dy + c, n) * load_lanes(weight + c, n);
+    store_lanes(t.g + c, scale * fnma(xhat, mean_gx, g - mean_g), n);
   });
 }
 
-template <DType T>
-static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, float* dw, float* db) {
-  const MutRows &dx = p.dx, &dresidual = p.dresidual;
-  const uint32_t threshold = dx.data ? p.dropout.threshold : 0;
-  F mean_g = zero(), mean_gx = zero();
-  if (p.dy.data) norm_means<T>(p, t.weight, r, dw, db, &mean_g, &mean_gx);
-  const MutRows& only = dx.data ? dx : dresidual;
-  if (!threshold && !(dx.data && dresidual.data) && only.dtype == T) {
-    void* out = row(only, r);
-    norm_gradient<T>(p, t.weight, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
-      store_as<T>(out, c, d, n);
+static void layer_norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, const float* weight, float* dw,
+                               float* db) {
+  if (p.dy.data) norm_slope(p, t, r, weight, dw, db);
+  else __builtin_memset(t.g, 0, size_t(p.C) * 4);
+  if (p.dtotal.data) {
+    const float* d = read_row(row(p.dtotal, r), p.dtotal.dtype, p.C, t.y);
+    for_lanes(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
+      store_lanes(t.g + c, load_lanes(t.g + c, n) + load_lanes(d + c, n), n);
     });
-    return;
   }
-  if (threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
-  void *to_x = dx.data ? row(dx, r) : nullptr, *to_residual = dresidual.data ? row(dresidual, r) : nullptr;
-  const uint16_t* lanes = t.lanes;
-  const float kept = dropout_scale(p.dropout);
-  norm_gradient<T>(p, t.weight, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
-    if (to_residual) store_any(at(to_residual, dresidual.dtype, c), dresidual.dtype, d, n);
-    if (to_x) store_any(at(to_x, dx.dtype, c), dx.dtype, threshold ? drop(d, lanes + c, threshold, kept) : d, n);
-  });
+  if (p.dresidual.data) {
+    float* out = write_row(row(p.dresidual, r), p.dresidual.dtype, t.g);
+    if (out != t.g) __builtin_memcpy(out, t.g, size_t(p.C) * 4);
+    finish_row(row(p.dresidual, r), p.dresidual.dtype, out, p.C);
+  }
+  if (!p.dx.data) return;
+  float* dx = write_row(row(p.dx, r), p.dx.dtype, t.y);
+  const DropoutParams& d = p.dropout;
+  if (d.threshold) {
+    dropout_lanes(t.lanes, d, 0, r, 0, p.C);
+    const float scale = dropout_scale(d);
+    for_lanes(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
+      store_lanes(dx + c, drop(load_lanes(t.g + c, n), t.lanes + c, d.threshold, scale), n);
+    });
+  } else {
+    __builtin_memcpy(dx, t.g, size_t(p.C) * 4);
+  }
+  finish_row(row(p.dx, r), p.dx.dtype, dx, p.C);
 }
 
-template <DType T> static void norm_bwd_chunks(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
-  const NormBuffers t(p);
+static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
+  const NormBuffers t(p.C);
+  const float* weight = read_row(p.weight.data, p.weight.dtype, p.C, t.weight);
   for (i64 k = chunk_begin; k < chunk_end; k++) {
     float *dw = p.dweight + k * p.C, *db = p.dbias ? p.dbias + k * p.C : nullptr;
     __builtin_memset(dw, 0, size_t(p.C) * 4);
     if (db) __builtin_memset(db, 0, size_t(p.C) * 4);
     const i64 end = (k + 1) * kRowChunk < p.R ? (k + 1) * kRowChunk : p.R;
-    for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T>(p, t, r, dw, db);
+    for (i64 r = k * kRowChunk; r < end; r++) layer_norm_bwd_row(p, t, r, weight, dw, db);
   }
-}
-static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
-  if (p.x.dtype == DType::f32) norm_bwd_chunks<DType::f32>(p, chunk_begin, chunk_end);
-  else if (p.x.dtype == DType::bf16) norm_bwd_chunks<DType::bf16>(p, chunk_begin, chunk_end);
-  else norm_bwd_chunks<DType::f16>(p, chunk_begin, chunk_end);
 }

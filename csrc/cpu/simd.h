@@ -195,16 +195,6 @@ template <class Fn> INL void for_lanes(i64 C, Fn f) {
   for (; c + L <= C; c += L) f(c, i64(L));
   if (c < C) f(c, C - c);
 }
-// The same with f(c, n, u), u = 0, 1, 0, … a constant once unrolled: two chains of sums hide the latency of one.
-template <class Fn> INL void for_lanes_paired(i64 C, Fn f) {
-  i64 c = 0;
-  for (; c + 2 * L <= C; c += 2 * L) {
-    f(c, i64(L), 0);
-    f(c + L, i64(L), 1);
-  }
-  if (c + L <= C) f(c, i64(L), 0), c += L;
-  if (c < C) f(c, C - c, 1);
-}
 INL F load_lanes(const float* p, i64 n) { return n == L ? load(p) : load_n(p, n); }
 INL void store_lanes(float* p, F x, i64 n) {
   if (n == L) store(p, x);
