@@ -38,7 +38,7 @@ test-fast: $(STAMP)  ## the tests that take under three seconds each
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMP)  ## every op beside eager PyTorch and torch's own functions: table, JSON, PNG
 	$(BIN)/python -m gptfast bench

@@ -9,6 +9,8 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -263,17 +265,18 @@ def test_max_minutes_plans_the_steps_and_keeps_to_the_time(tmp_path):
 def test_run_clock_reserves_time_for_the_last_checkpoint(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    clock = RunClock(before=10.0, limit=100.0)
+    clock = RunClock(before=10.0, limit=100.0, evaluation=4.0)
     for seconds in (5, 5, 5, *[1] * 10):
         with clock.step():
             now[0] += seconds
     assert clock.step_seconds == 1.0
+    assert clock.more_steps() == 100 - 10 - 25 - 7  # 1.5 times the expected evaluation, and 1% of the limit
     with clock.pause():
         now[0] += 10
     assert clock.seconds == 10 + 25 + 10
     assert clock.seconds_per_step() == 2.0  # the pause is spread over the steps, the slow first three are left out
-    assert clock.more_steps() == (100 - 45 - 15) // 2
-    now[0] += 39.5
+    assert clock.more_steps() == (100 - 45 - 16) // 2  # 1.5 times the measured pause, and 1%
+    now[0] += 38.5
     assert clock.out_of_time
 
 
@@ -319,18 +322,25 @@ def test_evaluation_is_the_mean_over_the_tokens_it_claims(batches, tokens):
 # ---- checkpoints that survive ---------------------------------------------------------------------------------------
 
 
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Every write past so many bytes of a file fails, as on a full disk; only inside, as pytest writes its report too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path):
     trainer = make_trainer(tmp_path, QUICK.replace(max_steps=3))
     trainer.train()
     before = {f.name: f.read_bytes() for f in (tmp_path / "last").iterdir()}
     sizes = [(tmp_path / "last" / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer")]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (sum(sizes) // 2, hard))  # the model fits, the optimizer does not
-    try:
-        with pytest.raises(OSError, match=r"cannot write .*last.* is intact"):
-            trainer._save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    fits_one = sum(sizes) // 2  # the model fits, the optimizer does not
+    with file_size_limit(fits_one), pytest.raises(OSError, match=r"cannot write .*last.* is intact"):
+        trainer._save()
     assert {f.name: f.read_bytes() for f in (tmp_path / "last").iterdir()} == before
 
 
@@ -426,6 +436,16 @@ def test_the_optimizer_of_another_model_is_refused(tmp_path):
 
 
 # ---- log, progress, comparison --------------------------------------------------------------------------------------
+
+
+def test_a_log_that_cannot_grow_names_the_file(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    message = r"cannot write .*log.jsonl: .*; free some space and go on with --resume"
+    with file_size_limit(90), pytest.raises(OSError, match=message):
+        _ = [log.write(step=step, loss=4.0) for step in range(1, 10)]  # 25 bytes each
+    log.close()
+    steps = [r["step"] for r in read_log(tmp_path / "log.jsonl")]
+    assert steps == [1, 2, 3]  # the cut line is left out
 
 
 def test_a_log_line_that_is_no_record_is_named(tmp_path):

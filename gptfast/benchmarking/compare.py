@@ -139,7 +139,7 @@ def _timed(fn: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def compare(c: Comparison, rounds: int = 7, seconds: float = 8.0) -> Comparison:
+def compare(c: Comparison, rounds: int = 7, seconds: float = 4.0) -> Comparison:
     """Fill in times and ratios: ours, each peer, ours, … so that a drifting machine drifts under all alike.
 
     Args:

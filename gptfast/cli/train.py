@@ -93,7 +93,7 @@ def train(
         float | None,
         _option(
             _OPTIMISER,
-            "1e-3; 6e-4 with --preset; 1e-4 with --init-from",
+            "2e-3; 6e-4 with --preset; 1e-4 with --init-from",
             "How far a step goes, at its largest. Too high and the loss jumps; too low and it crawls.",
         ),
     ] = None,
@@ -199,6 +199,7 @@ def describe(run: Run) -> list[str]:
     place = f"{cpu_name()}, {torch.get_num_threads()} threads, {kernels}"
     if trainer.device.type == "cuda":
         place = f"{torch.cuda.get_device_name(trainer.device)}, eager PyTorch"
+    products = f"{train.dtype} products" + (f" ({trainer.dtype_reason})" if trainer.dtype_reason else "")
     limits = [f"{train.max_steps:,} steps"] if train.max_steps else []
     limits += [f"{train.max_minutes:g} min"] if train.max_minutes else []
     lines = [
@@ -207,8 +208,7 @@ def describe(run: Run) -> list[str]:
         f"{data.tokenizer.kind} tokenizer, {data.tokenizer.vocab_size:,} tokens",
         f"         {data.info['split']}",
         f"machine  {place}",
-        f"         {train.dtype} products, at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s (measured just now: "
-        "the 100% of peak)",
+        f"         {products}; at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s, measured just now: the 100% of peak",
         f"plan     {' or '.join(limits)}, {train.rows_per_step * trainer.block_size:,} tokens a step",
     ]
     return lines + _resume_lines(run)

@@ -16,7 +16,7 @@ from gptfast.training.checkpoint import Checkpoint, read_checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.trainer import Trainer
 
-SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 128, "dropout": 0.0}
+SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 128, "dropout": 0.0, "learning_rate": 2e-3}
 _LARGE = {"batch_size": 8, "learning_rate": 6e-4}  # GPT-3's rate for 125M (arXiv 2005.14165, table 2.1)
 _FINETUNE = {"batch_size": 8, "learning_rate": 1e-4, "dropout": 0.1}
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
@@ -140,7 +140,8 @@ def _untrained(given: dict[str, Any], defaults: dict[str, Any], data: PreparedDa
     vocab_size = data.tokenizer.vocab_size
     if "preset" in given:
         return GPT(GPTConfig.preset(given["preset"], **shape, vocab_size=vocab_size))
-    return GPT(GPTConfig(**{**defaults, **shape}, vocab_size=vocab_size))
+    sizes = {name: value for name, value in {**defaults, **shape}.items() if name in _SHAPE}
+    return GPT(GPTConfig(**sizes, vocab_size=vocab_size))
 
 
 def _reshaped(model: GPT, given: dict[str, Any], defaults: dict[str, Any]) -> GPT:

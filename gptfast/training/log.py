@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -27,14 +28,19 @@ class Log:
         self.records = [r for r in read_log(self.path) if r["step"] <= step] if step else []
         lines = "".join(json.dumps(r) + "\n" for r in self.records)
         atomic_write(self.path, lines.encode())
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)  # nothing is left to be written when it is closed
         self._board = None if tensorboard is None else _summary_writer(tensorboard, step)
 
     def write(self, **record: Any) -> None:
         """Append one record, which has a "step"; it is in the file when this returns."""
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = (json.dumps(record) + "\n").encode()
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            text = f"cannot write {self.path}: {error.strerror}; free some space and go on with --resume"
+            raise OSError(error.errno, text) from error
         if self._board is not None:
             for name, value in record.items():
                 if name != "step":

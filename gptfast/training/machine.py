@@ -82,4 +82,4 @@ def choose_dtype(device: torch.device | str = "cpu") -> tuple[str, str]:
         return ("bfloat16", "this GPU has it") if native else ("float32", "this GPU has no bfloat16")
     ratio = gemm_flops(torch.bfloat16, device) / gemm_flops(torch.float32, device)
     name = "bfloat16" if ratio >= _FASTER else "float32"
-    return name, f"bfloat16 matrix products run {ratio:.1f}x as fast as float32 here"
+    return name, f"bfloat16 runs {ratio:.1f}x as fast as float32 here"

@@ -11,7 +11,7 @@ _SETTLE_STEPS = 3  # not measured: memory is touched for the first time, buffers
 _PLAN_STEPS, _PLAN_SECONDS = 50, 2.0  # to measure before the first plan, whichever comes first
 _RECENT = 20  # steps that the speed is the mean of
 _RESERVE = 1.5  # for the last evaluation and checkpoint, as a multiple of the longest so far
-_LEAST_RESERVE = 0.01  # of the limit
+_LEAST_RESERVE = 0.01  # of the limit, on top of that
 
 
 class RunClock:
@@ -20,10 +20,11 @@ class RunClock:
     Args:
         before: seconds of earlier sessions of the run.
         limit: seconds that all sessions may take, or None.
+        evaluation: how many steps' time an evaluation is expected to take; used until one has been measured.
     """
 
-    def __init__(self, before: float = 0.0, limit: float | None = None) -> None:
-        self._before, self._limit = before, limit
+    def __init__(self, before: float = 0.0, limit: float | None = None, evaluation: float = 0.0) -> None:
+        self._before, self._limit, self._evaluation = before, limit, evaluation
         self._start = time.perf_counter()
         self._steps = 0
         self._settled = self._start
@@ -84,5 +85,6 @@ class RunClock:
     def _seconds_left(self) -> float | None:
         if self._limit is None:
             return None
-        reserve = max(_RESERVE * self._longest_pause, _LEAST_RESERVE * self._limit)
+        expected = self._evaluation * (self.step_seconds or 0.0)
+        reserve = _RESERVE * max(self._longest_pause, expected) + _LEAST_RESERVE * self._limit
         return self._limit - self.seconds - reserve

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,8 @@ from gptfast.training.checkpoint import (
     save_checkpoint,
 )
 from gptfast.training.config import TrainConfig
-from gptfast.training.evaluate import Batch, evaluate, evaluation_batches
+from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_batches
+from gptfast.training.gradients import accumulate_gradients
 from gptfast.training.interrupt import Interrupt
 from gptfast.training.log import Log
 from gptfast.training.machine import choose_dtype, peak_flops, resolve_device
@@ -49,41 +49,6 @@ class TrainResult:
     best_step: int
     tokens_per_second: float | None
     interrupted: int | None
-
-
-def accumulate_gradients(
-    model: GPT,
-    batches: Sequence[Batch],
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-    device: torch.device | str = "cpu",
-) -> float:
-    """Add the gradient of the mean loss over all targets of all batches, not of the mean of their means.
-
-    loss = sum_i loss_i * count_i / sum_i count_i, count_i being the targets of batch i that are not -100: the same,
-    up to rounding, however the rows are dealt out to batches.
-
-    Args:
-        model: in training mode.
-        batches: (x, y), each (B, T) int64.
-        autocast: gives the context of a forward pass.
-        device: where the model is.
-    Returns:
-        That loss.
-    Raises:
-        ValueError: every target is -100.
-    """
-    counts = [int((y != -100).sum()) for _, y in batches]
-    if not sum(counts):
-        raise ValueError("accumulate_gradients: every target is -100; expected at least one that counts")
-    total = 0.0
-    for (x, y), count in zip(batches, counts, strict=True):
-        if count:
-            with autocast():
-                _, loss = model(x.to(device), y.to(device))
-            share = loss * (count / sum(counts))
-            share.backward()
-            total += float(share.detach())
-    return total
 
 
 class Trainer:
@@ -124,8 +89,10 @@ class Trainer:
         require_matplotlib()
         self.block_size = _check_model(model, config, train_tokens, val_tokens)
         self.out, self.device = Path(out), resolve_device(config.device)
+        self.dtype_reason = ""
         if config.dtype == "auto":
-            config = config.replace(dtype=choose_dtype(self.device)[0])
+            dtype, self.dtype_reason = choose_dtype(self.device)
+            config = config.replace(dtype=dtype)
         self.config, self.dtype = config, getattr(torch, config.dtype)
         self.model = model.to(self.device).train()
         self.tokenizer, self.source = tokenizer, source or {}
@@ -165,7 +132,7 @@ class Trainer:
             RuntimeError: the loss is no longer finite.  OSError: a file cannot be written.
         """
         minutes = self.config.max_minutes
-        self.clock = RunClock(self.state.seconds, None if minutes is None else 60 * minutes)
+        self.clock = RunClock(self.state.seconds, minutes and 60 * minutes, self._evaluation_steps())
         with closing(self.log), Interrupt() as interrupt, self.progress:
             while not self._done() and interrupt.signal is None:
                 self._step()
@@ -187,6 +154,12 @@ class Trainer:
             tokens_per_second=self._tokens_per_second(),
             interrupted=interrupted,
         )
+
+    def _evaluation_steps(self) -> float:
+        """About how many steps take as long as an evaluation: a forward pass is a third of a step."""
+        config, T = self.config, self.block_size
+        tokens = evaluated_tokens(self.val_tokens, T, config.batch_size, config.eval_batches)
+        return tokens / (3 * config.rows_per_step * T)
 
     def _done(self) -> bool:
         planned = self.state.planned_steps

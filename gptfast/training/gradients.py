@@ -1,0 +1,46 @@
+"""Gradients of one step, from one or more batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from gptfast.models import GPT
+from gptfast.training.evaluate import Batch
+
+
+def accumulate_gradients(
+    model: GPT,
+    batches: Sequence[Batch],
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Add the gradient of the mean loss over all targets of all batches, not of the mean of their means.
+
+    loss = sum_i loss_i * count_i / sum_i count_i, count_i being the targets of batch i that are not -100: the same,
+    up to rounding, however the rows are dealt out to batches.
+
+    Args:
+        model: in training mode.
+        batches: (x, y), each (B, T) int64.
+        autocast: gives the context of a forward pass.
+        device: where the model is.
+    Returns:
+        That loss.
+    Raises:
+        ValueError: every target is -100.
+    """
+    counts = [int((y != -100).sum()) for _, y in batches]
+    if not sum(counts):
+        raise ValueError("accumulate_gradients: every target is -100; expected at least one that counts")
+    total = 0.0
+    for (x, y), count in zip(batches, counts, strict=True):
+        if count:
+            with autocast():
+                _, loss = model(x.to(device), y.to(device))
+            share = loss * (count / sum(counts))
+            share.backward()
+            total += float(share.detach())
+    return total
