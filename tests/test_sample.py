@@ -44,6 +44,42 @@ def test_ties_go_to_the_lowest_ids(isa):
     assert nucleus == {0, 1, 2, 3}  # 4 of 10 equal tokens reach 0.35
 
 
+def kept(logits, draws=300, **options):
+    """The tokens that are drawn from these logits, each of which is likely."""
+    rows = torch.tensor([logits]).expand(draws, len(logits))
+    return set(ops.sample(rows, seed=5, **options).tolist())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_the_nucleus_is_not_rounded(backend, isa):
+    """0.3 of ten equal tokens are three, not four, and 0.9 are nine, not ten: top_p and the masses keep their digits."""
+    for top_p, tokens in ((0.3, 3), (0.9, 9), (0.7, 7), (0.1, 1), (0.30000001, 4)):
+        assert kept([2.0] * 10, top_p=top_p, backend=backend) == set(range(tokens)), top_p
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_p": 0.5}, {"top_k": 3}, {"top_k": 3, "top_p": 0.9}, {"temperature": 0.0}]
+)
+def test_an_infinite_logit_is_certain(options, backend, isa):
+    inf = float("inf")
+    assert kept([0.0, 3.0, inf, 1.0], backend=backend, **options) == {2}
+    assert kept([0.0, inf, inf, -inf], backend=backend, **options) == {1}  # ties to the lowest id
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 2**-126, 1e-37, 1e-30, 1e-10])
+def test_a_tiny_temperature_takes_the_largest(temperature, backend, isa):
+    for options in ({}, {"top_p": 0.9}, {"top_k": 2}):
+        assert kept([0.0, 3.0, 40.0, 39.0], temperature=temperature, backend=backend, **options) == {2}
+        assert kept([-50.0, -40.0, -30.0], temperature=temperature, backend=backend, **options) == {2}
+
+
+@pytest.mark.parametrize("temperature", [1e3, 1e30, 3e38])
+def test_a_huge_temperature_forgets_the_logits(temperature, isa):
+    assert kept([0.0, 3.0, 40.0, float("-inf")], temperature=temperature) == {0, 1, 2}
+
+
 def test_strided_rows_and_masked_tokens(isa):
     x = torch.randn(3, 60)[:, 5:45]
     x[:, 7] = float("-inf")
