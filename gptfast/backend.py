@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,14 @@ def _check_explicit(op: str, name: str, x: Tensor) -> None:
         raise TypeError(
             f"{op}: backend={name!r} computes float32, bfloat16 and float16, got {x.dtype}; use backend='eager'"
         )
+
+
+NAMESPACES = {"cpu": "gptfast", "cuda": "gptfast"}  # of torch.ops; there the device of the tensors decides
+
+
+def kernels(name: str) -> Any:
+    """The compiled ops of a backend, under the same names for all: `kernels("cpu").gelu_fwd`."""
+    return getattr(torch.ops, NAMESPACES[name])
 
 
 def cpu_isa() -> str | None:

@@ -13,10 +13,15 @@ from gptfast.backend import has_cpu_ops
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+_fakes: dict[str, Callable[..., Any]] = {}
+_backward_ops: dict[str, str] = {}
+
+
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the shape function of torch.ops.gptfast.<name> (nothing to register in a pure-Python install)."""
+    """Register the shape function of the op <name> (nothing to register in a pure-Python install)."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _fakes[name] = function
         if has_cpu_ops:
             torch.library.register_fake(f"gptfast::{name}", function)
         return function
@@ -25,15 +30,29 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def forbid_double_backward(op: str, name: str) -> None:
-    """Make differentiating through the backward op torch.ops.gptfast.<name> a clear error."""
+    """Make differentiating through the backward op <name> a clear error."""
+    _backward_ops[name] = op
+    if has_cpu_ops:
+        _raise_in_backward("gptfast", op, name)
 
+
+def _raise_in_backward(namespace: str, op: str, name: str) -> None:
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             f"{op}: double backward is not implemented by the fused kernels; use gptfast.backend('eager') for this part"
         )
 
-    if has_cpu_ops:
-        torch.library.register_autograd(f"gptfast::{name}", backward)
+    torch.library.register_autograd(f"{namespace}::{name}", backward)
+
+
+def adopt(namespace: str) -> None:
+    """Give the ops of another namespace of torch.ops, whose names and schemas are gptfast's, the same properties."""
+    for name, function in _fakes.items():
+        if hasattr(getattr(torch.ops, namespace), name):
+            torch.library.register_fake(f"{namespace}::{name}", function)
+    for name, op in _backward_ops.items():
+        if hasattr(getattr(torch.ops, namespace), name):
+            _raise_in_backward(namespace, op, name)
 
 
 def check_float(op: str, **tensors: Tensor | None) -> None:

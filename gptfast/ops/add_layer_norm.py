@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast.backend import KERNEL_DTYPES, resolve
+from gptfast.backend import KERNEL_DTYPES, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import check_float, check_probability, distinct, fake, forbid_double_backward
 from gptfast.ops.layer_norm import check_norm
@@ -52,16 +52,18 @@ def add_layer_norm(
     check_probability(op, "dropout_p", dropout_p)
     rng.check_counter(op, "seed", seed, 64)
     rng.check_counter(op, "offset", offset)
-    if residual.dtype == torch.float64 or resolve(op, backend, x) == "eager":
+    runs_on = "eager" if residual.dtype == torch.float64 else resolve(op, backend, x)
+    if runs_on == "eager":
         return reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
     options = (float(eps), float(dropout_p), rng.as_int64(seed), offset)
-    return AddLayerNormFunction.apply(*distinct(x, residual, weight, bias), *options)
+    return AddLayerNormFunction.apply(runs_on, *distinct(x, residual, weight, bias), *options)
 
 
 class AddLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         x: Tensor,
         residual: Tensor,
         weight: Tensor,
@@ -71,11 +73,12 @@ class AddLayerNormFunction(torch.autograd.Function):
         seed: int,
         offset: int,
     ) -> tuple[Tensor, Tensor]:
-        y, total, mean, rstd = torch.ops.gptfast.add_layer_norm_fwd(
+        y, total, mean, rstd = kernels(backend).add_layer_norm_fwd(
             x, residual, weight, bias, eps, dropout_p, seed, offset
         )
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.set_materialize_grads(False)  # a gradient of zeros would cost a pass over memory
+        ctx.backend = backend
         ctx.options = (
             bias is not None,
             KERNEL_DTYPES.index(x.dtype),
@@ -89,14 +92,14 @@ class AddLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None and dtotal is None:
-            return (None,) * 8
-        dx, dresidual, dweight, dbias = torch.ops.gptfast.add_layer_norm_bwd(
+            return (None,) * 9
+        dx, dresidual, dweight, dbias = kernels(ctx.backend).add_layer_norm_bwd(
             dy, dtotal, *ctx.saved_tensors, *ctx.options
         )
         has_bias, x_type, residual_type, dropout_p = ctx.options[:4]
         if x_type == residual_type and rng.dropout_threshold(dropout_p) == 0:
             dx = dresidual
-        return dx, dresidual, dweight, dbias if has_bias else None, None, None, None, None
+        return None, dx, dresidual, dweight, dbias if has_bias else None, None, None, None, None
 
 
 @fake("add_layer_norm_fwd")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast.backend import resolve
+from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import (
     autocast,
@@ -74,7 +74,8 @@ def causal_attention(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
         raise ValueError(f"{OP}: softmax_scale is {scale}; expected a finite number")
-    if resolve(OP, backend, q) == "eager":
+    runs_on = resolve(OP, backend, q)
+    if runs_on == "eager":
         return reference.causal_attention(
             q,
             k,
@@ -93,7 +94,7 @@ def causal_attention(
         q, scale = -q, -scale
     options = (causal, scale, float(dropout_p), rng.as_int64(seed), offset, window or 0)
     q, k, v = distinct(q, k, v)
-    out, lse = CausalAttentionFunction.apply(q, k, v, seq_lens, cu_seqlens, *options)
+    out, lse = CausalAttentionFunction.apply(runs_on, q, k, v, seq_lens, cu_seqlens, *options)
     return (out, lse) if return_lse else out
 
 
@@ -101,6 +102,7 @@ class CausalAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -113,16 +115,16 @@ class CausalAttentionFunction(torch.autograd.Function):
         offset: int,
         window: int,
     ) -> tuple[Tensor, Tensor]:
-        ctx.options = (causal, scale, dropout_p, seed, offset, window)
-        out, lse = torch.ops.gptfast.causal_attention_fwd(q, k, v, seq_lens, cu_seqlens, *ctx.options)
+        ctx.backend, ctx.options = backend, (causal, scale, dropout_p, seed, offset, window)
+        out, lse = kernels(backend).causal_attention_fwd(q, k, v, seq_lens, cu_seqlens, *ctx.options)
         ctx.save_for_backward(q, k, v, out, lse, seq_lens, cu_seqlens)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = torch.ops.gptfast.causal_attention_bwd(dout, *ctx.saved_tensors, *ctx.options)
-        return dq, dk, dv, *(None,) * 8
+        dq, dk, dv = kernels(ctx.backend).causal_attention_bwd(dout, *ctx.saved_tensors, *ctx.options)
+        return None, dq, dk, dv, *(None,) * 8
 
 
 def _new_heads(x: Tensor) -> Tensor:

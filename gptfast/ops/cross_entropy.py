@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.backend import resolve
+from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import check_choice, check_float, check_same_device, fake, forbid_double_backward
 
@@ -49,12 +49,13 @@ def cross_entropy(
         raise ValueError(f"{OP}: logits has shape {tuple(logits.shape)}; expected (..., V) with V >= 1")
     check_targets(OP, targets, logits.shape[-1], ignore_index)
     rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
-    if resolve(OP, backend, logits) == "eager":
+    runs_on = resolve(OP, backend, logits)
+    if runs_on == "eager":
         loss = reference.cross_entropy(
             rows, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
         )
     else:
-        loss, _ = CrossEntropyFunction.apply(rows, flat, ignore_index, float(label_smoothing))
+        loss, _ = CrossEntropyFunction.apply(runs_on, rows, flat, ignore_index, float(label_smoothing))
     return reduce_loss(loss, targets, ignore_index, reduction)
 
 
@@ -99,18 +100,18 @@ def reduce_loss(loss: Tensor, targets: Tensor, ignore_index: int, reduction: str
 class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float
+        ctx: Any, backend: str, logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float
     ) -> tuple[Tensor, Tensor]:
-        loss, lse = torch.ops.gptfast.cross_entropy_fwd(logits, targets, ignore_index, label_smoothing)
+        loss, lse = kernels(backend).cross_entropy_fwd(logits, targets, ignore_index, label_smoothing)
         ctx.save_for_backward(logits, targets, lse)
-        ctx.options = (ignore_index, label_smoothing)
+        ctx.backend, ctx.options = backend, (ignore_index, label_smoothing)
         ctx.mark_non_differentiable(lse)
         return loss, lse
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-        dlogits = torch.ops.gptfast.cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options)
-        return dlogits, None, None, None
+        dlogits = kernels(ctx.backend).cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options)
+        return None, dlogits, None, None, None
 
 
 @fake("cross_entropy_fwd")

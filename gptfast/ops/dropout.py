@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast.backend import has_cpu_ops, resolve
+from gptfast.backend import has_cpu_ops, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import check_float, check_probability, fake
 
@@ -35,9 +35,10 @@ def dropout(x: Tensor, p: float, seed: int = 0, offset: int = 0, *, backend: str
     rng.check_counter("dropout", "offset", offset)
     if x.dim() == 0:
         return dropout(x[None], p, seed, offset, backend=backend)[0]
-    if resolve("dropout", backend, x) == "eager":
+    runs_on = resolve("dropout", backend, x)
+    if runs_on == "eager":
         return reference.dropout(x, p, seed, offset)
-    return DropoutFunction.apply(x, float(p), rng.as_int64(seed), offset)
+    return DropoutFunction.apply(runs_on, x, float(p), rng.as_int64(seed), offset)
 
 
 def dropout_mask(shape: tuple[int, int, int], p: float, *, seed: int = 0, offset: int = 0) -> Tensor:
@@ -64,13 +65,14 @@ def dropout_mask(shape: tuple[int, int, int], p: float, *, seed: int = 0, offset
 
 class DropoutFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: int, offset: int) -> Tensor:
-        ctx.options = (p, seed, offset)
-        return torch.ops.gptfast.dropout(x, p, seed, offset)
+    def forward(ctx: Any, backend: str, x: Tensor, p: float, seed: int, offset: int) -> Tensor:
+        ctx.backend, ctx.options = backend, (p, seed, offset)
+        return kernels(backend).dropout(x, p, seed, offset)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return DropoutFunction.apply(dy, *ctx.options), None, None, None  # linear: differentiable any number of times
+        dx = DropoutFunction.apply(ctx.backend, dy, *ctx.options)  # linear: differentiable any number of times
+        return None, dx, None, None, None
 
 
 @fake("dropout")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.backend import resolve
+from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import (
     check_choice,
@@ -41,26 +41,27 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh", *, ba
     check_same_device("gelu", x=x, bias=bias)
     if bias is not None:
         check_vector("gelu", "bias", bias, x.shape[-1] if x.dim() else 1, "x")
-    if resolve("gelu", backend, x) == "eager":
+    runs_on = resolve("gelu", backend, x)
+    if runs_on == "eager":
         return reference.gelu(x, bias, approximate)
     x, bias = distinct(x, bias)
     if x.dim() == 0:
-        return GELUFunction.apply(x[None], bias, approximate == "tanh")[0]
-    return GELUFunction.apply(x, bias, approximate == "tanh")
+        return GELUFunction.apply(runs_on, x[None], bias, approximate == "tanh")[0]
+    return GELUFunction.apply(runs_on, x, bias, approximate == "tanh")
 
 
 class GELUFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    def forward(ctx: Any, backend: str, x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
         ctx.save_for_backward(x, bias)
-        ctx.tanh = tanh
-        return torch.ops.gptfast.gelu_fwd(x, bias, tanh)
+        ctx.backend, ctx.tanh = backend, tanh
+        return kernels(backend).gelu_fwd(x, bias, tanh)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        dx, dbias = torch.ops.gptfast.gelu_bwd(dout, x, bias, ctx.tanh)
-        return dx, dbias if bias is not None else None, None
+        dx, dbias = kernels(ctx.backend).gelu_bwd(dout, x, bias, ctx.tanh)
+        return None, dx, dbias if bias is not None else None, None
 
 
 @fake("gelu_fwd")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.backend import resolve
+from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import (
     check_float,
@@ -40,9 +40,10 @@ def layer_norm(
         TypeError, ValueError: wrong dtype, shape, device or eps.
     """
     check_norm("layer_norm", x, weight, bias, eps)
-    if resolve("layer_norm", backend, x) == "eager":
+    runs_on = resolve("layer_norm", backend, x)
+    if runs_on == "eager":
         return reference.layer_norm(x, weight, bias, eps)
-    return LayerNormFunction.apply(*distinct(x, weight, bias), float(eps))
+    return LayerNormFunction.apply(runs_on, *distinct(x, weight, bias), float(eps))
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
@@ -59,16 +60,16 @@ def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: flo
 
 class LayerNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        y, mean, rstd = torch.ops.gptfast.layer_norm_fwd(x, weight, bias, eps)
+    def forward(ctx: Any, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        y, mean, rstd = kernels(backend).layer_norm_fwd(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.has_bias = bias is not None
+        ctx.backend, ctx.has_bias = backend, bias is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight, dbias = torch.ops.gptfast.layer_norm_bwd(dy, *ctx.saved_tensors, ctx.has_bias)
-        return dx, dweight, dbias if ctx.has_bias else None, None
+        dx, dweight, dbias = kernels(ctx.backend).layer_norm_bwd(dy, *ctx.saved_tensors, ctx.has_bias)
+        return None, dx, dweight, dbias if ctx.has_bias else None, None
 
 
 @fake("layer_norm_fwd")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.backend import has_cpu_ops, resolve
+from gptfast.backend import has_cpu_ops, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import autocast, check_float, check_same_device, distinct, forbid_double_backward
 from gptfast.ops.cross_entropy import check_loss, check_targets, reduce_loss
@@ -50,12 +50,13 @@ def linear_cross_entropy(
     check_loss(OP, targets, hidden.shape[:-1], reduction, label_smoothing)
     check_targets(OP, targets, weight.shape[0], ignore_index)
     flat = targets.reshape(-1).long()
-    if resolve(OP, backend, rows) == "eager":
+    runs_on = resolve(OP, backend, rows)
+    if runs_on == "eager":
         loss = reference.linear_cross_entropy(
             rows, weight, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
         )
         return reduce_loss(loss, targets, ignore_index, reduction)
-    arguments = (*distinct(rows, weight), flat, ignore_index, float(label_smoothing))
+    arguments = (runs_on, *distinct(rows, weight), flat, ignore_index, float(label_smoothing))
     if reduction == "none":
         return RowLossFunction.apply(*arguments).view(targets.shape)
     total = TotalLossFunction.apply(*arguments)
@@ -110,17 +111,20 @@ def _chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
     return (slice(n, min(n + size, rows)) for n in range(0, rows, size))
 
 
-def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
+def _losses(
+    backend: str, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float
+) -> Tensor:
     """(N,) losses, without gradients."""
     weight = weight.to(hidden.dtype)
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     for part in _chunks(hidden.shape[0], weight.shape[0] * hidden.element_size()):
         logits = hidden[part] @ weight.T
-        loss[part] = torch.ops.gptfast.cross_entropy_fwd(logits, targets[part], ignore_index, label_smoothing)[0]
+        loss[part] = kernels(backend).cross_entropy_fwd(logits, targets[part], ignore_index, label_smoothing)[0]
     return loss
 
 
 def _losses_and_gradients(
+    backend: str,
     dloss: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
@@ -132,7 +136,7 @@ def _losses_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) losses and the gradients of sum(dloss * loss): dhidden in hidden's dtype, dweight in fp32; dloss None: ones."""
     loss, dhidden, dweight = _fake_bwd(
-        dloss, hidden, weight, targets, ignore_index, label_smoothing, want_hidden, want_weight
+        backend, dloss, hidden, weight, targets, ignore_index, label_smoothing, want_hidden, want_weight
     )
     factor, logits, product = weight.to(hidden.dtype), None, None
     if not hidden.shape[0]:
@@ -142,7 +146,7 @@ def _losses_and_gradients(
         logits = hidden.new_empty(len(x), weight.shape[0]) if logits is None else logits[: len(x)]
         torch.mm(x, factor.T, out=logits)
         upstream = None if dloss is None else dloss[part]
-        loss[part] = torch.ops.gptfast.cross_entropy_in_place(
+        loss[part] = kernels(backend).cross_entropy_in_place(
             logits, targets[part], upstream, ignore_index, label_smoothing
         )
         if want_hidden:
@@ -167,20 +171,20 @@ class TotalLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, smoothing: float
+        ctx: Any, backend: str, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, smoothing: float
     ) -> Tensor:
         op, options = torch.ops.gptfast, (ignore_index, smoothing)
-        ctx.wanted = tuple(ctx.needs_input_grad[:2])
+        ctx.wanted = tuple(ctx.needs_input_grad[1:3])
         if not any(ctx.wanted):
-            return op.linear_cross_entropy_fwd(hidden, weight, targets, *options).double().sum().float()
-        loss, *grads = op.linear_cross_entropy_bwd(None, hidden, weight, targets, *options, *ctx.wanted)
+            return op.linear_cross_entropy_fwd(backend, hidden, weight, targets, *options).double().sum().float()
+        loss, *grads = op.linear_cross_entropy_bwd(backend, None, hidden, weight, targets, *options, *ctx.wanted)
         ctx.save_for_backward(hidden, weight, *grads)
         return loss.double().sum().float()
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         grads = torch.ops.gptfast.linear_cross_entropy_scale(dtotal, *ctx.saved_tensors)
-        return *(g if wanted else None for g, wanted in zip(grads, ctx.wanted, strict=True)), None, None, None
+        return None, *(g if wanted else None for g, wanted in zip(grads, ctx.wanted, strict=True)), None, None, None
 
 
 class RowLossFunction(torch.autograd.Function):
@@ -188,28 +192,31 @@ class RowLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, smoothing: float
+        ctx: Any, backend: str, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, smoothing: float
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.options = (ignore_index, smoothing)
-        ctx.wanted = tuple(ctx.needs_input_grad[:2])
-        return torch.ops.gptfast.linear_cross_entropy_fwd(hidden, weight, targets, *ctx.options)
+        ctx.backend, ctx.options = backend, (ignore_index, smoothing)
+        ctx.wanted = tuple(ctx.needs_input_grad[1:3])
+        return torch.ops.gptfast.linear_cross_entropy_fwd(backend, hidden, weight, targets, *ctx.options)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         _, dhidden, dweight = torch.ops.gptfast.linear_cross_entropy_bwd(
-            dloss, hidden, weight, targets, *ctx.options, *ctx.wanted
+            ctx.backend, dloss, hidden, weight, targets, *ctx.options, *ctx.wanted
         )
         dweight = dweight.to(weight.dtype)
-        return dhidden if ctx.wanted[0] else None, dweight if ctx.wanted[1] else None, None, None, None
+        return None, dhidden if ctx.wanted[0] else None, dweight if ctx.wanted[1] else None, None, None, None
 
 
-def _fake_fwd(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
+def _fake_fwd(
+    backend: str, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float
+) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
 
 def _fake_bwd(
+    backend: str,
     dloss: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
@@ -235,9 +242,9 @@ def _register() -> torch.library.Library:
     library = torch.library.Library("gptfast", "FRAGMENT")
     inputs = "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing"
     schemas = {
-        f"{OP}_fwd": (f"({inputs}) -> Tensor", _losses, _fake_fwd),
+        f"{OP}_fwd": (f"(str backend, {inputs}) -> Tensor", _losses, _fake_fwd),
         f"{OP}_bwd": (
-            f"(Tensor? dloss, {inputs}, bool want_hidden, bool want_weight) -> (Tensor, Tensor, Tensor)",
+            f"(str backend, Tensor? dloss, {inputs}, bool want_hidden, bool want_weight) -> (Tensor, Tensor, Tensor)",
             _losses_and_gradients,
             _fake_bwd,
         ),
@@ -249,7 +256,7 @@ def _register() -> torch.library.Library:
     }
     for name, (schema, function, shapes) in schemas.items():
         library.define(name + schema)
-        library.impl(name, function, "CPU")
+        library.impl(name, function, "CompositeExplicitAutograd")  # on whatever device the tensors are
         torch.library.register_fake(f"gptfast::{name}", shapes, lib=library)
     forbid_double_backward(OP, f"{OP}_bwd")
     forbid_double_backward(OP, f"{OP}_scale")

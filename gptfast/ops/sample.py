@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast.backend import resolve
+from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import check_float, fake
 
@@ -59,12 +59,13 @@ def sample(
     rng.check_counter(OP, "seed", seed, 64)
     positions = _per_row("position", position, logits)
     streams = _per_row("stream", torch.arange(logits.shape[0]) if stream is None else stream, logits)
-    if resolve(OP, backend, logits) == "eager":
+    runs_on = resolve(OP, backend, logits)
+    if runs_on == "eager":
         return reference.sample(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, position=positions, stream=streams
         )
     options = (float(temperature), top_k, float(top_p), rng.as_int64(seed))
-    return torch.ops.gptfast.sample(logits.detach(), *options, positions, streams)
+    return kernels(runs_on).sample(logits.detach(), *options, positions, streams)
 
 
 def _per_row(name: str, value: int | Tensor, logits: Tensor) -> Tensor:
