@@ -116,6 +116,12 @@ def _make_linear_loss(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[
     return _randn(c, dtype, g, N, C), (torch.randn(V, C, generator=g) * C**-0.5).to(dtype), _make_targets(c, g)
 
 
+def _make_linear(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    N, C, M = (c.dims[k] for k in "NCM")
+    bias = torch.randn(M, generator=g).to(dtype) if c.dims.get("bias", 1) else None
+    return _randn(c, dtype, g, N, C), (torch.randn(M, C, generator=g) * C**-0.5).to(dtype), bias
+
+
 def _make_sample(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
     return (_randn(c, dtype, g, c.dims["N"], c.dims["V"], scale=3.0),)
 
@@ -127,6 +133,7 @@ _MAKERS: dict[str, Callable[[Case, torch.dtype, torch.Generator], tuple[Tensor |
     "add_layer_norm": _make_add_norm,
     "dropout": _make_dropout,
     "cross_entropy": _make_loss,
+    "linear": _make_linear,
     "linear_cross_entropy": _make_linear_loss,
     "sample": _make_sample,
 }
@@ -155,6 +162,11 @@ def _linear_loss_cost(c: Case, size: int) -> tuple[float, float]:
     return 2.0 * N * C * V, (N * C + V * C) * size
 
 
+def _linear_cost(c: Case, size: int) -> tuple[float, float]:
+    N, C, M = (c.dims[k] for k in "NCM")
+    return 2.0 * N * C * M, (N * C + N * M + C * M) * size
+
+
 _COSTS: dict[str, Callable[[Case, int], tuple[float, float]]] = {
     "gelu": _pointwise(2),
     "causal_attention": _attention_cost,
@@ -162,6 +174,7 @@ _COSTS: dict[str, Callable[[Case, int], tuple[float, float]]] = {
     "add_layer_norm": _pointwise(4),
     "dropout": _pointwise(2),
     "cross_entropy": _over_logits(1),
+    "linear": _linear_cost,
     "linear_cross_entropy": _linear_loss_cost,
     "sample": _over_logits(1),
 }
@@ -185,6 +198,11 @@ def _rows(op: str, N: int, C: int, layout: str = "contiguous", bench: bool = Fal
 
 def _loss(N: int, V: int, layout: str = "contiguous", bench: bool = False, **options: Any) -> Case:
     return Case("cross_entropy", {"N": N, "V": V}, options, layout, bench)
+
+
+def _linear(N: int, C: int, M: int, layout: str = "contiguous", bench: bool = False, **extra: Any) -> Case:
+    dims = {"N": N, "C": C, "M": M, **{k: extra.pop(k) for k in ("bias",) if k in extra}}
+    return Case("linear", dims, extra, layout, bench)
 
 
 def _linear_loss(N: int, C: int, V: int, bench: bool = False, **options: Any) -> Case:
@@ -273,6 +291,17 @@ CASES: dict[str, list[Case]] = {
         _loss(6, 2049, label_smoothing=1.0, ignore_index=-1),
         _loss(5, 5003, "strided", ignore_index=3, label_smoothing=0.3, reduction="none"),
         _loss(2048, 50257, bench=True),
+    ],
+    "linear": [
+        _linear(1, 1, 1),
+        _linear(16, 15, 7),
+        _linear(97, 33, 65, "strided"),
+        _linear(200, 70, 1, bias=0),
+        _linear(31, 513, 40, activation="gelu_tanh"),
+        _linear(130, 8, 770, "strided", activation="gelu"),
+        _linear(0, 8, 4),
+        _linear(4096, 768, 3072, bench=True),
+        _linear(4096, 3072, 768, bench=True),
     ],
     "linear_cross_entropy": [
         _linear_loss(7, 8, 15, reduction="none"),

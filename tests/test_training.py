@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gptfast.models import GPT, GPTConfig
+from gptfast.ops import gemm
 from gptfast.tokenizer import CharTokenizer, load_tokenizer
 from gptfast.training import TrainConfig, Trainer, accumulate_gradients, read_checkpoint
 from gptfast.training.checkpoint import copy_checkpoint, save_checkpoint
@@ -225,6 +226,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, dtype, opt
     assert parts.state.best_val_loss == whole.state.best_val_loss
 
 
+def test_a_resumed_run_computes_its_products_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(gemm, "_chosen", {"nt float32": "onednn"})
+    make_trainer(tmp_path, QUICK.replace(max_steps=3)).train()
+    monkeypatch.setattr(gemm, "_chosen", {})
+    resumed(tmp_path, QUICK.replace(max_steps=5))
+    assert gemm.chosen_methods() == {"nt float32": "onednn"}
+
+
 def test_a_complete_run_has_nothing_to_resume(tmp_path):
     make_trainer(tmp_path, QUICK.replace(max_steps=3)).train()
     with pytest.raises(ValueError, match=r"this run is complete \(3 steps.*raise max_steps \(now 3"):
@@ -414,7 +423,7 @@ def _edit(path: Path, key: str, value: object) -> None:
         (lambda f: _cut(f / "optimizer.safetensors"), ValueError, "optimizer.safetensors is damaged or cut short"),
         (lambda f: (f / "optimizer.safetensors").unlink(), FileNotFoundError, "--init-from"),
         (lambda f: _cut(f / "trainer.json"), ValueError, "trainer.json is not valid JSON"),
-        (lambda f: _edit(f / "trainer.json", "version", 99), ValueError, "expected version 1"),
+        (lambda f: _edit(f / "trainer.json", "version", 99), ValueError, "expected version 2"),
         (lambda f: _edit(f / "trainer.json", "state", {"step": 3}), ValueError, "trainer.json is damaged .state: "),
         (lambda f: _edit(f / "trainer.json", "config", {"batch_size": -1}), ValueError, "batch_size is -1"),
         (lambda f: (f / "trainer.json").unlink(), FileNotFoundError, "no training run to resume"),

@@ -22,6 +22,7 @@
 #endif
 
 INL F zero() { return set(0.f); }
+INL void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
 constexpr float kLog2e = 1.4426950408889634f;
 
 // ---- elementary functions -------------------------------------------------------------------------------------------

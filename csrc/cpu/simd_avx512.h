@@ -79,6 +79,15 @@ INL __m256i narrow_bf16(F x) {
   return _mm512_cvtepi32_epi16(shr16(r));
 #endif
 }
+#ifdef __AVX512BF16__
+// 32-bit lanes (low[i], high[i]) as bf16 from two vectors of fp32: low halves from x, high halves from y.
+INL I pair_bf16(F x, F y) {
+  const I both_halves = (I)_mm512_cvtne2ps_pbh(y, x);
+  const I order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                   20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, both_halves);
+}
+#endif
 INL void store_bf16(uint16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(x)); }
 INL void store_f16(uint16_t* p, F x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -44,6 +44,10 @@ def _cross_entropy(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
     return F.cross_entropy(logits, targets, **options)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), targets, **options)
 
@@ -68,6 +72,7 @@ TORCH: dict[str, tuple[str, Fn]] = {
     "add_layer_norm": ("F.layer_norm of the sum", _add_layer_norm),
     "dropout": ("F.dropout", _dropout),
     "cross_entropy": ("F.cross_entropy", _cross_entropy),
+    "linear": ("F.linear", _linear),
     "linear_cross_entropy": ("F.linear + F.cross_entropy", _linear_cross_entropy),
     "sample": ("sort + multinomial", _sample),
 }
