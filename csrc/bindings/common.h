@@ -6,10 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <atomic>
 #include <cmath>
 #include <initializer_list>
@@ -38,24 +34,8 @@ inline DType dtype_of(const char* op, const Tensor& t) {
   return DType::f32;
 }
 
-// Asks for huge pages under a large result. As installed, glibc takes such memory fresh from the kernel on every call,
-// and 12,000 faults on the small pages of 50 MB cost more than most ops do (docs/notes/cpu.md).
-inline void prefer_huge_pages(void* data, size_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
-  if (bytes >= 2 * page && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-inline void prefer_huge_pages(Tensor& t) {
-  if (t.numel()) prefer_huge_pages(t.mutable_data_ptr(), size_t(t.numel() * t.element_size()));
-}
-inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype) {
-  Tensor t = torch::stable::empty(size, dtype);
-  prefer_huge_pages(t);
-  return t;
-}
+// A contiguous CPU tensor; large ones come from memory that is kept (results.cpp).
+Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype);
 inline Tensor new_tensor(std::initializer_list<i64> size, ScalarType dtype) {
   return new_tensor(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
 }
@@ -92,7 +72,15 @@ inline RowView rows_of(const char* op, const Tensor& x) {
   }
   return v;
 }
-inline cpu::MutRows mut_rows(const char* op, Tensor& y, i64 C) { return {y.mutable_data_ptr(), C, dtype_of(op, y)}; }
+// `results`: how many such tensors the launch fills. Together larger than kStreamBytes they go past the caches, which
+// saves reading each line before it is written; smaller, the next op finds them there.
+constexpr i64 kStreamBytes = 16 << 20;
+inline cpu::MutRows mut_rows(const char* op, Tensor& y, i64 C, i64 results = 1) {
+  const DType dtype = dtype_of(op, y);
+  void* data = y.mutable_data_ptr();
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 64 == 0 && C * cpu::element_size(dtype) % 64 == 0;
+  return {data, C, dtype, aligned && y.numel() * cpu::element_size(dtype) * results >= kStreamBytes};
+}
 
 // A vector of n values, or {nullptr} when absent. `owner` as above.
 inline cpu::Vector vector_of(const char* op, const OptTensor& v, i64 n, Tensor* owner) {

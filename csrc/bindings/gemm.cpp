@@ -56,7 +56,6 @@ void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, boo
     p.a_sums = static_cast<float*>(sums.mutable_data_ptr());
   }
   if (!p.M || !p.N) return;
-  prefer_huge_pages(c);
   const i64 words = p.pairs ? ceil_div(p.K, 2) : p.K, depth = std::max<i64>(1, std::min(words, kMostDepth));
   const i64 width = std::min<i64>(ceil_div(p.N, kPanel), kWorkspace / ceil_div(depth, 256) / 256 / kPanel) * kPanel;
   if (words > kMostDepth) {

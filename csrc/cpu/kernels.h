@@ -20,10 +20,12 @@ struct Rows {
   i64 stride;
   DType dtype;
 };
+// stream: write past the caches, for results that do not fit there; data and rows are then aligned to 64 bytes.
 struct MutRows {
   void* data;
   i64 stride;
   DType dtype;
+  bool stream = false;
 };
 // A vector such as a bias; data == nullptr when absent.
 struct Vector {
