@@ -31,8 +31,8 @@ class ResultMemory {
       kept_ -= block.size;
       free_.erase(free_.begin() + long(best));
     } else {
-      block.size = (bytes + 4095) / 4096 * 4096;
-      block.data = std::aligned_alloc(4096, block.size);
+      block.size = (bytes + 63) / 64 * 64;
+      block.data = std::aligned_alloc(64, block.size);
       if (!block.data) throw std::bad_alloc();
     }
     sizes_[block.data] = block.size;
@@ -45,6 +45,10 @@ class ResultMemory {
     kept_ += found->second;
     sizes_.erase(found);
     shrink();
+  }
+  bool keeps() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return most_ > 0;
   }
   void keep(size_t most) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -79,7 +83,7 @@ Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtyp
   constexpr i64 large = 2 << 20;
   i64 bytes = dtype == ScalarType::Float ? 4 : dtype == ScalarType::Long ? 8 : dtype == ScalarType::Bool ? 1 : 2;
   for (const i64 n : size) bytes *= n;
-  if (bytes < large) return torch::stable::empty(size, dtype);
+  if (bytes < large || !memory().keeps()) return torch::stable::empty(size, dtype);
   std::vector<i64> strides(size.size(), 1);
   for (size_t d = size.size() - 1; d > 0; d--) strides[d - 1] = strides[d] * size[d];
   return torch::stable::from_blob(memory().take(size_t(bytes)), size, strides,
