@@ -363,15 +363,20 @@ def run(fn: Callable[..., Any], case: Case, dtype: torch.dtype, *, exact: bool =
     return Run([o.detach() for o in outputs], list(grads), largest)
 
 
-def check_case(case: Case, dtype: torch.dtype, seed: int = 0, **extra_floor: float) -> None:
-    """Three-way parity of one case: the public op, the eager reference in the same dtype, the reference in float64."""
+def check_case(case: Case, dtype: torch.dtype, seed: int = 0, **extra_floor: float) -> tuple[float, float]:
+    """Three-way parity of one case: the public op, the eager reference in the same dtype, the reference in float64.
+
+    Returns:
+        The error of the results, and of the gradients, as a multiple of eager PyTorch's (plus rounding).
+    """
     ours = run(getattr(ops, case.op), case, dtype, seed=seed)
     eager = run(getattr(reference, case.op), case, dtype, seed=seed)
     exact = run(getattr(reference, case.op), case, dtype, exact=True, seed=seed)
     label = f"{case.op} {case.id} {dtype}"
-    assert_accurate(ours.outputs, eager.outputs, exact.outputs, 2, f"{label} result", dtype, **extra_floor)
+    results = assert_accurate(ours.outputs, eager.outputs, exact.outputs, 2, f"{label} result", dtype, **extra_floor)
     least = exact.upstream
-    assert_accurate(ours.grads, eager.grads, exact.grads, 3, f"{label} gradient", dtype, least, **extra_floor)
+    grads = assert_accurate(ours.grads, eager.grads, exact.grads, 3, f"{label} gradient", dtype, least, **extra_floor)
+    return results, grads
 
 
 def assert_accurate(
@@ -383,7 +388,7 @@ def assert_accurate(
     dtype: torch.dtype,
     least: float = 0.0,
     floor: float = 0.0,
-) -> None:
+) -> float:
     """Raise AssertionError unless |ours - exact| <= factor * |eager - exact| + floors, and the same places are finite.
 
     Args:
@@ -393,7 +398,10 @@ def assert_accurate(
         dtype: of the inputs; its precision sets the floor of FLOOR units in the last place.
         least: the scale of those units is at least this.
         floor: a further relative floor, for a stated and measured reason.
+    Returns:
+        The largest |ours - exact| / (|eager - exact| + one unit in the last place).
     """
+    worst = 0.0
     scale = max((_finite(x).abs().max().item() for x in exact if _finite(x).numel()), default=0.0)
     scale = max(scale, least)
     for n, (a, e, x) in enumerate(zip(ours, eager, exact, strict=True)):
@@ -406,7 +414,9 @@ def assert_accurate(
         error, theirs = ((t.double() - x)[where].abs().max().item() for t in (a, e))
         eps = torch.finfo(dtype if a.dtype == dtype else torch.float32).eps
         limit = factor * theirs + (FLOOR * eps + floor) * scale
+        worst = max(worst, error / (theirs + eps * scale) if scale else 0.0)
         assert error <= limit, f"{label} {n}: error {error:.3g}, eager {theirs:.3g}, limit {limit:.3g}"
+    return worst
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ class Comparison:
     backward: bool
     ours: Callable[[], Any]
     peers: dict[str, Callable[[], Any]]
+    errors: tuple[float, float] = (0.0, 0.0)  # of results and gradients, as multiples of eager PyTorch's; small cases
     milliseconds: dict[str, float] = field(default_factory=dict)  # medians; "ours" first
     ratios: dict[str, float] = field(default_factory=dict)  # peer / ours, median over the rounds
 
@@ -122,20 +123,31 @@ def comparisons(op_names: list[str] | None = None, dtypes: tuple[torch.dtype, ..
     """Yield a ready Comparison for every benchmark case: parity is checked on the small cases of the op first."""
     for op in op_names or list(CASES):
         for dtype in dtypes:
-            for case in (c for c in CASES[op] if not c.bench):
-                check_case(case, dtype)
+            checked = [check_case(case, dtype) for case in CASES[op] if not case.bench]
+            errors = max(e[0] for e in checked), max(e[1] for e in checked)
             for case in (c for c in CASES[op] if c.bench):
                 for backward in (False, True) if op != "sample" else (False,):
-                    yield make_comparison(case, dtype, backward)
+                    comparison = make_comparison(case, dtype, backward)
+                    comparison.errors = errors
+                    yield comparison
 
 
 def make_comparison(case: Case, dtype: torch.dtype, backward: bool) -> Comparison:
     label, torch_fn = TORCH[case.op]
     peers = {label: _closure(torch_fn, case, dtype, backward)}
+    flops, data = case.cost(torch.finfo(dtype).bits // 8)
+    if not flops and not backward:
+        peers["copy of its bytes"] = _copy(int(data))
     if not case.slow_reference:
         peers["eager"] = _closure(getattr(reference, case.op), case, dtype, backward)
     ours = _closure(getattr(ops, case.op), case, dtype, backward)
     return Comparison(case, dtype, backward, ours, peers)
+
+
+def _copy(size: int) -> Callable[[], Any]:
+    """Reads and writes `size` bytes in all, into memory that is there already: what a memory-bound op can reach."""
+    source, target = torch.zeros(2, size // 2, dtype=torch.uint8).unbind()
+    return lambda: target.copy_(source)
 
 
 def _timed(fn: Callable[[], Any]) -> float:
