@@ -163,7 +163,7 @@ class NinjaBuild(build_ext):
     """`build_ext` that hands everything to ninja: per-file flags and incremental builds."""
 
     def run(self) -> None:
-        if shutil.which(os.environ.get("CXX", "g++")) is None:
+        if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
             fail(
                 "no C++ compiler (g++) was found. Install one (Debian: apt-get install g++), name it in CXX, "
                 "or install pure Python with GPTFAST_BUILD=0."

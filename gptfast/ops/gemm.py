@@ -55,7 +55,7 @@ def gemm(
 
 def method(a: Tensor, b: Tensor, dtype: torch.dtype) -> str:
     """The way in which `gemm` computes this product."""
-    if dtype == torch.float64 or a.device.type != "cpu":
+    if dtype == torch.float64 or a.device.type != "cpu" or not (a.numel() and b.numel()):
         return "torch"
     if _FORCED:
         return _FORCED
@@ -82,6 +82,11 @@ def keep_methods(chosen: dict[str, str]) -> None:
         if name not in METHODS:
             raise ValueError(f"gemm: method of {layout} is {name!r}; expected one of {', '.join(METHODS)}")
     _chosen.update(chosen)
+
+
+def forced() -> bool:
+    """Whether GPTFAST_GEMM names the way."""
+    return bool(_FORCED)
 
 
 def _check_forced(name: str) -> str:

@@ -20,7 +20,7 @@ from gptfast.ops._common import (
     forbid_double_backward,
 )
 from gptfast.ops.gelu import gelu
-from gptfast.ops.gemm import FEW_ROWS, gemm
+from gptfast.ops.gemm import FEW_ROWS, forced, gemm
 
 OP = "linear"
 ACTIVATIONS = {None: None, "gelu_tanh": "tanh", "gelu": "none"}
@@ -57,8 +57,9 @@ def linear(
     x = autocast(x)[0]
     if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
         raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
+    runs_on = resolve(OP, backend, x)
     few = not torch.compiler.is_compiling() and x.numel() < FEW_ROWS * x.shape[-1]
-    if few or resolve(OP, backend, x) != "cpu":
+    if runs_on != "cpu" or (few and not forced()):
         y = F.linear(x, weight, added)
     else:
         rows = x.reshape(-1, x.shape[-1])
