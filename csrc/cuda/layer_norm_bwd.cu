@@ -4,8 +4,8 @@
 //   dx = dropout(dtotal),  dresidual = dtotal
 //   dweight = sum_rows dy xhat,  dbias = sum_rows dy
 //
-// Block number n takes rows n, n + parts, …; a thread keeps its columns' weight, dweight and dbias in registers (columns
-// past the first N vectors of a thread: in its own row of the partial sums) and leaves them for sum_parts.
+// Block number n takes rows n, n + parts, …; a thread keeps its columns' dweight and dbias in registers (columns past its
+// first N vectors: in the block's own row of the partial sums) and leaves them for sum_parts.
 // Floor: two reads and one write (with a residual three and one or two).
 #include "common.cuh"
 #include "philox.cuh"
@@ -13,18 +13,20 @@
 namespace gptfast::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+// With two vectors a thread, 512 threads would leave each too few registers.
+constexpr int most_threads(int vectors) { return vectors == 1 ? 512 : 384; }
 
 // One row at columns c .. c + V - 1: xhat, dy and g.
 template <int V> struct Values {
   float xhat[V], dy[V], g[V];
 };
-template <class T, int V>
-DEV_INLINE void read(Values<V>& v, const LayerNormParams& p, i64 r, int c, const float (&weight)[V]) {
+template <class T, int V> DEV_INLINE void read(Values<V>& v, const LayerNormParams& p, i64 r, int c) {
   load(v.xhat, static_cast<const T*>(p.x.data) + r * p.x.stride + c);
 #pragma unroll
   for (int k = 0; k < V; k++) v.dy[k] = 0.f;
   if (p.dy.data) load(v.dy, static_cast<const T*>(p.dy.data) + r * p.dy.stride + c);
+  float weight[V];  // in L1 from the second row on
+  load_any(weight, p.weight.data, p.weight.dtype, c);
   const float mean = p.mean[r], rstd = p.rstd[r];
 #pragma unroll
   for (int k = 0; k < V; k++) v.xhat[k] = (v.xhat[k] - mean) * rstd, v.g[k] = v.dy[k] * weight[k];
@@ -53,15 +55,12 @@ DEV_INLINE void write(const Values<V>& v, const LayerNormParams& p, i64 r, int c
 }
 
 template <class T, int V, int N>
-__global__ void __launch_bounds__(kThreads) layer_norm_bwd_kernel(const LayerNormParams p) {
+__global__ void __launch_bounds__(most_threads(N)) layer_norm_bwd_kernel(const LayerNormParams p) {
   DYN_SMEM(scratch);
   const int C = int(p.C), first = threadIdx.x * V, step = blockDim.x * V;
   float* partial_w = p.dweight + i64(blockIdx.x) * C;
   float* partial_b = p.dbias ? p.dbias + i64(blockIdx.x) * C : nullptr;
-  float weight[N][V] = {}, dweight[N][V] = {}, dbias[N][V] = {};
-#pragma unroll
-  for (int i = 0; i < N; i++)
-    if (first + i * step < C) load_any(weight[i], p.weight.data, p.weight.dtype, first + i * step);
+  float dweight[N][V] = {}, dbias[N][V] = {};
   for (int c = first + N * step; c < C; c += step) {
     store(partial_w + c, dweight[0]);  // zeros
     if (partial_b) store(partial_b + c, dweight[0]);
@@ -75,23 +74,18 @@ __global__ void __launch_bounds__(kThreads) layer_norm_bwd_kernel(const LayerNor
       sums.x += v.g[k], sums.y = fmaf(v.g[k], v.xhat[k], sums.y);
     }
   };
-  const auto read_far = [&](Values<V>& v, i64 r, int c) {  // beyond the registers
-    float w[V];
-    load_any(w, p.weight.data, p.weight.dtype, c);
-    read<T>(v, p, r, c, w);
-  };
   for (i64 r = blockIdx.x; r < p.R; r += gridDim.x) {
     Values<V> near[N];
     float2 sums = make_float2(0.f, 0.f);
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const int c = first + i * step;
-      if (c < C) read<T>(near[i], p, r, c, weight[i]), count(near[i], dweight[i], dbias[i], sums);
+      if (c < C) read<T>(near[i], p, r, c), count(near[i], dweight[i], dbias[i], sums);
     }
     for (int c = first + N * step; c < C; c += step) {
       Values<V> v;
       float dw[V], db[V] = {};
-      read_far(v, r, c);
+      read<T>(v, p, r, c);
       load(dw, partial_w + c);
       if (partial_b) load(db, partial_b + c);
       count(v, dw, db, sums);
@@ -105,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) layer_norm_bwd_kernel(const LayerNor
       if (i * step < C) write<T>(near[i], p, r, first + i * step, mean_g, mean_gx);
     for (int c0 = N * step; c0 < C; c0 += step) {
       Values<V> v;
-      if (c0 + first < C) read_far(v, r, c0 + first);
+      if (c0 + first < C) read<T>(v, p, r, c0 + first);
       write<T>(v, p, r, c0 + first, mean_g, mean_gx);
     }
   }
@@ -125,8 +119,8 @@ cudaError_t layer_norm_bwd(const LayerNormParams& p, cudaStream_t stream) {
     using T = decltype(t);
     return with_width<T>(p.C, [&](auto width) {
       constexpr int V = decltype(width)::value;
-      const bool narrow = p.C <= kThreads * V;
-      const int threads = round_to_warps(ceil_div(p.C, narrow ? V : 2 * V), kThreads);
+      const bool narrow = p.C <= most_threads(1) * V;
+      const int vectors = narrow ? 1 : 2, threads = round_to_warps(ceil_div(p.C, vectors * V), most_threads(vectors));
       auto kernel = narrow ? layer_norm_bwd_kernel<T, V, 1> : layer_norm_bwd_kernel<T, V, 2>;
       LAUNCH(kernel, dim3(unsigned(parts_of(p.R))), dim3(threads), 32 * sizeof(float2), stream, p);
       return cudaGetLastError();
