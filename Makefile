@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help demo test test-fast lint bench bench-cpu wheel clean install
+.PHONY: help demo test test-fast lint bench bench-cpu bench-gpu gpu-check wheel clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,12 @@ bench: $(STAMP)  ## every op beside eager PyTorch and torch's own functions: tab
 	$(BIN)/python -m gptfast bench
 
 bench-cpu: bench  ## the same
+
+gpu-check: install  ## on a machine with an NVIDIA GPU: every op on it, compute-sanitizer, benchmarks
+	$(BIN)/python scripts/gpu_check.py
+
+bench-gpu: install  ## the CUDA kernels beside PyTorch's: table, benchmarks/results/<gpu>.json
+	$(BIN)/python benchmarks/bench_gpu.py
 
 wheel: $(BIN)/python  ## sdist and wheel in dist/
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
