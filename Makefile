@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help demo test test-fast lint bench bench-cpu bench-gpu gpu-check wheel clean install
+.PHONY: help demo test test-fast test-sanitize lint bench bench-cpu bench-gpu gpu-check wheel clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,7 +43,13 @@ lint: $(STAMP)  ## ruff and pyright
 bench: $(STAMP)  ## every op beside eager PyTorch and torch's own functions: table, JSON, PNG
 	$(BIN)/python -m gptfast bench
 
-bench-cpu: bench  ## the same
+bench-cpu: $(STAMP)  ## the same with malloc as installed and tuned, and the training step of GPT-2 beside transformers
+	$(BIN)/python -m gptfast bench --out runs/bench/installed
+	$(BIN)/python -m gptfast bench --tune-malloc --out runs/bench/tuned
+	$(BIN)/python benchmarks/bench_step.py
+
+test-sanitize: $(STAMP)  ## the op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python scripts/test_sanitize.py
 
 gpu-check: install  ## on a machine with an NVIDIA GPU: every op on it, compute-sanitizer, benchmarks
 	$(BIN)/python scripts/gpu_check.py

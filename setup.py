@@ -325,7 +325,7 @@ def free_memory() -> float:
 
 
 def run_ninja(libs: list[Library], build_dir: Path, out_dir: Path) -> None:
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
+    if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         fail(
             "no C++ compiler (g++) was found. Install one (Debian: apt-get install g++), name it in CXX, "
             "or install pure Python with GPTFAST_BUILD=0."

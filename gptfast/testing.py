@@ -116,6 +116,12 @@ def _make_linear_loss(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[
     return _randn(c, dtype, g, N, C), (torch.randn(V, C, generator=g) * C**-0.5).to(dtype), _make_targets(c, g)
 
 
+def _make_linear(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    N, C, M = (c.dims[k] for k in "NCM")
+    bias = torch.randn(M, generator=g).to(dtype) if c.dims.get("bias", 1) else None
+    return _randn(c, dtype, g, N, C), (torch.randn(M, C, generator=g) * C**-0.5).to(dtype), bias
+
+
 def _make_sample(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
     return (_randn(c, dtype, g, c.dims["N"], c.dims["V"], scale=3.0),)
 
@@ -127,6 +133,7 @@ _MAKERS: dict[str, Callable[[Case, torch.dtype, torch.Generator], tuple[Tensor |
     "add_layer_norm": _make_add_norm,
     "dropout": _make_dropout,
     "cross_entropy": _make_loss,
+    "linear": _make_linear,
     "linear_cross_entropy": _make_linear_loss,
     "sample": _make_sample,
 }
@@ -155,6 +162,11 @@ def _linear_loss_cost(c: Case, size: int) -> tuple[float, float]:
     return 2.0 * N * C * V, (N * C + V * C) * size
 
 
+def _linear_cost(c: Case, size: int) -> tuple[float, float]:
+    N, C, M = (c.dims[k] for k in "NCM")
+    return 2.0 * N * C * M, (N * C + N * M + C * M) * size
+
+
 _COSTS: dict[str, Callable[[Case, int], tuple[float, float]]] = {
     "gelu": _pointwise(2),
     "causal_attention": _attention_cost,
@@ -162,6 +174,7 @@ _COSTS: dict[str, Callable[[Case, int], tuple[float, float]]] = {
     "add_layer_norm": _pointwise(4),
     "dropout": _pointwise(2),
     "cross_entropy": _over_logits(1),
+    "linear": _linear_cost,
     "linear_cross_entropy": _linear_loss_cost,
     "sample": _over_logits(1),
 }
@@ -185,6 +198,11 @@ def _rows(op: str, N: int, C: int, layout: str = "contiguous", bench: bool = Fal
 
 def _loss(N: int, V: int, layout: str = "contiguous", bench: bool = False, **options: Any) -> Case:
     return Case("cross_entropy", {"N": N, "V": V}, options, layout, bench)
+
+
+def _linear(N: int, C: int, M: int, layout: str = "contiguous", bench: bool = False, **extra: Any) -> Case:
+    dims = {"N": N, "C": C, "M": M, **{k: extra.pop(k) for k in ("bias",) if k in extra}}
+    return Case("linear", dims, extra, layout, bench)
 
 
 def _linear_loss(N: int, C: int, V: int, bench: bool = False, **options: Any) -> Case:
@@ -274,6 +292,17 @@ CASES: dict[str, list[Case]] = {
         _loss(5, 5003, "strided", ignore_index=3, label_smoothing=0.3, reduction="none"),
         _loss(2048, 50257, bench=True),
     ],
+    "linear": [
+        _linear(1, 1, 1),
+        _linear(16, 15, 7),
+        _linear(97, 33, 65, "strided"),
+        _linear(200, 70, 1, bias=0),
+        _linear(31, 513, 40, activation="gelu_tanh"),
+        _linear(130, 8, 770, "strided", activation="gelu"),
+        _linear(0, 8, 4),
+        _linear(4096, 768, 3072, bench=True),
+        _linear(4096, 3072, 768, bench=True),
+    ],
     "linear_cross_entropy": [
         _linear_loss(7, 8, 15, reduction="none"),
         _linear_loss(9, 16, 33, reduction="sum", label_smoothing=0.1),
@@ -355,16 +384,23 @@ def run(
     return Run([o.detach().cpu() for o in outputs], [g.cpu() for g in grads], largest)
 
 
-def check_case(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu", **extra_floor: float) -> None:
+def check_case(
+    case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu", **extra_floor: float
+) -> tuple[float, float]:
     """Three-way parity of one case: the public op (on `device`), and on the CPU the eager reference in the same dtype
-    and the reference in float64."""
+    and the reference in float64.
+
+    Returns:
+        The error of the results, and of the gradients, as a multiple of eager PyTorch's (plus rounding).
+    """
     ours = run(getattr(ops, case.op), case, dtype, seed=seed, device=device)
     eager = run(getattr(reference, case.op), case, dtype, seed=seed)
     exact = run(getattr(reference, case.op), case, dtype, exact=True, seed=seed)
     label = f"{case.op} {case.id} {dtype}"
-    assert_accurate(ours.outputs, eager.outputs, exact.outputs, 2, f"{label} result", dtype, **extra_floor)
+    results = assert_accurate(ours.outputs, eager.outputs, exact.outputs, 2, f"{label} result", dtype, **extra_floor)
     least = exact.upstream
-    assert_accurate(ours.grads, eager.grads, exact.grads, 3, f"{label} gradient", dtype, least, **extra_floor)
+    grads = assert_accurate(ours.grads, eager.grads, exact.grads, 3, f"{label} gradient", dtype, least, **extra_floor)
+    return results, grads
 
 
 def assert_accurate(
@@ -376,7 +412,7 @@ def assert_accurate(
     dtype: torch.dtype,
     least: float = 0.0,
     floor: float = 0.0,
-) -> None:
+) -> float:
     """Raise AssertionError unless |ours - exact| <= factor * |eager - exact| + floors, and the same places are finite.
 
     Args:
@@ -386,7 +422,10 @@ def assert_accurate(
         dtype: of the inputs; its precision sets the floor of FLOOR units in the last place.
         least: the scale of those units is at least this.
         floor: a further relative floor, for a stated and measured reason.
+    Returns:
+        The largest |ours - exact| / (|eager - exact| + one unit in the last place).
     """
+    worst = 0.0
     scale = max((_finite(x).abs().max().item() for x in exact if _finite(x).numel()), default=0.0)
     scale = max(scale, least)
     for n, (a, e, x) in enumerate(zip(ours, eager, exact, strict=True)):
@@ -399,7 +438,9 @@ def assert_accurate(
         error, theirs = ((t.double() - x)[where].abs().max().item() for t in (a, e))
         eps = torch.finfo(dtype if a.dtype == dtype else torch.float32).eps
         limit = factor * theirs + (FLOOR * eps + floor) * scale
+        worst = max(worst, error / (theirs + eps * scale) if scale else 0.0)
         assert error <= limit, f"{label} {n}: error {error:.3g}, eager {theirs:.3g}, limit {limit:.3g}"
+    return worst
 
 
 def _finite(x: Tensor) -> Tensor:

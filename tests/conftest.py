@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+os.environ.setdefault(
+    "GPTFAST_GEMM", "own"
+)  # here and in subprocesses: what runs must not depend on the machine's load
 
 import emulated
 import pytest

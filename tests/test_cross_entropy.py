@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 from gptfast import ops
-from gptfast.testing import assert_accurate, cases, check_case, dtypes
+from gptfast.testing import Case, assert_accurate, cases, check_case, dtypes
 
 CASES = cases("cross_entropy") + cases("linear_cross_entropy")
 
@@ -203,8 +206,32 @@ def test_under_autocast():
 def test_repeatable(threads):
     for case in cases("cross_entropy"):
         check_repeatable(case, torch.float32)
-    for case in cases("linear_cross_entropy"):  # its products run in torch's GEMM, whose sums depend on the threads
-        check_repeatable(case, torch.float32, thread_counts=(2, 2, 2))
+    for case in (*cases("linear_cross_entropy"), Case("linear_cross_entropy", {"N": 40, "C": 24, "V": 2049})):
+        check_repeatable(case, torch.float32)
+        check_repeatable(case, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory(dtype):
+    """Less than 100 MB beside inputs and outputs, forward and backward, where the logits alone are 824 MB in fp32."""
+    code = f"""
+import re, torch, gptfast
+from gptfast import ops
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+hidden, weight = (torch.randn(n, 768).mul_(0.05).to({dtype}).requires_grad_() for n in (4096, 50257))
+targets = torch.randint(50257, (4096,))
+ops.linear_cross_entropy(hidden[:32], weight[:64], targets[:32] % 64).backward()  # measures its products
+hidden.grad = weight.grad = None
+before = peak()
+ops.linear_cross_entropy(hidden, weight, targets).backward()
+outputs = hidden.numel() * hidden.element_size() + weight.numel() * 4  # the gradient of weight is summed in fp32
+if weight.dtype != torch.float32:
+    outputs += weight.numel() * weight.element_size()
+print((peak() - before - outputs) / 1e6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 100
 
 
 def test_pure():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import resource
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +23,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gptfast.models import GPT, GPTConfig
+from gptfast.ops import gemm
 from gptfast.tokenizer import CharTokenizer, load_tokenizer
-from gptfast.training import TrainConfig, Trainer, accumulate_gradients, read_checkpoint
+from gptfast.training import TrainConfig, Trainer, accumulate_gradients, read_checkpoint, timing
 from gptfast.training.checkpoint import copy_checkpoint, save_checkpoint
 from gptfast.training.compare import compare_step, eager_loss, gptfast_loss, torch_loss
 from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_batches
@@ -225,6 +228,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, dtype, opt
     assert parts.state.best_val_loss == whole.state.best_val_loss
 
 
+def test_a_resumed_run_computes_its_products_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(gemm, "_chosen", {"nt float32": "onednn"})
+    make_trainer(tmp_path, QUICK.replace(max_steps=3)).train()
+    monkeypatch.setattr(gemm, "_chosen", {})
+    resumed(tmp_path, QUICK.replace(max_steps=5))
+    assert gemm.chosen_methods() == {"nt float32": "onednn"}
+
+
 def test_a_complete_run_has_nothing_to_resume(tmp_path):
     make_trainer(tmp_path, QUICK.replace(max_steps=3)).train()
     with pytest.raises(ValueError, match=r"this run is complete \(3 steps.*raise max_steps \(now 3"):
@@ -250,7 +261,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
     assert torch.isfinite(GPT.from_pretrained(tmp_path / "last").wte.weight).all()
 
 
-def test_max_minutes_plans_the_steps_and_keeps_to_the_time(tmp_path):
+def test_max_minutes_plans_the_steps_and_keeps_to_the_time(tmp_path, monkeypatch):
+    """On a clock of its own, which goes 2 ms further at every look: a busy machine does not fail the test."""
+    ticks = itertools.count()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.002))
     minutes = 1.5 / 60
     config = QUICK.replace(max_steps=None, max_minutes=minutes, eval_every=20, log_every=5, min_lr=0.0)
     result = make_trainer(tmp_path, config).train()
@@ -258,7 +272,7 @@ def test_max_minutes_plans_the_steps_and_keeps_to_the_time(tmp_path):
     plans = [r["planned_steps"] for r in records if "planned_steps" in r]
     rates = [r["lr"] for r in records if "lr" in r]
     assert plans
-    assert result.seconds < 60 * minutes + 1
+    assert 30 * minutes < result.seconds < 60 * minutes + 0.05
     assert rates[-1] < 0.3 * config.learning_rate  # the cosine came down
 
 
@@ -414,7 +428,7 @@ def _edit(path: Path, key: str, value: object) -> None:
         (lambda f: _cut(f / "optimizer.safetensors"), ValueError, "optimizer.safetensors is damaged or cut short"),
         (lambda f: (f / "optimizer.safetensors").unlink(), FileNotFoundError, "--init-from"),
         (lambda f: _cut(f / "trainer.json"), ValueError, "trainer.json is not valid JSON"),
-        (lambda f: _edit(f / "trainer.json", "version", 99), ValueError, "expected version 1"),
+        (lambda f: _edit(f / "trainer.json", "version", 99), ValueError, "expected version 2"),
         (lambda f: _edit(f / "trainer.json", "state", {"step": 3}), ValueError, "trainer.json is damaged .state: "),
         (lambda f: _edit(f / "trainer.json", "config", {"batch_size": -1}), ValueError, "batch_size is -1"),
         (lambda f: (f / "trainer.json").unlink(), FileNotFoundError, "no training run to resume"),

@@ -34,10 +34,12 @@ inline DType dtype_of(const char* op, const Tensor& t) {
   return DType::f32;
 }
 
+// A contiguous CPU tensor; large ones come from memory that is kept (results.cpp).
+Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype);
 inline Tensor new_tensor(std::initializer_list<i64> size, ScalarType dtype) {
-  return torch::stable::empty({size.begin(), size.size()}, dtype);
+  return new_tensor(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
 }
-inline Tensor new_like(const Tensor& x, ScalarType dtype) { return torch::stable::empty(x.sizes(), dtype); }
+inline Tensor new_like(const Tensor& x, ScalarType dtype) { return new_tensor(x.sizes(), dtype); }
 inline Tensor new_like(const Tensor& x) { return new_like(x, x.scalar_type()); }
 
 // x (…, C) seen as rows of C. `owner` keeps the copy alive that is made where no single row stride exists.
@@ -70,7 +72,15 @@ inline RowView rows_of(const char* op, const Tensor& x) {
   }
   return v;
 }
-inline cpu::MutRows mut_rows(const char* op, Tensor& y, i64 C) { return {y.mutable_data_ptr(), C, dtype_of(op, y)}; }
+// `results`: how many such tensors the launch fills. Together larger than kStreamBytes they go past the caches, which
+// saves reading each line before it is written; smaller, the next op finds them there.
+constexpr i64 kStreamBytes = 16 << 20;
+inline cpu::MutRows mut_rows(const char* op, Tensor& y, i64 C, i64 results = 1) {
+  const DType dtype = dtype_of(op, y);
+  void* data = y.mutable_data_ptr();
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 64 == 0 && C * cpu::element_size(dtype) % 64 == 0;
+  return {data, C, dtype, aligned && y.numel() * cpu::element_size(dtype) * results >= kStreamBytes};
+}
 
 // A vector of n values, or {nullptr} when absent. `owner` as above.
 inline cpu::Vector vector_of(const char* op, const OptTensor& v, i64 n, Tensor* owner) {

@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, c
   Tensor total = new_like(x, total_type), y = new_like(x, total_type), weight_owner, bias_owner;
   Tensor mean = new_tensor({v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
   cpu::LayerNormParams p{};
-  p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C), p.y = mut_rows(op, y, v.C);
+  p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C, 2), p.y = mut_rows(op, y, v.C, 2);
   p.R = v.R, p.C = v.C, p.eps = float(eps), p.dropout = dropout_params(dropout_p, seed, offset);
   p.weight = vector_of(op, weight, v.C, &weight_owner), p.bias = vector_of(op, bias, v.C, &bias_owner);
   p.mean = static_cast<float*>(mean.mutable_data_ptr()), p.rstd = static_cast<float*>(rstd.mutable_data_ptr());

@@ -160,13 +160,6 @@ static void pack_row_pairs(uint32_t* out, i64 stride, const Heads& x, i64 b, i64
     }
   }
 }
-// 32-bit lanes (low[i], high[i]) as bf16 from two vectors of fp32: low halves from x, high halves from y.
-INL I pair_bf16(F x, F y) {
-  const I both_halves = (I)_mm512_cvtne2ps_pbh(y, x);
-  const I order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                   20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, both_halves);
-}
 #endif
 
 // A block^T [d][query] times `factor` per lane, written as rows of a head. Rows of `block` past D are never stored.

@@ -78,9 +78,11 @@ template <DType T> static void cross_entropy_bwd_row(const CrossEntropyParams& p
   const auto slope = [=](i64 c, i64 k) __attribute__((always_inline)) {
     return exp2<6>(fma(load_as<T>(x, c, k) - top, log2e, zero() - log2_total)) * scale - even;
   };
+  const bool past = p.dlogits.stream;
   float at_target[L];  // before x is overwritten where it is d
   store(at_target, slope(target, 1));
-  for_lanes(p.V, [=](i64 c, i64 k) __attribute__((always_inline)) { store_as<T>(d, c, slope(c, k), k); });
+  for_lanes(p.V, [=](i64 c, i64 k) __attribute__((always_inline)) { put_as<T>(past, d, c, slope(c, k), k); });
+  if (past) stream_end();  // before the same line is written once more
   store_as<T>(d, target, set(at_target[0] - g * (1.f - e)), 1);
 }
 

@@ -67,8 +67,19 @@ struct Scratch {
   void* data = nullptr;
   size_t size = 0;
   ~Scratch() { std::free(data); }
+  void* get(size_t bytes) {
+    if (bytes <= size) return data;
+    std::free(data);
+    size = (bytes + 4095) / 4096 * 4096;
+    data = std::aligned_alloc(4096, size);
+    if (!data) {
+      size = 0;
+      throw std::bad_alloc();
+    }
+    return data;
+  }
 };
-thread_local Scratch thread_scratch;
+thread_local Scratch thread_scratch, thread_workspace;
 
 }  // namespace
 
@@ -91,18 +102,7 @@ const char* rejected_isa() {
   return wanted && *wanted && !available().find(wanted) ? wanted : nullptr;
 }
 
-void* scratch(size_t bytes) {
-  Scratch& s = thread_scratch;
-  if (bytes > s.size) {
-    std::free(s.data);
-    s.size = (bytes + 4095) / 4096 * 4096;
-    s.data = std::aligned_alloc(4096, s.size);
-    if (!s.data) {
-      s.size = 0;
-      throw std::bad_alloc();
-    }
-  }
-  return s.data;
-}
+void* scratch(size_t bytes) { return thread_scratch.get(bytes); }
+void* workspace(size_t bytes) { return thread_workspace.get(bytes); }
 
 }  // namespace gptfast::cpu

@@ -7,7 +7,7 @@
 // Floor: one read and one write of x (backward: two reads and one write); about 20 (tanh) and 40 (exact) vector
 // operations a vector, below the memory time outside the cache.
 
-constexpr i64 kGeluBlock = 2048;  // values converted at a time: 8 KB, so that half-precision scratch stays in L1
+constexpr i64 kGeluBlock = 2048;  // columns at a time: bias and its gradient stay in L1
 
 // e^-2u
 INL F gelu_decay(F z, F z2) {
@@ -30,59 +30,64 @@ template <bool TANH> INL F gelu_slope(F z) {
   return fma(z, pdf, cdf);
 }
 
-template <bool TANH> static void gelu_fwd_rows(const GeluParams& p, i64 row_begin, i64 row_end) {
-  alignas(64) float xs[kGeluBlock], bs[kGeluBlock], ys[kGeluBlock];
-  for (i64 r = row_begin; r < row_end; r++) {
-    const i64 C = r == p.R - 1 ? p.tail : p.C;
-    for (i64 c0 = 0; c0 < C; c0 += kGeluBlock) {
-      const i64 n = C - c0 < kGeluBlock ? C - c0 : kGeluBlock;
-      const float* x = read_row(at(row(p.x, r), p.x.dtype, c0), p.x.dtype, n, xs);
-      const float* b = p.bias.data ? read_row(at(p.bias.data, p.bias.dtype, c0), p.bias.dtype, n, bs) : nullptr;
-      void* out = at(row(p.out, r), p.out.dtype, c0);
-      float* y = write_row(out, p.out.dtype, ys);
-      for_lanes(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
-        F z = load_lanes(x + c, k);
-        if (b) z = z + load_lanes(b + c, k);
-        store_lanes(y + c, gelu_value<TANH>(z), k);
+// Columns [c0, c0 + n) of a row: f(c, z, lanes that count) with z = x + bias.
+template <DType T, class Fn> INL void gelu_columns(const void* x, const float* bias, i64 c0, i64 n, Fn f) {
+  for_lanes(n, [=](i64 c, i64 k) __attribute__((always_inline)) {
+    const F z = load_as<T>(x, c0 + c, k);
+    f(c, bias ? z + load_lanes(bias + c, k) : z, k);
+  });
+}
+INL const float* gelu_bias(const GeluParams& p, i64 c0, i64 n, float* buffer) {
+  return p.bias.data ? read_row(at(p.bias.data, p.bias.dtype, c0), p.bias.dtype, n, buffer) : nullptr;
+}
+
+template <DType T, bool TANH> static void gelu_fwd_rows(const GeluParams& p, i64 row_begin, i64 row_end) {
+  alignas(64) float buffer[kGeluBlock];
+  const bool past = p.out.stream;
+  for (i64 c0 = 0; c0 < p.C; c0 += kGeluBlock) {
+    const i64 width = p.C - c0 < kGeluBlock ? p.C - c0 : kGeluBlock;
+    const float* bias = gelu_bias(p, c0, width, buffer);
+    for (i64 r = row_begin; r < row_end; r++) {
+      const i64 C = r == p.R - 1 ? p.tail : p.C, n = C - c0 < width ? C - c0 : width;
+      void* y = row(p.out, r);
+      gelu_columns<T>(row(p.x, r), bias, c0, n, [=](i64 c, F z, i64 k) __attribute__((always_inline)) {
+        put_as<T>(past, y, c0 + c, gelu_value<TANH>(z), k);
       });
-      finish_row(out, p.out.dtype, y, n);
     }
   }
 }
 static void gelu_fwd(const GeluParams& p, i64 row_begin, i64 row_end) {
-  if (p.tanh) gelu_fwd_rows<true>(p, row_begin, row_end);
-  else gelu_fwd_rows<false>(p, row_begin, row_end);
+  with_dtype(p.x.dtype, [&](auto t) {
+    p.tanh ? gelu_fwd_rows<t.value, true>(p, row_begin, row_end) : gelu_fwd_rows<t.value, false>(p, row_begin, row_end);
+  });
+  stream_end();
 }
 
-template <bool TANH> static void gelu_bwd_chunk(const GeluParams& p, i64 chunk) {
-  alignas(64) float xs[kGeluBlock], bs[kGeluBlock], gs[kGeluBlock], ds[kGeluBlock];
+template <DType T, bool TANH> static void gelu_bwd_chunk(const GeluParams& p, i64 chunk) {
+  alignas(64) float buffer[kGeluBlock];
   const i64 r0 = chunk * kRowChunk, r1 = r0 + kRowChunk < p.R ? r0 + kRowChunk : p.R;
+  const bool past = p.out.stream;
   for (i64 c0 = 0; c0 < p.C; c0 += kGeluBlock) {
     const i64 width = p.C - c0 < kGeluBlock ? p.C - c0 : kGeluBlock;
-    const float* b = p.bias.data ? read_row(at(p.bias.data, p.bias.dtype, c0), p.bias.dtype, width, bs) : nullptr;
+    const float* bias = gelu_bias(p, c0, width, buffer);
     float* db = p.dbias ? p.dbias + chunk * p.C + c0 : nullptr;
     if (db) __builtin_memset(db, 0, size_t(width) * 4);
     for (i64 r = r0; r < r1; r++) {
       const i64 C = r == p.R - 1 ? p.tail : p.C, n = C - c0 < width ? C - c0 : width;
-      if (n <= 0) break;
-      const float* x = read_row(at(row(p.x, r), p.x.dtype, c0), p.x.dtype, n, xs);
-      const float* g = read_row(at(row(p.dout, r), p.dout.dtype, c0), p.dout.dtype, n, gs);
-      void* out = at(row(p.out, r), p.out.dtype, c0);
-      float* dx = write_row(out, p.out.dtype, ds);
-      for_lanes(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
-        F z = load_lanes(x + c, k);
-        if (b) z = z + load_lanes(b + c, k);
-        const F d = load_lanes(g + c, k) * gelu_slope<TANH>(z);
-        store_lanes(dx + c, d, k);
+      const void* dy = row(p.dout, r);
+      void* dx = row(p.out, r);
+      gelu_columns<T>(row(p.x, r), bias, c0, n, [=](i64 c, F z, i64 k) __attribute__((always_inline)) {
+        const F d = load_as<T>(dy, c0 + c, k) * gelu_slope<TANH>(z);
+        put_as<T>(past, dx, c0 + c, d, k);
         if (db) store_lanes(db + c, load_lanes(db + c, k) + d, k);
       });
-      finish_row(out, p.out.dtype, dx, n);
     }
   }
 }
 static void gelu_bwd(const GeluParams& p, i64 chunk_begin, i64 chunk_end) {
-  for (i64 k = chunk_begin; k < chunk_end; k++) {
-    if (p.tanh) gelu_bwd_chunk<true>(p, k);
-    else gelu_bwd_chunk<false>(p, k);
-  }
+  with_dtype(p.x.dtype, [&](auto t) {
+    for (i64 k = chunk_begin; k < chunk_end; k++)
+      p.tanh ? gelu_bwd_chunk<t.value, true>(p, k) : gelu_bwd_chunk<t.value, false>(p, k);
+  });
+  stream_end();
 }

@@ -21,6 +21,8 @@ namespace {
 
 #include "tile_product-inl.h"
 
+#include "gemm-inl.h"
+
 #include "attention_tile-inl.h"
 
 #include "causal_attention_fwd-inl.h"
@@ -44,8 +46,9 @@ const Kernels table = {
     dropout,           dropout_mask,
     layer_norm_fwd,    layer_norm_bwd,
     cross_entropy_fwd, cross_entropy_bwd,
-    sample,            peak_flops,
-    sum_chunks,
+    sample,            kPairs,
+    gemm_pack,         gemm,
+    peak_flops,        sum_chunks,
 };
 
 }  // namespace gptfast::cpu::GPTFAST_ISA

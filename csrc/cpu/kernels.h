@@ -20,10 +20,12 @@ struct Rows {
   i64 stride;
   DType dtype;
 };
+// stream: write past the caches, for results that do not fit there; data and rows are then aligned to 64 bytes.
 struct MutRows {
   void* data;
   i64 stride;
   DType dtype;
+  bool stream = false;
 };
 // A vector such as a bias; data == nullptr when absent.
 struct Vector {
@@ -135,6 +137,33 @@ struct AttentionParams {
 };
 constexpr i64 kAttentionBlock = 64;  // queries that are computed together
 
+// Element (i, j) lies at data + i * stride + j, or with by_columns at data + j * stride + i.
+struct Matrix {
+  const void* data;
+  i64 stride;
+  DType dtype;
+  bool by_columns;
+};
+constexpr i64 kGemmDepth = 256;  // words of k that are summed in registers
+constexpr i64 kGemmPanel = 32;   // columns of a panel of packed B: whole register tiles on every ISA
+constexpr i64 kGemmRows = 96;    // rows of an item: the same
+constexpr i64 kPackPanels = 8;   // panels of an item of the packing
+
+// C = A B (+ bias) (+ C): one stretch [n0, n1) of columns and [k0, k1) of words of k. Words: fp32 values, or pairs of
+// bf16 along k.
+struct GemmParams {
+  Matrix a, b;      // (M, K), (K, N), any dtypes
+  MutRows c;        // (M, N)
+  Vector bias;      // (N)
+  float* a_sums;    // (M): sum_k A, or null; only for A by columns
+  i64 M, N, K;
+  bool pairs, accumulate;  // pairs: multiply as bf16, where the ISA can
+  i64 k0, k1, n0, n1;      // n0 a multiple of 32, k0 of kGemmDepth
+  uint32_t* packed;        // of B: ceil((k1 - k0) / kGemmDepth) x ceil((n1 - n0) / kGemmPanel) panels of kGemmDepth rows
+  float* carry;            // (M, N) sums of the stretches of k before; null when there is one stretch
+  i64 columns;             // of an item, a multiple of 32
+};
+
 struct Kernels {
   const char* isa;
   int lanes;  // fp32 values in a vector
@@ -151,6 +180,9 @@ struct Kernels {
   void (*cross_entropy_fwd)(const CrossEntropyParams&, i64 row_begin, i64 row_end);
   void (*cross_entropy_bwd)(const CrossEntropyParams&, i64 row_begin, i64 row_end);
   void (*sample)(const SampleParams&, i64 row_begin, i64 row_end);
+  bool multiplies_pairs;  // of bf16
+  void (*gemm_pack)(const GemmParams&, i64 item_begin, i64 item_end);
+  void (*gemm)(const GemmParams&, i64 item);
   // Runs independent multiply-adds (of bf16 pairs where the CPU has them); returns the flops done.
   double (*peak_flops)(i64 iterations, bool pairs, float* sink);
   void (*sum_chunks)(const SumChunksParams&, i64 c_begin, i64 c_end);
@@ -166,7 +198,9 @@ bool set_isa(const char* name);
 // The value of GPTFAST_CPU_ISA when it names no table that can run here, else nullptr: the glue reports it.
 const char* rejected_isa();
 
-// Grow-only, 64-byte aligned memory of this thread; the contents survive until the next call from it.
+// Grow-only, 64-byte aligned memory of this thread; the contents survive until the next call from it. `workspace` is
+// for what a launch shares among its threads: a second one, which kernels do not take for their scratch.
 void* scratch(size_t bytes);
+void* workspace(size_t bytes);
 
 }  // namespace gptfast::cpu

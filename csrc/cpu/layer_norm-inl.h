@@ -12,25 +12,30 @@
 struct NormBuffers {
   float *weight, *bias;
   uint16_t* lanes;
+  void* total;  // the row that is normalised, where p.total goes past the caches
   explicit NormBuffers(const LayerNormParams& p) {
     const i64 n = round_up(p.C + L, 16);
-    weight = static_cast<float*>(scratch(size_t(2 * n) * 4 + size_t(round_up(p.C, 8 * L)) * 2));
+    weight = static_cast<float*>(scratch(size_t(3 * n) * 4 + size_t(round_up(p.C, 8 * L)) * 2));
     bias = weight + n;
-    lanes = reinterpret_cast<uint16_t*>(bias + n);
+    total = bias + n;
+    lanes = reinterpret_cast<uint16_t*>(bias + 2 * n);
     copy_row(weight, p.weight.data, p.weight.dtype, p.C);
     if (p.bias.data) copy_row(bias, p.bias.data, p.bias.dtype, p.C);
     else __builtin_memset(bias, 0, size_t(p.C) * 4);
   }
 };
 
-// total = dropout(x) + residual; load_x(c, n) and load_residual(c, n) give the values.
+// total = dropout(x) + residual, and the same into `copy` if there is one; load_x(c, n) and load_residual(c, n) give the
+// values.
 template <DType T, class X, class R>
-INL void add_rows(const LayerNormParams& p, const uint16_t* lanes, void* total, X load_x, R load_residual) {
+INL void add_rows(const LayerNormParams& p, const uint16_t* lanes, void* total, void* copy, X load_x, R load_residual) {
   const uint32_t threshold = p.dropout.threshold;
   const float kept = dropout_scale(p.dropout);
   for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
     const F x = load_x(c, n);
-    store_as<T>(total, c, (threshold ? drop(x, lanes + c, threshold, kept) : x) + load_residual(c, n), n);
+    const F sum = (threshold ? drop(x, lanes + c, threshold, kept) : x) + load_residual(c, n);
+    put_as<T>(copy, total, c, sum, n);
+    if (copy) store_as<T>(copy, c, sum, n);
   });
 }
 
@@ -39,19 +44,19 @@ template <DType T> static const void* norm_input(const LayerNormParams& p, const
   const void* x = row(p.x, r);
   if (!p.residual.data) return x;
   const void* residual = row(p.residual, r);
-  void* total = row(p.total, r);
+  void *total = row(p.total, r), *copy = p.total.stream ? t.total : nullptr;
   if (p.dropout.threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
   const DType x_type = p.x.dtype, residual_type = p.residual.dtype;
   if (x_type == T && residual_type == T)
-    add_rows<T>(p, t.lanes, total, [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(x, c, n); },
+    add_rows<T>(p, t.lanes, total, copy, [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(x, c, n); },
                 [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(residual, c, n); });
   else
     add_rows<T>(
-        p, t.lanes, total,
+        p, t.lanes, total, copy,
         [=](i64 c, i64 n) __attribute__((always_inline)) { return load_any(at(x, x_type, c), x_type, n); },
         [=](i64 c, i64 n)
             __attribute__((always_inline)) { return load_any(at(residual, residual_type, c), residual_type, n); });
-  return total;
+  return copy ? copy : total;
 }
 
 template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_begin, i64 row_end) {
@@ -71,14 +76,16 @@ template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_b
     const F scale = set(rstd);
     void* y = row(p.y, r);
     const float *weight = t.weight, *bias = t.bias;
+    const bool past = p.y.stream;
     for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
       const F xhat = (load_as<T>(x, c, n) - center) * scale;
-      store_as<T>(y, c, fma(xhat, load_lanes(weight + c, n), load_lanes(bias + c, n)), n);
+      put_as<T>(past, y, c, fma(xhat, load_lanes(weight + c, n), load_lanes(bias + c, n)), n);
     });
   }
 }
 static void layer_norm_fwd(const LayerNormParams& p, i64 row_begin, i64 row_end) {
   with_dtype(p.y.dtype, [&](auto t) { norm_fwd_rows<t.value>(p, row_begin, row_end); });
+  stream_end();
 }
 
 // Two sums over a row of x and dy: mean(g) and mean(g xhat); adds the row's share to dweight and dbias on the way.
@@ -125,8 +132,9 @@ static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, 
   const MutRows& only = dx.data ? dx : dresidual;
   if (!threshold && !(dx.data && dresidual.data) && only.dtype == T) {
     void* out = row(only, r);
+    const bool past = only.stream;
     norm_gradient<T>(p, t.weight, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
-      store_as<T>(out, c, d, n);
+      put_as<T>(past, out, c, d, n);
     });
     return;
   }
@@ -152,4 +160,5 @@ template <DType T> static void norm_bwd_chunks(const LayerNormParams& p, i64 chu
 }
 static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
   with_dtype(p.x.dtype, [&](auto t) { norm_bwd_chunks<t.value>(p, chunk_begin, chunk_end); });
+  stream_end();
 }

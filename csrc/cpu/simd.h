@@ -3,6 +3,7 @@
 //
 //   F, I, W, M        fp32 lanes, 32-bit integer lanes, 64-bit integer lanes, lane mask;  L = fp32 lanes in a vector
 //   load / load_n     L floats / the first n (the rest 0);  store / store_n likewise; load_bf16, store_f16, … convert
+//   stream            an aligned store past the caches;  prefetch  into L2
 //   fma fnma          a * b + c, c - a * b
 //   lt ge eq, select, keep    compares, m ? a : b, m ? a : 0;  min and max return b where either is nan
 //   sum hmax          over the lanes
@@ -22,6 +23,7 @@
 #endif
 
 INL F zero() { return set(0.f); }
+INL void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 constexpr float kLog2e = 1.4426950408889634f;
 
 // ---- elementary functions -------------------------------------------------------------------------------------------
@@ -143,6 +145,9 @@ INL void philox(uint32_t k0, uint32_t k1, Wide c0, Wide c1, Wide c2, Wide c3, I 
   out[3] = interleave_low(c3.even, c3.odd);
 }
 
+INL void store_bf16(uint16_t* p, F x) { store(p, narrow_bf16(x)); }
+INL void store_f16(uint16_t* p, F x) { store(p, narrow_f16(x)); }
+
 // ---- any dtype at the edges, fp32 inside ----------------------------------------------------------------------------
 
 INL void widen_row(float* out, const void* x, DType t, i64 n) {
@@ -253,6 +258,13 @@ INL void store_any(void* p, DType t, F x, i64 n) {
   if (n < L) __builtin_memcpy(p, buffer, size_t(n) * 2);
 }
 template <DType T> INL void store_as(void* row, i64 c, F x, i64 n) { store_any(at(row, T, c), T, x, n); }
+// The same past the caches where `past` is set (MutRows::stream); to be followed by stream_end().
+template <DType T> INL void put_as(bool past, void* row, i64 c, F x, i64 n) {
+  void* p = at(row, T, c);
+  if (!past || n < L) return store_any(p, T, x, n);
+  if constexpr (T == DType::f32) stream(static_cast<float*>(p), x);
+  else stream(static_cast<uint16_t*>(p), T == DType::bf16 ? narrow_bf16(x) : narrow_f16(x));
+}
 
 // Calls f(t) with t.value the dtype as a constant.
 template <DType T> struct DTypeConstant {

@@ -2,6 +2,7 @@
 #pragma once
 
 constexpr int L = 8;
+using H = __m128i;  // 16-bit lanes
 using F = __m256;
 using I = __m256i;  // 32-bit lanes
 using W = __m256i;  // 64-bit lanes
@@ -85,16 +86,17 @@ INL F load_bf16(const uint16_t* p) {
   return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 INL F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-INL void store_bf16(uint16_t* p, F x) {
+INL H narrow_bf16(F x) {
   const I u = as_int(x);
   I r = iadd(u, iadd(iand(shr16(u), iset(1)), iset(0x7fff)));
   r = shr16(as_int(_mm256_blendv_ps(as_float(r), as_float(iset(0x7fc00000)), _mm256_cmp_ps(x, x, _CMP_UNORD_Q))));
-  const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
-  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08));
 }
-INL void store_f16(uint16_t* p, F x) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+INL H narrow_f16(F x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INL void store(uint16_t* p, H x) { _mm_storeu_si128((__m128i*)p, x); }
+INL void stream(float* p, F x) { _mm256_stream_ps(p, x); }
+INL void stream(uint16_t* p, H x) { _mm_stream_si128((__m128i*)p, x); }
+INL void stream_end() { _mm_sfence(); }
 
 INL F clamp_exponent(F y) { return min(set(128.f), max(set(-152.f), y)); }  // min and max give the second of a nan
 INL F fraction(F y) { return _mm256_sub_ps(y, _mm256_floor_ps(y)); }

@@ -2,6 +2,7 @@
 #pragma once
 
 constexpr int L = 16;
+using H = __m256i;  // 16-bit lanes
 using F = __m512;
 using I = __m512i;  // 32-bit lanes
 using W = __m512i;  // 64-bit lanes
@@ -68,9 +69,9 @@ INL F load_bf16(const uint16_t* p) {
   return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
 INL F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-INL __m256i narrow_bf16(F x) {
+INL H narrow_bf16(F x) {
 #ifdef __AVX512BF16__
-  return (__m256i)_mm512_cvtneps_pbh(x);
+  return (H)_mm512_cvtneps_pbh(x);
 #else
   const I u = as_int(x);
   const I lsb = iand(shr16(u), iset(1));
@@ -79,10 +80,20 @@ INL __m256i narrow_bf16(F x) {
   return _mm512_cvtepi32_epi16(shr16(r));
 #endif
 }
-INL void store_bf16(uint16_t* p, F x) { _mm256_storeu_si256((__m256i*)p, narrow_bf16(x)); }
-INL void store_f16(uint16_t* p, F x) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#ifdef __AVX512BF16__
+// 32-bit lanes (low[i], high[i]) as bf16 from two vectors of fp32: low halves from x, high halves from y.
+INL I pair_bf16(F x, F y) {
+  const I both_halves = (I)_mm512_cvtne2ps_pbh(y, x);
+  const I order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                   20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, both_halves);
 }
+#endif
+INL H narrow_f16(F x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INL void store(uint16_t* p, H x) { _mm256_storeu_si256((__m256i*)p, x); }
+INL void stream(float* p, F x) { _mm512_stream_ps(p, x); }
+INL void stream(uint16_t* p, H x) { _mm256_stream_si256((__m256i*)p, x); }
+INL void stream_end() { _mm_sfence(); }
 
 INL F fraction(F y) { return _mm512_reduce_ps(y, 0x09); }  // y - floor(y)
 INL F scale_by_exp2(F p, F y) { return _mm512_scalef_ps(p, y); }  // p * 2^floor(y)

@@ -6,6 +6,9 @@ constexpr int L = 4;
 typedef float F __attribute__((vector_size(16)));
 typedef uint32_t I __attribute__((vector_size(16)));  // 32-bit lanes
 typedef uint64_t W __attribute__((vector_size(16)));  // 64-bit lanes
+struct H {  // 16-bit lanes
+  uint16_t lane[4];
+};
 struct M {
   I v;  // all ones or all zeros per lane
 };
@@ -136,12 +139,14 @@ INL uint16_t narrow_bf16(float f) {
 }
 INL F load_bf16(const uint16_t* p) { return as_float(I{p[0], p[1], p[2], p[3]} << 16); }
 INL F load_f16(const uint16_t* p) { return F{widen_f16(p[0]), widen_f16(p[1]), widen_f16(p[2]), widen_f16(p[3])}; }
-INL void store_bf16(uint16_t* p, F x) {
-  for (int i = 0; i < 4; i++) p[i] = narrow_bf16(x[i]);
+INL H narrow_bf16(F x) {
+  return {{narrow_bf16(x[0]), narrow_bf16(x[1]), narrow_bf16(x[2]), narrow_bf16(x[3])}};
 }
-INL void store_f16(uint16_t* p, F x) {
-  for (int i = 0; i < 4; i++) p[i] = narrow_f16(x[i]);
-}
+INL H narrow_f16(F x) { return {{narrow_f16(x[0]), narrow_f16(x[1]), narrow_f16(x[2]), narrow_f16(x[3])}}; }
+INL void store(uint16_t* p, H x) { __builtin_memcpy(p, &x, 8); }
+INL void stream(float* p, F x) { store(p, x); }
+INL void stream(uint16_t* p, H x) { store(p, x); }
+INL void stream_end() {}
 
 INL F clamp_exponent(F y) { return min(set(128.f), max(set(-152.f), y)); }  // min and max give the second of a nan
 INL F fraction(F y) { return y - floor(y); }

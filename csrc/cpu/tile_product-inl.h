@@ -7,8 +7,14 @@
 enum Mode {
   SET,    // C = product
   ACC,    // C += product
+  ADD,    // C += product, which was summed by itself: more exact over a long contraction
   SCALE,  // C = C * alpha[lane] + product
 };
+#ifdef __AVX512BF16__
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
 
 constexpr int kTileRows = L == 16 ? 8 : L == 8 ? 6 : 4;
 
@@ -29,7 +35,7 @@ INL void tile(const uint32_t* A, i64 ra, i64 ka, const uint32_t* B, i64 ldb, i64
               const float* alpha) {
   F acc[R][V];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
-    acc[r][v] = MODE == SET ? zero() : load(C + r * ldc + v * L);
+    acc[r][v] = MODE == SET || MODE == ADD ? zero() : load(C + r * ldc + v * L);
     if (MODE == SCALE) acc[r][v] = acc[r][v] * load(alpha + v * L);
   }
   for (i64 k = 0; k < K; k++) {
@@ -40,7 +46,10 @@ INL void tile(const uint32_t* A, i64 ra, i64 ka, const uint32_t* B, i64 ldb, i64
       UNROLL for (int v = 0; v < V; v++) acc[r][v] = multiply_words<PAIR>(a, b[v], acc[r][v]);
     }
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) store(C + r * ldc + v * L, acc[r][v]);
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
+    if (MODE == ADD) acc[r][v] = load(C + r * ldc + v * L) + acc[r][v];
+    store(C + r * ldc + v * L, acc[r][v]);
+  }
 }
 // M rows of V vectors: tiles of kTileRows, then 4, 2, 1.
 template <bool PAIR, int V, Mode MODE>

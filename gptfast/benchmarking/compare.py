@@ -44,6 +44,10 @@ def _cross_entropy(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
     return F.cross_entropy(logits, targets, **options)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), targets, **options)
 
@@ -68,6 +72,7 @@ TORCH: dict[str, tuple[str, Fn]] = {
     "add_layer_norm": ("F.layer_norm of the sum", _add_layer_norm),
     "dropout": ("F.dropout", _dropout),
     "cross_entropy": ("F.cross_entropy", _cross_entropy),
+    "linear": ("F.linear", _linear),
     "linear_cross_entropy": ("F.linear + F.cross_entropy", _linear_cross_entropy),
     "sample": ("sort + multinomial", _sample),
 }
@@ -82,6 +87,7 @@ class Comparison:
     backward: bool
     ours: Callable[[], Any]
     peers: dict[str, Callable[[], Any]]
+    errors: tuple[float, float] = (0.0, 0.0)  # of results and gradients, as multiples of eager PyTorch's; small cases
     milliseconds: dict[str, float] = field(default_factory=dict)  # medians; "ours" first
     ratios: dict[str, float] = field(default_factory=dict)  # peer / ours, median over the rounds
 
@@ -117,20 +123,31 @@ def comparisons(op_names: list[str] | None = None, dtypes: tuple[torch.dtype, ..
     """Yield a ready Comparison for every benchmark case: parity is checked on the small cases of the op first."""
     for op in op_names or list(CASES):
         for dtype in dtypes:
-            for case in (c for c in CASES[op] if not c.bench):
-                check_case(case, dtype)
+            checked = [check_case(case, dtype) for case in CASES[op] if not case.bench]
+            errors = max(e[0] for e in checked), max(e[1] for e in checked)
             for case in (c for c in CASES[op] if c.bench):
                 for backward in (False, True) if op != "sample" else (False,):
-                    yield make_comparison(case, dtype, backward)
+                    comparison = make_comparison(case, dtype, backward)
+                    comparison.errors = errors
+                    yield comparison
 
 
 def make_comparison(case: Case, dtype: torch.dtype, backward: bool) -> Comparison:
     label, torch_fn = TORCH[case.op]
     peers = {label: _closure(torch_fn, case, dtype, backward)}
+    flops, data = case.cost(torch.finfo(dtype).bits // 8)
+    if not flops and not backward:
+        peers["copy of its bytes"] = _copy(int(data))
     if not case.slow_reference:
         peers["eager"] = _closure(getattr(reference, case.op), case, dtype, backward)
     ours = _closure(getattr(ops, case.op), case, dtype, backward)
     return Comparison(case, dtype, backward, ours, peers)
+
+
+def _copy(size: int) -> Callable[[], Any]:
+    """Reads and writes `size` bytes in all, into memory that is there already: what a memory-bound op can reach."""
+    source, target = torch.zeros(2, size // 2, dtype=torch.uint8).unbind()
+    return lambda: target.copy_(source)
 
 
 def _timed(fn: Callable[[], Any]) -> float:

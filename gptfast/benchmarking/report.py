@@ -11,14 +11,16 @@ from gptfast._files import atomic_write
 from gptfast.benchmarking.compare import Comparison
 from gptfast.benchmarking.machine import Machine
 
-BACKWARD_FLOPS = 2.5  # of attention, as a multiple of its forward
+BACKWARD_FLOPS = {"causal_attention": 2.5}  # as a multiple of the forward; 2 for products
 
 
 def percent_of_limit(c: Comparison, machine: Machine) -> tuple[float, str]:
     """How near ours comes to the tighter of the machine's two limits, and which one that is."""
     size = torch.finfo(c.dtype).bits // 8
     flops, data = c.case.cost(size)
-    passes = 1 + (BACKWARD_FLOPS if flops else 1.5) * c.backward  # backward of a pointwise op: 2 reads, 1 write
+    passes = (
+        1 + (BACKWARD_FLOPS.get(c.case.op, 2.0) if flops else 1.5) * c.backward
+    )  # backward of a pointwise op: 2 reads, 1 write
     seconds = c.milliseconds["ours"] / 1e3
     arithmetic = flops * passes / machine.peak(c.dtype) if flops else 0.0
     memory = data * passes / (machine.copy_gbs * 1e9)
@@ -37,15 +39,17 @@ def print_table(results: list[Comparison], machine: Machine) -> None:
         f"copy {machine.copy_gbs:.0f} GB/s, signal between threads {machine.signal_ns:.0f} ns"
     )
     table = Table("op and shape", header_style="bold")
-    for title in ("ours, ms", "% of limit", "against", "ms", "speed-up"):
+    for title in ("ours, ms", "% of limit", "error", "against", "ms", "speed-up"):
         table.add_column(title, justify="left" if title == "against" else "right")
     for c in results:
         share, what = percent_of_limit(c, machine)
         for n, (peer, ratio) in enumerate(c.ratios.items()):
-            mine = (c.name, f"{c.milliseconds['ours']:.2f}", f"{share:.0f} {what}") if n == 0 else ("", "", "")
+            error = f"{c.errors[0]:.1f} / {c.errors[1]:.1f}"
+            mine = (c.name, f"{c.milliseconds['ours']:.2f}", f"{share:.0f} {what}", error) if n == 0 else ("",) * 4
             style = "green" if ratio >= 1 else "red"
             table.add_row(*mine, peer, f"{c.milliseconds[peer]:.2f}", f"[{style}]{ratio:.2f}x[/]")
     console.print(table)
+    console.print("error: of results / gradients against fp64 on small inputs, as a multiple of eager PyTorch's")
 
 
 def save_json(results: list[Comparison], machine: Machine, path: Path) -> None:
@@ -57,6 +61,7 @@ def save_json(results: list[Comparison], machine: Machine, path: Path) -> None:
             "backward": c.backward,
             "milliseconds": c.milliseconds,
             "speedup": c.ratios,
+            "errors": c.errors,
             "percent_of_limit": percent_of_limit(c, machine),
         }
         for c in results

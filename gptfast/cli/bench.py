@@ -13,6 +13,9 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("runs/bench"),
     rounds: Annotated[int, typer.Option(min=3, help="Rounds of ours, peer, ours, peer, … per case.")] = 7,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 keeps PyTorch's choice.")] = 0,
+    tune_malloc: Annotated[
+        bool, typer.Option("--tune-malloc", help="Let glibc keep large buffers, for us and the peers alike.")
+    ] = False,
 ) -> None:
     """Time the ops beside eager PyTorch and torch's own functions; print a table, write JSON and a plot.
 
@@ -22,6 +25,7 @@ def bench(
     import torch
     from rich.progress import Progress
 
+    import gptfast
     from gptfast.benchmarking import compare, comparisons, measure_machine, print_table, save_json, save_plot
     from gptfast.testing import CASES
 
@@ -30,7 +34,10 @@ def bench(
         raise ValueError(f"bench: no op named {', '.join(unknown)}; expected some of {', '.join(CASES)}")
     if threads:
         torch.set_num_threads(threads)
+    if tune_malloc and not gptfast.tune_malloc():
+        raise RuntimeError("bench: --tune-malloc needs glibc; leave it out here")
     machine = measure_machine()
+    print("malloc: " + ("tuned (gptfast.tune_malloc)" if tune_malloc else "as installed"))
     results = []
     with Progress(transient=True) as progress:
         task = progress.add_task("checking and timing", total=None)

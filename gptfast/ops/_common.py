@@ -32,7 +32,7 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def forbid_double_backward(op: str, name: str) -> None:
     """Make differentiating through the backward op <name> a clear error."""
     _backward_ops[name] = op
-    if has_cpu_ops:
+    if hasattr(torch.ops.gptfast, name):
         _raise_in_backward("gptfast", op, name)
 
 
@@ -43,6 +43,23 @@ def _raise_in_backward(namespace: str, op: str, name: str) -> None:
         )
 
     torch.library.register_autograd(f"{namespace}::{name}", backward)
+
+
+_python_ops = torch.library.Library("gptfast", "FRAGMENT")  # keeps the registrations alive
+
+
+def define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Register torch.ops.gptfast.<op> that is Python itself, for tensors of any device: torch.compile sees one call.
+
+    Args:
+        schema: name, arguments and results.
+        function: the implementation.
+        shapes: its fake.
+    """
+    name = schema[: schema.index("(")]
+    _python_ops.define(schema)
+    _python_ops.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gptfast::{name}", shapes, lib=_python_ops)
 
 
 def adopt(namespace: str) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.backend import has_cpu_ops, kernels, resolve
+from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import autocast, check_float, check_same_device, distinct, forbid_double_backward
+from gptfast.ops._common import autocast, check_float, check_same_device, define, distinct, forbid_double_backward
 from gptfast.ops.cross_entropy import check_loss, check_targets, reduce_loss
+from gptfast.ops.gemm import gemm
 
 OP = "linear_cross_entropy"
-CHUNK_BYTES = 128 << 20  # of logits held at a time: enough rows that streaming the weight does not show
+CHUNK_BYTES = 74 << 20  # of logits held at a time; with 16 MB of packed weight less than 100 MB in all
+TILE_ROWS = 96
 
 
 def linear_cross_entropy(
@@ -105,20 +107,30 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 def _chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
-    """Even parts of about CHUNK_BYTES."""
-    parts = max(1, -(-rows * bytes_per_row // CHUNK_BYTES))
-    size = max(16, -(-rows // parts))
+    """Even parts of at most CHUNK_BYTES, in whole tiles of the product; one tile where that is more."""
+    most = max(TILE_ROWS, CHUNK_BYTES // bytes_per_row // TILE_ROWS * TILE_ROWS)
+    parts = max(1, -(-rows // most))
+    size = max(1, min(most, -(-rows // (parts * TILE_ROWS)) * TILE_ROWS))
     return (slice(n, min(n + size, rows)) for n in range(0, rows, size))
+
+
+def _logits_by_chunk(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their logits in hidden's dtype), one buffer serving all chunks."""
+    N, V, buffer = hidden.shape[0], weight.shape[0], None
+    for part in _chunks(N, V * hidden.element_size()):
+        rows = part.stop - part.start
+        buffer = hidden.new_empty(rows, V) if buffer is None else buffer
+        logits = buffer[:rows]
+        gemm(hidden[part], weight.t(), logits, dtype=hidden.dtype)
+        yield part, logits
 
 
 def _losses(
     backend: str, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float
 ) -> Tensor:
     """(N,) losses, without gradients."""
-    weight = weight.to(hidden.dtype)
     loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    for part in _chunks(hidden.shape[0], weight.shape[0] * hidden.element_size()):
-        logits = hidden[part] @ weight.T
+    for part, logits in _logits_by_chunk(hidden, weight):
         loss[part] = kernels(backend).cross_entropy_fwd(logits, targets[part], ignore_index, label_smoothing)[0]
     return loss
 
@@ -138,25 +150,17 @@ def _losses_and_gradients(
     loss, dhidden, dweight = _fake_bwd(
         backend, dloss, hidden, weight, targets, ignore_index, label_smoothing, want_hidden, want_weight
     )
-    factor, logits, product = weight.to(hidden.dtype), None, None
     if not hidden.shape[0]:
         dweight.zero_()
-    for part in _chunks(hidden.shape[0], weight.shape[0] * hidden.element_size()):
-        x = hidden[part]
-        logits = hidden.new_empty(len(x), weight.shape[0]) if logits is None else logits[: len(x)]
-        torch.mm(x, factor.T, out=logits)
+    for part, logits in _logits_by_chunk(hidden, weight):
         upstream = None if dloss is None else dloss[part]
         loss[part] = kernels(backend).cross_entropy_in_place(
             logits, targets[part], upstream, ignore_index, label_smoothing
         )
         if want_hidden:
-            torch.mm(logits, factor, out=dhidden[part])
-        if want_weight and x.dtype == torch.float32:
-            torch.addmm(dweight, logits.T, x, beta=int(part.start > 0), out=dweight)
-        elif want_weight:  # a chunk's product is rounded once, the sum is fp32
-            product = torch.empty_like(factor) if product is None else product
-            torch.mm(logits.T, x, out=product)
-            dweight.add_(product) if part.start else dweight.copy_(product)
+            gemm(logits, weight, dhidden[part], dtype=hidden.dtype)
+        if want_weight:
+            gemm(logits.t(), hidden[part], dweight, dtype=hidden.dtype, accumulate=part.start > 0)
     return loss, dhidden, dweight
 
 
@@ -167,23 +171,47 @@ def _scaled(dtotal: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tensor, dwe
 
 
 class TotalLossFunction(torch.autograd.Function):
-    """Sum of the row losses. The gradients wait for their factor unscaled: divided by N they would underflow in fp16."""
+    """Sum of the row losses. The gradients wait for their factor unscaled: divided by N they would underflow in fp16.
+
+    The first backward scales them in place and hands them on, as a copy of dweight would double the memory; one more
+    backward through the same graph computes them again. A compiled graph plans its memory itself and keeps them.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, backend: str, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, smoothing: float
+        ctx: Any,
+        backend: str,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        smoothing: float,
     ) -> Tensor:
         op, options = torch.ops.gptfast, (ignore_index, smoothing)
         ctx.wanted = tuple(ctx.needs_input_grad[1:3])
         if not any(ctx.wanted):
             return op.linear_cross_entropy_fwd(backend, hidden, weight, targets, *options).double().sum().float()
         loss, *grads = op.linear_cross_entropy_bwd(backend, None, hidden, weight, targets, *options, *ctx.wanted)
-        ctx.save_for_backward(hidden, weight, *grads)
+        ctx.compiled = torch.compiler.is_compiling()
+        ctx.backend, ctx.options = backend, options
+        ctx.save_for_backward(hidden, weight, targets, *(grads if ctx.compiled else ()))
+        ctx.grads = None if ctx.compiled else grads
         return loss.double().sum().float()
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        grads = torch.ops.gptfast.linear_cross_entropy_scale(dtotal, *ctx.saved_tensors)
+        hidden, weight, targets, *grads = ctx.saved_tensors
+        op = torch.ops.gptfast
+        if not ctx.compiled:
+            grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            inputs = (ctx.backend, None, hidden, weight, targets)
+            grads = op.linear_cross_entropy_bwd(*inputs, *ctx.options, *ctx.wanted)[1:]
+        if ctx.compiled or torch.is_grad_enabled():
+            grads = op.linear_cross_entropy_scale(dtotal, hidden, weight, *grads)
+        else:
+            scale = dtotal.item()
+            grads = [g.mul_(scale).to(x.dtype) for g, x in zip(grads, (hidden, weight), strict=True)]
         return None, *(g if wanted else None for g, wanted in zip(grads, ctx.wanted, strict=True)), None, None, None
 
 
@@ -237,30 +265,17 @@ def _fake_scale(
     return dhidden.new_empty(dhidden.shape), weight.new_empty(dweight.shape)
 
 
-def _register() -> torch.library.Library:
-    """The chunk loops as operators of their own, so that torch.compile sees one call and not the loop."""
-    library = torch.library.Library("gptfast", "FRAGMENT")
-    inputs = "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing"
-    schemas = {
-        f"{OP}_fwd": (f"(str backend, {inputs}) -> Tensor", _losses, _fake_fwd),
-        f"{OP}_bwd": (
-            f"(str backend, Tensor? dloss, {inputs}, bool want_hidden, bool want_weight) -> (Tensor, Tensor, Tensor)",
-            _losses_and_gradients,
-            _fake_bwd,
-        ),
-        f"{OP}_scale": (
-            "(Tensor dtotal, Tensor hidden, Tensor weight, Tensor dhidden, Tensor dweight) -> (Tensor, Tensor)",
-            _scaled,
-            _fake_scale,
-        ),
-    }
-    for name, (schema, function, shapes) in schemas.items():
-        library.define(name + schema)
-        library.impl(name, function, "CompositeExplicitAutograd")  # on whatever device the tensors are
-        torch.library.register_fake(f"gptfast::{name}", shapes, lib=library)
-    forbid_double_backward(OP, f"{OP}_bwd")
-    forbid_double_backward(OP, f"{OP}_scale")
-    return library
-
-
-_library = _register() if has_cpu_ops else None  # keeps the registrations alive
+_INPUTS = "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing"
+define(f"{OP}_fwd(str backend, {_INPUTS}) -> Tensor", _losses, _fake_fwd)
+define(
+    f"{OP}_bwd(str backend, Tensor? dloss, {_INPUTS}, bool want_hidden, bool want_weight) -> (Tensor, Tensor, Tensor)",
+    _losses_and_gradients,
+    _fake_bwd,
+)
+define(
+    f"{OP}_scale(Tensor dtotal, Tensor hidden, Tensor weight, Tensor dhidden, Tensor dweight) -> (Tensor, Tensor)",
+    _scaled,
+    _fake_scale,
+)
+forbid_double_backward(OP, f"{OP}_bwd")
+forbid_double_backward(OP, f"{OP}_scale")

@@ -26,12 +26,13 @@ from gptfast._files import read_json
 from gptfast._folders import finish_staged, staged_folder
 from gptfast.models import GPT
 from gptfast.models.export import write_tensors
+from gptfast.ops.gemm import chosen_methods
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.config import TrainConfig
 from gptfast.training.optim import optimizer_tensors, restore_optimizers
 
 TRAINER, OPTIMIZER = "trainer.json", "optimizer.safetensors"
-VERSION = 1
+VERSION = 2
 _EVERYTHING = ".*"  # a checkpoint folder is ours alone: files of an older one do not stay
 
 
@@ -60,6 +61,7 @@ class Checkpoint:
     source: dict[str, Any]  # how the data was opened, and marks of it that must stay the same
     dropout: tuple[int, int]  # seed, step
     threads: int
+    gemm: dict[str, str]  # how matrix products were computed: their last bits depend on it
 
 
 def save_checkpoint(
@@ -81,6 +83,7 @@ def save_checkpoint(
         "state": asdict(state),
         "dropout": [model.dropout_seed, model.dropout_step],
         "threads": torch.get_num_threads(),
+        "gemm": chosen_methods(),
         "source": source,
         "config": asdict(config),
     }
@@ -158,6 +161,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
         raw["source"],
         (int(seed), int(step)),
         int(raw["threads"]),
+        dict(raw["gemm"]),
     )
 
 

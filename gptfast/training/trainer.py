@@ -14,6 +14,7 @@ import torch
 
 from gptfast.data import TokenFile, WindowSampler
 from gptfast.models import GPT
+from gptfast.ops.gemm import keep_methods
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.checkpoint import (
     Checkpoint,
@@ -123,6 +124,7 @@ class Trainer:
             )
         self.state = state
         self.model.dropout_seed, self.model.dropout_step = checkpoint.dropout
+        keep_methods(checkpoint.gemm)
         load_optimizers(checkpoint.folder, self.model, self.optimizers)
 
     def train(self) -> TrainResult:

@@ -1,0 +1,82 @@
+// gemm: schema, checks, workspace, launch.
+#include <algorithm>
+
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+constexpr const char* kOp = "gemm";
+constexpr i64 kPanel = cpu::kGemmPanel;
+constexpr i64 kWorkspace = 4 << 20;  // words of packed B at a time, 16 MB
+constexpr i64 kMostDepth = 4096;     // words of k in a stretch
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// Strides of a dimension of one element mean nothing: such a matrix counts as stored either way.
+cpu::Matrix matrix_of(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, kOp, ": ", name, " must be a CPU matrix");
+  const bool by_columns = x.stride(0) == 1 || x.size(0) <= 1, by_rows = x.stride(1) == 1 || x.size(1) <= 1;
+  STD_TORCH_CHECK(by_rows || by_columns, kOp, ": ", name, " must be contiguous along its rows or its columns");
+  return {x.const_data_ptr(), x.stride(by_columns ? 1 : 0), dtype_of(kOp, x), by_columns};
+}
+
+// Columns of an item: enough items for every thread to end at about the same time.
+i64 item_columns(const cpu::GemmParams& p) {
+  const i64 wanted = 6 * i64(torch::stable::get_num_threads()), row_blocks = ceil_div(p.M, cpu::kGemmRows);
+  i64 columns = 768;
+  while (columns > 96 && row_blocks * ceil_div(p.n1 - p.n0, columns) < wanted) columns /= 2;
+  return columns;
+}
+
+void stretch(cpu::GemmParams& p) {
+  const i64 groups = ceil_div(p.n1 - p.n0, kPanel * cpu::kPackPanels);
+  parallel_items(groups * ceil_div(p.k1 - p.k0, cpu::kGemmDepth),
+                 [&](i64 item) { cpu::kernels().gemm_pack(p, item, item + 1); });
+  p.columns = item_columns(p);
+  parallel_items(ceil_div(p.M, cpu::kGemmRows) * ceil_div(p.n1 - p.n0, p.columns),
+                 [&](i64 item) { cpu::kernels().gemm(p, item); });
+}
+
+void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, bool pairs, bool accumulate,
+          const OptTensor& a_sums) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && c.dim() == 2 && a.size(1) == b.size(0) && c.size(0) == a.size(0) &&
+                      c.size(1) == b.size(1) && c.is_cpu() && (c.size(1) <= 1 || c.stride(1) == 1),
+                  kOp, ": expected a (M, K), b (K, N), c (M, N) with contiguous rows");
+  Tensor bias_owner, carry;
+  cpu::GemmParams p{};
+  p.a = matrix_of("a", a), p.b = matrix_of("b", b), p.c = {c.mutable_data_ptr(), c.stride(0), dtype_of(kOp, c)};
+  p.M = a.size(0), p.N = b.size(1), p.K = a.size(1);
+  p.pairs = pairs && cpu::kernels().multiplies_pairs, p.accumulate = accumulate;
+  p.bias = vector_of(kOp, bias, p.N, &bias_owner);
+  if (a_sums) {
+    Tensor sums = *a_sums;
+    STD_TORCH_CHECK(p.a.by_columns && sums.numel() == p.M && sums.scalar_type() == ScalarType::Float, kOp,
+                    ": a_sums must be (M,) float32, with a by columns");
+    p.a_sums = static_cast<float*>(sums.mutable_data_ptr());
+  }
+  if (!p.M || !p.N) return;
+  const i64 words = p.pairs ? ceil_div(p.K, 2) : p.K, depth = std::max<i64>(1, std::min(words, kMostDepth));
+  const i64 width = std::min<i64>(ceil_div(p.N, kPanel), kWorkspace / ceil_div(depth, 256) / 256 / kPanel) * kPanel;
+  if (words > kMostDepth) {
+    carry = new_tensor({p.M, p.N}, ScalarType::Float);
+    p.carry = static_cast<float*>(carry.mutable_data_ptr());
+  }
+  p.packed = static_cast<uint32_t*>(
+      cpu::workspace(size_t(ceil_div(depth, cpu::kGemmDepth) * cpu::kGemmDepth * width) * 4));
+  for (p.n0 = 0; p.n0 < p.N; p.n0 += width)
+    for (p.k0 = 0; p.k0 == 0 || p.k0 < words; p.k0 += kMostDepth) {
+      p.n1 = std::min(p.n0 + width, p.N), p.k1 = std::min(p.k0 + kMostDepth, words);
+      stretch(p);
+    }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
+  m.def(
+      "gemm(Tensor a, Tensor b, Tensor? bias, Tensor(a!) c, bool pairs, bool accumulate, Tensor(b!)? a_sums) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("gemm", TORCH_BOX(&gemm)); }
+
+}  // namespace gptfast

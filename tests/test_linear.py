@@ -1,0 +1,236 @@
+"""linear and the matrix product behind it: parity on every ISA, layouts, independence of rows and threads, errors."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
+
+from gptfast import ops
+from gptfast.backend import cpu_isa, force_cpu_isa
+from gptfast.ops import gemm as gemm_file
+from gptfast.testing import Case, cases, check_case, dtypes
+
+CASES = cases("linear")
+SHAPES = [
+    (1, 1, 1),
+    (5, 33, 7),
+    (97, 65, 300),
+    (200, 100, 513),
+    (96, 32, 256),
+    (130, 770, 1030),
+    (3, 40, 9000),
+    (4, 5, 0),
+]
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_parity(case, dtype, isa):
+    check_case(case, dtype)
+
+
+@pytest.mark.parametrize("method", gemm_file.METHODS)
+def test_parity_of_every_method(method, monkeypatch):
+    monkeypatch.setattr(gemm_file, "_FORCED", method)
+    for case in CASES:
+        check_case(case, torch.float32)
+
+
+def stored(rows: int, cols: int, by_columns: bool, dtype: torch.dtype) -> torch.Tensor:
+    """Random matrix with a gap of three values after every row (or column)."""
+    x = torch.randn(cols if by_columns else rows, (rows if by_columns else cols) + 3).to(dtype)[:, :-3]
+    return x.t() if by_columns else x
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("layout", ["nn", "nt", "tn", "tt"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "M{}N{}K{}".format(*s))
+def test_product(shape, layout, pairs, isa):
+    """Against fp64, over mixed dtypes of the factors and of the result, with bias, accumulation and sums of a's rows."""
+    (M, N, K), floats = shape, (torch.float32, torch.bfloat16)
+    for n, (of_a, of_b, of_c) in enumerate((p, q, r) for p in floats for q in floats for r in floats):
+        a, b = stored(M, K, layout[0] == "t", of_a), stored(K, N, layout[1] == "t", of_b)
+        c = torch.randn(M, N + 3).to(of_c)[:, :-3]
+        bias = torch.randn(N) if n % 2 else None
+        sums = torch.full((M,), float("nan")) if layout[0] == "t" else None
+        add = n % 3 == 0
+        rounded = pairs and cpu_isa() == "avx512_bf16"  # elsewhere bfloat16 is multiplied as float32
+        exact_a, exact_b = ((x.bfloat16() if rounded else x).double() for x in (a, b))
+        expected = exact_a @ exact_b + (0 if bias is None else bias) + (c.double() if add else 0)
+        torch.ops.gptfast.gemm(a, b, bias, c, pairs, add, sums)
+        scale = (exact_a.abs() @ exact_b.abs()).max().item() + 5 if M * N else 1
+        eps = torch.finfo(of_c).eps + K**0.5 * torch.finfo(torch.float32).eps
+        assert (c.double() - expected).abs().max().item() <= eps * scale, (of_a, of_b, of_c)
+        if sums is not None:
+            torch.testing.assert_close(sums, a.float().sum(1), rtol=1e-5, atol=1e-5 * (K**0.5 + 1))
+
+
+def test_more_columns_than_the_workspace_holds(isa):
+    """Packed weights beyond 16 MB come in stretches of columns."""
+    a, b = torch.randn(2, 4096), torch.randn(1100, 4096)
+    c = torch.full((2, 1100), float("nan"))
+    torch.ops.gptfast.gemm(a, b.t(), None, c, False, False, None)
+    torch.testing.assert_close(c.double(), a.double() @ b.double().t(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_depends_on_no_other_row(dtype, isa):
+    x, weight, bias = torch.randn(200, 600).to(dtype), torch.randn(50, 600).to(dtype), torch.randn(50).to(dtype)
+    y = ops.linear(x, weight, bias)
+    for n in (16, 17, 97, 199):
+        assert torch.equal(ops.linear(x[:n], weight, bias), y[:n])
+
+
+def test_repeatable(threads):
+    for case in [*CASES, Case("linear", {"N": 300, "C": 500, "M": 900})]:
+        check_repeatable(case, torch.float32)
+        check_repeatable(case, torch.bfloat16)
+
+
+def test_pure():
+    for case in CASES:
+        check_pure(case, torch.float32)
+
+
+def test_fp64_passes_gradcheck():
+    args = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((17, 5), (3, 5), (3,))]
+    for activation in (None, "gelu_tanh"):
+        torch.autograd.gradcheck(lambda x, w, b, a=activation: ops.linear(x, w, b, a), args)
+
+
+def test_compiles():
+    x, weight, bias = torch.randn(20, 16), torch.randn(7, 16), torch.randn(7)
+    check_compiles(lambda x, w, b: ops.linear(x, w, b, "gelu_tanh"), x, weight, bias)
+    check_compiles(lambda x, w: ops.linear(x, w), x, weight)
+    check_compiles(lambda x: ops.linear(x, x), torch.randn(16, 16))
+
+
+def test_opcheck():
+    x, weight, bias, dy = torch.randn(20, 16), torch.randn(7, 16), torch.randn(7), torch.randn(20, 7)
+    torch.library.opcheck(torch.ops.gptfast.linear_fwd.default, (x, weight, bias))
+    for wanted in ((True, True, True), (False, True, False), (True, False, True)):
+        torch.library.opcheck(torch.ops.gptfast.linear_bwd.default, (dy, x, weight, *wanted))
+
+
+def test_no_double_backward():
+    weight = torch.randn(7, 16)
+    check_no_double_backward(lambda x: ops.linear(x, weight) ** 2, torch.randn(20, 16), "linear: double backward")
+
+
+def test_autocast_keeps_the_fp32_gradient_of_a_weight():
+    x, weight, bias = torch.randn(40, 64), torch.randn(32, 64, requires_grad=True), torch.randn(32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.linear(x, weight, bias)
+        wanted = F.linear(x, weight, bias)
+    assert y.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(y, wanted, rtol=1e-2, atol=1e-2)
+    dy = torch.randn(40, 32).bfloat16()
+    dweight, dbias = torch.autograd.grad(y, (weight, bias), dy)
+    assert dweight.dtype == dbias.dtype == torch.float32
+    torch.testing.assert_close(dweight.double(), dy.double().t() @ x.bfloat16().double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dbias, dy.float().sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 3), (0, 3)])
+def test_any_leading_dimensions(shape):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    y, expected = ops.linear(x, weight), F.linear(x, weight)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(expected, (x, weight), dy), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_an_expanded_gradient():
+    x, weight = torch.randn(20, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    got = torch.autograd.grad(ops.linear(x, weight).sum(), (x, weight))
+    torch.testing.assert_close(got, torch.autograd.grad(F.linear(x, weight).sum(), (x, weight)))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """As without GPTFAST_GEMM, and nothing measured yet."""
+    monkeypatch.setattr(gemm_file, "_FORCED", "")
+    monkeypatch.setattr(gemm_file, "_chosen", {})
+
+
+def test_the_fastest_method_is_measured_once_per_layout(measured, monkeypatch):
+    a = torch.randn(64, 64)
+    first = gemm_file.method(a, a.t(), torch.float32)
+    assert gemm_file.chosen_methods() == {"nt float32": first} and first in gemm_file.METHODS
+    monkeypatch.setattr(gemm_file, "_best_times", lambda runners: pytest.fail("measured again"))
+    gemm_file.method(a, a.t(), torch.float32)
+    assert gemm_file.method(a[:4], a.t(), torch.float32) == "torch"  # few rows
+    assert gemm_file.method(a.double(), a.t().double(), torch.float64) == "torch"
+
+
+def test_the_choice_of_another_process_is_kept(measured, monkeypatch):
+    gemm_file.keep_methods({"nn float32": "onednn"})
+    monkeypatch.setattr(gemm_file, "_best_times", lambda runners: pytest.fail("measured"))
+    a = torch.randn(64, 64)
+    assert gemm_file.method(a, a, torch.float32) == "onednn"
+    with pytest.raises(ValueError, match="gemm: method of nn float32 is 'blas'; expected one of own, torch, onednn"):
+        gemm_file.keep_methods({"nn float32": "blas"})
+
+
+@pytest.mark.parametrize(("own_time", "chosen"), [(1.0, "torch"), (0.8, "own")])
+def test_another_method_must_lead_clearly(own_time, chosen, monkeypatch):
+    monkeypatch.setattr(gemm_file, "_best_times", lambda runners: {"own": own_time, "torch": 0.6, "onednn": 0.9})
+    assert gemm_file._fastest(False, False, torch.float32) == chosen
+
+
+def test_the_environment_forces_a_method():
+    def chosen(name: str) -> subprocess.CompletedProcess:
+        code = "import torch; from gptfast.ops import gemm as g; x = torch.ones(64, 64); print(g.method(x, x, x.dtype))"
+        environment = {**os.environ, "GPTFAST_GEMM": name}
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+    assert chosen("onednn").stdout.strip() == "onednn"
+    assert "GPTFAST_GEMM is 'blas'; expected one of own, torch, onednn" in chosen("blas").stderr
+
+
+X, W = torch.zeros(20, 4), torch.zeros(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: ops.linear(X, W[:, :3]), ValueError, r"linear: x has shape \(20, 4\) and weight \(3, 3\); expected x"),
+        (lambda: ops.linear(X, W, torch.zeros(4)), ValueError, r"linear: bias has shape \(4,\); expected \(3,\)"),
+        (lambda: ops.linear(X, W, activation="relu"), ValueError, "linear: activation is 'relu'; expected one of None"),
+        (lambda: ops.linear(X.int(), W), TypeError, "linear: x has dtype torch.int32"),
+        (lambda: ops.linear(X, W.half()), TypeError, "linear: x is torch.float32 but weight is torch.float16; cast"),
+        (
+            lambda: torch.ops.gptfast.gemm(X, X, None, X.clone(), False, False, None),
+            RuntimeError,
+            r"gemm: expected a \(M, K\), b \(K, N\), c \(M, N\)",
+        ),
+        (
+            lambda: torch.ops.gptfast.gemm(
+                torch.zeros(4, 4, 4)[:, :, 0], X.t(), None, torch.zeros(4, 20), False, False, None
+            ),
+            RuntimeError,
+            "gemm: a must be contiguous along its rows or its columns",
+        ),
+    ],
+)
+def test_errors(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+
+
+def test_isas_agree():
+    """The same order of sums on every ISA: only fused multiply-adds differ."""
+    case = Case("linear", {"N": 40, "C": 700, "M": 33})
+    results = []
+    for name in ("scalar", cpu_isa()):
+        with force_cpu_isa(name):
+            results.append(ops.linear(*case.inputs(torch.float32)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

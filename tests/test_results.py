@@ -1,0 +1,101 @@
+"""Memory of large results: kept for the next one of about the same size, up to a limit, and never shared."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import gptfast
+from gptfast import ops
+from gptfast.backend import has_cpu_ops
+
+pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled ops")
+MB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _limit() -> Iterator[None]:
+    """Starts with nothing kept, and restores the default limit."""
+    torch.ops.gptfast.keep_results(0)
+    torch.ops.gptfast.keep_results(256 * MB)
+    yield
+    torch.ops.gptfast.keep_results(0)
+    torch.ops.gptfast.keep_results(256 * MB)
+
+
+def result(megabytes: int) -> torch.Tensor:
+    return ops.gelu(torch.ones(megabytes * MB // 4))
+
+
+def test_memory_of_a_freed_result_serves_the_next():
+    y = result(8)
+    place = y.data_ptr()
+    del y
+    assert result(8).data_ptr() == place
+    assert result(7).data_ptr() == place  # a little smaller
+
+
+def test_live_results_never_share_memory():
+    alive = [result(4) for _ in range(6)]
+    assert len({y.data_ptr() for y in alive}) == 6
+    view = alive[2][100:200]
+    place = alive[2].data_ptr()
+    del alive[2]
+    assert result(4).data_ptr() != place  # the view still needs it
+    assert (view == view[0]).all()
+
+
+def test_memory_of_another_size_is_left():
+    place = result(16).data_ptr()
+    assert result(4).data_ptr() != place
+
+
+def test_over_the_limit_the_oldest_goes_first():
+    torch.ops.gptfast.keep_results(8 * MB)
+    older, newer = result(4), result(6)
+    place = newer.data_ptr()
+    del older
+    del newer
+    assert result(6).data_ptr() == place
+
+
+def test_tune_malloc_leaves_memory_to_malloc():
+    """In a process of its own: the settings cannot be taken back."""
+    code = """
+import resource, torch, gptfast
+from gptfast import ops
+assert gptfast.tune_malloc()
+x = torch.ones(1 << 22)
+faults = []
+for n in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.nn.functional.gelu(x)
+    ops.gelu(x)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100  # 8192 pages otherwise
+    with pytest.raises(ValueError, match="tune_malloc: top_pad_megabytes is -1; expected 0 to 2047"):
+        gptfast.tune_malloc(-1)
+
+
+def test_results_freed_in_another_thread():
+    results = [result(4) for _ in range(4)]
+    thread = threading.Thread(target=results.clear)
+    thread.start()
+    thread.join()
+    assert (result(4) == result(4)).all()
+
+
+def test_results_outlive_the_limit():
+    y = result(8)
+    expected = y.clone()
+    torch.ops.gptfast.keep_results(0)
+    result(8)
+    assert torch.equal(y, expected)
