@@ -1,0 +1,29 @@
+// causal_attention: the kernel that a call runs.
+#include "causal_attention.h"
+
+#include "common.cuh"
+
+namespace gptfast::cuda {
+namespace {
+
+// Are all rows of x whole chunks of 16 bytes at aligned addresses?
+template <class H> bool whole_chunks(const AttentionParams& p, const H& x) {
+  const i64 size = element_size(p.dtype), mask = (p.D | x.sb | x.sh | x.st) * size | i64(reinterpret_cast<uintptr_t>(x.data));
+  return !x.data || mask % 16 == 0;
+}
+AttentionParams prepared(AttentionParams p) {
+  p.whole_chunks = whole_chunks(p, p.q) && whole_chunks(p, p.k) && whole_chunks(p, p.v) && whole_chunks(p, p.out) &&
+                   whole_chunks(p, p.dout) && whole_chunks(p, p.y) && whole_chunks(p, p.dq) && whole_chunks(p, p.dk) &&
+                   whole_chunks(p, p.dv);
+  return p;
+}
+
+}  // namespace
+
+i64 causal_attention_partial(const AttentionParams&) { return 0; }
+cudaError_t causal_attention_fwd(AttentionParams p, cudaStream_t stream) {
+  return causal_attention_fwd_sm80(prepared(p), stream);
+}
+cudaError_t causal_attention_bwd(AttentionParams p, cudaStream_t stream) { return cudaErrorNotSupported; }
+
+}  // namespace gptfast::cuda

@@ -1,0 +1,174 @@
+// Forward of causal_attention: out = softmax(scale q k^T + mask) v by tiles of queries and keys with a running maximum
+// and sum per query (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).
+//
+// One block has BM queries of one head; a warp has 16 MT of them and all keys of a tile, so that a row of scores lies in
+// the four lanes of a quad. k is loaded while the tile before is weighed, v while q k^T is formed. Scores are kept in
+// units of log2: weight = exp2(scale log2(e) s - m).
+//
+// Floor: 4 T S D flops a head on tensor cores, half of them under a causal mask.
+#include "causal_attention_tile.cuh"
+
+namespace gptfast::cuda {
+namespace {
+
+template <class E_, int D_, int MT_, int WARPS_, int BN_> struct ForwardShape {
+  using E = E_;
+  static constexpr int D = D_, MT = MT_, BN = BN_, BM = 16 * MT * WARPS_, NT = BN / 8, THREADS = 32 * WARPS_;
+  static constexpr int SMEM = (BM + 2 * BN) * Tile<E, D>::kRow + BM * int(sizeof(Range)) + 4 * WARPS_;
+};
+
+// Scores of the rows of one lane -> weights, and the running maximum m, sum l and output o brought up to date.
+template <int MT, int NT, int OT>
+DEV_INLINE void softmax_step(float (&s)[MT][NT][4], float (&m)[MT][2], float (&l)[MT][2], float (&o)[MT][OT][4],
+                             float scale_log2) {
+#pragma unroll
+  for (int i = 0; i < MT; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(m[i][h], scale_log2 * fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2)));
+      const float shift = top == -INFINITY ? 0.f : top;  // a row that has seen no key yet
+      const float rescale = fast_exp2(m[i][h] - shift);
+      m[i][h] = top;
+      float sum = 0.f;
+#pragma unroll
+      for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; e++) {
+          s[i][n][e] = fast_exp2(fmaf(s[i][n][e], scale_log2, -shift));
+          sum += s[i][n][e];
+        }
+      l[i][h] = l[i][h] * rescale + sum;
+#pragma unroll
+      for (int n = 0; n < OT; n++) o[i][n][2 * h] *= rescale, o[i][n][2 * h + 1] *= rescale;
+    }
+}
+
+// Zeros in place of the weights that are dropped: rows row, row + 8, row + 16, … and columns j0 … of matrix `bh`.
+template <int MT, int NT>
+DEV_INLINE void drop(float (&s)[MT][NT][4], const Dropout& dropout, int bh, int row, int j0) {
+#pragma unroll
+  for (int i = 0; i < MT; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int n = 0; n < NT; n += 4) {
+        const uint4 words = dropout_call(dropout, bh, row + 16 * i + 8 * h, j0 + n * 8 + int(threadIdx.x % 4) * 2);
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+          if (!dropout_keeps(dropout, word_of(words, e / 2), e % 2)) s[i][n + e / 2][2 * h + e % 2] = 0.f;
+      }
+}
+
+template <int MT, int NT> DEV_INLINE void mask(float (&s)[MT][NT][4], const Range* seen, int j0) {
+  const int column = j0 + int(threadIdx.x % 4) * 2;
+#pragma unroll
+  for (int i = 0; i < MT; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const Range r = seen[16 * i + 8 * h + threadIdx.x % 32 / 4];
+#pragma unroll
+      for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (!r.holds(column + n * 8 + e)) s[i][n][2 * h + e] = -INFINITY;
+    }
+}
+
+template <class C> __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_constant__ AttentionParams p) {
+  using E = typename C::E;
+  using T = Tile<E, C::D>;
+  constexpr int MT = C::MT, BN = C::BN;
+  DYN_SMEM(smem);
+  const T q{smem}, k{q.data + C::BM * T::kRow}, v{k.data + BN * T::kRow};
+  Range* seen = reinterpret_cast<Range*>(v.data + BN * T::kRow);
+  int* flags = reinterpret_cast<int*>(seen + C::BM);
+
+  // late queries, which see the most keys, first
+  const int blocks = (p.T + C::BM - 1) / C::BM, bh = blockIdx.x / blocks, b = bh / p.H, h = bh % p.H;
+  const int i0 = (blocks - 1 - int(blockIdx.x) % blocks) * C::BM;
+  const int lane = threadIdx.x % 32, warp_row = int(threadIdx.x) / 32 * 16 * MT, row = i0 + warp_row + lane / 4;
+  load_tile<C::BM, C::THREADS>(q, p, p.q, b, h, i0, p.T);
+  for (int r = threadIdx.x; r < C::BM; r += C::THREADS) seen[r] = visible_keys(p, b, i0 + r);
+  __syncthreads();
+  const Range first = seen[0], last = seen[min(C::BM, p.T - i0) - 1];
+  const Range warp_first = seen[warp_row], warp_last = seen[warp_row + 16 * MT - 1];
+
+  const int j_begin = first.lo / BN * BN, j_end = last.hi;
+  const float scale_log2 = fmaxf(p.scale, 1e-30f) * kLog2e;  // above 0, as 0 times the -inf of masked scores is nan
+  float o[MT][C::D / 8][4] = {}, l[MT][2] = {}, m[MT][2];
+#pragma unroll
+  for (int n = 0; n < 2 * MT; n++) m[n / 2][n % 2] = -INFINITY;
+
+  bool nonfinite = false;  // in tiles with masked elements
+  int j0 = j_end <= j_begin ? j_begin - BN : (j_end - 1) / BN * BN;
+  if (j0 >= j_begin) load_tile<BN, C::THREADS>(k, p, p.k, b, h, j0, p.S);
+  cp_async_commit();
+  for (; j0 >= j_begin; j0 -= BN) {
+    cp_async_wait<0>();
+    __syncthreads();  // k has landed, v has been used
+    load_tile<BN, C::THREADS>(v, p, p.v, b, h, j0, p.S);
+    cp_async_commit();
+    const bool edge = j0 < last.lo || j0 + BN > first.hi;
+    const bool active = j0 < warp_last.hi && j0 + BN > warp_first.lo;
+    float s[MT][C::NT][4] = {};
+    if (active) multiply_rows<E, C::D>(s, q, warp_row, k);
+    cp_async_wait<0>();
+    __syncthreads();  // v has landed, k has been used
+    if (j0 > j_begin) load_tile<BN, C::THREADS>(k, p, p.k, b, h, j0 - BN, p.S);
+    cp_async_commit();
+    if (edge) nonfinite |= remove_nonfinite<BN, C::THREADS>(v, flags);
+    if (!active) continue;
+    if (edge) mask(s, seen + warp_row, j0);
+    softmax_step(s, m, l, o, scale_log2);
+    if (p.dropout.threshold) drop(s, p.dropout, bh, row, j0);
+    add_weighted<E>(o, s, v, 0);
+  }
+  cp_async_wait<0>();
+  __syncthreads();  // q has been used, also where there was no key
+
+  float factor[MT][2];
+#pragma unroll
+  for (int n = 0; n < 2 * MT; n++) {
+    float &sum = l[n / 2][n % 2], top = m[n / 2][n % 2];
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    factor[n / 2][n % 2] = sum == 0.f ? 0.f : (p.dropout.threshold ? dropout_scale(p.dropout) : 1.f) / sum;
+    if (lane % 4 == 0 && row + 8 * n < p.T)
+      p.lse[i64(bh) * p.T + row + 8 * n] = sum == 0.f ? -INFINITY : (top + log2f(sum)) / kLog2e;
+  }
+  result_to_tile<E>(o, factor, q, warp_row);
+  if (nonfinite) spread_nonfinite<16 * MT>(q, warp_row, seen + warp_row, p, p.v, b, h);
+  store_rows<16 * MT>(q, warp_row, p, p.y, b, h, i0 + warp_row, p.T, 0);
+}
+
+template <class C> cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
+  auto kernel = attention_forward<C>;
+  if (const cudaError_t error = allow_smem(kernel, C::SMEM)) return error;
+  LAUNCH(kernel, dim3(unsigned(ceil_div(p.T, C::BM) * p.B * p.H)), dim3(C::THREADS), C::SMEM, stream, p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t causal_attention_fwd_sm80(const AttentionParams& p, cudaStream_t stream) {
+  return with_dtype(p.dtype, [&](auto element) {
+    using E = decltype(element);
+    if constexpr (sizeof(E) == 4) {  //                 D  MT warps BN
+      if (p.D <= 32) return launch<ForwardShape<E, 32, 1, 4, 32>>(p, stream);
+      if (p.D <= 64) return launch<ForwardShape<E, 64, 1, 4, 32>>(p, stream);
+      if (p.D <= 128) return launch<ForwardShape<E, 128, 1, 4, 32>>(p, stream);
+      return launch<ForwardShape<E, 256, 1, 2, 32>>(p, stream);
+    } else {
+      if (p.D <= 32) return launch<ForwardShape<E, 32, 2, 4, 64>>(p, stream);
+      if (p.D <= 64) return launch<ForwardShape<E, 64, 2, 4, 64>>(p, stream);
+      if (p.D <= 128) return launch<ForwardShape<E, 128, 2, 4, 32>>(p, stream);
+      return launch<ForwardShape<E, 256, 1, 4, 64>>(p, stream);
+    }
+  });
+}
+
+}  // namespace gptfast::cuda
