@@ -22,8 +22,12 @@ AttentionParams prepared(AttentionParams p) {
 
 i64 causal_attention_partial(const AttentionParams&) { return 0; }
 cudaError_t causal_attention_fwd(AttentionParams p, cudaStream_t stream) {
+  if (!p.B || !p.H || !p.T) return cudaSuccess;
   return causal_attention_fwd_sm80(prepared(p), stream);
 }
-cudaError_t causal_attention_bwd(AttentionParams p, cudaStream_t stream) { return cudaErrorNotSupported; }
+cudaError_t causal_attention_bwd(AttentionParams p, cudaStream_t stream) {
+  if (!p.B || !p.H) return cudaSuccess;
+  return causal_attention_bwd_sm80(prepared(p), stream);
+}
 
 }  // namespace gptfast::cuda

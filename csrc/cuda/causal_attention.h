@@ -48,6 +48,7 @@ cudaError_t causal_attention_bwd(AttentionParams, cudaStream_t);
 
 // Parts of the forward, each for the calls that it takes on.
 cudaError_t causal_attention_fwd_sm80(const AttentionParams&, cudaStream_t);  // all
+cudaError_t causal_attention_bwd_sm80(const AttentionParams&, cudaStream_t);  // all
 bool causal_attention_fwd_sm90_takes(const AttentionParams&);
 cudaError_t causal_attention_fwd_sm90(const AttentionParams&, cudaStream_t);
 int decode_attention_splits(const AttentionParams&);  // 0: not taken

@@ -47,37 +47,6 @@ DEV_INLINE void softmax_step(float (&s)[MT][NT][4], float (&m)[MT][2], float (&l
     }
 }
 
-// Zeros in place of the weights that are dropped: rows row, row + 8, row + 16, … and columns j0 … of matrix `bh`.
-template <int MT, int NT>
-DEV_INLINE void drop(float (&s)[MT][NT][4], const Dropout& dropout, int bh, int row, int j0) {
-#pragma unroll
-  for (int i = 0; i < MT; i++)
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-      for (int n = 0; n < NT; n += 4) {
-        const uint4 words = dropout_call(dropout, bh, row + 16 * i + 8 * h, j0 + n * 8 + int(threadIdx.x % 4) * 2);
-#pragma unroll
-        for (int e = 0; e < 8; e++)
-          if (!dropout_keeps(dropout, word_of(words, e / 2), e % 2)) s[i][n + e / 2][2 * h + e % 2] = 0.f;
-      }
-}
-
-template <int MT, int NT> DEV_INLINE void mask(float (&s)[MT][NT][4], const Range* seen, int j0) {
-  const int column = j0 + int(threadIdx.x % 4) * 2;
-#pragma unroll
-  for (int i = 0; i < MT; i++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const Range r = seen[16 * i + 8 * h + threadIdx.x % 32 / 4];
-#pragma unroll
-      for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-          if (!r.holds(column + n * 8 + e)) s[i][n][2 * h + e] = -INFINITY;
-    }
-}
-
 template <class C> __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_constant__ AttentionParams p) {
   using E = typename C::E;
   using T = Tile<E, C::D>;
@@ -115,17 +84,20 @@ template <class C> __global__ void __launch_bounds__(C::THREADS, 1) attention_fo
     const bool edge = j0 < last.lo || j0 + BN > first.hi;
     const bool active = j0 < warp_last.hi && j0 + BN > warp_first.lo;
     float s[MT][C::NT][4] = {};
-    if (active) multiply_rows<E, C::D>(s, q, warp_row, k);
+    if (active) multiply_rows<E, C::D>(s, q, warp_row, k, 0);
     cp_async_wait<0>();
     __syncthreads();  // v has landed, k has been used
     if (j0 > j_begin) load_tile<BN, C::THREADS>(k, p, p.k, b, h, j0 - BN, p.S);
     cp_async_commit();
     if (edge) nonfinite |= remove_nonfinite<BN, C::THREADS>(v, flags);
     if (!active) continue;
-    if (edge) mask(s, seen + warp_row, j0);
+    if (edge) mask(s, seen + warp_row, j0, -INFINITY);
     softmax_step(s, m, l, o, scale_log2);
-    if (p.dropout.threshold) drop(s, p.dropout, bh, row, j0);
-    add_weighted<E>(o, s, v, 0);
+    if (p.dropout.threshold)
+      each_decision<MT, C::NT>(p.dropout, bh, row, j0, [&](int i, int n, int e, bool keep) {
+        if (!keep) s[i][n][e] = 0.f;
+      });
+    add_weighted<E>(o, s, v, 0, 0);
   }
   cp_async_wait<0>();
   __syncthreads();  // q has been used, also where there was no key

@@ -169,9 +169,10 @@ template <class E> DEV_INLINE void result_as_a(Pair<E> (&a)[4], const float (&le
   a[2] = pair<E>(right[0], right[1]), a[3] = pair<E>(right[2], right[3]);
 }
 
-// result[m][n] += rows `row` + 16 m … of x times rows 8 n … of y, over DEPTH columns: x y^T.
+// result[m][n] += rows `row` + 16 m … of x times rows `other` + 8 n … of y, over DEPTH columns: x y^T.
 template <class E, int DEPTH, int MT, int NT, int WIDTH>
-DEV_INLINE void multiply_rows(float (&result)[MT][NT][4], const Tile<E, WIDTH>& x, int row, const Tile<E, WIDTH>& y) {
+DEV_INLINE void multiply_rows(float (&result)[MT][NT][4], const Tile<E, WIDTH>& x, int row, const Tile<E, WIDTH>& y,
+                              int other) {
 #pragma unroll(DEPTH > 64 ? 1 : 4)  // all of it would keep too many addresses in registers
   for (int k = 0; k < DEPTH; k += 16) {
     Pair<E> a[MT][4];
@@ -180,16 +181,16 @@ DEV_INLINE void multiply_rows(float (&result)[MT][NT][4], const Tile<E, WIDTH>& 
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
       Pair<E> b[4];
-      load_b(b, y, n * 8, k);
+      load_b(b, y, other + n * 8, k);
 #pragma unroll
       for (int m = 0; m < MT; m++) mma<E>(result[m][n], a[m], b), mma<E>(result[m][n + 1], a[m], b + 2);
     }
   }
 }
-// sum[m][n] += weights[m] times columns column0 + 8 n … of the rows of x: W x.
+// sum[m][n] += weights[m] times columns column0 + 8 n … of rows `row` … of x: W x.
 template <class E, int MT, int NT, int COLUMNS, int WIDTH>
 DEV_INLINE void add_weighted(float (&sum)[MT][COLUMNS][4], const float (&weights)[MT][NT][4], const Tile<E, WIDTH>& x,
-                             int column0) {
+                             int row, int column0) {
 #pragma unroll
   for (int k = 0; k < NT; k += 2) {
     Pair<E> a[MT][4];
@@ -198,11 +199,36 @@ DEV_INLINE void add_weighted(float (&sum)[MT][COLUMNS][4], const float (&weights
 #pragma unroll
     for (int n = 0; n < COLUMNS; n += 2) {
       Pair<E> b[4];
-      load_b_transposed(b, x, k * 8, column0 + n * 8);
+      load_b_transposed(b, x, row + k * 8, column0 + n * 8);
 #pragma unroll
       for (int m = 0; m < MT; m++) mma<E>(sum[m][n], a[m], b), mma<E>(sum[m][n + 1], a[m], b + 2);
     }
   }
+}
+// `value` in place of the elements that the warp's rows do not see; columns from j0 on.
+template <int MT, int NT>
+DEV_INLINE void mask(float (&x)[MT][NT][4], const Range* seen, int j0, float value) {
+  const int column = j0 + int(threadIdx.x % 4) * 2;
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const Range r = seen[16 * m + 8 * half + threadIdx.x % 32 / 4];
+#pragma unroll
+      for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          if (!r.holds(column + n * 8 + e)) x[m][n][2 * half + e] = value;
+    }
+}
+// f(m, n, e) for every element of a lane's results.
+template <int MT, int NT, class F> DEV_INLINE void each_element(F f) {
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) f(m, n, e);
 }
 // One warp's 16 MT rows of results times `factor` -> its own rows of a tile.
 template <class E, int MT, int NT>
@@ -218,6 +244,49 @@ DEV_INLINE void result_to_tile(const float (&x)[MT][NT][4], const float (&factor
         *reinterpret_cast<Pair<E>*>(tile.at(tile_row + 16 * m + 8 * half + g, n * 8 + t2)) =
             pair<E>(x[m][n][2 * half] * factor[m][half], x[m][n][2 * half + 1] * factor[m][half]);
   __syncwarp();
+}
+
+// ---- dropout --------------------------------------------------------------------------------------------------------
+
+// f(m, n, e, keep) for every element result[m][n][e] of a lane whose first row is `row` of matrix `matrix`; columns from
+// j0 on, a multiple of 8 NT.
+template <int MT, int NT, class F>
+DEV_INLINE void each_decision(const Dropout& dropout, int matrix, int row, int j0, F f) {
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int n = 0; n < NT; n += 4) {  // the four words of a call serve four tiles of 8 columns
+        const int j = j0 + n * 8 + int(threadIdx.x % 4) * 2;
+        const uint4 words = dropout_call(dropout, matrix, row + 16 * m + 8 * h, j);
+#pragma unroll
+        for (int k = 0; k < 4 && n + k < NT; k++) {
+          const uint32_t word = word_of(words, NT % 4 ? (j / 8 + k) % 4 : k);
+#pragma unroll
+          for (int e = 0; e < 2; e++) f(m, n + k, 2 * h + e, dropout_keeps(dropout, word, e));
+        }
+      }
+}
+// The same for transposed results: rows are keys from `key` on, a multiple of 16 MT, and columns queries from i0 on. A
+// call then serves both lanes of a pair, g and g ^ 1: each makes that of one of their two queries and passes on the half
+// of its words that belongs to the other's keys.
+template <int MT, int NT, class F>
+DEV_INLINE void each_decision_transposed(const Dropout& dropout, int matrix, int key, int i0, F f) {
+  const int g = threadIdx.x % 32 / 4, odd = g % 2;
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    const uint4 words = dropout_call(dropout, matrix, i0 + n * 8 + int(threadIdx.x % 4) * 2 + odd, key + g);
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+      const int first = MT == 1 ? key / 8 % 4 : 2 * m;
+      const uint32_t a = word_of(words, first), b = word_of(words, first + 1);
+      const uint32_t low = (a & 0xffff) | b << 16, high = a >> 16 | (b & 0xffff0000);
+      const uint32_t own = odd ? high : low, other = __shfl_xor_sync(kAllLanes, odd ? low : high, 4);
+#pragma unroll
+      for (int e = 0; e < 4; e++) f(m, n, e, dropout_keeps(dropout, e % 2 == odd ? own : other, e / 2));
+    }
+  }
 }
 
 // ---- nan and inf in masked keys -------------------------------------------------------------------------------------
