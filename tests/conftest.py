@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import emulated
 import pytest
 import torch
 
-from gptfast.backend import cpu_isas, force_cpu_isa
+from gptfast.backend import AUTOMATIC, cpu_isas, force_cpu_isa
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", cpu_isas() or ["eager"], indirect=True)
+        op = metafunc.module.__name__.removeprefix("test_")
+        emulator = ["emu"] if emulated.has_kernel(op) else []
+        metafunc.parametrize("isa", cpu_isas() + emulator or ["eager"], indirect=True)
 
 
 @pytest.fixture
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once per instruction set that was compiled in and runs here."""
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test once per instruction set that was compiled in and runs here, and on the emulated CUDA kernels."""
     if request.param == "eager":
         pytest.skip("this install has no compiled ops")
-    with force_cpu_isa(request.param):
+    if request.param == "emu":
+        emulated.load()
+        monkeypatch.setitem(AUTOMATIC, "cpu", ["emu", "cpu"])
         yield request.param
+    else:
+        with force_cpu_isa(request.param):
+            yield request.param
 
 
 @pytest.fixture

@@ -33,36 +33,46 @@ template <class F> auto with_dtype(DType dtype, F f) {
   }
 }
 
-// ---- V neighbouring values, in 16-byte accesses where V * sizeof(T) is a multiple of 16 ----------------------------
+// ---- V neighbouring values, in accesses of up to 16 bytes ---------------------------------------------------------
+
+// The widest word that V values of T fill without a rest; the data must be aligned to it.
+template <int bytes> struct WordOf {
+  using type = unsigned char;
+};
+template <> struct WordOf<8> {
+  using type = uint2;
+};
+template <> struct WordOf<0> {  // a multiple of 16
+  using type = uint4;
+};
+template <class T, int V> using Word = typename WordOf<V * sizeof(T) == 8 ? 8 : V * sizeof(T) % 16>::type;
 
 template <int V, class T> DEV_INLINE void load(float (&x)[V], const T* from) {
-  if constexpr (V * sizeof(T) % 16 == 0) {
-    constexpr int n = 16 / int(sizeof(T));
-    uint4 raw[V / n];
-#pragma unroll
-    for (int k = 0; k < V / n; k++) raw[k] = reinterpret_cast<const uint4*>(from)[k];
-    T values[V];
-    memcpy(values, raw, sizeof values);
-#pragma unroll
-    for (int k = 0; k < V; k++) x[k] = to_float(values[k]);
+  T values[V];
+  if constexpr (V == 1) {
+    values[0] = *from;
   } else {
+    using W = Word<T, V>;
+    W words[V * sizeof(T) / sizeof(W)];
 #pragma unroll
-    for (int k = 0; k < V; k++) x[k] = to_float(from[k]);
+    for (int k = 0; k < int(V * sizeof(T) / sizeof(W)); k++) words[k] = reinterpret_cast<const W*>(from)[k];
+    memcpy(values, words, sizeof values);
   }
+#pragma unroll
+  for (int k = 0; k < V; k++) x[k] = to_float(values[k]);
 }
 template <int V, class T> DEV_INLINE void store(T* to, const float (&x)[V]) {
   T values[V];
 #pragma unroll
   for (int k = 0; k < V; k++) from_float(values[k], x[k]);
-  if constexpr (V * sizeof(T) % 16 == 0) {
-    constexpr int n = 16 / int(sizeof(T));
-    uint4 raw[V / n];
-    memcpy(raw, values, sizeof raw);
-#pragma unroll
-    for (int k = 0; k < V / n; k++) reinterpret_cast<uint4*>(to)[k] = raw[k];
+  if constexpr (V == 1) {
+    *to = values[0];
   } else {
+    using W = Word<T, V>;
+    W words[V * sizeof(T) / sizeof(W)];
+    memcpy(words, values, sizeof words);
 #pragma unroll
-    for (int k = 0; k < V; k++) to[k] = values[k];
+    for (int k = 0; k < int(V * sizeof(T) / sizeof(W)); k++) reinterpret_cast<W*>(to)[k] = words[k];
   }
 }
 // The same where the dtype is known at run time only; every thread of a launch takes one branch.
@@ -86,7 +96,7 @@ inline bool aligned(const Rows& x, int V) { return aligned(x.data, x.stride, ele
 inline bool aligned(const MutRows& x, int V) { return aligned(x.data, x.stride, element_size(x.dtype), V); }
 inline bool aligned(const Vector& x, int V) { return aligned(x.data, 0, element_size(x.dtype), V); }
 
-// f(std::integral_constant<int, V>) with V = 16 / sizeof(T) where everything may be accessed so, else with V = 1.
+// A number of values as a type. with_width: f(Width<16 / sizeof(T)>) where all may be accessed so, else f(Width<1>).
 template <int V> struct Width {
   static constexpr int value = V;
 };
@@ -119,7 +129,7 @@ template <class T, class Op> DEV_INLINE T warp_reduce(T x, Op op) {
 #pragma unroll
   for (int distance = 16; distance; distance >>= 1) {
     const T other = shuffle_xor(x, distance);
-    x = threadIdx.x & distance ? op(other, x) : op(x, other);  // the lower lane's first: one order for all lanes
+    x = threadIdx.x & distance ? op(other, x) : op(x, other);  // lower lane first: a fused a b + c d is not symmetric
   }
   return x;
 }

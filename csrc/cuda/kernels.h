@@ -50,6 +50,9 @@ struct SumPartsParams {
 };
 cudaError_t sum_parts(const SumPartsParams&, cudaStream_t);
 
+// Whether the current device can run the kernels of this library.
+cudaError_t probe();
+
 struct GeluParams {
   Rows x;        // (R, C)
   Vector bias;   // (C)
