@@ -8,8 +8,8 @@ namespace {
 
 // Are all rows of x whole chunks of 16 bytes at aligned addresses?
 template <class H> bool whole_chunks(const AttentionParams& p, const H& x) {
-  const i64 size = element_size(p.dtype), mask = (p.D | x.sb | x.sh | x.st) * size | i64(reinterpret_cast<uintptr_t>(x.data));
-  return !x.data || mask % 16 == 0;
+  const i64 bytes = (p.D | x.sb | x.sh | x.st) * element_size(p.dtype);
+  return !x.data || (bytes | i64(reinterpret_cast<uintptr_t>(x.data))) % 16 == 0;
 }
 AttentionParams prepared(AttentionParams p) {
   p.whole_chunks = whole_chunks(p, p.q) && whole_chunks(p, p.k) && whole_chunks(p, p.v) && whole_chunks(p, p.out) &&

@@ -1,5 +1,5 @@
 // Backward of causal_attention (FlashAttention-2, arXiv 2307.08691, section 3.1.2) by two kernels that sum in one fixed
-// order and need no atomics, so gradients repeat bit for bit. With delta_i = sum_d out[i][d] dout[i][d], P' the dropped P:
+// order and need no atomics, so gradients repeat bit for bit. With delta_i = sum_d out[i][d] dout[i][d] and the dropped P':
 //
 //   P = exp(scale q k^T - lse)     dP = dout v^T     dS = P (keep dP / (1 - p) - delta)
 //   query_gradient: a block has BM queries and meets all their keys      dq = scale dS k
@@ -15,7 +15,8 @@ namespace {
 
 // BM rows that a block keeps, BN rows of the other side that it loads at a time, in STAGES buffers, and meets NEAR at a
 // time. OUT columns of results are summed at once. Scores and results of a warp must fit into registers.
-template <class E_, int D_, int MT_, int WARPS_, int BN_, int STAGES_, int NEAR = BN_, int OUT_ = D_> struct BackwardShape {
+template <class E_, int D_, int MT_, int WARPS_, int BN_, int STAGES_, int NEAR = BN_, int OUT_ = D_>
+struct BackwardShape {
   using E = E_;
   static constexpr int D = D_, MT = MT_, BN = BN_, STAGES = STAGES_, OUT = OUT_;
   static constexpr int BM = 16 * MT * WARPS_, NT = NEAR / 8, THREADS = 32 * WARPS_;
@@ -38,7 +39,8 @@ template <class E> __global__ void __launch_bounds__(128) row_products(const __g
 
 // ---- dq -------------------------------------------------------------------------------------------------------------
 
-template <class C> __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_constant__ AttentionParams p) {
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_constant__ AttentionParams p) {
   using E = typename C::E;
   using T = Tile<E, C::D>;
   constexpr int MT = C::MT, BN = C::BN, NT = C::NT, STAGE = 2 * BN * T::kRow;
@@ -121,7 +123,8 @@ template <class C> __global__ void __launch_bounds__(C::THREADS, 1) query_gradie
 
 // ---- dk and dv ------------------------------------------------------------------------------------------------------
 
-template <class C> __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_constant__ AttentionParams p) {
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_constant__ AttentionParams p) {
   using E = typename C::E;
   using T = Tile<E, C::D>;
   constexpr int MT = C::MT, BN = C::BN, NT = C::NT, STAGE = 2 * BN * T::kRow;
@@ -231,17 +234,21 @@ template <class Q, class K> cudaError_t launch(const AttentionParams& p, cudaStr
 cudaError_t causal_attention_bwd_sm80(const AttentionParams& p, cudaStream_t stream) {
   return with_dtype(p.dtype, [&](auto element) {
     using E = decltype(element);
-    // queries:              D  MT warps BN stages; keys: the same, rows met and columns summed at once
+    // D, MT, warps, BN, stages; for keys also the rows met and the columns summed at once
     if constexpr (sizeof(E) == 4) {
+      using Keys128 = BackwardShape<E, 128, 1, 4, 32, 1, 16, 64>;
+      using Keys256 = BackwardShape<E, 256, 1, 2, 16, 1, 16, 128>;
       if (p.D <= 32) return launch<BackwardShape<E, 32, 1, 4, 32, 2>, BackwardShape<E, 32, 1, 4, 32, 2>>(p, stream);
       if (p.D <= 64) return launch<BackwardShape<E, 64, 1, 4, 32, 2>, BackwardShape<E, 64, 1, 4, 32, 2>>(p, stream);
-      if (p.D <= 128) return launch<BackwardShape<E, 128, 1, 4, 32, 1>, BackwardShape<E, 128, 1, 4, 32, 1, 16, 64>>(p, stream);
-      return launch<BackwardShape<E, 256, 1, 2, 16, 1>, BackwardShape<E, 256, 1, 2, 16, 1, 16, 128>>(p, stream);
+      if (p.D <= 128) return launch<BackwardShape<E, 128, 1, 4, 32, 1>, Keys128>(p, stream);
+      return launch<BackwardShape<E, 256, 1, 2, 16, 1>, Keys256>(p, stream);
     } else {
+      using Keys64 = BackwardShape<E, 64, 2, 4, 64, 2, 16>;
+      using Keys256 = BackwardShape<E, 256, 1, 4, 32, 1, 32, 128>;
       if (p.D <= 32) return launch<BackwardShape<E, 32, 2, 4, 32, 2>, BackwardShape<E, 32, 2, 4, 32, 2>>(p, stream);
-      if (p.D <= 64) return launch<BackwardShape<E, 64, 2, 4, 32, 2>, BackwardShape<E, 64, 2, 4, 64, 2, 16>>(p, stream);
+      if (p.D <= 64) return launch<BackwardShape<E, 64, 2, 4, 32, 2>, Keys64>(p, stream);
       if (p.D <= 128) return launch<BackwardShape<E, 128, 1, 4, 32, 2>, BackwardShape<E, 128, 1, 4, 32, 2>>(p, stream);
-      return launch<BackwardShape<E, 256, 1, 4, 32, 1>, BackwardShape<E, 256, 1, 4, 32, 1, 32, 128>>(p, stream);
+      return launch<BackwardShape<E, 256, 1, 4, 32, 1>, Keys256>(p, stream);
     }
   });
 }

@@ -1,8 +1,8 @@
 // Forward of causal_attention: out = softmax(scale q k^T + mask) v by tiles of queries and keys with a running maximum
 // and sum per query (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).
 //
-// One block has BM queries of one head; a warp has 16 MT of them and all keys of a tile, so that a row of scores lies in
-// the four lanes of a quad. k is loaded while the tile before is weighed, v while q k^T is formed. Scores are kept in
+// One block has BM queries of one head; a warp has 16 MT of them and all keys of a tile, so a row of scores lies in the
+// four lanes of a quad. k is loaded while the tile before is weighed, v while q k^T is formed. Scores are kept in
 // units of log2: weight = exp2(scale log2(e) s - m).
 //
 // Floor: 4 T S D flops a head on tensor cores, half of them under a causal mask.
@@ -47,7 +47,8 @@ DEV_INLINE void softmax_step(float (&s)[MT][NT][4], float (&m)[MT][2], float (&l
     }
 }
 
-template <class C> __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_constant__ AttentionParams p) {
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_constant__ AttentionParams p) {
   using E = typename C::E;
   using T = Tile<E, C::D>;
   constexpr int MT = C::MT, BN = C::BN;

@@ -248,8 +248,8 @@ DEV_INLINE void result_to_tile(const float (&x)[MT][NT][4], const float (&factor
 
 // ---- dropout --------------------------------------------------------------------------------------------------------
 
-// f(m, n, e, keep) for every element result[m][n][e] of a lane whose first row is `row` of matrix `matrix`; columns from
-// j0 on, a multiple of 8 NT.
+// f(m, n, e, keep) for every element result[m][n][e] of a lane whose first row is `row` of `matrix`; columns from j0 on,
+// a multiple of 8 NT.
 template <int MT, int NT, class F>
 DEV_INLINE void each_decision(const Dropout& dropout, int matrix, int row, int j0, F f) {
 #pragma unroll
@@ -269,8 +269,8 @@ DEV_INLINE void each_decision(const Dropout& dropout, int matrix, int row, int j
       }
 }
 // The same for transposed results: rows are keys from `key` on, a multiple of 16 MT, and columns queries from i0 on. A
-// call then serves both lanes of a pair, g and g ^ 1: each makes that of one of their two queries and passes on the half
-// of its words that belongs to the other's keys.
+// call then serves both lanes of a pair, g and g ^ 1: each makes that of one of their two queries and passes on the
+// half of its words that belongs to the other's keys.
 template <int MT, int NT, class F>
 DEV_INLINE void each_decision_transposed(const Dropout& dropout, int matrix, int key, int i0, F f) {
   const int g = threadIdx.x % 32 / 4, odd = g % 2;
@@ -295,8 +295,8 @@ DEV_INLINE void each_decision_transposed(const Dropout& dropout, int matrix, int
 
 DEV_INLINE bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
-// Puts 0 in place of nan and inf; tells all threads of the block, who all call, whether there were any. `flags` is shared
-// memory for one int a warp.
+// Puts 0 in place of nan and inf; tells all threads of the block, who all call, whether there were any. `flags` is
+// shared memory for one int a warp.
 template <int ROWS, int THREADS, class E, int WIDTH>
 DEV_INLINE bool remove_nonfinite(const Tile<E, WIDTH>& tile, int* flags) {
   using T = Tile<E, WIDTH>;
@@ -321,8 +321,8 @@ DEV_INLINE bool remove_nonfinite(const Tile<E, WIDTH>& tile, int* flags) {
 }
 // One warp's rows of results become nan where they see nan or inf in x (keys or values) in memory: slow, and rare.
 template <int ROWS, class E, int WIDTH>
-DEV_INLINE void spread_nonfinite(const Tile<E, WIDTH>& results, int tile_row, const Range* seen, const AttentionParams& p,
-                                 const Heads& x, int b, int h) {
+DEV_INLINE void spread_nonfinite(const Tile<E, WIDTH>& results, int tile_row, const Range* seen,
+                                 const AttentionParams& p, const Heads& x, int b, int h) {
   for (int r = 0; r < ROWS; r++)
     for (int column = threadIdx.x % 32; column < p.D; column += 32) {
       bool bad = false;

@@ -1,7 +1,7 @@
 // Every instruction of sm_80 that C++ has no name for: asynchronous copies, ldmatrix, mma.sync. Each has a device body
 // (inline PTX) and an emulated body that follows the fragment layouts of the PTX ISA. Kernels call only these.
 //
-// Fragments are the same for all element types. With g = lane / 4 and t = lane % 4 a lane holds, as pairs of neighbours,
+// Fragments are the same for all element types. With g = lane / 4 and t = lane % 4 a lane holds, as neighbouring pairs,
 //     a (16 x 16): a[g][2t], a[g + 8][2t], a[g][2t + 8], a[g + 8][2t + 8]
 //     b (16 x 8):  b[2t][g], b[2t + 8][g]  (pairs run down the column)
 //     d (16 x 8):  d[g][2t], d[g + 8][2t]
@@ -93,7 +93,7 @@ template <int BYTES = 16> inline void cp_async(uint32_t to, const void* from, bo
   char* d = emu::smem_ptr(to, BYTES, BYTES, "cp.async");
   if (valid && uintptr_t(from) % BYTES) emu::fail("cp.async: global address is not %d-byte aligned", BYTES);
   auto copy = [=] {
-    emu::Quiet quiet;
+    [[maybe_unused]] const emu::Quiet quiet;
     EMU_RACE(emu::race::access(-1, d - emu::B->smem, BYTES, true);)
     if (valid) memcpy(d, from, BYTES);
     else memset(d, 0, BYTES);
@@ -120,7 +120,7 @@ inline void emu_ldmatrix(uint32_t (&r)[4], uint32_t addr, bool trans, int line) 
   } arg{r, emu::smem_ptr(addr, 16, 16, "ldmatrix")};
   emu::collective(0xffffffffu, trans ? "ldmatrix.trans" : "ldmatrix", line, &arg, [&](uint32_t m, void** p) {
     if (m != 0xffffffffu) emu::fail("ldmatrix needs the whole warp");
-    emu::Quiet quiet;
+    [[maybe_unused]] const emu::Quiet quiet;
     EMU_RACE(for (int l = 0; l < 32; l++) emu::race::access(l, ((Arg*)p[l])->row - emu::B->smem, 16, false);)
     for (int q = 0; q < 4; q++)
       for (int t = 0; t < 32; t++) {
