@@ -120,7 +120,9 @@ def cuda_archs() -> list[str]:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
             fail(f"TORCH_CUDA_ARCH_LIST names {arch!r}; expected a list such as {CUDA_ARCHS!r}")
         if float(re.match(r"[\d.]+", arch)[0]) < 8.0:
-            fail(f"TORCH_CUDA_ARCH_LIST names {arch}; gptfast's CUDA kernels need 8.0 or newer, or build with GPTFAST_CUDA=0")
+            fail(
+                f"TORCH_CUDA_ARCH_LIST names {arch}; gptfast's CUDA kernels need 8.0 or newer, or build with GPTFAST_CUDA=0"
+            )
         archs += [arch.removesuffix("+PTX"), arch] if given and arch.endswith("+PTX") else [arch]
     return list(dict.fromkeys(archs))
 
@@ -138,7 +140,9 @@ def find_cuda() -> Cuda | None:
     nvcc = find_nvcc()
     if nvcc is None:
         return None
-    said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False)
+    said = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False
+    )
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
     top, release = re.search(r"_HERE_=(.+)", said.stderr), re.search(r"release ([\d.]+)", version)
     if not top or not release:

@@ -75,6 +75,8 @@ def cuda_trouble(index: int | None) -> str | None:
     if missing_cuda_reason is not None:
         return missing_cuda_reason
     index = torch.cuda.current_device() if index is None else index
+    if index not in _cuda_troubles and torch.compiler.is_compiling():
+        return None  # not a question that can be traced; the launch would say
     if index not in _cuda_troubles:
         _cuda_troubles[index] = torch.ops.gptfast.cuda_trouble(index) or None
     return _cuda_troubles[index]
@@ -163,25 +165,30 @@ def _check_explicit(op: str, name: str, x: Tensor) -> None:
 
 def has_kernel(op: str, name: str) -> bool:
     """Does the backend have a kernel for this public op?"""
-    return (op, DEVICES[name], NAMESPACES[name]) in _kernels or _look_up_kernel(op, name)
+    return op in _OPS[name]
 
 
-_kernels: set[tuple[str, str, str]] = set()  # those found so far
-
-
-def _look_up_kernel(op: str, name: str) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}[DEVICES[name]]
-    family = "cross_entropy" if op in ("linear_cross_entropy", "linear_logprobs") else op
-    names = (f"{NAMESPACES[name]}::{family}{suffix}" for suffix in ("_fwd", ""))
-    found = any(torch._C._dispatch_has_kernel_for_dispatch_key(n, key) for n in names if _exists(n))
-    if found:
-        _kernels.add((op, DEVICES[name], NAMESPACES[name]))
+def ops_of(name: str) -> set[str]:
+    """The public ops that the loaded libraries of a backend have kernels for."""
+    key, prefix = DEVICES[name].upper(), NAMESPACES[name] + "::"
+    found = {
+        full.removeprefix(prefix).removesuffix("_fwd")
+        for full in torch._C._dispatch_get_all_op_names()
+        if full.startswith(prefix) and torch._C._dispatch_has_kernel_for_dispatch_key(full, key)
+    }
+    if "cross_entropy" in found:
+        found |= {"linear_cross_entropy", "linear_logprobs"}
     return found
 
 
-def _exists(qualified: str) -> bool:
-    namespace, _, name = qualified.partition("::")
-    return hasattr(getattr(torch.ops, namespace), name)
+# Looked up once: torch.compile can follow a set, not the dispatcher.
+_OPS: dict[str, set[str]] = {name: ops_of(name) for name in NAMESPACES}
+
+
+def add_backend(name: str, namespace: str, device: str) -> None:
+    """Make the ops of a further namespace of torch.ops, whose library has been loaded, a backend for `device`."""
+    NAMESPACES[name], DEVICES[name] = namespace, device
+    _OPS[name] = ops_of(name)
 
 
 def kernels(name: str) -> Any:

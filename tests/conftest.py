@@ -19,17 +19,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per instruction set that was compiled in and runs here, and on the emulated CUDA kernels."""
     if request.param == "eager":
         pytest.skip("this install has no compiled ops")
     if request.param == "emu":
-        emulated.load()
-        monkeypatch.setitem(AUTOMATIC, "cpu", ["emu", "cpu"])
+        request.getfixturevalue("emu")
         yield request.param
     else:
         with force_cpu_isa(request.param):
             yield request.param
+
+
+@pytest.fixture
+def emu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs the test on the emulated CUDA kernels only."""
+    emulated.load()
+    monkeypatch.setitem(AUTOMATIC, "cpu", ["emu", "cpu"])
+    yield
+    emulated.configure()
 
 
 @pytest.fixture

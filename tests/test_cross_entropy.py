@@ -236,8 +236,12 @@ def test_opcheck():
     torch.library.opcheck(op.cross_entropy_bwd.default, (row, logits, targets, torch.rand(6, 2), -100, 0.1))
     torch.library.opcheck(op.cross_entropy_in_place.default, (logits.clone(), targets, None, -100, 0.1))
     torch.library.opcheck(op.linear_cross_entropy_fwd.default, ("cpu", logits, weight, targets, -100, 0.1))
-    torch.library.opcheck(op.linear_cross_entropy_bwd.default, ("cpu", row, logits, weight, targets, -100, 0.1, True, True))
-    torch.library.opcheck(op.linear_cross_entropy_bwd.default, ("cpu", None, logits, weight, targets, -100, 0.1, True, False))
+    torch.library.opcheck(
+        op.linear_cross_entropy_bwd.default, ("cpu", row, logits, weight, targets, -100, 0.1, True, True)
+    )
+    torch.library.opcheck(
+        op.linear_cross_entropy_bwd.default, ("cpu", None, logits, weight, targets, -100, 0.1, True, False)
+    )
     torch.library.opcheck(op.linear_cross_entropy_scale.default, (row.sum(), logits, weight, logits, weight))
 
 

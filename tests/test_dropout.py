@@ -37,6 +37,16 @@ def test_every_tail_length(isa):
             torch.testing.assert_close(ops.dropout(x, 0.4, seed=7, offset=1), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("C", [8, 24, 32, 104, 256, 1032, 2304])
+def test_every_aligned_width(C, dtype, isa):
+    """Whole 16-byte vectors, where lanes share Philox calls: the mask of rows, and of rows of one larger buffer."""
+    keep = rng.dropout_keep((1, 5, C), 0.4, 3, 9)[0]
+    assert torch.equal(ops.dropout(torch.ones(5, C, dtype=dtype), 0.4, seed=3, offset=9) != 0, keep)
+    inside = torch.ones(5, C + 16, dtype=dtype)[:, 8 : C + 8]
+    assert torch.equal(ops.dropout(inside, 0.4, seed=3, offset=9) != 0, keep)
+
+
 def test_layouts():
     """Rows are numbered over the leading dimensions, however the tensor lies in memory."""
     x = torch.randn(5, 3, 4, 6)

@@ -15,7 +15,7 @@ from gptfast.ops._common import check_float, check_same_device, fake, forbid_dou
 def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
     """wte[ids] + wpe[positions], in one pass on CUDA; on a CPU by PyTorch's own embedding, which needs no help.
 
-    The gradients of the tables are summed in fp32 in the order of the rows: deterministic, without atomics.
+    On CUDA the gradients of the tables are summed in fp32 in the order of the rows: deterministic, without atomics.
 
     Args:
         ids: (..., T) int64 or int32, token ids in [0, V).
