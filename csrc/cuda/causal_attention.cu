@@ -23,7 +23,8 @@ AttentionParams prepared(AttentionParams p) {
 i64 causal_attention_partial(const AttentionParams&) { return 0; }
 cudaError_t causal_attention_fwd(AttentionParams p, cudaStream_t stream) {
   if (!p.B || !p.H || !p.T) return cudaSuccess;
-  return causal_attention_fwd_sm80(prepared(p), stream);
+  p = prepared(p);
+  return causal_attention_fwd_sm90_takes(p) ? causal_attention_fwd_sm90(p, stream) : causal_attention_fwd_sm80(p, stream);
 }
 cudaError_t causal_attention_bwd(AttentionParams p, cudaStream_t stream) {
   if (!p.B || !p.H) return cudaSuccess;

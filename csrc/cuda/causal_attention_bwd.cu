@@ -1,5 +1,6 @@
 // Backward of causal_attention (FlashAttention-2, arXiv 2307.08691, section 3.1.2) by two kernels that sum in one fixed
-// order and need no atomics, so gradients repeat bit for bit. With delta_i = sum_d out[i][d] dout[i][d] and the dropped P':
+// order and need no atomics, so gradients repeat bit for bit. With delta_i = sum_d out[i][d] dout[i][d], and P' after
+// dropout:
 //
 //   P = exp(scale q k^T - lse)     dP = dout v^T     dS = P (keep dP / (1 - p) - delta)
 //   query_gradient: a block has BM queries and meets all their keys      dq = scale dS k
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_con
     }
     if (edge) {
       __syncthreads();  // all scores are formed
-      nonfinite |= remove_nonfinite<BN, C::THREADS>(k, flags);
+      const bool found = remove_nonfinite<BN, C::THREADS>(k, threadIdx.x);
+      nonfinite |= any_found<C::THREADS / 32>(found, threadIdx.x / 32, flags, [] { __syncthreads(); });
     }
     if (active) {
       each_element<MT, NT>([&](int m, int n, int e) {
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_con
 #pragma unroll
   for (int n = 0; n < 2 * MT; n++) factor[n / 2][n % 2] = p.scale;
   result_to_tile<E>(dq, factor, q, warp_row);
-  if (nonfinite) spread_nonfinite<16 * MT>(q, warp_row, seen + warp_row, p, p.k, b, h);
+  if (nonfinite) spread_nonfinite<16 * MT>(q, warp_row, seen + warp_row, p, p.k, b, h, 0);
   store_rows<16 * MT>(q, warp_row, p, p.dq, b, h, i0 + warp_row, p.T, 0);
 }
 

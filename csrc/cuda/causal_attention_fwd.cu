@@ -17,36 +17,6 @@ template <class E_, int D_, int MT_, int WARPS_, int BN_> struct ForwardShape {
   static constexpr int SMEM = (BM + 2 * BN) * Tile<E, D>::kRow + BM * int(sizeof(Range)) + 4 * WARPS_;
 };
 
-// Scores of the rows of one lane -> weights, and the running maximum m, sum l and output o brought up to date.
-template <int MT, int NT, int OT>
-DEV_INLINE void softmax_step(float (&s)[MT][NT][4], float (&m)[MT][2], float (&l)[MT][2], float (&o)[MT][OT][4],
-                             float scale_log2) {
-#pragma unroll
-  for (int i = 0; i < MT; i++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-      top = fmaxf(m[i][h], scale_log2 * fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2)));
-      const float shift = top == -INFINITY ? 0.f : top;  // a row that has seen no key yet
-      const float rescale = fast_exp2(m[i][h] - shift);
-      m[i][h] = top;
-      float sum = 0.f;
-#pragma unroll
-      for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; e++) {
-          s[i][n][e] = fast_exp2(fmaf(s[i][n][e], scale_log2, -shift));
-          sum += s[i][n][e];
-        }
-      l[i][h] = l[i][h] * rescale + sum;
-#pragma unroll
-      for (int n = 0; n < OT; n++) o[i][n][2 * h] *= rescale, o[i][n][2 * h + 1] *= rescale;
-    }
-}
-
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_constant__ AttentionParams p) {
   using E = typename C::E;
@@ -90,10 +60,15 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_
     __syncthreads();  // v has landed, k has been used
     if (j0 > j_begin) load_tile<BN, C::THREADS>(k, p, p.k, b, h, j0 - BN, p.S);
     cp_async_commit();
-    if (edge) nonfinite |= remove_nonfinite<BN, C::THREADS>(v, flags);
+    if (edge) {
+      const bool found = remove_nonfinite<BN, C::THREADS>(v, threadIdx.x);
+      nonfinite |= any_found<C::THREADS / 32>(found, threadIdx.x / 32, flags, [] { __syncthreads(); });
+    }
     if (!active) continue;
     if (edge) mask(s, seen + warp_row, j0, -INFINITY);
-    softmax_step(s, m, l, o, scale_log2);
+    float rescale[MT][2];
+    softmax(s, m, l, rescale, scale_log2);
+    each_element<MT, C::D / 8>([&](int i, int n, int e) { o[i][n][e] *= rescale[i][e / 2]; });
     if (p.dropout.threshold)
       each_decision<MT, C::NT>(p.dropout, bh, row, j0, [&](int i, int n, int e, bool keep) {
         if (!keep) s[i][n][e] = 0.f;
@@ -104,17 +79,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_
   __syncthreads();  // q has been used, also where there was no key
 
   float factor[MT][2];
-#pragma unroll
-  for (int n = 0; n < 2 * MT; n++) {
-    float &sum = l[n / 2][n % 2], top = m[n / 2][n % 2];
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    factor[n / 2][n % 2] = sum == 0.f ? 0.f : (p.dropout.threshold ? dropout_scale(p.dropout) : 1.f) / sum;
-    if (lane % 4 == 0 && row + 8 * n < p.T)
-      p.lse[i64(bh) * p.T + row + 8 * n] = sum == 0.f ? -INFINITY : (top + log2f(sum)) / kLog2e;
-  }
+  finish_softmax(m, l, factor, p, bh, row);
   result_to_tile<E>(o, factor, q, warp_row);
-  if (nonfinite) spread_nonfinite<16 * MT>(q, warp_row, seen + warp_row, p, p.v, b, h);
+  if (nonfinite) spread_nonfinite<16 * MT>(q, warp_row, seen + warp_row, p, p.v, b, h, 0);
   store_rows<16 * MT>(q, warp_row, p, p.y, b, h, i0 + warp_row, p.T, 0);
 }
 
@@ -134,7 +101,7 @@ cudaError_t causal_attention_fwd_sm80(const AttentionParams& p, cudaStream_t str
       if (p.D <= 32) return launch<ForwardShape<E, 32, 1, 4, 32>>(p, stream);
       if (p.D <= 64) return launch<ForwardShape<E, 64, 1, 4, 32>>(p, stream);
       if (p.D <= 128) return launch<ForwardShape<E, 128, 1, 4, 32>>(p, stream);
-      return launch<ForwardShape<E, 256, 1, 2, 32>>(p, stream);
+      return launch<ForwardShape<E, 256, 1, 2, 16>>(p, stream);
     } else {
       if (p.D <= 32) return launch<ForwardShape<E, 32, 2, 4, 64>>(p, stream);
       if (p.D <= 64) return launch<ForwardShape<E, 64, 2, 4, 64>>(p, stream);

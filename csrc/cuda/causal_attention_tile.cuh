@@ -214,11 +214,12 @@ DEV_INLINE void mask(float (&x)[MT][NT][4], const Range* seen, int j0, float val
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const Range r = seen[16 * m + 8 * half + threadIdx.x % 32 / 4];
+      const Range own{r.lo - column, r.hi - column};  // so that all comparisons are with constants
 #pragma unroll
       for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++)
-          if (!r.holds(column + n * 8 + e)) x[m][n][2 * half + e] = value;
+          if (!own.holds(n * 8 + e)) x[m][n][2 * half + e] = value;
     }
 }
 // f(m, n, e) for every element of a lane's results.
@@ -246,10 +247,56 @@ DEV_INLINE void result_to_tile(const float (&x)[MT][NT][4], const float (&factor
   __syncwarp();
 }
 
+// ---- softmax --------------------------------------------------------------------------------------------------------
+
+// Scores -> weights, and the running maximum m (in units of log2) and sum l of the lane's rows brought up to date, the sum
+// over its own columns only. What was summed before must be multiplied by `rescale`.
+template <int MT, int NT>
+DEV_INLINE void softmax(float (&s)[MT][NT][4], float (&m)[MT][2], float (&l)[MT][2], float (&rescale)[MT][2],
+                        float scale_log2) {
+#pragma unroll
+  for (int i = 0; i < MT; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(m[i][h], scale_log2 * fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2)));
+      const float shift = top == -INFINITY ? 0.f : top;  // a row that has seen no key yet
+      rescale[i][h] = fast_exp2(m[i][h] - shift);
+      m[i][h] = top;
+      float sum = 0.f;
+#pragma unroll
+      for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; e++) {
+          s[i][n][e] = fast_exp2(fmaf(s[i][n][e], scale_log2, -shift));
+          sum += s[i][n][e];
+        }
+      l[i][h] = l[i][h] * rescale[i][h] + sum;
+    }
+}
+// Writes lse, and gives what the lane's rows of output must be multiplied by: 0 for a row that saw no key.
+template <int MT>
+DEV_INLINE void finish_softmax(const float (&m)[MT][2], const float (&l)[MT][2], float (&factor)[MT][2],
+                               const AttentionParams& p, int bh, int row) {
+  const float kept = p.dropout.threshold ? dropout_scale(p.dropout) : 1.f;
+#pragma unroll
+  for (int n = 0; n < 2 * MT; n++) {
+    float sum = l[n / 2][n % 2];
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    factor[n / 2][n % 2] = sum == 0.f ? 0.f : kept / sum;
+    if (threadIdx.x % 4 == 0 && row + 8 * n < p.T)
+      p.lse[i64(bh) * p.T + row + 8 * n] = sum == 0.f ? -INFINITY : (m[n / 2][n % 2] + log2f(sum)) / kLog2e;
+  }
+}
+
 // ---- dropout --------------------------------------------------------------------------------------------------------
 
-// f(m, n, e, keep) for every element result[m][n][e] of a lane whose first row is `row` of `matrix`; columns from j0 on,
-// a multiple of 8 NT.
+// f(m, n, e, keep) for every element result[m][n][e] of a lane whose first row is `row` of `matrix`; columns from j0
+// on, a multiple of 8 NT.
 template <int MT, int NT, class F>
 DEV_INLINE void each_decision(const Dropout& dropout, int matrix, int row, int j0, F f) {
 #pragma unroll
@@ -295,14 +342,13 @@ DEV_INLINE void each_decision_transposed(const Dropout& dropout, int matrix, int
 
 DEV_INLINE bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
-// Puts 0 in place of nan and inf; tells all threads of the block, who all call, whether there were any. `flags` is
-// shared memory for one int a warp.
+// Puts 0 in place of nan and inf in ROWS rows of a tile; tells whether this thread, number `thread` of THREADS, found any.
 template <int ROWS, int THREADS, class E, int WIDTH>
-DEV_INLINE bool remove_nonfinite(const Tile<E, WIDTH>& tile, int* flags) {
+DEV_INLINE bool remove_nonfinite(const Tile<E, WIDTH>& tile, int thread) {
   using T = Tile<E, WIDTH>;
   bool found = false;
 #pragma unroll 2
-  for (int c = threadIdx.x; c < ROWS * T::kChunks; c += THREADS) {
+  for (int c = thread; c < ROWS * T::kChunks; c += THREADS) {
     E* x = reinterpret_cast<E*>(tile.data + c * 16);
     bool here = false;
 #pragma unroll
@@ -311,23 +357,30 @@ DEV_INLINE bool remove_nonfinite(const Tile<E, WIDTH>& tile, int* flags) {
     if (here)
       for (int k = 0; k < T::kPerChunk; k++) x[k] = finite(to_float(x[k])) ? x[k] : E(0.f);
   }
-  found = __any_sync(kAllLanes, found);
-  if (threadIdx.x % 32 == 0) flags[threadIdx.x / 32] = found;
-  __syncthreads();
-  found = false;
-#pragma unroll
-  for (int w = 0; w < THREADS / 32; w++) found |= flags[w] != 0;
   return found;
 }
-// One warp's rows of results become nan where they see nan or inf in x (keys or values) in memory: slow, and rare.
+// Did any thread find something? All threads that `barrier` joins call, WARPS warps of which the caller's is number `warp`;
+// `flags` is shared memory for one int a warp.
+template <int WARPS, class Barrier> DEV_INLINE bool any_found(bool found, int warp, int* flags, Barrier barrier) {
+  found = __any_sync(kAllLanes, found);
+  if (threadIdx.x % 32 == 0) flags[warp] = found;
+  barrier();
+  found = false;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) found |= flags[w] != 0;
+  return found;
+}
+// One warp's rows of results, whose first column is column0, become nan where they see nan or inf in x (keys or values) in
+// memory: slow, and rare.
 template <int ROWS, class E, int WIDTH>
 DEV_INLINE void spread_nonfinite(const Tile<E, WIDTH>& results, int tile_row, const Range* seen,
-                                 const AttentionParams& p, const Heads& x, int b, int h) {
+                                 const AttentionParams& p, const Heads& x, int b, int h, int column0) {
+  const int columns = min(WIDTH, p.D - column0);
   for (int r = 0; r < ROWS; r++)
-    for (int column = threadIdx.x % 32; column < p.D; column += 32) {
+    for (int c = threadIdx.x % 32; c < columns; c += 32) {
       bool bad = false;
-      for (int j = seen[r].lo; j < seen[r].hi; j++) bad |= !finite(to_float(row_of<E>(x, b, h, j)[column]));
-      if (bad) *results.at(tile_row + r, column) = E(NAN);
+      for (int j = seen[r].lo; j < seen[r].hi; j++) bad |= !finite(to_float(row_of<E>(x, b, h, j)[column0 + c]));
+      if (bad) *results.at(tile_row + r, c) = E(NAN);
     }
   __syncwarp();
 }
