@@ -40,11 +40,11 @@ def test_every_tail_length(isa):
 @pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.parametrize("C", [8, 24, 32, 104, 256, 1032, 2304])
 def test_every_aligned_width(C, dtype, isa):
-    """Whole 16-byte vectors, where lanes share Philox calls: the mask of rows, and of rows of one larger buffer."""
+    """Whole 16-byte vectors, where lanes share Philox calls; then rows of a larger buffer, aligned and not."""
     keep = rng.dropout_keep((1, 5, C), 0.4, 3, 9)[0]
-    assert torch.equal(ops.dropout(torch.ones(5, C, dtype=dtype), 0.4, seed=3, offset=9) != 0, keep)
-    inside = torch.ones(5, C + 16, dtype=dtype)[:, 8 : C + 8]
-    assert torch.equal(ops.dropout(inside, 0.4, seed=3, offset=9) != 0, keep)
+    for gap, start in ((0, 0), (16, 8), (3, 0), (8, 1)):
+        x = torch.ones(5, C + gap, dtype=dtype)[:, start : C + start]
+        assert torch.equal(ops.dropout(x, 0.4, seed=3, offset=9) != 0, keep), (gap, start)
 
 
 def test_layouts():

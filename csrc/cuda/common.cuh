@@ -53,6 +53,7 @@ template <int V, class T> DEV_INLINE void load(float (&x)[V], const T* from) {
     values[0] = *from;
   } else {
     using W = Word<T, V>;
+    EXPECT_ALIGNED(from, sizeof(W));
     W words[V * sizeof(T) / sizeof(W)];
 #pragma unroll
     for (int k = 0; k < int(V * sizeof(T) / sizeof(W)); k++) words[k] = reinterpret_cast<const W*>(from)[k];
@@ -69,6 +70,7 @@ template <int V, class T> DEV_INLINE void store(T* to, const float (&x)[V]) {
     *to = values[0];
   } else {
     using W = Word<T, V>;
+    EXPECT_ALIGNED(to, sizeof(W));
     W words[V * sizeof(T) / sizeof(W)];
     memcpy(words, values, sizeof words);
 #pragma unroll

@@ -76,6 +76,12 @@ inline void bar_sync(int id, int count, int line, bool wait = true) {
   if (wait) reschedule();
 }
 
+// ---- addresses ------------------------------------------------------------------------------------------------------
+
+inline void expect_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("misaligned address %p: a %zu-byte access", p, bytes);
+}
+
 // ---- the shared window: 32-bit addresses, as __cvta_generic_to_shared gives ---------------------------------------
 
 inline uint32_t smem_u32(const void* p) {

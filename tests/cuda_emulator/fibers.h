@@ -3,6 +3,7 @@
 #if defined(__SANITIZE_ADDRESS__)
 extern "C" void __sanitizer_start_switch_fiber(void**, const void*, size_t);
 extern "C" void __sanitizer_finish_switch_fiber(void*, const void**, size_t*);
+extern "C" void __asan_unpoison_memory_region(const void volatile*, size_t);
 #endif
 
 inline thread_local uint3 threadIdx{}, blockIdx{};

@@ -47,6 +47,9 @@ struct Worker {  // per OS thread: stacks are reused from block to block
   void make_fiber(int i, dim3 block) {
     Fiber& f = b.f[size_t(i)];
     f.stack = stack(size_t(i));
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(f.stack, kStack);  // the last thread's frames never returned
+#endif
     f.lin = i, f.warp = i / 32, f.lane = i % 32;
     f.tid = uint3{unsigned(i) % block.x, unsigned(i) / block.x % block.y, unsigned(i) / (block.x * block.y)};
     void** top = reinterpret_cast<void**>(f.stack + kStack - 64);
