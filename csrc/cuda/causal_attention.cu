@@ -20,10 +20,13 @@ AttentionParams prepared(AttentionParams p) {
 
 }  // namespace
 
-i64 causal_attention_partial(const AttentionParams&) { return 0; }
+i64 causal_attention_partial(const AttentionParams& p) {
+  return i64(p.B) * p.H * p.T * decode_attention_splits(p) * (p.D + 2);
+}
 cudaError_t causal_attention_fwd(AttentionParams p, cudaStream_t stream) {
   if (!p.B || !p.H || !p.T) return cudaSuccess;
   p = prepared(p);
+  if (decode_attention_splits(p)) return decode_attention(p, stream);
   return causal_attention_fwd_sm90_takes(p) ? causal_attention_fwd_sm90(p, stream) : causal_attention_fwd_sm80(p, stream);
 }
 cudaError_t causal_attention_bwd(AttentionParams p, cudaStream_t stream) {

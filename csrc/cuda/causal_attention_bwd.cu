@@ -239,9 +239,9 @@ cudaError_t causal_attention_bwd_sm80(const AttentionParams& p, cudaStream_t str
     // D, MT, warps, BN, stages; for keys also the rows met and the columns summed at once
     if constexpr (sizeof(E) == 4) {
       using Keys128 = BackwardShape<E, 128, 1, 4, 32, 1, 16, 64>;
-      using Keys256 = BackwardShape<E, 256, 1, 2, 16, 1, 16, 128>;
+      using Keys256 = BackwardShape<E, 256, 1, 2, 16, 1, 16, 64>;
       if (p.D <= 32) return launch<BackwardShape<E, 32, 1, 4, 32, 2>, BackwardShape<E, 32, 1, 4, 32, 2>>(p, stream);
-      if (p.D <= 64) return launch<BackwardShape<E, 64, 1, 4, 32, 2>, BackwardShape<E, 64, 1, 4, 32, 2>>(p, stream);
+      if (p.D <= 64) return launch<BackwardShape<E, 64, 1, 4, 32, 2>, BackwardShape<E, 64, 1, 4, 32, 2, 16>>(p, stream);
       if (p.D <= 128) return launch<BackwardShape<E, 128, 1, 4, 32, 1>, Keys128>(p, stream);
       return launch<BackwardShape<E, 256, 1, 2, 16, 1>, Keys256>(p, stream);
     } else {

@@ -1,7 +1,7 @@
-// Forward of causal_attention on Hopper, head dims 64 and 128 in 16 bits: the sums of causal_attention_fwd.cu by TMA and
-// wgmma (FlashAttention-3, arXiv 2407.08608). Warpgroup 0 loads tiles of k and v into a ring of STAGES buffers each; every
-// other warpgroup has 64 queries of one head. Within one of these the product of the weights of tile i with v runs under
-// the softmax of tile i + 1.
+// Forward of causal_attention on Hopper, head dims 64 and 128 in 16 bits: the sums of causal_attention_fwd.cu by TMA
+// and wgmma (FlashAttention-3, arXiv 2407.08608). Warpgroup 0 loads tiles of k and v into rings of STAGES buffers; every
+// other warpgroup has 64 queries of one head. Within one of these the product of the weights of tile i with v runs
+// under the softmax of tile i + 1.
 //
 // Barriers in shared memory: q has landed; of each stage, k (v) has landed and k (v) has been used.
 #include "causal_attention_tile.cuh"

@@ -205,6 +205,31 @@ DEV_INLINE void add_weighted(float (&sum)[MT][COLUMNS][4], const float (&weights
     }
   }
 }
+// In fp32 every tile is summed by itself first: three products an element, added to a sum over many keys, would each cost
+// a rounding of that sum.
+template <class E, int MT, int NT, int COLUMNS, int WIDTH>
+DEV_INLINE void add_weighted(float (&sum)[MT][COLUMNS][4], const float (&weights)[MT][NT][4],
+                             const Tile<float, WIDTH>& x, int row, int column0) {
+#pragma unroll
+  for (int n = 0; n < COLUMNS; n += 2) {
+    float part[MT][2][4] = {};
+#pragma unroll
+    for (int k = 0; k < NT; k += 2) {
+      float2 b[4];
+      load_b_transposed(b, x, row + k * 8, column0 + n * 8);
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        float2 a[4];
+        result_as_a<float>(a, weights[m][k], weights[m][k + 1]);
+        mma<float>(part[m][0], a, b), mma<float>(part[m][1], a, b + 2);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int e = 0; e < 8; e++) sum[m][n + e / 4][e % 4] += part[m][e / 4][e % 4];
+  }
+}
 // `value` in place of the elements that the warp's rows do not see; columns from j0 on.
 template <int MT, int NT>
 DEV_INLINE void mask(float (&x)[MT][NT][4], const Range* seen, int j0, float value) {

@@ -77,8 +77,8 @@ DEV_INLINE void wgmma(float (&d)[R][4], const uint32_t (&a)[4], uint64_t b, int 
 #define GPTFAST_D4(i) GPTFAST_D1(i), GPTFAST_D1(i + 1), GPTFAST_D1(i + 2), GPTFAST_D1(i + 3)
 #define GPTFAST_D8 GPTFAST_D4(0), GPTFAST_D4(4)
 #define GPTFAST_D16 GPTFAST_D8, GPTFAST_D4(8), GPTFAST_D4(12)
-#define GPTFAST_R8 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
-  "%28,%29,%30,%31"
+#define GPTFAST_R8 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+  "%26,%27,%28,%29,%30,%31"
 #define GPTFAST_R16 GPTFAST_R8 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
   "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 // O0, O1, …: the operands after the R * 4 results
@@ -189,9 +189,11 @@ inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t b, int x, int
     for (uint32_t r = 0; r < m.rows; r++)
       for (uint32_t c = 0; c < 64; c++) {
         const uint64_t at[4] = {uint64_t(x) + c, uint64_t(y) + r, uint64_t(z), uint64_t(w)};
+        const char* from = static_cast<const char*>(s.data) + at[0] * 2;
+        bool inside = at[0] < s.dim[0];
+        for (int d = 1; d < 4; d++) inside = inside && at[d] < s.dim[d], from += at[d] * s.stride[d - 1];
         uint16_t v = 0;
-        if (at[0] < s.dim[0] && at[1] < s.dim[1] && at[2] < s.dim[2] && at[3] < s.dim[3])
-          memcpy(&v, static_cast<const char*>(s.data) + at[0] * 2 + at[1] * s.stride[0] + at[2] * s.stride[1] + at[3] * s.stride[2], 2);
+        if (inside) memcpy(&v, from, 2);
         memcpy(emu::smem_ptr(emu_swizzle(to + r * 128 + c * 2), 2, 2, "TMA load"), &v, 2);
       }
     EmuBarrier* p = emu_barrier(b);
