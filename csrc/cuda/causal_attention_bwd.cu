@@ -193,6 +193,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
       add_weighted<E>(dv, s, dout, n0, column0);
       add_weighted<E>(dk, dp, q, n0, column0);
     }
+    __syncthreads();  // this stage has been used
   }
   cp_async_wait<0>();
   __syncthreads();

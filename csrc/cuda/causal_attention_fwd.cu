@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_
     float s[MT][C::NT][4] = {};
     if (active) multiply_rows<E, C::D>(s, q, warp_row, k, 0);
     cp_async_wait<0>();
+    __syncthreads();  // v has landed, k has been used
     if (j0 > j_begin) load_tile<BN, C::THREADS>(k, p, p.k, b, h, j0 - BN, p.S);
     cp_async_commit();
     if (edge) {

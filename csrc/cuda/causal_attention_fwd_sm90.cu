@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(C::THREADS, 1)
       wgmma_wait<1>();
       if (leader) mbarrier_arrive(k_free(stage));
       weigh(column(i));
-      if (leader) mbarrier_arrive(v_free(before));
       wgmma_wait<0>();
+      if (leader) mbarrier_arrive(v_free(before));
       each_element<1, D / 8>([&](int, int n, int e) { o[0][n][e] *= rescale[0][e / 2]; });
       pack();
       wait_for_values(i);
