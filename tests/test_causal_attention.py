@@ -123,6 +123,24 @@ def test_large_scores_do_not_overflow(isa):
     torch.testing.assert_close(ops.causal_attention(q, k, v).double(), expected, rtol=1e-3, atol=1e-1)
 
 
+FEW_HEADS = [  # the backward deals the query blocks of each head to several slices
+    Case("causal_attention", {"B": 1, "H": 2, "T": 600, "D": 20}, {"dropout_p": 0.1, "seed": 3}),
+    Case("causal_attention", {"B": 1, "H": 1, "T": 515, "S": 707, "D": 9}, {"window": 300}),
+]
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("case", FEW_HEADS, ids=lambda c: c.id)
+def test_few_heads(case, dtype, isa):
+    check_case(case, dtype, seed=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", FEW_HEADS, ids=lambda c: c.id)
+def test_few_heads_are_repeatable(case, dtype, threads):
+    check_repeatable(case, dtype)
+
+
 def test_repeatable(threads):
     for case in CASES:
         check_repeatable(case, torch.bfloat16)

@@ -83,6 +83,14 @@ std::tuple<Tensor, Tensor> causal_attention_fwd(const Tensor& q, const Tensor& k
   return {out, lse};
 }
 
+// Enough items for many cores where heads are few. By the shape alone: dk and dv are summed by slices, and must not
+// depend on the number of threads.
+i64 backward_slices(i64 heads, i64 T) {
+  constexpr i64 kItems = 16, kBlocks = 4;  // at least so many blocks a slice: each packs all keys anew
+  const i64 wanted = heads ? (kItems + heads - 1) / heads : 1, most = T / (kBlocks * cpu::kAttentionBlock);
+  return most <= 1 ? 1 : wanted < most ? wanted : most;
+}
+
 std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k,
                                                         const Tensor& v, const Tensor& out, const Tensor& lse,
                                                         const OptTensor& seq_lens, const OptTensor& cu_seqlens,
@@ -97,7 +105,16 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, cons
   const Tensor lse_rows = torch::stable::contiguous(lse);
   p.lse = const_cast<float*>(static_cast<const float*>(lse_rows.const_data_ptr()));
   Tensor dq = new_heads(q, &p.dq), dk = new_heads(k, &p.dk), dv = new_heads(k, &p.dv);
-  parallel_items(p.B * p.H, [&](i64 bh) { cpu::kernels().causal_attention_bwd(p, bh); });
+  const i64 heads = p.B * p.H, slices = backward_slices(heads, p.T);
+  Tensor partial;
+  if (slices > 1) {
+    partial = new_tensor({heads, slices, 2, p.S, (p.D + 15) / 16 * 16}, ScalarType::Float);
+    p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  }
+  parallel_items(heads * slices, [&](i64 item) {
+    cpu::kernels().causal_attention_bwd(p, item / slices, slices - 1 - item % slices, slices);
+  });
+  if (slices > 1) parallel_items(heads, [&](i64 bh) { cpu::kernels().causal_attention_bwd_sum(p, bh, slices); });
   return {dq, dk, dv};
 }
 

@@ -6,6 +6,32 @@
 //   dk[j] += sum_i dS[i][j] q[i]            dq^T[d][i] += sum_j k[j][d] dS^T[j][i]
 //
 // Floor: 10 T S D flops a head, half of them under a causal mask.
+//
+// Where heads are few, the query blocks of each are dealt to a number of slices that depends on the shape alone; their
+// sums of dk and dv are added in the order of the slices, so the threads do not show in the bits.
+
+INL i64 key_gradient_floats(const AttentionParams& p) { return p.S * round_up(p.D, 16); }  // room for dk or dv of a slice
+
+// dk and dv of a head from the sums of its slices, each followed by the next 2 * key_gradient_floats later.
+static void write_key_gradients(const AttentionParams& p, i64 bh, const float* dk, const float* dv, i64 slices) {
+  const i64 b = bh / p.H, h = bh % p.H, stride = round_up(p.D, L), next = 2 * key_gradient_floats(p);
+  const F to_dk = set(p.scale), to_dv = set(p.threshold ? dropout_key(p, bh).scale : 1.f);
+  for (i64 j = 0; j < p.S; j++)
+    for (i64 d = 0; d < p.D; d += L) {
+      const i64 n = p.D - d < L ? p.D - d : L, from = j * stride + d;
+      F k_sum = load(dk + from), v_sum = load(dv + from);
+      for (i64 slice = 1; slice < slices; slice++) {
+        k_sum = k_sum + load(dk + slice * next + from);
+        v_sum = v_sum + load(dv + slice * next + from);
+      }
+      store_any(at(head_row(p.dk, p.dtype, b, h, j), p.dtype, d), p.dtype, k_sum * to_dk, n);
+      store_any(at(head_row(p.dv, p.dtype, b, h, j), p.dtype, d), p.dtype, v_sum * to_dv, n);
+    }
+}
+static void causal_attention_bwd_sum(const AttentionParams& p, i64 bh, i64 slices) {
+  const float* dk = p.partial + bh * slices * 2 * key_gradient_floats(p);
+  write_key_gradients(p, bh, dk, dk + key_gradient_floats(p), slices);
+}
 
 template <bool PAIR> struct AttentionBackward {
   const AttentionParams& p;
@@ -42,16 +68,20 @@ template <bool PAIR> struct AttentionBackward {
     k_packed = a.take<uint32_t>(direct(p.k) ? 0 : keys * words + L);
     v_packed = a.take<uint32_t>(direct(p.v) ? 0 : keys * words + L);
     k_pairs = a.take<uint32_t>(PAIR ? keys / 2 * D + L : 0);
-    dk = a.take<float>(keys * stride);
-    dv = a.take<float>(keys * stride);
+    dk = a.take<float>(p.partial ? 0 : p.S * stride);
+    dv = a.take<float>(p.partial ? 0 : p.S * stride);
     bytes = a.used;
   }
 
-  AttentionBackward(const AttentionParams& params, i64 bh)
+  AttentionBackward(const AttentionParams& params, i64 bh, i64 slice, i64 slices)
       : p(params), b(bh / p.H), h(bh % p.H), D(p.D), words(words_of<PAIR>(D)), stride(round_up(D, L)),
         dropout(dropout_key(p, bh)), scale(set(p.scale * kLog2e)) {
     carve({nullptr});
     carve({static_cast<char*>(scratch(bytes))});
+    if (p.partial) {
+      dk = p.partial + (bh * slices + slice) * 2 * key_gradient_floats(p);
+      dv = dk + key_gradient_floats(p);
+    }
     k = direct(p.k) ? static_cast<const uint32_t*>(head_row(p.k, p.dtype, b, h, 0)) : k_packed;
     v = direct(p.v) ? static_cast<const uint32_t*>(head_row(p.v, p.dtype, b, h, 0)) : v_packed;
     k_for_dq = PAIR ? k_pairs : k;
@@ -197,29 +227,19 @@ template <bool PAIR> struct AttentionBackward {
     for (int v = 0; v < kVectors; v++) store(factor + v * L, set(p.scale));
     unpack_transposed(p.dq, p.dtype, b, h, i0, queries, D, dq, factor);
   }
-
-  void write_keys() {
-    const F to_dk = set(p.scale), to_dv = set(p.threshold ? dropout.scale : 1.f);
-    for (i64 j = 0; j < p.S; j++)
-      for (i64 d = 0; d < D; d += L) {
-        const i64 n = D - d < L ? D - d : L;
-        store_any(at(head_row(p.dk, p.dtype, b, h, j), p.dtype, d), p.dtype, load(dk + j * stride + d) * to_dk, n);
-        store_any(at(head_row(p.dv, p.dtype, b, h, j), p.dtype, d), p.dtype, load(dv + j * stride + d) * to_dv, n);
-      }
-  }
 };
 
-template <bool PAIR> static void attention_backward(const AttentionParams& p, i64 bh) {
-  AttentionBackward<PAIR> w(p, bh);
-  for (i64 i0 = 0; i0 < p.T; i0 += kQueries) {
+template <bool PAIR> static void attention_backward(const AttentionParams& p, i64 bh, i64 slice, i64 slices) {
+  AttentionBackward<PAIR> w(p, bh, slice, slices);
+  for (i64 i0 = slice * kQueries; i0 < p.T; i0 += slices * kQueries) {
     if (p.threshold) w.template block<true>(i0);
     else w.template block<false>(i0);
   }
-  w.write_keys();
+  if (!p.partial) write_key_gradients(p, bh, w.dk, w.dv, 1);
 }
-static void causal_attention_bwd(const AttentionParams& p, i64 bh) {
+static void causal_attention_bwd(const AttentionParams& p, i64 bh, i64 slice, i64 slices) {
 #ifdef __AVX512BF16__
-  if (p.dtype == DType::bf16) return attention_backward<true>(p, bh);
+  if (p.dtype == DType::bf16) return attention_backward<true>(p, bh, slice, slices);
 #endif
-  attention_backward<false>(p, bh);
+  attention_backward<false>(p, bh, slice, slices);
 }

@@ -42,7 +42,7 @@ extern const Kernels table;
 const Kernels table = {
     GPTFAST_ISA_NAME,  L,
     gelu_fwd,          gelu_bwd,
-    causal_attention_fwd, causal_attention_bwd,
+    causal_attention_fwd, causal_attention_bwd, causal_attention_bwd_sum,
     dropout,           dropout_mask,
     layer_norm_fwd,    layer_norm_bwd,
     cross_entropy_fwd, cross_entropy_bwd,

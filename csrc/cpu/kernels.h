@@ -124,6 +124,7 @@ struct AttentionParams {
   Heads out, dout;  // (B, H, T, D), backward only
   MutHeads y;       // (B, H, T, D): the output, forward only
   MutHeads dq, dk, dv;
+  float* partial;         // (B H, slices, 2, S, D rounded up to 16): sums of dk and dv; nullptr when there is one slice
   float* lse;             // (B, H, T), written by forward, read by backward
   const i64* seq_lens;    // (B) or nullptr
   const i64* cu_seqlens;  // (documents + 1) or nullptr
@@ -171,8 +172,9 @@ struct Kernels {
   void (*gelu_bwd)(const GeluParams&, i64 chunk_begin, i64 chunk_end);
   // Query blocks first, first + step, … of head bh = b * H + h.
   void (*causal_attention_fwd)(const AttentionParams&, i64 bh, i64 first, i64 step);
-  // All of head bh: dq, dk, dv.
-  void (*causal_attention_bwd)(const AttentionParams&, i64 bh);
+  // Query blocks slice, slice + slices, … of head bh: their dq, and dk and dv if they are all, else the partial sums.
+  void (*causal_attention_bwd)(const AttentionParams&, i64 bh, i64 slice, i64 slices);
+  void (*causal_attention_bwd_sum)(const AttentionParams&, i64 bh, i64 slices);  // partial sums -> dk, dv
   void (*dropout)(const DropoutRowsParams&, i64 row_begin, i64 row_end);
   void (*dropout_mask)(const DropoutMaskParams&, i64 row_begin, i64 row_end);
   void (*layer_norm_fwd)(const LayerNormParams&, i64 row_begin, i64 row_end);
