@@ -88,8 +88,6 @@ def test_rows_of_any_shape():
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_many_chunks_equal_one(reduction, monkeypatch):
     """16 rows a chunk, the last one ragged."""
-    import sys
-
     leaves = [torch.randn(70, 24).requires_grad_(), (torch.randn(501, 24) / 5).requires_grad_()]
     targets = torch.randint(501, (70,))
     targets[::7] = -100
@@ -141,8 +139,11 @@ def test_fp16_gradients_do_not_underflow(isa):
         assert ((g.double() - e).norm() / e.norm()).item() < 2e-3
 
 
-def test_upstream_factor_is_not_rounded():
-    """A third, rounded to bf16, would shift every gradient by 0.1 percent."""
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_upstream_factor_is_not_rounded(on_gpu, monkeypatch):
+    """A third, rounded to bf16, would shift every gradient by 0.1 percent. A GPU's factor stays a tensor."""
+    if on_gpu:
+        monkeypatch.setattr(sys.modules["gptfast.ops.linear_cross_entropy"], "_factor", lambda dtotal: dtotal.view(1))
     leaves = [torch.randn(3, 64).bfloat16().requires_grad_(), torch.randn(500, 64).bfloat16().requires_grad_()]
     targets = torch.randint(500, (3,))
     mean, total = (

@@ -114,7 +114,13 @@ def _dense(x: Tensor) -> Tensor:
 
 def _torch(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, dtype: torch.dtype, accumulate: bool) -> None:
     a, b = a.to(dtype), b.to(dtype)
-    if out.dtype != dtype or bias is not None:
+    if out.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16) and out.is_cuda and bias is None:
+        # cuBLAS adds to a float32 result as it is; torch has this on CUDA only
+        if accumulate:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif out.dtype != dtype or bias is not None:
         product = a @ b if bias is None else torch.addmm(bias.to(dtype), a, b)
         out.add_(product) if accumulate else out.copy_(product)
     elif accumulate:

@@ -16,6 +16,9 @@ from gptfast.ops.gemm import gemm
 
 OP = "linear_cross_entropy"
 CHUNK_BYTES = 74 << 20  # of logits held at a time; with 16 MB of packed weight less than 100 MB in all
+GPU_CHUNK_BYTES = (
+    512 << 20
+)  # every chunk reads and writes the gradient of weight once, which must not cost much beside it
 TILE_ROWS = 96
 
 
@@ -106,9 +109,9 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
     return torch.where(count > 0, total / count.clamp_min(1), torch.nan)
 
 
-def _chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
-    """Even parts of at most CHUNK_BYTES, in whole tiles of the product; one tile where that is more."""
-    most = max(TILE_ROWS, CHUNK_BYTES // bytes_per_row // TILE_ROWS * TILE_ROWS)
+def _chunks(rows: int, bytes_per_row: int, most_bytes: int) -> Iterator[slice]:
+    """Even parts of at most so many bytes, in whole tiles of the product; one tile where that is more."""
+    most = max(TILE_ROWS, most_bytes // bytes_per_row // TILE_ROWS * TILE_ROWS)
     parts = max(1, -(-rows // most))
     size = max(1, min(most, -(-rows // (parts * TILE_ROWS)) * TILE_ROWS))
     return (slice(n, min(n + size, rows)) for n in range(0, rows, size))
@@ -117,7 +120,8 @@ def _chunks(rows: int, bytes_per_row: int) -> Iterator[slice]:
 def _logits_by_chunk(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits in hidden's dtype), one buffer serving all chunks."""
     N, V, buffer = hidden.shape[0], weight.shape[0], None
-    for part in _chunks(N, V * hidden.element_size()):
+    most = CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
+    for part in _chunks(N, V * hidden.element_size(), most):
         rows = part.stop - part.start
         buffer = hidden.new_empty(rows, V) if buffer is None else buffer
         logits = buffer[:rows]
@@ -165,9 +169,15 @@ def _losses_and_gradients(
 
 
 def _scaled(dtotal: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients times dtotal: as a Python number, which a half-precision product does not round first."""
-    scale = dtotal.item()
-    return dhidden * scale, (dweight * scale).to(weight.dtype)
+    """The gradients times dtotal."""
+    factor = _factor(dtotal)
+    return (dhidden * factor).to(hidden.dtype), (dweight * factor).to(weight.dtype)
+
+
+def _factor(dtotal: Tensor) -> Tensor | float:
+    """dtotal as a factor that a half-precision product does not round first: a Python number, or, as nobody should wait
+    for a GPU to tell it, a float32 tensor with a dimension."""
+    return dtotal.item() if dtotal.device.type == "cpu" else dtotal.view(1)
 
 
 class TotalLossFunction(torch.autograd.Function):
@@ -210,8 +220,8 @@ class TotalLossFunction(torch.autograd.Function):
         if ctx.compiled or torch.is_grad_enabled():
             grads = op.linear_cross_entropy_scale(dtotal, hidden, weight, *grads)
         else:
-            scale = dtotal.item()
-            grads = [g.mul_(scale).to(x.dtype) for g, x in zip(grads, (hidden, weight), strict=True)]
+            factor = _factor(dtotal)
+            grads = [g.mul_(factor).to(x.dtype) for g, x in zip(grads, (hidden, weight), strict=True)]
         return None, *(g if wanted else None for g, wanted in zip(grads, ctx.wanted, strict=True)), None, None, None
 
 

@@ -39,7 +39,8 @@ def sample(
         top_k: keep exactly k tokens (ties: lowest ids); 0 keeps all.
         top_p: in (0, 1]; keep the smallest set of largest probabilities with mass >= p, never empty.
         seed: in [0, 2**64).
-        position: of the drawn token in its sequence, in [0, 2**32): an int for all rows or (B,) int64.
+        position: of the drawn token in its sequence, in [0, 2**32): an int for all rows or (B,) int64 (on a GPU not
+            checked).
         stream: which of many independent sequences a row is: an int, (B,) int64, or None for the row number.
         backend: see `gptfast.backend`.
     Returns:
@@ -58,7 +59,10 @@ def sample(
         raise ValueError(f"{OP}: top_p is {top_p}; expected 0 < top_p <= 1 (1 keeps all tokens)")
     rng.check_counter(OP, "seed", seed, 64)
     positions = _per_row("position", position, logits)
-    streams = _per_row("stream", torch.arange(logits.shape[0]) if stream is None else stream, logits)
+    if stream is None:
+        streams = torch.arange(logits.shape[0], device=logits.device)
+    else:
+        streams = _per_row("stream", stream, logits)
     runs_on = resolve(OP, backend, logits)
     if runs_on == "eager":
         return reference.sample(
@@ -75,7 +79,9 @@ def _per_row(name: str, value: int | Tensor, logits: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or tuple(value.shape) != (logits.shape[0],):
         got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{OP}: {name} is {got}; expected an int or an int64 tensor of shape ({logits.shape[0]},)")
-    if not torch.compiler.is_compiling() and ((value < 0) | (value >= 2**32)).any():
+    # values that lie on a GPU are not asked for: everything would wait for them
+    known = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and ((value < 0) | (value >= 2**32)).any():
         raise ValueError(f"{OP}: {name} has values outside [0, 2**32)")
     return value.to(logits.device)
 

@@ -1,0 +1,103 @@
+// causal_attention on CUDA: checks, allocation, launch. The lengths stay on the device, where kernels clamp them: to
+// check their values here would mean to wait for the GPU.
+#include "../cuda/causal_attention.h"
+
+#include "cuda_common.h"
+
+namespace gptfast::cuda {
+namespace {
+
+constexpr const char* kOp = "causal_attention";
+
+// x (B, H, rows, D) with a contiguous last dimension; a copy otherwise, kept alive by *owner.
+Heads heads_of(const char* name, const Tensor& x, i64 rows, const Tensor& q, Tensor* owner) {
+  check_device(kOp, name, x, q);
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows &&
+                      x.size(3) == q.size(3) && x.scalar_type() == q.scalar_type(),
+                  kOp, ": ", name, " and q differ in shape or dtype");
+  *owner = x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
+  return {owner->const_data_ptr(), owner->stride(0), owner->stride(1), owner->stride(2)};
+}
+// A fresh (B, H, T, D) stored as (B, T, H, D), the layout that the next projection reads without a copy.
+Tensor new_heads(const Tensor& like, MutHeads* view) {
+  const i64 B = like.size(0), H = like.size(1), T = like.size(2), D = like.size(3);
+  Tensor x = new_tensor(like, {B, T, H, D}, like.scalar_type());
+  *view = {x.mutable_data_ptr(), T * H * D, D, H * D};
+  return torch::stable::transpose(x, 1, 2);
+}
+Lengths lengths_of(const char* name, const OptTensor& t, const Tensor& q, Tensor* owner) {
+  if (!t) return {nullptr, false};
+  check_device(kOp, name, *t, q);
+  const bool wide = t->scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK((wide || t->scalar_type() == ScalarType::Int) && t->dim() == 1, kOp, ": ", name,
+                  " must be a vector of int32 or int64");
+  *owner = torch::stable::contiguous(*t);
+  return {owner->const_data_ptr(), wide};
+}
+
+// What forward and backward share, and the tensors that must outlive the launch.
+struct Call {
+  AttentionParams p{};
+  Tensor owners[7];
+
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& seq_lens, const OptTensor& cu_seqlens,
+       bool causal, double scale, double dropout_p, i64 seed, i64 offset, i64 window) {
+    STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, kOp, ": expected (B, H, T, D)");
+    const i64 B = q.size(0), H = q.size(1), T = q.size(2), S = k.size(2), D = q.size(3), most = i64(1) << 29;
+    STD_TORCH_CHECK(B * H <= most && T <= most && S <= most && B * H * (T + S) <= 16 * most, kOp, ": B * H is ", B * H,
+                    ", T ", T, ", S ", S, "; the CUDA kernels take up to ", most, " of each: use backend='eager'");
+    STD_TORCH_CHECK(D >= 1 && D <= 256 && scale >= 0, kOp, ": head_dim must be 1 to 256 and the scale >= 0");
+    STD_TORCH_CHECK(!seq_lens || seq_lens->numel() == B, kOp, ": seq_lens must have one entry a row");
+    STD_TORCH_CHECK(!cu_seqlens || (B == 1 && T == S && cu_seqlens->numel() >= 1), kOp,
+                    ": cu_seqlens needs B = 1 and T = S");
+    p.B = int(B), p.H = int(H), p.T = int(T), p.S = int(S), p.D = int(D), p.dtype = dtype_of(kOp, q);
+    p.causal = causal, p.scale = float(scale), p.window = int(window < T + S ? window : T + S);
+    p.dropout = dropout_of(dropout_p, seed, offset);
+    p.q = heads_of("q", q, T, q, &owners[0]);
+    p.k = heads_of("k", k, S, q, &owners[1]), p.v = heads_of("v", v, S, q, &owners[2]);
+    p.seq_lens = lengths_of("seq_lens", seq_lens, q, &owners[3]);
+    p.cu_seqlens = lengths_of("cu_seqlens", cu_seqlens, q, &owners[4]);
+    p.documents = cu_seqlens ? int(cu_seqlens->numel()) - 1 : 0;
+  }
+};
+
+std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& seq_lens,
+                               const OptTensor& cu_seqlens, bool causal, double scale, double dropout_p, i64 seed,
+                               i64 offset, i64 window) {
+  Call call(q, k, v, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window);
+  AttentionParams& p = call.p;
+  const Launch on(q);
+  Tensor out = new_heads(q, &p.y), lse = new_tensor(q, {p.B, p.H, p.T}, ScalarType::Float);
+  Tensor partial = new_tensor(q, {causal_attention_partial(p)}, ScalarType::Float);
+  p.lse = floats(lse), p.partial = floats(partial);
+  check(kOp, causal_attention_fwd(p, on.stream));
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& out, const Tensor& lse, const OptTensor& seq_lens,
+                                       const OptTensor& cu_seqlens, bool causal, double scale, double dropout_p,
+                                       i64 seed, i64 offset, i64 window) {
+  Call call(q, k, v, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window);
+  AttentionParams& p = call.p;
+  p.out = heads_of("out", out, p.T, q, &call.owners[5]), p.dout = heads_of("dout", dout, p.T, q, &call.owners[6]);
+  check_device(kOp, "lse", lse, q);
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == i64(p.B) * p.H * p.T, kOp,
+                  ": lse must be float32 (B, H, T)");
+  const Launch on(q);
+  const Tensor lse_rows = torch::stable::contiguous(lse);
+  Tensor delta = new_tensor(q, {p.B, p.H, p.T}, ScalarType::Float);
+  p.lse = floats(lse_rows), p.delta = floats(delta);
+  Tensor dq = new_heads(q, &p.dq), dk = new_heads(k, &p.dk), dv = new_heads(k, &p.dv);
+  check(kOp, causal_attention_bwd(p, on.stream));
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+GPTFAST_CUDA_IMPL(m) {
+  m.impl("causal_attention_fwd", TORCH_BOX(&fwd));
+  m.impl("causal_attention_bwd", TORCH_BOX(&bwd));
+}
+
+}  // namespace gptfast::cuda

@@ -1,0 +1,37 @@
+// causal_attention: the kernel that a call runs.
+#include "causal_attention.h"
+
+#include "common.cuh"
+
+namespace gptfast::cuda {
+namespace {
+
+// Are all rows of x whole chunks of 16 bytes at aligned addresses?
+template <class H> bool whole_chunks(const AttentionParams& p, const H& x) {
+  const i64 bytes = (p.D | x.sb | x.sh | x.st) * element_size(p.dtype);
+  return !x.data || (bytes | i64(reinterpret_cast<uintptr_t>(x.data))) % 16 == 0;
+}
+AttentionParams prepared(AttentionParams p) {
+  p.whole_chunks = whole_chunks(p, p.q) && whole_chunks(p, p.k) && whole_chunks(p, p.v) && whole_chunks(p, p.out) &&
+                   whole_chunks(p, p.dout) && whole_chunks(p, p.y) && whole_chunks(p, p.dq) && whole_chunks(p, p.dk) &&
+                   whole_chunks(p, p.dv);
+  return p;
+}
+
+}  // namespace
+
+i64 causal_attention_partial(const AttentionParams& p) {
+  return i64(p.B) * p.H * p.T * decode_attention_splits(p) * (p.D + 2);
+}
+cudaError_t causal_attention_fwd(AttentionParams p, cudaStream_t stream) {
+  if (!p.B || !p.H || !p.T) return cudaSuccess;
+  p = prepared(p);
+  if (decode_attention_splits(p)) return decode_attention(p, stream);
+  return causal_attention_fwd_sm90_takes(p) ? causal_attention_fwd_sm90(p, stream) : causal_attention_fwd_sm80(p, stream);
+}
+cudaError_t causal_attention_bwd(AttentionParams p, cudaStream_t stream) {
+  if (!p.B || !p.H) return cudaSuccess;
+  return causal_attention_bwd_sm80(prepared(p), stream);
+}
+
+}  // namespace gptfast::cuda

@@ -1,0 +1,57 @@
+// causal_attention as the bindings see it; what it computes is told in gptfast/ops/causal_attention.py. Conventions as
+// in kernels.h: device pointers, strides in elements, a contiguous last dimension.
+#pragma once
+#include "kernels.h"
+
+namespace gptfast::cuda {
+
+// Element (b, h, t, d) lies at data + b * sb + h * sh + t * st + d.
+struct Heads {
+  const void* data;
+  i64 sb, sh, st;
+};
+struct MutHeads {
+  void* data;
+  i64 sb, sh, st;
+};
+// int32 or int64 values on the device; data == nullptr when absent. Kernels clamp what they read to the sizes of the
+// tensors: nobody waits for the GPU to check them.
+struct Lengths {
+  const void* data;
+  bool wide;
+};
+
+struct AttentionParams {
+  int B, H, T, S, D;
+  DType dtype;      // of q, k, v, out and their gradients
+  Heads q, k, v;    // (B, H, T, D), (B, H, S, D)
+  Heads out, dout;  // (B, H, T, D), backward only
+  MutHeads y;       // (B, H, T, D): the output, forward only
+  MutHeads dq, dk, dv;
+  float* lse;          // (B, H, T), written by forward, read by backward
+  float* delta;        // (B, H, T), backward only: sum over d of out * dout
+  float* partial;      // forward: room for causal_attention_partial(p) values
+  Lengths seq_lens;    // (B)
+  Lengths cu_seqlens;  // (documents + 1)
+  int documents;
+  int window;  // 0: none
+  bool causal;
+  bool whole_chunks;  // rows of all tensors are whole, aligned chunks of 16 bytes; set by the launchers
+  float scale;        // >= 0
+  Dropout dropout;
+};
+
+// Values of fp32 scratch memory that the forward needs: 0 unless keys are split among blocks (decode_attention).
+i64 causal_attention_partial(const AttentionParams&);
+cudaError_t causal_attention_fwd(AttentionParams, cudaStream_t);
+cudaError_t causal_attention_bwd(AttentionParams, cudaStream_t);
+
+// Parts of the forward, each for the calls that it takes on.
+cudaError_t causal_attention_fwd_sm80(const AttentionParams&, cudaStream_t);  // all
+cudaError_t causal_attention_bwd_sm80(const AttentionParams&, cudaStream_t);  // all
+bool causal_attention_fwd_sm90_takes(const AttentionParams&);
+cudaError_t causal_attention_fwd_sm90(const AttentionParams&, cudaStream_t);
+int decode_attention_splits(const AttentionParams&);  // 0: not taken
+cudaError_t decode_attention(const AttentionParams&, cudaStream_t);
+
+}  // namespace gptfast::cuda

@@ -1,0 +1,258 @@
+// Backward of causal_attention (FlashAttention-2, arXiv 2307.08691, section 3.1.2) by two kernels that sum in one fixed
+// order and need no atomics, so gradients repeat bit for bit. With delta_i = sum_d out[i][d] dout[i][d], and P' after
+// dropout:
+//
+//   P = exp(scale q k^T - lse)     dP = dout v^T     dS = P (keep dP / (1 - p) - delta)
+//   query_gradient: a block has BM queries and meets all their keys      dq = scale dS k
+//   key_gradients:  a block has BM keys and meets all their queries      dv = P'^T dout / (1 - p)     dk = scale dS^T q
+//
+// key_gradients forms S^T and dP^T, whose rows are keys: packed, they are the first operands of dv and dk.
+//
+// Floor: 10 T S D flops a head, half of them under a causal mask; this takes 14, as both kernels form S and dP.
+#include "causal_attention_tile.cuh"
+
+namespace gptfast::cuda {
+namespace {
+
+// BM rows that a block keeps, BN rows of the other side that it loads at a time, in STAGES buffers, and meets NEAR at a
+// time. OUT columns of results are summed at once. Scores and results of a warp must fit into registers.
+template <class E_, int D_, int MT_, int WARPS_, int BN_, int STAGES_, int NEAR = BN_, int OUT_ = D_>
+struct BackwardShape {
+  using E = E_;
+  static constexpr int D = D_, MT = MT_, BN = BN_, STAGES = STAGES_, OUT = OUT_;
+  static constexpr int BM = 16 * MT * WARPS_, NT = NEAR / 8, THREADS = 32 * WARPS_;
+  static constexpr int SMEM =
+      2 * (BM + STAGES * BN) * Tile<E, D>::kRow + BM * int(sizeof(Range)) + 4 * WARPS_ + 8 * STAGES * BN;
+};
+
+// ---- delta: one warp a query ----------------------------------------------------------------------------------------
+
+template <class E> __global__ void __launch_bounds__(128) row_products(const __grid_constant__ AttentionParams p) {
+  const i64 n = i64(blockIdx.x) * 4 + threadIdx.x / 32;
+  if (n >= i64(p.B) * p.H * p.T) return;
+  const int i = int(n % p.T), bh = int(n / p.T);
+  const E *out = row_of<E>(p.out, bh / p.H, bh % p.H, i), *dout = row_of<E>(p.dout, bh / p.H, bh % p.H, i);
+  float sum = 0.f;
+  for (int d = threadIdx.x % 32; d < p.D; d += 32) sum += to_float(out[d]) * to_float(dout[d]);
+  sum = warp_reduce(sum, Sum{});
+  if (threadIdx.x % 32 == 0) p.delta[n] = sum;
+}
+
+// ---- dq -------------------------------------------------------------------------------------------------------------
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_constant__ AttentionParams p) {
+  using E = typename C::E;
+  using T = Tile<E, C::D>;
+  constexpr int MT = C::MT, BN = C::BN, NT = C::NT, STAGE = 2 * BN * T::kRow;
+  static_assert(C::OUT == C::D && C::NT * 8 == BN);
+  DYN_SMEM(smem);
+  const T q{smem}, dout{q.data + C::BM * T::kRow};
+  char* stages = dout.data + C::BM * T::kRow;  // k, then v
+  Range* seen = reinterpret_cast<Range*>(stages + C::STAGES * STAGE);
+  int* flags = reinterpret_cast<int*>(seen + C::BM);
+
+  const int blocks = (p.T + C::BM - 1) / C::BM, bh = blockIdx.x / blocks, b = bh / p.H, h = bh % p.H;
+  const int i0 = (blocks - 1 - int(blockIdx.x) % blocks) * C::BM;
+  const int lane = threadIdx.x % 32, warp_row = int(threadIdx.x) / 32 * 16 * MT, row = i0 + warp_row + lane / 4;
+  for (int r = threadIdx.x; r < C::BM; r += C::THREADS) seen[r] = visible_keys(p, b, i0 + r);
+  __syncthreads();
+  const Range first = seen[0], last = seen[min(C::BM, p.T - i0) - 1];
+  const Range warp_first = seen[warp_row], warp_last = seen[warp_row + 16 * MT - 1];
+
+  float lse[MT][2], delta[MT][2], dq[MT][C::D / 8][4] = {};
+#pragma unroll
+  for (int n = 0; n < 2 * MT; n++) {
+    const bool inside = row + 8 * n < p.T;
+    lse[n / 2][n % 2] = inside ? p.lse[i64(bh) * p.T + row + 8 * n] * kLog2e : 0.f;
+    delta[n / 2][n % 2] = inside ? p.delta[i64(bh) * p.T + row + 8 * n] : 0.f;
+  }
+  const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
+
+  auto load = [&](int j0, int stage) {
+    const T k{stages + stage * STAGE}, v{k.data + BN * T::kRow};
+    load_tile<BN, C::THREADS>(k, p, p.k, b, h, j0, p.S);
+    load_tile<BN, C::THREADS>(v, p, p.v, b, h, j0, p.S);
+  };
+  const int j_begin = first.lo / BN * BN, j_end = last.hi;
+  bool nonfinite = false;  // keys in tiles with masked elements
+  load_tile<C::BM, C::THREADS>(q, p, p.q, b, h, i0, p.T);
+  load_tile<C::BM, C::THREADS>(dout, p, p.dout, b, h, i0, p.T);
+  if (C::STAGES == 2 && j_begin < j_end) load(j_begin, 0);
+  cp_async_commit();
+  for (int j0 = j_begin, stage = 0; j0 < j_end; j0 += BN, stage ^= C::STAGES - 1) {
+    if (C::STAGES == 1) load(j0, 0);
+    else if (j0 + BN < j_end) load(j0 + BN, stage ^ 1);
+    cp_async_commit();
+    cp_async_wait<C::STAGES - 1>();
+    __syncthreads();
+    const T k{stages + stage * STAGE}, v{k.data + BN * T::kRow};
+    const bool edge = j0 < last.lo || j0 + BN > first.hi;
+    const bool active = j0 < warp_last.hi && j0 + BN > warp_first.lo;
+    float s[MT][NT][4] = {}, dp[MT][NT][4] = {};
+    if (active) {
+      multiply_rows<E, C::D>(s, q, warp_row, k, 0);
+      multiply_rows<E, C::D>(dp, dout, warp_row, v, 0);
+      if (p.dropout.threshold)
+        each_decision<MT, NT>(p.dropout, bh, row, j0,
+                              [&](int m, int n, int e, bool keep) { dp[m][n][e] = keep ? dp[m][n][e] * kept : 0.f; });
+    }
+    if (edge) {
+      __syncthreads();  // all scores are formed
+      const bool found = remove_nonfinite<BN, C::THREADS>(k, threadIdx.x);
+      nonfinite |= any_found<C::THREADS / 32>(found, threadIdx.x / 32, flags, [] { __syncthreads(); });
+    }
+    if (active) {
+      each_element<MT, NT>([&](int m, int n, int e) {
+        const float weight = fast_exp2(fmaf(s[m][n][e], scale_log2, -lse[m][e / 2]));
+        s[m][n][e] = weight * (dp[m][n][e] - delta[m][e / 2]);
+      });
+      if (edge) mask(s, seen + warp_row, j0, 0.f);
+      add_weighted<E>(dq, s, k, 0, 0);
+    }
+    __syncthreads();  // this stage has been used
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  float factor[MT][2];
+#pragma unroll
+  for (int n = 0; n < 2 * MT; n++) factor[n / 2][n % 2] = p.scale;
+  result_to_tile<E>(dq, factor, q, warp_row);
+  if (nonfinite) spread_nonfinite<16 * MT>(q, warp_row, seen + warp_row, p, p.k, b, h, 0);
+  store_rows<16 * MT>(q, warp_row, p, p.dq, b, h, i0 + warp_row, p.T, 0);
+}
+
+// ---- dk and dv ------------------------------------------------------------------------------------------------------
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_constant__ AttentionParams p) {
+  using E = typename C::E;
+  using T = Tile<E, C::D>;
+  constexpr int MT = C::MT, BN = C::BN, NT = C::NT, STAGE = 2 * BN * T::kRow;
+  DYN_SMEM(smem);
+  const T k{smem}, v{k.data + C::BM * T::kRow};
+  char* stages = v.data + C::BM * T::kRow;  // q, then dout
+  Range* seen = reinterpret_cast<Range*>(stages + C::STAGES * STAGE);
+  float* statistics = reinterpret_cast<float*>(seen + C::BM);  // of each stage: lse, then delta
+
+  constexpr int PARTS = C::D / C::OUT;  // blocks that share the columns of dk and dv
+  const int blocks = (p.S + C::BM - 1) / C::BM, bh = blockIdx.x / (blocks * PARTS), b = bh / p.H, h = bh % p.H;
+  const int j0 = int(blockIdx.x) / PARTS % blocks * C::BM, column0 = int(blockIdx.x) % PARTS * C::OUT;
+  const int lane = threadIdx.x % 32, warp_row = int(threadIdx.x) / 32 * 16 * MT;
+  for (int r = threadIdx.x; r < C::BM; r += C::THREADS) seen[r] = visible_queries(p, b, j0 + r);
+  __syncthreads();
+  const Range *first = seen, *last = seen + min(C::BM, p.S - j0) - 1;
+
+  float dk[MT][C::OUT / 8][4] = {}, dv[MT][C::OUT / 8][4] = {};
+  const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
+
+  auto load = [&](int i0, int stage) {
+    const T q{stages + stage * STAGE}, dout{q.data + BN * T::kRow};
+    load_tile<BN, C::THREADS>(q, p, p.q, b, h, i0, p.T);
+    load_tile<BN, C::THREADS>(dout, p, p.dout, b, h, i0, p.T);
+    for (int n = threadIdx.x; n < 2 * BN; n += C::THREADS) {
+      const float* from = n < BN ? p.lse : p.delta;
+      const int i = i0 + n % BN;
+      cp_async<4>(smem_u32(statistics + stage * 2 * BN + n), from + (i < p.T ? i64(bh) * p.T + i : 0), i < p.T);
+    }
+  };
+  const int i_begin = first->lo / BN * BN, i_end = last->hi;
+  load_tile<C::BM, C::THREADS>(k, p, p.k, b, h, j0, p.S);
+  load_tile<C::BM, C::THREADS>(v, p, p.v, b, h, j0, p.S);
+  if (C::STAGES == 2 && i_begin < i_end) load(i_begin, 0);
+  cp_async_commit();
+  for (int i0 = i_begin, stage = 0; i0 < last->hi; i0 += BN, stage ^= C::STAGES - 1) {
+    if (C::STAGES == 1) load(i0, 0);
+    else if (i0 + BN < last->hi) load(i0 + BN, stage ^ 1);
+    cp_async_commit();
+    cp_async_wait<C::STAGES - 1>();
+    __syncthreads();
+    const T q{stages + stage * STAGE}, dout{q.data + BN * T::kRow};
+#pragma unroll 1
+    for (int n0 = 0; n0 < BN; n0 += 8 * NT) {
+      if (i0 + n0 >= seen[warp_row + 16 * MT - 1].hi || i0 + n0 + 8 * NT <= seen[warp_row].lo) continue;
+      const float* lse = statistics + stage * 2 * BN + n0 + lane % 4 * 2;
+      const bool edge = i0 + n0 < last->lo || i0 + n0 + 8 * NT > first->hi;
+      float s[MT][NT][4] = {}, dp[MT][NT][4] = {};
+      multiply_rows<E, C::D>(s, k, warp_row, q, n0);
+      multiply_rows<E, C::D>(dp, v, warp_row, dout, n0);
+      each_element<MT, NT>([&](int m, int n, int e) {
+        s[m][n][e] = fast_exp2(fmaf(s[m][n][e], scale_log2, -kLog2e * lse[n * 8 + e % 2]));
+      });
+      auto slope = [&](int m, int n, int e, float d) { return s[m][n][e] * (d - lse[BN + n * 8 + e % 2]); };
+      if (p.dropout.threshold) {
+        each_decision_transposed<MT, NT>(p.dropout, bh, j0 + warp_row, i0 + n0, [&](int m, int n, int e, bool keep) {
+          dp[m][n][e] = slope(m, n, e, keep ? dp[m][n][e] * kept : 0.f);
+          if (!keep) s[m][n][e] = 0.f;
+        });
+      } else {
+        each_element<MT, NT>([&](int m, int n, int e) { dp[m][n][e] = slope(m, n, e, dp[m][n][e]); });
+      }
+      if (edge) mask(s, seen + warp_row, i0 + n0, 0.f), mask(dp, seen + warp_row, i0 + n0, 0.f);
+      add_weighted<E>(dv, s, dout, n0, column0);
+      add_weighted<E>(dk, dp, q, n0, column0);
+    }
+    __syncthreads();  // this stage has been used
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+
+  float to_dk[MT][2], to_dv[MT][2];
+#pragma unroll
+  for (int n = 0; n < 2 * MT; n++) {
+    to_dk[n / 2][n % 2] = p.scale;
+    to_dv[n / 2][n % 2] = p.dropout.threshold ? kept : 1.f;
+  }
+  const Tile<E, C::OUT> dk_tile{k.data}, dv_tile{v.data};
+  result_to_tile<E>(dk, to_dk, dk_tile, warp_row);
+  result_to_tile<E>(dv, to_dv, dv_tile, warp_row);
+  store_rows<16 * MT>(dk_tile, warp_row, p, p.dk, b, h, j0 + warp_row, p.S, column0);
+  store_rows<16 * MT>(dv_tile, warp_row, p, p.dv, b, h, j0 + warp_row, p.S, column0);
+}
+
+// ---- launching ------------------------------------------------------------------------------------------------------
+
+template <class Q, class K> cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
+  const i64 heads = i64(p.B) * p.H;
+  if (p.T) {
+    auto products = row_products<typename Q::E>;
+    LAUNCH(products, dim3(unsigned(ceil_div(heads * p.T, 4))), dim3(128), 0, stream, p);
+    if (const cudaError_t error = cudaGetLastError()) return error;
+    auto queries = query_gradient<Q>;
+    if (const cudaError_t error = allow_smem(queries, Q::SMEM)) return error;
+    LAUNCH(queries, dim3(unsigned(ceil_div(p.T, Q::BM) * heads)), dim3(Q::THREADS), Q::SMEM, stream, p);
+    if (const cudaError_t error = cudaGetLastError()) return error;
+  }
+  if (!p.S) return cudaSuccess;
+  auto keys = key_gradients<K>;
+  if (const cudaError_t error = allow_smem(keys, K::SMEM)) return error;
+  LAUNCH(keys, dim3(unsigned(ceil_div(p.S, K::BM) * heads * (K::D / K::OUT))), dim3(K::THREADS), K::SMEM, stream, p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t causal_attention_bwd_sm80(const AttentionParams& p, cudaStream_t stream) {
+  return with_dtype(p.dtype, [&](auto element) {
+    using E = decltype(element);
+    // D, MT, warps, BN, stages; for keys also the rows met and the columns summed at once
+    if constexpr (sizeof(E) == 4) {
+      using Keys128 = BackwardShape<E, 128, 1, 4, 32, 1, 16, 64>;
+      using Keys256 = BackwardShape<E, 256, 1, 2, 16, 1, 16, 64>;
+      if (p.D <= 32) return launch<BackwardShape<E, 32, 1, 4, 32, 2>, BackwardShape<E, 32, 1, 4, 32, 2>>(p, stream);
+      if (p.D <= 64) return launch<BackwardShape<E, 64, 1, 4, 32, 2>, BackwardShape<E, 64, 1, 4, 32, 2, 16>>(p, stream);
+      if (p.D <= 128) return launch<BackwardShape<E, 128, 1, 4, 32, 1>, Keys128>(p, stream);
+      return launch<BackwardShape<E, 256, 1, 2, 16, 1>, Keys256>(p, stream);
+    } else {
+      using Keys64 = BackwardShape<E, 64, 2, 4, 64, 2, 16>;
+      using Keys256 = BackwardShape<E, 256, 1, 4, 32, 1, 32, 128>;
+      if (p.D <= 32) return launch<BackwardShape<E, 32, 2, 4, 32, 2>, BackwardShape<E, 32, 2, 4, 32, 2>>(p, stream);
+      if (p.D <= 64) return launch<BackwardShape<E, 64, 2, 4, 32, 2>, Keys64>(p, stream);
+      if (p.D <= 128) return launch<BackwardShape<E, 128, 1, 4, 32, 2>, BackwardShape<E, 128, 1, 4, 32, 2>>(p, stream);
+      return launch<BackwardShape<E, 256, 1, 4, 32, 1>, Keys256>(p, stream);
+    }
+  });
+}
+
+}  // namespace gptfast::cuda

@@ -1,0 +1,229 @@
+// Forward of causal_attention on Hopper, head dims 64 and 128 in 16 bits: the sums of causal_attention_fwd.cu by TMA
+// and wgmma (FlashAttention-3, arXiv 2407.08608). Warpgroup 0 loads tiles of k and v into rings of STAGES buffers; every
+// other warpgroup has 64 queries of one head. Within one of these the product of the weights of tile i with v runs
+// under the softmax of tile i + 1.
+//
+// Barriers in shared memory: q has landed; of each stage, k (v) has landed and k (v) has been used.
+#include "causal_attention_tile.cuh"
+#include "hopper.cuh"
+
+namespace gptfast::cuda {
+namespace {
+
+template <class E_, int D_, int CONSUMERS_> struct HopperShape {
+  using E = E_;
+  static constexpr int D = D_, CONSUMERS = CONSUMERS_, BM = 64 * CONSUMERS, BN = 128, STAGES = 2;
+  static constexpr int Q_BYTES = BM * D * 2, K_BYTES = BN * D * 2, THREADS = 128 * (CONSUMERS + 1);
+  static constexpr int BARRIERS = 1 + 4 * STAGES, WARPS = 4 * CONSUMERS;
+  static constexpr int SMEM =
+      Q_BYTES + 2 * STAGES * K_BYTES + BARRIERS * 8 + BM * int(sizeof(Range)) + 2 * WARPS * int(sizeof(int));
+};
+struct HopperMaps {
+  CUtensorMap q, k, v;
+};
+
+template <class C, bool DROPOUT>
+__global__ void __launch_bounds__(C::THREADS, 1)
+    attention_forward_sm90(const __grid_constant__ AttentionParams p, const __grid_constant__ HopperMaps maps) {
+#if defined(GPTFAST_HOPPER)
+  using E = typename C::E;
+  constexpr int D = C::D, BM = C::BM, BN = C::BN, STAGES = C::STAGES, CONSUMERS = C::CONSUMERS, PANELS = D / 64;
+  DYN_SMEM(smem);
+  char* const k_data = smem + C::Q_BYTES;
+  char* const v_data = k_data + STAGES * C::K_BYTES;
+  const uint32_t q_at = smem_u32(smem), k_at = smem_u32(k_data), v_at = smem_u32(v_data);
+  const uint32_t q_full = v_at + STAGES * C::K_BYTES;
+  auto k_full = [&](int stage) { return q_full + 8 + stage * 8; };
+  auto v_full = [&](int stage) { return q_full + 8 + (STAGES + stage) * 8; };
+  auto k_free = [&](int stage) { return q_full + 8 + (2 * STAGES + stage) * 8; };
+  auto v_free = [&](int stage) { return q_full + 8 + (3 * STAGES + stage) * 8; };
+  Range* seen = reinterpret_cast<Range*>(v_data + STAGES * C::K_BYTES + C::BARRIERS * 8);
+  int* flags = reinterpret_cast<int*>(seen + BM);
+
+  // late queries, which see the most keys, first
+  const int blocks = (p.T + BM - 1) / BM, bh = blockIdx.x / blocks, b = bh / p.H, h = bh % p.H;
+  const int i0 = (blocks - 1 - int(blockIdx.x) % blocks) * BM;
+  if (threadIdx.x == 0) {
+    mbarrier_init(q_full, 1);
+    for (int s = 0; s < STAGES; s++) {
+      mbarrier_init(k_full(s), 1), mbarrier_init(v_full(s), 1);
+      mbarrier_init(k_free(s), CONSUMERS), mbarrier_init(v_free(s), CONSUMERS);
+    }
+    mbarrier_init_fence();
+  }
+  for (int r = threadIdx.x; r < BM; r += C::THREADS) seen[r] = visible_keys(p, b, i0 + r);
+  __syncthreads();
+  const Range first = seen[0], last = seen[min(BM, p.T - i0) - 1];
+  const int j_first = first.lo / BN, tiles = last.hi > j_first * BN ? (last.hi + BN - 1) / BN - j_first : 0;
+  auto column = [&](int i) { return (j_first + tiles - 1 - i) * BN; };  // tiles from right to left: masked ones first
+
+  if (threadIdx.x < 128) {  // ---- loads
+    fewer_registers<CONSUMERS == 2 ? 24 : 32>();
+    if (threadIdx.x != 0 || tiles == 0) return;
+    auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int row, int rows) {
+      mbarrier_expect(barrier, rows * D * 2);
+      for (int panel = 0; panel < PANELS; panel++)
+        tma_load(to + panel * rows * 128, &map, barrier, panel * 64, row, h, b);
+    };
+    load(q_at, maps.q, q_full, i0, BM);
+    for (int i = 0; i < tiles; i++) {
+      const int stage = i % STAGES, parity = (i / STAGES) & 1;
+      mbarrier_wait(k_free(stage), parity ^ 1);
+      load(k_at + stage * C::K_BYTES, maps.k, k_full(stage), column(i), BN);
+      mbarrier_wait(v_free(stage), parity ^ 1);
+      load(v_at + stage * C::K_BYTES, maps.v, v_full(stage), column(i), BN);
+    }
+    return;
+  }
+
+  // ---- 64 queries
+  more_registers<CONSUMERS == 2 ? 240 : 160>();
+  const int w = int(threadIdx.x) / 128 - 1, warp = int(threadIdx.x) / 32 - 4, lane = threadIdx.x % 32;
+  const int warp_row = warp * 16, row = i0 + warp_row + lane / 4;
+  const bool leader = threadIdx.x % 128 == 0;
+  const float scale_log2 = fmaxf(p.scale, 1e-30f) * kLog2e;  // above 0, as 0 times the -inf of masked scores is nan
+  float o[1][D / 8][4] = {}, s[1][BN / 8][4], l[1][2] = {}, m[1][2] = {{-INFINITY, -INFINITY}}, rescale[1][2];
+  uint32_t weights[BN / 16][4];
+
+  auto multiply_keys = [&](int stage) {  // s = q k^T
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+      const uint32_t at = k % 4 * 32, panel = k / 4;
+      wgmma<E, 0, 0>(s[0], smem_descriptor(q_at + panel * BM * 128 + w * 64 * 128 + at, 16, 1024),
+                     smem_descriptor(k_at + stage * C::K_BYTES + panel * BN * 128 + at, 16, 1024), k != 0);
+    }
+    wgmma_commit();
+  };
+  auto add_values = [&](int stage) {  // o += weights v
+#pragma unroll
+    for (int k = 0; k < BN / 16; k++)
+      wgmma<E, 1>(o[0], weights[k], smem_descriptor(v_at + stage * C::K_BYTES + k * 16 * 128, BN * 128, 1024), 1);
+    wgmma_commit();
+  };
+  auto is_edge = [&](int j0) { return j0 < last.lo || j0 + BN > first.hi; };
+  auto weigh = [&](int j0) {  // s -> weights
+    if (is_edge(j0)) mask(s, seen + warp_row, j0, -INFINITY);
+    softmax(s, m, l, rescale, scale_log2);
+    if constexpr (DROPOUT)
+      each_decision<1, BN / 8>(p.dropout, bh, row, j0, [&](int, int n, int e, bool keep) {
+        if (!keep) s[0][n][e] = 0.f;
+      });
+  };
+  auto pack = [&] {
+#pragma unroll
+    for (int k = 0; k < BN / 16; k++) result_as_a<E>(weights[k], s[0][2 * k], s[0][2 * k + 1]);
+  };
+  bool nonfinite = false;  // values in tiles with masked elements
+  int edges = 0;           // of them so far: flags alternate, as a warp may be one tile ahead of another
+  auto wait_for_values = [&](int i) {
+    const int stage = i % STAGES;
+    mbarrier_wait(v_full(stage), (i / STAGES) & 1);
+    if (!is_edge(column(i))) return;
+    bool found = false;
+    for (int panel = 0; panel < PANELS; panel++) {
+      const Tile<E, 64> v{v_data + stage * C::K_BYTES + panel * BN * 128};
+      found |= remove_nonfinite<BN, 128 * CONSUMERS>(v, int(threadIdx.x) - 128);
+    }
+    if (found) fence_proxy_async();  // before wgmma reads what was written here
+    nonfinite |= any_found<C::WARPS>(found, warp, flags + edges++ % 2 * C::WARPS,
+                                     [] { named_barrier(1, 128 * C::CONSUMERS); });
+  };
+
+  if (tiles) {
+    mbarrier_wait(q_full, 0);
+    mbarrier_wait(k_full(0), 0);
+    wgmma_fence();
+    multiply_keys(0);
+    wgmma_wait<0>();
+    if (leader) mbarrier_arrive(k_free(0));
+    weigh(column(0));
+    pack();
+    wait_for_values(0);
+    for (int i = 1; i < tiles; i++) {
+      const int stage = i % STAGES, before = (i - 1) % STAGES;
+      mbarrier_wait(k_full(stage), (i / STAGES) & 1);
+      wgmma_fence();
+      multiply_keys(stage);
+      add_values(before);
+      wgmma_wait<1>();
+      if (leader) mbarrier_arrive(k_free(stage));
+      weigh(column(i));
+      wgmma_wait<0>();
+      if (leader) mbarrier_arrive(v_free(before));
+      each_element<1, D / 8>([&](int, int n, int e) { o[0][n][e] *= rescale[0][e / 2]; });
+      pack();
+      wait_for_values(i);
+    }
+    wgmma_fence();
+    add_values((tiles - 1) % STAGES);
+    wgmma_wait<0>();
+  }
+
+  // through this warp's own rows of q, which only its warpgroup has read
+  float factor[1][2];
+  finish_softmax(m, l, factor, p, bh, row);
+#pragma unroll
+  for (int panel = 0; panel < PANELS; panel++) {
+    float part[1][8][4];
+    each_element<1, 8>([&](int, int n, int e) { part[0][n][e] = o[0][panel * 8 + n][e]; });
+    const Tile<E, 64> tile{smem + panel * BM * 128};
+    result_to_tile<E>(part, factor, tile, warp_row);
+    if (nonfinite) spread_nonfinite<16>(tile, warp_row, seen + warp_row, p, p.v, b, h, panel * 64);
+    store_rows<16>(tile, warp_row, p, p.y, b, h, i0 + warp_row, p.T, panel * 64);
+  }
+#endif
+}
+
+// x (B, H, rows, D) as a map of tiles of `tile_rows`; a dimension of one element has no stride to speak of.
+bool map_of(CUtensorMap* map, const AttentionParams& p, const Heads& x, int rows, int tile_rows) {
+  const uint64_t row = uint64_t(p.D) * 2;
+  auto stride = [&](i64 elements, int size) { return size == 1 ? row : uint64_t(elements) * 2; };
+  const TensorShape shape{x.data,
+                          {uint64_t(p.D), uint64_t(rows), uint64_t(p.H), uint64_t(p.B)},
+                          {stride(x.st, rows), stride(x.sh, p.H), stride(x.sb, p.B)},
+                          p.dtype == DType::f16};
+  return tensor_map(map, shape, uint32_t(tile_rows));
+}
+
+template <class C, bool DROPOUT> cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
+  HopperMaps maps;
+  if (!map_of(&maps.q, p, p.q, p.T, C::BM) || !map_of(&maps.k, p, p.k, p.S, C::BN) ||
+      !map_of(&maps.v, p, p.v, p.S, C::BN))
+    return cudaErrorInvalidValue;
+  auto kernel = attention_forward_sm90<C, DROPOUT>;
+  if (const cudaError_t error = allow_smem(kernel, C::SMEM)) return error;
+  LAUNCH(kernel, dim3(unsigned(ceil_div(p.T, C::BM) * p.B * p.H)), dim3(C::THREADS), C::SMEM, stream, p, maps);
+  return cudaGetLastError();
+}
+template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream_t stream) {
+  if (p.D == 128)
+    return p.dropout.threshold ? launch<HopperShape<E, 128, 2>, true>(p, stream)
+                               : launch<HopperShape<E, 128, 2>, false>(p, stream);
+  // three warpgroups have 160 registers a thread, too few for the dropout bits
+  return p.dropout.threshold ? launch<HopperShape<E, 64, 2>, true>(p, stream)
+                             : launch<HopperShape<E, 64, 3>, false>(p, stream);
+}
+
+bool strides_fit(const Heads& x, i64 rows, i64 H, i64 B) {  // TMA has no stride 0, as of expanded tensors
+  auto fits = [](i64 stride, i64 size) { return size == 1 || (stride > 0 && stride < i64(1) << 39); };
+  return fits(x.st, rows) && fits(x.sh, H) && fits(x.sb, B);
+}
+
+}  // namespace
+
+bool causal_attention_fwd_sm90_takes(const AttentionParams& p) {
+  if (p.dtype == DType::f32 || (p.D != 64 && p.D != 128) || !p.whole_chunks || !p.S) return false;
+  if (!strides_fit(p.q, p.T, p.H, p.B) || !strides_fit(p.k, p.S, p.H, p.B) || !strides_fit(p.v, p.S, p.H, p.B))
+    return false;
+  int device = 0, major = 0, smem = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9 &&
+         cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+         smem >= HopperShape<bf16, 128, 2>::SMEM;
+}
+
+cudaError_t causal_attention_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {
+  return p.dtype == DType::f16 ? launch_shape<__half>(p, stream) : launch_shape<bf16>(p, stream);
+}
+
+}  // namespace gptfast::cuda

@@ -1,0 +1,165 @@
+// Forward of causal_attention for few queries and many keys, as in cached generation: every head's keys are split among
+// blocks, and a second kernel combines what they found (Flash-Decoding). With one query a head nothing is reused, so the
+// bytes of k and v decide: no tensor cores, 16-byte loads, LANES lanes a key.
+//
+// A block holds QUERIES queries of one head. A group of LANES lanes walks over keys with a maximum, a sum and an output of
+// its own per query; the groups of a block are combined through shared memory, in one order, and the splits by `combine`.
+//
+// Floor: k and v are read once: 2 B H S D values.
+#include "causal_attention_tile.cuh"
+
+namespace gptfast::cuda {
+namespace {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kMostQueries = 16, kShortest = 256;  // keys of a split, at least
+
+// What one split leaves for one query: m, l and D values of output (not yet divided by l).
+DEV_INLINE float* partial_of(const AttentionParams& p, i64 query, int splits, int split) {
+  return p.partial + (query * splits + split) * (p.D + 2);
+}
+// 8 values from column on of a row of D; zeros past its end.
+template <class E> DEV_INLINE void load_8(float (&x)[8], const E* row, int column, const AttentionParams& p) {
+  if (p.whole_chunks && column + 8 <= p.D) return load<8>(x, row + column);
+#pragma unroll
+  for (int n = 0; n < 8; n++) x[n] = column + n < p.D ? to_float(row[column + n]) : 0.f;
+}
+
+template <class E, int LANES, int QUERIES>
+__global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__ AttentionParams p, int splits) {
+  constexpr int GROUPS = kThreads / LANES, ROW = LANES * 8 + 2;
+  DYN_SMEM(smem);
+  float* found = reinterpret_cast<float*>(smem);  // of each group: m, l, output
+  const int parts = (p.T + QUERIES - 1) / QUERIES;
+  const int split = blockIdx.x % splits, part = int(blockIdx.x) / splits % parts, bh = blockIdx.x / (splits * parts);
+  const int b = bh / p.H, h = bh % p.H, i0 = part * QUERIES;
+  const int group = int(threadIdx.x) / LANES, column = int(threadIdx.x) % LANES * 8;
+  const float scale_log2 = p.scale * kLog2e;
+
+  Range seen[QUERIES], any{p.S, 0};  // a missing query sees nothing
+  float q[QUERIES][8], o[QUERIES][8] = {}, m[QUERIES], l[QUERIES];
+#pragma unroll
+  for (int i = 0; i < QUERIES; i++) {
+    m[i] = -INFINITY, l[i] = 0.f, seen[i] = {0, 0};
+    if (i0 + i < p.T) {
+      seen[i] = visible_keys(p, b, i0 + i);
+      load_8(q[i], row_of<E>(p.q, b, h, i0 + i), column, p);
+      any.lo = min(any.lo, seen[i].lo), any.hi = max(any.hi, seen[i].hi);
+    } else {
+#pragma unroll
+      for (int n = 0; n < 8; n++) q[i][n] = 0.f;
+    }
+  }
+  const int keys = max(any.hi - any.lo, 0), each = (keys + splits - 1) / splits;
+  const int begin = any.lo + split * each, end = min(begin + each, any.hi);
+  // whole warps go on together, as they exchange sums; a group past the end sees no key
+#pragma unroll 2
+  for (int first = begin; first < end; first += GROUPS) {
+    const int j = first + group;
+    const bool inside = j < end;
+    float k[8], v[8];
+    load_8(k, row_of<E>(p.k, b, h, inside ? j : begin), column, p);
+    load_8(v, row_of<E>(p.v, b, h, inside ? j : begin), column, p);
+#pragma unroll
+    for (int i = 0; i < QUERIES; i++) {
+      float s = 0.f;
+#pragma unroll
+      for (int n = 0; n < 8; n++) s = fmaf(q[i][n], k[n], s);
+#pragma unroll
+      for (int distance = LANES / 2; distance; distance /= 2) s += __shfl_xor_sync(kAllLanes, s, distance);
+      if (!inside || !seen[i].holds(j)) continue;
+      s *= scale_log2;
+      const float top = fmaxf(m[i], s), shift = top == -INFINITY ? 0.f : top;
+      const float rescale = fast_exp2(m[i] - shift), weight = fast_exp2(s - shift);
+      m[i] = top, l[i] = fmaf(l[i], rescale, weight);
+#pragma unroll
+      for (int n = 0; n < 8; n++) o[i][n] = fmaf(o[i][n], rescale, weight * v[n]);
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < QUERIES; i++) {
+    float* mine = found + group * ROW;
+    __syncthreads();  // the query before has been combined
+    if (column == 0) mine[0] = m[i], mine[1] = l[i];
+#pragma unroll
+    for (int n = 0; n < 8; n++) mine[2 + column + n] = o[i][n];
+    __syncthreads();
+    if (i0 + i >= p.T) continue;
+    float top = -INFINITY, sum = 0.f;
+    for (int g = 0; g < GROUPS; g++) top = fmaxf(top, found[g * ROW]);
+    const float shift = top == -INFINITY ? 0.f : top;
+    for (int g = 0; g < GROUPS; g++) sum += found[g * ROW + 1] * fast_exp2(found[g * ROW] - shift);
+    float* to = partial_of(p, i64(bh) * p.T + i0 + i, splits, split);
+    if (threadIdx.x == 0) to[0] = top, to[1] = sum;
+    for (int d = threadIdx.x; d < p.D; d += kThreads) {
+      float x = 0.f;
+      for (int g = 0; g < GROUPS; g++) x = fmaf(found[g * ROW + 2 + d], fast_exp2(found[g * ROW] - shift), x);
+      to[2 + d] = x;
+    }
+  }
+}
+
+// One warp a query.
+template <class E>
+__global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ AttentionParams p, int splits) {
+  const i64 query = i64(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (query >= i64(p.B) * p.H * p.T) return;
+  const int i = int(query % p.T), bh = int(query / p.T), lane = threadIdx.x % 32;
+  float top = -INFINITY, sum = 0.f;
+  for (int s = 0; s < splits; s++) top = fmaxf(top, partial_of(p, query, splits, s)[0]);
+  const float shift = top == -INFINITY ? 0.f : top;
+  for (int s = 0; s < splits; s++) {
+    const float* x = partial_of(p, query, splits, s);
+    sum += x[1] * fast_exp2(x[0] - shift);
+  }
+  const float factor = sum == 0.f ? 0.f : 1.f / sum;
+  E* out = row_of<E>(p.y, bh / p.H, bh % p.H, i);
+  for (int d = lane; d < p.D; d += 32) {
+    float y = 0.f;
+    for (int s = 0; s < splits; s++) {
+      const float* x = partial_of(p, query, splits, s);
+      y = fmaf(x[2 + d], fast_exp2(x[0] - shift), y);
+    }
+    from_float(out[d], y * factor);
+  }
+  if (lane == 0) p.lse[query] = sum == 0.f ? -INFINITY : (top + log2f(sum)) / kLog2e;
+}
+
+template <class E, int LANES, int QUERIES>
+cudaError_t launch(const AttentionParams& p, int splits, cudaStream_t stream) {
+  const i64 parts = ceil_div(p.T, QUERIES), heads = i64(p.B) * p.H;
+  auto attend = attend_split<E, LANES, QUERIES>;
+  constexpr int smem = kThreads / LANES * (LANES * 8 + 2) * 4;
+  LAUNCH(attend, dim3(unsigned(heads * parts * splits)), dim3(kThreads), smem, stream, p, splits);
+  if (const cudaError_t error = cudaGetLastError()) return error;
+  auto join = combine<E>;
+  LAUNCH(join, dim3(unsigned(ceil_div(heads * p.T, kWarps))), dim3(kThreads), 0, stream, p, splits);
+  return cudaGetLastError();
+}
+template <class E, int LANES> cudaError_t launch_queries(const AttentionParams& p, int splits, cudaStream_t stream) {
+  return p.T == 1 ? launch<E, LANES, 1>(p, splits, stream) : launch<E, LANES, 4>(p, splits, stream);
+}
+
+}  // namespace
+
+// Enough blocks for two a multiprocessor of a large GPU; the same on every GPU, so that results are too. 0: not taken.
+int decode_attention_splits(const AttentionParams& p) {
+  if (p.T > kMostQueries || p.S < 2 * kShortest || p.dropout.threshold) return 0;
+  const i64 blocks = i64(p.B) * p.H * ceil_div(p.T, p.T == 1 ? 1 : 4), most = p.S / kShortest;
+  if (!blocks) return 0;
+  const i64 wanted = ceil_div(264, blocks);
+  return int(wanted < most ? wanted : most);
+}
+
+cudaError_t decode_attention(const AttentionParams& p, cudaStream_t stream) {
+  const int splits = decode_attention_splits(p);
+  return with_dtype(p.dtype, [&](auto element) {
+    using E = decltype(element);
+    if (p.D <= 32) return launch_queries<E, 4>(p, splits, stream);
+    if (p.D <= 64) return launch_queries<E, 8>(p, splits, stream);
+    if (p.D <= 128) return launch_queries<E, 16>(p, splits, stream);
+    return launch_queries<E, 32>(p, splits, stream);
+  });
+}
+
+}  // namespace gptfast::cuda
