@@ -35,6 +35,8 @@ namespace {
 
 #include "cross_entropy-inl.h"
 
+#include "embedding-inl.h"
+
 #include "sample-inl.h"
 }  // namespace
 
@@ -46,6 +48,7 @@ const Kernels table = {
     dropout,           dropout_mask,
     layer_norm_fwd,    layer_norm_bwd,
     cross_entropy_fwd, cross_entropy_bwd,
+    embedding_fwd,     embedding_bwd,
     sample,            kPairs,
     gemm_pack,         gemm,
     peak_flops,        sum_chunks,

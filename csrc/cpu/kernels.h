@@ -165,6 +165,19 @@ struct GemmParams {
   i64 columns;             // of an item, a multiple of 32
 };
 
+struct EmbeddingParams {
+  const i64 *ids, *positions;  // (N); positions nullptr: row n is at n % T
+  Rows wte, wpe;               // (V, C), (P, C) or nullptr
+  MutRows out;                 // (N, C), dtype of wte
+  i64 N, T, C;
+};
+struct EmbeddingBwdParams {
+  const i64 *keys, *order;  // (N) ids in rising order, and the rows they come from
+  Rows dout;                // (N, C)
+  MutRows dtable;           // rows that occur are written
+  i64 N, C;
+};
+
 struct Kernels {
   const char* isa;
   int lanes;  // fp32 values in a vector
@@ -181,6 +194,8 @@ struct Kernels {
   void (*layer_norm_bwd)(const LayerNormParams&, i64 chunk_begin, i64 chunk_end);
   void (*cross_entropy_fwd)(const CrossEntropyParams&, i64 row_begin, i64 row_end);
   void (*cross_entropy_bwd)(const CrossEntropyParams&, i64 row_begin, i64 row_end);
+  void (*embedding_fwd)(const EmbeddingParams&, i64 row_begin, i64 row_end);
+  void (*embedding_bwd)(const EmbeddingBwdParams&, i64 begin, i64 end);
   void (*sample)(const SampleParams&, i64 row_begin, i64 row_end);
   bool multiplies_pairs;  // of bf16
   void (*gemm_pack)(const GemmParams&, i64 item_begin, i64 item_end);

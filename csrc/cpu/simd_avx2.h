@@ -22,6 +22,8 @@ INL void store(float* p, F x) { _mm256_storeu_ps(p, x); }
 INL void store_n(float* p, F x, i64 n) { _mm256_maskstore_ps(p, as_int(first_n(n).v), x); }
 INL F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 INL F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
+INL F coarse_reciprocal(F x) { return _mm256_rcp_ps(x); }  // to a relative 2^-11.4
+INL F reciprocal(F x) { return _mm256_div_ps(_mm256_set1_ps(1.f), x); }
 INL F max(F a, F b) { return _mm256_max_ps(a, b); }
 INL F min(F a, F b) { return _mm256_min_ps(a, b); }
 INL F sqrt(F a) { return _mm256_sqrt_ps(a); }

@@ -39,6 +39,8 @@ INL F fma(F a, F b, F c) { return a * b + c; }  // two roundings where there is 
 INL F fnma(F a, F b, F c) { return c - a * b; }
 INL F select(M m, F a, F b) { return as_float((as_int(a) & m.v) | (as_int(b) & ~m.v)); }
 INL F keep(M m, F a) { return as_float(as_int(a) & m.v); }
+INL F reciprocal(F x) { return set(1.f) / x; }
+INL F coarse_reciprocal(F x) { return reciprocal(x); }
 INL F max(F a, F b) { return select({(I)(a > b)}, a, b); }  // b where either is nan, as on x86
 INL F min(F a, F b) { return select({(I)(a < b)}, a, b); }
 INL F sqrt(F a) {

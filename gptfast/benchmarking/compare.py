@@ -17,6 +17,7 @@ from gptfast.ops import reference
 from gptfast.testing import CASES, Case, check_case
 
 Fn = Callable[..., Any]
+COPY = "copy of its bytes"  # not a peer: the floor of what only moves memory
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, **options: Any) -> Tensor:
@@ -137,7 +138,7 @@ def make_comparison(case: Case, dtype: torch.dtype, backward: bool) -> Compariso
     peers = {label: _closure(torch_fn, case, dtype, backward)}
     flops, data = case.cost(torch.finfo(dtype).bits // 8)
     if not flops and not backward:
-        peers["copy of its bytes"] = _copy(int(data))
+        peers[COPY] = _copy(int(data))
     if not case.slow_reference:
         peers["eager"] = _closure(getattr(reference, case.op), case, dtype, backward)
     ours = _closure(getattr(ops, case.op), case, dtype, backward)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gptfast._files import atomic_write
-from gptfast.benchmarking.compare import Comparison
+from gptfast.benchmarking.compare import COPY, Comparison
 from gptfast.benchmarking.machine import Machine
 
 BACKWARD_FLOPS = {"causal_attention": 2.5}  # as a multiple of the forward; 2 for products
@@ -50,6 +50,14 @@ def print_table(results: list[Comparison], machine: Machine) -> None:
             table.add_row(*mine, peer, f"{c.milliseconds[peer]:.2f}", f"[{style}]{ratio:.2f}x[/]")
     console.print(table)
     console.print("error: of results / gradients against fp64 on small inputs, as a multiple of eager PyTorch's")
+    for line in losses(results):
+        console.print(f"[red]slower:[/] {line}")
+
+
+def losses(results: list[Comparison]) -> list[str]:
+    """Where a peer is faster. A copy does less and is no peer."""
+    behind = [(c, peer, ratio) for c in results for peer, ratio in c.ratios.items() if ratio < 1 and peer != COPY]
+    return [f"{c.name} runs at {ratio:.2f} of the speed of {peer}" for c, peer, ratio in behind]
 
 
 def save_json(results: list[Comparison], machine: Machine, path: Path) -> None:

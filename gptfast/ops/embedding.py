@@ -13,9 +13,9 @@ from gptfast.ops._common import check_float, check_same_device, fake, forbid_dou
 
 
 def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-    """wte[ids] + wpe[positions], in one pass on CUDA; on a CPU by PyTorch's own embedding, which needs no help.
+    """wte[ids] + wpe[positions] in one pass.
 
-    On CUDA the gradients of the tables are summed in fp32 in the order of the rows: deterministic, without atomics.
+    The gradients of the tables are summed in fp32 in the order of the rows: deterministic, without atomics.
 
     Args:
         ids: (..., T) int64 or int32, token ids in [0, V).
@@ -26,7 +26,8 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Te
         (..., T, C) in wte's dtype.
     Raises:
         TypeError: ids are not integers.  ValueError: more positions than wpe has rows.
-        IndexError: an id or a position outside its table (raised by PyTorch; on CUDA such a row is nan instead).
+        IndexError: an id or a position outside its table. On a GPU, which cannot look without waiting, such a row is
+            nan instead.
     """
     check_float("embedding", wte=wte, wpe=wpe)
     check_same_device("embedding", ids=ids, wte=wte, wpe=wpe, positions=positions)
@@ -37,10 +38,25 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Te
             f"embedding: ids has {ids.shape[-1]} positions but wpe has {wpe.shape[0]} rows; shorten the input"
         )
     runs_on = resolve("embedding", None, wte) if wte.dtype in KERNEL_DTYPES else "eager"
-    if runs_on in ("eager", "cpu"):
+    if runs_on in ("cpu", "eager"):
+        _check_range("ids", ids, wte)
+        if wpe is not None and positions is not None:
+            _check_range("positions", positions, wpe)
+    if runs_on == "eager":
         return reference.embedding(ids, wte, wpe, positions)
     positions = None if positions is None else positions.expand(ids.shape).long()
     return EmbeddingFunction.apply(runs_on, ids.long(), wte, wpe, positions)
+
+
+def _check_range(name: str, indices: Tensor, table: Tensor) -> None:
+    if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
+        return
+    low, high = (int(x) for x in indices.aminmax())
+    if low < 0 or high >= table.shape[0]:
+        raise IndexError(
+            f"embedding: {name} holds {high if low >= 0 else low}; expected 0 to {table.shape[0] - 1}, the rows of the "
+            "table - was the text encoded with another tokenizer?"
+        )
 
 
 class EmbeddingFunction(torch.autograd.Function):

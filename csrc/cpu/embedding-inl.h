@@ -1,0 +1,47 @@
+// Token plus position embedding, and the gradient of a table.
+//
+// Backward gets the ids sorted, with the permutation that sorted them (a stable one, so equal ids stay in row order). The
+// rows of a run of equal ids are added in that order, in fp32, by whoever holds the first of the run.
+// Floor: forward two reads and one write of (N, C); backward one read of (N, C) and one write of the table.
+
+static void embedding_fwd(const EmbeddingParams& p, i64 row_begin, i64 row_end) {
+  for (i64 r = row_begin; r < row_end; r++) {
+    const void* token = row(p.wte, p.ids[r]);
+    const void* place = p.wpe.data ? row(p.wpe, p.positions ? p.positions[r] : r % p.T) : nullptr;
+    void* y = row(p.out, r);
+    with_dtype(p.out.dtype, [&](auto t) {
+      for_lanes(p.C, [&](i64 c, i64 k) __attribute__((always_inline)) {
+        F x = load_as<t.value>(token, c, k);
+        if (place) x = x + load_any(at(place, p.wpe.dtype, c), p.wpe.dtype, k);
+        put_as<t.value>(p.out.stream, y, c, x, k);
+      });
+    });
+  }
+  stream_end();
+}
+
+// The runs that begin in [begin, end).
+static void embedding_bwd(const EmbeddingBwdParams& p, i64 begin, i64 end) {
+  constexpr i64 kWidth = 4;  // vectors of sums in registers
+  for (i64 first = begin; first < end; first++) {
+    const i64 id = p.keys[first];
+    if (first > 0 && p.keys[first - 1] == id) continue;
+    i64 last = first + 1;
+    while (last < p.N && p.keys[last] == id) last++;
+    for (i64 c0 = 0; c0 < p.C; c0 += kWidth * L) {
+      F sums[kWidth];
+      UNROLL for (i64 w = 0; w < kWidth; w++) sums[w] = zero();
+      for (i64 n = first; n < last; n++) {
+        const void* g = row(p.dout, p.order[n]);
+        UNROLL for (i64 w = 0; w < kWidth; w++) {
+          const i64 c = c0 + w * L, k = p.C - c < L ? p.C - c : L;
+          if (k > 0) sums[w] = sums[w] + load_any(at(g, p.dout.dtype, c), p.dout.dtype, k);
+        }
+      }
+      UNROLL for (i64 w = 0; w < kWidth; w++) {
+        const i64 c = c0 + w * L, k = p.C - c < L ? p.C - c : L;
+        if (k > 0) store_any(at(row(p.dtable, id), p.dtable.dtype, c), p.dtable.dtype, sums[w], k);
+      }
+    }
+  }
+}

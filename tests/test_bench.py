@@ -1,0 +1,55 @@
+"""gptfast bench: shares of the limit, and the lines that say where a peer is faster."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gptfast.benchmarking.compare import COPY, Comparison
+from gptfast.benchmarking.machine import Machine
+from gptfast.benchmarking.report import losses, percent_of_limit, print_table
+from gptfast.cli import app
+from gptfast.testing import Case
+
+MACHINE = Machine("a machine", 2, "avx2", "2.13", fp32_gflops=200.0, bf16_gflops=400.0, copy_gbs=20.0, signal_ns=40.0)
+
+
+def comparison(op: str, dims: dict[str, int], milliseconds: float, **ratios: float) -> Comparison:
+    c = Comparison(Case(op, dims, {}), torch.float32, False, ours=lambda: None, peers={})
+    c.ratios = {name.replace("_", " "): ratio for name, ratio in ratios.items()}
+    c.milliseconds = {"ours": milliseconds, **{peer: milliseconds * r for peer, r in c.ratios.items()}}
+    return c
+
+
+def test_what_is_slower_is_said(capsys):
+    copy = {COPY.replace(" ", "_"): 0.5}
+    results = [comparison("gelu", {"N": 64, "C": 32}, 1.0, torch=0.8, eager=2.0, **copy)]
+    assert losses(results) == ["gelu N64C32 float32 fwd runs at 0.80 of the speed of torch"]
+    print_table(results, MACHINE)
+    assert "slower: gelu N64C32" in capsys.readouterr().out
+
+
+def test_percent_of_the_limit():
+    """linear: 2 M N K flops at 200 GFLOP/s; gelu: 2 N C values of 4 bytes at 20 GB/s."""
+    flops = comparison("linear", {"N": 1000, "C": 1000, "M": 1000}, 20.0)
+    share, what = percent_of_limit(flops, MACHINE)
+    assert what == "flops" and share == pytest.approx(50, rel=0.01)
+    share, what = percent_of_limit(comparison("gelu", {"N": 1000, "C": 1000}, 0.8), MACHINE)
+    assert what == "memory" and share == pytest.approx(50, rel=0.01)
+
+
+def test_command(tmp_path):
+    done = CliRunner().invoke(app, ["bench", "dropout", "--rounds", "3", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert {r["op"] for r in found["results"]} == {"dropout"}
+    assert all(r["milliseconds"]["ours"] > 0 for r in found["results"])
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_unknown_op():
+    done = CliRunner().invoke(app, ["bench", "gelo"])
+    assert done.exit_code != 0 and "no op named gelo" in str(done.exception or done.output)
