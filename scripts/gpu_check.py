@@ -50,7 +50,7 @@ def sanitizer() -> bool:
         return True
     tests = [*PYTEST, "-x", "tests/test_on_gpu.py", "-k", SANITIZED]
     results = [
-        step(f"compute-sanitizer {kind}", [tool, f"--tool={kind}", "--error-exitcode=9", *tests], 60)
+        step(f"compute-sanitizer {kind}", [tool, f"--tool={kind}", "--error-exitcode=9", *tests], 40)
         for kind in ("memcheck", "racecheck")
     ]
     return all(results)
@@ -78,10 +78,10 @@ def main() -> int:
         print(f"gpu-check: {torch.cuda.get_device_name()} cannot run the CUDA ops: {trouble}")
         return 1
     results = [
-        step("PTX wrappers", [*PYTEST, "tests/test_conformance.py", "-m", "not slow"], 90),
-        step("every op on the GPU", [*PYTEST, "tests/test_on_gpu.py"], 150),
+        step("PTX wrappers", [*PYTEST, "tests/test_conformance.py", "-m", "not slow"], 75),
+        step("every op on the GPU", [*PYTEST, "tests/test_on_gpu.py"], 120),
         sanitizer(),
-        step("benchmarks", BENCH, 180),
+        step("benchmarks", BENCH, 205),
     ]
     print(f"\ngpu-check: {'everything passed' if all(results) else 'FAILED, see above'}")
     return 0 if all(results) else 1

@@ -142,7 +142,7 @@ def test_a_gpu_that_cannot_run_the_kernels(trouble, monkeypatch):
 
 def test_a_cuda_library_that_was_not_built(monkeypatch):
     monkeypatch.setitem(resolve.__globals__, "missing_cuda_reason", "_cuda_ops.so was not built")
-    with pytest.raises(RuntimeError, match="but _cuda_ops.so was not built; use backend='auto'"):
+    with pytest.raises(RuntimeError, match=r"but _cuda_ops\.so was not built; use backend='auto'"):
         resolve("gelu", "cuda", X)
 
 

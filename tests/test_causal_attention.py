@@ -239,9 +239,8 @@ def test_auto_hands_over_what_torch_measured_faster(monkeypatch):
 
     def handed_over(*args, **options) -> bool:
         calls.clear()
-        torch.testing.assert_close(
-            ops.causal_attention(*args, **options), ops.causal_attention(*args, **options, backend="eager")
-        )
+        got, wanted = (ops.causal_attention(*args, **options, backend=name) for name in ("auto", "eager"))
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
         return bool(calls)
 
     assert not handed_over(q, k, v)  # an empty table

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   const int begin = first.lo / BN * BN, tiles = last.hi > begin ? (last.hi - begin + BN - 1) / BN : 0;
 
   if (threadIdx.x < 128) {  // ---- loads
-    fewer_registers<24>();
+    fewer_registers<40>();
     const int lane = threadIdx.x;
     if (tiles && lane == 0) {
       auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int row, int count) {
@@ -93,20 +93,21 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   }
 
   // ---- 64 rows
-  more_registers<240>();
+  more_registers<232>();
   const int w = int(threadIdx.x) / 128 - 1, warp = int(threadIdx.x) / 32 - 4, lane = threadIdx.x % 32;
   const int warp_row = warp * 16, row = row0 + warp_row + lane / 4;
   const Range group_first = seen[w * 64], group_last = seen[w * 64 + 63];
   const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
-  float sum0[1][D / 8][4] = {}, sum1[1][KEYS ? D / 8 : 1][4] = {};
+  float sum0[1][D / 8][4] = {}, sum1[1][D / 8][4] = {};  // dq or dk; dv
   float lse[2] = {}, delta[2] = {};  // of this lane's queries, where rows are queries
-  if constexpr (!KEYS)
+  if constexpr (!KEYS) {
 #pragma unroll
-    for (int n = 0; n < 2; n++)
-      if (row + 8 * n < p.T) {
-        lse[n] = p.lse[i64(bh) * p.T + row + 8 * n] * kLog2e;
-        delta[n] = p.delta[i64(bh) * p.T + row + 8 * n];
-      }
+    for (int n = 0; n < 2; n++) {
+      const bool inside = row + 8 * n < p.T;
+      lse[n] = inside ? p.lse[i64(bh) * p.T + row + 8 * n] * kLog2e : 0.f;
+      delta[n] = inside ? p.delta[i64(bh) * p.T + row + 8 * n] : 0.f;
+    }
+  }
 
   auto multiply = [&](float(&x)[1][NT][4], int side, int stage) {  // a b^T
     const uint32_t a = kept_at + side * C::KEPT_BYTES + w * 64 * 128;
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
                      smem_descriptor(other + panel * BN * 128 + at, 16, 1024), k != 0);
     }
   };
-  auto add_weighted_rows = [&](auto& sum, const uint32_t(&weights)[BN / 16][4], int side, int stage) {
+  auto add_weighted_rows = [&](float(&sum)[1][D / 8][4], const uint32_t(&weights)[BN / 16][4], int side, int stage) {
     const uint32_t other = tiles_at + (stage * 2 + side) * C::TILE_BYTES;
 #pragma unroll
     for (int k = 0; k < BN / 16; k++)
@@ -232,20 +233,19 @@ template <class C, bool DROPOUT> cudaError_t launch(const AttentionParams& p, cu
   LAUNCH(kernel, dim3(unsigned(ceil_div(rows, C::BM) * p.B * p.H)), dim3(C::THREADS), C::SMEM, stream, p, maps);
   return cudaGetLastError();
 }
-template <class E, int D> cudaError_t launch_both(const AttentionParams& p, cudaStream_t stream) {
-  using Queries = BackwardShape90<E, D, false>;
-  using Keys = BackwardShape90<E, D, true>;
-  if (const cudaError_t error = p.dropout.threshold ? launch<Queries, true>(p, stream) : launch<Queries, false>(p, stream))
-    return error;
-  return p.dropout.threshold ? launch<Keys, true>(p, stream) : launch<Keys, false>(p, stream);
+template <class E, int D, bool DROPOUT> cudaError_t launch_both(const AttentionParams& p, cudaStream_t stream) {
+  const cudaError_t error = launch<BackwardShape90<E, D, false>, DROPOUT>(p, stream);
+  return error ? error : launch<BackwardShape90<E, D, true>, DROPOUT>(p, stream);
 }
 template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream_t stream) {
-  return p.D == 128 ? launch_both<E, 128>(p, stream) : launch_both<E, 64>(p, stream);
+  if (p.D == 128) return launch_both<E, 128, false>(p, stream);
+  return p.dropout.threshold ? launch_both<E, 64, true>(p, stream) : launch_both<E, 64, false>(p, stream);
 }
 
 }  // namespace
 
 bool causal_attention_bwd_sm90_takes(const AttentionParams& p) {
+  if (p.D == 128 && p.dropout.threshold) return false;  // two sums and the dropout bits do not fit into registers
   return on_hopper(p, BackwardShape90<bf16, 128, true>::SMEM) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) &&
          has_map(p, p.v, p.S) && has_map(p, p.dout, p.T);
 }

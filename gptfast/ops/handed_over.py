@@ -25,7 +25,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, causal: bool, plain: bool) -> bool:
     if causal and q.shape[2] != k.shape[2]:  # torch aligns the mask to the first key
         return False
     name = gpu_name(q.device)
-    return any(gpu in name and D == q.shape[3] and q.shape[2] in lengths for (gpu, D), lengths in FASTER.items())
+    return any(gpu in name and q.shape[3] == D and q.shape[2] in lengths for (gpu, D), lengths in FASTER.items())
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float) -> Tensor:
