@@ -134,6 +134,11 @@ def resolve(op: str, choice: str | None, x: Tensor) -> str:
     return name
 
 
+def is_automatic(choice: str | None) -> bool:
+    """Whether neither the call, nor the surrounding `with`, nor the environment names a backend."""
+    return (choice or _local.choice or _default) == "auto"
+
+
 def _automatic(op: str, x: Tensor) -> str:
     if x.dtype not in KERNEL_DTYPES:
         return "eager"

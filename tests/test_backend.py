@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 
+import emulated
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptfast
 from gptfast import ops
@@ -108,21 +110,65 @@ def test_a_whole_model_runs_under_an_explicit_backend(name, emu):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("trouble", "match"),
-    [
-        (
-            "GTX 1080 has compute capability 6.1; the kernels need 8.0 or newer",
-            "but GTX 1080 has compute capability 6.1",
-        ),
-        ("_cuda_ops.so was not built", "but _cuda_ops.so was not built; use backend='auto'"),
-    ],
-)
-def test_a_gpu_that_cannot_run_the_kernels(trouble, match, monkeypatch):
-    """Explicitly asked for it is an error with the cause; auto goes on in eager PyTorch."""
-    monkeypatch.setitem(resolve.__globals__, "missing_cuda_reason", trouble)
-    with pytest.raises(RuntimeError, match=match):
+TROUBLES = {
+    "GTX 1080 has compute capability 6.1; the kernels need 8.0 or newer": "but GTX 1080 has compute capability 6.1",
+    "no kernel image is available for execution on the device": "but no kernel image is available",
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_gpu_that_cannot_run_the_kernels(trouble, monkeypatch):
+    """Asked for explicitly it is an error with cause and remedy; auto goes on in eager PyTorch; doctor says why."""
+    from gptfast.cli.doctor import report
+
+    names = resolve.__globals__
+    monkeypatch.setitem(names, "missing_cuda_reason", None)
+    monkeypatch.setitem(names, "_cuda_troubles", {0: trouble})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    with FakeTensorMode():
+        x = torch.empty(4, device="cuda")
+    with pytest.raises(RuntimeError, match=f"gelu: .*{TROUBLES[trouble]}.*; use backend='auto' or 'eager'"):
+        resolve("gelu", "cuda", x)
+    assert resolve("gelu", None, x) == "eager"
+    assert dict(report())["ops on CUDA"] == f"a GPU: every op in eager PyTorch, because {trouble}"
+
+    monkeypatch.setitem(names, "_cuda_troubles", {0: None})
+    monkeypatch.setitem(names, "_OPS", {**names["_OPS"], "cuda": {"gelu"}})
+    assert resolve("gelu", None, x) == "cuda"
+    assert resolve("dropout", None, x) == "eager" and resolve("gelu", None, x.double()) == "eager"
+
+
+def test_a_cuda_library_that_was_not_built(monkeypatch):
+    monkeypatch.setitem(resolve.__globals__, "missing_cuda_reason", "_cuda_ops.so was not built")
+    with pytest.raises(RuntimeError, match=r"but _cuda_ops\.so was not built; use backend='auto'"):
         resolve("gelu", "cuda", X)
+
+
+def test_a_call_that_the_cuda_kernels_refuse(emu):
+    """Each names the op, what is wrong and the remedy."""
+    q = torch.zeros(1, 1, 40, 128)
+    with pytest.raises(TypeError, match=r"gelu: backend='emu' computes .*, got torch.float64; use backend='eager'"):
+        ops.gelu(X.double(), backend="emu")
+    with pytest.raises(ValueError, match="gelu: backend='emu' was asked for, but the input is on meta; move it"):
+        ops.gelu(X.to("meta"), backend="emu")
+    with pytest.raises(ValueError, match="head_dim is 300; expected 1 to 256 - use more heads"):
+        ops.causal_attention(*[torch.zeros(1, 1, 4, 300)] * 3, backend="emu")
+    emulated.configure(smem=50 << 10)  # less shared memory than any GPU has that the kernels support
+    with pytest.raises(RuntimeError, match=r"causal_attention: the CUDA launch failed: an emulated error\. .*doctor"):
+        ops.causal_attention(q, q, q, backend="emu")
+
+
+def test_out_of_memory_says_what_was_wanted(emu):
+    """The words that trainers look for, before they try a smaller batch."""
+    wide = torch.empty(1, 1 << 20).expand(1 << 28, 1 << 20)
+    said = r"gelu: CPU out of memory: no room for a tensor of shape \(268435456, 1048576\); use a smaller batch"
+    with pytest.raises(RuntimeError, match=said):
+        ops.gelu(wide, backend="emu")
+    columns = torch.empty(1 << 20, 1).expand(1 << 20, 1 << 28)  # must be copied first
+    with pytest.raises(RuntimeError, match="gelu: CPU out of memory"):
+        ops.gelu(columns, backend="emu")
 
 
 def test_environment_is_checked_at_import():

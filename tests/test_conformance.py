@@ -83,8 +83,9 @@ def test_exp2(place):
     x = np.concatenate([RNG.uniform(-140, 10, 1020), [0, -np.inf, -1000, np.inf]]).astype(np.float32)
     expected, got = np.exp2(x.astype(np.float64)), call(place, "exp2", x, x)
     assert got[-1] == np.inf and (got[-3:-1] == 0).all()
+    expected, got = expected[:-1], got[:-1]
     # the instruction's own bound, 2 units in the last place; results below the smallest normal number may become 0
-    assert (np.abs(got - expected)[:-1] <= 2**-22 * expected[:-1] + 2.0**-126).all()
+    assert (np.abs(got - expected) <= 2**-22 * expected + 2.0**-126).all()
 
 
 def test_tf32(place):

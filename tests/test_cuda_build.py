@@ -3,11 +3,13 @@ Nothing here runs on a GPU."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import emulated
@@ -60,6 +62,40 @@ def test_the_library_finds_torch_on_a_gpu_machine(built):
     assert not re.findall(r"U (cuda[A-Z]\w+|cu[A-Z]\w+|_ZN7gptfast\w+)", symbols), "the runtime is linked in"
 
 
+def disassembler() -> str:
+    """Of the toolkit, or of the package nvidia-cuda-cuobjdump."""
+    packaged = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cu13/bin/cuobjdump"
+    found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path="/usr/local/cuda/bin")
+    if found is None and not packaged.exists():
+        pytest.skip("no cuobjdump: pip install nvidia-cuda-cuobjdump")
+    return found or str(packaged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "arch", "instructions"),
+    [
+        ("attention_forward_sm90", "sm_90a", ("HGMMA", "UTMALDG", "USETMAXREG")),
+        ("attention_forward", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS")),
+        ("query_gradient", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS")),
+        ("key_gradients", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS")),
+    ],
+)
+def test_tensor_cores_and_copy_engines_are_used(kernel, arch, instructions, built):
+    """In every 16-bit variant of a kernel, as disassembled."""
+    command = [disassembler(), "--dump-sass", "--gpu-architecture", arch, str(built[1])]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    variants = [
+        text
+        for text in sass.split("Function : ")[1:]
+        if re.search(rf"\d{kernel}I", text.split("\n", 1)[0]) and re.search("bfloat16|6__half", text.split("\n", 1)[0])
+    ]
+    assert len(variants) >= 4
+    for text in variants:
+        missing = [name for name in instructions if name not in text]
+        assert not missing, (text.split("\n", 1)[0], missing)
+
+
 @pytest.mark.parametrize(
     ("environment", "match"),
     [
@@ -94,6 +130,24 @@ def test_inline_assembly_and_static_shared_memory_stay_where_they_belong():
 def test_without_a_gpu_nothing_is_claimed(script):
     result = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and "torch sees no NVIDIA GPU" in result.stdout, result.stdout + result.stderr
+
+
+def test_what_a_gpu_will_measure_runs():
+    """Every comparison of the benchmarks, with tiny shapes on the emulator, so that no GPU is the first to see it."""
+    emulated.build()
+    result = subprocess.run(
+        [sys.executable, "benchmarks/bench_gpu.py", "--try", "--out", str(path := ROOT / "build/tried.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    rows = json.loads(path.read_text())["rows"]
+    ours = [row for row in rows if "gptfast" in row.get("ms", {}) or row.get("who") == "gptfast"]
+    assert len(ours) == 11 + 4 + 1, result.stdout
+    assert not [row for row in rows if "gptfast" in row.get("refused", {})]
 
 
 def test_kernels_have_no_float_atomics():

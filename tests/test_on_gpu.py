@@ -6,7 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 from op_properties import bitwise
+from test_emulator_attention import FEW_QUERIES, MODE_CASES
+from test_emulator_attention import LONG as LONG_ATTENTION
 
+import gptfast
 from gptfast import ops
 from gptfast.backend import ops_of, resolve
 from gptfast.testing import CASES, Case, cases, check_case, dtypes, run
@@ -22,6 +25,11 @@ LONG = [
     Case("add_layer_norm", {"N": 700, "C": 1600}, {"dropout_p": 0.2, "seed": 3}),
     Case("dropout", {"N": 70000, "C": 8}, {"p": 0.4, "seed": 3}),
     Case("cross_entropy", {"N": 64, "V": 50257}),
+    *LONG_ATTENTION,
+    *FEW_QUERIES,
+    *MODE_CASES,
+    Case("causal_attention", {"B": 2, "H": 3, "T": 2000, "D": 64}, {"dropout_p": 0.1, "seed": 5}),
+    Case("causal_attention", {"B": 1, "H": 2, "T": 1500, "D": 128}),
 ]
 
 
@@ -57,6 +65,37 @@ def test_samples_are_the_cpus(V, options):
     logits = torch.randn(64, V).bfloat16() * 3
     here, there = ops.sample(logits, seed=3, **options), ops.sample(logits.cuda(), seed=3, **options).cpu()
     assert (here != there).sum() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_trains_as_on_the_cpu(dtype, compiled):
+    """Loss and every gradient, with the same dropout masks."""
+    config = gptfast.GPTConfig(n_layer=2, n_head=2, n_embd=128, block_size=200, vocab_size=1009, dropout=0.1)
+    torch.manual_seed(0)
+    there = gptfast.GPT(config).train()
+    here = gptfast.GPT(config).train().cuda()
+    here.load_state_dict(there.state_dict())
+    ids = torch.randint(1009, (3, 201))
+    losses = []
+    for model, device in ((there, "cpu"), (here, "cuda")):
+        run = torch.compile(model) if compiled and device == "cuda" else model
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            losses.append(run(ids[:, :-1].to(device), ids[:, 1:].to(device))[1])
+        losses[-1].backward()
+    rtol = 2e-3 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(losses[1].cpu(), losses[0], rtol=rtol, atol=0)
+    for a, b in zip(here.parameters(), there.parameters(), strict=True):
+        assert (a.grad.cpu() - b.grad).norm() <= rtol * b.grad.norm()
+
+
+def test_generation_on_the_gpu():
+    torch.manual_seed(0)
+    config = gptfast.GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=900, vocab_size=300, dropout=0.0)
+    model = gptfast.GPT(config).eval()
+    prompts = [list(range(1, 600)), [4, 5, 6]]  # many keys: decode_attention
+    there = model.generate(prompts, max_new_tokens=8, temperature=0.0)
+    assert model.cuda().generate(prompts, max_new_tokens=8, temperature=0.0) == there
 
 
 def test_on_another_stream():

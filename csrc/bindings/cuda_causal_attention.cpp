@@ -15,13 +15,13 @@ Heads heads_of(const char* name, const Tensor& x, i64 rows, const Tensor& q, Ten
   STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows &&
                       x.size(3) == q.size(3) && x.scalar_type() == q.scalar_type(),
                   kOp, ": ", name, " and q differ in shape or dtype");
-  *owner = x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
+  *owner = x.stride(3) == 1 || x.size(3) == 1 ? x : contiguous(kOp, x);
   return {owner->const_data_ptr(), owner->stride(0), owner->stride(1), owner->stride(2)};
 }
 // A fresh (B, H, T, D) stored as (B, T, H, D), the layout that the next projection reads without a copy.
 Tensor new_heads(const Tensor& like, MutHeads* view) {
   const i64 B = like.size(0), H = like.size(1), T = like.size(2), D = like.size(3);
-  Tensor x = new_tensor(like, {B, T, H, D}, like.scalar_type());
+  Tensor x = new_tensor(kOp, like, {B, T, H, D}, like.scalar_type());
   *view = {x.mutable_data_ptr(), T * H * D, D, H * D};
   return torch::stable::transpose(x, 1, 2);
 }
@@ -31,7 +31,7 @@ Lengths lengths_of(const char* name, const OptTensor& t, const Tensor& q, Tensor
   const bool wide = t->scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK((wide || t->scalar_type() == ScalarType::Int) && t->dim() == 1, kOp, ": ", name,
                   " must be a vector of int32 or int64");
-  *owner = torch::stable::contiguous(*t);
+  *owner = contiguous(kOp, *t);
   return {owner->const_data_ptr(), wide};
 }
 
@@ -67,8 +67,8 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v
   Call call(q, k, v, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window);
   AttentionParams& p = call.p;
   const Launch on(q);
-  Tensor out = new_heads(q, &p.y), lse = new_tensor(q, {p.B, p.H, p.T}, ScalarType::Float);
-  Tensor partial = new_tensor(q, {causal_attention_partial(p)}, ScalarType::Float);
+  Tensor out = new_heads(q, &p.y), lse = new_tensor(kOp, q, {p.B, p.H, p.T}, ScalarType::Float);
+  Tensor partial = new_tensor(kOp, q, {causal_attention_partial(p)}, ScalarType::Float);
   p.lse = floats(lse), p.partial = floats(partial);
   check(kOp, causal_attention_fwd(p, on.stream));
   return {out, lse};
@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& q, cons
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == i64(p.B) * p.H * p.T, kOp,
                   ": lse must be float32 (B, H, T)");
   const Launch on(q);
-  const Tensor lse_rows = torch::stable::contiguous(lse);
-  Tensor delta = new_tensor(q, {p.B, p.H, p.T}, ScalarType::Float);
+  const Tensor lse_rows = contiguous(kOp, lse);
+  Tensor delta = new_tensor(kOp, q, {p.B, p.H, p.T}, ScalarType::Float);
   p.lse = floats(lse_rows), p.delta = floats(delta);
   Tensor dq = new_heads(q, &p.dq), dk = new_heads(k, &p.dk), dv = new_heads(k, &p.dv);
   check(kOp, causal_attention_bwd(p, on.stream));

@@ -15,6 +15,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace gptfast::cuda {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 constexpr i64 kMostRows = (i64(1) << 31) - 1, kMostColumns = i64(1) << 30;
 
 #if defined(GPTFAST_EMU)
@@ -58,11 +59,29 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
                   " device: move it with .to(device)");
 }
 
-inline Tensor new_tensor(const Tensor& like, std::initializer_list<i64> size, ScalarType dtype) {
-  return torch::stable::new_empty(like, {size.begin(), size.size()}, dtype);
+// What `make` allocates. The stable ABI keeps the allocator's words to itself, so they are said again here; trainers
+// that try a smaller batch look for "out of memory".
+template <class F> Tensor allocated(const char* op, IntHeaderOnlyArrayRef size, F make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    std::string shape;
+    for (const i64 n : size) shape += (shape.empty() ? "" : ", ") + std::to_string(n);
+    STD_TORCH_CHECK(false, op, ": ", kDevice, " out of memory: no room for a tensor of shape (", shape,
+                    "); use a smaller batch or shorter sequences, or free other tensors");
+  }
 }
-inline Tensor new_like(const Tensor& x, ScalarType dtype) { return torch::stable::new_empty(x, x.sizes(), dtype); }
-inline Tensor new_like(const Tensor& x) { return new_like(x, x.scalar_type()); }
+inline Tensor new_tensor(const char* op, const Tensor& like, IntHeaderOnlyArrayRef size, ScalarType dtype) {
+  return allocated(op, size, [&] { return torch::stable::new_empty(like, size, dtype); });
+}
+inline Tensor new_tensor(const char* op, const Tensor& like, std::initializer_list<i64> size, ScalarType dtype) {
+  return new_tensor(op, like, IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
+}
+inline Tensor new_like(const char* op, const Tensor& x, ScalarType dtype) { return new_tensor(op, x, x.sizes(), dtype); }
+inline Tensor new_like(const char* op, const Tensor& x) { return new_like(op, x, x.scalar_type()); }
+inline Tensor contiguous(const char* op, const Tensor& x) {
+  return allocated(op, x.sizes(), [&] { return torch::stable::contiguous(x); });
+}
 inline float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 inline float* floats(const Tensor& t) { return const_cast<float*>(static_cast<const float*>(t.const_data_ptr())); }
 
@@ -82,7 +101,7 @@ inline View view_of(const char* op, const char* name, const Tensor& x, const Ten
   STD_TORCH_CHECK(v.R <= kMostRows && v.C <= kMostColumns, op, ": ", name, " has ", v.R, " rows of ", v.C,
                   "; the CUDA kernels take up to ", kMostRows, " rows of ", kMostColumns, ": use backend='eager'");
   if (!single_row_stride(x, &v.stride)) {
-    v.owner = torch::stable::contiguous(x);
+    v.owner = contiguous(op, x);
     v.stride = v.C;
   }
   return v;
@@ -94,14 +113,14 @@ inline Vector vector_of(const char* op, const char* name, const OptTensor& v, i6
   if (!v) return {nullptr, DType::f32};
   check_device(op, name, *v, first);
   STD_TORCH_CHECK(v->numel() == n, op, ": ", name, " has ", v->numel(), " values; expected ", n);
-  *owner = torch::stable::contiguous(*v);
+  *owner = contiguous(op, *v);
   return {owner->const_data_ptr(), dtype_of(op, *v)};
 }
 // n int64 values; `owner` as above.
 inline const i64* indices_of(const char* op, const char* name, const Tensor& t, i64 n, const Tensor& first, Tensor* owner) {
   check_device(op, name, t, first);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.numel() == n, op, ": ", name, " must be int64 with ", n, " values");
-  *owner = torch::stable::contiguous(t);
+  *owner = contiguous(op, t);
   return static_cast<const i64*>(owner->const_data_ptr());
 }
 
@@ -112,7 +131,7 @@ inline Dropout dropout_of(double p, i64 seed, i64 offset) {
 // (parts, C) fp32 partial sums -> (C) of `dtype`.
 inline Tensor sum_of_parts(const char* op, const Tensor& partial, ScalarType dtype, cudaStream_t stream) {
   const i64 C = partial.size(1);
-  Tensor out = new_tensor(partial, {C}, dtype);
+  Tensor out = new_tensor(op, partial, {C}, dtype);
   const SumPartsParams p{floats(partial), partial.size(0), C, out.mutable_data_ptr(), dtype_of(op, out)};
   check(op, sum_parts(p, stream));
   return out;

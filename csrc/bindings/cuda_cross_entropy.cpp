@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& logits, const Tensor& targets, i64 
   const Launch on(logits);
   Tensor owners[2];
   CrossEntropyParams p = params_of(x, logits, targets, {}, ignore_index, label_smoothing, owners);
-  Tensor loss = new_tensor(logits, {x.R}, ScalarType::Float), lse = new_tensor(logits, {x.R, 2}, ScalarType::Float);
+  Tensor loss = new_tensor(kOp, logits, {x.R}, ScalarType::Float), lse = new_tensor(kOp, logits, {x.R, 2}, ScalarType::Float);
   p.loss = floats(loss), p.lse = floats(lse);
   check(kOp, cross_entropy_fwd(p, on.stream));
   return {loss, lse};
@@ -39,8 +39,8 @@ Tensor bwd(const Tensor& dloss, const Tensor& logits, const Tensor& targets, con
   check_device(kOp, "lse", lse, logits);
   STD_TORCH_CHECK(lse.numel() == 2 * x.R && lse.scalar_type() == ScalarType::Float, kOp,
                   ": lse must be float32 with two values a row");
-  const Tensor lse_owner = torch::stable::contiguous(lse);
-  Tensor dlogits = new_like(logits);
+  const Tensor lse_owner = contiguous(kOp, lse);
+  Tensor dlogits = new_like(kOp, logits);
   p.lse = floats(lse_owner), p.dlogits = mut_rows(kOp, dlogits, x.C);
   check(kOp, cross_entropy_bwd(p, on.stream));
   return dlogits;
@@ -53,7 +53,7 @@ Tensor in_place(Tensor& logits, const Tensor& targets, const OptTensor& dloss, i
   const Launch on(logits);
   Tensor owners[2];
   CrossEntropyParams p = params_of(x, logits, targets, dloss, ignore_index, label_smoothing, owners);
-  Tensor loss = new_tensor(logits, {x.R}, ScalarType::Float);
+  Tensor loss = new_tensor(kOp, logits, {x.R}, ScalarType::Float);
   p.loss = floats(loss), p.dlogits = {logits.mutable_data_ptr(), x.stride, x.dtype};
   check(kOp, cross_entropy_in_place(p, on.stream));
   return loss;

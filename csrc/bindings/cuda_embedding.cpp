@@ -12,7 +12,7 @@ Tensor fwd(const Tensor& ids, const Tensor& wte, const OptTensor& wpe, const Opt
   const View table = view_of(kOp, wte);
   std::vector<i64> size(ids.sizes().begin(), ids.sizes().end());
   size.push_back(table.C);
-  Tensor out = torch::stable::new_empty(wte, size), ids_owner, positions_owner;
+  Tensor out = new_tensor(kOp, wte, size, wte.scalar_type()), ids_owner, positions_owner;
   const Launch on(wte);
   EmbeddingParams p{};
   p.N = ids.numel(), p.T = ids.dim() ? ids.size(ids.dim() - 1) : 1, p.V = table.R, p.C = table.C;
@@ -35,7 +35,7 @@ Tensor bwd(const Tensor& dout, const Tensor& keys, const Tensor& order, const Te
   const View g = view_of(kOp, dout);
   check_device(kOp, "table", table, dout);
   STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == g.C, kOp, ": dout and table differ in width");
-  Tensor dtable = new_like(table), keys_owner, order_owner;
+  Tensor dtable = new_like(kOp, table), keys_owner, order_owner;
   torch::stable::zero_(dtable);
   const Launch on(dout);
   const EmbeddingBwdParams p{indices_of(kOp, "keys", keys, g.R, dout, &keys_owner),

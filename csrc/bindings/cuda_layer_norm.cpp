@@ -15,11 +15,11 @@ std::tuple<Tensor, Tensor> launch_bwd(const char* op, LayerNormParams& p, const 
   STD_TORCH_CHECK(mean.numel() == p.R && rstd.numel() == p.R && mean.scalar_type() == ScalarType::Float &&
                       rstd.scalar_type() == ScalarType::Float,
                   op, ": mean and rstd must be float32 with one value a row");
-  const Tensor mean_owner = torch::stable::contiguous(mean), rstd_owner = torch::stable::contiguous(rstd);
+  const Tensor mean_owner = contiguous(op, mean), rstd_owner = contiguous(op, rstd);
   p.mean = floats(mean_owner), p.rstd = floats(rstd_owner);
   const i64 parts = parts_of(p.R);
-  Tensor dweight = new_tensor(x, {parts, p.C}, ScalarType::Float);
-  Tensor dbias = new_tensor(x, {has_bias ? parts : 0, has_bias ? p.C : 0}, ScalarType::Float);
+  Tensor dweight = new_tensor(op, x, {parts, p.C}, ScalarType::Float);
+  Tensor dbias = new_tensor(op, x, {has_bias ? parts : 0, has_bias ? p.C : 0}, ScalarType::Float);
   p.dweight = floats(dweight), p.dbias = has_bias ? floats(dbias) : nullptr;
   check(op, layer_norm_bwd(p, on.stream));
   return {sum_of_parts(op, dweight, weight.scalar_type(), on.stream),
@@ -30,8 +30,8 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& x, const Tensor& weight, co
   constexpr const char* op = "layer_norm";
   const View v = view_of(op, x);
   const Launch on(x);
-  Tensor y = new_like(x), weight_owner, bias_owner;
-  Tensor mean = new_tensor(x, {v.R}, ScalarType::Float), rstd = new_tensor(x, {v.R}, ScalarType::Float);
+  Tensor y = new_like(op, x), weight_owner, bias_owner;
+  Tensor mean = new_tensor(op, x, {v.R}, ScalarType::Float), rstd = new_tensor(op, x, {v.R}, ScalarType::Float);
   LayerNormParams p{};
   p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = float(eps);
   p.weight = vector_of(op, "weight", weight, v.C, x, &weight_owner);
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dy, const Tensor& x, const 
   constexpr const char* op = "layer_norm";
   const View v = view_of(op, x), g = view_of(op, "dy", dy, x);
   STD_TORCH_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, op, ": dy and x differ in shape or dtype");
-  Tensor dx = new_like(x);
+  Tensor dx = new_like(op, x);
   LayerNormParams p{};
   p.x = v.rows(), p.dy = g.rows(), p.dx = mut_rows(op, dx, v.C), p.R = v.R, p.C = v.C;
   auto [dweight, dbias] = launch_bwd(op, p, x, weight, has_bias, mean, rstd);
@@ -61,8 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_fwd(const Tensor& x, const Tensor
   STD_TORCH_CHECK(r.R == v.R && r.C == v.C, op, ": x and residual differ in shape");
   const Launch on(x);
   const ScalarType total_type = x.scalar_type() == residual.scalar_type() ? x.scalar_type() : ScalarType::Float;
-  Tensor total = new_like(x, total_type), y = new_like(x, total_type), weight_owner, bias_owner;
-  Tensor mean = new_tensor(x, {v.R}, ScalarType::Float), rstd = new_tensor(x, {v.R}, ScalarType::Float);
+  Tensor total = new_like(op, x, total_type), y = new_like(op, x, total_type), weight_owner, bias_owner;
+  Tensor mean = new_tensor(op, x, {v.R}, ScalarType::Float), rstd = new_tensor(op, x, {v.R}, ScalarType::Float);
   LayerNormParams p{};
   p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C), p.y = mut_rows(op, y, v.C);
   p.R = v.R, p.C = v.C, p.eps = float(eps), p.dropout = dropout_of(dropout_p, seed, offset);
@@ -90,8 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_bwd(const OptTensor& dy, const Op
   STD_TORCH_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && g.dtype == v.dtype && d.dtype == v.dtype, op,
                   ": gradients and total differ in shape or dtype");
   const bool own_dx = p.dropout.threshold || x_type != residual_type;
-  Tensor dresidual = new_like(total, types[residual_type]);
-  Tensor dx = own_dx ? new_like(total, types[x_type]) : new_tensor(total, {0}, types[x_type]);
+  Tensor dresidual = new_like(op, total, types[residual_type]);
+  Tensor dx = own_dx ? new_like(op, total, types[x_type]) : new_tensor(op, total, {0}, types[x_type]);
   p.dresidual = mut_rows(op, dresidual, v.C);
   if (own_dx) p.dx = mut_rows(op, dx, v.C);
   auto [dweight, dbias] = launch_bwd(op, p, total, weight, has_bias, mean, rstd);

@@ -24,7 +24,7 @@ Tensor draw(const Tensor& logits, double temperature, i64 top_k, double top_p, i
   STD_TORCH_CHECK(x.C < kMostTokens, kOp, ": logits has ", x.C, " tokens a row; the CUDA kernel takes fewer than ",
                   kMostTokens, ": use backend='eager'");
   const Launch on(logits);
-  Tensor position_owner, stream_owner, out = new_tensor(logits, {x.R}, ScalarType::Long);
+  Tensor position_owner, stream_owner, out = new_tensor(kOp, logits, {x.R}, ScalarType::Long);
   const SampleParams p{x.rows(), indices_of(kOp, "position", position, x.R, logits, &position_owner),
                        indices_of(kOp, "stream", stream, x.R, logits, &stream_owner),
                        static_cast<i64*>(out.mutable_data_ptr()), x.R, x.C, top_k, float(temperature), top_p,

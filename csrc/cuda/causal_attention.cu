@@ -31,7 +31,9 @@ cudaError_t causal_attention_fwd(AttentionParams p, cudaStream_t stream) {
 }
 cudaError_t causal_attention_bwd(AttentionParams p, cudaStream_t stream) {
   if (!p.B || !p.H) return cudaSuccess;
-  return causal_attention_bwd_sm80(prepared(p), stream);
+  p = prepared(p);
+  if (const cudaError_t error = causal_attention_delta(p, stream)) return error;
+  return causal_attention_bwd_sm90_takes(p) ? causal_attention_bwd_sm90(p, stream) : causal_attention_bwd_sm80(p, stream);
 }
 
 }  // namespace gptfast::cuda

@@ -216,9 +216,6 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
 template <class Q, class K> cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   const i64 heads = i64(p.B) * p.H;
   if (p.T) {
-    auto products = row_products<typename Q::E>;
-    LAUNCH(products, dim3(unsigned(ceil_div(heads * p.T, 4))), dim3(128), 0, stream, p);
-    if (const cudaError_t error = cudaGetLastError()) return error;
     auto queries = query_gradient<Q>;
     if (const cudaError_t error = allow_smem(queries, Q::SMEM)) return error;
     LAUNCH(queries, dim3(unsigned(ceil_div(p.T, Q::BM) * heads)), dim3(Q::THREADS), Q::SMEM, stream, p);
@@ -232,6 +229,16 @@ template <class Q, class K> cudaError_t launch(const AttentionParams& p, cudaStr
 }
 
 }  // namespace
+
+cudaError_t causal_attention_delta(const AttentionParams& p, cudaStream_t stream) {
+  const i64 rows = i64(p.B) * p.H * p.T;
+  if (!rows) return cudaSuccess;
+  return with_dtype(p.dtype, [&](auto element) {
+    auto products = row_products<decltype(element)>;
+    LAUNCH(products, dim3(unsigned(ceil_div(rows, 4))), dim3(128), 0, stream, p);
+    return cudaGetLastError();
+  });
+}
 
 cudaError_t causal_attention_bwd_sm80(const AttentionParams& p, cudaStream_t stream) {
   return with_dtype(p.dtype, [&](auto element) {

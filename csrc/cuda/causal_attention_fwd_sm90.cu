@@ -4,8 +4,7 @@
 // under the softmax of tile i + 1.
 //
 // Barriers in shared memory: q has landed; of each stage, k (v) has landed and k (v) has been used.
-#include "causal_attention_tile.cuh"
-#include "hopper.cuh"
+#include "causal_attention_sm90.cuh"
 
 namespace gptfast::cuda {
 namespace {
@@ -174,17 +173,6 @@ __global__ void __launch_bounds__(C::THREADS, 1)
 #endif
 }
 
-// x (B, H, rows, D) as a map of tiles of `tile_rows`; a dimension of one element has no stride to speak of.
-bool map_of(CUtensorMap* map, const AttentionParams& p, const Heads& x, int rows, int tile_rows) {
-  const uint64_t row = uint64_t(p.D) * 2;
-  auto stride = [&](i64 elements, int size) { return size == 1 ? row : uint64_t(elements) * 2; };
-  const TensorShape shape{x.data,
-                          {uint64_t(p.D), uint64_t(rows), uint64_t(p.H), uint64_t(p.B)},
-                          {stride(x.st, rows), stride(x.sh, p.H), stride(x.sb, p.B)},
-                          p.dtype == DType::f16};
-  return tensor_map(map, shape, uint32_t(tile_rows));
-}
-
 template <class C, bool DROPOUT> cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   HopperMaps maps;
   if (!map_of(&maps.q, p, p.q, p.T, C::BM) || !map_of(&maps.k, p, p.k, p.S, C::BN) ||
@@ -204,22 +192,11 @@ template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream
                              : launch<HopperShape<E, 64, 3>, false>(p, stream);
 }
 
-bool strides_fit(const Heads& x, i64 rows, i64 H, i64 B) {  // TMA has no stride 0, as of expanded tensors
-  auto fits = [](i64 stride, i64 size) { return size == 1 || (stride > 0 && stride < i64(1) << 39); };
-  return fits(x.st, rows) && fits(x.sh, H) && fits(x.sb, B);
-}
-
 }  // namespace
 
 bool causal_attention_fwd_sm90_takes(const AttentionParams& p) {
-  if (p.dtype == DType::f32 || (p.D != 64 && p.D != 128) || !p.whole_chunks || !p.S) return false;
-  if (!strides_fit(p.q, p.T, p.H, p.B) || !strides_fit(p.k, p.S, p.H, p.B) || !strides_fit(p.v, p.S, p.H, p.B))
-    return false;
-  int device = 0, major = 0, smem = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9 &&
-         cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
-         smem >= HopperShape<bf16, 128, 2>::SMEM;
+  return on_hopper(p, HopperShape<bf16, 128, 2>::SMEM) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) &&
+         has_map(p, p.v, p.S);
 }
 
 cudaError_t causal_attention_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast.backend import kernels, resolve
-from gptfast.ops import reference
+from gptfast.backend import is_automatic, kernels, resolve
+from gptfast.ops import handed_over, reference
 from gptfast.ops._common import (
     autocast,
     check_float,
@@ -90,6 +90,9 @@ def causal_attention(
             window=window,
             return_lse=return_lse,
         )
+    plain = dropout_p == 0 and seq_lens is None and cu_seqlens is None and window is None and not return_lse
+    if is_automatic(backend) and handed_over.takes(q, k, v, causal, plain):
+        return handed_over.run(q, k, v, causal, scale)
     if scale < 0:  # the kernels take the maximum of unscaled scores
         q, scale = -q, -scale
     options = (causal, scale, float(dropout_p), rng.as_int64(seed), offset, window or 0)

@@ -19,6 +19,7 @@ CHUNK_BYTES = 74 << 20  # of logits held at a time; with 16 MB of packed weight 
 GPU_CHUNK_BYTES = (
     512 << 20
 )  # every chunk reads and writes the gradient of weight once, which must not cost much beside it
+GPU_ROW = 64  # values
 TILE_ROWS = 96
 
 
@@ -120,11 +121,13 @@ def _chunks(rows: int, bytes_per_row: int, most_bytes: int) -> Iterator[slice]:
 def _logits_by_chunk(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits in hidden's dtype), one buffer serving all chunks."""
     N, V, buffer = hidden.shape[0], weight.shape[0], None
-    most = CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
-    for part in _chunks(N, V * hidden.element_size(), most):
+    on_cpu = hidden.device.type == "cpu"
+    # a GPU's products are fast where rows start at multiples of 16 bytes, as those of 50,257 values do not
+    width = V if on_cpu else -(-V // GPU_ROW) * GPU_ROW
+    for part in _chunks(N, V * hidden.element_size(), CHUNK_BYTES if on_cpu else GPU_CHUNK_BYTES):
         rows = part.stop - part.start
-        buffer = hidden.new_empty(rows, V) if buffer is None else buffer
-        logits = buffer[:rows]
+        buffer = hidden.new_empty(rows, width) if buffer is None else buffer
+        logits = buffer[:rows, :V]
         gemm(hidden[part], weight.t(), logits, dtype=hidden.dtype)
         yield part, logits
 

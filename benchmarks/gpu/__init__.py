@@ -1,0 +1,1 @@
+"""What `benchmarks/bench_gpu.py` measures."""

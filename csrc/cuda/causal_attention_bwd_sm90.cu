@@ -1,0 +1,257 @@
+// Backward of causal_attention on Hopper, head dims 64 and 128 in 16 bits: the two kernels of causal_attention_bwd.cu,
+// which has the formulas, by TMA and wgmma. Each sums in one fixed order without atomics.
+//
+// A block keeps BM rows of one pair of tensors and meets all tiles of BN rows of the other pair:
+//
+//                  kept (a0, a1)   met (b0, b1)   s = a0 b0^T   dp = a1 b1^T   sums
+//   query gradient     q, dout         k, v          scores          dP        dq += dS b0
+//   key gradients      k, v            q, dout       transposed      transposed   dk += dS b0, dv += P b1
+//
+// Warpgroup 0 loads; every other has 64 of the rows kept. Barriers in shared memory: the rows kept have landed; of each
+// stage, the tiles have landed and have been used.
+#include "causal_attention_sm90.cuh"
+
+namespace gptfast::cuda {
+namespace {
+
+template <class E_, int D_, bool KEYS_> struct BackwardShape90 {
+  using E = E_;
+  static constexpr bool KEYS = KEYS_;
+  static constexpr int D = D_, CONSUMERS = 2, BM = 64 * CONSUMERS, BN = 64, STAGES = 2, WARPS = 4 * CONSUMERS;
+  static constexpr int THREADS = 128 * (CONSUMERS + 1), KEPT_BYTES = BM * D * 2, TILE_BYTES = BN * D * 2;
+  static constexpr int BARRIERS = 1 + 2 * STAGES;
+  static constexpr int SMEM = 2 * KEPT_BYTES + 2 * STAGES * TILE_BYTES + BARRIERS * 8 + BM * int(sizeof(Range)) +
+                              2 * STAGES * BN * int(sizeof(float)) + 2 * WARPS * int(sizeof(int));
+};
+struct BackwardMaps {
+  CUtensorMap a0, a1, b0, b1;
+};
+
+template <class C, bool DROPOUT>
+__global__ void __launch_bounds__(C::THREADS, 1)
+    attention_backward_sm90(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps) {
+#if defined(GPTFAST_HOPPER)
+  using E = typename C::E;
+  constexpr bool KEYS = C::KEYS;
+  constexpr int D = C::D, BM = C::BM, BN = C::BN, STAGES = C::STAGES, PANELS = D / 64, NT = BN / 8;
+  DYN_SMEM(smem);
+  char* const tiles_data = smem + 2 * C::KEPT_BYTES;  // of each stage: b0, then b1
+  char* const after_tiles = tiles_data + 2 * STAGES * C::TILE_BYTES;
+  const uint32_t kept_at = smem_u32(smem), tiles_at = smem_u32(tiles_data), kept_full = smem_u32(after_tiles);
+  auto full = [&](int stage) { return kept_full + 8 + stage * 8; };
+  auto used = [&](int stage) { return kept_full + 8 + (STAGES + stage) * 8; };
+  Range* seen = reinterpret_cast<Range*>(after_tiles + C::BARRIERS * 8);
+  float* statistics = reinterpret_cast<float*>(seen + BM);  // of each stage: lse, then delta of its queries
+  int* flags = reinterpret_cast<int*>(statistics + 2 * STAGES * BN);
+
+  const int rows = KEYS ? p.S : p.T, blocks = (rows + BM - 1) / BM, bh = blockIdx.x / blocks;
+  const int b = bh / p.H, h = bh % p.H, block = int(blockIdx.x) % blocks;
+  const int row0 = (KEYS ? block : blocks - 1 - block) * BM;  // those that see, or are seen by, the most first
+  if (threadIdx.x == 0) {
+    mbarrier_init(kept_full, 1);
+    for (int s = 0; s < STAGES; s++) mbarrier_init(full(s), KEYS ? 33 : 1), mbarrier_init(used(s), C::WARPS);
+    mbarrier_init_fence();
+  }
+  for (int r = threadIdx.x; r < BM; r += C::THREADS)
+    seen[r] = KEYS ? visible_queries(p, b, row0 + r) : visible_keys(p, b, row0 + r);
+  __syncthreads();
+  const Range first = seen[0], last = seen[min(BM, rows - row0) - 1];
+  const int begin = first.lo / BN * BN, tiles = last.hi > begin ? (last.hi - begin + BN - 1) / BN : 0;
+
+  if (threadIdx.x < 128) {  // ---- loads
+    fewer_registers<40>();
+    const int lane = threadIdx.x;
+    if (tiles && lane == 0) {
+      auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int row, int count) {
+        for (int panel = 0; panel < PANELS; panel++)
+          tma_load(to + panel * count * 128, &map, barrier, panel * 64, row, h, b);
+      };
+      mbarrier_expect(kept_full, 2 * C::KEPT_BYTES);
+      load(kept_at, maps.a0, kept_full, row0, BM);
+      load(kept_at + C::KEPT_BYTES, maps.a1, kept_full, row0, BM);
+      for (int i = 0; i < tiles; i++) {
+        const int stage = i % STAGES;
+        const uint32_t to = tiles_at + stage * 2 * C::TILE_BYTES;
+        mbarrier_wait(used(stage), (i / STAGES & 1) ^ 1);
+        mbarrier_expect(full(stage), 2 * C::TILE_BYTES);
+        load(to, maps.b0, full(stage), begin + i * BN, BN);
+        load(to + C::TILE_BYTES, maps.b1, full(stage), begin + i * BN, BN);
+      }
+    }
+    if (KEYS && lane / 32 == 1)
+      for (int i = 0; i < tiles; i++) {
+        const int stage = i % STAGES;
+        mbarrier_wait(used(stage), (i / STAGES & 1) ^ 1);
+        for (int n = lane % 32; n < 2 * BN; n += 32) {
+          const int query = begin + i * BN + n % BN;
+          const float* from = n < BN ? p.lse : p.delta;
+          statistics[stage * 2 * BN + n] = query < p.T ? from[i64(bh) * p.T + query] : 0.f;
+        }
+        mbarrier_arrive(full(stage));
+      }
+    return;
+  }
+
+  // ---- 64 rows
+  more_registers<232>();
+  const int w = int(threadIdx.x) / 128 - 1, warp = int(threadIdx.x) / 32 - 4, lane = threadIdx.x % 32;
+  const int warp_row = warp * 16, row = row0 + warp_row + lane / 4;
+  const Range group_first = seen[w * 64], group_last = seen[w * 64 + 63];
+  const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
+  float sum0[1][D / 8][4] = {}, sum1[1][D / 8][4] = {};  // dq or dk; dv
+  float lse[2] = {}, delta[2] = {};  // of this lane's queries, where rows are queries
+  if constexpr (!KEYS) {
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      const bool inside = row + 8 * n < p.T;
+      lse[n] = inside ? p.lse[i64(bh) * p.T + row + 8 * n] * kLog2e : 0.f;
+      delta[n] = inside ? p.delta[i64(bh) * p.T + row + 8 * n] : 0.f;
+    }
+  }
+
+  auto multiply = [&](float(&x)[1][NT][4], int side, int stage) {  // a b^T
+    const uint32_t a = kept_at + side * C::KEPT_BYTES + w * 64 * 128;
+    const uint32_t other = tiles_at + (stage * 2 + side) * C::TILE_BYTES;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+      const uint32_t at = k % 4 * 32, panel = k / 4;
+      wgmma<E, 0, 0>(x[0], smem_descriptor(a + panel * BM * 128 + at, 16, 1024),
+                     smem_descriptor(other + panel * BN * 128 + at, 16, 1024), k != 0);
+    }
+  };
+  auto add_weighted_rows = [&](float(&sum)[1][D / 8][4], const uint32_t(&weights)[BN / 16][4], int side, int stage) {
+    const uint32_t other = tiles_at + (stage * 2 + side) * C::TILE_BYTES;
+#pragma unroll
+    for (int k = 0; k < BN / 16; k++)
+      wgmma<E, 1>(sum[0], weights[k], smem_descriptor(other + k * 16 * 128, BN * 128, 1024), 1);
+  };
+  auto pack = [&](uint32_t(&weights)[BN / 16][4], const float(&x)[1][NT][4]) {
+#pragma unroll
+    for (int k = 0; k < BN / 16; k++) result_as_a<E>(weights[k], x[0][2 * k], x[0][2 * k + 1]);
+  };
+  // s -> P (after dropout where rows are keys), dp -> dS
+  auto slopes = [&](float(&s)[1][NT][4], float(&dp)[1][NT][4], int at, int stage) {
+    const float* columns = statistics + stage * 2 * BN + lane % 4 * 2;
+    auto lse_of = [&](int n, int e) { return KEYS ? columns[n * 8 + e % 2] * kLog2e : lse[e / 2]; };
+    auto delta_of = [&](int n, int e) { return KEYS ? columns[BN + n * 8 + e % 2] : delta[e / 2]; };
+    each_element<1, NT>([&](int, int n, int e) { s[0][n][e] = fast_exp2(fmaf(s[0][n][e], scale_log2, -lse_of(n, e))); });
+    auto slope = [&](int, int n, int e, bool keep) {
+      const float d = DROPOUT ? (keep ? dp[0][n][e] * kept : 0.f) : dp[0][n][e];
+      dp[0][n][e] = s[0][n][e] * (d - delta_of(n, e));
+      if (KEYS && !keep) s[0][n][e] = 0.f;
+    };
+    if constexpr (DROPOUT && KEYS) each_decision_transposed<1, NT>(p.dropout, bh, row0 + warp_row, at, slope);
+    else if constexpr (DROPOUT) each_decision<1, NT>(p.dropout, bh, row, at, slope);
+    else each_element<1, NT>([&](int m, int n, int e) { slope(m, n, e, true); });
+  };
+  bool nonfinite = false;  // keys in tiles with masked elements
+  int edges = 0;           // of them so far: flags alternate, as a warp may be one tile ahead of another
+  auto clean = [&](int stage) {  // nan and inf in masked keys, once all scores are formed
+    named_barrier(1, 128 * C::CONSUMERS);
+    bool found = false;
+    for (int panel = 0; panel < PANELS; panel++) {
+      const Tile<E, 64> k{tiles_data + stage * 2 * C::TILE_BYTES + panel * BN * 128};
+      found |= remove_nonfinite<BN, 128 * C::CONSUMERS>(k, int(threadIdx.x) - 128);
+    }
+    if (found) fence_proxy_async();  // before wgmma reads what was written here
+    nonfinite |= any_found<C::WARPS>(found, warp, flags + edges++ % 2 * C::WARPS,
+                                     [] { named_barrier(1, 128 * C::CONSUMERS); });
+  };
+
+  if (tiles) mbarrier_wait(kept_full, 0);
+  for (int i = 0; i < tiles; i++) {
+    const int stage = i % STAGES, at = begin + i * BN;
+    const bool edge = at < last.lo || at + BN > first.hi;
+    const bool active = at < group_last.hi && at + BN > group_first.lo;
+    float s[1][NT][4], dp[1][NT][4];
+    uint32_t weights[BN / 16][4];
+    mbarrier_wait(full(stage), i / STAGES & 1);
+    if (active) {
+      wgmma_fence();
+      multiply(s, 0, stage);
+      multiply(dp, 1, stage);
+      wgmma_commit();
+      wgmma_wait<0>();
+      slopes(s, dp, at, stage);
+      if (edge) mask(dp, seen + warp_row, at, 0.f);
+      if (KEYS && edge) mask(s, seen + warp_row, at, 0.f);
+    }
+    if (!KEYS && edge) clean(stage);
+    if (active) {
+      if constexpr (KEYS) {
+        uint32_t kept_weights[BN / 16][4];
+        pack(kept_weights, s);
+        pack(weights, dp);
+        wgmma_fence();
+        add_weighted_rows(sum1, kept_weights, 1, stage);
+        add_weighted_rows(sum0, weights, 0, stage);
+        wgmma_commit();
+        wgmma_wait<0>();
+      } else {
+        pack(weights, dp);
+        wgmma_fence();
+        add_weighted_rows(sum0, weights, 0, stage);
+        wgmma_commit();
+        wgmma_wait<0>();
+      }
+    }
+    if (lane == 0) mbarrier_arrive(used(stage));
+  }
+
+  // through this warp's own rows of what was kept, which only its warpgroup has read
+  auto finish = [&](const float(&sum)[1][D / 8][4], float by, int side, const MutHeads& y) {
+    const float factor[1][2] = {{by, by}};
+#pragma unroll
+    for (int panel = 0; panel < PANELS; panel++) {
+      float part[1][8][4];
+      each_element<1, 8>([&](int, int n, int e) { part[0][n][e] = sum[0][panel * 8 + n][e]; });
+      const Tile<E, 64> tile{smem + side * C::KEPT_BYTES + panel * BM * 128};
+      result_to_tile<E>(part, factor, tile, warp_row);
+      if (nonfinite) spread_nonfinite<16>(tile, warp_row, seen + warp_row, p, p.k, b, h, panel * 64);
+      store_rows<16>(tile, warp_row, p, y, b, h, row0 + warp_row, rows, panel * 64);
+    }
+  };
+  if constexpr (KEYS) {
+    finish(sum0, p.scale, 0, p.dk);
+    finish(sum1, DROPOUT ? kept : 1.f, 1, p.dv);
+  } else {
+    finish(sum0, p.scale, 0, p.dq);
+  }
+#endif
+}
+
+template <class C, bool DROPOUT> cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
+  const Heads &a0 = C::KEYS ? p.k : p.q, &a1 = C::KEYS ? p.v : p.dout;
+  const Heads &b0 = C::KEYS ? p.q : p.k, &b1 = C::KEYS ? p.dout : p.v;
+  const int rows = C::KEYS ? p.S : p.T, others = C::KEYS ? p.T : p.S;
+  BackwardMaps maps;
+  if (!map_of(&maps.a0, p, a0, rows, C::BM) || !map_of(&maps.a1, p, a1, rows, C::BM) ||
+      !map_of(&maps.b0, p, b0, others, C::BN) || !map_of(&maps.b1, p, b1, others, C::BN))
+    return cudaErrorInvalidValue;
+  auto kernel = attention_backward_sm90<C, DROPOUT>;
+  if (const cudaError_t error = allow_smem(kernel, C::SMEM)) return error;
+  LAUNCH(kernel, dim3(unsigned(ceil_div(rows, C::BM) * p.B * p.H)), dim3(C::THREADS), C::SMEM, stream, p, maps);
+  return cudaGetLastError();
+}
+template <class E, int D, bool DROPOUT> cudaError_t launch_both(const AttentionParams& p, cudaStream_t stream) {
+  const cudaError_t error = launch<BackwardShape90<E, D, false>, DROPOUT>(p, stream);
+  return error ? error : launch<BackwardShape90<E, D, true>, DROPOUT>(p, stream);
+}
+template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream_t stream) {
+  if (p.D == 128) return launch_both<E, 128, false>(p, stream);
+  return p.dropout.threshold ? launch_both<E, 64, true>(p, stream) : launch_both<E, 64, false>(p, stream);
+}
+
+}  // namespace
+
+bool causal_attention_bwd_sm90_takes(const AttentionParams& p) {
+  if (p.D == 128 && p.dropout.threshold) return false;  // two sums and the dropout bits do not fit into registers
+  return on_hopper(p, BackwardShape90<bf16, 128, true>::SMEM) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) &&
+         has_map(p, p.v, p.S) && has_map(p, p.dout, p.T);
+}
+
+cudaError_t causal_attention_bwd_sm90(const AttentionParams& p, cudaStream_t stream) {
+  return p.dtype == DType::f16 ? launch_shape<__half>(p, stream) : launch_shape<bf16>(p, stream);
+}
+
+}  // namespace gptfast::cuda
