@@ -9,7 +9,7 @@ import torch
 import gptfast
 from gptfast import ops
 from gptfast.generation import GenerationConfig, generate, stream
-from gptfast.generation.prompts import for_generation
+from gptfast.generation.sequences import for_generation
 
 transformers = pytest.importorskip("transformers")
 
