@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
+from gptfast.generation.choose import NAN, NOTHING_LEFT
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.processors import processors, warp
 from gptfast.generation.sequences import LanguageModel, Sequences
@@ -22,6 +23,7 @@ class Group:
     """The search of K beams from one prompt.
 
     running: K sequences (new tokens only), best first, with their log-probabilities in `scores`.
+    taken: the last tokens of the best K that no end token or stop string has ended.
     ended: at most K (score, new tokens), best first; the score is log-probability / length ** length_penalty.
     """
 
@@ -31,6 +33,7 @@ class Group:
     stopping: Stopping
     running: list[list[int]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
     ended: list[tuple[float, list[int]]] = field(default_factory=list)
     done: bool = False
 
@@ -48,16 +51,23 @@ class Group:
         candidates = self._candidates(self._process(logprobs, taken) + torch.tensor(self.scores)[:, None])
         running: list[tuple[float, int, list[int]]] = []
         ended: list[tuple[float, list[int]]] = []
+        taken_now: list[int] = []
         full = self.config.early_stopping is True and self._count_ended() == self.K
         for rank, (score, place) in enumerate(candidates):
             beam, token = divmod(place, V)
             sequence = [*self.running[beam], token]
-            if self.stopping.reason(sequence) is None:
+            reason = self.stopping.reason(sequence)
+            if reason != "stop":
+                taken_now.append(token)
+            if reason is None:
                 running.append((score, beam, sequence))
             elif rank < self.K and not full:
                 ended.append((score / length**self.config.length_penalty, sequence))
         self.ended = sorted(self.ended + ended, key=lambda e: e[0], reverse=True)[: self.K]
         running = sorted(running, key=lambda r: r[0], reverse=True)[: self.K]  # drawn ones come in the order of drawing
+        if running:  # stop strings may have ended more beams than the candidates make up for
+            running += [(NEVER, *running[0][1:])] * (self.K - len(running))
+        self.taken = taken_now[: self.K]
         self.done = not running or not self._may_improve(running[0][0], length)
         self.scores = [score for score, _, _ in running]
         self.running = [sequence for _, _, sequence in running]
@@ -120,8 +130,8 @@ class Search:
                     sequences.release(row)
             else:
                 sequences.reorder(rows, [rows[parent] for parent in parents])
-                taken += [sequence[-1] for sequence in group.running]
                 kept += rows
+            taken += group.taken
         self.rows = kept
 
     @property
@@ -152,6 +162,9 @@ def beam_search(
         if not rows:
             break
         logits = sequences.extend(rows, [[token] for search in searches for token in search.last])
+    for search in searches:
+        if search.best(1)[0][0] == NEVER:
+            raise RuntimeError(NOTHING_LEFT)
     found = [
         (s, search.groups[0].prompt + new) for search in searches for s, new in search.best(config.num_return_sequences)
     ]
@@ -174,8 +187,9 @@ def _start(
     return searches, torch.cat(logits), sequences
 
 
-def _logprobs(logits: Tensor) -> Tensor:
+def _logprobs(logits: Tensor | list[Tensor]) -> Tensor:
+    assert isinstance(logits, Tensor)  # one row of logits per sequence
     logprobs = logits.log_softmax(-1).cpu()
     if logprobs.isnan().any():
-        raise RuntimeError("generate: the logits hold nan - look for an overflow in the model")
+        raise RuntimeError(NAN)
     return logprobs

@@ -13,6 +13,9 @@ from gptfast import ops
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.processors import processors, warp
 
+NAN = "generate: the logits hold nan - look for an overflow in the model"
+NOTHING_LEFT = "generate: no token is left to choose, all are excluded - relax no_repeat_ngram_size or logit_bias"
+
 
 @dataclass(frozen=True)
 class Context:
@@ -69,11 +72,9 @@ def _process(logits: Tensor, contexts: Sequence[Context]) -> Tensor:
 
 def _fault(top: float) -> RuntimeError | None:
     if math.isnan(top):
-        return RuntimeError("generate: the logits hold nan - look for an overflow in the model")
+        return RuntimeError(NAN)
     if top == -math.inf:
-        return RuntimeError(
-            "generate: no token is left to choose, all are excluded - relax no_repeat_ngram_size or logit_bias"
-        )
+        return RuntimeError(NOTHING_LEFT)
     return None
 
 
