@@ -184,7 +184,9 @@ def stream(
     prompts = read_prompts(ids, model, config)
     if assistant_model is not None:
         check_assistant(assistant_model, model)
-    return _steps(model, [Request(prompt, config, stopping, logprobs, top) for prompt in prompts], assistant_model)
+    temperature = config.temperature or 1.0
+    requests = [Request(prompt, config, stopping, logprobs, top, temperature) for prompt in prompts]
+    return _steps(model, requests, assistant_model)
 
 
 def _steps(model: LanguageModel, requests: list[Request], assistant: LanguageModel | None) -> Iterator[Step]:
@@ -213,10 +215,15 @@ def _ended(request: Request, stream: int) -> bool:
 
 def score(model: LanguageModel, row: list[int], first: int = 1) -> list[float]:
     """The log-probability under the model of each token of a sequence from the `first` on (>= 1), given those before."""
+    logprobs = all_logprobs(model, row)[first - 1 :]
+    wanted = torch.tensor(row[first:], device=logprobs.device)
+    return logprobs.gather(-1, wanted[:, None])[:, 0].tolist()
+
+
+def all_logprobs(model: LanguageModel, row: list[int]) -> Tensor:
+    """Log-probabilities, (T - 1, V), of what may follow each token of a sequence of T >= 2 but the last."""
     sequences = model.sequences(1, len(row))
-    logits = sequences.extend(sequences.add(), [row[:-1]], last_only=False)[0]  # (T - 1, V)
-    wanted = torch.tensor(row[first:], device=logits.device)
-    return logits[first - 1 :].log_softmax(-1).gather(-1, wanted[:, None])[:, 0].tolist()
+    return sequences.extend(sequences.add(), [row[:-1]], last_only=False)[0].log_softmax(-1)
 
 
 def _as_tensor(rows: list[list[int]], config: GenerationConfig, device: torch.device) -> Tensor:

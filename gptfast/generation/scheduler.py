@@ -30,8 +30,8 @@ class Token:
         request, stream: whose it is: the request, and the number of the return sequence.
         id: the token.
         logprob: its log-probability under the model (before everything that changes scores), if asked for.
-        top: the most likely tokens at this place as (token, probability at the temperature, before top-k and so on; at 1
-            when the temperature is 0), best first, as many as asked for.
+        top: the most likely tokens at this place as (token, probability at `Request.top_temperature`, before everything
+            else that changes scores), best first, as many as asked for.
     """
 
     request: Request
@@ -69,6 +69,7 @@ class Request:
         prompt, config: what was asked for.
         logprobs: whether `Token`s tell log-probabilities.
         top: how many of the most likely tokens they tell.
+        top_temperature: at which temperature they do.
         rows: the return sequences; one until the prompt has been read.
         error: what went wrong; None: nothing.
     """
@@ -78,6 +79,7 @@ class Request:
     stopping: Stopping
     logprobs: bool = False
     top: int = 0
+    top_temperature: float = 1.0
     rows: list[Row] = field(default_factory=list)
     error: RuntimeError | None = None
 
@@ -150,6 +152,13 @@ class Scheduler:
         return self.submit_request(Request(list(prompt), config, Stopping(config, tokenizer), logprobs, top))
 
     def submit_request(self, request: Request) -> Request:
+        """As `submit`, of a request that was made elsewhere."""
+        self.check(request)
+        self._waiting.append(request)
+        return request
+
+    def check(self, request: Request) -> None:
+        """Raise what `submit` raises. This alone may be called from any thread."""
         config = request.config
         if config.num_beams > 1:
             raise ValueError(
@@ -162,8 +171,6 @@ class Scheduler:
                 f"{config.max_new_tokens} positions never fit into max_rows={self.max_rows}, "
                 f"max_positions={self.max_positions}; ask for less or raise these"
             )
-        self._waiting.append(request)
-        return request
 
     def cancel(self, request: Request) -> None:
         """End a request at once; its rows are free for others. Nothing happens to one that is done."""
@@ -341,7 +348,7 @@ def _details(
             if request.logprobs:
                 logprob = row.log_softmax(-1)[token].item()
             if request.top:
-                probs = (row / (request.config.temperature or 1.0)).softmax(-1)
+                probs = (row / request.top_temperature).softmax(-1)
                 values, ids = probs.topk(min(request.top, len(probs)))
                 top = list(zip(ids.tolist(), values.tolist(), strict=True))
         found.append((logprob, top))
