@@ -87,6 +87,11 @@ class Request:
     def done(self) -> bool:
         return bool(self.rows) and all(row.finish for row in self.rows)
 
+    @property
+    def open(self) -> int:
+        """How many of its return sequences have not ended."""
+        return self.config.num_return_sequences - sum(row.finish is not None for row in self.rows)
+
 
 class Scheduler:
     """Runs requests together, one token of each per step. Not for several threads at once.
@@ -202,16 +207,15 @@ class Scheduler:
         return made
 
     def _reserve(self, request: Request) -> int:
-        """Positions that the rows of a request may come to hold."""
-        config = request.config
-        return min(len(request.prompt) + config.max_new_tokens, self.max_len) * config.num_return_sequences
+        """Positions that the open rows of a request may come to hold."""
+        return min(len(request.prompt) + request.config.max_new_tokens, self.max_len) * request.open
 
     def _admit(self) -> None:
-        rows = sum(request.config.num_return_sequences for request in self._running)
+        rows = sum(request.open for request in self._running)
         positions, read = sum(map(self._reserve, self._running)), 0
         while self._waiting:
             request = self._waiting[0]
-            rows += request.config.num_return_sequences
+            rows += request.open
             positions += self._reserve(request)
             if rows > self.max_rows or positions > self.max_positions:
                 return
@@ -341,6 +345,8 @@ def _details(
     logits: Tensor, requests: Sequence[Request], chosen: Sequence[int | RuntimeError]
 ) -> list[tuple[float | None, list[tuple[int, float]]]]:
     """For each row of logits (B, V) the log-probability of its token and the most likely ones, where asked for."""
+    if not any(request.logprobs or request.top for request in requests):
+        return [(None, [])] * len(requests)
     found: list[tuple[float | None, list[tuple[int, float]]]] = []
     for row, request, token in zip(logits, requests, chosen, strict=True):
         logprob, top = None, []

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from gptfast.generation import Request, Token
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.stopping import Stopping
-from gptfast.serving.text import ChoiceText, token_text
-from gptfast.tokenizer import StreamDecoder, Tokenizer
+from gptfast.serving.text import ChoiceText, Offsets, token_text
+from gptfast.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 MOST_LOGPROBS = 20
@@ -124,17 +124,16 @@ class Choice:
     def __init__(self, index: int, ask: Completion, request: Request, tokenizer: Tokenizer) -> None:
         self.index, self._ask, self._tokenizer = index, ask, tokenizer
         self._text = ChoiceText(tokenizer, ask.stops, request.config.eos_ids)
-        self._echoed = 0  # characters of the prompt that come before the text
+        self._offsets = Offsets(tokenizer)
 
     def echo(self, text: str, logprobs: dict[str, list[Any]] | None) -> dict[str, Any]:
         """The part that repeats the prompt."""
-        self._echoed = len(text)
+        self._offsets = Offsets(self._tokenizer, start=len(text))
         return self._part(text, logprobs, None)
 
     def push(self, token: Token) -> dict[str, Any]:
         """The part that a token brings."""
-        offset = self._echoed + self._text.length
-        text = self._text.push(token.id)
+        offset, text = self._offsets.push(token.id), self._text.push(token.id)
         logprobs = None
         if self._ask.logprobs is not None:
             logprobs = {
@@ -163,16 +162,13 @@ def _by_text(tokenizer: Tokenizer, top: list[tuple[int, float]]) -> dict[str, fl
 
 def prompt_logprobs(tokenizer: Tokenizer, ids: list[int], given: list[tuple[float, list]] | None, top: int) -> dict:
     """The logprobs of an echoed prompt, whose first token has none. `given`: (logprob, top) of the others."""
-    texts, offsets, at, decoder = [token_text(tokenizer, token) for token in ids], [], 0, StreamDecoder(tokenizer)
-    for token in ids:
-        offsets.append(at)
-        at += len(decoder.push(token))
+    texts, offsets = [token_text(tokenizer, token) for token in ids], Offsets(tokenizer)
     given = given or []
     return {
         "tokens": texts,
         "token_logprobs": [None, *(logprob for logprob, _ in given)],
         "top_logprobs": [None, *(_by_text(tokenizer, likely) for _, likely in given)] if top else None,
-        "text_offset": offsets,
+        "text_offset": [offsets.push(token) for token in ids],
     }
 
 

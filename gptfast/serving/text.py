@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
 from gptfast.tokenizer import StreamDecoder, Tokenizer
@@ -21,7 +22,6 @@ class ChoiceText:
         self._stops, self._eos = stops, eos_ids
         self._held = ""  # may begin a stop string
         self._stopped = False
-        self.length = 0  # characters returned so far
 
     def push(self, token: int) -> str:
         """The text that is certain with this token."""
@@ -30,7 +30,7 @@ class ChoiceText:
         text = self._cut(self._held + self._decoder.push(token))
         keep = 0 if self._stopped else self._longest_beginning(text)
         self._held = text[len(text) - keep :]
-        return self._give(text[: len(text) - keep])
+        return text[: len(text) - keep]
 
     def finish(self) -> str:
         """The rest, when no token follows."""
@@ -38,10 +38,6 @@ class ChoiceText:
             return ""
         text = self._cut(self._held + self._decoder.finish())
         self._held = ""
-        return self._give(text)
-
-    def _give(self, text: str) -> str:
-        self.length += len(text)
         return text
 
     def _cut(self, text: str) -> str:
@@ -56,6 +52,20 @@ class ChoiceText:
             if any(stop.startswith(text[len(text) - n :]) for stop in self._stops):
                 return n
         return 0
+
+
+class Offsets:
+    """Where each token of a text begins, in whole characters from the start."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
+        self._tokenizer, self._at = tokenizer, start
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> int:
+        """The offset of the next token."""
+        offset = self._at
+        self._at += len(self._utf8.decode(self._tokenizer.decode_bytes([token])))
+        return offset
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
