@@ -114,6 +114,24 @@ def test_beams(run, chars):
     assert code == 0 and out.split("\n", 1)[1] == tokenizer.decode(best) + "\n"
 
 
+def test_strategies_reach_the_model(run, chars):
+    path, model, tokenizer = chars
+    ids = tokenizer.encode("ROMEO:")
+    flags = ("--min-p", 0.05, "--repetition-penalty", 1.3, "--no-repeat-ngram-size", 2, "--stop", "z", "--stop", "RO")
+    _, out, _ = run("--model", path, "--prompt", "ROMEO:", "--overflow", "slide", "--max-new-tokens", 60, *flags)
+    options = {"min_p": 0.05, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "stop_strings": ["z", "RO"]}
+    options |= {"overflow": "slide", "max_new_tokens": 60, "temperature": 0.8, "tokenizer": tokenizer}
+    assert out == tokenizer.decode(model.generate([ids], **options)[0]) + "\n"
+    for guess in (("--prompt-lookup-num-tokens", 3), ("--assistant-model", path)):
+        guessed = run(
+            "--model", path, "--prompt", "ROMEO:", "--overflow", "slide", "--max-new-tokens", 60, *flags, *guess
+        )
+        assert guessed[1] == out
+    beams = {"num_beams": 3, "do_sample": True, "temperature": 0.8, "max_new_tokens": 9}
+    _, out, _ = run("--model", path, "--prompt", "ab", "--num-beams", 3, "--do-sample", "--max-new-tokens", 9)
+    assert out.split("\n", 1)[1] == tokenizer.decode(model.generate([tokenizer.encode("ab")], **beams)[0]) + "\n"
+
+
 def test_the_default_length_fits_the_model_and_an_explicit_one_must(run, chars):
     path = chars[0]
     code, out, err = run("--model", path, "--prompt", "ROMEO:")
@@ -237,6 +255,13 @@ def test_a_hub_id_brings_its_tokenizer(chars, tmp_path):
             b"",
             "--temperature and --top-p with --num-beams 2; beam search draws nothing",
         ),
+        (["--prompt", "a", "--do-sample", "--temperature", "0"], b"", "do_sample=True with temperature=0"),
+        (["--prompt", "a", "--overflow", "wrap"], b"", "overflow is 'wrap'; expected 'error' or 'slide'"),
+        (["--input", "x"], b"", "--input and --output go together; give both, or neither"),
+        (["--output", "x"], b"", "--input and --output go together; give both, or neither"),
+        (["--input", "x", "--output", "y", "--prompt", "a"], b"", "generate: --input with --prompt, --prompt-file"),
+        (["--input", "x", "--output", "y", "--batch-size", "0"], b"", "--batch-size is 0; expected at least 1"),
+        (["--input", "/nowhere/x", "--output", "y"], b"", "cannot read /nowhere/x"),
         (["--prompt", "a", "--length-penalty", "2"], b"", "--length-penalty ranks beams, but there is one"),
         (
             ["--prompt", "a", "--num-beams", "2", "--length-penalty", "1e9"],
@@ -281,5 +306,5 @@ def test_a_tokenizer_of_another_model_is_noticed(run, chars, tmp_path):
 
 def test_help_teaches(run):
     code, out, _ = run("--help")
-    assert code == 0 and out.count("gptfast generate --model runs/bard/best") == 4
+    assert code == 0 and out.count("gptfast generate --model runs/bard/best") == 5
     assert "--show-probabilities" in out and "200, or fewer" in " ".join(out.replace("│", " ").split())

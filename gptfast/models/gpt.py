@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from gptfast.nn import Block, LayerNorm, Linear
 from gptfast.nn.block import add_branch
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.position import SinusoidalEmbedding
+
+if TYPE_CHECKING:
+    from gptfast.generation.sequences import CachedSequences
 
 INIT_STD = 0.02  # of all matrices and embeddings (GPT-2)
 
@@ -179,6 +182,12 @@ class GPT(nn.Module):
         from gptfast.generation import generate
 
         return generate(self, ids, **options)
+
+    def sequences(self, capacity_rows: int, max_len: int) -> CachedSequences:
+        """Room for running sequences; see `gptfast.generation.sequences.Sequences`."""
+        from gptfast.generation.sequences import CachedSequences
+
+        return CachedSequences(self, capacity_rows, max_len)
 
     @classmethod
     def from_pretrained(
