@@ -1,7 +1,7 @@
 """Builds the compiled part of gptfast: two shared objects, by ninja, without importing torch.
 
     gptfast/_ops.so      every tensor op, through the libtorch stable ABI: one binary for torch >= 2.11
-    gptfast/_C.*.so      pybind11: build information (and the inference engine)
+    gptfast/_C.*.so      pybind11: build information and the inference engine (csrc/engine, without torch)
 
 GPTFAST_BUILD=0 installs pure Python: every op then runs in eager PyTorch.
 MAX_JOBS bounds the number of compilers at work.
@@ -102,7 +102,8 @@ def python_module(torch: Path) -> Library:
         f'-DGPTFAST_TORCH_HEADERS=\\"{torch_version(torch)}\\"',
     ]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    return Library(f"gptfast/_C{suffix}", sorted((ROOT / "csrc/python").glob("*.cpp")), include + defines)
+    sources = sorted((ROOT / "csrc/engine").glob("*.cpp")) + sorted((ROOT / "csrc/python").glob("*.cpp"))
+    return Library(f"gptfast/_C{suffix}", sources, include + defines, ["-pthread"])
 
 
 def libraries(torch: Path) -> list[Library]:

@@ -1,0 +1,7 @@
+"""The native CPU engine: GPTs packed in 32 to 4 bits a weight, for generation."""
+
+from gptfast.engine.compiled import CompiledGPT, compile_model, load
+from gptfast.engine.formats import FORMATS
+from gptfast.engine.sequences import EngineSequences
+
+__all__ = ["FORMATS", "CompiledGPT", "EngineSequences", "compile_model", "load"]
