@@ -55,10 +55,11 @@ static float kth_bound(const float* values, i64 n, i64 k, i64 slack, float most)
   return key_value(low);
 }
 
-// The best token so far.
+// The best token so far. A token can only beat it if its v <= exp(x / T - score) = exp2(x scale + limit).
 struct Draw {
   float score = -__builtin_inff();
   i64 token = -1;
+  F limit = set(__builtin_inff());
 };
 
 struct Sampler {
@@ -133,12 +134,30 @@ struct Sampler {
   // Keeps the candidates above `low` and the first `equals` of those that equal it.
   void cut(float low, i64 equals) {
     i64 out = 0;
-    for (i64 c = 0; c < n; c++) {
-      if (!(kept_x[c] > low) && !(kept_x[c] == low && equals-- > 0)) continue;
+    const F bound = set(low);
+    for_lanes(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
+      const F v = load_lanes(kept_x + c, k);
+      const M reach = valid_lanes(ge(v, bound), k);
+      if (!bits(reach)) return;
+      const I id = iload(kept_id + c);
+      i64 count = compress(kept_id + out, id, reach);
+      compress(kept_x + out, as_int(v), reach);
+      const i64 same = __builtin_popcount(bits(both(reach, eq(v, bound))));
+      if (same > equals) count = drop_equals(out, count, low, equals);
+      equals = same > equals ? 0 : equals - same;
+      out += count;
+    });
+    n = out;
+  }
+  // Of the `count` candidates from `first` on, all >= low, keeps those above and the first `equals` others.
+  i64 drop_equals(i64 first, i64 count, float low, i64 equals) {
+    i64 out = first;
+    for (i64 c = first; c < first + count; c++) {
+      if (kept_x[c] == low && equals-- <= 0) continue;
       kept_x[out] = kept_x[c];
       kept_id[out++] = kept_id[c];
     }
-    n = out;
+    return out - first;
   }
 
   void top_k(i64 k) {
@@ -184,92 +203,118 @@ struct Sampler {
     return left;
   }
 
-  void top_p(bool all) {
+  // The nucleus: tokens above `last` and the first `equals` of those that equal it.
+  struct Nucleus {
+    float last;
+    i64 equals, tokens;
+    bool whole;  // no further candidate equals last
+  };
+  Nucleus top_p(bool all) {
     const double total = all ? weigh(x, weights, V) : weigh(kept_x, kept_w, n), goal = p.top_p * total;
     const double least = 0.999 * (1 - p.top_p) * total / double(V);
     if (all) gather(weights, least > 1e-30 ? float(least) : 1e-30f);
     // The smallest key with mass(keys > it) < goal lies in [low, high]; undecided candidates are those inside.
-    uint32_t low = order_key(-__builtin_inff()), high = order_key(best);
-    float *open_x = row_buffer, *open_w = weights;  // the row itself is not needed any more
-    __builtin_memcpy(open_x, kept_x, size_t(n) * 4);
-    __builtin_memcpy(open_w, kept_w, size_t(n) * 4);
-    i64 open = n;
+    uint32_t low = order_key(smallest(kept_x, n)), high = order_key(best);
+    i64 open = n, settled_tokens = 0;
     double settled = 0;  // mass of the keys > high
-    while (low < high && open > 1) {
-      const uint32_t middle = low + (high - low) / 2;
-      const double above = settled + mass_above(open_x, open_w, open, key_value(middle));
+    for (int step = 0; low < high && open > 1; step++) {
+      const uint32_t middle = between(low, high, step);
+      const double above = settled + mass_above(kept_x, kept_w, open, key_value(middle));
       const bool enough = above >= goal;
       if (enough) low = middle + 1;
       else high = middle, settled = above;
-      open = partition(open_x, open_w, open, key_value(middle), enough);
+      const i64 before = open;
+      open = partition(kept_x, kept_w, open, key_value(middle), enough);
+      if (!enough) settled_tokens += before - open;
     }
-    const float last = open == 1 ? open_x[0] : key_value(low);
-    const float weight = open ? open_w[0] : 0.f;
+    const float last = open == 1 ? kept_x[0] : key_value(low);
+    const double weight = open ? double(kept_w[0]) : 0;
     i64 equals = 0;
-    for (double before = settled; before < goal && equals < n; before += double(weight)) equals++;
-    cut(last, equals);
+    for (double before = settled; before < goal && equals < open; before += weight) equals++;
+    return {last, equals, settled_tokens + equals, equals == open};
+  }
+  static float smallest(const float* values, i64 count) {
+    F least = set(__builtin_inff());
+    for_lanes(count, [&](i64 c, i64 k) __attribute__((always_inline)) {
+      const F v = load_lanes(values + c, k);
+      least = min(k == L ? v : select(first_n(k), v, least), least);
+    });
+    return -hmax(zero() - least);
+  }
+  // A key in [low, high): halves the values at first, as that halves most nuclei, then the keys, which always ends.
+  static uint32_t between(uint32_t low, uint32_t high, int step) {
+    if (step < 12) {
+      const uint32_t key = order_key(0.5f * key_value(low) + 0.5f * key_value(high));
+      if (key >= low && key < high) return key;
+    }
+    return low + (high - low) / 2;
   }
 
   INL F uniform(I word) {
     return min(fma(to_float(word), set(0x1p-32f), set(0x1p-33f)), set(1.f - 0x1p-24f));
   }
-  // Scores of L tokens with logits v, where m is set; ids rise from call to call and over the lanes.
-  INL void offer(Draw& draw, F v, F u, M m, F T, const uint32_t* ids, i64 first) {
+  // Offers L tokens with logits v and noise from u, where m is set; ids rise from call to call and over the lanes.
+  __attribute__((always_inline)) void offer(Draw& draw, F v, F u, M m, const uint32_t* ids, i64 first) const {
+    if (!bits(m)) return;
     const F noise = zero() - log(zero() - log1p_negative(zero() - u));
-    const F score = select(m, v / T + noise, set(-__builtin_inff()));
+    const F score = select(m, v / set(temperature) + noise, set(-__builtin_inff()));
     const float top = hmax(score);
     if (!(top > draw.score)) return;
     const int lane = __builtin_ctz(bits(both(eq(score, set(top)), m)));
     draw.score = top;
     draw.token = ids ? i64(ids[lane]) : first + lane;
+    // Rounding of both sides moves the comparison by less than this, for scores near the largest.
+    const float slack = 1e-5f + 1e-6f * (magnitude(best / temperature) + magnitude(top) + kMostNoise);
+    draw.limit = set((slack - top) * kLog2e);
   }
+  static float magnitude(float a) { return a < 0.f ? -a : a; }
 
-  // The draw among all tokens. One Philox call gives the words of four.
-  i64 draw_all(i64 r) const {
+  // The draw among all tokens whose logit reaches `low`. One Philox call gives the words of four.
+  i64 draw_all(i64 r, float low) const {
     const Wide position = widen(uint32_t(p.position[r])), stream = widen(uint32_t(p.stream[r]));
     const Wide domain = widen(0x73616d70u);
-    const F T = set(temperature), scale = set(per_unit);
-    const float warm = best / temperature;
+    const F scale = set(per_unit), bound = set(low), none = zero();
     Draw draw;
-    F limit = set(__builtin_inff());  // log2 of the v that still wins is x / T log2(e) + limit
     for (i64 c0 = 0; c0 < V; c0 += 4 * L) {
+      F v[4], most_v[4], any = none;
+      UNROLL for (int j = 0; j < 4; j++) {
+        const i64 k = V - c0 - j * L < L ? V - c0 - j * L : L;
+        v[j] = k > 0 ? load_lanes(x + c0 + j * L, k) : none;
+        const M m = k > 0 ? valid_lanes(ge(v[j], bound), k) : first_n(0);
+        most_v[j] = keep(m, exp2<4>(fma(v[j], scale, draw.limit)));
+        any = max(most_v[j], any);
+      }
+      if (!bits(ge(any, set(0x1p-33f)))) continue;  // the least v
       I words[4];
       const I calls = iadd(iset(uint32_t(c0 / 4)), iota());
       philox(uint32_t(p.seed), uint32_t(p.seed >> 32), widen(calls), position, stream, domain, words);
       interleave4(words);
       UNROLL for (int j = 0; j < 4; j++) {
-        const i64 c = c0 + j * L, k = V - c < L ? V - c : L;
-        if (k <= 0) break;
-        const F v = load_lanes(x + c, k), u = uniform(words[j]);
-        const M m = valid_lanes(ge(exp2<4>(fma(v, scale, limit)), u), k);
-        if (!bits(m)) continue;
-        offer(draw, v, u, m, T, nullptr, c);
-        // Rounding of both sides moves the comparison by less than this, for scores near the largest.
-        const float slack = 1e-5f + 1e-6f * (magnitude(warm) + magnitude(draw.score) + kMostNoise);
-        limit = set((slack - draw.score) * kLog2e);
+        const F u = uniform(words[j]);
+        offer(draw, v[j], u, ge(most_v[j], u), nullptr, c0 + j * L);
       }
     }
     return draw.token;
   }
-  static float magnitude(float a) { return a < 0.f ? -a : a; }
 
   // The draw among the candidates.
   i64 draw_kept(i64 r) const {
     const Wide position = widen(uint32_t(p.position[r])), stream = widen(uint32_t(p.stream[r]));
     const Wide domain = widen(0x73616d70u);
-    const F T = set(temperature);
+    const F scale = set(per_unit);
     Draw draw;
     for (i64 c = 0; c < n; c += L) {
       const i64 k = n - c < L ? n - c : L;
-      const F v = load_lanes(kept_x + c, k);
-      const M m = valid_lanes(ge(v / T + set(kMostNoise), set(draw.score)), k);
+      const F v = load_lanes(kept_x + c, k), most_v = exp2<4>(fma(v, scale, draw.limit));
+      const M m = valid_lanes(ge(most_v, set(0x1p-33f)), k);
       if (!bits(m)) continue;
       const I id = iload(kept_id + c), word = iand(id, iset(3));
       I words[4];
       philox(uint32_t(p.seed), uint32_t(p.seed >> 32), widen(shr(id, 2)), position, stream, domain, words);
-      const I low = iselect(ieq(word, iset(0)), words[0], words[1]);
-      const I high = iselect(ieq(word, iset(2)), words[2], words[3]);
-      offer(draw, v, uniform(iselect(igt(iset(2), word), low, high)), m, T, kept_id + c, 0);
+      const I first = iselect(ieq(word, iset(0)), words[0], words[1]);
+      const I second = iselect(ieq(word, iset(2)), words[2], words[3]);
+      const F u = uniform(iselect(igt(iset(2), word), first, second));
+      offer(draw, v, u, both(m, ge(most_v, u)), kept_id + c, 0);
     }
     return draw.token;
   }
@@ -280,8 +325,12 @@ struct Sampler {
     if (temperature < 0x1p-126f || !(magnitude(best / temperature) < 1e30f)) return first_best();  // noise is nothing
     const bool all = p.top_k <= 0 || p.top_k >= V;
     if (!all) top_k(p.top_k);
-    if (p.top_p < 1) top_p(all);
-    return all && p.top_p >= 1 ? draw_all(r) : draw_kept(r);
+    if (p.top_p >= 1) return all ? draw_all(r, kLeastLogit) : draw_kept(r);
+    const Nucleus nucleus = top_p(all);
+    if (all && nucleus.whole && nucleus.tokens > V / 4) return draw_all(r, nucleus.last);  // a call for four is cheaper
+    gather(x, nucleus.last);
+    if (n > nucleus.tokens) cut(nucleus.last, nucleus.equals);
+    return draw_kept(r);
   }
 };
 

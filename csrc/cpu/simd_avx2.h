@@ -67,13 +67,20 @@ INL I iselect(M m, I a, I b) { return as_int(_mm256_blendv_ps(as_float(b), as_fl
 INL M ieq(I a, I b) { return {as_float(_mm256_cmpeq_epi32(a, b))}; }
 INL I iload_u16(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 // Writes the lanes of x where m is set one after another (up to L lanes are touched); returns how many.
+struct CompressTable {  // lanes[m]: the positions of the bits of m
+  uint64_t lanes[256];
+  constexpr CompressTable() : lanes() {
+    for (int m = 0; m < 256; m++)
+      for (int bit = 0, n = 0; bit < 8; bit++)
+        if (m >> bit & 1) lanes[m] |= uint64_t(bit) << 8 * n++;
+  }
+};
+constexpr CompressTable kCompress;
 INL int compress(void* out, I x, M m) {
-  alignas(32) uint32_t lanes[8];
-  istore(lanes, x);
-  uint32_t* to = static_cast<uint32_t*>(out);
-  int n = 0;
-  for (unsigned b = bits(m); b; b &= b - 1) to[n++] = lanes[__builtin_ctz(b)];
-  return n;
+  const int set_bits = int(bits(m));
+  const __m128i lanes = _mm_loadl_epi64((const __m128i*)&kCompress.lanes[set_bits]);
+  istore(out, _mm256_permutevar8x32_epi32(x, _mm256_cvtepu8_epi32(lanes)));
+  return __builtin_popcount(unsigned(set_bits));
 }
 
 INL W wset(uint64_t x) { return _mm256_set1_epi64x(int64_t(x)); }
