@@ -44,6 +44,15 @@ struct Run {
   char* const* pages;
 };
 
+// How the next tokens are drawn (csrc/cpu/sample-inl.h), and what ends a sequence.
+struct Sampling {
+  float temperature;
+  i64 top_k;
+  double top_p;
+  uint64_t seed;
+  std::vector<i64> end_tokens;
+};
+
 // `weights` is Model::bytes of memory, aligned to 64, that outlives the engine. Calls lock one another out.
 class Engine {
  public:
@@ -61,6 +70,11 @@ class Engine {
   // rounded up to 32 apart. Room is reserved before anything is computed: a failure leaves the rows as they were.
   void extend(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
               bool last_only, float* out, i64 ld);
+  // Draws `steps` tokens for each row, fewer where it ends, from the logits of its last position, and appends them (the very
+  // last of a row that has not ended only if `more`). Row i of `logits` belongs to the i-th row that has not ended, before
+  // and after. tokens[i]: what rows[i] got; a draw from nan gives -1, from nothing but -inf -2, and ends all.
+  void decode(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& streams, const Sampling& sampling,
+              i64 steps, bool more, float* logits, i64 ld, std::vector<std::vector<int>>& tokens);
   // Bytes a second of reading the weights, all threads, and nothing else.
   double read_rate(int times);
 
@@ -80,6 +94,10 @@ class Engine {
     i64 first, last;
   };
 
+  void extend_locked(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
+                     bool last_only, float* out, i64 ld);
+  std::vector<i64> sample(const Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& streams,
+                          const Sampling& sampling, const float* logits, i64 ld);
   void need_memory(i64 M, i64 longest);
   void pass(const std::vector<Run>& runs, const int* tokens, const std::vector<i64>& wanted, float* out, i64 ld);
   void forward(int t, const int* tokens, const std::vector<i64>& wanted, float* out, i64 ld);

@@ -113,6 +113,22 @@ class PyCache {
     engine_->get().extend(cache_, rows, counts, tokens.data(), last_only, reinterpret_cast<float*>(out), ld);
   }
 
+  // Returns what each row got; see Engine::decode.
+  std::vector<std::vector<int>> decode(const std::vector<i64>& rows, const std::vector<i64>& streams, float temperature,
+                                       i64 top_k, double top_p, uint64_t seed, const std::vector<i64>& end_tokens,
+                                       i64 steps, bool more, uintptr_t logits, i64 ld) {
+    for (i64 row : rows) {
+      live_row(row);
+      if (cache_.length(row) + steps - !more > cache_.max_len()) throw std::invalid_argument("no room");
+    }
+    if (streams.size() != rows.size()) throw std::invalid_argument("as many streams as rows are needed");
+    std::vector<std::vector<int>> tokens;
+    const py::gil_scoped_release release;
+    engine_->get().decode(cache_, rows, streams, {temperature, top_k, top_p, seed, end_tokens}, steps, more,
+                          reinterpret_cast<float*>(logits), ld, tokens);
+    return tokens;
+  }
+
  private:
   std::shared_ptr<PyEngine> engine_;
   Cache cache_;
@@ -143,7 +159,8 @@ void bind_engine(py::module_& m) {
       .def("release", &PyCache::release)
       .def("truncate", &PyCache::truncate)
       .def("copy", &PyCache::copy)
-      .def("extend", &PyCache::extend);
+      .def("extend", &PyCache::extend)
+      .def("decode", &PyCache::decode);
   m.def("packed_bytes", [](const py::dict& shape, const py::dict& formats) {
     return Model(shape_of(shape), formats_of(formats)).bytes;
   });

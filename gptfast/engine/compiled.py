@@ -18,8 +18,6 @@ from gptfast.engine.sequences import PANEL, EngineSequences
 if TYPE_CHECKING:
     from gptfast.models import GPT, GPTConfig
 
-MAX_ROWS = 64
-
 
 class CompiledGPT:
     """A model in the engine (`csrc/engine`): packed weights, threads of its own, no torch module behind it.
@@ -36,12 +34,13 @@ class CompiledGPT:
         weights: Any,
         *,
         threads: int | None = None,
-        max_rows: int = MAX_ROWS,
+        max_rows: int | None = None,
         cache_dtype: Any = None,
     ) -> None:
         from gptfast import _C
 
-        self.config, self.dtype, self.max_rows = config, dtype, _count("max_rows", max_rows)
+        self.config, self.dtype = config, dtype
+        self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
         self.cache_dtype = _cache_dtype(cache_dtype, dtype)
         self._formats, self._weights = formats, weights
         threads = torch.get_num_threads() if threads is None else _count("threads", threads)
@@ -60,7 +59,7 @@ class CompiledGPT:
 
     def sequences(self, capacity_rows: int = 1, max_len: int | None = None) -> EngineSequences:
         """Room for running sequences; see `EngineSequences`. Keys and values take memory as they come."""
-        if capacity_rows > self.max_rows:
+        if self.max_rows is not None and capacity_rows > self.max_rows:
             raise ValueError(
                 f"sequences: capacity_rows is {capacity_rows} and the model was compiled with max_rows={self.max_rows}; "
                 "compile it with more, or run fewer at a time"
@@ -75,7 +74,9 @@ class CompiledGPT:
         """
         ids = torch.as_tensor(ids)
         if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.numel() == 0:
-            raise ValueError(f"logits: ids has shape {tuple(ids.shape)}, {ids.dtype}; expected (B, T) or (T,) token ids")
+            raise ValueError(
+                f"logits: ids has shape {tuple(ids.shape)}, {ids.dtype}; expected (B, T) or (T,) token ids"
+            )
         rows = ids[None] if ids.dim() == 1 else ids
         one = self.sequences(1)
         parts = []
@@ -84,6 +85,12 @@ class CompiledGPT:
             parts += one.extend([index], [row], last_only=False)
             one.release(index)
         return parts[0] if ids.dim() == 1 else torch.stack(parts)
+
+    def generate(self, ids: Any, **options: Any) -> Any:
+        """Continue `ids`, with the options of `GPT.generate`; see `gptfast.generation.generate`."""
+        from gptfast.engine.generate import generate
+
+        return generate(self, ids, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the packed model to a file that `gptfast.engine.load` maps at once."""
@@ -113,7 +120,12 @@ def shape_of(config: GPTConfig) -> dict[str, Any]:
 
 
 def compile_model(
-    model: GPT, dtype: Any = "bfloat16", *, threads: int | None = None, max_rows: int = MAX_ROWS, cache_dtype: Any = None
+    model: GPT,
+    dtype: Any = "bfloat16",
+    *,
+    threads: int | None = None,
+    max_rows: int | None = None,
+    cache_dtype: Any = None,
 ) -> CompiledGPT:
     """Pack a GPT for the engine; see `GPT.compile_for_inference`."""
     try:
@@ -152,7 +164,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     threads: int | None = None,
-    max_rows: int = MAX_ROWS,
+    max_rows: int | None = None,
     cache_dtype: Any = None,
     verify: bool = False,
 ) -> CompiledGPT:

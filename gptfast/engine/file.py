@@ -32,7 +32,9 @@ _PAGE = 4096
 _CHUNK = 1 << 24
 
 
-def save(path: str | os.PathLike[str], config: GPTConfig, formats: dict[str, str], name: str, weights: memoryview) -> None:
+def save(
+    path: str | os.PathLike[str], config: GPTConfig, formats: dict[str, str], name: str, weights: memoryview
+) -> None:
     """Write a compiled model, aside first: a crash leaves the old file or the new one."""
     description = {
         "config": asdict(config),
@@ -81,7 +83,9 @@ def load(path: str | os.PathLike[str], verify: bool = False) -> tuple[dict[str, 
         begin += -begin % _PAGE
         expected, actual = begin + description["bytes"], os.fstat(file.fileno()).st_size
         if actual != expected:
-            raise ValueError(f"{path} has {actual} bytes instead of {expected}; it was cut short - copy or compile it again")
+            raise ValueError(
+                f"{path} has {actual} bytes instead of {expected}; it was cut short - copy or compile it again"
+            )
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     weights = memoryview(mapped)[begin:]
     if verify and _crc(weights) != description["crc32"]:

@@ -7,7 +7,13 @@ from typing import Any
 FORMATS = ("float32", "bfloat16", "int8", "int4", "nf4")
 CACHE_DTYPES = ("float32", "bfloat16")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16"}  # as the command line has them
-BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.5, "int4": 4.5, "nf4": 4.5}  # of a weight, with its share of a scale
+BITS = {
+    "float32": 32.0,
+    "bfloat16": 16.0,
+    "int8": 8.5,
+    "int4": 4.5,
+    "nf4": 4.5,
+}  # of a weight, with its share of a scale
 
 MATRICES = ("c_attn", "attn_proj", "c_fc", "mlp_proj", "head")
 

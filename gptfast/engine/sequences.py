@@ -71,7 +71,9 @@ class EngineSequences:
     def reorder(self, rows: Sequence[int], sources: Sequence[int]) -> None:
         """Row rows[i] becomes a copy of what row sources[i] was. What they share is held once."""
         if len(rows) != len(sources) or len(set(rows)) != len(rows):
-            raise ValueError(f"reorder: rows {list(rows)} and sources {list(sources)}; expected as many, rows without repeats")
+            raise ValueError(
+                f"reorder: rows {list(rows)} and sources {list(sources)}; expected as many, rows without repeats"
+            )
         self._check_rows("reorder", [*rows, *sources])
         self._cache.copy(list(rows), list(sources))
 
@@ -106,12 +108,47 @@ class EngineSequences:
         flat = [int(token) for row in tokens for token in row]
         self._check_tokens(rows, counts, flat)
         V = self.config.vocab_size
-        n = len(rows) if last_only else len(flat)
-        # the engine writes whole panels; a fresh tensor each time, so that the caller may keep what it got
-        logits = torch.empty(n, (V + PANEL - 1) // PANEL * PANEL)
+        logits = empty_logits(len(rows) if last_only else len(flat), V)  # fresh: the caller may keep what it got
         self._cache.extend(rows, counts, flat, last_only, logits.data_ptr(), logits.stride(0))
-        logits = logits[:, :V]
         return logits if last_only else list(logits.split(counts))
+
+    def decode(
+        self,
+        rows: Sequence[int],
+        logits: Tensor,
+        *,
+        steps: int,
+        more: bool,
+        streams: Sequence[int],
+        sampling: tuple[float, int, float, int, list[int]],
+    ) -> list[list[int]]:
+        """Draw and append tokens without coming back to Python in between.
+
+        Args:
+            rows: which, without repeats.
+            logits: from `empty_logits`; row i those of the last position of rows[i]. Afterwards row i is of the i-th row
+                that has not ended.
+            steps: how many tokens to draw for each row; fewer where it ends.
+            more: whether the very last token of each row is appended too (more are to be drawn).
+            streams: of each row, see `gptfast.ops.sample`.
+            sampling: temperature, top_k, top_p, seed, and the tokens that end a row.
+        Returns:
+            The new tokens of each row, an end token among them; they are those that `ops.sample` draws.
+        Raises:
+            ValueError: a row that is not in use or has no room.  RuntimeError: the logits hold nan, or nothing but -inf.
+        """
+        rows = list(rows)
+        self._check_rows("decode", rows)
+        self._check_room("decode", rows, [steps if more else steps - 1] * len(rows))
+        temperature, top_k, top_p, seed, ends = sampling
+        new = self._cache.decode(
+            rows, list(streams), temperature, top_k, top_p, seed, ends, steps, more, logits.data_ptr(), logits.stride(0)
+        )
+        for n, tokens in enumerate(new):
+            if tokens and tokens[-1] < 0:
+                what = "nan - look for an overflow in the model" if tokens[-1] == -1 else "nothing but -inf"
+                raise RuntimeError(f"generate: the logits of row {n} hold {what}")
+        return new
 
     def _check_rows(self, what: str, rows: Sequence[int]) -> None:
         for row in rows:
@@ -121,12 +158,22 @@ class EngineSequences:
     def _check_tokens(self, rows: list[int], counts: list[int], flat: list[int]) -> None:
         V = self.config.vocab_size
         if not rows or len(counts) != len(rows) or min(counts) < 1 or len(set(rows)) != len(rows):
-            raise ValueError(f"extend: rows {rows} with {counts} tokens; expected different rows with at least one token each")
+            raise ValueError(
+                f"extend: rows {rows} with {counts} tokens; expected different rows with at least one token each"
+            )
         if min(flat) < 0 or max(flat) >= V:
             raise ValueError(f"extend: token ids {min(flat)} to {max(flat)}; expected ids in [0, {V}), the vocabulary")
+        self._check_room("extend", rows, counts)
+
+    def _check_room(self, what: str, rows: list[int], counts: list[int]) -> None:
         for row, count in zip(rows, counts, strict=True):
             if self._cache.length(row) + count > self.max_len:
                 raise ValueError(
-                    f"extend: row {row} holds {self._cache.length(row)} positions and {count} more do not fit into max_len = "
+                    f"{what}: row {row} holds {self._cache.length(row)} positions and {count} more do not fit into max_len = "
                     f"{self.max_len}; shorten the text or make the sequences longer (up to block_size)"
                 )
+
+
+def empty_logits(rows: int, V: int) -> Tensor:
+    """A (rows, V) fp32 tensor that the engine can write to: it writes whole panels."""
+    return torch.empty(rows, (V + PANEL - 1) // PANEL * PANEL)[:, :V]
