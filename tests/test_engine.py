@@ -161,8 +161,8 @@ def test_text_does_not_depend_on_the_batch() -> None:
 def test_nan_logits_are_an_error() -> None:
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=50, dropout=0.0)).eval()
     with torch.no_grad():
-        model.h[0].mlp.c_fc.bias.fill_(3e38)  # finite, but its products are not
-        model.h[0].mlp.c_proj.weight.fill_(1e30)
+        model.get_parameter("h.0.mlp.c_fc.bias").fill_(3e38)  # finite, but its products are not
+        model.get_parameter("h.0.mlp.c_proj.weight").fill_(1e30)
     for dtype in FORMATS:
         with pytest.raises(RuntimeError, match="nan"):
             model.compile_for_inference(dtype).generate([[1]], max_new_tokens=2)
@@ -240,7 +240,7 @@ def test_errors_of_compiling() -> None:
         model.compile_for_inference("int8", cache_dtype="int8")
     broken = GPT(model.config)
     with torch.no_grad():
-        broken.h[1].mlp.c_fc.weight[3, 5] = float("nan")
+        broken.get_parameter("h.1.mlp.c_fc.weight")[3, 5] = float("nan")
     with pytest.raises(ValueError, match=r"h\.1\.mlp\.c_fc\.weight holds nan"):
         broken.compile_for_inference("int8")
 

@@ -37,7 +37,7 @@ class CompiledGPT:
         max_rows: int | None = None,
         cache_dtype: Any = None,
     ) -> None:
-        from gptfast import _C
+        from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
         self.config, self.dtype = config, dtype
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
@@ -129,7 +129,7 @@ def compile_model(
 ) -> CompiledGPT:
     """Pack a GPT for the engine; see `GPT.compile_for_inference`."""
     try:
-        from gptfast import _C
+        from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
     except ImportError as error:
         raise RuntimeError(
             f"compile_for_inference: gptfast was installed without its compiled part ({error}); install it with a C++ "

@@ -15,7 +15,7 @@ BITS = {
     "nf4": 4.5,
 }  # of a weight, with its share of a scale
 
-MATRICES = ("c_attn", "attn_proj", "c_fc", "mlp_proj", "head")
+MATRICES: tuple[str, ...] = ("c_attn", "attn_proj", "c_fc", "mlp_proj", "head")
 
 
 def format_name(dtype: Any) -> str:
@@ -37,7 +37,7 @@ def matrix_formats(name: str) -> dict[str, str]:
     The 4-bit formats keep the head, which is the token embedding too, in 8 bits: it is a third of GPT-2 124M, and the
     logits come straight out of it.
     """
-    formats = dict.fromkeys(MATRICES, name)
+    formats: dict[str, str] = dict.fromkeys(MATRICES, name)
     if BITS[name] < 8:
         formats["head"] = "int8"
     return formats

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class EngineSequences:
     """
 
     def __init__(self, core: Any, config: GPTConfig, capacity: int, max_len: int | None = None) -> None:
-        from gptfast import _C
+        from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
         self.config, self.capacity = config, capacity
         self.max_len = config.block_size if max_len is None else max_len
@@ -88,6 +88,21 @@ class EngineSequences:
         """Free a row and what it holds; its index may be given out again."""
         self._check_rows("release", [row])
         self._cache.release(row)
+
+    @overload
+    def extend(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last_only: Literal[True] = True
+    ) -> Tensor: ...
+
+    @overload
+    def extend(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last_only: Literal[False]
+    ) -> list[Tensor]: ...
+
+    @overload
+    def extend(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last_only: bool
+    ) -> Tensor | list[Tensor]: ...
 
     def extend(
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last_only: bool = True
