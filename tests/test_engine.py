@@ -13,7 +13,7 @@ from engine_models import CONFIGS, expected, ids_of, model_of, relative_error
 import gptfast
 from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
-from gptfast.engine import FORMATS, CompiledGPT
+from gptfast.engine import FORMATS, CompiledGPT, engine_for
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
 
@@ -225,6 +225,21 @@ def test_deleting_the_model_changes_nothing() -> None:
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(compiled.logits([1, 2]), before)
+
+
+def test_engine_for_a_model_follows_its_weights() -> None:
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=50, dropout=0.0))
+    assert engine_for(model) is None, "in training mode"
+    first = engine_for(model.eval())
+    assert first is not None and engine_for(model) is first
+    with torch.no_grad():
+        model.get_parameter("h.0.mlp.c_fc.weight").add_(1.0)
+    second = engine_for(model)
+    assert second is not None and second is not first
+    assert torch.equal(second.logits([1]), model.compile_for_inference("float32").logits([1]))
+    changed = engine_for(model.bfloat16())
+    assert changed is not None and changed.dtype == "bfloat16"
+    assert engine_for(model.double()) is None
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
 // Attention of new positions to the pages of keys and values that their row holds.
 //
-// Scores of a page: its 64 keys lie side by side for each channel, so there are no sums across lanes. The softmax runs over
-// whole pages, with -inf outside what a query sees; the values follow position by position. A query thus computes the
-// same, to the bit, alone or beside others: what it does not see adds exact zeros.
+// Scores of a page: its 64 keys lie side by side for each channel, so there are no sums across lanes. The softmax runs
+// over whole pages, with -inf outside what a query sees; the values follow position by position. A query thus computes
+// the same, to the bit, alone or beside others: what it does not see adds exact zeros.
 
 constexpr int kAttendVectors = L == 16 ? 4 : 2;
 
-template <bool BF16> INL F load_cached(const char* p, i64 element) {
+template <bool BF16>
+INL F load_cached(const char* p, i64 element) {
   if constexpr (BF16) return load_bf16(reinterpret_cast<const uint16_t*>(p) + element);
   return load(reinterpret_cast<const float*>(p) + element);
 }
@@ -37,17 +38,20 @@ static void page_scores(const char* keys, const float* q, i64 ldq, i64 D, float 
   constexpr int V = kAttendVectors;
   for (i64 c = 0; c < kPage; c += V * L) {
     F acc[R][V];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) acc[r][v] = zero();
+    UNROLL for (int r = 0; r < R; r++) UNROLL
+      for (int v = 0; v < V; v++) acc[r][v] = zero();
     for (i64 d = 0; d < D; d++) {
       F k[V];
-      UNROLL for (int v = 0; v < V; v++) k[v] = load_cached<BF16>(keys, d * kPage + c + v * L);
+      UNROLL for (int v = 0; v < V; v++)
+        k[v] = load_cached<BF16>(keys, d * kPage + c + v * L);
       UNROLL for (int r = 0; r < R; r++) {
         const F a = set(q[r * ldq + d]);
-        UNROLL for (int v = 0; v < V; v++) acc[r][v] = fma(a, k[v], acc[r][v]);
+        UNROLL for (int v = 0; v < V; v++)
+          acc[r][v] = fma(a, k[v], acc[r][v]);
       }
     }
-    UNROLL for (int r = 0; r < R; r++)
-      UNROLL for (int v = 0; v < V; v++) store(out + r * ldo + c + v * L, acc[r][v] * set(scale));
+    UNROLL for (int r = 0; r < R; r++) UNROLL
+      for (int v = 0; v < V; v++) store(out + r * ldo + c + v * L, acc[r][v] * set(scale));
   }
 }
 
@@ -71,17 +75,20 @@ static void weigh_values(const AttendParams& p, const float* weights, i64 ldw, i
                          const float* total, i64 row) {
   const i64 Dp = padded_head(p.D), size = BF16 ? 2 : 4;
   F acc[R][V];
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) acc[r][v] = zero();
+  UNROLL for (int r = 0; r < R; r++) UNROLL
+    for (int v = 0; v < V; v++) acc[r][v] = zero();
   for (i64 at = first; at < end; at += kPage) {
     const char* values = p.pages[at / kPage] + p.offset + p.D * kPage * size;
     const float* w = weights + (at - first);
     const i64 n = end - at < kPage ? end - at : kPage;
     for (i64 i = 0; i < n; i++) {
       F x[V];
-      UNROLL for (int v = 0; v < V; v++) x[v] = load_cached<BF16>(values, i * Dp + d0 + v * L);
+      UNROLL for (int v = 0; v < V; v++)
+        x[v] = load_cached<BF16>(values, i * Dp + d0 + v * L);
       UNROLL for (int r = 0; r < R; r++) {
         const F a = set(w[r * ldw + i]);
-        UNROLL for (int v = 0; v < V; v++) acc[r][v] = fma(a, x[v], acc[r][v]);
+        UNROLL for (int v = 0; v < V; v++)
+          acc[r][v] = fma(a, x[v], acc[r][v]);
       }
     }
   }
@@ -95,7 +102,8 @@ static void weigh_values(const AttendParams& p, const float* weights, i64 ldw, i
 }
 
 // Queries row .. row + R of the run.
-template <bool BF16, int R> static void attend_rows(const AttendParams& p, i64 row) {
+template <bool BF16, int R>
+static void attend_rows(const AttendParams& p, i64 row) {
   const i64 last = p.start + row + R - 1, end = last + 1, oldest = p.start + row;
   const i64 first = p.window && oldest >= p.window ? (oldest - p.window + 1) / kPage * kPage : 0;
   const i64 n = (end - first + kPage - 1) / kPage * kPage;
@@ -109,10 +117,12 @@ template <bool BF16, int R> static void attend_rows(const AttendParams& p, i64 r
   }
   constexpr int V = kAttendVectors;
   i64 d = 0;
-  for (; d + V * L <= padded_head(p.D); d += V * L) weigh_values<BF16, R, V>(p, p.scratch, n, first, end, d, total, row);
+  for (; d + V * L <= padded_head(p.D); d += V * L)
+    weigh_values<BF16, R, V>(p, p.scratch, n, first, end, d, total, row);
   for (; d < p.D; d += L) weigh_values<BF16, R, 1>(p, p.scratch, n, first, end, d, total, row);
 }
-template <bool BF16> static void attend_run(const AttendParams& p) {
+template <bool BF16>
+static void attend_run(const AttendParams& p) {
   i64 row = 0;
   for (; row + kAttendRows <= p.n; row += kAttendRows) attend_rows<BF16, kAttendRows>(p, row);
   for (; row < p.n; row++) attend_rows<BF16, 1>(p, row);

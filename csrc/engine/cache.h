@@ -10,7 +10,8 @@ namespace gptfast::engine {
 
 class Cache {
  public:
-  Cache(i64 page_bytes, i64 capacity, i64 max_len) : page_bytes_(page_bytes), max_len_(max_len), rows_(size_t(capacity)) {}
+  Cache(i64 page_bytes, i64 capacity, i64 max_len)
+      : page_bytes_(page_bytes), max_len_(max_len), rows_(size_t(capacity)) {}
   ~Cache();
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
@@ -22,7 +23,7 @@ class Cache {
   i64 free_rows() const;
   i64 bytes() const { return page_bytes_ * i64(pages_made_); }
 
-  i64 add();                       // an empty row; -1 when there is no room
+  i64 add();                                                                 // an empty row; -1 when there is no room
   void copy(const std::vector<i64>& rows, const std::vector<i64>& sources);  // rows[i] = what sources[i] was before
   void truncate(i64 row, i64 length);
   void release(i64 row);

@@ -16,7 +16,8 @@
 namespace gptfast::engine {
 
 // Grow-only zeroed memory, aligned for every vector.
-template <class T> class Buffer {
+template <class T>
+class Buffer {
  public:
   Buffer() = default;
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
@@ -24,7 +25,7 @@ template <class T> class Buffer {
   T* get() const { return data_; }
   void need(i64 n) {
     if (n <= size_) return;
-    std::free(data_);
+    std::free(std::exchange(data_, nullptr));
     size_ = 0;
     const size_t bytes = size_t(round_up(n * i64(sizeof(T)), 64));
     data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
@@ -56,7 +57,8 @@ struct Sampling {
 // `weights` is Model::bytes of memory, aligned to 64, that outlives the engine. Calls lock one another out.
 class Engine {
  public:
-  Engine(const Shape& shape, const Formats& formats, char* weights, int threads, bool bf16_cache, const Kernels& kernels);
+  Engine(const Shape& shape, const Formats& formats, char* weights, int threads, bool bf16_cache,
+         const Kernels& kernels);
 
   const Model& model() const { return model_; }
   int threads() const { return pool_.threads(); }
@@ -70,9 +72,10 @@ class Engine {
   // rounded up to 32 apart. Room is reserved before anything is computed: a failure leaves the rows as they were.
   void extend(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
               bool last_only, float* out, i64 ld);
-  // Draws `steps` tokens for each row, fewer where it ends, from the logits of its last position, and appends them (the very
-  // last of a row that has not ended only if `more`). Row i of `logits` belongs to the i-th row that has not ended, before
-  // and after. tokens[i]: what rows[i] got; a draw from nan gives -1, from nothing but -inf -2, and ends all.
+  // Draws `steps` tokens for each row, fewer where it ends, from the logits of its last position, and appends them (the
+  // very last of a row that has not ended only if `more`). Row i of `logits` belongs to the i-th row that has not
+  // ended, before and after. tokens[i]: what rows[i] got; a draw from nan gives -1, from nothing but -inf -2, and ends
+  // all.
   void decode(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& streams, const Sampling& sampling,
               i64 steps, bool more, float* logits, i64 ld, std::vector<std::vector<int>>& tokens);
   // Bytes a second of reading the weights, all threads, and nothing else.
@@ -109,8 +112,8 @@ class Engine {
 
   Activations inputs_of(int t, Format format, const float* x, i64 ld, i64 K, i64 rows);
   Activations normed_inputs(int t, Format format, const Norm& norm, const float* x, i64 ld, const i64* which, i64 rows);
-  void multiply(int t, const Linear& linear, const Activations& x, i64 rows, Finish finish, float* y, i64 ldy, float* out,
-                i64 ldo);
+  void multiply(int t, const Linear& linear, const Activations& x, i64 rows, Finish finish, float* y, i64 ldy,
+                float* out, i64 ldo);
 
   Range share(i64 n, int t) const { return {n * t / threads(), n * (t + 1) / threads()}; }
   const float* floats(const Weight& w) const {
@@ -125,13 +128,13 @@ class Engine {
   Pool pool_;
   std::mutex mutex_;
   const bool bf16_cache_;
-  const i64 head_bytes_;  // of a page, for one head of one layer
+  const i64 head_bytes_;             // of a page, for one head of one layer
   const i64 Cp_, Qp_, Fp_, stride_;  // C, 3 C, F, and the larger of C and F, rounded up to whole panels
 
   i64 M_ = 0;  // tokens of the running pass, and the rows there is memory for
   i64 capacity_ = 0, work_bytes_ = 0;
   std::vector<Run> runs_;
-  std::vector<std::atomic<i64>> next_;  // item of attention, per layer
+  std::vector<std::atomic<i64>> next_;                  // item of attention, per layer
   Buffer<float> x_, qkv_, attended_, hidden_, branch_;  // (M, C), (M, 3 C), (M, C), (M, F), (M, C)
   Inputs shared_;
   std::vector<Thread> own_;

@@ -29,9 +29,13 @@ constexpr bool quantised(Format f) { return f >= Format::int8; }
 // Bytes of the 32 k x 32 outputs of a panel.
 constexpr i64 group_bytes(Format f) {
   const i64 values = kGroup * kPanel, scales = 2 * kPanel;
-  return f == Format::f32 ? values * 4 : f == Format::bf16 ? values * 2 : scales + (f == Format::int8 ? values : values / 2);
+  return f == Format::f32    ? values * 4
+         : f == Format::bf16 ? values * 2
+                             : scales + (f == Format::int8 ? values : values / 2);
 }
-constexpr i64 padded_depth(Format f, i64 K) { return f == Format::f32 ? K : round_up(K, f == Format::bf16 ? 2 : kGroup); }
+constexpr i64 padded_depth(Format f, i64 K) {
+  return f == Format::f32 ? K : round_up(K, f == Format::bf16 ? 2 : kGroup);
+}
 constexpr i64 panel_bytes(Format f, i64 K) { return padded_depth(f, K) * group_bytes(f) / kGroup; }
 constexpr i64 panels(i64 N) { return (N + kPanel - 1) / kPanel; }
 

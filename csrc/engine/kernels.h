@@ -1,8 +1,8 @@
 // The engine's kernels as its model code sees them: one table of function pointers per instruction set.
 //
 // What a kernel computes for one row never depends on the other rows of the call, nor on how many there are: every sum
-// runs in the same order for any tile. That is why a sequence gives the same bits alone, in a batch, in any stretches of
-// prefill, and on any number of threads.
+// runs in the same order for any tile. That is why a sequence gives the same bits alone, in a batch, in any stretches
+// of prefill, and on any number of threads.
 #pragma once
 #include "../cpu/kernels.h"
 #include "format.h"
@@ -14,9 +14,9 @@ struct Activations {
   const float* f32 = nullptr;
   i64 f32_stride = 0;
   uint16_t* bf16 = nullptr;
-  int8_t* q = nullptr;       // x / scale
-  float* scale = nullptr;    // per group of 32: stride / 32 a row
-  int32_t* sum = nullptr;    // of q over the group
+  int8_t* q = nullptr;     // x / scale
+  float* scale = nullptr;  // per group of 32: stride / 32 a row
+  int32_t* sum = nullptr;  // of q over the group
   i64 stride = 0;
 };
 
@@ -30,13 +30,13 @@ constexpr i64 kPage = 64;  // positions of a page of keys and values
 struct AttendParams {
   const float *q, *k, *v;  // (n, D), rows `stride` apart
   i64 stride, n, D;
-  i64 start;               // position of the first
-  i64 window;              // positions that a query sees, its own included; 0: all
+  i64 start;   // position of the first
+  i64 window;  // positions that a query sees, its own included; 0: all
   float scale;
   bool bf16_cache;
   char* const* pages;
-  i64 offset;   // bytes
-  float* out;   // (n, D), rows `out_stride` apart
+  i64 offset;  // bytes
+  float* out;  // (n, D), rows `out_stride` apart
   i64 out_stride;
   float* scratch;  // kAttendRows rows of the positions rounded up to 64, and a few vectors
 };

@@ -33,11 +33,23 @@ uint16_t to_half(float x) {  // of a finite value >= 0, to the nearest; beyond t
 }
 float nearest(float x) { return (x + 12582912.f) - 12582912.f; }  // of |x| < 2^22, ties to even; vectorises everywhere
 
+float clamp(float x, float low, float high) {  // in a form that vectorises, as fmin with its care for nan does not
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+// sum a b over a group, in eight sums side by side
+float dot(const float* a, const float* b) {
+  float sums[8] = {};
+  for (int i = 0; i < kGroup; i += 8)
+    for (int j = 0; j < 8; j++) sums[j] += a[i + j] * b[i + j];
+  for (int j = 0; j < 4; j++) sums[j] += sums[j + 4];
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
 
 // Values that a code stands for are levels[code] * scale. Codes for a given 1 / scale:
 struct Int4Levels {
   static constexpr float kMost = 8.f;
-  static float level(float x) { return std::fmin(std::fmax(nearest(x), -8.f), 7.f); }
+  static float level(float x) { return clamp(nearest(x), -8.f, 7.f); }
   static uint8_t code(float level) { return uint8_t(int(level) + 8); }
 };
 struct Nf4Levels {
@@ -54,23 +66,21 @@ struct Nf4Levels {
   }
 };
 
-// For each of a few guesses of the scale: the codes, then the scale that fits these codes best, sum v q / sum q^2, which
-// leaves the error sum v^2 - (sum v q)^2 / sum q^2. The least wins.
-template <class Levels> void four_bits(const float* v, uint16_t* half_scale, uint8_t* codes) {
-  float most = 0.f, squares = 0.f;
-  for (int i = 0; i < kGroup; i++) {
+// For each of a few guesses of the scale: the codes, then the scale that fits these codes best, sum v q / sum q^2,
+// which leaves the error sum v^2 - (sum v q)^2 / sum q^2. The least wins.
+template <class Levels>
+void four_bits(const float* v, uint16_t* half_scale, uint8_t* codes) {
+  float most = 0.f;
+  for (int i = 0; i < kGroup; i++)
     if (std::fabs(v[i]) > std::fabs(most)) most = v[i];
-    squares += v[i] * v[i];
-  }
   constexpr int kGuesses = 9;
   float best = -1.f, best_scale = 0.f, best_levels[kGroup] = {};
   for (int guess = -kGuesses; most != 0.f && guess <= kGuesses; guess++) {
     const float range = Levels::kMost + float(guess) * (0.11f / 8.f) * Levels::kMost;
     const float inverse = (Levels::kMost == 8.f ? -range : range) / most;  // int4 reaches -8 but only +7
-    float levels[kGroup], product = 0.f, norm = 0.f;
+    float levels[kGroup];
     for (int i = 0; i < kGroup; i++) levels[i] = Levels::level(v[i] * inverse);
-    for (int i = 0; i < kGroup; i++) product += v[i] * levels[i];
-    for (int i = 0; i < kGroup; i++) norm += levels[i] * levels[i];
+    const float product = dot(v, levels), norm = dot(levels, levels);
     if (norm == 0.f || product * product <= best * norm) continue;
     best = product * product / norm;
     best_scale = product / norm;
@@ -84,8 +94,7 @@ void eight_bits(const float* v, uint16_t* half_scale, uint8_t* codes) {
   for (int i = 0; i < kGroup; i++) most = std::fmax(most, std::fabs(v[i]));
   *half_scale = to_half(most / 127.f);
   const float scale = from_half(*half_scale), inverse = scale > 0 ? 1.f / scale : 0.f;
-  for (int i = 0; i < kGroup; i++)
-    codes[i] = uint8_t(128 + int(std::fmin(std::fmax(nearest(v[i] * inverse), -127.f), 127.f)));
+  for (int i = 0; i < kGroup; i++) codes[i] = uint8_t(128 + int(clamp(nearest(v[i] * inverse), -127.f, 127.f)));
 }
 
 void pack_groups(Format format, const float* rows, i64 K, char* out) {
@@ -96,12 +105,17 @@ void pack_groups(Format format, const float* rows, i64 K, char* out) {
     for (i64 n = 0; n < kPanel; n++) {
       const float* v = rows + n * K + k;
       uint8_t codes[kGroup];
-      if (format == Format::int8) eight_bits(v, scales + n, codes);
-      else if (format == Format::int4) four_bits<Int4Levels>(v, scales + n, codes);
-      else four_bits<Nf4Levels>(v, scales + n, codes);
+      if (format == Format::int8)
+        eight_bits(v, scales + n, codes);
+      else if (format == Format::int4)
+        four_bits<Int4Levels>(v, scales + n, codes);
+      else
+        four_bits<Nf4Levels>(v, scales + n, codes);
       for (i64 i = 0; i < kGroup; i++) {
-        if (format == Format::int8) bytes[(i / 4 * kPanel + n) * 4 + i % 4] = codes[i];
-        else bytes[(i % 16 / 4 * kPanel + n) * 4 + i % 4] |= uint8_t(codes[i] << (i < 16 ? 0 : 4));
+        if (format == Format::int8)
+          bytes[(i / 4 * kPanel + n) * 4 + i % 4] = codes[i];
+        else
+          bytes[(i % 16 / 4 * kPanel + n) * 4 + i % 4] |= uint8_t(codes[i] << (i < 16 ? 0 : 4));
       }
     }
   }

@@ -1,8 +1,8 @@
 // A team of threads that stays together: the caller is thread 0; a barrier costs tens of nanoseconds.
 //
 // Workers wait by spinning for a millisecond after their last job and then sleep in the kernel, so that an idle engine
-// costs nothing and leaves the cores to others (torch's own threads among them). All offer their core to the system now and
-// then while they spin: the thread they wait for may need it.
+// costs nothing and leaves the cores to others (torch's own threads among them). All offer their core to the system now
+// and then while they spin: the thread they wait for may need it.
 #pragma once
 #include <atomic>
 #include <chrono>

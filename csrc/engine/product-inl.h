@@ -1,7 +1,9 @@
-// y[m][0..32) (+)= x[m][k0..k1) W^T for one panel of packed weights (format.h), in register tiles of R rows x V vectors.
+// y[m][0..32) (+)= x[m][k0..k1) W^T for one panel of packed weights (format.h), in register tiles of R rows x V
+// vectors.
 //
-// With one row the floor is the read of the weights: each line is asked for kAhead bytes before its use. With many rows it
-// is arithmetic: V weight vectors are loaded (and unpacked) once for R rows. Sums run over k in order, whatever the tile.
+// With one row the floor is the read of the weights: each line is asked for kAhead bytes before its use. With many rows
+// it is arithmetic: V weight vectors are loaded (and unpacked) once for R rows. Sums run over k in order, whatever the
+// tile.
 
 constexpr i64 kAhead = 8192;  // bytes; measured: +23% for 4-bit weights over none, 512 does harm
 
@@ -16,24 +18,30 @@ INL void ahead(const char* w, i64 bytes) {
 // One step along k reads `kWords` of x and a vector of words per V of the panel.
 struct FloatStep {
   static constexpr i64 kDepth = 1;
-  template <int R, int V> INL void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) {
+  template <int R, int V>
+  INL void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) {
     F b[V];
-    UNROLL for (int v = 0; v < V; v++) b[v] = load(reinterpret_cast<const float*>(w) + v * L);
+    UNROLL for (int v = 0; v < V; v++)
+      b[v] = load(reinterpret_cast<const float*>(w) + v * L);
     UNROLL for (int r = 0; r < R; r++) {
       const F a = set(x.f32[(m + r) * x.f32_stride + k]);
-      UNROLL for (int v = 0; v < V; v++) acc[r][v] = fma(a, b[v], acc[r][v]);
+      UNROLL for (int v = 0; v < V; v++)
+        acc[r][v] = fma(a, b[v], acc[r][v]);
     }
   }
 };
 struct PairStep {
   static constexpr i64 kDepth = 2;
-  template <int R, int V> INL void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) {
+  template <int R, int V>
+  INL void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) {
     I b[V];
-    UNROLL for (int v = 0; v < V; v++) b[v] = iload(w + v * L * 4);
+    UNROLL for (int v = 0; v < V; v++)
+      b[v] = iload(w + v * L * 4);
     UNROLL for (int r = 0; r < R; r++) {
       if constexpr (kPairs) {
         const I a = broadcast4(x.bf16 + (m + r) * x.stride + k);
-        UNROLL for (int v = 0; v < V; v++) acc[r][v] = dot_pairs(acc[r][v], b[v], a);
+        UNROLL for (int v = 0; v < V; v++)
+          acc[r][v] = dot_pairs(acc[r][v], b[v], a);
       } else {
         const float* a = x.f32 + (m + r) * x.f32_stride + k;
         const F even = set(a[0]), odd = set(a[1]);
@@ -47,15 +55,15 @@ struct PairStep {
 template <class Step, int R, int V>
 static void float_tile(const char* w, const Activations& x, i64 m, i64 k0, i64 k1, float* y, i64 ldy, bool add) {
   F acc[R][V];
-  UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int v = 0; v < V; v++) acc[r][v] = add ? load(y + r * ldy + v * L) : zero();
+  UNROLL for (int r = 0; r < R; r++) UNROLL
+    for (int v = 0; v < V; v++) acc[r][v] = add ? load(y + r * ldy + v * L) : zero();
   w += k0 / Step::kDepth * kPanel * 4;
   for (i64 k = k0; k < k1; k += Step::kDepth, w += kPanel * 4) {
     if (R == 1) ahead(w, V * L * 4);
     Step::template run<R, V>(w, x, m, k, acc);
   }
-  UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int v = 0; v < V; v++) store(y + r * ldy + v * L, acc[r][v]);
+  UNROLL for (int r = 0; r < R; r++) UNROLL
+    for (int v = 0; v < V; v++) store(y + r * ldy + v * L, acc[r][v]);
 }
 
 // Of a group of 32 k: kLoads vectors of bytes, each of which is unpacked into kQuads vectors of four unsigned bytes.
@@ -77,21 +85,22 @@ struct Nf4Unpack {
   static constexpr Format kFormat = Format::nf4;
   static constexpr int kLoads = 4, kQuads = 2;
   static constexpr int kOffset = 128;
-  alignas(16) static constexpr uint8_t kTable[16] = {
-      kNf4[0] + 128, kNf4[1] + 128, kNf4[2] + 128,  kNf4[3] + 128,  kNf4[4] + 128,  kNf4[5] + 128,
-      kNf4[6] + 128, kNf4[7] + 128, kNf4[8] + 128,  kNf4[9] + 128,  kNf4[10] + 128, kNf4[11] + 128,
-      kNf4[12] + 128, kNf4[13] + 128, kNf4[14] + 128, kNf4[15] + 128};
+  alignas(16) static constexpr uint8_t kTable[16] = {kNf4[0] + 128,  kNf4[1] + 128,  kNf4[2] + 128,  kNf4[3] + 128,
+                                                     kNf4[4] + 128,  kNf4[5] + 128,  kNf4[6] + 128,  kNf4[7] + 128,
+                                                     kNf4[8] + 128,  kNf4[9] + 128,  kNf4[10] + 128, kNf4[11] + 128,
+                                                     kNf4[12] + 128, kNf4[13] + 128, kNf4[14] + 128, kNf4[15] + 128};
   INL I quad(I w, int h) { return lookup16(kTable, Int4Unpack::quad(w, h)); }
   INL I dot(I acc, I w, I x) { return dot4(acc, w, x); }
 };
 
-// Integer sums within a group; x . w = scale_x scale_w (sum of x_q w_q - offset sum of x_q). V vectors from `column` on.
+// Integer sums within a group; x . w = scale_x scale_w (sum of x_q w_q - offset sum of x_q). V vectors from `column`
+// on.
 template <class U, int R, int V>
 static void byte_tile(const char* w, i64 column, const Activations& x, i64 m, i64 k0, i64 k1, float* y, i64 ldy,
                       bool add) {
   F acc[R][V];
-  UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int v = 0; v < V; v++) acc[r][v] = add ? load(y + r * ldy + v * L) : zero();
+  UNROLL for (int r = 0; r < R; r++) UNROLL
+    for (int v = 0; v < V; v++) acc[r][v] = add ? load(y + r * ldy + v * L) : zero();
   w += k0 / kGroup * group_bytes(U::kFormat);
   for (i64 g = k0 / kGroup; g * kGroup < k1; g++) {
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(w) + column;
@@ -100,19 +109,23 @@ static void byte_tile(const char* w, i64 column, const Activations& x, i64 m, i6
     I sum[R][V];
     UNROLL for (int r = 0; r < R; r++) {
       const I start = iset(uint32_t(-U::kOffset * x.sum[(m + r) * (x.stride / kGroup) + g]));
-      UNROLL for (int v = 0; v < V; v++) sum[r][v] = start;
+      UNROLL for (int v = 0; v < V; v++)
+        sum[r][v] = start;
     }
     const int8_t* q = x.q + m * x.stride + g * kGroup;
     UNROLL for (int j = 0; j < U::kLoads; j++, w += kPanel * 4) {
       if (R == 1) ahead(w, V * L * 4);
       I bytes[V];
-      UNROLL for (int v = 0; v < V; v++) bytes[v] = iload(w + (column + v * L) * 4);
+      UNROLL for (int v = 0; v < V; v++)
+        bytes[v] = iload(w + (column + v * L) * 4);
       UNROLL for (int h = 0; h < U::kQuads; h++) {
         I quad[V];
-        UNROLL for (int v = 0; v < V; v++) quad[v] = U::quad(bytes[v], h);
+        UNROLL for (int v = 0; v < V; v++)
+          quad[v] = U::quad(bytes[v], h);
         UNROLL for (int r = 0; r < R; r++) {
           const I a = broadcast4(q + r * x.stride + 16 * h + 4 * j);
-          UNROLL for (int v = 0; v < V; v++) sum[r][v] = U::dot(sum[r][v], quad[v], a);
+          UNROLL for (int v = 0; v < V; v++)
+            sum[r][v] = U::dot(sum[r][v], quad[v], a);
         }
       }
     }
@@ -124,8 +137,8 @@ static void byte_tile(const char* w, i64 column, const Activations& x, i64 m, i6
       }
     }
   }
-  UNROLL for (int r = 0; r < R; r++)
-    UNROLL for (int v = 0; v < V; v++) store(y + r * ldy + v * L, acc[r][v]);
+  UNROLL for (int r = 0; r < R; r++) UNROLL
+    for (int v = 0; v < V; v++) store(y + r * ldy + v * L, acc[r][v]);
 }
 
 // M rows in tiles of ROWS, 4, 2, 1.
@@ -144,17 +157,15 @@ static void float_product(const char* w, const Activations& x, i64 M, i64 k0, i6
   if (M == 1) return float_tile<Step, 1, kVectors>(w, x, 0, k0, k1, y, ldy, add);
   constexpr int V = kTileVectors;
   for (int v = 0; v < kVectors; v += V)
-    rows_of_tiles<kFloatRows>(M, [&]<int R>(i64 m) {
-      float_tile<Step, R, V>(w + v * L * 4, x, m, k0, k1, y + m * ldy + v * L, ldy, add);
-    });
+    rows_of_tiles<kFloatRows>(
+        M, [&]<int R>(i64 m) { float_tile<Step, R, V>(w + v * L * 4, x, m, k0, k1, y + m * ldy + v * L, ldy, add); });
 }
 template <class U>
 static void byte_product(const char* w, const Activations& x, i64 M, i64 k0, i64 k1, float* y, i64 ldy, bool add) {
   if (M == 1) return byte_tile<U, 1, kVectors>(w, 0, x, 0, k0, k1, y, ldy, add);
   for (int v = 0; v < kVectors; v += kTileVectors)
-    rows_of_tiles<kByteRows>(M, [&]<int R>(i64 m) {
-      byte_tile<U, R, kTileVectors>(w, v * L, x, m, k0, k1, y + m * ldy + v * L, ldy, add);
-    });
+    rows_of_tiles<kByteRows>(
+        M, [&]<int R>(i64 m) { byte_tile<U, R, kTileVectors>(w, v * L, x, m, k0, k1, y + m * ldy + v * L, ldy, add); });
 }
 static void product(Format f, const char* w, const Activations& x, i64 M, i64 k0, i64 k1, float* y, i64 ldy, bool add) {
   switch (f) {

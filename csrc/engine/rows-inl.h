@@ -1,7 +1,7 @@
 // What happens to single rows between the products.
 
-// x in bytes: x / scale, scale = max |x| / 127 of each group; and their sum, for the weights' offset. A nan or an infinity
-// makes the scale nan, so that it is not lost.
+// x in bytes: x / scale, scale = max |x| / 127 of each group; and their sum, for the weights' offset. A nan or an
+// infinity makes the scale nan, so that it is not lost.
 static void quantise_row(const float* x, i64 K, int8_t* q, float* scale, int32_t* sums) {
   for (i64 k = 0; k < K; k += kGroup, q += kGroup) {
     F v[kGroup / L], top = zero(), bad = zero();
@@ -14,7 +14,8 @@ static void quantise_row(const float* x, i64 K, int8_t* q, float* scale, int32_t
     const float most = hmax(top);
     const F inverse = set(most > 0 ? 127.f / most : 0.f);
     alignas(64) int32_t lanes[kGroup];
-    UNROLL for (int i = 0; i < kGroup / L; i++) istore(lanes + i * L, nearest(v[i] * inverse));
+    UNROLL for (int i = 0; i < kGroup / L; i++)
+      istore(lanes + i * L, nearest(v[i] * inverse));
     int32_t total = 0;
     for (int i = 0; i < kGroup; i++) {
       q[i] = int8_t(lanes[i]);
@@ -26,7 +27,8 @@ static void quantise_row(const float* x, i64 K, int8_t* q, float* scale, int32_t
 }
 static void prepare(Format f, const float* x, i64 K, const Activations& to, i64 row) {
   if (quantised(f))
-    return quantise_row(x, K, to.q + row * to.stride, to.scale + row * to.stride / kGroup, to.sum + row * to.stride / kGroup);
+    return quantise_row(x, K, to.q + row * to.stride, to.scale + row * to.stride / kGroup,
+                        to.sum + row * to.stride / kGroup);
   if (f != Format::bf16 || !kPairs) return;
   uint16_t* out = to.bf16 + row * to.stride;
   narrow_row(out, x, DType::bf16, K);
@@ -35,10 +37,12 @@ static void prepare(Format f, const float* x, i64 K, const Activations& to, i64 
 
 static void layer_norm(const float* x, const float* weight, const float* bias, float eps, i64 C, float* y) {
   const F mean = set(row_sum(C, [&](i64 c, i64 n) { return load_lanes(x + c, n); }) / float(C));
-  const float variance = row_sum(C, [&](i64 c, i64 n) {
-    const F d = load_lanes(x + c, n) - mean;
-    return n == L ? d * d : keep(first_n(n), d * d);
-  }) / float(C);
+  const float variance = row_sum(C,
+                                 [&](i64 c, i64 n) {
+                                   const F d = load_lanes(x + c, n) - mean;
+                                   return n == L ? d * d : keep(first_n(n), d * d);
+                                 }) /
+                         float(C);
   const F rstd = set(1.f / __builtin_sqrtf(variance + eps));
   for_lanes(C, [&](i64 c, i64 n) {
     const F normed = (load_lanes(x + c, n) - mean) * rstd, w = load_lanes(weight + c, n);
@@ -48,8 +52,8 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
 
 template <Finish FINISH>
 static void finish_rows(const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
-  for (i64 m = 0; m < M; m++)
-    UNROLL for (int c = 0; c < kPanel; c += L) {
+  for (i64 m = 0; m < M; m++) UNROLL
+    for (int c = 0; c < kPanel; c += L) {
       F v = load(y + m * ldy + c);
       if (bias) v = v + load(bias + c);
       if (FINISH == Finish::gelu_tanh) v = gelu_value<true>(v);
@@ -102,7 +106,8 @@ static int64_t read(const char* data, i64 bytes) {
   const i64 step = 4 * L * 4;
   for (i64 i = 0; i + step <= bytes; i += step) {
     ahead(data + i, step);
-    UNROLL for (int j = 0; j < 4; j++) s[j] = iadd(s[j], iload(data + i + j * L * 4));
+    UNROLL for (int j = 0; j < 4; j++)
+      s[j] = iadd(s[j], iload(data + i + j * L * 4));
   }
   alignas(64) uint32_t lanes[L];
   istore(lanes, iadd(iadd(s[0], s[1]), iadd(s[2], s[3])));

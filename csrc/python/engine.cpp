@@ -1,4 +1,5 @@
-// The inference engine for Python: pointers come in as integers or buffers; checks that speak to users are in gptfast.engine.
+// The inference engine for Python: pointers come in as integers or buffers; checks that speak to users are in
+// gptfast.engine.
 #include "engine.h"
 
 #include <pybind11/stl.h>
@@ -46,8 +47,10 @@ class PyEngine {
     if (!k) throw std::invalid_argument("instruction set " + isa + " cannot run here");
     const Shape s = shape_of(shape);
     const Formats f = formats_of(formats);
-    if (info_.size * info_.itemsize < Model(s, f).bytes) throw std::invalid_argument("the weights' memory is too small");
-    if (reinterpret_cast<uintptr_t>(info_.ptr) % 64) throw std::invalid_argument("the weights' memory is not aligned to 64");
+    if (info_.size * info_.itemsize < Model(s, f).bytes)
+      throw std::invalid_argument("the weights' memory is too small");
+    if (reinterpret_cast<uintptr_t>(info_.ptr) % 64)
+      throw std::invalid_argument("the weights' memory is not aligned to 64");
     engine_ = std::make_unique<Engine>(s, f, static_cast<char*>(info_.ptr), threads, bf16_cache, *k);
   }
   Engine& get() { return *engine_; }
@@ -69,7 +72,8 @@ class PyEngine {
 
 // Sequences of one engine.
 class PyCache {
-  template <class Fn> auto locked(Fn f) {
+  template <class Fn>
+  auto locked(Fn f) {
     const py::gil_scoped_release release;
     const std::lock_guard guard(engine_->get().lock());
     return f();
@@ -82,13 +86,27 @@ class PyCache {
   PyCache(std::shared_ptr<PyEngine> engine, i64 capacity, i64 max_len)
       : engine_(std::move(engine)), cache_(engine_->get().page_bytes(), capacity, max_len) {}
 
-  i64 add() { return locked([&] { return cache_.add(); }); }
-  i64 free_rows() { return locked([&] { return cache_.free_rows(); }); }
-  i64 bytes() { return locked([&] { return cache_.bytes(); }); }
-  bool live(i64 row) { return locked([&] { return cache_.live(row); }); }
-  i64 length(i64 row) { return locked([&] { return live_row(row), cache_.length(row); }); }
-  void release(i64 row) { locked([&] { return live_row(row), cache_.release(row), 0; }); }
-  void truncate(i64 row, i64 length) { locked([&] { return live_row(row), cache_.truncate(row, length), 0; }); }
+  i64 add() {
+    return locked([&] { return cache_.add(); });
+  }
+  i64 free_rows() {
+    return locked([&] { return cache_.free_rows(); });
+  }
+  i64 bytes() {
+    return locked([&] { return cache_.bytes(); });
+  }
+  bool live(i64 row) {
+    return locked([&] { return cache_.live(row); });
+  }
+  i64 length(i64 row) {
+    return locked([&] { return live_row(row), cache_.length(row); });
+  }
+  void release(i64 row) {
+    locked([&] { return live_row(row), cache_.release(row), 0; });
+  }
+  void truncate(i64 row, i64 length) {
+    locked([&] { return live_row(row), cache_.truncate(row, length), 0; });
+  }
   void copy(const std::vector<i64>& rows, const std::vector<i64>& sources) {
     locked([&] {
       if (rows.size() != sources.size()) throw std::invalid_argument("as many rows as sources are needed");
@@ -97,13 +115,14 @@ class PyCache {
       return cache_.copy(rows, sources), 0;
     });
   }
-  void extend(const std::vector<i64>& rows, const std::vector<i64>& counts, const std::vector<int>& tokens, bool last_only,
-              uintptr_t out, i64 ld) {
+  void extend(const std::vector<i64>& rows, const std::vector<i64>& counts, const std::vector<int>& tokens,
+              bool last_only, uintptr_t out, i64 ld) {
     const Shape& s = engine_->get().model().shape;
     i64 total = 0;
     for (size_t i = 0; i < rows.size(); i++) {
       live_row(rows[i]);
-      if (counts.at(i) < 1 || cache_.length(rows[i]) + counts[i] > cache_.max_len()) throw std::invalid_argument("no room");
+      if (counts.at(i) < 1 || cache_.length(rows[i]) + counts[i] > cache_.max_len())
+        throw std::invalid_argument("no room");
       total += counts[i];
     }
     if (total != i64(tokens.size())) throw std::invalid_argument("counts and tokens differ");
@@ -142,10 +161,11 @@ void bind_engine(py::module_& m) {
   py::class_<PyEngine, std::shared_ptr<PyEngine>>(m, "Engine")
       .def(py::init<const py::dict&, const py::dict&, py::buffer, int, bool, const std::string&>())
       .def("pack", &PyEngine::pack)
-      .def("read_rate", [](PyEngine& e, int times) {
-        const py::gil_scoped_release release;
-        return e.get().read_rate(times);
-      })
+      .def("read_rate",
+           [](PyEngine& e, int times) {
+             const py::gil_scoped_release release;
+             return e.get().read_rate(times);
+           })
       .def_property_readonly("threads", [](PyEngine& e) { return e.get().threads(); })
       .def_property_readonly("page_bytes", [](PyEngine& e) { return e.get().page_bytes(); })
       .def_property_readonly("work_bytes", [](PyEngine& e) { return e.get().work_bytes(); });
