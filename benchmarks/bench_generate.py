@@ -4,8 +4,8 @@
 
 Batch-1 decode (greedy, after 16 tokens), prefill of 512 tokens, decode of 8 and 32 sequences. All take turns: ours and its
 peers of one format within a round, so that ratios (medians over the rounds) compare like with like on a machine whose
-memory changes its speed within minutes; the time of a signal between two threads, which changes with it, is printed for
-each. Beside batch-1 decode stands how much of a plain read loop over the same packed weights it reaches.
+memory changes its speed within minutes. The time of a signal between two threads, which changes with it, is printed; rounds
+in which it shows another program at work are made again. Beside batch-1 decode stands how much of a plain read loop over the same packed weights it reaches.
 
 llama-cpp-python, gguf and ctranslate2 are used where they are installed. Weights are random: they cost the same.
 """
@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,7 @@ PEERS = {  # of each format, by the width of the weights
     "nf4": ["llama.cpp q4_0", "llama.cpp q4_K_M"],
 }
 WORK = {"decode": (1, 48), "prefill": (1, 512), "batch 8": (8, 12), "batch 32": (32, 6)}  # rows, tokens
+DISTURBED = 2000.0  # ns of a signal between threads, 40 to 400 when they run by themselves
 MODULES = {"transformers": "transformers", "llama.cpp": "llama_cpp", "CTranslate2": "ctranslate2"}
 
 
@@ -57,30 +59,55 @@ def rate(runner: Runner, work: str) -> float:
     return rows * tokens / took
 
 
-def compare(runners: dict[str, Runner], work: str, rounds: int, until: float) -> None:
-    """Rates of all in turn; a line each, with the median ratio of ours to it."""
-    rates: dict[str, list[float]] = {name: [] for name in runners}
-    share: list[float] = []
-    signals = []
-    for runner in runners.values():
-        rate(runner, work)  # memory and threads are made
-    for n in range(rounds):
-        if n and time.monotonic() > until:
-            break
-        signals.append(torch.ops.gptfast.signal_ns(2000))
+@dataclass
+class Round:
+    """Rates of all in turn, the share of the read loop that ours reached, and the slowest signal between threads."""
+
+    rates: dict[str, float]
+    share: float
+    signal: float
+
+    @classmethod
+    def run(cls, runners: dict[str, Runner], work: str) -> Round:
+        signals, rates, share = [signal()], {}, 0.0
         for name, runner in runners.items():
             before = runner.read_seconds() if isinstance(runner, Ours) else 0.0
-            rates[name].append(rate(runner, work))
-            if isinstance(runner, Ours) and work == "decode":
-                share.append(rates[name][-1] * (before + runner.read_seconds()) / 2)
+            rates[name] = rate(runner, work)
+            if isinstance(runner, Ours):
+                share = rates[name] * (before + runner.read_seconds()) / 2
+            signals.append(signal())
+        return cls(rates, share, max(signals))
+
+
+def signal() -> float:
+    """Nanoseconds; microseconds mean that somebody else uses a core."""
+    return torch.ops.gptfast.signal_ns(2000)
+
+
+def calm_rounds(runners: dict[str, Runner], work: str, wanted: int, until: float) -> tuple[list[Round], int]:
+    """So many rounds that nobody disturbed, out of four times as many at most, and how many were left out."""
+    calm: list[Round] = []
+    disturbed: list[Round] = []
+    while len(calm) < wanted and len(disturbed) < 3 * wanted and (not calm + disturbed or time.monotonic() < until):
+        one = Round.run(runners, work)
+        (calm if one.signal < DISTURBED else disturbed).append(one)
+    return (calm, len(disturbed)) if calm else (disturbed, 0)
+
+
+def compare(runners: dict[str, Runner], work: str, wanted: int, until: float) -> None:
+    """A line each: the median rate, and the median ratio of ours to it."""
+    for runner in runners.values():
+        rate(runner, work)  # memory and threads are made
+    rounds, left_out = calm_rounds(runners, work, wanted, until)
     (ours,) = (name for name in runners if name.startswith("gptfast"))
     for name in runners:
-        line = f"{work:<10}{name:<26}{statistics.median(rates[name]):>9.0f}"
+        line = f"{work:<10}{name:<26}{statistics.median(r.rates[name] for r in rounds):>9.0f}"
         if name == ours:
-            line += f"{100 * statistics.median(share):>10.0f} %" if share else " " * 12
-            line += f"{'':>11}   signal {min(signals):.0f} to {max(signals):.0f} ns"
+            line += f"{100 * statistics.median(r.share for r in rounds):>10.0f} %" if work == "decode" else " " * 12
+            line += f"{'':>11}   {len(rounds)} rounds, signal to {max(r.signal for r in rounds):.0f} ns"
+            line += f", {left_out} disturbed left out" if left_out else ""
         else:
-            ratios = [a / b for a, b in zip(rates[ours], rates[name], strict=True)]
+            ratios = [r.rates[ours] / r.rates[name] for r in rounds]
             line += f"{'':>12}{statistics.median(ratios):>10.2f}x   {min(ratios):.2f} to {max(ratios):.2f}"
         print(line, flush=True)
 
