@@ -52,6 +52,17 @@ def maker(model: gptfast.GPT, name: str, folder: Path) -> Callable[[], Runner]:
     return partial(Ours, model, kind)
 
 
+def start(model: gptfast.GPT, name: str, folder: Path) -> Runner | None:
+    """None where a peer does not run this format on this machine."""
+    try:
+        return maker(model, name, folder)()
+    except (ValueError, RuntimeError) as error:
+        if name.startswith("gptfast"):
+            raise
+        print(f"{name} is left out: {error}")
+        return None
+
+
 def rate(runner: Runner, work: str) -> float:
     """Tokens a second."""
     rows, tokens = WORK[work]
@@ -135,7 +146,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for dtype in options.formats:
             names = [f"gptfast {dtype}", *(p for p in PEERS[dtype] if p.partition(" ")[0] not in absent)]
-            runners = {name: maker(model, name, folder)() for name in names}
+            runners = {name: runner for name in names if (runner := start(model, name, folder)) is not None}
             for work in options.work:
                 compare(runners, work, options.rounds, until)
             print(flush=True)
