@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gptfast import GPT, GPTConfig
+from gptfast.backend import has_cpu_ops
 from gptfast.cli import app, main
 from gptfast.generation import Step
 from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
@@ -308,3 +309,22 @@ def test_help_teaches(run):
     code, out, _ = run("--help")
     assert code == 0 and out.count("gptfast generate --model runs/bard/best") == 5
     assert "--show-probabilities" in out and "200, or fewer" in " ".join(out.replace("│", " ").split())
+
+
+@pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+@pytest.mark.parametrize("quantize", ["fp32", "bf16", "int8", "int4", "nf4"])
+def test_quantize(run, chars, quantize):
+    """The engine's text; in fp32 it is the model's."""
+    path, model, tokenizer = chars
+    code, out, _ = run("--model", path, "--prompt", "ROMEO", "--temperature", 0, "--quantize", quantize)
+    ids = model.compile_for_inference(quantize).generate(
+        [tokenizer.encode("ROMEO")], temperature=0.0, max_new_tokens=BLOCK - 5
+    )
+    assert code == 0 and tokenizer.decode(ids[0]) in out
+    if quantize == "fp32":
+        assert ids == model.generate([tokenizer.encode("ROMEO")], temperature=0.0, max_new_tokens=BLOCK - 5)
+
+
+def test_unknown_quantize(run, chars):
+    code, _, err = run("--model", chars[0], "--prompt", "ROMEO", "--quantize", "int3")
+    assert code and "dtype is 'int3'; expected one of float32, bfloat16, int8, int4, nf4" in " ".join(err.split())
