@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help demo test test-fast test-sanitize lint bench bench-cpu bench-gpu gpu-check wheel clean install
+.PHONY: help demo test test-fast test-sanitize lint bench bench-cpu bench-generate bench-gpu gpu-check wheel clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ bench-cpu: $(STAMP)  ## the same with malloc as installed and tuned, and the tra
 	$(BIN)/python -m gptfast bench --out runs/bench/installed
 	$(BIN)/python -m gptfast bench --tune-malloc --out runs/bench/tuned
 	$(BIN)/python benchmarks/bench_step.py
+
+bench-generate: $(STAMP)  ## generation with GPT-2 by format of the weights, beside transformers, llama.cpp and CTranslate2
+	$(BIN)/python benchmarks/bench_generate.py
 
 test-sanitize: $(STAMP)  ## the op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python scripts/test_sanitize.py

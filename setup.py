@@ -2,7 +2,7 @@
 
     gptfast/_ops.so        every tensor op on the CPU, through the libtorch stable ABI: one binary for torch >= 2.11
     gptfast/_cuda_ops.so   the same ops on CUDA; loaded only where torch sees a GPU
-    gptfast/_C.*.so        pybind11: build information (and the inference engine)
+    gptfast/_C.*.so        pybind11: build information and the inference engine (csrc/engine, without torch)
 
 GPTFAST_BUILD=0 installs pure Python: every op then runs in eager PyTorch.
 GPTFAST_CUDA=auto|1|0: build the CUDA ops where nvcc is found and torch is a CUDA build (auto), always, or never.
@@ -251,7 +251,8 @@ def python_module(torch: Path, cuda: Cuda | None) -> Library:
     ]
     defines += [f'-DGPTFAST_CUDA="{cuda.describe()}"'] if cuda else []
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    return Library(f"gptfast/_C{suffix}", sorted((ROOT / "csrc/python").glob("*.cpp")), include + defines)
+    sources = sorted((ROOT / "csrc/engine").glob("*.cpp")) + sorted((ROOT / "csrc/python").glob("*.cpp"))
+    return Library(f"gptfast/_C{suffix}", sources, include + defines, ["-pthread"])
 
 
 def libraries(torch: Path, cuda: Cuda | None) -> list[Library]:

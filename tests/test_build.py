@@ -21,10 +21,12 @@ needs_tree = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not run fr
 
 @needs_ops
 @needs_objdump
-def test_wide_registers_only_in_their_units():
+@pytest.mark.parametrize("library", ["_ops.so", "_C.*.so"])
+def test_wide_registers_only_in_their_units(library):
     """No AVX-512 or AVX code outside the functions of the units that were compiled for it."""
+    (path,) = PACKAGE.glob(library)
     text = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", "-C", PACKAGE / "_ops.so"], capture_output=True, text=True, check=True
+        ["objdump", "-d", "--no-show-raw-insn", "-C", path], capture_output=True, text=True, check=True
     ).stdout
     allowed = {"ymm": ("isa_avx2", "isa_avx512"), "zmm": ("isa_avx512",)}
     seen, function = set(), ""

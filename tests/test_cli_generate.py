@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gptfast import GPT, GPTConfig
+from gptfast.backend import has_cpu_ops
 from gptfast.cli import app, main
 from gptfast.generation import Step
 from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
@@ -112,6 +113,24 @@ def test_beams(run, chars):
     code, out, _ = run("--model", path, "--prompt", "ab", "--num-beams", 4, "--length-penalty", 0.5)
     best = model.generate([tokenizer.encode("ab")], num_beams=4, length_penalty=0.5, max_new_tokens=BLOCK - 2)[0]
     assert code == 0 and out.split("\n", 1)[1] == tokenizer.decode(best) + "\n"
+
+
+def test_strategies_reach_the_model(run, chars):
+    path, model, tokenizer = chars
+    ids = tokenizer.encode("ROMEO:")
+    flags = ("--min-p", 0.05, "--repetition-penalty", 1.3, "--no-repeat-ngram-size", 2, "--stop", "z", "--stop", "RO")
+    _, out, _ = run("--model", path, "--prompt", "ROMEO:", "--overflow", "slide", "--max-new-tokens", 60, *flags)
+    options = {"min_p": 0.05, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "stop_strings": ["z", "RO"]}
+    options |= {"overflow": "slide", "max_new_tokens": 60, "temperature": 0.8, "tokenizer": tokenizer}
+    assert out == tokenizer.decode(model.generate([ids], **options)[0]) + "\n"
+    for guess in (("--prompt-lookup-num-tokens", 3), ("--assistant-model", path)):
+        guessed = run(
+            "--model", path, "--prompt", "ROMEO:", "--overflow", "slide", "--max-new-tokens", 60, *flags, *guess
+        )
+        assert guessed[1] == out
+    beams = {"num_beams": 3, "do_sample": True, "temperature": 0.8, "max_new_tokens": 9}
+    _, out, _ = run("--model", path, "--prompt", "ab", "--num-beams", 3, "--do-sample", "--max-new-tokens", 9)
+    assert out.split("\n", 1)[1] == tokenizer.decode(model.generate([tokenizer.encode("ab")], **beams)[0]) + "\n"
 
 
 def test_the_default_length_fits_the_model_and_an_explicit_one_must(run, chars):
@@ -237,6 +256,13 @@ def test_a_hub_id_brings_its_tokenizer(chars, tmp_path):
             b"",
             "--temperature and --top-p with --num-beams 2; beam search draws nothing",
         ),
+        (["--prompt", "a", "--do-sample", "--temperature", "0"], b"", "do_sample=True with temperature=0"),
+        (["--prompt", "a", "--overflow", "wrap"], b"", "overflow is 'wrap'; expected 'error' or 'slide'"),
+        (["--input", "x"], b"", "--input and --output go together; give both, or neither"),
+        (["--output", "x"], b"", "--input and --output go together; give both, or neither"),
+        (["--input", "x", "--output", "y", "--prompt", "a"], b"", "generate: --input with --prompt, --prompt-file"),
+        (["--input", "x", "--output", "y", "--batch-size", "0"], b"", "--batch-size is 0; expected at least 1"),
+        (["--input", "/nowhere/x", "--output", "y"], b"", "cannot read /nowhere/x"),
         (["--prompt", "a", "--length-penalty", "2"], b"", "--length-penalty ranks beams, but there is one"),
         (
             ["--prompt", "a", "--num-beams", "2", "--length-penalty", "1e9"],
@@ -281,5 +307,24 @@ def test_a_tokenizer_of_another_model_is_noticed(run, chars, tmp_path):
 
 def test_help_teaches(run):
     code, out, _ = run("--help")
-    assert code == 0 and out.count("gptfast generate --model runs/bard/best") == 4
+    assert code == 0 and out.count("gptfast generate --model runs/bard/best") == 5
     assert "--show-probabilities" in out and "200, or fewer" in " ".join(out.replace("│", " ").split())
+
+
+@pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+@pytest.mark.parametrize("quantize", ["fp32", "bf16", "int8", "int4", "nf4"])
+def test_quantize(run, chars, quantize):
+    """The engine's text; in fp32 it is the model's."""
+    path, model, tokenizer = chars
+    code, out, _ = run("--model", path, "--prompt", "ROMEO", "--temperature", 0, "--quantize", quantize)
+    ids = model.compile_for_inference(quantize).generate(
+        [tokenizer.encode("ROMEO")], temperature=0.0, max_new_tokens=BLOCK - 5
+    )
+    assert code == 0 and tokenizer.decode(ids[0]) in out
+    if quantize == "fp32":
+        assert ids == model.generate([tokenizer.encode("ROMEO")], temperature=0.0, max_new_tokens=BLOCK - 5)
+
+
+def test_unknown_quantize(run, chars):
+    code, _, err = run("--model", chars[0], "--prompt", "ROMEO", "--quantize", "int3")
+    assert code and "dtype is 'int3'; expected one of float32, bfloat16, int8, int4, nf4" in " ".join(err.split())

@@ -5,38 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from generation_pairs import make_pair, sharpen
 
 import gptfast
 from gptfast import ops
 from gptfast.generation import GenerationConfig, generate, stream
-from gptfast.generation.prompts import for_generation
+from gptfast.generation.sequences import for_generation
 
 transformers = pytest.importorskip("transformers")
 
 V, BLOCK = 61, 48
 
 
-def sharpen(model):
-    """Random weights whose next token hangs on every token before it, not on the last alone (the head is tied)."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 2:
-                p.mul_(2 if "wpe" in name else 12)
-            elif name.endswith("ln_f.weight"):
-                p.normal_(std=1.5)
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A transformers GPT-2 with sharp random weights, and ours with the same."""
-    torch.manual_seed(3)
-    config = transformers.GPT2Config(n_layer=2, n_head=4, n_embd=32, n_positions=BLOCK, vocab_size=V)
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    sharpen(theirs)
-    path = tmp_path_factory.mktemp("gpt2")
-    theirs.save_pretrained(path)
-    theirs.generation_config = transformers.GenerationConfig()
-    return theirs, gptfast.GPT.from_pretrained(path).eval()
+    return make_pair("gpt2", tmp_path_factory.mktemp("gpt2"), V, BLOCK)
 
 
 def theirs_generate(model, ids, **options):

@@ -1,7 +1,9 @@
-// gptfast._C: what is not a tensor operation. Build information now; the inference engine joins here.
+// gptfast._C: what is not a tensor operation: build information and the inference engine.
 #include <pybind11/pybind11.h>
 
 #include <string>
+
+#include "engine.h"
 
 #ifndef GPTFAST_BUILD_FLAGS
 #define GPTFAST_BUILD_FLAGS ""
@@ -25,6 +27,7 @@ pybind11::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information of gptfast's compiled part.";
+  m.doc() = "Build information of gptfast's compiled part, and its inference engine.";
   m.def("build_info", &build_info, "Compiler, torch version of the headers, and what was compiled in.");
+  bind_engine(m);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -158,7 +159,8 @@ def _timed(fn: Callable[[], Any]) -> float:
 
 
 def compare(c: Comparison, rounds: int = 7, seconds: float = 4.0) -> Comparison:
-    """Fill in times and ratios: ours, each peer, ours, … so that a drifting machine drifts under all alike.
+    """Fill in times and ratios: all take turns, so that a drifting machine drifts under all alike, and in an order that
+    changes from round to round, as whoever follows eager PyTorch finds nothing in the caches.
 
     Args:
         rounds: at most so many rounds after one warm-up round.
@@ -170,8 +172,8 @@ def compare(c: Comparison, rounds: int = 7, seconds: float = 4.0) -> Comparison:
     times: dict[str, list[float]] = {name: [] for name in runners}
     start = time.perf_counter()
     for n in range(rounds):
-        for name, fn in runners.items():
-            times[name].append(_timed(fn))
+        for name in random.Random(n).sample(list(runners), len(runners)):
+            times[name].append(_timed(runners[name]))
         if n >= 2 and time.perf_counter() - start > seconds:
             break
     record(c, times)

@@ -13,6 +13,7 @@ from gptfast.cli.doctor import doctor
 from gptfast.cli.generate import generate
 from gptfast.cli.info import info
 from gptfast.cli.prepare import prepare
+from gptfast.cli.serve import serve
 from gptfast.cli.train import train
 
 app = typer.Typer(
@@ -43,7 +44,7 @@ def _options(
     """Train, fine-tune and run GPTs, fast on the machine you have."""
 
 
-for command in (train, generate, prepare, info, doctor, bench):
+for command in (train, generate, serve, prepare, info, doctor, bench):
     app.command()(command)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gptfast.models import GPT
     from gptfast.tokenizer import Tokenizer
 
-MAX_NEW_TOKENS, TEMPERATURE = 200, 0.8
+TEMPERATURE = 0.8
 TOP = 8  # rows of a --show-probabilities table
 
 
@@ -35,7 +35,7 @@ def generate(
         int | None,
         typer.Option(
             help="How many tokens to add to each prompt, at most.",
-            show_default=f"{MAX_NEW_TOKENS}, or fewer where the model has no more room",
+            show_default="200, or fewer where the model has no more room",
         ),
     ] = None,
     temperature: Annotated[
@@ -52,6 +52,22 @@ def generate(
         float | None,
         typer.Option(help="Draw among the most likely tokens whose probabilities reach p.", show_default="1.0"),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Draw among tokens at least p times as likely as the likeliest.", show_default="0.0"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that the text holds already become less likely.")
+    ] = 1.0,
+    no_repeat_ngram_size: Annotated[int, typer.Option(help="No n tokens in a row come twice; 0: no such rule.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End a text with the token that completes this; may be given several times."),
+    ] = None,
+    overflow: Annotated[
+        str,
+        typer.Option(help="Past the model's block size: 'error', or 'slide', which forgets the older half when full."),
+    ] = "error",
     seed: Annotated[int, typer.Option(help="Of the draws: the same seed writes the same text again.")] = 0,
     num_return_sequences: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
     num_beams: Annotated[
@@ -61,6 +77,21 @@ def generate(
         float | None,
         typer.Option(help="With beams: above 0 favours longer text, below shorter.", show_default="1.0"),
     ] = None,
+    do_sample: Annotated[bool, typer.Option("--do-sample", help="With beams: draw them.")] = False,
+    prompt_lookup_num_tokens: Annotated[
+        int, typer.Option(help="Guess so many tokens ahead where the text repeats itself: the same text, sooner.")
+    ] = 0,
+    assistant_model: Annotated[
+        str | None, typer.Option(help="A smaller model of the same tokens guesses ahead: the same text, sooner.")
+    ] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(help='A file with a prompt a line, as JSON: "To be", or {"prompt": "To be", "temperature": 0.5}.'),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With --input: where the texts go, a line each. What it has already is kept.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="With --input: how many texts are written at a time.")] = 16,
     show_probabilities: Annotated[
         bool,
         typer.Option(
@@ -68,6 +99,13 @@ def generate(
             help="At each step, show the most likely next tokens (before top-k and top-p) and which was drawn.",
         ),
     ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Write with the native CPU engine, its weights in int8, int4, nf4, bf16 or fp32: several times as fast; the "
+            "fewer bits the faster, and the further from the model.",
+        ),
+    ] = None,
 ) -> None:
     """Continue a text, token by token.
 
@@ -88,24 +126,43 @@ def generate(
       The most likely text that four beams find:
 
       [cyan]gptfast generate --model runs/bard/best --prompt "To be" --num-beams 4[/]
+
+      A file of prompts; the same command goes on after a kill:
+
+      [cyan]gptfast generate --model runs/bard/best --input prompts.jsonl --output texts.jsonl[/]
     """
+    from gptfast.generation.jobs import default_new_tokens
     from gptfast.models import GPT
     from gptfast.models.pretrained import resolve
     from gptfast.tokenizer import load_tokenizer
 
-    drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options: dict[str, Any] = {"seed": seed, "num_return_sequences": num_return_sequences, "num_beams": num_beams}
-    options |= _method(num_beams, drawing, length_penalty)
-    texts = _prompts(prompt, prompt_file)
+    options |= _method(num_beams, do_sample, drawing, length_penalty)
+    options |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
+    options |= {"overflow": overflow, "prompt_lookup_num_tokens": prompt_lookup_num_tokens}
+    options |= {"stop_strings": stop} if stop else {}
+    options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    if (input is None) != (output is None):
+        raise ValueError("generate: --input and --output go together; give both, or neither")
+    texts = [] if input else _prompts(prompt, prompt_file)
     folder = resolve(model)
-    gpt, tokenizer = GPT.from_pretrained(folder), load_tokenizer(folder)
-    ids = [_encode(tokenizer, text) for text in texts]
+    gpt, tokenizer = _load(GPT.from_pretrained(folder), quantize), load_tokenizer(folder)
     options["eos_token_id"] = tokenizer.eos_id
-    options["max_new_tokens"] = _room(gpt, ids) if max_new_tokens is None else max_new_tokens
+    if input is not None and output is not None:
+        if prompt or prompt_file or assistant_model or show_probabilities:
+            raise ValueError(
+                "generate: --input with --prompt, --prompt-file, --assistant-model or --show-probabilities"
+            )
+        return _run_file(gpt, tokenizer, input, output, batch_size, options)
+    ids = [_encode(tokenizer, text) for text in texts]
+    options.setdefault("max_new_tokens", default_new_tokens(gpt, max(map(len, ids)), options))
+    options |= {"tokenizer": tokenizer} if stop else {}
+    options |= {"assistant_model": GPT.from_pretrained(resolve(assistant_model))} if assistant_model else {}
     start = time.perf_counter()
     if show_probabilities:
         count = _show_probabilities(gpt, tokenizer, ids, options)
-    elif len(ids) == 1 and num_return_sequences == 1 and num_beams == 1:
+    elif len(ids) == 1 and num_return_sequences == 1 and num_beams == 1 and quantize is None:
         count = _stream(gpt, tokenizer, texts[0], ids, options)
     else:
         count = _print_all(gpt, tokenizer, ids, options)
@@ -113,19 +170,64 @@ def generate(
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
 
-def _method(num_beams: int, drawing: dict[str, Any], length_penalty: float | None) -> dict[str, Any]:
+def _load(gpt: GPT, quantize: str | None) -> Any:
+    """The model, in the engine where a format for it was given."""
+    return gpt if quantize is None else gpt.compile_for_inference(quantize)
+
+
+def _run_file(
+    gpt: GPT, tokenizer: Tokenizer, source: Path, output: Path, batch_size: int, options: dict[str, Any]
+) -> None:
+    """Every prompt of a file, with a bar on the terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from gptfast.generation.jobs import read_jobs, run_jobs
+
+    if batch_size < 1:
+        raise ValueError(f"generate: --batch-size is {batch_size}; expected at least 1")
+    jobs = read_jobs(source, gpt, tokenizer, options)
+    start, made, kept = time.perf_counter(), 0, None
+    columns = (
+        TextColumn("texts"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[speed]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("texts", total=len(jobs), speed="")
+
+        def show(done: int, tokens: int) -> None:
+            nonlocal made, kept
+            made, kept = made + tokens, done if kept is None else kept
+            bar.update(task, completed=done, speed=f"{made / (time.perf_counter() - start):.0f} tokens/s")
+
+        run_jobs(jobs, output, gpt, tokenizer, batch_size, show)
+    seconds = time.perf_counter() - start
+    print(
+        f"{len(jobs)} texts in {output}, {kept} of them from before; {made} tokens in {seconds:.1f} s, "
+        f"{made / seconds:.0f} tokens/s",
+        file=sys.stderr,
+    )
+
+
+def _method(num_beams: int, do_sample: bool, drawing: dict[str, Any], length_penalty: float | None) -> dict[str, Any]:
     """The options of drawing or of beam search; those of the other must not have been given."""
     given = {name: value for name, value in drawing.items() if value is not None}
+    if num_beams > 1 and do_sample:
+        given = {"temperature": TEMPERATURE} | given | {"do_sample": True}
+        return given if length_penalty is None else given | {"length_penalty": length_penalty}
     if num_beams > 1:
         if given:
             flags = " and ".join("--" + name.replace("_", "-") for name in given)
             raise ValueError(
-                f"generate: {flags} with --num-beams {num_beams}; beam search draws nothing - leave one out"
+                f"generate: {flags} with --num-beams {num_beams}; beam search draws nothing - leave one out, or add --do-sample"
             )
         return {} if length_penalty is None else {"length_penalty": length_penalty}
     if length_penalty is not None:
         raise ValueError("generate: --length-penalty ranks beams, but there is one; give --num-beams 2 or more as well")
-    return {"temperature": TEMPERATURE} | given
+    return {"temperature": TEMPERATURE} | given | ({"do_sample": True} if do_sample else {})
 
 
 def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
@@ -150,11 +252,6 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
         start = "a newline" if tokenizer.eos_id is None else "<|endoftext|> to begin a new document"
         raise ValueError(f"generate: the prompt is empty; give at least one character, such as {start}")
     return tokenizer.encode(text, allowed_special="all")
-
-
-def _room(gpt: GPT, ids: list[list[int]]) -> int:
-    """The default of max_new_tokens: what fits behind the longest prompt; 1 where nothing does, which is an error."""
-    return max(1, min(MAX_NEW_TOKENS, gpt.config.block_size - max(map(len, ids))))
 
 
 def _stream(gpt: GPT, tokenizer: Tokenizer, text: str, ids: list[list[int]], options: dict[str, Any]) -> int:

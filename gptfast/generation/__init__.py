@@ -1,6 +1,21 @@
-"""Continuing text: greedy, sampling and beam search over a KV cache, for batches of prompts of any lengths."""
+"""Continuing text: greedy, sampling, beams and speculation over running sequences of any lengths."""
 
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.decode import Step, generate, stream
+from gptfast.generation.decode import Generation, Step, generate, score, stream
+from gptfast.generation.scheduler import Request, Scheduler, Token
+from gptfast.generation.sequences import CachedSequences, LanguageModel, Sequences
 
-__all__ = ["GenerationConfig", "Step", "generate", "stream"]
+__all__ = [
+    "CachedSequences",
+    "Generation",
+    "GenerationConfig",
+    "LanguageModel",
+    "Request",
+    "Scheduler",
+    "Sequences",
+    "Step",
+    "Token",
+    "generate",
+    "score",
+    "stream",
+]

@@ -4,71 +4,106 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gptfast import rng
+from gptfast.generation.choose import NAN, NOTHING_LEFT
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.prompts import prefill
-
-if TYPE_CHECKING:
-    from gptfast.models import GPT
+from gptfast.generation.processors import processors, warp
+from gptfast.generation.sequences import LanguageModel, Sequences
+from gptfast.generation.stopping import Stopping
 
 NEVER = -math.inf  # the score of a beam that is not there
 
 
 @dataclass
-class Search:
-    """The search from one prompt.
+class Group:
+    """The search of K beams from one prompt.
 
     running: K sequences (new tokens only), best first, with their log-probabilities in `scores`.
+    taken: the last tokens of the best K that no end token or stop string has ended.
     ended: at most K (score, new tokens), best first; the score is log-probability / length ** length_penalty.
     """
 
+    K: int
     prompt: list[int]
     config: GenerationConfig
+    stopping: Stopping
     running: list[list[int]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
     ended: list[tuple[float, list[int]]] = field(default_factory=list)
     done: bool = False
 
     def __post_init__(self) -> None:
-        K = self.config.num_beams
-        self.running = [[] for _ in range(K)]
-        self.scores = [0.0] + [NEVER] * (K - 1)  # all beams start equal: only one of them counts
+        self.running = [[] for _ in range(self.K)]
+        self.scores = [0.0] + [NEVER] * (self.K - 1)  # all beams start equal: only one of them counts
 
-    def advance(self, logprobs: Tensor) -> list[int]:
-        """Extend the beams by the next token's log-probabilities (K, V); returns the beam each new one comes from."""
-        config, K = self.config, self.config.num_beams
-        V = logprobs.shape[-1]
-        total = (logprobs + torch.tensor(self.scores)[:, None]).flatten()
-        keep = min(max(2, 1 + len(config.eos_ids)) * K, total.numel())  # enough to go on with if the best K all end
-        values, places = total.topk(keep)
-        length = len(self.running[0]) + 1
+    def advance(self, logprobs: Tensor, taken: list[int]) -> list[int]:
+        """Extend the beams by the next token's log-probabilities (K, V); returns the beam each new one comes from.
+
+        Args:
+            taken: the tokens that beams of earlier groups took in this step; each makes its token less likely.
+        """
+        V, length = logprobs.shape[-1], len(self.running[0]) + 1
+        candidates = self._candidates(self._process(logprobs, taken) + torch.tensor(self.scores)[:, None])
         running: list[tuple[float, int, list[int]]] = []
         ended: list[tuple[float, list[int]]] = []
-        full = config.early_stopping is True and self._count_ended() == K
-        for rank, (score, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
+        taken_now: list[int] = []
+        full = self.config.early_stopping is True and self._count_ended() == self.K
+        for rank, (score, place) in enumerate(candidates):
             beam, token = divmod(place, V)
             sequence = [*self.running[beam], token]
-            if token not in config.eos_ids and length < config.max_new_tokens:
+            reason = self.stopping.reason(sequence)
+            if reason != "stop":
+                taken_now.append(token)
+            if reason is None:
                 running.append((score, beam, sequence))
-            elif rank < K and not full:
-                ended.append((score / length**config.length_penalty, sequence))
-        self.ended = sorted(self.ended + ended, key=lambda e: e[0], reverse=True)[:K]
-        running = running[:K]
+            elif rank < self.K and not full:
+                ended.append((score / length**self.config.length_penalty, sequence))
+        self.ended = sorted(self.ended + ended, key=lambda e: e[0], reverse=True)[: self.K]
+        running = sorted(running, key=lambda r: r[0], reverse=True)[: self.K]  # drawn ones come in the order of drawing
+        if running:  # stop strings may have ended more beams than the candidates make up for
+            running += [(NEVER, *running[0][1:])] * (self.K - len(running))
+        self.taken = taken_now[: self.K]
         self.done = not running or not self._may_improve(running[0][0], length)
         self.scores = [score for score, _, _ in running]
         self.running = [sequence for _, _, sequence in running]
         return [beam for _, beam, _ in running]
+
+    def _process(self, scores: Tensor, taken: list[int]) -> Tensor:
+        """Log-probabilities (K, V) after everything that changes them."""
+        if taken:
+            counts = torch.bincount(torch.tensor(taken), minlength=scores.shape[-1])
+            scores = scores - self.config.diversity_penalty * counts
+        rows = list(scores)
+        for change in processors(self.config):
+            rows = [change(row, self.prompt + new) for row, new in zip(rows, self.running, strict=True)]
+        scores = torch.stack(rows)
+        return warp(scores, self.config, least=max(2, 1 + len(self.config.eos_ids))) if self.config.draws else scores
+
+    def _candidates(self, total: Tensor) -> list[tuple[float, int]]:
+        """(score, beam * V + token) of enough extensions to go on with if the best K all end: the best, or drawn ones.
+
+        Those with the largest score + Gumbel noise are a draw without replacement (Kool et al., arXiv 1903.06059).
+        """
+        noisy = total
+        if self.config.draws:
+            beams = torch.arange(self.K)
+            position = torch.full((self.K,), len(self.prompt) + len(self.running[0]))
+            noisy = total + rng.gumbel_noise(total.shape[-1], self.config.seed, position, beams)
+        keep = min(max(2, 1 + len(self.config.eos_ids)) * self.K, total.numel())
+        places = noisy.flatten().topk(keep).indices
+        return list(zip(total.flatten()[places].tolist(), places.tolist(), strict=True))
 
     def _count_ended(self) -> int:
         return sum(score > NEVER for score, _ in self.ended)
 
     def _may_improve(self, best_running: float, length: int) -> bool:
         config = self.config
-        if self._count_ended() < config.num_beams:
+        if self._count_ended() < self.K:
             return True
         if config.early_stopping is True:
             return False
@@ -76,25 +111,85 @@ class Search:
         return best_running / at**config.length_penalty > self.ended[-1][0]
 
 
-def beam_search(model: GPT, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-    """The best `num_return_sequences` continuations of each prompt: prompt and new tokens.
+@dataclass
+class Search:
+    """The search from one prompt: its groups, each with as many rows of the model's sequences as it has beams."""
+
+    groups: list[Group]
+    rows: list[int]  # of the groups that are not done, in order
+
+    def advance(self, logprobs: Tensor, sequences: Sequences) -> None:
+        """One step of the groups that are not done, from the log-probabilities of all their rows."""
+        taken: list[int] = []
+        going, kept, K = [group for group in self.groups if not group.done], [], self.groups[0].K
+        for n, group in enumerate(going):
+            rows = self.rows[n * K : (n + 1) * K]
+            parents = group.advance(logprobs[n * K : (n + 1) * K], taken)
+            if group.done:
+                for row in rows:
+                    sequences.release(row)
+            else:
+                sequences.reorder(rows, [rows[parent] for parent in parents])
+                kept += rows
+            taken += group.taken
+        self.rows = kept
+
+    @property
+    def last(self) -> list[int]:
+        """The last token of each row."""
+        return [sequence[-1] for group in self.groups if not group.done for sequence in group.running]
+
+    def best(self, count: int) -> list[tuple[float, list[int]]]:
+        """The best ended sequences of all groups."""
+        ended = [found for group in self.groups for found in group.ended]
+        return sorted(ended, key=lambda e: e[0], reverse=True)[:count]
+
+
+def beam_search(
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping
+) -> tuple[list[list[int]], list[float]]:
+    """The best `num_return_sequences` continuations of each prompt: prompt and new tokens, and their scores.
 
     Each step takes the 2 K best extensions of a prompt's K beams (more with several end tokens); those of the first K
     that end are kept by their normalised score, and the best K that go on are the next beams.
     """
-    K = config.num_beams
-    searches = [Search(prompt, config) for prompt in prompts]
-    logits, cache = prefill(model, prompts, K, config.max_new_tokens)
-    active = searches
+    searches, logits, sequences = _start(model, prompts, config, stopping)
     while True:
-        logprobs = logits.float().log_softmax(-1).cpu().view(len(active), K, -1)
-        if logprobs.isnan().any():
-            raise RuntimeError("generate: the logits hold nan - look for an overflow in the model")
-        parents = [search.advance(part) for search, part in zip(active, logprobs, strict=True)]
-        rows = [n * K + beam for n, beams in enumerate(parents) if not active[n].done for beam in beams]
-        active = [search for search in active if not search.done]
-        if not active:
-            return [s.prompt + sequence for s in searches for _, sequence in s.ended[: config.num_return_sequences]]
-        cache.reorder(torch.tensor(rows, device=logits.device))
-        last = [[sequence[-1]] for search in active for sequence in search.running]
-        logits = model(torch.tensor(last, device=logits.device), cache=cache, last_only=True)
+        logprobs = _logprobs(logits).split([len(search.rows) for search in searches])
+        for search, part in zip(searches, logprobs, strict=True):
+            search.advance(part, sequences)
+        rows = [row for search in searches for row in search.rows]
+        if not rows:
+            break
+        logits = sequences.extend(rows, [[token] for search in searches for token in search.last])
+    for search in searches:
+        if search.best(1)[0][0] == NEVER:
+            raise RuntimeError(NOTHING_LEFT)
+    found = [
+        (s, search.groups[0].prompt + new) for search in searches for s, new in search.best(config.num_return_sequences)
+    ]
+    return [row for _, row in found], [score for score, _ in found]
+
+
+def _start(
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping
+) -> tuple[list[Search], Tensor, Sequences]:
+    """Read every prompt once; returns the searches, the logits of all their rows, and the rows' sequences."""
+    K, groups = config.num_beams, config.num_beam_groups
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    sequences = model.sequences(len(prompts) * K, longest)
+    searches, logits = [], []
+    for prompt in prompts:
+        row = sequences.add()[0]
+        logits += [sequences.extend([row], [prompt])] * K
+        rows = [row, *sequences.add(K - 1, like=row)]
+        searches.append(Search([Group(K // groups, prompt, config, stopping) for _ in range(groups)], rows))
+    return searches, torch.cat(logits), sequences
+
+
+def _logprobs(logits: Tensor | list[Tensor]) -> Tensor:
+    assert isinstance(logits, Tensor)  # one row of logits per sequence
+    logprobs = logits.log_softmax(-1).cpu()
+    if logprobs.isnan().any():
+        raise RuntimeError(NAN)
+    return logprobs

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from gptfast import rng
+
+LEAST_TEMPERATURE = 2**-126  # below, `ops.sample` takes the most likely token
 
 
 @dataclass(frozen=True)
@@ -15,71 +18,183 @@ class GenerationConfig:
 
     Args:
         max_new_tokens: at most so many tokens are added to each prompt.
+        do_sample: whether tokens are drawn; None: they are unless the temperature is 0 or there are beams.
         temperature: divides the logits; 0 takes the most likely token (greedy).
         top_k: draw among the k most likely tokens; 0: all.
         top_p: draw among the fewest most likely tokens whose mass reaches p; in (0, 1].
+        min_p: draw among tokens at least min_p times as likely as the most likely one; in [0, 1].
         seed: of the draws, in [0, 2**64). A token depends on (seed, its position, number of the return sequence, logits)
             and on nothing else in the batch. Logits can differ in their last bits with the number of rows, as the
-            matrix library rounds differently, which tips a token where two are all but tied (rare; more so in bf16).
+            matrix library rounds differently, which tips a token where two are all but tied (rare; more so in bf16);
+            under GPTFAST_GEMM=own they do not on the CPU.
         eos_token_id: an id, or a list of several: a sequence ends with the first of them that comes. None: only
             max_new_tokens ends it.
+        stop_strings: a text, or several: a sequence ends with the token that completes one in the new text; needs
+            `tokenizer=` beside it.
+        repetition_penalty: the score of a token that the sequence or its prompt holds is divided by it where above 0,
+            multiplied where below (Keskar et al., arXiv 1909.05858); above 1 avoids repetition.
+        no_repeat_ngram_size: n > 0: no n tokens in a row come twice, the prompt included; 0: no such rule.
+        logit_bias: {token id: what is added to its logit}; -inf bans it.
         num_return_sequences: continuations of each prompt; with beams: the best so many.
-        num_beams: beam search over so many beams when > 1; the temperature must then be 1 or 0, and nothing is drawn.
+        num_beams: beam search over so many beams when > 1. With do_sample=True the beams are drawn, without replacement.
+        num_beam_groups: split the beams into so many groups, each searching with a penalty of diversity_penalty on a
+            token for every beam of an earlier group that takes it in the same step (Vijayakumar et al., arXiv 1610.02424).
+        diversity_penalty: see num_beam_groups.
         length_penalty: with beams: an ended one is ranked by its log-probability / new tokens ** length_penalty, so
             that above 0 favours long ones.
         early_stopping: with beams: True: stop when num_beams sequences have ended; False: when the best running beam,
             at its present length, could not beat the worst ended one; "never": when it could not at any length.
+        overflow: when prompt and new tokens exceed the block_size: "error" beforehand, or "slide": whenever the
+            context is full its older half is forgotten and the rest read again.
+        prompt_lookup_num_tokens: guess so many tokens at a time where the last ones occurred before, and check them in
+            one step; the text is the same, sooner. 0: never.
+        max_matching_ngram_size: how many last tokens prompt lookup tries to find, at most.
+        num_assistant_tokens: how many tokens an `assistant_model=` guesses at a time.
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, or two that contradict each other.
     """
 
     max_new_tokens: int = 64
+    do_sample: bool | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
     eos_token_id: int | tuple[int, ...] | None = None
+    stop_strings: str | tuple[str, ...] | None = None
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    logit_bias: Mapping[int, float] | None = None
     num_return_sequences: int = 1
     num_beams: int = 1
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    overflow: str = "error"
+    prompt_lookup_num_tokens: int = 0
+    max_matching_ngram_size: int = 2
+    num_assistant_tokens: int = 5
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("num_return_sequences", 1), ("num_beams", 1)):
+        for name, least in _INTS.items():
             _check_int(name, getattr(self, name), least)
-        for name in ("temperature", "top_p", "length_penalty"):
+        for name in _NUMBERS:
             _check_number(name, getattr(self, name))
+        self._check_ranges()
+        self._check_ends()
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        self._check_drawing()
+        if self.num_beams > 1:
+            self._check_beams()
+        elif self.num_beam_groups > 1 or self.diversity_penalty:
+            raise ValueError(
+                f"generate: num_beam_groups={self.num_beam_groups}, diversity_penalty={self.diversity_penalty} with one "
+                "beam; they are for beam search - set num_beams, or leave them out"
+            )
+
+    def _check_ranges(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"generate: temperature is {self.temperature}; expected a number >= 0 (0 is greedy)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"generate: top_p is {self.top_p}; expected 0 < top_p <= 1 (1 keeps all tokens)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"generate: min_p is {self.min_p}; expected 0 <= min_p <= 1 (0 keeps all tokens)")
+        if self.repetition_penalty <= 0:
+            raise ValueError(
+                f"generate: repetition_penalty is {self.repetition_penalty}; expected a number > 0 (1 is none)"
+            )
+        if self.diversity_penalty < 0:
+            raise ValueError(f"generate: diversity_penalty is {self.diversity_penalty}; expected a number >= 0")
         rng.check_counter("generate", "seed", self.seed, 64)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"generate: early_stopping is {self.early_stopping!r}; expected True, False or 'never'")
+        if self.overflow not in ("error", "slide"):
+            raise ValueError(f"generate: overflow is {self.overflow!r}; expected 'error' or 'slide'")
+
+    def _check_ends(self) -> None:
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for token in self.eos_ids:
             _check_int("eos_token_id", token, 0)
-        self._check_beams()
+        stops = self.stop_strings
+        stops = (stops,) if isinstance(stops, str) else tuple(stops or ())
+        for text in stops:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"generate: stop_strings holds {text!r}; expected texts of at least one character")
+        object.__setattr__(self, "stop_strings", stops)
+
+    def _check_drawing(self) -> None:
+        """Drawing and its opposite were not both asked for."""
+        if self.do_sample not in (None, True, False):
+            raise TypeError(f"generate: do_sample is {self.do_sample!r}; expected True, False or None")
+        if self.do_sample and self.temperature == 0:
+            raise ValueError(
+                "generate: do_sample=True with temperature=0, which draws nothing; raise the temperature or leave "
+                "do_sample out"
+            )
+        if self.do_sample is False and (self.temperature not in (0, 1) or self._cuts()):
+            raise ValueError(
+                f"generate: do_sample=False with {self._drawing_options()}; without drawing these mean nothing - leave "
+                "them or do_sample out"
+            )
 
     def _check_beams(self) -> None:
-        if self.num_beams == 1:
-            return
         if self.num_return_sequences > self.num_beams:
             raise ValueError(
                 f"generate: num_return_sequences is {self.num_return_sequences} but num_beams is {self.num_beams}; beam "
                 "search returns at most one sequence per beam - raise num_beams"
             )
-        if self.temperature not in (0, 1) or self.top_k or self.top_p != 1:
+        if not self.do_sample and (self.temperature not in (0, 1) or self._cuts()):
             raise ValueError(
-                f"generate: num_beams={self.num_beams} with temperature={self.temperature}, top_k={self.top_k}, "
-                f"top_p={self.top_p}; beam search draws nothing - leave these at their defaults"
+                f"generate: num_beams={self.num_beams} with {self._drawing_options()}; beam search draws nothing - leave "
+                "these at their defaults, or set do_sample=True"
             )
         if abs(self.length_penalty) * math.log(self.max_new_tokens) > 700:  # exp(709) is the largest double
             raise ValueError(
                 f"generate: length_penalty is {self.length_penalty}; {self.max_new_tokens} new tokens to this power is "
                 "beyond the range of a float - use something between -2 and 2"
             )
+        self._check_groups()
+        if self.overflow == "slide":
+            raise ValueError(
+                "generate: overflow='slide' with beams; beams must fit the block_size - use overflow='error'"
+            )
+        if self.prompt_lookup_num_tokens:
+            raise ValueError(
+                f"generate: prompt_lookup_num_tokens={self.prompt_lookup_num_tokens} with num_beams={self.num_beams}; "
+                "guessed tokens serve one sequence, not beams - leave one out"
+            )
+
+    def _check_groups(self) -> None:
+        groups = self.num_beam_groups
+        if self.num_beams % groups:
+            raise ValueError(
+                f"generate: num_beams is {self.num_beams} and num_beam_groups {groups}; expected a multiple - every group "
+                "has equally many beams"
+            )
+        if groups > 1 and self.do_sample:
+            raise ValueError(f"generate: num_beam_groups={groups} with do_sample=True; diverse beams draw nothing")
+        if (groups > 1) != (self.diversity_penalty > 0):
+            raise ValueError(
+                f"generate: num_beam_groups is {groups} and diversity_penalty {self.diversity_penalty}; groups need a "
+                "penalty above 0, or they are all alike, and a penalty needs groups"
+            )
+
+    def _cuts(self) -> bool:
+        return bool(self.top_k or self.top_p != 1 or self.min_p)
+
+    def _drawing_options(self) -> str:
+        names = ["temperature", "top_k", "top_p"] + ["min_p"] * bool(self.min_p)
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn, and not the most likely taken."""
+        wanted = self.num_beams == 1 if self.do_sample is None else self.do_sample
+        return wanted and self.temperature >= LEAST_TEMPERATURE
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -97,6 +212,20 @@ class GenerationConfig:
         return cls(**options)
 
 
+_INTS = {  # and the least that each may be
+    "max_new_tokens": 1,
+    "top_k": 0,
+    "num_return_sequences": 1,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "no_repeat_ngram_size": 0,
+    "prompt_lookup_num_tokens": 0,
+    "max_matching_ngram_size": 1,
+    "num_assistant_tokens": 1,
+}
+_NUMBERS = ("temperature", "top_p", "min_p", "length_penalty", "repetition_penalty", "diversity_penalty")
+
+
 def _check_int(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"generate: {name} is {value!r}; expected an int")
@@ -109,3 +238,13 @@ def _check_number(name: str, value: Any) -> None:
         raise TypeError(f"generate: {name} is {value!r}; expected a number")
     if not math.isfinite(value):
         raise ValueError(f"generate: {name} is {value}; expected a finite number")
+
+
+def _checked_bias(bias: Any) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise TypeError(f"generate: logit_bias is a {type(bias).__name__}; expected {{token id: number}}")
+    for token, value in bias.items():
+        _check_int("a token of logit_bias", token, 0)
+        if value != -math.inf:
+            _check_number(f"logit_bias[{token}]", value)
+    return dict(bias)

@@ -1,26 +1,26 @@
-"""The decoding loop. It knows token ids and nothing of text.  B rows, V vocabulary."""
+"""Continuing prompts. This knows token ids and, but for stop strings, nothing of text.  B rows, T positions."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gptfast import ops
 from gptfast.generation.beam import beam_search
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.prompts import for_generation, prefill, read_prompts
-
-if TYPE_CHECKING:
-    from gptfast.models import GPT
+from gptfast.generation.prompts import read_prompts
+from gptfast.generation.scheduler import Request, Scheduler, Token, check_assistant
+from gptfast.generation.sequences import LanguageModel
+from gptfast.generation.stopping import Stopping
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the loop: what each row got. Rows are prompts x return sequences, those of one prompt together.
+    """One step of `stream`: what each row got. Rows are prompts x return sequences, those of one prompt together.
 
     Args:
         tokens: the new token of each row; None where the row had ended before.
@@ -35,38 +35,139 @@ class Step:
     top: list[list[tuple[int, float]]]
 
 
-def generate(model: GPT, ids: Any, **options: Any) -> Tensor | list[list[int]]:
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` returns with return_logprobs=True. Rows are prompts x return sequences.
+
+    Args:
+        sequences: as `generate` returns without it.
+        logprobs: of each new token of each row, its log-probability under the model, before everything that changes
+            scores.
+        scores: with beams: what they were ranked by; else None.
+    """
+
+    sequences: Tensor | list[list[int]]
+    logprobs: list[list[float]]
+    scores: list[float] | None = None
+
+
+class Streamer(Protocol):
+    """Is told tokens as they come; transformers' streamers are such."""
+
+    def put(self, value: Tensor) -> None:
+        """First the prompts, (B, T), then the new token of each row, (B,)."""
+        ...
+
+    def end(self) -> None:
+        """All rows have ended."""
+        ...
+
+
+def generate(
+    model: LanguageModel,
+    ids: Any,
+    *,
+    tokenizer: Any = None,
+    assistant_model: LanguageModel | None = None,
+    streamer: Streamer | None = None,
+    return_logprobs: bool = False,
+    **options: Any,
+) -> Any:
     """Continue prompts, as `transformers.generate` returns them: prompt and new tokens.
 
     Args:
-        model: a GPT; its training flags are the same afterwards.
+        model: a GPT, whose training flags are the same afterwards, or a compiled engine.
         ids: (B, T) int64 tensor; or a list of id lists of any lengths, which are not padded.
+        tokenizer: of `gptfast.tokenizer`, for stop_strings.
+        assistant_model: a smaller model of the same vocabulary that guesses tokens ahead (speculative decoding): the
+            text is the same, sooner.
+        streamer: is told the tokens as they come; for one prompt with one return sequence.
+        return_logprobs: whether to return a `Generation`.
         options: the fields of `GenerationConfig`.
     Returns:
         For a tensor: (B * num_return_sequences, T + n) int64, ended rows filled up with the (first) eos_token_id. For
-        lists: one id list per prompt and return sequence. An eos token is part of its sequence.
+        lists: one id list per prompt and return sequence. An eos token is part of its sequence. With return_logprobs: a
+        `Generation` with these.
     Raises:
         TypeError, ValueError: see `GenerationConfig` and `read_prompts`.  RuntimeError: the logits hold nan.
     """
     config = GenerationConfig.of(**options)
     prompts = read_prompts(ids, model, config)
+    stopping = Stopping(config, tokenizer)
+    if streamer is not None and (len(prompts) * config.num_return_sequences > 1 or config.num_beams > 1):
+        raise ValueError(
+            f"generate: streamer with {len(prompts)} prompts, num_return_sequences={config.num_return_sequences}, "
+            f"num_beams={config.num_beams}; it follows one sequence - use gptfast.generation.stream for several"
+        )
     if config.num_beams > 1:
-        with for_generation(model):
-            rows = beam_search(model, prompts, config)
+        if assistant_model is not None:
+            raise ValueError(f"generate: assistant_model with num_beams={config.num_beams}; leave one out")
+        rows, scores = beam_search(model, prompts, config, stopping)
+        copies = [prompt for prompt in prompts for _ in range(config.num_return_sequences)]
+        logprobs = [score(model, row, len(p)) for row, p in zip(rows, copies, strict=True)] if return_logprobs else []
     else:
-        rows = [list(prompt) for prompt in prompts for _ in range(config.num_return_sequences)]
-        for step in _decode(model, prompts, config):
-            for row, token in zip(rows, step.tokens, strict=True):
-                if token is not None:
-                    row.append(token)
-    return _as_tensor(rows, config, ids.device) if isinstance(ids, Tensor) else rows
+        requests = [Request(prompt, config, stopping, logprobs=return_logprobs) for prompt in prompts]
+        logprobs = _run(model, requests, assistant_model, streamer)
+        rows, scores = [row.tokens for request in requests for row in request.rows], None
+    sequences = _as_tensor(rows, config, ids.device) if isinstance(ids, Tensor) else rows
+    return Generation(sequences, logprobs, scores) if return_logprobs else sequences
 
 
-def stream(model: GPT, ids: Any, *, logprobs: bool = False, top: int = 0, **options: Any) -> Iterator[Step]:
+def _run(
+    model: LanguageModel, requests: list[Request], assistant: LanguageModel | None, streamer: Streamer | None
+) -> list[list[float]]:
+    """Run the requests to their end; returns the log-probabilities of the new tokens of each row, where asked for."""
+    scheduler = _scheduler(model, requests, assistant)
+    if streamer is not None:
+        streamer.put(torch.tensor([requests[0].prompt]))
+    logprobs: dict[tuple[int, int], list[float]] = {}
+    while scheduler.waiting or scheduler.running:
+        for token in scheduler.step():
+            if token.logprob is not None:
+                logprobs.setdefault((id(token.request), token.stream), []).append(token.logprob)
+            if streamer is not None:
+                streamer.put(torch.tensor([token.id]))
+        _raise_error(requests)
+    if streamer is not None:
+        streamer.end()
+    return [logprobs.get((id(request), row.stream), []) for request in requests for row in request.rows]
+
+
+def _scheduler(model: LanguageModel, requests: list[Request], assistant: LanguageModel | None) -> Scheduler:
+    """One that runs all of them at once, in as many steps as the longest takes."""
+    config = requests[0].config
+    longest = max(len(request.prompt) for request in requests) + config.max_new_tokens
+    scheduler = Scheduler(
+        model,
+        max_rows=len(requests) * config.num_return_sequences,
+        max_len=min(longest, model.config.block_size),
+        assistant_model=assistant,
+    )
+    for request in requests:
+        scheduler.submit_request(request)
+    return scheduler
+
+
+def _raise_error(requests: list[Request]) -> None:
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+
+
+def stream(
+    model: LanguageModel,
+    ids: Any,
+    *,
+    tokenizer: Any = None,
+    assistant_model: LanguageModel | None = None,
+    logprobs: bool = False,
+    top: int = 0,
+    **options: Any,
+) -> Iterator[Step]:
     """As `generate` without beams, yielding each step when it is made. The arguments are checked at once.
 
     Args:
-        model, ids, options: as in `generate`.
+        model, ids, tokenizer, assistant_model, options: as in `generate`.
         logprobs: whether each Step tells the log-probabilities of its tokens.
         top: how many of the most likely next tokens each Step tells.
     Returns:
@@ -79,55 +180,50 @@ def stream(model: GPT, ids: Any, *, logprobs: bool = False, top: int = 0, **opti
         raise ValueError("stream: num_beams must be 1; beams change their past until the end - use generate")
     if not isinstance(top, int) or top < 0:
         raise ValueError(f"stream: top is {top!r}; expected an int >= 0 (0 tells none)")
-    return _decode(model, read_prompts(ids, model, config), config, logprobs, top)
+    stopping = Stopping(config, tokenizer)
+    prompts = read_prompts(ids, model, config)
+    if assistant_model is not None:
+        check_assistant(assistant_model, model)
+    temperature = config.temperature or 1.0
+    requests = [Request(prompt, config, stopping, logprobs, top, temperature) for prompt in prompts]
+    return _steps(model, requests, assistant_model)
 
 
-def _decode(
-    model: GPT, prompts: list[list[int]], config: GenerationConfig, logprobs: bool = False, top: int = 0
-) -> Iterator[Step]:
-    copies, eos = config.num_return_sequences, set(config.eos_ids)
-    positions = torch.tensor([len(prompt) for prompt in prompts for _ in range(copies)])  # of the tokens to draw
-    streams = torch.arange(copies).repeat(len(prompts))
-    ended = [False] * len(positions)
-    with for_generation(model):
-        logits, cache = prefill(model, prompts, copies, config.max_new_tokens)
-    for n in range(config.max_new_tokens):
-        with for_generation(model):  # not around the yield: the caller's code runs there
-            tokens = ops.sample(
-                logits,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                seed=config.seed,
-                position=positions + n,
-                stream=streams,
-            )
-            drawn = tokens.tolist()
-            step = Step(
-                tokens=_hide(drawn, ended),
-                logprobs=_hide(_logprobs(logits, tokens), ended) if logprobs else [],
-                top=_top(logits, top, config.temperature) if top else [],
-            )
-        yield step
-        ended = [was or token in eos for was, token in zip(ended, drawn, strict=True)]
-        if all(ended) or n + 1 == config.max_new_tokens:
+def _steps(model: LanguageModel, requests: list[Request], assistant: LanguageModel | None) -> Iterator[Step]:
+    scheduler = _scheduler(model, requests, assistant)
+    rows = [(request, n) for request in requests for n in range(request.config.num_return_sequences)]
+    made: dict[tuple[int, int], deque[Token]] = {(id(request), n): deque() for request, n in rows}
+    wants_logprobs, wants_top = requests[0].logprobs, requests[0].top
+    while True:
+        while not all(made[id(request), n] or _ended(request, n) for request, n in rows):
+            for token in scheduler.step():
+                made[id(token.request), token.stream].append(token)
+            _raise_error(requests)
+        tokens = [made[id(request), n].popleft() if made[id(request), n] else None for request, n in rows]
+        if not any(tokens):
             return
-        with for_generation(model):
-            logits = model(tokens[:, None], cache=cache, last_only=True)
+        yield Step(
+            tokens=[token and token.id for token in tokens],
+            logprobs=[token and token.logprob for token in tokens] if wants_logprobs else [],
+            top=[token.top if token else [] for token in tokens] if wants_top else [],
+        )
 
 
-def _hide(values: list[Any], ended: list[bool]) -> list[Any]:
-    return [None if was else value for was, value in zip(ended, values, strict=True)]
+def _ended(request: Request, stream: int) -> bool:
+    return bool(request.rows) and request.rows[stream].finish is not None
 
 
-def _logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
-    return logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0].tolist()
+def score(model: LanguageModel, row: list[int], first: int = 1) -> list[float]:
+    """The log-probability under the model of each token of a sequence from the `first` on (>= 1), given those before."""
+    logprobs = all_logprobs(model, row)[first - 1 :]
+    wanted = torch.tensor(row[first:], device=logprobs.device)
+    return logprobs.gather(-1, wanted[:, None])[:, 0].tolist()
 
 
-def _top(logits: Tensor, count: int, temperature: float) -> list[list[tuple[int, float]]]:
-    probs = (logits.float() / (temperature or 1.0)).softmax(-1)
-    values, ids = probs.topk(min(count, probs.shape[-1]))
-    return [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+def all_logprobs(model: LanguageModel, row: list[int]) -> Tensor:
+    """Log-probabilities, (T - 1, V), of what may follow each token of a sequence of T >= 2 but the last."""
+    sequences = model.sequences(1, len(row))
+    return sequences.extend(sequences.add(), [row[:-1]], last_only=False)[0].log_softmax(-1)
 
 
 def _as_tensor(rows: list[list[int]], config: GenerationConfig, device: torch.device) -> Tensor:

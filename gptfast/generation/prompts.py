@@ -1,44 +1,33 @@
-"""Prompts: checked, and run through the model into one cache.  B rows, T positions, V vocabulary."""
+"""Prompts: read in every form, and checked.  B rows, T positions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptfast.generation.config import GenerationConfig
-from gptfast.models.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from gptfast.models import GPT
+from gptfast.generation.sequences import LanguageModel
 
 
-def read_prompts(ids: Any, model: GPT, config: GenerationConfig) -> list[list[int]]:
+def read_prompts(ids: Any, model: LanguageModel, config: GenerationConfig) -> list[list[int]]:
     """The prompts as lists of ids.
 
     Args:
         ids: (B, T) or (T,) integer tensor, a list of id lists (or 1-D tensors) of any lengths, or one list of ids.
         model: whose vocabulary and block_size they must fit.
-        config: whose max_new_tokens must fit behind them, and its eos_token_id the vocabulary.
+        config: see `check_prompt`.
     Raises:
         TypeError, ValueError: not that, empty, outside the vocabulary, or too long.
     """
-    V = model.config.vocab_size
-    for token in config.eos_ids:
-        if token >= V:
-            raise ValueError(
-                f"generate: eos_token_id is {token}; expected ids in [0, {V}), the vocabulary of this model, or None - "
-                "a sequence could never end with it"
-            )
     rows = [_read_row(n, row) for n, row in enumerate(_split(ids))]
     if not rows:
         raise ValueError("generate: ids holds no prompts; give at least one")
     for n, row in enumerate(rows):
-        _check_row(n, row, V, model.config.block_size, config.max_new_tokens)
+        check_prompt(f" {n}", row, model.config.vocab_size, model.config.block_size, config)
     return rows
 
 
@@ -65,21 +54,39 @@ def _read_row(n: int, row: Any) -> list[int]:
     return [int(token) for token in row]
 
 
-def _check_row(n: int, row: list[int], V: int, limit: int, max_new_tokens: int) -> None:
+def check_prompt(which: str, row: Sequence[int], V: int, limit: int, config: GenerationConfig) -> None:
+    """A prompt and the ids of `config` fit the vocabulary, and the new tokens fit behind the prompt (or slide).
+
+    Args:
+        which: " 3", to name one prompt of several; "": there is one.
+        row: its ids.
+        V, limit: the size of the vocabulary and the most positions.
+        config: see above.
+    Raises:
+        TypeError, ValueError: they do not.
+    """
+    for name, tokens in (("eos_token_id is", config.eos_ids), ("logit_bias holds token", config.logit_bias or ())):
+        for token in tokens:
+            if token >= V:
+                raise ValueError(
+                    f"generate: {name} {token}; expected ids in [0, {V}), the vocabulary of this model"
+                    + (", or None - a sequence could never end with it" if name.startswith("eos") else "")
+                )
     if not row:
         raise ValueError(
-            f"generate: prompt {n} is empty; give at least one token, such as the end-of-text token or a newline"
+            f"generate: prompt{which} is empty; give at least one token, such as the end-of-text token or a newline"
         )
     for token in row:
         if not 0 <= token < V:
             raise ValueError(
-                f"generate: prompt {n} holds token id {token}; expected ids in [0, {V}), the vocabulary of this model - "
-                "was the text encoded with another tokenizer?"
+                f"generate: prompt{which} holds token id {token}; expected ids in [0, {V}), the vocabulary of this model "
+                "- was the text encoded with another tokenizer?"
             )
-    if len(row) + max_new_tokens > limit:
+    wanted = len(row) + config.max_new_tokens
+    if wanted > limit and config.overflow == "error":
         raise ValueError(
-            f"generate: prompt {n} has {len(row)} tokens and max_new_tokens is {max_new_tokens}, together "
-            f"{len(row) + max_new_tokens}, but block_size is {limit}; {_remedy(len(row), limit, max_new_tokens)}"
+            f"generate: prompt{which} has {len(row)} tokens and max_new_tokens is {config.max_new_tokens}, together "
+            f"{wanted}, but block_size is {limit}; {_remedy(len(row), limit, config.max_new_tokens)}"
         )
 
 
@@ -89,41 +96,5 @@ def _remedy(length: int, limit: int, max_new_tokens: int) -> str:
         parts.append(f"shorten the prompt to {limit - max_new_tokens} or fewer")
     if length < limit:
         parts.append(f"ask for at most {limit - length} new tokens")
-    return " or ".join(parts) or f"a prompt and its new tokens together are at most {limit}"
-
-
-@contextmanager
-def for_generation(model: GPT) -> Iterator[None]:
-    """Evaluation mode without autograd; the training flag of every module comes back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def prefill(model: GPT, prompts: list[list[int]], copies: int, max_new_tokens: int) -> tuple[Tensor, KVCache]:
-    """Run every prompt once and copy it into `copies` neighbouring rows of one cache.
-
-    Each prompt runs by itself, without padding, so that a row computes what it computes alone.
-
-    Returns:
-        (logits of the last position (B * copies, V), cache of B * copies rows).
-    """
-    weight = model.wte.weight
-    longest = max(map(len, prompts)) + max_new_tokens
-    cache = KVCache(model.config, len(prompts) * copies, longest, weight.dtype, weight.device)
-    logits = []
-    for n, prompt in enumerate(prompts):
-        T = len(prompt)
-        one = KVCache(model.config, 1, T, weight.dtype, weight.device)
-        logits.append(model(torch.tensor([prompt], device=weight.device), cache=one, last_only=True))
-        rows = slice(n * copies, (n + 1) * copies)
-        cache.k[:, rows, :, :T] = one.k
-        cache.v[:, rows, :, :T] = one.v
-        cache.lengths[rows] = T
-    return torch.cat(logits).repeat_interleave(copies, 0), cache
+    parts = parts or [f"a prompt and its new tokens together are at most {limit}"]
+    return " or ".join(parts) + "; overflow='slide' goes on by forgetting the oldest"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from gptfast.nn import Block, LayerNorm, Linear
 from gptfast.nn.block import add_branch
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.position import SinusoidalEmbedding
+
+if TYPE_CHECKING:
+    from gptfast.engine import CompiledGPT
+    from gptfast.generation.sequences import CachedSequences
 
 INIT_STD = 0.02  # of all matrices and embeddings (GPT-2)
 
@@ -179,6 +183,38 @@ class GPT(nn.Module):
         from gptfast.generation import generate
 
         return generate(self, ids, **options)
+
+    def sequences(self, capacity_rows: int, max_len: int) -> CachedSequences:
+        """Room for running sequences; see `gptfast.generation.sequences.Sequences`."""
+        from gptfast.generation.sequences import CachedSequences
+
+        return CachedSequences(self, capacity_rows, max_len)
+
+    def compile_for_inference(
+        self,
+        dtype: str | torch.dtype = "bfloat16",
+        *,
+        threads: int | None = None,
+        max_rows: int | None = None,
+        cache_dtype: str | torch.dtype | None = None,
+    ) -> CompiledGPT:
+        """Pack the weights for the native CPU engine; the result has the same `generate`.
+
+        Args:
+            dtype: of the matrices: "float32", "bfloat16", "int8" (8.5 bits a weight), "int4" or "nf4" (4.5, the head and
+                the token embedding in int8). The quantised formats multiply in bytes. What each costs in quality:
+                docs/notes/engine.md.
+            threads: None: as many as torch uses. The results do not depend on it.
+            max_rows: the most sequences that may run at a time; None: as many as are asked for.
+            cache_dtype: of keys and values, "float32" or "bfloat16"; None: "float32" beside fp32 weights, else "bfloat16".
+        Returns:
+            A `gptfast.engine.CompiledGPT`. It holds weights of its own: this model may be changed or deleted.
+        Raises:
+            ValueError: an unknown dtype, or weights that are not finite.  RuntimeError: gptfast has no compiled part.
+        """
+        from gptfast.engine import compile_model
+
+        return compile_model(self, dtype, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
 
     @classmethod
     def from_pretrained(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -102,6 +104,18 @@ class KVCache:
                 continue
             for b, start in enumerate(self._starts):
                 cached[b, :, start : start + T] = new[b]
+
+    def rows(self, first: int, last: int, lengths: list[int]) -> KVCache:
+        """Rows first to last - 1 as a cache of their own on the same memory, filled as `lengths` says."""
+        view = copy(self)
+        view.k, view.v = self.k[:, first:last], self.v[:, first:last]
+        view.lengths = torch.tensor(lengths, device=self.lengths.device)
+        return view
+
+    def copy_rows(self, to: list[int], of: list[int], length: int) -> None:
+        """Row to[i] gets the first `length` positions that row of[i] had before the call; `lengths` stays."""
+        for stored in (self.k, self.v):
+            stored[:, to, :, :length] = stored[:, of, :, :length]  # the right side is gathered first
 
     def reorder(self, rows: Tensor) -> None:
         """Row b becomes a copy of the old row rows[b]; rows may repeat, and their number may change B."""

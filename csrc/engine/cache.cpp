@@ -1,0 +1,98 @@
+#include "cache.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "kernels.h"
+
+namespace gptfast::engine {
+
+namespace {
+constexpr size_t kSpare = 8;  // pages kept for the next sequence
+}
+
+Cache::~Cache() {
+  for (Row& row : rows_) drop_from(row, 0);
+  for (Page* page : spare_) {
+    std::free(page->data);
+    delete page;
+  }
+}
+
+Cache::Page* Cache::make() {
+  if (!spare_.empty()) {
+    Page* page = spare_.back();
+    spare_.pop_back();
+    page->users = 1;
+    return page;
+  }
+  char* data = static_cast<char*>(std::aligned_alloc(4096, size_t(round_up(page_bytes_, 4096))));
+  if (!data) throw std::bad_alloc();
+  pages_made_++;
+  return new Page{data, 1};
+}
+void Cache::drop(Page* page) {
+  if (--page->users) return;
+  if (spare_.size() < kSpare) return spare_.push_back(page);
+  std::free(page->data);
+  delete page;
+  pages_made_--;
+}
+void Cache::drop_from(Row& row, size_t first) {
+  for (size_t i = first; i < row.pages.size(); i++) drop(row.pages[i]);
+  row.pages.resize(std::min(first, row.pages.size()));
+  row.data.resize(row.pages.size());
+}
+
+i64 Cache::free_rows() const {
+  return std::count_if(rows_.begin(), rows_.end(), [](const Row& row) { return !row.live; });
+}
+i64 Cache::add() {
+  for (size_t r = 0; r < rows_.size(); r++)
+    if (!rows_[r].live) {
+      rows_[r].live = true;
+      rows_[r].length = 0;
+      return i64(r);
+    }
+  return -1;
+}
+void Cache::copy(const std::vector<i64>& rows, const std::vector<i64>& sources) {
+  std::vector<Row> old;
+  for (i64 source : sources) {
+    old.push_back(rows_[size_t(source)]);
+    for (Page* page : old.back().pages) page->users++;
+  }
+  for (size_t i = 0; i < rows.size(); i++) {
+    Row& row = rows_[size_t(rows[i])];
+    drop_from(row, 0);
+    row = std::move(old[i]);
+  }
+}
+void Cache::truncate(i64 r, i64 length) {
+  Row& row = rows_[size_t(r)];
+  row.length = std::min(row.length, length);
+  drop_from(row, size_t((row.length + kPage - 1) / kPage));
+}
+void Cache::release(i64 r) {
+  drop_from(rows_[size_t(r)], 0);
+  rows_[size_t(r)] = Row();
+}
+void Cache::reserve(i64 r, i64 n) {
+  Row& row = rows_[size_t(r)];
+  const size_t first = size_t(row.length / kPage), needed = size_t((row.length + n + kPage - 1) / kPage);
+  if (first < row.pages.size() && row.pages[first]->users > 1) {  // half filled and shared: a page of its own
+    Page* own = make();
+    std::memcpy(own->data, row.data[first], size_t(page_bytes_));
+    drop(row.pages[first]);
+    row.pages[first] = own;
+    row.data[first] = own->data;
+  }
+  while (row.pages.size() < needed) {
+    row.pages.push_back(make());
+    row.data.push_back(row.pages.back()->data);
+  }
+}
+
+}  // namespace gptfast::engine

@@ -1,0 +1,56 @@
+// Keys and values of running sequences, in pages of 64 positions that copies of a sequence share until one writes.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "format.h"
+
+namespace gptfast::engine {
+
+class Cache {
+ public:
+  Cache(i64 page_bytes, i64 capacity, i64 max_len)
+      : page_bytes_(page_bytes), max_len_(max_len), rows_(size_t(capacity)) {}
+  ~Cache();
+  Cache(const Cache&) = delete;
+  Cache& operator=(const Cache&) = delete;
+
+  i64 capacity() const { return i64(rows_.size()); }
+  i64 max_len() const { return max_len_; }
+  bool live(i64 row) const { return row >= 0 && row < capacity() && rows_[size_t(row)].live; }
+  i64 length(i64 row) const { return rows_[size_t(row)].length; }
+  i64 free_rows() const;
+  i64 bytes() const { return page_bytes_ * i64(pages_made_); }
+
+  i64 add();                                                                 // an empty row; -1 when there is no room
+  void copy(const std::vector<i64>& rows, const std::vector<i64>& sources);  // rows[i] = what sources[i] was before
+  void truncate(i64 row, i64 length);
+  void release(i64 row);
+  // Makes room for n more positions, with the pages that will be written the row's own; append then counts them.
+  void reserve(i64 row, i64 n);
+  void append(i64 row, i64 n) { rows_[size_t(row)].length += n; }
+  char* const* pages(i64 row) const { return rows_[size_t(row)].data.data(); }
+
+ private:
+  struct Page {
+    char* data;
+    int users;
+  };
+  struct Row {
+    bool live = false;
+    i64 length = 0;
+    std::vector<Page*> pages;
+    std::vector<char*> data;  // of the pages
+  };
+  Page* make();
+  void drop(Page* page);
+  void drop_from(Row& row, size_t first);
+
+  const i64 page_bytes_, max_len_;
+  std::vector<Row> rows_;
+  std::vector<Page*> spare_;
+  size_t pages_made_ = 0;
+};
+
+}  // namespace gptfast::engine

@@ -1,0 +1,70 @@
+// Products of bytes and of bf16 pairs, per instruction set.
+//
+//   dot4      acc += sum of the four products of unsigned bytes (w) and signed bytes (x) in each 32-bit lane
+//   dot4_small  the same for w <= 15
+//   lookup16  each byte's low nibble -> table[nibble]
+
+INL I broadcast4(const void* p) {
+  uint32_t w;
+  __builtin_memcpy(&w, p, 4);
+  return iset(w);
+}
+INL F low_half(I pair) { return as_float(shl16(pair)); }
+INL F high_half(I pair) { return as_float(iand(pair, iset(0xffff0000u))); }
+
+#if defined(GPTFAST_SCALAR)
+INL I dot4(I acc, I w, I x) {
+  for (int i = 0; i < L; i++)
+    for (int b = 0; b < 32; b += 8) acc[i] += (w[i] >> b & 255) * uint32_t(int8_t(x[i] >> b));
+  return acc;
+}
+INL I dot4_small(I acc, I w, I x) { return dot4(acc, w, x); }
+INL I lookup16(const uint8_t* table, I nibbles) {
+  uint8_t b[4 * L];
+  __builtin_memcpy(b, &nibbles, sizeof b);
+  for (auto& x : b) x = table[x & 15];
+  return iload(b);
+}
+#elif defined(__AVX512VNNI__)
+INL I dot4(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
+INL I dot4_small(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
+#elif defined(__AVX512F__)
+INL I dot4(I acc, I w, I x) {  // 255 * 127 * 2 overflows the 16 bits of maddubs: even and odd bytes by themselves
+  const I even = _mm512_madd_epi16(iand(w, iset(0x00ff00ffu)), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+  const I odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
+  return iadd(acc, iadd(even, odd));
+}
+INL I dot4_small(I acc, I w, I x) {
+  return iadd(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+}
+#elif defined(__AVX2__)
+INL I dot4(I acc, I w, I x) {
+  const I even = _mm256_madd_epi16(iand(w, iset(0x00ff00ffu)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  const I odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
+  return iadd(acc, iadd(even, odd));
+}
+INL I dot4_small(I acc, I w, I x) {
+  return iadd(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+#endif
+
+#if !defined(GPTFAST_SCALAR) && defined(__AVX512F__)
+INL I lookup16(const uint8_t* table, I nibbles) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), nibbles);
+}
+#elif !defined(GPTFAST_SCALAR)
+INL I lookup16(const uint8_t* table, I nibbles) {
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), nibbles);
+}
+#endif
+
+#ifdef __AVX512BF16__
+constexpr bool kPairs = true;
+INL F dot_pairs(F acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
+#else
+constexpr bool kPairs = false;
+INL F dot_pairs(F acc, I, I) { return acc; }
+#endif
+
+// Nearest integer, ties to even, of |x| < 2^22: adding 1.5 * 2^23 leaves it in the low bits.
+INL I nearest(F x) { return isub(as_int(x + set(12582912.f)), iset(0x4b400000u)); }

@@ -1,0 +1,123 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "pack.h"
+
+namespace gptfast::engine {
+
+namespace {
+constexpr i64 kPass = 512;  // tokens of a pass: their activations stay in the caches
+}  // namespace
+
+Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int threads, bool bf16_cache,
+               const Kernels& kernels)
+    : model_(shape, formats),
+      weights_(weights),
+      kernels_(kernels),
+      pool_(threads),
+      bf16_cache_(bf16_cache),
+      head_bytes_(head_elements(shape.D()) * (bf16_cache ? 2 : 4)),
+      Cp_(round_up(shape.C, kPanel)),
+      Qp_(round_up(3 * shape.C, kPanel)),
+      Fp_(round_up(shape.F, kPanel)),
+      stride_(std::max(Cp_, Fp_)),
+      next_(size_t(shape.layers)),
+      own_(size_t(threads)) {}
+
+void Engine::pack(const Weight& weight, const float* values, i64 ld) {
+  const std::lock_guard guard(mutex_);
+  char* to = weights_ + weight.offset;
+  if (!weight.K) {
+    std::memcpy(to, values, size_t(weight.N) * 4);
+    return;
+  }
+  pool_.run([&](int t) {
+    const Range mine = share(panels(weight.N), t);
+    engine::pack(weight.format, values, ld, weight.N, weight.K, mine.first, mine.last, to);
+  });
+}
+
+double Engine::read_rate(int times) {
+  const std::lock_guard guard(mutex_);
+  std::atomic<int64_t> sink{0};
+  const auto start = std::chrono::steady_clock::now();
+  pool_.run([&](int t) {
+    const Range mine = share(model_.bytes / 4096, t);
+    for (int i = 0; i < times; i++) {
+      sink += kernels_.read(weights_ + mine.first * 4096, (mine.last - mine.first) * 4096);
+      pool_.barrier(t);
+    }
+  });
+  return double(model_.bytes) * times / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void Engine::extend(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
+                    bool last_only, float* out, i64 ld) {
+  const std::lock_guard guard(mutex_);
+  extend_locked(cache, rows, counts, tokens, last_only, out, ld);
+}
+
+void Engine::extend_locked(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts,
+                           const int* tokens, bool last_only, float* out, i64 ld) {
+  for (size_t i = 0; i < rows.size(); i++) cache.reserve(rows[i], counts[i]);
+  std::vector<Run> runs;
+  std::vector<i64> wanted;  // rows of the pass whose logits are asked for
+  i64 M = 0, written = 0, done = 0;
+  auto flush = [&] {
+    if (!M) return;
+    pass(runs, tokens + done, wanted, out + written * ld, ld);
+    written += i64(wanted.size());
+    done += M;
+    M = 0;
+    runs.clear();
+    wanted.clear();
+  };
+  for (size_t i = 0; i < rows.size(); i++)
+    for (i64 at = 0; at < counts[i];) {
+      const i64 n = std::min(counts[i] - at, kPass - M);
+      runs.push_back({M, n, cache.length(rows[i]) + at, cache.pages(rows[i])});
+      at += n;
+      for (i64 k = 0; k < n; k++)
+        if (!last_only || (k == n - 1 && at == counts[i])) wanted.push_back(M + k);
+      M += n;
+      if (M == kPass) flush();
+    }
+  flush();
+  for (size_t i = 0; i < rows.size(); i++) cache.append(rows[i], counts[i]);
+}
+
+void Engine::need_memory(i64 M, i64 longest) {
+  for (Thread& own : own_) own.scratch.need(kAttendRows * round_up(longest, kPage) + 64);
+  if (M <= capacity_) return;
+  const i64 rows = M == 1 ? 1 : round_up(M, 8);
+  auto inputs = [&](Inputs& in, i64 n) {
+    in.normed.need(n * Cp_);
+    in.bf16.need(n * stride_);
+    in.q.need(n * stride_);
+    in.scale.need(n * stride_ / kGroup);
+    in.sum.need(n * stride_ / kGroup);
+  };
+  for (Thread& own : own_) inputs(own.inputs, 1);
+  inputs(shared_, rows);
+  x_.need(rows * Cp_);
+  qkv_.need(rows * Qp_);
+  attended_.need(rows * Cp_);
+  hidden_.need(rows * Fp_);
+  branch_.need(rows * Cp_);
+  capacity_ = rows;
+  work_bytes_ = (rows + threads()) * (4 * Cp_ + 3 * stride_ + stride_ / 4) + rows * 4 * (3 * Cp_ + Qp_ + Fp_);
+}
+
+void Engine::pass(const std::vector<Run>& runs, const int* tokens, const std::vector<i64>& wanted, float* out, i64 ld) {
+  i64 longest = 0;
+  M_ = runs.back().first + runs.back().n;
+  for (const Run& run : runs) longest = std::max(longest, run.start + run.n);
+  need_memory(M_, longest);
+  runs_ = runs;
+  for (auto& item : next_) item = 0;
+  pool_.run([&](int t) { forward(t, tokens, wanted, out, ld); });
+}
+
+}  // namespace gptfast::engine

@@ -1,0 +1,143 @@
+// A GPT on the CPU: its packed weights, its threads, and the forward pass over any mixture of running sequences.
+#pragma once
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "cache.h"
+#include "kernels.h"
+#include "model.h"
+#include "pool.h"
+
+namespace gptfast::engine {
+
+// Grow-only zeroed memory, aligned for every vector.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  ~Buffer() { std::free(data_); }
+  T* get() const { return data_; }
+  void need(i64 n) {
+    if (n <= size_) return;
+    std::free(std::exchange(data_, nullptr));
+    size_ = 0;
+    const size_t bytes = size_t(round_up(n * i64(sizeof(T)), 64));
+    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (!data_) throw std::bad_alloc();
+    std::memset(data_, 0, bytes);
+    size_ = n;
+  }
+
+ private:
+  T* data_ = nullptr;
+  i64 size_ = 0;
+};
+
+// New tokens of one sequence in a pass: n from `first` on in the pass, at positions start, start + 1, …
+struct Run {
+  i64 first, n, start;
+  char* const* pages;
+};
+
+// How the next tokens are drawn (csrc/cpu/sample-inl.h), and what ends a sequence.
+struct Sampling {
+  float temperature;
+  i64 top_k;
+  double top_p;
+  uint64_t seed;
+  std::vector<i64> end_tokens;
+};
+
+// `weights` is Model::bytes of memory, aligned to 64, that outlives the engine. Calls lock one another out.
+class Engine {
+ public:
+  Engine(const Shape& shape, const Formats& formats, char* weights, int threads, bool bf16_cache,
+         const Kernels& kernels);
+
+  const Model& model() const { return model_; }
+  int threads() const { return pool_.threads(); }
+  i64 page_bytes() const { return model_.shape.layers * model_.shape.heads * head_bytes_; }
+  i64 work_bytes() const { return work_bytes_; }
+  std::mutex& lock() { return mutex_; }
+
+  // Packs fp32 values (N, K), rows ld apart, as the weight of this name.
+  void pack(const Weight& weight, const float* values, i64 ld);
+  // Appends counts[i] tokens to rows[i]; logits of the last token of each row, or of all tokens, to `out`, rows ld >= V
+  // rounded up to 32 apart. Room is reserved before anything is computed: a failure leaves the rows as they were.
+  void extend(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
+              bool last_only, float* out, i64 ld);
+  // Draws `steps` tokens for each row, fewer where it ends, from the logits of its last position, and appends them (the
+  // very last of a row that has not ended only if `more`). Row i of `logits` belongs to the i-th row that has not
+  // ended, before and after. tokens[i]: what rows[i] got; a draw from nan gives -1, from nothing but -inf -2, and ends
+  // all.
+  void decode(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& streams, const Sampling& sampling,
+              i64 steps, bool more, float* logits, i64 ld, std::vector<std::vector<int>>& tokens);
+  // Bytes a second of reading the weights, all threads, and nothing else.
+  double read_rate(int times);
+
+ private:
+  // Inputs of a product, and the memory for them.
+  struct Inputs {
+    Buffer<float> normed, scale;
+    Buffer<uint16_t> bf16;
+    Buffer<int8_t> q;
+    Buffer<int32_t> sum;
+  };
+  struct Thread {
+    Inputs inputs;  // of single rows, which every thread prepares for itself
+    Buffer<float> scratch;
+  };
+  struct Range {
+    i64 first, last;
+  };
+
+  void extend_locked(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
+                     bool last_only, float* out, i64 ld);
+  std::vector<i64> sample(const Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& streams,
+                          const Sampling& sampling, const float* logits, i64 ld);
+  void need_memory(i64 M, i64 longest);
+  void pass(const std::vector<Run>& runs, const int* tokens, const std::vector<i64>& wanted, float* out, i64 ld);
+  void forward(int t, const int* tokens, const std::vector<i64>& wanted, float* out, i64 ld);
+  void embed(int t, const int* tokens);
+  void attention(int t, i64 layer);
+  void attend(int t, i64 layer, i64 item);
+  void head(int t, const std::vector<i64>& wanted, float* out, i64 ld);
+  void normalise_in_place(int t, const Norm& norm);
+
+  Activations inputs_of(int t, Format format, const float* x, i64 ld, i64 K, i64 rows);
+  Activations normed_inputs(int t, Format format, const Norm& norm, const float* x, i64 ld, const i64* which, i64 rows);
+  void multiply(int t, const Linear& linear, const Activations& x, i64 rows, Finish finish, float* y, i64 ldy,
+                float* out, i64 ldo);
+
+  Range share(i64 n, int t) const { return {n * t / threads(), n * (t + 1) / threads()}; }
+  const float* floats(const Weight& w) const {
+    return w.offset < 0 ? nullptr : reinterpret_cast<const float*>(weights_ + w.offset);
+  }
+  bool reads_f32(Format f) const { return f == Format::f32 || (f == Format::bf16 && !kernels_.bf16_pairs); }
+  Activations view(Inputs& in) const;
+
+  const Model model_;
+  char* const weights_;
+  const Kernels& kernels_;
+  Pool pool_;
+  std::mutex mutex_;
+  const bool bf16_cache_;
+  const i64 head_bytes_;             // of a page, for one head of one layer
+  const i64 Cp_, Qp_, Fp_, stride_;  // C, 3 C, F, and the larger of C and F, rounded up to whole panels
+
+  i64 M_ = 0;  // tokens of the running pass, and the rows there is memory for
+  i64 capacity_ = 0, work_bytes_ = 0;
+  std::vector<Run> runs_;
+  std::vector<std::atomic<i64>> next_;                  // item of attention, per layer
+  Buffer<float> x_, qkv_, attended_, hidden_, branch_;  // (M, C), (M, 3 C), (M, C), (M, F), (M, C)
+  Inputs shared_;
+  std::vector<Thread> own_;
+};
+
+}  // namespace gptfast::engine

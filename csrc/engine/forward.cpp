@@ -1,0 +1,168 @@
+// The forward pass of the tokens of `runs_`: every thread runs forward(), and they meet at barriers.
+#include <algorithm>
+#include <cmath>
+
+#include "engine.h"
+
+namespace gptfast::engine {
+
+namespace {
+constexpr i64 kStreamRows = 32;  // up to so many rows a panel is read at full depth: its read is what counts
+// Depth that is multiplied before the next panel: x at this depth stays in L2, the panel's part in L1.
+constexpr i64 depth_of(Format f) { return f == Format::f32 ? 256 : f == Format::bf16 ? 512 : 1024; }
+}  // namespace
+
+void Engine::forward(int t, const int* tokens, const std::vector<i64>& wanted, float* out, i64 ld) {
+  const Shape& s = model_.shape;
+  const Finish gelu = s.gelu_tanh ? Finish::gelu_tanh : Finish::gelu;
+  float* x = x_.get();
+  embed(t, tokens);
+  pool_.barrier(t);
+  for (i64 l = 0; l < s.layers; l++) {
+    const Layer& layer = model_.layers[size_t(l)];
+    auto branch_inputs = [&](const Linear& linear, const Norm& norm) {
+      return s.pre_norm ? normed_inputs(t, linear.weight.format, norm, x, Cp_, nullptr, M_)
+                        : inputs_of(t, linear.weight.format, x, Cp_, s.C, M_);
+    };
+    multiply(t, layer.c_attn, branch_inputs(layer.c_attn, layer.ln_1), M_, Finish::store, qkv_.get(), Qp_, qkv_.get(),
+             Qp_);
+    pool_.barrier(t);
+    attention(t, l);
+    pool_.barrier(t);
+    const Activations attended = inputs_of(t, layer.attn_proj.weight.format, attended_.get(), Cp_, s.C, M_);
+    multiply(t, layer.attn_proj, attended, M_, Finish::add, branch_.get(), Cp_, x, Cp_);
+    pool_.barrier(t);
+    if (!s.pre_norm) normalise_in_place(t, layer.ln_1);
+    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), M_, gelu, hidden_.get(), Fp_, hidden_.get(), Fp_);
+    pool_.barrier(t);
+    const Activations hidden = inputs_of(t, layer.mlp_proj.weight.format, hidden_.get(), Fp_, s.F, M_);
+    multiply(t, layer.mlp_proj, hidden, M_, Finish::add, branch_.get(), Cp_, x, Cp_);
+    pool_.barrier(t);
+    if (!s.pre_norm) normalise_in_place(t, layer.ln_2);
+  }
+  if (!wanted.empty()) head(t, wanted, out, ld);
+}
+
+void Engine::embed(int t, const int* tokens) {
+  const Range mine = share(M_, t);
+  for (const Run& run : runs_)
+    for (i64 i = 0; i < run.n; i++) {
+      const i64 m = run.first + i;
+      if (m < mine.first || m >= mine.last) continue;
+      kernels_.embed(model_.wte.format, weights_ + model_.wte.offset, model_.shape.C, tokens[m],
+                     model_.shape.embed_scale, floats(model_.wpe) + (run.start + i) * Cp_, x_.get() + m * Cp_);
+    }
+}
+
+// One item is a head of a run. Single positions are shared out evenly; longer runs go to whoever is free.
+void Engine::attention(int t, i64 layer) {
+  const i64 items = i64(runs_.size()) * model_.shape.heads;
+  if (M_ == i64(runs_.size())) {
+    const Range mine = share(items, t);
+    for (i64 i = mine.first; i < mine.last; i++) attend(t, layer, i);
+  } else {
+    for (i64 i; (i = next_[size_t(layer)].fetch_add(1)) < items;) attend(t, layer, i);
+  }
+}
+void Engine::attend(int t, i64 layer, i64 item) {
+  const Shape& s = model_.shape;
+  const Run& run = runs_[size_t(item / s.heads)];
+  const i64 h = item % s.heads, D = s.D();
+  const float* q = qkv_.get() + run.first * Qp_ + h * D;
+  const AttendParams p{q,
+                       q + s.C,
+                       q + 2 * s.C,
+                       Qp_,
+                       run.n,
+                       D,
+                       run.start,
+                       s.window_of(layer),
+                       float(1 / std::sqrt(double(D))),
+                       bf16_cache_,
+                       run.pages,
+                       (layer * s.heads + h) * head_bytes_,
+                       attended_.get() + run.first * Cp_ + h * D,
+                       Cp_,
+                       own_[size_t(t)].scratch.get()};
+  kernels_.store_kv(p);
+  kernels_.attend(p);
+}
+
+void Engine::head(int t, const std::vector<i64>& wanted, float* out, i64 ld) {
+  const i64 rows = i64(wanted.size());
+  const Format format = model_.head.format;
+  Activations x;
+  if (model_.shape.final_norm) {
+    x = normed_inputs(t, format, model_.ln_f, x_.get(), Cp_, wanted.data(), rows);
+  } else {  // gather the rows
+    const Range mine = share(rows, t);
+    for (i64 i = mine.first; i < mine.last; i++)
+      std::memcpy(branch_.get() + i * Cp_, x_.get() + wanted[size_t(i)] * Cp_, size_t(Cp_) * 4);
+    pool_.barrier(t);
+    x = inputs_of(t, format, branch_.get(), Cp_, model_.shape.C, rows);
+  }
+  multiply(t, {model_.head, Weight()}, x, rows, Finish::store, out, ld, out, ld);
+}
+
+void Engine::normalise_in_place(int t, const Norm& norm) {
+  const Range mine = share(M_, t);
+  for (i64 m = mine.first; m < mine.last; m++) {
+    float* x = x_.get() + m * Cp_;
+    kernels_.layer_norm(x, floats(norm.weight), floats(norm.bias), model_.shape.eps, model_.shape.C, x);
+  }
+  pool_.barrier(t);
+}
+
+Activations Engine::view(Inputs& in) const {
+  return {in.normed.get(), Cp_, in.bf16.get(), in.q.get(), in.scale.get(), in.sum.get(), stride_};
+}
+// x as the product of a format reads it. A single row is prepared by every thread for itself, which is quicker than
+// waiting for another; several rows are shared out.
+Activations Engine::inputs_of(int t, Format format, const float* x, i64 ld, i64 K, i64 rows) {
+  const bool single = rows == 1;
+  Activations in = view(single ? own_[size_t(t)].inputs : shared_);
+  in.f32 = x;
+  in.f32_stride = ld;
+  if (reads_f32(format)) return in;
+  const Range mine = single ? Range{0, 1} : share(rows, t);
+  for (i64 m = mine.first; m < mine.last; m++) kernels_.prepare(format, x + m * ld, K, in, m);
+  if (!single) pool_.barrier(t);
+  return in;
+}
+// The same of LayerNorm(x), rows which[0], which[1], … (null: all in order).
+Activations Engine::normed_inputs(int t, Format format, const Norm& norm, const float* x, i64 ld, const i64* which,
+                                  i64 rows) {
+  const bool single = rows == 1;
+  Inputs& to = single ? own_[size_t(t)].inputs : shared_;
+  const Range mine = single ? Range{0, 1} : share(rows, t);
+  const Activations in = view(to);
+  for (i64 m = mine.first; m < mine.last; m++) {
+    float* normed = to.normed.get() + m * Cp_;
+    kernels_.layer_norm(x + (which ? which[m] : m) * ld, floats(norm.weight), floats(norm.bias), model_.shape.eps,
+                        model_.shape.C, normed);
+    if (!reads_f32(format)) kernels_.prepare(format, normed, model_.shape.C, in, m);
+  }
+  if (!single) pool_.barrier(t);
+  return in;
+}
+
+// This thread's panels of out = finish(x W^T + bias); y is room for the products, and may be `out`.
+void Engine::multiply(int t, const Linear& linear, const Activations& x, i64 rows, Finish finish, float* y, i64 ldy,
+                      float* out, i64 ldo) {
+  const Weight& w = linear.weight;
+  const Range mine = share(panels(w.N), t);
+  const i64 K = padded_depth(w.format, w.K), depth = rows <= kStreamRows ? K : depth_of(w.format);
+  const i64 panel = panel_bytes(w.format, w.K);
+  const float* bias = floats(linear.bias);
+  for (i64 k0 = 0; k0 < K; k0 += depth) {
+    const i64 k1 = std::min(K, k0 + depth);
+    for (i64 p = mine.first; p < mine.last; p++) {
+      const i64 n = p * kPanel;
+      kernels_.product(w.format, weights_ + w.offset + p * panel, x, rows, k0, k1, y + n, ldy, k0 > 0);
+      if (k1 == K && (bias || finish != Finish::store))
+        kernels_.finish(finish, y + n, ldy, rows, bias ? bias + n : nullptr, out + n, ldo);
+    }
+  }
+}
+
+}  // namespace gptfast::engine

@@ -1,0 +1,4 @@
+#define GPTFAST_SCALAR
+#define GPTFAST_ISA isa_scalar
+#define GPTFAST_ISA_NAME "scalar"
+#include "isa.h"

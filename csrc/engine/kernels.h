@@ -1,0 +1,71 @@
+// The engine's kernels as its model code sees them: one table of function pointers per instruction set.
+//
+// What a kernel computes for one row never depends on the other rows of the call, nor on how many there are: every sum
+// runs in the same order for any tile. That is why a sequence gives the same bits alone, in a batch, in any stretches
+// of prefill, and on any number of threads.
+#pragma once
+#include "../cpu/kernels.h"
+#include "format.h"
+
+namespace gptfast::engine {
+
+// Rows of inputs of a product. `f32` has its own stride; of the others `stride` is a multiple of 32.
+struct Activations {
+  const float* f32 = nullptr;
+  i64 f32_stride = 0;
+  uint16_t* bf16 = nullptr;
+  int8_t* q = nullptr;     // x / scale
+  float* scale = nullptr;  // per group of 32: stride / 32 a row
+  int32_t* sum = nullptr;  // of q over the group
+  i64 stride = 0;
+};
+
+// What becomes of the outputs of a product.
+enum class Finish { store, gelu_tanh, gelu, add };  // add: to what `out` holds
+
+constexpr i64 kPage = 64;  // positions of a page of keys and values
+
+// One head of one run of neighbouring new positions. A page holds, for this head at `offset`, keys as [D][64] and then
+// values as [64][D rounded up to 16], in fp32 or bf16.
+struct AttendParams {
+  const float *q, *k, *v;  // (n, D), rows `stride` apart
+  i64 stride, n, D;
+  i64 start;   // position of the first
+  i64 window;  // positions that a query sees, its own included; 0: all
+  float scale;
+  bool bf16_cache;
+  char* const* pages;
+  i64 offset;  // bytes
+  float* out;  // (n, D), rows `out_stride` apart
+  i64 out_stride;
+  float* scratch;  // kAttendRows rows of the positions rounded up to 64, and a few vectors
+};
+constexpr i64 kAttendRows = 4;  // queries that are computed together
+
+inline i64 padded_head(i64 D) { return round_up(D, 16); }
+inline i64 head_elements(i64 D) { return kPage * D + kPage * padded_head(D); }
+
+struct Kernels {
+  const char* isa;
+  bool bf16_pairs;  // products of bf16 weights read Activations::bf16, else f32
+  // Brings a row of K values into the form that the format's product reads (none for those that read f32).
+  void (*prepare)(Format, const float* x, i64 K, const Activations& to, i64 row);
+  // y[m][0..32) (+)= x[m][k0..k1) W^T for rows [0, M) and one panel; k0 is a multiple of 32.
+  void (*product)(Format, const char* panel, const Activations& x, i64 M, i64 k0, i64 k1, float* y, i64 ldy, bool add);
+  // The panel's outputs y, M rows: out = finish(y + bias). bias has 32 values, or is null.
+  void (*finish)(Finish, const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, i64 C, float* y);
+  // out = scale * row n of W + position
+  void (*embed)(Format, const char* matrix, i64 K, i64 n, float scale, const float* position, float* out);
+  void (*store_kv)(const AttendParams&);  // the new keys and values into the pages
+  void (*attend)(const AttendParams&);    // softmax(q k^T scale) v
+  void (*sample)(const cpu::SampleParams&, i64 row_begin, i64 row_end);
+  int64_t (*read)(const char* data, i64 bytes);  // only reads: the limit of what streams its weights
+};
+
+// The table of this instruction set, or null where it is unknown or cannot run here.
+const Kernels* kernels(const char* isa);
+// Grow-only memory of this thread, for the sampler.
+void* scratch(size_t bytes);
+
+}  // namespace gptfast::engine

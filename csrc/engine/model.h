@@ -1,0 +1,64 @@
+// What the engine holds of a GPT, and where: all weights lie in one block of memory, in the order of their use.
+#pragma once
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "format.h"
+
+namespace gptfast::engine {
+
+struct Shape {
+  i64 layers = 0, heads = 0, C = 0, F = 0, V = 0, positions = 0;  // F: hidden channels of the MLP
+  i64 window = 0;                                                 // of layers 1, 3, 5, …; 0: none
+  bool pre_norm = true, final_norm = true, gelu_tanh = true, tied = true, bias = true;
+  float eps = 1e-5f;
+  float embed_scale = 1.f;  // of the token embedding
+
+  i64 D() const { return C / heads; }
+  i64 window_of(i64 layer) const { return layer % 2 ? window : 0; }
+};
+
+// A packed matrix (N, K), or with K == 0 a vector of N floats, followed by zeros up to a whole panel.
+struct Weight {
+  Format format = Format::f32;
+  i64 N = 0, K = 0;
+  i64 offset = -1;  // bytes into the block; -1: the model has none
+  i64 bytes() const { return K ? panels(N) * panel_bytes(format, K) : panels(N) * kPanel * 4; }
+};
+struct Norm {
+  Weight weight, bias;
+};
+struct Linear {
+  Weight weight, bias;
+};
+struct Layer {
+  Norm ln_1, ln_2;
+  Linear c_attn, attn_proj, c_fc, mlp_proj;
+};
+
+// The formats of the matrices of a layer, in the order c_attn, attn.c_proj, c_fc, mlp.c_proj, and of the embeddings.
+struct Formats {
+  Format c_attn, attn_proj, c_fc, mlp_proj, head;
+};
+
+struct Model {
+  Model(const Shape& shape, const Formats& formats);
+
+  Shape shape;
+  Weight wte, wpe;  // wpe: fp32, positions rows of C rounded up to a panel
+  std::vector<Layer> layers;
+  Norm ln_f;
+  Weight head;  // wte itself when tied
+  i64 bytes = 0;
+  std::unordered_map<std::string, Weight> by_name;  // of all, under GPT-2's parameter names
+
+ private:
+  Weight place(const std::string& name, Weight weight);
+  Weight matrix(const std::string& name, Format format, i64 N, i64 K);
+  Weight vector(const std::string& name, i64 N, bool present = true);
+  Norm norm(const std::string& name);
+  Linear linear(const std::string& name, Format format, i64 N, i64 K);
+};
+
+}  // namespace gptfast::engine

@@ -1,0 +1,117 @@
+// What happens to single rows between the products.
+
+// x in bytes: x / scale, scale = max |x| / 127 of each group; and their sum, for the weights' offset. A nan or an
+// infinity makes the scale nan, so that it is not lost.
+static void quantise_row(const float* x, i64 K, int8_t* q, float* scale, int32_t* sums) {
+  for (i64 k = 0; k < K; k += kGroup, q += kGroup) {
+    F v[kGroup / L], top = zero(), bad = zero();
+    UNROLL for (int i = 0; i < kGroup / L; i++) {
+      const i64 left = K - k - i * L;
+      v[i] = left >= L ? load(x + k + i * L) : left > 0 ? load_n(x + k + i * L, left) : zero();
+      top = max(abs(v[i]), top);
+      bad = bad + v[i] * zero();
+    }
+    const float most = hmax(top);
+    const F inverse = set(most > 0 ? 127.f / most : 0.f);
+    alignas(64) int32_t lanes[kGroup];
+    UNROLL for (int i = 0; i < kGroup / L; i++)
+      istore(lanes + i * L, nearest(v[i] * inverse));
+    int32_t total = 0;
+    for (int i = 0; i < kGroup; i++) {
+      q[i] = int8_t(lanes[i]);
+      total += lanes[i];
+    }
+    *scale++ = most / 127.f + sum(bad);
+    *sums++ = total;
+  }
+}
+static void prepare(Format f, const float* x, i64 K, const Activations& to, i64 row) {
+  if (quantised(f))
+    return quantise_row(x, K, to.q + row * to.stride, to.scale + row * to.stride / kGroup,
+                        to.sum + row * to.stride / kGroup);
+  if (f != Format::bf16 || !kPairs) return;
+  uint16_t* out = to.bf16 + row * to.stride;
+  narrow_row(out, x, DType::bf16, K);
+  if (K & 1) out[K] = 0;
+}
+
+static void layer_norm(const float* x, const float* weight, const float* bias, float eps, i64 C, float* y) {
+  const F mean = set(row_sum(C, [&](i64 c, i64 n) { return load_lanes(x + c, n); }) / float(C));
+  const float variance = row_sum(C,
+                                 [&](i64 c, i64 n) {
+                                   const F d = load_lanes(x + c, n) - mean;
+                                   return n == L ? d * d : keep(first_n(n), d * d);
+                                 }) /
+                         float(C);
+  const F rstd = set(1.f / __builtin_sqrtf(variance + eps));
+  for_lanes(C, [&](i64 c, i64 n) {
+    const F normed = (load_lanes(x + c, n) - mean) * rstd, w = load_lanes(weight + c, n);
+    store_lanes(y + c, bias ? fma(normed, w, load_lanes(bias + c, n)) : normed * w, n);
+  });
+}
+
+template <Finish FINISH>
+static void finish_rows(const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
+  for (i64 m = 0; m < M; m++) UNROLL
+    for (int c = 0; c < kPanel; c += L) {
+      F v = load(y + m * ldy + c);
+      if (bias) v = v + load(bias + c);
+      if (FINISH == Finish::gelu_tanh) v = gelu_value<true>(v);
+      if (FINISH == Finish::gelu) v = gelu_value<false>(v);
+      if (FINISH == Finish::add) v = v + load(out + m * ldo + c);
+      store(out + m * ldo + c, v);
+    }
+}
+static void finish(Finish kind, const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
+  switch (kind) {
+    case Finish::store: return finish_rows<Finish::store>(y, ldy, M, bias, out, ldo);
+    case Finish::gelu_tanh: return finish_rows<Finish::gelu_tanh>(y, ldy, M, bias, out, ldo);
+    case Finish::gelu: return finish_rows<Finish::gelu>(y, ldy, M, bias, out, ldo);
+    case Finish::add: return finish_rows<Finish::add>(y, ldy, M, bias, out, ldo);
+  }
+}
+
+INL float widen_half(const uint16_t* p) {
+  alignas(64) uint16_t lanes[L] = {*p};
+  alignas(64) float out[L];
+  store(out, load_f16(lanes));
+  return out[0];
+}
+// Value k of output n of a panel (n < 32).
+static float weight_at(Format f, const char* panel, i64 n, i64 k) {
+  if (f == Format::f32) return reinterpret_cast<const float*>(panel)[k * kPanel + n];
+  if (f == Format::bf16) {
+    const uint32_t bits = uint32_t(reinterpret_cast<const uint16_t*>(panel)[(k / 2 * kPanel + n) * 2 + k % 2]) << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+  }
+  const char* group = panel + k / kGroup * group_bytes(f);
+  const float scale = widen_half(reinterpret_cast<const uint16_t*>(group) + n);
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(group) + kPanel * 2;
+  const i64 i = k % kGroup;
+  if (f == Format::int8) return scale * float(int(bytes[(i / 4 * kPanel + n) * 4 + i % 4]) - 128);
+  const int code = bytes[(i % 16 / 4 * kPanel + n) * 4 + i % 4] >> (i < 16 ? 0 : 4) & 15;
+  return scale * float(f == Format::int4 ? code - 8 : int(kNf4[code]));
+}
+static void embed(Format f, const char* matrix, i64 K, i64 n, float scale, const float* position, float* out) {
+  const char* panel = matrix + n / kPanel * panel_bytes(f, K);
+  const i64 lines = panel_bytes(f, K), step = f == Format::f32 ? kPanel * 4 : 2 * kPanel;
+  for (i64 i = n % kPanel * 4; i < lines; i += step) __builtin_prefetch(panel + i, 0, 3);  // one word of each k or so
+  for (i64 k = 0; k < K; k++) out[k] = scale * weight_at(f, panel, n % kPanel, k) + position[k];
+}
+
+static int64_t read(const char* data, i64 bytes) {
+  I s[4] = {iset(0), iset(0), iset(0), iset(0)};
+  const i64 step = 4 * L * 4;
+  for (i64 i = 0; i + step <= bytes; i += step) {
+    ahead(data + i, step);
+    UNROLL for (int j = 0; j < 4; j++)
+      s[j] = iadd(s[j], iload(data + i + j * L * 4));
+  }
+  alignas(64) uint32_t lanes[L];
+  istore(lanes, iadd(iadd(s[0], s[1]), iadd(s[2], s[3])));
+  int64_t total = 0;
+  for (uint32_t x : lanes) total += x;
+  return total;
+}

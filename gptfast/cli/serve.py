@@ -1,0 +1,88 @@
+"""gptfast serve: a GPT behind the OpenAI completions protocol."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+KEY_VARIABLE = "GPTFAST_API_KEY"
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="Checkpoint folder, such as runs/bard/best, or a Hugging Face hub id.")],
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; the default is reached from this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen at.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name for clients.", show_default="of the folder or id")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help=f"The bearer token that clients must send; better in {KEY_VARIABLE}, which other users cannot see."
+        ),
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond this machine without a key.")] = False,
+    batch_size: Annotated[int, typer.Option(help="How many texts are written at a time.")] = 16,
+    max_queue: Annotated[int, typer.Option(help="How many more may wait; beyond that the answer is 429.")] = 64,
+    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 600.0,
+) -> None:
+    """Serve completions to OpenAI clients.
+
+    [bold]Examples[/]
+
+      [cyan]gptfast serve --model runs/bard/best[/]
+
+      [cyan]curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "best", "prompt": "ROMEO:", "max_tokens": 50}'[/]
+
+      In Python: [cyan]openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="…").completions.create(model="best", prompt="ROMEO:")[/]
+    """
+    key = api_key or os.environ.get(KEY_VARIABLE) or None
+    _check(host, port, key, no_auth, batch_size, max_queue, timeout)
+    try:
+        import uvicorn
+
+        from gptfast.serving.app import Limits, create_app
+    except ImportError as error:
+        raise ImportError(f"serve: {error.name} is not installed; pip install 'gptfast[serve]'") from None
+    from gptfast.models import GPT
+    from gptfast.models.pretrained import resolve
+    from gptfast.tokenizer import load_tokenizer
+
+    folder = resolve(model)
+    gpt, tokenizer = GPT.from_pretrained(folder).eval(), load_tokenizer(folder)
+    limits = Limits(max_rows=batch_size, max_queue=max_queue, seconds=timeout)
+    app = create_app(gpt, tokenizer, name or _name(model), limits, key)
+    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=5)
+
+
+def _name(model: str) -> str:
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _check(
+    host: str, port: int, key: str | None, no_auth: bool, batch_size: int, max_queue: int, timeout: float
+) -> None:
+    if not 0 <= port < 65536:
+        raise ValueError(f"serve: --port is {port}; expected 0 to 65535 (0 takes any free one)")
+    if batch_size < 1 or max_queue < 0:
+        raise ValueError(f"serve: --batch-size is {batch_size} and --max-queue {max_queue}; expected at least 1 and 0")
+    if not timeout > 0:
+        raise ValueError(f"serve: --timeout is {timeout}; expected seconds > 0")
+    if key is None and not no_auth and not _is_loopback(host):
+        raise ValueError(
+            f"serve: --host {host} can be reached from other machines, and there is no API key; set {KEY_VARIABLE}, or "
+            "say --no-auth"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,204 @@
+"""CompiledGPT: a GPT packed for the native CPU engine."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gptfast.backend import cpu_isa
+from gptfast.engine import file
+from gptfast.engine.formats import CACHE_DTYPES, format_name, matrix_formats
+from gptfast.engine.sequences import PANEL, EngineSequences
+
+if TYPE_CHECKING:
+    from gptfast.models import GPT, GPTConfig
+
+
+class CompiledGPT:
+    """A model in the engine (`csrc/engine`): packed weights, threads of its own, no torch module behind it.
+
+    Made by `GPT.compile_for_inference` or `gptfast.engine.load`. Its results do not depend on the number of threads, and
+    a sequence's not on what else is computed with it.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        dtype: str,
+        formats: dict[str, str],
+        weights: Any,
+        *,
+        threads: int | None = None,
+        max_rows: int | None = None,
+        cache_dtype: Any = None,
+    ) -> None:
+        from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+
+        self.config, self.dtype = config, dtype
+        self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
+        self.cache_dtype = _cache_dtype(cache_dtype, dtype)
+        self._formats, self._weights = formats, weights
+        threads = torch.get_num_threads() if threads is None else _count("threads", threads)
+        self._core = _C.Engine(
+            shape_of(config), formats, weights, threads, self.cache_dtype == "bfloat16", cpu_isa() or "scalar"
+        )
+
+    @property
+    def threads(self) -> int:
+        return self._core.threads
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights."""
+        return memoryview(self._weights).nbytes
+
+    def sequences(self, capacity_rows: int = 1, max_len: int | None = None) -> EngineSequences:
+        """Room for running sequences; see `EngineSequences`. Keys and values take memory as they come."""
+        if self.max_rows is not None and capacity_rows > self.max_rows:
+            raise ValueError(
+                f"sequences: capacity_rows is {capacity_rows} and the model was compiled with max_rows={self.max_rows}; "
+                "compile it with more, or run fewer at a time"
+            )
+        return EngineSequences(self._core, self.config, capacity_rows, max_len)
+
+    def logits(self, ids: Any) -> Tensor:
+        """fp32 logits (B, T, V) of token ids (B, T), or (T, V) of (T,).
+
+        Raises:
+            ValueError: ids outside the vocabulary, none at all, or more than block_size in a row.
+        """
+        ids = torch.as_tensor(ids)
+        if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.numel() == 0:
+            raise ValueError(
+                f"logits: ids has shape {tuple(ids.shape)}, {ids.dtype}; expected (B, T) or (T,) token ids"
+            )
+        rows = ids[None] if ids.dim() == 1 else ids
+        one = self.sequences(1)
+        parts = []
+        for row in rows.tolist():
+            (index,) = one.add()
+            parts += one.extend([index], [row], last_only=False)
+            one.release(index)
+        return parts[0] if ids.dim() == 1 else torch.stack(parts)
+
+    def generate(self, ids: Any, **options: Any) -> Any:
+        """Continue `ids`, with the options of `GPT.generate`; see `gptfast.generation.generate`."""
+        from gptfast.engine.generate import generate
+
+        return generate(self, ids, **options)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the packed model to a file that `gptfast.engine.load` maps at once."""
+        file.save(path, self.config, self._formats, self.dtype, memoryview(self._weights))
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"CompiledGPT({c.n_layer} layers, {c.n_embd} channels, {self.dtype}, {self.nbytes / 1e6:.0f} MB, "
+            f"{self.threads} threads)"
+        )
+
+
+def shape_of(config: GPTConfig) -> dict[str, Any]:
+    """What the engine needs to know of a config."""
+    learned = config.position_embedding == "learned"
+    names = ("n_layer", "n_head", "n_embd", "inner_dim", "vocab_size", "block_size", "final_norm", "bias")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "window": config.window or 0,
+        "pre_norm": config.norm_position == "pre",
+        "gelu_tanh": config.activation == "gelu_tanh",
+        "tied": config.tie_weights,
+        "eps": config.layer_norm_epsilon,
+        "embed_scale": 1.0 if learned else math.sqrt(config.n_embd),
+    }
+
+
+def compile_model(
+    model: GPT,
+    dtype: Any = "bfloat16",
+    *,
+    threads: int | None = None,
+    max_rows: int | None = None,
+    cache_dtype: Any = None,
+) -> CompiledGPT:
+    """Pack a GPT for the engine; see `GPT.compile_for_inference`."""
+    try:
+        from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+    except ImportError as error:
+        raise RuntimeError(
+            f"compile_for_inference: gptfast was installed without its compiled part ({error}); install it with a C++ "
+            "compiler, or use GPT.generate"
+        ) from None
+    name = format_name(dtype)
+    formats, shape = matrix_formats(name), shape_of(model.config)
+    # zeroed, aligned to a page, and given back to the system at once when it is freed
+    weights = mmap.mmap(-1, _C.packed_bytes(shape, formats), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    compiled = CompiledGPT(
+        model.config, name, formats, weights, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype
+    )
+    _pack(model, compiled._core, _C.weight_names(shape, formats))
+    return compiled
+
+
+def _pack(model: GPT, core: Any, names: list[str]) -> None:
+    """Hand over one weight after another in fp32; the conversion of one is all that is held besides."""
+    weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name in names:
+        value = weights[name].detach().to("cpu", torch.float32)
+        if name == "wpe.weight":  # rows of whole panels
+            value = torch.nn.functional.pad(value, (0, -value.shape[1] % PANEL)).flatten()
+        value = value.contiguous()
+        if not value.isfinite().all():
+            raise ValueError(f"compile_for_inference: {name} holds nan or infinities; the model is damaged")
+        N, K = value.shape if value.dim() == 2 else (value.numel(), 0)
+        core.pack(name, value.data_ptr(), N, K, K)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    max_rows: int | None = None,
+    cache_dtype: Any = None,
+    verify: bool = False,
+) -> CompiledGPT:
+    """Open a model that `CompiledGPT.save` wrote. Its weights are mapped: nothing is read before it is used.
+
+    Args:
+        path: the file.
+        threads, max_rows, cache_dtype: as in `GPT.compile_for_inference`.
+        verify: compare all weights with their checksum first (reads the whole file).
+    Raises:
+        OSError, ValueError: see `gptfast.engine.file.load`.
+    """
+    from gptfast.models import GPTConfig
+
+    description, weights = file.load(path, verify)
+    config = GPTConfig(**description["config"])
+    options = {"threads": threads, "max_rows": max_rows, "cache_dtype": cache_dtype}
+    return CompiledGPT(config, description["dtype"], description["formats"], weights, **options)
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"compile_for_inference: {name} is {value!r}; expected an int of at least 1")
+    return value
+
+
+def _cache_dtype(value: Any, dtype: str) -> str:
+    """fp32 keys and values beside fp32 weights, bf16 beside all others, unless told."""
+    if value is None:
+        return "float32" if dtype == "float32" else "bfloat16"
+    try:
+        name = format_name(value)
+    except ValueError:
+        name = str(value)
+    if name not in CACHE_DTYPES:
+        raise ValueError(f"compile_for_inference: cache_dtype is {value!r}; expected {' or '.join(CACHE_DTYPES)}")
+    return name

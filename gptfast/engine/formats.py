@@ -1,0 +1,43 @@
+"""The formats of the engine's weights and what each of its matrices is stored in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FORMATS = ("float32", "bfloat16", "int8", "int4", "nf4")
+CACHE_DTYPES = ("float32", "bfloat16")
+ALIASES = {"fp32": "float32", "bf16": "bfloat16"}  # as the command line has them
+BITS = {
+    "float32": 32.0,
+    "bfloat16": 16.0,
+    "int8": 8.5,
+    "int4": 4.5,
+    "nf4": 4.5,
+}  # of a weight, with its share of a scale
+
+MATRICES: tuple[str, ...] = ("c_attn", "attn_proj", "c_fc", "mlp_proj", "head")
+
+
+def format_name(dtype: Any) -> str:
+    """The name of a format, from it, from an alias or from a torch.dtype.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    name = str(dtype).removeprefix("torch.")
+    name = ALIASES.get(name, name)
+    if name not in FORMATS:
+        raise ValueError(f"compile_for_inference: dtype is {dtype!r}; expected one of {', '.join(FORMATS)}")
+    return name
+
+
+def matrix_formats(name: str) -> dict[str, str]:
+    """The format of each kind of matrix.
+
+    The 4-bit formats keep the head, which is the token embedding too, in 8 bits: it is a third of GPT-2 124M, and the
+    logits come straight out of it.
+    """
+    formats: dict[str, str] = dict.fromkeys(MATRICES, name)
+    if BITS[name] < 8:
+        formats["head"] = "int8"
+    return formats

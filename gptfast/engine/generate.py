@@ -1,0 +1,71 @@
+"""Generation with a compiled model: the common options inside the engine, all others by `gptfast.generation`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gptfast.engine.sequences import empty_logits
+from gptfast.generation import GenerationConfig
+from gptfast.generation import generate as generate_by_steps
+from gptfast.generation.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from gptfast.engine.compiled import CompiledGPT
+
+INSIDE = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "eos_token_id", "num_return_sequences")
+BLOCK = 16  # tokens between two looks at the keyboard (Ctrl-C)
+
+
+def generate(model: CompiledGPT, ids: Any, **options: Any) -> Any:
+    """Continue `ids`; see `gptfast.generation.generate`, whose tokens these are."""
+    names = {field.name for field in fields(GenerationConfig)}
+    config = GenerationConfig.of(**options) if names.issuperset(options) else None
+    if config is None or not runs_inside(config):
+        return generate_by_steps(model, ids, **options)  # type: ignore[arg-type]
+    prompts = read_prompts(ids, model, config)  # type: ignore[arg-type]
+    rows = _generate(model, prompts, config)
+    return _as_tensor(rows, config) if isinstance(ids, Tensor) else rows
+
+
+def runs_inside(config: GenerationConfig) -> bool:
+    """Whether the engine's own loop knows all that the config asks for."""
+    return all(getattr(config, field.name) == field.default for field in fields(config) if field.name not in INSIDE)
+
+
+def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    copies, total = config.num_return_sequences, len(prompts) * config.num_return_sequences
+    sequences = model.sequences(total, max(map(len, prompts)) + config.max_new_tokens)
+    texts = [list(prompt) for prompt in prompts for _ in range(copies)]
+    logits = empty_logits(total, model.config.vocab_size)
+    rows: list[int] = []
+    first = sequences.add(len(prompts))
+    logits[::copies] = sequences.extend(first, prompts)
+    for n, row in enumerate(first):
+        rows += [row, *(sequences.add(copies - 1, like=row) if copies > 1 else [])]
+        logits[n * copies + 1 : (n + 1) * copies] = logits[n * copies]
+    active = list(range(total))
+    for begin in range(0, config.max_new_tokens, BLOCK):
+        steps = min(BLOCK, config.max_new_tokens - begin)
+        new = sequences.decode(
+            [rows[n] for n in active],
+            logits,
+            steps=steps,
+            more=begin + steps < config.max_new_tokens,
+            streams=[n % copies for n in active],
+            sampling=(config.temperature, config.top_k, config.top_p, config.seed, list(config.eos_ids)),
+        )
+        for n, tokens in zip(active, new, strict=True):
+            texts[n] += tokens
+        active = [n for n, tokens in zip(active, new, strict=True) if tokens[-1] not in config.eos_ids]
+        if not active:
+            break
+    return texts
+
+
+def _as_tensor(rows: list[list[int]], config: GenerationConfig) -> Tensor:
+    longest, fill = max(map(len, rows)), (config.eos_ids or (0,))[0]
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])

@@ -1,0 +1,194 @@
+"""Running sequences of a compiled model.  V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gptfast.models import GPTConfig
+
+PANEL = 32  # logits are written in whole panels of so many
+
+
+class EngineSequences:
+    """Token sequences of one `CompiledGPT`, each with its keys and values: what a generation loop knows of a model.
+
+    A row's logits depend on its own tokens alone, to the bit: not on the other rows of a call, nor on how its tokens were
+    cut into calls.
+
+    Args:
+        core: the `gptfast._C.Engine`.
+        config: of the model.
+        capacity: the most rows.
+        max_len: positions per row, at most block_size.
+    Raises:
+        ValueError: capacity or max_len out of range.
+    """
+
+    def __init__(self, core: Any, config: GPTConfig, capacity: int, max_len: int | None = None) -> None:
+        from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+
+        self.config, self.capacity = config, capacity
+        self.max_len = config.block_size if max_len is None else max_len
+        if capacity < 1:
+            raise ValueError(f"sequences: capacity_rows is {capacity}; expected at least 1")
+        if not 1 <= self.max_len <= config.block_size:
+            raise ValueError(f"sequences: max_len is {max_len}; expected 1 to block_size = {config.block_size}")
+        self._cache = _C.Cache(core, capacity, self.max_len)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions held by each row; 0 for one that is not in use."""
+        return [self._cache.length(row) if self._cache.live(row) else 0 for row in range(self.capacity)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values that are held."""
+        return self._cache.bytes()
+
+    def add(self, count: int = 1, like: int | None = None) -> list[int]:
+        """New rows, empty or copies of row `like`; returns their indices.
+
+        Raises:
+            RuntimeError: there is no room.  ValueError: `like` is not in use.
+        """
+        if like is not None:
+            self._check_rows("add", [like])
+        if count > self._cache.free_rows():
+            raise RuntimeError(
+                f"sequences: {count} more rows do not fit, {self._cache.free_rows()} of {self.capacity} are free; release "
+                "rows that have ended, or ask for a larger capacity"
+            )
+        rows = [self._cache.add() for _ in range(count)]
+        if like is not None:
+            self._cache.copy(rows, [like] * count)
+        return rows
+
+    def reorder(self, rows: Sequence[int], sources: Sequence[int]) -> None:
+        """Row rows[i] becomes a copy of what row sources[i] was. What they share is held once."""
+        if len(rows) != len(sources) or len(set(rows)) != len(rows):
+            raise ValueError(
+                f"reorder: rows {list(rows)} and sources {list(sources)}; expected as many, rows without repeats"
+            )
+        self._check_rows("reorder", [*rows, *sources])
+        self._cache.copy(list(rows), list(sources))
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget what lies behind the first `length` positions of a row."""
+        self._check_rows("truncate", [row])
+        if not 0 <= length <= self._cache.length(row):
+            raise ValueError(f"truncate: length is {length}; row {row} holds {self._cache.length(row)} positions")
+        self._cache.truncate(row, length)
+
+    def release(self, row: int) -> None:
+        """Free a row and what it holds; its index may be given out again."""
+        self._check_rows("release", [row])
+        self._cache.release(row)
+
+    @overload
+    def extend(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last_only: Literal[True] = True
+    ) -> Tensor: ...
+
+    @overload
+    def extend(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last_only: Literal[False]
+    ) -> list[Tensor]: ...
+
+    @overload
+    def extend(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last_only: bool
+    ) -> Tensor | list[Tensor]: ...
+
+    def extend(
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last_only: bool = True
+    ) -> Tensor | list[Tensor]:
+        """Append tokens to rows, ragged, at least one each.
+
+        Args:
+            rows: which, without repeats.
+            tokens: of each of them, in [0, V).
+            last_only: whether only the logits behind the last token of each row are wanted.
+        Returns:
+            fp32 logits, (len(rows), V); with last_only=False a list of (len(tokens[i]), V).
+        Raises:
+            ValueError: a row that is not in use or has no room, no tokens, or ids outside the vocabulary.
+        """
+        rows, counts = list(rows), [len(t) for t in tokens]
+        self._check_rows("extend", rows)
+        flat = [int(token) for row in tokens for token in row]
+        self._check_tokens(rows, counts, flat)
+        V = self.config.vocab_size
+        logits = empty_logits(len(rows) if last_only else len(flat), V)  # fresh: the caller may keep what it got
+        self._cache.extend(rows, counts, flat, last_only, logits.data_ptr(), logits.stride(0))
+        return logits if last_only else list(logits.split(counts))
+
+    def decode(
+        self,
+        rows: Sequence[int],
+        logits: Tensor,
+        *,
+        steps: int,
+        more: bool,
+        streams: Sequence[int],
+        sampling: tuple[float, int, float, int, list[int]],
+    ) -> list[list[int]]:
+        """Draw and append tokens without coming back to Python in between.
+
+        Args:
+            rows: which, without repeats.
+            logits: from `empty_logits`; row i those of the last position of rows[i]. Afterwards row i is of the i-th row
+                that has not ended.
+            steps: how many tokens to draw for each row; fewer where it ends.
+            more: whether the very last token of each row is appended too (more are to be drawn).
+            streams: of each row, see `gptfast.ops.sample`.
+            sampling: temperature, top_k, top_p, seed, and the tokens that end a row.
+        Returns:
+            The new tokens of each row, an end token among them; they are those that `ops.sample` draws.
+        Raises:
+            ValueError: a row that is not in use or has no room.  RuntimeError: the logits hold nan, or nothing but -inf.
+        """
+        rows = list(rows)
+        self._check_rows("decode", rows)
+        self._check_room("decode", rows, [steps if more else steps - 1] * len(rows))
+        temperature, top_k, top_p, seed, ends = sampling
+        new = self._cache.decode(
+            rows, list(streams), temperature, top_k, top_p, seed, ends, steps, more, logits.data_ptr(), logits.stride(0)
+        )
+        for n, tokens in enumerate(new):
+            if tokens and tokens[-1] < 0:
+                what = "nan - look for an overflow in the model" if tokens[-1] == -1 else "nothing but -inf"
+                raise RuntimeError(f"generate: the logits of row {n} hold {what}")
+        return new
+
+    def _check_rows(self, what: str, rows: Sequence[int]) -> None:
+        for row in rows:
+            if not self._cache.live(row):
+                raise ValueError(f"{what}: row {row} is not in use; rows come from add() and end with release()")
+
+    def _check_tokens(self, rows: list[int], counts: list[int], flat: list[int]) -> None:
+        V = self.config.vocab_size
+        if not rows or len(counts) != len(rows) or min(counts) < 1 or len(set(rows)) != len(rows):
+            raise ValueError(
+                f"extend: rows {rows} with {counts} tokens; expected different rows with at least one token each"
+            )
+        if min(flat) < 0 or max(flat) >= V:
+            raise ValueError(f"extend: token ids {min(flat)} to {max(flat)}; expected ids in [0, {V}), the vocabulary")
+        self._check_room("extend", rows, counts)
+
+    def _check_room(self, what: str, rows: list[int], counts: list[int]) -> None:
+        for row, count in zip(rows, counts, strict=True):
+            if self._cache.length(row) + count > self.max_len:
+                raise ValueError(
+                    f"{what}: row {row} holds {self._cache.length(row)} positions and {count} more do not fit into max_len = "
+                    f"{self.max_len}; shorten the text or make the sequences longer (up to block_size)"
+                )
+
+
+def empty_logits(rows: int, V: int) -> Tensor:
+    """A (rows, V) fp32 tensor that the engine can write to: it writes whole panels."""
+    return torch.empty(rows, (V + PANEL - 1) // PANEL * PANEL)[:, :V]

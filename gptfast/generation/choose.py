@@ -1,0 +1,84 @@
+"""The next token of each row.  B rows, V vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.generation.config import GenerationConfig
+from gptfast.generation.processors import processors, warp
+
+NAN = "generate: the logits hold nan - look for an overflow in the model"
+NOTHING_LEFT = "generate: no token is left to choose, all are excluded - relax no_repeat_ngram_size or logit_bias"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a row's next token depends on, besides its logits.
+
+    Args:
+        config: how it is chosen.
+        stream: number of the return sequence.
+        tokens: the sequence so far, with its prompt.
+    """
+
+    config: GenerationConfig
+    stream: int
+    tokens: Sequence[int]
+
+
+def choose(logits: Tensor, contexts: Sequence[Context]) -> list[int | RuntimeError]:
+    """The next token of each row, or what is wrong with its logits, (B, V) fp32."""
+    scores = _process(logits, contexts)
+    chosen: list[int | RuntimeError] = [_fault(top) or 0 for top in scores.amax(-1).tolist()]
+    groups: dict[tuple, list[int]] = {}  # rows that one call of `sample` can serve
+    for row, context in enumerate(contexts):
+        if chosen[row] == 0:
+            groups.setdefault(_sampling(context.config), []).append(row)
+    for (temperature, top_k, top_p, min_p, seed), rows in groups.items():
+        part = scores if len(rows) == len(contexts) else scores[rows]
+        if min_p:  # ops.sample does not know it
+            part = warp(part, contexts[rows[0]].config)
+            temperature, top_k, top_p = 1.0, 0, 1.0
+        tokens = ops.sample(
+            part,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            position=torch.tensor([len(contexts[row].tokens) for row in rows]),
+            stream=torch.tensor([contexts[row].stream for row in rows]),
+        )
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            chosen[row] = token
+    return chosen
+
+
+def _process(logits: Tensor, contexts: Sequence[Context]) -> Tensor:
+    changes = [processors(context.config) for context in contexts]
+    if not any(changes):
+        return logits
+    rows = list(logits)
+    for n, context in enumerate(contexts):
+        for change in changes[n]:
+            rows[n] = change(rows[n], context.tokens)
+    return torch.stack(rows)
+
+
+def _fault(top: float) -> RuntimeError | None:
+    if math.isnan(top):
+        return RuntimeError(NAN)
+    if top == -math.inf:
+        return RuntimeError(NOTHING_LEFT)
+    return None
+
+
+def _sampling(config: GenerationConfig) -> tuple[float, int, float, float, int]:
+    if not config.draws:
+        return 0.0, 0, 1.0, 0.0, 0
+    return config.temperature, config.top_k, config.top_p, config.min_p, config.seed

@@ -1,0 +1,227 @@
+"""Batch jobs: a file of prompts, one JSON value a line, to a file of texts; a job that was killed goes on where it was.
+
+Every result is one line, written by one system call when its text is whole; a line that a crash of the machine cut short
+is dropped when the job goes on. When all are there, the file is put into the order of the input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptfast._files import atomic_write, read_bytes, read_text
+from gptfast.generation.config import GenerationConfig
+from gptfast.generation.decode import generate
+from gptfast.generation.prompts import check_prompt
+from gptfast.generation.scheduler import Request, Scheduler
+from gptfast.generation.sequences import LanguageModel
+from gptfast.generation.stopping import Stopping
+from gptfast.tokenizer import Tokenizer
+
+MAX_NEW_TOKENS = 200  # unless said otherwise, and as far as the model has room
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line of the input.
+
+    Args:
+        line: its number, from 1.
+        prompt, ids: the text and its tokens.
+        options: of its generation.
+        config: the same, checked.
+    """
+
+    line: int
+    prompt: str
+    ids: list[int]
+    options: dict[str, Any]
+    config: GenerationConfig
+
+
+def read_jobs(
+    path: str | os.PathLike[str], model: LanguageModel, tokenizer: Tokenizer, options: dict[str, Any]
+) -> list[Job]:
+    """The jobs in a file: each line a JSON string (the prompt) or an object with "prompt" and options of its own.
+
+    Args:
+        path: a UTF-8 file; empty lines are left out.
+        model, tokenizer: which the prompts must suit.
+        options: fields of `GenerationConfig` for lines that do not name them.
+    Raises:
+        ValueError: a bad line; the text has its number, what is wrong, and how many more there are.
+    """
+    jobs, errors = [], []
+    for number, text in enumerate(read_text(path).split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            jobs.append(_read_job(number, text, model, tokenizer, options))
+        except (ValueError, TypeError) as error:
+            errors.append(f"{path}, line {number}: {error}")
+    if errors:
+        more = f" (and {len(errors) - 1} more bad lines)" if len(errors) > 1 else ""
+        raise ValueError(errors[0] + more)
+    if not jobs:
+        raise ValueError(f'{path} has no prompts; expected lines such as {{"prompt": "Once"}}')
+    return jobs
+
+
+def _read_job(number: int, text: str, model: LanguageModel, tokenizer: Tokenizer, options: dict[str, Any]) -> Job:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+    value = {"prompt": value} if isinstance(value, str) else value
+    prompt = value.pop("prompt", None) if isinstance(value, dict) else None
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError('expected a JSON string, or an object with a "prompt" of at least one character')
+    ids = tokenizer.encode(prompt, allowed_special="all")
+    options = {**options, **value}
+    if isinstance(options.get("logit_bias"), dict):  # the keys of JSON are texts
+        options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
+    options.setdefault("max_new_tokens", default_new_tokens(model, len(ids), options))
+    config = GenerationConfig.of(**options)
+    Stopping(config, tokenizer)
+    check_prompt("", ids, model.config.vocab_size, model.config.block_size, config)
+    return Job(number, prompt, ids, options, config)
+
+
+def default_new_tokens(model: LanguageModel, length: int, options: dict[str, Any]) -> int:
+    """MAX_NEW_TOKENS or what fits behind a prompt of `length`; 1 where nothing does, which is an error."""
+    if options.get("overflow") == "slide":
+        return MAX_NEW_TOKENS
+    return max(1, min(MAX_NEW_TOKENS, model.config.block_size - length))
+
+
+def run_jobs(
+    jobs: list[Job],
+    output: str | os.PathLike[str],
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] = lambda lines, tokens: None,
+) -> None:
+    """Run the jobs that `output` does not hold yet, and write each one's line as it ends.
+
+    Args:
+        jobs: as `read_jobs` gave them.
+        output: the file; a line is {"line", "prompt", "completions": [{"text", "finish_reason", "tokens"}], "options"}, with
+            "error" where a text could not be made.
+        model, tokenizer: who writes.
+        batch_size: how many sequences run at a time, at most.
+        progress: is told how many lines were there already, with 0 tokens; then, for each that ends, how many there
+            are and how many tokens it has.
+    Raises:
+        ValueError: `output` has lines of other prompts or options.  OSError: it cannot be written.
+    """
+    path = Path(output)
+    done = _read_done(path, jobs)
+    todo = [job for job in jobs if job.line not in done]
+    progress(len(done), 0)
+    if todo:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _Lines(path) as lines:
+            for job, result in _run(todo, model, tokenizer, batch_size):
+                done[job.line] = _as_line(job, result)
+                lines.append(done[job.line])
+                progress(len(done), sum(completion["tokens"] for completion in result["completions"]))
+    atomic_write(path, b"".join(done[job.line] for job in jobs))
+
+
+def _read_done(path: Path, jobs: list[Job]) -> dict[int, bytes]:
+    """The whole lines that the output has, by number; what a crash left of one more is cut off."""
+    if not path.exists() or path.stat().st_size == 0:
+        return {}
+    content = read_bytes(path)
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    by_line, done = {job.line: job for job in jobs}, {}
+    for n, line in enumerate(whole.splitlines(keepends=True), start=1):
+        try:
+            found = json.loads(line)
+            job = by_line[found["line"]]
+            same = found["prompt"] == job.prompt and found["options"] == json.loads(json.dumps(job.options))
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise ValueError(
+                f"{path}, line {n} is not the result of a line of this input with these options; name another --output, "
+                "or remove the file to begin again"
+            )
+        done[job.line] = line
+    return done
+
+
+def _as_line(job: Job, result: dict[str, Any]) -> bytes:
+    whole = {"line": job.line, "prompt": job.prompt, **result, "options": job.options}
+    return json.dumps(whole, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+class _Lines:
+    """Appends lines to a file, each whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> _Lines:
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def append(self, line: bytes) -> None:
+        before = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, line) < len(line):
+                raise OSError(f"cannot write {self._path}: only a part of a line was taken; free some disk space")
+        except OSError:
+            os.ftruncate(self._file, before)
+            raise
+
+
+def _run(
+    jobs: list[Job], model: LanguageModel, tokenizer: Tokenizer, batch_size: int
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Each job with its result, in the order in which they end."""
+    for job in jobs:
+        if job.config.num_beams > 1:
+            rows = generate(model, [job.ids], tokenizer=tokenizer, **job.options)
+            yield job, _result(tokenizer, job, [row[len(job.ids) :] for row in rows])
+    todo = deque(job for job in jobs if job.config.num_beams == 1)
+    most = max((job.config.num_return_sequences for job in todo), default=0)
+    if not todo:
+        return
+    scheduler = Scheduler(model, max_rows=max(batch_size, most))
+    running: dict[Request, Job] = {}
+    while todo or running:
+        while todo and not scheduler.waiting:
+            job = todo.popleft()
+            running[scheduler.submit(job.ids, tokenizer=tokenizer, **job.options)] = job
+        scheduler.step()
+        for request in [request for request in running if request.done]:
+            job = running.pop(request)
+            yield job, _result(tokenizer, job, [row.new for row in request.rows], request.error)
+
+
+def _result(tokenizer: Tokenizer, job: Job, rows: list[list[int]], error: RuntimeError | None = None) -> dict[str, Any]:
+    if error is not None:
+        return {"completions": [], "error": str(error)}
+    eos, stopping = job.config.eos_ids, Stopping(job.config, tokenizer)
+    return {
+        "completions": [
+            {
+                "text": tokenizer.decode([token for token in new if token not in eos]),
+                "finish_reason": stopping.reason(new),
+                "tokens": len(new),
+            }
+            for new in rows
+        ]
+    }

@@ -1,0 +1,361 @@
+"""Continuous batching: requests join and leave between the steps of one running batch.
+
+A request's text is what its single run gives: a token depends on its row's logits and on (seed, stream, position), never
+on the other rows (see `CachedSequences` for the last bits of logits).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.generation.choose import Context, choose
+from gptfast.generation.config import GenerationConfig
+from gptfast.generation.prompts import check_prompt
+from gptfast.generation.sequences import LanguageModel
+from gptfast.generation.speculative import Assistant, Drafter, PromptLookup
+from gptfast.generation.stopping import Stopping
+
+
+@dataclass(frozen=True)
+class Token:
+    """A new token of one row.
+
+    Args:
+        request, stream: whose it is: the request, and the number of the return sequence.
+        id: the token.
+        logprob: its log-probability under the model (before everything that changes scores), if asked for.
+        top: the most likely tokens at this place as (token, probability at `Request.top_temperature`, before everything
+            else that changes scores), best first, as many as asked for.
+    """
+
+    request: Request
+    stream: int
+    id: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+
+
+@dataclass(eq=False)
+class Row:
+    """One return sequence of a request in the making."""
+
+    request: Request
+    stream: int
+    index: int  # in Sequences; -1: in none
+    tokens: list[int]
+    start: int = 0  # the first token that the model still sees; > 0 after a slide
+    finish: str | None = None  # "stop", "length", "cancelled" or "error"
+
+    @property
+    def new(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def made(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt with its return sequences, as `Scheduler.submit` made it.
+
+    Args:
+        prompt, config: what was asked for.
+        logprobs: whether `Token`s tell log-probabilities.
+        top: how many of the most likely tokens they tell.
+        top_temperature: at which temperature they do.
+        rows: the return sequences; one until the prompt has been read.
+        error: what went wrong; None: nothing.
+    """
+
+    prompt: list[int]
+    config: GenerationConfig
+    stopping: Stopping
+    logprobs: bool = False
+    top: int = 0
+    top_temperature: float = 1.0
+    rows: list[Row] = field(default_factory=list)
+    error: RuntimeError | None = None
+
+    @property
+    def done(self) -> bool:
+        return bool(self.rows) and all(row.finish for row in self.rows)
+
+    @property
+    def open(self) -> int:
+        """How many of its return sequences have not ended."""
+        return self.config.num_return_sequences - sum(row.finish is not None for row in self.rows)
+
+
+class Scheduler:
+    """Runs requests together, one token of each per step. Not for several threads at once.
+
+    Args:
+        model: a `GPT` or a compiled engine.
+        max_rows: the most sequences at a time.
+        max_positions: the most positions that the running requests may come to hold together; None: no bound but
+            max_rows rows of max_len.
+        max_len: the most positions of a sequence; None: block_size.
+        max_prompt_tokens: so many tokens of new prompts are read per step at most (but one prompt at least), so that
+            running texts are not kept waiting; None: no bound.
+        assistant_model: guesses tokens ahead; see `speculative`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        max_rows: int = 16,
+        max_positions: int | None = None,
+        max_len: int | None = None,
+        max_prompt_tokens: int | None = None,
+        assistant_model: LanguageModel | None = None,
+    ) -> None:
+        self.model = model
+        self.max_len = model.config.block_size if max_len is None else max_len
+        self.max_rows = max_rows
+        self.max_positions = max_rows * self.max_len if max_positions is None else max_positions
+        self.max_prompt_tokens = max_prompt_tokens
+        self._sequences = model.sequences(max_rows, self.max_len)
+        self._lookup = PromptLookup()
+        self._assistant: Assistant | None = None
+        if assistant_model is not None:
+            check_assistant(assistant_model, model)
+            self._assistant = Assistant(assistant_model, max_rows, self.max_len)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+
+    @property
+    def waiting(self) -> int:
+        """How many requests have not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many requests have begun and not ended."""
+        return len(self._running)
+
+    def submit(
+        self, prompt: Any, *, tokenizer: Any = None, logprobs: bool = False, top: int = 0, **options: Any
+    ) -> Request:
+        """Queue a prompt (a list of ids); it joins as soon as there is room, in the order of submission.
+
+        Args:
+            prompt: token ids.
+            tokenizer: for stop strings.
+            logprobs, top: what `Token`s tell.
+            options: fields of `GenerationConfig`, without beams.
+        Raises:
+            TypeError, ValueError: bad options or prompt, or more than this scheduler can ever hold.
+        """
+        config = GenerationConfig.of(**options)
+        return self.submit_request(Request(list(prompt), config, Stopping(config, tokenizer), logprobs, top))
+
+    def submit_request(self, request: Request) -> Request:
+        """As `submit`, of a request that was made elsewhere."""
+        self.check(request)
+        self._waiting.append(request)
+        return request
+
+    def check(self, request: Request) -> None:
+        """Raise what `submit` raises. This alone may be called from any thread."""
+        config = request.config
+        if config.num_beams > 1:
+            raise ValueError(
+                "Scheduler: num_beams must be 1; beams are searched together - use gptfast.generation.generate"
+            )
+        check_prompt("", request.prompt, self.model.config.vocab_size, self.max_len, config)
+        if config.num_return_sequences > self.max_rows or self._reserve(request) > self.max_positions:
+            raise ValueError(
+                f"Scheduler: num_return_sequences={config.num_return_sequences} of {len(request.prompt)} + "
+                f"{config.max_new_tokens} positions never fit into max_rows={self.max_rows}, "
+                f"max_positions={self.max_positions}; ask for less or raise these"
+            )
+
+    def cancel(self, request: Request) -> None:
+        """End a request at once; its rows are free for others. Nothing happens to one that is done."""
+        self._end(request, "cancelled")
+
+    def run(self) -> None:
+        """Steps until every request is done."""
+        while self._waiting or self._running:
+            self.step()
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """Let requests join, then give every running row its next token (several, where guesses were right)."""
+        self._admit()
+        rows = [row for request in self._running for row in request.rows if not row.finish]
+        if not rows:
+            return []
+        drafts = self._draft(rows)
+        logits = self._extend(rows, drafts)
+        for request in [
+            request for request in self._running if len(request.rows) < request.config.num_return_sequences
+        ]:
+            self._fork(request, rows, drafts, logits)
+        made = self._accept(rows, drafts, logits)
+        for row in rows:
+            if row.finish:
+                self._free(row)
+        self._running = [request for request in self._running if not request.done]
+        return made
+
+    def _reserve(self, request: Request) -> int:
+        """Positions that the open rows of a request may come to hold."""
+        return min(len(request.prompt) + request.config.max_new_tokens, self.max_len) * request.open
+
+    def _admit(self) -> None:
+        rows = sum(request.open for request in self._running)
+        positions, read = sum(map(self._reserve, self._running)), 0
+        while self._waiting:
+            request = self._waiting[0]
+            rows += request.open
+            positions += self._reserve(request)
+            if rows > self.max_rows or positions > self.max_positions:
+                return
+            if read and self.max_prompt_tokens is not None and read + len(request.prompt) > self.max_prompt_tokens:
+                return
+            read += len(request.prompt)
+            self._waiting.popleft()
+            request.rows = [Row(request, 0, self._sequences.add()[0], list(request.prompt))]
+            self._running.append(request)
+
+    def _fork(self, request: Request, rows: list[Row], drafts: list[list[int]], logits: list[Tensor]) -> None:
+        """The prompt has been read: the other return sequences begin as copies of the first."""
+        first = request.rows[0]
+        indices = self._sequences.add(request.config.num_return_sequences - 1, like=first.index)
+        copies = [Row(request, n, i, list(first.tokens), first.start) for n, i in enumerate(indices, start=1)]
+        request.rows += copies
+        rows += copies
+        drafts += [[] for _ in copies]
+        logits += [logits[rows.index(first)]] * len(copies)
+
+    def _draft(self, rows: list[Row]) -> list[list[int]]:
+        """The guesses for each row; none before its prompt has been read, or where it slides."""
+        drafts: list[list[int]] = [[] for _ in rows]
+        by_drafter: dict[Drafter, list[int]] = {}
+        counts = [0] * len(rows)
+        for i, row in enumerate(rows):
+            config = row.request.config
+            lookup = config.prompt_lookup_num_tokens
+            wanted = lookup or (config.num_assistant_tokens if self._assistant else 0)
+            counts[i] = min(wanted, config.max_new_tokens - row.made - 1, self.max_len - len(row.tokens))
+            if counts[i] > 0 and row.made:
+                by_drafter.setdefault(self._lookup if lookup else self._assistant, []).append(i)  # type: ignore[arg-type]
+        for drafter, which in by_drafter.items():
+            contexts = [_context(rows[i]) for i in which]
+            proposed = drafter.propose([rows[i].index for i in which], contexts, [counts[i] for i in which])
+            for i, draft in zip(which, proposed, strict=True):
+                drafts[i] = draft
+        return drafts
+
+    def _extend(self, rows: list[Row], drafts: list[list[int]]) -> list[Tensor]:
+        """Logits of each row's last token and of its guesses, (1 + guesses, V)."""
+        inputs = [self._unread(row) + draft for row, draft in zip(rows, drafts, strict=True)]
+        logits: list[Tensor] = [torch.empty(0)] * len(rows)
+        for last_only in (True, False):
+            which = [i for i, draft in enumerate(drafts) if bool(draft) != last_only]
+            if which:
+                part = self._sequences.extend([rows[i].index for i in which], [inputs[i] for i in which], last_only)
+                for i, values in zip(which, part, strict=True):
+                    logits[i] = values.view(-1, values.shape[-1])
+        return logits
+
+    def _unread(self, row: Row) -> list[int]:
+        """The tokens that the model has not seen yet. A row that would outgrow its room forgets and reads again."""
+        start = first_visible(len(row.tokens), self.max_len)
+        if start != row.start:
+            self._sequences.truncate(row.index, 0)
+            row.start = start
+        return row.tokens[start + self._sequences.lengths[row.index] :]
+
+    def _accept(self, rows: list[Row], drafts: list[list[int]], logits: list[Tensor]) -> list[Token]:
+        """Choose the next token of every row, and go on with those whose guess it is."""
+        made: list[Token] = []
+        going, n = list(range(len(rows))), 0
+        while going:
+            now = torch.stack([logits[i][n] for i in going])
+            chosen = choose(now, [_context(rows[i]) for i in going])
+            details = _details(now, [rows[i].request for i in going], chosen)
+            for i, token, (logprob, top) in zip(going, chosen, details, strict=True):
+                row = rows[i]
+                if row.finish:  # another row of its request met an error
+                    continue
+                if isinstance(token, RuntimeError):
+                    row.request.error = token
+                    self._end(row.request, "error")
+                    continue
+                row.tokens.append(token)
+                made.append(Token(row.request, row.stream, token, logprob, top))
+                row.finish = row.request.stopping.reason(row.new)
+            going = [
+                i for i in going if n < len(drafts[i]) and not rows[i].finish and drafts[i][n] == rows[i].tokens[-1]
+            ]
+            n += 1
+        for row, draft in zip(rows, drafts, strict=True):
+            if draft and not row.finish:  # the last token has not been read; wrong guesses have
+                self._sequences.truncate(row.index, len(row.tokens) - 1)
+        return made
+
+    def _end(self, request: Request, finish: str) -> None:
+        if request in self._waiting:
+            self._waiting.remove(request)
+            request.rows = [Row(request, 0, -1, list(request.prompt))]
+        for row in request.rows:
+            if not row.finish:
+                row.finish = finish
+                self._free(row)
+        self._running = [running for running in self._running if running is not request]
+
+    def _free(self, row: Row) -> None:
+        if row.index < 0:
+            return
+        if self._assistant is not None:
+            self._assistant.release(row.index)
+        self._sequences.release(row.index)
+        row.index = -1
+
+
+def first_visible(length: int, limit: int) -> int:
+    """The first of `length` tokens that a context of `limit` still shows, when it forgets half whenever it is full."""
+    half = max(1, limit // 2)
+    return max(0, -(-(length - limit) // half)) * half
+
+
+def check_assistant(assistant: LanguageModel, model: LanguageModel) -> None:
+    theirs, ours = assistant.config.vocab_size, model.config.vocab_size
+    if theirs != ours:
+        raise ValueError(
+            f"generate: assistant_model has a vocabulary of {theirs} and the model one of {ours}; it must speak the same "
+            "tokens"
+        )
+
+
+def _context(row: Row) -> Context:
+    return Context(row.request.config, row.stream, row.tokens)
+
+
+def _details(
+    logits: Tensor, requests: Sequence[Request], chosen: Sequence[int | RuntimeError]
+) -> list[tuple[float | None, list[tuple[int, float]]]]:
+    """For each row of logits (B, V) the log-probability of its token and the most likely ones, where asked for."""
+    if not any(request.logprobs or request.top for request in requests):
+        return [(None, [])] * len(requests)
+    found: list[tuple[float | None, list[tuple[int, float]]]] = []
+    for row, request, token in zip(logits, requests, chosen, strict=True):
+        logprob, top = None, []
+        if isinstance(token, int):
+            if request.logprobs:
+                logprob = row.log_softmax(-1)[token].item()
+            if request.top:
+                probs = (row / request.top_temperature).softmax(-1)
+                values, ids = probs.topk(min(request.top, len(probs)))
+                top = list(zip(ids.tolist(), values.tolist(), strict=True))
+        found.append((logprob, top))
+    return found

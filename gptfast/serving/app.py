@@ -1,0 +1,331 @@
+"""The HTTP side of `gptfast serve`: POST /v1/completions, GET /v1/models, GET /health."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Depends, FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from gptfast.generation import LanguageModel, Request, Scheduler
+from gptfast.generation.decode import all_logprobs
+from gptfast.serving.protocol import ApiError, Choice, Completion, envelope, join, prompt_logprobs, usage
+from gptfast.serving.worker import QueueFull, Ticket, Worker
+from gptfast.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes.
+
+    Args:
+        max_rows: sequences that run at a time.
+        max_queue: sequences that wait beside them; more are refused with 429.
+        max_positions: positions of all running sequences together; None: no bound but max_rows full ones.
+        max_prompt_tokens: tokens of new prompts read per step, so that running texts are not kept waiting.
+        seconds: for one request from its arrival; then 504.
+        max_body: bytes of one request; more are refused with 413.
+    """
+
+    max_rows: int = 16
+    max_queue: int = 64
+    max_positions: int | None = None
+    max_prompt_tokens: int = 2048
+    seconds: float = 600.0
+    max_body: int = 1 << 20
+
+
+def create_app(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    name: str,
+    limits: Limits = Limits(),
+    api_key: str | None = None,
+) -> FastAPI:
+    """The application; its worker runs while it does.
+
+    Args:
+        model, tokenizer: who writes.
+        name: the model's name in the protocol.
+        limits: see there.
+        api_key: the bearer token that /v1 asks for; None: everybody is let in.
+    """
+
+    def make_scheduler() -> Scheduler:
+        return Scheduler(
+            model,
+            max_rows=limits.max_rows,
+            max_positions=limits.max_positions,
+            max_prompt_tokens=limits.max_prompt_tokens,
+        )
+
+    worker = Worker(make_scheduler, limits.max_queue)
+    server = Server(model, tokenizer, name, limits, worker)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        worker.close()
+
+    app = FastAPI(title="gptfast", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.worker = worker
+    app.add_middleware(BodyLimit, most=limits.max_body)
+    _add_error_handlers(app)
+
+    async def check_key(request: HTTPRequest) -> None:
+        given = request.headers.get("authorization", "").encode("utf-8")
+        if api_key is not None and not hmac.compare_digest(given, f"Bearer {api_key}".encode()):
+            raise ApiError(401, "wrong or missing API key; send Authorization: Bearer KEY", code="invalid_api_key")
+
+    guarded = [Depends(check_key)]
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        state = {"status": "ok" if worker.alive else "the worker has ended", "sequences": worker.open_sequences}
+        return JSONResponse(state, 200 if worker.alive else 503)
+
+    @app.get("/v1/models", dependencies=guarded)
+    async def models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": [server.card]})
+
+    @app.get("/v1/models/{model:path}", dependencies=guarded)
+    async def one_model(model: str) -> JSONResponse:
+        server.check_model(model)
+        return JSONResponse(server.card)
+
+    @app.post("/v1/completions", dependencies=guarded)
+    async def completions(request: HTTPRequest) -> Response:
+        return await server.complete(request)
+
+    return app
+
+
+class Server:
+    """Answers requests for completions."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, name: str, limits: Limits, worker: Worker) -> None:
+        self._model, self._tokenizer, self._name = model, tokenizer, name
+        self._limits, self._worker = limits, worker
+        self.card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gptfast"}
+
+    def check_model(self, name: str) -> None:
+        if name != self._name:
+            raise ApiError(404, f"the model {name!r} is not here; this is {self._name!r}", "model", "model_not_found")
+
+    async def complete(self, http: HTTPRequest) -> Response:
+        ask = await self._read(http)
+        self.check_model(ask.model)
+        ask.refuse_what_is_not_here()
+        block = self._model.config.block_size
+        try:
+            prompts = ask.prompts(self._tokenizer)
+            requests = [ask.request(ids, self._tokenizer, block - len(ids)) for ids in prompts]
+            for request in requests:
+                self._worker.scheduler.check(request)
+                self._tokenizer.decode(request.prompt)  # a vocabulary may have ids without a token
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, str(error).removeprefix("generate: ")) from None
+        choices = [
+            Choice(n * request.config.num_return_sequences + stream, ask, request, self._tokenizer)
+            for n, request in enumerate(requests)
+            for stream in range(request.config.num_return_sequences)
+        ]
+        echoed = await self._echo(ask, requests, choices) if ask.echo else []
+        if ask.max_tokens == 0:
+            return self._echo_alone(ask, requests, echoed)
+        try:
+            ticket = self._worker.submit(requests)
+        except QueueFull:
+            raise ApiError(429, "too many requests run and wait; try again later", code="queue_full") from None
+        if ask.stream:
+            return TicketResponse(self._stream(ask, ticket, choices, echoed), self._worker, ticket)
+        return await self._whole(http, ticket, choices, echoed)
+
+    async def _read(self, http: HTTPRequest) -> Completion:
+        try:
+            body = await asyncio.wait_for(http.body(), self._limits.seconds)
+        except asyncio.TimeoutError:
+            raise ApiError(408, "the body did not arrive in time") from None
+        try:
+            return Completion.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ApiError(400, f"{where or 'body'}: {first['msg']}", where or None) from None
+
+    async def _echo(self, ask: Completion, requests: list[Request], choices: list[Choice]) -> list[dict[str, Any]]:
+        """The parts that repeat the prompts, with their log-probabilities where asked for."""
+        parts = []
+        for request in requests:
+            logprobs = await self._prompt_logprobs(request) if ask.logprobs is not None else None
+            for _ in range(request.config.num_return_sequences):
+                parts.append(choices[len(parts)].echo(self._tokenizer.decode(request.prompt), logprobs))
+        return parts
+
+    async def _prompt_logprobs(self, request: Request) -> dict[str, Any]:
+        ids, top = request.prompt, request.top
+        given = await self._worker.call(lambda: self._score(ids, top)) if len(ids) > 1 else []
+        return prompt_logprobs(self._tokenizer, ids, given, top)
+
+    def _score(self, ids: list[int], top: int) -> list[tuple[float, list[tuple[int, float]]]]:
+        """Log-probability and likeliest tokens at every place of a prompt but the first."""
+        logprobs = all_logprobs(self._model, ids)
+        values, tokens = logprobs.exp().topk(min(top, logprobs.shape[-1]))
+        likely = [list(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
+        return [(row[token].item(), best) for row, token, best in zip(logprobs, ids[1:], likely, strict=True)]
+
+    def _echo_alone(self, ask: Completion, requests: list[Request], echoed: list[dict[str, Any]]) -> Response:
+        if not ask.echo or ask.stream:
+            raise ApiError(400, "max_tokens=0 is for echo=true without stream; expected at least 1", "max_tokens")
+        prompt_tokens = sum(len(request.prompt) for request in requests)
+        choices = [{**part, "finish_reason": "length"} for part in echoed]
+        return JSONResponse({**envelope(self._name), "choices": choices, "usage": usage(prompt_tokens, 0)})
+
+    async def _parts(self, ticket: Ticket, choices: list[Choice]) -> AsyncIterator[dict[str, Any]]:
+        """The parts of all choices as they come."""
+        first: dict[Request, int] = {}
+        for request in ticket.requests:
+            first[request] = sum(known.config.num_return_sequences for known in first)
+        async for event in ticket.events(self._limits.seconds):
+            if isinstance(event, Request):
+                for row in event.rows:
+                    yield choices[first[event] + row.stream].finish(row.finish)
+                continue
+            for token in event:
+                yield choices[first[token.request] + token.stream].push(token)
+
+    async def _whole(
+        self, http: HTTPRequest, ticket: Ticket, choices: list[Choice], echoed: list[dict[str, Any]]
+    ) -> Response:
+        async def collect() -> list[dict[str, Any]]:
+            by_choice: list[list[dict[str, Any]]] = [[] for _ in choices]
+            for part in echoed:
+                by_choice[part["index"]].append(part)
+            async for part in self._parts(ticket, choices):
+                by_choice[part["index"]].append(part)
+            return [join(parts) for parts in by_choice]
+
+        collecting, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(_disconnected(http))
+        try:
+            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                return Response(status_code=499)  # nobody listens any more
+            joined = collecting.result()
+        except Exception as error:
+            raise _as_api_error(error) from error
+        finally:
+            leaving.cancel()
+            collecting.cancel()
+            self._worker.cancel(ticket)
+        return JSONResponse({**envelope(self._name), "choices": joined, "usage": _usage(ticket)})
+
+    async def _stream(
+        self, ask: Completion, ticket: Ticket, choices: list[Choice], echoed: list[dict[str, Any]]
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events: a chunk per part, then [DONE]."""
+        head = envelope(self._name)
+        wants_usage = ask.stream_options is not None and ask.stream_options.include_usage
+        more = {"usage": None} if wants_usage else {}
+        try:
+            for part in echoed:
+                yield _event({**head, "choices": [part], **more})
+            async for part in self._parts(ticket, choices):
+                if part["text"] or part["logprobs"] or part["finish_reason"]:
+                    yield _event({**head, "choices": [part], **more})
+            if wants_usage:
+                yield _event({**head, "choices": [], "usage": _usage(ticket)})
+        except Exception as error:
+            yield _event(_as_api_error(error).body())
+            return
+        yield b"data: [DONE]\n\n"
+
+
+class TicketResponse(StreamingResponse):
+    """A stream of events whose requests are given up when it ends in any way, such as a client that leaves."""
+
+    def __init__(self, events: AsyncIterator[bytes], worker: Worker, ticket: Ticket) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._worker, self._ticket = worker, ticket
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._worker.cancel(self._ticket)
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n\n"
+
+
+def _usage(ticket: Ticket) -> dict[str, int]:
+    made = sum(row.made for request in ticket.requests for row in request.rows)
+    return usage(sum(len(request.prompt) for request in ticket.requests), made)
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, TimeoutError):
+        return ApiError(504, "the completion was not ready in time; ask for fewer tokens", code="timeout")
+    return ApiError(500, str(error) or type(error).__name__)
+
+
+async def _disconnected(http: HTTPRequest) -> None:
+    """Returns when the client has gone."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def answer(error: ApiError) -> JSONResponse:
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
+        return JSONResponse(error.body(), error.status, headers)
+
+    async def on_api_error(_: HTTPRequest, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return answer(error)
+
+    async def on_http_error(_: HTTPRequest, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return answer(ApiError(error.status_code, str(error.detail)))
+
+    async def on_any(_: HTTPRequest, error: Exception) -> JSONResponse:
+        return answer(ApiError(500, "an error of the server; its log has more"))
+
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_any)
+
+
+class BodyLimit:
+    """ASGI middleware that refuses bodies beyond `most` bytes, announced or not."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        taken = 0
+
+        async def limited() -> dict[str, Any]:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._most:
+                raise ApiError(413, f"the body is over {self._most} bytes; send less")
+            return message
+
+        announced = dict(scope.get("headers", [])).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self._most:
+            error = ApiError(413, f"the body has {int(announced)} bytes, more than {self._most}; send less")
+            return await JSONResponse(error.body(), 413)(scope, receive, send)
+        await self._app(scope, limited if scope["type"] == "http" else receive, send)

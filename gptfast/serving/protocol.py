@@ -1,0 +1,207 @@
+"""What comes in and goes out: the OpenAI completions protocol (https://platform.openai.com/docs/api-reference/completions)."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gptfast.generation import Request, Token
+from gptfast.generation.config import GenerationConfig
+from gptfast.generation.stopping import Stopping
+from gptfast.serving.text import ChoiceText, Offsets, token_text
+from gptfast.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16
+MOST_LOGPROBS = 20
+
+
+class ApiError(Exception):
+    """An error that the client is told in OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        types = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = types.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+    include_usage: bool = False
+
+
+class Completion(BaseModel):
+    """The body of POST /v1/completions. top_k, min_p and repetition_penalty are ours (the client's `extra_body`)."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    model: str
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1)
+    best_of: int | None = Field(None, ge=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: bool | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=0, lt=2**64)
+    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    suffix: str | None = None
+    user: str | None = None
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+
+    def refuse_what_is_not_here(self) -> None:
+        """Raise ApiError for what the protocol has and this server does not."""
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ApiError(400, "best_of other than n is not supported; ask for n and choose by logprobs", "best_of")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(self, name):
+                raise ApiError(
+                    400, f"{name} is not supported; use repetition_penalty (extra_body) or leave it out", name
+                )
+        if self.suffix:
+            raise ApiError(400, "suffix is not supported; this model continues texts only", "suffix")
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+        """The token ids of each prompt; "" begins a new text where the vocabulary has an end token."""
+        prompt: list[Any]
+        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
+            prompt = [self.prompt]
+        else:
+            prompt = list(self.prompt)
+        if not prompt:
+            raise ApiError(400, "prompt holds nothing; expected a text, token ids, or a list of these", "prompt")
+        ids = [tokenizer.encode(part) if isinstance(part, str) else part for part in prompt]
+        return [part or ([] if tokenizer.eos_id is None else [tokenizer.eos_id]) for part in ids]
+
+    def request(self, ids: list[int], tokenizer: Tokenizer, room: int) -> Request:
+        """The request for one prompt. The seed is drawn where none was given."""
+        max_tokens = min(DEFAULT_MAX_TOKENS, max(1, room)) if self.max_tokens is None else self.max_tokens
+        options: dict[str, Any] = {
+            "max_new_tokens": max(1, max_tokens),  # 0 is for echo alone, and never gets here
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "num_return_sequences": self.n,
+            "seed": secrets.randbits(63) if self.seed is None else self.seed,
+            "stop_strings": self.stops,
+            "logit_bias": self._bias(),
+            "eos_token_id": tokenizer.eos_id,
+        }
+        config = GenerationConfig.of(**{name: value for name, value in options.items() if value is not None})
+        wants = self.logprobs is not None
+        return Request(ids, config, Stopping(config, tokenizer), logprobs=wants, top=self.logprobs or 0)
+
+    def _bias(self) -> dict[int, float] | None:
+        try:
+            return {int(token): value for token, value in (self.logit_bias or {}).items()} or None
+        except ValueError as error:
+            raise ApiError(400, f"logit_bias: {error}; expected token ids as keys", "logit_bias") from None
+
+
+class Choice:
+    """One choice of a response in the making."""
+
+    def __init__(self, index: int, ask: Completion, request: Request, tokenizer: Tokenizer) -> None:
+        self.index, self._ask, self._tokenizer = index, ask, tokenizer
+        self._text = ChoiceText(tokenizer, ask.stops, request.config.eos_ids)
+        self._offsets = Offsets(tokenizer)
+
+    def echo(self, text: str, logprobs: dict[str, list[Any]] | None) -> dict[str, Any]:
+        """The part that repeats the prompt."""
+        self._offsets = Offsets(self._tokenizer, start=len(text))
+        return self._part(text, logprobs, None)
+
+    def push(self, token: Token) -> dict[str, Any]:
+        """The part that a token brings."""
+        offset, text = self._offsets.push(token.id), self._text.push(token.id)
+        logprobs = None
+        if self._ask.logprobs is not None:
+            logprobs = {
+                "tokens": [token_text(self._tokenizer, token.id)],
+                "token_logprobs": [token.logprob],
+                "top_logprobs": [_by_text(self._tokenizer, token.top)] if self._ask.logprobs else None,
+                "text_offset": [offset],
+            }
+        return self._part(text, logprobs, None)
+
+    def finish(self, reason: str | None) -> dict[str, Any]:
+        """The part after the last token."""
+        return self._part(self._text.finish(), None, reason)
+
+    def _part(self, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
+        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _by_text(tokenizer: Tokenizer, top: list[tuple[int, float]]) -> dict[str, float]:
+    """{text: log-probability}; of two tokens with the same text the likelier counts."""
+    found: dict[str, float] = {}
+    for token, probability in top:
+        found.setdefault(token_text(tokenizer, token), math.log(probability) if probability > 0 else -9999.0)
+    return found
+
+
+def prompt_logprobs(tokenizer: Tokenizer, ids: list[int], given: list[tuple[float, list]] | None, top: int) -> dict:
+    """The logprobs of an echoed prompt, whose first token has none. `given`: (logprob, top) of the others."""
+    texts, offsets = [token_text(tokenizer, token) for token in ids], Offsets(tokenizer)
+    given = given or []
+    return {
+        "tokens": texts,
+        "token_logprobs": [None, *(logprob for logprob, _ in given)],
+        "top_logprobs": [None, *(_by_text(tokenizer, likely) for _, likely in given)] if top else None,
+        "text_offset": [offsets.push(token) for token in ids],
+    }
+
+
+def join(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The parts of a choice as one."""
+    logprobs = [part["logprobs"] for part in parts if part["logprobs"] is not None]
+    whole: dict[str, Any] | None = None
+    if logprobs:
+        whole = {
+            name: None if logprobs[0][name] is None else [value for part in logprobs for value in part[name]]
+            for name in logprobs[0]
+        }
+    return {
+        "index": parts[0]["index"],
+        "text": "".join(part["text"] for part in parts),
+        "logprobs": whole,
+        "finish_reason": parts[-1]["finish_reason"],
+    }
+
+
+def envelope(model: str) -> dict[str, Any]:
+    """What every response and every chunk of one has around its choices."""
+    return {
+        "id": f"cmpl-{secrets.token_hex(12)}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model,
+    }
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

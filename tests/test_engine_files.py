@@ -1,0 +1,106 @@
+"""Compiled models as files: the same bits again, mapped, and a clear error for every file that is not one."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_models import model_of
+
+from gptfast.backend import has_cpu_ops
+from gptfast.engine import FORMATS, load
+
+pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_round_trip(dtype: str, tmp_path: Path) -> None:
+    for name in ("gpt1", "gpt3"):
+        compiled = model_of(name).compile_for_inference(dtype)
+        compiled.save(tmp_path / "model.gptfast")
+        again = load(tmp_path / "model.gptfast", threads=1, verify=True)
+        assert again.config == compiled.config and again.dtype == dtype and again.nbytes == compiled.nbytes
+        assert torch.equal(again.logits([1, 2, 3]), compiled.logits([1, 2, 3]))
+        assert again.generate([[1]], max_new_tokens=5) == compiled.generate([[1]], max_new_tokens=5)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "model.gptfast"
+    model_of("odd").compile_for_inference("int8").save(path)
+    return path
+
+
+def test_every_cut_is_noticed(saved: Path) -> None:
+    data = saved.read_bytes()
+    for size in (0, 5, 19, 30, 4095, 4096, len(data) // 2, len(data) - 1):
+        saved.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"cut short|not a compiled|does not match its checksum"):
+            load(saved)
+    saved.write_bytes(data + b"\0")
+    with pytest.raises(ValueError, match="instead of"):
+        load(saved)
+
+
+def test_other_files(saved: Path, tmp_path: Path) -> None:
+    data = saved.read_bytes()
+    saved.write_bytes(b"GGUF" + data[4:])
+    with pytest.raises(ValueError, match="not a compiled gptfast model"):
+        load(saved)
+    saved.write_bytes(data[:8] + struct.pack("<I", 2) + data[12:])
+    with pytest.raises(ValueError, match="has version 2 and this gptfast reads 1; compile the model again"):
+        load(saved)
+    with pytest.raises(FileNotFoundError, match="check the spelling"):
+        load(tmp_path / "absent")
+    with pytest.raises(OSError, match="cannot read"):
+        load(tmp_path)
+
+
+def test_damage_is_noticed(saved: Path) -> None:
+    data = bytearray(saved.read_bytes())
+    data[40] ^= 1  # in the header
+    saved.write_bytes(data)
+    with pytest.raises(ValueError, match="header does not match its checksum"):
+        load(saved)
+    data[40] ^= 1
+    data[-2000] ^= 1  # in the weights
+    saved.write_bytes(data)
+    load(saved)
+    with pytest.raises(ValueError, match="weights do not match their checksum"):
+        load(saved, verify=True)
+
+
+def test_a_failed_save_leaves_the_old_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved.read_bytes()
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="the previous file, if any, is intact"):
+        model_of("gpt1").compile_for_inference("int8").save(saved)
+    assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
+
+
+def test_loading_reads_no_weights(tmp_path: Path) -> None:
+    """Mapped: the process grows by far less than the file before the first token."""
+    from gptfast import GPT, GPTConfig
+
+    path = tmp_path / "model.gptfast"
+    config = GPTConfig(n_layer=1, n_head=8, n_embd=512, block_size=64, vocab_size=50000, dropout=0.0)
+    GPT(config).compile_for_inference("float32").save(path)
+    code = f"""
+import gptfast.engine
+def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096
+before = resident()
+model = gptfast.engine.load({str(path)!r})
+print(resident() - before, model.nbytes)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    grown, size = map(int, out.split())
+    assert size > 100e6 and grown < size / 10

@@ -1,0 +1,138 @@
+"""The interface between generation loops and the engine: rows that come and go, are copied, shortened and ragged."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from engine_models import ids_of, model_of
+
+from gptfast.backend import has_cpu_ops
+
+pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+
+
+def compiled(dtype: str = "float32", **options):
+    return model_of("gpt2").compile_for_inference(dtype, **options)
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
+def test_any_history_gives_the_logits_of_the_text(cache_dtype: str) -> None:
+    """Random adds, copies, reorders, truncations and releases, over page boundaries, against a row that was just made."""
+    model, chance = compiled(cache_dtype=cache_dtype), random.Random(0)
+    sequences, fresh = model.sequences(6), model.sequences(1)
+    texts: dict[int, list[int]] = {}
+    for _ in range(120):
+        action = chance.choice(["add", "copy", "reorder", "truncate", "release", "extend", "extend", "extend"])
+        if action == "add" and len(texts) < 6:
+            texts[sequences.add()[0]] = []
+        elif action == "copy" and texts and len(texts) < 6:
+            like = chance.choice(list(texts))
+            texts[sequences.add(1, like=like)[0]] = list(texts[like])
+        elif action == "reorder" and texts:
+            rows = chance.sample(list(texts), chance.randint(1, len(texts)))
+            sources = [chance.choice(list(texts)) for _ in rows]
+            sequences.reorder(rows, sources)
+            texts.update({row: list(text) for row, text in zip(rows, [texts[s] for s in sources], strict=True)})
+        elif action == "truncate" and texts:
+            row = chance.choice(list(texts))
+            length = chance.randint(0, len(texts[row]))
+            sequences.truncate(row, length)
+            texts[row] = texts[row][:length]
+        elif action == "release" and len(texts) > 3:
+            row = chance.choice(list(texts))
+            sequences.release(row)
+            del texts[row]
+        elif action == "extend" and texts:
+            rows = [row for row in texts if len(texts[row]) < 80]
+            if not rows:
+                continue
+            new = [[chance.randrange(301) for _ in range(chance.choice([1, 1, 2, 17, 64]))] for _ in rows]
+            logits = sequences.extend(rows, new)
+            for row, tokens in zip(rows, new, strict=True):
+                texts[row] += tokens
+            n = chance.randrange(len(rows))
+            (one,) = fresh.add()
+            assert torch.equal(logits[n], fresh.extend([one], [texts[rows[n]]])[0])
+            fresh.release(one)
+        assert sequences.lengths == [len(texts.get(row, [])) for row in range(6)]
+
+
+def test_all_logits_of_ragged_rows() -> None:
+    sequences = compiled().sequences(2)
+    rows = sequences.add(2)
+    parts = sequences.extend(rows, [[1, 2, 3], [4]], last_only=False)
+    assert [tuple(part.shape) for part in parts] == [(3, 301), (1, 301)]
+    again = compiled().sequences(2)
+    assert torch.equal(again.extend(again.add(2), [[1, 2, 3], [4]]), torch.stack([parts[0][-1], parts[1][-1]]))
+
+
+def test_results_are_kept_apart() -> None:
+    """What one call returned is not written over by the next."""
+    sequences = compiled().sequences(1)
+    (row,) = sequences.add()
+    first = sequences.extend([row], [[1]])
+    copy = first.clone()
+    sequences.extend([row], [[2]])
+    assert torch.equal(first, copy)
+
+
+def test_copies_share_pages_and_release_frees_them() -> None:
+    sequences = compiled().sequences(4)
+    (row,) = sequences.add()
+    sequences.extend([row], [ids_of("gpt2")[0, :130].tolist()])
+    page = sequences.nbytes // 3
+    copies = sequences.add(3, like=row)
+    assert sequences.nbytes == 3 * page
+    sequences.extend([copies[0]], [[1]])
+    assert sequences.nbytes == 4 * page, "only the last page, half filled, becomes the copy's own"
+    for r in (row, *copies):
+        sequences.release(r)
+    assert sequences.lengths == [0] * 4
+    for _ in range(50):  # memory stays flat
+        (row,) = sequences.add()
+        sequences.extend([row], [ids_of("gpt2")[0, :130].tolist()])
+        sequences.release(row)
+    assert sequences.nbytes <= 8 * page
+
+
+def test_cache_dtype_halves_the_cache() -> None:
+    sizes = []
+    for cache_dtype in ("float32", "bfloat16"):
+        sequences = compiled(cache_dtype=cache_dtype).sequences(1)
+        sequences.extend(sequences.add(), [[1]])
+        sizes.append(sequences.nbytes)
+    assert sizes[0] == 2 * sizes[1]
+
+
+def test_errors() -> None:
+    model = compiled(max_rows=4)
+    with pytest.raises(ValueError, match="capacity_rows is 5 and the model was compiled with max_rows=4"):
+        model.sequences(5)
+    with pytest.raises(ValueError, match="capacity_rows is 0"):
+        model.sequences(0)
+    with pytest.raises(ValueError, match="max_len is 151; expected 1 to block_size = 150"):
+        model.sequences(1, 151)
+    sequences = model.sequences(2, 10)
+    (row,) = sequences.add()
+    with pytest.raises(RuntimeError, match="2 more rows do not fit, 1 of 2 are free"):
+        sequences.add(2)
+    with pytest.raises(ValueError, match="row 1 is not in use"):
+        sequences.extend([1], [[1]])
+    for use in (lambda: sequences.add(1, like=1), lambda: sequences.reorder([row], [1]), lambda: sequences.release(1)):
+        with pytest.raises(ValueError, match="row 1 is not in use"):
+            use()
+    for rows, tokens in (([row], [[]]), ([], []), ([row, row], [[1], [2]]), ([row], [[1], [2]])):
+        with pytest.raises(ValueError, match="expected different rows with at least one token each"):
+            sequences.extend(rows, tokens)
+    for token in (-1, 301):
+        with pytest.raises(ValueError, match="expected ids in \\[0, 301\\)"):
+            sequences.extend([row], [[token]])
+    with pytest.raises(ValueError, match="row 0 holds 0 positions and 11 more do not fit into max_len = 10"):
+        sequences.extend([row], [[1] * 11])
+    with pytest.raises(ValueError, match="length is 1; row 0 holds 0 positions"):
+        sequences.truncate(row, 1)
+    with pytest.raises(ValueError, match="expected as many, rows without repeats"):
+        sequences.reorder([row, row], [row, row])
+    assert sequences.lengths == [0, 0]
