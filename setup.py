@@ -1,10 +1,15 @@
-"""Builds the compiled part of gptfast: two shared objects, by ninja, without importing torch.
+"""Builds the compiled part of gptfast: shared objects, by ninja, without importing torch.
 
-    gptfast/_ops.so      every tensor op, through the libtorch stable ABI: one binary for torch >= 2.11
-    gptfast/_C.*.so      pybind11: build information (and the inference engine)
+    gptfast/_ops.so        every tensor op on the CPU, through the libtorch stable ABI: one binary for torch >= 2.11
+    gptfast/_cuda_ops.so   the same ops on CUDA; loaded only where torch sees a GPU
+    gptfast/_C.*.so        pybind11: build information (and the inference engine)
 
 GPTFAST_BUILD=0 installs pure Python: every op then runs in eager PyTorch.
+GPTFAST_CUDA=auto|1|0: build the CUDA ops where nvcc is found and torch is a CUDA build (auto), always, or never.
+TORCH_CUDA_ARCH_LIST names the GPUs, as for torch's own extensions, such as "8.0;9.0a;9.0+PTX" (the default).
 MAX_JOBS bounds the number of compilers at work.
+
+`python setup.py build_emu [--variant=race|asan]` builds build/emu/…/emu_ops.so for the tests: the CUDA kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -15,10 +20,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -38,6 +44,9 @@ ISA_FLAGS = {
     "isa_avx512": ["-march=skylake-avx512", *WIDE],
     "isa_avx512_bf16": ["-march=cooperlake", "-mtune=znver3", *WIDE],
 }
+
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CUDA_ARCHS = "8.0;9.0a;9.0+PTX"  # newer GPUs compile the PTX when they first run it
 
 NO_TORCH = """
 gptfast's compiled ops need the headers of PyTorch >= 2.11, and no torch was found in {places}.
@@ -74,6 +83,92 @@ def torch_version(torch: Path) -> str:
     return version
 
 
+def torch_cuda(torch: Path) -> str | None:
+    """The CUDA version that torch was built with, or None for a CPU build."""
+    match = re.search(r"^cuda[^=]*= '([^']+)'", (torch / "version.py").read_text(), re.M)
+    return match.group(1) if match else None
+
+
+@dataclass
+class Cuda:
+    """The CUDA toolkit, and what is compiled with it."""
+
+    nvcc: Path
+    home: Path
+    version: str
+    archs: list[str]  # "8.0", "9.0a", "9.0+PTX"
+
+    def describe(self) -> str:
+        """Such as `sm_80, sm_90a, PTX 9.0; nvcc 13.0`."""
+        names = [f"PTX {a[:-4]}" if a.endswith("+PTX") else f"sm_{a.replace('.', '')}" for a in self.archs]
+        return f"{', '.join(names)}; nvcc {self.version}"
+
+    def arch_flags(self) -> list[str]:
+        flags = []
+        for arch in self.archs:
+            number = arch.removesuffix("+PTX").replace(".", "")
+            code = f"compute_{number}" if arch.endswith("+PTX") else f"sm_{number}"
+            flags.append(f"-gencode=arch=compute_{number},code={code}")
+        return flags
+
+
+def cuda_archs() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST; there 9.0+PTX means both code and PTX, as for torch's own extensions."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    archs: list[str] = []
+    for arch in re.split(r"[;,\s]+", (given or CUDA_ARCHS).strip(" ;,")):
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            fail(f"TORCH_CUDA_ARCH_LIST names {arch!r}; expected a list such as {CUDA_ARCHS!r}")
+        if float(re.match(r"[\d.]+", arch)[0]) < 8.0:
+            fail(
+                f"TORCH_CUDA_ARCH_LIST names {arch}; gptfast's CUDA kernels need 8.0 or newer, or build with GPTFAST_CUDA=0"
+            )
+        archs += [arch.removesuffix("+PTX"), arch] if given and arch.endswith("+PTX") else [arch]
+    return list(dict.fromkeys(archs))
+
+
+def find_nvcc() -> Path | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [Path(home) / "bin/nvcc"] if home else []
+    places += [Path(found)] if (found := shutil.which("nvcc")) else []
+    places.append(Path("/usr/local/cuda/bin/nvcc"))
+    return next((place for place in places if place.exists()), None)
+
+
+def find_cuda() -> Cuda | None:
+    """The toolkit, wherever nvcc says that it lives (it may be a script in some other folder)."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return None
+    said = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False
+    )
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    top, release = re.search(r"_HERE_=(.+)", said.stderr), re.search(r"release ([\d.]+)", version)
+    if not top or not release:
+        fail(f"{nvcc} does not run: {said.stderr or version}")
+    home = Path(top[1].strip()).parent
+    return Cuda(nvcc, home, release[1], cuda_archs())
+
+
+def wanted_cuda(torch: Path) -> tuple[Cuda | None, str]:
+    """What GPTFAST_CUDA asks for: the toolkit, or None and the reason."""
+    choice = os.environ.get("GPTFAST_CUDA", "auto") or "auto"
+    if choice not in ("auto", "0", "1"):
+        fail(f"GPTFAST_CUDA is {choice!r}; expected auto, 0 or 1")
+    if choice == "0":
+        return None, "GPTFAST_CUDA=0"
+    if choice == "auto" and not torch_cuda(torch):
+        return None, "this torch is a CPU build"
+    cuda = find_cuda()
+    if cuda is None and choice == "1":
+        fail(
+            "GPTFAST_CUDA=1, but nvcc was not found. Install the CUDA toolkit, name its folder in CUDA_HOME, or build "
+            "without the CUDA ops: GPTFAST_CUDA=0"
+        )
+    return cuda, "nvcc was not found"
+
+
 @dataclass
 class Library:
     """One shared object: its sources, flags, and what it links."""
@@ -82,18 +177,68 @@ class Library:
     sources: list[Path]
     flags: list[str]
     link: list[str] = field(default_factory=list)
+    flags_of: Callable[[Path], list[str]] = lambda source: []  # further flags of one source
+    cuda: Cuda | None = None  # compiles the .cu files; without it they are C++
+
+
+def stable_abi(torch: Path) -> list[str]:
+    major, minor = TORCH_TARGET
+    target = f"-DTORCH_TARGET_VERSION=(((0ULL + {major}) << 56) | ((0ULL + {minor}) << 48))"
+    return ["-isystem", str(torch / "include"), target]
+
+
+def torch_link(torch: Path) -> list[str]:
+    return [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]  # loaded before any of our libraries: no rpath
+
+
+def bindings(*, cuda: bool) -> list[Path]:
+    return [p for p in sorted((ROOT / "csrc/bindings").glob("*.cpp")) if p.name.startswith("cuda_") == cuda]
 
 
 def cpu_ops(torch: Path) -> Library:
-    major, minor = TORCH_TARGET
-    include = ["-isystem", str(torch / "include")]
-    defines = [f"-DTORCH_TARGET_VERSION=(((0ULL + {major}) << 56) | ((0ULL + {minor}) << 48))"]
-    sources = sorted((ROOT / "csrc/cpu").glob("*.cpp")) + sorted((ROOT / "csrc/bindings").glob("*.cpp"))
-    link = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]  # already loaded when _ops.so is: no rpath
-    return Library("gptfast/_ops.so", sources, include + defines, link)
+    sources = sorted((ROOT / "csrc/cpu").glob("*.cpp")) + bindings(cuda=False)
+    return Library(
+        "gptfast/_ops.so", sources, stable_abi(torch), torch_link(torch), lambda s: ISA_FLAGS.get(s.stem, [])
+    )
 
 
-def python_module(torch: Path) -> Library:
+def cuda_ops(torch: Path, cuda: Cuda) -> Library:
+    sources = sorted((ROOT / "csrc/cuda").glob("*.cu")) + bindings(cuda=True)
+    places = [p for p in (cuda.home / "lib64", cuda.home / "lib") if p.exists()]
+    static = any((p / "libcudart_static.a").exists() for p in places)
+    runtime = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"] if static else ["-lcudart"]
+    link = [*torch_link(torch), *(f"-L{p}" for p in places), *runtime]
+    return Library("gptfast/_cuda_ops.so", sources, [*stable_abi(torch), f"-I{cuda.home / 'include'}"], link, cuda=cuda)
+
+
+EMULATOR = ROOT / "tests/cuda_emulator"
+EMU_VARIANTS = {
+    "plain": ["-O2"],
+    "race": ["-O1", "-g", "-DEMU_RACECHECK"],
+    "asan": ["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"],
+}
+
+
+def emulated_ops(torch: Path, cuda: Cuda, variant: str) -> Library:
+    """The CUDA kernels and their glue as a library of CPU ops, for the tests."""
+    kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    glue = [p for p in bindings(cuda=True) if p.name != "cuda_device.cpp"]
+    emulator = ["-x", "c++", "-include", str(EMULATOR / "cuda_emulator.h"), "-fno-strict-aliasing"]
+    emulator += ["-Wno-unknown-pragmas", *QUIET]
+
+    def flags_of(source: Path) -> list[str]:
+        if source in kernels or source.name == "runtime.cpp":
+            watched = variant == "race" and source in kernels
+            return emulator + (["-fsanitize=thread"] if watched else [])
+        return []
+
+    sources = [*kernels, *glue, EMULATOR / "runtime.cpp"] + [EMULATOR / "racecheck.cpp"] * (variant == "race")
+    flags = [*stable_abi(torch), f"-I{cuda.home / 'include'}", "-DGPTFAST_EMU", *EMU_VARIANTS[variant]]
+    link = [*torch_link(torch), "-ldl", "-lpthread"] + ["-fsanitize=address"] * (variant == "asan")
+    return Library(f"emu/{variant}/emu_ops.so", sources, flags, link, flags_of)
+
+
+def python_module(torch: Path, cuda: Cuda | None) -> Library:
     import pybind11
 
     include = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
@@ -101,13 +246,14 @@ def python_module(torch: Path) -> Library:
         f'-DGPTFAST_TORCH_TARGET=\\"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}\\"',
         f'-DGPTFAST_TORCH_HEADERS=\\"{torch_version(torch)}\\"',
     ]
+    defines += [f'-DGPTFAST_CUDA=\\"{cuda.describe()}\\"'] if cuda else []
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     return Library(f"gptfast/_C{suffix}", sorted((ROOT / "csrc/python").glob("*.cpp")), include + defines)
 
 
-def libraries(torch: Path) -> list[Library]:
-    """Everything that is compiled. The CUDA ops, a shared object of their own, are added to this list."""
-    return [cpu_ops(torch), python_module(torch)]
+def libraries(torch: Path, cuda: Cuda | None) -> list[Library]:
+    """Everything that is compiled and installed."""
+    return [cpu_ops(torch), python_module(torch, cuda)] + ([cuda_ops(torch, cuda)] if cuda else [])
 
 
 def shell(argument: str) -> str:
@@ -129,6 +275,12 @@ def write_ninja(libs: list[Library], build_dir: Path, out_dir: Path) -> Path:
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $in",
+        f"nvcc = {next((ninja_path(lib.cuda.nvcc) for lib in libs if lib.cuda), 'nvcc')}",
+        "rule nvcc",
+        "  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $in",
         "rule link",
         "  command = $cxx -shared -o $out $in $flags",
         "  description = link $out",
@@ -136,9 +288,11 @@ def write_ninja(libs: list[Library], build_dir: Path, out_dir: Path) -> Path:
     for lib in libs:
         objects = []
         for source in lib.sources:
-            obj = ninja_path(build_dir / source.relative_to(ROOT).with_suffix(".o"))
-            flags = CXX_FLAGS + ISA_FLAGS.get(source.stem, []) + lib.flags
-            lines += [f"build {obj}: cxx {ninja_path(source)}", f"  flags = {' '.join(map(shell, flags))}"]
+            obj = ninja_path(build_dir / Path(lib.target).stem / source.relative_to(ROOT).with_suffix(".o"))
+            rule, flags = "cxx", CXX_FLAGS + lib.flags_of(source) + lib.flags
+            if lib.cuda and source.suffix == ".cu":
+                rule, flags = "nvcc", NVCC_FLAGS + lib.cuda.arch_flags()
+            lines += [f"build {obj}: {rule} {ninja_path(source)}", f"  flags = {' '.join(map(shell, flags))}"]
             objects.append(obj)
         lines.append(f"build {ninja_path(out_dir / lib.target)}: link {' '.join(objects)}")
         lines.append(f"  flags = {' '.join(map(shell, lib.link))}")
@@ -159,23 +313,41 @@ def ninja_command() -> str:
         return shutil.which("ninja") or fail("ninja was not found: pip install ninja") or ""
 
 
+def free_memory() -> float:
+    """Gigabytes that programs may still take; a large number where the system does not tell."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) / 2**20 if found else 1e9
+
+
+def run_ninja(libs: list[Library], build_dir: Path, out_dir: Path) -> None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        fail(
+            "no C++ compiler (g++) was found. Install one (Debian: apt-get install g++), name it in CXX, "
+            "or install pure Python with GPTFAST_BUILD=0."
+        )
+    each = 2.0 if any(lib.cuda for lib in libs) else 0.75  # gigabytes that a compiler may take
+    jobs = max(1, min(os.cpu_count() or 1, int(free_memory() / each)))
+    ninja_file = write_ninja(libs, build_dir, out_dir)
+    jobs = os.environ.get("MAX_JOBS", str(jobs))
+    result = subprocess.run([ninja_command(), "-f", str(ninja_file), "-j", jobs], check=False)
+    if result.returncode:
+        fail("the compiler reported errors (above).")
+
+
 class NinjaBuild(build_ext):
     """`build_ext` that hands everything to ninja: per-file flags and incremental builds."""
 
     def run(self) -> None:
-        if shutil.which(os.environ.get("CXX", "g++")) is None:
-            fail(
-                "no C++ compiler (g++) was found. Install one (Debian: apt-get install g++), name it in CXX, "
-                "or install pure Python with GPTFAST_BUILD=0."
-            )
         out_dir = ROOT if self.inplace else Path(self.build_lib).resolve()
         (out_dir / "gptfast").mkdir(parents=True, exist_ok=True)
-        ninja_file = write_ninja(libraries(find_torch()), Path(self.build_temp).resolve(), out_dir)
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        result = subprocess.run([ninja_command(), "-f", str(ninja_file), "-j", jobs], check=False)
-        if result.returncode:
-            fail("the compiler reported errors (above).")
-        print("gptfast: built the CPU ops (scalar, AVX2, AVX-512, AVX-512 BF16); no CUDA ops in this version")
+        torch = find_torch()
+        cuda, reason = wanted_cuda(torch)
+        run_ninja(libraries(torch, cuda), Path(self.build_temp).resolve(), out_dir)
+        what = f"the CUDA ops ({cuda.describe()})" if cuda else f"no CUDA ops: {reason}"
+        print(f"gptfast: built the CPU ops (scalar, AVX2, AVX-512, AVX-512 BF16); {what}")
 
     def get_outputs(self) -> list[str]:
         return []
@@ -184,8 +356,33 @@ class NinjaBuild(build_ext):
         return {}
 
 
+class EmulatorBuild(Command):
+    """`python setup.py build_emu`: the CUDA kernels as CPU ops, for the tests. It needs the toolkit's headers, no GPU."""
+
+    description = "build the CUDA kernels for the emulator of the tests"
+    user_options = [("variant=", None, f"one of {', '.join(EMU_VARIANTS)}")]  # noqa: RUF012 (setuptools' own way)
+
+    def initialize_options(self) -> None:
+        self.variant = "plain"
+
+    def finalize_options(self) -> None:
+        if self.variant not in EMU_VARIANTS:
+            fail(f"build_emu: --variant is {self.variant!r}; expected one of {', '.join(EMU_VARIANTS)}")
+
+    def run(self) -> None:
+        cuda = find_cuda()
+        if cuda is None:
+            fail("build_emu: nvcc was not found; the emulator needs the headers of the CUDA toolkit (CUDA_HOME)")
+            return
+        library = emulated_ops(find_torch(), cuda, self.variant)
+        target = ROOT / "build" / library.target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        run_ninja([library], target.parent, ROOT / "build")
+        print(f"gptfast: built {target.relative_to(ROOT)}")
+
+
 BUILD = os.environ.get("GPTFAST_BUILD", "1") != "0"
 setup(
     ext_modules=[Extension("gptfast._C", sources=[])] if BUILD else [],
-    cmdclass={"build_ext": NinjaBuild} if BUILD else {},
+    cmdclass={"build_ext": NinjaBuild, "build_emu": EmulatorBuild} if BUILD else {},
 )

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
+DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # where the tensors of a backend lie
+NAMESPACES = {"cpu": "gptfast", "cuda": "gptfast"}  # of torch.ops; there the device of the tensors decides
+AUTOMATIC = {"cpu": ["cpu"], "cuda": ["cuda"]}  # what `auto` tries for tensors on a device, best first
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (needs g++)"
 
@@ -46,8 +49,41 @@ if not has_cpu_ops:
     )
 
 
+def _load_cuda_ops() -> str | None:
+    """Load the CUDA ops where torch sees a GPU; return why they are absent, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no GPU" + ("" if torch.version.cuda else " (it is a CPU build)")
+    path = Path(__file__).with_name("_cuda_ops.so")
+    if not has_cpu_ops:
+        return missing_reason
+    if not path.exists():
+        return f"{path.name} was not built: rebuild where nvcc is found, with GPTFAST_CUDA=1"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+missing_cuda_reason: str | None = _load_cuda_ops()
+_cuda_troubles: dict[int, str | None] = {}
+
+
+def cuda_trouble(index: int | None) -> str | None:
+    """Why GPU number `index` (None: the current one) cannot run the CUDA ops, or None. The GPU is asked once, here and
+    not at import: a process that has touched CUDA cannot fork workers."""
+    if missing_cuda_reason is not None:
+        return missing_cuda_reason
+    index = torch.cuda.current_device() if index is None else index
+    if index not in _cuda_troubles and torch.compiler.is_compiling():
+        return None  # not a question that can be traced; the launch would say
+    if index not in _cuda_troubles:
+        _cuda_troubles[index] = torch.ops.gptfast.cuda_trouble(index) or None
+    return _cuda_troubles[index]
+
+
 def _checked(name: str, where: str) -> str:
-    if name not in BACKENDS:
+    if name not in BACKENDS and name not in NAMESPACES:
         raise ValueError(f"{where}: backend is {name!r}; expected one of {', '.join(BACKENDS)}")
     return name
 
@@ -79,10 +115,10 @@ def backend(name: str) -> Iterator[None]:
 
 
 def resolve(op: str, choice: str | None, x: Tensor) -> str:
-    """The backend that runs `op` on `x`: "cpu" or "eager" (or "cuda", "triton" where they exist).
+    """The backend that runs `op` on `x`: "cpu", "cuda" or "eager" (or "triton", where it exists).
 
     Args:
-        op: name for messages.
+        op: its name, also for messages.
         choice: the call's `backend=` argument, or None for the surrounding choice.
         x: the op's main input.
     Raises:
@@ -92,30 +128,67 @@ def resolve(op: str, choice: str | None, x: Tensor) -> str:
     if name == "eager":
         return name
     if name == "auto":
-        runs = has_cpu_ops and x.device.type == "cpu" and x.dtype in KERNEL_DTYPES
-        return "cpu" if runs else "eager"
+        return _automatic(op, x)
     _checked(name, op)
     _check_explicit(op, name, x)
     return name
 
 
+def _automatic(op: str, x: Tensor) -> str:
+    if x.dtype not in KERNEL_DTYPES:
+        return "eager"
+    for name in AUTOMATIC.get(x.device.type, ()):
+        if name == "cuda" and cuda_trouble(x.device.index) is not None:
+            continue
+        if has_cpu_ops and has_kernel(op, name):
+            return name
+    return "eager"
+
+
 def _check_explicit(op: str, name: str, x: Tensor) -> None:
+    asked = f"{op}: backend={name!r} was asked for, but"
     if name == "cpu" and not has_cpu_ops:
-        raise RuntimeError(f"{op}: backend='cpu' was asked for, but {missing_reason}. To build: {_REBUILD}")
-    if name in ("cuda", "triton"):
-        raise RuntimeError(
-            f"{op}: backend={name!r} was asked for, but this version of gptfast has no {name} kernels; "
-            "use backend='auto' or 'eager'"
-        )
-    if x.device.type != name:
-        raise ValueError(f"{op}: backend={name!r} was asked for, but the input is on {x.device}; move it or use 'auto'")
+        raise RuntimeError(f"{asked} {missing_reason}. To build: {_REBUILD}")
+    if name == "triton":
+        raise RuntimeError(f"{asked} this version of gptfast has no triton kernels; use backend='auto' or 'eager'")
+    if name == "cuda" and (trouble := cuda_trouble(x.device.index if x.device.type == "cuda" else None)):
+        raise RuntimeError(f"{asked} {trouble}; use backend='auto' or 'eager' (`gptfast doctor` says what runs here)")
+    if not has_kernel(op, name):
+        raise RuntimeError(f"{asked} it has no kernel for this op; use backend='auto' or 'eager'")
+    if x.device.type != DEVICES[name]:
+        raise ValueError(f"{asked} the input is on {x.device}; move it or use 'auto'")
     if x.dtype not in KERNEL_DTYPES:
         raise TypeError(
             f"{op}: backend={name!r} computes float32, bfloat16 and float16, got {x.dtype}; use backend='eager'"
         )
 
 
-NAMESPACES = {"cpu": "gptfast", "cuda": "gptfast"}  # of torch.ops; there the device of the tensors decides
+def has_kernel(op: str, name: str) -> bool:
+    """Does the backend have a kernel for this public op?"""
+    return op in _OPS[name]
+
+
+def ops_of(name: str) -> set[str]:
+    """The public ops that the loaded libraries of a backend have kernels for."""
+    key, prefix = DEVICES[name].upper(), NAMESPACES[name] + "::"
+    found = {
+        full.removeprefix(prefix).removesuffix("_fwd")
+        for full in torch._C._dispatch_get_all_op_names()
+        if full.startswith(prefix) and torch._C._dispatch_has_kernel_for_dispatch_key(full, key)
+    }
+    if "cross_entropy" in found:
+        found |= {"linear_cross_entropy", "linear_logprobs"}
+    return found
+
+
+# Looked up once: torch.compile can follow a set, not the dispatcher.
+_OPS: dict[str, set[str]] = {name: ops_of(name) for name in NAMESPACES}
+
+
+def add_backend(name: str, namespace: str, device: str) -> None:
+    """Make the ops of a further namespace of torch.ops, whose library has been loaded, a backend for `device`."""
+    NAMESPACES[name], DEVICES[name] = namespace, device
+    _OPS[name] = ops_of(name)
 
 
 def kernels(name: str) -> Any:

@@ -9,24 +9,40 @@ os.environ.setdefault(
     "GPTFAST_GEMM", "own"
 )  # here and in subprocesses: what runs must not depend on the machine's load
 
+import emulated
 import pytest
 import torch
 
-from gptfast.backend import cpu_isas, force_cpu_isa
+from gptfast.backend import AUTOMATIC, cpu_isas, force_cpu_isa
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", cpu_isas() or ["eager"], indirect=True)
+        op = metafunc.module.__name__.removeprefix("test_")
+        emulator = ["emu"] if emulated.has_kernel(op) else []
+        metafunc.parametrize("isa", cpu_isas() + emulator or ["eager"], indirect=True)
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once per instruction set that was compiled in and runs here."""
+    """Runs the test once per instruction set that was compiled in and runs here, and on the emulated CUDA kernels."""
     if request.param == "eager":
         pytest.skip("this install has no compiled ops")
-    with force_cpu_isa(request.param):
+    if request.param == "emu":
+        request.getfixturevalue("emu")
         yield request.param
+    else:
+        with force_cpu_isa(request.param):
+            yield request.param
+
+
+@pytest.fixture
+def emu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs the test on the emulated CUDA kernels only."""
+    emulated.load()
+    monkeypatch.setitem(AUTOMATIC, "cpu", ["emu", "cpu"])
+    yield
+    emulated.configure()
 
 
 @pytest.fixture

@@ -55,7 +55,6 @@ def test_the_choice_is_left_after_an_error_and_belongs_to_its_thread():
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: ops.gelu(X, backend="cuda"), RuntimeError, "gelu: backend='cuda' was asked for, but this version"),
         (lambda: ops.gelu(X, backend="triton"), RuntimeError, "backend='triton'"),
         (lambda: ops.gelu(X, backend="gpu"), ValueError, "gelu: backend is 'gpu'; expected one of auto, cpu"),
         (
@@ -75,6 +74,42 @@ def test_the_choice_is_left_after_an_error_and_belongs_to_its_thread():
 def test_errors(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_says_so():
+    with pytest.raises(RuntimeError, match="gelu: backend='cuda' was asked for, but torch sees no GPU"):
+        ops.gelu(X, backend="cuda")
+
+
+def test_an_op_without_a_kernel_says_so(emu):
+    """The emulated CUDA kernels are a backend like others; this one is taken from it."""
+    known = resolve.__globals__["_OPS"]["emu"]
+    assert resolve("gelu", "emu", X) == "emu"
+    known.discard("gelu")
+    try:
+        with pytest.raises(RuntimeError, match="gelu: backend='emu' was asked for, but it has no kernel for this op"):
+            ops.gelu(X, backend="emu")
+        assert resolve("gelu", None, X) == "cpu"  # auto goes on to the next
+    finally:
+        known.add("gelu")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "match"),
+    [
+        (
+            "GTX 1080 has compute capability 6.1; the kernels need 8.0 or newer",
+            "but GTX 1080 has compute capability 6.1",
+        ),
+        ("_cuda_ops.so was not built", "but _cuda_ops.so was not built; use backend='auto'"),
+    ],
+)
+def test_a_gpu_that_cannot_run_the_kernels(trouble, match, monkeypatch):
+    """Explicitly asked for it is an error with the cause; auto goes on in eager PyTorch."""
+    monkeypatch.setitem(resolve.__globals__, "missing_cuda_reason", trouble)
+    with pytest.raises(RuntimeError, match=match):
+        resolve("gelu", "cuda", X)
 
 
 def test_environment_is_checked_at_import():

@@ -37,6 +37,16 @@ def test_every_tail_length(isa):
             torch.testing.assert_close(ops.dropout(x, 0.4, seed=7, offset=1), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("C", [8, 24, 32, 104, 256, 1032, 2304])
+def test_every_aligned_width(C, dtype, isa):
+    """Whole 16-byte vectors, where lanes share Philox calls; then rows of a larger buffer, aligned and not."""
+    keep = rng.dropout_keep((1, 5, C), 0.4, 3, 9)[0]
+    for gap, start in ((0, 0), (16, 8), (3, 0), (8, 1)):
+        x = torch.ones(5, C + gap, dtype=dtype)[:, start : C + start]
+        assert torch.equal(ops.dropout(x, 0.4, seed=3, offset=9) != 0, keep), (gap, start)
+
+
 def test_layouts():
     """Rows are numbered over the leading dimensions, however the tensor lies in memory."""
     x = torch.randn(5, 3, 4, 6)

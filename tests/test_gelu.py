@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 from gptfast import ops
-from gptfast.testing import cases, check_case, dtypes
+from gptfast.testing import Case, cases, check_case, dtypes
 
 CASES = cases("gelu")
 
@@ -17,6 +17,13 @@ CASES = cases("gelu")
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_parity(case, dtype, isa):
     check_case(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize(("N", "C"), [(300, 8), (8300, 3), (2, 4104)])
+def test_many_rows_and_long_rows(N, C, dtype, isa):
+    """More rows than there are parts of the sum over rows; rows longer than what one block of threads covers."""
+    check_case(Case("gelu", {"N": N, "C": C}), dtype)
 
 
 @pytest.mark.parametrize("n", range(34))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 from gptfast import ops
-from gptfast.testing import DTYPES, cases, check_case, dtypes
+from gptfast.testing import DTYPES, Case, cases, check_case, dtypes
 
 CASES = cases("layer_norm") + cases("add_layer_norm")
 
@@ -26,6 +26,14 @@ def test_every_tail_length(C, isa):
         rows = torch.randn(3, C + shift)[:, shift:].copy_(x)
         expected = F.layer_norm(x.double(), (C,), w.double(), b.double()).float()
         torch.testing.assert_close(ops.layer_norm(rows, w, b), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize(("N", "C"), [(2, 2051), (3, 8200), (2, 12296), (300, 8), (8300, 3)])
+def test_long_rows_and_many_rows(N, C, dtype, isa):
+    """Rows beyond the registers of a block of threads; more rows than there are parts of the sums over rows."""
+    check_case(Case("layer_norm", {"N": N, "C": C}), dtype)
+    check_case(Case("add_layer_norm", {"N": N, "C": C}, {"dropout_p": 0.2, "seed": 3}), dtype)
 
 
 def test_statistics_survive_a_large_mean(isa):

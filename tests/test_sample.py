@@ -44,6 +44,12 @@ def test_ties_go_to_the_lowest_ids(isa):
     assert nucleus == {0, 1, 2, 3}  # 4 of 10 equal tokens reach 0.35
 
 
+def test_zeros_of_both_signs_tie(isa):
+    for zeros in ([-0.0, 0.0, 0.0], [0.0, -0.0, -0.0]):
+        assert ops.sample(torch.tensor([zeros]), temperature=0.0).item() == 0
+        assert kept(zeros, top_k=2) == {0, 1}
+
+
 def kept(logits, draws=300, **options):
     """The tokens that are drawn from these logits, each of which is likely."""
     rows = torch.tensor([logits]).expand(draws, len(logits))

@@ -14,7 +14,11 @@ pybind11::dict build_info() {
   info["compiler"] = std::string("g++ ") + __VERSION__;
   info["torch_target"] = GPTFAST_TORCH_TARGET;
   info["torch_headers"] = GPTFAST_TORCH_HEADERS;
+#ifdef GPTFAST_CUDA
+  info["cuda"] = std::string(GPTFAST_CUDA);
+#else
   info["cuda"] = false;
+#endif
   return info;
 }
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from gptfast.backend import KERNEL_DTYPES, kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import check_float, check_same_device
+from gptfast.ops._common import check_float, check_same_device, fake, forbid_double_backward
 
 
 def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
-    """wte[ids] + wpe[positions].
+    """wte[ids] + wpe[positions], in one pass on CUDA; on a CPU by PyTorch's own embedding, which needs no help.
+
+    On CUDA the gradients of the tables are summed in fp32 in the order of the rows: deterministic, without atomics.
 
     Args:
         ids: (..., T) int64 or int32, token ids in [0, V).
@@ -21,7 +26,7 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Te
         (..., T, C) in wte's dtype.
     Raises:
         TypeError: ids are not integers.  ValueError: more positions than wpe has rows.
-        IndexError: an id or a position outside its table (raised by PyTorch).
+        IndexError: an id or a position outside its table (raised by PyTorch; on CUDA such a row is nan instead).
     """
     check_float("embedding", wte=wte, wpe=wpe)
     check_same_device("embedding", ids=ids, wte=wte, wpe=wpe, positions=positions)
@@ -31,4 +36,47 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Te
         raise ValueError(
             f"embedding: ids has {ids.shape[-1]} positions but wpe has {wpe.shape[0]} rows; shorten the input"
         )
-    return reference.embedding(ids, wte, wpe, positions)
+    runs_on = resolve("embedding", None, wte) if wte.dtype in KERNEL_DTYPES else "eager"
+    if runs_on in ("eager", "cpu"):
+        return reference.embedding(ids, wte, wpe, positions)
+    positions = None if positions is None else positions.expand(ids.shape).long()
+    return EmbeddingFunction.apply(runs_on, ids.long(), wte, wpe, positions)
+
+
+class EmbeddingFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, ids: Tensor, wte: Tensor, wpe: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(ids, wte, wpe, positions)
+        ctx.backend = backend
+        return kernels(backend).embedding_fwd(ids, wte, wpe, positions)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        ids, wte, wpe, positions = ctx.saved_tensors
+        rows = dout.reshape(-1, dout.shape[-1])
+        dwte = _table_gradient(ctx.backend, rows, ids, wte) if ctx.needs_input_grad[2] else None
+        if wpe is None or not ctx.needs_input_grad[3]:
+            return None, None, dwte, None, None
+        if positions is None:
+            positions = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+        return None, None, dwte, _table_gradient(ctx.backend, rows, positions, wpe), None
+
+
+def _table_gradient(backend: str, dout: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    keys, order = ids.reshape(-1).sort(stable=True)
+    return kernels(backend).embedding_bwd(dout, keys, order, table)
+
+
+@fake("embedding_fwd")
+def _(ids: Tensor, wte: Tensor, wpe: Tensor | None, positions: Tensor | None) -> Tensor:
+    return wte.new_empty(*ids.shape, wte.shape[1])
+
+
+@fake("embedding_bwd")
+def _(dout: Tensor, keys: Tensor, order: Tensor, table: Tensor) -> Tensor:
+    return table.new_empty(table.shape)
+
+
+forbid_double_backward("embedding", "embedding_bwd")

@@ -1,0 +1,110 @@
+// layer_norm and add_layer_norm on CUDA: checks, allocation, launch. One kernel serves both.
+#include "cuda_common.h"
+
+namespace gptfast::cuda {
+namespace {
+
+// Runs the backward kernel and adds up the parts; fills everything of p that belongs to the weights.
+std::tuple<Tensor, Tensor> launch_bwd(const char* op, LayerNormParams& p, const Tensor& x, const Tensor& weight,
+                                      bool has_bias, const Tensor& mean, const Tensor& rstd) {
+  const Launch on(x);
+  Tensor weight_owner;
+  p.weight = vector_of(op, "weight", weight, p.C, x, &weight_owner);
+  check_device(op, "mean", mean, x);
+  check_device(op, "rstd", rstd, x);
+  STD_TORCH_CHECK(mean.numel() == p.R && rstd.numel() == p.R && mean.scalar_type() == ScalarType::Float &&
+                      rstd.scalar_type() == ScalarType::Float,
+                  op, ": mean and rstd must be float32 with one value a row");
+  const Tensor mean_owner = torch::stable::contiguous(mean), rstd_owner = torch::stable::contiguous(rstd);
+  p.mean = floats(mean_owner), p.rstd = floats(rstd_owner);
+  const i64 parts = parts_of(p.R);
+  Tensor dweight = new_tensor(x, {parts, p.C}, ScalarType::Float);
+  Tensor dbias = new_tensor(x, {has_bias ? parts : 0, has_bias ? p.C : 0}, ScalarType::Float);
+  p.dweight = floats(dweight), p.dbias = has_bias ? floats(dbias) : nullptr;
+  check(op, layer_norm_bwd(p, on.stream));
+  return {sum_of_parts(op, dweight, weight.scalar_type(), on.stream),
+          sum_of_parts(op, dbias, weight.scalar_type(), on.stream)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, double eps) {
+  constexpr const char* op = "layer_norm";
+  const View v = view_of(op, x);
+  const Launch on(x);
+  Tensor y = new_like(x), weight_owner, bias_owner;
+  Tensor mean = new_tensor(x, {v.R}, ScalarType::Float), rstd = new_tensor(x, {v.R}, ScalarType::Float);
+  LayerNormParams p{};
+  p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = float(eps);
+  p.weight = vector_of(op, "weight", weight, v.C, x, &weight_owner);
+  p.bias = vector_of(op, "bias", bias, v.C, x, &bias_owner);
+  p.mean = floats(mean), p.rstd = floats(rstd);
+  check(op, layer_norm_fwd(p, on.stream));
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean,
+                                       const Tensor& rstd, bool has_bias) {
+  constexpr const char* op = "layer_norm";
+  const View v = view_of(op, x), g = view_of(op, "dy", dy, x);
+  STD_TORCH_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, op, ": dy and x differ in shape or dtype");
+  Tensor dx = new_like(x);
+  LayerNormParams p{};
+  p.x = v.rows(), p.dy = g.rows(), p.dx = mut_rows(op, dx, v.C), p.R = v.R, p.C = v.C;
+  auto [dweight, dbias] = launch_bwd(op, p, x, weight, has_bias, mean, rstd);
+  return {dx, dweight, dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                   const OptTensor& bias, double eps, double dropout_p, i64 seed,
+                                                   i64 offset) {
+  constexpr const char* op = "add_layer_norm";
+  const View v = view_of(op, x), r = view_of(op, "residual", residual, x);
+  STD_TORCH_CHECK(r.R == v.R && r.C == v.C, op, ": x and residual differ in shape");
+  const Launch on(x);
+  const ScalarType total_type = x.scalar_type() == residual.scalar_type() ? x.scalar_type() : ScalarType::Float;
+  Tensor total = new_like(x, total_type), y = new_like(x, total_type), weight_owner, bias_owner;
+  Tensor mean = new_tensor(x, {v.R}, ScalarType::Float), rstd = new_tensor(x, {v.R}, ScalarType::Float);
+  LayerNormParams p{};
+  p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C), p.y = mut_rows(op, y, v.C);
+  p.R = v.R, p.C = v.C, p.eps = float(eps), p.dropout = dropout_of(dropout_p, seed, offset);
+  p.weight = vector_of(op, "weight", weight, v.C, x, &weight_owner);
+  p.bias = vector_of(op, "bias", bias, v.C, x, &bias_owner);
+  p.mean = floats(mean), p.rstd = floats(rstd);
+  check(op, layer_norm_fwd(p, on.stream));
+  return {y, total, mean, rstd};
+}
+
+// dx is left empty where it would equal dresidual: without dropout and with x_type == residual_type.
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_bwd(const OptTensor& dy, const OptTensor& dtotal, const Tensor& total,
+                                                   const Tensor& weight, const Tensor& mean, const Tensor& rstd,
+                                                   bool has_bias, i64 x_type, i64 residual_type, double dropout_p,
+                                                   i64 seed, i64 offset) {
+  constexpr const char* op = "add_layer_norm";
+  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  STD_TORCH_CHECK(x_type >= 0 && x_type < 3 && residual_type >= 0 && residual_type < 3, op, ": unknown dtype");
+  const View v = view_of(op, total);
+  View g = v, d = v;
+  LayerNormParams p{};
+  p.x = v.rows(), p.R = v.R, p.C = v.C, p.dropout = dropout_of(dropout_p, seed, offset);
+  if (dy) g = view_of(op, "dy", *dy, total), p.dy = g.rows();
+  if (dtotal) d = view_of(op, "dtotal", *dtotal, total), p.dtotal = d.rows();
+  STD_TORCH_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && g.dtype == v.dtype && d.dtype == v.dtype, op,
+                  ": gradients and total differ in shape or dtype");
+  const bool own_dx = p.dropout.threshold || x_type != residual_type;
+  Tensor dresidual = new_like(total, types[residual_type]);
+  Tensor dx = own_dx ? new_like(total, types[x_type]) : new_tensor(total, {0}, types[x_type]);
+  p.dresidual = mut_rows(op, dresidual, v.C);
+  if (own_dx) p.dx = mut_rows(op, dx, v.C);
+  auto [dweight, dbias] = launch_bwd(op, p, total, weight, has_bias, mean, rstd);
+  return {dx, dresidual, dweight, dbias};
+}
+
+}  // namespace
+
+GPTFAST_CUDA_IMPL(m) {
+  m.impl("layer_norm_fwd", TORCH_BOX(&fwd));
+  m.impl("layer_norm_bwd", TORCH_BOX(&bwd));
+  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_fwd));
+  m.impl("add_layer_norm_bwd", TORCH_BOX(&add_bwd));
+}
+
+}  // namespace gptfast::cuda

@@ -1,0 +1,36 @@
+// out[c] = sum_k partial[k][c]: the second stage of every sum over rows. A block has 32 columns; 32 threads share each
+// column, every thread adds its parts in order, and the 32 sums are added in order. Floor: one read of the partial sums.
+#include "common.cuh"
+
+namespace gptfast::cuda {
+namespace {
+
+constexpr int kLanes = 32;
+
+__global__ void __launch_bounds__(32 * kLanes) sum_parts_kernel(const SumPartsParams p) {
+  DYN_SMEM(smem);
+  float(*sums)[33] = reinterpret_cast<float(*)[33]>(smem);  // 33: a column's values lie in different banks
+  const i64 c = i64(blockIdx.x) * 32 + threadIdx.x;
+  float sum = 0.f;
+  if (c < p.C) {
+#pragma unroll 8
+    for (i64 k = threadIdx.y; k < p.parts; k += kLanes) sum += p.partial[k * p.C + c];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y || c >= p.C) return;
+  float total[1] = {0.f};
+#pragma unroll
+  for (int y = 0; y < kLanes; y++) total[0] += sums[y][threadIdx.x];
+  store_any<1>(p.out, p.dtype, c, total);
+}
+
+}  // namespace
+
+cudaError_t sum_parts(const SumPartsParams& p, cudaStream_t stream) {
+  if (!p.C) return cudaSuccess;
+  LAUNCH(sum_parts_kernel, dim3(unsigned(ceil_div(p.C, 32))), dim3(32, kLanes), sizeof(float) * 33 * kLanes, stream, p);
+  return cudaGetLastError();
+}
+
+}  // namespace gptfast::cuda

@@ -1,0 +1,79 @@
+// Mistakes of every kind that the emulator must catch, one a number; tests/test_emulator.py says what it must say of each.
+//     planted NAME    prints "CAUGHT <message>" or "no complaint: <sum of the results>"
+#include "../../csrc/cuda/common.cuh"
+
+using namespace gptfast::cuda;
+
+namespace {
+
+constexpr int kThreads = 64;
+
+enum Fault {
+  correct, no_barrier, only_syncwarp, overwritten_too_early, never_written, past_dynamic, past_global, divergent_barrier,
+  divergent_shuffle, lanes_missing, lane_not_in_mask, trap, misaligned, stack_overflow, bad_block,
+  too_much_shared, faults
+};
+const char* const names[faults] = {
+    "correct", "no_barrier", "only_syncwarp", "overwritten_too_early", "never_written", "past_dynamic", "past_global",
+    "divergent_barrier", "divergent_shuffle", "lanes_missing", "lane_not_in_mask", "trap",
+    "misaligned", "stack_overflow", "bad_block", "too_much_shared"};
+
+float deep(int n) {
+  volatile float local[1024];
+  for (int i = 0; i < 1024; i++) local[i] = float(n + i);
+  return n ? deep(n - 1) + local[n] : local[0];
+}
+
+// Every thread fills one value and reads one of the other warp's.
+__global__ void faulty(float* out, int fault) {
+  DYN_SMEM(smem);
+  float* s = reinterpret_cast<float*>(smem);
+  const int t = threadIdx.x;
+  if (fault != never_written || t != 5) s[t] = float(t);
+  if (fault == only_syncwarp) __syncwarp();
+  else if (fault != no_barrier) __syncthreads();
+  float v = s[t ^ 32];
+  if (fault == overwritten_too_early) s[t] = -1.f;
+  if (fault == past_dynamic) v += s[t + 1];
+  if (fault == divergent_barrier) {
+    if (t & 1) __syncthreads();
+    else
+      __syncthreads();
+  }
+  if (fault == divergent_shuffle) {
+    if (t & 1) v += __shfl_xor_sync(kAllLanes, 1.f, 1);
+    else
+      v += __shfl_xor_sync(kAllLanes, 2.f, 1);
+  }
+  if (fault == lanes_missing && t < 8) v += __shfl_xor_sync(kAllLanes, 1.f, 1);
+  if (fault == lane_not_in_mask) v += __shfl_xor_sync(0xffu, 1.f, 1);
+  if (fault == lanes_missing || fault == lane_not_in_mask) __syncthreads();
+  if (fault == trap && t == 3) __trap();
+  if (fault == misaligned) {
+    float four[4];
+    load(four, s + 1);
+    v += four[0];
+  }
+  if (fault == stack_overflow) v += deep(1000);
+  out[t + (fault == past_global)] = v;
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  int fault = 0;
+  while (fault < faults && strcmp(names[fault], arguments[1])) fault++;
+  if (fault == faults) return 2;
+  float* out = new float[kThreads];
+  try {
+    const int threads = fault == bad_block ? 2048 : kThreads;
+    const size_t smem = fault == too_much_shared ? 300 << 10 : kThreads * sizeof(float);
+    LAUNCH(faulty, dim3(1), dim3(threads), smem, nullptr, out, fault);
+    float sum = 0;
+    for (int t = 0; t < kThreads; t++) sum += out[t];
+    printf("no complaint: %g\n", double(sum));
+  } catch (const std::exception& error) {
+    printf("CAUGHT %s\n", error.what());
+  }
+  delete[] out;
+}
