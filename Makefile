@@ -8,7 +8,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help demo test test-fast test-sanitize lint bench bench-cpu wheel clean install
+.PHONY: help demo test test-fast test-sanitize lint bench bench-cpu bench-gpu gpu-check wheel clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,12 @@ bench-cpu: $(STAMP)  ## the same with malloc as installed and tuned, and the tra
 
 test-sanitize: $(STAMP)  ## the op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python scripts/test_sanitize.py
+
+gpu-check: install  ## on a machine with an NVIDIA GPU: every op on it, compute-sanitizer, benchmarks
+	$(BIN)/python scripts/gpu_check.py
+
+bench-gpu: install  ## the CUDA kernels beside PyTorch's: table, benchmarks/results/<gpu>.json
+	$(BIN)/python benchmarks/bench_gpu.py
 
 wheel: $(BIN)/python  ## sdist and wheel in dist/
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -128,11 +129,11 @@ def cuda_archs() -> list[str]:
 
 
 def find_nvcc() -> Path | None:
+    """In CUDA_HOME, if that is set; else on the path, or where the toolkit installs itself."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [Path(home) / "bin/nvcc"] if home else []
-    places += [Path(found)] if (found := shutil.which("nvcc")) else []
-    places.append(Path("/usr/local/cuda/bin/nvcc"))
-    return next((place for place in places if place.exists()), None)
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    found = found or (None if home else shutil.which("nvcc", path="/usr/local/cuda/bin"))
+    return Path(found) if found else None
 
 
 def find_cuda() -> Cuda | None:
@@ -207,7 +208,9 @@ def cuda_ops(torch: Path, cuda: Cuda) -> Library:
     places = [p for p in (cuda.home / "lib64", cuda.home / "lib") if p.exists()]
     static = any((p / "libcudart_static.a").exists() for p in places)
     runtime = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"] if static else ["-lcudart"]
-    link = [*torch_link(torch), *(f"-L{p}" for p in places), *runtime]
+    # libtorch.so has no code, so linkers drop it; but it alone leads to libtorch_cuda.so, which torch loads privately.
+    whole_torch = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+    link = [*torch_link(torch), *whole_torch, *(f"-L{p}" for p in places), *runtime]
     return Library("gptfast/_cuda_ops.so", sources, [*stable_abi(torch), f"-I{cuda.home / 'include'}"], link, cuda=cuda)
 
 
@@ -243,10 +246,10 @@ def python_module(torch: Path, cuda: Cuda | None) -> Library:
 
     include = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
     defines = [
-        f'-DGPTFAST_TORCH_TARGET=\\"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}\\"',
-        f'-DGPTFAST_TORCH_HEADERS=\\"{torch_version(torch)}\\"',
+        f'-DGPTFAST_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"',
+        f'-DGPTFAST_TORCH_HEADERS="{torch_version(torch)}"',
     ]
-    defines += [f'-DGPTFAST_CUDA=\\"{cuda.describe()}\\"'] if cuda else []
+    defines += [f'-DGPTFAST_CUDA="{cuda.describe()}"'] if cuda else []
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     return Library(f"gptfast/_C{suffix}", sorted((ROOT / "csrc/python").glob("*.cpp")), include + defines)
 
@@ -258,8 +261,7 @@ def libraries(torch: Path, cuda: Cuda | None) -> list[Library]:
 
 def shell(argument: str) -> str:
     """An argument for a ninja variable that /bin/sh will split."""
-    quoted = argument if re.fullmatch(r'[\w@%+=:,./\\"-]+', argument) else f"'{argument}'"
-    return quoted.replace("$", "$$")
+    return shlex.quote(argument).replace("$", "$$")
 
 
 def ninja_path(path: str | Path) -> str:
@@ -323,7 +325,7 @@ def free_memory() -> float:
 
 
 def run_ninja(libs: list[Library], build_dir: Path, out_dir: Path) -> None:
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
+    if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         fail(
             "no C++ compiler (g++) was found. Install one (Debian: apt-get install g++), name it in CXX, "
             "or install pure Python with GPTFAST_BUILD=0."

@@ -182,7 +182,7 @@ def ops_of(name: str) -> set[str]:
     }
     if "cross_entropy" in found:
         found |= {"linear_cross_entropy", "linear_logprobs"}
-    return found
+    return found | {"linear", "embedding"} if found else found  # PyTorch's own where the backend has none
 
 
 # Looked up once: torch.compile can follow a set, not the dispatcher.

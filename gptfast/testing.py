@@ -344,32 +344,56 @@ def _floats(values: Any) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-def run(fn: Callable[..., Any], case: Case, dtype: torch.dtype, *, exact: bool = False, seed: int = 0) -> Run:
+def run(
+    fn: Callable[..., Any],
+    case: Case,
+    dtype: torch.dtype,
+    *,
+    exact: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Run:
     """Call fn on the case's inputs and differentiate all its differentiable results against random gradients.
 
-    With exact=True the inputs, already rounded to dtype, and the upstream gradients are widened to float64 first.
+    With exact=True the inputs, already rounded to dtype, and the upstream gradients are widened to float64 first. The
+    call is made on `device`, with the same numbers; the results come back to the CPU.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     widen = (lambda t: t.double()) if exact else (lambda t: t)
+
+    def there(t: Tensor) -> Tensor:
+        """On the device, in the same layout: a copy of a view with gaps has gaps too."""
+        if device == "cpu":
+            return t
+        base = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+        return base.copy_(t) if t.numel() else base
+
     args = [
-        widen(a).requires_grad_() if a is not None and a.is_floating_point() else a for a in case.inputs(dtype, seed)
+        widen(there(a)).requires_grad_() if a is not None and a.is_floating_point() else a if a is None else there(a)
+        for a in case.inputs(dtype, seed)
     ]
-    outputs = _floats(fn(*args, **case.options))
+    options = {k: there(v) if isinstance(v, Tensor) else v for k, v in case.options.items()}
+    outputs = _floats(fn(*args, **options))
     differentiable = [o for o in outputs if o.requires_grad]
-    upstream = [widen(torch.randn(o.shape, generator=generator).to(dtype)).to(o.dtype) for o in differentiable]
+    upstream = [
+        widen(torch.randn(o.shape, generator=generator).to(dtype)).to(o.dtype).to(device) for o in differentiable
+    ]
     inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     grads = torch.autograd.grad(differentiable, inputs, upstream) if differentiable else ()
     largest = max((u.abs().max().item() for u in upstream if u.numel()), default=0.0)
-    return Run([o.detach() for o in outputs], list(grads), largest)
+    return Run([o.detach().cpu() for o in outputs], [g.cpu() for g in grads], largest)
 
 
-def check_case(case: Case, dtype: torch.dtype, seed: int = 0, **extra_floor: float) -> tuple[float, float]:
-    """Three-way parity of one case: the public op, the eager reference in the same dtype, the reference in float64.
+def check_case(
+    case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu", **extra_floor: float
+) -> tuple[float, float]:
+    """Three-way parity of one case: the public op (on `device`), and on the CPU the eager reference in the same dtype
+    and the reference in float64.
 
     Returns:
         The error of the results, and of the gradients, as a multiple of eager PyTorch's (plus rounding).
     """
-    ours = run(getattr(ops, case.op), case, dtype, seed=seed)
+    ours = run(getattr(ops, case.op), case, dtype, seed=seed, device=device)
     eager = run(getattr(reference, case.op), case, dtype, seed=seed)
     exact = run(getattr(reference, case.op), case, dtype, exact=True, seed=seed)
     label = f"{case.op} {case.id} {dtype}"

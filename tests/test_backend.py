@@ -95,6 +95,19 @@ def test_an_op_without_a_kernel_says_so(emu):
         known.add("gelu")
 
 
+@pytest.mark.parametrize("name", ["cpu", "emu"])
+def test_a_whole_model_runs_under_an_explicit_backend(name, emu):
+    """Ops that a backend leaves to PyTorch, such as linear, are no obstacle."""
+    model = gptfast.GPT(gptfast.GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=40, dropout=0.0))
+    ids = torch.randint(40, (2, 9))
+    with gptfast.backend("eager"):
+        expected = model(ids[:, :-1], ids[:, 1:])[1]
+    with gptfast.backend(name if name == "cpu" else "auto"):
+        loss = model(ids[:, :-1], ids[:, 1:])[1]
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("trouble", "match"),
     [

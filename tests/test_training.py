@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import resource
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from safetensors.torch import load_file
 from gptfast.models import GPT, GPTConfig
 from gptfast.ops import gemm
 from gptfast.tokenizer import CharTokenizer, load_tokenizer
-from gptfast.training import TrainConfig, Trainer, accumulate_gradients, read_checkpoint
+from gptfast.training import TrainConfig, Trainer, accumulate_gradients, read_checkpoint, timing
 from gptfast.training.checkpoint import copy_checkpoint, save_checkpoint
 from gptfast.training.compare import compare_step, eager_loss, gptfast_loss, torch_loss
 from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_batches
@@ -259,7 +261,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_p
     assert torch.isfinite(GPT.from_pretrained(tmp_path / "last").wte.weight).all()
 
 
-def test_max_minutes_plans_the_steps_and_keeps_to_the_time(tmp_path):
+def test_max_minutes_plans_the_steps_and_keeps_to_the_time(tmp_path, monkeypatch):
+    """On a clock of its own, which goes 2 ms further at every look: a busy machine does not fail the test."""
+    ticks = itertools.count()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.002))
     minutes = 1.5 / 60
     config = QUICK.replace(max_steps=None, max_minutes=minutes, eval_every=20, log_every=5, min_lr=0.0)
     result = make_trainer(tmp_path, config).train()
@@ -267,7 +272,7 @@ def test_max_minutes_plans_the_steps_and_keeps_to_the_time(tmp_path):
     plans = [r["planned_steps"] for r in records if "planned_steps" in r]
     rates = [r["lr"] for r in records if "lr" in r]
     assert plans
-    assert result.seconds < 60 * minutes + 1
+    assert 30 * minutes < result.seconds < 60 * minutes + 0.05
     assert rates[-1] < 0.3 * config.learning_rate  # the cosine came down
 
 

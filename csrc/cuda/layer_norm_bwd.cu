@@ -55,7 +55,7 @@ DEV_INLINE void write(const Values<V>& v, const LayerNormParams& p, i64 r, int c
 }
 
 template <class T, int V, int N>
-__global__ void __launch_bounds__(most_threads(N)) layer_norm_bwd_kernel(const LayerNormParams p) {
+__global__ void __launch_bounds__(most_threads(N), 1) layer_norm_bwd_kernel(const LayerNormParams p) {
   DYN_SMEM(scratch);
   const int C = int(p.C), first = threadIdx.x * V, step = blockDim.x * V;
   float* partial_w = p.dweight + i64(blockIdx.x) * C;

@@ -36,6 +36,7 @@ def report() -> list[tuple[str, str]]:
         built = _C.build_info()
         rows.append(("instruction sets", f"{usable} (GPTFAST_CPU_ISA forces one)"))
         rows.append(("built with", f"{built['compiler']}, headers of torch {built['torch_headers']}"))
+        rows.append(("CUDA ops built", built["cuda"] or "no (GPTFAST_CUDA=1 when installing, where nvcc is found)"))
     rows.append(("ops on CUDA", _cuda_status()))
     rows.append(("Triton", "no Triton kernels in this version of gptfast"))
     return rows
@@ -44,9 +45,15 @@ def report() -> list[tuple[str, str]]:
 def _cuda_status() -> str:
     import torch
 
-    if not torch.cuda.is_available():
-        return "no GPU that this torch can use" + ("" if torch.version.cuda else " (a CPU build of torch)")
-    return f"{torch.cuda.get_device_name()}: every op in eager PyTorch (no CUDA kernels in this version of gptfast)"
+    from gptfast.backend import cuda_trouble, missing_cuda_reason, ops_of
+
+    if missing_cuda_reason is not None and not torch.cuda.is_available():
+        return missing_cuda_reason
+    gpu = torch.cuda.get_device_name()
+    trouble = cuda_trouble(None)
+    if trouble is not None:
+        return f"{gpu}: every op in eager PyTorch, because {trouble}"
+    return f"{gpu}: compiled kernels for {', '.join(sorted(ops_of('cuda')))}"
 
 
 def cpu_name() -> str:

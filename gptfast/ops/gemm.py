@@ -19,6 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gptfast.backend import KERNEL_DTYPES
+
 METHODS = ("own", "torch", "onednn")
 LEAD = 1.5
 FEW_ROWS = 16  # below, packing the second factor costs more than the product
@@ -55,15 +57,15 @@ def gemm(
 
 def method(a: Tensor, b: Tensor, dtype: torch.dtype) -> str:
     """The way in which `gemm` computes this product."""
-    if dtype == torch.float64 or a.device.type != "cpu":
+    if dtype == torch.float64 or a.device.type != "cpu" or not (a.numel() and b.numel()):
         return "torch"
     if _FORCED:
         return _FORCED
     if a.shape[0] < FEW_ROWS:
         return "torch"
-    layout = f"{'nt'[_by_columns(a)]}{'nt'[_by_columns(b)]} {str(dtype)[6:]}"
+    layout = _LAYOUTS[a.stride(1) != 1, b.stride(1) != 1, dtype]
     if layout not in _chosen:
-        _chosen[layout] = _fastest(_by_columns(a), _by_columns(b), dtype)
+        _chosen[layout] = _fastest(layout[0] == "t", layout[1] == "t", dtype)
     return _chosen[layout]
 
 
@@ -84,18 +86,25 @@ def keep_methods(chosen: dict[str, str]) -> None:
     _chosen.update(chosen)
 
 
+def forced() -> bool:
+    """Whether GPTFAST_GEMM names the way."""
+    return bool(_FORCED)
+
+
 def _check_forced(name: str) -> str:
     if name and name not in METHODS:
         raise ValueError(f"GPTFAST_GEMM is {name!r}; expected one of {', '.join(METHODS)}, or unset to measure")
     return name
 
 
+_LAYOUTS = {  # is a stored by columns, is b, dtype
+    (a, b, dtype): f"{'nt'[a]}{'nt'[b]} {str(dtype)[6:]}"
+    for a in (False, True)
+    for b in (False, True)
+    for dtype in KERNEL_DTYPES
+}
 _chosen: dict[str, str] = {}
 _FORCED = _check_forced(os.environ.get("GPTFAST_GEMM", ""))
-
-
-def _by_columns(x: Tensor) -> bool:
-    return x.stride(1) != 1
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from gptfast.ops._common import (
     forbid_double_backward,
 )
 from gptfast.ops.gelu import gelu
-from gptfast.ops.gemm import FEW_ROWS, gemm
+from gptfast.ops.gemm import FEW_ROWS, forced, gemm
 
 OP = "linear"
 ACTIVATIONS = {None: None, "gelu_tanh": "tanh", "gelu": "none"}
@@ -57,8 +58,9 @@ def linear(
     x = autocast(x)[0]
     if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
         raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
+    runs_on = resolve(OP, backend, x)
     few = not torch.compiler.is_compiling() and x.numel() < FEW_ROWS * x.shape[-1]
-    if few or resolve(OP, backend, x) != "cpu":
+    if runs_on != "cpu" or (few and not forced()):
         y = F.linear(x, weight, added)
     else:
         rows = x.reshape(-1, x.shape[-1])
@@ -83,12 +85,12 @@ class LinearFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return torch.ops.gptfast.linear_fwd(x, weight, bias)
+        return _op("linear_fwd", x)(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad
-        dx, dweight, dbias = torch.ops.gptfast.linear_bwd(dy, *ctx.saved_tensors, *wanted)
+        dx, dweight, dbias = _op("linear_bwd", dy)(dy, *ctx.saved_tensors, *wanted)
         dbias = dbias.to(ctx.bias_dtype) if wanted[2] else None
         return dx if wanted[0] else None, dweight if wanted[1] else None, dbias
 
@@ -111,6 +113,13 @@ def _backward(
     elif want_bias:
         torch.sum(dy, 0, dtype=torch.float32, out=dbias)
     return dx, dweight, dbias
+
+
+def _op(name: str, x: Tensor) -> Callable[..., Any]:
+    """The operator for tracers and for a backward that is itself recorded; else its function, some 15 us faster."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+        return getattr(torch.ops.gptfast, name)
+    return _forward if name == "linear_fwd" else _backward
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,93 @@
+"""Every op with CUDA kernels on a real GPU: parity over the shared case table, bits equal to the CPU's where the contract
+says so, streams, graphs, errors. All of it is skipped where torch sees no GPU; `make gpu-check` runs it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_properties import bitwise
+
+from gptfast import ops
+from gptfast.backend import ops_of, resolve
+from gptfast.testing import CASES, Case, cases, check_case, dtypes, run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+WITH_KERNELS = [op for op in CASES if op in ops_of("cuda")]
+SHORT = [case for op in WITH_KERNELS for case in cases(op)]
+LONG = [
+    Case("gelu", {"N": 8300, "C": 3}),
+    Case("layer_norm", {"N": 3, "C": 8200}),
+    Case("layer_norm", {"N": 3, "C": 12291}),
+    Case("layer_norm", {"N": 8300, "C": 768}),
+    Case("add_layer_norm", {"N": 700, "C": 1600}, {"dropout_p": 0.2, "seed": 3}),
+    Case("dropout", {"N": 70000, "C": 8}, {"p": 0.4, "seed": 3}),
+    Case("cross_entropy", {"N": 64, "V": 50257}),
+]
+
+
+def test_the_kernels_are_there():
+    assert resolve("gelu", None, torch.ones(4, device="cuda")) == "cuda"
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("case", SHORT + LONG, ids=lambda c: f"{c.op}-{c.id}")
+def test_parity(case, dtype):
+    check_case(case, dtype, device="cuda")
+
+
+@pytest.mark.parametrize("case", SHORT + LONG, ids=lambda c: f"{c.op}-{c.id}")
+def test_repeats_bit_for_bit(case):
+    first, again = (run(getattr(ops, case.op), case, torch.bfloat16, device="cuda") for _ in range(2))
+    for a, b in zip(first.outputs + first.grads, again.outputs + again.grads, strict=True):
+        assert bitwise(a, b)
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("C", [1, 7, 24, 104, 1032, 50257])
+def test_dropout_mask_is_the_cpus(C, dtype):
+    keep = ops.dropout_mask((1, 33, C), 0.3, seed=2**63 + 1, offset=2**32 - 1)[0]
+    x = torch.ones(33, C, dtype=dtype, device="cuda")
+    assert torch.equal((ops.dropout(x, 0.3, 2**63 + 1, 2**32 - 1) != 0).cpu(), keep)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_p": 0.9, "temperature": 0.8}, {"temperature": 0.0}])
+@pytest.mark.parametrize("V", [1, 63, 700, 50257])
+def test_samples_are_the_cpus(V, options):
+    """Scores differ in the last bits (logf), so two tokens swap once in some 10^5 draws."""
+    logits = torch.randn(64, V).bfloat16() * 3
+    here, there = ops.sample(logits, seed=3, **options), ops.sample(logits.cuda(), seed=3, **options).cpu()
+    assert (here != there).sum() <= 1
+
+
+def test_on_another_stream():
+    x = torch.randn(4096, 4096, device="cuda")
+    expected = ops.gelu(x)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # the default stream would be done long before
+        y = ops.gelu(x.clone())
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(y, expected)
+
+
+def test_in_a_cuda_graph():
+    x, w = torch.randn(64, 768, device="cuda"), torch.randn(768, device="cuda")
+    ops.layer_norm(x, w)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.layer_norm(x, w)
+        token = ops.sample(x, top_k=5)
+    x.copy_(torch.randn(64, 768))
+    graph.replay()
+    assert torch.equal(y, ops.layer_norm(x, w)) and torch.equal(token, ops.sample(x, top_k=5))
+
+
+def test_errors():
+    x = torch.randn(4, 8, device="cuda")
+    with pytest.raises(ValueError, match="all tensors must be on one device"):
+        ops.layer_norm(x, torch.ones(8))
+    with pytest.raises(RuntimeError, match=r"logits\[0\] holds nan"):
+        ops.sample(x * float("nan"))
+    with pytest.raises(ValueError, match="backend='cpu' was asked for, but the input is on cuda"):
+        ops.gelu(x, backend="cpu")
+    assert ops.cross_entropy(x, torch.tensor([0, 1, 2, 8], device="cuda")).isnan()
