@@ -1,4 +1,4 @@
-"""`make bench-gpu`: the CUDA kernels beside PyTorch's own on the GPU at hand; a table, and benchmarks/results/<gpu>.json.
+"""`make bench-gpu`: the CUDA and the Triton kernels beside PyTorch's own on the GPU at hand; a table, and benchmarks/results/<gpu>.json.
 
 Every comparison is made in turns within one run; a figure is the median over the rounds. Kernels that move memory are
 given in GB/s of the least bytes that the op must move, and in percent of a copy measured in the same run. A comparison
@@ -52,6 +52,14 @@ def with_gradients(f: Callable[..., Tensor], *leaves: Tensor) -> Run:
     wanted = [t for t in leaves if t.requires_grad]
     upstream = torch.randn_like(f(*leaves))
     return lambda: torch.autograd.grad(f(*leaves), wanted, upstream)
+
+
+def on_triton(run: Run) -> Run:
+    def triton() -> Any:
+        with backend("triton"):
+            return run()
+
+    return triton
 
 
 def copy_bandwidth() -> float:
@@ -152,6 +160,7 @@ def attention(D: int, T: int, dropout: float) -> dict[str, Run]:
 
     if "causal_attention" in ops_of("cuda"):
         add("gptfast", lambda q, k, v: ops.causal_attention(q, k, v, dropout_p=dropout, backend="cuda"))
+    add("triton", lambda q, k, v: ops.causal_attention(q, k, v, dropout_p=dropout, backend="triton"))
     for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
 
         def sdpa(q: Tensor, k: Tensor, v: Tensor, name: str = name) -> Tensor:
@@ -166,12 +175,12 @@ def training_steps() -> dict[str, Run]:
     """One step of GPT-2 124M on 16 rows of 1024 tokens in bf16: forward, backward, AdamW."""
     ids = torch.randint(50257, (16, 1025), device="cuda")
     steps: dict[str, Run] = {}
-    for name in ("gptfast", "eager"):
+    for name, choice in (("gptfast", "auto"), ("triton", "triton"), ("eager", "eager")):
         model = GPT(GPTConfig.preset("gpt2", dropout=0.0)).cuda()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-        def step(model: GPT = model, optimizer: torch.optim.Optimizer = optimizer, name: str = name) -> None:
-            with backend("auto" if name == "gptfast" else "eager"), torch.autocast("cuda", torch.bfloat16):
+        def step(model: GPT = model, optimizer: torch.optim.Optimizer = optimizer, choice: str = choice) -> None:
+            with backend(choice), torch.autocast("cuda", torch.bfloat16):
                 _, loss = model(ids[:, :-1], ids[:, 1:])
                 loss.backward()
             optimizer.step()
@@ -190,11 +199,12 @@ def main() -> int:
     results: dict[str, Any] = {"gpu": gpu, "torch": torch.__version__, "copy GB/s": copy, "memory": {}, "attention": {}}
     print(f"{gpu}, torch {torch.__version__}; copy {copy:,.0f} GB/s\n")
     for name, (least, runs) in memory_cases().items():
-        times = milliseconds(runs)
+        times = milliseconds({**runs, "triton": on_triton(runs["gptfast"])})
         results["memory"][name] = {"ms": times, "GB/s": least / times["gptfast"] / 1e6}
         speed = least / times["gptfast"] / 1e6
         print(
-            f"{name:28} {speed:7,.0f} GB/s {100 * speed / copy:4.0f}% of copy   torch/gptfast {times['torch'] / times['gptfast']:.2f}x"
+            f"{name:28} {speed:7,.0f} GB/s {100 * speed / copy:4.0f}% of copy   torch/gptfast {times['torch'] / times['gptfast']:.2f}x, "
+            f"torch/triton {times['torch'] / times['triton']:.2f}x"
         )
     for D in (64, 80, 128):
         for T in (512, 1024, 2048, 4096, 8192, 16384):

@@ -59,6 +59,10 @@ def main() -> int:
         return 1
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     ok = step("every op on the GPU", sys.executable, "-m", "pytest", "-q", "tests/test_on_gpu.py")
+    ok = (
+        step("every op in Triton on the GPU", sys.executable, "-m", "pytest", "-q", "tests/test_triton_on_gpu.py")
+        and ok
+    )
     ok = sanitizer() and ok
     ok = step("benchmarks", sys.executable, "benchmarks/bench_gpu.py") and ok
     print(f"\ngpu-check: {'everything passed' if ok else 'FAILED, see above'}")

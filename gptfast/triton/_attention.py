@@ -30,6 +30,14 @@ class Blocks:
     stages: int
 
 
+def float32_blocks(D: int) -> list[Blocks]:
+    """Tensor cores do not take float32 (and TF32 would not be exact), so a thread unrolls m n D / (32 warps) multiply-adds
+    for every product: larger tiles than these take minutes to compile."""
+    if padded(D) <= 64:
+        return [Blocks(64, 32, 8, 2)]
+    return [Blocks(32, 32, 8, 1)] if padded(D) == 128 else [Blocks(16, 32, 8, 1)]
+
+
 def padded(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 

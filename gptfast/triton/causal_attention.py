@@ -19,6 +19,7 @@ from gptfast.triton._attention import (
     Blocks,
     documents,
     finite,
+    float32_blocks,
     head_pointer,
     heads_of,
     keys_of_batch,
@@ -121,15 +122,14 @@ def causal_attention_fwd(
 
 def block_candidates(D: int, dtype: torch.dtype, T: int) -> list[Blocks]:
     """Tiles worth trying, the one expected to be best first; all fit the shared memory of the GPUs that are tested for."""
-    wide = padded(D) * dtype.itemsize  # bytes of a row
-    if wide <= 128:
+    if dtype == torch.float32:
+        found = float32_blocks(D)
+    elif padded(D) <= 64:
         found = [Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)]
-    elif wide <= 256:
+    elif padded(D) == 128:
         found = [Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(128, 32, 4, 3)]
-    elif wide <= 512:
-        found = [Blocks(64, 32, 4, 2), Blocks(128, 32, 8, 2)]
     else:
-        found = [Blocks(32, 32, 4, 1)]
+        found = [Blocks(64, 32, 4, 2), Blocks(128, 32, 8, 2)]
     rows = max(16, triton.next_power_of_2(T))
     return list(dict.fromkeys(Blocks(min(b.m, rows), b.n, b.warps, b.stages) for b in found))
 

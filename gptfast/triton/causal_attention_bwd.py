@@ -20,6 +20,7 @@ from gptfast.triton._attention import (
     Blocks,
     documents,
     finite,
+    float32_blocks,
     head_pointer,
     heads_of,
     keys_of_batch,
@@ -92,21 +93,23 @@ def _sizes(blocks: Blocks) -> dict[str, int]:
 
 def dq_candidates(D: int, dtype: torch.dtype) -> list[Blocks]:
     """Tiles worth trying, the one expected to be best first."""
-    wide = padded(D) * dtype.itemsize  # bytes of a row
-    if wide <= 128:
+    if dtype == torch.float32:
+        return float32_blocks(D)
+    if padded(D) <= 64:
         return [Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 3)]
-    if wide <= 256:
+    if padded(D) == 128:
         return [Blocks(64, 64, 4, 2), Blocks(128, 32, 8, 2)]
-    return [Blocks(64, 32, 4, 1)] if wide <= 512 else [Blocks(16, 32, 4, 1)]
+    return [Blocks(64, 32, 4, 1)]
 
 
 def dkdv_candidates(D: int, dtype: torch.dtype) -> list[Blocks]:
-    wide = padded(D) * dtype.itemsize
-    if wide <= 128:
+    if dtype == torch.float32:
+        return float32_blocks(D)
+    if padded(D) <= 64:
         return [Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 3)]
-    if wide <= 256:
+    if padded(D) == 128:
         return [Blocks(64, 64, 4, 2), Blocks(32, 128, 8, 2)]
-    return [Blocks(32, 64, 4, 1)] if wide <= 512 else [Blocks(16, 32, 4, 1)]
+    return [Blocks(32, 64, 4, 1)]
 
 
 @triton.jit(do_not_specialize=["window", "dropout"])

@@ -55,12 +55,17 @@ def _fwd_kernel(ids, wte, wpe, positions, out, T, C, V, P, BLOCK_C: tl.constexpr
     n = (tl.program_id(0) // column_blocks).to(tl.int64)
     c = tl.program_id(0) % column_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.load(ids + n)
-    values = tl.load(wte + row * C + c, (c < C) & (row >= 0) & (row < V), other=float("nan")).to(tl.float32)
+    values = _row_or_nan(wte, row, V, c, C)
     if wpe is not None:
         place = n % T if positions is None else tl.load(positions + n)
-        known = (place >= 0) & (place < P)
-        values += tl.load(wpe + place * C + c, (c < C) & known, other=float("nan")).to(tl.float32)
+        values += _row_or_nan(wpe, place, P, c, C)
     tl.store(out + n * C + c, values.to(out.dtype.element_ty), c < C)
+
+
+@triton.jit
+def _row_or_nan(table, row, rows, c, C):
+    known = tl.where((row >= 0) & (row < rows), C, 0)  # how many of its columns may be read
+    return tl.load(table + row * C + c, c < known, other=float("nan")).to(tl.float32)
 
 
 @triton.jit

@@ -101,7 +101,7 @@ def _forward(
     rows, others = rows_of(x), None if residual is None else rows_of(residual)
     R, C = rows.shape
     block_r, block_c = row_block(op, C)
-    mean, rstd = x.new_empty((2, R), dtype=torch.float32).unbind()
+    mean, rstd = (x.new_empty(R, dtype=torch.float32) for _ in range(2))
     if R:
         _fwd_kernel[(triton.cdiv(R, block_r),)](
             rows,
