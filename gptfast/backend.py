@@ -142,8 +142,8 @@ def _automatic(op: str, x: Tensor) -> str:
     for name in AUTOMATIC.get(x.device.type, ()):
         if name == "cuda" and cuda_trouble(x.device.index) is not None:
             continue
-        if name == "triton" and triton_trouble(x.device.index) is not None:
-            continue
+        if name == "triton" and (DEVICES[name] != x.device.type or triton_trouble(x.device.index) is not None):
+            continue  # the first where it is interpreted, on the CPU
         if (has_cpu_ops or name == "triton") and has_kernel(op, name):
             return name
     return "eager"

@@ -172,12 +172,20 @@ def test_dtypes_and_devices(monkeypatch):
         resolve("gelu", "triton", X.double())
 
 
-def test_auto_moves_on():
+def test_auto_moves_on(monkeypatch):
+    """To the Triton kernels where there is no CUDA library, and to eager PyTorch where they cannot run or are interpreted."""
+
     class OnAGpu:  # as much of a CUDA tensor as is looked at
         dtype, device = torch.float32, torch.device("cuda", 0)
 
-    if not torch.cuda.is_available():
-        assert resolve("gelu", None, OnAGpu()) == "eager"
+    monkeypatch.setitem(resolve.__globals__, "missing_cuda_reason", "not built")
+    monkeypatch.setattr(gptfast.triton, "missing_reason", "no Triton")
+    assert resolve("gelu", None, OnAGpu()) == "eager"
+    monkeypatch.setattr(gptfast.triton, "missing_reason", None)
+    monkeypatch.setattr(gptfast.triton, "_troubles", {0: None})
+    assert resolve("gelu", None, OnAGpu()) == "triton"
+    monkeypatch.setitem(resolve.__globals__["DEVICES"], "triton", "cpu")
+    assert resolve("gelu", None, OnAGpu()) == "eager"
 
 
 # ---- tuning -------------------------------------------------------------------------------------------------------

@@ -42,6 +42,12 @@ def padded(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
+def shape_class(q: Tensor, S: int, options: tuple[bool, ...]) -> tuple[object, ...]:
+    """What the best tile depends on; lengths by powers of two, since generation meets every length."""
+    T, D = q.shape[2:]
+    return str(q.dtype), padded(D), triton.next_power_of_2(T), triton.next_power_of_2(S), *options
+
+
 def heads_of(x: Tensor) -> Tensor:
     """x (B, H, T, D) with a contiguous last dimension."""
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()

@@ -27,6 +27,7 @@ from gptfast.triton._attention import (
     new_heads,
     padded,
     product_dtype,
+    shape_class,
     visible_interval,
 )
 from gptfast.triton._philox import dropout_arguments, keep_mask
@@ -63,6 +64,7 @@ def causal_attention_fwd(
     if splits > 1:
         parts = torch.empty((splits, B, H, T, D), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, B, H, T), dtype=torch.float32, device=q.device)
+    seq_lens = None if seq_lens is None else seq_lens.contiguous()
     starts, ends = documents(cu_seqlens, T)
     dropout = dropout_arguments(dropout_p, seed, offset)
 
@@ -87,10 +89,11 @@ def causal_attention_fwd(
             ends,
             window,
             dropout,
+            splits,
             CAUSAL=causal,
             WINDOW=window > 0,
             DROP=dropout[0] != 0,
-            SPLITS=splits,
+            SPLIT=splits > 1,
             DTYPE=product_dtype(q.dtype),
             D=D,
             BLOCK_M=blocks.m,
@@ -100,8 +103,8 @@ def causal_attention_fwd(
             num_stages=blocks.stages,
         )
 
-    shape_class = (q.dtype, padded(D), T, S, causal, window > 0, dropout[0] != 0)
-    launch(fastest("causal_attention_fwd", shape_class, block_candidates(D, q.dtype, T), launch))
+    options = (causal, window > 0, dropout[0] != 0)
+    launch(fastest("causal_attention_fwd", shape_class(q, S, options), block_candidates(D, q.dtype, T), launch))
     if splits > 1:
         _join_kernel[(B * H * T,)](
             parts,
@@ -111,9 +114,9 @@ def causal_attention_fwd(
             out.stride()[:3],
             H,
             T,
+            splits,
             D=D,
-            SPLITS=splits,
-            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_S=MOST_SPLITS,
             BLOCK_D=padded(D),
             num_warps=4,
         )
@@ -134,7 +137,7 @@ def block_candidates(D: int, dtype: torch.dtype, T: int) -> list[Blocks]:
     return list(dict.fromkeys(Blocks(min(b.m, rows), b.n, b.warps, b.stages) for b in found))
 
 
-@triton.jit(do_not_specialize=["window", "dropout"])
+@triton.jit(do_not_specialize=["window", "dropout", "splits"])
 def _fwd_kernel(
     q,
     k,
@@ -155,10 +158,11 @@ def _fwd_kernel(
     ends,
     window,
     dropout,
+    splits,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     DROP: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -166,8 +170,8 @@ def _fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     head = tl.program_id(0) % heads
-    split = tl.program_id(0) // heads % SPLITS
-    m0 = (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // heads // SPLITS) * BLOCK_M  # late queries see most: first
+    split = tl.program_id(0) // heads % splits
+    m0 = (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // heads // splits) * BLOCK_M  # late queries see most: first
     row = m0 + tl.arange(0, BLOCK_M)
     i = tl.minimum(row, T - 1)  # past the end the last query again, which is not stored
     queries = load_tile(head_pointer(q, q_strides, head, H), q_strides[2], m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
@@ -177,8 +181,8 @@ def _fwd_kernel(
     first, end = visible_interval(i, T, S, seq_len, starts, ends, window, CAUSAL, WINDOW)
     low = tl.min(tl.where(first < end, first, S), 0) // BLOCK_N * BLOCK_N
     high = tl.max(end, 0)
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), SPLITS) * BLOCK_N
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N
         low += split * share
         high = tl.minimum(high, low + share)
     # From whole_low to whole_high every query sees every key.
@@ -216,7 +220,7 @@ def _fwd_kernel(
     kept_scale = dropout[1] if DROP else 1.0
     acc = acc * tl.where(total == 0, 0.0, kept_scale / total)[:, None]
     level = tl.where(total == 0, float("-inf"), (top + tl.log2(total)) * LN2)
-    if SPLITS > 1:
+    if SPLIT:
         out += (split * heads).to(tl.int64) * T * D
         lse += (split * heads).to(tl.int64) * T
     d = tl.arange(0, BLOCK_D)
@@ -239,7 +243,7 @@ def _infinities(values, visible):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join_kernel(
     parts,
     part_lse,
@@ -248,8 +252,8 @@ def _join_kernel(
     out_strides,
     H,
     T,
+    splits,
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -257,11 +261,11 @@ def _join_kernel(
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
     s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    levels = tl.load(part_lse + s * rows + row, s < SPLITS, other=float("-inf")) * LOG2E
+    levels = tl.load(part_lse + s * rows + row, s < splits, other=float("-inf")) * LOG2E
     top = tl.max(levels, 0)
     weights = tl.exp2(levels - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weights, 0)
-    inside = (s[:, None] < SPLITS) & (d[None, :] < D)
+    inside = (s[:, None] < splits) & (d[None, :] < D)
     values = tl.load(parts + (s[:, None] * rows + row) * D + d[None, :], inside, other=0.0)
     joined = tl.sum(values * weights[:, None], 0) * tl.where(total == 0, 0.0, 1.0 / total)
     head = (row // T).to(tl.int32)

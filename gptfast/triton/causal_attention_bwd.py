@@ -28,6 +28,7 @@ from gptfast.triton._attention import (
     new_heads,
     padded,
     product_dtype,
+    shape_class,
     visible_interval,
 )
 from gptfast.triton._philox import dropout_arguments, keep_mask
@@ -57,6 +58,7 @@ def causal_attention_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, out, dout = (heads_of(x) for x in (q, k, v, out, dout))
     delta = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    seq_lens = None if seq_lens is None else seq_lens.contiguous()
     starts, ends = documents(cu_seqlens, T)
     dropout = dropout_arguments(dropout_p, seed, offset)
     shared = (lse.contiguous(), delta, B * H, H, T, S, scale, seq_lens, starts, ends, window, dropout)
@@ -81,9 +83,9 @@ def causal_attention_bwd(
             q, k, v, dout, dk, dv, *strides, *shared, **options, **_sizes(blocks)
         )
 
-    shape_class = (q.dtype, padded(D), T, S, causal, window > 0, dropout[0] != 0)
-    launch_dq(fastest("causal_attention_bwd_dq", shape_class, dq_candidates(D, q.dtype), launch_dq))
-    launch_dkdv(fastest("causal_attention_bwd_dkdv", shape_class, dkdv_candidates(D, q.dtype), launch_dkdv))
+    kind = shape_class(q, S, (causal, window > 0, dropout[0] != 0))
+    launch_dq(fastest("causal_attention_bwd_dq", kind, dq_candidates(D, q.dtype), launch_dq))
+    launch_dkdv(fastest("causal_attention_bwd_dkdv", kind, dkdv_candidates(D, q.dtype), launch_dkdv))
     return dq, dk, dv
 
 
