@@ -95,13 +95,13 @@ from gptfast.testing import Case, check_case
 AUTOMATIC["cpu"] = ["triton"]
 for dtype in (torch.float32, torch.float16):
     for B, T, S, D, options in (
-        (2, 1, 1100, 16, {}),
+        (1, 1, 1100, 16, {}),
         (1, 5, 1300, 40, {"window": 700, "dropout_p": 0.1, "seed": 3}),
-        (3, 1, 1030, 8, {"seq_lens": torch.tensor([1030, 0, 7])}),
+        (2, 1, 530, 8, {"seq_lens": torch.tensor([0, 7])}),
         (1, 16, 513, 8, {"causal": False}),
     ):
         options = {"return_lse": True, **options}
-        check_case(Case("causal_attention", {"B": B, "H": 2, "T": T, "S": S, "D": D}, options), dtype)
+        check_case(Case("causal_attention", {"B": B, "H": 1, "T": T, "S": S, "D": D}, options), dtype)
 """
     result = interpreted(code)
     assert result.returncode == 0, result.stderr[-3000:]
