@@ -35,7 +35,7 @@ SUITE = {
     "cross_entropy": "not memory and not underflow and not not_rounded and not outside",
     "causal_attention": "not repeatable and not pure and not is_6 and not cu_seqlens and not seq_lens",
     "embedding": "not 2049 and not index_out",
-    "sample": "(reference and not 50257) or coordinates or strided or zeros or unchanged or compile",
+    "sample": "[triton-1-fp32] or [triton-17-fp16] or [triton-100-fp32] or coordinates or zeros or unchanged or errors",
 }
 
 
@@ -269,9 +269,10 @@ TENSOR_CORES = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "gfx942": "
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TENSOR_CORES)
 @pytest.mark.parametrize(("D", "dropout_p"), [(64, 0.1), (128, 0.0)])
-def test_attention_compiles_to_tensor_core_instructions(D, dropout_p, target):
+def test_attention_compiles_to_tensor_core_instructions(D, dropout_p, target, monkeypatch):
     from triton_targets import TARGETS, compiled_for
 
+    monkeypatch.setenv("GPTFAST_TRITON_TUNE", "0")
     with compiled_for(target) as kernels:
         attention_kernels(D, torch.bfloat16, dropout_p)
     assert {k.metadata.name for k in kernels} == {"_fwd_kernel", "_dq_kernel", "_dkdv_kernel", "_join_kernel"}

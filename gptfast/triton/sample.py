@@ -154,7 +154,9 @@ def _first(row, V, best, BLOCK_V: tl.constexpr):
 @triton.jit
 def _rank(x, v, ID_BITS: tl.constexpr):
     bits = x.to(tl.uint32, bitcast=True)
-    key = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000).to(tl.uint64)  # integers in the order of the floats
+    key = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000).to(
+        tl.uint64
+    )  # integers in the order of the floats
     return (key << ID_BITS) | (((1 << ID_BITS) - 1) - v).to(tl.uint64)
 
 
