@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast.triton import trouble as triton_trouble
+
 BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
 DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # where the tensors of a backend lie
 NAMESPACES = {"cpu": "gptfast", "cuda": "gptfast"}  # of torch.ops; there the device of the tensors decides
-AUTOMATIC = {"cpu": ["cpu"], "cuda": ["cuda"]}  # what `auto` tries for tensors on a device, best first
+AUTOMATIC = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}  # what `auto` tries for tensors on a device, best first
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (needs g++)"
 
@@ -115,7 +117,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def resolve(op: str, choice: str | None, x: Tensor) -> str:
-    """The backend that runs `op` on `x`: "cpu", "cuda" or "eager" (or "triton", where it exists).
+    """The backend that runs `op` on `x`: "cpu", "cuda", "triton" or "eager".
 
     Args:
         op: its name, also for messages.
@@ -145,7 +147,9 @@ def _automatic(op: str, x: Tensor) -> str:
     for name in AUTOMATIC.get(x.device.type, ()):
         if name == "cuda" and cuda_trouble(x.device.index) is not None:
             continue
-        if has_cpu_ops and has_kernel(op, name):
+        if name == "triton" and (DEVICES[name] != x.device.type or triton_trouble(x.device.index) is not None):
+            continue  # the first where it is interpreted, on the CPU
+        if (has_cpu_ops or name == "triton") and has_kernel(op, name):
             return name
     return "eager"
 
@@ -154,8 +158,8 @@ def _check_explicit(op: str, name: str, x: Tensor) -> None:
     asked = f"{op}: backend={name!r} was asked for, but"
     if name == "cpu" and not has_cpu_ops:
         raise RuntimeError(f"{asked} {missing_reason}. To build: {_REBUILD}")
-    if name == "triton":
-        raise RuntimeError(f"{asked} this version of gptfast has no triton kernels; use backend='auto' or 'eager'")
+    if name == "triton" and (trouble := triton_trouble(x.device.index if x.device.type == "cuda" else None)):
+        raise RuntimeError(f"{asked} {trouble}; or use backend='auto' (`gptfast doctor` says what runs here)")
     if name == "cuda" and (trouble := cuda_trouble(x.device.index if x.device.type == "cuda" else None)):
         raise RuntimeError(f"{asked} {trouble}; use backend='auto' or 'eager' (`gptfast doctor` says what runs here)")
     if not has_kernel(op, name):

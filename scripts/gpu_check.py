@@ -79,9 +79,10 @@ def main() -> int:
         return 1
     results = [
         step("PTX wrappers", [*PYTEST, "tests/test_conformance.py", "-m", "not slow"], 75),
-        step("every op on the GPU", [*PYTEST, "tests/test_on_gpu.py"], 120),
+        step("every op on the GPU", [*PYTEST, "tests/test_on_gpu.py"], 105),
+        step("every op in Triton on the GPU", [*PYTEST, "tests/test_triton_on_gpu.py"], 60),
         sanitizer(),
-        step("benchmarks", BENCH, 205),
+        step("benchmarks", BENCH, 160),
     ]
     print(f"\ngpu-check: {'everything passed' if all(results) else 'FAILED, see above'}")
     return 0 if all(results) else 1

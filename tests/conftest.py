@@ -14,13 +14,20 @@ import pytest
 import torch
 
 from gptfast.backend import AUTOMATIC, cpu_isas, force_cpu_isa
+from gptfast.triton import INTERPRETING
+
+if INTERPRETING:
+    import triton_interpreter
+
+    triton_interpreter.mend()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
         op = metafunc.module.__name__.removeprefix("test_")
         emulator = ["emu"] if emulated.has_kernel(op) else []
-        metafunc.parametrize("isa", cpu_isas() + emulator or ["eager"], indirect=True)
+        names = ["triton"] if INTERPRETING else cpu_isas() + emulator
+        metafunc.parametrize("isa", names or ["eager"], indirect=True)
 
 
 @pytest.fixture
@@ -31,9 +38,18 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "emu":
         request.getfixturevalue("emu")
         yield request.param
+    elif request.param == "triton":
+        yield request.param
     else:
         with force_cpu_isa(request.param):
             yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under TRITON_INTERPRET=1 every test runs on the interpreted Triton kernels; tests/test_triton.py starts that."""
+    if INTERPRETING:
+        monkeypatch.setitem(AUTOMATIC, "cpu", ["triton"])
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def report() -> list[tuple[str, str]]:
         rows.append(("built with", f"{built['compiler']}, headers of torch {built['torch_headers']}"))
         rows.append(("CUDA ops built", built["cuda"] or "no (GPTFAST_CUDA=1 when installing, where nvcc is found)"))
     rows.append(("ops on CUDA", _cuda_status()))
-    rows.append(("Triton", "no Triton kernels in this version of gptfast"))
+    rows.append(("ops on Triton", _triton_status()))
     return rows
 
 
@@ -54,6 +54,20 @@ def _cuda_status() -> str:
     if trouble is not None:
         return f"{gpu}: every op in eager PyTorch, because {trouble}"
     return f"{gpu}: compiled kernels for {', '.join(sorted(ops_of('cuda')))}"
+
+
+def _triton_status() -> str:
+    from importlib.metadata import version
+
+    from gptfast.backend import ops_of
+    from gptfast.triton import INTERPRETING, trouble
+
+    if reason := trouble(None):
+        return reason
+    how = "where auto finds no CUDA ops, or asked for"
+    if INTERPRETING:
+        how = "interpreted on the CPU (TRITON_INTERPRET is set), when asked for"
+    return f"Triton {version('triton')}, {how}: kernels for {', '.join(sorted(ops_of('triton')))}"
 
 
 def cpu_name() -> str:

@@ -10,6 +10,7 @@ from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear import linear
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 from gptfast.ops.sample import sample
+from gptfast.triton import register as _register_triton
 
 __all__ = [
     "add_layer_norm",
@@ -25,3 +26,5 @@ __all__ = [
     "linear_logprobs",
     "sample",
 ]
+
+_register_triton()  # now that the properties of every operator are known

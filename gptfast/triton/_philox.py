@@ -1,0 +1,66 @@
+"""The Philox contract in Triton: the dropout decisions and the sampling noise of gptfast/rng.py, bit for bit."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gptfast import rng
+
+SAMPLING_DOMAIN = tl.constexpr(rng.SAMPLING_DOMAIN)
+
+
+def dropout_arguments(p: float, seed: int, offset: int) -> tuple[int, float, int, int]:
+    """The argument `dropout` of the kernels: (threshold, scale, unsigned seed, offset).
+
+    Kernels name it in do_not_specialize, so that one compilation serves all values.
+    """
+    return rng.dropout_threshold(p), rng.dropout_scale(p), seed & (2**64 - 1), offset
+
+
+@triton.jit
+def keep_mask(matrix, rows, first_column, dropout, WIDTH: tl.constexpr):
+    """(len(rows), WIDTH) decisions of dropout; first_column and WIDTH are multiples of 32.
+
+    Call c0 = 4 g + k serves columns 32 g + 8 w + 2 k + {0, 1} with the halves of its word w (rng.dropout_keep), so one
+    call makes eight decisions; the rest is putting them in the order of columns.
+    """
+    HEIGHT: tl.constexpr = rows.shape[0]
+    least, offset = tl.cast(dropout[0], tl.uint32), tl.cast(dropout[3], tl.uint32)
+    calls = (first_column // 8 + tl.arange(0, WIDTH // 8)).to(tl.uint32)[None, :]
+    w0, w1, w2, w3 = tl.philox(dropout[2], calls, rows.to(tl.uint32)[:, None], tl.cast(matrix, tl.uint32), offset)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # rows, calls, and two bits that number the words
+    kept = tl.join((words & 0xFFFF) >= least, (words >> 16) >= least)
+    kept = tl.reshape(kept, (HEIGHT, WIDTH // 32, 4, 4, 2))  # rows, g, k, w, half
+    return tl.reshape(tl.permute(kept, (0, 1, 3, 2, 4)), (HEIGHT, WIDTH))
+
+
+@triton.jit
+def gumbel_noise(first, position, stream, seed, WIDTH: tl.constexpr):
+    """(WIDTH,) values -log(-log1p(-v)) of rng.gumbel_noise for the tokens from `first`, a multiple of 4, on."""
+    calls = (first // 4 + tl.arange(0, WIDTH // 4)).to(tl.uint32)
+    domain = tl.full((1,), SAMPLING_DOMAIN, tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, calls, position.to(tl.uint32), stream.to(tl.uint32), domain)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (WIDTH,))
+    v = tl.minimum(words.to(tl.float32) * 2.0**-32 + 2.0**-33, 1.0 - 2.0**-24)
+    return -tl.log(-_log1p_negative(v))
+
+
+@triton.jit
+def _log1p_negative(v):
+    """log1p(-v) for v in (0, 1), to the last bits also where v is tiny, which decides the draw.
+
+    Up to a half: -2 atanh(s), s = v / (2 - v), by its series; the first term left out is s^17 / 17 < 1e-9 s. Beyond, 1 - v
+    is exact and its logarithm far from 0.
+    """
+    s = v / (2.0 - v)
+    u = s * s
+    series = 1.0 / 15
+    series = series * u + 1.0 / 13
+    series = series * u + 1.0 / 11
+    series = series * u + 1.0 / 9
+    series = series * u + 1.0 / 7
+    series = series * u + 1.0 / 5
+    series = series * u + 1.0 / 3
+    series = series * u + 1.0
+    return tl.where(v <= 0.5, -2.0 * s * series, tl.log(1.0 - v))

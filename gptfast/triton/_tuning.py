@@ -1,0 +1,97 @@
+"""Sizes of tiles by measurement: a few candidates, timed once for each GPU and class of shapes, kept in a file.
+
+The choice moves the last bits of results, so it is kept from then on: in triton_tiles.json in GPTFAST_CACHE, or else in
+~/.cache/gptfast. GPTFAST_TRITON_TUNE=0 takes the first candidate always, which is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+
+from gptfast._files import atomic_write
+from gptfast.triton import INTERPRETING
+
+Candidate = TypeVar("Candidate")
+LIMIT_S = 30.0  # no further candidate is compiled once a choice has taken this long
+ROUNDS = 10
+_chosen: dict[str, int] = {}
+
+
+def fastest(
+    kernel: str, shape_class: tuple[Any, ...], candidates: Sequence[Candidate], launch: Callable[[Candidate], None]
+) -> Candidate:
+    """The candidate that runs fastest; the first one where nothing is measured: in the interpreter, while a graph is
+    captured, where there is no choice.
+
+    Args:
+        kernel, shape_class: the choice is made once for each pair of them on a GPU.
+        candidates: the one expected to be best first.
+        launch: runs the kernel with a candidate; may run any number of times.
+    """
+    if len(candidates) == 1 or INTERPRETING or os.environ.get("GPTFAST_TRITON_TUNE", "1") == "0":
+        return candidates[0]
+    key = f"{torch.cuda.get_device_name()}, Triton {triton.__version__}, {kernel} {shape_class} of {candidates}"
+    if key not in _chosen:
+        _chosen.update(_kept())
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return candidates[0]
+        _chosen[key] = _measure(kernel, candidates, launch)
+        _keep()
+    return candidates[_chosen[key]]
+
+
+def _measure(kernel: str, candidates: Sequence[Candidate], launch: Callable[[Candidate], None]) -> int:
+    """Which of the candidates runs fastest; says on stderr how long it took to know."""
+    start, times = time.perf_counter(), []
+    for candidate in candidates:
+        if times and time.perf_counter() - start > LIMIT_S:
+            break
+        try:
+            times.append(_milliseconds(lambda c=candidate: launch(c)))
+        except triton.runtime.errors.OutOfResources:  # needs more shared memory than this GPU has
+            times.append(math.inf)
+    seconds = time.perf_counter() - start
+    print(f"gptfast: {kernel}: tried {len(times)} tilings in {seconds:.1f} s, once for this GPU", file=sys.stderr)
+    return times.index(min(times))
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    """Of one run, the least of a few: after a run that compiles."""
+    run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(ROUNDS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    events[-1].synchronize()
+    return min(a.elapsed_time(b) for a, b in pairwise(events))
+
+
+def _path() -> Path:
+    folder = os.environ.get("GPTFAST_CACHE") or Path.home() / ".cache/gptfast"
+    return Path(folder) / "triton_tiles.json"
+
+
+def _kept() -> dict[str, int]:
+    try:
+        return json.loads(_path().read_text())
+    except (OSError, ValueError):  # none yet, or not ours: measured again and written anew
+        return {}
+
+
+def _keep() -> None:
+    with suppress(OSError):  # a home that cannot be written: measured once a process
+        atomic_write(_path(), json.dumps({**_kept(), **_chosen}, indent=1).encode())

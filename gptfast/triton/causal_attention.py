@@ -1,0 +1,274 @@
+"""Causal attention, forward, by tiles with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867; Dao et al.,
+FlashAttention, arXiv 2205.14135). A program has a block of queries of one head and walks over the blocks of keys.
+
+Few queries and many keys (decoding with a cache) would leave most of a GPU idle: there the keys are split among programs,
+each of which leaves its part of the result and its log-sum-exp, and a second kernel joins them (Flash-Decoding, Dao et
+al., 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptfast.triton._attention import (
+    LN2,
+    LOG2E,
+    Blocks,
+    documents,
+    finite,
+    float32_blocks,
+    head_pointer,
+    heads_of,
+    keys_of_batch,
+    load_tile,
+    new_heads,
+    padded,
+    product_dtype,
+    shape_class,
+    visible_interval,
+)
+from gptfast.triton._philox import dropout_arguments, keep_mask
+from gptfast.triton._tuning import fastest
+
+FEW_QUERIES = 16
+SPLIT_KEYS = 512  # keys of a split: a function of the shape of one sequence, so results do not depend on the batch
+MOST_SPLITS = 32
+
+
+def causal_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_lens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    offset: int,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    B, H, T, D = q.shape
+    S = k.shape[2]
+    out, lse = new_heads(q), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if not lse.numel():
+        return out, lse
+    if not S:
+        return out.zero_(), lse.fill_(float("-inf"))
+    q, k, v = heads_of(q), heads_of(k), heads_of(v)
+    splits = min(MOST_SPLITS, triton.cdiv(S, SPLIT_KEYS)) if T <= FEW_QUERIES else 1
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts = torch.empty((splits, B, H, T, D), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((splits, B, H, T), dtype=torch.float32, device=q.device)
+    seq_lens = None if seq_lens is None else seq_lens.contiguous()
+    starts, ends = documents(cu_seqlens, T)
+    dropout = dropout_arguments(dropout_p, seed, offset)
+
+    def launch(blocks: Blocks) -> None:
+        _fwd_kernel[(triton.cdiv(T, blocks.m) * B * H * splits,)](
+            q,
+            k,
+            v,
+            parts,
+            part_lse,
+            q.stride()[:3],
+            k.stride()[:3],
+            v.stride()[:3],
+            parts.stride()[-4:-1],
+            B * H,
+            H,
+            T,
+            S,
+            scale,
+            seq_lens,
+            starts,
+            ends,
+            window,
+            dropout,
+            splits,
+            CAUSAL=causal,
+            WINDOW=window > 0,
+            DROP=dropout[0] != 0,
+            SPLIT=splits > 1,
+            DTYPE=product_dtype(q.dtype),
+            D=D,
+            BLOCK_M=blocks.m,
+            BLOCK_N=blocks.n,
+            BLOCK_D=padded(D),
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+
+    options = (causal, window > 0, dropout[0] != 0)
+    launch(fastest("causal_attention_fwd", shape_class(q, S, options), block_candidates(D, q.dtype, T), launch))
+    if splits > 1:
+        _join_kernel[(B * H * T,)](
+            parts,
+            part_lse,
+            out,
+            lse,
+            out.stride()[:3],
+            H,
+            T,
+            splits,
+            D=D,
+            BLOCK_S=MOST_SPLITS,
+            BLOCK_D=padded(D),
+            num_warps=4,
+        )
+    return out, lse
+
+
+def block_candidates(D: int, dtype: torch.dtype, T: int) -> list[Blocks]:
+    """Tiles worth trying, the one expected to be best first; all fit the shared memory of the GPUs that are tested for."""
+    if dtype == torch.float32:
+        found = float32_blocks(D)
+    elif padded(D) <= 64:
+        found = [Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)]
+    elif padded(D) == 128:
+        found = [Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(128, 32, 4, 3)]
+    else:
+        found = [Blocks(64, 32, 4, 2), Blocks(128, 32, 8, 2)]
+    rows = max(16, triton.next_power_of_2(T))
+    return list(dict.fromkeys(Blocks(min(b.m, rows), b.n, b.warps, b.stages) for b in found))
+
+
+@triton.jit(do_not_specialize=["window", "dropout", "splits"])
+def _fwd_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    heads,
+    H,
+    T,
+    S,
+    scale,
+    seq_lens,
+    starts,
+    ends,
+    window,
+    dropout,
+    splits,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    DROP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head = tl.program_id(0) % heads
+    split = tl.program_id(0) // heads % splits
+    m0 = (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // heads // splits) * BLOCK_M  # late queries see most: first
+    row = m0 + tl.arange(0, BLOCK_M)
+    i = tl.minimum(row, T - 1)  # past the end the last query again, which is not stored
+    queries = load_tile(head_pointer(q, q_strides, head, H), q_strides[2], m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
+    k, v = head_pointer(k, k_strides, head, H), head_pointer(v, v_strides, head, H)
+
+    seq_len = keys_of_batch(seq_lens, head // H, S)
+    first, end = visible_interval(i, T, S, seq_len, starts, ends, window, CAUSAL, WINDOW)
+    low = tl.min(tl.where(first < end, first, S), 0) // BLOCK_N * BLOCK_N
+    high = tl.max(end, 0)
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N
+        low += split * share
+        high = tl.minimum(high, low + share)
+    # From whole_low to whole_high every query sees every key.
+    whole_low = tl.maximum(low, tl.cdiv(tl.max(first, 0), BLOCK_N) * BLOCK_N)
+    whole_low = tl.minimum(whole_low, tl.cdiv(high, BLOCK_N) * BLOCK_N)
+    whole_high = tl.maximum(whole_low, tl.minimum(high, tl.min(end, 0)) // BLOCK_N * BLOCK_N)
+    edges = (low, whole_low, whole_high, high)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for part in tl.static_range(0 if WINDOW or starts is not None else 1, 3):  # masked, whole, masked
+        for n0 in range(edges[part], edges[part + 1], BLOCK_N):
+            keys = load_tile(k, k_strides[2], n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
+            if part != 1:
+                j = n0 + tl.arange(0, BLOCK_N)[None, :]
+                visible = (j >= first[:, None]) & (j < end[:, None])
+                scores = tl.where(visible, scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, 1))
+            level = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen no key yet
+            p = tl.exp2(scores - level[:, None])
+            shrink = tl.exp2(top - level)
+            top = higher
+            total = total * shrink + tl.sum(p, 1)
+            if DROP:
+                p = tl.where(keep_mask(head, i, n0, dropout, BLOCK_N), p, 0.0)
+            values = load_tile(v, v_strides[2], n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+            acc = acc * shrink[:, None]
+            if part != 1:
+                acc += _infinities(values, visible)
+                values = finite(values)
+            acc = tl.dot(p.to(DTYPE), values, acc, input_precision="ieee")
+
+    kept_scale = dropout[1] if DROP else 1.0
+    acc = acc * tl.where(total == 0, 0.0, kept_scale / total)[:, None]
+    level = tl.where(total == 0, float("-inf"), (top + tl.log2(total)) * LN2)
+    if SPLIT:
+        out += (split * heads).to(tl.int64) * T * D
+        lse += (split * heads).to(tl.int64) * T
+    d = tl.arange(0, BLOCK_D)
+    place = row.to(tl.int64)[:, None] * out_strides[2] + d[None, :]
+    inside = (row[:, None] < T) & (d[None, :] < D)
+    tl.store(head_pointer(out, out_strides, head, H) + place, acc.to(out.dtype.element_ty), inside)
+    tl.store(lse + head.to(tl.int64) * T + row, level, row < T)
+
+
+@triton.jit
+def _infinities(values, visible):
+    """(queries, columns): inf or nan where a visible value is, else 0. Their products with p = 0 would leak elsewhere."""
+    beyond = ~(tl.abs(values) < float("inf"))
+    found = tl.zeros((visible.shape[0], values.shape[1]), tl.float32)
+    if tl.max(tl.max(beyond.to(tl.int32), 1), 0) != 0:
+        seen = visible.to(tl.float16)
+        found = tl.where(tl.dot(seen, (values == float("inf")).to(tl.float16)) > 0, float("inf"), found)
+        found += tl.where(tl.dot(seen, (values == float("-inf")).to(tl.float16)) > 0, float("-inf"), 0.0)
+        found = tl.where(tl.dot(seen, (values != values).to(tl.float16)) > 0, float("nan"), found)
+    return found
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _join_kernel(
+    parts,
+    part_lse,
+    out,
+    lse,
+    out_strides,
+    H,
+    T,
+    splits,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out = sum_s exp(lse_s - lse) parts_s,  lse = log sum_s exp(lse_s), for one query of one head a program."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0)
+    s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    levels = tl.load(part_lse + s * rows + row, s < splits, other=float("-inf")) * LOG2E
+    top = tl.max(levels, 0)
+    weights = tl.exp2(levels - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weights, 0)
+    inside = (s[:, None] < splits) & (d[None, :] < D)
+    values = tl.load(parts + (s[:, None] * rows + row) * D + d[None, :], inside, other=0.0)
+    joined = tl.sum(values * weights[:, None], 0) * tl.where(total == 0, 0.0, 1.0 / total)
+    head = (row // T).to(tl.int32)
+    tl.store(lse + row, tl.where(total == 0, float("-inf"), (top + tl.log2(total)) * LN2))
+    place = head_pointer(out, out_strides, head, H) + row % T * out_strides[2] + d
+    tl.store(place, joined.to(out.dtype.element_ty), d < D)

@@ -1,0 +1,270 @@
+"""LayerNorm (Ba et al., arXiv 1607.06450), alone or after dropout and a residual sum, forward and backward.
+
+    total = dropout(x) + residual                                     (add_layer_norm only)
+    y = (total - mean) rstd weight + bias,   rstd = 1 / sqrt(var + eps)
+    dtotal += rstd (g - mean(g) - xhat mean(g xhat)),  g = dy weight,  xhat = (total - mean) rstd
+    dweight = sum_rows dy xhat,  dbias = sum_rows dy
+
+A program holds whole rows in registers, so the variance is taken around the mean in a second pass at no cost.
+Floor: one read and one write forward (with a residual two and two), two reads and one write backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gptfast.backend import KERNEL_DTYPES
+from gptfast.triton._philox import dropout_arguments, keep_mask
+from gptfast.triton._rows import load_vector, row_block, rows_of, rows_per_program, sum_rows, warps_for
+
+NO_DROPOUT = (0, 1.0, 0, 0)
+
+
+def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, *_forward("layer_norm", x, None, weight, bias, None, y, eps, NO_DROPOUT)
+
+
+def add_layer_norm_fwd(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: int,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = x.dtype if x.dtype == residual.dtype else torch.float32
+    y, total = (torch.empty(x.shape, dtype=dtype, device=x.device) for _ in range(2))
+    dropout = dropout_arguments(dropout_p, seed, offset)
+    return y, total, *_forward("add_layer_norm", x, residual, weight, bias, total, y, eps, dropout)
+
+
+def layer_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, *_backward("layer_norm", dy, None, x, weight, mean, rstd, has_bias, dx, None, NO_DROPOUT)
+
+
+def add_layer_norm_bwd(
+    dy: Tensor | None,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+    x_type: int,
+    residual_type: int,
+    dropout_p: float,
+    seed: int,
+    offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx is left empty where it would equal dresidual: without dropout and with x_type == residual_type."""
+    dropout = dropout_arguments(dropout_p, seed, offset)
+    own_dx = dropout[0] != 0 or x_type != residual_type
+    dresidual = torch.empty(total.shape, dtype=KERNEL_DTYPES[residual_type], device=total.device)
+    dx = torch.empty(total.shape if own_dx else 0, dtype=KERNEL_DTYPES[x_type], device=total.device)
+    dweight, dbias = _backward(
+        "add_layer_norm",
+        dy,
+        dtotal,
+        total,
+        weight,
+        mean,
+        rstd,
+        has_bias,
+        dresidual,
+        dx if own_dx else None,
+        dropout,
+    )
+    return dx, dresidual, dweight, dbias
+
+
+def _forward(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    total: Tensor | None,
+    y: Tensor,
+    eps: float,
+    dropout: tuple[int, float, int, int],
+) -> tuple[Tensor, Tensor]:
+    """Fills total and y; returns mean and rstd."""
+    rows, others = rows_of(x), None if residual is None else rows_of(residual)
+    R, C = rows.shape
+    block_r, block_c = row_block(op, C)
+    mean, rstd = (x.new_empty(R, dtype=torch.float32) for _ in range(2))
+    if R:
+        _fwd_kernel[(triton.cdiv(R, block_r),)](
+            rows,
+            others,
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            total,
+            y,
+            mean,
+            rstd,
+            rows.stride(0),
+            0 if others is None else others.stride(0),
+            R,
+            C,
+            eps,
+            dropout,
+            DROP=dropout[0] != 0,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=warps_for(block_r * block_c),
+        )
+    return mean, rstd
+
+
+def _backward(
+    op: str,
+    dy: Tensor | None,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+    dresidual: Tensor,
+    dx: Tensor | None,
+    dropout: tuple[int, float, int, int],
+) -> tuple[Tensor, Tensor]:
+    """Fills dresidual (the gradient of total) and dx (the same, through dropout); returns dweight and dbias."""
+    rows = rows_of(total)
+    R, C = rows.shape
+    dy, dtotal = (None if g is None else rows_of(g) for g in (dy, dtotal))
+    block_r, block_c = row_block(op, C)
+    per_program = rows_per_program(R, block_r)
+    programs = triton.cdiv(R, per_program)
+    dweight = rows.new_empty((programs, C), dtype=torch.float32)
+    dbias = rows.new_empty((programs, C) if has_bias else (0, 0), dtype=torch.float32)
+    if R:
+        _bwd_kernel[(programs,)](
+            dy,
+            dtotal,
+            rows,
+            weight.contiguous(),
+            mean,
+            rstd,
+            dresidual,
+            dx,
+            dweight,
+            dbias if has_bias else None,
+            0 if dy is None else dy.stride(0),
+            0 if dtotal is None else dtotal.stride(0),
+            rows.stride(0),
+            R,
+            C,
+            per_program,
+            dropout,
+            DROP=dropout[0] != 0,
+            BLOCK_R=block_r,
+            BLOCK_C=block_c,
+            num_warps=warps_for(block_r * block_c),
+        )
+    return sum_rows(dweight, weight.dtype), sum_rows(dbias, weight.dtype)
+
+
+@triton.jit(do_not_specialize=["dropout"])
+def _fwd_kernel(
+    x,
+    residual,
+    weight,
+    bias,
+    total,
+    y,
+    mean,
+    rstd,
+    x_stride,
+    residual_stride,
+    R,
+    C,
+    eps,
+    dropout,
+    DROP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    r, c = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
+    inside = (r[:, None] < R) & (c[None, :] < C)
+    r64 = r.to(tl.int64)[:, None]
+    values = tl.load(x + r64 * x_stride + c[None, :], inside, other=0.0).to(tl.float32)
+    if DROP:
+        values = tl.where(keep_mask(0, r, 0, dropout, BLOCK_C), values * dropout[1], 0.0)
+    if residual is not None:
+        values += tl.load(residual + r64 * residual_stride + c[None, :], inside, other=0.0).to(tl.float32)
+        rounded = values.to(total.dtype.element_ty)  # what is normalised is what the next layer sees
+        tl.store(total + r64 * C + c[None, :], rounded, inside)
+        values = rounded.to(tl.float32)
+    center = tl.sum(values, 1) / C
+    d = tl.where(inside, values - center[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(d * d, 1) / C + eps)
+    tl.store(mean + r, center, r < R)
+    tl.store(rstd + r, inverse, r < R)
+    result = d * inverse[:, None] * load_vector(weight, c, C)[None, :] + load_vector(bias, c, C)[None, :]
+    tl.store(y + r64 * C + c[None, :], result.to(y.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["dropout"])
+def _bwd_kernel(
+    dy,
+    dtotal,
+    total,
+    weight,
+    mean,
+    rstd,
+    dresidual,
+    dx,
+    dweight,
+    dbias,
+    dy_stride,
+    dtotal_stride,
+    total_stride,
+    R,
+    C,
+    rows_per_program,
+    dropout,
+    DROP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    program = tl.program_id(0)
+    c = tl.arange(0, BLOCK_C)
+    w = load_vector(weight, c, C)[None, :]
+    weight_sum = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    bias_sum = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for r0 in range(program * rows_per_program, tl.minimum((program + 1) * rows_per_program, R), BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        inside = (r[:, None] < R) & (c[None, :] < C)
+        r64 = r.to(tl.int64)[:, None]
+        d = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        if dy is not None:
+            inverse = tl.load(rstd + r, r < R, other=0.0)[:, None]
+            x = tl.load(total + r64 * total_stride + c[None, :], inside, other=0.0).to(tl.float32)
+            xhat = tl.where(inside, (x - tl.load(mean + r, r < R, other=0.0)[:, None]) * inverse, 0.0)
+            upstream = tl.load(dy + r64 * dy_stride + c[None, :], inside, other=0.0).to(tl.float32)
+            g = upstream * w
+            d = inverse * (g - (tl.sum(g, 1) / C)[:, None] - xhat * (tl.sum(g * xhat, 1) / C)[:, None])
+            weight_sum += upstream * xhat
+            bias_sum += upstream
+        if dtotal is not None:
+            d += tl.load(dtotal + r64 * dtotal_stride + c[None, :], inside, other=0.0).to(tl.float32)
+        tl.store(dresidual + r64 * C + c[None, :], d.to(dresidual.dtype.element_ty), inside)
+        if dx is not None:
+            if DROP:
+                d = tl.where(keep_mask(0, r, 0, dropout, BLOCK_C), d * dropout[1], 0.0)
+            tl.store(dx + r64 * C + c[None, :], d.to(dx.dtype.element_ty), inside)
+    place = program.to(tl.int64) * C + c
+    tl.store(dweight + place, tl.sum(weight_sum, 0), c < C)
+    if dbias is not None:
+        tl.store(dbias + place, tl.sum(bias_sum, 0), c < C)
