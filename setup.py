@@ -196,11 +196,13 @@ def bindings(*, cuda: bool) -> list[Path]:
     return [p for p in sorted((ROOT / "csrc/bindings").glob("*.cpp")) if p.name.startswith("cuda_") == cuda]
 
 
+def isa_flags(source: Path) -> list[str]:
+    return ISA_FLAGS.get(source.stem, [])
+
+
 def cpu_ops(torch: Path) -> Library:
     sources = sorted((ROOT / "csrc/cpu").glob("*.cpp")) + bindings(cuda=False)
-    return Library(
-        "gptfast/_ops.so", sources, stable_abi(torch), torch_link(torch), lambda s: ISA_FLAGS.get(s.stem, [])
-    )
+    return Library("gptfast/_ops.so", sources, stable_abi(torch), torch_link(torch), isa_flags)
 
 
 def cuda_ops(torch: Path, cuda: Cuda) -> Library:
@@ -252,7 +254,7 @@ def python_module(torch: Path, cuda: Cuda | None) -> Library:
     defines += [f'-DGPTFAST_CUDA="{cuda.describe()}"'] if cuda else []
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     sources = sorted((ROOT / "csrc/engine").glob("*.cpp")) + sorted((ROOT / "csrc/python").glob("*.cpp"))
-    return Library(f"gptfast/_C{suffix}", sources, include + defines, ["-pthread"])
+    return Library(f"gptfast/_C{suffix}", sources, include + defines, ["-pthread"], isa_flags)
 
 
 def libraries(torch: Path, cuda: Cuda | None) -> list[Library]:

@@ -86,6 +86,7 @@ def test_a_model_trains_as_on_the_cpu(dtype, compiled):
     rtol = 2e-3 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(losses[1].cpu(), losses[0], rtol=rtol, atol=0)
     for a, b in zip(here.parameters(), there.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
         assert (a.grad.cpu() - b.grad).norm() <= rtol * b.grad.norm()
 
 

@@ -113,7 +113,7 @@ def requests_of(seed, count):
     rng = random.Random(seed)
     for n in range(count):
         prompt = [rng.randrange(V) for _ in range(rng.randint(1, 20))]
-        options = {"max_new_tokens": rng.randint(1, 20), "seed": n, "eos_token_id": rng.choice([None, 5, [7, 9]])}
+        options = {"max_new_tokens": rng.randint(1, 20), "seed": n % 2, "eos_token_id": rng.choice([None, 5, [7, 9]])}
         options |= rng.choice(
             [{"temperature": 0}, {}, {"temperature": 1.5, "top_p": 0.9}, {"min_p": 0.1, "top_k": 9}, {"top_k": 3}]
         )

@@ -395,6 +395,11 @@ def test_more_than_the_queue_holds_is_429_and_later_it_goes_on(url, app, closed,
     assert client.completions.create(**ASK).choices
 
 
+def cancelled(app):
+    """How many requests the worker is about to give up."""
+    return sum("cancel" in command.__qualname__ for command in app.state.worker._commands)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_rows(url, app, closed, stream):
     """Four clients fill the rows, a fifth waits; all leave before the model has made a step of it."""
@@ -407,6 +412,7 @@ def test_a_client_that_leaves_frees_its_rows(url, app, closed, stream):
     for _ in range(5):
         with pytest.raises(httpx.ReadTimeout):
             leave_after_a_while()
+    wait_until(lambda: cancelled(app) == 5)
     closed.set()
     wait_until(lambda: app.state.worker.open_sequences == 0)
     scheduler = app.state.worker.scheduler
@@ -420,11 +426,13 @@ def test_a_client_that_leaves_amid_its_stream_frees_its_row_at_once(url, app, ga
         lines = answer.iter_lines()
         next(lines)
         gated.gate.clear()
-        others = [threading.Thread(target=httpx.post, args=(url + "/v1/completions",), kwargs={"json": ASK})]
+        others = [
+            threading.Thread(target=httpx.post, args=(url + "/v1/completions",), kwargs={"json": ASK, "timeout": 60})
+        ]
         [thread.start() for thread in others]
         wait_until(lambda: app.state.worker.open_sequences == 2)
     before = gated.steps
-    wait_until(lambda: any("cancel" in command.__qualname__ for command in app.state.worker._commands))
+    wait_until(lambda: cancelled(app) == 1)
     gated.gate.set()
     wait_until(lambda: app.state.worker.open_sequences <= 1)
     assert gated.steps - before < 40

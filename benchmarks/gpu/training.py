@@ -102,19 +102,17 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
         makers["SDPA + torch.compile"] = (lambda: PlainGPT(config, "sdpa"), True)
     runs, refused = that_run((n, lambda m=m, c=c: stepper(bench, m, c)) for n, (m, c) in makers.items())
     times = bench.milliseconds(runs, rounds=10)
+    speeds = {name: rows * config.block_size / ms * 1e3 for name, ms in times.items()}
     gpu = torch.cuda.get_device_name() if bench.real else "CPU"
     peak = next((p for name, p in PEAK_TFLOPS.items() if name in gpu), None)
-    work = flops_per_token(config)
+    percent = 100 * flops_per_token(config) / (peak * 1e12) if peak else None
     print(f"\n{'training step, bfloat16':32}{'tokens/s':>12}{'MFU %':>8}{'gptfast is':>12}")
-    table = []
-    for name, ms in times.items():
-        speed = rows * config.block_size / ms * 1e3
-        utilisation = None if peak is None else 100 * speed * work / (peak * 1e12)
-        table.append({"what": "training step", "who": name, "ms": ms, "tokens/s": speed, "MFU %": utilisation})
-        shown = "-" if utilisation is None else f"{utilisation:.1f}"
-        ratio = f"{ms / times['gptfast']:.2f}x" if "gptfast" in times else "-"
-        print(f"{name:32}{speed:>12,.0f}{shown:>8}{ratio:>12}", flush=True)
+    for name, speed in speeds.items():
+        utilisation = "-" if percent is None else f"{speed * percent:.1f}"
+        ratio = f"{times[name] / times['gptfast']:.2f}x" if "gptfast" in times else "-"
+        print(f"{name:32}{speed:>12,.0f}{utilisation:>8}{ratio:>12}", flush=True)
     for name, reason in refused.items():
         print(f"{name:32}did not run: {reason}")
-        table.append({"what": "training step", "who": name, "refused": reason})
-    return table
+    utilisations = {name: speed * percent for name, speed in speeds.items()} if percent else {}
+    row = {"what": "training step", "ms": times, "tokens/s": speeds, "MFU %": utilisations, "refused": refused}
+    return [row]

@@ -56,8 +56,8 @@ static void finish_rows(const float* y, i64 ldy, i64 M, const float* bias, float
     for (int c = 0; c < kPanel; c += L) {
       F v = load(y + m * ldy + c);
       if (bias) v = v + load(bias + c);
-      if (FINISH == Finish::gelu_tanh) v = gelu_value<true>(v);
-      if (FINISH == Finish::gelu) v = gelu_value<false>(v);
+      if (FINISH == Finish::gelu_tanh) v = gelu_value<DType::f32, true>(v);
+      if (FINISH == Finish::gelu) v = gelu_value<DType::f32, false>(v);
       if (FINISH == Finish::add) v = v + load(out + m * ldo + c);
       store(out + m * ldo + c, v);
     }
