@@ -128,6 +128,47 @@ def test_drawn_text_is_that_of_the_model() -> None:
         assert compiled.generate(prompts, **options) == model.generate(prompts, **options), options
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 4},
+        {"num_beams": 3, "do_sample": True, "seed": 3},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"min_p": 0.1},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"temperature": 0.0, "prompt_lookup_num_tokens": 3},
+        {"top_k": 5, "prompt_lookup_num_tokens": 3},
+        {"overflow": "slide", "max_new_tokens": 170},
+    ],
+    ids=str,
+)
+def test_every_strategy_runs_over_the_engine(options: dict) -> None:
+    """Those that the engine's own loop does not know, by the loops of gptfast.generation over its sequences."""
+    model, prompts = model_of("gpt2"), [ids_of("gpt2")[0, :5].tolist(), ids_of("gpt2")[1, :9].tolist()]
+    options = {"max_new_tokens": 30, **options}
+    assert model.compile_for_inference("float32").generate(prompts, **options) == model.generate(prompts, **options)
+
+
+def test_stream_and_logprobs() -> None:
+    from gptfast.generation import stream
+
+    model = model_of("gpt2")
+    compiled = model.compile_for_inference("float32")
+    steps = [step.tokens for step in stream(compiled, [[1, 2]], max_new_tokens=20)]
+    assert [tokens[0] for tokens in steps] == compiled.generate([[1, 2]], max_new_tokens=20)[0][2:]
+    ours, theirs = (m.generate([[1, 2]], max_new_tokens=20, return_logprobs=True) for m in (compiled, model))
+    assert ours.sequences == theirs.sequences
+    assert ours.logprobs[0] == pytest.approx(theirs.logprobs[0], abs=1e-4)
+
+
+def test_a_draft_model_in_the_engine() -> None:
+    model = model_of("gpt2")
+    draft = model.compile_for_inference("int4")
+    options = {"max_new_tokens": 30, "temperature": 0.0}
+    compiled = model.compile_for_inference("float32")
+    assert compiled.generate([[1, 2]], assistant_model=draft, **options) == compiled.generate([[1, 2]], **options)
+
+
 def test_text_ends_with_an_end_token() -> None:
     model = model_of("gpt2")
     ids = torch.tensor([[3, 4], [5, 6], [7, 8]])

@@ -162,7 +162,7 @@ def generate(
     start = time.perf_counter()
     if show_probabilities:
         count = _show_probabilities(gpt, tokenizer, ids, options)
-    elif len(ids) == 1 and num_return_sequences == 1 and num_beams == 1 and quantize is None:
+    elif len(ids) == 1 and num_return_sequences == 1 and num_beams == 1:
         count = _stream(gpt, tokenizer, texts[0], ids, options)
     else:
         count = _print_all(gpt, tokenizer, ids, options)

@@ -25,8 +25,8 @@ def generate(model: CompiledGPT, ids: Any, **options: Any) -> Any:
     names = {field.name for field in fields(GenerationConfig)}
     config = GenerationConfig.of(**options) if names.issuperset(options) else None
     if config is None or not runs_inside(config):
-        return generate_by_steps(model, ids, **options)  # type: ignore[arg-type]
-    prompts = read_prompts(ids, model, config)  # type: ignore[arg-type]
+        return generate_by_steps(model, ids, **options)
+    prompts = read_prompts(ids, model, config)
     rows = _generate(model, prompts, config)
     return _as_tensor(rows, config) if isinstance(ids, Tensor) else rows
 

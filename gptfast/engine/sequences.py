@@ -101,7 +101,7 @@ class EngineSequences:
 
     @overload
     def extend(
-        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last_only: bool
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], last_only: bool = True
     ) -> Tensor | list[Tensor]: ...
 
     def extend(

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 class Sequences(Protocol):
     """Token sequences of one model, each a row with its keys and values."""
 
-    lengths: list[int]
-    """Positions that each row holds; 0 for a row that is free."""
+    @property
+    def lengths(self) -> list[int]:
+        """Positions that each row holds; 0 for a row that is free."""
+        ...
 
     def extend(self, rows: Seq[int], tokens: Seq[Seq[int]], last_only: bool = True) -> Tensor | list[Tensor]:
         """Append tokens[i] (any number, at least one) to row rows[i]; rows are distinct.
