@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from gptfast import nn, ops
+from gptfast import engine, nn, ops
 from gptfast.backend import backend
 from gptfast.malloc import tune_malloc
 from gptfast.models import GPT, GPTConfig
@@ -12,4 +12,4 @@ try:
 except PackageNotFoundError:  # imported from a source folder that was never installed
     __version__ = "0+source"
 
-__all__ = ["GPT", "GPTConfig", "backend", "nn", "ops", "tune_malloc"]
+__all__ = ["GPT", "GPTConfig", "backend", "engine", "nn", "ops", "tune_malloc"]
