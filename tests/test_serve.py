@@ -504,10 +504,11 @@ def test_a_mixed_soak_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_told_to_stop(tmp_path, tokenizer):
+@pytest.mark.parametrize("quantize", [[], ["--quantize", "fp32"]], ids=["torch", "engine"])
+def test_the_command_serves_until_it_is_told_to_stop(quantize, tmp_path, tokenizer):
     model = save_model(tmp_path / "bard", tokenizer, BLOCK)
     code = "import sys; from gptfast.cli import main; main()"
-    args = [sys.executable, "-c", code, "serve", "--model", str(tmp_path / "bard"), "--port", "0"]
+    args = [sys.executable, "-c", code, "serve", "--model", str(tmp_path / "bard"), "--port", "0", *quantize]
     env = {**os.environ, "GPTFAST_API_KEY": "sesame"}
     with subprocess.Popen(args, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stderr is not None

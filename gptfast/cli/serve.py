@@ -28,6 +28,10 @@ def serve(
         ),
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond this machine without a key.")] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="Write with the native CPU engine, its weights in int8, int4, nf4, bf16 or fp32."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="How many texts are written at a time.")] = 16,
     max_queue: Annotated[int, typer.Option(help="How many more may wait; beyond that the answer is 429.")] = 64,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 600.0,
@@ -57,7 +61,8 @@ def serve(
     folder = resolve(model)
     gpt, tokenizer = GPT.from_pretrained(folder).eval(), load_tokenizer(folder)
     limits = Limits(max_rows=batch_size, max_queue=max_queue, seconds=timeout)
-    app = create_app(gpt, tokenizer, name or _name(model), limits, key)
+    writer = gpt if quantize is None else gpt.compile_for_inference(quantize)
+    app = create_app(writer, tokenizer, name or _name(model), limits, key)
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=5)
 
 
