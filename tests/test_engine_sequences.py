@@ -8,7 +8,9 @@ import pytest
 import torch
 from engine_models import ids_of, model_of
 
+import gptfast.engine.generate as inside
 from gptfast.backend import has_cpu_ops
+from gptfast.generation import generate as generate_by_steps
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
 
@@ -136,3 +138,13 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="expected as many, rows without repeats"):
         sequences.reorder([row, row], [row, row])
     assert sequences.lengths == [0, 0]
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_common_options_run_inside_the_engine(copies, monkeypatch):
+    """Not by way of torch, whose threads would spin beside the engine's; the tokens are those of the other way."""
+    model = compiled()
+    options = {"max_new_tokens": 9, "temperature": 0.9, "top_k": 20, "seed": 3, "num_return_sequences": copies}
+    expected = generate_by_steps(model, [[1, 2, 3], [4]], **options)
+    monkeypatch.setattr(inside, "generate_by_steps", None)
+    assert model.generate([[1, 2, 3], [4]], **options) == expected

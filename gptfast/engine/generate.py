@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gptfast.engine.compiled import CompiledGPT
 
 INSIDE = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "eos_token_id", "num_return_sequences")
+SERIAL = 16384  # values, half of what torch shares out among threads
 BLOCK = 16  # tokens between two looks at the keyboard (Ctrl-C)
 
 
@@ -33,20 +34,24 @@ def generate(model: CompiledGPT, ids: Any, **options: Any) -> Any:
 
 def runs_inside(config: GenerationConfig) -> bool:
     """Whether the engine's own loop knows all that the config asks for."""
-    return all(getattr(config, field.name) == field.default for field in fields(config) if field.name not in INSIDE)
+    plain = GenerationConfig()
+    names = [field.name for field in fields(config) if field.name not in INSIDE]
+    return all(getattr(config, name) == getattr(plain, name) for name in names)
 
 
 def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
     copies, total = config.num_return_sequences, len(prompts) * config.num_return_sequences
     sequences = model.sequences(total, max(map(len, prompts)) + config.max_new_tokens)
     texts = [list(prompt) for prompt in prompts for _ in range(copies)]
-    logits = empty_logits(total, model.config.vocab_size)
-    rows: list[int] = []
     first = sequences.add(len(prompts))
-    logits[::copies] = sequences.extend(first, prompts)
+    read = sequences.extend(first, prompts)
+    logits = read if copies == 1 else empty_logits(total, model.config.vocab_size)
+    rows: list[int] = []
     for n, row in enumerate(first):
         rows += [row, *(sequences.add(copies - 1, like=row) if copies > 1 else [])]
-        logits[n * copies + 1 : (n + 1) * copies] = logits[n * copies]
+        if copies > 1:
+            for copy in logits[n * copies : (n + 1) * copies]:
+                _copy(copy, read[n])
     active = list(range(total))
     for begin in range(0, config.max_new_tokens, BLOCK):
         steps = min(BLOCK, config.max_new_tokens - begin)
@@ -64,6 +69,12 @@ def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationCo
         if not active:
             break
     return texts
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """In pieces that torch copies on one thread: its others would go on spinning, on cores that the engine needs."""
+    for to, part in zip(target.split(SERIAL), source.split(SERIAL), strict=True):
+        to.copy_(part)
 
 
 def _as_tensor(rows: list[list[int]], config: GenerationConfig) -> Tensor:
