@@ -12,6 +12,7 @@
 #pragma once
 
 #define INL static inline __attribute__((always_inline))
+#define INL_MEMBER inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 #if defined(GPTFAST_SCALAR)

@@ -6,24 +6,33 @@
 
 constexpr int kAttendVectors = L == 16 ? 4 : 2;
 
-template <bool BF16>
+template <DType T>
 INL F load_cached(const char* p, i64 element) {
-  if constexpr (BF16) return load_bf16(reinterpret_cast<const uint16_t*>(p) + element);
+  if constexpr (T == DType::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(p) + element);
+  if constexpr (T == DType::f16) return load_f16(reinterpret_cast<const uint16_t*>(p) + element);
   return load(reinterpret_cast<const float*>(p) + element);
 }
 
+// In 16 bits; fp16 holds at most 65504, and nothing becomes infinite by being kept.
+static void narrow_cached(uint16_t* out, const float* x, DType type, i64 D) {
+  alignas(64) float kept[256];
+  const F most = set(type == DType::f16 ? 65504.f : 3.38e38f);  // nan stays: min and max give their second argument
+  for_lanes(D, [&](i64 d, i64 n) { store_lanes(kept + d, min(most, max(zero() - most, load_lanes(x + d, n))), n); });
+  narrow_row(out, kept, type, D);
+}
 static void store_kv(const AttendParams& p) {
-  const i64 Dp = padded_head(p.D), size = p.bf16_cache ? 2 : 4;
+  const i64 Dp = padded_head(p.D), size = element_size(p.cache);
   for (i64 i = 0; i < p.n; i++) {
     const i64 position = p.start + i, at = position % kPage;
     char* keys = p.pages[position / kPage] + p.offset;
     char* values = keys + p.D * kPage * size + at * Dp * size;
     const float *k = p.k + i * p.stride, *v = p.v + i * p.stride;
-    if (p.bf16_cache) {
+    if (p.cache != DType::f32) {
       alignas(64) uint16_t narrow[256];
-      narrow_row(narrow, k, DType::bf16, p.D);
+      narrow_cached(narrow, k, p.cache, p.D);
       for (i64 d = 0; d < p.D; d++) reinterpret_cast<uint16_t*>(keys)[d * kPage + at] = narrow[d];
-      narrow_row(values, v, DType::bf16, p.D);
+      narrow_cached(narrow, v, p.cache, p.D);
+      __builtin_memcpy(values, narrow, size_t(p.D) * 2);
     } else {
       for (i64 d = 0; d < p.D; d++) reinterpret_cast<float*>(keys)[d * kPage + at] = k[d];
       __builtin_memcpy(values, v, size_t(p.D) * 4);
@@ -33,7 +42,7 @@ static void store_kv(const AttendParams& p) {
 }
 
 // out[r][0..64) = scale q[r] . keys of a page
-template <bool BF16, int R>
+template <DType T, int R>
 static void page_scores(const char* keys, const float* q, i64 ldq, i64 D, float scale, float* out, i64 ldo) {
   constexpr int V = kAttendVectors;
   for (i64 c = 0; c < kPage; c += V * L) {
@@ -43,7 +52,7 @@ static void page_scores(const char* keys, const float* q, i64 ldq, i64 D, float 
     for (i64 d = 0; d < D; d++) {
       F k[V];
       UNROLL for (int v = 0; v < V; v++)
-        k[v] = load_cached<BF16>(keys, d * kPage + c + v * L);
+        k[v] = load_cached<T>(keys, d * kPage + c + v * L);
       UNROLL for (int r = 0; r < R; r++) {
         const F a = set(q[r * ldq + d]);
         UNROLL for (int v = 0; v < V; v++)
@@ -70,10 +79,10 @@ static float exponentials(float* scores, i64 n, i64 low, i64 high) {
 }
 
 // acc[r][v] += sum over positions [first, end) of weights[r][position - first] values[position][d0 + v L ...)
-template <bool BF16, int R, int V>
+template <DType T, int R, int V>
 static void weigh_values(const AttendParams& p, const float* weights, i64 ldw, i64 first, i64 end, i64 d0,
                          const float* total, i64 row) {
-  const i64 Dp = padded_head(p.D), size = BF16 ? 2 : 4;
+  const i64 Dp = padded_head(p.D), size = element_size(T);
   F acc[R][V];
   UNROLL for (int r = 0; r < R; r++) UNROLL
     for (int v = 0; v < V; v++) acc[r][v] = zero();
@@ -84,7 +93,7 @@ static void weigh_values(const AttendParams& p, const float* weights, i64 ldw, i
     for (i64 i = 0; i < n; i++) {
       F x[V];
       UNROLL for (int v = 0; v < V; v++)
-        x[v] = load_cached<BF16>(values, i * Dp + d0 + v * L);
+        x[v] = load_cached<T>(values, i * Dp + d0 + v * L);
       UNROLL for (int r = 0; r < R; r++) {
         const F a = set(w[r * ldw + i]);
         UNROLL for (int v = 0; v < V; v++)
@@ -102,14 +111,14 @@ static void weigh_values(const AttendParams& p, const float* weights, i64 ldw, i
 }
 
 // Queries row .. row + R of the run.
-template <bool BF16, int R>
+template <DType T, int R>
 static void attend_rows(const AttendParams& p, i64 row) {
   const i64 last = p.start + row + R - 1, end = last + 1, oldest = p.start + row;
   const i64 first = p.window && oldest >= p.window ? (oldest - p.window + 1) / kPage * kPage : 0;
   const i64 n = (end - first + kPage - 1) / kPage * kPage;
   float total[R];
   for (i64 at = first; at < end; at += kPage)
-    page_scores<BF16, R>(p.pages[at / kPage] + p.offset, p.q + row * p.stride, p.stride, p.D, p.scale,
+    page_scores<T, R>(p.pages[at / kPage] + p.offset, p.q + row * p.stride, p.stride, p.D, p.scale,
                          p.scratch + (at - first), n);
   for (int r = 0; r < R; r++) {
     const i64 position = oldest + r, low = p.window && position >= p.window ? position - p.window + 1 : 0;
@@ -118,13 +127,19 @@ static void attend_rows(const AttendParams& p, i64 row) {
   constexpr int V = kAttendVectors;
   i64 d = 0;
   for (; d + V * L <= padded_head(p.D); d += V * L)
-    weigh_values<BF16, R, V>(p, p.scratch, n, first, end, d, total, row);
-  for (; d < p.D; d += L) weigh_values<BF16, R, 1>(p, p.scratch, n, first, end, d, total, row);
+    weigh_values<T, R, V>(p, p.scratch, n, first, end, d, total, row);
+  for (; d < p.D; d += L) weigh_values<T, R, 1>(p, p.scratch, n, first, end, d, total, row);
 }
-template <bool BF16>
+template <DType T>
 static void attend_run(const AttendParams& p) {
   i64 row = 0;
-  for (; row + kAttendRows <= p.n; row += kAttendRows) attend_rows<BF16, kAttendRows>(p, row);
-  for (; row < p.n; row++) attend_rows<BF16, 1>(p, row);
+  for (; row + kAttendRows <= p.n; row += kAttendRows) attend_rows<T, kAttendRows>(p, row);
+  for (; row < p.n; row++) attend_rows<T, 1>(p, row);
 }
-static void attend(const AttendParams& p) { p.bf16_cache ? attend_run<true>(p) : attend_run<false>(p); }
+static void attend(const AttendParams& p) {
+  switch (p.cache) {
+    case DType::f32: return attend_run<DType::f32>(p);
+    case DType::f16: return attend_run<DType::f16>(p);
+    case DType::bf16: return attend_run<DType::bf16>(p);
+  }
+}

@@ -1,8 +1,11 @@
 // Products of bytes and of bf16 pairs, per instruction set.
 //
 //   dot4      acc += sum of the four products of unsigned bytes (w) and signed bytes (x) in each 32-bit lane
-//   dot4_small  the same for w <= 15
+//   dot4_small  the same for w <= 127
 //   lookup16  each byte's low nibble -> table[nibble]
+//   spread_bytes  2 L signed bytes -> words
+//   Exponents::of each word's low nibble -> exponent of that number, where bf16 has it
+//   merge     words: sign and fraction from one, exponent from the other
 
 INL I broadcast4(const void* p) {
   uint32_t w;
@@ -68,3 +71,41 @@ INL F dot_pairs(F acc, I, I) { return acc; }
 
 // Nearest integer, ties to even, of |x| < 2^22: adding 1.5 * 2^23 leaves it in the low bits.
 INL I nearest(F x) { return isub(as_int(x + set(12582912.f)), iset(0x4b400000u)); }
+
+INL I merge(I signs_and_fractions, I exponents) { return ior(iand(signs_and_fractions, iset(0x807f807fu)), exponents); }
+#if defined(GPTFAST_SCALAR)
+INL I spread_bytes(const void* p) {
+  I out;
+  const int8_t* b = static_cast<const int8_t*>(p);
+  for (int i = 0; i < L; i++) out[i] = uint32_t(uint16_t(b[2 * i])) | uint32_t(uint16_t(b[2 * i + 1])) << 16;
+  return out;
+}
+struct Exponents {
+  const uint16_t* table;
+  explicit Exponents(const char* panel) : table(reinterpret_cast<const uint16_t*>(panel)) {}
+  I of(I x) const {
+    I out;
+    for (int i = 0; i < L; i++) out[i] = uint32_t(table[x[i] & 15]) | uint32_t(table[x[i] >> 16 & 15]) << 16;
+    return out;
+  }
+};
+#elif defined(__AVX512F__)
+INL I spread_bytes(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+struct Exponents {
+  const I table;  // twice: vpermw reads five bits of an index
+  explicit Exponents(const char* panel) : table(iload(panel)) {}
+  INL_MEMBER I of(I x) const { return _mm512_permutexvar_epi16(x, table); }
+};
+#else
+INL I spread_bytes(const void* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+struct Exponents {
+  I table;  // bytes
+  explicit Exponents(const char* panel) {
+    const I words = _mm256_srli_epi16(iload(panel), 7);
+    table = _mm256_permute4x64_epi64(_mm256_packus_epi16(words, words), 0x88);
+  }
+  INL_MEMBER I of(I x) const {  // an index with its high bit set gives 0
+    return _mm256_slli_epi16(_mm256_shuffle_epi8(table, ior(iand(x, iset(0x000f000fu)), iset(0x80008000u))), 7);
+  }
+};
+#endif

@@ -8,17 +8,17 @@
 namespace gptfast::engine {
 
 namespace {
-constexpr i64 kPass = 512;  // tokens of a pass: their activations stay in the caches
+constexpr i64 kPass = 256;  // tokens of a pass: their activations stay in the caches
 }  // namespace
 
-Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int threads, bool bf16_cache,
+Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int threads, cpu::DType cache,
                const Kernels& kernels)
     : model_(shape, formats),
       weights_(weights),
       kernels_(kernels),
       pool_(threads),
-      bf16_cache_(bf16_cache),
-      head_bytes_(head_elements(shape.D()) * (bf16_cache ? 2 : 4)),
+      cache_type_(cache),
+      head_bytes_(head_elements(shape.D()) * cpu::element_size(cache)),
       Cp_(round_up(shape.C, kPanel)),
       Qp_(round_up(3 * shape.C, kPanel)),
       Fp_(round_up(shape.F, kPanel)),
@@ -97,7 +97,7 @@ void Engine::need_memory(i64 M, i64 longest) {
     in.bf16.need(n * stride_);
     in.q.need(n * stride_);
     in.scale.need(n * stride_ / kGroup);
-    in.sum.need(n * stride_ / kGroup);
+    in.start.need(n * stride_ / kGroup);
   };
   for (Thread& own : own_) inputs(own.inputs, 1);
   inputs(shared_, rows);

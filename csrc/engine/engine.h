@@ -57,7 +57,7 @@ struct Sampling {
 // `weights` is Model::bytes of memory, aligned to 64, that outlives the engine. Calls lock one another out.
 class Engine {
  public:
-  Engine(const Shape& shape, const Formats& formats, char* weights, int threads, bool bf16_cache,
+  Engine(const Shape& shape, const Formats& formats, char* weights, int threads, cpu::DType cache,
          const Kernels& kernels);
 
   const Model& model() const { return model_; }
@@ -87,7 +87,7 @@ class Engine {
     Buffer<float> normed, scale;
     Buffer<uint16_t> bf16;
     Buffer<int8_t> q;
-    Buffer<int32_t> sum;
+    Buffer<int32_t> start;
   };
   struct Thread {
     Inputs inputs;  // of single rows, which every thread prepares for itself
@@ -127,7 +127,7 @@ class Engine {
   const Kernels& kernels_;
   Pool pool_;
   std::mutex mutex_;
-  const bool bf16_cache_;
+  const cpu::DType cache_type_;
   const i64 head_bytes_;             // of a page, for one head of one layer
   const i64 Cp_, Qp_, Fp_, stride_;  // C, 3 C, F, and the larger of C and F, rounded up to whole panels
 

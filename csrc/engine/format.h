@@ -2,12 +2,15 @@
 //
 // Panels of 32 outputs follow one another; a panel is read from front to back once per product:
 //   f32    [K][32] floats
-//   bf16   [K/2][32] pairs of neighbours along k
+//   bf16   a table of 16 exponents, then per 4 k: [32] words of four nibbles, which choose the exponents, and [2][32]
+//          pairs of bytes, sign and fraction; 12 bits a weight. See pack_bf16 and Bf16Step
 //   int8   per group of 32 k: [32] fp16 scales, then [8][32] quads of bytes, w / scale + 128
+//   int6   per group of 32 k: [32] fp16 scales, then [2][32] quads with the high two bits of w / scale + 32: byte b of
+//          quad h holds k = 16h + 4j + b at bits 2j; then the low four bits like those of the
 //   4-bit  per group of 32 k: [32] fp16 scales, then [4][32] quads of bytes: k = 4j + b in the low nibble of byte b of
-//          quad j, k = 16 + 4j + b in the high one. int4: w / scale + 8; nf4: index into kNf4
-// K is rounded up to whole pairs or groups and N to whole panels, with zeros. Every stretch of 32 k is a multiple of 64
-// bytes, so that all loads are aligned.
+//          quad j, k = 16 + 4j + b in the high one. int4: w / scale + 8; nf4, q4: index into kNf4, kQ4
+// K is rounded up to whole steps and N to whole panels, with zeros. Every stretch of 32 k is a multiple of 64 bytes, so
+// that all loads are aligned.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -16,27 +19,35 @@ namespace gptfast::engine {
 
 using i64 = int64_t;
 
-enum class Format : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3, nf4 = 4 };
-constexpr int kFormats = 5;
+enum class Format : int { f32 = 0, bf16 = 1, int8 = 2, int6 = 3, int4 = 4, nf4 = 5, q4 = 6 };
+constexpr int kFormats = 7;
+constexpr const char* kFormatNames[kFormats] = {"float32", "bfloat16", "int8", "int6", "int4", "nf4", "q4"};
 constexpr i64 kPanel = 32;  // outputs of a panel
 constexpr i64 kGroup = 32;  // values along k that share a scale
 
 // The 16 values of NormalFloat (Dettmers et al., arXiv 2305.14314, appendix E) in 1/127: the product multiplies bytes.
 constexpr int8_t kNf4[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
+// Levels of least squared error: Lloyd's iteration over groups of Gaussian values and of trained weights, each with its
+// best scale. The scale may be negative, so that the longer side is where the largest value is.
+constexpr int8_t kQ4[16] = {-127, -100, -78, -61, -47, -33, -21, -9, 2, 13, 24, 36, 49, 64, 82, 106};
 
 constexpr i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 constexpr bool quantised(Format f) { return f >= Format::int8; }
+// Bytes are multiplied as w + offset, unsigned; what that adds to a product is taken off again (Activations::start).
+constexpr int weight_offset(Format f) { return f == Format::int4 ? 8 : f == Format::int6 ? 32 : 128; }
+constexpr int code_bits(Format f) { return f == Format::int8 ? 8 : f == Format::int6 ? 6 : 4; }
 // Bytes of the 32 k x 32 outputs of a panel.
 constexpr i64 group_bytes(Format f) {
-  const i64 values = kGroup * kPanel, scales = 2 * kPanel;
+  const i64 values = kGroup * kPanel;
   return f == Format::f32    ? values * 4
-         : f == Format::bf16 ? values * 2
-                             : scales + (f == Format::int8 ? values : values / 2);
+         : f == Format::bf16 ? values * 3 / 2
+                             : kPanel * 2 + values * code_bits(f) / 8;
 }
+constexpr i64 header_bytes(Format f) { return f == Format::bf16 ? 64 : 0; }  // of a panel
 constexpr i64 padded_depth(Format f, i64 K) {
-  return f == Format::f32 ? K : round_up(K, f == Format::bf16 ? 2 : kGroup);
+  return f == Format::f32 ? K : round_up(K, f == Format::bf16 ? 4 : kGroup);
 }
-constexpr i64 panel_bytes(Format f, i64 K) { return padded_depth(f, K) * group_bytes(f) / kGroup; }
+constexpr i64 panel_bytes(Format f, i64 K) { return header_bytes(f) + padded_depth(f, K) * group_bytes(f) / kGroup; }
 constexpr i64 panels(i64 N) { return (N + kPanel - 1) / kPanel; }
 
 }  // namespace gptfast::engine

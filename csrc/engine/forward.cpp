@@ -6,12 +6,6 @@
 
 namespace gptfast::engine {
 
-namespace {
-constexpr i64 kStreamRows = 32;  // up to so many rows a panel is read at full depth: its read is what counts
-// Depth that is multiplied before the next panel: x at this depth stays in L2, the panel's part in L1.
-constexpr i64 depth_of(Format f) { return f == Format::f32 ? 256 : f == Format::bf16 ? 512 : 1024; }
-}  // namespace
-
 void Engine::forward(int t, const int* tokens, const std::vector<i64>& wanted, float* out, i64 ld) {
   const Shape& s = model_.shape;
   const Finish gelu = s.gelu_tanh ? Finish::gelu_tanh : Finish::gelu;
@@ -78,7 +72,7 @@ void Engine::attend(int t, i64 layer, i64 item) {
                        run.start,
                        s.window_of(layer),
                        float(1 / std::sqrt(double(D))),
-                       bf16_cache_,
+                       cache_type_,
                        run.pages,
                        (layer * s.heads + h) * head_bytes_,
                        attended_.get() + run.first * Cp_ + h * D,
@@ -114,7 +108,7 @@ void Engine::normalise_in_place(int t, const Norm& norm) {
 }
 
 Activations Engine::view(Inputs& in) const {
-  return {in.normed.get(), Cp_, in.bf16.get(), in.q.get(), in.scale.get(), in.sum.get(), stride_};
+  return {in.normed.get(), Cp_, in.bf16.get(), in.q.get(), in.scale.get(), in.start.get(), stride_};
 }
 // x as the product of a format reads it. A single row is prepared by every thread for itself, which is quicker than
 // waiting for another; several rows are shared out.
@@ -151,17 +145,13 @@ void Engine::multiply(int t, const Linear& linear, const Activations& x, i64 row
                       float* out, i64 ldo) {
   const Weight& w = linear.weight;
   const Range mine = share(panels(w.N), t);
-  const i64 K = padded_depth(w.format, w.K), depth = rows <= kStreamRows ? K : depth_of(w.format);
-  const i64 panel = panel_bytes(w.format, w.K);
+  const i64 K = padded_depth(w.format, w.K), panel = panel_bytes(w.format, w.K);
   const float* bias = floats(linear.bias);
-  for (i64 k0 = 0; k0 < K; k0 += depth) {
-    const i64 k1 = std::min(K, k0 + depth);
-    for (i64 p = mine.first; p < mine.last; p++) {
-      const i64 n = p * kPanel;
-      kernels_.product(w.format, weights_ + w.offset + p * panel, x, rows, k0, k1, y + n, ldy, k0 > 0);
-      if (k1 == K && (bias || finish != Finish::store))
-        kernels_.finish(finish, y + n, ldy, rows, bias ? bias + n : nullptr, out + n, ldo);
-    }
+  for (i64 p = mine.first; p < mine.last; p++) {
+    const i64 n = p * kPanel;
+    kernels_.product(w.format, weights_ + w.offset + p * panel, x, rows, K, y + n, ldy);
+    if (bias || finish != Finish::store)
+      kernels_.finish(finish, y + n, ldy, rows, bias ? bias + n : nullptr, out + n, ldo);
   }
 }
 

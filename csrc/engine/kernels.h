@@ -16,7 +16,7 @@ struct Activations {
   uint16_t* bf16 = nullptr;
   int8_t* q = nullptr;     // x / scale
   float* scale = nullptr;  // per group of 32: stride / 32 a row
-  int32_t* sum = nullptr;  // of q over the group
+  int32_t* start = nullptr;  // where the integer sum of a group begins: -offset * sum of q, see weight_offset
   i64 stride = 0;
 };
 
@@ -26,14 +26,14 @@ enum class Finish { store, gelu_tanh, gelu, add };  // add: to what `out` holds
 constexpr i64 kPage = 64;  // positions of a page of keys and values
 
 // One head of one run of neighbouring new positions. A page holds, for this head at `offset`, keys as [D][64] and then
-// values as [64][D rounded up to 16], in fp32 or bf16.
+// values as [64][D rounded up to 16], in the type `cache`.
 struct AttendParams {
   const float *q, *k, *v;  // (n, D), rows `stride` apart
   i64 stride, n, D;
   i64 start;   // position of the first
   i64 window;  // positions that a query sees, its own included; 0: all
   float scale;
-  bool bf16_cache;
+  cpu::DType cache;
   char* const* pages;
   i64 offset;  // bytes
   float* out;  // (n, D), rows `out_stride` apart
@@ -50,8 +50,8 @@ struct Kernels {
   bool bf16_pairs;  // products of bf16 weights read Activations::bf16, else f32
   // Brings a row of K values into the form that the format's product reads (none for those that read f32).
   void (*prepare)(Format, const float* x, i64 K, const Activations& to, i64 row);
-  // y[m][0..32) (+)= x[m][k0..k1) W^T for rows [0, M) and one panel; k0 is a multiple of 32.
-  void (*product)(Format, const char* panel, const Activations& x, i64 M, i64 k0, i64 k1, float* y, i64 ldy, bool add);
+  // y[m][0..32) = x[m] W^T for rows [0, M) and one panel of depth K, which is padded_depth.
+  void (*product)(Format, const char* panel, const Activations& x, i64 M, i64 K, float* y, i64 ldy);
   // The panel's outputs y, M rows: out = finish(y + bias). bias has 32 values, or is null.
   void (*finish)(Finish, const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, i64 C, float* y);

@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -52,32 +53,40 @@ struct Int4Levels {
   static float level(float x) { return clamp(nearest(x), -8.f, 7.f); }
   static uint8_t code(float level) { return uint8_t(int(level) + 8); }
 };
-struct Nf4Levels {
+struct Int6Levels {
+  static constexpr float kMost = 32.f;
+  static float level(float x) { return clamp(nearest(x), -32.f, 31.f); }
+  static uint8_t code(float level) { return uint8_t(int(level) + 32); }
+};
+template <const int8_t (&LEVELS)[16]>
+struct TableLevels {
   static constexpr float kMost = 127.f;
-  static float level(float x) {  // the nearest of kNf4: the lowest, and a step for each midpoint that x is above
-    float level = kNf4[0];
-    for (int i = 1; i < 16; i++) level += x > 0.5f * float(kNf4[i - 1] + kNf4[i]) ? float(kNf4[i] - kNf4[i - 1]) : 0.f;
+  static float level(float x) {  // the nearest: the lowest, and a step for each midpoint that x is above
+    float level = LEVELS[0];
+    for (int i = 1; i < 16; i++)
+      level += x > 0.5f * float(LEVELS[i - 1] + LEVELS[i]) ? float(LEVELS[i] - LEVELS[i - 1]) : 0.f;
     return level;
   }
   static uint8_t code(float level) {
     int i = 0;
-    while (float(kNf4[i]) < level) i++;
+    while (float(LEVELS[i]) < level) i++;
     return uint8_t(i);
   }
 };
 
 // For each of a few guesses of the scale: the codes, then the scale that fits these codes best, sum v q / sum q^2,
-// which leaves the error sum v^2 - (sum v q)^2 / sum q^2. The least wins.
+// which leaves the error sum v^2 - (sum v q)^2 / sum q^2. The least wins. The largest value goes to -kMost: there are
+// levels that reach further to that side.
 template <class Levels>
-void four_bits(const float* v, uint16_t* half_scale, uint8_t* codes) {
+void few_bits(const float* v, uint16_t* half_scale, uint8_t* codes) {
+  constexpr int kGuesses = 9;
+  constexpr float kStep = Levels::kMost == 32.f ? 0.004f : 0.01375f;  // of the range, from a guess to the next
   float most = 0.f;
   for (int i = 0; i < kGroup; i++)
     if (std::fabs(v[i]) > std::fabs(most)) most = v[i];
-  constexpr int kGuesses = 9;
   float best = -1.f, best_scale = 0.f, best_levels[kGroup] = {};
   for (int guess = -kGuesses; most != 0.f && guess <= kGuesses; guess++) {
-    const float range = Levels::kMost + float(guess) * (0.11f / 8.f) * Levels::kMost;
-    const float inverse = (Levels::kMost == 8.f ? -range : range) / most;  // int4 reaches -8 but only +7
+    const float inverse = -Levels::kMost * (1.f + float(guess) * kStep) / most;
     float levels[kGroup];
     for (int i = 0; i < kGroup; i++) levels[i] = Levels::level(v[i] * inverse);
     const float product = dot(v, levels), norm = dot(levels, levels);
@@ -97,26 +106,56 @@ void eight_bits(const float* v, uint16_t* half_scale, uint8_t* codes) {
   for (int i = 0; i < kGroup; i++) codes[i] = uint8_t(128 + int(clamp(nearest(v[i] * inverse), -127.f, 127.f)));
 }
 
+void group_codes(Format format, const float* v, uint16_t* half_scale, uint8_t* codes) {
+  switch (format) {
+    case Format::int8: return eight_bits(v, half_scale, codes);
+    case Format::int6: return few_bits<Int6Levels>(v, half_scale, codes);
+    case Format::int4: return few_bits<Int4Levels>(v, half_scale, codes);
+    case Format::nf4: return few_bits<TableLevels<kNf4>>(v, half_scale, codes);
+    default: return few_bits<TableLevels<kQ4>>(v, half_scale, codes);
+  }
+}
 void pack_groups(Format format, const float* rows, i64 K, char* out) {
   for (i64 k = 0; k < K; k += kGroup, out += group_bytes(format)) {
     uint16_t* scales = reinterpret_cast<uint16_t*>(out);
     uint8_t* bytes = reinterpret_cast<uint8_t*>(out) + 2 * kPanel;
+    uint8_t* nibbles = format == Format::int6 ? bytes + 2 * kPanel * 4 : bytes;
     std::memset(bytes, 0, size_t(group_bytes(format) - 2 * kPanel));
     for (i64 n = 0; n < kPanel; n++) {
-      const float* v = rows + n * K + k;
       uint8_t codes[kGroup];
-      if (format == Format::int8)
-        eight_bits(v, scales + n, codes);
-      else if (format == Format::int4)
-        four_bits<Int4Levels>(v, scales + n, codes);
-      else
-        four_bits<Nf4Levels>(v, scales + n, codes);
+      group_codes(format, rows + n * K + k, scales + n, codes);
       for (i64 i = 0; i < kGroup; i++) {
-        if (format == Format::int8)
+        if (format == Format::int8) {
           bytes[(i / 4 * kPanel + n) * 4 + i % 4] = codes[i];
-        else
-          bytes[(i % 16 / 4 * kPanel + n) * 4 + i % 4] |= uint8_t(codes[i] << (i < 16 ? 0 : 4));
+          continue;
+        }
+        nibbles[(i % 16 / 4 * kPanel + n) * 4 + i % 4] |= uint8_t((codes[i] & 15) << (i < 16 ? 0 : 4));
+        if (format == Format::int6) bytes[(i / 16 * kPanel + n) * 4 + i % 4] |= uint8_t(codes[i] >> 4 << i % 16 / 4 * 2);
       }
+    }
+  }
+}
+
+// bf16 values of a panel in 12 bits: sign, 7 bits of fraction, and which of 16 exponents: the 15 from the largest of the
+// panel down, or 0. Values that are too small for these, less than 2^-14 of the largest, become 0 or the smallest that
+// there is; that is less than the rounding of the large ones.
+void pack_bf16(const float* rows, i64 K, char* out) {
+  constexpr int kSmall = 15;
+  uint16_t* exponents = reinterpret_cast<uint16_t*>(out);
+  int largest = 0;
+  for (i64 i = 0; i < kPanel * K; i++) largest = std::max(largest, to_bf16(rows[i]) >> 7 & 255);
+  for (int i = 0; i < 32; i++) exponents[i] = uint16_t(i % 16 == kSmall ? 0 : std::max(largest - i % 16, 0) << 7);
+  for (i64 k = 0; k < K; k++) {
+    char* step = out + header_bytes(Format::bf16) + k / 4 * group_bytes(Format::bf16) / 8;
+    for (i64 n = 0; n < kPanel; n++) {
+      const int bits = to_bf16(rows[n * K + k]), exponent = bits >> 7 & 255, below = largest - exponent;
+      int sign_and_fraction = (bits >> 8 & 128) | (bits & 127), nibble = below;
+      if (below >= kSmall) {
+        nibble = below == kSmall && exponent ? kSmall - 1 : kSmall;
+        sign_and_fraction &= 128;
+      }
+      reinterpret_cast<uint16_t*>(step)[n % 16 * 2 + k % 2] |= uint16_t(nibble << (k % 4 / 2 * 8 + n / 16 * 4));
+      step[64 + k % 4 / 2 * 64 + n * 2 + k % 2] = char(sign_and_fraction);
     }
   }
 }
@@ -126,9 +165,8 @@ void pack_panel(Format format, const float* rows, i64 K, char* out) {
     for (i64 k = 0; k < K; k++)
       for (i64 n = 0; n < kPanel; n++) to[k * kPanel + n] = rows[n * K + k];
   } else if (format == Format::bf16) {
-    uint16_t* to = reinterpret_cast<uint16_t*>(out);
-    for (i64 k = 0; k < K; k++)
-      for (i64 n = 0; n < kPanel; n++) to[(k / 2 * kPanel + n) * 2 + k % 2] = to_bf16(rows[n * K + k]);
+    std::memset(out, 0, size_t(panel_bytes(format, K)));
+    pack_bf16(rows, K, out);
   } else {
     pack_groups(format, rows, K, out);
   }

@@ -1,8 +1,8 @@
 // What happens to single rows between the products.
 
-// x in bytes: x / scale, scale = max |x| / 127 of each group; and their sum, for the weights' offset. A nan or an
-// infinity makes the scale nan, so that it is not lost.
-static void quantise_row(const float* x, i64 K, int8_t* q, float* scale, int32_t* sums) {
+// x in bytes: x / scale, scale = max |x| / 127 of each group; and -offset times their sum. A nan or an infinity makes the
+// scale nan, so that it is not lost.
+static void quantise_row(const float* x, i64 K, int offset, int8_t* q, float* scale, int32_t* start) {
   for (i64 k = 0; k < K; k += kGroup, q += kGroup) {
     F v[kGroup / L], top = zero(), bad = zero();
     UNROLL for (int i = 0; i < kGroup / L; i++) {
@@ -22,17 +22,17 @@ static void quantise_row(const float* x, i64 K, int8_t* q, float* scale, int32_t
       total += lanes[i];
     }
     *scale++ = most / 127.f + sum(bad);
-    *sums++ = total;
+    *start++ = -offset * total;
   }
 }
 static void prepare(Format f, const float* x, i64 K, const Activations& to, i64 row) {
   if (quantised(f))
-    return quantise_row(x, K, to.q + row * to.stride, to.scale + row * to.stride / kGroup,
-                        to.sum + row * to.stride / kGroup);
+    return quantise_row(x, K, weight_offset(f), to.q + row * to.stride, to.scale + row * to.stride / kGroup,
+                        to.start + row * to.stride / kGroup);
   if (f != Format::bf16 || !kPairs) return;
   uint16_t* out = to.bf16 + row * to.stride;
   narrow_row(out, x, DType::bf16, K);
-  if (K & 1) out[K] = 0;
+  for (i64 k = K; k < padded_depth(f, K); k++) out[k] = 0;
 }
 
 static void layer_norm(const float* x, const float* weight, const float* bias, float eps, i64 C, float* y) {
@@ -81,7 +81,11 @@ INL float widen_half(const uint16_t* p) {
 static float weight_at(Format f, const char* panel, i64 n, i64 k) {
   if (f == Format::f32) return reinterpret_cast<const float*>(panel)[k * kPanel + n];
   if (f == Format::bf16) {
-    const uint32_t bits = uint32_t(reinterpret_cast<const uint16_t*>(panel)[(k / 2 * kPanel + n) * 2 + k % 2]) << 16;
+    const char* step = panel + header_bytes(f) + k / 4 * Bf16Step::kBytes;
+    const int nibble = reinterpret_cast<const uint16_t*>(step)[n % 16 * 2 + k % 2] >> (k % 4 / 2 * 8 + n / 16 * 4) & 15;
+    const uint32_t exponent = reinterpret_cast<const uint16_t*>(panel)[nibble];
+    const uint32_t byte = uint8_t(step[64 + k % 4 / 2 * 64 + n * 2 + k % 2]);
+    const uint32_t bits = (byte >> 7 << 15 | exponent | (byte & 0x7f)) << 16;
     float x;
     __builtin_memcpy(&x, &bits, 4);
     return x;
@@ -90,14 +94,18 @@ static float weight_at(Format f, const char* panel, i64 n, i64 k) {
   const float scale = widen_half(reinterpret_cast<const uint16_t*>(group) + n);
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(group) + kPanel * 2;
   const i64 i = k % kGroup;
-  if (f == Format::int8) return scale * float(int(bytes[(i / 4 * kPanel + n) * 4 + i % 4]) - 128);
-  const int code = bytes[(i % 16 / 4 * kPanel + n) * 4 + i % 4] >> (i < 16 ? 0 : 4) & 15;
-  return scale * float(f == Format::int4 ? code - 8 : int(kNf4[code]));
+  if (f == Format::int8) return scale * float(int(bytes[(i / 4 * kPanel + n) * 4 + i % 4]) - weight_offset(f));
+  const uint8_t* nibbles = f == Format::int6 ? bytes + 2 * kPanel * 4 : bytes;
+  const int low = nibbles[(i % 16 / 4 * kPanel + n) * 4 + i % 4] >> (i < 16 ? 0 : 4) & 15;
+  if (f == Format::nf4) return scale * float(kNf4[low]);
+  if (f == Format::q4) return scale * float(kQ4[low]);
+  const int high = f == Format::int6 ? bytes[(i / 16 * kPanel + n) * 4 + i % 4] >> (i % 16 / 4 * 2) & 3 : 0;
+  return scale * float((high << 4 | low) - weight_offset(f));
 }
 static void embed(Format f, const char* matrix, i64 K, i64 n, float scale, const float* position, float* out) {
   const char* panel = matrix + n / kPanel * panel_bytes(f, K);
-  const i64 lines = panel_bytes(f, K), step = f == Format::f32 ? kPanel * 4 : 2 * kPanel;
-  for (i64 i = n % kPanel * 4; i < lines; i += step) __builtin_prefetch(panel + i, 0, 3);  // one word of each k or so
+  const i64 bytes = panel_bytes(f, K), step = f == Format::f32 ? kPanel * 4 : 64;
+  for (i64 i = n % kPanel * 4; i < bytes; i += step) __builtin_prefetch(panel + i, 0, 3);  // all lines it is in
   for (i64 k = 0; k < K; k++) out[k] = scale * weight_at(f, panel, n % kPanel, k) + position[k];
 }
 

@@ -16,10 +16,15 @@ namespace gptfast::engine {
 namespace {
 
 Format format_named(const std::string& name) {
-  const char* names[kFormats] = {"float32", "bfloat16", "int8", "int4", "nf4"};
   for (int i = 0; i < kFormats; i++)
-    if (name == names[i]) return Format(i);
+    if (name == kFormatNames[i]) return Format(i);
   throw std::invalid_argument("unknown format " + name);
+}
+cpu::DType type_named(const std::string& name) {
+  if (name == "float32") return cpu::DType::f32;
+  if (name == "float16") return cpu::DType::f16;
+  if (name == "bfloat16") return cpu::DType::bf16;
+  throw std::invalid_argument("unknown type " + name);
 }
 Shape shape_of(const py::dict& d) {
   Shape s;
@@ -40,7 +45,7 @@ Formats formats_of(const py::dict& d) {
 // An engine and the memory it reads.
 class PyEngine {
  public:
-  PyEngine(const py::dict& shape, const py::dict& formats, py::buffer weights, int threads, bool bf16_cache,
+  PyEngine(const py::dict& shape, const py::dict& formats, py::buffer weights, int threads, const std::string& cache,
            const std::string& isa)
       : keep_(std::move(weights)), info_(keep_.request()) {
     const Kernels* k = kernels(isa.c_str());
@@ -51,7 +56,8 @@ class PyEngine {
       throw std::invalid_argument("the weights' memory is too small");
     if (reinterpret_cast<uintptr_t>(info_.ptr) % 64)
       throw std::invalid_argument("the weights' memory is not aligned to 64");
-    engine_ = std::make_unique<Engine>(s, f, static_cast<char*>(info_.ptr), threads, bf16_cache, *k);
+    engine_ = std::make_unique<Engine>(s, f, static_cast<char*>(info_.ptr), threads,
+                                       type_named(cache), *k);
   }
   Engine& get() { return *engine_; }
 
@@ -159,7 +165,7 @@ class PyCache {
 void bind_engine(py::module_& m) {
   using namespace gptfast::engine;
   py::class_<PyEngine, std::shared_ptr<PyEngine>>(m, "Engine")
-      .def(py::init<const py::dict&, const py::dict&, py::buffer, int, bool, const std::string&>())
+      .def(py::init<const py::dict&, const py::dict&, py::buffer, int, const std::string&, const std::string&>())
       .def("pack", &PyEngine::pack)
       .def("read_rate",
            [](PyEngine& e, int times) {

@@ -102,7 +102,7 @@ def generate(
     quantize: Annotated[
         str | None,
         typer.Option(
-            help="Write with the native CPU engine, its weights in int8, int4, nf4, bf16 or fp32: several times as fast; the "
+            help="Write with the native CPU engine, its weights in int8, int6, q4, int4, nf4, bf16 or fp32: several times as fast; the "
             "fewer bits the faster, and the further from the model.",
         ),
     ] = None,

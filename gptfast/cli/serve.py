@@ -30,7 +30,7 @@ def serve(
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond this machine without a key.")] = False,
     quantize: Annotated[
         str | None,
-        typer.Option(help="Write with the native CPU engine, its weights in int8, int4, nf4, bf16 or fp32."),
+        typer.Option(help="Write with the native CPU engine, its weights in int8, int6, q4, int4, nf4, bf16 or fp32."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="How many texts are written at a time.")] = 16,
     max_queue: Annotated[int, typer.Option(help="How many more may wait; beyond that the answer is 429.")] = 64,

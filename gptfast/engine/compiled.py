@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptfast.backend import cpu_isa
 from gptfast.engine import file
-from gptfast.engine.formats import CACHE_DTYPES, format_name, matrix_formats
+from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
 from gptfast.engine.sequences import PANEL, EngineSequences
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class CompiledGPT:
         self._formats, self._weights = formats, weights
         threads = torch.get_num_threads() if threads is None else _count("threads", threads)
         self._core = _C.Engine(
-            shape_of(config), formats, weights, threads, self.cache_dtype == "bfloat16", cpu_isa() or "scalar"
+            shape_of(config), formats, weights, threads, self.cache_dtype, cpu_isa() or "scalar"
         )
 
     @property
@@ -192,13 +192,11 @@ def _count(name: str, value: Any) -> int:
 
 
 def _cache_dtype(value: Any, dtype: str) -> str:
-    """fp32 keys and values beside fp32 weights, bf16 beside all others, unless told."""
+    """fp32 keys and values beside fp32 weights, fp16 beside all others, unless told."""
     if value is None:
-        return "float32" if dtype == "float32" else "bfloat16"
-    try:
-        name = format_name(value)
-    except ValueError:
-        name = str(value)
+        return "float32" if dtype == "float32" else "float16"
+    name = str(value).removeprefix("torch.")
+    name = ALIASES.get(name, name)
     if name not in CACHE_DTYPES:
         raise ValueError(f"compile_for_inference: cache_dtype is {value!r}; expected {' or '.join(CACHE_DTYPES)}")
     return name

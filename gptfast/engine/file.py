@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gptfast.models import GPTConfig
 
 MAGIC = b"gptfastE"
-VERSION = 1
+VERSION = 2
 _START = struct.Struct("<8sIII")
 _PAGE = 4096
 _CHUNK = 1 << 24

@@ -201,12 +201,14 @@ class GPT(nn.Module):
         """Pack the weights for the native CPU engine; the result has the same `generate`.
 
         Args:
-            dtype: of the matrices: "float32", "bfloat16", "int8" (8.5 bits a weight), "int4" or "nf4" (4.5, the head and
-                the token embedding in int8). The quantised formats multiply in bytes. What each costs in quality:
-                docs/notes/engine.md.
+            dtype: of the matrices: "float32"; "bfloat16" (12 bits a weight: its exponents need no more than 4); "int8"
+                (8.5), "int6" (6.5); in 4.5 bits "q4" (levels of least error, the head and the token embedding in int6),
+                "int4" and "nf4" (both with these in int8). The quantised formats multiply in bytes. What each costs in
+                quality: docs/notes/engine.md.
             threads: None: as many as torch uses. The results do not depend on it.
             max_rows: the most sequences that may run at a time; None: as many as are asked for.
-            cache_dtype: of keys and values, "float32" or "bfloat16"; None: "float32" beside fp32 weights, else "bfloat16".
+            cache_dtype: of keys and values, "float32", "float16" or "bfloat16"; None: "float32" beside fp32 weights, else
+                "float16".
         Returns:
             A `gptfast.engine.CompiledGPT`. It holds weights of its own: this model may be changed or deleted.
         Raises:
