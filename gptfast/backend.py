@@ -116,6 +116,11 @@ def backend(name: str) -> Iterator[None]:
         _local.choice = previous
 
 
+def chosen() -> str:
+    """The backend asked for in this thread: by `backend(...)`, else by GPTFAST_BACKEND, else "auto"."""
+    return _local.choice or _default
+
+
 def resolve(op: str, choice: str | None, x: Tensor) -> str:
     """The backend that runs `op` on `x`: "cpu", "cuda", "triton" or "eager".
 
@@ -126,7 +131,7 @@ def resolve(op: str, choice: str | None, x: Tensor) -> str:
     Raises:
         ValueError, TypeError, RuntimeError: the explicit choice cannot run this call.
     """
-    name = choice or _local.choice or _default
+    name = choice or chosen()
     if name == "eager":
         return name
     if name == "auto":
@@ -138,7 +143,7 @@ def resolve(op: str, choice: str | None, x: Tensor) -> str:
 
 def is_automatic(choice: str | None) -> bool:
     """Whether neither the call, nor the surrounding `with`, nor the environment names a backend."""
-    return (choice or _local.choice or _default) == "auto"
+    return (choice or chosen()) == "auto"
 
 
 def _automatic(op: str, x: Tensor) -> str:

@@ -61,6 +61,14 @@ def emu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     emulated.configure()
 
 
+@pytest.fixture(params=["engine", "torch"])
+def writer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test once with the engine, which `GPT.generate` takes by itself on the CPU, and once without."""
+    if request.param == "torch":
+        monkeypatch.setattr("gptfast.engine.engine_for", lambda model: None)
+    return request.param
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Restores torch's thread count after a test that changes it."""

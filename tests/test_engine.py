@@ -41,12 +41,34 @@ def test_logits(isa: str, name: str) -> None:
 def test_formats_rank_by_their_bits() -> None:
     """A format that lost a bit somewhere would still pass a tolerance; it would not pass its neighbours."""
     errors, sizes = [], []
-    for dtype in ("float32", "bfloat16", "int8", "int4"):
+    for dtype in ("float32", "bfloat16", "int8", "int6", "q4"):
         compiled = model_of("gpt2").compile_for_inference(dtype)
         errors.append(relative_error(compiled.logits(ids_of("gpt2")), expected("gpt2")))
         sizes.append(compiled.nbytes)
     assert errors == sorted(errors) and sizes == sorted(sizes, reverse=True)
-    assert errors[1] < errors[2] / 2 and errors[2] < errors[3] / 4
+    assert errors[1] < errors[2] / 2 and errors[2] < errors[3] / 1.5 and errors[3] < errors[4] / 3
+
+
+@pytest.mark.parametrize(("shrunk", "tolerance"), [(1.0, 2e-6), (2.0**-4, 1e-5), (2.0**-9, 3e-5)])  # 2e-7, 3e-6, 9e-6
+def test_bfloat16_loses_nothing_in_12_bits(isa: str, shrunk: float, tolerance: float) -> None:
+    """Beside fp32 weights that were rounded to bf16; also where half of each row is small, but not lost."""
+    rounded = GPT(model_of("odd").config).eval()
+    with torch.no_grad():
+        for name, parameter in model_of("odd").named_parameters():
+            scaled = torch.cat([parameter[..., ::2], parameter[..., 1::2] * shrunk], -1)
+            rounded.get_parameter(name).copy_(scaled.bfloat16() if parameter.dim() == 2 else scaled)
+    ids = ids_of("odd")
+    packed = rounded.compile_for_inference("bfloat16", cache_dtype="float32").logits(ids)
+    exact = rounded.compile_for_inference("float32").logits(ids)
+    # Activations are rounded to bf16 only where the CPU multiplies pairs: measured 3.6e-3 there.
+    assert relative_error(packed, exact) < (1e-2 if isa == "avx512_bf16" else tolerance)
+
+
+def test_a_cache_in_fp16_stays_finite() -> None:
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=50, dropout=0.0)).eval()
+    with torch.no_grad():
+        model.get_parameter("h.0.attn.c_attn.bias").fill_(1e6)
+    assert model.compile_for_inference("int8", cache_dtype="float16").logits([1, 2, 3]).isfinite().all()
 
 
 def test_smallest_model(isa: str) -> None:
@@ -256,8 +278,9 @@ def test_memory_is_the_packed_weights() -> None:
     sizes = {dtype: model.compile_for_inference(dtype).nbytes for dtype in FORMATS}
     rest = floats - sum(p.numel() for p in model.parameters() if p.dim() == 2 and p is not model.wpe.weight) * 4
     for dtype, bits in (("float32", 32), ("bfloat16", 12), ("int8", 8.5)):
-        assert sizes[dtype] - rest == pytest.approx((floats - rest) * bits / 32, rel=1e-3)
+        assert sizes[dtype] - rest == pytest.approx((floats - rest) * bits / 32, rel=3e-3)  # bfloat16: a table a panel
     assert sizes["int4"] < sizes["int8"] * 0.8 and sizes["int4"] == sizes["nf4"]
+    assert sizes["q4"] < sizes["int4"] < sizes["int6"] < sizes["int8"]
 
 
 def test_deleting_the_model_changes_nothing() -> None:
@@ -285,16 +308,43 @@ def test_engine_for_a_model_follows_its_weights() -> None:
     assert engine_for(model.double()) is None
 
 
+def test_a_gpt_writes_with_the_engine_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(CompiledGPT, "generate", lambda self, ids, **options: calls.append(options) or ids)
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=50, dropout=0.0))
+    model.generate([[1]], max_new_tokens=1)
+    assert not calls, "in training mode"
+    model.eval().generate([[1]], max_new_tokens=2)
+    assert calls == [{"max_new_tokens": 2}]
+    with gptfast.backend("eager"):
+        model.generate([[1]], max_new_tokens=1)
+    handle = model.h[0].register_forward_hook(lambda *_: None)
+    model.generate([[1]], max_new_tokens=1)
+    handle.remove()
+    model.h[0].mlp = torch.nn.Sequential(model.h[0].mlp)
+    model.generate([[1]], max_new_tokens=1)
+    assert len(calls) == 1, "another backend, a hook, another module"
+
+
+def test_engine_for_a_model_notices_changes_through_data() -> None:
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=50, dropout=0.0)).eval()
+    first = engine_for(model)
+    model.get_parameter("wte.weight").data.mul_(2.0)
+    assert engine_for(model) is not first
+
+
 # ---- errors -------------------------------------------------------------------------------------------------------
 
 
 def test_errors_of_compiling() -> None:
     model = model_of("odd")
-    with pytest.raises(ValueError, match="dtype is 'int3'; expected one of float32, bfloat16, int8, int4, nf4"):
+    with pytest.raises(
+        ValueError, match="dtype is 'int3'; expected one of float32, bfloat16, int8, int6, int4, nf4, q4"
+    ):
         model.compile_for_inference("int3")
     with pytest.raises(ValueError, match="threads is 0; expected an int of at least 1"):
         model.compile_for_inference("int8", threads=0)
-    with pytest.raises(ValueError, match="cache_dtype is 'int8'; expected float32 or bfloat16"):
+    with pytest.raises(ValueError, match="cache_dtype is 'int8'; expected float32 or float16 or bfloat16"):
         model.compile_for_inference("int8", cache_dtype="int8")
     broken = GPT(model.config)
     with torch.no_grad():

@@ -52,8 +52,8 @@ def test_other_files(saved: Path, tmp_path: Path) -> None:
     saved.write_bytes(b"GGUF" + data[4:])
     with pytest.raises(ValueError, match="not a compiled gptfast model"):
         load(saved)
-    saved.write_bytes(data[:8] + struct.pack("<I", 2) + data[12:])
-    with pytest.raises(ValueError, match="has version 2 and this gptfast reads 1; compile the model again"):
+    saved.write_bytes(data[:8] + struct.pack("<I", 1) + data[12:])
+    with pytest.raises(ValueError, match="has version 1 and this gptfast reads 2; compile the model again"):
         load(saved)
     with pytest.raises(FileNotFoundError, match="check the spelling"):
         load(tmp_path / "absent")

@@ -14,6 +14,8 @@ from gptfast.generation.sequences import for_generation
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("writer")
+
 V, BLOCK = 61, 48
 
 

@@ -15,6 +15,8 @@ from gptfast.tokenizer import CharTokenizer
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.usefixtures("writer")
+
 V, BLOCK, PAD = 61, 48, 60
 PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11, 12, 13]]
 PROCESSORS = {

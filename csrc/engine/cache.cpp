@@ -5,12 +5,15 @@
 #include <cstring>
 #include <new>
 
+#include <sys/mman.h>
+
 #include "kernels.h"
 
 namespace gptfast::engine {
 
 namespace {
 constexpr size_t kSpare = 8;  // pages kept for the next sequence
+constexpr i64 kLargePage = 1 << 21;
 }
 
 Cache::~Cache() {
@@ -28,8 +31,11 @@ Cache::Page* Cache::make() {
     page->users = 1;
     return page;
   }
-  char* data = static_cast<char*>(std::aligned_alloc(4096, size_t(round_up(page_bytes_, 4096))));
-  if (!data) throw std::bad_alloc();
+  const i64 alignment = page_bytes_ >= kLargePage ? kLargePage : 4096, bytes = round_up(page_bytes_, 4096);
+  void* memory = nullptr;
+  if (posix_memalign(&memory, size_t(alignment), size_t(bytes))) throw std::bad_alloc();
+  if (alignment == kLargePage) madvise(memory, size_t(bytes), MADV_HUGEPAGE);  // where there are such; fewer TLB misses
+  char* data = static_cast<char*>(memory);
   pages_made_++;
   return new Page{data, 1};
 }

@@ -120,7 +120,7 @@ class Engine {
     return w.offset < 0 ? nullptr : reinterpret_cast<const float*>(weights_ + w.offset);
   }
   bool reads_f32(Format f) const { return f == Format::f32 || (f == Format::bf16 && !kernels_.bf16_pairs); }
-  Activations view(Inputs& in) const;
+  Activations view(Inputs& in, i64 K) const;
 
   const Model model_;
   char* const weights_;

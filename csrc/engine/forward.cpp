@@ -107,14 +107,14 @@ void Engine::normalise_in_place(int t, const Norm& norm) {
   pool_.barrier(t);
 }
 
-Activations Engine::view(Inputs& in) const {
-  return {in.normed.get(), Cp_, in.bf16.get(), in.q.get(), in.scale.get(), in.start.get(), stride_};
+Activations Engine::view(Inputs& in, i64 K) const {
+  return {in.normed.get(), Cp_, in.bf16.get(), in.q.get(), in.scale.get(), in.start.get(), round_up(K, kGroup)};
 }
 // x as the product of a format reads it. A single row is prepared by every thread for itself, which is quicker than
 // waiting for another; several rows are shared out.
 Activations Engine::inputs_of(int t, Format format, const float* x, i64 ld, i64 K, i64 rows) {
   const bool single = rows == 1;
-  Activations in = view(single ? own_[size_t(t)].inputs : shared_);
+  Activations in = view(single ? own_[size_t(t)].inputs : shared_, K);
   in.f32 = x;
   in.f32_stride = ld;
   if (reads_f32(format)) return in;
@@ -129,7 +129,7 @@ Activations Engine::normed_inputs(int t, Format format, const Norm& norm, const 
   const bool single = rows == 1;
   Inputs& to = single ? own_[size_t(t)].inputs : shared_;
   const Range mine = single ? Range{0, 1} : share(rows, t);
-  const Activations in = view(to);
+  const Activations in = view(to, model_.shape.C);
   for (i64 m = mine.first; m < mine.last; m++) {
     float* normed = to.normed.get() + m * Cp_;
     kernels_.layer_norm(x + (which ? which[m] : m) * ld, floats(norm.weight), floats(norm.bias), model_.shape.eps,

@@ -7,44 +7,70 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
 
-from gptfast.backend import has_cpu_ops
+from gptfast.backend import AUTOMATIC, chosen, has_cpu_ops
 from gptfast.engine.compiled import CompiledGPT, compile_model
 
 if TYPE_CHECKING:
     from gptfast.models import GPT
 
-Fingerprint = tuple[tuple[int, int], ...]
+Fingerprint = tuple[tuple[tuple[int, int], ...], int]
+PLAIN_TORCH = (nn.Embedding, nn.ModuleList)
+SAMPLES = 61  # values of each parameter that are compared; a prime, so that strides fall on all columns
 _packed: WeakKeyDictionary[GPT, tuple[Fingerprint, CompiledGPT]] = WeakKeyDictionary()
 
 
 def engine_for(model: GPT) -> CompiledGPT | None:
     """A compiled model with the weights that `model` has now and in their dtype, or None where it cannot serve.
 
-    It serves models in evaluation mode on the CPU, all of fp32 or all of bf16, of which a packed copy fits into half of the
-    memory that is free. The copy is kept for the next call, and made anew after an optimizer step or a load.
+    It serves plain GPTs (no hooks, no modules but `gptfast.nn`'s own) in evaluation mode on the CPU, all of fp32 or all of
+    bf16, of which a packed copy fits into half of the memory that is free, where no other backend was asked for. The copy
+    is kept for the next call, and made anew after an optimizer step or a load.
     """
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    devices = {parameter.device.type for parameter in model.parameters()}
-    if not has_cpu_ops or model.training or devices != {"cpu"} or len(dtypes) != 1:
+    asked = AUTOMATIC["cpu"][0] if chosen() == "auto" else chosen()
+    if not has_cpu_ops or model.training or asked != "cpu" or not _is_plain(model):
         return None
-    (dtype,) = dtypes
-    if dtype not in (torch.float32, torch.bfloat16):
+    parameters = list(model.parameters())
+    dtype = parameters[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16) or any(
+        parameter.device.type != "cpu" or parameter.dtype != dtype for parameter in parameters
+    ):
         return None
-    # _version counts changes in place; optimizers, load_state_dict and copy_ make them
-    fingerprint = tuple(
-        (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
-        for parameter in model.parameters()
-    )
+    fingerprint = _fingerprint(parameters)
     known = _packed.get(model)
     if known is not None and known[0] == fingerprint and known[1].threads == torch.get_num_threads():
         return known[1]
     _packed.pop(model, None)
-    if sum(parameter.nbytes for parameter in model.parameters()) > _free_memory() / 2:
+    if sum(parameter.nbytes for parameter in parameters) > _free_memory() / 2:
         return None
     compiled = compile_model(model, dtype)
     _packed[model] = fingerprint, compiled
     return compiled
+
+
+def _is_plain(model: GPT) -> bool:
+    """Whether a forward of the model is what its config and its parameters say."""
+    from gptfast.models import GPT
+
+    if type(model) is not GPT:
+        return False
+    return all(
+        (type(module).__module__.startswith(("gptfast.nn.", "gptfast.models.")) or type(module) in PLAIN_TORCH)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and "forward" not in vars(module)
+        for module in model.modules()
+    )
+
+
+def _fingerprint(parameters: list[Tensor]) -> Fingerprint:
+    """Changes with every optimizer step and every load.
+
+    `_version` counts changes in place, but not those through `.data`: a few values of each parameter show these.
+    """
+    places = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
+    samples = [p.detach().reshape(-1)[:: max(1, p.numel() // SAMPLES)] for p in parameters]
+    return places, hash(torch.cat(samples).view(torch.uint8).numpy().tobytes())
 
 
 def _free_memory() -> int:

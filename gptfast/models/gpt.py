@@ -179,10 +179,16 @@ class GPT(nn.Module):
             raise ValueError("GPT: a cache is for generation, but the model is in training mode; call model.eval()")
 
     def generate(self, ids: Any, **options: Any) -> Any:
-        """Continue `ids`; see `gptfast.generation.generate`."""
+        """Continue `ids`; see `gptfast.generation.generate`.
+
+        In evaluation mode on the CPU the native engine writes, from a packed copy of the weights in their own dtype, where
+        it can: see `gptfast.engine.engine_for`.
+        """
+        from gptfast.engine import engine_for
         from gptfast.generation import generate
 
-        return generate(self, ids, **options)
+        engine = engine_for(self)
+        return generate(self, ids, **options) if engine is None else engine.generate(ids, **options)
 
     def sequences(self, capacity_rows: int, max_len: int) -> CachedSequences:
         """Room for running sequences; see `gptfast.generation.sequences.Sequences`."""
