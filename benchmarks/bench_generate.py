@@ -35,6 +35,7 @@ PEERS = {  # of each format, by the width of the weights
     "int8": ["transformers bfloat16", "llama.cpp q8_0", "CTranslate2 int8"],
     "int4": ["llama.cpp q4_0", "llama.cpp q4_K_M"],
     "nf4": ["llama.cpp q4_0", "llama.cpp q4_K_M"],
+    "q4": ["llama.cpp q4_K_M"],
 }
 WORK = {"decode": (1, 48), "prefill": (1, 512), "batch 8": (8, 12), "batch 32": (32, 6)}  # rows, tokens
 DISTURBED = 2000.0  # ns of a signal between threads, 40 to 400 when they run by themselves
