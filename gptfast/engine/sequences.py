@@ -29,6 +29,8 @@ class EngineSequences:
         ValueError: capacity or max_len out of range.
     """
 
+    own_threads = True
+
     def __init__(self, core: Any, config: GPTConfig, capacity: int, max_len: int | None = None) -> None:
         from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 

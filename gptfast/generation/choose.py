@@ -41,7 +41,7 @@ def choose(logits: Tensor, contexts: Sequence[Context]) -> list[int | RuntimeErr
         if chosen[row] == 0:
             groups.setdefault(_sampling(context.config), []).append(row)
     for (temperature, top_k, top_p, min_p, seed), rows in groups.items():
-        part = scores if len(rows) == len(contexts) else scores[rows]
+        part = scores if len(rows) == len(contexts) else scores[rows] if len(rows) > 1 else scores[rows[0]][None]
         if min_p:  # ops.sample does not know it
             part = warp(part, contexts[rows[0]].config)
             temperature, top_k, top_p = 1.0, 0, 1.0
@@ -51,23 +51,28 @@ def choose(logits: Tensor, contexts: Sequence[Context]) -> list[int | RuntimeErr
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            position=torch.tensor([len(contexts[row].tokens) for row in rows]),
-            stream=torch.tensor([contexts[row].stream for row in rows]),
+            position=_one_or_all([len(contexts[row].tokens) for row in rows]),
+            stream=_one_or_all([contexts[row].stream for row in rows]),
         )
         for row, token in zip(rows, tokens.tolist(), strict=True):
             chosen[row] = token
     return chosen
 
 
+def _one_or_all(values: list[int]) -> int | Tensor:
+    """An int where it will do: every request may have a seed of its own, and tensors take longer to make and check."""
+    return values[0] if len(values) == 1 else torch.tensor(values)
+
+
 def _process(logits: Tensor, contexts: Sequence[Context]) -> Tensor:
     changes = [processors(context.config) for context in contexts]
     if not any(changes):
         return logits
-    rows = list(logits)
+    scores = logits.clone()  # the caller's stay as they are
     for n, context in enumerate(contexts):
         for change in changes[n]:
-            rows[n] = change(rows[n], context.tokens)
-    return torch.stack(rows)
+            scores[n] = change(scores[n], context.tokens)
+    return scores
 
 
 def _fault(top: float) -> RuntimeError | None:

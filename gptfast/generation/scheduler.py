@@ -17,7 +17,7 @@ from torch import Tensor
 from gptfast.generation.choose import Context, choose
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import check_prompt
-from gptfast.generation.sequences import LanguageModel
+from gptfast.generation.sequences import LanguageModel, beside
 from gptfast.generation.speculative import Assistant, Drafter, PromptLookup
 from gptfast.generation.stopping import Stopping
 
@@ -193,13 +193,14 @@ class Scheduler:
         rows = [row for request in self._running for row in request.rows if not row.finish]
         if not rows:
             return []
-        drafts = self._draft(rows)
-        logits = self._extend(rows, drafts)
-        for request in [
-            request for request in self._running if len(request.rows) < request.config.num_return_sequences
-        ]:
-            self._fork(request, rows, drafts, logits)
-        made = self._accept(rows, drafts, logits)
+        with beside(self._sequences):
+            drafts = self._draft(rows)
+            logits, together = self._extend(rows, drafts)
+            for request in self._running:
+                if len(request.rows) < request.config.num_return_sequences:
+                    self._fork(request, rows, drafts, logits)
+                    together = None
+            made = self._accept(rows, drafts, logits, together)
         for row in rows:
             if row.finish:
                 self._free(row)
@@ -255,9 +256,14 @@ class Scheduler:
                 drafts[i] = draft
         return drafts
 
-    def _extend(self, rows: list[Row], drafts: list[list[int]]) -> list[Tensor]:
-        """Logits of each row's last token and of its guesses, (1 + guesses, V)."""
-        inputs = [self._unread(row) + draft for row, draft in zip(rows, drafts, strict=True)]
+    def _extend(self, rows: list[Row], drafts: list[list[int]]) -> tuple[list[Tensor], Tensor | None]:
+        """Logits of each row's last token and of its guesses, (1 + guesses, V); all in one, (N, V), if nothing is guessed."""
+        lengths = self._sequences.lengths
+        inputs = [self._unread(row, lengths[row.index]) + draft for row, draft in zip(rows, drafts, strict=True)]
+        if not any(drafts):
+            together = self._sequences.extend([row.index for row in rows], inputs)
+            assert isinstance(together, Tensor)
+            return list(together[:, None]), together
         logits: list[Tensor] = [torch.empty(0)] * len(rows)
         for last_only in (True, False):
             which = [i for i, draft in enumerate(drafts) if bool(draft) != last_only]
@@ -265,22 +271,24 @@ class Scheduler:
                 part = self._sequences.extend([rows[i].index for i in which], [inputs[i] for i in which], last_only)
                 for i, values in zip(which, part, strict=True):
                     logits[i] = values.view(-1, values.shape[-1])
-        return logits
+        return logits, None
 
-    def _unread(self, row: Row) -> list[int]:
-        """The tokens that the model has not seen yet. A row that would outgrow its room forgets and reads again."""
+    def _unread(self, row: Row, length: int) -> list[int]:
+        """The tokens behind the first `length`. A row that would outgrow its room forgets and reads again."""
         start = first_visible(len(row.tokens), self.max_len)
         if start != row.start:
             self._sequences.truncate(row.index, 0)
-            row.start = start
-        return row.tokens[start + self._sequences.lengths[row.index] :]
+            row.start, length = start, 0
+        return row.tokens[start + length :]
 
-    def _accept(self, rows: list[Row], drafts: list[list[int]], logits: list[Tensor]) -> list[Token]:
+    def _accept(
+        self, rows: list[Row], drafts: list[list[int]], logits: list[Tensor], together: Tensor | None
+    ) -> list[Token]:
         """Choose the next token of every row, and go on with those whose guess it is."""
         made: list[Token] = []
         going, n = list(range(len(rows))), 0
         while going:
-            now = torch.stack([logits[i][n] for i in going])
+            now = torch.stack([logits[i][n] for i in going]) if together is None else together
             chosen = choose(now, [_context(rows[i]) for i in going])
             details = _details(now, [rows[i].request for i in going], chosen)
             for i, token, (logprob, top) in zip(going, chosen, details, strict=True):

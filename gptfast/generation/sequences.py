@@ -24,6 +24,11 @@ class Sequences(Protocol):
         """Positions that each row holds; 0 for a row that is free."""
         ...
 
+    @property
+    def own_threads(self) -> bool:
+        """Whether `extend` computes on threads of its own, and not on torch's."""
+        ...
+
     def extend(self, rows: Seq[int], tokens: Seq[Seq[int]], last_only: bool = True) -> Tensor | list[Tensor]:
         """Append tokens[i] (any number, at least one) to row rows[i]; rows are distinct.
 
@@ -82,6 +87,8 @@ class CachedSequences:
         capacity_rows: the most rows at a time.
         max_len: the most positions of a row, at most block_size.
     """
+
+    own_threads = False
 
     def __init__(self, model: GPT, capacity_rows: int, max_len: int) -> None:
         weight = model.wte.weight
@@ -162,6 +169,24 @@ class CachedSequences:
             self._row_in[slot] = last
         self.lengths[row] = 0
         self._free.append(row)
+
+
+@contextmanager
+def beside(sequences: Sequences) -> Iterator[None]:
+    """For torch's work on logits between two steps: on one thread where the model has threads of its own.
+
+    After an op that torch shares out among its OpenMP threads, these spin for up to hundreds of milliseconds on cores
+    that the model's threads need. (A thread that first uses torch meanwhile takes over that it has one thread.)
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not sequences.own_threads:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
