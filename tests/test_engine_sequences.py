@@ -10,6 +10,7 @@ from engine_models import ids_of, model_of
 
 import gptfast.engine.generate as inside
 from gptfast.backend import has_cpu_ops
+from gptfast.generation import beam, scheduler
 from gptfast.generation import generate as generate_by_steps
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
@@ -148,3 +149,42 @@ def test_common_options_run_inside_the_engine(copies, monkeypatch):
     expected = generate_by_steps(model, [[1, 2, 3], [4]], **options)
     monkeypatch.setattr(inside, "generate_by_steps", None)
     assert model.generate([[1, 2, 3], [4]], **options) == expected
+
+
+def threads_seen(monkeypatch, *places):
+    """The numbers of torch's threads under which these functions are called from now on."""
+    seen = []
+    for module, name in places:
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, original=original: seen.append(torch.get_num_threads()) or original(*a)
+        )
+    return seen
+
+
+@pytest.mark.parametrize("options", [{"min_p": 0.1}, {"num_beams": 3}, {"return_logprobs": True}], ids=str)
+def test_torch_works_on_one_thread_beside_the_engine(options, monkeypatch):
+    """Its others would go on spinning on the engine's cores; afterwards everything is as it was."""
+    seen = threads_seen(monkeypatch, (scheduler, "choose"), (beam, "_logprobs"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compiled().generate([[1, 2, 3]], max_new_tokens=3, **options)
+        assert seen == [1] * 3 and torch.get_num_threads() == 2
+        seen.clear()
+        generate_by_steps(model_of("gpt2"), [[1, 2, 3]], max_new_tokens=3, **options)
+        assert seen == [2] * 3, "a GPT computes on torch's threads"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_come_back_after_an_error(monkeypatch):
+    monkeypatch.setattr(scheduler, "choose", None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(TypeError):
+            compiled().generate([[1]], max_new_tokens=3, min_p=0.1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

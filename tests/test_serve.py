@@ -216,6 +216,12 @@ def test_bias_and_our_own_options(client, model, tokenizer):
     extra = {"top_k": 3, "min_p": 0.01, "repetition_penalty": 1.5}
     got = client.completions.create(model="bard", prompt="a", max_tokens=9, seed=1, extra_body=extra)
     assert [got.choices[0].text] == new_text(model, tokenizer, "a", max_new_tokens=9, seed=1, **extra)
+    for name in ("presence_penalty", "frequency_penalty"):
+        got = client.completions.create(model="bard", prompt="a", max_tokens=30, temperature=0, **{name: 2.0})
+        plain, penalised = (
+            new_text(model, tokenizer, "a", max_new_tokens=30, temperature=0, **{name: p}) for p in (0, 2)
+        )
+        assert [got.choices[0].text] == penalised != plain
 
 
 def test_whole_characters_and_end_tokens(tmp_path):
@@ -315,18 +321,8 @@ def test_a_key_is_asked_for(model, tokenizer):
         ({"model": "bard", "prompt": "a", "logprobs": 99}, 400, "logprobs", "less than or equal to 20"),
         ({"model": "bard", "prompt": "a", "best_of": 2}, 400, "best_of", "best_of other than n is not supported"),
         ({"model": "bard", "prompt": "a", "suffix": "b"}, 400, "suffix", "suffix is not supported"),
-        (
-            {"model": "bard", "prompt": "a", "presence_penalty": 1},
-            400,
-            "presence_penalty",
-            "presence_penalty is not sup",
-        ),
-        (
-            {"model": "bard", "prompt": "a", "frequency_penalty": 1},
-            400,
-            "frequency_penalty",
-            "frequency_penalty is not",
-        ),
+        ({"model": "bard", "prompt": "a", "presence_penalty": 2.1}, 400, "presence_penalty", "less than or equal to 2"),
+        ({"model": "bard", "prompt": "a", "frequency_penalty": -3}, 400, "frequency_penalty", "than or equal to -2"),
         (
             {"model": "bard", "prompt": "a", "max_token": 1},
             400,

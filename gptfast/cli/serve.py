@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from gptfast.cli._load import load
+
 KEY_VARIABLE = "GPTFAST_API_KEY"
 
 
@@ -54,14 +56,8 @@ def serve(
         from gptfast.serving.app import Limits, create_app
     except ImportError as error:
         raise ImportError(f"serve: {error.name} is not installed; pip install 'gptfast[serve]'") from None
-    from gptfast.models import GPT
-    from gptfast.models.pretrained import resolve
-    from gptfast.tokenizer import load_tokenizer
-
-    folder = resolve(model)
-    gpt, tokenizer = GPT.from_pretrained(folder).eval(), load_tokenizer(folder)
+    writer, tokenizer = load(model, quantize)
     limits = Limits(max_rows=batch_size, max_queue=max_queue, seconds=timeout)
-    writer = gpt if quantize is None else gpt.compile_for_inference(quantize)
     app = create_app(writer, tokenizer, name or _name(model), limits, key)
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=5)
 

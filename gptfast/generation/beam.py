@@ -82,7 +82,7 @@ class Group:
         if changes := processors(self.config):
             rows = list(scores)
             for change in changes:
-                rows = [change(row, self.prompt + new) for row, new in zip(rows, self.running, strict=True)]
+                rows = [change(row, self.prompt, new) for row, new in zip(rows, self.running, strict=True)]
             scores = torch.stack(rows)
         return warp(scores, self.config, least=max(2, 1 + len(self.config.eos_ids))) if self.config.draws else scores
 

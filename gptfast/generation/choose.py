@@ -25,11 +25,13 @@ class Context:
         config: how it is chosen.
         stream: number of the return sequence.
         tokens: the sequence so far, with its prompt.
+        prompt: how many of them are the prompt.
     """
 
     config: GenerationConfig
     stream: int
-    tokens: Sequence[int]
+    tokens: list[int]
+    prompt: int
 
 
 def choose(logits: Tensor, contexts: Sequence[Context]) -> list[int | RuntimeError]:
@@ -71,7 +73,7 @@ def _process(logits: Tensor, contexts: Sequence[Context]) -> Tensor:
     scores = logits.clone()  # the caller's stay as they are
     for n, context in enumerate(contexts):
         for change in changes[n]:
-            scores[n] = change(scores[n], context.tokens)
+            scores[n] = change(scores[n], context.tokens[: context.prompt], context.tokens[context.prompt :])
     return scores
 
 

@@ -346,7 +346,7 @@ def check_assistant(assistant: LanguageModel, model: LanguageModel) -> None:
 
 
 def _context(row: Row) -> Context:
-    return Context(row.request.config, row.stream, row.tokens)
+    return Context(row.request.config, row.stream, row.tokens, len(row.request.prompt))
 
 
 def _details(

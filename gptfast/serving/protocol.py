@@ -55,8 +55,8 @@ class Completion(BaseModel):
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=0, lt=2**64)
     logit_bias: dict[str, float] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
     suffix: str | None = None
     user: str | None = None
     top_k: int | None = Field(None, ge=0)
@@ -67,11 +67,6 @@ class Completion(BaseModel):
         """Raise ApiError for what the protocol has and this server does not."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ApiError(400, "best_of other than n is not supported; ask for n and choose by logprobs", "best_of")
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(self, name):
-                raise ApiError(
-                    400, f"{name} is not supported; use repetition_penalty (extra_body) or leave it out", name
-                )
         if self.suffix:
             raise ApiError(400, "suffix is not supported; this model continues texts only", "suffix")
 
@@ -101,6 +96,8 @@ class Completion(BaseModel):
             "top_k": self.top_k,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
             "num_return_sequences": self.n,
             "seed": secrets.randbits(63) if self.seed is None else self.seed,
             "stop_strings": self.stops,
