@@ -45,7 +45,7 @@ class Limits:
     max_prompt_tokens: int = 2048
     seconds: float = 600.0
     max_body: int = 1 << 20
-    max_events: float = 400.0
+    max_events: float = 200.0
 
 
 def create_app(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 from gptfast.generation import Request, Scheduler, Token
@@ -34,22 +35,25 @@ class Ticket:
         self.requests = requests
         self._streams = streams
         self._loop = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[list[Event]] = asyncio.Queue()
-        self._kept: list[Event] = []  # by the worker, not sent yet
+        self._arrived: deque[Event] = deque()
+        self._wake, self._ready, self._waits = asyncio.Event(), False, False
 
-    def send(self, events: list[Event]) -> None:
-        """From the worker."""
-        self._kept += events
+    def send(self, events: Sequence[Event]) -> None:
+        """From any thread. The loop is woken only if it waits for them: that takes time from the cores that write."""
+        self._arrived += events
         if not self._streams and all(isinstance(event, Token) for event in events):
             return
-        events, self._kept = self._kept, []
+        self._ready = True
+        if not self._waits:
+            return
+        self._waits = False
         try:
-            self._loop.call_soon_threadsafe(self._arrived.put_nowait, events)
+            self._loop.call_soon_threadsafe(self._wake.set)
         except RuntimeError:  # the loop is closed: nobody listens any more
             log.debug("a request outlived its event loop")
 
     async def events(self, seconds: float, pause: Callable[[], float] = lambda: 0.0) -> AsyncIterator[list[Event]]:
-        """Tokens, and requests that have ended, until all have: at a time all that have arrived, one at least.
+        """Tokens, and requests that have ended, until all have: at a time all that have arrived.
 
         Args:
             seconds: for all of it.
@@ -58,12 +62,11 @@ class Ticket:
             TimeoutError: they did not in `seconds`.  Exception: what went wrong.
         """
         loop, left = asyncio.get_running_loop(), len(self.requests)
-        timeout = loop.call_later(seconds, self._arrived.put_nowait, [TimeoutError()])
+        timeout = loop.call_later(seconds, self.send, [TimeoutError()])
         try:
             while left:
-                events = await self._arrived.get()
-                while not self._arrived.empty():
-                    events += self._arrived.get_nowait()
+                await self._wait_until_ready()
+                events = [self._arrived.popleft() for _ in range(len(self._arrived))]
                 for event in events:
                     if isinstance(event, Exception):
                         raise event
@@ -73,6 +76,15 @@ class Ticket:
                     await asyncio.sleep(pause())
         finally:
             timeout.cancel()
+
+    async def _wait_until_ready(self) -> None:
+        while True:
+            self._waits = True  # before the look: what comes after it sets `_wake`
+            if self._ready:
+                break
+            await self._wake.wait()
+            self._wake.clear()
+        self._waits = self._ready = False
 
 
 class Worker:
@@ -193,7 +205,7 @@ class Worker:
         self._give_up(RuntimeError("the server is shutting down"))
 
     def _deliver(self, tokens: list[Token]) -> None:
-        by_ticket: dict[Ticket, list[Event]] = {}
+        by_ticket: dict[Ticket, list[Token]] = {}
         for token in tokens:
             if token.request in self._tickets:
                 by_ticket.setdefault(self._tickets[token.request], []).append(token)
