@@ -167,6 +167,13 @@ class EngineSequences:
                 raise RuntimeError(f"generate: the logits of row {n} hold {what}")
         return new
 
+    def draw(
+        self, rows: Sequence[int], logits: Tensor, streams: Sequence[int], sampling: tuple[float, int, float, int]
+    ) -> list[int]:
+        """One token for each row, which is not appended; see `decode`."""
+        new = self.decode(rows, logits, steps=1, more=False, streams=streams, sampling=(*sampling, []))
+        return [tokens[0] for tokens in new]
+
     def _check_rows(self, what: str, rows: Sequence[int]) -> None:
         for row in rows:
             if not self._cache.live(row):

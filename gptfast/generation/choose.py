@@ -12,6 +12,7 @@ from torch import Tensor
 from gptfast import ops
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.processors import processors, warp
+from gptfast.generation.sequences import Sequences
 
 NAN = "generate: the logits hold nan - look for an overflow in the model"
 NOTHING_LEFT = "generate: no token is left to choose, all are excluded - relax no_repeat_ngram_size or logit_bias"
@@ -59,6 +60,22 @@ def choose(logits: Tensor, contexts: Sequence[Context]) -> list[int | RuntimeErr
         for row, token in zip(rows, tokens.tolist(), strict=True):
             chosen[row] = token
     return chosen
+
+
+def draw_inside(sequences: Sequences, rows: Sequence[int], logits: Tensor, contexts: Sequence[Context]) -> list | None:
+    """As `choose`, on the model's own threads; None where they cannot, or the rows differ in what they ask for.
+
+    Args:
+        rows: of the sequences; logits[i] are those of the last position of rows[i].
+    """
+    wanted = {_sampling(context.config) for context in contexts}
+    if len(wanted) > 1 or any(processors(context.config) or context.config.min_p for context in contexts):
+        return None
+    ((temperature, top_k, top_p, _, seed),) = wanted
+    try:
+        return sequences.draw(rows, logits, [context.stream for context in contexts], (temperature, top_k, top_p, seed))
+    except RuntimeError:  # one of the rows has nan: `choose` tells which
+        return None
 
 
 def _one_or_all(values: list[int]) -> int | Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.generation.choose import Context, choose
+from gptfast.generation.choose import Context, choose, draw_inside
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import check_prompt
 from gptfast.generation.sequences import LanguageModel, beside
@@ -70,6 +70,8 @@ class Request:
         logprobs: whether `Token`s tell log-probabilities.
         top: how many of the most likely tokens they tell.
         top_temperature: at which temperature they do.
+        first_stream: the stream of the first return sequence, the others follow: requests with the same seed and
+            different streams are independent, and are drawn together.
         rows: the return sequences; one until the prompt has been read.
         error: what went wrong; None: nothing.
     """
@@ -80,6 +82,7 @@ class Request:
     logprobs: bool = False
     top: int = 0
     top_temperature: float = 1.0
+    first_stream: int = 0
     rows: list[Row] = field(default_factory=list)
     error: RuntimeError | None = None
 
@@ -289,7 +292,8 @@ class Scheduler:
         going, n = list(range(len(rows))), 0
         while going:
             now = torch.stack([logits[i][n] for i in going]) if together is None else together
-            chosen = choose(now, [_context(rows[i]) for i in going])
+            contexts = [_context(rows[i]) for i in going]
+            chosen = self._draw(rows, together, contexts) or choose(now, contexts)
             details = _details(now, [rows[i].request for i in going], chosen)
             for i, token, (logprob, top) in zip(going, chosen, details, strict=True):
                 row = rows[i]
@@ -310,6 +314,14 @@ class Scheduler:
             if draft and not row.finish:  # the last token has not been read; wrong guesses have
                 self._sequences.truncate(row.index, len(row.tokens) - 1)
         return made
+
+    def _draw(
+        self, rows: list[Row], together: Tensor | None, contexts: list[Context]
+    ) -> list[int | RuntimeError] | None:
+        """The next tokens by the model's own threads, where it has some and the rows ask for nothing uncommon."""
+        if together is None or any(row.start for row in rows):  # positions are not lengths after a slide
+            return None
+        return draw_inside(self._sequences, [row.index for row in rows], together, contexts)
 
     def _end(self, request: Request, finish: str) -> None:
         if request in self._waiting:
@@ -346,7 +358,8 @@ def check_assistant(assistant: LanguageModel, model: LanguageModel) -> None:
 
 
 def _context(row: Row) -> Context:
-    return Context(row.request.config, row.stream, row.tokens, len(row.request.prompt))
+    request = row.request
+    return Context(request.config, (request.first_stream + row.stream) % 2**32, row.tokens, len(request.prompt))
 
 
 def _details(

@@ -38,6 +38,21 @@ class Sequences(Protocol):
         """
         ...
 
+    def draw(
+        self, rows: Seq[int], logits: Tensor, streams: Seq[int], sampling: tuple[float, int, float, int]
+    ) -> list[int] | None:
+        """The tokens that `ops.sample` draws for rows from the logits, (len(rows), V), of their last positions.
+
+        Args:
+            streams: of each row.
+            sampling: temperature, top_k, top_p and seed.
+        Returns:
+            None: only `ops.sample` can.
+        Raises:
+            RuntimeError: a row with nan, or with nothing but -inf.
+        """
+        ...
+
     def add(self, count: int = 1, like: int | None = None) -> list[int]:
         """Make rows: empty ones, or copies of row `like`. Returns their numbers.
 
@@ -112,6 +127,9 @@ class CachedSequences:
                     logits[row] = self._forward([row], [new], last_only)[0]
             ordered = [logits[row].float() for row in rows]
             return torch.cat([part[-1:] for part in ordered]) if last_only else ordered
+
+    def draw(self, rows: Seq[int], logits: Tensor, streams: Seq[int], sampling: tuple[float, int, float, int]) -> None:
+        return None
 
     def _neighbours(self, rows: list[int]) -> Iterator[list[int]]:
         """The rows in the order of their slots, cut where slots are missing between them."""

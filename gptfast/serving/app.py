@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from gptfast.generation import LanguageModel, Request, Scheduler, Token
 from gptfast.generation.decode import all_logprobs
-from gptfast.serving.protocol import ApiError, Choice, Completion, envelope, join, prompt_logprobs, usage
+from gptfast.serving.protocol import ApiError, Choice, Completion, Draws, envelope, join, prompt_logprobs, usage
 from gptfast.serving.worker import QueueFull, Ticket, Worker
 from gptfast.tokenizer import Tokenizer
 
@@ -119,7 +119,7 @@ class Server:
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, name: str, limits: Limits, worker: Worker) -> None:
         self._model, self._tokenizer, self._name = model, tokenizer, name
-        self._limits, self._worker = limits, worker
+        self._limits, self._worker, self._draws = limits, worker, Draws()
         self.card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gptfast"}
 
     def check_model(self, name: str) -> None:
@@ -133,7 +133,7 @@ class Server:
         block = self._model.config.block_size
         try:
             prompts = ask.prompts(self._tokenizer)
-            requests = [ask.request(ids, self._tokenizer, block - len(ids)) for ids in prompts]
+            requests = [ask.request(ids, self._tokenizer, block - len(ids), self._draws) for ids in prompts]
             for request in requests:
                 self._worker.scheduler.check(request)
                 self._tokenizer.decode(request.prompt)  # a vocabulary may have ids without a token
