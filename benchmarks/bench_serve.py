@@ -20,14 +20,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import openai
 import torch
 from generate_peers import THREADS, prompt, seconds
 
 import gptfast
 from gptfast.benchmarking import measure_machine
+from gptfast.engine import FORMATS
 from gptfast.tokenizer import GPT2Tokenizer
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from gptfast.engine import CompiledGPT
 
 SAMPLING = {"temperature": 0.8}
 
@@ -50,7 +56,7 @@ def serving(folder: Path, dtype: str) -> Iterator[str]:
             process.terminate()
 
 
-def first_token(client: openai.OpenAI, n: int) -> float:
+def first_token(client: OpenAI, n: int) -> float:
     """Seconds until the first token after a prompt of 64."""
     start = time.perf_counter()
     with client.completions.create(model="gpt2", prompt=prompt(n, 64), max_tokens=2, stream=True) as stream:
@@ -58,7 +64,7 @@ def first_token(client: openai.OpenAI, n: int) -> float:
         return time.perf_counter() - start
 
 
-def stream_all(client: openai.OpenAI, count: int, tokens: int) -> float:
+def stream_all(client: OpenAI, count: int, tokens: int) -> float:
     """Tokens a second of so many streams at once, to their ends."""
 
     def one(n: int) -> int:
@@ -77,11 +83,15 @@ def stream_all(client: openai.OpenAI, count: int, tokens: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--format", default="int8", choices=gptfast.engine.FORMATS)
+    parser.add_argument("--format", default="int8", choices=FORMATS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     options = parser.parse_args()
+    try:
+        from openai import OpenAI
+    except ImportError:
+        raise SystemExit("openai is not installed; pip install 'gptfast[serve]' openai") from None
     machine = measure_machine()
     print(f"{machine.name}, {THREADS} threads, {machine.isa}, torch {machine.torch}")
     torch.manual_seed(0)
@@ -90,11 +100,11 @@ def main() -> None:
         model.save_pretrained(temporary)
         GPT2Tokenizer().save(temporary)
         compiled = model.compile_for_inference(options.format)
-        with serving(Path(temporary), options.format) as url, openai.OpenAI(base_url=url, api_key="-") as client:
+        with serving(Path(temporary), options.format) as url, OpenAI(base_url=url, api_key="-") as client:
             compare(client, compiled, options)
 
 
-def compare(client: openai.OpenAI, compiled: gptfast.engine.CompiledGPT, options: argparse.Namespace) -> None:
+def compare(client: OpenAI, compiled: CompiledGPT, options: argparse.Namespace) -> None:
     prompts, total = [prompt(n) for n in range(options.streams)], options.streams * options.tokens
 
     def offline() -> float:
