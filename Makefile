@@ -48,8 +48,9 @@ bench-cpu: $(STAMP)  ## the same with malloc as installed and tuned, and the tra
 	$(BIN)/python -m gptfast bench --tune-malloc --out runs/bench/tuned
 	$(BIN)/python benchmarks/bench_step.py
 
-bench-generate: $(STAMP)  ## generation with GPT-2 by format of the weights, beside transformers, llama.cpp and CTranslate2
+bench-generate: $(STAMP)  ## generation with GPT-2 by format, beside transformers, llama.cpp and CTranslate2; the server
 	$(BIN)/python benchmarks/bench_generate.py
+	$(BIN)/python benchmarks/bench_serve.py
 
 test-sanitize: $(STAMP)  ## the op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python scripts/test_sanitize.py

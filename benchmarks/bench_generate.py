@@ -2,7 +2,7 @@
 
     python benchmarks/bench_generate.py [--rounds 5] [--formats int8 int4] [--work decode] [--limit-minutes 20]
 
-Batch-1 decode (greedy, after 16 tokens), prefill of 512 tokens, decode of 8 and 32 sequences. All take turns: ours and its
+Batch-1 decode (greedy, after 16 tokens), prefill of 512 tokens, decode of 8 and 32 sequences, 64 tokens by 5 beams. All take turns: ours and its
 peers of one format within a round, so that ratios (medians over the rounds) compare like with like on a machine whose
 memory changes its speed within minutes. The time of a signal between two threads, which changes with it, is printed; rounds
 in which it shows another program at work are made again. Beside batch-1 decode stands how much of a plain read loop over the same packed weights it reaches.
@@ -37,7 +37,11 @@ PEERS = {  # of each format, by the width of the weights
     "nf4": ["llama.cpp q4_0", "llama.cpp q4_K_M"],
     "q4": ["llama.cpp q4_K_M"],
 }
-WORK = {"decode": (1, 48), "prefill": (1, 512), "batch 8": (8, 12), "batch 32": (32, 6)}  # rows, tokens
+WORK = {  # rows, tokens
+    **{"decode": (1, 48), "prefill": (1, 512), "batch 8": (8, 12), "batch 32": (32, 6)},
+    "beams": (1, 64),  # the best of them
+}
+BEAMS = 5
 DISTURBED = 2000.0  # ns of a signal between threads, 40 to 400 when they run by themselves
 MODULES = {"transformers": "transformers", "llama.cpp": "llama_cpp", "CTranslate2": "ctranslate2"}
 
@@ -67,7 +71,12 @@ def start(model: gptfast.GPT, name: str, folder: Path) -> Runner | None:
 def rate(runner: Runner, work: str) -> float:
     """Tokens a second."""
     rows, tokens = WORK[work]
-    took = runner.prefill(prompt(0, tokens)) if work == "prefill" else runner.decode(rows, tokens)
+    if work == "prefill":
+        took = runner.prefill(prompt(0, tokens))
+    elif work == "beams":
+        took = runner.beams(BEAMS, tokens)
+    else:
+        took = runner.decode(rows, tokens)
     return rows * tokens / took
 
 
@@ -149,7 +158,8 @@ def main() -> None:
             names = [f"gptfast {dtype}", *(p for p in PEERS[dtype] if p.partition(" ")[0] not in absent)]
             runners = {name: runner for name in names if (runner := start(model, name, folder)) is not None}
             for work in options.work:
-                compare(runners, work, options.rounds, until)
+                able = {name: r for name, r in runners.items() if work != "beams" or hasattr(r, "beams")}
+                compare(able, work, options.rounds, until)
             print(flush=True)
             runners.clear()
             gc.collect()

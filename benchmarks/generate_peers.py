@@ -1,4 +1,4 @@
-"""Who `bench_generate.py` compares with: each runs the same GPT-2 weights behind the same three methods."""
+"""Who `bench_generate.py` compares with: each runs the same GPT-2 weights behind the same methods."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class Runner(Protocol):
         """Seconds until the logits behind a prompt are there."""
         ...
 
+    def beams(self, count: int, tokens: int) -> float:
+        """Seconds for so many tokens by a search over `count` beams. llama.cpp has none."""
+        ...
+
 
 def prompt(n: int, length: int = PROMPT) -> list[int]:
     return [(37 * i + 1009 * n) % 50257 for i in range(length)]
@@ -55,6 +59,9 @@ class Ours:
     def prefill(self, ids: list[int]) -> float:
         return seconds(lambda: self.compiled.generate([ids], max_new_tokens=1, temperature=0.0))
 
+    def beams(self, count: int, tokens: int) -> float:
+        return seconds(lambda: self.compiled.generate([prompt(0)], max_new_tokens=tokens, num_beams=count))
+
     def read_seconds(self) -> float:
         """What reading the weights once takes, by a loop that does nothing else on the same threads."""
         return self.compiled.nbytes / self.compiled._core.read_rate(4)
@@ -79,6 +86,10 @@ class Transformers:
             return seconds(lambda: self.model.generate(ids, **options))
 
         return generate(1 + tokens) - generate(1)
+
+    def beams(self, count: int, tokens: int) -> float:
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+        return seconds(lambda: self.model.generate(torch.tensor([prompt(0)]), num_beams=count, **options))
 
     @torch.inference_mode()
     def prefill(self, ids: list[int]) -> float:
@@ -172,9 +183,10 @@ class CTranslate2:
             str(folder), device="cpu", compute_type=compute_type, intra_threads=THREADS, inter_threads=1
         )
 
-    def _generate(self, prompts: list[list[int]], n: int) -> float:
+    def _generate(self, prompts: list[list[int]], n: int, beams: int = 1) -> float:
         texts = [[f"t{i}" for i in ids] for ids in prompts]
         options = {"max_length": n, "min_length": n, "include_prompt_in_result": False, "sampling_topk": 1}
+        options["beam_size"] = beams
         return seconds(lambda: self.generator.generate_batch(texts, **options))
 
     def decode(self, batch: int, tokens: int) -> float:
@@ -183,6 +195,9 @@ class CTranslate2:
 
     def prefill(self, ids: list[int]) -> float:
         return self._generate([ids], 1)
+
+    def beams(self, count: int, tokens: int) -> float:
+        return self._generate([prompt(0)], tokens, count)
 
 
 def write_gguf(model: GPT, path: Path) -> None:

@@ -119,8 +119,10 @@ def test_strategies_reach_the_model(run, chars):
     path, model, tokenizer = chars
     ids = tokenizer.encode("ROMEO:")
     flags = ("--min-p", 0.05, "--repetition-penalty", 1.3, "--no-repeat-ngram-size", 2, "--stop", "z", "--stop", "RO")
+    flags += ("--presence-penalty", 0.5, "--frequency-penalty", -0.25)
     _, out, _ = run("--model", path, "--prompt", "ROMEO:", "--overflow", "slide", "--max-new-tokens", 60, *flags)
     options = {"min_p": 0.05, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "stop_strings": ["z", "RO"]}
+    options |= {"presence_penalty": 0.5, "frequency_penalty": -0.25}
     options |= {"overflow": "slide", "max_new_tokens": 60, "temperature": 0.8, "tokenizer": tokenizer}
     assert out == tokenizer.decode(model.generate([ids], **options)[0]) + "\n"
     for guess in (("--prompt-lookup-num-tokens", 3), ("--assistant-model", path)):

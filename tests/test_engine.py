@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 
@@ -244,6 +245,29 @@ def test_works_in_a_forked_child() -> None:
         os._exit(0 if torch.equal(compiled.logits([1, 2, 3]), before) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert torch.equal(compiled.logits([1, 2, 3]), before)
+
+
+def test_a_fork_while_the_engine_works_leaves_both_free() -> None:
+    """A child that took over a lock which a thread of the parent held would wait for ever."""
+    compiled = model_of("gpt2").compile_for_inference("int8", threads=2)
+    before, done = compiled.logits([1, 2, 3]), threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            compiled.generate([[1, 2]], max_new_tokens=20)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(10):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)  # ends it, should it wait for ever
+                os._exit(0 if torch.equal(compiled.logits([1, 2, 3]), before) else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        done.set()
+        worker.join()
 
 
 def test_several_engines_and_callers_at_once() -> None:

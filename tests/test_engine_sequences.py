@@ -10,7 +10,10 @@ from engine_models import ids_of, model_of
 
 import gptfast.engine.generate as inside
 from gptfast.backend import has_cpu_ops
+from gptfast.engine import EngineSequences
+from gptfast.generation import GenerationConfig, beam, scheduler
 from gptfast.generation import generate as generate_by_steps
+from gptfast.generation.stopping import Stopping
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
 
@@ -148,3 +151,86 @@ def test_common_options_run_inside_the_engine(copies, monkeypatch):
     expected = generate_by_steps(model, [[1, 2, 3], [4]], **options)
     monkeypatch.setattr(inside, "generate_by_steps", None)
     assert model.generate([[1, 2, 3], [4]], **options) == expected
+
+
+def requests_of(options, model):
+    """A scheduler with requests that differ in prompts and streams only."""
+    one = scheduler.Scheduler(model, max_rows=5)
+    config = GenerationConfig(max_new_tokens=9, **options)
+    for n, prompt in enumerate(([1, 2, 3], [4], list(range(70)))):
+        one.submit_request(scheduler.Request(prompt, config, Stopping(config), first_stream=2**32 - 2 + n))
+    return one
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"seed": 2**64 - 1}, {"temperature": 1.3, "top_k": 20, "top_p": 0.9}], ids=str
+)
+def test_steps_draw_inside_what_they_would_draw_outside(options, monkeypatch):
+    told = []
+    for function in (lambda *_: None, EngineSequences.draw):
+        monkeypatch.setattr(EngineSequences, "draw", function)
+        running = requests_of(options, compiled())
+        told.append(
+            [(token.stream, token.id, token.request.first_stream) for _ in range(9) for token in running.step()]
+        )
+        assert not running.running
+        monkeypatch.setattr(scheduler, "choose", None)  # from now on all is to be drawn inside
+    assert told[0] == told[1] and len(told[0]) == 27
+    if options.get("temperature") != 0:
+        assert len({id for _, id, _ in told[0]}) > 9
+
+
+def test_nan_in_one_row_ends_that_request_alone(monkeypatch):
+    running = requests_of({}, compiled())
+    extend = EngineSequences.extend
+
+    def damaged(self, rows, tokens, last_only=True):
+        logits = extend(self, rows, tokens, last_only)
+        logits[1, 7] = float("nan")
+        return logits
+
+    monkeypatch.setattr(EngineSequences, "extend", damaged)
+    bad = running._waiting[1]
+    running.step()
+    monkeypatch.setattr(EngineSequences, "extend", extend)
+    assert "the logits hold nan" in str(bad.error) and bad.done and running.running == 2
+    running.run()
+
+
+def threads_seen(monkeypatch, *places):
+    """The numbers of torch's threads under which these functions are called from now on."""
+    seen = []
+    for module, name in places:
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, original=original: seen.append(torch.get_num_threads()) or original(*a)
+        )
+    return seen
+
+
+@pytest.mark.parametrize("options", [{"min_p": 0.1}, {"num_beams": 3}, {"return_logprobs": True}], ids=str)
+def test_torch_works_on_one_thread_beside_the_engine(options, monkeypatch):
+    """Its others would go on spinning on the engine's cores; afterwards everything is as it was."""
+    seen = threads_seen(monkeypatch, (scheduler, "_details"), (beam, "_logprobs"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compiled().generate([[1, 2, 3]], max_new_tokens=3, **options)
+        assert seen == [1] * 3 and torch.get_num_threads() == 2
+        seen.clear()
+        generate_by_steps(model_of("gpt2"), [[1, 2, 3]], max_new_tokens=3, **options)
+        assert seen == [2] * 3, "a GPT computes on torch's threads"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_come_back_after_an_error(monkeypatch):
+    monkeypatch.setattr(scheduler, "choose", None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(TypeError):
+            compiled().generate([[1]], max_new_tokens=3, min_p=0.1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

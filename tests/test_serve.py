@@ -154,10 +154,23 @@ def test_streams_join_to_the_whole(client, model, tokenizer):
             texts[choice.index] += choice.text
             reasons[choice.index] = choice.finish_reason
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
-    assert texts == [choice.text for choice in whole.choices] and sent > 24 and usage.completion_tokens == 48
+    assert texts == [choice.text for choice in whole.choices] and sent >= 8 and usage.completion_tokens == 48
     assert reasons == [choice.finish_reason for choice in whole.choices] == ["length"] * 4
     options = {"max_new_tokens": 12, "seed": 2, "temperature": 1.5, "num_return_sequences": 2}
     assert texts == new_text(model, tokenizer, "to be", **options) + new_text(model, tokenizer, "or", **options)
+
+
+def test_what_comes_in_a_short_time_is_sent_together(model, tokenizer):
+    app = create_app(model, tokenizer, "bard", Limits(max_events=10))
+    ask = {"model": "bard", "prompt": "to be", "max_tokens": 40, "seed": 2, "logprobs": 1}
+    with serving(app) as url, openai.OpenAI(base_url=url + "/v1", api_key="x") as client:
+        parts = [chunk.choices[0] for chunk in client.completions.create(**ask, stream=True)]
+        whole = client.completions.create(**ask).choices[0]
+    assert len(parts) < 10 and "".join(part.text for part in parts) == whole.text
+    told = [part.logprobs for part in parts if part.logprobs]
+    for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+        assert [value for logprobs in told for value in getattr(logprobs, name)] == getattr(whole.logprobs, name)
+    assert len(told[0].tokens) < 40, "the first does not wait for the others"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -216,6 +229,12 @@ def test_bias_and_our_own_options(client, model, tokenizer):
     extra = {"top_k": 3, "min_p": 0.01, "repetition_penalty": 1.5}
     got = client.completions.create(model="bard", prompt="a", max_tokens=9, seed=1, extra_body=extra)
     assert [got.choices[0].text] == new_text(model, tokenizer, "a", max_new_tokens=9, seed=1, **extra)
+    for name in ("presence_penalty", "frequency_penalty"):
+        got = client.completions.create(model="bard", prompt="a", max_tokens=30, temperature=0, **{name: 2.0})
+        plain, penalised = (
+            new_text(model, tokenizer, "a", max_new_tokens=30, temperature=0, **{name: p}) for p in (0, 2)
+        )
+        assert [got.choices[0].text] == penalised != plain
 
 
 def test_whole_characters_and_end_tokens(tmp_path):
@@ -315,18 +334,8 @@ def test_a_key_is_asked_for(model, tokenizer):
         ({"model": "bard", "prompt": "a", "logprobs": 99}, 400, "logprobs", "less than or equal to 20"),
         ({"model": "bard", "prompt": "a", "best_of": 2}, 400, "best_of", "best_of other than n is not supported"),
         ({"model": "bard", "prompt": "a", "suffix": "b"}, 400, "suffix", "suffix is not supported"),
-        (
-            {"model": "bard", "prompt": "a", "presence_penalty": 1},
-            400,
-            "presence_penalty",
-            "presence_penalty is not sup",
-        ),
-        (
-            {"model": "bard", "prompt": "a", "frequency_penalty": 1},
-            400,
-            "frequency_penalty",
-            "frequency_penalty is not",
-        ),
+        ({"model": "bard", "prompt": "a", "presence_penalty": 2.1}, 400, "presence_penalty", "less than or equal to 2"),
+        ({"model": "bard", "prompt": "a", "frequency_penalty": -3}, 400, "frequency_penalty", "than or equal to -2"),
         (
             {"model": "bard", "prompt": "a", "max_token": 1},
             400,

@@ -10,6 +10,7 @@ from generation_pairs import make_pair
 
 import gptfast
 from gptfast.generation import Generation, GenerationConfig, generate, score, stream
+from gptfast.generation.beam import largest
 from gptfast.generation.processors import ban_repeated, penalise, warp
 from gptfast.tokenizer import CharTokenizer
 
@@ -22,6 +23,9 @@ PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11, 12, 13]]
 PROCESSORS = {
     "repetition": {"repetition_penalty": 1.7},
     "rewarded": {"repetition_penalty": 0.6},
+    "presence": {"presence_penalty": 3.0},
+    "frequency": {"frequency_penalty": 1.5},
+    "both": {"presence_penalty": -1.0, "frequency_penalty": 2.0},
     "ngram-1": {"no_repeat_ngram_size": 1},
     "ngram-3": {"no_repeat_ngram_size": 3},
     "bias": {"logit_bias": {3: 2.5, 17: -30.0, 40: 4.0}},
@@ -39,9 +43,27 @@ def theirs_generate(model, prompt, **options):
     bias = options.pop("logit_bias", None)
     if bias:
         options["sequence_bias"] = [[[token], value] for token, value in bias.items()]
+    penalties = options.pop("presence_penalty", 0.0), options.pop("frequency_penalty", 0.0)
+    if any(penalties):
+        options["logits_processor"] = [OpenAIPenalties(len(prompt), *penalties)]
     ids = torch.tensor([prompt])
     rows = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=PAD, do_sample=False, **options)
     return [without_padding(row[len(prompt) :], options.get("eos_token_id")) for row in rows.tolist()]
+
+
+class OpenAIPenalties(transformers.LogitsProcessor):
+    """The formula of OpenAI's documentation, token by token; transformers has none of its own."""
+
+    def __init__(self, first, presence, frequency):
+        self.first, self.presence, self.frequency = first, presence, frequency
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        for n, row in enumerate(input_ids.tolist()):
+            for token in range(scores.shape[1]):
+                count = row[self.first :].count(token)
+                scores[n, token] -= count * self.frequency + float(count > 0) * self.presence
+        return scores
 
 
 def without_padding(new, eos):
@@ -108,6 +130,16 @@ def test_beams_go_on_when_most_of_them_stop(pair):
     stops = [tokenizer.decode([n]) for n in range(V - 3)]
     rows = ours_generate(pair[1], PROMPTS, num_beams=4, max_new_tokens=5, stop_strings=stops, tokenizer=tokenizer)
     assert all(token >= V - 3 for new in rows for token in new[:-1])
+
+
+@pytest.mark.parametrize("V", [1, 255, 256, 3000, 8192])
+def test_the_largest_are_found_by_blocks(V):
+    scores = torch.randn(3, V).masked_fill(torch.rand(3, V) < 0.3, float("-inf"))
+    scores[0] = scores[0].sort().values  # all of the largest in the last block
+    count = min(V, 10)
+    places = largest(scores, count)
+    assert torch.equal(scores.gather(1, places), scores.topk(count).values)
+    assert all(len(set(row)) == count for row in places.tolist())
 
 
 # ---- drawing ----
@@ -340,6 +372,8 @@ def test_slide_forgets_the_older_half(pair):
     [
         ({"min_p": 1.5}, ValueError, "min_p is 1.5; expected 0 <= min_p <= 1"),
         ({"repetition_penalty": 0}, ValueError, r"repetition_penalty is 0; expected a number > 0 \(1 is none\)"),
+        ({"presence_penalty": float("nan")}, ValueError, "presence_penalty is nan; expected a finite number"),
+        ({"frequency_penalty": "high"}, TypeError, "frequency_penalty is 'high'; expected a number"),
         ({"no_repeat_ngram_size": -1}, ValueError, "no_repeat_ngram_size is -1; expected at least 0"),
         ({"logit_bias": [1]}, TypeError, "logit_bias is a list; expected {token id: number}"),
         ({"logit_bias": {"a": 1.0}}, TypeError, "a token of logit_bias is 'a'; expected an int"),

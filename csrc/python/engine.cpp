@@ -2,9 +2,12 @@
 // gptfast.engine.
 #include "engine.h"
 
+#include <pthread.h>
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -42,6 +45,34 @@ Formats formats_of(const py::dict& d) {
   return {of("c_attn"), of("attn_proj"), of("c_fc"), of("mlp_proj"), of("head")};
 }
 
+// fork() waits until no engine computes: the child, which has none of the other threads, would wait for ever for a lock that
+// one of them held.
+class Forks {
+ public:
+  static void add(Engine* engine) {
+    static const int once = pthread_atfork(lock_all, unlock_all, unlock_all);
+    (void)once;
+    const std::lock_guard guard(mutex_);
+    engines_.insert(engine);
+  }
+  static void remove(Engine* engine) {
+    const std::lock_guard guard(mutex_);
+    engines_.erase(engine);
+  }
+
+ private:
+  static void lock_all() {
+    mutex_.lock();
+    for (Engine* engine : engines_) engine->lock().lock();
+  }
+  static void unlock_all() {
+    for (Engine* engine : engines_) engine->lock().unlock();
+    mutex_.unlock();
+  }
+  static inline std::mutex mutex_;
+  static inline std::set<Engine*> engines_;
+};
+
 // An engine and the memory it reads.
 class PyEngine {
  public:
@@ -58,7 +89,13 @@ class PyEngine {
       throw std::invalid_argument("the weights' memory is not aligned to 64");
     engine_ = std::make_unique<Engine>(s, f, static_cast<char*>(info_.ptr), threads,
                                        type_named(cache), *k);
+    Forks::add(engine_.get());
   }
+  ~PyEngine() {
+    if (engine_) Forks::remove(engine_.get());
+  }
+  PyEngine(const PyEngine&) = delete;
+  PyEngine& operator=(const PyEngine&) = delete;
   Engine& get() { return *engine_; }
 
   void pack(const std::string& name, uintptr_t values, i64 N, i64 K, i64 ld) {

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptfast.cli._load import load
+
 if TYPE_CHECKING:
     from gptfast.generation import Step
     from gptfast.models import GPT
@@ -59,6 +61,10 @@ def generate(
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1: tokens that the text holds already become less likely.")
     ] = 1.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Is taken from the score of every token that the new text holds.")
+    ] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same for every time that it holds the token.")] = 0.0,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="No n tokens in a row come twice; 0: no such rule.")] = 0,
     stop: Annotated[
         list[str] | None,
@@ -102,8 +108,8 @@ def generate(
     quantize: Annotated[
         str | None,
         typer.Option(
-            help="Write with the native CPU engine, its weights in int8, int6, q4, int4, nf4, bf16 or fp32: several times as fast; the "
-            "fewer bits the faster, and the further from the model.",
+            help="Pack the weights in int8, int6, q4, int4, nf4, bf16 or fp32 for the native CPU engine: the fewer bits the "
+            "faster, and the further from the model. Without it the engine takes them as they are.",
         ),
     ] = None,
 ) -> None:
@@ -134,20 +140,19 @@ def generate(
     from gptfast.generation.jobs import default_new_tokens
     from gptfast.models import GPT
     from gptfast.models.pretrained import resolve
-    from gptfast.tokenizer import load_tokenizer
 
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options: dict[str, Any] = {"seed": seed, "num_return_sequences": num_return_sequences, "num_beams": num_beams}
     options |= _method(num_beams, do_sample, drawing, length_penalty)
     options |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
+    options |= {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
     options |= {"overflow": overflow, "prompt_lookup_num_tokens": prompt_lookup_num_tokens}
     options |= {"stop_strings": stop} if stop else {}
     options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     if (input is None) != (output is None):
         raise ValueError("generate: --input and --output go together; give both, or neither")
     texts = [] if input else _prompts(prompt, prompt_file)
-    folder = resolve(model)
-    gpt, tokenizer = _load(GPT.from_pretrained(folder), quantize), load_tokenizer(folder)
+    gpt, tokenizer = load(model, quantize)
     options["eos_token_id"] = tokenizer.eos_id
     if input is not None and output is not None:
         if prompt or prompt_file or assistant_model or show_probabilities:
@@ -168,11 +173,6 @@ def generate(
         count = _print_all(gpt, tokenizer, ids, options)
     seconds = time.perf_counter() - start
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
-
-
-def _load(gpt: GPT, quantize: str | None) -> Any:
-    """The model, in the engine where a format for it was given."""
-    return gpt if quantize is None else gpt.compile_for_inference(quantize)
 
 
 def _run_file(

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from gptfast.cli._load import load
+
 KEY_VARIABLE = "GPTFAST_API_KEY"
 
 
@@ -30,7 +32,7 @@ def serve(
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond this machine without a key.")] = False,
     quantize: Annotated[
         str | None,
-        typer.Option(help="Write with the native CPU engine, its weights in int8, int6, q4, int4, nf4, bf16 or fp32."),
+        typer.Option(help="Pack the weights in int8, int6, q4, int4, nf4, bf16 or fp32 for the native CPU engine."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="How many texts are written at a time.")] = 16,
     max_queue: Annotated[int, typer.Option(help="How many more may wait; beyond that the answer is 429.")] = 64,
@@ -54,14 +56,8 @@ def serve(
         from gptfast.serving.app import Limits, create_app
     except ImportError as error:
         raise ImportError(f"serve: {error.name} is not installed; pip install 'gptfast[serve]'") from None
-    from gptfast.models import GPT
-    from gptfast.models.pretrained import resolve
-    from gptfast.tokenizer import load_tokenizer
-
-    folder = resolve(model)
-    gpt, tokenizer = GPT.from_pretrained(folder).eval(), load_tokenizer(folder)
+    writer, tokenizer = load(model, quantize)
     limits = Limits(max_rows=batch_size, max_queue=max_queue, seconds=timeout)
-    writer = gpt if quantize is None else gpt.compile_for_inference(quantize)
     app = create_app(writer, tokenizer, name or _name(model), limits, key)
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=5)
 

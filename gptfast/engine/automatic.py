@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -63,7 +64,7 @@ def _is_plain(model: GPT) -> bool:
     )
 
 
-def _fingerprint(parameters: list[Tensor]) -> Fingerprint:
+def _fingerprint(parameters: Sequence[Tensor]) -> Fingerprint:
     """Changes with every optimizer step and every load.
 
     `_version` counts changes in place, but not those through `.data`: a few values of each parameter show these.

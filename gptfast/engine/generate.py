@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from gptfast.engine.sequences import empty_logits
 from gptfast.generation import GenerationConfig
 from gptfast.generation import generate as generate_by_steps
+from gptfast.generation.decode import as_tensor
 from gptfast.generation.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def generate(model: CompiledGPT, ids: Any, **options: Any) -> Any:
         return generate_by_steps(model, ids, **options)
     prompts = read_prompts(ids, model, config)
     rows = _generate(model, prompts, config)
-    return _as_tensor(rows, config) if isinstance(ids, Tensor) else rows
+    return as_tensor(rows, config, ids.device) if isinstance(ids, Tensor) else rows
 
 
 def runs_inside(config: GenerationConfig) -> bool:
@@ -75,8 +75,3 @@ def _copy(target: Tensor, source: Tensor) -> None:
     """In pieces that torch copies on one thread: its others would go on spinning, on cores that the engine needs."""
     for to, part in zip(target.split(SERIAL), source.split(SERIAL), strict=True):
         to.copy_(part)
-
-
-def _as_tensor(rows: list[list[int]], config: GenerationConfig) -> Tensor:
-    longest, fill = max(map(len, rows)), (config.eos_ids or (0,))[0]
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])

@@ -29,6 +29,8 @@ class EngineSequences:
         ValueError: capacity or max_len out of range.
     """
 
+    own_threads = True
+
     def __init__(self, core: Any, config: GPTConfig, capacity: int, max_len: int | None = None) -> None:
         from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
@@ -164,6 +166,13 @@ class EngineSequences:
                 what = "nan - look for an overflow in the model" if tokens[-1] == -1 else "nothing but -inf"
                 raise RuntimeError(f"generate: the logits of row {n} hold {what}")
         return new
+
+    def draw(
+        self, rows: Sequence[int], logits: Tensor, streams: Sequence[int], sampling: tuple[float, int, float, int]
+    ) -> list[int]:
+        """One token for each row, which is not appended; see `decode`."""
+        new = self.decode(rows, logits, steps=1, more=False, streams=streams, sampling=(*sampling, []))
+        return [tokens[0] for tokens in new]
 
     def _check_rows(self, what: str, rows: Sequence[int]) -> None:
         for row in rows:

@@ -33,6 +33,9 @@ class GenerationConfig:
             `tokenizer=` beside it.
         repetition_penalty: the score of a token that the sequence or its prompt holds is divided by it where above 0,
             multiplied where below (Keskar et al., arXiv 1909.05858); above 1 avoids repetition.
+        presence_penalty: is taken from the score of every token that the new text holds, as OpenAI's; the prompt does not
+            count. Above 0 speaks for new tokens, below for those that are there.
+        frequency_penalty: the same for every time that the new text holds it.
         no_repeat_ngram_size: n > 0: no n tokens in a row come twice, the prompt included; 0: no such rule.
         logit_bias: {token id: what is added to its logit}; -inf bans it.
         num_return_sequences: continuations of each prompt; with beams: the best so many.
@@ -64,6 +67,8 @@ class GenerationConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     stop_strings: str | tuple[str, ...] | None = None
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     logit_bias: Mapping[int, float] | None = None
     num_return_sequences: int = 1
@@ -223,7 +228,10 @@ _INTS = {  # and the least that each may be
     "max_matching_ngram_size": 1,
     "num_assistant_tokens": 1,
 }
-_NUMBERS = ("temperature", "top_p", "min_p", "length_penalty", "repetition_penalty", "diversity_penalty")
+_NUMBERS = (
+    *("temperature", "top_p", "min_p", "length_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+    "diversity_penalty",
+)
 
 
 def _check_int(name: str, value: Any, least: int) -> None:

@@ -14,7 +14,7 @@ from gptfast.generation.beam import beam_search
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import read_prompts
 from gptfast.generation.scheduler import Request, Scheduler, Token, check_assistant
-from gptfast.generation.sequences import LanguageModel
+from gptfast.generation.sequences import LanguageModel, beside
 from gptfast.generation.stopping import Stopping
 
 
@@ -109,7 +109,7 @@ def generate(
         requests = [Request(prompt, config, stopping, logprobs=return_logprobs) for prompt in prompts]
         logprobs = _run(model, requests, assistant_model, streamer)
         rows, scores = [row.tokens for request in requests for row in request.rows], None
-    sequences = _as_tensor(rows, config, ids.device) if isinstance(ids, Tensor) else rows
+    sequences = as_tensor(rows, config, ids.device) if isinstance(ids, Tensor) else rows
     return Generation(sequences, logprobs, scores) if return_logprobs else sequences
 
 
@@ -223,9 +223,11 @@ def score(model: LanguageModel, row: list[int], first: int = 1) -> list[float]:
 def all_logprobs(model: LanguageModel, row: list[int]) -> Tensor:
     """Log-probabilities, (T - 1, V), of what may follow each token of a sequence of T >= 2 but the last."""
     sequences = model.sequences(1, len(row))
-    return sequences.extend(sequences.add(), [row[:-1]], last_only=False)[0].log_softmax(-1)
+    with beside(sequences):
+        return sequences.extend(sequences.add(), [row[:-1]], last_only=False)[0].log_softmax(-1)
 
 
-def _as_tensor(rows: list[list[int]], config: GenerationConfig, device: torch.device) -> Tensor:
+def as_tensor(rows: list[list[int]], config: GenerationConfig, device: torch.device) -> Tensor:
+    """(rows, longest), those that ended filled up with the first end token."""
     longest, fill = max(map(len, rows)), (config.eos_ids or (0,))[0]
     return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)

@@ -1,11 +1,12 @@
-"""What changes scores before a token is chosen: functions (scores, tokens so far) -> scores.  B rows, V vocabulary.
+"""What changes scores before a token is chosen: functions (scores, prompt, new tokens) -> scores.  B rows, V vocabulary.
 
-Names, meanings and order are those of transformers' logits processors.
+Names, meanings and order are those of transformers' logits processors, the presence and frequency penalties OpenAI's.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from gptfast.generation.config import GenerationConfig
 from gptfast.ops.reference import kept_tokens
 
-Processor = Callable[[Tensor, Sequence[int]], Tensor]  # (V,) and the sequence with its prompt -> (V,)
+Processor = Callable[[Tensor, list[int], list[int]], Tensor]  # (V,), the prompt and the tokens behind it -> (V,)
 
 
 def processors(config: GenerationConfig) -> list[Processor]:
@@ -22,17 +23,28 @@ def processors(config: GenerationConfig) -> list[Processor]:
     wanted: list[Processor] = []
     if config.logit_bias:
         tokens, values = list(config.logit_bias), list(config.logit_bias.values())
-        wanted.append(lambda scores, _: _at(scores, tokens, lambda x: x + x.new_tensor(values)))
+        wanted.append(lambda scores, *_: _at(scores, tokens, lambda x: x + x.new_tensor(values)))
     if config.repetition_penalty != 1:
-        wanted.append(lambda scores, seen: penalise(scores, seen, config.repetition_penalty))
+        wanted.append(lambda scores, prompt, new: penalise(scores, prompt + new, config.repetition_penalty))
+    if config.presence_penalty or config.frequency_penalty:
+        wanted.append(
+            lambda scores, _, new: penalise_counts(scores, new, config.presence_penalty, config.frequency_penalty)
+        )
     if config.no_repeat_ngram_size:
-        wanted.append(lambda scores, seen: ban_repeated(scores, seen, config.no_repeat_ngram_size))
+        wanted.append(lambda scores, prompt, new: ban_repeated(scores, prompt + new, config.no_repeat_ngram_size))
     return wanted
 
 
 def penalise(scores: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     """Tokens that were seen become less likely: Keskar et al., arXiv 1909.05858, section 4.1."""
     return _at(scores, list(set(seen)), lambda x: torch.where(x < 0, x * penalty, x / penalty))
+
+
+def penalise_counts(scores: Tensor, new: Sequence[int], presence: float, frequency: float) -> Tensor:
+    """scores - presence * [count > 0] - frequency * count: OpenAI's API reference, "frequency and presence penalties"."""
+    counts = Counter(new)
+    penalties = [presence + frequency * count for count in counts.values()]
+    return _at(scores, list(counts), lambda x: x - x.new_tensor(penalties))
 
 
 def ban_repeated(scores: Tensor, seen: Sequence[int], n: int) -> Tensor:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.generation.choose import Context, choose
+from gptfast.generation.choose import Context, choose, draw_inside
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import check_prompt
-from gptfast.generation.sequences import LanguageModel
+from gptfast.generation.sequences import LanguageModel, beside
 from gptfast.generation.speculative import Assistant, Drafter, PromptLookup
 from gptfast.generation.stopping import Stopping
 
@@ -70,6 +70,8 @@ class Request:
         logprobs: whether `Token`s tell log-probabilities.
         top: how many of the most likely tokens they tell.
         top_temperature: at which temperature they do.
+        first_stream: the stream of the first return sequence, the others follow: requests with the same seed and
+            different streams are independent, and are drawn together.
         rows: the return sequences; one until the prompt has been read.
         error: what went wrong; None: nothing.
     """
@@ -80,6 +82,7 @@ class Request:
     logprobs: bool = False
     top: int = 0
     top_temperature: float = 1.0
+    first_stream: int = 0
     rows: list[Row] = field(default_factory=list)
     error: RuntimeError | None = None
 
@@ -193,13 +196,14 @@ class Scheduler:
         rows = [row for request in self._running for row in request.rows if not row.finish]
         if not rows:
             return []
-        drafts = self._draft(rows)
-        logits = self._extend(rows, drafts)
-        for request in [
-            request for request in self._running if len(request.rows) < request.config.num_return_sequences
-        ]:
-            self._fork(request, rows, drafts, logits)
-        made = self._accept(rows, drafts, logits)
+        with beside(self._sequences):
+            drafts = self._draft(rows)
+            logits, together = self._extend(rows, drafts)
+            for request in self._running:
+                if len(request.rows) < request.config.num_return_sequences:
+                    self._fork(request, rows, drafts, logits)
+                    together = None
+            made = self._accept(rows, drafts, logits, together)
         for row in rows:
             if row.finish:
                 self._free(row)
@@ -255,9 +259,14 @@ class Scheduler:
                 drafts[i] = draft
         return drafts
 
-    def _extend(self, rows: list[Row], drafts: list[list[int]]) -> list[Tensor]:
-        """Logits of each row's last token and of its guesses, (1 + guesses, V)."""
-        inputs = [self._unread(row) + draft for row, draft in zip(rows, drafts, strict=True)]
+    def _extend(self, rows: list[Row], drafts: list[list[int]]) -> tuple[list[Tensor], Tensor | None]:
+        """Logits of each row's last token and of its guesses, (1 + guesses, V); all in one, (N, V), if nothing is guessed."""
+        lengths = self._sequences.lengths
+        inputs = [self._unread(row, lengths[row.index]) + draft for row, draft in zip(rows, drafts, strict=True)]
+        if not any(drafts):
+            together = self._sequences.extend([row.index for row in rows], inputs)
+            assert isinstance(together, Tensor)
+            return list(together[:, None]), together
         logits: list[Tensor] = [torch.empty(0)] * len(rows)
         for last_only in (True, False):
             which = [i for i, draft in enumerate(drafts) if bool(draft) != last_only]
@@ -265,23 +274,26 @@ class Scheduler:
                 part = self._sequences.extend([rows[i].index for i in which], [inputs[i] for i in which], last_only)
                 for i, values in zip(which, part, strict=True):
                     logits[i] = values.view(-1, values.shape[-1])
-        return logits
+        return logits, None
 
-    def _unread(self, row: Row) -> list[int]:
-        """The tokens that the model has not seen yet. A row that would outgrow its room forgets and reads again."""
+    def _unread(self, row: Row, length: int) -> list[int]:
+        """The tokens behind the first `length`. A row that would outgrow its room forgets and reads again."""
         start = first_visible(len(row.tokens), self.max_len)
         if start != row.start:
             self._sequences.truncate(row.index, 0)
-            row.start = start
-        return row.tokens[start + self._sequences.lengths[row.index] :]
+            row.start, length = start, 0
+        return row.tokens[start + length :]
 
-    def _accept(self, rows: list[Row], drafts: list[list[int]], logits: list[Tensor]) -> list[Token]:
+    def _accept(
+        self, rows: list[Row], drafts: list[list[int]], logits: list[Tensor], together: Tensor | None
+    ) -> list[Token]:
         """Choose the next token of every row, and go on with those whose guess it is."""
         made: list[Token] = []
         going, n = list(range(len(rows))), 0
         while going:
-            now = torch.stack([logits[i][n] for i in going])
-            chosen = choose(now, [_context(rows[i]) for i in going])
+            now = torch.stack([logits[i][n] for i in going]) if together is None else together
+            contexts = [_context(rows[i]) for i in going]
+            chosen = self._draw(rows, together, contexts) or choose(now, contexts)
             details = _details(now, [rows[i].request for i in going], chosen)
             for i, token, (logprob, top) in zip(going, chosen, details, strict=True):
                 row = rows[i]
@@ -302,6 +314,14 @@ class Scheduler:
             if draft and not row.finish:  # the last token has not been read; wrong guesses have
                 self._sequences.truncate(row.index, len(row.tokens) - 1)
         return made
+
+    def _draw(
+        self, rows: list[Row], together: Tensor | None, contexts: list[Context]
+    ) -> list[int | RuntimeError] | None:
+        """The next tokens by the model's own threads, where it has some and the rows ask for nothing uncommon."""
+        if together is None or any(row.start for row in rows):  # positions are not lengths after a slide
+            return None
+        return draw_inside(self._sequences, [row.index for row in rows], together, contexts)
 
     def _end(self, request: Request, finish: str) -> None:
         if request in self._waiting:
@@ -338,7 +358,8 @@ def check_assistant(assistant: LanguageModel, model: LanguageModel) -> None:
 
 
 def _context(row: Row) -> Context:
-    return Context(row.request.config, row.stream, row.tokens)
+    request = row.request
+    return Context(request.config, (request.first_stream + row.stream) % 2**32, row.tokens, len(request.prompt))
 
 
 def _details(

@@ -24,12 +24,32 @@ class Sequences(Protocol):
         """Positions that each row holds; 0 for a row that is free."""
         ...
 
+    @property
+    def own_threads(self) -> bool:
+        """Whether `extend` computes on threads of its own, and not on torch's."""
+        ...
+
     def extend(self, rows: Seq[int], tokens: Seq[Seq[int]], last_only: bool = True) -> Tensor | list[Tensor]:
         """Append tokens[i] (any number, at least one) to row rows[i]; rows are distinct.
 
         Returns:
             fp32 logits: (len(rows), V) of the last token of each row, or, with last_only=False, a list of
             (len(tokens[i]), V).
+        """
+        ...
+
+    def draw(
+        self, rows: Seq[int], logits: Tensor, streams: Seq[int], sampling: tuple[float, int, float, int]
+    ) -> list[int] | None:
+        """The tokens that `ops.sample` draws for rows from the logits, (len(rows), V), of their last positions.
+
+        Args:
+            streams: of each row.
+            sampling: temperature, top_k, top_p and seed.
+        Returns:
+            None: only `ops.sample` can.
+        Raises:
+            RuntimeError: a row with nan, or with nothing but -inf.
         """
         ...
 
@@ -83,6 +103,8 @@ class CachedSequences:
         max_len: the most positions of a row, at most block_size.
     """
 
+    own_threads = False
+
     def __init__(self, model: GPT, capacity_rows: int, max_len: int) -> None:
         weight = model.wte.weight
         self._model = model
@@ -105,6 +127,9 @@ class CachedSequences:
                     logits[row] = self._forward([row], [new], last_only)[0]
             ordered = [logits[row].float() for row in rows]
             return torch.cat([part[-1:] for part in ordered]) if last_only else ordered
+
+    def draw(self, rows: Seq[int], logits: Tensor, streams: Seq[int], sampling: tuple[float, int, float, int]) -> None:
+        return None
 
     def _neighbours(self, rows: list[int]) -> Iterator[list[int]]:
         """The rows in the order of their slots, cut where slots are missing between them."""
@@ -162,6 +187,24 @@ class CachedSequences:
             self._row_in[slot] = last
         self.lengths[row] = 0
         self._free.append(row)
+
+
+@contextmanager
+def beside(sequences: Sequences) -> Iterator[None]:
+    """For torch's work on logits between two steps: on one thread where the model has threads of its own.
+
+    After an op that torch shares out among its OpenMP threads, these spin for up to hundreds of milliseconds on cores
+    that the model's threads need. (A thread that first uses torch meanwhile takes over that it has one thread.)
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or not sequences.own_threads:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

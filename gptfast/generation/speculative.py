@@ -10,6 +10,7 @@ drafter-invariant speculative decoding", arXiv 2408.07978).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from gptfast.generation.choose import Context, choose
@@ -76,7 +77,7 @@ class Assistant:
             so_far = [[*contexts[i].tokens, *drafts[i]] for i in active]
             new = [tokens[len(self._held[rows[i]]) :] for i, tokens in zip(active, so_far, strict=True)]
             logits = self._sequences.extend([self._row_of[rows[i]] for i in active], new)
-            asked = [Context(contexts[i].config, contexts[i].stream, t) for i, t in zip(active, so_far, strict=True)]
+            asked = [replace(contexts[i], tokens=tokens) for i, tokens in zip(active, so_far, strict=True)]
             for i, tokens, token in zip(active, so_far, choose(logits, asked), strict=True):  # type: ignore[arg-type]
                 self._held[rows[i]] = tokens
                 if isinstance(token, int):  # else the assistant's logits are of no use: no guess

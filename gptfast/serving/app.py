@@ -17,9 +17,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from gptfast.generation import LanguageModel, Request, Scheduler
+from gptfast.generation import LanguageModel, Request, Scheduler, Token
 from gptfast.generation.decode import all_logprobs
-from gptfast.serving.protocol import ApiError, Choice, Completion, envelope, join, prompt_logprobs, usage
+from gptfast.serving.protocol import ApiError, Choice, Completion, Draws, envelope, join, prompt_logprobs, usage
 from gptfast.serving.worker import QueueFull, Ticket, Worker
 from gptfast.tokenizer import Tokenizer
 
@@ -35,6 +35,8 @@ class Limits:
         max_prompt_tokens: tokens of new prompts read per step, so that running texts are not kept waiting.
         seconds: for one request from its arrival; then 504.
         max_body: bytes of one request; more are refused with 413.
+        max_events: parts of streams sent per second, all streams together; with many streams the tokens of several steps
+            go out in one, as sending them one by one would take the time of the cores that write.
     """
 
     max_rows: int = 16
@@ -43,6 +45,7 @@ class Limits:
     max_prompt_tokens: int = 2048
     seconds: float = 600.0
     max_body: int = 1 << 20
+    max_events: float = 200.0
 
 
 def create_app(
@@ -116,7 +119,7 @@ class Server:
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, name: str, limits: Limits, worker: Worker) -> None:
         self._model, self._tokenizer, self._name = model, tokenizer, name
-        self._limits, self._worker = limits, worker
+        self._limits, self._worker, self._draws = limits, worker, Draws()
         self.card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gptfast"}
 
     def check_model(self, name: str) -> None:
@@ -130,7 +133,7 @@ class Server:
         block = self._model.config.block_size
         try:
             prompts = ask.prompts(self._tokenizer)
-            requests = [ask.request(ids, self._tokenizer, block - len(ids)) for ids in prompts]
+            requests = [ask.request(ids, self._tokenizer, block - len(ids), self._draws) for ids in prompts]
             for request in requests:
                 self._worker.scheduler.check(request)
                 self._tokenizer.decode(request.prompt)  # a vocabulary may have ids without a token
@@ -145,7 +148,7 @@ class Server:
         if ask.max_tokens == 0:
             return self._echo_alone(ask, requests, echoed)
         try:
-            ticket = self._worker.submit(requests)
+            ticket = self._worker.submit(requests, streams=bool(ask.stream))
         except QueueFull:
             raise ApiError(429, "too many requests run and wait; try again later", code="queue_full") from None
         if ask.stream:
@@ -193,17 +196,26 @@ class Server:
         return JSONResponse({**envelope(self._name), "choices": choices, "usage": usage(prompt_tokens, 0)})
 
     async def _parts(self, ticket: Ticket, choices: list[Choice]) -> AsyncIterator[dict[str, Any]]:
-        """The parts of all choices as they come."""
+        """The parts of all choices as they come, what comes together in one part per choice."""
         first: dict[Request, int] = {}
         for request in ticket.requests:
             first[request] = sum(known.config.num_return_sequences for known in first)
-        async for event in ticket.events(self._limits.seconds):
-            if isinstance(event, Request):
-                for row in event.rows:
-                    yield choices[first[event] + row.stream].finish(row.finish)
-                continue
-            for token in event:
-                yield choices[first[token.request] + token.stream].push(token)
+        async for events in ticket.events(self._limits.seconds, self._pause):
+            by_choice: dict[int, list[dict[str, Any]]] = {}
+            for event in events:
+                if isinstance(event, Token):
+                    index = first[event.request] + event.stream
+                    by_choice.setdefault(index, []).append(choices[index].push(event))
+                elif isinstance(event, Request):
+                    for row in event.rows:
+                        index = first[event] + row.stream
+                        by_choice.setdefault(index, []).append(choices[index].finish(row.finish))
+            for parts in by_choice.values():
+                yield join(parts)
+
+    def _pause(self) -> float:
+        """Seconds between the parts of one stream."""
+        return self._worker.open_sequences / self._limits.max_events
 
     async def _whole(
         self, http: HTTPRequest, ticket: Ticket, choices: list[Choice], echoed: list[dict[str, Any]]

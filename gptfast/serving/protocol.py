@@ -55,8 +55,8 @@ class Completion(BaseModel):
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=0, lt=2**64)
     logit_bias: dict[str, float] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
     suffix: str | None = None
     user: str | None = None
     top_k: int | None = Field(None, ge=0)
@@ -67,11 +67,6 @@ class Completion(BaseModel):
         """Raise ApiError for what the protocol has and this server does not."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ApiError(400, "best_of other than n is not supported; ask for n and choose by logprobs", "best_of")
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(self, name):
-                raise ApiError(
-                    400, f"{name} is not supported; use repetition_penalty (extra_body) or leave it out", name
-                )
         if self.suffix:
             raise ApiError(400, "suffix is not supported; this model continues texts only", "suffix")
 
@@ -91,8 +86,8 @@ class Completion(BaseModel):
         ids = [tokenizer.encode(part) if isinstance(part, str) else part for part in prompt]
         return [part or ([] if tokenizer.eos_id is None else [tokenizer.eos_id]) for part in ids]
 
-    def request(self, ids: list[int], tokenizer: Tokenizer, room: int) -> Request:
-        """The request for one prompt. The seed is drawn where none was given."""
+    def request(self, ids: list[int], tokenizer: Tokenizer, room: int, draws: Draws) -> Request:
+        """The request for one prompt."""
         max_tokens = min(DEFAULT_MAX_TOKENS, max(1, room)) if self.max_tokens is None else self.max_tokens
         options: dict[str, Any] = {
             "max_new_tokens": max(1, max_tokens),  # 0 is for echo alone, and never gets here
@@ -101,21 +96,38 @@ class Completion(BaseModel):
             "top_k": self.top_k,
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
             "num_return_sequences": self.n,
-            "seed": secrets.randbits(63) if self.seed is None else self.seed,
+            "seed": draws.seed if self.seed is None else self.seed,
             "stop_strings": self.stops,
             "logit_bias": self._bias(),
             "eos_token_id": tokenizer.eos_id,
         }
         config = GenerationConfig.of(**{name: value for name, value in options.items() if value is not None})
+        first = draws.take(config.num_return_sequences) if self.seed is None else 0
         wants = self.logprobs is not None
-        return Request(ids, config, Stopping(config, tokenizer), logprobs=wants, top=self.logprobs or 0)
+        return Request(
+            ids, config, Stopping(config, tokenizer), logprobs=wants, top=self.logprobs or 0, first_stream=first
+        )
 
     def _bias(self) -> dict[int, float] | None:
         try:
             return {int(token): value for token, value in (self.logit_bias or {}).items()} or None
         except ValueError as error:
             raise ApiError(400, f"logit_bias: {error}; expected token ids as keys", "logit_bias") from None
+
+
+class Draws:
+    """The randomness of requests without a seed: one secret seed for all, so that they are drawn together, and streams."""
+
+    def __init__(self) -> None:
+        self.seed, self._next = secrets.randbits(63), 0
+
+    def take(self, count: int) -> int:
+        """The first of so many streams that nobody else gets."""
+        first, self._next = self._next, (self._next + count) % 2**32
+        return first
 
 
 class Choice:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
 from gptfast.generation import Request, Scheduler, Token
@@ -19,38 +20,71 @@ class QueueFull(Exception):
     """As many requests run and wait as there may be."""
 
 
+Event = Token | Request | Exception  # a new token, a request that has ended, or what went wrong
+
+
 class Ticket:
-    """Requests on their way; what becomes of them arrives on the event loop that they came from."""
+    """Requests on their way; what becomes of them arrives on the event loop that they came from.
 
-    def __init__(self, requests: list[Request]) -> None:
+    Args:
+        requests: that were asked for together.
+        streams: whether their tokens are wanted as they come; else with their end.
+    """
+
+    def __init__(self, requests: list[Request], streams: bool) -> None:
         self.requests = requests
+        self._streams = streams
         self._loop = asyncio.get_running_loop()
-        self._arrived: asyncio.Queue[list[Token] | Request | Exception] = asyncio.Queue()
+        self._arrived: deque[Event] = deque()
+        self._wake, self._ready, self._waits = asyncio.Event(), False, False
 
-    def send(self, what: list[Token] | Request | Exception) -> None:
-        """From the worker: new tokens, a request that has ended, or what went wrong."""
+    def send(self, events: Sequence[Event]) -> None:
+        """From any thread. The loop is woken only if it waits for them: that takes time from the cores that write."""
+        self._arrived += events
+        if not self._streams and all(isinstance(event, Token) for event in events):
+            return
+        self._ready = True
+        if not self._waits:
+            return
+        self._waits = False
         try:
-            self._loop.call_soon_threadsafe(self._arrived.put_nowait, what)
+            self._loop.call_soon_threadsafe(self._wake.set)
         except RuntimeError:  # the loop is closed: nobody listens any more
             log.debug("a request outlived its event loop")
 
-    async def events(self, seconds: float) -> AsyncIterator[list[Token] | Request]:
-        """The tokens of each step, and each request when it has ended, until all have.
+    async def events(self, seconds: float, pause: Callable[[], float] = lambda: 0.0) -> AsyncIterator[list[Event]]:
+        """Tokens, and requests that have ended, until all have: at a time all that have arrived.
 
+        Args:
+            seconds: for all of it.
+            pause: seconds between two answers, asked for after each; what comes meanwhile comes together.
         Raises:
             TimeoutError: they did not in `seconds`.  Exception: what went wrong.
         """
         loop, left = asyncio.get_running_loop(), len(self.requests)
-        deadline = loop.time() + seconds
-        while left:
-            try:
-                got = await asyncio.wait_for(self._arrived.get(), deadline - loop.time())
-            except asyncio.TimeoutError:
-                raise TimeoutError from None
-            if isinstance(got, Exception):
-                raise got
-            left -= isinstance(got, Request)
-            yield got
+        timeout = loop.call_later(seconds, self.send, [TimeoutError()])
+        try:
+            while left:
+                await self._wait_until_ready()
+                events = [self._arrived.popleft() for _ in range(len(self._arrived))]
+                for event in events:
+                    if isinstance(event, Exception):
+                        raise event
+                left -= sum(isinstance(event, Request) for event in events)
+                yield events
+                if left:
+                    await asyncio.sleep(pause())
+        finally:
+            timeout.cancel()
+
+    async def _wait_until_ready(self) -> None:
+        while True:
+            self._waits = True  # before the look: what comes after it sets `_wake`
+            if self._ready:
+                break
+            await self._wake.wait()
+            self._wake.clear()
+        self._waits = self._ready = False
 
 
 class Worker:
@@ -91,9 +125,11 @@ class Worker:
         with self._changed:
             return sum(request.config.num_return_sequences for request in self._tickets)
 
-    def submit(self, requests: list[Request]) -> Ticket:
+    def submit(self, requests: list[Request], streams: bool = True) -> Ticket:
         """Queue requests, all or none, from the event loop.
 
+        Args:
+            requests, streams: see `Ticket`.
         Raises:
             TypeError, ValueError: as `Scheduler.submit`.  QueueFull: there is no room in the queue.
         """
@@ -101,7 +137,7 @@ class Worker:
             raise RuntimeError("the worker has ended; restart the server")
         for request in requests:
             self.scheduler.check(request)
-        ticket = Ticket(requests)
+        ticket = Ticket(requests, streams)
         with self._changed:
             wanted = sum(request.config.num_return_sequences for request in (*self._tickets, *requests))
             if wanted > self._max_open:
@@ -181,7 +217,7 @@ class Worker:
     def _finish(self, request: Request, what: Request | Exception) -> None:
         with self._changed:
             ticket = self._tickets.pop(request)
-        ticket.send(what)
+        ticket.send([what])
 
     def _give_up(self, error: Exception) -> None:
         """Every request gets the error; the scheduler, whose state nobody knows now, is replaced."""
