@@ -81,8 +81,8 @@ def functions(library: Path, arch: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("kernel", "arch", "instructions", "variants"),
     [
-        ("attention_forward_sm90", "sm_90a", ("HGMMA", "UTMALDG", "USETMAXREG"), 8),
-        ("attention_backward_sm90", "sm_90a", ("HGMMA", "UTMALDG", "USETMAXREG"), 12),
+        ("attention_forward_sm90", "sm_90a", ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"), 8),
+        ("attention_backward_sm90", "sm_90a", ("HGMMA", "UTMALDG", "USETMAXREG"), 16),
         ("attention_forward", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 8),
         ("query_gradient", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 8),
         ("key_gradients", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 8),
