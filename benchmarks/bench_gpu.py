@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import attention, memory_bound, training
+from gpu import attention, decode, memory_bound, training
 from gpu.timing import Bench
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +26,7 @@ PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
     "memory": memory_bound.measure,
     "attention": attention.measure,
     "training": training.measure,
+    "decode": decode.measure,
 }
 
 

@@ -150,7 +150,7 @@ def test_what_a_gpu_will_measure_runs():
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     rows = json.loads(path.read_text())["rows"]
     ours = [row for row in rows if "gptfast" in row.get("ms", {})]
-    assert len(ours) == 11 + 4 + 1, result.stdout
+    assert len(ours) == 11 + 4 + 1 + 1, result.stdout
     assert not [row for row in rows if "gptfast" in row.get("refused", {})]
 
 

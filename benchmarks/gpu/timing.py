@@ -31,6 +31,9 @@ class Bench:
     def size(self, real: int, tiny: int) -> int:
         return tiny if self.tiny else real
 
+    def sizes(self, real: tuple[int, ...], tiny: tuple[int, ...]) -> tuple[int, ...]:
+        return tiny if self.tiny else real
+
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
 
