@@ -67,7 +67,7 @@ DEV_INLINE void wgmma(float (&d)[R][4], const uint32_t (&a)[4], uint64_t b, int 
 #else
 // ---- emulated -------------------------------------------------------------------------------------------------------
 inline void wgmma_fence(EMU_SITE) {
-  emu::wg_collective("wgmma.fence", emu_line, nullptr, [](int, void**) {});
+  emu::wg_collective("wgmma.fence", emu_line, nullptr, [](int g, void**) { emu::B->wg_fenced[g] = true; });
 }
 inline void wgmma_commit(EMU_SITE) {
   emu::wg_collective("wgmma.commit_group", emu_line, nullptr, [](int g, void**) {
@@ -77,6 +77,7 @@ inline void wgmma_commit(EMU_SITE) {
 }
 template <int N> inline void wgmma_wait(EMU_SITE) {
   emu::wg_collective("wgmma.wait_group", emu_line, nullptr, [](int g, void**) {
+    emu::B->wg_fenced[g] = false;
     auto& groups = emu::B->wg_group[g];
     while (int(groups.size()) > N) {
       for (auto& product : groups.front()) product.run();
@@ -107,6 +108,7 @@ inline void emu_wgmma(float (&d)[R][4], const uint32_t* a, uint64_t a_desc, uint
     int add;
   } arg{d, a, a_desc, b_desc, add};
   emu::wg_collective("wgmma", line, &arg, [](int g, void** p) {
+    if (!emu::B->wg_fenced[g]) emu::fail("wgmma: no wgmma.fence since its registers may have been written");
     struct Op {
       float (*d[128])[4];
       uint32_t a[128][4];

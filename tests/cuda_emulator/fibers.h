@@ -102,6 +102,7 @@ struct Block {
   std::vector<Meet> meet[32];
   Barrier bar[16];
   WgMeet wg[8];
+  bool wg_fenced[8] = {};  // since the last wait
   std::vector<Pending> wg_open[8];
   std::vector<std::vector<Pending>> wg_group[8];
   std::vector<Pending> async_q;  // TMA loads in flight
