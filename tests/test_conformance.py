@@ -1,4 +1,4 @@
-"""Every wrapper of a PTX instruction (csrc/cuda/mma.cuh, hopper.cuh) against a plain definition: on the emulator always,
+"""Every wrapper of a PTX instruction (csrc/cuda/mma.cuh, hopper.cuh, wgmma.cuh) against a plain definition: on the emulator always,
 on the GPU where there is one. Products are of small integers, so every order of summation gives the same bits."""
 
 from __future__ import annotations
@@ -60,9 +60,16 @@ def hopper(place: str) -> str:
     return place
 
 
-def call(place: str, name: str, x: np.ndarray, like: np.ndarray, options: tuple[int, ...] = ()) -> np.ndarray:
-    """What the wrapper makes of the bits of x; as many as `like` has."""
-    x, out = np.ascontiguousarray(x), np.full_like(like, 77)
+def call(
+    place: str,
+    name: str,
+    x: np.ndarray,
+    like: np.ndarray,
+    options: tuple[int, ...] = (),
+    before: np.ndarray | None = None,
+) -> np.ndarray:
+    """What the wrapper makes of the bits of x; as many as `like` has. `before`: what lies where it writes."""
+    x, out = np.ascontiguousarray(x), np.full_like(like, 77) if before is None else before.copy()
     numbers = (ctypes.c_int * 16)(*options)
     pointers = x.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p)
     sizes = ctypes.c_size_t(x.nbytes), ctypes.c_size_t(out.nbytes)
@@ -130,21 +137,51 @@ def test_wgmma(dtype, N, operand, add, hopper):
     assert (got == a @ b + add * c).all()
 
 
-@pytest.mark.parametrize("corner", [(0, 0, 0, 0), (64, 5, 2, 1), (8, 30, 1, 0), (64, 39, 2, 1)])
+CORNERS = [(0, 0, 0, 0), (64, 5, 2, 1), (8, 30, 1, 0), (64, 39, 2, 1)]
+TMA_DTYPES = {"fp32": (0, torch.float32), "bf16": (1, torch.bfloat16), "fp16": (2, torch.float16)}
+
+
+def swizzled(panel: np.ndarray) -> np.ndarray:
+    """Rows of 128 bytes, in which the chunks of 16 are permuted by the row's number modulo 8; its own inverse."""
+    chunks = panel.view(np.uint8).reshape(len(panel), 8, 16)
+    rows, places = np.arange(len(panel))[:, None], np.arange(8)[None]
+    return np.ascontiguousarray(chunks[rows, places ^ rows % 8]).reshape(len(panel), 128).view(panel.dtype)
+
+
+@pytest.mark.parametrize("corner", CORNERS)
 @pytest.mark.parametrize("rows", [8, 40, 128])
 def test_tma(rows, corner, hopper):
-    """Zeros past the ends; within rows of 128 bytes the chunks of 16 are permuted by the row's number modulo 8."""
+    """A tile as it lies in shared memory, with zeros past the ends."""
     tensor = bits(2 * 3 * 40 * 52).view(np.uint16).reshape(2, 3, 40, 104)
     x, y, z, w = corner
     tile = np.zeros((rows, 64), np.uint16)
     inside = tensor[w, z, y : y + rows, x : x + 64]
     tile[: inside.shape[0], : inside.shape[1]] = inside
-    expected = np.empty((rows, 8, 8), np.uint16)
-    for row in range(rows):
-        for chunk in range(8):
-            expected[row, chunk ^ row % 8] = tile[row, chunk * 8 : chunk * 8 + 8]
-    got = call(hopper, "tma", tensor, expected, (104, 40, 3, 2, *corner, rows))
-    assert (got == expected).all()
+    got = call(hopper, "tma", tensor, tile, (104, 40, 3, 2, *corner, rows, 1))
+    assert (got == swizzled(tile)).all()
+
+
+@pytest.mark.parametrize("add", [0, 1], ids=["store", "add"])
+@pytest.mark.parametrize("corner", CORNERS)
+@pytest.mark.parametrize("rows", [8, 40, 128])
+@pytest.mark.parametrize("dtype", TMA_DTYPES)
+def test_tma_store(dtype, rows, corner, add, hopper):
+    """Only what lies inside the tensor is written. Sums are of small integers: no dtype rounds them."""
+    number, kind = TMA_DTYPES[dtype]
+    x, y, z, w = corner
+    columns = 32 if dtype == "fp32" else 64
+    tensor, tile = (torch.from_numpy(integers(*shape)).to(kind) for shape in ((2, 3, 40, 104), (rows, columns)))
+    expected = tensor.clone()
+    there = expected[w, z, y : y + rows, x : x + columns]
+    inside = tile[: there.shape[0], : there.shape[1]]
+    there.copy_(there + inside if add else inside)
+
+    def raw(t: torch.Tensor) -> np.ndarray:
+        return t.view(torch.int32 if dtype == "fp32" else torch.int16).numpy()
+
+    options = (104, 40, 3, 2, *corner, rows, number, add)
+    got = call(hopper, "tma store", swizzled(raw(tile)), raw(tensor), options, before=raw(tensor))
+    assert torch.equal(torch.from_numpy(got).view(kind), expected)
 
 
 def test_mbarrier(hopper):

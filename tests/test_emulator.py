@@ -50,7 +50,9 @@ SUM = "no complaint: 2016"  # 0 + 1 + … + 63
 @pytest.mark.parametrize("variant", ["plain", "race", "asan"])
 @pytest.mark.parametrize("order", ["fwd", "rev", "rand"])
 def test_a_correct_kernel_is_left_alone(variant, order):
-    assert outcome("correct", variant, EMU_ORDER=order).strip() == SUM
+    for copies in ("lazy", "eager"):
+        assert outcome("correct", variant, EMU_ORDER=order, EMU_COPY=copies).strip() == SUM
+        assert outcome("store_correct", variant, EMU_ORDER=order, EMU_COPY=copies).strip() == SUM
 
 
 @pytest.mark.parametrize("order", ["fwd", "rev"])
@@ -75,6 +77,21 @@ def test_races_are_named_in_every_order(fault, message, order):
     assert message in text and "warp 0" in text and "warp 1" in text and "planted+0x" in text, text
 
 
+def test_stores_of_what_is_not_there_yet_or_no_more():
+    """TMA reads shared memory when it likes: too early it finds nothing, too late what others wrote meanwhile."""
+    assert "nan" in outcome("store_without_barrier", EMU_COPY="eager")
+    assert outcome("store_overwritten", EMU_COPY="lazy").strip() == "no complaint: -64"
+
+
+@pytest.mark.parametrize("copies", ["lazy", "eager"])
+@pytest.mark.parametrize("order", ["fwd", "rev", "rand"])
+def test_races_of_stores_are_named(order, copies):
+    for fault in ("store_without_barrier", "store_overwritten"):
+        text = outcome(fault, "race", EMU_ORDER=order, EMU_COPY=copies)
+        assert "RACE " in text and "TMA store" in text, text
+    assert "(no fence.proxy.async)" in outcome("store_without_fence", "race", EMU_ORDER=order, EMU_COPY=copies)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -87,6 +104,8 @@ def test_races_are_named_in_every_order(fault, message, order):
         ("stack_overflow", "emu: stack overflow: block (0,0,0) thread (32,0,0) used more than 128 KB"),
         ("bad_block", "emu: launch with a bad block size"),
         ("too_much_shared", "emu: launch with more than 227 KB of shared memory"),
+        ("store_at_exit", "the thread ends while a TMA store may still read shared memory"),
+        ("too_many_registers", "setmaxnreg: 3 warpgroups ask for 512 registers, 168 a thread were launched"),
     ],
 )
 def test_errors_that_need_no_tool(fault, message):

@@ -3,6 +3,8 @@ says so, streams, graphs, errors. All of it is skipped where torch sees no GPU; 
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from op_properties import bitwise
@@ -10,8 +12,9 @@ from test_emulator_attention import FEW_QUERIES, MODE_CASES
 from test_emulator_attention import LONG as LONG_ATTENTION
 
 import gptfast
-from gptfast import ops
+from gptfast import generation, ops
 from gptfast.backend import ops_of, resolve
+from gptfast.generation import graphed
 from gptfast.testing import CASES, Case, cases, check_case, dtypes, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -97,6 +100,41 @@ def test_generation_on_the_gpu():
     prompts = [list(range(1, 600)), [4, 5, 6]]  # many keys: decode_attention
     there = model.generate(prompts, max_new_tokens=8, temperature=0.0)
     assert model.cuda().generate(prompts, max_new_tokens=8, temperature=0.0) == there
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 50, "seed": 3, "num_return_sequences": 3}])
+def test_generation_in_cuda_graphs(options):
+    """The tokens of the uncaptured loop, with one wait in 16 tokens; again with the graphs that there are."""
+    torch.manual_seed(0)
+    config = gptfast.GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=900, vocab_size=300, dropout=0.0)
+    model = gptfast.GPT(config).eval().cuda()
+    prompts, options = [list(range(1, 200)), [4, 5, 6], [7]], {**options, "max_new_tokens": 40, "eos_token_id": 11}
+    steps = list(generation.stream(model, prompts, **options))  # captures nothing
+    expected = [[t for t in row if t is not None] for row in zip(*(step.tokens for step in steps), strict=True)]
+    copies = [prompt for prompt in prompts for _ in range(options.get("num_return_sequences", 1))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a step that cannot be captured
+        for _ in range(2):
+            rows = model.generate(prompts, **options)
+            assert [row[len(prompt) :] for row, prompt in zip(rows, copies, strict=True)] == expected
+    graphs = graphed._decoders[model]._graphs
+    assert graphs and all(graph is not None for graph in graphs.values())
+
+
+def test_generation_waits_once_a_burst():
+    torch.manual_seed(0)
+    config = gptfast.GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=128, vocab_size=300, dropout=0.0)
+    model = gptfast.GPT(config).eval().cuda()
+    model.generate([[1, 2]], max_new_tokens=4, seed=1)
+    decoder = graphed._decoders[model]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            for graph in decoder._graphs.values():
+                graph.replay()
+            decoder.forward(model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_on_another_stream():

@@ -31,6 +31,9 @@ class Bench:
     def size(self, real: int, tiny: int) -> int:
         return tiny if self.tiny else real
 
+    def sizes(self, real: tuple[int, ...], tiny: tuple[int, ...]) -> tuple[int, ...]:
+        return tiny if self.tiny else real
+
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
 
@@ -54,6 +57,7 @@ class Bench:
             run()
             return (time.perf_counter() - start) * 1e3
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(2_000_000)  # a millisecond in which Python gets ahead: what is timed is the GPU
         begin.record()
         run()
         end.record()

@@ -2,6 +2,8 @@
 // ops in torch.ops.gptfast) and, with GPTFAST_EMU, into a library of the tests that runs the same kernels on CPU tensors
 // (torch.ops.gptfast_emu, whose schemas gptfast/backend.py copies from gptfast).
 #pragma once
+#include <torch/headeronly/util/shim_utils.h>
+
 #include "../cuda/kernels.h"
 #include "common.h"
 
@@ -35,7 +37,7 @@ struct Launch {
   cudaStream_t stream = nullptr;
   explicit Launch(const Tensor& x) : guard(x.get_device_index()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
   bool capturing() const {  // into a CUDA graph

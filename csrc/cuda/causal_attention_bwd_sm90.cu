@@ -129,20 +129,28 @@ __global__ void __launch_bounds__(C::THREADS, 1)
 #pragma unroll
     for (int k = 0; k < BN / 16; k++) result_as_a<E>(weights[k], x[0][2 * k], x[0][2 * k + 1]);
   };
+  // One bit an element of a tile: bit 4 n + e of element (n, e). Made while the products run; one register, where the
+  // words behind them would be many.
+  static_assert(4 * NT <= 32);
+  auto decisions = [&](int at) {
+    uint32_t bits = 0;
+    auto note = [&](int, int n, int e, bool keep) { bits |= uint32_t(keep) << (4 * n + e); };
+    if constexpr (KEYS) each_decision_transposed<1, NT>(p.dropout, bh, row0 + warp_row, at, note);
+    else each_decision<1, NT>(p.dropout, bh, row, at, note);
+    return opaque(bits);
+  };
   // s -> P (after dropout where rows are keys), dp -> dS
-  auto slopes = [&](float(&s)[1][NT][4], float(&dp)[1][NT][4], int at, int stage) {
+  auto slopes = [&](float(&s)[1][NT][4], float(&dp)[1][NT][4], uint32_t keep_bits, int stage) {
     const float* columns = statistics + stage * 2 * BN + lane % 4 * 2;
     auto lse_of = [&](int n, int e) { return KEYS ? columns[n * 8 + e % 2] * kLog2e : lse[e / 2]; };
     auto delta_of = [&](int n, int e) { return KEYS ? columns[BN + n * 8 + e % 2] : delta[e / 2]; };
     each_element<1, NT>([&](int, int n, int e) { s[0][n][e] = fast_exp2(fmaf(s[0][n][e], scale_log2, -lse_of(n, e))); });
-    auto slope = [&](int, int n, int e, bool keep) {
+    each_element<1, NT>([&](int, int n, int e) {
+      const bool keep = !DROPOUT || (keep_bits >> (4 * n + e) & 1);
       const float d = DROPOUT ? (keep ? dp[0][n][e] * kept : 0.f) : dp[0][n][e];
       dp[0][n][e] = s[0][n][e] * (d - delta_of(n, e));
       if (KEYS && !keep) s[0][n][e] = 0.f;
-    };
-    if constexpr (DROPOUT && KEYS) each_decision_transposed<1, NT>(p.dropout, bh, row0 + warp_row, at, slope);
-    else if constexpr (DROPOUT) each_decision<1, NT>(p.dropout, bh, row, at, slope);
-    else each_element<1, NT>([&](int m, int n, int e) { slope(m, n, e, true); });
+    });
   };
   bool nonfinite = false;  // keys in tiles with masked elements
   int edges = 0;           // of them so far: flags alternate, as a warp may be one tile ahead of another
@@ -171,8 +179,9 @@ __global__ void __launch_bounds__(C::THREADS, 1)
       multiply(s, 0, stage);
       multiply(dp, 1, stage);
       wgmma_commit();
+      const uint32_t keep_bits = DROPOUT ? decisions(at) : 0;
       wgmma_wait<0>();
-      slopes(s, dp, at, stage);
+      slopes(s, dp, keep_bits, stage);
       if (edge) mask(dp, seen + warp_row, at, 0.f);
       if (KEYS && edge) mask(s, seen + warp_row, at, 0.f);
     }
@@ -238,14 +247,14 @@ template <class E, int D, bool DROPOUT> cudaError_t launch_both(const AttentionP
   return error ? error : launch<BackwardShape90<E, D, true>, DROPOUT>(p, stream);
 }
 template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream_t stream) {
-  if (p.D == 128) return launch_both<E, 128, false>(p, stream);
+  if (p.D == 128)
+    return p.dropout.threshold ? launch_both<E, 128, true>(p, stream) : launch_both<E, 128, false>(p, stream);
   return p.dropout.threshold ? launch_both<E, 64, true>(p, stream) : launch_both<E, 64, false>(p, stream);
 }
 
 }  // namespace
 
 bool causal_attention_bwd_sm90_takes(const AttentionParams& p) {
-  if (p.D == 128 && p.dropout.threshold) return false;  // two sums and the dropout bits do not fit into registers
   return on_hopper(p, BackwardShape90<bf16, 128, true>::SMEM) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) &&
          has_map(p, p.v, p.S) && has_map(p, p.dout, p.T);
 }

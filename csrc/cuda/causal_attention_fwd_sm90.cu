@@ -18,7 +18,7 @@ template <class E_, int D_, int CONSUMERS_> struct HopperShape {
       Q_BYTES + 2 * STAGES * K_BYTES + BARRIERS * 8 + BM * int(sizeof(Range)) + 2 * WARPS * int(sizeof(int));
 };
 struct HopperMaps {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, y;
 };
 
 template <class C, bool DROPOUT>
@@ -168,7 +168,14 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     const Tile<E, 64> tile{smem + panel * BM * 128};
     result_to_tile<E>(part, factor, tile, warp_row);
     if (nonfinite) spread_nonfinite<16>(tile, warp_row, seen + warp_row, p, p.v, b, h, panel * 64);
-    store_rows<16>(tile, warp_row, p, p.y, b, h, i0 + warp_row, p.T, panel * 64);
+  }
+  fence_proxy_async();
+  __syncwarp();
+  if (lane == 0) {  // rows past T are left out
+    for (int panel = 0; panel < PANELS; panel++)
+      tma_store(&maps.y, q_at + (panel * BM + warp_row) * 128, panel * 64, i0 + warp_row, h, b);
+    tma_commit();
+    tma_wait_read<0>();
   }
 #endif
 }
@@ -176,7 +183,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
 template <class C, bool DROPOUT> cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   HopperMaps maps;
   if (!map_of(&maps.q, p, p.q, p.T, C::BM) || !map_of(&maps.k, p, p.k, p.S, C::BN) ||
-      !map_of(&maps.v, p, p.v, p.S, C::BN))
+      !map_of(&maps.v, p, p.v, p.S, C::BN) || !map_of(&maps.y, p, p.y, p.T, 16))
     return cudaErrorInvalidValue;
   auto kernel = attention_forward_sm90<C, DROPOUT>;
   if (const cudaError_t error = allow_smem(kernel, C::SMEM)) return error;

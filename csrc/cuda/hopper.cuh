@@ -1,8 +1,7 @@
-// Every instruction of sm_90a that C++ has no name for: mbarrier, TMA tile loads, wgmma, register reallocation. As in
-// mma.cuh each has a device body and an emulated body.
+// What sm_90a has besides wgmma (wgmma.cuh) and C++ has no name for: mbarrier, TMA loads, stores and additions of tiles,
+// register reallocation. As in mma.cuh each instruction has a device body and an emulated body.
 //
-// Operands of wgmma lie in shared memory as panels: rows of 64 values (128 bytes) in the 128-byte swizzle, which TMA
-// writes and Tile<E, 64> (causal_attention_tile.cuh) reads. A descriptor names the first row and column.
+// A tile in shared memory is a panel: rows of 128 bytes in the 128-byte swizzle, at an address that is a multiple of 1024.
 #pragma once
 #include <cuda.h>
 
@@ -14,20 +13,14 @@
 
 namespace gptfast::cuda {
 
-// Shared-memory matrix descriptor with 128-byte swizzle (PTX ISA, "Matrix descriptor"); offsets in bytes. Rows along the
-// contraction (K-major): the stride offset leads to the next 8 rows. Rows across it (MN-major): the leading offset leads
-// to the next 64 columns, the stride offset to the next 8 rows.
-DEV_INLINE uint64_t smem_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t((leading & 0x3ffff) >> 4) << 16 |
-         uint64_t((stride & 0x3ffff) >> 4) << 32 | 1ull << 62;
-}
-
-// Values of 16 bits, dim[3] x dim[2] x dim[1] x dim[0], the last contiguous; stride in bytes, of dimensions 1 to 3.
+// dim[3] x dim[2] x dim[1] x dim[0] values, the last contiguous; stride in bytes, of dimensions 1 to 3.
 struct TensorShape {
   const void* data;
   uint64_t dim[4], stride[3];
-  bool half;  // fp16, else bf16
+  DType dtype;
 };
+constexpr int kPanelBytes = 128;  // of a row
+inline uint32_t panel_columns(DType dtype) { return kPanelBytes / (dtype == DType::f32 ? 4 : 2); }
 
 #if !defined(CUDA_EMU)
 // ---- device ---------------------------------------------------------------------------------------------------------
@@ -54,61 +47,37 @@ DEV_INLINE void tma_load(uint32_t to, const CUtensorMap* map, uint32_t b, int x,
       "l"(map), "r"(b), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
 }
-DEV_INLINE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-DEV_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEV_INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> DEV_INLINE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+// The same way back: the tile to where it lies inside the tensor; tma_add adds it there, each value in one step. What threads
+// wrote into the tile must be behind a fence_proxy_async of theirs and a barrier. The stores of a thread up to
+// tma_commit are a group; the thread waits until at most N of its groups have not been read, or written, in full, and must
+// not end before all have been read.
+DEV_INLINE void tma_store(const CUtensorMap* map, uint32_t from, int x, int y, int z, int w) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+               "r"(from), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
 }
+DEV_INLINE void tma_add(const CUtensorMap* map, uint32_t from, int x, int y, int z, int w) {
+  asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+                   map),
+               "r"(from), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
+DEV_INLINE void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int N> DEV_INLINE void tma_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
+template <int N> DEV_INLINE void tma_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
+DEV_INLINE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 template <int N> DEV_INLINE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> DEV_INLINE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 DEV_INLINE void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-
-// d (64 x 8 R) = a (64 x 16) b (16 x 8 R), plus d where `add`. TA, TB: the operand in shared memory is MN-major.
-template <class E, int TA, int TB, int R>
-DEV_INLINE void wgmma(float (&d)[R][4], uint64_t a, uint64_t b, int add);  // a in shared memory
-template <class E, int TB, int R>
-DEV_INLINE void wgmma(float (&d)[R][4], const uint32_t (&a)[4], uint64_t b, int add);  // a in registers, as for mma
-
-// clang-format off
-#define GPTFAST_D1(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define GPTFAST_D4(i) GPTFAST_D1(i), GPTFAST_D1(i + 1), GPTFAST_D1(i + 2), GPTFAST_D1(i + 3)
-#define GPTFAST_D8 GPTFAST_D4(0), GPTFAST_D4(4)
-#define GPTFAST_D16 GPTFAST_D8, GPTFAST_D4(8), GPTFAST_D4(12)
-#define GPTFAST_R8 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
-  "%26,%27,%28,%29,%30,%31"
-#define GPTFAST_R16 GPTFAST_R8 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
-  "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-// O0, O1, …: the operands after the R * 4 results
-#define GPTFAST_WGMMA(E, NAME, R, N, O0, O1, O2, O3, O4, O5, O6)                                                           \
-  template <int TA, int TB> DEV_INLINE void wgmma_shared(E, float (&d)[R][4], uint64_t a, uint64_t b, int add) {           \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #O2 ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "."    \
-                 NAME " {" GPTFAST_R##R "}, %" #O0 ", %" #O1 ", p, 1, 1, %" #O3 ", %" #O4 "; }"                            \
-                 : GPTFAST_D##R : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));                                             \
-  }                                                                                                                        \
-  template <int TB> DEV_INLINE void wgmma_registers(E, float (&d)[R][4], const uint32_t (&a)[4], uint64_t b, int add) {    \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #O5 ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "."    \
-                 NAME " {" GPTFAST_R##R "}, {%" #O0 ", %" #O1 ", %" #O2 ", %" #O3 "}, %" #O4 ", p, 1, 1, %" #O6 "; }"      \
-                 : GPTFAST_D##R : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TB));                  \
-  }
-GPTFAST_WGMMA(__nv_bfloat16, "bf16", 8, 64, 32, 33, 34, 35, 36, 37, 38)
-GPTFAST_WGMMA(__half, "f16", 8, 64, 32, 33, 34, 35, 36, 37, 38)
-GPTFAST_WGMMA(__nv_bfloat16, "bf16", 16, 128, 64, 65, 66, 67, 68, 69, 70)
-GPTFAST_WGMMA(__half, "f16", 16, 128, 64, 65, 66, 67, 68, 69, 70)
-#undef GPTFAST_WGMMA
-// clang-format on
-template <class E, int TA, int TB, int R>
-DEV_INLINE void wgmma(float (&d)[R][4], uint64_t a, uint64_t b, int add) {
-  wgmma_shared<TA, TB>(E(), d, a, b, add);
-}
-template <class E, int TB, int R>
-DEV_INLINE void wgmma(float (&d)[R][4], const uint32_t (&a)[4], uint64_t b, int add) {
-  wgmma_registers<TB>(E(), d, a, b, add);
+// x, of which the compiler then knows nothing: what was packed into it need not live on beside it.
+DEV_INLINE uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
-// The map that tma_load reads tiles of 64 x `rows` values through; false where the driver refuses it.
+// The map of tiles of `rows` rows of 128 bytes; false where the driver refuses it.
 inline bool tensor_map(CUtensorMap* map, const TensorShape& x, uint32_t rows) {
   static const auto encode = [] {
     void* f = nullptr;
@@ -118,8 +87,10 @@ inline bool tensor_map(CUtensorMap* map, const TensorShape& x, uint32_t rows) {
   }();
   if (!encode) return false;
   const cuuint64_t dim[4] = {x.dim[0], x.dim[1], x.dim[2], x.dim[3]}, stride[3] = {x.stride[0], x.stride[1], x.stride[2]};
-  const cuuint32_t box[4] = {64, rows, 1, 1}, step[4] = {1, 1, 1, 1};
-  const auto type = x.half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const cuuint32_t box[4] = {panel_columns(x.dtype), rows, 1, 1}, step[4] = {1, 1, 1, 1};
+  const auto type = x.dtype == DType::f32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : x.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                            : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode(map, type, 4, const_cast<void*>(x.data), dim, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -175,27 +146,38 @@ inline bool tensor_map(CUtensorMap* map, const TensorShape& x, uint32_t rows) {
   return valid;
 }
 inline uint32_t emu_swizzle(uint32_t a) { return a ^ (a >> 3 & 0x70); }
-inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t b, int x, int y, int z, int w, EMU_SITE) {
-  emu::B->cur->where = "TMA load", emu::B->cur->line = emu_line;
+inline EmuMap emu_map(const CUtensorMap* map, uint32_t smem, const char* what, int line) {
+  emu::B->cur->where = what, emu::B->cur->line = line;
   EmuMap m;
   memcpy(&m, map, sizeof m);
-  const uint32_t bytes = m.rows * 128;
-  emu::smem_ptr(to, bytes, 1024, "TMA load");
-  EMU_RACE(const int op = emu::race::tma_issue();)
+  emu::smem_ptr(smem, m.rows * kPanelBytes, 1024, what);
+  return m;
+}
+// f(offset in a panel, where the value lies in the tensor or null) for the values of the tile at (x, y, z, w).
+template <class F> inline void emu_each_value(const EmuMap& m, int x, int y, int z, int w, F f) {
+  const TensorShape& s = m.shape;
+  const uint32_t columns = panel_columns(s.dtype), size = kPanelBytes / columns;
+  for (uint32_t r = 0; r < m.rows; r++)
+    for (uint32_t c = 0; c < columns; c++) {
+      const uint64_t at[4] = {uint64_t(x) + c, uint64_t(y) + r, uint64_t(z), uint64_t(w)};
+      char* there = static_cast<char*>(const_cast<void*>(s.data)) + at[0] * size;
+      bool inside = at[0] < s.dim[0];
+      for (int d = 1; d < 4; d++) inside = inside && at[d] < s.dim[d], there += at[d] * s.stride[d - 1];
+      f(emu_swizzle(r * kPanelBytes + c * size), inside ? there : nullptr, size);
+    }
+}
+inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t b, int x, int y, int z, int w, EMU_SITE) {
+  const EmuMap m = emu_map(map, to, "TMA load", emu_line);
+  const uint32_t bytes = m.rows * kPanelBytes;
+  EMU_RACE(const int op = emu::race::tma_issue(emu::race::kLoads);)
   auto copy = [=] {
     [[maybe_unused]] const emu::Quiet quiet;
     EMU_RACE(emu::race::tma_done(op, b, to - emu::kSmemBase, bytes);)
-    const TensorShape& s = m.shape;
-    for (uint32_t r = 0; r < m.rows; r++)
-      for (uint32_t c = 0; c < 64; c++) {
-        const uint64_t at[4] = {uint64_t(x) + c, uint64_t(y) + r, uint64_t(z), uint64_t(w)};
-        const char* from = static_cast<const char*>(s.data) + at[0] * 2;
-        bool inside = at[0] < s.dim[0];
-        for (int d = 1; d < 4; d++) inside = inside && at[d] < s.dim[d], from += at[d] * s.stride[d - 1];
-        uint16_t v = 0;
-        if (inside) memcpy(&v, from, 2);
-        memcpy(emu::smem_ptr(emu_swizzle(to + r * 128 + c * 2), 2, 2, "TMA load"), &v, 2);
-      }
+    char* panel = emu::smem_ptr(to, bytes, 1024, "TMA load");
+    emu_each_value(m, x, y, z, w, [&](uint32_t offset, const char* from, uint32_t size) {
+      if (from) memcpy(panel + offset, from, size);
+      else memset(panel + offset, 0, size);
+    });
     EmuBarrier* p = emu_barrier(b);
     p->bytes -= int32_t(bytes);
     emu_barrier_check(p);
@@ -203,101 +185,48 @@ inline void tma_load(uint32_t to, const CUtensorMap* map, uint32_t b, int x, int
   if (emu::opt().lazy) emu::B->async_q.push_back({copy});
   else copy();
 }
+template <class E> inline void emu_add(char* to, const char* from) {
+  E sum, x;
+  memcpy(&sum, to, sizeof sum), memcpy(&x, from, sizeof x);
+  sum = E(float(sum) + float(x));
+  memcpy(to, &sum, sizeof sum);
+}
+inline void emu_tma_store(const CUtensorMap* map, uint32_t from, int x, int y, int z, int w, bool add, int line) {
+  const EmuMap m = emu_map(map, from, add ? "TMA add" : "TMA store", line);
+  const uint32_t bytes = m.rows * kPanelBytes;
+  EMU_RACE(const int op = emu::race::tma_issue(emu::race::kStores);)
+  auto taken = std::make_shared<std::vector<char>>();
+  auto read = [=] {
+    EMU_RACE(emu::race::tma_read(op, from - emu::kSmemBase, bytes);)
+    const char* panel = emu::smem_ptr(from, bytes, 1024, "TMA store");
+    taken->assign(panel, panel + bytes);
+  };
+  auto write = [=] {
+    emu_each_value(m, x, y, z, w, [&](uint32_t offset, char* to, uint32_t size) {
+      const char* value = taken->data() + offset;
+      if (!to) return;
+      if (!add) memcpy(to, value, size);
+      else if (m.shape.dtype == DType::f32) emu_add<float>(to, value);
+      else if (m.shape.dtype == DType::f16) emu_add<__half>(to, value);
+      else emu_add<bf16>(to, value);
+    });
+  };
+  emu::start_store({read, write, [=] { EMU_RACE(emu::race::tma_wait(op);) }});
+}
+inline void tma_store(const CUtensorMap* map, uint32_t from, int x, int y, int z, int w, EMU_SITE) {
+  emu_tma_store(map, from, x, y, z, w, false, emu_line);
+}
+inline void tma_add(const CUtensorMap* map, uint32_t from, int x, int y, int z, int w, EMU_SITE) {
+  emu_tma_store(map, from, x, y, z, w, true, emu_line);
+}
+inline void tma_commit() { emu::commit_stores(); }
+template <int N> inline void tma_wait_read() { emu::wait_for_stores(N, false); }
+template <int N> inline void tma_wait() { emu::wait_for_stores(N, true); }
 inline void fence_proxy_async() { EMU_RACE(emu::race::proxy_fence();) }
-template <int N> inline void more_registers() {}
-template <int N> inline void fewer_registers() {}
+template <int N> inline void more_registers() { emu::set_registers(N); }
+template <int N> inline void fewer_registers() { emu::set_registers(N); }
+inline uint32_t opaque(uint32_t x) { return x; }
 inline void named_barrier(int id, int threads, EMU_SITE) { emu::bar_sync(id, threads, emu_line); }
-
-// ---- emulated: wgmma ------------------------------------------------------------------------------------------------
-inline void wgmma_fence(EMU_SITE) {
-  emu::wg_collective("wgmma.fence", emu_line, nullptr, [](int, void**) {});
-}
-inline void wgmma_commit(EMU_SITE) {
-  emu::wg_collective("wgmma.commit_group", emu_line, nullptr, [](int g, void**) {
-    emu::B->wg_group[g].push_back(std::move(emu::B->wg_open[g]));
-    emu::B->wg_open[g].clear();
-  });
-}
-template <int N> inline void wgmma_wait(EMU_SITE) {
-  emu::wg_collective("wgmma.wait_group", emu_line, nullptr, [](int g, void**) {
-    auto& groups = emu::B->wg_group[g];
-    while (int(groups.size()) > N) {
-      for (auto& product : groups.front()) product.run();
-      groups.erase(groups.begin());
-    }
-    EMU_RACE(emu::race::wg_wait(g, groups.empty());)
-  });
-}
-// One element of an operand through its descriptor; r is the index across the contraction.
-template <class E> inline float emu_operand([[maybe_unused]] int g, uint64_t d, bool mn_major, int r, int k) {
-  const uint32_t start = uint32_t(d & 0x3fff) << 4, leading = uint32_t(d >> 16 & 0x3fff) << 4;
-  const uint32_t stride = uint32_t(d >> 32 & 0x3fff) << 4;
-  if (d >> 62 != 1) emu::fail("wgmma: only the 128-byte swizzle is emulated");
-  const uint32_t a = emu_swizzle(mn_major ? start + r / 64 * leading + r % 64 * 2 + k / 8 * stride + k % 8 * 128
-                                          : start + r / 8 * stride + r % 8 * 128 + k * 2);
-  EMU_RACE(emu::race::wg_read(g, a - emu::kSmemBase, 2);)
-  uint16_t v;
-  memcpy(&v, emu::smem_ptr(a, 2, 2, "wgmma operand"), 2);
-  return emu_half_of<E>(v, 0);
-}
-template <class E, int R, bool REGISTERS, int TA, int TB>
-inline void emu_wgmma(float (&d)[R][4], const uint32_t* a, uint64_t a_desc, uint64_t b_desc, int add, int line) {
-  constexpr int N = R * 8;
-  struct Arg {
-    float (*d)[4];
-    const uint32_t* a;
-    uint64_t a_desc, b_desc;
-    int add;
-  } arg{d, a, a_desc, b_desc, add};
-  emu::wg_collective("wgmma", line, &arg, [](int g, void** p) {
-    struct Op {
-      float (*d[128])[4];
-      uint32_t a[128][4];
-      uint64_t a_desc, b_desc;
-      int add;
-    };
-    auto op = std::make_shared<Op>();
-    const Arg& first = *static_cast<Arg*>(p[0]);
-    op->a_desc = first.a_desc, op->b_desc = first.b_desc, op->add = first.add;
-    for (int t = 0; t < 128; t++) {
-      const Arg& x = *static_cast<Arg*>(p[t]);
-      if (x.b_desc != op->b_desc || x.add != op->add || (!REGISTERS && x.a_desc != op->a_desc))
-        emu::fail("wgmma: descriptors differ between lanes 0 and %d", t);
-      op->d[t] = x.d;
-      if (REGISTERS) memcpy(op->a[t], x.a, 16);
-    }
-    EMU_RACE(emu::race::wg_issue(g);)
-    auto product = [op, g] {
-      [[maybe_unused]] const emu::Quiet quiet;
-      static thread_local float A[64][16], Bm[16][N];
-      for (int k = 0; k < 16; k++)
-        for (int n = 0; n < N; n++) Bm[k][n] = emu_operand<E>(g, op->b_desc, TB, n, k);
-      for (int r = 0; r < 64; r++)
-        for (int k = 0; k < 16; k++) {
-          const int t = r / 16 * 32 + r % 8 * 4 + k % 8 / 2, word = k / 8 * 2 + r % 16 / 8;
-          A[r][k] = REGISTERS ? emu_half_of<E>(op->a[t][word], k % 2) : emu_operand<E>(g, op->a_desc, TA, r, k);
-        }
-      for (int t = 0; t < 128; t++)
-        for (int j = 0; j < R; j++)
-          for (int e = 0; e < 4; e++) {
-            const int r = t / 32 * 16 + t % 32 / 4 + e / 2 * 8, c = j * 8 + t % 4 * 2 + e % 2;
-            float sum = op->add ? op->d[t][j][e] : 0.f;
-            for (int k = 0; k < 16; k++) sum += A[r][k] * Bm[k][c];
-            op->d[t][j][e] = sum;
-          }
-    };
-    if (emu::opt().lazy_mma) emu::B->wg_open[g].push_back({product});
-    else product();
-  });
-}
-template <class E, int TA, int TB, int R>
-inline void wgmma(float (&d)[R][4], uint64_t a, uint64_t b, int add, EMU_SITE) {
-  emu_wgmma<E, R, false, TA, TB>(d, nullptr, a, b, add, emu_line);
-}
-template <class E, int TB, int R>
-inline void wgmma(float (&d)[R][4], const uint32_t (&a)[4], uint64_t b, int add, EMU_SITE) {
-  emu_wgmma<E, R, true, 0, TB>(d, a, 0, b, add, emu_line);
-}
 #endif
 
 }  // namespace gptfast::cuda

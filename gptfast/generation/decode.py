@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gptfast.generation import graphed
 from gptfast.generation.beam import beam_search
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import read_prompts
@@ -117,6 +118,10 @@ def _run(
     model: LanguageModel, requests: list[Request], assistant: LanguageModel | None, streamer: Streamer | None
 ) -> list[list[float]]:
     """Run the requests to their end; returns the log-probabilities of the new tokens of each row, where asked for."""
+    if assistant is None and streamer is None and graphed.takes(model, requests):
+        graphed.run(model, requests)
+        _raise_error(requests)
+        return []
     scheduler = _scheduler(model, requests, assistant)
     if streamer is not None:
         streamer.put(torch.tensor([requests[0].prompt]))

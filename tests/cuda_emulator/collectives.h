@@ -76,6 +76,58 @@ inline void bar_sync(int id, int count, int line, bool wait = true) {
   if (wait) reschedule();
 }
 
+// ---- TMA stores: each does its parts as late as it may, or at once ---------------------------------------------------
+
+inline void finish(std::function<void()>& part) {
+  [[maybe_unused]] const Quiet quiet;
+  if (part) part();
+  part = nullptr;
+}
+inline void start_store(Store store) {
+  if (!opt().lazy) finish(store.read), finish(store.write);
+  B->cur->store_open.push_back(std::move(store));
+}
+inline void commit_stores() {
+  B->cur->store_group.push_back({std::move(B->cur->store_open)});
+  B->cur->store_open.clear();
+}
+// Until at most `most` groups of this thread have not been read (written).
+inline void wait_for_stores(int most, bool written) {
+  auto& groups = B->cur->store_group;
+  for (int i = 0; i < int(groups.size()) - most; i++) {
+    for (Store& s : groups[size_t(i)].stores) {
+      finish(s.read), finish(s.known);
+      if (written) finish(s.write);
+    }
+    groups[size_t(i)].known = true;
+  }
+}
+// At the end of a thread: its shared memory goes to another block.
+inline void check_stores() {
+  Fiber& me = *B->cur;
+  bool known = me.store_open.empty();
+  for (const StoreGroup& g : me.store_group) known = known && g.known;
+  if (!known) fail("the thread ends while a TMA store may still read shared memory; wait for it (tma_wait_read)");
+  for (StoreGroup& g : me.store_group)
+    for (Store& s : g.stores) finish(s.write);
+}
+
+// ---- registers ------------------------------------------------------------------------------------------------------
+
+// This thread's warpgroup goes on with so many registers a thread. Once all have said so, they must fit into what the
+// block got at its launch, or the last would wait for ever.
+inline void set_registers(int count) {
+  const int groups = B->nwarps / 4, launched = 65536 / B->nthreads / 8 * 8;
+  B->registers[B->cur->warp / 4] = count;
+  int sum = 0;
+  for (int g = 0; g < groups; g++) {
+    if (!B->registers[g]) return;
+    sum += B->registers[g];
+  }
+  if (sum > groups * launched)
+    fail("setmaxnreg: %d warpgroups ask for %d registers, %d a thread were launched", groups, sum, launched);
+}
+
 // ---- addresses ------------------------------------------------------------------------------------------------------
 
 inline void expect_aligned(const void* p, size_t bytes) {

@@ -1,11 +1,11 @@
-// Every wrapper of mma.cuh and hopper.cuh in a small kernel: bits in, bits out. Built by nvcc this library runs the
+// Every wrapper of mma.cuh, hopper.cuh and wgmma.cuh in a small kernel: bits in, bits out. Built by nvcc this library runs the
 // instructions, built by g++ what the emulator takes them for; tests/test_conformance.py holds both to plain definitions.
 #include <map>
 #include <stdexcept>
 #include <string>
 
 #include "../../csrc/cuda/causal_attention_tile.cuh"
-#include "../../csrc/cuda/hopper.cuh"
+#include "../../csrc/cuda/wgmma.cuh"
 
 using namespace gptfast::cuda;
 
@@ -138,6 +138,24 @@ __global__ void tma_kernel(uint32_t* out, const __grid_constant__ CUtensorMap ma
 #endif
 }
 
+// The other way: shared memory, which becomes what `in` holds, is stored as (or added to) the tile at a corner.
+__global__ void tma_store_kernel(const uint32_t* in, const __grid_constant__ CUtensorMap map, Corner at, int rows, int add) {
+#if defined(GPTFAST_HOPPER)
+  DYN_SMEM(smem);
+  uint32_t* words = reinterpret_cast<uint32_t*>(smem);
+  for (int i = threadIdx.x; i < rows * 32; i += blockDim.x) words[i] = in[i];
+  fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x) return;
+  if (add) tma_add(&map, smem_u32(smem), at.x, at.y, at.z, at.w);
+  else tma_store(&map, smem_u32(smem), at.x, at.y, at.z, at.w);
+  tma_commit();
+  tma_wait_read<0>();
+  for (int i = 0; i < rows * 32; i++) words[i] = 0;  // of no consequence any more
+  tma_wait<0>();
+#endif
+}
+
 // Warp 1 hands `steps` rows of 32 words to warp 0 through one row of shared memory and two barriers.
 __global__ void mbarrier_kernel(const uint32_t* in, uint32_t* out, int steps) {
 #if defined(GPTFAST_HOPPER)
@@ -223,17 +241,28 @@ template <class E, int R, bool REGISTERS, int TA, int TB> void run_wgmma(Buffer&
   constexpr int smem = 64 * 128 * (1 + R / 8);
   LAUNCH(kernel, dim3(1), dim3(128), smem, nullptr, in.as<const float>(), out.as<float>(), options[0]);
 }
-// options: the tensor's dimensions, innermost first; the corner; rows of the tile
-void run_tma(Buffer& in, Buffer& out, const int* o) {
-  const uint64_t row = uint64_t(o[0]) * 2, matrix = row * uint64_t(o[1]);
-  const TensorShape shape{in.data,
+// options: the tensor's dimensions, innermost first; the corner; rows of the tile; the dtype's number; whether to add
+CUtensorMap map_of(const void* data, const int* o) {
+  const DType dtype = DType(o[9]);
+  const uint64_t row = uint64_t(o[0]) * (dtype == DType::f32 ? 4 : 2), matrix = row * uint64_t(o[1]);
+  const TensorShape shape{data,
                           {uint64_t(o[0]), uint64_t(o[1]), uint64_t(o[2]), uint64_t(o[3])},
                           {row, matrix, matrix * uint64_t(o[2])},
-                          false};
+                          dtype};
   CUtensorMap map;
   if (!tensor_map(&map, shape, uint32_t(o[8]))) throw std::runtime_error("the driver refuses the tensor map");
+  return map;
+}
+void run_tma(Buffer& in, Buffer& out, const int* o) {
+  const CUtensorMap map = map_of(in.data, o);
   const Corner corner{o[4], o[5], o[6], o[7]};
   LAUNCH(tma_kernel, dim3(1), dim3(64), size_t(o[8]) * 128 + 8, nullptr, out.as<uint32_t>(), map, corner, o[8]);
+}
+void run_tma_store(Buffer& in, Buffer& out, const int* o) {
+  const CUtensorMap map = map_of(out.data, o);
+  const Corner corner{o[4], o[5], o[6], o[7]};
+  LAUNCH(tma_store_kernel, dim3(1), dim3(64), size_t(o[8]) * 128, nullptr, in.as<const uint32_t>(), map, corner, o[8],
+         o[10]);
 }
 void run_mbarrier(Buffer& in, Buffer& out, const int* o) {
   LAUNCH(mbarrier_kernel, dim3(1), dim3(64), 128 + 16, nullptr, in.as<const uint32_t>(), out.as<uint32_t>(), o[0]);
@@ -256,7 +285,7 @@ std::map<std::string, Run> wrappers() {
   all["mma fp16"] = simple<mma_kernel<__half>, 32, 0, const float, float>;
   all["mma tf32"] = simple<mma_tf32_kernel, 32, 0, const float, float>;
   all["warpgroups"] = simple<warpgroups_kernel, 384, 1024, const uint32_t, uint32_t>;
-  all["tma"] = run_tma, all["mbarrier"] = run_mbarrier;
+  all["tma"] = run_tma, all["tma store"] = run_tma_store, all["mbarrier"] = run_mbarrier;
   add_wgmma<bf16, 8>(all, "wgmma bf16 64"), add_wgmma<bf16, 16>(all, "wgmma bf16 128");
   add_wgmma<__half, 8>(all, "wgmma fp16 64"), add_wgmma<__half, 16>(all, "wgmma fp16 128");
   return all;

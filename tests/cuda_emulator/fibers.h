@@ -47,6 +47,13 @@ ctx_switch(void** /*save*/, void* /*to*/) {
 struct Pending {  // one asynchronous operation
   std::function<void()> run;
 };
+struct Store {  // a copy out of shared memory: it reads, and later writes
+  std::function<void()> read, write, known;  // known: the thread has waited until it was read
+};
+struct StoreGroup {
+  std::vector<Store> stores;
+  bool known = false;
+};
 struct Fiber {
   void* sp = nullptr;
   char* stack = nullptr;
@@ -58,6 +65,8 @@ struct Fiber {
   int line = 0;
   std::vector<Pending> cp_open;                // cp.async not yet committed
   std::vector<std::vector<Pending>> cp_group;  // committed groups, oldest first
+  std::vector<Store> store_open;               // the same of TMA stores
+  std::vector<StoreGroup> store_group;
 };
 struct Meet {  // a rendezvous of a set of lanes of one warp
   uint32_t mask = 0, arrived = 0;
@@ -93,9 +102,11 @@ struct Block {
   std::vector<Meet> meet[32];
   Barrier bar[16];
   WgMeet wg[8];
+  bool wg_fenced[8] = {};  // since the last wait
   std::vector<Pending> wg_open[8];
   std::vector<std::vector<Pending>> wg_group[8];
-  std::vector<Pending> async_q;  // TMA operations in flight
+  std::vector<Pending> async_q;  // TMA loads in flight
+  int registers[8] = {};         // of a thread, by warpgroup; 0: as launched
   char* smem = nullptr;
   size_t smem_bytes = 0;
   void* main_sp = nullptr;

@@ -12,6 +12,7 @@ inline void fiber_main() {
   if (!B->main_bottom) B->main_bottom = bottom, B->main_size = size;
 #endif
   B->body();
+  check_stores();
   Fiber* me = B->cur;
   me->done = true;
   me->where = "exit";

@@ -1,6 +1,7 @@
 // Mistakes of every kind that the emulator must catch, one a number; tests/test_emulator.py says what it must say of each.
 //     planted NAME    prints "CAUGHT <message>" or "no complaint: <sum of the results>"
 #include "../../csrc/cuda/common.cuh"
+#include "../../csrc/cuda/hopper.cuh"
 
 using namespace gptfast::cuda;
 
@@ -11,12 +12,15 @@ constexpr int kThreads = 64;
 enum Fault {
   correct, no_barrier, only_syncwarp, overwritten_too_early, never_written, past_dynamic, past_global, divergent_barrier,
   divergent_shuffle, lanes_missing, lane_not_in_mask, trap, misaligned, stack_overflow, bad_block,
-  too_much_shared, faults
+  too_much_shared, store_correct, store_without_fence, store_without_barrier, store_overwritten, store_at_exit,
+  too_many_registers, faults
 };
 const char* const names[faults] = {
     "correct", "no_barrier", "only_syncwarp", "overwritten_too_early", "never_written", "past_dynamic", "past_global",
     "divergent_barrier", "divergent_shuffle", "lanes_missing", "lane_not_in_mask", "trap",
-    "misaligned", "stack_overflow", "bad_block", "too_much_shared"};
+    "misaligned", "stack_overflow", "bad_block", "too_much_shared",
+    "store_correct", "store_without_fence", "store_without_barrier", "store_overwritten", "store_at_exit",
+    "too_many_registers"};
 
 float deep(int n) {
   volatile float local[1024];
@@ -58,6 +62,45 @@ __global__ void faulty(float* out, int fault) {
   out[t + (fault == past_global)] = v;
 }
 
+// The same values by TMA: two rows of 32, which thread 0 stores.
+__global__ void faulty_store(const __grid_constant__ CUtensorMap map, int fault) {
+  DYN_SMEM(smem);
+  const int t = threadIdx.x, row = t / 32, chunk = t % 32 / 4 ^ row;
+  float* mine = reinterpret_cast<float*>(smem) + row * 32 + chunk * 4 + t % 4;
+  *mine = float(t);
+  if (fault != store_without_fence) fence_proxy_async();
+  if (fault != store_without_barrier) __syncthreads();
+  if (t == 0) {
+    tma_store(&map, smem_u32(smem), 0, 0, 0, 0);
+    tma_commit();
+    if (fault != store_overwritten && fault != store_at_exit) tma_wait_read<0>();
+  }
+  __syncthreads();
+  if (fault != store_at_exit) *mine = -1.f;
+  __syncthreads();
+  if (t == 0 && fault == store_overwritten) tma_wait_read<0>();
+}
+// Three warpgroups got 168 registers a thread.
+__global__ void greedy(float*) {
+  if (threadIdx.x < 128) fewer_registers<32>();
+  else more_registers<240>();
+}
+
+void run(int fault, float* out) {
+  if (fault == too_many_registers) {
+    LAUNCH(greedy, dim3(1), dim3(384), 0, nullptr, out);
+  } else if (fault >= store_correct) {
+    CUtensorMap map;
+    const TensorShape shape{out, {32, 2, 1, 1}, {128, 256, 256}, DType::f32};
+    if (!tensor_map(&map, shape, 2)) throw std::runtime_error("no map");
+    LAUNCH(faulty_store, dim3(1), dim3(kThreads), 256, nullptr, map, fault);
+  } else {
+    const int threads = fault == bad_block ? 2048 : kThreads;
+    const size_t smem = fault == too_much_shared ? 300 << 10 : kThreads * sizeof(float);
+    LAUNCH(faulty, dim3(1), dim3(threads), smem, nullptr, out, fault);
+  }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -66,9 +109,7 @@ int main(int, char** arguments) {
   if (fault == faults) return 2;
   float* out = new float[kThreads];
   try {
-    const int threads = fault == bad_block ? 2048 : kThreads;
-    const size_t smem = fault == too_much_shared ? 300 << 10 : kThreads * sizeof(float);
-    LAUNCH(faulty, dim3(1), dim3(threads), smem, nullptr, out, fault);
+    run(fault, out);
     float sum = 0;
     for (int t = 0; t < kThreads; t++) sum += out[t];
     printf("no complaint: %g\n", double(sum));

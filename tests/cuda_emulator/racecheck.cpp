@@ -2,7 +2,7 @@
 //
 // Kernels are compiled with  -DEMU_RACECHECK -fsanitize=thread -c;  this file and the link are not: g++ then calls
 // __tsan_readN and __tsan_writeN at every load and store, and this file answers them with vector clocks.
-// Agents: warps 0 .. 31, the wgmma engine of each warpgroup 32 .. 39, the copy engine 40. Clocks are per warp, so what one
+// Agents: warps 0 .. 31, the wgmma engine of each warpgroup 32 .. 39, TMA's loads 40 and stores 41. Clocks are per warp, so what one
 // lane releases is credited to its warp; lanes of one warp are told apart by __syncwarp and barriers only.
 #include "racecheck.h"
 
@@ -23,7 +23,7 @@ namespace race {
 thread_local int quiet = 0;
 namespace {
 
-constexpr int kAgents = 41, kCopies = 40, kWgmma = 32;
+constexpr int kAgents = 42, kWgmma = 32;
 constexpr uint8_t kManyLanes = 0xff;
 constexpr size_t kGrain = 2;  // bytes that share a cell: no kernel here writes single bytes
 using Clock = std::array<uint32_t, kAgents>;
@@ -38,6 +38,7 @@ struct Cell {  // the last write, and the last read by each agent
   void* r_pc;
 };
 struct Copy {
+  int engine;
   Clock known;
   uint32_t epoch;
 };
@@ -70,7 +71,7 @@ std::string place(void* pc) {
   return s;
 }
 std::string agent_name(int a, int l) {
-  if (a >= kCopies) return "copy engine";
+  if (a >= kLoads) return a == kLoads ? "TMA load" : "TMA store";
   if (a >= kWgmma) return "wgmma of warpgroup " + std::to_string(a - kWgmma);
   return "warp " + std::to_string(a) + (l == kManyLanes ? "" : " lane " + std::to_string(l));
 }
@@ -145,22 +146,25 @@ void proxy_fence() {
   fenced[warp] = clk[warp];
   release(warp);
 }
-int tma_issue() {
-  copies.push_back({release(warp), clk[kCopies]++});
+int tma_issue(Engine engine) {
+  copies.push_back({engine, release(warp), clk[engine]++});
   return int(copies.size()) - 1;
 }
 void tma_done(int id, uint32_t bar, size_t off, size_t n) {
   const Copy& copy = copies[size_t(id)];
-  check({kCopies, 0, nullptr}, copy.known, copy.epoch, off, n, true, true);
+  check({kLoads, 0, nullptr}, copy.known, copy.epoch, off, n, true, true);
   Clock c = copy.known;
-  c[kCopies] = std::max(c[kCopies], copy.epoch);
+  c[kLoads] = std::max(c[kLoads], copy.epoch);
   join(mb[bar], c);
 }
 void tma_read(int id, size_t off, size_t n) {
   const Copy& copy = copies[size_t(id)];
-  check({kCopies, 0, nullptr}, copy.known, copy.epoch, off, n, false, true);
+  check({copy.engine, 0, nullptr}, copy.known, copy.epoch, off, n, false, true);
 }
-void tma_wait(int id) { vc[warp][kCopies] = std::max(vc[warp][kCopies], copies[size_t(id)].epoch); }
+void tma_wait(int id) {
+  const Copy& copy = copies[size_t(id)];
+  vc[warp][copy.engine] = std::max(vc[warp][copy.engine], copy.epoch);
+}
 void wg_issue(int g) {
   for (int w = g * 4; w < g * 4 + 4; w++) join(vc[kWgmma + g], release(w));
 }

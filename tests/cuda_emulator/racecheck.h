@@ -8,6 +8,7 @@ namespace emu {
 namespace race {
 
 extern thread_local int quiet;  // > 0: accesses belong to the emulator
+enum Engine { kLoads = 40, kStores = 41 };  // of TMA
 void reset(const char* smem, size_t bytes);
 void current(int warp, int lane);
 void barrier(uint32_t arrived_warps, const uint32_t* waiting);
@@ -16,7 +17,7 @@ void access(int lane, size_t off, size_t n, bool write);  // generic proxy, curr
 void mb_release(uint32_t bar);
 void mb_acquire(uint32_t bar);
 void proxy_fence();
-int tma_issue();                                               // a copy starts: returns its number
+int tma_issue(Engine engine);                                 // a copy starts: returns its number
 void tma_done(int id, uint32_t bar, size_t off, size_t n);  // it wrote shared memory and completes on `bar`
 void tma_read(int id, size_t off, size_t n);                // it read shared memory (a store or a reduction)
 void tma_wait(int id);                                        // the current warp knows that it has read

@@ -1,0 +1,62 @@
+"""Cached generation with GPT-2 124M in bfloat16: tokens/s in captured steps, and of the loop that waits for every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import gptfast
+from gptfast import generation
+from gptfast.generation import graphed
+from gptfast.generation.config import GenerationConfig
+from gptfast.generation.scheduler import Request
+from gptfast.generation.stopping import Stopping
+
+from .timing import Bench, Run, that_run
+
+OPTIONS: dict[str, Any] = {"top_k": 50, "seed": 3}
+
+
+def configuration(bench: Bench) -> gptfast.GPTConfig:
+    if bench.tiny:
+        return gptfast.GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=24, vocab_size=61, dropout=0.0)
+    return gptfast.GPTConfig.preset("gpt2", dropout=0.0)
+
+
+def runs(bench: Bench, model: gptfast.GPT, rows: int, prompt: int, new: int) -> dict[str, Run]:
+    prompts = torch.randint(model.config.vocab_size, (rows, prompt)).tolist()
+    config = GenerationConfig.of(max_new_tokens=new, **OPTIONS)
+    decoder = graphed.Decoder(model, rows, prompt + new)
+
+    def captured() -> None:
+        """As `model.generate` does it on a GPU; on the emulator the same steps, uncaptured."""
+        with gptfast.backend(bench.backend):
+            graphed.run(model, [Request(ids, config, Stopping(config)) for ids in prompts], decoder)
+
+    def waiting() -> None:
+        with gptfast.backend(bench.backend):
+            for _ in generation.stream(model, prompts, max_new_tokens=new, **OPTIONS):
+                pass
+
+    return {"gptfast": captured, "without graphs": waiting}
+
+
+def measure(bench: Bench) -> list[dict[str, Any]]:
+    model = gptfast.GPT(configuration(bench)).to(bench.device, torch.bfloat16).eval()
+    prompt, new = bench.size(64, 3), bench.size(256, 4)
+    found: list[dict[str, Any]] = []
+    print(f"\n{f'decode, prompts of {prompt}, {new} new':32}{'tokens/s':>12}{'without graphs':>16}{'gptfast is':>12}")
+    for rows in bench.sizes((1, 8, 64), (2,)):
+        candidates = runs(bench, model, rows, prompt, new)
+        able, refused = that_run((name, lambda run=run: run) for name, run in candidates.items())
+        times = bench.milliseconds(able, rounds=5, warmup=1)
+        speeds = {name: rows * new / ms * 1e3 for name, ms in times.items()}
+        shown = {name: f"{speeds[name]:,.0f}" if name in speeds else "-" for name in candidates}
+        both = len(speeds) == len(candidates)
+        ratio = f"{times['without graphs'] / times['gptfast']:.2f}x" if both else "-"
+        print(f"{f'{rows} rows':32}{shown['gptfast']:>12}{shown['without graphs']:>16}{ratio:>12}", flush=True)
+        for name, reason in refused.items():
+            print(f"{name:32}did not run: {reason}")
+        found.append({"what": f"decode, {rows} rows", "ms": times, "tokens/s": speeds, "refused": refused})
+    return found
