@@ -34,6 +34,8 @@ SUITE = {
     "dropout": "not half_a_unit",
     "cross_entropy": "not memory and not underflow and not not_rounded and not outside",
     "causal_attention": "not repeatable and not pure and not RuntimeError",
+    "dequantize_nf4": "not errors",
+    "quantized_linear": "not errors",
     "embedding": "not 2049 and not IndexError and not long_runs and not on_cuda and not outside",
     "sample": "[triton-1-fp32] or [triton-17-fp16] or [triton-100-fp32] or coordinates or unchanged or errors",
 }
@@ -107,11 +109,15 @@ for dtype in (torch.float32, torch.float16):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+NOT_KERNELS = {"dropout_mask", "quantize_groups", "quantize_nf4"}
+ONLY_IN_TRITON = {"dequantize_nf4", "quantized_linear_fwd", "quantized_linear_bwd"}
+
+
 def test_kernels_of_every_op():
     """Whatever has a CUDA kernel has a Triton kernel; linear is PyTorch's own on both."""
-    assert all(has_kernel(op, "triton") for op in ops.__all__ if op != "dropout_mask")
+    assert all(has_kernel(op, "triton") for op in ops.__all__ if op not in NOT_KERNELS)
     defined = {s.split("(")[0] for schemas in gptfast.triton.SCHEMAS.values() for s in schemas}
-    for name in defined:  # the very schemas of the compiled ops
+    for name in defined - ONLY_IN_TRITON:  # the very schemas of the compiled ops
         ours, theirs = (
             getattr(getattr(torch.ops, space), name).default._schema for space in ("gptfast_triton", "gptfast")
         )
@@ -219,7 +225,7 @@ def test_tuning_measures_once_and_remembers(monkeypatch, tmp_path, capsys):
 
 
 def row_kernels() -> None:
-    from gptfast.triton import cross_entropy, dropout, embedding, gelu, layer_norm, sample
+    from gptfast.triton import cross_entropy, dequantize_nf4, dropout, embedding, gelu, layer_norm, sample
 
     x, w, f = torch.empty(64, 768).bfloat16(), torch.empty(768).bfloat16(), torch.empty(64)
     ids, lse = torch.zeros(64, dtype=torch.int64), torch.empty(64, 2)
@@ -236,6 +242,9 @@ def row_kernels() -> None:
     cross_entropy.cross_entropy_fwd(x, ids, -100, 0.1)
     cross_entropy.cross_entropy_bwd(f, x, ids, lse, -100, 0.1)
     cross_entropy.cross_entropy_in_place(x, ids, None, -100, 0.0)
+    nf4 = ops.quantize_nf4(torch.empty(64, 768).fill_(1), double=True)
+    dequantize_nf4.dequantize_nf4(*nf4, [64, 768], 64, torch.bfloat16)
+    dequantize_nf4.dequantize_nf4(nf4.codes, torch.empty(768), None, None, [64, 768], 64, torch.float16)
     with mock.patch.object(sample, "_check"):  # nothing has run: the tokens are whatever was in memory
         sample.sample(x, 1.0, 5, 0.9, 1, ids, ids)
 
@@ -250,6 +259,19 @@ def attention_kernels(D: int, dtype: torch.dtype, dropout_p: float) -> None:
     causal_attention_bwd.causal_attention_bwd(q, q, q, q, q, lse, *options)
 
 
+def quantized_kernels(dtype: torch.dtype) -> None:
+    from gptfast.triton import quantized_linear
+
+    for format, size in (("int8", 32), ("int4", 128), ("nf4", 64)):
+        groups = 768 // size
+        codes = torch.empty(64, 768, dtype=torch.int8) if format == "int8" else torch.empty(64, 384, dtype=torch.uint8)
+        scales = torch.empty(64, groups, dtype=torch.float32 if format == "nf4" else torch.float16)
+        for M in (1, 200):
+            x, dy = torch.empty(M, 768, dtype=dtype), torch.empty(M, 64, dtype=dtype)
+            quantized_linear.quantized_linear_fwd(x, codes, scales, None, format, size)
+            quantized_linear.quantized_linear_bwd(dy, codes, scales, format, size, 768)
+
+
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
@@ -258,7 +280,7 @@ def test_row_kernels_compile(target):
 
     with compiled_for(target) as kernels:
         row_kernels()
-    assert len(kernels) >= 18
+    assert len(kernels) >= 20
     assert all(kernel.metadata.shared <= TARGETS[target][1] for kernel in kernels)
 
 
@@ -281,3 +303,20 @@ def test_attention_compiles_to_tensor_core_instructions(D, dropout_p, target, mo
         assert kernel.metadata.shared <= TARGETS[target][1], name
         assert name == "_join_kernel" or re.search(TENSOR_CORES[target] + "|mma.sync", code), name
     assert any(re.search(TENSOR_CORES[target], k.asm.get("ptx", k.asm.get("amdgcn"))) for k in kernels)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TENSOR_CORES)
+def test_quantized_linear_compiles_to_tensor_core_instructions(target, monkeypatch):
+    from triton_targets import TARGETS, compiled_for
+
+    monkeypatch.setenv("GPTFAST_TRITON_TUNE", "0")
+    with compiled_for(target) as kernels:
+        quantized_kernels(torch.bfloat16)
+    assert {k.metadata.name for k in kernels} == {"_fwd_kernel", "_bwd_kernel", "_sum_rows_kernel"}
+    for kernel in kernels:
+        assert kernel.metadata.shared <= TARGETS[target][1]
+        code = kernel.asm["amdgcn" if target == "gfx942" else "ptx"]
+        found = re.search(TENSOR_CORES[target] + r"|mma\.sync", code)  # wgmma takes 64 rows
+        assert found or kernel.metadata.name == "_sum_rows_kernel", kernel.metadata.name
