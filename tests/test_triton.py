@@ -109,6 +109,37 @@ for dtype in (torch.float32, torch.float16):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@needs_triton
+@pytest.mark.slow
+def test_attention_by_tma():
+    """Tensor descriptors in the interpreter: head dims and lengths that are no multiples of a tile, strided inputs."""
+    code = """
+import torch
+from test_triton import take_tma
+from gptfast.backend import AUTOMATIC
+from gptfast.testing import Case, check_case
+from gptfast.triton import _attention
+import pytest
+AUTOMATIC["cpu"] = ["triton"]
+_attention.has_tma = lambda: True
+described = []
+load = _attention.TensorDescriptor
+_attention.TensorDescriptor = lambda *args: described.append(args) or load(*args)
+take_tma(pytest.MonkeyPatch())
+for T, S, D, layout, options in (
+    (150, 150, 64, "strided", {"dropout_p": 0.1, "seed": 3}),
+    (70, 150, 40, "contiguous", {"window": 50}),
+    (5, 1100, 128, "contiguous", {"seq_lens": torch.tensor([600])}),
+    (80, 80, 24, "contiguous", {"cu_seqlens": torch.tensor([0, 13, 70])}),
+):
+    before = len(described)
+    check_case(Case("causal_attention", {"B": 1, "H": 2, "T": T, "S": S, "D": D}, options, layout), torch.float16)
+    assert len(described) - before == 3 + 5 + 4
+"""
+    result = interpreted(code)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 NOT_KERNELS = {"dropout_mask", "quantize_groups", "quantize_nf4"}
 ONLY_IN_TRITON = {"dequantize_nf4", "quantized_linear_fwd", "quantized_linear_bwd"}
 
@@ -303,6 +334,58 @@ def test_attention_compiles_to_tensor_core_instructions(D, dropout_p, target, mo
         assert kernel.metadata.shared <= TARGETS[target][1], name
         assert name == "_join_kernel" or re.search(TENSOR_CORES[target] + "|mma.sync", code), name
     assert any(re.search(TENSOR_CORES[target], k.asm.get("ptx", k.asm.get("amdgcn"))) for k in kernels)
+
+
+def take_tma(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each choice of tiles the first whose tiles are loaded by TMA."""
+    from gptfast.triton import causal_attention, causal_attention_bwd
+
+    def first_by_tma(kernel, shape_class, candidates, launch):
+        return next(blocks for blocks in candidates if blocks.tma)
+
+    for module in (causal_attention, causal_attention_bwd):
+        monkeypatch.setattr(module, "fastest", first_by_tma)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [64, 128])
+def test_attention_by_tma_compiles(D, monkeypatch):
+    """On Hopper the measurement has a tiling to choose whose loads are bulk copies of tensors."""
+    from triton_targets import TARGETS, compiled_for
+
+    take_tma(monkeypatch)
+    with compiled_for("sm_90") as kernels:
+        attention_kernels(D, torch.bfloat16, 0.0)
+    for kernel in kernels:
+        name, code = kernel.metadata.name, kernel.asm["ptx"]
+        assert kernel.metadata.shared <= TARGETS["sm_90"][1], name
+        assert name == "_join_kernel" or "cp.async.bulk.tensor" in code, name
+    assert sum("wgmma.mma_async" in k.asm["ptx"] for k in kernels) == 3  # all but decoding and joining
+
+
+@needs_triton
+def test_what_tma_can_load(monkeypatch):
+    """Elsewhere, and for tensors that it cannot address, no tiling asks for it."""
+    from triton_targets import compiled_for
+
+    from gptfast.triton._attention import loadable_by_tma
+    from gptfast.triton.causal_attention import block_candidates
+
+    x = torch.empty(2, 9, 3, 4, 64, dtype=torch.float16)[:, :, 1].transpose(1, 2)
+    odd = torch.empty(2, 4, 9, 65, dtype=torch.float16)[..., 1:]  # rows of 130 bytes
+    with compiled_for("sm_90"):
+        assert loadable_by_tma(x, x)
+        assert not loadable_by_tma(x, odd)
+        assert not loadable_by_tma(x, x[..., 4:])  # begins 8 bytes late
+        assert not loadable_by_tma(x.expand(2, 4, 9, 64), x[:1].expand(2, 4, 9, 64))  # a stride of 0
+        assert not loadable_by_tma(x.float())
+    for target in ("sm_80", "gfx942"):
+        with compiled_for(target):
+            assert not loadable_by_tma(x)
+    for D in (64, 128, 256):
+        assert any(b.tma for b in block_candidates(D, x.dtype, 512, True))
+        assert not any(b.tma for b in block_candidates(D, x.dtype, 512, False))
 
 
 @needs_triton

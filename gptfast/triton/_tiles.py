@@ -12,12 +12,13 @@ from gptfast.triton import INTERPRETING
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows and columns of a tile, warps, and stages of the loads' pipeline."""
+    """Rows and columns of a tile, warps, stages of the loads' pipeline, and whether tiles are loaded by TMA."""
 
     m: int
     n: int
     warps: int
     stages: int
+    tma: bool = False
 
     def options(self) -> dict[str, int]:
         """As arguments of a kernel."""
