@@ -111,7 +111,7 @@ for dtype in (torch.float32, torch.float16):
 @needs_triton
 @pytest.mark.slow
 def test_attention_by_tma():
-    """Tensor descriptors in the interpreter: head dims and lengths that are no multiples of a tile, strided inputs."""
+    """Tensor descriptors, which the interpreter has in Triton 3.6 and 3.9, too: head dims and lengths that are no multiples of a tile, strided inputs."""
     code = """
 import torch
 from triton_targets import take_tma
