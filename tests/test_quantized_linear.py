@@ -88,6 +88,19 @@ def test_nf4_rows_are_the_weight():
     torch.testing.assert_close(y, x @ ops.dequantize_nf4(*nf4, shape=(6, 128)).T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("K", "size"), [(40, 32), (1100, 128)])
+def test_what_lies_beyond_is_not_read(K, size):
+    """A row with nan stays alone where rows end within a group; scales past the last, where splits are uneven."""
+    codes, scales = quantized(5, K, "int8", size)
+    scales = torch.cat([scales, torch.full_like(scales, float("nan"))])[:5]
+    x = torch.randn(3, K)
+    expected = reference.quantized_linear(x, codes, scales, group_size=size)
+    x[1] = float("nan")
+    y = ops.quantized_linear(x, codes, scales, group_size=size)
+    assert y[1].isnan().all()
+    torch.testing.assert_close(y[::2], expected[::2], rtol=1e-4, atol=1e-5)
+
+
 def test_leading_dimensions_and_autocast():
     codes, scales = quantized(5, 64, "int8")
     x = torch.randn(2, 3, 64)
