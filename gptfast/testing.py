@@ -122,6 +122,23 @@ def _make_linear(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tenso
     return _randn(c, dtype, g, N, C), (torch.randn(M, C, generator=g) * C**-0.5).to(dtype), bias
 
 
+def _make_quantized(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    N, C, M = (c.dims[k] for k in "NCM")
+    weight, format, size = torch.randn(M, C, generator=g) * C**-0.5, c.options["format"], c.options["group_size"]
+    if format == "nf4":
+        codes, scales = ops.quantize_nf4(weight, block_size=size).rows(M)
+    else:
+        scale_dtype = torch.float32 if c.dims.get("fp32_scales") else torch.float16
+        codes, scales = ops.quantize_groups(weight, format, group_size=size, scale_dtype=scale_dtype)
+    bias = torch.randn(M, generator=g).to(dtype) if c.dims.get("bias", 1) else None
+    return _randn(c, dtype, g, N, C), codes, scales, bias
+
+
+def _make_nf4(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
+    weight = torch.randn(c.options["shape"], generator=g)
+    return ops.quantize_nf4(weight, block_size=c.options["block_size"], double=bool(c.dims.get("double")))
+
+
 def _make_sample(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
     return (_randn(c, dtype, g, c.dims["N"], c.dims["V"], scale=3.0),)
 
@@ -135,8 +152,11 @@ _MAKERS: dict[str, Callable[[Case, torch.dtype, torch.Generator], tuple[Tensor |
     "cross_entropy": _make_loss,
     "linear": _make_linear,
     "linear_cross_entropy": _make_linear_loss,
+    "dequantize_nf4": _make_nf4,
+    "quantized_linear": _make_quantized,
     "sample": _make_sample,
 }
+FROZEN = {"quantized_linear": (2,), "dequantize_nf4": (1, 2, 3)}  # arguments that are floats and have no gradient
 
 
 # ---- least work ---------------------------------------------------------------------------------------------------
@@ -203,6 +223,16 @@ def _loss(N: int, V: int, layout: str = "contiguous", bench: bool = False, **opt
 def _linear(N: int, C: int, M: int, layout: str = "contiguous", bench: bool = False, **extra: Any) -> Case:
     dims = {"N": N, "C": C, "M": M, **{k: extra.pop(k) for k in ("bias",) if k in extra}}
     return Case("linear", dims, extra, layout, bench)
+
+
+def _quantized(N: int, C: int, M: int, format: str, group_size: int, layout: str = "contiguous", **dims: int) -> Case:
+    return Case(
+        "quantized_linear", {"N": N, "C": C, "M": M, **dims}, {"format": format, "group_size": group_size}, layout
+    )
+
+
+def _nf4(*shape: int, block_size: int = 64, dtype: torch.dtype = torch.float32, **dims: int) -> Case:
+    return Case("dequantize_nf4", dims, {"shape": shape, "block_size": block_size, "dtype": dtype})
 
 
 def _linear_loss(N: int, C: int, V: int, bench: bool = False, **options: Any) -> Case:
@@ -309,6 +339,25 @@ CASES: dict[str, list[Case]] = {
         _linear_loss(11, 24, 2049, ignore_index=3),
         _linear_loss(2048, 768, 50257, bench=True),
     ],
+    "dequantize_nf4": [
+        _nf4(1),
+        _nf4(3, 5, block_size=16, dtype=torch.float16),
+        _nf4(40, 100, double=1),
+        _nf4(7, 33, 11, block_size=32, dtype=torch.float16, double=1),
+        _nf4(300, 64, block_size=4096),
+        _nf4(0, 8),
+    ],
+    "quantized_linear": [
+        _quantized(1, 1, 1, "int8", 32),
+        _quantized(1, 768, 40, "int4", 32),  # decoding: the groups are split among programs
+        _quantized(5, 512, 33, "nf4", 64, bias=0),
+        _quantized(16, 1100, 17, "int8", 128, "strided"),
+        _quantized(17, 100, 65, "int4", 32, "strided", bias=0, fp32_scales=1),
+        _quantized(67, 256, 70, "nf4", 128),
+        _quantized(97, 33, 130, "int8", 64, fp32_scales=1),
+        _quantized(0, 64, 4, "int4", 64),
+        _quantized(3, 64, 0, "int8", 32),
+    ],
     "sample": [
         Case("sample", {"N": 3, "V": 15}),
         Case("sample", {"N": 8, "V": 50257}, {"temperature": 0.8, "top_p": 0.9}, bench=True),
@@ -368,9 +417,10 @@ def run(
         base = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
         return base.copy_(t) if t.numel() else base
 
+    frozen = FROZEN.get(case.op, ())
     args = [
-        widen(there(a)).requires_grad_() if a is not None and a.is_floating_point() else a if a is None else there(a)
-        for a in case.inputs(dtype, seed)
+        a if a is None else widen(there(a)).requires_grad_(n not in frozen) if a.is_floating_point() else there(a)
+        for n, a in enumerate(case.inputs(dtype, seed))
     ]
     options = {k: there(v) if isinstance(v, Tensor) else v for k, v in case.options.items()}
     outputs = _floats(fn(*args, **options))

@@ -32,6 +32,17 @@ def test_parity(case, dtype):
     check_case(case, dtype, device="cuda")
 
 
+@pytest.mark.parametrize("tiling", range(5))
+@pytest.mark.parametrize("case", cases("causal_attention") + DECODING, ids=lambda c: c.id)
+def test_every_tiling_of_attention(case, tiling, monkeypatch):
+    """Whatever the tuner may choose, by TMA too where the GPU has it."""
+    from gptfast.triton import causal_attention, causal_attention_bwd
+
+    for module in (causal_attention, causal_attention_bwd):
+        monkeypatch.setattr(module, "fastest", lambda kernel, kind, blocks, launch: blocks[tiling % len(blocks)])
+    check_case(case, torch.bfloat16, device="cuda")
+
+
 @pytest.mark.parametrize("case", ALL, ids=lambda c: f"{c.op}-{c.id}")
 def test_repeats_bit_for_bit(case):
     first, again = (run(getattr(ops, case.op), case, torch.bfloat16, device="cuda") for _ in range(2))

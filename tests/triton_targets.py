@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -51,3 +52,14 @@ def compiled_for(name: str) -> Iterator[list[Any]]:
         yield kernels
     finally:
         JITFunction.run, driver._active = run, before
+
+
+def take_tma(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each choice of tiles the first whose tiles are loaded by TMA."""
+    from gptfast.triton import causal_attention, causal_attention_bwd
+
+    def first_by_tma(kernel, shape_class, candidates, launch):
+        return next(blocks for blocks in candidates if blocks.tma)
+
+    for module in (causal_attention, causal_attention_bwd):
+        monkeypatch.setattr(module, "fastest", first_by_tma)

@@ -3,12 +3,14 @@
 from gptfast.ops.add_layer_norm import add_layer_norm
 from gptfast.ops.causal_attention import causal_attention
 from gptfast.ops.cross_entropy import cross_entropy
+from gptfast.ops.dequantize_nf4 import dequantize_nf4, quantize_nf4
 from gptfast.ops.dropout import dropout, dropout_mask
 from gptfast.ops.embedding import embedding
 from gptfast.ops.gelu import gelu
 from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear import linear
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
+from gptfast.ops.quantized_linear import quantize_groups, quantized_linear
 from gptfast.ops.sample import sample
 from gptfast.triton import register as _register_triton
 
@@ -16,6 +18,7 @@ __all__ = [
     "add_layer_norm",
     "causal_attention",
     "cross_entropy",
+    "dequantize_nf4",
     "dropout",
     "dropout_mask",
     "embedding",
@@ -24,6 +27,9 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_logprobs",
+    "quantize_groups",
+    "quantize_nf4",
+    "quantized_linear",
     "sample",
 ]
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast import rng
+from gptfast.ops._codes import NESTED_BLOCK, dynamic_values, nf4_values, unpack_pairs
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -148,6 +149,56 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     if activation is None:
         return y
     return gelu(y, None, "tanh" if activation == "gelu_tanh" else "none")
+
+
+def nf4_absmax(absmax: Tensor, nested_absmax: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    """(blocks,) scales of NF4, out of their 8 bits where they are doubly quantised."""
+    if nested_absmax is None or offset is None:
+        return absmax.flatten()
+    nested = nested_absmax.flatten().repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
+    return dynamic_values(absmax.device)[absmax.flatten().long()] * nested + offset
+
+
+def dequantize_nf4(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    shape: tuple[int, ...],
+    block_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    n = math.prod(shape)
+    values = nf4_values(codes.device)[unpack_pairs(codes.flatten())[:n].long()]
+    scales = nf4_absmax(absmax, nested_absmax, offset).repeat_interleave(block_size)[:n]
+    return (values * scales).to(dtype).view(shape)
+
+
+def dequantize_groups(codes: Tensor, scales: Tensor, format: str, group_size: int) -> Tensor:
+    """(N, G * group_size): each value of a code times the scale of its group."""
+    if format == "int8":
+        values = codes.float()
+    elif format == "int4":
+        values = unpack_pairs(codes).float() - 8
+    else:
+        values = nf4_values(codes.device)[unpack_pairs(codes).long()]
+    return (values.unflatten(1, (-1, group_size)) * _upcast(scales)[..., None]).flatten(1)
+
+
+def quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    format: str = "int8",
+    group_size: int = 32,
+) -> Tensor:
+    xf = _upcast(x)
+    weight = dequantize_groups(codes, scales, format, group_size)[:, : x.shape[-1]].to(xf.dtype)  # N K
+    y = F.linear(xf, weight)
+    return (y if bias is None else y + bias.to(xf.dtype)).to(x.dtype)
 
 
 def cross_entropy(

@@ -66,6 +66,15 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         "sample(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor position, Tensor stream) "
         "-> Tensor",
     ),
+    "dequantize_nf4": (
+        "dequantize_nf4(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, SymInt[] shape, "
+        "int block_size, ScalarType dtype) -> Tensor",
+    ),
+    "quantized_linear": (
+        "quantized_linear_fwd(Tensor x, Tensor codes, Tensor scales, Tensor? bias, str format, int group_size) -> Tensor",
+        "quantized_linear_bwd(Tensor dy, Tensor codes, Tensor scales, str format, int group_size, SymInt in_features) "
+        "-> Tensor",
+    ),
 }
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # keeps the registrations alive

@@ -1,4 +1,4 @@
-"""What the forward and the backward kernels of attention share: which keys a query sees, tiles, sizes of blocks.
+"""What the forward and the backward kernels of attention share: their arguments, which keys a query sees, tiles.
 
 Every mask is an interval of keys for each query (see ops.causal_attention): causal, window, seq_lens and cu_seqlens only
 move its ends. So the blocks that a block of queries meets are, from left to right, some masked ones, some that every query
@@ -7,27 +7,67 @@ sees whole, and some masked ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gptfast.triton import INTERPRETING
+from gptfast.triton._philox import dropout_arguments
+from gptfast.triton._tiles import Blocks, product_dtype
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Queries and keys of a tile, warps, and stages of the loads' pipeline."""
+class Heads(NamedTuple):
+    """A tensor (B, H, T, D) in kernels: its data, and the strides of B, H and T."""
 
-    m: int
-    n: int
-    warps: int
-    stages: int
+    data: Tensor
+    b: int
+    h: int
+    t: int
+
+
+class Mask(NamedTuple):
+    """What moves the ends of the interval of keys that a query sees, besides causality."""
+
+    seq_lens: Tensor | None  # (B,)
+    starts: Tensor | None  # (T,) of the document that a position lies in
+    ends: Tensor | None  # (T,)
+    window: int  # 0: none
+
+
+def common_arguments(
+    q: Tensor,
+    k: Tensor,
+    seq_lens: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    offset: int,
+    window: int,
+) -> dict[str, Any]:
+    """The arguments that every kernel of a call takes besides its tensors and the sizes of its tiles."""
+    B, H, T, D = q.shape
+    mask = Mask(None if seq_lens is None else seq_lens.contiguous(), *documents(cu_seqlens, T), window)
+    dropout = dropout_arguments(dropout_p, seed, offset)
+    sizes = {"heads": B * H, "H": H, "T": T, "S": k.shape[2], "D": D, "BLOCK_D": padded(D)}
+    options = {"CAUSAL": causal, "WINDOW": window > 0, "DROP": dropout[0] != 0, "DTYPE": product_dtype(q.dtype)}
+    return {**sizes, "scale": scale, "mask": mask, "dropout": dropout, **options}
+
+
+def shape_class(q: Tensor, common: dict[str, Any]) -> tuple[object, ...]:
+    """What the best tile depends on; lengths by powers of two, since generation meets every length."""
+    lengths = (triton.next_power_of_2(common[name]) for name in "TS")
+    options = (common[name] for name in ("CAUSAL", "WINDOW", "DROP"))
+    return str(q.dtype), common["BLOCK_D"], *lengths, *options
 
 
 def float32_blocks(D: int) -> list[Blocks]:
@@ -42,12 +82,6 @@ def padded(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
-def shape_class(q: Tensor, S: int, options: tuple[bool, ...]) -> tuple[object, ...]:
-    """What the best tile depends on; lengths by powers of two, since generation meets every length."""
-    T, D = q.shape[2:]
-    return str(q.dtype), padded(D), triton.next_power_of_2(T), triton.next_power_of_2(S), *options
-
-
 def heads_of(x: Tensor) -> Tensor:
     """x (B, H, T, D) with a contiguous last dimension."""
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
@@ -59,11 +93,33 @@ def new_heads(like: Tensor) -> Tensor:
     return torch.empty((B, T, H, D), dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
-def product_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What the tensor cores multiply: the inputs' dtype, but float32 for bfloat16 in the interpreter, which errs there."""
-    if dtype == torch.bfloat16:
-        return tl.float32 if INTERPRETING else tl.bfloat16
-    return tl.float16 if dtype == torch.float16 else tl.float32
+def heads(x: Tensor) -> Heads:
+    return Heads(x, *x.stride()[-4:-1])
+
+
+def operand(x: Tensor, rows: int, blocks: Blocks) -> Heads | TensorDescriptor:
+    """x (B, H, T, D) as `load_tile` takes it for tiles of `rows` rows."""
+    if not blocks.tma:
+        return heads(x)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, padded(x.shape[3])])
+
+
+def loadable_by_tma(*tensors: Tensor) -> bool:
+    """16-bit tensors whose addresses and strides are multiples of 16 bytes (CUDA driver API, cuTensorMapEncodeTiled), on
+    a GPU that has the Tensor Memory Accelerator."""
+
+    def aligned(x: Tensor) -> bool:
+        strides = x.stride()
+        return x.data_ptr() % 16 == 0 and strides[3] == 1 and all(s > 0 and s * 2 % 16 == 0 for s in strides[:3])
+
+    return has_tma() and all(x.element_size() == 2 and aligned(x) for x in tensors)
+
+
+def has_tma() -> bool:
+    if INTERPRETING:
+        return False
+    target = driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
 
 
 def documents(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, Tensor | None]:
@@ -80,44 +136,72 @@ def documents(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, Tensor 
 
 
 @triton.jit
-def visible_interval(i, T, S, seq_len, starts, ends, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def visible_interval(i, T, S, seq_len, mask, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """[first, end) of the keys that each query of i, all < T, may see."""
     first = tl.zeros_like(i)
     end = first + tl.minimum(seq_len, S)
     if CAUSAL:
         end = tl.maximum(tl.minimum(end, i + (S - T) + 1), 0)
     if WINDOW:
-        first = tl.maximum(first, i + (S - T) + 1 - window)
-    if starts is not None:
-        first = tl.maximum(first, tl.load(starts + i))
-        end = tl.minimum(end, tl.load(ends + i))
+        first = tl.maximum(first, i + (S - T) + 1 - mask.window)
+    if mask.starts is not None:
+        first = tl.maximum(first, tl.load(mask.starts + i))
+        end = tl.minimum(end, tl.load(mask.ends + i))
     return first, end
 
 
 @triton.jit
-def keys_of_batch(seq_lens, b, S):
+def keys_of_batch(mask, b, S):
     """How many keys of batch row b count."""
-    if seq_lens is None:
+    if mask.seq_lens is None:
         return S
     else:
-        return tl.load(seq_lens + b).to(tl.int32)
+        return tl.load(mask.seq_lens + b).to(tl.int32)
 
 
 @triton.jit
-def head_pointer(x, strides, head, H):
-    """Start of matrix `head` (= b H + h)."""
-    return x + (head // H).to(tl.int64) * strides[0] + (head % H).to(tl.int64) * strides[1]
+def keys_of_queries(i, b, T, S, mask, split, splits, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[first, end) of the keys that each query of i sees, and the edges (low, whole_low, whole_high, high) of this split's
+    share of them: between the inner two every query sees every key. All edges but high are multiples of BLOCK_N."""
+    first, end = visible_interval(i, T, S, keys_of_batch(mask, b, S), mask, CAUSAL, WINDOW)
+    low = tl.min(tl.where(first < end, first, S), 0) // BLOCK_N * BLOCK_N
+    high = tl.max(end, 0)
+    share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N
+    low += split * share
+    high = tl.minimum(high, low + share)
+    whole_low = tl.maximum(low, tl.cdiv(tl.max(first, 0), BLOCK_N) * BLOCK_N)
+    whole_low = tl.minimum(whole_low, tl.cdiv(high, BLOCK_N) * BLOCK_N)
+    whole_high = tl.maximum(whole_low, tl.minimum(high, tl.min(end, 0)) // BLOCK_N * BLOCK_N)
+    return first, end, (low, whole_low, whole_high, high)
 
 
 @triton.jit
-def load_tile(x, stride, t0, T, D: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows t0, t0 + 1, … of a matrix (T, D); past its end the last row again, past D zeros."""
-    t, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    place = tl.cast(t0, tl.int64) * stride + tl.minimum(t, T - 1 - t0)[:, None] * stride + d[None, :]
-    if D == COLUMNS:
-        return tl.load(x + place).to(DTYPE)
+def load_tile(x, head, H, t0, T, D: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows t0, t0 + 1, … of matrix `head` (= b H + h) of an operand; past D zeros; past the end the last row again, or by
+    TMA zeros."""
+    if isinstance(x, tl.tensor_descriptor):
+        return x.load([head // H, head % H, t0, 0]).reshape(ROWS, COLUMNS).to(DTYPE)
     else:
-        return tl.load(x + place, d[None, :] < D, other=0.0).to(DTYPE)
+        t, d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+        place = tl.cast(t0, tl.int64) * x.t + tl.minimum(t, T - 1 - t0)[:, None] * x.t + d[None, :]
+        if D == COLUMNS:
+            return tl.load(_matrix(x, head, H) + place).to(DTYPE)
+        else:
+            return tl.load(_matrix(x, head, H) + place, d[None, :] < D, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def store_tile(x, head, H, t0, T, values, D: tl.constexpr):
+    """The inverse of load_tile: rows past T and columns past D are left out."""
+    t, d = t0 + tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
+    place = t.to(tl.int64)[:, None] * x.t + d[None, :]
+    inside = (t[:, None] < T) & (d[None, :] < D)
+    tl.store(_matrix(x, head, H) + place, values.to(x.data.dtype.element_ty), inside)
+
+
+@triton.jit
+def _matrix(x, head, H):
+    return x.data + (head // H).to(tl.int64) * x.b + (head % H).to(tl.int64) * x.h
 
 
 @triton.jit

@@ -54,14 +54,15 @@ def fastest(
 
 
 def _measure(kernel: str, candidates: Sequence[Candidate], launch: Callable[[Candidate], None]) -> int:
-    """Which of the candidates runs fastest; says on stderr how long it took to know."""
+    """Which of the candidates runs fastest; says on stderr how long it took to know. One that fails is not taken: if all
+    do, the call itself raises what is wrong."""
     start, times = time.perf_counter(), []
     for candidate in candidates:
         if times and time.perf_counter() - start > LIMIT_S:
             break
         try:
             times.append(_milliseconds(lambda c=candidate: launch(c)))
-        except triton.runtime.errors.OutOfResources:  # needs more shared memory than this GPU has
+        except (triton.runtime.errors.OutOfResources, RuntimeError):  # shared memory; Triton's compiler or driver
             times.append(math.inf)
     seconds = time.perf_counter() - start
     print(f"gptfast: {kernel}: tried {len(times)} tilings in {seconds:.1f} s, once for this GPU", file=sys.stderr)

@@ -8,6 +8,8 @@ al., 2023).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -16,21 +18,22 @@ from torch import Tensor
 from gptfast.triton._attention import (
     LN2,
     LOG2E,
-    Blocks,
-    documents,
+    common_arguments,
     finite,
     float32_blocks,
-    head_pointer,
+    heads,
     heads_of,
-    keys_of_batch,
+    keys_of_queries,
     load_tile,
+    loadable_by_tma,
     new_heads,
+    operand,
     padded,
-    product_dtype,
     shape_class,
-    visible_interval,
+    store_tile,
 )
-from gptfast.triton._philox import dropout_arguments, keep_mask
+from gptfast.triton._philox import keep_mask
+from gptfast.triton._tiles import Blocks
 from gptfast.triton._tuning import fastest
 
 FEW_QUERIES = 16
@@ -64,139 +67,76 @@ def causal_attention_fwd(
     if splits > 1:
         parts = torch.empty((splits, B, H, T, D), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, B, H, T), dtype=torch.float32, device=q.device)
-    seq_lens = None if seq_lens is None else seq_lens.contiguous()
-    starts, ends = documents(cu_seqlens, T)
-    dropout = dropout_arguments(dropout_p, seed, offset)
+    common = common_arguments(q, k, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window)
 
     def launch(blocks: Blocks) -> None:
-        _fwd_kernel[(triton.cdiv(T, blocks.m) * B * H * splits,)](
-            q,
-            k,
-            v,
-            parts,
-            part_lse,
-            q.stride()[:3],
-            k.stride()[:3],
-            v.stride()[:3],
-            parts.stride()[-4:-1],
-            B * H,
-            H,
-            T,
-            S,
-            scale,
-            seq_lens,
-            starts,
-            ends,
-            window,
-            dropout,
-            splits,
-            CAUSAL=causal,
-            WINDOW=window > 0,
-            DROP=dropout[0] != 0,
-            SPLIT=splits > 1,
-            DTYPE=product_dtype(q.dtype),
-            D=D,
-            BLOCK_M=blocks.m,
-            BLOCK_N=blocks.n,
-            BLOCK_D=padded(D),
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-        )
+        operands = operand(q, blocks.m, blocks), operand(k, blocks.n, blocks), operand(v, blocks.n, blocks)
+        grid = (triton.cdiv(T, blocks.m) * B * H * splits,)
+        _fwd_kernel[grid](*operands, heads(parts), part_lse, splits=splits, **common, **blocks.options())
 
-    options = (causal, window > 0, dropout[0] != 0)
-    launch(fastest("causal_attention_fwd", shape_class(q, S, options), block_candidates(D, q.dtype, T), launch))
+    candidates = block_candidates(D, q.dtype, T, loadable_by_tma(q, k, v))
+    launch(fastest("causal_attention_fwd", shape_class(q, common), candidates, launch))
     if splits > 1:
-        _join_kernel[(B * H * T,)](
-            parts,
-            part_lse,
-            out,
-            lse,
-            out.stride()[:3],
-            H,
-            T,
-            splits,
-            D=D,
-            BLOCK_S=MOST_SPLITS,
-            BLOCK_D=padded(D),
-            num_warps=4,
-        )
+        sizes = {"D": D, "BLOCK_S": MOST_SPLITS, "BLOCK_D": padded(D)}
+        _join_kernel[(B * H * T,)](parts, part_lse, heads(out), lse, H, T, splits, **sizes, num_warps=4)
     return out, lse
 
 
-def block_candidates(D: int, dtype: torch.dtype, T: int) -> list[Blocks]:
+def block_candidates(D: int, dtype: torch.dtype, T: int, tma: bool) -> list[Blocks]:
     """Tiles worth trying, the one expected to be best first; all fit the shared memory of the GPUs that are tested for."""
     if dtype == torch.float32:
         found = float32_blocks(D)
     elif padded(D) <= 64:
         found = [Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)]
+        found += [Blocks(128, 128, 8, 3, tma), Blocks(128, 64, 4, 3, tma)] if tma else []
     elif padded(D) == 128:
         found = [Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(128, 32, 4, 3)]
+        found += [Blocks(128, 128, 8, 2, tma), Blocks(128, 64, 8, 3, tma)] if tma else []
     else:
         found = [Blocks(64, 32, 4, 2), Blocks(128, 32, 8, 2)]
+        found += [Blocks(128, 64, 8, 2, tma)] if tma else []
     rows = max(16, triton.next_power_of_2(T))
-    return list(dict.fromkeys(Blocks(min(b.m, rows), b.n, b.warps, b.stages) for b in found))
+    return list(dict.fromkeys(replace(b, m=min(b.m, rows)) for b in found))
 
 
-@triton.jit(do_not_specialize=["window", "dropout", "splits"])
+@triton.jit(do_not_specialize=["mask", "dropout", "splits"])
 def _fwd_kernel(
     q,
     k,
     v,
     out,
     lse,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
     heads,
     H,
     T,
     S,
     scale,
-    seq_lens,
-    starts,
-    ends,
-    window,
+    mask,
     dropout,
     splits,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     DROP: tl.constexpr,
-    SPLIT: tl.constexpr,
     DTYPE: tl.constexpr,
     D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     head = tl.program_id(0) % heads
     split = tl.program_id(0) // heads % splits
     m0 = (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // heads // splits) * BLOCK_M  # late queries see most: first
     row = m0 + tl.arange(0, BLOCK_M)
     i = tl.minimum(row, T - 1)  # past the end the last query again, which is not stored
-    queries = load_tile(head_pointer(q, q_strides, head, H), q_strides[2], m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
-    k, v = head_pointer(k, k_strides, head, H), head_pointer(v, v_strides, head, H)
-
-    seq_len = keys_of_batch(seq_lens, head // H, S)
-    first, end = visible_interval(i, T, S, seq_len, starts, ends, window, CAUSAL, WINDOW)
-    low = tl.min(tl.where(first < end, first, S), 0) // BLOCK_N * BLOCK_N
-    high = tl.max(end, 0)
-    if SPLIT:
-        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N
-        low += split * share
-        high = tl.minimum(high, low + share)
-    # From whole_low to whole_high every query sees every key.
-    whole_low = tl.maximum(low, tl.cdiv(tl.max(first, 0), BLOCK_N) * BLOCK_N)
-    whole_low = tl.minimum(whole_low, tl.cdiv(high, BLOCK_N) * BLOCK_N)
-    whole_high = tl.maximum(whole_low, tl.minimum(high, tl.min(end, 0)) // BLOCK_N * BLOCK_N)
-    edges = (low, whole_low, whole_high, high)
+    queries = load_tile(q, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
+    first, end, edges = keys_of_queries(i, head // H, T, S, mask, split, splits, CAUSAL, WINDOW, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for part in tl.static_range(0 if WINDOW or starts is not None else 1, 3):  # masked, whole, masked
+    for part in tl.static_range(0 if WINDOW or mask.starts is not None else 1, 3):  # masked, whole, masked
         for n0 in range(edges[part], edges[part + 1], BLOCK_N):
-            keys = load_tile(k, k_strides[2], n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+            keys = load_tile(k, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
             if part != 1:
                 j = n0 + tl.arange(0, BLOCK_N)[None, :]
@@ -210,7 +150,7 @@ def _fwd_kernel(
             total = total * shrink + tl.sum(p, 1)
             if DROP:
                 p = tl.where(keep_mask(head, i, n0, dropout, BLOCK_N), p, 0.0)
-            values = load_tile(v, v_strides[2], n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+            values = load_tile(v, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
             acc = acc * shrink[:, None]
             if part != 1:
                 acc += _infinities(values, visible)
@@ -220,14 +160,9 @@ def _fwd_kernel(
     kept_scale = dropout[1] if DROP else 1.0
     acc = acc * tl.where(total == 0, 0.0, kept_scale / total)[:, None]
     level = tl.where(total == 0, float("-inf"), (top + tl.log2(total)) * LN2)
-    if SPLIT:
-        out += (split * heads).to(tl.int64) * T * D
-        lse += (split * heads).to(tl.int64) * T
-    d = tl.arange(0, BLOCK_D)
-    place = row.to(tl.int64)[:, None] * out_strides[2] + d[None, :]
-    inside = (row[:, None] < T) & (d[None, :] < D)
-    tl.store(head_pointer(out, out_strides, head, H) + place, acc.to(out.dtype.element_ty), inside)
-    tl.store(lse + head.to(tl.int64) * T + row, level, row < T)
+    matrix = split * heads + head
+    store_tile(out, matrix, H, m0, T, acc, D)
+    tl.store(lse + matrix.to(tl.int64) * T + row, level, row < T)
 
 
 @triton.jit
@@ -245,17 +180,7 @@ def _infinities(values, visible):
 
 @triton.jit(do_not_specialize=["splits"])
 def _join_kernel(
-    parts,
-    part_lse,
-    out,
-    lse,
-    out_strides,
-    H,
-    T,
-    splits,
-    D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    parts, part_lse, out, lse, H, T, splits, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """out = sum_s exp(lse_s - lse) parts_s,  lse = log sum_s exp(lse_s), for one query of one head a program."""
     row = tl.program_id(0).to(tl.int64)
@@ -268,7 +193,5 @@ def _join_kernel(
     inside = (s[:, None] < splits) & (d[None, :] < D)
     values = tl.load(parts + (s[:, None] * rows + row) * D + d[None, :], inside, other=0.0)
     joined = tl.sum(values * weights[:, None], 0) * tl.where(total == 0, 0.0, 1.0 / total)
-    head = (row // T).to(tl.int32)
     tl.store(lse + row, tl.where(total == 0, float("-inf"), (top + tl.log2(total)) * LN2))
-    place = head_pointer(out, out_strides, head, H) + row % T * out_strides[2] + d
-    tl.store(place, joined.to(out.dtype.element_ty), d < D)
+    store_tile(out, (row // T).to(tl.int32), H, (row % T).to(tl.int32), T, joined[None, :], D)

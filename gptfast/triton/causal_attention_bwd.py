@@ -17,21 +17,24 @@ from torch import Tensor
 
 from gptfast.triton._attention import (
     LOG2E,
-    Blocks,
-    documents,
+    common_arguments,
     finite,
     float32_blocks,
-    head_pointer,
+    heads,
     heads_of,
     keys_of_batch,
+    keys_of_queries,
     load_tile,
+    loadable_by_tma,
     new_heads,
+    operand,
     padded,
-    product_dtype,
     shape_class,
+    store_tile,
     visible_interval,
 )
-from gptfast.triton._philox import dropout_arguments, keep_mask
+from gptfast.triton._philox import keep_mask
+from gptfast.triton._tiles import Blocks
 from gptfast.triton._tuning import fastest
 
 
@@ -57,77 +60,60 @@ def causal_attention_bwd(
     if not (B * H * T and S):
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, out, dout = (heads_of(x) for x in (q, k, v, out, dout))
-    delta = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    seq_lens = None if seq_lens is None else seq_lens.contiguous()
-    starts, ends = documents(cu_seqlens, T)
-    dropout = dropout_arguments(dropout_p, seed, offset)
-    shared = (lse.contiguous(), delta, B * H, H, T, S, scale, seq_lens, starts, ends, window, dropout)
-    options = {
-        "CAUSAL": causal,
-        "WINDOW": window > 0,
-        "DROP": dropout[0] != 0,
-        "DTYPE": product_dtype(q.dtype),
-        "D": D,
-        "BLOCK_D": padded(D),
-    }
+    statistics = lse.contiguous(), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    common = common_arguments(q, k, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window)
 
     def launch_dq(blocks: Blocks) -> None:
-        strides = tuple(x.stride()[:3] for x in (q, k, v, out, dout, dq))
-        _dq_kernel[(triton.cdiv(T, blocks.m) * B * H,)](
-            q, k, v, out, dout, dq, *strides, *shared, **options, **_sizes(blocks)
-        )
+        operands = [operand(x, blocks.m, blocks) for x in (q, dout, out)]
+        operands += [operand(x, blocks.n, blocks) for x in (k, v)]
+        grid = (triton.cdiv(T, blocks.m) * B * H,)
+        _dq_kernel[grid](*operands, heads(dq), *statistics, **common, **blocks.options())
 
     def launch_dkdv(blocks: Blocks) -> None:
-        strides = tuple(x.stride()[:3] for x in (q, k, v, dout, dk, dv))
-        _dkdv_kernel[(triton.cdiv(S, blocks.n) * B * H,)](
-            q, k, v, dout, dk, dv, *strides, *shared, **options, **_sizes(blocks)
-        )
+        operands = [operand(x, blocks.m, blocks) for x in (q, dout)]
+        operands += [operand(x, blocks.n, blocks) for x in (k, v)]
+        grid = (triton.cdiv(S, blocks.n) * B * H,)
+        _dkdv_kernel[grid](*operands, heads(dk), heads(dv), *statistics, **common, **blocks.options())
 
-    kind = shape_class(q, S, (causal, window > 0, dropout[0] != 0))
-    launch_dq(fastest("causal_attention_bwd_dq", kind, dq_candidates(D, q.dtype), launch_dq))
-    launch_dkdv(fastest("causal_attention_bwd_dkdv", kind, dkdv_candidates(D, q.dtype), launch_dkdv))
+    kind, tma = shape_class(q, common), loadable_by_tma(q, k, v, out, dout)
+    launch_dq(fastest("causal_attention_bwd_dq", kind, dq_candidates(D, q.dtype, tma), launch_dq))
+    launch_dkdv(fastest("causal_attention_bwd_dkdv", kind, dkdv_candidates(D, q.dtype, tma), launch_dkdv))
     return dq, dk, dv
 
 
-def _sizes(blocks: Blocks) -> dict[str, int]:
-    return {"BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "num_warps": blocks.warps, "num_stages": blocks.stages}
-
-
-def dq_candidates(D: int, dtype: torch.dtype) -> list[Blocks]:
+def dq_candidates(D: int, dtype: torch.dtype, tma: bool) -> list[Blocks]:
     """Tiles worth trying, the one expected to be best first."""
     if dtype == torch.float32:
         return float32_blocks(D)
     if padded(D) <= 64:
-        return [Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 3)]
+        found = [Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 3)]
+        return found + ([Blocks(128, 64, 8, 3, tma)] if tma else [])
     if padded(D) == 128:
-        return [Blocks(64, 64, 4, 2), Blocks(128, 32, 8, 2)]
+        found = [Blocks(64, 64, 4, 2), Blocks(128, 32, 8, 2)]
+        return found + ([Blocks(128, 64, 8, 2, tma)] if tma else [])
     return [Blocks(64, 32, 4, 1)]
 
 
-def dkdv_candidates(D: int, dtype: torch.dtype) -> list[Blocks]:
+def dkdv_candidates(D: int, dtype: torch.dtype, tma: bool) -> list[Blocks]:
     if dtype == torch.float32:
         return float32_blocks(D)
     if padded(D) <= 64:
-        return [Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 3)]
+        found = [Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 3)]
+        return found + ([Blocks(64, 128, 8, 3, tma)] if tma else [])
     if padded(D) == 128:
-        return [Blocks(64, 64, 4, 2), Blocks(32, 128, 8, 2)]
+        found = [Blocks(64, 64, 4, 2), Blocks(32, 128, 8, 2)]
+        return found + ([Blocks(64, 128, 8, 2, tma)] if tma else [])
     return [Blocks(32, 64, 4, 1)]
 
 
-@triton.jit(do_not_specialize=["window", "dropout"])
+@triton.jit(do_not_specialize=["mask", "dropout"])
 def _dq_kernel(
     q,
+    dout,
+    out,
     k,
     v,
-    out,
-    dout,
     dq,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    dout_strides,
-    dq_strides,
     lse,
     delta,
     heads,
@@ -135,10 +121,7 @@ def _dq_kernel(
     T,
     S,
     scale,
-    seq_lens,
-    starts,
-    ends,
-    window,
+    mask,
     dropout,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -153,29 +136,19 @@ def _dq_kernel(
     m0 = (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // heads) * BLOCK_M  # late queries see most: first
     row = m0 + tl.arange(0, BLOCK_M)
     i = tl.minimum(row, T - 1)  # past the end the last query again, which is not stored
-    queries = load_tile(head_pointer(q, q_strides, head, H), q_strides[2], m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
-    upstream = load_tile(head_pointer(dout, dout_strides, head, H), dout_strides[2], m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
-    result = load_tile(head_pointer(out, out_strides, head, H), out_strides[2], m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
-    k, v = head_pointer(k, k_strides, head, H), head_pointer(v, v_strides, head, H)
+    queries = load_tile(q, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
+    upstream = load_tile(dout, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
+    result = load_tile(out, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
     own = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(delta + head.to(tl.int64) * T + row, own, row < T)
     level = tl.load(lse + head.to(tl.int64) * T + i) * LOG2E
-
-    seq_len = keys_of_batch(seq_lens, head // H, S)
-    first, end = visible_interval(i, T, S, seq_len, starts, ends, window, CAUSAL, WINDOW)
-    low = tl.min(tl.where(first < end, first, S), 0) // BLOCK_N * BLOCK_N
-    high = tl.max(end, 0)
-    # From whole_low to whole_high every query sees every key.
-    whole_low = tl.maximum(low, tl.cdiv(tl.max(first, 0), BLOCK_N) * BLOCK_N)
-    whole_low = tl.minimum(whole_low, tl.cdiv(high, BLOCK_N) * BLOCK_N)
-    whole_high = tl.maximum(whole_low, tl.minimum(high, tl.min(end, 0)) // BLOCK_N * BLOCK_N)
-    edges = (low, whole_low, whole_high, high)
+    first, end, edges = keys_of_queries(i, head // H, T, S, mask, 0, 1, CAUSAL, WINDOW, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for part in tl.static_range(0 if WINDOW or starts is not None else 1, 3):  # masked, whole, masked
+    for part in tl.static_range(0 if WINDOW or mask.starts is not None else 1, 3):  # masked, whole, masked
         for n0 in range(edges[part], edges[part + 1], BLOCK_N):
-            keys = load_tile(k, k_strides[2], n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
-            values = load_tile(v, v_strides[2], n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+            keys = load_tile(k, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+            values = load_tile(v, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
             p = tl.exp2(scores - level[:, None])
             dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
@@ -187,27 +160,17 @@ def _dq_kernel(
                 ds = tl.where((j >= first[:, None]) & (j < end[:, None]), ds, 0.0)
                 keys = finite(keys)
             acc = tl.dot(ds.to(DTYPE), keys, acc, input_precision="ieee")
-
-    d = tl.arange(0, BLOCK_D)
-    place = row.to(tl.int64)[:, None] * dq_strides[2] + d[None, :]
-    inside = (row[:, None] < T) & (d[None, :] < D)
-    tl.store(head_pointer(dq, dq_strides, head, H) + place, (acc * scale).to(dq.dtype.element_ty), inside)
+    store_tile(dq, head, H, m0, T, acc * scale, D)
 
 
-@triton.jit(do_not_specialize=["window", "dropout"])
+@triton.jit(do_not_specialize=["mask", "dropout"])
 def _dkdv_kernel(
     q,
+    dout,
     k,
     v,
-    dout,
     dk,
     dv,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    dk_strides,
-    dv_strides,
     lse,
     delta,
     heads,
@@ -215,10 +178,7 @@ def _dkdv_kernel(
     T,
     S,
     scale,
-    seq_lens,
-    starts,
-    ends,
-    window,
+    mask,
     dropout,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -232,30 +192,26 @@ def _dkdv_kernel(
     head = tl.program_id(0) % heads
     n0 = tl.program_id(0) // heads * BLOCK_N  # early keys are seen by most: first
     j = n0 + tl.arange(0, BLOCK_N)
-    keys = load_tile(head_pointer(k, k_strides, head, H), k_strides[2], n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
-    values = load_tile(head_pointer(v, v_strides, head, H), v_strides[2], n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
-    q, dout = head_pointer(q, q_strides, head, H), head_pointer(dout, dout_strides, head, H)
+    keys = load_tile(k, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+    values = load_tile(v, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
     lse += head.to(tl.int64) * T
     delta += head.to(tl.int64) * T
+    seq_len = keys_of_batch(mask, head // H, S)
+    edges = _queries_of_keys(n0, j, T, S, seq_len, mask, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
 
-    seq_len = keys_of_batch(seq_lens, head // H, S)
-    low, whole_low, whole_high, high = _queries_of_keys(
-        n0, j, T, S, seq_len, starts, ends, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
-    )
-    edges = (low, whole_low, whole_high, high)
     key_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     value_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for part in tl.static_range(0, 3):  # masked, whole, masked
         for m0 in range(edges[part], edges[part + 1], BLOCK_M):
             row = m0 + tl.arange(0, BLOCK_M)
             i = tl.minimum(row, T - 1)
-            queries = load_tile(q, q_strides[2], m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
-            upstream = load_tile(dout, dout_strides[2], m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
+            queries = load_tile(q, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
+            upstream = load_tile(dout, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
             scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)  # BLOCK_N, BLOCK_M
             p = tl.exp2(scores - (tl.load(lse + i) * LOG2E)[None, :])
             dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
             if part != 1:
-                first, end = visible_interval(i, T, S, seq_len, starts, ends, window, CAUSAL, WINDOW)
+                first, end = visible_interval(i, T, S, seq_len, mask, CAUSAL, WINDOW)
                 end = tl.where(row < T, end, 0)  # past the end of the queries nothing is seen
                 visible = (j[:, None] >= first[None, :]) & (j[:, None] < end[None, :])
                 p = tl.where(visible, p, 0.0)
@@ -269,14 +225,8 @@ def _dkdv_kernel(
                 ds = tl.where(visible, ds, 0.0)  # p = 0 times a bad value
             value_sum = tl.dot(kept.to(DTYPE), upstream, value_sum, input_precision="ieee")
             key_sum = tl.dot(ds.to(DTYPE), queries, key_sum, input_precision="ieee")
-
-    d = tl.arange(0, BLOCK_D)
-    inside = (j[:, None] < S) & (d[None, :] < D)
-    place = j.to(tl.int64)[:, None]
-    key_place = head_pointer(dk, dk_strides, head, H) + place * dk_strides[2] + d[None, :]
-    value_place = head_pointer(dv, dv_strides, head, H) + place * dv_strides[2] + d[None, :]
-    tl.store(key_place, (key_sum * scale).to(dk.dtype.element_ty), inside)
-    tl.store(value_place, value_sum.to(dv.dtype.element_ty), inside)
+    store_tile(dk, head, H, n0, S, key_sum * scale, D)
+    store_tile(dv, head, H, n0, S, value_sum, D)
 
 
 @triton.jit
@@ -286,27 +236,25 @@ def _queries_of_keys(
     T,
     S,
     seq_len,
-    starts,
-    ends,
-    window,
+    mask,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """[low, high) of the queries that see any of the keys n0 … n0 + BLOCK_N - 1, and within it the whole blocks
-    [whole_low, whole_high) of queries that see all of them; all but high are multiples of BLOCK_M."""
+    """The edges (low, whole_low, whole_high, high) of the queries that see any of the keys n0 … n0 + BLOCK_N - 1: between the
+    inner two every query sees all of them. All edges but high are multiples of BLOCK_M."""
     low, high = tl.zeros_like(n0), T + tl.zeros_like(n0)
     whole_low, whole_high = low, high // BLOCK_M * BLOCK_M
     if CAUSAL:  # key j is seen from query j - (S - T) on
         low = tl.maximum(n0 - (S - T), 0)
         whole_low = tl.maximum(n0 + BLOCK_N - 1 - (S - T), 0)
     if WINDOW:  # and up to query j - (S - T) + window - 1
-        high = tl.minimum(high, tl.maximum(n0 + BLOCK_N - 1 - (S - T) + window, 0))
-        whole_high = tl.minimum(whole_high, tl.maximum(n0 - (S - T) + window, 0) // BLOCK_M * BLOCK_M)
-    if starts is not None:  # T = S: a key's document is that of the query at its position
+        high = tl.minimum(high, tl.maximum(n0 + BLOCK_N - 1 - (S - T) + mask.window, 0))
+        whole_high = tl.minimum(whole_high, tl.maximum(n0 - (S - T) + mask.window, 0) // BLOCK_M * BLOCK_M)
+    if mask.starts is not None:  # T = S: a key's document is that of the query at its position
         inside = tl.minimum(j, T - 1)
-        start, end = tl.load(starts + inside), tl.load(ends + inside)
+        start, end = tl.load(mask.starts + inside), tl.load(mask.ends + inside)
         low = tl.maximum(low, tl.min(tl.where(start < end, start, T), 0))
         high = tl.minimum(high, tl.max(end, 0))
         whole_high = tl.zeros_like(n0)

@@ -100,29 +100,13 @@ def _forward(
     """Fills total and y; returns mean and rstd."""
     rows, others = rows_of(x), None if residual is None else rows_of(residual)
     R, C = rows.shape
-    block_r, block_c = row_block(op, C)
+    sizes = _sizes(op, C, dropout)
     mean, rstd = (x.new_empty(R, dtype=torch.float32) for _ in range(2))
     if R:
-        _fwd_kernel[(triton.cdiv(R, block_r),)](
-            rows,
-            others,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            total,
-            y,
-            mean,
-            rstd,
-            rows.stride(0),
-            0 if others is None else others.stride(0),
-            R,
-            C,
-            eps,
-            dropout,
-            DROP=dropout[0] != 0,
-            BLOCK_R=block_r,
-            BLOCK_C=block_c,
-            num_warps=warps_for(block_r * block_c),
-        )
+        inputs = rows, others, weight.contiguous(), None if bias is None else bias.contiguous()
+        strides = rows.stride(0), 0 if others is None else others.stride(0)
+        grid = (triton.cdiv(R, sizes["BLOCK_R"]),)
+        _fwd_kernel[grid](*inputs, total, y, mean, rstd, *strides, R, C, eps, dropout, **sizes)
     return mean, rstd
 
 
@@ -142,37 +126,25 @@ def _backward(
     """Fills dresidual (the gradient of total) and dx (the same, through dropout); returns dweight and dbias."""
     rows = rows_of(total)
     R, C = rows.shape
-    dy, dtotal = (None if g is None else rows_of(g) for g in (dy, dtotal))
-    block_r, block_c = row_block(op, C)
-    per_program = rows_per_program(R, block_r)
+    upstream = [None if g is None else rows_of(g) for g in (dy, dtotal)]
+    sizes = _sizes(op, C, dropout)
+    per_program = rows_per_program(R, sizes["BLOCK_R"])
     programs = triton.cdiv(R, per_program)
     dweight = rows.new_empty((programs, C), dtype=torch.float32)
     dbias = rows.new_empty((programs, C) if has_bias else (0, 0), dtype=torch.float32)
     if R:
-        _bwd_kernel[(programs,)](
-            dy,
-            dtotal,
-            rows,
-            weight.contiguous(),
-            mean,
-            rstd,
-            dresidual,
-            dx,
-            dweight,
-            dbias if has_bias else None,
-            0 if dy is None else dy.stride(0),
-            0 if dtotal is None else dtotal.stride(0),
-            rows.stride(0),
-            R,
-            C,
-            per_program,
-            dropout,
-            DROP=dropout[0] != 0,
-            BLOCK_R=block_r,
-            BLOCK_C=block_c,
-            num_warps=warps_for(block_r * block_c),
-        )
+        inputs = *upstream, rows, weight.contiguous(), mean, rstd
+        results = dresidual, dx, dweight, dbias if has_bias else None
+        strides = [0 if g is None else g.stride(0) for g in (*upstream, rows)]
+        _bwd_kernel[(programs,)](*inputs, *results, *strides, R, C, per_program, dropout, **sizes)
     return sum_rows(dweight, weight.dtype), sum_rows(dbias, weight.dtype)
+
+
+def _sizes(op: str, C: int, dropout: tuple[int, float, int, int]) -> dict[str, int]:
+    """The constants of both kernels: a block holds whole rows."""
+    block_r, block_c = row_block(op, C)
+    warps = warps_for(block_r * block_c)
+    return {"DROP": dropout[0] != 0, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
 
 
 @triton.jit(do_not_specialize=["dropout"])

@@ -1,0 +1,164 @@
+"""NF4, the 4-bit weights of QLoRA: to them, and back in one pass."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptfast.backend import kernels, resolve
+from gptfast.ops import reference
+from gptfast.ops._codes import (
+    NESTED_BLOCK,
+    blocks_of,
+    check_finite,
+    check_power_of_two,
+    dynamic_values,
+    nearest,
+    nf4_values,
+    pack_pairs,
+)
+from gptfast.ops._common import FLOATS, check_float, check_same_device, fake
+
+OP = "dequantize_nf4"
+BLOCK_SIZES = (16, 4096)
+
+
+class NF4(NamedTuple):
+    """A weight in NF4; the positional arguments of `dequantize_nf4`."""
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None = None
+    offset: Tensor | None = None
+
+    def rows(self, out_features: int) -> tuple[Tensor, Tensor]:
+        """Codes and scales of the weight (out_features, in_features) as `quantized_linear(format="nf4")` takes them;
+        in_features must be a multiple of the block size."""
+        return self.codes.view(out_features, -1), reference.nf4_absmax(*self[1:]).view(out_features, -1)
+
+
+def quantize_nf4(weight: Tensor, *, block_size: int = 64, double: bool = False) -> NF4:
+    """A weight of any shape in 4 bits a value, in the layout of bitsandbytes (Dettmers et al., arXiv 2305.14314).
+
+    Every run of `block_size` values of the flattened weight is divided by its largest magnitude, and each value becomes
+    the nearest of 16 quantiles of a normal distribution. By plain PyTorch on any device; a weight is quantised once.
+
+    Args:
+        weight: float32, bfloat16, float16 or float64, finite.
+        block_size: a power of two from 16 to 4096.
+        double: quantise the scales too, in 8 bits around their mean with a scale for each 256: 4.13 bits a value
+            instead of 4.5.
+    Returns:
+        codes: (ceil(numel / 2),) uint8, the first of a pair in the high half.
+        absmax: (blocks,) float32; with double (blocks,) uint8, and
+        nested_absmax: (ceil(blocks / 256),) float32, offset: () float32; else None.
+    Raises:
+        TypeError, ValueError: wrong dtype, block size, or a weight that is not finite.
+    """
+    check_float("quantize_nf4", weight=weight)
+    check_power_of_two("quantize_nf4", "block_size", block_size, *BLOCK_SIZES)
+    check_finite("quantize_nf4", weight)
+    blocks, absmax = _scaled(weight.detach().float().flatten(), block_size)
+    codes = pack_pairs(nearest(blocks, nf4_values(weight.device)).flatten()[: weight.numel()])
+    if not double:
+        return NF4(codes, absmax)
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
+    nested, nested_absmax = _scaled(absmax - offset, NESTED_BLOCK)
+    nested_codes = nearest(nested, dynamic_values(weight.device)).flatten()[: absmax.numel()]
+    return NF4(codes, nested_codes, nested_absmax, offset)
+
+
+def _scaled(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Blocks of a vector, each divided by its largest magnitude, (blocks, size); these magnitudes, (blocks,)."""
+    blocks = blocks_of(x, size)
+    largest = blocks.abs().amax(-1) if blocks.numel() else blocks.new_empty(0)
+    return torch.where(largest[:, None] > 0, blocks / largest[:, None], 0.0), largest
+
+
+def dequantize_nf4(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    shape: tuple[int, ...],
+    block_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+) -> Tensor:
+    """The weight that `quantize_nf4`, or bitsandbytes, stored: NF4 value times the scale of its block, rounded once.
+
+    A Triton kernel on GPUs; elsewhere plain PyTorch, which is correct but not fused.
+
+    Args:
+        codes: ceil(numel / 2) bytes of any shape, uint8, the first of a pair in the high half.
+        absmax: (blocks,) float32, or uint8 where it is itself quantised; then
+        nested_absmax: (ceil(blocks / 256),) float32 and offset: () float32, so that scale b of the weight is
+            dynamic_value[absmax[b]] * nested_absmax[b // 256] + offset.
+        shape: of the weight.
+        block_size: a power of two from 16 to 4096.
+        dtype: of the result.
+        backend: see `gptfast.backend`; None follows the surrounding choice.
+    Returns:
+        Tensor of `shape`. No gradient flows to the codes: the weight is frozen.
+    Raises:
+        TypeError, ValueError: dtypes, sizes or devices that do not go together.
+    """
+    _check(codes, absmax, nested_absmax, offset, shape, block_size, dtype)
+    runs_on = resolve(OP, backend, codes.new_empty(0, dtype=dtype))
+    if runs_on == "eager":
+        return reference.dequantize_nf4(
+            codes, absmax, nested_absmax, offset, shape=shape, block_size=block_size, dtype=dtype
+        )
+    return kernels(runs_on).dequantize_nf4(codes, absmax, nested_absmax, offset, shape, block_size, dtype)
+
+
+def _check(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    shape: tuple[int, ...],
+    block_size: int,
+    dtype: torch.dtype,
+) -> None:
+    check_power_of_two(OP, "block_size", block_size, *BLOCK_SIZES)
+    if dtype not in FLOATS:
+        raise TypeError(f"{OP}: dtype is {dtype}; expected float32, bfloat16, float16 or float64")
+    if (nested_absmax is None) != (offset is None):
+        raise ValueError(f"{OP}: nested_absmax and offset go together; got one of them")
+    check_same_device(OP, codes=codes, absmax=absmax, nested_absmax=nested_absmax, offset=offset)
+    blocks = -(-math.prod(shape) // block_size)
+    scale_dtype = torch.float32 if nested_absmax is None else torch.uint8
+    expected = {
+        "codes": (codes, torch.uint8, (math.prod(shape) + 1) // 2),
+        "absmax": (absmax, scale_dtype, blocks),
+        "nested_absmax": (nested_absmax, torch.float32, -(-blocks // NESTED_BLOCK)),
+        "offset": (offset, torch.float32, 1),
+    }
+    for name, (tensor, wanted, count) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != wanted:
+            raise TypeError(f"{OP}: {name} has dtype {tensor.dtype}; expected {wanted} (see quantize_nf4)")
+        if tensor.numel() != count:
+            raise ValueError(
+                f"{OP}: {name} has {tensor.numel()} values; expected {count} for shape {tuple(shape)} and "
+                f"block_size {block_size}"
+            )
+
+
+@fake(OP)
+def _(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)

@@ -1,0 +1,188 @@
+"""Linear layer over a frozen weight of 8 or 4 bits a value: for decoding, and to train adapters around it (QLoRA)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.backend import kernels, resolve
+from gptfast.ops import reference
+from gptfast.ops._codes import blocks_of, check_finite, check_power_of_two, pack_pairs
+from gptfast.ops._common import (
+    autocast,
+    check_choice,
+    check_float,
+    check_same_device,
+    check_vector,
+    fake,
+    forbid_double_backward,
+)
+
+OP = "quantized_linear"
+FORMATS = ("int8", "int4", "nf4")
+GROUP_SIZES = (32, 128)
+
+
+def quantize_groups(
+    weight: Tensor, format: str = "int8", *, group_size: int = 32, scale_dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor]:
+    """A weight (out_features N, in_features K) in 8 or 4 bits: each `group_size` neighbours along K share a scale.
+
+    int8: round(w / scale), scale = largest magnitude / 127. int4: the value of largest magnitude becomes -8, its sign
+    that of the scale. K is filled up with zeros to whole groups, G of them. By plain PyTorch on any device.
+
+    Args:
+        weight: float32, bfloat16, float16 or float64, finite.
+        format: "int8" or "int4" (for "nf4" see `quantize_nf4`).
+        group_size: 32, 64 or 128.
+        scale_dtype: float16 or float32.
+    Returns:
+        codes: (N, G * group_size) int8, or (N, G * group_size / 2) uint8 that hold value + 8, the first of a pair in the
+            high half.
+        scales: (N, G) scale_dtype.
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, format, group size; a weight that is not finite or, beyond what
+            scales in float16 reach, too large.
+    """
+    op = "quantize_groups"
+    check_float(op, weight=weight)
+    check_choice(op, "format", format, ("int8", "int4"))
+    check_power_of_two(op, "group_size", group_size, *GROUP_SIZES)
+    check_choice(op, "scale_dtype", scale_dtype, (torch.float16, torch.float32))
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; expected (out_features, in_features)")
+    check_finite(op, weight)
+    groups = blocks_of(weight.detach().float(), group_size)  # N G group_size
+    if groups.numel():
+        extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]  # N G
+    else:
+        extreme = groups.new_empty(groups.shape[:2])
+    scales = (extreme.abs() / 127 if format == "int8" else extreme / -8).to(scale_dtype)
+    if not scales.isfinite().all():
+        raise ValueError(f"{op}: a scale is beyond {scale_dtype}; use scale_dtype=torch.float32")
+    inverse = torch.where(scales == 0, 0.0, 1 / scales.float())[..., None]
+    lowest, highest = (-127, 127) if format == "int8" else (-8, 7)
+    values = (groups * inverse).round().clamp(lowest, highest).flatten(1)
+    return (values.to(torch.int8) if format == "int8" else pack_pairs((values + 8).to(torch.uint8))), scales
+
+
+def quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    format: str = "int8",
+    group_size: int = 32,
+    backend: str | None = None,
+) -> Tensor:
+    """x W^T + bias where W[n, k] = scales[n, k // group_size] * value of code [n, k].
+
+    The weight is read packed and once for up to 16 rows of x, which bounds decoding. The gradient dy W goes to x alone:
+    the weight is frozen, and only its codes are kept for backward (Dettmers et al., arXiv 2305.14314). A Triton kernel
+    on GPUs; elsewhere plain PyTorch over the dequantised weight, which is correct but not fast: on a CPU
+    `GPT.compile_for_inference` has kernels of its own.
+
+    Args:
+        x: (..., K), float32, bfloat16, float16 or float64.
+        codes, scales: of `quantize_groups`: G = ceil(K / group_size); or of `NF4.rows`, K a multiple of the group size.
+        bias: (N,) or None.
+        format: "int8", "int4" or "nf4".
+        group_size: 32, 64 or 128; of NF4 its block size.
+        backend: see `gptfast.backend`; None follows the surrounding choice.
+    Returns:
+        (..., N) in x's dtype, under autocast in the autocast dtype.
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, format or group size.
+    """
+    _check(x, codes, scales, bias, format, group_size)
+    x = autocast(x)[0]
+    runs_on = resolve(OP, backend, x)
+    rows = x.reshape(-1, x.shape[-1])
+    y = QuantizedLinearFunction.apply(runs_on, rows, codes, scales, bias, format, group_size)
+    return y.view(*x.shape[:-1], codes.shape[0])
+
+
+def _check(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str, group_size: int) -> None:
+    check_float(OP, x=x, scales=scales, bias=bias)
+    check_choice(OP, "format", format, FORMATS)
+    check_power_of_two(OP, "group_size", group_size, *GROUP_SIZES)
+    check_same_device(OP, x=x, codes=codes, scales=scales, bias=bias)
+    code_dtype, per_byte = (torch.int8, 1) if format == "int8" else (torch.uint8, 2)
+    if codes.dtype != code_dtype:
+        raise TypeError(f"{OP}: codes has dtype {codes.dtype}; format={format!r} has {code_dtype}")
+    if x.dim() == 0 or codes.dim() != 2:
+        raise ValueError(
+            f"{OP}: x has shape {tuple(x.shape)}, codes {tuple(codes.shape)}; expected x (..., K) and (N, …)"
+        )
+    K, N = x.shape[-1], codes.shape[0]
+    if format == "nf4" and K % group_size:
+        raise ValueError(
+            f"{OP}: x has {K} features; format='nf4' takes whole blocks of {group_size}, as blocks of others run across "
+            "rows - use dequantize_nf4 and linear"
+        )
+    groups = -(-K // group_size)
+    expected = {"codes": (codes, (N, groups * group_size // per_byte)), "scales": (scales, (N, groups))}
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{OP}: {name} has shape {tuple(tensor.shape)}; expected {shape} for {K} features in groups of "
+                f"{group_size} in {format} - was the weight quantised with another format or group_size?"
+            )
+    check_vector(OP, "bias", bias, N, "the output")
+
+
+class QuantizedLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        format: str,
+        group_size: int,
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.backend, ctx.weight = backend, (format, group_size, x.shape[1])
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if backend == "eager":
+            return reference.quantized_linear(x, codes, scales, bias, format=format, group_size=group_size)
+        return kernels(backend).quantized_linear_fwd(x, codes, scales, bias, format, group_size)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = dbias = None
+        if ctx.needs_input_grad[1]:
+            backward: Callable[..., Tensor] = (
+                _eager_backward if ctx.backend == "eager" else kernels(ctx.backend).quantized_linear_bwd
+            )
+            dx = backward(dy, *ctx.saved_tensors, *ctx.weight)
+        if ctx.needs_input_grad[4]:
+            dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
+        return None, dx, None, None, dbias, None, None
+
+
+def _eager_backward(
+    dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int
+) -> Tensor:
+    weight = reference.dequantize_groups(codes, scales, format, group_size)[:, :in_features]
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    return (dy.to(wide) @ weight.to(wide)).to(dy.dtype)
+
+
+@fake("quantized_linear_fwd")
+def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str, group_size: int) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@fake("quantized_linear_bwd")
+def _(dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int) -> Tensor:
+    return dy.new_empty(dy.shape[0], in_features)
+
+
+forbid_double_backward(OP, "quantized_linear_bwd")
