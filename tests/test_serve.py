@@ -19,6 +19,7 @@ from generation_pairs import sharpen
 from test_cli_generate import LETTERS, save_model
 
 from gptfast import GPT, GPTConfig
+from gptfast.backend import has_cpu_ops
 from gptfast.generation import score
 from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
 
@@ -263,7 +264,11 @@ def test_text_is_held_back_only_while_it_may_be_a_stop(tokenizer, stops):
         assert shown == expected
 
 
-def test_sixteen_streams_at_once_are_sixteen_single_runs(model, tokenizer):
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_sixteen_streams_at_once_are_sixteen_single_runs(model, tokenizer, quantize):
+    if quantize and not has_cpu_ops:
+        pytest.skip("this install has no compiled part")
+    model = model.compile_for_inference(quantize) if quantize else model
     app = create_app(model, tokenizer, "bard", Limits(max_rows=8, max_queue=8))
     prompts = ["to be"[: 1 + n % 5] + LETTERS[n] for n in range(16)]
     with serving(app) as url, openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0) as client:
@@ -497,7 +502,8 @@ def test_stopping_the_server_ends_what_runs(model, tokenizer):
             asked.result().raise_for_status()
 
 
-def test_a_mixed_soak_leaves_nothing_behind(tmp_path):
+@pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+def test_a_mixed_soak_leaves_nothing_behind():
     """The short form of scripts/soak_server.py."""
     scripts = os.path.join(os.path.dirname(__file__), "..", "scripts")
     done = subprocess.run(
