@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -20,7 +21,8 @@ from test_cli_generate import LETTERS, save_model
 
 from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
-from gptfast.generation import score
+from gptfast.generation import GenerationConfig, Request, Token, score
+from gptfast.generation.stopping import Stopping
 from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
 
 httpx = pytest.importorskip("httpx")
@@ -30,6 +32,7 @@ pytest.importorskip("fastapi")
 
 from gptfast.serving.app import Limits, create_app  # noqa: E402 (fastapi may be missing)
 from gptfast.serving.text import ChoiceText, token_text  # noqa: E402
+from gptfast.serving.worker import Ticket  # noqa: E402
 
 BLOCK = 48
 
@@ -172,6 +175,29 @@ def test_what_comes_in_a_short_time_is_sent_together(model, tokenizer):
     for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
         assert [value for logprobs in told for value in getattr(logprobs, name)] == getattr(whole.logprobs, name)
     assert len(told[0].tokens) < 40, "the first does not wait for the others"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_answer_that_is_not_streamed_wakes_nobody_until_it_is_whole(streams):
+    config = GenerationConfig()
+    request = Request([1], config, Stopping(config))
+    tokens = [Token(request, 0, n, None, []) for n in range(3)]
+
+    async def follow():
+        ticket, got = Ticket([request], streams), []
+
+        async def collect():
+            async for events in ticket.events(30):
+                got.append(len(events))
+
+        collecting = asyncio.ensure_future(collect())
+        for events in ([tokens[0]], tokens[1:], [request]):
+            await asyncio.sleep(0.01)
+            ticket.send(events)
+        await collecting
+        return got
+
+    assert asyncio.run(follow()) == ([1, 2, 1] if streams else [4])
 
 
 @pytest.mark.parametrize("stream", [False, True])
