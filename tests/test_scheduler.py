@@ -10,9 +10,10 @@ from generation_pairs import make_pair
 from test_strategies import assert_distributed, next_probs
 
 import gptfast
-from gptfast.generation import Scheduler, generate, stream
+from gptfast.generation import GenerationConfig, Request, Scheduler, generate, stream
 from gptfast.generation.scheduler import first_visible
 from gptfast.generation.speculative import look_up
+from gptfast.generation.stopping import Stopping
 from gptfast.tokenizer import CharTokenizer
 
 pytest.importorskip("transformers")
@@ -166,6 +167,16 @@ def test_cancelled_requests_leave_at_once_and_disturb_nobody(model):
     assert kept.rows[0].tokens == model.generate([[1, 2, 3]], max_new_tokens=12, seed=1)[0]
     assert late.rows[0].tokens == model.generate([[9, 8]], max_new_tokens=12, seed=3)[0]
     assert len(gone.rows[0].new) == 3 and never.rows[0].new == []
+
+
+def test_a_request_may_begin_at_any_stream(model):
+    config = GenerationConfig(max_new_tokens=8, temperature=2.0, seed=3, num_return_sequences=2)
+    request = Request([1, 2, 3], config, Stopping(config), first_stream=1)
+    scheduler = Scheduler(model, max_rows=2)
+    scheduler.submit_request(request)
+    scheduler.run()
+    rows = model.generate([[1, 2, 3]], max_new_tokens=8, temperature=2.0, seed=3, num_return_sequences=3)
+    assert [row.tokens for row in request.rows] == rows[1:] and rows[0] != rows[1] != rows[2]
 
 
 def test_a_request_that_fails_leaves_the_others_alone(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -19,7 +20,9 @@ from generation_pairs import sharpen
 from test_cli_generate import LETTERS, save_model
 
 from gptfast import GPT, GPTConfig
-from gptfast.generation import score
+from gptfast.backend import has_cpu_ops
+from gptfast.generation import GenerationConfig, Request, Token, score
+from gptfast.generation.stopping import Stopping
 from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
 
 httpx = pytest.importorskip("httpx")
@@ -29,6 +32,7 @@ pytest.importorskip("fastapi")
 
 from gptfast.serving.app import Limits, create_app  # noqa: E402 (fastapi may be missing)
 from gptfast.serving.text import ChoiceText, token_text  # noqa: E402
+from gptfast.serving.worker import Ticket  # noqa: E402
 
 BLOCK = 48
 
@@ -173,6 +177,29 @@ def test_what_comes_in_a_short_time_is_sent_together(model, tokenizer):
     assert len(told[0].tokens) < 40, "the first does not wait for the others"
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_answer_that_is_not_streamed_wakes_nobody_until_it_is_whole(streams):
+    config = GenerationConfig()
+    request = Request([1], config, Stopping(config))
+    tokens = [Token(request, 0, n, None, []) for n in range(3)]
+
+    async def follow():
+        ticket, got = Ticket([request], streams), []
+
+        async def collect():
+            async for events in ticket.events(30):
+                got.append(len(events))
+
+        collecting = asyncio.ensure_future(collect())
+        for events in ([tokens[0]], tokens[1:], [request]):
+            await asyncio.sleep(0.01)
+            ticket.send(events)
+        await collecting
+        return got
+
+    assert asyncio.run(follow()) == ([1, 2, 1] if streams else [4])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_end_a_text_and_are_not_in_it(client, model, tokenizer, stream):
     free = new_text(model, tokenizer, "to be", max_new_tokens=30, seed=4)[0]
@@ -263,7 +290,11 @@ def test_text_is_held_back_only_while_it_may_be_a_stop(tokenizer, stops):
         assert shown == expected
 
 
-def test_sixteen_streams_at_once_are_sixteen_single_runs(model, tokenizer):
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_sixteen_streams_at_once_are_sixteen_single_runs(model, tokenizer, quantize):
+    if quantize and not has_cpu_ops:
+        pytest.skip("this install has no compiled part")
+    model = model.compile_for_inference(quantize) if quantize else model
     app = create_app(model, tokenizer, "bard", Limits(max_rows=8, max_queue=8))
     prompts = ["to be"[: 1 + n % 5] + LETTERS[n] for n in range(16)]
     with serving(app) as url, openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0) as client:
@@ -497,7 +528,8 @@ def test_stopping_the_server_ends_what_runs(model, tokenizer):
             asked.result().raise_for_status()
 
 
-def test_a_mixed_soak_leaves_nothing_behind(tmp_path):
+@pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+def test_a_mixed_soak_leaves_nothing_behind():
     """The short form of scripts/soak_server.py."""
     scripts = os.path.join(os.path.dirname(__file__), "..", "scripts")
     done = subprocess.run(

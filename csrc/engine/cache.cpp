@@ -85,12 +85,12 @@ void Cache::release(i64 r) {
   drop_from(rows_[size_t(r)], 0);
   rows_[size_t(r)] = Row();
 }
-void Cache::reserve(i64 r, i64 n) {
+void Cache::reserve(i64 r, i64 n, std::vector<Copy>& copies) {
   Row& row = rows_[size_t(r)];
   const size_t first = size_t(row.length / kPage), needed = size_t((row.length + n + kPage - 1) / kPage);
   if (first < row.pages.size() && row.pages[first]->users > 1) {  // half filled and shared: a page of its own
     Page* own = make();
-    std::memcpy(own->data, row.data[first], size_t(page_bytes_));
+    copies.push_back({row.data[first], own->data});
     drop(row.pages[first]);
     row.pages[first] = own;
     row.data[first] = own->data;

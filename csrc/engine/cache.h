@@ -27,8 +27,13 @@ class Cache {
   void copy(const std::vector<i64>& rows, const std::vector<i64>& sources);  // rows[i] = what sources[i] was before
   void truncate(i64 row, i64 length);
   void release(i64 row);
-  // Makes room for n more positions, with the pages that will be written the row's own; append then counts them.
-  void reserve(i64 row, i64 n);
+  // Makes room for n more positions, with the pages that will be written the row's own; append then counts them. Pages
+  // that were shared are still to be copied: page_bytes from `from` to `to`.
+  struct Copy {
+    const char* from;
+    char* to;
+  };
+  void reserve(i64 row, i64 n, std::vector<Copy>& copies);
   void append(i64 row, i64 n) { rows_[size_t(row)].length += n; }
   char* const* pages(i64 row) const { return rows_[size_t(row)].data.data(); }
 

@@ -59,9 +59,27 @@ void Engine::extend(Cache& cache, const std::vector<i64>& rows, const std::vecto
   extend_locked(cache, rows, counts, tokens, last_only, out, ld);
 }
 
+void Engine::reserve(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts) {
+  std::vector<Cache::Copy> copies;
+  const auto copy = [&] {
+    pool_.run([&](int t) {
+      const Range mine = share(page_bytes() / 64, t);
+      for (const auto& [from, to] : copies)
+        std::memcpy(to + mine.first * 64, from + mine.first * 64, size_t(mine.last - mine.first) * 64);
+    });
+  };
+  try {
+    for (size_t i = 0; i < rows.size(); i++) cache.reserve(rows[i], counts[i], copies);
+  } catch (const std::bad_alloc&) {  // what has a page of its own already must not lose its past
+    copy();
+    throw;
+  }
+  if (!copies.empty()) copy();
+}
+
 void Engine::extend_locked(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts,
                            const int* tokens, bool last_only, float* out, i64 ld) {
-  for (size_t i = 0; i < rows.size(); i++) cache.reserve(rows[i], counts[i]);
+  reserve(cache, rows, counts);
   std::vector<Run> runs;
   std::vector<i64> wanted;  // rows of the pass whose logits are asked for
   i64 M = 0, written = 0, done = 0;

@@ -201,16 +201,19 @@ static void byte_tile(const char* w, const Activations& x, i64 m, i64 K, float* 
 
 // ---- products -----------------------------------------------------------------------------------------------------
 
-// M rows in tiles of ROWS, 4, 2, 1.
+// M rows in tiles of ROWS, and one of what is left.
+template <int R, class Tile>
+INL void last_rows(i64 m, i64 left, Tile tile) {
+  if constexpr (R > 0) {
+    if (left == R) return tile.template operator()<R>(m);
+    last_rows<R - 1>(m, left, tile);
+  }
+}
 template <int ROWS, class Tile>
 INL void rows_of_tiles(i64 M, Tile tile) {
   i64 m = 0;
   for (; m + ROWS <= M; m += ROWS) tile.template operator()<ROWS>(m);
-  if constexpr (ROWS > 4)
-    for (; m + 4 <= M; m += 4) tile.template operator()<4>(m);
-  if constexpr (ROWS > 2)
-    for (; m + 2 <= M; m += 2) tile.template operator()<2>(m);
-  for (; m < M; m++) tile.template operator()<1>(m);
+  last_rows<ROWS - 1>(m, M - m, tile);
 }
 // tile<N>() for the outputs N of a panel in steps of V vectors
 template <int V, int N = 0, class Tile>
