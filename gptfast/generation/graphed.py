@@ -259,9 +259,11 @@ class Decoder:
         """Afterwards the state is as before. (What was stored behind a row's length is overwritten anyway.)"""
         tensors = (*self.state.per_row(), self.state.column)
         before = [x.clone() for x in tensors]
-        yield
-        for x, old in zip(tensors, before, strict=True):
-            x.copy_(old)
+        try:
+            yield
+        finally:
+            for x, old in zip(tensors, before, strict=True):
+                x.copy_(old)
 
 
 def _addresses(model: GPT) -> tuple[tuple[int, torch.dtype], ...]:

@@ -68,7 +68,7 @@ __global__ void faulty_store(const __grid_constant__ CUtensorMap map, int fault)
   const int t = threadIdx.x, row = t / 32, chunk = t % 32 / 4 ^ row;
   float* mine = reinterpret_cast<float*>(smem) + row * 32 + chunk * 4 + t % 4;
   *mine = float(t);
-  if (fault != store_without_fence) fence_proxy_async();
+  if (fault != store_without_fence || t == 0) fence_proxy_async();  // that of another thread does not count
   if (fault != store_without_barrier) __syncthreads();
   if (t == 0) {
     tma_store(&map, smem_u32(smem), 0, 0, 0, 0);

@@ -48,7 +48,7 @@ thread_local size_t size;
 thread_local int warp = -1, lane;
 thread_local std::vector<Cell> cell;
 thread_local Clock vc[kAgents];
-thread_local uint32_t clk[kAgents], fenced[kAgents];
+thread_local uint32_t clk[kAgents], fenced[kWgmma][32];  // fenced: by warp and lane, as each fences its own writes
 thread_local std::unordered_map<uint32_t, Clock> mb;
 thread_local std::vector<Copy> copies;
 
@@ -97,7 +97,7 @@ void check(const Access& now, const Clock& known, uint32_t epoch, size_t off, si
     const Access writer{x.w_agent, x.w_lane, x.w_pc};
     if (x.w_agent >= 0 && !ordered(x.w_agent, x.w_lane, x.w_epoch))
       report(write ? "write/write" : "write/read", off, now, writer);
-    if (x.w_agent >= 0 && !write && async && x.w_generic && x.w_epoch > fenced[x.w_agent])
+    if (x.w_agent >= 0 && !write && async && x.w_generic && x.w_epoch > fenced[x.w_agent][x.w_lane])
       report("(no fence.proxy.async)", off, now, writer);
     if (write) {
       for (int b = 0; b < kAgents; b++)
@@ -124,7 +124,8 @@ void reset(const char* p, size_t n) {
   Cell untouched{};
   untouched.w_agent = -1;
   cell.assign((n + kGrain - 1) / kGrain, untouched);
-  for (int a = 0; a < kAgents; a++) vc[a] = Clock{}, clk[a] = 1, fenced[a] = 0;
+  for (int a = 0; a < kAgents; a++) vc[a] = Clock{}, clk[a] = 1;
+  memset(fenced, 0, sizeof fenced);
   mb.clear();
   copies.clear();
 }
@@ -143,7 +144,7 @@ void access(int l, size_t off, size_t n, bool write) {
 void mb_release(uint32_t bar) { join(mb[bar], release(warp)); }
 void mb_acquire(uint32_t bar) { join(vc[warp], mb[bar]); }
 void proxy_fence() {
-  fenced[warp] = clk[warp];
+  fenced[warp][lane] = clk[warp];
   release(warp);
 }
 int tma_issue(Engine engine) {
