@@ -149,3 +149,19 @@ def test_quantized_linear_compiles_to_tensor_core_instructions(target, monkeypat
         code = kernel.asm["amdgcn" if target == "gfx942" else "ptx"]
         found = re.search(TENSOR_CORES[target] + r"|mma\.sync", code)  # wgmma takes 64 rows
         assert found or kernel.metadata.name == "_sum_rows_kernel", kernel.metadata.name
+
+
+def test_one_compilation_serves_all_numbers_of_a_run(monkeypatch):
+    """Seeds, offsets and windows: a step of training must not stop for the compiler."""
+    from triton_targets import compiled_for
+
+    from gptfast.triton import causal_attention, dropout, layer_norm
+
+    monkeypatch.setenv("GPTFAST_TRITON_TUNE", "0")
+    q, w = torch.empty(1, 2, 64, 64, dtype=torch.float16), torch.empty(64)
+    with compiled_for("sm_90") as kernels:
+        for window, p, seed, offset in ((1, 0.1, 1, 1), (16, 0.5, 16, 16), (5, 0.25, 7, 0)):
+            causal_attention.causal_attention_fwd(q, q, q, None, None, True, 0.1, p, seed, offset, window)
+            dropout.dropout(q, p, seed, offset)
+            layer_norm.add_layer_norm_fwd(q, q, w, None, 1e-5, p, seed, offset)
+    assert len(kernels) == 9 and len({kernel.hash for kernel in kernels}) == 3
