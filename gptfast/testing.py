@@ -343,7 +343,7 @@ CASES: dict[str, list[Case]] = {
         _nf4(1),
         _nf4(3, 5, block_size=16, dtype=torch.float16),
         _nf4(40, 100, double=1),
-        _nf4(7, 33, 11, block_size=32, dtype=torch.float16, double=1),
+        _nf4(7, 33, 23, block_size=16, dtype=torch.float16, double=1),  # two blocks of scales
         _nf4(300, 64, block_size=4096),
         _nf4(0, 8),
     ],

@@ -86,6 +86,28 @@ assert torch.equal(*masked)
 
 
 @needs_triton
+def test_what_is_not_finite_shows():
+    """Values of visible keys that are inf or nan, in masked blocks too; ids and targets outside of their tables."""
+    code = """
+import torch
+from gptfast import backend, ops
+from gptfast.ops import reference
+q, v = torch.zeros(1, 1, 70, 16), torch.ones(1, 1, 70, 16)
+v[0, 0, 3, 0], v[0, 0, 65, 1], v[0, 0, 40, 2], v[0, 0, 66, 3] = float("inf"), float("-inf"), float("nan"), float("inf")
+ours, exact = ops.causal_attention(q, q, v, backend="triton"), reference.causal_attention(q, q, v)
+assert torch.equal(ours.isnan(), exact.isnan()) and torch.equal(ours.isinf(), exact.isinf())
+torch.testing.assert_close(ours, exact, equal_nan=True)
+with backend("triton"):
+    rows = ops.embedding(torch.tensor([0, 2, -1, 3]), torch.ones(9, 4)[:3])
+losses, _ = torch.ops.gptfast_triton.cross_entropy_fwd(torch.ones(3, 5), torch.tensor([0, 5, -1]), -100, 0.0)
+assert rows.isnan().all(1).tolist() == [False, False, True, True], rows
+assert losses.isnan().tolist() == [False, True, True], losses
+"""
+    result = interpreted(code)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@needs_triton
 @pytest.mark.slow
 def test_decoding():
     """Few queries and many keys: the keys are split among programs, and a second kernel joins what they leave."""

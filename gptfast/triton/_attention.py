@@ -22,6 +22,8 @@ from gptfast.triton._tiles import Blocks, product_dtype
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+DROPOUT = ("threshold", "keep_scale", "seed", "offset")
+NOT_SPECIALIZED = ["window", *DROPOUT]  # one compilation of a kernel serves all values
 
 
 class Heads(NamedTuple):
@@ -34,12 +36,11 @@ class Heads(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """What moves the ends of the interval of keys that a query sees, besides causality."""
+    """What moves the ends of the interval of keys that a query sees, besides causality and a window."""
 
     seq_lens: Tensor | None  # (B,)
     starts: Tensor | None  # (T,) of the document that a position lies in
     ends: Tensor | None  # (T,)
-    window: int  # 0: none
 
 
 def common_arguments(
@@ -56,11 +57,12 @@ def common_arguments(
 ) -> dict[str, Any]:
     """The arguments that every kernel of a call takes besides its tensors and the sizes of its tiles."""
     B, H, T, D = q.shape
-    mask = Mask(None if seq_lens is None else seq_lens.contiguous(), *documents(cu_seqlens, T), window)
-    dropout = dropout_arguments(dropout_p, seed, offset)
+    mask = Mask(None if seq_lens is None else seq_lens.contiguous(), *documents(cu_seqlens, T))
+    dropout = dict(zip(DROPOUT, dropout_arguments(dropout_p, seed, offset), strict=True))
     sizes = {"heads": B * H, "H": H, "T": T, "S": k.shape[2], "D": D, "BLOCK_D": padded(D)}
-    options = {"CAUSAL": causal, "WINDOW": window > 0, "DROP": dropout[0] != 0, "DTYPE": product_dtype(q.dtype)}
-    return {**sizes, "scale": scale, "mask": mask, "dropout": dropout, **options}
+    drops = dropout["threshold"] != 0
+    options = {"CAUSAL": causal, "WINDOW": window > 0, "DROP": drops, "DTYPE": product_dtype(q.dtype)}
+    return {**sizes, "scale": scale, "mask": mask, "window": window, **dropout, **options}
 
 
 def shape_class(q: Tensor, common: dict[str, Any]) -> tuple[object, ...]:
@@ -136,14 +138,14 @@ def documents(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, Tensor 
 
 
 @triton.jit
-def visible_interval(i, T, S, seq_len, mask, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def visible_interval(i, T, S, seq_len, mask, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """[first, end) of the keys that each query of i, all < T, may see."""
     first = tl.zeros_like(i)
     end = first + tl.minimum(seq_len, S)
     if CAUSAL:
         end = tl.maximum(tl.minimum(end, i + (S - T) + 1), 0)
     if WINDOW:
-        first = tl.maximum(first, i + (S - T) + 1 - mask.window)
+        first = tl.maximum(first, i + (S - T) + 1 - window)
     if mask.starts is not None:
         first = tl.maximum(first, tl.load(mask.starts + i))
         end = tl.minimum(end, tl.load(mask.ends + i))
@@ -160,10 +162,12 @@ def keys_of_batch(mask, b, S):
 
 
 @triton.jit
-def keys_of_queries(i, b, T, S, mask, split, splits, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+def keys_of_queries(
+    i, b, T, S, mask, window, split, splits, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """[first, end) of the keys that each query of i sees, and the edges (low, whole_low, whole_high, high) of this split's
     share of them: between the inner two every query sees every key. All edges but high are multiples of BLOCK_N."""
-    first, end = visible_interval(i, T, S, keys_of_batch(mask, b, S), mask, CAUSAL, WINDOW)
+    first, end = visible_interval(i, T, S, keys_of_batch(mask, b, S), mask, window, CAUSAL, WINDOW)
     low = tl.min(tl.where(first < end, first, S), 0) // BLOCK_N * BLOCK_N
     high = tl.max(end, 0)
     share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N

@@ -11,9 +11,10 @@ SAMPLING_DOMAIN = tl.constexpr(rng.SAMPLING_DOMAIN)
 
 
 def dropout_arguments(p: float, seed: int, offset: int) -> tuple[int, float, int, int]:
-    """The argument `dropout` of the kernels: (threshold, scale, unsigned seed, offset).
+    """The arguments `threshold, keep_scale, seed, offset` of kernels, which make a tuple `dropout` of them.
 
-    Kernels name it in do_not_specialize, so that one compilation serves all values.
+    Kernels name them in do_not_specialize, so that one compilation serves all values; within a tuple Triton would
+    specialise on them all the same.
     """
     return rng.dropout_threshold(p), rng.dropout_scale(p), seed & (2**64 - 1), offset
 

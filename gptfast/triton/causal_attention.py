@@ -18,6 +18,7 @@ from torch import Tensor
 from gptfast.triton._attention import (
     LN2,
     LOG2E,
+    NOT_SPECIALIZED,
     common_arguments,
     finite,
     float32_blocks,
@@ -99,7 +100,7 @@ def block_candidates(D: int, dtype: torch.dtype, T: int, tma: bool) -> list[Bloc
     return list(dict.fromkeys(replace(b, m=min(b.m, rows)) for b in found))
 
 
-@triton.jit(do_not_specialize=["mask", "dropout", "splits"])
+@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "splits"])
 def _fwd_kernel(
     q,
     k,
@@ -112,7 +113,11 @@ def _fwd_kernel(
     S,
     scale,
     mask,
-    dropout,
+    window,
+    threshold,
+    keep_scale,
+    seed,
+    offset,
     splits,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -123,13 +128,14 @@ def _fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    dropout = (threshold, keep_scale, seed, offset)
     head = tl.program_id(0) % heads
     split = tl.program_id(0) // heads % splits
     m0 = (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // heads // splits) * BLOCK_M  # late queries see most: first
     row = m0 + tl.arange(0, BLOCK_M)
     i = tl.minimum(row, T - 1)  # past the end the last query again, which is not stored
     queries = load_tile(q, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
-    first, end, edges = keys_of_queries(i, head // H, T, S, mask, split, splits, CAUSAL, WINDOW, BLOCK_N)
+    first, end, edges = keys_of_queries(i, head // H, T, S, mask, window, split, splits, CAUSAL, WINDOW, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)

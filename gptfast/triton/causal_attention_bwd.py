@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptfast.triton._attention import (
     LOG2E,
+    NOT_SPECIALIZED,
     common_arguments,
     finite,
     float32_blocks,
@@ -106,7 +107,7 @@ def dkdv_candidates(D: int, dtype: torch.dtype, tma: bool) -> list[Blocks]:
     return [Blocks(32, 64, 4, 1)]
 
 
-@triton.jit(do_not_specialize=["mask", "dropout"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _dq_kernel(
     q,
     dout,
@@ -122,7 +123,11 @@ def _dq_kernel(
     S,
     scale,
     mask,
-    dropout,
+    window,
+    threshold,
+    keep_scale,
+    seed,
+    offset,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     DROP: tl.constexpr,
@@ -132,6 +137,7 @@ def _dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    dropout = (threshold, keep_scale, seed, offset)
     head = tl.program_id(0) % heads
     m0 = (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // heads) * BLOCK_M  # late queries see most: first
     row = m0 + tl.arange(0, BLOCK_M)
@@ -142,7 +148,7 @@ def _dq_kernel(
     own = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(delta + head.to(tl.int64) * T + row, own, row < T)
     level = tl.load(lse + head.to(tl.int64) * T + i) * LOG2E
-    first, end, edges = keys_of_queries(i, head // H, T, S, mask, 0, 1, CAUSAL, WINDOW, BLOCK_N)
+    first, end, edges = keys_of_queries(i, head // H, T, S, mask, window, 0, 1, CAUSAL, WINDOW, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for part in tl.static_range(0 if WINDOW or mask.starts is not None else 1, 3):  # masked, whole, masked
@@ -163,7 +169,7 @@ def _dq_kernel(
     store_tile(dq, head, H, m0, T, acc * scale, D)
 
 
-@triton.jit(do_not_specialize=["mask", "dropout"])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _dkdv_kernel(
     q,
     dout,
@@ -179,7 +185,11 @@ def _dkdv_kernel(
     S,
     scale,
     mask,
-    dropout,
+    window,
+    threshold,
+    keep_scale,
+    seed,
+    offset,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     DROP: tl.constexpr,
@@ -189,6 +199,7 @@ def _dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    dropout = (threshold, keep_scale, seed, offset)
     head = tl.program_id(0) % heads
     n0 = tl.program_id(0) // heads * BLOCK_N  # early keys are seen by most: first
     j = n0 + tl.arange(0, BLOCK_N)
@@ -197,7 +208,7 @@ def _dkdv_kernel(
     lse += head.to(tl.int64) * T
     delta += head.to(tl.int64) * T
     seq_len = keys_of_batch(mask, head // H, S)
-    edges = _queries_of_keys(n0, j, T, S, seq_len, mask, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    edges = _queries_of_keys(n0, j, T, S, seq_len, mask, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
 
     key_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     value_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -211,7 +222,7 @@ def _dkdv_kernel(
             p = tl.exp2(scores - (tl.load(lse + i) * LOG2E)[None, :])
             dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
             if part != 1:
-                first, end = visible_interval(i, T, S, seq_len, mask, CAUSAL, WINDOW)
+                first, end = visible_interval(i, T, S, seq_len, mask, window, CAUSAL, WINDOW)
                 end = tl.where(row < T, end, 0)  # past the end of the queries nothing is seen
                 visible = (j[:, None] >= first[None, :]) & (j[:, None] < end[None, :])
                 p = tl.where(visible, p, 0.0)
@@ -237,6 +248,7 @@ def _queries_of_keys(
     S,
     seq_len,
     mask,
+    window,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -250,8 +262,8 @@ def _queries_of_keys(
         low = tl.maximum(n0 - (S - T), 0)
         whole_low = tl.maximum(n0 + BLOCK_N - 1 - (S - T), 0)
     if WINDOW:  # and up to query j - (S - T) + window - 1
-        high = tl.minimum(high, tl.maximum(n0 + BLOCK_N - 1 - (S - T) + mask.window, 0))
-        whole_high = tl.minimum(whole_high, tl.maximum(n0 - (S - T) + mask.window, 0) // BLOCK_M * BLOCK_M)
+        high = tl.minimum(high, tl.maximum(n0 + BLOCK_N - 1 - (S - T) + window, 0))
+        whole_high = tl.minimum(whole_high, tl.maximum(n0 - (S - T) + window, 0) // BLOCK_M * BLOCK_M)
     if mask.starts is not None:  # T = S: a key's document is that of the query at its position
         inside = tl.minimum(j, T - 1)
         start, end = tl.load(mask.starts + inside), tl.load(mask.ends + inside)

@@ -21,12 +21,15 @@ def dropout(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
     R, C = rows.shape
     drop = dropout_arguments(p, seed, offset)
     grid = (triton.cdiv(R, BLOCK_R) * triton.cdiv(C, BLOCK_C),)
-    _dropout_kernel[grid](rows, y, rows.stride(0), R, C, drop, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=4)
+    _dropout_kernel[grid](rows, y, rows.stride(0), R, C, *drop, BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=4)
     return y
 
 
-@triton.jit(do_not_specialize=["dropout"])
-def _dropout_kernel(x, y, x_stride, R, C, dropout, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+@triton.jit(do_not_specialize=["threshold", "keep_scale", "seed", "offset"])
+def _dropout_kernel(
+    x, y, x_stride, R, C, threshold, keep_scale, seed, offset, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    dropout = (threshold, keep_scale, seed, offset)
     column_blocks = tl.cdiv(C, BLOCK_C)
     r = tl.program_id(0) // column_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     c0 = tl.program_id(0) % column_blocks * BLOCK_C

@@ -106,7 +106,7 @@ def _forward(
         inputs = rows, others, weight.contiguous(), None if bias is None else bias.contiguous()
         strides = rows.stride(0), 0 if others is None else others.stride(0)
         grid = (triton.cdiv(R, sizes["BLOCK_R"]),)
-        _fwd_kernel[grid](*inputs, total, y, mean, rstd, *strides, R, C, eps, dropout, **sizes)
+        _fwd_kernel[grid](*inputs, total, y, mean, rstd, *strides, R, C, eps, *dropout, **sizes)
     return mean, rstd
 
 
@@ -136,7 +136,7 @@ def _backward(
         inputs = *upstream, rows, weight.contiguous(), mean, rstd
         results = dresidual, dx, dweight, dbias if has_bias else None
         strides = [0 if g is None else g.stride(0) for g in (*upstream, rows)]
-        _bwd_kernel[(programs,)](*inputs, *results, *strides, R, C, per_program, dropout, **sizes)
+        _bwd_kernel[(programs,)](*inputs, *results, *strides, R, C, per_program, *dropout, **sizes)
     return sum_rows(dweight, weight.dtype), sum_rows(dbias, weight.dtype)
 
 
@@ -147,7 +147,7 @@ def _sizes(op: str, C: int, dropout: tuple[int, float, int, int]) -> dict[str, i
     return {"DROP": dropout[0] != 0, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
 
 
-@triton.jit(do_not_specialize=["dropout"])
+@triton.jit(do_not_specialize=["threshold", "keep_scale", "seed", "offset"])
 def _fwd_kernel(
     x,
     residual,
@@ -162,11 +162,15 @@ def _fwd_kernel(
     R,
     C,
     eps,
-    dropout,
+    threshold,
+    keep_scale,
+    seed,
+    offset,
     DROP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    dropout = (threshold, keep_scale, seed, offset)
     r, c = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     inside = (r[:, None] < R) & (c[None, :] < C)
     r64 = r.to(tl.int64)[:, None]
@@ -187,7 +191,7 @@ def _fwd_kernel(
     tl.store(y + r64 * C + c[None, :], result.to(y.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["dropout"])
+@triton.jit(do_not_specialize=["threshold", "keep_scale", "seed", "offset"])
 def _bwd_kernel(
     dy,
     dtotal,
@@ -205,11 +209,15 @@ def _bwd_kernel(
     R,
     C,
     rows_per_program,
-    dropout,
+    threshold,
+    keep_scale,
+    seed,
+    offset,
     DROP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    dropout = (threshold, keep_scale, seed, offset)
     program = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
     w = load_vector(weight, c, C)[None, :]
