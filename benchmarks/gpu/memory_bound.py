@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,22 @@ def backends(bench: Bench, run: Callable[[str], Run]) -> Makers:
     return {"gptfast": lambda: run(bench.backend), "triton": lambda: run("triton")}
 
 
+def liger(make: Callable[[Any], Run]) -> Makers:
+    """Liger's functions, where it is installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return {}
+
+    def maker() -> Run:
+        from liger_kernel.transformers import functional  # pyright: ignore[reportMissingImports] (optional)
+
+        return make(functional)
+
+    return {"liger": maker}
+
+
 def cases(bench: Bench) -> dict[str, tuple[float, Makers]]:
     """Name -> (least bytes, who takes turns)."""
-    return {**norms(bench), **activations(bench), **losses(bench), **sampling(bench)}
+    return {**norms(bench), **activations(bench), **losses(bench), **sampling(bench), **packed_weights(bench)}
 
 
 def norms(bench: Bench) -> dict[str, tuple[float, Makers]]:
@@ -53,6 +67,7 @@ def norms(bench: Bench) -> dict[str, tuple[float, Makers]]:
             {
                 **backends(bench, lambda name: lambda: norm(name)(x, w, b)),
                 "torch": lambda: lambda: torch_norm(x, w, b),
+                **liger(lambda its: lambda: its.liger_layer_norm(x, w, b, 1e-5)),
             },
         ),
         "layer_norm fwd+bwd": (
@@ -60,6 +75,7 @@ def norms(bench: Bench) -> dict[str, tuple[float, Makers]]:
             {
                 **backends(bench, lambda name: with_gradients(norm(name), x, w, b)),
                 "torch": lambda: with_gradients(torch_norm, x, w, b),
+                **liger(lambda its: with_gradients(lambda x, w, b: its.liger_layer_norm(x, w, b, 1e-5), x, w, b)),
             },
         ),
         "add_layer_norm, dropout": (
@@ -129,6 +145,8 @@ def losses(bench: Bench) -> dict[str, tuple[float, Makers]]:
             {
                 **backends(bench, lambda name: with_gradients(loss(name), logits)),
                 "torch": lambda: with_gradients(lambda x: F.cross_entropy(x, targets), logits),
+                # Liger writes the gradient over the logits: its own
+                **liger(lambda its: with_gradients(lambda x: its.liger_cross_entropy(x, targets), logits.clone())),
             },
         ),
     }
@@ -161,10 +179,26 @@ def sampling(bench: Bench) -> dict[str, tuple[float, Makers]]:
     return {f"sample {rows} x {V}{name}": (least, makers(**cut)) for name, cut in cuts.items()}
 
 
+def packed_weights(bench: Bench) -> dict[str, tuple[float, Makers]]:
+    """One row through a frozen layer: what counts is the read of its weight. PyTorch's has it in bf16."""
+    K, N = bench.size(4096, 64), bench.size(16384, 64)
+    x, weight = bench.randn(1, K), bench.randn(N, K)
+    cases: dict[str, tuple[float, Makers]] = {}
+    for format in ("int8", "int4"):
+        packed = ops.quantize_groups(weight, format)
+
+        def decode(packed: tuple[Tensor, Tensor] = packed, format: str = format) -> Any:
+            return ops.quantized_linear(x, *packed, format=format)
+
+        makers: Makers = {"gptfast": lambda run=decode: run, "torch": lambda: lambda: F.linear(x, weight)}
+        cases[f"quantized_linear {format}, 1 row"] = (sum(t.numel() * t.element_size() for t in packed), makers)
+    return cases
+
+
 def measure(bench: Bench) -> list[dict[str, Any]]:
     copy = copy_speed(bench)
     print(f"copy {copy:,.0f} GB/s; all in bfloat16\n")
-    print(f"{'':32}{'GB/s':>8}{'% of copy':>12}{'torch / gptfast':>18}{'triton / gptfast':>18}")
+    print(f"{'':32}{'GB/s':>8}{'% of copy':>12}{'torch / gptfast':>18}{'triton / gptfast':>18}{'liger / gptfast':>18}")
     rows: list[dict[str, Any]] = [{"what": "copy", "GB/s": copy}]
     for name, (least, makers) in cases(bench).items():
         runs, refused = that_run(makers.items())
@@ -175,7 +209,7 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
         if own is None:
             print(f"{name:32}{refused['gptfast']}")
             continue
-        ratios = [f"{times[n] / own:.2f}x" if n in times else "-" for n in ("torch", "triton")]
+        ratios = [f"{times[n] / own:.2f}x" if n in times else "-" for n in ("torch", "triton", "liger")]
         speed = least / own / 1e6
-        print(f"{name:32}{speed:>8,.0f}{100 * speed / copy:>12.0f}{ratios[0]:>18}{ratios[1]:>18}", flush=True)
+        print(f"{name:32}{speed:>8,.0f}{100 * speed / copy:>12.0f}" + "".join(f"{r:>18}" for r in ratios), flush=True)
     return rows
