@@ -90,7 +90,7 @@ void Cache::reserve(i64 r, i64 n, std::vector<Copy>& copies) {
   const size_t first = size_t(row.length / kPage), needed = size_t((row.length + n + kPage - 1) / kPage);
   if (first < row.pages.size() && row.pages[first]->users > 1) {  // half filled and shared: a page of its own
     Page* own = make();
-    copies.push_back({row.data[first], own->data});
+    copies.push_back({row.data[first], own->data, row.length % kPage});
     drop(row.pages[first]);
     row.pages[first] = own;
     row.data[first] = own->data;

@@ -28,10 +28,11 @@ class Cache {
   void truncate(i64 row, i64 length);
   void release(i64 row);
   // Makes room for n more positions, with the pages that will be written the row's own; append then counts them. Pages
-  // that were shared are still to be copied: page_bytes from `from` to `to`.
+  // that were shared are still to be copied, so many positions of them.
   struct Copy {
     const char* from;
     char* to;
+    i64 positions;
   };
   void reserve(i64 row, i64 n, std::vector<Copy>& copies);
   void append(i64 row, i64 n) { rows_[size_t(row)].length += n; }

@@ -59,13 +59,21 @@ void Engine::extend(Cache& cache, const std::vector<i64>& rows, const std::vecto
   extend_locked(cache, rows, counts, tokens, last_only, out, ld);
 }
 
+// The first positions of one head of a page.
+void Engine::copy_head(const char* from, char* to, i64 head, i64 positions) const {
+  const i64 size = cpu::element_size(cache_type_), D = model_.shape.D();
+  from += head * head_bytes_, to += head * head_bytes_;
+  for (i64 d = 0; d < D; d++, from += kPage * size, to += kPage * size) std::memcpy(to, from, size_t(positions * size));
+  std::memcpy(to, from, size_t(positions * padded_head(D) * size));
+}
+
 void Engine::reserve(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts) {
   std::vector<Cache::Copy> copies;
   const auto copy = [&] {
     pool_.run([&](int t) {
-      const Range mine = share(page_bytes() / 64, t);
-      for (const auto& [from, to] : copies)
-        std::memcpy(to + mine.first * 64, from + mine.first * 64, size_t(mine.last - mine.first) * 64);
+      const Range mine = share(model_.shape.layers * model_.shape.heads, t);
+      for (const auto& [from, to, positions] : copies)
+        for (i64 head = mine.first; head < mine.last; head++) copy_head(from, to, head, positions);
     });
   };
   try {

@@ -99,6 +99,7 @@ class Engine {
 
   void extend_locked(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
                      bool last_only, float* out, i64 ld);
+  void copy_head(const char* from, char* to, i64 head, i64 positions) const;
   void reserve(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts);
   std::vector<i64> sample(const Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& streams,
                           const Sampling& sampling, const float* logits, i64 ld);
