@@ -21,7 +21,7 @@ ROOT = emulated.ROOT
 CUDA = ROOT / "csrc/cuda"
 KERNELS = sorted(CUDA.glob("*.cu"))
 PARTS = {
-    "memory": 11,
+    "memory": 13,
     "attention": 4,
     "training": 1,
     "decode": 1,
