@@ -342,12 +342,14 @@ def test_a_gpt_writes_with_the_engine_where_it_can(monkeypatch: pytest.MonkeyPat
     assert calls == [{"max_new_tokens": 2}]
     with gptfast.backend("eager"):
         model.generate([[1]], max_new_tokens=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate([[1]], max_new_tokens=1)
     handle = model.h[0].register_forward_hook(lambda *_: None)
     model.generate([[1]], max_new_tokens=1)
     handle.remove()
     model.h[0].mlp = torch.nn.Sequential(model.h[0].mlp)
     model.generate([[1]], max_new_tokens=1)
-    assert len(calls) == 1, "another backend, a hook, another module"
+    assert len(calls) == 1, "another backend, autocast, a hook, another module"
 
 
 def test_engine_for_a_model_notices_changes_through_data() -> None:

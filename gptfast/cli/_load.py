@@ -13,8 +13,8 @@ def load(model: str, quantize: str | None) -> tuple[Any, Tokenizer]:
 
     Args:
         model: a checkpoint folder or a hub id.
-        quantize: a format of `GPT.compile_for_inference`; None: the engine with
-            the weights as they are, where it can run them, else PyTorch.
+        quantize: a format of `GPT.compile_for_inference`; None: the engine with the weights as they are, where it
+            can run them, else PyTorch.
     """
     from gptfast.engine import engine_for
     from gptfast.models import GPT

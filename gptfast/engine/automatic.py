@@ -26,11 +26,11 @@ def engine_for(model: GPT) -> CompiledGPT | None:
     """A compiled model with the weights that `model` has now and in their dtype, or None where it cannot serve.
 
     It serves plain GPTs (no hooks, no modules but `gptfast.nn`'s own) in evaluation mode on the CPU, all of fp32 or all of
-    bf16, of which a packed copy fits into half of the memory that is free, where no other backend was asked for. The copy
-    is kept for the next call, and made anew after an optimizer step or a load.
+    bf16, of which a packed copy fits into half of the memory that is free, where no other backend was asked for, and no
+    autocast. The copy is kept for the next call, and made anew after an optimizer step or a load.
     """
     asked = AUTOMATIC["cpu"][0] if chosen() == "auto" else chosen()
-    if not has_cpu_ops or model.training or asked != "cpu" or not _is_plain(model):
+    if not has_cpu_ops or model.training or asked != "cpu" or torch.is_autocast_enabled("cpu") or not _is_plain(model):
         return None
     parameters = list(model.parameters())
     dtype = parameters[0].dtype
