@@ -87,8 +87,7 @@ class PyEngine {
       throw std::invalid_argument("the weights' memory is too small");
     if (reinterpret_cast<uintptr_t>(info_.ptr) % 64)
       throw std::invalid_argument("the weights' memory is not aligned to 64");
-    engine_ = std::make_unique<Engine>(s, f, static_cast<char*>(info_.ptr), threads,
-                                       type_named(cache), *k);
+    engine_ = std::make_unique<Engine>(s, f, static_cast<char*>(info_.ptr), threads, type_named(cache), *k);
     Forks::add(engine_.get());
   }
   ~PyEngine() {
