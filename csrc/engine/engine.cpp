@@ -89,25 +89,22 @@ void Engine::extend_locked(Cache& cache, const std::vector<i64>& rows, const std
                            const int* tokens, bool last_only, float* out, i64 ld) {
   reserve(cache, rows, counts);
   std::vector<Run> runs;
-  std::vector<i64> wanted;  // rows of the pass whose logits are asked for
-  i64 M = 0, written = 0, done = 0;
+  i64 M = 0, wanted = 0, written = 0, done = 0;
   auto flush = [&] {
     if (!M) return;
-    pass(runs, tokens + done, wanted, out + written * ld, ld);
-    written += i64(wanted.size());
-    done += M;
-    M = 0;
+    pass(runs, tokens + done, out + written * ld, ld);
+    written += std::exchange(wanted, 0);
+    done += std::exchange(M, 0);
     runs.clear();
-    wanted.clear();
   };
   for (size_t i = 0; i < rows.size(); i++)
     for (i64 at = 0; at < counts[i];) {
       const i64 n = std::min(counts[i] - at, kPass - M);
-      runs.push_back({M, n, cache.length(rows[i]) + at, cache.pages(rows[i])});
+      const i64 logits = !last_only ? n : at + n == counts[i] ? 1 : 0;
+      runs.push_back({M, n, cache.length(rows[i]) + at, logits, wanted, cache.pages(rows[i])});
       at += n;
-      for (i64 k = 0; k < n; k++)
-        if (!last_only || (k == n - 1 && at == counts[i])) wanted.push_back(M + k);
       M += n;
+      wanted += logits;
       if (M == kPass) flush();
     }
   flush();
@@ -136,14 +133,15 @@ void Engine::need_memory(i64 M, i64 longest) {
   work_bytes_ = (rows + threads()) * (4 * Cp_ + 3 * stride_ + stride_ / 4) + rows * 4 * (3 * Cp_ + Qp_ + Fp_);
 }
 
-void Engine::pass(const std::vector<Run>& runs, const int* tokens, const std::vector<i64>& wanted, float* out, i64 ld) {
+void Engine::pass(const std::vector<Run>& runs, const int* tokens, float* out, i64 ld) {
   i64 longest = 0;
   M_ = runs.back().first + runs.back().n;
+  wanted_ = runs.back().row + runs.back().wanted;
   for (const Run& run : runs) longest = std::max(longest, run.start + run.n);
   need_memory(M_, longest);
   runs_ = runs;
   for (auto& item : next_) item = 0;
-  pool_.run([&](int t) { forward(t, tokens, wanted, out, ld); });
+  pool_.run([&](int t) { forward(t, tokens, out, ld); });
 }
 
 }  // namespace gptfast::engine

@@ -39,10 +39,13 @@ class Buffer {
   i64 size_ = 0;
 };
 
-// New tokens of one sequence in a pass: n from `first` on in the pass, at positions start, start + 1, …
+// New tokens of one sequence in a pass: n from `first` on in the pass, at positions start, start + 1, …; the logits of
+// the last `wanted` are asked for, as rows `row`, row + 1, … of the result.
 struct Run {
-  i64 first, n, start;
+  i64 first, n, start, wanted, row;
   char* const* pages;
+
+  i64 unwanted() const { return n - wanted; }
 };
 
 // How the next tokens are drawn (csrc/cpu/sample-inl.h), and what ends a sequence.
@@ -104,16 +107,17 @@ class Engine {
   std::vector<i64> sample(const Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& streams,
                           const Sampling& sampling, const float* logits, i64 ld);
   void need_memory(i64 M, i64 longest);
-  void pass(const std::vector<Run>& runs, const int* tokens, const std::vector<i64>& wanted, float* out, i64 ld);
-  void forward(int t, const int* tokens, const std::vector<i64>& wanted, float* out, i64 ld);
+  void pass(const std::vector<Run>& runs, const int* tokens, float* out, i64 ld);
+  void forward(int t, const int* tokens, float* out, i64 ld);
   void embed(int t, const int* tokens);
   void attention(int t, i64 layer);
   void attend(int t, i64 layer, i64 item);
-  void head(int t, const std::vector<i64>& wanted, float* out, i64 ld);
-  void normalise_in_place(int t, const Norm& norm);
+  void keep_wanted();
+  void head(int t, float* out, i64 ld);
+  void normalise_in_place(int t, const Norm& norm, i64 rows);
 
   Activations inputs_of(int t, Format format, const float* x, i64 ld, i64 K, i64 rows);
-  Activations normed_inputs(int t, Format format, const Norm& norm, const float* x, i64 ld, const i64* which, i64 rows);
+  Activations normed_inputs(int t, Format format, const Norm& norm, const float* x, i64 ld, i64 rows);
   void multiply(int t, const Linear& linear, const Activations& x, i64 rows, Finish finish, float* y, i64 ldy,
                 float* out, i64 ldo);
 
@@ -133,8 +137,8 @@ class Engine {
   const i64 head_bytes_;             // of a page, for one head of one layer
   const i64 Cp_, Qp_, Fp_, stride_;  // C, 3 C, F, and the larger of C and F, rounded up to whole panels
 
-  i64 M_ = 0;  // tokens of the running pass, and the rows there is memory for
-  i64 capacity_ = 0, work_bytes_ = 0;
+  i64 M_ = 0, wanted_ = 0;             // tokens of the running pass, and how many of them get logits
+  i64 capacity_ = 0, work_bytes_ = 0;  // tokens there is memory for
   std::vector<Run> runs_;
   std::vector<std::atomic<i64>> next_;                  // item of attention, per layer
   Buffer<float> x_, qkv_, attended_, hidden_, branch_;  // (M, C), (M, 3 C), (M, C), (M, F), (M, C)

@@ -6,35 +6,41 @@
 
 namespace gptfast::engine {
 
-void Engine::forward(int t, const int* tokens, const std::vector<i64>& wanted, float* out, i64 ld) {
+void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
   const Shape& s = model_.shape;
   const Finish gelu = s.gelu_tanh ? Finish::gelu_tanh : Finish::gelu;
   float* x = x_.get();
+  i64 M = M_;
   embed(t, tokens);
   pool_.barrier(t);
   for (i64 l = 0; l < s.layers; l++) {
     const Layer& layer = model_.layers[size_t(l)];
     auto branch_inputs = [&](const Linear& linear, const Norm& norm) {
-      return s.pre_norm ? normed_inputs(t, linear.weight.format, norm, x, Cp_, nullptr, M_)
-                        : inputs_of(t, linear.weight.format, x, Cp_, s.C, M_);
+      return s.pre_norm ? normed_inputs(t, linear.weight.format, norm, x, Cp_, M)
+                        : inputs_of(t, linear.weight.format, x, Cp_, s.C, M);
     };
-    multiply(t, layer.c_attn, branch_inputs(layer.c_attn, layer.ln_1), M_, Finish::store, qkv_.get(), Qp_, qkv_.get(),
+    multiply(t, layer.c_attn, branch_inputs(layer.c_attn, layer.ln_1), M, Finish::store, qkv_.get(), Qp_, qkv_.get(),
              Qp_);
     pool_.barrier(t);
     attention(t, l);
+    if (l == s.layers - 1 && wanted_ < M) {  // from here on nothing else is read
+      if (t == 0) keep_wanted();
+      M = wanted_;
+    }
     pool_.barrier(t);
-    const Activations attended = inputs_of(t, layer.attn_proj.weight.format, attended_.get(), Cp_, s.C, M_);
-    multiply(t, layer.attn_proj, attended, M_, Finish::add, branch_.get(), Cp_, x, Cp_);
+    if (!M) return;
+    const Activations attended = inputs_of(t, layer.attn_proj.weight.format, attended_.get(), Cp_, s.C, M);
+    multiply(t, layer.attn_proj, attended, M, Finish::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
-    if (!s.pre_norm) normalise_in_place(t, layer.ln_1);
-    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), M_, gelu, hidden_.get(), Fp_, hidden_.get(), Fp_);
+    if (!s.pre_norm) normalise_in_place(t, layer.ln_1, M);
+    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), M, gelu, hidden_.get(), Fp_, hidden_.get(), Fp_);
     pool_.barrier(t);
-    const Activations hidden = inputs_of(t, layer.mlp_proj.weight.format, hidden_.get(), Fp_, s.F, M_);
-    multiply(t, layer.mlp_proj, hidden, M_, Finish::add, branch_.get(), Cp_, x, Cp_);
+    const Activations hidden = inputs_of(t, layer.mlp_proj.weight.format, hidden_.get(), Fp_, s.F, M);
+    multiply(t, layer.mlp_proj, hidden, M, Finish::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
-    if (!s.pre_norm) normalise_in_place(t, layer.ln_2);
+    if (!s.pre_norm) normalise_in_place(t, layer.ln_2, M);
   }
-  if (!wanted.empty()) head(t, wanted, out, ld);
+  head(t, out, ld);
 }
 
 void Engine::embed(int t, const int* tokens) {
@@ -62,44 +68,47 @@ void Engine::attend(int t, i64 layer, i64 item) {
   const Shape& s = model_.shape;
   const Run& run = runs_[size_t(item / s.heads)];
   const i64 h = item % s.heads, D = s.D();
+  const bool last = layer == s.layers - 1;
+  const i64 unread = last ? run.unwanted() : 0;  // queries whose answer nobody reads
   const float* q = qkv_.get() + run.first * Qp_ + h * D;
-  const AttendParams p{q,
-                       q + s.C,
-                       q + 2 * s.C,
-                       Qp_,
-                       run.n,
-                       D,
-                       run.start,
-                       s.window_of(layer),
-                       float(1 / std::sqrt(double(D))),
-                       cache_type_,
-                       run.pages,
-                       (layer * s.heads + h) * head_bytes_,
-                       attended_.get() + run.first * Cp_ + h * D,
-                       Cp_,
-                       own_[size_t(t)].scratch.get()};
+  AttendParams p{q,
+                 q + s.C,
+                 q + 2 * s.C,
+                 Qp_,
+                 run.n,
+                 D,
+                 run.start,
+                 s.window_of(layer),
+                 float(1 / std::sqrt(double(D))),
+                 cache_type_,
+                 run.pages,
+                 (layer * s.heads + h) * head_bytes_,
+                 attended_.get() + (last ? run.row : run.first) * Cp_ + h * D,
+                 Cp_,
+                 own_[size_t(t)].scratch.get()};
   kernels_.store_kv(p);
+  p.q += unread * Qp_;
+  p.n -= unread;
+  p.start += unread;
   kernels_.attend(p);
 }
 
-void Engine::head(int t, const std::vector<i64>& wanted, float* out, i64 ld) {
-  const i64 rows = i64(wanted.size());
-  const Format format = model_.head.format;
-  Activations x;
-  if (model_.shape.final_norm) {
-    x = normed_inputs(t, format, model_.ln_f, x_.get(), Cp_, wanted.data(), rows);
-  } else {  // gather the rows
-    const Range mine = share(rows, t);
-    for (i64 i = mine.first; i < mine.last; i++)
-      std::memcpy(branch_.get() + i * Cp_, x_.get() + wanted[size_t(i)] * Cp_, size_t(Cp_) * 4);
-    pool_.barrier(t);
-    x = inputs_of(t, format, branch_.get(), Cp_, model_.shape.C, rows);
-  }
-  multiply(t, {model_.head, Weight()}, x, rows, Finish::store, out, ld, out, ld);
+// Moves the rows that are asked for to the front.
+void Engine::keep_wanted() {
+  for (const Run& run : runs_)
+    std::memmove(x_.get() + run.row * Cp_, x_.get() + (run.first + run.unwanted()) * Cp_,
+                 size_t(run.wanted * Cp_) * sizeof(float));
 }
 
-void Engine::normalise_in_place(int t, const Norm& norm) {
-  const Range mine = share(M_, t);
+void Engine::head(int t, float* out, i64 ld) {
+  const Format format = model_.head.format;
+  const Activations x = model_.shape.final_norm ? normed_inputs(t, format, model_.ln_f, x_.get(), Cp_, wanted_)
+                                                : inputs_of(t, format, x_.get(), Cp_, model_.shape.C, wanted_);
+  multiply(t, {model_.head, Weight()}, x, wanted_, Finish::store, out, ld, out, ld);
+}
+
+void Engine::normalise_in_place(int t, const Norm& norm, i64 rows) {
+  const Range mine = share(rows, t);
   for (i64 m = mine.first; m < mine.last; m++) {
     float* x = x_.get() + m * Cp_;
     kernels_.layer_norm(x, floats(norm.weight), floats(norm.bias), model_.shape.eps, model_.shape.C, x);
@@ -123,17 +132,15 @@ Activations Engine::inputs_of(int t, Format format, const float* x, i64 ld, i64 
   if (!single) pool_.barrier(t);
   return in;
 }
-// The same of LayerNorm(x), rows which[0], which[1], … (null: all in order).
-Activations Engine::normed_inputs(int t, Format format, const Norm& norm, const float* x, i64 ld, const i64* which,
-                                  i64 rows) {
+// The same of LayerNorm(x).
+Activations Engine::normed_inputs(int t, Format format, const Norm& norm, const float* x, i64 ld, i64 rows) {
   const bool single = rows == 1;
   Inputs& to = single ? own_[size_t(t)].inputs : shared_;
   const Range mine = single ? Range{0, 1} : share(rows, t);
   const Activations in = view(to, model_.shape.C);
   for (i64 m = mine.first; m < mine.last; m++) {
     float* normed = to.normed.get() + m * Cp_;
-    kernels_.layer_norm(x + (which ? which[m] : m) * ld, floats(norm.weight), floats(norm.bias), model_.shape.eps,
-                        model_.shape.C, normed);
+    kernels_.layer_norm(x + m * ld, floats(norm.weight), floats(norm.bias), model_.shape.eps, model_.shape.C, normed);
     if (!reads_f32(format)) kernels_.prepare(format, normed, model_.shape.C, in, m);
   }
   if (!single) pool_.barrier(t);
