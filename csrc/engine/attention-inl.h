@@ -13,31 +13,40 @@ INL F load_cached(const char* p, i64 element) {
   return load(reinterpret_cast<const float*>(p) + element);
 }
 
-// In 16 bits; fp16 holds at most 65504, and nothing becomes infinite by being kept.
-static void narrow_cached(uint16_t* out, const float* x, DType type, i64 D) {
-  alignas(64) float kept[256];
-  const F most = set(type == DType::f16 ? 65504.f : 3.38e38f);  // nan stays: min and max give their second argument
-  for_lanes(D, [&](i64 d, i64 n) { store_lanes(kept + d, min(most, max(zero() - most, load_lanes(x + d, n))), n); });
-  narrow_row(out, kept, type, D);
+// In 16 bits, whole vectors; fp16 holds at most 65504, and nothing becomes infinite by being kept.
+template <DType T>
+INL void narrow_cached(uint16_t* out, const float* x, i64 D) {
+  const F most = set(T == DType::f16 ? 65504.f : 3.38e38f);  // nan stays: min and max give their second argument
+  for_lanes(D, [&](i64 d, i64 n) {
+    const F kept = min(most, max(zero() - most, load_lanes(x + d, n)));
+    T == DType::f16 ? store_f16(out + d, kept) : store_bf16(out + d, kept);
+  });
 }
-static void store_kv(const AttendParams& p) {
-  const i64 Dp = padded_head(p.D), size = element_size(p.cache);
+template <DType T>
+static void store_run(const AttendParams& p) {
+  const i64 Dp = padded_head(p.D), size = element_size(T);
   for (i64 i = 0; i < p.n; i++) {
     const i64 position = p.start + i, at = position % kPage;
     char* keys = p.pages[position / kPage] + p.offset;
     char* values = keys + p.D * kPage * size + at * Dp * size;
     const float *k = p.k + i * p.stride, *v = p.v + i * p.stride;
-    if (p.cache != DType::f32) {
+    if constexpr (T != DType::f32) {
       alignas(64) uint16_t narrow[256];
-      narrow_cached(narrow, k, p.cache, p.D);
+      narrow_cached<T>(narrow, k, p.D);
       for (i64 d = 0; d < p.D; d++) reinterpret_cast<uint16_t*>(keys)[d * kPage + at] = narrow[d];
-      narrow_cached(narrow, v, p.cache, p.D);
-      __builtin_memcpy(values, narrow, size_t(p.D) * 2);
+      narrow_cached<T>(reinterpret_cast<uint16_t*>(values), v, p.D);
     } else {
       for (i64 d = 0; d < p.D; d++) reinterpret_cast<float*>(keys)[d * kPage + at] = k[d];
       __builtin_memcpy(values, v, size_t(p.D) * 4);
     }
     for (i64 d = p.D; d < Dp; d++) __builtin_memset(values + d * size, 0, size_t(size));
+  }
+}
+static void store_kv(const AttendParams& p) {
+  switch (p.cache) {
+    case DType::f32: return store_run<DType::f32>(p);
+    case DType::f16: return store_run<DType::f16>(p);
+    case DType::bf16: return store_run<DType::bf16>(p);
   }
 }
 
@@ -119,15 +128,14 @@ static void attend_rows(const AttendParams& p, i64 row) {
   float total[R];
   for (i64 at = first; at < end; at += kPage)
     page_scores<T, R>(p.pages[at / kPage] + p.offset, p.q + row * p.stride, p.stride, p.D, p.scale,
-                         p.scratch + (at - first), n);
+                      p.scratch + (at - first), n);
   for (int r = 0; r < R; r++) {
     const i64 position = oldest + r, low = p.window && position >= p.window ? position - p.window + 1 : 0;
     total[r] = exponentials(p.scratch + r * n, n, low > first ? low - first : 0, position + 1 - first);
   }
   constexpr int V = kAttendVectors;
   i64 d = 0;
-  for (; d + V * L <= padded_head(p.D); d += V * L)
-    weigh_values<T, R, V>(p, p.scratch, n, first, end, d, total, row);
+  for (; d + V * L <= padded_head(p.D); d += V * L) weigh_values<T, R, V>(p, p.scratch, n, first, end, d, total, row);
   for (; d < p.D; d += L) weigh_values<T, R, 1>(p, p.scratch, n, first, end, d, total, row);
 }
 template <DType T>

@@ -69,8 +69,18 @@ constexpr bool kPairs = false;
 INL F dot_pairs(F acc, I, I) { return acc; }
 #endif
 
-// Nearest integer, ties to even, of |x| < 2^22: adding 1.5 * 2^23 leaves it in the low bits.
-INL I nearest(F x) { return isub(as_int(x + set(12582912.f)), iset(0x4b400000u)); }
+// x + kRounder has the nearest integer, ties to even, of |x| < 2^22 in its low bits.
+constexpr float kRounder = 12582912.f;  // 1.5 * 2^23
+// The low byte of each lane.
+INL void store_bytes(int8_t* p, I x) {
+#if !defined(GPTFAST_SCALAR) && defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
+#else
+  alignas(64) int32_t lanes[L];
+  istore(lanes, x);
+  for (int i = 0; i < L; i++) p[i] = int8_t(lanes[i]);
+#endif
+}
 
 INL I merge(I signs_and_fractions, I exponents) { return ior(iand(signs_and_fractions, iset(0x807f807fu)), exponents); }
 #if defined(GPTFAST_SCALAR)

@@ -1,28 +1,25 @@
 // What happens to single rows between the products.
 
-// x in bytes: x / scale, scale = max |x| / 127 of each group; and -offset times their sum. A nan or an infinity makes the
-// scale nan, so that it is not lost.
+// x in bytes: x / scale, scale = max |x| / 127 of each group; and -offset times their sum. A nan or an infinity makes
+// the sum nan and with it the scale, so that it is not lost.
 static void quantise_row(const float* x, i64 K, int offset, int8_t* q, float* scale, int32_t* start) {
   for (i64 k = 0; k < K; k += kGroup, q += kGroup) {
-    F v[kGroup / L], top = zero(), bad = zero();
+    F v[kGroup / L], top = zero(), total = zero();
     UNROLL for (int i = 0; i < kGroup / L; i++) {
       const i64 left = K - k - i * L;
       v[i] = left >= L ? load(x + k + i * L) : left > 0 ? load_n(x + k + i * L, left) : zero();
       top = max(abs(v[i]), top);
-      bad = bad + v[i] * zero();
     }
     const float most = hmax(top);
-    const F inverse = set(most > 0 ? 127.f / most : 0.f);
-    alignas(64) int32_t lanes[kGroup];
-    UNROLL for (int i = 0; i < kGroup / L; i++)
-      istore(lanes + i * L, nearest(v[i] * inverse));
-    int32_t total = 0;
-    for (int i = 0; i < kGroup; i++) {
-      q[i] = int8_t(lanes[i]);
-      total += lanes[i];
+    const F inverse = set(most > 1e-30f ? 127.f / most : 0.f);  // less is 0, and its inverse infinite
+    UNROLL for (int i = 0; i < kGroup / L; i++) {
+      const F rounded = v[i] * inverse + set(kRounder);
+      store_bytes(q + i * L, as_int(rounded));
+      total = total + (rounded - set(kRounder));
     }
-    *scale++ = most / 127.f + sum(bad);
-    *start++ = -offset * total;
+    const float all = sum(total);
+    *scale++ = most / 127.f + 0 * all;
+    *start++ = all == all ? -offset * int32_t(all) : 0;
   }
 }
 static void prepare(Format f, const float* x, i64 K, const Activations& to, i64 row) {
