@@ -140,9 +140,7 @@ static void attend_rows(const AttendParams& p, i64 row) {
 }
 template <DType T>
 static void attend_run(const AttendParams& p) {
-  i64 row = 0;
-  for (; row + kAttendRows <= p.n; row += kAttendRows) attend_rows<T, kAttendRows>(p, row);
-  for (; row < p.n; row++) attend_rows<T, 1>(p, row);
+  rows_of_tiles<kAttendRows>(p.n, [&]<int R>(i64 row) { attend_rows<T, R>(p, row); });
 }
 static void attend(const AttendParams& p) {
   switch (p.cache) {

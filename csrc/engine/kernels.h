@@ -40,7 +40,7 @@ struct AttendParams {
   i64 out_stride;
   float* scratch;  // kAttendRows rows of the positions rounded up to 64, and a few vectors
 };
-constexpr i64 kAttendRows = 4;  // queries that are computed together
+constexpr i64 kAttendRows = 6;  // queries that are computed together
 
 inline i64 padded_head(i64 D) { return round_up(D, 16); }
 inline i64 head_elements(i64 D) { return kPage * D + kPage * padded_head(D); }
