@@ -12,7 +12,7 @@ namespace gptfast::cpu {
 using i64 = int64_t;
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-inline i64 element_size(DType t) { return t == DType::f32 ? 4 : 2; }
+constexpr i64 element_size(DType t) { return t == DType::f32 ? 4 : 2; }
 
 // A matrix of rows: element (i, c) lies at data + i * stride + c.
 struct Rows {

@@ -3,6 +3,9 @@
 // Scores of a page: its 64 keys lie side by side for each channel, so there are no sums across lanes. The softmax runs
 // over whole pages, with -inf outside what a query sees; the values follow position by position. A query thus computes
 // the same, to the bit, alone or beside others: what it does not see adds exact zeros.
+//
+// With one query the floor is the read of the pages, and a jump to another page costs as much as the read of 8 KB. So
+// the heads of a page are read one after the other, and each line is asked for one head ahead.
 
 constexpr int kAttendVectors = L == 16 ? 4 : 2;
 
@@ -22,25 +25,38 @@ INL void narrow_cached(uint16_t* out, const float* x, i64 D) {
     T == DType::f16 ? store_f16(out + d, kept) : store_bf16(out + d, kept);
   });
 }
+// The keys and the values of head h in the page that holds a position.
+template <DType T>
+INL char* keys_of(const AttendParams& p, i64 h, i64 at) {
+  return p.pages[at / kPage] + p.keys + h * key_elements(p.D) * element_size(T);
+}
+template <DType T>
+INL char* values_of(const AttendParams& p, i64 h, i64 at) {
+  return p.pages[at / kPage] + p.values + h * value_elements(p.D) * element_size(T);
+}
+
+template <DType T>
+INL void store_position(const float* k, const float* v, i64 D, i64 at, char* keys, char* values) {
+  const i64 Dp = padded_head(D), size = element_size(T);
+  values += at * Dp * size;
+  if constexpr (T != DType::f32) {
+    alignas(64) uint16_t narrow[256];
+    narrow_cached<T>(narrow, k, D);
+    for (i64 d = 0; d < D; d++) reinterpret_cast<uint16_t*>(keys)[d * kPage + at] = narrow[d];
+    narrow_cached<T>(reinterpret_cast<uint16_t*>(values), v, D);
+  } else {
+    for (i64 d = 0; d < D; d++) reinterpret_cast<float*>(keys)[d * kPage + at] = k[d];
+    __builtin_memcpy(values, v, size_t(D) * 4);
+  }
+  for (i64 d = D; d < Dp; d++) __builtin_memset(values + d * size, 0, size_t(size));
+}
 template <DType T>
 static void store_run(const AttendParams& p) {
-  const i64 Dp = padded_head(p.D), size = element_size(T);
-  for (i64 i = 0; i < p.n; i++) {
-    const i64 position = p.start + i, at = position % kPage;
-    char* keys = p.pages[position / kPage] + p.offset;
-    char* values = keys + p.D * kPage * size + at * Dp * size;
-    const float *k = p.k + i * p.stride, *v = p.v + i * p.stride;
-    if constexpr (T != DType::f32) {
-      alignas(64) uint16_t narrow[256];
-      narrow_cached<T>(narrow, k, p.D);
-      for (i64 d = 0; d < p.D; d++) reinterpret_cast<uint16_t*>(keys)[d * kPage + at] = narrow[d];
-      narrow_cached<T>(reinterpret_cast<uint16_t*>(values), v, p.D);
-    } else {
-      for (i64 d = 0; d < p.D; d++) reinterpret_cast<float*>(keys)[d * kPage + at] = k[d];
-      __builtin_memcpy(values, v, size_t(p.D) * 4);
-    }
-    for (i64 d = p.D; d < Dp; d++) __builtin_memset(values + d * size, 0, size_t(size));
-  }
+  if (p.n == 1) ask(keys_of<T>(p, 0, p.start), p.heads * key_elements(p.D) * element_size(T));
+  for (i64 h = 0; h < p.heads; h++)
+    for (i64 i = 0; i < p.n; i++)
+      store_position<T>(p.k + i * p.stride + h * p.D, p.v + i * p.stride + h * p.D, p.D, (p.start + i) % kPage,
+                        keys_of<T>(p, h, p.start + i), values_of<T>(p, h, p.start + i));
 }
 static void store_kv(const AttendParams& p) {
   switch (p.cache) {
@@ -50,15 +66,18 @@ static void store_kv(const AttendParams& p) {
   }
 }
 
-// out[r][0..64) = scale q[r] . keys of a page
+// out[r][0..64) = scale q[r] . keys of a page; `after` is read next.
 template <DType T, int R>
-static void page_scores(const char* keys, const float* q, i64 ldq, i64 D, float scale, float* out, i64 ldo) {
+static void page_scores(const char* keys, const char* after, const float* q, i64 ldq, i64 D, float scale, float* out,
+                        i64 ldo) {
+  constexpr i64 kBytes = kPage * element_size(T);
   constexpr int V = kAttendVectors;
   for (i64 c = 0; c < kPage; c += V * L) {
     F acc[R][V];
     UNROLL for (int r = 0; r < R; r++) UNROLL
       for (int v = 0; v < V; v++) acc[r][v] = zero();
     for (i64 d = 0; d < D; d++) {
+      if (R == 1 && c == 0) ask(after + d * kBytes, kBytes);
       F k[V];
       UNROLL for (int v = 0; v < V; v++)
         k[v] = load_cached<T>(keys, d * kPage + c + v * L);
@@ -87,56 +106,78 @@ static float exponentials(float* scores, i64 n, i64 low, i64 high) {
   });
 }
 
-// acc[r][v] += sum over positions [first, end) of weights[r][position - first] values[position][d0 + v L ...)
+// out[r][d0 + v L ...) += sum over n positions of weights[r][i] values[i][d0 + v L ...); `fresh`: out counts as 0.
 template <DType T, int R, int V>
-static void weigh_values(const AttendParams& p, const float* weights, i64 ldw, i64 first, i64 end, i64 d0,
-                         const float* total, i64 row) {
-  const i64 Dp = padded_head(p.D), size = element_size(T);
+static void weigh_values(const char* values, const char* after, const float* weights, i64 ldw, i64 n, i64 D, i64 d0,
+                         bool fresh, float* out, i64 ldo) {
+  const i64 Dp = padded_head(D), size = element_size(T);
+  const auto lanes = [&](int v) {  // of a vector that count
+    const i64 left = D - d0 - v * L;
+    return left < 0 ? 0 : left < L ? left : i64(L);
+  };
   F acc[R][V];
   UNROLL for (int r = 0; r < R; r++) UNROLL
-    for (int v = 0; v < V; v++) acc[r][v] = zero();
-  for (i64 at = first; at < end; at += kPage) {
-    const char* values = p.pages[at / kPage] + p.offset + p.D * kPage * size;
-    const float* w = weights + (at - first);
-    const i64 n = end - at < kPage ? end - at : kPage;
-    for (i64 i = 0; i < n; i++) {
-      F x[V];
+    for (int v = 0; v < V; v++) acc[r][v] = fresh ? zero() : load_lanes(out + r * ldo + d0 + v * L, lanes(v));
+  for (i64 i = 0; i < n; i++) {
+    const i64 at = (i * Dp + d0) * size;
+    if (R == 1) ask(after + at, V * L * size);
+    F x[V];
+    UNROLL for (int v = 0; v < V; v++)
+      x[v] = load_cached<T>(values + at, v * L);
+    UNROLL for (int r = 0; r < R; r++) {
+      const F a = set(weights[r * ldw + i]);
       UNROLL for (int v = 0; v < V; v++)
-        x[v] = load_cached<T>(values, i * Dp + d0 + v * L);
-      UNROLL for (int r = 0; r < R; r++) {
-        const F a = set(w[r * ldw + i]);
-        UNROLL for (int v = 0; v < V; v++)
-          acc[r][v] = fma(a, x[v], acc[r][v]);
-      }
+        acc[r][v] = fma(a, x[v], acc[r][v]);
     }
   }
-  UNROLL for (int r = 0; r < R; r++) {
-    const F inverse = set(1.f / total[r]);
-    UNROLL for (int v = 0; v < V; v++) {
-      const i64 d = d0 + v * L, left = p.D - d;
-      if (left > 0) store_lanes(p.out + (row + r) * p.out_stride + d, acc[r][v] * inverse, left < L ? left : L);
-    }
-  }
+  UNROLL for (int r = 0; r < R; r++) UNROLL
+    for (int v = 0; v < V; v++) store_lanes(out + r * ldo + d0 + v * L, acc[r][v], lanes(v));
 }
-
-// Queries row .. row + R of the run.
 template <DType T, int R>
-static void attend_rows(const AttendParams& p, i64 row) {
-  const i64 last = p.start + row + R - 1, end = last + 1, oldest = p.start + row;
-  const i64 first = p.window && oldest >= p.window ? (oldest - p.window + 1) / kPage * kPage : 0;
-  const i64 n = (end - first + kPage - 1) / kPage * kPage;
-  float total[R];
-  for (i64 at = first; at < end; at += kPage)
-    page_scores<T, R>(p.pages[at / kPage] + p.offset, p.q + row * p.stride, p.stride, p.D, p.scale,
-                      p.scratch + (at - first), n);
-  for (int r = 0; r < R; r++) {
-    const i64 position = oldest + r, low = p.window && position >= p.window ? position - p.window + 1 : 0;
-    total[r] = exponentials(p.scratch + r * n, n, low > first ? low - first : 0, position + 1 - first);
-  }
+static void weigh_page(const char* values, const char* after, const float* weights, i64 ldw, i64 n, i64 D, bool fresh,
+                       float* out, i64 ldo) {
   constexpr int V = kAttendVectors;
   i64 d = 0;
-  for (; d + V * L <= padded_head(p.D); d += V * L) weigh_values<T, R, V>(p, p.scratch, n, first, end, d, total, row);
-  for (; d < p.D; d += L) weigh_values<T, R, 1>(p, p.scratch, n, first, end, d, total, row);
+  for (; d + V * L <= padded_head(D); d += V * L)
+    weigh_values<T, R, V>(values, after, weights, ldw, n, D, d, fresh, out, ldo);
+  for (; d < D; d += L) weigh_values<T, R, 1>(values, after, weights, ldw, n, D, d, fresh, out, ldo);
+}
+
+// Queries row .. row + R of the run, page by page: the heads of a page lie side by side.
+template <DType T, int R>
+static void attend_rows(const AttendParams& p, i64 row) {
+  const i64 oldest = p.start + row, end = oldest + R;
+  const i64 first = p.window && oldest >= p.window ? (oldest - p.window + 1) / kPage * kPage : 0;
+  const i64 n = (end - first + kPage - 1) / kPage * kPage;
+  float *const scores = p.scratch, *const total = scores + p.heads * R * n;
+  const float* q = p.q + row * p.stride;
+  float* out = p.out + row * p.out_stride;
+  for (i64 at = first; at < end; at += kPage)
+    for (i64 h = 0; h < p.heads; h++) {
+      const char* after = h + 1 < p.heads    ? keys_of<T>(p, h + 1, at)
+                          : at + kPage < end ? keys_of<T>(p, 0, at + kPage)
+                                             : values_of<T>(p, 0, first);
+      page_scores<T, R>(keys_of<T>(p, h, at), after, q + h * p.D, p.stride, p.D, p.scale,
+                        scores + h * R * n + (at - first), n);
+    }
+  for (i64 h = 0; h < p.heads; h++)
+    for (int r = 0; r < R; r++) {
+      const i64 position = oldest + r, low = p.window && position >= p.window ? position - p.window + 1 : 0;
+      total[h * R + r] = exponentials(scores + (h * R + r) * n, n, low > first ? low - first : 0, position + 1 - first);
+    }
+  for (i64 at = first; at < end; at += kPage)
+    for (i64 h = 0; h < p.heads; h++) {
+      const char* after =
+          h + 1 < p.heads || at + kPage >= end ? values_of<T>(p, h + 1, at) : values_of<T>(p, 0, at + kPage);
+      weigh_page<T, R>(values_of<T>(p, h, at), after, scores + h * R * n + (at - first), n,
+                       end - at < kPage ? end - at : kPage, p.D, at == first, out + h * p.D, p.out_stride);
+    }
+  for (i64 h = 0; h < p.heads; h++)
+    for (int r = 0; r < R; r++) {
+      float* y = out + r * p.out_stride + h * p.D;
+      const F inverse = set(1.f / total[h * R + r]);
+      for_lanes(p.D, [&](i64 d, i64 lanes) { store_lanes(y + d, load_lanes(y + d, lanes) * inverse, lanes); });
+    }
 }
 template <DType T>
 static void attend_run(const AttendParams& p) {

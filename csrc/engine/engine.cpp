@@ -18,7 +18,9 @@ Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int th
       kernels_(kernels),
       pool_(threads),
       cache_type_(cache),
-      head_bytes_(head_elements(shape.D()) * cpu::element_size(cache)),
+      key_bytes_(key_elements(shape.D()) * cpu::element_size(cache)),
+      value_bytes_(value_elements(shape.D()) * cpu::element_size(cache)),
+      layer_bytes_(shape.heads * (key_bytes_ + value_bytes_)),
       Cp_(round_up(shape.C, kPanel)),
       Qp_(round_up(3 * shape.C, kPanel)),
       Fp_(round_up(shape.F, kPanel)),
@@ -60,20 +62,23 @@ void Engine::extend(Cache& cache, const std::vector<i64>& rows, const std::vecto
 }
 
 // The first positions of one head of a page.
-void Engine::copy_head(const char* from, char* to, i64 head, i64 positions) const {
+void Engine::copy_head(const char* from, char* to, i64 layer, i64 head, i64 positions) const {
   const i64 size = cpu::element_size(cache_type_), D = model_.shape.D();
-  from += head * head_bytes_, to += head * head_bytes_;
-  for (i64 d = 0; d < D; d++, from += kPage * size, to += kPage * size) std::memcpy(to, from, size_t(positions * size));
-  std::memcpy(to, from, size_t(positions * padded_head(D) * size));
+  const i64 keys = layer * layer_bytes_ + head * key_bytes_;
+  const i64 values = layer * layer_bytes_ + model_.shape.heads * key_bytes_ + head * value_bytes_;
+  for (i64 at = keys; at < keys + key_bytes_; at += kPage * size)
+    std::memcpy(to + at, from + at, size_t(positions * size));
+  std::memcpy(to + values, from + values, size_t(positions * padded_head(D) * size));
 }
 
 void Engine::reserve(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts) {
   std::vector<Cache::Copy> copies;
   const auto copy = [&] {
     pool_.run([&](int t) {
-      const Range mine = share(model_.shape.layers * model_.shape.heads, t);
+      const Range mine = share(model_.shape.heads, t);
       for (const auto& [from, to, positions] : copies)
-        for (i64 head = mine.first; head < mine.last; head++) copy_head(from, to, head, positions);
+        for (i64 layer = 0; layer < model_.shape.layers; layer++)
+          for (i64 head = mine.first; head < mine.last; head++) copy_head(from, to, layer, head, positions);
     });
   };
   try {
@@ -112,7 +117,7 @@ void Engine::extend_locked(Cache& cache, const std::vector<i64>& rows, const std
 }
 
 void Engine::need_memory(i64 M, i64 longest) {
-  for (Thread& own : own_) own.scratch.need(kAttendRows * round_up(longest, kPage) + 64);
+  for (Thread& own : own_) own.scratch.need(attend_scratch(model_.shape.heads, longest));
   if (M <= capacity_) return;
   const i64 rows = M == 1 ? 1 : round_up(M, 8);
   auto inputs = [&](Inputs& in, i64 n) {

@@ -65,7 +65,7 @@ class Engine {
 
   const Model& model() const { return model_; }
   int threads() const { return pool_.threads(); }
-  i64 page_bytes() const { return model_.shape.layers * model_.shape.heads * head_bytes_; }
+  i64 page_bytes() const { return model_.shape.layers * layer_bytes_; }
   i64 work_bytes() const { return work_bytes_; }
   std::mutex& lock() { return mutex_; }
 
@@ -102,7 +102,7 @@ class Engine {
 
   void extend_locked(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
                      bool last_only, float* out, i64 ld);
-  void copy_head(const char* from, char* to, i64 head, i64 positions) const;
+  void copy_head(const char* from, char* to, i64 layer, i64 head, i64 positions) const;
   void reserve(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts);
   std::vector<i64> sample(const Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& streams,
                           const Sampling& sampling, const float* logits, i64 ld);
@@ -111,7 +111,7 @@ class Engine {
   void forward(int t, const int* tokens, float* out, i64 ld);
   void embed(int t, const int* tokens);
   void attention(int t, i64 layer);
-  void attend(int t, i64 layer, i64 item);
+  void attend(int t, i64 layer, const Run& run, i64 first, i64 heads);
   void keep_wanted();
   void head(int t, float* out, i64 ld);
   void normalise_in_place(int t, const Norm& norm, i64 rows);
@@ -134,7 +134,8 @@ class Engine {
   Pool pool_;
   std::mutex mutex_;
   const cpu::DType cache_type_;
-  const i64 head_bytes_;             // of a page, for one head of one layer
+  const i64 key_bytes_, value_bytes_;  // of a page, for one head of one layer
+  const i64 layer_bytes_;
   const i64 Cp_, Qp_, Fp_, stride_;  // C, 3 C, F, and the larger of C and F, rounded up to whole panels
 
   i64 M_ = 0, wanted_ = 0;             // tokens of the running pass, and how many of them get logits

@@ -54,36 +54,42 @@ void Engine::embed(int t, const int* tokens) {
     }
 }
 
-// One item is a head of a run. Single positions are shared out evenly; longer runs go to whoever is free.
+// One item is a head of a run. Single positions are shared out evenly, the heads of a run together; longer runs go to
+// whoever is free.
 void Engine::attention(int t, i64 layer) {
-  const i64 items = i64(runs_.size()) * model_.shape.heads;
-  if (M_ == i64(runs_.size())) {
-    const Range mine = share(items, t);
-    for (i64 i = mine.first; i < mine.last; i++) attend(t, layer, i);
-  } else {
-    for (i64 i; (i = next_[size_t(layer)].fetch_add(1)) < items;) attend(t, layer, i);
+  const i64 heads = model_.shape.heads, items = i64(runs_.size()) * heads;
+  if (M_ > i64(runs_.size())) {
+    for (i64 i; (i = next_[size_t(layer)].fetch_add(1)) < items;)
+      attend(t, layer, runs_[size_t(i / heads)], i % heads, 1);
+    return;
+  }
+  const Range mine = share(items, t);
+  for (i64 i = mine.first, n; i < mine.last; i += n) {
+    n = std::min(heads - i % heads, mine.last - i);
+    attend(t, layer, runs_[size_t(i / heads)], i % heads, n);
   }
 }
-void Engine::attend(int t, i64 layer, i64 item) {
+void Engine::attend(int t, i64 layer, const Run& run, i64 first, i64 heads) {
   const Shape& s = model_.shape;
-  const Run& run = runs_[size_t(item / s.heads)];
-  const i64 h = item % s.heads, D = s.D();
+  const i64 D = s.D(), keys = layer * layer_bytes_;
   const bool last = layer == s.layers - 1;
   const i64 unread = last ? run.unwanted() : 0;  // queries whose answer nobody reads
-  const float* q = qkv_.get() + run.first * Qp_ + h * D;
+  const float* q = qkv_.get() + run.first * Qp_ + first * D;
   AttendParams p{q,
                  q + s.C,
                  q + 2 * s.C,
                  Qp_,
                  run.n,
+                 heads,
                  D,
                  run.start,
                  s.window_of(layer),
                  float(1 / std::sqrt(double(D))),
                  cache_type_,
                  run.pages,
-                 (layer * s.heads + h) * head_bytes_,
-                 attended_.get() + (last ? run.row : run.first) * Cp_ + h * D,
+                 keys + first * key_bytes_,
+                 keys + s.heads * key_bytes_ + first * value_bytes_,
+                 attended_.get() + (last ? run.row : run.first) * Cp_ + first * D,
                  Cp_,
                  own_[size_t(t)].scratch.get()};
   kernels_.store_kv(p);

@@ -14,8 +14,8 @@ struct Activations {
   const float* f32 = nullptr;
   i64 f32_stride = 0;
   uint16_t* bf16 = nullptr;
-  int8_t* q = nullptr;     // x / scale
-  float* scale = nullptr;  // per group of 32: stride / 32 a row
+  int8_t* q = nullptr;       // x / scale
+  float* scale = nullptr;    // per group of 32: stride / 32 a row
   int32_t* start = nullptr;  // where the integer sum of a group begins: -offset * sum of q, see weight_offset
   i64 stride = 0;
 };
@@ -25,25 +25,29 @@ enum class Finish { store, gelu_tanh, gelu, add };  // add: to what `out` holds
 
 constexpr i64 kPage = 64;  // positions of a page of keys and values
 
-// One head of one run of neighbouring new positions. A page holds, for this head at `offset`, keys as [D][64] and then
-// values as [64][D rounded up to 16], in the type `cache`.
+// Neighbouring heads of one run of neighbouring new positions. For each layer a page holds the keys of all heads,
+// [D][64], and then their values, [64][D rounded up to 16], in the type `cache`.
 struct AttendParams {
-  const float *q, *k, *v;  // (n, D), rows `stride` apart
-  i64 stride, n, D;
+  const float *q, *k, *v;  // (n, heads, D), rows `stride` apart
+  i64 stride, n, heads, D;
   i64 start;   // position of the first
   i64 window;  // positions that a query sees, its own included; 0: all
   float scale;
   cpu::DType cache;
   char* const* pages;
-  i64 offset;  // bytes
-  float* out;  // (n, D), rows `out_stride` apart
+  i64 keys, values;  // bytes into a page, where those of the first head begin
+  float* out;        // (n, heads, D), rows `out_stride` apart
   i64 out_stride;
-  float* scratch;  // kAttendRows rows of the positions rounded up to 64, and a few vectors
+  float* scratch;  // attend_scratch floats
 };
-constexpr i64 kAttendRows = 6;  // queries that are computed together
+constexpr i64 kAttendRows = 6;  // queries of a head that are computed together
 
 inline i64 padded_head(i64 D) { return round_up(D, 16); }
-inline i64 head_elements(i64 D) { return kPage * D + kPage * padded_head(D); }
+inline i64 key_elements(i64 D) { return kPage * D; }
+inline i64 value_elements(i64 D) { return kPage * padded_head(D); }
+inline i64 attend_scratch(i64 heads, i64 positions) {
+  return (heads < kAttendRows ? kAttendRows : heads) * (round_up(positions, kPage) + 1);
+}
 
 struct Kernels {
   const char* isa;

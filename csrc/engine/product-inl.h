@@ -1,18 +1,18 @@
 // y[m][0..32) = x[m] W^T for one panel of packed weights (format.h), in register tiles of R rows x V vectors.
 //
 // With one row the floor is the read of the weights: each line is asked for kAhead bytes before its use. With many rows
-// it is arithmetic: V weight vectors are loaded once for R rows, and packed ones are unpacked before, for all rows. Sums
-// run over k in order, whatever the tile.
+// it is arithmetic: V weight vectors are loaded once for R rows, and packed ones are unpacked before, for all rows.
+// Sums run over k in order, whatever the tile.
 
-constexpr i64 kAhead = 8192;      // bytes; measured: +23% for 4-bit weights over none, 512 does harm
+constexpr i64 kAhead = 8192;       // bytes; measured: +23% for 4-bit weights over none, 512 does harm
 constexpr i64 kUnpackedRows = 16;  // from so many rows on a panel is unpacked first
 
 constexpr int kVectors = int(kPanel / L);
 constexpr int kTileVectors = kVectors < 2 ? kVectors : 2;  // with many rows; with one all of the panel
 constexpr int kFloatRows = L == 16 ? 8 : L == 8 ? 6 : 4, kByteRows = L == 16 ? 6 : 2;
 
-INL void ahead(const char* w, i64 bytes) {
-  for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch(w + kAhead + i, 0, 3);
+INL void ask(const char* w, i64 bytes) {
+  for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch(w + i, 0, 3);
 }
 
 // ---- floats -------------------------------------------------------------------------------------------------------
@@ -33,8 +33,8 @@ INL void add_pairs(const I (&b)[V], const Activations& x, i64 m, i64 k, F (&acc)
     }
   }
 }
-// A step along k: kDepth values of x, kBytes of the panel, V vectors from output N on. N is a constant: as a variable it
-// costs an address for every load, more than there are registers.
+// A step along k: kDepth values of x, kBytes of the panel, V vectors from output N on. N is a constant: as a variable
+// it costs an address for every load, more than there are registers.
 struct FloatStep {
   static constexpr i64 kDepth = 1, kBytes = kPanel * 4;
   explicit FloatStep(const char*) {}
@@ -72,7 +72,8 @@ struct Bf16Step {
   INL_MEMBER I pairs(const char* w, int n) const {
     const I nibbles = iload(w + n % 16 * 4);
     const I signs_and_fractions = spread_bytes(w + 64 + H * 64 + n * 2);
-    return merge(signs_and_fractions, n < 16 ? exponents.of(shr(nibbles, 8 * H)) : exponents.of(shr(nibbles, 8 * H + 4)));
+    return merge(signs_and_fractions,
+                 n < 16 ? exponents.of(shr(nibbles, 8 * H)) : exponents.of(shr(nibbles, 8 * H + 4)));
   }
   template <int R, int V, int N>
   INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
@@ -101,7 +102,7 @@ static void float_tile(const Step& step, const char* w, const Activations& x, i6
   UNROLL for (int r = 0; r < R; r++) UNROLL
     for (int v = 0; v < V; v++) acc[r][v] = zero();
   for (i64 k = 0; k < K; k += Step::kDepth, w += Step::kBytes) {
-    if (R == 1) ahead(w, Step::kBytes);
+    if (R == 1) ask(w + kAhead, Step::kBytes);
     step.template run<R, V, N>(w, x, m, k, acc);
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL
@@ -177,7 +178,7 @@ static void byte_tile(const char* w, const Activations& x, i64 m, i64 K, float* 
     UNROLL for (int i = 0; i < 8; i++) {
       // in the order of the memory: one after the other, or both nibbles of a byte together
       const int j = U::kFormat == Format::int8 ? i : i / 2 + 4 * (i % 2);
-      if (R == 1) ahead(w + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);
+      if (R == 1) ask(w + kAhead + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);
       I quad[V];
       UNROLL for (int v = 0; v < V; v++)
         quad[v] = U::quad(w + kPanel * 2, N + v * L, j);

@@ -110,7 +110,7 @@ static int64_t read(const char* data, i64 bytes) {
   I s[4] = {iset(0), iset(0), iset(0), iset(0)};
   const i64 step = 4 * L * 4;
   for (i64 i = 0; i + step <= bytes; i += step) {
-    ahead(data + i, step);
+    ask(data + kAhead + i, step);
     UNROLL for (int j = 0; j < 4; j++)
       s[j] = iadd(s[j], iload(data + i + j * L * 4));
   }
