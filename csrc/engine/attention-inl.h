@@ -106,41 +106,48 @@ static float exponentials(float* scores, i64 n, i64 low, i64 high) {
   });
 }
 
-// out[r][d0 + v L ...) += sum over n positions of weights[r][i] values[i][d0 + v L ...); `fresh`: out counts as 0.
+// out[r][d0 + v L ...) += sum over positions [begin, end) of weights[r][position - begin] values[position][d0 + v L
+// ...), of head h; `fresh`: out counts as 0. `after` is read next.
 template <DType T, int R, int V>
-static void weigh_values(const char* values, const char* after, const float* weights, i64 ldw, i64 n, i64 D, i64 d0,
-                         bool fresh, float* out, i64 ldo) {
-  const i64 Dp = padded_head(D), size = element_size(T);
+static void weigh_values(const AttendParams& p, i64 h, i64 begin, i64 end, const char* after, const float* weights,
+                         i64 ldw, i64 d0, bool fresh, float* out) {
+  const i64 Dp = padded_head(p.D), size = element_size(T);
   const auto lanes = [&](int v) {  // of a vector that count
-    const i64 left = D - d0 - v * L;
+    const i64 left = p.D - d0 - v * L;
     return left < 0 ? 0 : left < L ? left : i64(L);
   };
   F acc[R][V];
   UNROLL for (int r = 0; r < R; r++) UNROLL
-    for (int v = 0; v < V; v++) acc[r][v] = fresh ? zero() : load_lanes(out + r * ldo + d0 + v * L, lanes(v));
-  for (i64 i = 0; i < n; i++) {
-    const i64 at = (i * Dp + d0) * size;
-    if (R == 1) ask(after + at, V * L * size);
-    F x[V];
-    UNROLL for (int v = 0; v < V; v++)
-      x[v] = load_cached<T>(values + at, v * L);
-    UNROLL for (int r = 0; r < R; r++) {
-      const F a = set(weights[r * ldw + i]);
+    for (int v = 0; v < V; v++) acc[r][v] = fresh ? zero() : load_lanes(out + r * p.out_stride + d0 + v * L, lanes(v));
+  for (i64 page = begin; page < end; page += kPage) {
+    const char* values = values_of<T>(p, h, page);
+    const char* next = page + kPage < end ? values_of<T>(p, h, page + kPage) : after;
+    const float* w = weights + (page - begin);
+    const i64 n = end - page < kPage ? end - page : kPage;
+    for (i64 i = 0; i < n; i++) {
+      if (R == 1) ask(next + (i * Dp + d0) * size, V * L * size);
+      F x[V];
       UNROLL for (int v = 0; v < V; v++)
-        acc[r][v] = fma(a, x[v], acc[r][v]);
+        x[v] = load_cached<T>(values, i * Dp + d0 + v * L);
+      UNROLL for (int r = 0; r < R; r++) {
+        const F a = set(w[r * ldw + i]);
+        UNROLL for (int v = 0; v < V; v++)
+          acc[r][v] = fma(a, x[v], acc[r][v]);
+      }
     }
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL
-    for (int v = 0; v < V; v++) store_lanes(out + r * ldo + d0 + v * L, acc[r][v], lanes(v));
+    for (int v = 0; v < V; v++) store_lanes(out + r * p.out_stride + d0 + v * L, acc[r][v], lanes(v));
 }
+
 template <DType T, int R>
-static void weigh_page(const char* values, const char* after, const float* weights, i64 ldw, i64 n, i64 D, bool fresh,
-                       float* out, i64 ldo) {
+INL void weigh(const AttendParams& p, i64 h, i64 begin, i64 end, const char* after, const float* weights, i64 ldw,
+               bool fresh, float* out) {
   constexpr int V = kAttendVectors;
   i64 d = 0;
-  for (; d + V * L <= padded_head(D); d += V * L)
-    weigh_values<T, R, V>(values, after, weights, ldw, n, D, d, fresh, out, ldo);
-  for (; d < D; d += L) weigh_values<T, R, 1>(values, after, weights, ldw, n, D, d, fresh, out, ldo);
+  for (; d + V * L <= padded_head(p.D); d += V * L)
+    weigh_values<T, R, V>(p, h, begin, end, after, weights, ldw, d, fresh, out);
+  for (; d < p.D; d += L) weigh_values<T, R, 1>(p, h, begin, end, after, weights, ldw, d, fresh, out);
 }
 
 // Queries row .. row + R of the run, page by page: the heads of a page lie side by side.
@@ -165,12 +172,12 @@ static void attend_rows(const AttendParams& p, i64 row) {
       const i64 position = oldest + r, low = p.window && position >= p.window ? position - p.window + 1 : 0;
       total[h * R + r] = exponentials(scores + (h * R + r) * n, n, low > first ? low - first : 0, position + 1 - first);
     }
-  for (i64 at = first; at < end; at += kPage)
+  const i64 stretch = p.heads == 1 ? n : kPage;
+  for (i64 at = first; at < end; at += stretch)
     for (i64 h = 0; h < p.heads; h++) {
-      const char* after =
-          h + 1 < p.heads || at + kPage >= end ? values_of<T>(p, h + 1, at) : values_of<T>(p, 0, at + kPage);
-      weigh_page<T, R>(values_of<T>(p, h, at), after, scores + h * R * n + (at - first), n,
-                       end - at < kPage ? end - at : kPage, p.D, at == first, out + h * p.D, p.out_stride);
+      const i64 to = at + stretch < end ? at + stretch : end;
+      const char* after = h + 1 < p.heads || to == end ? values_of<T>(p, h + 1, at) : values_of<T>(p, 0, to);
+      weigh<T, R>(p, h, at, to, after, scores + h * R * n + (at - first), n, at == first, out + h * p.D);
     }
   for (i64 h = 0; h < p.heads; h++)
     for (int r = 0; r < R; r++) {
