@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import threading
 import time
@@ -15,6 +17,7 @@ import gptfast
 from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
 from gptfast.engine import FORMATS, CompiledGPT, engine_for
+from gptfast.generation.sequences import beside
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
 
@@ -359,6 +362,29 @@ def test_engine_for_a_model_notices_changes_through_data() -> None:
     assert engine_for(model) is not first
 
 
+def test_callers_on_several_threads_share_one_packed_copy(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    """Also those that first use torch while the engine holds it to one thread, and keep that number."""
+    torch.set_num_threads(2)
+    packs: list[CompiledGPT] = []
+    original = gptfast.engine.automatic.compile_model
+    monkeypatch.setattr(gptfast.engine.automatic, "compile_model", lambda *a: packs.append(original(*a)) or packs[-1])
+    model = GPT(model_of("gpt2").config).eval()
+    model.generate([[1]], max_new_tokens=2, min_p=0.1)
+    with beside(packs[0].sequences()):  # one thread, until the end of this block
+        callers = [threading.Thread(target=model.generate, args=([[1, 2]],)) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    assert len(packs) == 1 and packs[0].threads == 2
+
+
+def test_memory_that_caches_of_files_hold_counts_as_free() -> None:
+    with open("/proc/meminfo") as file:
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
+    assert gptfast.engine.automatic._free_memory() == pytest.approx(kilobytes["MemAvailable"] * 1024, rel=0.1)
+
+
 # ---- errors -------------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +396,8 @@ def test_errors_of_compiling() -> None:
         model.compile_for_inference("int3")
     with pytest.raises(ValueError, match="threads is 0; expected an int of at least 1"):
         model.compile_for_inference("int8", threads=0)
+    with pytest.raises(ValueError, match="threads is 99999; expected at most 1024, better one per core"):
+        model.compile_for_inference("int8", threads=99999)
     with pytest.raises(ValueError, match="cache_dtype is 'int8'; expected float32 or float16 or bfloat16"):
         model.compile_for_inference("int8", cache_dtype="int8")
     broken = GPT(model.config)
@@ -384,10 +412,19 @@ def test_errors_of_logits() -> None:
     for bad in ([], [[0.5]], torch.zeros(2, 0, dtype=torch.long)):
         with pytest.raises(ValueError, match="expected \\(B, T\\) or \\(T,\\) token ids"):
             compiled.logits(bad)
+    for worse in (None, "ab", [[1, 2], [1]]):
+        with pytest.raises(TypeError, match="ids is no tensor of token ids"):
+            compiled.logits(worse)
     with pytest.raises(ValueError, match="ids in \\[0, 33\\)"):
         compiled.logits([33])
     with pytest.raises(ValueError, match="do not fit into max_len = 70"):
         compiled.logits([0] * 71)
+
+
+def test_a_compiled_model_cannot_be_pickled() -> None:
+    for copier in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"cannot be pickled .* use save"):
+            copier(model_of("odd").compile_for_inference("int8"))
 
 
 def test_any_dtype_of_model() -> None:

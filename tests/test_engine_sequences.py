@@ -111,6 +111,14 @@ def test_cache_dtype_halves_the_cache() -> None:
     assert sizes[0] == 2 * sizes[1]
 
 
+def test_errors_of_capacity() -> None:
+    compiled = model_of("odd").compile_for_inference("int8")
+    with pytest.raises(ValueError, match=r"capacity_rows is 1\.5; expected an int of at least 1"):
+        compiled.sequences(1.5)
+    with pytest.raises(MemoryError, match="no memory for capacity_rows = 1000000000000; run fewer"):
+        compiled.sequences(10**12)
+
+
 def test_errors() -> None:
     model = compiled(max_rows=4)
     with pytest.raises(ValueError, match="capacity_rows is 5 and the model was compiled with max_rows=4"):
@@ -143,11 +151,12 @@ def test_errors() -> None:
     assert sequences.lengths == [0, 0]
 
 
+@pytest.mark.parametrize("how", [{"temperature": 0.9, "top_k": 20, "do_sample": True}, {"do_sample": False}], ids=str)
 @pytest.mark.parametrize("copies", [1, 3])
-def test_common_options_run_inside_the_engine(copies, monkeypatch):
+def test_common_options_run_inside_the_engine(copies, how, monkeypatch):
     """Not by way of torch, whose threads would spin beside the engine's; the tokens are those of the other way."""
     model = compiled()
-    options = {"max_new_tokens": 9, "temperature": 0.9, "top_k": 20, "seed": 3, "num_return_sequences": copies}
+    options = {"max_new_tokens": 9, "seed": 3, "num_return_sequences": copies, **how}
     expected = generate_by_steps(model, [[1, 2, 3], [4]], **options)
     monkeypatch.setattr(inside, "generate_by_steps", None)
     assert model.generate([[1, 2, 3], [4]], **options) == expected

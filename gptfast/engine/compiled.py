@@ -15,9 +15,14 @@ from gptfast.backend import cpu_isa
 from gptfast.engine import file
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
 from gptfast.engine.sequences import PANEL, EngineSequences
+from gptfast.generation.sequences import usual_threads
 
 if TYPE_CHECKING:
     from gptfast.models import GPT, GPTConfig
+
+
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+MOST_THREADS = 1024  # more are a mistake, and take seconds to start
 
 
 class CompiledGPT:
@@ -44,7 +49,7 @@ class CompiledGPT:
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
         self.cache_dtype = _cache_dtype(cache_dtype, dtype)
         self._formats, self._weights = formats, weights
-        threads = torch.get_num_threads() if threads is None else _count("threads", threads)
+        threads = usual_threads() if threads is None else _count("threads", threads, MOST_THREADS)
         self._core = _C.Engine(shape_of(config), formats, weights, threads, self.cache_dtype, cpu_isa() or "scalar")
 
     @property
@@ -69,10 +74,13 @@ class CompiledGPT:
         """fp32 logits (B, T, V) of token ids (B, T), or (T, V) of (T,).
 
         Raises:
-            ValueError: ids outside the vocabulary, none at all, or more than block_size in a row.
+            TypeError, ValueError: no ids, or outside the vocabulary, or more than block_size in a row.
         """
-        ids = torch.as_tensor(ids)
-        if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.numel() == 0:
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"logits: ids is no tensor of token ids ({error}); expected (B, T) or (T,)") from None
+        if ids.dim() not in (1, 2) or ids.dtype not in ID_DTYPES or ids.numel() == 0:
             raise ValueError(
                 f"logits: ids has shape {tuple(ids.shape)}, {ids.dtype}; expected (B, T) or (T,) token ids"
             )
@@ -94,6 +102,12 @@ class CompiledGPT:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the packed model to a file that `gptfast.engine.load` maps at once."""
         file.save(path, self.config, self._formats, self.dtype, memoryview(self._weights))
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "CompiledGPT: it owns threads and cannot be pickled or copied deeply; use save(path) and gptfast.engine.load(path), "
+            "or compile again"
+        )
 
     def __repr__(self) -> str:
         c = self.config
@@ -187,14 +201,18 @@ def load(
     from gptfast.models import GPTConfig
 
     description, weights = file.load(path, verify)
-    config = GPTConfig(**description["config"])
-    options = {"threads": threads, "max_rows": max_rows, "cache_dtype": cache_dtype}
-    return CompiledGPT(config, description["dtype"], description["formats"], weights, **options)
+    try:
+        config, name, formats = GPTConfig(**description["config"]), description["dtype"], description["formats"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes a model that this gptfast cannot run ({error}); compile it again") from None
+    return CompiledGPT(config, name, formats, weights, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
 
 
-def _count(name: str, value: Any) -> int:
+def _count(name: str, value: Any, most: int | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"compile_for_inference: {name} is {value!r}; expected an int of at least 1")
+    if most is not None and value > most:
+        raise ValueError(f"compile_for_inference: {name} is {value}; expected at most {most}, better one per core")
     return value
 
 

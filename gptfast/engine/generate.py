@@ -16,7 +16,16 @@ from gptfast.generation.prompts import read_prompts
 if TYPE_CHECKING:
     from gptfast.engine.compiled import CompiledGPT
 
-INSIDE = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "eos_token_id", "num_return_sequences")
+INSIDE = (
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "eos_token_id",
+    "num_return_sequences",
+)
 SERIAL = 16384  # values, half of what torch shares out among threads
 BLOCK = 16  # tokens between two looks at the keyboard (Ctrl-C)
 
@@ -61,7 +70,13 @@ def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationCo
             steps=steps,
             more=begin + steps < config.max_new_tokens,
             streams=[n % copies for n in active],
-            sampling=(config.temperature, config.top_k, config.top_p, config.seed, list(config.eos_ids)),
+            sampling=(
+                config.temperature if config.draws else 0.0,
+                config.top_k,
+                config.top_p,
+                config.seed,
+                list(config.eos_ids),
+            ),
         )
         for n, tokens in zip(active, new, strict=True):
             texts[n] += tokens

@@ -36,11 +36,14 @@ class EngineSequences:
 
         self.config, self.capacity = config, capacity
         self.max_len = config.block_size if max_len is None else max_len
-        if capacity < 1:
-            raise ValueError(f"sequences: capacity_rows is {capacity}; expected at least 1")
+        if not isinstance(capacity, int) or capacity < 1:
+            raise ValueError(f"sequences: capacity_rows is {capacity!r}; expected an int of at least 1")
         if not 1 <= self.max_len <= config.block_size:
             raise ValueError(f"sequences: max_len is {max_len}; expected 1 to block_size = {config.block_size}")
-        self._cache = _C.Cache(core, capacity, self.max_len)
+        try:
+            self._cache = _C.Cache(core, capacity, self.max_len)
+        except MemoryError:
+            raise MemoryError(f"sequences: no memory for capacity_rows = {capacity}; run fewer at a time") from None
 
     @property
     def lengths(self) -> list[int]:

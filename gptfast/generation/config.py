@@ -10,6 +10,7 @@ from typing import Any
 from gptfast import rng
 
 LEAST_TEMPERATURE = 2**-126  # below, `ops.sample` takes the most likely token
+LARGEST = (2 - 2**-23) * 2.0**127  # scores are fp32
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,13 @@ class GenerationConfig:
         for token in self.eos_ids:
             _check_int("eos_token_id", token, 0)
         stops = self.stop_strings
-        stops = (stops,) if isinstance(stops, str) else tuple(stops or ())
+        stops = (stops,) if isinstance(stops, str) else () if stops is None else stops
+        if not isinstance(stops, (tuple, list)):
+            raise TypeError(f"generate: stop_strings is {stops!r}; expected a text, or a list of texts")
         for text in stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"generate: stop_strings holds {text!r}; expected texts of at least one character")
-        object.__setattr__(self, "stop_strings", stops)
+        object.__setattr__(self, "stop_strings", tuple(stops))
 
     def _check_drawing(self) -> None:
         """Drawing and its opposite were not both asked for."""
@@ -239,13 +242,15 @@ def _check_int(name: str, value: Any, least: int) -> None:
         raise TypeError(f"generate: {name} is {value!r}; expected an int")
     if value < least:
         raise ValueError(f"generate: {name} is {value}; expected at least {least}")
+    if value >= 2**63:
+        raise ValueError(f"generate: {name} is {value}; expected less than 2**63")
 
 
 def _check_number(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"generate: {name} is {value!r}; expected a number")
-    if not math.isfinite(value):
-        raise ValueError(f"generate: {name} is {value}; expected a finite number")
+    if not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"generate: {name} is {value}; expected a finite number, in the range of 32 bits")
 
 
 def _checked_bias(bias: Any) -> dict[int, float]:

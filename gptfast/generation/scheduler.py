@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptfast.generation.choose import Context, choose, draw_inside
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.prompts import check_prompt
+from gptfast.generation.prompts import check_prompt, read_prompt
 from gptfast.generation.sequences import LanguageModel, beside
 from gptfast.generation.speculative import Assistant, Drafter, PromptLookup
 from gptfast.generation.stopping import Stopping
@@ -108,6 +108,8 @@ class Scheduler:
         max_prompt_tokens: so many tokens of new prompts are read per step at most (but one prompt at least), so that
             running texts are not kept waiting; None: no bound.
         assistant_model: guesses tokens ahead; see `speculative`.
+    Raises:
+        TypeError, ValueError: a number out of range, or an assistant of another vocabulary.
     """
 
     def __init__(
@@ -119,6 +121,14 @@ class Scheduler:
         max_prompt_tokens: int | None = None,
         assistant_model: LanguageModel | None = None,
     ) -> None:
+        _check_count("max_rows", max_rows)
+        for name, value in (
+            ("max_positions", max_positions),
+            ("max_len", max_len),
+            ("max_prompt_tokens", max_prompt_tokens),
+        ):
+            if value is not None:
+                _check_count(name, value)
         self.model = model
         self.max_len = model.config.block_size if max_len is None else max_len
         self.max_rows = max_rows
@@ -149,7 +159,7 @@ class Scheduler:
         """Queue a prompt (a list of ids); it joins as soon as there is room, in the order of submission.
 
         Args:
-            prompt: token ids.
+            prompt: token ids, in a list, a 1-D tensor or an array.
             tokenizer: for stop strings.
             logprobs, top: what `Token`s tell.
             options: fields of `GenerationConfig`, without beams.
@@ -157,7 +167,9 @@ class Scheduler:
             TypeError, ValueError: bad options or prompt, or more than this scheduler can ever hold.
         """
         config = GenerationConfig.of(**options)
-        return self.submit_request(Request(list(prompt), config, Stopping(config, tokenizer), logprobs, top))
+        check_top("Scheduler", top)
+        prompt = read_prompt("", prompt)
+        return self.submit_request(Request(prompt, config, Stopping(config, tokenizer), logprobs, top))
 
     def submit_request(self, request: Request) -> Request:
         """As `submit`, of a request that was made elsewhere."""
@@ -348,7 +360,27 @@ def first_visible(length: int, limit: int) -> int:
     return max(0, -(-(length - limit) // half)) * half
 
 
-def check_assistant(assistant: LanguageModel, model: LanguageModel) -> None:
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"Scheduler: {name} is {value!r}; expected an int of at least 1")
+
+
+def check_top(what: str, top: Any) -> None:
+    if not isinstance(top, int) or top < 0:
+        raise ValueError(f"{what}: top is {top!r}; expected an int >= 0 (0 tells none)")
+
+
+def check_assistant(assistant: LanguageModel, model: LanguageModel, config: GenerationConfig | None = None) -> None:
+    """Raise TypeError or ValueError where `assistant` cannot guess for `model`, or `config` asks for other guesses."""
+    if not hasattr(assistant, "sequences"):
+        raise TypeError(f"generate: assistant_model is a {type(assistant).__name__}; expected a GPT or a compiled one")
+    if config is not None and config.num_beams > 1:
+        raise ValueError(f"generate: assistant_model with num_beams={config.num_beams}; leave one out")
+    if config is not None and config.prompt_lookup_num_tokens:
+        raise ValueError(
+            f"generate: assistant_model with prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}; one of them can "
+            "guess - leave one out"
+        )
     theirs, ours = assistant.config.vocab_size, model.config.vocab_size
     if theirs != ours:
         raise ValueError(

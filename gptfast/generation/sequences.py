@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -194,17 +195,30 @@ def beside(sequences: Sequences) -> Iterator[None]:
     """For torch's work on logits between two steps: on one thread where the model has threads of its own.
 
     After an op that torch shares out among its OpenMP threads, these spin for up to hundreds of milliseconds on cores
-    that the model's threads need. (A thread that first uses torch meanwhile takes over that it has one thread.)
+    that the model's threads need. (A thread that first uses torch meanwhile takes over that it has one thread; see
+    `usual_threads`.)
     """
+    global _before
     threads = torch.get_num_threads()
     if threads == 1 or not sequences.own_threads:
         yield
         return
+    _before = threads
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+_before = 0  # how many threads torch had when `beside` last took them away; 0: it never did
+
+
+def usual_threads() -> int:
+    """How many threads torch has when no `beside` is running: what a thread was told inside one is not believed."""
+    if _before and threading.current_thread() is not threading.main_thread():
+        return _before
+    return torch.get_num_threads()
 
 
 @contextmanager
