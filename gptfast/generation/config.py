@@ -38,7 +38,7 @@ class GenerationConfig:
             count. Above 0 speaks for new tokens, below for those that are there.
         frequency_penalty: the same for every time that the new text holds it.
         no_repeat_ngram_size: n > 0: no n tokens in a row come twice, the prompt included; 0: no such rule.
-        logit_bias: {token id: what is added to its logit}; -inf bans it.
+        logit_bias: {token id: what is added to its logit}; -inf, or what is below the range of 32 bits, bans it.
         num_return_sequences: continuations of each prompt; with beams: the best so many.
         num_beams: beam search over so many beams when > 1. With do_sample=True the beams are drawn, without replacement.
         num_beam_groups: split the beams into so many groups, each searching with a penalty of diversity_penalty on a
@@ -258,6 +258,6 @@ def _checked_bias(bias: Any) -> dict[int, float]:
         raise TypeError(f"generate: logit_bias is a {type(bias).__name__}; expected {{token id: number}}")
     for token, value in bias.items():
         _check_int("a token of logit_bias", token, 0)
-        if value != -math.inf:
+        if not (isinstance(value, (int, float)) and value < -LARGEST):
             _check_number(f"logit_bias[{token}]", value)
     return dict(bias)
