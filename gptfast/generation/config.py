@@ -260,4 +260,4 @@ def _checked_bias(bias: Any) -> dict[int, float]:
         _check_int("a token of logit_bias", token, 0)
         if not (isinstance(value, (int, float)) and value < -LARGEST):
             _check_number(f"logit_bias[{token}]", value)
-    return dict(bias)
+    return {token: value if value >= -LARGEST else -math.inf for token, value in bias.items()}
