@@ -42,8 +42,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: as `atomic_write`.
     """
     target = Path(os.path.realpath(path))  # through links: the file they point to is the one to replace
-    if target.exists() and not (target.is_file() or target.is_dir()):  # root could put a file in place of /dev/null
-        raise OSError(errno.EINVAL, f"cannot write {path}: it is a device or a pipe; expected the name of a file")
+    check_target(target)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +58,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # gone already when all went well
             temporary.unlink()
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise OSError for a device or a pipe: root could put a file in the place of /dev/null."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError(errno.EINVAL, f"cannot write {path}: it is a device or a pipe; expected the name of a file")
 
 
 def _sync(path: Path) -> None:

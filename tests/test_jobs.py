@@ -21,7 +21,7 @@ LINES = [
     '{"prompt": "to be", "temperature": 0, "max_new_tokens": 9}',
     "",
     '{"prompt": "or not", "num_return_sequences": 3, "seed": 4}',
-    '{"prompt": "a b", "num_beams": 3, "num_return_sequences": 2, "temperature": 1, "max_new_tokens": 5}',
+    '{"prompt": "a b", "num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5}',
     '{"prompt": "so", "stop_strings": ["e", "a"], "logit_bias": {"3": -100}}',
     *(json.dumps({"prompt": letter * 2, "seed": n}) for n, letter in enumerate("abcdefghijklmnop")),
 ]
@@ -109,7 +109,15 @@ def test_a_killed_process_goes_on(chars, tmp_path, run):  # noqa: F811
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ("{", r"line 2: not JSON \(Expecting property name .* at column 2\)"),
+        (
+            "{",
+            r"line 2: not JSON \(Expecting property name .* at column 2\); expected a value such as \"To be\" in quotes",
+        ),
+        (
+            '{"prompt": "a", "logit_bias": {"x": 1}}',
+            "line 2: logit_bias has the key 'x'; expected the number of a token",
+        ),
+        ('{"prompt": "a", "num_beams": 2, "top_k": 3}', "top_k=3, top_p=1.0; beam search draws nothing"),
         ("3", 'line 2: expected a JSON string, or an object with a "prompt"'),
         ("{}", 'line 2: expected a JSON string, or an object with a "prompt"'),
         ('{"prompt": ""}', 'line 2: expected a JSON string, or an object with a "prompt"'),
@@ -128,6 +136,12 @@ def test_a_bad_line_is_named_before_any_work(chars, tmp_path, run, line, match):
     assert (code, out) == (1, "") and "(and 1 more bad lines)" in err and not output.exists()
     with pytest.raises(ValueError, match=match):
         work(source, chars)
+
+
+def test_a_pipe_is_refused_before_any_work(chars, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"cannot write .*pipe: it is a device or a pipe"):
+        run_jobs([], tmp_path / "pipe", *chars[1:])
 
 
 def test_no_prompts_are_an_error(chars, tmp_path):

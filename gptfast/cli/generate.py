@@ -157,7 +157,8 @@ def generate(
     if input is not None and output is not None:
         if prompt or prompt_file or assistant_model or show_probabilities:
             raise ValueError(
-                "generate: --input with --prompt, --prompt-file, --assistant-model or --show-probabilities"
+                "generate: --input with --prompt, --prompt-file, --assistant-model or --show-probabilities; a file of "
+                "prompts needs none of them - leave them out"
             )
         return _run_file(gpt, tokenizer, input, output, batch_size, options)
     ids = [_encode(tokenizer, text) for text in texts]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfast._files import atomic_write, read_bytes, read_text
+from gptfast._files import atomic_write, check_target, read_bytes, read_text
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.decode import generate
 from gptfast.generation.prompts import check_prompt
@@ -23,6 +23,7 @@ from gptfast.generation.sequences import LanguageModel
 from gptfast.generation.stopping import Stopping
 from gptfast.tokenizer import Tokenizer
 
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
 MAX_NEW_TOKENS = 200  # unless said otherwise, and as far as the model has room
 
 
@@ -52,7 +53,8 @@ def read_jobs(
     Args:
         path: a UTF-8 file; empty lines are left out.
         model, tokenizer: which the prompts must suit.
-        options: fields of `GenerationConfig` for lines that do not name them.
+        options: fields of `GenerationConfig` for lines that do not name them; those of drawing, not for a line that asks
+            for beams and does not draw them.
     Raises:
         ValueError: a bad line; the text has its number, what is wrong, and how many more there are.
     """
@@ -76,20 +78,30 @@ def _read_job(number: int, text: str, model: LanguageModel, tokenizer: Tokenizer
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+        raise ValueError(
+            f'not JSON ({error.msg} at column {error.colno}); expected a value such as "To be" in quotes, or {{"prompt": …}}'
+        ) from None
     value = {"prompt": value} if isinstance(value, str) else value
     prompt = value.pop("prompt", None) if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise ValueError('expected a JSON string, or an object with a "prompt" of at least one character')
     ids = tokenizer.encode(prompt, allowed_special="all")
+    if value.get("num_beams", 1) != 1 and not {**options, **value}.get("do_sample"):  # it has no use for these
+        options = {name: given for name, given in options.items() if name not in DRAWING}
     options = {**options, **value}
     if isinstance(options.get("logit_bias"), dict):  # the keys of JSON are texts
-        options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
+        options["logit_bias"] = {_as_token(key): bias for key, bias in options["logit_bias"].items()}
     options.setdefault("max_new_tokens", default_new_tokens(model, len(ids), options))
     config = GenerationConfig.of(**options)
     Stopping(config, tokenizer)
     check_prompt("", ids, model.config.vocab_size, model.config.block_size, config)
     return Job(number, prompt, ids, options, config)
+
+
+def _as_token(key: str) -> int:
+    if not key.isdecimal():
+        raise ValueError(f"logit_bias has the key {key!r}; expected the number of a token, in quotes")
+    return int(key)
 
 
 def default_new_tokens(model: LanguageModel, length: int, options: dict[str, Any]) -> int:
@@ -121,6 +133,7 @@ def run_jobs(
         ValueError: `output` has lines of other prompts or options.  OSError: it cannot be written.
     """
     path = Path(output)
+    check_target(path)
     done = _read_done(path, jobs)
     todo = [job for job in jobs if job.line not in done]
     progress(len(done), 0)
