@@ -460,6 +460,8 @@ def test_nan_is_an_error_and_not_a_token(pair):
         model.wte.weight[1] = torch.nan
     with pytest.raises(RuntimeError, match="generate: the logits hold nan - look for an overflow"):
         model.generate([[1]], max_new_tokens=2)
+    with pytest.raises(RuntimeError, match="generate: the logits hold nan - look for an overflow"):
+        model.eval().generate([[1]], max_new_tokens=2)  # the engine does not take it
 
 
 def test_processors_leave_their_input_alone():

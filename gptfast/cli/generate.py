@@ -142,11 +142,18 @@ def generate(
     from gptfast.models.pretrained import resolve
 
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    options: dict[str, Any] = {"seed": seed, "num_return_sequences": num_return_sequences, "num_beams": num_beams}
-    options |= _method(num_beams, do_sample, drawing, length_penalty)
-    options |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
-    options |= {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
-    options |= {"overflow": overflow, "prompt_lookup_num_tokens": prompt_lookup_num_tokens}
+    options: dict[str, Any] = {
+        **_method(num_beams, do_sample, drawing, length_penalty),
+        "seed": seed,
+        "num_return_sequences": num_return_sequences,
+        "num_beams": num_beams,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "overflow": overflow,
+        "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
+    }
     options |= {"stop_strings": stop} if stop else {}
     options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     if (input is None) != (output is None):

@@ -50,7 +50,10 @@ def engine_for(model: GPT) -> CompiledGPT | None:
         _packed.pop(model, None)
         if sum(parameter.nbytes for parameter in parameters) > _free_memory() / 2:
             return None
-        compiled = compile_model(model, dtype)
+        try:
+            compiled = compile_model(model, dtype)
+        except ValueError:  # weights that are not finite, of which torch can run some
+            return None
         _packed[model] = fingerprint, compiled
         return compiled
 

@@ -29,7 +29,10 @@ class CompiledGPT:
     """A model in the engine (`csrc/engine`): packed weights, threads of its own, no torch module behind it.
 
     Made by `GPT.compile_for_inference` or `gptfast.engine.load`. Its results do not depend on the number of threads, and
-    a sequence's not on what else is computed with it.
+    a sequence's not on what else is computed with it. Several threads may call it at once; they take turns.
+
+    config: of the model. dtype: the format of the weights. max_rows: the most sequences at a time, None: any number.
+    cache_dtype: of keys and values.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class CompiledGPT:
 
     @property
     def threads(self) -> int:
+        """How many threads compute."""
         return self._core.threads
 
     @property
@@ -100,7 +104,11 @@ class CompiledGPT:
         return generate(self, ids, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the packed model to a file that `gptfast.engine.load` maps at once."""
+        """Write the packed model to a file that `gptfast.engine.load` maps at once.
+
+        Raises:
+            OSError: it cannot be written; a file that was there is intact.
+        """
         file.save(path, self.config, self._formats, self.dtype, memoryview(self._weights))
 
     def __reduce__(self) -> Any:

@@ -18,7 +18,7 @@ from gptfast.generation.choose import Context, choose, draw_inside
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import check_prompt, read_prompt
 from gptfast.generation.sequences import LanguageModel, beside
-from gptfast.generation.speculative import Assistant, Drafter, PromptLookup
+from gptfast.generation.speculative import Assistant, Drafter, PromptLookup, check_assistant
 from gptfast.generation.stopping import Stopping
 
 
@@ -88,6 +88,7 @@ class Request:
 
     @property
     def done(self) -> bool:
+        """Whether all of its return sequences have ended."""
         return bool(self.rows) and all(row.finish for row in self.rows)
 
     @property
@@ -368,25 +369,6 @@ def _check_count(name: str, value: Any) -> None:
 def check_top(what: str, top: Any) -> None:
     if not isinstance(top, int) or top < 0:
         raise ValueError(f"{what}: top is {top!r}; expected an int >= 0 (0 tells none)")
-
-
-def check_assistant(assistant: LanguageModel, model: LanguageModel, config: GenerationConfig | None = None) -> None:
-    """Raise TypeError or ValueError where `assistant` cannot guess for `model`, or `config` asks for other guesses."""
-    if not hasattr(assistant, "sequences"):
-        raise TypeError(f"generate: assistant_model is a {type(assistant).__name__}; expected a GPT or a compiled one")
-    if config is not None and config.num_beams > 1:
-        raise ValueError(f"generate: assistant_model with num_beams={config.num_beams}; leave one out")
-    if config is not None and config.prompt_lookup_num_tokens:
-        raise ValueError(
-            f"generate: assistant_model with prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}; one of them can "
-            "guess - leave one out"
-        )
-    theirs, ours = assistant.config.vocab_size, model.config.vocab_size
-    if theirs != ours:
-        raise ValueError(
-            f"generate: assistant_model has a vocabulary of {theirs} and the model one of {ours}; it must speak the same "
-            "tokens"
-        )
 
 
 def _context(row: Row) -> Context:
