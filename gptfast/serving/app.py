@@ -195,8 +195,8 @@ class Server:
         choices = [{**part, "finish_reason": "length"} for part in echoed]
         return JSONResponse({**envelope(self._name), "choices": choices, "usage": usage(prompt_tokens, 0)})
 
-    async def _parts(self, ticket: Ticket, choices: list[Choice]) -> AsyncIterator[dict[str, Any]]:
-        """The parts of all choices as they come, what comes together in one part per choice."""
+    async def _parts(self, ticket: Ticket, choices: list[Choice]) -> AsyncIterator[list[dict[str, Any]]]:
+        """The parts of all choices as they come: what comes together in one part per choice."""
         first: dict[Request, int] = {}
         for request in ticket.requests:
             first[request] = sum(known.config.num_return_sequences for known in first)
@@ -210,8 +210,7 @@ class Server:
                     for row in event.rows:
                         index = first[event] + row.stream
                         by_choice.setdefault(index, []).append(choices[index].finish(row.finish))
-            for parts in by_choice.values():
-                yield join(parts)
+            yield [join(parts) for parts in by_choice.values()]
 
     def _pause(self) -> float:
         """Seconds between the parts of one stream."""
@@ -224,8 +223,9 @@ class Server:
             by_choice: list[list[dict[str, Any]]] = [[] for _ in choices]
             for part in echoed:
                 by_choice[part["index"]].append(part)
-            async for part in self._parts(ticket, choices):
-                by_choice[part["index"]].append(part)
+            async for parts in self._parts(ticket, choices):
+                for part in parts:
+                    by_choice[part["index"]].append(part)
             return [join(parts) for parts in by_choice]
 
         collecting, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(_disconnected(http))
@@ -249,18 +249,21 @@ class Server:
         head = envelope(self._name)
         wants_usage = ask.stream_options is not None and ask.stream_options.include_usage
         more = {"usage": None} if wants_usage else {}
+
+        def events(parts: list[dict[str, Any]]) -> bytes:
+            return b"".join(_event({**head, "choices": [part], **more}) for part in parts)
+
         try:
-            for part in echoed:
-                yield _event({**head, "choices": [part], **more})
-            async for part in self._parts(ticket, choices):
-                if part["text"] or part["logprobs"] or part["finish_reason"]:
-                    yield _event({**head, "choices": [part], **more})
-            if wants_usage:
-                yield _event({**head, "choices": [], "usage": _usage(ticket)})
+            if echoed:
+                yield events(echoed)
+            async for parts in self._parts(ticket, choices):
+                if data := events([p for p in parts if p["text"] or p["logprobs"] or p["finish_reason"]]):
+                    yield data
         except Exception as error:
             yield _event(_as_api_error(error).body())
             return
-        yield b"data: [DONE]\n\n"
+        last = _event({**head, "choices": [], "usage": _usage(ticket)}) if wants_usage else b""
+        yield last + b"data: [DONE]\n\n"
 
 
 class TicketResponse(StreamingResponse):

@@ -145,16 +145,15 @@ class Choice:
 
     def push(self, token: Token) -> dict[str, Any]:
         """The part that a token brings."""
-        offset, text = self._offsets.push(token.id), self._text.push(token.id)
         logprobs = None
         if self._ask.logprobs is not None:
             logprobs = {
                 "tokens": [token_text(self._tokenizer, token.id)],
                 "token_logprobs": [token.logprob],
                 "top_logprobs": [_by_text(self._tokenizer, token.top)] if self._ask.logprobs else None,
-                "text_offset": [offset],
+                "text_offset": [self._offsets.push(token.id)],
             }
-        return self._part(text, logprobs, None)
+        return self._part(self._text.push(token.id), logprobs, None)
 
     def finish(self, reason: str | None) -> dict[str, Any]:
         """The part after the last token."""
