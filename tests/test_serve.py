@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +32,8 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
 from gptfast.serving.app import Limits, create_app  # noqa: E402 (fastapi may be missing)
+from gptfast.serving.scoring import score_in_pieces  # noqa: E402
+from gptfast.serving.server import GracefulServer  # noqa: E402
 from gptfast.serving.text import ChoiceText, token_text  # noqa: E402
 from gptfast.serving.worker import Ticket  # noqa: E402
 
@@ -76,10 +79,11 @@ class Gated:
 
 
 @contextmanager
-def serving(app):
+def serving(app, grace=0.0):
     """The base URL of a running server."""
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
+    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=int(grace) + 1)
+    server = GracefulServer(config)
+    server.grace = grace
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -140,6 +144,22 @@ def test_a_completion_is_what_generate_writes(client, model, tokenizer):
     assert len(client.completions.create(model="bard", prompt="ROMEO:").choices[0].text) == 16
     ids = client.completions.create(model="bard", prompt=tokenizer.encode("ROMEO:"), max_tokens=5, temperature=0)
     assert [ids.choices[0].text] == new_text(model, tokenizer, "ROMEO:", max_new_tokens=5, temperature=0)
+
+
+def test_every_form_of_a_prompt_and_of_a_stop(client, model, tokenizer):
+    ask = {"model": "bard", "max_tokens": 8, "seed": -3, "temperature": 1.2, "user": "someone"}
+    options = {"max_new_tokens": 8, "seed": 2**64 - 3, "temperature": 1.2}
+    texts = ["to be", "or"]
+    expected = [new_text(model, tokenizer, text, **options)[0] for text in texts]
+    for prompt in (texts, [tokenizer.encode(text) for text in texts]):
+        got = client.completions.create(prompt=prompt, **ask)
+        assert [choice.text for choice in got.choices] == expected
+    for stop in (expected[0][3], [expected[0][3]], ["zzz", "zz", "zzzz", expected[0][3:5]]):
+        got = client.completions.create(prompt="to be", stop=stop, **ask).choices[0]
+        assert got.finish_reason == "stop" and got.text == expected[0][: min(expected[0].index(stop[-1]), 3)]
+    for nothing in ([], None):
+        got = client.completions.create(prompt="to be", stop=nothing, best_of=1, suffix=None, logit_bias={}, **ask)
+        assert got.choices[0].text == expected[0]
 
 
 def test_without_a_seed_every_answer_is_another(client):
@@ -318,12 +338,9 @@ def test_models_and_health(client, url, app):
     assert httpx.get(url + "/health").json() == {"status": "ok", "sequences": 0}
     with pytest.raises(openai.NotFoundError, match="the model 'other' is not here; this is 'bard'"):
         client.models.retrieve("other")
-    assert httpx.get(url + "/nowhere").json()["error"] == {
-        "message": "Not Found",
-        "type": "not_found_error",
-        "param": None,
-        "code": None,
-    }
+    error = httpx.get(url + "/nowhere").json()["error"]
+    assert (error["type"], error["code"]) == ("not_found_error", "unknown_url")
+    assert error["message"].startswith("GET /nowhere is not here; there are POST /v1/completions, GET /v1/models")
     assert httpx.get(url + "/v1/completions").status_code == 405
 
 
@@ -361,7 +378,14 @@ def test_a_key_is_asked_for(model, tokenizer):
         ({"model": "bard", "prompt": "a", "max_tokens": 0}, 400, "max_tokens", "max_tokens=0 is for echo=true"),
         ({"model": "bard", "prompt": "a", "temperature": 3}, 400, "temperature", "less than or equal to 2"),
         ({"model": "bard", "prompt": "a", "top_p": 0}, 400, "top_p", "greater than 0"),
-        ({"model": "bard", "prompt": "a", "n": 5}, 400, None, "num_return_sequences=5 .* never fit into max_rows=4"),
+        ({"model": "bard", "prompt": "a", "n": 5}, 400, "n", "n is 5; this server writes up to 4 texts at a time"),
+        ({"model": "bard", "prompt": ["a"] * 4, "n": 2}, 400, "prompt", "4 prompts, n=2; this server takes up to 7"),
+        (
+            {"model": "bard", "prompt": [[1]] * 2000},
+            400,
+            "prompt",
+            "2000 prompts, n=1; this server takes up to 7 texts",
+        ),
         ({"model": "bard", "prompt": "a", "logprobs": 99}, 400, "logprobs", "less than or equal to 20"),
         ({"model": "bard", "prompt": "a", "best_of": 2}, 400, "best_of", "best_of other than n is not supported"),
         ({"model": "bard", "prompt": "a", "suffix": "b"}, 400, "suffix", "suffix is not supported"),
@@ -373,18 +397,57 @@ def test_a_key_is_asked_for(model, tokenizer):
             "max_token",
             "max_token: Extra inputs are not permitted",
         ),
-        ({"model": "bard", "prompt": "a", "stop": [""]}, 400, None, "stop_strings holds ''"),
-        ({"model": "bard", "prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "expected token ids as keys"),
+        ({"model": "bard", "prompt": "a", "stop": [""]}, 400, "stop", "expected 1 to 4 texts that are not empty"),
+        ({"model": "bard", "prompt": "a", "stop": ""}, 400, "stop", "stop is ''; expected 1 to 4 texts"),
+        ({"model": "bard", "prompt": "a", "stop": list("abcde")}, 400, "stop", "expected 1 to 4 texts"),
+        ({"model": "bard", "prompt": "a", "stop": [1]}, 400, "stop", "stop: expected a text, or a list of up to 4"),
+        ({"model": "bard", "prompt": "a", "stream_options": {}}, 400, "stream_options", "without stream=true"),
+        (
+            {"model": "bard", "prompt": "a", "stream": True, "stream_options": {"include_obfuscation": True}},
+            *(400, "stream_options", "stream_options.include_obfuscation: Extra inputs are not permitted"),
+        ),
+        ({"model": "bard", "prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "holds 'x'; expected token ids"),
+        ({"model": "bard", "prompt": "a", "logit_bias": {"1_0": 1}}, 400, "logit_bias", "holds '1_0'; expected token"),
+        ({"model": "bard", "prompt": "a", "logit_bias": {"٣": 1}}, 400, "logit_bias", "expected token ids as keys"),
+        (b'{"model": "bard", "prompt": "a", "logit_bias": {"1": NaN}}', 400, None, "expected a finite number"),
+        (b'{"model": "bard", "prompt": "a", "temperature": NaN}', 400, "temperature", "temperature: Input should be"),
+        (b'{"model": "bard", "prompt": "\\ud800"}', 400, None, "body: Invalid JSON"),
+        (b'{"model": "bard", "prompt": ' + b"[" * 5000, 400, None, "body: Invalid JSON"),
+        (b"\xff\xfe", 400, None, "body: Invalid JSON"),
+        (b"", 400, None, "body: Invalid JSON"),
         ({"model": "bard", "prompt": "a", "logit_bias": {"99": 1}}, 400, None, "logit_bias holds token 99"),
-        ({"model": "bard", "prompt": "a", "seed": -1}, 400, "seed", "greater than or equal to 0"),
+        ({"model": "bard", "prompt": "a", "seed": -(2**63) - 1}, 400, "seed", "seed: Input should be greater than or"),
+        ({"model": "bard", "prompt": "a", "seed": 1.5}, 400, "seed", "seed: Input should be a valid integer"),
+        (
+            {"model": "bard", "prompt": None},
+            400,
+            "prompt",
+            "^prompt: expected a text, token ids, or a list of texts or",
+        ),
+        ({"model": "bard", "prompt": ["a", [1]]}, 400, "prompt", "^prompt: expected a text, token ids, or a list"),
         ({"model": "bard", "prompt": "€"}, 400, None, "'€' .* is not among the"),
         ({"model": "bard", "prompt": ""}, 400, None, "prompt is empty"),
         ({"model": "bard", "prompt": []}, 400, "prompt", "prompt holds nothing"),
         ({"model": "bard", "prompt": [[1], []]}, 400, None, "prompt is empty"),
         ({"model": "bard", "prompt": [99]}, 400, None, r"prompt holds token id 99; expected ids in \[0, 35\)"),
-        ({"model": "bard", "prompt": [True]}, 400, "prompt", "prompt"),
-        ({"model": "bard", "prompt": "a" * 48}, 400, None, "48 tokens .* but block_size is 48"),
-        ({"model": "bard", "prompt": "a", "max_tokens": 48}, 400, None, "together 49, but block_size is 48"),
+        ({"model": "bard", "prompt": [True]}, 400, "prompt", "prompt: expected a text, token ids"),
+        (
+            {"model": "bard", "prompt": "a" * 48},
+            400,
+            "prompt",
+            "is 48 tokens; the prompt has 48 and max_tokens asks for 1",
+        ),
+        (
+            {"model": "bard", "prompt": "a" * 19_000},
+            400,
+            "prompt",
+            "the prompt has 19000 and max_tokens asks for 1 more",
+        ),
+        (
+            {"model": "bard", "prompt": "a", "max_tokens": 48},
+            *(400, "max_tokens", "the context of this model is 48 tokens; the prompt has 1 and max_tokens asks for 48"),
+        ),
+        ({"model": "bard", "prompt": "a", "max_tokens": 10**30}, 400, "max_tokens", "max_tokens"),
         ({"model": "bard", "prompt": "a" * 30_000}, 413, None, "the body has 300.. bytes, more than 20000; send less"),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, (dict, bytes)) else "",
@@ -405,8 +468,16 @@ def test_a_body_without_a_length_is_limited_too(url):
 
 
 def test_the_client_raises_bad_request(client):
-    with pytest.raises(openai.BadRequestError, match="together 60, but block_size is 48"):
+    with pytest.raises(openai.BadRequestError, match="the prompt has 10 and max_tokens asks for 50 more") as error:
         client.completions.create(model="bard", prompt="to be or n", max_tokens=50)
+    assert error.value.code == "context_length_exceeded"
+
+
+def test_chat_is_not_here(client, url):
+    with pytest.raises(openai.NotFoundError, match="continues texts and has no chat template") as error:
+        client.chat.completions.create(model="bard", messages=[{"role": "user", "content": "hello"}])
+    assert error.value.code == "unknown_url"
+    assert "GET /v1/completions is not here; there are POST /v1/completions" in httpx.get(url + "/v1/completions").text
 
 
 # ---- load, leaving, failure ----
@@ -541,6 +612,131 @@ def test_a_mixed_soak_leaves_nothing_behind():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_streams_are_told_that_the_server_stops(model, tokenizer):
+    """One that ends within the grace is whole; one that does not is told, and so is a scoring."""
+    gated = Gated(model)
+    app = create_app(gated, tokenizer, "bard", Limits(max_rows=1))
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        with serving(app, grace=0.5) as url:
+            gated.gate.clear()
+            posts = [{**ASK, "stream": True}, {**ASK}, {**ASK, "max_tokens": 0, "echo": True, "logprobs": 1}]
+            asked = [pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=20) for body in posts]
+            wait_until(lambda: app.state.worker.open_sequences == 3)
+            threading.Timer(1.0, gated.gate.set).start()
+        streamed, *others = [answer.result() for answer in asked]
+    assert streamed.status_code == 200 and "[DONE]" not in streamed.text
+    assert '"code": "shutting_down"' in streamed.text.splitlines()[-2]
+    for answer in others:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+        assert answer.headers["retry-after"] == "5"
+    assert not app.state.worker.alive
+
+
+def test_what_runs_may_end_when_the_server_stops(model, tokenizer):
+    gated = Gated(model)
+    app = create_app(gated, tokenizer, "bard")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with serving(app, grace=10) as url:
+            gated.gate.clear()
+            asked = pool.submit(httpx.post, url + "/v1/completions", json={**ASK, "stream": True}, timeout=20)
+            wait_until(lambda: app.state.worker.open_sequences == 1)
+            threading.Timer(0.5, gated.gate.set).start()
+        assert asked.result().text.endswith("data: [DONE]\n\n")
+
+
+# ---- scoring prompts, long prompts ----
+
+
+@pytest.mark.parametrize("quantize", [None, "fp32"])
+def test_pieces_are_the_whole(model, monkeypatch, quantize):
+    if quantize and not has_cpu_ops:
+        pytest.skip("this install has no compiled part")
+    ids = [n * 7 % 35 for n in range(40)]
+    for piece in (1, 7, 39, 64):
+        monkeypatch.setattr("gptfast.serving.scoring.PIECE", piece)
+        pieces, count = score_in_pieces(model.compile_for_inference(quantize) if quantize else model, ids, 2), 0
+        try:
+            while True:
+                next(pieces)
+                count += 1
+        except StopIteration as end:
+            scored = end.value
+        assert count == -(-39 // piece)
+        assert [logprob for logprob, _ in scored] == pytest.approx(score(model, ids), abs=1e-3)
+        with torch.no_grad():
+            best = model(torch.tensor([ids]))[0, :-1].softmax(-1).topk(2)
+        assert [[token for token, _ in likely] for _, likely in scored] == best.indices.tolist()
+        assert [p for _, likely in scored for _, p in likely] == pytest.approx(best.values.flatten().tolist(), abs=1e-3)
+
+
+def test_texts_go_on_between_the_pieces_of_a_scoring(app, closed, url, monkeypatch):
+    made = []
+
+    def watched(*args):
+        pieces = score_in_pieces(*args)
+        while True:
+            made.append([row.made for request in app.state.worker.scheduler._running for row in request.rows])
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return end.value
+            yield
+
+    monkeypatch.setattr("gptfast.serving.app.score_in_pieces", watched)
+    monkeypatch.setattr("gptfast.serving.scoring.PIECE", 1)
+    scoring = {**ASK, "prompt": "a" * 20, "max_tokens": 0, "echo": True, "logprobs": 1}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        asked = []
+        for body in (ASK, scoring):
+            asked.append(pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=20))
+            wait_until(lambda: app.state.worker.open_sequences == len(asked))
+        closed.set()
+        assert [answer.result().status_code for answer in asked] == [200] * 2
+    assert made == [[n] for n in range(made[0][0], made[0][0] + 20)], "a token between two pieces"
+
+
+def test_scorings_are_counted_and_limited(url, app, closed, client):
+    ask = {"model": "bard", "prompt": "to be", "max_tokens": 0, "echo": True, "logprobs": 1}
+    with concurrent.futures.ThreadPoolExecutor(7) as pool:
+        asked = [pool.submit(httpx.post, url + "/v1/completions", json=ask, timeout=30) for _ in range(7)]
+        wait_until(lambda: app.state.worker.open_sequences == 7)
+        with pytest.raises(openai.RateLimitError, match="too many requests run and wait"):
+            client.completions.create(**ask)
+        closed.set()
+        assert [answer.result().status_code for answer in asked] == [200] * 7
+    assert app.state.worker.open_sequences == 0
+
+
+def test_a_scoring_that_fails_or_takes_too_long(model, tokenizer):
+    gated = Gated(model)
+    app = create_app(gated, tokenizer, "bard", Limits(seconds=0.3))
+    ask = {"model": "bard", "prompt": "to be", "max_tokens": 0, "echo": True, "logprobs": 1}
+    with serving(app) as url:
+        gated.failure = MemoryError("no memory")
+        failed = httpx.post(url + "/v1/completions", json=ask)
+        assert (failed.status_code, failed.json()["error"]["message"]) == (500, "no memory")
+        gated.gate.clear()
+        late = httpx.post(url + "/v1/completions", json=ask, timeout=20)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        gated.gate.set()
+        assert app.state.worker.open_sequences == 0
+        assert httpx.post(url + "/v1/completions", json=ask).status_code == 200
+
+
+def test_a_long_prompt_keeps_nobody_waiting(url, tokenizer, monkeypatch):
+    """Its tokens are found beside the event loop, which answers others meanwhile."""
+    gate, original = threading.Event(), CharTokenizer.encode
+    monkeypatch.setattr(CharTokenizer, "encode", lambda self, text: (gate.wait(20), original(self, text))[1])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.post, url + "/v1/completions", json={**ASK, "prompt": "a" * 18_000}, timeout=30)
+        try:
+            time.sleep(0.2)
+            assert httpx.get(url + "/health", timeout=5).status_code == 200 and not asked.done()
+        finally:
+            gate.set()
+        assert asked.result().json()["error"]["code"] == "context_length_exceeded"
+
+
 # ---- the command ----
 
 
@@ -574,8 +770,12 @@ def test_the_command_serves_until_it_is_told_to_stop(quantize, tmp_path, tokeniz
         (["--port", "70000"], "--port is 70000; expected 0 to 65535"),
         (["--batch-size", "0"], "--batch-size is 0 and --max-queue 64; expected at least 1 and 0"),
         (["--timeout", "nan"], "--timeout is nan; expected seconds > 0"),
-        ([], "nowhere is not a folder"),
-        (["--host", "0.0.0.0", "--no-auth"], "nowhere is not a folder"),
+        (["--port", "0"], "nowhere is not a folder"),
+        (["--host", "0.0.0.0", "--no-auth", "--port", "0"], "nowhere is not a folder"),
+        (
+            ["--host", "192.0.2.1", "--no-auth", "--port", "0"],
+            "serve: cannot listen at 192.0.2.1, port 0: Cannot assign requested address; choose another --port, or a --host",
+        ),
     ],
 )
 def test_errors_of_the_command(monkeypatch, capsys, args, match):
@@ -588,10 +788,23 @@ def test_errors_of_the_command(monkeypatch, capsys, args, match):
     assert stop.value.code == 1 and match in capsys.readouterr().err
 
 
+def test_a_port_in_use_is_told_before_a_model_is_loaded(monkeypatch, capsys):
+    from gptfast.cli import main
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        monkeypatch.setattr(sys, "argv", ["gptfast", "serve", "--model", "./nowhere", "--port", port])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 1
+    assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
+
+
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys):
     from gptfast.cli import main
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "gptfast.serving.server")
     monkeypatch.setattr(sys, "argv", ["gptfast", "serve", "--model", "x"])
     with pytest.raises(SystemExit):
         main()

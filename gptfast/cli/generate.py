@@ -95,7 +95,10 @@ def generate(
         typer.Option(help='A file with a prompt a line, as JSON: "To be", or {"prompt": "To be", "temperature": 0.5}.'),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="With --input: where the texts go, a line each. What it has already is kept.")
+        Path | None,
+        typer.Option(
+            help="With --input: where the texts go, a line each. Lines that it has are kept, whichever model wrote them."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="With --input: how many texts are written at a time.")] = 16,
     show_probabilities: Annotated[
@@ -167,6 +170,8 @@ def generate(
                 "generate: --input with --prompt, --prompt-file, --assistant-model or --show-probabilities; a file of "
                 "prompts needs none of them - leave them out"
             )
+        if temperature is None:  # the default is for the lines that draw
+            options.pop("temperature", None)
         return _run_file(gpt, tokenizer, input, output, batch_size, options)
     ids = [_encode(tokenizer, text) for text in texts]
     options.setdefault("max_new_tokens", default_new_tokens(gpt, max(map(len, ids)), options))
@@ -194,7 +199,7 @@ def _run_file(
 
     if batch_size < 1:
         raise ValueError(f"generate: --batch-size is {batch_size}; expected at least 1")
-    jobs = read_jobs(source, gpt, tokenizer, options)
+    jobs = read_jobs(source, gpt, tokenizer, options, TEMPERATURE)
     start, made, kept = time.perf_counter(), 0, None
     columns = (
         TextColumn("texts"),

@@ -12,6 +12,7 @@ from gptfast.generation import GenerationConfig
 from gptfast.generation import generate as generate_by_steps
 from gptfast.generation.decode import as_tensor
 from gptfast.generation.prompts import read_prompts
+from gptfast.generation.sequences import Sampling
 
 if TYPE_CHECKING:
     from gptfast.engine.compiled import CompiledGPT
@@ -61,7 +62,7 @@ def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationCo
         if copies > 1:
             for copy in logits[n * copies : (n + 1) * copies]:
                 _copy(copy, read[n])
-    active = list(range(total))
+    active, temperature = list(range(total)), config.temperature if config.draws else 0.0
     for begin in range(0, config.max_new_tokens, BLOCK):
         steps = min(BLOCK, config.max_new_tokens - begin)
         new = sequences.decode(
@@ -69,14 +70,10 @@ def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationCo
             logits,
             steps=steps,
             more=begin + steps < config.max_new_tokens,
-            streams=[n % copies for n in active],
-            sampling=(
-                config.temperature if config.draws else 0.0,
-                config.top_k,
-                config.top_p,
-                config.seed,
-                list(config.eos_ids),
-            ),
+            samplings=[
+                Sampling(temperature, config.top_k, config.top_p, config.seed, stream=n % copies) for n in active
+            ],
+            ends=config.eos_ids,
         )
         for n, tokens in zip(active, new, strict=True):
             texts[n] += tokens

@@ -23,7 +23,7 @@ from gptfast.generation.sequences import LanguageModel
 from gptfast.generation.stopping import Stopping
 from gptfast.tokenizer import Tokenizer
 
-DRAWING = ("temperature", "top_k", "top_p", "min_p")
+BEGINNING = b'{"line": '  # of every line of an output
 MAX_NEW_TOKENS = 200  # unless said otherwise, and as far as the model has room
 
 
@@ -46,15 +46,19 @@ class Job:
 
 
 def read_jobs(
-    path: str | os.PathLike[str], model: LanguageModel, tokenizer: Tokenizer, options: dict[str, Any]
+    path: str | os.PathLike[str],
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    options: dict[str, Any],
+    temperature: float = 1.0,
 ) -> list[Job]:
     """The jobs in a file: each line a JSON string (the prompt) or an object with "prompt" and options of its own.
 
     Args:
         path: a UTF-8 file; empty lines are left out.
         model, tokenizer: which the prompts must suit.
-        options: fields of `GenerationConfig` for lines that do not name them; those of drawing, not for a line that asks
-            for beams and does not draw them.
+        options: fields of `GenerationConfig` for lines that do not name them.
+        temperature: of lines that draw (no beams, or beams with do_sample) where neither they nor `options` name one.
     Raises:
         ValueError: a bad line; the text has its number, what is wrong, and how many more there are.
     """
@@ -63,7 +67,7 @@ def read_jobs(
         if not text.strip():
             continue
         try:
-            jobs.append(_read_job(number, text, model, tokenizer, options))
+            jobs.append(_read_job(number, text, model, tokenizer, options, temperature))
         except (ValueError, TypeError) as error:
             errors.append(f"{path}, line {number}: {error}")
     if errors:
@@ -74,7 +78,9 @@ def read_jobs(
     return jobs
 
 
-def _read_job(number: int, text: str, model: LanguageModel, tokenizer: Tokenizer, options: dict[str, Any]) -> Job:
+def _read_job(
+    number: int, text: str, model: LanguageModel, tokenizer: Tokenizer, options: dict[str, Any], temperature: float
+) -> Job:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -85,12 +91,13 @@ def _read_job(number: int, text: str, model: LanguageModel, tokenizer: Tokenizer
     prompt = value.pop("prompt", None) if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise ValueError('expected a JSON string, or an object with a "prompt" of at least one character')
+    _check_characters(prompt)
     ids = tokenizer.encode(prompt, allowed_special="all")
-    if value.get("num_beams", 1) != 1 and not {**options, **value}.get("do_sample"):  # it has no use for these
-        options = {name: given for name, given in options.items() if name not in DRAWING}
     options = {**options, **value}
-    if isinstance(options.get("logit_bias"), dict):  # the keys of JSON are texts
-        options["logit_bias"] = {_as_token(key): bias for key, bias in options["logit_bias"].items()}
+    if isinstance(options.get("logit_bias"), dict):
+        options["logit_bias"] = _token_keys(options["logit_bias"])
+    if options.get("num_beams", 1) == 1 or options.get("do_sample"):
+        options.setdefault("temperature", temperature)
     options.setdefault("max_new_tokens", default_new_tokens(model, len(ids), options))
     config = GenerationConfig.of(**options)
     Stopping(config, tokenizer)
@@ -98,10 +105,21 @@ def _read_job(number: int, text: str, model: LanguageModel, tokenizer: Tokenizer
     return Job(number, prompt, ids, options, config)
 
 
-def _as_token(key: str) -> int:
-    if not key.isdecimal():
-        raise ValueError(f"logit_bias has the key {key!r}; expected the number of a token, in quotes")
-    return int(key)
+def _check_characters(prompt: str) -> None:
+    """JSON can write halves of a character, which no file and no tokenizer holds."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = prompt[error.start]
+        raise ValueError(f"the prompt has {half!r} at character {error.start}, half of a surrogate pair") from None
+
+
+def _token_keys(bias: dict[str, Any]) -> dict[int, Any]:
+    """The keys of JSON are texts."""
+    for token in bias:
+        if not (token.isascii() and token.isdigit()):
+            raise ValueError(f"logit_bias holds {token!r}; expected token ids as keys")
+    return {int(token): value for token, value in bias.items()}
 
 
 def default_new_tokens(model: LanguageModel, length: int, options: dict[str, Any]) -> int:
@@ -148,15 +166,16 @@ def run_jobs(
 
 
 def _read_done(path: Path, jobs: list[Job]) -> dict[int, bytes]:
-    """The whole lines that the output has, by number; what a crash left of one more is cut off."""
+    """The whole lines that the output has, by number; what a crash left of one more is cut off.
+
+    Nothing is cut off a file that is anything else than such an output.
+    """
     if not path.exists() or path.stat().st_size == 0:
         return {}
-    content = read_bytes(path)
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
+    *whole, rest = read_bytes(path).split(b"\n")
+    cut_short = rest[: len(BEGINNING)] == BEGINNING[: len(rest)]
     by_line, done = {job.line: job for job in jobs}, {}
-    for n, line in enumerate(whole.splitlines(keepends=True), start=1):
+    for n, line in enumerate(whole or ([] if cut_short else [rest]), start=1):
         try:
             found = json.loads(line)
             job = by_line[found["line"]]
@@ -168,7 +187,9 @@ def _read_done(path: Path, jobs: list[Job]) -> dict[int, bytes]:
                 f"{path}, line {n} is not the result of a line of this input with these options; name another --output, "
                 "or remove the file to begin again"
             )
-        done[job.line] = line
+        done[job.line] = line + b"\n"
+    if rest:
+        os.truncate(path, path.stat().st_size - len(rest))
     return done
 
 

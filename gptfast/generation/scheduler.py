@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.generation.choose import Context, choose, draw_inside
+from gptfast.generation.choose import Context, choose
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import check_prompt, read_prompt
 from gptfast.generation.sequences import LanguageModel, beside
@@ -306,7 +306,7 @@ class Scheduler:
         while going:
             now = torch.stack([logits[i][n] for i in going]) if together is None else together
             contexts = [_context(rows[i]) for i in going]
-            chosen = self._draw(rows, together, contexts) or choose(now, contexts)
+            chosen = choose(now, contexts, self._sequences)
             details = _details(now, [rows[i].request for i in going], chosen)
             for i, token, (logprob, top) in zip(going, chosen, details, strict=True):
                 row = rows[i]
@@ -327,14 +327,6 @@ class Scheduler:
             if draft and not row.finish:  # the last token has not been read; wrong guesses have
                 self._sequences.truncate(row.index, len(row.tokens) - 1)
         return made
-
-    def _draw(
-        self, rows: list[Row], together: Tensor | None, contexts: list[Context]
-    ) -> list[int | RuntimeError] | None:
-        """The next tokens by the model's own threads, where it has some and the rows ask for nothing uncommon."""
-        if together is None or any(row.start for row in rows):  # positions are not lengths after a slide
-            return None
-        return draw_inside(self._sequences, [row.index for row in rows], together, contexts)
 
     def _end(self, request: Request, finish: str) -> None:
         if request in self._waiting:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,16 @@ from gptfast.models.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from gptfast.models import GPT, GPTConfig
+
+
+class Sampling(NamedTuple):
+    """How the tokens of one row are drawn; see `gptfast.ops.sample`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stream: int
 
 
 class Sequences(Protocol):
@@ -39,18 +49,14 @@ class Sequences(Protocol):
         """
         ...
 
-    def draw(
-        self, rows: Seq[int], logits: Tensor, streams: Seq[int], sampling: tuple[float, int, float, int]
-    ) -> list[int] | None:
-        """The tokens that `ops.sample` draws for rows from the logits, (len(rows), V), of their last positions.
+    def draw(self, logits: Tensor, samplings: Seq[Sampling], positions: Seq[int]) -> list[int] | None:
+        """The tokens that `ops.sample` draws from logits, (B, V) fp32, on threads of the model's own.
 
         Args:
-            streams: of each row.
-            sampling: temperature, top_k, top_p and seed.
+            samplings: of each row, how.
+            positions: of the tokens in their sequences.
         Returns:
-            None: only `ops.sample` can.
-        Raises:
-            RuntimeError: a row with nan, or with nothing but -inf.
+            The tokens; -1 where a row holds nan, -2 where nothing but -inf. None: the model has no threads of its own.
         """
         ...
 
@@ -129,7 +135,7 @@ class CachedSequences:
             ordered = [logits[row].float() for row in rows]
             return torch.cat([part[-1:] for part in ordered]) if last_only else ordered
 
-    def draw(self, rows: Seq[int], logits: Tensor, streams: Seq[int], sampling: tuple[float, int, float, int]) -> None:
+    def draw(self, logits: Tensor, samplings: Seq[Sampling], positions: Seq[int]) -> None:
         return None
 
     def _neighbours(self, rows: list[int]) -> Iterator[list[int]]:
