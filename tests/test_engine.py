@@ -197,6 +197,17 @@ def test_a_draft_model_in_the_engine() -> None:
     assert compiled.generate([[1, 2]], assistant_model=draft, **options) == compiled.generate([[1, 2]], **options)
 
 
+def test_a_draft_model_gets_an_engine_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = []
+    original = CompiledGPT.sequences
+    monkeypatch.setattr(CompiledGPT, "sequences", lambda self, *a: kinds.append(self) or original(self, *a))
+    model, draft = model_of("gpt2"), GPT(model_of("gpt2").config).eval()
+    model.generate([[1]], max_new_tokens=3, assistant_model=draft)
+    assert kinds == [engine_for(model), engine_for(draft)]
+    model.generate([[1]], max_new_tokens=3, assistant_model=draft.train())
+    assert kinds[2:] == [engine_for(model)], "not in training mode"
+
+
 def test_text_ends_with_an_end_token() -> None:
     model = model_of("gpt2")
     ids = torch.tensor([[3, 4], [5, 6], [7, 8]])

@@ -141,8 +141,6 @@ def generate(
       [cyan]gptfast generate --model runs/bard/best --input prompts.jsonl --output texts.jsonl[/]
     """
     from gptfast.generation.jobs import default_new_tokens
-    from gptfast.models import GPT
-    from gptfast.models.pretrained import resolve
 
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options: dict[str, Any] = {
@@ -176,7 +174,7 @@ def generate(
     ids = [_encode(tokenizer, text) for text in texts]
     options.setdefault("max_new_tokens", default_new_tokens(gpt, max(map(len, ids)), options))
     options |= {"tokenizer": tokenizer} if stop else {}
-    options |= {"assistant_model": GPT.from_pretrained(resolve(assistant_model))} if assistant_model else {}
+    options |= {"assistant_model": load(assistant_model, None)[0]} if assistant_model else {}
     start = time.perf_counter()
     if show_probabilities:
         count = _show_probabilities(gpt, tokenizer, ids, options)

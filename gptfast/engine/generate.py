@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from gptfast.engine.automatic import engine_for
 from gptfast.engine.sequences import empty_logits
 from gptfast.generation import GenerationConfig
 from gptfast.generation import generate as generate_by_steps
 from gptfast.generation.decode import as_tensor
 from gptfast.generation.prompts import read_prompts
 from gptfast.generation.sequences import Sampling
+from gptfast.models import GPT
 
 if TYPE_CHECKING:
     from gptfast.engine.compiled import CompiledGPT
@@ -36,10 +38,17 @@ def generate(model: CompiledGPT, ids: Any, **options: Any) -> Any:
     names = {field.name for field in fields(GenerationConfig)}
     config = GenerationConfig.of(**options) if names.issuperset(options) else None
     if config is None or not runs_inside(config):
-        return generate_by_steps(model, ids, **options)
+        return generate_by_steps(model, ids, **_with_quick_assistant(options))
     prompts = read_prompts(ids, model, config)
     rows = _generate(model, prompts, config)
     return as_tensor(rows, config, ids.device) if isinstance(ids, Tensor) else rows
+
+
+def _with_quick_assistant(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the engine behind the assistant too, where it can run that: torch would be slower than the model."""
+    assistant = options.get("assistant_model")
+    engine = engine_for(assistant) if isinstance(assistant, GPT) else None
+    return options if engine is None else {**options, "assistant_model": engine}
 
 
 def runs_inside(config: GenerationConfig) -> bool:
