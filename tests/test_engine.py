@@ -284,6 +284,27 @@ def test_a_fork_while_the_engine_works_leaves_both_free() -> None:
         worker.join()
 
 
+def test_a_fork_waits_until_a_model_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, begun, done = GPT(model_of("odd").config).eval(), threading.Event(), threading.Event()
+
+    def pack_slowly(*args):
+        begun.set()
+        time.sleep(0.2)
+        done.set()
+        return model_of("odd").compile_for_inference("float32")
+
+    monkeypatch.setattr(gptfast.engine.automatic, "compile_model", pack_slowly)
+    packer = threading.Thread(target=engine_for, args=(model,))
+    packer.start()
+    begun.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if done.is_set() and engine_for(model) is not None else 1)
+    packer.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_several_engines_and_callers_at_once() -> None:
     engines = [model_of("gpt2").compile_for_inference(dtype, threads=2) for dtype in ("int8", "int8", "float32")]
     expected = [engine.generate([[1, 2]], max_new_tokens=20) for engine in engines]

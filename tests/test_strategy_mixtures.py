@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from generation_pairs import make_pair
+from test_strategies import without_padding
 
 from gptfast.backend import has_cpu_ops
 from gptfast.generation import generate, stream
 
 transformers = pytest.importorskip("transformers")
 
+PAD = 0  # comes after end tokens only
 SIZES = [(3, 24), (17, 8), (61, 48)]  # vocabulary, block size
 IMPOSSIBLE = -1e8  # transformers fills up with sequences that cannot be; we with others, at -inf
 
@@ -62,19 +64,15 @@ def theirs(model, prompt, options):
     options = dict(options)
     if bias := options.pop("logit_bias", None):
         options["sequence_bias"] = [[[token], value] for token, value in bias.items()]
-    eos = options.get("eos_token_id", [])
-    ends, ids = [eos] if isinstance(eos, int) else eos, torch.tensor([prompt])
-    told = {"return_dict_in_generate": True, "output_scores": True, "pad_token_id": ends[0] if ends else 0}
+    eos, ids = options.get("eos_token_id"), torch.tensor([prompt])
+    told = {"return_dict_in_generate": True, "output_scores": True, "pad_token_id": PAD}
     try:
         out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **told, **options)
     except RuntimeError:  # more candidates than there are tokens
         return []
     scores = out.sequences_scores.tolist() if "num_beams" in options else [0.0]
-    found = []
-    for row, score in zip(out.sequences.tolist(), scores, strict=True):
-        new = row[len(prompt) :]
-        found.append((new[: min([new.index(end) + 1 for end in ends if end in new], default=len(new))], score))
-    return found
+    rows = [without_padding(row[len(prompt) :], eos) for row in out.sequences.tolist()]
+    return list(zip(rows, scores, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -23,7 +23,8 @@ Fingerprint = tuple[tuple[tuple[int, int], ...], int]
 PLAIN_TORCH = (nn.Embedding, nn.ModuleList)
 SAMPLES = 61  # values of each parameter that are compared; a prime, so that strides fall on all columns
 _packed: WeakKeyDictionary[GPT, tuple[Fingerprint, CompiledGPT]] = WeakKeyDictionary()
-_packing = threading.Lock()  # callers on several threads share one copy
+_packing = threading.Lock()  # callers on several threads share one copy; a fork waits, or its child would for ever
+os.register_at_fork(before=_packing.acquire, after_in_parent=_packing.release, after_in_child=_packing.release)
 
 
 def engine_for(model: GPT) -> CompiledGPT | None:
