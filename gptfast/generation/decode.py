@@ -176,7 +176,8 @@ def stream(
     """As `generate` without beams, yielding each step when it is made. The arguments are checked at once.
 
     Args:
-        model, ids, tokenizer, assistant_model, options: as in `generate`.
+        model: a GPT, which runs in torch, or on a CPU sooner `gptfast.engine.engine_for(model) or model`.
+        ids, tokenizer, assistant_model, options: as in `generate`.
         logprobs: whether each Step tells the log-probabilities of its tokens.
         top: how many of the most likely next tokens each Step tells.
     Returns:

@@ -101,7 +101,7 @@ class Scheduler:
     """Runs requests together, one token of each per step. Not for several threads at once.
 
     Args:
-        model: a `GPT` or a compiled engine.
+        model: a `GPT`, which runs in torch, or on a CPU sooner `gptfast.engine.engine_for(model) or model`.
         max_rows: the most sequences at a time.
         max_positions: the most positions that the running requests may come to hold together; None: no bound but
             max_rows rows of max_len.
