@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -352,7 +353,7 @@ def test_deleting_the_model_changes_nothing() -> None:
     assert torch.equal(compiled.logits([1, 2]), before)
 
 
-def test_engine_for_a_model_follows_its_weights() -> None:
+def test_engine_for_a_model_follows_its_weights(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=50, dropout=0.0))
     assert engine_for(model) is None, "in training mode"
     first = engine_for(model.eval())
@@ -362,6 +363,11 @@ def test_engine_for_a_model_follows_its_weights() -> None:
     second = engine_for(model)
     assert second is not None and second is not first
     assert torch.equal(second.logits([1]), model.compile_for_inference("float32").logits([1]))
+    with monkeypatch.context() as patched:  # other threads need no packing
+        patched.setattr(gptfast.engine.automatic, "compile_model", None)
+        torch.set_num_threads(3)
+        third = engine_for(model)
+    assert third is not None and third.threads == 3 and torch.equal(third.logits([1]), second.logits([1]))
     changed = engine_for(model.bfloat16())
     assert changed is not None and changed.dtype == "bfloat16"
     assert engine_for(model.double()) is None
@@ -385,6 +391,17 @@ def test_a_gpt_writes_with_the_engine_where_it_can(monkeypatch: pytest.MonkeyPat
     model.h[0].mlp = torch.nn.Sequential(model.h[0].mlp)
     model.generate([[1]], max_new_tokens=1)
     assert len(calls) == 1, "another backend, autocast, a hook, another module"
+
+
+def test_the_old_copy_is_freed_before_the_new_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(model_of("odd").config).eval()
+    old = weakref.ref(engine_for(model))
+    with torch.no_grad():
+        model.wte.weight.add_(1.0)
+    freed = []
+    monkeypatch.setattr(gptfast.engine.automatic, "compile_model", lambda *_: freed.append(old() is None))
+    engine_for(model)
+    assert freed == [True]
 
 
 def test_engine_for_a_model_notices_changes_through_data() -> None:

@@ -46,9 +46,12 @@ def engine_for(model: GPT) -> CompiledGPT | None:
     with _packing:
         fingerprint = _fingerprint(parameters)
         known = _packed.get(model)
-        if known is not None and known[0] == fingerprint and known[1].threads == usual_threads():
+        if known is not None and known[0] == fingerprint:
+            if known[1].threads != usual_threads():
+                _packed[model] = known = fingerprint, known[1].with_threads(None)
             return known[1]
         _packed.pop(model, None)
+        del known  # the old copy is freed before the new one is made
         if sum(parameter.nbytes for parameter in parameters) > _free_memory() / 2:
             return None
         try:

@@ -65,6 +65,18 @@ class CompiledGPT:
         """Bytes of the packed weights."""
         return memoryview(self._weights).nbytes
 
+    def with_threads(self, threads: int | None) -> CompiledGPT:
+        """The same weights, held once, with other threads; None: as many as torch uses."""
+        return CompiledGPT(
+            self.config,
+            self.dtype,
+            self._formats,
+            self._weights,
+            threads=threads,
+            max_rows=self.max_rows,
+            cache_dtype=self.cache_dtype,
+        )
+
     def sequences(self, capacity_rows: int = 1, max_len: int | None = None) -> EngineSequences:
         """Room for running sequences; see `EngineSequences`. Keys and values take memory as they come."""
         if self.max_rows is not None and capacity_rows > self.max_rows:
