@@ -277,7 +277,10 @@ def test_bursts_of_tokens_are_single_steps(name, monkeypatch):
     told = []
     for most in (1, 4):
         running = requests_of(settings, compiled(), **more)
-        requests, seen = list(running._waiting), {}
+        requests = list(running._waiting)
+        first = running.step(most)
+        seen = {(token.request, token.stream): [token.id] for token in first}
+        assert len(first) == len(seen), "a first token is told at once"
         while running.waiting or running.running:
             for token in running.step(most):
                 seen.setdefault((token.request, token.stream), []).append(token.id)

@@ -22,6 +22,7 @@ from test_cli_generate import LETTERS, save_model
 
 from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
+from gptfast.engine import EngineSequences
 from gptfast.generation import GenerationConfig, Request, Token, score
 from gptfast.generation.stopping import Stopping
 from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
@@ -327,6 +328,26 @@ def test_sixteen_streams_at_once_are_sixteen_single_runs(model, tokenizer, quant
             texts = list(pool.map(ask, range(16)))
     for n, text in enumerate(texts):
         assert [text] == new_text(model, tokenizer, prompts[n], max_new_tokens=10 + n, seed=n, temperature=1.3)
+
+
+@pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+@pytest.mark.parametrize(("max_events", "together"), [(1e9, set()), (1.0, {4})])
+def test_tokens_that_are_sent_together_are_made_together(model, tokenizer, monkeypatch, max_events, together):
+    """As many at once as go into a part of a stream; each request that comes cuts what runs short."""
+    steps, interrupts, decode = [], [], EngineSequences.decode
+
+    def watched(self, *args, **options):
+        steps.append(options["steps"])
+        return decode(self, *args, **options)
+
+    monkeypatch.setattr(EngineSequences, "decode", watched)
+    monkeypatch.setattr(EngineSequences, "interrupt", lambda self: interrupts.append(self))
+    app = create_app(model.compile_for_inference("int8"), tokenizer, "bard", Limits(max_events=max_events))
+    with serving(app) as url:
+        answer = httpx.post(url + "/v1/completions", json={**ASK, "max_tokens": 34, "seed": 1})
+        assert len(interrupts) >= 1
+        assert set(steps) == together
+    assert [answer.json()["choices"][0]["text"]] == new_text(model, tokenizer, "to be", max_new_tokens=34, seed=1)
 
 
 # ---- other routes, keys ----

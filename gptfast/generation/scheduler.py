@@ -338,7 +338,7 @@ class Scheduler:
 
     def _burst(self, rows: list[Row], logits: Tensor, most: int) -> list[Token] | None:
         """Up to `most` tokens of each row without coming back in between; None where that cannot be, or is but one."""
-        if not all(_may_burst(row.request) for row in rows):
+        if not all(row.made and _may_burst(row.request) for row in rows):  # a first token is told at once
             return None
         steps = min(most, *(row.request.config.max_new_tokens - row.made for row in rows))
         steps = min(steps, *(self.max_len - len(row.tokens) + 1 for row in rows))  # up to a slide
