@@ -239,6 +239,8 @@ def _check_int(name: str, value: Any, least: int) -> None:
         raise TypeError(f"generate: {name} is {value!r}; expected an int")
     if value < least:
         raise ValueError(f"generate: {name} is {value}; expected at least {least}")
+    if value >= 2**63:
+        raise ValueError(f"generate: {name} is {value}; expected less than 2**63")
 
 
 def _check_number(name: str, value: Any) -> None:
