@@ -17,6 +17,7 @@ from gptfast.generation import GenerationConfig, beam, choose, scheduler
 from gptfast.generation import generate as generate_by_steps
 from gptfast.generation.sequences import Sampling
 from gptfast.generation.stopping import Stopping
+from gptfast.tokenizer import CharTokenizer
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
 
@@ -178,11 +179,12 @@ SETTINGS = [
 
 def requests_of(settings, model, max_new_tokens=9, **more):
     """A scheduler with a request for each of these options, which differ in prompts and streams too."""
+    letters = CharTokenizer.train("".join(chr(256 + n) for n in range(301)))
     one = scheduler.Scheduler(model, max_rows=9, max_len=75)
     for n, options in enumerate(settings):
-        prompt = [[1, 2, 3], [4], list(range(60))][n % 3]
-        config = GenerationConfig(max_new_tokens=max_new_tokens, **options, **more)
-        one.submit_request(scheduler.Request(prompt, config, Stopping(config), first_stream=2**32 - 2 + n))
+        prompt = [[1, 2, 3], [4], list(range(62))][n % 3]
+        config = GenerationConfig(**{"max_new_tokens": max_new_tokens, **options, **more})
+        one.submit_request(scheduler.Request(prompt, config, Stopping(config, letters), first_stream=2**32 - 2 + n))
     return one
 
 
@@ -259,6 +261,65 @@ def test_decode_draws_each_row_as_it_asks():
     assert len({len(tokens) for tokens in new}) > 1, "no row ended before the others"
 
 
+BURSTS = {
+    "plain": ([{}, {"temperature": 0}, {"seed": 5, "top_p": 0.9}, {"num_return_sequences": 2}], {}),
+    "ended": ([{"eos_token_id": list(range(0, 301, 9)), "seed": n} for n in range(5)], {}),
+    "stopped": ([{"stop_strings": [chr(256 + n) for n in range(0, 301, 9)], "seed": n} for n in range(5)], {}),
+    "slides": ([{"seed": n} for n in range(3)], {"overflow": "slide", "max_new_tokens": 40}),
+    "of different lengths": ([{"seed": n} for n in range(3)] + [{"logit_bias": {7: 50.0}, "max_new_tokens": 3}], {}),
+    "of different ends": (
+        [{"eos_token_id": list(range(n, 301, 9)), "seed": n, "max_new_tokens": 6 + n} for n in range(5)],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BURSTS)
+def test_bursts_of_tokens_are_single_steps(name, monkeypatch):
+    settings, more = BURSTS[name]
+    steps, decode = [], EngineSequences.decode
+    monkeypatch.setattr(
+        EngineSequences,
+        "decode",
+        lambda self, *args, **options: steps.append(options["steps"]) or decode(self, *args, **options),
+    )
+    told = []
+    for most in (1, 4):
+        running = requests_of(settings, compiled(), **more)
+        requests = list(running._waiting)
+        first = running.step(most)
+        seen = {(token.request, token.stream): [token.id] for token in first}
+        assert len(first) == len(seen), "a first token is told at once"
+        while running.waiting or running.running:
+            for token in running.step(most):
+                seen.setdefault((token.request, token.stream), []).append(token.id)
+        assert running._sequences.lengths == [0] * 9
+        rows = [row for request in requests for row in request.rows]
+        assert [seen[row.request, row.stream] for row in rows] == [row.new for row in rows]
+        told.append([(row.new, row.finish) for row in rows])
+        assert not steps or most == 4
+    assert told[0] == told[1] and 4 in steps and all(2 <= n <= 4 for n in steps)
+
+
+def test_a_burst_ends_when_there_is_something_to_do():
+    model, draws = compiled(), [Sampling(1.0, 0, 1.0, n, 0) for n in range(2)]
+    sequences = model.sequences(4)
+    whole, parts = sequences.add(2), sequences.add(2)
+    prompts = [[1, 2], [3]]
+    expected = sequences.decode(whole, sequences.extend(whole, prompts), steps=6, more=False, samplings=draws)
+    sequences.interrupt()
+    first = sequences.decode(parts, sequences.extend(parts, prompts), steps=6, more=False, samplings=draws)
+    assert [len(tokens) for tokens in first] == [1, 1]
+    rest = sequences.decode(parts, sequences.extend(parts, first), steps=5, more=False, samplings=draws)
+    assert [a + b for a, b in zip(first, rest, strict=True)] == expected, "once is enough"
+    sequences.interrupt()
+    for row in whole:
+        sequences.release(row)
+    rows = sequences.add(2)
+    new = sequences.decode(rows, sequences.extend(rows, prompts), steps=6, more=True, samplings=draws)
+    assert new == expected, "with more to come nothing is cut"
+
+
 def test_draw_refuses_logits_of_another_shape():
     sequences = compiled().sequences(1)
     for logits in (torch.zeros(1, 300), torch.zeros(2, 301), torch.zeros(1, 301, dtype=torch.bfloat16)):
@@ -266,7 +327,8 @@ def test_draw_refuses_logits_of_another_shape():
             sequences.draw(logits, [Sampling(0.0, 0, 1.0, 0, 0)], [0])
 
 
-def test_nan_in_one_row_ends_that_request_alone(monkeypatch):
+@pytest.mark.parametrize("most", [1, 4])
+def test_nan_in_one_row_ends_that_request_alone(most, monkeypatch):
     running = requests_of([{}] * 3, compiled())
     extend = EngineSequences.extend
 
@@ -277,7 +339,7 @@ def test_nan_in_one_row_ends_that_request_alone(monkeypatch):
 
     monkeypatch.setattr(EngineSequences, "extend", damaged)
     bad = running._waiting[1]
-    running.step()
+    running.step(most)
     monkeypatch.setattr(EngineSequences, "extend", extend)
     assert "the logits hold nan" in str(bad.error) and bad.done and running.running == 2
     running.run()

@@ -1,136 +1,25 @@
-"""gptfast serve, through the real openai client and raw HTTP: texts, errors, and what happens to those who leave."""
+"""gptfast serve, through the real openai client and raw HTTP: texts, routes, and what bad input is told."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-from contextlib import contextmanager
 
 import pytest
 import torch
-from generation_pairs import sharpen
+from serving_app import ASK, app, client, gated, httpx, model, new_text, openai, serving, tokenizer, url
 from test_cli_generate import LETTERS, save_model
 
-from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
+from gptfast.engine import EngineSequences
 from gptfast.generation import GenerationConfig, Request, Token, score
 from gptfast.generation.stopping import Stopping
-from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
-
-httpx = pytest.importorskip("httpx")
-openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("fastapi")
-
-from gptfast.serving.app import Limits, create_app  # noqa: E402 (fastapi may be missing)
-from gptfast.serving.scoring import score_in_pieces  # noqa: E402
-from gptfast.serving.server import GracefulServer  # noqa: E402
-from gptfast.serving.text import ChoiceText, token_text  # noqa: E402
-from gptfast.serving.worker import Ticket  # noqa: E402
-
-BLOCK = 48
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return CharTokenizer.train(LETTERS)
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    torch.manual_seed(1)
-    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=BLOCK, vocab_size=tokenizer.vocab_size)
-    model = GPT(config).eval()
-    sharpen(model)
-    return model
-
-
-class Gated:
-    """The model, but each step waits for `gate`, and raises `failure` once where there is one."""
-
-    def __init__(self, model):
-        self.model, self.config, self.failure, self.steps = model, model.config, None, 0
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def sequences(self, rows, max_len):
-        sequences = self.model.sequences(rows, max_len)
-        extend = sequences.extend
-
-        def gated(*args, **options):
-            assert self.gate.wait(30)
-            self.steps += 1
-            if self.failure is not None:
-                failure, self.failure = self.failure, None
-                raise failure
-            return extend(*args, **options)
-
-        sequences.extend = gated
-        return sequences
-
-
-@contextmanager
-def serving(app, grace=0.0):
-    """The base URL of a running server."""
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=int(grace) + 1)
-    server = GracefulServer(config)
-    server.grace = grace
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 30
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def gated(model):
-    return Gated(model)
-
-
-@pytest.fixture(scope="module")
-def app(gated, tokenizer):
-    return create_app(gated, tokenizer, "bard", Limits(max_rows=4, max_queue=3, max_body=20_000))
-
-
-@pytest.fixture(scope="module")
-def url(app):
-    with serving(app) as url:
-        yield url
-
-
-@pytest.fixture
-def client(url):
-    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-def new_text(model, tokenizer, prompt, **options):
-    ids = tokenizer.encode(prompt)
-    return [tokenizer.decode(row[len(ids) :]) for row in model.generate([ids], **options)]
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
+from gptfast.serving.app import Limits, create_app
+from gptfast.serving.text import ChoiceText, token_text
+from gptfast.serving.worker import Ticket
+from gptfast.tokenizer import GPT2Tokenizer
 
 # ---- texts ----
 
@@ -329,6 +218,26 @@ def test_sixteen_streams_at_once_are_sixteen_single_runs(model, tokenizer, quant
         assert [text] == new_text(model, tokenizer, prompts[n], max_new_tokens=10 + n, seed=n, temperature=1.3)
 
 
+@pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+@pytest.mark.parametrize(("max_events", "together"), [(1e9, set()), (1.0, {4})])
+def test_tokens_that_are_sent_together_are_made_together(model, tokenizer, monkeypatch, max_events, together):
+    """As many at once as go into a part of a stream; each request that comes cuts what runs short."""
+    steps, interrupts, decode = [], [], EngineSequences.decode
+
+    def watched(self, *args, **options):
+        steps.append(options["steps"])
+        return decode(self, *args, **options)
+
+    monkeypatch.setattr(EngineSequences, "decode", watched)
+    monkeypatch.setattr(EngineSequences, "interrupt", lambda self: interrupts.append(self))
+    app = create_app(model.compile_for_inference("int8"), tokenizer, "bard", Limits(max_events=max_events))
+    with serving(app) as url:
+        answer = httpx.post(url + "/v1/completions", json={**ASK, "max_tokens": 34, "seed": 1})
+        assert len(interrupts) >= 1
+        assert set(steps) == together
+    assert [answer.json()["choices"][0]["text"]] == new_text(model, tokenizer, "to be", max_new_tokens=34, seed=1)
+
+
 # ---- other routes, keys ----
 
 
@@ -409,7 +318,30 @@ def test_a_key_is_asked_for(model, tokenizer):
         ({"model": "bard", "prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "holds 'x'; expected token ids"),
         ({"model": "bard", "prompt": "a", "logit_bias": {"1_0": 1}}, 400, "logit_bias", "holds '1_0'; expected token"),
         ({"model": "bard", "prompt": "a", "logit_bias": {"٣": 1}}, 400, "logit_bias", "expected token ids as keys"),
-        (b'{"model": "bard", "prompt": "a", "logit_bias": {"1": NaN}}', 400, None, "expected a finite number"),
+        (
+            b'{"model": "bard", "prompt": "a", "logit_bias": {"1": NaN}}',
+            400,
+            "logit_bias",
+            "logit_bias.1: Input should be",
+        ),
+        (
+            {"model": "bard", "prompt": "a", "logit_bias": {"1": 101}},
+            400,
+            "logit_bias",
+            "logit_bias.1: Input should be",
+        ),
+        (
+            {"model": "bard", "prompt": "a", "repetition_penalty": 1e300},
+            400,
+            "repetition_penalty",
+            "less than or equal",
+        ),
+        (
+            {"model": "bard", "prompt": "a", "top_k": 2**63},
+            400,
+            None,
+            r"top_k is 9223372036854775808; expected less than",
+        ),
         (b'{"model": "bard", "prompt": "a", "temperature": NaN}', 400, "temperature", "temperature: Input should be"),
         (b'{"model": "bard", "prompt": "\\ud800"}', 400, None, "body: Invalid JSON"),
         (b'{"model": "bard", "prompt": ' + b"[" * 5000, 400, None, "body: Invalid JSON"),
@@ -478,334 +410,3 @@ def test_chat_is_not_here(client, url):
         client.chat.completions.create(model="bard", messages=[{"role": "user", "content": "hello"}])
     assert error.value.code == "unknown_url"
     assert "GET /v1/completions is not here; there are POST /v1/completions" in httpx.get(url + "/v1/completions").text
-
-
-# ---- load, leaving, failure ----
-
-
-@pytest.fixture
-def closed(gated):
-    """Steps wait from now on, until the test opens the gate."""
-    gated.gate.clear()
-    yield gated.gate
-    gated.gate.set()
-
-
-ASK = {"model": "bard", "prompt": "to be", "max_tokens": 40}
-
-
-def test_more_than_the_queue_holds_is_429_and_later_it_goes_on(url, app, closed, client):
-    with concurrent.futures.ThreadPoolExecutor(7) as pool:
-        asked = [pool.submit(httpx.post, url + "/v1/completions", json=ASK, timeout=30) for _ in range(7)]
-        wait_until(lambda: app.state.worker.open_sequences == 7)
-        with pytest.raises(openai.RateLimitError, match="too many requests run and wait; try again later"):
-            client.completions.create(**ASK)
-        assert httpx.get(url + "/health").json()["sequences"] == 7
-        closed.set()
-        assert [answer.result().status_code for answer in asked] == [200] * 7
-    assert client.completions.create(**ASK).choices
-
-
-def cancelled(app):
-    """How many requests the worker is about to give up."""
-    return sum("cancel" in command.__qualname__ for command in app.state.worker._commands)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_rows(url, app, closed, stream):
-    """Four clients fill the rows, a fifth waits; all leave before the model has made a step of it."""
-
-    def leave_after_a_while():
-        timeout = httpx.Timeout(10, read=0.2)
-        with httpx.stream("POST", url + "/v1/completions", json={**ASK, "stream": stream}, timeout=timeout) as answer:
-            next(answer.iter_bytes())
-
-    for _ in range(5):
-        with pytest.raises(httpx.ReadTimeout):
-            leave_after_a_while()
-    wait_until(lambda: cancelled(app) == 5)
-    closed.set()
-    wait_until(lambda: app.state.worker.open_sequences == 0)
-    scheduler = app.state.worker.scheduler
-    wait_until(lambda: scheduler.running == scheduler.waiting == 0)
-    assert scheduler._sequences.lengths == [0] * 4
-
-
-def test_a_client_that_leaves_amid_its_stream_frees_its_row_at_once(url, app, gated):
-    others = []
-    with httpx.stream("POST", url + "/v1/completions", json={**ASK, "stream": True}) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        gated.gate.clear()
-        others = [
-            threading.Thread(target=httpx.post, args=(url + "/v1/completions",), kwargs={"json": ASK, "timeout": 60})
-        ]
-        [thread.start() for thread in others]
-        wait_until(lambda: app.state.worker.open_sequences == 2)
-    before = gated.steps
-    wait_until(lambda: cancelled(app) == 1)
-    gated.gate.set()
-    wait_until(lambda: app.state.worker.open_sequences <= 1)
-    assert gated.steps - before < 40
-    [thread.join() for thread in others]
-    wait_until(lambda: app.state.worker.open_sequences == 0)
-
-
-def test_what_takes_too_long_is_given_up(model, tokenizer):
-    gated = Gated(model)
-    app = create_app(gated, tokenizer, "bard", Limits(seconds=0.3))
-    with serving(app) as url:
-        gated.gate.clear()
-        whole = httpx.post(url + "/v1/completions", json=ASK, timeout=20)
-        assert whole.status_code == 504 and whole.json()["error"]["code"] == "timeout"
-        streamed = httpx.post(url + "/v1/completions", json={**ASK, "stream": True}, timeout=20)
-        assert "the completion was not ready in time" in streamed.text and "[DONE]" not in streamed.text
-        gated.gate.set()
-        wait_until(lambda: app.state.worker.open_sequences == 0)
-
-
-def test_a_step_that_fails_is_500_and_the_server_goes_on(url, app, gated, client, model, tokenizer):
-    gated.failure = MemoryError("no memory")
-    with pytest.raises(openai.InternalServerError, match="no memory"):
-        client.completions.create(**ASK)
-    gated.failure = RuntimeError("a broken step")
-    with pytest.raises(openai.APIError, match="a broken step"):
-        list(client.completions.create(**ASK, stream=True))
-    got = client.completions.create(**ASK, seed=1)
-    assert [got.choices[0].text] == new_text(model, tokenizer, "to be", max_new_tokens=40, seed=1)
-    assert app.state.worker.open_sequences == 0
-
-
-def test_one_request_without_a_token_left_fails_alone(client, tokenizer):
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        good = pool.submit(client.completions.create, **ASK)
-        bias = {str(n): -1e39 for n in range(tokenizer.vocab_size)}
-        with pytest.raises(openai.InternalServerError, match="no token is left to choose"):
-            client.completions.create(**ASK, logit_bias=bias)
-        assert good.result().choices
-
-
-def test_stopping_the_server_ends_what_runs(model, tokenizer):
-    gated = Gated(model)
-    app = create_app(gated, tokenizer, "bard")
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with serving(app) as url:
-            gated.gate.clear()
-            asked = pool.submit(httpx.post, url + "/v1/completions", json=ASK, timeout=20)
-            wait_until(lambda: app.state.worker.open_sequences == 1)
-            threading.Timer(2.5, gated.gate.set).start()
-        assert not app.state.worker.alive and app.state.worker.open_sequences == 0
-        with pytest.raises(httpx.HTTPError):
-            asked.result().raise_for_status()
-
-
-@pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
-def test_a_mixed_soak_leaves_nothing_behind():
-    """The short form of scripts/soak_server.py."""
-    scripts = os.path.join(os.path.dirname(__file__), "..", "scripts")
-    done = subprocess.run(
-        [sys.executable, os.path.join(scripts, "soak_server.py"), "--requests", "200"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_streams_are_told_that_the_server_stops(model, tokenizer):
-    """One that ends within the grace is whole; one that does not is told, and so is a scoring."""
-    gated = Gated(model)
-    app = create_app(gated, tokenizer, "bard", Limits(max_rows=1))
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        with serving(app, grace=0.5) as url:
-            gated.gate.clear()
-            posts = [{**ASK, "stream": True}, {**ASK}, {**ASK, "max_tokens": 0, "echo": True, "logprobs": 1}]
-            asked = [pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=20) for body in posts]
-            wait_until(lambda: app.state.worker.open_sequences == 3)
-            threading.Timer(1.0, gated.gate.set).start()
-        streamed, *others = [answer.result() for answer in asked]
-    assert streamed.status_code == 200 and "[DONE]" not in streamed.text
-    assert '"code": "shutting_down"' in streamed.text.splitlines()[-2]
-    for answer in others:
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
-        assert answer.headers["retry-after"] == "5"
-    assert not app.state.worker.alive
-
-
-def test_what_runs_may_end_when_the_server_stops(model, tokenizer):
-    gated = Gated(model)
-    app = create_app(gated, tokenizer, "bard")
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with serving(app, grace=10) as url:
-            gated.gate.clear()
-            asked = pool.submit(httpx.post, url + "/v1/completions", json={**ASK, "stream": True}, timeout=20)
-            wait_until(lambda: app.state.worker.open_sequences == 1)
-            threading.Timer(0.5, gated.gate.set).start()
-        assert asked.result().text.endswith("data: [DONE]\n\n")
-
-
-# ---- scoring prompts, long prompts ----
-
-
-@pytest.mark.parametrize("quantize", [None, "fp32"])
-def test_pieces_are_the_whole(model, monkeypatch, quantize):
-    if quantize and not has_cpu_ops:
-        pytest.skip("this install has no compiled part")
-    ids = [n * 7 % 35 for n in range(40)]
-    for piece in (1, 7, 39, 64):
-        monkeypatch.setattr("gptfast.serving.scoring.PIECE", piece)
-        pieces, count = score_in_pieces(model.compile_for_inference(quantize) if quantize else model, ids, 2), 0
-        try:
-            while True:
-                next(pieces)
-                count += 1
-        except StopIteration as end:
-            scored = end.value
-        assert count == -(-39 // piece)
-        assert [logprob for logprob, _ in scored] == pytest.approx(score(model, ids), abs=1e-3)
-        with torch.no_grad():
-            best = model(torch.tensor([ids]))[0, :-1].softmax(-1).topk(2)
-        assert [[token for token, _ in likely] for _, likely in scored] == best.indices.tolist()
-        assert [p for _, likely in scored for _, p in likely] == pytest.approx(best.values.flatten().tolist(), abs=1e-3)
-
-
-def test_texts_go_on_between_the_pieces_of_a_scoring(app, closed, url, monkeypatch):
-    made = []
-
-    def watched(*args):
-        pieces = score_in_pieces(*args)
-        while True:
-            made.append([row.made for request in app.state.worker.scheduler._running for row in request.rows])
-            try:
-                next(pieces)
-            except StopIteration as end:
-                return end.value
-            yield
-
-    monkeypatch.setattr("gptfast.serving.app.score_in_pieces", watched)
-    monkeypatch.setattr("gptfast.serving.scoring.PIECE", 1)
-    scoring = {**ASK, "prompt": "a" * 20, "max_tokens": 0, "echo": True, "logprobs": 1}
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        asked = []
-        for body in (ASK, scoring):
-            asked.append(pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=20))
-            wait_until(lambda: app.state.worker.open_sequences == len(asked))
-        closed.set()
-        assert [answer.result().status_code for answer in asked] == [200] * 2
-    assert made == [[n] for n in range(made[0][0], made[0][0] + 20)], "a token between two pieces"
-
-
-def test_scorings_are_counted_and_limited(url, app, closed, client):
-    ask = {"model": "bard", "prompt": "to be", "max_tokens": 0, "echo": True, "logprobs": 1}
-    with concurrent.futures.ThreadPoolExecutor(7) as pool:
-        asked = [pool.submit(httpx.post, url + "/v1/completions", json=ask, timeout=30) for _ in range(7)]
-        wait_until(lambda: app.state.worker.open_sequences == 7)
-        with pytest.raises(openai.RateLimitError, match="too many requests run and wait"):
-            client.completions.create(**ask)
-        closed.set()
-        assert [answer.result().status_code for answer in asked] == [200] * 7
-    assert app.state.worker.open_sequences == 0
-
-
-def test_a_scoring_that_fails_or_takes_too_long(model, tokenizer):
-    gated = Gated(model)
-    app = create_app(gated, tokenizer, "bard", Limits(seconds=0.3))
-    ask = {"model": "bard", "prompt": "to be", "max_tokens": 0, "echo": True, "logprobs": 1}
-    with serving(app) as url:
-        gated.failure = MemoryError("no memory")
-        failed = httpx.post(url + "/v1/completions", json=ask)
-        assert (failed.status_code, failed.json()["error"]["message"]) == (500, "no memory")
-        gated.gate.clear()
-        late = httpx.post(url + "/v1/completions", json=ask, timeout=20)
-        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
-        gated.gate.set()
-        assert app.state.worker.open_sequences == 0
-        assert httpx.post(url + "/v1/completions", json=ask).status_code == 200
-
-
-def test_a_long_prompt_keeps_nobody_waiting(url, tokenizer, monkeypatch):
-    """Its tokens are found beside the event loop, which answers others meanwhile."""
-    gate, original = threading.Event(), CharTokenizer.encode
-    monkeypatch.setattr(CharTokenizer, "encode", lambda self, text: (gate.wait(20), original(self, text))[1])
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(httpx.post, url + "/v1/completions", json={**ASK, "prompt": "a" * 18_000}, timeout=30)
-        try:
-            time.sleep(0.2)
-            assert httpx.get(url + "/health", timeout=5).status_code == 200 and not asked.done()
-        finally:
-            gate.set()
-        assert asked.result().json()["error"]["code"] == "context_length_exceeded"
-
-
-# ---- the command ----
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("quantize", [[], ["--quantize", "fp32"]], ids=["torch", "engine"])
-def test_the_command_serves_until_it_is_told_to_stop(quantize, tmp_path, tokenizer):
-    model = save_model(tmp_path / "bard", tokenizer, BLOCK)
-    code = "import sys; from gptfast.cli import main; main()"
-    args = [sys.executable, "-c", code, "serve", "--model", str(tmp_path / "bard"), "--port", "0", *quantize]
-    env = {**os.environ, "GPTFAST_API_KEY": "sesame"}
-    with subprocess.Popen(args, stderr=subprocess.PIPE, text=True, env=env) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if found := re.search(r"running on (http://127.0.0.1:\d+)", line):
-                break
-        with openai.OpenAI(base_url=found[1] + "/v1", api_key="sesame") as client:
-            got = client.completions.create(model="bard", prompt="ROMEO:", max_tokens=7, temperature=0)
-        assert [got.choices[0].text] == new_text(model, tokenizer, "ROMEO:", max_new_tokens=7, temperature=0)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
-
-
-@pytest.mark.parametrize(
-    ("args", "match"),
-    [
-        (
-            ["--host", "0.0.0.0"],
-            "--host 0.0.0.0 can be reached from other machines, and there is no API key; set GPTFAST",
-        ),
-        (["--host", "example.org"], "--host example.org can be reached from other machines"),
-        (["--port", "70000"], "--port is 70000; expected 0 to 65535"),
-        (["--batch-size", "0"], "--batch-size is 0 and --max-queue 64; expected at least 1 and 0"),
-        (["--timeout", "nan"], "--timeout is nan; expected seconds > 0"),
-        (["--port", "0"], "nowhere is not a folder"),
-        (["--host", "0.0.0.0", "--no-auth", "--port", "0"], "nowhere is not a folder"),
-        (
-            ["--host", "192.0.2.1", "--no-auth", "--port", "0"],
-            "serve: cannot listen at 192.0.2.1, port 0: Cannot assign requested address; choose another --port, or a --host",
-        ),
-    ],
-)
-def test_errors_of_the_command(monkeypatch, capsys, args, match):
-    from gptfast.cli import main
-
-    monkeypatch.delenv("GPTFAST_API_KEY", raising=False)
-    monkeypatch.setattr(sys, "argv", ["gptfast", "serve", "--model", "./nowhere", *args])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 1 and match in capsys.readouterr().err
-
-
-def test_a_port_in_use_is_told_before_a_model_is_loaded(monkeypatch, capsys):
-    from gptfast.cli import main
-
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = str(other.getsockname()[1])
-        monkeypatch.setattr(sys, "argv", ["gptfast", "serve", "--model", "./nowhere", "--port", port])
-        with pytest.raises(SystemExit) as stop:
-            main()
-    assert stop.value.code == 1
-    assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
-
-
-def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys):
-    from gptfast.cli import main
-
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "gptfast.serving.server")
-    monkeypatch.setattr(sys, "argv", ["gptfast", "serve", "--model", "x"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "serve: uvicorn is not installed; pip install 'gptfast[serve]'" in capsys.readouterr().err

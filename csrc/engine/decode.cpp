@@ -8,8 +8,8 @@
 namespace gptfast::engine {
 
 void Engine::decode(Cache& cache, const std::vector<i64>& rows, const std::vector<Sampling>& samplings,
-                    const std::vector<i64>& ends, i64 steps, bool more, float* logits, i64 ld,
-                    std::vector<std::vector<int>>& tokens) {
+                    const std::vector<i64>& ends, i64 steps, bool more, std::atomic<bool>& interrupted, float* logits,
+                    i64 ld, std::vector<std::vector<int>>& tokens) {
   const std::lock_guard guard(mutex_);
   std::vector<size_t> active(rows.size());
   for (size_t i = 0; i < rows.size(); i++) active[i] = i;
@@ -33,7 +33,7 @@ void Engine::decode(Cache& cache, const std::vector<i64>& rows, const std::vecto
     }
     if (broken) return;
     active = std::move(left);
-    if (active.empty() || (step == steps - 1 && !more)) return;
+    if (active.empty() || (!more && (step == steps - 1 || interrupted.exchange(false)))) return;
     extend_locked(cache, left_rows, std::vector<i64>(left_rows.size(), 1), left_tokens.data(), true, logits, ld);
   }
 }

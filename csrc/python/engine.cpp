@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -192,6 +193,9 @@ class PyCache {
     engine_->get().extend(cache_, rows, counts, tokens.data(), last_only, reinterpret_cast<float*>(out), ld);
   }
 
+  // From any thread, also while another one decodes.
+  void interrupt() { interrupted_ = true; }
+
   // Returns what each row got; see Engine::decode.
   std::vector<std::vector<int>> decode(const std::vector<i64>& rows, const std::vector<SamplingTuple>& samplings,
                                        const std::vector<i64>& ends, i64 steps, bool more, uintptr_t logits, i64 ld) {
@@ -202,14 +206,15 @@ class PyCache {
     if (samplings.size() != rows.size()) throw std::invalid_argument("as many samplings as rows are needed");
     std::vector<std::vector<int>> tokens;
     const py::gil_scoped_release release;
-    engine_->get().decode(cache_, rows, samplings_of(samplings), ends, steps, more, reinterpret_cast<float*>(logits),
-                          ld, tokens);
+    engine_->get().decode(cache_, rows, samplings_of(samplings), ends, steps, more, interrupted_,
+                          reinterpret_cast<float*>(logits), ld, tokens);
     return tokens;
   }
 
  private:
   std::shared_ptr<PyEngine> engine_;
   Cache cache_;
+  std::atomic<bool> interrupted_{false};
 };
 
 }  // namespace
@@ -240,7 +245,8 @@ void bind_engine(py::module_& m) {
       .def("truncate", &PyCache::truncate)
       .def("copy", &PyCache::copy)
       .def("extend", &PyCache::extend)
-      .def("decode", &PyCache::decode);
+      .def("decode", &PyCache::decode)
+      .def("interrupt", &PyCache::interrupt);
   m.def("packed_bytes", [](const py::dict& shape, const py::dict& formats) {
     return Model(shape_of(shape), formats_of(formats)).bytes;
   });

@@ -11,6 +11,7 @@ from gptfast.engine.automatic import engine_for
 from gptfast.engine.sequences import empty_logits
 from gptfast.generation import GenerationConfig
 from gptfast.generation import generate as generate_by_steps
+from gptfast.generation.choose import FAULTS
 from gptfast.generation.decode import as_tensor
 from gptfast.generation.prompts import read_prompts
 from gptfast.generation.sequences import Sampling
@@ -86,6 +87,8 @@ def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationCo
         )
         for n, tokens in zip(active, new, strict=True):
             texts[n] += tokens
+            if tokens[-1] < 0:
+                raise RuntimeError(FAULTS[tokens[-1]])
         active = [n for n, tokens in zip(active, new, strict=True) if tokens[-1] not in config.eos_ids]
         if not active:
             break

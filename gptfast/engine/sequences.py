@@ -154,19 +154,19 @@ class EngineSequences:
             samplings: how the tokens of each row are drawn.
             ends: the tokens that end a row.
         Returns:
-            The new tokens of each row, an end token among them; they are those that `ops.sample` draws.
+            The new tokens of each row, an end token among them; they are those that `ops.sample` draws. A draw that
+            fails, which `draw` tells how, is the last for all.
         Raises:
-            ValueError: a row that is not in use or has no room.  RuntimeError: the logits hold nan, or nothing but -inf.
+            ValueError: a row that is not in use or has no room.
         """
         rows = list(rows)
         self._check_rows("decode", rows)
         self._check_room("decode", rows, [steps if more else steps - 1] * len(rows))
-        new = self._cache.decode(rows, list(samplings), list(ends), steps, more, logits.data_ptr(), logits.stride(0))
-        for n, tokens in enumerate(new):
-            if tokens and tokens[-1] < 0:
-                what = "nan - look for an overflow in the model" if tokens[-1] == -1 else "nothing but -inf"
-                raise RuntimeError(f"generate: the logits of row {n} hold {what}")
-        return new
+        return self._cache.decode(rows, list(samplings), list(ends), steps, more, logits.data_ptr(), logits.stride(0))
+
+    def interrupt(self) -> None:
+        """From any thread: a `decode` with more=False that runs now, or the next one, ends behind its next token."""
+        self._cache.interrupt()
 
     def draw(self, logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
         """One token for each row of logits, (rows, V) fp32; see `gptfast.generation.sequences.Sequences.draw`."""

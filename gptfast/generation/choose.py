@@ -43,7 +43,7 @@ def choose(logits: Tensor, contexts: Sequence[Context], sequences: Sequences | N
         sequences: of the model, which may draw on threads of its own.
     """
     scores = _process(logits, contexts)
-    samplings = [_sampling(context) for context in contexts]
+    samplings = [sampling_of(context) for context in contexts]
     positions = [len(context.tokens) for context in contexts]
     drawn = sequences.draw(scores, samplings, positions) if sequences is not None else None
     if drawn is None:
@@ -98,7 +98,13 @@ def _process(logits: Tensor, contexts: Sequence[Context]) -> Tensor:
     return scores
 
 
-def _sampling(context: Context) -> Sampling:
+def takes_logits_as_they_are(config: GenerationConfig) -> bool:
+    """Whether a draw needs nothing but logits and a `Sampling`."""
+    return not (processors(config) or (config.draws and config.min_p))
+
+
+def sampling_of(context: Context) -> Sampling:
+    """How the context's next token is drawn from what `choose` has made of its logits."""
     config = context.config
     if not config.draws:
         return Sampling(0.0, 0, 1.0, 0, context.stream)

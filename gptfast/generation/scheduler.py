@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.generation.choose import Context, choose
+from gptfast.generation.choose import FAULTS, Context, choose, sampling_of, takes_logits_as_they_are
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import check_prompt, read_prompt
 from gptfast.generation.sequences import LanguageModel, beside
@@ -203,8 +203,13 @@ class Scheduler:
             self.step()
 
     @torch.inference_mode()
-    def step(self) -> list[Token]:
-        """Let requests join, then give every running row its next token (several, where guesses were right)."""
+    def step(self, most: int = 1) -> list[Token]:
+        """Let requests join, then give every running row its next token, or several, where guesses were right.
+
+        Args:
+            most: so many at once, where the model's own threads can make them and nothing has to be looked at between two;
+                for whoever cannot use them one by one.
+        """
         self._admit()
         rows = [row for request in self._running for row in request.rows if not row.finish]
         if not rows:
@@ -216,12 +221,18 @@ class Scheduler:
                 if len(request.rows) < request.config.num_return_sequences:
                     self._fork(request, rows, drafts, logits)
                     together = None
-            made = self._accept(rows, drafts, logits, together)
+            made = self._burst(rows, together, most) if together is not None else None
+            if made is None:
+                made = self._accept(rows, drafts, logits, together)
         for row in rows:
             if row.finish:
                 self._free(row)
         self._running = [request for request in self._running if not request.done]
         return made
+
+    def hurry(self) -> None:
+        """From any thread: a step that makes several tokens ends with its present one, as there is something to do."""
+        self._sequences.interrupt()
 
     def _reserve(self, request: Request) -> int:
         """Positions that the open rows of a request may come to hold."""
@@ -309,16 +320,7 @@ class Scheduler:
             chosen = choose(now, contexts, self._sequences)
             details = _details(now, [rows[i].request for i in going], chosen)
             for i, token, (logprob, top) in zip(going, chosen, details, strict=True):
-                row = rows[i]
-                if row.finish:  # another row of its request met an error
-                    continue
-                if isinstance(token, RuntimeError):
-                    row.request.error = token
-                    self._end(row.request, "error")
-                    continue
-                row.tokens.append(token)
-                made.append(Token(row.request, row.stream, token, logprob, top))
-                row.finish = row.request.stopping.reason(row.new)
+                self._take(rows[i], token, made, logprob, top)
             going = [
                 i for i in going if n < len(drafts[i]) and not rows[i].finish and drafts[i][n] == rows[i].tokens[-1]
             ]
@@ -326,6 +328,48 @@ class Scheduler:
         for row, draft in zip(rows, drafts, strict=True):
             if draft and not row.finish:  # the last token has not been read; wrong guesses have
                 self._sequences.truncate(row.index, len(row.tokens) - 1)
+        return made
+
+    def _take(
+        self,
+        row: Row,
+        token: int | RuntimeError,
+        made: list[Token],
+        logprob: float | None = None,
+        top: Sequence[tuple[int, float]] = (),
+    ) -> None:
+        """Append a row's next token, if it has not ended (as when another row of its request met an error)."""
+        if row.finish:
+            return
+        if isinstance(token, RuntimeError):
+            row.request.error = token
+            self._end(row.request, "error")
+            return
+        row.tokens.append(token)
+        made.append(Token(row.request, row.stream, token, logprob, list(top)))
+        row.finish = row.request.stopping.reason(row.new)
+
+    def _burst(self, rows: list[Row], logits: Tensor, most: int) -> list[Token] | None:
+        """Up to `most` tokens of each row without coming back in between; None where that cannot be, or is but one."""
+        if not all(row.made and _may_burst(row.request) for row in rows):  # a first token is told at once
+            return None
+        steps = min(most, *(row.request.config.max_new_tokens - row.made for row in rows))
+        steps = min(steps, *(self.max_len - len(row.tokens) + 1 for row in rows))  # up to a slide
+        if steps < 2:
+            return None
+        samplings = [sampling_of(_context(row)) for row in rows]
+        ends = {
+            token for row in rows for token in row.request.config.eos_ids
+        }  # for a row without this end a short burst
+        indices = [row.index for row in rows]
+        new = self._sequences.decode(indices, logits, steps=steps, more=False, samplings=samplings, ends=list(ends))
+        if new is None:
+            return None
+        made: list[Token] = []
+        for n in range(steps):
+            for row, tokens in zip(rows, new, strict=True):
+                if n < len(tokens):
+                    self._take(row, tokens[n] if tokens[n] >= 0 else RuntimeError(FAULTS[tokens[n]]), made)
         return made
 
     def _end(self, request: Request, finish: str) -> None:
@@ -366,6 +410,11 @@ def check_top(what: str, top: Any) -> None:
 def _context(row: Row) -> Context:
     request = row.request
     return Context(request.config, (request.first_stream + row.stream) % 2**32, row.tokens, len(request.prompt))
+
+
+def _may_burst(request: Request) -> bool:
+    """Whether its tokens need nothing but logits and a seed."""
+    return takes_logits_as_they_are(request.config) and not (request.logprobs or request.top)
 
 
 def _details(

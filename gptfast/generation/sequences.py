@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,31 @@ class Sequences(Protocol):
         Returns:
             The tokens; -1 where a row holds nan, -2 where nothing but -inf. None: the model has no threads of its own.
         """
+        ...
+
+    def decode(
+        self,
+        rows: Seq[int],
+        logits: Tensor,
+        *,
+        steps: int,
+        more: bool,
+        samplings: Seq[Sampling],
+        ends: Seq[int],
+    ) -> list[list[int]] | None:
+        """Draw `steps` tokens for each of the rows, fewer behind one of `ends` or an `interrupt`, and append all but the
+        last (`more`: the last too).
+
+        Args:
+            logits: as `extend` returned them for these rows; they are written over.
+            samplings: of each row, how.
+        Returns:
+            As `draw`, of each row; a draw that fails is the last for all.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """From any thread: a `decode` that runs now, or the next one, ends behind its next token."""
         ...
 
     def add(self, count: int = 1, like: int | None = None) -> list[int]:
@@ -137,6 +162,12 @@ class CachedSequences:
 
     def draw(self, logits: Tensor, samplings: Seq[Sampling], positions: Seq[int]) -> None:
         return None
+
+    def decode(self, rows: Seq[int], logits: Tensor, **_: Any) -> None:
+        return None
+
+    def interrupt(self) -> None:
+        pass
 
     def _neighbours(self, rows: list[int]) -> Iterator[list[int]]:
         """The rows in the order of their slots, cut where slots are missing between them."""

@@ -85,7 +85,7 @@ def create_app(
             max_prompt_tokens=limits.max_prompt_tokens,
         )
 
-    worker = Worker(make_scheduler, limits.max_queue)
+    worker = Worker(make_scheduler, limits.max_queue, limits.max_events)
     server = Server(model, tokenizer, name, limits, worker)
 
     @asynccontextmanager
@@ -224,7 +224,7 @@ class Server:
         first: dict[Request, int] = {}
         for request in ticket.requests:
             first[request] = sum(known.config.num_return_sequences for known in first)
-        async for events in ticket.events(self._limits.seconds, self._pause):
+        async for events in ticket.events(self._limits.seconds, self._worker.pause):
             by_choice: dict[int, list[dict[str, Any]]] = {}
             for event in events:
                 if isinstance(event, Token):
@@ -235,10 +235,6 @@ class Server:
                         index = first[event] + row.stream
                         by_choice.setdefault(index, []).append(choices[index].finish(row.finish))
             yield [join(parts) for parts in by_choice.values()]
-
-    def _pause(self) -> float:
-        """Seconds between the parts of one stream."""
-        return self._worker.open_sequences / self._limits.max_events
 
     async def _whole(
         self, http: HTTPRequest, ticket: Ticket, choices: list[Choice], echoed: list[dict[str, Any]]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 from gptfast.generation import Request, Scheduler, Token
 
 T = TypeVar("T")
+
+MOST_TOGETHER = 4  # tokens of a row in a step: more gains nothing
 
 log = logging.getLogger("gptfast.serve")
 
@@ -126,17 +129,18 @@ class Worker:
     Args:
         make_scheduler: makes the scheduler, and a new one after a step has failed.
         max_queue: how many sequences and errands may wait beside the scheduler's max_rows.
+        max_events: parts of streams that are sent a second, all streams together.
     """
 
-    def __init__(self, make_scheduler: Callable[[], Scheduler], max_queue: int) -> None:
-        self._make = make_scheduler
+    def __init__(self, make_scheduler: Callable[[], Scheduler], max_queue: int, max_events: float) -> None:
+        self._make, self._max_events = make_scheduler, max_events
         self.scheduler = make_scheduler()
         self.max_open = self.scheduler.max_rows + max_queue
         self._tickets: dict[Request, Ticket] = {}
         self._errands: list[Errand] = []
         self._commands: list[Callable[[], object]] = []
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed, self._together = False, 1
         self._thread = threading.Thread(target=self._run, name="gptfast-worker", daemon=True)
 
     def start(self) -> None:
@@ -146,7 +150,7 @@ class Worker:
         """Give up what runs and waits, which is told `ShuttingDown`, and end the thread; from any thread."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._wake()
 
     def close(self) -> None:
         """As `stop`, and return when the thread has ended."""
@@ -162,6 +166,10 @@ class Worker:
         """How many return sequences, and errands, run or wait."""
         with self._changed:
             return self._open()
+
+    def pause(self) -> float:
+        """Seconds between two parts of a stream."""
+        return self.open_sequences / self._max_events
 
     def _open(self) -> int:
         return sum(request.config.num_return_sequences for request in self._tickets) + len(self._errands)
@@ -218,7 +226,7 @@ class Worker:
         with self._changed:
             self._check_room(1)
             self._errands.append(errand)
-            self._changed.notify()
+            self._wake()
         try:
             return await errand.result
         finally:
@@ -232,7 +240,11 @@ class Worker:
     def _do(self, command: Callable[[], object]) -> None:
         with self._changed:
             self._commands.append(command)
-            self._changed.notify()
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.notify()
+        self.scheduler.hurry()
 
     def _run(self) -> None:
         while True:
@@ -248,13 +260,22 @@ class Worker:
                     command()
                 if errand is not None and errand.advance():
                     self._drop(errand)
-                self._deliver(self.scheduler.step())
+                self._deliver(self._step())
             except Exception as error:
                 log.exception("a step failed; the requests that ran are given up")
                 self._give_up(error)
         self._give_up(ShuttingDown())
         for errand in list(self._errands):
             errand.end(error=ShuttingDown())
+
+    def _step(self) -> list[Token]:
+        """As many tokens of each row as streams send together anyway, as far as that is known from the step before."""
+        begin, made = time.perf_counter(), self.scheduler.step(self._together)
+        rows = len({(token.request, token.stream) for token in made})
+        if made:
+            a_token = (time.perf_counter() - begin) * rows / len(made)
+            self._together = max(1, min(MOST_TOGETHER, int(self.pause() / a_token)))
+        return made
 
     def _writes(self) -> bool:
         return bool(self.scheduler.waiting or self.scheduler.running)
