@@ -1,6 +1,6 @@
 """`gptfast serve` with GPT-2 124M through the openai client: time to the first token, and 16 streams beside the offline batch.
 
-    python benchmarks/bench_serve.py [--format int8] [--rounds 5] [--streams 16] [--tokens 128]
+    python benchmarks/bench_serve.py [--format int8] [--rounds 5] [--streams 16] [--tokens 128] [--top-p 1]
 
 The server is a process of its own; the client runs on the same cores, and its time counts. In each round the streams and
 the same texts by `CompiledGPT.generate` take turns, so that their ratio (the median over the rounds) holds on a machine
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     from gptfast.engine import CompiledGPT
 
-SAMPLING = {"temperature": 0.8}
-
 
 @contextmanager
 def serving(folder: Path, dtype: str) -> Iterator[str]:
@@ -64,11 +62,11 @@ def first_token(client: OpenAI, n: int) -> float:
         return time.perf_counter() - start
 
 
-def stream_all(client: OpenAI, count: int, tokens: int) -> float:
+def stream_all(client: OpenAI, count: int, tokens: int, sampling: dict[str, float]) -> float:
     """Tokens a second of so many streams at once, to their ends."""
 
     def one(n: int) -> int:
-        ask = {"model": "gpt2", "prompt": prompt(n), "max_tokens": tokens, **SAMPLING}
+        ask = {"model": "gpt2", "prompt": prompt(n), "max_tokens": tokens, **sampling}
         usage = None
         for chunk in client.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
             usage = chunk.usage
@@ -87,6 +85,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-p", type=float, default=1.0)
     options = parser.parse_args()
     try:
         from openai import OpenAI
@@ -105,13 +105,14 @@ def main() -> None:
 
 
 def compare(client: OpenAI, compiled: CompiledGPT, options: argparse.Namespace) -> None:
+    sampling = {"temperature": options.temperature, "top_p": options.top_p}
     prompts, total = [prompt(n) for n in range(options.streams)], options.streams * options.tokens
 
     def offline() -> float:
-        return total / seconds(lambda: compiled.generate(prompts, max_new_tokens=options.tokens, **SAMPLING))
+        return total / seconds(lambda: compiled.generate(prompts, max_new_tokens=options.tokens, **sampling))
 
     def served() -> float:
-        return stream_all(client, options.streams, options.tokens)
+        return stream_all(client, options.streams, options.tokens, sampling)
 
     offline(), served(), first_token(client, 0)
     firsts, rates = [], []
@@ -119,7 +120,7 @@ def compare(client: OpenAI, compiled: CompiledGPT, options: argparse.Namespace) 
         firsts += [first_token(client, 100 * n + i) for i in range(5)]
         rates.append((offline(), served()))
     firsts = sorted(1000 * first for first in firsts)
-    print(f"GPT-2 124M, {options.format}; {options.rounds} rounds")
+    print(f"GPT-2 124M, {options.format}, {sampling}; {options.rounds} rounds of {options.tokens} tokens")
     print(f"first token after 64: {statistics.median(firsts):.0f} ms, {firsts[0]:.0f} to {firsts[-1]:.0f}")
     ratios = [theirs / ours for ours, theirs in rates]
     medians = [statistics.median(column) for column in zip(*rates, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import lzma
 import os
@@ -20,7 +21,8 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Binary
         path: the file to write; folders that are missing are made.
         content: the bytes, or a function that writes them to the open (seekable) binary file it is given.
     Raises:
-        OSError: the file cannot be written; the text says which, why and what to do. The old file is intact.
+        OSError: the file cannot be written, or is none (a device, a pipe); the text says which, why and what to do. The
+            old file is intact.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         if callable(content):
@@ -40,6 +42,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: as `atomic_write`.
     """
     target = Path(os.path.realpath(path))  # through links: the file they point to is the one to replace
+    check_target(target)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +58,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # gone already when all went well
             temporary.unlink()
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise OSError for a device or a pipe: root could put a file in the place of /dev/null."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError(errno.EINVAL, f"cannot write {path}: it is a device or a pipe; expected the name of a file")
 
 
 def _sync(path: Path) -> None:

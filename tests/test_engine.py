@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import gptfast
 from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
 from gptfast.engine import FORMATS, CompiledGPT, engine_for
+from gptfast.generation.sequences import beside
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
 
@@ -194,6 +198,17 @@ def test_a_draft_model_in_the_engine() -> None:
     assert compiled.generate([[1, 2]], assistant_model=draft, **options) == compiled.generate([[1, 2]], **options)
 
 
+def test_a_draft_model_gets_an_engine_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = []
+    original = CompiledGPT.sequences
+    monkeypatch.setattr(CompiledGPT, "sequences", lambda self, *a: kinds.append(self) or original(self, *a))
+    model, draft = model_of("gpt2"), GPT(model_of("gpt2").config).eval()
+    model.generate([[1]], max_new_tokens=3, assistant_model=draft)
+    assert kinds == [engine_for(model), engine_for(draft)]
+    model.generate([[1]], max_new_tokens=3, assistant_model=draft.train())
+    assert kinds[2:] == [engine_for(model)], "not in training mode"
+
+
 def test_text_ends_with_an_end_token() -> None:
     model = model_of("gpt2")
     ids = torch.tensor([[3, 4], [5, 6], [7, 8]])
@@ -270,6 +285,27 @@ def test_a_fork_while_the_engine_works_leaves_both_free() -> None:
         worker.join()
 
 
+def test_a_fork_waits_until_a_model_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, begun, done = GPT(model_of("odd").config).eval(), threading.Event(), threading.Event()
+
+    def pack_slowly(*args):
+        begun.set()
+        time.sleep(0.2)
+        done.set()
+        return model_of("odd").compile_for_inference("float32")
+
+    monkeypatch.setattr(gptfast.engine.automatic, "compile_model", pack_slowly)
+    packer = threading.Thread(target=engine_for, args=(model,))
+    packer.start()
+    begun.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if done.is_set() and engine_for(model) is not None else 1)
+    packer.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_several_engines_and_callers_at_once() -> None:
     engines = [model_of("gpt2").compile_for_inference(dtype, threads=2) for dtype in ("int8", "int8", "float32")]
     expected = [engine.generate([[1, 2]], max_new_tokens=20) for engine in engines]
@@ -317,7 +353,7 @@ def test_deleting_the_model_changes_nothing() -> None:
     assert torch.equal(compiled.logits([1, 2]), before)
 
 
-def test_engine_for_a_model_follows_its_weights() -> None:
+def test_engine_for_a_model_follows_its_weights(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=50, dropout=0.0))
     assert engine_for(model) is None, "in training mode"
     first = engine_for(model.eval())
@@ -327,6 +363,11 @@ def test_engine_for_a_model_follows_its_weights() -> None:
     second = engine_for(model)
     assert second is not None and second is not first
     assert torch.equal(second.logits([1]), model.compile_for_inference("float32").logits([1]))
+    with monkeypatch.context() as patched:  # other threads need no packing
+        patched.setattr(gptfast.engine.automatic, "compile_model", None)
+        torch.set_num_threads(3)
+        third = engine_for(model)
+    assert third is not None and third.threads == 3 and torch.equal(third.logits([1]), second.logits([1]))
     changed = engine_for(model.bfloat16())
     assert changed is not None and changed.dtype == "bfloat16"
     assert engine_for(model.double()) is None
@@ -352,11 +393,45 @@ def test_a_gpt_writes_with_the_engine_where_it_can(monkeypatch: pytest.MonkeyPat
     assert len(calls) == 1, "another backend, autocast, a hook, another module"
 
 
+def test_the_old_copy_is_freed_before_the_new_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(model_of("odd").config).eval()
+    old = weakref.ref(engine_for(model))
+    with torch.no_grad():
+        model.wte.weight.add_(1.0)
+    freed = []
+    monkeypatch.setattr(gptfast.engine.automatic, "compile_model", lambda *_: freed.append(old() is None))
+    engine_for(model)
+    assert freed == [True]
+
+
 def test_engine_for_a_model_notices_changes_through_data() -> None:
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=50, dropout=0.0)).eval()
     first = engine_for(model)
     model.get_parameter("wte.weight").data.mul_(2.0)
     assert engine_for(model) is not first
+
+
+def test_callers_on_several_threads_share_one_packed_copy(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    """Also those that first use torch while the engine holds it to one thread, and keep that number."""
+    torch.set_num_threads(2)
+    packs: list[CompiledGPT] = []
+    original = gptfast.engine.automatic.compile_model
+    monkeypatch.setattr(gptfast.engine.automatic, "compile_model", lambda *a: packs.append(original(*a)) or packs[-1])
+    model = GPT(model_of("gpt2").config).eval()
+    model.generate([[1]], max_new_tokens=2, min_p=0.1)
+    with beside(packs[0].sequences()):  # one thread, until the end of this block
+        callers = [threading.Thread(target=model.generate, args=([[1, 2]],)) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    assert len(packs) == 1 and packs[0].threads == 2
+
+
+def test_memory_that_caches_of_files_hold_counts_as_free() -> None:
+    with open("/proc/meminfo") as file:
+        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
+    assert gptfast.engine.automatic._free_memory() == pytest.approx(kilobytes["MemAvailable"] * 1024, rel=0.1)
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------
@@ -370,6 +445,8 @@ def test_errors_of_compiling() -> None:
         model.compile_for_inference("int3")
     with pytest.raises(ValueError, match="threads is 0; expected an int of at least 1"):
         model.compile_for_inference("int8", threads=0)
+    with pytest.raises(ValueError, match="threads is 99999; expected at most 1024, better one per core"):
+        model.compile_for_inference("int8", threads=99999)
     with pytest.raises(ValueError, match="cache_dtype is 'int8'; expected float32 or float16 or bfloat16"):
         model.compile_for_inference("int8", cache_dtype="int8")
     broken = GPT(model.config)
@@ -384,10 +461,19 @@ def test_errors_of_logits() -> None:
     for bad in ([], [[0.5]], torch.zeros(2, 0, dtype=torch.long)):
         with pytest.raises(ValueError, match="expected \\(B, T\\) or \\(T,\\) token ids"):
             compiled.logits(bad)
+    for worse in (None, "ab", [[1, 2], [1]]):
+        with pytest.raises(TypeError, match="ids is no tensor of token ids"):
+            compiled.logits(worse)
     with pytest.raises(ValueError, match="ids in \\[0, 33\\)"):
         compiled.logits([33])
     with pytest.raises(ValueError, match="do not fit into max_len = 70"):
         compiled.logits([0] * 71)
+
+
+def test_a_compiled_model_cannot_be_pickled() -> None:
+    for copier in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"cannot be pickled .* use save"):
+            copier(model_of("odd").compile_for_inference("int8"))
 
 
 def test_any_dtype_of_model() -> None:

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,17 @@ def test_other_files(saved: Path, tmp_path: Path) -> None:
         load(tmp_path / "absent")
     with pytest.raises(OSError, match="cannot read"):
         load(tmp_path)
+
+
+def test_a_model_of_another_gptfast(saved: Path) -> None:
+    """Whose header is whole, but says more or less than this one knows."""
+    data = saved.read_bytes()
+    length = struct.unpack("<I", data[12:16])[0]
+    for old, new in ((b'"n_layer"', b'"n_later"'), (b'"formats"', b'"formals"')):
+        header = data[20 : 20 + length].replace(old, new)
+        saved.write_bytes(data[:16] + struct.pack("<I", zlib.crc32(header)) + header + data[20 + length :])
+        with pytest.raises(ValueError, match=r"describes a model that this gptfast cannot run .*; compile it again"):
+            load(saved)
 
 
 def test_damage_is_noticed(saved: Path) -> None:

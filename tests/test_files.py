@@ -46,6 +46,15 @@ def test_atomic_write_follows_links_and_keeps_the_umask(tmp_path):
     assert real.stat().st_mode & 0o777 == 0o640
 
 
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    """Root could: `--output /dev/null` once put a plain file in its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match=r"cannot write .*pipe: it is a device or a pipe; expected the name of a file"):
+        atomic_write(pipe, b"x")
+    assert pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "file"

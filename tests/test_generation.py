@@ -147,8 +147,11 @@ def test_every_kind_of_model_samples_as_a_plain_loop(shape):
 def test_prompts_in_every_form(pair):
     rows = pair[1].generate([[1, 2, 3], [7]], max_new_tokens=4, temperature=0)
     forms = [[torch.tensor([1, 2, 3]), torch.tensor([7])], [list(np.array([1, 2, 3])), (7,)]]
+    forms += [[np.array([1, 2, 3], np.uint16), np.array([7])]]
     assert all(pair[1].generate(form, max_new_tokens=4, temperature=0) == rows for form in forms)
     assert pair[1].generate([1, 2, 3], max_new_tokens=4, temperature=0) == rows[:1]
+    for array in (np.array([1, 2, 3], np.uint16), np.array([[1, 2, 3]])):
+        assert pair[1].generate(array, max_new_tokens=4, temperature=0) == rows[:1]
     one = pair[1].generate(torch.tensor([1, 2, 3], dtype=torch.int32), max_new_tokens=4, temperature=0)
     assert one.dtype == torch.int64 and one.tolist() == rows[:1]
 
@@ -260,7 +263,15 @@ def test_fills_the_whole_block(pair):
         ([[1]], {"eos_token_id": [1, 2.5]}, TypeError, "eos_token_id is 2.5; expected an int"),
         ([[1]], {"eos_token_id": 2.5}, TypeError, "eos_token_id is 2.5; expected an int"),
         (torch.ones(1, 2), {}, TypeError, r"torch.float32 tensor of shape \(1, 2\)"),
+        (torch.ones(1, 2, dtype=torch.bool), {}, TypeError, r"torch.bool tensor of shape \(1, 2\)"),
+        (torch.tensor(3), {}, TypeError, r"torch.int64 tensor of shape \(\); expected \(B, T\) token ids"),
+        (np.ones((1, 2)), {}, TypeError, r"float64 array of shape \(1, 2\); expected \(B, T\) token ids"),
+        ([np.ones(2)], {}, TypeError, "prompt 0 holds 1.0; expected int token ids"),
+        (None, {}, TypeError, "ids is a NoneType; expected"),
+        ([[2**70]], {}, ValueError, "holds token id 1180591620717411303424"),
         ([[1]], {"temperature": float("nan")}, ValueError, "temperature is nan; expected a finite number"),
+        ([[1]], {"temperature": 10**400}, ValueError, "expected a finite number, in the range of 32 bits"),
+        ([[1]], {"temperature": 1e39}, ValueError, r"temperature is 1e\+39; expected a finite number"),
         ([[1]], {"temperature": -0.1}, ValueError, "generate: temperature is -0.1"),
         ([[1]], {"temperature": float("inf"), "num_beams": 2}, ValueError, "temperature is inf; expected a finite"),
         ([[1]], {"temperature": "hot"}, TypeError, "temperature is 'hot'; expected a number"),
@@ -268,6 +279,7 @@ def test_fills_the_whole_block(pair):
         ([[1]], {"top_p": 1.01}, ValueError, "generate: top_p is 1.01"),
         ([[1]], {"top_p": float("nan")}, ValueError, "generate: top_p is nan; expected a finite number"),
         ([[1]], {"top_k": -1}, ValueError, "generate: top_k is -1; expected at least 0"),
+        ([[1]], {"top_k": 2**63}, ValueError, r"generate: top_k is 9223372036854775808; expected less than 2\*\*63"),
         ([[1]], {"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
         ([[1]], {"max_new_tokens": 2.0}, TypeError, "max_new_tokens is 2.0; expected an int"),
         ([[1]], {"seed": -1}, ValueError, "generate: seed is -1"),

@@ -109,7 +109,10 @@ def test_a_killed_process_goes_on(chars, tmp_path, run):  # noqa: F811
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ("{", r"line 2: not JSON \(Expecting property name .* at column 2\)"),
+        (
+            "{",
+            r"line 2: not JSON \(Expecting property name .* at column 2\); expected a value such as \"To be\" in quotes",
+        ),
         ("3", 'line 2: expected a JSON string, or an object with a "prompt"'),
         ("{}", 'line 2: expected a JSON string, or an object with a "prompt"'),
         ('{"prompt": ""}', 'line 2: expected a JSON string, or an object with a "prompt"'),
@@ -119,6 +122,11 @@ def test_a_killed_process_goes_on(chars, tmp_path, run):  # noqa: F811
         ('{"prompt": "€"}', "line 2: .*'€' .* is not among the"),
         ('{"prompt": "a", "max_new_tokens": 40}', "line 2: generate: prompt has 1 tokens and max_new_tokens is 40"),
         (json.dumps("a" * BLOCK), "line 2: generate: prompt has 40 tokens"),
+        ('{"prompt": [1, 2]}', 'line 2: expected a JSON string, or an object with a "prompt"'),
+        ('{"prompt": "a", "logit_bias": {"x": 1}}', "line 2: logit_bias holds 'x'; expected token ids as keys"),
+        ('{"prompt": "a", "logit_bias": {"99": 1}}', "line 2: generate: logit_bias holds token 99"),
+        ('{"prompt": "a", "eos_token_id": 99}', "line 2: generate: eos_token_id is 99"),
+        ('{"prompt": "a\\ud800"}', r"line 2: the prompt has '\\ud800' at character 1, half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named_before_any_work(chars, tmp_path, run, line, match):  # noqa: F811
@@ -130,21 +138,48 @@ def test_a_bad_line_is_named_before_any_work(chars, tmp_path, run, line, match):
         work(source, chars)
 
 
+def test_a_pipe_is_refused_before_any_work(chars, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"cannot write .*pipe: it is a device or a pipe"):
+        run_jobs([], tmp_path / "pipe", *chars[1:])
+
+
 def test_no_prompts_are_an_error(chars, tmp_path):
     (tmp_path / "x").write_text("\n \n")
     with pytest.raises(ValueError, match=r'x has no prompts; expected lines such as {"prompt": "Once"}'):
         work(tmp_path / "x", chars)
 
 
-@pytest.mark.parametrize("other", ["input", "options", "file"])
+def test_lines_have_their_own_default_of_the_temperature(chars, tmp_path, run):  # noqa: F811
+    """The command line's 0.8 is for lines that draw; one with beams needs not say that it does not."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{}, {"num_beams": 3}, {"num_beams": 3, "do_sample": True}, {"temperature": 0.3}]
+    source.write_text("".join(json.dumps({"prompt": "ab", "max_new_tokens": 4, **row}) + "\n" for row in rows))
+    assert run("--model", chars[0], "--input", source, "--output", output)[0] == 0
+    told = [json.loads(line)["options"].get("temperature") for line in output.read_text().splitlines()]
+    assert told == [0.8, None, 0.8, 0.3]
+    code, _, err = run("--model", chars[0], "--input", source, "--output", output, "--temperature", "0.9")
+    assert code == 1 and "line 2: generate: num_beams=3 with temperature=0.9" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("cut", [b"", b"{", b'{"line": 1, "prompt": "RO', b'{"line": 1}'])
+def test_what_a_crash_left_of_the_first_line_is_dropped(chars, source, tmp_path, cut):
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(cut)
+    run_jobs(work(source, chars)[:2], output, *chars[1:])
+    assert [json.loads(line)["line"] for line in output.read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("other", ["input", "options", "file", "file without an end", "one line", "itself"])
 def test_the_output_of_another_job_is_left_alone(chars, source, tmp_path, other):
     output = tmp_path / "out.jsonl"
     run_jobs(work(source, chars)[:3], output, *chars[1:])
     before = output.read_bytes()
     if other == "input":
         source.write_text('"something else"\n')
-    elif other == "file":
-        output.write_bytes(before := b"a diary\n")
+    elif other != "options":
+        files = {"file": b"a diary\n", "file without an end": b"a diary\nthat goes on", "one line": b"a diary"}
+        output.write_bytes(before := files.get(other, source.read_bytes().removesuffix(b"\n")))
     todo = work(source, chars, repetition_penalty=1.5 if other == "options" else 1.0)
     with pytest.raises(
         ValueError, match=r"out.jsonl, line 1 is not the result of a line of this input with these options"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
@@ -344,6 +345,29 @@ def test_look_up_takes_the_latest_and_longest_match():
     assert look_up([5, 1, 2, 6, 9, 2, 7, 1, 2], 2, 3) == [6, 9, 2]  # two tokens matched, not the later one
     assert look_up([1, 2, 3], 2, 4) == [] and look_up([4], 2, 4) == []
     assert look_up([4, 4], 2, 4) == [4]
+
+
+def test_an_assistant_must_be_a_model_and_alone(model):
+    with pytest.raises(TypeError, match="assistant_model is a int; expected a GPT"):
+        model.generate([[1]], assistant_model=3, max_new_tokens=2)
+    for call in (model.generate, functools.partial(stream, model)):
+        with pytest.raises(ValueError, match="assistant_model with prompt_lookup_num_tokens=3; one of them can guess"):
+            call([[1]], assistant_model=model, prompt_lookup_num_tokens=3, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["max_rows", "max_positions", "max_len", "max_prompt_tokens"])
+def test_the_scheduler_refuses_bad_numbers(model, name):
+    for value in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match=f"Scheduler: {name} is {value}; expected an int of at least 1"):
+            Scheduler(model, **{name: value})
+
+
+@pytest.mark.parametrize("prompt", ["ab", 5, None, [[1]], [1.5], [True]], ids=repr)
+def test_the_scheduler_refuses_what_is_no_prompt(model, prompt):
+    with pytest.raises(TypeError, match=r"expected (a list of|int) token ids"):
+        Scheduler(model).submit(prompt)
+    with pytest.raises(ValueError, match="top is -1; expected an int >= 0"):
+        Scheduler(model).submit([1], top=-1)
 
 
 def test_an_assistant_of_another_vocabulary_is_refused(model):

@@ -322,6 +322,24 @@ def test_score_tells_the_whole_text(pair):
         scores = pair[1](torch.tensor([row]))[0].log_softmax(-1)
     expected = [scores[t - 1, row[t]].item() for t in range(1, len(row))]
     assert score(pair[1], row) == pytest.approx(expected, abs=1e-4)
+    assert score(pair[1], torch.tensor(row), first=4) == pytest.approx(expected[3:], abs=1e-4)
+    assert len(score(pair[1], [1] * (BLOCK + 1))) == BLOCK
+
+
+@pytest.mark.parametrize(
+    ("row", "first", "error", "match"),
+    [
+        ([1], 1, ValueError, "row has 1 tokens and first is 1; expected 2 to 49 tokens"),
+        ([1] * 50, 1, ValueError, "row has 50 tokens and first is 1; expected 2 to 49 tokens"),
+        ([1, 2], 0, ValueError, "row has 2 tokens and first is 0; .* 1 <= first < their number"),
+        ([1, 2], 2, ValueError, "first is 2"),
+        ([1, V], 1, ValueError, "holds token id 61"),
+        ("ab", 1, TypeError, "holds 'a'; expected int token ids"),
+    ],
+)
+def test_errors_of_score(pair, row, first, error, match):
+    with pytest.raises(error, match=match):
+        score(pair[1], row, first)
 
 
 def test_streamers_of_transformers_work(pair):
@@ -380,6 +398,9 @@ def test_slide_forgets_the_older_half(pair):
         ({"logit_bias": {1: float("nan")}}, ValueError, r"logit_bias\[1\] is nan; expected a finite number"),
         ({"logit_bias": {61: 1.0}}, ValueError, r"logit_bias holds token 61; expected ids in \[0, 61\)"),
         ({"stop_strings": "a"}, ValueError, "stop_strings without tokenizer; pass tokenizer=gptfast.tokenizer.load"),
+        ({"stop_strings": 5}, TypeError, "stop_strings is 5; expected a text, or a list of texts"),
+        ({"stop_strings": b"a"}, TypeError, "stop_strings is b'a'; expected a text, or a list of texts"),
+        ({"logit_bias": {1: 1e39}}, ValueError, r"logit_bias\[1\] is 1e\+39; expected a finite number"),
         ({"stop_strings": [""]}, ValueError, "stop_strings holds ''; expected texts of at least one character"),
         (
             {"stop_strings": "a", "tokenizer": 3},
@@ -423,6 +444,8 @@ def test_errors(pair, options, error, match):
 
 
 def test_errors_of_streamers(pair):
+    with pytest.raises(TypeError, match="streamer is a int; expected an object with put and end"):
+        generate(pair[1], [[1]], streamer=3, max_new_tokens=2)
     with pytest.raises(
         ValueError, match="streamer with 2 prompts, num_return_sequences=1, num_beams=1; it follows one"
     ):
@@ -437,6 +460,8 @@ def test_nan_is_an_error_and_not_a_token(pair):
         model.wte.weight[1] = torch.nan
     with pytest.raises(RuntimeError, match="generate: the logits hold nan - look for an overflow"):
         model.generate([[1]], max_new_tokens=2)
+    with pytest.raises(RuntimeError, match="generate: the logits hold nan - look for an overflow"):
+        model.eval().generate([[1]], max_new_tokens=2)  # the engine does not take it
 
 
 def test_processors_leave_their_input_alone():

@@ -48,13 +48,13 @@ struct Run {
   i64 unwanted() const { return n - wanted; }
 };
 
-// How the next tokens are drawn (csrc/cpu/sample-inl.h), and what ends a sequence.
+// How the tokens of one row are drawn (csrc/cpu/sample-inl.h).
 struct Sampling {
   float temperature;
   i64 top_k;
   double top_p;
   uint64_t seed;
-  std::vector<i64> end_tokens;
+  i64 stream;
 };
 
 // `weights` is Model::bytes of memory, aligned to 64, that outlives the engine. Calls lock one another out.
@@ -75,12 +75,16 @@ class Engine {
   // rounded up to 32 apart. Room is reserved before anything is computed: a failure leaves the rows as they were.
   void extend(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
               bool last_only, float* out, i64 ld);
-  // Draws `steps` tokens for each row, fewer where it ends, from the logits of its last position, and appends them (the
-  // very last of a row that has not ended only if `more`). Row i of `logits` belongs to the i-th row that has not
-  // ended, before and after. tokens[i]: what rows[i] got; a draw from nan gives -1, from nothing but -inf -2, and ends
-  // all.
-  void decode(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& streams, const Sampling& sampling,
-              i64 steps, bool more, float* logits, i64 ld, std::vector<std::vector<int>>& tokens);
+  // One token for each row of logits, each drawn as it asks; -1 where the row holds nan, -2 where nothing but -inf.
+  std::vector<i64> draw(const std::vector<Sampling>& samplings, const std::vector<i64>& positions, const float* logits,
+                        i64 ld);
+  // Draws `steps` tokens for each row, fewer where one of `ends` ends it, from the logits of its last position, and
+  // appends them (the very last of a row that has not ended only if `more`). Row i of `logits` belongs to the i-th row
+  // that has not ended, before and after. tokens[i]: what rows[i] got; a draw that fails (see draw) ends all, and so
+  // does `interrupted`, which is set from outside, behind the next token of each, unless `more`.
+  void decode(Cache& cache, const std::vector<i64>& rows, const std::vector<Sampling>& samplings,
+              const std::vector<i64>& ends, i64 steps, bool more, std::atomic<bool>& interrupted, float* logits, i64 ld,
+              std::vector<std::vector<int>>& tokens);
   // Bytes a second of reading the weights, all threads, and nothing else.
   double read_rate(int times);
 
@@ -104,8 +108,8 @@ class Engine {
                      bool last_only, float* out, i64 ld);
   void copy_head(const char* from, char* to, i64 layer, i64 head, i64 positions) const;
   void reserve(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts);
-  std::vector<i64> sample(const Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& streams,
-                          const Sampling& sampling, const float* logits, i64 ld);
+  std::vector<i64> draw_locked(const std::vector<Sampling>& samplings, const std::vector<i64>& positions,
+                               const float* logits, i64 ld);
   void need_memory(i64 M, i64 longest);
   void pass(const std::vector<Run>& runs, const int* tokens, float* out, i64 ld);
   void forward(int t, const int* tokens, float* out, i64 ld);

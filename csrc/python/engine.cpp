@@ -5,11 +5,14 @@
 #include <pthread.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "../engine/engine.h"
 
@@ -45,8 +48,8 @@ Formats formats_of(const py::dict& d) {
   return {of("c_attn"), of("attn_proj"), of("c_fc"), of("mlp_proj"), of("head")};
 }
 
-// fork() waits until no engine computes: the child, which has none of the other threads, would wait for ever for a lock that
-// one of them held.
+// fork() waits until no engine computes: the child, which has none of the other threads, would wait for ever for a lock
+// that one of them held.
 class Forks {
  public:
   static void add(Engine* engine) {
@@ -72,6 +75,14 @@ class Forks {
   static inline std::mutex mutex_;
   static inline std::set<Engine*> engines_;
 };
+
+using SamplingTuple = std::tuple<float, i64, double, uint64_t, i64>;  // of gptfast.generation.sequences
+std::vector<Sampling> samplings_of(const std::vector<SamplingTuple>& tuples) {
+  std::vector<Sampling> samplings;
+  for (const auto& [temperature, top_k, top_p, seed, stream] : tuples)
+    samplings.push_back({temperature, top_k, top_p, seed, stream});
+  return samplings;
+}
 
 // An engine and the memory it reads.
 class PyEngine {
@@ -104,6 +115,14 @@ class PyEngine {
     if (info_.readonly) throw std::invalid_argument("the weights' memory cannot be written");
     const py::gil_scoped_release release;
     engine_->pack(found->second, reinterpret_cast<const float*>(values), ld);
+  }
+
+  // See Engine::draw.
+  std::vector<i64> draw(const std::vector<SamplingTuple>& samplings, const std::vector<i64>& positions,
+                        uintptr_t logits, i64 ld) {
+    if (samplings.size() != positions.size()) throw std::invalid_argument("as many samplings as positions are needed");
+    const py::gil_scoped_release release;
+    return engine_->draw(samplings_of(samplings), positions, reinterpret_cast<const float*>(logits), ld);
   }
 
  private:
@@ -174,18 +193,20 @@ class PyCache {
     engine_->get().extend(cache_, rows, counts, tokens.data(), last_only, reinterpret_cast<float*>(out), ld);
   }
 
+  // From any thread, also while another one decodes.
+  void interrupt() { interrupted_ = true; }
+
   // Returns what each row got; see Engine::decode.
-  std::vector<std::vector<int>> decode(const std::vector<i64>& rows, const std::vector<i64>& streams, float temperature,
-                                       i64 top_k, double top_p, uint64_t seed, const std::vector<i64>& end_tokens,
-                                       i64 steps, bool more, uintptr_t logits, i64 ld) {
+  std::vector<std::vector<int>> decode(const std::vector<i64>& rows, const std::vector<SamplingTuple>& samplings,
+                                       const std::vector<i64>& ends, i64 steps, bool more, uintptr_t logits, i64 ld) {
     for (i64 row : rows) {
       live_row(row);
       if (cache_.length(row) + steps - !more > cache_.max_len()) throw std::invalid_argument("no room");
     }
-    if (streams.size() != rows.size()) throw std::invalid_argument("as many streams as rows are needed");
+    if (samplings.size() != rows.size()) throw std::invalid_argument("as many samplings as rows are needed");
     std::vector<std::vector<int>> tokens;
     const py::gil_scoped_release release;
-    engine_->get().decode(cache_, rows, streams, {temperature, top_k, top_p, seed, end_tokens}, steps, more,
+    engine_->get().decode(cache_, rows, samplings_of(samplings), ends, steps, more, interrupted_,
                           reinterpret_cast<float*>(logits), ld, tokens);
     return tokens;
   }
@@ -193,6 +214,7 @@ class PyCache {
  private:
   std::shared_ptr<PyEngine> engine_;
   Cache cache_;
+  std::atomic<bool> interrupted_{false};
 };
 
 }  // namespace
@@ -203,6 +225,7 @@ void bind_engine(py::module_& m) {
   py::class_<PyEngine, std::shared_ptr<PyEngine>>(m, "Engine")
       .def(py::init<const py::dict&, const py::dict&, py::buffer, int, const std::string&, const std::string&>())
       .def("pack", &PyEngine::pack)
+      .def("draw", &PyEngine::draw)
       .def("read_rate",
            [](PyEngine& e, int times) {
              const py::gil_scoped_release release;
@@ -222,7 +245,8 @@ void bind_engine(py::module_& m) {
       .def("truncate", &PyCache::truncate)
       .def("copy", &PyCache::copy)
       .def("extend", &PyCache::extend)
-      .def("decode", &PyCache::decode);
+      .def("decode", &PyCache::decode)
+      .def("interrupt", &PyCache::interrupt);
   m.def("packed_bytes", [](const py::dict& shape, const py::dict& formats) {
     return Model(shape_of(shape), formats_of(formats)).bytes;
   });

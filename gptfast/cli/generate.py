@@ -95,7 +95,10 @@ def generate(
         typer.Option(help='A file with a prompt a line, as JSON: "To be", or {"prompt": "To be", "temperature": 0.5}.'),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="With --input: where the texts go, a line each. What it has already is kept.")
+        Path | None,
+        typer.Option(
+            help="With --input: where the texts go, a line each. Lines that it has are kept, whichever model wrote them."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="With --input: how many texts are written at a time.")] = 16,
     show_probabilities: Annotated[
@@ -138,15 +141,20 @@ def generate(
       [cyan]gptfast generate --model runs/bard/best --input prompts.jsonl --output texts.jsonl[/]
     """
     from gptfast.generation.jobs import default_new_tokens
-    from gptfast.models import GPT
-    from gptfast.models.pretrained import resolve
 
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    options: dict[str, Any] = {"seed": seed, "num_return_sequences": num_return_sequences, "num_beams": num_beams}
-    options |= _method(num_beams, do_sample, drawing, length_penalty)
-    options |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
-    options |= {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
-    options |= {"overflow": overflow, "prompt_lookup_num_tokens": prompt_lookup_num_tokens}
+    options: dict[str, Any] = {
+        **_method(num_beams, do_sample, drawing, length_penalty),
+        "seed": seed,
+        "num_return_sequences": num_return_sequences,
+        "num_beams": num_beams,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "overflow": overflow,
+        "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
+    }
     options |= {"stop_strings": stop} if stop else {}
     options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     if (input is None) != (output is None):
@@ -157,13 +165,16 @@ def generate(
     if input is not None and output is not None:
         if prompt or prompt_file or assistant_model or show_probabilities:
             raise ValueError(
-                "generate: --input with --prompt, --prompt-file, --assistant-model or --show-probabilities"
+                "generate: --input with --prompt, --prompt-file, --assistant-model or --show-probabilities; a file of "
+                "prompts needs none of them - leave them out"
             )
+        if temperature is None:  # the default is for the lines that draw
+            options.pop("temperature", None)
         return _run_file(gpt, tokenizer, input, output, batch_size, options)
     ids = [_encode(tokenizer, text) for text in texts]
     options.setdefault("max_new_tokens", default_new_tokens(gpt, max(map(len, ids)), options))
     options |= {"tokenizer": tokenizer} if stop else {}
-    options |= {"assistant_model": GPT.from_pretrained(resolve(assistant_model))} if assistant_model else {}
+    options |= {"assistant_model": load(assistant_model, None)[0]} if assistant_model else {}
     start = time.perf_counter()
     if show_probabilities:
         count = _show_probabilities(gpt, tokenizer, ids, options)
@@ -186,7 +197,7 @@ def _run_file(
 
     if batch_size < 1:
         raise ValueError(f"generate: --batch-size is {batch_size}; expected at least 1")
-    jobs = read_jobs(source, gpt, tokenizer, options)
+    jobs = read_jobs(source, gpt, tokenizer, options, TEMPERATURE)
     start, made, kept = time.perf_counter(), 0, None
     columns = (
         TextColumn("texts"),

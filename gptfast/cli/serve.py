@@ -51,15 +51,14 @@ def serve(
     key = api_key or os.environ.get(KEY_VARIABLE) or None
     _check(host, port, key, no_auth, batch_size, max_queue, timeout)
     try:
-        import uvicorn
-
         from gptfast.serving.app import Limits, create_app
+        from gptfast.serving.server import bind, run
     except ImportError as error:
         raise ImportError(f"serve: {error.name} is not installed; pip install 'gptfast[serve]'") from None
-    writer, tokenizer = load(model, quantize)
-    limits = Limits(max_rows=batch_size, max_queue=max_queue, seconds=timeout)
-    app = create_app(writer, tokenizer, name or _name(model), limits, key)
-    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=5)
+    with bind(host, port) as bound:
+        writer, tokenizer = load(model, quantize)
+        limits = Limits(max_rows=batch_size, max_queue=max_queue, seconds=timeout)
+        run(create_app(writer, tokenizer, name or _name(model), limits, key), bound)
 
 
 def _name(model: str) -> str:

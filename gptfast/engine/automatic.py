@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from gptfast.backend import AUTOMATIC, chosen, has_cpu_ops
 from gptfast.engine.compiled import CompiledGPT, compile_model
+from gptfast.generation.sequences import usual_threads
 
 if TYPE_CHECKING:
     from gptfast.models import GPT
@@ -20,6 +23,8 @@ Fingerprint = tuple[tuple[tuple[int, int], ...], int]
 PLAIN_TORCH = (nn.Embedding, nn.ModuleList)
 SAMPLES = 61  # values of each parameter that are compared; a prime, so that strides fall on all columns
 _packed: WeakKeyDictionary[GPT, tuple[Fingerprint, CompiledGPT]] = WeakKeyDictionary()
+_packing = threading.Lock()  # callers on several threads share one copy; a fork waits, or its child would for ever
+os.register_at_fork(before=_packing.acquire, after_in_parent=_packing.release, after_in_child=_packing.release)
 
 
 def engine_for(model: GPT) -> CompiledGPT | None:
@@ -38,16 +43,23 @@ def engine_for(model: GPT) -> CompiledGPT | None:
         parameter.device.type != "cpu" or parameter.dtype != dtype for parameter in parameters
     ):
         return None
-    fingerprint = _fingerprint(parameters)
-    known = _packed.get(model)
-    if known is not None and known[0] == fingerprint and known[1].threads == torch.get_num_threads():
-        return known[1]
-    _packed.pop(model, None)
-    if sum(parameter.nbytes for parameter in parameters) > _free_memory() / 2:
-        return None
-    compiled = compile_model(model, dtype)
-    _packed[model] = fingerprint, compiled
-    return compiled
+    with _packing:
+        fingerprint = _fingerprint(parameters)
+        known = _packed.get(model)
+        if known is not None and known[0] == fingerprint:
+            if known[1].threads != usual_threads():
+                _packed[model] = known = fingerprint, known[1].with_threads(None)
+            return known[1]
+        _packed.pop(model, None)
+        del known  # the old copy is freed before the new one is made
+        if sum(parameter.nbytes for parameter in parameters) > _free_memory() / 2:
+            return None
+        try:
+            compiled = compile_model(model, dtype)
+        except ValueError:  # weights that are not finite, of which torch can run some
+            return None
+        _packed[model] = fingerprint, compiled
+        return compiled
 
 
 def _is_plain(model: GPT) -> bool:
@@ -75,4 +87,7 @@ def _fingerprint(parameters: Sequence[Tensor]) -> Fingerprint:
 
 
 def _free_memory() -> int:
+    """Bytes that can be had without swapping: what caches of files hold counts as free."""
+    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
+        return 1024 * int(next(line.split()[1] for line in file if line.startswith("MemAvailable:")))
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -15,16 +15,24 @@ from gptfast.backend import cpu_isa
 from gptfast.engine import file
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
 from gptfast.engine.sequences import PANEL, EngineSequences
+from gptfast.generation.sequences import usual_threads
 
 if TYPE_CHECKING:
     from gptfast.models import GPT, GPTConfig
+
+
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+MOST_THREADS = 1024  # more are a mistake, and take seconds to start
 
 
 class CompiledGPT:
     """A model in the engine (`csrc/engine`): packed weights, threads of its own, no torch module behind it.
 
     Made by `GPT.compile_for_inference` or `gptfast.engine.load`. Its results do not depend on the number of threads, and
-    a sequence's not on what else is computed with it.
+    a sequence's not on what else is computed with it. Several threads may call it at once; they take turns.
+
+    config: of the model. dtype: the format of the weights. max_rows: the most sequences at a time, None: any number.
+    cache_dtype: of keys and values.
     """
 
     def __init__(
@@ -44,17 +52,30 @@ class CompiledGPT:
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
         self.cache_dtype = _cache_dtype(cache_dtype, dtype)
         self._formats, self._weights = formats, weights
-        threads = torch.get_num_threads() if threads is None else _count("threads", threads)
+        threads = usual_threads() if threads is None else _count("threads", threads, MOST_THREADS)
         self._core = _C.Engine(shape_of(config), formats, weights, threads, self.cache_dtype, cpu_isa() or "scalar")
 
     @property
     def threads(self) -> int:
+        """How many threads compute."""
         return self._core.threads
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
         return memoryview(self._weights).nbytes
+
+    def with_threads(self, threads: int | None) -> CompiledGPT:
+        """The same weights, held once, with other threads; None: as many as torch uses."""
+        return CompiledGPT(
+            self.config,
+            self.dtype,
+            self._formats,
+            self._weights,
+            threads=threads,
+            max_rows=self.max_rows,
+            cache_dtype=self.cache_dtype,
+        )
 
     def sequences(self, capacity_rows: int = 1, max_len: int | None = None) -> EngineSequences:
         """Room for running sequences; see `EngineSequences`. Keys and values take memory as they come."""
@@ -69,10 +90,13 @@ class CompiledGPT:
         """fp32 logits (B, T, V) of token ids (B, T), or (T, V) of (T,).
 
         Raises:
-            ValueError: ids outside the vocabulary, none at all, or more than block_size in a row.
+            TypeError, ValueError: no ids, or outside the vocabulary, or more than block_size in a row.
         """
-        ids = torch.as_tensor(ids)
-        if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.numel() == 0:
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"logits: ids is no tensor of token ids ({error}); expected (B, T) or (T,)") from None
+        if ids.dim() not in (1, 2) or ids.dtype not in ID_DTYPES or ids.numel() == 0:
             raise ValueError(
                 f"logits: ids has shape {tuple(ids.shape)}, {ids.dtype}; expected (B, T) or (T,) token ids"
             )
@@ -92,8 +116,18 @@ class CompiledGPT:
         return generate(self, ids, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the packed model to a file that `gptfast.engine.load` maps at once."""
+        """Write the packed model to a file that `gptfast.engine.load` maps at once.
+
+        Raises:
+            OSError: it cannot be written; a file that was there is intact.
+        """
         file.save(path, self.config, self._formats, self.dtype, memoryview(self._weights))
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "CompiledGPT: it owns threads and cannot be pickled or copied deeply; use save(path) and gptfast.engine.load(path), "
+            "or compile again"
+        )
 
     def __repr__(self) -> str:
         c = self.config
@@ -187,14 +221,18 @@ def load(
     from gptfast.models import GPTConfig
 
     description, weights = file.load(path, verify)
-    config = GPTConfig(**description["config"])
-    options = {"threads": threads, "max_rows": max_rows, "cache_dtype": cache_dtype}
-    return CompiledGPT(config, description["dtype"], description["formats"], weights, **options)
+    try:
+        config, name, formats = GPTConfig(**description["config"]), description["dtype"], description["formats"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes a model that this gptfast cannot run ({error}); compile it again") from None
+    return CompiledGPT(config, name, formats, weights, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
 
 
-def _count(name: str, value: Any) -> int:
+def _count(name: str, value: Any, most: int | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"compile_for_inference: {name} is {value!r}; expected an int of at least 1")
+    if most is not None and value > most:
+        raise ValueError(f"compile_for_inference: {name} is {value}; expected at most {most}, better one per core")
     return value
 
 

@@ -84,7 +84,7 @@ def load(path: str | os.PathLike[str], verify: bool = False) -> tuple[dict[str, 
         expected, actual = begin + description["bytes"], os.fstat(file.fileno()).st_size
         if actual != expected:
             raise ValueError(
-                f"{path} has {actual} bytes instead of {expected}; it was cut short - copy or compile it again"
+                f"{path} has {actual} bytes instead of {expected}; it was cut short or added to - copy or compile it again"
             )
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     weights = memoryview(mapped)[begin:]

@@ -7,16 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from gptfast.engine.automatic import engine_for
 from gptfast.engine.sequences import empty_logits
 from gptfast.generation import GenerationConfig
 from gptfast.generation import generate as generate_by_steps
+from gptfast.generation.choose import FAULTS
 from gptfast.generation.decode import as_tensor
 from gptfast.generation.prompts import read_prompts
+from gptfast.generation.sequences import Sampling
+from gptfast.models import GPT
 
 if TYPE_CHECKING:
     from gptfast.engine.compiled import CompiledGPT
 
-INSIDE = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "eos_token_id", "num_return_sequences")
+INSIDE = (
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "eos_token_id",
+    "num_return_sequences",
+)
 SERIAL = 16384  # values, half of what torch shares out among threads
 BLOCK = 16  # tokens between two looks at the keyboard (Ctrl-C)
 
@@ -26,10 +39,17 @@ def generate(model: CompiledGPT, ids: Any, **options: Any) -> Any:
     names = {field.name for field in fields(GenerationConfig)}
     config = GenerationConfig.of(**options) if names.issuperset(options) else None
     if config is None or not runs_inside(config):
-        return generate_by_steps(model, ids, **options)
+        return generate_by_steps(model, ids, **_with_quick_assistant(options))
     prompts = read_prompts(ids, model, config)
     rows = _generate(model, prompts, config)
     return as_tensor(rows, config, ids.device) if isinstance(ids, Tensor) else rows
+
+
+def _with_quick_assistant(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the engine behind the assistant too, where it can run that: torch would be slower than the model."""
+    assistant = options.get("assistant_model")
+    engine = engine_for(assistant) if isinstance(assistant, GPT) else None
+    return options if engine is None else {**options, "assistant_model": engine}
 
 
 def runs_inside(config: GenerationConfig) -> bool:
@@ -52,7 +72,7 @@ def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationCo
         if copies > 1:
             for copy in logits[n * copies : (n + 1) * copies]:
                 _copy(copy, read[n])
-    active = list(range(total))
+    active, temperature = list(range(total)), config.temperature if config.draws else 0.0
     for begin in range(0, config.max_new_tokens, BLOCK):
         steps = min(BLOCK, config.max_new_tokens - begin)
         new = sequences.decode(
@@ -60,11 +80,15 @@ def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationCo
             logits,
             steps=steps,
             more=begin + steps < config.max_new_tokens,
-            streams=[n % copies for n in active],
-            sampling=(config.temperature, config.top_k, config.top_p, config.seed, list(config.eos_ids)),
+            samplings=[
+                Sampling(temperature, config.top_k, config.top_p, config.seed, stream=n % copies) for n in active
+            ],
+            ends=config.eos_ids,
         )
         for n, tokens in zip(active, new, strict=True):
             texts[n] += tokens
+            if tokens[-1] < 0:
+                raise RuntimeError(FAULTS[tokens[-1]])
         active = [n for n, tokens in zip(active, new, strict=True) if tokens[-1] not in config.eos_ids]
         if not active:
             break

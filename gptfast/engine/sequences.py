@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from gptfast.generation.sequences import Sampling
     from gptfast.models import GPTConfig
 
 PANEL = 32  # logits are written in whole panels of so many
@@ -36,11 +37,14 @@ class EngineSequences:
 
         self.config, self.capacity = config, capacity
         self.max_len = config.block_size if max_len is None else max_len
-        if capacity < 1:
-            raise ValueError(f"sequences: capacity_rows is {capacity}; expected at least 1")
+        if not isinstance(capacity, int) or capacity < 1:
+            raise ValueError(f"sequences: capacity_rows is {capacity!r}; expected an int of at least 1")
         if not 1 <= self.max_len <= config.block_size:
             raise ValueError(f"sequences: max_len is {max_len}; expected 1 to block_size = {config.block_size}")
-        self._cache = _C.Cache(core, capacity, self.max_len)
+        try:
+            self._core, self._cache = core, _C.Cache(core, capacity, self.max_len)
+        except MemoryError:
+            raise MemoryError(f"sequences: no memory for capacity_rows = {capacity}; run fewer at a time") from None
 
     @property
     def lengths(self) -> list[int]:
@@ -136,8 +140,8 @@ class EngineSequences:
         *,
         steps: int,
         more: bool,
-        streams: Sequence[int],
-        sampling: tuple[float, int, float, int, list[int]],
+        samplings: Sequence[Sampling],
+        ends: Sequence[int] = (),
     ) -> list[list[int]]:
         """Draw and append tokens without coming back to Python in between.
 
@@ -147,32 +151,32 @@ class EngineSequences:
                 that has not ended.
             steps: how many tokens to draw for each row; fewer where it ends.
             more: whether the very last token of each row is appended too (more are to be drawn).
-            streams: of each row, see `gptfast.ops.sample`.
-            sampling: temperature, top_k, top_p, seed, and the tokens that end a row.
+            samplings: how the tokens of each row are drawn.
+            ends: the tokens that end a row.
         Returns:
-            The new tokens of each row, an end token among them; they are those that `ops.sample` draws.
+            The new tokens of each row, an end token among them; they are those that `ops.sample` draws. A draw that
+            fails, which `draw` tells how, is the last for all.
         Raises:
-            ValueError: a row that is not in use or has no room.  RuntimeError: the logits hold nan, or nothing but -inf.
+            ValueError: a row that is not in use or has no room.
         """
         rows = list(rows)
         self._check_rows("decode", rows)
         self._check_room("decode", rows, [steps if more else steps - 1] * len(rows))
-        temperature, top_k, top_p, seed, ends = sampling
-        new = self._cache.decode(
-            rows, list(streams), temperature, top_k, top_p, seed, ends, steps, more, logits.data_ptr(), logits.stride(0)
-        )
-        for n, tokens in enumerate(new):
-            if tokens and tokens[-1] < 0:
-                what = "nan - look for an overflow in the model" if tokens[-1] == -1 else "nothing but -inf"
-                raise RuntimeError(f"generate: the logits of row {n} hold {what}")
-        return new
+        return self._cache.decode(rows, list(samplings), list(ends), steps, more, logits.data_ptr(), logits.stride(0))
 
-    def draw(
-        self, rows: Sequence[int], logits: Tensor, streams: Sequence[int], sampling: tuple[float, int, float, int]
-    ) -> list[int]:
-        """One token for each row, which is not appended; see `decode`."""
-        new = self.decode(rows, logits, steps=1, more=False, streams=streams, sampling=(*sampling, []))
-        return [tokens[0] for tokens in new]
+    def interrupt(self) -> None:
+        """From any thread: a `decode` with more=False that runs now, or the next one, ends behind its next token."""
+        self._cache.interrupt()
+
+    def draw(self, logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+        """One token for each row of logits, (rows, V) fp32; see `gptfast.generation.sequences.Sequences.draw`."""
+        if tuple(logits.shape) != (len(samplings), self.config.vocab_size) or logits.dtype != torch.float32:
+            raise ValueError(
+                f"draw: logits has shape {tuple(logits.shape)}, {logits.dtype}; expected ({len(samplings)}, "
+                f"{self.config.vocab_size}), torch.float32"
+            )
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        return self._core.draw(list(samplings), list(positions), logits.data_ptr(), logits.stride(0))
 
     def _check_rows(self, what: str, rows: Sequence[int]) -> None:
         for row in rows:

@@ -12,10 +12,11 @@ from torch import Tensor
 from gptfast import ops
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.processors import processors, warp
-from gptfast.generation.sequences import Sequences
+from gptfast.generation.sequences import Sampling, Sequences
 
 NAN = "generate: the logits hold nan - look for an overflow in the model"
 NOTHING_LEFT = "generate: no token is left to choose, all are excluded - relax no_repeat_ngram_size or logit_bias"
+FAULTS = {-1: NAN, -2: NOTHING_LEFT}  # what a draw gives where there is no token
 
 
 @dataclass(frozen=True)
@@ -35,47 +36,42 @@ class Context:
     prompt: int
 
 
-def choose(logits: Tensor, contexts: Sequence[Context]) -> list[int | RuntimeError]:
-    """The next token of each row, or what is wrong with its logits, (B, V) fp32."""
+def choose(logits: Tensor, contexts: Sequence[Context], sequences: Sequences | None = None) -> list[int | RuntimeError]:
+    """The next token of each row, or what is wrong with its logits, (B, V) fp32.
+
+    Args:
+        sequences: of the model, which may draw on threads of its own.
+    """
     scores = _process(logits, contexts)
-    chosen: list[int | RuntimeError] = [_fault(top) or 0 for top in scores.amax(-1).tolist()]
-    groups: dict[tuple, list[int]] = {}  # rows that one call of `sample` can serve
-    for row, context in enumerate(contexts):
-        if chosen[row] == 0:
-            groups.setdefault(_sampling(context.config), []).append(row)
-    for (temperature, top_k, top_p, min_p, seed), rows in groups.items():
-        part = scores if len(rows) == len(contexts) else scores[rows] if len(rows) > 1 else scores[rows[0]][None]
-        if min_p:  # ops.sample does not know it
-            part = warp(part, contexts[rows[0]].config)
-            temperature, top_k, top_p = 1.0, 0, 1.0
+    samplings = [sampling_of(context) for context in contexts]
+    positions = [len(context.tokens) for context in contexts]
+    drawn = sequences.draw(scores, samplings, positions) if sequences is not None else None
+    if drawn is None:
+        drawn = _draw(scores, samplings, positions)
+    return [token if token >= 0 else RuntimeError(FAULTS[token]) for token in drawn]
+
+
+def _draw(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+    """As `Sequences.draw`, by `ops.sample`."""
+    drawn = [_fault(top) for top in scores.amax(-1).tolist()]
+    groups: dict[tuple[float, int, float, int], list[int]] = {}  # rows that one call can serve
+    for row, sampling in enumerate(samplings):
+        if not drawn[row]:
+            groups.setdefault(sampling[:4], []).append(row)
+    for (temperature, top_k, top_p, seed), rows in groups.items():
+        part = scores if len(rows) == len(samplings) else scores[rows] if len(rows) > 1 else scores[rows[0]][None]
         tokens = ops.sample(
             part,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            position=_one_or_all([len(contexts[row].tokens) for row in rows]),
-            stream=_one_or_all([contexts[row].stream for row in rows]),
+            position=_one_or_all([positions[row] for row in rows]),
+            stream=_one_or_all([samplings[row].stream for row in rows]),
         )
         for row, token in zip(rows, tokens.tolist(), strict=True):
-            chosen[row] = token
-    return chosen
-
-
-def draw_inside(sequences: Sequences, rows: Sequence[int], logits: Tensor, contexts: Sequence[Context]) -> list | None:
-    """As `choose`, on the model's own threads; None where they cannot, or the rows differ in what they ask for.
-
-    Args:
-        rows: of the sequences; logits[i] are those of the last position of rows[i].
-    """
-    wanted = {_sampling(context.config) for context in contexts}
-    if len(wanted) > 1 or any(processors(context.config) or context.config.min_p for context in contexts):
-        return None
-    ((temperature, top_k, top_p, _, seed),) = wanted
-    try:
-        return sequences.draw(rows, logits, [context.stream for context in contexts], (temperature, top_k, top_p, seed))
-    except RuntimeError:  # one of the rows has nan: `choose` tells which
-        return None
+            drawn[row] = token
+    return drawn
 
 
 def _one_or_all(values: list[int]) -> int | Tensor:
@@ -84,25 +80,38 @@ def _one_or_all(values: list[int]) -> int | Tensor:
 
 
 def _process(logits: Tensor, contexts: Sequence[Context]) -> Tensor:
+    """The scores to draw from, with all that `ops.sample` does not know; min_p comes with the other cuts."""
     changes = [processors(context.config) for context in contexts]
-    if not any(changes):
+    cuts: dict[tuple[float, int, float, float], list[int]] = {}
+    for n, config in enumerate(context.config for context in contexts):
+        if config.draws and config.min_p:
+            cuts.setdefault((config.temperature, config.top_k, config.top_p, config.min_p), []).append(n)
+    if not any(changes) and not cuts:
         return logits
     scores = logits.clone()  # the caller's stay as they are
     for n, context in enumerate(contexts):
         for change in changes[n]:
             scores[n] = change(scores[n], context.tokens[: context.prompt], context.tokens[context.prompt :])
+    for rows in cuts.values():
+        part = scores[rows]
+        scores[rows] = part.where(part.isnan(), warp(part, contexts[rows[0]].config))  # nan must not be cut away
     return scores
 
 
-def _fault(top: float) -> RuntimeError | None:
-    if math.isnan(top):
-        return RuntimeError(NAN)
-    if top == -math.inf:
-        return RuntimeError(NOTHING_LEFT)
-    return None
+def takes_logits_as_they_are(config: GenerationConfig) -> bool:
+    """Whether a draw needs nothing but logits and a `Sampling`."""
+    return not (processors(config) or (config.draws and config.min_p))
 
 
-def _sampling(config: GenerationConfig) -> tuple[float, int, float, float, int]:
+def sampling_of(context: Context) -> Sampling:
+    """How the context's next token is drawn from what `choose` has made of its logits."""
+    config = context.config
     if not config.draws:
-        return 0.0, 0, 1.0, 0.0, 0
-    return config.temperature, config.top_k, config.top_p, config.min_p, config.seed
+        return Sampling(0.0, 0, 1.0, 0, context.stream)
+    if config.min_p:  # `_process` has made all cuts
+        return Sampling(1.0, 0, 1.0, config.seed, context.stream)
+    return Sampling(config.temperature, config.top_k, config.top_p, config.seed, context.stream)
+
+
+def _fault(top: float) -> int:
+    return -1 if math.isnan(top) else -2 if top == -math.inf else 0

@@ -10,6 +10,7 @@ from typing import Any
 from gptfast import rng
 
 LEAST_TEMPERATURE = 2**-126  # below, `ops.sample` takes the most likely token
+LARGEST = (2 - 2**-23) * 2.0**127  # scores are fp32
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class GenerationConfig:
             count. Above 0 speaks for new tokens, below for those that are there.
         frequency_penalty: the same for every time that the new text holds it.
         no_repeat_ngram_size: n > 0: no n tokens in a row come twice, the prompt included; 0: no such rule.
-        logit_bias: {token id: what is added to its logit}; -inf bans it.
+        logit_bias: {token id: what is added to its logit}; -inf, or what is below the range of 32 bits, bans it.
         num_return_sequences: continuations of each prompt; with beams: the best so many.
         num_beams: beam search over so many beams when > 1. With do_sample=True the beams are drawn, without replacement.
         num_beam_groups: split the beams into so many groups, each searching with a penalty of diversity_penalty on a
@@ -125,11 +126,13 @@ class GenerationConfig:
         for token in self.eos_ids:
             _check_int("eos_token_id", token, 0)
         stops = self.stop_strings
-        stops = (stops,) if isinstance(stops, str) else tuple(stops or ())
+        stops = (stops,) if isinstance(stops, str) else () if stops is None else stops
+        if not isinstance(stops, (tuple, list)):
+            raise TypeError(f"generate: stop_strings is {stops!r}; expected a text, or a list of texts")
         for text in stops:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"generate: stop_strings holds {text!r}; expected texts of at least one character")
-        object.__setattr__(self, "stop_strings", stops)
+        object.__setattr__(self, "stop_strings", tuple(stops))
 
     def _check_drawing(self) -> None:
         """Drawing and its opposite were not both asked for."""
@@ -239,13 +242,15 @@ def _check_int(name: str, value: Any, least: int) -> None:
         raise TypeError(f"generate: {name} is {value!r}; expected an int")
     if value < least:
         raise ValueError(f"generate: {name} is {value}; expected at least {least}")
+    if value >= 2**63:
+        raise ValueError(f"generate: {name} is {value}; expected less than 2**63")
 
 
 def _check_number(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"generate: {name} is {value!r}; expected a number")
-    if not math.isfinite(value):
-        raise ValueError(f"generate: {name} is {value}; expected a finite number")
+    if not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"generate: {name} is {value}; expected a finite number, in the range of 32 bits")
 
 
 def _checked_bias(bias: Any) -> dict[int, float]:
@@ -253,6 +258,6 @@ def _checked_bias(bias: Any) -> dict[int, float]:
         raise TypeError(f"generate: logit_bias is a {type(bias).__name__}; expected {{token id: number}}")
     for token, value in bias.items():
         _check_int("a token of logit_bias", token, 0)
-        if value != -math.inf:
+        if not (isinstance(value, (int, float)) and value < -LARGEST):
             _check_number(f"logit_bias[{token}]", value)
-    return dict(bias)
+    return {token: value if value >= -LARGEST else -math.inf for token, value in bias.items()}

@@ -13,9 +13,10 @@ from torch import Tensor
 from gptfast.generation import graphed
 from gptfast.generation.beam import beam_search
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.prompts import read_prompts
-from gptfast.generation.scheduler import Request, Scheduler, Token, check_assistant
+from gptfast.generation.prompts import check_ids, read_prompt, read_prompts
+from gptfast.generation.scheduler import Request, Scheduler, Token, check_top
 from gptfast.generation.sequences import LanguageModel, beside
+from gptfast.generation.speculative import check_assistant
 from gptfast.generation.stopping import Stopping
 
 
@@ -78,7 +79,8 @@ def generate(
 
     Args:
         model: a GPT, whose training flags are the same afterwards, or a compiled engine.
-        ids: (B, T) int64 tensor; or a list of id lists of any lengths, which are not padded.
+        ids: (B, T) or (T,) tensor of integers; or a list of id lists of any lengths, which are not padded (or one list of
+            ids, or numpy arrays).
         tokenizer: of `gptfast.tokenizer`, for stop_strings.
         assistant_model: a smaller model of the same vocabulary that guesses tokens ahead (speculative decoding): the
             text is the same, sooner.
@@ -100,9 +102,11 @@ def generate(
             f"generate: streamer with {len(prompts)} prompts, num_return_sequences={config.num_return_sequences}, "
             f"num_beams={config.num_beams}; it follows one sequence - use gptfast.generation.stream for several"
         )
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(f"generate: streamer is a {type(streamer).__name__}; expected an object with put and end")
+    if assistant_model is not None:
+        check_assistant(assistant_model, model, config)
     if config.num_beams > 1:
-        if assistant_model is not None:
-            raise ValueError(f"generate: assistant_model with num_beams={config.num_beams}; leave one out")
         rows, scores = beam_search(model, prompts, config, stopping)
         copies = [prompt for prompt in prompts for _ in range(config.num_return_sequences)]
         logprobs = [score(model, row, len(p)) for row, p in zip(rows, copies, strict=True)] if return_logprobs else []
@@ -172,7 +176,8 @@ def stream(
     """As `generate` without beams, yielding each step when it is made. The arguments are checked at once.
 
     Args:
-        model, ids, tokenizer, assistant_model, options: as in `generate`.
+        model: a GPT, which runs in torch, or on a CPU sooner `gptfast.engine.engine_for(model) or model`.
+        ids, tokenizer, assistant_model, options: as in `generate`.
         logprobs: whether each Step tells the log-probabilities of its tokens.
         top: how many of the most likely next tokens each Step tells.
     Returns:
@@ -183,12 +188,11 @@ def stream(
     config = GenerationConfig.of(**options)
     if config.num_beams > 1:
         raise ValueError("stream: num_beams must be 1; beams change their past until the end - use generate")
-    if not isinstance(top, int) or top < 0:
-        raise ValueError(f"stream: top is {top!r}; expected an int >= 0 (0 tells none)")
+    check_top("stream", top)
     stopping = Stopping(config, tokenizer)
     prompts = read_prompts(ids, model, config)
     if assistant_model is not None:
-        check_assistant(assistant_model, model)
+        check_assistant(assistant_model, model, config)
     temperature = config.temperature or 1.0
     requests = [Request(prompt, config, stopping, logprobs, top, temperature) for prompt in prompts]
     return _steps(model, requests, assistant_model)
@@ -218,8 +222,25 @@ def _ended(request: Request, stream: int) -> bool:
     return bool(request.rows) and request.rows[stream].finish is not None
 
 
-def score(model: LanguageModel, row: list[int], first: int = 1) -> list[float]:
-    """The log-probability under the model of each token of a sequence from the `first` on (>= 1), given those before."""
+def score(model: LanguageModel, row: Any, first: int = 1) -> list[float]:
+    """How likely the model holds a text: log p(row[t] | row[:t]) for t = first, first + 1, …
+
+    Args:
+        model: a GPT or a compiled one.
+        row: T token ids, 2 <= T <= block_size + 1.
+        first: in [1, T).
+    Returns:
+        T - first numbers, at most 0.
+    Raises:
+        TypeError, ValueError: not that.
+    """
+    row, limit = read_prompt("", row), model.config.block_size + 1
+    if not 2 <= len(row) <= limit or not 1 <= first < len(row):
+        raise ValueError(
+            f"score: row has {len(row)} tokens and first is {first}; expected 2 to {limit} tokens (block_size + 1), and 1 <= "
+            "first < their number"
+        )
+    check_ids("", row, model.config.vocab_size)
     logprobs = all_logprobs(model, row)[first - 1 :]
     wanted = torch.tensor(row[first:], device=logprobs.device)
     return logprobs.gather(-1, wanted[:, None])[:, 0].tolist()
@@ -227,7 +248,7 @@ def score(model: LanguageModel, row: list[int], first: int = 1) -> list[float]:
 
 def all_logprobs(model: LanguageModel, row: list[int]) -> Tensor:
     """Log-probabilities, (T - 1, V), of what may follow each token of a sequence of T >= 2 but the last."""
-    sequences = model.sequences(1, len(row))
+    sequences = model.sequences(1, len(row) - 1)
     with beside(sequences):
         return sequences.extend(sequences.add(), [row[:-1]], last_only=False)[0].log_softmax(-1)
 

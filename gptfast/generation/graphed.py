@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.backend import resolve
-from gptfast.generation.choose import NAN, NOTHING_LEFT
+from gptfast.generation.choose import FAULTS
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.processors import processors
 from gptfast.generation.scheduler import Request, Row
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 BURST = 16  # tokens of each row between two looks at them
 KERNELS = ("embedding", "add_layer_norm", "layer_norm", "causal_attention", "sample")  # none of which waits
-
-_FAULTS = {-1: NAN, -2: NOTHING_LEFT}  # what `ops.sample` says where nobody may wait
 
 
 def takes(model: Any, requests: list[Request]) -> TypeGuard[GPT]:
@@ -82,7 +80,7 @@ def _take(row: Row, new: list[int]) -> None:
     """Append new tokens up to the end of the row."""
     for token in new:
         if token < 0:
-            row.request.error, row.finish = RuntimeError(_FAULTS[token]), "error"
+            row.request.error, row.finish = RuntimeError(FAULTS[token]), "error"
         else:
             row.tokens.append(token)
             row.finish = row.request.stopping.reason(row.new)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfast._files import atomic_write, read_bytes, read_text
+from gptfast._files import atomic_write, check_target, read_bytes, read_text
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.decode import generate
 from gptfast.generation.prompts import check_prompt
@@ -23,6 +23,7 @@ from gptfast.generation.sequences import LanguageModel
 from gptfast.generation.stopping import Stopping
 from gptfast.tokenizer import Tokenizer
 
+BEGINNING = b'{"line": '  # of every line of an output
 MAX_NEW_TOKENS = 200  # unless said otherwise, and as far as the model has room
 
 
@@ -45,7 +46,11 @@ class Job:
 
 
 def read_jobs(
-    path: str | os.PathLike[str], model: LanguageModel, tokenizer: Tokenizer, options: dict[str, Any]
+    path: str | os.PathLike[str],
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    options: dict[str, Any],
+    temperature: float = 1.0,
 ) -> list[Job]:
     """The jobs in a file: each line a JSON string (the prompt) or an object with "prompt" and options of its own.
 
@@ -53,6 +58,7 @@ def read_jobs(
         path: a UTF-8 file; empty lines are left out.
         model, tokenizer: which the prompts must suit.
         options: fields of `GenerationConfig` for lines that do not name them.
+        temperature: of lines that draw (no beams, or beams with do_sample) where neither they nor `options` name one.
     Raises:
         ValueError: a bad line; the text has its number, what is wrong, and how many more there are.
     """
@@ -61,7 +67,7 @@ def read_jobs(
         if not text.strip():
             continue
         try:
-            jobs.append(_read_job(number, text, model, tokenizer, options))
+            jobs.append(_read_job(number, text, model, tokenizer, options, temperature))
         except (ValueError, TypeError) as error:
             errors.append(f"{path}, line {number}: {error}")
     if errors:
@@ -72,24 +78,48 @@ def read_jobs(
     return jobs
 
 
-def _read_job(number: int, text: str, model: LanguageModel, tokenizer: Tokenizer, options: dict[str, Any]) -> Job:
+def _read_job(
+    number: int, text: str, model: LanguageModel, tokenizer: Tokenizer, options: dict[str, Any], temperature: float
+) -> Job:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+        raise ValueError(
+            f'not JSON ({error.msg} at column {error.colno}); expected a value such as "To be" in quotes, or {{"prompt": …}}'
+        ) from None
     value = {"prompt": value} if isinstance(value, str) else value
     prompt = value.pop("prompt", None) if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise ValueError('expected a JSON string, or an object with a "prompt" of at least one character')
+    _check_characters(prompt)
     ids = tokenizer.encode(prompt, allowed_special="all")
     options = {**options, **value}
-    if isinstance(options.get("logit_bias"), dict):  # the keys of JSON are texts
-        options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
+    if isinstance(options.get("logit_bias"), dict):
+        options["logit_bias"] = _token_keys(options["logit_bias"])
+    if options.get("num_beams", 1) == 1 or options.get("do_sample"):
+        options.setdefault("temperature", temperature)
     options.setdefault("max_new_tokens", default_new_tokens(model, len(ids), options))
     config = GenerationConfig.of(**options)
     Stopping(config, tokenizer)
     check_prompt("", ids, model.config.vocab_size, model.config.block_size, config)
     return Job(number, prompt, ids, options, config)
+
+
+def _check_characters(prompt: str) -> None:
+    """JSON can write halves of a character, which no file and no tokenizer holds."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = prompt[error.start]
+        raise ValueError(f"the prompt has {half!r} at character {error.start}, half of a surrogate pair") from None
+
+
+def _token_keys(bias: dict[str, Any]) -> dict[int, Any]:
+    """The keys of JSON are texts."""
+    for token in bias:
+        if not (token.isascii() and token.isdigit()):
+            raise ValueError(f"logit_bias holds {token!r}; expected token ids as keys")
+    return {int(token): value for token, value in bias.items()}
 
 
 def default_new_tokens(model: LanguageModel, length: int, options: dict[str, Any]) -> int:
@@ -121,6 +151,7 @@ def run_jobs(
         ValueError: `output` has lines of other prompts or options.  OSError: it cannot be written.
     """
     path = Path(output)
+    check_target(path)
     done = _read_done(path, jobs)
     todo = [job for job in jobs if job.line not in done]
     progress(len(done), 0)
@@ -135,15 +166,16 @@ def run_jobs(
 
 
 def _read_done(path: Path, jobs: list[Job]) -> dict[int, bytes]:
-    """The whole lines that the output has, by number; what a crash left of one more is cut off."""
+    """The whole lines that the output has, by number; what a crash left of one more is cut off.
+
+    Nothing is cut off a file that is anything else than such an output.
+    """
     if not path.exists() or path.stat().st_size == 0:
         return {}
-    content = read_bytes(path)
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
+    *whole, rest = read_bytes(path).split(b"\n")
+    cut_short = rest[: len(BEGINNING)] == BEGINNING[: len(rest)]
     by_line, done = {job.line: job for job in jobs}, {}
-    for n, line in enumerate(whole.splitlines(keepends=True), start=1):
+    for n, line in enumerate(whole or ([] if cut_short else [rest]), start=1):
         try:
             found = json.loads(line)
             job = by_line[found["line"]]
@@ -155,7 +187,9 @@ def _read_done(path: Path, jobs: list[Job]) -> dict[int, bytes]:
                 f"{path}, line {n} is not the result of a line of this input with these options; name another --output, "
                 "or remove the file to begin again"
             )
-        done[job.line] = line
+        done[job.line] = line + b"\n"
+    if rest:
+        os.truncate(path, path.stat().st_size - len(rest))
     return done
 
 

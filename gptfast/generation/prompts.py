@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from gptfast.generation.config import GenerationConfig
@@ -17,13 +17,14 @@ def read_prompts(ids: Any, model: LanguageModel, config: GenerationConfig) -> li
     """The prompts as lists of ids.
 
     Args:
-        ids: (B, T) or (T,) integer tensor, a list of id lists (or 1-D tensors) of any lengths, or one list of ids.
+        ids: (B, T) or (T,) integer tensor or numpy array, a list of id lists (or 1-D tensors or arrays) of any lengths,
+            or one list of ids.
         model: whose vocabulary and block_size they must fit.
         config: see `check_prompt`.
     Raises:
         TypeError, ValueError: not that, empty, outside the vocabulary, or too long.
     """
-    rows = [_read_row(n, row) for n, row in enumerate(_split(ids))]
+    rows = [read_prompt(f" {n}", row) for n, row in enumerate(_split(ids))]
     if not rows:
         raise ValueError("generate: ids holds no prompts; give at least one")
     for n, row in enumerate(rows):
@@ -33,24 +34,26 @@ def read_prompts(ids: Any, model: LanguageModel, config: GenerationConfig) -> li
 
 def _split(ids: Any) -> Sequence[Any]:
     """One entry per prompt."""
-    if isinstance(ids, Tensor):
-        if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2):
+    if isinstance(ids, (Tensor, np.ndarray)):
+        if ids.ndim not in (1, 2) or str(ids.dtype).removeprefix("torch.")[:3] not in ("int", "uin"):
+            what = "tensor" if isinstance(ids, Tensor) else "array"
             raise TypeError(
-                f"generate: ids is a {ids.dtype} tensor of shape {tuple(ids.shape)}; expected (B, T) token ids"
+                f"generate: ids is a {ids.dtype} {what} of shape {tuple(ids.shape)}; expected (B, T) token ids"
             )
-        return ids.tolist() if ids.dim() == 2 else [ids.tolist()]
+        return ids.tolist() if ids.ndim == 2 else [ids.tolist()]
     if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
         raise TypeError(f"generate: ids is a {type(ids).__name__}; expected a (B, T) tensor or a list of id lists")
     return [ids] if ids and isinstance(ids[0], Integral) else ids
 
 
-def _read_row(n: int, row: Any) -> list[int]:
-    row = row.tolist() if isinstance(row, Tensor) else row
+def read_prompt(which: str, row: Any) -> list[int]:
+    """One prompt as a list of ids, which are not checked. `which`: as in `check_prompt`."""
+    row = row.tolist() if isinstance(row, (Tensor, np.ndarray)) else row
     if not isinstance(row, Sequence):
-        raise TypeError(f"generate: prompt {n} is {row!r}; expected a list of token ids")
+        raise TypeError(f"generate: prompt{which} is {row!r}; expected a list of token ids")
     for token in row:
         if not isinstance(token, Integral) or isinstance(token, bool):
-            raise TypeError(f"generate: prompt {n} holds {token!r}; expected int token ids - encode the text first")
+            raise TypeError(f"generate: prompt{which} holds {token!r}; expected int token ids - encode the text first")
     return [int(token) for token in row]
 
 
@@ -76,18 +79,23 @@ def check_prompt(which: str, row: Sequence[int], V: int, limit: int, config: Gen
         raise ValueError(
             f"generate: prompt{which} is empty; give at least one token, such as the end-of-text token or a newline"
         )
-    for token in row:
-        if not 0 <= token < V:
-            raise ValueError(
-                f"generate: prompt{which} holds token id {token}; expected ids in [0, {V}), the vocabulary of this model "
-                "- was the text encoded with another tokenizer?"
-            )
+    check_ids(which, row, V)
     wanted = len(row) + config.max_new_tokens
     if wanted > limit and config.overflow == "error":
         raise ValueError(
             f"generate: prompt{which} has {len(row)} tokens and max_new_tokens is {config.max_new_tokens}, together "
             f"{wanted}, but block_size is {limit}; {_remedy(len(row), limit, config.max_new_tokens)}"
         )
+
+
+def check_ids(which: str, row: Sequence[int], V: int) -> None:
+    """Raise ValueError for a token id outside [0, V)."""
+    for token in row:
+        if not 0 <= token < V:
+            raise ValueError(
+                f"generate: prompt{which} holds token id {token}; expected ids in [0, {V}), the vocabulary of this model "
+                "- was the text encoded with another tokenizer?"
+            )
 
 
 def _remedy(length: int, limit: int, max_new_tokens: int) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.generation.choose import Context, choose, draw_inside
+from gptfast.generation.choose import FAULTS, Context, choose, sampling_of, takes_logits_as_they_are
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.prompts import check_prompt
+from gptfast.generation.prompts import check_prompt, read_prompt
 from gptfast.generation.sequences import LanguageModel, beside
-from gptfast.generation.speculative import Assistant, Drafter, PromptLookup
+from gptfast.generation.speculative import Assistant, Drafter, PromptLookup, check_assistant
 from gptfast.generation.stopping import Stopping
 
 
@@ -88,6 +88,7 @@ class Request:
 
     @property
     def done(self) -> bool:
+        """Whether all of its return sequences have ended."""
         return bool(self.rows) and all(row.finish for row in self.rows)
 
     @property
@@ -100,7 +101,7 @@ class Scheduler:
     """Runs requests together, one token of each per step. Not for several threads at once.
 
     Args:
-        model: a `GPT` or a compiled engine.
+        model: a `GPT`, which runs in torch, or on a CPU sooner `gptfast.engine.engine_for(model) or model`.
         max_rows: the most sequences at a time.
         max_positions: the most positions that the running requests may come to hold together; None: no bound but
             max_rows rows of max_len.
@@ -108,6 +109,8 @@ class Scheduler:
         max_prompt_tokens: so many tokens of new prompts are read per step at most (but one prompt at least), so that
             running texts are not kept waiting; None: no bound.
         assistant_model: guesses tokens ahead; see `speculative`.
+    Raises:
+        TypeError, ValueError: a number out of range, or an assistant of another vocabulary.
     """
 
     def __init__(
@@ -119,6 +122,14 @@ class Scheduler:
         max_prompt_tokens: int | None = None,
         assistant_model: LanguageModel | None = None,
     ) -> None:
+        _check_count("max_rows", max_rows)
+        for name, value in (
+            ("max_positions", max_positions),
+            ("max_len", max_len),
+            ("max_prompt_tokens", max_prompt_tokens),
+        ):
+            if value is not None:
+                _check_count(name, value)
         self.model = model
         self.max_len = model.config.block_size if max_len is None else max_len
         self.max_rows = max_rows
@@ -149,7 +160,7 @@ class Scheduler:
         """Queue a prompt (a list of ids); it joins as soon as there is room, in the order of submission.
 
         Args:
-            prompt: token ids.
+            prompt: token ids, in a list, a 1-D tensor or an array.
             tokenizer: for stop strings.
             logprobs, top: what `Token`s tell.
             options: fields of `GenerationConfig`, without beams.
@@ -157,7 +168,9 @@ class Scheduler:
             TypeError, ValueError: bad options or prompt, or more than this scheduler can ever hold.
         """
         config = GenerationConfig.of(**options)
-        return self.submit_request(Request(list(prompt), config, Stopping(config, tokenizer), logprobs, top))
+        check_top("Scheduler", top)
+        prompt = read_prompt("", prompt)
+        return self.submit_request(Request(prompt, config, Stopping(config, tokenizer), logprobs, top))
 
     def submit_request(self, request: Request) -> Request:
         """As `submit`, of a request that was made elsewhere."""
@@ -190,8 +203,13 @@ class Scheduler:
             self.step()
 
     @torch.inference_mode()
-    def step(self) -> list[Token]:
-        """Let requests join, then give every running row its next token (several, where guesses were right)."""
+    def step(self, most: int = 1) -> list[Token]:
+        """Let requests join, then give every running row its next token, or several, where guesses were right.
+
+        Args:
+            most: so many at once, where the model's own threads can make them and nothing has to be looked at between two;
+                for whoever cannot use them one by one.
+        """
         self._admit()
         rows = [row for request in self._running for row in request.rows if not row.finish]
         if not rows:
@@ -203,12 +221,18 @@ class Scheduler:
                 if len(request.rows) < request.config.num_return_sequences:
                     self._fork(request, rows, drafts, logits)
                     together = None
-            made = self._accept(rows, drafts, logits, together)
+            made = self._burst(rows, together, most) if together is not None else None
+            if made is None:
+                made = self._accept(rows, drafts, logits, together)
         for row in rows:
             if row.finish:
                 self._free(row)
         self._running = [request for request in self._running if not request.done]
         return made
+
+    def hurry(self) -> None:
+        """From any thread: a step that makes several tokens ends with its present one, as there is something to do."""
+        self._sequences.interrupt()
 
     def _reserve(self, request: Request) -> int:
         """Positions that the open rows of a request may come to hold."""
@@ -293,19 +317,10 @@ class Scheduler:
         while going:
             now = torch.stack([logits[i][n] for i in going]) if together is None else together
             contexts = [_context(rows[i]) for i in going]
-            chosen = self._draw(rows, together, contexts) or choose(now, contexts)
+            chosen = choose(now, contexts, self._sequences)
             details = _details(now, [rows[i].request for i in going], chosen)
             for i, token, (logprob, top) in zip(going, chosen, details, strict=True):
-                row = rows[i]
-                if row.finish:  # another row of its request met an error
-                    continue
-                if isinstance(token, RuntimeError):
-                    row.request.error = token
-                    self._end(row.request, "error")
-                    continue
-                row.tokens.append(token)
-                made.append(Token(row.request, row.stream, token, logprob, top))
-                row.finish = row.request.stopping.reason(row.new)
+                self._take(rows[i], token, made, logprob, top)
             going = [
                 i for i in going if n < len(drafts[i]) and not rows[i].finish and drafts[i][n] == rows[i].tokens[-1]
             ]
@@ -315,13 +330,47 @@ class Scheduler:
                 self._sequences.truncate(row.index, len(row.tokens) - 1)
         return made
 
-    def _draw(
-        self, rows: list[Row], together: Tensor | None, contexts: list[Context]
-    ) -> list[int | RuntimeError] | None:
-        """The next tokens by the model's own threads, where it has some and the rows ask for nothing uncommon."""
-        if together is None or any(row.start for row in rows):  # positions are not lengths after a slide
+    def _take(
+        self,
+        row: Row,
+        token: int | RuntimeError,
+        made: list[Token],
+        logprob: float | None = None,
+        top: Sequence[tuple[int, float]] = (),
+    ) -> None:
+        """Append a row's next token, if it has not ended (as when another row of its request met an error)."""
+        if row.finish:
+            return
+        if isinstance(token, RuntimeError):
+            row.request.error = token
+            self._end(row.request, "error")
+            return
+        row.tokens.append(token)
+        made.append(Token(row.request, row.stream, token, logprob, list(top)))
+        row.finish = row.request.stopping.reason(row.new)
+
+    def _burst(self, rows: list[Row], logits: Tensor, most: int) -> list[Token] | None:
+        """Up to `most` tokens of each row without coming back in between; None where that cannot be, or is but one."""
+        if not all(row.made and _may_burst(row.request) for row in rows):  # a first token is told at once
             return None
-        return draw_inside(self._sequences, [row.index for row in rows], together, contexts)
+        steps = min(most, *(row.request.config.max_new_tokens - row.made for row in rows))
+        steps = min(steps, *(self.max_len - len(row.tokens) + 1 for row in rows))  # up to a slide
+        if steps < 2:
+            return None
+        samplings = [sampling_of(_context(row)) for row in rows]
+        ends = {
+            token for row in rows for token in row.request.config.eos_ids
+        }  # for a row without this end a short burst
+        indices = [row.index for row in rows]
+        new = self._sequences.decode(indices, logits, steps=steps, more=False, samplings=samplings, ends=list(ends))
+        if new is None:
+            return None
+        made: list[Token] = []
+        for n in range(steps):
+            for row, tokens in zip(rows, new, strict=True):
+                if n < len(tokens):
+                    self._take(row, tokens[n] if tokens[n] >= 0 else RuntimeError(FAULTS[tokens[n]]), made)
+        return made
 
     def _end(self, request: Request, finish: str) -> None:
         if request in self._waiting:
@@ -348,18 +397,24 @@ def first_visible(length: int, limit: int) -> int:
     return max(0, -(-(length - limit) // half)) * half
 
 
-def check_assistant(assistant: LanguageModel, model: LanguageModel) -> None:
-    theirs, ours = assistant.config.vocab_size, model.config.vocab_size
-    if theirs != ours:
-        raise ValueError(
-            f"generate: assistant_model has a vocabulary of {theirs} and the model one of {ours}; it must speak the same "
-            "tokens"
-        )
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"Scheduler: {name} is {value!r}; expected an int of at least 1")
+
+
+def check_top(what: str, top: Any) -> None:
+    if not isinstance(top, int) or top < 0:
+        raise ValueError(f"{what}: top is {top!r}; expected an int >= 0 (0 tells none)")
 
 
 def _context(row: Row) -> Context:
     request = row.request
     return Context(request.config, (request.first_stream + row.stream) % 2**32, row.tokens, len(request.prompt))
+
+
+def _may_burst(request: Request) -> bool:
+    """Whether its tokens need nothing but logits and a seed."""
+    return takes_logits_as_they_are(request.config) and not (request.logprobs or request.top)
 
 
 def _details(

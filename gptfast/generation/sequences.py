@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from gptfast.models.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from gptfast.models import GPT, GPTConfig
+
+
+class Sampling(NamedTuple):
+    """How the tokens of one row are drawn; see `gptfast.ops.sample`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stream: int
 
 
 class Sequences(Protocol):
@@ -38,19 +49,40 @@ class Sequences(Protocol):
         """
         ...
 
-    def draw(
-        self, rows: Seq[int], logits: Tensor, streams: Seq[int], sampling: tuple[float, int, float, int]
-    ) -> list[int] | None:
-        """The tokens that `ops.sample` draws for rows from the logits, (len(rows), V), of their last positions.
+    def draw(self, logits: Tensor, samplings: Seq[Sampling], positions: Seq[int]) -> list[int] | None:
+        """The tokens that `ops.sample` draws from logits, (B, V) fp32, on threads of the model's own.
 
         Args:
-            streams: of each row.
-            sampling: temperature, top_k, top_p and seed.
+            samplings: of each row, how.
+            positions: of the tokens in their sequences.
         Returns:
-            None: only `ops.sample` can.
-        Raises:
-            RuntimeError: a row with nan, or with nothing but -inf.
+            The tokens; -1 where a row holds nan, -2 where nothing but -inf. None: the model has no threads of its own.
         """
+        ...
+
+    def decode(
+        self,
+        rows: Seq[int],
+        logits: Tensor,
+        *,
+        steps: int,
+        more: bool,
+        samplings: Seq[Sampling],
+        ends: Seq[int],
+    ) -> list[list[int]] | None:
+        """Draw `steps` tokens for each of the rows, fewer behind one of `ends` or an `interrupt`, and append all but the
+        last (`more`: the last too).
+
+        Args:
+            logits: as `extend` returned them for these rows; they are written over.
+            samplings: of each row, how.
+        Returns:
+            As `draw`, of each row; a draw that fails is the last for all.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """From any thread: a `decode` that runs now, or the next one, ends behind its next token."""
         ...
 
     def add(self, count: int = 1, like: int | None = None) -> list[int]:
@@ -128,8 +160,14 @@ class CachedSequences:
             ordered = [logits[row].float() for row in rows]
             return torch.cat([part[-1:] for part in ordered]) if last_only else ordered
 
-    def draw(self, rows: Seq[int], logits: Tensor, streams: Seq[int], sampling: tuple[float, int, float, int]) -> None:
+    def draw(self, logits: Tensor, samplings: Seq[Sampling], positions: Seq[int]) -> None:
         return None
+
+    def decode(self, rows: Seq[int], logits: Tensor, **_: Any) -> None:
+        return None
+
+    def interrupt(self) -> None:
+        pass
 
     def _neighbours(self, rows: list[int]) -> Iterator[list[int]]:
         """The rows in the order of their slots, cut where slots are missing between them."""
@@ -194,17 +232,30 @@ def beside(sequences: Sequences) -> Iterator[None]:
     """For torch's work on logits between two steps: on one thread where the model has threads of its own.
 
     After an op that torch shares out among its OpenMP threads, these spin for up to hundreds of milliseconds on cores
-    that the model's threads need. (A thread that first uses torch meanwhile takes over that it has one thread.)
+    that the model's threads need. (A thread that first uses torch meanwhile takes over that it has one thread; see
+    `usual_threads`.)
     """
+    global _before
     threads = torch.get_num_threads()
     if threads == 1 or not sequences.own_threads:
         yield
         return
+    _before = threads
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+_before = 0  # how many threads torch had when `beside` last took them away; 0: it never did
+
+
+def usual_threads() -> int:
+    """How many threads torch has when no `beside` is running: what a thread was told inside one is not believed."""
+    if _before and threading.current_thread() is not threading.main_thread():
+        return _before
+    return torch.get_num_threads()
 
 
 @contextmanager

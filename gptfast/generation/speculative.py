@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from gptfast.generation.choose import Context, choose
+from gptfast.generation.config import GenerationConfig
 from gptfast.generation.sequences import LanguageModel
 
 
@@ -101,3 +102,22 @@ class Assistant:
         if row in self._row_of:
             self._sequences.release(self._row_of.pop(row))
             del self._held[row]
+
+
+def check_assistant(assistant: LanguageModel, model: LanguageModel, config: GenerationConfig | None = None) -> None:
+    """Raise TypeError or ValueError where `assistant` cannot guess for `model`, or `config` asks for other guesses."""
+    if not hasattr(assistant, "sequences"):
+        raise TypeError(f"generate: assistant_model is a {type(assistant).__name__}; expected a GPT or a compiled one")
+    if config is not None and config.num_beams > 1:
+        raise ValueError(f"generate: assistant_model with num_beams={config.num_beams}; leave one out")
+    if config is not None and config.prompt_lookup_num_tokens:
+        raise ValueError(
+            f"generate: assistant_model with prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}; one of them can "
+            "guess - leave one out"
+        )
+    theirs, ours = assistant.config.vocab_size, model.config.vocab_size
+    if theirs != ours:
+        raise ValueError(
+            f"generate: assistant_model has a vocabulary of {theirs} and the model one of {ours}; it must speak the same "
+            "tokens"
+        )

@@ -179,10 +179,20 @@ class GPT(nn.Module):
             raise ValueError("GPT: a cache is for generation, but the model is in training mode; call model.eval()")
 
     def generate(self, ids: Any, **options: Any) -> Any:
-        """Continue `ids`; see `gptfast.generation.generate`.
+        """Continue prompts: greedy, drawn, or by beams, as `transformers.generate`.
 
         In evaluation mode on the CPU the native engine writes, from a packed copy of the weights in their own dtype, where
         it can: see `gptfast.engine.engine_for`.
+
+        Args:
+            ids: (B, T) tensor of token ids; or a list of id lists of any lengths, which are not padded.
+            options: max_new_tokens (64), temperature (1.0; 0: greedy), top_k, top_p, seed, num_beams, eos_token_id, …:
+                the fields of `gptfast.generation.GenerationConfig`; and tokenizer, assistant_model, streamer and
+                return_logprobs, as in `gptfast.generation.generate`.
+        Returns:
+            Prompts and new tokens: a tensor (B * num_return_sequences, T + n) for a tensor, else a list of id lists.
+        Raises:
+            TypeError, ValueError: bad prompts or options.  RuntimeError: the logits hold nan.
         """
         from gptfast.engine import engine_for
         from gptfast.generation import generate

@@ -14,14 +14,27 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from gptfast.generation import LanguageModel, Request, Scheduler, Token
-from gptfast.generation.decode import all_logprobs
-from gptfast.serving.protocol import ApiError, Choice, Completion, Draws, envelope, join, prompt_logprobs, usage
-from gptfast.serving.worker import QueueFull, Ticket, Worker
+from gptfast.serving.protocol import (
+    ApiError,
+    Choice,
+    Completion,
+    Draws,
+    envelope,
+    join,
+    prompt_logprobs,
+    read_body,
+    usage,
+)
+from gptfast.serving.scoring import score_in_pieces
+from gptfast.serving.worker import QueueFull, ShuttingDown, Ticket, Worker
 from gptfast.tokenizer import Tokenizer
+
+ROUTES = "POST /v1/completions, GET /v1/models, GET /v1/models/{model} and GET /health"
+
+LONG_BODY = 1 << 14  # bytes whose tokens may take longer than a few milliseconds to find
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,7 @@ class Limits:
 
     Args:
         max_rows: sequences that run at a time.
-        max_queue: sequences that wait beside them; more are refused with 429.
+        max_queue: sequences that wait beside them, and prompts that are scored; more are refused with 429.
         max_positions: positions of all running sequences together; None: no bound but max_rows full ones.
         max_prompt_tokens: tokens of new prompts read per step, so that running texts are not kept waiting.
         seconds: for one request from its arrival; then 504.
@@ -72,7 +85,7 @@ def create_app(
             max_prompt_tokens=limits.max_prompt_tokens,
         )
 
-    worker = Worker(make_scheduler, limits.max_queue)
+    worker = Worker(make_scheduler, limits.max_queue, limits.max_events)
     server = Server(model, tokenizer, name, limits, worker)
 
     @asynccontextmanager
@@ -127,16 +140,16 @@ class Server:
             raise ApiError(404, f"the model {name!r} is not here; this is {self._name!r}", "model", "model_not_found")
 
     async def complete(self, http: HTTPRequest) -> Response:
-        ask = await self._read(http)
+        body = await self._read(http)
+        ask = read_body(body)
         self.check_model(ask.model)
         ask.refuse_what_is_not_here()
-        block = self._model.config.block_size
         try:
-            prompts = ask.prompts(self._tokenizer)
-            requests = [ask.request(ids, self._tokenizer, block - len(ids), self._draws) for ids in prompts]
-            for request in requests:
-                self._worker.scheduler.check(request)
-                self._tokenizer.decode(request.prompt)  # a vocabulary may have ids without a token
+            if len(body) < LONG_BODY:
+                prompts = ask.prompts(self._tokenizer)
+            else:  # aside: the streams of others go on meanwhile
+                prompts = await asyncio.to_thread(ask.prompts, self._tokenizer)
+            requests = self._requests(ask, prompts)
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error).removeprefix("generate: ")) from None
         choices = [
@@ -144,28 +157,46 @@ class Server:
             for n, request in enumerate(requests)
             for stream in range(request.config.num_return_sequences)
         ]
-        echoed = await self._echo(ask, requests, choices) if ask.echo else []
-        if ask.max_tokens == 0:
-            return self._echo_alone(ask, requests, echoed)
         try:
+            echoed = await self._echo(ask, requests, choices) if ask.echo else []
+            if ask.max_tokens == 0:
+                return self._echo_alone(ask, requests, echoed)
             ticket = self._worker.submit(requests, streams=bool(ask.stream))
-        except QueueFull:
-            raise ApiError(429, "too many requests run and wait; try again later", code="queue_full") from None
+        except Exception as error:
+            raise _as_api_error(error) from error
         if ask.stream:
             return TicketResponse(self._stream(ask, ticket, choices, echoed), self._worker, ticket)
         return await self._whole(http, ticket, choices, echoed)
 
-    async def _read(self, http: HTTPRequest) -> Completion:
+    async def _read(self, http: HTTPRequest) -> bytes:
         try:
-            body = await asyncio.wait_for(http.body(), self._limits.seconds)
+            return await asyncio.wait_for(http.body(), self._limits.seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, "the body did not arrive in time") from None
-        try:
-            return Completion.model_validate_json(body)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ApiError(400, f"{where or 'body'}: {first['msg']}", where or None) from None
+
+    def _requests(self, ask: Completion, prompts: list[list[int]]) -> list[Request]:
+        """A request for each prompt; what this server can never write is refused."""
+        n, block = ask.n or 1, self._model.config.block_size
+        if n > self._limits.max_rows:
+            raise ApiError(400, f"n is {n}; this server writes up to {self._limits.max_rows} texts at a time", "n")
+        if n * len(prompts) > self._worker.max_open:
+            raise ApiError(
+                400, f"{len(prompts)} prompts, n={n}; this server takes up to {self._worker.max_open} texts", "prompt"
+            )
+        for ids in prompts:
+            if len(ids) + (ask.max_tokens or 1) > block:
+                raise ApiError(
+                    400,
+                    f"the context of this model is {block} tokens; the prompt has {len(ids)} and max_tokens asks for "
+                    f"{1 if ask.max_tokens is None else ask.max_tokens} more - shorten the prompt, or ask for less",
+                    "prompt" if len(ids) >= block else "max_tokens",
+                    "context_length_exceeded",
+                )
+        requests = [ask.request(ids, self._tokenizer, block - len(ids), self._draws) for ids in prompts]
+        for request in requests:
+            self._worker.scheduler.check(request)
+            self._tokenizer.decode(request.prompt)  # a vocabulary may have ids without a token
+        return requests
 
     async def _echo(self, ask: Completion, requests: list[Request], choices: list[Choice]) -> list[dict[str, Any]]:
         """The parts that repeat the prompts, with their log-probabilities where asked for."""
@@ -177,16 +208,9 @@ class Server:
         return parts
 
     async def _prompt_logprobs(self, request: Request) -> dict[str, Any]:
-        ids, top = request.prompt, request.top
-        given = await self._worker.call(lambda: self._score(ids, top)) if len(ids) > 1 else []
-        return prompt_logprobs(self._tokenizer, ids, given, top)
-
-    def _score(self, ids: list[int], top: int) -> list[tuple[float, list[tuple[int, float]]]]:
-        """Log-probability and likeliest tokens at every place of a prompt but the first."""
-        logprobs = all_logprobs(self._model, ids)
-        values, tokens = logprobs.exp().topk(min(top, logprobs.shape[-1]))
-        likely = [list(zip(t, v, strict=True)) for t, v in zip(tokens.tolist(), values.tolist(), strict=True)]
-        return [(row[token].item(), best) for row, token, best in zip(logprobs, ids[1:], likely, strict=True)]
+        scoring = self._worker.run(score_in_pieces(self._model, request.prompt, request.top))
+        given = await asyncio.wait_for(scoring, self._limits.seconds)
+        return prompt_logprobs(self._tokenizer, request.prompt, given, request.top)
 
     def _echo_alone(self, ask: Completion, requests: list[Request], echoed: list[dict[str, Any]]) -> Response:
         if not ask.echo or ask.stream:
@@ -195,12 +219,12 @@ class Server:
         choices = [{**part, "finish_reason": "length"} for part in echoed]
         return JSONResponse({**envelope(self._name), "choices": choices, "usage": usage(prompt_tokens, 0)})
 
-    async def _parts(self, ticket: Ticket, choices: list[Choice]) -> AsyncIterator[dict[str, Any]]:
-        """The parts of all choices as they come, what comes together in one part per choice."""
+    async def _parts(self, ticket: Ticket, choices: list[Choice]) -> AsyncIterator[list[dict[str, Any]]]:
+        """The parts of all choices as they come: what comes together in one part per choice."""
         first: dict[Request, int] = {}
         for request in ticket.requests:
             first[request] = sum(known.config.num_return_sequences for known in first)
-        async for events in ticket.events(self._limits.seconds, self._pause):
+        async for events in ticket.events(self._limits.seconds, self._worker.pause):
             by_choice: dict[int, list[dict[str, Any]]] = {}
             for event in events:
                 if isinstance(event, Token):
@@ -210,12 +234,7 @@ class Server:
                     for row in event.rows:
                         index = first[event] + row.stream
                         by_choice.setdefault(index, []).append(choices[index].finish(row.finish))
-            for parts in by_choice.values():
-                yield join(parts)
-
-    def _pause(self) -> float:
-        """Seconds between the parts of one stream."""
-        return self._worker.open_sequences / self._limits.max_events
+            yield [join(parts) for parts in by_choice.values()]
 
     async def _whole(
         self, http: HTTPRequest, ticket: Ticket, choices: list[Choice], echoed: list[dict[str, Any]]
@@ -224,8 +243,9 @@ class Server:
             by_choice: list[list[dict[str, Any]]] = [[] for _ in choices]
             for part in echoed:
                 by_choice[part["index"]].append(part)
-            async for part in self._parts(ticket, choices):
-                by_choice[part["index"]].append(part)
+            async for parts in self._parts(ticket, choices):
+                for part in parts:
+                    by_choice[part["index"]].append(part)
             return [join(parts) for parts in by_choice]
 
         collecting, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(_disconnected(http))
@@ -249,18 +269,21 @@ class Server:
         head = envelope(self._name)
         wants_usage = ask.stream_options is not None and ask.stream_options.include_usage
         more = {"usage": None} if wants_usage else {}
+
+        def events(parts: list[dict[str, Any]]) -> bytes:
+            return b"".join(_event({**head, "choices": [part], **more}) for part in parts)
+
         try:
-            for part in echoed:
-                yield _event({**head, "choices": [part], **more})
-            async for part in self._parts(ticket, choices):
-                if part["text"] or part["logprobs"] or part["finish_reason"]:
-                    yield _event({**head, "choices": [part], **more})
-            if wants_usage:
-                yield _event({**head, "choices": [], "usage": _usage(ticket)})
+            if echoed:
+                yield events(echoed)
+            async for parts in self._parts(ticket, choices):
+                if data := events([p for p in parts if p["text"] or p["logprobs"] or p["finish_reason"]]):
+                    yield data
         except Exception as error:
             yield _event(_as_api_error(error).body())
             return
-        yield b"data: [DONE]\n\n"
+        last = _event({**head, "choices": [], "usage": _usage(ticket)}) if wants_usage else b""
+        yield last + b"data: [DONE]\n\n"
 
 
 class TicketResponse(StreamingResponse):
@@ -287,7 +310,13 @@ def _usage(ticket: Ticket) -> dict[str, int]:
 
 
 def _as_api_error(error: Exception) -> ApiError:
-    if isinstance(error, TimeoutError):
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, "too many requests run and wait; try again later", code="queue_full")
+    if isinstance(error, ShuttingDown):
+        return ApiError(503, "the server is shutting down", code="shutting_down")
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
         return ApiError(504, "the completion was not ready in time; ask for fewer tokens", code="timeout")
     return ApiError(500, str(error) or type(error).__name__)
 
@@ -300,16 +329,20 @@ async def _disconnected(http: HTTPRequest) -> None:
 
 def _add_error_handlers(app: FastAPI) -> None:
     def answer(error: ApiError) -> JSONResponse:
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
-        return JSONResponse(error.body(), error.status, headers)
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
+        return JSONResponse(error.body(), error.status, headers.get(error.status))
 
     async def on_api_error(_: HTTPRequest, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
         return answer(error)
 
-    async def on_http_error(_: HTTPRequest, error: Exception) -> JSONResponse:
+    async def on_http_error(http: HTTPRequest, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return answer(ApiError(error.status_code, str(error.detail)))
+        if error.status_code not in (404, 405):
+            return answer(ApiError(error.status_code, str(error.detail)))
+        message = f"{http.method} {http.url.path} is not here; there are {ROUTES}"
+        chat = "; the model continues texts and has no chat template" if "chat" in http.url.path else ""
+        return answer(ApiError(error.status_code, message + chat, code="unknown_url"))
 
     async def on_any(_: HTTPRequest, error: Exception) -> JSONResponse:
         return answer(ApiError(500, "an error of the server; its log has more"))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptfast.generation import Request, Token
 from gptfast.generation.config import GenerationConfig
@@ -17,6 +17,11 @@ from gptfast.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 MOST_LOGPROBS = 20
+MOST_STOPS = 4
+EXPECTED = {  # of fields with several types, where pydantic tells what each of them misses
+    "prompt": "expected a text, token ids, or a list of texts or of lists of token ids",
+    "stop": f"expected a text, or a list of up to {MOST_STOPS}",
+}
 
 
 class ApiError(Exception):
@@ -32,9 +37,25 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def read_body(body: bytes) -> Completion:
+    """The request in a body.
+
+    Raises:
+        ApiError: it is none; the message names the field.
+    """
+    try:
+        return Completion.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else None
+        where = ".".join(str(part) for part in first["loc"][: 1 if name in EXPECTED else None])
+        message = first["msg"] if first["type"] == "missing" else EXPECTED.get(name or "", first["msg"])
+        raise ApiError(400, f"{where or 'body'}: {message}", name) from None
+
+
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
-    include_usage: bool = False
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool | None = None
 
 
 class Completion(BaseModel):
@@ -53,15 +74,15 @@ class Completion(BaseModel):
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: bool | None = None
     stop: str | list[str] | None = None
-    seed: int | None = Field(None, ge=0, lt=2**64)
-    logit_bias: dict[str, float] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     suffix: str | None = None
     user: str | None = None
     top_k: int | None = Field(None, ge=0)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
 
     def refuse_what_is_not_here(self) -> None:
         """Raise ApiError for what the protocol has and this server does not."""
@@ -69,6 +90,10 @@ class Completion(BaseModel):
             raise ApiError(400, "best_of other than n is not supported; ask for n and choose by logprobs", "best_of")
         if self.suffix:
             raise ApiError(400, "suffix is not supported; this model continues texts only", "suffix")
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options without stream=true; set stream, or leave them out", "stream_options")
+        if len(self.stops) > MOST_STOPS or "" in self.stops:
+            raise ApiError(400, f"stop is {self.stop!r}; expected 1 to {MOST_STOPS} texts that are not empty", "stop")
 
     @property
     def stops(self) -> list[str]:
@@ -99,7 +124,7 @@ class Completion(BaseModel):
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "num_return_sequences": self.n,
-            "seed": draws.seed if self.seed is None else self.seed,
+            "seed": draws.seed if self.seed is None else self.seed % 2**64,
             "stop_strings": self.stops,
             "logit_bias": self._bias(),
             "eos_token_id": tokenizer.eos_id,
@@ -112,10 +137,11 @@ class Completion(BaseModel):
         )
 
     def _bias(self) -> dict[int, float] | None:
-        try:
-            return {int(token): value for token, value in (self.logit_bias or {}).items()} or None
-        except ValueError as error:
-            raise ApiError(400, f"logit_bias: {error}; expected token ids as keys", "logit_bias") from None
+        bias = self.logit_bias or {}
+        for token in bias:
+            if not (token.isascii() and token.isdigit() and len(token) < 10):
+                raise ApiError(400, f"logit_bias holds {token[:20]!r}; expected token ids as keys", "logit_bias")
+        return {int(token): value for token, value in bias.items()} or None
 
 
 class Draws:
@@ -145,16 +171,15 @@ class Choice:
 
     def push(self, token: Token) -> dict[str, Any]:
         """The part that a token brings."""
-        offset, text = self._offsets.push(token.id), self._text.push(token.id)
         logprobs = None
         if self._ask.logprobs is not None:
             logprobs = {
                 "tokens": [token_text(self._tokenizer, token.id)],
                 "token_logprobs": [token.logprob],
                 "top_logprobs": [_by_text(self._tokenizer, token.top)] if self._ask.logprobs else None,
-                "text_offset": [offset],
+                "text_offset": [self._offsets.push(token.id)],
             }
-        return self._part(text, logprobs, None)
+        return self._part(self._text.push(token.id), logprobs, None)
 
     def finish(self, reason: str | None) -> dict[str, Any]:
         """The part after the last token."""

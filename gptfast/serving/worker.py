@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 from gptfast.generation import Request, Scheduler, Token
 
 T = TypeVar("T")
 
+MOST_TOGETHER = 4  # tokens of a row in a step: more gains nothing
+
 log = logging.getLogger("gptfast.serve")
 
 
 class QueueFull(Exception):
     """As many requests run and wait as there may be."""
+
+
+class ShuttingDown(Exception):
+    """The server was told to stop, and gives up what it has not finished."""
 
 
 Event = Token | Request | Exception  # a new token, a request that has ended, or what went wrong
@@ -87,32 +95,66 @@ class Ticket:
         self._waits = self._ready = False
 
 
+class Errand:
+    """Work beside the writing, done piece by piece between two steps; its result arrives on the event loop."""
+
+    def __init__(self, pieces: Generator[None, None, Any]) -> None:
+        self._pieces = pieces
+        self._loop = asyncio.get_running_loop()
+        self.result: asyncio.Future[Any] = self._loop.create_future()
+
+    def advance(self) -> bool:
+        """From the worker's thread, one piece further; whether that was the last."""
+        try:
+            next(self._pieces)
+            return False
+        except StopIteration as end:
+            self.end(end.value)
+        except Exception as error:
+            self.end(error=error)
+        return True
+
+    def end(self, value: Any = None, error: Exception | None = None) -> None:
+        def tell() -> None:
+            if not self.result.done():
+                self.result.set_exception(error) if error else self.result.set_result(value)
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(tell)
+
+
 class Worker:
     """Steps a scheduler in a thread of its own while there is work.
 
     Args:
         make_scheduler: makes the scheduler, and a new one after a step has failed.
-        max_queue: how many sequences may wait beside the scheduler's max_rows.
+        max_queue: how many sequences and errands may wait beside the scheduler's max_rows.
+        max_events: parts of streams that are sent a second, all streams together.
     """
 
-    def __init__(self, make_scheduler: Callable[[], Scheduler], max_queue: int) -> None:
-        self._make = make_scheduler
+    def __init__(self, make_scheduler: Callable[[], Scheduler], max_queue: int, max_events: float) -> None:
+        self._make, self._max_events = make_scheduler, max_events
         self.scheduler = make_scheduler()
-        self._max_open = self.scheduler.max_rows + max_queue
+        self.max_open = self.scheduler.max_rows + max_queue
         self._tickets: dict[Request, Ticket] = {}
+        self._errands: list[Errand] = []
         self._commands: list[Callable[[], object]] = []
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed, self._together = False, 1
         self._thread = threading.Thread(target=self._run, name="gptfast-worker", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
-        """End every request and the thread."""
+    def stop(self) -> None:
+        """Give up what runs and waits, which is told `ShuttingDown`, and end the thread; from any thread."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._wake()
+
+    def close(self) -> None:
+        """As `stop`, and return when the thread has ended."""
+        self.stop()
         self._thread.join()
 
     @property
@@ -121,9 +163,24 @@ class Worker:
 
     @property
     def open_sequences(self) -> int:
-        """How many return sequences run or wait."""
+        """How many return sequences, and errands, run or wait."""
         with self._changed:
-            return sum(request.config.num_return_sequences for request in self._tickets)
+            return self._open()
+
+    def pause(self) -> float:
+        """Seconds between two parts of a stream."""
+        return self.open_sequences / self._max_events
+
+    def _open(self) -> int:
+        return sum(request.config.num_return_sequences for request in self._tickets) + len(self._errands)
+
+    def _check_room(self, wanted: int) -> None:
+        if self._closed:
+            raise ShuttingDown
+        if not self.alive:
+            raise RuntimeError("the worker has ended; restart the server")
+        if self._open() + wanted > self.max_open:
+            raise QueueFull
 
     def submit(self, requests: list[Request], streams: bool = True) -> Ticket:
         """Queue requests, all or none, from the event loop.
@@ -131,17 +188,13 @@ class Worker:
         Args:
             requests, streams: see `Ticket`.
         Raises:
-            TypeError, ValueError: as `Scheduler.submit`.  QueueFull: there is no room in the queue.
+            TypeError, ValueError: as `Scheduler.submit`.  QueueFull: there is no room in the queue.  ShuttingDown.
         """
-        if not self.alive:
-            raise RuntimeError("the worker has ended; restart the server")
         for request in requests:
             self.scheduler.check(request)
         ticket = Ticket(requests, streams)
         with self._changed:
-            wanted = sum(request.config.num_return_sequences for request in (*self._tickets, *requests))
-            if wanted > self._max_open:
-                raise QueueFull
+            self._check_room(sum(request.config.num_return_sequences for request in requests))
             self._tickets |= dict.fromkeys(requests, ticket)
 
         def submit() -> None:
@@ -163,46 +216,69 @@ class Worker:
 
         self._do(cancel)
 
-    async def call(self, function: Callable[[], T]) -> T:
-        """What `function()` returns when the worker runs it, between two steps."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
+    async def run(self, pieces: Generator[None, None, T]) -> T:
+        """What `pieces` returns; the worker advances it by one piece between two steps, so that texts are not kept waiting.
 
-        def set_result(result: Any, error: Exception | None) -> None:
-            if not future.done():
-                future.set_exception(error) if error else future.set_result(result)
+        Raises:
+            QueueFull: there is no room in the queue.  ShuttingDown.  Exception: what `pieces` raises.
+        """
+        errand = Errand(pieces)
+        with self._changed:
+            self._check_room(1)
+            self._errands.append(errand)
+            self._wake()
+        try:
+            return await errand.result
+        finally:
+            self._drop(errand)
 
-        def run() -> None:
-            try:
-                result, error = function(), None
-            except Exception as caught:
-                result, error = None, caught
-            loop.call_soon_threadsafe(set_result, result, error)
-
-        self._do(run)
-        return await future
+    def _drop(self, errand: Errand) -> None:
+        with self._changed:
+            if errand in self._errands:
+                self._errands.remove(errand)
 
     def _do(self, command: Callable[[], object]) -> None:
         with self._changed:
             self._commands.append(command)
-            self._changed.notify()
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.notify()
+        self.scheduler.hurry()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._commands or self._closed or self.scheduler.waiting or self.scheduler.running):
+                while not (self._commands or self._errands or self._closed or self._writes()):
                     self._changed.wait()
                 commands, self._commands = self._commands, []
+                errand = self._errands[0] if self._errands else None
                 if self._closed:
                     break
             try:
                 for command in commands:
                     command()
-                self._deliver(self.scheduler.step())
+                if errand is not None and errand.advance():
+                    self._drop(errand)
+                self._deliver(self._step())
             except Exception as error:
                 log.exception("a step failed; the requests that ran are given up")
                 self._give_up(error)
-        self._give_up(RuntimeError("the server is shutting down"))
+        self._give_up(ShuttingDown())
+        for errand in list(self._errands):
+            errand.end(error=ShuttingDown())
+
+    def _step(self) -> list[Token]:
+        """As many tokens of each row as streams send together anyway, as far as that is known from the step before."""
+        begin, made = time.perf_counter(), self.scheduler.step(self._together)
+        rows = len({(token.request, token.stream) for token in made})
+        if made:
+            a_token = (time.perf_counter() - begin) * rows / len(made)
+            self._together = max(1, min(MOST_TOGETHER, int(self.pause() / a_token)))
+        return made
+
+    def _writes(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running)
 
     def _deliver(self, tokens: list[Token]) -> None:
         by_ticket: dict[Ticket, list[Token]] = {}

@@ -1,0 +1,35 @@
+"""Log-probabilities of a prompt, piece by piece, so that texts in the making are not kept waiting for a long one."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+
+from gptfast.generation import LanguageModel
+from gptfast.generation.sequences import beside
+
+PIECE = 64  # tokens: logits of so many are held at a time
+
+Scored = tuple[float, list[tuple[int, float]]]  # a token's log-probability; the likeliest tokens with probabilities
+
+
+def score_in_pieces(model: LanguageModel, ids: list[int], top: int) -> Generator[None, None, list[Scored]]:
+    """Yields between two pieces, and returns for every token of a prompt but the first its log-probability and the `top`
+    likeliest tokens at its place."""
+    given, wanted = ids[:-1], ids[1:]
+    scored: list[Scored] = []
+    if not wanted:
+        return scored
+    sequences = model.sequences(1, len(given))
+    rows = sequences.add()
+    for start in range(0, len(given), PIECE):
+        piece = slice(start, start + PIECE)
+        with beside(sequences), torch.inference_mode():
+            logprobs = sequences.extend(rows, [given[piece]], last_only=False)[0].log_softmax(-1)
+            values, tokens = logprobs.topk(min(top, logprobs.shape[-1]))
+            own = logprobs.gather(-1, torch.tensor(wanted[piece], device=logprobs.device)[:, None])[:, 0]
+        likely = zip(tokens.tolist(), values.exp().tolist(), strict=True)
+        scored += zip(own.tolist(), [list(zip(t, v, strict=True)) for t, v in likely], strict=True)
+        yield
+    return scored

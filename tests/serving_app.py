@@ -1,0 +1,126 @@
+"""A small model behind the server, for tests: fixtures, and a model whose steps wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from generation_pairs import sharpen
+from test_cli_generate import LETTERS
+
+from gptfast import GPT, GPTConfig
+from gptfast.tokenizer import CharTokenizer
+
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+
+from gptfast.serving.app import Limits, create_app  # noqa: E402 (fastapi may be missing)
+from gptfast.serving.server import GracefulServer  # noqa: E402
+
+BLOCK = 48
+ASK = {"model": "bard", "prompt": "to be", "max_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return CharTokenizer.train(LETTERS)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(1)
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=BLOCK, vocab_size=tokenizer.vocab_size)
+    model = GPT(config).eval()
+    sharpen(model)
+    return model
+
+
+class Gated:
+    """The model, but each step waits for `gate`, and raises `failure` once where there is one."""
+
+    def __init__(self, model):
+        self.model, self.config, self.failure, self.steps = model, model.config, None, 0
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def sequences(self, rows, max_len):
+        sequences = self.model.sequences(rows, max_len)
+        extend = sequences.extend
+
+        def gated(*args, **options):
+            assert self.gate.wait(30)
+            self.steps += 1
+            if self.failure is not None:
+                failure, self.failure = self.failure, None
+                raise failure
+            return extend(*args, **options)
+
+        sequences.extend = gated
+        return sequences
+
+
+@contextmanager
+def serving(app, grace=0.0):
+    """The base URL of a running server."""
+    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=int(grace) + 1)
+    server = GracefulServer(config)
+    server.grace = grace
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 30
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < deadline
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def gated(model):
+    return Gated(model)
+
+
+@pytest.fixture(scope="module")
+def app(gated, tokenizer):
+    return create_app(gated, tokenizer, "bard", Limits(max_rows=4, max_queue=3, max_body=20_000))
+
+
+@pytest.fixture(scope="module")
+def url(app):
+    with serving(app) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def new_text(model, tokenizer, prompt, **options):
+    ids = tokenizer.encode(prompt)
+    return [tokenizer.decode(row[len(ids) :]) for row in model.generate([ids], **options)]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def closed(gated):
+    """Steps wait from now on, until the test opens the gate."""
+    gated.gate.clear()
+    yield gated.gate
+    gated.gate.set()
