@@ -10,7 +10,7 @@ from test_cuda_model import on_fake_gpu, tiny  # noqa: F401 (a fixture)
 import gptfast
 from gptfast.generation import graphed
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.scheduler import Request
+from gptfast.generation.request import Request
 from gptfast.generation.stopping import Stopping
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11], [2] * 5, [60, 0, 60]]

@@ -10,7 +10,7 @@ import gptfast
 from gptfast import generation
 from gptfast.generation import graphed
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.scheduler import Request
+from gptfast.generation.request import Request
 from gptfast.generation.stopping import Stopping
 
 from .timing import Bench, Run, that_run

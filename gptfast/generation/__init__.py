@@ -2,7 +2,8 @@
 
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.decode import Generation, Step, generate, score, stream
-from gptfast.generation.scheduler import Request, Scheduler, Token
+from gptfast.generation.request import Request, Token
+from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.sequences import CachedSequences, LanguageModel, Sequences
 
 __all__ = [

@@ -14,7 +14,8 @@ from gptfast.generation import graphed
 from gptfast.generation.beam import beam_search
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import check_ids, read_prompt, read_prompts
-from gptfast.generation.scheduler import Request, Scheduler, Token, check_top
+from gptfast.generation.request import Request, Token
+from gptfast.generation.scheduler import Scheduler, check_top
 from gptfast.generation.sequences import LanguageModel, beside
 from gptfast.generation.speculative import check_assistant
 from gptfast.generation.stopping import Stopping

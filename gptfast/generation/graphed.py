@@ -24,7 +24,7 @@ from gptfast.backend import resolve
 from gptfast.generation.choose import FAULTS
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.processors import processors
-from gptfast.generation.scheduler import Request, Row
+from gptfast.generation.request import Request, Row
 from gptfast.generation.sequences import for_generation
 from gptfast.models.kv_cache import KVCache
 

@@ -18,7 +18,8 @@ from gptfast._files import atomic_write, check_target, read_bytes, read_text
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.decode import generate
 from gptfast.generation.prompts import check_prompt
-from gptfast.generation.scheduler import Request, Scheduler
+from gptfast.generation.request import Request
+from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.sequences import LanguageModel
 from gptfast.generation.stopping import Stopping
 from gptfast.tokenizer import Tokenizer

@@ -1,0 +1,255 @@
+"""Answers POST /v1/completions, whole or in parts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from gptfast.generation import LanguageModel, Request, Token
+from gptfast.serving.protocol import (
+    ApiError,
+    Choice,
+    Completion,
+    Draws,
+    envelope,
+    join,
+    prompt_logprobs,
+    read_body,
+    usage,
+)
+from gptfast.serving.scoring import score_in_pieces
+from gptfast.serving.worker import QueueFull, ShuttingDown, Ticket, Worker
+from gptfast.tokenizer import Tokenizer
+
+LONG_BODY = 1 << 14  # bytes whose tokens may take longer than a few milliseconds to find
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes.
+
+    Args:
+        max_rows: sequences that run at a time.
+        max_queue: sequences that wait beside them, and prompts that are scored; more are refused with 429.
+        max_positions: positions of all running sequences together; None: no bound but max_rows full ones.
+        max_prompt_tokens: tokens of new prompts read per step, so that running texts are not kept waiting.
+        seconds: for one request from its arrival; then 504.
+        max_body: bytes of one request; more are refused with 413.
+        max_events: parts of streams sent per second, all streams together; with many streams the tokens of several steps
+            go out in one, as sending them one by one would take the time of the cores that write.
+    """
+
+    max_rows: int = 16
+    max_queue: int = 64
+    max_positions: int | None = None
+    max_prompt_tokens: int = 2048
+    seconds: float = 600.0
+    max_body: int = 1 << 20
+    max_events: float = 200.0
+
+
+class Server:
+    """Answers requests for completions."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, name: str, limits: Limits, worker: Worker) -> None:
+        self._model, self._tokenizer, self._name = model, tokenizer, name
+        self._limits, self._worker, self._draws = limits, worker, Draws()
+        self.card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gptfast"}
+
+    def check_model(self, name: str) -> None:
+        if name != self._name:
+            raise ApiError(404, f"the model {name!r} is not here; this is {self._name!r}", "model", "model_not_found")
+
+    async def complete(self, http: HTTPRequest) -> Response:
+        body = await self._read(http)
+        ask = read_body(body)
+        self.check_model(ask.model)
+        ask.refuse_what_is_not_here()
+        try:
+            if len(body) < LONG_BODY:
+                prompts = ask.prompts(self._tokenizer)
+            else:  # aside: the streams of others go on meanwhile
+                prompts = await asyncio.to_thread(ask.prompts, self._tokenizer)
+            requests = self._requests(ask, prompts)
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, str(error).removeprefix("generate: ")) from None
+        choices = [
+            Choice(n * request.config.num_return_sequences + stream, ask, request, self._tokenizer)
+            for n, request in enumerate(requests)
+            for stream in range(request.config.num_return_sequences)
+        ]
+        try:
+            echoed = await self._echo(ask, requests, choices) if ask.echo else []
+            if ask.max_tokens == 0:
+                return self._echo_alone(ask, requests, echoed)
+            ticket = self._worker.submit(requests, streams=bool(ask.stream))
+        except Exception as error:
+            raise _as_api_error(error) from error
+        if ask.stream:
+            return TicketResponse(self._stream(ask, ticket, choices, echoed), self._worker, ticket)
+        return await self._whole(http, ticket, choices, echoed)
+
+    async def _read(self, http: HTTPRequest) -> bytes:
+        try:
+            return await asyncio.wait_for(http.body(), self._limits.seconds)
+        except asyncio.TimeoutError:
+            raise ApiError(408, "the body did not arrive in time") from None
+
+    def _requests(self, ask: Completion, prompts: list[list[int]]) -> list[Request]:
+        """A request for each prompt; what this server can never write is refused."""
+        n, block = ask.n or 1, self._model.config.block_size
+        if n > self._limits.max_rows:
+            raise ApiError(400, f"n is {n}; this server writes up to {self._limits.max_rows} texts at a time", "n")
+        if n * len(prompts) > self._worker.max_open:
+            raise ApiError(
+                400, f"{len(prompts)} prompts, n={n}; this server takes up to {self._worker.max_open} texts", "prompt"
+            )
+        for ids in prompts:
+            if len(ids) + (ask.max_tokens or 1) > block:
+                raise ApiError(
+                    400,
+                    f"the context of this model is {block} tokens; the prompt has {len(ids)} and max_tokens asks for "
+                    f"{1 if ask.max_tokens is None else ask.max_tokens} more - shorten the prompt, or ask for less",
+                    "prompt" if len(ids) >= block else "max_tokens",
+                    "context_length_exceeded",
+                )
+        requests = [ask.request(ids, self._tokenizer, block - len(ids), self._draws) for ids in prompts]
+        for request in requests:
+            self._worker.scheduler.check(request)
+            self._tokenizer.decode(request.prompt)  # a vocabulary may have ids without a token
+        return requests
+
+    async def _echo(self, ask: Completion, requests: list[Request], choices: list[Choice]) -> list[dict[str, Any]]:
+        """The parts that repeat the prompts, with their log-probabilities where asked for."""
+        parts = []
+        for request in requests:
+            logprobs = await self._prompt_logprobs(request) if ask.logprobs is not None else None
+            for _ in range(request.config.num_return_sequences):
+                parts.append(choices[len(parts)].echo(self._tokenizer.decode(request.prompt), logprobs))
+        return parts
+
+    async def _prompt_logprobs(self, request: Request) -> dict[str, Any]:
+        scoring = self._worker.run(score_in_pieces(self._model, request.prompt, request.top))
+        given = await asyncio.wait_for(scoring, self._limits.seconds)
+        return prompt_logprobs(self._tokenizer, request.prompt, given, request.top)
+
+    def _echo_alone(self, ask: Completion, requests: list[Request], echoed: list[dict[str, Any]]) -> Response:
+        if not ask.echo or ask.stream:
+            raise ApiError(400, "max_tokens=0 is for echo=true without stream; expected at least 1", "max_tokens")
+        prompt_tokens = sum(len(request.prompt) for request in requests)
+        choices = [{**part, "finish_reason": "length"} for part in echoed]
+        return JSONResponse({**envelope(self._name), "choices": choices, "usage": usage(prompt_tokens, 0)})
+
+    async def _parts(self, ticket: Ticket, choices: list[Choice]) -> AsyncIterator[list[dict[str, Any]]]:
+        """The parts of all choices as they come: what comes together in one part per choice."""
+        first: dict[Request, int] = {}
+        for request in ticket.requests:
+            first[request] = sum(known.config.num_return_sequences for known in first)
+        async for events in ticket.events(self._limits.seconds, self._worker.pause):
+            by_choice: dict[int, list[dict[str, Any]]] = {}
+            for event in events:
+                if isinstance(event, Token):
+                    index = first[event.request] + event.stream
+                    by_choice.setdefault(index, []).append(choices[index].push(event))
+                elif isinstance(event, Request):
+                    for row in event.rows:
+                        index = first[event] + row.stream
+                        by_choice.setdefault(index, []).append(choices[index].finish(row.finish))
+            yield [join(parts) for parts in by_choice.values()]
+
+    async def _whole(
+        self, http: HTTPRequest, ticket: Ticket, choices: list[Choice], echoed: list[dict[str, Any]]
+    ) -> Response:
+        async def collect() -> list[dict[str, Any]]:
+            by_choice: list[list[dict[str, Any]]] = [[] for _ in choices]
+            for part in echoed:
+                by_choice[part["index"]].append(part)
+            async for parts in self._parts(ticket, choices):
+                for part in parts:
+                    by_choice[part["index"]].append(part)
+            return [join(parts) for parts in by_choice]
+
+        collecting, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(_disconnected(http))
+        try:
+            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not collecting.done():
+                return Response(status_code=499)  # nobody listens any more
+            joined = collecting.result()
+        except Exception as error:
+            raise _as_api_error(error) from error
+        finally:
+            leaving.cancel()
+            collecting.cancel()
+            self._worker.cancel(ticket)
+        return JSONResponse({**envelope(self._name), "choices": joined, "usage": _usage(ticket)})
+
+    async def _stream(
+        self, ask: Completion, ticket: Ticket, choices: list[Choice], echoed: list[dict[str, Any]]
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events: a chunk per part, then [DONE]."""
+        head = envelope(self._name)
+        wants_usage = ask.stream_options is not None and ask.stream_options.include_usage
+        more = {"usage": None} if wants_usage else {}
+
+        def events(parts: list[dict[str, Any]]) -> bytes:
+            return b"".join(_event({**head, "choices": [part], **more}) for part in parts)
+
+        try:
+            if echoed:
+                yield events(echoed)
+            async for parts in self._parts(ticket, choices):
+                if data := events([p for p in parts if p["text"] or p["logprobs"] or p["finish_reason"]]):
+                    yield data
+        except Exception as error:
+            yield _event(_as_api_error(error).body())
+            return
+        last = _event({**head, "choices": [], "usage": _usage(ticket)}) if wants_usage else b""
+        yield last + b"data: [DONE]\n\n"
+
+
+class TicketResponse(StreamingResponse):
+    """A stream of events whose requests are given up when it ends in any way, such as a client that leaves."""
+
+    def __init__(self, events: AsyncIterator[bytes], worker: Worker, ticket: Ticket) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._worker, self._ticket = worker, ticket
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._worker.cancel(self._ticket)
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n\n"
+
+
+def _usage(ticket: Ticket) -> dict[str, int]:
+    made = sum(row.made for request in ticket.requests for row in request.rows)
+    return usage(sum(len(request.prompt) for request in ticket.requests), made)
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, "too many requests run and wait; try again later", code="queue_full")
+    if isinstance(error, ShuttingDown):
+        return ApiError(503, "the server is shutting down", code="shutting_down")
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+        return ApiError(504, "the completion was not ready in time; ask for fewer tokens", code="timeout")
+    return ApiError(500, str(error) or type(error).__name__)
+
+
+async def _disconnected(http: HTTPRequest) -> None:
+    """Returns when the client has gone."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass

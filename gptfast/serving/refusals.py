@@ -1,0 +1,65 @@
+"""Errors as the protocol has them, and bodies that are too long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from gptfast.serving.protocol import ApiError
+
+ROUTES = "POST /v1/completions, GET /v1/models, GET /v1/models/{model} and GET /health"
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Whatever goes wrong is told in the protocol's form."""
+
+    def answer(error: ApiError) -> JSONResponse:
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
+        return JSONResponse(error.body(), error.status, headers.get(error.status))
+
+    async def on_api_error(_: HTTPRequest, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return answer(error)
+
+    async def on_http_error(http: HTTPRequest, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        if error.status_code not in (404, 405):
+            return answer(ApiError(error.status_code, str(error.detail)))
+        message = f"{http.method} {http.url.path} is not here; there are {ROUTES}"
+        chat = "; the model continues texts and has no chat template" if "chat" in http.url.path else ""
+        return answer(ApiError(error.status_code, message + chat, code="unknown_url"))
+
+    async def on_any(_: HTTPRequest, error: Exception) -> JSONResponse:
+        return answer(ApiError(500, "an error of the server; its log has more"))
+
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_any)
+
+
+class BodyLimit:
+    """ASGI middleware that refuses bodies beyond `most` bytes, announced or not."""
+
+    def __init__(self, app: Any, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        taken = 0
+
+        async def limited() -> dict[str, Any]:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._most:
+                raise ApiError(413, f"the body is over {self._most} bytes; send less")
+            return message
+
+        announced = dict(scope.get("headers", [])).get(b"content-length", b"0")
+        if announced.isdigit() and int(announced) > self._most:
+            error = ApiError(413, f"the body has {int(announced)} bytes, more than {self._most}; send less")
+            return await JSONResponse(error.body(), 413)(scope, receive, send)
+        await self._app(scope, limited if scope["type"] == "http" else receive, send)
