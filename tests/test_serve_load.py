@@ -225,7 +225,7 @@ def test_texts_go_on_between_the_pieces_of_a_scoring(app, closed, url, monkeypat
                 return end.value
             yield
 
-    monkeypatch.setattr("gptfast.serving.app.score_in_pieces", watched)
+    monkeypatch.setattr("gptfast.serving.completions.score_in_pieces", watched)
     monkeypatch.setattr("gptfast.serving.scoring.PIECE", 1)
     scoring = {**ASK, "prompt": "a" * 20, "max_tokens": 0, "echo": True, "logprobs": 1}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
