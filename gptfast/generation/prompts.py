@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from gptfast.generation.config import GenerationConfig
@@ -34,7 +33,7 @@ def read_prompts(ids: Any, model: LanguageModel, config: GenerationConfig) -> li
 
 def _split(ids: Any) -> Sequence[Any]:
     """One entry per prompt."""
-    if isinstance(ids, (Tensor, np.ndarray)):
+    if _is_array(ids):
         if ids.ndim not in (1, 2) or str(ids.dtype).removeprefix("torch.")[:3] not in ("int", "uin"):
             what = "tensor" if isinstance(ids, Tensor) else "array"
             raise TypeError(
@@ -46,9 +45,14 @@ def _split(ids: Any) -> Sequence[Any]:
     return [ids] if ids and isinstance(ids[0], Integral) else ids
 
 
+def _is_array(ids: Any) -> bool:
+    """A tensor or a numpy array; numpy itself need not be there."""
+    return hasattr(ids, "tolist") and hasattr(ids, "dtype")
+
+
 def read_prompt(which: str, row: Any) -> list[int]:
     """One prompt as a list of ids, which are not checked. `which`: as in `check_prompt`."""
-    row = row.tolist() if isinstance(row, (Tensor, np.ndarray)) else row
+    row = row.tolist() if _is_array(row) else row
     if not isinstance(row, Sequence):
         raise TypeError(f"generate: prompt{which} is {row!r}; expected a list of token ids")
     for token in row:
