@@ -1,9 +1,10 @@
-// gptfast._C: what is not a tensor operation: build information and the inference engine.
+// gptfast._C: what is not a tensor operation: build information, the inference engine, and guards of mapped files.
 #include <pybind11/pybind11.h>
 
 #include <string>
 
 #include "engine.h"
+#include "mapping.h"
 
 #ifndef GPTFAST_BUILD_FLAGS
 #define GPTFAST_BUILD_FLAGS ""
@@ -27,7 +28,8 @@ pybind11::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information of gptfast's compiled part, and its inference engine.";
+  m.doc() = "Build information of gptfast's compiled part, its inference engine, and guards of mapped files.";
   m.def("build_info", &build_info, "Compiler, torch version of the headers, and what was compiled in.");
   bind_engine(m);
+  bind_mapping(m);
 }
