@@ -1,12 +1,18 @@
 # Two commands do everything on a fresh machine with Python and g++:  make demo   and   make test.
 # They make a virtual environment of their own in .venv (VENV=… for another place) and install what they need there.
 
-PYTHON ?= python3
-VENV   ?= .venv
-TORCH  ?= torch==2.13.0
-BIN     = $(VENV)/bin
-STAMP   = $(VENV)/.installed
-SOURCES = $(shell find csrc -type f) setup.py pyproject.toml
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN      = $(VENV)/bin
+BUILT    = $(VENV)/.built
+TESTED   = $(VENV)/.test-packages
+SOURCES  = $(shell find csrc -type f) setup.py
+
+# PyPI's torch for Linux brings gigabytes of CUDA packages. PyTorch's own index has a build for CPUs, which pip prefers
+# to PyPI's of the same version (2.13.0+cpu > 2.13.0). On a machine with an NVIDIA GPU it is not asked.
+TORCH   ?= torch==2.13.0
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 2)
+PIP      = $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: help demo test test-fast test-sanitize lint bench bench-cpu bench-generate bench-gpu gpu-check wheel clean install
 
@@ -15,44 +21,57 @@ help:  ## list the targets
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(PIP) --quiet --upgrade pip
 
-# torch first: the build uses its headers, and a plain `torch` would bring gigabytes of CUDA packages.
-$(STAMP): $(SOURCES) | $(BIN)/python
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "setuptools>=77" pybind11 ninja wheel
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+# torch first: the build uses its headers. The package itself is installed without a build: the line after it builds in
+# place, and compiles only what changed.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "Installing PyTorch (once; the CPU build is about 200 MB)"; \
+		$(PIP) $(TORCH) $(TORCH_INDEX); }
+	@echo "Installing what gptfast needs"
+	$(PIP) --quiet "setuptools>=77" pybind11 ninja wheel
+	GPTFAST_BUILD=0 $(PIP) --quiet --no-build-isolation --editable .
 	@touch $@
 
-install: $(STAMP)  ## virtual environment, build, editable install
+$(BUILT): $(VENV)/.installed $(SOURCES)
+	@echo "Compiling the kernels (two to four minutes on two cores the first time, then only what changed)"
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
 
-demo: $(STAMP)  ## train a small GPT on Shakespeare for three minutes, then let it write
+$(TESTED): $(BUILT) pyproject.toml
+	@echo "Installing the packages of the tests (once, about 1.3 GB: transformers, Triton, pyright and others)"
+	$(PIP) --quiet --group test
+	@touch $@
+
+install: $(TESTED)  ## virtual environment, build, editable install, packages of the tests
+
+demo: $(BUILT)  ## train a small GPT on Shakespeare for three minutes, then let it write
 	$(BIN)/python -m gptfast.demo
 
-test: $(STAMP) lint  ## the whole test suite
+test: $(TESTED) lint  ## the whole test suite
 	$(BIN)/python -m pytest
 
-test-fast: $(STAMP)  ## the tests that take under three seconds each
+test-fast: $(TESTED)  ## the tests that take under three seconds each
 	$(BIN)/python -m pytest -m "not slow"
 
-lint: $(STAMP)  ## ruff and pyright
+lint: $(TESTED)  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(STAMP)  ## every op beside eager PyTorch and torch's own functions: table, JSON, PNG
+bench: $(TESTED)  ## every op beside eager PyTorch and torch's own functions: table, JSON, PNG
 	$(BIN)/python -m gptfast bench
 
-bench-cpu: $(STAMP)  ## the same with malloc as installed and tuned, and the training step of GPT-2 beside transformers
+bench-cpu: $(TESTED)  ## the same with malloc as installed and tuned, and the training step of GPT-2 beside transformers
 	$(BIN)/python -m gptfast bench --out runs/bench/installed
 	$(BIN)/python -m gptfast bench --tune-malloc --out runs/bench/tuned
 	$(BIN)/python benchmarks/bench_step.py
 
-bench-generate: $(STAMP)  ## generation with GPT-2 by format, beside transformers, llama.cpp and CTranslate2; the server
+bench-generate: $(TESTED)  ## generation with GPT-2 by format, beside transformers, llama.cpp and CTranslate2; the server
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_serve.py
 
-test-sanitize: $(STAMP)  ## the op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
+test-sanitize: $(TESTED)  ## the op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python scripts/test_sanitize.py
 
 gpu-check: install  ## on a machine with an NVIDIA GPU: every op on it, compute-sanitizer, benchmarks
@@ -61,9 +80,8 @@ gpu-check: install  ## on a machine with an NVIDIA GPU: every op on it, compute-
 bench-gpu: install  ## the CUDA kernels beside PyTorch's: table, benchmarks/results/<gpu>.json
 	$(BIN)/python benchmarks/bench_gpu.py
 
-wheel: $(BIN)/python  ## sdist and wheel in dist/
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet build "setuptools>=77" pybind11 ninja wheel
+wheel: $(VENV)/.installed  ## sdist and wheel in dist/
+	$(PIP) --quiet build
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:  ## remove what was built, not the virtual environment

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from setuptools import Command, Extension, setup
+from setuptools import __version__ as setuptools_version
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -53,11 +54,13 @@ NO_TORCH = """
 gptfast's compiled ops need the headers of PyTorch >= 2.11, and no torch was found in {places}.
 Install PyTorch first, then gptfast:
 
-    pip install torch                 # or, for the CPU build: pip install torch --index-url <PyTorch's CPU index>
+    pip install torch --index-url https://download.pytorch.org/whl/cpu     # or, with CUDA: pip install torch
+    pip install "setuptools>=77" pybind11 ninja
     pip install --no-build-isolation .
 
 GPTFAST_BUILD=0 pip install .  installs pure Python instead (every op runs in eager PyTorch).
 """
+BUILD_TOOLS = 'pip install "setuptools>=77" pybind11 ninja'
 
 
 def fail(message: str) -> None:
@@ -244,7 +247,10 @@ def emulated_ops(torch: Path, cuda: Cuda, variant: str) -> Library:
 
 
 def python_module(torch: Path, cuda: Cuda | None) -> Library:
-    import pybind11
+    try:
+        import pybind11
+    except ImportError:
+        fail(f"pybind11 was not found; the build needs it: {BUILD_TOOLS}")
 
     include = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
     defines = [
@@ -315,7 +321,7 @@ def ninja_command() -> str:
 
         return str(Path(ninja.BIN_DIR) / "ninja")
     except ImportError:
-        return shutil.which("ninja") or fail("ninja was not found: pip install ninja") or ""
+        return shutil.which("ninja") or fail(f"ninja was not found; the build needs it: {BUILD_TOOLS}") or ""
 
 
 def free_memory() -> float:
@@ -387,6 +393,10 @@ class EmulatorBuild(Command):
 
 
 BUILD = os.environ.get("GPTFAST_BUILD", "1") != "0"
+if (
+    int(setuptools_version.split(".")[0]) < 77
+):  # older ones refuse the licence in pyproject.toml, in ten lines of their own
+    fail(f"setuptools {setuptools_version} is too old; gptfast needs >= 77: {BUILD_TOOLS}")
 setup(
     ext_modules=[Extension("gptfast._C", sources=[])] if BUILD else [],
     cmdclass={"build_ext": NinjaBuild, "build_emu": EmulatorBuild} if BUILD else {},

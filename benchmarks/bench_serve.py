@@ -91,7 +91,7 @@ def main() -> None:
     try:
         from openai import OpenAI
     except ImportError:
-        raise SystemExit("openai is not installed; pip install 'gptfast[serve]' openai") from None
+        raise SystemExit("openai is not installed; pip install 'gptfast-kernels[serve]' openai") from None
     machine = measure_machine()
     print(f"{machine.name}, {THREADS} threads, {machine.isa}, torch {machine.torch}")
     torch.manual_seed(0)

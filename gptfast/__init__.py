@@ -8,7 +8,7 @@ from gptfast.malloc import tune_malloc
 from gptfast.models import GPT, GPTConfig
 
 try:
-    __version__ = version("gptfast")
+    __version__ = version("gptfast-kernels")
 except PackageNotFoundError:  # imported from a source folder that was never installed
     __version__ = "0+source"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,33 @@ def test_files_can_be_read_in_one_sitting():
             if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
                 lines = len(path.read_text().splitlines())
                 assert lines <= 800, f"{path.relative_to(ROOT)} has {lines} lines; split it"
+
+
+@needs_tree
+@pytest.mark.parametrize(
+    ("missing", "match"),
+    [
+        ("sys.modules['pybind11'] = None", "gptfast: pybind11 was not found; the build needs it: pip install"),
+        ("import setuptools; setuptools.__version__ = '68.2.0'", "gptfast: setuptools 68.2.0 is too old"),
+    ],
+)
+def test_a_missing_build_tool_is_one_sentence(missing, match, tmp_path):
+    command = ["setup.py", "-q", "build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}"]
+    code = f"import runpy, sys; {missing}; sys.argv = {command}; runpy.run_path('setup.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert match in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_tree
+def test_the_distribution_has_a_name_of_its_own():
+    """`gptfast` on PyPI is somebody else's: no document or message may tell a user to install that."""
+    told = re.compile(r"pip install[^\n#]*[ '\"]gptfast(?![-/.\w])")
+    for path in [
+        ROOT / "README.md",
+        ROOT / "setup.py",
+        *(ROOT / "gptfast").rglob("*.py"),
+        *(ROOT / "docs").rglob("*.md"),
+    ]:
+        assert not told.search(path.read_text(encoding="utf-8")), f"{path.relative_to(ROOT)} installs another project"

@@ -82,4 +82,4 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["gptfast", "serve", "--model", "x"])
     with pytest.raises(SystemExit):
         main()
-    assert "serve: uvicorn is not installed; pip install 'gptfast[serve]'" in capsys.readouterr().err
+    assert "serve: uvicorn is not installed; pip install 'gptfast-kernels[serve]'" in capsys.readouterr().err

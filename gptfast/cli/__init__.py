@@ -31,7 +31,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        print(version("gptfast"))
+        print(version("gptfast-kernels"))
         raise typer.Exit
 
 

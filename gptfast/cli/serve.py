@@ -54,7 +54,7 @@ def serve(
         from gptfast.serving.app import Limits, create_app
         from gptfast.serving.server import bind, run
     except ImportError as error:
-        raise ImportError(f"serve: {error.name} is not installed; pip install 'gptfast[serve]'") from None
+        raise ImportError(f"serve: {error.name} is not installed; pip install 'gptfast-kernels[serve]'") from None
     with bind(host, port) as bound:
         writer, tokenizer = load(model, quantize)
         limits = Limits(max_rows=batch_size, max_queue=max_queue, seconds=timeout)
