@@ -1,15 +1,36 @@
 """gptfast: GPTs that train, fine-tune and generate fast on the machine you have."""
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from gptfast import engine, nn, ops
-from gptfast.backend import backend
-from gptfast.malloc import tune_malloc
-from gptfast.models import GPT, GPTConfig
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("gptfast-kernels")
-except PackageNotFoundError:  # imported from a source folder that was never installed
-    __version__ = "0+source"
+from gptfast._version import __version__
 
-__all__ = ["GPT", "GPTConfig", "backend", "engine", "nn", "ops", "tune_malloc"]
+if TYPE_CHECKING:
+    from gptfast import engine, nn, ops
+    from gptfast.backend import backend
+    from gptfast.malloc import tune_malloc
+    from gptfast.models import GPT, GPTConfig
+
+__all__ = ["GPT", "GPTConfig", "__version__", "backend", "engine", "nn", "ops", "tune_malloc"]
+
+# Imported when first used, because torch takes seconds: `gptfast --help` does not wait for it, and what has to be set
+# before torch loads can be. Every other name is a module of the package; `gptfast.backend` is one that can be called.
+_CLASSES = {"GPT": "gptfast.models", "GPTConfig": "gptfast.models", "tune_malloc": "gptfast.malloc"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        value = getattr(import_module(_CLASSES[name]), name)
+    elif find_spec(f"gptfast.{name}"):
+        value = import_module(f"gptfast.{name}")
+    else:
+        raise AttributeError(f"module 'gptfast' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,11 +7,13 @@ GPTFAST_BACKEND) never falls back: it raises with the cause and the remedy.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -231,3 +233,13 @@ def force_cpu_isa(name: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.gptfast.set_cpu_isa(previous)
+
+
+class _CallableModule(ModuleType):
+    """`gptfast.backend("eager")`: the package has the module under the name of its most used function."""
+
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        return backend(name)
+
+
+sys.modules[__name__].__class__ = _CallableModule

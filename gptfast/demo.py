@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gptfast.openmp import bound_spinning
+
 OUT = Path("runs/demo")
 PLAYS = "shakespeare:comedy,history,tragedy"  # held out by play; the poems would make a validation set of another kind
 TRAIN = [
@@ -20,6 +22,7 @@ TEMPERATURES = (0.5, 0.8, 1.0)
 
 def main() -> int:
     """Train, write, compare; returns the exit code."""
+    bound_spinning()
     print(f"$ gptfast train {' '.join(TRAIN)}\n", flush=True)
     code = subprocess.run([sys.executable, "-m", "gptfast", "train", *TRAIN], check=False).returncode
     if code:

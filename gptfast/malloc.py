@@ -24,6 +24,8 @@ def tune_malloc(top_pad_megabytes: int = 64) -> bool:
 
     Without it the ops of gptfast keep up to 256 MB of their own freed results for the next ones.
 
+    Where other programs use the same cores, see also `gptfast.openmp.bound_spinning`.
+
     Args:
         top_pad_megabytes: how much more than needed is asked of the kernel each time, in MiB.
     Returns:

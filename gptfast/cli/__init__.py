@@ -29,9 +29,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from gptfast import __version__
 
-        print(version("gptfast-kernels"))
+        print(__version__)
         raise typer.Exit
 
 
