@@ -6,7 +6,8 @@
 
 GPTFAST_BUILD=0 installs pure Python: every op then runs in eager PyTorch.
 GPTFAST_CUDA=auto|1|0: build the CUDA ops where nvcc is found and torch is a CUDA build (auto), always, or never.
-TORCH_CUDA_ARCH_LIST names the GPUs, as for torch's own extensions, such as "8.0;9.0a;9.0+PTX" (the default).
+TORCH_CUDA_ARCH_LIST names the GPUs, as for torch's own extensions, such as "8.0;9.0+PTX" (the default). 9.0 is built as
+9.0a, which has wgmma and TMA and runs on every GPU of capability 9.0; GPUs below 8.0 are left out.
 MAX_JOBS bounds the number of compilers at work.
 
 `python setup.py build_emu [--variant=race|asan]` builds build/emu/…/emu_ops.so for the tests: the CUDA kernels on the CPU.
@@ -48,7 +49,8 @@ ISA_FLAGS = {
 }
 
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-CUDA_ARCHS = "8.0;9.0a;9.0+PTX"  # newer GPUs compile the PTX when they first run it
+CUDA_ARCHS = "8.0;9.0+PTX"  # newer GPUs compile the PTX when they first run it
+OLDEST_GPU = 8.0
 
 NO_TORCH = """
 gptfast's compiled ops need the headers of PyTorch >= 2.11, and no torch was found in {places}.
@@ -101,6 +103,7 @@ class Cuda:
     home: Path
     version: str
     archs: list[str]  # "8.0", "9.0a", "9.0+PTX"
+    left_out: list[str]  # of TORCH_CUDA_ARCH_LIST
 
     def describe(self) -> str:
         """Such as `sm_80, sm_90a, PTX 9.0; nvcc 13.0`."""
@@ -116,19 +119,32 @@ class Cuda:
         return flags
 
 
-def cuda_archs() -> list[str]:
-    """TORCH_CUDA_ARCH_LIST; there 9.0+PTX means both code and PTX, as for torch's own extensions."""
-    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+def cuda_archs() -> tuple[list[str], list[str]]:
+    """What TORCH_CUDA_ARCH_LIST asks for, as "8.0" for code and "9.0+PTX" for PTX; and what of it is left out.
+
+    There 9.0+PTX means both, as for torch's own extensions. Code for 9.0 is always that of 9.0a: without the "a" the Hopper
+    kernels have no body, and a library with both would leave the choice to the driver.
+    """
     archs: list[str] = []
-    for arch in re.split(r"[;,\s]+", (given or CUDA_ARCHS).strip(" ;,")):
-        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+    left_out: list[str] = []
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,\t\n") or CUDA_ARCHS
+    for arch in re.split(r"[;,\s]+", asked):
+        match = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", arch)
+        if not match:
             fail(f"TORCH_CUDA_ARCH_LIST names {arch!r}; expected a list such as {CUDA_ARCHS!r}")
-        if float(re.match(r"[\d.]+", arch)[0]) < 8.0:
-            fail(
-                f"TORCH_CUDA_ARCH_LIST names {arch}; gptfast's CUDA kernels need 8.0 or newer, or build with GPTFAST_CUDA=0"
-            )
-        archs += [arch.removesuffix("+PTX"), arch] if given and arch.endswith("+PTX") else [arch]
-    return list(dict.fromkeys(archs))
+            continue
+        number, feature, ptx = match.groups()
+        if float(number) < OLDEST_GPU:
+            left_out.append(arch)
+            continue
+        archs.append("9.0a" if number == "9.0" else number + feature)
+        archs += [arch] if ptx else []
+    if not archs:
+        fail(
+            f"TORCH_CUDA_ARCH_LIST names {', '.join(left_out)}; gptfast's CUDA kernels need {OLDEST_GPU} or newer, or build "
+            "with GPTFAST_CUDA=0"
+        )
+    return list(dict.fromkeys(archs)), list(dict.fromkeys(left_out))
 
 
 def find_nvcc() -> Path | None:
@@ -152,7 +168,7 @@ def find_cuda() -> Cuda | None:
     if not top or not release:
         fail(f"{nvcc} does not run: {said.stderr or version}")
     home = Path(top[1].strip()).parent
-    return Cuda(nvcc, home, release[1], cuda_archs())
+    return Cuda(nvcc, home, release[1], *cuda_archs())
 
 
 def wanted_cuda(torch: Path) -> tuple[Cuda | None, str]:
@@ -348,6 +364,15 @@ def run_ninja(libs: list[Library], build_dir: Path, out_dir: Path) -> None:
         fail("the compiler reported errors (above).")
 
 
+def say_what_was_built(cuda: Cuda | None, reason: str) -> None:
+    if cuda and cuda.left_out:
+        print(
+            f"gptfast: TORCH_CUDA_ARCH_LIST names {', '.join(cuda.left_out)}: left out, the kernels need {OLDEST_GPU}"
+        )
+    what = f"the CUDA ops ({cuda.describe()})" if cuda else f"no CUDA ops: {reason}"
+    print(f"gptfast: built the CPU ops (scalar, AVX2, AVX-512, AVX-512 BF16); {what}")
+
+
 class NinjaBuild(build_ext):
     """`build_ext` that hands everything to ninja: per-file flags and incremental builds."""
 
@@ -357,8 +382,7 @@ class NinjaBuild(build_ext):
         torch = find_torch()
         cuda, reason = wanted_cuda(torch)
         run_ninja(libraries(torch, cuda), Path(self.build_temp).resolve(), out_dir)
-        what = f"the CUDA ops ({cuda.describe()})" if cuda else f"no CUDA ops: {reason}"
-        print(f"gptfast: built the CPU ops (scalar, AVX2, AVX-512, AVX-512 BF16); {what}")
+        say_what_was_built(cuda, reason)
 
     def get_outputs(self) -> list[str]:
         return []

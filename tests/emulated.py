@@ -75,6 +75,20 @@ def load(variant: str | None = None) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def configure(order: str = "forward", lazy: bool = True, seed: int = 1, smem: int = 0) -> None:
-    """How kernels run from now on: the order of warps and lanes, late or early asynchronous copies, a smaller GPU."""
+def configure(
+    order: str = "forward",
+    lazy: bool = True,
+    seed: int = 1,
+    smem: int = 0,
+    hopper_code: bool = True,
+    maps: bool = True,
+) -> None:
+    """How kernels run from now on: the order of warps and lanes, late or early asynchronous copies; and on which GPU: one of
+    less shared memory, one for which the library has no code of sm_90a, or one whose driver makes no TMA maps."""
     load().gptfast_emu_configure(ORDERS[order], seed, int(lazy), int(lazy), smem)
+    load().gptfast_emu_play(int(hopper_code), int(maps))
+
+
+def shared_memory() -> int:
+    """The bytes of shared memory that the last kernel with more than 48 KB asked for."""
+    return load().gptfast_emu_shared_memory()

@@ -52,6 +52,33 @@ def test_older_gpus(case, dtype, emu):
     check_case(case, dtype, seed=1)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "on_hopper"),
+    [({}, True), ({"smem": OLDER_GPU}, False), ({"hopper_code": False}, False), ({"maps": False}, False)],
+    ids=["hopper", "older", "built without sm_90a", "no maps"],
+)
+def test_hopper_kernels_run_where_they_have_a_body(gpu, on_hopper, emu):
+    """Where the library has none for the GPU, or the driver makes no TMA map, those for every GPU run, and are right."""
+    emulated.configure(**gpu)
+    case = attention(70, 128, B=2)
+    check_case(case, torch.bfloat16)
+    assert (emulated.shared_memory() > OLDER_GPU) == on_hopper  # of the last kernel of the backward
+    ops.causal_attention(*case.inputs(torch.bfloat16))
+    assert (emulated.shared_memory() > OLDER_GPU) == on_hopper
+    emulated.configure()
+    ops.causal_attention(*case.inputs(torch.bfloat16))
+    assert emulated.shared_memory() > OLDER_GPU, "what was found of one GPU holds for another"
+
+
+def test_a_refused_call_leaves_no_error_to_the_next(emu):
+    """CUDA keeps the last error until it is asked for: the next launch would report it as its own."""
+    q = torch.randn(1, 1, 70, 128)
+    emulated.configure(smem=50 << 10)  # less than any GPU has
+    with pytest.raises(RuntimeError, match="causal_attention: the CUDA launch failed"):
+        ops.causal_attention(q, q, q, backend="emu")
+    assert ops.gelu(q, backend="emu").isfinite().all()
+
+
 FEW_QUERIES = [  # decode_attention
     attention(1, 64, S=700, H=3),
     attention(1, 33, S=600, layout="strided", seq_lens=torch.tensor([555])),

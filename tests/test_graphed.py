@@ -3,6 +3,8 @@ the ordinary loop; on fake CUDA tensors none of them waits for a value."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from test_cuda_model import on_fake_gpu, tiny  # noqa: F401 (a fixture)
@@ -107,6 +109,7 @@ def test_no_step_waits_for_the_gpu(sampling, on_fake_gpu, monkeypatch):  # noqa:
     monkeypatch.setattr(graphed, "_addresses", lambda model: ())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     # the method asks for a driver, even of fake tensors
     monkeypatch.setattr(torch.Tensor, "copy_", lambda to, x: torch.ops.aten.copy_.default(to, x))
     model = on_fake_gpu.eval()

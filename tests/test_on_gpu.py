@@ -137,6 +137,21 @@ def test_generation_waits_once_a_burst():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_generation_on_a_gpu_that_is_not_the_current_one():
+    """Two models, on the first and on the last GPU, in graphs."""
+    torch.manual_seed(0)
+    config = gptfast.GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=128, vocab_size=300, dropout=0.0)
+    model = gptfast.GPT(config).eval()
+    expected = model.generate([[4, 5, 6], [7]], max_new_tokens=30, temperature=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for gpu in (torch.cuda.device_count() - 1, 0):
+            there = gptfast.GPT(config).eval()
+            there.load_state_dict(model.state_dict())
+            assert there.to(f"cuda:{gpu}").generate([[4, 5, 6], [7]], max_new_tokens=30, temperature=0.0) == expected
+
+
 def test_on_another_stream():
     x = torch.randn(4096, 4096, device="cuda")
     expected = ops.gelu(x)
@@ -150,7 +165,7 @@ def test_on_another_stream():
 
 def test_in_a_cuda_graph():
     x, w = torch.randn(64, 768, device="cuda"), torch.randn(768, device="cuda")
-    ops.layer_norm(x, w)
+    ops.layer_norm(x, w), ops.sample(x, top_k=5)  # a kernel is loaded when it first runs, which a capture may refuse
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = ops.layer_norm(x, w)

@@ -42,7 +42,7 @@ struct Launch {
   }
   bool capturing() const {  // into a CUDA graph
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    return cudaStreamIsCapturing(stream, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
+    return cleared(cudaStreamIsCapturing(stream, &status)) == cudaSuccess && status != cudaStreamCaptureStatusNone;
   }
 };
 #endif
@@ -61,16 +61,17 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
                   " device: move it with .to(device)");
 }
 
-// What `make` allocates. The stable ABI keeps the allocator's words to itself, so they are said again here; trainers
-// that try a smaller batch look for "out of memory".
+// What `make` allocates. torch's words are kept, but for the place in its sources; the older stable ABI has none of the
+// allocator's. Trainers that try a smaller batch look for "out of memory".
 template <class F> Tensor allocated(const char* op, IntHeaderOnlyArrayRef size, F make) {
   try {
     return make();
-  } catch (const std::exception&) {
-    std::string shape;
+  } catch (const std::exception& error) {
+    std::string shape, said = error.what();
     for (const i64 n : size) shape += (shape.empty() ? "" : ", ") + std::to_string(n);
+    said = said.substr(0, said.find(" API call failed at "));
     STD_TORCH_CHECK(false, op, ": ", kDevice, " out of memory: no room for a tensor of shape (", shape,
-                    "); use a smaller batch or shorter sequences, or free other tensors");
+                    "); use a smaller batch or shorter sequences, or free other tensors (in torch: ", said, ")");
   }
 }
 inline Tensor new_tensor(const char* op, const Tensor& like, IntHeaderOnlyArrayRef size, ScalarType dtype) {

@@ -7,7 +7,7 @@ namespace {
 // "" when device `index` can run them, else why not.
 std::string trouble(i64 index) {
   cudaDeviceProp device;
-  if (const cudaError_t error = cudaGetDeviceProperties(&device, int(index)); error != cudaSuccess)
+  if (const cudaError_t error = cleared(cudaGetDeviceProperties(&device, int(index))); error != cudaSuccess)
     return cudaGetErrorString(error);
   if (device.major < 8)
     return std::string(device.name) + " has compute capability " + std::to_string(device.major) + "." +

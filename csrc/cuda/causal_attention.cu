@@ -27,13 +27,17 @@ cudaError_t causal_attention_fwd(AttentionParams p, cudaStream_t stream) {
   if (!p.B || !p.H || !p.T) return cudaSuccess;
   p = prepared(p);
   if (decode_attention_splits(p)) return decode_attention(p, stream);
-  return causal_attention_fwd_sm90_takes(p) ? causal_attention_fwd_sm90(p, stream) : causal_attention_fwd_sm80(p, stream);
+  if (causal_attention_fwd_sm90_takes(p))
+    if (const cudaError_t error = causal_attention_fwd_sm90(p, stream); error != kMapRefused) return error;
+  return causal_attention_fwd_sm80(p, stream);
 }
 cudaError_t causal_attention_bwd(AttentionParams p, cudaStream_t stream) {
   if (!p.B || !p.H) return cudaSuccess;
   p = prepared(p);
   if (const cudaError_t error = causal_attention_delta(p, stream)) return error;
-  return causal_attention_bwd_sm90_takes(p) ? causal_attention_bwd_sm90(p, stream) : causal_attention_bwd_sm80(p, stream);
+  if (causal_attention_bwd_sm90_takes(p))
+    if (const cudaError_t error = causal_attention_bwd_sm90(p, stream); error != kMapRefused) return error;
+  return causal_attention_bwd_sm80(p, stream);
 }
 
 }  // namespace gptfast::cuda

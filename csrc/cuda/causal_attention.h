@@ -46,7 +46,9 @@ i64 causal_attention_partial(const AttentionParams&);
 cudaError_t causal_attention_fwd(AttentionParams, cudaStream_t);
 cudaError_t causal_attention_bwd(AttentionParams, cudaStream_t);
 
-// Parts of the forward, each for the calls that it takes on.
+// Parts of the forward, each for the calls that it takes on. Those for Hopper return kMapRefused where the driver makes no
+// TMA map of a tensor; the ones for sm_80 then do all of it.
+constexpr cudaError_t kMapRefused = cudaErrorNotSupported;
 cudaError_t causal_attention_fwd_sm80(const AttentionParams&, cudaStream_t);  // all
 cudaError_t causal_attention_bwd_sm80(const AttentionParams&, cudaStream_t);  // all
 bool causal_attention_fwd_sm90_takes(const AttentionParams&);

@@ -28,7 +28,7 @@ struct BackwardMaps {
 };
 
 template <class C, bool DROPOUT>
-__global__ void __launch_bounds__(C::THREADS, 1)
+__global__ void HOPPER_BOUNDS(C::THREADS)
     attention_backward_sm90(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps) {
 #if defined(GPTFAST_HOPPER)
   using E = typename C::E;
@@ -226,6 +226,8 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   } else {
     finish(sum0, p.scale, 0, p.dq);
   }
+#else
+  __trap();
 #endif
 }
 
@@ -233,12 +235,12 @@ template <class C, bool DROPOUT> cudaError_t launch(const AttentionParams& p, cu
   const Heads &a0 = C::KEYS ? p.k : p.q, &a1 = C::KEYS ? p.v : p.dout;
   const Heads &b0 = C::KEYS ? p.q : p.k, &b1 = C::KEYS ? p.dout : p.v;
   const int rows = C::KEYS ? p.S : p.T, others = C::KEYS ? p.T : p.S;
+  auto kernel = attention_backward_sm90<C, DROPOUT>;
+  if (const cudaError_t error = allow_smem(kernel, C::SMEM)) return error;  // makes a context current, which maps need
   BackwardMaps maps;
   if (!map_of(&maps.a0, p, a0, rows, C::BM) || !map_of(&maps.a1, p, a1, rows, C::BM) ||
       !map_of(&maps.b0, p, b0, others, C::BN) || !map_of(&maps.b1, p, b1, others, C::BN))
-    return cudaErrorInvalidValue;
-  auto kernel = attention_backward_sm90<C, DROPOUT>;
-  if (const cudaError_t error = allow_smem(kernel, C::SMEM)) return error;
+    return kMapRefused;
   LAUNCH(kernel, dim3(unsigned(ceil_div(rows, C::BM) * p.B * p.H)), dim3(C::THREADS), C::SMEM, stream, p, maps);
   return cudaGetLastError();
 }
@@ -255,8 +257,10 @@ template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream
 }  // namespace
 
 bool causal_attention_bwd_sm90_takes(const AttentionParams& p) {
-  return on_hopper(p, BackwardShape90<bf16, 128, true>::SMEM) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) &&
-         has_map(p, p.v, p.S) && has_map(p, p.dout, p.T);
+  using C = BackwardShape90<bf16, 128, true>;
+  static HopperGpus gpus(attention_backward_sm90<C, false>, C::THREADS, C::SMEM);
+  return has_hopper_shape(p) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) && has_map(p, p.v, p.S) &&
+         has_map(p, p.dout, p.T) && gpus.has_current();
 }
 
 cudaError_t causal_attention_bwd_sm90(const AttentionParams& p, cudaStream_t stream) {

@@ -22,7 +22,7 @@ struct HopperMaps {
 };
 
 template <class C, bool DROPOUT>
-__global__ void __launch_bounds__(C::THREADS, 1)
+__global__ void HOPPER_BOUNDS(C::THREADS)
     attention_forward_sm90(const __grid_constant__ AttentionParams p, const __grid_constant__ HopperMaps maps) {
 #if defined(GPTFAST_HOPPER)
   using E = typename C::E;
@@ -177,16 +177,18 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     tma_commit();
     tma_wait_read<0>();
   }
+#else
+  __trap();
 #endif
 }
 
 template <class C, bool DROPOUT> cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
+  auto kernel = attention_forward_sm90<C, DROPOUT>;
+  if (const cudaError_t error = allow_smem(kernel, C::SMEM)) return error;  // makes a context current, which maps need
   HopperMaps maps;
   if (!map_of(&maps.q, p, p.q, p.T, C::BM) || !map_of(&maps.k, p, p.k, p.S, C::BN) ||
       !map_of(&maps.v, p, p.v, p.S, C::BN) || !map_of(&maps.y, p, p.y, p.T, 16))
-    return cudaErrorInvalidValue;
-  auto kernel = attention_forward_sm90<C, DROPOUT>;
-  if (const cudaError_t error = allow_smem(kernel, C::SMEM)) return error;
+    return kMapRefused;
   LAUNCH(kernel, dim3(unsigned(ceil_div(p.T, C::BM) * p.B * p.H)), dim3(C::THREADS), C::SMEM, stream, p, maps);
   return cudaGetLastError();
 }
@@ -202,8 +204,9 @@ template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream
 }  // namespace
 
 bool causal_attention_fwd_sm90_takes(const AttentionParams& p) {
-  return on_hopper(p, HopperShape<bf16, 128, 2>::SMEM) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) &&
-         has_map(p, p.v, p.S);
+  using C = HopperShape<bf16, 128, 2>;
+  static HopperGpus gpus(attention_forward_sm90<C, false>, C::THREADS, C::SMEM);
+  return has_hopper_shape(p) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) && has_map(p, p.v, p.S) && gpus.has_current();
 }
 
 cudaError_t causal_attention_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {

@@ -10,6 +10,13 @@
 #if defined(CUDA_EMU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define GPTFAST_HOPPER 1  // this pass compiles for sm_90a
 #endif
+// The launch bounds of a kernel whose body needs GPTFAST_HOPPER. Other device passes make a kernel that traps, and that no
+// launch of the threads it needs can start: the host reads the bound before it chooses the kernel (has_body).
+#if defined(GPTFAST_HOPPER) || !defined(__CUDA_ARCH__)
+#define HOPPER_BOUNDS(threads) __launch_bounds__(threads, 1)
+#else
+#define HOPPER_BOUNDS(threads) __launch_bounds__(32, 1)
+#endif
 
 namespace gptfast::cuda {
 
@@ -137,7 +144,7 @@ struct EmuMap {
   uint32_t rows;
 };
 inline bool tensor_map(CUtensorMap* map, const TensorShape& x, uint32_t rows) {
-  bool valid = uintptr_t(x.data) % 16 == 0 && rows <= 256;
+  bool valid = emu::opt().maps && uintptr_t(x.data) % 16 == 0 && rows <= 256;
   for (uint64_t s : x.stride) valid = valid && s && s % 16 == 0 && s < 1ull << 40;
   for (uint64_t n : x.dim) valid = valid && n && n <= 1ull << 32;
   const EmuMap e{x, rows};

@@ -2,7 +2,9 @@
 // torch. A launcher checks nothing, allocates nothing and returns what the launch returned; it does not wait.
 //
 // Conventions: pointers are device pointers; strides are in elements; the last dimension is contiguous; `dtype` is the
-// type behind a void pointer. Results depend on the shapes alone, not on the GPU or on the order in which blocks run.
+// type behind a void pointer. On GPUs of one architecture results depend on the shapes alone, not on the order in which
+// blocks run nor on how many run at once. From one architecture to another the last bits of attention may differ: tiles
+// have other sizes, and mma and wgmma round partial sums differently.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -52,6 +54,13 @@ cudaError_t sum_parts(const SumPartsParams&, cudaStream_t);
 
 // Whether the current device can run the kernels of this library.
 cudaError_t probe();
+
+// What a call of the runtime has returned. The runtime also keeps an error until it is asked for the last one: a refusal
+// that stays there would be reported by the next launch, which is healthy.
+inline cudaError_t cleared(cudaError_t error) {
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  return error;
+}
 
 struct GeluParams {
   Rows x;        // (R, C)

@@ -10,7 +10,7 @@ __global__ void nothing() {}
 
 cudaError_t probe() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(nothing));
+  return cleared(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(nothing)));
 }
 
 }  // namespace gptfast::cuda

@@ -204,8 +204,9 @@ cudaError_t sample(const SampleParams& p, cudaStream_t stream) {
   if (!p.R) return cudaSuccess;
   if (p.V >= i64(1) << kCountBits) return cudaErrorInvalidValue;
   int device = 0, most = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaError_t error = cleared(cudaGetDevice(&device));
+  if (error == cudaSuccess)
+    error = cleared(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   if (error != cudaSuccess) return error;
   return with_dtype(p.logits.dtype, [&](auto t) {
     using T = decltype(t);

@@ -8,9 +8,10 @@ B rows, H heads, D head_dim, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -42,10 +43,23 @@ def takes(model: Any, requests: list[Request]) -> TypeGuard[GPT]:
 
     if not isinstance(model, GPT) or not model.wte.weight.is_cuda or torch.is_autocast_enabled("cuda"):
         return False
-    if torch.cuda.is_current_stream_capturing() or not _simple(requests):
+    with _current(model.wte.weight.device):
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing or not _simple(requests):
         return False
     banded = any(model.config.window_of(layer) is not None for layer in range(model.config.n_layer))
     return not banded and all(resolve(op, None, model.wte.weight) == "cuda" for op in KERNELS)
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """The model's GPU is the current one inside: captures, and the streams that they look at, are of the current GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """torch has one for the whole process, on the GPU that captured first."""
+    return torch.cuda.Stream(device)
 
 
 def _simple(requests: list[Request]) -> bool:
@@ -62,18 +76,19 @@ def run(model: GPT, requests: list[Request], decoder: Decoder | None = None) -> 
     longest = max(len(request.prompt) for request in requests) + config.max_new_tokens
     with for_generation(model):
         decoder = decoder or _decoder_of(model, rows, longest)
-        live = decoder.read(model, requests)
-        made, limit = 0, config.max_new_tokens
-        while live:
-            count = min(BURST, limit - made)
-            tokens = decoder.burst(model, count, _sampling(config), last=made + count == limit)
-            made += count
-            for row in live:
-                _take(row, tokens[row.index])
-            if any(row.request.error is not None for row in live):
-                return
-            live = [row for row in live if not row.finish]
-            decoder.gather(live)
+        with _current(decoder.device):
+            live = decoder.read(model, requests)
+            made, limit = 0, config.max_new_tokens
+            while live:
+                count = min(BURST, limit - made)
+                tokens = decoder.burst(model, count, _sampling(config), last=made + count == limit)
+                made += count
+                for row in live:
+                    _take(row, tokens[row.index])
+                if any(row.request.error is not None for row in live):
+                    return
+                live = [row for row in live if not row.finish]
+                decoder.gather(live)
 
 
 def _take(row: Row, new: list[int]) -> None:
@@ -153,6 +168,7 @@ class Decoder:
 
     def __init__(self, model: GPT, rows: int, max_len: int) -> None:
         weight, self._rows = model.wte.weight, bucket_of(rows)
+        self.device = weight.device
         self.store = KVCache(model.config, self._rows, max_len, weight.dtype, weight.device)
         for stored in (self.store.k, self.store.v):
             stored.zero_()  # rows of the bucket that nobody has are read too
@@ -227,7 +243,7 @@ class Decoder:
 
     def _graph_of(self, name: str, options: tuple, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """The captured step for the present bucket; None where there is no GPU, or it cannot capture this."""
-        if self.store.k.device.type != "cuda":
+        if self.device.type != "cuda":
             return None
         key = (name, options, self.bucket)
         if key not in self._graphs:
@@ -237,19 +253,26 @@ class Decoder:
         return self._graphs[key]
 
     def _captured(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            with self._undone():
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    step()  # what libraries set up when they first run cannot be captured
-                torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, pool=self._pool):
-                step()
+            with torch.cuda.stream(stream):  # a capture that fails leaves its own as the current one
+                with self._undone():
+                    side = torch.cuda.Stream(self.device)
+                    side.wait_stream(stream)
+                    with torch.cuda.stream(side):
+                        step()  # what libraries set up when they first run cannot be captured
+                    stream.wait_stream(side)
+                with warnings.catch_warnings(record=True) as told:
+                    warnings.simplefilter("always")
+                    with torch.cuda.graph(graph, pool=self._pool, stream=_capture_stream(self.device)):
+                        step()
+            if empty := [str(w.message) for w in told if "Graph is empty" in str(w.message)]:
+                raise RuntimeError(empty[0])  # its replays would do nothing
         except RuntimeError as error:
             warnings.warn(f"generate: no CUDA graph of a step, which runs uncaptured: {error}", stacklevel=2)
             return None
+        for w in told:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
         return graph
 
     @contextmanager

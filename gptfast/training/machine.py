@@ -78,7 +78,8 @@ def choose_dtype(device: torch.device | str = "cpu") -> tuple[str, str]:
     """("bfloat16" or "float32", the reason in words): bfloat16 where its matrix products are clearly faster here."""
     device = torch.device(device)
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # the question is of the current GPU
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bfloat16", "this GPU has it") if native else ("float32", "this GPU has no bfloat16")
     ratio = gemm_flops(torch.bfloat16, device) / gemm_flops(torch.float32, device)
     name = "bfloat16" if ratio >= _FASTER else "float32"

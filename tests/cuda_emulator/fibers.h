@@ -17,6 +17,7 @@ struct Options {
   unsigned seed = 1;
   bool lazy = true, lazy_mma = true, poison = true;
   int threads = 1;
+  bool hopper_code = true, maps = true;  // false: the library was built without sm_90a; the driver makes no TMA map
 };
 inline Options& opt() {
   static Options o = [] {

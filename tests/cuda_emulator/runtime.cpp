@@ -2,20 +2,28 @@
 // emulator, linked in place of libcudart.
 #include <cuda_runtime_api.h>
 
+#include <utility>
+
 namespace {
 constexpr int kSmemOptin = 227 << 10;  // of an H100; gptfast_emu_configure can play a smaller GPU
-int smem_optin = kSmemOptin;
+int smem_optin = kSmemOptin, smem_asked = 0;
+thread_local cudaError_t last_error = cudaSuccess;
+cudaError_t refused(cudaError_t error) { return last_error = error; }
 }  // namespace
 
 extern "C" {
 
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= smem_optin ? cudaSuccess : cudaErrorInvalidValue;
+  smem_asked = bytes;
+  return bytes <= smem_optin ? cudaSuccess : refused(cudaErrorInvalidValue);
 }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->maxThreadsPerBlock = emu::opt().hopper_code ? 1024 : 32;  // as HOPPER_BOUNDS says
+  return cudaSuccess;
+}
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emu::opt().hopper_code ? 0 : 1;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -24,7 +32,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMultiProcessorCount: *value = 4; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-    default: return cudaErrorInvalidValue;
+    default: return refused(cudaErrorInvalidValue);
   }
 }
 const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an emulated error"; }
@@ -36,4 +44,9 @@ __attribute__((visibility("default"))) void gptfast_emu_configure(int order, uns
   emu::opt().lazy = lazy_copies != 0, emu::opt().lazy_mma = lazy_mma != 0;
   smem_optin = smem ? smem : kSmemOptin;
 }
+// Another GPU: one for which the library has no code of sm_90a (hopper_code 0), or whose driver makes no TMA maps.
+__attribute__((visibility("default"))) void gptfast_emu_play(int hopper_code, int maps) {
+  emu::opt().hopper_code = hopper_code != 0, emu::opt().maps = maps != 0;
+}
+__attribute__((visibility("default"))) int gptfast_emu_shared_memory() { return smem_asked; }
 }
