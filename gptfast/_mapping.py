@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 
@@ -55,10 +56,13 @@ class MappedFile(mmap.mmap):
         """
         return self._descriptor.state() != self._state or self._failed()
 
-    def accept(self) -> bool:
-        """Take the file as it is now for unchanged, which only one of the old size can be; returns whether it was taken."""
+    def accept(self, same: Callable[[], bool] | None = None) -> bool:
+        """Take the file as it is now for unchanged; whether it was taken. Only one of the old size can be.
+
+        same: looks whether the content is still the old one.
+        """
         state = self._descriptor.state()
-        if state[0] != self._state[0] or self._failed():
+        if state[0] != self._state[0] or (same is not None and not same()) or self._failed():
             return False
         self._state = state
         return True
@@ -70,12 +74,14 @@ class MappedFile(mmap.mmap):
             OSError: it was; the text names the file.
         """
         if self.changed():
-            raise OSError(
+            error = OSError(
                 errno.EIO,
                 "the file was changed, cut short or could not be read while it is in use; open it again, and replace such "
                 "files by renaming a new one over them",
                 self.path,
             )
+            error.explained = True  # type: ignore[attr-defined] (see gptfast._files)
+            raise error
 
     def _failed(self) -> bool:
         return self._guard is not None and self._guard.failed

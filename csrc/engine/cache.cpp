@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 #include <sys/mman.h>
 
@@ -50,6 +51,34 @@ void Cache::drop_from(Row& row, size_t first) {
   for (size_t i = first; i < row.pages.size(); i++) drop(row.pages[i]);
   row.pages.resize(std::min(first, row.pages.size()));
   row.data.resize(row.pages.size());
+}
+
+void Cache::check_live(const char* what, i64 row) const {
+  if (live(row)) return;
+  throw std::invalid_argument(std::string(what) + ": row " + std::to_string(row) +
+                              " is not in use; rows come from add() and end with release()");
+}
+void Cache::check_rows(const char* what, const std::vector<i64>& rows) const {
+  std::vector<i64> sorted(rows);
+  std::sort(sorted.begin(), sorted.end());
+  for (i64 row : rows) check_live(what, row);
+  const auto twin = std::adjacent_find(sorted.begin(), sorted.end());
+  if (twin != sorted.end())
+    throw std::invalid_argument(std::string(what) + ": row " + std::to_string(*twin) +
+                                " is there twice; expected different rows");
+}
+void Cache::check_room(const char* what, i64 row, i64 count) const {
+  if (count <= max_len_ - length(row)) return;
+  throw std::invalid_argument(std::string(what) + ": row " + std::to_string(row) + " holds " +
+                              std::to_string(length(row)) + " positions and " + std::to_string(count) +
+                              " more do not fit into max_len = " + std::to_string(max_len_) +
+                              "; shorten the text or make the sequences longer (up to block_size)");
+}
+void Cache::check_free(i64 count) const {
+  if (count >= 0 && count <= free_rows()) return;
+  throw std::runtime_error("sequences: " + std::to_string(count) + " more rows do not fit, " +
+                           std::to_string(free_rows()) + " of " + std::to_string(capacity()) +
+                           " are free; release rows that have ended, or ask for a larger capacity");
 }
 
 i64 Cache::free_rows() const {

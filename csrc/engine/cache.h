@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "format.h"
@@ -21,6 +22,14 @@ class Cache {
   bool live(i64 row) const { return row >= 0 && row < capacity() && rows_[size_t(row)].live; }
   i64 length(i64 row) const { return rows_[size_t(row)].length; }
   i64 free_rows() const;
+  i64 length_of(i64 row) const { return live(row) ? length(row) : 0; }
+
+  // What a call asks for is checked where it acts, under the engine's lock: another thread may have been there since the
+  // caller looked. `what` names the call. std::invalid_argument, or std::runtime_error where there is no room for rows.
+  void check_live(const char* what, i64 row) const;
+  void check_rows(const char* what, const std::vector<i64>& rows) const;  // in use, without repeats
+  void check_room(const char* what, i64 row, i64 count) const;            // for count more positions
+  void check_free(i64 count) const;
   i64 bytes() const { return page_bytes_ * i64(pages_made_); }
 
   i64 add();                                                                 // an empty row; -1 when there is no room

@@ -11,6 +11,8 @@ void Engine::decode(Cache& cache, const std::vector<i64>& rows, const std::vecto
                     const std::vector<i64>& ends, i64 steps, bool more, std::atomic<bool>& interrupted, float* logits,
                     i64 ld, std::vector<std::vector<int>>& tokens) {
   const std::lock_guard guard(mutex_);
+  cache.check_rows("decode", rows);
+  for (i64 row : rows) cache.check_room("decode", row, steps - !more);
   std::vector<size_t> active(rows.size());
   for (size_t i = 0; i < rows.size(); i++) active[i] = i;
   tokens.assign(rows.size(), {});

@@ -58,6 +58,8 @@ double Engine::read_rate(int times) {
 void Engine::extend(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
                     bool last_only, float* out, i64 ld) {
   const std::lock_guard guard(mutex_);
+  cache.check_rows("extend", rows);
+  for (size_t i = 0; i < rows.size(); i++) cache.check_room("extend", rows[i], counts[i]);
   extend_locked(cache, rows, counts, tokens, last_only, out, ld);
 }
 

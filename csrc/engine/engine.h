@@ -72,7 +72,8 @@ class Engine {
   // Packs fp32 values (N, K), rows ld apart, as the weight of this name.
   void pack(const Weight& weight, const float* values, i64 ld);
   // Appends counts[i] tokens to rows[i]; logits of the last token of each row, or of all tokens, to `out`, rows ld >= V
-  // rounded up to 32 apart. Room is reserved before anything is computed: a failure leaves the rows as they were.
+  // rounded up to 32 apart. Rows and room are checked and memory is reserved before anything is computed: a failure
+  // leaves the rows as they were. `tokens` are in the vocabulary.
   void extend(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
               bool last_only, float* out, i64 ld);
   // One token for each row of logits, each drawn as it asks; -1 where the row holds nan, -2 where nothing but -inf.

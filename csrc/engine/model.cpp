@@ -1,10 +1,54 @@
 #include "model.h"
 
+#include <cmath>
+#include <stdexcept>
+
 namespace gptfast::engine {
+
+namespace {
+constexpr i64 kMostOf = (i64(1) << 31) - 1;  // of each size; products of two of them fit into 64 bits
+constexpr i64 kMostHead = 256;               // channels of a head
+
+// Sizes come from files: their products and sums do not wrap.
+i64 product(i64 a, i64 b) {
+  i64 result;
+  if (__builtin_mul_overflow(a, b, &result)) throw std::invalid_argument("the model's sizes leave 64 bits");
+  return result;
+}
+i64 sum(i64 a, i64 b) {
+  i64 result;
+  if (__builtin_add_overflow(a, b, &result)) throw std::invalid_argument("the model's sizes leave 64 bits");
+  return result;
+}
+}  // namespace
+
+void Shape::check() const {
+  const std::pair<const char*, i64> sizes[] = {{"n_layer", layers}, {"n_head", heads},         {"n_embd", C},
+                                               {"inner_dim", F},    {"vocab_size", V},         {"block_size", positions},
+                                               {"window", window + 1}};
+  for (const auto& [name, value] : sizes)
+    if (value < 1 || value > kMostOf)
+      throw std::invalid_argument(std::string(name) + " is out of range; expected a size below 2**31");
+  if (C % heads || C / heads > kMostHead)
+    throw std::invalid_argument("n_embd is " + std::to_string(C) + " and n_head " + std::to_string(heads) +
+                                "; expected heads of equal size, at most 256");
+  if (!(eps > 0 && std::isfinite(eps)) || !std::isfinite(embed_scale))
+    throw std::invalid_argument("eps or embed_scale is no finite number");
+}
+
+i64 Weight::bytes() const { return product(panels(N), K ? panel_bytes(format, K) : kPanel * 4); }
+
+i64 Model::bytes_of(const Shape& shape, const Formats& formats) {
+  shape.check();
+  Shape none = shape, one = shape;
+  none.layers = 0, one.layers = 1;
+  const i64 outside = Model(none, formats).bytes;
+  return sum(outside, product(shape.layers, Model(one, formats).bytes - outside));  // all layers are alike
+}
 
 Weight Model::place(const std::string& name, Weight weight) {
   weight.offset = bytes;
-  bytes += round_up(weight.bytes(), 64);
+  bytes = sum(bytes, round_up(weight.bytes(), 64));
   by_name[name] = weight;
   return weight;
 }

@@ -16,6 +16,7 @@ struct Shape {
   float embed_scale = 1.f;  // of the token embedding
 
   i64 D() const { return C / heads; }
+  void check() const;  // std::invalid_argument where a number cannot be a model's
   i64 window_of(i64 layer) const { return layer % 2 ? window : 0; }
 };
 
@@ -24,7 +25,7 @@ struct Weight {
   Format format = Format::f32;
   i64 N = 0, K = 0;
   i64 offset = -1;  // bytes into the block; -1: the model has none
-  i64 bytes() const { return K ? panels(N) * panel_bytes(format, K) : panels(N) * kPanel * 4; }
+  i64 bytes() const;
 };
 struct Norm {
   Weight weight, bias;
@@ -44,6 +45,9 @@ struct Formats {
 
 struct Model {
   Model(const Shape& shape, const Formats& formats);
+  // Of the packed weights, from the numbers alone: nothing is built that is as large as they say. The constructor takes
+  // time and memory for each layer: compare this with the bytes that are there before.
+  static i64 bytes_of(const Shape& shape, const Formats& formats);
 
   Shape shape;
   Weight wte, wpe;  // wpe: fp32, positions rows of C rounded up to a panel

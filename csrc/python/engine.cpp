@@ -1,52 +1,24 @@
-// The inference engine for Python: pointers come in as integers or buffers; checks that speak to users are in
-// gptfast.engine.
+// The inference engine for Python. Whatever could corrupt memory is checked here or in the engine, under its lock;
+// gptfast.engine says the rest in its users' words.
 #include "engine.h"
 
 #include <pthread.h>
-#include <pybind11/stl.h>
 
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
-#include "../engine/engine.h"
+#include "arguments.h"
 
 namespace py = pybind11;
 
 namespace gptfast::engine {
 namespace {
-
-Format format_named(const std::string& name) {
-  for (int i = 0; i < kFormats; i++)
-    if (name == kFormatNames[i]) return Format(i);
-  throw std::invalid_argument("unknown format " + name);
-}
-cpu::DType type_named(const std::string& name) {
-  if (name == "float32") return cpu::DType::f32;
-  if (name == "float16") return cpu::DType::f16;
-  if (name == "bfloat16") return cpu::DType::bf16;
-  throw std::invalid_argument("unknown type " + name);
-}
-Shape shape_of(const py::dict& d) {
-  Shape s;
-  auto count = [&](const char* key) { return d[key].cast<i64>(); };
-  auto flag = [&](const char* key) { return d[key].cast<bool>(); };
-  s.layers = count("n_layer"), s.heads = count("n_head"), s.C = count("n_embd"), s.F = count("inner_dim");
-  s.V = count("vocab_size"), s.positions = count("block_size"), s.window = count("window");
-  s.pre_norm = flag("pre_norm"), s.final_norm = flag("final_norm"), s.gelu_tanh = flag("gelu_tanh");
-  s.tied = flag("tied"), s.bias = flag("bias");
-  s.eps = d["eps"].cast<float>(), s.embed_scale = d["embed_scale"].cast<float>();
-  return s;
-}
-Formats formats_of(const py::dict& d) {
-  auto of = [&](const char* key) { return format_named(d[key].cast<std::string>()); };
-  return {of("c_attn"), of("attn_proj"), of("c_fc"), of("mlp_proj"), of("head")};
-}
 
 // fork() waits until no engine computes: the child, which has none of the other threads, would wait for ever for a lock
 // that one of them held.
@@ -76,14 +48,6 @@ class Forks {
   static inline std::set<Engine*> engines_;
 };
 
-using SamplingTuple = std::tuple<float, i64, double, uint64_t, i64>;  // of gptfast.generation.sequences
-std::vector<Sampling> samplings_of(const std::vector<SamplingTuple>& tuples) {
-  std::vector<Sampling> samplings;
-  for (const auto& [temperature, top_k, top_p, seed, stream] : tuples)
-    samplings.push_back({temperature, top_k, top_p, seed, stream});
-  return samplings;
-}
-
 // An engine and the memory it reads.
 class PyEngine {
  public:
@@ -92,13 +56,18 @@ class PyEngine {
       : keep_(std::move(weights)), info_(keep_.request()) {
     const Kernels* k = kernels(isa.c_str());
     if (!k) throw std::invalid_argument("instruction set " + isa + " cannot run here");
+    if (threads < 1 || threads > kMostThreads) throw std::invalid_argument("threads must be 1 to 1024");
     const Shape s = shape_of(shape);
     const Formats f = formats_of(formats);
-    if (info_.size * info_.itemsize < Model(s, f).bytes)
-      throw std::invalid_argument("the weights' memory is too small");
+    const i64 there = info_.size * info_.itemsize, needed = Model::bytes_of(s, f);
+    if (there != needed || info_.ndim != 1 || info_.strides[0] != info_.itemsize)
+      throw std::invalid_argument("the model does not fit its weights: they take " + std::to_string(needed) +
+                                  " bytes, and " + std::to_string(there) + " are there");
     if (reinterpret_cast<uintptr_t>(info_.ptr) % 64)
       throw std::invalid_argument("the weights' memory is not aligned to 64");
-    engine_ = std::make_unique<Engine>(s, f, static_cast<char*>(info_.ptr), threads, type_named(cache), *k);
+    const cpu::DType type = type_named(cache);
+    const py::gil_scoped_release release;  // as many layers as bytes allow
+    engine_ = std::make_unique<Engine>(s, f, static_cast<char*>(info_.ptr), threads, type, *k);
     Forks::add(engine_.get());
   }
   ~PyEngine() {
@@ -108,30 +77,47 @@ class PyEngine {
   PyEngine& operator=(const PyEngine&) = delete;
   Engine& get() { return *engine_; }
 
-  void pack(const std::string& name, uintptr_t values, i64 N, i64 K, i64 ld) {
+  std::vector<std::string> weight_names() {
+    std::vector<std::string> names;
+    for (const auto& [name, weight] : engine_->model().by_name) names.push_back(name);
+    return names;
+  }
+
+  // A matrix of values, or a vector.
+  void pack(const std::string& name, const py::object& capsule) {
+    const Matrix values(name.c_str(), capsule);
     const auto found = engine_->model().by_name.find(name);
     if (found == engine_->model().by_name.end()) throw std::invalid_argument("the model has no weight " + name);
-    if (found->second.N != N || found->second.K != K) throw std::invalid_argument(name + " has another shape");
+    const Weight& w = found->second;
+    if (w.K ? values.rows != w.N || values.columns != w.K : values.rows != 1 || values.columns != w.N)
+      throw std::invalid_argument(name + " has another shape");
     if (info_.readonly) throw std::invalid_argument("the weights' memory cannot be written");
     const py::gil_scoped_release release;
-    engine_->pack(found->second, reinterpret_cast<const float*>(values), ld);
+    engine_->pack(w, values.data, values.ld);
   }
 
   // See Engine::draw.
-  std::vector<i64> draw(const std::vector<SamplingTuple>& samplings, const std::vector<i64>& positions,
-                        uintptr_t logits, i64 ld) {
-    if (samplings.size() != positions.size()) throw std::invalid_argument("as many samplings as positions are needed");
+  std::vector<i64> draw(const std::vector<SamplingTuple>& tuples, const std::vector<i64>& positions,
+                        const py::object& capsule) {
+    const Matrix logits("draw", capsule);
+    const std::vector<Sampling> samplings = samplings_of("draw", tuples);
+    if (samplings.size() != positions.size())
+      throw std::invalid_argument("draw: as many samplings as positions are needed");
+    for (i64 position : positions)
+      if (position < 0 || position > UINT32_MAX) throw std::invalid_argument("draw: a position is outside [0, 2**32)");
+    check_logits("draw", logits, i64(samplings.size()), engine_->model().shape.V);
     const py::gil_scoped_release release;
-    return engine_->draw(samplings_of(samplings), positions, reinterpret_cast<const float*>(logits), ld);
+    return engine_->draw(samplings, positions, logits.data, logits.ld);
   }
 
  private:
+  static constexpr int kMostThreads = 1024;
   py::buffer keep_;
   py::buffer_info info_;
   std::unique_ptr<Engine> engine_;
 };
 
-// Sequences of one engine.
+// Sequences of one engine. Every call checks and acts under one lock.
 class PyCache {
   template <class Fn>
   auto locked(Fn f) {
@@ -139,79 +125,96 @@ class PyCache {
     const std::lock_guard guard(engine_->get().lock());
     return f();
   }
-  void live_row(i64 row) {
-    if (!cache_.live(row)) throw std::invalid_argument("row " + std::to_string(row) + " is not in use");
-  }
+  i64 panels_of_logits() const { return round_up(engine_->get().model().shape.V, kPanel); }
 
  public:
   PyCache(std::shared_ptr<PyEngine> engine, i64 capacity, i64 max_len)
-      : engine_(std::move(engine)), cache_(engine_->get().page_bytes(), capacity, max_len) {}
+      : engine_(std::move(engine)), cache_(checked(*engine_, capacity, max_len), capacity, max_len) {}
 
-  i64 add() {
-    return locked([&] { return cache_.add(); });
-  }
-  i64 free_rows() {
-    return locked([&] { return cache_.free_rows(); });
+  std::vector<i64> add(i64 count, std::optional<i64> like) {
+    return locked([&] {
+      if (like) cache_.check_live("add", *like);
+      cache_.check_free(count);
+      std::vector<i64> rows;
+      for (i64 n = 0; n < count; n++) rows.push_back(cache_.add());
+      if (like) cache_.copy(rows, std::vector<i64>(rows.size(), *like));
+      return rows;
+    });
   }
   i64 bytes() {
     return locked([&] { return cache_.bytes(); });
   }
-  bool live(i64 row) {
-    return locked([&] { return cache_.live(row); });
-  }
-  i64 length(i64 row) {
-    return locked([&] { return live_row(row), cache_.length(row); });
+  std::vector<i64> lengths() {
+    return locked([&] {
+      std::vector<i64> all;
+      for (i64 row = 0; row < cache_.capacity(); row++) all.push_back(cache_.length_of(row));
+      return all;
+    });
   }
   void release(i64 row) {
-    locked([&] { return live_row(row), cache_.release(row), 0; });
+    locked([&] { return cache_.check_live("release", row), cache_.release(row), 0; });
   }
   void truncate(i64 row, i64 length) {
-    locked([&] { return live_row(row), cache_.truncate(row, length), 0; });
+    locked([&] {
+      cache_.check_live("truncate", row);
+      if (length < 0 || length > cache_.length(row))
+        throw std::invalid_argument("truncate: length is " + std::to_string(length) + "; row " + std::to_string(row) +
+                                    " holds " + std::to_string(cache_.length(row)) + " positions");
+      return cache_.truncate(row, length), 0;
+    });
   }
   void copy(const std::vector<i64>& rows, const std::vector<i64>& sources) {
+    if (rows.size() != sources.size()) throw std::invalid_argument("reorder: as many rows as sources are needed");
     locked([&] {
-      if (rows.size() != sources.size()) throw std::invalid_argument("as many rows as sources are needed");
-      for (i64 row : rows) live_row(row);
-      for (i64 row : sources) live_row(row);
+      cache_.check_rows("reorder", rows);
+      for (i64 row : sources) cache_.check_live("reorder", row);
       return cache_.copy(rows, sources), 0;
     });
   }
   void extend(const std::vector<i64>& rows, const std::vector<i64>& counts, const std::vector<int>& tokens,
-              bool last_only, uintptr_t out, i64 ld) {
-    const Shape& s = engine_->get().model().shape;
+              bool last_only, const py::object& capsule) {
+    const Matrix out("extend", capsule);
+    if (rows.size() != counts.size()) throw std::invalid_argument("extend: as many counts as rows are needed");
     i64 total = 0;
-    for (size_t i = 0; i < rows.size(); i++) {
-      live_row(rows[i]);
-      if (counts.at(i) < 1 || cache_.length(rows[i]) + counts[i] > cache_.max_len())
-        throw std::invalid_argument("no room");
-      total += counts[i];
+    for (i64 count : counts) {
+      if (count < 1 || count > i64(tokens.size()) - total) throw std::invalid_argument("extend: counts and tokens differ");
+      total += count;
     }
-    if (total != i64(tokens.size())) throw std::invalid_argument("counts and tokens differ");
+    if (total != i64(tokens.size())) throw std::invalid_argument("extend: counts and tokens differ");
     for (int token : tokens)
-      if (token < 0 || token >= s.V) throw std::invalid_argument("token outside the vocabulary");
+      if (token < 0 || token >= engine_->get().model().shape.V)
+        throw std::invalid_argument("extend: a token is outside the vocabulary");
+    check_logits("extend", out, last_only ? i64(rows.size()) : total, panels_of_logits());
     const py::gil_scoped_release release;
-    engine_->get().extend(cache_, rows, counts, tokens.data(), last_only, reinterpret_cast<float*>(out), ld);
+    engine_->get().extend(cache_, rows, counts, tokens.data(), last_only, out.data, out.ld);
   }
 
   // From any thread, also while another one decodes.
   void interrupt() { interrupted_ = true; }
 
   // Returns what each row got; see Engine::decode.
-  std::vector<std::vector<int>> decode(const std::vector<i64>& rows, const std::vector<SamplingTuple>& samplings,
-                                       const std::vector<i64>& ends, i64 steps, bool more, uintptr_t logits, i64 ld) {
-    for (i64 row : rows) {
-      live_row(row);
-      if (cache_.length(row) + steps - !more > cache_.max_len()) throw std::invalid_argument("no room");
-    }
-    if (samplings.size() != rows.size()) throw std::invalid_argument("as many samplings as rows are needed");
+  std::vector<std::vector<int>> decode(const std::vector<i64>& rows, const std::vector<SamplingTuple>& tuples,
+                                       const std::vector<i64>& ends, i64 steps, bool more, const py::object& capsule) {
+    const Matrix logits("decode", capsule);
+    const std::vector<Sampling> samplings = samplings_of("decode", tuples);
+    if (samplings.size() != rows.size()) throw std::invalid_argument("decode: as many samplings as rows are needed");
+    if (steps < 1) throw std::invalid_argument("decode: steps is " + std::to_string(steps) + "; expected at least 1");
+    check_logits("decode", logits, i64(rows.size()), panels_of_logits());
     std::vector<std::vector<int>> tokens;
     const py::gil_scoped_release release;
-    engine_->get().decode(cache_, rows, samplings_of(samplings), ends, steps, more, interrupted_,
-                          reinterpret_cast<float*>(logits), ld, tokens);
+    engine_->get().decode(cache_, rows, samplings, ends, steps, more, interrupted_, logits.data, logits.ld, tokens);
     return tokens;
   }
 
  private:
+  // The bytes of a page, where the sizes are some that the engine can have.
+  static i64 checked(PyEngine& engine, i64 capacity, i64 max_len) {
+    if (capacity < 1) throw std::invalid_argument("sequences: the capacity must be at least 1");
+    if (capacity >= i64(1) << 31) throw std::bad_alloc();
+    if (max_len < 1 || max_len > engine.get().model().shape.positions)
+      throw std::invalid_argument("sequences: max_len must be 1 to block_size");
+    return engine.get().page_bytes();
+  }
   std::shared_ptr<PyEngine> engine_;
   Cache cache_;
   std::atomic<bool> interrupted_{false};
@@ -224,6 +227,7 @@ void bind_engine(py::module_& m) {
   using namespace gptfast::engine;
   py::class_<PyEngine, std::shared_ptr<PyEngine>>(m, "Engine")
       .def(py::init<const py::dict&, const py::dict&, py::buffer, int, const std::string&, const std::string&>())
+      .def("weight_names", &PyEngine::weight_names)
       .def("pack", &PyEngine::pack)
       .def("draw", &PyEngine::draw)
       .def("read_rate",
@@ -235,12 +239,10 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("page_bytes", [](PyEngine& e) { return e.get().page_bytes(); })
       .def_property_readonly("work_bytes", [](PyEngine& e) { return e.get().work_bytes(); });
   py::class_<PyCache>(m, "Cache")
-      .def(py::init<std::shared_ptr<PyEngine>, i64, i64>())
+      .def(py::init<std::shared_ptr<PyEngine>, i64, i64>(), py::call_guard<py::gil_scoped_release>())
       .def("add", &PyCache::add)
-      .def("free_rows", &PyCache::free_rows)
       .def("bytes", &PyCache::bytes)
-      .def("live", &PyCache::live)
-      .def("length", &PyCache::length)
+      .def("lengths", &PyCache::lengths)
       .def("release", &PyCache::release)
       .def("truncate", &PyCache::truncate)
       .def("copy", &PyCache::copy)
@@ -248,11 +250,6 @@ void bind_engine(py::module_& m) {
       .def("decode", &PyCache::decode)
       .def("interrupt", &PyCache::interrupt);
   m.def("packed_bytes", [](const py::dict& shape, const py::dict& formats) {
-    return Model(shape_of(shape), formats_of(formats)).bytes;
-  });
-  m.def("weight_names", [](const py::dict& shape, const py::dict& formats) {
-    std::vector<std::string> names;
-    for (const auto& [name, weight] : Model(shape_of(shape), formats_of(formats)).by_name) names.push_back(name);
-    return names;
+    return Model::bytes_of(shape_of(shape), formats_of(formats));
   });
 }

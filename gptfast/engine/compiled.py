@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from gptfast.backend import cpu_isa
 from gptfast.engine import file
@@ -45,13 +46,14 @@ class CompiledGPT:
         threads: int | None = None,
         max_rows: int | None = None,
         cache_dtype: Any = None,
+        source: file.PackedFile | None = None,
     ) -> None:
         from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
         self.config, self.dtype = config, dtype
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
         self.cache_dtype = _cache_dtype(cache_dtype, dtype)
-        self._formats, self._weights = formats, weights
+        self._formats, self._weights, self._source = formats, weights, source
         threads = usual_threads() if threads is None else _count("threads", threads, MOST_THREADS)
         self._core = _C.Engine(shape_of(config), formats, weights, threads, self.cache_dtype, cpu_isa() or "scalar")
 
@@ -75,7 +77,13 @@ class CompiledGPT:
             threads=threads,
             max_rows=self.max_rows,
             cache_dtype=self.cache_dtype,
+            source=self._source,
         )
+
+    def check_weights(self) -> None:
+        """Raise OSError where the weights lie in a file that somebody has changed since; see `file.PackedFile.check`."""
+        if self._source is not None:
+            self._source.check()
 
     def sequences(self, capacity_rows: int = 1, max_len: int | None = None) -> EngineSequences:
         """Room for running sequences; see `EngineSequences`. Keys and values take memory as they come."""
@@ -84,7 +92,7 @@ class CompiledGPT:
                 f"sequences: capacity_rows is {capacity_rows} and the model was compiled with max_rows={self.max_rows}; "
                 "compile it with more, or run fewer at a time"
             )
-        return EngineSequences(self._core, self.config, capacity_rows, max_len)
+        return EngineSequences(self._core, self.config, capacity_rows, max_len, self.check_weights)
 
     def logits(self, ids: Any) -> Tensor:
         """fp32 logits (B, T, V) of token ids (B, T), or (T, V) of (T,).
@@ -121,7 +129,8 @@ class CompiledGPT:
         Raises:
             OSError: it cannot be written; a file that was there is intact.
         """
-        file.save(path, self.config, self._formats, self.dtype, memoryview(self._weights))
+        weights = memoryview(self._weights)
+        file.save(path, self.config, self._formats, self.dtype, weights, self.check_weights)
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -143,7 +152,7 @@ def shape_of(config: GPTConfig) -> dict[str, Any]:
     names = ("n_layer", "n_head", "n_embd", "inner_dim", "vocab_size", "block_size", "final_norm", "bias")
     return {
         **{name: getattr(config, name) for name in names},
-        "window": config.window or 0,
+        "window": min(config.window or 0, config.block_size),
         "pre_norm": config.norm_position == "pre",
         "gelu_tanh": config.activation == "gelu_tanh",
         "tied": config.tie_weights,
@@ -176,7 +185,7 @@ def compile_model(
     compiled = CompiledGPT(
         model.config, name, formats, weights, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype
     )
-    _pack(model, compiled._core, _C.weight_names(shape, formats))
+    _pack(model, compiled._core)
     return compiled
 
 
@@ -187,18 +196,17 @@ def _ask_for_large_pages(memory: mmap.mmap) -> None:
             memory.madvise(mmap.MADV_HUGEPAGE)
 
 
-def _pack(model: GPT, core: Any, names: list[str]) -> None:
+def _pack(model: GPT, core: Any) -> None:
     """Hand over one weight after another in fp32; the conversion of one is all that is held besides."""
     weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    for name in names:
+    for name in core.weight_names():
         value = weights[name].detach().to("cpu", torch.float32)
         if name == "wpe.weight":  # rows of whole panels
             value = torch.nn.functional.pad(value, (0, -value.shape[1] % PANEL)).flatten()
         value = value.contiguous()
         if not value.isfinite().all():
             raise ValueError(f"compile_for_inference: {name} holds nan or infinities; the model is damaged")
-        N, K = value.shape if value.dim() == 2 else (value.numel(), 0)
-        core.pack(name, value.data_ptr(), N, K, K)
+        core.pack(name, to_dlpack(value))
 
 
 def load(
@@ -216,16 +224,36 @@ def load(
         threads, max_rows, cache_dtype: as in `GPT.compile_for_inference`.
         verify: compare all weights with their checksum first (reads the whole file).
     Raises:
-        OSError, ValueError: see `gptfast.engine.file.load`.
+        OSError, ValueError: see `gptfast.engine.file.PackedFile`.
     """
     from gptfast.models import GPTConfig
 
-    description, weights = file.load(path, verify)
+    source = file.PackedFile(path)
+    if verify and not source.intact():
+        raise ValueError(f"{path} is damaged: its weights do not match their checksum; copy or compile it again")
+    description = source.description
     try:
-        config, name, formats = GPTConfig(**description["config"]), description["dtype"], description["formats"]
-    except (KeyError, TypeError, ValueError) as error:
+        config = GPTConfig(**description["config"])
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} describes a model that this gptfast cannot run ({error}); compile it again") from None
-    return CompiledGPT(config, name, formats, weights, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
+    options = {"threads": threads, "max_rows": max_rows, "cache_dtype": cache_dtype}
+    _check_fit(path, config, description)
+    return CompiledGPT(config, description["dtype"], description["formats"], source.weights, source=source, **options)
+
+
+def _check_fit(path: str | os.PathLike[str], config: GPTConfig, description: dict[str, Any]) -> None:
+    """Whether the model that a header describes takes the bytes that it says, before anything of that size is made."""
+    from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+
+    try:
+        needed = _C.packed_bytes(shape_of(config), description["formats"])
+    except ValueError as error:
+        raise ValueError(f"{path} describes a model that does not fit its bytes: {error}; compile it again") from None
+    if needed != description["bytes"]:
+        raise ValueError(
+            f"{path} describes a model that does not fit its bytes: it takes {needed} and {description['bytes']} are there; "
+            "compile it again"
+        )
 
 
 def _count(name: str, value: Any, most: int | None = None) -> int:

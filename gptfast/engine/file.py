@@ -7,20 +7,23 @@
     header    JSON: the model's configuration, the formats, the number of bytes and their CRC-32
     …         zeros up to a whole page (4096 bytes), then the weights
 
-Loading maps the file: the weights are read from the disk as they are used, and shared by processes.
+Loading maps the file: the weights are read from the disk as they are used, and shared by processes. Who replaces such a
+file renames another over it (`save` does); one that is written over in place is noticed, see `PackedFile.check`.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gptfast._files import atomic_write, open_read
+from gptfast._mapping import MappedFile
+from gptfast.engine.formats import FORMATS, MATRICES
 
 if TYPE_CHECKING:
     from gptfast.models import GPTConfig
@@ -33,9 +36,17 @@ _CHUNK = 1 << 24
 
 
 def save(
-    path: str | os.PathLike[str], config: GPTConfig, formats: dict[str, str], name: str, weights: memoryview
+    path: str | os.PathLike[str],
+    config: GPTConfig,
+    formats: dict[str, str],
+    name: str,
+    weights: memoryview,
+    check: Callable[[], None],
 ) -> None:
-    """Write a compiled model, aside first: a crash leaves the old file or the new one."""
+    """Write a compiled model, aside first: a crash leaves the old file or the new one.
+
+    check: raises where the weights have changed meanwhile.
+    """
     description = {
         "config": asdict(config),
         "dtype": name,
@@ -49,48 +60,109 @@ def save(
     def write(file: BinaryIO) -> None:
         file.write(start + b"\0" * (-len(start) % _PAGE))
         file.write(weights)
+        check()
 
     atomic_write(path, write)
 
 
-def load(path: str | os.PathLike[str], verify: bool = False) -> tuple[dict[str, Any], memoryview]:
-    """What the header says, and the weights, mapped.
+class PackedFile:
+    """A file that `save` wrote: what its header says, checked, and its weights, mapped.
+
+    Attributes:
+        description: config, dtype, formats, bytes and crc32.
+        weights: of as many bytes as the header says.
 
     Args:
-        path: a file that `save` wrote.
-        verify: also compare the weights with their checksum, which reads all of them.
+        path: the file.
     Raises:
         OSError: the file cannot be read.  ValueError: it is no such file, of another version, damaged or cut short.
     """
-    with open_read(path) as file:
-        start = file.read(_START.size)
-        if len(start) < _START.size or not start.startswith(MAGIC):
-            raise ValueError(
-                f"{path} is not a compiled gptfast model; expected a file that CompiledGPT.save wrote - a checkpoint folder is "
-                "loaded with GPT.from_pretrained"
-            )
-        _, version, length, crc = _START.unpack(start)
-        if version != VERSION:
-            raise ValueError(
-                f"{path} has version {version} and this gptfast reads {VERSION}; compile the model again: "
-                "GPT.from_pretrained(...).compile_for_inference(...).save(path)"
-            )
-        header = file.read(length)
-        if len(header) < length or zlib.crc32(header) != crc:
-            raise ValueError(f"{path} is damaged: its header does not match its checksum; copy or compile it again")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        with open_read(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            self.description, begin = _read_header(file, path, size)
+            expected = begin + self.description["bytes"]
+            if size != expected:
+                raise ValueError(
+                    f"{path} has {size} bytes instead of {expected}; it was cut short or added to - copy or compile it again"
+                )
+            self._mapped = MappedFile(file, path, recover=True)
+        self.weights = memoryview(self._mapped)[begin:]
+
+    def intact(self) -> bool:
+        """Whether the weights match their checksum: reads all of them."""
+        return _crc(self.weights) == self.description["crc32"]
+
+    def check(self) -> None:
+        """Raise where the weights are not those that were opened any more, before and after they are used.
+
+        A file that was only touched, or written again as it was, is compared with its checksum once.
+
+        Raises:
+            OSError: somebody wrote over the file or cut it short; the text names it.
+        """
+        if self._mapped.changed() and not self._mapped.accept(self.intact):
+            self._mapped.check()
+
+
+def _read_header(file: BinaryIO, path: str | os.PathLike[str], size: int) -> tuple[dict[str, Any], int]:
+    """The description in a file of so many bytes, and where the weights begin."""
+    start = file.read(_START.size)
+    if len(start) < _START.size or not start.startswith(MAGIC):
+        raise ValueError(
+            f"{path} is not a compiled gptfast model; expected a file that CompiledGPT.save wrote - a checkpoint folder is "
+            "loaded with GPT.from_pretrained"
+        )
+    _, version, length, crc = _START.unpack(start)
+    if version != VERSION:
+        raise ValueError(
+            f"{path} has version {version} and this gptfast reads {VERSION}; compile the model again: "
+            "GPT.from_pretrained(...).compile_for_inference(...).save(path)"
+        )
+    header = file.read(min(length, size))
+    if len(header) < length or zlib.crc32(header) != crc:
+        raise ValueError(f"{path} is damaged: its header does not match its checksum; copy or compile it again")
+    begin = _START.size + length
+    return _description(header, path), begin + -begin % _PAGE
+
+
+def _description(header: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
         description = json.loads(header)
-        begin = _START.size + length
-        begin += -begin % _PAGE
-        expected, actual = begin + description["bytes"], os.fstat(file.fileno()).st_size
-        if actual != expected:
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its header is not JSON ({error}); compile it again") from None
+    for key, right, expected in (
+        (None, lambda d: isinstance(d, dict), "an object"),
+        ("config", lambda c: isinstance(c, dict), "an object"),
+        ("dtype", lambda d: isinstance(d, str) and d in FORMATS, "one of " + ", ".join(FORMATS)),
+        ("formats", _are_formats, "a format for each of " + ", ".join(MATRICES)),
+        ("bytes", _is_count, "a number of bytes"),
+        ("crc32", _is_count, "a checksum"),
+    ):
+        value = description if key is None else description.get(key)
+        if not right(value):
+            what = "its header" if key is None else f"{key!r} in its header"
             raise ValueError(
-                f"{path} has {actual} bytes instead of {expected}; it was cut short or added to - copy or compile it again"
+                f"{path} describes a model that this gptfast cannot run: {what} is {_short(value)}, expected {expected}; "
+                "compile it again"
             )
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    weights = memoryview(mapped)[begin:]
-    if verify and _crc(weights) != description["crc32"]:
-        raise ValueError(f"{path} is damaged: its weights do not match their checksum; copy or compile it again")
-    return description, weights
+    return description
+
+
+def _are_formats(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), str) and value[name] in FORMATS for name in MATRICES
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def _short(value: Any) -> str:
+    text = "missing" if value is None else repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
 
 
 def _crc(data: memoryview) -> int:

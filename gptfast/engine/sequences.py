@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 if TYPE_CHECKING:
     from gptfast.generation.sequences import Sampling
@@ -18,6 +19,8 @@ PANEL = 32  # logits are written in whole panels of so many
 class EngineSequences:
     """Token sequences of one `CompiledGPT`, each with its keys and values: what a generation loop knows of a model.
 
+    Several threads may call it; each call sees the rows as the one before left them.
+
     A row's logits depend on its own tokens alone, to the bit: not on the other rows of a call, nor on how its tokens were
     cut into calls.
 
@@ -26,30 +29,33 @@ class EngineSequences:
         config: of the model.
         capacity: the most rows.
         max_len: positions per row, at most block_size.
+        check: called before and after the weights are read; raises where they are not what they were.
     Raises:
         ValueError: capacity or max_len out of range.
     """
 
     own_threads = True
 
-    def __init__(self, core: Any, config: GPTConfig, capacity: int, max_len: int | None = None) -> None:
+    def __init__(
+        self, core: Any, config: GPTConfig, capacity: int, max_len: int | None, check: Callable[[], None]
+    ) -> None:
         from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
-        self.config, self.capacity = config, capacity
+        self.config, self.capacity, self._check_weights = config, capacity, check
         self.max_len = config.block_size if max_len is None else max_len
         if not isinstance(capacity, int) or capacity < 1:
             raise ValueError(f"sequences: capacity_rows is {capacity!r}; expected an int of at least 1")
-        if not 1 <= self.max_len <= config.block_size:
+        if not isinstance(self.max_len, int) or not 1 <= self.max_len <= config.block_size:
             raise ValueError(f"sequences: max_len is {max_len}; expected 1 to block_size = {config.block_size}")
         try:
             self._core, self._cache = core, _C.Cache(core, capacity, self.max_len)
-        except MemoryError:
+        except (MemoryError, TypeError):  # TypeError: beyond 64 bits
             raise MemoryError(f"sequences: no memory for capacity_rows = {capacity}; run fewer at a time") from None
 
     @property
     def lengths(self) -> list[int]:
         """Positions held by each row; 0 for one that is not in use."""
-        return [self._cache.length(row) if self._cache.live(row) else 0 for row in range(self.capacity)]
+        return self._cache.lengths()
 
     @property
     def nbytes(self) -> int:
@@ -62,17 +68,11 @@ class EngineSequences:
         Raises:
             RuntimeError: there is no room.  ValueError: `like` is not in use.
         """
+        if not isinstance(count, int) or not 0 <= count < 2**31:
+            raise ValueError(f"add: count is {count!r}; expected an int, how many rows")
         if like is not None:
             self._check_rows("add", [like])
-        if count > self._cache.free_rows():
-            raise RuntimeError(
-                f"sequences: {count} more rows do not fit, {self._cache.free_rows()} of {self.capacity} are free; release "
-                "rows that have ended, or ask for a larger capacity"
-            )
-        rows = [self._cache.add() for _ in range(count)]
-        if like is not None:
-            self._cache.copy(rows, [like] * count)
-        return rows
+        return self._cache.add(count, like)
 
     def reorder(self, rows: Sequence[int], sources: Sequence[int]) -> None:
         """Row rows[i] becomes a copy of what row sources[i] was. What they share is held once."""
@@ -86,8 +86,8 @@ class EngineSequences:
     def truncate(self, row: int, length: int) -> None:
         """Forget what lies behind the first `length` positions of a row."""
         self._check_rows("truncate", [row])
-        if not 0 <= length <= self._cache.length(row):
-            raise ValueError(f"truncate: length is {length}; row {row} holds {self._cache.length(row)} positions")
+        if not isinstance(length, int) or not 0 <= length <= self.max_len:
+            raise ValueError(f"truncate: length is {length!r}; expected 0 to what row {row} holds")
         self._cache.truncate(row, length)
 
     def release(self, row: int) -> None:
@@ -129,8 +129,11 @@ class EngineSequences:
         flat = [int(token) for row in tokens for token in row]
         self._check_tokens(rows, counts, flat)
         V = self.config.vocab_size
-        logits = empty_logits(len(rows) if last_only else len(flat), V)  # fresh: the caller may keep what it got
-        self._cache.extend(rows, counts, flat, last_only, logits.data_ptr(), logits.stride(0))
+        panels = _empty_panels(len(rows) if last_only else len(flat), V)  # fresh: the caller may keep what it got
+        self._check_weights()
+        self._cache.extend(rows, counts, flat, last_only, to_dlpack(panels))
+        self._check_weights()
+        logits = panels[:, :V]
         return logits if last_only else list(logits.split(counts))
 
     def decode(
@@ -157,12 +160,17 @@ class EngineSequences:
             The new tokens of each row, an end token among them; they are those that `ops.sample` draws. A draw that
             fails, which `draw` tells how, is the last for all.
         Raises:
-            ValueError: a row that is not in use or has no room.
+            ValueError: a row that is not in use, is there twice or has no room; logits that are not as said.
         """
         rows = list(rows)
         self._check_rows("decode", rows)
-        self._check_room("decode", rows, [steps if more else steps - 1] * len(rows))
-        return self._cache.decode(rows, list(samplings), list(ends), steps, more, logits.data_ptr(), logits.stride(0))
+        if not isinstance(steps, int) or not 1 <= steps <= 2**31:
+            raise ValueError(f"decode: steps is {steps!r}; expected an int of at least 1")
+        panels = to_dlpack(_panels_of(logits, len(rows), self.config.vocab_size))
+        self._check_weights()
+        new = self._cache.decode(rows, list(samplings), list(ends), steps, more, panels)
+        self._check_weights()
+        return new
 
     def interrupt(self) -> None:
         """From any thread: a `decode` with more=False that runs now, or the next one, ends behind its next token."""
@@ -175,12 +183,13 @@ class EngineSequences:
                 f"draw: logits has shape {tuple(logits.shape)}, {logits.dtype}; expected ({len(samplings)}, "
                 f"{self.config.vocab_size}), torch.float32"
             )
-        logits = logits if logits.stride(1) == 1 else logits.contiguous()
-        return self._core.draw(list(samplings), list(positions), logits.data_ptr(), logits.stride(0))
+        logits = logits if logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1] else logits.contiguous()
+        return self._core.draw(list(samplings), list(positions), to_dlpack(logits))
 
     def _check_rows(self, what: str, rows: Sequence[int]) -> None:
+        """What the numbers alone tell; whether rows are in use and have room is known under the engine's lock only."""
         for row in rows:
-            if not self._cache.live(row):
+            if not isinstance(row, int) or not 0 <= row < self.capacity:
                 raise ValueError(f"{what}: row {row} is not in use; rows come from add() and end with release()")
 
     def _check_tokens(self, rows: list[int], counts: list[int], flat: list[int]) -> None:
@@ -191,17 +200,37 @@ class EngineSequences:
             )
         if min(flat) < 0 or max(flat) >= V:
             raise ValueError(f"extend: token ids {min(flat)} to {max(flat)}; expected ids in [0, {V}), the vocabulary")
-        self._check_room("extend", rows, counts)
-
-    def _check_room(self, what: str, rows: list[int], counts: list[int]) -> None:
-        for row, count in zip(rows, counts, strict=True):
-            if self._cache.length(row) + count > self.max_len:
-                raise ValueError(
-                    f"{what}: row {row} holds {self._cache.length(row)} positions and {count} more do not fit into max_len = "
-                    f"{self.max_len}; shorten the text or make the sequences longer (up to block_size)"
-                )
 
 
 def empty_logits(rows: int, V: int) -> Tensor:
     """A (rows, V) fp32 tensor that the engine can write to: it writes whole panels."""
-    return torch.empty(rows, (V + PANEL - 1) // PANEL * PANEL)[:, :V]
+    return _empty_panels(rows, V)[:, :V]
+
+
+def _empty_panels(rows: int, V: int) -> Tensor:
+    # whatever torch's default dtype and device are: the engine writes floats to the memory of the CPU
+    return torch.empty(rows, _in_panels(V), dtype=torch.float32, device="cpu")
+
+
+def _in_panels(V: int) -> int:
+    return (V + PANEL - 1) // PANEL * PANEL
+
+
+def _panels_of(logits: Tensor, rows: int, V: int) -> Tensor:
+    """The panels behind logits (rows, V) that `empty_logits` made, or a slice of whose rows it is."""
+    fits = (
+        isinstance(logits, Tensor)
+        and (logits.dtype, logits.device.type) == (torch.float32, "cpu")
+        and logits.dim() == 2
+        and logits.shape[0] >= rows
+        and logits.shape[1] == V
+        and logits.stride(1) == 1
+    )
+    width, ld = _in_panels(V), logits.stride(0) if fits else 0
+    room = logits.untyped_storage().nbytes() // 4 - logits.storage_offset() if fits else 0
+    if not fits or (rows and (ld < width or (rows - 1) * ld + width > room)):
+        got = f"{tuple(logits.shape)}, {logits.dtype}" if isinstance(logits, Tensor) else repr(logits)
+        raise ValueError(
+            f"decode: logits is {got}; expected what `extend` or `empty_logits` returned for these rows, ({rows}, {V})"
+        )
+    return logits.as_strided((rows, width), (max(ld, width), 1))

@@ -1,0 +1,72 @@
+// What Python says to the engine, read and checked.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../engine/engine.h"
+#include "matrix.h"
+
+namespace gptfast::engine {
+
+namespace py = pybind11;
+
+inline Format format_named(const std::string& name) {
+  for (int i = 0; i < kFormats; i++)
+    if (name == kFormatNames[i]) return Format(i);
+  throw std::invalid_argument("unknown format " + name);
+}
+inline cpu::DType type_named(const std::string& name) {
+  if (name == "float32") return cpu::DType::f32;
+  if (name == "float16") return cpu::DType::f16;
+  if (name == "bfloat16") return cpu::DType::bf16;
+  throw std::invalid_argument("unknown type " + name);
+}
+inline Shape shape_of(const py::dict& d) {
+  Shape s;
+  auto count = [&](const char* key) {
+    try {
+      return d[key].cast<i64>();
+    } catch (const py::cast_error&) {  // beyond 64 bits
+      throw std::invalid_argument(std::string(key) + " is out of range; expected a size below 2**31");
+    }
+  };
+  auto flag = [&](const char* key) { return d[key].cast<bool>(); };
+  s.layers = count("n_layer"), s.heads = count("n_head"), s.C = count("n_embd"), s.F = count("inner_dim");
+  s.V = count("vocab_size"), s.positions = count("block_size"), s.window = count("window");
+  s.pre_norm = flag("pre_norm"), s.final_norm = flag("final_norm"), s.gelu_tanh = flag("gelu_tanh");
+  s.tied = flag("tied"), s.bias = flag("bias");
+  s.eps = d["eps"].cast<float>(), s.embed_scale = d["embed_scale"].cast<float>();
+  s.check();
+  return s;
+}
+inline Formats formats_of(const py::dict& d) {
+  auto of = [&](const char* key) { return format_named(d[key].cast<std::string>()); };
+  return {of("c_attn"), of("attn_proj"), of("c_fc"), of("mlp_proj"), of("head")};
+}
+
+using SamplingTuple = std::tuple<double, i64, double, uint64_t, i64>;  // of gptfast.generation.sequences
+inline std::vector<Sampling> samplings_of(const char* what, const std::vector<SamplingTuple>& tuples) {
+  std::vector<Sampling> samplings;
+  for (const auto& [temperature, top_k, top_p, seed, stream] : tuples) {
+    if (!(temperature >= 0 && std::isfinite(temperature)) || top_k < 0 || !(top_p > 0 && top_p <= 1) || stream < 0 ||
+        stream > UINT32_MAX)
+      throw std::invalid_argument(std::string(what) + ": a sampling is out of range; see gptfast.ops.sample");
+    samplings.push_back({float(temperature), top_k, top_p, seed, stream});
+  }
+  return samplings;
+}
+// Logits of `rows` rows, as the engine reads (V columns) or writes (whole panels) them.
+inline void check_logits(const char* what, const Matrix& logits, i64 rows, i64 columns) {
+  if (logits.rows < rows || logits.columns < columns)
+    throw std::invalid_argument(std::string(what) + ": logits has " + std::to_string(logits.rows) + " rows of " +
+                                std::to_string(logits.columns) + "; expected " + std::to_string(rows) + " of " +
+                                std::to_string(columns));
+}
+
+}  // namespace gptfast::engine

@@ -1,0 +1,48 @@
+// Tensors that Python hands over, as DLPack capsules: these say where the values lie, of what type, and how many.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace gptfast {
+
+// The begin of DLPack's DLManagedTensor (dlpack.h, version 0.x), whose layout does not change.
+struct DLTensor {
+  char* data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+// fp32 values on the CPU, rows `ld` apart, each of `columns` neighbours. The capsule must stay alive while it is used.
+struct Matrix {
+  float* data;
+  int64_t rows, columns, ld;
+
+  Matrix(const char* what, const pybind11::object& capsule) {
+    constexpr int kCpu = 1, kPinned = 3, kFloat = 2;
+    auto* t = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+    if (!t) throw pybind11::error_already_set();
+    if ((t->device.type != kCpu && t->device.type != kPinned) || t->ndim < 1 || t->ndim > 2 || t->dtype.code != kFloat ||
+        t->dtype.bits != 32 || t->dtype.lanes != 1)
+      throw std::invalid_argument(std::string(what) + ": expected a float32 tensor on the CPU of one or two dimensions");
+    data = reinterpret_cast<float*>(t->data + t->byte_offset);
+    const bool vector = t->ndim == 1;
+    rows = vector ? 1 : t->shape[0], columns = t->shape[t->ndim - 1];
+    const int64_t step = !t->strides || columns <= 1 ? 1 : t->strides[t->ndim - 1];
+    ld = vector || !t->strides || rows <= 1 ? columns : t->strides[0];
+    if (step != 1 || ld < columns)
+      throw std::invalid_argument(std::string(what) + ": expected rows of neighbouring values that do not overlap");
+  }
+};
+
+}  // namespace gptfast
