@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import resource
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -237,7 +236,10 @@ DAMAGE = {
     ),
     "config of a wider model": (
         lambda f: rewrite_config(f, n_embd=32),
-        *(ValueError, r"attn.c_attn.weight has shape \(16, 48\); expected \(32, 96\)"),
+        *(
+            ValueError,
+            r"config.json: n_embd is 32, but transformer.wte.weight has shape \(\d+, 16\); use the config.json",
+        ),
     ),
     "config of a deeper model": (
         lambda f: rewrite_config(f, n_layer=3),
@@ -390,71 +392,3 @@ def test_no_space_is_explained(tmp_path: Path, monkeypatch):
         nested(tmp_path / "outer")
     assert caught.value.errno == errno.ENOSPC
     assert str(caught.value).count("cannot write") == 1
-
-
-def kill_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """End the process at the given one of the calls that change the folder."""
-    left = [steps]
-
-    def counted(function):
-        def call(*args, **kwargs):
-            if left[0] == 0:
-                os._exit(9)
-            left[0] -= 1
-            return function(*args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(os, "rename", counted(os.rename))
-    monkeypatch.setattr(os, "replace", counted(os.replace))
-    monkeypatch.setattr(os, "fsync", counted(os.fsync))
-    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
-    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
-
-
-@pytest.mark.parametrize("read_between", [True, False])
-def test_a_kill_at_any_moment_leaves_all_old_or_all_new(tmp_path: Path, monkeypatch, read_between: bool):
-    """Old: one file; new: two shards and an index. The child process is ended at every step in turn."""
-    old = {"config.json": "old", "model.safetensors": "old"}
-    new = {name: "new" for name in ("config.json", "model-1-of-2.safetensors", "model-2-of-2.safetensors")}
-    new["model.safetensors.index.json"] = "new"
-    outcomes, status = [], None
-    for step in range(100):
-        folder = tmp_path / str(step)
-        folder.mkdir()
-        write(folder, old)
-        status = save_and_die(folder, new, step, monkeypatch)
-        if read_between:
-            _folders.finish_staged(folder)
-            found = {f.name: f.read_text() for f in folder.iterdir() if f.name != _folders.STAGE}
-            assert found in (old, new), f"step {step}: {found}"
-            outcomes.append(found == new)
-        with _folders.staged_folder(folder) as stage:  # and the next save works
-            write(stage, {"model.safetensors": "newer"})
-        assert {f.name for f in folder.iterdir()} == {"config.json", "model.safetensors"}
-        if status == 0:
-            break
-    assert status == 0
-    if read_between:
-        assert outcomes == sorted(outcomes)
-        assert outcomes.count(False) > 5, "the kill never came before the commit"
-        assert outcomes.count(True) > 5, "the kill never came after the commit"
-
-
-def write(folder: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        (folder / name).write_text(text)
-
-
-def save_and_die(folder: Path, files: dict[str, str], step: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Save in a child process that ends at the given step; its exit code, 0 if it came to the end."""
-    child = os.fork()
-    if child == 0:
-        try:
-            kill_after(step, monkeypatch)
-            with _folders.staged_folder(folder) as stage:
-                write(stage, files)
-            os._exit(0)
-        finally:  # an error must not let the child go on as a second pytest
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -16,12 +16,15 @@ def load(model: str, quantize: str | None) -> tuple[Any, Tokenizer]:
         quantize: a format of `GPT.compile_for_inference`; None: the engine with the weights as they are, where it
             can run them, else PyTorch.
     """
+    from gptfast._snapshots import read_whole
     from gptfast.engine import engine_for
     from gptfast.models import GPT
-    from gptfast.models.pretrained import resolve
+    from gptfast.models.pretrained import build, resolve
+    from gptfast.models.stored import StoredModel
     from gptfast.tokenizer import load_tokenizer
 
     folder = resolve(model)
-    gpt = GPT.from_pretrained(folder).eval()
+    stored, tokenizer = read_whole(folder, lambda: (StoredModel(folder), load_tokenizer(folder)))
+    gpt = build(GPT, stored, None, {})
     compiled = engine_for(gpt) if quantize is None else gpt.compile_for_inference(quantize)
-    return compiled or gpt, load_tokenizer(folder)
+    return compiled or gpt, tokenizer

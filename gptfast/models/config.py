@@ -12,6 +12,7 @@ _CHOICES = {
     "attention_pattern": ("dense", "alternating"),
     "position_embedding": ("learned", "sinusoidal"),
 }
+_LARGEST = 2**31 - 1  # of a size: products of two fit in 64 bits
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 
 
@@ -152,6 +153,8 @@ def _check_count(name: str, value: Any) -> None:
         raise TypeError(f"GPTConfig: {name} is {value!r}; expected an int")
     if value < 1:
         raise ValueError(f"GPTConfig: {name} is {value}; expected at least 1")
+    if value > _LARGEST:
+        raise ValueError(f"GPTConfig: {name} is {value}; expected at most {_LARGEST}")
 
 
 def _check_number(name: str, value: Any, expected: str, holds: Any) -> None:

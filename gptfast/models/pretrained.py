@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptfast._files import read_json
-from gptfast._folders import finish_staged
 from gptfast.models import hf_layout
 from gptfast.models.config import GPTConfig
 from gptfast.models.export import CONFIG, INDEX, SINGLE
+from gptfast.models.stored import StoredModel
 from gptfast.nn.position import SinusoidalEmbedding
 
 if TYPE_CHECKING:
@@ -45,33 +42,25 @@ def load(cls: type[GPT], path: str | os.PathLike[str], dtype: torch.dtype | None
             ill-shaped.
         ImportError, OSError: a hub id without huggingface-hub, or without a connection.
     """
-    folder = resolve(path)
-    stored = read_config(folder)
-    config = stored.replace(**overrides)
+    return build(cls, StoredModel(resolve(path)), dtype, overrides)
+
+
+def build(cls: type[GPT], stored: StoredModel, dtype: torch.dtype | None, overrides: dict[str, Any]) -> GPT:
+    """As `load`, from files that are open already."""
+    config = stored.config.replace(**overrides)
     with torch.device("meta"):
         model = cls(config)
-    model.load_state_dict(_read_weights(folder, model, stored.block_size, dtype), assign=True)
+    model.load_state_dict(_read_weights(stored, model, dtype), assign=True)
     model.tie_weights()
     if config.position_embedding == "sinusoidal":
         model.wpe = SinusoidalEmbedding(config.block_size, config.n_embd).to(model.wte.weight.dtype)
     return model.eval()
 
 
-def read_config(folder: Path) -> GPTConfig:
-    """The configuration of a checkpoint folder; raises as `load`."""
-    file = folder / CONFIG
-    values = hf_layout.from_hf(read_json(file), file)
-    try:
-        return GPTConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
 def resolve(path: str | os.PathLike[str]) -> Path:
     """The folder of a checkpoint: `path` itself, or where huggingface-hub keeps the model of that id."""
     folder = Path(path)
     if folder.is_dir():
-        finish_staged(folder)
         return folder
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(path)):
         raise FileNotFoundError(f"{path} is not a folder; expected a checkpoint folder with {CONFIG} and {SINGLE}")
@@ -96,53 +85,16 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint.
-
-    Raises:
-        FileNotFoundError: none, or a shard that the index names is missing.  ValueError: damaged index.
-    """
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    if (folder / INDEX).exists():
-        return _shards(folder)
-    pickled = sorted(f.name for f in folder.glob("*.bin"))
-    remedy = (
-        f"{pickled[0]} is a pickle, which can run any program and is never loaded; convert it where you "
-        f"trust it: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...)"
-        if pickled
-        else "copy the weights of the checkpoint there"
-    )
-    raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}; {remedy}")
-
-
-def _shards(folder: Path) -> list[Path]:
-    raw = read_json(folder / INDEX)
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or any(not isinstance(n, str) or n != os.path.basename(n) for n in names):
-        raise ValueError(f"{folder / INDEX}: weight_map does not map tensors to files beside it; copy the index again")
-    names = sorted(set(names))
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)} of the {len(names)} shards in {INDEX}; copy the rest"
-        )
-    return [folder / name for name in names]
-
-
-def _read_weights(folder: Path, model: GPT, rows: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """state_dict of `model` (on the meta device) from the files of `folder`, all of it checked.
-
-    `rows` is the block_size of the file; a model with a shorter one takes the first positions.
-    """
-    config = model.config
+def _read_weights(stored_model: StoredModel, model: GPT, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """state_dict of `model` (on the meta device) from the files, all of it checked; a model with a shorter block_size
+    takes the first positions."""
+    config, rows = model.config, stored_model.config.block_size
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     if config.position_embedding == "learned" and config.block_size < rows:
         shapes["wpe.weight"] = (rows, config.n_embd)
     state: dict[str, Tensor] = {}
     problems: list[str] = []
-    for key, stored in _stored_tensors(folder):
+    for key, stored in stored_model.tensors():
         name = hf_layout.from_file(key)
         if name is None:
             continue
@@ -157,7 +109,7 @@ def _read_weights(folder: Path, model: GPT, rows: int, dtype: torch.dtype | None
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(
-            f"{folder}: the weights do not fit {CONFIG}: {'; '.join(problems[:4])}{more}; use the {CONFIG} "
+            f"{stored_model.folder}: the weights do not fit {CONFIG}: {'; '.join(problems[:4])}{more}; use the {CONFIG} "
             "and the weights of one checkpoint"
         )
     return state
@@ -190,13 +142,3 @@ def _problem(name: str, stored: Tensor, shapes: dict[str, tuple[int, ...]], conf
     if tuple(stored.shape) != expected:
         return f"has shape {tuple(stored.shape)}; expected {expected}"
     return None
-
-
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a dict
-                    yield key, tensors.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or cut short ({error}); copy or download the file again") from error

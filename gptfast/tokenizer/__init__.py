@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gptfast._files import read_json
+from gptfast._snapshots import current, read_whole
 from gptfast.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer
 from gptfast.tokenizer.bpe import BPETokenizer, GPT2Tokenizer
 from gptfast.tokenizer.gpt1 import OpenAIGPTTokenizer
@@ -78,8 +79,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             f"load_tokenizer: {str(path)!r} is neither 'gpt2' nor a folder; name one of gpt2, char, word, "
             "bpe (the last three are learnt from text), or the folder of a checkpoint or of prepared data"
         )
-    if (folder / FILE_NAME).exists():
-        kind = _kind(folder / FILE_NAME)
+    return read_whole(folder, lambda: _load(folder))
+
+
+def _load(folder: Path) -> Tokenizer:
+    file = current(folder, FILE_NAME)
+    if file.exists():
+        kind = _kind(file)
         if kind is not None:
             return {"char": CharTokenizer, "word": WordTokenizer}[kind].load(folder)
     found = read_hf_files(folder)

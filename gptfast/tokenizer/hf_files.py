@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfast._files import atomic_write, read_json, read_text
+from gptfast._files import read_json, read_text
+from gptfast._folders import staged_folder
+from gptfast._snapshots import TOKENIZER, current, read_whole
 
 Merge = tuple[str, str]
 
@@ -36,16 +38,21 @@ def read_hf_files(folder: str | os.PathLike[str]) -> HFFiles:
         FileNotFoundError: neither vocab.json + merges.txt nor tokenizer.json is there.
         ValueError: a damaged file, or a tokenizer that is neither GPT-2's kind nor GPT-1's.
     """
-    folder = Path(folder)
+    return read_whole(folder, lambda: _read_files(Path(folder)))
+
+
+def _read_files(folder: Path) -> HFFiles:
     eos_token = _eos_token(folder)
-    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocab = _check_ids(folder / "vocab.json", read_json(folder / "vocab.json"))
-        if (folder / "added_tokens.json").exists():
-            vocab |= _check_ids(folder / "added_tokens.json", read_json(folder / "added_tokens.json"))
-        merges = parse_merges(folder / "merges.txt", read_text(folder / "merges.txt"))
-        return HFFiles(vocab, merges, eos_token)
-    if (folder / "tokenizer.json").exists():
-        return _from_fast(folder / "tokenizer.json", eos_token)
+    vocab_file, merges_file, added_file, fast_file = (
+        current(folder, name) for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json")
+    )
+    if vocab_file.exists() and merges_file.exists():
+        vocab = _check_ids(vocab_file, read_json(vocab_file))
+        if added_file.exists():
+            vocab |= _check_ids(added_file, read_json(added_file))
+        return HFFiles(vocab, parse_merges(merges_file, read_text(merges_file)), eos_token)
+    if fast_file.exists():
+        return _from_fast(fast_file, eos_token)
     raise FileNotFoundError(
         f"no tokenizer in {folder}; expected tokenizer.json, or vocab.json with merges.txt - copy the "
         "tokenizer's files there, or name another folder"
@@ -58,15 +65,14 @@ def write_hf_files(
     merges: Sequence[Merge],
     config: Mapping[str, Any],
 ) -> None:
-    """Write vocab.json, merges.txt and tokenizer_config.json, and remove a tokenizer.json that would hide
-    them."""
-    folder = Path(folder)
+    """Write vocab.json, merges.txt and tokenizer_config.json, in the place of the tokenizer that was there; all or
+    nothing."""
     by_id = dict(sorted(vocab.items(), key=lambda item: item[1]))
-    atomic_write(folder / "vocab.json", json.dumps(by_id).encode("ascii"))
     lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges), ""]
-    atomic_write(folder / "merges.txt", "\n".join(lines).encode("utf-8"))
-    atomic_write(folder / "tokenizer_config.json", json.dumps(config, indent=2).encode("ascii"))
-    (folder / "tokenizer.json").unlink(missing_ok=True)
+    with staged_folder(folder, replaces=TOKENIZER) as stage:
+        (stage / "vocab.json").write_bytes(json.dumps(by_id).encode("ascii"))
+        (stage / "merges.txt").write_bytes("\n".join(lines).encode("utf-8"))
+        (stage / "tokenizer_config.json").write_bytes(json.dumps(config, indent=2).encode("ascii"))
 
 
 def parse_merges(source: str | os.PathLike[str], text: str) -> list[Merge]:
@@ -123,8 +129,8 @@ def _check_ids(path: Path, vocab: Any) -> dict[str, int]:
 
 def _eos_token(folder: Path) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).exists():
-            settings = read_json(folder / name)
+        if current(folder, name).exists():
+            settings = read_json(current(folder, name))
             token = settings.get("eos_token") if isinstance(settings, dict) else None
             token = token.get("content") if isinstance(token, dict) else token  # an AddedToken is written as an object
             if token:

@@ -7,10 +7,11 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptfast._files import atomic_write, read_json
+from gptfast._files import read_json
+from gptfast._folders import staged_folder
+from gptfast._snapshots import TOKENIZER, current
 from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, unknown_id
 
 if TYPE_CHECKING:
@@ -54,11 +55,12 @@ class _ListTokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         text = json.dumps({"kind": self.kind, "version": 1, "tokens": self.tokens}, ensure_ascii=False)
-        atomic_write(Path(folder) / FILE_NAME, text.encode("utf-8"))
+        with staged_folder(folder, replaces=TOKENIZER) as stage:
+            (stage / FILE_NAME).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        path = Path(folder) / FILE_NAME
+        path = current(folder, FILE_NAME)
         found = read_json(path)
         if not isinstance(found, dict) or found.get("kind") != cls.kind:
             kind = found.get("kind") if isinstance(found, dict) else None

@@ -23,7 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gptfast._files import read_json
-from gptfast._folders import finish_staged, staged_folder
+from gptfast._folders import staged_folder
+from gptfast._locks import FileLock
+from gptfast._snapshots import EVERYTHING, current, current_files
 from gptfast.models import GPT
 from gptfast.models.export import write_tensors
 from gptfast.ops.gemm import chosen_methods
@@ -32,8 +34,8 @@ from gptfast.training.config import TrainConfig
 from gptfast.training.optim import optimizer_tensors, restore_optimizers
 
 TRAINER, OPTIMIZER = "trainer.json", "optimizer.safetensors"
+LOCK = "training.lock"  # of a run
 VERSION = 2
-_EVERYTHING = ".*"  # a checkpoint folder is ours alone: files of an older one do not stay
 
 
 @dataclass
@@ -87,12 +89,29 @@ def save_checkpoint(
         "source": source,
         "config": asdict(config),
     }
-    with staged_folder(folder, replaces=_EVERYTHING) as stage:
+    with staged_folder(folder, replaces=EVERYTHING) as stage:
         model.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save(stage)
         write_tensors(stage / OPTIMIZER, optimizer_tensors(model, optimizers))
         (stage / TRAINER).write_text(json.dumps(trainer, indent=2) + "\n", encoding="utf-8")
+
+
+def lock_run(out: Path) -> FileLock:
+    """The right to write a run's folder, which is made if it is missing; to be released at the end.
+
+    Raises:
+        BlockingIOError: another process trains there.  OSError: the folder cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    holder = lock.acquire(wait=0.5)
+    if holder is not None:
+        raise BlockingIOError(
+            f"{out} is being trained by {holder}; wait for it, end it, or choose another --out (where that process is "
+            f"known to be gone, remove {lock.path})"
+        )
+    return lock
 
 
 def make_room(out: Path, overwrite: bool) -> None:
@@ -116,8 +135,8 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
     A checkpoint's files are replaced and never changed, so that a shared file stays what it is.
     """
-    with staged_folder(target, replaces=_EVERYTHING) as stage:
-        for file in source.iterdir():
+    with staged_folder(target, replaces=EVERYTHING) as stage:
+        for file in current_files(source):
             try:
                 os.link(file, stage / file.name)
             except OSError:
@@ -132,8 +151,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         ValueError: trainer.json is damaged, or of another version.
     """
     folder = Path(folder)
-    finish_staged(folder)
-    path = folder / TRAINER
+    path = current(folder, TRAINER)
     if not path.exists():
         raise FileNotFoundError(
             f"there is no {path}: no training run to resume; check the folder, or start a run without --resume"
@@ -171,7 +189,7 @@ def load_optimizers(folder: Path, model: GPT, optimizers: Sequence[torch.optim.O
     Raises:
         FileNotFoundError: the file is missing.  ValueError: it is damaged, or of another model.
     """
-    path = folder / OPTIMIZER
+    path = current(folder, OPTIMIZER)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; to start anew from these weights pass --init-from {folder}")
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from gptfast._locks import FileLock
 from gptfast.data import PreparedData, TokenFile, open_data
 from gptfast.models import GPT, GPTConfig
-from gptfast.training.checkpoint import Checkpoint, read_checkpoint
+from gptfast.training.checkpoint import Checkpoint, lock_run, read_checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.trainer import Trainer
 
@@ -45,7 +48,41 @@ def new_run(given: dict[str, Any]) -> Run:
         given: options of `gptfast train` that were given, by the names of its parameters.
     Raises:
         OSError, TypeError, ValueError, ImportError: whatever is wrong with them or with the data.
+        BlockingIOError: another process trains there.
     """
+    with _locked(given) as lock:
+        return _new_run(given, lock)
+
+
+def resumed_run(given: dict[str, Any]) -> Run:
+    """The run in `given["out"]`, from its last checkpoint on.
+
+    Raises:
+        As `new_run`; FileNotFoundError: no run there; ValueError: an option that a run cannot change, or other data.
+    """
+    if not Path(given["out"]).is_dir():
+        read_checkpoint(Path(given["out"]) / "last")  # says that there is none
+    with _locked(given) as lock:
+        return _resumed_run(given, lock)
+
+
+@contextmanager
+def _locked(given: dict[str, Any]) -> Iterator[FileLock]:
+    """The lock of the run, released where the block fails; a folder that was made for it is then removed again."""
+    out = Path(given["out"])
+    made = not out.exists()
+    lock = lock_run(out)
+    try:
+        yield lock
+    except BaseException:
+        lock.release()
+        if made:
+            with suppress(OSError):  # something was written there
+                out.rmdir()
+        raise
+
+
+def _new_run(given: dict[str, Any], lock: FileLock) -> Run:
     if "preset" in given and "init_from" in given:
         raise ValueError(
             "train: preset and init_from were both given; init_from has its shape already - leave preset out"
@@ -61,15 +98,10 @@ def new_run(given: dict[str, Any]) -> Run:
     model = _untrained(given, defaults, data) if model is None else _reshaped(model, given, defaults)
     options = {name: value for name, value in given.items() if name not in _MAY_CHANGE}
     source = {"data": _absolute(given["data"]), "options": {**options, "tokenizer": tokenizer}, "marks": _marks(data)}
-    return _run(model, data, config, given, source=source, overwrite=given.get("overwrite", False))
+    return _run(model, data, config, given, source=source, overwrite=given.get("overwrite", False), lock=lock)
 
 
-def resumed_run(given: dict[str, Any]) -> Run:
-    """The run in `given["out"]`, from its last checkpoint on.
-
-    Raises:
-        As `new_run`; FileNotFoundError: no run there; ValueError: an option that a run cannot change, or other data.
-    """
+def _resumed_run(given: dict[str, Any], lock: FileLock) -> Run:
     last = Path(given["out"]) / "last"
     checkpoint = read_checkpoint(last)
     source = checkpoint.source
@@ -83,7 +115,7 @@ def resumed_run(given: dict[str, Any]) -> Run:
             f"train: the data is not what {last} was trained on; resume with the same data, or start a new run from "
             f"these weights with --init-from {last}"
         )
-    return _run(model, data, config, given, source=source, resume=checkpoint)
+    return _run(model, data, config, given, source=source, resume=checkpoint, lock=lock)
 
 
 def _run(model: GPT, data: PreparedData, config: TrainConfig, given: dict[str, Any], **options: Any) -> Run:

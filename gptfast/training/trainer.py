@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gptfast._locks import FileLock
 from gptfast.data import TokenFile, WindowSampler
 from gptfast.models import GPT
 from gptfast.ops.gemm import keep_methods
@@ -21,6 +22,7 @@ from gptfast.training.checkpoint import (
     TrainState,
     copy_checkpoint,
     load_optimizers,
+    lock_run,
     make_room,
     save_checkpoint,
 )
@@ -67,9 +69,10 @@ class Trainer:
         overwrite: replace a run that is already in `out`, and delete its checkpoints.
         progress: show what happens.
         tensorboard: also write the figures to RUN/tensorboard.
+        lock: of `lock_run(out)`, where it is held already. It is released when `train` ends.
     Raises:
         TypeError, ValueError: a model in another dtype, too few tokens, tokens or a block_size that do not fit it.
-        FileExistsError: `out` holds a run already.
+        FileExistsError: `out` holds a run already.  BlockingIOError: another process trains there.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Trainer:
         overwrite: bool = False,
         progress: bool = True,
         tensorboard: bool = False,
+        lock: FileLock | None = None,
     ) -> None:
         require_matplotlib()
         self.block_size = _check_model(model, config, train_tokens, val_tokens)
@@ -102,11 +106,16 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config)
         self.state = TrainState(planned_steps=None if config.max_minutes else config.max_steps)
         self.model.dropout_seed, self.model.dropout_step = config.seed, 0
-        if resume is None:
-            make_room(self.out, overwrite)
-        else:
-            self._restore(resume)
-        self.log = Log(self.out / "log.jsonl", self.state.step, self.out / "tensorboard" if tensorboard else None)
+        self._lock = lock or lock_run(self.out)
+        try:
+            if resume is None:
+                make_room(self.out, overwrite)
+            else:
+                self._restore(resume)
+            self.log = Log(self.out / "log.jsonl", self.state.step, self.out / "tensorboard" if tensorboard else None)
+        except BaseException:
+            self._lock.release()
+            raise
         self.progress = TrainingProgress(progress)
         self.peak_flops = peak_flops(self.dtype, self.device)
         self._loss, self._val_loss = math.nan, None  # of the last step, of the last evaluation
@@ -135,18 +144,13 @@ class Trainer:
         """
         minutes = self.config.max_minutes
         self.clock = RunClock(self.state.seconds, minutes and 60 * minutes, self._evaluation_steps())
-        with closing(self.log), Interrupt() as interrupt, self.progress:
-            while not self._done() and interrupt.signal is None:
-                self._step()
-            interrupted = None if self._done() else interrupt.signal
-            if interrupted is None and self._evaluated != self.state.step:
-                self._evaluate()
-                self._save()
-                self.progress.show(self._figures(), important=True)
-            elif self._saved != self.state.step:
-                self._save()
-        seconds = self.clock.seconds
-        plot_losses(self.log.records, self.out / "loss.png", f"{self.out.name}: {self.state.step} steps")
+        try:
+            with closing(self.log), Interrupt() as interrupt, self.progress:
+                interrupted = self._train(interrupt)
+            seconds = self.clock.seconds
+            plot_losses(self.log.records, self.out / "loss.png", f"{self.out.name}: {self.state.step} steps")
+        finally:
+            self._lock.release()
         return TrainResult(
             steps=self.state.step,
             seconds=seconds,
@@ -156,6 +160,19 @@ class Trainer:
             tokens_per_second=self._tokens_per_second(),
             interrupted=interrupted,
         )
+
+    def _train(self, interrupt: Interrupt) -> int | None:
+        """All steps, and the last save; the signal that ended the run early, or None."""
+        while not self._done() and interrupt.signal is None:
+            self._step()
+        interrupted = None if self._done() else interrupt.signal
+        if interrupted is None and self._evaluated != self.state.step:
+            self._evaluate()
+            self._save()
+            self.progress.show(self._figures(), important=True)
+        elif self._saved != self.state.step:
+            self._save()
+        return interrupted
 
     def _evaluation_steps(self) -> float:
         """About how many steps take as long as an evaluation: a forward pass is a third of a step."""
