@@ -14,8 +14,10 @@ def main() -> None:
         print(__version__)
         return
     bound_spinning()
-    from gptfast.cli import main as run
-
+    try:
+        from gptfast.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
     run()
 
 

@@ -160,6 +160,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
+def cache_folder() -> Path:
+    """Where gptfast keeps what it can do without: GPTFAST_CACHE, or else ~/.cache/gptfast."""
+    return Path(os.environ.get("GPTFAST_CACHE") or Path.home() / ".cache/gptfast")
+
+
 def read_asset(name: str) -> bytes:
     """The content of gptfast/assets/`name`.xz, a data file that the package ships."""
     return lzma.decompress((resources.files("gptfast") / "assets" / f"{name}.xz").read_bytes())

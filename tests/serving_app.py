@@ -16,11 +16,11 @@ from gptfast.tokenizer import CharTokenizer
 
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
 from gptfast.serving.app import Limits, create_app  # noqa: E402 (fastapi may be missing)
-from gptfast.serving.server import GracefulServer  # noqa: E402
+from gptfast.serving.server import GracefulServer, bind  # noqa: E402
 
 BLOCK = 48
 ASK = {"model": "bard", "prompt": "to be", "max_tokens": 40}
@@ -41,10 +41,10 @@ def model(tokenizer):
 
 
 class Gated:
-    """The model, but each step waits for `gate`, and raises `failure` once where there is one."""
+    """The model, but each step waits for `gate` and takes `delay` more, and raises `failure` once where there is one."""
 
-    def __init__(self, model):
-        self.model, self.config, self.failure, self.steps = model, model.config, None, 0
+    def __init__(self, model, delay=0.0):
+        self.model, self.config, self.failure, self.steps, self.delay = model, model.config, None, 0, delay
         self.gate = threading.Event()
         self.gate.set()
 
@@ -54,6 +54,7 @@ class Gated:
 
         def gated(*args, **options):
             assert self.gate.wait(30)
+            time.sleep(self.delay)
             self.steps += 1
             if self.failure is not None:
                 failure, self.failure = self.failure, None
@@ -67,21 +68,17 @@ class Gated:
 @contextmanager
 def serving(app, grace=0.0):
     """The base URL of a running server."""
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=int(grace) + 1)
-    server = GracefulServer(config)
-    server.grace = grace
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 30
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    with bind("127.0.0.1", 0) as bound:
+        server = GracefulServer(app, bound, log_level="error", grace=grace)
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        try:
+            wait_until(lambda: server.started or not thread.is_alive())
+            yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

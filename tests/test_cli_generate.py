@@ -263,7 +263,7 @@ def test_a_hub_id_brings_its_tokenizer(chars, tmp_path):
         (["--input", "x"], b"", "--input and --output go together; give both, or neither"),
         (["--output", "x"], b"", "--input and --output go together; give both, or neither"),
         (["--input", "x", "--output", "y", "--prompt", "a"], b"", "generate: --input with --prompt, --prompt-file"),
-        (["--input", "x", "--output", "y", "--batch-size", "0"], b"", "--batch-size is 0; expected at least 1"),
+        (["--input", "x", "--output", "y", "--batch-size", "0"], b"", "--batch-size is 0; expected 1 to 65536"),
         (["--input", "/nowhere/x", "--output", "y"], b"", "cannot read /nowhere/x"),
         (["--prompt", "a", "--length-penalty", "2"], b"", "--length-penalty ranks beams, but there is one"),
         (

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import math
 import re
 
 import pytest
 import torch
-from serving_app import ASK, app, client, gated, httpx, model, new_text, openai, serving, tokenizer, url
+from serving_app import ASK, BLOCK, app, client, gated, httpx, model, new_text, openai, serving, tokenizer, url
 from test_cli_generate import LETTERS, save_model
 
+from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
 from gptfast.engine import EngineSequences
 from gptfast.generation import GenerationConfig, Request, Token, score
+from gptfast.generation.choose import NAN
 from gptfast.generation.stopping import Stopping
 from gptfast.serving.app import Limits, create_app
+from gptfast.serving.protocol import prompt_logprobs
 from gptfast.serving.text import ChoiceText, token_text
 from gptfast.serving.worker import Ticket
 from gptfast.tokenizer import GPT2Tokenizer
@@ -149,6 +153,38 @@ def test_echo_alone_scores_a_text(client, model, tokenizer):
         score(model, tokenizer.encode("to be")), abs=1e-3
     )
     assert got.choices[1].logprobs.token_logprobs == [None] and got.choices[1].logprobs.top_logprobs is None
+
+
+def test_a_prompt_that_fills_the_context_is_scored(client, model, tokenizer):
+    ids = [1 + n % 30 for n in range(BLOCK)]
+    ask = {"model": "bard", "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1}
+    got = client.completions.create(**ask)
+    assert got.choices[0].text == tokenizer.decode(ids) and got.usage.total_tokens == BLOCK
+    logprobs = got.choices[0].logprobs.token_logprobs
+    assert logprobs[0] is None and logprobs[1:] == pytest.approx(score(model, ids), abs=1e-3)
+    with pytest.raises(openai.BadRequestError, match=f"the prompt has {BLOCK + 1} and max_tokens asks for 0 more"):
+        client.completions.create(**{**ask, "prompt": [*ids, 1]})
+    with pytest.raises(openai.BadRequestError, match="holds token id 99; expected ids in"):
+        client.completions.create(**{**ask, "prompt": [99]})
+    with pytest.raises(openai.BadRequestError, match=f"the prompt has {BLOCK} and max_tokens asks for 1 more"):
+        client.completions.create(**{**ask, "prompt": ids, "max_tokens": 1})
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"max_tokens": 2}, {"max_tokens": 2, "echo": False}])
+def test_a_damaged_model_is_told(tokenizer, options):
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=BLOCK, vocab_size=tokenizer.vocab_size))
+    model.wpe.weight.data[3] = float("nan")
+    with serving(create_app(model.eval(), tokenizer, "bard")) as url:
+        ask = {"model": "bard", "prompt": "to be", "echo": True, "logprobs": 2, **options}
+        got = httpx.post(url + "/v1/completions", json=ask)
+        assert (got.status_code, got.json()["error"]["message"]) == (500, NAN)
+        assert httpx.post(url + "/v1/completions", json={**ask, "prompt": "t", "max_tokens": 1}).status_code == 200
+
+
+def test_what_is_impossible_has_a_number_in_json(tokenizer):
+    told = prompt_logprobs(tokenizer, [1, 2], [(-math.inf, [(3, 1.0), (4, 0.0)])], 2)
+    assert told["token_logprobs"] == [None, -9999.0]
+    assert list(told["top_logprobs"][1].values()) == [0.0, -9999.0]
 
 
 def test_streamed_logprobs_are_one_token_each(client):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 from typing import Annotated
 
 import typer
 
+from gptfast.cli._errors import tell, wants_traceback
 from gptfast.cli.bench import bench
 from gptfast.cli.doctor import doctor
 from gptfast.cli.generate import generate
@@ -49,15 +50,17 @@ for command in (train, generate, serve, prepare, info, doctor, bench):
 
 
 def main() -> None:
-    """Run the command line. What a user can mend is one line on stderr and exit code 1, never a traceback."""
+    """Run the command line. Whatever goes wrong is a line on stderr and exit code 1, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")  # a terminal that has not every character still gets the text
     try:
         app()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError) as error:
-        if os.environ.get("GPTFAST_DEBUG"):
+    except Exception as error:
+        if wants_traceback():
             raise
-        print(f"error: {error}", file=sys.stderr)
-        print("(GPTFAST_DEBUG=1 shows where it was raised)", file=sys.stderr)
+        tell(error)
         sys.exit(1)

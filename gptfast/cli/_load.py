@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gptfast.tokenizer import Tokenizer
 
+MOST_TEXTS = 1 << 16  # at a time: more would take memory before the first has come
+
+
+def check_batch_size(command: str, batch_size: int) -> None:
+    if not 1 <= batch_size <= MOST_TEXTS:
+        raise ValueError(f"{command}: --batch-size is {batch_size}; expected 1 to {MOST_TEXTS}")
+
 
 def load(model: str, quantize: str | None) -> tuple[Any, Tokenizer]:
     """A GPT, packed for the native engine where that can run it, and its tokenizer.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptfast.cli._load import load
+from gptfast.cli._load import check_batch_size, load
 
 if TYPE_CHECKING:
     from gptfast.generation import Step
@@ -195,8 +195,7 @@ def _run_file(
 
     from gptfast.generation.jobs import read_jobs, run_jobs
 
-    if batch_size < 1:
-        raise ValueError(f"generate: --batch-size is {batch_size}; expected at least 1")
+    check_batch_size("generate", batch_size)
     jobs = read_jobs(source, gpt, tokenizer, options, TEMPERATURE)
     start, made, kept = time.perf_counter(), 0, None
     columns = (

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gptfast.cli._load import load
+from gptfast.cli._load import check_batch_size, load
 
 KEY_VARIABLE = "GPTFAST_API_KEY"
 
@@ -36,7 +36,14 @@ def serve(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="How many texts are written at a time.")] = 16,
     max_queue: Annotated[int, typer.Option(help="How many more may wait; beyond that the answer is 429.")] = 64,
-    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 600.0,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            help="Clients that may be connected at a time; beyond that the answer is 503.",
+            show_default="1024, or four per text, as far as `ulimit -n` goes",
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 600.0,
 ) -> None:
     """Serve completions to OpenAI clients.
 
@@ -52,12 +59,14 @@ def serve(
     _check(host, port, key, no_auth, batch_size, max_queue, timeout)
     try:
         from gptfast.serving.app import Limits, create_app
+        from gptfast.serving.connections import choose_connections
         from gptfast.serving.server import bind, run
     except ImportError as error:
         raise ImportError(f"serve: {error.name} is not installed; pip install 'gptfast-kernels[serve]'") from None
+    connections = choose_connections(max_connections, batch_size + max_queue)
     with bind(host, port) as bound:
         writer, tokenizer = load(model, quantize)
-        limits = Limits(max_rows=batch_size, max_queue=max_queue, seconds=timeout)
+        limits = Limits(max_rows=batch_size, max_queue=max_queue, seconds=timeout, max_connections=connections)
         run(create_app(writer, tokenizer, name or _name(model), limits, key), bound)
 
 
@@ -70,8 +79,9 @@ def _check(
 ) -> None:
     if not 0 <= port < 65536:
         raise ValueError(f"serve: --port is {port}; expected 0 to 65535 (0 takes any free one)")
-    if batch_size < 1 or max_queue < 0:
-        raise ValueError(f"serve: --batch-size is {batch_size} and --max-queue {max_queue}; expected at least 1 and 0")
+    check_batch_size("serve", batch_size)
+    if max_queue < 0:
+        raise ValueError(f"serve: --max-queue is {max_queue}; expected at least 0")
     if not timeout > 0:
         raise ValueError(f"serve: --timeout is {timeout}; expected seconds > 0")
     if key is None and not no_auth and not _is_loopback(host):

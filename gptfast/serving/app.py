@@ -53,13 +53,14 @@ def create_app(
         worker.close()
 
     app = FastAPI(title="gptfast", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.worker = worker
+    app.state.worker, app.state.limits = worker, limits
     app.add_middleware(BodyLimit, most=limits.max_body)
     add_error_handlers(app)
 
     async def check_key(request: HTTPRequest) -> None:
-        given = request.headers.get("authorization", "").encode("utf-8")
-        if api_key is not None and not hmac.compare_digest(given, f"Bearer {api_key}".encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(given.strip().encode("utf-8"), (api_key or "").encode("utf-8"))
+        if api_key is not None and not (same and scheme.lower() == "bearer"):
             raise ApiError(401, "wrong or missing API key; send Authorization: Bearer KEY", code="invalid_api_key")
 
     guarded = [Depends(check_key)]

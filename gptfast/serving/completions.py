@@ -13,6 +13,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from gptfast.generation import LanguageModel, Request, Token
+from gptfast.generation.prompts import check_prompt
 from gptfast.serving.protocol import (
     ApiError,
     Choice,
@@ -24,6 +25,7 @@ from gptfast.serving.protocol import (
     read_body,
     usage,
 )
+from gptfast.serving.refusals import CLIENT_LEFT
 from gptfast.serving.scoring import score_in_pieces
 from gptfast.serving.worker import QueueFull, ShuttingDown, Ticket, Worker
 from gptfast.tokenizer import Tokenizer
@@ -40,7 +42,10 @@ class Limits:
         max_queue: sequences that wait beside them, and prompts that are scored; more are refused with 429.
         max_positions: positions of all running sequences together; None: no bound but max_rows full ones.
         max_prompt_tokens: tokens of new prompts read per step, so that running texts are not kept waiting.
-        seconds: for one request from its arrival; then 504.
+        seconds: for one answer, from the arrival of the whole request; then 504.
+        client_seconds: for a client to send its request; then 408.
+        max_connections: at a time, those that wait for their client included; more are refused with 503. None: as many as
+            there may be open files, but no more than is useful.
         max_body: bytes of one request; more are refused with 413.
         max_events: parts of streams sent per second, all streams together; with many streams the tokens of several steps
             go out in one, as sending them one by one would take the time of the cores that write.
@@ -51,8 +56,22 @@ class Limits:
     max_positions: int | None = None
     max_prompt_tokens: int = 2048
     seconds: float = 600.0
+    client_seconds: float = 30.0
+    max_connections: int | None = None
     max_body: int = 1 << 20
     max_events: float = 200.0
+
+
+class Deadline:
+    """When an answer is to be there, whatever it waits for until then."""
+
+    def __init__(self, seconds: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._end = self._loop.time() + seconds
+
+    @property
+    def left(self) -> float:
+        return self._end - self._loop.time()
 
 
 class Server:
@@ -69,6 +88,7 @@ class Server:
 
     async def complete(self, http: HTTPRequest) -> Response:
         body = await self._read(http)
+        deadline = Deadline(self._limits.seconds)
         ask = read_body(body)
         self.check_model(ask.model)
         ask.refuse_what_is_not_here()
@@ -86,19 +106,19 @@ class Server:
             for stream in range(request.config.num_return_sequences)
         ]
         try:
-            echoed = await self._echo(ask, requests, choices) if ask.echo else []
+            echoed = await self._echo(ask, requests, choices, deadline) if ask.echo else []
             if ask.max_tokens == 0:
                 return self._echo_alone(ask, requests, echoed)
             ticket = self._worker.submit(requests, streams=bool(ask.stream))
         except Exception as error:
             raise _as_api_error(error) from error
         if ask.stream:
-            return TicketResponse(self._stream(ask, ticket, choices, echoed), self._worker, ticket)
-        return await self._whole(http, ticket, choices, echoed)
+            return TicketResponse(self._stream(ask, ticket, choices, echoed, deadline), self._worker, ticket)
+        return await self._whole(http, ticket, choices, echoed, deadline)
 
     async def _read(self, http: HTTPRequest) -> bytes:
         try:
-            return await asyncio.wait_for(http.body(), self._limits.seconds)
+            return await asyncio.wait_for(http.body(), self._limits.client_seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, "the body did not arrive in time") from None
 
@@ -111,33 +131,39 @@ class Server:
             raise ApiError(
                 400, f"{len(prompts)} prompts, n={n}; this server takes up to {self._worker.max_open} texts", "prompt"
             )
+        asked = 1 if ask.max_tokens is None else ask.max_tokens
         for ids in prompts:
-            if len(ids) + (ask.max_tokens or 1) > block:
+            if len(ids) + asked > block:
                 raise ApiError(
                     400,
                     f"the context of this model is {block} tokens; the prompt has {len(ids)} and max_tokens asks for "
-                    f"{1 if ask.max_tokens is None else ask.max_tokens} more - shorten the prompt, or ask for less",
+                    f"{asked} more - shorten the prompt, or ask for less",
                     "prompt" if len(ids) >= block else "max_tokens",
                     "context_length_exceeded",
                 )
         requests = [ask.request(ids, self._tokenizer, block - len(ids), self._draws) for ids in prompts]
         for request in requests:
-            self._worker.scheduler.check(request)
+            if asked:
+                self._worker.scheduler.check(request)
+            else:  # read only: the one token that its config asks for is never made, and needs no room
+                check_prompt("", request.prompt, self._model.config.vocab_size, block + 1, request.config)
             self._tokenizer.decode(request.prompt)  # a vocabulary may have ids without a token
         return requests
 
-    async def _echo(self, ask: Completion, requests: list[Request], choices: list[Choice]) -> list[dict[str, Any]]:
+    async def _echo(
+        self, ask: Completion, requests: list[Request], choices: list[Choice], deadline: Deadline
+    ) -> list[dict[str, Any]]:
         """The parts that repeat the prompts, with their log-probabilities where asked for."""
         parts = []
         for request in requests:
-            logprobs = await self._prompt_logprobs(request) if ask.logprobs is not None else None
+            logprobs = await self._prompt_logprobs(request, deadline) if ask.logprobs is not None else None
             for _ in range(request.config.num_return_sequences):
                 parts.append(choices[len(parts)].echo(self._tokenizer.decode(request.prompt), logprobs))
         return parts
 
-    async def _prompt_logprobs(self, request: Request) -> dict[str, Any]:
+    async def _prompt_logprobs(self, request: Request, deadline: Deadline) -> dict[str, Any]:
         scoring = self._worker.run(score_in_pieces(self._model, request.prompt, request.top))
-        given = await asyncio.wait_for(scoring, self._limits.seconds)
+        given = await asyncio.wait_for(scoring, deadline.left)
         return prompt_logprobs(self._tokenizer, request.prompt, given, request.top)
 
     def _echo_alone(self, ask: Completion, requests: list[Request], echoed: list[dict[str, Any]]) -> Response:
@@ -147,12 +173,14 @@ class Server:
         choices = [{**part, "finish_reason": "length"} for part in echoed]
         return JSONResponse({**envelope(self._name), "choices": choices, "usage": usage(prompt_tokens, 0)})
 
-    async def _parts(self, ticket: Ticket, choices: list[Choice]) -> AsyncIterator[list[dict[str, Any]]]:
+    async def _parts(
+        self, ticket: Ticket, choices: list[Choice], deadline: Deadline
+    ) -> AsyncIterator[list[dict[str, Any]]]:
         """The parts of all choices as they come: what comes together in one part per choice."""
         first: dict[Request, int] = {}
         for request in ticket.requests:
             first[request] = sum(known.config.num_return_sequences for known in first)
-        async for events in ticket.events(self._limits.seconds, self._worker.pause):
+        async for events in ticket.events(deadline.left, self._worker.pause):
             by_choice: dict[int, list[dict[str, Any]]] = {}
             for event in events:
                 if isinstance(event, Token):
@@ -165,13 +193,18 @@ class Server:
             yield [join(parts) for parts in by_choice.values()]
 
     async def _whole(
-        self, http: HTTPRequest, ticket: Ticket, choices: list[Choice], echoed: list[dict[str, Any]]
+        self,
+        http: HTTPRequest,
+        ticket: Ticket,
+        choices: list[Choice],
+        echoed: list[dict[str, Any]],
+        deadline: Deadline,
     ) -> Response:
         async def collect() -> list[dict[str, Any]]:
             by_choice: list[list[dict[str, Any]]] = [[] for _ in choices]
             for part in echoed:
                 by_choice[part["index"]].append(part)
-            async for parts in self._parts(ticket, choices):
+            async for parts in self._parts(ticket, choices, deadline):
                 for part in parts:
                     by_choice[part["index"]].append(part)
             return [join(parts) for parts in by_choice]
@@ -180,7 +213,7 @@ class Server:
         try:
             await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
-                return Response(status_code=499)  # nobody listens any more
+                return Response(status_code=CLIENT_LEFT)
             joined = collecting.result()
         except Exception as error:
             raise _as_api_error(error) from error
@@ -191,7 +224,12 @@ class Server:
         return JSONResponse({**envelope(self._name), "choices": joined, "usage": _usage(ticket)})
 
     async def _stream(
-        self, ask: Completion, ticket: Ticket, choices: list[Choice], echoed: list[dict[str, Any]]
+        self,
+        ask: Completion,
+        ticket: Ticket,
+        choices: list[Choice],
+        echoed: list[dict[str, Any]],
+        deadline: Deadline,
     ) -> AsyncIterator[bytes]:
         """Server-sent events: a chunk per part, then [DONE]."""
         head = envelope(self._name)
@@ -204,7 +242,7 @@ class Server:
         try:
             if echoed:
                 yield events(echoed)
-            async for parts in self._parts(ticket, choices):
+            async for parts in self._parts(ticket, choices, deadline):
                 if data := events([p for p in parts if p["text"] or p["logprobs"] or p["finish_reason"]]):
                     yield data
         except Exception as error:

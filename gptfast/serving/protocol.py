@@ -18,6 +18,7 @@ from gptfast.tokenizer import Tokenizer
 DEFAULT_MAX_TOKENS = 16
 MOST_LOGPROBS = 20
 MOST_STOPS = 4
+IMPOSSIBLE = -9999.0  # OpenAI's log-probability of what has probability 0: JSON has no infinity
 EXPECTED = {  # of fields with several types, where pydantic tells what each of them misses
     "prompt": "expected a text, token ids, or a list of texts or of lists of token ids",
     "stop": f"expected a text, or a list of up to {MOST_STOPS}",
@@ -175,7 +176,7 @@ class Choice:
         if self._ask.logprobs is not None:
             logprobs = {
                 "tokens": [token_text(self._tokenizer, token.id)],
-                "token_logprobs": [token.logprob],
+                "token_logprobs": [None if token.logprob is None else max(token.logprob, IMPOSSIBLE)],
                 "top_logprobs": [_by_text(self._tokenizer, token.top)] if self._ask.logprobs else None,
                 "text_offset": [self._offsets.push(token.id)],
             }
@@ -193,7 +194,7 @@ def _by_text(tokenizer: Tokenizer, top: list[tuple[int, float]]) -> dict[str, fl
     """{text: log-probability}; of two tokens with the same text the likelier counts."""
     found: dict[str, float] = {}
     for token, probability in top:
-        found.setdefault(token_text(tokenizer, token), math.log(probability) if probability > 0 else -9999.0)
+        found.setdefault(token_text(tokenizer, token), math.log(probability) if probability > 0 else IMPOSSIBLE)
     return found
 
 
@@ -203,7 +204,7 @@ def prompt_logprobs(tokenizer: Tokenizer, ids: list[int], given: list[tuple[floa
     given = given or []
     return {
         "tokens": texts,
-        "token_logprobs": [None, *(logprob for logprob, _ in given)],
+        "token_logprobs": [None, *(max(logprob, IMPOSSIBLE) for logprob, _ in given)],
         "top_logprobs": [None, *(_by_text(tokenizer, likely) for _, likely in given)] if top else None,
         "text_offset": [offsets.push(token) for token in ids],
     }

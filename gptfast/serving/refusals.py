@@ -6,11 +6,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from gptfast.serving.protocol import ApiError
 
+CLIENT_LEFT = 499  # nginx's status for a client that closed the connection before its answer
 ROUTES = "POST /v1/completions, GET /v1/models, GET /v1/models/{model} and GET /health"
 
 
@@ -33,11 +35,15 @@ def add_error_handlers(app: FastAPI) -> None:
         chat = "; the model continues texts and has no chat template" if "chat" in http.url.path else ""
         return answer(ApiError(error.status_code, message + chat, code="unknown_url"))
 
+    async def on_leaving(_: HTTPRequest, error: Exception) -> Response:
+        return Response(status_code=CLIENT_LEFT)  # nobody reads it
+
     async def on_any(_: HTTPRequest, error: Exception) -> JSONResponse:
         return answer(ApiError(500, "an error of the server; its log has more"))
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(ClientDisconnect, on_leaving)
     app.add_exception_handler(Exception, on_any)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Generator
 import torch
 
 from gptfast.generation import LanguageModel
+from gptfast.generation.choose import NAN
 from gptfast.generation.sequences import beside
 
 PIECE = 64  # tokens: logits of so many are held at a time
@@ -16,7 +17,11 @@ Scored = tuple[float, list[tuple[int, float]]]  # a token's log-probability; the
 
 def score_in_pieces(model: LanguageModel, ids: list[int], top: int) -> Generator[None, None, list[Scored]]:
     """Yields between two pieces, and returns for every token of a prompt but the first its log-probability and the `top`
-    likeliest tokens at its place."""
+    likeliest tokens at its place.
+
+    Raises:
+        RuntimeError: the logits hold nan.
+    """
     given, wanted = ids[:-1], ids[1:]
     scored: list[Scored] = []
     if not wanted:
@@ -27,6 +32,8 @@ def score_in_pieces(model: LanguageModel, ids: list[int], top: int) -> Generator
         piece = slice(start, start + PIECE)
         with beside(sequences), torch.inference_mode():
             logprobs = sequences.extend(rows, [given[piece]], last_only=False)[0].log_softmax(-1)
+            if logprobs.isnan().any():
+                raise RuntimeError(NAN)
             values, tokens = logprobs.topk(min(top, logprobs.shape[-1]))
             own = logprobs.gather(-1, torch.tensor(wanted[piece], device=logprobs.device)[:, None])[:, 0]
         likely = zip(tokens.tolist(), values.exp().tolist(), strict=True)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 
-from gptfast._files import atomic_write
+from gptfast._files import atomic_write, cache_folder
 from gptfast.triton import INTERPRETING
 
 Candidate = TypeVar("Candidate")
@@ -82,8 +82,7 @@ def _milliseconds(run: Callable[[], None]) -> float:
 
 
 def _path() -> Path:
-    folder = os.environ.get("GPTFAST_CACHE") or Path.home() / ".cache/gptfast"
-    return Path(folder) / "triton_tiles.json"
+    return cache_folder() / "triton_tiles.json"
 
 
 def _kept() -> dict[str, int]:

@@ -1,0 +1,121 @@
+"""What the command line says when something goes wrong: one line for each mistake, and how to report a fault of ours."""
+
+from __future__ import annotations
+
+import dis
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from gptfast._files import cache_folder
+from gptfast._version import __version__
+
+DEBUG = "GPTFAST_DEBUG"  # set: tracebacks are shown
+_PACKAGE = Path(__file__).parent.parent
+_MISTAKES = (ValueError, TypeError, LookupError, RuntimeError, NotImplementedError)  # where we raise them with a text
+_RAISE = dis.opmap["RAISE_VARARGS"]
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")  # as torch and C++ have it
+
+
+def wants_traceback() -> bool:
+    return bool(os.environ.get(DEBUG))
+
+
+def tell(error: Exception) -> None:
+    """Say on standard error what is wrong, in a line that names the file, key or argument; no traceback.
+
+    An error that no check of ours raised is a fault of gptfast: its traceback goes to a file, and the line says so.
+    """
+    if _lacks_memory(error):
+        _print(
+            f"error: no memory is left ({_first_line(error)}); take a smaller batch, a shorter text or a smaller model"
+        )
+    elif not _is_mistake(error):
+        return _tell_fault(error)
+    else:
+        _print(f"error: {_one_line(error)}")
+    _print(f"({DEBUG}=1 shows where it was raised)")
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _NO_MEMORY)
+    )
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether a user can mend it: a check of ours raised it, or the system did for a file."""
+    if isinstance(error, (OSError, ImportError)):
+        return True
+    last = _last(error.__traceback__)
+    if not isinstance(error, _MISTAKES) or last is None or not _is_ours(last):
+        return False
+    return _raises(last) or (isinstance(error, (ValueError, RuntimeError)) and _is_native(error))
+
+
+def _last(trace: TracebackType | None) -> TracebackType | None:
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace
+
+
+def _is_ours(trace: TracebackType) -> bool:
+    return Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
+
+
+def _raises(trace: TracebackType) -> bool:
+    """Whether the error comes from a `raise`, and not from what the line happened to meet."""
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == _RAISE
+
+
+def _is_native(error: Exception) -> bool:
+    """Whether our compiled code refused its arguments: its texts begin with the name of what refuses."""
+    name, colon, _ = str(error).partition(": ")
+    return bool(colon) and name.replace("_", "").replace(".", "").isalnum()
+
+
+def _tell_fault(error: Exception) -> None:
+    report = _write_report(error)
+    where = f"its traceback is in {report}" if report else f"{DEBUG}=1 shows its traceback"
+    _print(f"error: a fault in gptfast, {type(error).__name__}: {_first_line(error)}")
+    _print(f"({where}; please report it with that and the output of `gptfast doctor`)")
+
+
+def _write_report(error: Exception) -> Path | None:
+    """The traceback in a file of its own; None where none can be written."""
+    torch = getattr(sys.modules.get("torch"), "__version__", "not imported")
+    machine = f"gptfast {__version__}, Python {platform.python_version()}, torch {torch}, {platform.platform()}"
+    command = "gptfast " + " ".join(sys.argv[1:2])  # and no more: arguments may hold keys and texts
+    text = "\n".join([machine, command, "", *traceback.format_exception(error)])
+    name = time.strftime("fault-%Y%m%d-%H%M%S") + f"-{os.getpid()}.txt"
+    for folder in _folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            return folder / name
+        except OSError:
+            continue  # the next folder
+    return None
+
+
+def _folders() -> Iterator[Path]:
+    yield cache_folder()
+    yield Path(tempfile.gettempdir())

@@ -1,0 +1,208 @@
+"""Connections: how many there are at a time, and how long one may wait for its client."""
+
+from __future__ import annotations
+
+import asyncio
+import http
+import json
+import logging
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gptfast.serving.protocol import ApiError
+
+try:
+    import resource
+except ImportError:  # Windows, where sockets are no files
+    resource = None
+
+log = logging.getLogger("uvicorn.error")  # where the rest is told
+
+USUAL_CONNECTIONS = 1024  # at least, where the machine lets a process have that many files
+OWN_FILES = 64  # that this process may have open beside its connections
+LINGER = 1.0  # seconds in which a client that was sent away may still read why
+LOG_EVERY = 10.0  # seconds
+
+
+def most_connections() -> int:
+    """How many connections the open files that this process may have (`ulimit -n`) suffice for."""
+    if resource is None:
+        return USUAL_CONNECTIONS
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY:
+        files = 1 << 20
+    return max(1, (files - OWN_FILES) * 4 // 5)  # a fifth: those that are accepted, and sent away, at this moment
+
+
+def choose_connections(wanted: int | None, texts: int) -> int:
+    """How many connections a server takes.
+
+    Args:
+        wanted: a number that was asked for, or None.
+        texts: how many texts the server writes and keeps waiting.
+    Raises:
+        ValueError: more than there can be.
+    """
+    most = most_connections()
+    if wanted is None:
+        return min(max(USUAL_CONNECTIONS, 4 * texts), most)
+    if not 1 <= wanted <= most:
+        raise ValueError(
+            f"serve: --max-connections is {wanted}; expected 1 to {most}, as this process may open so many files - ask for "
+            "fewer, or raise `ulimit -n`"
+        )
+    return wanted
+
+
+class Connections:
+    """All connections of one server.
+
+    A connection waits for its client until a whole request has come, and then for the model until the answer is sent.
+    Where there are `most` and one more client comes, the one that has waited longest for its client is sent away; where
+    all wait for the model, the new client is refused. So clients that send half a request shut nobody out.
+
+    Args:
+        most: connections at a time.
+        client_seconds: for a client to send its request, head and body; then it is sent away with 408.
+        answer_seconds: for the answer, until the client has taken all of it; then the connection is cut.
+    """
+
+    def __init__(self, most: int, client_seconds: float, answer_seconds: float) -> None:
+        self.most, self._client_seconds, self._answer_seconds = most, client_seconds, answer_seconds
+        self.burst = max(1, most // 8)  # how many may be accepted at once, and how many linger
+        self._waiting: dict[Connection, asyncio.TimerHandle] = {}  # the first has waited longest
+        self._answered: dict[Connection, asyncio.TimerHandle] = {}
+        self._leaving: dict[Connection, asyncio.TimerHandle] = {}
+        self._sent_away, self._logged = 0, -LOG_EVERY
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._answered)
+
+    def __call__(self, **options: Any) -> Connection:
+        """A protocol for a new connection, as uvicorn makes it."""
+        return Connection(self, **options)
+
+    def enter(self, new: Connection) -> None:
+        """A client has connected: take it in, or refuse it."""
+        if len(self) >= self.most:
+            self._log()
+            longest = next(iter(self._waiting), None)
+            if longest is None:
+                return new.send_away(503, f"{self.most} connections wait for texts, the most that there may be", "busy")
+            longest.send_away(503, f"{self.most} connections, the most that there may be, and no whole request", "busy")
+        self.wait_for_client(new)
+
+    def wait_for_client(self, connection: Connection) -> None:
+        self.forget(connection)
+        self._waiting[connection] = self._later(self._client_seconds, connection.time_out)
+
+    def wait_for_model(self, connection: Connection) -> None:
+        self.forget(connection)
+        self._answered[connection] = self._later(self._answer_seconds, connection.transport.abort)
+
+    def linger(self, connection: Connection) -> None:
+        """This client has been told to go. It counts no more, and may read what it was told."""
+        self.forget(connection)
+        if len(self._leaving) < self.burst:
+            self._leaving[connection] = self._later(LINGER, connection.transport.abort)
+        else:
+            connection.transport.abort()
+
+    def forget(self, connection: Connection) -> None:
+        for group in (self._waiting, self._answered, self._leaving):
+            if timer := group.pop(connection, None):
+                timer.cancel()
+
+    def _later(self, seconds: float, call: Any) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(seconds, call)
+
+    def _log(self) -> None:
+        self._sent_away += 1
+        now = asyncio.get_running_loop().time()
+        if now - self._logged >= LOG_EVERY:
+            log.warning("%d clients sent away: there are %d connections, the most", self._sent_away, self.most)
+            self._sent_away, self._logged = 0, now
+
+
+class Connection(H11Protocol):
+    """One connection of `connections`."""
+
+    def __init__(self, connections: Connections, **options: Any) -> None:
+        super().__init__(**options)
+        self._all, self._gone = connections, False
+        self._of: object = None  # the request that was last seen whole
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._all.enter(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._all.forget(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._gone:
+            return
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._of = self  # nothing that can be seen: whatever is seen next is new
+        self._look()
+
+    def shutdown(self) -> None:
+        if self._is_open and self.cycle.more_body and not self._gone:
+            self.send_away(503, "the server is shutting down", "shutting_down")
+        elif not self._gone:
+            super().shutdown()
+
+    def _look(self) -> None:
+        """Who is waited for now?"""
+        if self._gone or self.transport.is_closing():
+            return
+        whole = self.cycle if self._is_open and not self.cycle.more_body else None
+        if whole is self._of:
+            return
+        self._of = whole
+        if whole is None:
+            self._all.wait_for_client(self)
+        else:
+            self._all.wait_for_model(self)
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether a request has begun that is not answered yet."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def time_out(self) -> None:
+        self.send_away(408, "the request did not arrive in time; send it at once", "timeout")
+
+    def send_400_response(self, msg: str) -> None:
+        self.send_away(400, msg, "invalid_http")
+
+    def send_away(self, status: int, message: str, code: str) -> None:
+        """End the connection, with an answer where a client waits for one."""
+        begun = self._is_open or bool(self.conn.trailing_data[0]) or self.cycle is None
+        self._gone = True
+        if self.transport.is_closing() or (self._is_open and self.cycle.response_started):
+            return self.transport.abort()  # whatever came now would be taken for a part of the answer
+        if not begun:
+            self.transport.close()
+            return self._all.linger(self)
+        if self._is_open:  # for those who still read its body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        body = json.dumps(ApiError(status, message, code=code).body()).encode()
+        head = [
+            f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            *(["retry-after: 5"] if status == 503 else []),
+            "connection: close",
+        ]
+        self.transport.write("\r\n".join([*head, "", ""]).encode() + body)
+        self.transport.write_eof()  # and not closed yet: what is not read would turn the answer into a reset
+        self.transport.resume_reading()
+        self._all.linger(self)
