@@ -58,7 +58,7 @@ def test_other_files(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a compiled gptfast model"):
         load(saved)
     saved.write_bytes(data[:8] + struct.pack("<I", 1) + data[12:])
-    with pytest.raises(ValueError, match="has version 1 and this gptfast reads 2; compile the model again"):
+    with pytest.raises(ValueError, match="has version 1 and this gptfast reads 2 and 3; compile the model again"):
         load(saved)
     with pytest.raises(FileNotFoundError, match="check the spelling"):
         load(tmp_path / "absent")

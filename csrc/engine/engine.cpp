@@ -37,7 +37,7 @@ void Engine::pack(const Weight& weight, const float* values, i64 ld) {
   }
   pool_.run([&](int t) {
     const Range mine = share(panels(weight.N), t);
-    engine::pack(weight.format, values, ld, weight.N, weight.K, mine.first, mine.last, to);
+    engine::pack(weight.format, values, ld, weight.N, weight.K, weight.factor, mine.first, mine.last, to);
   });
 }
 

@@ -69,7 +69,7 @@ class Engine {
   i64 work_bytes() const { return work_bytes_; }
   std::mutex& lock() { return mutex_; }
 
-  // Packs fp32 values (N, K), rows ld apart, as the weight of this name.
+  // Packs fp32 values (N, K), rows ld apart, as the weight of this name; its factor is taken off.
   void pack(const Weight& weight, const float* values, i64 ld);
   // Appends counts[i] tokens to rows[i]; logits of the last token of each row, or of all tokens, to `out`, rows ld >= V
   // rounded up to 32 apart. Rows and room are checked and memory is reserved before anything is computed: a failure
@@ -121,8 +121,8 @@ class Engine {
   void head(int t, float* out, i64 ld);
   void normalise_in_place(int t, const Norm& norm, i64 rows);
 
-  Activations inputs_of(int t, Format format, const float* x, i64 ld, i64 K, i64 rows);
-  Activations normed_inputs(int t, Format format, const Norm& norm, const float* x, i64 ld, i64 rows);
+  Activations inputs_of(int t, const Weight& weight, const float* x, i64 ld, i64 K, i64 rows);
+  Activations normed_inputs(int t, const Weight& weight, const Norm& norm, const float* x, i64 ld, i64 rows);
   void multiply(int t, const Linear& linear, const Activations& x, i64 rows, Finish finish, float* y, i64 ldy,
                 float* out, i64 ldo);
 

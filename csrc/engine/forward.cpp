@@ -16,8 +16,8 @@ void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
   for (i64 l = 0; l < s.layers; l++) {
     const Layer& layer = model_.layers[size_t(l)];
     auto branch_inputs = [&](const Linear& linear, const Norm& norm) {
-      return s.pre_norm ? normed_inputs(t, linear.weight.format, norm, x, Cp_, M)
-                        : inputs_of(t, linear.weight.format, x, Cp_, s.C, M);
+      return s.pre_norm ? normed_inputs(t, linear.weight, norm, x, Cp_, M)
+                        : inputs_of(t, linear.weight, x, Cp_, s.C, M);
     };
     multiply(t, layer.c_attn, branch_inputs(layer.c_attn, layer.ln_1), M, Finish::store, qkv_.get(), Qp_, qkv_.get(),
              Qp_);
@@ -29,13 +29,13 @@ void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
     }
     pool_.barrier(t);
     if (!M) return;
-    const Activations attended = inputs_of(t, layer.attn_proj.weight.format, attended_.get(), Cp_, s.C, M);
+    const Activations attended = inputs_of(t, layer.attn_proj.weight, attended_.get(), Cp_, s.C, M);
     multiply(t, layer.attn_proj, attended, M, Finish::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
     if (!s.pre_norm) normalise_in_place(t, layer.ln_1, M);
     multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), M, gelu, hidden_.get(), Fp_, hidden_.get(), Fp_);
     pool_.barrier(t);
-    const Activations hidden = inputs_of(t, layer.mlp_proj.weight.format, hidden_.get(), Fp_, s.F, M);
+    const Activations hidden = inputs_of(t, layer.mlp_proj.weight, hidden_.get(), Fp_, s.F, M);
     multiply(t, layer.mlp_proj, hidden, M, Finish::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
     if (!s.pre_norm) normalise_in_place(t, layer.ln_2, M);
@@ -50,7 +50,7 @@ void Engine::embed(int t, const int* tokens) {
       const i64 m = run.first + i;
       if (m < mine.first || m >= mine.last) continue;
       kernels_.embed(model_.wte.format, weights_ + model_.wte.offset, model_.shape.C, tokens[m],
-                     model_.shape.embed_scale, floats(model_.wpe) + (run.start + i) * Cp_, x_.get() + m * Cp_);
+                     model_.shape.embed_scale * model_.wte.factor, floats(model_.wpe) + (run.start + i) * Cp_, x_.get() + m * Cp_);
     }
 }
 
@@ -107,9 +107,8 @@ void Engine::keep_wanted() {
 }
 
 void Engine::head(int t, float* out, i64 ld) {
-  const Format format = model_.head.format;
-  const Activations x = model_.shape.final_norm ? normed_inputs(t, format, model_.ln_f, x_.get(), Cp_, wanted_)
-                                                : inputs_of(t, format, x_.get(), Cp_, model_.shape.C, wanted_);
+  const Activations x = model_.shape.final_norm ? normed_inputs(t, model_.head, model_.ln_f, x_.get(), Cp_, wanted_)
+                                                : inputs_of(t, model_.head, x_.get(), Cp_, model_.shape.C, wanted_);
   multiply(t, {model_.head, Weight()}, x, wanted_, Finish::store, out, ld, out, ld);
 }
 
@@ -125,21 +124,21 @@ void Engine::normalise_in_place(int t, const Norm& norm, i64 rows) {
 Activations Engine::view(Inputs& in, i64 K) const {
   return {in.normed.get(), Cp_, in.bf16.get(), in.q.get(), in.scale.get(), in.start.get(), round_up(K, kGroup)};
 }
-// x as the product of a format reads it. A single row is prepared by every thread for itself, which is quicker than
+// x as the product with a matrix reads it; the matrix's factor goes into the scales of x. A single row is prepared by every thread for itself, which is quicker than
 // waiting for another; several rows are shared out.
-Activations Engine::inputs_of(int t, Format format, const float* x, i64 ld, i64 K, i64 rows) {
+Activations Engine::inputs_of(int t, const Weight& weight, const float* x, i64 ld, i64 K, i64 rows) {
   const bool single = rows == 1;
   Activations in = view(single ? own_[size_t(t)].inputs : shared_, K);
   in.f32 = x;
   in.f32_stride = ld;
-  if (reads_f32(format)) return in;
+  if (reads_f32(weight.format)) return in;
   const Range mine = single ? Range{0, 1} : share(rows, t);
-  for (i64 m = mine.first; m < mine.last; m++) kernels_.prepare(format, x + m * ld, K, in, m);
+  for (i64 m = mine.first; m < mine.last; m++) kernels_.prepare(weight.format, x + m * ld, K, in, m, weight.factor);
   if (!single) pool_.barrier(t);
   return in;
 }
 // The same of LayerNorm(x).
-Activations Engine::normed_inputs(int t, Format format, const Norm& norm, const float* x, i64 ld, i64 rows) {
+Activations Engine::normed_inputs(int t, const Weight& weight, const Norm& norm, const float* x, i64 ld, i64 rows) {
   const bool single = rows == 1;
   Inputs& to = single ? own_[size_t(t)].inputs : shared_;
   const Range mine = single ? Range{0, 1} : share(rows, t);
@@ -147,7 +146,7 @@ Activations Engine::normed_inputs(int t, Format format, const Norm& norm, const 
   for (i64 m = mine.first; m < mine.last; m++) {
     float* normed = to.normed.get() + m * Cp_;
     kernels_.layer_norm(x + m * ld, floats(norm.weight), floats(norm.bias), model_.shape.eps, model_.shape.C, normed);
-    if (!reads_f32(format)) kernels_.prepare(format, normed, model_.shape.C, in, m);
+    if (!reads_f32(weight.format)) kernels_.prepare(weight.format, normed, model_.shape.C, in, m, weight.factor);
   }
   if (!single) pool_.barrier(t);
   return in;

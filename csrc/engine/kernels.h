@@ -52,8 +52,9 @@ inline i64 attend_scratch(i64 heads, i64 positions) {
 struct Kernels {
   const char* isa;
   bool bf16_pairs;  // products of bf16 weights read Activations::bf16, else f32
-  // Brings a row of K values into the form that the format's product reads (none for those that read f32).
-  void (*prepare)(Format, const float* x, i64 K, const Activations& to, i64 row);
+  // Brings a row of K values into the form that the format's product reads (none for those that read f32). `factor`, a
+  // power of two, goes into the scales of quantised formats; it is 1 with others.
+  void (*prepare)(Format, const float* x, i64 K, const Activations& to, i64 row, float factor);
   // y[m][0..32) = x[m] W^T for rows [0, M) and one panel of depth K, which is padded_depth.
   void (*product)(Format, const char* panel, const Activations& x, i64 M, i64 K, float* y, i64 ldy);
   // The panel's outputs y, M rows: out = finish(y + bias). bias has 32 values, or is null.

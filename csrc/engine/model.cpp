@@ -52,9 +52,13 @@ Weight Model::place(const std::string& name, Weight weight) {
   by_name[name] = weight;
   return weight;
 }
-Weight Model::matrix(const std::string& name, Format format, i64 N, i64 K) { return place(name, {format, N, K, 0}); }
+Weight Model::matrix(const std::string& name, Format format, i64 N, i64 K) {
+  const auto found = formats.exponents.find(name);
+  const bool scaled = quantised(format) && found != formats.exponents.end();
+  return place(name, {format, N, K, 0, scaled ? std::ldexp(1.f, found->second) : 1.f});
+}
 Weight Model::vector(const std::string& name, i64 N, bool present) {
-  return present ? place(name, {Format::f32, N, 0, 0}) : Weight();
+  return present ? place(name, {Format::f32, N, 0, 0, 1.f}) : Weight();
 }
 Norm Model::norm(const std::string& name) {
   return {vector(name + ".weight", shape.C), vector(name + ".bias", shape.C, shape.bias)};
@@ -64,7 +68,7 @@ Linear Model::linear(const std::string& name, Format format, i64 N, i64 K) {
   return {matrix(name + ".weight", format, N, K), bias};
 }
 
-Model::Model(const Shape& s, const Formats& formats) : shape(s) {
+Model::Model(const Shape& s, const Formats& f) : shape(s), formats(f) {
   wpe = vector("wpe.weight", s.positions * round_up(s.C, kPanel));
   if (!s.tied) wte = matrix("wte.weight", formats.head, s.V, s.C);
   for (i64 l = 0; l < s.layers; l++) {

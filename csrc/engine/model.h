@@ -24,7 +24,8 @@ struct Shape {
 struct Weight {
   Format format = Format::f32;
   i64 N = 0, K = 0;
-  i64 offset = -1;  // bytes into the block; -1: the model has none
+  i64 offset = -1;     // bytes into the block; -1: the model has none
+  float factor = 1.f;  // a power of two: the matrix is what is packed, times this
   i64 bytes() const;
 };
 struct Norm {
@@ -38,9 +39,11 @@ struct Layer {
   Linear c_attn, attn_proj, c_fc, mlp_proj;
 };
 
-// The formats of the matrices of a layer, in the order c_attn, attn.c_proj, c_fc, mlp.c_proj, and of the embeddings.
+// The formats of the matrices of a layer, in the order c_attn, attn.c_proj, c_fc, mlp.c_proj, and of the embeddings; and the
+// exponents of the factors that are not 1, by the names of their matrices.
 struct Formats {
   Format c_attn, attn_proj, c_fc, mlp_proj, head;
+  std::unordered_map<std::string, int> exponents = {};
 };
 
 struct Model {
@@ -50,6 +53,7 @@ struct Model {
   static i64 bytes_of(const Shape& shape, const Formats& formats);
 
   Shape shape;
+  Formats formats;
   Weight wte, wpe;  // wpe: fp32, positions rows of C rounded up to a panel
   std::vector<Layer> layers;
   Norm ln_f;

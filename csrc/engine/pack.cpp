@@ -174,13 +174,13 @@ void pack_panel(Format format, const float* rows, i64 K, char* out) {
 
 }  // namespace
 
-void pack(Format format, const float* W, i64 ld, i64 N, i64 K, i64 first, i64 last, char* matrix) {
+void pack(Format format, const float* W, i64 ld, i64 N, i64 K, float factor, i64 first, i64 last, char* matrix) {
   const i64 depth = padded_depth(format, K);
   std::vector<float> rows(size_t(kPanel * depth));
   for (i64 p = first; p < last; p++) {
     std::fill(rows.begin(), rows.end(), 0.f);
     for (i64 n = 0; n < kPanel && p * kPanel + n < N; n++)
-      std::memcpy(rows.data() + n * depth, W + (p * kPanel + n) * ld, size_t(K) * 4);
+      for (i64 k = 0; k < K; k++) rows[size_t(n * depth + k)] = W[(p * kPanel + n) * ld + k] * (1 / factor);
     pack_panel(format, rows.data(), depth, matrix + p * panel_bytes(format, K));
   }
 }

@@ -4,8 +4,9 @@
 
 namespace gptfast::engine {
 
-// Panels [first, last) of W (N, K), fp32, rows ld apart, into `matrix`, the begin of the whole packed matrix. Quantised
-// formats choose each group's scale for the least squared error. The result is the same on every machine.
-void pack(Format format, const float* W, i64 ld, i64 N, i64 K, i64 first, i64 last, char* matrix);
+// Panels [first, last) of W (N, K) / factor, a power of two, into `matrix`, the begin of the whole packed matrix. W is fp32,
+// its rows ld apart. Quantised formats choose each group's scale for the least squared error. The result is the same on
+// every machine.
+void pack(Format format, const float* W, i64 ld, i64 N, i64 K, float factor, i64 first, i64 last, char* matrix);
 
 }  // namespace gptfast::engine

@@ -1,8 +1,8 @@
 // What happens to single rows between the products.
 
-// x in bytes: x / scale, scale = max |x| / 127 of each group; and -offset times their sum. A nan or an infinity makes
+// x in bytes: x / s, s = max |x| / 127 of each group, scale = factor * s; and -offset times their sum. A nan or an infinity makes
 // the sum nan and with it the scale, so that it is not lost.
-static void quantise_row(const float* x, i64 K, int offset, int8_t* q, float* scale, int32_t* start) {
+static void quantise_row(const float* x, i64 K, int offset, float factor, int8_t* q, float* scale, int32_t* start) {
   for (i64 k = 0; k < K; k += kGroup, q += kGroup) {
     F v[kGroup / L], top = zero(), total = zero();
     UNROLL for (int i = 0; i < kGroup / L; i++) {
@@ -18,13 +18,13 @@ static void quantise_row(const float* x, i64 K, int offset, int8_t* q, float* sc
       total = total + (rounded - set(kRounder));
     }
     const float all = sum(total);
-    *scale++ = most / 127.f + 0 * all;
+    *scale++ = most / 127.f * factor + 0 * all;
     *start++ = all == all ? -offset * int32_t(all) : 0;
   }
 }
-static void prepare(Format f, const float* x, i64 K, const Activations& to, i64 row) {
+static void prepare(Format f, const float* x, i64 K, const Activations& to, i64 row, float factor) {
   if (quantised(f))
-    return quantise_row(x, K, weight_offset(f), to.q + row * to.stride, to.scale + row * to.stride / kGroup,
+    return quantise_row(x, K, weight_offset(f), factor, to.q + row * to.stride, to.scale + row * to.stride / kGroup,
                         to.start + row * to.stride / kGroup);
   if (f != Format::bf16 || !kPairs) return;
   uint16_t* out = to.bf16 + row * to.stride;

@@ -47,7 +47,9 @@ inline Shape shape_of(const py::dict& d) {
 }
 inline Formats formats_of(const py::dict& d) {
   auto of = [&](const char* key) { return format_named(d[key].cast<std::string>()); };
-  return {of("c_attn"), of("attn_proj"), of("c_fc"), of("mlp_proj"), of("head")};
+  Formats formats{of("c_attn"), of("attn_proj"), of("c_fc"), of("mlp_proj"), of("head"), {}};
+  if (d.contains("exponents")) formats.exponents = d["exponents"].cast<decltype(formats.exponents)>();
+  return formats;
 }
 
 using SamplingTuple = std::tuple<double, i64, double, uint64_t, i64>;  // of gptfast.generation.sequences

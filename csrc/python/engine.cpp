@@ -252,4 +252,15 @@ void bind_engine(py::module_& m) {
   m.def("packed_bytes", [](const py::dict& shape, const py::dict& formats) {
     return Model::bytes_of(shape_of(shape), formats_of(formats));
   });
+  m.def("weight_formats", [](const py::dict& shape, const py::dict& formats) {  // by name; "" of vectors
+    const Shape s = shape_of(shape);
+    const Formats f = formats_of(formats);
+    std::unordered_map<std::string, std::string> found;
+    {
+      const py::gil_scoped_release release;
+      for (const auto& [name, weight] : Model(s, f).by_name)
+        found[name] = weight.K ? kFormatNames[int(weight.format)] : "";
+    }
+    return found;
+  });
 }

@@ -14,6 +14,7 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 
 from gptfast.backend import cpu_isa
 from gptfast.engine import file
+from gptfast.engine.exponents import exponent_of, quantised
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
 from gptfast.engine.sequences import PANEL, EngineSequences
 from gptfast.generation.sequences import usual_threads
@@ -42,6 +43,7 @@ class CompiledGPT:
         dtype: str,
         formats: dict[str, str],
         weights: Any,
+        exponents: dict[str, int] | None = None,
         *,
         threads: int | None = None,
         max_rows: int | None = None,
@@ -54,8 +56,10 @@ class CompiledGPT:
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
         self.cache_dtype = _cache_dtype(cache_dtype, dtype)
         self._formats, self._weights, self._source = formats, weights, source
+        self._exponents = exponents or {}
         threads = usual_threads() if threads is None else _count("threads", threads, MOST_THREADS)
-        self._core = _C.Engine(shape_of(config), formats, weights, threads, self.cache_dtype, cpu_isa() or "scalar")
+        layout = {**formats, "exponents": self._exponents}
+        self._core = _C.Engine(shape_of(config), layout, weights, threads, self.cache_dtype, cpu_isa() or "scalar")
 
     @property
     def threads(self) -> int:
@@ -74,6 +78,7 @@ class CompiledGPT:
             self.dtype,
             self._formats,
             self._weights,
+            self._exponents,
             threads=threads,
             max_rows=self.max_rows,
             cache_dtype=self.cache_dtype,
@@ -130,7 +135,7 @@ class CompiledGPT:
             OSError: it cannot be written; a file that was there is intact.
         """
         weights = memoryview(self._weights)
-        file.save(path, self.config, self._formats, self.dtype, weights, self.check_weights)
+        file.save(path, self.config, self._formats, self._exponents, self.dtype, weights, self.check_weights)
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -179,13 +184,16 @@ def compile_model(
         ) from None
     name = format_name(dtype)
     formats, shape = matrix_formats(name), shape_of(model.config)
+    values, stored = _values(model), _C.weight_formats(shape, formats)
+    exponents = {key: exponent_of(key, _fp32(values[key])) for key, kind in stored.items() if quantised(kind)}
+    exponents = {key: exponent for key, exponent in exponents.items() if exponent}
     # zeroed, aligned to a page, and given back to the system at once when it is freed
     weights = mmap.mmap(-1, _C.packed_bytes(shape, formats), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     _ask_for_large_pages(weights)
     compiled = CompiledGPT(
-        model.config, name, formats, weights, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype
+        model.config, name, formats, weights, exponents, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype
     )
-    _pack(model, compiled._core)
+    _pack(values, compiled._core)
     return compiled
 
 
@@ -196,11 +204,18 @@ def _ask_for_large_pages(memory: mmap.mmap) -> None:
             memory.madvise(mmap.MADV_HUGEPAGE)
 
 
-def _pack(model: GPT, core: Any) -> None:
+def _values(model: GPT) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+
+
+def _fp32(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", torch.float32)
+
+
+def _pack(values: dict[str, Tensor], core: Any) -> None:
     """Hand over one weight after another in fp32; the conversion of one is all that is held besides."""
-    weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name in core.weight_names():
-        value = weights[name].detach().to("cpu", torch.float32)
+        value = _fp32(values[name])
         if name == "wpe.weight":  # rows of whole panels
             value = torch.nn.functional.pad(value, (0, -value.shape[1] % PANEL)).flatten()
         value = value.contiguous()
@@ -238,7 +253,8 @@ def load(
         raise ValueError(f"{path} describes a model that this gptfast cannot run ({error}); compile it again") from None
     options = {"threads": threads, "max_rows": max_rows, "cache_dtype": cache_dtype}
     _check_fit(path, config, description)
-    return CompiledGPT(config, description["dtype"], description["formats"], source.weights, source=source, **options)
+    dtype, formats, exponents = (description[key] for key in ("dtype", "formats", "exponents"))
+    return CompiledGPT(config, dtype, formats, source.weights, exponents, source=source, **options)
 
 
 def _check_fit(path: str | os.PathLike[str], config: GPTConfig, description: dict[str, Any]) -> None:
@@ -253,6 +269,13 @@ def _check_fit(path: str | os.PathLike[str], config: GPTConfig, description: dic
         raise ValueError(
             f"{path} describes a model that does not fit its bytes: it takes {needed} and {description['bytes']} are there; "
             "compile it again"
+        )
+    if not description["exponents"]:
+        return
+    stored = _C.weight_formats(shape_of(config), description["formats"])
+    if unknown := [name for name in description["exponents"] if not quantised(stored.get(name, ""))]:
+        raise ValueError(
+            f"{path} has an exponent for {unknown[0]!r}, which is none of its quantised matrices; compile it again"
         )
 
 

@@ -4,7 +4,8 @@
     4 bytes   version of the layout, little-endian
     4 bytes   length of the header
     4 bytes   CRC-32 of the header
-    header    JSON: the model's configuration, the formats, the number of bytes and their CRC-32
+    header    JSON: the model's configuration, the formats, the number of bytes and their CRC-32; in version 3 also the
+              exponents of matrices that are stored divided by a power of two
     …         zeros up to a whole page (4096 bytes), then the weights
 
 Loading maps the file: the weights are read from the disk as they are used, and shared by processes. Who replaces such a
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gptfast._files import atomic_write, open_read
 from gptfast._mapping import MappedFile
+from gptfast.engine.exponents import are_exponents
 from gptfast.engine.formats import FORMATS, MATRICES
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"gptfastE"
 VERSION = 2
+WITH_EXPONENTS = 3  # of the layout where a matrix has one: who reads version 2 alone must not take it for one without
 _START = struct.Struct("<8sIII")
 _PAGE = 4096
 _CHUNK = 1 << 24
@@ -39,6 +42,7 @@ def save(
     path: str | os.PathLike[str],
     config: GPTConfig,
     formats: dict[str, str],
+    exponents: dict[str, int],
     name: str,
     weights: memoryview,
     check: Callable[[], None],
@@ -51,11 +55,13 @@ def save(
         "config": asdict(config),
         "dtype": name,
         "formats": formats,
+        **({"exponents": exponents} if exponents else {}),
         "bytes": weights.nbytes,
         "crc32": _crc(weights),
     }
     header = json.dumps(description, indent=1).encode()
-    start = _START.pack(MAGIC, VERSION, len(header), zlib.crc32(header)) + header
+    version = WITH_EXPONENTS if exponents else VERSION
+    start = _START.pack(MAGIC, version, len(header), zlib.crc32(header)) + header
 
     def write(file: BinaryIO) -> None:
         file.write(start + b"\0" * (-len(start) % _PAGE))
@@ -69,7 +75,7 @@ class PackedFile:
     """A file that `save` wrote: what its header says, checked, and its weights, mapped.
 
     Attributes:
-        description: config, dtype, formats, bytes and crc32.
+        description: config, dtype, formats, exponents, bytes and crc32.
         weights: of as many bytes as the header says.
 
     Args:
@@ -115,9 +121,9 @@ def _read_header(file: BinaryIO, path: str | os.PathLike[str], size: int) -> tup
             "loaded with GPT.from_pretrained"
         )
     _, version, length, crc = _START.unpack(start)
-    if version != VERSION:
+    if version not in (VERSION, WITH_EXPONENTS):
         raise ValueError(
-            f"{path} has version {version} and this gptfast reads {VERSION}; compile the model again: "
+            f"{path} has version {version} and this gptfast reads {VERSION} and {WITH_EXPONENTS}; compile the model again: "
             "GPT.from_pretrained(...).compile_for_inference(...).save(path)"
         )
     header = file.read(min(length, size))
@@ -132,11 +138,14 @@ def _description(header: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         description = json.loads(header)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header is not JSON ({error}); compile it again") from None
+    if isinstance(description, dict):
+        description.setdefault("exponents", {})
     for key, right, expected in (
         (None, lambda d: isinstance(d, dict), "an object"),
         ("config", lambda c: isinstance(c, dict), "an object"),
         ("dtype", lambda d: isinstance(d, str) and d in FORMATS, "one of " + ", ".join(FORMATS)),
         ("formats", _are_formats, "a format for each of " + ", ".join(MATRICES)),
+        ("exponents", are_exponents, "powers of two of matrices"),
         ("bytes", _is_count, "a number of bytes"),
         ("crc32", _is_count, "a checksum"),
     ):
