@@ -1,8 +1,8 @@
-"""One case table per op, shared by the tests and the benchmarks, and the accuracy rule they are held to.
+"""One case table per op, shared by the tests and the benchmarks.
 
-The rule (`assert_accurate`): the error against the same op in float64 may be at most `factor` times the error of eager
-PyTorch in the same dtype (2 for results, 3 for gradients), plus a floor of a few units in the last place of the largest
-value about. The tolerance is thus what PyTorch itself achieves on the same input, not a number chosen by hand.
+Every case is held to the rule of gptfast/accuracy.py, with factor 2 for results and 3 for gradients: the tolerance is what
+PyTorch itself achieves on the same input, not a number chosen by hand. Where a kernel computes with less on purpose,
+`STATED` says by how much.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
+from gptfast.accuracy import assert_accurate
 from gptfast.ops import reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FLOOR = 4  # units in the last place of the largest magnitude among the results (or among the gradients) of a call
 
 
 @dataclass(frozen=True)
@@ -376,6 +376,20 @@ def bench_cases(op: str) -> list[Case]:
     return [c for c in CASES[op] if c.bench]
 
 
+# Floors of results and of gradients, in eps of the dtype times the largest value of the row (gptfast/accuracy.py). The
+# comments have the largest that was needed on any ISA and on the emulated CUDA kernels, over five seeds.
+STATED: dict[tuple[str, torch.dtype], tuple[float, float]] = {
+    ("gelu", torch.bfloat16): (0.05, 0.03),  # 0.030, 0.016: an approximate reciprocal on AVX2
+    ("linear_cross_entropy", torch.bfloat16): (0.0, 0.1),  # 0.037: logits and their gradient are stored, as eager does
+    ("linear_cross_entropy", torch.float16): (0.0, 0.1),  # 0.003
+    ("causal_attention", torch.bfloat16): (0.8, 1.1),  # 0.53, 0.71: probabilities and dS are multiplied as bf16
+    ("causal_attention", torch.float16): (0.8, 1.1),  # 0.51, 0.63: the same; on the CPU the stored result alone
+    # 0.26, 0.30 in Triton's interpreter: weights are rounded to the dtype that is multiplied. Not measured with bf16.
+    ("quantized_linear", torch.float16): (0.5, 0.5),
+    ("quantized_linear", torch.bfloat16): (0.5, 0.5),
+}
+
+
 # ---- running and comparing ----------------------------------------------------------------------------------------
 
 
@@ -398,17 +412,17 @@ def run(
     case: Case,
     dtype: torch.dtype,
     *,
-    exact: bool = False,
+    widen: torch.dtype | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> Run:
     """Call fn on the case's inputs and differentiate all its differentiable results against random gradients.
 
-    With exact=True the inputs, already rounded to dtype, and the upstream gradients are widened to float64 first. The
+    With `widen` the inputs, already rounded to dtype, and the upstream gradients are brought to that dtype first. The
     call is made on `device`, with the same numbers; the results come back to the CPU.
     """
     generator = torch.Generator().manual_seed(seed + 1)
-    widen = (lambda t: t.double()) if exact else (lambda t: t)
+    wide = (lambda t: t) if widen is None else (lambda t: t.to(widen))
 
     def there(t: Tensor) -> Tensor:
         """On the device, in the same layout: a copy of a view with gaps has gaps too."""
@@ -419,14 +433,14 @@ def run(
 
     frozen = FROZEN.get(case.op, ())
     args = [
-        a if a is None else widen(there(a)).requires_grad_(n not in frozen) if a.is_floating_point() else there(a)
+        a if a is None else wide(there(a)).requires_grad_(n not in frozen) if a.is_floating_point() else there(a)
         for n, a in enumerate(case.inputs(dtype, seed))
     ]
     options = {k: there(v) if isinstance(v, Tensor) else v for k, v in case.options.items()}
     outputs = _floats(fn(*args, **options))
     differentiable = [o for o in outputs if o.requires_grad]
     upstream = [
-        widen(torch.randn(o.shape, generator=generator).to(dtype)).to(o.dtype).to(device) for o in differentiable
+        wide(torch.randn(o.shape, generator=generator).to(dtype)).to(o.dtype).to(device) for o in differentiable
     ]
     inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     grads = torch.autograd.grad(differentiable, inputs, upstream) if differentiable else ()
@@ -434,67 +448,30 @@ def run(
     return Run([o.detach().cpu() for o in outputs], [g.cpu() for g in grads], largest)
 
 
-def check_case(
-    case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu", **extra_floor: float
-) -> tuple[float, float]:
-    """Three-way parity of one case: the public op (on `device`), and on the CPU the eager reference in the same dtype
-    and the reference in float64.
+def check_case(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[float, float]:
+    """Parity of one case: the public op (on `device`), and on the CPU the eager reference in the same dtype, in float32
+    and in float64.
 
     Returns:
         The error of the results, and of the gradients, as a multiple of eager PyTorch's (plus rounding).
     """
+    eager_op = getattr(reference, case.op)
     ours = run(getattr(ops, case.op), case, dtype, seed=seed, device=device)
-    eager = run(getattr(reference, case.op), case, dtype, seed=seed)
-    exact = run(getattr(reference, case.op), case, dtype, exact=True, seed=seed)
+    eager = run(eager_op, case, dtype, seed=seed)
+    fine = eager if dtype == torch.float32 else run(eager_op, case, dtype, widen=torch.float32, seed=seed)
+    exact = run(eager_op, case, dtype, widen=torch.float64, seed=seed)
     label = f"{case.op} {case.id} {dtype}"
-    results = assert_accurate(ours.outputs, eager.outputs, exact.outputs, 2, f"{label} result", dtype, **extra_floor)
-    least = exact.upstream
-    grads = assert_accurate(ours.grads, eager.grads, exact.grads, 3, f"{label} gradient", dtype, least, **extra_floor)
+    for_results, for_grads = STATED.get((case.op, dtype), (0.0, 0.0))
+    results = assert_accurate(
+        ours.outputs, eager.outputs, exact.outputs, 2, f"{label} result", fine=fine.outputs, floor=for_results
+    )
+    grads = assert_accurate(
+        *(ours.grads, eager.grads, exact.grads, 3, f"{label} gradient"),
+        fine=fine.grads,
+        least=exact.upstream,
+        floor=for_grads,
+    )
     return results, grads
-
-
-def assert_accurate(
-    ours: list[Tensor],
-    eager: list[Tensor],
-    exact: list[Tensor],
-    factor: float,
-    label: str,
-    dtype: torch.dtype,
-    least: float = 0.0,
-    floor: float = 0.0,
-) -> float:
-    """Raise AssertionError unless |ours - exact| <= factor * |eager - exact| + floors, and the same places are finite.
-
-    Args:
-        ours, eager, exact: results, one tensor each per place; exact in float64.
-        factor: how much worse than eager PyTorch is allowed.
-        label: begins the message.
-        dtype: of the inputs; its precision sets the floor of FLOOR units in the last place.
-        least: the scale of those units is at least this.
-        floor: a further relative floor, for a stated and measured reason.
-    Returns:
-        The largest |ours - exact| / (|eager - exact| + one unit in the last place).
-    """
-    worst = 0.0
-    scale = max((_finite(x).abs().max().item() for x in exact if _finite(x).numel()), default=0.0)
-    scale = max(scale, least)
-    for n, (a, e, x) in enumerate(zip(ours, eager, exact, strict=True)):
-        assert a.shape == x.shape, f"{label} {n}: shape {tuple(a.shape)}, expected {tuple(x.shape)}"
-        same = torch.equal(a.isfinite(), x.isfinite()) and torch.equal(a[~x.isfinite()].double(), x[~x.isfinite()])
-        assert same or x.isnan().any(), f"{label} {n}: other places are finite than in the reference"
-        where = x.isfinite()
-        if not where.any():
-            continue
-        error, theirs = ((t.double() - x)[where].abs().max().item() for t in (a, e))
-        eps = torch.finfo(dtype if a.dtype == dtype else torch.float32).eps
-        limit = factor * theirs + (FLOOR * eps + floor) * scale
-        worst = max(worst, error / (theirs + eps * scale) if scale else 0.0)
-        assert error <= limit, f"{label} {n}: error {error:.3g}, eager {theirs:.3g}, limit {limit:.3g}"
-    return worst
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x[x.isfinite()]
 
 
 def dtypes() -> list[Any]:

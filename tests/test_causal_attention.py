@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 from gptfast import ops, rng
+from gptfast.accuracy import assert_accurate
+from gptfast.ops import reference
 from gptfast.ops.causal_attention import causal_attention
-from gptfast.testing import Case, cases, check_case, dtypes
+from gptfast.testing import Case, cases, check_case, dtypes, run
 
 CASES = cases("causal_attention")
 
@@ -27,7 +29,10 @@ def test_parity(case, dtype, isa):
 def test_lse(dtype, isa):
     """The returned log-sum-exp; with bf16 products exp is a polynomial of relative error 2.6e-6 (measured 3.0e-6)."""
     case = Case("causal_attention", {"B": 2, "H": 2, "T": 70, "D": 33}, {"return_lse": True, "window": 40})
-    check_case(case, dtype, floor=3e-6 if dtype == torch.bfloat16 else 0.0)
+    ours, eager = run(ops.causal_attention, case, dtype), run(reference.causal_attention, case, dtype)
+    exact = run(reference.causal_attention, case, dtype, widen=torch.float64)
+    floor = 3e-6 / torch.finfo(torch.float32).eps if dtype == torch.bfloat16 else 0.0
+    assert_accurate(ours.outputs[1:], eager.outputs[1:], exact.outputs[1:], 2, "lse", floor=floor)
 
 
 @pytest.mark.parametrize("T", [*range(1, 20), 31, 33, 47, 63, 64, 65, 127, 129])

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 from gptfast import ops
-from gptfast.testing import Case, assert_accurate, cases, check_case, dtypes
+from gptfast.accuracy import assert_accurate
+from gptfast.testing import Case, cases, check_case, dtypes
 
 CASES = cases("cross_entropy") + cases("linear_cross_entropy")
 
@@ -183,8 +184,8 @@ def test_as_exact_as_torch(kind, smoothing, isa):
     expected = F.cross_entropy(exact, targets, **options)
     (want,) = torch.autograd.grad(expected.sum(), exact)
     grads = [torch.autograd.grad(loss.sum(), x)[0] for loss in (ours, theirs)]
-    assert_accurate([ours], [theirs], [expected], 2, "loss", torch.float32)
-    assert_accurate([grads[0]], [grads[1]], [want], 3, "gradient", torch.float32)
+    assert_accurate([ours], [theirs], [expected], 2, "loss")
+    assert_accurate([grads[0]], [grads[1]], [want], 3, "gradient")
 
 
 def test_under_autocast():
