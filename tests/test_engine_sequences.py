@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from engine_models import ids_of, model_of
@@ -24,48 +22,6 @@ pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no com
 
 def compiled(dtype: str = "float32", **options):
     return model_of("gpt2").compile_for_inference(dtype, **options)
-
-
-@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
-def test_any_history_gives_the_logits_of_the_text(cache_dtype: str) -> None:
-    """Random adds, copies, reorders, truncations and releases, over page boundaries, against a row that was just made."""
-    model, chance = compiled(cache_dtype=cache_dtype), random.Random(0)
-    sequences, fresh = model.sequences(6), model.sequences(1)
-    texts: dict[int, list[int]] = {}
-    for _ in range(120):
-        action = chance.choice(["add", "copy", "reorder", "truncate", "release", "extend", "extend", "extend"])
-        if action == "add" and len(texts) < 6:
-            texts[sequences.add()[0]] = []
-        elif action == "copy" and texts and len(texts) < 6:
-            like = chance.choice(list(texts))
-            texts[sequences.add(1, like=like)[0]] = list(texts[like])
-        elif action == "reorder" and texts:
-            rows = chance.sample(list(texts), chance.randint(1, len(texts)))
-            sources = [chance.choice(list(texts)) for _ in rows]
-            sequences.reorder(rows, sources)
-            texts.update({row: list(text) for row, text in zip(rows, [texts[s] for s in sources], strict=True)})
-        elif action == "truncate" and texts:
-            row = chance.choice(list(texts))
-            length = chance.randint(0, len(texts[row]))
-            sequences.truncate(row, length)
-            texts[row] = texts[row][:length]
-        elif action == "release" and len(texts) > 3:
-            row = chance.choice(list(texts))
-            sequences.release(row)
-            del texts[row]
-        elif action == "extend" and texts:
-            rows = [row for row in texts if len(texts[row]) < 80]
-            if not rows:
-                continue
-            new = [[chance.randrange(301) for _ in range(chance.choice([1, 1, 2, 17, 64]))] for _ in rows]
-            logits = sequences.extend(rows, new)
-            for row, tokens in zip(rows, new, strict=True):
-                texts[row] += tokens
-            n = chance.randrange(len(rows))
-            (one,) = fresh.add()
-            assert torch.equal(logits[n], fresh.extend([one], [texts[rows[n]]])[0])
-            fresh.release(one)
-        assert sequences.lengths == [len(texts.get(row, [])) for row in range(6)]
 
 
 def test_all_logits_of_ragged_rows() -> None:
