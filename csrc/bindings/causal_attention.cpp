@@ -1,4 +1,6 @@
 // causal_attention: schema, checks, allocation, launch.
+#include <algorithm>
+
 #include "common.h"
 
 namespace gptfast {
@@ -6,9 +8,15 @@ namespace {
 
 constexpr const char* kOp = "causal_attention";
 
-// x (B, H, T, D) with a contiguous last dimension; a copy otherwise, kept alive by *owner.
-cpu::Heads heads_of(const Tensor& x, Tensor* owner) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, kOp, ": expected CPU tensors (B, H, T, D)");
+void check_heads(const char* name, const Tensor& x) {
+  GPTFAST_CHECK(on_cpu(x) && x.dim() == 4, kOp, ": ", name, " must be a CPU tensor (B, H, T, D)");
+}
+// x (B, H, rows, D) of q's dtype with a contiguous last dimension; a copy otherwise, kept alive by *owner.
+cpu::Heads heads_of(const char* name, const Tensor& x, i64 rows, const Tensor& q, Tensor* owner) {
+  check_heads(name, x);
+  GPTFAST_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows && x.size(3) == q.size(3) &&
+                      x.scalar_type() == q.scalar_type(),
+                  kOp, ": ", name, " and q differ in shape or dtype");
   *owner = x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
   return {owner->const_data_ptr(), owner->stride(0), owner->stride(1), owner->stride(2)};
 }
@@ -22,17 +30,21 @@ Tensor new_heads(const Tensor& like, cpu::MutHeads* view) {
 
 struct Lengths {  // int32 or int64 -> int64, checked against what the kernel will index
   std::vector<i64> values;
-  Lengths(const OptTensor& t, i64 limit, bool rising) {
+  // count: how many there must be; -1: at least one
+  Lengths(const OptTensor& t, i64 count, i64 limit, bool rising) {
     if (!t) return;
+    GPTFAST_CHECK(on_cpu(*t) && t->dim() == 1 && (count < 0 ? t->numel() >= 1 : t->numel() == count), kOp, ": ",
+                  rising ? "cu_seqlens must be a vector of offsets" : "seq_lens must be a vector of one entry a row",
+                  " on the CPU");
     const Tensor c = torch::stable::contiguous(*t);
     const bool wide = c.scalar_type() == ScalarType::Long;
-    STD_TORCH_CHECK(wide || c.scalar_type() == ScalarType::Int, kOp, ": lengths must be int32 or int64");
+    GPTFAST_CHECK(wide || c.scalar_type() == ScalarType::Int, kOp, ": lengths must be int32 or int64");
     for (i64 n = 0; n < c.numel(); n++) {
       const i64 x = wide ? static_cast<const int64_t*>(c.const_data_ptr())[n]
                          : static_cast<const int32_t*>(c.const_data_ptr())[n];
-      STD_TORCH_CHECK(x >= 0 && x <= limit, kOp, ": ", rising ? "cu_seqlens" : "seq_lens", "[", n, "] is ", x,
+      GPTFAST_CHECK(x >= 0 && x <= limit, kOp, ": ", rising ? "cu_seqlens" : "seq_lens", "[", n, "] is ", x,
                       "; expected 0 to ", limit);
-      STD_TORCH_CHECK(!rising || values.empty() || x >= values.back(), kOp, ": cu_seqlens[", n, "] is ", x,
+      GPTFAST_CHECK(!rising || values.empty() || x >= values.back(), kOp, ": cu_seqlens[", n, "] is ", x,
                       ", less than the entry before it; expected rising offsets");
       values.push_back(x);
     }
@@ -51,24 +63,27 @@ cpu::AttentionParams params_of(const Tensor& q, const Tensor& k, const Options& 
   cpu::AttentionParams p{};
   p.B = q.size(0), p.H = q.size(1), p.T = q.size(2), p.D = q.size(3), p.S = k.size(2);
   p.dtype = dtype_of(kOp, q);
-  p.causal = o.causal, p.scale = float(o.scale), p.window = o.window;
+  GPTFAST_CHECK(o.window >= 0, kOp, ": window is ", o.window, "; expected 0 or more");
+  p.causal = o.causal, p.scale = float(o.scale), p.window = std::min(o.window, p.T + p.S);
   p.threshold = dropout_threshold(o.dropout_p);
-  p.seed = uint64_t(o.seed), p.offset = uint32_t(o.offset);
+  p.seed = uint64_t(o.seed), p.offset = dropout_offset(o.offset);
   p.seq_lens = seq_lens.data(), p.cu_seqlens = cu_seqlens.data();
   p.documents = i64(cu_seqlens.values.size()) - 1;
-  STD_TORCH_CHECK(p.D >= 1 && p.D <= 256 && o.scale >= 0, kOp, ": head_dim must be 1 to 256 and the scale >= 0");
-  STD_TORCH_CHECK(k.size(0) == p.B && k.size(1) == p.H && k.size(3) == p.D, kOp, ": q and k differ in shape");
-  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type(), kOp, ": q and k differ in dtype");
+  GPTFAST_CHECK(p.D >= 1 && p.D <= 256 && o.scale >= 0 && std::isfinite(p.scale), kOp,
+                  ": head_dim must be 1 to 256 and the scale finite, >= 0");
+  GPTFAST_CHECK(cu_seqlens.values.empty() || (p.B == 1 && p.T == p.S), kOp, ": cu_seqlens needs B = 1 and T = S");
   return p;
 }
 
 std::tuple<Tensor, Tensor> causal_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 const OptTensor& seq_lens, const OptTensor& cu_seqlens, bool causal,
                                                 double scale, double dropout_p, i64 seed, i64 offset, i64 window) {
-  const Lengths lens(seq_lens, k.size(2), false), cu(cu_seqlens, q.size(2), true);
+  check_heads("q", q), check_heads("k", k);
+  const Lengths lens(seq_lens, q.size(0), k.size(2), false), cu(cu_seqlens, -1, q.size(2), true);
   cpu::AttentionParams p = params_of(q, k, {causal, scale, dropout_p, seed, offset, window}, lens, cu);
   Tensor q_owner, k_owner, v_owner;
-  p.q = heads_of(q, &q_owner), p.k = heads_of(k, &k_owner), p.v = heads_of(v, &v_owner);
+  p.q = heads_of("q", q, p.T, q, &q_owner);
+  p.k = heads_of("k", k, p.S, q, &k_owner), p.v = heads_of("v", v, p.S, q, &v_owner);
   Tensor out = new_heads(q, &p.y), lse = new_tensor({p.B, p.H, p.T}, ScalarType::Float);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   // Whole heads when there are enough of them (k and v then stay in one core's cache), else a few slices of each whose
@@ -96,14 +111,14 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, cons
                                                         const OptTensor& seq_lens, const OptTensor& cu_seqlens,
                                                         bool causal, double scale, double dropout_p, i64 seed,
                                                         i64 offset, i64 window) {
-  const Lengths lens(seq_lens, k.size(2), false), cu(cu_seqlens, q.size(2), true);
+  check_heads("q", q), check_heads("k", k);
+  const Lengths lens(seq_lens, q.size(0), k.size(2), false), cu(cu_seqlens, -1, q.size(2), true);
   cpu::AttentionParams p = params_of(q, k, {causal, scale, dropout_p, seed, offset, window}, lens, cu);
-  STD_TORCH_CHECK(dout.scalar_type() == q.scalar_type() && dout.numel() == q.numel(), kOp, ": dout and q differ");
-  Tensor owners[5];
-  p.q = heads_of(q, &owners[0]), p.k = heads_of(k, &owners[1]), p.v = heads_of(v, &owners[2]);
-  p.out = heads_of(out, &owners[3]), p.dout = heads_of(dout, &owners[4]);
-  const Tensor lse_rows = torch::stable::contiguous(lse);
-  p.lse = const_cast<float*>(static_cast<const float*>(lse_rows.const_data_ptr()));
+  Tensor owners[6];
+  p.q = heads_of("q", q, p.T, q, &owners[0]);
+  p.k = heads_of("k", k, p.S, q, &owners[1]), p.v = heads_of("v", v, p.S, q, &owners[2]);
+  p.out = heads_of("out", out, p.T, q, &owners[3]), p.dout = heads_of("dout", dout, p.T, q, &owners[4]);
+  p.lse = const_cast<float*>(floats_of(kOp, "lse", lse, p.B * p.H * p.T, &owners[5]));
   Tensor dq = new_heads(q, &p.dq), dk = new_heads(k, &p.dk), dv = new_heads(k, &p.dv);
   const i64 heads = p.B * p.H, slices = backward_slices(heads, p.T);
   Tensor partial;

@@ -1,5 +1,5 @@
 // What every op's glue shares. Only this folder includes torch, and only its stable ABI (one binary for torch >= 2.11).
-// The glue checks what could corrupt memory, allocates, and spreads items over torch's thread pool; the messages meant
+// The glue checks what could corrupt memory, allocates, and spreads items over torch's thread pool; most messages meant
 // for users are raised in gptfast/ops before a call arrives here.
 #pragma once
 #include <torch/csrc/stable/library.h>
@@ -10,6 +10,8 @@
 #include <cmath>
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -23,6 +25,22 @@ using OptTensor = std::optional<Tensor>;
 using cpu::DType;
 using cpu::i64;
 
+// Raises RuntimeError with these words. STD_TORCH_CHECK puts the place in the source before them, which no user can read.
+#define GPTFAST_CHECK(condition, ...) \
+  if (!(condition)) ::gptfast::refuse(__VA_ARGS__)
+template <class... Words> [[noreturn]] void refuse(const Words&... words) {
+  std::ostringstream text;
+  (text << ... << words);
+  throw std::runtime_error(text.str());
+}
+
+// The tensor, which torch lets be None where it must not be.
+inline const Tensor& defined(const Tensor& x) {
+  GPTFAST_CHECK(x.defined(), "a tensor is missing (None)");
+  return x;
+}
+inline bool on_cpu(const Tensor& x) { return defined(x).is_cpu(); }
+
 inline DType dtype_of(const char* op, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::f32;
@@ -30,8 +48,7 @@ inline DType dtype_of(const char* op, const Tensor& t) {
     case ScalarType::Half: return DType::f16;
     default: break;
   }
-  STD_TORCH_CHECK(false, op, ": expected a float32, bfloat16 or float16 tensor");
-  return DType::f32;
+  refuse(op, ": expected a float32, bfloat16 or float16 tensor");
 }
 
 // A contiguous CPU tensor; large ones come from memory that is kept (results.cpp).
@@ -63,7 +80,7 @@ inline bool single_row_stride(const Tensor& x, i64* stride) {
   return true;
 }
 inline RowView rows_of(const char* op, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1, op, ": expected a CPU tensor of at least one dimension");
+  GPTFAST_CHECK(on_cpu(x) && x.dim() >= 1, op, ": expected a CPU tensor of at least one dimension");
   RowView v{x, 0, x.size(x.dim() - 1), 0, dtype_of(op, x)};
   v.R = v.C ? x.numel() / v.C : 0;
   if (!single_row_stride(x, &v.stride)) {
@@ -85,15 +102,44 @@ inline cpu::MutRows mut_rows(const char* op, Tensor& y, i64 C, i64 results = 1) 
 // A vector of n values, or {nullptr} when absent. `owner` as above.
 inline cpu::Vector vector_of(const char* op, const OptTensor& v, i64 n, Tensor* owner) {
   if (!v) return {nullptr, DType::f32};
-  STD_TORCH_CHECK(v->is_cpu() && v->numel() == n, op, ": expected a CPU vector of ", n, " values, got ", v->numel());
+  GPTFAST_CHECK(on_cpu(*v) && v->numel() == n, op, ": expected a CPU vector of ", n, " values, got ", v->numel());
   *owner = torch::stable::contiguous(*v);
   return {owner->const_data_ptr(), dtype_of(op, *v)};
 }
 
+// n float32 values on the CPU; `owner` as above.
+inline const float* floats_of(const char* op, const char* name, const Tensor& x, i64 n, Tensor* owner) {
+  GPTFAST_CHECK(on_cpu(x) && x.scalar_type() == ScalarType::Float && x.numel() == n, op, ": ", name, " must be ", n,
+                " float32 values on the CPU");
+  *owner = torch::stable::contiguous(x);
+  return static_cast<const float*>(owner->const_data_ptr());
+}
+
 // round(65536 p), halves to even: as gptfast.rng.dropout_threshold.
-inline uint32_t dropout_threshold(double p) { return uint32_t(std::nearbyint(p * 65536)); }
+inline uint32_t dropout_threshold(double p) {
+  GPTFAST_CHECK(p >= 0 && p <= 1, "dropout: p is ", p, "; expected a probability in [0, 1]");
+  return uint32_t(std::nearbyint(p * 65536));
+}
+inline uint32_t dropout_offset(i64 offset) {
+  GPTFAST_CHECK(offset >= 0 && offset <= UINT32_MAX, "dropout: offset is ", offset, "; expected 0 to 2**32 - 1");
+  return uint32_t(offset);
+}
 inline cpu::DropoutParams dropout_params(double p, i64 seed, i64 offset) {
-  return {uint64_t(seed), uint32_t(offset), dropout_threshold(p)};
+  return {uint64_t(seed), dropout_offset(offset), dropout_threshold(p)};
+}
+inline float epsilon_of(const char* op, double eps) {
+  GPTFAST_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps is ", eps, "; expected a finite number >= 0");
+  return float(eps);
+}
+inline float smoothing_of(const char* op, double label_smoothing) {
+  GPTFAST_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing is ", label_smoothing,
+                "; expected 0 to 1");
+  return float(label_smoothing);
+}
+inline void check_sampling(const char* op, double temperature, i64 top_k, double top_p) {
+  GPTFAST_CHECK(temperature >= 0 && std::isfinite(temperature) && top_k >= 0 && top_p > 0 && top_p <= 1, op,
+                ": temperature is ", temperature, ", top_k ", top_k, " and top_p ", top_p,
+                "; expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1");
 }
 
 // Runs f(begin, end) over [0, n) on torch's pool in fixed parts; `cost` is the work of one item in bytes or so.

@@ -9,12 +9,12 @@ constexpr const char* kOp = "cross_entropy";
 struct Targets {
   Tensor owner;
   const i64* data;
-  Targets(const Tensor& t, i64 rows, i64 V, i64 ignore_index) : owner(torch::stable::contiguous(t)) {
-    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.numel() == rows, kOp,
+  Targets(const Tensor& t, i64 rows, i64 V, i64 ignore_index) : owner(torch::stable::contiguous(defined(t))) {
+    GPTFAST_CHECK(on_cpu(t) && t.scalar_type() == ScalarType::Long && t.numel() == rows, kOp,
                     ": targets must be an int64 CPU tensor with one entry per row");
     data = static_cast<const i64*>(owner.const_data_ptr());
     for (i64 r = 0; r < rows; r++)
-      STD_TORCH_CHECK((data[r] >= 0 && data[r] < V) || data[r] == ignore_index, kOp, ": targets[", r, "] is ", data[r],
+      GPTFAST_CHECK((data[r] >= 0 && data[r] < V) || data[r] == ignore_index, kOp, ": targets[", r, "] is ", data[r],
                       "; expected 0 to ", V - 1, " or ignore_index (", ignore_index, ") - check the vocabulary size");
   }
 };
@@ -22,7 +22,7 @@ struct Targets {
 cpu::CrossEntropyParams params_of(const RowView& x, const Targets& targets, i64 ignore_index, double label_smoothing) {
   cpu::CrossEntropyParams p{};
   p.logits = x.rows(), p.targets = targets.data, p.V = x.C, p.ignore_index = ignore_index;
-  p.label_smoothing = float(label_smoothing);
+  p.label_smoothing = smoothing_of(kOp, label_smoothing);
   return p;
 }
 
@@ -42,11 +42,9 @@ Tensor cross_entropy_bwd(const Tensor& dloss, const Tensor& logits, const Tensor
   const RowView x = rows_of(kOp, logits);
   const Targets t(targets, x.R, x.C, ignore_index);
   cpu::CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
-  const Tensor d = torch::stable::contiguous(dloss), l = torch::stable::contiguous(lse);
-  STD_TORCH_CHECK(d.numel() == x.R && d.scalar_type() == ScalarType::Float && l.numel() == 2 * x.R, kOp,
-                  ": dloss must be float32 with one value per row, lse with two");
-  p.dloss = static_cast<const float*>(d.const_data_ptr());
-  p.lse = const_cast<float*>(static_cast<const float*>(l.const_data_ptr()));
+  Tensor owners[2];
+  p.dloss = floats_of(kOp, "dloss", dloss, x.R, &owners[0]);
+  p.lse = const_cast<float*>(floats_of(kOp, "lse", lse, 2 * x.R, &owners[1]));
   Tensor dlogits = new_like(logits);
   p.dlogits = mut_rows(kOp, dlogits, x.C);
   parallel(x.R, x.C * 8, [&](i64 begin, i64 end) { cpu::kernels().cross_entropy_bwd(p, begin, end); });
@@ -57,13 +55,13 @@ Tensor cross_entropy_bwd(const Tensor& dloss, const Tensor& logits, const Tensor
 Tensor cross_entropy_in_place(Tensor& logits, const Tensor& targets, const OptTensor& dloss, i64 ignore_index,
                               double label_smoothing) {
   const RowView x = rows_of(kOp, logits);
-  STD_TORCH_CHECK(x.owner.const_data_ptr() == logits.const_data_ptr(), kOp, ": logits must lie in rows");
+  GPTFAST_CHECK(x.owner.const_data_ptr() == logits.const_data_ptr() && (x.R <= 1 || x.stride >= x.C), kOp,
+                  ": logits must lie in rows that do not overlap");
   const Targets t(targets, x.R, x.C, ignore_index);
   cpu::CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
   Tensor loss = new_tensor({x.R}, ScalarType::Float), lse = new_tensor({x.R, 2}, ScalarType::Float), owner;
   p.loss = static_cast<float*>(loss.mutable_data_ptr()), p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  p.dloss = static_cast<const float*>(vector_of(kOp, dloss, x.R, &owner).data);
-  STD_TORCH_CHECK(!dloss || dloss->scalar_type() == ScalarType::Float, kOp, ": dloss must be float32");
+  if (dloss) p.dloss = floats_of(kOp, "dloss", *dloss, x.R, &owner);
   p.dlogits = {logits.mutable_data_ptr(), x.stride, x.dtype};
   parallel(x.R, x.C * 16, [&](i64 begin, i64 end) {
     for (i64 r = begin; r < end; r++) cpu::kernels().cross_entropy_fwd(p, r, r + 1), cpu::kernels().cross_entropy_bwd(p, r, r + 1);

@@ -22,7 +22,7 @@ constexpr i64 kMostRows = (i64(1) << 31) - 1, kMostColumns = i64(1) << 30;
 
 #if defined(GPTFAST_EMU)
 constexpr const char* kDevice = "CPU";
-inline bool on_device(const Tensor& t) { return t.is_cpu(); }
+inline bool on_device(const Tensor& t) { return on_cpu(t); }
 struct Launch {
   cudaStream_t stream = nullptr;
   explicit Launch(const Tensor&) {}
@@ -30,7 +30,7 @@ struct Launch {
 };
 #else
 constexpr const char* kDevice = "CUDA";
-inline bool on_device(const Tensor& t) { return t.is_cuda(); }
+inline bool on_device(const Tensor& t) { return defined(t).is_cuda(); }
 // Makes the tensor's device current, and finds torch's stream there.
 struct Launch {
   torch::stable::accelerator::DeviceGuard guard;
@@ -48,7 +48,7 @@ struct Launch {
 #endif
 
 inline void check(const char* op, cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": the CUDA launch failed: ", cudaGetErrorString(error),
+  GPTFAST_CHECK(error == cudaSuccess, op, ": the CUDA launch failed: ", cudaGetErrorString(error),
                   ". An earlier kernel may be the cause: run with CUDA_LAUNCH_BLOCKING=1; `gptfast doctor` says whether "
                   "this GPU is supported; backend='eager' avoids the kernel");
 }
@@ -56,7 +56,7 @@ inline void check(const char* op, cudaError_t error) {
 inline DType dtype_of(const char* op, const Tensor& t) { return DType(int(gptfast::dtype_of(op, t))); }
 // Every tensor of a call lies on the device of the first.
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& first) {
-  STD_TORCH_CHECK(on_device(t) && t.get_device_index() == first.get_device_index(), op, ": ", name,
+  GPTFAST_CHECK(on_device(t) && t.get_device_index() == first.get_device_index(), op, ": ", name,
                   " is on another device than the input; expected all tensors on one ", kDevice,
                   " device: move it with .to(device)");
 }
@@ -70,7 +70,7 @@ template <class F> Tensor allocated(const char* op, IntHeaderOnlyArrayRef size, 
     std::string shape, said = error.what();
     for (const i64 n : size) shape += (shape.empty() ? "" : ", ") + std::to_string(n);
     said = said.substr(0, said.find(" API call failed at "));
-    STD_TORCH_CHECK(false, op, ": ", kDevice, " out of memory: no room for a tensor of shape (", shape,
+    GPTFAST_CHECK(false, op, ": ", kDevice, " out of memory: no room for a tensor of shape (", shape,
                     "); use a smaller batch or shorter sequences, or free other tensors (in torch: ", said, ")");
   }
 }
@@ -98,10 +98,10 @@ struct View {
 };
 inline View view_of(const char* op, const char* name, const Tensor& x, const Tensor& first) {
   check_device(op, name, x, first);
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": ", name, " has no dimension");
+  GPTFAST_CHECK(x.dim() >= 1, op, ": ", name, " has no dimension");
   View v{x, 0, x.size(x.dim() - 1), 0, dtype_of(op, x)};
   v.R = v.C ? x.numel() / v.C : 0;
-  STD_TORCH_CHECK(v.R <= kMostRows && v.C <= kMostColumns, op, ": ", name, " has ", v.R, " rows of ", v.C,
+  GPTFAST_CHECK(v.R <= kMostRows && v.C <= kMostColumns, op, ": ", name, " has ", v.R, " rows of ", v.C,
                   "; the CUDA kernels take up to ", kMostRows, " rows of ", kMostColumns, ": use backend='eager'");
   if (!single_row_stride(x, &v.stride)) {
     v.owner = contiguous(op, x);
@@ -115,20 +115,20 @@ inline MutRows mut_rows(const char* op, Tensor& y, i64 C) { return {y.mutable_da
 inline Vector vector_of(const char* op, const char* name, const OptTensor& v, i64 n, const Tensor& first, Tensor* owner) {
   if (!v) return {nullptr, DType::f32};
   check_device(op, name, *v, first);
-  STD_TORCH_CHECK(v->numel() == n, op, ": ", name, " has ", v->numel(), " values; expected ", n);
+  GPTFAST_CHECK(v->numel() == n, op, ": ", name, " has ", v->numel(), " values; expected ", n);
   *owner = contiguous(op, *v);
   return {owner->const_data_ptr(), dtype_of(op, *v)};
 }
 // n int64 values; `owner` as above.
 inline const i64* indices_of(const char* op, const char* name, const Tensor& t, i64 n, const Tensor& first, Tensor* owner) {
   check_device(op, name, t, first);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.numel() == n, op, ": ", name, " must be int64 with ", n, " values");
+  GPTFAST_CHECK(t.scalar_type() == ScalarType::Long && t.numel() == n, op, ": ", name, " must be int64 with ", n, " values");
   *owner = contiguous(op, t);
   return static_cast<const i64*>(owner->const_data_ptr());
 }
 
 inline Dropout dropout_of(double p, i64 seed, i64 offset) {
-  return {uint64_t(seed), uint32_t(offset), dropout_threshold(p)};
+  return {uint64_t(seed), dropout_offset(offset), dropout_threshold(p)};
 }
 
 // (parts, C) fp32 partial sums -> (C) of `dtype`.

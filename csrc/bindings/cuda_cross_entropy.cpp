@@ -13,8 +13,8 @@ CrossEntropyParams params_of(const View& x, const Tensor& logits, const Tensor& 
   CrossEntropyParams p{};
   p.logits = x.rows(), p.R = x.R, p.V = x.C, p.ignore_index = ignore_index;
   p.targets = indices_of(kOp, "targets", targets, x.R, logits, &owners[0]);
-  p.label_smoothing = float(label_smoothing);
-  STD_TORCH_CHECK(!dloss || dloss->scalar_type() == ScalarType::Float, kOp, ": dloss must be float32");
+  p.label_smoothing = smoothing_of(kOp, label_smoothing);
+  GPTFAST_CHECK(!dloss || defined(*dloss).scalar_type() == ScalarType::Float, kOp, ": dloss must be float32");
   p.dloss = static_cast<const float*>(vector_of(kOp, "dloss", dloss, x.R, logits, &owners[1]).data);
   return p;
 }
@@ -37,7 +37,7 @@ Tensor bwd(const Tensor& dloss, const Tensor& logits, const Tensor& targets, con
   Tensor owners[2];
   CrossEntropyParams p = params_of(x, logits, targets, dloss, ignore_index, label_smoothing, owners);
   check_device(kOp, "lse", lse, logits);
-  STD_TORCH_CHECK(lse.numel() == 2 * x.R && lse.scalar_type() == ScalarType::Float, kOp,
+  GPTFAST_CHECK(lse.numel() == 2 * x.R && lse.scalar_type() == ScalarType::Float, kOp,
                   ": lse must be float32 with two values a row");
   const Tensor lse_owner = contiguous(kOp, lse);
   Tensor dlogits = new_like(kOp, logits);
@@ -49,7 +49,8 @@ Tensor bwd(const Tensor& dloss, const Tensor& logits, const Tensor& targets, con
 // Loss of each row; then its gradient takes the place of the logits.
 Tensor in_place(Tensor& logits, const Tensor& targets, const OptTensor& dloss, i64 ignore_index, double label_smoothing) {
   const View x = view_of(kOp, logits);
-  STD_TORCH_CHECK(x.owner.const_data_ptr() == logits.const_data_ptr(), kOp, ": logits must lie in rows");
+  GPTFAST_CHECK(x.owner.const_data_ptr() == logits.const_data_ptr() && (x.R <= 1 || x.stride >= x.C), kOp,
+                  ": logits must lie in rows that do not overlap");
   const Launch on(logits);
   Tensor owners[2];
   CrossEntropyParams p = params_of(x, logits, targets, dloss, ignore_index, label_smoothing, owners);

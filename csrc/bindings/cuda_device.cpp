@@ -6,6 +6,7 @@ namespace {
 
 // "" when device `index` can run them, else why not.
 std::string trouble(i64 index) {
+  GPTFAST_CHECK(index >= 0 && index <= INT32_MAX, "cuda_trouble: there is no GPU number ", index);
   cudaDeviceProp device;
   if (const cudaError_t error = cleared(cudaGetDeviceProperties(&device, int(index))); error != cudaSuccess)
     return cudaGetErrorString(error);

@@ -9,20 +9,21 @@ constexpr const char* kOp = "embedding";
 
 // ids (…, T) -> (…, T, C).
 Tensor fwd(const Tensor& ids, const Tensor& wte, const OptTensor& wpe, const OptTensor& positions) {
+  GPTFAST_CHECK(defined(wte).dim() == 2 && (!wpe || wpe->dim() == 2), kOp, ": expected tables (V, C) and (P, C)");
   const View table = view_of(kOp, wte);
-  std::vector<i64> size(ids.sizes().begin(), ids.sizes().end());
+  std::vector<i64> size(defined(ids).sizes().begin(), ids.sizes().end());
   size.push_back(table.C);
   Tensor out = new_tensor(kOp, wte, size, wte.scalar_type()), ids_owner, positions_owner;
   const Launch on(wte);
   EmbeddingParams p{};
   p.N = ids.numel(), p.T = ids.dim() ? ids.size(ids.dim() - 1) : 1, p.V = table.R, p.C = table.C;
-  STD_TORCH_CHECK(p.N <= kMostRows, kOp, ": ids has ", p.N, " entries; expected at most ", kMostRows);
+  GPTFAST_CHECK(p.N <= kMostRows, kOp, ": ids has ", p.N, " entries; expected at most ", kMostRows);
   p.ids = indices_of(kOp, "ids", ids, p.N, wte, &ids_owner);
   p.wte = table.rows(), p.out = mut_rows(kOp, out, p.C);
   View places = table;
   if (wpe) {
     places = view_of(kOp, "wpe", *wpe, wte);
-    STD_TORCH_CHECK(places.C == p.C, kOp, ": wte and wpe differ in width");
+    GPTFAST_CHECK(places.C == p.C, kOp, ": wte and wpe differ in width");
     p.wpe = places.rows(), p.P = places.R;
     if (positions) p.positions = indices_of(kOp, "positions", *positions, p.N, wte, &positions_owner);
   }
@@ -34,7 +35,7 @@ Tensor fwd(const Tensor& ids, const Tensor& wte, const OptTensor& wpe, const Opt
 Tensor bwd(const Tensor& dout, const Tensor& keys, const Tensor& order, const Tensor& table) {
   const View g = view_of(kOp, dout);
   check_device(kOp, "table", table, dout);
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == g.C, kOp, ": dout and table differ in width");
+  GPTFAST_CHECK(table.dim() == 2 && table.size(1) == g.C, kOp, ": dout and table differ in width");
   Tensor dtable = new_like(kOp, table), keys_owner, order_owner;
   torch::stable::zero_(dtable);
   const Launch on(dout);

@@ -29,7 +29,7 @@ Tensor fwd(const Tensor& x, const OptTensor& bias, bool tanh) {
 
 std::tuple<Tensor, Tensor> bwd(const Tensor& dout, const Tensor& x, const OptTensor& bias, bool tanh) {
   const View v = view_of(kOp, x), g = view_of(kOp, "dout", dout, x);
-  STD_TORCH_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, kOp, ": dout and x differ in shape or dtype");
+  GPTFAST_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, kOp, ": dout and x differ in shape or dtype");
   Tensor dx = new_like(kOp, x), bias_owner;
   const Launch on(x);
   GeluParams p{v.rows(), vector_of(kOp, "bias", bias, v.C, x, &bias_owner), g.rows(), mut_rows(kOp, dx, v.C), nullptr,

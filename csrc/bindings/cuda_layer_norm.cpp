@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor> launch_bwd(const char* op, LayerNormParams& p, const 
   p.weight = vector_of(op, "weight", weight, p.C, x, &weight_owner);
   check_device(op, "mean", mean, x);
   check_device(op, "rstd", rstd, x);
-  STD_TORCH_CHECK(mean.numel() == p.R && rstd.numel() == p.R && mean.scalar_type() == ScalarType::Float &&
+  GPTFAST_CHECK(mean.numel() == p.R && rstd.numel() == p.R && mean.scalar_type() == ScalarType::Float &&
                       rstd.scalar_type() == ScalarType::Float,
                   op, ": mean and rstd must be float32 with one value a row");
   const Tensor mean_owner = contiguous(op, mean), rstd_owner = contiguous(op, rstd);
@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& x, const Tensor& weight, co
   Tensor y = new_like(op, x), weight_owner, bias_owner;
   Tensor mean = new_tensor(op, x, {v.R}, ScalarType::Float), rstd = new_tensor(op, x, {v.R}, ScalarType::Float);
   LayerNormParams p{};
-  p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = float(eps);
+  p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps);
   p.weight = vector_of(op, "weight", weight, v.C, x, &weight_owner);
   p.bias = vector_of(op, "bias", bias, v.C, x, &bias_owner);
   p.mean = floats(mean), p.rstd = floats(rstd);
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dy, const Tensor& x, const 
                                        const Tensor& rstd, bool has_bias) {
   constexpr const char* op = "layer_norm";
   const View v = view_of(op, x), g = view_of(op, "dy", dy, x);
-  STD_TORCH_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, op, ": dy and x differ in shape or dtype");
+  GPTFAST_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, op, ": dy and x differ in shape or dtype");
   Tensor dx = new_like(op, x);
   LayerNormParams p{};
   p.x = v.rows(), p.dy = g.rows(), p.dx = mut_rows(op, dx, v.C), p.R = v.R, p.C = v.C;
@@ -58,14 +58,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_fwd(const Tensor& x, const Tensor
                                                    i64 offset) {
   constexpr const char* op = "add_layer_norm";
   const View v = view_of(op, x), r = view_of(op, "residual", residual, x);
-  STD_TORCH_CHECK(r.R == v.R && r.C == v.C, op, ": x and residual differ in shape");
+  GPTFAST_CHECK(r.R == v.R && r.C == v.C, op, ": x and residual differ in shape");
   const Launch on(x);
   const ScalarType total_type = x.scalar_type() == residual.scalar_type() ? x.scalar_type() : ScalarType::Float;
   Tensor total = new_like(op, x, total_type), y = new_like(op, x, total_type), weight_owner, bias_owner;
   Tensor mean = new_tensor(op, x, {v.R}, ScalarType::Float), rstd = new_tensor(op, x, {v.R}, ScalarType::Float);
   LayerNormParams p{};
   p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C), p.y = mut_rows(op, y, v.C);
-  p.R = v.R, p.C = v.C, p.eps = float(eps), p.dropout = dropout_of(dropout_p, seed, offset);
+  p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps), p.dropout = dropout_of(dropout_p, seed, offset);
   p.weight = vector_of(op, "weight", weight, v.C, x, &weight_owner);
   p.bias = vector_of(op, "bias", bias, v.C, x, &bias_owner);
   p.mean = floats(mean), p.rstd = floats(rstd);
@@ -80,14 +80,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_bwd(const OptTensor& dy, const Op
                                                    i64 seed, i64 offset) {
   constexpr const char* op = "add_layer_norm";
   constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  STD_TORCH_CHECK(x_type >= 0 && x_type < 3 && residual_type >= 0 && residual_type < 3, op, ": unknown dtype");
+  GPTFAST_CHECK(x_type >= 0 && x_type < 3 && residual_type >= 0 && residual_type < 3, op, ": unknown dtype");
   const View v = view_of(op, total);
   View g = v, d = v;
   LayerNormParams p{};
   p.x = v.rows(), p.R = v.R, p.C = v.C, p.dropout = dropout_of(dropout_p, seed, offset);
   if (dy) g = view_of(op, "dy", *dy, total), p.dy = g.rows();
   if (dtotal) d = view_of(op, "dtotal", *dtotal, total), p.dtotal = d.rows();
-  STD_TORCH_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && g.dtype == v.dtype && d.dtype == v.dtype, op,
+  GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && g.dtype == v.dtype && d.dtype == v.dtype, op,
                   ": gradients and total differ in shape or dtype");
   const bool own_dx = p.dropout.threshold || x_type != residual_type;
   Tensor dresidual = new_like(op, total, types[residual_type]);

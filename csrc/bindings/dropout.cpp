@@ -16,6 +16,7 @@ Tensor dropout(const Tensor& x, double p, i64 seed, i64 offset) {
 }
 
 Tensor dropout_mask(i64 matrices, i64 rows, i64 cols, double p, i64 seed, i64 offset) {
+  GPTFAST_CHECK(matrices >= 0 && rows >= 0 && cols >= 0, kOp, ": the mask has a negative size");
   Tensor keep = new_tensor({matrices, rows, cols}, ScalarType::Bool);
   const cpu::DropoutMaskParams params{static_cast<bool*>(keep.mutable_data_ptr()), rows, cols,
                                       dropout_params(p, seed, offset)};

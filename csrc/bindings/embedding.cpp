@@ -10,12 +10,12 @@ constexpr const char* kOp = "embedding";
 
 // n int64 in [0, limit), contiguous; *owner keeps a copy alive.
 const i64* indices_of(const char* name, const Tensor& x, i64 n, i64 limit, Tensor* owner) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Long && x.numel() == n, kOp, ": ", name,
+  GPTFAST_CHECK(on_cpu(x) && x.scalar_type() == ScalarType::Long && x.numel() == n, kOp, ": ", name,
                   " must be ", n, " int64 values on the CPU");
   *owner = torch::stable::contiguous(x);
   const i64* values = static_cast<const int64_t*>(owner->const_data_ptr());
   for (i64 k = 0; k < n; k++)
-    STD_TORCH_CHECK(values[k] >= 0 && values[k] < limit, kOp, ": ", name, " holds ", values[k], "; expected 0 to ",
+    GPTFAST_CHECK(values[k] >= 0 && values[k] < limit, kOp, ": ", name, " holds ", values[k], "; expected 0 to ",
                     limit - 1);
   return values;
 }
@@ -23,9 +23,9 @@ const i64* indices_of(const char* name, const Tensor& x, i64 n, i64 limit, Tenso
 // ids (…, T) -> (…, T, C).
 Tensor embedding_fwd(const Tensor& ids, const Tensor& wte, const OptTensor& wpe, const OptTensor& positions) {
   const RowView table = rows_of(kOp, wte);
-  STD_TORCH_CHECK(wte.dim() == 2 && (!wpe || (wpe->dim() == 2 && wpe->size(1) == table.C)), kOp,
+  GPTFAST_CHECK(wte.dim() == 2 && (!wpe || (wpe->dim() == 2 && wpe->size(1) == table.C)), kOp,
                   ": expected tables (V, C) and (P, C)");
-  std::vector<i64> size(ids.sizes().begin(), ids.sizes().end());
+  std::vector<i64> size(defined(ids).sizes().begin(), ids.sizes().end());
   size.push_back(table.C);
   Tensor out = new_tensor({size.data(), size.size()}, wte.scalar_type()), ids_owner, positions_owner, wpe_owner;
   cpu::EmbeddingParams p{};
@@ -37,7 +37,7 @@ Tensor embedding_fwd(const Tensor& ids, const Tensor& wte, const OptTensor& wpe,
     wpe_owner = places.owner;
     p.wpe = places.rows();
     if (positions) p.positions = indices_of("positions", *positions, p.N, places.R, &positions_owner);
-    else STD_TORCH_CHECK(p.T <= places.R, kOp, ": ids has ", p.T, " positions but wpe ", places.R, " rows");
+    else GPTFAST_CHECK(p.T <= places.R, kOp, ": ids has ", p.T, " positions but wpe ", places.R, " rows");
   }
   parallel(p.N, p.C * 4, [&](i64 begin, i64 end) { cpu::kernels().embedding_fwd(p, begin, end); });
   return out;
@@ -46,11 +46,13 @@ Tensor embedding_fwd(const Tensor& ids, const Tensor& wte, const OptTensor& wpe,
 // dout (N, C), keys (N) sorted, order (N) the permutation that sorted them -> gradient of table (V, C).
 Tensor embedding_bwd(const Tensor& dout, const Tensor& keys, const Tensor& order, const Tensor& table) {
   const RowView g = rows_of(kOp, dout);
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == g.C, kOp, ": dout and table differ in width");
+  GPTFAST_CHECK(on_cpu(table) && table.dim() == 2 && table.size(1) == g.C, kOp, ": dout and table differ in width");
   Tensor dtable = new_tensor({table.size(0), g.C}, table.scalar_type()), keys_owner, order_owner;
   cpu::EmbeddingBwdParams p{};
   p.keys = indices_of("keys", keys, g.R, table.size(0), &keys_owner);
   p.order = indices_of("order", order, g.R, g.R, &order_owner);
+  for (i64 n = 1; n < g.R; n++)
+    GPTFAST_CHECK(p.keys[n] >= p.keys[n - 1], kOp, ": keys[", n, "] is less than the one before; expected sorted keys");
   p.dout = g.rows(), p.dtable = mut_rows(kOp, dtable, g.C), p.N = g.R, p.C = g.C;
   const i64 row_bytes = g.C * cpu::element_size(p.dtable.dtype);
   char* rows = static_cast<char*>(p.dtable.data);

@@ -28,7 +28,7 @@ Tensor gelu_fwd(const Tensor& x, const OptTensor& bias, bool tanh) {
 
 std::tuple<Tensor, Tensor> gelu_bwd(const Tensor& dout, const Tensor& x, const OptTensor& bias, bool tanh) {
   const RowView v = rows_of(kOp, x), g = rows_of(kOp, dout);
-  STD_TORCH_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, kOp, ": dout and x differ in shape or dtype");
+  GPTFAST_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, kOp, ": dout and x differ in shape or dtype");
   Tensor dx = new_like(x), bias_owner;
   cpu::GeluParams p{v.rows(), vector_of(kOp, bias, v.C, &bias_owner), g.rows(), mut_rows(kOp, dx, v.C), nullptr,
                     v.R,      v.C, v.C, tanh};

@@ -15,9 +15,9 @@ i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 // Strides of a dimension of one element mean nothing: such a matrix counts as stored either way.
 cpu::Matrix matrix_of(const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, kOp, ": ", name, " must be a CPU matrix");
+  GPTFAST_CHECK(on_cpu(x) && x.dim() == 2, kOp, ": ", name, " must be a CPU matrix");
   const bool by_columns = x.stride(0) == 1 || x.size(0) <= 1, by_rows = x.stride(1) == 1 || x.size(1) <= 1;
-  STD_TORCH_CHECK(by_rows || by_columns, kOp, ": ", name, " must be contiguous along its rows or its columns");
+  GPTFAST_CHECK(by_rows || by_columns, kOp, ": ", name, " must be contiguous along its rows or its columns");
   return {x.const_data_ptr(), x.stride(by_columns ? 1 : 0), dtype_of(kOp, x), by_columns};
 }
 
@@ -40,8 +40,9 @@ void stretch(cpu::GemmParams& p) {
 
 void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, bool pairs, bool accumulate,
           const OptTensor& a_sums) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && c.dim() == 2 && a.size(1) == b.size(0) && c.size(0) == a.size(0) &&
-                      c.size(1) == b.size(1) && c.is_cpu() && (c.size(1) <= 1 || c.stride(1) == 1),
+  GPTFAST_CHECK(defined(a).dim() == 2 && defined(b).dim() == 2 && defined(c).dim() == 2 && a.size(1) == b.size(0) && c.size(0) == a.size(0) &&
+                      c.size(1) == b.size(1) && on_cpu(c) && (c.size(1) <= 1 || c.stride(1) == 1) &&
+                      (c.size(0) <= 1 || c.stride(0) >= c.size(1)),
                   kOp, ": expected a (M, K), b (K, N), c (M, N) with contiguous rows");
   Tensor bias_owner, carry;
   cpu::GemmParams p{};
@@ -51,8 +52,9 @@ void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, boo
   p.bias = vector_of(kOp, bias, p.N, &bias_owner);
   if (a_sums) {
     Tensor sums = *a_sums;
-    STD_TORCH_CHECK(p.a.by_columns && sums.numel() == p.M && sums.scalar_type() == ScalarType::Float, kOp,
-                    ": a_sums must be (M,) float32, with a by columns");
+    GPTFAST_CHECK(p.a.by_columns && on_cpu(sums) && sums.dim() == 1 && sums.size(0) == p.M &&
+                        (p.M <= 1 || sums.stride(0) == 1) && sums.scalar_type() == ScalarType::Float,
+                    kOp, ": a_sums must be (M,) float32, contiguous, with a by columns");
     p.a_sums = static_cast<float*>(sums.mutable_data_ptr());
   }
   if (!p.M || !p.N) return;

@@ -13,11 +13,10 @@ void launch_fwd(const cpu::LayerNormParams& p) {
 // Runs the backward kernel and adds up the chunks; fills everything of p that belongs to the weights.
 std::tuple<Tensor, Tensor> launch_bwd(const char* op, cpu::LayerNormParams& p, const Tensor& weight, bool has_bias,
                                       const Tensor& mean, const Tensor& rstd) {
-  Tensor weight_owner;
+  Tensor weight_owner, mean_owner, rstd_owner;
   p.weight = vector_of(op, weight, p.C, &weight_owner);
-  STD_TORCH_CHECK(mean.numel() == p.R && rstd.numel() == p.R, op, ": mean and rstd must have one value a row");
-  p.mean = const_cast<float*>(static_cast<const float*>(mean.const_data_ptr()));
-  p.rstd = const_cast<float*>(static_cast<const float*>(rstd.const_data_ptr()));
+  p.mean = const_cast<float*>(floats_of(op, "mean", mean, p.R, &mean_owner));
+  p.rstd = const_cast<float*>(floats_of(op, "rstd", rstd, p.R, &rstd_owner));
   const i64 chunks = chunks_of(p.R);
   Tensor dweight = new_tensor({chunks, p.C}, ScalarType::Float);
   Tensor dbias = new_tensor({has_bias ? chunks : 0, has_bias ? p.C : 0}, ScalarType::Float);
@@ -35,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor&
   Tensor y = new_like(x), weight_owner, bias_owner;
   Tensor mean = new_tensor({v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
   cpu::LayerNormParams p{};
-  p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = float(eps);
+  p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps);
   p.weight = vector_of(op, weight, v.C, &weight_owner), p.bias = vector_of(op, bias, v.C, &bias_owner);
   p.mean = static_cast<float*>(mean.mutable_data_ptr()), p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   launch_fwd(p);
@@ -46,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor
                                                   const Tensor& mean, const Tensor& rstd, bool has_bias) {
   constexpr const char* op = "layer_norm";
   const RowView v = rows_of(op, x), g = rows_of(op, dy);
-  STD_TORCH_CHECK(g.R == v.R && g.C == v.C, op, ": dy and x differ in shape");
+  GPTFAST_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, op, ": dy and x differ in shape or dtype");
   Tensor dx = new_like(x);
   cpu::LayerNormParams p{};
   p.x = v.rows(), p.dy = g.rows(), p.dx = mut_rows(op, dx, v.C), p.R = v.R, p.C = v.C;
@@ -59,13 +58,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, c
                                                               double dropout_p, i64 seed, i64 offset) {
   constexpr const char* op = "add_layer_norm";
   const RowView v = rows_of(op, x), r = rows_of(op, residual);
-  STD_TORCH_CHECK(r.R == v.R && r.C == v.C, op, ": x and residual differ in shape");
+  GPTFAST_CHECK(r.R == v.R && r.C == v.C, op, ": x and residual differ in shape");
   const ScalarType total_type = x.scalar_type() == residual.scalar_type() ? x.scalar_type() : ScalarType::Float;
   Tensor total = new_like(x, total_type), y = new_like(x, total_type), weight_owner, bias_owner;
   Tensor mean = new_tensor({v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
   cpu::LayerNormParams p{};
   p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C, 2), p.y = mut_rows(op, y, v.C, 2);
-  p.R = v.R, p.C = v.C, p.eps = float(eps), p.dropout = dropout_params(dropout_p, seed, offset);
+  p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps), p.dropout = dropout_params(dropout_p, seed, offset);
   p.weight = vector_of(op, weight, v.C, &weight_owner), p.bias = vector_of(op, bias, v.C, &bias_owner);
   p.mean = static_cast<float*>(mean.mutable_data_ptr()), p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   launch_fwd(p);
@@ -80,14 +79,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptTensor& d
                                                               i64 offset) {
   constexpr const char* op = "add_layer_norm";
   constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  STD_TORCH_CHECK(x_type >= 0 && x_type < 3 && residual_type >= 0 && residual_type < 3, op, ": unknown dtype");
+  GPTFAST_CHECK(x_type >= 0 && x_type < 3 && residual_type >= 0 && residual_type < 3, op, ": unknown dtype");
   const RowView v = rows_of(op, total);
   RowView g = v, d = v;
   cpu::LayerNormParams p{};
   p.x = v.rows(), p.R = v.R, p.C = v.C, p.dropout = dropout_params(dropout_p, seed, offset);
   if (dy) g = rows_of(op, *dy), p.dy = g.rows();
   if (dtotal) d = rows_of(op, *dtotal), p.dtotal = d.rows();
-  STD_TORCH_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C, op, ": gradients and total differ in shape");
+  GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && g.dtype == v.dtype && d.dtype == v.dtype, op,
+                  ": gradients and total differ in shape or dtype");
   const bool own_dx = p.dropout.threshold || x_type != residual_type;
   Tensor dresidual = new_like(total, types[residual_type]);
   Tensor dx = own_dx ? new_like(total, types[x_type]) : new_tensor({0}, types[x_type]);

@@ -11,8 +11,15 @@ double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// Nobody can interrupt the loop: it ends within a minute.
+void check_rounds(const char* op, i64 rounds) {
+  constexpr i64 kMost = 100'000'000;
+  GPTFAST_CHECK(rounds >= 1 && rounds <= kMost, op, ": ", rounds, " rounds; expected 1 to ", kMost);
+}
+
 // Flop/s of all threads at once, fp32 or (pairs) bf16 products with fp32 sums.
 double peak_flops(i64 iterations, bool pairs) {
+  check_rounds("peak_flops", iterations);
   const i64 threads = torch::stable::get_num_threads();
   std::vector<double> flops(threads);
   std::vector<float> sinks(threads * 16);
@@ -28,6 +35,7 @@ double peak_flops(i64 iterations, bool pairs) {
 
 // Nanoseconds that a signal between two threads takes: it tells in which of its states a shared machine is.
 double signal_ns(i64 rounds) {
+  check_rounds("signal_ns", rounds);
   std::atomic<i64> ball{0};
   std::thread other([&] {
     for (i64 n = 0; n < rounds; n++) {

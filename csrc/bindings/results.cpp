@@ -82,7 +82,9 @@ void keep_results(i64 bytes) { memory().keep(bytes < 0 ? 0 : size_t(bytes)); }
 Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype) {
   constexpr i64 large = 2 << 20;
   i64 bytes = dtype == ScalarType::Float ? 4 : dtype == ScalarType::Long ? 8 : dtype == ScalarType::Bool ? 1 : 2;
-  for (const i64 n : size) bytes *= n;
+  for (const i64 n : size)
+    GPTFAST_CHECK(n >= 0 && !__builtin_mul_overflow(bytes, n, &bytes), "out of memory: a result of ", n,
+                  " in one dimension is larger than any memory");
   if (bytes < large || !memory().keeps()) return torch::stable::empty(size, dtype);
   std::vector<i64> strides(size.size(), 1);
   for (size_t d = size.size() - 1; d > 0; d--) strides[d - 1] = strides[d] * size[d];

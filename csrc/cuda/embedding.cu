@@ -39,7 +39,9 @@ template <class T, int V> __global__ void __launch_bounds__(kThreads) embedding_
     float sum[V] = {};
     for (i64 n = first; n < p.N && p.keys[n] == id; n++) {
       float x[V];
-      load(x, static_cast<const T*>(p.dout.data) + p.order[n] * p.dout.stride + c);
+      const i64 row = p.order[n];
+      if (row < 0 || row >= p.N) continue;  // no permutation: what is not there is not read
+      load(x, static_cast<const T*>(p.dout.data) + row * p.dout.stride + c);
 #pragma unroll
       for (int k = 0; k < V; k++) sum[k] += x[k];
     }

@@ -21,12 +21,27 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the shape function of the op <name>, here where it has compiled kernels, in `adopt` for other backends."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _fakes[name] = function
+        shapes = _fakes[name] = _on_one_device(name, function)
         if has_cpu_ops and hasattr(torch.ops.gptfast, name):
-            torch.library.register_fake(f"gptfast::{name}", function)
+            torch.library.register_fake(f"gptfast::{name}", shapes)
         return function
 
     return register
+
+
+def _on_one_device(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, for tensors on one device: torch runs shape functions where any tensor is on "meta", and results on the
+    others' devices would hold anything."""
+
+    def checked(*arguments: Any) -> Any:
+        devices = {x.device for x in arguments if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"{op}: tensors on {' and '.join(sorted(map(str, devices)))}; expected all on one device"
+            )
+        return function(*arguments)
+
+    return checked
 
 
 def forbid_double_backward(op: str, name: str) -> None:
@@ -58,8 +73,8 @@ def define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]
     """
     name = schema[: schema.index("(")]
     _python_ops.define(schema)
-    _python_ops.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gptfast::{name}", shapes, lib=_python_ops)
+    _python_ops.impl(name, _on_one_device(name, function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gptfast::{name}", _on_one_device(name, shapes), lib=_python_ops)
 
 
 def adopt(namespace: str) -> None:
