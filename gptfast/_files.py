@@ -7,9 +7,11 @@ import json
 import lzma
 import os
 import secrets
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import resources
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,7 +95,7 @@ _REMEDIES: dict[type, str] = {
 }
 
 
-def open_read(path: str | os.PathLike[str]) -> BinaryIO:
+def open_read(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a binary file for reading. Raises OSError with a text that says which, why and what to do."""
     try:
         return Path(path).open("rb")
@@ -163,6 +165,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def cache_folder() -> Path:
     """Where gptfast keeps what it can do without: GPTFAST_CACHE, or else ~/.cache/gptfast."""
     return Path(os.environ.get("GPTFAST_CACHE") or Path.home() / ".cache/gptfast")
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes, as text that names its kind: CRC-32."""
+    crc, buffer = 0, memoryview(bytearray(1 << 18))  # stays in the processor's cache
+    with open_read(path) as file:
+        while size := file.readinto(buffer):
+            crc = zlib.crc32(buffer[:size], crc)
+    return f"crc32:{crc:08x}"
 
 
 def read_asset(name: str) -> bytes:

@@ -107,11 +107,11 @@ def _commit(stage: Path, target: Path, replaces: str) -> frozenset[str]:
     stale = [f.name for f in target.iterdir() if re.fullmatch(replaces, f.name) and f.name not in written]
     (stage / STALE).write_text(json.dumps(list(filter(is_ours, stale))), encoding="utf-8")
     for file in stage.iterdir():
-        _sync(file)
-    _sync(stage)
+        sync(file)
+    sync(stage)
     with courtesy(target, alone=True):
         os.rename(stage, target / COMMITTED)
-    _sync(target)
+    sync(target)
     return written
 
 
@@ -135,7 +135,7 @@ def _finish(target: Path, written: frozenset[str] = frozenset()) -> None:
         for name in stale:
             if not is_folder(target / name):
                 (target / name).unlink(missing_ok=True)
-        _sync(target)
+        sync(target)
         (committed / STALE).unlink()
     _remove(committed)
 
@@ -160,7 +160,8 @@ def _remove(folder: Path) -> None:
         warnings.warn(f"{folder} is not what a save leaves there; it is kept as {aside.name}", stacklevel=2)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
     if path.is_dir() and os.name != "posix":
         return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -23,8 +23,8 @@ from gptfast._locks import courtesy
 COMMITTED, STALE = ".saved", ".stale"
 WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 TOKENIZER = r"(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|merges\.txt"
-_OTHERS = r"(generation_)?config\.json|(trainer|data)\.json|optimizer\.safetensors|(train|val)\.bin"
-EVERYTHING = f"{WEIGHTS}|{TOKENIZER}|{_OTHERS}"
+TOKENS = r"data\.json|(train|val)\.bin"
+EVERYTHING = rf"{WEIGHTS}|{TOKENIZER}|{TOKENS}|(generation_)?config\.json|trainer\.json|optimizer\.safetensors"
 _PATIENCE = 30.0  # seconds for a moment between two saves
 
 T = TypeVar("T")

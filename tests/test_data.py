@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_the_old_data(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
     try:
-        with pytest.raises(OSError, match=r"cannot write .*\.bin: File too large; the previous file"):
+        with pytest.raises(OSError, match=r"cannot write to .*out: File too large; what was there is intact"):
             prepare(tmp_path / "b.txt", "char", out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -199,14 +199,21 @@ def test_a_full_disk_leaves_the_old_data(tmp_path):
     assert load_prepared(out).tokenizer.decode(load_prepared(out).val.tokens) == TEXT[-len(load_prepared(out).val) :]
 
 
-def test_a_mixture_of_old_and_new_files_is_never_opened(book, tmp_path, monkeypatch):
+def test_tokens_tokenizer_and_manifest_are_replaced_together(book, tmp_path, monkeypatch):
     def crash(self, folder):
         raise KeyboardInterrupt
 
-    prepare(book, "word", tmp_path / "out")
-    monkeypatch.setattr(CharTokenizer, "save", crash)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(book, "char", tmp_path / "out")
+    prepare(book, "bpe", tmp_path / "out", vocab_size=270)
+    before = stamps(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(CharTokenizer, "save", crash)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(book, "char", tmp_path / "out")
+    assert stamps(tmp_path / "out") == before
+    assert load_prepared(tmp_path / "out").tokenizer.vocab_size == 270
+    prepare(book, "char", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["data.json", "tokenizer.json", "train.bin", "val.bin"]
+    (tmp_path / "out" / "data.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no data.json; .*interrupted"):
         load_prepared(tmp_path / "out")
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -21,12 +22,15 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from gptfast._snapshots import current
+from gptfast.cli import app
 from gptfast.models import GPT, GPTConfig
 from gptfast.ops import gemm
 from gptfast.tokenizer import CharTokenizer, load_tokenizer
 from gptfast.training import TrainConfig, Trainer, accumulate_gradients, read_checkpoint, timing
-from gptfast.training.checkpoint import copy_checkpoint, save_checkpoint
+from gptfast.training.checkpoint import copy_checkpoint, save_checkpoint, verify
 from gptfast.training.compare import compare_step, eager_loss, gptfast_loss, torch_loss
 from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_batches
 from gptfast.training.log import Log, read_log
@@ -409,7 +413,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
             assert done <= step <= done + 1
             weights = GPT.from_pretrained(tmp_path / name).state_dict()
             assert all((w == step).all() for w in weights.values())
-            moments = load_file(tmp_path / name / "optimizer.safetensors")
+            moments = load_file(current(tmp_path / name, "optimizer.safetensors"))
             assert all((m == step).all() for key, m in moments.items() if key.startswith("exp_avg/"))
         first = step + 1
 
@@ -422,10 +426,24 @@ def _edit(path: Path, key: str, value: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
 
 
+def _unsum(folder: Path) -> None:
+    """Make a checkpoint one that has no checksums."""
+    _edit(folder / "trainer.json", "files", {})
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda f: _cut(f / "optimizer.safetensors"), ValueError, "optimizer.safetensors is damaged or cut short"),
+        (
+            lambda f: _cut(f / "optimizer.safetensors"),
+            ValueError,
+            "optimizer.safetensors is not what was saved: its checksum",
+        ),
+        (
+            lambda f: (_unsum(f), _cut(f / "optimizer.safetensors")),
+            ValueError,
+            "optimizer.safetensors is damaged or cut",
+        ),
         (lambda f: (f / "optimizer.safetensors").unlink(), FileNotFoundError, "--init-from"),
         (lambda f: _cut(f / "trainer.json"), ValueError, "trainer.json is not valid JSON"),
         (lambda f: _edit(f / "trainer.json", "version", 99), ValueError, "expected version 2"),
@@ -441,9 +459,47 @@ def test_a_damaged_checkpoint_says_what_is_wrong(tmp_path, damage, error, messag
         resumed(tmp_path, QUICK)
 
 
+def _flip(path):
+    """One bit in the middle of a file, as a worn-out disk or a bad copy flips it."""
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found(tmp_path):
+    make_trainer(tmp_path / "run", QUICK.replace(max_steps=3)).train()
+    last = tmp_path / "run" / "last"
+    names = sorted(f.name for f in last.iterdir())
+    assert names == sorted(verify(last)) and {"trainer.json", "config.json", "optimizer.safetensors"} < set(names)
+    assert read_checkpoint(tmp_path / "run" / "best").state.step == 3  # a copy with the same sums
+    assert f"files: {len(names)}, as their" in CliRunner().invoke(app, ["info", str(last)]).output
+    for name in names:
+        copy = tmp_path / name
+        shutil.copytree(last, copy)
+        if name == "trainer.json":
+            _edit(copy / name, "dropout", [0, 12345])
+        else:
+            _flip(copy / name)
+        with pytest.raises(ValueError, match=rf"{name} is not what was saved: its checksum is .*; resume from another"):
+            read_checkpoint(copy)
+        assert CliRunner().invoke(app, ["info", str(copy)]).exit_code != 0
+        (copy / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            read_checkpoint(copy)
+
+
+def test_a_checkpoint_without_checksums_is_resumed(tmp_path):
+    """As written before there were any."""
+    make_trainer(tmp_path, QUICK.replace(max_steps=3)).train()
+    _unsum(tmp_path / "last")
+    assert verify(tmp_path / "last") == {}
+    assert resumed(tmp_path, QUICK).state.step == 3
+
+
 def test_the_optimizer_of_another_model_is_refused(tmp_path):
     make_trainer(tmp_path / "a", QUICK.replace(max_steps=3)).train()
     make_trainer(tmp_path / "b", QUICK.replace(max_steps=3), SHAPE.replace(n_embd=32)).train()
+    _unsum(tmp_path / "a/last")
     (tmp_path / "b/last/optimizer.safetensors").replace(tmp_path / "a/last/optimizer.safetensors")
     with pytest.raises(ValueError, match=r"has shape .* the file belongs to another model"):
         resumed(tmp_path / "a", QUICK)

@@ -19,14 +19,16 @@ def info(
         typer.Argument(help="A preset (gpt2, gpt3-175b, ...), a checkpoint folder or a Hugging Face hub id."),
     ],
 ) -> None:
-    """Print the parameters of a model by matrix category, and the memory that they need."""
+    """Print the parameters of a model by matrix category, and the memory that they need.
+
+    A folder's files are compared with each other, and those of a training run with their checksums.
+    """
     from rich.console import Console
 
     from gptfast.models.config import PRESETS, GPTConfig
-    from gptfast.models.pretrained import read_config, resolve
     from gptfast.models.tally import tally
 
-    config = GPTConfig.preset(model) if model in PRESETS else read_config(resolve(model))
+    config, sums = (GPTConfig.preset(model), {}) if model in PRESETS else _read(model)
     rows = tally(config)
     console = Console()
     console.print(_shape(config), highlight=False)
@@ -34,6 +36,21 @@ def info(
     total = sum(row.count for row in rows)
     memory = f"{_bytes(4 * total)} in fp32, {_bytes(2 * total)} in bf16"
     console.print(f"memory of the weights: {memory}", highlight=False)
+    if sums:
+        console.print(f"files: {len(sums)}, as their checksums say", highlight=False)
+
+
+def _read(model: str) -> tuple[GPTConfig, dict[str, str]]:
+    """The configuration of a checkpoint, and the checksums that its files were found to have."""
+    from gptfast._snapshots import read_whole
+    from gptfast.models.pretrained import resolve
+    from gptfast.models.stored import StoredModel, has_weights, read_config
+    from gptfast.training.checkpoint import verify
+
+    folder = resolve(model)
+    if not has_weights(folder):
+        return read_config(folder), {}
+    return read_whole(folder, lambda: (StoredModel(folder).config, verify(folder)))
 
 
 def _shape(config: GPTConfig) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from gptfast._files import atomic_path, atomic_write, read_json
+from gptfast._files import read_json
+from gptfast._folders import staged_folder
+from gptfast._snapshots import TOKENIZER, TOKENS, current, read_whole
 from gptfast.data.documents import Document, Split, load_documents, split_documents
 from gptfast.data.token_file import TokenFile, TokenWriter, is_token_file
 from gptfast.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
@@ -67,7 +69,7 @@ def open_data(
     Raises:
         OSError, ValueError: as `prepare` and `load_prepared`; a tokenizer that does not fit the tokens.
     """
-    if (Path(data) / MANIFEST).exists():
+    if current(data, MANIFEST).exists():
         if tokenizer is not None or vocab_size is not None:
             raise ValueError(
                 f"open_data: {data} holds tokens and their tokenizer; leave tokenizer and vocab_size out, or "
@@ -100,8 +102,8 @@ def prepare(
     """Split text into training and validation documents and write their tokens.
 
     Writes train.bin, val.bin, the tokenizer's files and data.json. Where these are already there for the same
-    text, tokenizer and split, nothing is done. Where text cannot be read or a token file not written, what was
-    there before stays as it was; a folder whose last files are missing is refused by `load_prepared`.
+    text, tokenizer and split, nothing is done. All of them are replaced together: where something goes wrong, what was
+    there before stays as it was.
 
     Args:
         data: "shakespeare", "shakespeare:comedy", a text file, or a folder of .txt files (see
@@ -128,15 +130,14 @@ def prepare(
     chosen = chosen or _trained(str(tokenizer), split, vocab_size)
     info: dict[str, Any] = {"version": _VERSION, "fingerprint": fingerprint}
     info |= {"data": str(data), "split": split.note}
-    with ExitStack() as files:
-        paths = {part: files.enter_context(atomic_path(out_dir / f"{part}.bin")) for part in ("train", "val")}
+    keeps_tokenizer = _is_folder(tokenizer, out_dir)
+    with staged_folder(out_dir, replaces=TOKENS if keeps_tokenizer else f"{TOKENS}|{TOKENIZER}") as stage:
         with _progress_bar(documents, progress) as advance:
-            for part, path in paths.items():
-                info[part] = _write_part(path, getattr(split, part), chosen, advance)
-        (out_dir / MANIFEST).unlink(missing_ok=True)  # until the new one is written, the folder is a mixture
-        if not _is_folder(tokenizer, out_dir):
-            chosen.save(out_dir)
-    atomic_write(out_dir / MANIFEST, json.dumps(info, indent=2).encode("utf-8"))
+            for part in ("train", "val"):
+                info[part] = _write_part(stage / f"{part}.bin", getattr(split, part), chosen, advance)
+        if not keeps_tokenizer:
+            chosen.save(stage)
+        (stage / MANIFEST).write_text(json.dumps(info, indent=2), encoding="utf-8")
     return load_prepared(out_dir)
 
 
@@ -146,16 +147,20 @@ def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
     Raises:
         OSError, ValueError: a missing, damaged or mixed-up file.
     """
-    folder = Path(folder)
-    if not (folder / MANIFEST).exists():
+    return read_whole(folder, lambda: _load_prepared(Path(folder)))
+
+
+def _load_prepared(folder: Path) -> PreparedData:
+    manifest = current(folder, MANIFEST)
+    if not manifest.exists():
         raise FileNotFoundError(
             f"load_prepared: {folder} has no {MANIFEST}; it was not made by `gptfast prepare`, or that was "
             "interrupted - run it (again)"
         )
-    info = read_json(folder / MANIFEST)
+    info = read_json(manifest)
     if not isinstance(info, dict) or info.get("version") != _VERSION:
-        raise ValueError(f"{folder / MANIFEST}: expected version {_VERSION}; prepare the data again")
-    train, val = TokenFile.open(folder / "train.bin"), TokenFile.open(folder / "val.bin")
+        raise ValueError(f"{manifest}: expected version {_VERSION}; prepare the data again")
+    train, val = (TokenFile.open(current(folder, name)) for name in ("train.bin", "val.bin"))
     tokenizer = load_tokenizer(folder)
     _check_fit(train, tokenizer)
     _check_fit(val, tokenizer)

@@ -35,8 +35,9 @@ class StoredModel:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config, self._files = read_whole(folder, lambda: (read_config(folder), _open_weights(folder)))
-        self.shapes = {key: shape for _, file in self._files for key, shape in _shapes(file).items()}
-        _compare(self.config, self.shapes, folder / CONFIG)
+        _compare(
+            self.config, {k: shape for _, file in self._files for k, shape in _shapes(file).items()}, folder / CONFIG
+        )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, under its name in the file."""
@@ -60,6 +61,11 @@ def read_config(folder: Path) -> GPTConfig:
         return GPTConfig(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def has_weights(folder: Path) -> bool:
+    """Does a folder hold safetensors of a model?"""
+    return current(folder, SINGLE).exists() or current(folder, INDEX).exists()
 
 
 def weight_files(folder: Path) -> list[Path]:

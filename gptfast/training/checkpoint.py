@@ -2,7 +2,8 @@
 
 RUN/last and RUN/best each hold what `GPT.save_pretrained` and the tokenizer write, and
 
-    trainer.json            step, best validation loss, dropout counter, configuration, what the data was
+    trainer.json            step, best validation loss, dropout counter, configuration, what the data was, and a
+                            checksum of every file, so that a resumed run is the same run bit for bit, or refused
     optimizer.safetensors   the state of the optimizers under the names of the parameters
 
 The order of the data needs no state of its own: it is a function of (seed, step). Nothing is pickled.
@@ -13,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from gptfast._files import read_json
-from gptfast._folders import staged_folder
+from gptfast._files import checksum, read_json
+from gptfast._folders import staged_folder, sync
 from gptfast._locks import FileLock
 from gptfast._snapshots import EVERYTHING, current, current_files
 from gptfast.models import GPT
@@ -33,6 +36,7 @@ from gptfast.tokenizer import Tokenizer
 from gptfast.training.config import TrainConfig
 from gptfast.training.optim import optimizer_tensors, restore_optimizers
 
+_ELSEWHERE = "resume from another checkpoint, such as RUN/best, or start anew with --init-from where the weights are what you want"
 TRAINER, OPTIMIZER = "trainer.json", "optimizer.safetensors"
 LOCK = "training.lock"  # of a run
 VERSION = 2
@@ -94,7 +98,46 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save(stage)
         write_tensors(stage / OPTIMIZER, optimizer_tensors(model, optimizers))
+        with ThreadPoolExecutor() as pool:  # syncing takes the disk's time, checksums the processor's
+            synced = [pool.submit(sync, file) for file in stage.iterdir()]
+            trainer["files"] = {file.name: checksum(file) for file in sorted(stage.iterdir())}
+        for result in synced:
+            result.result()
+        trainer["files"][TRAINER] = _own_checksum(trainer)
         (stage / TRAINER).write_text(json.dumps(trainer, indent=2) + "\n", encoding="utf-8")
+
+
+def _own_checksum(trainer: dict[str, Any]) -> str:
+    """Of the content of trainer.json but for this checksum, which it holds too."""
+    content = json.loads(json.dumps(trainer))
+    content["files"].pop(TRAINER, None)
+    return f"crc32:{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def verify(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Compare the files of a checkpoint with the checksums in its trainer.json, which are returned by name.
+
+    They are {} for a checkpoint of a gptfast that wrote none, and for a folder that no training run wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or another than the one that was written; the text names it.
+    """
+    if not current(folder, TRAINER).exists():
+        return {}
+    raw = read_json(current(folder, TRAINER))
+    files = raw.get("files", {}) if isinstance(raw, dict) else {}
+    if not isinstance(files, dict) or any(name != os.path.basename(name) for name in files):
+        raise ValueError(f"{current(folder, TRAINER)} is damaged (files); {_ELSEWHERE}")
+    for name, expected in files.items():
+        path = current(folder, name)
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing; {_ELSEWHERE}")
+        found = _own_checksum(raw) if name == TRAINER else checksum(path)
+        if found != expected:
+            raise ValueError(
+                f"{path} is not what was saved: its checksum is {found}, expected {expected}; {_ELSEWHERE}"
+            )
+    return files
 
 
 def lock_run(out: Path) -> FileLock:
@@ -148,7 +191,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
         FileNotFoundError: no checkpoint of a training run there.
-        ValueError: trainer.json is damaged, or of another version.
+        ValueError: trainer.json is damaged, or of another version; a file is not the one that was saved.
     """
     folder = Path(folder)
     path = current(folder, TRAINER)
@@ -162,9 +205,11 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             f"{path}: expected version {VERSION} of a training checkpoint; resume with the gptfast that wrote it"
         )
     try:
-        return _parse(folder, raw)
+        checkpoint = _parse(folder, raw)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); resume from another checkpoint, such as RUN/best") from error
+    verify(folder)
+    return checkpoint
 
 
 def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from gptfast._locks import FileLock
+from gptfast._snapshots import current
 from gptfast.data import PreparedData, TokenFile, open_data
 from gptfast.models import GPT, GPTConfig
 from gptfast.training.checkpoint import Checkpoint, lock_run, read_checkpoint
@@ -159,7 +160,7 @@ def _tokenizer(given: dict[str, Any], model: GPT | None) -> str | None:
 def _is_prepared(data: str) -> bool:
     from gptfast.data import is_token_file
 
-    return (Path(data) / "data.json").exists() or is_token_file(data)
+    return current(data, "data.json").exists() or is_token_file(data)
 
 
 def _open(given: dict[str, Any], tokenizer: str | None) -> PreparedData:
