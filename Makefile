@@ -74,10 +74,11 @@ bench-generate: $(TESTED)  ## generation with GPT-2 by format, beside transforme
 test-sanitize: $(TESTED)  ## the op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python scripts/test_sanitize.py
 
-gpu-check: install  ## on a machine with an NVIDIA GPU: every op on it, compute-sanitizer, benchmarks
-	$(BIN)/python scripts/gpu_check.py
+gpu-check bench-gpu: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
+gpu-check: install  ## on a machine with an NVIDIA GPU: PART=ops, speed, model, triton or profile, eight minutes each; or all
+	$(BIN)/python scripts/gpu_check.py $(PART)
 
-bench-gpu: install  ## the CUDA kernels beside PyTorch's: table, benchmarks/results/<gpu>.json
+bench-gpu: install  ## the CUDA kernels beside PyTorch's: table, benchmarks/results/<gpu>.jsonl
 	$(BIN)/python benchmarks/bench_gpu.py
 
 wheel: $(VENV)/.installed  ## sdist and wheel in dist/

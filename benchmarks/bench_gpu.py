@@ -1,7 +1,8 @@
-"""`make bench-gpu`: the CUDA kernels beside PyTorch's own on the GPU at hand; tables, and benchmarks/results/<gpu>.json.
+"""`make bench-gpu`: the CUDA kernels beside PyTorch's own on the GPU at hand; tables, and benchmarks/results/<gpu>.jsonl.
 
 Every comparison is made in turns within one run, with cold caches; a figure is the median over the rounds. A comparison
-that is lost is printed like one that is won.
+that is lost is printed like one that is won. Each row is written when it is measured, with commit, date, GPU, driver and
+clock; before the rows of a part comes its plan, so that a run that is cut off shows what is missing.
 
     python benchmarks/bench_gpu.py --try     runs the same code on the emulator with tiny shapes: no figure means anything
 """
@@ -10,24 +11,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from gpu import attention, decode, memory_bound, training
-from gpu.timing import Bench
+from gpu import attention, ceilings, decode, memory_bound, training, tuning
+from gpu.provenance import provenance
+from gpu.timing import Bench, Row
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-PARTS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
-    "memory": memory_bound.measure,
-    "attention": attention.measure,
-    "training": training.measure,
-    "decode": decode.measure,
+
+
+class Part(NamedTuple):
+    plan: Callable[[Bench], list[str]]  # what the rows will be of
+    measure: Callable[[Bench], Iterator[Row]]
+
+
+# The ceilings come first in every call: other rows are in percent of them.
+PARTS = {
+    name: Part(module.plan, module.measure)
+    for name, module in {
+        "ceilings": ceilings,
+        "memory": memory_bound,
+        "attention": attention,
+        "decode": decode,
+        "training": training,
+        "tuning": tuning,
+    }.items()
 }
 
 
@@ -40,43 +56,65 @@ def emulator() -> Bench:
 
 
 def file_name(gpu: str) -> str:
-    return re.sub(r"\W+", "-", gpu.lower()).strip("-") + ".json"
+    return re.sub(r"\W+", "-", gpu.lower()).strip("-") + ".jsonl"
 
 
-def write(path: Path, head: dict[str, Any], part: str, rows: list[dict[str, Any]]) -> None:
-    """Put the rows of one part in the place of its old ones; those of other parts stay, if they come from the same place."""
-    old = json.loads(path.read_text()) if path.exists() else {}
-    same = all(old.get(key) == value for key, value in head.items())
-    kept = [row for row in old.get("rows", ()) if row.get("part") != part] if same else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**head, "rows": kept + rows}, indent=1) + "\n")
+class Rows:
+    """A file of rows, one JSON object a line, each on the disk before the next is measured."""
+
+    def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
+        self.path, self.head = path, head
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, part: str, row: Row) -> None:
+        if self.path is None:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"part": part, **row, **self.head}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def run_part(name: str, bench: Bench, rows: Rows) -> list[str]:
+    """Measure a part; returns what failed of it."""
+    part, failed, left = PARTS[name], [], PARTS[name].plan(bench)
+    rows.add(name, {"plan": list(left)})
+    try:
+        for row in part.measure(bench):
+            rows.add(name, row)
+            left.remove(row["what"])
+            if "gptfast" in row.get("refused", {}):
+                failed.append(row["what"])
+    except Exception:  # the other parts are of use without it
+        traceback.print_exc()
+        failed.append(name)
+    if left:
+        print(f"{name}: not measured: {', '.join(left)}", flush=True)
+    return failed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--try", action="store_true", dest="trial", help="on the emulator, with tiny shapes")
-    parser.add_argument("--only", choices=PARTS, action="append", help="these parts only")
-    parser.add_argument("--out", type=Path, help="the JSON file")
+    parser.add_argument("--only", choices=PARTS, action="append", help="these parts only, and the ceilings")
+    parser.add_argument(
+        "--no-triton", action="store_true", help="leave our Triton kernels out, which take time to compile"
+    )
+    parser.add_argument("--out", type=Path, help="the file of rows, to which is appended")
     options = parser.parse_args()
     if not options.trial and not torch.cuda.is_available():
         print("bench-gpu: torch sees no NVIDIA GPU, so there is nothing to measure; no figure was written")
         return 2
     bench = emulator() if options.trial else Bench()
-    gpu = "emulator (no measurement)" if options.trial else torch.cuda.get_device_name()
-    print(f"{gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    path = options.out or (None if options.trial else RESULTS / file_name(gpu))
-    head = {"gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "tiny": bench.tiny}
+    bench.triton = not options.no_triton
+    head = {**provenance(), "tiny": bench.tiny}
+    print(", ".join(f"{key} {value}" for key, value in head.items()))
+    path = options.out or (None if options.trial else RESULTS / file_name(head["gpu"]))
+    rows = Rows(path, head)
     failed: list[str] = []
-    for part in options.only or PARTS:
-        try:
-            rows = [{"part": part, **row} for row in PARTS[part](bench)]
-        except Exception:  # the other parts are of use without it
-            traceback.print_exc()
-            failed.append(part)
-            continue
-        failed += [row["what"] for row in rows if "gptfast" in row.get("refused", {})]
-        if path is not None:  # after every part: the next may be cut short
-            write(path, head, part, rows)
+    for name in dict.fromkeys(["ceilings", *(options.only or PARTS)]):
+        failed += run_part(name, bench, rows)
     if path is not None:
         print(f"\nwritten to {path}")
     if failed:

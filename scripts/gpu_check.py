@@ -1,138 +1,145 @@
-"""`make gpu-check`: everything that needs a machine with an NVIDIA GPU, in one command of under eight minutes.
+"""`make gpu-check PART=…`: what needs a machine with an NVIDIA GPU, in parts of under eight minutes, the build included.
 
-The library is built and loads; every PTX wrapper does what its definition says; every op agrees with float64, repeats bit
-for bit and draws what the CPU draws; compute-sanitizer finds nothing, where it is installed and may run; then the
-benchmarks. A step that fails does not keep the others from running; the end tells of each how it went and how long it took.
+    ops      every PTX wrapper does what its definition says; every op agrees with float64, repeats bit for bit and draws what
+             the CPU draws; compute-sanitizer finds nothing in one small call of each kernel
+    speed    ceilings, ops that move memory, attention, each beside its peers; without Triton
+    model    generation and training of GPT-2
+    triton   the Triton kernels: parity untuned, then how long compiling and tuning take
+    profile  Nsight Compute's counters of every kernel
+
+Without PART all of them, one after the other. A step that fails keeps no other from running; one that takes too long is cut
+off, keeps the rows that it has written, and says what is missing. How each step went is appended to
+benchmarks/results/gpu_runs.jsonl with commit, date, GPU and driver; measurements go to benchmarks/results/<gpu>.jsonl.
 Says plainly when there is no GPU, and passes nothing then.
 
-    python scripts/gpu_check.py           in any environment that has torch and what pyproject.toml lists for tests
-    python scripts/gpu_check.py --try     what of it runs on a CPU: wrappers, generation and benchmarks on the emulator
+    python scripts/gpu_check.py [PART …]          in any environment with torch and what pyproject.toml lists for tests
+    python scripts/gpu_check.py --try [PART …]    the same steps as far as a CPU runs them, on the emulator
 """
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import json
 import os
-import shutil
-import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-SECONDS = 470  # for everything
+import torch
+from gpu_steps import BENCH, ROOT, Check, in_parallel, tool
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from gpu.provenance import provenance
+
 NO_GPU = "gpu-check: torch sees no NVIDIA GPU. Nothing was checked. (`gptfast doctor` says what this machine has.)"
-BUILD = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-LOADED = [
-    sys.executable,
-    "-c",
-    "from gptfast.backend import cuda_trouble; t = cuda_trouble(None); print(t or 'the CUDA ops load'); exit(bool(t))",
-]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-BENCH = [sys.executable, "benchmarks/bench_gpu.py"]
-# One small case of every op; the sanitizer makes kernels many times slower.
-SANITIZED = "test_parity and bf16 and (N3C15 or N7C33 or N3V15 or B1H1T1)"
+LOADED = (
+    "from gptfast.backend import cuda_trouble; t = cuda_trouble(None); print(t or 'the CUDA ops load'); exit(bool(t))"
+)
+OPS = "every op on the GPU"
+SMALL = [sys.executable, "scripts/gpu_small.py"]
+REFUSES = "in containers the counters are often kept for the administrator: NVreg_RestrictProfilingToAdminUsers=0"
 
 
-@dataclass
-class Check:
-    """Runs steps one after the other and remembers how each went."""
-
-    begin: float = field(default_factory=time.monotonic)
-    results: list[tuple[str, str, float]] = field(default_factory=list)
-
-    def step(self, title: str, command: list[str], seconds: float, needed: bool = True) -> str:
-        """Runs a command of at most so many seconds. Returns "passed", "FAILED", or, where the time ran out, "FAILED" or, of
-        what is not needed, "left out"."""
-        start = time.monotonic()
-        seconds = min(seconds, self.begin + SECONDS - start)
-        print(f"\n==== {title}: {' '.join(command)}", flush=True)
-        outcome = "FAILED: no time was left"
-        if seconds > 0:
-            try:
-                code = subprocess.run(command, cwd=ROOT, check=False, timeout=seconds).returncode
-                outcome = "FAILED" if code else "passed"
-            except subprocess.TimeoutExpired:
-                outcome = f"FAILED: not done after {seconds:.0f} s"
-        if outcome.startswith("FAILED:") and not needed:
-            outcome = outcome.replace("FAILED", "left out")
-        self.note(title, outcome, time.monotonic() - start)
-        return outcome
-
-    def note(self, title: str, outcome: str, seconds: float = 0.0) -> None:
-        self.results.append((title, outcome, seconds))
-        print(f"==== {title}: {outcome}, {seconds:.0f} s", flush=True)
-
-    def report(self) -> int:
-        failed = [title for title, outcome, _ in self.results if outcome.startswith("FAILED")]
-        print(f"\n{'gpu-check':36}{'seconds':>8}")
-        for title, outcome, seconds in self.results:
-            print(f"{title:36}{seconds:>8.0f}  {outcome}")
-        print(f"{'together':36}{time.monotonic() - self.begin:>8.0f}")
-        print(f"gpu-check: {'FAILED: ' + ', '.join(failed) if failed else 'everything passed'}")
-        return 1 if failed else 0
+def build(check: Check) -> bool:
+    """The library for the GPU at hand alone."""
+    if check.trial:
+        return True
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    built = check.step("build", command, 240) == "passed"
+    return built and check.step("the library loads", [sys.executable, "-c", LOADED], 60) == "passed"
 
 
-def in_parallel(workers: int) -> list[str]:
-    """pytest's options for so many processes, where pytest-xdist is installed and so many cores are there."""
-    workers = min(workers, (os.cpu_count() or 1) // 2)
-    return ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
-
-
-def sanitize(check: Check) -> None:
-    """compute-sanitizer; containers often forbid it, which is said and is no failure."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if tool is None:
-        return check.note("compute-sanitizer", "left out: not installed")
-    touch = "import torch; torch.ones(1, device='cuda')"
-    start = time.monotonic()
-    try:
-        probe = subprocess.run(
-            [tool, sys.executable, "-c", touch], capture_output=True, text=True, check=False, timeout=60
-        )
-        said = probe.stdout.strip()[-200:] if probe.returncode else ""
-    except subprocess.TimeoutExpired:
-        said = "not done after 60 s"
-    if said:
-        return check.note("compute-sanitizer", f"left out: does not run here ({said})", time.monotonic() - start)
-    tests = [*PYTEST, "-x", "tests/test_on_gpu.py", "-k", SANITIZED]
+def ops(check: Check) -> None:
+    place = "emulator" if check.trial else "gpu"
+    check.tests("PTX wrappers", ["tests/test_conformance.py", "-m", "not slow", "-k", place], 75)
+    check.tests(OPS, [*in_parallel(8), "tests/test_on_gpu.py"], 150)
     for kind in ("memcheck", "racecheck"):
-        command = [tool, f"--tool={kind}", "--error-exitcode=9", *tests]
-        check.step(f"compute-sanitizer {kind}", command, 45, needed=False)
+        sanitizer = tool("compute-sanitizer")
+        title = f"compute-sanitizer {kind}"
+        if sanitizer is None and not check.trial:
+            check.note(title, "left out: not installed")
+            continue
+        options = [sanitizer, f"--tool={kind}", "--error-exitcode=9", "--kernel-name=kns=gptfast"] if sanitizer else []
+        check.step(title, [*options, *SMALL, *check.trying], 60, needed=False)
+
+
+def speed(check: Check) -> None:
+    for part, seconds in (("ceilings", 30), ("memory", 170), ("attention", 150)):
+        check.rows(f"benchmarks: {part}", [*BENCH, "--no-triton", "--only", part], seconds)
+
+
+def model(check: Check) -> None:
+    for part, seconds in (("decode", 100), ("training", 260)):
+        check.rows(f"benchmarks: {part}", [*BENCH, "--no-triton", "--only", part], seconds)
+
+
+def triton(check: Check) -> None:
+    """Tuning compiles every candidate, so the tests run without; what it takes is measured apart."""
+    untuned = {"GPTFAST_TRITON_TUNE": "0"}
+    tests = [*in_parallel(8), "tests/test_triton_on_gpu.py"]
+    check.tests("every op in Triton on the GPU", [*tests, "-k", "not tiling"], 160, untuned)
+    check.rows("Triton: compiling and tuning", [*BENCH, "--only", "tuning"], 80)
+    check.tests("every tiling of attention", [*tests, "-k", "tiling"], 100, untuned)
+
+
+def profile(check: Check) -> None:
+    ncu = tool("ncu")
+    if ncu is None and not check.trial:
+        return check.note("Nsight Compute", "left out: ncu is not installed (package nsight-compute)")
+    out = os.environ.get("OUT") or str(check.results)
+    options = [
+        ncu,
+        "--clock-control=none",
+        "--set=full",
+        "--kernel-name-base=demangled",
+        "-k",
+        "regex:gptfast",
+        "-c",
+        "40",
+        "-f",
+        "-o",
+        f"{out}/gpu",
+    ]
+    command = [*(options if ncu else []), *SMALL, "--real", *check.trying]
+    outcome = check.step("Nsight Compute", command, 240, needed=False)
+    if outcome != "passed":
+        print(f"Nsight Compute did not run through; {REFUSES}")
     return None
 
 
-def trial() -> int:
-    print("gpu-check --try: on the emulator; nothing of this is a check of a GPU")
-    check = Check()
-    check.step("PTX wrappers", [*PYTEST, "tests/test_conformance.py", "-k", "emulator"], 300)
-    check.step("generation in captured steps", [*PYTEST, "tests/test_graphed.py"], 300)
-    check.step("benchmarks", [*BENCH, "--try"], 300)
-    return check.report()
+PARTS = {"ops": ops, "speed": speed, "model": model, "triton": triton, "profile": profile}
 
 
-def main() -> int:
-    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    if "--try" in sys.argv:
-        return trial()
-    import torch
-
-    if not torch.cuda.is_available():
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all of them unless said")
+    parser.add_argument("--try", action="store_true", dest="trial", help="on the emulator")
+    options = parser.parse_args(arguments)
+    if not options.trial and not torch.cuda.is_available():
         print(NO_GPU)
         return 2
-    print(f"gpu-check: {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    os.environ.setdefault("GPTFAST_CUDA", "1")
-    check = Check()
-    if check.step("build", BUILD, 300) == "passed" and check.step("the library loads", LOADED, 60) == "passed":
-        check.step("PTX wrappers", [*PYTEST, "tests/test_conformance.py", "-m", "not slow"], 75)
-        check.step("every op on the GPU", [*PYTEST, *in_parallel(6), "tests/test_on_gpu.py"], 120)
-        check.step("every op in Triton on the GPU", [*PYTEST, *in_parallel(6), "tests/test_triton_on_gpu.py"], 60)
-        for part in ("memory", "attention", "decode"):
-            check.step(f"benchmarks: {part}", [*BENCH, "--only", part], 90)
-        sanitize(check)
-        check.step("benchmarks: training", [*BENCH, "--only", "training"], 150)
-    return check.report()
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    os.environ["OMP_NUM_THREADS"] = "2"  # of a test worker: float64 references on all cores would wait for one another
+    if options.trial:
+        print("gpu-check --try: on the emulator; nothing of this is a check of a GPU")
+    else:
+        os.environ["GPTFAST_CUDA"] = "1"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    head = provenance()
+    print("gpu-check: " + ", ".join(f"{key} {value}" for key, value in head.items()), flush=True)
+    status = 0
+    for name in options.parts or PARTS:
+        check = Check(name, head, options.trial)
+        if build(check):
+            PARTS[name](check)
+        status |= check.report()
+    return status
+
+
+def last_run(path: Path) -> str:
+    """When the GPU tests last ran, for the notes."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = [row for row in rows if row["step"] == OPS and row["outcome"] == "passed"]
+    return f"{done[-1]['date']}, {done[-1]['gpu']}, kernels of {done[-1]['kernels']}" if done else "never"
 
 
 if __name__ == "__main__":

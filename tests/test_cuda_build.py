@@ -4,7 +4,6 @@ Nothing here runs on a GPU."""
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import shutil
@@ -15,17 +14,10 @@ from pathlib import Path
 
 import emulated
 import pytest
-import torch
 
 ROOT = emulated.ROOT
 CUDA = ROOT / "csrc/cuda"
 KERNELS = sorted(CUDA.glob("*.cu"))
-PARTS = {
-    "memory": 13,
-    "attention": 4,
-    "training": 1,
-    "decode": 1,
-}  # of the benchmarks, and how much is compared on trial
 WITH_PTX = {"mma.cuh", "hopper.cuh", "wgmma.cuh"}  # the only files that may hold inline assembly
 pytestmark = pytest.mark.skipif(not KERNELS, reason="not run from the source tree")
 
@@ -141,58 +133,6 @@ def test_inline_assembly_and_static_shared_memory_stay_where_they_belong():
         code = re.sub(r"//.*", "", path.read_text())
         assert path.name in WITH_PTX or not re.search(r"\basm\b", code), f"{path.name} holds inline assembly"
         assert path.name == "compat.cuh" or "__shared__" not in code, f"{path.name} has static shared memory"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@pytest.mark.parametrize("script", ["scripts/gpu_check.py", "benchmarks/bench_gpu.py"])
-def test_without_a_gpu_nothing_is_claimed(script):
-    result = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2 and "torch sees no NVIDIA GPU" in result.stdout, result.stdout + result.stderr
-
-
-def test_what_a_gpu_will_measure_runs(tmp_path):
-    """Every comparison of the benchmarks, with tiny shapes on the emulator, so that no GPU is the first to see it."""
-    emulated.build()
-    command = [sys.executable, "benchmarks/bench_gpu.py", "--try", "--out", str(tmp_path / "tried.json")]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    rows = json.loads((tmp_path / "tried.json").read_text())["rows"]
-    ours = {part: sum(row["part"] == part for row in rows if "gptfast" in row.get("ms", {})) for part in PARTS}
-    assert ours == PARTS, result.stdout
-    assert not [row for row in rows if "gptfast" in row.get("refused", {})]
-
-
-def test_results_of_one_part_take_the_place_of_its_old_ones(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import bench_gpu
-
-    path, head = tmp_path / "results/gpu.json", {"gpu": "G", "torch": "2"}
-    for gpu, part, value in (("G", "memory", 1), ("G", "decode", 2), ("G", "memory", 3)):
-        bench_gpu.write(path, {**head, "gpu": gpu}, part, [{"part": part, "value": value}])
-    assert [row["value"] for row in json.loads(path.read_text())["rows"]] == [2, 3]
-    bench_gpu.write(path, {**head, "gpu": "another"}, "training", [{"part": "training", "value": 4}])
-    assert [row["value"] for row in json.loads(path.read_text())["rows"]] == [4]
-
-
-def test_a_failed_step_of_the_gpu_check_stops_no_other(capfd, monkeypatch):
-    """And it is told at the end; so is one that takes too long, unless it is not needed."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import gpu_check
-
-    def run(*code: str) -> list[str]:
-        return [sys.executable, "-c", *code]
-
-    check = gpu_check.Check()
-    assert check.step("breaks", run("raise SystemExit(3)"), 60) == "FAILED"
-    assert check.step("hangs", run("import time; time.sleep(60)"), 0.2).startswith("FAILED: not done")
-    assert check.step("may hang", run("import time; time.sleep(60)"), 0.2, needed=False).startswith("left out")
-    assert check.step("works", run(""), 60) == "passed"
-    assert check.report() == 1
-    told = capfd.readouterr().out
-    assert "gpu-check: FAILED: breaks, hangs\n" in told and re.search(r"works +\d+  passed", told), told
-    check.begin -= gpu_check.SECONDS
-    assert check.step("too late", run(""), 60) == "FAILED: no time was left"
 
 
 def test_kernels_have_no_float_atomics():

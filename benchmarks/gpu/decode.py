@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from gptfast.generation.config import GenerationConfig
 from gptfast.generation.request import Request
 from gptfast.generation.stopping import Stopping
 
-from .timing import Bench, Run, that_run
+from .timing import Bench, Row, Run, that_run
 
 OPTIONS: dict[str, Any] = {"top_k": 50, "seed": 3}
 
@@ -42,12 +43,19 @@ def runs(bench: Bench, model: gptfast.GPT, rows: int, prompt: int, new: int) -> 
     return {"gptfast": captured, "without graphs": waiting}
 
 
-def measure(bench: Bench) -> list[dict[str, Any]]:
+def plan(bench: Bench) -> list[str]:
+    return [f"decode, {rows} rows" for rows in counts(bench)]
+
+
+def counts(bench: Bench) -> tuple[int, ...]:
+    return bench.sizes((1, 8, 64), (2,))
+
+
+def measure(bench: Bench) -> Iterator[Row]:
     model = gptfast.GPT(configuration(bench)).to(bench.device, torch.bfloat16).eval()
     prompt, new = bench.size(64, 3), bench.size(256, 4)
-    found: list[dict[str, Any]] = []
     print(f"\n{f'decode, prompts of {prompt}, {new} new':32}{'tokens/s':>12}{'without graphs':>16}{'gptfast is':>12}")
-    for rows in bench.sizes((1, 8, 64), (2,)):
+    for rows in counts(bench):
         candidates = runs(bench, model, rows, prompt, new)
         able, refused = that_run((name, lambda run=run: run) for name, run in candidates.items())
         times = bench.milliseconds(able, rounds=5, warmup=1)
@@ -58,5 +66,4 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
         print(f"{f'{rows} rows':32}{shown['gptfast']:>12}{shown['without graphs']:>16}{ratio:>12}", flush=True)
         for name, reason in refused.items():
             print(f"{name:32}did not run: {reason}")
-        found.append({"what": f"decode, {rows} rows", "ms": times, "tokens/s": speeds, "refused": refused})
-    return found
+        yield {"what": f"decode, {rows} rows", "ms": times, "tokens/s": speeds, "refused": refused, **bench.spread}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import gptfast
 
-from .timing import Bench, Run, that_run
+from .timing import Bench, Row, Run, that_run
 
 # Dense bf16 of the data sheets, without sparsity. The first name that occurs in the GPU's counts.
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
@@ -70,7 +71,8 @@ def stepper(bench: Bench, make: Callable[[], nn.Module], compiled: bool) -> Run:
     model = make().to(bench.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(config.vocab_size, (rows, config.block_size + 1), device=bench.device)
-    run = torch.compile(model) if compiled else model
+    how: dict[str, Any] = {"backend": "eager"} if bench.tiny else {}  # on trial a compiler that changes nothing
+    run = torch.compile(model, **how) if compiled else model
     backend = bench.backend if not bench.real else "auto"
 
     def step() -> None:
@@ -89,7 +91,17 @@ def flops_per_token(config: gptfast.GPTConfig) -> float:
     return 6 * (12 * config.n_layer * C * C + C * config.vocab_size) + 6 * config.n_layer * config.block_size * C
 
 
-def measure(bench: Bench) -> list[dict[str, Any]]:
+def plan(bench: Bench) -> list[str]:
+    return ["training step", "training step, compiled"]
+
+
+def measure(bench: Bench) -> Iterator[Row]:
+    """First what takes no compiling, in a row of its own."""
+    for compiled in (False, True):
+        yield compare(bench, compiled)
+
+
+def compare(bench: Bench, compiled: bool) -> Row:
     config, rows = configuration(bench)
     torch.set_float32_matmul_precision("high")
     makers: dict[str, tuple[Callable[[], nn.Module], bool]] = {
@@ -97,9 +109,14 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
         "eager attention": (lambda: PlainGPT(config, "eager"), False),
         "SDPA": (lambda: PlainGPT(config, "sdpa"), False),
     }
-    if not bench.tiny:
-        makers["gptfast + torch.compile"] = (lambda: gptfast.GPT(config), True)
-        makers["SDPA + torch.compile"] = (lambda: PlainGPT(config, "sdpa"), True)
+    if compiled:
+        padded = replace(config, vocab_size=-(-config.vocab_size // 64) * 64)
+        makers = {
+            "gptfast": (lambda: gptfast.GPT(config), False),
+            "gptfast + torch.compile": (lambda: gptfast.GPT(config), True),
+            "SDPA + torch.compile": (lambda: PlainGPT(config, "sdpa"), True),
+            "SDPA + torch.compile, padded vocabulary": (lambda: PlainGPT(padded, "sdpa"), True),  # as nanoGPT has it
+        }
     runs, refused = that_run((n, lambda m=m, c=c: stepper(bench, m, c)) for n, (m, c) in makers.items())
     times = bench.milliseconds(runs, rounds=10)
     speeds = {name: rows * config.block_size / ms * 1e3 for name, ms in times.items()}
@@ -114,5 +131,8 @@ def measure(bench: Bench) -> list[dict[str, Any]]:
     for name, reason in refused.items():
         print(f"{name:32}did not run: {reason}")
     utilisations = {name: speed * percent for name, speed in speeds.items()} if percent else {}
-    row = {"what": "training step", "ms": times, "tokens/s": speeds, "MFU %": utilisations, "refused": refused}
-    return [row]
+    what = "training step, compiled" if compiled else "training step"
+    row = {"what": what, "ms": times, "tokens/s": speeds, "MFU %": utilisations, "refused": refused, **bench.spread}
+    if "gptfast" in runs:
+        row |= bench.sustained(runs["gptfast"], times["gptfast"])
+    return row

@@ -73,6 +73,9 @@ def _milliseconds(run: Callable[[], None]) -> float:
     """Of one run, the least of a few: after a run that compiles."""
     run()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(ROUNDS + 1)]
+    torch.cuda._sleep(
+        2_000_000
+    )  # a millisecond in which Python gets ahead: small kernels would else be timed by their launch
     events[0].record()
     for event in events[1:]:
         run()
