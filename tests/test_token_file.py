@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -13,6 +15,7 @@ from gptfast.data import (
     TokenFile,
     WindowSampler,
     is_token_file,
+    sequential_batches,
     write_tokens,
 )
 
@@ -24,7 +27,7 @@ def test_token_file_round_trip(tmp_path, vocab_size, dtype):
     documents[1][5] = vocab_size - 1
     file = write_tokens(tmp_path / "t.bin", documents, vocab_size)
     assert file.tokens.dtype == dtype
-    assert isinstance(file.tokens, np.memmap)
+    assert not (file.tokens.flags.owndata or file.tokens.flags.writeable)  # mapped
     np.testing.assert_array_equal(file.tokens, np.concatenate(documents))
     assert file.document_starts.tolist() == [0, 1, 1001]  # the empty document is left out
     assert (len(file), file.vocab_size, file.eos_id) == (1078, vocab_size, None)
@@ -128,3 +131,87 @@ def test_split_of_a_token_file(tmp_path, lengths, train):
     np.testing.assert_array_equal(np.concatenate([first.tokens, last.tokens]), ids)
     starts = [*first.document_starts, *(last.document_starts + train)]
     assert starts == sorted({0, train, *np.cumsum(lengths)[:-1].tolist()})
+
+
+@pytest.mark.parametrize(
+    ("at", "new"),
+    [
+        (12, "<I 0"),
+        (12, "<I 3"),
+        (12, "<I 8"),
+        (16, "<Q 0"),
+        (16, "<Q 65537"),
+        (24, "<q 100"),
+        (24, "<q -2"),
+        (32, "<Q 0"),
+    ]
+    + [(32, f"<Q {n}") for n in (2**31, 2**61, 2**63, 2**64 - 1)]
+    + [(40, f"<Q {n}") for n in (0, 101, 2**60, 2**64 - 1)],
+)
+def test_numbers_of_a_header_that_cannot_be(tmp_path, at, new):
+    path = tmp_path / "t.bin"
+    write_tokens(path, [range(50), range(25), range(25)], vocab_size=100)
+    code, number = new.split()
+    path.write_bytes(reheaded(path.read_bytes(), at, struct.pack(code, int(number))))
+    with pytest.raises(ValueError, match=r"t.bin(: the header contradicts itself| is cut short)"):
+        TokenFile.open(path)
+
+
+def cut(path):
+    os.truncate(path, 100)
+
+
+def overwrite(path):
+    with path.open("r+b") as file:
+        file.seek(64 + 2 * 5000)
+        file.write(bytes(2000))
+
+
+def copied_over(path):
+    other = path.with_name("other.bin")
+    write_tokens(other, [np.arange(9_999) % 96], 97)
+    path.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("change", [cut, overwrite, copied_over])
+def test_a_file_that_is_changed_while_it_is_used_is_named(tmp_path, change, part):
+    """It was SIGBUS, or other tokens without a word."""
+    path = tmp_path / "train.bin"
+    file = write_tokens(path, [np.arange(10_000) % 97], 97)
+    used = file.split(0.5)[1] if part else file
+    sampler = WindowSampler(used, 8, 4)
+    before = [sampler.batch(n) for n in range(3)]
+    time.sleep(0.02)  # clocks of file systems are coarse
+    change(path)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"changed, cut short or could not be read while it is in use.*train.bin"):
+            sampler.batch(100)
+        with pytest.raises(OSError, match=r"train.bin"):
+            list(sequential_batches(used, 8, 4))
+    assert len(before) == 3
+
+
+def test_a_file_that_is_replaced_touched_or_removed_goes_on(tmp_path):
+    path = tmp_path / "train.bin"
+    first, last = write_tokens(path, [np.arange(10_000) % 97], 97).split(0.5)
+    samplers = [WindowSampler(part, 8, 4) for part in (first, last)]
+    before = [sampler.batch(3)[0].tolist() for sampler in samplers]
+    os.utime(path)
+    assert [sampler.batch(3)[0].tolist() for sampler in samplers] == before
+    write_tokens(path, [[1, 2, 3]], 97)  # by a rename
+    assert [sampler.batch(3)[0].tolist() for sampler in samplers] == before
+    path.unlink()
+    assert [sampler.batch(3)[0].tolist() for sampler in samplers] == before
+
+
+def test_token_files_are_pickled_by_their_path(tmp_path):
+    """For the workers of a DataLoader."""
+    file = write_tokens(tmp_path / "t.bin", [np.arange(1000) % 97, np.arange(500) % 97], 97)
+    for part in (file, *file.split(0.3)):
+        data = pickle.dumps(part)
+        again = pickle.loads(data)
+        assert len(data) < 500
+        assert again.tokens.tolist() == part.tokens.tolist()
+        assert again.document_starts.tolist() == part.document_starts.tolist() and again.checksum == part.checksum
+        assert WindowSampler(again, 8, 2).batch(1)[0].equal(WindowSampler(part, 8, 2).batch(1)[0])

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import resource
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 
 from gptfast._snapshots import current
 from gptfast.cli import app
+from gptfast.data import write_tokens
 from gptfast.models import GPT, GPTConfig
 from gptfast.ops import gemm
 from gptfast.tokenizer import CharTokenizer, load_tokenizer
@@ -563,3 +565,22 @@ def test_compare_step_reports_every_implementation():
     assert len(comparison.lines()) == 5
     with pytest.raises(ValueError, match="norm_position is 'post'; expected 'pre', as in GPT-2"):
         compare_step(SHAPE.replace(norm_position="post", final_norm=False), 2)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_a_token_file_that_is_cut_short_while_training_is_named(tmp_path, name, monkeypatch):
+    """It was SIGBUS."""
+    parts = [write_tokens(tmp_path / part, [TRAIN], SHAPE.vocab_size) for part in ("train.bin", "val.bin")]
+    config = QUICK.replace(max_steps=20, checkpoint_every=2, eval_every=5)
+    trainer = Trainer(GPT(SHAPE), *parts, config, tmp_path / "run", progress=False)
+    update = Trainer._update
+
+    def update_and_cut(self):
+        if self.state.step == 4:
+            os.truncate(tmp_path / name, 100)
+        return update(self)
+
+    monkeypatch.setattr(Trainer, "_update", update_and_cut)
+    with pytest.raises(OSError, match=rf"was changed, cut short or could not be read while it is in use.*{name}"):
+        trainer.train()
+    assert read_checkpoint(tmp_path / "run" / "last").state.step == 4

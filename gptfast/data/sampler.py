@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gptfast.data.token_file import TokenFile
+
+Take = Callable[[np.ndarray], np.ndarray]  # tokens at places
 
 _MASK = 2**64 - 1
 _ROUNDS = 8
@@ -48,7 +50,7 @@ class WindowSampler:
             raise ValueError(
                 f"WindowSampler: rank is {rank} and world_size {world_size}; expected 0 <= rank < world_size"
             )
-        self.tokens, self.vocab_size = _unpack(tokens)
+        self._take, self.vocab_size = _unpack(tokens)
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
@@ -61,8 +63,9 @@ class WindowSampler:
             x, y: (B, T) int64, y[b, t] being the token that follows x[b, t].
         Raises:
             ValueError: a negative step, or an id outside the vocabulary of the token file (it is damaged).
+            OSError: the token file was changed or cut short since it was opened.
         """
-        return _rows(self.tokens, self.starts(step), self.block_size, self.vocab_size)
+        return _rows(self._take, self.starts(step), self.block_size, self.vocab_size)
 
     def starts(self, step: int) -> np.ndarray:
         """(B,) int64: where in the tokens the rows of `step` begin."""
@@ -99,14 +102,14 @@ def sequential_batches(
         ValueError: fewer than two tokens, or a size out of range.
     """
     _check_sizes("sequential_batches", tokens, 2, block_size, batch_size)
-    ids, vocab_size = _unpack(tokens)
-    starts = np.arange(0, len(ids) - 1, block_size)
+    take, vocab_size = _unpack(tokens)
+    starts = np.arange(0, len(tokens) - 1, block_size)
     for first in range(0, len(starts), batch_size):
         rows = starts[first : first + batch_size]
-        if rows[-1] + block_size < len(ids):
-            yield _rows(ids, rows, block_size, vocab_size)
+        if rows[-1] + block_size < len(tokens):
+            yield _rows(take, rows, block_size, vocab_size)
         else:
-            yield _padded_rows(ids, rows, block_size, vocab_size)
+            yield _padded_rows(take, len(tokens), rows, block_size, vocab_size)
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -156,25 +159,25 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _rows(tokens: np.ndarray, starts: np.ndarray, block_size: int, vocab_size: int | None) -> tuple[Tensor, Tensor]:
-    rows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
+def _rows(take: Take, starts: np.ndarray, block_size: int, vocab_size: int | None) -> tuple[Tensor, Tensor]:
+    rows = take(starts[:, None] + np.arange(block_size + 1)).astype(np.int64)  # (B, T + 1)
     _check_ids(rows, vocab_size)
     return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
 
 def _padded_rows(
-    tokens: np.ndarray, starts: np.ndarray, block_size: int, vocab_size: int | None
+    take: Take, count: int, starts: np.ndarray, block_size: int, vocab_size: int | None
 ) -> tuple[Tensor, Tensor]:
     places = starts[:, None] + np.arange(block_size + 1)
-    rows = tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64)
+    rows = take(np.minimum(places, count - 1)).astype(np.int64)
     _check_ids(rows, vocab_size)
-    known = places[:, 1:] < len(tokens)  # y exists
+    known = places[:, 1:] < count  # y exists
     x, y = np.where(known, rows[:, :-1], 0), np.where(known, rows[:, 1:], -100)
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def _unpack(tokens: TokenFile | np.ndarray) -> tuple[np.ndarray, int | None]:
-    return (tokens.tokens, tokens.vocab_size) if isinstance(tokens, TokenFile) else (tokens, None)
+def _unpack(tokens: TokenFile | np.ndarray) -> tuple[Take, int | None]:
+    return (tokens.take, tokens.vocab_size) if isinstance(tokens, TokenFile) else (tokens.__getitem__, None)
 
 
 def _check_ids(rows: np.ndarray, vocab_size: int | None) -> None:

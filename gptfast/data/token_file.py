@@ -21,13 +21,14 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from gptfast._files import atomic_write, open_read
+from gptfast._mapping import MappedFile
 
 MAGIC = b"gptftok\n"
 VERSION = 1
@@ -45,6 +46,10 @@ class TokenFile:
 
     tokens: (N,) uint16 or uint32. document_starts: (documents,) int64, positions in `tokens`. eos_id: the
     token that ends each document, or None. checksum: CRC-32 of the tokens; None for a part of a file.
+
+    A file that is replaced by another one (a rename) stays what it was. One that is changed in place or cut short while it
+    is used is noticed by `take`; reading `tokens` beyond the new end of such a file ends the process, with a line that
+    names it.
     """
 
     path: Path
@@ -53,6 +58,11 @@ class TokenFile:
     eos_id: int | None
     document_starts: np.ndarray
     checksum: int | None
+    _source: _Source = field(repr=False)
+    _first: int = 0  # of these tokens, in the file
+
+    def __reduce__(self) -> tuple:
+        return _reopen, (self.path, None if self.checksum is not None else (self._first, len(self)))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -70,13 +80,24 @@ class TokenFile:
             header = _read_header(path, file.read(_HEADER_SIZE))
             itemsize, vocab_size, eos_id, count, documents, checksum = header
             end = _HEADER_SIZE + count * itemsize
-            _check_size(path, end + documents * 8)
+            _check_size(path, os.fstat(file.fileno()).st_size, end + documents * 8)
             file.seek(end)
             starts = np.frombuffer(file.read(documents * 8), "<i8")
+            dtype, size = np.dtype(f"<u{itemsize}"), count * itemsize
+            source = _Source(MappedFile(file, path, recover=True), dtype, size, checksum)
+            tokens = np.frombuffer(MappedFile(file, path, recover=False), np.uint8)[_HEADER_SIZE : _HEADER_SIZE + size]
         if starts[0] != 0 or starts[-1] >= count or (np.diff(starts) <= 0).any():
             raise ValueError(f"{path}: the list of documents is damaged; prepare the data again")
-        tokens = np.memmap(path, f"<u{itemsize}", "r", offset=_HEADER_SIZE, shape=(count,))
-        return cls(path, tokens, vocab_size, None if eos_id < 0 else eos_id, starts, checksum)
+        eos = None if eos_id < 0 else eos_id
+        return cls(path, tokens.view(dtype), vocab_size, eos, starts, checksum, source)
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """The tokens at `places` (an array of positions), of a file that is still the one that was opened.
+
+        Raises:
+            OSError: it was changed or cut short since; the text names it.
+        """
+        return self._source.take(places + self._first)
 
     def verify(self) -> None:
         """Read every token and compare with the checksum in the header.
@@ -86,9 +107,7 @@ class TokenFile:
         """
         if self.checksum is None:
             raise ValueError(f"TokenFile.verify: this is a part of {self.path}; verify TokenFile.open(path)")
-        crc = 0
-        for start in range(0, len(self.tokens), _VERIFY_CHUNK):
-            crc = zlib.crc32(self.tokens[start : start + _VERIFY_CHUNK].data, crc)
+        crc = _crc(self.tokens)
         if crc != self.checksum:
             raise ValueError(
                 f"{self.path}: the tokens have checksum 0x{crc:08x}, expected 0x{self.checksum:08x}; "
@@ -113,7 +132,35 @@ class TokenFile:
     def _view(self, start: int, stop: int) -> TokenFile:
         inside = self.document_starts[(self.document_starts > start) & (self.document_starts < stop)] - start
         starts = np.concatenate([np.zeros(1, np.int64), inside])
-        return replace(self, tokens=self.tokens[start:stop], document_starts=starts, checksum=None)
+        first = self._first + start
+        return replace(self, tokens=self.tokens[start:stop], document_starts=starts, checksum=None, _first=first)
+
+
+class _Source:
+    """All tokens of a mapped file, and whether they are still what its header says."""
+
+    def __init__(self, mapped: MappedFile, dtype: np.dtype, size: int, checksum: int) -> None:
+        self._mapped, self._checksum = mapped, checksum
+        self._tokens = np.frombuffer(mapped, np.uint8)[_HEADER_SIZE : _HEADER_SIZE + size].view(dtype)
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        taken = self._tokens[places]
+        if self._mapped.changed() and not self._mapped.accept(lambda: _crc(self._tokens) == self._checksum):
+            self._mapped.check()
+        return taken
+
+
+def _reopen(path: Path, part: tuple[int, int] | None) -> TokenFile:
+    """For pickle: the file again, in a process of its own."""
+    file = TokenFile.open(path)
+    return file if part is None else file._view(part[0], part[0] + part[1])
+
+
+def _crc(tokens: np.ndarray) -> int:
+    crc = 0
+    for start in range(0, len(tokens), _VERIFY_CHUNK):
+        crc = zlib.crc32(tokens[start : start + _VERIFY_CHUNK].data, crc)
+    return crc
 
 
 def is_token_file(path: str | os.PathLike[str]) -> bool:
@@ -220,11 +267,17 @@ def _read_header(path: Path, header: bytes) -> tuple[int, int, int, int, int, in
         raise ValueError(f"{path} has version {version}, expected {VERSION}; prepare the data again")
     if _CRC.unpack_from(header, _HEADER.size)[0] != zlib.crc32(header[: _HEADER.size]):
         raise ValueError(f"{path}: the header does not match its checksum; prepare the data again")
+    itemsize, vocab_size, eos_id, count, documents, _ = sizes
+    known = itemsize in (2, 4) and 1 <= vocab_size <= 2 ** (8 * itemsize) and -1 <= eos_id < vocab_size
+    if not known or not 1 <= documents <= count:
+        raise ValueError(
+            f"{path}: the header contradicts itself ({itemsize} bytes per token, a vocabulary of {vocab_size}, end of text "
+            f"{eos_id}, {count} tokens, {documents} documents); prepare the data again"
+        )
     return tuple(sizes)
 
 
-def _check_size(path: Path, expected: int) -> None:
-    size = path.stat().st_size
+def _check_size(path: Path, size: int, expected: int) -> None:
     if size != expected:
         state = "cut short" if size < expected else "longer than it should be"
         raise ValueError(
