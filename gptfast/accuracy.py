@@ -91,7 +91,7 @@ def _assert_within(name: str, error: Tensor, limit: Tensor, theirs: Tensor) -> N
     if (error <= limit).all():
         return
     n = int((error - limit).argmax())
-    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(n), error.shape))
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(n, device="cpu"), error.shape))
     limits = limit.expand(error.shape)
     raise AssertionError(
         f"{name}: error {error[at].item():.3g} at {at}, limit {limits[at].item():.3g}; eager there {theirs[at].item():.3g}, "

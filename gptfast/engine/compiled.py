@@ -106,7 +106,7 @@ class CompiledGPT:
             TypeError, ValueError: no ids, or outside the vocabulary, or more than block_size in a row.
         """
         try:
-            ids = torch.as_tensor(ids)
+            ids = torch.as_tensor(ids, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"logits: ids is no tensor of token ids ({error}); expected (B, T) or (T,)") from None
         if ids.dim() not in (1, 2) or ids.dtype not in ID_DTYPES or ids.numel() == 0:

@@ -77,7 +77,7 @@ class Group:
     def _process(self, scores: Tensor, taken: list[int]) -> Tensor:
         """Log-probabilities (K, V) after everything that changes them."""
         if taken:
-            counts = torch.bincount(torch.tensor(taken), minlength=scores.shape[-1])
+            counts = torch.bincount(torch.tensor(taken, dtype=torch.int64, device="cpu"), minlength=scores.shape[-1])
             scores = scores - self.config.diversity_penalty * counts
         if changes := processors(self.config):
             rows = list(scores)
@@ -93,15 +93,15 @@ class Group:
         """
         noisy, V = logprobs, logprobs.shape[-1]
         if self.config.draws:
-            beams = torch.arange(self.K)
-            position = torch.full((self.K,), len(self.prompt) + len(self.running[0]))
+            beams = torch.arange(self.K, device="cpu")
+            position = torch.full_like(beams, len(self.prompt) + len(self.running[0]))
             noisy = logprobs + rng.gumbel_noise(V, self.config.seed, position, beams)
-        scores = torch.tensor(self.scores)[:, None]
+        scores = torch.tensor(self.scores, dtype=torch.float32, device="cpu")[:, None]
         keep = min(max(2, 1 + len(self.config.eos_ids)) * self.K, logprobs.numel())
         tokens = largest(noisy, min(keep, V))  # (K, keep): of each beam, as if all came from it
         best = (noisy.gather(1, tokens) + scores).flatten().topk(keep).indices
         total = (logprobs.gather(1, tokens) + scores).flatten()[best]
-        places = (tokens + V * torch.arange(self.K)[:, None]).flatten()[best]
+        places = (tokens + V * torch.arange(self.K, device="cpu")[:, None]).flatten()[best]
         return list(zip(total.tolist(), places.tolist(), strict=True))
 
     def _count_ended(self) -> int:
@@ -213,7 +213,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
     if blocks <= count:
         return scores.topk(count).indices
     best = scores[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).amax(-1).topk(count).indices
-    inside = (BLOCK * best[:, :, None] + torch.arange(BLOCK)).flatten(1)  # (K, count * BLOCK)
-    rest = torch.arange(blocks * BLOCK, V).expand(K, -1)
+    inside = (BLOCK * best[:, :, None] + torch.arange(BLOCK, device=scores.device)).flatten(1)  # (K, count * BLOCK)
+    rest = torch.arange(blocks * BLOCK, V, device=scores.device).expand(K, -1)
     places = torch.cat([inside, rest], 1)
     return places.gather(1, scores.gather(1, places).topk(count).indices)

@@ -76,7 +76,7 @@ def _draw(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int
 
 def _one_or_all(values: list[int]) -> int | Tensor:
     """An int where it will do: every request may have a seed of its own, and tensors take longer to make and check."""
-    return values[0] if len(values) == 1 else torch.tensor(values)
+    return values[0] if len(values) == 1 else torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _process(logits: Tensor, contexts: Sequence[Context]) -> Tensor:

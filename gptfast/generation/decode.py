@@ -129,14 +129,14 @@ def _run(
         return []
     scheduler = _scheduler(model, requests, assistant)
     if streamer is not None:
-        streamer.put(torch.tensor([requests[0].prompt]))
+        streamer.put(torch.tensor([requests[0].prompt], dtype=torch.int64, device="cpu"))
     logprobs: dict[tuple[int, int], list[float]] = {}
     while scheduler.waiting or scheduler.running:
         for token in scheduler.step():
             if token.logprob is not None:
                 logprobs.setdefault((id(token.request), token.stream), []).append(token.logprob)
             if streamer is not None:
-                streamer.put(torch.tensor([token.id]))
+                streamer.put(torch.tensor([token.id], dtype=torch.int64, device="cpu"))
         _raise_error(requests)
     if streamer is not None:
         streamer.end()
@@ -243,7 +243,7 @@ def score(model: LanguageModel, row: Any, first: int = 1) -> list[float]:
         )
     check_ids("", row, model.config.vocab_size)
     logprobs = all_logprobs(model, row)[first - 1 :]
-    wanted = torch.tensor(row[first:], device=logprobs.device)
+    wanted = torch.tensor(row[first:], dtype=torch.int64, device=logprobs.device)
     return logprobs.gather(-1, wanted[:, None])[:, 0].tolist()
 
 
@@ -257,4 +257,5 @@ def all_logprobs(model: LanguageModel, row: list[int]) -> Tensor:
 def as_tensor(rows: list[list[int]], config: GenerationConfig, device: torch.device) -> Tensor:
     """(rows, longest), those that ended filled up with the first end token."""
     longest, fill = max(map(len, rows)), (config.eos_ids or (0,))[0]
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], device=device)
+    whole = [row + [fill] * (longest - len(row)) for row in rows]
+    return torch.tensor(whole, dtype=torch.int64, device=device)

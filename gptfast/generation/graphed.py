@@ -176,9 +176,9 @@ class Decoder:
         self.bucket = 0
         self._graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}  # None: cannot be captured
         self._pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None  # shared: one graph runs at a time
-        whole = {"dtype": torch.int64, "device": weight.device}
+        whole = self._whole = {"dtype": torch.int64, "device": weight.device}
         lengths, ids, streams = torch.zeros(3, self._rows, **whole).unbind()
-        logits = torch.zeros(self._rows, model.config.vocab_size, device=weight.device)
+        logits = torch.zeros(self._rows, model.config.vocab_size, dtype=torch.float32, device=weight.device)
         drawn, column = torch.zeros(self._rows, BURST, **whole), torch.zeros(1, **whole)
         self.state = State(lengths, ids, streams, logits, drawn, column)
 
@@ -191,7 +191,7 @@ class Decoder:
         rows: list[Row] = []
         for request in requests:
             first, copies = len(rows), range(request.config.num_return_sequences)
-            prompt = torch.tensor([request.prompt], device=self.store.k.device)
+            prompt = torch.tensor([request.prompt], dtype=torch.int64, device=self.store.k.device)
             cache = self.store.rows(first, first + 1, [0])
             logits = model(prompt, cache=cache, last_only=True)
             self.store.copy_rows([first + n for n in copies[1:]], [first] * len(copies[1:]), prompt.shape[1])
@@ -199,7 +199,7 @@ class Decoder:
             request.rows = [Row(request, n, first + n, list(request.prompt)) for n in copies]
             rows += request.rows
         for name, values in (("lengths", [len(row.tokens) for row in rows]), ("streams", [row.stream for row in rows])):
-            getattr(self.state, name)[: len(rows)] = torch.tensor(values, device=self.state.ids.device)
+            getattr(self.state, name)[: len(rows)] = torch.tensor(values, **self._whole)
         self.bucket = bucket_of(len(rows))
         return rows
 

@@ -61,7 +61,7 @@ def _at(scores: Tensor, tokens: list[int], change: Callable[[Tensor], Tensor]) -
     """A copy of the scores in which those of `tokens` (distinct) are changed."""
     if not tokens:
         return scores
-    index = torch.tensor(tokens, device=scores.device)
+    index = torch.tensor(tokens, dtype=torch.int64, device=scores.device)
     return scores.index_copy(0, index, change(scores[index]))
 
 

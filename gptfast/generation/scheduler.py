@@ -216,14 +216,14 @@ class Scheduler:
             together = self._sequences.extend([row.index for row in rows], inputs)
             assert isinstance(together, Tensor)
             return list(together[:, None]), together
-        logits: list[Tensor] = [torch.empty(0)] * len(rows)
+        logits: dict[int, Tensor] = {}
         for last_only in (True, False):
             which = [i for i, draft in enumerate(drafts) if bool(draft) != last_only]
             if which:
                 part = self._sequences.extend([rows[i].index for i in which], [inputs[i] for i in which], last_only)
                 for i, values in zip(which, part, strict=True):
                     logits[i] = values.view(-1, values.shape[-1])
-        return logits, None
+        return [logits[i] for i in range(len(rows))], None
 
     def _unread(self, row: Row, length: int) -> list[int]:
         """The tokens behind the first `length`. A row that would outgrow its room forgets and reads again."""

@@ -184,7 +184,7 @@ class CachedSequences:
         """Append equally many tokens, (B, T), to rows in neighbouring slots; logits (B, T, V), (B, 1, V) if last_only."""
         first = self._slot_of[rows[0]]
         cache = self._cache.rows(first, first + len(rows), [self.lengths[row] for row in rows])
-        ids = torch.tensor(tokens, device=self._cache.k.device)
+        ids = torch.tensor(tokens, dtype=torch.int64, device=self._cache.k.device)
         logits = self._model(ids, cache=cache, last_only=last_only)
         for row in rows:
             self.lengths[row] += ids.shape[1]

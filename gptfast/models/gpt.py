@@ -45,7 +45,8 @@ class GPT(nn.Module):
         C = config.n_embd
         learned = config.position_embedding == "learned"
         self.wte = nn.Embedding(config.vocab_size, C)
-        self.wpe = nn.Embedding(config.block_size, C) if learned else SinusoidalEmbedding(config.block_size, C)
+        places = nn.Embedding if learned else SinusoidalEmbedding
+        self.wpe = places(config.block_size, C).to(self.wte.weight.dtype)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(C, eps=config.layer_norm_epsilon, bias=config.bias) if config.final_norm else None
         self.lm_head = Linear(C, config.vocab_size, bias=False)

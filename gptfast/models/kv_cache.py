@@ -109,7 +109,7 @@ class KVCache:
         """Rows first to last - 1 as a cache of their own on the same memory, filled as `lengths` says."""
         view = copy(self)
         view.k, view.v = self.k[:, first:last], self.v[:, first:last]
-        view.lengths = torch.tensor(lengths, device=self.lengths.device)
+        view.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.lengths.device)
         return view
 
     def copy_rows(self, to: list[int], of: list[int], length: int) -> None:

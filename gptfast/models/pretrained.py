@@ -53,7 +53,8 @@ def build(cls: type[GPT], stored: StoredModel, dtype: torch.dtype | None, overri
     model.load_state_dict(_read_weights(stored, model, dtype), assign=True)
     model.tie_weights()
     if config.position_embedding == "sinusoidal":
-        model.wpe = SinusoidalEmbedding(config.block_size, config.n_embd).to(model.wte.weight.dtype)
+        with torch.device("cpu"):  # where the weights are, whatever torch's default is
+            model.wpe = SinusoidalEmbedding(config.block_size, config.n_embd).to(model.wte.weight.dtype)
     return model.eval()
 
 
@@ -104,7 +105,7 @@ def _read_weights(stored_model: StoredModel, model: GPT, dtype: torch.dtype | No
         elif name in shapes:
             x = stored.t() if hf_layout.is_conv1d(name) else stored
             x = x[: config.block_size] if name == "wpe.weight" else x
-            state[name] = torch.empty(x.shape, dtype=dtype or x.dtype).copy_(x)
+            state[name] = torch.empty(x.shape, dtype=dtype or x.dtype, device="cpu").copy_(x)
     problems = problems or _tie(state, config) or _missing(state, shapes, config)
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""

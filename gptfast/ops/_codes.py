@@ -34,7 +34,7 @@ def nf4_values(device: torch.device | str = "cpu") -> Tensor:
 def _dynamic() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         middles = 10.0 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2
         values += middles.tolist() + (-middles).tolist()
     return tuple(sorted(values))

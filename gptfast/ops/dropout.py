@@ -82,4 +82,4 @@ def _(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
 
 @fake("dropout_mask")
 def _(matrices: int, rows: int, cols: int, p: float, seed: int, offset: int) -> Tensor:
-    return torch.empty(matrices, rows, cols, dtype=torch.bool)
+    return torch.empty(matrices, rows, cols, dtype=torch.bool, device="cpu")

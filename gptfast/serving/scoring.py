@@ -35,7 +35,9 @@ def score_in_pieces(model: LanguageModel, ids: list[int], top: int) -> Generator
             if logprobs.isnan().any():
                 raise RuntimeError(NAN)
             values, tokens = logprobs.topk(min(top, logprobs.shape[-1]))
-            own = logprobs.gather(-1, torch.tensor(wanted[piece], device=logprobs.device)[:, None])[:, 0]
+            own = logprobs.gather(-1, torch.tensor(wanted[piece], dtype=torch.int64, device=logprobs.device)[:, None])[
+                :, 0
+            ]
         likely = zip(tokens.tolist(), values.exp().tolist(), strict=True)
         scored += zip(own.tolist(), [list(zip(t, v, strict=True)) for t, v in likely], strict=True)
         yield

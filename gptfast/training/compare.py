@@ -101,7 +101,7 @@ def compare_step(
             raise ValueError(f"compare_step: {name} is {getattr(config, name)!r}; expected {value!r}, as in GPT-2")
     torch.manual_seed(0)
     T = block_size or config.block_size
-    x, y = torch.randint(config.vocab_size, (2, batch_size, T)).unbind()
+    x, y = torch.randint(config.vocab_size, (2, batch_size, T), device="cpu").unbind()
     first = GPT(config.with_dropout(0.0)).train()
     steps = {name: _stepper(copy.deepcopy(first), loss, x, y, dtype) for name, loss in PEERS.items()}
     losses = {name: step() for name, step in steps.items()}  # also warms up
