@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import lzma
 import os
 import secrets
@@ -13,7 +12,7 @@ from contextlib import contextmanager, suppress
 from importlib import resources
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -145,21 +144,6 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def _convert(path: str | os.PathLike[str], encoding: str) -> str:
     return f"convert it: iconv -f {encoding} -t UTF-8 {path} > {Path(path).stem}.utf8.txt"
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        OSError, ValueError: as `read_text`, or the text is not JSON (line and column are named).
-    """
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(
-            f"{path} is not valid JSON ({error.msg} at {where}); it is damaged or cut short - write it again"
-        ) from error
 
 
 def cache_folder() -> Path:

@@ -11,7 +11,8 @@ from importlib import resources
 
 import pytest
 
-from gptfast._files import atomic_path, atomic_write, read_asset, read_json, read_text
+from gptfast._files import atomic_path, atomic_write, read_asset, read_text
+from gptfast._json import read_json
 
 
 @contextmanager

@@ -214,7 +214,11 @@ DAMAGE = {
         *(ValueError, "model.safetensors is damaged or cut short.*download the file again"),
     ),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is not valid JSON"),
-    "config a list": (lambda f: (f / "config.json").write_text("[]"), ValueError, "config.json: model_type is None"),
+    "config a list": (
+        lambda f: (f / "config.json").write_text("[]"),
+        ValueError,
+        "config.json: the content is a list of 0; expected an object",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "config.json"),
     "another architecture": (
         lambda f: rewrite_config(f, model_type="llama"),
@@ -283,7 +287,7 @@ DAMAGE = {
     ),
     "index without a map": (
         lambda f: shard_then(f, lambda f: index_to(f, None)),
-        *(ValueError, "index.json: weight_map does not map"),
+        *(ValueError, "index.json: weight_map is null; expected an object"),
     ),
 }
 

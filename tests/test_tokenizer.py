@@ -306,8 +306,10 @@ def test_gpt1_lower_cases_and_closes_words(tokenizers):
     ("name", "content", "message"),
     [
         ("vocab.json", "{", "vocab.json is not valid JSON"),
-        ("vocab.json", "[1]", "expected a JSON object of token: id"),
-        ("vocab.json", '{"a": "0"}', "expected a JSON object of token: id"),
+        ("vocab.json", "[1]", r"vocab.json: the content is a list of 1; expected an object"),
+        ("vocab.json", '{"a": "0"}', r'vocab.json: the id of "a" is "0"; expected a whole number'),
+        ("vocab.json", '{"a": -1}', r'vocab.json: the id of "a" is -1; expected 0 to 2147483646'),
+        ("vocab.json", '{"a": true}', r'vocab.json: the id of "a" is true; expected a whole number'),
         ("vocab.json", '{"a": 0}', "vocab lacks 366 tokens, the first '!'"),
         ("merges.txt", "#version: 0.2\na b c\n", "merges.txt: line 2 is 'a b c'; expected two tokens"),
         ("merges.txt", "a \u4e00\n", "'一', which stands for no byte"),
@@ -317,7 +319,7 @@ def test_gpt1_lower_cases_and_closes_words(tokenizers):
         (
             "tokenizer.json",
             '{"kind": "char", "version": 1, "tokens": [1]}',
-            "tokens is not a list of strings",
+            r"tokenizer.json: tokens\[0\] is 1; expected a text",
         ),
         ("tokenizer.json", '{"kind": "char", "version": 1, "tokens": ["a", "a"]}', "repeats 'a'"),
         ("tokenizer.json", '{"kind": "word", "version": 1, "tokens": ["a"]}', "has no '<|endoftext|>'"),

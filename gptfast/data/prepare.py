@@ -17,8 +17,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from gptfast._files import read_json
 from gptfast._folders import staged_folder
+from gptfast._json import field, read_json
 from gptfast._snapshots import TOKENIZER, TOKENS, current, read_whole
 from gptfast.data.documents import Document, Split, load_documents, split_documents
 from gptfast.data.token_file import TokenFile, TokenWriter, is_token_file
@@ -157,14 +157,24 @@ def _load_prepared(folder: Path) -> PreparedData:
             f"load_prepared: {folder} has no {MANIFEST}; it was not made by `gptfast prepare`, or that was "
             "interrupted - run it (again)"
         )
-    info = read_json(manifest)
-    if not isinstance(info, dict) or info.get("version") != _VERSION:
-        raise ValueError(f"{manifest}: expected version {_VERSION}; prepare the data again")
+    info = _read_manifest(manifest)
     train, val = (TokenFile.open(current(folder, name)) for name in ("train.bin", "val.bin"))
     tokenizer = load_tokenizer(folder)
     _check_fit(train, tokenizer)
     _check_fit(val, tokenizer)
     return PreparedData(folder, train, val, tokenizer, info)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    info = read_json(path)
+    if not isinstance(info, dict) or info.get("version") != _VERSION:
+        raise ValueError(f"{path}: expected version {_VERSION}; prepare the data again")
+    for key in ("fingerprint", "data", "split"):
+        field(info, key, str, path)
+    for part in ("train", "val"):
+        for key in ("documents", "tokens"):
+            field(field(info, part, dict, path), key, int, path, inside=part)
+    return info
 
 
 def _given(tokenizer: Any, vocab_size: int | None) -> Tokenizer:

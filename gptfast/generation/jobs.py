@@ -84,6 +84,8 @@ def _read_job(
 ) -> Job:
     try:
         value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply; expected a prompt, or an object with options") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f'not JSON ({error.msg} at column {error.colno}); expected a value such as "To be" in quotes, or {{"prompt": …}}'
@@ -181,7 +183,7 @@ def _read_done(path: Path, jobs: list[Job]) -> dict[int, bytes]:
             found = json.loads(line)
             job = by_line[found["line"]]
             same = found["prompt"] == job.prompt and found["options"] == json.loads(json.dumps(job.options))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             same = False
         if not same:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from gptfast._json import NULL, field
 from gptfast.models.config import GPTConfig
 
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel", "gptfast": "GPT"}
@@ -22,6 +23,17 @@ _SAME = (
 _RENAMED = {"block_size": "n_positions", "tie_weights": "tie_word_embeddings"}
 _OWN = ("norm_position", "final_norm", "attention_pattern", "window", "position_embedding")
 _REQUIRED = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
+_SIZE, _OPTION, _RATE, _NAME = int, (bool, NULL), (float, NULL), (str, NULL)
+_KINDS = {
+    **{name: _SIZE for name in _REQUIRED},
+    **{name: _RATE for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "layer_norm_epsilon")},
+    **{
+        name: _NAME
+        for name in ("norm_position", "attention_pattern", "position_embedding", "activation_function", "afn")
+    },
+    **{name: _OPTION for name in ("tie_word_embeddings", "bias", "final_norm")},
+    **{name: (int, NULL) for name in ("n_inner", "window")},
+}  # what is null and may not be is told by GPTConfig
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -80,7 +92,7 @@ def from_hf(raw: Any, where: object) -> dict[str, Any]:
     Raises:
         ValueError: another architecture, an option that gptfast does not have, or a key that is missing.
     """
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    kind = field(raw, "model_type", (str, NULL), where, None)
     if kind not in ARCHITECTURES:
         raise ValueError(
             f"{where}: model_type is {kind!r}; gptfast loads {', '.join(ARCHITECTURES)} - use transformers for others"
@@ -88,6 +100,8 @@ def from_hf(raw: Any, where: object) -> dict[str, Any]:
     missing = [key for key in _REQUIRED if key not in raw]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} is missing; copy the complete config.json of the checkpoint")
+    for key, kinds in _KINDS.items():
+        field(raw, key, kinds, where, None)
     for key, value in _MUST_BE.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{where}: {key} is {raw[key]}, which gptfast does not compute; use transformers")

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptfast._files import read_json
+from gptfast._json import field, items, read_json
 from gptfast._snapshots import current, read_whole
 from gptfast.models import hf_layout
 from gptfast.models.config import GPTConfig
@@ -89,12 +89,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    raw = read_json(current(folder, INDEX))
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or any(not isinstance(n, str) or n != os.path.basename(n) for n in names):
-        raise ValueError(f"{folder / INDEX}: weight_map does not map tensors to files beside it; copy the index again")
-    names = sorted(set(names))
+    index = current(folder, INDEX)
+    weight_map = field(read_json(index), "weight_map", dict, index)
+    names = sorted(set(items(list(weight_map.values()), str, "weight_map", index)))
+    if not names or any(name != os.path.basename(name) for name in names):
+        raise ValueError(f"{index}: weight_map does not map tensors to files beside it; copy the index again")
     missing = [name for name in names if not current(folder, name).exists()]
     if missing:
         raise FileNotFoundError(

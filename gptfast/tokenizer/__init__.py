@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from gptfast._files import read_json
+from gptfast._json import NULL, field, read_json
 from gptfast._snapshots import current, read_whole
 from gptfast.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer
 from gptfast.tokenizer.bpe import BPETokenizer, GPT2Tokenizer
@@ -94,8 +94,7 @@ def _load(folder: Path) -> Tokenizer:
 
 def _kind(path: Path) -> str | None:
     """The "kind" of a tokenizer.json that gptfast wrote, None for one that `tokenizers` wrote."""
-    found = read_json(path)
-    kind = found.get("kind") if isinstance(found, dict) else None
+    kind = field(read_json(path), "kind", (str, NULL), path, default=None)
     if kind not in (None, "char", "word"):
         raise ValueError(f"{path}: kind is {kind!r}; expected 'char' or 'word' - update gptfast, or write it again")
     return kind

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
 from gptfast._files import read_asset
+from gptfast._json import naming
 from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, unknown_id
 from gptfast.tokenizer.hf_files import Merge, parse_merges, read_hf_files, write_hf_files
 from gptfast.tokenizer.vocabulary import as_texts
@@ -109,7 +110,8 @@ class BPETokenizer:
                 f"BPETokenizer.load: {folder} holds the vocabulary of GPT-1 (words that end in </w>); "
                 "use load_tokenizer(folder)"
             )
-        return BPETokenizer(found.vocab, found.merges, found.eos_token or END_OF_TEXT)
+        with naming(folder):
+            return BPETokenizer(found.vocab, found.merges, found.eos_token or END_OF_TEXT)
 
     @classmethod
     def from_merges(cls, merges: Sequence[Merge]) -> BPETokenizer:

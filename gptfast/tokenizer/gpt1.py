@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
+from gptfast._json import naming
 from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, unknown_id
 from gptfast.tokenizer.hf_files import Merge, read_hf_files, write_hf_files
 
@@ -70,4 +71,5 @@ class OpenAIGPTTokenizer:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> OpenAIGPTTokenizer:
         found = read_hf_files(folder)
-        return cls(found.vocab, found.merges)
+        with naming(folder):
+            return cls(found.vocab, found.merges)

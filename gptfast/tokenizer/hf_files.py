@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfast._files import read_json, read_text
+from gptfast._files import read_text
 from gptfast._folders import staged_folder
+from gptfast._json import NULL, expect, field, items, read_json, short
 from gptfast._snapshots import TOKENIZER, current, read_whole
 
 Merge = tuple[str, str]
+MOST_IDS = 2**31 - 1  # as sizes of models
 
 
 @dataclass(frozen=True)
@@ -95,24 +97,30 @@ def _from_fast(path: Path, eos_token: str | None) -> HFFiles:
     """The vocabulary inside a tokenizer.json as the `tokenizers` library writes it."""
     found = read_json(path)
     model = found.get("model") if isinstance(found, dict) else None
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not _supported(found):
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not _supported(found, path):
         raise ValueError(
             f"{path} is not a tokenizer that gptfast knows; expected GPT-2's byte-level BPE (ByteLevel "
             "pre-tokenizer without prefix space), GPT-1's BPE (</w>), or a file that gptfast wrote"
         )
-    added = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
-    vocab = _check_ids(path, {**model.get("vocab", {}), **added})
-    pairs: Iterable[Any] = model.get("merges", [])
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in pairs]  # old files: "a b"
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in merges):
-        raise ValueError(f"{path}: model.merges is not a list of pairs; the file is damaged")
-    return HFFiles(vocab, [(first, second) for first, second in merges], eos_token)
+    vocab = field(model, "vocab", dict, path, {}, inside="model")
+    for n, token in enumerate(field(found, "added_tokens", list, path, [])):
+        inside = f"added_tokens[{n}]"
+        vocab[field(token, "content", str, path, inside=inside)] = field(token, "id", int, path, inside=inside)
+    pairs = items(field(model, "merges", list, path, [], inside="model"), (str, list), "model.merges", path)
+    return HFFiles(_check_ids(path, vocab), [_pair(n, pair, path) for n, pair in enumerate(pairs)], eos_token)
 
 
-def _supported(found: dict[str, Any]) -> bool:
+def _pair(n: int, pair: str | list[Any], path: Path) -> Merge:
+    halves = pair.split(" ") if isinstance(pair, str) else pair  # old files: "a b"
+    if len(halves) != 2 or not all(isinstance(half, str) for half in halves):
+        raise ValueError(f"{path}: model.merges[{n}] is {short(pair)}; expected two tokens - the file is damaged")
+    return halves[0], halves[1]
+
+
+def _supported(found: dict[str, Any], path: Path) -> bool:
     if found["model"].get("end_of_word_suffix") == "</w>":
         return True
-    split = found.get("pre_tokenizer") or {}
+    split = field(found, "pre_tokenizer", (dict, NULL), path, None) or {}
     return (
         split.get("type") == "ByteLevel"
         and not split.get("add_prefix_space")
@@ -122,17 +130,21 @@ def _supported(found: dict[str, Any]) -> bool:
 
 
 def _check_ids(path: Path, vocab: Any) -> dict[str, int]:
-    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
-        raise ValueError(f"{path}: expected a JSON object of token: id; the file is damaged")
+    """An object of token: id, as it is in vocab.json and elsewhere."""
+    for token, i in expect(vocab, dict, "", path).items():
+        if type(i) is not int or not 0 <= i < MOST_IDS:
+            i = expect(i, int, f"the id of {short(token)}", path)
+            raise ValueError(f"{path}: the id of {short(token)} is {short(i)}; expected 0 to {MOST_IDS - 1}")
     return vocab
 
 
 def _eos_token(folder: Path) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if current(folder, name).exists():
-            settings = read_json(current(folder, name))
-            token = settings.get("eos_token") if isinstance(settings, dict) else None
-            token = token.get("content") if isinstance(token, dict) else token  # an AddedToken is written as an object
+            path = current(folder, name)
+            token = field(read_json(path), "eos_token", (str, dict, NULL), path, None)
+            if isinstance(token, dict):  # an AddedToken is written as an object
+                token = field(token, "content", str, path, inside="eos_token")
             if token:
                 return token
     return None

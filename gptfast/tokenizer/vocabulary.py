@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gptfast._files import read_json
 from gptfast._folders import staged_folder
+from gptfast._json import field, items, naming, read_json
 from gptfast._snapshots import TOKENIZER, current
 from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, unknown_id
 
@@ -62,15 +62,15 @@ class _ListTokenizer:
     def load(cls, folder: str | os.PathLike[str]) -> Self:
         path = current(folder, FILE_NAME)
         found = read_json(path)
-        if not isinstance(found, dict) or found.get("kind") != cls.kind:
-            kind = found.get("kind") if isinstance(found, dict) else None
+        kind = field(found, "kind", str, path)
+        if kind != cls.kind:
             raise ValueError(f"{path}: kind is {kind!r}; expected {cls.kind!r} - use load_tokenizer(folder)")
-        if found.get("version") != 1:
-            raise ValueError(f"{path}: version is {found.get('version')!r}; expected 1 - update gptfast")
-        tokens = found.get("tokens")
-        if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-            raise ValueError(f"{path}: tokens is not a list of strings; the file is damaged - write it again")
-        return cls(tokens)
+        version = field(found, "version", int, path)
+        if version != 1:
+            raise ValueError(f"{path}: version is {version}; expected 1 - update gptfast")
+        tokens = items(field(found, "tokens", list, path), str, "tokens", path)
+        with naming(path):
+            return cls(tokens)
 
 
 class CharTokenizer(_ListTokenizer):

@@ -17,7 +17,7 @@ import shutil
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from gptfast._files import checksum, read_json
+from gptfast._files import checksum
 from gptfast._folders import staged_folder, sync
+from gptfast._json import NULL, field, items, read_json
 from gptfast._locks import FileLock
 from gptfast._snapshots import EVERYTHING, current, current_files
 from gptfast.models import GPT
@@ -55,6 +56,15 @@ class TrainState:
     best_val_loss: float | None = None
     best_step: int = 0
     seconds: float = 0.0
+
+
+_STATE = {  # what trainer.json has for each field
+    "step": int,
+    "planned_steps": (int, NULL),
+    "best_val_loss": (float, NULL),
+    "best_step": int,
+    "seconds": float,
+}
 
 
 @dataclass(frozen=True)
@@ -206,26 +216,48 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         )
     try:
         checkpoint = _parse(folder, raw)
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); resume from another checkpoint, such as RUN/best") from error
     verify(folder)
     return checkpoint
 
 
 def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
-    unknown = raw["state"].keys() ^ {f.name for f in fields(TrainState)}
-    if unknown:
-        raise ValueError(f"state: {', '.join(sorted(unknown))}")
-    seed, step = raw["dropout"]
+    state = field(raw, "state", dict, TRAINER)
+    for key, kinds in _STATE.items():
+        field(state, key, kinds, TRAINER, inside="state")
+    if state.keys() - _STATE.keys():
+        raise ValueError(f"state has {', '.join(sorted(state.keys() - _STATE.keys()))}, which is not known here")
+    dropout = items(field(raw, "dropout", list, TRAINER), int, "dropout", TRAINER)
+    if len(dropout) != 2 or not (0 <= dropout[0] < 2**64 and 0 <= dropout[1] < 2**32):
+        raise ValueError(f"dropout is {dropout}; expected a seed and a step")
+    gemm = field(raw, "gemm", dict, TRAINER)
+    for key in gemm:
+        field(gemm, key, str, TRAINER, inside="gemm")
     return Checkpoint(
         folder,
-        TrainState(**raw["state"]),
-        TrainConfig(**raw["config"]),
-        raw["source"],
-        (int(seed), int(step)),
-        int(raw["threads"]),
-        dict(raw["gemm"]),
+        TrainState(**state),
+        TrainConfig(**field(raw, "config", dict, TRAINER)),
+        field(raw, "source", dict, TRAINER),
+        (dropout[0], dropout[1]),
+        field(raw, "threads", int, TRAINER),
+        gemm,
     )
+
+
+def check_source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a run of the command line opened its data.
+
+    Raises:
+        ValueError: the checkpoint does not say so.
+    """
+    path, source = checkpoint.folder / TRAINER, checkpoint.source
+    field(source, "data", str, path, inside="source")
+    options = field(source, "options", dict, path, inside="source")
+    field(options, "tokenizer", (str, NULL), path, inside="source.options")
+    field(options, "vocab_size", (int, NULL), path, None, inside="source.options")
+    field(source, "marks", dict, path, inside="source")
+    return source
 
 
 def load_optimizers(folder: Path, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:

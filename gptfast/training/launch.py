@@ -16,7 +16,7 @@ from gptfast._locks import FileLock
 from gptfast._snapshots import current
 from gptfast.data import PreparedData, TokenFile, open_data
 from gptfast.models import GPT, GPTConfig
-from gptfast.training.checkpoint import Checkpoint, lock_run, read_checkpoint
+from gptfast.training.checkpoint import Checkpoint, check_source, lock_run, read_checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.trainer import Trainer
 
@@ -105,7 +105,7 @@ def _new_run(given: dict[str, Any], lock: FileLock) -> Run:
 def _resumed_run(given: dict[str, Any], lock: FileLock) -> Run:
     last = Path(given["out"]) / "last"
     checkpoint = read_checkpoint(last)
-    source = checkpoint.source
+    source = check_source(checkpoint)
     _set_threads(given.get("threads", checkpoint.threads))
     model = GPT.from_pretrained(last)
     _refuse_changes(given, checkpoint, model)

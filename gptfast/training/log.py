@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast._files import atomic_write
+from gptfast._json import field, parse
 
 
 class Log:
@@ -66,12 +67,14 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    where = f"{path}, line {number}"
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        record = None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise ValueError(f"{path}, line {number} is not a record of a training log; repair or remove the line")
+        record = parse(line, where)
+        field(record, "step", int, where)
+        for key in ("loss", "val_loss"):
+            field(record, key, float, where, None)
+    except ValueError as error:
+        raise ValueError(f"{error}; it is not a record of a training log - repair or remove the line") from None
     return record
 
 

@@ -44,7 +44,7 @@ def fastest(
         return candidates[0]
     key = f"{torch.cuda.get_device_name()}, Triton {triton.__version__}, {kernel} {shape_class} of {candidates}"
     if key not in _chosen:
-        _chosen.update(_kept())
+        _chosen.update((key, n) for n in [_kept().get(key, -1)] if 0 <= n < len(candidates))
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return candidates[0]
@@ -90,9 +90,10 @@ def _path() -> Path:
 
 def _kept() -> dict[str, int]:
     try:
-        return json.loads(_path().read_text())
-    except (OSError, ValueError):  # none yet, or not ours: measured again and written anew
+        kept = json.loads(_path().read_text())
+    except (OSError, ValueError, RecursionError):  # none yet, or not ours: measured again and written anew
         return {}
+    return {key: n for key, n in kept.items() if isinstance(n, int)} if isinstance(kept, dict) else {}
 
 
 def _keep() -> None:

@@ -1,0 +1,132 @@
+"""JSON that somebody else may have written: parsed, and its values asked for with the type that is expected."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gptfast._files import read_text
+
+NULL = type(None)
+_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    NULL: "null",
+}
+_REQUIRED = object()
+_SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError, ValueError: as `read_text`, or the text is not JSON (line and column are named).
+    """
+    return parse(read_text(path), path)
+
+
+def parse(text: str, where: object) -> Any:
+    """The value that a text writes. `where` it stands, for messages.
+
+    Raises:
+        ValueError: it is no JSON, or beyond what Python reads (depth, digits, half a surrogate pair).
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg} at line {error.lineno}, column {error.colno}"
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    else:
+        return _checked(value, where) if _SURROGATES.search(text) else value
+    raise ValueError(f"{where} is not valid JSON ({problem}); it is damaged or cut short - write it again")
+
+
+def _checked(value: Any, where: object) -> Any:
+    """JSON can write halves of a character, which no file, no terminal and no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{where} holds {half!r}, half of a surrogate pair; it is damaged - write it again") from None
+    return value
+
+
+def expect(value: Any, kinds: type | tuple[type, ...], what: str, where: object) -> Any:
+    """`value`, if it is of one of the kinds.
+
+    Args:
+        value: from JSON.
+        kinds: dict, list, str, int (no bool), float (an int too), bool, NULL.
+        what: its key, such as "added_tokens[3].id"; "": the whole value.
+        where: the file.
+    Raises:
+        ValueError: it is not; the text names file, key, what was found and what is expected.
+    """
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if any(_is(value, kind) for kind in kinds):
+        return value
+    expected = " or ".join(_NAMES[kind] for kind in kinds)
+    raise ValueError(f"{where}: {what or 'the content'} is {short(value)}; expected {expected} - the file is damaged")
+
+
+def field(
+    found: Any, key: str, kinds: type | tuple[type, ...], where: object, default: Any = _REQUIRED, inside: str = ""
+) -> Any:
+    """What an object has under `key`.
+
+    Args:
+        found: the object; that it is one is checked too.
+        key, kinds, where: as `expect`.
+        default: where the key is missing; without it that is an error.
+        inside: the name of the object, for messages.
+    Raises:
+        ValueError: it is missing, or of another kind.
+    """
+    what = f"{inside}.{key}" if inside else key
+    expect(found, dict, inside, where)
+    if key not in found:
+        if default is not _REQUIRED:
+            return default
+        raise ValueError(f"{where}: {what} is missing - the file is damaged, or of another kind")
+    return expect(found[key], kinds, what, where)
+
+
+def items(found: list[Any], kinds: type | tuple[type, ...], what: str, where: object) -> list[Any]:
+    """The values of a list, each of one of the kinds."""
+    for n, value in enumerate(found):
+        if not isinstance(value, kinds) or isinstance(value, bool):  # else no need of its name
+            expect(value, kinds, f"{what}[{n}]", where)
+    return found
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Puts the file or folder before what is wrong with what was read there."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def short(value: Any) -> str:
+    """A value as JSON, cut after a few dozen characters; of lists and objects, what they are."""
+    if isinstance(value, (dict, list)):
+        return f"{_NAMES[type(value)]} of {len(value)}"
+    text = json.dumps(value)
+    return text if len(text) < 50 else f"{text[:40]}…"
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
