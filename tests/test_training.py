@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -280,6 +281,32 @@ def test_max_minutes_plans_the_steps_and_keeps_to_the_time(tmp_path, monkeypatch
     assert plans
     assert 30 * minutes < result.seconds < 60 * minutes + 0.05
     assert rates[-1] < 0.3 * config.learning_rate  # the cosine came down
+
+
+def test_a_resumed_run_has_the_time_that_is_left(tmp_path, monkeypatch):
+    """Two sessions together take what one alone does, and the log's seconds go on."""
+    ticks = itertools.count()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.01))
+    config = QUICK.replace(max_steps=None, max_minutes=3 / 60, eval_every=20, log_every=1)
+    whole = make_trainer(tmp_path / "whole", config).train()
+    trainer = make_trainer(tmp_path / "parts", config)
+    update = trainer._update
+
+    def interrupted_update() -> dict[str, float]:
+        if trainer.state.step == whole.steps // 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update()
+
+    monkeypatch.setattr(trainer, "_update", interrupted_update)
+    first = trainer.train()
+    second = resumed(tmp_path / "parts", config).train()
+    assert first.interrupted == signal.SIGINT
+    assert first.steps < whole.steps
+    assert second.seconds == pytest.approx(whole.seconds, rel=0.1)
+    assert second.steps == pytest.approx(whole.steps, abs=5)
+    seconds = [record["seconds"] for record in read_log(tmp_path / "parts" / "log.jsonl") if "seconds" in record]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] <= 3
 
 
 def test_run_clock_reserves_time_for_the_last_checkpoint(monkeypatch):
