@@ -49,7 +49,7 @@ demo: $(BUILT)  ## train a small GPT on Shakespeare for three minutes, then let 
 	$(BIN)/python -m gptfast.demo
 
 test: $(TESTED) lint  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --whole
 
 test-fast: $(TESTED)  ## the tests that take under three seconds each
 	$(BIN)/python -m pytest -m "not slow"

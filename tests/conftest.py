@@ -3,23 +3,60 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
 
-os.environ.setdefault(
-    "GPTFAST_GEMM", "own"
-)  # here and in subprocesses: what runs must not depend on the machine's load
+# Here and in subprocesses. What runs must not depend on the machine's load; and one thread of OpenMP is enough for tests
+# that do not test threads: those that wait spin, and on a machine with other work that makes minutes into hours.
+os.environ.setdefault("GPTFAST_GEMM", "own")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import emulated
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from gptfast.backend import AUTOMATIC, cpu_isas, force_cpu_isa
 from gptfast.triton import INTERPRETING
+
+ROOT = Path(__file__).parent.parent
 
 if INTERPRETING:
     import triton_interpreter
 
     triton_interpreter.mend()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="fail where a package that tests need is missing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`make test` asks for the whole suite: a missing package is an error there, elsewhere its tests are skipped."""
+    missing = missing_packages() if config.getoption("--whole") else []
+    if missing:
+        raise pytest.UsageError(
+            f"--whole: {', '.join(missing)} not installed, and the tests that need it would be skipped; "
+            "install the packages of the tests: pip install --group test (pip 25.1 or newer)"
+        )
+
+
+def missing_packages(pyproject: Path = ROOT / "pyproject.toml") -> list[str]:
+    """The names in the dependency group "test" that are not installed here, of those that this system should have."""
+    [group] = re.findall(r"^test = \[\n(.*?)^\]", pyproject.read_text(encoding="utf-8"), re.M | re.S)
+    wanted = [Requirement(line) for line in re.findall(r'^\s*"([^"]+)"', group, re.M)]
+    here = [r for r in wanted if r.marker is None or r.marker.evaluate()]
+    return [r.name for r in here if not _installed(r.name)]
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -105,3 +105,22 @@ def test_the_distribution_has_a_name_of_its_own():
         *(ROOT / "docs").rglob("*.md"),
     ]:
         assert not told.search(path.read_text(encoding="utf-8")), f"{path.relative_to(ROOT)} installs another project"
+
+
+@needs_tree
+def test_a_missing_test_package_fails_the_whole_run(tmp_path):
+    """`make test` must not skip what an extra is missing for."""
+    import conftest
+
+    assert conftest.missing_packages() == []
+    project = tmp_path / "pyproject.toml"
+    old = """[dependency-groups]
+test = [
+    "pytest>=8",  # is here
+    "no-such-package-of-gptfast>=2",
+    "for-another-system; sys_platform == 'plan9'",
+]
+"""
+    project.write_text(old)
+    assert conftest.missing_packages(project) == ["no-such-package-of-gptfast"]
+    assert "--whole" in (ROOT / "Makefile").read_text()

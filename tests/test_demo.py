@@ -1,0 +1,71 @@
+"""`make demo` and `gptfast doctor`: the first two things that somebody runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gptfast import demo
+from gptfast.cli import app
+from gptfast.cli.doctor import cpu_name, report
+
+
+def small(options: list[str]) -> list[str]:
+    """The demo's options, for a smaller model and six steps."""
+    given = dict(zip(options[::2], options[1::2], strict=False))
+    assert given["--data"] == demo.PLAYS
+    text = " ".join(options)
+    for name, value in {"n-layer": 1, "n-head": 2, "n-embd": 16, "block-size": 32, "eval-batches": 1}.items():
+        text, found = re.subn(rf"--{name} \d+", f"--{name} {value}", text)
+        assert found == 1, name
+    text, found = re.subn(r"--max-minutes [\d.]+", "--max-steps 6", text)
+    assert found == 1
+    return text.split(" ")
+
+
+def test_the_demo_trains_writes_and_compares(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "TRAIN", small(demo.TRAIN))
+    assert demo.main() == 0
+    said = capfd.readouterr().out
+    for part in ("$ gptfast train", "best validation loss", "tokens/s", "loss curve", "write more: gptfast generate"):
+        assert part in said, part
+    assert all(f"---- temperature {t} " in said for t in demo.TEMPERATURES)
+    assert said.count(demo.PROMPT) >= 3
+    assert re.search(r"float32.*\n(.*\n)*.*bfloat16", said[said.index("---- speed") :])
+    out = tmp_path / demo.OUT
+    assert all((out / name).exists() for name in ("best", "last", "loss.png", "log.jsonl"))
+
+
+def test_the_demo_ends_with_the_code_of_a_training_that_failed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "TRAIN", ["--data", "no-such-file.txt"])
+    assert demo.main() == 1
+
+
+def test_doctor_says_what_runs(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = dict(report())
+    assert rows["processor"] == f"{cpu_name()}, {torch.get_num_threads()} threads"
+    assert f"Python {sys.version_info.major}.{sys.version_info.minor}" in rows["gptfast"]
+    assert "compiled kernels" in rows["ops on the CPU"]
+    assert rows["instruction sets"].startswith("scalar, ")
+    assert rows["ops on CUDA"].startswith("torch sees no GPU") or "compiled kernels for" in rows["ops on CUDA"]
+    printed = CliRunner().invoke(app, ["doctor"])
+    assert printed.exit_code == 0
+    for name, value in rows.items():
+        assert name in printed.output
+        assert value.split()[0] in printed.output
+
+
+@pytest.mark.parametrize("reason", ["_ops.so was not built (GPTFAST_BUILD=0, or a source folder without a build)"])
+def test_doctor_says_why_kernels_are_absent(reason, monkeypatch):
+    monkeypatch.setattr("gptfast.backend.has_cpu_ops", False)
+    monkeypatch.setattr("gptfast.backend.missing_reason", reason)
+    rows = dict(report())
+    assert rows["ops on the CPU"] == f"eager PyTorch: {reason}"
+    assert "instruction sets" not in rows
