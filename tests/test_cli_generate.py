@@ -197,7 +197,7 @@ def test_probabilities_are_shown_step_by_step(run, chars):
 
 
 def test_parts_of_characters_are_shown_as_bytes(bpe):
-    from gptfast.cli.generate import _show
+    from gptfast.cli._show import _show
 
     tokenizer = bpe[2]
     assert [_show(tokenizer, token) for token in tokenizer.encode("🤗")] == [r"b'\xf0\x9f'", r"b'\xa4'", r"b'\x97'"]

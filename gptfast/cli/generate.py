@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptfast.cli._load import check_batch_size, load
+from gptfast.cli._show import print_all, print_probabilities, stream_one
 
 if TYPE_CHECKING:
-    from gptfast.generation import Step
     from gptfast.models import GPT
     from gptfast.tokenizer import Tokenizer
 
 TEMPERATURE = 0.8
-TOP = 8  # rows of a --show-probabilities table
 
 
 def generate(
@@ -59,13 +58,16 @@ def generate(
         typer.Option(help="Draw among tokens at least p times as likely as the likeliest.", show_default="0.0"),
     ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens that the text holds already become less likely.")
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Above 1: tokens that the text holds already become less likely.", show_default="1.0"),
+    ] = None,
     presence_penalty: Annotated[
         float, typer.Option(help="Is taken from the score of every token that the new text holds.")
     ] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="The same for every time that it holds the token.")] = 0.0,
-    no_repeat_ngram_size: Annotated[int, typer.Option(help="No n tokens in a row come twice; 0: no such rule.")] = 0,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(help="No n tokens in a row come twice; 0: no such rule.", show_default="0")
+    ] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="End a text with the token that completes this; may be given several times."),
@@ -118,6 +120,8 @@ def generate(
 ) -> None:
     """Continue a text, token by token.
 
+    What is not given is taken from the checkpoint's generation_config.json, where it says so (see gptfast info).
+
     [bold]Examples[/]
 
       Write on, a little less boldly than the model would:
@@ -141,53 +145,64 @@ def generate(
       [cyan]gptfast generate --model runs/bard/best --input prompts.jsonl --output texts.jsonl[/]
     """
     from gptfast.generation.jobs import default_new_tokens
+    from gptfast.models.metadata import without_greedy
 
-    drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options: dict[str, Any] = {
-        **_method(num_beams, do_sample, drawing, length_penalty),
+        **_method(num_beams, do_sample, drawn, length_penalty),
         "seed": seed,
         "num_return_sequences": num_return_sequences,
         "num_beams": num_beams,
-        "repetition_penalty": repetition_penalty,
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
         "overflow": overflow,
         "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
     }
+    limits = {
+        "max_new_tokens": max_new_tokens,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+    }
+    options |= {name: value for name, value in limits.items() if value is not None}
     options |= {"stop_strings": stop} if stop else {}
-    options |= {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     if (input is None) != (output is None):
         raise ValueError("generate: --input and --output go together; give both, or neither")
     texts = [] if input else _prompts(prompt, prompt_file)
     gpt, tokenizer = load(model, quantize)
-    options["eos_token_id"] = tokenizer.eos_id
+    usual, drawing = _defaults(gpt, tokenizer)
+    options = {**usual, **options}
     if input is not None and output is not None:
         if prompt or prompt_file or assistant_model or show_probabilities:
             raise ValueError(
                 "generate: --input with --prompt, --prompt-file, --assistant-model or --show-probabilities; a file of "
                 "prompts needs none of them - leave them out"
             )
-        if temperature is None:  # the default is for the lines that draw
-            options.pop("temperature", None)
-        return _run_file(gpt, tokenizer, input, output, batch_size, options)
+        return _run_file(gpt, tokenizer, input, output, batch_size, options, drawing)
+    if num_beams == 1 or do_sample:
+        options = {**(without_greedy(drawing) if do_sample else drawing), **options}
     ids = [_encode(tokenizer, text) for text in texts]
     options.setdefault("max_new_tokens", default_new_tokens(gpt, max(map(len, ids)), options))
     options |= {"tokenizer": tokenizer} if stop else {}
     options |= {"assistant_model": load(assistant_model, None)[0]} if assistant_model else {}
     start = time.perf_counter()
     if show_probabilities:
-        count = _show_probabilities(gpt, tokenizer, ids, options)
+        count = print_probabilities(gpt, tokenizer, ids, options)
     elif len(ids) == 1 and num_return_sequences == 1 and num_beams == 1:
-        count = _stream(gpt, tokenizer, texts[0], ids, options)
+        count = stream_one(gpt, tokenizer, texts[0], ids, options)
     else:
-        count = _print_all(gpt, tokenizer, ids, options)
+        count = print_all(gpt, tokenizer, ids, options)
     seconds = time.perf_counter() - start
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 def _run_file(
-    gpt: GPT, tokenizer: Tokenizer, source: Path, output: Path, batch_size: int, options: dict[str, Any]
+    gpt: GPT,
+    tokenizer: Tokenizer,
+    source: Path,
+    output: Path,
+    batch_size: int,
+    options: dict[str, Any],
+    drawing: dict[str, Any],
 ) -> None:
     """Every prompt of a file, with a bar on the terminal."""
     from rich.console import Console
@@ -196,7 +211,7 @@ def _run_file(
     from gptfast.generation.jobs import read_jobs, run_jobs
 
     check_batch_size("generate", batch_size)
-    jobs = read_jobs(source, gpt, tokenizer, options, TEMPERATURE)
+    jobs = read_jobs(source, gpt, tokenizer, options, drawing)
     start, made, kept = time.perf_counter(), 0, None
     columns = (
         TextColumn("texts"),
@@ -225,8 +240,8 @@ def _run_file(
 def _method(num_beams: int, do_sample: bool, drawing: dict[str, Any], length_penalty: float | None) -> dict[str, Any]:
     """The options of drawing or of beam search; those of the other must not have been given."""
     given = {name: value for name, value in drawing.items() if value is not None}
+    given |= {"do_sample": True} if do_sample else {}
     if num_beams > 1 and do_sample:
-        given = {"temperature": TEMPERATURE} | given | {"do_sample": True}
         return given if length_penalty is None else given | {"length_penalty": length_penalty}
     if num_beams > 1:
         if given:
@@ -237,7 +252,20 @@ def _method(num_beams: int, do_sample: bool, drawing: dict[str, Any], length_pen
         return {} if length_penalty is None else {"length_penalty": length_penalty}
     if length_penalty is not None:
         raise ValueError("generate: --length-penalty ranks beams, but there is one; give --num-beams 2 or more as well")
-    return {"temperature": TEMPERATURE} | given | ({"do_sample": True} if do_sample else {})
+    return given
+
+
+def _defaults(gpt: GPT, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is not given: for every text, and for texts that are drawn."""
+    from gptfast.models.metadata import drawing, end_option, metadata_of
+
+    metadata = metadata_of(gpt)
+    usual = metadata.defaults()
+    usual.pop("max_new_tokens", None)  # as far as there is room, see `default_new_tokens`
+    drawn = drawing(usual)
+    usual = {name: value for name, value in usual.items() if name not in drawn}
+    usual["eos_token_id"] = end_option(metadata.end_tokens(gpt.config.vocab_size, [tokenizer.eos_id]))
+    return usual, {"temperature": TEMPERATURE, **drawn}
 
 
 def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
@@ -262,69 +290,3 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
         start = "a newline" if tokenizer.eos_id is None else "<|endoftext|> to begin a new document"
         raise ValueError(f"generate: the prompt is empty; give at least one character, such as {start}")
     return tokenizer.encode(text, allowed_special="all")
-
-
-def _stream(gpt: GPT, tokenizer: Tokenizer, text: str, ids: list[list[int]], options: dict[str, Any]) -> int:
-    """One sequence, to the terminal as it comes."""
-    from gptfast.generation import stream
-    from gptfast.tokenizer import StreamDecoder
-
-    steps, decoder, count = stream(gpt, ids, **options), StreamDecoder(tokenizer), 0
-    print(text, end="", flush=True)
-    for step in steps:
-        count += 1
-        token = step.tokens[0]
-        if token is not None and token != tokenizer.eos_id:
-            print(decoder.push(token), end="", flush=True)
-    print(decoder.finish())
-    return count
-
-
-def _print_all(gpt: GPT, tokenizer: Tokenizer, ids: list[list[int]], options: dict[str, Any]) -> int:
-    copies = options["num_return_sequences"]
-    rows = gpt.generate(ids, **options)
-    for n, row in enumerate(rows):
-        print(f"---- prompt {n // copies + 1}, continuation {n % copies + 1} " + "-" * 40)
-        print(tokenizer.decode([token for token in row if token != tokenizer.eos_id]))
-    return sum(map(len, rows)) - copies * sum(map(len, ids))
-
-
-def _show_probabilities(gpt: GPT, tokenizer: Tokenizer, ids: list[list[int]], options: dict[str, Any]) -> int:
-    """A table per step: what the model held likely, and what was drawn."""
-    from rich.console import Console
-
-    from gptfast.generation import stream
-
-    if len(ids) > 1 or options["num_return_sequences"] > 1 or options["num_beams"] > 1:
-        raise ValueError("generate: --show-probabilities shows one sequence; give one prompt and no beams or copies")
-    console, count, row = Console(highlight=False), 0, list(ids[0])
-    for count, step in enumerate(stream(gpt, ids, top=TOP, **options), start=1):
-        console.print(_step_table(tokenizer, tokenizer.decode(row), step, count))
-        row += [token for token in step.tokens if token is not None]
-    print(tokenizer.decode([token for token in row if token != tokenizer.eos_id]))
-    return count
-
-
-def _step_table(tokenizer: Tokenizer, text: str, step: Step, number: int) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
-    drawn = step.tokens[0]
-    title = escape(f"{number}: …{text[-40:]!r}")
-    table = Table("next token", "probability", "", title=title, title_justify="left", box=None)
-    shown = step.top[0]
-    for token, probability in shown:
-        mark = "[green]drawn[/]" if token == drawn else ""
-        table.add_row(escape(_show(tokenizer, token)), f"{probability:6.1%} {'█' * round(40 * probability)}", mark)
-    if drawn is not None and drawn not in [token for token, _ in shown]:
-        table.add_row(escape(_show(tokenizer, drawn)), "less likely than these", "[green]drawn[/]")
-    return table
-
-
-def _show(tokenizer: Tokenizer, token: int) -> str:
-    """A token as Python writes its text, or its bytes where they are only a part of a character."""
-    data = tokenizer.decode_bytes([token])
-    try:
-        return repr(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        return repr(data)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from gptfast.models.config import GPTConfig
+    from gptfast.models.metadata import Metadata
     from gptfast.models.tally import Row
 
 
@@ -26,9 +27,10 @@ def info(
     from rich.console import Console
 
     from gptfast.models.config import PRESETS, GPTConfig
+    from gptfast.models.metadata import Metadata
     from gptfast.models.tally import tally
 
-    config, sums = (GPTConfig.preset(model), {}) if model in PRESETS else _read(model)
+    config, metadata, sums = (GPTConfig.preset(model), Metadata(), {}) if model in PRESETS else _read(model)
     rows = tally(config)
     console = Console()
     console.print(_shape(config), highlight=False)
@@ -36,21 +38,38 @@ def info(
     total = sum(row.count for row in rows)
     memory = f"{_bytes(4 * total)} in fp32, {_bytes(2 * total)} in bf16"
     console.print(f"memory of the weights: {memory}", highlight=False)
+    for line in _settings(config, metadata):
+        console.print(line, highlight=False, markup=False)
     if sums:
         console.print(f"files: {len(sums)}, as their checksums say", highlight=False)
 
 
-def _read(model: str) -> tuple[GPTConfig, dict[str, str]]:
-    """The configuration of a checkpoint, and the checksums that its files were found to have."""
+def _settings(config: GPTConfig, metadata: Metadata) -> list[str]:
+    """What `generate` and `serve` take from the checkpoint unless told otherwise."""
+    ends, defaults = metadata.end_tokens(config.vocab_size), metadata.defaults()
+    lines = [f"end tokens: {', '.join(map(str, ends))}"] if ends else []
+    if defaults:
+        told = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        lines.append(f"generation_config.json, unless options say otherwise: {told}")
+    return lines
+
+
+def _read(model: str) -> tuple[GPTConfig, Metadata, dict[str, str]]:
+    """The configuration of a checkpoint, what it says beside that, and the checksums that its files were found to have."""
     from gptfast._snapshots import read_whole
     from gptfast.models.pretrained import resolve
-    from gptfast.models.stored import StoredModel, has_weights, read_config
+    from gptfast.models.stored import StoredModel, has_weights, read_settings
     from gptfast.training.checkpoint import verify
 
     folder = resolve(model)
     if not has_weights(folder):
-        return read_config(folder), {}
-    return read_whole(folder, lambda: (StoredModel(folder).config, verify(folder)))
+        return (*read_whole(folder, lambda: read_settings(folder)), {})
+
+    def read() -> tuple[GPTConfig, Metadata, dict[str, str]]:
+        stored = StoredModel(folder)
+        return stored.config, stored.metadata, verify(folder)
+
+    return read_whole(folder, read)
 
 
 def _shape(config: GPTConfig) -> str:

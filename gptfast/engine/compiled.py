@@ -6,6 +6,8 @@ import contextlib
 import math
 import mmap
 import os
+from copy import deepcopy
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,7 @@ from gptfast.engine.exponents import exponent_of, quantised
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
 from gptfast.engine.sequences import PANEL, EngineSequences
 from gptfast.generation.sequences import usual_threads
+from gptfast.models.metadata import Metadata, end_option, metadata_of
 
 if TYPE_CHECKING:
     from gptfast.models import GPT, GPTConfig
@@ -34,7 +37,7 @@ class CompiledGPT:
     a sequence's not on what else is computed with it. Several threads may call it at once; they take turns.
 
     config: of the model. dtype: the format of the weights. max_rows: the most sequences at a time, None: any number.
-    cache_dtype: of keys and values.
+    cache_dtype: of keys and values. metadata: of the checkpoint, as in `GPT`.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class CompiledGPT:
     ) -> None:
         from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.metadata = config, dtype, Metadata()
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
         self.cache_dtype = _cache_dtype(cache_dtype, dtype)
         self._formats, self._weights, self._source = formats, weights, source
@@ -73,7 +76,7 @@ class CompiledGPT:
 
     def with_threads(self, threads: int | None) -> CompiledGPT:
         """The same weights, held once, with other threads; None: as many as torch uses."""
-        return CompiledGPT(
+        other = CompiledGPT(
             self.config,
             self.dtype,
             self._formats,
@@ -84,6 +87,8 @@ class CompiledGPT:
             cache_dtype=self.cache_dtype,
             source=self._source,
         )
+        other.metadata = self.metadata
+        return other
 
     def check_weights(self) -> None:
         """Raise OSError where the weights lie in a file that somebody has changed since; see `file.PackedFile.check`."""
@@ -123,9 +128,10 @@ class CompiledGPT:
         return parts[0] if ids.dim() == 1 else torch.stack(parts)
 
     def generate(self, ids: Any, **options: Any) -> Any:
-        """Continue `ids`, with the options of `GPT.generate`; see `gptfast.generation.generate`."""
+        """Continue `ids`, with the options and the default eos_token_id of `GPT.generate`."""
         from gptfast.engine.generate import generate
 
+        options.setdefault("eos_token_id", end_option(self.metadata.end_tokens(self.config.vocab_size)))
         return generate(self, ids, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -135,7 +141,8 @@ class CompiledGPT:
             OSError: it cannot be written; a file that was there is intact.
         """
         weights = memoryview(self._weights)
-        file.save(path, self.config, self._formats, self._exponents, self.dtype, weights, self.check_weights)
+        said = asdict(self.metadata) if self.metadata != Metadata() else None
+        file.save(path, self.config, self._formats, self._exponents, self.dtype, weights, self.check_weights, said)
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -193,6 +200,7 @@ def compile_model(
     compiled = CompiledGPT(
         model.config, name, formats, weights, exponents, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype
     )
+    compiled.metadata = deepcopy(metadata_of(model))
     _pack(values, compiled._core)
     return compiled
 
@@ -254,7 +262,9 @@ def load(
     options = {"threads": threads, "max_rows": max_rows, "cache_dtype": cache_dtype}
     _check_fit(path, config, description)
     dtype, formats, exponents = (description[key] for key in ("dtype", "formats", "exponents"))
-    return CompiledGPT(config, dtype, formats, source.weights, exponents, source=source, **options)
+    compiled = CompiledGPT(config, dtype, formats, source.weights, exponents, source=source, **options)
+    compiled.metadata = Metadata(**description["metadata"])
+    return compiled
 
 
 def _check_fit(path: str | os.PathLike[str], config: GPTConfig, description: dict[str, Any]) -> None:

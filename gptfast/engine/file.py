@@ -4,7 +4,8 @@
     4 bytes   version of the layout, little-endian
     4 bytes   length of the header
     4 bytes   CRC-32 of the header
-    header    JSON: the model's configuration, the formats, the number of bytes and their CRC-32; in version 3 also the
+    header    JSON: the model's configuration, the formats, the number of bytes and their CRC-32, and what the
+              checkpoint says beside its configuration (end tokens, say) where it says more; in version 3 also the
               exponents of matrices that are stored divided by a power of two
     …         zeros up to a whole page (4096 bytes), then the weights
 
@@ -46,16 +47,18 @@ def save(
     name: str,
     weights: memoryview,
     check: Callable[[], None],
+    metadata: dict[str, Any] | None = None,
 ) -> None:
     """Write a compiled model, aside first: a crash leaves the old file or the new one.
 
-    check: raises where the weights have changed meanwhile.
+    check: raises where the weights have changed meanwhile. metadata: of the model, if it has any.
     """
     description = {
         "config": asdict(config),
         "dtype": name,
         "formats": formats,
         **({"exponents": exponents} if exponents else {}),
+        **({"metadata": metadata} if metadata else {}),
         "bytes": weights.nbytes,
         "crc32": _crc(weights),
     }
@@ -140,12 +143,14 @@ def _description(header: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: its header is not JSON ({error}); compile it again") from None
     if isinstance(description, dict):
         description.setdefault("exponents", {})
+        description.setdefault("metadata", {"config": {}, "generation": None})
     for key, right, expected in (
         (None, lambda d: isinstance(d, dict), "an object"),
         ("config", lambda c: isinstance(c, dict), "an object"),
         ("dtype", lambda d: isinstance(d, str) and d in FORMATS, "one of " + ", ".join(FORMATS)),
         ("formats", _are_formats, "a format for each of " + ", ".join(MATRICES)),
         ("exponents", are_exponents, "powers of two of matrices"),
+        ("metadata", _is_metadata, "settings of a checkpoint"),
         ("bytes", _is_count, "a number of bytes"),
         ("crc32", _is_count, "a checksum"),
     ):
@@ -163,6 +168,12 @@ def _are_formats(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(value.get(name), str) and value[name] in FORMATS for name in MATRICES
     )
+
+
+def _is_metadata(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"config", "generation"}:
+        return False
+    return isinstance(value["config"], dict) and isinstance(value["generation"], (dict, type(None)))
 
 
 def _is_count(value: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from gptfast.generation.request import Request
 from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.sequences import LanguageModel
 from gptfast.generation.stopping import Stopping
+from gptfast.models.metadata import metadata_of, without_greedy
 from gptfast.tokenizer import Tokenizer
 
 BEGINNING = b'{"line": '  # of every line of an output
@@ -51,7 +52,7 @@ def read_jobs(
     model: LanguageModel,
     tokenizer: Tokenizer,
     options: dict[str, Any],
-    temperature: float = 1.0,
+    drawing: Mapping[str, Any] | None = None,
 ) -> list[Job]:
     """The jobs in a file: each line a JSON string (the prompt) or an object with "prompt" and options of its own.
 
@@ -59,7 +60,7 @@ def read_jobs(
         path: a UTF-8 file; empty lines are left out.
         model, tokenizer: which the prompts must suit.
         options: fields of `GenerationConfig` for lines that do not name them.
-        temperature: of lines that draw (no beams, or beams with do_sample) where neither they nor `options` name one.
+        drawing: more of them, for lines that draw (no beams, or beams with do_sample).
     Raises:
         ValueError: a bad line; the text has its number, what is wrong, and how many more there are.
     """
@@ -68,7 +69,7 @@ def read_jobs(
         if not text.strip():
             continue
         try:
-            jobs.append(_read_job(number, text, model, tokenizer, options, temperature))
+            jobs.append(_read_job(number, text, model, tokenizer, options, drawing or {}))
         except (ValueError, TypeError) as error:
             errors.append(f"{path}, line {number}: {error}")
     if errors:
@@ -80,7 +81,12 @@ def read_jobs(
 
 
 def _read_job(
-    number: int, text: str, model: LanguageModel, tokenizer: Tokenizer, options: dict[str, Any], temperature: float
+    number: int,
+    text: str,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    options: dict[str, Any],
+    drawing: Mapping[str, Any],
 ) -> Job:
     try:
         value = json.loads(text)
@@ -99,8 +105,9 @@ def _read_job(
     options = {**options, **value}
     if isinstance(options.get("logit_bias"), dict):
         options["logit_bias"] = _token_keys(options["logit_bias"])
-    if options.get("num_beams", 1) == 1 or options.get("do_sample"):
-        options.setdefault("temperature", temperature)
+    asked = options.get("do_sample")
+    if options.get("num_beams", 1) == 1 if asked is None else asked:
+        options = {**(without_greedy(drawing) if asked else drawing), **options}
     options.setdefault("max_new_tokens", default_new_tokens(model, len(ids), options))
     config = GenerationConfig.of(**options)
     Stopping(config, tokenizer)
@@ -126,10 +133,12 @@ def _token_keys(bias: dict[str, Any]) -> dict[int, Any]:
 
 
 def default_new_tokens(model: LanguageModel, length: int, options: dict[str, Any]) -> int:
-    """MAX_NEW_TOKENS or what fits behind a prompt of `length`; 1 where nothing does, which is an error."""
+    """What the checkpoint says, else MAX_NEW_TOKENS, or what fits behind a prompt of `length`; 1 where nothing does, which
+    is an error."""
+    most = metadata_of(model).defaults().get("max_new_tokens", MAX_NEW_TOKENS)
     if options.get("overflow") == "slide":
-        return MAX_NEW_TOKENS
-    return max(1, min(MAX_NEW_TOKENS, model.config.block_size - length))
+        return most
+    return max(1, min(most, model.config.block_size - length))
 
 
 def run_jobs(

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptfast._folders import staged_folder
+from gptfast._snapshots import WEIGHTS
 from gptfast.models import hf_layout
+from gptfast.models.metadata import GENERATION, metadata_of
 
 if TYPE_CHECKING:
     from gptfast.models.gpt import GPT
@@ -42,8 +44,11 @@ def save(model: GPT, path: str | os.PathLike[str], max_shard_size: int | str = "
     shards = _split({name: x.nbytes for name, x in tensors.items()}, limit)
     count = f"{len(shards):05d}"
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{count}.safetensors" for i in range(len(shards))]
-    with staged_folder(path) as stage:
-        _write_json(stage / CONFIG, hf_layout.to_hf(model.config, str(model.wte.weight.dtype).removeprefix("torch.")))
+    dtype, metadata = str(model.wte.weight.dtype).removeprefix("torch."), metadata_of(model)
+    with staged_folder(path, replaces=rf"{WEIGHTS}|generation_config\.json") as stage:
+        _write_json(stage / CONFIG, hf_layout.to_hf(model.config, dtype, metadata.config))
+        if metadata.generation is not None:
+            _write_json(stage / GENERATION, metadata.generation)
         for file, names in zip(files, shards, strict=True):
             write_tensors(stage / file, {name: tensors[name].contiguous().cpu() for name in names})
         if len(shards) > 1:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gptfast import ops
 from gptfast.models.config import GPTConfig
 from gptfast.models.kv_cache import KVCache
+from gptfast.models.metadata import Metadata, end_option, metadata_of
 from gptfast.nn import Block, LayerNorm, Linear
 from gptfast.nn.block import add_branch
 from gptfast.nn.dropout import DropoutCounter
@@ -35,13 +36,15 @@ class GPT(nn.Module):
 
     Args:
         config: see `GPTConfig`.
+
+    metadata: what the checkpoint says beside that, see `gptfast.models.metadata`; `save_pretrained` writes it back.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if not isinstance(config, GPTConfig):
             raise TypeError(f"GPT: config is a {type(config).__name__}; expected a GPTConfig")
-        self.config = config
+        self.config, self.metadata = config, Metadata()
         C = config.n_embd
         learned = config.position_embedding == "learned"
         self.wte = nn.Embedding(config.vocab_size, C)
@@ -189,7 +192,9 @@ class GPT(nn.Module):
             ids: (B, T) tensor of token ids; or a list of id lists of any lengths, which are not padded.
             options: max_new_tokens (64), temperature (1.0; 0: greedy), top_k, top_p, seed, num_beams, eos_token_id, …:
                 the fields of `gptfast.generation.GenerationConfig`; and tokenizer, assistant_model, streamer and
-                return_logprobs, as in `gptfast.generation.generate`.
+                return_logprobs, as in `gptfast.generation.generate`. eos_token_id is by default what the checkpoint's
+                generation_config.json and config.json name together, and none for a model that was built here;
+                eos_token_id=None ends at none. Other settings of generation_config.json are not taken here.
         Returns:
             Prompts and new tokens: a tensor (B * num_return_sequences, T + n) for a tensor, else a list of id lists.
         Raises:
@@ -198,6 +203,7 @@ class GPT(nn.Module):
         from gptfast.engine import engine_for
         from gptfast.generation import generate
 
+        options.setdefault("eos_token_id", end_option(metadata_of(self).end_tokens(self.config.vocab_size)))
         engine = engine_for(self)
         return generate(self, ids, **options) if engine is None else engine.generate(ids, **options)
 

@@ -63,8 +63,14 @@ def model_type(config: GPTConfig) -> str:
     return "gptfast"
 
 
-def to_hf(config: GPTConfig, dtype: str) -> dict[str, Any]:
-    """The content of config.json."""
+def to_hf(config: GPTConfig, dtype: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+        config: of the model.
+        dtype: of its weights.
+        extra: keys of the file that the model came from, see `extra_keys`.
+    """
     kind = model_type(config)
     raw: dict[str, Any] = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], "dtype": dtype}
     raw |= {name: getattr(config, name) for name in _SAME}
@@ -80,7 +86,17 @@ def to_hf(config: GPTConfig, dtype: str) -> dict[str, Any]:
         raw |= {name: getattr(config, name) for name in _OWN}
     if not config.bias:
         raw["bias"] = False
-    return raw
+    extra = dict(extra or {})
+    if "n_ctx" in extra:  # an older name of n_positions, which stands beside it
+        extra["n_ctx"] = config.block_size
+    return raw | extra
+
+
+def extra_keys(raw: dict[str, Any]) -> dict[str, Any]:
+    """The keys of config.json that are not those of a `GPTConfig`."""
+    own = {*_SAME, *_RENAMED.values(), *_OWN, "bias", "n_inner", "activation_function", "afn"}
+    own |= {"model_type", "architectures", "dtype", "torch_dtype"}
+    return {key: value for key, value in raw.items() if key not in own}
 
 
 def from_hf(raw: Any, where: object) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from gptfast.models import hf_layout
 from gptfast.models.config import GPTConfig
 from gptfast.models.export import CONFIG, INDEX, SINGLE
+from gptfast.models.metadata import GENERATION
 from gptfast.models.stored import StoredModel
 from gptfast.nn.position import SinusoidalEmbedding
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 _HUB_FILES = [
     *(CONFIG, "model*.safetensors", INDEX),
-    *("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"),
+    *(GENERATION, "vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
 ]
 
 
@@ -55,6 +57,7 @@ def build(cls: type[GPT], stored: StoredModel, dtype: torch.dtype | None, overri
     if config.position_embedding == "sinusoidal":
         with torch.device("cpu"):  # where the weights are, whatever torch's default is
             model.wpe = SinusoidalEmbedding(config.block_size, config.n_embd).to(model.wte.weight.dtype)
+    model.metadata = deepcopy(stored.metadata)
     return model.eval()
 
 

@@ -15,6 +15,7 @@ from gptfast._snapshots import current, read_whole
 from gptfast.models import hf_layout
 from gptfast.models.config import GPTConfig
 from gptfast.models.export import CONFIG, INDEX, SINGLE
+from gptfast.models.metadata import Metadata, read_metadata
 
 _SINUSOIDS = 2**28  # numbers in a table that is computed, and that no file can vouch for
 
@@ -34,7 +35,9 @@ class StoredModel:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config, self._files = read_whole(folder, lambda: (read_config(folder), _open_weights(folder)))
+        self.config, self.metadata, self._files = read_whole(
+            folder, lambda: (*read_settings(folder), _open_weights(folder))
+        )
         _compare(
             self.config, {k: shape for _, file in self._files for k, shape in _shapes(file).items()}, folder / CONFIG
         )
@@ -49,18 +52,20 @@ class StoredModel:
                     raise _damaged(path, error) from error
 
 
-def read_config(folder: Path) -> GPTConfig:
-    """The configuration of a checkpoint folder.
+def read_settings(folder: Path) -> tuple[GPTConfig, Metadata]:
+    """The configuration of a checkpoint folder, and what it says beside that.
 
     Raises:
         FileNotFoundError: there is none.  ValueError: damaged, of another architecture, or out of range.
     """
     file = current(folder, CONFIG)
-    values = hf_layout.from_hf(read_json(file), file)
+    raw = read_json(file)
+    values = hf_layout.from_hf(raw, file)
     try:
-        return GPTConfig(**values)
+        config = GPTConfig(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
+    return config, read_metadata(folder, hf_layout.extra_keys(raw), file)
 
 
 def has_weights(folder: Path) -> bool:

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from gptfast.generation import LanguageModel, Request, Token
 from gptfast.generation.prompts import check_prompt
+from gptfast.models.metadata import end_option, metadata_of
 from gptfast.serving.protocol import (
     ApiError,
     Choice,
@@ -80,6 +81,9 @@ class Server:
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, name: str, limits: Limits, worker: Worker) -> None:
         self._model, self._tokenizer, self._name = model, tokenizer, name
         self._limits, self._worker, self._draws = limits, worker, Draws()
+        metadata, ends = metadata_of(model), [tokenizer.eos_id]
+        self._defaults = metadata.defaults()
+        self._defaults["eos_token_id"] = end_option(metadata.end_tokens(model.config.vocab_size, ends))
         self.card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gptfast"}
 
     def check_model(self, name: str) -> None:
@@ -141,7 +145,7 @@ class Server:
                     "prompt" if len(ids) >= block else "max_tokens",
                     "context_length_exceeded",
                 )
-        requests = [ask.request(ids, self._tokenizer, block - len(ids), self._draws) for ids in prompts]
+        requests = [ask.request(ids, self._tokenizer, block - len(ids), self._draws, self._defaults) for ids in prompts]
         for request in requests:
             if asked:
                 self._worker.scheduler.check(request)

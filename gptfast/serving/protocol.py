@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -112,9 +113,12 @@ class Completion(BaseModel):
         ids = [tokenizer.encode(part) if isinstance(part, str) else part for part in prompt]
         return [part or ([] if tokenizer.eos_id is None else [tokenizer.eos_id]) for part in ids]
 
-    def request(self, ids: list[int], tokenizer: Tokenizer, room: int, draws: Draws) -> Request:
-        """The request for one prompt."""
-        max_tokens = min(DEFAULT_MAX_TOKENS, max(1, room)) if self.max_tokens is None else self.max_tokens
+    def request(
+        self, ids: list[int], tokenizer: Tokenizer, room: int, draws: Draws, defaults: Mapping[str, Any]
+    ) -> Request:
+        """The request for one prompt; `defaults` are the model's, for what the client does not say."""
+        usual = defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS)
+        max_tokens = min(usual, max(1, room)) if self.max_tokens is None else self.max_tokens
         options: dict[str, Any] = {
             "max_new_tokens": max(1, max_tokens),  # 0 is for echo alone, and never gets here
             "temperature": self.temperature,
@@ -128,9 +132,9 @@ class Completion(BaseModel):
             "seed": draws.seed if self.seed is None else self.seed % 2**64,
             "stop_strings": self.stops,
             "logit_bias": self._bias(),
-            "eos_token_id": tokenizer.eos_id,
         }
-        config = GenerationConfig.of(**{name: value for name, value in options.items() if value is not None})
+        given = {name: value for name, value in options.items() if value is not None}
+        config = GenerationConfig.of(**{**defaults, **given})
         first = draws.take(config.num_return_sequences) if self.seed is None else 0
         wants = self.logprobs is not None
         return Request(

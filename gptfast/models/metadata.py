@@ -1,0 +1,108 @@
+"""What a checkpoint says beside the shape of its model: end tokens, defaults of generation, and keys that gptfast does not
+know. All of it survives load and save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptfast._json import read_json
+from gptfast._snapshots import current
+
+GENERATION = "generation_config.json"
+_END = "eos_token_id"
+_DRAWING = ("temperature", "top_k", "top_p", "min_p")
+_USED = ("max_new_tokens", *_DRAWING, "repetition_penalty", "no_repeat_ngram_size")
+_LEAST = {"max_new_tokens": 1, "top_k": 0, "no_repeat_ngram_size": 0}  # of the whole numbers
+
+
+@dataclass
+class Metadata:
+    """The part of config.json that `GPTConfig` does not hold, and generation_config.json.
+
+    config: keys of config.json, as they were read.
+    generation: the content of generation_config.json; None: the checkpoint has no such file.
+    """
+
+    config: dict[str, Any] = field(default_factory=dict)
+    generation: dict[str, Any] | None = None
+
+    def end_tokens(self, vocab_size: int, others: Iterable[int | None] = ()) -> tuple[int, ...]:
+        """The ids that end a text: those of generation_config.json, of config.json, and `others` (the tokenizer's).
+
+        Ids outside the vocabulary, which some checkpoints name, end nothing and are left out.
+        """
+        named = (*_ids((self.generation or {}).get(_END)), *_ids(self.config.get(_END)), *others)
+        return tuple(dict.fromkeys(token for token in named if token is not None and 0 <= token < vocab_size))
+
+    def defaults(self) -> dict[str, Any]:
+        """Options of `gptfast.generation.GenerationConfig` that generation_config.json sets.
+
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty and no_repeat_ngram_size; do_sample=false is
+        temperature 0. Its other settings (beams, say) are kept, and not used.
+        """
+        given = self.generation or {}
+        found = {name: given[name] for name in _USED if given.get(name) is not None}
+        if given.get("do_sample") is False:
+            found = {name: value for name, value in found.items() if name not in _DRAWING} | {"temperature": 0.0}
+        return found
+
+
+def drawing(defaults: dict[str, Any]) -> dict[str, Any]:
+    """Those of `Metadata.defaults` that are for texts that are drawn."""
+    return {name: value for name, value in defaults.items() if name in _DRAWING}
+
+
+def without_greedy(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for who asks for drawing, which a default temperature of 0 would contradict."""
+    return {name: value for name, value in options.items() if name != "temperature" or value != 0}
+
+
+def metadata_of(model: Any) -> Metadata:
+    """A model's metadata; none for a model that holds none."""
+    return getattr(model, "metadata", None) or Metadata()
+
+
+def end_option(tokens: tuple[int, ...]) -> int | list[int] | None:
+    """End tokens as the option eos_token_id."""
+    return None if not tokens else tokens[0] if len(tokens) == 1 else list(tokens)
+
+
+def read_metadata(folder: Path, extra: dict[str, Any], config_file: Path) -> Metadata:
+    """The metadata of a checkpoint folder.
+
+    Args:
+        folder: with or without a generation_config.json.
+        extra: the keys of its config.json that are not its shape.
+        config_file: for messages.
+    Raises:
+        ValueError: a damaged generation_config.json, or a setting in it that cannot be used.
+    """
+    _check_ids(extra, config_file)
+    file = current(folder, GENERATION)
+    if not file.exists():
+        return Metadata(extra)
+    raw = read_json(file)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: expected a JSON object of settings; copy the file again, or remove it")
+    _check_ids(raw, file)
+    for name, value in Metadata(generation=raw).defaults().items():
+        whole = name in _LEAST
+        fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not fits or not _LEAST.get(name, 0) <= value < 2**63:
+            raise ValueError(
+                f"{file}: {name} is {value!r}; expected a number that generation can use - correct it, or leave it out"
+            )
+    return Metadata(extra, raw)
+
+
+def _ids(value: Any) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _check_ids(raw: dict[str, Any], file: Path) -> None:
+    for token in _ids(raw.get(_END)):
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise ValueError(f"{file}: {_END} is {raw[_END]!r}; expected a token id, or a list of several")
