@@ -123,23 +123,25 @@ def chosen() -> str:
     return _local.choice or _default
 
 
-def resolve(op: str, choice: str | None, x: Tensor) -> str:
+def resolve(op: str, choice: str | None, x: Tensor, *others: Tensor | None) -> str:
     """The backend that runs `op` on `x`: "cpu", "cuda", "triton" or "eager".
 
     Args:
         op: its name, also for messages.
         choice: the call's `backend=` argument, or None for the surrounding choice.
         x: the op's main input.
+        others: inputs that may be of another dtype.
     Raises:
         ValueError, TypeError, RuntimeError: the explicit choice cannot run this call.
     """
     name = choice or chosen()
     if name == "eager":
         return name
+    strange = [y.dtype for y in others if y is not None and y.dtype not in KERNEL_DTYPES]
     if name == "auto":
-        return _automatic(op, x)
+        return "eager" if strange else _automatic(op, x)
     _checked(name, op)
-    _check_explicit(op, name, x)
+    _check_explicit(op, name, x, *strange)
     return name
 
 
@@ -161,7 +163,7 @@ def _automatic(op: str, x: Tensor) -> str:
     return "eager"
 
 
-def _check_explicit(op: str, name: str, x: Tensor) -> None:
+def _check_explicit(op: str, name: str, x: Tensor, *strange: torch.dtype) -> None:
     asked = f"{op}: backend={name!r} was asked for, but"
     if name == "cpu" and not has_cpu_ops:
         raise RuntimeError(f"{asked} {missing_reason}. To build: {_REBUILD}")
@@ -173,9 +175,9 @@ def _check_explicit(op: str, name: str, x: Tensor) -> None:
         raise RuntimeError(f"{asked} it has no kernel for this op; use backend='auto' or 'eager'")
     if x.device.type != DEVICES[name]:
         raise ValueError(f"{asked} the input is on {x.device}; move it or use 'auto'")
-    if x.dtype not in KERNEL_DTYPES:
+    for dtype in (*strange, *(() if x.dtype in KERNEL_DTYPES else (x.dtype,))):
         raise TypeError(
-            f"{op}: backend={name!r} computes float32, bfloat16 and float16, got {x.dtype}; use backend='eager'"
+            f"{op}: backend={name!r} computes float32, bfloat16 and float16, got {dtype}; use backend='eager'"
         )
 
 

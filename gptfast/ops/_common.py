@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -87,9 +88,12 @@ def adopt(namespace: str) -> None:
             _raise_in_backward(namespace, op, name)
 
 
+OPTIONAL = ("bias", "wpe")  # tensors that an op may do without
+
+
 def check_float(op: str, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
-        if x is None:
+        if x is None and name in OPTIONAL:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected a torch.Tensor")
@@ -98,6 +102,9 @@ def check_float(op: str, **tensors: Tensor | None) -> None:
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected a torch.Tensor")
     present = {name: x.device for name, x in tensors.items() if x is not None}
     if len(set(present.values())) > 1:
         got = ", ".join(f"{name} on {device}" for name, device in present.items())
@@ -115,7 +122,22 @@ def check_choice(op: str, name: str, got: object, choices: tuple[object, ...]) -
         raise ValueError(f"{op}: {name} is {got!r}; expected one of {', '.join(map(repr, choices))}")
 
 
+def check_number(op: str, name: str, x: float) -> None:
+    """`x` must be a number; True is none."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, Real)):
+        raise TypeError(f"{op}: {name} is {x!r} ({type(x).__name__}); expected a number")
+
+
+def check_int(op: str, name: str, x: int, least: int = -(2**63), what: str = "") -> None:
+    """`x` must be an int that an operator can take, and at least `least`; `what` says what it is good for."""
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt, Integral)):
+        raise TypeError(f"{op}: {name} is {x!r} ({type(x).__name__}); expected an int{what}")
+    if not least <= x < 2**63:
+        raise ValueError(f"{op}: {name} is {x}; expected an int from {least} to 2**63 - 1{what}")
+
+
 def check_probability(op: str, name: str, p: float) -> None:
+    check_number(op, name, p)
     if not 0 <= p <= 1:  # also false for nan
         raise ValueError(f"{op}: {name} is {p}; expected a probability in [0, 1]")
 

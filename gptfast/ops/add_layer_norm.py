@@ -52,7 +52,7 @@ def add_layer_norm(
     check_probability(op, "dropout_p", dropout_p)
     rng.check_counter(op, "seed", seed, 64)
     rng.check_counter(op, "offset", offset)
-    runs_on = "eager" if residual.dtype == torch.float64 else resolve(op, backend, x)
+    runs_on = resolve(op, backend, x, residual, weight, bias)
     if runs_on == "eager":
         return reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
     options = (float(eps), float(dropout_p), rng.as_int64(seed), offset)

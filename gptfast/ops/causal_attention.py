@@ -14,6 +14,8 @@ from gptfast.ops import handed_over, reference
 from gptfast.ops._common import (
     autocast,
     check_float,
+    check_int,
+    check_number,
     check_probability,
     check_same_device,
     distinct,
@@ -71,6 +73,8 @@ def causal_attention(
     check_float(OP, q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     _check(q, k, v, causal, dropout_p, seed, offset, seq_lens, cu_seqlens, window)
+    if softmax_scale is not None:
+        check_number(OP, "softmax_scale", softmax_scale)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
         raise ValueError(f"{OP}: softmax_scale is {scale}; expected a finite number")
@@ -182,8 +186,10 @@ def _check(
     check_probability(OP, "dropout_p", dropout_p)
     rng.check_counter(OP, "seed", seed, 64)
     rng.check_counter(OP, "offset", offset)
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"{OP}: window is {window} with causal={causal}; expected window >= 1 and causal=True")
+    if window is not None:
+        check_int(OP, "window", window, 1)
+    if window is not None and not causal:
+        raise ValueError(f"{OP}: window is {window} with causal={causal}; a window needs causal=True")
     _check_lengths(q, k, seq_lens, cu_seqlens)
 
 

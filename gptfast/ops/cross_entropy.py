@@ -9,7 +9,15 @@ from torch import Tensor
 
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import check_choice, check_float, check_same_device, fake, forbid_double_backward
+from gptfast.ops._common import (
+    check_choice,
+    check_float,
+    check_int,
+    check_number,
+    check_same_device,
+    fake,
+    forbid_double_backward,
+)
 
 OP = "cross_entropy"
 
@@ -47,6 +55,7 @@ def cross_entropy(
     check_same_device(OP, logits=logits, targets=targets)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{OP}: logits has shape {tuple(logits.shape)}; expected (..., V) with V >= 1")
+    check_int(OP, "ignore_index", ignore_index)
     check_targets(OP, targets, logits.shape[-1], ignore_index)
     rows, flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).long()
     runs_on = resolve(OP, backend, logits)
@@ -66,6 +75,7 @@ def check_loss(op: str, targets: Tensor, shape: tuple[int, ...], reduction: str,
         raise TypeError(f"{op}: targets has dtype {got}; expected int64 class indices")
     if tuple(targets.shape) != tuple(shape):
         raise ValueError(f"{op}: targets has shape {tuple(targets.shape)}; expected {tuple(shape)}, one per row")
+    check_number(op, "label_smoothing", label_smoothing)
     check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; expected a number in [0, 1]")

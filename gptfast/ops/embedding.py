@@ -31,13 +31,21 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Te
     """
     check_float("embedding", wte=wte, wpe=wpe)
     check_same_device("embedding", ids=ids, wte=wte, wpe=wpe, positions=positions)
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"embedding: ids has dtype {ids.dtype}; expected int64 or int32 token ids")
+    for name, indices in (("ids", ids), ("positions", positions)):
+        if indices is None and name == "positions":
+            continue
+        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+            got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+            raise TypeError(f"embedding: {name} has dtype {got}; expected a tensor of int64 or int32")
+    if ids.dim() == 0:
+        raise ValueError("embedding: ids has shape (); expected (..., T) token ids: one id as ids[None]")
     if wpe is not None and positions is None and ids.shape[-1] > wpe.shape[0]:
         raise ValueError(
             f"embedding: ids has {ids.shape[-1]} positions but wpe has {wpe.shape[0]} rows; shorten the input"
         )
-    runs_on = resolve("embedding", None, wte) if wte.dtype in KERNEL_DTYPES else "eager"
+    tables = [table for table in (wte, wpe) if table is not None]
+    supported = all(table.dtype in KERNEL_DTYPES for table in tables)
+    runs_on = resolve("embedding", None, wte) if supported else "eager"
     if runs_on in ("cpu", "eager"):
         _check_range("ids", ids, wte)
         if wpe is not None and positions is not None:

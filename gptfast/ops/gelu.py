@@ -41,7 +41,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh", *, ba
     check_same_device("gelu", x=x, bias=bias)
     if bias is not None:
         check_vector("gelu", "bias", bias, x.shape[-1] if x.dim() else 1, "x")
-    runs_on = resolve("gelu", backend, x)
+    runs_on = resolve("gelu", backend, x, bias)
     if runs_on == "eager":
         return reference.gelu(x, bias, approximate)
     x, bias = distinct(x, bias)

@@ -11,6 +11,7 @@ from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import (
     check_float,
+    check_number,
     check_same_device,
     check_vector,
     distinct,
@@ -40,7 +41,7 @@ def layer_norm(
         TypeError, ValueError: wrong dtype, shape, device or eps.
     """
     check_norm("layer_norm", x, weight, bias, eps)
-    runs_on = resolve("layer_norm", backend, x)
+    runs_on = resolve("layer_norm", backend, x, weight, bias)
     if runs_on == "eager":
         return reference.layer_norm(x, weight, bias, eps)
     return LayerNormFunction.apply(runs_on, *distinct(x, weight, bias), float(eps))
@@ -54,6 +55,7 @@ def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: flo
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (..., C) with C >= 1")
     check_vector(op, "weight", weight, x.shape[-1], "x")
     check_vector(op, "bias", bias, x.shape[-1], "x")
+    check_number(op, "eps", eps)
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{op}: eps is {eps}; expected a finite number >= 0, such as 1e-5")
 

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import autocast, check_float, check_same_device, define, distinct, forbid_double_backward
+from gptfast.ops._common import (
+    autocast,
+    check_float,
+    check_int,
+    check_same_device,
+    define,
+    distinct,
+    forbid_double_backward,
+)
 from gptfast.ops.cross_entropy import check_loss, check_targets, reduce_loss
 from gptfast.ops.gemm import gemm
 
@@ -54,6 +62,7 @@ def linear_cross_entropy(
     """
     rows = _rows(OP, hidden, weight, targets)
     check_loss(OP, targets, hidden.shape[:-1], reduction, label_smoothing)
+    check_int(OP, "ignore_index", ignore_index)
     check_targets(OP, targets, weight.shape[0], ignore_index)
     flat = targets.reshape(-1).long()
     runs_on = resolve(OP, backend, rows)

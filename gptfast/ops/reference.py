@@ -141,7 +141,7 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Te
         return x
     if positions is None:
         positions = torch.arange(ids.shape[-1], device=ids.device)
-    return x + F.embedding(positions, wpe)
+    return (x + F.embedding(positions, wpe)).to(wte.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:

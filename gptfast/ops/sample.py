@@ -10,7 +10,7 @@ from torch import Tensor
 from gptfast import rng
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import check_float, fake
+from gptfast.ops._common import check_float, check_int, check_number, fake
 
 OP = "sample"
 
@@ -51,10 +51,11 @@ def sample(
     check_float(OP, logits=logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"{OP}: logits has shape {tuple(logits.shape)}; expected (B, V) with V >= 1")
+    check_number(OP, "temperature", temperature)
+    check_number(OP, "top_p", top_p)
+    check_int(OP, "top_k", top_k, 0, " (0 keeps all tokens)")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"{OP}: temperature is {temperature}; expected a finite number >= 0 (0 takes the most likely)")
-    if not isinstance(top_k, int) or top_k < 0:
-        raise ValueError(f"{OP}: top_k is {top_k!r}; expected an int >= 0 (0 keeps all tokens)")
     if not 0 < top_p <= 1:
         raise ValueError(f"{OP}: top_p is {top_p}; expected 0 < top_p <= 1 (1 keeps all tokens)")
     rng.check_counter(OP, "seed", seed, 64)
