@@ -13,7 +13,7 @@ from engine_models import model_of
 
 from gptfast.backend import has_cpu_ops
 from gptfast.engine.sequences import empty_logits
-from gptfast.generation.sequences import Sampling
+from gptfast.generation.sequences import CachedSequences, Sampling
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
 THREADS = 8
@@ -149,3 +149,25 @@ def test_a_row_is_there_once_in_a_call(call: str) -> None:
 def _capsule(panels: torch.Tensor) -> object:
     width = (panels.shape[1] + 31) // 32 * 32
     return torch.utils.dlpack.to_dlpack(panels.as_strided((panels.shape[0], width), panels.stride()))
+
+
+def test_the_same_of_a_model_in_torch() -> None:
+    """`CachedSequences`: threads take turns, and rows are refused as the engine refuses them."""
+    with torch.inference_mode():
+        sequences = CachedSequences(model_of("gpt2"), 3, 64)
+        rows = sequences.add(2)
+        for use, message in (
+            (lambda: sequences.extend([0, 0], [[1], [2]]), "extend: rows .0, 0.; expected different rows"),
+            (lambda: sequences.extend([2], [[1]]), "extend: row 2 is not in use"),
+            (lambda: sequences.reorder([0, 0], [1, 1]), "reorder: rows .0, 0.; expected different rows"),
+            (lambda: sequences.reorder([0], [2]), "reorder: row 2 is not in use"),
+            (lambda: sequences.add(1, like=2), "add: row 2 is not in use"),
+            (lambda: sequences.truncate(0, 1), "truncate: length is 1; row 0 holds 0 positions"),
+            (lambda: sequences.release(2), "release: row 2 is not in use"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                use()
+        assert sequences.add() == [2], "what was refused took no row"
+        sequences.extend(rows[:1], [[1] * 62])
+    raised = together(lambda n: sequences.extend(rows[:1], [[1, 2]]))
+    assert sequences.lengths == [64, 0, 0] and sum(error is None for error in raised) == 1

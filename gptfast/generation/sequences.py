@@ -145,10 +145,20 @@ class CachedSequences:
         self._row_in: list[int] = []  # of each slot in use
         self._slot_of: dict[int, int] = {}
         self._free = list(range(capacity_rows))[::-1]
+        self._lock = threading.RLock()  # threads take turns; rows are checked where they are used
+
+    def _check(self, what: str, rows: Seq[int]) -> None:
+        """The rows of a call must be in use, and different."""
+        for row in rows:
+            if row not in self._slot_of:
+                raise ValueError(f"{what}: row {row} is not in use; rows come from add() and end with release()")
+        if len(set(rows)) != len(rows):
+            raise ValueError(f"{what}: rows {list(rows)}; expected different rows")
 
     def extend(self, rows: Seq[int], tokens: Seq[Seq[int]], last_only: bool = True) -> Tensor | list[Tensor]:
         logits: dict[int, Tensor] = {}
-        with for_generation(self._model):
+        with self._lock, for_generation(self._model):
+            self._check("extend", rows)
             single = [row for row, new in zip(rows, tokens, strict=True) if len(new) == 1]
             new_of = dict(zip(rows, tokens, strict=True))
             for run in self._neighbours(single):
@@ -191,40 +201,52 @@ class CachedSequences:
         return logits[:, None] if last_only else logits
 
     def add(self, count: int = 1, like: int | None = None) -> list[int]:
-        if count > len(self._free):
-            raise RuntimeError(
-                f"sequences: {count} more rows, but {len(self._free)} of {len(self.lengths)} are free; release some, or "
-                "make room for more"
-            )
-        rows = [self._free.pop() for _ in range(count)]
-        for row in rows:
-            self._slot_of[row] = len(self._row_in)
-            self._row_in.append(row)
-        if like is not None:
-            self.reorder(rows, [like] * count)
-        return rows
+        with self._lock:
+            if like is not None:
+                self._check("add", [like])
+            if count > len(self._free):
+                raise RuntimeError(
+                    f"sequences: {count} more rows, but {len(self._free)} of {len(self.lengths)} are free; release some, or "
+                    "make room for more"
+                )
+            rows = [self._free.pop() for _ in range(count)]
+            for row in rows:
+                self._slot_of[row] = len(self._row_in)
+                self._row_in.append(row)
+            if like is not None:
+                self.reorder(rows, [like] * count)
+            return rows
 
     def reorder(self, rows: Seq[int], sources: Seq[int]) -> None:
-        moves = [(row, source) for row, source in zip(rows, sources, strict=True) if row != source]
-        if not moves:
-            return
-        lengths = [self.lengths[source] for _, source in moves]
-        to, of = ([self._slot_of[row] for row in part] for part in zip(*moves, strict=True))
-        self._cache.copy_rows(to, of, max(lengths))
-        for (row, _), length in zip(moves, lengths, strict=True):
-            self.lengths[row] = length
+        with self._lock:
+            self._check("reorder", rows)
+            self._check("reorder", sorted(set(sources)))
+            moves = [(row, source) for row, source in zip(rows, sources, strict=True) if row != source]
+            if not moves:
+                return
+            lengths = [self.lengths[source] for _, source in moves]
+            to, of = ([self._slot_of[row] for row in part] for part in zip(*moves, strict=True))
+            self._cache.copy_rows(to, of, max(lengths))
+            for (row, _), length in zip(moves, lengths, strict=True):
+                self.lengths[row] = length
 
     def truncate(self, row: int, length: int) -> None:
-        self.lengths[row] = min(self.lengths[row], length)
+        with self._lock:
+            self._check("truncate", [row])
+            if not 0 <= length <= self.lengths[row]:
+                raise ValueError(f"truncate: length is {length}; row {row} holds {self.lengths[row]} positions")
+            self.lengths[row] = length
 
     def release(self, row: int) -> None:
-        slot, last = self._slot_of.pop(row), self._row_in.pop()
-        if last != row:
-            self._cache.copy_rows([slot], [len(self._row_in)], self.lengths[last])
-            self._slot_of[last] = slot
-            self._row_in[slot] = last
-        self.lengths[row] = 0
-        self._free.append(row)
+        with self._lock:
+            self._check("release", [row])
+            slot, last = self._slot_of.pop(row), self._row_in.pop()
+            if last != row:
+                self._cache.copy_rows([slot], [len(self._row_in)], self.lengths[last])
+                self._slot_of[last] = slot
+                self._row_in[slot] = last
+            self.lengths[row] = 0
+            self._free.append(row)
 
 
 @contextmanager
