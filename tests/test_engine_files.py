@@ -125,7 +125,7 @@ def test_sizes_that_do_not_fit_the_bytes(saved: Path, key: str) -> None:
         saved.write_bytes(original)
         change_header(saved, lambda h, value=value: h["config"].update({key: value, **_beside(key, value)}))
         begin = time.monotonic()
-        if key == "window":  # takes no bytes
+        if key == "window" and value < 2**31:  # takes no bytes
             load(saved, threads=1).logits([1, 2])
             continue
         with pytest.raises(
