@@ -190,7 +190,7 @@ def test_rows_of_one_call_are_drawn_each_as_it_asks():
     drawn = sequences.draw(logits, samplings, positions)
     assert drawn[5:7] == [-1, -2]
     for n in (0, 1, 2, 3, 4, 7):
-        temperature, top_k, top_p, seed, stream = samplings[n]
+        temperature, top_k, top_p, seed, stream, _ = samplings[n]
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         assert drawn[n] == ops.sample(logits[n : n + 1], position=positions[n], stream=stream, **options).item()
 
@@ -199,7 +199,7 @@ def test_decode_draws_each_row_as_it_asks():
     """Several steps inside the engine, rows that end on the way, against ops.sample step by step."""
     model, samplings = (
         compiled(),
-        [Sampling(0.0, 0, 1.0, 0, 0), Sampling(2.0, 0, 0.9, 5, 1), Sampling(1.5, 40, 1.0, 9, 7)],
+        [Sampling(0.0, 0, 1.0, 0, 0), Sampling(2.0, 0, 0.9, 5, 1, vocab=200), Sampling(1.5, 40, 1.0, 9, 7)],
     )
     prompts, ends = [[1, 2, 3], [4], list(range(70))], list(range(0, 301, 9))
     sequences = model.sequences(3)
@@ -208,9 +208,9 @@ def test_decode_draws_each_row_as_it_asks():
     for prompt, tokens, sampling in zip(prompts, new, samplings, strict=True):
         text = list(prompt)
         for token in tokens:
-            temperature, top_k, top_p, seed, stream = sampling
+            temperature, top_k, top_p, seed, stream, vocab = sampling
             options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-            logits = model.logits(torch.tensor(text))[-1:]
+            logits = model.logits(torch.tensor(text))[-1:, : vocab or None]
             assert token == ops.sample(logits, position=len(text), stream=stream, **options).item()
             text.append(token)
         assert (tokens[-1] in ends or len(tokens) == 20) and not set(tokens[:-1]) & set(ends)

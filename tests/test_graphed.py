@@ -114,6 +114,9 @@ def test_no_step_waits_for_the_gpu(sampling, on_fake_gpu, monkeypatch):  # noqa:
     monkeypatch.setattr(torch.Tensor, "copy_", lambda to, x: torch.ops.aten.copy_.default(to, x))
     model = on_fake_gpu.eval()
     assert graphed.takes(model, requests_of([[1]]))
+    model.h[0].ln_1.eps = 1.0
+    assert not graphed.takes(model, requests_of([[1]])), "the config says another"
+    model.h[0].ln_1.eps = model.config.layer_norm_epsilon
     decoder = graphed.Decoder(model, 3, 20)
     decoder.bucket = 4
     decoder.draw(sampling)

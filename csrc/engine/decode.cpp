@@ -58,7 +58,7 @@ std::vector<i64> Engine::draw_locked(const std::vector<Sampling>& samplings, con
                                 &positions[r],
                                 &s.stream,
                                 &drawn[r],
-                                model_.shape.V,
+                                s.vocab > 0 ? std::min(s.vocab, model_.shape.V) : model_.shape.V,
                                 s.top_k,
                                 s.temperature,
                                 s.top_p,

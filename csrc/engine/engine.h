@@ -55,6 +55,7 @@ struct Sampling {
   double top_p;
   uint64_t seed;
   i64 stream;
+  i64 vocab;  // among so many first tokens; 0: all
 };
 
 // `weights` is Model::bytes of memory, aligned to 64, that outlives the engine. Calls lock one another out.

@@ -23,10 +23,12 @@ using namespace gptfast::cpu;
 #include "rows-inl.h"
 
 #include "attention-inl.h"
+
+#include "checksum-inl.h"
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {GPTFAST_ISA_NAME, kPairs, prepare, product, finish, layer_norm, embed,
-                       store_kv,         attend, sample,  read};
+                       store_kv,         attend, sample,  read,    checksum};
 
 }  // namespace gptfast::engine::GPTFAST_ISA

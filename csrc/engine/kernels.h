@@ -66,6 +66,7 @@ struct Kernels {
   void (*attend)(const AttendParams&);    // softmax(q k^T scale) v
   void (*sample)(const cpu::SampleParams&, i64 row_begin, i64 row_end);
   int64_t (*read)(const char* data, i64 bytes);  // only reads: the limit of what streams its weights
+  uint64_t (*checksum)(const char* data, i64 bytes, uint64_t seed);  // the same on every instruction set
 };
 
 // The table of this instruction set, or null where it is unknown or cannot run here.

@@ -52,14 +52,14 @@ inline Formats formats_of(const py::dict& d) {
   return formats;
 }
 
-using SamplingTuple = std::tuple<double, i64, double, uint64_t, i64>;  // of gptfast.generation.sequences
+using SamplingTuple = std::tuple<double, i64, double, uint64_t, i64, i64>;  // of gptfast.generation.sequences
 inline std::vector<Sampling> samplings_of(const char* what, const std::vector<SamplingTuple>& tuples) {
   std::vector<Sampling> samplings;
-  for (const auto& [temperature, top_k, top_p, seed, stream] : tuples) {
+  for (const auto& [temperature, top_k, top_p, seed, stream, vocab] : tuples) {
     if (!(temperature >= 0 && std::isfinite(temperature)) || top_k < 0 || !(top_p > 0 && top_p <= 1) || stream < 0 ||
-        stream > UINT32_MAX)
+        stream > UINT32_MAX || vocab < 0)
       throw std::invalid_argument(std::string(what) + ": a sampling is out of range; see gptfast.ops.sample");
-    samplings.push_back({float(temperature), top_k, top_p, seed, stream});
+    samplings.push_back({float(temperature), top_k, top_p, seed, stream, vocab});
   }
   return samplings;
 }

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../engine/checksum.h"
 #include "arguments.h"
 
 namespace py = pybind11;
@@ -262,5 +263,16 @@ void bind_engine(py::module_& m) {
         found[name] = weight.K ? kFormatNames[int(weight.format)] : "";
     }
     return found;
+  });
+  m.def("checksum", [](const std::vector<py::object>& tensors, int threads, const std::string& isa) {
+    const Kernels* k = kernels(isa.c_str());
+    if (!k) throw std::invalid_argument("instruction set " + isa + " cannot run here");
+    std::vector<Region> regions;
+    for (const py::object& tensor : tensors) {
+      const gptfast::Bytes bytes("checksum", tensor);
+      regions.push_back({bytes.data, bytes.size});
+    }
+    const py::gil_scoped_release release;
+    return checksum(regions, threads, *k);
   });
 }

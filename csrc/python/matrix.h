@@ -45,4 +45,25 @@ struct Matrix {
   }
 };
 
+// All bytes of a contiguous tensor on the CPU, of any type.
+struct Bytes {
+  const char* data;
+  int64_t size;
+
+  Bytes(const char* what, const pybind11::object& capsule) {
+    constexpr int kCpu = 1, kPinned = 3;
+    auto* t = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+    if (!t) throw pybind11::error_already_set();
+    bool fits = t->device.type == kCpu || t->device.type == kPinned;
+    int64_t count = 1;
+    for (int d = t->ndim - 1; d >= 0; d--) {
+      fits &= !t->strides || t->shape[d] <= 1 || t->strides[d] == count;
+      count *= t->shape[d];
+    }
+    if (!fits && count) throw std::invalid_argument(std::string(what) + ": expected a contiguous tensor on the CPU");
+    data = t->data + t->byte_offset;
+    size = count * t->dtype.bits * t->dtype.lanes / 8;
+  }
+};
+
 }  // namespace gptfast

@@ -28,10 +28,10 @@ def load(model: str, quantize: str | None) -> tuple[Any, Tokenizer]:
     from gptfast.models import GPT
     from gptfast.models.pretrained import build, resolve
     from gptfast.models.stored import StoredModel
-    from gptfast.tokenizer import load_tokenizer
+    from gptfast.tokenizer import lenient, load_tokenizer
 
     folder = resolve(model)
     stored, tokenizer = read_whole(folder, lambda: (StoredModel(folder), load_tokenizer(folder)))
     gpt = build(GPT, stored, None, {})
     compiled = engine_for(gpt) if quantize is None else gpt.compile_for_inference(quantize)
-    return compiled or gpt, tokenizer
+    return compiled or gpt, lenient(tokenizer)

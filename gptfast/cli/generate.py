@@ -182,7 +182,7 @@ def generate(
         options = {**(without_greedy(drawing) if do_sample else drawing), **options}
     ids = [_encode(tokenizer, text) for text in texts]
     options.setdefault("max_new_tokens", default_new_tokens(gpt, max(map(len, ids)), options))
-    options |= {"tokenizer": tokenizer} if stop else {}
+    options["tokenizer"] = tokenizer
     options |= {"assistant_model": load(assistant_model, None)[0]} if assistant_model else {}
     start = time.perf_counter()
     if show_probabilities:

@@ -6,22 +6,22 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
-from gptfast.backend import AUTOMATIC, chosen, has_cpu_ops
+from gptfast.backend import AUTOMATIC, chosen, cpu_isa, has_cpu_ops
 from gptfast.engine.compiled import CompiledGPT, compile_model
 from gptfast.generation.sequences import usual_threads
+from gptfast.models.difference import difference, true_config
 
 if TYPE_CHECKING:
     from gptfast.models import GPT
 
-Fingerprint = tuple[tuple[tuple[int, int], ...], int]
-PLAIN_TORCH = (nn.Embedding, nn.ModuleList)
-SAMPLES = 61  # values of each parameter that are compared; a prime, so that strides fall on all columns
+Fingerprint = tuple[Any, torch.dtype, int]
 _packed: WeakKeyDictionary[GPT, tuple[Fingerprint, CompiledGPT]] = WeakKeyDictionary()
 _packing = threading.Lock()  # callers on several threads share one copy; a fork waits, or its child would for ever
 os.register_at_fork(before=_packing.acquire, after_in_parent=_packing.release, after_in_child=_packing.release)
@@ -30,21 +30,22 @@ os.register_at_fork(before=_packing.acquire, after_in_parent=_packing.release, a
 def engine_for(model: GPT) -> CompiledGPT | None:
     """A compiled model with the weights that `model` has now and in their dtype, or None where it cannot serve.
 
-    It serves plain GPTs (no hooks, no modules but `gptfast.nn`'s own) in evaluation mode on the CPU, all of fp32 or all of
-    bf16, of which a packed copy fits into half of the memory that is free, where no other backend was asked for, and no
-    autocast. The copy is kept for the next call, and made anew after an optimizer step or a load.
+    It serves GPTs whose modules are what their config says (see `gptfast.models.difference`), in evaluation mode on the
+    CPU, all of fp32 or all of bf16, of which a packed copy fits into half of the memory that is free, where no other
+    backend was asked for, and no autocast. The copy is kept for the next call, which reads all of the weights once to see
+    that they are the same; hold the compiled model to spare that (then it stays what it is), and see `forget`.
     """
     asked = AUTOMATIC["cpu"][0] if chosen() == "auto" else chosen()
-    if not has_cpu_ops or model.training or asked != "cpu" or torch.is_autocast_enabled("cpu") or not _is_plain(model):
+    if not has_cpu_ops or model.training or asked != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    parameters = list(model.parameters())
-    dtype = parameters[0].dtype
-    if dtype not in (torch.float32, torch.bfloat16) or any(
-        parameter.device.type != "cpu" or parameter.dtype != dtype for parameter in parameters
-    ):
+    tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
+    dtype = tensors[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16) or any(x.device.type != "cpu" or x.dtype != dtype for x in tensors):
         return None
+    if difference(model) is not None:
+        return None
+    fingerprint = true_config(model), dtype, checksum(tensors)
     with _packing:
-        fingerprint = _fingerprint(parameters)
         known = _packed.get(model)
         if known is not None and known[0] == fingerprint:
             if known[1].threads != usual_threads():
@@ -52,7 +53,7 @@ def engine_for(model: GPT) -> CompiledGPT | None:
             return known[1]
         _packed.pop(model, None)
         del known  # the old copy is freed before the new one is made
-        if sum(parameter.nbytes for parameter in parameters) > _free_memory() / 2:
+        if sum(x.nbytes for x in tensors) > _free_memory() / 2:
             return None
         try:
             compiled = compile_model(model, dtype)
@@ -62,28 +63,22 @@ def engine_for(model: GPT) -> CompiledGPT | None:
         return compiled
 
 
-def _is_plain(model: GPT) -> bool:
-    """Whether a forward of the model is what its config and its parameters say."""
-    from gptfast.models import GPT
-
-    if type(model) is not GPT:
-        return False
-    return all(
-        (type(module).__module__.startswith(("gptfast.nn.", "gptfast.models.")) or type(module) in PLAIN_TORCH)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and "forward" not in vars(module)
-        for module in model.modules()
-    )
+def forget(model: GPT) -> None:
+    """Free the packed copy that `generate` keeps of a model; the next `generate` makes a new one."""
+    with _packing:
+        _packed.pop(model, None)
 
 
-def _fingerprint(parameters: Sequence[Tensor]) -> Fingerprint:
-    """Changes with every optimizer step and every load.
+def checksum(tensors: Sequence[Tensor]) -> int:
+    """64 bits that tell whether any byte of CPU tensors has changed, at the speed of reading them.
 
-    `_version` counts changes in place, but not those through `.data`: a few values of each parameter show these.
+    Nothing less will do: a write through `.data` or numpy leaves no other trace. One value that changes always changes
+    the checksum, several but for a chance of 2^-64.
     """
-    places = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)
-    samples = [p.detach().reshape(-1)[:: max(1, p.numel() // SAMPLES)] for p in parameters]
-    return places, hash(torch.cat(samples).view(torch.uint8).numpy().tobytes())
+    from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+
+    read = [to_dlpack(x.contiguous()) for x in tensors]
+    return _C.checksum(read, usual_threads(), cpu_isa() or "scalar")
 
 
 def _free_memory() -> int:

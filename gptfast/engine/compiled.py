@@ -20,6 +20,7 @@ from gptfast.engine.exponents import exponent_of, quantised
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
 from gptfast.engine.sequences import PANEL, EngineSequences
 from gptfast.generation.sequences import usual_threads
+from gptfast.models.difference import difference, true_config
 from gptfast.models.metadata import Metadata, end_option, metadata_of
 
 if TYPE_CHECKING:
@@ -190,7 +191,8 @@ def compile_model(
             "compiler, or use GPT.generate"
         ) from None
     name = format_name(dtype)
-    formats, shape = matrix_formats(name), shape_of(model.config)
+    config = _config_of(model)
+    formats, shape = matrix_formats(name), shape_of(config)
     values, stored = _values(model), _C.weight_formats(shape, formats)
     exponents = {key: exponent_of(key, _fp32(values[key])) for key, kind in stored.items() if quantised(kind)}
     exponents = {key: exponent for key, exponent in exponents.items() if exponent}
@@ -198,11 +200,22 @@ def compile_model(
     weights = mmap.mmap(-1, _C.packed_bytes(shape, formats), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     _ask_for_large_pages(weights)
     compiled = CompiledGPT(
-        model.config, name, formats, weights, exponents, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype
+        config, name, formats, weights, exponents, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype
     )
     compiled.metadata = deepcopy(metadata_of(model))
     _pack(values, compiled._core)
     return compiled
+
+
+def _config_of(model: GPT) -> GPTConfig:
+    """What the model is. Raises ValueError where its modules are not what its config says."""
+    told = difference(model)
+    if told is not None:
+        raise ValueError(
+            f"compile_for_inference: {told}; the engine computes what the config says - undo or merge the change, set "
+            "model.config accordingly, or use GPT.generate, which runs the modules as they stand"
+        )
+    return true_config(model)
 
 
 def _ask_for_large_pages(memory: mmap.mmap) -> None:

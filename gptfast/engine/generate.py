@@ -15,6 +15,7 @@ from gptfast.generation.choose import FAULTS
 from gptfast.generation.decode import as_tensor
 from gptfast.generation.prompts import read_prompts
 from gptfast.generation.sequences import Sampling
+from gptfast.generation.textless import choosing_text
 from gptfast.models import GPT
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ INSIDE = (
     "top_p",
     "seed",
     "eos_token_id",
+    "usable_vocab",
     "num_return_sequences",
 )
 SERIAL = 16384  # values, half of what torch shares out among threads
@@ -37,7 +39,10 @@ BLOCK = 16  # tokens between two looks at the keyboard (Ctrl-C)
 def generate(model: CompiledGPT, ids: Any, **options: Any) -> Any:
     """Continue `ids`; see `gptfast.generation.generate`, whose tokens these are."""
     names = {field.name for field in fields(GenerationConfig)}
-    config = GenerationConfig.of(**options) if names.issuperset(options) else None
+    known = names.issuperset(options.keys() - {"tokenizer"})
+    config = GenerationConfig.of(**{name: options[name] for name in options.keys() & names}) if known else None
+    if config is not None:
+        config = choosing_text(config, options.get("tokenizer"), model.config.vocab_size)
     if config is None or not runs_inside(config):
         return generate_by_steps(model, ids, **_with_quick_assistant(options))
     prompts = read_prompts(ids, model, config)
@@ -81,7 +86,8 @@ def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationCo
             steps=steps,
             more=begin + steps < config.max_new_tokens,
             samplings=[
-                Sampling(temperature, config.top_k, config.top_p, config.seed, stream=n % copies) for n in active
+                Sampling(temperature, config.top_k, config.top_p, config.seed, n % copies, config.usable_vocab)
+                for n in active
             ],
             ends=config.eos_ids,
         )

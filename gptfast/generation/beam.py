@@ -11,7 +11,7 @@ from torch import Tensor
 from gptfast import rng
 from gptfast.generation.choose import NAN, NOTHING_LEFT
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.processors import processors, warp
+from gptfast.generation.processors import cut_vocabulary, processors, warp
 from gptfast.generation.sequences import LanguageModel, Sequences, beside
 from gptfast.generation.stopping import Stopping
 
@@ -76,6 +76,7 @@ class Group:
 
     def _process(self, scores: Tensor, taken: list[int]) -> Tensor:
         """Log-probabilities (K, V) after everything that changes them."""
+        scores = cut_vocabulary(scores, self.config)
         if taken:
             counts = torch.bincount(torch.tensor(taken, dtype=torch.int64, device="cpu"), minlength=scores.shape[-1])
             scores = scores - self.config.diversity_penalty * counts

@@ -53,6 +53,11 @@ def choose(logits: Tensor, contexts: Sequence[Context], sequences: Sequences | N
 
 def _draw(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
     """As `Sequences.draw`, by `ops.sample`."""
+    vocabularies = {sampling.vocab for sampling in samplings}
+    if len(vocabularies) > 1:
+        scores = torch.stack([_cut(row, sampling.vocab) for row, sampling in zip(scores, samplings, strict=True)])
+    elif vocab := vocabularies.pop():
+        scores = scores[:, :vocab]
     drawn = [_fault(top) for top in scores.amax(-1).tolist()]
     groups: dict[tuple[float, int, float, int], list[int]] = {}  # rows that one call can serve
     for row, sampling in enumerate(samplings):
@@ -74,6 +79,10 @@ def _draw(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int
     return drawn
 
 
+def _cut(row: Tensor, vocab: int) -> Tensor:
+    return torch.cat([row[:vocab], torch.full_like(row[vocab:], -math.inf)]) if vocab else row
+
+
 def _one_or_all(values: list[int]) -> int | Tensor:
     """An int where it will do: every request may have a seed of its own, and tensors take longer to make and check."""
     return values[0] if len(values) == 1 else torch.tensor(values, dtype=torch.int64, device="cpu")
@@ -92,6 +101,8 @@ def _process(logits: Tensor, contexts: Sequence[Context]) -> Tensor:
     for n, context in enumerate(contexts):
         for change in changes[n]:
             scores[n] = change(scores[n], context.tokens[: context.prompt], context.tokens[context.prompt :])
+        if context.config.usable_vocab:
+            scores[n, context.config.usable_vocab :] = -math.inf
     for rows in cuts.values():
         part = scores[rows]
         scores[rows] = part.where(part.isnan(), warp(part, contexts[rows[0]].config))  # nan must not be cut away
@@ -105,12 +116,12 @@ def takes_logits_as_they_are(config: GenerationConfig) -> bool:
 
 def sampling_of(context: Context) -> Sampling:
     """How the context's next token is drawn from what `choose` has made of its logits."""
-    config = context.config
+    config, stream, vocab = context.config, context.stream, context.config.usable_vocab
     if not config.draws:
-        return Sampling(0.0, 0, 1.0, 0, context.stream)
+        return Sampling(0.0, 0, 1.0, 0, stream, vocab)
     if config.min_p:  # `_process` has made all cuts
-        return Sampling(1.0, 0, 1.0, config.seed, context.stream)
-    return Sampling(config.temperature, config.top_k, config.top_p, config.seed, context.stream)
+        return Sampling(1.0, 0, 1.0, config.seed, stream, vocab)
+    return Sampling(config.temperature, config.top_k, config.top_p, config.seed, stream, vocab)
 
 
 def _fault(top: float) -> int:

@@ -39,6 +39,10 @@ class GenerationConfig:
         frequency_penalty: the same for every time that the new text holds it.
         no_repeat_ngram_size: n > 0: no n tokens in a row come twice, the prompt included; 0: no such rule.
         logit_bias: {token id: what is added to its logit}; -inf, or what is below the range of 32 bits, bans it.
+        suppress_tokens: ids that are never chosen.
+        usable_vocab: choose among the first so many ids of the vocabulary only (one padded for speed has more than mean
+            anything); 0: among all. `tokenizer=` beside it excludes the ids for which that has no token by itself, but for
+            those with a logit_bias above 0 and the end tokens.
         num_return_sequences: continuations of each prompt; with beams: the best so many.
         num_beams: beam search over so many beams when > 1. With do_sample=True the beams are drawn, without replacement.
         num_beam_groups: split the beams into so many groups, each searching with a penalty of diversity_penalty on a
@@ -72,6 +76,8 @@ class GenerationConfig:
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     logit_bias: Mapping[int, float] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    usable_vocab: int = 0
     num_return_sequences: int = 1
     num_beams: int = 1
     num_beam_groups: int = 1
@@ -92,6 +98,8 @@ class GenerationConfig:
         self._check_ends()
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        if self.suppress_tokens is not None:
+            object.__setattr__(self, "suppress_tokens", _checked_tokens(self.suppress_tokens))
         self._check_drawing()
         if self.num_beams > 1:
             self._check_beams()
@@ -226,6 +234,7 @@ _INTS = {  # and the least that each may be
     "num_return_sequences": 1,
     "num_beams": 1,
     "num_beam_groups": 1,
+    "usable_vocab": 0,
     "no_repeat_ngram_size": 0,
     "prompt_lookup_num_tokens": 0,
     "max_matching_ngram_size": 1,
@@ -261,3 +270,11 @@ def _checked_bias(bias: Any) -> dict[int, float]:
         if not (isinstance(value, (int, float)) and value < -LARGEST):
             _check_number(f"logit_bias[{token}]", value)
     return {token: value if value >= -LARGEST else -math.inf for token, value in bias.items()}
+
+
+def _checked_tokens(tokens: Any) -> tuple[int, ...] | None:
+    if not isinstance(tokens, (list, tuple)):
+        raise TypeError(f"generate: suppress_tokens is {tokens!r}; expected a list of token ids")
+    for token in tokens:
+        _check_int("a token of suppress_tokens", token, 0)
+    return tuple(dict.fromkeys(tokens)) or None

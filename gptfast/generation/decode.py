@@ -19,6 +19,7 @@ from gptfast.generation.scheduler import Scheduler, check_top
 from gptfast.generation.sequences import LanguageModel, beside
 from gptfast.generation.speculative import check_assistant
 from gptfast.generation.stopping import Stopping
+from gptfast.generation.textless import choosing_text
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def generate(
         model: a GPT, whose training flags are the same afterwards, or a compiled engine.
         ids: (B, T) or (T,) tensor of integers; or a list of id lists of any lengths, which are not padded (or one list of
             ids, or numpy arrays).
-        tokenizer: of `gptfast.tokenizer`, for stop_strings.
+        tokenizer: of `gptfast.tokenizer`, for stop_strings; and ids for which it has no token are not chosen (see
+            `GenerationConfig.usable_vocab`).
         assistant_model: a smaller model of the same vocabulary that guesses tokens ahead (speculative decoding): the
             text is the same, sooner.
         streamer: is told the tokens as they come; for one prompt with one return sequence.
@@ -95,7 +97,7 @@ def generate(
     Raises:
         TypeError, ValueError: see `GenerationConfig` and `read_prompts`.  RuntimeError: the logits hold nan.
     """
-    config = GenerationConfig.of(**options)
+    config = choosing_text(GenerationConfig.of(**options), tokenizer, model.config.vocab_size)
     prompts = read_prompts(ids, model, config)
     stopping = Stopping(config, tokenizer)
     if streamer is not None and (len(prompts) * config.num_return_sequences > 1 or config.num_beams > 1):

@@ -27,6 +27,7 @@ from gptfast.generation.config import GenerationConfig
 from gptfast.generation.processors import processors
 from gptfast.generation.request import Request, Row
 from gptfast.generation.sequences import for_generation
+from gptfast.models.difference import difference
 from gptfast.models.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def takes(model: Any, requests: list[Request]) -> TypeGuard[GPT]:
     with _current(model.wte.weight.device):
         capturing = torch.cuda.is_current_stream_capturing()
     if capturing or not _simple(requests):
+        return False
+    if difference(model) is not None:  # a captured step is of the modules as they were
         return False
     banded = any(model.config.window_of(layer) is not None for layer in range(model.config.n_layer))
     return not banded and all(resolve(op, None, model.wte.weight) == "cuda" for op in KERNELS)
@@ -104,9 +107,11 @@ def _take(row: Row, new: list[int]) -> None:
 
 
 def _sampling(config: GenerationConfig) -> dict[str, Any]:
+    vocab = {"vocab": config.usable_vocab} if config.usable_vocab else {}
     if not config.draws:
-        return {"temperature": 0.0}
-    return {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": config.seed}
+        return {"temperature": 0.0, **vocab}
+    options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": config.seed}
+    return {**options, **vocab}
 
 
 def bucket_of(rows: int) -> int:
@@ -125,11 +130,13 @@ class StepCache(KVCache):
     def start(self, T: int) -> Tensor:
         if T != 1:
             raise ValueError(f"StepCache: {T} new positions a row; expected 1 - read prompts through KVCache")
+        self._layer = 0
         self._at = self.lengths.clamp(max=self.max_len - 1)  # rows that have ended may want to go on past the end
         self._seen = self._at + 1
         return self._at.unsqueeze(1)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        layer = self.take_layer(k)
         keys, values = self.k.select(0, layer), self.v.select(0, layer)
         for stored, new in ((keys, k), (values, v)):
             stored.transpose(1, 2).index_put_((self._rows, self._at), new.squeeze(2).to(stored.dtype))  # B H D
@@ -172,7 +179,7 @@ class Decoder:
         self.store = KVCache(model.config, self._rows, max_len, weight.dtype, weight.device)
         for stored in (self.store.k, self.store.v):
             stored.zero_()  # rows of the bucket that nobody has are read too
-        self.weights = _addresses(model)
+        self.config, self.weights = model.config, _addresses(model)
         self.bucket = 0
         self._graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}  # None: cannot be captured
         self._pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None  # shared: one graph runs at a time
@@ -183,8 +190,9 @@ class Decoder:
         self.state = State(lengths, ids, streams, logits, drawn, column)
 
     def fits(self, model: GPT, rows: int, max_len: int) -> bool:
-        """Whether it has the room, and the model its weights where they were."""
-        return rows <= self._rows and max_len <= self.store.max_len and self.weights == _addresses(model)
+        """Whether it has the room, and the model its config, and its weights where they were."""
+        same = self.config == model.config and self.weights == _addresses(model)
+        return same and rows <= self._rows and max_len <= self.store.max_len
 
     def read(self, model: GPT, requests: list[Request]) -> list[Row]:
         """Read the prompts, one by one, into the first rows; returns these."""
@@ -217,8 +225,9 @@ class Decoder:
 
     def draw(self, sampling: dict[str, Any]) -> None:
         """A token of every row from its logits."""
-        state = self.state.rows(self.bucket)
-        ids = ops.sample(state.logits, **sampling, position=state.lengths, stream=state.streams)
+        state, options = self.state.rows(self.bucket), dict(sampling)
+        logits = state.logits.narrow(1, 0, options.pop("vocab", state.logits.shape[1]))
+        ids = ops.sample(logits, **options, position=state.lengths, stream=state.streams)
         state.ids.copy_(ids)
         state.drawn.index_copy_(1, state.column, ids.unsqueeze(1))
         state.column.add_(1)

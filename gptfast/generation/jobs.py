@@ -23,7 +23,7 @@ from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.sequences import LanguageModel
 from gptfast.generation.stopping import Stopping
 from gptfast.models.metadata import metadata_of, without_greedy
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer import Tokenizer, lenient
 
 BEGINNING = b'{"line": '  # of every line of an output
 MAX_NEW_TOKENS = 200  # unless said otherwise, and as far as the model has room
@@ -162,7 +162,7 @@ def run_jobs(
     Raises:
         ValueError: `output` has lines of other prompts or options.  OSError: it cannot be written.
     """
-    path = Path(output)
+    path, tokenizer = Path(output), lenient(tokenizer)
     check_target(path)
     done = _read_done(path, jobs)
     todo = [job for job in jobs if job.line not in done]
@@ -239,7 +239,11 @@ def _run(
     """Each job with its result, in the order in which they end."""
     for job in jobs:
         if job.config.num_beams > 1:
-            rows = generate(model, [job.ids], tokenizer=tokenizer, **job.options)
+            try:
+                rows = generate(model, [job.ids], tokenizer=tokenizer, **job.options)
+            except RuntimeError as error:  # of its logits: the other lines have theirs
+                yield job, _result(tokenizer, job, [], error)
+                continue
             yield job, _result(tokenizer, job, [row[len(job.ids) :] for row in rows])
     todo = deque(job for job in jobs if job.config.num_beams == 1)
     most = max((job.config.num_return_sequences for job in todo), default=0)

@@ -32,7 +32,19 @@ def processors(config: GenerationConfig) -> list[Processor]:
         )
     if config.no_repeat_ngram_size:
         wanted.append(lambda scores, prompt, new: ban_repeated(scores, prompt + new, config.no_repeat_ngram_size))
+    if config.suppress_tokens:
+        banned = list(config.suppress_tokens)
+        wanted.append(lambda scores, *_: _at(scores, banned, lambda x: torch.full_like(x, -math.inf)))
     return wanted
+
+
+def cut_vocabulary(scores: Tensor, config: GenerationConfig) -> Tensor:
+    """The scores, (…, V), in which ids beyond the usable vocabulary are -inf."""
+    if not config.usable_vocab:
+        return scores
+    scores = scores.clone()
+    scores[..., config.usable_vocab :] = -math.inf
+    return scores
 
 
 def penalise(scores: Tensor, seen: Sequence[int], penalty: float) -> Tensor:

@@ -72,13 +72,21 @@ def check_prompt(which: str, row: Sequence[int], V: int, limit: int, config: Gen
     Raises:
         TypeError, ValueError: they do not.
     """
-    for name, tokens in (("eos_token_id is", config.eos_ids), ("logit_bias holds token", config.logit_bias or ())):
+    for name, tokens in (
+        ("eos_token_id is", config.eos_ids),
+        ("logit_bias holds token", config.logit_bias or ()),
+        ("suppress_tokens holds", config.suppress_tokens or ()),
+    ):
         for token in tokens:
             if token >= V:
                 raise ValueError(
                     f"generate: {name} {token}; expected ids in [0, {V}), the vocabulary of this model"
                     + (", or None - a sequence could never end with it" if name.startswith("eos") else "")
                 )
+    if config.usable_vocab > V:
+        raise ValueError(
+            f"generate: usable_vocab is {config.usable_vocab}; expected at most {V}, the model's vocabulary"
+        )
     if not row:
         raise ValueError(
             f"generate: prompt{which} is empty; give at least one token, such as the end-of-text token or a newline"

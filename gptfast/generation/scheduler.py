@@ -20,6 +20,7 @@ from gptfast.generation.request import Request, Row, Token
 from gptfast.generation.sequences import LanguageModel, beside
 from gptfast.generation.speculative import Assistant, Drafter, PromptLookup, check_assistant
 from gptfast.generation.stopping import Stopping
+from gptfast.generation.textless import choosing_text, likeliest
 
 
 class Scheduler:
@@ -86,7 +87,7 @@ class Scheduler:
 
         Args:
             prompt: token ids, in a list, a 1-D tensor or an array.
-            tokenizer: for stop strings.
+            tokenizer: for stop strings; ids for which it has no token are not chosen.
             logprobs, top: what `Token`s tell.
             options: fields of `GenerationConfig`, without beams.
         Raises:
@@ -100,6 +101,7 @@ class Scheduler:
     def submit_request(self, request: Request) -> Request:
         """As `submit`, of a request that was made elsewhere."""
         self.check(request)
+        request.config = choosing_text(request.config, request.stopping.tokenizer, self.model.config.vocab_size)
         self._waiting.append(request)
         return request
 
@@ -354,7 +356,7 @@ def _details(
                 logprob = row.log_softmax(-1)[token].item()
             if request.top:
                 probs = (row / request.top_temperature).softmax(-1)
-                values, ids = probs.topk(min(request.top, len(probs)))
+                values, ids = likeliest(probs, request.top, request.stopping.tokenizer)
                 top = list(zip(ids.tolist(), values.tolist(), strict=True))
         found.append((logprob, top))
     return found

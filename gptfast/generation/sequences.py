@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 class Sampling(NamedTuple):
-    """How the tokens of one row are drawn; see `gptfast.ops.sample`."""
+    """How the tokens of one row are drawn; see `gptfast.ops.sample`. vocab: among so many first ids; 0: all."""
 
     temperature: float
     top_k: int
     top_p: float
     seed: int
     stream: int
+    vocab: int = 0
 
 
 class Sequences(Protocol):
@@ -140,7 +141,8 @@ class CachedSequences:
     def __init__(self, model: GPT, capacity_rows: int, max_len: int) -> None:
         weight = model.wte.weight
         self._model = model
-        self._cache = KVCache(model.config, capacity_rows, max_len, weight.dtype, weight.device)
+        config = model.config.replace(n_layer=len(model.h)) if len(model.h) != model.config.n_layer else model.config
+        self._cache = KVCache(config, capacity_rows, max_len, weight.dtype, weight.device)
         self.lengths = [0] * capacity_rows
         self._row_in: list[int] = []  # of each slot in use
         self._slot_of: dict[int, int] = {}
@@ -194,8 +196,13 @@ class CachedSequences:
         """Append equally many tokens, (B, T), to rows in neighbouring slots; logits (B, T, V), (B, 1, V) if last_only."""
         first = self._slot_of[rows[0]]
         cache = self._cache.rows(first, first + len(rows), [self.lengths[row] for row in rows])
-        ids = torch.tensor(tokens, dtype=torch.int64, device=self._cache.k.device)
+        ids, before = torch.tensor(tokens, dtype=torch.int64, device=self._cache.k.device), cache.lengths
         logits = self._model(ids, cache=cache, last_only=last_only)
+        if cache.lengths is before:
+            raise RuntimeError(
+                f"generate: a forward of this {type(self._model).__name__} leaves its cache= unused; hand it on to GPT's "
+                "forward, or generate without a cache: call the model on the whole text for every token"
+            )
         for row in rows:
             self.lengths[row] += ids.shape[1]
         return logits[:, None] if last_only else logits

@@ -19,7 +19,7 @@ class Stopping:
     """
 
     def __init__(self, config: GenerationConfig, tokenizer: Any = None) -> None:
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self.tokenizer = config, tokenizer
         self._stops = [text.encode("utf-8") for text in config.stop_strings or ()]
         if self._stops and tokenizer is None:
             raise ValueError(
@@ -42,5 +42,12 @@ class Stopping:
         if not self._stops:
             return False
         longest = max(map(len, self._stops))
-        tail = self._tokenizer.decode_bytes(new[-longest:])  # every token has a byte at least
+        tail = self.tokenizer.decode_bytes(self._with_text(new, longest))  # every one has a byte at least
         return any(stop in tail for stop in self._stops)
+
+    def _with_text(self, new: Sequence[int], count: int) -> Sequence[int]:
+        """The last `count` tokens that have text; some, which were asked for, may have none."""
+        has_token, tail = getattr(self.tokenizer, "has_token", None), new[-count:]
+        if has_token is None or all(map(has_token, tail)):
+            return tail
+        return [token for token in new if has_token(token)][-count:]

@@ -1,7 +1,10 @@
 """GPT models, their configurations and their checkpoints."""
 
 from gptfast.models.config import PRESETS, GPTConfig
+from gptfast.models.difference import remember_methods
 from gptfast.models.gpt import GPT
 from gptfast.models.kv_cache import KVCache
 
 __all__ = ["GPT", "PRESETS", "GPTConfig", "KVCache"]
+
+remember_methods(GPT)

@@ -16,9 +16,11 @@ from torch import Tensor
 from gptfast._folders import staged_folder
 from gptfast._snapshots import WEIGHTS
 from gptfast.models import hf_layout
+from gptfast.models.difference import difference, true_config
 from gptfast.models.metadata import GENERATION, metadata_of
 
 if TYPE_CHECKING:
+    from gptfast.models.config import GPTConfig
     from gptfast.models.gpt import GPT
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -29,7 +31,8 @@ def save(model: GPT, path: str | os.PathLike[str], max_shard_size: int | str = "
     """Write config.json and the weights to the folder `path`, together: a failure leaves what was there.
 
     transformers loads the result with the same logits wherever it knows the architecture (see
-    `hf_layout.model_type`). Tied weights are stored once. Other files of the folder stay.
+    `hf_layout.model_type`). Tied weights are stored once; a head that is a tensor of its own is stored as such, whatever
+    the config says. Other files of the folder stay.
 
     Args:
         model: on any device, any float dtype; saved in its dtype.
@@ -37,33 +40,37 @@ def save(model: GPT, path: str | os.PathLike[str], max_shard_size: int | str = "
         max_shard_size: bytes, or text such as "500MB" (10**6); more than that is split into shards with an
             index.
     Raises:
-        OSError: cannot be written (disk full, no permission).  ValueError: max_shard_size.
+        OSError: cannot be written (disk full, no permission).  ValueError: max_shard_size; or the model's modules are not
+            what its config says, so that a model read from the folder would be another one.
     """
     limit = _bytes(max_shard_size)
-    tensors = _named_tensors(model)
+    told = difference(model, saved=True)
+    if told is not None:
+        raise ValueError(
+            f"save_pretrained: {told}; a checkpoint holds a config and the weights of a plain GPT, and nothing was written - "
+            "undo or merge the change, set model.config accordingly, or save model.state_dict() with safetensors"
+        )
+    config = true_config(model)
+    tensors = _named_tensors(model, config)
     shards = _split({name: x.nbytes for name, x in tensors.items()}, limit)
     count = f"{len(shards):05d}"
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{count}.safetensors" for i in range(len(shards))]
     dtype, metadata = str(model.wte.weight.dtype).removeprefix("torch."), metadata_of(model)
     with staged_folder(path, replaces=rf"{WEIGHTS}|generation_config\.json") as stage:
-        _write_json(stage / CONFIG, hf_layout.to_hf(model.config, dtype, metadata.config))
+        _write_json(stage / CONFIG, hf_layout.to_hf(config, dtype, metadata.config))
         if metadata.generation is not None:
             _write_json(stage / GENERATION, metadata.generation)
         for file, names in zip(files, shards, strict=True):
-            write_tensors(stage / file, {name: tensors[name].contiguous().cpu() for name in names})
+            write_tensors(stage / file, _apart({name: tensors[name].contiguous().cpu() for name in names}))
         if len(shards) > 1:
             weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
             total = sum(x.nbytes for x in tensors.values())
             _write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _named_tensors(model: GPT) -> dict[str, Tensor]:
+def _named_tensors(model: GPT, config: GPTConfig) -> dict[str, Tensor]:
     """Every tensor under its name in the file and in its shape there (views, not yet contiguous)."""
-    config, kind = model.config, hf_layout.model_type(model.config)
-    if config.tie_weights and model.lm_head.weight is not model.wte.weight:
-        raise ValueError(
-            "save_pretrained: the config ties lm_head to wte, but they are two tensors; call tie_weights()"
-        )
+    kind = hf_layout.model_type(config)
     out: dict[str, Tensor] = {}
     for name, x in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_weights:
@@ -72,6 +79,16 @@ def _named_tensors(model: GPT) -> dict[str, Tensor]:
         if kind != "gptfast" and not config.bias and name.startswith(("h.", "ln_f.")):
             bias = name.removesuffix("weight") + "bias"  # transformers has biases everywhere
             out[hf_layout.to_file(bias, kind)] = x.new_zeros(x.shape[0])
+    return out
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, where blocks share a tensor each with a copy of its own, as the file has no other way."""
+    seen: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for name, x in tensors.items():
+        out[name] = x.clone() if x.data_ptr() in seen else x
+        seen.add(x.data_ptr())
     return out
 
 

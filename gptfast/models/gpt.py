@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gptfast import ops
 from gptfast.models.config import GPTConfig
+from gptfast.models.difference import is_plain_linear
 from gptfast.models.kv_cache import KVCache
 from gptfast.models.metadata import Metadata, end_option, metadata_of
 from gptfast.nn import Block, LayerNorm, Linear
@@ -116,10 +117,11 @@ class GPT(nn.Module):
             if targets is None:
                 return self.lm_head(x[:, -1] if last_only else x)
             hidden, wanted = x.flatten(0, 1), targets.flatten()
-            if self.training:
+            if self.training and is_plain_linear(self.lm_head):
                 return None, ops.linear_cross_entropy(hidden, self.lm_head.weight, wanted)
             logits = self.lm_head(x)
-            return logits, ops.cross_entropy(logits.flatten(0, 1), wanted)
+            loss = ops.cross_entropy(logits.flatten(0, 1), wanted)
+            return None if self.training else logits, loss
 
     def _hidden(self, ids: Tensor, cache: KVCache | None) -> Tensor:
         """Hidden states before the head, (B, T, C)."""
@@ -186,7 +188,8 @@ class GPT(nn.Module):
         """Continue prompts: greedy, drawn, or by beams, as `transformers.generate`.
 
         In evaluation mode on the CPU the native engine writes, from a packed copy of the weights in their own dtype, where
-        it can: see `gptfast.engine.engine_for`.
+        it can: see `gptfast.engine.engine_for`. The copy is compared with all of the weights first; a model whose modules
+        are not what its config says runs as it stands, in torch.
 
         Args:
             ids: (B, T) tensor of token ids; or a list of id lists of any lengths, which are not padded.
@@ -235,7 +238,8 @@ class GPT(nn.Module):
         Returns:
             A `gptfast.engine.CompiledGPT`. It holds weights of its own: this model may be changed or deleted.
         Raises:
-            ValueError: an unknown dtype, or weights that are not finite.  RuntimeError: gptfast has no compiled part.
+            ValueError: an unknown dtype, weights that are not finite, or modules that are not what the config says: hooks,
+                other classes, attributes or methods.  RuntimeError: gptfast has no compiled part.
         """
         from gptfast.engine import compile_model
 

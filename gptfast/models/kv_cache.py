@@ -45,6 +45,7 @@ class KVCache:
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._starts: list[int] = []  # lengths of the rows before the running call, on the host
+        self._layer = 0  # which attends next
 
     @property
     def batch_size(self) -> int:
@@ -60,7 +61,7 @@ class KVCache:
         Raises:
             ValueError: no room.
         """
-        self._starts = self.lengths.tolist()
+        self._starts, self._layer = self.lengths.tolist(), 0
         if max(self._starts) + T > self.max_len:
             raise ValueError(
                 f"KVCache: {max(self._starts)} positions are filled and {T} more do not fit into max_len = "
@@ -73,9 +74,24 @@ class KVCache:
         """Count the T positions that every layer has stored since `start`."""
         self.lengths = self.lengths + T
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def take_layer(self, k: Tensor) -> int:
+        """The layer that stores k, (B, H, T, D): layers come in the order in which they run, whatever they are called.
+
+        Raises:
+            ValueError: it has no place here.
+        """
+        layer, (layers, _, H, _, D) = self._layer, self.k.shape
+        if layer == layers or (k.shape[1], k.shape[3]) != (H, D):
+            raise ValueError(
+                f"KVCache: layer {layer} has {k.shape[1]} heads of {k.shape[3]} channels, and the config says {layers} layers "
+                f"with {H} heads of {D}; make the config say what the modules are"
+            )
+        self._layer = layer + 1
+        return layer
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Store k and v, (B, H, T, D), behind what is cached and attend from q to all of it: (B, H, T, D)."""
-        T = q.shape[2]
+        T, layer = q.shape[2], self.take_layer(k)
         self._store(layer, k, v)
         keys, values, query = self.k[layer], self.v[layer], q.to(self.k.dtype)
         S = max(self._starts) + T

@@ -46,7 +46,7 @@ class CausalSelfAttention(torch.nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # B H T D, views of one buffer
         if cache is not None:
-            out = cache.attend(self.layer, q, k, v, self.window)
+            out = cache.attend(q, k, v, self.window)
         else:
             p = self.attn_pdrop if self.training else 0.0
             seed, offset = (rng or self.counter.take()) if p > 0 else (0, 0)

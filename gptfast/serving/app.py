@@ -15,7 +15,7 @@ from gptfast.serving.completions import Limits, Server
 from gptfast.serving.protocol import ApiError
 from gptfast.serving.refusals import BodyLimit, add_error_handlers
 from gptfast.serving.worker import Worker
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer import Tokenizer, lenient
 
 
 def create_app(
@@ -33,7 +33,7 @@ def create_app(
         limits: see there; None: its defaults.
         api_key: the bearer token that /v1 asks for; None: everybody is let in.
     """
-    limits = limits or Limits()
+    limits, tokenizer = limits or Limits(), lenient(tokenizer)
 
     def make_scheduler() -> Scheduler:
         return Scheduler(

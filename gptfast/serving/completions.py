@@ -151,7 +151,6 @@ class Server:
                 self._worker.scheduler.check(request)
             else:  # read only: the one token that its config asks for is never made, and needs no room
                 check_prompt("", request.prompt, self._model.config.vocab_size, block + 1, request.config)
-            self._tokenizer.decode(request.prompt)  # a vocabulary may have ids without a token
         return requests
 
     async def _echo(
@@ -166,7 +165,7 @@ class Server:
         return parts
 
     async def _prompt_logprobs(self, request: Request, deadline: Deadline) -> dict[str, Any]:
-        scoring = self._worker.run(score_in_pieces(self._model, request.prompt, request.top))
+        scoring = self._worker.run(score_in_pieces(self._model, request.prompt, request.top, self._tokenizer))
         given = await asyncio.wait_for(scoring, deadline.left)
         return prompt_logprobs(self._tokenizer, request.prompt, given, request.top)
 

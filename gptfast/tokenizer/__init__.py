@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptfast._json import NULL, field, read_json
 from gptfast._snapshots import current, read_whole
-from gptfast.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer
+from gptfast.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, lenient
 from gptfast.tokenizer.bpe import BPETokenizer, GPT2Tokenizer
 from gptfast.tokenizer.gpt1 import OpenAIGPTTokenizer
 from gptfast.tokenizer.hf_files import read_hf_files
@@ -24,6 +24,7 @@ __all__ = [
     "Tokenizer",
     "WordTokenizer",
     "get_tokenizer",
+    "lenient",
     "load_tokenizer",
 ]
 

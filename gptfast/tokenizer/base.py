@@ -30,6 +30,10 @@ class Tokenizer(Protocol):
         """One more than the largest id."""
         ...
 
+    def has_token(self, token: int) -> bool:
+        """Whether an id has a token; there may be holes below `vocab_size`."""
+        ...
+
     def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
         """The ids of `text`.
 
@@ -61,6 +65,48 @@ class Tokenizer(Protocol):
     def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
         """The tokenizer whose files are in `folder`."""
         ...
+
+
+class Lenient:
+    """A tokenizer in whose decoding ids without a token have no text; else it is `inner`.
+
+    For texts in the making: a user may ask for such an id, and one id must not end a text, let alone those of others.
+    """
+
+    def __init__(self, inner: Tokenizer) -> None:
+        self.inner, self.kind = inner, inner.kind
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.inner.eos_id
+
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.vocab_size
+
+    def has_token(self, token: int) -> bool:
+        return self.inner.has_token(token)
+
+    def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
+        return self.inner.encode(text, allowed_special)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.inner.decode(filter(self.inner.has_token, ids))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self.inner.decode_bytes(filter(self.inner.has_token, ids))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        self.inner.save(folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Lenient:
+        raise TypeError("Lenient.load: it has no files of its own; use lenient(load_tokenizer(folder))")
+
+
+def lenient(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, decoding ids without a token to nothing."""
+    return tokenizer if isinstance(tokenizer, Lenient) or not hasattr(tokenizer, "has_token") else Lenient(tokenizer)
 
 
 class StreamDecoder:

@@ -79,6 +79,9 @@ class BPETokenizer:
     def vocab_size(self) -> int:
         return max(self.vocab.values()) + 1
 
+    def has_token(self, token: int) -> bool:
+        return token in self._ranks
+
     def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
         check_text("BPETokenizer", text)
         allowed = choose_special("BPETokenizer", allowed_special, self.specials)

@@ -47,6 +47,9 @@ class OpenAIGPTTokenizer:
     def vocab_size(self) -> int:
         return max(self._tokens) + 1
 
+    def has_token(self, token: int) -> bool:
+        return token in self._tokens
+
     def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
         check_text("OpenAIGPTTokenizer", text)
         choose_special("OpenAIGPTTokenizer", allowed_special, ())

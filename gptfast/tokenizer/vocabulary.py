@@ -42,6 +42,9 @@ class _ListTokenizer:
     def vocab_size(self) -> int:
         return len(self.tokens)
 
+    def has_token(self, token: int) -> bool:
+        return 0 <= token < len(self.tokens)
+
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self._token(int(i)) for i in ids)
 

@@ -1,0 +1,225 @@
+"""Whether a GPT's modules still are what its config says.
+
+A packed copy, a captured step and a checkpoint are made from the config and the parameters. They hold for the model only
+while nothing else decides its answers: no other module, attribute or method, no hook. C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gptfast.models.config import GPTConfig
+from gptfast.nn import MLP, Block, CausalSelfAttention, LayerNorm, Linear
+from gptfast.nn.position import SinusoidalEmbedding, sinusoids
+
+if TYPE_CHECKING:
+    from gptfast.models.gpt import GPT
+
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+DROPOUTS = ("attn_pdrop", "resid_pdrop")
+FREE = {  # what an instance or a subclass may define anew without changing what a forward computes
+    *("__init__", "__doc__", "__module__", "__annotations__", "__repr__", "__parameters__", "__orig_bases__"),
+    *("__dict__", "__weakref__", "__new__", "__init_subclass__"),
+    *("__static_attributes__", "__firstlineno__", "__annotate_func__", "__annotations_cache__", "__qualname__"),
+    *("extra_repr", "dump_patches", "training", "call_super_init", "_version", "_compiled_call_impl"),
+    *("generate", "sequences", "compile_for_inference", "from_pretrained", "save_pretrained", "tie_weights"),
+    *("num_parameters", "flops_per_token", "_init_weights", "train", "eval", "to", "zero_grad"),
+}
+
+
+PLAIN_TENSORS = ("Parameter", "Tensor", "FakeTensor")  # not those of libraries, which compute in ways of their own
+USUAL = vars(nn.Module()).keys()  # what every module has
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module as the config wants it: its class, the shapes of its own tensors, and its attributes."""
+
+    kind: type[nn.Module]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    root: bool = False  # a subclass will do
+
+
+def difference(model: GPT, saved: bool = False) -> str | None:
+    """The first thing in which the model's modules are not what its config says, in words; None: they are.
+
+    Whether the head is tied counts as said by the tensors; see `true_config`. Values of parameters are not looked at.
+
+    Args:
+        model: a GPT.
+        saved: also compare what a checkpoint has no place for: dropout rates, and the values of fixed embeddings.
+    """
+    wanted, found = _parts(model.config), dict(model.named_modules(remove_duplicate=False))
+    told = _in_classes(model) or _in_blocks(model) or _global_hooks()
+    if told is not None:
+        return told
+    for name, part in wanted.items():  # what is inside a module comes behind it
+        told = _in_module(found[name], part, saved) if name in found else "is missing"
+        if told is not None:
+            return f"{name or 'the model'} {told}"
+    for name, module in found.items():
+        if name not in wanted:
+            return f"{name}, a {type(module).__name__}, has no place in a GPT of this config"
+    return _in_sinusoids(model) if saved else None
+
+
+def true_config(model: GPT) -> GPTConfig:
+    """The model's config, with `tie_weights` as the tensors are."""
+    tied = is_tied(model)
+    return model.config if model.config.tie_weights == tied else model.config.replace(tie_weights=tied)
+
+
+def is_tied(model: GPT) -> bool:
+    """Whether head and token embedding are one tensor, or two that share all of their memory."""
+    head, embedding = model.lm_head.weight, model.wte.weight
+    if head is embedding:
+        return True
+    if head.shape != embedding.shape or head.dtype != embedding.dtype or head.device != embedding.device:
+        return False
+    return (
+        head.device.type != "meta" and head.data_ptr() == embedding.data_ptr() and head.stride() == embedding.stride()
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a forward of the module is a product with `module.weight` and nothing else."""
+    return (
+        type(module) is Linear
+        and module.bias is None
+        and module.activation is None
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and (torch.compiler.is_compiling() or "forward" not in vars(module))
+    )
+
+
+@lru_cache(maxsize=16)
+def _parts(config: GPTConfig) -> dict[str, Part]:
+    """Every module of a GPT by name."""
+    from gptfast.models.gpt import GPT
+
+    C, V = config.n_embd, config.vocab_size
+    learned = config.position_embedding == "learned"
+
+    def linear(out: int, of: int, bias: bool, activation: str | None = None) -> Part:
+        shapes = {"weight": (out, of)} | ({"bias": (out,)} if bias else {})
+        return Part(Linear, shapes, {"activation": activation})
+
+    norm = Part(
+        LayerNorm,
+        {"weight": (C,)} | ({"bias": (C,)} if config.bias else {}),
+        {"eps": config.layer_norm_epsilon, "normalized_shape": (C,)},
+    )
+    parts = {
+        "": Part(GPT, root=True),
+        "wte": Part(nn.Embedding, {"weight": (V, C)}),
+        "wpe": Part(nn.Embedding if learned else SinusoidalEmbedding, {"weight": (config.block_size, C)}),
+        "h": Part(nn.ModuleList),
+        "lm_head": linear(V, C, bias=False),
+    }
+    parts |= {"ln_f": norm} if config.final_norm else {}
+    for layer in range(config.n_layer):
+        heads = {"n_head": config.n_head, "head_dim": config.head_dim, "window": config.window_of(layer)}
+        pre_norm = config.norm_position == "pre"
+        block = {
+            "": Part(Block, {}, {"pre_norm": pre_norm, "resid_pdrop": config.resid_pdrop}),
+            ".ln_1": norm,
+            ".attn": Part(CausalSelfAttention, {}, {**heads, "attn_pdrop": config.attn_pdrop}),
+            ".attn.c_attn": linear(3 * C, C, config.bias),
+            ".attn.c_proj": linear(C, C, config.bias),
+            ".ln_2": norm,
+            ".mlp": Part(MLP),
+            ".mlp.c_fc": linear(config.inner_dim, C, config.bias, config.activation),
+            ".mlp.c_proj": linear(C, config.inner_dim, config.bias),
+        }
+        parts |= {f"h.{layer}{name}": part for name, part in block.items()}
+    return parts
+
+
+def _in_classes(model: GPT) -> str | None:
+    """A subclass may add methods, but a forward must not come across one of its own; and ours must be ours still."""
+    from gptfast.models.gpt import GPT
+
+    for kind in type(model).__mro__[: type(model).__mro__.index(GPT)]:
+        for name in vars(kind):
+            if name not in FREE and hasattr(GPT, name):
+                return f"the model is a {type(model).__name__}, in which {kind.__name__} overrides {name}"
+    for kind, methods in _methods.items():
+        if _methods_of(kind) != methods:
+            return f"a method of the class {kind.__name__} was replaced"
+    return None
+
+
+def _in_blocks(model: GPT) -> str | None:
+    blocks, wanted = getattr(model, "h", None), model.config.n_layer
+    count = len(blocks) if isinstance(blocks, nn.ModuleList) else wanted  # another class is told later
+    return None if count == wanted else f"h has {count} blocks and the config says n_layer={wanted}"
+
+
+def _global_hooks() -> str | None:
+    hooked = any(getattr(nn.modules.module, name, None) for name in GLOBAL_HOOKS)
+    return "a forward hook of all modules (torch.nn.modules.module) is registered" if hooked else None
+
+
+def _in_module(module: nn.Module, part: Part, saved: bool) -> str | None:
+    """What is not as `part` says, to be read behind the module's name."""
+    kind = type(module)
+    if kind is not part.kind and not (part.root and issubclass(kind, part.kind)):
+        return (
+            f"is a {kind.__module__}.{kind.__qualname__}; the config says {part.kind.__module__}.{part.kind.__name__}"
+        )
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has a forward hook"
+    for name in vars(module).keys() - USUAL:
+        if name not in FREE and _is_code(getattr(kind, name, None)):
+            return f"has {name} replaced on the instance"
+    for name, value in part.attributes.items():
+        got = getattr(module, name, None)
+        if got != value and (saved or name not in DROPOUTS):
+            return f"has {name}={got!r} and the config says {value!r}"
+    return _in_tensors(module, part.shapes)
+
+
+def _is_code(value: Any) -> bool:
+    return callable(value) or isinstance(value, property)
+
+
+def _in_tensors(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    own: dict[str, Tensor] = {n: x for n, x in {**module._parameters, **module._buffers}.items() if x is not None}
+    for name, x in own.items():
+        if name not in shapes:
+            return f"has {name}, a tensor of {tuple(x.shape)}, and the config says none"
+        if tuple(x.shape) != shapes[name]:
+            return f"has {name} of shape {tuple(x.shape)} and the config says {shapes[name]}"
+        if type(x).__name__ not in PLAIN_TENSORS or not x.is_floating_point() or x.layout != torch.strided:
+            return f"has {name}, a {type(x).__name__} of {x.dtype}; expected a plain parameter"
+    missing = [name for name in shapes if name not in own]
+    return f"has no {missing[0]} of its own, and the config says one of {shapes[missing[0]]}" if missing else None
+
+
+def _in_sinusoids(model: GPT) -> str | None:
+    config = model.config
+    if config.position_embedding == "learned" or model.wpe.weight.is_meta:
+        return None
+    fixed = sinusoids(config.block_size, config.n_embd).to(model.wpe.weight)
+    return None if torch.equal(fixed, model.wpe.weight) else "wpe has other values than the config's sinusoids"
+
+
+def _methods_of(kind: type[nn.Module]) -> dict[str, Any]:
+    return {name: value for name, value in vars(kind).items() if name not in FREE and _is_code(value)}
+
+
+_methods: dict[type[nn.Module], dict[str, Any]] = {}
+
+
+def remember_methods(*kinds: type[nn.Module]) -> None:
+    """Note the methods of classes as they are now: libraries replace them on the class, which no instance shows."""
+    _methods.update((kind, _methods_of(kind)) for kind in kinds)
+
+
+remember_methods(Linear, LayerNorm, CausalSelfAttention, Block, MLP)
