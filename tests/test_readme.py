@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import emulated
 import pytest
@@ -49,11 +51,24 @@ def test_support_matrix():
             assert works == cell, (row[0], name)
 
 
-def test_the_python_runs():
-    [code] = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    namespace: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), namespace)
+def test_the_python_runs(tmp_path, capsys):
+    """All blocks, one after another; the loss is what transformers computes from the same weights and text."""
+    transformers = pytest.importorskip("transformers")
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert len(blocks) == 3
+    namespace: dict[str, Any] = {}
+    for n, code in enumerate(blocks):
+        exec(compile(code, f"README.md, block {n}", "exec"), namespace)
+    model, tokens = namespace["model"].eval(), namespace["tokens"]
+    assert capsys.readouterr().out.startswith("To be, or not to be")
+    assert namespace["logits"] is None
     assert namespace["out"].shape == (2, 8, 1024, 64)
+    assert not torch.equal(namespace["out"], namespace["again"])
+    head = namespace["head_and_loss"].linear.weight
+    assert namespace["head_loss"].item() == pytest.approx(math.log(len(head)), rel=0.1)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()(tokens, labels=tokens).loss
+    assert model(tokens[:, :-1], tokens[:, 1:])[1].item() == pytest.approx(theirs.item(), abs=1e-4)
 
 
 def test_the_tree_exists():
