@@ -132,3 +132,14 @@ def test_info_prints_the_tally(monkeypatch):
     assert "175,221,817,344" in printed.output
     assert "700.9 GB in fp32, 350.4 GB in bf16" in printed.output
     assert "is the embedding" in CliRunner().invoke(app, ["info", "gpt2"]).output
+
+
+def test_info_lists_the_presets(monkeypatch):
+    from gptfast.cli import app
+
+    monkeypatch.setenv("COLUMNS", "120")
+    printed = CliRunner().invoke(app, ["info"])
+    assert printed.exit_code == 0
+    lines = [line for line in printed.output.splitlines() if line.startswith("│ gpt")]
+    assert [line.split()[1] for line in lines] == list(PRESETS)
+    assert lines[1].split("│")[-2].strip() == "124.4M"

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 def info(
     model: Annotated[
-        str,
-        typer.Argument(help="A preset (gpt2, gpt3-175b, ...), a checkpoint folder or a Hugging Face hub id."),
-    ],
+        str | None,
+        typer.Argument(
+            help="A preset (gpt2, gpt3-175b, ...), a checkpoint folder or a Hugging Face hub id. Without it: the presets.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Print the parameters of a model by matrix category, and the memory that they need.
+    """Print the parameters of a model by matrix category, and the memory that they need; or list the presets.
 
     A folder's files are compared with each other, and those of a training run with their checksums.
     """
@@ -30,6 +33,9 @@ def info(
     from gptfast.models.metadata import Metadata
     from gptfast.models.tally import tally
 
+    if model is None:
+        Console().print(_presets())
+        return
     config, metadata, sums = (GPTConfig.preset(model), Metadata(), {}) if model in PRESETS else _read(model)
     rows = tally(config)
     console = Console()
@@ -70,6 +76,23 @@ def _read(model: str) -> tuple[GPTConfig, Metadata, dict[str, str]]:
         return stored.config, stored.metadata, verify(folder)
 
     return read_whole(folder, read)
+
+
+def _presets() -> Table:
+    from rich.table import Table
+
+    from gptfast.models.config import PRESETS, GPTConfig
+    from gptfast.models.tally import tally
+
+    table = Table(title="presets", title_justify="left", title_style="bold")
+    table.add_column("name")
+    for heading in ("layers", "heads", "channels", "context", "vocabulary", "parameters"):
+        table.add_column(heading, justify="right")
+    for name in PRESETS:
+        config = GPTConfig.preset(name)
+        sizes = (config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size)
+        table.add_row(name, *map(str, sizes), _short(sum(row.count for row in tally(config))))
+    return table
 
 
 def _shape(config: GPTConfig) -> str:
