@@ -32,7 +32,7 @@ from gptfast.data import write_tokens
 from gptfast.models import GPT, GPTConfig
 from gptfast.ops import gemm
 from gptfast.tokenizer import CharTokenizer, load_tokenizer
-from gptfast.training import TrainConfig, Trainer, accumulate_gradients, read_checkpoint, timing
+from gptfast.training import TrainConfig, Trainer, accumulate_gradients, machine, read_checkpoint, timing
 from gptfast.training.checkpoint import copy_checkpoint, save_checkpoint, verify
 from gptfast.training.compare import compare_step, eager_loss, gptfast_loss, torch_loss
 from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_batches
@@ -578,6 +578,36 @@ def test_without_a_terminal_progress_is_lines_of_known_figures():
     expected += ["step 3/90  loss 4.2500  val 4.3000  1,234 tokens/s  41% of peak  ETA 1:05"]
     assert console.file.getvalue().splitlines() == expected
     assert clock(3723) == "1:02:03"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 132])
+def test_the_bar_keeps_step_and_time_in_a_narrow_terminal(width):
+    screen = io.StringIO()
+    progress = TrainingProgress(console=Console(file=screen, force_terminal=True, width=width, highlight=False))
+    with progress:
+        progress.show(Figures(1850, 20000, 5.0412, 5.5646, 21997.0, 42.0, 65.0))
+    last = screen.getvalue().split("\x1b[?25h")[0].splitlines()[-1]
+    for part in ("1850/20000", "loss 5.0412", "ETA 1:05"):
+        assert part in last, last
+    assert "…" not in last
+    shown = {60: "val 5.5646", 80: "21,997 tokens/s  ", 100: "42% of peak"}
+    assert all(text.strip() in last for least, text in shown.items() if width >= least)
+
+
+def test_percent_of_peak_is_never_above_100(tmp_path, monkeypatch):
+    """A peak that was measured while the machine was busy is left out, and measured again at each evaluation."""
+    measured = iter([1e3, 2e15, 1.0])
+    monkeypatch.setattr(machine, "_measure_peak", lambda dtype, device: next(measured))
+    monkeypatch.setattr(machine, "_peaks", {})
+    trainer = make_trainer(tmp_path, QUICK.replace(max_steps=9, eval_every=7, eval_batches=1))
+    figures = []
+    monkeypatch.setattr(trainer.progress, "show", lambda shown, important=False: figures.append(shown))
+    trainer.train()
+    assert trainer.peak_flops == 2e15, "the largest of all measurements"
+    shares = {f.step: f.percent_of_peak for f in figures}
+    assert shares[6] is None, "more than the peak: the measurement was wrong"
+    assert shares[8] is not None
+    assert shares[8] <= 100
 
 
 def test_the_step_that_is_compared_is_the_same_computation():

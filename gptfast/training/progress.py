@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 _LINE_SECONDS = 10.0  # between plain lines
+# What a bar shows beside "step 1234/20000", and the columns of the terminal from which on there is room for it.
+_FROM_WIDTH = {"bar": 100, "loss": 0, "val": 52, "speed": 68, "peak": 80, "left": 0}
 
 
 @dataclass
@@ -57,12 +59,13 @@ class TrainingProgress:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._enabled = enabled
         self._live = enabled and self.console.is_terminal
-        texts = [TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "val", "speed", "peak", "left")]
+        fitting = [name for name, width in _FROM_WIDTH.items() if self.console.width >= width]
+        columns = {name: TextColumn(f"{{task.fields[{name}]}}") for name in fitting if name != "bar"}
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            *texts,
+            *([BarColumn(bar_width=None)] if "bar" in fitting else []),
+            *columns.values(),
             console=self.console,
             disable=not self._live,
             expand=True,

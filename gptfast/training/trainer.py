@@ -233,6 +233,7 @@ class Trainer:
         batches = evaluation_batches(self.val_tokens, self.block_size, config.batch_size, config.eval_batches)
         self._val_loss, _ = evaluate(self.model, batches, self._autocast, self.device)
         self._evaluated = state.step
+        self.peak_flops = peak_flops(self.dtype, self.device, again=True)
         if state.best_val_loss is None or self._val_loss < state.best_val_loss:
             state.best_val_loss, state.best_step = self._val_loss, state.step
         self.log.write(step=state.step, val_loss=self._val_loss)
@@ -265,7 +266,8 @@ class Trainer:
             loss=self._loss,
             val_loss=self._val_loss,
             tokens_per_second=speed,
-            percent_of_peak=None if flops is None else 100 * flops / self.peak_flops,
+            # None where the peak was measured while the machine was busy, and is too small
+            percent_of_peak=None if flops is None or flops > self.peak_flops else 100 * flops / self.peak_flops,
             seconds_left=None if speed is None or planned is None else (planned - step) * self.clock.seconds_per_step(),
         )
 
