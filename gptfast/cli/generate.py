@@ -32,6 +32,12 @@ def generate(
         Path | None,
         typer.Option(help="Read one prompt from this UTF-8 text file instead; a newline at its very end is left out."),
     ] = None,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            help="Special tokens in prompts, such as <|endoftext|>, count as such; without, as ordinary text."
+        ),
+    ] = True,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -177,10 +183,10 @@ def generate(
                 "generate: --input with --prompt, --prompt-file, --assistant-model or --show-probabilities; a file of "
                 "prompts needs none of them - leave them out"
             )
-        return _run_file(gpt, tokenizer, input, output, batch_size, options, drawing)
+        return _run_file(gpt, tokenizer, input, output, batch_size, options, drawing, special_tokens)
     if num_beams == 1 or do_sample:
         options = {**(without_greedy(drawing) if do_sample else drawing), **options}
-    ids = [_encode(tokenizer, text) for text in texts]
+    ids = [_encode(tokenizer, text, special_tokens) for text in texts]
     options.setdefault("max_new_tokens", default_new_tokens(gpt, max(map(len, ids)), options))
     options["tokenizer"] = tokenizer
     options |= {"assistant_model": load(assistant_model, None)[0]} if assistant_model else {}
@@ -203,6 +209,7 @@ def _run_file(
     batch_size: int,
     options: dict[str, Any],
     drawing: dict[str, Any],
+    special_tokens: bool,
 ) -> None:
     """Every prompt of a file, with a bar on the terminal."""
     from rich.console import Console
@@ -211,7 +218,7 @@ def _run_file(
     from gptfast.generation.jobs import read_jobs, run_jobs
 
     check_batch_size("generate", batch_size)
-    jobs = read_jobs(source, gpt, tokenizer, options, drawing)
+    jobs = read_jobs(source, gpt, tokenizer, options, drawing, special_tokens)
     start, made, kept = time.perf_counter(), 0, None
     columns = (
         TextColumn("texts"),
@@ -285,8 +292,10 @@ def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
         raise ValueError(f"generate: standard input is not UTF-8 ({error}); expected UTF-8 text") from None
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
+    from gptfast.tokenizer import encode_prompt
+
     if not text:
         start = "a newline" if tokenizer.eos_id is None else "<|endoftext|> to begin a new document"
         raise ValueError(f"generate: the prompt is empty; give at least one character, such as {start}")
-    return tokenizer.encode(text, allowed_special="all")
+    return encode_prompt(tokenizer, text, special)

@@ -30,6 +30,12 @@ def serve(
         ),
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond this machine without a key.")] = False,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            help="Special tokens in prompts, such as <|endoftext|>, count as such; without, as ordinary text."
+        ),
+    ] = True,
     quantize: Annotated[
         str | None,
         typer.Option(help="Pack the weights in int8, int6, q4, int4, nf4, bf16 or fp32 for the native CPU engine."),
@@ -66,7 +72,13 @@ def serve(
     connections = choose_connections(max_connections, batch_size + max_queue)
     with bind(host, port) as bound:
         writer, tokenizer = load(model, quantize)
-        limits = Limits(max_rows=batch_size, max_queue=max_queue, seconds=timeout, max_connections=connections)
+        limits = Limits(
+            max_rows=batch_size,
+            max_queue=max_queue,
+            seconds=timeout,
+            max_connections=connections,
+            special_tokens=special_tokens,
+        )
         run(create_app(writer, tokenizer, name or _name(model), limits, key), bound)
 
 

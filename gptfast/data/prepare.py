@@ -241,7 +241,8 @@ def _write_part(
 def _encode(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
     """The ids of each piece of a document, and how many bytes of text they stand for."""
     start = 0
-    for piece in pieces(document.text):
+    whole = getattr(tokenizer, "whole_texts", False)
+    for piece in [document.text] if whole else pieces(document.text):
         try:
             ids = tokenizer.encode(piece)
         except ValueError as error:

@@ -23,7 +23,7 @@ from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.sequences import LanguageModel
 from gptfast.generation.stopping import Stopping
 from gptfast.models.metadata import metadata_of, without_greedy
-from gptfast.tokenizer import Tokenizer, lenient
+from gptfast.tokenizer import Tokenizer, encode_prompt, lenient
 
 BEGINNING = b'{"line": '  # of every line of an output
 MAX_NEW_TOKENS = 200  # unless said otherwise, and as far as the model has room
@@ -53,6 +53,7 @@ def read_jobs(
     tokenizer: Tokenizer,
     options: dict[str, Any],
     drawing: Mapping[str, Any] | None = None,
+    special_tokens: bool = True,
 ) -> list[Job]:
     """The jobs in a file: each line a JSON string (the prompt) or an object with "prompt" and options of its own.
 
@@ -61,6 +62,7 @@ def read_jobs(
         model, tokenizer: which the prompts must suit.
         options: fields of `GenerationConfig` for lines that do not name them.
         drawing: more of them, for lines that draw (no beams, or beams with do_sample).
+        special_tokens: whether prompts may name them, see `gptfast.tokenizer.encode_prompt`.
     Raises:
         ValueError: a bad line; the text has its number, what is wrong, and how many more there are.
     """
@@ -69,7 +71,7 @@ def read_jobs(
         if not text.strip():
             continue
         try:
-            jobs.append(_read_job(number, text, model, tokenizer, options, drawing or {}))
+            jobs.append(_read_job(number, text, model, tokenizer, options, drawing or {}, special_tokens))
         except (ValueError, TypeError) as error:
             errors.append(f"{path}, line {number}: {error}")
     if errors:
@@ -87,6 +89,7 @@ def _read_job(
     tokenizer: Tokenizer,
     options: dict[str, Any],
     drawing: Mapping[str, Any],
+    special_tokens: bool,
 ) -> Job:
     try:
         value = json.loads(text)
@@ -101,7 +104,7 @@ def _read_job(
     if not isinstance(prompt, str) or not prompt:
         raise ValueError('expected a JSON string, or an object with a "prompt" of at least one character')
     _check_characters(prompt)
-    ids = tokenizer.encode(prompt, allowed_special="all")
+    ids = encode_prompt(tokenizer, prompt, special_tokens)
     options = {**options, **value}
     if isinstance(options.get("logit_bias"), dict):
         options["logit_bias"] = _token_keys(options["logit_bias"])

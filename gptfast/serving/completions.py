@@ -50,6 +50,7 @@ class Limits:
         max_body: bytes of one request; more are refused with 413.
         max_events: parts of streams sent per second, all streams together; with many streams the tokens of several steps
             go out in one, as sending them one by one would take the time of the cores that write.
+        special_tokens: whether prompts may name them, see `gptfast.tokenizer.encode_prompt`.
     """
 
     max_rows: int = 16
@@ -61,6 +62,7 @@ class Limits:
     max_connections: int | None = None
     max_body: int = 1 << 20
     max_events: float = 200.0
+    special_tokens: bool = True
 
 
 class Deadline:
@@ -98,9 +100,9 @@ class Server:
         ask.refuse_what_is_not_here()
         try:
             if len(body) < LONG_BODY:
-                prompts = ask.prompts(self._tokenizer)
+                prompts = ask.prompts(self._tokenizer, self._limits.special_tokens)
             else:  # aside: the streams of others go on meanwhile
-                prompts = await asyncio.to_thread(ask.prompts, self._tokenizer)
+                prompts = await asyncio.to_thread(ask.prompts, self._tokenizer, self._limits.special_tokens)
             requests = self._requests(ask, prompts)
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error).removeprefix("generate: ")) from None

@@ -14,7 +14,7 @@ from gptfast.generation import Request, Token
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.stopping import Stopping
 from gptfast.serving.text import ChoiceText, Offsets, token_text
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer import Tokenizer, encode_prompt
 
 DEFAULT_MAX_TOKENS = 16
 MOST_LOGPROBS = 20
@@ -101,7 +101,7 @@ class Completion(BaseModel):
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+    def prompts(self, tokenizer: Tokenizer, special: bool = True) -> list[list[int]]:
         """The token ids of each prompt; "" begins a new text where the vocabulary has an end token."""
         prompt: list[Any]
         if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
@@ -110,7 +110,7 @@ class Completion(BaseModel):
             prompt = list(self.prompt)
         if not prompt:
             raise ApiError(400, "prompt holds nothing; expected a text, token ids, or a list of these", "prompt")
-        ids = [tokenizer.encode(part) if isinstance(part, str) else part for part in prompt]
+        ids = [encode_prompt(tokenizer, part, special) if isinstance(part, str) else part for part in prompt]
         return [part or ([] if tokenizer.eos_id is None else [tokenizer.eos_id]) for part in ids]
 
     def request(

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from gptfast._json import NULL, field, read_json
+from gptfast._json import NULL, field, naming, read_json
 from gptfast._snapshots import current, read_whole
-from gptfast.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, lenient
+from gptfast.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, encode_prompt, lenient
 from gptfast.tokenizer.bpe import BPETokenizer, GPT2Tokenizer
 from gptfast.tokenizer.gpt1 import OpenAIGPTTokenizer
+from gptfast.tokenizer.hf import HFTokenizer
 from gptfast.tokenizer.hf_files import read_hf_files
 from gptfast.tokenizer.vocabulary import FILE_NAME, CharTokenizer, WordTokenizer
 
@@ -19,10 +20,12 @@ __all__ = [
     "BPETokenizer",
     "CharTokenizer",
     "GPT2Tokenizer",
+    "HFTokenizer",
     "OpenAIGPTTokenizer",
     "StreamDecoder",
     "Tokenizer",
     "WordTokenizer",
+    "encode_prompt",
     "get_tokenizer",
     "lenient",
     "load_tokenizer",
@@ -90,6 +93,9 @@ def _load(folder: Path) -> Tokenizer:
         if kind is not None:
             return {"char": CharTokenizer, "word": WordTokenizer}[kind].load(folder)
     found = read_hf_files(folder)
+    if not found.plain:
+        with naming(folder):
+            return HFTokenizer(found)
     return BPETokenizer.load(folder) if found.byte_level else OpenAIGPTTokenizer.load(folder)
 
 

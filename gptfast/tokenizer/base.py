@@ -7,14 +7,15 @@ import os
 from collections.abc import Collection, Iterable
 from typing import Literal, Protocol
 
-END_OF_TEXT = "<|endoftext|>"
+from gptfast.tokenizer.added import END_OF_TEXT as END_OF_TEXT
+
 AllowedSpecial = Collection[str] | Literal["all"]
 
 
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    `kind` is "gpt2", "bpe", "openai-gpt", "char" or "word"; `eos_id` is the token that ends a document, or
+    `kind` is "gpt2", "bpe", "openai-gpt", "hf", "char" or "word"; `eos_id` is the token that ends a document, or
     None where the vocabulary has no such token (characters, GPT-1).
     """
 
@@ -175,6 +176,12 @@ def choose_special(owner: str, allowed: AllowedSpecial, specials: Collection[str
             f"{', '.join(map(repr, sorted(specials))) or 'no special tokens'} - leave it out or pass 'all'"
         )
     return set(allowed)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
+    """The ids of a prompt, by one rule wherever gptfast takes one: special tokens that it names become their ids, as in
+    vLLM and llama.cpp. special=False takes them for ordinary text, which prompts of strangers should be."""
+    return tokenizer.encode(text, allowed_special="all" if special else ())
 
 
 def unknown_id(owner: str, token: object, vocab_size: int) -> ValueError:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, repeat
 from json import loads
+from typing import Any
 
 import tiktoken
 from tokenizers import Tokenizer as RustTokenizer
@@ -18,24 +19,14 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from gptfast._files import read_asset
 from gptfast._json import naming
+from gptfast.tokenizer.added import FLAGS
 from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, unknown_id
-from gptfast.tokenizer.hf_files import Merge, parse_merges, read_hf_files, write_hf_files
+from gptfast.tokenizer.hf_files import Merge, byte_alphabet, parse_merges, read_hf_files, write_hf_files
 from gptfast.tokenizer.vocabulary import as_texts
 
 # The pattern of GPT-2 (https://github.com/openai/gpt-2, src/encoder.py), written with tiktoken's possessive
 # quantifiers.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-
-def byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable character for each byte, in the order of the first 256 ids.
-
-    Bytes that print as themselves in Latin-1 come first; the others (blanks, controls) follow as U+0100 and
-    up.
-    """
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 _CHARACTER = byte_alphabet()
@@ -50,14 +41,21 @@ class BPETokenizer:
             token.
         merges: pairs of tokens, the first learnt first.
         eos_token: the special token that ends a document; `eos_id` is None where `vocab` has no such token.
+        settings: of the tokenizer_config.json that it came from, which `save` writes back.
     Raises:
         ValueError: vocab lacks a byte or a merged token, or gives two tokens one id.
     """
 
     kind = "bpe"
 
-    def __init__(self, vocab: Mapping[str, int], merges: Sequence[Merge], eos_token: str | None = END_OF_TEXT) -> None:
-        self.vocab, self.merges = dict(vocab), list(merges)
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[Merge],
+        eos_token: str | None = END_OF_TEXT,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.vocab, self.merges, self._settings = dict(vocab), list(merges), dict(settings or {})
         ranks = _ranks(self.merges)
         tokens = [_write(token) for token in ranks]
         _check_vocab(self.vocab, tokens)
@@ -102,7 +100,12 @@ class BPETokenizer:
         them."""
         eos = next((token for token, i in self.specials.items() if i == self.eos_id), None)
         special = {name: eos for name in ("bos_token", "eos_token", "unk_token") if eos is not None}
-        write_hf_files(folder, self.vocab, self.merges, {"tokenizer_class": "GPT2Tokenizer", **special})
+        config = {**special, **self._settings, "tokenizer_class": "GPT2Tokenizer"}
+        if self._settings or list(self.specials) != [eos]:
+            config["added_tokens_decoder"] = {
+                str(i): {"content": t, "special": True, **dict.fromkeys(FLAGS, False)} for t, i in self.specials.items()
+            }
+        write_hf_files(folder, self.vocab, self.merges, config)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> BPETokenizer:
@@ -114,7 +117,12 @@ class BPETokenizer:
                 "use load_tokenizer(folder)"
             )
         with naming(folder):
-            return BPETokenizer(found.vocab, found.merges, found.eos_token or END_OF_TEXT)
+            if not found.plain:
+                raise ValueError(
+                    "BPETokenizer.load: there are added tokens or settings (such as add_prefix_space) beyond GPT-2's; use "
+                    "load_tokenizer(folder)"
+                )
+            return BPETokenizer(found.vocab, found.merges, found.eos_token or END_OF_TEXT, found.settings)
 
     @classmethod
     def from_merges(cls, merges: Sequence[Merge]) -> BPETokenizer:

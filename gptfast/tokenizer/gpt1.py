@@ -38,9 +38,11 @@ class OpenAIGPTTokenizer:
             raise ValueError(
                 f"OpenAIGPTTokenizer: {error}; vocab.json and merges.txt belong to different tokenizers"
             ) from error
-        self._rust = RustTokenizer(model)
-        self._rust.normalizer = normalizers.BertNormalizer(lowercase=True)
-        self._rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._rust, self._with_unk = RustTokenizer(model), RustTokenizer(model)
+        for rust in (self._rust, self._with_unk):
+            rust.normalizer = normalizers.BertNormalizer(lowercase=True)
+            rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._with_unk.add_special_tokens([unk_token])
         self._tokens = {i: token for token, i in self.vocab.items()}
 
     @property
@@ -52,8 +54,8 @@ class OpenAIGPTTokenizer:
 
     def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
         check_text("OpenAIGPTTokenizer", text)
-        choose_special("OpenAIGPTTokenizer", allowed_special, ())
-        return self._rust.encode(text).ids
+        allowed = choose_special("OpenAIGPTTokenizer", allowed_special, (self.unk_token,))
+        return (self._with_unk if allowed else self._rust).encode(text).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8").removesuffix(" ")

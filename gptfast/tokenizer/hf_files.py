@@ -11,8 +11,9 @@ from typing import Any
 
 from gptfast._files import read_text
 from gptfast._folders import staged_folder
-from gptfast._json import NULL, expect, field, items, read_json, short
+from gptfast._json import expect, field, items, read_json, short
 from gptfast._snapshots import TOKENIZER, current, read_whole
+from gptfast.tokenizer.added import END_OF_TEXT, gather, named_token, read_settings
 
 Merge = tuple[str, str]
 MOST_IDS = 2**31 - 1  # as sizes of models
@@ -20,45 +21,189 @@ MOST_IDS = 2**31 - 1  # as sizes of models
 
 @dataclass(frozen=True)
 class HFFiles:
-    """vocab: token -> id; merges: pairs, first learnt first; eos_token: as the folder's settings name it, or
-    None."""
+    """A folder's tokenizer, from whichever of its files say it; tokenizer.json counts before vocab.json and merges.txt.
+
+    vocab: token -> id, added tokens among them; merges: pairs, first learnt first; eos_token: as the settings name it, or
+    None; spec: the content of a tokenizer.json; settings: of tokenizer_config.json and special_tokens_map.json.
+    """
 
     vocab: dict[str, int]
     merges: list[Merge]
     eos_token: str | None
+    spec: dict[str, Any]
+    settings: dict[str, Any]
 
     @property
     def byte_level(self) -> bool:
         """True for GPT-2's kind, False for GPT-1's, whose words end in </w>."""
-        return not any(token.endswith("</w>") for token in self.vocab)
+        return self.spec["model"].get("end_of_word_suffix") != "</w>"
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is GPT-2's or GPT-1's tokenizer as published but for vocabulary, merges and special tokens."""
+        spec, added = self.spec, self.spec["added_tokens"]
+        post = spec.get("post_processor") or {"type": "ByteLevel"}
+        names = [token["content"] for token in added]
+        if post["type"] != "ByteLevel" or any(
+            not t["special"] or t["lstrip"] or t["rstrip"] or t["single_word"] for t in added
+        ):
+            return False
+        if any(a != b and b.startswith(a) for a in names for b in names):
+            return False  # the longer one counts, which tiktoken does not promise
+        if not self.byte_level:
+            same = all(_same(spec.get(part), wanted) for part, wanted in GPT1.items())
+            return same and set(names) == {spec["model"].get("unk_token")}
+        made = {*byte_alphabet().values(), *(a + b for a, b in self.merges)}
+        if made - self.vocab.keys():  # damaged: told when it is made
+            return True
+        same = all(_same(spec.get(part), wanted) for part, wanted in GPT2.items())
+        return same and self.vocab.keys() - made == set(names) - made and not made & set(names)
+
+
+GPT2 = {
+    "normalizer": None,
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    "decoder": {"type": "ByteLevel"},
+}
+GPT1 = {
+    "normalizer": {"type": "BertNormalizer", "lowercase": True},
+    "pre_tokenizer": {"type": "BertPreTokenizer"},
+    "decoder": {"type": "BPEDecoder", "suffix": "</w>"},
+}
+
+
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable character for each byte, in the order of the first 256 ids.
+
+    Bytes that print as themselves in Latin-1 come first; the others (blanks, controls) follow as U+0100 and
+    up.
+    """
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 def read_hf_files(folder: str | os.PathLike[str]) -> HFFiles:
-    """Read the BPE vocabulary of a checkpoint folder.
+    """Read the BPE tokenizer of a checkpoint folder.
 
     Raises:
         FileNotFoundError: neither vocab.json + merges.txt nor tokenizer.json is there.
-        ValueError: a damaged file, or a tokenizer that is neither GPT-2's kind nor GPT-1's.
+        ValueError: a damaged file, files that contradict each other, or a tokenizer of a kind that gptfast does not know.
     """
     return read_whole(folder, lambda: _read_files(Path(folder)))
 
 
 def _read_files(folder: Path) -> HFFiles:
-    eos_token = _eos_token(folder)
-    vocab_file, merges_file, added_file, fast_file = (
-        current(folder, name) for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json")
+    settings = read_settings(folder)
+    vocab_file, merges_file, fast_file = (
+        current(folder, name) for name in ("vocab.json", "merges.txt", "tokenizer.json")
     )
-    if vocab_file.exists() and merges_file.exists():
-        vocab = _check_ids(vocab_file, read_json(vocab_file))
-        if added_file.exists():
-            vocab |= _check_ids(added_file, read_json(added_file))
-        return HFFiles(vocab, parse_merges(merges_file, read_text(merges_file)), eos_token)
     if fast_file.exists():
-        return _from_fast(fast_file, eos_token)
-    raise FileNotFoundError(
-        f"no tokenizer in {folder}; expected tokenizer.json, or vocab.json with merges.txt - copy the "
-        "tokenizer's files there, or name another folder"
-    )
+        spec = _read_fast(fast_file)
+        vocab = _check_ids(fast_file, field(spec["model"], "vocab", dict, fast_file, {}, inside="model"))
+        pairs = items(
+            field(spec["model"], "merges", list, fast_file, [], inside="model"), (str, list), "model.merges", fast_file
+        )
+        merges = [_pair(n, pair, fast_file) for n, pair in enumerate(pairs)]
+        _check_prefix_space(spec, settings, folder)
+        given = field(spec, "added_tokens", list, fast_file, [])
+    elif vocab_file.exists() and merges_file.exists():
+        vocab, given = _check_ids(vocab_file, read_json(vocab_file)), []
+        merges = parse_merges(merges_file, read_text(merges_file))
+        spec = _usual_spec(vocab, settings)
+    else:
+        raise FileNotFoundError(
+            f"no tokenizer in {folder}; expected tokenizer.json, or vocab.json with merges.txt - copy the "
+            "tokenizer's files there, or name another folder"
+        )
+    base = set(vocab)
+    unk = spec["model"].get("unk_token")
+    named = {"unk_token": unk, **settings} if unk is not None else settings
+    spec["added_tokens"] = gather(folder, named, vocab, given)
+    _check_ids(folder, vocab)
+    if not fast_file.exists():
+        _check_whole(merges_file, base - {token["content"] for token in spec["added_tokens"]}, vocab, merges)
+    spec["model"] |= {"vocab": vocab, "merges": [list(pair) for pair in merges]}
+    _set_ends(spec, settings, folder)
+    return HFFiles(vocab, merges, named_token(settings, "eos_token", folder), spec, settings)
+
+
+def _usual_spec(vocab: dict[str, int], settings: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer.json of vocab.json and merges.txt: transformers' GPT2Tokenizer, or OpenAIGPTTokenizer."""
+    gpt1 = any(token.endswith("</w>") for token in vocab)
+    spec: dict[str, Any] = {"version": "1.0", **(GPT1 if gpt1 else GPT2), "post_processor": None}
+    model: dict[str, Any] = {"type": "BPE", "fuse_unk": False}
+    if gpt1:
+        spec["normalizer"] = {
+            **GPT1["normalizer"],
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+        }
+        model |= {"unk_token": "<unk>", "end_of_word_suffix": "</w>"}
+    else:
+        prefix = bool(settings.get("add_prefix_space"))
+        spec["pre_tokenizer"] = {**GPT2["pre_tokenizer"], "add_prefix_space": prefix, "trim_offsets": True}
+        spec["decoder"] = {**GPT2["pre_tokenizer"], "trim_offsets": True}
+    return {**spec, "model": model}
+
+
+def _check_prefix_space(spec: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    """transformers' GPT-2 class takes tokenizer_config.json's word, its general class that of tokenizer.json."""
+    split = spec.get("pre_tokenizer") or {}
+    if split.get("type") != "ByteLevel":
+        return
+    said = settings.get("add_prefix_space", False if "GPT2" in str(settings.get("tokenizer_class")) else None)
+    if said is not None and bool(said) != bool(split.get("add_prefix_space")):
+        raise ValueError(
+            f"{folder}: add_prefix_space is {bool(said)} by tokenizer_config.json and {bool(split.get('add_prefix_space'))} "
+            "in tokenizer.json, which give other tokens; write the right one into both"
+        )
+
+
+def _check_whole(path: Path, base: set[str], vocab: dict[str, int], merges: list[Merge]) -> None:
+    """Refuse merges that were cut short: tokens of vocab.json that two others make, and no merge."""
+    made = {first + second for first, second in merges}
+    if made - vocab.keys():  # of another tokenizer altogether: told when it is made
+        return
+    lost = [t for t in base - made if any(t[:n] in vocab and t[n:] in vocab for n in range(1, len(t)))]
+    if lost:
+        raise ValueError(
+            f"{path}: no merge makes {len(lost)} tokens of vocab.json, such as {min(lost, key=vocab.__getitem__)!r}; it is cut "
+            "short or of another tokenizer - copy it again (or name these tokens in added_tokens.json, if they are such)"
+        )
+
+
+def _set_ends(spec: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
+    """add_bos_token and add_eos_token, as transformers takes them."""
+    flags = {name: settings.get(f"add_{name}") for name in ("bos_token", "eos_token")}
+    if all(flag is None for flag in flags.values()):
+        return
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    single: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
+    special = {}
+    for name, flag in flags.items():
+        token = named_token(settings, name, folder) or END_OF_TEXT
+        if not flag:
+            continue
+        if token not in ids:
+            raise ValueError(
+                f"{folder}: add_{name} is true, but the vocabulary has no {token!r}; set {name}, or add_{name} false"
+            )
+        special[token] = {"id": token, "ids": [ids[token]], "tokens": [token]}
+        part = {"SpecialToken": {"id": token, "type_id": 0}}
+        single = [part, *single] if name == "bos_token" else [*single, part]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
+    spec["post_processor"] = template if special else None
+
+
+def _same(part: Any, wanted: dict[str, Any] | None) -> bool:
+    """Whether a part of a tokenizer.json does what is wanted; keys that it lacks have the library's defaults."""
+    if wanted is None or part is None:
+        return part == wanted
+    usual = {"use_regex": True}
+    return all(part.get(key, usual.get(key)) == value for key, value in wanted.items())
 
 
 def write_hf_files(
@@ -93,21 +238,24 @@ def parse_merges(source: str | os.PathLike[str], text: str) -> list[Merge]:
     return merges
 
 
-def _from_fast(path: Path, eos_token: str | None) -> HFFiles:
-    """The vocabulary inside a tokenizer.json as the `tokenizers` library writes it."""
+def _read_fast(path: Path) -> dict[str, Any]:
+    """The content of a tokenizer.json, if its tokens are bytes, or words that end in </w>."""
     found = read_json(path)
     model = found.get("model") if isinstance(found, dict) else None
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not _supported(found, path):
+    decoder = found.get("decoder") if isinstance(model, dict) else None
+    split = found.get("pre_tokenizer") if isinstance(model, dict) else None
+    parts = decoder if decoder is not None else split  # a file without a decoder says by how it splits
+    kind = parts.get("type") if isinstance(parts, dict) else None
+    if (
+        not isinstance(model, dict)
+        or model.get("type", "BPE") != "BPE"
+        or (kind not in ("ByteLevel", "BPEDecoder") and model.get("end_of_word_suffix") != "</w>")
+    ):
         raise ValueError(
-            f"{path} is not a tokenizer that gptfast knows; expected GPT-2's byte-level BPE (ByteLevel "
-            "pre-tokenizer without prefix space), GPT-1's BPE (</w>), or a file that gptfast wrote"
+            f"{path} is not a tokenizer that gptfast knows; expected a BPE of bytes (ByteLevel decoder) as GPT-2's, GPT-1's BPE "
+            "(</w>), or a file that gptfast wrote"
         )
-    vocab = field(model, "vocab", dict, path, {}, inside="model")
-    for n, token in enumerate(field(found, "added_tokens", list, path, [])):
-        inside = f"added_tokens[{n}]"
-        vocab[field(token, "content", str, path, inside=inside)] = field(token, "id", int, path, inside=inside)
-    pairs = items(field(model, "merges", list, path, [], inside="model"), (str, list), "model.merges", path)
-    return HFFiles(_check_ids(path, vocab), [_pair(n, pair, path) for n, pair in enumerate(pairs)], eos_token)
+    return {**found, "model": dict(model)}
 
 
 def _pair(n: int, pair: str | list[Any], path: Path) -> Merge:
@@ -117,18 +265,6 @@ def _pair(n: int, pair: str | list[Any], path: Path) -> Merge:
     return halves[0], halves[1]
 
 
-def _supported(found: dict[str, Any], path: Path) -> bool:
-    if found["model"].get("end_of_word_suffix") == "</w>":
-        return True
-    split = field(found, "pre_tokenizer", (dict, NULL), path, None) or {}
-    return (
-        split.get("type") == "ByteLevel"
-        and not split.get("add_prefix_space")
-        and split.get("use_regex", True)
-        and not found.get("normalizer")
-    )
-
-
 def _check_ids(path: Path, vocab: Any) -> dict[str, int]:
     """An object of token: id, as it is in vocab.json and elsewhere."""
     for token, i in expect(vocab, dict, "", path).items():
@@ -136,15 +272,3 @@ def _check_ids(path: Path, vocab: Any) -> dict[str, int]:
             i = expect(i, int, f"the id of {short(token)}", path)
             raise ValueError(f"{path}: the id of {short(token)} is {short(i)}; expected 0 to {MOST_IDS - 1}")
     return vocab
-
-
-def _eos_token(folder: Path) -> str | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if current(folder, name).exists():
-            path = current(folder, name)
-            token = field(read_json(path), "eos_token", (str, dict, NULL), path, None)
-            if isinstance(token, dict):  # an AddedToken is written as an object
-                token = field(token, "content", str, path, inside="eos_token")
-            if token:
-                return token
-    return None

@@ -1,0 +1,111 @@
+"""Tokenizers of Hugging Face folders with settings beyond GPT-2's and GPT-1's own: the `tokenizers` library encodes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+
+from gptfast._folders import staged_folder
+from gptfast._snapshots import TOKENIZER
+from gptfast.tokenizer.added import CONFIG, END_OF_TEXT
+from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, unknown_id
+from gptfast.tokenizer.hf_files import HFFiles, byte_alphabet, read_hf_files
+
+_BYTE = {character: byte for byte, character in byte_alphabet().items()}
+_END_OF_WORD = "</w>"
+
+
+class HFTokenizer:
+    """A BPE of bytes or of words in </w> with whatever its files say: prefix space, normalizer, tokens that are added before
+    or after each text, added tokens that take the blanks beside them or stand alone as words.
+
+    The ids are those of transformers' AutoTokenizer where all special tokens are allowed. Added tokens that are not special
+    are found in every text.
+
+    Args:
+        files: of a folder.
+    Raises:
+        ValueError: files that the `tokenizers` library does not take.
+    """
+
+    kind = "hf"
+    whole_texts = True  # the ids of a text are not those of its parts in a row
+
+    def __init__(self, files: HFFiles) -> None:
+        self.vocab, self._files = files.vocab, files
+        added = files.spec["added_tokens"]
+        self.specials = {token["content"]: token["id"] for token in added if token["special"]}
+        self.eos_id = self.specials.get(files.eos_token or END_OF_TEXT)
+        self._added = {token["id"] for token in added}
+        self._tokens = {i: token for token, i in self.vocab.items()}
+        self._encoders: dict[frozenset[str], RustTokenizer] = {}
+        self._encoder(frozenset())
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self._tokens) + 1
+
+    def has_token(self, token: int) -> bool:
+        return token in self._tokens
+
+    def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
+        check_text("HFTokenizer", text)
+        allowed = choose_special("HFTokenizer", allowed_special, self.specials)
+        return self._encoder(frozenset(allowed)).encode(text).ids
+
+    def _encoder(self, allowed: frozenset[str]) -> RustTokenizer:
+        """The library's tokenizer that finds these special tokens, and takes others for ordinary text."""
+        if allowed not in self._encoders:
+            found = [t for t in self._files.spec["added_tokens"] if not t["special"] or t["content"] in allowed]
+            spec = {**self._files.spec, "added_tokens": found, "truncation": None, "padding": None}
+            try:
+                self._encoders[allowed] = RustTokenizer.from_str(json.dumps(spec))
+            except Exception as error:  # what `tokenizers` raises is a bare Exception
+                raise ValueError(
+                    f"HFTokenizer: the tokenizers library does not take these files ({error}); they are damaged, or of "
+                    "different tokenizers"
+                ) from error
+        return self._encoders[allowed]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        ids = [int(i) for i in ids]
+        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
+        closes = ids and not self._files.byte_level and ids[-1] not in self._added
+        return text.removesuffix(" ") if closes else text
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self._bytes(int(i)) for i in ids)
+
+    def _bytes(self, i: int) -> bytes:
+        token = self._tokens.get(i)
+        if token is None:
+            raise unknown_id("HFTokenizer", i, self.vocab_size)
+        if i in self._added:
+            return token.encode("utf-8")
+        if not self._files.byte_level:
+            return (token[: -len(_END_OF_WORD)] + " " if token.endswith(_END_OF_WORD) else token).encode("utf-8")
+        return bytes(_BYTE[c] for c in token) if all(c in _BYTE for c in token) else token.encode("utf-8")
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as transformers reads them."""
+        spec = self._files.spec
+        decoder = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in spec["added_tokens"]}
+        split = spec.get("pre_tokenizer") or {}
+        prefix = {"add_prefix_space": split["add_prefix_space"]} if "add_prefix_space" in split else {}
+        # the general class takes all of tokenizer.json; those of GPT-2 and GPT-1 build anew what they know of
+        config: dict[str, Any] = {**self._files.settings, **prefix, "tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= {"added_tokens_decoder": decoder}
+        if self.eos_id is not None:
+            config.setdefault("eos_token", self._tokens[self.eos_id])
+            config.setdefault("bos_token", self._tokens[self.eos_id])
+        with staged_folder(folder, replaces=TOKENIZER) as stage:
+            (stage / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+            (stage / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> HFTokenizer:
+        return cls(read_hf_files(folder))
