@@ -22,14 +22,23 @@ def check_counter(op: str, name: str, value: int, bits: int = 32) -> int:
     """Return `value` if it is an integer in [0, 2**bits), else raise ValueError."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} is {value!r} ({type(value).__name__}); expected a Python int")
-    if not 0 <= value < 2**bits:
+    if _known(value < 0) or _known(value >= 2**bits):
         raise ValueError(f"{op}: {name} is {value}; expected 0 <= {name} < 2**{bits}")
     return value
 
 
 def as_int64(seed: int) -> int:
     """The two's-complement int64 with the bits of `seed` (operator schemas have no unsigned integers)."""
-    return seed - 2**64 if seed >= 2**63 else seed
+    return seed - 2**64 if _known(seed >= 2**63) else seed
+
+
+def _known(condition: bool) -> bool:
+    """The condition; while torch.compile traces: false where it depends on a number that a graph takes when it runs."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+        return guard_or_false(condition)
+    return condition
 
 
 def philox4x32(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -37,12 +46,12 @@ def philox4x32(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, 
 
     Args:
         counter: four int64 tensors with values in [0, 2**32), broadcast against each other.
-        seed: key, in [0, 2**64): its low and its high 32 bits.
+        seed: key, in [0, 2**64), or the int64 with these bits: its low and its high 32 bits.
     Returns:
         Four int64 tensors with values in [0, 2**32).
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    k0, k1 = seed & _MASK, seed >> 32
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         hi0, lo0 = _mul_hi_lo(c0, _M0)
         hi1, lo1 = _mul_hi_lo(c2, _M1)

@@ -33,6 +33,10 @@ class Case:
     bench: bool = False  # timed by the benchmarks instead of being tested
     slow_reference: bool = False  # the eager reference would take minutes or most of the memory at this size
 
+    def __post_init__(self) -> None:
+        if self.options.get("dropout_p", self.options.get("p", 0)) > 0:
+            self.options.setdefault("seed", 0)  # or each call would draw its mask
+
     @property
     def id(self) -> str:
         """Such as `B2H3T113D59-strided-dropout_p0.1`."""

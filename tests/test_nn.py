@@ -135,7 +135,7 @@ def test_dropout_uses_the_mask_of_seed_and_call_number():
     assert not list(module.state_dict())
 
 
-def test_dropout_ignores_torch_seeds_but_not_its_own():
+def test_seed_dropout_decides_whatever_torchs_seed():
     x = torch.ones(1000)
     a, b = gnn.Dropout(0.5), gnn.Dropout(0.5)
     assert not torch.equal(a(x), b(x)), "two modules share a mask"
@@ -205,6 +205,8 @@ def test_block_advances_its_own_dropout(position: str):
     block = gnn.Block(small(norm_position=position, dropout=0.3))
     x = torch.randn(2, 9, 24)
     again = copy.deepcopy(block)
+    gnn.seed_dropout(block, 2)
+    gnn.seed_dropout(again, 2)
     first, second = block(x), block(x)
     assert not torch.equal(first, second)
     assert torch.equal(again(x), first)

@@ -138,10 +138,10 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, cons
 STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
   m.def(
       "causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? cu_seqlens, bool causal, "
-      "float scale, float dropout_p, int seed, SymInt offset, int window) -> (Tensor out, Tensor lse)");
+      "float scale, float dropout_p, SymInt seed, SymInt offset, int window) -> (Tensor out, Tensor lse)");
   m.def(
       "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seq_lens, "
-      "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, int seed, SymInt offset, int window) "
+      "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, SymInt seed, SymInt offset, int window) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {

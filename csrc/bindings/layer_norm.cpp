@@ -105,11 +105,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
       "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def(
-      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, int seed, "
+      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, SymInt seed, "
       "SymInt offset) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)");
   m.def(
       "add_layer_norm_bwd(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
-      "bool has_bias, int x_type, int residual_type, float dropout_p, int seed, SymInt offset) "
+      "bool has_bias, int x_type, int residual_type, float dropout_p, SymInt seed, SymInt offset) "
       "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {

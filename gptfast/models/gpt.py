@@ -32,8 +32,10 @@ class GPT(nn.Module):
     Weights are normal with standard deviation 0.02, divided by sqrt(2 n_layer) for the projections into the
     residual stream (Radford et al. 2019, section 2.3); biases are 0.
 
-    Dropout is a function of (dropout_seed, dropout_step) alone: these two integers restore it. A forward in
-    training mode with any dropout advances dropout_step by one.
+    By default each forward in training mode draws the seed of its dropouts from torch's CPU generator, so `torch.manual_seed`,
+    `torch.get_rng_state`, activation checkpointing, deep copies and ranks behave as with torch's own dropout. Once
+    dropout_seed is set, dropout is a function of (dropout_seed, dropout_step) alone, these two integers restore it, and such
+    a forward advances dropout_step by one. A deep copy then continues with a seed drawn for it.
 
     Args:
         config: see `GPTConfig`.
@@ -54,7 +56,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(C, eps=config.layer_norm_epsilon, bias=config.bias) if config.final_norm else None
         self.lm_head = Linear(C, config.vocab_size, bias=False)
-        self._dropout = DropoutCounter(seed=0)  # its offset counts forwards
+        self._dropout = DropoutCounter()  # its offset counts forwards
         self.tie_weights()
         self._init_weights()
 
@@ -72,21 +74,21 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     @property
-    def dropout_seed(self) -> int:
-        """Seed of all dropouts, in [0, 2**64)."""
+    def dropout_seed(self) -> int | None:
+        """Seed of all dropouts, in [0, 2**64); None: torch's generator decides each forward."""
         return self._dropout.seed
 
     @dropout_seed.setter
-    def dropout_seed(self, value: int) -> None:
+    def dropout_seed(self, value: int | None) -> None:
         self._dropout.seed = value
 
     @property
-    def dropout_step(self) -> int:
-        """How many forwards with dropout have been made."""
+    def dropout_step(self) -> int | None:
+        """How many forwards with dropout have been made with this seed; None without one. To set it draws a seed then."""
         return self._dropout.offset
 
     @dropout_step.setter
-    def dropout_step(self, value: int) -> None:
+    def dropout_step(self, value: int | None) -> None:
         self._dropout.offset = value
 
     def forward(

@@ -39,7 +39,8 @@ class CausalSelfAttention(torch.nn.Module):
 
         Args:
             x: (B, T, C).
-            rng: (seed, offset) of the attention dropout; None takes the next of the module's own counter.
+            rng: (seed, offset) of the attention dropout; None takes the next of the module's own counter
+                (`gptfast.ops.streams`).
             cache: keys and values of earlier positions (`KVCache.start` was called); without dropout.
         """
         B, T, C = x.shape

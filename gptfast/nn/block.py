@@ -59,13 +59,13 @@ class Block(torch.nn.Module):
             residual: None, or the stream that the branch is to be added to, (B, T, C).
             rng: (seed, offset) of the attention dropout; offset + 1 and + 2 serve the dropouts after
                 attention and MLP, offset - 1 that of the branch handed in. None takes the next four of the
-                module's own counter.
+                module's own counter (`gptfast.ops.streams`).
             cache: see `CausalSelfAttention`.
         Returns:
             (B, T, C); with `residual`: (branch, residual), where branch is None for post-norm blocks.
         """
         if rng is None:
-            seed, first = self.counter.take(4) if self.training else (0, 0)
+            seed, first = self.counter.take(4) if self.training and self._drops() else (0, 0)
             rng = seed, first + 1
         stream, branch = (x, None) if residual is None else (residual, x)
         if stream is None:
@@ -93,6 +93,9 @@ class Block(torch.nn.Module):
         x, _ = self.ln_1(y, residual, **self._dropout(rng, 1))
         x, _ = self.ln_2(self.mlp(x), x, **self._dropout(rng, 2))
         return None, x
+
+    def _drops(self) -> bool:
+        return self.resid_pdrop > 0 or self.attn.attn_pdrop > 0
 
     def _dropout(self, rng: tuple[int, int], index: int) -> dict[str, Any]:
         if not self.training or self.resid_pdrop == 0:

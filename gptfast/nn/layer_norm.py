@@ -20,7 +20,7 @@ class LayerNorm(torch.nn.LayerNorm):
         residual: Tensor | None = None,
         *,
         dropout_p: float = 0.0,
-        seed: int = 0,
+        seed: int | None = None,
         offset: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """LN(input), or, with a residual: (LN(sum), sum) where sum = dropout(input) + residual.

@@ -34,13 +34,13 @@ def _on_one_device(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, for tensors on one device: torch runs shape functions where any tensor is on "meta", and results on the
     others' devices would hold anything."""
 
-    def checked(*arguments: Any) -> Any:
+    def checked(*arguments: Any, **options: Any) -> Any:
         devices = {x.device for x in arguments if isinstance(x, Tensor)}
         if len(devices) > 1:
             raise RuntimeError(
                 f"{op}: tensors on {' and '.join(sorted(map(str, devices)))}; expected all on one device"
             )
-        return function(*arguments)
+        return function(*arguments, **options)
 
     return checked
 
@@ -64,16 +64,19 @@ def _raise_in_backward(namespace: str, op: str, name: str) -> None:
 _python_ops = torch.library.Library("gptfast", "FRAGMENT")  # keeps the registrations alive
 
 
-def define(schema: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+def define(
+    schema: str, function: Callable[..., Any], shapes: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()
+) -> None:
     """Register torch.ops.gptfast.<op> that is Python itself, for tensors of any device: torch.compile sees one call.
 
     Args:
         schema: name, arguments and results.
         function: the implementation.
         shapes: its fake.
+        tags: what torch.compile is to know of it.
     """
     name = schema[: schema.index("(")]
-    _python_ops.define(schema)
+    _python_ops.define(schema, tags=tags)
     _python_ops.impl(name, _on_one_device(name, function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"gptfast::{name}", _on_one_device(name, shapes), lib=_python_ops)
 

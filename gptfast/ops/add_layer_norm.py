@@ -12,6 +12,7 @@ from gptfast.backend import KERNEL_DTYPES, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import check_float, check_probability, distinct, fake, forbid_double_backward
 from gptfast.ops.layer_norm import check_norm
+from gptfast.ops.streams import stream
 
 
 def add_layer_norm(
@@ -21,7 +22,7 @@ def add_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
     offset: int = 0,
     *,
     backend: str | None = None,
@@ -35,7 +36,8 @@ def add_layer_norm(
         residual: shape of x; may be of another dtype, such as a float32 stream beside bfloat16 branches.
         weight, bias, eps: of the LayerNorm, as in `layer_norm`.
         dropout_p: probability in [0, 1] of dropping an element of x.
-        seed, offset: of the mask, in [0, 2**64) and [0, 2**32); rows are numbered over the leading dimensions.
+        seed, offset: of the mask, in [0, 2**64) and [0, 2**32); rows are numbered over the leading dimensions. A seed of
+            None is drawn from torch's CPU generator.
         backend: see `gptfast.backend`.
     Returns:
         (y, total), both of x's shape, in the dtype that x + residual has.
@@ -50,12 +52,11 @@ def add_layer_norm(
             f"{op}: residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}; they must be equal"
         )
     check_probability(op, "dropout_p", dropout_p)
-    rng.check_counter(op, "seed", seed, 64)
-    rng.check_counter(op, "offset", offset)
+    seed, offset = stream(op, seed, offset, dropout_p > 0)
     runs_on = resolve(op, backend, x, residual, weight, bias)
     if runs_on == "eager":
         return reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
-    options = (float(eps), float(dropout_p), rng.as_int64(seed), offset)
+    options = (float(eps), float(dropout_p), seed, offset)
     return AddLayerNormFunction.apply(runs_on, *distinct(x, residual, weight, bias), *options)
 
 

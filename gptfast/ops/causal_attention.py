@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast import rng
 from gptfast.backend import is_automatic, kernels, resolve
 from gptfast.ops import handed_over, reference
 from gptfast.ops._common import (
@@ -22,6 +21,7 @@ from gptfast.ops._common import (
     fake,
     forbid_double_backward,
 )
+from gptfast.ops.streams import stream
 
 OP = "causal_attention"
 
@@ -34,7 +34,7 @@ def causal_attention(
     causal: bool = True,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
     offset: int = 0,
     seq_lens: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -59,7 +59,8 @@ def causal_attention(
         k, v: (B, H, S, D), dtype and device of q.
         softmax_scale: multiplies the scores; None: D ** -0.5.
         dropout_p: probability in [0, 1] of dropping an attention weight, by the Philox contract of `gptfast.rng`.
-        seed, offset: of the dropout mask, in [0, 2**64) and [0, 2**32): the same pair gives the same mask.
+        seed, offset: of the dropout mask, in [0, 2**64) and [0, 2**32): the same pair gives the same mask. A
+            seed of None is drawn from torch's CPU generator, as `F.scaled_dot_product_attention` draws its mask.
         seq_lens: (B,) int32 or int64, 0 <= seq_lens[b] <= S.
         cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T: document d is positions cu[d] .. cu[d + 1].
         window: int >= 1 or None; needs causal=True.
@@ -72,12 +73,13 @@ def causal_attention(
     """
     check_float(OP, q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
-    _check(q, k, v, causal, dropout_p, seed, offset, seq_lens, cu_seqlens, window)
+    _check(q, k, v, causal, dropout_p, seq_lens, cu_seqlens, window)
     if softmax_scale is not None:
         check_number(OP, "softmax_scale", softmax_scale)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if not math.isfinite(scale):
         raise ValueError(f"{OP}: softmax_scale is {scale}; expected a finite number")
+    seed, offset = stream(OP, seed, offset, dropout_p > 0)
     runs_on = resolve(OP, backend, q)
     if runs_on == "eager":
         return reference.causal_attention(
@@ -99,7 +101,7 @@ def causal_attention(
         return handed_over.run(q, k, v, causal, scale)
     if scale < 0:  # the kernels take the maximum of unscaled scores
         q, scale = -q, -scale
-    options = (causal, scale, float(dropout_p), rng.as_int64(seed), offset, window or 0)
+    options = (causal, scale, float(dropout_p), seed, offset, window or 0)
     q, k, v = distinct(q, k, v)
     out, lse = CausalAttentionFunction.apply(runs_on, q, k, v, seq_lens, cu_seqlens, *options)
     return (out, lse) if return_lse else out
@@ -159,8 +161,6 @@ def _check(
     v: Tensor,
     causal: bool,
     dropout_p: float,
-    seed: int,
-    offset: int,
     seq_lens: Tensor | None,
     cu_seqlens: Tensor | None,
     window: int | None,
@@ -184,8 +184,6 @@ def _check(
     if not 1 <= q.shape[3] <= 256:
         raise ValueError(f"{OP}: head_dim is {q.shape[3]}; expected 1 to 256 - use more heads")
     check_probability(OP, "dropout_p", dropout_p)
-    rng.check_counter(OP, "seed", seed, 64)
-    rng.check_counter(OP, "offset", offset)
     if window is not None:
         check_int(OP, "window", window, 1)
     if window is not None and not causal:

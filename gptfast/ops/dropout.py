@@ -11,9 +11,10 @@ from gptfast import rng
 from gptfast.backend import has_cpu_ops, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import check_float, check_probability, fake
+from gptfast.ops.streams import stream
 
 
-def dropout(x: Tensor, p: float, seed: int = 0, offset: int = 0, *, backend: str | None = None) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int | None = None, offset: int = 0, *, backend: str | None = None) -> Tensor:
     """x / (1 - p) where an element is kept, 0 elsewhere (Srivastava et al., JMLR 15, 2014).
 
     p is rounded to a multiple of 1/65536. The mask is `dropout_mask((1, rows, C), p, seed=seed, offset=offset)` with
@@ -22,7 +23,8 @@ def dropout(x: Tensor, p: float, seed: int = 0, offset: int = 0, *, backend: str
     Args:
         x: (..., C), float32, bfloat16, float16 or float64.
         p: probability in [0, 1] of dropping an element; 1 drops everything.
-        seed, offset: in [0, 2**64) and [0, 2**32). The same pair gives the same mask on every backend.
+        seed, offset: in [0, 2**64) and [0, 2**32). The same pair gives the same mask on every backend. A seed of None is
+            drawn from torch's CPU generator, as `F.dropout` draws its mask: `torch.manual_seed` decides it.
         backend: see `gptfast.backend`.
     Returns:
         Tensor of x's shape and dtype.
@@ -31,14 +33,13 @@ def dropout(x: Tensor, p: float, seed: int = 0, offset: int = 0, *, backend: str
     """
     check_float("dropout", x=x)
     check_probability("dropout", "p", p)
-    rng.check_counter("dropout", "seed", seed, 64)
-    rng.check_counter("dropout", "offset", offset)
     if x.dim() == 0:
         return dropout(x[None], p, seed, offset, backend=backend)[0]
+    seed, offset = stream("dropout", seed, offset, p > 0)
     runs_on = resolve("dropout", backend, x)
     if runs_on == "eager":
         return reference.dropout(x, p, seed, offset)
-    return DropoutFunction.apply(runs_on, x, float(p), rng.as_int64(seed), offset)
+    return DropoutFunction.apply(runs_on, x, float(p), seed, offset)
 
 
 def dropout_mask(shape: tuple[int, int, int], p: float, *, seed: int = 0, offset: int = 0) -> Tensor:

@@ -75,7 +75,7 @@ class Checkpoint:
     state: TrainState
     config: TrainConfig
     source: dict[str, Any]  # how the data was opened, and marks of it that must stay the same
-    dropout: tuple[int, int]  # seed, step
+    dropout: tuple[int | None, int | None]  # seed, step; none where no trainer made it, and torch's generator decides
     threads: int
     gemm: dict[str, str]  # how matrix products were computed: their last bits depend on it
 
@@ -228,9 +228,6 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
         field(state, key, kinds, TRAINER, inside="state")
     if state.keys() - _STATE.keys():
         raise ValueError(f"state has {', '.join(sorted(state.keys() - _STATE.keys()))}, which is not known here")
-    dropout = items(field(raw, "dropout", list, TRAINER), int, "dropout", TRAINER)
-    if len(dropout) != 2 or not (0 <= dropout[0] < 2**64 and 0 <= dropout[1] < 2**32):
-        raise ValueError(f"dropout is {dropout}; expected a seed and a step")
     gemm = field(raw, "gemm", dict, TRAINER)
     for key in gemm:
         field(gemm, key, str, TRAINER, inside="gemm")
@@ -239,10 +236,19 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
         TrainState(**state),
         TrainConfig(**field(raw, "config", dict, TRAINER)),
         field(raw, "source", dict, TRAINER),
-        (dropout[0], dropout[1]),
+        _parse_dropout(field(raw, "dropout", list, TRAINER)),
         field(raw, "threads", int, TRAINER),
         gemm,
     )
+
+
+def _parse_dropout(pair: list[Any]) -> tuple[int | None, int | None]:
+    if pair == [None, None]:
+        return None, None
+    numbers = items(pair, int, "dropout", TRAINER)
+    if len(numbers) != 2 or not (0 <= numbers[0] < 2**64 and 0 <= numbers[1] < 2**32):
+        raise ValueError(f"dropout is {numbers}; expected a seed and a step")
+    return numbers[0], numbers[1]
 
 
 def check_source(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -132,7 +132,8 @@ class Trainer:
                 f"raise max_steps (now {config.max_steps}) or max_minutes (now {config.max_minutes})"
             )
         self.state = state
-        self.model.dropout_seed, self.model.dropout_step = checkpoint.dropout
+        if checkpoint.dropout[0] is not None:
+            self.model.dropout_seed, self.model.dropout_step = checkpoint.dropout
         keep_methods(checkpoint.gemm)
         load_optimizers(checkpoint.folder, self.model, self.optimizers)
 

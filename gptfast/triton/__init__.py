@@ -31,16 +31,16 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias) "
         "-> (Tensor dx, Tensor dweight, Tensor dbias)",
         "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
-        "int seed, SymInt offset) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
+        "SymInt seed, SymInt offset) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
         "add_layer_norm_bwd(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
-        "bool has_bias, int x_type, int residual_type, float dropout_p, int seed, SymInt offset) "
+        "bool has_bias, int x_type, int residual_type, float dropout_p, SymInt seed, SymInt offset) "
         "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     ),
     "gelu": (
         "gelu_fwd(Tensor x, Tensor? bias, bool tanh) -> Tensor",
         "gelu_bwd(Tensor dout, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)",
     ),
-    "dropout": ("dropout(Tensor x, float p, int seed, SymInt offset) -> Tensor",),
+    "dropout": ("dropout(Tensor x, float p, SymInt seed, SymInt offset) -> Tensor",),
     "embedding": (
         "embedding_fwd(Tensor ids, Tensor wte, Tensor? wpe, Tensor? positions) -> Tensor",
         "embedding_bwd(Tensor dout, Tensor keys, Tensor order, Tensor table) -> Tensor",
@@ -55,11 +55,11 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     ),
     "causal_attention": (
         "causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? cu_seqlens, bool causal, "
-        "float scale, float dropout_p, int seed, SymInt offset, int window) -> (Tensor out, Tensor lse)",
+        "float scale, float dropout_p, SymInt seed, SymInt offset, int window) -> (Tensor out, Tensor lse)",
     ),
     "causal_attention_bwd": (
         "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seq_lens, "
-        "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, int seed, SymInt offset, int window) "
+        "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, SymInt seed, SymInt offset, int window) "
         "-> (Tensor dq, Tensor dk, Tensor dv)",
     ),
     "sample": (
