@@ -212,7 +212,13 @@ def test_tokens_tokenizer_and_manifest_are_replaced_together(book, tmp_path, mon
     assert stamps(tmp_path / "out") == before
     assert load_prepared(tmp_path / "out").tokenizer.vocab_size == 270
     prepare(book, "char", tmp_path / "out")
-    assert sorted(os.listdir(tmp_path / "out")) == ["data.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "data.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "train.bin",
+        "val.bin",
+    ]
     (tmp_path / "out" / "data.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no data.json; .*interrupted"):
         load_prepared(tmp_path / "out")

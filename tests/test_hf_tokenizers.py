@@ -10,7 +10,7 @@ from test_tokenizer import POEM, train_gpt1
 
 from gptfast.data import prepare
 from gptfast.data.prepare import pieces
-from gptfast.tokenizer import BPETokenizer, GPT2Tokenizer, HFTokenizer, StreamDecoder, load_tokenizer
+from gptfast.tokenizer import BPETokenizer, GPT2Tokenizer, HFTokenizer, StreamDecoder, get_tokenizer, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -217,3 +217,29 @@ def test_one_rule_for_prompts(bpe):
 
     for special, ids in ((True, with_special), (False, without)):
         assert _read_job(1, json.dumps(text), Model, bpe, {}, {}, special).ids == ids
+
+
+@pytest.mark.parametrize("unk", [False, True])
+def test_transformers_reads_characters(tmp_path, unk):
+    ours = get_tokenizer("char", POEM, unk=unk)
+    ours.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')  # as beside a model
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    back = load_tokenizer(tmp_path)
+    assert back.tokens == ours.tokens and type(back) is type(ours)
+    for text in (POEM, "Shall  I\n\n ,", "\t café 日本 🎭 "):
+        ids = ours.encode(text)
+        assert ids == theirs(text)["input_ids"] == back.encode(text)
+        assert theirs.decode(ids) == ours.decode(ids) == text
+    assert theirs.eos_token_id is None
+    if unk:
+        assert ours.encode("Ж a<|unk|>", "all") == theirs("Ж a<|unk|>")["input_ids"]
+        assert ours.decode(ours.encode("aЖ")) == "a<|unk|>"
+    else:
+        with pytest.raises(ValueError, match=r"get_tokenizer\('char', text, unk=True\)"):
+            ours.encode("Ж")
+
+
+def test_characters_as_they_were_saved_before(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"kind": "char", "version": 1, "tokens": ["a", "b"]}')
+    assert load_tokenizer(tmp_path).encode("ab") == [0, 1]

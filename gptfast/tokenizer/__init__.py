@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from gptfast._json import NULL, field, naming, read_json
+from gptfast._json import naming
 from gptfast._snapshots import current, read_whole
 from gptfast.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, encode_prompt, lenient
 from gptfast.tokenizer.bpe import BPETokenizer, GPT2Tokenizer
 from gptfast.tokenizer.gpt1 import OpenAIGPTTokenizer
 from gptfast.tokenizer.hf import HFTokenizer
 from gptfast.tokenizer.hf_files import read_hf_files
-from gptfast.tokenizer.vocabulary import FILE_NAME, CharTokenizer, WordTokenizer
+from gptfast.tokenizer.vocabulary import FILE_NAME, CharTokenizer, WordTokenizer, kind_of
 
 __all__ = [
     "END_OF_TEXT",
@@ -38,6 +38,7 @@ def get_tokenizer(
     name: str | os.PathLike[str],
     text: str | Iterable[str] | None = None,
     vocab_size: int | None = None,
+    unk: bool = False,
 ) -> Tokenizer:
     """The tokenizer that `name` stands for, trained on `text` where it has to be.
 
@@ -46,6 +47,7 @@ def get_tokenizer(
             tokenizer.
         text: one text or several, for "char", "word" and "bpe".
         vocab_size: number of tokens for "bpe" (default 8192) and "word" (default: every word).
+        unk: for "char": <|unk|> stands for characters that `text` does not have, which are an error otherwise.
     Raises:
         ValueError: an unknown name, a missing text, or a vocab_size for a tokenizer whose size is given.
     """
@@ -54,12 +56,14 @@ def get_tokenizer(
             f"get_tokenizer: vocab_size is {vocab_size}, but the size of {str(name)!r} is given; "
             "leave it out, or choose 'bpe' or 'word'"
         )
+    if unk and name != "char":
+        raise ValueError(f"get_tokenizer: unk is for 'char', but the tokenizer is {str(name)!r}; leave it out")
     if name not in ("char", "word", "bpe"):
         return load_tokenizer(name)
     if text is None:
         raise ValueError(f"get_tokenizer: {name!r} is learnt from text, but text is None; pass text=")
     if name == "char":
-        return CharTokenizer.train(text)
+        return CharTokenizer.train(text, unk)
     if name == "word":
         return WordTokenizer.train(text, vocab_size)
     return BPETokenizer.train(text, DEFAULT_BPE_SIZE if vocab_size is None else vocab_size)
@@ -89,7 +93,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def _load(folder: Path) -> Tokenizer:
     file = current(folder, FILE_NAME)
     if file.exists():
-        kind = _kind(file)
+        kind = kind_of(folder)
         if kind is not None:
             return {"char": CharTokenizer, "word": WordTokenizer}[kind].load(folder)
     found = read_hf_files(folder)
@@ -97,11 +101,3 @@ def _load(folder: Path) -> Tokenizer:
         with naming(folder):
             return HFTokenizer(found)
     return BPETokenizer.load(folder) if found.byte_level else OpenAIGPTTokenizer.load(folder)
-
-
-def _kind(path: Path) -> str | None:
-    """The "kind" of a tokenizer.json that gptfast wrote, None for one that `tokenizers` wrote."""
-    kind = field(read_json(path), "kind", (str, NULL), path, default=None)
-    if kind not in (None, "char", "word"):
-        raise ValueError(f"{path}: kind is {kind!r}; expected 'char' or 'word' - update gptfast, or write it again")
-    return kind

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gptfast._folders import staged_folder
-from gptfast._json import field, items, naming, read_json
+from gptfast._json import NULL, expect, field, items, naming, read_json
 from gptfast._snapshots import TOKENIZER, current
+from gptfast.tokenizer.added import CONFIG
 from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, unknown_id
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = "<|unk|>"
 FILE_NAME = "tokenizer.json"
+KIND = "gptfast_kind"  # in tokenizer_config.json
 # A word, number or punctuation mark with the one space before it, or a single whitespace character: the
 # pieces join to the text again. Words keep inner apostrophes ("o'er", "don't").
 _PIECES = re.compile(r" ?\w+(?:['\u2019]\w+)*| ?[^\w\s]|\s")
@@ -65,7 +67,7 @@ class _ListTokenizer:
     def load(cls, folder: str | os.PathLike[str]) -> Self:
         path = current(folder, FILE_NAME)
         found = read_json(path)
-        kind = field(found, "kind", str, path)
+        kind = kind_of(folder)
         if kind != cls.kind:
             raise ValueError(f"{path}: kind is {kind!r}; expected {cls.kind!r} - use load_tokenizer(folder)")
         version = field(found, "version", int, path)
@@ -77,22 +79,35 @@ class _ListTokenizer:
 
 
 class CharTokenizer(_ListTokenizer):
-    """One token for each character that occurs in a text; the ids follow the order of Unicode."""
+    """One token for each character that occurs in a text; the ids follow the order of Unicode.
+
+    A character that does not occur is an error, or becomes <|unk|> where `tokens` holds that.
+    """
 
     kind = "char"
 
+    def __init__(self, tokens: Sequence[str]) -> None:
+        super().__init__(tokens)
+        self.unk_id = self._ids.get(UNKNOWN)
+
     @classmethod
-    def train(cls, texts: str | Iterable[str]) -> CharTokenizer:
-        """The vocabulary of all characters in `texts`. Raises ValueError where there is none."""
+    def train(cls, texts: str | Iterable[str], unk: bool = False) -> CharTokenizer:
+        """The vocabulary of all characters in `texts`, and <|unk|> for all others if `unk`. Raises ValueError where there is
+        none."""
         found: set[str] = set()
         for text in as_texts(texts):
             check_text(cls.__name__, text)
             found.update(text)
-        return cls(sorted(found))
+        return cls([*sorted(found), *([UNKNOWN] if unk and found else [])])
 
     def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
         check_text("CharTokenizer", text)
-        choose_special("CharTokenizer", allowed_special, ())
+        specials = () if self.unk_id is None else (UNKNOWN,)
+        if choose_special("CharTokenizer", allowed_special, specials) and UNKNOWN in text:
+            first, *others = (self.encode(part) for part in text.split(UNKNOWN))
+            return [*first, *(i for part in others for i in (self._ids[UNKNOWN], *part))]
+        if self.unk_id is not None:
+            return [self._ids.get(character, self.unk_id) for character in text]
         try:
             return list(map(self._ids.__getitem__, text))
         except KeyError as error:
@@ -100,8 +115,68 @@ class CharTokenizer(_ListTokenizer):
             raise ValueError(
                 f"CharTokenizer.encode: text has {c!r} (U+{ord(c):04X}) at position {text.index(c)}, which "
                 f"is not among the {len(self.tokens)} characters of the training text; remove it, or train "
-                "with the tokenizer 'gpt2' or 'bpe', which take any text"
+                "with the tokenizer 'gpt2' or 'bpe', which take any text, or get_tokenizer('char', text, unk=True), which "
+                "takes it for <|unk|>"
             ) from None
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as the `tokenizers` library and transformers read them."""
+        special = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+        added = [] if self.unk_id is None else [{"id": self.unk_id, "content": UNKNOWN, **special}]
+        spec = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": None,
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": r"[\s\S]"},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            "post_processor": None,
+            "decoder": {"type": "Fuse"},
+            "model": {"type": "WordLevel", "vocab": self._ids, "unk_token": UNKNOWN},
+        }
+        config: dict[str, object] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            KIND: self.kind,
+        }
+        config |= {} if self.unk_id is None else {"unk_token": UNKNOWN}
+        with staged_folder(folder, replaces=TOKENIZER) as stage:
+            (stage / FILE_NAME).write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+            (stage / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        path = current(folder, FILE_NAME)
+        found = read_json(path)
+        if kind_of(folder) != cls.kind or not isinstance(found, dict) or "model" not in found:
+            return super().load(folder)  # as gptfast wrote it before
+        vocab = field(field(found, "model", dict, path), "vocab", dict, path, inside="model")
+        tokens = sorted(vocab, key=lambda token: expect(vocab[token], int, f"model.vocab[{token!r}]", path))
+        if [vocab[token] for token in tokens] != list(range(len(tokens))):
+            raise ValueError(f"{path}: the ids of model.vocab are not 0 to {len(tokens) - 1}; the file is damaged")
+        with naming(path):
+            return cls(tokens)
+
+
+def kind_of(folder: str | os.PathLike[str]) -> str | None:
+    """The kind of list in a folder: "char" or "word"; None for a tokenizer that gptfast did not write.
+
+    Raises:
+        ValueError: a kind that this gptfast does not know.
+    """
+    for name, key in ((FILE_NAME, "kind"), (CONFIG, KIND)):
+        path = current(folder, name)
+        kind = field(read_json(path), key, (str, NULL), path, default=None) if path.exists() else None
+        if kind not in (None, "char", "word"):
+            raise ValueError(f"{path}: kind is {kind!r}; expected 'char' or 'word' - update gptfast, or write it again")
+        if kind is not None:
+            return kind
+    return None
 
 
 class WordTokenizer(_ListTokenizer):
