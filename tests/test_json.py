@@ -8,7 +8,7 @@ import pytest
 
 from gptfast import GPT, GPTConfig
 from gptfast._json import NULL, expect, field, items, parse, read_json
-from gptfast.models.stored import read_config, weight_files
+from gptfast.models.stored import read_settings, weight_files
 from gptfast.tokenizer import BPETokenizer, load_tokenizer
 from gptfast.training.checkpoint import check_source, read_checkpoint
 from gptfast.training.config import TrainConfig
@@ -129,7 +129,7 @@ def test_values_of_config_json(tmp_path, key, value):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(ValueError, match=f"{key}|block_size") as error:
-        read_config(tmp_path)
+        read_settings(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value)
 
 

@@ -67,7 +67,11 @@ def _with_ids(folder: Path, settings: dict[str, Any], given: list[Any]) -> Itera
     path = folder / "tokenizer.json"
     for n, token in enumerate(given):
         inside = f"added_tokens[{n}]"
-        yield _added(token, inside, path), field(token, "id", int, path, inside=inside), path
+        yield (
+            _added(expect(token, dict, inside, path), inside, path),
+            field(token, "id", int, path, inside=inside),
+            path,
+        )
     path = current(folder, ADDED)
     if path.exists():
         for content, i in expect(read_json(path), dict, "", path).items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from gptfast._files import read_text
 from gptfast._folders import staged_folder
-from gptfast._json import expect, field, items, read_json, short
+from gptfast._json import NULL, expect, field, items, read_json, short
 from gptfast._snapshots import TOKENIZER, current, read_whole
 from gptfast.tokenizer.added import END_OF_TEXT, gather, named_token, read_settings
 
@@ -56,7 +56,9 @@ class HFFiles:
         made = {*byte_alphabet().values(), *(a + b for a, b in self.merges)}
         if made - self.vocab.keys():  # damaged: told when it is made
             return True
-        same = all(_same(spec.get(part), wanted) for part, wanted in GPT2.items())
+        same = all(
+            _same(spec.get(part) or (wanted if part == "decoder" else None), wanted) for part, wanted in GPT2.items()
+        )
         return same and self.vocab.keys() - made == set(names) - made and not made & set(names)
 
 
@@ -202,7 +204,7 @@ def _same(part: Any, wanted: dict[str, Any] | None) -> bool:
     """Whether a part of a tokenizer.json does what is wanted; keys that it lacks have the library's defaults."""
     if wanted is None or part is None:
         return part == wanted
-    usual = {"use_regex": True}
+    usual = {"use_regex": True, "add_prefix_space": False}
     return all(part.get(key, usual.get(key)) == value for key, value in wanted.items())
 
 
@@ -242,10 +244,8 @@ def _read_fast(path: Path) -> dict[str, Any]:
     """The content of a tokenizer.json, if its tokens are bytes, or words that end in </w>."""
     found = read_json(path)
     model = found.get("model") if isinstance(found, dict) else None
-    decoder = found.get("decoder") if isinstance(model, dict) else None
-    split = found.get("pre_tokenizer") if isinstance(model, dict) else None
-    parts = decoder if decoder is not None else split  # a file without a decoder says by how it splits
-    kind = parts.get("type") if isinstance(parts, dict) else None
+    decoder, split = (field(found, name, (dict, NULL), path, None) or {} for name in ("decoder", "pre_tokenizer"))
+    kind = (decoder or split).get("type")  # a file without a decoder says by how it splits
     if (
         not isinstance(model, dict)
         or model.get("type", "BPE") != "BPE"
