@@ -14,7 +14,7 @@ TORCH   ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 2)
 PIP      = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help demo test test-fast test-sanitize lint bench bench-cpu bench-generate bench-gpu gpu-check wheel clean install
+.PHONY: help demo test test-fast test-sanitize mutants lint bench bench-cpu bench-generate bench-gpu gpu-check wheel clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ bench-cpu: $(TESTED)  ## the same with malloc as installed and tuned, and the tr
 bench-generate: $(TESTED)  ## generation with GPT-2 by format, beside transformers, llama.cpp and CTranslate2; the server
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_serve.py
+
+mutants: $(TESTED)  ## put known mistakes into a copy of the code, see whether the tests find each
+	$(BIN)/python scripts/mutants.py
 
 test-sanitize: $(TESTED)  ## the op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python scripts/test_sanitize.py

@@ -86,8 +86,11 @@ def test_greedy_with_processors_equals_transformers(pair, name):
     assert plain != expected, "the processor changes nothing here"
 
 
-@pytest.mark.parametrize("name", [None, *PROCESSORS])
-@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+ENDINGS = [True, False, "never"]  # processors act before the rules of ending: each meets one of these, in turn
+BEAMS = [(None, rule) for rule in ENDINGS] + [(name, ENDINGS[n % 3]) for n, name in enumerate(PROCESSORS)]
+
+
+@pytest.mark.parametrize(("name", "early_stopping"), BEAMS)
 def test_beams_with_processors_equal_transformers(pair, name, early_stopping):
     eos = ours_generate(pair[1], PROMPTS, temperature=0, max_new_tokens=3)[0][-1]
     for length_penalty in (-0.5, 1.0, 2.0):
@@ -102,6 +105,22 @@ def test_beams_with_processors_equal_transformers(pair, name, early_stopping):
         }
         expected = [new for prompt in PROMPTS for new in theirs_generate(pair[0], prompt, **options)]
         assert ours_generate(pair[1], PROMPTS, **options) == expected
+
+
+def test_never_ends_by_the_longest_text_and_false_by_the_present_one(pair):
+    """The two rules differ only where the best running beam lies between their bounds: end tokens that bring that about."""
+    told_apart = 0
+    for eos in range(V):
+        if told_apart == 2:
+            break
+        options = {"num_beams": 2, "length_penalty": 2.0, "eos_token_id": eos, "max_new_tokens": 12}
+        ours = {rule: ours_generate(pair[1], PROMPTS, early_stopping=rule, **options) for rule in (False, "never")}
+        if ours[False] == ours["never"]:
+            continue
+        told_apart += 1
+        for rule, rows in ours.items():
+            assert rows == [n for p in PROMPTS for n in theirs_generate(pair[0], p, early_stopping=rule, **options)]
+    assert told_apart
 
 
 @pytest.mark.parametrize("beams", [1, 3])
