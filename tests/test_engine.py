@@ -380,7 +380,7 @@ def test_a_gpt_writes_with_the_engine_where_it_can(monkeypatch: pytest.MonkeyPat
     model.generate([[1]], max_new_tokens=1)
     assert not calls, "in training mode"
     model.eval().generate([[1]], max_new_tokens=2)
-    assert calls == [{"max_new_tokens": 2}]
+    assert calls == [{"max_new_tokens": 2, "eos_token_id": None}], "end tokens of the checkpoint, of which it has none"
     with gptfast.backend("eager"):
         model.generate([[1]], max_new_tokens=1)
     with torch.autocast("cpu", torch.bfloat16):

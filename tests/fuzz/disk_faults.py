@@ -183,7 +183,8 @@ def _data(scratch: Path) -> dict[str, Kind]:
 def _single_files() -> dict[str, Kind]:
     import numpy as np
 
-    from gptfast._files import atomic_write, read_json
+    from gptfast._files import atomic_write
+    from gptfast._json import read_json
     from gptfast.engine import load
     from gptfast.training.plot import plot_losses
 
