@@ -14,7 +14,7 @@ TORCH   ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 2)
 PIP      = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help demo test test-fast test-sanitize mutants lint bench bench-cpu bench-generate bench-gpu gpu-check wheel clean install
+.PHONY: help demo test test-fast test-sanitize fuzz mutants lint bench bench-cpu bench-generate bench-gpu gpu-check wheel clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -78,6 +78,9 @@ test-sanitize: $(TESTED)  ## the op tests on kernels built with AddressSanitizer
 	$(BIN)/python scripts/test_sanitize.py
 
 gpu-check bench-gpu: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
+fuzz: $(STAMP)  ## look for faults by chance: damaged files, ops, disks that fail, bodies of clients; MINUTES=60
+	cd tests && "$(abspath $(BIN))/python" -m fuzz --minutes $(or $(MINUTES),60)
+
 gpu-check: install  ## on a machine with an NVIDIA GPU: PART=ops, speed, model, triton or profile, eight minutes each; or all
 	$(BIN)/python scripts/gpu_check.py $(PART)
 

@@ -22,6 +22,8 @@ _NAMES = {
     NULL: "null",
 }
 _REQUIRED = object()
+DEEPEST = 100  # objects and lists in each other: copying settings recurses
+LARGE = 1 << 20  # characters: vocabularies, whose values are looked at one by one anyway
 _SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -44,11 +46,25 @@ def parse(text: str, where: object) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at line {error.lineno}, column {error.colno}"
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError as error:  # thousands of digits
+        problem = str(error)
     else:
+        if len(text) < LARGE and _depth(value) > DEEPEST:
+            raise ValueError(f"{where} is nested more than {DEEPEST} levels deep; it is damaged - write it again")
         return _checked(value, where) if _SURROGATES.search(text) else value
     raise ValueError(f"{where} is not valid JSON ({problem}); it is damaged or cut short - write it again")
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists lie in each other; looked for no further than is right."""
+    level, depth = [value] if isinstance(value, (dict, list)) else [], 0
+    while level and depth <= DEEPEST:
+        depth += 1
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [child for children in inner for child in children if isinstance(child, (dict, list))]
+    return depth
 
 
 def _checked(value: Any, where: object) -> Any:

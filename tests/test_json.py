@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tokenizers
 
 from gptfast import GPT, GPTConfig
 from gptfast._json import NULL, expect, field, items, parse, read_json
@@ -52,6 +53,8 @@ def test_what_is_missing_and_what_is_long():
     ("text", "match"),
     [
         ("[" * 100_000, "nested too deeply"),
+        ("[" * 101 + "]" * 101, "nested more than 100 levels deep"),
+        ('{"a":' * 500 + "1" + "}" * 500, "nested more than 100 levels deep"),
         ("1" * 5000, "limit"),
         ('{"a": 1', "line 1, column 8"),
         ('["\\ud800"]', "half of a surrogate pair"),
@@ -63,6 +66,7 @@ def test_what_python_does_not_read(tmp_path, text, match):
     with pytest.raises(ValueError, match=match) as error:
         read_json(tmp_path / "x.json")
     assert str(tmp_path / "x.json") in str(error.value)
+    assert parse("[" * 100 + "]" * 100, "here") and parse("{}", "here") == {}
     assert parse('"\\ud83e\\udd17"', "here") == "🤗"
 
 
@@ -82,14 +86,20 @@ def test_what_python_does_not_read(tmp_path, text, match):
         ({"model": {"vocab": []}}, "model.vocab is a list of 0; expected an object"),
         ({"model": {"vocab": {"a": 1.5}}}, 'the id of "a" is 1.5; expected a whole number'),
         ({"model": {"vocab": {"a": 2**63}}}, 'the id of "a" is 9223372036854775808; expected 0 to 2147483646'),
+        (
+            {"normalizer": {"type": "Lowercase"}, "model": {"continuing_subword_prefix": "🤗"}},  # a panic there
+            "the tokenizers library does not take these files",
+        ),
         ({"model": 4}, "not a tokenizer that gptfast knows"),
         ({"kind": [1]}, "kind is a list of 1; expected a text or null"),
     ],
 )
 def test_tokenizers_of_others(tmp_path, change, match):
     tokenizer = BPETokenizer.train("to be or not to be " * 9, 260)
-    merges = [list(pair) for pair in tokenizer.merges]
-    fast = {"pre_tokenizer": {"type": "ByteLevel"}, "model": {"vocab": tokenizer.vocab, "merges": merges}}
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=tokenizer.vocab, merges=tokenizer.merges))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    fast = json.loads(theirs.to_str())
     (tmp_path / "tokenizer.json").write_text(json.dumps(fast))
     assert load_tokenizer(tmp_path).encode("to be") == tokenizer.encode("to be")
     whole = {
@@ -99,7 +109,7 @@ def test_tokenizers_of_others(tmp_path, change, match):
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match=match) as error:
         load_tokenizer(tmp_path)
-    assert str(tmp_path / "tokenizer.json") in str(error.value)
+    assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("settings", [{"eos_token": [1]}, {"eos_token": 5}, {"eos_token": {"content": None}}, 7])

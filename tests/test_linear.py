@@ -57,6 +57,29 @@ def stored(rows: int, cols: int, by_columns: bool, dtype: torch.dtype) -> torch.
     return x.t() if by_columns else x
 
 
+@pytest.mark.parametrize("method", gemm_file.METHODS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", ["gaps", "one for all", "transposed"])
+def test_layouts_of_every_argument(method, dtype, layout, monkeypatch):
+    """oneDNN's linear does not look at the stride of a bias."""
+    monkeypatch.setattr(gemm_file, "_FORCED", method)
+
+    def laid_out(*shape):
+        if layout == "one for all":
+            return (
+                torch.randn(shape[-1]).to(dtype).expand(shape)
+                if len(shape) > 1
+                else torch.randn(1).to(dtype).expand(shape)
+            )
+        x = torch.randn(*shape, 2).to(dtype)[..., 0]
+        return x if layout == "gaps" or x.dim() == 1 else x.t().contiguous().t()
+
+    x, weight, bias = laid_out(40, 33), laid_out(17, 33), laid_out(17)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    error = (ops.linear(x, weight, bias).double() - exact).abs()
+    assert (error <= 4 * torch.finfo(dtype).eps * (x.double().abs() @ weight.double().abs().t() + bias.abs())).all()
+
+
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("layout", ["nn", "nt", "tn", "tt"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "M{}N{}K{}".format(*s))

@@ -15,7 +15,24 @@ Q = torch.randn(1, 2, 4, 8)
 X, W = torch.randn(3, 8), torch.ones(8)
 TABLE, IDS = torch.randn(20, 8), torch.tensor([1, 2, 3])
 
+CODES = torch.zeros(4, dtype=torch.uint8)
 CASES = {
+    "sparse": (lambda: ops.gelu(X.to_sparse()), TypeError, "gelu: x has layout torch.sparse_coo; expected a dense"),
+    "bias dtype": (
+        lambda: ops.linear(X, torch.ones(2, 8), torch.ones(2).half()),
+        TypeError,
+        "linear: weight is torch.float32 but bias is torch.float16",
+    ),
+    "nf4 shape": (
+        lambda: ops.dequantize_nf4(CODES, torch.ones(1), shape=8, block_size=64),
+        TypeError,
+        "dequantize_nf4: shape is 8; expected a tuple of sizes",
+    ),
+    "nf4 None": (
+        lambda: ops.dequantize_nf4(CODES, None, shape=(8,), block_size=64),
+        TypeError,
+        "dequantize_nf4: absmax is a NoneType",
+    ),
     "attention None": (lambda: ops.causal_attention(Q, None, Q), TypeError, "causal_attention: k is a NoneType"),
     "attention no q": (lambda: ops.causal_attention(None, Q, Q), TypeError, "causal_attention: q is a NoneType"),
     "window bool": (lambda: ops.causal_attention(Q, Q, Q, window=True), TypeError, "causal_attention: window is True"),

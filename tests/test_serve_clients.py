@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -71,20 +72,22 @@ def test_half_sent_requests_shut_nobody_out(model, tokenizer):
 def test_more_half_sent_requests_than_there_may_be_files(tmp_path, tokenizer):
     """Of the command as it is: no option, and few open files."""
     save_model(tmp_path / "bard", tokenizer, BLOCK)
-    code = "import resource as r, sys; r.setrlimit(r.RLIMIT_NOFILE, (256, 256)); from gptfast.cli import main; main()"
+    code = "import resource as r, sys; r.setrlimit(r.RLIMIT_NOFILE, (512, 512)); from gptfast.cli import main; main()"
     args = [sys.executable, "-c", code, "serve", "--model", str(tmp_path / "bard"), "--port", "0"]
     with subprocess.Popen(args, stderr=subprocess.PIPE, text=True) as process, contextlib.ExitStack() as clients:
         assert process.stderr is not None
         url = next(found[1] for line in process.stderr if (found := re.search(r"running on (http://\S+)", line)))
-        for n in range(400):
+        process.send_signal(signal.SIGSTOP)  # so that all are there at once
+        for n in range(700):
             clients.enter_context(connect(url, list(HALVES.values())[n % len(HALVES)]))
+        process.send_signal(signal.SIGCONT)
         for _ in range(3):
             assert httpx.get(url + "/health", timeout=10).json()["status"] == "ok"
         process.terminate()
         begin = time.monotonic()
         log = process.stderr.read()
         assert time.monotonic() - begin < 8, "half a request keeps no server up"
-    assert "clients sent away: there are 153 connections, the most" in log and "Traceback" not in log
+    assert "clients sent away: there are 358 connections, the most" in log and "Traceback" not in log
 
 
 def test_where_all_wait_for_texts_one_more_is_refused(model, tokenizer):

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gptfast._files import open_read
 from gptfast._json import field, items, read_json
 from gptfast._snapshots import current, read_whole
 from gptfast.models import hf_layout
@@ -112,6 +113,7 @@ def _open_weights(folder: Path) -> list[tuple[Path, Any]]:
 
 
 def _open(path: Path) -> Any:
+    open_read(path).close()  # whose errors name the file
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:

@@ -98,10 +98,18 @@ def check_float(op: str, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is None and name in OPTIONAL:
             continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected a torch.Tensor")
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{op}: {name} has dtype {x.dtype}; expected float32, bfloat16, float16 or float64")
+        dtype = check_dense(op, name, x).dtype
+        if dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} has dtype {dtype}; expected float32, bfloat16, float16 or float64")
+
+
+def check_dense(op: str, name: str, x: object) -> Tensor:
+    """`x`, which must be a tensor whose elements all lie in memory."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected a torch.Tensor")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} has layout {x.layout}; expected a dense tensor - call .to_dense()")
+    return x
 
 
 def check_same_device(op: str, **tensors: Tensor | None) -> None:

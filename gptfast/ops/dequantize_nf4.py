@@ -20,7 +20,7 @@ from gptfast.ops._codes import (
     nf4_values,
     pack_pairs,
 )
-from gptfast.ops._common import FLOATS, check_float, check_same_device, fake
+from gptfast.ops._common import FLOATS, check_dense, check_float, check_same_device, fake
 
 OP = "dequantize_nf4"
 BLOCK_SIZES = (16, 4096)
@@ -130,7 +130,12 @@ def _check(
         raise TypeError(f"{OP}: dtype is {dtype}; expected float32, bfloat16, float16 or float64")
     if (nested_absmax is None) != (offset is None):
         raise ValueError(f"{OP}: nested_absmax and offset go together; got one of them")
+    scales = {} if nested_absmax is None else {"nested_absmax": nested_absmax, "offset": offset}
+    for name, x in {"codes": codes, "absmax": absmax, **scales}.items():
+        check_dense(OP, name, x)
     check_same_device(OP, codes=codes, absmax=absmax, nested_absmax=nested_absmax, offset=offset)
+    if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 0 for n in shape):
+        raise TypeError(f"{OP}: shape is {shape!r}; expected a tuple of sizes")
     blocks = -(-math.prod(shape) // block_size)
     scale_dtype = torch.float32 if nested_absmax is None else torch.uint8
     expected = {

@@ -130,7 +130,7 @@ def _torch(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, dtype: torch.
 
 
 def _onednn(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, dtype: torch.dtype, accumulate: bool) -> None:
-    bias = None if bias is None else bias.to(dtype)
+    bias = None if bias is None else bias.to(dtype).contiguous()  # whose stride is not looked at there
     product = torch.ops.mkldnn._linear_pointwise(a.to(dtype), b.t().to(dtype), bias, "none", [], "")
     out.add_(product) if accumulate else out.copy_(product)
 

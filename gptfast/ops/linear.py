@@ -78,6 +78,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
             "and weight (out_features, in_features)"
         )
     check_vector(OP, "bias", bias, weight.shape[0], "the output")
+    if bias is not None and autocast(bias)[0].dtype != autocast(weight)[0].dtype:
+        raise TypeError(f"{OP}: weight is {weight.dtype} but bias is {bias.dtype}; cast one, or use torch.autocast")
 
 
 class LinearFunction(torch.autograd.Function):

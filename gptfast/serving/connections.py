@@ -32,7 +32,7 @@ def most_connections() -> int:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files == resource.RLIM_INFINITY:
         files = 1 << 20
-    return max(1, (files - OWN_FILES) * 4 // 5)  # a fifth: those that are accepted, and sent away, at this moment
+    return max(1, (files - OWN_FILES) * 4 // 5)  # a fifth: those that are accepted, and those that leave
 
 
 def choose_connections(wanted: int | None, texts: int) -> int:
@@ -70,7 +70,8 @@ class Connections:
 
     def __init__(self, most: int, client_seconds: float, answer_seconds: float) -> None:
         self.most, self._client_seconds, self._answer_seconds = most, client_seconds, answer_seconds
-        self.burst = max(1, most // 8)  # how many may be accepted at once, and how many linger
+        self._most_leaving = max(1, most // 8)
+        self.burst = max(1, most // 32)  # accepted at once; of four such groups the event loop does not know yet
         self._waiting: dict[Connection, asyncio.TimerHandle] = {}  # the first has waited longest
         self._answered: dict[Connection, asyncio.TimerHandle] = {}
         self._leaving: dict[Connection, asyncio.TimerHandle] = {}
@@ -104,7 +105,7 @@ class Connections:
     def linger(self, connection: Connection) -> None:
         """This client has been told to go. It counts no more, and may read what it was told."""
         self.forget(connection)
-        if len(self._leaving) < self.burst:
+        if len(self._leaving) < self._most_leaving:
             self._leaving[connection] = self._later(LINGER, connection.transport.abort)
         else:
             connection.transport.abort()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 from gptfast.tokenizer.added import END_OF_TEXT as END_OF_TEXT
@@ -190,3 +191,18 @@ def unknown_id(owner: str, token: object, vocab_size: int) -> ValueError:
         f"{owner}.decode: id {token} has no token; ids run from 0 to {vocab_size - 1} - "
         "does the model belong to this tokenizer (a vocabulary padded for speed has ids that mean nothing)?"
     )
+
+
+@contextmanager
+def refusals_of_the_library(message: str) -> Iterator[None]:
+    """Turns whatever `tokenizers` raises, which is a bare Exception, and for a panic not even that, into ValueError.
+
+    Args:
+        message: with {error} in it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(message.format(error=error)) from error

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
 from gptfast._json import naming
-from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, unknown_id
+from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, refusals_of_the_library, unknown_id
 from gptfast.tokenizer.hf_files import Merge, read_hf_files, write_hf_files
 
 _END_OF_WORD = "</w>"
@@ -30,14 +30,12 @@ class OpenAIGPTTokenizer:
         if unk_token not in vocab:
             raise ValueError(f"OpenAIGPTTokenizer: vocab has no {unk_token!r}; vocab.json is of another tokenizer")
         self.vocab, self.merges, self.unk_token = dict(vocab), list(merges), unk_token
-        try:
+        with refusals_of_the_library(
+            "OpenAIGPTTokenizer: {error}; vocab.json and merges.txt belong to different tokenizers"
+        ):
             model = models.BPE(
                 vocab=self.vocab, merges=self.merges, unk_token=unk_token, end_of_word_suffix=_END_OF_WORD
             )
-        except Exception as error:  # what `tokenizers` raises is a bare Exception
-            raise ValueError(
-                f"OpenAIGPTTokenizer: {error}; vocab.json and merges.txt belong to different tokenizers"
-            ) from error
         self._rust, self._with_unk = RustTokenizer(model), RustTokenizer(model)
         for rust in (self._rust, self._with_unk):
             rust.normalizer = normalizers.BertNormalizer(lowercase=True)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from gptfast._folders import staged_folder
 from gptfast._snapshots import TOKENIZER
 from gptfast.tokenizer.added import CONFIG, END_OF_TEXT
-from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, unknown_id
+from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, refusals_of_the_library, unknown_id
 from gptfast.tokenizer.hf_files import HFFiles, byte_alphabet, read_hf_files
 
 _BYTE = {character: byte for byte, character in byte_alphabet().items()}
@@ -62,13 +62,11 @@ class HFTokenizer:
         if allowed not in self._encoders:
             found = [t for t in self._files.spec["added_tokens"] if not t["special"] or t["content"] in allowed]
             spec = {**self._files.spec, "added_tokens": found, "truncation": None, "padding": None}
-            try:
+            with refusals_of_the_library(
+                "HFTokenizer: the tokenizers library does not take these files ({error}); they are damaged, or of different "
+                "tokenizers"
+            ):
                 self._encoders[allowed] = RustTokenizer.from_str(json.dumps(spec))
-            except Exception as error:  # what `tokenizers` raises is a bare Exception
-                raise ValueError(
-                    f"HFTokenizer: the tokenizers library does not take these files ({error}); they are damaged, or of "
-                    "different tokenizers"
-                ) from error
         return self._encoders[allowed]
 
     def decode(self, ids: Iterable[int]) -> str:

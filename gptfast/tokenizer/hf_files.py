@@ -243,6 +243,9 @@ def parse_merges(source: str | os.PathLike[str], text: str) -> list[Merge]:
 def _read_fast(path: Path) -> dict[str, Any]:
     """The content of a tokenizer.json, if its tokens are bytes, or words that end in </w>."""
     found = read_json(path)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if field(found, part, (dict, NULL), path, None) is not None:
+            field(found[part], "type", str, path, inside=part)
     model = found.get("model") if isinstance(found, dict) else None
     decoder, split = (field(found, name, (dict, NULL), path, None) or {} for name in ("decoder", "pre_tokenizer"))
     kind = (decoder or split).get("type")  # a file without a decoder says by how it splits

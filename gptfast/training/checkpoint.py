@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from gptfast._files import checksum
+from gptfast._files import checksum, open_read
 from gptfast._folders import staged_folder, sync
 from gptfast._json import NULL, field, items, read_json
 from gptfast._locks import FileLock
@@ -275,6 +275,7 @@ def load_optimizers(folder: Path, model: GPT, optimizers: Sequence[torch.optim.O
     path = current(folder, OPTIMIZER)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; to start anew from these weights pass --init-from {folder}")
+    open_read(path).close()  # whose errors name the file
     try:
         tensors = load_file(path)
     except SafetensorError as error:
