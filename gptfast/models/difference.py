@@ -206,7 +206,7 @@ def _in_sinusoids(model: GPT) -> str | None:
     config = model.config
     if config.position_embedding == "learned" or model.wpe.weight.is_meta:
         return None
-    fixed = sinusoids(config.block_size, config.n_embd).to(model.wpe.weight)
+    fixed = sinusoids(config.block_size, config.n_embd, model.wpe.weight.device).to(model.wpe.weight)
     return None if torch.equal(fixed, model.wpe.weight) else "wpe has other values than the config's sinusoids"
 
 
