@@ -269,7 +269,9 @@ def test_a_scoring_that_fails_or_takes_too_long(model, tokenizer):
 def test_a_long_prompt_keeps_nobody_waiting(url, tokenizer, monkeypatch):
     """Its tokens are found beside the event loop, which answers others meanwhile."""
     gate, original = threading.Event(), CharTokenizer.encode
-    monkeypatch.setattr(CharTokenizer, "encode", lambda self, text: (gate.wait(20), original(self, text))[1])
+    monkeypatch.setattr(
+        CharTokenizer, "encode", lambda self, text, **options: (gate.wait(20), original(self, text, **options))[1]
+    )
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asked = pool.submit(httpx.post, url + "/v1/completions", json={**ASK, "prompt": "a" * 18_000}, timeout=30)
         try:
