@@ -269,9 +269,12 @@ def test_a_scoring_that_fails_or_takes_too_long(model, tokenizer):
 def test_a_long_prompt_keeps_nobody_waiting(url, tokenizer, monkeypatch):
     """Its tokens are found beside the event loop, which answers others meanwhile."""
     gate, original = threading.Event(), CharTokenizer.encode
-    monkeypatch.setattr(
-        CharTokenizer, "encode", lambda self, text, **options: (gate.wait(20), original(self, text, **options))[1]
-    )
+
+    def encode(self, *asked):
+        gate.wait(20)
+        return original(self, *asked)
+
+    monkeypatch.setattr(CharTokenizer, "encode", encode)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         asked = pool.submit(httpx.post, url + "/v1/completions", json={**ASK, "prompt": "a" * 18_000}, timeout=30)
         try:
