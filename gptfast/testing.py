@@ -83,7 +83,8 @@ def _make_attention(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Te
     if c.layout == "strided":  # one projection of q, k and v, as a model makes it
         x = torch.randn(B, max(T, S), 3, H, D, generator=g).to(dtype)
         return tuple(x[:, :n, i].transpose(1, 2) for i, n in enumerate((T, S, S)))
-    return tuple(torch.randn(B, H, n, D, generator=g).to(dtype) for n in (T, S, S))
+    spread = c.dims.get("scores", 1) ** 0.5  # of the scores, some 4 times that at most
+    return tuple((torch.randn(B, H, n, D, generator=g) * f).to(dtype) for n, f in ((T, spread), (S, spread), (S, 1)))
 
 
 def _make_norm(c: Case, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor | None, ...]:
@@ -208,7 +209,13 @@ _COSTS: dict[str, Callable[[Case, int], tuple[float, float]]] = {
 
 
 def _attention(
-    B: int, H: int, T: int, D: int, S: int | None = None, layout: str = "contiguous", **options: Any
+    B: int,
+    H: int,
+    T: int,
+    D: int,
+    S: int | None = None,
+    layout: str = "contiguous",
+    **options: Any,
 ) -> Case:
     dims = {"B": B, "H": H, "T": T, **({} if S is None else {"S": S}), "D": D}
     return Case("causal_attention", dims, options, layout)
@@ -273,7 +280,7 @@ CASES: dict[str, list[Case]] = {
         _attention(3, 2, 90, 64, seq_lens=torch.tensor([90, 0, 37])),
         _attention(2, 2, 70, 64, S=130, causal=False, seq_lens=torch.tensor([101, 5])),
         _attention(1, 2, 200, 64, cu_seqlens=torch.tensor([0, 13, 13, 100, 200])),
-        _attention(1, 2, 150, 40, layout="strided", cu_seqlens=torch.tensor([0, 100, 140]), window=9),
+        _attention(1, 2, 150, 40, layout="strided", cu_seqlens=torch.tensor([0, 100, 150]), window=9),
         _attention(1, 2, 64, 64, softmax_scale=-0.3),
         _attention(1, 2, 64, 64, softmax_scale=0.0, dropout_p=1.0),
         _attention(0, 2, 8, 16),

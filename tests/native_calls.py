@@ -64,7 +64,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     q, k, v = random(B, H, T, D), random(B, H, T + 2, D), random(B, H, T + 2, D).flip(0)
     attention = {"causal": True, "scale": 0.3, "dropout_p": 0.1, "seed": 5, "offset": 3, "window": 4}
     attention |= {"q": q, "k": k, "v": v, "seq_lens": torch.tensor([4, 7]), "cu_seqlens": None}
-    out, lse = invoke(ops, "causal_attention_fwd", attention)
+    out, statistics = invoke(ops, "causal_attention_fwd", attention)
     packed = {
         "k": q[:1].flip(2),
         "q": q[:1],
@@ -75,7 +75,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     rows, other, weight = random(R, C), random(R, C).flip(0), random(C)
     norm = {"x": rows, "weight": weight, "bias": weight.flip(0), "eps": 1e-5}
     _, mean, rstd = invoke(ops, "layer_norm_fwd", norm)
-    norm |= {"mean": mean, "rstd": rstd, "has_bias": True, "bias_type": 0, "dy": other, "dtotal": rows, "total": rows}
+    norm |= {"mean": mean, "rstd": rstd, "bias_type": 0, "dy": other, "dtotal": rows, "total": rows}
     norm |= {"residual": other, "dropout_p": 0.1, "seed": 1, "offset": 2, "x_type": 0, "residual_type": 0}
     loss = {"logits": random(R, V), "targets": ids(R), "ignore_index": -100, "label_smoothing": 0.1}
     loss |= {"dloss": random(R), "lse": invoke(ops, "cross_entropy_fwd", loss)[1]}
@@ -87,7 +87,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     return {
         "causal_attention_fwd": attention,
         "causal_attention_fwd packed": attention | packed,
-        "causal_attention_bwd": attention | {"dout": q.flip(1), "out": out, "lse": lse},
+        "causal_attention_bwd": attention | {"dout": q.flip(1), "out": out, "statistics": statistics},
         "layer_norm_fwd": norm,
         "layer_norm_bwd": norm,
         "add_layer_norm_fwd": norm,

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 from gptfast import ops
+from gptfast.accuracy import assert_accurate
+from gptfast.ops import reference
 from gptfast.testing import DTYPES, Case, cases, check_case, dtypes
 
 CASES = cases("layer_norm") + cases("add_layer_norm")
@@ -41,6 +43,50 @@ def test_statistics_survive_a_large_mean(isa):
     x = torch.randn(4, 768) + 3000.0
     expected = F.layer_norm(x.double(), (768,)).float()
     torch.testing.assert_close(ops.layer_norm(x, torch.ones(768)), expected, rtol=1e-3, atol=1e-3)
+
+
+OFFSETS = [0.0, 14.1, 3000.0, 12345.678, 1e6, 1e7]
+WIDTHS = [1, 2, 3, 15, 64, 257, 768, 1600]
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-12])
+@pytest.mark.parametrize("C", WIDTHS)
+def test_constant_rows_are_zero(C, eps, isa):
+    """The mean of equal numbers is that number, whatever its sum was rounded to."""
+    x = torch.tensor(OFFSETS)[:, None].expand(-1, C).contiguous().requires_grad_()
+    w, b = torch.randn(C, requires_grad=True), torch.randn(C)
+    for y in (ops.layer_norm(x, w, b, eps), ops.add_layer_norm(x, torch.zeros_like(x), w, b, eps)[0]):
+        assert torch.equal(y, b.expand_as(y))
+        dy = torch.randn_like(y)
+        dx, dw = torch.autograd.grad(y, (x, w), dy)
+        assert torch.equal(dw, torch.zeros_like(dw))
+        g = dy.double() * w.detach()  # rounded to 2^-24 each: what is left of a difference of equals, times rstd
+        wanted = (g - g.mean(-1, keepdim=True)) * eps**-0.5
+        exact_alone = 0.0 if C == 1 and isa != "triton" else 1.0  # LLVM may fuse the product and the difference
+        floor = exact_alone * 4e-7 * g.abs().max() * eps**-0.5
+        assert (dx - wanted).abs().max() <= floor + 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2])
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_rows_far_from_zero(offset, spread, isa):
+    """At most twice eager PyTorch's error in the results, three times in the gradients, wherever the mean lies."""
+    for C in WIDTHS[1:]:
+        x = torch.randn(64, C) * spread + offset
+        case = (x, torch.randn(C), torch.randn(C))
+        upstream = torch.randn(64, C)
+        ours, eager, exact = (
+            [y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+            for call, kind in ((ops.layer_norm, x.dtype), (reference.layer_norm, x.dtype), (by_torch, torch.double))
+            for leaves in [[t.to(kind).detach().requires_grad_() for t in case]]
+            for y in [call(*leaves)]
+        )
+        for n, (a, e, t) in enumerate(zip(ours, eager, exact, strict=True)):
+            assert_accurate([a], [e], [t], 3 if n else 2, f"offset {offset} spread {spread} C {C}: {n}")
+
+
+def by_torch(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], w, b)
 
 
 def test_add_layer_norm_is_its_parts(isa):
@@ -122,11 +168,11 @@ def test_opcheck():
     op = torch.ops.gptfast
     torch.library.opcheck(op.layer_norm_fwd.default, (x, w, w, 1e-5))
     y, mean, rstd = op.layer_norm_fwd(x, w, None, 1e-5)
-    torch.library.opcheck(op.layer_norm_bwd.default, (y, x, w, mean, rstd, True))
-    torch.library.opcheck(op.layer_norm_bwd.default, (y, x, w, mean, rstd, False))
+    torch.library.opcheck(op.layer_norm_bwd.default, (y, x, w, mean, rstd, 1))
+    torch.library.opcheck(op.layer_norm_bwd.default, (y, x, w, mean, rstd, -1))
     torch.library.opcheck(op.add_layer_norm_fwd.default, (x.bfloat16(), x, w, w, 1e-5, 0.1, 2, 3))
-    torch.library.opcheck(op.add_layer_norm_bwd.default, (y, None, x, w, mean, rstd, True, 0, 0, 0.0, 0, 0))
-    torch.library.opcheck(op.add_layer_norm_bwd.default, (None, y, x, w, mean, rstd, False, 1, 0, 0.2, 0, 0))
+    torch.library.opcheck(op.add_layer_norm_bwd.default, (y, None, x, w, mean, rstd, 2, 0, 0, 0.0, 0, 0))
+    torch.library.opcheck(op.add_layer_norm_bwd.default, (None, y, x, w, mean, rstd, -1, 1, 0, 0.2, 0, 0))
 
 
 def test_no_double_backward():

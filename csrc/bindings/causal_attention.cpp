@@ -28,7 +28,7 @@ Tensor new_heads(const Tensor& like, cpu::MutHeads* view) {
   return torch::stable::transpose(x, 1, 2);
 }
 
-struct Lengths {  // int32 or int64 -> int64, checked against what the kernel will index
+struct Lengths {  // int32 or int64 -> int64, checked: seq_lens 0 to limit; cu_seqlens (`rising`) from 0 to limit
   std::vector<i64> values;
   // count: how many there must be; -1: at least one
   Lengths(const OptTensor& t, i64 count, i64 limit, bool rising) {
@@ -48,6 +48,8 @@ struct Lengths {  // int32 or int64 -> int64, checked against what the kernel wi
                       ", less than the entry before it; expected rising offsets");
       values.push_back(x);
     }
+    GPTFAST_CHECK(!rising || (!values.empty() && values[0] == 0 && values.back() == limit), kOp,
+                    ": cu_seqlens must rise from 0 to ", limit);
   }
   const i64* data() const { return values.empty() ? nullptr : values.data(); }
 };
@@ -84,18 +86,18 @@ std::tuple<Tensor, Tensor> causal_attention_fwd(const Tensor& q, const Tensor& k
   Tensor q_owner, k_owner, v_owner;
   p.q = heads_of("q", q, p.T, q, &q_owner);
   p.k = heads_of("k", k, p.S, q, &k_owner), p.v = heads_of("v", v, p.S, q, &v_owner);
-  Tensor out = new_heads(q, &p.y), lse = new_tensor({p.B, p.H, p.T}, ScalarType::Float);
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  Tensor out = new_heads(q, &p.y), statistics = new_tensor({2, p.B, p.H, p.T}, ScalarType::Float);
+  p.shift = static_cast<float*>(statistics.mutable_data_ptr()), p.level = p.shift + p.B * p.H * p.T;
   // Whole heads when there are enough of them (k and v then stay in one core's cache), else a few slices of each whose
   // query blocks interleave: late blocks see more keys.
   const i64 heads = p.B * p.H, blocks = (p.T + cpu::kAttentionBlock - 1) / cpu::kAttentionBlock;
-  if (!heads || !blocks) return {out, lse};
+  if (!heads || !blocks) return {out, statistics};
   const i64 wanted = (4 * i64(torch::stable::get_num_threads()) + heads - 1) / heads;
   const i64 slices = wanted < blocks ? wanted : blocks;
   parallel_items(heads * slices, [&](i64 item) {
     cpu::kernels().causal_attention_fwd(p, item / slices, slices - 1 - item % slices, slices);
   });
-  return {out, lse};
+  return {out, statistics};
 }
 
 // Enough items for many cores where heads are few. By the shape alone: dk and dv are summed by slices, and must not
@@ -107,7 +109,7 @@ i64 backward_slices(i64 heads, i64 T) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k,
-                                                        const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                        const Tensor& v, const Tensor& out, const Tensor& statistics,
                                                         const OptTensor& seq_lens, const OptTensor& cu_seqlens,
                                                         bool causal, double scale, double dropout_p, i64 seed,
                                                         i64 offset, i64 window) {
@@ -118,7 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, cons
   p.q = heads_of("q", q, p.T, q, &owners[0]);
   p.k = heads_of("k", k, p.S, q, &owners[1]), p.v = heads_of("v", v, p.S, q, &owners[2]);
   p.out = heads_of("out", out, p.T, q, &owners[3]), p.dout = heads_of("dout", dout, p.T, q, &owners[4]);
-  p.lse = const_cast<float*>(floats_of(kOp, "lse", lse, p.B * p.H * p.T, &owners[5]));
+  const i64 rows = p.B * p.H * p.T;
+  p.shift = const_cast<float*>(floats_of(kOp, "statistics", statistics, 2 * rows, &owners[5])), p.level = p.shift + rows;
   Tensor dq = new_heads(q, &p.dq), dk = new_heads(k, &p.dk), dv = new_heads(k, &p.dv);
   const i64 heads = p.B * p.H, slices = backward_slices(heads, p.T);
   Tensor partial;
@@ -138,9 +141,9 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, cons
 STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
   m.def(
       "causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? cu_seqlens, bool causal, "
-      "float scale, float dropout_p, SymInt seed, SymInt offset, int window) -> (Tensor out, Tensor lse)");
+      "float scale, float dropout_p, SymInt seed, SymInt offset, int window) -> (Tensor out, Tensor statistics)");
   m.def(
-      "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seq_lens, "
+      "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? seq_lens, "
       "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, SymInt seed, SymInt offset, int window) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 }

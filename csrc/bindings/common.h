@@ -51,6 +51,13 @@ inline DType dtype_of(const char* op, const Tensor& t) {
   refuse(op, ": expected a float32, bfloat16 or float16 tensor");
 }
 
+// The dtype that an op names by number: its place in gptfast.backend.KERNEL_DTYPES.
+inline ScalarType dtype_of_code(const char* op, i64 code) {
+  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  GPTFAST_CHECK(code >= 0 && code < 3, op, ": unknown dtype ", code, "; expected 0 to 2");
+  return types[code];
+}
+
 // A contiguous CPU tensor; large ones come from memory that is kept (results.cpp).
 Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype);
 inline Tensor new_tensor(std::initializer_list<i64> size, ScalarType dtype) {

@@ -63,33 +63,46 @@ struct Call {
   }
 };
 
+void set_statistics(AttentionParams& p, const Tensor& statistics) {
+  p.shift = floats(statistics), p.level = p.shift + i64(p.B) * p.H * p.T;
+}
+
 std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& seq_lens,
                                const OptTensor& cu_seqlens, bool causal, double scale, double dropout_p, i64 seed,
                                i64 offset, i64 window) {
   Call call(q, k, v, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window);
   AttentionParams& p = call.p;
   const Launch on(q);
-  Tensor out = new_heads(q, &p.y), lse = new_tensor(kOp, q, {p.B, p.H, p.T}, ScalarType::Float);
+  Tensor out = new_heads(q, &p.y), statistics = new_tensor(kOp, q, {2, p.B, p.H, p.T}, ScalarType::Float);
   Tensor partial = new_tensor(kOp, q, {causal_attention_partial(p)}, ScalarType::Float);
-  p.lse = floats(lse), p.partial = floats(partial);
+  set_statistics(p, statistics);
+  p.partial = floats(partial);
   check(kOp, causal_attention_fwd(p, on.stream));
-  return {out, lse};
+  return {out, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                       const Tensor& out, const Tensor& lse, const OptTensor& seq_lens,
+                                       const Tensor& out, const Tensor& statistics, const OptTensor& seq_lens,
                                        const OptTensor& cu_seqlens, bool causal, double scale, double dropout_p,
                                        i64 seed, i64 offset, i64 window) {
   Call call(q, k, v, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window);
   AttentionParams& p = call.p;
   p.out = heads_of("out", out, p.T, q, &call.owners[5]), p.dout = heads_of("dout", dout, p.T, q, &call.owners[6]);
-  check_device(kOp, "lse", lse, q);
-  GPTFAST_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == i64(p.B) * p.H * p.T, kOp,
-                  ": lse must be float32 (B, H, T)");
+  check_device(kOp, "statistics", statistics, q);
+  GPTFAST_CHECK(statistics.scalar_type() == ScalarType::Float && statistics.numel() == 2 * i64(p.B) * p.H * p.T, kOp,
+                  ": statistics must be float32 (2, B, H, T)");
   const Launch on(q);
-  const Tensor lse_rows = contiguous(kOp, lse);
+  const Tensor rows = contiguous(kOp, statistics);
   Tensor delta = new_tensor(kOp, q, {p.B, p.H, p.T}, ScalarType::Float);
-  p.lse = floats(lse_rows), p.delta = floats(delta);
+  set_statistics(p, rows);
+  p.delta = floats(delta);
+  Tensor again, statistics_again;  // of few queries: see causal_attention_fwd_tiles
+  if (decode_attention_splits(p)) {
+    again = new_heads(q, &p.y), statistics_again = new_tensor(kOp, q, {2, p.B, p.H, p.T}, ScalarType::Float);
+    set_statistics(p, statistics_again);
+    check(kOp, causal_attention_fwd_tiles(p, on.stream));
+    p.out = {p.y.data, p.y.sb, p.y.sh, p.y.st};
+  }
   Tensor dq = new_heads(q, &p.dq), dk = new_heads(k, &p.dk), dv = new_heads(k, &p.dv);
   check(kOp, causal_attention_bwd(p, on.stream));
   return {dq, dk, dv};

@@ -6,24 +6,25 @@ namespace {
 
 // Runs the backward kernel and adds up the parts; fills everything of p that belongs to the weights.
 std::tuple<Tensor, Tensor> launch_bwd(const char* op, LayerNormParams& p, const Tensor& x, const Tensor& weight,
-                                      bool has_bias, const Tensor& mean, const Tensor& rstd) {
+                                      i64 bias_type, const Tensor& mean, const Tensor& rstd) {
   const Launch on(x);
   Tensor weight_owner;
   p.weight = vector_of(op, "weight", weight, p.C, x, &weight_owner);
   check_device(op, "mean", mean, x);
   check_device(op, "rstd", rstd, x);
-  GPTFAST_CHECK(mean.numel() == p.R && rstd.numel() == p.R && mean.scalar_type() == ScalarType::Float &&
+  GPTFAST_CHECK(mean.numel() == 2 * p.R && rstd.numel() == p.R && mean.scalar_type() == ScalarType::Float &&
                       rstd.scalar_type() == ScalarType::Float,
-                  op, ": mean and rstd must be float32 with one value a row");
+                  op, ": mean must be float32 (2, rows) and rstd (rows)");
   const Tensor mean_owner = contiguous(op, mean), rstd_owner = contiguous(op, rstd);
   p.mean = floats(mean_owner), p.rstd = floats(rstd_owner);
   const i64 parts = parts_of(p.R);
+  const bool has_bias = bias_type >= 0;
   Tensor dweight = new_tensor(op, x, {parts, p.C}, ScalarType::Float);
   Tensor dbias = new_tensor(op, x, {has_bias ? parts : 0, has_bias ? p.C : 0}, ScalarType::Float);
   p.dweight = floats(dweight), p.dbias = has_bias ? floats(dbias) : nullptr;
   check(op, layer_norm_bwd(p, on.stream));
-  return {sum_of_parts(op, dweight, weight.scalar_type(), on.stream),
-          sum_of_parts(op, dbias, weight.scalar_type(), on.stream)};
+  const ScalarType bias_dtype = has_bias ? dtype_of_code(op, bias_type) : ScalarType::Float;
+  return {sum_of_parts(op, dweight, weight.scalar_type(), on.stream), sum_of_parts(op, dbias, bias_dtype, on.stream)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, double eps) {
@@ -31,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& x, const Tensor& weight, co
   const View v = view_of(op, x);
   const Launch on(x);
   Tensor y = new_like(op, x), weight_owner, bias_owner;
-  Tensor mean = new_tensor(op, x, {v.R}, ScalarType::Float), rstd = new_tensor(op, x, {v.R}, ScalarType::Float);
+  Tensor mean = new_tensor(op, x, {2, v.R}, ScalarType::Float), rstd = new_tensor(op, x, {v.R}, ScalarType::Float);
   LayerNormParams p{};
   p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps);
   p.weight = vector_of(op, "weight", weight, v.C, x, &weight_owner);
@@ -42,14 +43,14 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& x, const Tensor& weight, co
 }
 
 std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean,
-                                       const Tensor& rstd, bool has_bias) {
+                                       const Tensor& rstd, i64 bias_type) {
   constexpr const char* op = "layer_norm";
   const View v = view_of(op, x), g = view_of(op, "dy", dy, x);
   GPTFAST_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, op, ": dy and x differ in shape or dtype");
   Tensor dx = new_like(op, x);
   LayerNormParams p{};
   p.x = v.rows(), p.dy = g.rows(), p.dx = mut_rows(op, dx, v.C), p.R = v.R, p.C = v.C;
-  auto [dweight, dbias] = launch_bwd(op, p, x, weight, has_bias, mean, rstd);
+  auto [dweight, dbias] = launch_bwd(op, p, x, weight, bias_type, mean, rstd);
   return {dx, dweight, dbias};
 }
 
@@ -62,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_fwd(const Tensor& x, const Tensor
   const Launch on(x);
   const ScalarType total_type = x.scalar_type() == residual.scalar_type() ? x.scalar_type() : ScalarType::Float;
   Tensor total = new_like(op, x, total_type), y = new_like(op, x, total_type), weight_owner, bias_owner;
-  Tensor mean = new_tensor(op, x, {v.R}, ScalarType::Float), rstd = new_tensor(op, x, {v.R}, ScalarType::Float);
+  Tensor mean = new_tensor(op, x, {2, v.R}, ScalarType::Float), rstd = new_tensor(op, x, {v.R}, ScalarType::Float);
   LayerNormParams p{};
   p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C), p.y = mut_rows(op, y, v.C);
   p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps), p.dropout = dropout_of(dropout_p, seed, offset);
@@ -76,11 +77,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_fwd(const Tensor& x, const Tensor
 // dx is left empty where it would equal dresidual: without dropout and with x_type == residual_type.
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_bwd(const OptTensor& dy, const OptTensor& dtotal, const Tensor& total,
                                                    const Tensor& weight, const Tensor& mean, const Tensor& rstd,
-                                                   bool has_bias, i64 x_type, i64 residual_type, double dropout_p,
+                                                   i64 bias_type, i64 x_type, i64 residual_type, double dropout_p,
                                                    i64 seed, i64 offset) {
   constexpr const char* op = "add_layer_norm";
-  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  GPTFAST_CHECK(x_type >= 0 && x_type < 3 && residual_type >= 0 && residual_type < 3, op, ": unknown dtype");
+  const ScalarType x_dtype = dtype_of_code(op, x_type), residual_dtype = dtype_of_code(op, residual_type);
   const View v = view_of(op, total);
   View g = v, d = v;
   LayerNormParams p{};
@@ -90,11 +90,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_bwd(const OptTensor& dy, const Op
   GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && g.dtype == v.dtype && d.dtype == v.dtype, op,
                   ": gradients and total differ in shape or dtype");
   const bool own_dx = p.dropout.threshold || x_type != residual_type;
-  Tensor dresidual = new_like(op, total, types[residual_type]);
-  Tensor dx = own_dx ? new_like(op, total, types[x_type]) : new_tensor(op, total, {0}, types[x_type]);
+  Tensor dresidual = new_like(op, total, residual_dtype);
+  Tensor dx = own_dx ? new_like(op, total, x_dtype) : new_tensor(op, total, {0}, x_dtype);
   p.dresidual = mut_rows(op, dresidual, v.C);
   if (own_dx) p.dx = mut_rows(op, dx, v.C);
-  auto [dweight, dbias] = launch_bwd(op, p, total, weight, has_bias, mean, rstd);
+  auto [dweight, dbias] = launch_bwd(op, p, total, weight, bias_type, mean, rstd);
   return {dx, dresidual, dweight, dbias};
 }
 

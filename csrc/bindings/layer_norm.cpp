@@ -11,20 +11,22 @@ void launch_fwd(const cpu::LayerNormParams& p) {
 }
 
 // Runs the backward kernel and adds up the chunks; fills everything of p that belongs to the weights.
-std::tuple<Tensor, Tensor> launch_bwd(const char* op, cpu::LayerNormParams& p, const Tensor& weight, bool has_bias,
+std::tuple<Tensor, Tensor> launch_bwd(const char* op, cpu::LayerNormParams& p, const Tensor& weight, i64 bias_type,
                                       const Tensor& mean, const Tensor& rstd) {
   Tensor weight_owner, mean_owner, rstd_owner;
   p.weight = vector_of(op, weight, p.C, &weight_owner);
-  p.mean = const_cast<float*>(floats_of(op, "mean", mean, p.R, &mean_owner));
+  p.mean = const_cast<float*>(floats_of(op, "mean", mean, 2 * p.R, &mean_owner));
   p.rstd = const_cast<float*>(floats_of(op, "rstd", rstd, p.R, &rstd_owner));
   const i64 chunks = chunks_of(p.R);
+  const bool has_bias = bias_type >= 0;
   Tensor dweight = new_tensor({chunks, p.C}, ScalarType::Float);
   Tensor dbias = new_tensor({has_bias ? chunks : 0, has_bias ? p.C : 0}, ScalarType::Float);
   p.dweight = static_cast<float*>(dweight.mutable_data_ptr());
   p.dbias = has_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
   parallel(chunks, p.C * 8 * cpu::kRowChunk,
            [&](i64 begin, i64 end) { cpu::kernels().layer_norm_bwd(p, begin, end); });
-  return {sum_chunks(op, dweight, weight.scalar_type()), sum_chunks(op, dbias, weight.scalar_type())};
+  const ScalarType bias_dtype = has_bias ? dtype_of_code(op, bias_type) : ScalarType::Float;
+  return {sum_chunks(op, dweight, weight.scalar_type()), sum_chunks(op, dbias, bias_dtype)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias,
@@ -32,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor&
   constexpr const char* op = "layer_norm";
   const RowView v = rows_of(op, x);
   Tensor y = new_like(x), weight_owner, bias_owner;
-  Tensor mean = new_tensor({v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
+  Tensor mean = new_tensor({2, v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
   cpu::LayerNormParams p{};
   p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps);
   p.weight = vector_of(op, weight, v.C, &weight_owner), p.bias = vector_of(op, bias, v.C, &bias_owner);
@@ -42,14 +44,14 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor&
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                                  const Tensor& mean, const Tensor& rstd, bool has_bias) {
+                                                  const Tensor& mean, const Tensor& rstd, i64 bias_type) {
   constexpr const char* op = "layer_norm";
   const RowView v = rows_of(op, x), g = rows_of(op, dy);
   GPTFAST_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, op, ": dy and x differ in shape or dtype");
   Tensor dx = new_like(x);
   cpu::LayerNormParams p{};
   p.x = v.rows(), p.dy = g.rows(), p.dx = mut_rows(op, dx, v.C), p.R = v.R, p.C = v.C;
-  auto [dweight, dbias] = launch_bwd(op, p, weight, has_bias, mean, rstd);
+  auto [dweight, dbias] = launch_bwd(op, p, weight, bias_type, mean, rstd);
   return {dx, dweight, dbias};
 }
 
@@ -61,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, c
   GPTFAST_CHECK(r.R == v.R && r.C == v.C, op, ": x and residual differ in shape");
   const ScalarType total_type = x.scalar_type() == residual.scalar_type() ? x.scalar_type() : ScalarType::Float;
   Tensor total = new_like(x, total_type), y = new_like(x, total_type), weight_owner, bias_owner;
-  Tensor mean = new_tensor({v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
+  Tensor mean = new_tensor({2, v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
   cpu::LayerNormParams p{};
   p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C, 2), p.y = mut_rows(op, y, v.C, 2);
   p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps), p.dropout = dropout_params(dropout_p, seed, offset);
@@ -74,12 +76,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, c
 // dx is left empty where it would equal dresidual: without dropout and with x_type == residual_type.
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptTensor& dy, const OptTensor& dtotal,
                                                               const Tensor& total, const Tensor& weight,
-                                                              const Tensor& mean, const Tensor& rstd, bool has_bias,
+                                                              const Tensor& mean, const Tensor& rstd, i64 bias_type,
                                                               i64 x_type, i64 residual_type, double dropout_p, i64 seed,
                                                               i64 offset) {
   constexpr const char* op = "add_layer_norm";
-  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  GPTFAST_CHECK(x_type >= 0 && x_type < 3 && residual_type >= 0 && residual_type < 3, op, ": unknown dtype");
+  const ScalarType x_dtype = dtype_of_code(op, x_type), residual_dtype = dtype_of_code(op, residual_type);
   const RowView v = rows_of(op, total);
   RowView g = v, d = v;
   cpu::LayerNormParams p{};
@@ -89,11 +90,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptTensor& d
   GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && g.dtype == v.dtype && d.dtype == v.dtype, op,
                   ": gradients and total differ in shape or dtype");
   const bool own_dx = p.dropout.threshold || x_type != residual_type;
-  Tensor dresidual = new_like(total, types[residual_type]);
-  Tensor dx = own_dx ? new_like(total, types[x_type]) : new_tensor({0}, types[x_type]);
+  Tensor dresidual = new_like(total, residual_dtype);
+  Tensor dx = own_dx ? new_like(total, x_dtype) : new_tensor({0}, x_dtype);
   p.dresidual = mut_rows(op, dresidual, v.C);
   if (own_dx) p.dx = mut_rows(op, dx, v.C);
-  auto [dweight, dbias] = launch_bwd(op, p, weight, has_bias, mean, rstd);
+  auto [dweight, dbias] = launch_bwd(op, p, weight, bias_type, mean, rstd);
   return {dx, dresidual, dweight, dbias};
 }
 
@@ -102,14 +103,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptTensor& d
 STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
   m.def("layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
-      "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias) "
+      "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, int bias_type) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def(
       "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, SymInt seed, "
       "SymInt offset) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)");
   m.def(
       "add_layer_norm_bwd(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
-      "bool has_bias, int x_type, int residual_type, float dropout_p, SymInt seed, SymInt offset) "
+      "int bias_type, int x_type, int residual_type, float dropout_p, SymInt seed, SymInt offset) "
       "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {

@@ -9,7 +9,8 @@ constexpr i64 kQueries = kAttentionBlock;  // lanes of a block: L-wide vectors 0
 constexpr int kVectors = int(kQueries / L);
 constexpr i64 kKeys = 64;   // keys of a tile
 constexpr i64 kGroup = 16;  // keys that are skipped or masked together at the edge of visibility
-constexpr float kMasked = -1e30f;
+constexpr float kFar = 64.f;  // a product scale * maximum, in units of log2, whose rounding 2^-19 may still be left in
+constexpr float kMasked = -0x1.fffffep+127f;  // the lowest: scores are all of the numbers
 
 
 // Query lane i of the block sees keys [lo[i], hi[i]). Lanes past the last query repeat it.

@@ -1,7 +1,7 @@
 // Backward of causal_attention (FlashAttention-2, arXiv 2307.08691, section 3.1.2): one head at a time, query blocks
 // outside, key tiles inside, every sum in one fixed order and no atomics, so gradients repeat bit for bit.
 //
-//   P^T = exp(scale k q^T - lse)            dP^T = v dout^T             delta_i = sum_d out[i][d] dout[i][d]
+//   P^T = exp2(c (k q^T - shift) - level)    dP^T = v dout^T             delta_i = sum_d out[i][d] dout[i][d]
 //   dv[j] += sum_i P'[i][j] dout[i]         dS^T = P^T (keep dP^T / (1 - p) - delta)      P' = dropped P
 //   dk[j] += sum_i dS[i][j] q[i]            dq^T[d][i] += sum_j k[j][d] dS^T[j][i]
 //
@@ -43,7 +43,7 @@ template <bool PAIR> struct AttentionBackward {
   uint32_t *q_t, *g_t, *q_rows, *g_rows;          // q and dout: transposed; rows (PAIR: pairs of rows)
   uint32_t *k_packed, *v_packed, *k_pairs;        // keys as words along d, and (PAIR) as pairs along j
   uint32_t *p_rows, *ds_rows, *ds_lanes;          // P', dS as words along i; dS with queries in the lanes
-  float *s, *dp, *dq, *lse, *delta, *dk, *dv, *factor;
+  float *s, *dp, *dq, *shift, *minus_level, *delta, *dk, *dv, *factor;
   const uint32_t *k, *v, *k_for_dq;
   size_t bytes = 0;
 
@@ -62,7 +62,8 @@ template <bool PAIR> struct AttentionBackward {
     ds_rows = PAIR ? a.take<uint32_t>(kKeys * kRow) : reinterpret_cast<uint32_t*>(dp);
     ds_lanes = PAIR ? a.take<uint32_t>(kKeys / 2 * kQueries) : ds_rows;
     dq = a.take<float>(round_up(D, L) * kQueries);
-    lse = a.take<float>(kQueries);
+    shift = a.take<float>(kQueries);
+    minus_level = a.take<float>(kQueries);
     delta = a.take<float>(kQueries);
     factor = a.take<float>(kQueries);
     k_packed = a.take<uint32_t>(direct(p.k) ? 0 : keys * words + L);
@@ -109,33 +110,36 @@ template <bool PAIR> struct AttentionBackward {
       pack_rows<PAIR>(out, stride, from_block, p.dtype, b, h, 0, queries, D);
     }
   }
+  // delta is summed as dP^T is: a query that sees one key only, as nearly all do where scores are large, has delta = dP to
+  // the bit, and dS = 0.
   void row_statistics(i64 i0, i64 queries) {
-    for (i64 i = 0; i < kQueries; i++) {
-      lse[i] = 1e30f;  // P = 0 past the last query
-      delta[i] = 0.f;
-      if (i >= queries) continue;
-      const void *o = head_row(p.out, p.dtype, b, h, i0 + i), *g = head_row(p.dout, p.dtype, b, h, i0 + i);
+    auto* o_t = reinterpret_cast<uint32_t*>(dq);  // not in use yet
+    pack_transposed<PAIR>(o_t, p.out, p.dtype, b, h, i0, queries, D);
+    for (int v = 0; v < kVectors; v++) {
       F dot = zero();
-      for (i64 d = 0; d < D; d += L) {
-        const i64 n = D - d < L ? D - d : L;
-        dot = fma(load_any(at(o, p.dtype, d), p.dtype, n), load_any(at(g, p.dtype, d), p.dtype, n), dot);
-      }
-      delta[i] = sum(dot);
-      lse[i] = p.lse[(b * p.H + h) * p.T + i0 + i] * kLog2e;
+      for (i64 w = 0; w < words; w++)
+        dot = multiply_words<PAIR>(iload(o_t + w * kQueries + v * L), iload(g_t + w * kQueries + v * L), dot);
+      store(delta + v * L, dot);
+    }
+    const i64 row = (b * p.H + h) * p.T + i0;
+    for (i64 i = 0; i < kQueries; i++) {
+      shift[i] = i < queries ? p.shift[row + i] : 0.f;
+      minus_level[i] = i < queries ? -p.level[row + i] : -1e30f;  // P = 0 past the last query
     }
   }
 
   // s, dp -> P' and dS of one vector of queries over one group of keys.
   template <bool DROP, bool EDGE> void slopes(int v, i64 i0, i64 j0, const Group* groups, int n) {
     float *sv = s + v * L, *dpv = dp + v * L;
-    const F shift = load(lse + v * L), center = load(delta + v * L), kept = set(dropout.scale);
+    const F top = load(shift + v * L), bottom = load(minus_level + v * L), center = load(delta + v * L);
+    const F kept = set(dropout.scale);
     I bits[16];
     i64 have_bits = -1;
     for (int g = 0; g < n; g++) {
       if (v < groups[g].va || v >= groups[g].vb) continue;
       for (i64 j = groups[g].begin; j < groups[g].end; j += 2) {
-        F x = exp2<PAIR ? 4 : 6>(load(sv + j * kQueries) * scale - shift);
-        F y = exp2<PAIR ? 4 : 6>(load(sv + (j + 1) * kQueries) * scale - shift);
+        F x = exp2<PAIR ? 4 : 6>(fma(load(sv + j * kQueries) - top, scale, bottom));
+        F y = exp2<PAIR ? 4 : 6>(fma(load(sv + (j + 1) * kQueries) - top, scale, bottom));
         F gx = load(dpv + j * kQueries), gy = load(dpv + (j + 1) * kQueries), px = x, py = y;
         if (DROP) {
           if (have_bits != (j0 + j) / 32) {

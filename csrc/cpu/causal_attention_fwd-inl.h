@@ -76,21 +76,33 @@ template <bool PAIR> struct AttentionForward {
         top = max(x, top);
       }
     }
-    const F before = load(m + v * L), rescale = exp2<6>((before - top) * scale), shift = top * scale;
+    // The maximum is taken off before the scale: scale * maximum is rounded, for large scores by more than exp2 has room
+    // for. Where products are of bf16 and the other half of the work, it is taken off in a pass of its own, and only where
+    // it is large: the rounding is then seen.
+    const F rescale = exp2<6>((load(m + v * L) - top) * scale);
+    F shift = top * scale;
+    if (PAIR && bits(lt(set(kFar), abs(shift)))) {
+      for (int g = 0; g < n; g++)
+        if (v >= groups[g].va && v < groups[g].vb)
+          for (i64 j = groups[g].begin; j < groups[g].end; j++) store(sv + j * kQueries, load(sv + j * kQueries) - top);
+      shift = zero();
+    }
+    const auto weight = [scale = scale, top, shift](F s) __attribute__((always_inline)) {
+      return PAIR ? exp2<4>(s * scale - shift) : exp2<6>((s - top) * scale);
+    };
     store(m + v * L, top);
     store(alpha + v * L, rescale);
     F sum0 = zero(), sum1 = zero();
-    I bits[16];
+    I drawn[16];
     i64 have_bits = -1;
     for (int g = 0; g < n; g++) {
       if (v < groups[g].va || v >= groups[g].vb) continue;
       for (i64 j = groups[g].begin; j < groups[g].end; j += 2) {
         if (DROP && have_bits != (j0 + j) / 32) {
           have_bits = (j0 + j) / 32;
-          dropout_words(dropout, i0 + v * L, have_bits * 32, bits);
+          dropout_words(dropout, i0 + v * L, have_bits * 32, drawn);
         }
-        F x = exp2<PAIR ? 4 : 6>(load(sv + j * kQueries) * scale - shift);
-        F y = exp2<PAIR ? 4 : 6>(load(sv + (j + 1) * kQueries) * scale - shift);
+        F x = weight(load(sv + j * kQueries)), y = weight(load(sv + (j + 1) * kQueries));
         if (EDGE) {
           x = keep(sees(visible, v, j0 + j), x);
           y = keep(sees(visible, v, j0 + j + 1), y);
@@ -98,7 +110,7 @@ template <bool PAIR> struct AttentionForward {
         sum0 = sum0 + x;
         sum1 = sum1 + y;
         if (DROP) {
-          const I w = bits[(j0 + j) / 2 % 16];
+          const I w = drawn[(j0 + j) / 2 % 16];
           x = keep(keeps_even(dropout, w), x);
           y = keep(keeps_odd(dropout, w), y);
         }
@@ -165,15 +177,18 @@ template <bool PAIR> struct AttentionForward {
     finish(i0, queries);
   }
 
-  void finish(i64 i0, i64 queries) {  // normalise and write; a query that saw no key gives 0 and lse -inf
+  void finish(i64 i0, i64 queries) {  // normalise and write; a query that saw no key gives 0 and level -inf
     const float kept = p.threshold ? dropout.scale : 1.f;
     for (int v = 0; v < kVectors; v++) {
       const F total = load(l + v * L);
       store(alpha + v * L, select(eq(total, zero()), zero(), set(kept) / total));
     }
     unpack_transposed(p.y, p.dtype, b, h, i0, queries, D, o, alpha);
-    for (i64 i = 0; i < queries; i++)
-      p.lse[(b * p.H + h) * p.T + i0 + i] = l[i] == 0.f ? -__builtin_inff() : m[i] * p.scale + __builtin_logf(l[i]);
+    const i64 row = (b * p.H + h) * p.T + i0;
+    for (i64 i = 0; i < queries; i++) {
+      p.shift[row + i] = l[i] == 0.f ? 0.f : m[i];
+      p.level[row + i] = l[i] == 0.f ? -__builtin_inff() : __builtin_log2f(l[i]);
+    }
   }
 };
 

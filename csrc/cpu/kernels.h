@@ -71,7 +71,7 @@ struct LayerNormParams {
   MutRows total, y;
   Rows dy, dtotal;        // backward: either may be null
   MutRows dx, dresidual;  // backward: dx after dropout, dresidual before it; either may be null
-  float *mean, *rstd;     // (R)
+  float *mean, *rstd;     // (2, R): the mean, and what its rounding left out; (R)
   float *dweight, *dbias;  // (ceil(R / kRowChunk), C) partial sums; dbias may be null
   i64 R, C;
   float eps;
@@ -125,7 +125,7 @@ struct AttentionParams {
   MutHeads y;       // (B, H, T, D): the output, forward only
   MutHeads dq, dk, dv;
   float* partial;         // (B H, slices, 2, S, D rounded up to 16): sums of dk and dv; nullptr when there is one slice
-  float* lse;             // (B, H, T), written by forward, read by backward
+  float *shift, *level;   // (B, H, T), written by forward, read by backward: weights are exp2(c (q k^T - shift) - level)
   const i64* seq_lens;    // (B) or nullptr
   const i64* cu_seqlens;  // (documents + 1) or nullptr
   i64 documents;

@@ -1,7 +1,7 @@
 // LayerNorm (Ba et al., arXiv 1607.06450) over rows, alone or after dropout and a residual sum, forward and backward.
 //
 //   total = dropout(x) + residual                                      (add_layer_norm only)
-//   y = (total - mean) rstd weight + bias,   rstd = 1 / sqrt(var + eps), var the biased variance, in two passes
+//   y = (total - mean) rstd weight + bias,   rstd = 1 / sqrt(var + eps), var the biased variance, in two passes (moments)
 //   dtotal += rstd (g - mean(g) - xhat mean(g xhat)),  g = dy weight,  xhat = (total - mean) rstd
 //   dweight = sum_rows dy xhat,  dbias = sum_rows dy   (per chunk of rows, added in chunk order)
 //
@@ -10,15 +10,16 @@
 
 // What this thread keeps beside the rows: weight and bias as fp32, and the dropout decisions of a row.
 struct NormBuffers {
-  float *weight, *bias;
+  float *weight, *bias, *wide;  // wide: a row of 16 bits as fp32
   uint16_t* lanes;
   void* total;  // the row that is normalised, where p.total goes past the caches
   explicit NormBuffers(const LayerNormParams& p) {
     const i64 n = round_up(p.C + L, 16);
-    weight = static_cast<float*>(scratch(size_t(3 * n) * 4 + size_t(round_up(p.C, 8 * L)) * 2));
+    weight = static_cast<float*>(scratch(size_t(4 * n) * 4 + size_t(round_up(p.C, 8 * L)) * 2));
     bias = weight + n;
     total = bias + n;
-    lanes = reinterpret_cast<uint16_t*>(bias + 2 * n);
+    wide = bias + 2 * n;
+    lanes = reinterpret_cast<uint16_t*>(bias + 3 * n);
     copy_row(weight, p.weight.data, p.weight.dtype, p.C);
     if (p.bias.data) copy_row(bias, p.bias.data, p.bias.dtype, p.C);
     else __builtin_memset(bias, 0, size_t(p.C) * 4);
@@ -64,29 +65,50 @@ template <DType T> static const void* norm_input(const LayerNormParams& p, const
   return copy ? copy : total;
 }
 
+struct Moments {
+  float mean, rest, variance;  // the mean is mean + rest
+};
+// In two passes over the row, which it leaves in `wide` where T is not fp32. The first sum's roundings may exceed the spread
+// of a row far from 0, so the second pass sums the differences from that mean too and corrects it. Where the mean is
+// thousands of spreads away its own rounding counts: `rest` keeps it.
+template <DType T> INL Moments moments(const void* x, float* wide, i64 C) {
+  const float sum = row_sum(C, [&](i64 c, i64 n) __attribute__((always_inline)) {
+    const F value = load_as<T>(x, c, n);
+    if constexpr (T != DType::f32) store(wide + c, value);
+    return value;
+  });
+  const float near = sum / float(C);
+  const float* values = T == DType::f32 ? static_cast<const float*>(x) : wide;
+  const F center = set(near);
+  const TwoSums rest = row_sums(C, [&](i64 c, i64 n, F& sum, F& squares) __attribute__((always_inline)) {
+    const F d = load_lanes(values + c, n) - center;
+    const F counted = n == L ? d : keep(first_n(n), d);
+    sum = sum + counted;
+    squares = fma(counted, counted, squares);
+  });
+  const float left = rest.first / float(C), variance = rest.second / float(C) - left * left, mean = near + left;
+  return {mean, left - (mean - near), variance < 0.f ? 0.f : variance};
+}
+
 template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_begin, i64 row_end) {
   const NormBuffers t(p);
   for (i64 r = row_begin; r < row_end; r++) {
     const void* x = norm_input<T>(p, t, r);
-    const float total = row_sum(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(x, c, n); });
-    const F center = set(total / float(p.C));
-    const float square = row_sum(p.C, [&](i64 c, i64 n) __attribute__((always_inline)) {
-      const F d = load_as<T>(x, c, n) - center;
-      const F counted = n == L ? d : keep(first_n(n), d);
-      return counted * counted;
-    });
-    const float rstd = 1.f / __builtin_sqrtf(square / float(p.C) + p.eps);
-    p.mean[r] = total / float(p.C);
+    const Moments m = moments<T>(x, t.wide, p.C);
+    const float rstd = 1.f / __builtin_sqrtf(m.variance + p.eps);
+    p.mean[r] = m.mean;
+    p.mean[p.R + r] = m.rest;
     p.rstd[r] = rstd;
-    const F scale = set(rstd);
+    const F center = set(m.mean), scale = set(rstd), rest = set(-m.rest * rstd);
     void* y = row(p.y, r);
     const float *weight = t.weight, *bias = t.bias;
+    const float* values = T == DType::f32 ? static_cast<const float*>(x) : t.wide;
     const bool past = p.y.stream;
     const char *next_x = next_row(p, p.x, r), *next_residual = next_row(p, p.residual, r);
     for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
       prefetch(next_x + c * element_size(T));
       if (next_residual) prefetch(next_residual + c * element_size(T));
-      const F xhat = (load_as<T>(x, c, n) - center) * scale;
+      const F xhat = fma(load_lanes(values + c, n) - center, scale, rest);
       put_as<T>(past, y, c, fma(xhat, load_lanes(weight + c, n), load_lanes(bias + c, n)), n);
     });
   }
@@ -100,10 +122,10 @@ static void layer_norm_fwd(const LayerNormParams& p, i64 row_begin, i64 row_end)
 template <DType T>
 INL void norm_means(const LayerNormParams& p, const float* weight, i64 r, float* dw, float* db, F* mean_g, F* mean_gx) {
   const void *x = row(p.x, r), *dy = row(p.dy, r);
-  const F center = set(p.mean[r]), scale = set(p.rstd[r]);
+  const F center = set(p.mean[r]), scale = set(p.rstd[r]), rest = set(-p.mean[p.R + r] * p.rstd[r]);
   F g_sum[2] = {zero(), zero()}, gx_sum[2] = {zero(), zero()};
   for_lanes_paired(p.C, [&](i64 c, i64 n, int u) __attribute__((always_inline)) {
-    const F xhat = (load_as<T>(x, c, n) - center) * scale, d = load_as<T>(dy, c, n);
+    const F xhat = fma(load_as<T>(x, c, n) - center, scale, rest), d = load_as<T>(dy, c, n);
     store_lanes(dw + c, fma(d, xhat, load_lanes(dw + c, n)), n);
     if (db) store_lanes(db + c, load_lanes(db + c, n) + d, n);
     const F g = d * load_lanes(weight + c, n);  // 0 in lanes past the end
@@ -119,15 +141,16 @@ template <DType T, class Store>
 INL void norm_gradient(const LayerNormParams& p, const float* weight, i64 r, F mean_g, F mean_gx, Store store) {
   const void* x = row(p.x, r);
   const void *dy = p.dy.data ? row(p.dy, r) : nullptr, *dtotal = p.dtotal.data ? row(p.dtotal, r) : nullptr;
-  const F center = set(p.mean[r]), scale = set(p.rstd[r]);
+  const F center = set(p.mean[r]), scale = set(p.rstd[r]), rest = set(-p.mean[p.R + r] * p.rstd[r]);
   const char *next_x = next_row(p, p.x, r), *next_dy = next_row(p, p.dy, r);
   for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
     F d = zero();
     prefetch(next_x + c * element_size(T));
     if (next_dy) prefetch(next_dy + c * element_size(T));
     if (dy) {
-      const F xhat = (load_as<T>(x, c, n) - center) * scale;
-      const F g = load_as<T>(dy, c, n) * load_lanes(weight + c, n);
+      const F xhat = fma(load_as<T>(x, c, n) - center, scale, rest);
+      // rounded as in norm_means: a product fused with the difference would leave its rounding where both are equal
+      const F g = fma(load_as<T>(dy, c, n), load_lanes(weight + c, n), zero());
       d = scale * fnma(xhat, mean_gx, g - mean_g);
     }
     store(c, dtotal ? d + load_as<T>(dtotal, c, n) : d, n);

@@ -238,6 +238,20 @@ template <class Fn> INL float row_sum(i64 C, Fn f) {
   return sum((s0 + s1) + (s2 + s3));
 }
 
+struct TwoSums {
+  float first, second;
+};
+// The same of two sums at once: f(c, n, &a, &b) adds to a and b.
+template <class Fn> INL TwoSums row_sums(i64 C, Fn f) {
+  F a[4] = {zero(), zero(), zero(), zero()}, b[4] = {zero(), zero(), zero(), zero()};
+  i64 c = 0;
+  for (; c + 4 * L <= C; c += 4 * L) UNROLL
+    for (int u = 0; u < 4; u++) f(c + u * L, i64(L), a[u], b[u]);
+  for (; c + L <= C; c += L) f(c, i64(L), a[0], b[0]);
+  if (c < C) f(c, C - c, a[1], b[1]);
+  return {sum((a[0] + a[1]) + (a[2] + a[3])), sum((b[0] + b[1]) + (b[2] + b[3]))};
+}
+
 // n <= L values at p as fp32, the other lanes 0.
 INL F load_any(const void* p, DType t, i64 n) {
   if (t == DType::f32) return load_lanes(static_cast<const float*>(p), n);

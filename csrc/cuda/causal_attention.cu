@@ -25,8 +25,12 @@ i64 causal_attention_partial(const AttentionParams& p) {
 }
 cudaError_t causal_attention_fwd(AttentionParams p, cudaStream_t stream) {
   if (!p.B || !p.H || !p.T) return cudaSuccess;
+  if (decode_attention_splits(p)) return decode_attention(prepared(p), stream);
+  return causal_attention_fwd_tiles(p, stream);
+}
+cudaError_t causal_attention_fwd_tiles(AttentionParams p, cudaStream_t stream) {
+  if (!p.B || !p.H || !p.T) return cudaSuccess;
   p = prepared(p);
-  if (decode_attention_splits(p)) return decode_attention(p, stream);
   if (causal_attention_fwd_sm90_takes(p))
     if (const cudaError_t error = causal_attention_fwd_sm90(p, stream); error != kMapRefused) return error;
   return causal_attention_fwd_sm80(p, stream);

@@ -28,7 +28,7 @@ struct AttentionParams {
   Heads out, dout;  // (B, H, T, D), backward only
   MutHeads y;       // (B, H, T, D): the output, forward only
   MutHeads dq, dk, dv;
-  float* lse;          // (B, H, T), written by forward, read by backward
+  float *shift, *level;  // (B, H, T), written by forward: weights are exp2(scale log2(e) (q k^T - shift) - level)
   float* delta;        // (B, H, T), backward only: sum over d of out * dout
   float* partial;      // forward: room for causal_attention_partial(p) values
   Lengths seq_lens;    // (B)
@@ -45,6 +45,9 @@ struct AttentionParams {
 i64 causal_attention_partial(const AttentionParams&);
 cudaError_t causal_attention_fwd(AttentionParams, cudaStream_t);
 cudaError_t causal_attention_bwd(AttentionParams, cudaStream_t);
+// The forward by the kernels that sum scores as the backward does; decode_attention has an order of its own, and where scores
+// are large the weights show it.
+cudaError_t causal_attention_fwd_tiles(AttentionParams, cudaStream_t);
 
 // Parts of the forward, each for the calls that it takes on. Those for Hopper return kMapRefused where the driver makes no
 // TMA map of a tensor; the ones for sm_80 then do all of it.

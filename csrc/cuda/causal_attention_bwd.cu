@@ -2,7 +2,7 @@
 // order and need no atomics, so gradients repeat bit for bit. With delta_i = sum_d out[i][d] dout[i][d], and P' after
 // dropout:
 //
-//   P = exp(scale q k^T - lse)     dP = dout v^T     dS = P (keep dP / (1 - p) - delta)
+//   P = exp2(c (q k^T - shift) - level)     dP = dout v^T     dS = P (keep dP / (1 - p) - delta)
 //   query_gradient: a block has BM queries and meets all their keys      dq = scale dS k
 //   key_gradients:  a block has BM keys and meets all their queries      dv = P'^T dout / (1 - p)     dk = scale dS^T q
 //
@@ -22,7 +22,7 @@ struct BackwardShape {
   static constexpr int D = D_, MT = MT_, BN = BN_, STAGES = STAGES_, OUT = OUT_;
   static constexpr int BM = 16 * MT * WARPS_, NT = NEAR / 8, THREADS = 32 * WARPS_;
   static constexpr int SMEM =
-      2 * (BM + STAGES * BN) * Tile<E, D>::kRow + BM * int(sizeof(Range)) + 4 * WARPS_ + 8 * STAGES * BN;
+      2 * (BM + STAGES * BN) * Tile<E, D>::kRow + BM * int(sizeof(Range)) + 4 * WARPS_ + 12 * STAGES * BN;
 };
 
 // ---- delta: one warp a query ----------------------------------------------------------------------------------------
@@ -60,12 +60,16 @@ __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_con
   const Range first = seen[0], last = seen[min(C::BM, p.T - i0) - 1];
   const Range warp_first = seen[warp_row], warp_last = seen[warp_row + 16 * MT - 1];
 
-  float lse[MT][2], delta[MT][2], dq[MT][C::D / 8][4] = {};
+  float shift[MT][2], level[MT][2], delta[MT][2], dq[MT][C::D / 8][4] = {};
+  bool far = false;  // is any of the lane's shifts not 0?
 #pragma unroll
   for (int n = 0; n < 2 * MT; n++) {
     const bool inside = row + 8 * n < p.T;
-    lse[n / 2][n % 2] = inside ? p.lse[i64(bh) * p.T + row + 8 * n] * kLog2e : 0.f;
-    delta[n / 2][n % 2] = inside ? p.delta[i64(bh) * p.T + row + 8 * n] : 0.f;
+    const i64 query = i64(bh) * p.T + row + 8 * n;
+    shift[n / 2][n % 2] = inside ? p.shift[query] : 0.f;
+    level[n / 2][n % 2] = inside ? p.level[query] : 0.f;
+    delta[n / 2][n % 2] = inside ? p.delta[query] : 0.f;
+    far |= shift[n / 2][n % 2] != 0.f;
   }
   const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
 
@@ -103,8 +107,15 @@ __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_con
       nonfinite |= any_found<C::THREADS / 32>(found, threadIdx.x / 32, flags, [] { __syncthreads(); });
     }
     if (active) {
+      if (C::D > 128) {  // read for every tile, without a branch: there is no register left to keep them in
+#pragma unroll
+        for (int n = 0; n < 2 * MT; n++)
+          shift[n / 2][n % 2] = row + 8 * n < p.T ? p.shift[i64(bh) * p.T + row + 8 * n] : 0.f;
+      }
+      if (C::D > 128 || far)
+        each_element<MT, NT>([&](int m, int n, int e) { s[m][n][e] -= shift[m][e / 2]; });
       each_element<MT, NT>([&](int m, int n, int e) {
-        const float weight = fast_exp2(fmaf(s[m][n][e], scale_log2, -lse[m][e / 2]));
+        const float weight = fast_exp2(fmaf(s[m][n][e], scale_log2, -level[m][e / 2]));
         s[m][n][e] = weight * (dp[m][n][e] - delta[m][e / 2]);
       });
       if (edge) mask(s, seen + warp_row, j0, 0.f);
@@ -134,7 +145,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
   const T k{smem}, v{k.data + C::BM * T::kRow};
   char* stages = v.data + C::BM * T::kRow;  // q, then dout
   Range* seen = reinterpret_cast<Range*>(stages + C::STAGES * STAGE);
-  float* statistics = reinterpret_cast<float*>(seen + C::BM);  // of each stage: lse, then delta
+  float* statistics = reinterpret_cast<float*>(seen + C::BM);  // of each stage: level, delta, shift
 
   constexpr int PARTS = C::D / C::OUT;  // blocks that share the columns of dk and dv
   const int blocks = (p.S + C::BM - 1) / C::BM, bh = blockIdx.x / (blocks * PARTS), b = bh / p.H, h = bh % p.H;
@@ -151,10 +162,10 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
     const T q{stages + stage * STAGE}, dout{q.data + BN * T::kRow};
     load_tile<BN, C::THREADS>(q, p, p.q, b, h, i0, p.T);
     load_tile<BN, C::THREADS>(dout, p, p.dout, b, h, i0, p.T);
-    for (int n = threadIdx.x; n < 2 * BN; n += C::THREADS) {
-      const float* from = n < BN ? p.lse : p.delta;
+    for (int n = threadIdx.x; n < 3 * BN; n += C::THREADS) {
+      const float* from = n < BN ? p.level : n < 2 * BN ? p.delta : p.shift;
       const int i = i0 + n % BN;
-      cp_async<4>(smem_u32(statistics + stage * 2 * BN + n), from + (i < p.T ? i64(bh) * p.T + i : 0), i < p.T);
+      cp_async<4>(smem_u32(statistics + stage * 3 * BN + n), from + (i < p.T ? i64(bh) * p.T + i : 0), i < p.T);
     }
   };
   const int i_begin = first->lo / BN * BN, i_end = last->hi;
@@ -172,15 +183,18 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
 #pragma unroll 1
     for (int n0 = 0; n0 < BN; n0 += 8 * NT) {
       if (i0 + n0 >= seen[warp_row + 16 * MT - 1].hi || i0 + n0 + 8 * NT <= seen[warp_row].lo) continue;
-      const float* lse = statistics + stage * 2 * BN + n0 + lane % 4 * 2;
+      const float* tile = statistics + stage * 3 * BN + n0;
+      const float *level = tile + lane % 4 * 2, *delta = level + BN, *shift = delta + BN;
       const bool edge = i0 + n0 < last->lo || i0 + n0 + 8 * NT > first->hi;
       float s[MT][NT][4] = {}, dp[MT][NT][4] = {};
-      multiply_rows<E, C::D>(s, k, warp_row, q, n0);
-      multiply_rows<E, C::D>(dp, v, warp_row, dout, n0);
+      multiply_rows<E, C::D, true>(s, k, warp_row, q, n0);  // the scores whose maximum forward took
+      multiply_rows<E, C::D, true>(dp, v, warp_row, dout, n0);
+      if (any_far<8 * NT>(tile + 2 * BN))
+        each_element<MT, NT>([&](int m, int n, int e) { s[m][n][e] -= shift[n * 8 + e % 2]; });
       each_element<MT, NT>([&](int m, int n, int e) {
-        s[m][n][e] = fast_exp2(fmaf(s[m][n][e], scale_log2, -kLog2e * lse[n * 8 + e % 2]));
+        s[m][n][e] = fast_exp2(fmaf(s[m][n][e], scale_log2, -level[n * 8 + e % 2]));
       });
-      auto slope = [&](int m, int n, int e, float d) { return s[m][n][e] * (d - lse[BN + n * 8 + e % 2]); };
+      auto slope = [&](int m, int n, int e, float d) { return s[m][n][e] * (d - delta[n * 8 + e % 2]); };
       if (p.dropout.threshold) {
         each_decision_transposed<MT, NT>(p.dropout, bh, j0 + warp_row, i0 + n0, [&](int m, int n, int e, bool keep) {
           dp[m][n][e] = slope(m, n, e, keep ? dp[m][n][e] * kept : 0.f);

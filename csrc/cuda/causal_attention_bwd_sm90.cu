@@ -21,7 +21,7 @@ template <class E_, int D_, bool KEYS_> struct BackwardShape90 {
   static constexpr int THREADS = 128 * (CONSUMERS + 1), KEPT_BYTES = BM * D * 2, TILE_BYTES = BN * D * 2;
   static constexpr int BARRIERS = 1 + 2 * STAGES;
   static constexpr int SMEM = 2 * KEPT_BYTES + 2 * STAGES * TILE_BYTES + BARRIERS * 8 + BM * int(sizeof(Range)) +
-                              2 * STAGES * BN * int(sizeof(float)) + 2 * WARPS * int(sizeof(int));
+                              3 * STAGES * BN * int(sizeof(float)) + (STAGES + 2 * WARPS) * int(sizeof(int));
 };
 struct BackwardMaps {
   CUtensorMap a0, a1, b0, b1;
@@ -41,8 +41,9 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   auto full = [&](int stage) { return kept_full + 8 + stage * 8; };
   auto used = [&](int stage) { return kept_full + 8 + (STAGES + stage) * 8; };
   Range* seen = reinterpret_cast<Range*>(after_tiles + C::BARRIERS * 8);
-  float* statistics = reinterpret_cast<float*>(seen + BM);  // of each stage: lse, then delta of its queries
-  int* flags = reinterpret_cast<int*>(statistics + 2 * STAGES * BN);
+  float* statistics = reinterpret_cast<float*>(seen + BM);  // of each stage: level, delta and shift of its queries
+  int* far = reinterpret_cast<int*>(statistics + 3 * STAGES * BN);  // of each stage: is any shift of its queries not 0?
+  int* flags = far + STAGES;
 
   const int rows = KEYS ? p.S : p.T, blocks = (rows + BM - 1) / BM, bh = blockIdx.x / blocks;
   const int b = bh / p.H, h = bh % p.H, block = int(blockIdx.x) % blocks;
@@ -82,11 +83,16 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       for (int i = 0; i < tiles; i++) {
         const int stage = i % STAGES;
         mbarrier_wait(used(stage), (i / STAGES & 1) ^ 1);
-        for (int n = lane % 32; n < 2 * BN; n += 32) {
+        bool any = false;
+        for (int n = lane % 32; n < 3 * BN; n += 32) {
           const int query = begin + i * BN + n % BN;
-          const float* from = n < BN ? p.lse : p.delta;
-          statistics[stage * 2 * BN + n] = query < p.T ? from[i64(bh) * p.T + query] : 0.f;
+          const float* from = n < BN ? p.level : n < 2 * BN ? p.delta : p.shift;
+          const float x = query < p.T ? from[i64(bh) * p.T + query] : 0.f;
+          statistics[stage * 3 * BN + n] = x;
+          any |= n >= 2 * BN && x != 0.f;
         }
+        any = __any_sync(kAllLanes, any);
+        if (lane % 32 == 0) far[stage] = any;
         mbarrier_arrive(full(stage));
       }
     return;
@@ -99,13 +105,15 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   const Range group_first = seen[w * 64], group_last = seen[w * 64 + 63];
   const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
   float sum0[1][D / 8][4] = {}, sum1[1][D / 8][4] = {};  // dq or dk; dv
-  float lse[2] = {}, delta[2] = {};  // of this lane's queries, where rows are queries
+  float level[2] = {}, delta[2] = {}, shift[2] = {};  // of this lane's queries, where rows are queries
   if constexpr (!KEYS) {
 #pragma unroll
     for (int n = 0; n < 2; n++) {
       const bool inside = row + 8 * n < p.T;
-      lse[n] = inside ? p.lse[i64(bh) * p.T + row + 8 * n] * kLog2e : 0.f;
-      delta[n] = inside ? p.delta[i64(bh) * p.T + row + 8 * n] : 0.f;
+      const i64 query = i64(bh) * p.T + row + 8 * n;
+      level[n] = inside ? p.level[query] : 0.f;
+      delta[n] = inside ? p.delta[query] : 0.f;
+      shift[n] = inside ? p.shift[query] : 0.f;
     }
   }
 
@@ -141,10 +149,17 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   };
   // s -> P (after dropout where rows are keys), dp -> dS
   auto slopes = [&](float(&s)[1][NT][4], float(&dp)[1][NT][4], uint32_t keep_bits, int stage) {
-    const float* columns = statistics + stage * 2 * BN + lane % 4 * 2;
-    auto lse_of = [&](int n, int e) { return KEYS ? columns[n * 8 + e % 2] * kLog2e : lse[e / 2]; };
+    const float* columns = statistics + stage * 3 * BN + lane % 4 * 2;
+    auto level_of = [&](int n, int e) { return KEYS ? columns[n * 8 + e % 2] : level[e / 2]; };
     auto delta_of = [&](int n, int e) { return KEYS ? columns[BN + n * 8 + e % 2] : delta[e / 2]; };
-    each_element<1, NT>([&](int, int n, int e) { s[0][n][e] = fast_exp2(fmaf(s[0][n][e], scale_log2, -lse_of(n, e))); });
+    auto shift_of = [&](int n, int e) { return KEYS ? columns[2 * BN + n * 8 + e % 2] : shift[e / 2]; };
+    constexpr bool always = KEYS && DROPOUT;  // a branch would spill at head dim 128
+    if (!always && (KEYS ? far[stage] : shift[0] != 0.f || shift[1] != 0.f))
+      each_element<1, NT>([&](int, int n, int e) { s[0][n][e] -= shift_of(n, e); });
+    each_element<1, NT>([&](int, int n, int e) {
+      const float score = always ? s[0][n][e] - shift_of(n, e) : s[0][n][e];
+      s[0][n][e] = fast_exp2(fmaf(score, scale_log2, -level_of(n, e)));
+    });
     each_element<1, NT>([&](int, int n, int e) {
       const bool keep = !DROPOUT || (keep_bits >> (4 * n + e) & 1);
       const float d = DROPOUT ? (keep ? dp[0][n][e] * kept : 0.f) : dp[0][n][e];

@@ -2,8 +2,7 @@
 // and sum per query (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).
 //
 // One block has BM queries of one head; a warp has 16 MT of them and all keys of a tile, so a row of scores lies in the
-// four lanes of a quad. k is loaded while the tile before is weighed, v while q k^T is formed. Scores are kept in
-// units of log2: weight = exp2(scale log2(e) s - m).
+// four lanes of a quad. k is loaded while the tile before is weighed, v while q k^T is formed.
 //
 // Floor: 4 T S D flops a head on tensor cores, half of them under a causal mask.
 #include "causal_attention_tile.cuh"
@@ -38,7 +37,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_
   const Range warp_first = seen[warp_row], warp_last = seen[warp_row + 16 * MT - 1];
 
   const int j_begin = first.lo / BN * BN, j_end = last.hi;
-  const float scale_log2 = fmaxf(p.scale, 1e-30f) * kLog2e;  // above 0, as 0 times the -inf of masked scores is nan
+  const float scale_log2 = scale_log2_of(p);
   float o[MT][C::D / 8][4] = {}, l[MT][2] = {}, m[MT][2];
 #pragma unroll
   for (int n = 0; n < 2 * MT; n++) m[n / 2][n % 2] = -INFINITY;

@@ -80,7 +80,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   const int w = int(threadIdx.x) / 128 - 1, warp = int(threadIdx.x) / 32 - 4, lane = threadIdx.x % 32;
   const int warp_row = warp * 16, row = i0 + warp_row + lane / 4;
   const bool leader = threadIdx.x % 128 == 0;
-  const float scale_log2 = fmaxf(p.scale, 1e-30f) * kLog2e;  // above 0, as 0 times the -inf of masked scores is nan
+  const float scale_log2 = scale_log2_of(p);
   float o[1][D / 8][4] = {}, s[1][BN / 8][4], l[1][2] = {}, m[1][2] = {{-INFINITY, -INFINITY}}, rescale[1][2];
   uint32_t weights[BN / 16][4];
 

@@ -169,8 +169,9 @@ template <class E> DEV_INLINE void result_as_a(Pair<E> (&a)[4], const float (&le
   a[2] = pair<E>(right[0], right[1]), a[3] = pair<E>(right[2], right[3]);
 }
 
-// result[m][n] += rows `row` + 16 m … of x times rows `other` + 8 n … of y, over DEPTH columns: x y^T.
-template <class E, int DEPTH, int MT, int NT, int WIDTH>
+// result[m][n] += rows `row` + 16 m … of x times rows `other` + 8 n … of y, over DEPTH columns: x y^T, or with
+// TRANSPOSED (y x^T)^T, the same to the bit.
+template <class E, int DEPTH, bool TRANSPOSED = false, int MT, int NT, int WIDTH>
 DEV_INLINE void multiply_rows(float (&result)[MT][NT][4], const Tile<E, WIDTH>& x, int row, const Tile<E, WIDTH>& y,
                               int other) {
 #pragma unroll(DEPTH > 64 ? 1 : 4)  // all of it would keep too many addresses in registers
@@ -183,7 +184,8 @@ DEV_INLINE void multiply_rows(float (&result)[MT][NT][4], const Tile<E, WIDTH>& 
       Pair<E> b[4];
       load_b(b, y, other + n * 8, k);
 #pragma unroll
-      for (int m = 0; m < MT; m++) mma<E>(result[m][n], a[m], b), mma<E>(result[m][n + 1], a[m], b + 2);
+      for (int m = 0; m < MT; m++)
+        mma<E, TRANSPOSED>(result[m][n], a[m], b), mma<E, TRANSPOSED>(result[m][n + 1], a[m], b + 2);
     }
   }
 }
@@ -273,12 +275,31 @@ DEV_INLINE void result_to_tile(const float (&x)[MT][NT][4], const float (&factor
 }
 
 // ---- softmax --------------------------------------------------------------------------------------------------------
+// exp2(scale s - scale m) is one fused multiply-add and one exp2. Its product scale * m is rounded: for scores of 4e3 that is
+// seen in the weights, and from 4e9 on they overflow. So where the product is beyond kFar, the maximum is taken off the
+// scores first. Rows seldom are, and a block without such a row pays one comparison for each.
 
-// Scores -> weights, and the running maximum m (in units of log2) and sum l of the lane's rows brought up to date, the sum
-// over its own columns only. What was summed before must be multiplied by `rescale`.
+constexpr float kFar = 64.f;  // units of log2
+
+DEV_INLINE float scale_log2_of(const AttentionParams& p) {  // above 0, as 0 times the -inf of masked scores is nan
+  return fmaxf(p.scale, 1e-30f) * kLog2e;
+}
+// What backward needs of a query whose scores have maximum m, and weights relative to it that sum up to `sum`.
+DEV_INLINE void store_statistics(const AttentionParams& p, i64 query, float m, float sum) {
+  const float top = m * scale_log2_of(p);
+  const bool far = fabsf(top) > kFar;
+  p.shift[query] = sum != 0.f && far ? m : 0.f;
+  p.level[query] = sum == 0.f ? -INFINITY : far ? log2f(sum) : top + log2f(sum);
+}
+
+// Scores -> weights, and the running maximum m and sum l of the lane's rows brought up to date, the sum over its own columns
+// only. What was summed before must be multiplied by `rescale`.
 template <int MT, int NT>
 DEV_INLINE void softmax(float (&s)[MT][NT][4], float (&m)[MT][2], float (&l)[MT][2], float (&rescale)[MT][2],
                         float scale_log2) {
+  auto seen = [](float top) { return top == -INFINITY ? 0.f : top; };  // 0 for a row that has seen no key yet
+  float shift[MT][2];
+  bool far = false;
 #pragma unroll
   for (int i = 0; i < MT; i++)
 #pragma unroll
@@ -287,22 +308,33 @@ DEV_INLINE void softmax(float (&s)[MT][NT][4], float (&m)[MT][2], float (&l)[MT]
 #pragma unroll
       for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
       top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-      top = fmaxf(m[i][h], scale_log2 * fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2)));
-      const float shift = top == -INFINITY ? 0.f : top;  // a row that has seen no key yet
-      rescale[i][h] = fast_exp2(m[i][h] - shift);
+      top = fmaxf(m[i][h], fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2)));
+      rescale[i][h] = fast_exp2((m[i][h] - seen(top)) * scale_log2);
       m[i][h] = top;
+      shift[i][h] = seen(top) * scale_log2;
+      far |= fabsf(shift[i][h]) > kFar;
+    }
+  if (far) {
+    each_element<MT, NT>([&](int i, int n, int e) { s[i][n][e] -= seen(m[i][e / 2]); });
+#pragma unroll
+    for (int n = 0; n < 2 * MT; n++) shift[n / 2][n % 2] = 0.f;
+  }
+#pragma unroll
+  for (int i = 0; i < MT; i++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
       float sum = 0.f;
 #pragma unroll
       for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int e = 2 * h; e < 2 * h + 2; e++) {
-          s[i][n][e] = fast_exp2(fmaf(s[i][n][e], scale_log2, -shift));
+          s[i][n][e] = fast_exp2(fmaf(s[i][n][e], scale_log2, -shift[i][h]));
           sum += s[i][n][e];
         }
       l[i][h] = l[i][h] * rescale[i][h] + sum;
     }
 }
-// Writes lse, and gives what the lane's rows of output must be multiplied by: 0 for a row that saw no key.
+// Leaves the statistics, and gives what the lane's rows of output must be multiplied by: 0 for a row that saw no key.
 template <int MT>
 DEV_INLINE void finish_softmax(const float (&m)[MT][2], const float (&l)[MT][2], float (&factor)[MT][2],
                                const AttentionParams& p, int bh, int row) {
@@ -314,8 +346,15 @@ DEV_INLINE void finish_softmax(const float (&m)[MT][2], const float (&l)[MT][2],
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
     factor[n / 2][n % 2] = sum == 0.f ? 0.f : kept / sum;
     if (threadIdx.x % 4 == 0 && row + 8 * n < p.T)
-      p.lse[i64(bh) * p.T + row + 8 * n] = sum == 0.f ? -INFINITY : (m[n / 2][n % 2] + log2f(sum)) / kLog2e;
+      store_statistics(p, i64(bh) * p.T + row + 8 * n, m[n / 2][n % 2], sum);
   }
+}
+// Is any of the shifts of a tile's N columns not 0?
+template <int N> DEV_INLINE bool any_far(const float* shift) {
+  bool far = false;
+#pragma unroll
+  for (int n = threadIdx.x % 32; n < N; n += 32) far |= shift[n] != 0.f;
+  return __any_sync(kAllLanes, far);
 }
 
 // ---- dropout --------------------------------------------------------------------------------------------------------

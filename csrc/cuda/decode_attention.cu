@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__
   const int split = blockIdx.x % splits, part = int(blockIdx.x) / splits % parts, bh = blockIdx.x / (splits * parts);
   const int b = bh / p.H, h = bh % p.H, i0 = part * QUERIES;
   const int group = int(threadIdx.x) / LANES, column = int(threadIdx.x) % LANES * 8;
-  const float scale_log2 = p.scale * kLog2e;
+  const float scale_log2 = scale_log2_of(p);
 
   Range seen[QUERIES], any{p.S, 0};  // a missing query sees nothing
   float q[QUERIES][8], o[QUERIES][8] = {}, m[QUERIES], l[QUERIES];
@@ -67,9 +67,8 @@ __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__
 #pragma unroll
       for (int distance = LANES / 2; distance; distance /= 2) s += __shfl_xor_sync(kAllLanes, s, distance);
       if (!inside || !seen[i].holds(j)) continue;
-      s *= scale_log2;
       const float top = fmaxf(m[i], s), shift = top == -INFINITY ? 0.f : top;
-      const float rescale = fast_exp2(m[i] - shift), weight = fast_exp2(s - shift);
+      const float rescale = fast_exp2((m[i] - shift) * scale_log2), weight = fast_exp2((s - shift) * scale_log2);
       m[i] = top, l[i] = fmaf(l[i], rescale, weight);
 #pragma unroll
       for (int n = 0; n < 8; n++) o[i][n] = fmaf(o[i][n], rescale, weight * v[n]);
@@ -88,12 +87,12 @@ __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__
     float top = -INFINITY, sum = 0.f;
     for (int g = 0; g < GROUPS; g++) top = fmaxf(top, found[g * ROW]);
     const float shift = top == -INFINITY ? 0.f : top;
-    for (int g = 0; g < GROUPS; g++) sum += found[g * ROW + 1] * fast_exp2(found[g * ROW] - shift);
+    for (int g = 0; g < GROUPS; g++) sum += found[g * ROW + 1] * fast_exp2((found[g * ROW] - shift) * scale_log2);
     float* to = partial_of(p, i64(bh) * p.T + i0 + i, splits, split);
     if (threadIdx.x == 0) to[0] = top, to[1] = sum;
     for (int d = threadIdx.x; d < p.D; d += kThreads) {
       float x = 0.f;
-      for (int g = 0; g < GROUPS; g++) x = fmaf(found[g * ROW + 2 + d], fast_exp2(found[g * ROW] - shift), x);
+      for (int g = 0; g < GROUPS; g++) x = fmaf(found[g * ROW + 2 + d], fast_exp2((found[g * ROW] - shift) * scale_log2), x);
       to[2 + d] = x;
     }
   }
@@ -105,12 +104,13 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Atte
   const i64 query = i64(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (query >= i64(p.B) * p.H * p.T) return;
   const int i = int(query % p.T), bh = int(query / p.T), lane = threadIdx.x % 32;
+  const float scale_log2 = scale_log2_of(p);
   float top = -INFINITY, sum = 0.f;
   for (int s = 0; s < splits; s++) top = fmaxf(top, partial_of(p, query, splits, s)[0]);
   const float shift = top == -INFINITY ? 0.f : top;
   for (int s = 0; s < splits; s++) {
     const float* x = partial_of(p, query, splits, s);
-    sum += x[1] * fast_exp2(x[0] - shift);
+    sum += x[1] * fast_exp2((x[0] - shift) * scale_log2);
   }
   const float factor = sum == 0.f ? 0.f : 1.f / sum;
   E* out = row_of<E>(p.y, bh / p.H, bh % p.H, i);
@@ -118,11 +118,11 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Atte
     float y = 0.f;
     for (int s = 0; s < splits; s++) {
       const float* x = partial_of(p, query, splits, s);
-      y = fmaf(x[2 + d], fast_exp2(x[0] - shift), y);
+      y = fmaf(x[2 + d], fast_exp2((x[0] - shift) * scale_log2), y);
     }
     from_float(out[d], y * factor);
   }
-  if (lane == 0) p.lse[query] = sum == 0.f ? -INFINITY : (top + log2f(sum)) / kLog2e;
+  if (lane == 0) store_statistics(p, query, top, sum);
 }
 
 template <class E, int LANES, int QUERIES>

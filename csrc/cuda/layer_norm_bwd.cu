@@ -27,9 +27,10 @@ template <class T, int V> DEV_INLINE void read(Values<V>& v, const LayerNormPara
   if (p.dy.data) load(v.dy, static_cast<const T*>(p.dy.data) + r * p.dy.stride + c);
   float weight[V];  // in L1 from the second row on
   load_any(weight, p.weight.data, p.weight.dtype, c);
-  const float mean = p.mean[r], rstd = p.rstd[r];
+  const float mean = p.mean[r], rstd = p.rstd[r], shift = -p.mean[p.R + r] * rstd;
+  // g is rounded once: fused with g - mean(g), its rounding would stay where both are equal
 #pragma unroll
-  for (int k = 0; k < V; k++) v.xhat[k] = (v.xhat[k] - mean) * rstd, v.g[k] = v.dy[k] * weight[k];
+  for (int k = 0; k < V; k++) v.xhat[k] = fmaf(v.xhat[k] - mean, rstd, shift), v.g[k] = __fmul_rn(v.dy[k], weight[k]);
 }
 // dtotal of those columns; then dx and dresidual. All lanes of a warp call: dropout shares calls among them.
 template <class T, int V>

@@ -1,7 +1,8 @@
 // LayerNorm (Ba et al., arXiv 1607.06450) over rows, alone or after dropout and a residual sum.
 //
 //   total = dropout(x) + residual                                      (add_layer_norm only)
-//   y = (total - mean) rstd weight + bias,   rstd = 1 / sqrt(var + eps), var the biased variance, in two passes
+//   y = (total - mean) rstd weight + bias,   rstd = 1 / sqrt(var + eps), var the biased variance, in two passes,
+// the second of which corrects the mean: the first sum's roundings may exceed the spread of a row far from 0
 //
 // A warp has a row of up to 32 * V * kWarpVectors columns, a block a longer one. Their first values stay in registers over
 // the passes; what does not fit is read again, from cache. Floor: one read and one write (with a residual two and two).
@@ -51,12 +52,10 @@ __global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads)
   const i64 r = WARP ? i64(blockIdx.x) * kRowsPerBlock + (threadIdx.x >> 5) : blockIdx.x;
   if (r >= p.R) return;
   const int C = int(p.C);
-  const auto reduce = [&](float x) {
+  const auto reduce = [&](auto x) {
     if constexpr (WARP) return warp_reduce(x, Sum{});
-    else return block_reduce(x, Sum{}, 0.f, scratch);
+    else return block_reduce(x, Sum{}, decltype(x){}, scratch);
   };
-  const T* again = static_cast<const T*>(IN == Input::x ? p.x.data : p.total.data) +
-                   r * (IN == Input::x ? p.x.stride : p.total.stride);
 
   float x[N][V], sum = 0.f;
   const auto add = [&](const float(&v)[V]) {
@@ -70,22 +69,27 @@ __global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads)
     float v[V];
     read_input<T, IN, V>(v, p, r, c0 + t * V), add(v);
   }
-  const float mean = reduce(sum) / float(C);
+  const float near = reduce(sum) / float(C);
 
-  float squares = 0.f;
-  const auto add_square = [&](const float(&v)[V]) {
+  const T* again = static_cast<const T*>(IN == Input::x ? p.x.data : p.total.data) +
+                   r * (IN == Input::x ? p.x.stride : p.total.stride);
+  float2 rest = make_float2(0.f, 0.f);  // of the differences from it, and of their squares
+  const auto add_difference = [&](const float(&v)[V]) {
 #pragma unroll
-    for (int k = 0; k < V; k++) squares += (v[k] - mean) * (v[k] - mean);
+    for (int k = 0; k < V; k++) rest.x += v[k] - near, rest.y += (v[k] - near) * (v[k] - near);
   };
 #pragma unroll
   for (int i = 0; i < N; i++)
-    if (i * step + t * V < C) add_square(x[i]);
+    if (i * step + t * V < C) add_difference(x[i]);
   for (int c = N * step + t * V; c < C; c += step) {
     float v[V];
-    load(v, again + c), add_square(v);
+    load(v, again + c), add_difference(v);
   }
-  const float rstd = 1.f / sqrtf(reduce(squares) / float(C) + p.eps);
-  if (t == 0) p.mean[r] = mean, p.rstd[r] = rstd;
+  rest = reduce(rest);
+  const float left = rest.x / float(C), variance = rest.y / float(C) - left * left;
+  const float mean = near + left, remainder = left - (mean - near);
+  const float rstd = 1.f / sqrtf((variance < 0.f ? 0.f : variance) + p.eps), shift = -remainder * rstd;
+  if (t == 0) p.mean[r] = mean, p.mean[p.R + r] = remainder, p.rstd[r] = rstd;
 
   T* y = static_cast<T*>(p.y.data) + r * p.y.stride;
   const auto finish = [&](float(&v)[V], int c) {
@@ -93,7 +97,7 @@ __global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads)
     load_any(weight, p.weight.data, p.weight.dtype, c);
     if (p.bias.data) load_any(bias, p.bias.data, p.bias.dtype, c);
 #pragma unroll
-    for (int k = 0; k < V; k++) v[k] = fmaf((v[k] - mean) * rstd, weight[k], bias[k]);
+    for (int k = 0; k < V; k++) v[k] = fmaf(fmaf(v[k] - mean, rstd, shift), weight[k], bias[k]);
     store(y + c, v);
   };
 #pragma unroll
@@ -113,7 +117,7 @@ template <class T, Input IN> cudaError_t launch(const LayerNormParams& p, cudaSt
       LAUNCH(kernel, dim3(unsigned(ceil_div(p.R, kRowsPerBlock))), dim3(32 * kRowsPerBlock), 0, stream, p);
     } else {
       auto kernel = layer_norm_fwd_kernel<T, IN, V, false>;
-      LAUNCH(kernel, dim3(unsigned(p.R)), dim3(kBlockThreads), 32 * sizeof(float), stream, p);
+      LAUNCH(kernel, dim3(unsigned(p.R)), dim3(kBlockThreads), 32 * sizeof(float2), stream, p);
     }
     return cudaGetLastError();
   }, p.x, p.residual, p.weight, p.bias, p.total, p.y);

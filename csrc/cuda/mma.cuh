@@ -199,12 +199,14 @@ inline void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
 #endif
 
 // d (16 x 8) += a (16 x 16) b (16 x 8)
-template <class E> DEV_INLINE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
+template <class E, bool TRANSPOSED = false>
+DEV_INLINE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
   mma_16<E>(d, a, b[0], b[1]);
 }
 // fp32 as three products of tf32 halves (Ootomo and Yokota, arXiv 2203.03341): x = hi + lo to 22 bits, and lo * lo is
-// below what fp32 keeps. An infinite operand gives nan.
-template <class E> DEV_INLINE void mma(float (&d)[4], const float2 (&a)[4], const float2* b) {
+// below what fp32 keeps. An infinite operand gives nan. TRANSPOSED: to the bit what b a^T gives without.
+template <class E, bool TRANSPOSED = false>
+DEV_INLINE void mma(float (&d)[4], const float2 (&a)[4], const float2* b) {
   auto low = [](float x, uint32_t high) { return to_tf32(x - __uint_as_float(high)); };
 #pragma unroll
   for (int s = 0; s < 2; s++) {  // contraction steps of 8: first members of the pairs, then the second ones
@@ -214,8 +216,9 @@ template <class E> DEV_INLINE void mma(float (&d)[4], const float2 (&a)[4], cons
     for (int i = 0; i < 4; i++) ah[i] = to_tf32(x[i]), al[i] = low(x[i], ah[i]);
 #pragma unroll
     for (int i = 0; i < 2; i++) bh[i] = to_tf32(y[i]), bl[i] = low(y[i], bh[i]);
-    mma_tf32(d, al[0], al[1], al[2], al[3], bh[0], bh[1]);
+    if (!TRANSPOSED) mma_tf32(d, al[0], al[1], al[2], al[3], bh[0], bh[1]);
     mma_tf32(d, ah[0], ah[1], ah[2], ah[3], bl[0], bl[1]);
+    if (TRANSPOSED) mma_tf32(d, al[0], al[1], al[2], al[3], bh[0], bh[1]);
     mma_tf32(d, ah[0], ah[1], ah[2], ah[3], bh[0], bh[1]);
   }
 }

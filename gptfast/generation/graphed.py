@@ -29,6 +29,7 @@ from gptfast.generation.request import Request, Row
 from gptfast.generation.sequences import for_generation
 from gptfast.models.difference import difference
 from gptfast.models.kv_cache import KVCache
+from gptfast.ops.causal_attention import trusted
 
 if TYPE_CHECKING:
     from gptfast.models import GPT
@@ -132,7 +133,7 @@ class StepCache(KVCache):
             raise ValueError(f"StepCache: {T} new positions a row; expected 1 - read prompts through KVCache")
         self._layer = 0
         self._at = self.lengths.clamp(max=self.max_len - 1)  # rows that have ended may want to go on past the end
-        self._seen = self._at + 1
+        self._seen = trusted(self._at + 1)
         return self._at.unsqueeze(1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

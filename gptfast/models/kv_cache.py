@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.models.config import GPTConfig
+from gptfast.ops.causal_attention import trusted
 
 
 class KVCache:
@@ -98,7 +99,7 @@ class KVCache:
         if self._uniform():
             out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], window=window)
         elif T == 1 and window is None:
-            out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], seq_lens=self.lengths + 1)
+            out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], seq_lens=trusted(self.lengths + 1))
         else:  # the last T of each row's own keys: row by row
             ends = [start + T for start in self._starts]
             rows = [slice(b, b + 1) for b in range(len(ends))]

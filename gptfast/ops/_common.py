@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptfast.backend import has_cpu_ops
+from gptfast.backend import KERNEL_DTYPES, has_cpu_ops
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -145,6 +145,18 @@ def check_int(op: str, name: str, x: int, least: int = -(2**63), what: str = "")
         raise TypeError(f"{op}: {name} is {x!r} ({type(x).__name__}); expected an int{what}")
     if not least <= x < 2**63:
         raise ValueError(f"{op}: {name} is {x}; expected an int from {least} to 2**63 - 1{what}")
+
+
+def dtype_code(x: Tensor | None) -> int:
+    """The dtype of x as the backward ops take it (the place in KERNEL_DTYPES); -1 where there is no x."""
+    return -1 if x is None else KERNEL_DTYPES.index(x.dtype)
+
+
+def new_of_code(like: Tensor, shape: Sequence[Any], code: int) -> Tensor:
+    """An uninitialised tensor of the dtype of `dtype_code`, on the device of `like`; empty for -1."""
+    if code < 0:
+        return like.new_empty(0, dtype=torch.float32)
+    return like.new_empty(shape, dtype=KERNEL_DTYPES[code])
 
 
 def check_probability(op: str, name: str, p: float) -> None:

@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast.backend import KERNEL_DTYPES, kernels, resolve
+from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import check_float, check_probability, distinct, fake, forbid_double_backward
-from gptfast.ops.layer_norm import check_norm
+from gptfast.ops._common import (
+    check_float,
+    check_probability,
+    distinct,
+    dtype_code,
+    fake,
+    forbid_double_backward,
+    new_of_code,
+)
+from gptfast.ops.layer_norm import check_norm, new_statistics
 from gptfast.ops.streams import stream
 
 
@@ -81,9 +89,9 @@ class AddLayerNormFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # a gradient of zeros would cost a pass over memory
         ctx.backend = backend
         ctx.options = (
-            bias is not None,
-            KERNEL_DTYPES.index(x.dtype),
-            KERNEL_DTYPES.index(residual.dtype),
+            dtype_code(bias),
+            dtype_code(x),
+            dtype_code(residual),
             dropout_p,
             seed,
             offset,
@@ -97,18 +105,16 @@ class AddLayerNormFunction(torch.autograd.Function):
         dx, dresidual, dweight, dbias = kernels(ctx.backend).add_layer_norm_bwd(
             dy, dtotal, *ctx.saved_tensors, *ctx.options
         )
-        has_bias, x_type, residual_type, dropout_p = ctx.options[:4]
+        bias_type, x_type, residual_type, dropout_p = ctx.options[:4]
         if x_type == residual_type and rng.dropout_threshold(dropout_p) == 0:
             dx = dresidual
-        return None, dx, dresidual, dweight, dbias if has_bias else None, None, None, None, None
+        return None, dx, dresidual, dweight, dbias if bias_type >= 0 else None, None, None, None, None
 
 
 @fake("add_layer_norm_fwd")
 def _(x: Tensor, residual: Tensor, *options: Any) -> tuple[Tensor, ...]:
     dtype = x.dtype if x.dtype == residual.dtype else torch.float32
-    rows = x.numel() // x.shape[-1]
-    statistics = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype), *statistics
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype), *new_statistics(x)
 
 
 @fake("add_layer_norm_bwd")
@@ -119,7 +125,7 @@ def _(
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    has_bias: bool,
+    bias_type: int,
     x_type: int,
     residual_type: int,
     dropout_p: float,
@@ -127,9 +133,9 @@ def _(
     offset: int,
 ) -> tuple[Tensor, ...]:
     own_dx = rng.dropout_threshold(dropout_p) != 0 or x_type != residual_type
-    dx = total.new_empty(total.shape if own_dx else 0, dtype=KERNEL_DTYPES[x_type])
-    dresidual = total.new_empty(total.shape, dtype=KERNEL_DTYPES[residual_type])
-    return dx, dresidual, weight.new_empty(weight.shape), weight.new_empty(weight.shape if has_bias else 0)
+    dx = new_of_code(total, total.shape if own_dx else (0,), x_type)
+    dresidual = new_of_code(total, total.shape, residual_type)
+    return dx, dresidual, weight.new_empty(weight.shape), new_of_code(weight, weight.shape, bias_type)
 
 
 forbid_double_backward("add_layer_norm", "add_layer_norm_bwd")

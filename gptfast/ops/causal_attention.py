@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from gptfast.ops._common import (
 from gptfast.ops.streams import stream
 
 OP = "causal_attention"
+# Attributes of lengths on a GPU: the version, limit and check that they passed; that a caller vouches for them.
+_FOUND_RIGHT, _TRUSTED = "_gptfast_found_right", "_gptfast_trusted"
 
 
 def causal_attention(
@@ -62,7 +66,9 @@ def causal_attention(
         seed, offset: of the dropout mask, in [0, 2**64) and [0, 2**32): the same pair gives the same mask. A
             seed of None is drawn from torch's CPU generator, as `F.scaled_dot_product_attention` draws its mask.
         seq_lens: (B,) int32 or int64, 0 <= seq_lens[b] <= S.
-        cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T: document d is positions cu[d] .. cu[d + 1].
+        cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T: document d is positions cu[d] .. cu[d + 1]. The values of
+            lengths on a GPU are read once for each tensor, which waits for the GPU; not in a CUDA graph's capture and
+            not by torch.compile, where kernels keep within the tensors whatever the lengths are.
         window: int >= 1 or None; needs causal=True.
         return_lse: also return the log-sum-exp of the scores, (B, H, T) float32, without gradient.
         backend: see `gptfast.backend`.
@@ -103,11 +109,21 @@ def causal_attention(
         q, scale = -q, -scale
     options = (causal, scale, float(dropout_p), seed, offset, window or 0)
     q, k, v = distinct(q, k, v)
-    out, lse = CausalAttentionFunction.apply(runs_on, q, k, v, seq_lens, cu_seqlens, *options)
-    return (out, lse) if return_lse else out
+    out, statistics = CausalAttentionFunction.apply(runs_on, q, k, v, seq_lens, cu_seqlens, *options)
+    return (out, _lse(statistics, scale)) if return_lse else out
+
+
+def _lse(statistics: Tensor, scale: float) -> Tensor:
+    shift, level = statistics
+    return torch.add(level * math.log(2), shift, alpha=scale)
 
 
 class CausalAttentionFunction(torch.autograd.Function):
+    """Keeps two numbers of each query, (2, B, H, T): its weights are exp2(scale log2(e) (q k^T - shift) - level).
+
+    The log-sum-exp, their sum, would carry a rounding of its own size, and weights one of exp of that.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -125,13 +141,13 @@ class CausalAttentionFunction(torch.autograd.Function):
         window: int,
     ) -> tuple[Tensor, Tensor]:
         ctx.backend, ctx.options = backend, (causal, scale, dropout_p, seed, offset, window)
-        out, lse = kernels(backend).causal_attention_fwd(q, k, v, seq_lens, cu_seqlens, *ctx.options)
-        ctx.save_for_backward(q, k, v, out, lse, seq_lens, cu_seqlens)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        out, statistics = kernels(backend).causal_attention_fwd(q, k, v, seq_lens, cu_seqlens, *ctx.options)
+        ctx.save_for_backward(q, k, v, out, statistics, seq_lens, cu_seqlens)
+        ctx.mark_non_differentiable(statistics)
+        return out, statistics
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = kernels(ctx.backend).causal_attention_bwd(dout, *ctx.saved_tensors, *ctx.options)
         return None, dq, dk, dv, *(None,) * 8
 
@@ -144,7 +160,7 @@ def _new_heads(x: Tensor) -> Tensor:
 
 @fake("causal_attention_fwd")
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return _new_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _new_heads(q), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
 
 
 @fake("causal_attention_bwd")
@@ -198,6 +214,10 @@ def _check_lengths(q: Tensor, k: Tensor, seq_lens: Tensor | None, cu_seqlens: Te
                 f"{OP}: {name} has shape {tuple(lengths.shape)} and dtype {lengths.dtype}; "
                 "expected a vector of int32 or int64"
             )
+    if cu_seqlens is not None and cu_seqlens.shape[0] == 0:
+        raise ValueError(
+            f"{OP}: cu_seqlens is empty; expected offsets from 0 to T = {q.shape[2]}, one more than documents"
+        )
     if seq_lens is not None and seq_lens.shape[0] != q.shape[0]:
         raise ValueError(
             f"{OP}: seq_lens has {seq_lens.shape[0]} entries for a batch of {q.shape[0]}; expected one per row"
@@ -206,4 +226,55 @@ def _check_lengths(q: Tensor, k: Tensor, seq_lens: Tensor | None, cu_seqlens: Te
         raise ValueError(
             f"{OP}: cu_seqlens needs packed documents, B = 1 and T = S; "
             f"got B = {q.shape[0]}, T = {q.shape[2]}, S = {k.shape[2]}"
+        )
+    if seq_lens is not None:
+        _check_values(seq_lens, k.shape[2], _check_seq_lens)
+    if cu_seqlens is not None:
+        _check_values(cu_seqlens, q.shape[2], _check_cu_seqlens)
+
+
+def trusted(seq_lens: Tensor) -> Tensor:
+    """The same lengths, of which the caller knows that they are right: on a GPU they are not waited for."""
+    if not torch.compiler.is_compiling():
+        setattr(seq_lens, _TRUSTED, True)
+    return seq_lens
+
+
+def _check_values(lengths: Tensor, limit: int, check: Callable[[list[int], int], None]) -> None:
+    """Not while tracing or capturing; on a GPU once for each tensor, as otherwise every layer would wait for the GPU."""
+    if torch.compiler.is_compiling() or type(lengths) is not Tensor or lengths.device.type == "meta":
+        return
+    if lengths.device.type == "cpu":
+        check(lengths.tolist(), limit)
+    elif not getattr(lengths, _TRUSTED, False):
+        _check_once(lengths, limit, check)
+
+
+def _check_once(lengths: Tensor, limit: int, check: Callable[[list[int], int], None]) -> None:
+    state = None if lengths.is_inference() else (lengths._version, limit, check)
+    if state is None or getattr(lengths, _FOUND_RIGHT, None) != state:
+        if torch.cuda.is_current_stream_capturing():
+            return
+        check(lengths.tolist(), limit)
+        setattr(lengths, _FOUND_RIGHT, state)
+
+
+def _check_seq_lens(values: list[int], S: int) -> None:
+    for n, length in enumerate(values):
+        if not 0 <= length <= S:
+            raise ValueError(f"{OP}: seq_lens[{n}] is {length}; expected 0 to S = {S}, the keys of a row")
+
+
+def _check_cu_seqlens(values: list[int], T: int) -> None:
+    expected = f"expected offsets that rise from 0 to T = {T}"
+    if values[0] != 0:
+        raise ValueError(
+            f"{OP}: cu_seqlens starts at {values[0]}; {expected} - for lengths: F.pad(lengths.cumsum(0), (1, 0))"
+        )
+    for n, (before, offset) in enumerate(pairwise(values), 1):
+        if offset < before:
+            raise ValueError(f"{OP}: cu_seqlens[{n}] is {offset}, less than the {before} before it; {expected}")
+    if values[-1] != T:
+        raise ValueError(
+            f"{OP}: cu_seqlens ends at {values[-1]}; {expected}, with the padding as a document of its own"
         )

@@ -15,8 +15,10 @@ from gptfast.ops._common import (
     check_same_device,
     check_vector,
     distinct,
+    dtype_code,
     fake,
     forbid_double_backward,
+    new_of_code,
 )
 
 
@@ -27,12 +29,12 @@ def layer_norm(
     (Ba et al., arXiv 1607.06450).
 
     Statistics are fp32, by two passes over a row that stays in cache. The gradients of weight and bias are summed in
-    fp32 in a fixed order.
+    fp32 in a fixed order and rounded once, to the dtype of their own input.
 
     Args:
         x: (..., C), float32, bfloat16, float16 or float64.
         weight: (C,); may be of another float dtype than x, such as float32 beside bfloat16 activations.
-        bias: (C,) or None.
+        bias: (C,) or None; of any float dtype too.
         eps: added to the variance, >= 0.
         backend: see `gptfast.backend`.
     Returns:
@@ -60,29 +62,34 @@ def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: flo
         raise ValueError(f"{op}: eps is {eps}; expected a finite number >= 0, such as 1e-5")
 
 
+def new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes of what is kept of each row: (2, rows), the mean and what its rounding to fp32 left out; rstd (rows)."""
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty((2, rows), dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+
+
 class LayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         y, mean, rstd = kernels(backend).layer_norm_fwd(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.backend, ctx.has_bias = backend, bias is not None
+        ctx.backend, ctx.bias_type = backend, dtype_code(bias)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight, dbias = kernels(ctx.backend).layer_norm_bwd(dy, *ctx.saved_tensors, ctx.has_bias)
-        return None, dx, dweight, dbias if ctx.has_bias else None, None
+        dx, dweight, dbias = kernels(ctx.backend).layer_norm_bwd(dy, *ctx.saved_tensors, ctx.bias_type)
+        return None, dx, dweight, dbias if ctx.bias_type >= 0 else None, None
 
 
 @fake("layer_norm_fwd")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
-    return x.new_empty(x.shape), mean, torch.empty_like(mean)
+    return x.new_empty(x.shape), *new_statistics(x)
 
 
 @fake("layer_norm_bwd")
-def _(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape if has_bias else 0)
+def _(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias_type: int) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), new_of_code(weight, weight.shape, bias_type)
 
 
 forbid_double_backward("layer_norm", "layer_norm_bwd")

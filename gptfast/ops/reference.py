@@ -92,12 +92,11 @@ def causal_attention(
     leaky = not (torch.isfinite(kf).all() and torch.isfinite(vf).all())
     scores = _masked_product("bhtd,bhtsd->bhts", qf, kf, mask) if leaky else qf @ kf.transpose(-1, -2)
     scores = (scores * scale).masked_fill(~mask, float("-inf"))  # B H T S
-    lse = scores.logsumexp(-1)  # B H T; -inf where no key is visible
-    empty = torch.isneginf(lse)
-    probs = (scores - lse.masked_fill(empty, 0.0)[..., None]).exp()
+    empty = scores.isneginf().all(-1, keepdim=True)  # B H T 1: no key is visible
+    probs = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     probs = _keep_scaled(probs, (B * H, T, S), dropout_p, seed, offset)
     out = _masked_product("bhts,bhtsd->bhtd", probs, vf, mask) if leaky else probs @ vf
-    return (out.to(q.dtype), lse.detach()) if return_lse else out.to(q.dtype)
+    return (out.to(q.dtype), scores.detach().logsumexp(-1)) if return_lse else out.to(q.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:

@@ -28,12 +28,12 @@ OLDEST_GPU = (7, 0)  # what Triton's compiler can make code for
 SCHEMAS: dict[str, tuple[str, ...]] = {
     "layer_norm": (
         "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
-        "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias) "
+        "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, int bias_type) "
         "-> (Tensor dx, Tensor dweight, Tensor dbias)",
         "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
         "SymInt seed, SymInt offset) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
         "add_layer_norm_bwd(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
-        "bool has_bias, int x_type, int residual_type, float dropout_p, SymInt seed, SymInt offset) "
+        "int bias_type, int x_type, int residual_type, float dropout_p, SymInt seed, SymInt offset) "
         "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     ),
     "gelu": (
@@ -55,10 +55,10 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
     ),
     "causal_attention": (
         "causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? cu_seqlens, bool causal, "
-        "float scale, float dropout_p, SymInt seed, SymInt offset, int window) -> (Tensor out, Tensor lse)",
+        "float scale, float dropout_p, SymInt seed, SymInt offset, int window) -> (Tensor out, Tensor statistics)",
     ),
     "causal_attention_bwd": (
-        "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? seq_lens, "
+        "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? seq_lens, "
         "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, SymInt seed, SymInt offset, int window) "
         "-> (Tensor dq, Tensor dk, Tensor dv)",
     ),

@@ -21,7 +21,6 @@ from gptfast.triton._philox import dropout_arguments
 from gptfast.triton._tiles import Blocks, product_dtype
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 DROPOUT = ("threshold", "keep_scale", "seed", "offset")
 NOT_SPECIALIZED = ["window", *DROPOUT]  # one compilation of a kernel serves all values
 

@@ -2,7 +2,7 @@
 FlashAttention, arXiv 2205.14135). A program has a block of queries of one head and walks over the blocks of keys.
 
 Few queries and many keys (decoding with a cache) would leave most of a GPU idle: there the keys are split among programs,
-each of which leaves its part of the result and its log-sum-exp, and a second kernel joins them (Flash-Decoding, Dao et
+each of which leaves its part of the result and its statistics, and a second kernel joins them (Flash-Decoding, Dao et
 al., 2023).
 """
 
@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.triton._attention import (
-    LN2,
     LOG2E,
     NOT_SPECIALIZED,
     common_arguments,
@@ -57,30 +56,33 @@ def causal_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     B, H, T, D = q.shape
     S = k.shape[2]
-    out, lse = new_heads(q), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    if not lse.numel():
-        return out, lse
+    out, statistics = new_heads(q), torch.empty((2, B, H, T), dtype=torch.float32, device=q.device)
+    if not statistics.numel():
+        return out, statistics
     if not S:
-        return out.zero_(), lse.fill_(float("-inf"))
+        statistics[0], statistics[1] = 0.0, float("-inf")
+        return out.zero_(), statistics
     q, k, v = heads_of(q), heads_of(k), heads_of(v)
     splits = min(MOST_SPLITS, triton.cdiv(S, SPLIT_KEYS)) if T <= FEW_QUERIES else 1
-    parts, part_lse = out, lse
+    parts, part_statistics = out, statistics
     if splits > 1:
         parts = torch.empty((splits, B, H, T, D), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((splits, B, H, T), dtype=torch.float32, device=q.device)
+        part_statistics = torch.empty((2, splits, B, H, T), dtype=torch.float32, device=q.device)
     common = common_arguments(q, k, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window)
 
     def launch(blocks: Blocks) -> None:
         operands = operand(q, blocks.m, blocks), operand(k, blocks.n, blocks), operand(v, blocks.n, blocks)
         grid = (triton.cdiv(T, blocks.m) * B * H * splits,)
-        _fwd_kernel[grid](*operands, heads(parts), part_lse, splits=splits, **common, **blocks.options())
+        _fwd_kernel[grid](*operands, heads(parts), *part_statistics, splits=splits, **common, **blocks.options())
 
     candidates = block_candidates(D, q.dtype, T, loadable_by_tma(q, k, v))
     launch(fastest("causal_attention_fwd", shape_class(q, common), candidates, launch))
     if splits > 1:
         sizes = {"D": D, "BLOCK_S": MOST_SPLITS, "BLOCK_D": padded(D)}
-        _join_kernel[(B * H * T,)](parts, part_lse, heads(out), lse, H, T, splits, **sizes, num_warps=4)
-    return out, lse
+        _join_kernel[(B * H * T,)](
+            parts, *part_statistics, heads(out), *statistics, H, T, splits, scale, **sizes, num_warps=4
+        )
+    return out, statistics
 
 
 def block_candidates(D: int, dtype: torch.dtype, T: int, tma: bool) -> list[Blocks]:
@@ -106,7 +108,8 @@ def _fwd_kernel(
     k,
     v,
     out,
-    lse,
+    shift,
+    level,
     heads,
     H,
     T,
@@ -137,21 +140,24 @@ def _fwd_kernel(
     queries = load_tile(q, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
     first, end, edges = keys_of_queries(i, head // H, T, S, mask, window, split, splits, CAUSAL, WINDOW, BLOCK_N)
 
+    scale_log2 = tl.maximum(scale, 1e-30) * LOG2E  # above 0, as 0 times the -inf of masked scores is nan
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for part in tl.static_range(0 if WINDOW or mask.starts is not None else 1, 3):  # masked, whole, masked
         for n0 in range(edges[part], edges[part + 1], BLOCK_N):
             keys = load_tile(k, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
             if part != 1:
                 j = n0 + tl.arange(0, BLOCK_N)[None, :]
                 visible = (j >= first[:, None]) & (j < end[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
-            level = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen no key yet
-            p = tl.exp2(scores - level[:, None])
-            shrink = tl.exp2(top - level)
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen no key yet
+            p = tl.exp2(
+                (scores - base[:, None]) * scale_log2
+            )  # scaled later: the product of the maximum would be rounded
+            shrink = tl.exp2((top - base) * scale_log2)
             top = higher
             total = total * shrink + tl.sum(p, 1)
             if DROP:
@@ -165,10 +171,11 @@ def _fwd_kernel(
 
     kept_scale = dropout[1] if DROP else 1.0
     acc = acc * tl.where(total == 0, 0.0, kept_scale / total)[:, None]
-    level = tl.where(total == 0, float("-inf"), (top + tl.log2(total)) * LN2)
     matrix = split * heads + head
     store_tile(out, matrix, H, m0, T, acc, D)
-    tl.store(lse + matrix.to(tl.int64) * T + row, level, row < T)
+    place = matrix.to(tl.int64) * T + row
+    tl.store(shift + place, tl.where(total == 0, 0.0, top), row < T)
+    tl.store(level + place, tl.where(total == 0, float("-inf"), tl.log2(total)), row < T)
 
 
 @triton.jit
@@ -184,20 +191,37 @@ def _infinities(values, visible):
     return found
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "scale"])
 def _join_kernel(
-    parts, part_lse, out, lse, H, T, splits, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+    parts,
+    part_shift,
+    part_level,
+    out,
+    shift,
+    level,
+    H,
+    T,
+    splits,
+    scale,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """out = sum_s exp(lse_s - lse) parts_s,  lse = log sum_s exp(lse_s), for one query of one head a program."""
+    """out = sum_s w_s parts_s / sum_s w_s,  w_s = exp2(scale log2(e) shift_s + level_s), for one query of one head a
+    program."""
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
     s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    levels = tl.load(part_lse + s * rows + row, s < splits, other=float("-inf")) * LOG2E
-    top = tl.max(levels, 0)
-    weights = tl.exp2(levels - tl.where(top == float("-inf"), 0.0, top))
+    levels = tl.load(part_level + s * rows + row, s < splits, other=float("-inf"))
+    tops = tl.load(part_shift + s * rows + row, s < splits, other=0.0)
+    tops = tl.where(levels == float("-inf"), float("-inf"), tops)  # a part that saw no key
+    top = tl.max(tops, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp2((tops - base) * (tl.maximum(scale, 1e-30) * LOG2E) + levels)
     total = tl.sum(weights, 0)
     inside = (s[:, None] < splits) & (d[None, :] < D)
     values = tl.load(parts + (s[:, None] * rows + row) * D + d[None, :], inside, other=0.0)
     joined = tl.sum(values * weights[:, None], 0) * tl.where(total == 0, 0.0, 1.0 / total)
-    tl.store(lse + row, tl.where(total == 0, float("-inf"), (top + tl.log2(total)) * LN2))
+    tl.store(shift + row, base)
+    tl.store(level + row, tl.where(total == 0, float("-inf"), tl.log2(total)))
     store_tile(out, (row // T).to(tl.int32), H, (row % T).to(tl.int32), T, joined[None, :], D)

@@ -1,6 +1,6 @@
 """Causal attention, backward, in two kernels without atomics, so that gradients repeat bit for bit:
 
-    P = exp(scale Q K^T - lse),  dP = dO V^T,  dS = P (dP - delta),  delta = rowsum(dO O)
+    P = exp2(c (Q K^T - shift) - level),  dP = dO V^T,  dS = P (dP - delta),  delta = rowsum(dO O)
     dQ = scale dS K       a program has a block of queries and walks over its keys; it also stores delta
     dK = scale dS^T Q     a program has a block of keys and walks over the queries that see them
     dV = P^T dO
@@ -45,7 +45,7 @@ def causal_attention_bwd(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     seq_lens: Tensor | None,
     cu_seqlens: Tensor | None,
     causal: bool,
@@ -61,20 +61,20 @@ def causal_attention_bwd(
     if not (B * H * T and S):
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, out, dout = (heads_of(x) for x in (q, k, v, out, dout))
-    statistics = lse.contiguous(), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    rows = *statistics.contiguous(), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     common = common_arguments(q, k, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window)
 
     def launch_dq(blocks: Blocks) -> None:
         operands = [operand(x, blocks.m, blocks) for x in (q, dout, out)]
         operands += [operand(x, blocks.n, blocks) for x in (k, v)]
         grid = (triton.cdiv(T, blocks.m) * B * H,)
-        _dq_kernel[grid](*operands, heads(dq), *statistics, **common, **blocks.options())
+        _dq_kernel[grid](*operands, heads(dq), *rows, **common, **blocks.options())
 
     def launch_dkdv(blocks: Blocks) -> None:
         operands = [operand(x, blocks.m, blocks) for x in (q, dout)]
         operands += [operand(x, blocks.n, blocks) for x in (k, v)]
         grid = (triton.cdiv(S, blocks.n) * B * H,)
-        _dkdv_kernel[grid](*operands, heads(dk), heads(dv), *statistics, **common, **blocks.options())
+        _dkdv_kernel[grid](*operands, heads(dk), heads(dv), *rows, **common, **blocks.options())
 
     kind, tma = shape_class(q, common), loadable_by_tma(q, k, v, out, dout)
     launch_dq(fastest("causal_attention_bwd_dq", kind, dq_candidates(D, q.dtype, tma), launch_dq))
@@ -115,7 +115,8 @@ def _dq_kernel(
     k,
     v,
     dq,
-    lse,
+    shift,
+    level,
     delta,
     heads,
     H,
@@ -147,7 +148,8 @@ def _dq_kernel(
     result = load_tile(out, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
     own = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(delta + head.to(tl.int64) * T + row, own, row < T)
-    level = tl.load(lse + head.to(tl.int64) * T + i) * LOG2E
+    tops = tl.load(shift + head.to(tl.int64) * T + i)[:, None]
+    levels = tl.load(level + head.to(tl.int64) * T + i)[:, None]
     first, end, edges = keys_of_queries(i, head // H, T, S, mask, window, 0, 1, CAUSAL, WINDOW, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -155,8 +157,8 @@ def _dq_kernel(
         for n0 in range(edges[part], edges[part + 1], BLOCK_N):
             keys = load_tile(k, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
             values = load_tile(v, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * (scale * LOG2E)
-            p = tl.exp2(scores - level[:, None])
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            p = tl.exp2((scores - tops) * (scale * LOG2E) - levels)
             dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
             if DROP:
                 dp = tl.where(keep_mask(head, i, n0, dropout, BLOCK_N), dp * dropout[1], 0.0)
@@ -177,7 +179,8 @@ def _dkdv_kernel(
     v,
     dk,
     dv,
-    lse,
+    shift,
+    level,
     delta,
     heads,
     H,
@@ -205,7 +208,8 @@ def _dkdv_kernel(
     j = n0 + tl.arange(0, BLOCK_N)
     keys = load_tile(k, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
     values = load_tile(v, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
-    lse += head.to(tl.int64) * T
+    shift += head.to(tl.int64) * T
+    level += head.to(tl.int64) * T
     delta += head.to(tl.int64) * T
     seq_len = keys_of_batch(mask, head // H, S)
     edges = _queries_of_keys(n0, j, T, S, seq_len, mask, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
@@ -218,8 +222,8 @@ def _dkdv_kernel(
             i = tl.minimum(row, T - 1)
             queries = load_tile(q, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
             upstream = load_tile(dout, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
-            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)  # BLOCK_N, BLOCK_M
-            p = tl.exp2(scores - (tl.load(lse + i) * LOG2E)[None, :])
+            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")  # BLOCK_N, BLOCK_M
+            p = tl.exp2((scores - tl.load(shift + i)[None, :]) * (scale * LOG2E) - tl.load(level + i)[None, :])
             dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
             if part != 1:
                 first, end = visible_interval(i, T, S, seq_len, mask, window, CAUSAL, WINDOW)

@@ -5,7 +5,8 @@
     dtotal += rstd (g - mean(g) - xhat mean(g xhat)),  g = dy weight,  xhat = (total - mean) rstd
     dweight = sum_rows dy xhat,  dbias = sum_rows dy
 
-A program holds whole rows in registers, so the variance is taken around the mean in a second pass at no cost.
+A program holds whole rows in registers, so the variance is taken around the mean in a second pass at no cost. That pass
+corrects the mean too: the first sum's roundings may exceed the spread of a row far from 0.
 Floor: one read and one write forward (with a residual two and two), two reads and one write backward.
 """
 
@@ -45,10 +46,10 @@ def add_layer_norm_fwd(
 
 
 def layer_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias_type: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, *_backward("layer_norm", dy, None, x, weight, mean, rstd, has_bias, dx, None, NO_DROPOUT)
+    return dx, *_backward("layer_norm", dy, None, x, weight, mean, rstd, bias_type, dx, None, NO_DROPOUT)
 
 
 def add_layer_norm_bwd(
@@ -58,7 +59,7 @@ def add_layer_norm_bwd(
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    has_bias: bool,
+    bias_type: int,
     x_type: int,
     residual_type: int,
     dropout_p: float,
@@ -78,7 +79,7 @@ def add_layer_norm_bwd(
         weight,
         mean,
         rstd,
-        has_bias,
+        bias_type,
         dresidual,
         dx if own_dx else None,
         dropout,
@@ -101,7 +102,7 @@ def _forward(
     rows, others = rows_of(x), None if residual is None else rows_of(residual)
     R, C = rows.shape
     sizes = _sizes(op, C, dropout)
-    mean, rstd = (x.new_empty(R, dtype=torch.float32) for _ in range(2))
+    mean, rstd = x.new_empty((2, R), dtype=torch.float32), x.new_empty(R, dtype=torch.float32)
     if R:
         inputs = rows, others, weight.contiguous(), None if bias is None else bias.contiguous()
         strides = rows.stride(0), 0 if others is None else others.stride(0)
@@ -118,7 +119,7 @@ def _backward(
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    has_bias: bool,
+    bias_type: int,
     dresidual: Tensor,
     dx: Tensor | None,
     dropout: tuple[int, float, int, int],
@@ -131,13 +132,13 @@ def _backward(
     per_program = rows_per_program(R, sizes["BLOCK_R"])
     programs = triton.cdiv(R, per_program)
     dweight = rows.new_empty((programs, C), dtype=torch.float32)
-    dbias = rows.new_empty((programs, C) if has_bias else (0, 0), dtype=torch.float32)
+    dbias = rows.new_empty((programs, C) if bias_type >= 0 else (0, 0), dtype=torch.float32)
     if R:
         inputs = *upstream, rows, weight.contiguous(), mean, rstd
-        results = dresidual, dx, dweight, dbias if has_bias else None
+        results = dresidual, dx, dweight, dbias if bias_type >= 0 else None
         strides = [0 if g is None else g.stride(0) for g in (*upstream, rows)]
         _bwd_kernel[(programs,)](*inputs, *results, *strides, R, C, per_program, *dropout, **sizes)
-    return sum_rows(dweight, weight.dtype), sum_rows(dbias, weight.dtype)
+    return sum_rows(dweight, weight.dtype), sum_rows(dbias, KERNEL_DTYPES[max(bias_type, 0)])
 
 
 def _sizes(op: str, C: int, dropout: tuple[int, float, int, int]) -> dict[str, int]:
@@ -182,12 +183,18 @@ def _fwd_kernel(
         rounded = values.to(total.dtype.element_ty)  # what is normalised is what the next layer sees
         tl.store(total + r64 * C + c[None, :], rounded, inside)
         values = rounded.to(tl.float32)
-    center = tl.sum(values, 1) / C
-    d = tl.where(inside, values - center[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt_rn(tl.sum(d * d, 1) / C + eps)
+    near = tl.sum(values, 1) / C
+    d = tl.where(inside, values - near[:, None], 0.0)
+    left = tl.sum(d, 1) / C
+    variance = tl.sum(d * d, 1) / C - left * left
+    center = near + left
+    rest = left - (center - near)
+    inverse = 1.0 / tl.sqrt_rn(tl.where(variance < 0, 0.0, variance) + eps)
     tl.store(mean + r, center, r < R)
+    tl.store(mean + R + r, rest, r < R)
     tl.store(rstd + r, inverse, r < R)
-    result = d * inverse[:, None] * load_vector(weight, c, C)[None, :] + load_vector(bias, c, C)[None, :]
+    xhat = (values - center[:, None]) * inverse[:, None] - (rest * inverse)[:, None]
+    result = xhat * load_vector(weight, c, C)[None, :] + load_vector(bias, c, C)[None, :]
     tl.store(y + r64 * C + c[None, :], result.to(y.dtype.element_ty), inside)
 
 
@@ -231,7 +238,9 @@ def _bwd_kernel(
         if dy is not None:
             inverse = tl.load(rstd + r, r < R, other=0.0)[:, None]
             x = tl.load(total + r64 * total_stride + c[None, :], inside, other=0.0).to(tl.float32)
-            xhat = tl.where(inside, (x - tl.load(mean + r, r < R, other=0.0)[:, None]) * inverse, 0.0)
+            center = tl.load(mean + r, r < R, other=0.0)[:, None]
+            rest = tl.load(mean + R + r, r < R, other=0.0)[:, None] * inverse
+            xhat = tl.where(inside, (x - center) * inverse - rest, 0.0)
             upstream = tl.load(dy + r64 * dy_stride + c[None, :], inside, other=0.0).to(tl.float32)
             g = upstream * w
             d = inverse * (g - (tl.sum(g, 1) / C)[:, None] - xhat * (tl.sum(g * xhat, 1) / C)[:, None])

@@ -125,6 +125,7 @@ inline unsigned __float_as_uint(float x) { return emu_bits<unsigned>(x); }
 inline int __float_as_int(float x) { return emu_bits<int>(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
