@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 B, H, T, D, R, C, V = 2, 3, 5, 8, 6, 40, 37  # V and C above the ids in use
-NO_ARGUMENTS = {"cpu_isa", "cpu_isas", "cpu_rejected_isa"}
+# take_dropout is Python: it looks its numbers up in a table and touches no memory.
+NO_ARGUMENTS = {"cpu_isa", "cpu_isas", "cpu_rejected_isa", "take_dropout"}
 REFUSALS = (
     AttributeError,
     KeyError,
