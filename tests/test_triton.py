@@ -152,7 +152,7 @@ for T, S, D, layout, options in (
     (150, 150, 64, "strided", {"dropout_p": 0.1, "seed": 3}),
     (70, 150, 40, "contiguous", {"window": 50}),
     (5, 1100, 128, "contiguous", {"seq_lens": torch.tensor([600])}),
-    (80, 80, 24, "contiguous", {"cu_seqlens": torch.tensor([0, 13, 70])}),
+    (80, 80, 24, "contiguous", {"cu_seqlens": torch.tensor([0, 13, 70, 80])}),
 ):
     before = len(described)
     check_case(Case("causal_attention", {"B": 1, "H": 2, "T": T, "S": S, "D": D}, options, layout), torch.float16)
