@@ -78,7 +78,7 @@ test-sanitize: $(TESTED)  ## the op tests on kernels built with AddressSanitizer
 	$(BIN)/python scripts/test_sanitize.py
 
 gpu-check bench-gpu: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
-fuzz: $(STAMP)  ## look for faults by chance: damaged files, ops, disks that fail, bodies of clients; MINUTES=60
+fuzz: $(TESTED)  ## look for faults by chance: damaged files, ops, disks that fail, bodies of clients; MINUTES=60
 	cd tests && "$(abspath $(BIN))/python" -m fuzz --minutes $(or $(MINUTES),60)
 
 gpu-check: install  ## on a machine with an NVIDIA GPU: PART=ops, speed, model, triton or profile, eight minutes each; or all
