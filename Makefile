@@ -14,6 +14,10 @@ TORCH   ?= torch==2.13.0
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 2)
 PIP      = $(BIN)/python -m pip install --disable-pip-version-check
 
+# Test files are dealt to processes, one a core and at most four: each holds torch and transformers, some 2 GB. JOBS=1: none.
+JOBS    ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
+SHARED   = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
+
 .PHONY: help demo test test-fast test-sanitize fuzz mutants lint bench bench-cpu bench-generate bench-gpu gpu-check wheel clean install
 
 help:  ## list the targets
@@ -49,10 +53,10 @@ demo: $(BUILT)  ## train a small GPT on Shakespeare for three minutes, then let 
 	$(BIN)/python -m gptfast.demo
 
 test: $(TESTED) lint  ## the whole test suite
-	$(BIN)/python -m pytest --whole
+	$(BIN)/python -m pytest --whole $(SHARED)
 
 test-fast: $(TESTED)  ## the tests that take under three seconds each
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(SHARED)
 
 lint: $(TESTED)  ## ruff and pyright
 	$(BIN)/ruff check .

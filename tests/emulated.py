@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,9 +39,19 @@ def build(variant: str = "plain") -> Path:
         pytest.skip("this install has no compiled ops")
     nvcc()
     command = [sys.executable, "setup.py", "-q", "build_emu", f"--variant={variant}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    with _one_at_a_time():
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     return ROOT / f"build/emu/{variant}/emu_ops.so"
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Builds of several processes of pytest-xdist wait for each other."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build/emu.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def nvcc() -> str:
