@@ -123,7 +123,11 @@ def read_text(path: str | os.PathLike[str]) -> str:
         OSError: as `read_bytes`.
         ValueError: the file is empty, or binary, or not UTF-8 (the text names the first offending byte).
     """
-    content = read_bytes(path)
+    return decode_text(read_bytes(path), path)
+
+
+def decode_text(content: bytes, path: str | os.PathLike[str]) -> str:
+    """As `read_text`, of the bytes that a file holds. Raises ValueError."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} is UTF-16 (byte order mark at byte 0); {_convert(path, 'UTF-16')}")
     null = content.find(b"\0")

@@ -227,7 +227,6 @@ def test_tokens_tokenizer_and_manifest_are_replaced_together(book, tmp_path, mon
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "bad.txt is empty"),
         (b"a\0b", "bad.txt is binary"),
         (b"caf\xe9", "bad.txt is not UTF-8 .byte 0xe9 at byte 3"),
     ],

@@ -20,7 +20,8 @@ from gptfast.cli.train import train
 app = typer.Typer(
     name="gptfast",
     help="Train, fine-tune and run GPTs, fast on the machine you have.",
-    epilog="Start with: gptfast train --data shakespeare --out runs/bard, then gptfast generate --model runs/bard/best",
+    epilog="Start with: gptfast train --data shakespeare --out runs/bard, then gptfast generate --model runs/bard/best "
+    '--prompt "ROMEO:"',
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,6 +48,7 @@ def _options(
 
 for command in (train, generate, serve, prepare, info, doctor, bench):
     app.command()(command)
+_commands = app
 
 
 def main() -> None:
@@ -62,5 +64,12 @@ def main() -> None:
     except Exception as error:
         if wants_traceback():
             raise
-        tell(error)
+        tell(error, _options_of(sys.argv[1:2]))
         sys.exit(1)
+
+
+def _options_of(command: list[str]) -> dict[str, str]:
+    """The options of a command by the names of its parameters."""
+    commands = getattr(typer.main.get_command(_commands), "commands", {})
+    parameters = [p for name in command if name in commands for p in commands[name].params]
+    return {p.name: p.opts[0] for p in parameters if p.opts and p.opts[0].startswith("--")}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dis
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +21,12 @@ DEBUG = "GPTFAST_DEBUG"  # set: tracebacks are shown
 _PACKAGE = Path(__file__).parent.parent
 _MISTAKES = (ValueError, TypeError, LookupError, RuntimeError, NotImplementedError)  # where we raise them with a text
 _RAISE = dis.opmap["RAISE_VARARGS"]
+_OWNER = re.compile(r"(?:^|(?<=: ))([A-Za-z_]\w*(?:\.\w+)*): ")
+_OTHER_NAMES = {  # of what the library takes, and the parameter of a command that it comes from
+    **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), "dropout"),
+    "stop_strings": "stop",
+    "out_dir": "out",
+}
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")  # as torch and C++ have it
 
 
@@ -27,10 +34,13 @@ def wants_traceback() -> bool:
     return bool(os.environ.get(DEBUG))
 
 
-def tell(error: Exception) -> None:
-    """Say on standard error what is wrong, in a line that names the file, key or argument; no traceback.
+def tell(error: Exception, options: Mapping[str, str] | None = None) -> None:
+    """Say on standard error what is wrong, in a line that names the file, key or option; no traceback.
 
     An error that no check of ours raised is a fault of gptfast: its traceback goes to a file, and the line says so.
+
+    Args:
+        options: of the command that ran: "--max-steps" under "max_steps".
     """
     if _lacks_memory(error):
         _print(
@@ -39,7 +49,7 @@ def tell(error: Exception) -> None:
     elif not _is_mistake(error):
         return _tell_fault(error)
     else:
-        _print(f"error: {_one_line(error)}")
+        _print(f"error: {_in_options(_without_owners(_one_line(error), error), options or {})}")
     _print(f"({DEBUG}=1 shows where it was raised)")
 
 
@@ -53,6 +63,53 @@ def _one_line(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _without_owners(text: str, error: BaseException) -> str:
+    """Without the functions and classes of ours that the error came through, which a command line does not show."""
+    names = _names_around(error)
+
+    def drop(match: re.Match[str]) -> str:
+        ours = set(match[1].split(".")) <= names and not Path(match[1]).exists()
+        return "" if ours and match[1] not in sys.argv[1:2] else match[0]  # the command's own name may stay
+
+    return _OWNER.sub(drop, text)
+
+
+def _names_around(error: BaseException | None) -> set[str]:
+    """Of the functions that an error came through, and of the functions and classes of gptfast in their modules."""
+    names: set[str] = set()
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            names.add(frame.f_code.co_name)
+            around = [*frame.f_globals.values(), *map(type, frame.f_locals.values())]
+            ours = [v for v in around if str(getattr(v, "__module__", "")).startswith("gptfast") and callable(v)]
+            names.update(getattr(v, "__name__", "") for v in ours)
+        error = error.__cause__ or error.__context__
+    return names
+
+
+def _in_options(text: str, options: Mapping[str, str]) -> str:
+    """The message with the options of the command line in place of the library's names for them.
+
+    Names that a file has (", line 3: temperature is …"; n_embd in config.json, unless it was given) stay.
+    """
+    place = re.search(r", (line|record) \d+", text)
+    start, rest = (text[: place.end()], text[place.end() :]) if place else ("", text)
+    for name, parameter in {**{name: name for name in options}, **_OTHER_NAMES}.items():
+        option = options.get(parameter)
+        if option is None or (place and "_" not in name) or (".json" in text and not _is_given(option)):
+            continue
+        rest = re.sub(rf"(?<![\w./'\"=-]){name}=(?=[\w'\"\[-])", f"{option} ", rest)
+        if "_" in name:
+            rest = re.sub(rf"(?<![\w./'\"-]){name}(?![\w/='\"(]|\.\w)(?!: )", option, rest)
+        else:
+            rest = re.sub(rf"(^|[;:,] |\bbut |\band ){name}(?= is [-\d'\"n\[i])", rf"\g<1>{option}", rest)
+    return start + rest
+
+
+def _is_given(option: str) -> bool:
+    return any(argument == option or argument.startswith(f"{option}=") for argument in sys.argv)
 
 
 def _lacks_memory(error: Exception) -> bool:

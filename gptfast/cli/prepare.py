@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -13,9 +14,23 @@ def prepare(
         str,
         typer.Option(
             help="The text: 'shakespeare' (42 plays and poems, built in), 'shakespeare:comedy,poetry' (some "
-            "of them), a UTF-8 text file, or a folder whose .txt files are one document each."
+            "of them), a UTF-8 text file, a folder whose .txt files are one document each, or a file or folder of records "
+            "(see --text-field)."
         ),
     ] = "shakespeare",
+    glob: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which files of a folder to read, such as '*.md'; may be given several times.", show_default="*.txt"
+        ),
+    ] = None,
+    text_field: Annotated[
+        str | None,
+        typer.Option(
+            help="The field of a record that is the text, in .jsonl, .json, .csv, .tsv and .parquet files; each record "
+            "is a document."
+        ),
+    ] = None,
     tokenizer: Annotated[
         str,
         typer.Option(
@@ -42,6 +57,9 @@ def prepare(
     out: Annotated[
         Path, typer.Option(help="Folder for train.bin, val.bin, data.json and the tokenizer's files.")
     ] = Path("runs/data"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace tokens of another text or tokenizer in OUT.")
+    ] = False,
 ) -> None:
     """Turn text into token files, once, so that training can start at once and read them from disk.
 
@@ -53,7 +71,17 @@ def prepare(
 
     from gptfast.data import prepare as prepare_data
 
-    prepared = prepare_data(data, tokenizer, out, vocab_size=vocab_size, val_fraction=val_fraction, seed=seed)
+    prepared = prepare_data(
+        data,
+        tokenizer,
+        out,
+        vocab_size=vocab_size,
+        glob=glob,
+        text_field=text_field,
+        val_fraction=val_fraction,
+        seed=seed,
+        overwrite=overwrite,
+    )
     table = Table("part", "documents", "bytes", "tokens", "bytes per token", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -64,5 +92,5 @@ def prepare(
     console = Console()
     console.print(table)
     console.print(f"vocabulary: {prepared.tokenizer.vocab_size:,} tokens", highlight=False, markup=False)
-    console.print(prepared.info["split"], highlight=False, markup=False)
-    console.print(f"next: gptfast train --data {out}", highlight=False, markup=False)
+    for line in (prepared.info["split"], *prepared.info["notes"], f"next: gptfast train --data {quote(str(out))}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

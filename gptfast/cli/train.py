@@ -27,7 +27,23 @@ def train(
             _DATA,
             "shakespeare",
             "What to learn from: 'shakespeare' (42 plays and poems, built in), a UTF-8 text file, a folder of .txt files, "
-            "a folder made by gptfast prepare, or a token file. A tenth of it is kept for validation.",
+            "a file or folder of records (see --text-field), a folder made by gptfast prepare, or a token file. A tenth of "
+            "it is kept for validation.",
+        ),
+    ] = None,
+    glob: Annotated[
+        list[str] | None,
+        _option(
+            _DATA, "*.txt", "Which files of a folder to read, such as '*.md'; may be given several times.", "--glob"
+        ),
+    ] = None,
+    text_field: Annotated[
+        str | None,
+        _option(
+            _DATA,
+            "none",
+            "The field of a record that is the text, in .jsonl, .json, .csv, .tsv and .parquet files; each record is a "
+            "document.",
         ),
     ] = None,
     tokenizer: Annotated[
@@ -167,7 +183,7 @@ def train(
     validation loss; each is a complete folder for gptfast generate and for
     transformers. Ctrl-C saves and stops; --resume goes on.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
+    given = {name: value for name, value in locals().items() if value is not None and value != []}
     from gptfast.malloc import tune_malloc
     from gptfast.training import launch
 
@@ -204,9 +220,11 @@ def describe(run: Run) -> list[str]:
     limits += [f"{train.max_minutes:g} min"] if train.max_minutes else []
     lines = [
         f"model    {trainer.model.num_parameters() / 1e6:.2f}M parameters: {shape}",
+        *([f"         {run.note}"] if run.note else []),
         f"data     {len(data.train):,} tokens to train on, {len(data.val):,} for validation; "
         f"{data.tokenizer.kind} tokenizer, {data.tokenizer.vocab_size:,} tokens",
         f"         {data.info['split']}",
+        *(f"         {note}" for note in data.info.get("notes", [])),
         f"machine  {place}",
         f"         {products}; at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s, measured just now: the 100% of peak",
         f"plan     {' or '.join(limits)}, {train.rows_per_step * trainer.block_size:,} tokens a step",

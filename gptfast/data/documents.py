@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from gptfast._files import read_asset, read_text
+from gptfast.data.folder import choose_files
+from gptfast.data.records import PACKED, RECORDS, kind_of, read_packed_text, read_records
+from gptfast.data.spool import Slice, Spool
 from gptfast.data.token_file import is_token_file
 
 GENRES = ("comedy", "history", "tragedy", "poetry")
@@ -21,16 +25,20 @@ class Document:
     """A text with a name. That of a file is read when it is asked for, so a corpus need not fit in memory."""
 
     name: str
-    source: str | Path  # the text itself, or the file that holds it
+    source: str | Path | Slice  # the text itself, or where it is
 
     @property
     def text(self) -> str:
         """The text. Raises OSError or ValueError for a file that is missing, empty, binary or not UTF-8."""
+        if isinstance(self.source, Slice):
+            return self.source.text
         return self.source if isinstance(self.source, str) else read_text(self.source)
 
     @property
     def size(self) -> int:
         """Bytes of UTF-8: what the split and the progress bar count."""
+        if isinstance(self.source, Slice):
+            return self.source.size
         return len(self.source.encode()) if isinstance(self.source, str) else self.source.stat().st_size
 
 
@@ -43,31 +51,113 @@ class Split:
     note: str
 
 
-def load_documents(data: str | os.PathLike[str]) -> list[Document]:
+@dataclass(frozen=True)
+class Corpus:
+    """documents: what is read; notes: sentences about what is left out."""
+
+    documents: list[Document]
+    notes: list[str]
+
+
+def load_documents(
+    data: str | os.PathLike[str], *, glob: str | Sequence[str] | None = None, text_field: str | None = None
+) -> list[Document]:
     """The documents that `data` names.
 
     Args:
         data: "shakespeare" (42 plays and poems that the package ships), "shakespeare:comedy,poetry" (some
-            genres), a text file (one document), or a folder whose .txt files, also in folders below, are one
-            document each.
+            genres), a text file (one document), a file of records (each is a document), or a folder, with those below it.
+        glob: which files of a folder are read, such as "*.md" or ["*.txt", "*.md"], capital letters or small ones; without
+            it its .txt files or, with `text_field`, its files of records.
+        text_field: the field that holds the text of a record, in .jsonl, .ndjson, .json (a list, or an object a line), .csv,
+            .tsv (line 1 names the fields) and .parquet (needs pyarrow). Records whose text is empty or null are left out.
+    Files packed with gzip, bzip2, xz or zstd (needs pyarrow) are unpacked. Records and unpacked texts are kept in a
+    temporary file, in TMPDIR.
     Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: an unknown genre, a folder without .txt files, or a file of tokens.
+        FileNotFoundError: no such file or folder.  OSError, ImportError: it cannot be read.
+        ValueError: an unknown genre, a folder without such files, a file of tokens, a record without the field, or an option
+            that `data` has no use for.
     """
+    return load_corpus(data, glob, text_field).documents
+
+
+def load_corpus(
+    data: str | os.PathLike[str], glob: str | Sequence[str] | None = None, text_field: str | None = None
+) -> Corpus:
+    """As `load_documents`, with what is to be said about it."""
+    patterns = [glob] if isinstance(glob, str) else list(glob or ())
+    path = Path(data)
+    known = path.exists() or str(data).startswith("shakespeare")
+    if patterns and known and not path.is_dir():
+        raise ValueError(
+            f"load_documents: glob is {', '.join(map(repr, patterns))}, but {data} is no folder; leave it out"
+        )
     name, _, genres = str(data).partition(":")
     if name == "shakespeare":
-        return _shakespeare([genre.strip() for genre in genres.split(",")] if genres else GENRES)
-    path = Path(data)
+        if text_field is not None:
+            raise ValueError(f"load_documents: text_field is {text_field!r}, but {data} has no fields; leave it out")
+        return Corpus(_shakespeare([genre.strip() for genre in genres.split(",")] if genres else GENRES), [])
     if path.is_dir():
-        return _folder(path)
-    if not path.exists():
+        files, notes = choose_files(path, patterns, text_field is not None)
+    elif path.exists():
+        files, notes = {path.name: path}, []
+    else:
         raise FileNotFoundError(
             f"load_documents: {str(data)!r} is neither 'shakespeare' nor an existing file or folder; check "
             "the spelling of the path"
         )
-    if is_token_file(path):
-        raise ValueError(f"load_documents: {path} holds tokens, not text; pass it to `gptfast train --data`")
-    return [Document(path.name, path)]
+    return _read_files(data, files, text_field, notes)
+
+
+def _read_files(
+    data: str | os.PathLike[str], files: dict[str, Path], text_field: str | None, notes: list[str]
+) -> Corpus:
+    documents: list[Document] = []
+    spool = Spool()
+    records = {name for name in files if kind_of(name)[0] in RECORDS}
+    if text_field is not None and not records:
+        raise ValueError(
+            f"load_documents: text_field is {text_field!r}, but {data} is no file of records; expected {', '.join(RECORDS)} - "
+            "leave it out, or give the file such a name"
+        )
+    if text_field is None and records:
+        warnings.warn(
+            f"{min(records)} is read as plain text, with its field names and punctuation; name the field that holds the text "
+            "with text_field (--text-field on the command line)",
+            stacklevel=4,
+        )
+    empty = 0
+    for name, path in files.items():
+        if is_token_file(path):
+            raise ValueError(f"load_documents: {path} holds tokens, not text; pass it to `gptfast train --data`")
+        if name in records and text_field is not None:
+            before, count = len(documents), 0
+            for document in _records(name, path, text_field, spool):
+                count += 1
+                if document.size:
+                    documents.append(document)
+            empty += count - (len(documents) - before)
+        elif kind_of(name)[1] in PACKED:
+            documents.append(Document(name, spool.add(read_packed_text(path))))
+        else:
+            documents.append(Document(name, path))
+    if empty:
+        notes.append(f"{empty:,} record{'s' if empty > 1 else ''} without text skipped")
+    if not documents:
+        raise ValueError(f"load_documents: {data} has no text: {'; '.join(notes) or 'it has no records'}")
+    return Corpus(documents, notes)
+
+
+def _records(name: str, path: Path, field: str, spool: Spool) -> Iterator[Document]:
+    """A document for each record; the size of one without text is 0."""
+    for number, text in read_records(path, field):
+        text = text or ""
+        try:
+            kept = spool.add(text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text)
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise ValueError(f"{path}, line or record {number} holds {half!r}, half of a surrogate pair") from None
+        yield Document(f"{name}:{number}", kept)
 
 
 def split_documents(documents: Sequence[Document], val_fraction: float = 0.1, seed: int = 0) -> Split:
@@ -110,13 +200,6 @@ def _shakespeare(genres: Sequence[str]) -> list[Document]:
     if unknown:
         raise ValueError(f"load_documents: genre is {unknown[0]!r}; expected some of {', '.join(GENRES)}")
     return [Document(name, play["text"]) for name, play in _plays().items() if play["genre"] in genres]
-
-
-def _folder(folder: Path) -> list[Document]:
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.txt") if path.is_file()}
-    if not files:
-        raise ValueError(f"load_documents: folder {folder} has no .txt file; put a file per document there")
-    return [Document(name, files[name]) for name in sorted(files)]
 
 
 def _choose(documents: Sequence[Document], target: float, seed: int) -> list[Document]:

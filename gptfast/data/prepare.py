@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,8 +19,8 @@ from rich.progress import Progress
 
 from gptfast._folders import staged_folder
 from gptfast._json import field, read_json
-from gptfast._snapshots import TOKENIZER, TOKENS, current, read_whole
-from gptfast.data.documents import Document, Split, load_documents, split_documents
+from gptfast._snapshots import TOKENIZER, TOKENS, current, current_files, read_whole
+from gptfast.data.documents import Document, Split, load_corpus, split_documents
 from gptfast.data.token_file import TokenFile, TokenWriter, is_token_file
 from gptfast.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
@@ -54,6 +54,8 @@ def open_data(
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     *,
     vocab_size: int | None = None,
+    glob: str | Sequence[str] | None = None,
+    text_field: str | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
     progress: bool = True,
@@ -65,10 +67,13 @@ def open_data(
             token file, of which the last documents are kept for validation.
         cache_dir: where tokens of a text are written, and found again the next time.
         tokenizer: as in `prepare`; None means "gpt2" for text, and for tokens the tokenizer beside them.
-        vocab_size, val_fraction, seed, progress: as in `prepare`.
+        vocab_size, glob, text_field, val_fraction, seed, progress: as in `prepare`.
     Raises:
         OSError, ValueError: as `prepare` and `load_prepared`; a tokenizer that does not fit the tokens.
     """
+    given = [name for name, value in (("glob", glob), ("text_field", text_field)) if value]
+    if given and (current(data, MANIFEST).exists() or is_token_file(data)):
+        raise ValueError(f"open_data: {data} holds tokens; leave {' and '.join(given)} out, or pass the text")
     if current(data, MANIFEST).exists():
         if tokenizer is not None or vocab_size is not None:
             raise ValueError(
@@ -83,6 +88,8 @@ def open_data(
         "gpt2" if tokenizer is None else tokenizer,
         cache_dir,
         vocab_size=vocab_size,
+        glob=glob,
+        text_field=text_field,
         val_fraction=val_fraction,
         seed=seed,
         progress=progress,
@@ -95,9 +102,12 @@ def prepare(
     out_dir: str | os.PathLike[str],
     *,
     vocab_size: int | None = None,
+    glob: str | Sequence[str] | None = None,
+    text_field: str | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
     progress: bool = True,
+    overwrite: bool = True,
 ) -> PreparedData:
     """Split text into training and validation documents and write their tokens.
 
@@ -106,31 +116,39 @@ def prepare(
     there before stays as it was.
 
     Args:
-        data: "shakespeare", "shakespeare:comedy", a text file, or a folder of .txt files (see
+        data: "shakespeare", "shakespeare:comedy", a text file, a file of records, or a folder (see
             `load_documents`).
         tokenizer: "gpt2", "char", "word" or "bpe" (the last three are learnt from the text), a folder with a
             saved tokenizer, or a tokenizer.
         out_dir: the folder to write, made where it is missing.
         vocab_size: for "bpe" and "word", see `get_tokenizer`.
+        glob, text_field: which files of a folder, and which field of a record (see `load_documents`).
         val_fraction: part of the text to keep for validation, in (0, 1); see `split_documents`.
         seed: chooses the validation documents.
         progress: show a progress bar for a long text, where standard error is a terminal.
+        overwrite: replace tokens of another text, another tokenizer or another split in `out_dir`.
+    Returns:
+        What is there now; info["notes"] says which files and records were left out.
     Raises:
+        FileExistsError: there are such tokens, or a tokenizer, and `overwrite` is False.
         OSError: a file cannot be read or written.
         ValueError: bad arguments, or text that cannot be read or encoded.
     """
     out_dir = Path(out_dir)
-    documents = load_documents(data)
+    corpus = load_corpus(data, glob, text_field)
+    documents = corpus.documents
     split = split_documents(documents, val_fraction, seed)
     chosen = None if tokenizer in _TRAINABLE else _given(tokenizer, vocab_size)
     fingerprint = _fingerprint(split, chosen or (tokenizer, vocab_size))
     found = _up_to_date(out_dir, fingerprint)
     if found is not None:
-        return found
+        return replace(found, info={**found.info, "notes": corpus.notes})
     chosen = chosen or _trained(str(tokenizer), split, vocab_size)
     info: dict[str, Any] = {"version": _VERSION, "fingerprint": fingerprint}
-    info |= {"data": str(data), "split": split.note}
+    info |= {"data": str(data), "glob": glob, "text_field": text_field, "split": split.note, "notes": corpus.notes}
     keeps_tokenizer = _is_folder(tokenizer, out_dir)
+    if not overwrite:
+        _refuse_others(out_dir, fingerprint, keeps_tokenizer)
     with staged_folder(out_dir, replaces=TOKENS if keeps_tokenizer else f"{TOKENS}|{TOKENIZER}") as stage:
         with _progress_bar(documents, progress) as advance:
             for part in ("train", "val"):
@@ -218,6 +236,20 @@ def _up_to_date(folder: Path, fingerprint: str) -> PreparedData | None:
     except (FileNotFoundError, ValueError):
         return None
     return found if found.info.get("fingerprint") == fingerprint else None
+
+
+def _refuse_others(folder: Path, fingerprint: str, keeps_tokenizer: bool) -> None:
+    names = TOKENS if keeps_tokenizer else f"{TOKENS}|{TOKENIZER}"
+    found = [file.name for file in current_files(folder) if re.fullmatch(names, file.name)]
+    if not found:
+        return
+    try:
+        info = _read_manifest(current(folder, MANIFEST))
+    except (OSError, ValueError):
+        info = {}
+    if info.get("fingerprint") != fingerprint:
+        of = f"tokens of {info['data']}, made from other text or with other options" if info else ", ".join(found)
+        raise FileExistsError(f"{folder} holds {of}; replace that with --overwrite, or choose another --out")
 
 
 def _write_part(

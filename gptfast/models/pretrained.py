@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gptfast._snapshots import current
 from gptfast.models import hf_layout
 from gptfast.models.config import GPTConfig
 from gptfast.models.export import CONFIG, INDEX, SINGLE
@@ -65,10 +66,20 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     """The folder of a checkpoint: `path` itself, or where huggingface-hub keeps the model of that id."""
     folder = Path(path)
     if folder.is_dir():
+        if not current(folder, CONFIG).exists() and (found := _checkpoints(folder)):
+            raise FileNotFoundError(f"{path} is the folder of a training run; name one of its checkpoints: {found}")
         return folder
+    if not folder.exists() and folder.name == "best" and (found := _checkpoints(folder.parent)):
+        raise FileNotFoundError(f"{path} does not exist, as the run has not been evaluated yet; there is {found}")
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(path)):
         raise FileNotFoundError(f"{path} is not a folder; expected a checkpoint folder with {CONFIG} and {SINGLE}")
     return _download(str(path))
+
+
+def _checkpoints(run: Path) -> str:
+    """The checkpoints in the folder of a training run, in words."""
+    what = {"best": "the lowest validation loss", "last": "the newest"}
+    return " or ".join(f"{run / name} ({of})" for name, of in what.items() if current(run / name, CONFIG).exists())
 
 
 def _download(hub_id: str) -> Path:

@@ -27,6 +27,7 @@ __all__ = [
     "WordTokenizer",
     "encode_prompt",
     "get_tokenizer",
+    "has_tokenizer",
     "lenient",
     "load_tokenizer",
 ]
@@ -88,6 +89,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             "bpe (the last three are learnt from text), or the folder of a checkpoint or of prepared data"
         )
     return read_whole(folder, lambda: _load(folder))
+
+
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder has files of a tokenizer."""
+    return any(current(folder, name).exists() for name in (FILE_NAME, "vocab.json"))
 
 
 def _load(folder: Path) -> Tokenizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from gptfast._locks import FileLock
 from gptfast._snapshots import current
 from gptfast.data import PreparedData, TokenFile, open_data
 from gptfast.models import GPT, GPTConfig
+from gptfast.models.pretrained import resolve
+from gptfast.tokenizer import has_tokenizer, load_tokenizer
 from gptfast.training.checkpoint import Checkpoint, check_source, lock_run, read_checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.trainer import Trainer
@@ -40,6 +42,7 @@ class Run:
     trainer: Trainer
     data: PreparedData
     checkpoint: Checkpoint | None  # where it goes on from
+    note: str = ""  # about the model
 
 
 def new_run(given: dict[str, Any]) -> Run:
@@ -86,7 +89,7 @@ def _locked(given: dict[str, Any]) -> Iterator[FileLock]:
 def _new_run(given: dict[str, Any], lock: FileLock) -> Run:
     if "preset" in given and "init_from" in given:
         raise ValueError(
-            "train: preset and init_from were both given; init_from has its shape already - leave preset out"
+            "train: --preset and --init-from were both given; a checkpoint has its shape already - leave --preset out"
         )
     start = {"init_from": _FINETUNE, "preset": _LARGE}
     defaults = next((values for name, values in start.items() if name in given), SMALL)
@@ -95,11 +98,18 @@ def _new_run(given: dict[str, Any], lock: FileLock) -> Run:
     model = GPT.from_pretrained(given["init_from"], dtype=torch.float32) if "init_from" in given else None
     tokenizer = _tokenizer(given, model)
     data = _open(given, tokenizer)
+    if model is not None:
+        _check_ids(given, data)
     torch.manual_seed(config.seed)
+    positions = None if model is None else model.config.block_size
     model = _untrained(given, defaults, data) if model is None else _reshaped(model, given, defaults)
+    size, note = model.config.block_size, ""
+    if positions is not None and size < positions:
+        note = f"--block-size {size}: the first of the {positions} positions of {given['init_from']}"
     options = {name: value for name, value in given.items() if name not in _MAY_CHANGE}
     source = {"data": _absolute(given["data"]), "options": {**options, "tokenizer": tokenizer}, "marks": _marks(data)}
-    return _run(model, data, config, given, source=source, overwrite=given.get("overwrite", False), lock=lock)
+    overwrite = given.get("overwrite", False)
+    return replace(_run(model, data, config, given, source=source, overwrite=overwrite, lock=lock), note=note)
 
 
 def _resumed_run(given: dict[str, Any], lock: FileLock) -> Run:
@@ -138,7 +148,7 @@ def _set_threads(threads: int | None) -> None:
     if threads is None:
         return
     if threads < 1:
-        raise ValueError(f"train: threads is {threads}; expected at least 1")
+        raise ValueError(f"train: --threads is {threads}; expected at least 1")
     torch.set_num_threads(threads)
 
 
@@ -148,13 +158,42 @@ def _tokenizer(given: dict[str, Any], model: GPT | None) -> str | None:
         return given.get("tokenizer")
     if model is None:
         return "gpt2" if "preset" in given else "char"
-    if Path(given["init_from"]).is_dir():
-        return str(given["init_from"])
-    if model.config.vocab_size == 50257:
-        return "gpt2"
-    raise ValueError(
-        f"train: which tokenizer {given['init_from']} uses is not known here; say so with --tokenizer FOLDER"
-    )
+    folder = resolve(given["init_from"])
+    if not has_tokenizer(folder):
+        size = model.config.vocab_size
+        hint = "--tokenizer gpt2, if it was trained with GPT-2's tokens" if size == 50257 else "--tokenizer FOLDER"
+        raise ValueError(
+            f"train: {given['init_from']} has no tokenizer and a vocabulary of {size}; say which with {hint}"
+        )
+    return str(folder)
+
+
+def _check_ids(given: dict[str, Any], data: PreparedData) -> None:
+    """Refuse ids that mean something else to the checkpoint that training starts from.
+
+    Raises:
+        ValueError: they do.
+    """
+    folder, tokenizer = resolve(given["init_from"]), data.tokenizer
+    if not has_tokenizer(folder):
+        return
+    try:
+        own = load_tokenizer(folder)
+    except ValueError:
+        if "tokenizer" not in given:
+            raise
+        return  # of a kind that is not known here, which is why another one was named
+    for token in filter(own.has_token, range(min(own.vocab_size, tokenizer.vocab_size))):
+        if tokenizer.has_token(token) and (a := own.decode_bytes([token])) != (b := tokenizer.decode_bytes([token])):
+            if "tokenizer" in given:
+                cause = f"--tokenizer {given['tokenizer']} has other ids than {given['init_from']}"
+                remedy = "leave --tokenizer out, and the text is cut as the checkpoint knows it"
+            else:
+                cause = f"--data {given['data']} was prepared with other ids than {given['init_from']} has"
+                remedy = f"prepare it with --tokenizer {given['init_from']}"
+            raise ValueError(
+                f"train: {cause}: {token} is {a!r} to the model and {b!r} in the text; {remedy}, or leave --init-from out"
+            )
 
 
 def _is_prepared(data: str) -> bool:
@@ -165,7 +204,8 @@ def _is_prepared(data: str) -> bool:
 
 def _open(given: dict[str, Any], tokenizer: str | None) -> PreparedData:
     cache = Path(given["out"]) / "data"
-    return open_data(given["data"], cache, tokenizer, vocab_size=given.get("vocab_size"))
+    options: dict[str, Any] = {name: given.get(name) for name in ("vocab_size", "glob", "text_field")}
+    return open_data(given["data"], cache, tokenizer, **options)
 
 
 def _untrained(given: dict[str, Any], defaults: dict[str, Any], data: PreparedData) -> GPT:
@@ -183,8 +223,14 @@ def _reshaped(model: GPT, given: dict[str, Any], defaults: dict[str, Any]) -> GP
         stored = getattr(model.config, name)
         if given.get(name, stored) != stored:
             raise ValueError(
-                f"train: {name} is {given[name]} but {given['init_from']} has {stored}, which it keeps; leave it out"
+                f"train: {_option(name)} is {given[name]} but {given['init_from']} has {stored}, which it keeps; leave it out"
             )
+    size, longest = given.get("block_size", 0), model.config.block_size
+    if size > longest and model.config.position_embedding == "learned":
+        raise ValueError(
+            f"train: --block-size is {size} but {given['init_from']} has learnt {longest} positions; leave it out, or give at "
+            f"most {longest}"
+        )
     changes = {"dropout": given.get("dropout", defaults["dropout"])}
     if "block_size" in given:
         changes["block_size"] = given["block_size"]
@@ -197,9 +243,13 @@ def _refuse_changes(given: dict[str, Any], checkpoint: Checkpoint, model: GPT) -
     for name, value in given.items():
         if name not in _MAY_CHANGE and value != stored.get(name):
             raise ValueError(
-                f"train: {name} is {value} but the run in {given['out']} has {stored.get(name)}, which it cannot change; "
+                f"train: {_option(name)} is {value} but the run in {given['out']} has {stored.get(name)}, which it cannot change; "
                 f"leave it out, or start a new run with --init-from {checkpoint.folder}"
             )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _absolute(data: str) -> str:

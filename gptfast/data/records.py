@@ -1,0 +1,265 @@
+"""Files of records: JSON Lines, JSON lists, CSV and Parquet, of which one field is text. All are read as a stream."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, TextIO, cast
+
+from gptfast._files import decode_text, open_read
+from gptfast._json import parse, short
+
+JSON, CSV, PARQUET = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv"), (".parquet",)
+RECORDS = JSON + CSV + PARQUET
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+_MARK = b"\xef\xbb\xbf"  # byte order mark of UTF-8
+_BLANK = 1 << 12  # bytes in which a JSON list begins
+_CHUNK = 1 << 20  # characters of a JSON list that are read at once
+_LONGEST_WORD = 16  # characters of JSON that mean nothing if they are cut: true, \ud83d\ude00
+_LONGEST_VALUE = 2**31 - 1  # characters of CSV; the library's own limit is 131072
+_ROWS = 1024  # of Parquet, at once
+
+Record = tuple[int, "str | None"]  # the line, or the number in files without lines; the text, None where it is null
+
+
+def kind_of(name: str) -> tuple[str, str]:
+    """The suffix that says what is in a file and the one that says how it is packed, both in small letters, "" for none."""
+    path = PurePath(name.lower())
+    if path.suffix in PACKED:
+        return PurePath(path.stem).suffix, path.suffix
+    return path.suffix, ""
+
+
+def read_records(path: Path, field: str) -> Iterator[Record]:
+    """The texts in `field` of each record.
+
+    Raises:
+        OSError: the file cannot be read.  ImportError: it needs pyarrow.
+        ValueError: it is damaged or not UTF-8, a record lacks the field, or the field is no text; the message has the
+            line and the fields that there are.
+    """
+    kind, packed = kind_of(path.name)
+    if kind in PARQUET:
+        if packed:
+            raise ValueError(f"{path} is a packed Parquet file, which is packed inside already; unpack it first")
+        yield from _read_parquet(path, field)
+        return
+    with _unpacked(path) as file:
+        yield from (_read_csv if kind in CSV else _read_json)(file, path, field)
+
+
+def read_packed_text(path: Path) -> str:
+    """The text of a packed file, as `read_text` gives that of a plain one."""
+    with _unpacked(path) as file:
+        return decode_text(file.read(), path)
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[BinaryIO]:
+    packed = kind_of(path.name)[1]
+    with open_read(path) as raw:
+        try:
+            yield _opener(packed, raw, path)
+        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}); write it again") from error
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise ValueError(f"{path} is damaged or no {packed} file ({error}); write it again") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); convert it with iconv"
+            ) from error
+
+
+def _opener(packed: str, raw: BinaryIO, path: Path) -> BinaryIO:
+    if packed == ".zst":
+        stream = _pyarrow("pyarrow", path).CompressedInputStream(raw, "zstd")
+        return cast(BinaryIO, io.BufferedReader(stream))
+    modules: dict[str, Any] = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
+    return modules[packed].open(raw) if packed else raw
+
+
+def _pyarrow(module: str, path: Path) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"to read {path} a package is needed that is not installed: pip install 'gptfast-kernels[data]' (or pyarrow)"
+        ) from error
+
+
+def _read_json(file: BinaryIO, path: Path, field: str) -> Iterator[Record]:
+    """A value a line, or all of them in one list."""
+    beginning = cast(Any, file).peek(_BLANK).removeprefix(_MARK).lstrip()
+    if beginning.startswith(b"["):
+        for number, value in enumerate(_List(file, path).values(), start=1):
+            yield number, _text(value, field, f"{path}, record {number}")
+        return
+    for number, line in enumerate(file, start=1):
+        line = line.removeprefix(_MARK) if number == 1 else line
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield number, _text(parse(_decoded(line, where), where), field, where)
+
+
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start}: {error.reason}); convert the file with iconv"
+        ) from error
+
+
+def _text(record: Any, field: str, where: str) -> str | None:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: the record is {short(record)}; expected an object with the field {field!r}")
+    if field not in record:
+        raise ValueError(f"{where}: there is no field {field!r}; {_fields(list(record))}")
+    value = record[field]
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: the field {field!r} is {short(value)}; expected a text; {_fields(list(record))}")
+    return value
+
+
+def _fields(names: list[str]) -> str:
+    return f"the fields are {', '.join(map(repr, names[:20]))}" + (", …" if len(names) > 20 else "")
+
+
+class _List:
+    """A JSON list in a file, which need not fit in memory."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._source, self._path = io.TextIOWrapper(file, "utf-8-sig"), path
+        self._text, self._place = "", 0
+        self._decoder = json.JSONDecoder()
+
+    def values(self) -> Iterator[Any]:
+        with self._source:
+            yield from self._values()
+
+    def _values(self) -> Iterator[Any]:
+        self._take("[")
+        if self._next() != "]":
+            for number in itertools.count(1):
+                yield self._value(f"{self._path}, record {number}")
+                if self._next() == "]":
+                    break
+                self._take(",")
+        self._take("]")
+        if (self._text[self._place :] + self._source.read(_CHUNK)).strip():
+            raise ValueError(f"{self._path} goes on after its list; expected a list, or an object a line")
+
+    def _next(self) -> str:
+        """The next character that is no blank."""
+        while True:
+            while self._place < len(self._text):
+                if not self._text[self._place].isspace():
+                    return self._text[self._place]
+                self._place += 1
+            self._fill(_CHUNK)
+
+    def _take(self, character: str) -> None:
+        if self._next() != character:
+            raise ValueError(
+                f"{self._path}: {self._next()!r} stands where {character!r} is expected; it is no JSON list"
+            )
+        self._place += 1
+
+    def _value(self, where: str) -> Any:
+        size = _CHUNK
+        self._next()
+        while True:
+            try:
+                value, self._place = self._decoder.raw_decode(self._text, self._place)
+                return value
+            except RecursionError:
+                raise ValueError(f"{where} is nested too deeply") from None
+            except ValueError as error:
+                if not self._may_go_on(error):
+                    raise ValueError(f"{where} is not valid JSON ({error})") from None
+            self._fill(size)
+            size *= 2
+
+    def _may_go_on(self, error: ValueError) -> bool:
+        """Whether it may be the end of what has been read that makes it invalid."""
+        if not isinstance(error, json.JSONDecodeError):
+            return False
+        return error.msg.startswith("Unterminated string") or error.pos > len(self._text) - _LONGEST_WORD
+
+    def _fill(self, size: int) -> None:
+        more = self._source.read(size)
+        if not more:
+            raise ValueError(f"{self._path} is damaged or cut short: its JSON list does not end")
+        self._text, self._place = self._text[self._place :] + more, 0
+
+
+def _read_csv(file: BinaryIO, path: Path, field: str) -> Iterator[Record]:
+    with io.TextIOWrapper(file, "utf-8-sig", newline="") as source:
+        yield from _csv_records(source, path, field)
+
+
+def _csv_records(source: TextIO, path: Path, field: str) -> Iterator[Record]:
+    first = source.readline()
+    rows = csv.reader(itertools.chain([first], source), delimiter=_delimiter(first, field, path), strict=True)
+    limit = csv.field_size_limit(_LONGEST_VALUE)
+    try:
+        names = next(rows, [])
+        if names.count(field) != 1:
+            problem = "no field" if field not in names else "more than one field"
+            raise ValueError(f"{path}, line 1: there is {problem} {field!r}; {_fields(names)}")
+        column = names.index(field)
+        for row in rows:
+            if row and len(row) != len(names):
+                raise ValueError(
+                    f"{path}, line {rows.line_num}: the record has {len(row)} values; expected {len(names)}, as line 1 has"
+                )
+            if row:
+                yield rows.line_num, row[column]
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {rows.line_num}: {error}; expected CSV with quotes doubled inside quotes"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _delimiter(header: str, field: str, path: Path) -> str:
+    """The usual one of the kind, unless the field is found with another."""
+    usual = "\t" if kind_of(path.name)[0] == ".tsv" else ","
+    fitting = [d for d in (usual, ",", ";", "\t", "|") if field in next(csv.reader([header], delimiter=d), [])]
+    return next(iter(fitting), usual)
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[Record]:
+    arrow, parquet = _pyarrow("pyarrow", path), _pyarrow("pyarrow.parquet", path)
+    open_read(path).close()  # whose errors name the file
+    try:
+        with parquet.ParquetFile(path, pre_buffer=False) as file:
+            schema, number = file.schema_arrow, 0
+            if field not in schema.names:
+                raise ValueError(f"{path}: there is no field {field!r}; {_fields(schema.names)}")
+            kind = str(schema.field(field).type)
+            if "string" not in kind or not kind.startswith(("string", "large_string", "dictionary<values=")):
+                raise ValueError(
+                    f"{path}: the field {field!r} is of type {kind}; expected string; {_fields(schema.names)}"
+                )
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=[field]):
+                    for text in batch.column(0).to_pylist():
+                        number += 1
+                        yield number, text
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{path} is damaged or no Parquet file ({reason}); write it again") from error

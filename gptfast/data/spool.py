@@ -1,0 +1,66 @@
+"""Texts kept on the disk instead of in memory, in a file without a name that ends with its last user."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+
+
+class Spool:
+    """Holds texts in a temporary file (in TMPDIR, usually /tmp)."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="gptfast-")  # noqa: SIM115 (closed with the last user)
+        self._end, self._pending = 0, False
+
+    def __del__(self) -> None:
+        self._file.close()
+
+    def add(self, text: str) -> Slice:
+        """Keep a text.
+
+        Raises:
+            UnicodeEncodeError: a lone surrogate.  OSError: no room on the disk.
+        """
+        content = text.encode()
+        try:
+            self._file.write(content)
+        except OSError as error:
+            raise self._explained(error) from error
+        self._pending = True
+        kept = Slice(self, self._end, len(content))
+        self._end += len(content)
+        return kept
+
+    def read(self, start: int, size: int) -> str:
+        if self._pending:
+            try:
+                self._file.flush()
+            except OSError as error:
+                raise self._explained(error) from error
+            self._pending = False
+        parts = []
+        while size:  # one call reads 2 GB at most
+            parts.append(os.pread(self._file.fileno(), size, start))
+            start, size = start + len(parts[-1]), size - len(parts[-1])
+        return b"".join(parts).decode()
+
+    def _explained(self, error: OSError) -> OSError:
+        place = tempfile.gettempdir()
+        return OSError(
+            error.errno, f"cannot keep texts in {place}: {error.strerror}; free some space, or name a folder in TMPDIR"
+        )
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A text in a spool; size is in bytes of UTF-8."""
+
+    spool: Spool
+    start: int
+    size: int
+
+    @property
+    def text(self) -> str:
+        return self.spool.read(self.start, self.size)
