@@ -141,7 +141,7 @@ def test_the_default_length_fits_the_model_and_an_explicit_one_must(run, chars):
     assert code == 0 and len(out) == BLOCK + 1 and err.startswith(f"{BLOCK - 6} tokens")
     code, out, err = run("--model", path, "--prompt", "ROMEO:", "--max-new-tokens", 35)
     assert (code, out) == (1, "")
-    assert "6 tokens and max_new_tokens is 35, together 41, but block_size is 40; shorten the prompt to 5" in err
+    assert "6 tokens and --max-new-tokens is 35, together 41, but block_size is 40; shorten the prompt to 5" in err
     code, out, err = run("--model", path, "--prompt", "a" * BLOCK)
     assert code == 1 and "shorten the prompt to 39 or fewer" in err
 
@@ -240,26 +240,26 @@ def test_a_hub_id_brings_its_tokenizer(chars, tmp_path):
         (["--prompt", "a", "--prompt-file", "x"], b"", "--prompt and --prompt-file were both given"),
         (["--prompt-file", "/nowhere/x.txt"], b"", "cannot read /nowhere/x.txt: No such file"),
         (["--prompt", "€"], b"", "'€' .* is not among the"),
-        (["--prompt", "a", "--temperature", "nan"], b"", "temperature is nan; expected a finite number"),
-        (["--prompt", "a", "--temperature", "-1"], b"", "temperature is -1.0; expected a number >= 0"),
-        (["--prompt", "a", "--top-p", "0"], b"", "top_p is 0.0; expected 0 < top_p <= 1"),
-        (["--prompt", "a", "--top-k", "-2"], b"", "top_k is -2; expected at least 0"),
-        (["--prompt", "a", "--seed", "-1"], b"", "seed is -1; expected"),
-        (["--prompt", "a", "--max-new-tokens", "0"], b"", "max_new_tokens is 0; expected at least 1"),
-        (["--prompt", "a", "--num-beams", "0"], b"", "num_beams is 0; expected at least 1"),
-        (["--prompt", "a", "--num-return-sequences", "0"], b"", "num_return_sequences is 0; expected at least 1"),
+        (["--prompt", "a", "--temperature", "nan"], b"", "--temperature is nan; expected a finite number"),
+        (["--prompt", "a", "--temperature", "-1"], b"", "--temperature is -1.0; expected a number >= 0"),
+        (["--prompt", "a", "--top-p", "0"], b"", "--top-p is 0.0; expected 0 < --top-p <= 1"),
+        (["--prompt", "a", "--top-k", "-2"], b"", "--top-k is -2; expected at least 0"),
+        (["--prompt", "a", "--seed", "-1"], b"", "--seed is -1; expected"),
+        (["--prompt", "a", "--max-new-tokens", "0"], b"", "--max-new-tokens is 0; expected at least 1"),
+        (["--prompt", "a", "--num-beams", "0"], b"", "--num-beams is 0; expected at least 1"),
+        (["--prompt", "a", "--num-return-sequences", "0"], b"", "--num-return-sequences is 0; expected at least 1"),
         (
             ["--prompt", "a", "--num-beams", "2", "--num-return-sequences", "3"],
             b"",
-            "num_return_sequences is 3 but num_beams is 2",
+            "--num-return-sequences is 3 but --num-beams is 2",
         ),
         (
             ["--prompt", "a", "--num-beams", "2", "--temperature", "0.5", "--top-p", "0.9"],
             b"",
             "--temperature and --top-p with --num-beams 2; beam search draws nothing",
         ),
-        (["--prompt", "a", "--do-sample", "--temperature", "0"], b"", "do_sample=True with temperature=0"),
-        (["--prompt", "a", "--overflow", "wrap"], b"", "overflow is 'wrap'; expected 'error' or 'slide'"),
+        (["--prompt", "a", "--do-sample", "--temperature", "0"], b"", "--do-sample with --temperature 0"),
+        (["--prompt", "a", "--overflow", "wrap"], b"", "--overflow is 'wrap'; expected 'error' or 'slide'"),
         (["--input", "x"], b"", "--input and --output go together; give both, or neither"),
         (["--output", "x"], b"", "--input and --output go together; give both, or neither"),
         (["--input", "x", "--output", "y", "--prompt", "a"], b"", "generate: --input with --prompt, --prompt-file"),
@@ -269,7 +269,7 @@ def test_a_hub_id_brings_its_tokenizer(chars, tmp_path):
         (
             ["--prompt", "a", "--num-beams", "2", "--length-penalty", "1e9"],
             b"",
-            "length_penalty is 1000000000.0; 39 new tokens to this power is beyond",
+            "--length-penalty is 1000000000.0; 39 new tokens to this power is beyond",
         ),
         (["--prompt", "a", "--num-beams", "2", "--show-probabilities"], b"", "shows one sequence; give one prompt"),
         (["--prompt", "a", "--prompt", "b", "--show-probabilities"], b"", "shows one sequence; give one prompt"),

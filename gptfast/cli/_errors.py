@@ -100,6 +100,7 @@ def _in_options(text: str, options: Mapping[str, str]) -> str:
         option = options.get(parameter)
         if option is None or (place and "_" not in name) or (".json" in text and not _is_given(option)):
             continue
+        rest = re.sub(rf"(?<![\w./'\"=-]){name}=True\b", option, rest)
         rest = re.sub(rf"(?<![\w./'\"=-]){name}=(?=[\w'\"\[-])", f"{option} ", rest)
         if "_" in name:
             rest = re.sub(rf"(?<![\w./'\"-]){name}(?![\w/='\"(]|\.\w)(?!: )", option, rest)
