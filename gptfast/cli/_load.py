@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptfast.tokenizer import Tokenizer
 
+MODEL_HELP = "Checkpoint folder, such as runs/bard/best, nanoGPT's ckpt.pt, or a Hugging Face hub id."
+TOKENIZER_HELP = "How text becomes numbers: gpt2, or the FOLDER of a tokenizer."
 MOST_TEXTS = 1 << 16  # at a time: more would take memory before the first has come
 
 
@@ -15,13 +18,14 @@ def check_batch_size(command: str, batch_size: int) -> None:
         raise ValueError(f"{command}: --batch-size is {batch_size}; expected 1 to {MOST_TEXTS}")
 
 
-def load(model: str, quantize: str | None) -> tuple[Any, Tokenizer]:
+def load(model: str, quantize: str | None, tokenizer: str | None = None) -> tuple[Any, Tokenizer]:
     """A GPT, packed for the native engine where that can run it, and its tokenizer.
 
     Args:
-        model: a checkpoint folder or a hub id.
+        model: a checkpoint folder, nanoGPT's ckpt.pt, or a hub id.
         quantize: a format of `GPT.compile_for_inference`; None: the engine with the weights as they are, where it
             can run them, else PyTorch.
+        tokenizer: "gpt2" or a folder; None: the checkpoint's own.
     """
     from gptfast._snapshots import read_whole
     from gptfast.engine import engine_for
@@ -30,8 +34,23 @@ def load(model: str, quantize: str | None) -> tuple[Any, Tokenizer]:
     from gptfast.models.stored import StoredModel
     from gptfast.tokenizer import lenient, load_tokenizer
 
-    folder = resolve(model)
-    stored, tokenizer = read_whole(folder, lambda: (StoredModel(folder), load_tokenizer(folder)))
+    path = resolve(model)
+    if tokenizer is None:
+        stored, found = read_whole(path, lambda: (StoredModel(path), _own_tokenizer(path)))
+    else:
+        stored, found = StoredModel(path), load_tokenizer(tokenizer)
     gpt = build(GPT, stored, None, {})
     compiled = engine_for(gpt) if quantize is None else gpt.compile_for_inference(quantize)
-    return compiled or gpt, lenient(tokenizer)
+    return compiled or gpt, lenient(found)
+
+
+def _own_tokenizer(path: Path) -> Tokenizer:
+    from gptfast.tokenizer import load_tokenizer
+
+    try:
+        if path.is_dir():
+            return load_tokenizer(path)
+        reason = f"{path} holds no tokenizer"
+    except FileNotFoundError as error:
+        reason = str(error)
+    raise FileNotFoundError(f"{reason}; or say with --tokenizer what the model was trained with: gpt2, or a FOLDER")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptfast.cli._load import check_batch_size, load
+from gptfast.cli._load import MODEL_HELP, TOKENIZER_HELP, check_batch_size, load
+from gptfast.cli._prompts import encode, read_prompts
 from gptfast.cli._show import print_all, print_probabilities, stream_one
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ TEMPERATURE = 0.8
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="Checkpoint folder, such as runs/bard/best, or a Hugging Face hub id.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -32,6 +33,7 @@ def generate(
         Path | None,
         typer.Option(help="Read one prompt from this UTF-8 text file instead; a newline at its very end is left out."),
     ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP, show_default="the checkpoint's own")] = None,
     special_tokens: Annotated[
         bool,
         typer.Option(
@@ -173,9 +175,9 @@ def generate(
     options |= {"stop_strings": stop} if stop else {}
     if (input is None) != (output is None):
         raise ValueError("generate: --input and --output go together; give both, or neither")
-    texts = [] if input else _prompts(prompt, prompt_file)
-    gpt, tokenizer = load(model, quantize)
-    usual, drawing = _defaults(gpt, tokenizer)
+    texts = [] if input else read_prompts(prompt, prompt_file)
+    gpt, encoding = load(model, quantize, tokenizer)
+    usual, drawing = _defaults(gpt, encoding)
     options = {**usual, **options}
     if input is not None and output is not None:
         if prompt or prompt_file or assistant_model or show_probabilities:
@@ -183,20 +185,20 @@ def generate(
                 "generate: --input with --prompt, --prompt-file, --assistant-model or --show-probabilities; a file of "
                 "prompts needs none of them - leave them out"
             )
-        return _run_file(gpt, tokenizer, input, output, batch_size, options, drawing, special_tokens)
+        return _run_file(gpt, encoding, input, output, batch_size, options, drawing, special_tokens)
     if num_beams == 1 or do_sample:
         options = {**(without_greedy(drawing) if do_sample else drawing), **options}
-    ids = [_encode(tokenizer, text, special_tokens) for text in texts]
+    ids = [encode(encoding, text, special_tokens) for text in texts]
     options.setdefault("max_new_tokens", default_new_tokens(gpt, max(map(len, ids)), options))
-    options["tokenizer"] = tokenizer
-    options |= {"assistant_model": load(assistant_model, None)[0]} if assistant_model else {}
+    options["tokenizer"] = encoding
+    options |= {"assistant_model": load(assistant_model, None, tokenizer)[0]} if assistant_model else {}
     start = time.perf_counter()
     if show_probabilities:
-        count = print_probabilities(gpt, tokenizer, ids, options)
+        count = print_probabilities(gpt, encoding, ids, options)
     elif len(ids) == 1 and num_return_sequences == 1 and num_beams == 1:
-        count = stream_one(gpt, tokenizer, texts[0], ids, options)
+        count = stream_one(gpt, encoding, texts[0], ids, options)
     else:
-        count = print_all(gpt, tokenizer, ids, options)
+        count = print_all(gpt, encoding, ids, options)
     seconds = time.perf_counter() - start
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
@@ -273,29 +275,3 @@ def _defaults(gpt: GPT, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str,
     usual = {name: value for name, value in usual.items() if name not in drawn}
     usual["eos_token_id"] = end_option(metadata.end_tokens(gpt.config.vocab_size, [tokenizer.eos_id]))
     return usual, {"temperature": TEMPERATURE, **drawn}
-
-
-def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
-    from gptfast._files import read_text
-
-    if prompt and prompt_file:
-        raise ValueError("generate: --prompt and --prompt-file were both given; expected one of them")
-    if prompt:
-        return prompt
-    if prompt_file:
-        return [read_text(prompt_file).removesuffix("\n")]
-    if sys.stdin.isatty():
-        raise ValueError('generate: no prompt; give one with --prompt "…", --prompt-file, or on standard input')
-    try:
-        return [sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"generate: standard input is not UTF-8 ({error}); expected UTF-8 text") from None
-
-
-def _encode(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
-    from gptfast.tokenizer import encode_prompt
-
-    if not text:
-        start = "a newline" if tokenizer.eos_id is None else "<|endoftext|> to begin a new document"
-        raise ValueError(f"generate: the prompt is empty; give at least one character, such as {start}")
-    return encode_prompt(tokenizer, text, special)

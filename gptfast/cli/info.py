@@ -18,7 +18,8 @@ def info(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A preset (gpt2, gpt3-175b, ...), a checkpoint folder or a Hugging Face hub id. Without it: the presets.",
+            help="A preset (gpt2, gpt3-175b, ...), a checkpoint folder, nanoGPT's ckpt.pt or a Hugging Face hub id. Without "
+            "it: the presets.",
             show_default=False,
         ),
     ] = None,
@@ -64,11 +65,11 @@ def _read(model: str) -> tuple[GPTConfig, Metadata, dict[str, str]]:
     """The configuration of a checkpoint, what it says beside that, and the checksums that its files were found to have."""
     from gptfast._snapshots import read_whole
     from gptfast.models.pretrained import resolve
-    from gptfast.models.stored import StoredModel, has_weights, read_settings
+    from gptfast.models.stored import StoredModel, is_complete, read_settings
     from gptfast.training.checkpoint import verify
 
     folder = resolve(model)
-    if not has_weights(folder):
+    if not is_complete(folder):
         return (*read_whole(folder, lambda: read_settings(folder)), {})
 
     def read() -> tuple[GPTConfig, Metadata, dict[str, str]]:

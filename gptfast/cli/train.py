@@ -69,7 +69,11 @@ def train(
     ] = None,
     init_from: Annotated[
         str | None,
-        _option(_MODEL, "none", "Start from the weights of a checkpoint FOLDER or hub id instead of random ones."),
+        _option(
+            _MODEL,
+            "none",
+            "Start from the weights of a checkpoint FOLDER, nanoGPT's ckpt.pt or a hub id instead of random ones.",
+        ),
     ] = None,
     n_layer: Annotated[int | None, _option(_MODEL, "4", "Blocks, one on top of the other.")] = None,
     n_head: Annotated[int | None, _option(_MODEL, "4", "Attention heads in a block.")] = None,

@@ -1,4 +1,4 @@
-"""Loading checkpoints in the Hugging Face layout: config.json and safetensors. Nothing is ever unpickled."""
+"""Loading checkpoints: the Hugging Face layout (config.json, and safetensors or .bin), and nanoGPT's ckpt.pt."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from gptfast._snapshots import current
-from gptfast.models import hf_layout
+from gptfast.models import hf_layout, nanogpt
 from gptfast.models.config import GPTConfig
 from gptfast.models.export import CONFIG, INDEX, SINGLE
 from gptfast.models.metadata import GENERATION
 from gptfast.models.stored import StoredModel
+from gptfast.models.weight_files import OLD_INDEX, has_safetensors
 from gptfast.nn.position import SinusoidalEmbedding
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _HUB_FILES = [
     *(CONFIG, "model*.safetensors", INDEX),
     *(GENERATION, "vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
 ]
+_OLD_HUB_FILES = ["pytorch_model*.bin", OLD_INDEX]  # where there are no others
 
 
 def load(cls: type[GPT], path: str | os.PathLike[str], dtype: torch.dtype | None, overrides: dict[str, Any]) -> GPT:
@@ -35,14 +37,17 @@ def load(cls: type[GPT], path: str | os.PathLike[str], dtype: torch.dtype | None
     Args:
         cls: GPT or a subclass.
         path: folder with config.json and safetensors of a gpt2 or openai-gpt model, ours or transformers'; or
-            a hub id such as "openai-community/gpt2" (needs huggingface-hub).
+            a hub id such as "openai-community/gpt2" (needs huggingface-hub). The older pytorch_model.bin serves where there
+            are no safetensors. Or nanoGPT's ckpt.pt, or the folder that holds it: its GELU is taken for the exact one, so
+            say activation="gelu_tanh" for one that was trained before May 2023. Of pickles only tensors and plain data are
+            read (torch.load with weights_only=True).
         dtype: of the weights; None: as stored.
         overrides: fields of GPTConfig to change, such as dropout=0.0; a smaller block_size cuts the position
             embedding.
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
         ValueError: damaged or truncated file, another architecture, tensors that are missing, too many or
-            ill-shaped.
+            ill-shaped, or a pickle that names other code than that of tensors.
         ImportError, OSError: a hub id without huggingface-hub, or without a connection.
     """
     return build(cls, StoredModel(resolve(path)), dtype, overrides)
@@ -63,16 +68,22 @@ def build(cls: type[GPT], stored: StoredModel, dtype: torch.dtype | None, overri
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint: `path` itself, or where huggingface-hub keeps the model of that id."""
+    """Where a checkpoint is: `path` itself, or where huggingface-hub keeps the model of that id."""
     folder = Path(path)
     if folder.is_dir():
-        if not current(folder, CONFIG).exists() and (found := _checkpoints(folder)):
+        own = current(folder, CONFIG).exists() or nanogpt.find(folder) is not None
+        if not own and (found := _checkpoints(folder)):
             raise FileNotFoundError(f"{path} is the folder of a training run; name one of its checkpoints: {found}")
+        return folder
+    if folder.is_file() and folder.suffix in nanogpt.SUFFIXES:
         return folder
     if not folder.exists() and folder.name == "best" and (found := _checkpoints(folder.parent)):
         raise FileNotFoundError(f"{path} does not exist, as the run has not been evaluated yet; there is {found}")
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(path)):
-        raise FileNotFoundError(f"{path} is not a folder; expected a checkpoint folder with {CONFIG} and {SINGLE}")
+        raise FileNotFoundError(
+            f"{path} is not a folder; expected a checkpoint folder with {CONFIG} and {SINGLE}, or nanoGPT's "
+            f"{nanogpt.FILE_NAME}"
+        )
     return _download(str(path))
 
 
@@ -91,7 +102,10 @@ def _download(hub_id: str) -> Path:
             "huggingface-hub is needed: pip install huggingface-hub"
         ) from error
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        if has_safetensors(folder):
+            return folder
+        return Path(snapshot_download(hub_id, allow_patterns=[*_HUB_FILES, *_OLD_HUB_FILES]))
     except OSError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise OSError(
@@ -113,19 +127,20 @@ def _read_weights(stored_model: StoredModel, model: GPT, dtype: torch.dtype | No
         name = hf_layout.from_file(key)
         if name is None:
             continue
-        problem = _problem(name, stored, shapes, config)
+        transposed = stored_model.conv1d and hf_layout.is_conv1d(name)
+        problem = _problem(name, stored, shapes, config, transposed)
         if problem:
             problems.append(f"{key} {problem}")
         elif name in shapes:
-            x = stored.t() if hf_layout.is_conv1d(name) else stored
+            x = stored.t() if transposed else stored
             x = x[: config.block_size] if name == "wpe.weight" else x
             state[name] = torch.empty(x.shape, dtype=dtype or x.dtype, device="cpu").copy_(x)
     problems = problems or _tie(state, config) or _missing(state, shapes, config)
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(
-            f"{stored_model.folder}: the weights do not fit {CONFIG}: {'; '.join(problems[:4])}{more}; use the {CONFIG} "
-            "and the weights of one checkpoint"
+            f"{stored_model.path}: the weights do not fit {stored_model.settings}: {'; '.join(problems[:4])}{more}; use the "
+            f"{stored_model.settings} and the weights of one checkpoint"
         )
     return state
 
@@ -145,7 +160,9 @@ def _missing(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], confi
     return [f"{hf_layout.to_file(name, kind)} is missing" for name in shapes if name not in state]
 
 
-def _problem(name: str, stored: Tensor, shapes: dict[str, tuple[int, ...]], config: GPTConfig) -> str | None:
+def _problem(
+    name: str, stored: Tensor, shapes: dict[str, tuple[int, ...]], config: GPTConfig, transposed: bool
+) -> str | None:
     """What is wrong with a stored tensor, or None."""
     if not stored.is_floating_point():
         return f"has dtype {stored.dtype}; expected a float dtype"
@@ -153,7 +170,7 @@ def _problem(name: str, stored: Tensor, shapes: dict[str, tuple[int, ...]], conf
         if config.bias or not name.endswith("bias"):
             return "is unexpected"
         return "is not zero, but the config says bias=false" if stored.any() else None
-    expected = shapes[name][::-1] if hf_layout.is_conv1d(name) else shapes[name]
+    expected = shapes[name][::-1] if transposed else shapes[name]
     if tuple(stored.shape) != expected:
         return f"has shape {tuple(stored.shape)}; expected {expected}"
     return None

@@ -1,22 +1,19 @@
-"""A checkpoint folder, opened: config.json and the headers of its safetensors, of one save and compared with each other."""
+"""A checkpoint, opened: what it says about its model and the shapes of its tensors, of one save and compared with each other."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gptfast._files import open_read
-from gptfast._json import field, items, read_json
+from gptfast._json import read_json
 from gptfast._snapshots import current, read_whole
-from gptfast.models import hf_layout
+from gptfast.models import hf_layout, nanogpt
 from gptfast.models.config import GPTConfig
-from gptfast.models.export import CONFIG, INDEX, SINGLE
+from gptfast.models.export import CONFIG
 from gptfast.models.metadata import Metadata, read_metadata
+from gptfast.models.weight_files import WeightFile, has_weights, open_weights, weight_files
 
 _SINUSOIDS = 2**28  # numbers in a table that is computed, and that no file can vouch for
 
@@ -26,31 +23,73 @@ class StoredModel:
 
     The files stay open, and what was there when they were opened is what `tensors` reads, whoever saves meanwhile.
 
+    path: of the checkpoint. config, metadata: what it says. settings: where it says it, for messages.
+    conv1d: whether the matrices are stored as (in, out), see `hf_layout.is_conv1d`.
+
     Args:
-        folder: a checkpoint folder.
+        path: a checkpoint folder; or nanoGPT's ckpt.pt, or a folder that holds that one and no config.json.
     Raises:
         FileNotFoundError: a file is missing in it.
         ValueError: a damaged or truncated file, another architecture, or numbers in config.json that the tensors
             contradict.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, path: Path) -> None:
+        self.path, self.conv1d, self.settings = path, True, CONFIG
+        self.metadata = Metadata()
+        self._files: Sequence[WeightFile]
+        found = nanogpt.find(path)
+        if found is not None:
+            file = nanogpt.NanoGPTFile(found)
+            self.config, self._files, self.conv1d, self.settings = file.config, [file], False, "model_args"
+            self._compare(found)
+            return
         self.config, self.metadata, self._files = read_whole(
-            folder, lambda: (*read_settings(folder), _open_weights(folder))
+            path, lambda: (*read_settings(path), [open_weights(file) for file in weight_files(path)])
         )
-        _compare(
-            self.config, {k: shape for _, file in self._files for k, shape in _shapes(file).items()}, folder / CONFIG
-        )
+        self._compare(path / CONFIG)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, under its name in the file."""
-        for path, file in self._files:
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                try:
-                    yield key, file.get_tensor(key)
-                except SafetensorError as error:
-                    raise _damaged(path, error) from error
+        for file in self._files:
+            yield from file.tensors()
+
+    def _compare(self, file: Path) -> None:
+        """Refuse numbers that the tensors contradict, so that what is built from them is about as large as the files.
+
+        Raises:
+            ValueError: naming the key in `file`.
+        """
+        stored = {key: shape for weights in self._files for key, shape in weights.shapes.items()}
+        shapes = {hf_layout.from_file(key): (key, shape) for key, shape in stored.items()}
+        for name, axis, key, value in self._sizes(file, len(stored)):
+            tensor, shape = shapes.get(name, (name, ()))
+            if len(shape) != 2 or shape[axis] != value:
+                got = f"{tensor} has shape {shape}" if shape else f"{tensor} is missing"
+                raise self._contradiction(file, key, value, got)
+
+    def _sizes(self, file: Path, tensors: int) -> list[tuple[str, int, str, int]]:
+        """Tensors, and which of their axes is what in the config; numbers that no tensor has are bounded here."""
+        config = self.config
+        if config.n_layer > tensors:
+            raise self._contradiction(file, "n_layer", config.n_layer, f"the weights are {tensors} tensors in all")
+        sizes = [("wte.weight", 1, "n_embd", config.n_embd), ("wte.weight", 0, "vocab_size", config.vocab_size)]
+        positions = "n_positions" if self.conv1d else "block_size"
+        if config.position_embedding == "learned":
+            sizes.append(("wpe.weight", 0, positions, config.block_size))
+        elif config.block_size > (limit := max(1, _SINUSOIDS // config.n_embd)):
+            raise ValueError(f"{file}: {positions} is {config.block_size}; expected at most {limit} computed positions")
+        return [*sizes, ("h.0.mlp.c_fc.weight", 1 if self.conv1d else 0, "n_inner", config.inner_dim)]
+
+    def _contradiction(self, file: Path, key: str, value: int, got: str) -> ValueError:
+        return ValueError(
+            f"{file}: {key} is {value}, but {got}; use the {self.settings} and the weights of one checkpoint"
+        )
+
+
+def is_complete(path: Path) -> bool:
+    """Does a checkpoint have weights, beside what it says about them?"""
+    return nanogpt.find(path) is not None or has_weights(path)
 
 
 def read_settings(folder: Path) -> tuple[GPTConfig, Metadata]:
@@ -67,89 +106,3 @@ def read_settings(folder: Path) -> tuple[GPTConfig, Metadata]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
     return config, read_metadata(folder, hf_layout.extra_keys(raw), file)
-
-
-def has_weights(folder: Path) -> bool:
-    """Does a folder hold safetensors of a model?"""
-    return current(folder, SINGLE).exists() or current(folder, INDEX).exists()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint.
-
-    Raises:
-        FileNotFoundError: none, or a shard that the index names is missing.  ValueError: damaged index.
-    """
-    if current(folder, SINGLE).exists():
-        return [current(folder, SINGLE)]
-    if current(folder, INDEX).exists():
-        return _shards(folder)
-    pickled = sorted(f.name for f in folder.glob("*.bin"))
-    remedy = (
-        f"{pickled[0]} is a pickle, which can run any program and is never loaded; convert it where you "
-        f"trust it: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...)"
-        if pickled
-        else "copy the weights of the checkpoint there"
-    )
-    raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}; {remedy}")
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = current(folder, INDEX)
-    weight_map = field(read_json(index), "weight_map", dict, index)
-    names = sorted(set(items(list(weight_map.values()), str, "weight_map", index)))
-    if not names or any(name != os.path.basename(name) for name in names):
-        raise ValueError(f"{index}: weight_map does not map tensors to files beside it; copy the index again")
-    missing = [name for name in names if not current(folder, name).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {', '.join(missing)} of the {len(names)} shards in {INDEX}; copy the rest"
-        )
-    return [current(folder, name) for name in names]
-
-
-def _open_weights(folder: Path) -> list[tuple[Path, Any]]:
-    return [(path, _open(path)) for path in weight_files(folder)]
-
-
-def _open(path: Path) -> Any:
-    open_read(path).close()  # whose errors name the file
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: SafetensorError) -> ValueError:
-    return ValueError(f"{path} is damaged or cut short ({error}); copy or download the file again")
-
-
-def _shapes(file: Any) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
-
-
-def _compare(config: GPTConfig, stored: dict[str, tuple[int, ...]], file: Path) -> None:
-    """Refuse numbers that the tensors contradict, so that what is built from them is about as large as the files.
-
-    Raises:
-        ValueError: naming the key in config.json.
-    """
-    shapes = {hf_layout.from_file(key): (key, shape) for key, shape in stored.items()}
-    if config.n_layer > len(stored):
-        raise _contradiction(file, "n_layer", config.n_layer, f"the weights are {len(stored)} tensors in all")
-    sizes = [("wte.weight", 1, "n_embd", config.n_embd), ("wte.weight", 0, "vocab_size", config.vocab_size)]
-    if config.position_embedding == "learned":
-        sizes.append(("wpe.weight", 0, "n_positions", config.block_size))
-    elif config.block_size > max(1, _SINUSOIDS // config.n_embd):
-        limit = max(1, _SINUSOIDS // config.n_embd)
-        raise ValueError(f"{file}: n_positions is {config.block_size}; expected at most {limit} computed positions")
-    sizes.append(("h.0.mlp.c_fc.weight", 1, "n_inner", config.inner_dim))
-    for name, axis, key, value in sizes:
-        tensor, shape = shapes.get(name, (name, ()))
-        if len(shape) != 2 or shape[axis] != value:
-            got = f"{tensor} has shape {shape}" if shape else f"{tensor} is missing"
-            raise _contradiction(file, key, value, got)
-
-
-def _contradiction(file: Path, key: str, value: int, got: str) -> ValueError:
-    return ValueError(f"{file}: {key} is {value}, but {got}; use the {CONFIG} and the weights of one checkpoint")

@@ -78,17 +78,32 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     Raises:
         FileNotFoundError: no such folder, or none of these files in it.
-        ValueError: damaged files, or a tokenizer of another kind.
+        ValueError: damaged files, a tokenizer of another kind, or nanoGPT's meta.pkl, which is a pickle.
     """
     if path == "gpt2":
         return GPT2Tokenizer()
     folder = Path(path)
+    pickled = folder if folder.suffix == ".pkl" else folder / "meta.pkl"
     if not folder.is_dir():
+        if folder == pickled and folder.is_file():
+            raise _refused(pickled)
         raise FileNotFoundError(
             f"load_tokenizer: {str(path)!r} is neither 'gpt2' nor a folder; name one of gpt2, char, word, "
             "bpe (the last three are learnt from text), or the folder of a checkpoint or of prepared data"
         )
-    return read_whole(folder, lambda: _load(folder))
+    try:
+        return read_whole(folder, lambda: _load(folder))
+    except FileNotFoundError:
+        if pickled.is_file():
+            raise _refused(pickled) from None
+        raise
+
+
+def _refused(pickled: Path) -> ValueError:
+    return ValueError(
+        f"{pickled} is a pickle, which can run any program, and is never loaded; nanoGPT numbers the characters of its text "
+        "in their order, as CharTokenizer.train(text).save(FOLDER) of gptfast.tokenizer does - then name that FOLDER"
+    )
 
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:

@@ -33,6 +33,7 @@ _MAY_CHANGE = {
     *("out", "resume", "tensorboard", "overwrite"),
 }
 _MARKED = 1 << 20  # tokens
+GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary: as it is, and padded as nanoGPT does
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _tokenizer(given: dict[str, Any], model: GPT | None) -> str | None:
     folder = resolve(given["init_from"])
     if not has_tokenizer(folder):
         size = model.config.vocab_size
-        hint = "--tokenizer gpt2, if it was trained with GPT-2's tokens" if size == 50257 else "--tokenizer FOLDER"
+        hint = "--tokenizer gpt2, if it was trained with GPT-2's tokens" if size in GPT2_SIZES else "--tokenizer FOLDER"
         raise ValueError(
             f"train: {given['init_from']} has no tokenizer and a vocabulary of {size}; say which with {hint}"
         )

@@ -1,0 +1,112 @@
+"""The weight files of a checkpoint folder: safetensors, or the older .bin, of which nothing but tensors is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptfast._files import open_read
+from gptfast._json import field, items, read_json
+from gptfast._snapshots import current
+from gptfast.models.export import INDEX, SINGLE
+from gptfast.models.pickled import check_tensors, read_pickled
+
+OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_KINDS = ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX))  # the first that is there counts
+
+
+class WeightFile(Protocol):
+    """A file of tensors, opened: what was there then is what it gives, whoever saves meanwhile."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, under its name in the file."""
+        ...
+
+
+def has_weights(folder: Path) -> bool:
+    """Does a folder hold weights of a model in the Hugging Face layout?"""
+    return any(current(folder, name).exists() for kind in _KINDS for name in kind)
+
+
+def has_safetensors(folder: Path) -> bool:
+    return any(current(folder, name).exists() for name in _KINDS[0])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint; safetensors, where a folder has both kinds.
+
+    Raises:
+        FileNotFoundError: none, or a shard that the index names is missing.  ValueError: damaged index.
+    """
+    for single, index in _KINDS:
+        if current(folder, single).exists():
+            return [current(folder, single)]
+        if current(folder, index).exists():
+            return _shards(folder, index)
+    raise FileNotFoundError(
+        f"{folder} holds neither {SINGLE} nor {INDEX}; copy the weights of the checkpoint there ({OLD_SINGLE} will do)"
+    )
+
+
+def open_weights(path: Path) -> WeightFile:
+    """Open one weight file.
+
+    Raises:
+        OSError: it cannot be read.  ValueError: it is damaged, or holds something else than tensors.
+    """
+    return _Safetensors(path) if path.suffix == ".safetensors" else _Bin(path)
+
+
+def _shards(folder: Path, index_name: str) -> list[Path]:
+    index = current(folder, index_name)
+    weight_map = field(read_json(index), "weight_map", dict, index)
+    names = sorted(set(items(list(weight_map.values()), str, "weight_map", index)))
+    if not names or any(name != os.path.basename(name) for name in names):
+        raise ValueError(f"{index}: weight_map does not map tensors to files beside it; copy the index again")
+    missing = [name for name in names if not current(folder, name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)} of the {len(names)} shards in {index_name}; copy the rest"
+        )
+    return [current(folder, name) for name in names]
+
+
+class _Safetensors:
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, _open(path)
+        self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118 - not a dict
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for key in self.shapes:
+            try:
+                yield key, self._file.get_tensor(key)
+            except SafetensorError as error:
+                raise _damaged(self._path, error) from error
+
+
+class _Bin:
+    def __init__(self, path: Path) -> None:
+        self._tensors = check_tensors(read_pickled(path), path)
+        self.shapes = {key: tuple(x.shape) for key, x in self._tensors.items()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._tensors.items()
+
+
+def _open(path: Path) -> Any:
+    open_read(path).close()  # whose errors name the file
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: SafetensorError) -> ValueError:
+    return ValueError(f"{path} is damaged or cut short ({error}); copy or download the file again")
