@@ -102,7 +102,11 @@ def test_config_is_frozen_and_without_arguments_gpt2():
         ({"resid_pdrop": "0.1"}, TypeError, "resid_pdrop is '0.1'; expected a number"),
         ({"layer_norm_epsilon": 0.0}, ValueError, "layer_norm_epsilon is 0.0; expected > 0"),
         ({"norm_position": "middle"}, ValueError, "norm_position is 'middle'; expected 'pre' or 'post'"),
-        ({"activation": "relu"}, ValueError, "activation is 'relu'; expected 'gelu_tanh' or 'gelu'"),
+        (
+            {"activation": "mish"},
+            ValueError,
+            "activation is 'mish'; expected 'gelu_tanh' or 'gelu' or 'relu' or 'silu'",
+        ),
         ({"attention_pattern": "alternating"}, ValueError, "window=None; 'alternating' needs a window"),
         ({"window": 16}, ValueError, "'dense' takes none"),
         ({"window": 0, "attention_pattern": "alternating"}, ValueError, "window is 0; expected at least 1"),

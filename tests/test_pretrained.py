@@ -225,8 +225,11 @@ DAMAGE = {
         *(ValueError, "config.json: model_type is 'llama'; gptfast loads gpt2, openai-gpt, gptfast"),
     ),
     "unknown activation": (
-        lambda f: rewrite_config(f, activation_function="relu"),
-        *(ValueError, "activation_function is 'relu'; gptfast has gelu_new"),
+        lambda f: rewrite_config(f, activation_function="mish"),
+        *(
+            ValueError,
+            "activation_function is 'mish'; gptfast has gelu_new, .*relu, quick_gelu, tanh - use transformers",
+        ),
     ),
     "scaled by layer": (
         lambda f: rewrite_config(f, scale_attn_by_inverse_layer_idx=True),
@@ -269,9 +272,9 @@ DAMAGE = {
         lambda f: rewrite_config(f, bias=False),
         *(ValueError, "bias is not zero, but the config says bias=false"),
     ),
-    "pickle only": (
+    "a pickle that is none": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        *(FileNotFoundError, "pytorch_model.bin is a pickle.*never loaded; convert it"),
+        *(ValueError, "pytorch_model.bin is damaged or cut short, or no file of torch.save"),
     ),
     "no weights": (
         lambda f: (f / "model.safetensors").unlink(),

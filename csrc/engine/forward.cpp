@@ -8,7 +8,6 @@ namespace gptfast::engine {
 
 void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
   const Shape& s = model_.shape;
-  const Finish gelu = s.gelu_tanh ? Finish::gelu_tanh : Finish::gelu;
   float* x = x_.get();
   i64 M = M_;
   embed(t, tokens);
@@ -33,7 +32,7 @@ void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
     multiply(t, layer.attn_proj, attended, M, Finish::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
     if (!s.pre_norm) normalise_in_place(t, layer.ln_1, M);
-    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), M, gelu, hidden_.get(), Fp_, hidden_.get(), Fp_);
+    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), M, s.activation, hidden_.get(), Fp_, hidden_.get(), Fp_);
     pool_.barrier(t);
     const Activations hidden = inputs_of(t, layer.mlp_proj.weight, hidden_.get(), Fp_, s.F, M);
     multiply(t, layer.mlp_proj, hidden, M, Finish::add, branch_.get(), Cp_, x, Cp_);

@@ -20,6 +20,8 @@ using namespace gptfast::cpu;
 
 #include "product-inl.h"
 
+#include "activation-inl.h"
+
 #include "rows-inl.h"
 
 #include "attention-inl.h"

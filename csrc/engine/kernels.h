@@ -5,6 +5,7 @@
 // of prefill, and on any number of threads.
 #pragma once
 #include "../cpu/kernels.h"
+#include "finish.h"
 #include "format.h"
 
 namespace gptfast::engine {
@@ -19,9 +20,6 @@ struct Activations {
   int32_t* start = nullptr;  // where the integer sum of a group begins: -offset * sum of q, see weight_offset
   i64 stride = 0;
 };
-
-// What becomes of the outputs of a product.
-enum class Finish { store, gelu_tanh, gelu, add };  // add: to what `out` holds
 
 constexpr i64 kPage = 64;  // positions of a page of keys and values
 

@@ -53,8 +53,7 @@ static void finish_rows(const float* y, i64 ldy, i64 M, const float* bias, float
     for (int c = 0; c < kPanel; c += L) {
       F v = load(y + m * ldy + c);
       if (bias) v = v + load(bias + c);
-      if (FINISH == Finish::gelu_tanh) v = gelu_value<DType::f32, true>(v);
-      if (FINISH == Finish::gelu) v = gelu_value<DType::f32, false>(v);
+      v = activate<FINISH>(v);
       if (FINISH == Finish::add) v = v + load(out + m * ldo + c);
       store(out + m * ldo + c, v);
     }
@@ -62,9 +61,13 @@ static void finish_rows(const float* y, i64 ldy, i64 M, const float* bias, float
 static void finish(Finish kind, const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
   switch (kind) {
     case Finish::store: return finish_rows<Finish::store>(y, ldy, M, bias, out, ldo);
+    case Finish::add: return finish_rows<Finish::add>(y, ldy, M, bias, out, ldo);
     case Finish::gelu_tanh: return finish_rows<Finish::gelu_tanh>(y, ldy, M, bias, out, ldo);
     case Finish::gelu: return finish_rows<Finish::gelu>(y, ldy, M, bias, out, ldo);
-    case Finish::add: return finish_rows<Finish::add>(y, ldy, M, bias, out, ldo);
+    case Finish::relu: return finish_rows<Finish::relu>(y, ldy, M, bias, out, ldo);
+    case Finish::silu: return finish_rows<Finish::silu>(y, ldy, M, bias, out, ldo);
+    case Finish::quick_gelu: return finish_rows<Finish::quick_gelu>(y, ldy, M, bias, out, ldo);
+    case Finish::tanh: return finish_rows<Finish::tanh>(y, ldy, M, bias, out, ldo);
   }
 }
 

@@ -27,6 +27,11 @@ inline cpu::DType type_named(const std::string& name) {
   if (name == "bfloat16") return cpu::DType::bf16;
   throw std::invalid_argument("unknown type " + name);
 }
+inline Finish activation_named(const std::string& name) {
+  for (int i = kFirstActivation; i < kFinishes; i++)
+    if (name == kFinishNames[i]) return Finish(i);
+  throw std::invalid_argument("unknown activation " + name);
+}
 inline Shape shape_of(const py::dict& d) {
   Shape s;
   auto count = [&](const char* key) {
@@ -39,7 +44,8 @@ inline Shape shape_of(const py::dict& d) {
   auto flag = [&](const char* key) { return d[key].cast<bool>(); };
   s.layers = count("n_layer"), s.heads = count("n_head"), s.C = count("n_embd"), s.F = count("inner_dim");
   s.V = count("vocab_size"), s.positions = count("block_size"), s.window = count("window");
-  s.pre_norm = flag("pre_norm"), s.final_norm = flag("final_norm"), s.gelu_tanh = flag("gelu_tanh");
+  s.pre_norm = flag("pre_norm"), s.final_norm = flag("final_norm");
+  s.activation = activation_named(d["activation"].cast<std::string>());
   s.tied = flag("tied"), s.bias = flag("bias");
   s.eps = d["eps"].cast<float>(), s.embed_scale = d["embed_scale"].cast<float>();
   s.check();

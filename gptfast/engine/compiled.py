@@ -167,7 +167,7 @@ def shape_of(config: GPTConfig) -> dict[str, Any]:
         **{name: getattr(config, name) for name in names},
         "window": min(config.window or 0, config.block_size),
         "pre_norm": config.norm_position == "pre",
-        "gelu_tanh": config.activation == "gelu_tanh",
+        "activation": config.activation,
         "tied": config.tie_weights,
         "eps": config.layer_norm_epsilon,
         "embed_scale": 1.0 if learned else math.sqrt(config.n_embd),

@@ -8,7 +8,7 @@ from typing import Any
 
 _CHOICES = {
     "norm_position": ("pre", "post"),
-    "activation": ("gelu_tanh", "gelu"),
+    "activation": ("gelu_tanh", "gelu", "relu", "silu", "quick_gelu", "tanh"),
     "attention_pattern": ("dense", "alternating"),
     "position_embedding": ("learned", "sinusoidal"),
 }
@@ -30,7 +30,7 @@ class GPTConfig:
         norm_position: "pre" normalises the input of each branch (GPT-2, GPT-3), "post" the sum after it
             (GPT-1).
         final_norm: one more LayerNorm before the head (GPT-2, GPT-3).
-        activation: "gelu_tanh" (all published GPTs) or "gelu" (exact).
+        activation: of the MLP: "gelu_tanh" (all published GPTs), "gelu" (exact), "relu", "silu", "quick_gelu" or "tanh".
         attention_pattern: "dense", or "alternating": layers 1, 3, 5 ... see only the last `window` positions
             (GPT-3).
         window: positions that a banded layer sees, its own among them; None with "dense".

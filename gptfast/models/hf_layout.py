@@ -34,13 +34,15 @@ _KINDS = {
     **{name: _OPTION for name in ("tie_word_embeddings", "bias", "final_norm")},
     **{name: (int, NULL) for name in ("n_inner", "window")},
 }  # what is null and may not be is told by GPTConfig
+# transformers' names of the activations, of several for one the usual one first
 _ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"), "gelu_tanh"),
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("silu", "swish"), "silu"),
+    **{name: name for name in ("relu", "quick_gelu", "tanh")},
 }
+_GPT1_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}  # its gelu is the tanh form
+_ACTIVATION_KEYS = {"activation_function": _ACTIVATIONS, "afn": _GPT1_ACTIVATIONS}
 _MUST_BE = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -57,7 +59,7 @@ def model_type(config: GPTConfig) -> str:
     plain = config.attention_pattern == "dense" and config.position_embedding == "learned"
     if plain and config.norm_position == "pre" and config.final_norm:
         return "gpt2"
-    as_gpt1 = config.activation == "gelu_tanh" and config.inner_dim == 4 * config.n_embd
+    as_gpt1 = config.activation in _GPT1_ACTIVATIONS.values() and config.inner_dim == 4 * config.n_embd
     if plain and config.norm_position == "post" and not config.final_norm and as_gpt1:
         return "openai-gpt"
     return "gptfast"
@@ -71,14 +73,14 @@ def to_hf(config: GPTConfig, dtype: str, extra: dict[str, Any] | None = None) ->
         dtype: of its weights.
         extra: keys of the file that the model came from, see `extra_keys`.
     """
-    kind = model_type(config)
+    kind, extra = model_type(config), dict(extra or {})
     raw: dict[str, Any] = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], "dtype": dtype}
     raw |= {name: getattr(config, name) for name in _SAME}
     raw |= {theirs: getattr(config, ours) for ours, theirs in _RENAMED.items()}
-    if kind == "openai-gpt":
-        raw["afn"] = "gelu"  # transformers' name for the tanh form in this architecture
-    else:
-        raw["activation_function"] = "gelu_new" if config.activation == "gelu_tanh" else "gelu"
+    named = {key: extra.pop(key, None) for key in _ACTIVATION_KEYS}
+    key = "afn" if kind == "openai-gpt" else "activation_function"
+    raw[key] = _activation_name(key, config.activation, named[key])
+    if kind != "openai-gpt":
         raw["n_inner"] = config.n_inner
         end_of_text = 50256 if config.vocab_size == 50257 else None  # GPT-2's vocabulary
         raw |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
@@ -86,17 +88,20 @@ def to_hf(config: GPTConfig, dtype: str, extra: dict[str, Any] | None = None) ->
         raw |= {name: getattr(config, name) for name in _OWN}
     if not config.bias:
         raw["bias"] = False
-    extra = dict(extra or {})
     if "n_ctx" in extra:  # an older name of n_positions, which stands beside it
         extra["n_ctx"] = config.block_size
     return raw | extra
 
 
 def extra_keys(raw: dict[str, Any]) -> dict[str, Any]:
-    """The keys of config.json that are not those of a `GPTConfig`."""
+    """The keys of config.json that are not those of a `GPTConfig`, and an activation by another name than the usual."""
     own = {*_SAME, *_RENAMED.values(), *_OWN, "bias", "n_inner", "activation_function", "afn"}
     own |= {"model_type", "architectures", "dtype", "torch_dtype"}
-    return {key: value for key, value in raw.items() if key not in own}
+    extra = {key: value for key, value in raw.items() if key not in own}
+    for key, names in _ACTIVATION_KEYS.items():
+        if raw.get(key) in names and raw[key] != _activation_name(key, names[raw[key]]):
+            extra[key] = raw[key]
+    return extra
 
 
 def from_hf(raw: Any, where: object) -> dict[str, Any]:
@@ -129,24 +134,23 @@ def from_hf(raw: Any, where: object) -> dict[str, Any]:
         return values | {
             "norm_position": "post",
             "final_norm": False,
-            "activation": _gpt1_activation(raw, where),
+            "activation": _activation(raw, "afn", "gelu", where),
         }
-    return values | {"activation": _activation(raw, where), "n_inner": raw.get("n_inner")}
+    activation = _activation(raw, "activation_function", "gelu_new", where)
+    return values | {"activation": activation, "n_inner": raw.get("n_inner")}
 
 
-def _activation(raw: dict[str, Any], where: object) -> str:
-    name = raw.get("activation_function", "gelu_new")
-    if name not in _ACTIVATIONS:
-        raise ValueError(
-            f"{where}: activation_function is {name!r}; gptfast has {', '.join(_ACTIVATIONS)} - use transformers"
-        )
-    return _ACTIVATIONS[name]
+def _activation(raw: dict[str, Any], key: str, usual: str, where: object) -> str:
+    name, names = raw.get(key, usual), _ACTIVATION_KEYS[key]
+    if name not in names:
+        raise ValueError(f"{where}: {key} is {name!r}; gptfast has {', '.join(names)} - use transformers")
+    return names[name]
 
 
-def _gpt1_activation(raw: dict[str, Any], where: object) -> str:
-    if raw.get("afn", "gelu") != "gelu":
-        raise ValueError(f"{where}: afn is {raw['afn']!r}; gptfast has 'gelu' - use transformers")
-    return "gelu_tanh"
+def _activation_name(key: str, activation: str, stored: Any = None) -> str:
+    """Of transformers' names for an activation the one that was stored, else the usual one."""
+    names = _ACTIVATION_KEYS[key]
+    return next(name for name in (stored, *names) if names.get(name) == activation)
 
 
 def is_conv1d(name: str) -> bool:

@@ -11,11 +11,11 @@ from gptfast import ops
 
 
 class Linear(torch.nn.Linear):
-    """Drop-in for `torch.nn.Linear` with an optional GELU fused to it: activation(x W^T + b).
+    """Drop-in for `torch.nn.Linear` with an optional activation, GELU fused to it: activation(x W^T + b).
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch.
-        activation: None, "gelu_tanh" or "gelu" (exact); see `gptfast.ops.linear`.
+        activation: None, "gelu_tanh", "gelu" (exact), …; see `gptfast.ops.linear`.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class MLP(torch.nn.Module):
-    """c_proj(GELU(c_fc(x))) with GPT-2's parameter names; bias and GELU are one pass.
+    """c_proj(activation(c_fc(x))) with GPT-2's parameter names; bias and GELU are one pass.
 
     Args:
         config: uses n_embd, inner_dim, bias and activation.

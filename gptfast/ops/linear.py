@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast.backend import resolve
+from gptfast.ops import reference
 from gptfast.ops._common import (
     autocast,
     check_choice,
@@ -24,7 +25,8 @@ from gptfast.ops.gelu import gelu
 from gptfast.ops.gemm import FEW_ROWS, forced, gemm
 
 OP = "linear"
-ACTIVATIONS = {None: None, "gelu_tanh": "tanh", "gelu": "none"}
+GELUS = {"gelu_tanh": "tanh", "gelu": "none"}  # fused with the bias
+ACTIVATIONS = (None, *GELUS, *reference.ACTIVATIONS)
 
 
 def linear(
@@ -35,7 +37,8 @@ def linear(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """activation(x weight^T + bias), `F.linear` followed by the fused bias + GELU where one is asked for.
+    """activation(x weight^T + bias), `F.linear` followed by the fused bias + GELU where one is asked for, or by another
+    activation of torch's.
 
     On the CPU the three products (y = x W^T, dx = dy W, dW = dy^T x) run as `gptfast.ops.gemm` measured; sums are fp32,
     and so is the gradient of a float32 weight under autocast, which `F.linear` rounds to the autocast dtype. Elsewhere
@@ -45,7 +48,7 @@ def linear(
         x: (..., in_features), any float dtype.
         weight: (out_features, in_features), of x's dtype, or of any under autocast.
         bias: (out_features,) or None.
-        activation: None, "gelu_tanh" or "gelu".
+        activation: None, "gelu_tanh", "gelu", "relu", "silu", "quick_gelu" (z sigmoid(1.702 z)) or "tanh".
         backend: see `gptfast.backend`.
     Returns:
         (..., out_features).
@@ -53,7 +56,7 @@ def linear(
         TypeError, ValueError: wrong dtype, shape, device or activation.
     """
     _check(x, weight, bias, activation)
-    approximate = ACTIVATIONS[activation]
+    approximate = GELUS.get(activation or "")
     added = bias if approximate is None else None  # the bias before a GELU is added there
     x = autocast(x)[0]
     if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
@@ -65,13 +68,15 @@ def linear(
     else:
         rows = x.reshape(-1, x.shape[-1])
         y = LinearFunction.apply(*distinct(rows, weight, added)).view(*x.shape[:-1], weight.shape[0])
-    return y if approximate is None else gelu(y, bias, approximate, backend=backend)
+    if approximate is not None:
+        return gelu(y, bias, approximate, backend=backend)
+    return y if activation is None else reference.ACTIVATIONS[activation](y)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
     check_float(OP, x=x, weight=weight, bias=bias)
     check_same_device(OP, x=x, weight=weight, bias=bias)
-    check_choice(OP, "activation", activation, tuple(ACTIVATIONS))
+    check_choice(OP, "activation", activation, ACTIVATIONS)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{OP}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected x (..., in_features) "

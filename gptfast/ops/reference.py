@@ -8,6 +8,7 @@ Named dimensions: B batch, T queries, S keys, H heads, D head_dim, C channels, V
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -145,9 +146,22 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Te
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     y = F.linear(x, weight, bias)
-    if activation is None:
-        return y
+    if activation is None or activation in ACTIVATIONS:
+        return y if activation is None else ACTIVATIONS[activation](y)
     return gelu(y, None, "tanh" if activation == "gelu_tanh" else "none")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    """Hendrycks and Gimpel, arXiv 1606.08415, section 2: the sigmoid in place of Phi."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "quick_gelu": _quick_gelu,
+    "tanh": torch.tanh,
+}  # beside GELU, by their names in `linear` and `GPTConfig`
 
 
 def nf4_absmax(absmax: Tensor, nested_absmax: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
