@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -217,6 +218,20 @@ def kernels(name: str) -> Any:
 def cpu_isa() -> str | None:
     """Name of the instruction set that the CPU kernels use now, or None without compiled ops."""
     return torch.ops.gptfast.cpu_isa() if has_cpu_ops else None
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU, its system and torch have AMX, with which oneDNN multiplies bfloat16 in whole tiles."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+def bfloat16_instructions() -> str | None:
+    """The instructions of this CPU that multiply bfloat16 faster than float32, as far as they are used here, or None."""
+    if has_amx():
+        return "AMX"
+    pairs = cpu_isa() == "avx512_bf16" if has_cpu_ops else torch.cpu._is_avx512_bf16_supported()
+    return "AVX-512 BF16" if pairs else None
 
 
 def cpu_isas() -> list[str]:

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -196,35 +197,48 @@ def test_an_expanded_gradient():
 
 
 @pytest.fixture
-def measured(monkeypatch):
-    """As without GPTFAST_GEMM, and nothing measured yet."""
+def unforced(monkeypatch):
+    """As without GPTFAST_GEMM."""
     monkeypatch.setattr(gemm_file, "_FORCED", "")
-    monkeypatch.setattr(gemm_file, "_chosen", {})
 
 
-def test_the_fastest_method_is_measured_once_per_layout(measured, monkeypatch):
-    a = torch.randn(64, 64)
-    first = gemm_file.method(a, a.t(), torch.float32)
-    assert gemm_file.chosen_methods() == {"nt float32": first} and first in gemm_file.METHODS
-    monkeypatch.setattr(gemm_file, "_best_times", lambda runners: pytest.fail("measured again"))
-    gemm_file.method(a, a.t(), torch.float32)
-    assert gemm_file.method(a[:4], a.t(), torch.float32) == "torch"  # few rows
+@pytest.fixture
+def amx(request, monkeypatch):
+    """As on a CPU with or without AMX."""
+    monkeypatch.setattr(gemm_file, "has_amx", lambda: request.param)
+
+
+@pytest.mark.parametrize("amx", [False, True], indirect=True)
+def test_the_rule_looks_at_instructions_and_dtype_and_at_no_clock(unforced, amx, isa, request, monkeypatch):
+    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("timed"))
+    tiles = request.node.callspec.params["amx"]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        expected = "torch" if isa == "scalar" or (tiles and dtype == torch.bfloat16) else "own"
+        a = torch.randn(64, 64).to(dtype)
+        assert {gemm_file.method(x, y, dtype) for x in (a, a.t()) for y in (a, a.t())} == {expected}
+        assert gemm_file.methods_of(str(dtype)[6:]) == {
+            f"{layout} {str(dtype)[6:]}": expected for layout in ("nn", "nt", "tn", "tt")
+        }
+        assert gemm_file.method(a[:4], a.t(), dtype) == "torch"  # few rows
     assert gemm_file.method(a.double(), a.t().double(), torch.float64) == "torch"
 
 
-def test_the_choice_of_another_process_is_kept(measured, monkeypatch):
-    gemm_file.keep_methods({"nn float32": "onednn"})
-    monkeypatch.setattr(gemm_file, "_best_times", lambda runners: pytest.fail("measured"))
+@pytest.mark.parametrize("amx", [False], indirect=True)
+def test_the_ways_of_another_process_are_kept_inside_the_with(unforced, amx):
     a = torch.randn(64, 64)
-    assert gemm_file.method(a, a, torch.float32) == "onednn"
-    with pytest.raises(ValueError, match="gemm: method of nn float32 is 'blas'; expected one of own, torch, onednn"):
-        gemm_file.keep_methods({"nn float32": "blas"})
-
-
-@pytest.mark.parametrize(("own_time", "chosen"), [(1.0, "torch"), (0.8, "own")])
-def test_another_method_must_lead_clearly(own_time, chosen, monkeypatch):
-    monkeypatch.setattr(gemm_file, "_best_times", lambda runners: {"own": own_time, "torch": 0.6, "onednn": 0.9})
-    assert gemm_file._fastest(False, False, torch.float32) == chosen
+    before = gemm_file.methods_of("float32")
+    with gemm_file.multiplied_by({"nn float32": "onednn", "nt bfloat16": "torch"}):
+        assert gemm_file.method(a, a, torch.float32) == "onednn"
+        assert gemm_file.methods_of("float32") == {**before, "nn float32": "onednn"}
+        with gemm_file.multiplied_by({}):
+            assert gemm_file.methods_of("float32") == before
+        assert gemm_file.methods_of("float32")["nn float32"] == "onednn"
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(gemm_file.methods_of, "float32").result() == before, "in another thread"
+    assert gemm_file.methods_of("float32") == before
+    expected = "gemm: method of nn float32 is 'blas'; expected one of own, torch, onednn"
+    with pytest.raises(ValueError, match=expected), gemm_file.multiplied_by({"nn float32": "blas"}):
+        pass
 
 
 def test_the_environment_forces_a_method():

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from gptfast.cli import main
 from gptfast.models import GPT
+from gptfast.ops import gemm
 from gptfast.tokenizer import load_tokenizer
 from gptfast.training import read_checkpoint
 from gptfast.training.log import read_log
@@ -105,6 +106,25 @@ def test_a_schedule_that_resume_changes_is_said(tmp_path, text, capsys):
     assert run(text, tmp_path / "run", "--max-steps", "6") == 0
     assert gptfast("train", "--resume", "--out", tmp_path / "run", "--max-steps", "9") == 0
     assert "the learning rate now falls until step 9 instead of 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("forced", "more", "said"),
+    [
+        ("own", [], None),
+        ("own", ["--threads", "2"], None),  # on which no bit depends
+        ("torch", ["--dtype", "bfloat16"], "--dtype and GPTFAST_GEMM changed"),
+        ("torch", ["--threads", "2"], "GPTFAST_GEMM and --threads changed"),
+    ],
+)
+def test_arithmetic_that_resume_changes_is_said(tmp_path, text, capsys, monkeypatch, forced, more, said):
+    monkeypatch.setattr(gemm, "_FORCED", "own")
+    assert run(text, tmp_path / "run", "--max-steps", "6") == 0
+    monkeypatch.setattr(gemm, "_FORCED", forced)
+    assert gptfast("train", "--resume", "--out", tmp_path / "run", "--max-steps", "9", *more) == 0
+    printed = capsys.readouterr().out
+    assert ("no longer bit for bit" in printed) == (said is not None)
+    assert said is None or said in printed
 
 
 def test_init_from_starts_anew_from_the_weights_and_tokenizer_of_a_checkpoint(tmp_path, text, capsys):

@@ -30,7 +30,6 @@ from gptfast._snapshots import current
 from gptfast.cli import app
 from gptfast.data import write_tokens
 from gptfast.models import GPT, GPTConfig
-from gptfast.ops import gemm
 from gptfast.tokenizer import CharTokenizer, load_tokenizer
 from gptfast.training import TrainConfig, Trainer, accumulate_gradients, machine, read_checkpoint, timing
 from gptfast.training.checkpoint import copy_checkpoint, save_checkpoint, verify
@@ -233,14 +232,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, dtype, opt
     whole, parts = (read_checkpoint(tmp_path / run / "last") for run in ("whole", "parts"))
     assert parts.dropout == whole.dropout == (config.seed, 12 * 2)
     assert parts.state.best_val_loss == whole.state.best_val_loss
-
-
-def test_a_resumed_run_computes_its_products_as_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(gemm, "_chosen", {"nt float32": "onednn"})
-    make_trainer(tmp_path, QUICK.replace(max_steps=3)).train()
-    monkeypatch.setattr(gemm, "_chosen", {})
-    resumed(tmp_path, QUICK.replace(max_steps=5))
-    assert gemm.chosen_methods() == {"nt float32": "onednn"}
 
 
 def test_a_complete_run_has_nothing_to_resume(tmp_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from gptfast.training.checkpoint import Checkpoint
     from gptfast.training.launch import Run
     from gptfast.training.trainer import TrainResult
 
@@ -150,13 +151,19 @@ def train(
     ] = None,
     log_every: Annotated[int | None, _option(_RUN, "10", "Steps between records in OUT/log.jsonl.")] = None,
     seed: Annotated[
-        int | None, _option(_RUN, "0", "Chooses the first weights, the order of the text and the dropout.")
+        int | None,
+        _option(
+            _RUN,
+            "0",
+            "Chooses the first weights, the order of the text and the dropout. The same command and seed give the same "
+            "bits on the same machine, busy or not (with --max-minutes as many steps as the time allows).",
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
         _option(
             _RUN,
-            "the faster one here",
+            "bfloat16 where the CPU (AVX-512 BF16, AMX) or GPU has it",
             "Of the matrix products: float32, or bfloat16 (8 bits of precision; weights stay float32).",
         ),
     ] = None,
@@ -247,7 +254,26 @@ def _resume_lines(run: Run) -> list[str]:
             f"         the learning rate now falls until step {now} instead of {before}: "
             "not the same as a run started like that"
         )
+    if changed := _changed_arithmetic(run, run.checkpoint):
+        lines.append(f"         {' and '.join(changed)} changed: no longer bit for bit the run without an interruption")
     return lines
+
+
+def _changed_arithmetic(run: Run, checkpoint: Checkpoint) -> list[str]:
+    """Names of what decides how numbers are rounded, and is not as it was."""
+    import torch
+
+    from gptfast.ops.gemm import methods_of, multiplied_by
+
+    old, new = checkpoint.config, run.trainer.config
+    changed = [f"--{name}" for name in ("dtype", "device") if getattr(old, name) != getattr(new, name)]
+    with multiplied_by(checkpoint.gemm):
+        ways = methods_of(old.dtype)
+    if any(ways.get(layout, way) != way for layout, way in checkpoint.gemm.items()):
+        changed.append("GPTFAST_GEMM")
+    if checkpoint.threads != torch.get_num_threads() and set(ways.values()) != {"own"}:
+        changed.append("--threads")
+    return changed
 
 
 def report(run: Run, result: TrainResult) -> list[str]:

@@ -1,28 +1,29 @@
-"""Matrix products, each by the way that a short measurement found fastest on this CPU; elsewhere torch's.
+"""Matrix products, each in the way that a fixed rule names for this CPU; elsewhere torch's.
 
     own      csrc/cpu/gemm-inl.h: a row of the result depends on no other row and not on the number of threads; takes
              weights of another dtype as they are
     torch    torch.mm (MKL, OpenBLAS, oneDNN for bfloat16)
     onednn   oneDNN's linear, which torch uses for bfloat16 only
 
-`own` is taken unless another way is ahead by more than LEAD, so that noise does not change the choice, and with it the
-last bits of a run; a training checkpoint keeps the choices for its resumption. GPTFAST_GEMM=own, torch or onednn forces
-one.
+The rule looks at the CPU's instructions and the dtype, never at a clock: the ways round differently, so a choice by timing
+would make the bits of a run depend on what else the machine did when it began. It is `own`, unless a library is far ahead
+(docs/notes/cpu.md): `torch` for bfloat16 on CPUs with AMX, and where our kernels have no vectors. Products of fewer than
+16 rows are torch's. GPTFAST_GEMM=own, torch or onednn forces one; a training run keeps the ways that its checkpoint names.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from gptfast.backend import KERNEL_DTYPES
+from gptfast.backend import KERNEL_DTYPES, cpu_isa, has_amx
 
 METHODS = ("own", "torch", "onednn")
-LEAD = 1.5
 FEW_ROWS = 16  # below, packing the second factor costs more than the product
 
 
@@ -64,26 +65,47 @@ def method(a: Tensor, b: Tensor, dtype: torch.dtype) -> str:
     if a.shape[0] < FEW_ROWS:
         return "torch"
     layout = _LAYOUTS[a.stride(1) != 1, b.stride(1) != 1, dtype]
-    if layout not in _chosen:
-        _chosen[layout] = _fastest(layout[0] == "t", layout[1] == "t", dtype)
-    return _chosen[layout]
+    return _local.kept.get(layout) or rule(dtype)
 
 
-def chosen_methods() -> dict[str, str]:
-    """What was measured so far: layout of the factors and dtype, such as "nt float32", to method."""
-    return dict(_chosen)
+def rule(dtype: torch.dtype) -> str:
+    """The way of products in `dtype` on this CPU, where nothing else was asked for."""
+    if dtype == torch.bfloat16 and has_amx():
+        return "torch"
+    return "torch" if cpu_isa() in (None, "scalar") else "own"
 
 
-def keep_methods(chosen: dict[str, str]) -> None:
-    """Go on with the choices of another process, for equal bits.
+def methods_of(dtype: str) -> dict[str, str]:
+    """The ways of products in `dtype` here and now, such as "float32": layout of the factors and dtype to method."""
+    return {
+        layout: _FORCED or _local.kept.get(layout) or rule(kind)
+        for (_, _, kind), layout in _LAYOUTS.items()
+        if layout.endswith(" " + dtype)
+    }
+
+
+def check_methods(methods: Mapping[str, str]) -> None:
+    """Raise ValueError for what `methods_of` does not return."""
+    for layout, name in methods.items():
+        if name not in METHODS:
+            raise ValueError(f"gemm: method of {layout} is {name!r}; expected one of {', '.join(METHODS)}")
+
+
+@contextmanager
+def multiplied_by(methods: Mapping[str, str]) -> Iterator[None]:
+    """Inside the `with`, in this thread, products are computed as another process did, whose `methods_of` these are.
+
+    Layouts that are not among them follow the rule; GPTFAST_GEMM still forces one.
 
     Raises:
         ValueError: unknown method.
     """
-    for layout, name in chosen.items():
-        if name not in METHODS:
-            raise ValueError(f"gemm: method of {layout} is {name!r}; expected one of {', '.join(METHODS)}")
-    _chosen.update(chosen)
+    check_methods(methods)
+    before, _local.kept = _local.kept, dict(methods)
+    try:
+        yield
+    finally:
+        _local.kept = before
 
 
 def forced() -> bool:
@@ -93,17 +115,22 @@ def forced() -> bool:
 
 def _check_forced(name: str) -> str:
     if name and name not in METHODS:
-        raise ValueError(f"GPTFAST_GEMM is {name!r}; expected one of {', '.join(METHODS)}, or unset to measure")
+        raise ValueError(f"GPTFAST_GEMM is {name!r}; expected one of {', '.join(METHODS)}, or unset")
     return name
 
 
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.kept: dict[str, str] = {}
+
+
+_local = _Local()
 _LAYOUTS = {  # is a stored by columns, is b, dtype
     (a, b, dtype): f"{'nt'[a]}{'nt'[b]} {str(dtype)[6:]}"
     for a in (False, True)
     for b in (False, True)
     for dtype in KERNEL_DTYPES
 }
-_chosen: dict[str, str] = {}
 _FORCED = _check_forced(os.environ.get("GPTFAST_GEMM", ""))
 
 
@@ -139,30 +166,3 @@ _LIBRARY: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.dtype
     "torch": _torch,
     "onednn": _onednn,
 }
-
-
-def _fastest(a_by_columns: bool, b_by_columns: bool, dtype: torch.dtype) -> str:
-    """The best on a product of GPT-2's width, in turns: some 50 ms."""
-    # of values that do not matter, and that leave torch's generator as it is
-    a, b = (torch.linspace(-1, 1, 768**2, dtype=torch.float32, device="cpu").view(768, 768).to(dtype) for _ in "ab")
-    a, b = a.t() if a_by_columns else a, b.t() if b_by_columns else b
-    out = torch.empty(768, 768, dtype=dtype, device="cpu")
-    runners = {"own": lambda: torch.ops.gptfast.gemm(a, b, None, out, dtype == torch.bfloat16, False, None)}
-    libraries = _LIBRARY if dtype != torch.float16 and torch.backends.mkldnn.is_available() else ("torch",)
-    for name in libraries:
-        runners[name] = lambda run=_LIBRARY[name]: run(a, b, out, None, dtype, False)
-    times = _best_times(runners)
-    best = min(times, key=times.__getitem__)
-    return best if times[best] * LEAD < times["own"] else "own"
-
-
-def _best_times(runners: dict[str, Callable[[], None]], rounds: int = 5) -> dict[str, float]:
-    """Seconds of the fastest of so many turns, after one to warm up."""
-    times = dict.fromkeys(runners, float("inf"))
-    for n in range(rounds + 1):
-        for name, run in runners.items():
-            start = time.perf_counter()
-            run()
-            if n:
-                times[name] = min(times[name], time.perf_counter() - start)
-    return times

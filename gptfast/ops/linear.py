@@ -1,4 +1,4 @@
-"""Linear layer with an optional GELU: forward, input gradient and weight gradient each by the fastest way here."""
+"""Linear layer with an optional GELU: forward, input gradient and weight gradient."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def linear(
     """activation(x weight^T + bias), `F.linear` followed by the fused bias + GELU where one is asked for, or by another
     activation of torch's.
 
-    On the CPU the three products (y = x W^T, dx = dy W, dW = dy^T x) run as `gptfast.ops.gemm` measured; sums are fp32,
-    and so is the gradient of a float32 weight under autocast, which `F.linear` rounds to the autocast dtype. Elsewhere
-    the products are torch's.
+    On the CPU the three products (y = x W^T, dx = dy W, dW = dy^T x) run as the rule of `gptfast.ops.gemm` says; sums
+    are fp32, and so is the gradient of a float32 weight under autocast, which `F.linear` rounds to the autocast dtype, as
+    do CPUs with AMX here. Elsewhere the products are torch's.
 
     Args:
         x: (..., in_features), any float dtype.

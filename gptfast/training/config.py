@@ -34,9 +34,10 @@ class TrainConfig:
         eval_batches: batches of validation windows, the same ones each time; 0: all of the validation data.
         checkpoint_every: steps between checkpoints; None: eval_every.
         log_every: steps between records in the log.
-        seed: of the initial weights, the dropout and the order of the data; in [0, 2**63).
-        dtype: of the matrix products: "bfloat16" (autocast, weights stay float32), "float32", or "auto": the
-            faster of the two on this machine.
+        seed: of the initial weights, the dropout and the order of the data; in [0, 2**63). Runs of one config and data
+            are equal bit for bit on one machine, but for the number of steps under max_minutes.
+        dtype: of the matrix products: "bfloat16" (autocast, weights stay float32), "float32", or "auto": bfloat16
+            where the CPU (AVX-512 BF16, AMX) or GPU has instructions for it, else float32.
         device: "cpu", "cuda" (or "cuda:1", ...), or "auto": cuda where there is one.
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, or two that contradict each other.

@@ -1,4 +1,4 @@
-"""The machine that trains: its device, the faster dtype there, and its limit, to which "% of peak" refers."""
+"""The machine that trains: its device, the dtype of its products, and its limit, to which "% of peak" refers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import time
 
 import torch
 
-from gptfast.backend import has_cpu_ops
+from gptfast.backend import bfloat16_instructions, has_cpu_ops
 
 _SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
-_FASTER = 1.5  # bfloat16 is chosen when its products are at least so many times as fast
 
 
 def resolve_device(name: str) -> torch.device:
@@ -51,14 +50,14 @@ def peak_flops(dtype: torch.dtype, device: torch.device | str = "cpu", again: bo
 
 
 def _measure_peak(dtype: torch.dtype, device: str) -> float:
-    peak = gemm_flops(dtype, device)
+    peak = _gemm_flops(dtype, device)
     if has_cpu_ops and device == "cpu":
         pairs = dtype == torch.bfloat16
         peak = max([peak] + [torch.ops.gptfast.peak_flops(500_000, pairs) for _ in range(5)])
     return peak
 
 
-def gemm_flops(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 0.1) -> float:
+def _gemm_flops(dtype: torch.dtype, device: torch.device | str = "cpu", seconds: float = 0.1) -> float:
     """Flop/s of the best of several square matrix products in torch, after one to warm up."""
     device = torch.device(device)
     n = _SIZE[device.type]
@@ -80,12 +79,14 @@ def _timed_product(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def choose_dtype(device: torch.device | str = "cpu") -> tuple[str, str]:
-    """("bfloat16" or "float32", the reason in words): bfloat16 where its matrix products are clearly faster here."""
+    """("bfloat16" or "float32", the reason in words): bfloat16 where the device has instructions for its products.
+
+    Never by a clock: two runs of one command have the same dtype, whatever else the machine does.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         with torch.cuda.device(device):  # the question is of the current GPU
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bfloat16", "this GPU has it") if native else ("float32", "this GPU has no bfloat16")
-    ratio = gemm_flops(torch.bfloat16, device) / gemm_flops(torch.float32, device)
-    name = "bfloat16" if ratio >= _FASTER else "float32"
-    return name, f"bfloat16 runs {ratio:.1f}x as fast as float32 here"
+    instructions = bfloat16_instructions()
+    return ("bfloat16", f"this CPU has {instructions}") if instructions else ("float32", "no fast bfloat16 here")

@@ -15,7 +15,7 @@ import torch
 from gptfast._locks import FileLock
 from gptfast.data import TokenFile, WindowSampler
 from gptfast.models import GPT
-from gptfast.ops.gemm import keep_methods
+from gptfast.ops.gemm import check_methods, multiplied_by
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.checkpoint import (
     Checkpoint,
@@ -106,6 +106,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config)
         self.state = TrainState(planned_steps=None if config.max_minutes else config.max_steps)
         self.model.dropout_seed, self.model.dropout_step = config.seed, 0
+        self._methods: dict[str, str] = {}  # how products were computed before the run was resumed
         self._lock = lock or lock_run(self.out)
         try:
             if resume is None:
@@ -134,7 +135,8 @@ class Trainer:
         self.state = state
         if checkpoint.dropout[0] is not None:
             self.model.dropout_seed, self.model.dropout_step = checkpoint.dropout
-        keep_methods(checkpoint.gemm)
+        check_methods(checkpoint.gemm)
+        self._methods = checkpoint.gemm
         load_optimizers(checkpoint.folder, self.model, self.optimizers)
 
     def train(self) -> TrainResult:
@@ -146,7 +148,7 @@ class Trainer:
         minutes = self.config.max_minutes
         self.clock = RunClock(self.state.seconds, minutes and 60 * minutes, self._evaluation_steps())
         try:
-            with closing(self.log), Interrupt() as interrupt, self.progress:
+            with closing(self.log), Interrupt() as interrupt, self.progress, multiplied_by(self._methods):
                 interrupted = self._train(interrupt)
             seconds = self.clock.seconds
             plot_losses(self.log.records, self.out / "loss.png", f"{self.out.name}: {self.state.step} steps")
