@@ -115,7 +115,8 @@ def main() -> None:
             ratio = statistics.median(t / o for t, o in zip(times[name], times["gptfast"], strict=True))
             memory = f"{peak_memory(name, dropout, bf16):.2f}" if "compile" not in name else ""
             beside = "" if name == "gptfast" else f"{ratio:.2f}x"
-            print(f"  {name:<26}{speed:>10.0f}{100 * speed / limit:>12.0f}{beside:>10}{memory:>10}", flush=True)
+            share = f"{100 * speed / limit:.0f}" if speed <= limit else "?"  # measured while the machine was busy
+            print(f"  {name:<26}{speed:>10.0f}{share:>12}{beside:>10}{memory:>10}", flush=True)
 
 
 if __name__ == "__main__":

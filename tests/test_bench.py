@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from gptfast.benchmarking import machine
 from gptfast.benchmarking.compare import COPY, Comparison
 from gptfast.benchmarking.machine import Machine
 from gptfast.benchmarking.report import losses, percent_of_limit, print_table
 from gptfast.cli import app
 from gptfast.testing import Case
+from gptfast.training import machine as training_machine
 
 MACHINE = Machine("a machine", 2, "avx2", "2.13", fp32_gflops=200.0, bf16_gflops=400.0, copy_gbs=20.0, signal_ns=40.0)
 
@@ -39,6 +42,27 @@ def test_percent_of_the_limit():
     assert what == "flops" and share == pytest.approx(50, rel=0.01)
     share, what = percent_of_limit(comparison("gelu", {"N": 1000, "C": 1000}, 0.8), MACHINE)
     assert what == "memory" and share == pytest.approx(50, rel=0.01)
+
+
+def test_percent_of_the_limit_is_never_above_100(monkeypatch, capsys):
+    """It is left out where the limit was measured too small; a larger limit that is measured later counts."""
+    fast = comparison("linear", {"N": 1000, "C": 1000, "M": 1000}, 5.0, torch=1.5)
+    assert percent_of_limit(fast, MACHINE) == (None, "flops")
+    print_table([fast], MACHINE)
+    printed = capsys.readouterr().out
+    assert "? flops" in printed and "?: above 100" in printed and "200 flops" not in printed
+    monkeypatch.setattr(machine, "measure_machine", lambda: replace(MACHINE, fp32_gflops=500.0, bf16_gflops=1.0))
+    again = MACHINE.measured_again()
+    assert (again.fp32_gflops, again.bf16_gflops, again.copy_gbs) == (500.0, 400.0, 20.0)
+    assert percent_of_limit(fast, again)[0] == pytest.approx(80, rel=0.01)
+
+
+def test_the_limits_are_those_of_the_fastest_products(monkeypatch):
+    """Also where torch multiplies by tiles, which our probe of registers does not reach."""
+    monkeypatch.setattr(training_machine, "_peaks", {})
+    monkeypatch.setattr(training_machine, "_gemm_flops", lambda dtype, device: 9e15)
+    measured = machine.measure_machine()
+    assert (measured.fp32_gflops, measured.bf16_gflops) == (9e6, 9e6)
 
 
 def test_command(tmp_path):

@@ -14,8 +14,11 @@ from gptfast.benchmarking.machine import Machine
 BACKWARD_FLOPS = {"causal_attention": 2.5}  # as a multiple of the forward; 2 for products
 
 
-def percent_of_limit(c: Comparison, machine: Machine) -> tuple[float, str]:
-    """How near ours comes to the tighter of the machine's two limits, and which one that is."""
+def percent_of_limit(c: Comparison, machine: Machine) -> tuple[float | None, str]:
+    """How near ours comes to the tighter of the machine's two limits, and which one that is.
+
+    None where it would be more than 100: the limit was measured while the machine was busy, or data came from the cache.
+    """
     size = torch.finfo(c.dtype).bits // 8
     flops, data = c.case.cost(size)
     passes = (
@@ -25,7 +28,8 @@ def percent_of_limit(c: Comparison, machine: Machine) -> tuple[float, str]:
     arithmetic = flops * passes / machine.peak(c.dtype) if flops else 0.0
     memory = data * passes / (machine.copy_gbs * 1e9)
     floor, what = max((arithmetic, "flops"), (memory, "memory"))
-    return 100 * floor / seconds, what
+    share = 100 * floor / seconds
+    return None if share > 100 else share, what
 
 
 def print_table(results: list[Comparison], machine: Machine) -> None:
@@ -45,11 +49,14 @@ def print_table(results: list[Comparison], machine: Machine) -> None:
         share, what = percent_of_limit(c, machine)
         for n, (peer, ratio) in enumerate(c.ratios.items()):
             error = f"{c.errors[0]:.1f} / {c.errors[1]:.1f}"
-            mine = (c.name, f"{c.milliseconds['ours']:.2f}", f"{share:.0f} {what}", error) if n == 0 else ("",) * 4
+            limit = f"? {what}" if share is None else f"{share:.0f} {what}"
+            mine = (c.name, f"{c.milliseconds['ours']:.2f}", limit, error) if n == 0 else ("",) * 4
             style = "green" if ratio >= 1 else "red"
             table.add_row(*mine, peer, f"{c.milliseconds[peer]:.2f}", f"[{style}]{ratio:.2f}x[/]")
     console.print(table)
     console.print("error: of results / gradients against fp64 on small inputs, as a multiple of eager PyTorch's")
+    if any(percent_of_limit(c, machine)[0] is None for c in results):
+        console.print("?: above 100; the limit was measured while the machine was busy, or data came from the cache")
     for line in losses(results):
         console.print(f"[red]slower:[/] {line}")
 

@@ -44,6 +44,7 @@ def bench(
         for c in comparisons(ops):
             progress.update(task, description=c.name)
             results.append(compare(c, rounds))
+    machine = machine.measured_again()
     print_table(results, machine)
     out.mkdir(parents=True, exist_ok=True)
     save_json(results, machine, out / "bench.json")
