@@ -24,7 +24,8 @@ def tune_malloc(top_pad_megabytes: int = 64) -> bool:
 
     Without it the ops of gptfast keep up to 256 MB of their own freed results for the next ones.
 
-    Where other programs use the same cores, see also `gptfast.openmp.bound_spinning`.
+    Where other programs use the same cores, bound the spinning of OpenMP's threads as well, before torch is imported:
+    `import gptfast.openmp; gptfast.openmp.bound_spinning()`, or GOMP_SPINCOUNT=10000 in the environment.
 
     Args:
         top_pad_megabytes: how much more than needed is asked of the kernel each time, in MiB.
