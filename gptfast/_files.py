@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
+import io
 import lzma
 import os
 import secrets
@@ -123,27 +125,65 @@ def read_text(path: str | os.PathLike[str]) -> str:
         OSError: as `read_bytes`.
         ValueError: the file is empty, or binary, or not UTF-8 (the text names the first offending byte).
     """
-    return decode_text(read_bytes(path), path)
+    return "".join(text_blocks(path))
+
+
+def text_blocks(
+    path: str | os.PathLike[str], start: int = 0, stop: int | None = None, size: int = 1 << 18
+) -> Iterator[str]:
+    """The text of a UTF-8 file as `read_text` has it, in blocks that join to it: a large file need not fit in memory.
+
+    Args:
+        path: of the file.
+        start, stop: the bytes of the file to read, from and to the beginning of a character.
+        size: bytes to read at once.
+    Raises:
+        OSError, ValueError: as `read_text`.
+    """
+    with open_read(path) as file:
+        file.seek(start)
+        yield from _blocks(file, path, start, stop, size)
 
 
 def decode_text(content: bytes, path: str | os.PathLike[str]) -> str:
     """As `read_text`, of the bytes that a file holds. Raises ValueError."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+    return "".join(_blocks(io.BytesIO(content), path, 0, None, max(1, len(content))))
+
+
+def _blocks(file: BinaryIO, path: str | os.PathLike[str], start: int, stop: int | None, size: int) -> Iterator[str]:
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    at, mark, empty, final = start, start == 0, True, False
+    while not final:
+        content = file.read(size if stop is None else max(0, min(size, stop - at)))
+        final = not content
+        text = _decoded(path, content, at, lambda content, final=final: decoder.decode(content, final))
+        at += len(content)
+        if text and mark:
+            text, mark = text.removeprefix("\ufeff"), False
+        if text:
+            empty = False
+            yield text
+    if empty:
+        reason = "0 bytes" if at == start else "only a byte order mark"
+        raise ValueError(f"{path} is empty ({reason}); expected a file with content")
+
+
+def _decoded(path: str | os.PathLike[str], content: bytes, at: int, decode: Callable[[bytes], str]) -> str:
+    """The text of a part of a file that begins at byte `at`."""
+    if at == 0 and content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} is UTF-16 (byte order mark at byte 0); {_convert(path, 'UTF-16')}")
     null = content.find(b"\0")
     if null >= 0:
-        raise ValueError(f"{path} is binary, not text (zero byte at byte {null}); give a UTF-8 text file")
+        raise ValueError(f"{path} is binary, not text (zero byte at byte {at + null}); give a UTF-8 text file")
     try:
-        text = content.decode("utf-8").removeprefix("\ufeff")
+        return decode(content)
     except UnicodeDecodeError as error:
-        byte = content[error.start]
+        held = len(error.object) - len(content)  # of a character that began in the part before
         raise ValueError(
-            f"{path} is not UTF-8 (byte 0x{byte:02x} at byte {error.start}: {error.reason}); "
-            f"{_convert(path, 'LATIN1')} if it is Latin-1"
+            f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at byte {at - held + error.start}: "
+            f"{error.reason}); {_convert(path, 'LATIN1')} if it is Latin-1"
         ) from error
-    if not text:
-        raise ValueError(f"{path} is empty (only a byte order mark); expected a file with content")
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _convert(path: str | os.PathLike[str], encoding: str) -> str:

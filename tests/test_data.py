@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from gptfast.data import (
@@ -23,8 +21,8 @@ from gptfast.data import (
     split_documents,
     write_tokens,
 )
-from gptfast.data.prepare import pieces
-from gptfast.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer
+from gptfast.data import learn as learning
+from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
 
 TEXT = "".join(f"line {i} of a small book, it's {i * i}\n" for i in range(300))
 
@@ -88,6 +86,23 @@ def test_a_few_big_documents_lend_their_ends(sizes):
     assert all(d.text.endswith("\n") for d in split.train)
     assert sum(d.size for d in split.val) / sum(sizes) == pytest.approx(0.1, abs=0.02)
     assert "the last 10% of " + ("the text" if len(sizes) == 1 else "each") in split.note
+
+
+@pytest.mark.parametrize(
+    "text", ["öl 🎭\r\n" * 90, "🎭" * 500, "x" * 7 + "\r\n" + "y", "\ufeff" + "a line\n" * 99, "é\r\n" * 8]
+)
+@pytest.mark.parametrize("fraction", [0.1, 0.33, 0.5])
+def test_the_ends_of_a_file_are_whole_characters_and_lines(tmp_path, text, fraction):
+    path = tmp_path / "book.txt"
+    path.write_bytes(text.encode())
+    [document] = load_documents(path)
+    split = split_documents([document], fraction)
+    train, val = split.train[0], split.val[0]
+    assert train.text + val.text == document.text == text.removeprefix("\ufeff").replace("\r\n", "\n")
+    assert train.size + val.size == len(text.encode())
+    assert all("".join(part.blocks(5)) == part.text for part in (document, train, val))
+    if text.count("\n") > 50:
+        assert train.text.endswith("\n")
 
 
 def test_something_is_left_to_train_on():
@@ -246,29 +261,6 @@ def test_text_that_a_given_tokenizer_lacks(book, tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
-LINES = st.lists(st.sampled_from(["a\n", " ", "\n", "\n\n", "b", " c\n", "\t", "'s\n", "d.\n", "\u2028", "é\n"]))
-
-
-@settings(deadline=None, max_examples=100)
-@given(parts=LINES, size=st.integers(0, 5))
-def test_long_text_is_cut_where_no_tokenizer_notices(tokenizers, parts, size):
-    text = "".join(parts)
-    cut = list(pieces(text, size))
-    assert "".join(cut) == text
-    for tokenizer in tokenizers:
-        assert [i for piece in cut for i in tokenizer.encode(piece)] == tokenizer.encode(text)
-
-
-@pytest.fixture(scope="module")
-def tokenizers():
-    text = "a b c d's e\n\n f\n\té\u2028 . 's\n" * 3
-    return [BPETokenizer.train(text, 280), WordTokenizer.train(text), GPT2Tokenizer()]
-
-
-def test_long_text_is_really_cut():
-    assert [len(piece) for piece in pieces("word word\n" * 1000, 1000)][:2] == [1010, 1010]
-
-
 def test_open_data(book, tmp_path):
     prepared = open_data(book, tmp_path / "cache", "char")
     assert prepared.folder == tmp_path / "cache"
@@ -318,3 +310,20 @@ def test_the_command(book, tmp_path):
     assert "the last 10% of the text" in words
     missing = CliRunner().invoke(app, ["--data", str(tmp_path / "missing"), "--out", str(tmp_path / "x")])
     assert missing.exit_code != 0
+
+
+def test_merges_are_learnt_from_a_part_of_a_large_text(tmp_path, monkeypatch):
+    """The same part each time, from all over the text, and said."""
+    text = "".join(f"word{'abcdefghij'[i % 10]} {i}\n" for i in range(60_000))
+    (tmp_path / "book.txt").write_text(text)
+    monkeypatch.setattr(learning, "LEARNT", len(text) // 3)
+    monkeypatch.setattr(Document.blocks, "__defaults__", (10_000,))
+    sample = list(learning._sample(iter("abcdefghij"), 0.3))
+    assert sample == ["d", "g", "j"]
+    made = [prepare(tmp_path / "book.txt", "bpe", tmp_path / out, vocab_size=400) for out in "ab"]
+    assert made[0].notes[1] == "bpe: learnt from 0 of 1 MB, taken evenly from all the text"
+    assert made[0].tokenizer.merges == made[1].tokenizer.merges
+    monkeypatch.undo()
+    whole = prepare(tmp_path / "book.txt", "bpe", tmp_path / "c", vocab_size=400)
+    assert len(whole.notes) == 1 and whole.tokenizer.merges != made[0].tokenizer.merges
+    assert {"word", " 1"} <= {made[0].tokenizer.decode([i]) for i in range(400)}

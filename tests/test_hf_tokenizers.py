@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from test_tokenizer import POEM, train_gpt1
 
-from gptfast.data import prepare
-from gptfast.data.prepare import pieces
+from gptfast.data import Document, prepare
 from gptfast.tokenizer import BPETokenizer, GPT2Tokenizer, HFTokenizer, StreamDecoder, get_tokenizer, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -195,7 +194,7 @@ def test_prepare_encodes_whole_texts(bpe, tmp_path, monkeypatch):
     (tmp_path / "texts").mkdir()
     for name in ("a.txt", "b.txt"):
         (tmp_path / "texts" / name).write_text(POEM * 9)
-    monkeypatch.setattr(pieces, "__defaults__", (50,))
+    monkeypatch.setattr(Document.blocks, "__defaults__", (50,))
     data = prepare(tmp_path / "texts", tmp_path / "t", tmp_path / "out", val_fraction=0.5)
     ids = ours.encode(POEM * 9)
     assert data.train.take(np.arange(len(ids))).tolist() == ids
@@ -243,3 +242,46 @@ def test_transformers_reads_characters(tmp_path, unk):
 def test_characters_as_they_were_saved_before(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"kind": "char", "version": 1, "tokens": ["a", "b"]}')
     assert load_tokenizer(tmp_path).encode("ab") == [0, 1]
+
+
+WORDS = (
+    POEM + "zebra o'er o\u2019er  x² e\u0301 “Hi” \x1c -- [a] ^b\\ 👩\u200d👧\nTo be\n" + "w" * 150 + " " + "v" * 150
+)
+
+
+@pytest.mark.parametrize("blank", [True, False])
+def test_transformers_reads_words(tmp_path, blank):
+    """Also where a word is known only without the space before it, and where it is not known at all."""
+    text = WORDS if blank else "a-b\nb\n" + "c c"
+    ours = get_tokenizer("word", text)
+    assert (" " in ours.tokens) == blank
+    ours.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')  # as beside a model
+    theirs, back = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert back.tokens == ours.tokens and type(back) is type(ours)
+    words = [*text.split(), "nowhere", "zebras", "zebra's", "o'", "'", "Ж", "«", "日本語", "To", "\n", "", "w" * 149]
+    texts = [text, " ".join(words), "\n".join(words), *(f" {word}" for word in words), *words]
+    for case in [*texts, "a <|endoftext|> b<|unk|>"]:
+        ids = ours.encode(case, "all")
+        assert ids == theirs(case)["input_ids"] == back.encode(case, "all"), case
+        assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False), case
+    assert ours.decode(ours.encode(text)) == text
+    assert theirs.eos_token_id == ours.eos_id and theirs.unk_token_id == ours.unk_id
+
+
+def test_words_as_they_were_saved_before(tmp_path):
+    old = {"kind": "word", "version": 1, "tokens": ["a", " a", "<|endoftext|>", "<|unk|>"]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(old))
+    assert load_tokenizer(tmp_path).encode("a a b") == [0, 1, 3]
+
+
+def test_a_large_word_vocabulary(tmp_path):
+    """Every checkpoint saves it: its pattern is a tree, small and made once."""
+    words = [f"{first}{middle}{last}" for first in "abcdefghij" for middle in range(20) for last in "klmnopqrst"]
+    ours = get_tokenizer("word", " ".join(words) + "  .")
+    ours.save(tmp_path)
+    pattern = json.loads((tmp_path / "tokenizer.json").read_text())["pre_tokenizer"]["pattern"]["Regex"]
+    assert len(pattern) < 3 * len(words)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = " ".join(words[::-1]) + " a0 a0kk"
+    assert ours.encode(text) == theirs(text)["input_ids"]

@@ -89,6 +89,7 @@ def test_gpt2_known_ids_without_a_network(monkeypatch):
 
 def test_gpt2_files_are_openais_byte_for_byte(tmp_path):
     GPT2Tokenizer().save(tmp_path)
+    assert load_tokenizer(tmp_path).kind == "gpt2"
     for name, expected in [
         ("vocab.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
         ("merges.txt", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
@@ -194,6 +195,7 @@ def test_saved_and_loaded(tokenizers, kind, tmp_path):
     tokenizer = tokenizers[kind]
     tokenizer.save(tmp_path)
     for loaded in (load_tokenizer(tmp_path), type(tokenizer).load(tmp_path)):
+        assert loaded.kind == tokenizer.kind
         assert loaded.encode(POEM) == tokenizer.encode(POEM)
         assert (loaded.vocab_size, loaded.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
         assert loaded.decode(range(loaded.vocab_size)) == tokenizer.decode(range(loaded.vocab_size))
@@ -330,6 +332,17 @@ def test_damaged_files(tokenizers, tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "openai-gpt"])
+def test_a_folder_is_read_once(tokenizers, kind, tmp_path, monkeypatch):
+    from gptfast.tokenizer import hf_files
+
+    tokenizers[kind].save(tmp_path)
+    reads, read = [], hf_files._read_files
+    monkeypatch.setattr(hf_files, "_read_files", lambda folder: reads.append(folder) or read(folder))
+    load_tokenizer(tmp_path)
+    assert reads == [tmp_path]
 
 
 def test_two_tokens_with_one_id(tokenizers):

@@ -92,5 +92,5 @@ def prepare(
     console = Console()
     console.print(table)
     console.print(f"vocabulary: {prepared.tokenizer.vocab_size:,} tokens", highlight=False, markup=False)
-    for line in (prepared.info["split"], *prepared.info["notes"], f"next: gptfast train --data {quote(str(out))}"):
+    for line in (*prepared.notes, f"next: gptfast train --data {quote(str(out))}"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

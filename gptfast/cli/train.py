@@ -234,8 +234,7 @@ def describe(run: Run) -> list[str]:
         *([f"         {run.note}"] if run.note else []),
         f"data     {len(data.train):,} tokens to train on, {len(data.val):,} for validation; "
         f"{data.tokenizer.kind} tokenizer, {data.tokenizer.vocab_size:,} tokens",
-        f"         {data.info['split']}",
-        *(f"         {note}" for note in data.info.get("notes", [])),
+        *(f"         {note}" for note in data.notes),
         f"machine  {place}",
         f"         {products}; at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s, measured just now: the 100% of peak",
         f"plan     {' or '.join(limits)}, {train.rows_per_step * trainer.block_size:,} tokens a step",

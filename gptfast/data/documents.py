@@ -7,39 +7,53 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from gptfast._files import read_asset, read_text
+from gptfast._files import open_read, read_asset, text_blocks
 from gptfast.data.folder import choose_files
 from gptfast.data.records import PACKED, RECORDS, kind_of, read_packed_text, read_records
 from gptfast.data.spool import Slice, Spool
 from gptfast.data.token_file import is_token_file
+from gptfast.tokenizer.pieces import BLOCK, blocks_of
 
 GENRES = ("comedy", "history", "tragedy", "poetry")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text with a name. That of a file is read when it is asked for, so a corpus need not fit in memory."""
+    """A text with a name. That of a file is read when it is asked for, so neither it nor a corpus need fit in memory.
+
+    start, stop: where a file is divided, the bytes of this part.
+    """
 
     name: str
     source: str | Path | Slice  # the text itself, or where it is
+    start: int = 0
+    stop: int | None = None
 
     @property
     def text(self) -> str:
         """The text. Raises OSError or ValueError for a file that is missing, empty, binary or not UTF-8."""
+        return "".join(self.blocks())
+
+    def blocks(self, size: int = BLOCK) -> Iterator[str]:
+        """The text in blocks of about `size` characters, as they are read. Raises as `text`."""
+        if isinstance(self.source, str):
+            return blocks_of(self.source, size)
         if isinstance(self.source, Slice):
-            return self.source.text
-        return self.source if isinstance(self.source, str) else read_text(self.source)
+            return self.source.blocks(size)
+        return text_blocks(self.source, self.start, self.stop, size)
 
     @property
     def size(self) -> int:
         """Bytes of UTF-8: what the split and the progress bar count."""
+        if isinstance(self.source, str):
+            return len(self.source.encode())
         if isinstance(self.source, Slice):
             return self.source.size
-        return len(self.source.encode()) if isinstance(self.source, str) else self.source.stat().st_size
+        return (self.source.stat().st_size if self.stop is None else self.stop) - self.start
 
 
 @dataclass(frozen=True)
@@ -219,15 +233,54 @@ def _hash(seed: int, name: str) -> bytes:
 def _split_ends(documents: Sequence[Document], val_fraction: float) -> Split:
     train, val = [], []
     for document in documents:
-        text = document.text
-        cut = round(len(text) * (1 - val_fraction))
-        cut = text.rfind("\n", cut - cut // 20, cut) + 1 or cut  # at the end of a line where one is near
-        train.append(Document(document.name, text[:cut]))
-        val.append(Document(document.name, text[cut:]))
-    if not all(document.source for document in train + val):
+        divide = _divide_text if isinstance(document.source, str) else _divide_file
+        for part, documents_of_part in zip(divide(document, val_fraction), (train, val), strict=True):
+            documents_of_part.append(part)
+    if not all(document.size for document in train + val):
+        for document in documents:
+            if document.size < 100:
+                "".join(document.blocks())  # raises where that is no text at all
         raise ValueError(
             f"split_documents: {documents[0].name} and the like are too short to keep {val_fraction:.0%} for "
             "validation; add text"
         )
     of = "the text" if len(documents) == 1 else f"each of {len(documents)} documents"
     return Split(train, val, f"validation: the last {val_fraction:.0%} of {of}")
+
+
+def _divide_text(document: Document, val_fraction: float) -> tuple[Document, Document]:
+    """At the end of a line where one is near."""
+    text = str(document.source)
+    cut = round(len(text) * (1 - val_fraction))
+    cut = text.rfind("\n", cut - cut // 20, cut) + 1 or cut
+    return Document(document.name, text[:cut]), Document(document.name, text[cut:])
+
+
+def _divide_file(document: Document, val_fraction: float) -> tuple[Document, Document]:
+    """The same, counted in bytes, and without reading all of it."""
+    source, size = document.source, document.size
+    if not size:
+        raise ValueError(f"{source} is empty (0 bytes); expected a file with content")
+    cut = round(size * (1 - val_fraction))
+    reach = cut // 20
+    low = max(0, cut - max(reach, 4))  # a character has at most 4 bytes
+    if isinstance(source, Slice):
+        near = source.part(low, min(cut + 1, size)).content
+    else:
+        with open_read(str(source)) as file:
+            file.seek(document.start + low)
+            near = file.read(cut - low + 1)
+    cut -= low
+    cut = near.rfind(b"\n", cut - min(reach, cut), cut) + 1 or cut
+    while cut > 0 and (_continues(near[cut:]) or near[cut - 1 : cut + 1] == b"\r\n"):
+        cut -= 1
+    cut += low
+    if isinstance(source, Slice):
+        return replace(document, source=source.part(0, cut)), replace(document, source=source.part(cut, size))
+    cut += document.start
+    return replace(document, stop=cut), replace(document, start=cut, stop=document.start + size)
+
+
+def _continues(content: bytes) -> bool:
+    """Whether the first byte belongs to a character of UTF-8 that began before it."""
+    return content[:1] != b"" and content[0] & 0xC0 == 0x80

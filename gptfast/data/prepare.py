@@ -6,39 +6,33 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.progress import Progress
-
 from gptfast._folders import staged_folder
 from gptfast._json import field, read_json
 from gptfast._snapshots import TOKENIZER, TOKENS, current, current_files, read_whole
-from gptfast.data.documents import Document, Split, load_corpus, split_documents
-from gptfast.data.token_file import TokenFile, TokenWriter, is_token_file
+from gptfast.data.documents import Split, load_corpus, split_documents
+from gptfast.data.encode import progress_bar, write_part
+from gptfast.data.learn import learn
+from gptfast.data.token_file import TokenFile, is_token_file
 from gptfast.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 
 MANIFEST = "data.json"
 _VERSION = 1
-_PIECE = 1 << 20  # characters that are encoded at once
-_LONG = 8_000_000  # from this many characters on, a progress bar is worth its place
 _TRAINABLE = ("char", "word", "bpe")
 _PATH = (str, os.PathLike)
-_CUT = re.compile(r"\S\n(?=\S)")
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedData:
     """Tokens to train on and to validate with, and their tokenizer.
 
-    info: {"data", "split", "train", "val"}; the last two hold "documents", "tokens" and, where the text is
-    known, "bytes" (UTF-8), which turns nats per token into bits per byte.
+    info: {"data", "split", "train", "val"}, and "learnt" where merges come from a part of the text; train and val hold
+    "documents", "tokens" and, where the text is known, "bytes" (UTF-8), which turns nats per token into bits per byte.
     """
 
     folder: Path
@@ -46,6 +40,11 @@ class PreparedData:
     val: TokenFile
     tokenizer: Tokenizer
     info: dict[str, Any]
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the user: how the text was split, whether merges come from a part of it, and what was left out."""
+        return [*(self.info[name] for name in ("split", "learnt") if name in self.info), *self.info.get("notes", [])]
 
 
 def open_data(
@@ -118,8 +117,8 @@ def prepare(
     Args:
         data: "shakespeare", "shakespeare:comedy", a text file, a file of records, or a folder (see
             `load_documents`).
-        tokenizer: "gpt2", "char", "word" or "bpe" (the last three are learnt from the text), a folder with a
-            saved tokenizer, or a tokenizer.
+        tokenizer: "gpt2", "char", "word" or "bpe" (the last three are learnt from the text; bpe from at most 64 MB of it,
+            in parts that are evenly spaced), a folder with a saved tokenizer, or a tokenizer.
         out_dir: the folder to write, made where it is missing.
         vocab_size: for "bpe" and "word", see `get_tokenizer`.
         glob, text_field: which files of a folder, and which field of a record (see `load_documents`).
@@ -143,16 +142,17 @@ def prepare(
     found = _up_to_date(out_dir, fingerprint)
     if found is not None:
         return replace(found, info={**found.info, "notes": corpus.notes})
-    chosen = chosen or _trained(str(tokenizer), split, vocab_size)
+    chosen, learnt = (chosen, None) if chosen else learn(str(tokenizer), split, vocab_size)
     info: dict[str, Any] = {"version": _VERSION, "fingerprint": fingerprint}
     info |= {"data": str(data), "glob": glob, "text_field": text_field, "split": split.note, "notes": corpus.notes}
+    info |= {} if learnt is None else {"learnt": learnt}
     keeps_tokenizer = _is_folder(tokenizer, out_dir)
     if not overwrite:
         _refuse_others(out_dir, fingerprint, keeps_tokenizer)
     with staged_folder(out_dir, replaces=TOKENS if keeps_tokenizer else f"{TOKENS}|{TOKENIZER}") as stage:
-        with _progress_bar(documents, progress) as advance:
+        with progress_bar(documents, progress) as advance:
             for part in ("train", "val"):
-                info[part] = _write_part(stage / f"{part}.bin", getattr(split, part), chosen, advance)
+                info[part] = write_part(stage / f"{part}.bin", getattr(split, part), chosen, advance)
         if not keeps_tokenizer:
             chosen.save(stage)
         (stage / MANIFEST).write_text(json.dumps(info, indent=2), encoding="utf-8")
@@ -199,12 +199,6 @@ def _given(tokenizer: Any, vocab_size: int | None) -> Tokenizer:
     return get_tokenizer(tokenizer, vocab_size=vocab_size) if isinstance(tokenizer, _PATH) else tokenizer
 
 
-def _trained(name: str, split: Split, vocab_size: int | None) -> Tokenizer:
-    """Characters come from all the text, so that each can be encoded; words and merges from train alone."""
-    documents = split.train + split.val if name == "char" else split.train
-    return get_tokenizer(name, (document.text for document in documents), vocab_size)
-
-
 def _is_folder(tokenizer: Any, folder: Path) -> bool:
     return isinstance(tokenizer, _PATH) and Path(tokenizer).resolve() == folder.resolve()
 
@@ -223,7 +217,10 @@ def _fingerprint(split: Split, tokenizer: Tokenizer | tuple[Any, int | None]) ->
         digest.update(f"part {len(part)}".encode())
         for document in part:
             digest.update(hashlib.sha256(repr(document.name).encode()).digest())
-            digest.update(hashlib.sha256(document.text.encode()).digest())
+            text = hashlib.sha256()
+            for block in document.blocks():
+                text.update(block.encode())
+            digest.update(text.digest())
     return digest.hexdigest()
 
 
@@ -250,57 +247,6 @@ def _refuse_others(folder: Path, fingerprint: str, keeps_tokenizer: bool) -> Non
     if info.get("fingerprint") != fingerprint:
         of = f"tokens of {info['data']}, made from other text or with other options" if info else ", ".join(found)
         raise FileExistsError(f"{folder} holds {of}; replace that with --overwrite, or choose another --out")
-
-
-def _write_part(
-    path: Path, documents: Sequence[Document], tokenizer: Tokenizer, advance: Callable[[int], None]
-) -> dict[str, int]:
-    size = 0
-
-    def encode(document: Document) -> Iterator[np.ndarray]:
-        nonlocal size
-        for ids, n_bytes in _encode(document, tokenizer):
-            size += n_bytes
-            advance(n_bytes)
-            yield ids
-
-    with path.open("wb") as file:
-        writer = TokenWriter(file, tokenizer.vocab_size, tokenizer.eos_id)
-        writer.write(map(encode, documents))
-    return {"documents": len(writer.starts), "tokens": writer.count, "bytes": size}
-
-
-def _encode(document: Document, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
-    """The ids of each piece of a document, and how many bytes of text they stand for."""
-    start = 0
-    whole = getattr(tokenizer, "whole_texts", False)
-    for piece in [document.text] if whole else pieces(document.text):
-        try:
-            ids = tokenizer.encode(piece)
-        except ValueError as error:
-            raise ValueError(f"{document.name}, counted from character {start}: {error}") from error
-        start += len(piece)
-        yield np.array(ids, np.uint32), len(piece.encode())
-
-
-def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
-    """Cut a long text where every tokenizer cuts anyway: after a newline with no other blank beside it."""
-    start = 0
-    while start < len(text):
-        cut = _CUT.search(text, start + size)
-        stop = cut.end() if cut else len(text)
-        yield text[start:stop]
-        start = stop
-
-
-@contextmanager
-def _progress_bar(documents: Iterable[Document], wanted: bool) -> Iterator[Callable[[int], None]]:
-    total = sum(document.size for document in documents)
-    console = Console(stderr=True)
-    hidden = not wanted or total < _LONG or not console.is_terminal
-    with Progress(console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("tokenising", total=total)
-        yield lambda n_bytes: bar.advance(task, n_bytes)
 
 
 def _open_token_file(path: Path, tokenizer: Any, val_fraction: float) -> PreparedData:

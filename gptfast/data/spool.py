@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -33,7 +35,7 @@ class Spool:
         self._end += len(content)
         return kept
 
-    def read(self, start: int, size: int) -> str:
+    def read(self, start: int, size: int) -> bytes:
         if self._pending:
             try:
                 self._file.flush()
@@ -44,7 +46,7 @@ class Spool:
         while size:  # one call reads 2 GB at most
             parts.append(os.pread(self._file.fileno(), size, start))
             start, size = start + len(parts[-1]), size - len(parts[-1])
-        return b"".join(parts).decode()
+        return b"".join(parts)
 
     def _explained(self, error: OSError) -> OSError:
         place = tempfile.gettempdir()
@@ -62,5 +64,17 @@ class Slice:
     size: int
 
     @property
-    def text(self) -> str:
+    def content(self) -> bytes:
         return self.spool.read(self.start, self.size)
+
+    def part(self, start: int, stop: int) -> Slice:
+        """From and to the beginning of a character, counted in bytes."""
+        return Slice(self.spool, self.start + start, stop - start)
+
+    def blocks(self, size: int) -> Iterator[str]:
+        """The text in blocks of `size` bytes."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for at in range(0, self.size, size):
+            text = decoder.decode(self.part(at, min(at + size, self.size)).content)
+            if text:
+                yield text

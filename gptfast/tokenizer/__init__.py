@@ -13,7 +13,8 @@ from gptfast.tokenizer.bpe import BPETokenizer, GPT2Tokenizer
 from gptfast.tokenizer.gpt1 import OpenAIGPTTokenizer
 from gptfast.tokenizer.hf import HFTokenizer
 from gptfast.tokenizer.hf_files import read_hf_files
-from gptfast.tokenizer.vocabulary import FILE_NAME, CharTokenizer, WordTokenizer, kind_of
+from gptfast.tokenizer.list_files import FILE_NAME, kind_of
+from gptfast.tokenizer.vocabulary import CharTokenizer, WordTokenizer
 
 __all__ = [
     "END_OF_TEXT",
@@ -118,7 +119,7 @@ def _load(folder: Path) -> Tokenizer:
         if kind is not None:
             return {"char": CharTokenizer, "word": WordTokenizer}[kind].load(folder)
     found = read_hf_files(folder)
-    if not found.plain:
-        with naming(folder):
+    with naming(folder):
+        if not found.plain:
             return HFTokenizer(found)
-    return BPETokenizer.load(folder) if found.byte_level else OpenAIGPTTokenizer.load(folder)
+        return BPETokenizer.of_files(found) if found.byte_level else OpenAIGPTTokenizer.of_files(found)

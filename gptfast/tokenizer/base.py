@@ -153,6 +153,8 @@ def check_text(owner: str, text: str) -> None:
     """
     if not isinstance(text, str):
         raise TypeError(f"{owner}.encode: text is {type(text).__name__}; expected str (decode bytes first)")
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

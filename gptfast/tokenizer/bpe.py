@@ -8,11 +8,14 @@ space). Encoding is tiktoken's; training is that of `tokenizers`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from itertools import chain, repeat
 from json import loads
 from typing import Any
 
+import numpy as np
 import tiktoken
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, pre_tokenizers, trainers
@@ -21,13 +24,18 @@ from gptfast._files import read_asset
 from gptfast._json import naming
 from gptfast.tokenizer.added import FLAGS
 from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, unknown_id
-from gptfast.tokenizer.hf_files import Merge, byte_alphabet, parse_merges, read_hf_files, write_hf_files
+from gptfast.tokenizer.hf_files import HFFiles, Merge, byte_alphabet, parse_merges, read_hf_files, write_hf_files
+from gptfast.tokenizer.pieces import GPT2, blocks_of, pieces
 from gptfast.tokenizer.vocabulary import as_texts
 
 # The pattern of GPT-2 (https://github.com/openai/gpt-2, src/encoder.py), written with tiktoken's possessive
 # quantifiers.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
+_GPT2_MERGES = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"  # SHA-256
+_LONG = 1 << 19  # characters: longer texts are encoded in pieces
+_PIECE = 1 << 10  # characters that are learnt from at once
+_LONGEST = 4 * _PIECE  # a longer run of letters or blanks is learnt from in parts: merging takes its square
 
 _CHARACTER = byte_alphabet()
 _BYTE = {character: byte for byte, character in _CHARACTER.items()}
@@ -47,6 +55,7 @@ class BPETokenizer:
     """
 
     kind = "bpe"
+    cuts = GPT2  # where a text can be divided: see `gptfast.tokenizer.pieces`
 
     def __init__(
         self,
@@ -64,8 +73,9 @@ class BPETokenizer:
         self.eos_id = self.specials.get(eos_token) if eos_token else None
         # tiktoken takes the rank of a merge for its id. That holds for GPT-2; other vocabularies need the two
         # tables.
-        self._ids = [self.vocab[token] for token in chain(tokens, self.specials)]
-        self._ranks = {i: rank for rank, i in enumerate(self._ids)}
+        ids = [self.vocab[token] for token in chain(tokens, self.specials)]
+        self._ranks = {i: rank for rank, i in enumerate(ids)}
+        self._ids = None if ids == list(range(len(ids))) else np.array(ids, np.uint32)  # by rank
         self._encoding = tiktoken.Encoding(
             "gptfast",
             pat_str=PATTERN,
@@ -83,8 +93,25 @@ class BPETokenizer:
     def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
         check_text("BPETokenizer", text)
         allowed = choose_special("BPETokenizer", allowed_special, self.specials)
-        ranks = self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
-        return [self._ids[rank] for rank in ranks]
+        if len(text) <= _LONG:
+            return self._encode(text, allowed).tolist()
+        parts = re.split(f"({'|'.join(map(re.escape, allowed))})", text) if allowed else [text]
+        return [i for part in parts for piece in self._pieces(part) for i in self._encode(piece, allowed).tolist()]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of `text`, special tokens taken for ordinary text, as an array of uint32: faster than a list."""
+        check_text("BPETokenizer", text)
+        if len(text) <= _LONG:
+            return self._encode(text, set())
+        return np.concatenate([self._encode(piece, set()) for piece in self._pieces(text)])
+
+    def _pieces(self, text: str) -> Iterable[str]:
+        """tiktoken's pattern goes back over a run of blanks up to the last, and gives up at a million."""
+        return [text] if text in self.specials else pieces(blocks_of(text), self.cuts)
+
+    def _encode(self, text: str, allowed: set[str]) -> np.ndarray:
+        ranks = self._encoding.encode_to_numpy(text, allowed_special=allowed, disallowed_special=())
+        return ranks if self._ids is None else self._ids[ranks]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
@@ -122,7 +149,21 @@ class BPETokenizer:
                     "BPETokenizer.load: there are added tokens or settings (such as add_prefix_space) beyond GPT-2's; use "
                     "load_tokenizer(folder)"
                 )
-            return BPETokenizer(found.vocab, found.merges, found.eos_token or END_OF_TEXT, found.settings)
+            return BPETokenizer.of_files(found)
+
+    @classmethod
+    def of_files(cls, files: HFFiles) -> BPETokenizer:
+        """The tokenizer of files that are read, of GPT-2's kind."""
+        found = BPETokenizer(files.vocab, files.merges, files.eos_token or END_OF_TEXT, files.settings)
+        if found._is_gpt2():
+            found.kind = "gpt2"
+        return found
+
+    def _is_gpt2(self) -> bool:
+        """Whether it is the published tokenizer, which prepared data and checkpoints bring along."""
+        if self._ids is not None or list(self.specials) != [END_OF_TEXT]:
+            return False
+        return sha256("\n".join(map(" ".join, self.merges)).encode()).hexdigest() == _GPT2_MERGES
 
     @classmethod
     def from_merges(cls, merges: Sequence[Merge]) -> BPETokenizer:
@@ -136,7 +177,7 @@ class BPETokenizer:
         Sennrich, Haddow and Birch, arXiv 1508.07909, on bytes as in GPT-2.
 
         Args:
-            texts: one text, several, or a mapping word -> how often it occurs.
+            texts: one text, several (or pieces of one), or a mapping word -> how often it occurs.
             vocab_size: number of tokens, at least 257 (bytes and <|endoftext|>). A small text may give fewer:
                 pairs that occur once are not merged.
         Raises:
@@ -207,7 +248,10 @@ def _check_vocab(vocab: dict[str, int], tokens: list[str]) -> None:
 
 
 def _checked(texts: str | Iterable[str] | Mapping[str, int]) -> Iterator[str]:
+    """The texts in short pieces: the trainer takes some hundred bytes a character of what it splits at once."""
     counted = texts.items() if isinstance(texts, Mapping) else ((text, 1) for text in as_texts(texts))
     for text, count in counted:
         check_text("BPETokenizer", text)
-        yield from repeat(text, count)
+        for piece in pieces(blocks_of(text, _PIECE), GPT2):
+            for short in [piece] if len(piece) <= _LONGEST else blocks_of(piece, _PIECE):
+                yield from repeat(short, count)

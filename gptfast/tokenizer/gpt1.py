@@ -11,7 +11,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from gptfast._json import naming
 from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, refusals_of_the_library, unknown_id
-from gptfast.tokenizer.hf_files import Merge, read_hf_files, write_hf_files
+from gptfast.tokenizer.hf_files import HFFiles, Merge, read_hf_files, write_hf_files
+from gptfast.tokenizer.pieces import GPT1
 
 _END_OF_WORD = "</w>"
 
@@ -24,6 +25,7 @@ class OpenAIGPTTokenizer:
     """
 
     kind = "openai-gpt"
+    cuts = GPT1  # where a text can be divided: see `gptfast.tokenizer.pieces`
     eos_id: int | None = None
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[Merge], unk_token: str = "<unk>") -> None:
@@ -75,4 +77,9 @@ class OpenAIGPTTokenizer:
     def load(cls, folder: str | os.PathLike[str]) -> OpenAIGPTTokenizer:
         found = read_hf_files(folder)
         with naming(folder):
-            return cls(found.vocab, found.merges)
+            return cls.of_files(found)
+
+    @classmethod
+    def of_files(cls, files: HFFiles) -> OpenAIGPTTokenizer:
+        """The tokenizer of files that are read."""
+        return cls(files.vocab, files.merges)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gptfast._folders import staged_folder
-from gptfast._json import NULL, expect, field, items, naming, read_json
-from gptfast._snapshots import TOKENIZER, current
-from gptfast.tokenizer.added import CONFIG
+import numpy as np
+
+from gptfast._json import naming
+from gptfast._snapshots import current
 from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, unknown_id
+from gptfast.tokenizer.list_files import FILE_NAME, read_list, write_list
+from gptfast.tokenizer.pieces import WORDS
+from gptfast.tokenizer.word_pattern import split_pattern
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 UNKNOWN = "<|unk|>"
-FILE_NAME = "tokenizer.json"
-KIND = "gptfast_kind"  # in tokenizer_config.json
+_NONE = 2**32 - 1  # no id
 # A word, number or punctuation mark with the one space before it, or a single whitespace character: the
 # pieces join to the text again. Words keep inner apostrophes ("o'er", "don't").
 _PIECES = re.compile(r" ?\w+(?:['\u2019]\w+)*| ?[^\w\s]|\s")
@@ -30,6 +31,7 @@ class _ListTokenizer:
     """tokens[id] is the text of token id."""
 
     kind = ""
+    cuts = WORDS  # where a text can be divided: see `gptfast.tokenizer.pieces`
     eos_id: int | None = None
 
     def __init__(self, tokens: Sequence[str]) -> None:
@@ -59,22 +61,20 @@ class _ListTokenizer:
         return self.tokens[i]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        text = json.dumps({"kind": self.kind, "version": 1, "tokens": self.tokens}, ensure_ascii=False)
-        with staged_folder(folder, replaces=TOKENIZER) as stage:
-            (stage / FILE_NAME).write_text(text, encoding="utf-8")
+        """Write tokenizer.json and tokenizer_config.json, as the `tokenizers` library and transformers read them."""
+        write_list(folder, self.kind, self._ids, self._split_pattern(), self._specials())
+
+    def _split_pattern(self) -> str:
+        raise NotImplementedError
+
+    def _specials(self) -> dict[str, str]:
+        """Their names in tokenizer_config.json, and the tokens."""
+        raise NotImplementedError
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        path = current(folder, FILE_NAME)
-        found = read_json(path)
-        kind = kind_of(folder)
-        if kind != cls.kind:
-            raise ValueError(f"{path}: kind is {kind!r}; expected {cls.kind!r} - use load_tokenizer(folder)")
-        version = field(found, "version", int, path)
-        if version != 1:
-            raise ValueError(f"{path}: version is {version}; expected 1 - update gptfast")
-        tokens = items(field(found, "tokens", list, path), str, "tokens", path)
-        with naming(path):
+        tokens = read_list(folder, cls.kind)
+        with naming(current(folder, FILE_NAME)):
             return cls(tokens)
 
 
@@ -89,6 +89,7 @@ class CharTokenizer(_ListTokenizer):
     def __init__(self, tokens: Sequence[str]) -> None:
         super().__init__(tokens)
         self.unk_id = self._ids.get(UNKNOWN)
+        self._table: np.ndarray | None = None  # id by code point
 
     @classmethod
     def train(cls, texts: str | Iterable[str], unk: bool = False) -> CharTokenizer:
@@ -119,64 +120,24 @@ class CharTokenizer(_ListTokenizer):
                 "takes it for <|unk|>"
             ) from None
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as the `tokenizers` library and transformers read them."""
-        special = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
-        added = [] if self.unk_id is None else [{"id": self.unk_id, "content": UNKNOWN, **special}]
-        spec = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": None,
-            "pre_tokenizer": {
-                "type": "Split",
-                "pattern": {"Regex": r"[\s\S]"},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            "post_processor": None,
-            "decoder": {"type": "Fuse"},
-            "model": {"type": "WordLevel", "vocab": self._ids, "unk_token": UNKNOWN},
-        }
-        config: dict[str, object] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            KIND: self.kind,
-        }
-        config |= {} if self.unk_id is None else {"unk_token": UNKNOWN}
-        with staged_folder(folder, replaces=TOKENIZER) as stage:
-            (stage / FILE_NAME).write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-            (stage / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of `text`, "<|unk|>" taken for ordinary text, as an array of uint32: faster than a list."""
+        check_text("CharTokenizer", text)
+        if self._table is None:
+            self._table = np.full(0x110000, _NONE if self.unk_id is None else self.unk_id, np.uint32)
+            self._table[[ord(token) for token in self.tokens if len(token) == 1]] = [
+                i for i, token in enumerate(self.tokens) if len(token) == 1
+            ]
+        ids = self._table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
+        if self.unk_id is None and (ids == _NONE).any():
+            self.encode(text)  # which says what is wrong
+        return ids
 
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Self:
-        path = current(folder, FILE_NAME)
-        found = read_json(path)
-        if kind_of(folder) != cls.kind or not isinstance(found, dict) or "model" not in found:
-            return super().load(folder)  # as gptfast wrote it before
-        vocab = field(field(found, "model", dict, path), "vocab", dict, path, inside="model")
-        tokens = sorted(vocab, key=lambda token: expect(vocab[token], int, f"model.vocab[{token!r}]", path))
-        if [vocab[token] for token in tokens] != list(range(len(tokens))):
-            raise ValueError(f"{path}: the ids of model.vocab are not 0 to {len(tokens) - 1}; the file is damaged")
-        with naming(path):
-            return cls(tokens)
+    def _split_pattern(self) -> str:
+        return r"[\s\S]"
 
-
-def kind_of(folder: str | os.PathLike[str]) -> str | None:
-    """The kind of list in a folder: "char" or "word"; None for a tokenizer that gptfast did not write.
-
-    Raises:
-        ValueError: a kind that this gptfast does not know.
-    """
-    for name, key in ((FILE_NAME, "kind"), (CONFIG, KIND)):
-        path = current(folder, name)
-        kind = field(read_json(path), key, (str, NULL), path, default=None) if path.exists() else None
-        if kind not in (None, "char", "word"):
-            raise ValueError(f"{path}: kind is {kind!r}; expected 'char' or 'word' - update gptfast, or write it again")
-        if kind is not None:
-            return kind
-    return None
+    def _specials(self) -> dict[str, str]:
+        return {} if self.unk_id is None else {"unk_token": UNKNOWN}
 
 
 class WordTokenizer(_ListTokenizer):
@@ -195,6 +156,7 @@ class WordTokenizer(_ListTokenizer):
                 raise ValueError(f"WordTokenizer: the list of tokens has no {name!r}; add it at the end")
         self.eos_id = self._ids[END_OF_TEXT]
         self.unk_id = self._ids[UNKNOWN]
+        self._pattern = ""  # made when it is first saved, as every checkpoint does
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int | None = None) -> WordTokenizer:
@@ -217,6 +179,13 @@ class WordTokenizer(_ListTokenizer):
             raise ValueError("WordTokenizer.train: texts hold no word; give it text to learn words from")
         words = sorted(counts, key=lambda word: (-counts[word], word))
         return cls([*words[: vocab_size and vocab_size - 2], END_OF_TEXT, UNKNOWN])
+
+    def _split_pattern(self) -> str:
+        self._pattern = self._pattern or split_pattern(self.tokens)
+        return self._pattern
+
+    def _specials(self) -> dict[str, str]:
+        return {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": UNKNOWN}
 
     def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
         check_text("WordTokenizer", text)

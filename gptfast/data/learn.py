@@ -1,0 +1,32 @@
+"""Tokenizers that are learnt from the text to be prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from gptfast.data.documents import Split
+from gptfast.tokenizer import Tokenizer, get_tokenizer
+from gptfast.tokenizer.pieces import WORDS, pieces
+
+LEARNT = 64_000_000  # bytes of text that merges are learnt from, at most
+
+
+def learn(name: str, split: Split, vocab_size: int | None) -> tuple[Tokenizer, str | None]:
+    """The tokenizer "char", "word" or "bpe" of a text, and a sentence that says so where merges come from a part of it.
+
+    Characters come from all the text, so that each can be encoded; words and merges from the part for training alone.
+    """
+    documents = split.train + split.val if name == "char" else split.train
+    parts = (piece for document in documents for piece in pieces(document.blocks(), WORDS))
+    total = sum(document.size for document in documents)
+    if name != "bpe" or total <= LEARNT:
+        return get_tokenizer(name, parts, vocab_size), None
+    note = f"bpe: learnt from {LEARNT / 1e6:.0f} of {total / 1e6:.0f} MB, taken evenly from all the text"
+    return get_tokenizer(name, _sample(parts, LEARNT / total), vocab_size), note
+
+
+def _sample(parts: Iterable[str], share: float) -> Iterator[str]:
+    """Every so many parts one, the same each time."""
+    for n, part in enumerate(parts):
+        if int((n + 1) * share) > int(n * share):
+            yield part
