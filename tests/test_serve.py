@@ -348,8 +348,8 @@ def test_a_key_is_asked_for(model, tokenizer):
         ({"model": "bard", "prompt": "a", "stop": [1]}, 400, "stop", "stop: expected a text, or a list of up to 4"),
         ({"model": "bard", "prompt": "a", "stream_options": {}}, 400, "stream_options", "without stream=true"),
         (
-            {"model": "bard", "prompt": "a", "stream": True, "stream_options": {"include_obfuscation": True}},
-            *(400, "stream_options", "stream_options.include_obfuscation: Extra inputs are not permitted"),
+            {"model": "bard", "prompt": "a", "stream": True, "stream_options": {"include_usages": True}},
+            *(400, "stream_options", "stream_options.include_usages: Extra inputs are not permitted"),
         ),
         ({"model": "bard", "prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "holds 'x'; expected token ids"),
         ({"model": "bard", "prompt": "a", "logit_bias": {"1_0": 1}}, 400, "logit_bias", "holds '1_0'; expected token"),

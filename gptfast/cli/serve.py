@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from gptfast.cli._load import check_batch_size, load
+from gptfast.cli._load import MODEL_HELP, TOKENIZER_HELP, check_batch_size, load
 
 KEY_VARIABLE = "GPTFAST_API_KEY"
 
 
 def serve(
-    model: Annotated[str, typer.Option(help="Checkpoint folder, such as runs/bard/best, or a Hugging Face hub id.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)],
     host: Annotated[
         str, typer.Option(help="The address to listen at; the default is reached from this machine only.")
     ] = "127.0.0.1",
@@ -30,6 +30,15 @@ def serve(
         ),
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond this machine without a key.")] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pages of this origin, such as https://example.com, may ask too; may be given several times. *: all pages; "
+            "none: not even those of this machine.",
+            show_default="pages of this machine",
+        ),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP, show_default="the checkpoint's own")] = None,
     special_tokens: Annotated[
         bool,
         typer.Option(
@@ -66,12 +75,15 @@ def serve(
     try:
         from gptfast.serving.app import Limits, create_app
         from gptfast.serving.connections import choose_connections
+        from gptfast.serving.cors import check_origins
         from gptfast.serving.server import bind, run
     except ImportError as error:
         raise ImportError(f"serve: {error.name} is not installed; pip install 'gptfast-kernels[serve]'") from None
+    origins = cors_origin or []
+    check_origins(origins)
     connections = choose_connections(max_connections, batch_size + max_queue)
     with bind(host, port) as bound:
-        writer, tokenizer = load(model, quantize)
+        writer, encoding = load(model, quantize, tokenizer)
         limits = Limits(
             max_rows=batch_size,
             max_queue=max_queue,
@@ -79,11 +91,11 @@ def serve(
             max_connections=connections,
             special_tokens=special_tokens,
         )
-        run(create_app(writer, tokenizer, name or _name(model), limits, key), bound)
+        run(create_app(writer, encoding, name or _name(model), limits, key, origins), bound)
 
 
 def _name(model: str) -> str:
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def _check(

@@ -1,9 +1,9 @@
-"""The HTTP side of `gptfast serve`: POST /v1/completions, GET /v1/models, GET /health."""
+"""The HTTP side of `gptfast serve`: POST /v1/completions, GET /v1/models, GET /health (HEAD where there is GET)."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI
@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from gptfast.generation import LanguageModel, Scheduler
 from gptfast.serving.completions import Limits, Server
+from gptfast.serving.cors import let_in
 from gptfast.serving.protocol import ApiError
 from gptfast.serving.refusals import BodyLimit, add_error_handlers
 from gptfast.serving.worker import Worker
@@ -24,6 +25,7 @@ def create_app(
     name: str,
     limits: Limits | None = None,
     api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application; its worker runs while it does.
 
@@ -32,6 +34,7 @@ def create_app(
         name: the model's name in the protocol.
         limits: see there; None: its defaults.
         api_key: the bearer token that /v1 asks for; None: everybody is let in.
+        cors_origins: see `gptfast.serving.cors.let_in`.
     """
     limits, tokenizer = limits or Limits(), lenient(tokenizer)
 
@@ -55,6 +58,7 @@ def create_app(
     app = FastAPI(title="gptfast", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.worker, app.state.limits = worker, limits
     app.add_middleware(BodyLimit, most=limits.max_body)
+    let_in(app, cors_origins)
     add_error_handlers(app)
 
     async def check_key(request: HTTPRequest) -> None:
@@ -63,18 +67,18 @@ def create_app(
         if api_key is not None and not (same and scheme.lower() == "bearer"):
             raise ApiError(401, "wrong or missing API key; send Authorization: Bearer KEY", code="invalid_api_key")
 
-    guarded = [Depends(check_key)]
+    guarded, read = [Depends(check_key)], ["GET", "HEAD"]
 
-    @app.get("/health")
+    @app.api_route("/health", methods=read)
     async def health() -> JSONResponse:
         state = {"status": "ok" if worker.alive else "the worker has ended", "sequences": worker.open_sequences}
         return JSONResponse(state, 200 if worker.alive else 503)
 
-    @app.get("/v1/models", dependencies=guarded)
+    @app.api_route("/v1/models", methods=read, dependencies=guarded)
     async def models() -> JSONResponse:
         return JSONResponse({"object": "list", "data": [server.card]})
 
-    @app.get("/v1/models/{model:path}", dependencies=guarded)
+    @app.api_route("/v1/models/{model:path}", methods=read, dependencies=guarded)
     async def one_model(model: str) -> JSONResponse:
         server.check_model(model)
         return JSONResponse(server.card)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from gptfast.generation import LanguageModel, Request, Token
 from gptfast.generation.prompts import check_prompt
 from gptfast.models.metadata import end_option, metadata_of
+from gptfast.serving.events import Events
 from gptfast.serving.protocol import (
     ApiError,
     Choice,
@@ -31,6 +31,7 @@ from gptfast.serving.scoring import score_in_pieces
 from gptfast.serving.worker import QueueFull, ShuttingDown, Ticket, Worker
 from gptfast.tokenizer import Tokenizer
 
+EVENT_STREAM = "text/event-stream"
 LONG_BODY = 1 << 14  # bytes whose tokens may take longer than a few milliseconds to find
 
 
@@ -172,11 +173,14 @@ class Server:
         return prompt_logprobs(self._tokenizer, request.prompt, given, request.top)
 
     def _echo_alone(self, ask: Completion, requests: list[Request], echoed: list[dict[str, Any]]) -> Response:
-        if not ask.echo or ask.stream:
-            raise ApiError(400, "max_tokens=0 is for echo=true without stream; expected at least 1", "max_tokens")
-        prompt_tokens = sum(len(request.prompt) for request in requests)
+        if not ask.echo:
+            raise ApiError(400, "max_tokens=0 is for echo=true; expected at least 1", "max_tokens")
+        used = usage(sum(len(request.prompt) for request in requests), 0)
         choices = [{**part, "finish_reason": "length"} for part in echoed]
-        return JSONResponse({**envelope(self._name), "choices": choices, "usage": usage(prompt_tokens, 0)})
+        if ask.stream:
+            events = Events(ask, self._name)
+            return Response(events.parts(choices) + events.end(used), media_type=EVENT_STREAM)
+        return JSONResponse({**envelope(self._name), "choices": choices, "usage": used})
 
     async def _parts(
         self, ticket: Ticket, choices: list[Choice], deadline: Deadline
@@ -237,31 +241,24 @@ class Server:
         deadline: Deadline,
     ) -> AsyncIterator[bytes]:
         """Server-sent events: a chunk per part, then [DONE]."""
-        head = envelope(self._name)
-        wants_usage = ask.stream_options is not None and ask.stream_options.include_usage
-        more = {"usage": None} if wants_usage else {}
-
-        def events(parts: list[dict[str, Any]]) -> bytes:
-            return b"".join(_event({**head, "choices": [part], **more}) for part in parts)
-
+        events = Events(ask, self._name)
         try:
             if echoed:
-                yield events(echoed)
+                yield events.parts(echoed)
             async for parts in self._parts(ticket, choices, deadline):
-                if data := events([p for p in parts if p["text"] or p["logprobs"] or p["finish_reason"]]):
+                if data := events.parts([p for p in parts if p["text"] or p["logprobs"] or p["finish_reason"]]):
                     yield data
         except Exception as error:
-            yield _event(_as_api_error(error).body())
+            yield events.error(_as_api_error(error))
             return
-        last = _event({**head, "choices": [], "usage": _usage(ticket)}) if wants_usage else b""
-        yield last + b"data: [DONE]\n\n"
+        yield events.end(_usage(ticket))
 
 
 class TicketResponse(StreamingResponse):
     """A stream of events whose requests are given up when it ends in any way, such as a client that leaves."""
 
     def __init__(self, events: AsyncIterator[bytes], worker: Worker, ticket: Ticket) -> None:
-        super().__init__(events, media_type="text/event-stream")
+        super().__init__(events, media_type=EVENT_STREAM)
         self._worker, self._ticket = worker, ticket
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -269,10 +266,6 @@ class TicketResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._worker.cancel(self._ticket)
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n\n"
 
 
 def _usage(ticket: Ticket) -> dict[str, int]:

@@ -58,6 +58,7 @@ def read_body(body: bytes) -> Completion:
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class Completion(BaseModel):

@@ -1,0 +1,44 @@
+"""Which pages in a browser may ask the server and read its answers (CORS)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+OWN_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Raise ValueError for what no browser sends as an origin."""
+    for origin in origins:
+        if origin not in ("*", "none") and not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"serve: --cors-origin is {origin!r}; expected the origin of a page, such as https://example.com or "
+                "http://host:3000 (no path), * for all pages, or none"
+            )
+    if "none" in origins and len(origins) > 1:
+        raise ValueError("serve: --cors-origin none beside others; give none, or the others")
+
+
+def let_in(app: FastAPI, origins: Sequence[str]) -> None:
+    """Answer the questions of browsers before a request (OPTIONS), and mark what their pages may read.
+
+    Args:
+        app: the application; to be called after its other middleware is added, which then lies inside.
+        origins: of pages, beside those of this machine (any port of localhost); "*": all; "none": not even those.
+    """
+    check_origins(origins)
+    if "none" in origins:
+        return
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_origin_regex=OWN_MACHINE,
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )

@@ -1,0 +1,50 @@
+"""A streamed completion as server-sent events: chunks with OpenAI's stream_options, then [DONE]."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Any
+
+from gptfast.serving.protocol import ApiError, Completion, envelope
+
+PADDED = 256  # bytes: a chunk of a token or two takes as many, whatever its text
+
+
+class Events:
+    """The events of one answer.
+
+    Args:
+        ask: the request: its stream_options say whether chunks have a field `usage`, and whether all of them are padded
+            to equal sizes (`obfuscation`, random characters), which hides the lengths of texts from who sees encrypted
+            traffic.
+        model: its name.
+    """
+
+    def __init__(self, ask: Completion, model: str) -> None:
+        options = ask.stream_options
+        self._wants_usage = options is not None and bool(options.include_usage)
+        self._padded = options is not None and bool(options.include_obfuscation)
+        self._head = envelope(model)
+
+    def parts(self, parts: list[dict[str, Any]]) -> bytes:
+        """A chunk for each part of a choice."""
+        more = {"usage": None} if self._wants_usage else {}
+        return b"".join(self._chunk({**self._head, "choices": [part], **more}) for part in parts)
+
+    def end(self, usage: dict[str, int]) -> bytes:
+        last = self._chunk({**self._head, "choices": [], "usage": usage}) if self._wants_usage else b""
+        return last + b"data: [DONE]\n\n"
+
+    def error(self, error: ApiError) -> bytes:
+        return _event(error.body())
+
+    def _chunk(self, chunk: dict[str, Any]) -> bytes:
+        if self._padded:
+            room = -len(_event({**chunk, "obfuscation": ""})) % PADDED
+            chunk["obfuscation"] = secrets.token_urlsafe(room)[:room]
+        return _event(chunk)
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n\n"
