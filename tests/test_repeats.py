@@ -105,9 +105,9 @@ TOKENS = np.random.default_rng(0).integers(0, 50, 1200).astype(np.uint16)
 LAYOUTS = ("nn", "nt", "tn", "tt")
 
 
-def trainer(out: Path, config: TrainConfig = QUICK, **options) -> Trainer:
+def trainer(out: Path, config: TrainConfig = QUICK, shape: GPTConfig = SHAPE) -> Trainer:
     torch.manual_seed(3)
-    return Trainer(GPT(SHAPE), TOKENS[:1000], TOKENS[1000:], config, out, progress=False, **options)
+    return Trainer(GPT(shape), TOKENS[:1000], TOKENS[1000:], config, out, progress=False)
 
 
 def resumed(out: Path, config: TrainConfig = QUICK) -> Trainer:
@@ -123,6 +123,19 @@ def asked(monkeypatch) -> list[str]:
     ways, method = [], gemm.method
     monkeypatch.setattr(gemm, "method", lambda *product: ways.append(method(*product)) or ways[-1])
     return ways
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_does_not_depend_on_the_number_of_threads(tmp_path, threads, dtype):
+    """With our own products, and matrices of which several threads get a part in every op, AdamW's and the norm's too."""
+    shape = SHAPE.replace(n_embd=192, n_layer=1, block_size=64)
+    config = QUICK.replace(batch_size=8, max_steps=2, eval_every=2, log_every=1, dtype=dtype)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        trainer(tmp_path / str(count), config, shape).train()
+    for count in (2, 3):
+        assert losses(tmp_path / str(count)) == losses(tmp_path / "1")
+        assert files(tmp_path / str(count)) == files(tmp_path / "1")
 
 
 def test_a_resumed_run_multiplies_as_before(tmp_path, asked):

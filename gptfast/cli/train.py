@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from gptfast.training.checkpoint import Checkpoint
     from gptfast.training.launch import Run
     from gptfast.training.trainer import TrainResult
 
@@ -253,26 +252,9 @@ def _resume_lines(run: Run) -> list[str]:
             f"         the learning rate now falls until step {now} instead of {before}: "
             "not the same as a run started like that"
         )
-    if changed := _changed_arithmetic(run, run.checkpoint):
+    if changed := run.changed_arithmetic():
         lines.append(f"         {' and '.join(changed)} changed: no longer bit for bit the run without an interruption")
     return lines
-
-
-def _changed_arithmetic(run: Run, checkpoint: Checkpoint) -> list[str]:
-    """Names of what decides how numbers are rounded, and is not as it was."""
-    import torch
-
-    from gptfast.ops.gemm import methods_of, multiplied_by
-
-    old, new = checkpoint.config, run.trainer.config
-    changed = [f"--{name}" for name in ("dtype", "device") if getattr(old, name) != getattr(new, name)]
-    with multiplied_by(checkpoint.gemm):
-        ways = methods_of(old.dtype)
-    if any(ways.get(layout, way) != way for layout, way in checkpoint.gemm.items()):
-        changed.append("GPTFAST_GEMM")
-    if checkpoint.threads != torch.get_num_threads() and set(ways.values()) != {"own"}:
-        changed.append("--threads")
-    return changed
 
 
 def report(run: Run, result: TrainResult) -> list[str]:

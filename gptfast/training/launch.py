@@ -14,9 +14,11 @@ import torch
 
 from gptfast._locks import FileLock
 from gptfast._snapshots import current
+from gptfast.backend import has_amx
 from gptfast.data import PreparedData, TokenFile, open_data
 from gptfast.models import GPT, GPTConfig
 from gptfast.models.pretrained import resolve
+from gptfast.ops.gemm import methods_of, multiplied_by
 from gptfast.tokenizer import has_tokenizer, load_tokenizer
 from gptfast.training.checkpoint import Checkpoint, check_source, lock_run, read_checkpoint
 from gptfast.training.config import TrainConfig
@@ -43,6 +45,22 @@ class Run:
     trainer: Trainer
     data: PreparedData
     checkpoint: Checkpoint | None  # where it goes on from
+
+    def changed_arithmetic(self) -> list[str]:
+        """Options that decide how numbers are rounded, and are not as they were before the run was resumed."""
+        if self.checkpoint is None:
+            return []
+        stored, old, new = self.checkpoint, self.checkpoint.config, self.trainer.config
+        changed = [f"--{name}" for name in ("dtype", "device") if getattr(old, name) != getattr(new, name)]
+        with multiplied_by(stored.gemm):
+            ways = methods_of(old.dtype)
+        if any(ways.get(layout, way) != way for layout, way in stored.gemm.items()):
+            changed.append("GPTFAST_GEMM")
+        libraries = any(way != "own" for way in ways.values()) or (new.optimizer == "muon" and has_amx())
+        if stored.threads != torch.get_num_threads() and libraries and self.trainer.device.type == "cpu":
+            changed.append("--threads")
+        return changed
+
     note: str = ""  # about the model
 
 
