@@ -71,8 +71,8 @@ bench-cpu: $(TESTED)  ## the same with malloc as installed and tuned, and the tr
 	$(BIN)/python -m gptfast bench --tune-malloc --out runs/bench/tuned
 	$(BIN)/python benchmarks/bench_step.py
 
-bench-generate: $(TESTED)  ## generation with GPT-2 by format, beside transformers, llama.cpp and CTranslate2; the server
-	$(BIN)/python benchmarks/bench_generate.py
+bench-generate: $(TESTED)  ## generation with GPT-2 by format, beside transformers and, with PEERS="--llama-bin …", others; the server
+	$(BIN)/python benchmarks/bench_generate.py $(PEERS)
 	$(BIN)/python benchmarks/bench_serve.py
 
 mutants: $(TESTED)  ## put known mistakes into a copy of the code, see whether the tests find each

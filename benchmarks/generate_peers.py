@@ -1,203 +1,157 @@
-"""Who `bench_generate.py` compares with: each runs the same GPT-2 weights behind the same methods."""
+"""Who `bench_generate.py` compares with: programs that run the same GPT-2 weights, each with its model in memory."""
 
 from __future__ import annotations
 
-import ctypes
-import time
-from collections.abc import Callable
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
+from generate_rounds import process_seconds
 
-from gptfast import GPT
+from gptfast import GPT, GPTConfig
 
-THREADS = torch.get_num_threads()
-PROMPT = 16  # tokens before the decoding that is timed
-CONTEXT = 1024
+HERE = Path(__file__).parent / "peers"
 LLAMA_FILE_TYPES = {"f32": 0, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_K_M": 15}
+IK_FILE_TYPES = {**LLAMA_FILE_TYPES, "q8_0_r8": 207, "iq4_ks": 145}
+REPLY = 600  # seconds until an answer must be there
 
 
-class Runner(Protocol):
-    """One implementation with one format of weights."""
+class Process:
+    """A program that answers a line of JSON to each line (see peers/worker.py)."""
 
-    def decode(self, batch: int, tokens: int) -> float:
-        """Seconds for `tokens` greedy steps of `batch` sequences, after their prompts."""
-        ...
+    def __init__(self, name: str, command: list[str], threads: int) -> None:
+        self.name = name
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (it lives as long as the process)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if command[0] != sys.executable:
+            environment.pop("PYTHONPATH", None)  # an environment of its own
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
+        )
+        self.about = self._answer()
 
-    def prefill(self, ids: list[int]) -> float:
-        """Seconds until the logits behind a prompt are there."""
-        ...
+    def ask(self, *words: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(" ".join(map(str, words)) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise RuntimeError(f"{self.name} has ended: {self._complaint()}") from None
+        found = self._answer()
+        if "error" in found:
+            raise RuntimeError(f"{self.name}: {found['error']}")
+        return found
 
-    def beams(self, count: int, tokens: int) -> float:
-        """Seconds for so many tokens by a search over `count` beams. llama.cpp has none."""
-        ...
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], REPLY)[0]:
+            self.process.kill()
+            raise RuntimeError(f"{self.name} has not answered for {REPLY} s")
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            raise RuntimeError(f"{self.name} has ended: {self._complaint()}")
+        return json.loads(line)
 
+    def _complaint(self) -> str:
+        self.errors.seek(0)
+        lines = [line.strip() for line in self.errors.read().splitlines() if line.strip()]
+        return lines[-1] if lines else f"exit status {self.process.poll()}"
 
-def prompt(n: int, length: int = PROMPT) -> list[int]:
-    return [(37 * i + 1009 * n) % 50257 for i in range(length)]
+    def cpu_seconds(self) -> float:
+        return process_seconds(Path(f"/proc/{self.process.pid}/stat").read_text())
 
+    def peak_gb(self) -> float:
+        """The most memory it has had."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
-def seconds(f: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
-
-
-class Ours:
-    def __init__(self, model: GPT, dtype: str) -> None:
-        self.compiled = model.compile_for_inference(dtype)
-
-    def decode(self, batch: int, tokens: int) -> float:
-        prompts = [prompt(n) for n in range(batch)]
-
-        def generate(n: int) -> float:
-            return seconds(lambda: self.compiled.generate(prompts, max_new_tokens=n, temperature=0.0))
-
-        return generate(1 + tokens) - generate(1)
-
-    def prefill(self, ids: list[int]) -> float:
-        return seconds(lambda: self.compiled.generate([ids], max_new_tokens=1, temperature=0.0))
-
-    def beams(self, count: int, tokens: int) -> float:
-        return seconds(lambda: self.compiled.generate([prompt(0)], max_new_tokens=tokens, num_beams=count))
-
-    def read_seconds(self) -> float:
-        """What reading the weights once takes, by a loop that does nothing else on the same threads."""
-        return self.compiled.nbytes / self.compiled._core.read_rate(4)
-
-
-class Transformers:
-    def __init__(self, model: GPT, dtype: torch.dtype) -> None:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        self.model = GPT2LMHeadModel(GPT2Config(attn_implementation="sdpa")).eval()
-        weights = {f"transformer.{k}": v for k, v in model.state_dict().items() if not k.startswith("lm_head")}
-        conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored transposed
-        weights = {k: v.t() if k.endswith(conv1d) else v for k, v in weights.items()}
-        self.model.load_state_dict(weights, strict=False)
-        self.model.to(dtype)
-
-    def decode(self, batch: int, tokens: int) -> float:
-        ids = torch.tensor([prompt(n) for n in range(batch)])
-
-        def generate(n: int) -> float:
-            options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
-            return seconds(lambda: self.model.generate(ids, **options))
-
-        return generate(1 + tokens) - generate(1)
-
-    def beams(self, count: int, tokens: int) -> float:
-        options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-        return seconds(lambda: self.model.generate(torch.tensor([prompt(0)]), num_beams=count, **options))
-
-    @torch.inference_mode()
-    def prefill(self, ids: list[int]) -> float:
-        return seconds(lambda: self.model(torch.tensor([ids]), logits_to_keep=1))
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.errors.close()
 
 
-class LlamaCpp:
-    """llama.cpp, through the bindings of llama-cpp-python; the greedy choice itself is left out of its time."""
+@dataclass(frozen=True)
+class Programs:
+    """Where the peers are; None: left out."""
 
-    def __init__(self, model: GPT, name: str, folder: Path) -> None:
-        import llama_cpp
+    folder: Path  # weights and converted files are kept here
+    threads: int
+    llama: Path | None = None
+    ik: Path | None = None
+    openvino_python: Path | None = None
+    ort_python: Path | None = None
 
-        self.lib = llama_cpp
-        self.silence = llama_cpp.llama_log_callback(lambda *_: None)  # kept: the library calls it as long as it runs
-        llama_cpp.llama_log_set(self.silence, None)
-        path = self._file(model, name, folder)
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-        self.contexts: dict[int, Any] = {}
+    @property
+    def model(self) -> Path:
+        """The weights in Hugging Face's layout."""
+        return self.folder / "gpt2"
 
-    def _file(self, model: GPT, name: str, folder: Path) -> Path:
-        source, path = folder / "f32.gguf", folder / f"{name}.gguf"
+    def write_model(self) -> None:
+        """Random weights: they cost the same as others."""
+        if (self.model / "config.json").exists():
+            return
+        import torch
+
+        torch.manual_seed(0)
+        GPT(GPTConfig.preset("gpt2", dropout=0.0)).save_pretrained(self.model)
+
+    def command(self, name: str) -> list[str]:
+        """Starts the worker of this name: a program and a format, and what else it is told.
+
+        Raises:
+            LookupError: this program is not here.
+        """
+        program, *words = name.split()
+        threads = str(self.threads)
+        if program in ("gptfast", "transformers"):
+            return [sys.executable, str(HERE / "torch_worker.py"), program, words[0], str(self.model)]
+        if program == "CTranslate2":
+            folder = self.folder / "ctranslate2"
+            if not (folder / "model.bin").exists():
+                write_ctranslate2(GPT.from_pretrained(self.model), folder)
+            return [sys.executable, str(HERE / "torch_worker.py"), "ctranslate2", words[0], str(folder), threads]
+        if program == "OpenVINO":
+            python = present(self.openvino_python, "--openvino-python")
+            cache = str(self.folder / "openvino")
+            return [str(python), str(HERE / "openvino_worker.py"), *words, str(self.model), threads, cache]
+        if program == "ORT":
+            python = present(self.ort_python, "--ort-python")
+            return [str(python), str(HERE / "ort_worker.py"), *words, str(self.model), threads]
+        return [str(self._llama(program)), str(self._gguf(program, words[0])), threads, *words[1:]]
+
+    def _llama(self, program: str) -> Path:
+        if program == "llama.cpp":
+            return present(self.llama, "--llama-bin")
+        return present(self.ik, "--ik-bin")
+
+    def _gguf(self, program: str, kind: str) -> Path:
+        """The file of this format; made once, by the program that reads it."""
+        tool, source = self._llama(program), self.folder / "f32.gguf"
+        path = self.folder / program / f"{kind}.gguf"
         if not source.exists():
-            write_gguf(model, source)
+            write_gguf(GPT.from_pretrained(self.model), source)
         if not path.exists():
-            options = self.lib.llama_model_quantize_default_params()
-            options.ftype, options.nthread = LLAMA_FILE_TYPES[name], THREADS
-            self.lib.llama_model_quantize(str(source).encode(), str(path).encode(), ctypes.byref(options))
+            path.parent.mkdir(exist_ok=True)
+            kinds = LLAMA_FILE_TYPES if program == "llama.cpp" else IK_FILE_TYPES
+            words = [source, path, kinds[kind], self.threads]
+            subprocess.run(list(map(str, [tool, "quantize", *words])), check=True, stdout=subprocess.DEVNULL)
         return path
 
-    def _context(self, rows: int) -> Any:
-        """Room for so many sequences; made once."""
-        if rows not in self.contexts:
-            self.contexts[rows] = self._new_context(rows)
-        return self.contexts[rows]
 
-    def _new_context(self, rows: int) -> Any:
-        options = self.lib.llama_context_default_params()
-        options.n_ctx = CONTEXT if rows == 1 else rows * 128
-        options.n_batch = options.n_ubatch = 512
-        options.n_seq_max = rows
-        options.n_threads = options.n_threads_batch = THREADS
-        return self.lib.llama_init_from_model(self.model, options)
-
-    def _run(self, rows: int, tokens: list[list[int]], position: int, every: bool = False) -> None:
-        """tokens[n] of sequence n, from this position on; logits of the last of each, or of every token."""
-        total = sum(map(len, tokens))
-        batch = self.lib.llama_batch_init(total, 0, 1)
-        batch.n_tokens = total
-        i = 0
-        for n, row in enumerate(tokens):
-            for k, token in enumerate(row):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position + k, 1, n
-                batch.logits[i] = every or k == len(row) - 1
-                i += 1
-        if self.lib.llama_decode(self._context(rows), batch):
-            raise RuntimeError("llama_decode failed")
-        self.lib.llama_batch_free(batch)
-
-    def _clear(self, rows: int) -> None:
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self._context(rows)), True)
-
-    def decode(self, batch: int, tokens: int) -> float:
-        self._clear(batch)
-        self._run(batch, [prompt(n) for n in range(batch)], 0)
-
-        def steps() -> None:
-            for i in range(tokens):
-                self._run(batch, [[(7 * i + n) % 50257] for n in range(batch)], PROMPT + i)
-
-        return seconds(steps)
-
-    def prefill(self, ids: list[int]) -> float:
-        self._clear(1)
-        return seconds(lambda: self._run(1, [ids], 0))
-
-    def logits(self, ids: list[int], V: int) -> torch.Tensor:
-        """(T, V)"""
-        self._clear(1)
-        self._run(1, [ids], 0, every=True)
-        values = self.lib.llama_get_logits(self._context(1))
-        return torch.tensor([values[i * V : (i + 1) * V] for i in range(len(ids))])
-
-
-class CTranslate2:
-    def __init__(self, model: GPT, compute_type: str, folder: Path) -> None:
-        import ctranslate2
-
-        if not (folder / "model.bin").exists():
-            write_ctranslate2(model, folder)
-        self.generator = ctranslate2.Generator(
-            str(folder), device="cpu", compute_type=compute_type, intra_threads=THREADS, inter_threads=1
-        )
-
-    def _generate(self, prompts: list[list[int]], n: int, beams: int = 1) -> float:
-        texts = [[f"t{i}" for i in ids] for ids in prompts]
-        options = {"max_length": n, "min_length": n, "include_prompt_in_result": False, "sampling_topk": 1}
-        options["beam_size"] = beams
-        return seconds(lambda: self.generator.generate_batch(texts, **options))
-
-    def decode(self, batch: int, tokens: int) -> float:
-        prompts = [prompt(n) for n in range(batch)]
-        return self._generate(prompts, 1 + tokens) - self._generate(prompts, 1)
-
-    def prefill(self, ids: list[int]) -> float:
-        return self._generate([ids], 1)
-
-    def beams(self, count: int, tokens: int) -> float:
-        return self._generate([prompt(0)], tokens, count)
+def present(path: Path | None, option: str) -> Path:
+    if path is None:
+        raise LookupError(f"{option} is not given")
+    if not path.exists():
+        raise LookupError(f"{option} {path} does not exist")
+    return path
 
 
 def write_gguf(model: GPT, path: Path) -> None:

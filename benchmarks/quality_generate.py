@@ -1,25 +1,25 @@
 """What each format of the engine costs in quality: perplexity and agreement with fp32, on text that the model never saw.
 
     gptfast train --data shakespeare … --out runs/bard
-    python benchmarks/quality_generate.py --model runs/bard/best --data runs/bard/data [--windows 64]
+    python benchmarks/quality_generate.py --model runs/bard/best --data runs/bard/data [--windows 64] [--llama-bin BIN]
 
 Per format: bits a weight, perplexity of the validation text, how often its most likely token is that of fp32, the mean
 Kullback-Leibler divergence from fp32, and the relative L2 error of the logits. llama.cpp's formats stand beside ours where
-llama-cpp-python and gguf are installed and the shapes fit them.
+llama_decode (peers/build_llama.sh) and the package gguf are there and the shapes fit them.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from generate_peers import LLAMA_FILE_TYPES, LlamaCpp
+from generate_peers import LLAMA_FILE_TYPES, Process, Programs
 from torch import Tensor
 
 from gptfast import GPT
@@ -56,15 +56,24 @@ class Quality:
         )
 
 
-def contenders(model: GPT, folder: Path) -> dict[str, Logits]:
+def logits_of(worker: Process, ids: list[int], folder: Path) -> Tensor:
+    """(T, V), from llama.cpp."""
+    path = folder / "logits"
+    worker.ask("write", path, *ids)
+    return torch.from_numpy(np.fromfile(path, dtype=np.float32)).view(len(ids), -1)
+
+
+def contenders(model: GPT, folder: Path, llama: Path | None) -> dict[str, Logits]:
     """Ours in every format, and llama.cpp's."""
     found: dict[str, Logits] = {f"gptfast {dtype}": model.compile_for_inference(dtype).logits for dtype in FORMATS}
-    for name in LLAMA_FILE_TYPES if importlib.util.find_spec("llama_cpp") else ():
+    programs = Programs(folder, torch.get_num_threads(), llama)
+    model.save_pretrained(programs.model)
+    for name in LLAMA_FILE_TYPES if llama else ():
         if name == "q4_K_M" and model.config.n_embd % 256:
             print(f"llama.cpp q4_K_M is left out: n_embd = {model.config.n_embd} is no multiple of its 256")
             continue
-        peer = LlamaCpp(model, name, folder)
-        found[f"llama.cpp {name}"] = lambda ids, peer=peer: peer.logits(ids, model.config.vocab_size)
+        worker = Process(name, programs.command(f"llama.cpp {name}"), programs.threads)
+        found[f"llama.cpp {name}"] = lambda ids, worker=worker: logits_of(worker, ids, folder)
     return found
 
 
@@ -73,12 +82,13 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--data", type=Path, required=True, help="folder that gptfast train or prepare made")
     parser.add_argument("--windows", type=int, default=64, help="stretches of block_size tokens, spread over the text")
+    parser.add_argument("--llama-bin", type=Path, help="llama_decode, built with llama.cpp")
     options = parser.parse_args()
     model = GPT.from_pretrained(options.model).eval()
     tokens, T = load_prepared(options.data).val, model.config.block_size
     starts = torch.linspace(0, len(tokens) - T - 1, options.windows).long().tolist()
     with tempfile.TemporaryDirectory() as folder:
-        models = contenders(model, Path(folder))
+        models = contenders(model, Path(folder), options.llama_bin)
         qualities = {name: Quality() for name in models}
         for start in starts:
             window = torch.tensor(tokens.tokens[start : start + T + 1].astype("int64"))
