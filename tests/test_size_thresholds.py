@@ -39,7 +39,7 @@ def differentiated(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...], upst
 
 def gelu(x: Tensor, weight: Tensor) -> list[Tensor]:
     """Results and gradients that have a row for each row of x."""
-    return differentiated((ops.gelu(x, weight),), (x,), x.detach())
+    return differentiated((ops.gelu(x, weight, "tanh"),), (x,), x.detach())
 
 
 def layer_norm(x: Tensor, weight: Tensor) -> list[Tensor]:
@@ -116,7 +116,7 @@ def test_chunks_of_rows(N, C, isa):
     for the last of a call)."""
     x, residual, dy = torch.randn(3, N, C)
     calls = {
-        "gelu": lambda rows, w, b: ops.gelu(x[rows], b) + 0 * w,
+        "gelu": lambda rows, w, b: ops.gelu(x[rows], b, "tanh") + 0 * w,
         "layer_norm": lambda rows, w, b: ops.layer_norm(x[rows], w, b),
         "add_layer_norm": lambda rows, w, b: ops.add_layer_norm(x[rows], residual[rows], w, b)[0],
     }
@@ -142,10 +142,10 @@ def test_chunks_of_rows(N, C, isa):
 )
 def test_gelu_of_any_number_of_values(n, isa):
     x = torch.randn(n, requires_grad=True)
-    whole = differentiated((ops.gelu(x),), (x,), x.detach())
+    whole = differentiated((ops.gelu(x, approximate="tanh"),), (x,), x.detach())
     for first in {0, max(n - 1000, 0)}:
         part = x.detach()[first : first + 1000].clone().requires_grad_()
-        for a, b in zip(whole, differentiated((ops.gelu(part),), (part,), part.detach()), strict=True):
+        for a, b in zip(whole, differentiated((ops.gelu(part, approximate="tanh"),), (part,), part.detach()), strict=True):
             assert torch.equal(a[first : first + 1000], b)
 
 

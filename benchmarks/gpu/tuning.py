@@ -22,7 +22,7 @@ def calls(bench: Bench) -> dict[str, Callable[[], Any]]:
     weight = ops.quantize_groups(bench.randn(64, 64), "int4")
     return {
         "layer_norm": lambda: ops.layer_norm(x, w, backend="triton"),
-        "gelu": lambda: ops.gelu(x, backend="triton"),
+        "gelu": lambda: ops.gelu(x, approximate="tanh", backend="triton"),
         "causal_attention": lambda: ops.causal_attention(q.detach(), q.detach(), q.detach(), backend="triton"),
         "causal_attention fwd+bwd": lambda: ops.causal_attention(q, q, q, backend="triton").sum().backward(),
         "quantized_linear": lambda: ops.quantized_linear(x, *weight, format="int4", backend="triton"),

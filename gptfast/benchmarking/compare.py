@@ -25,7 +25,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, **options: An
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
 
 
-def _gelu(x: Tensor, bias: Tensor | None, approximate: str = "tanh") -> Tensor:
+def _gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
     return F.gelu(x if bias is None else x + bias, approximate=approximate)
 
 

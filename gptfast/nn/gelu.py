@@ -9,7 +9,7 @@ from gptfast import ops
 
 
 class GELU(torch.nn.GELU):
-    """Drop-in for `torch.nn.GELU(approximate="none" | "tanh")`, through `gptfast.ops.gelu`."""
+    """Drop-in for `torch.nn.GELU(approximate="none" | "tanh")`, exact by default as that, through `gptfast.ops.gelu`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """GELU of every element; any shape."""

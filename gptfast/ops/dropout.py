@@ -14,7 +14,9 @@ from gptfast.ops._common import check_float, check_probability, fake
 from gptfast.ops.streams import stream
 
 
-def dropout(x: Tensor, p: float, seed: int | None = None, offset: int = 0, *, backend: str | None = None) -> Tensor:
+def dropout(
+    x: Tensor, p: float = 0.5, seed: int | None = None, offset: int = 0, *, backend: str | None = None
+) -> Tensor:
     """x / (1 - p) where an element is kept, 0 elsewhere (Srivastava et al., JMLR 15, 2014).
 
     p is rounded to a multiple of 1/65536. The mask is `dropout_mask((1, rows, C), p, seed=seed, offset=offset)` with
@@ -22,7 +24,8 @@ def dropout(x: Tensor, p: float, seed: int | None = None, offset: int = 0, *, ba
 
     Args:
         x: (..., C), float32, bfloat16, float16 or float64.
-        p: probability in [0, 1] of dropping an element; 1 drops everything.
+        p: probability in [0, 1] of dropping an element; 1 drops everything. There is no `training` as of `F.dropout`: call it
+            in training only.
         seed, offset: in [0, 2**64) and [0, 2**32). The same pair gives the same mask on every backend. A seed of None is
             drawn from torch's CPU generator, as `F.dropout` draws its mask: `torch.manual_seed` decides it.
         backend: see `gptfast.backend`.

@@ -20,7 +20,7 @@ from gptfast.ops._common import (
 )
 
 
-def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh", *, backend: str | None = None) -> Tensor:
+def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, backend: str | None = None) -> Tensor:
     """GELU(x + bias), equal to `F.gelu(x + bias, approximate=approximate)` but for rounding.
 
     z = x + bias;  "none": z Phi(z);  "tanh": 0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))
@@ -29,7 +29,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh", *, ba
     Args:
         x: (..., C), float32, bfloat16, float16 or float64.
         bias: (C,) or None.
-        approximate: "tanh" (GPT-2's) or "none" (exact).
+        approximate: "none" (exact, the default, as of `F.gelu`) or "tanh" (GPT-2's).
         backend: see `gptfast.backend`; None follows the surrounding choice.
     Returns:
         Tensor of x's shape and dtype. The gradient of `bias` is summed in fp32 in a fixed order.

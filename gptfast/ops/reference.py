@@ -123,7 +123,7 @@ def add_layer_norm(
     return layer_norm(total, weight, bias, eps), total
 
 
-def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     xf = _upcast(x) if bias is None else _upcast(x) + bias.to(_upcast(x).dtype)
     if approximate == "tanh":
         inner = math.sqrt(2 / math.pi) * (xf + 0.044715 * xf**3)
