@@ -97,7 +97,7 @@ def test_several_sequences_come_under_headings(run, chars):
     args = ("--model", path, "--prompt", prompts[0], "--prompt", prompts[1], "--num-return-sequences", 2)
     code, out, err = run(*args, "--max-new-tokens", 7)
     ids = [tokenizer.encode(text) for text in prompts]
-    rows = model.generate(ids, max_new_tokens=7, temperature=0.8, num_return_sequences=2)
+    rows = model.generate(ids, max_new_tokens=7, temperature=0.8, seed=0, num_return_sequences=2)
     parts = re.split(r"---- prompt (\d), continuation (\d) -+\n", out)[1:]
     assert code == 0 and list(zip(parts[::3], parts[1::3], strict=True)) == [
         ("1", "1"),
@@ -123,14 +123,14 @@ def test_strategies_reach_the_model(run, chars):
     _, out, _ = run("--model", path, "--prompt", "ROMEO:", "--overflow", "slide", "--max-new-tokens", 60, *flags)
     options = {"min_p": 0.05, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "stop_strings": ["z", "RO"]}
     options |= {"presence_penalty": 0.5, "frequency_penalty": -0.25}
-    options |= {"overflow": "slide", "max_new_tokens": 60, "temperature": 0.8, "tokenizer": tokenizer}
+    options |= {"overflow": "slide", "max_new_tokens": 60, "temperature": 0.8, "seed": 0, "tokenizer": tokenizer}
     assert out == tokenizer.decode(model.generate([ids], **options)[0]) + "\n"
     for guess in (("--prompt-lookup-num-tokens", 3), ("--assistant-model", path)):
         guessed = run(
             "--model", path, "--prompt", "ROMEO:", "--overflow", "slide", "--max-new-tokens", 60, *flags, *guess
         )
         assert guessed[1] == out
-    beams = {"num_beams": 3, "do_sample": True, "temperature": 0.8, "max_new_tokens": 9}
+    beams = {"num_beams": 3, "do_sample": True, "temperature": 0.8, "seed": 0, "max_new_tokens": 9}
     _, out, _ = run("--model", path, "--prompt", "ab", "--num-beams", 3, "--do-sample", "--max-new-tokens", 9)
     assert out.split("\n", 1)[1] == tokenizer.decode(model.generate([tokenizer.encode("ab")], **beams)[0]) + "\n"
 
@@ -160,7 +160,8 @@ def test_prompt_from_a_file_or_standard_input(run, chars, tmp_path, source):
 def test_a_new_document_begins_with_the_end_token(run, bpe):
     path, model, tokenizer = bpe
     code, out, _ = run("--model", path, "--prompt", "<|endoftext|>", "--max-new-tokens", 4)
-    row = model.generate([[tokenizer.eos_id]], max_new_tokens=4, temperature=0.8, eos_token_id=tokenizer.eos_id)[0]
+    options = {"max_new_tokens": 4, "temperature": 0.8, "seed": 0}
+    row = model.generate([[tokenizer.eos_id]], eos_token_id=tokenizer.eos_id, **options)[0]
     text = tokenizer.decode([token for token in row if token != tokenizer.eos_id])
     assert (code, out) == (0, f"<|endoftext|>{text}\n")
 

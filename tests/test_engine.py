@@ -148,9 +148,9 @@ def test_drawn_text_is_that_of_the_model() -> None:
     model, prompts = model_of("gpt2"), [[5, 6, 7], [9]]
     compiled = model.compile_for_inference("float32")
     for options in (
-        {},
-        {"top_k": 5},
-        {"top_p": 0.8, "temperature": 1.3},
+        {"seed": 0},
+        {"top_k": 5, "seed": 0},
+        {"top_p": 0.8, "temperature": 1.3, "seed": 0},
         {"seed": 2**64 - 1, "num_return_sequences": 3},
     ):
         options = {"max_new_tokens": 40, **options}
@@ -163,11 +163,11 @@ def test_drawn_text_is_that_of_the_model() -> None:
         {"num_beams": 4},
         {"num_beams": 3, "do_sample": True, "seed": 3},
         {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
-        {"min_p": 0.1},
+        {"min_p": 0.1, "seed": 0},
         {"temperature": 0.0, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
         {"temperature": 0.0, "prompt_lookup_num_tokens": 3},
-        {"top_k": 5, "prompt_lookup_num_tokens": 3},
-        {"overflow": "slide", "max_new_tokens": 170},
+        {"top_k": 5, "seed": 0, "prompt_lookup_num_tokens": 3},
+        {"overflow": "slide", "max_new_tokens": 170, "seed": 0},
     ],
     ids=str,
 )
@@ -183,9 +183,10 @@ def test_stream_and_logprobs() -> None:
 
     model = model_of("gpt2")
     compiled = model.compile_for_inference("float32")
-    steps = [step.tokens for step in stream(compiled, [[1, 2]], max_new_tokens=20)]
-    assert [tokens[0] for tokens in steps] == compiled.generate([[1, 2]], max_new_tokens=20)[0][2:]
-    ours, theirs = (m.generate([[1, 2]], max_new_tokens=20, return_logprobs=True) for m in (compiled, model))
+    steps = [step.tokens for step in stream(compiled, [[1, 2]], max_new_tokens=20, seed=0)]
+    assert [tokens[0] for tokens in steps] == compiled.generate([[1, 2]], max_new_tokens=20, seed=0)[0][2:]
+    options = {"max_new_tokens": 20, "seed": 0, "return_logprobs": True}
+    ours, theirs = (m.generate([[1, 2]], **options) for m in (compiled, model))
     assert ours.sequences == theirs.sequences
     assert ours.logprobs[0] == pytest.approx(theirs.logprobs[0], abs=1e-4)
 
@@ -215,6 +216,7 @@ def test_text_ends_with_an_end_token() -> None:
     options = {
         "max_new_tokens": 50,
         "temperature": 2.0,
+        "seed": 0,
         "eos_token_id": list(range(0, 300, 10)),
         "num_return_sequences": 2,
     }
@@ -235,8 +237,8 @@ def test_text_up_to_the_end_of_the_context() -> None:
 def test_text_does_not_depend_on_the_batch() -> None:
     compiled = model_of("gpt2").compile_for_inference("int4", threads=2)
     prompts = [ids_of("gpt2")[0, n : n + 1 + n].tolist() for n in range(9)]
-    together = compiled.generate(prompts, max_new_tokens=30)
-    assert together == [compiled.generate([prompt], max_new_tokens=30)[0] for prompt in prompts]
+    together = compiled.generate(prompts, max_new_tokens=30, seed=0)
+    assert together == [compiled.generate([prompt], max_new_tokens=30, seed=0)[0] for prompt in prompts]
 
 
 def test_nan_logits_are_an_error() -> None:
@@ -308,11 +310,11 @@ def test_a_fork_waits_until_a_model_is_packed(monkeypatch: pytest.MonkeyPatch) -
 
 def test_several_engines_and_callers_at_once() -> None:
     engines = [model_of("gpt2").compile_for_inference(dtype, threads=2) for dtype in ("int8", "int8", "float32")]
-    expected = [engine.generate([[1, 2]], max_new_tokens=20) for engine in engines]
+    expected = [engine.generate([[1, 2]], max_new_tokens=20, seed=0) for engine in engines]
     results: dict[int, object] = {}
 
     def run(n: int) -> None:
-        results[n] = engines[n % 3].generate([[1, 2]], max_new_tokens=20)
+        results[n] = engines[n % 3].generate([[1, 2]], max_new_tokens=20, seed=0)
 
     callers = [threading.Thread(target=run, args=(n,)) for n in range(6)]
     for caller in callers:
@@ -380,7 +382,8 @@ def test_a_gpt_writes_with_the_engine_where_it_can(monkeypatch: pytest.MonkeyPat
     model.generate([[1]], max_new_tokens=1)
     assert not calls, "in training mode"
     model.eval().generate([[1]], max_new_tokens=2)
-    assert calls == [{"max_new_tokens": 2, "eos_token_id": None}], "end tokens of the checkpoint, of which it has none"
+    ends = {"eos_token_id": None, "pad_token_id": None}
+    assert calls == [{"max_new_tokens": 2, **ends}], "end tokens of the checkpoint, of which it has none"
     with gptfast.backend("eager"):
         model.generate([[1]], max_new_tokens=1)
     with torch.autocast("cpu", torch.bfloat16):

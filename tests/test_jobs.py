@@ -41,7 +41,7 @@ def source(tmp_path):
 
 
 def work(source, chars, **options):
-    return read_jobs(source, chars[1], chars[2], {"temperature": 0.8, **options})
+    return read_jobs(source, chars[1], chars[2], {"temperature": 0.8, "seed": 0, **options})
 
 
 def test_every_line_is_its_single_run_in_the_order_of_the_input(chars, source, tmp_path, run):  # noqa: F811

@@ -433,7 +433,11 @@ def bad(value: int) -> Tensor:
         ((bad(-1),), ValueError, "ids holds token id -1"),
         ((bad(-100),), ValueError, "ids holds token id -100"),
         ((IDS, bad(V + 7)), ValueError, f"targets holds token id {V + 7}"),
-        ((IDS, bad(-1)), ValueError, "targets holds token id -1"),
+        (
+            (IDS, bad(-1)),
+            ValueError,
+            rf"targets holds -1; expected ids in \[0, {V}\), or -100 where .* ignore_index=-1 says",
+        ),
         ((IDS.float(),), TypeError, "ids has dtype torch.float32; expected a tensor of token ids, int64 or int32"),
         (([[1, 2]],), TypeError, "ids is a list"),
         ((IDS, IDS.int()), TypeError, "targets has dtype torch.int32"),

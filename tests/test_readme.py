@@ -13,6 +13,8 @@ import torch
 
 from gptfast import ops
 from gptfast.backend import has_kernel
+from gptfast.generation import arguments
+from gptfast.models import inputs
 from gptfast.testing import DTYPES, cases
 
 README = Path(__file__).parent.parent / "README.md"
@@ -69,6 +71,28 @@ def test_the_python_runs(tmp_path, capsys):
     model.save_pretrained(tmp_path)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()(tokens, labels=tokens).loss
     assert model(tokens[:, :-1], tokens[:, 1:])[1].item() == pytest.approx(theirs.item(), abs=1e-4)
+
+
+def test_the_page_for_newcomers_runs(tmp_path, monkeypatch):
+    """docs/coming-from.md, block by block, with a tiny model of transformers and a tokenizer of words."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = {word: n for n, word in enumerate(["[PAD]", "[END]", *"abcdefgh"])}
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[PAD]"))
+    split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tok = transformers.PreTrainedTokenizerFast(tokenizer_object=split, pad_token="[PAD]", eos_token="[END]")
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": len(words)}
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, pad_token_id=0, eos_token_id=1)).eval()
+    monkeypatch.chdir(tmp_path)
+    page = (README.parent / "docs/coming-from.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 4
+    namespace: dict[str, Any] = {"hf": hf, "tok": tok}
+    for n, code in enumerate(blocks):
+        exec(compile(code, f"coming-from.md, block {n}", "exec"), namespace)
+    assert transformers.GPT2LMHeadModel.from_pretrained("back").config.vocab_size == len(words)
+    names = set(re.findall(r"^\| `(\w+)`(?:, `\w+`)* \| ", page, re.M))
+    refused = {name for name in names if name in arguments.REFUSED or name in inputs.REFUSED}
+    assert refused >= {"token_type_ids", "past_key_values", "bad_words_ids", "sequence_bias", "min_new_tokens"}
 
 
 def test_the_tree_exists():

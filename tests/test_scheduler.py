@@ -184,7 +184,7 @@ def test_a_request_that_fails_leaves_the_others_alone(model):
     scheduler = Scheduler(model, max_rows=4)
     good = scheduler.submit([1, 2, 3], max_new_tokens=6, seed=1)
     banned = dict.fromkeys(range(V), float("-inf"))
-    bad = scheduler.submit([7], max_new_tokens=6, logit_bias=banned, num_return_sequences=2)
+    bad = scheduler.submit([7], max_new_tokens=6, logit_bias=banned, num_return_sequences=2, seed=0)
     scheduler.run()
     assert "no token is left" in str(bad.error) and {row.finish for row in bad.rows} == {"error"}
     assert good.error is None and good.rows[0].tokens == model.generate([[1, 2, 3]], max_new_tokens=6, seed=1)[0]
@@ -196,10 +196,14 @@ def test_a_request_that_fails_leaves_the_others_alone(model):
     [
         (
             [1],
-            {"num_return_sequences": 3},
+            {"num_return_sequences": 3, "seed": 0},
             "num_return_sequences=3 of 1 .* never fit into max_rows=2, max_positions=60",
         ),
-        ([1], {"num_return_sequences": 2, "max_new_tokens": 40}, "never fit into max_rows=2, max_positions=60"),
+        (
+            [1],
+            {"num_return_sequences": 2, "max_new_tokens": 40, "seed": 0},
+            "never fit into max_rows=2, max_positions=60",
+        ),
         ([], {}, "prompt is empty"),
         ([V], {}, "prompt holds token id 61"),
         (
@@ -227,7 +231,7 @@ def test_the_window_is_a_function_of_the_length():
 SAMPLERS = {
     "greedy": {"temperature": 0},
     "drawn": {"temperature": 0.9, "top_p": 0.95, "seed": 3},
-    "processed": {"temperature": 1.2, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_p": 0.02},
+    "processed": {"temperature": 1.2, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_p": 0.02, "seed": 0},
     "ended": {"eos_token_id": list(range(0, 20)), "seed": 8},
 }
 
@@ -301,7 +305,7 @@ def test_speculation_draws_from_the_models_distribution(tmp_path):
     model = make_pair("gpt2", tmp_path, 6, 16, layers=1)[1]
     assistant = Biased(model, 3)
     rows = model.generate(
-        [[1, 2]], assistant_model=assistant, max_new_tokens=3, temperature=4.0, num_return_sequences=3000
+        [[1, 2]], assistant_model=assistant, max_new_tokens=3, temperature=4.0, num_return_sequences=3000, seed=0
     )
     assert assistant.calls > 0
     first = next_probs(model, [1, 2])

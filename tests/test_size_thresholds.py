@@ -145,7 +145,9 @@ def test_gelu_of_any_number_of_values(n, isa):
     whole = differentiated((ops.gelu(x, approximate="tanh"),), (x,), x.detach())
     for first in {0, max(n - 1000, 0)}:
         part = x.detach()[first : first + 1000].clone().requires_grad_()
-        for a, b in zip(whole, differentiated((ops.gelu(part, approximate="tanh"),), (part,), part.detach()), strict=True):
+        for a, b in zip(
+            whole, differentiated((ops.gelu(part, approximate="tanh"),), (part,), part.detach()), strict=True
+        ):
             assert torch.equal(a[first : first + 1000], b)
 
 

@@ -21,7 +21,7 @@ from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_fo
 from gptfast.engine.sequences import PANEL, EngineSequences
 from gptfast.generation.sequences import usual_threads
 from gptfast.models.difference import difference, true_config
-from gptfast.models.metadata import Metadata, end_option, metadata_of
+from gptfast.models.metadata import Metadata, metadata_of
 
 if TYPE_CHECKING:
     from gptfast.models import GPT, GPTConfig
@@ -128,12 +128,12 @@ class CompiledGPT:
             one.release(index)
         return parts[0] if ids.dim() == 1 else torch.stack(parts)
 
-    def generate(self, ids: Any, **options: Any) -> Any:
-        """Continue `ids`, with the options and the default eos_token_id of `GPT.generate`."""
+    def generate(self, ids: Any = None, max_new_tokens: int | None = None, **options: Any) -> Any:
+        """Continue `ids`, with the options of `GPT.generate`, and eos_token_id and pad_token_id by default as there."""
         from gptfast.engine.generate import generate
 
-        options.setdefault("eos_token_id", end_option(self.metadata.end_tokens(self.config.vocab_size)))
-        return generate(self, ids, **options)
+        ends = self.metadata.ends(self.config.vocab_size)
+        return generate(self, ids, **{**ends, "max_new_tokens": max_new_tokens, **options})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the packed model to a file that `gptfast.engine.load` maps at once.

@@ -11,8 +11,8 @@ from gptfast.engine.automatic import engine_for
 from gptfast.engine.sequences import empty_logits
 from gptfast.generation import GenerationConfig
 from gptfast.generation import generate as generate_by_steps
+from gptfast.generation.arguments import unpack
 from gptfast.generation.choose import FAULTS
-from gptfast.generation.decode import as_tensor
 from gptfast.generation.prompts import read_prompts
 from gptfast.generation.sequences import Sampling
 from gptfast.generation.textless import choosing_text
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
 INSIDE = (
     "max_new_tokens",
+    "max_length",
     "do_sample",
     "temperature",
     "top_k",
     "top_p",
     "seed",
     "eos_token_id",
+    "pad_token_id",
     "usable_vocab",
     "num_return_sequences",
 )
@@ -38,16 +40,17 @@ BLOCK = 16  # tokens between two looks at the keyboard (Ctrl-C)
 
 def generate(model: CompiledGPT, ids: Any, **options: Any) -> Any:
     """Continue `ids`; see `gptfast.generation.generate`, whose tokens these are."""
+    ids, mask, options = unpack(ids, options)
     names = {field.name for field in fields(GenerationConfig)}
     known = names.issuperset(options.keys() - {"tokenizer"})
     config = GenerationConfig.of(**{name: options[name] for name in options.keys() & names}) if known else None
     if config is not None:
         config = choosing_text(config, options.get("tokenizer"), model.config.vocab_size)
     if config is None or not runs_inside(config):
-        return generate_by_steps(model, ids, **_with_quick_assistant(options))
-    prompts = read_prompts(ids, model, config)
-    rows = _generate(model, prompts, config)
-    return as_tensor(rows, config, ids.device) if isinstance(ids, Tensor) else rows
+        return generate_by_steps(model, ids, attention_mask=mask, **_with_quick_assistant(options))
+    prompts, config = read_prompts(ids, mask, model, config)
+    rows = _generate(model, prompts.rows, config.with_seed(), apart=config.seed is None)
+    return prompts.returned(rows, config)
 
 
 def _with_quick_assistant(options: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +67,8 @@ def runs_inside(config: GenerationConfig) -> bool:
     return all(getattr(config, name) == getattr(plain, name) for name in names)
 
 
-def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationConfig, apart: bool) -> list[list[int]]:
+    """The texts. `apart`: nobody named the seed, and equal prompts get different draws."""
     copies, total = config.num_return_sequences, len(prompts) * config.num_return_sequences
     sequences = model.sequences(total, max(map(len, prompts)) + config.max_new_tokens)
     texts = [list(prompt) for prompt in prompts for _ in range(copies)]
@@ -77,7 +81,7 @@ def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationCo
         if copies > 1:
             for copy in logits[n * copies : (n + 1) * copies]:
                 _copy(copy, read[n])
-    active, temperature = list(range(total)), config.temperature if config.draws else 0.0
+    active, temperature, seed = list(range(total)), config.temperature if config.draws else 0.0, config.seed or 0
     for begin in range(0, config.max_new_tokens, BLOCK):
         steps = min(BLOCK, config.max_new_tokens - begin)
         new = sequences.decode(
@@ -86,7 +90,7 @@ def _generate(model: CompiledGPT, prompts: list[list[int]], config: GenerationCo
             steps=steps,
             more=begin + steps < config.max_new_tokens,
             samplings=[
-                Sampling(temperature, config.top_k, config.top_p, config.seed, n % copies, config.usable_vocab)
+                Sampling(temperature, config.top_k, config.top_p, seed, n if apart else n % copies, config.usable_vocab)
                 for n in active
             ],
             ends=config.eos_ids,

@@ -23,6 +23,7 @@ BLOCK = 256  # tokens of which `largest` looks at the best first
 class Group:
     """The search of K beams from one prompt.
 
+    first_stream: of the noise of its beams, where these are drawn.
     running: K sequences (new tokens only), best first, with their log-probabilities in `scores`.
     taken: the last tokens of the best K that no end token or stop string has ended.
     ended: at most K (score, new tokens), best first; the score is log-probability / length ** length_penalty.
@@ -32,6 +33,7 @@ class Group:
     prompt: list[int]
     config: GenerationConfig
     stopping: Stopping
+    first_stream: int = 0
     running: list[list[int]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
@@ -96,7 +98,7 @@ class Group:
         if self.config.draws:
             beams = torch.arange(self.K, device="cpu")
             position = torch.full_like(beams, len(self.prompt) + len(self.running[0]))
-            noisy = logprobs + rng.gumbel_noise(V, self.config.seed, position, beams)
+            noisy = logprobs + rng.gumbel_noise(V, self.config.seed or 0, position, self.first_stream + beams)
         scores = torch.tensor(self.scores, dtype=torch.float32, device="cpu")[:, None]
         keep = min(max(2, 1 + len(self.config.eos_ids)) * self.K, logprobs.numel())
         tokens = largest(noisy, min(keep, V))  # (K, keep): of each beam, as if all came from it
@@ -153,14 +155,16 @@ class Search:
 
 
 def beam_search(
-    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping, apart: bool = False
 ) -> tuple[list[list[int]], list[float]]:
     """The best `num_return_sequences` continuations of each prompt: prompt and new tokens, and their scores.
+
+    apart: equal prompts get different draws.
 
     Each step takes the 2 K best extensions of a prompt's K beams (more with several end tokens); those of the first K
     that end are kept by their normalised score, and the best K that go on are the next beams.
     """
-    searches, logits, sequences = _start(model, prompts, config, stopping)
+    searches, logits, sequences = _start(model, prompts, config, stopping, apart)
     while True:
         with beside(sequences):
             logprobs = _logprobs(logits).split([len(search.rows) for search in searches])
@@ -180,18 +184,18 @@ def beam_search(
 
 
 def _start(
-    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping
+    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping, apart: bool
 ) -> tuple[list[Search], Tensor, Sequences]:
     """Read every prompt once; returns the searches, the logits of all their rows, and the rows' sequences."""
     K, groups = config.num_beams, config.num_beam_groups
     longest = max(map(len, prompts)) + config.max_new_tokens
     sequences = model.sequences(len(prompts) * K, longest)
     searches, logits = [], []
-    for prompt in prompts:
-        row = sequences.add()[0]
+    for n, prompt in enumerate(prompts):
+        row, first = sequences.add()[0], n * K if apart else 0
         logits += [sequences.extend([row], [prompt])] * K
         rows = [row, *sequences.add(K - 1, like=row)]
-        searches.append(Search([Group(K // groups, prompt, config, stopping) for _ in range(groups)], rows))
+        searches.append(Search([Group(K // groups, prompt, config, stopping, first) for _ in range(groups)], rows))
     return searches, torch.cat(logits), sequences
 
 

@@ -120,8 +120,8 @@ def sampling_of(context: Context) -> Sampling:
     if not config.draws:
         return Sampling(0.0, 0, 1.0, 0, stream, vocab)
     if config.min_p:  # `_process` has made all cuts
-        return Sampling(1.0, 0, 1.0, config.seed, stream, vocab)
-    return Sampling(config.temperature, config.top_k, config.top_p, config.seed, stream, vocab)
+        return Sampling(1.0, 0, 1.0, config.seed or 0, stream, vocab)
+    return Sampling(config.temperature, config.top_k, config.top_p, config.seed or 0, stream, vocab)
 
 
 def _fault(top: float) -> int:

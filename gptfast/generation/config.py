@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from gptfast import rng
+from gptfast.generation.checks import check_int, check_number, checked_bias, checked_tokens
+from gptfast.ops.streams import draw_seed
 
 LEAST_TEMPERATURE = 2**-126  # below, `ops.sample` takes the most likely token
-LARGEST = (2 - 2**-23) * 2.0**127  # scores are fp32
+MAX_NEW_TOKENS = 64  # unless said otherwise, and as far as the model has room
+_OPEN: Any = None  # not given: `__post_init__` decides, or, where the prompts do, `with_room`
+_DRAWING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # what they are where they are not given
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How text is continued.
+    """How text is continued. By default greedily: the most likely token each time, as in transformers.
 
     Args:
-        max_new_tokens: at most so many tokens are added to each prompt.
-        do_sample: whether tokens are drawn; None: they are unless the temperature is 0 or there are beams.
-        temperature: divides the logits; 0 takes the most likely token (greedy).
-        top_k: draw among the k most likely tokens; 0: all.
-        top_p: draw among the fewest most likely tokens whose mass reaches p; in (0, 1].
-        min_p: draw among tokens at least min_p times as likely as the most likely one; in [0, 1].
-        seed: of the draws, in [0, 2**64). A token depends on (seed, its position, number of the return sequence, logits)
+        max_new_tokens: at most so many tokens are added to each prompt; None: 64, or what room the block_size leaves behind
+            the longest prompt of the call, whichever is less.
+        max_length: the same, the longest prompt included (in a tensor its padding too). Where both are given,
+            max_new_tokens counts, as in transformers.
+        do_sample: whether tokens are drawn. None: they are if one of temperature (not 0), top_k, top_p, min_p and seed is
+            given, and there are no beams.
+        temperature: divides the logits; 0 takes the most likely token (greedy). None: 1.
+        top_k: draw among the k most likely tokens; 0 or None: all.
+        top_p: draw among the fewest most likely tokens whose mass reaches p; in (0, 1]. None: 1.
+        min_p: draw among tokens at least min_p times as likely as the most likely one; in [0, 1]. None: 0.
+        seed: of the draws, in [0, 2**64). None: every call draws one from torch's CPU generator, so that
+            `torch.manual_seed` decides the text and two calls differ, and each prompt has draws of its own. With a seed the
+            same call writes the same text again: a token depends on (seed, its position, number of the return sequence, logits)
             and on nothing else in the batch. Logits can differ in their last bits with the number of rows, as the
             matrix library rounds differently, which tips a token where two are all but tied (rare; more so in bf16);
             under GPTFAST_GEMM=own they do not on the CPU.
         eos_token_id: an id, or a list of several: a sequence ends with the first of them that comes. None: only
             max_new_tokens ends it.
+        pad_token_id: what rows of a tensor that have ended are filled up with; None: the first eos_token_id, or 0. In a
+            tensor without attention_mask it is padding where a row begins or ends with it, if there are end tokens and it is
+            none.
         stop_strings: a text, or several: a sequence ends with the token that completes one in the new text; needs
             `tokenizer=` beside it.
         repetition_penalty: the score of a token that the sequence or its prompt holds is divided by it where above 0,
@@ -62,14 +75,16 @@ class GenerationConfig:
         TypeError, ValueError: a value of the wrong type or out of range, or two that contradict each other.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = _OPEN
+    max_length: int | None = None
     do_sample: bool | None = None
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
+    temperature: float = _OPEN
+    top_k: int = _OPEN
+    top_p: float = _OPEN
+    min_p: float = _OPEN
+    seed: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
     stop_strings: str | tuple[str, ...] | None = None
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -90,16 +105,18 @@ class GenerationConfig:
     num_assistant_tokens: int = 5
 
     def __post_init__(self) -> None:
+        self._decide_drawing()
         for name, least in _INTS.items():
-            _check_int(name, getattr(self, name), least)
+            if name not in _MAY_BE_NONE or getattr(self, name) is not None:
+                check_int(name, getattr(self, name), least)
         for name in _NUMBERS:
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         self._check_ranges()
         self._check_ends()
         if self.logit_bias is not None:
-            object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+            object.__setattr__(self, "logit_bias", checked_bias(self.logit_bias))
         if self.suppress_tokens is not None:
-            object.__setattr__(self, "suppress_tokens", _checked_tokens(self.suppress_tokens))
+            object.__setattr__(self, "suppress_tokens", checked_tokens(self.suppress_tokens))
         self._check_drawing()
         if self.num_beams > 1:
             self._check_beams()
@@ -108,6 +125,15 @@ class GenerationConfig:
                 f"generate: num_beam_groups={self.num_beam_groups}, diversity_penalty={self.diversity_penalty} with one "
                 "beam; they are for beam search - set num_beams, or leave them out"
             )
+
+    def _decide_drawing(self) -> None:
+        """Fill in what is not given, and whether tokens are drawn."""
+        asked = self.seed is not None or any(getattr(self, name) is not None for name in _DRAWING)
+        for name, value in _DRAWING.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.do_sample is None and self.num_beams == 1 and self.temperature != 0:
+            object.__setattr__(self, "do_sample", asked)
 
     def _check_ranges(self) -> None:
         if self.temperature < 0:
@@ -122,7 +148,8 @@ class GenerationConfig:
             )
         if self.diversity_penalty < 0:
             raise ValueError(f"generate: diversity_penalty is {self.diversity_penalty}; expected a number >= 0")
-        rng.check_counter("generate", "seed", self.seed, 64)
+        if self.seed is not None:
+            rng.check_counter("generate", "seed", self.seed, 64)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"generate: early_stopping is {self.early_stopping!r}; expected True, False or 'never'")
         if self.overflow not in ("error", "slide"):
@@ -132,7 +159,7 @@ class GenerationConfig:
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for token in self.eos_ids:
-            _check_int("eos_token_id", token, 0)
+            check_int("eos_token_id", token, 0)
         stops = self.stop_strings
         stops = (stops,) if isinstance(stops, str) else () if stops is None else stops
         if not isinstance(stops, (tuple, list)):
@@ -156,6 +183,11 @@ class GenerationConfig:
                 f"generate: do_sample=False with {self._drawing_options()}; without drawing these mean nothing - leave "
                 "them or do_sample out"
             )
+        if self.num_return_sequences > self.num_beams == 1 and self.do_sample is False and self.temperature != 0:
+            raise ValueError(
+                f"generate: num_return_sequences is {self.num_return_sequences} without drawing, which writes the same text "
+                "each time; give do_sample=True, a temperature or a seed, or as many num_beams"
+            )
 
     def _check_beams(self) -> None:
         if self.num_return_sequences > self.num_beams:
@@ -168,7 +200,7 @@ class GenerationConfig:
                 f"generate: num_beams={self.num_beams} with {self._drawing_options()}; beam search draws nothing - leave "
                 "these at their defaults, or set do_sample=True"
             )
-        if abs(self.length_penalty) * math.log(self.max_new_tokens) > 700:  # exp(709) is the largest double
+        if abs(self.length_penalty) * math.log(self.max_new_tokens or 1) > 700:  # exp(709) is the largest double
             raise ValueError(
                 f"generate: length_penalty is {self.length_penalty}; {self.max_new_tokens} new tokens to this power is "
                 "beyond the range of a float - use something between -2 and 2"
@@ -209,14 +241,39 @@ class GenerationConfig:
     @property
     def draws(self) -> bool:
         """Whether tokens are drawn, and not the most likely taken."""
-        wanted = self.num_beams == 1 if self.do_sample is None else self.do_sample
-        return wanted and self.temperature >= LEAST_TEMPERATURE
+        return bool(self.do_sample) and self.temperature >= LEAST_TEMPERATURE
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens that end a sequence."""
         eos = self.eos_token_id
         return eos if isinstance(eos, tuple) else () if eos is None else (eos,)
+
+    def with_room(self, width: int, longest: int, limit: int) -> GenerationConfig:
+        """The config with a max_new_tokens.
+
+        Args:
+            width: of the longest prompt with its padding, which max_length counts.
+            longest: tokens of the longest prompt.
+            limit: the most positions.
+        Raises:
+            ValueError: max_length leaves no room.
+        """
+        if self.max_new_tokens is not None:
+            return self if self.max_length is None else replace(self, max_length=None)
+        if self.max_length is not None:
+            if self.max_length <= width:
+                raise ValueError(
+                    f"generate: max_length is {self.max_length} and the longest prompt has {width} tokens; max_length counts "
+                    "prompt and new tokens - raise it, or give max_new_tokens, which counts new ones alone"
+                )
+            return replace(self, max_new_tokens=self.max_length - width)
+        room = MAX_NEW_TOKENS if self.overflow == "slide" else min(MAX_NEW_TOKENS, limit - longest)
+        return replace(self, max_new_tokens=max(1, room))  # 1 where there is no room: `check_prompt` says so
+
+    def with_seed(self) -> GenerationConfig:
+        """The config with a seed, if it draws: one from torch's generator where none was given."""
+        return replace(self, seed=draw_seed()) if self.draws and self.seed is None else self
 
     @classmethod
     def of(cls, **options: Any) -> GenerationConfig:
@@ -230,6 +287,8 @@ class GenerationConfig:
 
 _INTS = {  # and the least that each may be
     "max_new_tokens": 1,
+    "max_length": 1,
+    "pad_token_id": 0,
     "top_k": 0,
     "num_return_sequences": 1,
     "num_beams": 1,
@@ -240,41 +299,8 @@ _INTS = {  # and the least that each may be
     "max_matching_ngram_size": 1,
     "num_assistant_tokens": 1,
 }
+_MAY_BE_NONE = ("max_new_tokens", "max_length", "pad_token_id")
 _NUMBERS = (
     *("temperature", "top_p", "min_p", "length_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     "diversity_penalty",
 )
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"generate: {name} is {value!r}; expected an int")
-    if value < least:
-        raise ValueError(f"generate: {name} is {value}; expected at least {least}")
-    if value >= 2**63:
-        raise ValueError(f"generate: {name} is {value}; expected less than 2**63")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"generate: {name} is {value!r}; expected a number")
-    if not -LARGEST <= value <= LARGEST:
-        raise ValueError(f"generate: {name} is {value}; expected a finite number, in the range of 32 bits")
-
-
-def _checked_bias(bias: Any) -> dict[int, float]:
-    if not isinstance(bias, Mapping):
-        raise TypeError(f"generate: logit_bias is a {type(bias).__name__}; expected {{token id: number}}")
-    for token, value in bias.items():
-        _check_int("a token of logit_bias", token, 0)
-        if not (isinstance(value, (int, float)) and value < -LARGEST):
-            _check_number(f"logit_bias[{token}]", value)
-    return {token: value if value >= -LARGEST else -math.inf for token, value in bias.items()}
-
-
-def _checked_tokens(tokens: Any) -> tuple[int, ...] | None:
-    if not isinstance(tokens, (list, tuple)):
-        raise TypeError(f"generate: suppress_tokens is {tokens!r}; expected a list of token ids")
-    for token in tokens:
-        _check_int("a token of suppress_tokens", token, 0)
-    return tuple(dict.fromkeys(tokens)) or None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptfast.generation import graphed
+from gptfast.generation.arguments import unpack
 from gptfast.generation.beam import beam_search
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import check_ids, read_prompt, read_prompts
@@ -69,7 +70,7 @@ class Streamer(Protocol):
 
 def generate(
     model: LanguageModel,
-    ids: Any,
+    ids: Any = None,
     *,
     tokenizer: Any = None,
     assistant_model: LanguageModel | None = None,
@@ -77,28 +78,32 @@ def generate(
     return_logprobs: bool = False,
     **options: Any,
 ) -> Any:
-    """Continue prompts, as `transformers.generate` returns them: prompt and new tokens.
+    """Continue prompts, as `transformers.generate` returns them: prompt and new tokens. Greedily, unless told otherwise.
 
     Args:
         model: a GPT, whose training flags are the same afterwards, or a compiled engine.
         ids: (B, T) or (T,) tensor of integers; or a list of id lists of any lengths, which are not padded (or one list of
-            ids, or numpy arrays).
+            ids, or numpy arrays). Or a BatchEncoding or dict with input_ids, which may be expanded (**batch) too;
+            input_ids= is another name.
         tokenizer: of `gptfast.tokenizer`, for stop_strings; and ids for which it has no token are not chosen (see
             `GenerationConfig.usable_vocab`).
         assistant_model: a smaller model of the same vocabulary that guesses tokens ahead (speculative decoding): the
             text is the same, sooner.
         streamer: is told the tokens as they come; for one prompt with one return sequence.
         return_logprobs: whether to return a `Generation`.
-        options: the fields of `GenerationConfig`.
+        options: the fields of `GenerationConfig`; and attention_mask, shaped as ids: 0 where these are padding, on the left or
+            the right. A row is continued as without its padding, and returned with it, the new tokens behind.
     Returns:
-        For a tensor: (B * num_return_sequences, T + n) int64, ended rows filled up with the (first) eos_token_id. For
-        lists: one id list per prompt and return sequence. An eos token is part of its sequence. With return_logprobs: a
-        `Generation` with these.
+        For a tensor: (B * num_return_sequences, T + n) int64, ended rows filled up with pad_token_id, or the (first)
+        eos_token_id. For lists: one id list per prompt and return sequence. An eos token is part of its sequence. With
+        return_logprobs: a `Generation` with these.
     Raises:
         TypeError, ValueError: see `GenerationConfig` and `read_prompts`.  RuntimeError: the logits hold nan.
     """
+    ids, mask, options = unpack(ids, options)
     config = choosing_text(GenerationConfig.of(**options), tokenizer, model.config.vocab_size)
-    prompts = read_prompts(ids, model, config)
+    given, config = read_prompts(ids, mask, model, config)
+    prompts, apart, config = given.rows, config.seed is None, config.with_seed()
     stopping = Stopping(config, tokenizer)
     if streamer is not None and (len(prompts) * config.num_return_sequences > 1 or config.num_beams > 1):
         raise ValueError(
@@ -110,15 +115,27 @@ def generate(
     if assistant_model is not None:
         check_assistant(assistant_model, model, config)
     if config.num_beams > 1:
-        rows, scores = beam_search(model, prompts, config, stopping)
+        rows, scores = beam_search(model, prompts, config, stopping, apart)
         copies = [prompt for prompt in prompts for _ in range(config.num_return_sequences)]
         logprobs = [score(model, row, len(p)) for row, p in zip(rows, copies, strict=True)] if return_logprobs else []
     else:
-        requests = [Request(prompt, config, stopping, logprobs=return_logprobs) for prompt in prompts]
+        requests = _requests(prompts, config, stopping, apart, logprobs=return_logprobs)
         logprobs = _run(model, requests, assistant_model, streamer)
         rows, scores = [row.tokens for request in requests for row in request.rows], None
-    sequences = as_tensor(rows, config, ids.device) if isinstance(ids, Tensor) else rows
+    sequences = given.returned(rows, config)
     return Generation(sequences, logprobs, scores) if return_logprobs else sequences
+
+
+def _requests(
+    prompts: list[list[int]], config: GenerationConfig, stopping: Stopping, apart: bool, **told: Any
+) -> list[Request]:
+    """A request for each prompt. `apart`: nobody named the seed, and equal prompts get different draws."""
+    copies = config.num_return_sequences
+    firsts = [n * copies if apart else 0 for n in range(len(prompts))]
+    return [
+        Request(prompt, config, stopping, first_stream=first, **told)
+        for prompt, first in zip(prompts, firsts, strict=True)
+    ]
 
 
 def _run(
@@ -168,7 +185,7 @@ def _raise_error(requests: list[Request]) -> None:
 
 def stream(
     model: LanguageModel,
-    ids: Any,
+    ids: Any = None,
     *,
     tokenizer: Any = None,
     assistant_model: LanguageModel | None = None,
@@ -188,16 +205,18 @@ def stream(
     Raises:
         TypeError, ValueError: as `generate`.
     """
+    ids, mask, options = unpack(ids, options)
     config = GenerationConfig.of(**options)
     if config.num_beams > 1:
         raise ValueError("stream: num_beams must be 1; beams change their past until the end - use generate")
     check_top("stream", top)
+    given, config = read_prompts(ids, mask, model, config)
+    prompts, apart, config = given.rows, config.seed is None, config.with_seed()
     stopping = Stopping(config, tokenizer)
-    prompts = read_prompts(ids, model, config)
     if assistant_model is not None:
         check_assistant(assistant_model, model, config)
-    temperature = config.temperature or 1.0
-    requests = [Request(prompt, config, stopping, logprobs, top, temperature) for prompt in prompts]
+    told = {"logprobs": logprobs, "top": top, "top_temperature": config.temperature or 1.0}
+    requests = _requests(prompts, config, stopping, apart, **told)
     return _steps(model, requests, assistant_model)
 
 
@@ -254,10 +273,3 @@ def all_logprobs(model: LanguageModel, row: list[int]) -> Tensor:
     sequences = model.sequences(1, len(row) - 1)
     with beside(sequences):
         return sequences.extend(sequences.add(), [row[:-1]], last_only=False)[0].log_softmax(-1)
-
-
-def as_tensor(rows: list[list[int]], config: GenerationConfig, device: torch.device) -> Tensor:
-    """(rows, longest), those that ended filled up with the first end token."""
-    longest, fill = max(map(len, rows)), (config.eos_ids or (0,))[0]
-    whole = [row + [fill] * (longest - len(row)) for row in rows]
-    return torch.tensor(whole, dtype=torch.int64, device=device)

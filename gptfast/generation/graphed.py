@@ -111,7 +111,8 @@ def _sampling(config: GenerationConfig) -> dict[str, Any]:
     vocab = {"vocab": config.usable_vocab} if config.usable_vocab else {}
     if not config.draws:
         return {"temperature": 0.0, **vocab}
-    options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": config.seed}
+    options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    options["seed"] = config.seed or 0
     return {**options, **vocab}
 
 
@@ -207,7 +208,10 @@ class Decoder:
             self.state.logits[first : first + len(copies)] = logits.float()
             request.rows = [Row(request, n, first + n, list(request.prompt)) for n in copies]
             rows += request.rows
-        for name, values in (("lengths", [len(row.tokens) for row in rows]), ("streams", [row.stream for row in rows])):
+        for name, values in (
+            ("lengths", [len(row.tokens) for row in rows]),
+            ("streams", [row.request.first_stream + row.stream for row in rows]),
+        ):
             getattr(self.state, name)[: len(rows)] = torch.tensor(values, **self._whole)
         self.bucket = bucket_of(len(rows))
         return rows

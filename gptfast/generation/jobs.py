@@ -111,8 +111,9 @@ def _read_job(
     asked = options.get("do_sample")
     if options.get("num_beams", 1) == 1 if asked is None else asked:
         options = {**(without_greedy(drawing) if asked else drawing), **options}
-    options.setdefault("max_new_tokens", default_new_tokens(model, len(ids), options))
-    config = GenerationConfig.of(**options)
+    if options.get("max_length") is None:
+        options.setdefault("max_new_tokens", default_new_tokens(model, len(ids), options))
+    config = GenerationConfig.of(**options).with_room(len(ids), len(ids), model.config.block_size)
     Stopping(config, tokenizer)
     check_prompt("", ids, model.config.vocab_size, model.config.block_size, config)
     return Job(number, prompt, ids, options, config)

@@ -3,45 +3,118 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.sequences import LanguageModel
 
 
-def read_prompts(ids: Any, model: LanguageModel, config: GenerationConfig) -> list[list[int]]:
-    """The prompts as lists of ids.
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a call.
+
+    rows: what the model reads of each.
+    given: each as it came, with its padding.
+    device: of the tensor in which they came; None: they came otherwise.
+    """
+
+    rows: list[list[int]]
+    given: list[list[int]]
+    device: torch.device | None
+
+    def returned(self, texts: list[list[int]], config: GenerationConfig) -> Any:
+        """Texts (equally many of each prompt, one after another) in the form of the prompts, with the padding of these.
+
+        A tensor is (texts, longest), those that ended filled up with pad_token_id, or the first end token.
+        """
+        copies = len(texts) // len(self.rows)
+        whole = [
+            self.given[n // copies] + text[len(self.rows[n // copies]) :] if self.given is not self.rows else text
+            for n, text in enumerate(texts)
+        ]
+        if self.device is None:
+            return whole
+        fill = (config.eos_ids or (0,))[0] if config.pad_token_id is None else config.pad_token_id
+        longest = max(map(len, whole))
+        filled = [text + [fill] * (longest - len(text)) for text in whole]
+        return torch.tensor(filled, dtype=torch.int64, device=self.device)
+
+
+def read_prompts(
+    ids: Any, mask: Any, model: LanguageModel, config: GenerationConfig
+) -> tuple[Prompts, GenerationConfig]:
+    """The prompts, and the config with what they decide (see `GenerationConfig.with_room`).
 
     Args:
         ids: (B, T) or (T,) integer tensor or numpy array, a list of id lists (or 1-D tensors or arrays) of any lengths,
             or one list of ids.
+        mask: None, or shaped as ids: 0 where these are padding, 1 else. Without one, `pad_token_id` at the ends of the rows
+            of a (B, T) tensor or array is padding, if there are end tokens and it is none.
         model: whose vocabulary and block_size they must fit.
         config: see `check_prompt`.
     Raises:
         TypeError, ValueError: not that, empty, outside the vocabulary, or too long.
     """
-    rows = [read_prompt(f" {n}", row) for n, row in enumerate(_split(ids))]
-    if not rows:
+    given = [read_prompt(f" {n}", row) for n, row in enumerate(_split("ids", ids))]
+    if not given:
         raise ValueError("generate: ids holds no prompts; give at least one")
+    if mask is not None:
+        rows = _without_padding(given, mask)
+    elif _is_array(ids) and ids.ndim == 2 and config.pad_token_id is not None:
+        pad = config.pad_token_id
+        rows = [_stripped(row, pad) for row in given] if config.eos_ids and pad not in config.eos_ids else given
+    else:
+        rows = given
+    config = config.with_room(max(map(len, given)), max(map(len, rows)), model.config.block_size)
     for n, row in enumerate(rows):
         check_prompt(f" {n}", row, model.config.vocab_size, model.config.block_size, config)
-    return rows
+    return Prompts(rows, given, ids.device if isinstance(ids, Tensor) else None), config
 
 
-def _split(ids: Any) -> Sequence[Any]:
+def _without_padding(given: list[list[int]], mask: Any) -> list[list[int]]:
+    """What of each row the mask shows."""
+    shown = [
+        row.tolist() if _is_array(row) else row for row in _split("attention_mask", mask, ("int", "uin", "flo", "boo"))
+    ]
+    lengths = [len(row) if isinstance(row, Sequence) else -1 for row in shown]
+    if lengths != [len(row) for row in given]:
+        raise ValueError(
+            f"generate: attention_mask has rows of {lengths} and ids of {[len(row) for row in given]}; expected one value for "
+            "each token, 1, or 0 for padding"
+        )
+    for n, row in enumerate(shown):
+        if other := [value for value in row if not isinstance(value, (int, float)) or value not in (0, 1)]:
+            raise ValueError(f"generate: attention_mask holds {other[0]!r} in row {n}; expected 1, or 0 for padding")
+        if row and not any(row):
+            raise ValueError(f"generate: attention_mask hides all of prompt {n}; at least one token must count")
+    return [
+        [token for token, seen in zip(row, mask, strict=True) if seen] for row, mask in zip(given, shown, strict=True)
+    ]
+
+
+def _stripped(row: list[int], pad: int) -> list[int]:
+    """A row without padding at its ends; one of nothing else as it is."""
+    counts = [n for n, token in enumerate(row) if token != pad]
+    return row[counts[0] : counts[-1] + 1] if counts else row
+
+
+def _split(name: str, ids: Any, dtypes: tuple[str, ...] = ("int", "uin")) -> Sequence[Any]:
     """One entry per prompt."""
     if _is_array(ids):
-        if ids.ndim not in (1, 2) or str(ids.dtype).removeprefix("torch.")[:3] not in ("int", "uin"):
+        if ids.ndim not in (1, 2) or str(ids.dtype).removeprefix("torch.")[:3] not in dtypes:
             what = "tensor" if isinstance(ids, Tensor) else "array"
+            expected = "token ids" if name == "ids" else "of 1, or 0 for padding"
             raise TypeError(
-                f"generate: ids is a {ids.dtype} {what} of shape {tuple(ids.shape)}; expected (B, T) token ids"
+                f"generate: {name} is a {ids.dtype} {what} of shape {tuple(ids.shape)}; expected (B, T) {expected}"
             )
         return ids.tolist() if ids.ndim == 2 else [ids.tolist()]
     if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
-        raise TypeError(f"generate: ids is a {type(ids).__name__}; expected a (B, T) tensor or a list of id lists")
+        raise TypeError(f"generate: {name} is a {type(ids).__name__}; expected a (B, T) tensor or a list of id lists")
     return [ids] if ids and isinstance(ids[0], Integral) else ids
 
 
@@ -94,9 +167,11 @@ def check_prompt(which: str, row: Sequence[int], V: int, limit: int, config: Gen
     check_ids(which, row, V)
     wanted = len(row) + config.max_new_tokens
     if wanted > limit and config.overflow == "error":
+        asked = f"max_new_tokens is {config.max_new_tokens}"
+        asked += f" (max_length is {config.max_length})" if config.max_length else ""
         raise ValueError(
-            f"generate: prompt{which} has {len(row)} tokens and max_new_tokens is {config.max_new_tokens}, together "
-            f"{wanted}, but block_size is {limit}; {_remedy(len(row), limit, config.max_new_tokens)}"
+            f"generate: prompt{which} has {len(row)} tokens and {asked}, together {wanted}, but block_size is {limit}; "
+            f"{_remedy(len(row), limit, config.max_new_tokens)}"
         )
 
 

@@ -89,7 +89,7 @@ class Scheduler:
             prompt: token ids, in a list, a 1-D tensor or an array.
             tokenizer: for stop strings; ids for which it has no token are not chosen.
             logprobs, top: what `Token`s tell.
-            options: fields of `GenerationConfig`, without beams.
+            options: fields of `GenerationConfig`, without beams; each request without a seed draws its own.
         Raises:
             TypeError, ValueError: bad options or prompt, or more than this scheduler can ever hold.
         """
@@ -101,19 +101,22 @@ class Scheduler:
     def submit_request(self, request: Request) -> Request:
         """As `submit`, of a request that was made elsewhere."""
         self.check(request)
-        request.config = choosing_text(request.config, request.stopping.tokenizer, self.model.config.vocab_size)
+        tokenizer, config = request.stopping.tokenizer, self._with_room(request).with_seed()
+        request.config = choosing_text(config, tokenizer, self.model.config.vocab_size)
+        request.stopping = Stopping(config, tokenizer)
         self._waiting.append(request)
         return request
 
     def check(self, request: Request) -> None:
         """Raise what `submit` raises. This alone may be called from any thread."""
-        config = request.config
+        config = self._with_room(request)
         if config.num_beams > 1:
             raise ValueError(
                 "Scheduler: num_beams must be 1; beams are searched together - use gptfast.generation.generate"
             )
         check_prompt("", request.prompt, self.model.config.vocab_size, self.max_len, config)
-        if config.num_return_sequences > self.max_rows or self._reserve(request) > self.max_positions:
+        positions = self._room(len(request.prompt), config) * config.num_return_sequences
+        if config.num_return_sequences > self.max_rows or positions > self.max_positions:
             raise ValueError(
                 f"Scheduler: num_return_sequences={config.num_return_sequences} of {len(request.prompt)} + "
                 f"{config.max_new_tokens} positions never fit into max_rows={self.max_rows}, "
@@ -163,7 +166,15 @@ class Scheduler:
 
     def _reserve(self, request: Request) -> int:
         """Positions that the open rows of a request may come to hold."""
-        return min(len(request.prompt) + request.config.max_new_tokens, self.max_len) * request.open
+        return self._room(len(request.prompt), request.config) * request.open
+
+    def _room(self, length: int, config: GenerationConfig) -> int:
+        """Positions that one row may come to hold."""
+        return min(length + config.max_new_tokens, self.max_len)
+
+    def _with_room(self, request: Request) -> GenerationConfig:
+        length = len(request.prompt)
+        return request.config.with_room(length, length, self.max_len)
 
     def _admit(self) -> None:
         rows = sum(request.open for request in self._running)

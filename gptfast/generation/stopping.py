@@ -35,7 +35,8 @@ class Stopping:
         """Why the sequence ends with these new tokens: "stop" (an end token or a stop string) or "length"; None: not."""
         if new[-1] in self._config.eos_ids or self._completes_stop(new):
             return "stop"
-        return "length" if len(new) >= self._config.max_new_tokens else None
+        most = self._config.max_new_tokens
+        return "length" if most is not None and len(new) >= most else None
 
     def _completes_stop(self, new: Sequence[int]) -> bool:
         """Whether the last token completes a stop string; earlier ones did not, or the sequence would have ended."""

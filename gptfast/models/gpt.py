@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from gptfast import ops
 from gptfast.models.config import GPTConfig
 from gptfast.models.difference import is_plain_linear
+from gptfast.models.inputs import REFUSED, Padding, check_ids, one_of, refuse, shifted
 from gptfast.models.kv_cache import KVCache
-from gptfast.models.metadata import Metadata, end_option, metadata_of
+from gptfast.models.metadata import Metadata, metadata_of
 from gptfast.nn import Block, LayerNorm, Linear
 from gptfast.nn.block import add_branch
 from gptfast.nn.dropout import DropoutCounter
@@ -93,36 +95,62 @@ class GPT(nn.Module):
 
     def forward(
         self,
-        ids: Tensor,
+        ids: Tensor | Mapping[str, Tensor] | None = None,
         targets: Tensor | None = None,
         *,
+        attention_mask: Tensor | None = None,
+        ignore_index: int = -100,
         cache: KVCache | None = None,
         last_only: bool = False,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **others: Any,
     ) -> Tensor | tuple[Tensor | None, Tensor]:
-        """Logits, or logits and mean cross-entropy.
+        """Logits, or logits and mean cross-entropy. A batch of transformers' collators may be expanded: model(**batch).
 
         Args:
-            ids: (B, T) int64 or int32 in [0, V), 1 <= T <= block_size.
-            targets: (B, T) int64, the token that follows each id, in [0, V) or -100 (not counted). In
+            ids: (B, T) int64 or int32 in [0, V), 1 <= T <= block_size; input_ids is another name. Or a
+                BatchEncoding or dict with input_ids.
+            targets: (B, T) int64, the token that follows each id, in [0, V) or ignore_index. In
                 training mode the head and the loss are one op that never holds all logits.
+            attention_mask: (B, T), 0 where ids are padding, on either side, 1 else. The results of the other positions are
+                those of their row without padding; those of padding mean nothing, and their targets do not count.
+            ignore_index: targets of this value do not count; -1 in nanoGPT.
             cache: append the T positions of every row to it and attend to what it holds; no gradients.
-            last_only: logits of the last position only.
+            last_only: logits of the last position only, with attention_mask of the last one that it shows.
+            labels: instead of targets, as in transformers: (B, T), the ids themselves or ignore_index, shifted here.
+            others: what transformers has besides is refused.
         Returns:
             Without targets: logits (B, T, V), or (B, V) with last_only.
-            With targets: (logits, loss), logits None in training mode; loss is a scalar.
+            With targets or labels: (logits, loss), logits None in training mode; loss is a scalar.
         Raises:
             TypeError, ValueError: wrong dtype, shape or range; sequence too long.
         """
-        self._check(ids, targets, cache, last_only)
+        if isinstance(ids, Mapping):
+            named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+            given = {name: value for name, value in named.items() if value is not None}
+            options = {"ignore_index": ignore_index, "cache": cache, "last_only": last_only}
+            return self.forward(None, targets, **ids, **given, **options, **others)
+        refuse("GPT", others, REFUSED)
+        tokens = one_of("ids", ids, "input_ids", input_ids)
+        padding = None if attention_mask is None else self._padding(tokens, attention_mask, cache)
+        tokens = tokens if padding is None else padding.without(tokens)
+        self._check(tokens, one_of("targets", targets, "labels", labels), cache, last_only, ignore_index)
+        targets = targets if labels is None else shifted(labels, ignore_index)
+        if targets is not None and padding is not None:
+            targets = targets.masked_fill(~padding.counts, ignore_index)  # nothing is predicted from padding
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            x = self._hidden(ids, cache)  # B T C
+            x = self._hidden(tokens if padding is None else padding.compact(tokens), cache)  # B T C
+            if last_only:
+                return self.lm_head(x[:, -1] if padding is None else padding.last(x))
+            x = x if padding is None else padding.restore(x)
             if targets is None:
-                return self.lm_head(x[:, -1] if last_only else x)
+                return self.lm_head(x)
             hidden, wanted = x.flatten(0, 1), targets.flatten()
             if self.training and is_plain_linear(self.lm_head):
-                return None, ops.linear_cross_entropy(hidden, self.lm_head.weight, wanted)
+                return None, ops.linear_cross_entropy(hidden, self.lm_head.weight, wanted, ignore_index=ignore_index)
             logits = self.lm_head(x)
-            loss = ops.cross_entropy(logits.flatten(0, 1), wanted)
+            loss = ops.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=ignore_index)
             return None if self.training else logits, loss
 
     def _hidden(self, ids: Tensor, cache: KVCache | None) -> Tensor:
@@ -163,9 +191,20 @@ class GPT(nn.Module):
         seed, step = self._dropout.take()
         return seed, step * (1 + 3 * c.n_layer)
 
-    def _check(self, ids: Tensor, targets: Tensor | None, cache: KVCache | None, last_only: bool) -> None:
+    def _padding(self, ids: Any, mask: Any, cache: KVCache | None) -> Padding:
+        check_ids("ids", ids, (torch.int64, torch.int32), None)
+        if cache is not None:
+            raise ValueError(
+                "GPT: attention_mask with a cache; its rows have lengths of their own - read each prompt without its padding, "
+                "or call generate(ids, attention_mask=…)"
+            )
+        return Padding(mask, ids)
+
+    def _check(
+        self, ids: Any, targets: Tensor | None, cache: KVCache | None, last_only: bool, ignore_index: int
+    ) -> None:
         V, limit = self.config.vocab_size, self.config.block_size
-        _check_ids("ids", ids, (torch.int64, torch.int32), V)
+        check_ids("ids", ids, (torch.int64, torch.int32), V)
         if ids.shape[1] == 0:
             raise ValueError("GPT: ids holds no tokens (T = 0); give at least one, such as the end-of-text token")
         if ids.shape[1] > limit:
@@ -174,7 +213,7 @@ class GPT(nn.Module):
                 "(ids[:, -model.config.block_size:]) or build the model with a larger block_size"
             )
         if targets is not None:
-            _check_ids("targets", targets, (torch.int64,), V, ignored=-100)
+            check_ids("targets", targets, (torch.int64,), V, ignored=ignore_index)
             if targets.shape != ids.shape or last_only:
                 raise ValueError(
                     f"GPT: targets has shape {tuple(targets.shape)} and ids {tuple(ids.shape)} "
@@ -186,20 +225,22 @@ class GPT(nn.Module):
         if cache is not None and self.training:
             raise ValueError("GPT: a cache is for generation, but the model is in training mode; call model.eval()")
 
-    def generate(self, ids: Any, **options: Any) -> Any:
-        """Continue prompts: greedy, drawn, or by beams, as `transformers.generate`.
+    def generate(self, ids: Any = None, max_new_tokens: int | None = None, **options: Any) -> Any:
+        """Continue prompts: greedily by default, drawn, or by beams, as `transformers.generate`.
 
         In evaluation mode on the CPU the native engine writes, from a packed copy of the weights in their own dtype, where
         it can: see `gptfast.engine.engine_for`. The copy is compared with all of the weights first; a model whose modules
         are not what its config says runs as it stands, in torch.
 
         Args:
-            ids: (B, T) tensor of token ids; or a list of id lists of any lengths, which are not padded.
-            options: max_new_tokens (64), temperature (1.0; 0: greedy), top_k, top_p, seed, num_beams, eos_token_id, …:
-                the fields of `gptfast.generation.GenerationConfig`; and tokenizer, assistant_model, streamer and
-                return_logprobs, as in `gptfast.generation.generate`. eos_token_id is by default what the checkpoint's
+            ids: (B, T) tensor of token ids; or a list of id lists of any lengths, which are not padded; or a BatchEncoding.
+            max_new_tokens: None: 64, or what room the block_size leaves, whichever is less.
+            options: do_sample, temperature, top_k, top_p, min_p, seed (any of which draws), num_beams, eos_token_id, …:
+                the fields of `gptfast.generation.GenerationConfig`; and attention_mask, tokenizer, assistant_model, streamer
+                and return_logprobs, as in `gptfast.generation.generate`. eos_token_id is by default what the checkpoint's
                 generation_config.json and config.json name together, and none for a model that was built here;
-                eos_token_id=None ends at none. Other settings of generation_config.json are not taken here.
+                eos_token_id=None ends at none. pad_token_id is what one of these files names. Other settings of
+                generation_config.json are not taken here.
         Returns:
             Prompts and new tokens: a tensor (B * num_return_sequences, T + n) for a tensor, else a list of id lists.
         Raises:
@@ -208,7 +249,8 @@ class GPT(nn.Module):
         from gptfast.engine import engine_for
         from gptfast.generation import generate
 
-        options.setdefault("eos_token_id", end_option(metadata_of(self).end_tokens(self.config.vocab_size)))
+        ends = metadata_of(self).ends(self.config.vocab_size)
+        options = {**ends, "max_new_tokens": max_new_tokens, **options}
         engine = engine_for(self)
         return generate(self, ids, **options) if engine is None else engine.generate(ids, **options)
 
@@ -287,22 +329,3 @@ class GPT(nn.Module):
 def _mean_visible_keys(T: int, window: int | None) -> float:
     w = T if window is None else min(window, T)
     return (w * (w + 1) / 2 + (T - w) * w) / T
-
-
-def _check_ids(name: str, ids: Tensor, dtypes: tuple[torch.dtype, ...], V: int, ignored: int | None = None) -> None:
-    """A (B, T) tensor of token ids; values are checked where cheap: on the CPU, not in torch.compile."""
-    expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    if not isinstance(ids, Tensor) or ids.dtype not in dtypes:
-        got = f"has dtype {ids.dtype}" if isinstance(ids, Tensor) else f"is a {type(ids).__name__}"
-        raise TypeError(f"GPT: {name} {got}; expected a tensor of token ids, {expected}")
-    if ids.dim() != 2:
-        raise ValueError(f"GPT: {name} has shape {tuple(ids.shape)}; expected (B, T) - use {name}[None] for one row")
-    if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
-        return
-    checked = ids if ignored is None else torch.where(ids == ignored, 0, ids)
-    low, high = (int(x) for x in checked.aminmax())
-    if low < 0 or high >= V:
-        raise ValueError(
-            f"GPT: {name} holds token id {high if high >= V else low}; expected ids in [0, {V}), the "
-            "vocabulary of this model - was the text encoded with another tokenizer?"
-        )

@@ -37,6 +37,12 @@ class Metadata:
         named = (*_ids((self.generation or {}).get(_END)), *_ids(self.config.get(_END)), *others)
         return tuple(dict.fromkeys(token for token in named if token is not None and 0 <= token < vocab_size))
 
+    def ends(self, vocab_size: int) -> dict[str, Any]:
+        """The options eos_token_id and pad_token_id of `generate` where the caller does not name them."""
+        named = [source.get("pad_token_id") for source in (self.generation or {}, self.config)]
+        pads = [value for value in named if isinstance(value, int) and not isinstance(value, bool) and value >= 0]
+        return {"eos_token_id": end_option(self.end_tokens(vocab_size)), "pad_token_id": pads[0] if pads else None}
+
     def defaults(self) -> dict[str, Any]:
         """Options of `gptfast.generation.GenerationConfig` that generation_config.json sets.
 

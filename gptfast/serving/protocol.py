@@ -135,7 +135,7 @@ class Completion(BaseModel):
             "logit_bias": self._bias(),
         }
         given = {name: value for name, value in options.items() if value is not None}
-        config = GenerationConfig.of(**{**defaults, **given})
+        config = GenerationConfig.of(**{"temperature": 1.0, **defaults, **given})
         first = draws.take(config.num_return_sequences) if self.seed is None else 0
         wants = self.logprobs is not None
         return Request(

@@ -1,0 +1,111 @@
+"""What callers bring to `GPT.forward` from transformers and nanoGPT, and rows with padding.  B rows, T positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REFUSED = {
+    "token_type_ids": "a GPT knows one type of token; leave it out",
+    "position_ids": "positions follow from attention_mask; leave it out",
+    "inputs_embeds": "give token ids",
+    "past_key_values": "cache=gptfast.models.KVCache(model.config, B) holds keys and values",
+    "use_cache": "cache=gptfast.models.KVCache(model.config, B) holds keys and values",
+    "return_dict": "the result is the logits, or (logits, loss)",
+    "output_hidden_states": "register a forward hook on model.h[n]",
+    "output_attentions": "attention weights are never stored",
+    "head_mask": "zero the head's part of attn.c_proj.weight",
+    "logits_to_keep": "last_only=True gives the logits of the last position",
+    "num_items_in_batch": "scale the loss, which is a mean over the targets that count",
+}
+
+
+def refuse(what: str, given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Raise TypeError for an argument that is not taken, with what is there instead. None and False ask for nothing."""
+    for name, value in given.items():
+        if name not in reasons:
+            raise TypeError(f"{what}: unexpected argument {name!r}")
+        if value is not None and value is not False:
+            raise TypeError(f"{what}: {name} is not taken; {reasons[name]}")
+
+
+def one_of(first: str, a: Any, second: str, b: Any) -> Any:
+    """The one of two arguments that was given."""
+    if a is not None and b is not None:
+        raise TypeError(f"GPT: {first} and {second} were both given; expected one of them")
+    return b if a is None else a
+
+
+def shifted(labels: Tensor, ignore_index: int) -> Tensor:
+    """transformers' labels, each the token at its own place, as targets, each the token that follows."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+
+
+def check_ids(name: str, ids: Any, dtypes: tuple[torch.dtype, ...], V: int | None, ignored: int | None = None) -> None:
+    """A (B, T) tensor of token ids; values (V not None) are checked where cheap: on the CPU, not in torch.compile."""
+    expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if not isinstance(ids, Tensor) or ids.dtype not in dtypes:
+        got = f"has dtype {ids.dtype}" if isinstance(ids, Tensor) else f"is a {type(ids).__name__}"
+        raise TypeError(f"GPT: {name} {got}; expected a tensor of token ids, {expected}")
+    if ids.dim() != 2:
+        raise ValueError(f"GPT: {name} has shape {tuple(ids.shape)}; expected (B, T) - use {name}[None] for one row")
+    if V is None or torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    checked = ids if ignored is None else torch.where(ids == ignored, 0, ids)
+    low, high = (int(x) for x in checked.aminmax())
+    if ignored is not None and low < 0:
+        raise ValueError(
+            f"GPT: {name} holds {low}; expected ids in [0, {V}), or {ignored} where nothing is to be learnt - "
+            f"ignore_index={low} says that {low} is that (nanoGPT takes -1)"
+        )
+    if low < 0 or high >= V:
+        raise ValueError(
+            f"GPT: {name} holds token id {high if high >= V else low}; expected ids in [0, {V}), the "
+            "vocabulary of this model - was the text encoded with another tokenizer?"
+        )
+
+
+class Padding:
+    """Which tokens of each row count. These move to the front, in order, where causal attention and positions are those
+    of the row without padding; the results move back.
+
+    Args:
+        mask: (B, T) as ids: not 0 where a token counts.
+        ids: (B, T).
+    Raises:
+        TypeError, ValueError: mask is not that.
+    """
+
+    def __init__(self, mask: Any, ids: Tensor) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype.is_complex:
+            got = f"has dtype {mask.dtype}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
+            raise TypeError(
+                f"GPT: attention_mask {got}; expected a (B, T) tensor, 1 where a token counts and 0 for padding"
+            )
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"GPT: attention_mask has shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; expected equal shapes, "
+                "(B, T) - attention is causal by itself"
+            )
+        self.counts = mask.to(ids.device) != 0
+        self._order = (~self.counts).to(torch.uint8).argsort(dim=1, stable=True)
+        self._rows = torch.arange(ids.shape[0], device=ids.device)
+
+    def without(self, ids: Tensor) -> Tensor:
+        """ids with 0 for padding, which may be outside the vocabulary."""
+        return ids.masked_fill(~self.counts, 0)
+
+    def compact(self, ids: Tensor) -> Tensor:
+        """(B, T): what counts moves to the front."""
+        return ids.gather(1, self._order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """(B, T, C), computed of compact rows, in the places that the tokens came from."""
+        return x[self._rows[:, None], self._order.argsort(dim=1)]
+
+    def last(self, x: Tensor) -> Tensor:
+        """(B, C) of the last token of each row that counts; x as in `restore`."""
+        return x[self._rows, (self.counts.sum(1) - 1).clamp(min=0)]
