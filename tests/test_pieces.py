@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -134,3 +136,28 @@ def test_learning_from_pieces_is_learning_from_the_whole(tokenizers):
 def test_learning_from_a_run_without_end(text):
     tokenizer = BPETokenizer.train(text, 270)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+MEASURE = """
+import resource, sys
+from gptfast.data import prepare
+prepare(sys.argv[1], "bpe", sys.argv[2], vocab_size=1000, progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """A BPE of one file with one emoji, which makes a character take four bytes in a text that is held whole."""
+    rng, peaks = random.Random(0), []
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 8))) for _ in range(5000)]
+    line = " ".join(rng.choices(words, k=20_000)) + " 🎭\n"
+    for n in (1, 200):
+        path = tmp_path / f"{n}.txt"
+        path.write_text(line * n)
+        found = subprocess.run(
+            [sys.executable, "-c", MEASURE, path, tmp_path / str(n)], capture_output=True, text=True, check=True
+        )
+        peaks.append(float(found.stdout))
+    assert path.stat().st_size > 20_000_000
+    assert peaks[1] - peaks[0] < 150  # MB; 2500 where the text is learnt from at once

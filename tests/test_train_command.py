@@ -246,3 +246,35 @@ def test_a_truncated_model_is_one_line_and_best_still_resumes_nothing(short_run,
     path = short_run / "last" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     assert "model.safetensors" in failure(capsys, "train", "--resume", "--max-steps", "9", "--out", short_run)
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "bpe"])
+def test_the_end_of_a_document_is_in_the_config(text, tmp_path, kind):
+    more = ["--vocab-size", "300"] if kind == "bpe" else []
+    assert run(text, tmp_path / "run", "--tokenizer", kind, *more) == 0
+    config = json.loads((tmp_path / "run/last/config.json").read_text())
+    eos = load_tokenizer(tmp_path / "run/last").eos_id
+    assert (eos is None) == (kind == "char")
+    assert config["eos_token_id"] == config["bos_token_id"] == eos
+    assert GPT.from_pretrained(tmp_path / "run/last").metadata.end_tokens(10**6) == (() if eos is None else (eos,))
+
+
+def test_unknown_characters(text, tmp_path, capsys):
+    """Reported with the remedies; and with --unk taken."""
+    assert run(text, tmp_path / "run") == 0
+    write = ["generate", "--model", tmp_path / "run/last", "--max-new-tokens", "2", "--prompt"]
+    told = failure(capsys, *write, "dagger \u041f")
+    assert "'\u041f' (U+041F) at position 7" in told and "--unk" in told and "--tokenizer bpe" in told
+    assert run(text, tmp_path / "unk", "--unk") == 0
+    assert load_tokenizer(tmp_path / "unk/last").encode("I\u041f")[1] == load_tokenizer(tmp_path / "unk/last").unk_id
+    write[2] = tmp_path / "unk/last"
+    assert gptfast(*write, "dagger \u041f") == 0
+    assert run(text, tmp_path / "unk", "--resume", "--max-steps", "13") == 0
+    capsys.readouterr()
+    assert "unk is for 'char'" in failure(
+        capsys, *("train", "--data", text, "--tokenizer", "bpe", "--unk", "--out", tmp_path / "b")
+    )
+    assert gptfast("prepare", "--data", text, "--tokenizer", "char", "--unk", "--out", tmp_path / "data") == 0
+    assert load_tokenizer(tmp_path / "data").unk_id is not None
+    capsys.readouterr()
+    assert "leave unk out" in failure(capsys, *("train", "--data", tmp_path / "data", "--unk", "--out", tmp_path / "b"))

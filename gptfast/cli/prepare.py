@@ -46,6 +46,12 @@ def prepare(
             "shorter sequences, and a larger embedding matrix."
         ),
     ] = None,
+    unk: Annotated[
+        bool,
+        typer.Option(
+            "--unk", help="char: a token <|unk|> for characters that the text does not have; else they are refused."
+        ),
+    ] = False,
     val_fraction: Annotated[
         float,
         typer.Option(
@@ -76,6 +82,7 @@ def prepare(
         tokenizer,
         out,
         vocab_size=vocab_size,
+        unk=unk,
         glob=glob,
         text_field=text_field,
         val_fraction=val_fraction,

@@ -58,6 +58,7 @@ def train(
     vocab_size: Annotated[
         int | None, _option(_DATA, "8192 for bpe, all words for word", "How many tokens bpe or word learns.")
     ] = None,
+    unk: Annotated[bool | None, _option(_DATA, "off", "char: <|unk|> for characters not in the text.", "--unk")] = None,
     preset: Annotated[
         str | None,
         _option(

@@ -11,7 +11,7 @@ from gptfast.tokenizer.pieces import WORDS, pieces
 LEARNT = 64_000_000  # bytes of text that merges are learnt from, at most
 
 
-def learn(name: str, split: Split, vocab_size: int | None) -> tuple[Tokenizer, str | None]:
+def learn(name: str, split: Split, vocab_size: int | None, unk: bool) -> tuple[Tokenizer, str | None]:
     """The tokenizer "char", "word" or "bpe" of a text, and a sentence that says so where merges come from a part of it.
 
     Characters come from all the text, so that each can be encoded; words and merges from the part for training alone.
@@ -20,9 +20,9 @@ def learn(name: str, split: Split, vocab_size: int | None) -> tuple[Tokenizer, s
     parts = (piece for document in documents for piece in pieces(document.blocks(), WORDS))
     total = sum(document.size for document in documents)
     if name != "bpe" or total <= LEARNT:
-        return get_tokenizer(name, parts, vocab_size), None
+        return get_tokenizer(name, parts, vocab_size, unk), None
     note = f"bpe: learnt from {LEARNT / 1e6:.0f} of {total / 1e6:.0f} MB, taken evenly from all the text"
-    return get_tokenizer(name, _sample(parts, LEARNT / total), vocab_size), note
+    return get_tokenizer(name, _sample(parts, LEARNT / total), vocab_size, unk), note
 
 
 def _sample(parts: Iterable[str], share: float) -> Iterator[str]:

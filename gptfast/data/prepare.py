@@ -53,6 +53,7 @@ def open_data(
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     *,
     vocab_size: int | None = None,
+    unk: bool = False,
     glob: str | Sequence[str] | None = None,
     text_field: str | None = None,
     val_fraction: float = 0.1,
@@ -66,11 +67,11 @@ def open_data(
             token file, of which the last documents are kept for validation.
         cache_dir: where tokens of a text are written, and found again the next time.
         tokenizer: as in `prepare`; None means "gpt2" for text, and for tokens the tokenizer beside them.
-        vocab_size, glob, text_field, val_fraction, seed, progress: as in `prepare`.
+        vocab_size, unk, glob, text_field, val_fraction, seed, progress: as in `prepare`.
     Raises:
         OSError, ValueError: as `prepare` and `load_prepared`; a tokenizer that does not fit the tokens.
     """
-    given = [name for name, value in (("glob", glob), ("text_field", text_field)) if value]
+    given = [name for name, value in (("glob", glob), ("text_field", text_field), ("unk", unk)) if value]
     if given and (current(data, MANIFEST).exists() or is_token_file(data)):
         raise ValueError(f"open_data: {data} holds tokens; leave {' and '.join(given)} out, or pass the text")
     if current(data, MANIFEST).exists():
@@ -87,6 +88,7 @@ def open_data(
         "gpt2" if tokenizer is None else tokenizer,
         cache_dir,
         vocab_size=vocab_size,
+        unk=unk,
         glob=glob,
         text_field=text_field,
         val_fraction=val_fraction,
@@ -101,6 +103,7 @@ def prepare(
     out_dir: str | os.PathLike[str],
     *,
     vocab_size: int | None = None,
+    unk: bool = False,
     glob: str | Sequence[str] | None = None,
     text_field: str | None = None,
     val_fraction: float = 0.1,
@@ -120,7 +123,7 @@ def prepare(
         tokenizer: "gpt2", "char", "word" or "bpe" (the last three are learnt from the text; bpe from at most 64 MB of it,
             in parts that are evenly spaced), a folder with a saved tokenizer, or a tokenizer.
         out_dir: the folder to write, made where it is missing.
-        vocab_size: for "bpe" and "word", see `get_tokenizer`.
+        vocab_size, unk: for "bpe" and "word", and for "char", see `get_tokenizer`.
         glob, text_field: which files of a folder, and which field of a record (see `load_documents`).
         val_fraction: part of the text to keep for validation, in (0, 1); see `split_documents`.
         seed: chooses the validation documents.
@@ -137,12 +140,12 @@ def prepare(
     corpus = load_corpus(data, glob, text_field)
     documents = corpus.documents
     split = split_documents(documents, val_fraction, seed)
-    chosen = None if tokenizer in _TRAINABLE else _given(tokenizer, vocab_size)
-    fingerprint = _fingerprint(split, chosen or (tokenizer, vocab_size))
+    chosen = None if tokenizer in _TRAINABLE else _given(tokenizer, vocab_size, unk)
+    fingerprint = _fingerprint(split, chosen or (tokenizer, vocab_size, *(["unk"] if unk else [])))
     found = _up_to_date(out_dir, fingerprint)
     if found is not None:
         return replace(found, info={**found.info, "notes": corpus.notes})
-    chosen, learnt = (chosen, None) if chosen else learn(str(tokenizer), split, vocab_size)
+    chosen, learnt = (chosen, None) if chosen else learn(str(tokenizer), split, vocab_size, unk)
     info: dict[str, Any] = {"version": _VERSION, "fingerprint": fingerprint}
     info |= {"data": str(data), "glob": glob, "text_field": text_field, "split": split.note, "notes": corpus.notes}
     info |= {} if learnt is None else {"learnt": learnt}
@@ -195,15 +198,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return info
 
 
-def _given(tokenizer: Any, vocab_size: int | None) -> Tokenizer:
-    return get_tokenizer(tokenizer, vocab_size=vocab_size) if isinstance(tokenizer, _PATH) else tokenizer
+def _given(tokenizer: Any, vocab_size: int | None = None, unk: bool = False) -> Tokenizer:
+    return get_tokenizer(tokenizer, vocab_size=vocab_size, unk=unk) if isinstance(tokenizer, _PATH) else tokenizer
 
 
 def _is_folder(tokenizer: Any, folder: Path) -> bool:
     return isinstance(tokenizer, _PATH) and Path(tokenizer).resolve() == folder.resolve()
 
 
-def _fingerprint(split: Split, tokenizer: Tokenizer | tuple[Any, int | None]) -> str:
+def _fingerprint(split: Split, tokenizer: Tokenizer | tuple[Any, ...]) -> str:
     """A hash of everything that decides what is written."""
     digest = hashlib.sha256(f"{_VERSION}".encode())
     if isinstance(tokenizer, tuple):
@@ -256,7 +259,7 @@ def _open_token_file(path: Path, tokenizer: Any, val_fraction: float) -> Prepare
             f"open_data: tokenizer is {tokenizer!r}, which is learnt from text, but {path} holds tokens; "
             "name 'gpt2' or the folder of the tokenizer that made them"
         )
-    chosen = _given(path.parent if tokenizer is None else tokenizer, None)
+    chosen = _given(path.parent if tokenizer is None else tokenizer)
     _check_fit(file, chosen)
     train, val = file.split(val_fraction)
     info: dict[str, Any] = {

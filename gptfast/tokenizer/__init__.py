@@ -58,8 +58,10 @@ def get_tokenizer(
             f"get_tokenizer: vocab_size is {vocab_size}, but the size of {str(name)!r} is given; "
             "leave it out, or choose 'bpe' or 'word'"
         )
-    if unk and name != "char":
-        raise ValueError(f"get_tokenizer: unk is for 'char', but the tokenizer is {str(name)!r}; leave it out")
+    if unk and name not in ("char", "word"):
+        raise ValueError(
+            f"get_tokenizer: unk is for 'char' ('word' has it anyway), but the tokenizer is {str(name)!r}; leave it out"
+        )
     if name not in ("char", "word", "bpe"):
         return load_tokenizer(name)
     if text is None:

@@ -262,6 +262,7 @@ def check_source(checkpoint: Checkpoint) -> dict[str, Any]:
     options = field(source, "options", dict, path, inside="source")
     field(options, "tokenizer", (str, NULL), path, inside="source.options")
     field(options, "vocab_size", (int, NULL), path, None, inside="source.options")
+    field(options, "unk", (bool, NULL), path, None, inside="source.options")
     field(options, "text_field", (str, NULL), path, None, inside="source.options")
     items(field(options, "glob", list, path, [], inside="source.options"), str, "source.options.glob", path)
     field(source, "marks", dict, path, inside="source")

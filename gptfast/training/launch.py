@@ -224,16 +224,20 @@ def _is_prepared(data: str) -> bool:
 def _open(given: dict[str, Any], tokenizer: str | None) -> PreparedData:
     cache = Path(given["out"]) / "data"
     options: dict[str, Any] = {name: given.get(name) for name in ("vocab_size", "glob", "text_field")}
+    options["unk"] = bool(given.get("unk"))
     return open_data(given["data"], cache, tokenizer, **options)
 
 
 def _untrained(given: dict[str, Any], defaults: dict[str, Any], data: PreparedData) -> GPT:
     shape = {name: given[name] for name in _SHAPE if name in given}
-    vocab_size = data.tokenizer.vocab_size
+    vocab_size, eos = data.tokenizer.vocab_size, data.tokenizer.eos_id
     if "preset" in given:
-        return GPT(GPTConfig.preset(given["preset"], **shape, vocab_size=vocab_size))
-    sizes = {name: value for name, value in {**defaults, **shape}.items() if name in _SHAPE}
-    return GPT(GPTConfig(**sizes, vocab_size=vocab_size))
+        model = GPT(GPTConfig.preset(given["preset"], **shape, vocab_size=vocab_size))
+    else:
+        sizes = {name: value for name, value in {**defaults, **shape}.items() if name in _SHAPE}
+        model = GPT(GPTConfig(**sizes, vocab_size=vocab_size))
+    model.metadata.config = {} if eos is None else {"bos_token_id": eos, "eos_token_id": eos}
+    return model
 
 
 def _reshaped(model: GPT, given: dict[str, Any], defaults: dict[str, Any]) -> GPT:
