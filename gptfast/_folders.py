@@ -22,13 +22,13 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gptfast._locks import FileLock, courtesy
 from gptfast._snapshots import COMMITTED, STALE, WEIGHTS, is_file, is_folder, is_ours, stale_names
+from gptfast._warn import warn
 
 STAGE, LOCK = ".saving", ".saving.lock"
 _WAIT = 600.0  # seconds for another save into the same folder
@@ -157,7 +157,7 @@ def _remove(folder: Path) -> None:
         places = (folder.with_name(f"{folder.name}.unknown{n}") for n in range(1, 10**6))
         aside = next(place for place in places if not os.path.lexists(place))
         os.rename(folder, aside)
-        warnings.warn(f"{folder} is not what a save leaves there; it is kept as {aside.name}", stacklevel=2)
+        warn(f"{folder} is not what a save leaves there; it is kept as {aside.name}")
 
 
 def sync(path: Path) -> None:

@@ -163,7 +163,7 @@ def _open(path: Path) -> tuple[bool, int | None]:
         path.unlink()  # a lock is no link, and what it leads to is not ours
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
     try:
-        return True, os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+        return True, os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         pass
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast._warn import warn
 from gptfast.triton import trouble as triton_trouble
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
@@ -49,9 +49,7 @@ def _load_ops() -> str | None:
 missing_reason: str | None = _load_ops()
 has_cpu_ops: bool = missing_reason is None
 if not has_cpu_ops:
-    warnings.warn(
-        f"gptfast: {missing_reason}; every op runs in eager PyTorch. To build: {_REBUILD}", RuntimeWarning, stacklevel=2
-    )
+    warn(f"gptfast: {missing_reason}; every op runs in eager PyTorch. To build: {_REBUILD}", RuntimeWarning)
 
 
 def _load_cuda_ops() -> str | None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from gptfast._busy import CpuWait, busy_line
 from gptfast.openmp import bound_spinning
 
 OUT = Path("runs/demo")
@@ -16,6 +17,7 @@ TRAIN = [
     *("--dropout", "0", "--optimizer", "muon", "--learning-rate", "4e-3", "--min-lr", "1e-5", "--warmup-steps", "50"),
     *("--max-minutes", "2.9", "--eval-every", "300", "--eval-batches", "32"),
 ]
+WATCH_SECONDS = 2.0
 PROMPT = "HAMLET:\n"
 TEMPERATURES = (0.5, 0.8, 1.0)
 
@@ -24,14 +26,28 @@ def main() -> int:
     """Train, write, compare; returns the exit code."""
     bound_spinning()
     print(f"$ gptfast train {' '.join(TRAIN)}\n", flush=True)
-    code = subprocess.run([sys.executable, "-m", "gptfast", "train", *TRAIN], check=False).returncode
+    code, waiting = train([sys.executable, "-m", "gptfast", "train", *TRAIN])
     if code:
         return code
     write_samples()
     compare()
     print(f"\ncheckpoint  {OUT / 'best'}\nloss curve  {OUT / 'loss.png'}\nlog         {OUT / 'log.jsonl'}")
     print(f"write more: gptfast generate --model {OUT / 'best'} --prompt 'ROMEO:' --temperature 0.8")
+    busy = busy_line(waiting)
+    if busy:
+        print(f"\n{busy}; the README's figures are of a quiet machine")
     return 0
+
+
+def train(command: list[str]) -> tuple[int, float | None]:
+    """Run the training; its exit code, and for which part of the time it waited for a core."""
+    with subprocess.Popen(command) as process:
+        watch, waiting = CpuWait(process.pid), None
+        while True:
+            try:
+                return process.wait(WATCH_SECONDS), waiting
+            except subprocess.TimeoutExpired:
+                waiting = watch.share() or waiting
 
 
 def write_samples() -> None:

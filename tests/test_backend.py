@@ -204,6 +204,7 @@ def test_missing_library_is_said_once_and_eager_runs(tmp_path):
     )
     result = python(code, cwd=str(tmp_path), PYTHONPATH=str(tmp_path))
     assert result.stderr.count("every op runs in eager PyTorch") == 1, result.stderr
+    assert "<string>:2: RuntimeWarning: gptfast: _ops.so was not built" in result.stderr  # the user's line
     lines = result.stdout.splitlines()
     assert lines[:2] == ["True", "torch.Size([1, 1, 2, 4])"]
     assert lines[2].startswith("gelu: backend='cpu' was asked for, but _ops.so was not built")

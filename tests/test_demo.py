@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
+import subprocess
 import sys
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from gptfast import demo
+from gptfast import _busy, demo
 from gptfast.cli import app
 from gptfast.cli.doctor import cpu_name, report
 
@@ -39,6 +42,47 @@ def test_the_demo_trains_writes_and_compares(tmp_path, monkeypatch, capfd):
     assert re.search(r"float32.*\n(.*\n)*.*bfloat16", said[said.index("---- speed") :])
     out = tmp_path / demo.OUT
     assert all((out / name).exists() for name in ("best", "last", "loss.png", "log.jsonl"))
+
+
+@pytest.mark.parametrize(("waited", "said"), [(0.02, False), (0.5, True), (None, False)])
+def test_the_demo_says_when_the_machine_is_busy(tmp_path, monkeypatch, capfd, waited, said):
+    """The times of the training's threads are made up: each second that they ran, they waited for so many."""
+    clock = itertools.count(1)
+
+    def times(pid):
+        assert pid != "self"
+        n = next(clock)
+        return None if waited is None else (n * 10**9, int(n * 10**9 * waited / (1 - waited)))
+
+    monkeypatch.setattr(_busy, "_times", times)
+    monkeypatch.setattr(demo, "WATCH_SECONDS", 0.01)
+    code, share = demo.train([sys.executable, "-c", "import time; time.sleep(0.3)"])
+    assert code == 0 and (share is None if waited is None else share == pytest.approx(waited))
+    monkeypatch.setattr(demo, "train", lambda command: (0, share))
+    monkeypatch.setattr(demo, "write_samples", lambda: None)
+    monkeypatch.setattr(demo, "compare", lambda: None)
+    assert demo.main() == 0
+    assert ("the machine is busy: for 50% of its time the training waited for a core" in capfd.readouterr().out) == said
+
+
+def test_how_long_threads_wait_is_what_the_system_counts():
+    """Two threads on one core wait for half of the time, and longer where others run there too."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("needs sched_setaffinity")
+    code = """if True:
+        import os, threading, time, zlib
+        from gptfast._busy import CpuWait
+        os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+        watch, data = CpuWait(), bytes(10**6)
+        def work():
+            end = time.monotonic() + 2.5
+            while time.monotonic() < end:
+                zlib.crc32(data)  # without the interpreter's lock
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        [t.start() for t in threads]; time.sleep(2); print(watch.share()); [t.join() for t in threads]
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None" or float(done.stdout) > 0.4
 
 
 def test_the_demo_ends_with_the_code_of_a_training_that_failed(tmp_path, monkeypatch):

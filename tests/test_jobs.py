@@ -86,6 +86,23 @@ def test_a_job_that_was_cut_off_goes_on(chars, source, tmp_path, monkeypatch):
     assert cut.read_bytes() == whole.read_bytes() and len(done) == len(todo) - 7
 
 
+def test_lines_hold_no_default_options_and_go_on_where_they_did(chars, source, tmp_path, monkeypatch):
+    todo, output = work(source, chars, presence_penalty=0.0, num_beams=1), tmp_path / "out.jsonl"
+    run_jobs(todo, output, *chars[1:])
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert all(line["options"].get("presence_penalty") != 0 and line["options"].get("num_beams") != 1 for line in lines)
+    assert sum(line["options"].get("temperature") == 0.8 for line in lines) > 5
+    by_line = {job.line: job for job in todo}
+    older = [{**line, "options": by_line[line["line"]].options} for line in lines]  # with all of them
+    before = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in older).encode()
+    output.write_bytes(before)
+    monkeypatch.setattr(jobs_module, "_run", lambda todo, *args: pytest.fail("nothing is left to do"))
+    run_jobs(todo, output, *chars[1:])
+    assert output.read_bytes() == before
+    with pytest.raises(ValueError, match="is not the result of a line of this input with these options"):
+        run_jobs(work(source, chars, presence_penalty=0.5), output, *chars[1:])
+
+
 @pytest.mark.slow
 def test_a_killed_process_goes_on(chars, tmp_path, run):  # noqa: F811
     source, output, whole = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"

@@ -83,6 +83,14 @@ def test_the_order_is_part_of_the_format():
     assert sampler.starts(100).tolist() == [1763, 5635, 9219, 35, 4931, 355]
 
 
+def test_a_batch_size_that_changes_goes_on_in_the_same_order():
+    sampler, larger = (WindowSampler(np.arange(3000), 16, size, seed=9) for size in (4, 6))
+    whole = np.concatenate([sampler.batch(n)[0] for n in range(30)])
+    assert np.array_equal(sampler.batch_from(8)[0], sampler.batch(2)[0])
+    rows = [sampler.batch_from(0)[0], larger.batch_from(4)[0], larger.batch_from(10)[0]]
+    assert np.array_equal(np.concatenate(rows), whole[:16])
+
+
 def test_ranks_share_the_batches_of_one_process():
     tokens = np.arange(2000)
     whole = WindowSampler(tokens, 8, 6, seed=4)

@@ -223,7 +223,6 @@ def short_run(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> 
         ([], "already holds a training run; continue it with --resume, replace it with --overwrite"),
         (["--resume"], "this run is complete (3 steps"),
         (["--resume", "--max-steps", "9", "--n-embd", "32"], "--n-embd is 32 but the run in"),
-        (["--resume", "--max-steps", "9", "--batch-size", "5"], "--batch-size is 5 but the run in"),
         (["--resume", "--max-steps", "9", "--seed", "7"], "seed is 7 but the run in"),
         (["--resume", "--max-steps", "9", "--tokenizer", "word"], "tokenizer is word but the run in"),
     ],

@@ -103,7 +103,7 @@ def test_a_run_on_a_glob_goes_on(tmp_path, capsys):
     assert CharTokenizer.load(out / "last").decode([]) == "" and "x" not in CharTokenizer.load(out / "last").tokens
 
 
-def test_plain_text_that_is_records_is_warned_of(tmp_path, capsys, recwarn):
+def test_plain_text_that_is_records_is_warned_of(tmp_path, recwarn):
     data = write_records(tmp_path / "data")
     assert gptfast("train", "--data", data / "a.jsonl", *SMALL, "--out", tmp_path / "run") == 0
     assert [str(w.message) for w in recwarn if "a.jsonl is read as plain text" in str(w.message)]
@@ -246,6 +246,7 @@ def test_errors_name_the_options_of_prepare(text, tmp_path, failure, options, sa
         "runs/n_embd: the weights do not fit",
         "'max_steps' is unknown",
         "prompts.jsonl, line 3: temperature is -1",
+        "prompts.jsonl, line 3: max_steps is -1",
         "run/config.json: n_layer is 'x'; expected a whole number",
         "the seed is 5",
         "give batch_size(4)",

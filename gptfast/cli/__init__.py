@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -56,6 +57,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")  # a terminal that has not every character still gets the text
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of the package
     try:
         app()
     except KeyboardInterrupt:

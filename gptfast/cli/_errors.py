@@ -94,19 +94,19 @@ def _in_options(text: str, options: Mapping[str, str]) -> str:
 
     Names that a file has (", line 3: temperature is …"; n_embd in config.json, unless it was given) stay.
     """
-    place = re.search(r", (line|record) \d+", text)
-    start, rest = (text[: place.end()], text[place.end() :]) if place else ("", text)
+    if re.search(r", (line|record) \d+", text):
+        return text
     for name, parameter in {**{name: name for name in options}, **_OTHER_NAMES}.items():
         option = options.get(parameter)
-        if option is None or (place and "_" not in name) or (".json" in text and not _is_given(option)):
+        if option is None or (".json" in text and not _is_given(option)):
             continue
-        rest = re.sub(rf"(?<![\w./'\"=-]){name}=True\b", option, rest)
-        rest = re.sub(rf"(?<![\w./'\"=-]){name}=(?=[\w'\"\[-])", f"{option} ", rest)
+        text = re.sub(rf"(?<![\w./'\"=-]){name}=True\b", option, text)
+        text = re.sub(rf"(?<![\w./'\"=-]){name}=(?=[\w'\"\[-])", f"{option} ", text)
         if "_" in name:
-            rest = re.sub(rf"(?<![\w./'\"-]){name}(?![\w/='\"(]|\.\w)(?!: )", option, rest)
+            text = re.sub(rf"(?<![\w./'\"-]){name}(?![\w/='\"(]|\.\w)(?!: )", option, text)
         else:
-            rest = re.sub(rf"(^|[;:,] |\bbut |\band ){name}(?= is [-\d'\"n\[i])", rf"\g<1>{option}", rest)
-    return start + rest
+            text = re.sub(rf"(^|[;:,] |\bbut |\band ){name}(?= is [-\d'\"n\[i])", rf"\g<1>{option}", text)
+    return text
 
 
 def _is_given(option: str) -> bool:

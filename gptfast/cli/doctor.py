@@ -5,11 +5,16 @@ from __future__ import annotations
 
 def doctor() -> None:
     """Say what runs on this machine and why: CPU instruction set, threads, compiled ops, CUDA, Triton, versions."""
+    import warnings
+
     from rich.console import Console
     from rich.table import Table
 
     table = Table("what", "here", box=None, header_style="bold", pad_edge=False)
-    for name, value in report():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of what is in the table
+        rows = report()
+    for name, value in rows:
         table.add_row(name, value)
     Console().print(table)
 

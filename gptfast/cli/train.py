@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from gptfast.training.launch import Run
-    from gptfast.training.trainer import TrainResult
+from gptfast.cli._run import describe, report
 
 _OUT = Path("runs/gpt")
 _DATA, _MODEL, _OPTIMISER, _RUN = "Data", "Model", "Learning", "The run"
@@ -95,7 +93,11 @@ def train(
     ] = None,
     batch_size: Annotated[
         int | None,
-        _option(_OPTIMISER, "32; 8 with --preset", "Rows of text in one pass. Larger is steadier, and slower a step."),
+        _option(
+            _OPTIMISER,
+            "32; 8 with --preset",
+            "Rows of text in one pass. Larger is steadier, and slower a step. May change on --resume, as --grad-accum may.",
+        ),
     ] = None,
     grad_accum: Annotated[
         int | None,
@@ -210,72 +212,3 @@ def train(
         run.trainer.progress.note(line)
     if result.interrupted is not None:
         raise typer.Exit(128 + result.interrupted)
-
-
-def describe(run: Run) -> list[str]:
-    """The model, the data, the machine and the plan, a line each."""
-    import torch
-
-    from gptfast.backend import cpu_isa
-    from gptfast.cli.doctor import cpu_name
-
-    trainer, data, config = run.trainer, run.data, run.trainer.model.config
-    train = trainer.config
-    shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, block size {config.block_size}"
-    kernels = f"{cpu_isa()} kernels" if cpu_isa() else "eager PyTorch"
-    place = f"{cpu_name()}, {torch.get_num_threads()} threads, {kernels}"
-    if trainer.device.type == "cuda":
-        place = f"{torch.cuda.get_device_name(trainer.device)}, eager PyTorch"
-    products = f"{train.dtype} products" + (f" ({trainer.dtype_reason})" if trainer.dtype_reason else "")
-    limits = [f"{train.max_steps:,} steps"] if train.max_steps else []
-    limits += [f"{train.max_minutes:g} min"] if train.max_minutes else []
-    lines = [
-        f"model    {trainer.model.num_parameters() / 1e6:.2f}M parameters: {shape}",
-        *([f"         {run.note}"] if run.note else []),
-        f"data     {len(data.train):,} tokens to train on, {len(data.val):,} for validation; "
-        f"{data.tokenizer.kind} tokenizer, {data.tokenizer.vocab_size:,} tokens",
-        *(f"         {note}" for note in data.notes),
-        f"machine  {place}",
-        f"         {products}; at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s, measured just now: the 100% of peak",
-        f"plan     {' or '.join(limits)}, {train.rows_per_step * trainer.block_size:,} tokens a step",
-    ]
-    return lines + _resume_lines(run)
-
-
-def _resume_lines(run: Run) -> list[str]:
-    if run.checkpoint is None:
-        return []
-    old, new = run.checkpoint.config, run.trainer.config
-    lines = [f"resume   from step {run.checkpoint.state.step} in {run.checkpoint.folder}"]
-    before, now = (c.lr_decay_steps or c.max_steps or "(by time)" for c in (old, new))
-    if before != now:
-        lines.append(
-            f"         the learning rate now falls until step {now} instead of {before}: "
-            "not the same as a run started like that"
-        )
-    if changed := run.changed_arithmetic():
-        lines.append(f"         {' and '.join(changed)} changed: no longer bit for bit the run without an interruption")
-    return lines
-
-
-def report(run: Run, result: TrainResult) -> list[str]:
-    """What came out, where it is, and what to do with it."""
-    from gptfast.training.evaluate import evaluated_tokens
-    from gptfast.training.progress import clock
-
-    trainer, config = run.trainer, run.trainer.config
-    out = trainer.out
-    if result.interrupted is not None:
-        return [f"interrupted at step {result.steps}; saved. Go on with: gptfast train --resume --out {out}"]
-    unit = "character" if run.data.tokenizer.kind == "char" else "token"
-    count = evaluated_tokens(trainer.val_tokens, trainer.block_size, config.batch_size, config.eval_batches)
-    speed = f", {result.tokens_per_second:,.0f} tokens/s at the end" if result.tokens_per_second else ""
-    return [
-        f"best validation loss {result.best_val_loss:.4f} nats per {unit} at step {result.best_step} "
-        f"(over {count:,} held-out tokens)",
-        f"{result.steps} steps in {clock(result.seconds)}{speed}",
-        f"checkpoints  {out / 'best'}  (lowest validation loss)",
-        f"             {out / 'last'}  (to go on with: --resume)",
-        f"loss curve   {out / 'loss.png'}, figures in {out / 'log.jsonl'}",
-        f"let it write: gptfast generate --model {out / 'best'}",
-    ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from gptfast._files import open_read, read_asset, text_blocks
+from gptfast._warn import warn
 from gptfast.data.folder import choose_files
 from gptfast.data.records import PACKED, RECORDS, kind_of, read_packed_text, read_records
 from gptfast.data.spool import Slice, Spool
@@ -135,10 +135,9 @@ def _read_files(
             "leave it out, or give the file such a name"
         )
     if text_field is None and records:
-        warnings.warn(
+        warn(
             f"{min(records)} is read as plain text, with its field names and punctuation; name the field that holds the text "
             "with text_field (--text-field on the command line)",
-            stacklevel=4,
         )
     empty = 0
     for name, path in files.items():

@@ -67,11 +67,18 @@ class WindowSampler:
         """
         return _rows(self._take, self.starts(step), self.block_size, self.vocab_size)
 
+    def batch_from(self, row: int) -> tuple[Tensor, Tensor]:
+        """As `batch`, from row number `row` of the order on: for a run whose batch size changes. With a batch size of B it is
+        `batch(row // B)` for every multiple of B."""
+        return _rows(self._take, self._starts(row), self.block_size, self.vocab_size)
+
     def starts(self, step: int) -> np.ndarray:
         """(B,) int64: where in the tokens the rows of `step` begin."""
         if step < 0:
             raise ValueError(f"WindowSampler.batch: step is {step}; expected step >= 0")
-        first = (step * self.world_size + self.rank) * self.batch_size
+        return self._starts((step * self.world_size + self.rank) * self.batch_size)
+
+    def _starts(self, first: int) -> np.ndarray:
         starts = np.empty(self.batch_size, np.int64)
         done = 0
         while done < self.batch_size:  # a batch may run over the end of an epoch, or of several

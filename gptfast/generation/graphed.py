@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
+from gptfast._warn import warn
 from gptfast.backend import resolve
 from gptfast.generation.choose import FAULTS
 from gptfast.generation.config import GenerationConfig
@@ -283,7 +284,7 @@ class Decoder:
             if empty := [str(w.message) for w in told if "Graph is empty" in str(w.message)]:
                 raise RuntimeError(empty[0])  # its replays would do nothing
         except RuntimeError as error:
-            warnings.warn(f"generate: no CUDA graph of a step, which runs uncaptured: {error}", stacklevel=2)
+            warn(f"generate: no CUDA graph of a step, which runs uncaptured: {error}")
             return None
         for w in told:
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)

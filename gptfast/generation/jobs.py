@@ -10,7 +10,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,8 @@ def run_jobs(
 
     Args:
         jobs: as `read_jobs` gave them.
-        output: the file; a line is {"line", "prompt", "completions": [{"text", "finish_reason", "tokens"}], "options"}, with
-            "error" where a text could not be made.
+        output: the file; a line is {"line", "prompt", "completions": [{"text", "finish_reason", "tokens"}], "options"}, those of them
+            that are not the default, with "error" where a text could not be made.
         model, tokenizer: who writes.
         batch_size: how many sequences run at a time, at most.
         progress: is told how many lines were there already, with 0 tokens; then, for each that ends, how many there
@@ -195,7 +195,9 @@ def _read_done(path: Path, jobs: list[Job]) -> dict[int, bytes]:
         try:
             found = json.loads(line)
             job = by_line[found["line"]]
-            same = found["prompt"] == job.prompt and found["options"] == json.loads(json.dumps(job.options))
+            same = found["prompt"] == job.prompt and _told(found["options"]) == json.loads(
+                json.dumps(_told(job.options))
+            )
         except (ValueError, KeyError, TypeError, RecursionError):
             same = False
         if not same:
@@ -210,8 +212,14 @@ def _read_done(path: Path, jobs: list[Job]) -> dict[int, bytes]:
 
 
 def _as_line(job: Job, result: dict[str, Any]) -> bytes:
-    whole = {"line": job.line, "prompt": job.prompt, **result, "options": job.options}
+    whole = {"line": job.line, "prompt": job.prompt, **result, "options": _told(job.options)}
     return json.dumps(whole, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+def _told(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are not what they are by default, which a line need not hold."""
+    defaults = {f.name: f.default for f in fields(GenerationConfig)}
+    return {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}
 
 
 class _Lines:

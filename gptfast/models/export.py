@@ -110,8 +110,11 @@ def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # as the umask has it; safetensors makes files for their owner alone
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:  # how safetensors reports a failed write
         code = re.search(r"os error (\d+)", str(error))
         number = int(code[1]) if code else errno.EIO

@@ -48,7 +48,9 @@ class TrainState:
     """Where a run stands.
 
     step: updates made. planned_steps: where the run is to end; None until max_minutes has been turned into steps.
-    best_val_loss, best_step: of the best evaluation so far. seconds: wall-clock time of all sessions.
+    best_val_loss, best_step: of the best evaluation so far. seconds: wall-clock time of all sessions. rows: of tokens
+    that the updates have seen. eval_batch_size: rows of a batch of an evaluation, the batch_size that the run began with,
+    so that evaluations compare when it changes. None (in older checkpoints): as the configuration says.
     """
 
     step: int = 0
@@ -56,6 +58,8 @@ class TrainState:
     best_val_loss: float | None = None
     best_step: int = 0
     seconds: float = 0.0
+    rows: int | None = None
+    eval_batch_size: int | None = None
 
 
 _STATE = {  # what trainer.json has for each field
@@ -64,6 +68,8 @@ _STATE = {  # what trainer.json has for each field
     "best_val_loss": (float, NULL),
     "best_step": int,
     "seconds": float,
+    "rows": (int, NULL),
+    "eval_batch_size": (int, NULL),
 }
 
 
@@ -223,7 +229,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
-    state = field(raw, "state", dict, TRAINER)
+    state = {"rows": None, "eval_batch_size": None, **field(raw, "state", dict, TRAINER)}
     for key, kinds in _STATE.items():
         field(state, key, kinds, TRAINER, inside="state")
     if state.keys() - _STATE.keys():

@@ -31,7 +31,18 @@ _SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
 _TRAIN = tuple(f.name for f in fields(TrainConfig))
 _MAY_CHANGE = {
     *("max_steps", "max_minutes", "lr_decay_steps", "learning_rate", "min_lr", "warmup_steps", "grad_clip"),
-    *("eval_every", "eval_batches", "checkpoint_every", "log_every", "threads", "data", "dtype", "device"),
+    *(
+        "batch_size",
+        "grad_accum",
+        "eval_every",
+        "eval_batches",
+        "checkpoint_every",
+        "log_every",
+        "threads",
+        "data",
+        "dtype",
+        "device",
+    ),
     *("out", "resume", "tensorboard", "overwrite"),
 }
 _MARKED = 1 << 20  # tokens
@@ -45,6 +56,7 @@ class Run:
     trainer: Trainer
     data: PreparedData
     checkpoint: Checkpoint | None  # where it goes on from
+    note: str = ""  # about the model
 
     def changed_arithmetic(self) -> list[str]:
         """Options that decide how numbers are rounded, and are not as they were before the run was resumed."""
@@ -60,8 +72,6 @@ class Run:
         if stored.threads != torch.get_num_threads() and libraries and self.trainer.device.type == "cpu":
             changed.append("--threads")
         return changed
-
-    note: str = ""  # about the model
 
 
 def new_run(given: dict[str, Any]) -> Run:

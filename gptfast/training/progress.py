@@ -26,6 +26,7 @@ class Figures:
     tokens_per_second: float | None
     percent_of_peak: float | None
     seconds_left: float | None
+    val_is_new: bool = True  # it is of this step
 
     def columns(self) -> dict[str, str]:
         val = "" if self.val_loss is None else f"val {self.val_loss:.4f}"
@@ -36,7 +37,7 @@ class Figures:
 
     def line(self) -> str:
         total = "?" if self.total is None else self.total
-        shown = [text for text in self.columns().values() if text]
+        shown = [text for name, text in self.columns().items() if text and (name != "val" or self.val_is_new)]
         return "  ".join([f"step {self.step}/{total}", *shown])
 
 

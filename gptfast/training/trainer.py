@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gptfast._busy import CpuWait
 from gptfast._locks import FileLock
 from gptfast.data import TokenFile, WindowSampler
 from gptfast.models import GPT
@@ -43,7 +44,8 @@ from gptfast.training.timing import RunClock
 class TrainResult:
     """steps, seconds: of all sessions. val_loss: of this session's last evaluation, None where there was none.
     best_val_loss, best_step: of the best one. tokens_per_second: of this session's last steps, without evaluations
-    and checkpoints. interrupted: the signal that ended the run early, or None."""
+    and checkpoints. interrupted: the signal that ended the run early, or None. waiting: the part of the time for which
+    threads waited for a core that another program had, None where that is not known."""
 
     steps: int
     seconds: float
@@ -52,6 +54,7 @@ class TrainResult:
     best_step: int
     tokens_per_second: float | None
     interrupted: int | None
+    waiting: float | None = None
 
 
 class Trainer:
@@ -114,6 +117,7 @@ class Trainer:
             else:
                 self._restore(resume)
             self.log = Log(self.out / "log.jsonl", self.state.step, self.out / "tensorboard" if tensorboard else None)
+            self._begin_rows(resume)
         except BaseException:
             self._lock.release()
             raise
@@ -139,6 +143,18 @@ class Trainer:
         self._methods = checkpoint.gemm
         load_optimizers(checkpoint.folder, self.model, self.optimizers)
 
+    def _begin_rows(self, resume: Checkpoint | None) -> None:
+        """Where in the order of the data the run stands, which another batch size does not change."""
+        state, old = self.state, self.config if resume is None else resume.config
+        state.rows = state.step * old.rows_per_step if state.rows is None else state.rows
+        state.eval_batch_size = state.eval_batch_size or old.batch_size
+        if (old.batch_size, old.grad_accum) != (self.config.batch_size, self.config.grad_accum):
+            self.log.write(step=state.step, batch_size=self.config.batch_size, grad_accum=self.config.grad_accum)
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.state.eval_batch_size or self.config.batch_size
+
     def train(self) -> TrainResult:
         """Train to the end, or until Ctrl-C or SIGTERM: then RUN/last is saved, and the result says so.
 
@@ -146,6 +162,7 @@ class Trainer:
             RuntimeError: the loss is no longer finite.  OSError: a file cannot be written.
         """
         minutes = self.config.max_minutes
+        waiting = CpuWait()
         self.clock = RunClock(self.state.seconds, minutes and 60 * minutes, self._evaluation_steps())
         try:
             with closing(self.log), Interrupt() as interrupt, self.progress, multiplied_by(self._methods):
@@ -162,6 +179,7 @@ class Trainer:
             best_step=self.state.best_step,
             tokens_per_second=self._tokens_per_second(),
             interrupted=interrupted,
+            waiting=waiting.share(),
         )
 
     def _train(self, interrupt: Interrupt) -> int | None:
@@ -180,7 +198,7 @@ class Trainer:
     def _evaluation_steps(self) -> float:
         """About how many steps take as long as an evaluation: a forward pass is a third of a step."""
         config, T = self.config, self.block_size
-        tokens = evaluated_tokens(self.val_tokens, T, config.batch_size, config.eval_batches)
+        tokens = evaluated_tokens(self.val_tokens, T, self.eval_batch_size, config.eval_batches)
         return tokens / (3 * config.rows_per_step * T)
 
     def _done(self) -> bool:
@@ -212,7 +230,8 @@ class Trainer:
         rate = learning_rate(step, config, self.state.planned_steps or math.inf)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
-        batches = [self.sampler.batch(step * config.grad_accum + n) for n in range(config.grad_accum)]
+        rows = self.state.rows or 0
+        batches = [self.sampler.batch_from(rows + n * config.batch_size) for n in range(config.grad_accum)]
         loss = accumulate_gradients(self.model, batches, self._autocast, self.device)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizers), config.grad_clip or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -224,6 +243,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
+        self.state.rows = rows + config.rows_per_step
         return {"loss": loss, "lr": rate, "grad_norm": norm}
 
     def _autocast(self) -> AbstractContextManager:
@@ -233,7 +253,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         config, state = self.config, self.state
-        batches = evaluation_batches(self.val_tokens, self.block_size, config.batch_size, config.eval_batches)
+        batches = evaluation_batches(self.val_tokens, self.block_size, self.eval_batch_size, config.eval_batches)
         self._val_loss, _ = evaluate(self.model, batches, self._autocast, self.device)
         self._evaluated = state.step
         self.peak_flops = peak_flops(self.dtype, self.device, again=True)
@@ -268,6 +288,7 @@ class Trainer:
             total=planned,
             loss=self._loss,
             val_loss=self._val_loss,
+            val_is_new=self._evaluated == step,
             tokens_per_second=speed,
             # None where the peak was measured while the machine was busy, and is too small
             percent_of_peak=None if flops is None or flops > self.peak_flops else 100 * flops / self.peak_flops,

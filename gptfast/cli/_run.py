@@ -1,0 +1,150 @@
+"""What gptfast train says of a run: before it begins, where it goes on, and at its end."""
+
+from __future__ import annotations
+
+import math
+from shlex import quote
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptfast.data import PreparedData
+    from gptfast.training.config import TrainConfig
+    from gptfast.training.launch import Run
+    from gptfast.training.trainer import TrainResult
+
+
+def describe(run: Run) -> list[str]:
+    """The model, the data, the machine and the plan, a line each."""
+    import torch
+
+    from gptfast.backend import cpu_isa
+    from gptfast.cli.doctor import cpu_name
+
+    trainer, data, config = run.trainer, run.data, run.trainer.model.config
+    train = trainer.config
+    shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, block size {config.block_size}"
+    kernels = f"{cpu_isa()} kernels" if cpu_isa() else "eager PyTorch"
+    place = f"{cpu_name()}, {torch.get_num_threads()} threads, {kernels}"
+    if trainer.device.type == "cuda":
+        place = f"{torch.cuda.get_device_name(trainer.device)}, eager PyTorch"
+    products = f"{train.dtype} products" + (f" ({trainer.dtype_reason})" if trainer.dtype_reason else "")
+    limits = [f"{train.max_steps:,} steps"] if train.max_steps else []
+    limits += [f"{train.max_minutes:g} min"] if train.max_minutes else []
+    lines = [
+        f"model    {trainer.model.num_parameters() / 1e6:.2f}M parameters: {shape}",
+        *([f"         {run.note}"] if run.note else []),
+        f"data     {len(data.train):,} tokens to train on, {len(data.val):,} for validation; "
+        f"{data.tokenizer.kind} tokenizer, {data.tokenizer.vocab_size:,} tokens",
+        *(f"         {note}" for note in data.notes),
+        f"machine  {place}",
+        f"         {products}; at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s, measured just now: the 100% of peak",
+        f"plan     {' or '.join(limits)}, {train.rows_per_step * trainer.block_size:,} tokens a step",
+    ]
+    return lines + _resume_lines(run)
+
+
+def _resume_lines(run: Run) -> list[str]:
+    if run.checkpoint is None:
+        return []
+    old, new = run.checkpoint.config, run.trainer.config
+    lines = [f"resume   from step {run.checkpoint.state.step} in {run.checkpoint.folder}"]
+    before, now = (c.lr_decay_steps or c.max_steps or "(by time)" for c in (old, new))
+    if before != now:
+        lines.append(
+            f"         the learning rate now falls until step {now} instead of {before}: "
+            "not the same as a run started like that"
+        )
+    if changed := run.changed_arithmetic():
+        lines.append(f"         {' and '.join(changed)} changed: no longer bit for bit the run without an interruption")
+    return lines + _rate_lines(run) + _batch_lines(old, new, run.trainer.block_size)
+
+
+def _rate_lines(run: Run) -> list[str]:
+    """Whether the learning rate jumps, and what keeps it."""
+    from gptfast.training.schedule import learning_rate
+
+    if run.checkpoint is None:
+        return []
+    old, state = run.checkpoint.config, run.checkpoint.state
+    planned = state.planned_steps or math.inf
+    was, expected = (learning_rate(step, old, planned) for step in (max(0, state.step - 1), state.step))
+    now = learning_rate(state.step, run.trainer.config, run.trainer.state.planned_steps or math.inf)
+    if abs(now - expected) <= 0.01 * max(now, expected):
+        return []
+    end = old.lr_decay_steps or state.planned_steps
+    advice = ""
+    if end and old.learning_rate == run.trainer.config.learning_rate:
+        advice = f"; --lr-decay-steps {end} lets it go on as it was, at {expected:.3g}"
+    return [f"         the learning rate was {was:.3g} and goes on at {now:.3g}{advice}"]
+
+
+def _batch_lines(old: TrainConfig, new: TrainConfig, block_size: int) -> list[str]:
+    if (old.batch_size, old.grad_accum) == (new.batch_size, new.grad_accum):
+        return []
+    return [
+        f"         a step now sees {new.rows_per_step * block_size:,} tokens instead of {old.rows_per_step * block_size:,}: the "
+        "text goes on where it was, but the",
+        "         numbers are not those of a run started like that; the learning rate stays (see --learning-rate)",
+    ]
+
+
+def report(run: Run, result: TrainResult) -> list[str]:
+    """What came out, where it is, and what to do with it."""
+    from gptfast._busy import busy_line
+    from gptfast.training.evaluate import evaluated_tokens
+    from gptfast.training.progress import clock
+
+    trainer, config = run.trainer, run.trainer.config
+    out = trainer.out
+    busy = busy_line(result.waiting)
+    if result.interrupted is not None:
+        return _interruption(run, result.steps) + ([busy] if busy else [])
+    unit = "character" if run.data.tokenizer.kind == "char" else "token"
+    count = evaluated_tokens(trainer.val_tokens, trainer.block_size, trainer.eval_batch_size, config.eval_batches)
+    speed = f", {result.tokens_per_second:,.0f} tokens/s at the end" if result.tokens_per_second else ""
+    return [
+        f"best validation loss {result.best_val_loss:.4f} nats per {unit} at step {result.best_step} "
+        f"(over {count:,} held-out tokens)",
+        f"{result.steps} steps in {clock(result.seconds)}{speed}",
+        f"checkpoints  {out / 'best'}  (lowest validation loss)",
+        f"             {out / 'last'}  (to go on with: --resume)",
+        f"loss curve   {out / 'loss.png'}, figures in {out / 'log.jsonl'}",
+        f"let it write: {_generate(run, 'best')}",
+        *([busy] if busy else []),
+    ]
+
+
+def _interruption(run: Run, step: int) -> list[str]:
+    """What a run that was ended early has left."""
+    out = run.trainer.out
+    if not (out / "last").exists():
+        return ["interrupted before the first step; nothing was saved"]
+    lines = [f"interrupted at step {step}; saved. Go on with: gptfast train --resume --out {quote(str(out))}"]
+    if (out / "best").exists():
+        return [*lines, f"let it write: {_generate(run, 'best')}"]
+    return [
+        *lines,
+        f"there is no {out / 'best'} yet: it comes with the first evaluation, at step {run.trainer.config.eval_every}",
+        f"let the newest weights write: {_generate(run, 'last')}",
+    ]
+
+
+def _generate(run: Run, name: str) -> str:
+    """A command that runs as it is printed."""
+    prompt = example_prompt(run.data, run.trainer.model.config.block_size // 2)
+    given = f"--prompt {quote(prompt)}" if prompt else "--prompt-file FILE"
+    return f"gptfast generate --model {quote(str(run.trainer.out / name))} {given}"
+
+
+def example_prompt(data: PreparedData, longest: int) -> str:
+    """The first words of the validation text, in at most `longest` tokens; "" where it does not begin with words."""
+    tokenizer = data.tokenizer
+    ids = [token for token in data.val.tokens[:80].tolist() if token != tokenizer.eos_id and tokenizer.has_token(token)]
+    lines = (line.strip().lstrip("-") for line in tokenizer.decode(ids).splitlines())
+    prompt = " ".join(next(filter(None, lines), "").split()[:3])[:24].strip()
+    try:
+        while prompt and len(tokenizer.encode(prompt)) > longest:
+            prompt = prompt[:-1].strip()
+    except ValueError:  # a character that only the end of the line had
+        return ""
+    return prompt if prompt.isprintable() and "\ufffd" not in prompt else ""
