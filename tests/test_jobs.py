@@ -226,3 +226,13 @@ def test_a_full_disk_leaves_whole_lines(chars, source, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"out.jsonl: only a part of a line was taken; free some disk space"):
         run_jobs(work(source, chars), output, *chars[1:])
     assert output.read_bytes().count(b"\n") == 3 and output.read_bytes().endswith(b"\n")
+
+
+def test_a_line_may_bound_prompt_and_new_tokens_together(chars, tmp_path):
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    source.write_text('{"prompt": "ROM", "max_length": 9}\n{"prompt": "ROM", "max_length": 9, "max_new_tokens": 2}\n')
+    run_jobs(work(source, chars), output, *chars[1:])
+    assert [json.loads(line)["completions"][0]["tokens"] for line in output.read_text().splitlines()] == [6, 2]
+    source.write_text('{"prompt": "ROM", "max_length": 3}\n')
+    with pytest.raises(ValueError, match="line 1: generate: max_length is 3 and the longest prompt has 3 tokens"):
+        work(source, chars)
