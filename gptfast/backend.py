@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from gptfast._warn import warn
 from gptfast.triton import trouble as triton_trouble
@@ -138,10 +140,35 @@ def resolve(op: str, choice: str | None, x: Tensor, *others: Tensor | None) -> s
         return name
     strange = [y.dtype for y in others if y is not None and y.dtype not in KERNEL_DTYPES]
     if name == "auto":
-        return "eager" if strange else _automatic(op, x)
+        return "eager" if strange or transformed() else _automatic(op, x)
     _checked(name, op)
     _check_explicit(op, name, x, *strange)
     return name
+
+
+# under names that are found at once: every call of an op asks
+_is_compiling, _in_transform = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
+
+
+def transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp, …) or forward-mode AD looks into the ops that are called now; kernels are closed
+    to them."""
+    if _is_compiling():
+        return False
+    return _in_transform() or forward_ad._current_level >= 0
+
+
+def is_many(x: Tensor) -> bool:
+    """Whether a tensor of a backward pass stands for those of many passes at once: under vmap, or where
+    torch.autograd.grad(is_grads_batched=True) made it."""
+    if _is_compiling():
+        return False
+    return _in_transform() or is_legacy_batchedtensor(x)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a check may look at the values of a tensor: not on meta, where there are none, and not under torch.func."""
+    return x.device.type != "meta" and not transformed()
 
 
 def is_automatic(choice: str | None) -> bool:
@@ -170,6 +197,11 @@ def _check_explicit(op: str, name: str, x: Tensor, *strange: torch.dtype) -> Non
         raise RuntimeError(f"{asked} {trouble}; or use backend='auto' (`gptfast doctor` says what runs here)")
     if name == "cuda" and (trouble := cuda_trouble(x.device.index if x.device.type == "cuda" else None)):
         raise RuntimeError(f"{asked} {trouble}; use backend='auto' or 'eager' (`gptfast doctor` says what runs here)")
+    if transformed():
+        raise RuntimeError(
+            f"{asked} torch.func (vmap, grad, jvp, ...) and forward-mode AD cannot look into its kernels; use "
+            "backend='eager', which 'auto' takes there"
+        )
     if not has_kernel(op, name):
         raise RuntimeError(f"{asked} it has no kernel for this op; use backend='auto' or 'eager'")
     if x.device.type != DEVICES[name]:

@@ -105,9 +105,10 @@ def test_an_interrupt_is_no_error(monkeypatch, capsys):
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_terminal_without_all_characters_gets_the_text(monkeypatch):
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # PYTHONIOENCODING=ascii, the C locale
+def test_a_terminal_without_all_characters_gets_the_text(monkeypatch, errors):
     written = io.BytesIO()
-    terminal = io.TextIOWrapper(written, encoding="ascii", write_through=True)
+    terminal = io.TextIOWrapper(written, encoding="ascii", errors=errors, write_through=True)
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(cli, "app", lambda: print("naïve 🤗 text \udcff"))
     cli.main()

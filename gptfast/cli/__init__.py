@@ -52,10 +52,16 @@ for command in (train, generate, serve, prepare, info, doctor, bench):
 _commands = app
 
 
+def _may_fail(stream: io.TextIOWrapper) -> bool:
+    """Whether a character may have no bytes there; in the C locale bytes of the system alone pass (surrogateescape)."""
+    utf8 = stream.encoding.lower().replace("-", "").replace("_", "") == "utf8"
+    return stream.errors == "strict" or (stream.errors == "surrogateescape" and not utf8)
+
+
 def main() -> None:
     """Run the command line. Whatever goes wrong is a line on stderr and exit code 1, never a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper) and _may_fail(stream):
             stream.reconfigure(errors="replace")  # a terminal that has not every character still gets the text
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of the package
     try:

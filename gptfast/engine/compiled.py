@@ -20,7 +20,7 @@ from gptfast.engine.exponents import exponent_of, quantised
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
 from gptfast.engine.sequences import PANEL, EngineSequences
 from gptfast.generation.sequences import usual_threads
-from gptfast.models.difference import difference, true_config
+from gptfast.models.difference import check_values, difference, true_config
 from gptfast.models.metadata import Metadata, metadata_of
 
 if TYPE_CHECKING:
@@ -209,6 +209,7 @@ def compile_model(
 
 def _config_of(model: GPT) -> GPTConfig:
     """What the model is. Raises ValueError where its modules are not what its config says."""
+    check_values("compile_for_inference", model)
     told = difference(model)
     if told is not None:
         raise ValueError(

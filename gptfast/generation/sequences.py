@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from gptfast.models.difference import check_values
 from gptfast.models.kv_cache import KVCache
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ class CachedSequences:
 
     def __init__(self, model: GPT, capacity_rows: int, max_len: int) -> None:
         weight = model.wte.weight
+        if weight.is_meta:
+            check_values("generate", model)
         self._model = model
         config = model.config.replace(n_layer=len(model.h)) if len(model.h) != model.config.n_layer else model.config
         self._cache = KVCache(config, capacity_rows, max_len, weight.dtype, weight.device)

@@ -69,6 +69,16 @@ def difference(model: GPT, saved: bool = False) -> str | None:
     return _in_sinusoids(model) if saved else None
 
 
+def check_values(op: str, model: GPT) -> None:
+    """Raise ValueError for a model whose parameters are on the meta device, and so have no values."""
+    for name, x in model.named_parameters():
+        if x.is_meta:
+            raise ValueError(
+                f"{op}: {name} is on the meta device, which holds no values; load them with GPT.from_pretrained, or make "
+                "room with model.to_empty(device='cpu') and fill it"
+            )
+
+
 def true_config(model: GPT) -> GPTConfig:
     """The model's config, with `tie_weights` as the tensors are."""
     tied = is_tied(model)

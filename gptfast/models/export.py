@@ -16,7 +16,7 @@ from torch import Tensor
 from gptfast._folders import staged_folder
 from gptfast._snapshots import WEIGHTS
 from gptfast.models import hf_layout
-from gptfast.models.difference import difference, true_config
+from gptfast.models.difference import check_values, difference, true_config
 from gptfast.models.metadata import GENERATION, metadata_of
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def save(model: GPT, path: str | os.PathLike[str], max_shard_size: int | str = "
             what its config says, so that a model read from the folder would be another one.
     """
     limit = _bytes(max_shard_size)
+    check_values("save_pretrained", model)
     told = difference(model, saved=True)
     if told is not None:
         raise ValueError(

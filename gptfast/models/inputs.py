@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast.backend import transformed
+
 REFUSED = {
     "token_type_ids": "a GPT knows one type of token; leave it out",
     "position_ids": "positions follow from attention_mask; leave it out",
@@ -52,7 +54,7 @@ def check_ids(name: str, ids: Any, dtypes: tuple[torch.dtype, ...], V: int | Non
         raise TypeError(f"GPT: {name} {got}; expected a tensor of token ids, {expected}")
     if ids.dim() != 2:
         raise ValueError(f"GPT: {name} has shape {tuple(ids.shape)}; expected (B, T) - use {name}[None] for one row")
-    if V is None or torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
+    if V is None or torch.compiler.is_compiling() or ids.device.type != "cpu" or transformed() or ids.numel() == 0:
         return
     checked = ids if ignored is None else torch.where(ids == ignored, 0, ids)
     low, high = (int(x) for x in checked.aminmax())

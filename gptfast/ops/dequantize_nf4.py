@@ -37,7 +37,17 @@ class NF4(NamedTuple):
     def rows(self, out_features: int) -> tuple[Tensor, Tensor]:
         """Codes and scales of the weight (out_features, in_features) as `quantized_linear(format="nf4")` takes them;
         in_features must be a multiple of the block size."""
-        return self.codes.view(out_features, -1), reference.nf4_absmax(*self[1:]).view(out_features, -1)
+        scales = reference.nf4_absmax(*self[1:])
+        rows = max(out_features, 1)  # of nothing, all shapes have nothing
+        if out_features < 0 or self.codes.numel() % rows or scales.numel() % rows:
+            raise ValueError(
+                f"NF4.rows: out_features is {out_features}, but there are {scales.numel()} blocks; expected whole blocks for "
+                "each row - in_features must be a multiple of the block size"
+            )
+        return (
+            self.codes.view(out_features, self.codes.numel() // rows),
+            scales.view(out_features, scales.numel() // rows),
+        )
 
 
 def quantize_nf4(weight: Tensor, *, block_size: int = 64, double: bool = False) -> NF4:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptfast.backend import KERNEL_DTYPES, kernels, resolve
+from gptfast.backend import KERNEL_DTYPES, kernels, resolve, transformed
 from gptfast.ops import reference
 from gptfast.ops._common import check_float, check_same_device, fake, forbid_double_backward
 
@@ -57,7 +58,7 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Te
 
 
 def _check_range(name: str, indices: Tensor, table: Tensor) -> None:
-    if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
+    if torch.compiler.is_compiling() or indices.device.type != "cpu" or transformed() or not indices.numel():
         return
     low, high = (int(x) for x in indices.aminmax())
     if low < 0 or high >= table.shape[0]:
@@ -79,7 +80,7 @@ class EmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         ids, wte, wpe, positions = ctx.saved_tensors
-        rows = dout.reshape(-1, dout.shape[-1])
+        rows = dout.reshape(math.prod(dout.shape[:-1]), dout.shape[-1])
         dwte = _table_gradient(ctx.backend, rows, ids, wte) if ctx.needs_input_grad[2] else None
         if wpe is None or not ctx.needs_input_grad[3]:
             return None, None, dwte, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.backend import resolve
+from gptfast.backend import is_many, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import (
     autocast,
@@ -66,7 +67,7 @@ def linear(
     if runs_on != "cpu" or (few and not forced()):
         y = F.linear(x, weight, added)
     else:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is not to be told where the other is 0
         y = LinearFunction.apply(*distinct(rows, weight, added)).view(*x.shape[:-1], weight.shape[0])
     if approximate is not None:
         return gelu(y, bias, approximate, backend=backend)
@@ -123,8 +124,9 @@ def _backward(
 
 
 def _op(name: str, x: Tensor) -> Callable[..., Any]:
-    """The operator for tracers and for a backward that is itself recorded; else its function, some 15 us faster."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+    """The operator for tracers, for a backward that is itself recorded and for many at once (vmap); else its function, some
+    15 us faster."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or is_many(x):
         return getattr(torch.ops.gptfast, name)
     return _forward if name == "linear_fwd" else _backward
 

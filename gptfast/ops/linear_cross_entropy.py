@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptfast.backend import kernels, resolve
+from gptfast.backend import is_many, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._common import (
     autocast,
@@ -111,7 +112,7 @@ def _rows(op: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     casts = kind != "meta" and torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype)
     if not casts and hidden.dtype != weight.dtype:
         raise TypeError(f"{op}: hidden is {hidden.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
-    return autocast(hidden)[0].reshape(-1, hidden.shape[-1])
+    return autocast(hidden)[0].reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
@@ -229,7 +230,9 @@ class TotalLossFunction(torch.autograd.Function):
         if grads is None:
             inputs = (ctx.backend, None, hidden, weight, targets)
             grads = op.linear_cross_entropy_bwd(*inputs, *ctx.options, *ctx.wanted)[1:]
-        if ctx.compiled or torch.is_grad_enabled():
+        if is_many(dtotal):  # each backward pass has a factor of its own
+            grads = [(g * dtotal).to(x.dtype) for g, x in zip(grads, (hidden, weight), strict=True)]
+        elif ctx.compiled or torch.is_grad_enabled():
             grads = op.linear_cross_entropy_scale(dtotal, hidden, weight, *grads)
         else:
             factor = _factor(dtotal)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptfast.backend import kernels, resolve
+from gptfast.backend import has_values, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._codes import blocks_of, check_finite, check_power_of_two, pack_pairs
 from gptfast.ops._common import (
@@ -61,7 +62,7 @@ def quantize_groups(
     else:
         extreme = groups.new_empty(groups.shape[:2])
     scales = (extreme.abs() / 127 if format == "int8" else extreme / -8).to(scale_dtype)
-    if not scales.isfinite().all():
+    if has_values(scales) and not scales.isfinite().all():
         raise ValueError(f"{op}: a scale is beyond {scale_dtype}; use scale_dtype=torch.float32")
     inverse = torch.where(scales == 0, 0.0, 1 / scales.float())[..., None]
     lowest, highest = (-127, 127) if format == "int8" else (-8, 7)
@@ -101,7 +102,7 @@ def quantized_linear(
     _check(x, codes, scales, bias, format, group_size)
     x = autocast(x)[0]
     runs_on = resolve(OP, backend, x)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = QuantizedLinearFunction.apply(runs_on, rows, codes, scales, bias, format, group_size)
     return y.view(*x.shape[:-1], codes.shape[0])
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast import rng
+from gptfast.backend import has_values
 from gptfast.ops._codes import NESTED_BLOCK, dynamic_values, nf4_values, unpack_pairs
 
 
@@ -90,7 +91,7 @@ def causal_attention(
     scale = D**-0.5 if softmax_scale is None else softmax_scale
     mask = visible_keys(T, S, causal=causal, window=window, seq_lens=seq_lens, cu_seqlens=cu_seqlens, device=q.device)
     qf, kf, vf = _upcast(q), _upcast(k), _upcast(v)
-    leaky = not (torch.isfinite(kf).all() and torch.isfinite(vf).all())
+    leaky = has_values(kf) and not (torch.isfinite(kf).all() and torch.isfinite(vf).all())
     scores = _masked_product("bhtd,bhtsd->bhts", qf, kf, mask) if leaky else qf @ kf.transpose(-1, -2)
     scores = (scores * scale).masked_fill(~mask, float("-inf"))  # B H T S
     empty = scores.isneginf().all(-1, keepdim=True)  # B H T 1: no key is visible
@@ -284,7 +285,7 @@ def sample(
     stream: Tensor | int | None = None,
 ) -> Tensor:
     x = logits.float()
-    for r in range(x.shape[0]):
+    for r in range(x.shape[0] if has_values(x) else 0):
         if x[r].isnan().any():
             raise RuntimeError(f"sample: logits[{r}] holds nan - look for an overflow in the model")
         if x[r].isneginf().all():
