@@ -173,12 +173,15 @@ def test_another_model_is_noticed():
 
 
 WORKER = """
-import sys
+import os, sys
 sys.path.insert(0, sys.argv[1])
 from worker import prompt, serve
 
 class Runner:
     about = {"version": "7"}
+    def __init__(self):
+        print("loading")
+        os.system("echo a program says something")
     def decode(self, rows, tokens):
         print("a library says something")
         return rows + tokens / 100
@@ -187,7 +190,7 @@ class Runner:
     def prefill(self, tokens):
         raise ValueError("no room for 99 tokens")
 
-serve(Runner())
+serve(Runner)
 """
 
 

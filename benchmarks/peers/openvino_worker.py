@@ -96,4 +96,4 @@ class OpenVINO:
 
 
 if __name__ == "__main__":
-    serve(OpenVINO(*sys.argv[1:]))
+    serve(lambda: OpenVINO(*sys.argv[1:]))

@@ -184,4 +184,4 @@ class ONNXRuntime:
 
 
 if __name__ == "__main__":
-    serve(ONNXRuntime(*sys.argv[1:]))
+    serve(lambda: ONNXRuntime(*sys.argv[1:]))

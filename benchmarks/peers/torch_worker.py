@@ -111,4 +111,4 @@ class CTranslate2:
 
 if __name__ == "__main__":
     runners = {"gptfast": Ours, "transformers": Transformers, "ctranslate2": CTranslate2}
-    serve(runners[sys.argv[1]](*sys.argv[2:]))
+    serve(lambda: runners[sys.argv[1]](*sys.argv[2:]))

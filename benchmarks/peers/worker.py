@@ -6,12 +6,13 @@
     logits TOKENS         the first five logits behind a prompt
     read                  seconds of a loop that only reads the packed weights, and their bytes; ours alone
 
-`llama_decode.cpp` understands the same. Imports nothing, so that it runs in every environment.
+`llama_decode.cpp` understands the same. Imports nothing but the standard library, so that it runs in every environment.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -41,10 +42,12 @@ def answer(runner: Any, line: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {"logits" if command == "logits" else "seconds": found}
 
 
-def serve(runner: Any) -> None:
-    """Say that the model is loaded (`runner.about`), then answer until the input ends. The answers have standard output
-    for themselves: what libraries print goes to standard error."""
-    answers, sys.stdout = sys.stdout, sys.stderr
+def serve(load: Callable[[], Any]) -> None:
+    """Load a model, say so (`about`), then answer until the input ends. The answers have standard output for themselves: what
+    libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    runner = load()
     print(json.dumps(runner.about), file=answers, flush=True)
     for line in sys.stdin:
         if line.split() == ["quit"]:
