@@ -33,6 +33,21 @@ CASES = {
         TypeError,
         "dequantize_nf4: absmax is a NoneType",
     ),
+    "codes None": (
+        lambda: ops.quantized_linear(X, None, torch.ones(4, 1).half(), format="int8"),
+        TypeError,
+        "quantized_linear: codes is a NoneType",
+    ),
+    "residual elsewhere": (
+        lambda: ops.add_layer_norm(X, X.to("meta"), W),
+        ValueError,
+        "add_layer_norm: all tensors must be on one device, got x on cpu, residual on meta",
+    ),
+    "eps beyond floats": (
+        lambda: ops.layer_norm(X, W, eps=10**400),
+        ValueError,
+        "layer_norm: eps is an int of 1329 bits",
+    ),
     "attention None": (lambda: ops.causal_attention(Q, None, Q), TypeError, "causal_attention: k is a NoneType"),
     "attention no q": (lambda: ops.causal_attention(None, Q, Q), TypeError, "causal_attention: q is a NoneType"),
     "window bool": (lambda: ops.causal_attention(Q, Q, Q, window=True), TypeError, "causal_attention: window is True"),

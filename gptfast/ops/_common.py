@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -134,9 +135,11 @@ def check_choice(op: str, name: str, got: object, choices: tuple[object, ...]) -
 
 
 def check_number(op: str, name: str, x: float) -> None:
-    """`x` must be a number; True is none."""
+    """`x` must be a number that a float holds; True is none."""
     if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, Real)):
         raise TypeError(f"{op}: {name} is {x!r} ({type(x).__name__}); expected a number")
+    if isinstance(x, int) and abs(x) > sys.float_info.max:
+        raise ValueError(f"{op}: {name} is an int of {x.bit_length()} bits; expected a number that a float can hold")
 
 
 def check_int(op: str, name: str, x: int, least: int = -(2**63), what: str = "") -> None:

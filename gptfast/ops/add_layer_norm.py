@@ -13,6 +13,7 @@ from gptfast.ops import reference
 from gptfast.ops._common import (
     check_float,
     check_probability,
+    check_same_device,
     distinct,
     dtype_code,
     fake,
@@ -55,6 +56,7 @@ def add_layer_norm(
     op = "add_layer_norm"
     check_norm(op, x, weight, bias, eps)
     check_float(op, residual=residual)
+    check_same_device(op, x=x, residual=residual)
     if residual.shape != x.shape:
         raise ValueError(
             f"{op}: residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}; they must be equal"
@@ -63,7 +65,7 @@ def add_layer_norm(
     seed, offset = stream(op, seed, offset, dropout_p > 0)
     runs_on = resolve(op, backend, x, residual, weight, bias)
     if runs_on == "eager":
-        return reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, offset)
+        return reference.add_layer_norm(x, residual, weight, bias, float(eps), dropout_p, seed, offset)
     options = (float(eps), float(dropout_p), seed, offset)
     return AddLayerNormFunction.apply(runs_on, *distinct(x, residual, weight, bias), *options)
 

@@ -45,7 +45,7 @@ def layer_norm(
     check_norm("layer_norm", x, weight, bias, eps)
     runs_on = resolve("layer_norm", backend, x, weight, bias)
     if runs_on == "eager":
-        return reference.layer_norm(x, weight, bias, eps)
+        return reference.layer_norm(x, weight, bias, float(eps))
     return LayerNormFunction.apply(runs_on, *distinct(x, weight, bias), float(eps))
 
 

@@ -15,6 +15,7 @@ from gptfast.ops._codes import blocks_of, check_finite, check_power_of_two, pack
 from gptfast.ops._common import (
     autocast,
     check_choice,
+    check_dense,
     check_float,
     check_same_device,
     check_vector,
@@ -111,6 +112,7 @@ def _check(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format
     check_float(OP, x=x, scales=scales, bias=bias)
     check_choice(OP, "format", format, FORMATS)
     check_power_of_two(OP, "group_size", group_size, *GROUP_SIZES)
+    check_dense(OP, "codes", codes)
     check_same_device(OP, x=x, codes=codes, scales=scales, bias=bias)
     code_dtype, per_byte = (torch.int8, 1) if format == "int8" else (torch.uint8, 2)
     if codes.dtype != code_dtype:

@@ -64,12 +64,13 @@ def sample(
         streams = torch.arange(logits.shape[0], device=logits.device)
     else:
         streams = _per_row("stream", stream, logits)
+    temperature, top_p = float(temperature), float(top_p)
     runs_on = resolve(OP, backend, logits)
     if runs_on == "eager":
         return reference.sample(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, position=positions, stream=streams
         )
-    options = (float(temperature), top_k, float(top_p), rng.as_int64(seed))
+    options = (temperature, top_k, top_p, rng.as_int64(seed))
     return kernels(runs_on).sample(logits.detach(), *options, positions, streams)
 
 
