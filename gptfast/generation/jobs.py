@@ -195,9 +195,8 @@ def _read_done(path: Path, jobs: list[Job]) -> dict[int, bytes]:
         try:
             found = json.loads(line)
             job = by_line[found["line"]]
-            same = found["prompt"] == job.prompt and _told(found["options"]) == json.loads(
-                json.dumps(_told(job.options))
-            )
+            asked = json.loads(json.dumps(_told(job.options)))
+            same = found["prompt"] == job.prompt and _told(dict(found["options"])) == asked
         except (ValueError, KeyError, TypeError, RecursionError):
             same = False
         if not same:
