@@ -242,12 +242,15 @@ def test_the_ways_of_another_process_are_kept_inside_the_with(unforced, amx):
 
 
 def test_the_environment_forces_a_method():
-    def chosen(name: str) -> subprocess.CompletedProcess:
-        code = "import torch; from gptfast.ops import gemm as g; x = torch.ones(64, 64); print(g.method(x, x, x.dtype))"
+    def chosen(name: str, M: int = 64, K: int = 64, N: int = 64) -> subprocess.CompletedProcess:
+        code = "import torch; from gptfast.ops import gemm as g; "
+        code += f"print(g.method(torch.ones({M}, {K}), torch.ones({K}, {N}), torch.float32))"
         environment = {**os.environ, "GPTFAST_GEMM": name}
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
     assert chosen("onednn").stdout.strip() == "onednn"
+    assert {chosen("onednn", **{name: 8}).stdout.strip() for name in "MKN"} == {"torch"}
+    assert chosen("own", K=1).stdout.strip() == "own"
     assert "GPTFAST_GEMM is 'blas'; expected one of own, torch, onednn" in chosen("blas").stderr
 
 

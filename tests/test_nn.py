@@ -235,7 +235,7 @@ X, Y = torch.randn(4, 9), torch.randint(9, (4,))
         (lambda: gnn.LayerNorm(8)(X), ValueError, r"LayerNorm: input has shape \(4, 9\); .*\(8,\)"),
         (lambda: gnn.GELU("fast")(X), ValueError, "approximate is 'fast'"),
         (lambda: gnn.Dropout(0.5, seed=-1), ValueError, "Dropout: seed is -1"),
-        (lambda: gnn.Linear(9, 3, activation="relu")(X), ValueError, "activation is 'relu'"),
+        (lambda: gnn.Linear(9, 3, activation="mish")(X), ValueError, "activation is 'mish'"),
         (lambda: gnn.CrossEntropyLoss(weight=torch.ones(9)), ValueError, "CrossEntropyLoss: weight is .*not support"),
         (lambda: gnn.CrossEntropyLoss()(X, X.softmax(-1)), TypeError, "target has dtype torch.float32; expected class"),
         (lambda: gnn.CrossEntropyLoss()(X, Y[:3]), ValueError, r"input has shape \(4, 9\) and target \(3,\)"),
