@@ -14,7 +14,8 @@ def bound_spinning(spins: int = SPINS) -> bool:
     GNU's OpenMP, which torch computes with, lets threads that wait spin for a long time, as if each had a core of its
     own. Where another program runs on the same cores, the threads that have work then wait for the ones that spin: on
     two cores, with two other programs, training is 2.0 to 2.7 times faster with a bound (docs/notes/cpu.md). On a quiet
-    machine it costs nothing. The bound is the environment variable GOMP_SPINCOUNT, which is read when torch is loaded:
+    machine it cost nothing on one CPU, and an eighth on another, where threads wake slowly. The bound is the environment
+    variable GOMP_SPINCOUNT, which is read when torch is loaded:
 
         import gptfast.openmp
         gptfast.openmp.bound_spinning()      # before the first `import torch`
