@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BUSY = (
-    0.15  # of the time: on a quiet machine it is a few hundredths; one more thread than cores makes it a third on two
-)
+# Part of the time: on a quiet machine it is a few hundredths; one more thread than cores makes it a third on two.
+BUSY = 0.15
 _LEAST = 1e9  # nanoseconds of work, before which nothing is said
 
 

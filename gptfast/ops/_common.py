@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -166,6 +167,11 @@ def check_probability(op: str, name: str, p: float) -> None:
     check_number(op, name, p)
     if not 0 <= p <= 1:  # also false for nan
         raise ValueError(f"{op}: {name} is {p}; expected a probability in [0, 1]")
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(..., C) as (N, C); a size of -1 would be ambiguous where C is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def distinct(*tensors: Any) -> list[Any]:

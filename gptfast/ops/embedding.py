@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from gptfast.backend import KERNEL_DTYPES, kernels, resolve, transformed
 from gptfast.ops import reference
-from gptfast.ops._common import check_float, check_same_device, fake, forbid_double_backward
+from gptfast.ops._common import check_float, check_same_device, fake, forbid_double_backward, rows_of
 
 
 def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
@@ -80,7 +79,7 @@ class EmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         ids, wte, wpe, positions = ctx.saved_tensors
-        rows = dout.reshape(math.prod(dout.shape[:-1]), dout.shape[-1])
+        rows = rows_of(dout)
         dwte = _table_gradient(ctx.backend, rows, ids, wte) if ctx.needs_input_grad[2] else None
         if wpe is None or not ctx.needs_input_grad[3]:
             return None, None, dwte, None, None

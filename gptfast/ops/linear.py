@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from gptfast.ops._common import (
     define,
     distinct,
     forbid_double_backward,
+    rows_of,
 )
 from gptfast.ops.gelu import gelu
 from gptfast.ops.gemm import FEW_ROWS, forced, gemm
@@ -67,7 +67,7 @@ def linear(
     if runs_on != "cpu" or (few and not forced()):
         y = F.linear(x, weight, added)
     else:
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is not to be told where the other is 0
+        rows = rows_of(x)
         y = LinearFunction.apply(*distinct(rows, weight, added)).view(*x.shape[:-1], weight.shape[0])
     if approximate is not None:
         return gelu(y, bias, approximate, backend=backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from gptfast.ops._common import (
     define,
     distinct,
     forbid_double_backward,
+    rows_of,
 )
 from gptfast.ops.cross_entropy import check_loss, check_targets, reduce_loss
 from gptfast.ops.gemm import gemm
@@ -112,7 +112,7 @@ def _rows(op: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     casts = kind != "meta" and torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype)
     if not casts and hidden.dtype != weight.dtype:
         raise TypeError(f"{op}: hidden is {hidden.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
-    return autocast(hidden)[0].reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
+    return rows_of(autocast(hidden)[0])
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from gptfast.ops._common import (
     check_vector,
     fake,
     forbid_double_backward,
+    rows_of,
 )
 
 OP = "quantized_linear"
@@ -103,7 +103,7 @@ def quantized_linear(
     _check(x, codes, scales, bias, format, group_size)
     x = autocast(x)[0]
     runs_on = resolve(OP, backend, x)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = rows_of(x)
     y = QuantizedLinearFunction.apply(runs_on, rows, codes, scales, bias, format, group_size)
     return y.view(*x.shape[:-1], codes.shape[0])
 
