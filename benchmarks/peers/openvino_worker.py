@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
-from worker import PROMPT, prompt, seconds, serve
-
-KNOWN = 5  # logits that are compared
+from stepping import Stepping
+from worker import serve
 
 
 def converted(weights: str, folder: str, cache: Path) -> Path:
@@ -47,7 +46,7 @@ def with_last_position_only(model: ov.Model) -> ov.Model:
     return model
 
 
-class OpenVINO:
+class OpenVINO(Stepping):
     def __init__(self, weights: str, precision: str, folder: str, threads: str, cache: str) -> None:
         core = ov.Core()
         model = with_last_position_only(core.read_model(converted(weights, folder, Path(cache))))
@@ -61,8 +60,10 @@ class OpenVINO:
         self.inputs = {name for port in model.inputs for name in port.names}
         self.about = {"version": ov.__version__.split("-")[0]}
 
+    def _begin(self) -> None:
+        self.request.reset_state()
+
     def _step(self, ids: np.ndarray, position: int) -> np.ndarray:
-        """(B, V) logits behind ids (B, T), which stand from this position on."""
         B, T = ids.shape
         feed = {
             "input_ids": ids,
@@ -74,25 +75,6 @@ class OpenVINO:
             {k: v for k, v in feed.items() if k in self.inputs}, share_inputs=True, share_outputs=True
         )
         return found[0][:, -1]
-
-    def decode(self, rows: int, tokens: int) -> float:
-        self.request.reset_state()
-        logits = self._step(np.array([prompt(n) for n in range(rows)]), 0)
-
-        def steps() -> None:
-            last = logits.argmax(-1)
-            for i in range(tokens):
-                last = self._step(last[:, None], PROMPT + i).argmax(-1)
-
-        return seconds(steps)
-
-    def prefill(self, tokens: int) -> float:
-        self.request.reset_state()
-        return seconds(lambda: self._step(np.array([prompt(0, tokens)]), 0).argmax(-1))
-
-    def logits(self, tokens: int) -> list[float]:
-        self.request.reset_state()
-        return self._step(np.array([prompt(0, tokens)]), 0)[0, :KNOWN].tolist()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
-from worker import PROMPT, prompt, seconds, serve
+from stepping import Stepping
+from worker import serve
 
-KNOWN = 5  # logits that are compared
 CONTEXT = 1024
 BLOCK = 32  # weights that share a scale
 
@@ -127,7 +127,7 @@ class Graph:
 FUSED = ("MatMulNBits", "GroupQueryAttention", "SkipLayerNormalization", "FastGelu")
 
 
-class ONNXRuntime:
+class ONNXRuntime(Stepping):
     def __init__(self, weights: str, folder: str, threads: str) -> None:
         graph = Graph(Path(folder), weights == "int8")
         options = ort.SessionOptions()
@@ -148,7 +148,6 @@ class ONNXRuntime:
         return self.caches[rows]
 
     def _step(self, ids: np.ndarray, position: int) -> np.ndarray:
-        """(B, V) logits behind ids (B, T), which stand from this position on."""
         B, T = ids.shape
         binding = self.session.io_binding()
         feed = {
@@ -165,22 +164,6 @@ class ONNXRuntime:
         binding.bind_output("head.out")
         self.session.run_with_iobinding(binding)
         return binding.get_outputs()[-1].numpy()[:, 0]
-
-    def decode(self, rows: int, tokens: int) -> float:
-        logits = self._step(np.array([prompt(n) for n in range(rows)]), 0)
-
-        def steps() -> None:
-            last = logits.argmax(-1)
-            for i in range(tokens):
-                last = self._step(last[:, None], PROMPT + i).argmax(-1)
-
-        return seconds(steps)
-
-    def prefill(self, tokens: int) -> float:
-        return seconds(lambda: self._step(np.array([prompt(0, tokens)]), 0).argmax(-1))
-
-    def logits(self, tokens: int) -> list[float]:
-        return self._step(np.array([prompt(0, tokens)]), 0)[0, :KNOWN].tolist()
 
 
 if __name__ == "__main__":

@@ -12,21 +12,14 @@ import sys
 from typing import Any
 
 import torch
-from worker import prompt, seconds, serve
-
-KNOWN = 5  # logits that are compared
+from worker import KNOWN, prompt, seconds, serve
 
 
-class Ours:
-    def __init__(self, dtype: str, folder: str) -> None:
-        import gptfast
+class Generating:
+    """A program that is called once for a whole text: `_generate` returns the seconds of a call."""
 
-        self.compiled = gptfast.GPT.from_pretrained(folder).eval().compile_for_inference(dtype)
-        self.about = {"version": gptfast.__version__, "weights_mb": self.compiled.nbytes / 1e6}
-
-    def _generate(self, prompts: list[list[int]], n: int, **options: Any) -> float:
-        options = {"max_new_tokens": n, "temperature": 0.0, "eos_token_id": None, **options}
-        return seconds(lambda: self.compiled.generate(prompts, **options))
+    def _generate(self, prompts: list[list[int]], n: int, beams: int = 1) -> float:
+        raise NotImplementedError
 
     def decode(self, rows: int, tokens: int) -> float:
         prompts = [prompt(n) for n in range(rows)]
@@ -36,7 +29,20 @@ class Ours:
         return self._generate([prompt(0, tokens)], 1)
 
     def beams(self, count: int, tokens: int) -> float:
-        return self._generate([prompt(0)], tokens, num_beams=count)
+        return self._generate([prompt(0)], tokens, count)
+
+
+class Ours(Generating):
+    def __init__(self, dtype: str, folder: str) -> None:
+        import gptfast
+
+        self.compiled = gptfast.GPT.from_pretrained(folder).eval().compile_for_inference(dtype)
+        self.about = {"version": gptfast.__version__, "weights_mb": self.compiled.nbytes / 1e6}
+
+    def _generate(self, prompts: list[list[int]], n: int, beams: int = 1) -> float:
+        options: dict[str, Any] = {"max_new_tokens": n, "temperature": 0.0, "eos_token_id": None}
+        options |= {"num_beams": beams} if beams > 1 else {}
+        return seconds(lambda: self.compiled.generate(prompts, **options))
 
     def logits(self, tokens: int) -> list[float]:
         return self.compiled.logits(prompt(0, tokens))[-1, :KNOWN].tolist()
@@ -47,7 +53,7 @@ class Ours:
         return {"seconds": self.compiled.nbytes / rate, "bytes": self.compiled.nbytes}
 
 
-class Transformers:
+class Transformers(Generating):
     def __init__(self, dtype: str, folder: str) -> None:
         import transformers
 
@@ -56,16 +62,11 @@ class Transformers:
         ).eval()
         self.about = {"version": transformers.__version__}
 
-    def _generate(self, rows: int, n: int, **options: Any) -> float:
-        ids = torch.tensor([prompt(i) for i in range(rows)])
-        options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0, **options}
+    def _generate(self, prompts: list[list[int]], n: int, beams: int = 1) -> float:
+        ids = torch.tensor(prompts)
+        options: dict[str, Any] = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
+        options |= {"num_beams": beams} if beams > 1 else {}
         return seconds(lambda: self.model.generate(ids, **options))
-
-    def decode(self, rows: int, tokens: int) -> float:
-        return self._generate(rows, 1 + tokens) - self._generate(rows, 1)
-
-    def beams(self, count: int, tokens: int) -> float:
-        return self._generate(1, tokens, num_beams=count)
 
     @torch.inference_mode()
     def prefill(self, tokens: int) -> float:
@@ -77,7 +78,7 @@ class Transformers:
         return self.model(torch.tensor([prompt(0, tokens)])).logits[0, -1, :KNOWN].tolist()
 
 
-class CTranslate2:
+class CTranslate2(Generating):
     def __init__(self, compute_type: str, folder: str, threads: str) -> None:
         import ctranslate2
 
@@ -91,16 +92,6 @@ class CTranslate2:
         options = {"max_length": n, "min_length": n, "include_prompt_in_result": False, "sampling_topk": 1}
         options["beam_size"] = beams
         return seconds(lambda: self.generator.generate_batch(texts, **options))
-
-    def decode(self, rows: int, tokens: int) -> float:
-        prompts = [prompt(n) for n in range(rows)]
-        return self._generate(prompts, 1 + tokens) - self._generate(prompts, 1)
-
-    def prefill(self, tokens: int) -> float:
-        return self._generate([prompt(0, tokens)], 1)
-
-    def beams(self, count: int, tokens: int) -> float:
-        return self._generate([prompt(0)], tokens, count)
 
     def logits(self, tokens: int) -> list[float]:
         import numpy as np

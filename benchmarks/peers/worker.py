@@ -20,6 +20,7 @@ from typing import Any
 
 PROMPT = 16  # tokens before the decoding that is timed
 VOCABULARY = 50257
+KNOWN = 5  # logits that are compared
 COMMANDS = ("decode", "prefill", "beams", "logits", "read")
 
 
