@@ -16,9 +16,10 @@ PIP      = $(BIN)/python -m pip install --disable-pip-version-check
 
 # Test files are dealt to processes, one a core and at most four: each holds torch and transformers, some 2 GB. JOBS=1: none.
 JOBS    ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SHARED   = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 
-.PHONY: help demo test test-fast test-sanitize fuzz mutants lint bench bench-cpu bench-generate bench-gpu gpu-check wheel clean install
+.PHONY: help demo test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-generate bench-gpu gpu-check wheel clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,10 +59,16 @@ test: $(TESTED) lint  ## the whole test suite
 test-fast: $(TESTED)  ## the tests that take under three seconds each
 	$(BIN)/python -m pytest -m "not slow" $(SHARED)
 
-lint: $(TESTED)  ## ruff and pyright
+lint: $(TESTED)  ## ruff, clang-format and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+fmt: $(TESTED)  ## bring the sources into the form that lint wants: ruff, clang-format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(TESTED)  ## every op beside eager PyTorch and torch's own functions: table, JSON, PNG
 	$(BIN)/python -m gptfast bench

@@ -227,7 +227,7 @@ INL void dropout_words(const DropoutKey& k, i64 i, i64 j, I words[16]) {
   for (uint32_t q = 0; q < 4; q++) {
     I out[4];
     philox(k.k0, k.k1, widen(uint32_t(j >> 5 << 2) | q), row, widen(k.matrix), widen(k.offset), out);
-    UNROLL for (int t = 0; t < 4; t++) words[t * 4 + int(q)] = out[t];
+    UNROLL_FOR (int t = 0; t < 4; t++) words[t * 4 + int(q)] = out[t];
   }
 }
 INL M keeps_even(const DropoutKey& k, I word) { return uge(shl16(word), iset(k.threshold << 16)); }

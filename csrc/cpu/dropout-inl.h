@@ -15,7 +15,7 @@ static void dropout_lanes(uint16_t* lanes, const DropoutParams& d, i64 m, i64 i,
     const I calls = iadd(iset(uint32_t(j / 8 + k)), iota());
     philox(uint32_t(d.seed), uint32_t(d.seed >> 32), widen(calls), c1, c2, c3, out);
     spread_pieces(out);
-    UNROLL for (int w = 0; w < 4; w++) istore(lanes + 8 * k + 2 * L * w, out[w]);
+    UNROLL_FOR (int w = 0; w < 4; w++) istore(lanes + 8 * k + 2 * L * w, out[w]);
   }
 }
 INL float dropout_scale(const DropoutParams& d) {

@@ -30,15 +30,15 @@ static void embedding_bwd(const EmbeddingBwdParams& p, i64 begin, i64 end) {
     while (last < p.N && p.keys[last] == id) last++;
     for (i64 c0 = 0; c0 < p.C; c0 += kWidth * L) {
       F sums[kWidth];
-      UNROLL for (i64 w = 0; w < kWidth; w++) sums[w] = zero();
+      UNROLL_FOR (i64 w = 0; w < kWidth; w++) sums[w] = zero();
       for (i64 n = first; n < last; n++) {
         const void* g = row(p.dout, p.order[n]);
-        UNROLL for (i64 w = 0; w < kWidth; w++) {
+        UNROLL_FOR (i64 w = 0; w < kWidth; w++) {
           const i64 c = c0 + w * L, k = p.C - c < L ? p.C - c : L;
           if (k > 0) sums[w] = sums[w] + load_any(at(g, p.dout.dtype, c), p.dout.dtype, k);
         }
       }
-      UNROLL for (i64 w = 0; w < kWidth; w++) {
+      UNROLL_FOR (i64 w = 0; w < kWidth; w++) {
         const i64 c = c0 + w * L, k = p.C - c < L ? p.C - c : L;
         if (k > 0) store_any(at(row(p.dtable, id), p.dtable.dtype, c), p.dtable.dtype, sums[w], k);
       }

@@ -44,7 +44,7 @@ INL void gelu_columns(const GeluParams& p, i64 r, const float* bias, i64 c0, i64
   const void* x[ROWS];
   for (int u = 0; u < ROWS; u++) x[u] = row(p.x, r + u);
   for_lanes(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
-    UNROLL for (int u = 0; u < ROWS; u++) {
+    UNROLL_FOR (int u = 0; u < ROWS; u++) {
       const F z = load_as<T>(x[u], c0 + c, k);
       f(u, c, bias ? z + load_lanes(bias + c, k) : z, k);
     }

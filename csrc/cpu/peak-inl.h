@@ -7,10 +7,10 @@
 static double peak_flops(i64 iterations, bool pairs, float* sink) {
   constexpr int N = L == 4 ? 8 : 12;  // in flight: latency 4 or 5 times two units, within the registers
   F acc[N];
-  UNROLL for (int n = 0; n < N; n++) acc[n] = set(float(n));
+  UNROLL_FOR (int n = 0; n < N; n++) acc[n] = set(float(n));
   const F a = set(0.5f), b = set(0.25f);
   for (i64 i = 0; i < iterations; i++) {
-    UNROLL for (int n = 0; n < N; n++) {
+    UNROLL_FOR (int n = 0; n < N; n++) {
 #ifdef __AVX512BF16__
       if (pairs) acc[n] = _mm512_dpbf16_ps(acc[n], (__m512bh)a, (__m512bh)b);
       else
@@ -20,7 +20,7 @@ static double peak_flops(i64 iterations, bool pairs, float* sink) {
     }
   }
   F total = zero();
-  UNROLL for (int n = 0; n < N; n++) total = total + acc[n];
+  UNROLL_FOR (int n = 0; n < N; n++) total = total + acc[n];
   *sink = sum(total);
 #ifdef __AVX512BF16__
   if (pairs) return double(iterations) * N * L * 4;

@@ -277,7 +277,7 @@ struct Sampler {
     Draw draw;
     for (i64 c0 = 0; c0 < V; c0 += 4 * L) {
       F v[4], most_v[4], any = none;
-      UNROLL for (int j = 0; j < 4; j++) {
+      UNROLL_FOR (int j = 0; j < 4; j++) {
         const i64 k = V - c0 - j * L < L ? V - c0 - j * L : L;
         v[j] = k > 0 ? load_lanes(x + c0 + j * L, k) : none;
         const M m = k > 0 ? valid_lanes(ge(v[j], bound), k) : first_n(0);
@@ -289,7 +289,7 @@ struct Sampler {
       const I calls = iadd(iset(uint32_t(c0 / 4)), iota());
       philox(uint32_t(p.seed), uint32_t(p.seed >> 32), widen(calls), position, stream, domain, words);
       interleave4(words);
-      UNROLL for (int j = 0; j < 4; j++) {
+      UNROLL_FOR (int j = 0; j < 4; j++) {
         const F u = uniform(words[j]);
         offer(draw, v[j], u, ge(most_v[j], u), nullptr, c0 + j * L);
       }

@@ -13,7 +13,7 @@
 
 #define INL static inline __attribute__((always_inline))
 #define INL_MEMBER inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_FOR _Pragma("GCC unroll 16") for
 
 #if defined(GPTFAST_SCALAR)
 #include "simd_scalar.h"
@@ -129,7 +129,7 @@ INL Wide widen(uint32_t x) { return {wset(x), wset(x)}; }
 
 INL void philox(uint32_t k0, uint32_t k1, Wide c0, Wide c1, Wide c2, Wide c3, I out[4]) {
   const W m0 = wset(0xD2511F53u), m1 = wset(0xCD9E8D57u);
-  UNROLL for (int r = 0; r < 10; r++) {
+  UNROLL_FOR (int r = 0; r < 10; r++) {
     const W K0 = wset(k0), K1 = wset(k1);
     const W a_even = wmul(m0, c0.even), a_odd = wmul(m0, c0.odd);
     const W b_even = wmul(m1, c2.even), b_odd = wmul(m1, c2.odd);
@@ -245,8 +245,7 @@ struct TwoSums {
 template <class Fn> INL TwoSums row_sums(i64 C, Fn f) {
   F a[4] = {zero(), zero(), zero(), zero()}, b[4] = {zero(), zero(), zero(), zero()};
   i64 c = 0;
-  for (; c + 4 * L <= C; c += 4 * L) UNROLL
-    for (int u = 0; u < 4; u++) f(c + u * L, i64(L), a[u], b[u]);
+  for (; c + 4 * L <= C; c += 4 * L) UNROLL_FOR (int u = 0; u < 4; u++) f(c + u * L, i64(L), a[u], b[u]);
   for (; c + L <= C; c += L) f(c, i64(L), a[0], b[0]);
   if (c < C) f(c, C - c, a[1], b[1]);
   return {sum((a[0] + a[1]) + (a[2] + a[3])), sum((b[0] + b[1]) + (b[2] + b[3]))};

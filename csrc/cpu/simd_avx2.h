@@ -137,19 +137,19 @@ INL void interleave4(I r[4]) {
 // In place: r[i] lane j <-> r[j] lane i.
 INL void transpose(I r[8]) {
   I t[8];
-  UNROLL for (int i = 0; i < 4; i++) {
+  UNROLL_FOR (int i = 0; i < 4; i++) {
     t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
   }
-  UNROLL for (int i = 0; i < 2; i++) {
+  UNROLL_FOR (int i = 0; i < 2; i++) {
     r[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
     r[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
     r[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
     r[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
   }
-  UNROLL for (int i = 0; i < 4; i++) {
+  UNROLL_FOR (int i = 0; i < 4; i++) {
     t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
     t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
   }
-  UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
+  UNROLL_FOR (int i = 0; i < 8; i++) r[i] = t[i];
 }

@@ -34,19 +34,19 @@ template <bool PAIR, int R, int V, Mode MODE>
 INL void tile(const uint32_t* A, i64 ra, i64 ka, const uint32_t* B, i64 ldb, i64 K, float* C, i64 ldc,
               const float* alpha) {
   F acc[R][V];
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
+  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) {
     acc[r][v] = MODE == SET || MODE == ADD ? zero() : load(C + r * ldc + v * L);
     if (MODE == SCALE) acc[r][v] = acc[r][v] * load(alpha + v * L);
   }
   for (i64 k = 0; k < K; k++) {
     I b[V];
-    UNROLL for (int v = 0; v < V; v++) b[v] = iload(B + k * ldb + v * L);
-    UNROLL for (int r = 0; r < R; r++) {
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = iload(B + k * ldb + v * L);
+    UNROLL_FOR (int r = 0; r < R; r++) {
       const I a = broadcast_word(A + r * ra + k * ka);
-      UNROLL for (int v = 0; v < V; v++) acc[r][v] = multiply_words<PAIR>(a, b[v], acc[r][v]);
+      UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = multiply_words<PAIR>(a, b[v], acc[r][v]);
     }
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int v = 0; v < V; v++) {
+  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) {
     if (MODE == ADD) acc[r][v] = load(C + r * ldc + v * L) + acc[r][v];
     store(C + r * ldc + v * L, acc[r][v]);
   }

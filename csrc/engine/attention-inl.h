@@ -74,21 +74,19 @@ static void page_scores(const char* keys, const char* after, const float* q, i64
   constexpr int V = kAttendVectors;
   for (i64 c = 0; c < kPage; c += V * L) {
     F acc[R][V];
-    UNROLL for (int r = 0; r < R; r++) UNROLL
-      for (int v = 0; v < V; v++) acc[r][v] = zero();
+    UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
     for (i64 d = 0; d < D; d++) {
       if (R == 1 && c == 0) ask(after + d * kBytes, kBytes);
       F k[V];
-      UNROLL for (int v = 0; v < V; v++)
+      UNROLL_FOR (int v = 0; v < V; v++)
         k[v] = load_cached<T>(keys, d * kPage + c + v * L);
-      UNROLL for (int r = 0; r < R; r++) {
+      UNROLL_FOR (int r = 0; r < R; r++) {
         const F a = set(q[r * ldq + d]);
-        UNROLL for (int v = 0; v < V; v++)
+        UNROLL_FOR (int v = 0; v < V; v++)
           acc[r][v] = fma(a, k[v], acc[r][v]);
       }
     }
-    UNROLL for (int r = 0; r < R; r++) UNROLL
-      for (int v = 0; v < V; v++) store(out + r * ldo + c + v * L, acc[r][v] * set(scale));
+    UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) store(out + r * ldo + c + v * L, acc[r][v] * set(scale));
   }
 }
 
@@ -117,8 +115,7 @@ static void weigh_values(const AttendParams& p, i64 h, i64 begin, i64 end, const
     return left < 0 ? 0 : left < L ? left : i64(L);
   };
   F acc[R][V];
-  UNROLL for (int r = 0; r < R; r++) UNROLL
-    for (int v = 0; v < V; v++) acc[r][v] = fresh ? zero() : load_lanes(out + r * p.out_stride + d0 + v * L, lanes(v));
+  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = fresh ? zero() : load_lanes(out + r * p.out_stride + d0 + v * L, lanes(v));
   for (i64 page = begin; page < end; page += kPage) {
     const char* values = values_of<T>(p, h, page);
     const char* next = page + kPage < end ? values_of<T>(p, h, page + kPage) : after;
@@ -127,17 +124,16 @@ static void weigh_values(const AttendParams& p, i64 h, i64 begin, i64 end, const
     for (i64 i = 0; i < n; i++) {
       if (R == 1) ask(next + (i * Dp + d0) * size, V * L * size);
       F x[V];
-      UNROLL for (int v = 0; v < V; v++)
+      UNROLL_FOR (int v = 0; v < V; v++)
         x[v] = load_cached<T>(values, i * Dp + d0 + v * L);
-      UNROLL for (int r = 0; r < R; r++) {
+      UNROLL_FOR (int r = 0; r < R; r++) {
         const F a = set(w[r * ldw + i]);
-        UNROLL for (int v = 0; v < V; v++)
+        UNROLL_FOR (int v = 0; v < V; v++)
           acc[r][v] = fma(a, x[v], acc[r][v]);
       }
     }
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL
-    for (int v = 0; v < V; v++) store_lanes(out + r * p.out_stride + d0 + v * L, acc[r][v], lanes(v));
+  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) store_lanes(out + r * p.out_stride + d0 + v * L, acc[r][v], lanes(v));
 }
 
 template <DType T, int R>

@@ -20,15 +20,15 @@ INL void ask(const char* w, i64 bytes) {
 // acc[r] += x[m + r][k .. k + 1] . b
 template <int R, int V>
 INL void add_pairs(const I (&b)[V], const Activations& x, i64 m, i64 k, F (&acc)[R][V]) {
-  UNROLL for (int r = 0; r < R; r++) {
+  UNROLL_FOR (int r = 0; r < R; r++) {
     if constexpr (kPairs) {
       const I a = broadcast4(x.bf16 + (m + r) * x.stride + k);
-      UNROLL for (int v = 0; v < V; v++)
+      UNROLL_FOR (int v = 0; v < V; v++)
         acc[r][v] = dot_pairs(acc[r][v], b[v], a);
     } else {
       const float* a = x.f32 + (m + r) * x.f32_stride + k;
       const F even = set(a[0]), odd = set(a[1]);
-      UNROLL for (int v = 0; v < V; v++)
+      UNROLL_FOR (int v = 0; v < V; v++)
         acc[r][v] = fma(odd, high_half(b[v]), fma(even, low_half(b[v]), acc[r][v]));
     }
   }
@@ -41,11 +41,11 @@ struct FloatStep {
   template <int R, int V, int N>
   INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
     F b[V];
-    UNROLL for (int v = 0; v < V; v++)
+    UNROLL_FOR (int v = 0; v < V; v++)
       b[v] = load(reinterpret_cast<const float*>(w) + N + v * L);
-    UNROLL for (int r = 0; r < R; r++) {
+    UNROLL_FOR (int r = 0; r < R; r++) {
       const F a = set(x.f32[(m + r) * x.f32_stride + k]);
-      UNROLL for (int v = 0; v < V; v++)
+      UNROLL_FOR (int v = 0; v < V; v++)
         acc[r][v] = fma(a, b[v], acc[r][v]);
     }
   }
@@ -57,7 +57,7 @@ struct PairStep {
   template <int R, int V, int N>
   INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
     I b[V];
-    UNROLL for (int v = 0; v < V; v++)
+    UNROLL_FOR (int v = 0; v < V; v++)
       b[v] = iload(w + (N + v * L) * 4);
     add_pairs<R, V>(b, x, m, k, acc);
   }
@@ -78,10 +78,10 @@ struct Bf16Step {
   template <int R, int V, int N>
   INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
     I b[V];
-    UNROLL for (int v = 0; v < V; v++)
+    UNROLL_FOR (int v = 0; v < V; v++)
       b[v] = pairs<0>(w, N + v * L);
     add_pairs<R, V>(b, x, m, k, acc);
-    UNROLL for (int v = 0; v < V; v++)
+    UNROLL_FOR (int v = 0; v < V; v++)
       b[v] = pairs<1>(w, N + v * L);
     add_pairs<R, V>(b, x, m, k + 2, acc);
   }
@@ -89,8 +89,7 @@ struct Bf16Step {
 static void unpack_bf16(const char* w, i64 K, char* pairs) {
   const Bf16Step step(w);
   w += header_bytes(Format::bf16);
-  for (i64 k = 0; k < K; k += Bf16Step::kDepth, w += Bf16Step::kBytes, pairs += 2 * PairStep::kBytes) UNROLL
-    for (int n = 0; n < kPanel; n += L) {
+  for (i64 k = 0; k < K; k += Bf16Step::kDepth, w += Bf16Step::kBytes, pairs += 2 * PairStep::kBytes) UNROLL_FOR (int n = 0; n < kPanel; n += L) {
       istore(pairs + n * 4, step.pairs<0>(w, n));
       istore(pairs + PairStep::kBytes + n * 4, step.pairs<1>(w, n));
     }
@@ -99,14 +98,12 @@ static void unpack_bf16(const char* w, i64 K, char* pairs) {
 template <class Step, int R, int V, int N>
 static void float_tile(const Step& step, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
   F acc[R][V];
-  UNROLL for (int r = 0; r < R; r++) UNROLL
-    for (int v = 0; v < V; v++) acc[r][v] = zero();
+  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
   for (i64 k = 0; k < K; k += Step::kDepth, w += Step::kBytes) {
     if (R == 1) ask(w + kAhead, Step::kBytes);
     step.template run<R, V, N>(w, x, m, k, acc);
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL
-    for (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
+  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
 }
 
 // ---- bytes --------------------------------------------------------------------------------------------------------
@@ -155,8 +152,7 @@ static void unpack_bytes(const char* w, i64 K, char* to) {
   constexpr i64 kScales = kPanel * 2;
   for (i64 k = 0; k < K; k += kGroup, w += group_bytes(U::kFormat), to += group_bytes(Format::int8)) {
     __builtin_memcpy(to, w, kScales);
-    UNROLL for (int q = 0; q < 8; q++) UNROLL
-      for (int n = 0; n < kPanel; n += L) istore(to + kScales + (q * kPanel + n) * 4, U::quad(w + kScales, n, q));
+    UNROLL_FOR (int q = 0; q < 8; q++) UNROLL_FOR (int n = 0; n < kPanel; n += L) istore(to + kScales + (q * kPanel + n) * 4, U::quad(w + kScales, n, q));
   }
 }
 
@@ -165,39 +161,37 @@ template <class U, int R, int V, int N>
 static void byte_tile(const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
   constexpr i64 kBytes = group_bytes(U::kFormat), kLines = kBytes / 64;
   F acc[R][V];
-  UNROLL for (int r = 0; r < R; r++) UNROLL
-    for (int v = 0; v < V; v++) acc[r][v] = zero();
+  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
   for (i64 g = 0; g * kGroup < K; g++, w += kBytes) {
     I sum[R][V];
-    UNROLL for (int r = 0; r < R; r++) {
+    UNROLL_FOR (int r = 0; r < R; r++) {
       const I start = broadcast4(x.start + (m + r) * (x.stride / kGroup) + g);
-      UNROLL for (int v = 0; v < V; v++)
+      UNROLL_FOR (int v = 0; v < V; v++)
         sum[r][v] = start;
     }
     const int8_t* q = x.q + m * x.stride + g * kGroup;
-    UNROLL for (int i = 0; i < 8; i++) {
+    UNROLL_FOR (int i = 0; i < 8; i++) {
       // in the order of the memory: one after the other, or both nibbles of a byte together
       const int j = U::kFormat == Format::int8 ? i : i / 2 + 4 * (i % 2);
       if (R == 1) ask(w + kAhead + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);
       I quad[V];
-      UNROLL for (int v = 0; v < V; v++)
+      UNROLL_FOR (int v = 0; v < V; v++)
         quad[v] = U::quad(w + kPanel * 2, N + v * L, j);
-      UNROLL for (int r = 0; r < R; r++) {
+      UNROLL_FOR (int r = 0; r < R; r++) {
         const I a = broadcast4(q + r * x.stride + 4 * j);
-        UNROLL for (int v = 0; v < V; v++)
+        UNROLL_FOR (int v = 0; v < V; v++)
           sum[r][v] = U::dot(sum[r][v], quad[v], a);
       }
     }
-    UNROLL for (int v = 0; v < V; v++) {
+    UNROLL_FOR (int v = 0; v < V; v++) {
       const F scale = load_f16(reinterpret_cast<const uint16_t*>(w) + N + v * L);
-      UNROLL for (int r = 0; r < R; r++) {
+      UNROLL_FOR (int r = 0; r < R; r++) {
         const F both_scales = scale * set(x.scale[(m + r) * (x.stride / kGroup) + g]);
         acc[r][v] = fma(to_float_signed(sum[r][v]), both_scales, acc[r][v]);
       }
     }
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL
-    for (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
+  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
 }
 
 // ---- products -----------------------------------------------------------------------------------------------------

@@ -5,14 +5,14 @@
 static void quantise_row(const float* x, i64 K, int offset, float factor, int8_t* q, float* scale, int32_t* start) {
   for (i64 k = 0; k < K; k += kGroup, q += kGroup) {
     F v[kGroup / L], top = zero(), total = zero();
-    UNROLL for (int i = 0; i < kGroup / L; i++) {
+    UNROLL_FOR (int i = 0; i < kGroup / L; i++) {
       const i64 left = K - k - i * L;
       v[i] = left >= L ? load(x + k + i * L) : left > 0 ? load_n(x + k + i * L, left) : zero();
       top = max(abs(v[i]), top);
     }
     const float most = hmax(top);
     const F inverse = set(most > 1e-30f ? 127.f / most : 0.f);  // less is 0, and its inverse infinite
-    UNROLL for (int i = 0; i < kGroup / L; i++) {
+    UNROLL_FOR (int i = 0; i < kGroup / L; i++) {
       const F rounded = v[i] * inverse + set(kRounder);
       store_bytes(q + i * L, as_int(rounded));
       total = total + (rounded - set(kRounder));
@@ -49,8 +49,7 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
 
 template <Finish FINISH>
 static void finish_rows(const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
-  for (i64 m = 0; m < M; m++) UNROLL
-    for (int c = 0; c < kPanel; c += L) {
+  for (i64 m = 0; m < M; m++) UNROLL_FOR (int c = 0; c < kPanel; c += L) {
       F v = load(y + m * ldy + c);
       if (bias) v = v + load(bias + c);
       v = activate<FINISH>(v);
@@ -114,7 +113,7 @@ static int64_t read(const char* data, i64 bytes) {
   const i64 step = 4 * L * 4;
   for (i64 i = 0; i + step <= bytes; i += step) {
     ask(data + kAhead + i, step);
-    UNROLL for (int j = 0; j < 4; j++)
+    UNROLL_FOR (int j = 0; j < 4; j++)
       s[j] = iadd(s[j], iload(data + i + j * L * 4));
   }
   alignas(64) uint32_t lanes[L];
