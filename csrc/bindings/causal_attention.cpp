@@ -15,8 +15,8 @@ void check_heads(const char* name, const Tensor& x) {
 cpu::Heads heads_of(const char* name, const Tensor& x, i64 rows, const Tensor& q, Tensor* owner) {
   check_heads(name, x);
   GPTFAST_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows && x.size(3) == q.size(3) &&
-                      x.scalar_type() == q.scalar_type(),
-                  kOp, ": ", name, " and q differ in shape or dtype");
+                    x.scalar_type() == q.scalar_type(),
+                kOp, ": ", name, " and q differ in shape or dtype");
   *owner = x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
   return {owner->const_data_ptr(), owner->stride(0), owner->stride(1), owner->stride(2)};
 }
@@ -43,13 +43,13 @@ struct Lengths {  // int32 or int64 -> int64, checked: seq_lens 0 to limit; cu_s
       const i64 x = wide ? static_cast<const int64_t*>(c.const_data_ptr())[n]
                          : static_cast<const int32_t*>(c.const_data_ptr())[n];
       GPTFAST_CHECK(x >= 0 && x <= limit, kOp, ": ", rising ? "cu_seqlens" : "seq_lens", "[", n, "] is ", x,
-                      "; expected 0 to ", limit);
+                    "; expected 0 to ", limit);
       GPTFAST_CHECK(!rising || values.empty() || x >= values.back(), kOp, ": cu_seqlens[", n, "] is ", x,
-                      ", less than the entry before it; expected rising offsets");
+                    ", less than the entry before it; expected rising offsets");
       values.push_back(x);
     }
     GPTFAST_CHECK(!rising || (!values.empty() && values[0] == 0 && values.back() == limit), kOp,
-                    ": cu_seqlens must rise from 0 to ", limit);
+                  ": cu_seqlens must rise from 0 to ", limit);
   }
   const i64* data() const { return values.empty() ? nullptr : values.data(); }
 };
@@ -72,7 +72,7 @@ cpu::AttentionParams params_of(const Tensor& q, const Tensor& k, const Options& 
   p.seq_lens = seq_lens.data(), p.cu_seqlens = cu_seqlens.data();
   p.documents = i64(cu_seqlens.values.size()) - 1;
   GPTFAST_CHECK(p.D >= 1 && p.D <= 256 && o.scale >= 0 && std::isfinite(p.scale), kOp,
-                  ": head_dim must be 1 to 256 and the scale finite, >= 0");
+                ": head_dim must be 1 to 256 and the scale finite, >= 0");
   GPTFAST_CHECK(cu_seqlens.values.empty() || (p.B == 1 && p.T == p.S), kOp, ": cu_seqlens needs B = 1 and T = S");
   return p;
 }
@@ -121,7 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, cons
   p.k = heads_of("k", k, p.S, q, &owners[1]), p.v = heads_of("v", v, p.S, q, &owners[2]);
   p.out = heads_of("out", out, p.T, q, &owners[3]), p.dout = heads_of("dout", dout, p.T, q, &owners[4]);
   const i64 rows = p.B * p.H * p.T;
-  p.shift = const_cast<float*>(floats_of(kOp, "statistics", statistics, 2 * rows, &owners[5])), p.level = p.shift + rows;
+  p.shift = const_cast<float*>(floats_of(kOp, "statistics", statistics, 2 * rows, &owners[5])),
+  p.level = p.shift + rows;
   Tensor dq = new_heads(q, &p.dq), dk = new_heads(k, &p.dk), dv = new_heads(k, &p.dv);
   const i64 heads = p.B * p.H, slices = backward_slices(heads, p.T);
   Tensor partial;
@@ -143,7 +144,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
       "causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? cu_seqlens, bool causal, "
       "float scale, float dropout_p, SymInt seed, SymInt offset, int window) -> (Tensor out, Tensor statistics)");
   m.def(
-      "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? seq_lens, "
+      "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? "
+      "seq_lens, "
       "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, SymInt seed, SymInt offset, int window) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 }

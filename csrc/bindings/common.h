@@ -172,9 +172,8 @@ inline Tensor sum_chunks(const char* op, const Tensor& partial, ScalarType dtype
   Tensor out = new_tensor({C}, dtype);
   const cpu::SumChunksParams p{static_cast<const float*>(partial.const_data_ptr()), partial.size(0), C,
                                out.mutable_data_ptr(), dtype_of(op, out)};
-  parallel((C + 63) / 64, p.chunks * 256, [&](i64 begin, i64 end) {
-    cpu::kernels().sum_chunks(p, begin * 64, end * 64 < C ? end * 64 : C);
-  });
+  parallel((C + 63) / 64, p.chunks * 256,
+           [&](i64 begin, i64 end) { cpu::kernels().sum_chunks(p, begin * 64, end * 64 < C ? end * 64 : C); });
   return out;
 }
 

@@ -11,11 +11,11 @@ struct Targets {
   const i64* data;
   Targets(const Tensor& t, i64 rows, i64 V, i64 ignore_index) : owner(torch::stable::contiguous(defined(t))) {
     GPTFAST_CHECK(on_cpu(t) && t.scalar_type() == ScalarType::Long && t.numel() == rows, kOp,
-                    ": targets must be an int64 CPU tensor with one entry per row");
+                  ": targets must be an int64 CPU tensor with one entry per row");
     data = static_cast<const i64*>(owner.const_data_ptr());
     for (i64 r = 0; r < rows; r++)
       GPTFAST_CHECK((data[r] >= 0 && data[r] < V) || data[r] == ignore_index, kOp, ": targets[", r, "] is ", data[r],
-                      "; expected 0 to ", V - 1, " or ignore_index (", ignore_index, ") - check the vocabulary size");
+                    "; expected 0 to ", V - 1, " or ignore_index (", ignore_index, ") - check the vocabulary size");
   }
 };
 
@@ -56,7 +56,7 @@ Tensor cross_entropy_in_place(Tensor& logits, const Tensor& targets, const OptTe
                               double label_smoothing) {
   const RowView x = rows_of(kOp, logits);
   GPTFAST_CHECK(x.owner.const_data_ptr() == logits.const_data_ptr() && (x.R <= 1 || x.stride >= x.C), kOp,
-                  ": logits must lie in rows that do not overlap");
+                ": logits must lie in rows that do not overlap");
   const Targets t(targets, x.R, x.C, ignore_index);
   cpu::CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
   Tensor loss = new_tensor({x.R}, ScalarType::Float), lse = new_tensor({x.R, 2}, ScalarType::Float), owner;
@@ -64,7 +64,8 @@ Tensor cross_entropy_in_place(Tensor& logits, const Tensor& targets, const OptTe
   if (dloss) p.dloss = floats_of(kOp, "dloss", *dloss, x.R, &owner);
   p.dlogits = {logits.mutable_data_ptr(), x.stride, x.dtype};
   parallel(x.R, x.C * 16, [&](i64 begin, i64 end) {
-    for (i64 r = begin; r < end; r++) cpu::kernels().cross_entropy_fwd(p, r, r + 1), cpu::kernels().cross_entropy_bwd(p, r, r + 1);
+    for (i64 r = begin; r < end; r++)
+      cpu::kernels().cross_entropy_fwd(p, r, r + 1), cpu::kernels().cross_entropy_bwd(p, r, r + 1);
   });
   return loss;
 }

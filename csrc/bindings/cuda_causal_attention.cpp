@@ -13,8 +13,8 @@ constexpr const char* kOp = "causal_attention";
 Heads heads_of(const char* name, const Tensor& x, i64 rows, const Tensor& q, Tensor* owner) {
   check_device(kOp, name, x, q);
   GPTFAST_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows &&
-                      x.size(3) == q.size(3) && x.scalar_type() == q.scalar_type(),
-                  kOp, ": ", name, " and q differ in shape or dtype");
+                    x.size(3) == q.size(3) && x.scalar_type() == q.scalar_type(),
+                kOp, ": ", name, " and q differ in shape or dtype");
   *owner = x.stride(3) == 1 || x.size(3) == 1 ? x : contiguous(kOp, x);
   return {owner->const_data_ptr(), owner->stride(0), owner->stride(1), owner->stride(2)};
 }
@@ -30,7 +30,7 @@ Lengths lengths_of(const char* name, const OptTensor& t, const Tensor& q, Tensor
   check_device(kOp, name, *t, q);
   const bool wide = t->scalar_type() == ScalarType::Long;
   GPTFAST_CHECK((wide || t->scalar_type() == ScalarType::Int) && t->dim() == 1, kOp, ": ", name,
-                  " must be a vector of int32 or int64");
+                " must be a vector of int32 or int64");
   *owner = contiguous(kOp, *t);
   return {owner->const_data_ptr(), wide};
 }
@@ -45,13 +45,13 @@ struct Call {
     GPTFAST_CHECK(defined(q).dim() == 4 && defined(k).dim() == 4, kOp, ": expected (B, H, T, D)");
     const i64 B = q.size(0), H = q.size(1), T = q.size(2), S = k.size(2), D = q.size(3), most = i64(1) << 29;
     GPTFAST_CHECK(B * H <= most && T <= most && S <= most && B * H * (T + S) <= 16 * most, kOp, ": B * H is ", B * H,
-                    ", T ", T, ", S ", S, "; the CUDA kernels take up to ", most, " of each: use backend='eager'");
+                  ", T ", T, ", S ", S, "; the CUDA kernels take up to ", most, " of each: use backend='eager'");
     GPTFAST_CHECK(D >= 1 && D <= 256 && scale >= 0 && std::isfinite(float(scale)), kOp,
-                    ": head_dim must be 1 to 256 and the scale finite, >= 0");
+                  ": head_dim must be 1 to 256 and the scale finite, >= 0");
     GPTFAST_CHECK(window >= 0, kOp, ": window is ", window, "; expected 0 or more");
     GPTFAST_CHECK(!seq_lens || seq_lens->numel() == B, kOp, ": seq_lens must have one entry a row");
     GPTFAST_CHECK(!cu_seqlens || (B == 1 && T == S && cu_seqlens->numel() >= 1), kOp,
-                    ": cu_seqlens needs B = 1 and T = S");
+                  ": cu_seqlens needs B = 1 and T = S");
     p.B = int(B), p.H = int(H), p.T = int(T), p.S = int(S), p.D = int(D), p.dtype = dtype_of(kOp, q);
     p.causal = causal, p.scale = float(scale), p.window = int(window < T + S ? window : T + S);
     p.dropout = dropout_of(dropout_p, seed, offset);
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& q, cons
   p.out = heads_of("out", out, p.T, q, &call.owners[5]), p.dout = heads_of("dout", dout, p.T, q, &call.owners[6]);
   check_device(kOp, "statistics", statistics, q);
   GPTFAST_CHECK(statistics.scalar_type() == ScalarType::Float && statistics.numel() == 2 * i64(p.B) * p.H * p.T, kOp,
-                  ": statistics must be float32 (2, B, H, T)");
+                ": statistics must be float32 (2, B, H, T)");
   const Launch on(q);
   const Tensor rows = contiguous(kOp, statistics);
   Tensor delta = new_tensor(kOp, q, {p.B, p.H, p.T}, ScalarType::Float);

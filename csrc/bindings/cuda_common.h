@@ -49,16 +49,16 @@ struct Launch {
 
 inline void check(const char* op, cudaError_t error) {
   GPTFAST_CHECK(error == cudaSuccess, op, ": the CUDA launch failed: ", cudaGetErrorString(error),
-                  ". An earlier kernel may be the cause: run with CUDA_LAUNCH_BLOCKING=1; `gptfast doctor` says whether "
-                  "this GPU is supported; backend='eager' avoids the kernel");
+                ". An earlier kernel may be the cause: run with CUDA_LAUNCH_BLOCKING=1; `gptfast doctor` says whether "
+                "this GPU is supported; backend='eager' avoids the kernel");
 }
 
 inline DType dtype_of(const char* op, const Tensor& t) { return DType(int(gptfast::dtype_of(op, t))); }
 // Every tensor of a call lies on the device of the first.
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& first) {
   GPTFAST_CHECK(on_device(t) && t.get_device_index() == first.get_device_index(), op, ": ", name,
-                  " is on another device than the input; expected all tensors on one ", kDevice,
-                  " device: move it with .to(device)");
+                " is on another device than the input; expected all tensors on one ", kDevice,
+                " device: move it with .to(device)");
 }
 
 // What `make` allocates. torch's words are kept, but for the place in its sources; the older stable ABI has none of the
@@ -71,7 +71,7 @@ template <class F> Tensor allocated(const char* op, IntHeaderOnlyArrayRef size, 
     for (const i64 n : size) shape += (shape.empty() ? "" : ", ") + std::to_string(n);
     said = said.substr(0, said.find(" API call failed at "));
     GPTFAST_CHECK(false, op, ": ", kDevice, " out of memory: no room for a tensor of shape (", shape,
-                    "); use a smaller batch or shorter sequences, or free other tensors (in torch: ", said, ")");
+                  "); use a smaller batch or shorter sequences, or free other tensors (in torch: ", said, ")");
   }
 }
 inline Tensor new_tensor(const char* op, const Tensor& like, IntHeaderOnlyArrayRef size, ScalarType dtype) {
@@ -80,7 +80,9 @@ inline Tensor new_tensor(const char* op, const Tensor& like, IntHeaderOnlyArrayR
 inline Tensor new_tensor(const char* op, const Tensor& like, std::initializer_list<i64> size, ScalarType dtype) {
   return new_tensor(op, like, IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
 }
-inline Tensor new_like(const char* op, const Tensor& x, ScalarType dtype) { return new_tensor(op, x, x.sizes(), dtype); }
+inline Tensor new_like(const char* op, const Tensor& x, ScalarType dtype) {
+  return new_tensor(op, x, x.sizes(), dtype);
+}
 inline Tensor new_like(const char* op, const Tensor& x) { return new_like(op, x, x.scalar_type()); }
 inline Tensor contiguous(const char* op, const Tensor& x) {
   return allocated(op, x.sizes(), [&] { return torch::stable::contiguous(x); });
@@ -102,7 +104,7 @@ inline View view_of(const char* op, const char* name, const Tensor& x, const Ten
   View v{x, 0, x.size(x.dim() - 1), 0, dtype_of(op, x)};
   v.R = v.C ? x.numel() / v.C : 0;
   GPTFAST_CHECK(v.R <= kMostRows && v.C <= kMostColumns, op, ": ", name, " has ", v.R, " rows of ", v.C,
-                  "; the CUDA kernels take up to ", kMostRows, " rows of ", kMostColumns, ": use backend='eager'");
+                "; the CUDA kernels take up to ", kMostRows, " rows of ", kMostColumns, ": use backend='eager'");
   if (!single_row_stride(x, &v.stride)) {
     v.owner = contiguous(op, x);
     v.stride = v.C;
@@ -112,7 +114,8 @@ inline View view_of(const char* op, const char* name, const Tensor& x, const Ten
 inline View view_of(const char* op, const Tensor& x) { return view_of(op, "the input", x, x); }
 inline MutRows mut_rows(const char* op, Tensor& y, i64 C) { return {y.mutable_data_ptr(), C, dtype_of(op, y)}; }
 
-inline Vector vector_of(const char* op, const char* name, const OptTensor& v, i64 n, const Tensor& first, Tensor* owner) {
+inline Vector vector_of(const char* op, const char* name, const OptTensor& v, i64 n, const Tensor& first,
+                        Tensor* owner) {
   if (!v) return {nullptr, DType::f32};
   check_device(op, name, *v, first);
   GPTFAST_CHECK(v->numel() == n, op, ": ", name, " has ", v->numel(), " values; expected ", n);
@@ -120,9 +123,11 @@ inline Vector vector_of(const char* op, const char* name, const OptTensor& v, i6
   return {owner->const_data_ptr(), dtype_of(op, *v)};
 }
 // n int64 values; `owner` as above.
-inline const i64* indices_of(const char* op, const char* name, const Tensor& t, i64 n, const Tensor& first, Tensor* owner) {
+inline const i64* indices_of(const char* op, const char* name, const Tensor& t, i64 n, const Tensor& first,
+                             Tensor* owner) {
   check_device(op, name, t, first);
-  GPTFAST_CHECK(t.scalar_type() == ScalarType::Long && t.numel() == n, op, ": ", name, " must be int64 with ", n, " values");
+  GPTFAST_CHECK(t.scalar_type() == ScalarType::Long && t.numel() == n, op, ": ", name, " must be int64 with ", n,
+                " values");
   *owner = contiguous(op, t);
   return static_cast<const i64*>(owner->const_data_ptr());
 }

@@ -24,7 +24,8 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& logits, const Tensor& targets, i64 
   const Launch on(logits);
   Tensor owners[2];
   CrossEntropyParams p = params_of(x, logits, targets, {}, ignore_index, label_smoothing, owners);
-  Tensor loss = new_tensor(kOp, logits, {x.R}, ScalarType::Float), lse = new_tensor(kOp, logits, {x.R, 2}, ScalarType::Float);
+  Tensor loss = new_tensor(kOp, logits, {x.R}, ScalarType::Float),
+         lse = new_tensor(kOp, logits, {x.R, 2}, ScalarType::Float);
   p.loss = floats(loss), p.lse = floats(lse);
   check(kOp, cross_entropy_fwd(p, on.stream));
   return {loss, lse};
@@ -38,7 +39,7 @@ Tensor bwd(const Tensor& dloss, const Tensor& logits, const Tensor& targets, con
   CrossEntropyParams p = params_of(x, logits, targets, dloss, ignore_index, label_smoothing, owners);
   check_device(kOp, "lse", lse, logits);
   GPTFAST_CHECK(lse.numel() == 2 * x.R && lse.scalar_type() == ScalarType::Float, kOp,
-                  ": lse must be float32 with two values a row");
+                ": lse must be float32 with two values a row");
   const Tensor lse_owner = contiguous(kOp, lse);
   Tensor dlogits = new_like(kOp, logits);
   p.lse = floats(lse_owner), p.dlogits = mut_rows(kOp, dlogits, x.C);
@@ -47,10 +48,11 @@ Tensor bwd(const Tensor& dloss, const Tensor& logits, const Tensor& targets, con
 }
 
 // Loss of each row; then its gradient takes the place of the logits.
-Tensor in_place(Tensor& logits, const Tensor& targets, const OptTensor& dloss, i64 ignore_index, double label_smoothing) {
+Tensor in_place(Tensor& logits, const Tensor& targets, const OptTensor& dloss, i64 ignore_index,
+                double label_smoothing) {
   const View x = view_of(kOp, logits);
   GPTFAST_CHECK(x.owner.const_data_ptr() == logits.const_data_ptr() && (x.R <= 1 || x.stride >= x.C), kOp,
-                  ": logits must lie in rows that do not overlap");
+                ": logits must lie in rows that do not overlap");
   const Launch on(logits);
   Tensor owners[2];
   CrossEntropyParams p = params_of(x, logits, targets, dloss, ignore_index, label_smoothing, owners);

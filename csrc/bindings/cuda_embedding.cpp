@@ -40,8 +40,12 @@ Tensor bwd(const Tensor& dout, const Tensor& keys, const Tensor& order, const Te
   torch::stable::zero_(dtable);
   const Launch on(dout);
   const EmbeddingBwdParams p{indices_of(kOp, "keys", keys, g.R, dout, &keys_owner),
-                             indices_of(kOp, "order", order, g.R, dout, &order_owner), g.rows(),
-                             mut_rows(kOp, dtable, g.C), g.R, table.size(0), g.C};
+                             indices_of(kOp, "order", order, g.R, dout, &order_owner),
+                             g.rows(),
+                             mut_rows(kOp, dtable, g.C),
+                             g.R,
+                             table.size(0),
+                             g.C};
   check(kOp, embedding_bwd(p, on.stream));
   return dtable;
 }

@@ -20,8 +20,9 @@ Tensor fwd(const Tensor& x, const OptTensor& bias, bool tanh) {
   Tensor out = new_like(kOp, x), bias_owner;
   if (!x.numel()) return out;
   const Launch on(x);
-  GeluParams p{v.rows(), vector_of(kOp, "bias", bias, v.C, x, &bias_owner), {}, mut_rows(kOp, out, v.C), nullptr,
-               v.R, v.C, v.C, tanh};
+  GeluParams p{
+      v.rows(), vector_of(kOp, "bias", bias, v.C, x, &bias_owner), {}, mut_rows(kOp, out, v.C), nullptr, v.R, v.C, v.C,
+      tanh};
   if (!bias && v.stride == v.C) cut_flat(p);
   check(kOp, gelu_fwd(p, on.stream));
   return out;
@@ -32,8 +33,11 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& dout, const Tensor& x, const OptTen
   GPTFAST_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, kOp, ": dout and x differ in shape or dtype");
   Tensor dx = new_like(kOp, x), bias_owner;
   const Launch on(x);
-  GeluParams p{v.rows(), vector_of(kOp, "bias", bias, v.C, x, &bias_owner), g.rows(), mut_rows(kOp, dx, v.C), nullptr,
-               v.R, v.C, v.C, tanh};
+  GeluParams p{v.rows(), vector_of(kOp, "bias", bias, v.C, x, &bias_owner),
+               g.rows(), mut_rows(kOp, dx, v.C),
+               nullptr,  v.R,
+               v.C,      v.C,
+               tanh};
   Tensor partial = new_tensor(kOp, x, {bias ? parts_of(v.R) : 0, bias ? v.C : 0}, ScalarType::Float);
   if (bias) p.dbias = floats(partial);
   else if (v.stride == v.C && g.stride == v.C && x.numel()) cut_flat(p);

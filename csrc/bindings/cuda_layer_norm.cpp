@@ -13,8 +13,8 @@ std::tuple<Tensor, Tensor> launch_bwd(const char* op, LayerNormParams& p, const 
   check_device(op, "mean", mean, x);
   check_device(op, "rstd", rstd, x);
   GPTFAST_CHECK(mean.numel() == 2 * p.R && rstd.numel() == p.R && mean.scalar_type() == ScalarType::Float &&
-                      rstd.scalar_type() == ScalarType::Float,
-                  op, ": mean must be float32 (2, rows) and rstd (rows)");
+                    rstd.scalar_type() == ScalarType::Float,
+                op, ": mean must be float32 (2, rows) and rstd (rows)");
   const Tensor mean_owner = contiguous(op, mean), rstd_owner = contiguous(op, rstd);
   p.mean = floats(mean_owner), p.rstd = floats(rstd_owner);
   const i64 parts = parts_of(p.R);
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_bwd(const OptTensor& dy, const Op
   if (dy) g = view_of(op, "dy", *dy, total), p.dy = g.rows();
   if (dtotal) d = view_of(op, "dtotal", *dtotal, total), p.dtotal = d.rows();
   GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && g.dtype == v.dtype && d.dtype == v.dtype, op,
-                  ": gradients and total differ in shape or dtype");
+                ": gradients and total differ in shape or dtype");
   const bool own_dx = p.dropout.threshold || x_type != residual_type;
   Tensor dresidual = new_like(op, total, residual_dtype);
   Tensor dx = own_dx ? new_like(op, total, x_dtype) : new_tensor(op, total, {0}, x_dtype);

@@ -24,12 +24,18 @@ Tensor draw(const Tensor& logits, double temperature, i64 top_k, double top_p, i
   constexpr i64 kMostTokens = i64(1) << 21;
   GPTFAST_CHECK(x.C > 0 || !x.R, kOp, ": logits has an empty vocabulary");
   GPTFAST_CHECK(x.C < kMostTokens, kOp, ": logits has ", x.C, " tokens a row; the CUDA kernel takes fewer than ",
-                  kMostTokens, ": use backend='eager'");
+                kMostTokens, ": use backend='eager'");
   const Launch on(logits);
   Tensor position_owner, stream_owner, out = new_tensor(kOp, logits, {x.R}, ScalarType::Long);
-  const SampleParams p{x.rows(), indices_of(kOp, "position", position, x.R, logits, &position_owner),
+  const SampleParams p{x.rows(),
+                       indices_of(kOp, "position", position, x.R, logits, &position_owner),
                        indices_of(kOp, "stream", stream, x.R, logits, &stream_owner),
-                       static_cast<i64*>(out.mutable_data_ptr()), x.R, x.C, top_k, float(temperature), top_p,
+                       static_cast<i64*>(out.mutable_data_ptr()),
+                       x.R,
+                       x.C,
+                       top_k,
+                       float(temperature),
+                       top_p,
                        uint64_t(seed)};
   check(kOp, sample(p, on.stream));
   if (!on.capturing()) check_tokens(out);

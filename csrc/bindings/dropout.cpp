@@ -32,8 +32,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
   m.def("dropout_mask(int matrices, int rows, int cols, float p, SymInt seed, SymInt offset) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("dropout", TORCH_BOX(&dropout)); }
-STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
-  m.impl("dropout_mask", TORCH_BOX(&dropout_mask));
-}
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) { m.impl("dropout_mask", TORCH_BOX(&dropout_mask)); }
 
 }  // namespace gptfast

@@ -10,13 +10,13 @@ constexpr const char* kOp = "embedding";
 
 // n int64 in [0, limit), contiguous; *owner keeps a copy alive.
 const i64* indices_of(const char* name, const Tensor& x, i64 n, i64 limit, Tensor* owner) {
-  GPTFAST_CHECK(on_cpu(x) && x.scalar_type() == ScalarType::Long && x.numel() == n, kOp, ": ", name,
-                  " must be ", n, " int64 values on the CPU");
+  GPTFAST_CHECK(on_cpu(x) && x.scalar_type() == ScalarType::Long && x.numel() == n, kOp, ": ", name, " must be ", n,
+                " int64 values on the CPU");
   *owner = torch::stable::contiguous(x);
   const i64* values = static_cast<const int64_t*>(owner->const_data_ptr());
   for (i64 k = 0; k < n; k++)
     GPTFAST_CHECK(values[k] >= 0 && values[k] < limit, kOp, ": ", name, " holds ", values[k], "; expected 0 to ",
-                    limit - 1);
+                  limit - 1);
   return values;
 }
 
@@ -24,7 +24,7 @@ const i64* indices_of(const char* name, const Tensor& x, i64 n, i64 limit, Tenso
 Tensor embedding_fwd(const Tensor& ids, const Tensor& wte, const OptTensor& wpe, const OptTensor& positions) {
   const RowView table = rows_of(kOp, wte);
   GPTFAST_CHECK(wte.dim() == 2 && (!wpe || (wpe->dim() == 2 && wpe->size(1) == table.C)), kOp,
-                  ": expected tables (V, C) and (P, C)");
+                ": expected tables (V, C) and (P, C)");
   std::vector<i64> size(defined(ids).sizes().begin(), ids.sizes().end());
   size.push_back(table.C);
   Tensor out = new_tensor({size.data(), size.size()}, wte.scalar_type()), ids_owner, positions_owner, wpe_owner;
@@ -56,9 +56,8 @@ Tensor embedding_bwd(const Tensor& dout, const Tensor& keys, const Tensor& order
   p.dout = g.rows(), p.dtable = mut_rows(kOp, dtable, g.C), p.N = g.R, p.C = g.C;
   const i64 row_bytes = g.C * cpu::element_size(p.dtable.dtype);
   char* rows = static_cast<char*>(p.dtable.data);
-  parallel(table.size(0), row_bytes, [&](i64 begin, i64 end) {
-    std::memset(rows + begin * row_bytes, 0, size_t((end - begin) * row_bytes));
-  });
+  parallel(table.size(0), row_bytes,
+           [&](i64 begin, i64 end) { std::memset(rows + begin * row_bytes, 0, size_t((end - begin) * row_bytes)); });
   parallel(p.N, p.C * 4, [&](i64 begin, i64 end) { cpu::kernels().embedding_bwd(p, begin, end); });
   return dtable;
 }

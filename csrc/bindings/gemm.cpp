@@ -40,10 +40,10 @@ void stretch(cpu::GemmParams& p) {
 
 void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, bool pairs, bool accumulate,
           const OptTensor& a_sums) {
-  GPTFAST_CHECK(defined(a).dim() == 2 && defined(b).dim() == 2 && defined(c).dim() == 2 && a.size(1) == b.size(0) && c.size(0) == a.size(0) &&
-                      c.size(1) == b.size(1) && on_cpu(c) && (c.size(1) <= 1 || c.stride(1) == 1) &&
-                      (c.size(0) <= 1 || c.stride(0) >= c.size(1)),
-                  kOp, ": expected a (M, K), b (K, N), c (M, N) with contiguous rows");
+  GPTFAST_CHECK(defined(a).dim() == 2 && defined(b).dim() == 2 && defined(c).dim() == 2 && a.size(1) == b.size(0) &&
+                    c.size(0) == a.size(0) && c.size(1) == b.size(1) && on_cpu(c) &&
+                    (c.size(1) <= 1 || c.stride(1) == 1) && (c.size(0) <= 1 || c.stride(0) >= c.size(1)),
+                kOp, ": expected a (M, K), b (K, N), c (M, N) with contiguous rows");
   Tensor bias_owner, carry;
   cpu::GemmParams p{};
   p.a = matrix_of("a", a), p.b = matrix_of("b", b), p.c = {c.mutable_data_ptr(), c.stride(0), dtype_of(kOp, c)};
@@ -53,8 +53,8 @@ void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, boo
   if (a_sums) {
     Tensor sums = *a_sums;
     GPTFAST_CHECK(p.a.by_columns && on_cpu(sums) && sums.dim() == 1 && sums.size(0) == p.M &&
-                        (p.M <= 1 || sums.stride(0) == 1) && sums.scalar_type() == ScalarType::Float,
-                    kOp, ": a_sums must be (M,) float32, contiguous, with a by columns");
+                      (p.M <= 1 || sums.stride(0) == 1) && sums.scalar_type() == ScalarType::Float,
+                  kOp, ": a_sums must be (M,) float32, contiguous, with a by columns");
     p.a_sums = static_cast<float*>(sums.mutable_data_ptr());
   }
   if (!p.M || !p.N) return;
@@ -64,8 +64,8 @@ void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, boo
     carry = new_tensor({p.M, p.N}, ScalarType::Float);
     p.carry = static_cast<float*>(carry.mutable_data_ptr());
   }
-  p.packed = static_cast<uint32_t*>(
-      cpu::workspace(size_t(ceil_div(depth, cpu::kGemmDepth) * cpu::kGemmDepth * width) * 4));
+  p.packed =
+      static_cast<uint32_t*>(cpu::workspace(size_t(ceil_div(depth, cpu::kGemmDepth) * cpu::kGemmDepth * width) * 4));
   for (p.n0 = 0; p.n0 < p.N; p.n0 += width)
     for (p.k0 = 0; p.k0 == 0 || p.k0 < words; p.k0 += kMostDepth) {
       p.n1 = std::min(p.n0 + width, p.N), p.k1 = std::min(p.k0 + kMostDepth, words);
@@ -76,8 +76,7 @@ void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, boo
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
-  m.def(
-      "gemm(Tensor a, Tensor b, Tensor? bias, Tensor(a!) c, bool pairs, bool accumulate, Tensor(b!)? a_sums) -> ()");
+  m.def("gemm(Tensor a, Tensor b, Tensor? bias, Tensor(a!) c, bool pairs, bool accumulate, Tensor(b!)? a_sums) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("gemm", TORCH_BOX(&gemm)); }
 

@@ -23,8 +23,7 @@ std::tuple<Tensor, Tensor> launch_bwd(const char* op, cpu::LayerNormParams& p, c
   Tensor dbias = new_tensor({has_bias ? chunks : 0, has_bias ? p.C : 0}, ScalarType::Float);
   p.dweight = static_cast<float*>(dweight.mutable_data_ptr());
   p.dbias = has_bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
-  parallel(chunks, p.C * 8 * cpu::kRowChunk,
-           [&](i64 begin, i64 end) { cpu::kernels().layer_norm_bwd(p, begin, end); });
+  parallel(chunks, p.C * 8 * cpu::kRowChunk, [&](i64 begin, i64 end) { cpu::kernels().layer_norm_bwd(p, begin, end); });
   const ScalarType bias_dtype = has_bias ? dtype_of_code(op, bias_type) : ScalarType::Float;
   return {sum_chunks(op, dweight, weight.scalar_type()), sum_chunks(op, dbias, bias_dtype)};
 }
@@ -88,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptTensor& d
   if (dy) g = rows_of(op, *dy), p.dy = g.rows();
   if (dtotal) d = rows_of(op, *dtotal), p.dtotal = d.rows();
   GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && g.dtype == v.dtype && d.dtype == v.dtype, op,
-                  ": gradients and total differ in shape or dtype");
+                ": gradients and total differ in shape or dtype");
   const bool own_dx = p.dropout.threshold || x_type != residual_type;
   Tensor dresidual = new_like(total, residual_dtype);
   Tensor dx = own_dx ? new_like(total, x_dtype) : new_tensor({0}, x_dtype);
@@ -106,7 +105,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
       "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, int bias_type) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def(
-      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, SymInt seed, "
+      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, SymInt "
+      "seed, "
       "SymInt offset) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)");
   m.def(
       "add_layer_norm_bwd(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "

@@ -7,9 +7,7 @@
 namespace gptfast {
 namespace {
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Nobody can interrupt the loop: it ends within a minute.
 void check_rounds(const char* op, i64 rounds) {
@@ -39,14 +37,16 @@ double signal_ns(i64 rounds) {
   std::atomic<i64> ball{0};
   std::thread other([&] {
     for (i64 n = 0; n < rounds; n++) {
-      while (ball.load(std::memory_order_acquire) != 2 * n + 1) {}
+      while (ball.load(std::memory_order_acquire) != 2 * n + 1) {
+      }
       ball.store(2 * n + 2, std::memory_order_release);
     }
   });
   const double start = seconds();
   for (i64 n = 0; n < rounds; n++) {
     ball.store(2 * n + 1, std::memory_order_release);
-    while (ball.load(std::memory_order_acquire) != 2 * n + 2) {}
+    while (ball.load(std::memory_order_acquire) != 2 * n + 2) {
+    }
   }
   const double elapsed = seconds() - start;
   other.join();

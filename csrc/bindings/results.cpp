@@ -88,9 +88,9 @@ Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtyp
   if (bytes < large || !memory().keeps()) return torch::stable::empty(size, dtype);
   std::vector<i64> strides(size.size(), 1);
   for (size_t d = size.size() - 1; d > 0; d--) strides[d - 1] = strides[d] * size[d];
-  return torch::stable::from_blob(memory().take(size_t(bytes)), size, strides,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
-                                  +[](void* data) { memory().give(data); });
+  return torch::stable::from_blob(
+      memory().take(size_t(bytes)), size, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
+      +[](void* data) { memory().give(data); });
 }
 
 }  // namespace gptfast

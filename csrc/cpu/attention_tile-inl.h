@@ -7,11 +7,10 @@
 
 constexpr i64 kQueries = kAttentionBlock;  // lanes of a block: L-wide vectors 0 .. kVectors - 1
 constexpr int kVectors = int(kQueries / L);
-constexpr i64 kKeys = 64;   // keys of a tile
-constexpr i64 kGroup = 16;  // keys that are skipped or masked together at the edge of visibility
+constexpr i64 kKeys = 64;     // keys of a tile
+constexpr i64 kGroup = 16;    // keys that are skipped or masked together at the edge of visibility
 constexpr float kFar = 64.f;  // a product scale * maximum, in units of log2, whose rounding 2^-19 may still be left in
 constexpr float kMasked = -0x1.fffffep+127f;  // the lowest: scores are all of the numbers
-
 
 // Query lane i of the block sees keys [lo[i], hi[i]). Lanes past the last query repeat it.
 struct Visible {
@@ -149,7 +148,8 @@ static void pack_rows(uint32_t* out, i64 stride, const Heads& x, DType t, i64 b,
 #ifdef __AVX512BF16__
 // Rows (i, i + 1) of a head side by side: out[i / 2][d] = (x[i][d], x[i + 1][d]) for i in [begin, end), begin even;
 // a missing last row counts as 0. `base` is the row that out[0] stands for.
-static void pack_row_pairs(uint32_t* out, i64 stride, const Heads& x, i64 b, i64 h, i64 base, i64 begin, i64 end, i64 D) {
+static void pack_row_pairs(uint32_t* out, i64 stride, const Heads& x, i64 b, i64 h, i64 base, i64 begin, i64 end,
+                           i64 D) {
   for (i64 i = begin; i < end; i += 2) {
     const auto* p = static_cast<const uint16_t*>(head_row(x, DType::bf16, b, h, base + i));
     const auto* q = i + 1 < end ? static_cast<const uint16_t*>(head_row(x, DType::bf16, b, h, base + i + 1)) : nullptr;
@@ -218,7 +218,7 @@ struct DropoutKey {
 };
 INL DropoutKey dropout_key(const AttentionParams& p, i64 bh) {
   const bool nothing = p.threshold >= 65536;
-  return {uint32_t(p.seed), uint32_t(p.seed >> 32), uint32_t(bh),
+  return {uint32_t(p.seed), uint32_t(p.seed >> 32),         uint32_t(bh),
           p.offset,         nothing ? 65535u : p.threshold, nothing ? 0.f : 65536.f / float(65536 - p.threshold)};
 }
 // Decisions of 32 keys from j (a multiple of 32) on for L queries from i on: words[(j >> 1) & 15], low half for even j.

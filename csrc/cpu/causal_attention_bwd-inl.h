@@ -10,7 +10,9 @@
 // Where heads are few, the query blocks of each are dealt to a number of slices that depends on the shape alone; their
 // sums of dk and dv are added in the order of the slices, so the threads do not show in the bits.
 
-INL i64 key_gradient_floats(const AttentionParams& p) { return p.S * round_up(p.D, 16); }  // room for dk or dv of a slice
+INL i64 key_gradient_floats(const AttentionParams& p) {
+  return p.S * round_up(p.D, 16);
+}  // room for dk or dv of a slice
 
 // dk and dv of a head from the sums of its slices, each followed by the next 2 * key_gradient_floats later.
 static void write_key_gradients(const AttentionParams& p, i64 bh, const float* dk, const float* dv, i64 slices) {
@@ -40,16 +42,14 @@ template <bool PAIR> struct AttentionBackward {
   const DropoutKey dropout;
   const F scale;
   Visible visible;
-  uint32_t *q_t, *g_t, *q_rows, *g_rows;          // q and dout: transposed; rows (PAIR: pairs of rows)
-  uint32_t *k_packed, *v_packed, *k_pairs;        // keys as words along d, and (PAIR) as pairs along j
-  uint32_t *p_rows, *ds_rows, *ds_lanes;          // P', dS as words along i; dS with queries in the lanes
+  uint32_t *q_t, *g_t, *q_rows, *g_rows;    // q and dout: transposed; rows (PAIR: pairs of rows)
+  uint32_t *k_packed, *v_packed, *k_pairs;  // keys as words along d, and (PAIR) as pairs along j
+  uint32_t *p_rows, *ds_rows, *ds_lanes;    // P', dS as words along i; dS with queries in the lanes
   float *s, *dp, *dq, *shift, *minus_level, *delta, *dk, *dv, *factor;
   const uint32_t *k, *v, *k_for_dq;
   size_t bytes = 0;
 
-  bool direct(const Heads& x) const {
-    return PAIR ? x.st == D && D % 2 == 0 : p.dtype == DType::f32 && x.st == D;
-  }
+  bool direct(const Heads& x) const { return PAIR ? x.st == D && D % 2 == 0 : p.dtype == DType::f32 && x.st == D; }
   void carve(Arena a) {
     const i64 keys = round_up(p.S, kKeys);
     q_t = a.take<uint32_t>(words * kQueries);
@@ -200,8 +200,7 @@ template <bool PAIR> struct AttentionBackward {
     }
     for (int vec = 0; vec < visible.vectors; vec++)
       edge ? slopes<DROP, true>(vec, i0, j0, groups, n) : slopes<DROP, false>(vec, i0, j0, groups, n);
-    const bool finite =
-        !edge || all_finite<PAIR>(dq_rows(j0), D, PAIR ? (keys + 1) / 2 : keys, D);
+    const bool finite = !edge || all_finite<PAIR>(dq_rows(j0), D, PAIR ? (keys + 1) / 2 : keys, D);
     for (int t = 0; t < n; t++) accumulate(j0, groups[t], finite);
   }
   void accumulate(i64 j0, const Group& g, bool finite) {

@@ -71,8 +71,9 @@ static void gemm_pack_rows(const GemmParams& p, i64 w0, i64 words, i64 c0, i64 p
     for (i64 c = c0; c < end; c += L) {
       const i64 n = p.N - c < 0 ? 0 : p.N - c < L ? p.N - c : L;
       uint32_t* to = out + ((c - c0) / kPanel * kGemmDepth + w) * kPanel + c % kPanel;
-      istore(to, n ? gemm_word_row<PAIR>(at(row, b.dtype, c), next ? at(next, b.dtype, c) : nullptr, b.dtype, n, &unused)
-                   : iset(0));
+      istore(to,
+             n ? gemm_word_row<PAIR>(at(row, b.dtype, c), next ? at(next, b.dtype, c) : nullptr, b.dtype, n, &unused)
+               : iset(0));
       if (n && k + 4 * per_word < p.K) prefetch(at(row, b.dtype, 4 * per_word * b.stride + c));
     }
   }
@@ -127,9 +128,8 @@ template <bool PAIR> struct GemmBlock {
     if (!a.by_columns) {
       for (i64 r = 0; r < rows; r++)
         for (i64 w = 0; w < words; w += L)
-          istore(packed_a + r * kGemmDepth + w,
-                 gemm_words<PAIR>(at(a.data, a.dtype, (m0 + r) * a.stride), a.dtype, k0 + w * per_word,
-                                  p.K - k0 - w * per_word));
+          istore(packed_a + r * kGemmDepth + w, gemm_words<PAIR>(at(a.data, a.dtype, (m0 + r) * a.stride), a.dtype,
+                                                                 k0 + w * per_word, p.K - k0 - w * per_word));
       return {packed_a, kGemmDepth, 1};
     }
     for (i64 r = 0; r < rows; r += L) {

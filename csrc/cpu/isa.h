@@ -42,16 +42,27 @@ namespace {
 
 extern const Kernels table;
 const Kernels table = {
-    GPTFAST_ISA_NAME,  L,
-    gelu_fwd,          gelu_bwd,
-    causal_attention_fwd, causal_attention_bwd, causal_attention_bwd_sum,
-    dropout,           dropout_mask,
-    layer_norm_fwd,    layer_norm_bwd,
-    cross_entropy_fwd, cross_entropy_bwd,
-    embedding_fwd,     embedding_bwd,
-    sample,            kPairs,
-    gemm_pack,         gemm,
-    peak_flops,        sum_chunks,
+    GPTFAST_ISA_NAME,
+    L,
+    gelu_fwd,
+    gelu_bwd,
+    causal_attention_fwd,
+    causal_attention_bwd,
+    causal_attention_bwd_sum,
+    dropout,
+    dropout_mask,
+    layer_norm_fwd,
+    layer_norm_bwd,
+    cross_entropy_fwd,
+    cross_entropy_bwd,
+    embedding_fwd,
+    embedding_bwd,
+    sample,
+    kPairs,
+    gemm_pack,
+    gemm,
+    peak_flops,
+    sum_chunks,
 };
 
 }  // namespace gptfast::cpu::GPTFAST_ISA

@@ -69,9 +69,9 @@ struct LayerNormParams {
   Rows x, residual;  // (R, C)
   Vector weight, bias;
   MutRows total, y;
-  Rows dy, dtotal;        // backward: either may be null
-  MutRows dx, dresidual;  // backward: dx after dropout, dresidual before it; either may be null
-  float *mean, *rstd;     // (2, R): the mean, and what its rounding left out; (R)
+  Rows dy, dtotal;         // backward: either may be null
+  MutRows dx, dresidual;   // backward: dx after dropout, dresidual before it; either may be null
+  float *mean, *rstd;      // (2, R): the mean, and what its rounding left out; (R)
   float *dweight, *dbias;  // (ceil(R / kRowChunk), C) partial sums; dbias may be null
   i64 R, C;
   float eps;
@@ -124,9 +124,9 @@ struct AttentionParams {
   Heads out, dout;  // (B, H, T, D), backward only
   MutHeads y;       // (B, H, T, D): the output, forward only
   MutHeads dq, dk, dv;
-  float* partial;         // (B H, slices, 2, S, D rounded up to 16): sums of dk and dv; nullptr when there is one slice
-  float *shift, *level;   // (B, H, T), written by forward, read by backward: weights are exp2(c (q k^T - shift) - level)
-  const i64* seq_lens;    // (B) or nullptr
+  float* partial;        // (B H, slices, 2, S, D rounded up to 16): sums of dk and dv; nullptr when there is one slice
+  float *shift, *level;  // (B, H, T), written by forward, read by backward: weights are exp2(c (q k^T - shift) - level)
+  const i64* seq_lens;   // (B) or nullptr
   const i64* cu_seqlens;  // (documents + 1) or nullptr
   i64 documents;
   i64 window;  // 0: none
@@ -153,16 +153,16 @@ constexpr i64 kPackPanels = 8;   // panels of an item of the packing
 // C = A B (+ bias) (+ C): one stretch [n0, n1) of columns and [k0, k1) of words of k. Words: fp32 values, or pairs of
 // bf16 along k.
 struct GemmParams {
-  Matrix a, b;      // (M, K), (K, N), any dtypes
-  MutRows c;        // (M, N)
-  Vector bias;      // (N)
-  float* a_sums;    // (M): sum_k A, or null; only for A by columns
+  Matrix a, b;    // (M, K), (K, N), any dtypes
+  MutRows c;      // (M, N)
+  Vector bias;    // (N)
+  float* a_sums;  // (M): sum_k A, or null; only for A by columns
   i64 M, N, K;
   bool pairs, accumulate;  // pairs: multiply as bf16, where the ISA can
   i64 k0, k1, n0, n1;      // n0 a multiple of 32, k0 of kGemmDepth
-  uint32_t* packed;        // of B: ceil((k1 - k0) / kGemmDepth) x ceil((n1 - n0) / kGemmPanel) panels of kGemmDepth rows
-  float* carry;            // (M, N) sums of the stretches of k before; null when there is one stretch
-  i64 columns;             // of an item, a multiple of 32
+  uint32_t* packed;  // of B: ceil((k1 - k0) / kGemmDepth) x ceil((n1 - n0) / kGemmPanel) panels of kGemmDepth rows
+  float* carry;      // (M, N) sums of the stretches of k before; null when there is one stretch
+  i64 columns;       // of an item, a multiple of 32
 };
 
 struct EmbeddingParams {

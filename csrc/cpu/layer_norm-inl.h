@@ -54,8 +54,9 @@ template <DType T> static const void* norm_input(const LayerNormParams& p, const
   if (p.dropout.threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
   const DType x_type = p.x.dtype, residual_type = p.residual.dtype;
   if (x_type == T && residual_type == T)
-    add_rows<T>(p, t.lanes, total, copy, [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(x, c, n); },
-                [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(residual, c, n); });
+    add_rows<T>(
+        p, t.lanes, total, copy, [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(x, c, n); },
+        [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(residual, c, n); });
   else
     add_rows<T>(
         p, t.lanes, total, copy,
@@ -167,9 +168,8 @@ static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, 
   if (!threshold && !(dx.data && dresidual.data) && only.dtype == T) {
     void* out = row(only, r);
     const bool past = only.stream;
-    norm_gradient<T>(p, t.weight, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
-      put_as<T>(past, out, c, d, n);
-    });
+    norm_gradient<T>(p, t.weight, r, mean_g, mean_gx,
+                     [=](i64 c, F d, i64 n) __attribute__((always_inline)) { put_as<T>(past, out, c, d, n); });
     return;
   }
   if (threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);

@@ -13,8 +13,8 @@
 // Floor: one read of the row from memory; it then stays in L2 (201 KB at V = 50257), where top-k passes over it twice,
 // top-p three times (once with exp), and a plain draw twice (with exp, and a Philox call for every four tokens).
 
-constexpr i64 kPeak = 8;              // vectors whose maxima are kept lane by lane
-constexpr float kMostNoise = 22.9f;   // above -log(2^-33), the noise of the least v
+constexpr i64 kPeak = 8;             // vectors whose maxima are kept lane by lane
+constexpr float kMostNoise = 22.9f;  // above -log(2^-33), the noise of the least v
 constexpr float kLeastLogit = -3.4028235e38f;
 
 // Order-preserving map of floats to unsigned integers, and back.
@@ -250,9 +250,7 @@ struct Sampler {
     return low + (high - low) / 2;
   }
 
-  INL F uniform(I word) {
-    return min(fma(to_float(word), set(0x1p-32f), set(0x1p-33f)), set(1.f - 0x1p-24f));
-  }
+  INL F uniform(I word) { return min(fma(to_float(word), set(0x1p-32f), set(0x1p-33f)), set(1.f - 0x1p-24f)); }
   // Offers L tokens with logits v and noise from u, where m is set; ids rise from call to call and over the lanes.
   __attribute__((always_inline)) void offer(Draw& draw, F v, F u, M m, const uint32_t* ids, i64 first) const {
     if (!bits(m)) return;

@@ -69,9 +69,7 @@ INL F exp(F x) {
 }
 
 INL F abs(F x) { return as_float(iand(as_int(x), iset(0x7fffffffu))); }
-INL F copysign(F magnitude, F sign) {
-  return as_float(ior(as_int(magnitude), iand(as_int(sign), iset(0x80000000u))));
-}
+INL F copysign(F magnitude, F sign) { return as_float(ior(as_int(magnitude), iand(as_int(sign), iset(0x80000000u)))); }
 
 // erf(x): x P(x^2) for |x| < 1 and 1 - 2^Q(|x|) beyond (weighted minimax fits); absolute error below 1e-7.
 INL F erf(F x) {
@@ -245,7 +243,8 @@ struct TwoSums {
 template <class Fn> INL TwoSums row_sums(i64 C, Fn f) {
   F a[4] = {zero(), zero(), zero(), zero()}, b[4] = {zero(), zero(), zero(), zero()};
   i64 c = 0;
-  for (; c + 4 * L <= C; c += 4 * L) UNROLL_FOR (int u = 0; u < 4; u++) f(c + u * L, i64(L), a[u], b[u]);
+  for (; c + 4 * L <= C; c += 4 * L)
+    UNROLL_FOR (int u = 0; u < 4; u++) f(c + u * L, i64(L), a[u], b[u]);
   for (; c + L <= C; c += L) f(c, i64(L), a[0], b[0]);
   if (c < C) f(c, C - c, a[1], b[1]);
   return {sum((a[0] + a[1]) + (a[2] + a[3])), sum((b[0] + b[1]) + (b[2] + b[3]))};

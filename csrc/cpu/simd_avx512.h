@@ -101,9 +101,9 @@ INL void stream(float* p, F x) { _mm512_stream_ps(p, x); }
 INL void stream(uint16_t* p, H x) { _mm256_stream_si256((__m256i*)p, x); }
 INL void stream_end() { _mm_sfence(); }
 
-INL F fraction(F y) { return _mm512_reduce_ps(y, 0x09); }  // y - floor(y)
+INL F fraction(F y) { return _mm512_reduce_ps(y, 0x09); }         // y - floor(y)
 INL F scale_by_exp2(F p, F y) { return _mm512_scalef_ps(p, y); }  // p * 2^floor(y)
-INL F clamp_exponent(F y) { return y; }  // fraction(+-inf) is 0 and scale_by_exp2 saturates
+INL F clamp_exponent(F y) { return y; }                           // fraction(+-inf) is 0 and scale_by_exp2 saturates
 
 // In place: 128-bit piece b of r[w] becomes piece 4 b + w of the four together.
 INL void spread_pieces(I r[4]) {

@@ -6,7 +6,7 @@ constexpr int L = 4;
 typedef float F __attribute__((vector_size(16)));
 typedef uint32_t I __attribute__((vector_size(16)));  // 32-bit lanes
 typedef uint64_t W __attribute__((vector_size(16)));  // 64-bit lanes
-struct H {  // 16-bit lanes
+struct H {                                            // 16-bit lanes
   uint16_t lane[4];
 };
 struct M {
@@ -75,10 +75,12 @@ INL I shr(I a, int n) { return a >> n; }
 INL I shl(I a, int n) { return a << n; }
 INL M uge(I a, I b) { return {(I)(a >= b)}; }
 typedef int32_t SI __attribute__((vector_size(16)));
-INL M igt(I a, I b) { return {(I)((SI)a > (SI)b)}; }  // signed
+INL M igt(I a, I b) { return {(I)((SI)a > (SI)b)}; }                                   // signed
 INL F to_float(I a) { return F{float(a[0]), float(a[1]), float(a[2]), float(a[3])}; }  // of an unsigned value
 
-INL F to_float_signed(I a) { return F{float(int32_t(a[0])), float(int32_t(a[1])), float(int32_t(a[2])), float(int32_t(a[3]))}; }
+INL F to_float_signed(I a) {
+  return F{float(int32_t(a[0])), float(int32_t(a[1])), float(int32_t(a[2])), float(int32_t(a[3]))};
+}
 INL I isub(I a, I b) { return a - b; }
 INL I sra(I a, int n) { return (I)((SI)a >> n); }
 INL I iselect(M m, I a, I b) { return (a & m.v) | (b & ~m.v); }
@@ -122,7 +124,7 @@ INL uint16_t narrow_f16(float f) {
   u &= 0x7fffffffu;
   if (u > 0x7f800000u) return uint16_t(sign | 0x7e00);
   if (u >= 0x477ff000u) return uint16_t(sign | 0x7c00);  // 65520 and up round to inf
-  if (u < 0x38800000u) {                                  // subnormal: let the adder of fp32 round at bit 2^-24
+  if (u < 0x38800000u) {                                 // subnormal: let the adder of fp32 round at bit 2^-24
     float a;
     __builtin_memcpy(&a, &u, 4);
     a += 0.5f;
@@ -141,9 +143,7 @@ INL uint16_t narrow_bf16(float f) {
 }
 INL F load_bf16(const uint16_t* p) { return as_float(I{p[0], p[1], p[2], p[3]} << 16); }
 INL F load_f16(const uint16_t* p) { return F{widen_f16(p[0]), widen_f16(p[1]), widen_f16(p[2]), widen_f16(p[3])}; }
-INL H narrow_bf16(F x) {
-  return {{narrow_bf16(x[0]), narrow_bf16(x[1]), narrow_bf16(x[2]), narrow_bf16(x[3])}};
-}
+INL H narrow_bf16(F x) { return {{narrow_bf16(x[0]), narrow_bf16(x[1]), narrow_bf16(x[2]), narrow_bf16(x[3])}}; }
 INL H narrow_f16(F x) { return {{narrow_f16(x[0]), narrow_f16(x[1]), narrow_f16(x[2]), narrow_f16(x[3])}}; }
 INL void store(uint16_t* p, H x) { __builtin_memcpy(p, &x, 8); }
 INL void stream(float* p, F x) { store(p, x); }

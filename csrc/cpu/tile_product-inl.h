@@ -34,10 +34,11 @@ template <bool PAIR, int R, int V, Mode MODE>
 INL void tile(const uint32_t* A, i64 ra, i64 ka, const uint32_t* B, i64 ldb, i64 K, float* C, i64 ldc,
               const float* alpha) {
   F acc[R][V];
-  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) {
-    acc[r][v] = MODE == SET || MODE == ADD ? zero() : load(C + r * ldc + v * L);
-    if (MODE == SCALE) acc[r][v] = acc[r][v] * load(alpha + v * L);
-  }
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++) {
+      acc[r][v] = MODE == SET || MODE == ADD ? zero() : load(C + r * ldc + v * L);
+      if (MODE == SCALE) acc[r][v] = acc[r][v] * load(alpha + v * L);
+    }
   for (i64 k = 0; k < K; k++) {
     I b[V];
     UNROLL_FOR (int v = 0; v < V; v++) b[v] = iload(B + k * ldb + v * L);
@@ -46,10 +47,11 @@ INL void tile(const uint32_t* A, i64 ra, i64 ka, const uint32_t* B, i64 ldb, i64
       UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = multiply_words<PAIR>(a, b[v], acc[r][v]);
     }
   }
-  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) {
-    if (MODE == ADD) acc[r][v] = load(C + r * ldc + v * L) + acc[r][v];
-    store(C + r * ldc + v * L, acc[r][v]);
-  }
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++) {
+      if (MODE == ADD) acc[r][v] = load(C + r * ldc + v * L) + acc[r][v];
+      store(C + r * ldc + v * L, acc[r][v]);
+    }
 }
 // M rows of V vectors: tiles of kTileRows, then 4, 2, 1.
 template <bool PAIR, int V, Mode MODE>

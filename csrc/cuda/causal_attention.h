@@ -29,10 +29,10 @@ struct AttentionParams {
   MutHeads y;       // (B, H, T, D): the output, forward only
   MutHeads dq, dk, dv;
   float *shift, *level;  // (B, H, T), written by forward: weights are exp2(scale log2(e) (q k^T - shift) - level)
-  float* delta;        // (B, H, T), backward only: sum over d of out * dout
-  float* partial;      // forward: room for causal_attention_partial(p) values
-  Lengths seq_lens;    // (B)
-  Lengths cu_seqlens;  // (documents + 1)
+  float* delta;          // (B, H, T), backward only: sum over d of out * dout
+  float* partial;        // forward: room for causal_attention_partial(p) values
+  Lengths seq_lens;      // (B)
+  Lengths cu_seqlens;    // (documents + 1)
   int documents;
   int window;  // 0: none
   bool causal;
@@ -56,7 +56,7 @@ cudaError_t causal_attention_fwd_sm80(const AttentionParams&, cudaStream_t);  //
 cudaError_t causal_attention_bwd_sm80(const AttentionParams&, cudaStream_t);  // all
 bool causal_attention_fwd_sm90_takes(const AttentionParams&);
 cudaError_t causal_attention_fwd_sm90(const AttentionParams&, cudaStream_t);
-cudaError_t causal_attention_delta(const AttentionParams&, cudaStream_t);     // of the backward: fills p.delta
+cudaError_t causal_attention_delta(const AttentionParams&, cudaStream_t);  // of the backward: fills p.delta
 bool causal_attention_bwd_sm90_takes(const AttentionParams&);
 cudaError_t causal_attention_bwd_sm90(const AttentionParams&, cudaStream_t);
 int decode_attention_splits(const AttentionParams&);  // 0: not taken

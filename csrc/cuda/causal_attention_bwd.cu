@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_con
         for (int n = 0; n < 2 * MT; n++)
           shift[n / 2][n % 2] = row + 8 * n < p.T ? p.shift[i64(bh) * p.T + row + 8 * n] : 0.f;
       }
-      if (C::D > 128 || far)
-        each_element<MT, NT>([&](int m, int n, int e) { s[m][n][e] -= shift[m][e / 2]; });
+      if (C::D > 128 || far) each_element<MT, NT>([&](int m, int n, int e) { s[m][n][e] -= shift[m][e / 2]; });
       each_element<MT, NT>([&](int m, int n, int e) {
         const float weight = fast_exp2(fmaf(s[m][n][e], scale_log2, -level[m][e / 2]));
         s[m][n][e] = weight * (dp[m][n][e] - delta[m][e / 2]);
@@ -191,9 +190,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
       multiply_rows<E, C::D, true>(dp, v, warp_row, dout, n0);
       if (any_far<8 * NT>(tile + 2 * BN))
         each_element<MT, NT>([&](int m, int n, int e) { s[m][n][e] -= shift[n * 8 + e % 2]; });
-      each_element<MT, NT>([&](int m, int n, int e) {
-        s[m][n][e] = fast_exp2(fmaf(s[m][n][e], scale_log2, -level[n * 8 + e % 2]));
-      });
+      each_element<MT, NT>(
+          [&](int m, int n, int e) { s[m][n][e] = fast_exp2(fmaf(s[m][n][e], scale_log2, -level[n * 8 + e % 2])); });
       auto slope = [&](int m, int n, int e, float d) { return s[m][n][e] * (d - delta[n * 8 + e % 2]); };
       if (p.dropout.threshold) {
         each_decision_transposed<MT, NT>(p.dropout, bh, j0 + warp_row, i0 + n0, [&](int m, int n, int e, bool keep) {

@@ -105,7 +105,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   const Range group_first = seen[w * 64], group_last = seen[w * 64 + 63];
   const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
   float sum0[1][D / 8][4] = {}, sum1[1][D / 8][4] = {};  // dq or dk; dv
-  float level[2] = {}, delta[2] = {}, shift[2] = {};  // of this lane's queries, where rows are queries
+  float level[2] = {}, delta[2] = {}, shift[2] = {};     // of this lane's queries, where rows are queries
   if constexpr (!KEYS) {
 #pragma unroll
     for (int n = 0; n < 2; n++) {
@@ -117,7 +117,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
     }
   }
 
-  auto multiply = [&](float(&x)[1][NT][4], int side, int stage) {  // a b^T
+  auto multiply = [&](float (&x)[1][NT][4], int side, int stage) {  // a b^T
     const uint32_t a = kept_at + side * C::KEPT_BYTES + w * 64 * 128;
     const uint32_t other = tiles_at + (stage * 2 + side) * C::TILE_BYTES;
 #pragma unroll
@@ -127,13 +127,13 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
                      smem_descriptor(other + panel * BN * 128 + at, 16, 1024), k != 0);
     }
   };
-  auto add_weighted_rows = [&](float(&sum)[1][D / 8][4], const uint32_t(&weights)[BN / 16][4], int side, int stage) {
+  auto add_weighted_rows = [&](float (&sum)[1][D / 8][4], const uint32_t (&weights)[BN / 16][4], int side, int stage) {
     const uint32_t other = tiles_at + (stage * 2 + side) * C::TILE_BYTES;
 #pragma unroll
     for (int k = 0; k < BN / 16; k++)
       wgmma<E, 1>(sum[0], weights[k], smem_descriptor(other + k * 16 * 128, BN * 128, 1024), 1);
   };
-  auto pack = [&](uint32_t(&weights)[BN / 16][4], const float(&x)[1][NT][4]) {
+  auto pack = [&](uint32_t (&weights)[BN / 16][4], const float (&x)[1][NT][4]) {
 #pragma unroll
     for (int k = 0; k < BN / 16; k++) result_as_a<E>(weights[k], x[0][2 * k], x[0][2 * k + 1]);
   };
@@ -148,7 +148,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
     return opaque(bits);
   };
   // s -> P (after dropout where rows are keys), dp -> dS
-  auto slopes = [&](float(&s)[1][NT][4], float(&dp)[1][NT][4], uint32_t keep_bits, int stage) {
+  auto slopes = [&](float (&s)[1][NT][4], float (&dp)[1][NT][4], uint32_t keep_bits, int stage) {
     const float* columns = statistics + stage * 3 * BN + lane % 4 * 2;
     auto level_of = [&](int n, int e) { return KEYS ? columns[n * 8 + e % 2] : level[e / 2]; };
     auto delta_of = [&](int n, int e) { return KEYS ? columns[BN + n * 8 + e % 2] : delta[e / 2]; };
@@ -167,8 +167,8 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       if (KEYS && !keep) s[0][n][e] = 0.f;
     });
   };
-  bool nonfinite = false;  // keys in tiles with masked elements
-  int edges = 0;           // of them so far: flags alternate, as a warp may be one tile ahead of another
+  bool nonfinite = false;        // keys in tiles with masked elements
+  int edges = 0;                 // of them so far: flags alternate, as a warp may be one tile ahead of another
   auto clean = [&](int stage) {  // nan and inf in masked keys, once all scores are formed
     named_barrier(1, 128 * C::CONSUMERS);
     bool found = false;
@@ -177,8 +177,8 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       found |= remove_nonfinite<BN, 128 * C::CONSUMERS>(k, int(threadIdx.x) - 128);
     }
     if (found) fence_proxy_async();  // before wgmma reads what was written here
-    nonfinite |= any_found<C::WARPS>(found, warp, flags + edges++ % 2 * C::WARPS,
-                                     [] { named_barrier(1, 128 * C::CONSUMERS); });
+    nonfinite |=
+        any_found<C::WARPS>(found, warp, flags + edges++ % 2 * C::WARPS, [] { named_barrier(1, 128 * C::CONSUMERS); });
   };
 
   if (tiles) mbarrier_wait(kept_full, 0);
@@ -223,7 +223,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   }
 
   // through this warp's own rows of what was kept, which only its warpgroup has read
-  auto finish = [&](const float(&sum)[1][D / 8][4], float by, int side, const MutHeads& y) {
+  auto finish = [&](const float (&sum)[1][D / 8][4], float by, int side, const MutHeads& y) {
     const float factor[1][2] = {{by, by}};
 #pragma unroll
     for (int panel = 0; panel < PANELS; panel++) {

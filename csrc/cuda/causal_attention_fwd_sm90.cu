@@ -124,8 +124,8 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       found |= remove_nonfinite<BN, 128 * CONSUMERS>(v, int(threadIdx.x) - 128);
     }
     if (found) fence_proxy_async();  // before wgmma reads what was written here
-    nonfinite |= any_found<C::WARPS>(found, warp, flags + edges++ % 2 * C::WARPS,
-                                     [] { named_barrier(1, 128 * C::CONSUMERS); });
+    nonfinite |=
+        any_found<C::WARPS>(found, warp, flags + edges++ % 2 * C::WARPS, [] { named_barrier(1, 128 * C::CONSUMERS); });
   };
 
   if (tiles) {
@@ -206,7 +206,8 @@ template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream
 bool causal_attention_fwd_sm90_takes(const AttentionParams& p) {
   using C = HopperShape<bf16, 128, 2>;
   static HopperGpus gpus(attention_forward_sm90<C, false>, C::THREADS, C::SMEM);
-  return has_hopper_shape(p) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) && has_map(p, p.v, p.S) && gpus.has_current();
+  return has_hopper_shape(p) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) && has_map(p, p.v, p.S) &&
+         gpus.has_current();
 }
 
 cudaError_t causal_attention_fwd_sm90(const AttentionParams& p, cudaStream_t stream) {

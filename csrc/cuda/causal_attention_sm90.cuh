@@ -18,7 +18,8 @@ template <class H> bool map_of(CUtensorMap* map, const AttentionParams& p, const
                           p.dtype};
   return tensor_map(map, shape, uint32_t(tile_rows));
 }
-inline bool has_map(const AttentionParams& p, const Heads& x, int rows) {  // TMA has no stride 0, as of expanded tensors
+inline bool has_map(const AttentionParams& p, const Heads& x,
+                    int rows) {  // TMA has no stride 0, as of expanded tensors
   auto fits = [](i64 stride, i64 size) { return size == 1 || (stride > 0 && stride < i64(1) << 39); };
   return fits(x.st, rows) && fits(x.sh, p.H) && fits(x.sb, p.B);
 }
@@ -38,7 +39,8 @@ class HopperGpus {
   bool has_current() {
     int device = 0, major = 0, most = 0;
     return cleared(cudaGetDevice(&device)) == cudaSuccess &&
-           cleared(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) == cudaSuccess && major == 9 &&
+           cleared(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) == cudaSuccess &&
+           major == 9 &&
            cleared(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) == cudaSuccess &&
            most >= smem_ && has_body(device);
   }

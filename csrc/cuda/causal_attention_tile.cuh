@@ -233,8 +233,7 @@ DEV_INLINE void add_weighted(float (&sum)[MT][COLUMNS][4], const float (&weights
   }
 }
 // `value` in place of the elements that the warp's rows do not see; columns from j0 on.
-template <int MT, int NT>
-DEV_INLINE void mask(float (&x)[MT][NT][4], const Range* seen, int j0, float value) {
+template <int MT, int NT> DEV_INLINE void mask(float (&x)[MT][NT][4], const Range* seen, int j0, float value) {
   const int column = j0 + int(threadIdx.x % 4) * 2;
 #pragma unroll
   for (int m = 0; m < MT; m++)

@@ -156,8 +156,8 @@ inline int round_to_warps(i64 threads, int most) {
 // Beyond 48 KB a kernel has to ask for its dynamic shared memory.
 template <class... P> cudaError_t allow_smem(void (*kernel)(P...), size_t bytes) {
   if (bytes <= 48 << 10) return cudaSuccess;
-  return cleared(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      int(bytes)));
+  return cleared(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
 
 }  // namespace gptfast::cuda

@@ -4,7 +4,8 @@
 #include <cstdint>
 #if defined(CUDA_EMU)
 #define DYN_SMEM(name) char* name = emu::dyn_smem<char>()
-#define LAUNCH(kernel, grid, block, smem, stream, ...) ((void)(stream), emu::launch(kernel, grid, block, smem, __VA_ARGS__))
+#define LAUNCH(kernel, grid, block, smem, stream, ...) \
+  ((void)(stream), emu::launch(kernel, grid, block, smem, __VA_ARGS__))
 #define DEV_INLINE inline
 #define EXPECT_ALIGNED(pointer, bytes) emu::expect_aligned(pointer, bytes)
 #else

@@ -60,7 +60,8 @@ template <class T> DEV_INLINE Row row_loss(const CrossEntropyParams& p, const T*
     mine.total *= exp2f((mine.top - level) * kLog2e);
     mine.top = top;
 #pragma unroll
-    for (int k = 0; k < width.value; k++) mine.total += exp2f((values[k] - level) * kLog2e), shifted += values[k] - origin;
+    for (int k = 0; k < width.value; k++)
+      mine.total += exp2f((values[k] - level) * kLog2e), shifted += values[k] - origin;
   });
   const Exponentials all = block_reduce(mine, Merge{}, Exponentials{-INFINITY, 0.f}, scratch);
   const float log_total = logf(all.total);

@@ -92,7 +92,8 @@ __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__
     if (threadIdx.x == 0) to[0] = top, to[1] = sum;
     for (int d = threadIdx.x; d < p.D; d += kThreads) {
       float x = 0.f;
-      for (int g = 0; g < GROUPS; g++) x = fmaf(found[g * ROW + 2 + d], fast_exp2((found[g * ROW] - shift) * scale_log2), x);
+      for (int g = 0; g < GROUPS; g++)
+        x = fmaf(found[g * ROW + 2 + d], fast_exp2((found[g * ROW] - shift) * scale_log2), x);
       to[2 + d] = x;
     }
   }

@@ -29,15 +29,18 @@ cudaError_t dropout(const DropoutRowsParams& p, cudaStream_t stream) {
   if (!p.R || !p.C) return cudaSuccess;
   return with_dtype(p.x.dtype, [&](auto t) {
     using T = decltype(t);
-    return with_width<T>(p.C, [&](auto width) {
-      constexpr int V = decltype(width)::value;
-      const int x = round_to_warps(ceil_div(p.C, V), kThreads), y = kThreads / x;
-      const i64 down = ceil_div(p.R, y);
-      const dim3 grid(unsigned(ceil_div(p.C, i64(x) * V)), unsigned(down < 65535 ? down : 65535));
-      auto kernel = dropout_kernel<T, V>;
-      LAUNCH(kernel, grid, dim3(x, y), 0, stream, p);
-      return cudaGetLastError();
-    }, p.x, p.y);
+    return with_width<T>(
+        p.C,
+        [&](auto width) {
+          constexpr int V = decltype(width)::value;
+          const int x = round_to_warps(ceil_div(p.C, V), kThreads), y = kThreads / x;
+          const i64 down = ceil_div(p.R, y);
+          const dim3 grid(unsigned(ceil_div(p.C, i64(x) * V)), unsigned(down < 65535 ? down : 65535));
+          auto kernel = dropout_kernel<T, V>;
+          LAUNCH(kernel, grid, dim3(x, y), 0, stream, p);
+          return cudaGetLastError();
+        },
+        p.x, p.y);
   });
 }
 

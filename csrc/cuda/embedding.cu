@@ -60,13 +60,16 @@ cudaError_t embedding_fwd(const EmbeddingParams& p, cudaStream_t stream) {
   if (!p.N || !p.C) return cudaSuccess;
   return with_dtype(p.out.dtype, [&](auto t) {
     using T = decltype(t);
-    return with_width<T>(p.C, [&](auto width) {
-      constexpr int V = decltype(width)::value;
-      const dim3 block = block_of<V>(p.C);
-      auto kernel = embedding_fwd_kernel<T, V>;
-      LAUNCH(kernel, dim3(unsigned(ceil_div(p.N, block.y))), block, 0, stream, p);
-      return cudaGetLastError();
-    }, p.wte, p.wpe, p.out);
+    return with_width<T>(
+        p.C,
+        [&](auto width) {
+          constexpr int V = decltype(width)::value;
+          const dim3 block = block_of<V>(p.C);
+          auto kernel = embedding_fwd_kernel<T, V>;
+          LAUNCH(kernel, dim3(unsigned(ceil_div(p.N, block.y))), block, 0, stream, p);
+          return cudaGetLastError();
+        },
+        p.wte, p.wpe, p.out);
   });
 }
 
@@ -74,13 +77,16 @@ cudaError_t embedding_bwd(const EmbeddingBwdParams& p, cudaStream_t stream) {
   if (!p.N || !p.C) return cudaSuccess;
   return with_dtype(p.dout.dtype, [&](auto t) {
     using T = decltype(t);
-    return with_width<T>(p.C, [&](auto width) {
-      constexpr int V = decltype(width)::value;
-      const dim3 block = block_of<V>(p.C);
-      auto kernel = embedding_bwd_kernel<T, V>;
-      LAUNCH(kernel, dim3(unsigned(ceil_div(p.N, block.y))), block, 0, stream, p);
-      return cudaGetLastError();
-    }, p.dout, p.dtable);
+    return with_width<T>(
+        p.C,
+        [&](auto width) {
+          constexpr int V = decltype(width)::value;
+          const dim3 block = block_of<V>(p.C);
+          auto kernel = embedding_bwd_kernel<T, V>;
+          LAUNCH(kernel, dim3(unsigned(ceil_div(p.N, block.y))), block, 0, stream, p);
+          return cudaGetLastError();
+        },
+        p.dout, p.dtable);
   });
 }
 

@@ -58,7 +58,8 @@ template <class T, int V, bool TANH> __global__ void __launch_bounds__(kThreads)
 }
 
 // Part number n takes rows n, n + parts, … and leaves their sum of dx in row n of dbias.
-template <class T, int V, bool TANH> __global__ void __launch_bounds__(kThreads) gelu_bwd_kernel(const GeluParams p, i64 parts) {
+template <class T, int V, bool TANH>
+__global__ void __launch_bounds__(kThreads) gelu_bwd_kernel(const GeluParams p, i64 parts) {
   const i64 c0 = (i64(blockIdx.x) * blockDim.x + threadIdx.x) * V;
   const i64 part = i64(blockIdx.y) * blockDim.y + threadIdx.y;
   if (c0 >= p.C || part >= parts) return;
@@ -96,13 +97,16 @@ cudaError_t gelu_fwd(const GeluParams& p, cudaStream_t stream) {
   if (!p.R || !p.C) return cudaSuccess;
   return with_dtype(p.x.dtype, [&](auto t) {
     using T = decltype(t);
-    return with_width<T>(p.C, [&](auto width) {
-      constexpr int V = decltype(width)::value;
-      const Shape s = shape_of<V>(p, p.R);
-      auto kernel = p.tanh ? gelu_fwd_kernel<T, V, true> : gelu_fwd_kernel<T, V, false>;
-      LAUNCH(kernel, s.grid, s.block, 0, stream, p);
-      return cudaGetLastError();
-    }, p.x, p.bias, p.out);
+    return with_width<T>(
+        p.C,
+        [&](auto width) {
+          constexpr int V = decltype(width)::value;
+          const Shape s = shape_of<V>(p, p.R);
+          auto kernel = p.tanh ? gelu_fwd_kernel<T, V, true> : gelu_fwd_kernel<T, V, false>;
+          LAUNCH(kernel, s.grid, s.block, 0, stream, p);
+          return cudaGetLastError();
+        },
+        p.x, p.bias, p.out);
   });
 }
 
@@ -110,13 +114,16 @@ cudaError_t gelu_bwd(const GeluParams& p, cudaStream_t stream) {
   if (!p.C || (!p.R && !p.dbias)) return cudaSuccess;
   return with_dtype(p.x.dtype, [&](auto t) {
     using T = decltype(t);
-    return with_width<T>(p.C, [&](auto width) {
-      constexpr int V = decltype(width)::value;
-      const Shape s = shape_of<V>(p, parts_of(p.R));
-      auto kernel = p.tanh ? gelu_bwd_kernel<T, V, true> : gelu_bwd_kernel<T, V, false>;
-      LAUNCH(kernel, s.grid, s.block, 0, stream, p, parts_of(p.R));
-      return cudaGetLastError();
-    }, p.x, p.bias, p.dout, p.out, Vector{p.dbias, DType::f32});
+    return with_width<T>(
+        p.C,
+        [&](auto width) {
+          constexpr int V = decltype(width)::value;
+          const Shape s = shape_of<V>(p, parts_of(p.R));
+          auto kernel = p.tanh ? gelu_bwd_kernel<T, V, true> : gelu_bwd_kernel<T, V, false>;
+          LAUNCH(kernel, s.grid, s.block, 0, stream, p, parts_of(p.R));
+          return cudaGetLastError();
+        },
+        p.x, p.bias, p.dout, p.out, Vector{p.dbias, DType::f32});
   });
 }
 

@@ -42,9 +42,9 @@ DEV_INLINE void mbarrier_arrive(uint32_t b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(b) : "memory");
 }
 DEV_INLINE void mbarrier_wait(uint32_t b, int parity) {  // until the phase of this parity is complete
-  asm volatile(
-      "{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra WAIT; }" ::"r"(b), "r"(parity)
-      : "memory");
+  asm volatile("{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra WAIT; }" ::"r"(b),
+               "r"(parity)
+               : "memory");
 }
 // The tile of `map` that starts at (x, y, z, w), innermost first; its bytes count on barrier b.
 DEV_INLINE void tma_load(uint32_t to, const CUtensorMap* map, uint32_t b, int x, int y, int z, int w) {
@@ -64,13 +64,15 @@ DEV_INLINE void tma_store(const CUtensorMap* map, uint32_t from, int x, int y, i
                : "memory");
 }
 DEV_INLINE void tma_add(const CUtensorMap* map, uint32_t from, int x, int y, int z, int w) {
-  asm volatile("cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
-                   map),
-               "r"(from), "r"(x), "r"(y), "r"(z), "r"(w)
-               : "memory");
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+      "r"(from), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
 }
 DEV_INLINE void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int N> DEV_INLINE void tma_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
+template <int N> DEV_INLINE void tma_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
 template <int N> DEV_INLINE void tma_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
 DEV_INLINE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 template <int N> DEV_INLINE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
@@ -93,7 +95,8 @@ inline bool tensor_map(CUtensorMap* map, const TensorShape& x, uint32_t rows) {
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(f);
   }();
   if (!encode) return false;
-  const cuuint64_t dim[4] = {x.dim[0], x.dim[1], x.dim[2], x.dim[3]}, stride[3] = {x.stride[0], x.stride[1], x.stride[2]};
+  const cuuint64_t dim[4] = {x.dim[0], x.dim[1], x.dim[2], x.dim[3]},
+                   stride[3] = {x.stride[0], x.stride[1], x.stride[2]};
   const cuuint32_t box[4] = {panel_columns(x.dtype), rows, 1, 1}, step[4] = {1, 1, 1, 1};
   const auto type = x.dtype == DType::f32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                     : x.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -110,9 +113,7 @@ struct EmuBarrier {  // the 8 bytes in shared memory
   uint32_t phase : 1;
 };
 static_assert(sizeof(EmuBarrier) == 8);
-inline EmuBarrier* emu_barrier(uint32_t b) {
-  return reinterpret_cast<EmuBarrier*>(emu::smem_ptr(b, 8, 8, "mbarrier"));
-}
+inline EmuBarrier* emu_barrier(uint32_t b) { return reinterpret_cast<EmuBarrier*>(emu::smem_ptr(b, 8, 8, "mbarrier")); }
 inline void emu_barrier_check(EmuBarrier* b) {
   if (b->pending < 0) emu::fail("mbarrier: more arrivals than its count");
   if (b->pending == 0 && b->bytes == 0) b->phase ^= 1, b->pending = b->arrivals, emu::B->progress++;
@@ -202,7 +203,7 @@ inline void emu_tma_store(const CUtensorMap* map, uint32_t from, int x, int y, i
   const EmuMap m = emu_map(map, from, add ? "TMA add" : "TMA store", line);
   const uint32_t bytes = m.rows * kPanelBytes;
   EMU_RACE(const int op = emu::race::tma_issue(emu::race::kStores);)
-  auto taken = std::make_shared<std::vector<char>>();
+  auto taken = std::make_shared<std::vector<char> >();
   auto read = [=] {
     EMU_RACE(emu::race::tma_read(op, from - emu::kSmemBase, bytes);)
     const char* panel = emu::smem_ptr(from, bytes, 1024, "TMA store");

@@ -89,9 +89,9 @@ struct LayerNormParams {
   Rows x, residual;  // (R, C)
   Vector weight, bias;
   MutRows total, y;
-  Rows dy, dtotal;        // backward: either may be null
-  MutRows dx, dresidual;  // backward: dx after dropout, dresidual before it; either may be null
-  float *mean, *rstd;     // (2, R): the mean, and what its rounding left out; (R)
+  Rows dy, dtotal;         // backward: either may be null
+  MutRows dx, dresidual;   // backward: dx after dropout, dresidual before it; either may be null
+  float *mean, *rstd;      // (2, R): the mean, and what its rounding left out; (R)
   float *dweight, *dbias;  // (parts_of(R), C) partial sums; dbias may be null
   i64 R, C;
   float eps;

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(most_threads(N), 1) layer_norm_bwd_kernel(cons
     if (partial_b) store(partial_b + c, dweight[0]);
   }
 
-  const auto count = [](const Values<V>& v, float(&dw)[V], float(&db)[V], float2& sums) {
+  const auto count = [](const Values<V>& v, float (&dw)[V], float (&db)[V], float2& sums) {
 #pragma unroll
     for (int k = 0; k < V; k++) {
       dw[k] = fmaf(v.dy[k], v.xhat[k], dw[k]);
@@ -118,14 +118,18 @@ __global__ void __launch_bounds__(most_threads(N), 1) layer_norm_bwd_kernel(cons
 cudaError_t layer_norm_bwd(const LayerNormParams& p, cudaStream_t stream) {
   return with_dtype(p.x.dtype, [&](auto t) {
     using T = decltype(t);
-    return with_width<T>(p.C, [&](auto width) {
-      constexpr int V = decltype(width)::value;
-      const bool narrow = p.C <= most_threads(1) * V;
-      const int vectors = narrow ? 1 : 2, threads = round_to_warps(ceil_div(p.C, vectors * V), most_threads(vectors));
-      auto kernel = narrow ? layer_norm_bwd_kernel<T, V, 1> : layer_norm_bwd_kernel<T, V, 2>;
-      LAUNCH(kernel, dim3(unsigned(parts_of(p.R))), dim3(threads), 32 * sizeof(float2), stream, p);
-      return cudaGetLastError();
-    }, p.x, p.dy, p.dtotal, p.weight, p.dx, p.dresidual, Vector{p.dweight, DType::f32}, Vector{p.dbias, DType::f32});
+    return with_width<T>(
+        p.C,
+        [&](auto width) {
+          constexpr int V = decltype(width)::value;
+          const bool narrow = p.C <= most_threads(1) * V;
+          const int vectors = narrow ? 1 : 2,
+                    threads = round_to_warps(ceil_div(p.C, vectors * V), most_threads(vectors));
+          auto kernel = narrow ? layer_norm_bwd_kernel<T, V, 1> : layer_norm_bwd_kernel<T, V, 2>;
+          LAUNCH(kernel, dim3(unsigned(parts_of(p.R))), dim3(threads), 32 * sizeof(float2), stream, p);
+          return cudaGetLastError();
+        },
+        p.x, p.dy, p.dtotal, p.weight, p.dx, p.dresidual, Vector{p.dweight, DType::f32}, Vector{p.dbias, DType::f32});
   });
 }
 

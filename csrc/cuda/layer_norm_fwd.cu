@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads)
   };
 
   float x[N][V], sum = 0.f;
-  const auto add = [&](const float(&v)[V]) {
+  const auto add = [&](const float (&v)[V]) {
 #pragma unroll
     for (int k = 0; k < V; k++) sum += v[k];
   };
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads)
   const T* again = static_cast<const T*>(IN == Input::x ? p.x.data : p.total.data) +
                    r * (IN == Input::x ? p.x.stride : p.total.stride);
   float2 rest = make_float2(0.f, 0.f);  // of the differences from it, and of their squares
-  const auto add_difference = [&](const float(&v)[V]) {
+  const auto add_difference = [&](const float (&v)[V]) {
 #pragma unroll
     for (int k = 0; k < V; k++) rest.x += v[k] - near, rest.y += (v[k] - near) * (v[k] - near);
   };
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads)
   if (t == 0) p.mean[r] = mean, p.mean[p.R + r] = remainder, p.rstd[r] = rstd;
 
   T* y = static_cast<T*>(p.y.data) + r * p.y.stride;
-  const auto finish = [&](float(&v)[V], int c) {
+  const auto finish = [&](float (&v)[V], int c) {
     float weight[V], bias[V] = {};
     load_any(weight, p.weight.data, p.weight.dtype, c);
     if (p.bias.data) load_any(bias, p.bias.data, p.bias.dtype, c);
@@ -110,17 +110,20 @@ __global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads)
 }
 
 template <class T, Input IN> cudaError_t launch(const LayerNormParams& p, cudaStream_t stream) {
-  return with_width<T>(p.C, [&](auto width) {
-    constexpr int V = decltype(width)::value;
-    if (p.C <= 32 * V * kWarpVectors) {
-      auto kernel = layer_norm_fwd_kernel<T, IN, V, true>;
-      LAUNCH(kernel, dim3(unsigned(ceil_div(p.R, kRowsPerBlock))), dim3(32 * kRowsPerBlock), 0, stream, p);
-    } else {
-      auto kernel = layer_norm_fwd_kernel<T, IN, V, false>;
-      LAUNCH(kernel, dim3(unsigned(p.R)), dim3(kBlockThreads), 32 * sizeof(float2), stream, p);
-    }
-    return cudaGetLastError();
-  }, p.x, p.residual, p.weight, p.bias, p.total, p.y);
+  return with_width<T>(
+      p.C,
+      [&](auto width) {
+        constexpr int V = decltype(width)::value;
+        if (p.C <= 32 * V * kWarpVectors) {
+          auto kernel = layer_norm_fwd_kernel<T, IN, V, true>;
+          LAUNCH(kernel, dim3(unsigned(ceil_div(p.R, kRowsPerBlock))), dim3(32 * kRowsPerBlock), 0, stream, p);
+        } else {
+          auto kernel = layer_norm_fwd_kernel<T, IN, V, false>;
+          LAUNCH(kernel, dim3(unsigned(p.R)), dim3(kBlockThreads), 32 * sizeof(float2), stream, p);
+        }
+        return cudaGetLastError();
+      },
+      p.x, p.residual, p.weight, p.bias, p.total, p.y);
 }
 
 }  // namespace

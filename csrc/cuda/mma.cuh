@@ -44,8 +44,7 @@ DEV_INLINE float fast_exp2(float x) {
 template <int BYTES = 16> DEV_INLINE void cp_async(uint32_t to, const void* from, bool valid = true) {
   if constexpr (BYTES == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
 DEV_INLINE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEV_INLINE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
@@ -143,8 +142,7 @@ template <> inline float emu_half_of<__nv_bfloat16>(uint32_t w, int high) {
 template <> inline float emu_half_of<__half>(uint32_t w, int high) {
   return __half2float(__ushort_as_half(uint16_t(high ? w >> 16 : w)));
 }
-template <class E>
-inline void mma_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMU_SITE) {
+template <class E> inline void mma_16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMU_SITE) {
   struct Arg {
     float* d;
     const uint32_t* a;
@@ -205,8 +203,7 @@ DEV_INLINE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
 }
 // fp32 as three products of tf32 halves (Ootomo and Yokota, arXiv 2203.03341): x = hi + lo to 22 bits, and lo * lo is
 // below what fp32 keeps. An infinite operand gives nan. TRANSPOSED: to the bit what b a^T gives without.
-template <class E, bool TRANSPOSED = false>
-DEV_INLINE void mma(float (&d)[4], const float2 (&a)[4], const float2* b) {
+template <class E, bool TRANSPOSED = false> DEV_INLINE void mma(float (&d)[4], const float2 (&a)[4], const float2* b) {
   auto low = [](float x, uint32_t high) { return to_tf32(x - __uint_as_float(high)); };
 #pragma unroll
   for (int s = 0; s < 2; s++) {  // contraction steps of 8: first members of the pairs, then the second ones

@@ -20,7 +20,7 @@ namespace {
 using u64 = unsigned long long;
 constexpr int kThreads = 1024;
 constexpr int kDigitBits = 2;
-constexpr int kCountBits = 21;  // three counts share a word
+constexpr int kCountBits = 21;                       // three counts share a word
 constexpr u64 kAboveMinusInf = 0x00800000ull << 32;  // the least rank of a finite logit
 constexpr u64 kNan = ~0ull;
 
@@ -130,8 +130,7 @@ struct Better {
   }
 };
 // The draw among the ranks >= lowest. One Philox call gives the words of four tokens.
-template <class T>
-DEV_INLINE i64 draw(const SampleParams& p, const T* x, u64 lowest, i64 r, const Shared& s) {
+template <class T> DEV_INLINE i64 draw(const SampleParams& p, const T* x, u64 lowest, i64 r, const Shared& s) {
   Scored mine{-INFINITY, 0xffffffffu};
   for (i64 t0 = 4 * i64(threadIdx.x); t0 < p.V; t0 += 4 * i64(blockDim.x)) {
     float v[4];
@@ -142,7 +141,8 @@ DEV_INLINE i64 draw(const SampleParams& p, const T* x, u64 lowest, i64 r, const 
       keep[k] = t0 + k < p.V && rank_of(v[k], t0 + k) >= lowest;
     }
     if (!(keep[0] || keep[1] || keep[2] || keep[3])) continue;
-    const uint4 words = philox4x32(p.seed, uint32_t(t0 / 4), uint32_t(p.position[r]), uint32_t(p.stream[r]), kSamplingDomain);
+    const uint4 words =
+        philox4x32(p.seed, uint32_t(t0 / 4), uint32_t(p.position[r]), uint32_t(p.stream[r]), kSamplingDomain);
 #pragma unroll
     for (int k = 0; k < 4; k++)
       if (keep[k]) mine = Better{}(mine, {v[k] / p.temperature + gumbel_noise(word_of(words, k)), uint32_t(t0 + k)});
@@ -150,7 +150,8 @@ DEV_INLINE i64 draw(const SampleParams& p, const T* x, u64 lowest, i64 r, const 
   return block_reduce(mine, Better{}, Scored{-INFINITY, 0xffffffffu}, s.scratch).token;
 }
 
-template <class T> DEV_INLINE i64 sample_row(const SampleParams& p, const T* x, i64 r, bool in_shared, const Shared& s) {
+template <class T>
+DEV_INLINE i64 sample_row(const SampleParams& p, const T* x, i64 r, bool in_shared, const Shared& s) {
   u64 best_rank = 0;
   T* copy = reinterpret_cast<T*>(s.row);
   for (i64 t = threadIdx.x; t < p.V; t += blockDim.x) {
@@ -164,7 +165,8 @@ template <class T> DEV_INLINE i64 sample_row(const SampleParams& p, const T* x, 
   if (best_rank == kNan) return -1;
   if (best_rank < kAboveMinusInf) return -2;
   const float best = logit_of(best_rank);
-  if (p.temperature < 0x1p-126f || !(fabsf(best / p.temperature) < 1e30f)) return token_of(best_rank);  // noise is nothing
+  if (p.temperature < 0x1p-126f || !(fabsf(best / p.temperature) < 1e30f))
+    return token_of(best_rank);  // noise is nothing
 
   u64 lowest = kAboveMinusInf;
   const bool cut_k = p.top_k > 0 && p.top_k < p.V;

@@ -9,7 +9,7 @@ constexpr int kLanes = 32;
 
 __global__ void __launch_bounds__(32 * kLanes) sum_parts_kernel(const SumPartsParams p) {
   DYN_SMEM(smem);
-  float(*sums)[33] = reinterpret_cast<float(*)[33]>(smem);  // 33: a column's values lie in different banks
+  float (*sums)[33] = reinterpret_cast<float (*)[33]>(smem);  // 33: a column's values lie in different banks
   const i64 c = i64(blockIdx.x) * 32 + threadIdx.x;
   float sum = 0.f;
   if (c < p.C) {

@@ -19,9 +19,7 @@ DEV_INLINE uint64_t smem_descriptor(uint32_t address, uint32_t leading, uint32_t
 // ---- device ---------------------------------------------------------------------------------------------------------
 DEV_INLINE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEV_INLINE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> DEV_INLINE void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
+template <int N> DEV_INLINE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
 
 // d (64 x 8 R) = a (64 x 16) b (16 x 8 R), plus d where `add`. TA, TB: the operand in shared memory is MN-major.
 template <class E, int TA, int TB, int R>
@@ -56,12 +54,10 @@ GPTFAST_WGMMA(__nv_bfloat16, "bf16", 16, 128, 64, 65, 66, 67, 68, 69, 70)
 GPTFAST_WGMMA(__half, "f16", 16, 128, 64, 65, 66, 67, 68, 69, 70)
 #undef GPTFAST_WGMMA
 // clang-format on
-template <class E, int TA, int TB, int R>
-DEV_INLINE void wgmma(float (&d)[R][4], uint64_t a, uint64_t b, int add) {
+template <class E, int TA, int TB, int R> DEV_INLINE void wgmma(float (&d)[R][4], uint64_t a, uint64_t b, int add) {
   wgmma_shared<TA, TB>(E(), d, a, b, add);
 }
-template <class E, int TB, int R>
-DEV_INLINE void wgmma(float (&d)[R][4], const uint32_t (&a)[4], uint64_t b, int add) {
+template <class E, int TB, int R> DEV_INLINE void wgmma(float (&d)[R][4], const uint32_t (&a)[4], uint64_t b, int add) {
   wgmma_registers<TB>(E(), d, a, b, add);
 }
 #else

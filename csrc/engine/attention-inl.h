@@ -9,16 +9,14 @@
 
 constexpr int kAttendVectors = L == 16 ? 4 : 2;
 
-template <DType T>
-INL F load_cached(const char* p, i64 element) {
+template <DType T> INL F load_cached(const char* p, i64 element) {
   if constexpr (T == DType::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(p) + element);
   if constexpr (T == DType::f16) return load_f16(reinterpret_cast<const uint16_t*>(p) + element);
   return load(reinterpret_cast<const float*>(p) + element);
 }
 
 // In 16 bits, whole vectors; fp16 holds at most 65504, and nothing becomes infinite by being kept.
-template <DType T>
-INL void narrow_cached(uint16_t* out, const float* x, i64 D) {
+template <DType T> INL void narrow_cached(uint16_t* out, const float* x, i64 D) {
   const F most = set(T == DType::f16 ? 65504.f : 3.38e38f);  // nan stays: min and max give their second argument
   for_lanes(D, [&](i64 d, i64 n) {
     const F kept = min(most, max(zero() - most, load_lanes(x + d, n)));
@@ -26,17 +24,14 @@ INL void narrow_cached(uint16_t* out, const float* x, i64 D) {
   });
 }
 // The keys and the values of head h in the page that holds a position.
-template <DType T>
-INL char* keys_of(const AttendParams& p, i64 h, i64 at) {
+template <DType T> INL char* keys_of(const AttendParams& p, i64 h, i64 at) {
   return p.pages[at / kPage] + p.keys + h * key_elements(p.D) * element_size(T);
 }
-template <DType T>
-INL char* values_of(const AttendParams& p, i64 h, i64 at) {
+template <DType T> INL char* values_of(const AttendParams& p, i64 h, i64 at) {
   return p.pages[at / kPage] + p.values + h * value_elements(p.D) * element_size(T);
 }
 
-template <DType T>
-INL void store_position(const float* k, const float* v, i64 D, i64 at, char* keys, char* values) {
+template <DType T> INL void store_position(const float* k, const float* v, i64 D, i64 at, char* keys, char* values) {
   const i64 Dp = padded_head(D), size = element_size(T);
   values += at * Dp * size;
   if constexpr (T != DType::f32) {
@@ -50,8 +45,7 @@ INL void store_position(const float* k, const float* v, i64 D, i64 at, char* key
   }
   for (i64 d = D; d < Dp; d++) __builtin_memset(values + d * size, 0, size_t(size));
 }
-template <DType T>
-static void store_run(const AttendParams& p) {
+template <DType T> static void store_run(const AttendParams& p) {
   if (p.n == 1) ask(keys_of<T>(p, 0, p.start), p.heads * key_elements(p.D) * element_size(T));
   for (i64 h = 0; h < p.heads; h++)
     for (i64 i = 0; i < p.n; i++)
@@ -74,19 +68,19 @@ static void page_scores(const char* keys, const char* after, const float* q, i64
   constexpr int V = kAttendVectors;
   for (i64 c = 0; c < kPage; c += V * L) {
     F acc[R][V];
-    UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
+    UNROLL_FOR (int r = 0; r < R; r++)
+      UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
     for (i64 d = 0; d < D; d++) {
       if (R == 1 && c == 0) ask(after + d * kBytes, kBytes);
       F k[V];
-      UNROLL_FOR (int v = 0; v < V; v++)
-        k[v] = load_cached<T>(keys, d * kPage + c + v * L);
+      UNROLL_FOR (int v = 0; v < V; v++) k[v] = load_cached<T>(keys, d * kPage + c + v * L);
       UNROLL_FOR (int r = 0; r < R; r++) {
         const F a = set(q[r * ldq + d]);
-        UNROLL_FOR (int v = 0; v < V; v++)
-          acc[r][v] = fma(a, k[v], acc[r][v]);
+        UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = fma(a, k[v], acc[r][v]);
       }
     }
-    UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) store(out + r * ldo + c + v * L, acc[r][v] * set(scale));
+    UNROLL_FOR (int r = 0; r < R; r++)
+      UNROLL_FOR (int v = 0; v < V; v++) store(out + r * ldo + c + v * L, acc[r][v] * set(scale));
   }
 }
 
@@ -115,7 +109,9 @@ static void weigh_values(const AttendParams& p, i64 h, i64 begin, i64 end, const
     return left < 0 ? 0 : left < L ? left : i64(L);
   };
   F acc[R][V];
-  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = fresh ? zero() : load_lanes(out + r * p.out_stride + d0 + v * L, lanes(v));
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++)
+      acc[r][v] = fresh ? zero() : load_lanes(out + r * p.out_stride + d0 + v * L, lanes(v));
   for (i64 page = begin; page < end; page += kPage) {
     const char* values = values_of<T>(p, h, page);
     const char* next = page + kPage < end ? values_of<T>(p, h, page + kPage) : after;
@@ -124,16 +120,15 @@ static void weigh_values(const AttendParams& p, i64 h, i64 begin, i64 end, const
     for (i64 i = 0; i < n; i++) {
       if (R == 1) ask(next + (i * Dp + d0) * size, V * L * size);
       F x[V];
-      UNROLL_FOR (int v = 0; v < V; v++)
-        x[v] = load_cached<T>(values, i * Dp + d0 + v * L);
+      UNROLL_FOR (int v = 0; v < V; v++) x[v] = load_cached<T>(values, i * Dp + d0 + v * L);
       UNROLL_FOR (int r = 0; r < R; r++) {
         const F a = set(w[r * ldw + i]);
-        UNROLL_FOR (int v = 0; v < V; v++)
-          acc[r][v] = fma(a, x[v], acc[r][v]);
+        UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = fma(a, x[v], acc[r][v]);
       }
     }
   }
-  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) store_lanes(out + r * p.out_stride + d0 + v * L, acc[r][v], lanes(v));
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++) store_lanes(out + r * p.out_stride + d0 + v * L, acc[r][v], lanes(v));
 }
 
 template <DType T, int R>
@@ -147,8 +142,7 @@ INL void weigh(const AttendParams& p, i64 h, i64 begin, i64 end, const char* aft
 }
 
 // Queries row .. row + R of the run, page by page: the heads of a page lie side by side.
-template <DType T, int R>
-static void attend_rows(const AttendParams& p, i64 row) {
+template <DType T, int R> static void attend_rows(const AttendParams& p, i64 row) {
   const i64 oldest = p.start + row, end = oldest + R;
   const i64 first = p.window && oldest >= p.window ? (oldest - p.window + 1) / kPage * kPage : 0;
   const i64 n = (end - first + kPage - 1) / kPage * kPage;
@@ -182,8 +176,7 @@ static void attend_rows(const AttendParams& p, i64 row) {
       for_lanes(p.D, [&](i64 d, i64 lanes) { store_lanes(y + d, load_lanes(y + d, lanes) * inverse, lanes); });
     }
 }
-template <DType T>
-static void attend_run(const AttendParams& p) {
+template <DType T> static void attend_run(const AttendParams& p) {
   rows_of_tiles<kAttendRows>(p.n, [&]<int R>(i64 row) { attend_rows<T, R>(p, row); });
 }
 static void attend(const AttendParams& p) {

@@ -30,7 +30,8 @@ static uint64_t checksum(const char* data, i64 bytes, uint64_t seed) {
     MarkWords v[kMarkVectors];
     uint64_t word[kMarkBlock / 8];
   } lanes;
-  for (uint64_t i = 0; i < kMarkBlock / 8; i++) lanes.word[i] = (seed ^ uint64_t(bytes)) + (i + 1) * 0xD1B54A32D192ED03u;
+  for (uint64_t i = 0; i < kMarkBlock / 8; i++)
+    lanes.word[i] = (seed ^ uint64_t(bytes)) + (i + 1) * 0xD1B54A32D192ED03u;
   MarkWords h[kMarkVectors];
   __builtin_memcpy(h, lanes.v, sizeof h);
   auto block = [&](const char* p) __attribute__((always_inline)) {

@@ -66,10 +66,8 @@ std::vector<i64> Engine::draw_locked(const std::vector<Sampling>& samplings, con
       kernels_.sample(p, 0, 1);
     }
   };
-  if (samplings.size() == 1)
-    job(0);
-  else
-    pool_.run(job);
+  if (samplings.size() == 1) job(0);
+  else pool_.run(job);
   return drawn;
 }
 

@@ -13,20 +13,12 @@ constexpr i64 kPass = 256;  // tokens of a pass: their activations stay in the c
 
 Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int threads, cpu::DType cache,
                const Kernels& kernels)
-    : model_(shape, formats),
-      weights_(weights),
-      kernels_(kernels),
-      pool_(threads),
-      cache_type_(cache),
+    : model_(shape, formats), weights_(weights), kernels_(kernels), pool_(threads), cache_type_(cache),
       key_bytes_(key_elements(shape.D()) * cpu::element_size(cache)),
       value_bytes_(value_elements(shape.D()) * cpu::element_size(cache)),
-      layer_bytes_(shape.heads * (key_bytes_ + value_bytes_)),
-      Cp_(round_up(shape.C, kPanel)),
-      Qp_(round_up(3 * shape.C, kPanel)),
-      Fp_(round_up(shape.F, kPanel)),
-      stride_(std::max(Cp_, Fp_)),
-      next_(size_t(shape.layers)),
-      own_(size_t(threads)) {}
+      layer_bytes_(shape.heads * (key_bytes_ + value_bytes_)), Cp_(round_up(shape.C, kPanel)),
+      Qp_(round_up(3 * shape.C, kPanel)), Fp_(round_up(shape.F, kPanel)), stride_(std::max(Cp_, Fp_)),
+      next_(size_t(shape.layers)), own_(size_t(threads)) {}
 
 void Engine::pack(const Weight& weight, const float* values, i64 ld) {
   const std::lock_guard guard(mutex_);

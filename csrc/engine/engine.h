@@ -16,8 +16,7 @@
 namespace gptfast::engine {
 
 // Grow-only zeroed memory, aligned for every vector.
-template <class T>
-class Buffer {
+template <class T> class Buffer {
  public:
   Buffer() = default;
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}

@@ -39,9 +39,7 @@ constexpr int code_bits(Format f) { return f == Format::int8 ? 8 : f == Format::
 // Bytes of the 32 k x 32 outputs of a panel.
 constexpr i64 group_bytes(Format f) {
   const i64 values = kGroup * kPanel;
-  return f == Format::f32    ? values * 4
-         : f == Format::bf16 ? values * 3 / 2
-                             : kPanel * 2 + values * code_bits(f) / 8;
+  return f == Format::f32 ? values * 4 : f == Format::bf16 ? values * 3 / 2 : kPanel * 2 + values * code_bits(f) / 8;
 }
 constexpr i64 header_bytes(Format f) { return f == Format::bf16 ? 64 : 0; }  // of a panel
 constexpr i64 padded_depth(Format f, i64 K) {

@@ -32,7 +32,8 @@ void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
     multiply(t, layer.attn_proj, attended, M, Finish::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
     if (!s.pre_norm) normalise_in_place(t, layer.ln_1, M);
-    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), M, s.activation, hidden_.get(), Fp_, hidden_.get(), Fp_);
+    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), M, s.activation, hidden_.get(), Fp_, hidden_.get(),
+             Fp_);
     pool_.barrier(t);
     const Activations hidden = inputs_of(t, layer.mlp_proj.weight, hidden_.get(), Fp_, s.F, M);
     multiply(t, layer.mlp_proj, hidden, M, Finish::add, branch_.get(), Cp_, x, Cp_);
@@ -49,7 +50,8 @@ void Engine::embed(int t, const int* tokens) {
       const i64 m = run.first + i;
       if (m < mine.first || m >= mine.last) continue;
       kernels_.embed(model_.wte.format, weights_ + model_.wte.offset, model_.shape.C, tokens[m],
-                     model_.shape.embed_scale * model_.wte.factor, floats(model_.wpe) + (run.start + i) * Cp_, x_.get() + m * Cp_);
+                     model_.shape.embed_scale * model_.wte.factor, floats(model_.wpe) + (run.start + i) * Cp_,
+                     x_.get() + m * Cp_);
     }
 }
 

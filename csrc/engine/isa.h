@@ -30,7 +30,7 @@ using namespace gptfast::cpu;
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {GPTFAST_ISA_NAME, kPairs, prepare, product, finish, layer_norm, embed,
+const Kernels table = {GPTFAST_ISA_NAME, kPairs, prepare, product, finish,  layer_norm, embed,
                        store_kv,         attend, sample,  read,    checksum};
 
 }  // namespace gptfast::engine::GPTFAST_ISA

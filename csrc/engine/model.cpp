@@ -23,8 +23,8 @@ i64 sum(i64 a, i64 b) {
 }  // namespace
 
 void Shape::check() const {
-  const std::pair<const char*, i64> sizes[] = {{"n_layer", layers}, {"n_head", heads},         {"n_embd", C},
-                                               {"inner_dim", F},    {"vocab_size", V},         {"block_size", positions},
+  const std::pair<const char*, i64> sizes[] = {{"n_layer", layers},   {"n_head", heads}, {"n_embd", C},
+                                               {"inner_dim", F},      {"vocab_size", V}, {"block_size", positions},
                                                {"window", window + 1}};
   for (const auto& [name, value] : sizes)
     if (value < 1 || value > kMostOf)

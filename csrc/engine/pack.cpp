@@ -58,8 +58,7 @@ struct Int6Levels {
   static float level(float x) { return clamp(nearest(x), -32.f, 31.f); }
   static uint8_t code(float level) { return uint8_t(int(level) + 32); }
 };
-template <const int8_t (&LEVELS)[16]>
-struct TableLevels {
+template <const int8_t (&LEVELS)[16]> struct TableLevels {
   static constexpr float kMost = 127.f;
   static float level(float x) {  // the nearest: the lowest, and a step for each midpoint that x is above
     float level = LEVELS[0];
@@ -77,8 +76,7 @@ struct TableLevels {
 // For each of a few guesses of the scale: the codes, then the scale that fits these codes best, sum v q / sum q^2,
 // which leaves the error sum v^2 - (sum v q)^2 / sum q^2. The least wins. The largest value goes to -kMost: there are
 // levels that reach further to that side.
-template <class Levels>
-void few_bits(const float* v, uint16_t* half_scale, uint8_t* codes) {
+template <class Levels> void few_bits(const float* v, uint16_t* half_scale, uint8_t* codes) {
   constexpr int kGuesses = 9;
   constexpr float kStep = Levels::kMost == 32.f ? 0.004f : 0.01375f;  // of the range, from a guess to the next
   float most = 0.f;
@@ -130,7 +128,8 @@ void pack_groups(Format format, const float* rows, i64 K, char* out) {
           continue;
         }
         nibbles[(i % 16 / 4 * kPanel + n) * 4 + i % 4] |= uint8_t((codes[i] & 15) << (i < 16 ? 0 : 4));
-        if (format == Format::int6) bytes[(i / 16 * kPanel + n) * 4 + i % 4] |= uint8_t(codes[i] >> 4 << i % 16 / 4 * 2);
+        if (format == Format::int6)
+          bytes[(i / 16 * kPanel + n) * 4 + i % 4] |= uint8_t(codes[i] >> 4 << i % 16 / 4 * 2);
       }
     }
   }

@@ -18,18 +18,15 @@ INL void ask(const char* w, i64 bytes) {
 // ---- floats -------------------------------------------------------------------------------------------------------
 
 // acc[r] += x[m + r][k .. k + 1] . b
-template <int R, int V>
-INL void add_pairs(const I (&b)[V], const Activations& x, i64 m, i64 k, F (&acc)[R][V]) {
+template <int R, int V> INL void add_pairs(const I (&b)[V], const Activations& x, i64 m, i64 k, F (&acc)[R][V]) {
   UNROLL_FOR (int r = 0; r < R; r++) {
     if constexpr (kPairs) {
       const I a = broadcast4(x.bf16 + (m + r) * x.stride + k);
-      UNROLL_FOR (int v = 0; v < V; v++)
-        acc[r][v] = dot_pairs(acc[r][v], b[v], a);
+      UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = dot_pairs(acc[r][v], b[v], a);
     } else {
       const float* a = x.f32 + (m + r) * x.f32_stride + k;
       const F even = set(a[0]), odd = set(a[1]);
-      UNROLL_FOR (int v = 0; v < V; v++)
-        acc[r][v] = fma(odd, high_half(b[v]), fma(even, low_half(b[v]), acc[r][v]));
+      UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = fma(odd, high_half(b[v]), fma(even, low_half(b[v]), acc[r][v]));
     }
   }
 }
@@ -41,12 +38,10 @@ struct FloatStep {
   template <int R, int V, int N>
   INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
     F b[V];
-    UNROLL_FOR (int v = 0; v < V; v++)
-      b[v] = load(reinterpret_cast<const float*>(w) + N + v * L);
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = load(reinterpret_cast<const float*>(w) + N + v * L);
     UNROLL_FOR (int r = 0; r < R; r++) {
       const F a = set(x.f32[(m + r) * x.f32_stride + k]);
-      UNROLL_FOR (int v = 0; v < V; v++)
-        acc[r][v] = fma(a, b[v], acc[r][v]);
+      UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = fma(a, b[v], acc[r][v]);
     }
   }
 };
@@ -57,8 +52,7 @@ struct PairStep {
   template <int R, int V, int N>
   INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
     I b[V];
-    UNROLL_FOR (int v = 0; v < V; v++)
-      b[v] = iload(w + (N + v * L) * 4);
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = iload(w + (N + v * L) * 4);
     add_pairs<R, V>(b, x, m, k, acc);
   }
 };
@@ -78,18 +72,17 @@ struct Bf16Step {
   template <int R, int V, int N>
   INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
     I b[V];
-    UNROLL_FOR (int v = 0; v < V; v++)
-      b[v] = pairs<0>(w, N + v * L);
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = pairs<0>(w, N + v * L);
     add_pairs<R, V>(b, x, m, k, acc);
-    UNROLL_FOR (int v = 0; v < V; v++)
-      b[v] = pairs<1>(w, N + v * L);
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = pairs<1>(w, N + v * L);
     add_pairs<R, V>(b, x, m, k + 2, acc);
   }
 };
 static void unpack_bf16(const char* w, i64 K, char* pairs) {
   const Bf16Step step(w);
   w += header_bytes(Format::bf16);
-  for (i64 k = 0; k < K; k += Bf16Step::kDepth, w += Bf16Step::kBytes, pairs += 2 * PairStep::kBytes) UNROLL_FOR (int n = 0; n < kPanel; n += L) {
+  for (i64 k = 0; k < K; k += Bf16Step::kDepth, w += Bf16Step::kBytes, pairs += 2 * PairStep::kBytes)
+    UNROLL_FOR (int n = 0; n < kPanel; n += L) {
       istore(pairs + n * 4, step.pairs<0>(w, n));
       istore(pairs + PairStep::kBytes + n * 4, step.pairs<1>(w, n));
     }
@@ -98,12 +91,14 @@ static void unpack_bf16(const char* w, i64 K, char* pairs) {
 template <class Step, int R, int V, int N>
 static void float_tile(const Step& step, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
   F acc[R][V];
-  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
   for (i64 k = 0; k < K; k += Step::kDepth, w += Step::kBytes) {
     if (R == 1) ask(w + kAhead, Step::kBytes);
     step.template run<R, V, N>(w, x, m, k, acc);
   }
-  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
 }
 
 // ---- bytes --------------------------------------------------------------------------------------------------------
@@ -131,8 +126,7 @@ struct Int6Quads {
   }
   INL I dot(I acc, I w, I x) { return dot4_small(acc, w, x); }
 };
-template <Format F, const int8_t (&LEVELS)[16]>
-struct LevelQuads {
+template <Format F, const int8_t (&LEVELS)[16]> struct LevelQuads {
   static constexpr Format kFormat = F;
   struct Table {
     alignas(16) uint8_t byte[16];
@@ -147,12 +141,13 @@ struct LevelQuads {
 using Nf4Quads = LevelQuads<Format::nf4, kNf4>;
 using Q4Quads = LevelQuads<Format::q4, kQ4>;
 
-template <class U>
-static void unpack_bytes(const char* w, i64 K, char* to) {
+template <class U> static void unpack_bytes(const char* w, i64 K, char* to) {
   constexpr i64 kScales = kPanel * 2;
   for (i64 k = 0; k < K; k += kGroup, w += group_bytes(U::kFormat), to += group_bytes(Format::int8)) {
     __builtin_memcpy(to, w, kScales);
-    UNROLL_FOR (int q = 0; q < 8; q++) UNROLL_FOR (int n = 0; n < kPanel; n += L) istore(to + kScales + (q * kPanel + n) * 4, U::quad(w + kScales, n, q));
+    UNROLL_FOR (int q = 0; q < 8; q++)
+      UNROLL_FOR (int n = 0; n < kPanel; n += L)
+        istore(to + kScales + (q * kPanel + n) * 4, U::quad(w + kScales, n, q));
   }
 }
 
@@ -161,13 +156,13 @@ template <class U, int R, int V, int N>
 static void byte_tile(const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
   constexpr i64 kBytes = group_bytes(U::kFormat), kLines = kBytes / 64;
   F acc[R][V];
-  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
   for (i64 g = 0; g * kGroup < K; g++, w += kBytes) {
     I sum[R][V];
     UNROLL_FOR (int r = 0; r < R; r++) {
       const I start = broadcast4(x.start + (m + r) * (x.stride / kGroup) + g);
-      UNROLL_FOR (int v = 0; v < V; v++)
-        sum[r][v] = start;
+      UNROLL_FOR (int v = 0; v < V; v++) sum[r][v] = start;
     }
     const int8_t* q = x.q + m * x.stride + g * kGroup;
     UNROLL_FOR (int i = 0; i < 8; i++) {
@@ -175,12 +170,10 @@ static void byte_tile(const char* w, const Activations& x, i64 m, i64 K, float* 
       const int j = U::kFormat == Format::int8 ? i : i / 2 + 4 * (i % 2);
       if (R == 1) ask(w + kAhead + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);
       I quad[V];
-      UNROLL_FOR (int v = 0; v < V; v++)
-        quad[v] = U::quad(w + kPanel * 2, N + v * L, j);
+      UNROLL_FOR (int v = 0; v < V; v++) quad[v] = U::quad(w + kPanel * 2, N + v * L, j);
       UNROLL_FOR (int r = 0; r < R; r++) {
         const I a = broadcast4(q + r * x.stride + 4 * j);
-        UNROLL_FOR (int v = 0; v < V; v++)
-          sum[r][v] = U::dot(sum[r][v], quad[v], a);
+        UNROLL_FOR (int v = 0; v < V; v++) sum[r][v] = U::dot(sum[r][v], quad[v], a);
       }
     }
     UNROLL_FOR (int v = 0; v < V; v++) {
@@ -191,28 +184,26 @@ static void byte_tile(const char* w, const Activations& x, i64 m, i64 K, float* 
       }
     }
   }
-  UNROLL_FOR (int r = 0; r < R; r++) UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
 }
 
 // ---- products -----------------------------------------------------------------------------------------------------
 
 // M rows in tiles of ROWS, and one of what is left.
-template <int R, class Tile>
-INL void last_rows(i64 m, i64 left, Tile tile) {
+template <int R, class Tile> INL void last_rows(i64 m, i64 left, Tile tile) {
   if constexpr (R > 0) {
     if (left == R) return tile.template operator()<R>(m);
     last_rows<R - 1>(m, left, tile);
   }
 }
-template <int ROWS, class Tile>
-INL void rows_of_tiles(i64 M, Tile tile) {
+template <int ROWS, class Tile> INL void rows_of_tiles(i64 M, Tile tile) {
   i64 m = 0;
   for (; m + ROWS <= M; m += ROWS) tile.template operator()<ROWS>(m);
   last_rows<ROWS - 1>(m, M - m, tile);
 }
 // tile<N>() for the outputs N of a panel in steps of V vectors
-template <int V, int N = 0, class Tile>
-INL void tiles_of_panel(Tile tile) {
+template <int V, int N = 0, class Tile> INL void tiles_of_panel(Tile tile) {
   tile.template operator()<N>();
   if constexpr (N + V * L < kPanel) tiles_of_panel<V, N + V * L>(tile);
 }
@@ -230,8 +221,7 @@ static void bf16_product(const char* w, const Activations& x, i64 M, i64 K, floa
   unpack_bf16(w, K, pairs);
   float_product(PairStep(pairs), pairs, x, M, K, y, ldy);
 }
-template <class U>
-static void byte_product(const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {
+template <class U> static void byte_product(const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {
   if (M == 1) return byte_tile<U, 1, kVectors, 0>(w, x, 0, K, y, ldy);
   if (U::kFormat != Format::int8 && M >= kUnpackedRows) {
     char* bytes = static_cast<char*>(scratch(size_t(panel_bytes(Format::int8, K))));

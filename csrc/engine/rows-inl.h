@@ -49,7 +49,8 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
 
 template <Finish FINISH>
 static void finish_rows(const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
-  for (i64 m = 0; m < M; m++) UNROLL_FOR (int c = 0; c < kPanel; c += L) {
+  for (i64 m = 0; m < M; m++)
+    UNROLL_FOR (int c = 0; c < kPanel; c += L) {
       F v = load(y + m * ldy + c);
       if (bias) v = v + load(bias + c);
       v = activate<FINISH>(v);
@@ -113,8 +114,7 @@ static int64_t read(const char* data, i64 bytes) {
   const i64 step = 4 * L * 4;
   for (i64 i = 0; i + step <= bytes; i += step) {
     ask(data + kAhead + i, step);
-    UNROLL_FOR (int j = 0; j < 4; j++)
-      s[j] = iadd(s[j], iload(data + i + j * L * 4));
+    UNROLL_FOR (int j = 0; j < 4; j++) s[j] = iadd(s[j], iload(data + i + j * L * 4));
   }
   alignas(64) uint32_t lanes[L];
   istore(lanes, iadd(iadd(s[0], s[1]), iadd(s[2], s[3])));

@@ -120,8 +120,7 @@ class PyEngine {
 
 // Sequences of one engine. Every call checks and acts under one lock.
 class PyCache {
-  template <class Fn>
-  auto locked(Fn f) {
+  template <class Fn> auto locked(Fn f) {
     const py::gil_scoped_release release;
     const std::lock_guard guard(engine_->get().lock());
     return f();
@@ -178,7 +177,8 @@ class PyCache {
     if (rows.size() != counts.size()) throw std::invalid_argument("extend: as many counts as rows are needed");
     i64 total = 0;
     for (i64 count : counts) {
-      if (count < 1 || count > i64(tokens.size()) - total) throw std::invalid_argument("extend: counts and tokens differ");
+      if (count < 1 || count > i64(tokens.size()) - total)
+        throw std::invalid_argument("extend: counts and tokens differ");
       total += count;
     }
     if (total != i64(tokens.size())) throw std::invalid_argument("extend: counts and tokens differ");

@@ -84,7 +84,8 @@ class MappingGuard {
     while (e && e->begin.load()) e = e->next;
     const bool known = e != nullptr;
     if (!known) e = new Entry;
-    e->line = "gptfast: " + name + " was cut short, or its disk cannot be read, while it is in use; put it back and start again\n";
+    e->line = "gptfast: " + name +
+              " was cut short, or its disk cannot be read, while it is in use; put it back and start again\n";
     e->recover = recover;
     e->failed = false;
     e->end = reinterpret_cast<uintptr_t>(info.ptr) + uintptr_t(bytes);
@@ -104,10 +105,11 @@ class MappingGuard {
 }  // namespace
 
 void bind_mapping(py::module_& m) {
-  py::class_<MappingGuard>(m, "MappingGuard",
-                           "Watches a mapped file for SIGBUS while this object lives, which must not be longer than the "
-                           "mapping. recover: reading goes on with zeros and `failed` says so; else a line names the "
-                           "file before the signal takes its course.")
+  py::class_<MappingGuard>(
+      m, "MappingGuard",
+      "Watches a mapped file for SIGBUS while this object lives, which must not be longer than the "
+      "mapping. recover: reading goes on with zeros and `failed` says so; else a line names the "
+      "file before the signal takes its course.")
       .def(py::init<const py::buffer&, const std::string&, bool>())
       .def_property_readonly("failed", &MappingGuard::failed);
 }

@@ -32,9 +32,10 @@ struct Matrix {
     constexpr int kCpu = 1, kPinned = 3, kFloat = 2;
     auto* t = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
     if (!t) throw pybind11::error_already_set();
-    if ((t->device.type != kCpu && t->device.type != kPinned) || t->ndim < 1 || t->ndim > 2 || t->dtype.code != kFloat ||
-        t->dtype.bits != 32 || t->dtype.lanes != 1)
-      throw std::invalid_argument(std::string(what) + ": expected a float32 tensor on the CPU of one or two dimensions");
+    if ((t->device.type != kCpu && t->device.type != kPinned) || t->ndim < 1 || t->ndim > 2 ||
+        t->dtype.code != kFloat || t->dtype.bits != 32 || t->dtype.lanes != 1)
+      throw std::invalid_argument(std::string(what) +
+                                  ": expected a float32 tensor on the CPU of one or two dimensions");
     data = reinterpret_cast<float*>(t->data + t->byte_offset);
     const bool vector = t->ndim == 1;
     rows = vector ? 1 : t->shape[0], columns = t->shape[t->ndim - 1];

@@ -26,8 +26,8 @@ template <class L> inline void collective(uint32_t mask, const char* what, int l
     m->mask = mask, m->what = what, m->line = line;
   }
   if (m->what != what && strcmp(m->what, what))
-    fail("divergent warp collective: lane %d is at %s:%d, others of mask 0x%08x are at %s:%d", me->lane, what, line, mask,
-         m->what, m->line);
+    fail("divergent warp collective: lane %d is at %s:%d, others of mask 0x%08x are at %s:%d", me->lane, what, line,
+         mask, m->what, m->line);
   if (m->line != line) fail("divergent warp collective %s: lines %d and %d", what, line, m->line);
   m->arg[me->lane] = arg;
   m->arrived |= bit;

@@ -139,7 +139,8 @@ __global__ void tma_kernel(uint32_t* out, const __grid_constant__ CUtensorMap ma
 }
 
 // The other way: shared memory, which becomes what `in` holds, is stored as (or added to) the tile at a corner.
-__global__ void tma_store_kernel(const uint32_t* in, const __grid_constant__ CUtensorMap map, Corner at, int rows, int add) {
+__global__ void tma_store_kernel(const uint32_t* in, const __grid_constant__ CUtensorMap map, Corner at, int rows,
+                                 int add) {
 #if defined(GPTFAST_HOPPER)
   DYN_SMEM(smem);
   uint32_t* words = reinterpret_cast<uint32_t*>(smem);
@@ -294,8 +295,8 @@ std::map<std::string, Run> wrappers() {
 }  // namespace
 
 // Runs one wrapper; "" or what went wrong.
-extern "C" __attribute__((visibility("default"))) const char* conformance(const char* name, const void* in, size_t in_bytes,
-                                                                          void* out, size_t out_bytes,
+extern "C" __attribute__((visibility("default"))) const char* conformance(const char* name, const void* in,
+                                                                          size_t in_bytes, void* out, size_t out_bytes,
                                                                           const int* options) {
   static const std::map<std::string, Run> all = wrappers();
   static std::string message;

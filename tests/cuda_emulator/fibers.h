@@ -37,8 +37,8 @@ inline Options& opt() {
 }
 
 // Saves the six callee-saved registers on this stack and takes up the other one; no system call.
-__attribute__((naked, noinline, noipa, no_sanitize("address", "undefined"))) inline void
-ctx_switch(void** /*save*/, void* /*to*/) {
+__attribute__((naked, noinline, noipa, no_sanitize("address", "undefined"))) inline void ctx_switch(void** /*save*/,
+                                                                                                    void* /*to*/) {
   asm volatile(
       "pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n\t"
       "movq %rsp,(%rdi); movq %rsi,%rsp\n\t"
@@ -48,7 +48,7 @@ ctx_switch(void** /*save*/, void* /*to*/) {
 struct Pending {  // one asynchronous operation
   std::function<void()> run;
 };
-struct Store {  // a copy out of shared memory: it reads, and later writes
+struct Store {                               // a copy out of shared memory: it reads, and later writes
   std::function<void()> read, write, known;  // known: the thread has waited until it was read
 };
 struct StoreGroup {
@@ -93,7 +93,7 @@ constexpr size_t kStack =
 #else
     128 << 10;
 #endif
-constexpr size_t kGuard = 4096;          // below every stack: an overflow faults there
+constexpr size_t kGuard = 4096;       // below every stack: an overflow faults there
 constexpr uint32_t kSmemBase = 1024;  // shared-window address of dynamic shared memory (as on sm_90)
 
 struct Block {
@@ -185,7 +185,8 @@ inline int pick_lane(uint32_t m) {
 inline Fiber* pick() {
   for (;;) {
     int w = B->cur ? B->cur->warp : -1;
-    if (w >= 0 && B->ready[w] && !(opt().order == 2 && (rnd() & 15) == 0)) return &B->f[w * 32 + pick_lane(B->ready[w])];
+    if (w >= 0 && B->ready[w] && !(opt().order == 2 && (rnd() & 15) == 0))
+      return &B->f[w * 32 + pick_lane(B->ready[w])];
     uint32_t warps = 0;
     for (int i = 0; i < B->nwarps; i++) warps |= uint32_t(B->ready[i] != 0) << i;
     if (warps) {

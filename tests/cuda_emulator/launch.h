@@ -38,7 +38,8 @@ struct Worker {  // per OS thread: stacks are reused from block to block
   }
   char* stack(size_t i) {
     while (stacks.size() <= i) {
-      void* p = mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* p =
+          mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) throw std::bad_alloc();
       mprotect(p, kGuard, PROT_NONE);
       stacks.push_back(static_cast<char*>(p) + kGuard);

@@ -10,17 +10,52 @@ namespace {
 constexpr int kThreads = 64;
 
 enum Fault {
-  correct, no_barrier, only_syncwarp, overwritten_too_early, never_written, past_dynamic, past_global, divergent_barrier,
-  divergent_shuffle, lanes_missing, lane_not_in_mask, trap, misaligned, stack_overflow, bad_block,
-  too_much_shared, store_correct, store_without_fence, store_without_barrier, store_overwritten, store_at_exit,
-  too_many_registers, faults
+  correct,
+  no_barrier,
+  only_syncwarp,
+  overwritten_too_early,
+  never_written,
+  past_dynamic,
+  past_global,
+  divergent_barrier,
+  divergent_shuffle,
+  lanes_missing,
+  lane_not_in_mask,
+  trap,
+  misaligned,
+  stack_overflow,
+  bad_block,
+  too_much_shared,
+  store_correct,
+  store_without_fence,
+  store_without_barrier,
+  store_overwritten,
+  store_at_exit,
+  too_many_registers,
+  faults
 };
-const char* const names[faults] = {
-    "correct", "no_barrier", "only_syncwarp", "overwritten_too_early", "never_written", "past_dynamic", "past_global",
-    "divergent_barrier", "divergent_shuffle", "lanes_missing", "lane_not_in_mask", "trap",
-    "misaligned", "stack_overflow", "bad_block", "too_much_shared",
-    "store_correct", "store_without_fence", "store_without_barrier", "store_overwritten", "store_at_exit",
-    "too_many_registers"};
+const char* const names[faults] = {"correct",
+                                   "no_barrier",
+                                   "only_syncwarp",
+                                   "overwritten_too_early",
+                                   "never_written",
+                                   "past_dynamic",
+                                   "past_global",
+                                   "divergent_barrier",
+                                   "divergent_shuffle",
+                                   "lanes_missing",
+                                   "lane_not_in_mask",
+                                   "trap",
+                                   "misaligned",
+                                   "stack_overflow",
+                                   "bad_block",
+                                   "too_much_shared",
+                                   "store_correct",
+                                   "store_without_fence",
+                                   "store_without_barrier",
+                                   "store_overwritten",
+                                   "store_at_exit",
+                                   "too_many_registers"};
 
 float deep(int n) {
   volatile float local[1024];
@@ -41,13 +76,11 @@ __global__ void faulty(float* out, int fault) {
   if (fault == past_dynamic) v += s[t + 1];
   if (fault == divergent_barrier) {
     if (t & 1) __syncthreads();
-    else
-      __syncthreads();
+    else __syncthreads();
   }
   if (fault == divergent_shuffle) {
     if (t & 1) v += __shfl_xor_sync(kAllLanes, 1.f, 1);
-    else
-      v += __shfl_xor_sync(kAllLanes, 2.f, 1);
+    else v += __shfl_xor_sync(kAllLanes, 2.f, 1);
   }
   if (fault == lanes_missing && t < 8) v += __shfl_xor_sync(kAllLanes, 1.f, 1);
   if (fault == lane_not_in_mask) v += __shfl_xor_sync(0xffu, 1.f, 1);

@@ -186,28 +186,28 @@ void wg_wait(int g, bool drained) {
 #define PC __builtin_return_address(0)
 #define ACCESS(name, n, write) \
   void __tsan_##name##n(void* p) { emu::race::touch(p, n, write, PC); }
-#define ACCESSES(n)                  \
-  ACCESS(read, n, false)             \
-  ACCESS(write, n, true)             \
-  ACCESS(unaligned_read, n, false)   \
-  ACCESS(unaligned_write, n, true)   \
-  ACCESS(volatile_read, n, false)    \
+#define ACCESSES(n)                \
+  ACCESS(read, n, false)           \
+  ACCESS(write, n, true)           \
+  ACCESS(unaligned_read, n, false) \
+  ACCESS(unaligned_write, n, true) \
+  ACCESS(volatile_read, n, false)  \
   ACCESS(volatile_write, n, true)
-#define ATOMICS(b, T)                                                                                                \
-  T __tsan_atomic##b##_load(const volatile T* p, int) { return __atomic_load_n(p, 5); }                              \
-  void __tsan_atomic##b##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, 5); }                              \
-  T __tsan_atomic##b##_exchange(volatile T* p, T v, int) { return __atomic_exchange_n(p, v, 5); }                    \
-  T __tsan_atomic##b##_fetch_add(volatile T* p, T v, int) { return __atomic_fetch_add(p, v, 5); }                    \
-  T __tsan_atomic##b##_fetch_sub(volatile T* p, T v, int) { return __atomic_fetch_sub(p, v, 5); }                    \
-  int __tsan_atomic##b##_compare_exchange_strong(volatile T* p, T* c, T v, int, int) {                               \
-    return __atomic_compare_exchange_n(p, c, v, false, 5, 5);                                                        \
-  }                                                                                                                  \
-  int __tsan_atomic##b##_compare_exchange_weak(volatile T* p, T* c, T v, int, int) {                                 \
-    return __atomic_compare_exchange_n(p, c, v, false, 5, 5);                                                        \
-  }                                                                                                                  \
-  T __tsan_atomic##b##_compare_exchange_val(volatile T* p, T c, T v, int, int) {                                     \
-    __atomic_compare_exchange_n(p, &c, v, false, 5, 5);                                                              \
-    return c;                                                                                                        \
+#define ATOMICS(b, T)                                                                             \
+  T __tsan_atomic##b##_load(const volatile T* p, int) { return __atomic_load_n(p, 5); }           \
+  void __tsan_atomic##b##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, 5); }           \
+  T __tsan_atomic##b##_exchange(volatile T* p, T v, int) { return __atomic_exchange_n(p, v, 5); } \
+  T __tsan_atomic##b##_fetch_add(volatile T* p, T v, int) { return __atomic_fetch_add(p, v, 5); } \
+  T __tsan_atomic##b##_fetch_sub(volatile T* p, T v, int) { return __atomic_fetch_sub(p, v, 5); } \
+  int __tsan_atomic##b##_compare_exchange_strong(volatile T* p, T* c, T v, int, int) {            \
+    return __atomic_compare_exchange_n(p, c, v, false, 5, 5);                                     \
+  }                                                                                               \
+  int __tsan_atomic##b##_compare_exchange_weak(volatile T* p, T* c, T v, int, int) {              \
+    return __atomic_compare_exchange_n(p, c, v, false, 5, 5);                                     \
+  }                                                                                               \
+  T __tsan_atomic##b##_compare_exchange_val(volatile T* p, T c, T v, int, int) {                  \
+    __atomic_compare_exchange_n(p, &c, v, false, 5, 5);                                           \
+    return c;                                                                                     \
   }
 extern "C" {
 ACCESSES(1)

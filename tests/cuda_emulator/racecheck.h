@@ -7,7 +7,7 @@
 namespace emu {
 namespace race {
 
-extern thread_local int quiet;  // > 0: accesses belong to the emulator
+extern thread_local int quiet;              // > 0: accesses belong to the emulator
 enum Engine { kLoads = 40, kStores = 41 };  // of TMA
 void reset(const char* smem, size_t bytes);
 void current(int warp, int lane);
@@ -17,10 +17,10 @@ void access(int lane, size_t off, size_t n, bool write);  // generic proxy, curr
 void mb_release(uint32_t bar);
 void mb_acquire(uint32_t bar);
 void proxy_fence();
-int tma_issue(Engine engine);                                 // a copy starts: returns its number
+int tma_issue(Engine engine);                               // a copy starts: returns its number
 void tma_done(int id, uint32_t bar, size_t off, size_t n);  // it wrote shared memory and completes on `bar`
 void tma_read(int id, size_t off, size_t n);                // it read shared memory (a store or a reduction)
-void tma_wait(int id);                                        // the current warp knows that it has read
+void tma_wait(int id);                                      // the current warp knows that it has read
 void wg_issue(int g);
 void wg_read(int g, size_t off, size_t n);
 void wg_wait(int g, bool drained);

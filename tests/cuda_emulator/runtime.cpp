@@ -38,8 +38,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an emulated error"; }
 
 // order: 0 forward, 1 reverse, 2 random. smem: bytes of shared memory that a block may ask for; 0: an H100's.
-__attribute__((visibility("default"))) void gptfast_emu_configure(int order, unsigned seed, int lazy_copies, int lazy_mma,
-                                                                  int smem) {
+__attribute__((visibility("default"))) void gptfast_emu_configure(int order, unsigned seed, int lazy_copies,
+                                                                  int lazy_mma, int smem) {
   emu::opt().order = order, emu::opt().seed = seed;
   emu::opt().lazy = lazy_copies != 0, emu::opt().lazy_mma = lazy_mma != 0;
   smem_optin = smem ? smem : kSmemOptin;
