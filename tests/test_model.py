@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 import gptfast
 from gptfast import ops
 from gptfast.models import GPT, GPTConfig, KVCache
+from gptfast.nn.position import sinusoids
 
 V, T = 211, 37
 SHAPE = {"n_layer": 3, "n_head": 3, "n_embd": 48, "block_size": 40, "vocab_size": V}
@@ -469,3 +471,15 @@ def test_wrong_use_of_a_cache_is_named():
         KVCache(model.config, 0)
     with pytest.raises(TypeError, match="GPT: config is a dict; expected a GPTConfig"):
         GPT({"n_layer": 2})  # type: ignore[arg-type]
+
+
+def test_sinusoids_are_the_formula_and_take_no_more_memory_than_their_table():
+    """Positions are computed some at a time: a large block_size of a config.json took eight times its table in fp64."""
+    positions, channels = 3 * 4096 + 5, 7
+    t, i = torch.arange(positions, dtype=torch.float64)[:, None], torch.arange(channels)
+    angle = t * torch.exp(-math.log(10000.0) * (i // 2 * 2) / channels)
+    assert torch.equal(sinusoids(positions, channels), torch.where(i % 2 == 0, angle.sin(), angle.cos()).float())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        sinusoids(1 << 20, 8)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest <= 4 * 8 << 20

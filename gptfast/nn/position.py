@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+POSITIONS = 4096  # whose sinusoids are held in fp64
+
 
 def sinusoids(block_size: int, n_embd: int, device: torch.device | None = None) -> Tensor:
     """PE[t, 2i] = sin(t / 10000^(2i / C)), PE[t, 2i + 1] = cos of the same (Vaswani et al., arXiv 1706.03762,
@@ -17,13 +19,17 @@ def sinusoids(block_size: int, n_embd: int, device: torch.device | None = None) 
         n_embd: C, may be odd.
         device: where; None: torch's default device, as for a new module.
     Returns:
-        (T, C) fp32, computed in fp64.
+        (T, C) fp32, computed in fp64, some positions at a time.
     """
     even = torch.arange(0, n_embd, 2, dtype=torch.float64, device=device)  # 2i
-    t = torch.arange(block_size, dtype=torch.float64, device=device)[:, None]
-    angle = t * torch.exp(-math.log(10000.0) * even / n_embd)  # T ceil(C / 2)
-    table = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
-    return table[:, :n_embd].float()
+    frequencies = torch.exp(-math.log(10000.0) * even / n_embd)
+    table = torch.empty(block_size, n_embd, dtype=torch.float32, device=device)
+    for first in range(0, block_size, POSITIONS):
+        part = table[first : first + POSITIONS]
+        t = torch.arange(first, first + len(part), dtype=torch.float64, device=device)[:, None]
+        angle = t * frequencies  # positions, ceil(C / 2)
+        part.copy_(torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :n_embd])
+    return table
 
 
 class SinusoidalEmbedding(torch.nn.Module):

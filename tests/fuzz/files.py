@@ -119,7 +119,7 @@ def read_model(folder: Path) -> None:
     tally(read_settings(folder)[0])
     model = GPT.from_pretrained(folder)
     with torch.inference_mode():
-        model(torch.tensor([[1, 0]]) % model.config.vocab_size)
+        model(torch.tensor([[1, 0]])[:, : model.config.block_size] % model.config.vocab_size)
     model.metadata.end_tokens(model.config.vocab_size, [None, 3])
     use(lambda: GenerationConfig.of(**model.metadata.defaults()), "generate:")
     use(lambda: model.generate([[0]], max_new_tokens=1), "generate:", "compile", "engine", "GPT")
