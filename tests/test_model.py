@@ -476,7 +476,7 @@ def test_wrong_use_of_a_cache_is_named():
 def test_sinusoids_are_the_formula_and_take_no_more_memory_than_their_table():
     """Positions are computed some at a time: a large block_size of a config.json took eight times its table in fp64."""
     positions, channels = 3 * 4096 + 5, 7
-    t, i = torch.arange(positions, dtype=torch.float64)[:, None], torch.arange(channels)
+    t, i = torch.arange(positions, dtype=torch.float64)[:, None], torch.arange(channels, dtype=torch.float64)
     angle = t * torch.exp(-math.log(10000.0) * (i // 2 * 2) / channels)
     assert torch.equal(sinusoids(positions, channels), torch.where(i % 2 == 0, angle.sin(), angle.cos()).float())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
