@@ -90,7 +90,7 @@ test-sanitize: $(TESTED)  ## the op tests on kernels built with AddressSanitizer
 
 gpu-check bench-gpu: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1)
 fuzz: $(TESTED)  ## look for faults by chance: damaged files, ops, disks that fail, bodies of clients; MINUTES=60
-	cd tests && "$(abspath $(BIN))/python" -m fuzz --minutes $(or $(MINUTES),60)
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),60)
 
 gpu-check: install  ## on a machine with an NVIDIA GPU: PART=ops, speed, model, triton or profile, eight minutes each; or all
 	$(BIN)/python scripts/gpu_check.py $(PART)

@@ -48,8 +48,8 @@ PARTS = {
 
 
 def emulator() -> Bench:
-    sys.path.insert(0, str(ROOT / "tests"))
-    import emulated
+    sys.path.insert(0, str(ROOT))
+    from tests.support import emulated
 
     emulated.load()
     return Bench(device="cpu", backend="emu", tiny=True)

@@ -50,8 +50,8 @@ def build(check: Check) -> bool:
 
 def ops(check: Check) -> None:
     place = "emulator" if check.trial else "gpu"
-    check.tests("PTX wrappers", ["tests/test_conformance.py", "-m", "not slow", "-k", place], 75)
-    check.tests(OPS, [*in_parallel(8), "tests/test_on_gpu.py"], 150)
+    check.tests("PTX wrappers", ["tests/cuda/test_conformance.py", "-m", "not slow", "-k", place], 75)
+    check.tests(OPS, [*in_parallel(8), "tests/cuda/test_on_gpu.py"], 150)
     for kind in ("memcheck", "racecheck"):
         sanitizer = tool("compute-sanitizer")
         title = f"compute-sanitizer {kind}"
@@ -75,7 +75,7 @@ def model(check: Check) -> None:
 def triton(check: Check) -> None:
     """Tuning compiles every candidate, so the tests run without; what it takes is measured apart."""
     untuned = {"GPTFAST_TRITON_TUNE": "0"}
-    tests = [*in_parallel(8), "tests/test_triton_on_gpu.py"]
+    tests = [*in_parallel(8), "tests/triton/test_triton_on_gpu.py"]
     check.tests("every op in Triton on the GPU", [*tests, "-k", "not tiling"], 160, untuned)
     check.rows("Triton: compiling and tuning", [*BENCH, "--only", "tuning"], 80)
     check.tests("every tiling of attention", [*tests, "-k", "tiling"], 100, untuned)

@@ -39,8 +39,8 @@ def main() -> int:
     parser.add_argument("--try", action="store_true", dest="trial", help="on the emulator")
     options = parser.parse_args()
     if options.trial:
-        sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-        import emulated
+        sys.path.insert(0, str(Path(__file__).parent.parent))
+        from tests.support import emulated
 
         emulated.load()
     with gptfast.backend("emu" if options.trial else "cuda"):

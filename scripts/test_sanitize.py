@@ -44,7 +44,7 @@ def main() -> int:
         # without what starts processes of its own, inductor among them, and without the emulated CUDA kernels
         chosen = "not compile and not memory and not tune_malloc and not environment and not emu"
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", chosen, "-p", "no:cacheprovider"]
-        command += [f"tests/test_{name}.py" for name in TESTS] + sys.argv[1:]
+        command += [f"tests/ops/test_{name}.py" for name in TESTS] + sys.argv[1:]
         return subprocess.run(command, cwd=copy, env=environment).returncode
 
 

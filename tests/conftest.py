@@ -13,18 +13,16 @@ from pathlib import Path
 os.environ.setdefault("GPTFAST_GEMM", "own")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import emulated
 import pytest
 import torch
 from packaging.requirements import Requirement
 
 from gptfast.backend import AUTOMATIC, cpu_isas, force_cpu_isa
 from gptfast.triton import INTERPRETING
-
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT, emulated
 
 if INTERPRETING:
-    import triton_interpreter
+    from tests.support import triton_interpreter
 
     triton_interpreter.mend()
 
@@ -61,7 +59,7 @@ def _installed(name: str) -> bool:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
-        op = metafunc.module.__name__.removeprefix("test_")
+        op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
         emulator = ["emu"] if emulated.has_kernel(op) else []
         names = ["triton"] if INTERPRETING else cpu_isas() + emulator
         metafunc.parametrize("isa", names or ["eager"], indirect=True)
@@ -84,7 +82,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under TRITON_INTERPRET=1 every test runs on the interpreted Triton kernels; tests/test_triton.py starts that."""
+    """Under TRITON_INTERPRET=1 every test runs on the interpreted Triton kernels; tests/triton/test_triton.py starts that."""
     if INTERPRETING:
         monkeypatch.setitem(AUTOMATIC, "cpu", ["triton"])
 

@@ -1,5 +1,5 @@
 // Every wrapper of mma.cuh, hopper.cuh and wgmma.cuh in a small kernel: bits in, bits out. Built by nvcc this library runs the
-// instructions, built by g++ what the emulator takes them for; tests/test_conformance.py holds both to plain definitions.
+// instructions, built by g++ what the emulator takes them for; tests/cuda/test_conformance.py holds both to plain definitions.
 #include <map>
 #include <stdexcept>
 #include <string>

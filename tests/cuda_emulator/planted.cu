@@ -1,4 +1,4 @@
-// Mistakes of every kind that the emulator must catch, one a number; tests/test_emulator.py says what it must say of each.
+// Mistakes of every kind that the emulator must catch, one a number; tests/cuda_emulator/test_emulator.py says what it must say of each.
 //     planted NAME    prints "CAUGHT <message>" or "no complaint: <sum of the results>"
 #include "../../csrc/cuda/common.cuh"
 #include "../../csrc/cuda/hopper.cuh"

@@ -1,4 +1,4 @@
-"""python -m fuzz [PART …] [--minutes N] [--seed S] [--case N]: look for faults by chance; exit code 1 where there are."""
+"""python -m tests.fuzz [PART …] [--minutes N] [--seed S] [--case N]: look for faults by chance; exit code 1 where there are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PARTS = ["files", "server", "ops", "disk_faults"]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--minutes", type=float, default=60.0, help="of all parts together")
     parser.add_argument("--seed", type=int, default=None, help="another one each time, unless given")
@@ -22,12 +22,12 @@ def main() -> int:
     parts = given.parts or PARTS
     seed = random.SystemRandom().randrange(2**31) if given.seed is None else given.seed
     if given.case is not None:
-        found = runner.run_case(importlib.import_module(f"fuzz.{parts[0]}").make, seed, given.case)
+        found = runner.run_case(importlib.import_module(f"tests.fuzz.{parts[0]}").make, seed, given.case)
         print(found or "nothing found")
         return bool(found)
     faults = 0
     for part in parts:
-        report = importlib.import_module(f"fuzz.{part}").run(given.minutes * 60 / len(parts), seed)
+        report = importlib.import_module(f"tests.fuzz.{part}").run(given.minutes * 60 / len(parts), seed)
         tried = ", ".join(f"{kind} {count}" for kind, count in sorted(report.tried.items()))
         print(f"{part}: {sum(report.tried.values())} cases ({tried}), {len(report.findings)} findings")
         print(*report.findings, sep="\n", flush=True)

@@ -7,7 +7,7 @@ once or from then on, writes half of it, or kills the process there. Then
 * the save ended well, was killed, or raised OSError;
 * one more save works.
 
-`python tests/fuzz/disk_faults.py [SECONDS [SEED]]` runs it alone.
+`python -m tests.fuzz.disk_faults [SECONDS [SEED]]` runs it alone.
 """
 
 from __future__ import annotations

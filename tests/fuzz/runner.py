@@ -40,7 +40,7 @@ class Report:
         """A finding of case `number`, unless there is one like it."""
         last = re.sub(r"\d+|'[^']*'|\"[^\"]*\"", "…", text.strip().splitlines()[-1])
         if not self.again[last]:
-            again = f"PYTHONPATH=tests python -m fuzz {self.name} --seed {self.seed} --case {number}"
+            again = f"python -m tests.fuzz {self.name} --seed {self.seed} --case {number}"
             self.findings.append(f"{text}\n    again: {again}")
         self.again[last] += 1
 

@@ -1,0 +1,384 @@
+"""Sequences, continuous batching and speculation: every row is its single run, and what ended is free again."""
+
+from __future__ import annotations
+
+import functools
+import random
+
+import pytest
+import torch
+
+import gptfast
+from gptfast.generation import GenerationConfig, Request, Scheduler, generate, stream
+from gptfast.generation.scheduler import first_visible
+from gptfast.generation.speculative import look_up
+from gptfast.generation.stopping import Stopping
+from gptfast.tokenizer import CharTokenizer
+from tests.support.generation_pairs import make_pair
+from tests.support.strategies import assert_distributed, next_probs
+
+pytest.importorskip("transformers")
+
+V, BLOCK = 61, 48
+PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11, 12, 13], [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_pair("gpt2", tmp_path_factory.mktemp("gpt2"), V, BLOCK)[1]
+
+
+@pytest.fixture(scope="module")
+def assistant(model, tmp_path_factory):
+    """A model that often agrees with `model`: its own weights, disturbed."""
+    torch.manual_seed(8)
+    near = gptfast.GPT(model.config).eval()
+    near.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for p in near.parameters():
+            p.add_(torch.randn_like(p) * 0.02 * p.std())
+    return near
+
+
+# ---- sequences ----
+
+
+def fed(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor([tokens]))[0]
+
+
+def test_sequences_are_any_rows_in_any_order(model):
+    """A walk over all operations, beside plain forwards of the tokens that each row holds."""
+    rng = random.Random(4)
+    sequences, held = model.sequences(6, BLOCK), {}
+    for _ in range(150):
+        action = rng.choice(["add", "copy", "extend", "extend", "extend", "reorder", "truncate", "release"])
+        if action in ("add", "copy") and len(held) < 5:
+            like = rng.choice(sorted(held)) if action == "copy" and held else None
+            for row in sequences.add(2 if len(held) < 4 else 1, like=like):
+                held[row] = list(held[like]) if like is not None else []
+        elif not held:
+            continue
+        elif action == "extend":
+            open_rows = [row for row in sorted(held) if len(held[row]) + 4 <= BLOCK]
+            rows = rng.sample(open_rows, rng.randint(min(1, len(open_rows)), len(open_rows)))
+            new = [[rng.randrange(V) for _ in range(rng.choice([1, 1, 1, 4]))] for _ in rows]
+            last_only = rng.random() < 0.5
+            logits = sequences.extend(rows, new, last_only)
+            for i, row in enumerate(rows):
+                held[row] += new[i]
+                expected = fed(model, held[row])[-1:] if last_only else fed(model, held[row])[-len(new[i]) :]
+                torch.testing.assert_close(logits[i].view_as(expected), expected, rtol=1e-4, atol=1e-4)
+        elif action == "reorder":
+            rows = rng.sample(sorted(held), rng.randint(1, len(held)))
+            sources = [rng.choice(sorted(held)) for _ in rows]
+            sequences.reorder(rows, sources)
+            held |= {row: list(held[source]) for row, source in zip(rows, sources, strict=True)}
+        elif action == "truncate":
+            row = rng.choice(sorted(held))
+            length = rng.randint(0, len(held[row]))
+            sequences.truncate(row, length)
+            held[row] = held[row][:length]
+        elif action == "release":
+            row = rng.choice(sorted(held))
+            sequences.release(row)
+            del held[row]
+        assert [sequences.lengths[row] for row in sorted(held)] == [len(held[row]) for row in sorted(held)]
+
+
+def test_logits_do_not_hang_on_the_batch_bit_for_bit(model):
+    """With GPTFAST_GEMM=own, which these tests run under."""
+    together, alone = model.sequences(4, BLOCK), model.sequences(1, BLOCK)
+    rows = together.add(4)
+    first = together.extend(rows, PROMPTS)
+    then = together.extend(rows, [[n] for n in range(4)])
+    for n, prompt in enumerate(PROMPTS):
+        row = alone.add()
+        assert torch.equal(alone.extend(row, [prompt])[0], first[n])
+        assert torch.equal(alone.extend(row, [[n]])[0], then[n])
+        alone.release(row[0])
+
+
+def test_too_many_rows_are_refused(model):
+    sequences = model.sequences(2, 8)
+    sequences.add()
+    with pytest.raises(RuntimeError, match="sequences: 2 more rows, but 1 of 2 are free; release some"):
+        sequences.add(2)
+
+
+# ---- continuous batching ----
+
+
+def requests_of(seed, count):
+    """Options of different requests, some ended by a token."""
+    rng = random.Random(seed)
+    for n in range(count):
+        prompt = [rng.randrange(V) for _ in range(rng.randint(1, 20))]
+        options = {"max_new_tokens": rng.randint(1, 20), "seed": n % 2, "eos_token_id": rng.choice([None, 5, [7, 9]])}
+        options |= rng.choice(
+            [{"temperature": 0}, {}, {"temperature": 1.5, "top_p": 0.9}, {"min_p": 0.1, "top_k": 9}, {"top_k": 3}]
+        )
+        options |= rng.choice([{}, {}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}])
+        options |= rng.choice([{}, {}, {"num_return_sequences": 3}, {"prompt_lookup_num_tokens": 3}])
+        yield prompt, options
+
+
+def test_requests_that_come_and_go_get_their_single_runs(model):
+    scheduler = Scheduler(model, max_rows=5, max_positions=150, max_prompt_tokens=25)
+    rng, todo, submitted, most = random.Random(1), list(requests_of(2, 40)), [], 0
+    told = {}
+    while todo or scheduler.waiting or scheduler.running:
+        for _ in range(min(len(todo), rng.choice([0, 0, 1, 3]))):
+            prompt, options = todo.pop()
+            submitted.append((prompt, options, scheduler.submit(prompt, **options)))
+        for token in scheduler.step():
+            told.setdefault((id(token.request), token.stream), []).append(token.id)
+        most = max(most, sum(length > 0 for length in scheduler._sequences.lengths))
+        assert sum(scheduler._sequences.lengths) <= 150
+    assert most == 5, "the batch was never full"
+    for prompt, options, request in submitted:
+        assert request.done and [row.tokens for row in request.rows] == model.generate([prompt], **options)
+        assert [told[id(request), row.stream] for row in request.rows] == [row.new for row in request.rows]
+    assert scheduler._sequences.lengths == [0] * 5
+
+
+def test_cancelled_requests_leave_at_once_and_disturb_nobody(model):
+    scheduler = Scheduler(model, max_rows=2)
+    kept = scheduler.submit([1, 2, 3], max_new_tokens=12, seed=1)
+    gone = scheduler.submit([7], max_new_tokens=40, seed=2)
+    late = scheduler.submit([9, 8], max_new_tokens=12, seed=3)
+    never = scheduler.submit([9], max_new_tokens=12)
+    for _ in range(3):
+        scheduler.step()
+    assert scheduler.waiting == 2 and scheduler.running == 2
+    scheduler.cancel(gone)
+    scheduler.cancel(never)
+    scheduler.cancel(never)
+    scheduler.step()
+    assert scheduler.waiting == 0 and scheduler.running == 2
+    scheduler.run()
+    scheduler.cancel(kept)
+    assert [row.finish for request in (kept, gone, late, never) for row in request.rows] == [
+        "length",
+        "cancelled",
+        "length",
+        "cancelled",
+    ]
+    assert kept.rows[0].tokens == model.generate([[1, 2, 3]], max_new_tokens=12, seed=1)[0]
+    assert late.rows[0].tokens == model.generate([[9, 8]], max_new_tokens=12, seed=3)[0]
+    assert len(gone.rows[0].new) == 3 and never.rows[0].new == []
+
+
+def test_a_request_may_begin_at_any_stream(model):
+    config = GenerationConfig(max_new_tokens=8, temperature=2.0, seed=3, num_return_sequences=2)
+    request = Request([1, 2, 3], config, Stopping(config), first_stream=1)
+    scheduler = Scheduler(model, max_rows=2)
+    scheduler.submit_request(request)
+    scheduler.run()
+    rows = model.generate([[1, 2, 3]], max_new_tokens=8, temperature=2.0, seed=3, num_return_sequences=3)
+    assert [row.tokens for row in request.rows] == rows[1:] and rows[0] != rows[1] != rows[2]
+
+
+def test_a_request_that_fails_leaves_the_others_alone(model):
+    scheduler = Scheduler(model, max_rows=4)
+    good = scheduler.submit([1, 2, 3], max_new_tokens=6, seed=1)
+    banned = dict.fromkeys(range(V), float("-inf"))
+    bad = scheduler.submit([7], max_new_tokens=6, logit_bias=banned, num_return_sequences=2, seed=0)
+    scheduler.run()
+    assert "no token is left" in str(bad.error) and {row.finish for row in bad.rows} == {"error"}
+    assert good.error is None and good.rows[0].tokens == model.generate([[1, 2, 3]], max_new_tokens=6, seed=1)[0]
+    assert scheduler._sequences.lengths == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "match"),
+    [
+        (
+            [1],
+            {"num_return_sequences": 3, "seed": 0},
+            "num_return_sequences=3 of 1 .* never fit into max_rows=2, max_positions=60",
+        ),
+        (
+            [1],
+            {"num_return_sequences": 2, "max_new_tokens": 40, "seed": 0},
+            "never fit into max_rows=2, max_positions=60",
+        ),
+        ([], {}, "prompt is empty"),
+        ([V], {}, "prompt holds token id 61"),
+        (
+            [1] * 40,
+            {"max_new_tokens": 20},
+            "prompt has 40 tokens and max_new_tokens is 20, together 60, but block_size",
+        ),
+        ([1], {"num_beams": 2}, "num_beams must be 1; beams are searched together"),
+        ([1], {"stop_strings": "a"}, "stop_strings without tokenizer"),
+    ],
+)
+def test_the_scheduler_refuses_what_it_can_never_run(model, prompt, options, match):
+    with pytest.raises(ValueError, match=match):
+        Scheduler(model, max_rows=2, max_positions=60).submit(prompt, **{"max_new_tokens": 4, **options})
+
+
+def test_the_window_is_a_function_of_the_length():
+    starts = [first_visible(length, 8) for length in range(20)]
+    assert starts == [0] * 9 + [4] * 4 + [8] * 4 + [12] * 3
+    assert [first_visible(length, 1) for length in range(4)] == [0, 0, 1, 2]
+
+
+# ---- speculation ----
+
+SAMPLERS = {
+    "greedy": {"temperature": 0},
+    "drawn": {"temperature": 0.9, "top_p": 0.95, "seed": 3},
+    "processed": {"temperature": 1.2, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "min_p": 0.02, "seed": 0},
+    "ended": {"eos_token_id": list(range(0, 20)), "seed": 8},
+}
+
+
+class Counting:
+    """A model that counts how often it runs."""
+
+    def __init__(self, model):
+        self.model, self.config, self.calls = model, model.config, 0
+
+    def sequences(self, rows, max_len):
+        sequences = self.model.sequences(rows, max_len)
+        extend = sequences.extend
+
+        def counted(*args):
+            self.calls += 1
+            return extend(*args)
+
+        sequences.extend = counted
+        return sequences
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("how", ["assistant", "itself", "stranger", "lookup"])
+def test_speculation_changes_no_token(model, assistant, name, how):
+    options = {"max_new_tokens": 30, "num_return_sequences": 2, **SAMPLERS[name]}
+    expected = model.generate(PROMPTS, **options)
+    torch.manual_seed(1)
+    helpers = {
+        "assistant": {"assistant_model": assistant},
+        "itself": {"assistant_model": model, "num_assistant_tokens": 4},
+        "stranger": {"assistant_model": gptfast.GPT(model.config), "num_assistant_tokens": 2},
+        "lookup": {"prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 3},
+    }[how]
+    counting = Counting(model)
+    assert generate(counting, PROMPTS, **options, **helpers) == expected
+    if how == "itself" and name != "ended":  # every guess is right: five tokens a step
+        assert counting.calls == 1 + -(-29 // 5)
+    if how == "assistant" and name != "ended":
+        assert counting.calls < 30
+
+
+def test_speculation_saves_steps_where_text_repeats(model):
+    """A model that has learnt nothing but to repeat: bias makes 1 2 3 the only tokens, and greedy text a cycle."""
+    bias = {token: -1e9 for token in range(V) if token not in (1, 2, 3)}
+    options = {"max_new_tokens": 40, "temperature": 0, "logit_bias": bias}
+    plain, counting = generate(model, [[1, 2, 3]], **options), Counting(model)
+    assert generate(counting, [[1, 2, 3]], prompt_lookup_num_tokens=6, **options) == plain
+    assert counting.calls < 25
+
+
+def test_speculation_meets_stop_strings_and_slides(model, assistant):
+    letters = CharTokenizer.train("".join(chr(48 + n) for n in range(V)))
+    options = {"max_new_tokens": 30, "seed": 5, "tokenizer": letters}
+    stop = letters.decode(model.generate(PROMPTS, **options)[0][12:14])
+    expected = model.generate(PROMPTS, stop_strings=stop, **options)
+    assert model.generate(PROMPTS, stop_strings=stop, assistant_model=assistant, **options) == expected
+    options = {"max_new_tokens": 70, "seed": 5, "overflow": "slide"}
+    assert model.generate(PROMPTS, assistant_model=assistant, **options) == model.generate(PROMPTS, **options)
+
+
+def test_an_assistant_with_a_shorter_context_falls_silent(model):
+    torch.manual_seed(2)
+    short = gptfast.GPT(gptfast.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=12, vocab_size=V))
+    options = {"max_new_tokens": 30, "seed": 5}
+    assert model.generate(PROMPTS, assistant_model=short, **options) == model.generate(PROMPTS, **options)
+
+
+def test_speculation_draws_from_the_models_distribution(tmp_path):
+    """Pairs of the first two new tokens, the second of which is checked after a wrong-headed guess."""
+    model = make_pair("gpt2", tmp_path, 6, 16, layers=1)[1]
+    assistant = Biased(model, 3)
+    rows = model.generate(
+        [[1, 2]], assistant_model=assistant, max_new_tokens=3, temperature=4.0, num_return_sequences=3000, seed=0
+    )
+    assert assistant.calls > 0
+    first = next_probs(model, [1, 2])
+    pairs = torch.cat([first[t] * next_probs(model, [1, 2, t]) for t in range(6)])
+    assert_distributed([6 * row[2] + row[3] for row in rows], pairs)
+    guessed = torch.cat([first[t] * next_probs(assistant.plain, [1, 2, t]) for t in range(6)])
+    with pytest.raises(AssertionError, match="chi-square"):
+        assert_distributed([6 * row[2] + row[3] for row in rows], guessed.clamp_min(1e-4))
+
+
+class Biased(Counting):
+    """An assistant that is too fond of one token."""
+
+    def __init__(self, model, token):
+        super().__init__(model)
+        self.bias = torch.zeros(model.config.vocab_size).index_fill(0, torch.tensor([token]), 6.0)
+
+    def sequences(self, rows, max_len):
+        sequences = super().sequences(rows, max_len)
+        extend = sequences.extend
+        sequences.extend = lambda *args: extend(*args) + self.bias
+        return sequences
+
+    def plain(self, ids):
+        return self.model(ids) + self.bias
+
+
+def test_streams_of_speculation_have_a_step_per_position(model, assistant):
+    options = {"max_new_tokens": 12, "seed": 3, "eos_token_id": list(range(6))}
+    plain = [step.tokens for step in stream(model, PROMPTS, **options)]
+    fast = [
+        (step.tokens, step.logprobs)
+        for step in stream(model, PROMPTS, assistant_model=assistant, logprobs=True, **options)
+    ]
+    assert [tokens for tokens, _ in fast] == plain
+    assert all((a is None) == (b is None) for tokens, logprobs in fast for a, b in zip(tokens, logprobs, strict=True))
+
+
+def test_look_up_takes_the_latest_and_longest_match():
+    assert look_up([1, 2, 3, 9, 2, 3, 7, 8, 2, 3], 3, 2) == [7, 8]
+    assert look_up([5, 1, 2, 6, 9, 2, 7, 1, 2], 2, 3) == [6, 9, 2]  # two tokens matched, not the later one
+    assert look_up([1, 2, 3], 2, 4) == [] and look_up([4], 2, 4) == []
+    assert look_up([4, 4], 2, 4) == [4]
+
+
+def test_an_assistant_must_be_a_model_and_alone(model):
+    with pytest.raises(TypeError, match="assistant_model is a int; expected a GPT"):
+        model.generate([[1]], assistant_model=3, max_new_tokens=2)
+    for call in (model.generate, functools.partial(stream, model)):
+        with pytest.raises(ValueError, match="assistant_model with prompt_lookup_num_tokens=3; one of them can guess"):
+            call([[1]], assistant_model=model, prompt_lookup_num_tokens=3, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["max_rows", "max_positions", "max_len", "max_prompt_tokens"])
+def test_the_scheduler_refuses_bad_numbers(model, name):
+    for value in (0, -1, 2.5, True):
+        with pytest.raises(ValueError, match=f"Scheduler: {name} is {value}; expected an int of at least 1"):
+            Scheduler(model, **{name: value})
+
+
+@pytest.mark.parametrize("prompt", ["ab", 5, None, [[1]], [1.5], [True]], ids=repr)
+def test_the_scheduler_refuses_what_is_no_prompt(model, prompt):
+    with pytest.raises(TypeError, match=r"expected (a list of|int) token ids"):
+        Scheduler(model).submit(prompt)
+    with pytest.raises(ValueError, match="top is -1; expected an int >= 0"):
+        Scheduler(model).submit([1], top=-1)
+
+
+def test_an_assistant_of_another_vocabulary_is_refused(model):
+    other = gptfast.GPT(gptfast.GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=12, vocab_size=7))
+    with pytest.raises(ValueError, match="assistant_model has a vocabulary of 7 and the model one of 61"):
+        model.generate([[1]], assistant_model=other, max_new_tokens=2)
+    with pytest.raises(ValueError, match="assistant_model has a vocabulary of 7"):
+        stream(model, [[1]], assistant_model=other, max_new_tokens=2)
+    with pytest.raises(ValueError, match="assistant_model with num_beams=2; leave one out"):
+        model.generate([[1]], assistant_model=model, num_beams=2, max_new_tokens=2)

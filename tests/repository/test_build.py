@@ -1,0 +1,126 @@
+"""What was compiled: wide instructions only where cpuid was asked, one OpenMP runtime, files that one can read."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gptfast
+from tests.support import ROOT
+
+PACKAGE = Path(gptfast.__file__).parent
+needs_ops = pytest.mark.skipif(not (PACKAGE / "_ops.so").exists(), reason="this install has no compiled ops")
+needs_objdump = pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils is not installed")
+needs_tree = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not run from the source tree")
+
+
+@needs_ops
+@needs_objdump
+@pytest.mark.parametrize("library", ["_ops.so", "_C.*.so"])
+def test_wide_registers_only_in_their_units(library):
+    """No AVX-512 or AVX code outside the functions of the units that were compiled for it."""
+    (path,) = PACKAGE.glob(library)
+    text = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", "-C", path], capture_output=True, text=True, check=True
+    ).stdout
+    allowed = {"ymm": ("isa_avx2", "isa_avx512"), "zmm": ("isa_avx512",)}
+    seen, function = set(), ""
+    for line in text.splitlines():
+        if line.endswith(">:"):
+            function = line
+        for register, units in allowed.items():
+            if f"%{register}" in line:
+                assert any(unit in function for unit in units), f"{register} in {function}: {line}"
+                seen.add(register)
+    assert seen == {"ymm", "zmm"}, "the check saw no wide code at all"
+
+
+@needs_ops
+def test_links_no_second_openmp_runtime():
+    if shutil.which("readelf") is None:
+        pytest.skip("binutils is not installed")
+    text = subprocess.run(["readelf", "-d", PACKAGE / "_ops.so"], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.+)\]", text)
+    assert not [n for n in needed if "gomp" in n or "iomp" in n or "torch_python" in n], needed
+
+
+@needs_ops
+def test_build_info():
+    from gptfast import _C
+
+    info = _C.build_info()
+    assert info["torch_target"] == "2.11"
+    assert info["torch_headers"].split("+")[0].count(".") >= 1
+    assert info["cuda"] is False
+    assert torch.ops.gptfast.cpu_isas().split(",")[0] == "scalar"
+
+
+@needs_tree
+def test_torch_is_included_in_one_folder_only():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".h", ".cpp", ".cu", ".cuh") and path.parent.name != "bindings":
+            assert "torch/" not in path.read_text(), f"{path.relative_to(ROOT)} includes torch"
+
+
+@needs_tree
+def test_files_can_be_read_in_one_sitting():
+    for folder in ("gptfast", "csrc", "tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
+                lines = len(path.read_text().splitlines())
+                assert lines <= 800, f"{path.relative_to(ROOT)} has {lines} lines; split it"
+
+
+@needs_tree
+@pytest.mark.parametrize(
+    ("missing", "match"),
+    [
+        ("sys.modules['pybind11'] = None", "gptfast: pybind11 was not found; the build needs it: pip install"),
+        ("import setuptools; setuptools.__version__ = '68.2.0'", "gptfast: setuptools 68.2.0 is too old"),
+    ],
+)
+def test_a_missing_build_tool_is_one_sentence(missing, match, tmp_path):
+    command = ["setup.py", "-q", "build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}"]
+    code = f"import runpy, sys; {missing}; sys.argv = {command}; runpy.run_path('setup.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert match in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_tree
+def test_the_distribution_has_a_name_of_its_own():
+    """`gptfast` on PyPI is somebody else's: no document or message may tell a user to install that."""
+    told = re.compile(r"pip install[^\n#]*[ '\"]gptfast(?![-/.\w])")
+    for path in [
+        ROOT / "README.md",
+        ROOT / "setup.py",
+        *(ROOT / "gptfast").rglob("*.py"),
+        *(ROOT / "docs").rglob("*.md"),
+    ]:
+        assert not told.search(path.read_text(encoding="utf-8")), f"{path.relative_to(ROOT)} installs another project"
+
+
+@needs_tree
+def test_a_missing_test_package_fails_the_whole_run(tmp_path):
+    """`make test` must not skip what an extra is missing for."""
+    from tests import conftest
+
+    assert conftest.missing_packages() == []
+    project = tmp_path / "pyproject.toml"
+    old = """[dependency-groups]
+test = [
+    "pytest>=8",  # is here
+    "no-such-package-of-gptfast>=2",
+    "for-another-system; sys_platform == 'plan9'",
+]
+"""
+    project.write_text(old)
+    assert conftest.missing_packages(project) == ["no-such-package-of-gptfast"]
+    assert "--whole" in (ROOT / "Makefile").read_text()

@@ -1,0 +1,120 @@
+"""gptfast serve for browsers and monitors: CORS, HEAD, and the options of streams."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from gptfast.cli import app as command
+from gptfast.serving.app import create_app
+from tests.support.serving_app import ASK, httpx, serving
+
+# ---- options of streams ----
+
+
+@pytest.mark.parametrize("usage", [None, False, True])
+def test_echo_alone_is_streamed(client, usage):
+    ask = {"model": "bard", "prompt": ["to be", "or"], "max_tokens": 0, "echo": True, "logprobs": 1, "n": 2}
+    whole = client.completions.create(**ask)
+    options = {} if usage is None else {"stream_options": {"include_usage": usage}}
+    chunks = list(client.completions.create(**ask, **options, stream=True))
+    last = chunks.pop() if usage else None
+    assert [c.choices[0].model_dump() for c in chunks] == [c.model_dump() for c in whole.choices]
+    assert all(c.usage is None and c.choices[0].finish_reason == "length" for c in chunks)
+    if last is not None:
+        assert last.choices == [] and last.usage == whole.usage and last.usage.completion_tokens == 0
+
+
+def sizes(url: str, **options) -> tuple[list[int], list[dict]]:
+    """Bytes of the events of a stream, and their contents."""
+    body = httpx.post(url + "/v1/completions", json={**ASK, "stream": True, "seed": 1, **options}).text
+    events = [event for event in body.split("\n\n") if event.startswith("data: {")]
+    assert body.endswith("data: [DONE]\n\n")
+    return [len(event.encode()) + 2 for event in events], [json.loads(event[6:]) for event in events]
+
+
+def test_obfuscation_hides_lengths(url, client):
+    bare_sizes, bare = sizes(url, stream_options={"include_obfuscation": False})
+    assert not any("obfuscation" in chunk for chunk in bare) and len(set(bare_sizes)) > 1
+    same_sizes, padded = sizes(url, stream_options={"include_obfuscation": True, "include_usage": True})
+    assert set(same_sizes) == {256}
+    texts = ["".join(c["text"] for chunk in chunks for c in chunk["choices"]) for chunks in (bare, padded)]
+    assert texts[0] == texts[1] and padded[-1]["usage"]["completion_tokens"] == ASK["max_tokens"]
+    assert len({chunk["obfuscation"] for chunk in padded}) == len(padded)
+    ask = {**ASK, "seed": 1, "stream": True, "stream_options": {"include_obfuscation": True}}
+    assert "".join(chunk.choices[0].text for chunk in client.completions.create(**ask)) == texts[0]
+
+
+# ---- HEAD, CORS ----
+
+
+def test_head_where_there_is_get(url):
+    for path in ("/health", "/v1/models", "/v1/models/bard"):
+        got = httpx.head(url + path)
+        assert (got.status_code, got.content) == (200, b"")
+        assert got.headers["content-type"] == "application/json" and int(got.headers["content-length"]) > 10
+    assert httpx.head(url + "/v1/models/other").status_code == 404
+    assert httpx.head(url + "/v1/completions").status_code == 405
+
+
+def asked_before(url: str, origin: str):
+    """What a browser asks before a POST with JSON and a key."""
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    headers["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang"
+    return httpx.options(url + "/v1/completions", headers=headers)
+
+
+OWN = ["http://localhost:3000", "http://127.0.0.1:8080", "https://localhost", "http://[::1]:5173"]
+STRANGE = [
+    "https://example.com",
+    "http://localhost.evil.com",
+    "http://localhost:3000.evil.com",
+    "null",
+    "http://notlocalhost",
+]
+
+
+@pytest.mark.parametrize(
+    ("origins", "let_in", "kept_out"),
+    [
+        ([], OWN, STRANGE),
+        (["https://example.com"], [*OWN, "https://example.com"], STRANGE[1:]),
+        (["*"], [*OWN, *STRANGE], []),
+        (["none"], [], [*OWN, *STRANGE]),
+    ],
+)
+def test_which_pages_may_ask(model, tokenizer, origins, let_in, kept_out):
+    with serving(create_app(model, tokenizer, "bard", api_key="sesame", cors_origins=origins)) as url:
+        for origin in let_in:
+            before = asked_before(url, origin)
+            assert before.status_code == 200, "no key can be sent before"
+            assert before.headers["access-control-allow-origin"] in (origin, "*")
+            assert "authorization" in before.headers["access-control-allow-headers"].lower()
+            assert "POST" in before.headers["access-control-allow-methods"]
+        for origin in kept_out:
+            before = asked_before(url, origin)
+            assert before.status_code >= 400 and "access-control-allow-origin" not in before.headers
+        origin = (let_in or kept_out)[0]
+        headers = {"Authorization": "Bearer sesame", "Origin": origin}
+        for ask, status in ((ASK, 200), ({**ASK, "stream": True}, 200), ({"model": "bard"}, 400)):
+            got = httpx.post(url + "/v1/completions", json=ask, headers=headers)
+            assert got.status_code == status
+            assert (got.headers.get("access-control-allow-origin") in (origin, "*")) == bool(let_in)
+        wrong = httpx.get(url + "/v1/models", headers={"Origin": origin})  # a page can read why
+        assert wrong.status_code == 401 and ("access-control-allow-origin" in wrong.headers) == bool(let_in)
+
+
+@pytest.mark.parametrize(
+    ("origins", "said"),
+    [
+        (["example.com"], "--cors-origin is 'example.com'; expected the origin of a page, such as https://example.com"),
+        (["https://example.com/chat"], "expected the origin of a page"),
+        (["none", "*"], "--cors-origin none beside others; give none, or the others"),
+    ],
+)
+def test_origins_are_checked_before_the_model_is_loaded(origins, said):
+    options = [part for origin in origins for part in ("--cors-origin", origin)]
+    done = CliRunner().invoke(command, ["serve", "--model", "nowhere", *options])
+    assert done.exit_code == 1 and said in str(done.exception)

@@ -1,0 +1,39 @@
+"""Calls of causal_attention that only its CUDA kernels treat in a way of their own."""
+
+from __future__ import annotations
+
+import torch
+
+from gptfast.testing import Case
+
+
+def attention(
+    T: int, D: int, S: int | None = None, B: int = 1, H: int = 1, layout: str = "contiguous", **options
+) -> Case:
+    dims = {"B": B, "H": H, "T": T, **({} if S is None else {"S": S}), "D": D}
+    return Case("causal_attention", dims, options, layout)
+
+
+LONG = [  # the rings of buffers go round more than once
+    attention(130, 64, S=700, causal=False),
+    attention(70, 64, S=700, dropout_p=0.1, seed=5),
+    attention(140, 128, S=560, causal=False, dropout_p=0.2),
+    attention(520, 64, window=300),
+    attention(300, 128, cu_seqlens=torch.tensor([0, 130, 131, 300])),
+]
+FEW_QUERIES = [  # decode_attention
+    attention(1, 64, S=700, H=3),
+    attention(1, 33, S=600, layout="strided", seq_lens=torch.tensor([555])),
+    attention(6, 128, S=520, window=300),
+    attention(16, 256, S=515, causal=False),
+    attention(5, 12, S=800, B=2, causal=False, seq_lens=torch.tensor([0, 3])),
+    attention(3, 64, S=512, softmax_scale=0.0),
+]
+MODE_CASES = [
+    attention(3, 64, S=600),
+    attention(200, 64, layout="strided", dropout_p=0.1),
+    attention(129, 128, window=70),
+    attention(67, 80, S=90, causal=False, dropout_p=0.3),
+    attention(40, 59, seq_lens=torch.tensor([31])),
+    attention(70, 64, S=560, dropout_p=0.2),
+]

@@ -1,0 +1,266 @@
+"""A valid call of every native op, and what becomes of it when one argument at a time is another.
+
+Run as a script, in a process that may crash: `python -m tests.support.native_calls gptfast|gptfast_emu`. It says each case before it
+runs it, and a line `FAULT …` for each answer that is neither a refusal nor finite numbers. All tensors end where readable
+memory ends: who reads or writes behind one crashes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+B, H, T, D, R, C, V = 2, 3, 5, 8, 6, 40, 37  # V and C above the ids in use
+# take_dropout is Python: it looks its numbers up in a table and touches no memory.
+NO_ARGUMENTS = {"cpu_isa", "cpu_isas", "cpu_rejected_isa", "take_dropout"}
+REFUSALS = (
+    AttributeError,
+    KeyError,
+    ZeroDivisionError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    NotImplementedError,
+    MemoryError,
+)
+INTS = (-1, -(2**62), 2**31, 2**62, 2**63 - 1)
+FLOATS = (math.nan, math.inf, -math.inf, -1.0, -5.0, 1.5, 1e300)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int32, torch.int64)
+CPU_ONLY = {"dropout_mask", "gemm", "gemm sums"}  # schemas that the emulator copies, without a CUDA kernel
+LONG = {"dropout_mask": (2**31,)}  # values that are legal and take long
+
+
+def at_the_edge(x: Tensor) -> Tensor:
+    """A contiguous copy whose last byte is followed by a page that nobody may touch."""
+    page, size = mmap.PAGESIZE, x.numel() * x.element_size()
+    if x.device.type != "cpu" or not size:
+        return x.clone()
+    room = (size + page - 1) // page * page
+    memory = mmap.mmap(-1, room + page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + room
+    assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), page, 0)
+    flat = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=room - size)
+    return flat.copy_(x.reshape(-1)).view(x.shape)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def ids(n: int) -> Tensor:
+    return (7 * torch.arange(n)) % 11
+
+
+def calls(ops: Any) -> dict[str, dict[str, Any]]:
+    """Arguments of a valid call of each op; those that a schema does not have are left out."""
+    q, k, v = random(B, H, T, D), random(B, H, T + 2, D), random(B, H, T + 2, D).flip(0)
+    attention = {"causal": True, "scale": 0.3, "dropout_p": 0.1, "seed": 5, "offset": 3, "window": 4}
+    attention |= {"q": q, "k": k, "v": v, "seq_lens": torch.tensor([4, 7]), "cu_seqlens": None}
+    out, statistics = invoke(ops, "causal_attention_fwd", attention)
+    packed = {
+        "k": q[:1].flip(2),
+        "q": q[:1],
+        "v": q[:1].flip(1),
+        "seq_lens": None,
+        "cu_seqlens": torch.tensor([0, 2, T]),
+    }
+    rows, other, weight = random(R, C), random(R, C).flip(0), random(C)
+    norm = {"x": rows, "weight": weight, "bias": weight.flip(0), "eps": 1e-5}
+    _, mean, rstd = invoke(ops, "layer_norm_fwd", norm)
+    norm |= {"mean": mean, "rstd": rstd, "bias_type": 0, "dy": other, "dtotal": rows, "total": rows}
+    norm |= {"residual": other, "dropout_p": 0.1, "seed": 1, "offset": 2, "x_type": 0, "residual_type": 0}
+    loss = {"logits": random(R, V), "targets": ids(R), "ignore_index": -100, "label_smoothing": 0.1}
+    loss |= {"dloss": random(R), "lse": invoke(ops, "cross_entropy_fwd", loss)[1]}
+    drawing = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 3, "position": ids(R), "stream": ids(R)}
+    tables = {"ids": ids(R).view(2, 3), "wte": random(V, C), "wpe": random(13, C), "positions": ids(R).view(2, 3)}
+    keys, order = ids(R).sort(stable=True)
+    head = {"backend": "cpu", "hidden": rows, "weight": random(V, C), "want_hidden": True, "want_weight": True}
+    product = {"x": rows, "weight": random(V, C), "bias": random(V), "dy": random(R, V), "want_x": True}
+    return {
+        "causal_attention_fwd": attention,
+        "causal_attention_fwd packed": attention | packed,
+        "causal_attention_bwd": attention | {"dout": q.flip(1), "out": out, "statistics": statistics},
+        "layer_norm_fwd": norm,
+        "layer_norm_bwd": norm,
+        "add_layer_norm_fwd": norm,
+        "add_layer_norm_bwd": norm,
+        "gelu_fwd": norm | {"tanh": True},
+        "gelu_bwd": norm | {"tanh": False, "dout": other},
+        "cross_entropy_fwd": loss,
+        "cross_entropy_bwd": loss,
+        "cross_entropy_in_place": loss,
+        "dropout": {"x": rows, "p": 0.3, "seed": 1, "offset": 2},
+        "dropout_mask": {"matrices": 2, "rows": 3, "cols": 5, "p": 0.3, "seed": 1, "offset": 2},
+        "sample": drawing | {"logits": random(R, V)},
+        "embedding_fwd": tables,
+        "embedding_fwd places": tables | {"positions": None},
+        "embedding_bwd": {"dout": rows, "keys": keys, "order": order, "table": random(V, C)},
+        "gemm": {"a": rows, "b": random(C, V), "bias": random(V), "c": random(R, V), "pairs": False, "accumulate": True}
+        | {"a_sums": None},
+        "gemm sums": {
+            "a": rows.t(),
+            "b": random(R, V),
+            "bias": None,
+            "c": random(C, V),
+            "pairs": True,
+            "accumulate": False,
+        }
+        | {"a_sums": torch.zeros(C)},
+        "linear_fwd": product,
+        "linear_bwd": product | {"want_weight": True, "want_bias": True},
+        "linear_cross_entropy_fwd": loss | head,
+        "linear_cross_entropy_bwd": loss | head,
+        "linear_cross_entropy_scale": head | {"dtotal": random(1)[0], "dhidden": other, "dweight": random(V, C)},
+        "keep_results": {"bytes": 1 << 28},
+        "peak_flops": {"iterations": 10, "pairs": False},
+        "signal_ns": {"rounds": 10},
+        "set_cpu_isa": {"name": ""},
+    }
+
+
+def invoke(ops: Any, case: str, arguments: dict[str, Any]) -> Any:
+    """The call with its tensors at the edge of memory; what it writes to counts as a result."""
+    op = getattr(ops, case.split()[0]).default
+    given = {a.name: place(arguments[a.name]) for a in op._schema.arguments if a.name in arguments}
+    written = [given[a.name] for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    result = op(**given)
+    return (*result, *written) if isinstance(result, tuple) else (result, *written) if written else result
+
+
+def place(value: Any) -> Any:
+    if isinstance(value, Strided):
+        return value.make()
+    if isinstance(value, Tensor) and value.dim() == 2 and value.stride(0) == 1 and value.shape[0] > 1:
+        return at_the_edge(value.t()).t()
+    return at_the_edge(value) if isinstance(value, Tensor) else value
+
+
+class Strided:
+    """The same values with gaps between them, or with the dimensions stored in another order."""
+
+    def __init__(self, x: Tensor, how: str) -> None:
+        self.x, self.how = x, how
+
+    def make(self) -> Tensor:
+        if self.how == "reversed":
+            order = tuple(range(self.x.dim()))[::-1]
+            return at_the_edge(self.x.permute(order).contiguous()).permute(order)
+        wide = torch.stack([torch.full_like(self.x, 77), self.x], -1)  # the last value ends the memory
+        return at_the_edge(wide)[..., 1]
+
+
+def other_tensors(x: Tensor) -> Iterator[tuple[str, Any]]:
+    for dtype in DTYPES:
+        if dtype != x.dtype:
+            yield str(dtype), x.to(dtype)
+    for d in range(x.dim()):
+        yield f"shorter in {d}", x.narrow(d, 0, x.shape[d] - 1)
+        yield f"longer in {d}", torch.cat([x, x.narrow(d, 0, 1)], d)
+        yield f"empty in {d}", x.narrow(d, 0, 0)
+    if x.dim():
+        yield "of fewer dimensions", x[0]
+        yield "one value", x.flatten()[0]
+    yield "of more dimensions", x[None]
+    yield "on meta", x.to("meta")
+    yield "missing", None
+    if not x.is_floating_point():
+        for value in (-1, 2**31, 2**62):
+            yield f"all {value}", torch.full_like(x, value)
+
+
+def others(value: Any) -> Iterator[tuple[str, Any]]:
+    """What stands in the place of an argument, and what it is called."""
+    if isinstance(value, Tensor):
+        yield from other_tensors(value)
+    elif isinstance(value, bool):
+        yield str(not value), not value
+    elif isinstance(value, int):
+        yield from ((str(n), n) for n in INTS)
+    elif isinstance(value, float):
+        yield from ((str(f), f) for f in FLOATS)
+    elif value is None:
+        yield "a vector", torch.ones(3)
+    else:
+        yield "another", "scalar no such"
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    parts = result if isinstance(result, tuple) else (result,)
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def equal(case: str, a: Any, b: Any) -> bool:
+    """Bit for bit; products may be another library's for another layout."""
+    same = torch.equal if not case.startswith("linear") else (lambda x, y: torch.allclose(x, y, rtol=1e-4, atol=1e-5))
+    return all(same(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
+
+
+def is_finite(result: Any) -> bool:
+    """-inf is attention's lse of a row that sees nothing."""
+    parts = [part for part in tensors_of(result) if part.device.type != "meta"]
+    return all(bool((part.isfinite() | (part == -math.inf)).all()) for part in parts)
+
+
+def trouble(case: str, name: str, what: str, result: Any, right: Any, blind: bool) -> str | None:
+    """What is wrong with an answer; None: nothing."""
+    if isinstance(result, Exception):
+        text = str(result)
+        if text.startswith("There were no tensor arguments"):  # torch's own, of a call that nobody makes
+            return None
+        return f"names a source file: {text}" if re.search(r"\.(cpp|h|cu|cuh)\b", text) else None
+    if what in ("gaps", "reversed"):
+        return None if equal(case, result, right) else "gave other values"
+    # a GPU does not look at the values of ids and lengths, which gives nan where they are wrong
+    unseen = blind and (what.startswith("all ") or case.startswith("embedding"))
+    return None if is_finite(result) or unseen else "gave numbers that are not finite"
+
+
+def try_all(ops: Any, case: str, arguments: dict[str, Any], blind: bool) -> None:
+    known = [a.name for a in getattr(ops, case.split()[0]).default._schema.arguments]
+    assert not set(known) - set(arguments), (case, known)
+    right = invoke(ops, case, arguments)
+    for name in known:
+        value = arguments[name]
+        strided = [(how, Strided(value, how)) for how in ("gaps", "reversed")] if isinstance(value, Tensor) else []
+        for what, other in [*others(value), *strided]:
+            if isinstance(other, int) and other in LONG.get(case, ()):
+                continue
+            print(f"{case}: {name} {what}", flush=True)
+            try:
+                result = invoke(ops, case, arguments | {name: other})
+            except REFUSALS as error:
+                result = error
+            fault = trouble(case, name, what, result, right, blind)
+            if fault:
+                print(f"FAULT {case}: {name} {what} {fault}", flush=True)
+
+
+def main(namespace: str) -> None:
+    if namespace == "gptfast_emu":
+        from tests.support import emulated
+
+        emulated.load()
+    import gptfast.ops  # noqa: F401 (registers what is Python)
+
+    ops = getattr(torch.ops, namespace)
+    names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith(namespace + "::")}
+    table = {case: arguments for case, arguments in calls(ops).items() if case.split()[0] in names}
+    missing = names - NO_ARGUMENTS - {case.split()[0] for case in table}
+    assert not missing, f"ops without a valid call: {missing}"
+    for case, arguments in table.items():
+        if case not in CPU_ONLY or namespace == "gptfast":
+            try_all(ops, case, arguments, namespace == "gptfast_emu")
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
