@@ -67,7 +67,7 @@ def write_samples() -> None:
 def compare() -> None:
     """Our training step beside PyTorch's, on the model that was just trained."""
     from gptfast import GPT, tune_malloc
-    from gptfast.training.compare import compare_step
+    from gptfast.benchmarking.training_step import compare_step
 
     tune_malloc()
     config = GPT.from_pretrained(OUT / "best").config

@@ -9,7 +9,7 @@ import torch
 
 import gptfast
 from gptfast import generation
-from gptfast.generation import graphed
+from gptfast.generation import cuda_graphs
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.request import Request
 from gptfast.generation.stopping import Stopping
@@ -28,12 +28,12 @@ def configuration(bench: Bench) -> gptfast.GPTConfig:
 def runs(bench: Bench, model: gptfast.GPT, rows: int, prompt: int, new: int) -> dict[str, Run]:
     prompts = torch.randint(model.config.vocab_size, (rows, prompt)).tolist()
     config = GenerationConfig.of(max_new_tokens=new, **OPTIONS)
-    decoder = graphed.Decoder(model, rows, prompt + new)
+    decoder = cuda_graphs.Decoder(model, rows, prompt + new)
 
     def captured() -> None:
         """As `model.generate` does it on a GPU; on the emulator the same steps, uncaptured."""
         with gptfast.backend(bench.backend):
-            graphed.run(model, [Request(ids, config, Stopping(config)) for ids in prompts], decoder)
+            cuda_graphs.run(model, [Request(ids, config, Stopping(config)) for ids in prompts], decoder)
 
     def waiting() -> None:
         with gptfast.backend(bench.backend):

@@ -58,7 +58,7 @@ inline Formats formats_of(const py::dict& d) {
   return formats;
 }
 
-using SamplingTuple = std::tuple<double, i64, double, uint64_t, i64, i64>;  // of gptfast.generation.sequences
+using SamplingTuple = std::tuple<double, i64, double, uint64_t, i64, i64>;  // of gptfast.generation.runner
 inline std::vector<Sampling> samplings_of(const char* what, const std::vector<SamplingTuple>& tuples) {
   std::vector<Sampling> samplings;
   for (const auto& [temperature, top_k, top_p, seed, stream, vocab] : tuples) {

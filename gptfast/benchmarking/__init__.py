@@ -1,8 +1,8 @@
 """Timing gptfast beside its peers: the machine's limits, interleaved comparisons, and the report."""
 
 from gptfast.benchmarking.compare import Comparison, compare, comparisons
-from gptfast.benchmarking.machine import Machine, measure_machine
 from gptfast.benchmarking.report import print_table, save_json, save_plot
+from gptfast.machine import Machine, measure_machine
 
 __all__ = [
     "Comparison",

@@ -9,7 +9,7 @@ import torch
 
 from gptfast._files import atomic_write
 from gptfast.benchmarking.compare import COPY, Comparison
-from gptfast.benchmarking.machine import Machine
+from gptfast.machine import Machine
 
 BACKWARD_FLOPS = {"causal_attention": 2.5}  # as a multiple of the forward; 2 for products
 

@@ -18,7 +18,7 @@ def describe(run: Run) -> list[str]:
     import torch
 
     from gptfast.backend import cpu_isa
-    from gptfast.cli.doctor import cpu_name
+    from gptfast.machine import cpu_name
 
     trainer, data, config = run.trainer, run.data, run.trainer.model.config
     train = trainer.config

@@ -27,6 +27,7 @@ def report() -> list[tuple[str, str]]:
 
     import gptfast
     from gptfast.backend import cpu_isa, cpu_isas, has_cpu_ops, missing_reason
+    from gptfast.machine import cpu_name
 
     cpu = "eager PyTorch" if not has_cpu_ops else f"compiled kernels, {cpu_isa()}"
     rows = [
@@ -73,14 +74,3 @@ def _triton_status() -> str:
     if INTERPRETING:
         how = "interpreted on the CPU (TRITON_INTERPRET is set), when asked for"
     return f"Triton {version('triton')}, {how}: kernels for {', '.join(sorted(ops_of('triton')))}"
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except FileNotFoundError:
-        names = []
-    import platform
-
-    return names[0] if names else platform.processor() or platform.machine()

@@ -152,7 +152,7 @@ def generate(
 
       [cyan]gptfast generate --model runs/bard/best --input prompts.jsonl --output texts.jsonl[/]
     """
-    from gptfast.generation.jobs import default_new_tokens
+    from gptfast.batch import default_new_tokens
     from gptfast.models.metadata import without_greedy
 
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -217,7 +217,7 @@ def _run_file(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from gptfast.generation.jobs import read_jobs, run_jobs
+    from gptfast.batch import read_jobs, run_jobs
 
     check_batch_size("generate", batch_size)
     jobs = read_jobs(source, gpt, tokenizer, options, drawing, special_tokens)

@@ -9,9 +9,9 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from gptfast.models.config import GPTConfig
+    from gptfast.config import GPTConfig
     from gptfast.models.metadata import Metadata
-    from gptfast.models.tally import Row
+    from gptfast.models.parameter_table import ParameterGroup
 
 
 def info(
@@ -30,15 +30,15 @@ def info(
     """
     from rich.console import Console
 
-    from gptfast.models.config import PRESETS, GPTConfig
+    from gptfast.config import PRESETS, GPTConfig
     from gptfast.models.metadata import Metadata
-    from gptfast.models.tally import tally
+    from gptfast.models.parameter_table import parameter_table
 
     if model is None:
         Console().print(_presets())
         return
     config, metadata, sums = (GPTConfig.preset(model), Metadata(), {}) if model in PRESETS else _read(model)
-    rows = tally(config)
+    rows = parameter_table(config)
     console = Console()
     console.print(_shape(config), highlight=False)
     console.print(_table(model, rows, config.tie_weights))
@@ -82,8 +82,8 @@ def _read(model: str) -> tuple[GPTConfig, Metadata, dict[str, str]]:
 def _presets() -> Table:
     from rich.table import Table
 
-    from gptfast.models.config import PRESETS, GPTConfig
-    from gptfast.models.tally import tally
+    from gptfast.config import PRESETS, GPTConfig
+    from gptfast.models.parameter_table import parameter_table
 
     table = Table(title="presets", title_justify="left", title_style="bold")
     table.add_column("name")
@@ -92,7 +92,7 @@ def _presets() -> Table:
     for name in PRESETS:
         config = GPTConfig.preset(name)
         sizes = (config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size)
-        table.add_row(name, *map(str, sizes), _short(sum(row.count for row in tally(config))))
+        table.add_row(name, *map(str, sizes), _short(sum(row.count for row in parameter_table(config))))
     return table
 
 
@@ -105,7 +105,7 @@ def _shape(config: GPTConfig) -> str:
     )
 
 
-def _table(title: str, rows: list[Row], tied: bool) -> Table:
+def _table(title: str, rows: list[ParameterGroup], tied: bool) -> Table:
     from rich.table import Table
 
     total = sum(row.count for row in rows)

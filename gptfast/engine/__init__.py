@@ -1,8 +1,8 @@
 """The native CPU engine: GPTs packed in 32 to 4 bits a weight, for generation."""
 
-from gptfast.engine.automatic import engine_for, forget
 from gptfast.engine.compiled import CompiledGPT, compile_model, load
 from gptfast.engine.formats import FORMATS
-from gptfast.engine.sequences import EngineSequences
+from gptfast.engine.runner import EngineSequences
+from gptfast.engine.transparent import engine_for, forget
 
 __all__ = ["FORMATS", "CompiledGPT", "EngineSequences", "compile_model", "engine_for", "forget", "load"]

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from gptfast.backend import cpu_isa
-from gptfast.engine import file
+from gptfast.engine import packed_file
 from gptfast.engine.exponents import exponent_of, quantised
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
-from gptfast.engine.sequences import PANEL, EngineSequences
-from gptfast.generation.sequences import usual_threads
+from gptfast.engine.runner import PANEL, EngineSequences
+from gptfast.generation.runner import usual_threads
 from gptfast.models.difference import check_values, difference, true_config
 from gptfast.models.metadata import Metadata, metadata_of
 
@@ -52,7 +52,7 @@ class CompiledGPT:
         threads: int | None = None,
         max_rows: int | None = None,
         cache_dtype: Any = None,
-        source: file.PackedFile | None = None,
+        source: packed_file.PackedFile | None = None,
     ) -> None:
         from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
@@ -92,7 +92,7 @@ class CompiledGPT:
         return other
 
     def check_weights(self) -> None:
-        """Raise OSError where the weights lie in a file that somebody has changed since; see `file.PackedFile.check`."""
+        """Raise OSError where the weights lie in a file that somebody has changed since; see `packed_file.PackedFile.check`."""
         if self._source is not None:
             self._source.check()
 
@@ -143,7 +143,9 @@ class CompiledGPT:
         """
         weights = memoryview(self._weights)
         said = asdict(self.metadata) if self.metadata != Metadata() else None
-        file.save(path, self.config, self._formats, self._exponents, self.dtype, weights, self.check_weights, said)
+        packed_file.save(
+            path, self.config, self._formats, self._exponents, self.dtype, weights, self.check_weights, said
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -261,11 +263,11 @@ def load(
         threads, max_rows, cache_dtype: as in `GPT.compile_for_inference`.
         verify: compare all weights with their checksum first (reads the whole file).
     Raises:
-        OSError, ValueError: see `gptfast.engine.file.PackedFile`.
+        OSError, ValueError: see `gptfast.engine.packed_file.PackedFile`.
     """
     from gptfast.models import GPTConfig
 
-    source = file.PackedFile(path)
+    source = packed_file.PackedFile(path)
     if verify and not source.intact():
         raise ValueError(f"{path} is damaged: its weights do not match their checksum; copy or compile it again")
     description = source.description

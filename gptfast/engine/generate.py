@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gptfast.engine.automatic import engine_for
-from gptfast.engine.sequences import empty_logits
+from gptfast.engine.runner import empty_logits
+from gptfast.engine.transparent import engine_for
 from gptfast.generation import GenerationConfig
 from gptfast.generation import generate as generate_by_steps
 from gptfast.generation.arguments import unpack
-from gptfast.generation.choose import FAULTS
 from gptfast.generation.prompts import read_prompts
-from gptfast.generation.sequences import Sampling
+from gptfast.generation.runner import Sampling
+from gptfast.generation.sampling import FAULTS
 from gptfast.generation.textless import choosing_text
 from gptfast.models import GPT
 

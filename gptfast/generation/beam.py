@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast.generation.choose import NAN, NOTHING_LEFT
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.processors import cut_vocabulary, processors, warp
-from gptfast.generation.sequences import LanguageModel, Sequences, beside
+from gptfast.generation.runner import LanguageModel, Sequences, beside
+from gptfast.generation.sampling import NAN, NOTHING_LEFT, cut_vocabulary, processors, warp
 from gptfast.generation.stopping import Stopping
 
 NEVER = -math.inf  # the score of a beam that is not there

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.sequences import LanguageModel
+from gptfast.generation.runner import LanguageModel
 
 
 @dataclass(frozen=True)

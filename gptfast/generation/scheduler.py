@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.generation.choose import FAULTS, Context, choose, sampling_of, takes_logits_as_they_are
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import check_prompt, read_prompt
 from gptfast.generation.request import Request, Row, Token
-from gptfast.generation.sequences import LanguageModel, beside
+from gptfast.generation.runner import LanguageModel, beside
+from gptfast.generation.sampling import FAULTS, Context, choose, sampling_of, takes_logits_as_they_are
 from gptfast.generation.speculative import Assistant, Drafter, PromptLookup, check_assistant
 from gptfast.generation.stopping import Stopping
 from gptfast.generation.textless import choosing_text, likeliest

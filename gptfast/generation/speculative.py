@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from gptfast.generation.choose import Context, choose
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.sequences import LanguageModel
+from gptfast.generation.runner import LanguageModel
+from gptfast.generation.sampling import Context, choose
 
 
 class Drafter(Protocol):

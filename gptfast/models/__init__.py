@@ -1,9 +1,9 @@
 """GPT models, their configurations and their checkpoints."""
 
-from gptfast.models.config import PRESETS, GPTConfig
+from gptfast.config import PRESETS, GPTConfig
 from gptfast.models.difference import remember_methods
 from gptfast.models.gpt import GPT
-from gptfast.models.kv_cache import KVCache
+from gptfast.nn.kv_cache import KVCache
 
 __all__ = ["GPT", "PRESETS", "GPTConfig", "KVCache"]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gptfast.models.config import GPTConfig
+from gptfast.config import GPTConfig
 from gptfast.nn import MLP, Block, CausalSelfAttention, LayerNorm, Linear
 from gptfast.nn.position import SinusoidalEmbedding, sinusoids
 

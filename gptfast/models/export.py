@@ -20,7 +20,7 @@ from gptfast.models.difference import check_values, difference, true_config
 from gptfast.models.metadata import GENERATION, metadata_of
 
 if TYPE_CHECKING:
-    from gptfast.models.config import GPTConfig
+    from gptfast.config import GPTConfig
     from gptfast.models.gpt import GPT
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

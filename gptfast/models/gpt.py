@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from gptfast import ops
-from gptfast.models.config import GPTConfig
+from gptfast.config import GPTConfig
 from gptfast.models.difference import is_plain_linear
 from gptfast.models.inputs import REFUSED, Padding, check_ids, one_of, refuse, shifted
-from gptfast.models.kv_cache import KVCache
 from gptfast.models.metadata import Metadata, metadata_of
 from gptfast.nn import Block, LayerNorm, Linear
 from gptfast.nn.block import add_branch
 from gptfast.nn.dropout import DropoutCounter
+from gptfast.nn.kv_cache import KVCache
 from gptfast.nn.position import SinusoidalEmbedding
 
 if TYPE_CHECKING:
     from gptfast.engine import CompiledGPT
-    from gptfast.generation.sequences import CachedSequences
+    from gptfast.generation.torch_runner import CachedSequences
 
 INIT_STD = 0.02  # of all matrices and embeddings (GPT-2)
 
@@ -255,8 +255,8 @@ class GPT(nn.Module):
         return generate(self, ids, **options) if engine is None else engine.generate(ids, **options)
 
     def sequences(self, capacity_rows: int, max_len: int) -> CachedSequences:
-        """Room for running sequences; see `gptfast.generation.sequences.Sequences`."""
-        from gptfast.generation.sequences import CachedSequences
+        """Room for running sequences; see `gptfast.generation.runner.Sequences`."""
+        from gptfast.generation.torch_runner import CachedSequences
 
         return CachedSequences(self, capacity_rows, max_len)
 

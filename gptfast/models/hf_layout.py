@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from gptfast._json import NULL, field
-from gptfast.models.config import GPTConfig
+from gptfast.config import GPTConfig
 
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel", "gptfast": "GPT"}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptfast._snapshots import current
-from gptfast.models.config import GPTConfig
+from gptfast.config import GPTConfig
 from gptfast.models.export import CONFIG
 from gptfast.models.pickled import check_tensors, read_pickled
 

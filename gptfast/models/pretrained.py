@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gptfast._snapshots import current
+from gptfast.config import GPTConfig
 from gptfast.models import hf_layout, nanogpt
-from gptfast.models.config import GPTConfig
 from gptfast.models.export import CONFIG, INDEX, SINGLE
 from gptfast.models.metadata import GENERATION
 from gptfast.models.stored import StoredModel

@@ -12,8 +12,8 @@ from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.linear import Linear
 
 if TYPE_CHECKING:
-    from gptfast.models.config import GPTConfig
-    from gptfast.models.kv_cache import KVCache
+    from gptfast.config import GPTConfig
+    from gptfast.nn.kv_cache import KVCache
 
 
 class CausalSelfAttention(torch.nn.Module):

@@ -14,8 +14,8 @@ from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.mlp import MLP
 
 if TYPE_CHECKING:
-    from gptfast.models.config import GPTConfig
-    from gptfast.models.kv_cache import KVCache
+    from gptfast.config import GPTConfig
+    from gptfast.nn.kv_cache import KVCache
 
 
 class Block(torch.nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 from gptfast.nn.linear import Linear
 
 if TYPE_CHECKING:
-    from gptfast.models.config import GPTConfig
+    from gptfast.config import GPTConfig
 
 
 class MLP(torch.nn.Module):

@@ -8,9 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptfast.backend import kernels, resolve
-from gptfast.ops import reference
-from gptfast.ops._codes import (
+from gptfast._nf4 import (
     NESTED_BLOCK,
     blocks_of,
     check_finite,
@@ -20,6 +18,8 @@ from gptfast.ops._codes import (
     nf4_values,
     pack_pairs,
 )
+from gptfast.backend import kernels, resolve
+from gptfast.ops import reference
 from gptfast.ops._common import FLOATS, check_dense, check_float, check_same_device, fake
 
 OP = "dequantize_nf4"

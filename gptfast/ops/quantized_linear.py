@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast._nf4 import blocks_of, check_finite, check_power_of_two, pack_pairs
 from gptfast.backend import has_values, kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._codes import blocks_of, check_finite, check_power_of_two, pack_pairs
 from gptfast.ops._common import (
     autocast,
     check_choice,

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast import rng
+from gptfast._nf4 import NESTED_BLOCK, dynamic_values, nf4_values, unpack_pairs
 from gptfast.backend import has_values
-from gptfast.ops._codes import NESTED_BLOCK, dynamic_values, nf4_values, unpack_pairs
 
 
 def _upcast(x: Tensor) -> Tensor:

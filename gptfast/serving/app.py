@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from gptfast.generation import LanguageModel, Scheduler
 from gptfast.serving.completions import Limits, Server
 from gptfast.serving.cors import let_in
+from gptfast.serving.errors import BodyLimit, add_error_handlers
 from gptfast.serving.protocol import ApiError
-from gptfast.serving.refusals import BodyLimit, add_error_handlers
 from gptfast.serving.worker import Worker
 from gptfast.tokenizer import Tokenizer, lenient
 

@@ -13,7 +13,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from gptfast.generation import LanguageModel, Request, Token
 from gptfast.generation.prompts import check_prompt
+from gptfast.generation.scoring import score_in_pieces
 from gptfast.models.metadata import end_option, metadata_of
+from gptfast.serving.errors import CLIENT_LEFT
 from gptfast.serving.events import Events
 from gptfast.serving.protocol import (
     ApiError,
@@ -26,8 +28,6 @@ from gptfast.serving.protocol import (
     read_body,
     usage,
 )
-from gptfast.serving.refusals import CLIENT_LEFT
-from gptfast.serving.scoring import score_in_pieces
 from gptfast.serving.worker import QueueFull, ShuttingDown, Ticket, Worker
 from gptfast.tokenizer import Tokenizer
 

@@ -15,6 +15,7 @@ import torch
 from gptfast._busy import CpuWait
 from gptfast._locks import FileLock
 from gptfast.data import TokenFile, WindowSampler
+from gptfast.machine import choose_dtype, peak_flops, resolve_device
 from gptfast.models import GPT
 from gptfast.ops.gemm import check_methods, multiplied_by
 from gptfast.tokenizer import Tokenizer
@@ -32,7 +33,6 @@ from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_bat
 from gptfast.training.gradients import accumulate_gradients
 from gptfast.training.interrupt import Interrupt
 from gptfast.training.log import Log
-from gptfast.training.machine import choose_dtype, peak_flops, resolve_device
 from gptfast.training.optim import build_optimizers, parameters_of
 from gptfast.training.plot import plot_losses, require_matplotlib
 from gptfast.training.progress import Figures, TrainingProgress

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops._codes import dynamic_values, nf4_values
+from gptfast._nf4 import dynamic_values, nf4_values
 
 
 @functools.cache

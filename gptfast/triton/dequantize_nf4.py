@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.ops._codes import NESTED_BLOCK
+from gptfast._nf4 import NESTED_BLOCK
 from gptfast.triton._codes import dynamic_table, nf4_table, unpack_pairs
 
 BLOCK = 2048

@@ -9,13 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gptfast.benchmarking import machine
+from gptfast import machine
 from gptfast.benchmarking.compare import COPY, Comparison
-from gptfast.benchmarking.machine import Machine
 from gptfast.benchmarking.report import losses, percent_of_limit, print_table
 from gptfast.cli import app
+from gptfast.machine import Machine
 from gptfast.testing import Case
-from gptfast.training import machine as training_machine
 
 MACHINE = Machine("a machine", 2, "avx2", "2.13", fp32_gflops=200.0, bf16_gflops=400.0, copy_gbs=20.0, signal_ns=40.0)
 
@@ -59,8 +58,8 @@ def test_percent_of_the_limit_is_never_above_100(monkeypatch, capsys):
 
 def test_the_limits_are_those_of_the_fastest_products(monkeypatch):
     """Also where torch multiplies by tiles, which our probe of registers does not reach."""
-    monkeypatch.setattr(training_machine, "_peaks", {})
-    monkeypatch.setattr(training_machine, "_gemm_flops", lambda dtype, device: 9e15)
+    monkeypatch.setattr(machine, "_peaks", {})
+    monkeypatch.setattr(machine, "_gemm_flops", lambda dtype, device: 9e15)
     measured = machine.measure_machine()
     assert (measured.fp32_gflops, measured.bf16_gflops) == (9e6, 9e6)
 

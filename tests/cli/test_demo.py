@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from gptfast import _busy, demo
 from gptfast.cli import app
-from gptfast.cli.doctor import cpu_name, report
+from gptfast.cli.doctor import report
+from gptfast.machine import cpu_name
 
 
 def small(options: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 import gptfast
 from gptfast import generation, ops
 from gptfast.backend import ops_of, resolve
-from gptfast.generation import graphed
+from gptfast.generation import cuda_graphs
 from gptfast.testing import CASES, Case, cases, check_case, dtypes, run
 from tests.support.attention_cases import FEW_QUERIES, MODE_CASES
 from tests.support.attention_cases import LONG as LONG_ATTENTION
@@ -118,7 +118,7 @@ def test_generation_in_cuda_graphs(options):
         for _ in range(2):
             rows = model.generate(prompts, **options)
             assert [row[len(prompt) :] for row, prompt in zip(rows, copies, strict=True)] == expected
-    graphs = graphed._decoders[model]._graphs
+    graphs = cuda_graphs._decoders[model]._graphs
     assert graphs and all(graph is not None for graph in graphs.values())
 
 
@@ -127,7 +127,7 @@ def test_generation_waits_once_a_burst():
     config = gptfast.GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=128, vocab_size=300, dropout=0.0)
     model = gptfast.GPT(config).eval().cuda()
     model.generate([[1, 2]], max_new_tokens=4, seed=1)
-    decoder = graphed._decoders[model]
+    decoder = cuda_graphs._decoders[model]
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.inference_mode():

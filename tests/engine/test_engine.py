@@ -17,7 +17,7 @@ import gptfast
 from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
 from gptfast.engine import FORMATS, CompiledGPT, engine_for
-from gptfast.generation.sequences import beside
+from gptfast.generation.runner import beside
 from tests.support.engine_models import CONFIGS, expected, ids_of, model_of, relative_error
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
@@ -296,7 +296,7 @@ def test_a_fork_waits_until_a_model_is_packed(monkeypatch: pytest.MonkeyPatch) -
         done.set()
         return model_of("odd").compile_for_inference("float32")
 
-    monkeypatch.setattr(gptfast.engine.automatic, "compile_model", pack_slowly)
+    monkeypatch.setattr(gptfast.engine.transparent, "compile_model", pack_slowly)
     packer = threading.Thread(target=engine_for, args=(model,))
     packer.start()
     begun.wait()
@@ -366,7 +366,7 @@ def test_engine_for_a_model_follows_its_weights(monkeypatch: pytest.MonkeyPatch,
     assert second is not None and second is not first
     assert torch.equal(second.logits([1]), model.compile_for_inference("float32").logits([1]))
     with monkeypatch.context() as patched:  # other threads need no packing
-        patched.setattr(gptfast.engine.automatic, "compile_model", None)
+        patched.setattr(gptfast.engine.transparent, "compile_model", None)
         torch.set_num_threads(3)
         third = engine_for(model)
     assert third is not None and third.threads == 3 and torch.equal(third.logits([1]), second.logits([1]))
@@ -402,7 +402,7 @@ def test_the_old_copy_is_freed_before_the_new_one_is_made(monkeypatch: pytest.Mo
     with torch.no_grad():
         model.wte.weight.add_(1.0)
     freed = []
-    monkeypatch.setattr(gptfast.engine.automatic, "compile_model", lambda *_: freed.append(old() is None))
+    monkeypatch.setattr(gptfast.engine.transparent, "compile_model", lambda *_: freed.append(old() is None))
     engine_for(model)
     assert freed == [True]
 
@@ -418,8 +418,8 @@ def test_callers_on_several_threads_share_one_packed_copy(monkeypatch: pytest.Mo
     """Also those that first use torch while the engine holds it to one thread, and keep that number."""
     torch.set_num_threads(2)
     packs: list[CompiledGPT] = []
-    original = gptfast.engine.automatic.compile_model
-    monkeypatch.setattr(gptfast.engine.automatic, "compile_model", lambda *a: packs.append(original(*a)) or packs[-1])
+    original = gptfast.engine.transparent.compile_model
+    monkeypatch.setattr(gptfast.engine.transparent, "compile_model", lambda *a: packs.append(original(*a)) or packs[-1])
     model = GPT(model_of("gpt2").config).eval()
     model.generate([[1]], max_new_tokens=2, min_p=0.1)
     with beside(packs[0].sequences()):  # one thread, until the end of this block
@@ -434,7 +434,7 @@ def test_callers_on_several_threads_share_one_packed_copy(monkeypatch: pytest.Mo
 def test_memory_that_caches_of_files_hold_counts_as_free() -> None:
     with open("/proc/meminfo") as file:
         kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
-    assert gptfast.engine.automatic._free_memory() == pytest.approx(kilobytes["MemAvailable"] * 1024, rel=0.1)
+    assert gptfast.engine.transparent._free_memory() == pytest.approx(kilobytes["MemAvailable"] * 1024, rel=0.1)
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------

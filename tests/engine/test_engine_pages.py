@@ -14,7 +14,7 @@ import torch
 from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
 from gptfast.engine import EngineSequences
-from gptfast.generation.sequences import Sampling
+from gptfast.generation.runner import Sampling
 from tests.support.engine_models import model_of, relative_error
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")

@@ -9,10 +9,10 @@ import gptfast.engine.generate as inside
 from gptfast import ops
 from gptfast.backend import has_cpu_ops
 from gptfast.engine import EngineSequences
-from gptfast.engine.sequences import empty_logits
-from gptfast.generation import GenerationConfig, beam, choose, scheduler
+from gptfast.engine.runner import empty_logits
+from gptfast.generation import GenerationConfig, beam, scheduler
 from gptfast.generation import generate as generate_by_steps
-from gptfast.generation.sequences import Sampling
+from gptfast.generation.runner import Sampling
 from gptfast.generation.stopping import Stopping
 from gptfast.tokenizer import CharTokenizer
 from tests.support.engine_models import ids_of, model_of
@@ -163,7 +163,7 @@ def test_steps_draw_inside_what_they_would_draw_outside(settings, more, monkeypa
         requests = list(running._waiting)
         running.run()
         told.append([row.new for request in requests for row in request.rows])
-        monkeypatch.setattr(choose, "_draw", None)  # from now on all is to be drawn inside
+        monkeypatch.setattr("gptfast.generation.sampling._draw", None)  # from now on all is to be drawn inside
     assert told[0] == told[1] and all(len(new) >= 9 for new in told[0])
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from gptfast.backend import has_cpu_ops
-from gptfast.engine.sequences import empty_logits
-from gptfast.generation.sequences import CachedSequences, Sampling
+from gptfast.engine.runner import empty_logits
+from gptfast.generation.runner import Sampling
+from gptfast.generation.torch_runner import CachedSequences
 from tests.support.engine_models import model_of
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")

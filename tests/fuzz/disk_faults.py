@@ -216,7 +216,7 @@ def _single_files() -> dict[str, Kind]:
 
 def _batch(scratch: Path) -> Kind:
     """A job goes on where it was: versions are how many of the lines are there, and 2 is all of them."""
-    from gptfast.generation.jobs import read_jobs, run_jobs
+    from gptfast.batch import read_jobs, run_jobs
     from gptfast.tokenizer import CharTokenizer
 
     prompts, tokenizer = scratch / "prompts.jsonl", CharTokenizer.train("abcdefghijk")

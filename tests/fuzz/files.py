@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from gptfast import GPT, GPTConfig, engine
+from gptfast.batch import read_jobs, run_jobs
 from gptfast.data.prepare import load_prepared, prepare
 from gptfast.data.token_file import TokenFile, write_tokens
 from gptfast.generation import GenerationConfig, score
-from gptfast.generation.jobs import read_jobs, run_jobs
+from gptfast.models.parameter_table import parameter_table
 from gptfast.models.stored import read_settings
-from gptfast.models.tally import tally
 from gptfast.tokenizer import BPETokenizer, CharTokenizer, OpenAIGPTTokenizer, WordTokenizer, load_tokenizer
 from gptfast.training.checkpoint import TrainState, check_source, load_optimizers, read_checkpoint, save_checkpoint
 from gptfast.training.config import TrainConfig
@@ -116,7 +116,7 @@ def small(**options: Any) -> GPT:
 
 
 def read_model(folder: Path) -> None:
-    tally(read_settings(folder)[0])
+    parameter_table(read_settings(folder)[0])
     model = GPT.from_pretrained(folder)
     with torch.inference_mode():
         model(torch.tensor([[1, 0]])[:, : model.config.block_size] % model.config.vocab_size)

@@ -107,7 +107,7 @@ def mutate_safetensors(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_packed(rng: random.Random, data: bytes) -> bytes:
-    """Another header, with the right checksum, before the same weights (see gptfast/engine/file.py)."""
+    """Another header, with the right checksum, before the same weights (see gptfast/engine/packed_file.py)."""
     start = struct.Struct("<8sIII")
     magic, version, length, _ = start.unpack_from(data)
     weights = start.size + length

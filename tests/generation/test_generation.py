@@ -9,7 +9,7 @@ import torch
 import gptfast
 from gptfast import ops
 from gptfast.generation import GenerationConfig, generate, stream
-from gptfast.generation.sequences import for_generation
+from gptfast.generation.torch_runner import for_generation
 from tests.support.generation_pairs import make_pair, sharpen
 
 transformers = pytest.importorskip("transformers")

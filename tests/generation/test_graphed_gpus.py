@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gptfast
-from gptfast.generation import graphed
+from gptfast.generation import cuda_graphs
 from tests.support.captured import PROMPTS, requests_of
 from tests.support.cuda_models import tiny
 
@@ -95,15 +95,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         "CUDAGraph": Graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    graphed._capture_stream.cache_clear()
+    cuda_graphs._capture_stream.cache_clear()
     yield machine
-    graphed._capture_stream.cache_clear()
+    cuda_graphs._capture_stream.cache_clear()
     assert machine.current == 0 and [s.device for s in machine.streams] == [0, 1, 2]
 
 
-def decoder_on(machine: Machine, gpu: int, model: gptfast.GPT, rows: int) -> graphed.Decoder:
+def decoder_on(machine: Machine, gpu: int, model: gptfast.GPT, rows: int) -> cuda_graphs.Decoder:
     """A decoder whose kernels are launched on the current stream of that GPU."""
-    decoder = graphed.Decoder(model, rows, model.config.block_size)
+    decoder = cuda_graphs.Decoder(model, rows, model.config.block_size)
     decoder.device = torch.device("cuda", gpu)
     for name in ("draw", "forward"):
         step = getattr(decoder, name)
@@ -112,9 +112,9 @@ def decoder_on(machine: Machine, gpu: int, model: gptfast.GPT, rows: int) -> gra
     return decoder
 
 
-def tokens(model: gptfast.GPT, decoder: graphed.Decoder, **options) -> list[list[int]]:
+def tokens(model: gptfast.GPT, decoder: cuda_graphs.Decoder, **options) -> list[list[int]]:
     requests = requests_of(PROMPTS, **options)
-    graphed.run(model, requests, decoder)
+    cuda_graphs.run(model, requests, decoder)
     return [row.tokens for request in requests for row in request.rows]
 
 
@@ -144,12 +144,12 @@ def test_an_empty_graph_is_not_replayed(machine, monkeypatch):
     assert set(decoder._graphs.values()) == {None}
 
 
-def keeping_state(decoder: graphed.Decoder) -> Callable:
+def keeping_state(decoder: cuda_graphs.Decoder) -> Callable:
     """Capturing in which nothing runs for good, though the machine above runs what it does not capture."""
 
     def captured(step: Callable[[], None]) -> object:
         with decoder._undone():
-            return graphed.Decoder._captured(decoder, step)
+            return cuda_graphs.Decoder._captured(decoder, step)
 
     return captured
 
@@ -175,7 +175,7 @@ def test_other_warnings_of_a_capture_are_passed_on(machine):
 
 
 def test_bfloat16_is_asked_of_the_gpu_that_trains(monkeypatch):
-    from gptfast.training.machine import choose_dtype
+    from gptfast.machine import choose_dtype
 
     machine = Machine()
     monkeypatch.setattr(torch.cuda, "device", machine.device)
@@ -188,7 +188,7 @@ def test_what_captures_is_asked_of_the_model_s_gpu(machine, monkeypatch):
     asked: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: asked.append(machine.current) or True)
     model = tiny().eval()
-    monkeypatch.setattr(graphed, "_current", lambda device: machine.device(torch.device("cuda", 2)))
+    monkeypatch.setattr(cuda_graphs, "_current", lambda device: machine.device(torch.device("cuda", 2)))
     monkeypatch.setattr(type(model.wte.weight), "is_cuda", True, raising=False)
-    assert not graphed.takes(model, requests_of([[1]]))
+    assert not cuda_graphs.takes(model, requests_of([[1]]))
     assert asked == [2]

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from gptfast.generation import jobs as jobs_module
-from gptfast.generation.jobs import read_jobs, run_jobs
+from gptfast import batch
+from gptfast.batch import read_jobs, run_jobs
 from gptfast.tokenizer import CharTokenizer
 from tests.support.command import BLOCK, LETTERS, save_model
 
@@ -80,8 +80,8 @@ def test_a_job_that_was_cut_off_goes_on(chars, source, tmp_path, monkeypatch):
     assert len(kept.splitlines()) == 7
     with cut.open("ab") as file:
         file.write(b'{"line": 22, "prompt": "half a li')  # what a power cut may leave
-    done, ran = [], jobs_module._run
-    monkeypatch.setattr(jobs_module, "_run", lambda todo, *args: ran(done.extend(todo) or todo, *args))
+    done, ran = [], batch._run
+    monkeypatch.setattr(batch, "_run", lambda todo, *args: ran(done.extend(todo) or todo, *args))
     run_jobs(todo, cut, *chars[1:], batch_size=3)
     assert cut.read_bytes() == whole.read_bytes() and len(done) == len(todo) - 7
 
@@ -96,7 +96,7 @@ def test_lines_hold_no_default_options_and_go_on_where_they_did(chars, source, t
     older = [{**line, "options": by_line[line["line"]].options} for line in lines]  # with all of them
     before = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in older).encode()
     output.write_bytes(before)
-    monkeypatch.setattr(jobs_module, "_run", lambda todo, *args: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr(batch, "_run", lambda todo, *args: pytest.fail("nothing is left to do"))
     run_jobs(todo, output, *chars[1:])
     assert output.read_bytes() == before
     with pytest.raises(ValueError, match="is not the result of a line of this input with these options"):

@@ -8,7 +8,7 @@ import torch
 import gptfast
 from gptfast.generation import Generation, GenerationConfig, generate, score, stream
 from gptfast.generation.beam import largest
-from gptfast.generation.processors import ban_repeated, penalise, warp
+from gptfast.generation.sampling import ban_repeated, penalise, warp
 from gptfast.tokenizer import CharTokenizer
 from tests.support.generation_pairs import make_pair
 from tests.support.strategies import assert_distributed, next_probs, without_padding

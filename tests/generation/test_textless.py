@@ -11,10 +11,10 @@ import torch
 
 import gptfast
 from gptfast import GPT, GPTConfig
+from gptfast.batch import read_jobs, run_jobs
 from gptfast.engine import engine_for
 from gptfast.generation import Scheduler, generate, stream
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.jobs import read_jobs, run_jobs
 from gptfast.generation.textless import choosing_text, textless_ids
 from gptfast.serving.app import Limits, create_app
 from gptfast.tokenizer import BPETokenizer, StreamDecoder, lenient

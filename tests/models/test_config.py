@@ -1,4 +1,4 @@
-"""GPTConfig, presets against the published sizes, and the tally."""
+"""GPTConfig, presets against the published sizes, and the parameter table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from gptfast.models import GPT, PRESETS, GPTConfig
-from gptfast.models.tally import tally
+from gptfast.models.parameter_table import parameter_table
 
 MILLION, BILLION = 10**6, 10**9
 
@@ -50,13 +50,13 @@ def test_preset_has_the_published_number_of_parameters(name: str):
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"tie_weights": False, "position_embedding": "sinusoidal"}])
-def test_tally_adds_up_to_the_model(name: str, options: dict):
+def test_parameter_table_adds_up_to_the_model(name: str, options: dict):
     config = GPTConfig.preset(name, **options)
-    assert sum(row.count for row in tally(config)) == on_meta(config).num_parameters()
+    assert sum(row.count for row in parameter_table(config)) == on_meta(config).num_parameters()
 
 
 def test_the_175b_model_matrix_by_matrix():
-    rows = {row.category: row.count for row in tally(GPTConfig.preset("gpt3-175b"))}
+    rows = {row.category: row.count for row in parameter_table(GPTConfig.preset("gpt3-175b"))}
     assert rows["Embedding"] == rows["Unembedding"] == 12288 * 50257 == 617_558_016
     for name in ("Key", "Query", "Value", "Output"):
         assert rows[name] == 128 * 12288 * 96 * 96 == 14_495_514_624
@@ -126,7 +126,7 @@ def test_unknown_names():
         GPTConfig.preset("gpt2", n_layers=3)
 
 
-def test_info_prints_the_tally(monkeypatch):
+def test_info_prints_the_parameter_table(monkeypatch):
     from gptfast.cli import app
 
     monkeypatch.setenv("COLUMNS", "120")

@@ -19,7 +19,7 @@ import gptfast
 from gptfast import GPT, GPTConfig
 from gptfast.backend import cpu_isas
 from gptfast.engine import engine_for, forget
-from gptfast.engine.automatic import checksum
+from gptfast.engine.transparent import checksum
 from gptfast.generation import Scheduler
 from gptfast.models.difference import difference
 

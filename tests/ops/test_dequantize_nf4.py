@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gptfast import ops
+from gptfast._nf4 import NF4_VALUES, dynamic_values
 from gptfast.backend import resolve
 from gptfast.ops import reference
-from gptfast.ops._codes import NF4_VALUES, dynamic_values
 from gptfast.testing import cases, check_case
 from gptfast.triton import INTERPRETING
 

@@ -15,7 +15,7 @@ from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
 from gptfast.engine import EngineSequences
 from gptfast.generation import GenerationConfig, Request, Token, score
-from gptfast.generation.choose import NAN
+from gptfast.generation.sampling import NAN
 from gptfast.generation.stopping import Stopping
 from gptfast.serving.app import Limits, create_app
 from gptfast.serving.protocol import prompt_logprobs

@@ -13,8 +13,8 @@ import torch
 
 from gptfast.backend import has_cpu_ops
 from gptfast.generation import score
+from gptfast.generation.scoring import score_in_pieces
 from gptfast.serving.app import Limits, create_app
-from gptfast.serving.scoring import score_in_pieces
 from gptfast.tokenizer import CharTokenizer
 from tests.support import ROOT
 from tests.support.serving_app import ASK, Gated, httpx, new_text, openai, serving, wait_until
@@ -180,7 +180,7 @@ def test_pieces_are_the_whole(model, monkeypatch, quantize):
         pytest.skip("this install has no compiled part")
     ids = [n * 7 % 35 for n in range(40)]
     for piece in (1, 7, 39, 64):
-        monkeypatch.setattr("gptfast.serving.scoring.PIECE", piece)
+        monkeypatch.setattr("gptfast.generation.scoring.PIECE", piece)
         pieces, count = score_in_pieces(model.compile_for_inference(quantize) if quantize else model, ids, 2), 0
         try:
             while True:
@@ -210,7 +210,7 @@ def test_texts_go_on_between_the_pieces_of_a_scoring(app, closed, url, monkeypat
             yield
 
     monkeypatch.setattr("gptfast.serving.completions.score_in_pieces", watched)
-    monkeypatch.setattr("gptfast.serving.scoring.PIECE", 1)
+    monkeypatch.setattr("gptfast.generation.scoring.PIECE", 1)
     scoring = {**ASK, "prompt": "a" * 20, "max_tokens": 0, "echo": True, "logprobs": 1}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         asked = []

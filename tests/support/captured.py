@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gptfast
-from gptfast.generation import graphed
+from gptfast.generation import cuda_graphs
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.request import Request
 from gptfast.generation.stopping import Stopping
@@ -19,5 +19,5 @@ def requests_of(prompts: list[list[int]], **options) -> list[Request]:
 def graphed_tokens(model: gptfast.GPT, prompts: list[list[int]], **options) -> list[list[int]]:
     requests = requests_of(prompts, **options)
     rows = sum(request.config.num_return_sequences for request in requests)
-    graphed.run(model, requests, graphed.Decoder(model, rows, model.config.block_size))
+    cuda_graphs.run(model, requests, cuda_graphs.Decoder(model, rows, model.config.block_size))
     return [row.tokens for request in requests for row in request.rows]

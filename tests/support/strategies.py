@@ -7,7 +7,7 @@ import math
 import torch
 
 from gptfast.generation import GenerationConfig
-from gptfast.generation.processors import warp
+from gptfast.generation.sampling import warp
 
 
 def without_padding(new, eos):

@@ -201,7 +201,7 @@ def test_prepare_encodes_whole_texts(bpe, tmp_path, monkeypatch):
 
 
 def test_one_rule_for_prompts(bpe):
-    from gptfast.generation.jobs import _read_job
+    from gptfast.batch import _read_job
     from gptfast.serving.protocol import Completion
 
     text = "a<|endoftext|>b"

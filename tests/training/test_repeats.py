@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptfast import backend
+from gptfast import backend, machine
 from gptfast.models import GPT, GPTConfig
 from gptfast.ops import gemm
-from gptfast.training import TrainConfig, Trainer, machine, read_checkpoint
+from gptfast.training import TrainConfig, Trainer, read_checkpoint
 from gptfast.training.log import read_log
 
 TEXT = "Is this a dagger which I see before me,\nThe handle toward my hand? Come, let me clutch thee.\n" * 40

@@ -26,14 +26,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from gptfast import machine
 from gptfast._snapshots import current
+from gptfast.benchmarking.training_step import compare_step, eager_loss, gptfast_loss, torch_loss
 from gptfast.cli import app
 from gptfast.data import write_tokens
 from gptfast.models import GPT, GPTConfig
 from gptfast.tokenizer import CharTokenizer, load_tokenizer
-from gptfast.training import TrainConfig, Trainer, accumulate_gradients, machine, read_checkpoint, timing
+from gptfast.training import TrainConfig, Trainer, accumulate_gradients, read_checkpoint, timing
 from gptfast.training.checkpoint import copy_checkpoint, save_checkpoint, verify
-from gptfast.training.compare import compare_step, eager_loss, gptfast_loss, torch_loss
 from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_batches
 from gptfast.training.log import Log, read_log
 from gptfast.training.optim import build_optimizers, parameters_of

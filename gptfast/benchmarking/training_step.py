@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast.backend import backend, cpu_isa
+from gptfast.machine import cpu_name
 from gptfast.models import GPT, GPTConfig
 from gptfast.training.config import TrainConfig
 from gptfast.training.optim import build_optimizers
@@ -117,8 +118,6 @@ def compare_step(
         for name, values in times.items()
         if name != "gptfast"
     }
-    from gptfast.cli.doctor import cpu_name  # not at import: a library module does not need the command line
-
     shape = f"{config.n_layer} layers of {config.n_embd}, {config.n_head} heads, vocabulary {config.vocab_size}"
     return StepComparison(
         machine=f"{cpu_name()}, {torch.get_num_threads()} threads, {cpu_isa() or 'no compiled ops'}, torch {torch.__version__}",

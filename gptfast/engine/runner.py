@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 if TYPE_CHECKING:
-    from gptfast.generation.sequences import Sampling
+    from gptfast.generation.runner import Sampling
     from gptfast.models import GPTConfig
 
 PANEL = 32  # logits are written in whole panels of so many
@@ -177,7 +177,7 @@ class EngineSequences:
         self._cache.interrupt()
 
     def draw(self, logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-        """One token for each row of logits, (rows, V) fp32; see `gptfast.generation.sequences.Sequences.draw`."""
+        """One token for each row of logits, (rows, V) fp32; see `gptfast.generation.runner.Sequences.draw`."""
         if tuple(logits.shape) != (len(samplings), self.config.vocab_size) or logits.dtype != torch.float32:
             raise ValueError(
                 f"draw: logits has shape {tuple(logits.shape)}, {logits.dtype}; expected ({len(samplings)}, "

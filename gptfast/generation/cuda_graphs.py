@@ -23,13 +23,12 @@ from torch import Tensor
 from gptfast import ops
 from gptfast._warn import warn
 from gptfast.backend import resolve
-from gptfast.generation.choose import FAULTS
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.processors import processors
 from gptfast.generation.request import Request, Row
-from gptfast.generation.sequences import for_generation
+from gptfast.generation.sampling import FAULTS, processors
+from gptfast.generation.torch_runner import for_generation
 from gptfast.models.difference import difference
-from gptfast.models.kv_cache import KVCache
+from gptfast.nn.kv_cache import KVCache
 from gptfast.ops.causal_attention import trusted
 
 if TYPE_CHECKING:

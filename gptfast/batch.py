@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from gptfast._files import atomic_write, check_target, read_bytes, read_text
+from gptfast.generation.api import generate
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.decode import generate
 from gptfast.generation.prompts import check_prompt
 from gptfast.generation.request import Request
+from gptfast.generation.runner import LanguageModel
 from gptfast.generation.scheduler import Scheduler
-from gptfast.generation.sequences import LanguageModel
 from gptfast.generation.stopping import Stopping
 from gptfast.models.metadata import metadata_of, without_greedy
 from gptfast.tokenizer import Tokenizer, encode_prompt, lenient

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptfast.models.config import GPTConfig
+from gptfast.config import GPTConfig
 
 
 @dataclass(frozen=True)
-class Row:
+class ParameterGroup:
     """One kind of parameter: `copies` tensors of `shape`, out of which `count` numbers are stored."""
 
     category: str
@@ -17,7 +17,7 @@ class Row:
     count: int
 
 
-def tally(config: GPTConfig) -> list[Row]:
+def parameter_table(config: GPTConfig) -> list[ParameterGroup]:
     """The parameters of `config`, without building the model; the counts add up to
     `GPT(config).num_parameters()`.
 
@@ -32,18 +32,18 @@ def tally(config: GPTConfig) -> list[Row]:
         config.head_dim,
         config.n_head,
     )
-    rows = [Row("Embedding", f"{C} x {V}", 1, C * V)]
+    rows = [ParameterGroup("Embedding", f"{C} x {V}", 1, C * V)]
     if config.position_embedding == "learned":
-        rows.append(Row("Position embedding", f"{C} x {config.block_size}", 1, C * config.block_size))
-    rows += [Row(name, f"{D} x {C}", H * L, C * C * L) for name in ("Key", "Query", "Value")]
+        rows.append(ParameterGroup("Position embedding", f"{C} x {config.block_size}", 1, C * config.block_size))
+    rows += [ParameterGroup(name, f"{D} x {C}", H * L, C * C * L) for name in ("Key", "Query", "Value")]
     rows += [
-        Row("Output", f"{C} x {D}", H * L, C * C * L),
-        Row("Up-projection", f"{inner} x {C}", L, inner * C * L),
-        Row("Down-projection", f"{C} x {inner}", L, inner * C * L),
-        Row("Unembedding", f"{V} x {C}", 1, 0 if config.tie_weights else V * C),
+        ParameterGroup("Output", f"{C} x {D}", H * L, C * C * L),
+        ParameterGroup("Up-projection", f"{inner} x {C}", L, inner * C * L),
+        ParameterGroup("Down-projection", f"{C} x {inner}", L, inner * C * L),
+        ParameterGroup("Unembedding", f"{V} x {C}", 1, 0 if config.tie_weights else V * C),
     ]
     norms = 2 * L + config.final_norm
-    rows.append(Row("LayerNorm", f"{C}", norms * (1 + config.bias), norms * (1 + config.bias) * C))
+    rows.append(ParameterGroup("LayerNorm", f"{C}", norms * (1 + config.bias), norms * (1 + config.bias) * C))
     if config.bias:
-        rows.append(Row("Bias", f"{5 * C + inner} a layer", L, (5 * C + inner) * L))
+        rows.append(ParameterGroup("Bias", f"{5 * C + inner} a layer", L, (5 * C + inner) * L))
     return rows

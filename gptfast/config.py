@@ -204,7 +204,7 @@ PRESETS: dict[str, dict[str, Any]] = {
   themselves; n_head * head_dim = n_embd and the printed parameter counts hold with 16 heads and with 5120
   channels;
 * it does not say whether the head is tied. The printed counts of the small models fit only a tied head (125M
-  would be 164M untied), so 125M to 13B are tied as GPT-2 is; 175B is untied, as its usual tally lists it:
+  would be 164M untied), so 125M to 13B are tied as GPT-2 is; 175B is untied, as the usual table lists it:
   617M each for the embedding and the unembedding, 175.2B in all (tied it would be 174.6B);
 * it gives no width for the banded layers; 256 is that of GPT-Neo's local layers. Dropout is 0: less than one
   epoch.

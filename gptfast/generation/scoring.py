@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt, piece by piece, so that texts in the making are not kept waiting for a long one."""
+"""Log-probabilities of a text under the model, at once or piece by piece."""
 
 from __future__ import annotations
 
@@ -6,15 +6,47 @@ from collections.abc import Generator
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gptfast.generation import LanguageModel
-from gptfast.generation.choose import NAN
-from gptfast.generation.sequences import beside
+from gptfast.generation.prompts import check_ids, read_prompt
+from gptfast.generation.runner import LanguageModel, beside
+from gptfast.generation.sampling import NAN
 from gptfast.generation.textless import likeliest
 
 PIECE = 64  # tokens: logits of so many are held at a time
 
 Scored = tuple[float, list[tuple[int, float]]]  # a token's log-probability; the likeliest tokens with probabilities
+
+
+def score(model: LanguageModel, row: Any, first: int = 1) -> list[float]:
+    """How likely the model holds a text: log p(row[t] | row[:t]) for t = first, first + 1, …
+
+    Args:
+        model: a GPT or a compiled one.
+        row: T token ids, 2 <= T <= block_size + 1.
+        first: in [1, T).
+    Returns:
+        T - first numbers, at most 0.
+    Raises:
+        TypeError, ValueError: not that.
+    """
+    row, limit = read_prompt("", row), model.config.block_size + 1
+    if not 2 <= len(row) <= limit or not 1 <= first < len(row):
+        raise ValueError(
+            f"score: row has {len(row)} tokens and first is {first}; expected 2 to {limit} tokens (block_size + 1), and 1 <= "
+            "first < their number"
+        )
+    check_ids("", row, model.config.vocab_size)
+    logprobs = all_logprobs(model, row)[first - 1 :]
+    wanted = torch.tensor(row[first:], dtype=torch.int64, device=logprobs.device)
+    return logprobs.gather(-1, wanted[:, None])[:, 0].tolist()
+
+
+def all_logprobs(model: LanguageModel, row: list[int]) -> Tensor:
+    """Log-probabilities, (T - 1, V), of what may follow each token of a sequence of T >= 2 but the last."""
+    sequences = model.sequences(1, len(row) - 1)
+    with beside(sequences):
+        return sequences.extend(sequences.add(), [row[:-1]], last_only=False)[0].log_softmax(-1)
 
 
 def score_in_pieces(

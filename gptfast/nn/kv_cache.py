@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.models.config import GPTConfig
+from gptfast.config import GPTConfig
 from gptfast.ops.causal_attention import trusted
 
 

@@ -10,14 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gptfast.generation import graphed
+from gptfast.generation import cuda_graphs
 from gptfast.generation.arguments import unpack
 from gptfast.generation.beam import beam_search
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.prompts import check_ids, read_prompt, read_prompts
+from gptfast.generation.prompts import read_prompts
 from gptfast.generation.request import Request, Token
+from gptfast.generation.runner import LanguageModel
 from gptfast.generation.scheduler import Scheduler, check_top
-from gptfast.generation.sequences import LanguageModel, beside
+from gptfast.generation.scoring import score
 from gptfast.generation.speculative import check_assistant
 from gptfast.generation.stopping import Stopping
 from gptfast.generation.textless import choosing_text
@@ -142,8 +143,8 @@ def _run(
     model: LanguageModel, requests: list[Request], assistant: LanguageModel | None, streamer: Streamer | None
 ) -> list[list[float]]:
     """Run the requests to their end; returns the log-probabilities of the new tokens of each row, where asked for."""
-    if assistant is None and streamer is None and graphed.takes(model, requests):
-        graphed.run(model, requests)
+    if assistant is None and streamer is None and cuda_graphs.takes(model, requests):
+        cuda_graphs.run(model, requests)
         _raise_error(requests)
         return []
     scheduler = _scheduler(model, requests, assistant)
@@ -242,34 +243,3 @@ def _steps(model: LanguageModel, requests: list[Request], assistant: LanguageMod
 
 def _ended(request: Request, stream: int) -> bool:
     return bool(request.rows) and request.rows[stream].finish is not None
-
-
-def score(model: LanguageModel, row: Any, first: int = 1) -> list[float]:
-    """How likely the model holds a text: log p(row[t] | row[:t]) for t = first, first + 1, …
-
-    Args:
-        model: a GPT or a compiled one.
-        row: T token ids, 2 <= T <= block_size + 1.
-        first: in [1, T).
-    Returns:
-        T - first numbers, at most 0.
-    Raises:
-        TypeError, ValueError: not that.
-    """
-    row, limit = read_prompt("", row), model.config.block_size + 1
-    if not 2 <= len(row) <= limit or not 1 <= first < len(row):
-        raise ValueError(
-            f"score: row has {len(row)} tokens and first is {first}; expected 2 to {limit} tokens (block_size + 1), and 1 <= "
-            "first < their number"
-        )
-    check_ids("", row, model.config.vocab_size)
-    logprobs = all_logprobs(model, row)[first - 1 :]
-    wanted = torch.tensor(row[first:], dtype=torch.int64, device=logprobs.device)
-    return logprobs.gather(-1, wanted[:, None])[:, 0].tolist()
-
-
-def all_logprobs(model: LanguageModel, row: list[int]) -> Tensor:
-    """Log-probabilities, (T - 1, V), of what may follow each token of a sequence of T >= 2 but the last."""
-    sequences = model.sequences(1, len(row) - 1)
-    with beside(sequences):
-        return sequences.extend(sequences.add(), [row[:-1]], last_only=False)[0].log_softmax(-1)

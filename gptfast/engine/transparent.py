@@ -15,7 +15,7 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 
 from gptfast.backend import AUTOMATIC, chosen, cpu_isa, has_cpu_ops
 from gptfast.engine.compiled import CompiledGPT, compile_model
-from gptfast.generation.sequences import usual_threads
+from gptfast.generation.runner import usual_threads
 from gptfast.models.difference import difference, true_config
 
 if TYPE_CHECKING:
