@@ -27,6 +27,26 @@ if INTERPRETING:
     triton_interpreter.mend()
 
 
+# Files of over a minute on a quiet machine, the longest first. pytest-xdist deals whole files in this order (the Makefile's
+# --no-loadscope-reorder), so that the last ones are short and all processes end together.
+SLOWEST_FIRST = (
+    "cuda/test_cuda_build.py",  # nvcc compiles every kernel for every GPU
+    "triton/test_triton.py",  # the op suite in Triton's interpreter
+    "cuda_emulator/test_emulator_attention.py",  # two more builds of the emulator
+    "cuda_emulator/test_emulator_modes.py",
+    "ops/test_causal_attention.py",
+    "ops/test_layer_norm.py",
+    "ops/test_cross_entropy.py",
+    "benchmarking/test_bench.py",
+    "training/test_training.py",
+    "triton/test_triton_compile.py",
+    "cuda/test_gpu_check.py",
+    "fuzz/test_fuzz.py",
+    "cli/test_demo.py",
+    "cuda/test_conformance.py",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="fail where a package that tests need is missing")
 
@@ -55,6 +75,17 @@ def _installed(name: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist
+        items.sort(key=lambda item: rank(item.path))
+
+
+def rank(path: Path) -> int:
+    """The place of a test file in the order of dealing."""
+    name = str(path.relative_to(ROOT / "tests")) if path.is_relative_to(ROOT / "tests") else ""
+    return SLOWEST_FIRST.index(name) if name in SLOWEST_FIRST else len(SLOWEST_FIRST)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

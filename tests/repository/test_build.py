@@ -124,3 +124,14 @@ test = [
     project.write_text(old)
     assert conftest.missing_packages(project) == ["no-such-package-of-gptfast"]
     assert "--whole" in (ROOT / "Makefile").read_text()
+
+
+@needs_tree
+def test_slow_files_are_dealt_first():
+    from tests import conftest
+
+    files = [ROOT / "tests" / name for name in conftest.SLOWEST_FIRST]
+    assert [path.name for path in files if not path.exists()] == []
+    assert [conftest.rank(path) for path in files] == list(range(len(files)))
+    assert conftest.rank(Path(__file__)) == conftest.rank(Path("/elsewhere/test_some.py")) == len(files)
+    assert "--dist loadfile --no-loadscope-reorder" in (ROOT / "Makefile").read_text()
