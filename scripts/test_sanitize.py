@@ -1,4 +1,4 @@
-"""The op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer.  make test-sanitize
+"""The op tests on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (`make test-sanitize`).
 
 Builds into a copy of the package, so that the installed one stays as it is. Leaks are not looked for: Python and torch
 keep memory to the end of the process.

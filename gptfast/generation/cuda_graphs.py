@@ -291,7 +291,7 @@ class Decoder:
 
     @contextmanager
     def _undone(self) -> Iterator[None]:
-        """Afterwards the state is as before. (What was stored behind a row's length is overwritten anyway.)"""
+        """Restore the state afterwards. What was stored behind a row's length stays: it is overwritten anyway."""
         tensors = (*self.state.per_row(), self.state.column)
         before = [x.clone() for x in tensors]
         try:

@@ -19,7 +19,7 @@ Scored = tuple[float, list[tuple[int, float]]]  # a token's log-probability; the
 
 
 def score(model: LanguageModel, row: Any, first: int = 1) -> list[float]:
-    """How likely the model holds a text: log p(row[t] | row[:t]) for t = first, first + 1, …
+    """How likely the model holds a text: log p(row[t] | row[:t]) for t from `first` to the end.
 
     Args:
         model: a GPT or a compiled one.

@@ -1,4 +1,4 @@
-"""Causal attention, backward, in two kernels without atomics, so that gradients repeat bit for bit:
+"""Causal attention, backward, in two kernels without atomics, so that gradients repeat bit for bit.
 
     P = exp2(c (Q K^T - shift) - level),  dP = dO V^T,  dS = P (dP - delta),  delta = rowsum(dO O)
     dQ = scale dS K       a program has a block of queries and walks over its keys; it also stores delta

@@ -54,7 +54,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
-#if defined(__SANITIZE_ADDRESS__)  // plain statics get redzones; run with one OS thread
+#if defined(__SANITIZE_ADDRESS__)  // plain static variables get redzones; run with one OS thread
 #define __shared__ static
 #else
 #define __shared__ static thread_local

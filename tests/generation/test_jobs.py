@@ -133,7 +133,7 @@ def test_a_killed_process_goes_on(chars, tmp_path, run):
         ("3", 'line 2: expected a JSON string, or an object with a "prompt"'),
         ("{}", 'line 2: expected a JSON string, or an object with a "prompt"'),
         ('{"prompt": ""}', 'line 2: expected a JSON string, or an object with a "prompt"'),
-        ('{"prompt": "a", "temperatur": 1}', "line 2: generate: unknown option 'temperatur'"),
+        ('{"prompt": "a", "temperatur": 1}', "line 2: generate: unknown option 'temperatur'"),  # codespell:ignore
         ('{"prompt": "a", "temperature": -1}', "line 2: generate: temperature is -1"),
         ('{"prompt": "a", "top_k": "3"}', "line 2: generate: top_k is '3'; expected an int"),
         ('{"prompt": "€"}', "line 2: .*'€' .* is not among the"),

@@ -40,11 +40,11 @@ def sent(pieces, stops):
         (["a", "b; c. d"], [".", ";"], ["a", "b"]),
         # one stop is the beginning of another; a stop that reaches over pieces; a piece before it within the same token
         (["xEN", "D."], ["END.", "EN"], ["x"]),
-        (["ab", "cab", "dz"], ["abd"], ["abc"]),
+        (["ab", "cab", "dz"], ["abd"], ["abc"]),  # codespell:ignore
         (["aaab"], ["aab"], ["a"]),
         # no stop: all of it, what was held back too
         (["Us", "er"], ["User:"], ["User"]),
-        (["日", "本E", "ND"], ["END"], ["日", "本"]),
+        (["日", "本E", "ND"], ["END"], ["日", "本"]),  # codespell:ignore
     ],
 )
 def test_a_text_ends_at_the_earliest_stop(pieces, stops, expected):

@@ -47,7 +47,7 @@ def model_of(name: str) -> GPT:
 
 @functools.cache
 def ids_of(name: str) -> Tensor:
-    """(2, block_size)"""
+    """Ids of shape (2, block_size)."""
     config = model_of(name).config
     return torch.randint(config.vocab_size, (2, config.block_size), generator=torch.Generator().manual_seed(1))
 
