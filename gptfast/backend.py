@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
+from gptfast import _schemas
 from gptfast._warn import warn
 from gptfast.triton import trouble as triton_trouble
 
@@ -41,6 +42,9 @@ def _load_ops() -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load with torch {torch.__version__}: {error}"
+    schemas = (*_schemas.compiled(), *_schemas.CPU_LIBRARY)
+    _schemas.define("gptfast", schemas)
+    _schemas.check_library("gptfast", "cpu", schemas, path)
     rejected = torch.ops.gptfast.cpu_rejected_isa()
     if rejected:
         usable = torch.ops.gptfast.cpu_isas().replace(",", ", ")
@@ -67,6 +71,8 @@ def _load_cuda_ops() -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load with torch {torch.__version__}: {error}"
+    _schemas.define("gptfast", _schemas.CUDA_LIBRARY)
+    _schemas.check_library("gptfast", "cuda", (*_schemas.compiled(), *_schemas.CUDA_LIBRARY), path)
     return None
 
 

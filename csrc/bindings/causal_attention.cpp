@@ -1,4 +1,4 @@
-// causal_attention: schema, checks, allocation, launch.
+// causal_attention: checks, allocation, launch.
 #include <algorithm>
 
 #include "common.h"
@@ -139,16 +139,6 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, cons
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
-  m.def(
-      "causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? cu_seqlens, bool causal, "
-      "float scale, float dropout_p, SymInt seed, SymInt offset, int window) -> (Tensor out, Tensor statistics)");
-  m.def(
-      "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? "
-      "seq_lens, "
-      "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, SymInt seed, SymInt offset, int window) "
-      "-> (Tensor dq, Tensor dk, Tensor dv)");
-}
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("causal_attention_fwd", TORCH_BOX(&causal_attention_fwd));
   m.impl("causal_attention_bwd", TORCH_BOX(&causal_attention_bwd));

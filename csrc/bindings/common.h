@@ -1,6 +1,6 @@
 // What every op's glue shares. Only this folder includes torch, and only its stable ABI (one binary for torch >= 2.11).
 // The glue checks what could corrupt memory, allocates, and spreads items over torch's thread pool; most messages meant
-// for users are raised in gptfast/ops before a call arrives here.
+// for users are raised in gptfast/ops before a call arrives here. Schemas are in gptfast/_schemas.py.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,4 +1,4 @@
-// cross_entropy: schema, checks, allocation, launch.
+// cross_entropy: checks, allocation, launch.
 #include "common.h"
 
 namespace gptfast {
@@ -72,17 +72,6 @@ Tensor cross_entropy_in_place(Tensor& logits, const Tensor& targets, const OptTe
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
-  m.def(
-      "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, float label_smoothing) "
-      "-> (Tensor loss, Tensor lse)");
-  m.def(
-      "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index, "
-      "float label_smoothing) -> Tensor");
-  m.def(
-      "cross_entropy_in_place(Tensor(a!) logits, Tensor targets, Tensor? dloss, int ignore_index, "
-      "float label_smoothing) -> Tensor");
-}
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd));
   m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd));

@@ -1,6 +1,6 @@
 // What the CUDA glue shares. Its sources are compiled twice: into gptfast/_cuda_ops.so (dispatch key CUDA, beside the CPU
 // ops in torch.ops.gptfast) and, with GPTFAST_EMU, into a library of the tests that runs the same kernels on CPU tensors
-// (torch.ops.gptfast_emu, whose schemas gptfast/backend.py copies from gptfast).
+// (torch.ops.gptfast_emu).
 #pragma once
 #include <torch/headeronly/util/shim_utils.h>
 

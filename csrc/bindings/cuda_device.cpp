@@ -20,7 +20,6 @@ std::string trouble(i64 index) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) { m.def("cuda_trouble(int device) -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) { m.impl("cuda_trouble", TORCH_BOX(&trouble)); }
 
 }  // namespace gptfast::cuda

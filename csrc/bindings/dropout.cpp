@@ -1,6 +1,4 @@
-// `seed` and `offset` are SymInts in every schema: they change with every step, and torch.compile must not make a graph for
-// each.
-// dropout and dropout_mask: schema, checks, allocation, launch.
+// dropout and dropout_mask: checks, allocation, launch.
 #include "common.h"
 
 namespace gptfast {
@@ -27,10 +25,6 @@ Tensor dropout_mask(i64 matrices, i64 rows, i64 cols, double p, i64 seed, i64 of
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
-  m.def("dropout(Tensor x, float p, SymInt seed, SymInt offset) -> Tensor");
-  m.def("dropout_mask(int matrices, int rows, int cols, float p, SymInt seed, SymInt offset) -> Tensor");
-}
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("dropout", TORCH_BOX(&dropout)); }
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) { m.impl("dropout_mask", TORCH_BOX(&dropout_mask)); }
 

@@ -1,4 +1,4 @@
-// embedding: schemas, checks, allocation, launch.
+// embedding: checks, allocation, launch.
 #include <cstring>
 
 #include "common.h"
@@ -64,10 +64,6 @@ Tensor embedding_bwd(const Tensor& dout, const Tensor& keys, const Tensor& order
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
-  m.def("embedding_fwd(Tensor ids, Tensor wte, Tensor? wpe, Tensor? positions) -> Tensor");
-  m.def("embedding_bwd(Tensor dout, Tensor keys, Tensor order, Tensor table) -> Tensor");
-}
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("embedding_fwd", TORCH_BOX(&embedding_fwd));
   m.impl("embedding_bwd", TORCH_BOX(&embedding_bwd));

@@ -1,4 +1,4 @@
-// gelu: schema, checks, allocation, launch. The worked example of CONTRIBUTING.md.
+// gelu: checks, allocation, launch. The worked example of CONTRIBUTING.md.
 #include "common.h"
 
 namespace gptfast {
@@ -44,10 +44,6 @@ std::tuple<Tensor, Tensor> gelu_bwd(const Tensor& dout, const Tensor& x, const O
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
-  m.def("gelu_fwd(Tensor x, Tensor? bias, bool tanh) -> Tensor");
-  m.def("gelu_bwd(Tensor dout, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)");
-}
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("gelu_fwd", TORCH_BOX(&gelu_fwd));
   m.impl("gelu_bwd", TORCH_BOX(&gelu_bwd));

@@ -1,4 +1,4 @@
-// gemm: schema, checks, workspace, launch.
+// gemm: checks, workspace, launch.
 #include <algorithm>
 
 #include "common.h"
@@ -75,9 +75,6 @@ void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, boo
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
-  m.def("gemm(Tensor a, Tensor b, Tensor? bias, Tensor(a!) c, bool pairs, bool accumulate, Tensor(b!)? a_sums) -> ()");
-}
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("gemm", TORCH_BOX(&gemm)); }
 
 }  // namespace gptfast

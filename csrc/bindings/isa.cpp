@@ -20,12 +20,6 @@ bool set_cpu_isa(std::string name) { return cpu::set_isa(name.empty() ? nullptr 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
-  m.def("cpu_isa() -> str");
-  m.def("cpu_isas() -> str");
-  m.def("cpu_rejected_isa() -> str");
-  m.def("set_cpu_isa(str name) -> bool");
-}
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
   m.impl("cpu_isas", TORCH_BOX(&cpu_isas));

@@ -1,4 +1,4 @@
-// layer_norm and add_layer_norm: schemas, checks, allocation, launch. One kernel serves both.
+// layer_norm and add_layer_norm: checks, allocation, launch. One kernel serves both.
 #include "common.h"
 
 namespace gptfast {
@@ -99,20 +99,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptTensor& d
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
-  m.def("layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
-  m.def(
-      "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, int bias_type) "
-      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
-  m.def(
-      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, SymInt "
-      "seed, "
-      "SymInt offset) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)");
-  m.def(
-      "add_layer_norm_bwd(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
-      "int bias_type, int x_type, int residual_type, float dropout_p, SymInt seed, SymInt offset) "
-      "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
-}
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
   m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));

@@ -55,10 +55,6 @@ double signal_ns(i64 rounds) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
-  m.def("peak_flops(int iterations, bool pairs) -> float");
-  m.def("signal_ns(int rounds) -> float");
-}
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
   m.impl("peak_flops", TORCH_BOX(&peak_flops));
   m.impl("signal_ns", TORCH_BOX(&signal_ns));

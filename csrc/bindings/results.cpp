@@ -95,7 +95,6 @@ Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtyp
 
 }  // namespace gptfast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) { m.def("keep_results(int bytes) -> ()"); }
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
   m.impl("keep_results", TORCH_BOX(&gptfast::keep_results));
 }

@@ -1,4 +1,4 @@
-// sample: schema, checks, allocation, launch.
+// sample: checks, allocation, launch.
 #include "common.h"
 
 namespace gptfast {
@@ -37,11 +37,6 @@ Tensor sample(const Tensor& logits, double temperature, i64 top_k, double top_p,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(gptfast, m) {
-  m.def(
-      "sample(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor position, Tensor stream) "
-      "-> Tensor");
-}
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("sample", TORCH_BOX(&sample)); }
 
 }  // namespace gptfast

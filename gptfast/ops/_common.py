@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast import _schemas
 from gptfast.backend import KERNEL_DTYPES, has_cpu_ops
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -63,24 +64,18 @@ def _raise_in_backward(namespace: str, op: str, name: str) -> None:
     torch.library.register_autograd(f"{namespace}::{name}", backward)
 
 
-_python_ops = torch.library.Library("gptfast", "FRAGMENT")  # keeps the registrations alive
-
-
-def define(
-    schema: str, function: Callable[..., Any], shapes: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()
-) -> None:
-    """Register torch.ops.gptfast.<op> that is Python itself, for tensors of any device: torch.compile sees one call.
+def define_python_op(name: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Register torch.ops.gptfast.<name>, written in Python, for tensors of any device: torch.compile sees one call.
 
     Args:
-        schema: name, arguments and results.
+        name: of a schema in `_schemas.PYTHON`.
         function: the implementation.
         shapes: its fake.
-        tags: what torch.compile is to know of it.
     """
-    name = schema[: schema.index("(")]
-    _python_ops.define(schema, tags=tags)
-    _python_ops.impl(name, _on_one_device(name, function), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gptfast::{name}", _on_one_device(name, shapes), lib=_python_ops)
+    library = _schemas.library("gptfast")
+    _schemas.define("gptfast", [s for s in _schemas.PYTHON if _schemas.name_of(s) == name])
+    library.impl(name, _on_one_device(name, function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gptfast::{name}", _on_one_device(name, shapes), lib=library)
 
 
 def adopt(namespace: str) -> None:

@@ -17,7 +17,7 @@ from gptfast.ops._common import (
     check_float,
     check_same_device,
     check_vector,
-    define,
+    define_python_op,
     distinct,
     forbid_double_backward,
     rows_of,
@@ -145,11 +145,6 @@ def _fake_backward(
     )
 
 
-define("linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _forward, _fake_forward)
-define(
-    "linear_bwd(Tensor dy, Tensor x, Tensor weight, bool want_x, bool want_weight, bool want_bias) "
-    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
-    _backward,
-    _fake_backward,
-)
+define_python_op("linear_fwd", _forward, _fake_forward)
+define_python_op("linear_bwd", _backward, _fake_backward)
 forbid_double_backward(OP, "linear_bwd")

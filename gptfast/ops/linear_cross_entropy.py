@@ -15,7 +15,7 @@ from gptfast.ops._common import (
     check_float,
     check_int,
     check_same_device,
-    define,
+    define_python_op,
     distinct,
     forbid_double_backward,
     rows_of,
@@ -290,17 +290,8 @@ def _fake_scale(
     return dhidden.new_empty(dhidden.shape), weight.new_empty(dweight.shape)
 
 
-_INPUTS = "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing"
-define(f"{OP}_fwd(str backend, {_INPUTS}) -> Tensor", _losses, _fake_fwd)
-define(
-    f"{OP}_bwd(str backend, Tensor? dloss, {_INPUTS}, bool want_hidden, bool want_weight) -> (Tensor, Tensor, Tensor)",
-    _losses_and_gradients,
-    _fake_bwd,
-)
-define(
-    f"{OP}_scale(Tensor dtotal, Tensor hidden, Tensor weight, Tensor dhidden, Tensor dweight) -> (Tensor, Tensor)",
-    _scaled,
-    _fake_scale,
-)
+define_python_op(f"{OP}_fwd", _losses, _fake_fwd)
+define_python_op(f"{OP}_bwd", _losses_and_gradients, _fake_bwd)
+define_python_op(f"{OP}_scale", _scaled, _fake_scale)
 forbid_double_backward(OP, f"{OP}_bwd")
 forbid_double_backward(OP, f"{OP}_scale")

@@ -14,7 +14,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gptfast import rng
-from gptfast.ops._common import define
+from gptfast.ops._common import define_python_op
 
 STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spreads consecutive numbers over the seeds, as SplitMix64 does
 _RANK_STEP = 0xD1B54A32D192ED03  # likewise; not STEP, or module 1 of rank 0 would be module 0 of rank 1
@@ -171,14 +171,8 @@ def _shape_of_take(counter: int, n: int, site: int, *, device: torch.device) -> 
     return torch.empty(2, dtype=torch.int64, device="cpu")
 
 
-# site tells the calls of a graph apart, or one would serve all. `device` is for torch.compile: it asks a random operator
-# in a checkpointed region for the generator that it uses.
-define(
-    "take_dropout(SymInt counter, int n, int site, *, Device device) -> Tensor",
-    _run_take,
-    _shape_of_take,
-    tags=(torch.Tag.nondeterministic_seeded,),
-)
+define_python_op("take_dropout", _run_take, _shape_of_take)
+# `site` tells the calls of a graph apart, or one would serve all.
 _sites = itertools.count()
 
 

@@ -14,70 +14,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gptfast import _schemas
+
 NAMESPACE = "gptfast_triton"
 INTERPRETING: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 OLDEST_GPU = (7, 0)  # what Triton's compiler can make code for
-
-# The module of this package that implements each operator, which has the name of the function there.
-SCHEMAS: dict[str, tuple[str, ...]] = {
-    "layer_norm": (
-        "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
-        "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, int bias_type) "
-        "-> (Tensor dx, Tensor dweight, Tensor dbias)",
-        "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
-        "SymInt seed, SymInt offset) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
-        "add_layer_norm_bwd(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
-        "int bias_type, int x_type, int residual_type, float dropout_p, SymInt seed, SymInt offset) "
-        "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-    ),
-    "gelu": (
-        "gelu_fwd(Tensor x, Tensor? bias, bool tanh) -> Tensor",
-        "gelu_bwd(Tensor dout, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)",
-    ),
-    "dropout": ("dropout(Tensor x, float p, SymInt seed, SymInt offset) -> Tensor",),
-    "embedding": (
-        "embedding_fwd(Tensor ids, Tensor wte, Tensor? wpe, Tensor? positions) -> Tensor",
-        "embedding_bwd(Tensor dout, Tensor keys, Tensor order, Tensor table) -> Tensor",
-    ),
-    "cross_entropy": (
-        "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, float label_smoothing) "
-        "-> (Tensor loss, Tensor lse)",
-        "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index, "
-        "float label_smoothing) -> Tensor",
-        "cross_entropy_in_place(Tensor(a!) logits, Tensor targets, Tensor? dloss, int ignore_index, "
-        "float label_smoothing) -> Tensor",
-    ),
-    "causal_attention": (
-        "causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? cu_seqlens, bool causal, "
-        "float scale, float dropout_p, SymInt seed, SymInt offset, int window) -> (Tensor out, Tensor statistics)",
-    ),
-    "causal_attention_bwd": (
-        "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? seq_lens, "
-        "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, SymInt seed, SymInt offset, int window) "
-        "-> (Tensor dq, Tensor dk, Tensor dv)",
-    ),
-    "sample": (
-        "sample(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor position, Tensor stream) "
-        "-> Tensor",
-    ),
-    "dequantize_nf4": (
-        "dequantize_nf4(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, SymInt[] shape, "
-        "int block_size, ScalarType dtype) -> Tensor",
-    ),
-    "quantized_linear": (
-        "quantized_linear_fwd(Tensor x, Tensor codes, Tensor scales, Tensor? bias, str format, int group_size) -> Tensor",
-        "quantized_linear_bwd(Tensor dy, Tensor codes, Tensor scales, str format, int group_size, SymInt in_features) "
-        "-> Tensor",
-    ),
-}
-
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # keeps the registrations alive
 
 
 def register() -> None:
@@ -86,13 +34,32 @@ def register() -> None:
     from gptfast.ops._common import adopt
 
     device = "cpu" if INTERPRETING else "cuda"
-    for module, schemas in SCHEMAS.items():
-        for schema in schemas:
-            name = schema[: schema.index("(")]
-            _library.define(schema)
-            _library.impl(name, _launcher(module, name), device.upper())
+    library, modules = _schemas.library(NAMESPACE), implemented()
+    _schemas.define(NAMESPACE, modules)
+    for schema, module in modules.items():
+        name = _schemas.name_of(schema)
+        library.impl(name, _launcher(module, name), device.upper())
     adopt(NAMESPACE)
     add_backend("triton", NAMESPACE, device)
+
+
+def implemented() -> dict[str, str]:
+    """The schemas that have a Triton kernel, and the module of this package whose function of that name is its launcher.
+
+    Raises:
+        ImportError: a module here bears the name of no operator.
+    """
+    modules = {module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")}
+    found: dict[str, str] = {}
+    for file, schemas in _schemas.KERNELS.items():
+        for schema in schemas:
+            name = _schemas.name_of(schema)
+            module = name if name in modules else file
+            if module in modules:
+                found[schema] = module
+    for module in sorted(modules - set(found.values())):
+        raise ImportError(f"gptfast/triton/{module}.py: gptfast/_schemas.py has no schema of {module}")
+    return found
 
 
 def _launcher(module: str, name: str) -> Callable[..., Any]:

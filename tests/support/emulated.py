@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptfast import _schemas
 from gptfast.backend import add_backend, has_cpu_ops
 from gptfast.ops._common import adopt
 from tests.support import ROOT
@@ -74,15 +75,9 @@ def cuda_include() -> Path:
 def load(variant: str | None = None) -> ctypes.CDLL:
     """Make backend="emu" available in this process. One variant a process: GPTFAST_EMU_VARIANT, or plain."""
     path = build(variant or os.environ.get("GPTFAST_EMU_VARIANT", "plain"))
-    schemas = torch.library.Library(NAMESPACE, "FRAGMENT")
-    load.library = schemas  # type: ignore[attr-defined] (keeps the definitions alive)
-    for name in torch._C._dispatch_get_all_op_names():
-        op = name.removeprefix("gptfast::")
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
-        if op != name and (has_kernel or op.startswith("embedding_")):  # embedding has CUDA kernels only
-            [schema] = torch._C._jit_get_schemas_for_operator(name)
-            schemas.define(str(schema).removeprefix("gptfast::"))
     torch.ops.load_library(path)
+    _schemas.define(NAMESPACE, _schemas.compiled())
+    _schemas.check_library(NAMESPACE, "cpu", _schemas.compiled(), path)
     adopt(NAMESPACE)
     add_backend("emu", NAMESPACE, "cpu")
     return ctypes.CDLL(str(path))

@@ -1,0 +1,147 @@
+"""The schema of every operator: its name, arguments and results, as torch.library reads them.
+
+This is the only place that states them. The compiled libraries (`m.impl` in csrc/bindings), the Triton kernels, the CUDA
+emulator of the tests and the operators written in Python implement these schemas, each in a namespace of torch.ops. The fake
+(shape function) of an operator stands beside its public function, in gptfast/ops/<op>.py.
+
+`seed` and `offset` of dropout are SymInts: they change with every step, and torch.compile must not make a graph for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+
+# By the file that implements them: csrc/bindings/<file>.cpp, cuda_<file>.cpp and gptfast/triton/<file>.py.
+KERNELS: dict[str, tuple[str, ...]] = {
+    "causal_attention": (
+        "causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? cu_seqlens, bool causal, "
+        "float scale, float dropout_p, SymInt seed, SymInt offset, int window) -> (Tensor out, Tensor statistics)",
+        "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? seq_lens, "
+        "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, SymInt seed, SymInt offset, int window) "
+        "-> (Tensor dq, Tensor dk, Tensor dv)",
+    ),
+    "cross_entropy": (
+        "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, float label_smoothing) "
+        "-> (Tensor loss, Tensor lse)",
+        "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, int ignore_index, "
+        "float label_smoothing) -> Tensor",
+        "cross_entropy_in_place(Tensor(a!) logits, Tensor targets, Tensor? dloss, int ignore_index, "
+        "float label_smoothing) -> Tensor",
+    ),
+    "dequantize_nf4": (
+        "dequantize_nf4(Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, SymInt[] shape, "
+        "int block_size, ScalarType dtype) -> Tensor",
+    ),
+    "dropout": ("dropout(Tensor x, float p, SymInt seed, SymInt offset) -> Tensor",),
+    "embedding": (
+        "embedding_fwd(Tensor ids, Tensor wte, Tensor? wpe, Tensor? positions) -> Tensor",
+        "embedding_bwd(Tensor dout, Tensor keys, Tensor order, Tensor table) -> Tensor",
+    ),
+    "gelu": (
+        "gelu_fwd(Tensor x, Tensor? bias, bool tanh) -> Tensor",
+        "gelu_bwd(Tensor dout, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)",
+    ),
+    "layer_norm": (
+        "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+        "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, int bias_type) "
+        "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+        "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
+        "SymInt seed, SymInt offset) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
+        "add_layer_norm_bwd(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
+        "int bias_type, int x_type, int residual_type, float dropout_p, SymInt seed, SymInt offset) "
+        "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    ),
+    "quantized_linear": (
+        "quantized_linear_fwd(Tensor x, Tensor codes, Tensor scales, Tensor? bias, str format, int group_size) -> Tensor",
+        "quantized_linear_bwd(Tensor dy, Tensor codes, Tensor scales, str format, int group_size, SymInt in_features) "
+        "-> Tensor",
+    ),
+    "sample": (
+        "sample(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor position, Tensor stream) "
+        "-> Tensor",
+    ),
+}
+TRITON_ONLY = {"dequantize_nf4", "quantized_linear"}  # no compiled kernel yet: elsewhere these ops run in PyTorch
+
+# Functions of the compiled libraries that no other backend has.
+CPU_LIBRARY = (
+    "gemm(Tensor a, Tensor b, Tensor? bias, Tensor(a!) c, bool pairs, bool accumulate, Tensor(b!)? a_sums) -> ()",
+    "dropout_mask(int matrices, int rows, int cols, float p, SymInt seed, SymInt offset) -> Tensor",
+    "cpu_isa() -> str",
+    "cpu_isas() -> str",
+    "cpu_rejected_isa() -> str",
+    "set_cpu_isa(str name) -> bool",
+    "keep_results(int bytes) -> ()",
+    "peak_flops(int iterations, bool pairs) -> float",
+    "signal_ns(int rounds) -> float",
+)
+CUDA_LIBRARY = ("cuda_trouble(int device) -> str",)
+
+# Operators written in Python: torch.compile sees one call.
+_LOSS = "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing"
+PYTHON = (
+    "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "linear_bwd(Tensor dy, Tensor x, Tensor weight, bool want_x, bool want_weight, bool want_bias) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+    f"linear_cross_entropy_fwd(str backend, {_LOSS}) -> Tensor",
+    f"linear_cross_entropy_bwd(str backend, Tensor? dloss, {_LOSS}, bool want_hidden, bool want_weight) "
+    "-> (Tensor, Tensor, Tensor)",
+    "linear_cross_entropy_scale(Tensor dtotal, Tensor hidden, Tensor weight, Tensor dhidden, Tensor dweight) "
+    "-> (Tensor, Tensor)",
+    # device: torch.compile asks a random operator in a checkpointed region for the generator that it uses
+    "take_dropout(SymInt counter, int n, int site, *, Device device) -> Tensor",
+)
+TAGS: dict[str, tuple[torch.Tag, ...]] = {"take_dropout": (torch.Tag.nondeterministic_seeded,)}
+
+REBUILD = "The compiled library and the Python sources do not belong together: rebuild with `python setup.py build_ext --inplace`"
+
+
+def name_of(schema: str) -> str:
+    """The operator that a schema describes."""
+    return schema[: schema.index("(")]
+
+
+def compiled() -> tuple[str, ...]:
+    """The schemas that csrc/bindings implements on every device for which it is built."""
+    return tuple(s for file, schemas in KERNELS.items() if file not in TRITON_ONLY for s in schemas)
+
+
+@cache
+def library(namespace: str) -> torch.library.Library:
+    """The registrations made from Python in torch.ops.<namespace>; they last as long as this object."""
+    return torch.library.Library(namespace, "FRAGMENT")
+
+
+def define(namespace: str, schemas: Iterable[str]) -> None:
+    """Define operators in torch.ops.<namespace>.
+
+    Raises:
+        ImportError: one of them exists: a library of an older build, which brings schemas of its own, was loaded.
+    """
+    for schema in schemas:
+        try:
+            library(namespace).define(schema, tags=TAGS.get(name_of(schema), ()))
+        except RuntimeError as error:
+            raise ImportError(
+                f"torch.ops.{namespace}.{name_of(schema)} cannot be defined: {error}\n{REBUILD}"
+            ) from error
+
+
+def check_library(namespace: str, device: str, schemas: Iterable[str], path: object) -> None:
+    """Compare a library, which has been loaded, with the schemas that it is to implement for tensors of a device.
+
+    Raises:
+        ImportError: it lacks kernels, or has some that no schema describes: it was built from other sources.
+    """
+    keys = (device.upper(), "CompositeExplicitAutograd")
+    names = [f"{namespace}::{name_of(schema)}" for schema in schemas]
+    missing = [n for n in names if not any(torch._C._dispatch_has_kernel_for_dispatch_key(n, key) for key in keys)]
+    if missing:
+        raise ImportError(f"{path}: no kernel of {', '.join(missing)} for {device} tensors. {REBUILD}")
+    dangling = [line.split()[1] for line in torch._C._dispatch_find_dangling_impls()]
+    unknown = [name for name in dangling if name.startswith(f"{namespace}::")]
+    if unknown:
+        raise ImportError(f"{path}: gptfast/_schemas.py has no schema of {', '.join(unknown)}. {REBUILD}")
