@@ -23,7 +23,7 @@ from generate_peers import LLAMA_FILE_TYPES, Process, Programs
 from torch import Tensor
 
 from gptfast import GPT
-from gptfast.data.prepare import load_prepared
+from gptfast.data.prepared import load_prepared
 from gptfast.engine import FORMATS
 
 Logits = Callable[[list[int]], Tensor]

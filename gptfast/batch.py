@@ -16,7 +16,7 @@ from typing import Any
 
 from gptfast._files import atomic_write, check_target, read_bytes, read_text
 from gptfast.generation.api import generate
-from gptfast.generation.config import GenerationConfig
+from gptfast.generation.config import TEXT_TOKENS, GenerationConfig
 from gptfast.generation.prompts import check_prompt
 from gptfast.generation.request import Request
 from gptfast.generation.runner import LanguageModel
@@ -26,7 +26,6 @@ from gptfast.models.metadata import metadata_of, without_greedy
 from gptfast.tokenizer import Tokenizer, encode_prompt, lenient
 
 BEGINNING = b'{"line": '  # of every line of an output
-MAX_NEW_TOKENS = 200  # unless said otherwise, and as far as the model has room
 
 
 @dataclass(frozen=True)
@@ -137,9 +136,9 @@ def _token_keys(bias: dict[str, Any]) -> dict[int, Any]:
 
 
 def default_new_tokens(model: LanguageModel, length: int, options: dict[str, Any]) -> int:
-    """What the checkpoint says, else MAX_NEW_TOKENS, or what fits behind a prompt of `length`; 1 where nothing does, which
+    """What the checkpoint says, else TEXT_TOKENS, or what fits behind a prompt of `length`; 1 where nothing does, which
     is an error."""
-    most = metadata_of(model).defaults().get("max_new_tokens", MAX_NEW_TOKENS)
+    most = metadata_of(model).defaults().get("max_new_tokens", TEXT_TOKENS)
     if options.get("overflow") == "slide":
         return most
     return max(1, min(most, model.config.block_size - length))

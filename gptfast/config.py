@@ -6,6 +6,8 @@ import math
 from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any
 
+from gptfast._options import describe_fields, option
+
 _CHOICES = {
     "norm_position": ("pre", "post"),
     "activation": ("gelu_tanh", "gelu", "relu", "silu", "quick_gelu", "tanh"),
@@ -16,53 +18,50 @@ _LARGEST = 2**31 - 1  # of a size: products of two fit in 64 bits
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 
 
+@describe_fields
 @dataclass(frozen=True)
 class GPTConfig:
     """Everything that decides the shape and the arithmetic of a `GPT`; without arguments it is GPT-2 (124M).
 
-    Args:
-        n_layer, n_head, n_embd: layers, heads per layer, channels C; n_embd is a multiple of n_head.
-        block_size: the longest sequence, T <= block_size.
-        vocab_size: V.
-        embd_pdrop, attn_pdrop, resid_pdrop: dropout after the embedding, on the attention weights, and on
-            every branch before it is added to the residual; probabilities in [0, 1].
-        n_inner: hidden channels of the MLP; None: 4 * n_embd.
-        norm_position: "pre" normalises the input of each branch (GPT-2, GPT-3), "post" the sum after it
-            (GPT-1).
-        final_norm: one more LayerNorm before the head (GPT-2, GPT-3).
-        activation: of the MLP: "gelu_tanh" (all published GPTs), "gelu" (exact), "relu", "silu", "quick_gelu" or "tanh".
-        attention_pattern: "dense", or "alternating": layers 1, 3, 5 ... see only the last `window` positions
-            (GPT-3).
-        window: positions that a banded layer sees, its own among them; None with "dense".
-        position_embedding: "learned", or "sinusoidal": fixed, added to sqrt(n_embd) times the token embedding
-            (Vaswani et al., arXiv 1706.03762, sections 3.4 and 3.5).
-        tie_weights: the head uses the token embedding matrix.
-        bias: biases in the linear layers and LayerNorms.
-        layer_norm_epsilon: > 0.
-        dropout: sets embd_pdrop, attn_pdrop and resid_pdrop together (not stored).
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, or two that contradict each other.
     """
 
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    block_size: int = 1024
-    vocab_size: int = 50257
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    resid_pdrop: float = 0.1
-    n_inner: int | None = None
-    norm_position: str = "pre"
-    final_norm: bool = True
-    activation: str = "gelu_tanh"
-    attention_pattern: str = "dense"
-    window: int | None = None
-    position_embedding: str = "learned"
-    tie_weights: bool = True
-    bias: bool = True
-    layer_norm_epsilon: float = 1e-5
-    dropout: InitVar[float | None] = None
+    n_layer: int = option(12, "Number of blocks.")
+    n_head: int = option(12, "Attention heads of a block.")
+    n_embd: int = option(768, "C, channels: the width of the model, a multiple of `n_head`.")
+    block_size: int = option(1024, "T, the longest sequence in tokens; longer costs time.")
+    vocab_size: int = option(50257, "V, the number of token ids.")
+    embd_pdrop: float = option(0.1, "Dropout after the embedding, a probability in [0, 1].")
+    attn_pdrop: float = option(0.1, "Dropout of the attention probabilities, in [0, 1].")
+    resid_pdrop: float = option(0.1, "Dropout of each branch before it is added to the residual, in [0, 1].")
+    n_inner: int | None = option(None, "Hidden channels of the MLP.", words="4 * n_embd")
+    norm_position: str = option(
+        "pre", '"pre" normalises the input of each branch (GPT-2, GPT-3), "post" the sum after it (GPT-1).'
+    )
+    final_norm: bool = option(True, "One more LayerNorm before the head (GPT-2, GPT-3).")
+    activation: str = option(
+        "gelu_tanh",
+        'Activation of the MLP: "gelu_tanh" (all published GPTs), "gelu" (exact), "relu", "silu", "quick_gelu" or "tanh".',
+    )
+    attention_pattern: str = option(
+        "dense", '"dense", or "alternating": layers 1, 3, 5, ... see only the last `window` positions (GPT-3).'
+    )
+    window: int | None = option(None, 'Positions that a banded layer sees, its own included; None with "dense".')
+    position_embedding: str = option(
+        "learned",
+        '"learned", or "sinusoidal": fixed, added to sqrt(n_embd) times the token embedding (Vaswani et al., arXiv '
+        "1706.03762, sections 3.4 and 3.5).",
+    )
+    tie_weights: bool = option(True, "The head uses the token embedding matrix.")
+    bias: bool = option(True, "Biases in the linear layers and LayerNorms.")
+    layer_norm_epsilon: float = option(1e-5, "Added to the variance in LayerNorm, > 0.")
+    dropout: InitVar[float | None] = option(
+        None,
+        "Part of the activations that training sets to 0 at random, in [0, 1]. It keeps a model from memorising a small text "
+        "(try 0.1 or 0.2 where the validation loss rises again).",
+        words="embd_pdrop, attn_pdrop and resid_pdrop, which it sets together",
+    )
 
     def __post_init__(self, dropout: float | None) -> None:
         if dropout is not None:

@@ -10,12 +10,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from gptfast._files import cache_folder
 from gptfast._version import __version__
+from gptfast.cli._names import as_options
 
 DEBUG = "GPTFAST_DEBUG"  # set: tracebacks are shown
 _PACKAGE = Path(__file__).parent.parent
@@ -34,7 +35,7 @@ def wants_traceback() -> bool:
     return bool(os.environ.get(DEBUG))
 
 
-def tell(error: Exception, options: Mapping[str, str] | None = None) -> None:
+def tell(error: Exception, options: dict[str, str] | None = None) -> None:
     """Say on standard error what is wrong, in a line that names the file, key or option; no traceback.
 
     An error that no check of ours raised is a fault of gptfast: its traceback goes to a file, and the line says so.
@@ -89,16 +90,17 @@ def _names_around(error: BaseException | None) -> set[str]:
     return names
 
 
-def _in_options(text: str, options: Mapping[str, str]) -> str:
+def _in_options(text: str, options: dict[str, str]) -> str:
     """The message with the options of the command line in place of the library's names for them.
 
     Names that a file has (", line 3: temperature is …"; n_embd in config.json, unless it was given) stay.
     """
+    options = options | {name: options[parameter] for name, parameter in _OTHER_NAMES.items() if parameter in options}
+    text = as_options(text, options)
     if re.search(r", (line|record) \d+", text):
         return text
-    for name, parameter in {**{name: name for name in options}, **_OTHER_NAMES}.items():
-        option = options.get(parameter)
-        if option is None or (".json" in text and not _is_given(option)):
+    for name, option in options.items():
+        if ".json" in text and not _is_given(option):
             continue
         text = re.sub(rf"(?<![\w./'\"=-]){name}=True\b", option, text)
         text = re.sub(rf"(?<![\w./'\"=-]){name}=(?=[\w'\"\[-])", f"{option} ", text)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 MODEL_HELP = "Checkpoint folder, such as runs/bard/best, nanoGPT's ckpt.pt, or a Hugging Face hub id."
 TOKENIZER_HELP = "How text becomes numbers: gpt2, or the FOLDER of a tokenizer."
+SPECIAL_TOKENS_HELP = "Read special tokens in prompts, such as <|endoftext|>, as such; without, as ordinary text."
+QUANTIZE_HELP = "Pack the weights in int8, int6, q4, int4, nf4, bf16 or fp32 for the native CPU engine"
 MOST_TEXTS = 1 << 16  # at a time: more would take memory before the first has come
 
 

@@ -6,6 +6,8 @@ import math
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from gptfast.cli._names import as_options
+
 if TYPE_CHECKING:
     from gptfast.data import PreparedData
     from gptfast.training.config import TrainConfig
@@ -32,7 +34,7 @@ def describe(run: Run) -> list[str]:
     limits += [f"{train.max_minutes:g} min"] if train.max_minutes else []
     lines = [
         f"model    {trainer.model.num_parameters() / 1e6:.2f}M parameters: {shape}",
-        *([f"         {run.note}"] if run.note else []),
+        *([f"         {as_options(run.note)}"] if run.note else []),
         f"data     {len(data.train):,} tokens to train on, {len(data.val):,} for validation; "
         f"{data.tokenizer.kind} tokenizer, {data.tokenizer.vocab_size:,} tokens",
         *(f"         {note}" for note in data.notes),
@@ -55,7 +57,9 @@ def _resume_lines(run: Run) -> list[str]:
             "not the same as a run started like that"
         )
     if changed := run.changed_arithmetic():
-        lines.append(f"         {' and '.join(changed)} changed: no longer bit for bit the run without an interruption")
+        lines.append(
+            f"         {as_options(' and '.join(changed))} changed: no longer bit for bit the run without an interruption"
+        )
     return lines + _rate_lines(run) + _batch_lines(old, new, run.trainer.block_size)
 
 

@@ -38,7 +38,7 @@ def stream_one(gpt: GPT, tokenizer: Tokenizer, text: str, ids: list[list[int]], 
 
 
 def print_all(gpt: GPT, tokenizer: Tokenizer, ids: list[list[int]], options: dict[str, Any]) -> int:
-    copies, ends = options["num_return_sequences"], end_ids(options)
+    copies, ends = options.get("num_return_sequences", 1), end_ids(options)
     rows = gpt.generate(ids, **options)
     for n, row in enumerate(rows):
         print(f"---- prompt {n // copies + 1}, continuation {n % copies + 1} " + "-" * 40)
@@ -52,7 +52,7 @@ def print_probabilities(gpt: GPT, tokenizer: Tokenizer, ids: list[list[int]], op
 
     from gptfast.generation import stream
 
-    if len(ids) > 1 or options["num_return_sequences"] > 1 or options["num_beams"] > 1:
+    if len(ids) > 1 or options.get("num_return_sequences", 1) > 1 or options.get("num_beams", 1) > 1:
         raise ValueError("generate: --show-probabilities shows one sequence; give one prompt and no beams or copies")
     console, count, row, ends = Console(highlight=False), 0, list(ids[0]), end_ids(options)
     for count, step in enumerate(stream(gpt, ids, top=TOP, **options), start=1):

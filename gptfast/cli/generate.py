@@ -1,131 +1,98 @@
-"""gptfast generate: a GPT writes."""
+"""gptfast generate: continue prompts."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from gptfast.cli._load import MODEL_HELP, TOKENIZER_HELP, check_batch_size, load
+from gptfast._options import option, values_of
+from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, SPECIAL_TOKENS_HELP, TOKENIZER_HELP, check_batch_size, load
+from gptfast.cli._options import Change, Options, takes
 from gptfast.cli._prompts import encode, read_prompts
 from gptfast.cli._show import print_all, print_probabilities, stream_one
+from gptfast.generation.config import TEXT_TOKENS, GenerationConfig
 
 if TYPE_CHECKING:
+    from gptfast.batch import Job
     from gptfast.models import GPT
     from gptfast.tokenizer import Tokenizer
 
-TEMPERATURE = 0.8
+TEMPERATURE = 0.8  # of the command line, where text is for reading: GenerationConfig's is transformers'
+SEED = 0  # so that the same command prints the same text
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
 
 
-def generate(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text to continue; give it several times for several. Without any it is read from standard input. "
-            "<|endoftext|> begins a new document, where the tokenizer has that token."
-        ),
-    ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option(help="Read one prompt from this UTF-8 text file instead; a newline at its very end is left out."),
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP, show_default="the checkpoint's own")] = None,
-    special_tokens: Annotated[
-        bool,
-        typer.Option(
-            help="Special tokens in prompts, such as <|endoftext|>, count as such; without, as ordinary text."
-        ),
-    ] = True,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="How many tokens to add to each prompt, at most.",
-            show_default="200, or fewer where the model has no more room",
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="Below 1: safer and more repetitive. Above: bolder. 0: always the most likely token.",
-            show_default=str(TEMPERATURE),
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw among the k most likely tokens only; 0: among all.", show_default="0")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Draw among the most likely tokens whose probabilities reach p.", show_default="1.0"),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Draw among tokens at least p times as likely as the likeliest.", show_default="0.0"),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(help="Above 1: tokens that the text holds already become less likely.", show_default="1.0"),
-    ] = None,
-    presence_penalty: Annotated[
-        float, typer.Option(help="Is taken from the score of every token that the new text holds.")
-    ] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same for every time that it holds the token.")] = 0.0,
-    no_repeat_ngram_size: Annotated[
-        int | None, typer.Option(help="No n tokens in a row come twice; 0: no such rule.", show_default="0")
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="End a text with the token that completes this; may be given several times."),
-    ] = None,
-    overflow: Annotated[
-        str,
-        typer.Option(help="Past the model's block size: 'error', or 'slide', which forgets the older half when full."),
-    ] = "error",
-    seed: Annotated[int, typer.Option(help="Of the draws: the same seed writes the same text again.")] = 0,
-    num_return_sequences: Annotated[int, typer.Option(help="Continuations of each prompt.")] = 1,
-    num_beams: Annotated[
-        int, typer.Option(help="Search for the most likely text over so many beams, instead of drawing.")
-    ] = 1,
-    length_penalty: Annotated[
-        float | None,
-        typer.Option(help="With beams: above 0 favours longer text, below shorter.", show_default="1.0"),
-    ] = None,
-    do_sample: Annotated[bool, typer.Option("--do-sample", help="With beams: draw them.")] = False,
-    prompt_lookup_num_tokens: Annotated[
-        int, typer.Option(help="Guess so many tokens ahead where the text repeats itself: the same text, sooner.")
-    ] = 0,
-    assistant_model: Annotated[
-        str | None, typer.Option(help="A smaller model of the same tokens guesses ahead: the same text, sooner.")
-    ] = None,
-    input: Annotated[
-        Path | None,
-        typer.Option(help='A file with a prompt a line, as JSON: "To be", or {"prompt": "To be", "temperature": 0.5}.'),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --input: where the texts go, a line each. Lines that it has are kept, whichever model wrote them."
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="With --input: how many texts are written at a time.")] = 16,
-    show_probabilities: Annotated[
-        bool,
-        typer.Option(
-            "--show-probabilities",
-            help="At each step, show the most likely next tokens (before top-k and top-p) and which was drawn.",
-        ),
-    ] = False,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="Pack the weights in int8, int6, q4, int4, nf4, bf16 or fp32 for the native CPU engine: the fewer bits the "
-            "faster, and the further from the model. Without it the engine takes them as they are.",
-        ),
-    ] = None,
-) -> None:
+@dataclass(frozen=True)
+class Input:
+    """The model and the prompts of `gptfast generate`."""
+
+    model: str = option(MISSING, MODEL_HELP)
+    prompt: list[str] | None = option(
+        None,
+        "Text to continue; may be given several times. Without it the prompt is read from standard input. <|endoftext|> begins "
+        "a new document, where the tokenizer has that token.",
+    )
+    prompt_file: Path | None = option(
+        None, "Read one prompt from this UTF-8 text file instead; a newline at its very end is left out."
+    )
+    tokenizer: str | None = option(None, TOKENIZER_HELP, words="the checkpoint's own")
+    special_tokens: bool = option(True, SPECIAL_TOKENS_HELP)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How `gptfast generate` works, and what it shows."""
+
+    assistant_model: str | None = option(
+        None, "A smaller model with the same tokens that guesses ahead: the same text, sooner."
+    )
+    input: Path | None = option(
+        None, 'A file with one prompt a line, as JSON: "To be", or {"prompt": "To be", "temperature": 0.5}.'
+    )
+    output: Path | None = option(
+        None,
+        "With `input`: the file of the texts, one a line. Lines that it has already are kept, whichever model wrote them.",
+    )
+    batch_size: int = option(16, "With `input`: how many texts are generated at a time.")
+    show_probabilities: bool = option(
+        False, "At each step, show the most likely next tokens (before top-k and top-p) and which was drawn."
+    )
+    quantize: str | None = option(
+        None,
+        f"{QUANTIZE_HELP}: the fewer bits the faster, and the further from the model. Without it the engine uses the weights "
+        "as they are.",
+    )
+
+
+_GENERATION = (
+    "max_new_tokens",
+    *DRAWING,
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "stop_strings"),
+    *(
+        "overflow",
+        "seed",
+        "num_return_sequences",
+        "num_beams",
+        "length_penalty",
+        "do_sample",
+        "prompt_lookup_num_tokens",
+    ),
+)
+_CHANGES = {
+    "max_new_tokens": Change(words=f"{TEXT_TOKENS}, or fewer where the model has no more room"),
+    "temperature": Change(default=TEMPERATURE),
+    "seed": Change(default=SEED),
+    "stop_strings": Change(name="stop", type=list[str]),
+    "do_sample": Change(default=False, type=bool),
+}
+
+
+@takes(Options(Input), Options(GenerationConfig, _GENERATION, changes=_CHANGES), Options(Work))
+def generate(options: dict[str, Any]) -> None:
     """Continue a text, token by token.
 
     What is not given is taken from the checkpoint's generation_config.json, where it says so (see gptfast info).
@@ -152,75 +119,67 @@ def generate(
 
       [cyan]gptfast generate --model runs/bard/best --input prompts.jsonl --output texts.jsonl[/]
     """
-    from gptfast.batch import default_new_tokens
+    inputs, work = Input(**values_of(Input, options)), Work(**values_of(Work, options))
+    chosen = {"seed": SEED, **_checked(values_of(GenerationConfig, options))}
+    source, output = work.input, work.output
+    if (source is None) != (output is None):
+        raise ValueError("generate: `input` and `output` go together; give both, or neither")
+    texts = [] if source else read_prompts(inputs.prompt, inputs.prompt_file)
+    gpt, tokenizer = load(inputs.model, work.quantize, inputs.tokenizer)
+    usual, drawing = _defaults(gpt, tokenizer)
+    chosen = {**usual, **chosen}
+    if source is None or output is None:
+        return _print_texts(gpt, tokenizer, texts, _with_drawing(chosen, drawing), inputs, work)
+    if inputs.prompt or inputs.prompt_file or work.assistant_model or work.show_probabilities:
+        raise ValueError(
+            "generate: `input` with `prompt`, `prompt_file`, `assistant_model` or `show_probabilities`; a file of prompts "
+            "needs none of them - leave them out"
+        )
+    from gptfast.batch import read_jobs
+
+    check_batch_size("generate", work.batch_size)
+    jobs = read_jobs(source, gpt, tokenizer, chosen, drawing, inputs.special_tokens)
+    _run_jobs(jobs, output, gpt, tokenizer, work.batch_size)
+
+
+def _with_drawing(options: dict[str, Any], drawing: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with the defaults of drawing where tokens are drawn."""
     from gptfast.models.metadata import without_greedy
 
-    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    options: dict[str, Any] = {
-        **_method(num_beams, do_sample, drawn, length_penalty),
-        "seed": seed,
-        "num_return_sequences": num_return_sequences,
-        "num_beams": num_beams,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "overflow": overflow,
-        "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
-    }
-    limits = {
-        "max_new_tokens": max_new_tokens,
-        "repetition_penalty": repetition_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-    }
-    options |= {name: value for name, value in limits.items() if value is not None}
-    options |= {"stop_strings": stop} if stop else {}
-    if (input is None) != (output is None):
-        raise ValueError("generate: --input and --output go together; give both, or neither")
-    texts = [] if input else read_prompts(prompt, prompt_file)
-    gpt, encoding = load(model, quantize, tokenizer)
-    usual, drawing = _defaults(gpt, encoding)
-    options = {**usual, **options}
-    if input is not None and output is not None:
-        if prompt or prompt_file or assistant_model or show_probabilities:
-            raise ValueError(
-                "generate: --input with --prompt, --prompt-file, --assistant-model or --show-probabilities; a file of "
-                "prompts needs none of them - leave them out"
-            )
-        return _run_file(gpt, encoding, input, output, batch_size, options, drawing, special_tokens)
-    if num_beams == 1 or do_sample:
-        options = {**(without_greedy(drawing) if do_sample else drawing), **options}
-    ids = [encode(encoding, text, special_tokens) for text in texts]
+    if options.get("do_sample"):
+        return {**without_greedy(drawing), **options}
+    return options if options.get("num_beams", 1) > 1 else {**drawing, **options}
+
+
+def _print_texts(
+    gpt: GPT, tokenizer: Tokenizer, texts: list[str], options: dict[str, Any], inputs: Input, work: Work
+) -> None:
+    """Continue the prompts on the terminal."""
+    from gptfast.batch import default_new_tokens
+
+    ids = [encode(tokenizer, text, inputs.special_tokens) for text in texts]
     options.setdefault("max_new_tokens", default_new_tokens(gpt, max(map(len, ids)), options))
-    options["tokenizer"] = encoding
-    options |= {"assistant_model": load(assistant_model, None, tokenizer)[0]} if assistant_model else {}
+    options["tokenizer"] = tokenizer
+    if work.assistant_model:
+        options["assistant_model"] = load(work.assistant_model, None, inputs.tokenizer)[0]
     start = time.perf_counter()
-    if show_probabilities:
-        count = print_probabilities(gpt, encoding, ids, options)
-    elif len(ids) == 1 and num_return_sequences == 1 and num_beams == 1:
-        count = stream_one(gpt, encoding, texts[0], ids, options)
+    if work.show_probabilities:
+        count = print_probabilities(gpt, tokenizer, ids, options)
+    elif len(ids) == options.get("num_return_sequences", 1) == options.get("num_beams", 1) == 1:
+        count = stream_one(gpt, tokenizer, texts[0], ids, options)
     else:
-        count = print_all(gpt, encoding, ids, options)
+        count = print_all(gpt, tokenizer, ids, options)
     seconds = time.perf_counter() - start
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
 
-def _run_file(
-    gpt: GPT,
-    tokenizer: Tokenizer,
-    source: Path,
-    output: Path,
-    batch_size: int,
-    options: dict[str, Any],
-    drawing: dict[str, Any],
-    special_tokens: bool,
-) -> None:
-    """Every prompt of a file, with a bar on the terminal."""
+def _run_jobs(jobs: list[Job], output: Path, gpt: GPT, tokenizer: Tokenizer, batch_size: int) -> None:
+    """Continue every prompt of a file, with a progress bar on the terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from gptfast.batch import read_jobs, run_jobs
+    from gptfast.batch import run_jobs
 
-    check_batch_size("generate", batch_size)
-    jobs = read_jobs(source, gpt, tokenizer, options, drawing, special_tokens)
     start, made, kept = time.perf_counter(), 0, None
     columns = (
         TextColumn("texts"),
@@ -246,22 +205,17 @@ def _run_file(
     )
 
 
-def _method(num_beams: int, do_sample: bool, drawing: dict[str, Any], length_penalty: float | None) -> dict[str, Any]:
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """The options of drawing or of beam search; those of the other must not have been given."""
-    given = {name: value for name, value in drawing.items() if value is not None}
-    given |= {"do_sample": True} if do_sample else {}
-    if num_beams > 1 and do_sample:
-        return given if length_penalty is None else given | {"length_penalty": length_penalty}
-    if num_beams > 1:
-        if given:
-            flags = " and ".join("--" + name.replace("_", "-") for name in given)
-            raise ValueError(
-                f"generate: {flags} with --num-beams {num_beams}; beam search draws nothing - leave one out, or add --do-sample"
-            )
-        return {} if length_penalty is None else {"length_penalty": length_penalty}
-    if length_penalty is not None:
-        raise ValueError("generate: --length-penalty ranks beams, but there is one; give --num-beams 2 or more as well")
-    return given
+    beams, drawing = options.get("num_beams", 1), [name for name in DRAWING if name in options]
+    if beams > 1 and drawing and not options.get("do_sample"):
+        flags = " and ".join(f"`{name}`" for name in drawing)
+        raise ValueError(
+            f"generate: {flags} with `num_beams` {beams}; beam search draws nothing - leave one out, or add `do_sample`"
+        )
+    if beams == 1 and "length_penalty" in options:
+        raise ValueError("generate: `length_penalty` ranks beams, but there is one; give `num_beams` 2 or more as well")
+    return options
 
 
 def _defaults(gpt: GPT, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:

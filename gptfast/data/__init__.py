@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from gptfast.data.documents import Document, Split, load_documents, split_documents
-from gptfast.data.prepare import PreparedData, load_prepared, open_data, prepare
-from gptfast.data.sampler import WindowSampler, sequential_batches
-from gptfast.data.token_file import TokenFile, is_token_file, write_tokens
+from typing import TYPE_CHECKING
+
+from gptfast._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from gptfast.data.documents import Document, Split, load_documents, split_documents
+    from gptfast.data.prepared import PreparedData, load_prepared, open_data, prepare
+    from gptfast.data.sampler import WindowSampler, sequential_batches
+    from gptfast.data.token_file import TokenFile, is_token_file, write_tokens
 
 __all__ = [
     "Document",
@@ -22,3 +27,13 @@ __all__ = [
     "split_documents",
     "write_tokens",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        **dict.fromkeys(("Document", "Split", "load_documents", "split_documents"), "gptfast.data.documents"),
+        **dict.fromkeys(("PreparedData", "load_prepared", "open_data", "prepare"), "gptfast.data.prepared"),
+        **dict.fromkeys(("WindowSampler", "sequential_batches"), "gptfast.data.sampler"),
+        **dict.fromkeys(("TokenFile", "is_token_file", "write_tokens"), "gptfast.data.token_file"),
+    },
+)

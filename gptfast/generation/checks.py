@@ -18,6 +18,13 @@ def check_int(name: str, value: Any, least: int) -> None:
         raise ValueError(f"generate: {name} is {value}; expected less than 2**63")
 
 
+def check_seed(value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"generate: seed is {value!r} ({type(value).__name__}); expected a Python int")
+    if not 0 <= value < 2**64:
+        raise ValueError(f"generate: seed is {value}; expected 0 <= seed < 2**64")
+
+
 def check_number(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"generate: {name} is {value!r}; expected a number")

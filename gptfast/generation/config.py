@@ -7,110 +7,165 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from gptfast import rng
-from gptfast.generation.checks import check_int, check_number, checked_bias, checked_tokens
-from gptfast.ops.streams import draw_seed
+from gptfast._options import Real, Whole, default_of, describe_fields, option, options_of
+from gptfast.generation.checks import check_int, check_number, check_seed, checked_bias, checked_tokens
 
 LEAST_TEMPERATURE = 2**-126  # below, `ops.sample` takes the most likely token
-MAX_NEW_TOKENS = 64  # unless said otherwise, and as far as the model has room
+# The default lengths, as far as the model has room; the server's is OpenAI's 16 (`gptfast.serving.protocol`).
+MAX_NEW_TOKENS = 64  # of a call from Python, which returns when all of the text is there
+TEXT_TOKENS = 200  # of the command line and of batch files, whose texts are for reading: a paragraph
 _OPEN: Any = None  # not given: `__post_init__` decides, or, where the prompts do, `with_room`
 _DRAWING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # what they are where they are not given
 
 
+@describe_fields
 @dataclass(frozen=True)
 class GenerationConfig:
     """How text is continued. By default greedily: the most likely token each time, as in transformers.
 
-    Args:
-        max_new_tokens: at most so many tokens are added to each prompt; None: 64, or what room the block_size leaves behind
-            the longest prompt of the call, whichever is less.
-        max_length: the same, the longest prompt included (in a tensor its padding too). Where both are given,
-            max_new_tokens counts, as in transformers.
-        do_sample: whether tokens are drawn. None: they are if one of temperature (not 0), top_k, top_p, min_p and seed is
-            given, and there are no beams.
-        temperature: divides the logits; 0 takes the most likely token (greedy). None: 1.
-        top_k: draw among the k most likely tokens; 0 or None: all.
-        top_p: draw among the fewest most likely tokens whose mass reaches p; in (0, 1]. None: 1.
-        min_p: draw among tokens at least min_p times as likely as the most likely one; in [0, 1]. None: 0.
-        seed: of the draws, in [0, 2**64). None: every call draws one from torch's CPU generator, so that
-            `torch.manual_seed` decides the text and two calls differ, and each prompt has draws of its own. With a seed the
-            same call writes the same text again: a token depends on (seed, its position, number of the return sequence, logits)
-            and on nothing else in the batch. Logits can differ in their last bits with the number of rows, as the
-            matrix library rounds differently, which tips a token where two are all but tied (rare; more so in bf16);
-            under GPTFAST_GEMM=own they do not on the CPU.
-        eos_token_id: an id, or a list of several: a sequence ends with the first of them that comes. None: only
-            max_new_tokens ends it.
-        pad_token_id: what rows of a tensor that have ended are filled up with; None: the first eos_token_id, or 0. In a
-            tensor without attention_mask it is padding where a row begins or ends with it, if there are end tokens and it is
-            none.
-        stop_strings: a text, or several: a sequence ends with the token that completes one in the new text; needs
-            `tokenizer=` beside it.
-        repetition_penalty: the score of a token that the sequence or its prompt holds is divided by it where above 0,
-            multiplied where below (Keskar et al., arXiv 1909.05858); above 1 avoids repetition.
-        presence_penalty: is taken from the score of every token that the new text holds, as OpenAI's; the prompt does not
-            count. Above 0 speaks for new tokens, below for those that are there.
-        frequency_penalty: the same for every time that the new text holds it.
-        no_repeat_ngram_size: n > 0: no n tokens in a row come twice, the prompt included; 0: no such rule.
-        logit_bias: {token id: what is added to its logit}; -inf, or what is below the range of 32 bits, bans it.
-        suppress_tokens: ids that are never chosen.
-        usable_vocab: choose among the first so many ids of the vocabulary only (one padded for speed has more than mean
-            anything); 0: among all. `tokenizer=` beside it excludes the ids for which that has no token by itself, but for
-            those with a logit_bias above 0 and the end tokens.
-        num_return_sequences: continuations of each prompt; with beams: the best so many.
-        num_beams: beam search over so many beams when > 1. With do_sample=True the beams are drawn, without replacement.
-        num_beam_groups: split the beams into so many groups, each searching with a penalty of diversity_penalty on a
-            token for every beam of an earlier group that takes it in the same step (Vijayakumar et al., arXiv 1610.02424).
-        diversity_penalty: see num_beam_groups.
-        length_penalty: with beams: an ended one is ranked by its log-probability / new tokens ** length_penalty, so
-            that above 0 favours long ones.
-        early_stopping: with beams: True: stop when num_beams sequences have ended; False: when the best running beam,
-            at its present length, could not beat the worst ended one; "never": when it could not at any length.
-        overflow: when prompt and new tokens exceed the block_size: "error" beforehand, or "slide": whenever the
-            context is full its older half is forgotten and the rest read again.
-        prompt_lookup_num_tokens: guess so many tokens at a time where the last ones occurred before, and check them in
-            one step; the text is the same, sooner. 0: never.
-        max_matching_ngram_size: how many last tokens prompt lookup tries to find, at most.
-        num_assistant_tokens: how many tokens an `assistant_model=` guesses at a time.
+    With a seed the same call returns the same text: a token depends on (seed, its position, number of the return sequence,
+    logits) and on nothing else in the batch. Without one every call draws a seed from torch's CPU generator:
+    `torch.manual_seed` decides the text, two calls differ, and so do the draws of two prompts. Logits can differ in their
+    last bits with the number of rows, because the matrix library rounds differently. That changes a token only where two
+    are nearly equally likely (rare; more often in bf16), and never on the CPU under GPTFAST_GEMM=own.
+
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, or two that contradict each other.
     """
 
-    max_new_tokens: int = _OPEN
-    max_length: int | None = None
-    do_sample: bool | None = None
-    temperature: float = _OPEN
-    top_k: int = _OPEN
-    top_p: float = _OPEN
-    min_p: float = _OPEN
-    seed: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-    stop_strings: str | tuple[str, ...] | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram_size: int = 0
-    logit_bias: Mapping[int, float] | None = None
-    suppress_tokens: tuple[int, ...] | None = None
-    usable_vocab: int = 0
-    num_return_sequences: int = 1
-    num_beams: int = 1
-    num_beam_groups: int = 1
-    diversity_penalty: float = 0.0
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    overflow: str = "error"
-    prompt_lookup_num_tokens: int = 0
-    max_matching_ngram_size: int = 2
-    num_assistant_tokens: int = 5
+    max_new_tokens: int = option(
+        _OPEN,
+        "Largest number of tokens to add to each prompt.",
+        words=f"{MAX_NEW_TOKENS}, or fewer where the longest prompt leaves less room in the block_size",
+        allowed=Whole(1),
+    )
+    max_length: int | None = option(
+        None,
+        "Largest number of tokens, the longest prompt included (in a tensor with its padding). `max_new_tokens` takes "
+        "precedence, as in transformers.",
+        allowed=Whole(1),
+    )
+    do_sample: bool | None = option(
+        None,
+        "Draw tokens instead of taking the most likely one; with `num_beams` the beams are drawn, without replacement.",
+        words="True if `temperature` (not 0), `top_k`, `top_p`, `min_p` or `seed` is given and there are no beams",
+    )
+    temperature: float = option(
+        _OPEN,
+        "Divides the logits. Below 1: safer and more repetitive text. Above 1: more varied text. 0: always the most likely "
+        "token (greedy).",
+        words="1.0",
+        allowed=Real(),
+    )
+    top_k: int = option(_OPEN, "Draw among the k most likely tokens; 0: among all.", words="0", allowed=Whole())
+    top_p: float = option(
+        _OPEN,
+        "Draw among the fewest most likely tokens whose probabilities add up to p, in (0, 1].",
+        words="1.0",
+        allowed=Real(),
+    )
+    min_p: float = option(
+        _OPEN,
+        "Draw among tokens at least p times as likely as the most likely one, in [0, 1].",
+        words="0.0",
+        allowed=Real(),
+    )
+    seed: int | None = option(
+        None,
+        "Seed of the draws, in [0, 2**64): the same seed gives the same text.",
+        words="drawn from torch's generator",
+    )
+    eos_token_id: int | tuple[int, ...] | None = option(
+        None, "The end token, or several: a sequence ends with the first one. None: only max_new_tokens ends it."
+    )
+    pad_token_id: int | None = option(
+        None,
+        "Fills the rows of a tensor after their end. In a prompt without attention_mask it is padding at both ends of a row, "
+        "if there are end tokens and it is none of them.",
+        words="the first end token, or 0",
+        allowed=Whole(),
+    )
+    stop_strings: str | tuple[str, ...] | None = option(
+        None,
+        "End a text with the token that completes this string; may be given several times.",
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "Divides the logit of every token of the prompt and the new text where it is above 0, and multiplies it where below "
+        "(Keskar et al., arXiv 1909.05858). Above 1: less repetition.",
+        allowed=Real(),
+    )
+    presence_penalty: float = option(
+        0.0,
+        "Subtracted once from the logit of every token that occurs in the new text (as OpenAI's). Above 0: less repetition; "
+        "below 0: more.",
+        allowed=Real(),
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "Subtracted from the logit of a token for each time that it occurs in the new text (as OpenAI's).",
+        allowed=Real(),
+    )
+    no_repeat_ngram_size: int = option(
+        0, "n: no n tokens in a row occur twice, the prompt included; 0: no such rule.", allowed=Whole()
+    )
+    logit_bias: Mapping[int, float] | None = option(
+        None, "{token id: number added to its logit}; -inf, or a number below the range of 32 bits, bans the token."
+    )
+    suppress_tokens: tuple[int, ...] | None = option(None, "Token ids that are never chosen.")
+    usable_vocab: int = option(
+        0,
+        "Choose among the first ids of the vocabulary, this many, where it is padded; 0: among all. `tokenizer=` excludes the "
+        "ids that have no token, except those with a logit_bias above 0 and the end tokens.",
+        allowed=Whole(),
+    )
+    num_return_sequences: int = option(1, "Continuations of each prompt; with beams: the best ones.", allowed=Whole(1))
+    num_beams: int = option(
+        1, "Above 1: beam search for the most likely text over this many beams, instead of drawing.", allowed=Whole(1)
+    )
+    num_beam_groups: int = option(
+        1,
+        "Splits the beams into groups. Each group is searched with a penalty on a token for every beam of an earlier group "
+        "that takes it in the same step (Vijayakumar et al., arXiv 1610.02424).",
+        allowed=Whole(1),
+    )
+    diversity_penalty: float = option(0.0, "The penalty of num_beam_groups.", allowed=Real())
+    length_penalty: float = option(
+        1.0,
+        "With beams: a finished beam is ranked by log-probability / new tokens ** length_penalty. Above 0 favours longer "
+        "text, below 0 shorter.",
+        allowed=Real(),
+    )
+    early_stopping: bool | str = option(
+        False,
+        "With beams. True: stop when num_beams sequences have ended. False: stop when the best running beam, at its present "
+        'length, cannot beat the worst ended one. "never": stop when it cannot at any length.',
+    )
+    overflow: str = option(
+        "error",
+        "When prompt and new tokens exceed the block size: 'error' before the first token, or 'slide': each time the context "
+        "is full, drop its older half and read the rest again.",
+        allowed=("error", "slide"),
+    )
+    prompt_lookup_num_tokens: int = option(
+        0,
+        "Guess this many tokens at a time where the last tokens occurred before, and check them in one step: the same text, "
+        "sooner. 0: never.",
+        allowed=Whole(),
+    )
+    max_matching_ngram_size: int = option(
+        2, "Largest number of last tokens that prompt lookup searches for.", allowed=Whole(1)
+    )
+    num_assistant_tokens: int = option(5, "Tokens that an `assistant_model=` guesses at a time.", allowed=Whole(1))
 
     def __post_init__(self) -> None:
         self._decide_drawing()
-        for name, least in _INTS.items():
-            if name not in _MAY_BE_NONE or getattr(self, name) is not None:
-                check_int(name, getattr(self, name), least)
-        for name in _NUMBERS:
-            check_number(name, getattr(self, name))
+        for name, described in options_of(type(self)).items():
+            value, allowed = getattr(self, name), described.allowed
+            if isinstance(allowed, Whole) and (value is not None or default_of(type(self), name) is not None):
+                check_int(name, value, allowed.least)
+            elif isinstance(allowed, Real):
+                check_number(name, value)
         self._check_ranges()
         self._check_ends()
         if self.logit_bias is not None:
@@ -149,7 +204,7 @@ class GenerationConfig:
         if self.diversity_penalty < 0:
             raise ValueError(f"generate: diversity_penalty is {self.diversity_penalty}; expected a number >= 0")
         if self.seed is not None:
-            rng.check_counter("generate", "seed", self.seed, 64)
+            check_seed(self.seed)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"generate: early_stopping is {self.early_stopping!r}; expected True, False or 'never'")
         if self.overflow not in ("error", "slide"):
@@ -273,7 +328,11 @@ class GenerationConfig:
 
     def with_seed(self) -> GenerationConfig:
         """The config with a seed, if it draws: one from torch's generator where none was given."""
-        return replace(self, seed=draw_seed()) if self.draws and self.seed is None else self
+        if not self.draws or self.seed is not None:
+            return self
+        from gptfast.ops.streams import draw_seed  # here, because the command line reads this module without torch
+
+        return replace(self, seed=draw_seed())
 
     @classmethod
     def of(cls, **options: Any) -> GenerationConfig:
@@ -283,24 +342,3 @@ class GenerationConfig:
             if name not in names:
                 raise TypeError(f"generate: unknown option {name!r}; expected some of {', '.join(names)}")
         return cls(**options)
-
-
-_INTS = {  # and the least that each may be
-    "max_new_tokens": 1,
-    "max_length": 1,
-    "pad_token_id": 0,
-    "top_k": 0,
-    "num_return_sequences": 1,
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "usable_vocab": 0,
-    "no_repeat_ngram_size": 0,
-    "prompt_lookup_num_tokens": 0,
-    "max_matching_ngram_size": 1,
-    "num_assistant_tokens": 1,
-}
-_MAY_BE_NONE = ("max_new_tokens", "max_length", "pad_token_id")
-_NUMBERS = (
-    *("temperature", "top_p", "min_p", "length_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    "diversity_penalty",
-)

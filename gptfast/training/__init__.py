@@ -1,8 +1,27 @@
 """Training: configuration, loop, checkpoints, log, and a comparison of the training step with eager PyTorch."""
 
-from gptfast.training.checkpoint import Checkpoint, read_checkpoint
-from gptfast.training.config import TrainConfig
-from gptfast.training.gradients import accumulate_gradients
-from gptfast.training.trainer import Trainer, TrainResult
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gptfast._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from gptfast.training.checkpoint import Checkpoint, read_checkpoint
+    from gptfast.training.config import TrainConfig
+    from gptfast.training.gradients import accumulate_gradients
+    from gptfast.training.trainer import Trainer, TrainResult
 
 __all__ = ["Checkpoint", "TrainConfig", "TrainResult", "Trainer", "accumulate_gradients", "read_checkpoint"]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Checkpoint": "gptfast.training.checkpoint",
+        "TrainConfig": "gptfast.training.config",
+        "TrainResult": "gptfast.training.trainer",
+        "Trainer": "gptfast.training.trainer",
+        "accumulate_gradients": "gptfast.training.gradients",
+        "read_checkpoint": "gptfast.training.checkpoint",
+    },
+)

@@ -37,7 +37,7 @@ from gptfast.tokenizer import Tokenizer
 from gptfast.training.config import TrainConfig
 from gptfast.training.optim import optimizer_tensors, restore_optimizers
 
-_ELSEWHERE = "resume from another checkpoint, such as RUN/best, or start anew with --init-from where the weights are what you want"
+_ELSEWHERE = "resume from another checkpoint, such as RUN/best, or start a new run from its weights with gptfast train --init-from"
 TRAINER, OPTIMIZER = "trainer.json", "optimizer.safetensors"
 LOCK = "training.lock"  # of a run
 VERSION = 2
@@ -167,7 +167,7 @@ def lock_run(out: Path) -> FileLock:
     holder = lock.acquire(wait=0.5)
     if holder is not None:
         raise BlockingIOError(
-            f"{out} is being trained by {holder}; wait for it, end it, or choose another --out (where that process is "
+            f"{out} is being trained by {holder}; wait for it, end it, or choose another `out` (where that process is "
             f"known to be gone, remove {lock.path})"
         )
     return lock
@@ -182,8 +182,8 @@ def make_room(out: Path, overwrite: bool) -> None:
     old = [out / name for name in ("last", "best") if (out / name).exists()]
     if old and not overwrite:
         raise FileExistsError(
-            f"{out} already holds a training run; continue it with --resume, replace it with --overwrite, or choose "
-            "another --out"
+            f"{out} already holds a training run; continue it with `resume`, replace it with `overwrite`, or "
+            "choose another `out`"
         )
     for folder in old:
         shutil.rmtree(folder)
@@ -213,7 +213,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     path = current(folder, TRAINER)
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no {path}: no training run to resume; check the folder, or start a run without --resume"
+            f"there is no {path}: no training run to resume; check the folder, or start a run without `resume`"
         )
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("version") != VERSION:
@@ -283,7 +283,9 @@ def load_optimizers(folder: Path, model: GPT, optimizers: Sequence[torch.optim.O
     """
     path = current(folder, OPTIMIZER)
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; to start anew from these weights pass --init-from {folder}")
+        raise FileNotFoundError(
+            f"{path} is missing; start a new run from these weights with gptfast train --init-from {folder}"
+        )
     open_read(path).close()  # whose errors name the file
     try:
         tensors = load_file(path)

@@ -1,108 +1,109 @@
-"""From the options of `gptfast train` to a Trainer: a new run, or one that goes on."""
+"""From the options of `gptfast train` to a Trainer: a new run, or one that is resumed.
+
+Options are a mapping of those that were given, by the names of the fields that describe them: `DataOptions`, `GPTConfig`,
+`TrainConfig`, and those of `gptfast.training.options`. Messages put the names of options into `backquotes`.
+"""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from gptfast._locks import FileLock
+from gptfast._options import default_of, options_of, values_of
 from gptfast._snapshots import current
 from gptfast.backend import has_amx
-from gptfast.data import PreparedData, TokenFile, open_data
-from gptfast.models import GPT, GPTConfig
+from gptfast.config import GPTConfig
+from gptfast.data import PreparedData, is_token_file, open_data
+from gptfast.data.options import DataOptions
+from gptfast.models import GPT
 from gptfast.models.pretrained import resolve
 from gptfast.ops.gemm import methods_of, multiplied_by
 from gptfast.tokenizer import has_tokenizer, load_tokenizer
 from gptfast.training.checkpoint import Checkpoint, check_source, lock_run, read_checkpoint
 from gptfast.training.config import TrainConfig
+from gptfast.training.fingerprint import fingerprint
+from gptfast.training.options import DEFAULTS, SHAPE, RunOptions, start_of
 from gptfast.training.trainer import Trainer
 
-SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 128, "dropout": 0.0, "learning_rate": 2e-3}
-_LARGE = {"batch_size": 8, "learning_rate": 6e-4}  # GPT-3's rate for 125M (arXiv 2005.14165, table 2.1)
-_FINETUNE = {"batch_size": 8, "learning_rate": 1e-4, "dropout": 0.1}
-_SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")
-_TRAIN = tuple(f.name for f in fields(TrainConfig))
-_MAY_CHANGE = {
+Options = Mapping[str, Any]
+
+_TRAIN = tuple(options_of(TrainConfig))
+_MAY_CHANGE = {  # when a run is resumed
     *("max_steps", "max_minutes", "lr_decay_steps", "learning_rate", "min_lr", "warmup_steps", "grad_clip"),
-    *(
-        "batch_size",
-        "grad_accum",
-        "eval_every",
-        "eval_batches",
-        "checkpoint_every",
-        "log_every",
-        "threads",
-        "data",
-        "dtype",
-        "device",
-    ),
-    *("out", "resume", "tensorboard", "overwrite"),
+    *("batch_size", "grad_accum", "eval_every", "eval_batches", "checkpoint_every", "log_every"),
+    *("threads", "data", "dtype", "device", "out", "resume", "tensorboard", "overwrite"),
 }
-_MARKED = 1 << 20  # tokens
 GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary: as it is, and padded as nanoGPT does
 
 
 @dataclass(frozen=True)
 class Run:
-    """A Trainer that is ready, and its data."""
+    """A Trainer that is ready, and its data.
+
+    checkpoint: where the run was resumed, or None.
+    note: a sentence about the model, or "".
+    """
 
     trainer: Trainer
     data: PreparedData
-    checkpoint: Checkpoint | None  # where it goes on from
-    note: str = ""  # about the model
+    checkpoint: Checkpoint | None
+    note: str = ""
 
     def changed_arithmetic(self) -> list[str]:
-        """Options that decide how numbers are rounded, and are not as they were before the run was resumed."""
+        """The settings that decide how numbers are rounded and that differ from those before the run was resumed."""
         if self.checkpoint is None:
             return []
         stored, old, new = self.checkpoint, self.checkpoint.config, self.trainer.config
-        changed = [f"--{name}" for name in ("dtype", "device") if getattr(old, name) != getattr(new, name)]
+        changed = [f"`{name}`" for name in ("dtype", "device") if getattr(old, name) != getattr(new, name)]
         with multiplied_by(stored.gemm):
             ways = methods_of(old.dtype)
         if any(ways.get(layout, way) != way for layout, way in stored.gemm.items()):
             changed.append("GPTFAST_GEMM")
         libraries = any(way != "own" for way in ways.values()) or (new.optimizer == "muon" and has_amx())
         if stored.threads != torch.get_num_threads() and libraries and self.trainer.device.type == "cpu":
-            changed.append("--threads")
+            changed.append("`threads`")
         return changed
 
 
-def new_run(given: dict[str, Any]) -> Run:
+def new_run(options: Options) -> Run:
     """A run from the beginning.
 
     Args:
-        given: options of `gptfast train` that were given, by the names of its parameters.
+        options: those that were given.
     Raises:
-        OSError, TypeError, ValueError, ImportError: whatever is wrong with them or with the data.
-        BlockingIOError: another process trains there.
+        OSError, TypeError, ValueError, ImportError: an option or the data is wrong.
+        BlockingIOError: another process trains in the folder.
     """
-    with _locked(given) as lock:
-        return _new_run(given, lock)
+    options = {"data": default_of(DataOptions, "data"), **options}
+    place = RunOptions(**values_of(RunOptions, options))
+    with _locked(place.out) as lock:
+        return _new_run(options, place, lock)
 
 
-def resumed_run(given: dict[str, Any]) -> Run:
-    """The run in `given["out"]`, from its last checkpoint on.
+def resumed_run(options: Options) -> Run:
+    """The run in the folder `out`, from its last checkpoint on.
 
     Raises:
-        As `new_run`; FileNotFoundError: no run there; ValueError: an option that a run cannot change, or other data.
+        FileNotFoundError: there is no run.
+        ValueError: an option that cannot change when a run is resumed, or other data.
+        OSError, TypeError, ImportError, BlockingIOError: as `new_run`.
     """
-    if not Path(given["out"]).is_dir():
-        read_checkpoint(Path(given["out"]) / "last")  # says that there is none
-    with _locked(given) as lock:
-        return _resumed_run(given, lock)
+    place = RunOptions(**values_of(RunOptions, options))
+    if not place.out.is_dir():
+        read_checkpoint(place.out / "last")  # raises FileNotFoundError
+    with _locked(place.out) as lock:
+        return _resumed_run(options, place, lock)
 
 
 @contextmanager
-def _locked(given: dict[str, Any]) -> Iterator[FileLock]:
-    """The lock of the run, released where the block fails; a folder that was made for it is then removed again."""
-    out = Path(given["out"])
+def _locked(out: Path) -> Iterator[FileLock]:
+    """The lock of the run. Where the block fails it is released, and a folder that was made for it is removed."""
     made = not out.exists()
     lock = lock_run(out)
     try:
@@ -115,58 +116,63 @@ def _locked(given: dict[str, Any]) -> Iterator[FileLock]:
         raise
 
 
-def _new_run(given: dict[str, Any], lock: FileLock) -> Run:
-    if "preset" in given and "init_from" in given:
-        raise ValueError(
-            "train: --preset and --init-from were both given; a checkpoint has its shape already - leave --preset out"
-        )
-    start = {"init_from": _FINETUNE, "preset": _LARGE}
-    defaults = next((values for name, values in start.items() if name in given), SMALL)
-    config = _train_config({**defaults, **given})
-    _set_threads(given.get("threads"))
-    model = GPT.from_pretrained(given["init_from"], dtype=torch.float32) if "init_from" in given else None
-    tokenizer = _tokenizer(given, model)
-    data = _open(given, tokenizer)
+def _new_run(options: Options, place: RunOptions, lock: FileLock) -> Run:
+    defaults = DEFAULTS[start_of(options)]
+    config = _train_config({**defaults, **options})
+    _set_threads(place.threads)
+    model = GPT.from_pretrained(options["init_from"], dtype=torch.float32) if "init_from" in options else None
+    tokenizer = _tokenizer(options, model)
+    data = _open(options, place, tokenizer)
     if model is not None:
-        _check_ids(given, data)
+        _check_ids(options, data)
     torch.manual_seed(config.seed)
     positions = None if model is None else model.config.block_size
-    model = _untrained(given, defaults, data) if model is None else _reshaped(model, given, defaults)
+    model = _untrained(options, defaults, data) if model is None else _reshaped(model, options, defaults)
     size, note = model.config.block_size, ""
     if positions is not None and size < positions:
-        note = f"--block-size {size}: the first of the {positions} positions of {given['init_from']}"
-    options = {name: value for name, value in given.items() if name not in _MAY_CHANGE}
-    source = {"data": _absolute(given["data"]), "options": {**options, "tokenizer": tokenizer}, "marks": _marks(data)}
-    overwrite = given.get("overwrite", False)
-    return replace(_run(model, data, config, given, source=source, overwrite=overwrite, lock=lock), note=note)
+        note = f"`block_size` {size}: the first of the {positions} positions of {options['init_from']}"
+    stored = {name: value for name, value in options.items() if name not in _MAY_CHANGE}
+    source = {
+        "data": _absolute(options["data"]),
+        "options": {**stored, "tokenizer": tokenizer},
+        "marks": fingerprint(data),
+    }
+    run = _run(model, data, config, place, source=source, overwrite=place.overwrite, lock=lock)
+    return replace(run, note=note)
 
 
-def _resumed_run(given: dict[str, Any], lock: FileLock) -> Run:
-    last = Path(given["out"]) / "last"
+def _resumed_run(options: Options, place: RunOptions, lock: FileLock) -> Run:
+    last = place.out / "last"
     checkpoint = read_checkpoint(last)
     source = check_source(checkpoint)
-    _set_threads(given.get("threads", checkpoint.threads))
+    _set_threads(checkpoint.threads if place.threads is None else place.threads)
     model = GPT.from_pretrained(last)
-    _refuse_changes(given, checkpoint, model)
-    config = checkpoint.config.replace(**{k: v for k, v in given.items() if k in _TRAIN and k in _MAY_CHANGE})
-    data = _open({**source["options"], "data": source["data"], **given}, source["options"]["tokenizer"])
-    if _marks(data) != source["marks"]:
+    _refuse_changes(options, place, checkpoint, model)
+    config = checkpoint.config.replace(**{k: v for k, v in options.items() if k in _TRAIN and k in _MAY_CHANGE})
+    data = _open({**source["options"], "data": source["data"], **options}, place, source["options"]["tokenizer"])
+    if fingerprint(data) != source["marks"]:
         raise ValueError(
             f"train: the data is not what {last} was trained on; resume with the same data, or start a new run from "
-            f"these weights with --init-from {last}"
+            f"these weights with `init_from` {last}"
         )
-    return _run(model, data, config, given, source=source, resume=checkpoint, lock=lock)
+    return _run(model, data, config, place, source=source, resume=checkpoint, lock=lock)
 
 
-def _run(model: GPT, data: PreparedData, config: TrainConfig, given: dict[str, Any], **options: Any) -> Run:
-    board = given.get("tensorboard", False)
+def _run(model: GPT, data: PreparedData, config: TrainConfig, place: RunOptions, **others: Any) -> Run:
     trainer = Trainer(
-        model, data.train, data.val, config, given["out"], tokenizer=data.tokenizer, tensorboard=board, **options
+        model,
+        data.train,
+        data.val,
+        config,
+        place.out,
+        tokenizer=data.tokenizer,
+        tensorboard=place.tensorboard,
+        **others,
     )
-    return Run(trainer, data, options.get("resume"))
+    return Run(trainer, data, others.get("resume"))
 
 
-def _train_config(options: dict[str, Any]) -> TrainConfig:
+def _train_config(options: Options) -> TrainConfig:
     chosen = {name: value for name, value in options.items() if name in _TRAIN and name != "block_size"}
     if "max_minutes" in chosen:
         chosen.setdefault("max_steps", None)
@@ -177,122 +183,116 @@ def _set_threads(threads: int | None) -> None:
     if threads is None:
         return
     if threads < 1:
-        raise ValueError(f"train: --threads is {threads}; expected at least 1")
+        raise ValueError(f"train: `threads` is {threads}; expected at least 1")
     torch.set_num_threads(threads)
 
 
-def _tokenizer(given: dict[str, Any], model: GPT | None) -> str | None:
-    """What is asked for; else that of the checkpoint or preset, and characters for a small model of one's own."""
-    if "tokenizer" in given or _is_prepared(given["data"]):
-        return given.get("tokenizer")
+def _tokenizer(options: Options, model: GPT | None) -> str | None:
+    """The requested tokenizer, else the checkpoint's, else the default; None for data that is tokens already."""
+    if "tokenizer" in options or _is_prepared(options["data"]):
+        return options.get("tokenizer")
     if model is None:
-        return "gpt2" if "preset" in given else "char"
-    folder = resolve(given["init_from"])
+        return DEFAULTS[start_of(options)]["tokenizer"]
+    folder = resolve(options["init_from"])
     if not has_tokenizer(folder):
         size = model.config.vocab_size
-        hint = "--tokenizer gpt2, if it was trained with GPT-2's tokens" if size in GPT2_SIZES else "--tokenizer FOLDER"
+        hint = "`tokenizer` gpt2, if it was trained with GPT-2's tokens" if size in GPT2_SIZES else "`tokenizer` FOLDER"
         raise ValueError(
-            f"train: {given['init_from']} has no tokenizer and a vocabulary of {size}; say which with {hint}"
+            f"train: {options['init_from']} has no tokenizer and a vocabulary of {size}; say which with {hint}"
         )
     return str(folder)
 
 
-def _check_ids(given: dict[str, Any], data: PreparedData) -> None:
-    """Refuse ids that mean something else to the checkpoint that training starts from.
+def _check_ids(options: Options, data: PreparedData) -> None:
+    """Refuse ids that stand for other text in the checkpoint that training starts from.
 
     Raises:
-        ValueError: they do.
+        ValueError: there is such an id.
     """
-    folder, tokenizer = resolve(given["init_from"]), data.tokenizer
+    folder, tokenizer = resolve(options["init_from"]), data.tokenizer
     if not has_tokenizer(folder):
         return
     try:
         own = load_tokenizer(folder)
     except ValueError:
-        if "tokenizer" not in given:
+        if "tokenizer" not in options:
             raise
         return  # of a kind that is not known here, which is why another one was named
     for token in filter(own.has_token, range(min(own.vocab_size, tokenizer.vocab_size))):
         if tokenizer.has_token(token) and (a := own.decode_bytes([token])) != (b := tokenizer.decode_bytes([token])):
-            if "tokenizer" in given:
-                cause = f"--tokenizer {given['tokenizer']} has other ids than {given['init_from']}"
-                remedy = "leave --tokenizer out, and the text is cut as the checkpoint knows it"
+            if "tokenizer" in options:
+                cause = f"`tokenizer` {options['tokenizer']} has other ids than {options['init_from']}"
+                remedy = "leave `tokenizer` out to use the checkpoint's own"
             else:
-                cause = f"--data {given['data']} was prepared with other ids than {given['init_from']} has"
-                remedy = f"prepare it with --tokenizer {given['init_from']}"
+                cause = f"`data` {options['data']} was prepared with other ids than {options['init_from']} has"
+                remedy = f"prepare it with `tokenizer` {options['init_from']}"
             raise ValueError(
-                f"train: {cause}: {token} is {a!r} to the model and {b!r} in the text; {remedy}, or leave --init-from out"
+                f"train: {cause}: {token} is {a!r} to the model and {b!r} in the text; {remedy}, or leave `init_from` out"
             )
 
 
 def _is_prepared(data: str) -> bool:
-    from gptfast.data import is_token_file
-
     return current(data, "data.json").exists() or is_token_file(data)
 
 
-def _open(given: dict[str, Any], tokenizer: str | None) -> PreparedData:
-    cache = Path(given["out"]) / "data"
-    options: dict[str, Any] = {name: given.get(name) for name in ("vocab_size", "glob", "text_field")}
-    options["unk"] = bool(given.get("unk"))
-    return open_data(given["data"], cache, tokenizer, **options)
+def _open(options: Options, place: RunOptions, tokenizer: str | None) -> PreparedData:
+    return open_data(
+        options["data"],
+        place.out / "data",
+        tokenizer,
+        vocab_size=options.get("vocab_size"),
+        glob=options.get("glob"),
+        text_field=options.get("text_field"),
+        unk=bool(options.get("unk")),
+    )
 
 
-def _untrained(given: dict[str, Any], defaults: dict[str, Any], data: PreparedData) -> GPT:
-    shape = {name: given[name] for name in _SHAPE if name in given}
+def _untrained(options: Options, defaults: dict[str, Any], data: PreparedData) -> GPT:
+    shape = {name: options[name] for name in SHAPE if name in options}
     vocab_size, eos = data.tokenizer.vocab_size, data.tokenizer.eos_id
-    if "preset" in given:
-        model = GPT(GPTConfig.preset(given["preset"], **shape, vocab_size=vocab_size))
+    if "preset" in options:
+        model = GPT(GPTConfig.preset(options["preset"], **shape, vocab_size=vocab_size))
     else:
-        sizes = {name: value for name, value in {**defaults, **shape}.items() if name in _SHAPE}
+        sizes = {name: value for name, value in {**defaults, **shape}.items() if name in SHAPE}
         model = GPT(GPTConfig(**sizes, vocab_size=vocab_size))
     model.metadata.config = {} if eos is None else {"bos_token_id": eos, "eos_token_id": eos}
     return model
 
 
-def _reshaped(model: GPT, given: dict[str, Any], defaults: dict[str, Any]) -> GPT:
-    """A loaded model with another dropout or a smaller block_size; its other sizes are what they are."""
+def _reshaped(model: GPT, options: Options, defaults: dict[str, Any]) -> GPT:
+    """A loaded model with another dropout or a smaller block_size; its other sizes stay.
+
+    Raises:
+        ValueError: another size was given, or more positions than the model has learnt.
+    """
     for name in ("n_layer", "n_head", "n_embd"):
         stored = getattr(model.config, name)
-        if given.get(name, stored) != stored:
+        if options.get(name, stored) != stored:
             raise ValueError(
-                f"train: {_option(name)} is {given[name]} but {given['init_from']} has {stored}, which it keeps; leave it out"
+                f"train: `{name}` is {options[name]} but {options['init_from']} has {stored}, which it keeps; leave it out"
             )
-    size, longest = given.get("block_size", 0), model.config.block_size
+    size, longest = options.get("block_size", 0), model.config.block_size
     if size > longest and model.config.position_embedding == "learned":
         raise ValueError(
-            f"train: --block-size is {size} but {given['init_from']} has learnt {longest} positions; leave it out, or give at "
-            f"most {longest}"
+            f"train: `block_size` is {size} but {options['init_from']} has learnt {longest} positions; leave it out, or "
+            f"give at most {longest}"
         )
-    changes = {"dropout": given.get("dropout", defaults["dropout"])}
-    if "block_size" in given:
-        changes["block_size"] = given["block_size"]
-    return GPT.from_pretrained(given["init_from"], dtype=torch.float32, **changes)
+    changes = {"dropout": options.get("dropout", defaults["dropout"])}
+    if "block_size" in options:
+        changes["block_size"] = options["block_size"]
+    return GPT.from_pretrained(options["init_from"], dtype=torch.float32, **changes)
 
 
-def _refuse_changes(given: dict[str, Any], checkpoint: Checkpoint, model: GPT) -> None:
+def _refuse_changes(options: Options, place: RunOptions, checkpoint: Checkpoint, model: GPT) -> None:
     stored = {**vars(checkpoint.config), **vars(model.config), "dropout": model.config.resid_pdrop}
     stored |= checkpoint.source["options"]
-    for name, value in given.items():
+    for name, value in options.items():
         if name not in _MAY_CHANGE and value != stored.get(name):
             raise ValueError(
-                f"train: {_option(name)} is {value} but the run in {given['out']} has {stored.get(name)}, which it cannot change; "
-                f"leave it out, or start a new run with --init-from {checkpoint.folder}"
+                f"train: `{name}` is {value} but the run in {place.out} has {stored.get(name)}, which it cannot change; "
+                f"leave it out, or start a new run with `init_from` {checkpoint.folder}"
             )
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _absolute(data: str) -> str:
     return str(Path(data).resolve()) if Path(data).exists() else data
-
-
-def _marks(data: PreparedData) -> dict[str, list[int]]:
-    """Enough to recognise the tokens again: how many, and a checksum of the first million."""
-    return {"train": _mark(data.train), "val": _mark(data.val)}
-
-
-def _mark(part: TokenFile) -> list[int]:
-    return [len(part), zlib.crc32(np.ascontiguousarray(part.tokens[:_MARKED]).data)]

@@ -40,7 +40,7 @@ class Log:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            text = f"cannot write {self.path}: {error.strerror}; free some space and go on with --resume"
+            text = f"cannot write {self.path}: {error.strerror}; free some space and continue the run with `resume`"
             raise OSError(error.errno, text) from error
         if self._board is not None:
             for name, value in record.items():
@@ -82,5 +82,5 @@ def _summary_writer(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError("--tensorboard needs a package that is not installed: pip install tensorboard") from error
+        raise ImportError("`tensorboard` needs a package that is not installed: pip install tensorboard") from error
     return SummaryWriter(str(folder), purge_step=step + 1)

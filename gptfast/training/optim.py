@@ -89,6 +89,6 @@ def _find(tensors: dict[str, Tensor], name: str, shape: torch.Size, source: str)
         got = "is missing" if found is None else f"has shape {tuple(found.shape)}, expected {tuple(shape)}"
         raise ValueError(
             f"{source}: {name} {got}; the file belongs to another model or optimizer - resume from another checkpoint, "
-            "or start anew from these weights with --init-from"
+            "or start a new run from these weights with gptfast train --init-from"
         )
     return found

@@ -32,6 +32,14 @@ def test_help_and_version_do_not_wait_for_torch(arguments):
     assert (gptfast.__version__ if arguments == ["--version"] else "Usage") in done.stdout
 
 
+def test_configurations_do_not_import_torch():
+    """The command line reads their fields for --help, and a file of options could be checked as quickly."""
+    modules = ("config", "training.config", "training.options", "generation.config", "data.options")
+    imports = "\n".join(f"import gptfast.{module}" for module in modules)
+    done = run(imports + "\nimport sys; assert not {'torch', 'numpy', 'rich', 'typer'} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_command_line_bounds_the_spinning_of_openmp():
     show = "import os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     code = MAIN.format(arguments=["info", "--help"]) + f"try: main()\nexcept SystemExit: {show}"

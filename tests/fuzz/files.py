@@ -14,7 +14,7 @@ import torch
 
 from gptfast import GPT, GPTConfig, engine
 from gptfast.batch import read_jobs, run_jobs
-from gptfast.data.prepare import load_prepared, prepare
+from gptfast.data.prepared import load_prepared, prepare
 from gptfast.data.token_file import TokenFile, write_tokens
 from gptfast.generation import GenerationConfig, score
 from gptfast.models.parameter_table import parameter_table

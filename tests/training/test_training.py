@@ -466,7 +466,7 @@ def _unsum(folder: Path) -> None:
             ValueError,
             "optimizer.safetensors is damaged or cut",
         ),
-        (lambda f: (f / "optimizer.safetensors").unlink(), FileNotFoundError, "--init-from"),
+        (lambda f: (f / "optimizer.safetensors").unlink(), FileNotFoundError, "gptfast train --init-from"),
         (lambda f: _cut(f / "trainer.json"), ValueError, "trainer.json is not valid JSON"),
         (lambda f: _edit(f / "trainer.json", "version", 99), ValueError, "expected version 2"),
         (
@@ -536,7 +536,7 @@ def test_the_optimizer_of_another_model_is_refused(tmp_path):
 
 def test_a_log_that_cannot_grow_names_the_file(tmp_path):
     log = Log(tmp_path / "log.jsonl")
-    message = r"cannot write .*log.jsonl: .*; free some space and go on with --resume"
+    message = r"cannot write .*log.jsonl: .*; free some space and continue the run with `resume`"
     with file_size_limit(90), pytest.raises(OSError, match=message):
         _ = [log.write(step=step, loss=4.0) for step in range(1, 10)]  # 25 bytes each
     log.close()

@@ -249,7 +249,7 @@ def _refuse_others(folder: Path, fingerprint: str, keeps_tokenizer: bool) -> Non
         info = {}
     if info.get("fingerprint") != fingerprint:
         of = f"tokens of {info['data']}, made from other text or with other options" if info else ", ".join(found)
-        raise FileExistsError(f"{folder} holds {of}; replace that with --overwrite, or choose another --out")
+        raise FileExistsError(f"{folder} holds {of}; replace that with `overwrite`, or choose another `out_dir`")
 
 
 def _open_token_file(path: Path, tokenizer: Any, val_fraction: float) -> PreparedData:

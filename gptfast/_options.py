@@ -1,0 +1,154 @@
+"""Options: the fields of a configuration with their descriptions and allowed values.
+
+A field is described once, where it is declared. From there come the checks of its values, the documentation of its class
+(`describe_fields`) and the options of the command line (`gptfast.cli._options`).
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T", bound=type)
+_KEY = "option"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole numbers >= least."""
+
+    least: int = 0
+
+
+@dataclass(frozen=True)
+class Real:
+    """Finite numbers in a range.
+
+    least, above: the lower bound, included or not.
+    below: the upper bound, not included.
+    example: follows the range in messages, such as "1e-3".
+    """
+
+    least: float | None = None
+    above: float | None = None
+    below: float = math.inf
+    example: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        lower = value >= self.least if self.least is not None else self.above is None or value > self.above
+        return lower and -math.inf < value < self.below
+
+    def __str__(self) -> str:
+        if self.below < math.inf:
+            text = f"a number in {'[' if self.above is None else '('}{self.least or self.above or 0:g}, {self.below:g})"
+        else:
+            text = f"a number >= {self.least:g}" if self.least is not None else f"a number > {self.above or 0:g}"
+        return text + (f", such as {self.example}" if self.example else "")
+
+
+@dataclass(frozen=True)
+class Option:
+    """The description of a field.
+
+    help: what the value decides: its unit and range, in one to three sentences. Names of other fields stand in
+        `backquotes`.
+    default: the default in words, where the value does not tell it ("{}" stands for the value); "": the value.
+    allowed: the range of a number, or the choices of a text; None: not checked here.
+    group: heading on the command line.
+    """
+
+    help: str
+    default: str = ""
+    allowed: Whole | Real | tuple[str, ...] | None = None
+    group: str = ""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    words: str = "",
+    allowed: Whole | Real | tuple[str, ...] | None = None,
+    group: str = "",
+) -> Any:
+    """A field of a dataclass, described: see `Option`; `words` is its `default`."""
+    return field(default=default, metadata={_KEY: Option(help, words, allowed, group)})
+
+
+def options_of(cls: type) -> dict[str, Option]:
+    """The options of a dataclass by name, `InitVar`s among them; fields without a description are left out."""
+    return {name: f.metadata[_KEY] for name, f in _fields(cls) if _KEY in f.metadata}
+
+
+def values_of(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are described fields of a configuration."""
+    return {name: value for name, value in options.items() if name in options_of(cls)}
+
+
+def default_of(cls: type, name: str) -> Any:
+    """The default value of a field."""
+    return cls.__dataclass_fields__[name].default
+
+
+def default_text(described: Option, value: Any) -> str:
+    """A default in words: those of the option, else the value; "" where None only says that there is none."""
+    if described.default:
+        return described.default.replace("{}", format_value(value))
+    return "" if value is None else format_value(value)
+
+
+def format_value(value: Any) -> str:
+    """A value as help texts show it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def describe_fields(cls: T) -> T:
+    """A class decorator: appends the descriptions of the fields to the docstring of a dataclass."""
+    lines = []
+    for name, described in options_of(cls).items():
+        default = default_text(described, default_of(cls, name))
+        text = f"{name}: {described.help}" + (f" Default: {default}." if default else "")
+        lines += textwrap.wrap(text, 116, initial_indent=" " * 8, subsequent_indent=" " * 12)
+    cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "    Args:", *lines, ""])
+    return cls
+
+
+def check_fields(owner: str, config: Any) -> None:
+    """Check the values of a configuration against the ranges and choices of its options.
+
+    Args:
+        owner: begins the messages.
+        config: a dataclass. None is allowed where the annotation of a field ends with "| None".
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value that is not allowed.
+    """
+    for name, f in _fields(type(config)):
+        allowed = f.metadata[_KEY].allowed if _KEY in f.metadata else None
+        if allowed is not None:
+            _check(owner, name, getattr(config, name), allowed, str(f.type).endswith("| None"))
+
+
+def _check(owner: str, name: str, value: Any, allowed: Whole | Real | tuple[str, ...], optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(allowed, tuple):
+        if value not in allowed:
+            raise ValueError(f"{owner}: {name} is {value!r}; expected one of {', '.join(allowed)}")
+    elif isinstance(allowed, Whole):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{owner}: {name} is {value!r}; expected an int" + (" or None" if optional else ""))
+        if value < allowed.least:
+            raise ValueError(f"{owner}: {name} is {value}; expected at least {allowed.least}")
+    else:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{owner}: {name} is {value!r}; expected {allowed}")
+        if value not in allowed:
+            raise ValueError(f"{owner}: {name} is {value}; expected {allowed}")
+
+
+def _fields(cls: type) -> Iterator[tuple[str, Any]]:
+    yield from cls.__dataclass_fields__.items()

@@ -1,0 +1,91 @@
+"""The options of `gptfast train` beyond those of the model, the data and `TrainConfig`, and the defaults of a new run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptfast._options import default_of, default_text, format_value, option, options_of
+from gptfast.config import GPTConfig
+from gptfast.data.options import DataOptions
+from gptfast.training.config import TrainConfig
+
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # the fields of GPTConfig that are options
+_RUN = "The run"
+
+DEFAULTS: dict[str, dict[str, Any]] = {  # by the option that says where the weights come from; "": random weights
+    "": {
+        "tokenizer": "char",
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 256,
+        "block_size": 128,
+        "dropout": 0.0,
+        "learning_rate": 2e-3,
+    },
+    # GPT-3's rate for 125M (Brown et al., arXiv 2005.14165, table 2.1)
+    "preset": {"tokenizer": "gpt2", "batch_size": 8, "learning_rate": 6e-4},
+    "init_from": {"dropout": 0.1, "batch_size": 8, "learning_rate": 1e-4},
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a new run come from."""
+
+    preset: str | None = option(
+        None,
+        "The shape of a published model, with random weights: gpt1, gpt2, gpt2-medium, gpt3-125m, ... (gptfast info lists "
+        "them). The options below change it.",
+    )
+    init_from: str | None = option(
+        None,
+        "Start from the weights of a checkpoint FOLDER, nanoGPT's ckpt.pt or a hub id instead of random ones.",
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run is kept, and on how many threads it runs."""
+
+    threads: int | None = option(None, "CPU threads.", words="all cores", group=_RUN)
+    out: Path = option(Path("runs/gpt"), "Folder for checkpoints, log and plot.", group=_RUN)
+    resume: bool = option(False, "Continue the run in OUT, bit for bit.", group=_RUN)
+    overwrite: bool = option(False, "Replace the run in OUT.", group=_RUN)
+    tensorboard: bool = option(False, "Write event files for TensorBoard too.", group=_RUN)
+
+
+def start_of(options: Mapping[str, Any]) -> str:
+    """The key of `DEFAULTS` for the options that were given.
+
+    Raises:
+        ValueError: both a preset and a checkpoint.
+    """
+    if "preset" in options and "init_from" in options:
+        raise ValueError(
+            "train: `preset` and `init_from` were both given; a checkpoint has its shape already - leave `preset` out"
+        )
+    return next((name for name in ("init_from", "preset") if name in options), "")
+
+
+def defaults_in_words() -> dict[str, str]:
+    """The defaults that depend on where the weights come from, for --help."""
+    names = dict.fromkeys(name for values in DEFAULTS.values() for name in values)
+    return {name: _in_words(name) for name in names}
+
+
+def _in_words(name: str) -> str:
+    """Such as "32; 8 with `preset` or `init_from`"."""
+    owner = next(cls for cls in (GPTConfig, DataOptions, TrainConfig) if name in cls.__dataclass_fields__)
+    first = DEFAULTS[""].get(name)
+    first = default_text(options_of(owner)[name], default_of(owner, name)) if first is None else format_value(first)
+    others: dict[str, list[str]] = {}
+    for start in ("preset", "init_from"):
+        kept = first if owner is TrainConfig else "the model's own"
+        value = DEFAULTS[start].get(name)
+        text = kept if value is None else format_value(value)
+        if text != first:
+            others.setdefault(text, []).append(f"`{start}`")
+    return "; ".join([first, *(f"{text} with {' or '.join(starts)}" for text, starts in others.items())])
