@@ -42,14 +42,13 @@ def get_tokenizer(
     vocab_size: int | None = None,
     unk: bool = False,
 ) -> Tokenizer:
-    """The tokenizer that `name` stands for, trained on `text` where it has to be.
+    """The tokenizer of a name; "char", "word" and "bpe" are trained on `text`.
 
     Args:
-        name: "gpt2" (needs no text), "char", "word" or "bpe" (trained on text), or a folder with a saved
-            tokenizer.
-        text: one text or several, for "char", "word" and "bpe".
-        vocab_size: number of tokens for "bpe" (default 8192) and "word" (default: every word).
-        unk: for "char": <|unk|> stands for characters that `text` does not have, which are an error otherwise.
+        name: "gpt2", "char", "word", "bpe", or a folder with a saved tokenizer.
+        text: one text or several, to train on; None where the tokenizer needs none.
+        vocab_size: number of tokens for "bpe" (None: 8192) and "word" (None: every word).
+        unk: for "char": encode characters that `text` does not have as <|unk|>. False: they raise an error.
     Raises:
         ValueError: an unknown name, a missing text, or a vocab_size for a tokenizer whose size is given.
     """
@@ -65,7 +64,7 @@ def get_tokenizer(
     if name not in ("char", "word", "bpe"):
         return load_tokenizer(name)
     if text is None:
-        raise ValueError(f"get_tokenizer: {name!r} is learnt from text, but text is None; pass text=")
+        raise ValueError(f"get_tokenizer: {name!r} is trained on text, but text is None; pass text=")
     if name == "char":
         return CharTokenizer.train(text, unk)
     if name == "word":
@@ -74,7 +73,7 @@ def get_tokenizer(
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer saved in a folder, of whichever kind; "gpt2" is the one that the package ships.
+    """The tokenizer saved in a folder, of any kind; "gpt2" is the one that the package ships.
 
     Reads what `save` wrote and the files of Hugging Face checkpoints (vocab.json + merges.txt, or
     tokenizer.json) of GPT-2's and GPT-1's kind.
@@ -92,7 +91,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             raise _refused(pickled)
         raise FileNotFoundError(
             f"load_tokenizer: {str(path)!r} is neither 'gpt2' nor a folder; name one of gpt2, char, word, "
-            "bpe (the last three are learnt from text), or the folder of a checkpoint or of prepared data"
+            "bpe (the last three are trained on text), or the folder of a checkpoint or of prepared data"
         )
     try:
         return read_whole(folder, lambda: _load(folder))
@@ -105,7 +104,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 def _refused(pickled: Path) -> ValueError:
     return ValueError(
         f"{pickled} is a pickle, which can run any program, and is never loaded; nanoGPT numbers the characters of its text "
-        "in their order, as CharTokenizer.train(text).save(FOLDER) of gptfast.tokenizer does - then name that FOLDER"
+        "in Unicode order; CharTokenizer.train(text).save(FOLDER) of gptfast.tokenizer does the same - then name that FOLDER"
     )
 
 

@@ -1,4 +1,4 @@
-"""Added tokens and settings of a Hugging Face tokenizer folder, from the several files that may hold them."""
+"""Added tokens and settings of a Hugging Face tokenizer folder, gathered from its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, and what special_tokens_map.json has besides; {} where there is neither."""
+    """The settings of special_tokens_map.json and tokenizer_config.json, which takes precedence; {} without either."""
     found: dict[str, Any] = {}
     for name in (MAP, CONFIG):
         path = current(folder, name)
@@ -27,19 +27,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def named_token(settings: dict[str, Any], name: str, folder: Path) -> str | None:
-    """The token under eos_token, bos_token or such."""
+    """The token that the settings name as "eos_token", "bos_token" or the like; None without one."""
     value = settings.get(name)
     return None if value is None else _added(value, name, folder / CONFIG, special=True)["content"]
 
 
 def gather(folder: Path, settings: dict[str, Any], vocab: dict[str, int], given: list[Any]) -> list[dict[str, Any]]:
-    """Every added token with its id and flags, by id; as transformers finds them.
+    """All added tokens with their flags, ordered by id, as transformers collects them.
 
     Args:
-        folder: of the files.
-        settings: of `read_settings`.
-        vocab: of the model; tokens that it lacks are put into it.
-        given: the list in tokenizer.json.
+        folder: the folder of the files.
+        settings: the result of `read_settings`.
+        vocab: token -> id of the model. Tokens that it lacks are added to it.
+        given: the list "added_tokens" of tokenizer.json.
     Raises:
         ValueError: a malformed token, or two files that disagree about an id.
     """
@@ -51,14 +51,14 @@ def gather(folder: Path, settings: dict[str, Any], vocab: dict[str, int], given:
                 f"{where}: the id of {content!r} is {i}, but another file of {folder} says {vocab[content]}"
             )
         found[content] = token
-    if END_OF_TEXT in vocab:  # in GPT-2's class a special token, named or not
+    if END_OF_TEXT in vocab:  # a special token in transformers' GPT-2 class, with or without a setting
         found.setdefault(END_OF_TEXT, _added(END_OF_TEXT, "", folder, special=True))
     for token in _without_ids(folder, settings):
         if token["content"] not in found:
             vocab.setdefault(token["content"], max(vocab.values(), default=-1) + 1)
             found[token["content"]] = token
     if len(set(vocab.values())) < len(vocab):
-        raise ValueError(f"{folder}: its tokenizer gives an id to two tokens; its files belong to different tokenizers")
+        raise ValueError(f"{folder}: its tokenizer gives two tokens one id; its files belong to different tokenizers")
     tokens = [{"id": vocab[content], **token} for content, token in found.items()]
     return sorted(tokens, key=lambda token: token["id"])
 
@@ -84,7 +84,7 @@ def _with_ids(folder: Path, settings: dict[str, Any], given: list[Any]) -> Itera
 
 
 def _without_ids(folder: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Special tokens by name."""
+    """The special tokens that the settings name."""
     path = folder / CONFIG
     for name in _NAMED:
         if settings.get(name):
@@ -96,7 +96,7 @@ def _without_ids(folder: Path, settings: dict[str, Any]) -> Iterator[dict[str, A
 
 
 def _added(value: Any, what: str, path: Path, special: bool | None = None) -> dict[str, Any]:
-    """An added token as tokenizer.json writes it, without the id."""
+    """An added token in the form of tokenizer.json, without its id."""
     given = {"content": value} if isinstance(value, str) else expect(value, (dict, str), what, path)
     content = field(given, "content", str, path, inside=what)
     if not content:

@@ -1,4 +1,4 @@
-"""What every tokenizer offers, and what they share: checks of text and ids, and decoding token by token."""
+"""The protocol of tokenizers, checks of text and ids, and decoding token by token."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ AllowedSpecial = Collection[str] | Literal["all"]
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    `kind` is "gpt2", "bpe", "openai-gpt", "hf", "char" or "word"; `eos_id` is the token that ends a document, or
-    None where the vocabulary has no such token (characters, GPT-1).
+    kind: "gpt2", "bpe", "openai-gpt", "hf", "char" or "word".
     """
 
     kind: str
 
     @property
     def eos_id(self) -> int | None:
-        """The id of the token that ends a document."""
+        """The id of the token that ends a document; None without one (characters, GPT-1)."""
         ...
 
     @property
@@ -33,7 +32,7 @@ class Tokenizer(Protocol):
         ...
 
     def has_token(self, token: int) -> bool:
-        """Whether an id has a token; there may be holes below `vocab_size`."""
+        """Whether an id has a token; ids below `vocab_size` may have none."""
         ...
 
     def encode(self, text: str, allowed_special: AllowedSpecial = ()) -> list[int]:
@@ -41,26 +40,24 @@ class Tokenizer(Protocol):
 
         Args:
             text: any str without lone surrogates.
-            allowed_special: names of special tokens ("<|endoftext|>") that become their single id where the
-                text has them, or "all". By default they are ordinary text, so that no document or user can
-                inject one.
+            allowed_special: names of special tokens ("<|endoftext|>") that are encoded as their single id, or
+                "all". By default they are ordinary text, so that no document or user can inject one.
         Raises:
-            ValueError: a lone surrogate, an unknown special token, a character outside a character
+            ValueError: a lone surrogate, an unknown special token, or a character outside a character
                 vocabulary.
         """
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id without a
-        token."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises ValueError for an id without a token."""
         ...
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes of `ids`, also where they end inside a character."""
+        """The UTF-8 bytes of `ids`, which may end inside a character."""
         ...
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the tokenizer's files into `folder`, from where `load_tokenizer(folder)` brings it back."""
+        """Write the tokenizer's files into `folder`, for `load_tokenizer(folder)`."""
         ...
 
     @classmethod
@@ -70,9 +67,9 @@ class Tokenizer(Protocol):
 
 
 class Lenient:
-    """A tokenizer in whose decoding ids without a token have no text; else it is `inner`.
+    """A wrapper of a tokenizer that decodes ids without a token to nothing.
 
-    For texts in the making: a user may ask for such an id, and one id must not end a text, let alone those of others.
+    For generation: a request may force such an id (logit_bias), and that must not abort its text or those of others.
     """
 
     def __init__(self, inner: Tokenizer) -> None:
@@ -103,21 +100,19 @@ class Lenient:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Lenient:
-        raise TypeError("Lenient.load: it has no files of its own; use lenient(load_tokenizer(folder))")
+        raise TypeError("Lenient.load: a Lenient has no files; use lenient(load_tokenizer(folder))")
 
 
 def lenient(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer, decoding ids without a token to nothing."""
+    """A tokenizer that decodes ids without a token to nothing, and otherwise is `tokenizer`."""
     return tokenizer if isinstance(tokenizer, Lenient) or not hasattr(tokenizer, "has_token") else Lenient(tokenizer)
 
 
 class StreamDecoder:
-    """Decode one sequence token by token: what `push` and `finish` return joins to exactly
-    `tokenizer.decode(ids)`.
+    """Decodes one sequence token by token; the results of `push` and `finish` join to `tokenizer.decode(ids)`.
 
-    A character whose UTF-8 bytes are spread over several tokens is held back until it is whole. So is a
-    trailing
-    space: GPT-1 writes one after each word, and its decoder drops the last.
+    A character whose bytes belong to several tokens is returned with the last of them. A trailing space is returned with
+    the next token: GPT-1 has one after each word, and its `decode` drops the last.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -128,7 +123,7 @@ class StreamDecoder:
         self._length = 0  # characters returned so far
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, "" where more bytes are needed."""
+        """The text that `token` completes; "" where more bytes are needed."""
         text = self._spaces + self._utf8.decode(self.tokenizer.decode_bytes([token]))
         shown = text.rstrip(" ")
         self._spaces = text[len(shown) :]
@@ -137,7 +132,7 @@ class StreamDecoder:
         return shown
 
     def finish(self) -> str:
-        """The rest, with U+FFFD for a character that never became whole."""
+        """The remaining text, with U+FFFD for a character that is not complete."""
         rest = self.tokenizer.decode(self._ids)[self._length :]
         self._length += len(rest)
         return rest
@@ -166,8 +161,7 @@ def check_text(owner: str, text: str) -> None:
 
 
 def choose_special(owner: str, allowed: AllowedSpecial, specials: Collection[str]) -> set[str]:
-    """The special tokens that `allowed_special` asks for. Raises ValueError for one the vocabulary does not
-    have."""
+    """The special tokens that `allowed_special` names. Raises ValueError for one that the vocabulary lacks."""
     if allowed == "all":
         return set(specials)
     if isinstance(allowed, str):
@@ -182,8 +176,12 @@ def choose_special(owner: str, allowed: AllowedSpecial, specials: Collection[str
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
-    """The ids of a prompt, by one rule wherever gptfast takes one: special tokens that it names become their ids, as in
-    vLLM and llama.cpp. special=False takes them for ordinary text, which prompts of strangers should be."""
+    """The ids of a prompt; the one rule for prompts everywhere in gptfast.
+
+    Args:
+        special: encode special tokens in the text as their ids, as vLLM and llama.cpp do. False: as ordinary text, for
+            prompts of untrusted users.
+    """
     return tokenizer.encode(text, allowed_special="all" if special else ())
 
 
@@ -191,16 +189,16 @@ def unknown_id(owner: str, token: object, vocab_size: int) -> ValueError:
     """The error for an id that has no token."""
     return ValueError(
         f"{owner}.decode: id {token} has no token; ids run from 0 to {vocab_size - 1} - "
-        "does the model belong to this tokenizer (a vocabulary padded for speed has ids that mean nothing)?"
+        "does the model belong to this tokenizer (a vocabulary padded for speed has ids without a token)?"
     )
 
 
 @contextmanager
-def refusals_of_the_library(message: str) -> Iterator[None]:
-    """Turns whatever `tokenizers` raises, which is a bare Exception, and for a panic not even that, into ValueError.
+def library_errors(message: str) -> Iterator[None]:
+    """Turns the errors of `tokenizers` into ValueError; it raises bare Exceptions, and BaseExceptions for panics.
 
     Args:
-        message: with {error} in it.
+        message: the text of the ValueError, with {error} in it.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """Byte-level BPE: GPT-2's own vocabulary, one trained on the user's text, or one from a checkpoint folder.
 
-A vocabulary is held in the form of GPT-2's files: `vocab` maps a token to its id and `merges` lists the pairs
-in the order in which they were learnt, both written in GPT-2's printable alphabet for bytes ("Ġ" for a
-space). Encoding is tiktoken's; training is that of `tokenizers`.
+A vocabulary has the form of GPT-2's files: `vocab` maps a token to its id, and `merges` lists the pairs in the
+order in which they were learnt. Both use GPT-2's printable alphabet for bytes ("Ġ" for a space). `tiktoken`
+encodes; `tokenizers` trains.
 """
 
 from __future__ import annotations
@@ -34,22 +34,21 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\
 
 _GPT2_MERGES = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"  # SHA-256
 _LONG = 1 << 19  # characters: longer texts are encoded in pieces
-_PIECE = 1 << 10  # characters that are learnt from at once
-_LONGEST = 4 * _PIECE  # a longer run of letters or blanks is learnt from in parts: merging takes its square
+_PIECE = 1 << 10  # characters of a training text that the trainer splits at once
+_LONGEST = 4 * _PIECE  # characters; longer runs of letters or blanks are divided, as the cost of merging is quadratic
 
 _CHARACTER = byte_alphabet()
 _BYTE = {character: byte for byte, character in _CHARACTER.items()}
 
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding: takes any text, and gives it back exactly.
+    """Byte-level byte-pair encoding, which encodes any text and decodes to exactly that text.
 
     Args:
-        vocab: token -> id, with all 256 bytes and every merged token; whatever else it holds is a special
-            token.
-        merges: pairs of tokens, the first learnt first.
-        eos_token: the special token that ends a document; `eos_id` is None where `vocab` has no such token.
-        settings: of the tokenizer_config.json that it came from, which `save` writes back.
+        vocab: token -> id, with all 256 bytes and every merged token. All other tokens are special tokens.
+        merges: pairs of tokens, in the order in which they were learnt.
+        eos_token: the special token that ends a document; `eos_id` is None where `vocab` lacks it.
+        settings: the content of a tokenizer_config.json, which `save` writes back; None: none.
     Raises:
         ValueError: vocab lacks a byte or a merged token, or gives two tokens one id.
     """
@@ -71,8 +70,7 @@ class BPETokenizer:
         merged = set(tokens)
         self.specials = {token: i for token, i in self.vocab.items() if token not in merged}
         self.eos_id = self.specials.get(eos_token) if eos_token else None
-        # tiktoken takes the rank of a merge for its id. That holds for GPT-2; other vocabularies need the two
-        # tables.
+        # tiktoken uses the rank of a merge as its id, as GPT-2 does; other vocabularies need two tables.
         ids = [self.vocab[token] for token in chain(tokens, self.specials)]
         self._ranks = {i: rank for rank, i in enumerate(ids)}
         self._ids = None if ids == list(range(len(ids))) else np.array(ids, np.uint32)  # by rank
@@ -99,14 +97,14 @@ class BPETokenizer:
         return [i for part in parts for piece in self._pieces(part) for i in self._encode(piece, allowed).tolist()]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of `text`, special tokens taken for ordinary text, as an array of uint32: faster than a list."""
+        """The ids of `text` as an array of uint32, which is faster than a list; special tokens are ordinary text."""
         check_text("BPETokenizer", text)
         if len(text) <= _LONG:
             return self._encode(text, set())
         return np.concatenate([self._encode(piece, set()) for piece in self._pieces(text)])
 
     def _pieces(self, text: str) -> Iterable[str]:
-        """tiktoken's pattern goes back over a run of blanks up to the last, and gives up at a million."""
+        """Pieces of a long text: tiktoken's pattern backtracks over a run of blanks, and fails at a million of them."""
         return [text] if text in self.specials else pieces(blocks_of(text), self.cuts)
 
     def _encode(self, text: str, allowed: set[str]) -> np.ndarray:
@@ -123,8 +121,7 @@ class BPETokenizer:
             raise unknown_id("BPETokenizer", error.args[0], self.vocab_size) from None
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json as transformers' GPT2Tokenizer reads
-        them."""
+        """Write vocab.json, merges.txt and tokenizer_config.json for transformers' GPT2Tokenizer."""
         eos = next((token for token, i in self.specials.items() if i == self.eos_id), None)
         special = {name: eos for name in ("bos_token", "eos_token", "unk_token") if eos is not None}
         config = {**special, **self._settings, "tokenizer_class": "GPT2Tokenizer"}
@@ -146,21 +143,21 @@ class BPETokenizer:
         with naming(folder):
             if not found.plain:
                 raise ValueError(
-                    "BPETokenizer.load: there are added tokens or settings (such as add_prefix_space) beyond GPT-2's; use "
+                    "BPETokenizer.load: the files have added tokens or settings (such as add_prefix_space) beyond GPT-2's; use "
                     "load_tokenizer(folder)"
                 )
             return BPETokenizer.of_files(found)
 
     @classmethod
     def of_files(cls, files: HFFiles) -> BPETokenizer:
-        """The tokenizer of files that are read, of GPT-2's kind."""
+        """The tokenizer of files of GPT-2's kind, already read."""
         found = BPETokenizer(files.vocab, files.merges, files.eos_token or END_OF_TEXT, files.settings)
         if found._is_gpt2():
             found.kind = "gpt2"
         return found
 
     def _is_gpt2(self) -> bool:
-        """Whether it is the published tokenizer, which prepared data and checkpoints bring along."""
+        """Whether it is the published tokenizer, as prepared data and checkpoints contain it."""
         if self._ids is not None or list(self.specials) != [END_OF_TEXT]:
             return False
         return sha256("\n".join(map(" ".join, self.merges)).encode()).hexdigest() == _GPT2_MERGES
@@ -172,13 +169,13 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: str | Iterable[str] | Mapping[str, int], vocab_size: int) -> BPETokenizer:
-        """Learn merges: again and again join the most frequent pair of neighbouring tokens inside words.
+        """Learn merges: repeatedly join the most frequent pair of adjacent tokens inside words.
 
         Sennrich, Haddow and Birch, arXiv 1508.07909, on bytes as in GPT-2.
 
         Args:
-            texts: one text, several (or pieces of one), or a mapping word -> how often it occurs.
-            vocab_size: number of tokens, at least 257 (bytes and <|endoftext|>). A small text may give fewer:
+            texts: one text, several (or pieces of one), or a mapping word -> number of occurrences.
+            vocab_size: number of tokens, at least 257 (bytes and <|endoftext|>). A small text gives fewer, because
                 pairs that occur once are not merged.
         Raises:
             ValueError: vocab_size too small, or a text with a lone surrogate.
@@ -189,7 +186,7 @@ class BPETokenizer:
                 f"bytes and {END_OF_TEXT} - try 512 for a tiny text, 8192 for a book"
             )
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 1,  # <|endoftext|> comes on top
+            vocab_size=vocab_size - 1,  # without <|endoftext|>
             min_frequency=2,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -202,7 +199,7 @@ class BPETokenizer:
 
 
 class GPT2Tokenizer(BPETokenizer):
-    """The tokenizer of GPT-2 and GPT-3 (50257 tokens), from data that the package ships: works offline."""
+    """The tokenizer of GPT-2 and GPT-3 (50257 tokens), from data in the package."""
 
     kind = "gpt2"
 
@@ -212,7 +209,7 @@ class GPT2Tokenizer(BPETokenizer):
 
 
 def _usual_vocab(merges: Iterable[Merge]) -> dict[str, int]:
-    """GPT-2's order of ids: the bytes, the merged tokens, <|endoftext|>."""
+    """token -> id in GPT-2's order: the bytes, the merged tokens, <|endoftext|>."""
     return {token: i for i, token in enumerate([*map(_write, _ranks(merges)), END_OF_TEXT])}
 
 
@@ -221,7 +218,7 @@ def _write(token: bytes) -> str:
 
 
 def _ranks(merges: Iterable[Merge]) -> dict[bytes, int]:
-    """Token -> rank: the single bytes, then each merged token at the place where it is first learnt."""
+    """token -> rank: the single bytes, then each merged token in the order of its first merge."""
     ranks = {bytes([byte]): rank for rank, byte in enumerate(_CHARACTER)}
     for first, second in merges:
         try:
@@ -244,11 +241,11 @@ def _check_vocab(vocab: dict[str, int], tokens: list[str]) -> None:
             "or one of them is cut short"
         )
     if len(set(vocab.values())) < len(vocab) or min(vocab.values()) < 0:
-        raise ValueError("BPETokenizer: vocab gives an id to two tokens, or a negative id; vocab.json is damaged")
+        raise ValueError("BPETokenizer: vocab gives two tokens one id, or has a negative id; vocab.json is damaged")
 
 
 def _checked(texts: str | Iterable[str] | Mapping[str, int]) -> Iterator[str]:
-    """The texts in short pieces: the trainer takes some hundred bytes a character of what it splits at once."""
+    """The texts in short pieces: the trainer needs some hundred bytes a character of each piece."""
     counted = texts.items() if isinstance(texts, Mapping) else ((text, 1) for text in as_texts(texts))
     for text, count in counted:
         check_text("BPETokenizer", text)

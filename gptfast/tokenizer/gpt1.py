@@ -1,5 +1,4 @@
-"""The tokenizer of GPT-1: lower-cased words, split at blanks and punctuation, BPE with "</w>" at the end of a
-word."""
+"""The tokenizer of GPT-1: BPE over lower-cased words, each with "</w>" at its end."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
 from gptfast._json import naming
-from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, refusals_of_the_library, unknown_id
+from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, library_errors, unknown_id
 from gptfast.tokenizer.hf_files import HFFiles, Merge, read_hf_files, write_hf_files
 from gptfast.tokenizer.pieces import GPT1
 
@@ -20,7 +19,7 @@ _END_OF_WORD = "</w>"
 class OpenAIGPTTokenizer:
     """GPT-1's BPE, as in the `openai-gpt` checkpoint (40478 tokens, no end-of-text token).
 
-    Case and layout are lost: text is lower-cased, blanks and newlines become single spaces, and a character
+    It loses case and layout: text is lower-cased, runs of blanks and newlines become single spaces, and a character
     that the vocabulary lacks becomes <unk>.
     """
 
@@ -30,11 +29,9 @@ class OpenAIGPTTokenizer:
 
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[Merge], unk_token: str = "<unk>") -> None:
         if unk_token not in vocab:
-            raise ValueError(f"OpenAIGPTTokenizer: vocab has no {unk_token!r}; vocab.json is of another tokenizer")
+            raise ValueError(f"OpenAIGPTTokenizer: vocab has no {unk_token!r}; vocab.json belongs to another tokenizer")
         self.vocab, self.merges, self.unk_token = dict(vocab), list(merges), unk_token
-        with refusals_of_the_library(
-            "OpenAIGPTTokenizer: {error}; vocab.json and merges.txt belong to different tokenizers"
-        ):
+        with library_errors("OpenAIGPTTokenizer: {error}; vocab.json and merges.txt belong to different tokenizers"):
             model = models.BPE(
                 vocab=self.vocab, merges=self.merges, unk_token=unk_token, end_of_word_suffix=_END_OF_WORD
             )
@@ -81,5 +78,5 @@ class OpenAIGPTTokenizer:
 
     @classmethod
     def of_files(cls, files: HFFiles) -> OpenAIGPTTokenizer:
-        """The tokenizer of files that are read."""
+        """The tokenizer of files that are already read."""
         return cls(files.vocab, files.merges)

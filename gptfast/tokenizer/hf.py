@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders with settings beyond GPT-2's and GPT-1's own: the `tokenizers` library encodes."""
+"""Tokenizers of Hugging Face folders with settings beyond those of GPT-2 and GPT-1, run by the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from gptfast._folders import staged_folder
 from gptfast._snapshots import TOKENIZER
 from gptfast.tokenizer.added import CONFIG, END_OF_TEXT
-from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, refusals_of_the_library, unknown_id
+from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, library_errors, unknown_id
 from gptfast.tokenizer.hf_files import HFFiles, byte_alphabet, read_hf_files
 
 _BYTE = {character: byte for byte, character in byte_alphabet().items()}
@@ -20,20 +20,20 @@ _END_OF_WORD = "</w>"
 
 
 class HFTokenizer:
-    """A BPE of bytes or of words in </w> with whatever its files say: prefix space, normalizer, tokens that are added before
-    or after each text, added tokens that take the blanks beside them or stand alone as words.
+    """A BPE of bytes, or of words that end in </w>, with all settings of its files.
 
-    The ids are those of transformers' AutoTokenizer where all special tokens are allowed. Added tokens that are not special
-    are found in every text.
+    Settings are a prefix space, a normalizer, tokens that are added before or after each text, and flags of added tokens.
+    With all special tokens allowed the ids are those of transformers' AutoTokenizer. Added tokens that are not special are
+    recognised in every text.
 
     Args:
-        files: of a folder.
+        files: the content of a folder.
     Raises:
-        ValueError: files that the `tokenizers` library does not take.
+        ValueError: files that the `tokenizers` library refuses.
     """
 
     kind = "hf"
-    whole_texts = True  # the ids of a text are not those of its parts in a row
+    whole_texts = True  # a text cannot be encoded in pieces
 
     def __init__(self, files: HFFiles) -> None:
         self.vocab, self._files = files.vocab, files
@@ -58,12 +58,12 @@ class HFTokenizer:
         return self._encoder(frozenset(allowed)).encode(text).ids
 
     def _encoder(self, allowed: frozenset[str]) -> RustTokenizer:
-        """The library's tokenizer that finds these special tokens, and takes others for ordinary text."""
+        """The library's tokenizer that recognises these special tokens, and no others."""
         if allowed not in self._encoders:
             found = [t for t in self._files.spec["added_tokens"] if not t["special"] or t["content"] in allowed]
             spec = {**self._files.spec, "added_tokens": found, "truncation": None, "padding": None}
-            with refusals_of_the_library(
-                "HFTokenizer: the tokenizers library does not take these files ({error}); they are damaged, or of different "
+            with library_errors(
+                "HFTokenizer: the tokenizers library refuses these files ({error}); they are damaged, or belong to different "
                 "tokenizers"
             ):
                 self._encoders[allowed] = RustTokenizer.from_str(json.dumps(spec))
@@ -89,12 +89,12 @@ class HFTokenizer:
         return bytes(_BYTE[c] for c in token) if all(c in _BYTE for c in token) else token.encode("utf-8")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers reads them."""
+        """Write tokenizer.json and tokenizer_config.json for transformers."""
         spec = self._files.spec
         decoder = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in spec["added_tokens"]}
         split = spec.get("pre_tokenizer") or {}
         prefix = {"add_prefix_space": split["add_prefix_space"]} if "add_prefix_space" in split else {}
-        # the general class takes all of tokenizer.json; those of GPT-2 and GPT-1 build anew what they know of
+        # the general class reads all of tokenizer.json; those of GPT-2 and GPT-1 ignore settings that they do not have
         config: dict[str, Any] = {**self._files.settings, **prefix, "tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {"added_tokens_decoder": decoder}
         if self.eos_id is not None:

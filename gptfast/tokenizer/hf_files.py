@@ -16,15 +16,18 @@ from gptfast._snapshots import TOKENIZER, current, read_whole
 from gptfast.tokenizer.added import END_OF_TEXT, gather, named_token, read_settings
 
 Merge = tuple[str, str]
-MOST_IDS = 2**31 - 1  # as sizes of models
+MOST_IDS = 2**31 - 1  # the limit of vocab_size in GPTConfig
 
 
 @dataclass(frozen=True)
 class HFFiles:
-    """A folder's tokenizer, from whichever of its files say it; tokenizer.json counts before vocab.json and merges.txt.
+    """The tokenizer files of a folder; tokenizer.json takes precedence over vocab.json and merges.txt.
 
-    vocab: token -> id, added tokens among them; merges: pairs, first learnt first; eos_token: as the settings name it, or
-    None; spec: the content of a tokenizer.json; settings: of tokenizer_config.json and special_tokens_map.json.
+    vocab: token -> id, with the added tokens.
+    merges: pairs of tokens, in the order in which they were learnt.
+    eos_token: the end token that the settings name, or None.
+    spec: the content of tokenizer.json, or its equivalent.
+    settings: the content of tokenizer_config.json and special_tokens_map.json.
     """
 
     vocab: dict[str, int]
@@ -40,7 +43,7 @@ class HFFiles:
 
     @property
     def plain(self) -> bool:
-        """Whether it is GPT-2's or GPT-1's tokenizer as published but for vocabulary, merges and special tokens."""
+        """Whether it differs from GPT-2's or GPT-1's published tokenizer in vocabulary, merges and special tokens only."""
         spec, added = self.spec, self.spec["added_tokens"]
         post = spec.get("post_processor") or {"type": "ByteLevel"}
         names = [token["content"] for token in added]
@@ -49,12 +52,12 @@ class HFFiles:
         ):
             return False
         if any(a != b and b.startswith(a) for a in names for b in names):
-            return False  # the longer one counts, which tiktoken does not promise
+            return False  # the longer one is to be recognised; tiktoken does not guarantee that
         if not self.byte_level:
             same = all(_same(spec.get(part), wanted) for part, wanted in GPT1.items())
             return same and set(names) == {spec["model"].get("unk_token")}
         made = {*byte_alphabet().values(), *(a + b for a, b in self.merges)}
-        if made - self.vocab.keys():  # damaged: told when it is made
+        if made - self.vocab.keys():  # damaged: `BPETokenizer` raises
             return True
         same = all(
             _same(spec.get(part) or (wanted if part == "decoder" else None), wanted) for part, wanted in GPT2.items()
@@ -77,8 +80,7 @@ GPT1 = {
 def byte_alphabet() -> dict[int, str]:
     """GPT-2's printable character for each byte, in the order of the first 256 ids.
 
-    Bytes that print as themselves in Latin-1 come first; the others (blanks, controls) follow as U+0100 and
-    up.
+    Bytes that Latin-1 prints come first, as themselves; the others (blanks, controls) follow as U+0100 and up.
     """
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
@@ -90,7 +92,7 @@ def read_hf_files(folder: str | os.PathLike[str]) -> HFFiles:
 
     Raises:
         FileNotFoundError: neither vocab.json + merges.txt nor tokenizer.json is there.
-        ValueError: a damaged file, files that contradict each other, or a tokenizer of a kind that gptfast does not know.
+        ValueError: a damaged file, files that contradict each other, or a kind of tokenizer that gptfast does not support.
     """
     return read_whole(folder, lambda: _read_files(Path(folder)))
 
@@ -131,7 +133,7 @@ def _read_files(folder: Path) -> HFFiles:
 
 
 def _usual_spec(vocab: dict[str, int], settings: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer.json of vocab.json and merges.txt: transformers' GPT2Tokenizer, or OpenAIGPTTokenizer."""
+    """The equivalent tokenizer.json of vocab.json and merges.txt: transformers' GPT2Tokenizer or OpenAIGPTTokenizer."""
     gpt1 = any(token.endswith("</w>") for token in vocab)
     spec: dict[str, Any] = {"version": "1.0", **(GPT1 if gpt1 else GPT2), "post_processor": None}
     model: dict[str, Any] = {"type": "BPE", "fuse_unk": False}
@@ -151,7 +153,7 @@ def _usual_spec(vocab: dict[str, int], settings: dict[str, Any]) -> dict[str, An
 
 
 def _check_prefix_space(spec: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    """transformers' GPT-2 class takes tokenizer_config.json's word, its general class that of tokenizer.json."""
+    """Refuse contradictory values: transformers' GPT-2 class reads tokenizer_config.json, its general class tokenizer.json."""
     split = spec.get("pre_tokenizer") or {}
     if split.get("type") != "ByteLevel":
         return
@@ -159,25 +161,25 @@ def _check_prefix_space(spec: dict[str, Any], settings: dict[str, Any], folder: 
     if said is not None and bool(said) != bool(split.get("add_prefix_space")):
         raise ValueError(
             f"{folder}: add_prefix_space is {bool(said)} by tokenizer_config.json and {bool(split.get('add_prefix_space'))} "
-            "in tokenizer.json, which give other tokens; write the right one into both"
+            "in tokenizer.json, which give different tokens; write the right one into both"
         )
 
 
 def _check_whole(path: Path, base: set[str], vocab: dict[str, int], merges: list[Merge]) -> None:
-    """Refuse merges that were cut short: tokens of vocab.json that two others make, and no merge."""
+    """Refuse merges that are cut short: vocab.json has a token that two others make, but no merge for it."""
     made = {first + second for first, second in merges}
-    if made - vocab.keys():  # of another tokenizer altogether: told when it is made
+    if made - vocab.keys():  # of another tokenizer: `BPETokenizer` raises
         return
     lost = [t for t in base - made if any(t[:n] in vocab and t[n:] in vocab for n in range(1, len(t)))]
     if lost:
         raise ValueError(
             f"{path}: no merge makes {len(lost)} tokens of vocab.json, such as {min(lost, key=vocab.__getitem__)!r}; it is cut "
-            "short or of another tokenizer - copy it again (or name these tokens in added_tokens.json, if they are such)"
+            "short or belongs to another tokenizer - copy it again (or list added tokens in added_tokens.json)"
         )
 
 
 def _set_ends(spec: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    """add_bos_token and add_eos_token, as transformers takes them."""
+    """Apply add_bos_token and add_eos_token as transformers does."""
     flags = {name: settings.get(f"add_{name}") for name in ("bos_token", "eos_token")}
     if all(flag is None for flag in flags.values()):
         return
@@ -201,7 +203,7 @@ def _set_ends(spec: dict[str, Any], settings: dict[str, Any], folder: Path) -> N
 
 
 def _same(part: Any, wanted: dict[str, Any] | None) -> bool:
-    """Whether a part of a tokenizer.json does what is wanted; keys that it lacks have the library's defaults."""
+    """Whether a part of tokenizer.json has the wanted settings; missing keys have the library's defaults."""
     if wanted is None or part is None:
         return part == wanted
     usual = {"use_regex": True, "add_prefix_space": False}
@@ -214,8 +216,7 @@ def write_hf_files(
     merges: Sequence[Merge],
     config: Mapping[str, Any],
 ) -> None:
-    """Write vocab.json, merges.txt and tokenizer_config.json, in the place of the tokenizer that was there; all or
-    nothing."""
+    """Replace a folder's tokenizer by vocab.json, merges.txt and tokenizer_config.json, all or none."""
     by_id = dict(sorted(vocab.items(), key=lambda item: item[1]))
     lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges), ""]
     with staged_folder(folder, replaces=TOKENIZER) as stage:
@@ -241,21 +242,21 @@ def parse_merges(source: str | os.PathLike[str], text: str) -> list[Merge]:
 
 
 def _read_fast(path: Path) -> dict[str, Any]:
-    """The content of a tokenizer.json, if its tokens are bytes, or words that end in </w>."""
+    """The content of a tokenizer.json whose tokens are bytes, or words that end in </w>."""
     found = read_json(path)
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         if field(found, part, (dict, NULL), path, None) is not None:
             field(found[part], "type", str, path, inside=part)
     model = found.get("model") if isinstance(found, dict) else None
     decoder, split = (field(found, name, (dict, NULL), path, None) or {} for name in ("decoder", "pre_tokenizer"))
-    kind = (decoder or split).get("type")  # a file without a decoder says by how it splits
+    kind = (decoder or split).get("type")  # without a decoder the pre-tokenizer tells
     if (
         not isinstance(model, dict)
         or model.get("type", "BPE") != "BPE"
         or (kind not in ("ByteLevel", "BPEDecoder") and model.get("end_of_word_suffix") != "</w>")
     ):
         raise ValueError(
-            f"{path} is not a tokenizer that gptfast knows; expected a BPE of bytes (ByteLevel decoder) as GPT-2's, GPT-1's BPE "
+            f"{path} is not a tokenizer that gptfast supports; expected a BPE of bytes (ByteLevel decoder) as GPT-2's, GPT-1's BPE "
             "(</w>), or a file that gptfast wrote"
         )
     return {**found, "model": dict(model)}
@@ -269,7 +270,7 @@ def _pair(n: int, pair: str | list[Any], path: Path) -> Merge:
 
 
 def _check_ids(path: Path, vocab: Any) -> dict[str, int]:
-    """An object of token: id, as it is in vocab.json and elsewhere."""
+    """Check a mapping token -> id, as in vocab.json."""
     for token, i in expect(vocab, dict, "", path).items():
         if type(i) is not int or not 0 <= i < MOST_IDS:
             i = expect(i, int, f"the id of {short(token)}", path)

@@ -1,5 +1,7 @@
-"""The files of tokenizers that are a list of tokens (characters, words), as the `tokenizers` library and transformers read
-them; and as gptfast wrote them before."""
+"""The files of tokenizers that are a list of tokens (characters, words).
+
+They are written for the `tokenizers` library and transformers; an older format of gptfast is still read.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,11 @@ def write_list(
     """Write tokenizer.json and tokenizer_config.json.
 
     Args:
-        folder: in the place of the tokenizer that was there; all or nothing.
+        folder: its tokenizer is replaced, all files or none.
         kind: "char" or "word".
-        ids: token -> id, without holes.
-        pattern: for Oniguruma, matches each piece of a text that may be a token.
-        specials: "unk_token" and the like -> which of the tokens it is.
+        ids: token -> id, for ids 0, 1, 2, ….
+        pattern: regular expression of Oniguruma that matches each piece of a text that can be a token.
+        specials: names such as "unk_token" -> token.
     """
     flags = {**dict.fromkeys(FLAGS, False), "special": True}
     added = sorted({ids[token]: token for token in specials.values()}.items())
@@ -49,7 +51,7 @@ def write_list(
 
 
 def read_list(folder: str | os.PathLike[str], kind: str) -> list[str]:
-    """The tokens by id.
+    """The tokens of a folder, ordered by id.
 
     Raises:
         OSError, ValueError: a missing or damaged file, or one of another kind.

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 UNKNOWN = "<|unk|>"
 _NONE = 2**32 - 1  # no id
-# A word, number or punctuation mark with the one space before it, or a single whitespace character: the
-# pieces join to the text again. Words keep inner apostrophes ("o'er", "don't").
+# A word, number or punctuation mark with the one space before it, or a single whitespace character. The
+# pieces join to the text. Words keep inner apostrophes ("o'er", "don't").
 _PIECES = re.compile(r" ?\w+(?:['\u2019]\w+)*| ?[^\w\s]|\s")
 
 
 class _ListTokenizer:
-    """tokens[id] is the text of token id."""
+    """A tokenizer whose `tokens[id]` is the text of each id."""
 
     kind = ""
     cuts = WORDS  # where a text can be divided: see `gptfast.tokenizer.pieces`
@@ -61,14 +61,14 @@ class _ListTokenizer:
         return self.tokens[i]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as the `tokenizers` library and transformers read them."""
+        """Write tokenizer.json and tokenizer_config.json for the `tokenizers` library and transformers."""
         write_list(folder, self.kind, self._ids, self._split_pattern(), self._specials())
 
     def _split_pattern(self) -> str:
         raise NotImplementedError
 
     def _specials(self) -> dict[str, str]:
-        """Their names in tokenizer_config.json, and the tokens."""
+        """The special tokens by their names in tokenizer_config.json."""
         raise NotImplementedError
 
     @classmethod
@@ -81,7 +81,7 @@ class _ListTokenizer:
 class CharTokenizer(_ListTokenizer):
     """One token for each character that occurs in a text; the ids follow the order of Unicode.
 
-    A character that does not occur is an error, or becomes <|unk|> where `tokens` holds that.
+    A character that does not occur raises an error, or becomes <|unk|> where `tokens` has that.
     """
 
     kind = "char"
@@ -93,8 +93,11 @@ class CharTokenizer(_ListTokenizer):
 
     @classmethod
     def train(cls, texts: str | Iterable[str], unk: bool = False) -> CharTokenizer:
-        """The vocabulary of all characters in `texts`, and <|unk|> for all others if `unk`. Raises ValueError where there is
-        none."""
+        """The tokenizer of all characters in `texts`, with <|unk|> for all others if `unk`.
+
+        Raises:
+            ValueError: there is no character.
+        """
         found: set[str] = set()
         for text in as_texts(texts):
             check_text(cls.__name__, text)
@@ -121,7 +124,7 @@ class CharTokenizer(_ListTokenizer):
             ) from None
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of `text`, "<|unk|>" taken for ordinary text, as an array of uint32: faster than a list."""
+        """The ids of `text` as an array of uint32, which is faster than a list; "<|unk|>" is ordinary text."""
         check_text("CharTokenizer", text)
         if self._table is None:
             self._table = np.full(0x110000, _NONE if self.unk_id is None else self.unk_id, np.uint32)
@@ -130,7 +133,7 @@ class CharTokenizer(_ListTokenizer):
             ]
         ids = self._table[np.frombuffer(text.encode("utf-32-le"), "<u4")]
         if self.unk_id is None and (ids == _NONE).any():
-            self.encode(text)  # which says what is wrong
+            self.encode(text)  # raises ValueError
         return ids
 
     def _split_pattern(self) -> str:
@@ -143,8 +146,8 @@ class CharTokenizer(_ListTokenizer):
 class WordTokenizer(_ListTokenizer):
     """Words, punctuation marks and whitespace, most frequent first, then <|endoftext|> and <|unk|>.
 
-    A token carries the one space before it, as in GPT-2, so decoding joins tokens and loses nothing but what
-    is not in the vocabulary: that becomes <|unk|>.
+    A token includes the one space before it, as in GPT-2, so decoding only joins tokens. A word that is not in the
+    vocabulary becomes <|unk|>.
     """
 
     kind = "word"
@@ -156,15 +159,15 @@ class WordTokenizer(_ListTokenizer):
                 raise ValueError(f"WordTokenizer: the list of tokens has no {name!r}; add it at the end")
         self.eos_id = self._ids[END_OF_TEXT]
         self.unk_id = self._ids[UNKNOWN]
-        self._pattern = ""  # made when it is first saved, as every checkpoint does
+        self._pattern = ""  # made by the first save
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int | None = None) -> WordTokenizer:
-        """The vocabulary of the words in `texts`.
+        """The tokenizer of the words in `texts`.
 
         Args:
             texts: one text or several.
-            vocab_size: keep only the most frequent words, so that there are at most this many tokens (>= 3).
+            vocab_size: largest number of tokens, >= 3; the most frequent words are kept. None: all words.
         """
         if vocab_size is not None and vocab_size < 3:
             raise ValueError(
@@ -176,7 +179,7 @@ class WordTokenizer(_ListTokenizer):
             check_text(cls.__name__, text)
             counts.update(_PIECES.findall(text))
         if not counts:
-            raise ValueError("WordTokenizer.train: texts hold no word; give it text to learn words from")
+            raise ValueError("WordTokenizer.train: texts have no words; pass text with words")
         words = sorted(counts, key=lambda word: (-counts[word], word))
         return cls([*words[: vocab_size and vocab_size - 2], END_OF_TEXT, UNKNOWN])
 
@@ -199,11 +202,11 @@ class WordTokenizer(_ListTokenizer):
             return
         for piece in _PIECES.findall(part):
             if piece not in self._ids and piece[0] == " " and " " in self._ids:
-                yield self._ids[" "]  # the word may be known without its space; if not, the space is kept
+                yield self._ids[" "]  # the vocabulary may have the word without its space
                 piece = piece[1:]
             yield self._ids.get(piece, self.unk_id)
 
 
 def as_texts(texts: str | Iterable[str]) -> Iterable[str]:
-    """A single text as a list of one."""
+    """A list of texts; a single text becomes a list of one."""
     return [texts] if isinstance(texts, str) else texts

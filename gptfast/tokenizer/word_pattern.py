@@ -1,4 +1,4 @@
-"""The pattern by which the `tokenizers` library splits a text into the tokens that `WordTokenizer` finds in it."""
+"""The regular expression with which the `tokenizers` library splits a text into the tokens of `WordTokenizer`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _WORD = rf"[{_LETTERS}]+(?:['\u2019][{_LETTERS}]+)*"
 _MARK, _BLANK = rf"[^{_LETTERS}{_BLANKS}]", rf"[{_BLANKS}]"
 _MAY_END = rf"(?![{_LETTERS}]|['\u2019][{_LETTERS}])"
 _IN_WORD = re.compile(r"\w+(?:['\u2019]\w+)*")
-_DEEPEST = 100  # letters of a word; of longer ones a tree may be too deep for the library
+_DEEPEST = 100  # letters; a tree of longer words can be too deep for the library
 
 
 def split_pattern(tokens: Iterable[str]) -> str:
-    """A pattern of Oniguruma.
+    """The regular expression (Oniguruma) for a vocabulary.
 
-    A word or mark goes with the one space before it. Where a lone space is a token, that holds for those alone that the
-    vocabulary has with their space; the pattern lists them, as a model of the library has no second choice.
+    A word or mark includes the one space before it. Where a single space is a token, only words that the vocabulary has
+    with their space do. The expression lists these, because the library's model cannot try a second split.
     """
     tokens = set(tokens)
     if " " not in tokens:
@@ -33,7 +33,7 @@ def split_pattern(tokens: Iterable[str]) -> str:
 
 
 def _one_of(words: Sequence[str]) -> str:
-    """One of some sorted words, as the tree of their letters: a plain list is tried one by one."""
+    """An expression for one of several sorted words, as a tree of letters; a plain list would be tried word by word."""
     long = [_escaped(word) for word in words if len(word) > _DEEPEST]
     return "|".join([*_branches([word for word in words if len(word) <= _DEEPEST]), *long])
 

@@ -89,9 +89,9 @@ def test_what_python_does_not_read(tmp_path, text, match):
         ({"model": {"vocab": {"a": 2**63}}}, 'the id of "a" is 9223372036854775808; expected 0 to 2147483646'),
         (
             {"normalizer": {"type": "Lowercase"}, "model": {"continuing_subword_prefix": "🤗"}},  # a panic there
-            "the tokenizers library does not take these files",
+            "the tokenizers library refuses these files",
         ),
-        ({"model": 4}, "not a tokenizer that gptfast knows"),
+        ({"model": 4}, "not a tokenizer that gptfast supports"),
         ({"kind": [1]}, "kind is a list of 1; expected a text or null"),
     ],
 )

@@ -170,7 +170,7 @@ def test_merges_that_were_cut_short(bpe, gpt1, tmp_path):
 def test_files_that_disagree(bpe, tmp_path):
     bpe.save(tmp_path)
     add(tmp_path, added_tokens_decoder={"360": {**MASK}})
-    with pytest.raises(ValueError, match="gives an id to two tokens"):
+    with pytest.raises(ValueError, match="gives two tokens one id"):
         load_tokenizer(tmp_path)
     add(tmp_path, added_tokens_decoder={"5": {**MASK, "content": "a"}})
     with pytest.raises(ValueError, match="the id of 'a' is 5, but another file"):

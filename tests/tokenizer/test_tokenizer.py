@@ -321,13 +321,13 @@ def test_a_folder_is_read_once(tokenizers, kind, tmp_path, monkeypatch):
 
 def test_two_tokens_with_one_id(tokenizers):
     vocab = {**tokenizers["bpe"].vocab, "extra": 0}
-    with pytest.raises(ValueError, match="gives an id to two tokens"):
+    with pytest.raises(ValueError, match="gives two tokens one id"):
         BPETokenizer(vocab, tokenizers["bpe"].merges)
 
 
 def test_tokenizers_of_another_kind(tokenizers, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
-    with pytest.raises(ValueError, match="is not a tokenizer that gptfast knows"):
+    with pytest.raises(ValueError, match="is not a tokenizer that gptfast supports"):
         load_tokenizer(tmp_path)
     tokenizers["openai-gpt"].save(tmp_path)
     with pytest.raises(ValueError, match="holds the vocabulary of GPT-1"):
@@ -344,7 +344,7 @@ def test_tokenizers_of_another_kind(tokenizers, tmp_path):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: get_tokenizer("char"), ValueError, "'char' is learnt from text, but text is None"),
+        (lambda: get_tokenizer("char"), ValueError, "'char' is trained on text, but text is None"),
         (
             lambda: get_tokenizer("gpt2", vocab_size=9),
             ValueError,
@@ -352,7 +352,7 @@ def test_tokenizers_of_another_kind(tokenizers, tmp_path):
         ),
         (lambda: get_tokenizer("bpe", "text", 256), ValueError, "vocab_size is 256; expected at least 257"),
         (lambda: get_tokenizer("word", "text", 2), ValueError, "vocab_size is 2; expected at least 3"),
-        (lambda: get_tokenizer("word", ""), ValueError, "texts hold no word"),
+        (lambda: get_tokenizer("word", ""), ValueError, "texts have no words"),
         (
             lambda: get_tokenizer("gtp2"),
             FileNotFoundError,
