@@ -1,4 +1,4 @@
-"""Text to tokens to batches: documents, token files, and the order in which a training run sees them."""
+"""Text to tokens to batches: documents, token files, and samplers of training windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where text comes from, and which part of it is kept for validation."""
+"""Documents: the texts to train on, and their split into training and validation."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ GENRES = ("comedy", "history", "tragedy", "poetry")
 
 @dataclass(frozen=True)
 class Document:
-    """A text with a name. That of a file is read when it is asked for, so neither it nor a corpus need fit in memory.
+    """A named text. The text of a file is read on demand, so that neither a document nor a corpus must fit in memory.
 
-    start, stop: where a file is divided, the bytes of this part.
+    name: unique in a corpus.
+    source: the text, the path of its file, or its slice of a temporary file.
+    start, stop: of a part of a file: the range of its bytes; stop None: to the end.
     """
 
     name: str
-    source: str | Path | Slice  # the text itself, or where it is
+    source: str | Path | Slice
     start: int = 0
     stop: int | None = None
 
@@ -39,7 +41,7 @@ class Document:
         return "".join(self.blocks())
 
     def blocks(self, size: int = BLOCK) -> Iterator[str]:
-        """The text in blocks of about `size` characters, as they are read. Raises as `text`."""
+        """The text in blocks of about `size` characters, read one by one. Raises as `text`."""
         if isinstance(self.source, str):
             return blocks_of(self.source, size)
         if isinstance(self.source, Slice):
@@ -48,7 +50,7 @@ class Document:
 
     @property
     def size(self) -> int:
-        """Bytes of UTF-8: what the split and the progress bar count."""
+        """Bytes of UTF-8."""
         if isinstance(self.source, str):
             return len(self.source.encode())
         if isinstance(self.source, Slice):
@@ -58,7 +60,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Split:
-    """train, val: the documents of each part; note: a sentence that says what was done."""
+    """train, val: the documents of each part.
+
+    note: a sentence for the user that describes the split.
+    """
 
     train: list[Document]
     val: list[Document]
@@ -67,7 +72,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-    """documents: what is read; notes: sentences about what is left out."""
+    """documents: the texts.
+
+    notes: sentences for the user about files and records that are left out.
+    """
 
     documents: list[Document]
     notes: list[str]
@@ -80,17 +88,21 @@ def load_documents(
 
     Args:
         data: "shakespeare" (42 plays and poems that the package ships), "shakespeare:comedy,poetry" (some
-            genres), a text file (one document), a file of records (each is a document), or a folder, with those below it.
-        glob: which files of a folder are read, such as "*.md" or ["*.txt", "*.md"], capital letters or small ones; without
-            it its .txt files or, with `text_field`, its files of records.
-        text_field: the field that holds the text of a record, in .jsonl, .ndjson, .json (a list, or an object a line), .csv,
-            .tsv (line 1 names the fields) and .parquet (needs pyarrow). Records whose text is empty or null are left out.
-    Files packed with gzip, bzip2, xz or zstd (needs pyarrow) are unpacked. Records and unpacked texts are kept in a
-    temporary file, in TMPDIR.
+            genres), a text file (one document), a file of records (each is a document), or a folder, searched recursively.
+        glob: patterns of the files to read in a folder, such as "*.md" or ["*.txt", "*.md"], regardless of case. None: .txt
+            files or, with `text_field`, files of records.
+        text_field: the field that holds the text of a record, in .jsonl, .ndjson, .json (a list, or an object per line),
+            .csv, .tsv (line 1 names the fields) and .parquet (needs pyarrow). Records whose text is empty or null are left
+            out. None: files are plain text.
+
+    Files packed with gzip, bzip2, xz or zstd (needs pyarrow) are unpacked. Records and unpacked texts are stored in a
+    temporary file in TMPDIR.
+
     Raises:
-        FileNotFoundError: no such file or folder.  OSError, ImportError: it cannot be read.
-        ValueError: an unknown genre, a folder without such files, a file of tokens, a record without the field, or an option
-            that `data` has no use for.
+        FileNotFoundError: no such file or folder.
+        OSError, ImportError: a file cannot be read.
+        ValueError: an unknown genre, a folder without matching files, a file of tokens, a record without the field, or an
+            option that does not apply to `data`.
     """
     return load_corpus(data, glob, text_field).documents
 
@@ -98,7 +110,7 @@ def load_documents(
 def load_corpus(
     data: str | os.PathLike[str], glob: str | Sequence[str] | None = None, text_field: str | None = None
 ) -> Corpus:
-    """As `load_documents`, with what is to be said about it."""
+    """The documents that `load_documents` returns, with notes for the user."""
     patterns = [glob] if isinstance(glob, str) else list(glob or ())
     path = Path(data)
     known = path.exists() or str(data).startswith("shakespeare")
@@ -162,7 +174,7 @@ def _read_files(
 
 
 def _records(name: str, path: Path, field: str, spool: Spool) -> Iterator[Document]:
-    """A document for each record; the size of one without text is 0."""
+    """A document for each record; a record without text gives one of size 0."""
     for number, text in read_records(path, field):
         text = text or ""
         try:
@@ -174,15 +186,15 @@ def _records(name: str, path: Path, field: str, spool: Spool) -> Iterator[Docume
 
 
 def split_documents(documents: Sequence[Document], val_fraction: float = 0.1, seed: int = 0) -> Split:
-    """Keep whole documents for validation, about `val_fraction` of the text.
+    """Choose whole documents for validation, about `val_fraction` of the text.
 
-    Which ones depends on `seed` and each document's name alone, so adding a document does not reshuffle the
+    The choice depends only on `seed` and the name of each document, so adding a document does not reshuffle the
     others. Where no choice of whole documents comes within a factor of two of the fraction (one document, or
-    a few big ones), the end of each document is kept instead.
+    a few large ones), the end of each document becomes validation text instead.
 
     Args:
         documents: at least one.
-        val_fraction: in (0, 1).
+        val_fraction: part of the bytes of the text, in (0, 1).
         seed: any integer.
     Raises:
         ValueError: val_fraction out of range, no documents, or too little text to split.
@@ -216,7 +228,7 @@ def _shakespeare(genres: Sequence[str]) -> list[Document]:
 
 
 def _choose(documents: Sequence[Document], target: float, seed: int) -> list[Document]:
-    """Walk the documents in the order of a keyed hash; take each that brings the total nearer to target."""
+    """Documents of about `target` bytes: in the order of a keyed hash, each that brings the total nearer to it."""
     chosen, size = [], 0
     for document in sorted(documents, key=lambda document: _hash(seed, document.name)):
         if len(chosen) < len(documents) - 1 and abs(size + document.size - target) < abs(size - target):
@@ -238,17 +250,17 @@ def _split_ends(documents: Sequence[Document], val_fraction: float) -> Split:
     if not all(document.size for document in train + val):
         for document in documents:
             if document.size < 100:
-                "".join(document.blocks())  # raises where that is no text at all
+                "".join(document.blocks())  # raises where it is not text
         raise ValueError(
-            f"split_documents: {documents[0].name} and the like are too short to keep {val_fraction:.0%} for "
-            "validation; add text"
+            f"split_documents: {documents[0].name} and the like are too short for a validation part of {val_fraction:.0%}; "
+            "add text"
         )
     of = "the text" if len(documents) == 1 else f"each of {len(documents)} documents"
     return Split(train, val, f"validation: the last {val_fraction:.0%} of {of}")
 
 
 def _divide_text(document: Document, val_fraction: float) -> tuple[Document, Document]:
-    """At the end of a line where one is near."""
+    """The two parts of a text, cut at the end of a line if one is near."""
     text = str(document.source)
     cut = round(len(text) * (1 - val_fraction))
     cut = text.rfind("\n", cut - cut // 20, cut) + 1 or cut
@@ -256,7 +268,7 @@ def _divide_text(document: Document, val_fraction: float) -> tuple[Document, Doc
 
 
 def _divide_file(document: Document, val_fraction: float) -> tuple[Document, Document]:
-    """The same, counted in bytes, and without reading all of it."""
+    """The two parts of a file or slice, counted in bytes, without reading all of it."""
     source, size = document.source, document.size
     if not size:
         raise ValueError(f"{source} is empty (0 bytes); expected a file with content")
@@ -281,5 +293,5 @@ def _divide_file(document: Document, val_fraction: float) -> tuple[Document, Doc
 
 
 def _continues(content: bytes) -> bool:
-    """Whether the first byte belongs to a character of UTF-8 that began before it."""
+    """Whether the first byte continues a character of UTF-8."""
     return content[:1] != b"" and content[0] & 0xC0 == 0x80

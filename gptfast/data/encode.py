@@ -1,4 +1,4 @@
-"""Documents to ids, piece by piece, on all cores, and ids to token files."""
+"""Encoding documents on all cores, piece by piece, and writing their token files."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from gptfast.tokenizer.pieces import BLOCK, LINES, pieces
 
 T = TypeVar("T")
 R = TypeVar("R")
-_LONG = 8_000_000  # from this many characters on, a progress bar is worth its place
-_SHORT = 256  # characters whose encoding takes as long as a call
+_LONG = 8_000_000  # bytes; shorter texts have no progress bar
+_SHORT = 256  # characters that take as long to encode as the call itself
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Generator[tuple[int, np.ndarray, int]]:
-    """The ids of every piece of every document, in order: (which document, ids, bytes of UTF-8).
+    """The ids of every piece of every document, in order: (index of the document, ids, bytes of UTF-8).
 
-    Pieces are read while others are encoded, a few at a time: memory does not grow with the text. tiktoken encodes on as
-    many cores as the process may use.
+    Pieces are read while others are encoded, a few at a time, so memory does not grow with the text. tiktoken encodes on
+    all cores that the process may use.
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: text that cannot be read or encoded; the text names the document.
+        ValueError: text that cannot be read or encoded; the message names the document.
     """
     encode = getattr(tokenizer, "encode_array", None) or (lambda text: np.array(tokenizer.encode(text), np.uint32))
     whole, cuts = getattr(tokenizer, "whole_texts", False), getattr(tokenizer, "cuts", LINES)
@@ -63,7 +63,7 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Gen
 
 
 def _batches(parts: Iterable[tuple[int, str, int, str]]) -> Iterator[list[tuple[int, str, int, str]]]:
-    """Short documents together: handing each to a thread takes longer than encoding it."""
+    """Batches of short documents, because passing one to a thread takes longer than encoding it."""
     batch, size = [], 0
     for part in parts:
         batch.append(part)
@@ -76,7 +76,7 @@ def _batches(parts: Iterable[tuple[int, str, int, str]]) -> Iterator[list[tuple[
 
 
 def _map(function: Callable[[T], R], items: Iterator[T], threads: int) -> Generator[R]:
-    """The results in the order of the items, of which a few are taken ahead."""
+    """The results of a function on several threads, in the order of the items; a few items are read ahead."""
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -92,14 +92,14 @@ def _map(function: Callable[[T], R], items: Iterator[T], threads: int) -> Genera
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_part(
     path: Path, documents: Sequence[Document], tokenizer: Tokenizer, advance: Callable[[int], None]
 ) -> dict[str, int]:
-    """Write the token file of some documents; what data.json says of it. `advance` is told of bytes that are done."""
+    """Write the token file of documents; returns its entry in data.json. `advance` receives the bytes of each piece."""
     size = 0
 
     def counted(encoded: Iterable[tuple[int, np.ndarray, int]]) -> Iterator[np.ndarray]:

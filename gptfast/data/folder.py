@@ -1,4 +1,4 @@
-"""Which files of a folder are read, and what is said of the others."""
+"""The choice of files in a folder, and notes about those that are left out."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from pathlib import Path
 from gptfast.data.records import RECORDS, kind_of
 
 _BOM = b"\xef\xbb\xbf"
-_MOST = 8  # kinds that are listed
+_MOST = 8  # kinds of files that a note lists
 
 
 def choose_files(folder: Path, glob: Sequence[str], records: bool) -> tuple[dict[str, Path], list[str]]:
-    """The files to read, by name, and sentences about those that are not.
+    """The files to read, by name, and notes about the others.
 
     Args:
-        folder: with all folders below.
-        glob: patterns of names, such as "*.md"; none: .txt files, or files of records. "*" stands for any characters,
-            "/" too; small and capital letters are alike.
-        records: whether a field of records is asked for.
+        folder: searched recursively.
+        glob: patterns of names, such as "*.md", regardless of case; "*" matches any characters, also "/". Empty: .txt
+            files, or files of records.
+        records: choose files of records where `glob` is empty.
     Returns:
-        Paths by their names in the folder, in order of the names; hidden and empty files are left out.
+        Paths by their names in the folder, sorted; hidden and empty files are left out.
     Raises:
-        OSError: a folder cannot be read.  ValueError: nothing is left.
+        OSError: a folder cannot be read.
+        ValueError: no file is left.
     """
     files, others = _walk(folder)
     wanted = {name: path for name, path in files.items() if _is_wanted(name, glob, records)}
@@ -45,10 +46,10 @@ def choose_files(folder: Path, glob: Sequence[str], records: bool) -> tuple[dict
 
 
 def _walk(folder: Path) -> tuple[dict[str, Path], Counter[str]]:
-    """The files that are not hidden, by name, and a tally of what else there is."""
+    """The files that are not hidden, by name, and a count of all other entries by kind."""
 
     def refuse(error: OSError) -> None:
-        raise OSError(error.errno, f"cannot read the folder {error.filename}: {error.strerror}; check who owns it")
+        raise OSError(error.errno, f"cannot read the folder {error.filename}: {error.strerror}; check its permissions")
 
     files: dict[str, Path] = {}
     others: Counter[str] = Counter()
@@ -72,7 +73,7 @@ def _walk(folder: Path) -> tuple[dict[str, Path], Counter[str]]:
 def _is_wanted(name: str, glob: Sequence[str], records: bool) -> bool:
     if glob:
         patterns = [pattern.lower() for pattern in glob]
-        patterns += [pattern.replace("**/", "") for pattern in patterns]  # which stands for no folder too
+        patterns += [pattern.replace("**/", "") for pattern in patterns]  # "**/" also matches no folder
         return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
     return kind_of(name)[0] in (RECORDS if records else (".txt",))
 
@@ -83,7 +84,7 @@ def _is_empty(path: Path) -> bool:
     try:
         return path.read_bytes() in (b"", _BOM)
     except OSError:
-        return False  # reading it for its text says why
+        return False  # reading its text raises the error
 
 
 def _kind(name: str) -> str:

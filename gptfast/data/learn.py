@@ -1,4 +1,4 @@
-"""Tokenizers that are learnt from the text to be prepared."""
+"""Training tokenizers on the text to be prepared."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from gptfast.data.documents import Split
 from gptfast.tokenizer import Tokenizer, get_tokenizer
 from gptfast.tokenizer.pieces import WORDS, pieces
 
-LEARNT = 64_000_000  # bytes of text that merges are learnt from, at most
+LEARNT = 64_000_000  # bytes; merges are learnt from at most this much text
 
 
 def learn(name: str, split: Split, vocab_size: int | None, unk: bool) -> tuple[Tokenizer, str | None]:
-    """The tokenizer "char", "word" or "bpe" of a text, and a sentence that says so where merges come from a part of it.
+    """The tokenizer "char", "word" or "bpe" of a text, and a note where its merges come from a part of the text, else None.
 
-    Characters come from all the text, so that each can be encoded; words and merges from the part for training alone.
+    Characters come from all the text, so that each can be encoded; words and merges come from the training part.
     """
     documents = split.train + split.val if name == "char" else split.train
     parts = (piece for document in documents for piece in pieces(document.blocks(), WORDS))
@@ -26,7 +26,7 @@ def learn(name: str, split: Split, vocab_size: int | None, unk: bool) -> tuple[T
 
 
 def _sample(parts: Iterable[str], share: float) -> Iterator[str]:
-    """Every so many parts one, the same each time."""
+    """An evenly spaced, repeatable share of the parts."""
     for n, part in enumerate(parts):
         if int((n + 1) * share) > int(n * share):
             yield part

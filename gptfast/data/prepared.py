@@ -1,4 +1,4 @@
-"""From text to token files: what `gptfast prepare` does, and what training opens."""
+"""Prepared data: text as token files with their tokenizer, as `gptfast prepare` writes and training opens them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ _PATH = (str, os.PathLike)
 
 @dataclass(frozen=True, eq=False)
 class PreparedData:
-    """Tokens to train on and to validate with, and their tokenizer.
+    """Training tokens, validation tokens and their tokenizer.
 
-    info: {"data", "split", "train", "val"}, and "learnt" where merges come from a part of the text; train and val hold
-    "documents", "tokens" and, where the text is known, "bytes" (UTF-8), which turns nats per token into bits per byte.
+    folder: where they are stored.
+    info: {"data", "split", "train", "val"}, and "learnt" where merges come from a part of the text. train and val have
+        "documents", "tokens" and, if the text is known, "bytes" (UTF-8), which turns nats per token into bits per byte.
     """
 
     folder: Path
@@ -43,7 +44,7 @@ class PreparedData:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the user: how the text was split, whether merges come from a part of it, and what was left out."""
+        """Sentences for the user: the split, the part of the text that merges come from, and what was left out."""
         return [*(self.info[name] for name in ("split", "learnt") if name in self.info), *self.info.get("notes", [])]
 
 
@@ -60,16 +61,16 @@ def open_data(
     seed: int = 0,
     progress: bool = True,
 ) -> PreparedData:
-    """Whatever `--data` names, as tokens.
+    """The tokens of a text, of a prepared folder or of a token file.
 
     Args:
-        data: what `prepare` takes (the tokens then go to `cache_dir`), a folder that `prepare` filled, or one
-            token file, of which the last documents are kept for validation.
-        cache_dir: where tokens of a text are written, and found again the next time.
-        tokenizer: as in `prepare`; None means "gpt2" for text, and for tokens the tokenizer beside them.
+        data: a text as `prepare` takes it, whose tokens are written to `cache_dir`; a folder of `prepare`; or one token
+            file, whose last documents become the validation part.
+        cache_dir: folder for the tokens of a text; later calls find them there.
+        tokenizer: as in `prepare`. None: "gpt2" for text; for tokens the tokenizer in their folder.
         vocab_size, unk, glob, text_field, val_fraction, seed, progress: as in `prepare`.
     Raises:
-        OSError, ValueError: as `prepare` and `load_prepared`; a tokenizer that does not fit the tokens.
+        OSError, ValueError: as `prepare` and `load_prepared`; a tokenizer that does not match the tokens.
     """
     given = [name for name, value in (("glob", glob), ("text_field", text_field), ("unk", unk)) if value]
     if given and (current(data, MANIFEST).exists() or is_token_file(data)):
@@ -113,26 +114,25 @@ def prepare(
 ) -> PreparedData:
     """Split text into training and validation documents and write their tokens.
 
-    Writes train.bin, val.bin, the tokenizer's files and data.json. Where these are already there for the same
-    text, tokenizer and split, nothing is done. All of them are replaced together: where something goes wrong, what was
-    there before stays as it was.
+    Writes train.bin, val.bin, the tokenizer's files and data.json. If they exist already for the same text, tokenizer
+    and split, nothing is written. All files are replaced together; after an error the previous ones are intact.
 
     Args:
         data: "shakespeare", "shakespeare:comedy", a text file, a file of records, or a folder (see
             `load_documents`).
-        tokenizer: "gpt2", "char", "word" or "bpe" (the last three are learnt from the text; bpe from at most 64 MB of it,
-            in parts that are evenly spaced), a folder with a saved tokenizer, or a tokenizer.
-        out_dir: the folder to write, made where it is missing.
+        tokenizer: "gpt2", "char", "word" or "bpe" (the last three are trained on the text; bpe on at most 64 MB of it, in
+            evenly spaced parts), a folder with a saved tokenizer, or a tokenizer.
+        out_dir: the folder to write, created if missing.
         vocab_size, unk: for "bpe" and "word", and for "char", see `get_tokenizer`.
         glob, text_field: which files of a folder, and which field of a record (see `load_documents`).
-        val_fraction: part of the text to keep for validation, in (0, 1); see `split_documents`.
+        val_fraction: part of the text for validation, in (0, 1); see `split_documents`.
         seed: chooses the validation documents.
-        progress: show a progress bar for a long text, where standard error is a terminal.
+        progress: show a progress bar for a long text, if standard error is a terminal.
         overwrite: replace tokens of another text, another tokenizer or another split in `out_dir`.
     Returns:
-        What is there now; info["notes"] says which files and records were left out.
+        The prepared data; info["notes"] lists files and records that were left out.
     Raises:
-        FileExistsError: there are such tokens, or a tokenizer, and `overwrite` is False.
+        FileExistsError: other tokens, or a tokenizer, are in `out_dir` and `overwrite` is False.
         OSError: a file cannot be read or written.
         ValueError: bad arguments, or text that cannot be read or encoded.
     """
@@ -163,10 +163,10 @@ def prepare(
 
 
 def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
-    """Open what `prepare` wrote.
+    """Open the data that `prepare` wrote.
 
     Raises:
-        OSError, ValueError: a missing, damaged or mixed-up file.
+        OSError, ValueError: a missing or damaged file, or files that do not belong together.
     """
     return read_whole(folder, lambda: _load_prepared(Path(folder)))
 
@@ -207,7 +207,7 @@ def _is_folder(tokenizer: Any, folder: Path) -> bool:
 
 
 def _fingerprint(split: Split, tokenizer: Tokenizer | tuple[Any, ...]) -> str:
-    """A hash of everything that decides what is written."""
+    """A hash of everything that determines the files."""
     digest = hashlib.sha256(f"{_VERSION}".encode())
     if isinstance(tokenizer, tuple):
         digest.update(repr(tokenizer).encode())
@@ -228,7 +228,7 @@ def _fingerprint(split: Split, tokenizer: Tokenizer | tuple[Any, ...]) -> str:
 
 
 def _up_to_date(folder: Path, fingerprint: str) -> PreparedData | None:
-    """What `folder` holds if it is whole and made from the same things; None where it is to be written."""
+    """The data in `folder` if it is complete and has this fingerprint; else None."""
     try:
         found = load_prepared(folder)
         found.train.verify()
@@ -256,7 +256,7 @@ def _open_token_file(path: Path, tokenizer: Any, val_fraction: float) -> Prepare
     file = TokenFile.open(path)
     if tokenizer in _TRAINABLE:
         raise ValueError(
-            f"open_data: tokenizer is {tokenizer!r}, which is learnt from text, but {path} holds tokens; "
+            f"open_data: tokenizer is {tokenizer!r}, which is trained on text, but {path} holds tokens; "
             "name 'gpt2' or the folder of the tokenizer that made them"
         )
     chosen = _given(path.parent if tokenizer is None else tokenizer)

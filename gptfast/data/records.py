@@ -1,4 +1,4 @@
-"""Files of records: JSON Lines, JSON lists, CSV and Parquet, of which one field is text. All are read as a stream."""
+"""Files of records with a text field: JSON Lines, JSON lists, CSV and Parquet. All are read as a stream."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ JSON, CSV, PARQUET = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv"), (".parque
 RECORDS = JSON + CSV + PARQUET
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 _MARK = b"\xef\xbb\xbf"  # byte order mark of UTF-8
-_BLANK = 1 << 12  # bytes in which a JSON list begins
-_CHUNK = 1 << 20  # characters of a JSON list that are read at once
-_LONGEST_WORD = 16  # characters of JSON that mean nothing if they are cut: true, \ud83d\ude00
+_BLANK = 1 << 12  # bytes within which a JSON list begins
+_CHUNK = 1 << 20  # characters of a JSON list per read
+_LONGEST_WORD = 16  # characters; JSON is invalid where these are cut: true, \ud83d\ude00
 _LONGEST_VALUE = 2**31 - 1  # characters of CSV; the library's own limit is 131072
 _ROWS = 1024  # of Parquet, at once
 
@@ -33,7 +33,7 @@ Record = tuple[int, "str | None"]  # the line, or the number in files without li
 
 
 def kind_of(name: str) -> tuple[str, str]:
-    """The suffix that says what is in a file and the one that says how it is packed, both in small letters, "" for none."""
+    """The suffixes of a file's format and of its compression in lower case, such as (".jsonl", ".gz"); "" for none."""
     path = PurePath(name.lower())
     if path.suffix in PACKED:
         return PurePath(path.stem).suffix, path.suffix
@@ -41,17 +41,18 @@ def kind_of(name: str) -> tuple[str, str]:
 
 
 def read_records(path: Path, field: str) -> Iterator[Record]:
-    """The texts in `field` of each record.
+    """The text in `field` of each record.
 
     Raises:
-        OSError: the file cannot be read.  ImportError: it needs pyarrow.
-        ValueError: it is damaged or not UTF-8, a record lacks the field, or the field is no text; the message has the
-            line and the fields that there are.
+        OSError: the file cannot be read.
+        ImportError: the file needs pyarrow.
+        ValueError: the file is damaged or not UTF-8, or a record has no such field, or the field is not text. The message
+            names the line and the fields.
     """
     kind, packed = kind_of(path.name)
     if kind in PARQUET:
         if packed:
-            raise ValueError(f"{path} is a packed Parquet file, which is packed inside already; unpack it first")
+            raise ValueError(f"{path} is a compressed Parquet file; Parquet is compressed inside - unpack it first")
         yield from _read_parquet(path, field)
         return
     with _unpacked(path) as file:
@@ -100,7 +101,7 @@ def _pyarrow(module: str, path: Path) -> Any:
 
 
 def _read_json(file: BinaryIO, path: Path, field: str) -> Iterator[Record]:
-    """A value a line, or all of them in one list."""
+    """The records of a file with one value per line, or one list of values."""
     beginning = cast(Any, file).peek(_BLANK).removeprefix(_MARK).lstrip()
     if beginning.startswith(b"["):
         for number, value in enumerate(_List(file, path).values(), start=1):
@@ -138,7 +139,7 @@ def _fields(names: list[str]) -> str:
 
 
 class _List:
-    """A JSON list in a file, which need not fit in memory."""
+    """A JSON list in a file, read as a stream."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._source, self._path = io.TextIOWrapper(file, "utf-8-sig"), path
@@ -159,10 +160,10 @@ class _List:
                 self._take(",")
         self._take("]")
         if (self._text[self._place :] + self._source.read(_CHUNK)).strip():
-            raise ValueError(f"{self._path} goes on after its list; expected a list, or an object a line")
+            raise ValueError(f"{self._path} has text after its list; expected one list, or one object per line")
 
     def _next(self) -> str:
-        """The next character that is no blank."""
+        """The next character that is not a blank."""
         while True:
             while self._place < len(self._text):
                 if not self._text[self._place].isspace():
@@ -172,9 +173,7 @@ class _List:
 
     def _take(self, character: str) -> None:
         if self._next() != character:
-            raise ValueError(
-                f"{self._path}: {self._next()!r} stands where {character!r} is expected; it is no JSON list"
-            )
+            raise ValueError(f"{self._path}: {self._next()!r} where {character!r} is expected; it is not a JSON list")
         self._place += 1
 
     def _value(self, where: str) -> Any:
@@ -193,7 +192,7 @@ class _List:
             size *= 2
 
     def _may_go_on(self, error: ValueError) -> bool:
-        """Whether it may be the end of what has been read that makes it invalid."""
+        """Whether a value can be invalid only because more of the file has to be read."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         return error.msg.startswith("Unterminated string") or error.pos > len(self._text) - _LONGEST_WORD
@@ -201,7 +200,7 @@ class _List:
     def _fill(self, size: int) -> None:
         more = self._source.read(size)
         if not more:
-            raise ValueError(f"{self._path} is damaged or cut short: its JSON list does not end")
+            raise ValueError(f"{self._path} is damaged or cut short: its JSON list has no end")
         self._text, self._place = self._text[self._place :] + more, 0
 
 
@@ -236,7 +235,7 @@ def _csv_records(source: TextIO, path: Path, field: str) -> Iterator[Record]:
 
 
 def _delimiter(header: str, field: str, path: Path) -> str:
-    """The usual one of the kind, unless the field is found with another."""
+    """The delimiter with which line 1 has the field, else the usual one of the format."""
     usual = "\t" if kind_of(path.name)[0] == ".tsv" else ","
     fitting = [d for d in (usual, ",", ";", "\t", "|") if field in next(csv.reader([header], delimiter=d), [])]
     return next(iter(fitting), usual)
@@ -244,7 +243,7 @@ def _delimiter(header: str, field: str, path: Path) -> str:
 
 def _read_parquet(path: Path, field: str) -> Iterator[Record]:
     arrow, parquet = _pyarrow("pyarrow", path), _pyarrow("pyarrow.parquet", path)
-    open_read(path).close()  # whose errors name the file
+    open_read(path).close()  # its errors name the file
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             schema, number = file.schema_arrow, 0

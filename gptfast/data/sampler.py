@@ -1,4 +1,4 @@
-"""Which tokens a training step sees: a pure function of (seed, step), so that a resume needs two integers."""
+"""Samplers of training and validation windows. The windows of a step are a pure function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 
 from gptfast.data.token_file import TokenFile
 
-Take = Callable[[np.ndarray], np.ndarray]  # tokens at places
+Take = Callable[[np.ndarray], np.ndarray]  # positions -> tokens
 
 _MASK = 2**64 - 1
 _ROUNDS = 8
 
 
 class WindowSampler:
-    """Windows of block_size + 1 neighbouring tokens, in a random order that visits each once an epoch.
+    """Windows of block_size + 1 adjacent tokens, in a random order that visits each once per epoch.
 
     An epoch cuts the N tokens into n = (N - block_size) // block_size windows (at least one) that start at
-    phase + i * block_size. The phase is drawn for each epoch, so the cuts move, and the order of the windows
-    is a keyed permutation of 0..n-1: nothing is stored, and any step can be asked for at any time.
+    phase + i * block_size. The phase is drawn for each epoch, so the cuts move. The order of the windows is a keyed
+    permutation of 0..n-1: no state is stored, and any step can be computed at any time.
 
     Args:
         tokens: a token file or an array (N,) of ids.
         block_size: T, tokens in one row; N must be at least T + 1.
         batch_size: B, rows of one batch, on each rank.
         seed: in [0, 2**64).
-        rank, world_size: this process and how many there are. Together they draw what one process with a
-            batch of world_size * batch_size would.
+        rank, world_size: index and number of processes. Together they see the rows of one process with a batch of
+            world_size * batch_size.
     Raises:
         ValueError: too few tokens, or a size, seed or rank out of range.
     """
@@ -57,23 +57,23 @@ class WindowSampler:
         self._phases = min(block_size, len(tokens) - self.windows_per_epoch * block_size)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The rows of `step` (>= 0; counts every batch, also those of one accumulated update).
+        """The rows of a step, >= 0; every batch counts, also those of one accumulated update.
 
         Returns:
             x, y: (B, T) int64, y[b, t] being the token that follows x[b, t].
         Raises:
-            ValueError: a negative step, or an id outside the vocabulary of the token file (it is damaged).
-            OSError: the token file was changed or cut short since it was opened.
+            ValueError: a negative step, or an id outside the vocabulary of the token file, which is damaged.
+            OSError: the token file was changed or cut short after it was opened.
         """
         return _rows(self._take, self.starts(step), self.block_size, self.vocab_size)
 
     def batch_from(self, row: int) -> tuple[Tensor, Tensor]:
-        """As `batch`, from row number `row` of the order on: for a run whose batch size changes. With a batch size of B it is
-        `batch(row // B)` for every multiple of B."""
+        """The batch that begins with row number `row`, for a run whose batch size changes; batch(step) is
+        batch_from(step * batch_size)."""
         return _rows(self._take, self._starts(row), self.block_size, self.vocab_size)
 
     def starts(self, step: int) -> np.ndarray:
-        """(B,) int64: where in the tokens the rows of `step` begin."""
+        """(B,) int64: the positions at which the rows of a step begin."""
         if step < 0:
             raise ValueError(f"WindowSampler.batch: step is {step}; expected step >= 0")
         return self._starts((step * self.world_size + self.rank) * self.batch_size)
@@ -81,17 +81,13 @@ class WindowSampler:
     def _starts(self, first: int) -> np.ndarray:
         starts = np.empty(self.batch_size, np.int64)
         done = 0
-        while done < self.batch_size:  # a batch may run over the end of an epoch, or of several
+        while done < self.batch_size:  # a batch may cross the end of one or more epochs
             epoch, index = divmod(first + done, self.windows_per_epoch)
             n = min(self.batch_size - done, self.windows_per_epoch - index)
             windows = permute(np.arange(index, index + n), self.windows_per_epoch, self.seed, epoch)
             starts[done : done + n] = self._phase(epoch) + windows * self.block_size
             done += n
         return starts
-
-    def epoch(self, step: int) -> float:
-        """How many times the data has been seen before `step`."""
-        return step * self.world_size * self.batch_size / self.windows_per_epoch
 
     def _phase(self, epoch: int) -> int:
         return _key(self.seed, epoch, 0) % self._phases
@@ -100,11 +96,10 @@ class WindowSampler:
 def sequential_batches(
     tokens: TokenFile | np.ndarray, block_size: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All tokens in order, for an evaluation that predicts each of them, but the first, exactly once.
+    """All tokens in order, for an evaluation that predicts every token but the first exactly once.
 
     Yields:
-        x, y: (B, T) int64; the last batch may have fewer rows. Where the text ends inside a row, y is -100
-        (ignored) and x is 0.
+        x, y: (B, T) int64; the last batch may have fewer rows. After the end of the text y is -100 (ignored) and x is 0.
     Raises:
         ValueError: fewer than two tokens, or a size out of range.
     """
@@ -120,12 +115,11 @@ def sequential_batches(
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Places of `index` (int64, in [0, n)) under the permutation of 0..n-1 that (seed, epoch) selects.
+    """The images of `index` (int64, in [0, n)) under the permutation of 0..n-1 of (seed, epoch).
 
-    A Feistel network over the smallest power of two that holds n, walked until the value lies below n (Black
-    and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). Its halves may differ by one bit, so
-    they swap widths every round. The round function is the finaliser of SplitMix64 (Steele, Lea and Flood,
-    OOPSLA 2014).
+    A Feistel network over the smallest power of two >= n, repeated until the value is below n (Black and Rogaway,
+    "Ciphers with arbitrary finite domains", CT-RSA 2002). Its halves may differ by one bit, so their widths swap every
+    round. The round function is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
     """
     bits = max(2, (n - 1).bit_length())
     keys = [np.uint64(_key(seed, epoch, i)) for i in range(1, _ROUNDS + 1)]
@@ -138,8 +132,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _feistel(value: np.ndarray, bits: int, keys: list[np.uint64]) -> np.ndarray:
-    """A permutation of 0..2**bits-1; the number of keys is even, so the widths of the halves end as they
-    began."""
+    """A permutation of 0..2**bits-1. The number of keys is even, so the widths of the halves end as they begin."""
     left, right = bits // 2, bits - bits // 2
     for key in keys:
         high, low = value >> np.uint64(right), value & np.uint64(2**right - 1)
@@ -159,7 +152,7 @@ def _mix_array(x: np.ndarray) -> np.ndarray:
 
 
 def _mix(x: int) -> int:
-    """The same of one integer, offset so that 0 is not a fixed point."""
+    """SplitMix64 of one integer, with an offset so that 0 is not a fixed point."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK

@@ -1,4 +1,4 @@
-"""Texts kept on the disk instead of in memory, in a file without a name that ends with its last user."""
+"""Texts on disk instead of in memory, in an unnamed temporary file that is removed with its last user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 class Spool:
-    """Holds texts in a temporary file (in TMPDIR, usually /tmp)."""
+    """A temporary file of texts, in TMPDIR (usually /tmp)."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="gptfast-")  # noqa: SIM115 (closed with the last user)
@@ -20,10 +20,11 @@ class Spool:
         self._file.close()
 
     def add(self, text: str) -> Slice:
-        """Keep a text.
+        """Append a text.
 
         Raises:
-            UnicodeEncodeError: a lone surrogate.  OSError: no room on the disk.
+            UnicodeEncodeError: a lone surrogate.
+            OSError: the disk is full.
         """
         content = text.encode()
         try:
@@ -51,13 +52,17 @@ class Spool:
     def _explained(self, error: OSError) -> OSError:
         place = tempfile.gettempdir()
         return OSError(
-            error.errno, f"cannot keep texts in {place}: {error.strerror}; free some space, or name a folder in TMPDIR"
+            error.errno,
+            f"cannot write texts to {place}: {error.strerror}; free some space, or set TMPDIR to another folder",
         )
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A text in a spool; size is in bytes of UTF-8."""
+    """A text in a spool.
+
+    start, size: in bytes of UTF-8.
+    """
 
     spool: Spool
     start: int
@@ -68,7 +73,7 @@ class Slice:
         return self.spool.read(self.start, self.size)
 
     def part(self, start: int, stop: int) -> Slice:
-        """From and to the beginning of a character, counted in bytes."""
+        """The bytes from start to stop, each the beginning of a character."""
         return Slice(self.spool, self.start + start, stop - start)
 
     def blocks(self, size: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Token files: ids as uint16 or uint32 behind a small header, mapped into memory instead of read.
+"""Token files: ids as uint16 or uint32 after a small header, memory-mapped.
 
     byte 0   8   magic "gptftok\\n"
          8   4   version of the format, 1
@@ -44,12 +44,13 @@ Ids = Sequence[int] | np.ndarray
 class TokenFile:
     """Tokens of one or more documents, mapped read-only into memory.
 
-    tokens: (N,) uint16 or uint32. document_starts: (documents,) int64, positions in `tokens`. eos_id: the
-    token that ends each document, or None. checksum: CRC-32 of the tokens; None for a part of a file.
+    tokens: (N,) uint16 or uint32.
+    eos_id: the token that ends each document, or None.
+    document_starts: (documents,) int64, positions in `tokens`.
+    checksum: CRC-32 of the tokens; None for a part of a file.
 
-    A file that is replaced by another one (a rename) stays what it was. One that is changed in place or cut short while it
-    is used is noticed by `take`; reading `tokens` beyond the new end of such a file ends the process, with a line that
-    names it.
+    Replacing the file by another one (a rename) does not change these tokens. If the file is changed in place or cut short,
+    `take` raises an error; reading `tokens` beyond the new end ends the process with a line that names the file.
     """
 
     path: Path
@@ -59,7 +60,7 @@ class TokenFile:
     document_starts: np.ndarray
     checksum: int | None
     _source: _Source = field(repr=False)
-    _first: int = 0  # of these tokens, in the file
+    _first: int = 0  # position of these tokens in the file
 
     def __reduce__(self) -> tuple:
         return _reopen, (self.path, None if self.checksum is not None else (self._first, len(self)))
@@ -92,18 +93,18 @@ class TokenFile:
         return cls(path, tokens.view(dtype), vocab_size, eos, starts, checksum, source)
 
     def take(self, places: np.ndarray) -> np.ndarray:
-        """The tokens at `places` (an array of positions), of a file that is still the one that was opened.
+        """The tokens at `places`, an array of positions.
 
         Raises:
-            OSError: it was changed or cut short since; the text names it.
+            OSError: the file was changed or cut short after it was opened.
         """
         return self._source.take(places + self._first)
 
     def verify(self) -> None:
-        """Read every token and compare with the checksum in the header.
+        """Compare all tokens with the checksum in the header.
 
         Raises:
-            ValueError: they differ, or this is a part of a file.
+            ValueError: they do not match, or this is a part of a file.
         """
         if self.checksum is None:
             raise ValueError(f"TokenFile.verify: this is a part of {self.path}; verify TokenFile.open(path)")
@@ -115,10 +116,11 @@ class TokenFile:
             )
 
     def split(self, val_fraction: float = 0.1) -> tuple[TokenFile, TokenFile]:
-        """The first and the last documents: views for training and validation, without copying a token.
+        """Views of the first and the last documents, for training and validation.
 
-        The cut is the document boundary nearest to `val_fraction` (in (0, 1)) from the end, or that very
-        place where there is no boundary within a factor of two.
+        Args:
+            val_fraction: part of the tokens for validation, in (0, 1). The cut is at the nearest document boundary, or
+                exactly there if no boundary is within a factor of two.
         """
         if not 0 < val_fraction < 1:
             raise ValueError(f"TokenFile.split: val_fraction is {val_fraction}; expected a number in (0, 1)")
@@ -137,7 +139,7 @@ class TokenFile:
 
 
 class _Source:
-    """All tokens of a mapped file, and whether they are still what its header says."""
+    """The tokens of a mapped file, checked against its header when the file changes."""
 
     def __init__(self, mapped: MappedFile, dtype: np.dtype, size: int, checksum: int) -> None:
         self._mapped, self._checksum = mapped, checksum
@@ -151,7 +153,7 @@ class _Source:
 
 
 def _reopen(path: Path, part: tuple[int, int] | None) -> TokenFile:
-    """For pickle: the file again, in a process of its own."""
+    """Open a file again, for pickle in another process."""
     file = TokenFile.open(path)
     return file if part is None else file._view(part[0], part[0] + part[1])
 
@@ -164,7 +166,7 @@ def _crc(tokens: np.ndarray) -> int:
 
 
 def is_token_file(path: str | os.PathLike[str]) -> bool:
-    """True where `path` is a file that begins as token files do."""
+    """Whether `path` is a file that begins with the magic bytes of token files."""
     path = Path(path)
     if not path.is_file():
         return False
@@ -178,20 +180,20 @@ def write_tokens(
     vocab_size: int,
     eos_id: int | None = None,
 ) -> TokenFile:
-    """Write a token file, whole or not at all.
+    """Write a token file atomically.
 
     Args:
         path: the file to write or replace.
-        documents: the ids of each document: a sequence, or an iterator over pieces of it, so that no document
-            has to fit in memory as a list. Empty documents are left out.
-        vocab_size: ids lie in [0, vocab_size); up to 65536 they take two bytes each, else four.
-        eos_id: a token to put after each document.
+        documents: the ids of each document: a sequence, or an iterator over pieces of it, so that a document need not fit
+            in memory. Empty documents are left out.
+        vocab_size: ids are in [0, vocab_size). Up to 65536 an id takes two bytes, else four.
+        eos_id: a token to append to each document; None: no token.
     Returns:
         The file, opened.
     Raises:
-        TypeError: a document that is not a list of integers.
+        TypeError: a document is not a list of integers.
         ValueError: an id outside the vocabulary, or no tokens at all.
-        OSError: the file cannot be written; a previous one is intact.
+        OSError: the file cannot be written; a previous file is intact.
     """
     if not 1 <= vocab_size <= 2**32:
         raise ValueError(f"write_tokens: vocab_size is {vocab_size}; expected 1 <= vocab_size <= 2**32")
@@ -202,7 +204,7 @@ def write_tokens(
 
 
 class TokenWriter:
-    """Writes the token format to an open file; `write_tokens` says what the arguments are."""
+    """Writes the token format to an open file; for the arguments see `write_tokens`."""
 
     def __init__(self, file: BinaryIO, vocab_size: int, eos_id: int | None) -> None:
         self.file, self.vocab_size, self.eos_id = file, vocab_size, eos_id
@@ -222,7 +224,7 @@ class TokenWriter:
                 if self.eos_id is not None:
                     self._add(np.asarray([self.eos_id]))
         if not self.count:
-            raise ValueError("write_tokens: documents hold no token; expected at least one")
+            raise ValueError("write_tokens: documents have no token; expected at least one")
         self.file.write(np.asarray(self.starts, "<i8").data)
         self.file.seek(0)
         self.file.write(self._header())

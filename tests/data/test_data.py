@@ -116,7 +116,7 @@ def test_something_is_left_to_train_on():
         ([Document("d", TEXT)], 0.0, "val_fraction is 0.0; expected 0 < val_fraction < 1"),
         ([Document("d", TEXT)], float("nan"), "val_fraction is nan"),
         ([], 0.1, "documents is empty"),
-        ([Document("tiny", "ab")], 0.1, "tiny and the like are too short to keep 10%"),
+        ([Document("tiny", "ab")], 0.1, "tiny and the like are too short for a validation part of 10%"),
     ],
 )
 def test_what_split_refuses(documents, fraction, message):
@@ -272,7 +272,7 @@ def test_open_data(book, tmp_path):
     assert not (tmp_path / "unused").exists()
     with pytest.raises(ValueError, match="leave tokenizer and vocab_size out"):
         open_data(tmp_path / "cache", tmp_path, "gpt2")
-    with pytest.raises(ValueError, match=r"'char', which is learnt from text, but .* holds tokens"):
+    with pytest.raises(ValueError, match=r"'char', which is trained on text, but .* holds tokens"):
         open_data(tmp_path / "cache" / "train.bin", tmp_path, "char")
     with pytest.raises(ValueError, match=r"was made with a vocabulary of .* but the tokenizer has 50257"):
         open_data(tmp_path / "cache" / "train.bin", tmp_path, "gpt2")

@@ -50,7 +50,7 @@ def test_end_of_text_and_pieces(tmp_path):
         ([[-1]], {}, ValueError, "document 0 has id -1"),
         ([[0.5]], {}, TypeError, "document 0 is of float64 with shape .1,."),
         ([np.zeros((2, 2), int)], {}, TypeError, "shape .2, 2."),
-        ([[]], {}, ValueError, "documents hold no token"),
+        ([[]], {}, ValueError, "documents have no token"),
         ([[1]], {"eos_id": 10}, ValueError, "eos_id is 10; expected None or 0 <= eos_id < 10"),
         ([[1]], {"vocab_size": 0}, ValueError, "vocab_size is 0"),
     ],
