@@ -118,9 +118,9 @@ class CharTokenizer(_ListTokenizer):
             c = error.args[0]
             raise ValueError(
                 f"CharTokenizer.encode: text has {c!r} (U+{ord(c):04X}) at position {text.index(c)}, which "
-                f"is not among the {len(self.tokens)} characters of the training text; remove it, or train with the "
-                "tokenizer bpe or gpt2, which encodes any text, or with --unk, in Python get_tokenizer('char', text, unk=True), "
-                "which encodes it as <|unk|>"
+                f"is not among the {len(self.tokens)} characters of the training text; remove it, or train with "
+                "--tokenizer bpe (or gpt2), which encodes any text, or with --unk (get_tokenizer('char', text, unk=True)), which "
+                "encodes it as <|unk|>"
             ) from None
 
     def encode_array(self, text: str) -> np.ndarray:

@@ -127,7 +127,7 @@ def test_a_list_is_read_as_json_reads_it_however_it_is_cut(tmp_path_factory, val
         ("a.jsonl.bz2", b"nonsense", "a.jsonl.bz2 is damaged or no .bz2 file"),
         ("a.jsonl.xz", b"nonsense", "a.jsonl.xz is damaged or cut short"),
         ("a.jsonl.zst", b"nonsense" * 9, "a.jsonl.zst is damaged or no .zst file"),
-        ("a.parquet.gz", b"", "a packed Parquet file"),
+        ("a.parquet.gz", b"", "a compressed Parquet file"),
         ("a.txt", b"text", "text_field is 'text', but .*a.txt is no file of records; expected .jsonl, "),
     ],
 )  # fmt: skip
