@@ -1,0 +1,66 @@
+"""Documents for developers say what is so: paths exist, targets exist, every environment variable is listed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+PAGES = ["docs/developing.md", "docs/glossary.md", "CONTRIBUTING.md", "RELEASING.md"]
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").exists(), reason="not run from the source tree")
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_paths_exist(name):
+    """What stands in backquotes and begins with a folder of the tree, and what is linked to."""
+    text = page(name)
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in ("build", "runs"))
+    paths = re.findall(rf"`((?:{folders})/[^\s`:]*)", text)
+    linked = [str(Path(name).parent / link) for link in re.findall(r"\]\((?!http)([^)#]+)", text)]
+    assert paths + linked
+    for path in paths + linked:
+        pattern = str(path).replace("<op>", "gelu").rstrip("/")
+        found = (ROOT / pattern).exists() or list(ROOT.glob(pattern))
+        assert found, f"{name} names {path}, which does not exist"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_make_targets_exist(name):
+    targets = set(re.findall(r"^([a-z-]+):.*##", page("Makefile"), re.M))
+    assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", page(name), re.M)) <= targets
+
+
+def read_in_the_tree() -> dict[str, set[str]]:
+    """Name of each environment variable of gptfast, and the files that read it: there it is a string, or getenv's."""
+    found: dict[str, set[str]] = {}
+    for folder in ("gptfast", "csrc", "scripts", "tests/support"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h", ".cu"):
+                pattern = r"""["'](GPTFAST_[A-Z_]+)["']""" if path.suffix == ".py" else r'getenv\("(GPTFAST_[A-Z_]+)"'
+                for name in re.findall(pattern, path.read_text(encoding="utf-8")):
+                    found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
+    for name in re.findall(r'environ\.get\("(GPTFAST_[A-Z_]+)"', page("setup.py")):
+        found.setdefault(name, set()).add("setup.py")
+    return found
+
+
+def test_environment_variables_are_listed():
+    rows = re.findall(r"^\| `(GPTFAST_\w+)` \| [^|]+ \| [^|]+ \| `([^`]+)` \|$", page("docs/developing.md"), re.M)
+    listed, found = dict(rows), read_in_the_tree()
+    assert listed.keys() == found.keys()
+    for name, reader in listed.items():
+        assert reader in found[name], f"{name} is said to be read in {reader}; it is named in {sorted(found[name])}"
+
+
+def test_environment_variables_in_documents_exist():
+    """And those that users are told of."""
+    known = read_in_the_tree().keys()
+    for path in [ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile"]:
+        assert set(re.findall(r"\bGPTFAST_[A-Z_]+", path.read_text(encoding="utf-8"))) <= known, path.name
