@@ -22,7 +22,7 @@ from gptfast.generation.request import Request
 from gptfast.generation.runner import LanguageModel
 from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.stopping import Stopping
-from gptfast.models.metadata import metadata_of, without_greedy
+from gptfast.metadata import metadata_of, without_greedy
 from gptfast.tokenizer import Tokenizer, encode_prompt, lenient
 
 BEGINNING = b'{"line": '  # of every line of an output

@@ -144,7 +144,7 @@ def generate(options: dict[str, Any]) -> None:
 
 def _with_drawing(options: dict[str, Any], drawing: Mapping[str, Any]) -> dict[str, Any]:
     """The options, with the defaults of drawing where tokens are drawn."""
-    from gptfast.models.metadata import without_greedy
+    from gptfast.metadata import without_greedy
 
     if options.get("do_sample"):
         return {**without_greedy(drawing), **options}
@@ -220,7 +220,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
 
 def _defaults(gpt: GPT, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is not given: for every text, and for texts that are drawn."""
-    from gptfast.models.metadata import drawing, end_option, metadata_of
+    from gptfast.metadata import drawing, end_option, metadata_of
 
     metadata = metadata_of(gpt)
     usual = metadata.defaults()

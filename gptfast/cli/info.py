@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from gptfast.config import GPTConfig
-    from gptfast.models.metadata import Metadata
+    from gptfast.metadata import Metadata
     from gptfast.models.parameter_table import ParameterGroup
 
 
@@ -31,7 +31,7 @@ def info(
     from rich.console import Console
 
     from gptfast.config import PRESETS, GPTConfig
-    from gptfast.models.metadata import Metadata
+    from gptfast.metadata import Metadata
     from gptfast.models.parameter_table import parameter_table
 
     if model is None:

@@ -20,11 +20,12 @@ from gptfast.engine.exponents import exponent_of, quantised
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
 from gptfast.engine.runner import PANEL, EngineSequences
 from gptfast.generation.runner import usual_threads
-from gptfast.models.difference import check_values, difference, true_config
-from gptfast.models.metadata import Metadata, metadata_of
+from gptfast.metadata import Metadata, metadata_of
+from gptfast.nn.difference import check_values, difference, true_config
 
 if TYPE_CHECKING:
-    from gptfast.models import GPT, GPTConfig
+    from gptfast.config import GPTConfig
+    from gptfast.nn.transformer import Transformer
 
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -177,7 +178,7 @@ def shape_of(config: GPTConfig) -> dict[str, Any]:
 
 
 def compile_model(
-    model: GPT,
+    model: Transformer,
     dtype: Any = "bfloat16",
     *,
     threads: int | None = None,
@@ -209,7 +210,7 @@ def compile_model(
     return compiled
 
 
-def _config_of(model: GPT) -> GPTConfig:
+def _config_of(model: Transformer) -> GPTConfig:
     """What the model is. Raises ValueError where its modules are not what its config says."""
     check_values("compile_for_inference", model)
     told = difference(model)
@@ -228,7 +229,7 @@ def _ask_for_large_pages(memory: mmap.mmap) -> None:
             memory.madvise(mmap.MADV_HUGEPAGE)
 
 
-def _values(model: GPT) -> dict[str, Tensor]:
+def _values(model: Transformer) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
 
@@ -265,7 +266,7 @@ def load(
     Raises:
         OSError, ValueError: see `gptfast.engine.packed_file.PackedFile`.
     """
-    from gptfast.models import GPTConfig
+    from gptfast.config import GPTConfig
 
     source = packed_file.PackedFile(path)
     if verify and not source.intact():

@@ -16,7 +16,7 @@ from gptfast.generation.prompts import read_prompts
 from gptfast.generation.runner import Sampling
 from gptfast.generation.sampling import FAULTS
 from gptfast.generation.textless import choosing_text
-from gptfast.models import GPT
+from gptfast.nn.transformer import Transformer
 
 if TYPE_CHECKING:
     from gptfast.engine.compiled import CompiledGPT
@@ -56,7 +56,7 @@ def generate(model: CompiledGPT, ids: Any, **options: Any) -> Any:
 def _with_quick_assistant(options: dict[str, Any]) -> dict[str, Any]:
     """The options with the engine behind the assistant too, where it can run that: torch would be slower than the model."""
     assistant = options.get("assistant_model")
-    engine = engine_for(assistant) if isinstance(assistant, GPT) else None
+    engine = engine_for(assistant) if isinstance(assistant, Transformer) else None
     return options if engine is None else {**options, "assistant_model": engine}
 
 

@@ -29,7 +29,7 @@ from gptfast.engine.exponents import are_exponents
 from gptfast.engine.formats import FORMATS, MATRICES
 
 if TYPE_CHECKING:
-    from gptfast.models import GPTConfig
+    from gptfast.config import GPTConfig
 
 MAGIC = b"gptfastE"
 VERSION = 2

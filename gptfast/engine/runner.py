@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 if TYPE_CHECKING:
+    from gptfast.config import GPTConfig
     from gptfast.generation.runner import Sampling
-    from gptfast.models import GPTConfig
 
 PANEL = 32  # logits are written in whole panels of so many
 

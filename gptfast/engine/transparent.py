@@ -16,21 +16,21 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 from gptfast.backend import AUTOMATIC, chosen, cpu_isa, has_cpu_ops
 from gptfast.engine.compiled import CompiledGPT, compile_model
 from gptfast.generation.runner import usual_threads
-from gptfast.models.difference import difference, true_config
+from gptfast.nn.difference import difference, true_config
 
 if TYPE_CHECKING:
-    from gptfast.models import GPT
+    from gptfast.nn.transformer import Transformer
 
 Fingerprint = tuple[Any, torch.dtype, int]
-_packed: WeakKeyDictionary[GPT, tuple[Fingerprint, CompiledGPT]] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[Transformer, tuple[Fingerprint, CompiledGPT]] = WeakKeyDictionary()
 _packing = threading.Lock()  # callers on several threads share one copy; a fork waits, or its child would for ever
 os.register_at_fork(before=_packing.acquire, after_in_parent=_packing.release, after_in_child=_packing.release)
 
 
-def engine_for(model: GPT) -> CompiledGPT | None:
+def engine_for(model: Transformer) -> CompiledGPT | None:
     """A compiled model with the weights that `model` has now and in their dtype, or None where it cannot serve.
 
-    It serves GPTs whose modules are what their config says (see `gptfast.models.difference`), in evaluation mode on the
+    It serves GPTs whose modules are what their config says (see `gptfast.nn.difference`), in evaluation mode on the
     CPU, all of fp32 or all of bf16, of which a packed copy fits into half of the memory that is free, where no other
     backend was asked for, and no autocast. The copy is kept for the next call, which reads all of the weights once to see
     that they are the same; hold the compiled model to spare that (then it stays what it is), and see `forget`.
@@ -63,7 +63,7 @@ def engine_for(model: GPT) -> CompiledGPT | None:
         return compiled
 
 
-def forget(model: GPT) -> None:
+def forget(model: Transformer) -> None:
     """Free the packed copy that `generate` keeps of a model; the next `generate` makes a new one."""
     with _packing:
         _packed.pop(model, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gptfast.models.inputs import refuse
+from gptfast.nn.inputs import refuse
 
 UNUSED = ("use_cache",)  # it does not change the text
 _LOGPROBS = "return_logprobs=True returns the log-probabilities of the new tokens, and the scores of beams"

@@ -27,23 +27,23 @@ from gptfast.generation.config import GenerationConfig
 from gptfast.generation.request import Request, Row
 from gptfast.generation.sampling import FAULTS, processors
 from gptfast.generation.torch_runner import for_generation
-from gptfast.models.difference import difference
+from gptfast.nn.difference import difference
 from gptfast.nn.kv_cache import KVCache
 from gptfast.ops.causal_attention import trusted
 
 if TYPE_CHECKING:
-    from gptfast.models import GPT
+    from gptfast.nn.transformer import Transformer
 
 BURST = 16  # tokens of each row between two looks at them
 KERNELS = ("embedding", "add_layer_norm", "layer_norm", "causal_attention", "sample")  # none of which waits
 
 
-def takes(model: Any, requests: list[Request]) -> TypeGuard[GPT]:
+def takes(model: Any, requests: list[Request]) -> TypeGuard[Transformer]:
     """Whether `run` can make what the requests of one `generate` ask for: a GPT on a GPU with the CUDA kernels, without
     banded layers, where tokens depend on logits and counters alone."""
-    from gptfast.models import GPT
+    from gptfast.nn.transformer import Transformer
 
-    if not isinstance(model, GPT) or not model.wte.weight.is_cuda or torch.is_autocast_enabled("cuda"):
+    if not isinstance(model, Transformer) or not model.wte.weight.is_cuda or torch.is_autocast_enabled("cuda"):
         return False
     with _current(model.wte.weight.device):
         capturing = torch.cuda.is_current_stream_capturing()
@@ -73,7 +73,7 @@ def _simple(requests: list[Request]) -> bool:
     return not changed and not any(request.logprobs or request.top for request in requests)
 
 
-def run(model: GPT, requests: list[Request], decoder: Decoder | None = None) -> None:
+def run(model: Transformer, requests: list[Request], decoder: Decoder | None = None) -> None:
     """Give the requests their rows, all tokens made. `decoder`: None: the model's own, which it keeps."""
     config = requests[0].config
     rows = sum(request.config.num_return_sequences for request in requests)
@@ -175,7 +175,7 @@ class Decoder:
         rows, max_len: the most rows, and positions of a row.
     """
 
-    def __init__(self, model: GPT, rows: int, max_len: int) -> None:
+    def __init__(self, model: Transformer, rows: int, max_len: int) -> None:
         weight, self._rows = model.wte.weight, bucket_of(rows)
         self.device = weight.device
         self.store = KVCache(model.config, self._rows, max_len, weight.dtype, weight.device)
@@ -191,12 +191,12 @@ class Decoder:
         drawn, column = torch.zeros(self._rows, BURST, **whole), torch.zeros(1, **whole)
         self.state = State(lengths, ids, streams, logits, drawn, column)
 
-    def fits(self, model: GPT, rows: int, max_len: int) -> bool:
+    def fits(self, model: Transformer, rows: int, max_len: int) -> bool:
         """Whether it has the room, and the model its config, and its weights where they were."""
         same = self.config == model.config and self.weights == _addresses(model)
         return same and rows <= self._rows and max_len <= self.store.max_len
 
-    def read(self, model: GPT, requests: list[Request]) -> list[Row]:
+    def read(self, model: Transformer, requests: list[Request]) -> list[Row]:
         """Read the prompts, one by one, into the first rows; returns these."""
         rows: list[Row] = []
         for request in requests:
@@ -216,7 +216,7 @@ class Decoder:
         self.bucket = bucket_of(len(rows))
         return rows
 
-    def burst(self, model: GPT, count: int, sampling: dict[str, Any], last: bool) -> list[list[int]]:
+    def burst(self, model: Transformer, count: int, sampling: dict[str, Any], last: bool) -> list[list[int]]:
         """The next `count` tokens of every row of the bucket; the one place that waits. `last`: none will follow."""
         self.state.column.zero_()
         draw, forward = partial(self.draw, sampling), partial(self.forward, model)
@@ -237,7 +237,7 @@ class Decoder:
         state.drawn.index_copy_(1, state.column, ids.unsqueeze(1))
         state.column.add_(1)
 
-    def forward(self, model: GPT) -> None:
+    def forward(self, model: Transformer) -> None:
         """The logits of what follows every row's last token, which enters the cache."""
         state = self.state.rows(self.bucket)
         cache = StepCache(self.store, self.bucket, state.lengths)
@@ -301,14 +301,14 @@ class Decoder:
                 x.copy_(old)
 
 
-def _addresses(model: GPT) -> tuple[tuple[int, torch.dtype], ...]:
+def _addresses(model: Transformer) -> tuple[tuple[int, torch.dtype], ...]:
     return tuple((x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))
 
 
-_decoders: WeakKeyDictionary[GPT, Decoder] = WeakKeyDictionary()
+_decoders: WeakKeyDictionary[Transformer, Decoder] = WeakKeyDictionary()
 
 
-def _decoder_of(model: GPT, rows: int, max_len: int) -> Decoder:
+def _decoder_of(model: Transformer, rows: int, max_len: int) -> Decoder:
     """The model's decoder; a new one where the old has not the room or the weights have moved."""
     decoder = _decoders.get(model)
     if decoder is None or not decoder.fits(model, rows, max_len):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from gptfast.generation.runner import Sampling
-from gptfast.models.difference import check_values
+from gptfast.nn.difference import check_values
 from gptfast.nn.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from gptfast.models import GPT
+    from gptfast.nn.transformer import Transformer
 
 
 class CachedSequences:
@@ -37,7 +37,7 @@ class CachedSequences:
 
     own_threads = False
 
-    def __init__(self, model: GPT, capacity_rows: int, max_len: int) -> None:
+    def __init__(self, model: Transformer, capacity_rows: int, max_len: int) -> None:
         weight = model.wte.weight
         if weight.is_meta:
             check_values("generate", model)
@@ -158,7 +158,7 @@ class CachedSequences:
 
 
 @contextmanager
-def for_generation(model: GPT) -> Iterator[None]:
+def for_generation(model: Transformer) -> Iterator[None]:
     """Evaluation mode without autograd; the training flag of every module comes back afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -15,19 +14,17 @@ from torch import Tensor
 
 from gptfast._folders import staged_folder
 from gptfast._snapshots import WEIGHTS
+from gptfast.config import GPTConfig
+from gptfast.metadata import GENERATION, metadata_of
 from gptfast.models import hf_layout
-from gptfast.models.difference import check_values, difference, true_config
-from gptfast.models.metadata import GENERATION, metadata_of
-
-if TYPE_CHECKING:
-    from gptfast.config import GPTConfig
-    from gptfast.models.gpt import GPT
+from gptfast.nn.difference import check_values, difference, true_config
+from gptfast.nn.transformer import Transformer
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def save(model: GPT, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+def save(model: Transformer, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
     """Write config.json and the weights to the folder `path`, together: a failure leaves what was there.
 
     transformers loads the result with the same logits wherever it knows the architecture (see
@@ -69,7 +66,7 @@ def save(model: GPT, path: str | os.PathLike[str], max_shard_size: int | str = "
             _write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _named_tensors(model: GPT, config: GPTConfig) -> dict[str, Tensor]:
+def _named_tensors(model: Transformer, config: GPTConfig) -> dict[str, Tensor]:
     """Every tensor under its name in the file and in its shape there (views, not yet contiguous)."""
     kind = hf_layout.model_type(config)
     out: dict[str, Tensor] = {}

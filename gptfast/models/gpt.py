@@ -1,229 +1,32 @@
-"""The GPT model.  B batch, T time, C channels (n_embd), V vocabulary."""
+"""GPT: the network with generation and checkpoints."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from gptfast import ops
 from gptfast.config import GPTConfig
-from gptfast.models.difference import is_plain_linear
-from gptfast.models.inputs import REFUSED, Padding, check_ids, one_of, refuse, shifted
-from gptfast.models.metadata import Metadata, metadata_of
-from gptfast.nn import Block, LayerNorm, Linear
-from gptfast.nn.block import add_branch
-from gptfast.nn.dropout import DropoutCounter
-from gptfast.nn.kv_cache import KVCache
-from gptfast.nn.position import SinusoidalEmbedding
-
-if TYPE_CHECKING:
-    from gptfast.engine import CompiledGPT
-    from gptfast.generation.torch_runner import CachedSequences
-
-INIT_STD = 0.02  # of all matrices and embeddings (GPT-2)
+from gptfast.engine import CompiledGPT, compile_model, engine_for
+from gptfast.generation import CachedSequences, generate
+from gptfast.metadata import Metadata, metadata_of
+from gptfast.models import export, pretrained
+from gptfast.nn.transformer import Transformer
 
 
-class GPT(nn.Module):
-    """A GPT-1, GPT-2 or GPT-3 with GPT-2's parameter names; all of it runs through `gptfast.ops`.
-
-    Weights are normal with standard deviation 0.02, divided by sqrt(2 n_layer) for the projections into the
-    residual stream (Radford et al. 2019, section 2.3); biases are 0.
-
-    By default each forward in training mode draws the seed of its dropouts from torch's CPU generator, so `torch.manual_seed`,
-    `torch.get_rng_state`, activation checkpointing, deep copies and ranks behave as with torch's own dropout. Once
-    dropout_seed is set, dropout is a function of (dropout_seed, dropout_step) alone, these two integers restore it, and such
-    a forward advances dropout_step by one. A deep copy then continues with a seed drawn for it.
+class GPT(Transformer):
+    """A GPT-1, GPT-2 or GPT-3 with GPT-2's parameter names; `forward` and training are those of `gptfast.nn.Transformer`.
 
     Args:
         config: see `GPTConfig`.
 
-    metadata: what the checkpoint says beside that, see `gptfast.models.metadata`; `save_pretrained` writes it back.
+    metadata: what the checkpoint says beside the config, see `gptfast.metadata`; `save_pretrained` writes it back.
     """
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        if not isinstance(config, GPTConfig):
-            raise TypeError(f"GPT: config is a {type(config).__name__}; expected a GPTConfig")
-        self.config, self.metadata = config, Metadata()
-        C = config.n_embd
-        learned = config.position_embedding == "learned"
-        self.wte = nn.Embedding(config.vocab_size, C)
-        places = nn.Embedding if learned else SinusoidalEmbedding
-        self.wpe = places(config.block_size, C).to(self.wte.weight.dtype)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = LayerNorm(C, eps=config.layer_norm_epsilon, bias=config.bias) if config.final_norm else None
-        self.lm_head = Linear(C, config.vocab_size, bias=False)
-        self._dropout = DropoutCounter()  # its offset counts forwards
-        self.tie_weights()
-        self._init_weights()
-
-    def tie_weights(self) -> None:
-        """Make the head share the token embedding, if the config says so."""
-        if self.config.tie_weights:
-            self.lm_head.weight = self.wte.weight
-
-    def _init_weights(self) -> None:
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                residual = name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-
-    @property
-    def dropout_seed(self) -> int | None:
-        """Seed of all dropouts, in [0, 2**64); None: torch's generator decides each forward."""
-        return self._dropout.seed
-
-    @dropout_seed.setter
-    def dropout_seed(self, value: int | None) -> None:
-        self._dropout.seed = value
-
-    @property
-    def dropout_step(self) -> int | None:
-        """How many forwards with dropout have been made with this seed; None without one. To set it draws a seed then."""
-        return self._dropout.offset
-
-    @dropout_step.setter
-    def dropout_step(self, value: int | None) -> None:
-        self._dropout.offset = value
-
-    def forward(
-        self,
-        ids: Tensor | Mapping[str, Tensor] | None = None,
-        targets: Tensor | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        ignore_index: int = -100,
-        cache: KVCache | None = None,
-        last_only: bool = False,
-        input_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        **others: Any,
-    ) -> Tensor | tuple[Tensor | None, Tensor]:
-        """Logits, or logits and mean cross-entropy. A batch of transformers' collators may be expanded: model(**batch).
-
-        Args:
-            ids: (B, T) int64 or int32 in [0, V), 1 <= T <= block_size; input_ids is another name. Or a
-                BatchEncoding or dict with input_ids.
-            targets: (B, T) int64, the token that follows each id, in [0, V) or ignore_index. In
-                training mode the head and the loss are one op that never holds all logits.
-            attention_mask: (B, T), 0 where ids are padding, on either side, 1 else. The results of the other positions are
-                those of their row without padding; those of padding mean nothing, and their targets do not count.
-            ignore_index: targets of this value do not count; -1 in nanoGPT.
-            cache: append the T positions of every row to it and attend to what it holds; no gradients.
-            last_only: logits of the last position only, with attention_mask of the last one that it shows.
-            labels: instead of targets, as in transformers: (B, T), the ids themselves or ignore_index, shifted here.
-            others: what transformers has besides is refused.
-        Returns:
-            Without targets: logits (B, T, V), or (B, V) with last_only.
-            With targets or labels: (logits, loss), logits None in training mode; loss is a scalar.
-        Raises:
-            TypeError, ValueError: wrong dtype, shape or range; sequence too long.
-        """
-        if isinstance(ids, Mapping):
-            named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-            given = {name: value for name, value in named.items() if value is not None}
-            options = {"ignore_index": ignore_index, "cache": cache, "last_only": last_only}
-            return self.forward(None, targets, **ids, **given, **options, **others)
-        refuse("GPT", others, REFUSED)
-        tokens = one_of("ids", ids, "input_ids", input_ids)
-        padding = None if attention_mask is None else self._padding(tokens, attention_mask, cache)
-        tokens = tokens if padding is None else padding.without(tokens)
-        self._check(tokens, one_of("targets", targets, "labels", labels), cache, last_only, ignore_index)
-        targets = targets if labels is None else shifted(labels, ignore_index)
-        if targets is not None and padding is not None:
-            targets = targets.masked_fill(~padding.counts, ignore_index)  # nothing is predicted from padding
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            x = self._hidden(tokens if padding is None else padding.compact(tokens), cache)  # B T C
-            if last_only:
-                return self.lm_head(x[:, -1] if padding is None else padding.last(x))
-            x = x if padding is None else padding.restore(x)
-            if targets is None:
-                return self.lm_head(x)
-            hidden, wanted = x.flatten(0, 1), targets.flatten()
-            if self.training and is_plain_linear(self.lm_head):
-                return None, ops.linear_cross_entropy(hidden, self.lm_head.weight, wanted, ignore_index=ignore_index)
-            logits = self.lm_head(x)
-            loss = ops.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=ignore_index)
-            return None if self.training else logits, loss
-
-    def _hidden(self, ids: Tensor, cache: KVCache | None) -> Tensor:
-        """Hidden states before the head, (B, T, C)."""
-        config, seed, first = self.config, *self._take_offsets()
-        positions = None if cache is None else cache.start(ids.shape[1])
-        residual = self._embed(ids, positions)
-        if self.training and config.embd_pdrop > 0:
-            residual = ops.dropout(residual, config.embd_pdrop, seed, first)
-        branch = None
-        for layer, block in enumerate(self.h):
-            branch, residual = block(branch, residual, rng=(seed, first + 1 + 3 * layer), cache=cache)
-        if cache is not None:
-            cache.finish(ids.shape[1])
-        return self._final_norm(branch, residual, seed, first + 3 * config.n_layer)
-
-    def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
-        """Token plus position embedding, (B, T, C)."""
-        if self.config.position_embedding == "learned":
-            return ops.embedding(ids, self.wte.weight, self.wpe.weight, positions)
-        sinusoids = self.wpe.weight[: ids.shape[1]] if positions is None else self.wpe.weight[positions]
-        scale = math.sqrt(self.config.n_embd)  # Vaswani et al., section 3.4: or 0.02 would drown in sinusoids of 1
-        return ops.embedding(ids, self.wte.weight) * scale + sinusoids
-
-    def _final_norm(self, branch: Tensor | None, residual: Tensor, seed: int, offset: int) -> Tensor:
-        """Add the last block's branch and normalise, as far as the config has these."""
-        p = self.config.resid_pdrop if self.training else 0.0
-        dropout = {"dropout_p": p, "seed": seed, "offset": offset} if p > 0 else {}
-        if self.ln_f is None:
-            return add_branch(branch, residual, dropout)
-        return self.ln_f(residual) if branch is None else self.ln_f(branch, residual, **dropout)[0]
-
-    def _take_offsets(self) -> tuple[int, int]:
-        """(seed, first Philox offset) of this forward: each has 1 + 3 n_layer dropouts, numbered in order."""
-        c = self.config
-        if not self.training or not (c.embd_pdrop or c.attn_pdrop or c.resid_pdrop):
-            return 0, 0
-        seed, step = self._dropout.take()
-        return seed, step * (1 + 3 * c.n_layer)
-
-    def _padding(self, ids: Any, mask: Any, cache: KVCache | None) -> Padding:
-        check_ids("ids", ids, (torch.int64, torch.int32), None)
-        if cache is not None:
-            raise ValueError(
-                "GPT: attention_mask with a cache; its rows have lengths of their own - read each prompt without its padding, "
-                "or call generate(ids, attention_mask=…)"
-            )
-        return Padding(mask, ids)
-
-    def _check(
-        self, ids: Any, targets: Tensor | None, cache: KVCache | None, last_only: bool, ignore_index: int
-    ) -> None:
-        V, limit = self.config.vocab_size, self.config.block_size
-        check_ids("ids", ids, (torch.int64, torch.int32), V)
-        if ids.shape[1] == 0:
-            raise ValueError("GPT: ids holds no tokens (T = 0); give at least one, such as the end-of-text token")
-        if ids.shape[1] > limit:
-            raise ValueError(
-                f"GPT: ids has {ids.shape[1]} positions but block_size is {limit}; keep the last {limit} "
-                "(ids[:, -model.config.block_size:]) or build the model with a larger block_size"
-            )
-        if targets is not None:
-            check_ids("targets", targets, (torch.int64,), V, ignored=ignore_index)
-            if targets.shape != ids.shape or last_only:
-                raise ValueError(
-                    f"GPT: targets has shape {tuple(targets.shape)} and ids {tuple(ids.shape)} "
-                    f"(last_only={last_only}); expected equal shapes, targets[b, t] being the token after "
-                    "ids[b, t], without last_only"
-                )
-        if cache is not None and cache.batch_size != ids.shape[0]:
-            raise ValueError(f"GPT: ids has {ids.shape[0]} rows but the cache {cache.batch_size}; they must be equal")
-        if cache is not None and self.training:
-            raise ValueError("GPT: a cache is for generation, but the model is in training mode; call model.eval()")
+        super().__init__(config)
+        self.metadata = Metadata()
 
     def generate(self, ids: Any = None, max_new_tokens: int | None = None, **options: Any) -> Any:
         """Continue prompts: greedily by default, drawn, or by beams, as `transformers.generate`.
@@ -246,9 +49,6 @@ class GPT(nn.Module):
         Raises:
             TypeError, ValueError: bad prompts or options.  RuntimeError: the logits hold nan.
         """
-        from gptfast.engine import engine_for
-        from gptfast.generation import generate
-
         ends = metadata_of(self).ends(self.config.vocab_size)
         options = {**ends, "max_new_tokens": max_new_tokens, **options}
         engine = engine_for(self)
@@ -256,8 +56,6 @@ class GPT(nn.Module):
 
     def sequences(self, capacity_rows: int, max_len: int) -> CachedSequences:
         """Room for running sequences; see `gptfast.generation.runner.Sequences`."""
-        from gptfast.generation.torch_runner import CachedSequences
-
         return CachedSequences(self, capacity_rows, max_len)
 
     def compile_for_inference(
@@ -285,8 +83,6 @@ class GPT(nn.Module):
             ValueError: an unknown dtype, weights that are not finite, or modules that are not what the config says: hooks,
                 other classes, attributes or methods.  RuntimeError: gptfast has no compiled part.
         """
-        from gptfast.engine import compile_model
-
         return compile_model(self, dtype, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
 
     @classmethod
@@ -294,38 +90,8 @@ class GPT(nn.Module):
         cls, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **config_overrides: Any
     ) -> GPT:
         """Load a checkpoint folder or a Hugging Face hub id; see `gptfast.models.pretrained.load`."""
-        from gptfast.models import pretrained
-
         return pretrained.load(cls, path, dtype, config_overrides)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write a checkpoint folder in the Hugging Face layout; see `gptfast.models.export.save`."""
-        from gptfast.models import export
-
         export.save(self, path, max_shard_size)
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters; tied weights count once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def flops_per_token(self, T: int, training: bool = True) -> float:
-        """Multiplications and additions that a sequence of T tokens needs, per token.
-
-        2 per weight of every matrix product (the embeddings are look-ups), and 4 C per key that a query sees,
-        averaged
-        over the queries: masked keys are not counted, so attention is about half of what PaLM's formula
-        (arXiv 2204.02311, appendix B) counts. The backward pass needs twice the forward.
-
-        Args:
-            T: sequence length.
-            training: forward and backward; False: forward only.
-        """
-        config = self.config
-        weights = self.lm_head.weight.numel() + sum(p.numel() for p in self.h.parameters() if p.dim() == 2)
-        keys = sum(_mean_visible_keys(T, config.window_of(layer)) for layer in range(config.n_layer))
-        return (3 if training else 1) * (2 * weights + 4 * config.n_embd * keys)
-
-
-def _mean_visible_keys(T: int, window: int | None) -> float:
-    w = T if window is None else min(window, T)
-    return (w * (w + 1) / 2 + (T - w) * w) / T

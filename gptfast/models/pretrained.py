@@ -6,22 +6,22 @@ import os
 import re
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gptfast._snapshots import current
 from gptfast.config import GPTConfig
+from gptfast.metadata import GENERATION
 from gptfast.models import hf_layout, nanogpt
 from gptfast.models.export import CONFIG, INDEX, SINGLE
-from gptfast.models.metadata import GENERATION
 from gptfast.models.stored import StoredModel
 from gptfast.models.weight_files import OLD_INDEX, has_safetensors
 from gptfast.nn.position import SinusoidalEmbedding
+from gptfast.nn.transformer import Transformer
 
-if TYPE_CHECKING:
-    from gptfast.models.gpt import GPT
+Model = TypeVar("Model", bound=Transformer)
 
 _HUB_FILES = [
     *(CONFIG, "model*.safetensors", INDEX),
@@ -30,7 +30,7 @@ _HUB_FILES = [
 _OLD_HUB_FILES = ["pytorch_model*.bin", OLD_INDEX]  # where there are no others
 
 
-def load(cls: type[GPT], path: str | os.PathLike[str], dtype: torch.dtype | None, overrides: dict[str, Any]) -> GPT:
+def load(cls: type[Model], path: str | os.PathLike[str], dtype: torch.dtype | None, overrides: dict[str, Any]) -> Model:
     """A model in evaluation mode, from a checkpoint folder or a Hugging Face hub id (call .train() to train
     it).
 
@@ -53,11 +53,11 @@ def load(cls: type[GPT], path: str | os.PathLike[str], dtype: torch.dtype | None
     return build(cls, StoredModel(resolve(path)), dtype, overrides)
 
 
-def build(cls: type[GPT], stored: StoredModel, dtype: torch.dtype | None, overrides: dict[str, Any]) -> GPT:
+def build(cls: type[Model], stored: StoredModel, dtype: torch.dtype | None, overrides: dict[str, Any]) -> Model:
     """As `load`, from files that are open already."""
     config = stored.config.replace(**overrides)
     with torch.device("meta"):
-        model = cls(config)
+        model: Any = cls(config)  # of a class with metadata
     model.load_state_dict(_read_weights(stored, model, dtype), assign=True)
     model.tie_weights()
     if config.position_embedding == "sinusoidal":
@@ -114,7 +114,7 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _read_weights(stored_model: StoredModel, model: GPT, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read_weights(stored_model: StoredModel, model: Transformer, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """state_dict of `model` (on the meta device) from the files, all of it checked; a model with a shorter block_size
     takes the first positions."""
     config, rows = model.config, stored_model.config.block_size

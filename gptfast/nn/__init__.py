@@ -8,6 +8,7 @@ from gptfast.nn.gelu import GELU
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
+from gptfast.nn.transformer import Transformer
 
 __all__ = [
     "GELU",
@@ -19,5 +20,6 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "Transformer",
     "seed_dropout",
 ]

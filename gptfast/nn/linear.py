@@ -37,3 +37,14 @@ class Linear(torch.nn.Linear):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
+
+
+def is_plain_linear(module: torch.nn.Module) -> bool:
+    """Whether a forward of the module is a product with `module.weight` and nothing else."""
+    return (
+        type(module) is Linear
+        and module.bias is None
+        and module.activation is None
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and (torch.compiler.is_compiling() or "forward" not in vars(module))
+    )

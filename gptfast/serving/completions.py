@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from gptfast.generation import LanguageModel, Request, Token
 from gptfast.generation.prompts import check_prompt
 from gptfast.generation.scoring import score_in_pieces
-from gptfast.models.metadata import end_option, metadata_of
+from gptfast.metadata import end_option, metadata_of
 from gptfast.serving.errors import CLIENT_LEFT
 from gptfast.serving.events import Events
 from gptfast.serving.protocol import (

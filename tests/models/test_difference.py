@@ -21,7 +21,7 @@ from gptfast.backend import cpu_isas
 from gptfast.engine import engine_for, forget
 from gptfast.engine.transparent import checksum
 from gptfast.generation import Scheduler
-from gptfast.models.difference import difference
+from gptfast.nn.difference import difference
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=61, dropout=0.0)
 PROMPT = [3, 1, 4, 1, 5]
@@ -308,6 +308,20 @@ def test_a_class_whose_forward_is_replaced_or_overridden(monkeypatch: pytest.Mon
     monkeypatch.setattr(gptfast.nn.MLP, "forward", lambda self, x: 2 * forward(self, x))
     assert difference(model) == "a method of the class MLP was replaced"
     assert_generates_as_it_stands(model)
+
+
+def test_a_class_that_hides_a_module_or_changes_gpt_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hidden(gptfast.GPT):
+        """Its forward finds the attribute of the class before the module of that name."""
+
+    hidden, model = make(kind=Hidden), make()
+    Hidden.lm_head = property(lambda self: lambda x: 2 * self._modules["lm_head"](x))
+    assert difference(hidden) == "the model is a Hidden, in which Hidden overrides lm_head"
+    monkeypatch.setattr(gptfast.GPT, "generate", lambda *_: None)
+    assert difference(model) is None, "no forward calls it"
+    forward = gptfast.GPT.forward
+    monkeypatch.setattr(gptfast.GPT, "forward", lambda *args, **options: 2 * forward(*args, **options))
+    assert difference(model) == "the model is a GPT, in which GPT overrides forward"
 
 
 def test_a_subclass_with_more_methods_is_a_gpt(tmp_path: Path) -> None:

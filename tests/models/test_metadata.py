@@ -10,7 +10,7 @@ import torch
 from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
 from gptfast.cli import app
-from gptfast.models.metadata import Metadata
+from gptfast.metadata import Metadata
 from gptfast.tokenizer import BPETokenizer
 from tests.support.command import run  # noqa: F401 (a fixture)
 

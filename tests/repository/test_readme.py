@@ -12,7 +12,7 @@ import torch
 from gptfast import ops
 from gptfast.backend import has_kernel
 from gptfast.generation import arguments
-from gptfast.models import inputs
+from gptfast.nn import inputs
 from gptfast.testing import DTYPES, cases
 from tests.support import ROOT, emulated
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptfast.config import GPTConfig
-from gptfast.nn import MLP, Block, CausalSelfAttention, LayerNorm, Linear
+from gptfast.nn.attention import CausalSelfAttention
+from gptfast.nn.block import Block
+from gptfast.nn.layer_norm import LayerNorm
+from gptfast.nn.linear import Linear
+from gptfast.nn.mlp import MLP
 from gptfast.nn.position import SinusoidalEmbedding, sinusoids
-
-if TYPE_CHECKING:
-    from gptfast.models.gpt import GPT
+from gptfast.nn.transformer import Transformer
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 DROPOUTS = ("attn_pdrop", "resid_pdrop")
@@ -27,8 +29,7 @@ FREE = {  # what an instance or a subclass may define anew without changing what
     *("__dict__", "__weakref__", "__new__", "__init_subclass__"),
     *("__static_attributes__", "__firstlineno__", "__annotate_func__", "__annotations_cache__", "__qualname__"),
     *("extra_repr", "dump_patches", "training", "call_super_init", "_version", "_compiled_call_impl"),
-    *("generate", "sequences", "compile_for_inference", "from_pretrained", "save_pretrained", "tie_weights"),
-    *("num_parameters", "flops_per_token", "_init_weights", "train", "eval", "to", "zero_grad"),
+    *("tie_weights", "num_parameters", "flops_per_token", "_init_weights", "train", "eval", "to", "zero_grad"),
 }
 
 
@@ -46,7 +47,7 @@ class Part:
     root: bool = False  # a subclass will do
 
 
-def difference(model: GPT, saved: bool = False) -> str | None:
+def difference(model: Transformer, saved: bool = False) -> str | None:
     """The first thing in which the model's modules are not what its config says, in words; None: they are.
 
     Whether the head is tied counts as said by the tensors; see `true_config`. Values of parameters are not looked at.
@@ -69,7 +70,7 @@ def difference(model: GPT, saved: bool = False) -> str | None:
     return _in_sinusoids(model) if saved else None
 
 
-def check_values(op: str, model: GPT) -> None:
+def check_values(op: str, model: Transformer) -> None:
     """Raise ValueError for a model whose parameters are on the meta device, and so have no values."""
     for name, x in model.named_parameters():
         if x.is_meta:
@@ -79,13 +80,13 @@ def check_values(op: str, model: GPT) -> None:
             )
 
 
-def true_config(model: GPT) -> GPTConfig:
+def true_config(model: Transformer) -> GPTConfig:
     """The model's config, with `tie_weights` as the tensors are."""
     tied = is_tied(model)
     return model.config if model.config.tie_weights == tied else model.config.replace(tie_weights=tied)
 
 
-def is_tied(model: GPT) -> bool:
+def is_tied(model: Transformer) -> bool:
     """Whether head and token embedding are one tensor, or two that share all of their memory."""
     head, embedding = model.lm_head.weight, model.wte.weight
     if head is embedding:
@@ -97,22 +98,9 @@ def is_tied(model: GPT) -> bool:
     )
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a forward of the module is a product with `module.weight` and nothing else."""
-    return (
-        type(module) is Linear
-        and module.bias is None
-        and module.activation is None
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and (torch.compiler.is_compiling() or "forward" not in vars(module))
-    )
-
-
 @lru_cache(maxsize=16)
 def _parts(config: GPTConfig) -> dict[str, Part]:
     """Every module of a GPT by name."""
-    from gptfast.models.gpt import GPT
-
     C, V = config.n_embd, config.vocab_size
     learned = config.position_embedding == "learned"
 
@@ -126,7 +114,7 @@ def _parts(config: GPTConfig) -> dict[str, Part]:
         {"eps": config.layer_norm_epsilon, "normalized_shape": (C,)},
     )
     parts = {
-        "": Part(GPT, root=True),
+        "": Part(Transformer, root=True),
         "wte": Part(nn.Embedding, {"weight": (V, C)}),
         "wpe": Part(nn.Embedding if learned else SinusoidalEmbedding, {"weight": (config.block_size, C)}),
         "h": Part(nn.ModuleList),
@@ -151,13 +139,11 @@ def _parts(config: GPTConfig) -> dict[str, Part]:
     return parts
 
 
-def _in_classes(model: GPT) -> str | None:
+def _in_classes(model: Transformer) -> str | None:
     """A subclass may add methods, but a forward must not come across one of its own; and ours must be ours still."""
-    from gptfast.models.gpt import GPT
-
-    for kind in type(model).__mro__[: type(model).__mro__.index(GPT)]:
+    for kind in type(model).__mro__[: type(model).__mro__.index(Transformer)]:
         for name in vars(kind):
-            if name not in FREE and hasattr(GPT, name):
+            if name not in FREE and (hasattr(Transformer, name) or name in model._modules):
                 return f"the model is a {type(model).__name__}, in which {kind.__name__} overrides {name}"
     for kind, methods in _methods.items():
         if _methods_of(kind) != methods:
@@ -165,7 +151,7 @@ def _in_classes(model: GPT) -> str | None:
     return None
 
 
-def _in_blocks(model: GPT) -> str | None:
+def _in_blocks(model: Transformer) -> str | None:
     blocks, wanted = getattr(model, "h", None), model.config.n_layer
     count = len(blocks) if isinstance(blocks, nn.ModuleList) else wanted  # another class is told later
     return None if count == wanted else f"h has {count} blocks and the config says n_layer={wanted}"
@@ -186,7 +172,7 @@ def _in_module(module: nn.Module, part: Part, saved: bool) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks:
         return "has a forward hook"
     for name in vars(module).keys() - USUAL:
-        if name not in FREE and _is_code(getattr(kind, name, None)):
+        if name not in FREE and _is_code(getattr(part.kind, name, None)):
             return f"has {name} replaced on the instance"
     for name, value in part.attributes.items():
         got = getattr(module, name, None)
@@ -212,7 +198,7 @@ def _in_tensors(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | 
     return f"has no {missing[0]} of its own, and the config says one of {shapes[missing[0]]}" if missing else None
 
 
-def _in_sinusoids(model: GPT) -> str | None:
+def _in_sinusoids(model: Transformer) -> str | None:
     config = model.config
     if config.position_embedding == "learned" or model.wpe.weight.is_meta:
         return None
@@ -232,4 +218,4 @@ def remember_methods(*kinds: type[nn.Module]) -> None:
     _methods.update((kind, _methods_of(kind)) for kind in kinds)
 
 
-remember_methods(Linear, LayerNorm, CausalSelfAttention, Block, MLP)
+remember_methods(Linear, LayerNorm, CausalSelfAttention, Block, MLP, Transformer)
