@@ -13,17 +13,17 @@ import time
 import pytest
 import torch
 
-from gptfast.benchmarking.compare import TORCH, Comparison, make_comparison, record
+from gptfast.benchmarking.compare import Comparison, make_comparison, record
 from gptfast.benchmarking.report import percent_of_limit
-from gptfast.testing import bench_cases, cases, check_case
+from gptfast.testing import SPECS, bench_cases, cases, check_case
 
 ROUNDS = 5
 PARAMETERS = [
     pytest.param(case, dtype, backward, id=f"{op}-{case.id}-{name}-{'fwd+bwd' if backward else 'fwd'}")
-    for op in TORCH
+    for op, spec in SPECS.items()
     for case in bench_cases(op)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-    for backward in ((False,) if op == "sample" else (False, True))
+    for backward in ((False, True) if spec.has_backward else (False,))
 ]
 
 

@@ -10,74 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from gptfast import ops
 from gptfast.ops import reference
-from gptfast.testing import CASES, Case, check_case
+from gptfast.testing import CASES, SPECS, Case, bench_cases, cases, check_case
 
 Fn = Callable[..., Any]
 COPY = "copy of its bytes"  # not a peer: the floor of what only moves memory
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, **options: Any) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
-
-
-def _gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
-    return F.gelu(x if bias is None else x + bias, approximate=approximate)
-
-
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), weight, bias)
-
-
-def _add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, dropout_p: float = 0.0, **o: Any):
-    total = F.dropout(x, dropout_p) + residual
-    return F.layer_norm(total, (x.shape[-1],), weight, bias), total
-
-
-def _dropout(x: Tensor, p: float = 0.0, **options: Any) -> Tensor:
-    return F.dropout(x, p)
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
-    return F.cross_entropy(logits, targets, **options)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
-
-
-def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight), targets, **options)
-
-
-def _sample(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, **options: Any) -> Tensor:
-    """Temperature, top-k, top-p and a draw, the way it is written everywhere: a sort of the vocabulary."""
-    scaled = logits.float() / temperature
-    if top_k:
-        scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[:, -1:], float("-inf"))
-    if top_p < 1:
-        values, order = scaled.sort(descending=True)
-        probs = values.softmax(-1)
-        dropped = probs.cumsum(-1) - probs >= top_p
-        scaled = scaled.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
-    return torch.multinomial(scaled.softmax(-1), 1)[:, 0]
-
-
-TORCH: dict[str, tuple[str, Fn]] = {
-    "causal_attention": ("SDPA", _sdpa),
-    "gelu": ("F.gelu", _gelu),
-    "layer_norm": ("F.layer_norm", _layer_norm),
-    "add_layer_norm": ("F.layer_norm of the sum", _add_layer_norm),
-    "dropout": ("F.dropout", _dropout),
-    "cross_entropy": ("F.cross_entropy", _cross_entropy),
-    "linear": ("F.linear", _linear),
-    "linear_cross_entropy": ("F.linear + F.cross_entropy", _linear_cross_entropy),
-    "sample": ("sort + multinomial", _sample),
-}
 
 
 @dataclass
@@ -125,18 +64,20 @@ def comparisons(op_names: list[str] | None = None, dtypes: tuple[torch.dtype, ..
     """Yield a ready Comparison for every benchmark case: parity is checked on the small cases of the op first."""
     for op in op_names or list(CASES):
         for dtype in dtypes:
-            checked = [check_case(case, dtype) for case in CASES[op] if not case.bench]
+            checked = [check_case(case, dtype) for case in cases(op)]
             errors = max(e[0] for e in checked), max(e[1] for e in checked)
-            for case in (c for c in CASES[op] if c.bench):
-                for backward in (False, True) if op != "sample" else (False,):
+            for case in bench_cases(op):
+                for backward in (False, True) if SPECS[op].has_backward else (False,):
                     comparison = make_comparison(case, dtype, backward)
                     comparison.errors = errors
                     yield comparison
 
 
 def make_comparison(case: Case, dtype: torch.dtype, backward: bool) -> Comparison:
-    label, torch_fn = TORCH[case.op]
-    peers = {label: _closure(torch_fn, case, dtype, backward)}
+    peer = SPECS[case.op].peer
+    if peer is None:
+        raise ValueError(f"{case.op}: gptfast/testing/ops/{case.op}.py names no peer, which benchmarks need")
+    peers = {peer[0]: _closure(peer[1], case, dtype, backward)}
     flops, data = case.cost(torch.finfo(dtype).bits // 8)
     if not flops and not backward:
         peers[COPY] = _copy(int(data))

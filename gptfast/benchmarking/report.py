@@ -10,8 +10,7 @@ import torch
 from gptfast._files import atomic_write
 from gptfast.benchmarking.compare import COPY, Comparison
 from gptfast.machine import Machine
-
-BACKWARD_FLOPS = {"causal_attention": 2.5}  # as a multiple of the forward; 2 for products
+from gptfast.testing import SPECS
 
 
 def percent_of_limit(c: Comparison, machine: Machine) -> tuple[float | None, str]:
@@ -21,9 +20,8 @@ def percent_of_limit(c: Comparison, machine: Machine) -> tuple[float | None, str
     """
     size = torch.finfo(c.dtype).bits // 8
     flops, data = c.case.cost(size)
-    passes = (
-        1 + (BACKWARD_FLOPS.get(c.case.op, 2.0) if flops else 1.5) * c.backward
-    )  # backward of a pointwise op: 2 reads, 1 write
+    backward = SPECS[c.case.op].backward_flops if flops else 1.5  # of a pointwise op: 2 reads, 1 write
+    passes = 1 + backward * c.backward
     seconds = c.milliseconds["ours"] / 1e3
     arithmetic = flops * passes / machine.peak(c.dtype) if flops else 0.0
     memory = data * passes / (machine.copy_gbs * 1e9)

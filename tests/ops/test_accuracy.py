@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptfast.accuracy import assert_accurate
+from gptfast.testing.accuracy import assert_accurate
 
 HALVES = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")]
 X = torch.randn(40, 100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

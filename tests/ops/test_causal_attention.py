@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from gptfast import ops, rng
-from gptfast.accuracy import assert_accurate
 from gptfast.ops import reference
 from gptfast.ops.causal_attention import causal_attention
-from gptfast.testing import STATED, Case, cases, check_case, dtypes, run
+from gptfast.testing import SPECS, Case, cases, check_case, dtypes, run
+from gptfast.testing.accuracy import assert_accurate
 from tests.support.op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 CASES = cases("causal_attention")
@@ -161,7 +161,7 @@ def test_large_scores(case, dtype, isa):
     )
     fine = run(reference.causal_attention, case, dtype, widen=torch.float32)
     ours = run(ops.causal_attention, case, dtype)
-    stated = STATED.get(("causal_attention", dtype), (0.0, 0.0))
+    stated = SPECS["causal_attention"].floors.get(dtype, (0.0, 0.0))
     for name, n, factor, floor in (("outputs", 0, 2, stated[0]), ("grads", 2, 3, stated[1])):
         one = [getattr(r, name)[n : n + 1] for r in (ours, eager, exact, fine)]
         assert_accurate(

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from gptfast import ops
-from gptfast.accuracy import assert_accurate
 from gptfast.testing import Case, cases, check_case, dtypes
+from gptfast.testing.accuracy import assert_accurate
 from tests.support.op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 CASES = cases("cross_entropy") + cases("linear_cross_entropy")

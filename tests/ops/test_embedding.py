@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gptfast import ops
-from gptfast.accuracy import assert_accurate
 from gptfast.ops import reference
 from gptfast.testing import dtypes
+from gptfast.testing.accuracy import assert_accurate
 from tests.support.op_properties import bitwise, check_compiles, check_no_double_backward
 
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from gptfast import ops
-from gptfast.accuracy import assert_accurate
 from gptfast.ops import reference
 from gptfast.testing import DTYPES, Case, cases, check_case, dtypes
+from gptfast.testing.accuracy import assert_accurate
 from tests.support.op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 CASES = cases("layer_norm") + cases("add_layer_norm")

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from gptfast import ops
-from gptfast.accuracy import rounding
 from gptfast.backend import cpu_isa, force_cpu_isa
 from gptfast.ops import gemm as gemm_file
 from gptfast.testing import Case, cases, check_case, dtypes
+from gptfast.testing.accuracy import rounding
 from tests.support.op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 CASES = cases("linear")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gptfast import ops
-from gptfast.testing import FROZEN, Case, run
+from gptfast.testing import SPECS, Case, run
 
 
 def bitwise(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -29,9 +29,9 @@ def check_pure(case: Case, dtype: torch.dtype) -> None:
     """Inputs stay as they are, and a second backward through the same graph gives the same gradients."""
     args = case.inputs(dtype)
     before = [None if a is None else a.clone() for a in args]
-    frozen = FROZEN.get(case.op, ())
+    constant = SPECS[case.op].non_differentiable
     leaves = [
-        a.requires_grad_() if a is not None and a.is_floating_point() and n not in frozen else a
+        a.requires_grad_() if a is not None and a.is_floating_point() and n not in constant else a
         for n, a in enumerate(args)
     ]
     out = getattr(ops, case.op)(*leaves, **case.options)

@@ -4,7 +4,7 @@ An element may miss the exact value (the same op in float64) by
 
     half a unit in the last place of this value            where the result is bfloat16 or float16: the last rounding
     + factor x eager's error                               largest of the tensor, beyond its own last rounding
-    + FLOOR fp32 units of the largest value of the row     sums whose terms cancel; `least` where the terms are known
+    + ULP_FLOOR fp32 units of the largest value of the row     sums whose terms cancel; `least` where the terms are known
     + floor x eps of the dtype x that value                stated and measured, where a kernel computes with less
 
 Eager PyTorch's error is taken in the same dtype, and in float32 on the same numbers. What a kernel rounds to half
@@ -17,11 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOOR = 4  # fp32 units in the last place
-LEAN = (
-    0.02  # units in the last place by which a mean may differ from 0; truncation has 0.5, ties away from 0 up to 0.06
-)
-FEWEST = 256  # elements of a mean
+ULP_FLOOR = 4  # fp32 units in the last place
+MAX_BIAS = 0.02  # of a mean, in units in the last place; truncation has 0.5, ties away from 0 up to 0.06
+MIN_ELEMENTS = 256  # of a mean
 SHORT_ROW = 16  # the largest of fewer values says little about the terms of their sums
 
 
@@ -61,7 +59,7 @@ def assert_accurate(
         half = rounding(x, a.dtype)
         beyond = max((theirs - half).max().item(), theirs_fine.max().item(), 0.0)
         scale = _row_scale(x, where, least)
-        sums = factor * beyond + (FLOOR * torch.finfo(torch.float32).eps + floor * torch.finfo(a.dtype).eps) * scale
+        sums = factor * beyond + (ULP_FLOOR * torch.finfo(torch.float32).eps + floor * torch.finfo(a.dtype).eps) * scale
         _assert_within(name, error, half + sums, theirs)
         if a.dtype in (torch.bfloat16, torch.float16):
             _assert_no_drift(name, a, x, where, torch.maximum(2 * half, sums))
@@ -100,10 +98,12 @@ def _assert_within(name: str, error: Tensor, limit: Tensor, theirs: Tensor) -> N
 
 
 def _assert_no_drift(name: str, a: Tensor, x: Tensor, where: Tensor, unit: Tensor) -> None:
-    """The mean of (ours - round(exact)) in units, counted away from 0, within LEAN and five standard errors."""
+    """The mean of (ours - round(exact)) in units, counted away from 0, within MAX_BIAS and five standard errors."""
     counted = where & (x != 0)
-    if counted.sum() < FEWEST:
+    if counted.sum() < MIN_ELEMENTS:
         return
     signed = (((a.double() - x.to(a.dtype).double()) * x.sign()) / unit)[counted]
     mean, chance = signed.mean().abs().item(), (signed.std() / len(signed) ** 0.5).item()
-    assert mean <= LEAN + 5 * chance, f"{name}: rounds to one side, {mean:.3g} units on average; chance is {chance:.2g}"
+    assert mean <= MAX_BIAS + 5 * chance, (
+        f"{name}: rounds to one side, {mean:.3g} units on average; chance is {chance:.2g}"
+    )

@@ -1,0 +1,91 @@
+"""causal_attention: inputs, least work, cases, and torch's own function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast.testing.case import Case, Inputs, Spec
+
+
+def make(c: Case, dtype: torch.dtype, g: torch.Generator) -> Inputs:
+    B, H, T, D = (c.dims[k] for k in "BHTD")
+    S = c.dims.get("S", T)
+    if c.layout == "strided":  # one projection of q, k and v, as a model makes it
+        x = torch.randn(B, max(T, S), 3, H, D, generator=g).to(dtype)
+        return tuple(x[:, :n, i].transpose(1, 2) for i, n in enumerate((T, S, S)))
+    spread = c.dims.get("scores", 1) ** 0.5  # of the scores, some 4 times that at most
+    return tuple((torch.randn(B, H, n, D, generator=g) * f).to(dtype) for n, f in ((T, spread), (S, spread), (S, 1)))
+
+
+def cost(c: Case, size: int) -> tuple[float, float]:
+    B, H, T, D = (c.dims[k] for k in "BHTD")
+    S = c.dims.get("S", T)
+    visible = T * S - T * (T - 1) / 2 if c.options.get("causal", True) and T <= S else T * S
+    return 4.0 * B * H * visible * D, B * H * D * (2 * T + 2 * S) * size
+
+
+def case(
+    B: int,
+    H: int,
+    T: int,
+    D: int,
+    S: int | None = None,
+    layout: str = "contiguous",
+    **options: Any,
+) -> Case:
+    dims = {"B": B, "H": H, "T": T, **({} if S is None else {"S": S}), "D": D}
+    return Case("causal_attention", dims, options, layout)
+
+
+def peer(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, **options: Any) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+
+
+SPEC = Spec(
+    cases=[
+        case(2, 3, 256, 64),
+        case(1, 2, 200, 64, layout="strided"),
+        case(1, 2, 77, 64, causal=False),
+        case(2, 2, 129, 128, dropout_p=0.1, seed=2**63 + 5, offset=7),
+        case(1, 2, 333, 48, layout="strided", dropout_p=0.2, seed=3),
+        case(1, 2, 1, 64),
+        case(1, 1, 67, 80, causal=False, dropout_p=0.3, seed=9, offset=2**32 - 1),
+        case(2, 2, 113, 59, layout="strided", dropout_p=0.1),
+        case(1, 1, 65, 1),
+        case(1, 1, 70, 256),
+        case(1, 2, 5, 64, S=200),
+        case(2, 2, 1, 33, S=77),
+        case(1, 2, 100, 16, S=40),
+        case(2, 1, 150, 64, window=17),
+        case(1, 1, 300, 32, window=64, dropout_p=0.1, seed=1),
+        case(3, 2, 90, 64, seq_lens=torch.tensor([90, 0, 37])),
+        case(2, 2, 70, 64, S=130, causal=False, seq_lens=torch.tensor([101, 5])),
+        case(1, 2, 200, 64, cu_seqlens=torch.tensor([0, 13, 13, 100, 200])),
+        case(1, 2, 150, 40, layout="strided", cu_seqlens=torch.tensor([0, 100, 150]), window=9),
+        case(1, 2, 64, 64, softmax_scale=-0.3),
+        case(1, 2, 64, 64, softmax_scale=0.0, dropout_p=1.0),
+        case(0, 2, 8, 16),
+        case(1, 2, 0, 16, S=5),
+        case(1, 2, 3, 16, S=0),
+        Case("causal_attention", {"B": 4, "H": 12, "T": 1024, "D": 64}, bench=True),
+        Case(
+            "causal_attention",
+            {"B": 4, "H": 12, "T": 1024, "D": 64},
+            {"dropout_p": 0.1},
+            bench=True,
+            slow_reference=True,
+        ),
+    ],
+    make=make,
+    cost=cost,
+    peer=("SDPA", peer),
+    backward_flops=2.5,
+    floors={
+        torch.bfloat16: (0.8, 1.1),  # 0.53, 0.71: probabilities and dS are multiplied as bf16
+        torch.float16: (0.8, 1.1),  # 0.51, 0.63: the same; on the CPU the stored result alone
+    },
+)
