@@ -59,11 +59,12 @@ test: $(TESTED) lint  ## the whole test suite
 test-fast: $(TESTED)  ## the tests that take under three seconds each
 	$(BIN)/python -m pytest -m "not slow" $(SHARED)
 
-lint: $(TESTED)  ## ruff, clang-format, codespell and pyright
+lint: $(TESTED)  ## ruff, clang-format, codespell, import-linter and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/codespell
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 fmt: $(TESTED)  ## bring the sources into the form that lint wants: ruff, clang-format
