@@ -1,4 +1,4 @@
-"""Training: configuration, loop, checkpoints, log, and a comparison of the training step with eager PyTorch."""
+"""Training: configuration, loop, checkpoints and log."""
 
 from __future__ import annotations
 

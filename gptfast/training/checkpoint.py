@@ -1,12 +1,12 @@
-"""A run's checkpoints: folders from which a model can be loaded and a training run continued.
+"""Checkpoints of a run: folders that hold a model and all state that is needed to resume training.
 
-RUN/last and RUN/best each hold what `GPT.save_pretrained` and the tokenizer write, and
+RUN/last and RUN/best each have the files of `GPT.save_pretrained` and of the tokenizer, and
 
-    trainer.json            step, best validation loss, dropout counter, configuration, what the data was, and a
-                            checksum of every file, so that a resumed run is the same run bit for bit, or refused
-    optimizer.safetensors   the state of the optimizers under the names of the parameters
+    trainer.json            step, best validation loss, dropout counter, configuration, source of the data, and a
+                            checksum of every file: a resumed run is equal bit for bit, or refused
+    optimizer.safetensors   the state of the optimizers by names of parameters
 
-The order of the data needs no state of its own: it is a function of (seed, step). Nothing is pickled.
+The order of the data has no state: it is a function of (seed, step). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -39,18 +39,21 @@ from gptfast.training.optim import optimizer_tensors, restore_optimizers
 
 _ELSEWHERE = "resume from another checkpoint, such as RUN/best, or start a new run from its weights with gptfast train --init-from"
 TRAINER, OPTIMIZER = "trainer.json", "optimizer.safetensors"
-LOCK = "training.lock"  # of a run
+LOCK = "training.lock"
 VERSION = 2
 
 
 @dataclass
 class TrainState:
-    """Where a run stands.
+    """The progress of a run.
 
-    step: updates made. planned_steps: where the run is to end; None until max_minutes has been turned into steps.
-    best_val_loss, best_step: of the best evaluation so far. seconds: wall-clock time of all sessions. rows: of tokens
-    that the updates have seen. eval_batch_size: rows of a batch of an evaluation, the batch_size that the run began with,
-    so that evaluations compare when it changes. None (in older checkpoints): as the configuration says.
+    step: number of updates.
+    planned_steps: the last step; None until max_minutes has been converted to steps.
+    best_val_loss, best_step: loss and step of the best evaluation.
+    seconds: wall-clock time of all sessions.
+    rows: rows of tokens in all updates; None in older checkpoints: step * rows_per_step.
+    eval_batch_size: rows of an evaluation's batch: the run's first batch_size, so that evaluations stay comparable when it
+        changes; None in older checkpoints: batch_size.
     """
 
     step: int = 0
@@ -62,7 +65,7 @@ class TrainState:
     eval_batch_size: int | None = None
 
 
-_STATE = {  # what trainer.json has for each field
+_STATE = {  # the types of the fields in trainer.json
     "step": int,
     "planned_steps": (int, NULL),
     "best_val_loss": (float, NULL),
@@ -75,15 +78,22 @@ _STATE = {  # what trainer.json has for each field
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What trainer.json holds."""
+    """The content of trainer.json.
+
+    folder: the checkpoint.
+    source: how the data was opened, and its fingerprint ("marks").
+    dropout: seed and step of the dropout counter; None, None: dropout draws from torch's generator.
+    threads: number of CPU threads.
+    gemm: layout -> implementation of matrix products, which determines their last bits.
+    """
 
     folder: Path
     state: TrainState
     config: TrainConfig
-    source: dict[str, Any]  # how the data was opened, and marks of it that must stay the same
-    dropout: tuple[int | None, int | None]  # seed, step; none where no trainer made it, and torch's generator decides
+    source: dict[str, Any]
+    dropout: tuple[int | None, int | None]
     threads: int
-    gemm: dict[str, str]  # how matrix products were computed: their last bits depend on it
+    gemm: dict[str, str]
 
 
 def save_checkpoint(
@@ -95,10 +105,10 @@ def save_checkpoint(
     config: TrainConfig,
     source: dict[str, Any],
 ) -> None:
-    """Write a checkpoint folder, whole or not at all.
+    """Write a checkpoint folder atomically.
 
     Raises:
-        OSError: it cannot be written (disk full, no permission); the one before is intact.
+        OSError: it cannot be written (disk full, no permission); the previous checkpoint is intact.
     """
     trainer = {
         "version": VERSION,
@@ -114,7 +124,7 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save(stage)
         write_tensors(stage / OPTIMIZER, optimizer_tensors(model, optimizers))
-        with ThreadPoolExecutor() as pool:  # syncing takes the disk's time, checksums the processor's
+        with ThreadPoolExecutor() as pool:  # syncing waits for the disk while checksums use the CPU
             synced = [pool.submit(sync, file) for file in stage.iterdir()]
             trainer["files"] = {file.name: checksum(file) for file in sorted(stage.iterdir())}
         for result in synced:
@@ -157,18 +167,19 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def lock_run(out: Path) -> FileLock:
-    """The right to write a run's folder, which is made if it is missing; to be released at the end.
+    """The acquired lock of a run's folder, which is created if missing. The caller releases it.
 
     Raises:
-        BlockingIOError: another process trains there.  OSError: the folder cannot be written.
+        BlockingIOError: another process trains in the folder.
+        OSError: the folder cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK)
     holder = lock.acquire(wait=0.5)
     if holder is not None:
         raise BlockingIOError(
-            f"{out} is being trained by {holder}; wait for it, end it, or choose another `out` (where that process is "
-            f"known to be gone, remove {lock.path})"
+            f"{out} is being trained by {holder}; wait for it, end it, or choose another `out` (if that process no "
+            f"longer exists, remove {lock.path})"
         )
     return lock
 
@@ -177,7 +188,7 @@ def make_room(out: Path, overwrite: bool) -> None:
     """Delete the checkpoints of a run that is to be replaced.
 
     Raises:
-        FileExistsError: there are some, and `overwrite` is False.
+        FileExistsError: there are checkpoints and `overwrite` is False.
     """
     old = [out / name for name in ("last", "best") if (out / name).exists()]
     if old and not overwrite:
@@ -190,9 +201,9 @@ def make_room(out: Path, overwrite: bool) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Make `target` the same checkpoint, whole or not at all; hard links, where the file system has them.
+    """Copy a checkpoint atomically, with hard links if the file system supports them.
 
-    A checkpoint's files are replaced and never changed, so that a shared file stays what it is.
+    The files of a checkpoint are replaced and never changed, so sharing them is safe.
     """
     with staged_folder(target, replaces=EVERYTHING) as stage:
         for file in current_files(source):
@@ -203,11 +214,11 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """What a checkpoint says about its run.
+    """Read and verify a checkpoint.
 
     Raises:
-        FileNotFoundError: no checkpoint of a training run there.
-        ValueError: trainer.json is damaged, or of another version; a file is not the one that was saved.
+        FileNotFoundError: the folder has no checkpoint of a training run.
+        ValueError: trainer.json is damaged or has another version, or a file is not the one that was saved.
     """
     folder = Path(folder)
     path = current(folder, TRAINER)
@@ -233,7 +244,9 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
     for key, kinds in _STATE.items():
         field(state, key, kinds, TRAINER, inside="state")
     if state.keys() - _STATE.keys():
-        raise ValueError(f"state has {', '.join(sorted(state.keys() - _STATE.keys()))}, which is not known here")
+        raise ValueError(
+            f"state has {', '.join(sorted(state.keys() - _STATE.keys()))}, which this version does not know"
+        )
     gemm = field(raw, "gemm", dict, TRAINER)
     for key in gemm:
         field(gemm, key, str, TRAINER, inside="gemm")
@@ -258,10 +271,10 @@ def _parse_dropout(pair: list[Any]) -> tuple[int | None, int | None]:
 
 
 def check_source(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How a run of the command line opened its data.
+    """The source of the data of a run of `gptfast train`.
 
     Raises:
-        ValueError: the checkpoint does not say so.
+        ValueError: the checkpoint has none, or a malformed one.
     """
     path, source = checkpoint.folder / TRAINER, checkpoint.source
     field(source, "data", str, path, inside="source")
@@ -279,14 +292,15 @@ def load_optimizers(folder: Path, model: GPT, optimizers: Sequence[torch.optim.O
     """Restore the optimizers' state from a checkpoint folder.
 
     Raises:
-        FileNotFoundError: the file is missing.  ValueError: it is damaged, or of another model.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged, or belongs to another model.
     """
     path = current(folder, OPTIMIZER)
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing; start a new run from these weights with gptfast train --init-from {folder}"
         )
-    open_read(path).close()  # whose errors name the file
+    open_read(path).close()  # its errors name the file
     try:
         tensors = load_file(path)
     except SafetensorError as error:

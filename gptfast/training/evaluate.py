@@ -1,4 +1,4 @@
-"""The validation loss, always over the same tokens."""
+"""The validation loss, computed over the same tokens each time."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from gptfast.data import TokenFile, WindowSampler, sequential_batches
 from gptfast.models import GPT
 
-_LOGITS = 1 << 26  # at most so many at a time
+_LOGITS = 1 << 26  # largest number of logits of a forward pass
 Batch = tuple[Tensor, Tensor]
 
 
 def evaluation_batches(
     tokens: TokenFile | np.ndarray, block_size: int, batch_size: int, batches: int
 ) -> Iterable[Batch]:
-    """The same windows each time, whatever the run's seed.
+    """The batches of an evaluation, independent of the run's seed.
 
     Args:
-        tokens: of the validation documents, at least two.
+        tokens: the validation tokens, at least two.
         block_size, batch_size: T and B.
-        batches: how many batches; where the tokens have no more than that, or batches is 0, all of them in order.
+        batches: number of batches. If the tokens have no more, or batches is 0: all tokens in order.
     Returns:
-        x, y: (B, T) int64 pairs, y being -100 where a row ends early.
+        Pairs x, y: (B, T) int64; y is -100 after the end of a row.
     """
     if evaluated_tokens(tokens, block_size, batch_size, batches) == len(tokens) - 1:
         return sequential_batches(tokens, block_size, batch_size)
@@ -38,14 +38,14 @@ def evaluation_batches(
 def evaluate(
     model: GPT, batches: Iterable[Batch], autocast: Callable[[], AbstractContextManager], device: torch.device
 ) -> tuple[float, int]:
-    """Mean cross-entropy in nats per token, without dropout, and over how many tokens; the model's mode is kept."""
+    """Mean cross-entropy in nats per token, without dropout, and the number of tokens. The model keeps its mode."""
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
     for x, y in batches:
         rows = max(1, _LOGITS // (x.shape[1] * model.config.vocab_size))
         for part, wanted in zip(x.split(rows), y.split(rows), strict=True):
-            n = int((wanted != -100).sum())  # at least 1: a row ends early, but is not empty
+            n = int((wanted != -100).sum())  # at least 1: no row is empty
             with autocast():
                 _, loss = model(part.to(device), wanted.to(device))
             total += float(loss) * n
@@ -55,6 +55,6 @@ def evaluate(
 
 
 def evaluated_tokens(tokens: TokenFile | np.ndarray, block_size: int, batch_size: int, batches: int) -> int:
-    """How many tokens the loss over `evaluation_batches` is the mean of."""
+    """The number of tokens in `evaluation_batches`."""
     everything, wanted = len(tokens) - 1, batches * batch_size * block_size
     return everything if batches == 0 else min(wanted, everything)

@@ -17,24 +17,24 @@ def accumulate_gradients(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Add the gradient of the mean loss over all targets of all batches, not of the mean of their means.
+    """Add the gradient of the mean loss over all targets of all batches to the parameters' gradients.
 
-    loss = sum_i loss_i * count_i / sum_i count_i, count_i being the targets of batch i that are not -100: the same,
-    up to rounding, however the rows are dealt out to batches.
+    loss = sum_i loss_i * count_i / sum_i count_i, where count_i is the number of targets of batch i that are not -100. The
+    distribution of rows over batches changes it by rounding only.
 
     Args:
-        model: in training mode.
-        batches: (x, y), each (B, T) int64.
-        autocast: gives the context of a forward pass.
-        device: where the model is.
+        model: a GPT in training mode.
+        batches: pairs (x, y), each (B, T) int64.
+        autocast: returns the context manager of a forward pass.
+        device: the device of the model.
     Returns:
-        That loss.
+        The loss.
     Raises:
         ValueError: every target is -100.
     """
     counts = [int((y != -100).sum()) for _, y in batches]
     if not sum(counts):
-        raise ValueError("accumulate_gradients: every target is -100; expected at least one that counts")
+        raise ValueError("accumulate_gradients: every target is -100; expected at least one other")
     total = 0.0
     for (x, y), count in zip(batches, counts, strict=True):
         if count:

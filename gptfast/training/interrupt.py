@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that let a training step end, so that its state can be saved."""
+"""Ctrl-C and SIGTERM during training: the current step ends first, so that the state can be saved."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """As a context manager it takes the two signals: the first is only noted, a second Ctrl-C ends the program at once.
+    """A context manager that records SIGINT or SIGTERM in `signal`; a second Ctrl-C interrupts the program.
 
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    Outside the main thread, where Python allows no signal handlers, it does nothing.
     """
 
     def __init__(self) -> None:

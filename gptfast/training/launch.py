@@ -217,7 +217,7 @@ def _check_ids(options: Options, data: PreparedData) -> None:
     except ValueError:
         if "tokenizer" not in options:
             raise
-        return  # of a kind that is not known here, which is why another one was named
+        return  # an unsupported kind: the user has named another one
     for token in filter(own.has_token, range(min(own.vocab_size, tokenizer.vocab_size))):
         if tokenizer.has_token(token) and (a := own.decode_bytes([token])) != (b := tokenizer.decode_bytes([token])):
             if "tokenizer" in options:

@@ -1,4 +1,4 @@
-"""RUN/log.jsonl: one JSON object a line, and the same figures for TensorBoard where that is asked for."""
+"""The training log RUN/log.jsonl, one JSON object per line, optionally also written for TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from gptfast._json import field, parse
 
 
 class Log:
-    """Appends records to a JSON Lines file; a resumed run first drops what was recorded after its checkpoint.
+    """Appends records to a JSON Lines file.
 
     Args:
         path: the file.
-        step: of the checkpoint that the run continues from, 0 for a new run: records of later steps, and a line that
-            a crash cut short, are removed.
-        tensorboard: folder for TensorBoard's event files, or None.
+        step: the step of the checkpoint that the run continues from, 0 for a new run. Records of later steps, and an
+            incomplete last line, are removed.
+        tensorboard: folder for TensorBoard's event files; None: no event files.
     Raises:
-        OSError: the file cannot be written.  ImportError: tensorboard is asked for and not installed.
+        OSError: the file cannot be written.
+        ImportError: tensorboard is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str], step: int = 0, tensorboard: Path | None = None) -> None:
@@ -29,11 +30,11 @@ class Log:
         self.records = [r for r in read_log(self.path) if r["step"] <= step] if step else []
         lines = "".join(json.dumps(r) + "\n" for r in self.records)
         atomic_write(self.path, lines.encode())
-        self._file = self.path.open("ab", buffering=0)  # nothing is left to be written when it is closed
+        self._file = self.path.open("ab", buffering=0)  # every record is written at once
         self._board = None if tensorboard is None else _summary_writer(tensorboard, step)
 
     def write(self, **record: Any) -> None:
-        """Append one record, which has a "step"; it is in the file when this returns."""
+        """Append a record with the key "step"; it is in the file when this returns."""
         self.records.append(record)
         line = (json.dumps(record) + "\n").encode()
         try:
@@ -54,7 +55,7 @@ class Log:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a log, [] where there is none; a last line that was cut short is left out.
+    """The records of a log without an incomplete last line; [] if there is no log.
 
     Raises:
         ValueError: another line is not a record.

@@ -1,4 +1,4 @@
-"""AdamW with the decay groups of GPT training, or Muon for the matrices inside the blocks; their state as tensors."""
+"""Optimizers: AdamW with decay groups, Muon for the matrices inside the blocks, and their state as tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gptfast.models import GPT
 from gptfast.training.config import TrainConfig
 
 _STATE = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"), torch.optim.Muon: ("momentum_buffer",)}
-_MOMENTUM = 0.95  # of Muon
+_MOMENTUM = 0.95  # Muon
 
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Parameter groups: matrices and embeddings decay, vectors (biases, LayerNorms) do not; empty groups are left out."""
+    """The non-empty parameter groups: matrices and embeddings decay; vectors (biases, LayerNorms) do not."""
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -24,11 +24,11 @@ def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> lis
 
 
 def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """torch's fused AdamW (Loshchilov and Hutter, arXiv 1711.05101) over the decay groups of the trainable parameters.
+    """torch's fused AdamW (Loshchilov and Hutter, arXiv 1711.05101) for the decay groups of the trainable parameters.
 
-    With optimizer="muon" the matrices inside the blocks are left to torch's Muon (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon): its step is the momentum with all singular values set to about 1, scaled
-    to the size of an AdamW step (Liu et al., arXiv 2502.16982), so that one learning rate serves both.
+    With optimizer="muon" torch's Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) updates the matrices
+    inside the blocks. Its step is the momentum with all singular values set to about 1, scaled to the size of an AdamW step
+    (Liu et al., arXiv 2502.16982), so that both use one learning rate.
 
     Raises:
         ValueError: the model has no trainable parameter.
@@ -50,12 +50,12 @@ def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimi
 
 
 def parameters_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
-    """Every parameter that they change."""
+    """All parameters in the optimizers' groups."""
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
 def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' state under the model's names: "exp_avg/h.0.attn.c_attn.weight" and so on."""
+    """The optimizers' state by state and parameter, such as "exp_avg/h.0.attn.c_attn.weight"."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{key}/{names[p]}": values[key].detach().contiguous()
@@ -68,10 +68,10 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
 def restore_optimizers(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor], source: str
 ) -> None:
-    """Put what `optimizer_tensors` gave back, exactly.
+    """Restore the state that `optimizer_tensors` returned, exactly.
 
     Args:
-        source: the file they come from, for messages.
+        source: the file of the tensors, for messages.
     Raises:
         ValueError: a tensor is missing or has another shape than the parameter.
     """

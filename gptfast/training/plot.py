@@ -1,4 +1,4 @@
-"""The loss curve of a run as a PNG."""
+"""The loss curve of a run as a PNG file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptfast._files import atomic_write
 
 
 def require_matplotlib() -> None:
-    """Raise ImportError, before the training and not after it, where the plot could not be made."""
+    """Raise ImportError if matplotlib is missing; training calls this before its first step."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the loss curve needs a package that is not installed: pip install matplotlib")
 
@@ -21,11 +21,12 @@ def plot_losses(records: Sequence[dict[str, Any]], path: str | os.PathLike[str],
     """Draw training and validation loss over the steps.
 
     Args:
-        records: of the log; those with "loss" and those with "val_loss" are drawn.
-        path: the PNG to write, whole or not at all.
-        title: above the picture.
+        records: records of the log, with "loss" or "val_loss".
+        path: the PNG file, written atomically.
+        title: the title of the plot.
     Raises:
-        ImportError: no matplotlib.  OSError: the file cannot be written.
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
     """
     require_matplotlib()
     from matplotlib.figure import Figure

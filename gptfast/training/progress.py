@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a live bar in a terminal, plain lines elsewhere."""
+"""The progress display of training: a live bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 _LINE_SECONDS = 10.0  # between plain lines
-# What a bar shows beside "step 1234/20000", and the columns of the terminal from which on there is room for it.
+# The columns of the bar after "step 1234/20000", and the terminal width that each needs.
 _FROM_WIDTH = {"bar": 100, "loss": 0, "val": 52, "speed": 68, "peak": 80, "left": 0}
 
 
 @dataclass
 class Figures:
-    """What is shown of a step; None is not known yet."""
+    """The figures of a step; None: not known yet."""
 
     step: int
     total: int | None
@@ -26,7 +26,7 @@ class Figures:
     tokens_per_second: float | None
     percent_of_peak: float | None
     seconds_left: float | None
-    val_is_new: bool = True  # it is of this step
+    val_is_new: bool = True  # val_loss is of this step
 
     def columns(self) -> dict[str, str]:
         val = "" if self.val_loss is None else f"val {self.val_loss:.4f}"
@@ -42,18 +42,18 @@ class Figures:
 
 
 def clock(seconds: float) -> str:
-    """1:05 or 2:03:04."""
+    """A duration such as 1:05 or 2:03:04."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class TrainingProgress:
-    """Shows `Figures`; use as a context manager.
+    """A context manager that shows `Figures`.
 
     Args:
-        enabled: False shows nothing.
-        console: where; None: standard output.
+        enabled: False: show nothing.
+        console: the console to write to; None: standard output.
     """
 
     def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
@@ -82,7 +82,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def show(self, figures: Figures, important: bool = False) -> None:
-        """Update the bar; where there is none, print a line if it is `important` or ten seconds have passed."""
+        """Update the bar. Without a bar print a line, if `important` or if the last one is ten seconds old."""
         if self._live:
             columns: dict[str, Any] = figures.columns()
             self._bar.update(self._task, completed=figures.step, total=figures.total, **columns)
@@ -91,6 +91,6 @@ class TrainingProgress:
             self.note(figures.line())
 
     def note(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self._enabled:
             self.console.print(text, markup=False, highlight=False)

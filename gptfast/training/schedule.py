@@ -1,4 +1,4 @@
-"""How the learning rate moves over the steps."""
+"""The learning rate schedule."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gptfast.training.config import WARMUP_STEPS, TrainConfig
 def learning_rate(step: int, config: TrainConfig, total_steps: float) -> float:
     """Linear warm-up to learning_rate, then half a cosine to min_lr (Loshchilov and Hutter, arXiv 1608.03983).
 
-    Step s of the warm-up W has rate learning_rate * (s + 1) / W; step W has all of it.
+    Step s of W warm-up steps has the rate learning_rate * (s + 1) / W; step W has learning_rate.
 
     Args:
-        step: steps made before this one, >= 0.
-        config: uses learning_rate, min_lr, warmup_steps and lr_decay_steps.
-        total_steps: of the run; math.inf while it is not known (the rate then stays at its largest).
+        step: number of previous steps, >= 0.
+        config: its learning_rate, min_lr, warmup_steps and lr_decay_steps are used.
+        total_steps: number of steps of the run; math.inf: not known yet, the rate stays at its largest.
     """
     end = total_steps if config.lr_decay_steps is None else config.lr_decay_steps
     warmup = config.warmup_steps

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: how fast its steps are, how long it has run, how many more steps fit."""
+"""The clock of a run: the time of its steps, its total time, and the number of steps that still fit a time limit."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_SETTLE_STEPS = 3  # not measured: memory is touched for the first time, buffers are made
-_PLAN_STEPS, _PLAN_SECONDS = 50, 2.0  # to measure before the first plan, whichever comes first
-_RECENT = 20  # steps that the speed is the mean of
-_RESERVE = 1.5  # for the last evaluation and checkpoint, as a multiple of the longest so far
-_LEAST_RESERVE = 0.01  # of the limit, on top of that
+_SETTLE_STEPS = 3  # not measured: they touch memory for the first time and allocate buffers
+_PLAN_STEPS, _PLAN_SECONDS = 50, 2.0  # measured before the first plan, whichever comes first
+_RECENT = 20  # steps over which the speed is averaged
+_RESERVE = 1.5  # time for the last evaluation and checkpoint, in multiples of the longest so far
+_LEAST_RESERVE = 0.01  # additional reserve, in parts of the limit
 
 
 class RunClock:
-    """Counts from its construction.
+    """Measures a session of a run, from its construction on.
 
     Args:
         before: seconds of earlier sessions of the run.
-        limit: seconds that all sessions may take, or None.
-        evaluation: how many steps' time an evaluation is expected to take; used until one has been measured.
+        limit: seconds that all sessions together may take; None: no limit.
+        evaluation: expected time of an evaluation, in steps; used until an evaluation has been measured.
     """
 
     def __init__(self, before: float = 0.0, limit: float | None = None, evaluation: float = 0.0) -> None:
@@ -38,12 +38,12 @@ class RunClock:
 
     @property
     def step_seconds(self) -> float | None:
-        """Mean of the last 20 steps, without what came between them; None before there are settled ones."""
+        """Mean seconds of the last 20 measured steps, without pauses; None before the first."""
         return sum(self._recent) / len(self._recent) if self._recent else None
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around every step."""
+        """A context manager around a step."""
         start = time.perf_counter()
         yield
         end = time.perf_counter()
@@ -55,31 +55,31 @@ class RunClock:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around evaluations and checkpoints."""
+        """A context manager around evaluations and checkpoints."""
         start = time.perf_counter()
         yield
         self._longest_pause = max(self._longest_pause, time.perf_counter() - start)
 
     @property
     def out_of_time(self) -> bool:
-        """True where another step would leave too little for the last evaluation and checkpoint."""
+        """Whether another step would leave too little time for the last evaluation and checkpoint."""
         left = self._seconds_left()
         return left is not None and left <= (self.step_seconds or 0.0)
 
     @property
     def can_plan(self) -> bool:
-        """True where there is a limit, and the speed is known well enough to plan with it."""
+        """Whether there is a limit and the speed is measured well enough to plan with it."""
         measured = time.perf_counter() - self._settled
         settled = self._steps > _SETTLE_STEPS
         enough = self._steps - _SETTLE_STEPS >= _PLAN_STEPS or measured >= _PLAN_SECONDS
         return self._limit is not None and settled and enough
 
     def more_steps(self) -> int:
-        """How many more steps fit into the limit at the pace so far, evaluations and checkpoints included."""
+        """The number of further steps that fit the limit at the present speed, evaluations and checkpoints included."""
         return max(0, int((self._seconds_left() or 0.0) / self.seconds_per_step()))
 
     def seconds_per_step(self) -> float:
-        """Of this session, with evaluations and checkpoints; once settled."""
+        """Mean seconds of a step in this session, evaluations and checkpoints included; valid once `can_plan`."""
         return (time.perf_counter() - self._settled) / max(1, self._steps - _SETTLE_STEPS)
 
     def _seconds_left(self) -> float | None:

@@ -42,10 +42,15 @@ from gptfast.training.timing import RunClock
 
 @dataclass(frozen=True)
 class TrainResult:
-    """steps, seconds: of all sessions. val_loss: of this session's last evaluation, None where there was none.
-    best_val_loss, best_step: of the best one. tokens_per_second: of this session's last steps, without evaluations
-    and checkpoints. interrupted: the signal that ended the run early, or None. waiting: the part of the time for which
-    threads waited for a core that another program had, None where that is not known."""
+    """The result of a run.
+
+    steps, seconds: number of steps and wall-clock time of all sessions.
+    val_loss: loss of this session's last evaluation; None: there was no evaluation.
+    best_val_loss, best_step: loss and step of the best evaluation.
+    tokens_per_second: speed of this session's last steps, without evaluations and checkpoints.
+    interrupted: the signal that ended the run early, or None.
+    waiting: part of the time in which threads waited for a core that another program used; None: not known.
+    """
 
     steps: int
     seconds: float
@@ -58,24 +63,25 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains a GPT and keeps RUN/last, RUN/best, RUN/log.jsonl and RUN/loss.png.
+    """Trains a GPT and writes RUN/last, RUN/best, RUN/log.jsonl and RUN/loss.png.
 
     Args:
-        model: the GPT, float32; moved to the device of the config.
+        model: a float32 GPT; moved to the device of the config.
         train_tokens, val_tokens: token files, or (N,) arrays of ids.
         config: see `TrainConfig`.
         out: RUN, the folder to write.
-        tokenizer: saved with every checkpoint, so that it can write text; None: left out.
-        source: kept in every checkpoint: how the data was made (JSON values).
-        resume: a checkpoint of `read_checkpoint`, from which `model` was loaded; training goes on bit for bit as if it
-            had not been interrupted.
-        overwrite: replace a run that is already in `out`, and delete its checkpoints.
-        progress: show what happens.
-        tensorboard: also write the figures to RUN/tensorboard.
-        lock: of `lock_run(out)`, where it is held already. It is released when `train` ends.
+        tokenizer: saved with every checkpoint; None: no tokenizer.
+        source: JSON values that describe the data, saved with every checkpoint; None: {}.
+        resume: a checkpoint of `read_checkpoint` from which `model` was loaded. The run continues bit for bit as without
+            an interruption. None: a new run.
+        overwrite: delete the checkpoints of a run that `out` already has.
+        progress: show progress.
+        tensorboard: also write event files to RUN/tensorboard.
+        lock: the acquired lock of `lock_run(out)`; released at the end of `train`. None: acquired here.
     Raises:
-        TypeError, ValueError: a model in another dtype, too few tokens, tokens or a block_size that do not fit it.
-        FileExistsError: `out` holds a run already.  BlockingIOError: another process trains there.
+        TypeError, ValueError: a model of another dtype, too few tokens, or tokens or a block_size that do not fit the model.
+        FileExistsError: `out` already has a run.
+        BlockingIOError: another process trains in `out`.
     """
 
     def __init__(
@@ -109,7 +115,7 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, config)
         self.state = TrainState(planned_steps=None if config.max_minutes else config.max_steps)
         self.model.dropout_seed, self.model.dropout_step = config.seed, 0
-        self._methods: dict[str, str] = {}  # how products were computed before the run was resumed
+        self._methods: dict[str, str] = {}  # implementations of products before the run was resumed
         self._lock = lock or lock_run(self.out)
         try:
             if resume is None:
@@ -123,7 +129,7 @@ class Trainer:
             raise
         self.progress = TrainingProgress(progress)
         self.peak_flops = peak_flops(self.dtype, self.device)
-        self._loss, self._val_loss = math.nan, None  # of the last step, of the last evaluation
+        self._loss, self._val_loss = math.nan, None  # the last step's and the last evaluation's
         self._evaluated, self._saved = 0, 0  # the steps of the last evaluation and of RUN/last
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -144,7 +150,7 @@ class Trainer:
         load_optimizers(checkpoint.folder, self.model, self.optimizers)
 
     def _begin_rows(self, resume: Checkpoint | None) -> None:
-        """Where in the order of the data the run stands, which another batch size does not change."""
+        """Set the position in the order of the data, which is independent of the batch size."""
         state, old = self.state, self.config if resume is None else resume.config
         state.rows = state.step * old.rows_per_step if state.rows is None else state.rows
         state.eval_batch_size = state.eval_batch_size or old.batch_size
@@ -156,10 +162,11 @@ class Trainer:
         return self.state.eval_batch_size or self.config.batch_size
 
     def train(self) -> TrainResult:
-        """Train to the end, or until Ctrl-C or SIGTERM: then RUN/last is saved, and the result says so.
+        """Train to the end, or to Ctrl-C or SIGTERM; RUN/last is saved in both cases.
 
         Raises:
-            RuntimeError: the loss is no longer finite.  OSError: a file cannot be written.
+            RuntimeError: the loss is not finite.
+            OSError: a file cannot be written.
         """
         minutes = self.config.max_minutes
         waiting = CpuWait()
@@ -183,7 +190,7 @@ class Trainer:
         )
 
     def _train(self, interrupt: Interrupt) -> int | None:
-        """All steps, and the last save; the signal that ended the run early, or None."""
+        """Make all steps and the last checkpoint; returns the signal that ended the run early, or None."""
         while not self._done() and interrupt.signal is None:
             self._step()
         interrupted = None if self._done() else interrupt.signal
@@ -196,7 +203,7 @@ class Trainer:
         return interrupted
 
     def _evaluation_steps(self) -> float:
-        """About how many steps take as long as an evaluation: a forward pass is a third of a step."""
+        """The expected time of an evaluation in steps: a forward pass takes a third of a step."""
         config, T = self.config, self.block_size
         tokens = evaluated_tokens(self.val_tokens, T, self.eval_batch_size, config.eval_batches)
         return tokens / (3 * config.rows_per_step * T)
@@ -206,7 +213,7 @@ class Trainer:
         return (planned is not None and self.state.step >= planned) or self.clock.out_of_time
 
     def _step(self) -> None:
-        """One update, and whatever is due after it."""
+        """Make one update, and log, evaluate and save when due."""
         config = self.config
         with self.clock.step():
             record: dict[str, float] = self._update()
@@ -225,7 +232,7 @@ class Trainer:
         self.progress.show(self._figures(), important=evaluating or step == 1)
 
     def _update(self) -> dict[str, float]:
-        """Change the weights once; loss, learning rate and norm of the gradient, for the log."""
+        """Update the weights once; returns loss, learning rate and norm of the gradient."""
         step, config = self.state.step, self.config
         rate = learning_rate(step, config, self.state.planned_steps or math.inf)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
@@ -237,7 +244,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RuntimeError(
                 f"training: the loss is {loss} and the norm of its gradient {norm} at step {step + 1}, where the "
-                f"learning rate is {rate:.2g}; what is saved is intact - lower learning_rate or raise warmup_steps"
+                f"learning rate is {rate:.2g}; saved checkpoints are intact - lower learning_rate or raise warmup_steps"
             )
         for optimizer in self.optimizers:
             optimizer.step()
@@ -262,7 +269,7 @@ class Trainer:
         self.log.write(step=state.step, val_loss=self._val_loss)
 
     def _save(self) -> None:
-        """RUN/last, and RUN/best where this is the best step so far."""
+        """Write RUN/last, and RUN/best if this is the best step so far."""
         self.state.seconds = self.clock.seconds
         last = self.out / "last"
         save_checkpoint(last, self.model, self.optimizers, self.tokenizer, self.state, self.config, self.source)
@@ -271,7 +278,7 @@ class Trainer:
         self._saved = self.state.step
 
     def _plan(self) -> dict[str, int]:
-        """Turn the time that is left into steps, for the schedule and for the log."""
+        """Set planned_steps from the time that is left."""
         steps = self.state.step + self.clock.more_steps()
         self.state.planned_steps = steps if self.config.max_steps is None else min(steps, self.config.max_steps)
         return {"planned_steps": self.state.planned_steps}
@@ -290,14 +297,14 @@ class Trainer:
             val_loss=self._val_loss,
             val_is_new=self._evaluated == step,
             tokens_per_second=speed,
-            # None where the peak was measured while the machine was busy, and is too small
+            # None where the peak is too small, because it was measured while the machine was busy
             percent_of_peak=None if flops is None or flops > self.peak_flops else 100 * flops / self.peak_flops,
             seconds_left=None if speed is None or planned is None else (planned - step) * self.clock.seconds_per_step(),
         )
 
 
 def _check_model(model: GPT, config: TrainConfig, *tokens: TokenFile | np.ndarray) -> int:
-    """T, where model, config and tokens fit together."""
+    """Check that model, config and tokens fit together; returns T."""
     limit = model.config.block_size
     if model.wte.weight.dtype != torch.float32:
         raise TypeError(

@@ -167,7 +167,7 @@ TRAINER = {
     ("change", "match"),
     [
         ({"state": {**STATE, "step": "3"}}, 'state.step is "3"; expected a whole number'),
-        ({"state": {**STATE, "more": 3}}, "state has more, which is not known here"),
+        ({"state": {**STATE, "more": 3}}, "state has more, which this version does not know"),
         ({"state": {k: v for k, v in STATE.items() if k != "seconds"}}, "state.seconds is missing"),
         ({"state": None}, "state is null; expected an object"),
         ({"dropout": [1]}, r"dropout is \[1\]; expected a seed and a step"),
