@@ -1,4 +1,4 @@
-"""The `gptfast` command. Each subcommand is one function in its own file; this one puts them together."""
+"""The `gptfast` command. Each subcommand is a function in a file of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gptfast.cli._errors import tell, wants_traceback
+from gptfast.cli._errors import print_error, wants_traceback
 from gptfast.cli.bench import bench
 from gptfast.cli.doctor import doctor
 from gptfast.cli.generate import generate
@@ -41,7 +41,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Train, fine-tune and run GPTs, fast on the machine you have."""
@@ -53,17 +53,17 @@ _commands = app
 
 
 def _may_fail(stream: io.TextIOWrapper) -> bool:
-    """Whether a character may have no bytes there; in the C locale bytes of the system alone pass (surrogateescape)."""
+    """Whether the stream raises for characters that its encoding lacks; so does surrogateescape, that of the C locale."""
     utf8 = stream.encoding.lower().replace("-", "").replace("_", "") == "utf8"
     return stream.errors == "strict" or (stream.errors == "surrogateescape" and not utf8)
 
 
 def main() -> None:
-    """Run the command line. Whatever goes wrong is a line on stderr and exit code 1, never a traceback."""
+    """Run the command line. An error prints one line to standard error and exits with code 1, without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and _may_fail(stream):
-            stream.reconfigure(errors="replace")  # a terminal that has not every character still gets the text
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a line of the package
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without file and line of the package
     try:
         app()
     except KeyboardInterrupt:
@@ -72,12 +72,12 @@ def main() -> None:
     except Exception as error:
         if wants_traceback():
             raise
-        tell(error, _options_of(sys.argv[1:2]))
+        print_error(error, _options_of(sys.argv[1:2]))
         sys.exit(1)
 
 
 def _options_of(command: list[str]) -> dict[str, str]:
-    """The options of a command by the names of its parameters."""
+    """The option of each parameter of a command, such as {"max_steps": "--max-steps"}."""
     commands = getattr(typer.main.get_command(_commands), "commands", {})
     parameters = [p for name in command if name in commands for p in commands[name].params]
     return {p.name: p.opts[0] for p in parameters if p.opts and p.opts[0].startswith("--")}

@@ -1,4 +1,4 @@
-"""What the command line says when something goes wrong: one line for each mistake, and how to report a fault of ours."""
+"""Error messages of the command line: one line for a user's mistake, a report for an internal error."""
 
 from __future__ import annotations
 
@@ -23,32 +23,37 @@ _PACKAGE = Path(__file__).parent.parent
 _MISTAKES = (ValueError, TypeError, LookupError, RuntimeError, NotImplementedError)  # where we raise them with a text
 _RAISE = dis.opmap["RAISE_VARARGS"]
 _OWNER = re.compile(r"(?:^|(?<=: ))([A-Za-z_]\w*(?:\.\w+)*): ")
-_OTHER_NAMES = {  # of what the library takes, and the parameter of a command that it comes from
+_OTHER_NAMES = {  # parameters of the library -> the parameter of a command that sets them
     **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), "dropout"),
     "stop_strings": "stop",
     "out_dir": "out",
 }
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")  # as torch and C++ have it
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+)  # in messages of torch and C++
 
 
 def wants_traceback() -> bool:
     return bool(os.environ.get(DEBUG))
 
 
-def tell(error: Exception, options: dict[str, str] | None = None) -> None:
-    """Say on standard error what is wrong, in a line that names the file, key or option; no traceback.
+def print_error(error: Exception, options: dict[str, str] | None = None) -> None:
+    """Print an error to standard error, in one line that names the file, key or option.
 
-    An error that no check of ours raised is a fault of gptfast: its traceback goes to a file, and the line says so.
+    An error that no check of gptfast raised is an internal error: its traceback goes to a file, which the line names.
 
     Args:
-        options: of the command that ran: "--max-steps" under "max_steps".
+        options: the options of the command, such as {"max_steps": "--max-steps"}; None: {}.
     """
     if _lacks_memory(error):
         _print(
             f"error: no memory is left ({_first_line(error)}); take a smaller batch, a shorter text or a smaller model"
         )
-    elif not _is_mistake(error):
-        return _tell_fault(error)
+    elif not _is_users_mistake(error):
+        return _print_internal_error(error)
     else:
         _print(f"error: {_in_options(_without_owners(_one_line(error), error), options or {})}")
     _print(f"({DEBUG}=1 shows where it was raised)")
@@ -67,18 +72,18 @@ def _first_line(error: Exception) -> str:
 
 
 def _without_owners(text: str, error: BaseException) -> str:
-    """Without the functions and classes of ours that the error came through, which a command line does not show."""
+    """The message without the functions and classes of gptfast in front of it."""
     names = _names_around(error)
 
     def drop(match: re.Match[str]) -> str:
         ours = set(match[1].split(".")) <= names and not Path(match[1]).exists()
-        return "" if ours and match[1] not in sys.argv[1:2] else match[0]  # the command's own name may stay
+        return "" if ours and match[1] not in sys.argv[1:2] else match[0]  # the name of the command stays
 
     return _OWNER.sub(drop, text)
 
 
 def _names_around(error: BaseException | None) -> set[str]:
-    """Of the functions that an error came through, and of the functions and classes of gptfast in their modules."""
+    """The names of the functions in a traceback, and of gptfast's functions and classes in their modules."""
     names: set[str] = set()
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -91,9 +96,9 @@ def _names_around(error: BaseException | None) -> set[str]:
 
 
 def _in_options(text: str, options: dict[str, str]) -> str:
-    """The message with the options of the command line in place of the library's names for them.
+    """The message with the options of the command line in place of the names of parameters.
 
-    Names that a file has (", line 3: temperature is …"; n_embd in config.json, unless it was given) stay.
+    Names in a file (", line 3: temperature is …"; n_embd in config.json, unless it was given) stay.
     """
     options = options | {name: options[parameter] for name, parameter in _OTHER_NAMES.items() if parameter in options}
     text = as_options(text, options)
@@ -121,8 +126,8 @@ def _lacks_memory(error: Exception) -> bool:
     )
 
 
-def _is_mistake(error: Exception) -> bool:
-    """Whether a user can mend it: a check of ours raised it, or the system did for a file."""
+def _is_users_mistake(error: Exception) -> bool:
+    """Whether the user can correct it: a check of gptfast raised it, or the system for a file."""
     if isinstance(error, (OSError, ImportError)):
         return True
     last = _last(error.__traceback__)
@@ -142,30 +147,30 @@ def _is_ours(trace: TracebackType) -> bool:
 
 
 def _raises(trace: TracebackType) -> bool:
-    """Whether the error comes from a `raise`, and not from what the line happened to meet."""
+    """Whether the error comes from a `raise` statement, and not from another operation."""
     return trace.tb_frame.f_code.co_code[trace.tb_lasti] == _RAISE
 
 
 def _is_native(error: Exception) -> bool:
-    """Whether our compiled code refused its arguments: its texts begin with the name of what refuses."""
+    """Whether gptfast's compiled code raised it: such messages begin with the name of the function."""
     name, colon, _ = str(error).partition(": ")
     return bool(colon) and name.replace("_", "").replace(".", "").isalnum()
 
 
-def _tell_fault(error: Exception) -> None:
+def _print_internal_error(error: Exception) -> None:
     report = _write_report(error)
     where = f"its traceback is in {report}" if report else f"{DEBUG}=1 shows its traceback"
-    _print(f"error: a fault in gptfast, {type(error).__name__}: {_first_line(error)}")
+    _print(f"error: internal error of gptfast, {type(error).__name__}: {_first_line(error)}")
     _print(f"({where}; please report it with that and the output of `gptfast doctor`)")
 
 
 def _write_report(error: Exception) -> Path | None:
-    """The traceback in a file of its own; None where none can be written."""
+    """Write the traceback to a file; returns its path, or None if no folder is writable."""
     torch = getattr(sys.modules.get("torch"), "__version__", "not imported")
     machine = f"gptfast {__version__}, Python {platform.python_version()}, torch {torch}, {platform.platform()}"
-    command = "gptfast " + " ".join(sys.argv[1:2])  # and no more: arguments may hold keys and texts
+    command = "gptfast " + " ".join(sys.argv[1:2])  # no more: arguments may contain keys and texts
     text = "\n".join([machine, command, "", *traceback.format_exception(error)])
-    name = time.strftime("fault-%Y%m%d-%H%M%S") + f"-{os.getpid()}.txt"
+    name = time.strftime("error-%Y%m%d-%H%M%S") + f"-{os.getpid()}.txt"
     for folder in _folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The model and the tokenizer that a command runs."""
+"""Loading the model and the tokenizer of a command."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from gptfast.tokenizer import Tokenizer
 
 MODEL_HELP = "Checkpoint folder, such as runs/bard/best, nanoGPT's ckpt.pt, or a Hugging Face hub id."
-TOKENIZER_HELP = "How text becomes numbers: gpt2, or the FOLDER of a tokenizer."
+TOKENIZER_HELP = "How to cut text into tokens: gpt2, or the FOLDER of a tokenizer."
 SPECIAL_TOKENS_HELP = "Read special tokens in prompts, such as <|endoftext|>, as such; without, as ordinary text."
 QUANTIZE_HELP = "Pack the weights in int8, int6, q4, int4, nf4, bf16 or fp32 for the native CPU engine"
-MOST_TEXTS = 1 << 16  # at a time: more would take memory before the first has come
+MOST_TEXTS = 1 << 16  # largest --batch-size; more would use much memory before the first token
 
 
 def check_batch_size(command: str, batch_size: int) -> None:
@@ -55,4 +55,4 @@ def _own_tokenizer(path: Path) -> Tokenizer:
         reason = f"{path} holds no tokenizer"
     except FileNotFoundError as error:
         reason = str(error)
-    raise FileNotFoundError(f"{reason}; or say with --tokenizer what the model was trained with: gpt2, or a FOLDER")
+    raise FileNotFoundError(f"{reason}; or name the tokenizer of the model with --tokenizer: gpt2, or a FOLDER")

@@ -1,4 +1,4 @@
-"""The prompts of `gptfast generate`: where they come from, and their tokens."""
+"""The prompts of `gptfast generate` and their tokens."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def read_prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:
+    """The prompts given, else that of the file, else that on standard input."""
     from gptfast._files import read_text
 
     if prompt and prompt_file:
@@ -28,6 +29,7 @@ def read_prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str
 
 
 def encode(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
+    """The ids of a prompt of at least one character."""
     from gptfast.tokenizer import encode_prompt
 
     if not text:

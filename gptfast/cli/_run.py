@@ -1,4 +1,4 @@
-"""What gptfast train says of a run: before it begins, where it goes on, and at its end."""
+"""The messages of `gptfast train` about a run: at its start, when it is resumed, and at its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def describe(run: Run) -> list[str]:
-    """The model, the data, the machine and the plan, a line each."""
+    """Lines about the model, the data, the machine and the plan of a run."""
     import torch
 
     from gptfast.backend import cpu_isa
@@ -64,7 +64,7 @@ def _resume_lines(run: Run) -> list[str]:
 
 
 def _rate_lines(run: Run) -> list[str]:
-    """Whether the learning rate jumps, and what keeps it."""
+    """A line where the learning rate jumps, with the option that prevents it."""
     from gptfast.training.schedule import learning_rate
 
     if run.checkpoint is None:
@@ -78,8 +78,8 @@ def _rate_lines(run: Run) -> list[str]:
     end = old.lr_decay_steps or state.planned_steps
     advice = ""
     if end and old.learning_rate == run.trainer.config.learning_rate:
-        advice = f"; --lr-decay-steps {end} lets it go on as it was, at {expected:.3g}"
-    return [f"         the learning rate was {was:.3g} and goes on at {now:.3g}{advice}"]
+        advice = f"; --lr-decay-steps {end} keeps it at {expected:.3g}"
+    return [f"         the learning rate was {was:.3g} and is now {now:.3g}{advice}"]
 
 
 def _batch_lines(old: TrainConfig, new: TrainConfig, block_size: int) -> list[str]:
@@ -87,13 +87,13 @@ def _batch_lines(old: TrainConfig, new: TrainConfig, block_size: int) -> list[st
         return []
     return [
         f"         a step now sees {new.rows_per_step * block_size:,} tokens instead of {old.rows_per_step * block_size:,}: the "
-        "text goes on where it was, but the",
-        "         numbers are not those of a run started like that; the learning rate stays (see --learning-rate)",
+        "text continues where it was, but the",
+        "         results are not those of a run started like that; the learning rate stays (see --learning-rate)",
     ]
 
 
 def report(run: Run, result: TrainResult) -> list[str]:
-    """What came out, where it is, and what to do with it."""
+    """Lines about the result of a run, its files, and what to do next."""
     from gptfast._busy import busy_line
     from gptfast.training.evaluate import evaluated_tokens
     from gptfast.training.progress import clock
@@ -111,37 +111,37 @@ def report(run: Run, result: TrainResult) -> list[str]:
         f"(over {count:,} held-out tokens)",
         f"{result.steps} steps in {clock(result.seconds)}{speed}",
         f"checkpoints  {out / 'best'}  (lowest validation loss)",
-        f"             {out / 'last'}  (to go on with: --resume)",
+        f"             {out / 'last'}  (to continue with: --resume)",
         f"loss curve   {out / 'loss.png'}, figures in {out / 'log.jsonl'}",
-        f"let it write: {_generate(run, 'best')}",
+        f"generate     {_generate(run, 'best')}",
         *([busy] if busy else []),
     ]
 
 
 def _interruption(run: Run, step: int) -> list[str]:
-    """What a run that was ended early has left."""
+    """Lines about a run that was ended early."""
     out = run.trainer.out
     if not (out / "last").exists():
         return ["interrupted before the first step; nothing was saved"]
-    lines = [f"interrupted at step {step}; saved. Go on with: gptfast train --resume --out {quote(str(out))}"]
+    lines = [f"interrupted at step {step}; saved. Continue with: gptfast train --resume --out {quote(str(out))}"]
     if (out / "best").exists():
-        return [*lines, f"let it write: {_generate(run, 'best')}"]
+        return [*lines, f"generate: {_generate(run, 'best')}"]
     return [
         *lines,
         f"there is no {out / 'best'} yet: it comes with the first evaluation, at step {run.trainer.config.eval_every}",
-        f"let the newest weights write: {_generate(run, 'last')}",
+        f"generate with the newest weights: {_generate(run, 'last')}",
     ]
 
 
 def _generate(run: Run, name: str) -> str:
-    """A command that runs as it is printed."""
+    """A command that can be run as printed."""
     prompt = example_prompt(run.data, run.trainer.model.config.block_size // 2)
     given = f"--prompt {quote(prompt)}" if prompt else "--prompt-file FILE"
     return f"gptfast generate --model {quote(str(run.trainer.out / name))} {given}"
 
 
 def example_prompt(data: PreparedData, longest: int) -> str:
-    """The first words of the validation text, in at most `longest` tokens; "" where it does not begin with words."""
+    """The first words of the validation text in at most `longest` tokens; "" if it does not begin with words."""
     tokenizer = data.tokenizer
     ids = [token for token in data.val.tokens[:80].tolist() if token != tokenizer.eos_id and tokenizer.has_token(token)]
     lines = (line.strip().lstrip("-") for line in tokenizer.decode(ids).splitlines())
@@ -149,6 +149,6 @@ def example_prompt(data: PreparedData, longest: int) -> str:
     try:
         while prompt and len(tokenizer.encode(prompt)) > longest:
             prompt = prompt[:-1].strip()
-    except ValueError:  # a character that only the end of the line had
+    except ValueError:  # a character that is not in the vocabulary
         return ""
     return prompt if prompt.isprintable() and "\ufffd" not in prompt else ""

@@ -1,4 +1,4 @@
-"""How `gptfast generate` shows texts on the terminal."""
+"""The output of `gptfast generate` on the terminal."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ TOP = 8  # rows of a --show-probabilities table
 
 
 def end_ids(options: dict[str, Any]) -> Collection[int]:
-    """The end tokens, which are not shown."""
+    """The end tokens, which are not printed."""
     from gptfast.generation.config import GenerationConfig
 
     return GenerationConfig(eos_token_id=options.get("eos_token_id")).eos_ids
 
 
 def stream_one(gpt: GPT, tokenizer: Tokenizer, text: str, ids: list[list[int]], options: dict[str, Any]) -> int:
-    """One sequence, to the terminal as it comes."""
+    """Print one sequence token by token; returns the number of new tokens."""
     from gptfast.generation import stream
     from gptfast.tokenizer import StreamDecoder
 
@@ -38,6 +38,7 @@ def stream_one(gpt: GPT, tokenizer: Tokenizer, text: str, ids: list[list[int]], 
 
 
 def print_all(gpt: GPT, tokenizer: Tokenizer, ids: list[list[int]], options: dict[str, Any]) -> int:
+    """Print the texts of all prompts; returns the number of new tokens."""
     copies, ends = options.get("num_return_sequences", 1), end_ids(options)
     rows = gpt.generate(ids, **options)
     for n, row in enumerate(rows):
@@ -47,7 +48,7 @@ def print_all(gpt: GPT, tokenizer: Tokenizer, ids: list[list[int]], options: dic
 
 
 def print_probabilities(gpt: GPT, tokenizer: Tokenizer, ids: list[list[int]], options: dict[str, Any]) -> int:
-    """A table per step: what the model held likely, and what was drawn."""
+    """Print a table of the most likely tokens for each step, then the text; returns the number of new tokens."""
     from rich.console import Console
 
     from gptfast.generation import stream
@@ -66,22 +67,17 @@ def _step_table(tokenizer: Tokenizer, text: str, step: Step, number: int) -> Any
     from rich.markup import escape
     from rich.table import Table
 
+    from gptfast.tokenizer import token_text
+
     drawn = step.tokens[0]
     title = escape(f"{number}: …{text[-40:]!r}")
     table = Table("next token", "probability", "", title=title, title_justify="left", box=None)
     shown = step.top[0]
     for token, probability in shown:
         mark = "[green]drawn[/]" if token == drawn else ""
-        table.add_row(escape(_show(tokenizer, token)), f"{probability:6.1%} {'█' * round(40 * probability)}", mark)
+        table.add_row(
+            escape(repr(token_text(tokenizer, token))), f"{probability:6.1%} {'█' * round(40 * probability)}", mark
+        )
     if drawn is not None and drawn not in [token for token, _ in shown]:
-        table.add_row(escape(_show(tokenizer, drawn)), "less likely than these", "[green]drawn[/]")
+        table.add_row(escape(repr(token_text(tokenizer, drawn))), "less likely than these", "[green]drawn[/]")
     return table
-
-
-def _show(tokenizer: Tokenizer, token: int) -> str:
-    """A token as Python writes its text, or its bytes where they are only a part of a character."""
-    data = tokenizer.decode_bytes([token])
-    try:
-        return repr(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        return repr(data)

@@ -1,4 +1,4 @@
-"""gptfast bench: every op beside eager PyTorch and torch's own functions, on this machine."""
+"""gptfast bench: time the ops against eager PyTorch and torch's functions on this machine."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import typer
 
 
 def bench(
-    ops: Annotated[list[str] | None, typer.Argument(help="Ops to time, such as gelu; all of them by default.")] = None,
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops to time, such as gelu. Default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("runs/bench"),
-    rounds: Annotated[int, typer.Option(min=3, help="Rounds of ours, peer, ours, peer, … per case.")] = 7,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 keeps PyTorch's choice.")] = 0,
+    rounds: Annotated[
+        int, typer.Option(min=3, help="Interleaved rounds (gptfast, peer, gptfast, peer, …) per case.")
+    ] = 7,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
     tune_malloc: Annotated[
-        bool, typer.Option("--tune-malloc", help="Let glibc keep large buffers, for us and the peers alike.")
+        bool, typer.Option("--tune-malloc", help="Let glibc keep large buffers, for gptfast and the peers.")
     ] = False,
 ) -> None:
-    """Time the ops beside eager PyTorch and torch's own functions; print a table, write JSON and a plot.
+    """Time the ops against eager PyTorch and torch's functions; print a table, write JSON and a plot.
 
-    Ours and the peers take turns in one run, and the ratio is the median over the rounds, so that a machine whose
-    speed drifts does not favour either. Each op's results are checked against float64 before it is timed.
+    gptfast and the peers alternate in one run, and the ratio is the median over the rounds, so that a machine whose
+    speed drifts favours neither. Each op's results are checked against float64 before it is timed.
     """
     import torch
     from rich.progress import Progress

@@ -1,18 +1,18 @@
-"""gptfast doctor: what runs here, and why."""
+"""gptfast doctor: the backends on this machine, with reasons."""
 
 from __future__ import annotations
 
 
 def doctor() -> None:
-    """Say what runs on this machine and why: CPU instruction set, threads, compiled ops, CUDA, Triton, versions."""
+    """Show what runs on this machine, and why: CPU instruction set, threads, compiled ops, CUDA, Triton, versions."""
     import warnings
 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("what", "here", box=None, header_style="bold", pad_edge=False)
+    table = Table("part", "on this machine", box=None, header_style="bold", pad_edge=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of what is in the table
+        warnings.simplefilter("ignore", RuntimeWarning)  # the table has the same
         rows = report()
     for name, value in rows:
         table.add_row(name, value)
@@ -20,7 +20,7 @@ def doctor() -> None:
 
 
 def report() -> list[tuple[str, str]]:
-    """Rows of (what, how it stands here)."""
+    """The rows (name, value) of the table."""
     import platform
 
     import torch

@@ -1,4 +1,4 @@
-"""gptfast info: what a model consists of."""
+"""gptfast info: the parameters of a model."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def info(
         ),
     ] = None,
 ) -> None:
-    """Print the parameters of a model by matrix category, and the memory that they need; or list the presets.
+    """Print the parameters of a model by kind of matrix, and their memory; or list the presets.
 
-    A folder's files are compared with each other, and those of a training run with their checksums.
+    The files of a folder are checked against each other, and those of a training run against their checksums.
     """
     from rich.console import Console
 
@@ -48,21 +48,21 @@ def info(
     for line in _settings(config, metadata):
         console.print(line, highlight=False, markup=False)
     if sums:
-        console.print(f"files: {len(sums)}, as their checksums say", highlight=False)
+        console.print(f"files: {len(sums)}, all match their checksums", highlight=False)
 
 
 def _settings(config: GPTConfig, metadata: Metadata) -> list[str]:
-    """What `generate` and `serve` take from the checkpoint unless told otherwise."""
+    """The defaults of `generate` and `serve` in the checkpoint."""
     ends, defaults = metadata.end_tokens(config.vocab_size), metadata.defaults()
     lines = [f"end tokens: {', '.join(map(str, ends))}"] if ends else []
     if defaults:
         told = ", ".join(f"{name} {value}" for name, value in defaults.items())
-        lines.append(f"generation_config.json, unless options say otherwise: {told}")
+        lines.append(f"defaults of generation_config.json: {told}")
     return lines
 
 
 def _read(model: str) -> tuple[GPTConfig, Metadata, dict[str, str]]:
-    """The configuration of a checkpoint, what it says beside that, and the checksums that its files were found to have."""
+    """The configuration of a checkpoint, its metadata, and the verified checksums of its files."""
     from gptfast._snapshots import read_whole
     from gptfast.models.pretrained import resolve
     from gptfast.models.stored import StoredModel, is_complete, read_settings

@@ -22,10 +22,10 @@ class Output:
 
 @takes(Options(DataOptions), Options(Output))
 def prepare(options: dict[str, Any]) -> None:
-    """Turn text into token files, once, so that training can start at once and read them from disk.
+    """Turn text into token files once, so that training starts at once and reads them from disk.
 
-    gptfast train does the same when it is given text; prepare is for text that is used often, or large. A
-    second run with the same arguments does nothing.
+    gptfast train does the same with text; prepare is for text that is large or used often. A second run with the
+    same arguments does nothing.
     """
     from rich.console import Console
     from rich.table import Table

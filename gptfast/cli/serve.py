@@ -1,4 +1,4 @@
-"""gptfast serve: a GPT behind the OpenAI completions protocol."""
+"""gptfast serve: an HTTP server with the OpenAI completions protocol."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gptfast.cli._load import MODEL_HELP, TOKENIZER_HELP, check_batch_size, load
+from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, SPECIAL_TOKENS_HELP, TOKENIZER_HELP, check_batch_size, load
 
 KEY_VARIABLE = "GPTFAST_API_KEY"
 
@@ -17,48 +17,48 @@ KEY_VARIABLE = "GPTFAST_API_KEY"
 def serve(
     model: Annotated[str, typer.Option(help=MODEL_HELP)],
     host: Annotated[
-        str, typer.Option(help="The address to listen at; the default is reached from this machine only.")
+        str, typer.Option(help="The address to listen on; the default can be reached from this machine only.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen at.")] = 8000,
+    port: Annotated[int, typer.Option(help="The port to listen on; 0: any free port.")] = 8000,
     name: Annotated[
         str | None, typer.Option(help="The model's name for clients.", show_default="of the folder or id")
     ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(
-            help=f"The bearer token that clients must send; better in {KEY_VARIABLE}, which other users cannot see."
+            help=f"The bearer token that clients must send; safer in the environment variable {KEY_VARIABLE}, which other users cannot see."
         ),
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond this machine without a key.")] = False,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
-            help="Pages of this origin, such as https://example.com, may ask too; may be given several times. *: all pages; "
-            "none: not even those of this machine.",
+            help="Allow web pages of this origin, such as https://example.com; may be given several times. *: all pages; "
+            "none: not even pages of this machine.",
             show_default="pages of this machine",
         ),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP, show_default="the checkpoint's own")] = None,
     special_tokens: Annotated[
         bool,
-        typer.Option(
-            help="Special tokens in prompts, such as <|endoftext|>, count as such; without, as ordinary text."
-        ),
+        typer.Option(help=SPECIAL_TOKENS_HELP),
     ] = True,
     quantize: Annotated[
         str | None,
-        typer.Option(help="Pack the weights in int8, int6, q4, int4, nf4, bf16 or fp32 for the native CPU engine."),
+        typer.Option(help=f"{QUANTIZE_HELP}."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="How many texts are written at a time.")] = 16,
-    max_queue: Annotated[int, typer.Option(help="How many more may wait; beyond that the answer is 429.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="How many texts are generated at a time.")] = 16,
+    max_queue: Annotated[
+        int, typer.Option(help="How many more texts may wait; further requests are answered with 429.")
+    ] = 64,
     max_connections: Annotated[
         int | None,
         typer.Option(
-            help="Clients that may be connected at a time; beyond that the answer is 503.",
+            help="Clients that may be connected at a time; further ones are answered with 503.",
             show_default="1024, or four per text, as far as `ulimit -n` goes",
         ),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 600.0,
+    timeout: Annotated[float, typer.Option(help="Seconds in which an answer must be complete.")] = 600.0,
 ) -> None:
     """Serve completions to OpenAI clients.
 
@@ -111,7 +111,7 @@ def _check(
     if key is None and not no_auth and not _is_loopback(host):
         raise ValueError(
             f"serve: --host {host} can be reached from other machines, and there is no API key; set {KEY_VARIABLE}, or "
-            "say --no-auth"
+            "give --no-auth"
         )
 
 

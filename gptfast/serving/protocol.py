@@ -1,4 +1,4 @@
-"""What comes in and goes out: the OpenAI completions protocol (https://platform.openai.com/docs/api-reference/completions)."""
+"""The OpenAI completions protocol (https://platform.openai.com/docs/api-reference/completions)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gptfast.generation import Request, Token
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.stopping import Stopping
-from gptfast.serving.text import ChoiceText, Offsets, token_text
+from gptfast.serving.text import ChoiceText, Offsets, printable_token
 from gptfast.tokenizer import Tokenizer, encode_prompt
 
-DEFAULT_MAX_TOKENS = 16
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MOST_LOGPROBS = 20
 MOST_STOPS = 4
-IMPOSSIBLE = -9999.0  # OpenAI's log-probability of what has probability 0: JSON has no infinity
-EXPECTED = {  # of fields with several types, where pydantic tells what each of them misses
+IMPOSSIBLE = -9999.0  # OpenAI's log-probability for probability 0; JSON has no infinity
+EXPECTED = {  # for fields with several types, where pydantic's message lists the error of each type
     "prompt": "expected a text, token ids, or a list of texts or of lists of token ids",
     "stop": f"expected a text, or a list of up to {MOST_STOPS}",
 }
 
 
 class ApiError(Exception):
-    """An error that the client is told in OpenAI's shape."""
+    """An error that is answered in OpenAI's format."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -40,10 +40,10 @@ class ApiError(Exception):
 
 
 def read_body(body: bytes) -> Completion:
-    """The request in a body.
+    """Parse the body of a request.
 
     Raises:
-        ApiError: it is none; the message names the field.
+        ApiError: the body is not valid; the message names the field.
     """
     try:
         return Completion.model_validate_json(body)
@@ -62,7 +62,7 @@ class StreamOptions(BaseModel):
 
 
 class Completion(BaseModel):
-    """The body of POST /v1/completions. top_k, min_p and repetition_penalty are ours (the client's `extra_body`)."""
+    """The body of POST /v1/completions. top_k, min_p and repetition_penalty are extensions (`extra_body`)."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     model: str
@@ -88,11 +88,13 @@ class Completion(BaseModel):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
 
     def refuse_what_is_not_here(self) -> None:
-        """Raise ApiError for what the protocol has and this server does not."""
+        """Raise ApiError for a field of the protocol that this server does not support."""
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ApiError(400, "best_of other than n is not supported; ask for n and choose by logprobs", "best_of")
+            raise ApiError(
+                400, "best_of other than n is not supported; request n choices and choose by logprobs", "best_of"
+            )
         if self.suffix:
-            raise ApiError(400, "suffix is not supported; this model continues texts only", "suffix")
+            raise ApiError(400, "suffix is not supported; this model can only continue a text", "suffix")
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options without stream=true; set stream, or leave them out", "stream_options")
         if len(self.stops) > MOST_STOPS or "" in self.stops:
@@ -110,18 +112,18 @@ class Completion(BaseModel):
         else:
             prompt = list(self.prompt)
         if not prompt:
-            raise ApiError(400, "prompt holds nothing; expected a text, token ids, or a list of these", "prompt")
+            raise ApiError(400, "prompt is empty; expected a text, token ids, or a list of these", "prompt")
         ids = [encode_prompt(tokenizer, part, special) if isinstance(part, str) else part for part in prompt]
         return [part or ([] if tokenizer.eos_id is None else [tokenizer.eos_id]) for part in ids]
 
     def request(
         self, ids: list[int], tokenizer: Tokenizer, room: int, draws: Draws, defaults: Mapping[str, Any]
     ) -> Request:
-        """The request for one prompt; `defaults` are the model's, for what the client does not say."""
+        """The request for one prompt; `defaults` are the model's, for fields that the client does not set."""
         usual = defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS)
         max_tokens = min(usual, max(1, room)) if self.max_tokens is None else self.max_tokens
         options: dict[str, Any] = {
-            "max_new_tokens": max(1, max_tokens),  # 0 is for echo alone, and never gets here
+            "max_new_tokens": max(1, max_tokens),  # 0, for echo alone, is handled before
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
@@ -146,7 +148,7 @@ class Completion(BaseModel):
         bias = self.logit_bias or {}
         for token in bias:
             if not (token.isascii() and token.isdigit() and len(token) < 10):
-                raise ApiError(400, f"logit_bias holds {token[:20]!r}; expected token ids as keys", "logit_bias")
+                raise ApiError(400, f"logit_bias has the key {token[:20]!r}; expected token ids as keys", "logit_bias")
         return {int(token): value for token, value in bias.items()} or None
 
 
@@ -163,7 +165,7 @@ class Draws:
 
 
 class Choice:
-    """One choice of a response in the making."""
+    """A choice that is being generated."""
 
     def __init__(self, index: int, ask: Completion, request: Request, tokenizer: Tokenizer) -> None:
         self.index, self._ask, self._tokenizer = index, ask, tokenizer
@@ -176,11 +178,11 @@ class Choice:
         return self._part(text, logprobs, None)
 
     def push(self, token: Token) -> dict[str, Any]:
-        """The part that a token brings."""
+        """The part for a new token."""
         logprobs = None
         if self._ask.logprobs is not None:
             logprobs = {
-                "tokens": [token_text(self._tokenizer, token.id)],
+                "tokens": [printable_token(self._tokenizer, token.id)],
                 "token_logprobs": [None if token.logprob is None else max(token.logprob, IMPOSSIBLE)],
                 "top_logprobs": [_by_text(self._tokenizer, token.top)] if self._ask.logprobs else None,
                 "text_offset": [self._offsets.push(token.id)],
@@ -196,16 +198,16 @@ class Choice:
 
 
 def _by_text(tokenizer: Tokenizer, top: list[tuple[int, float]]) -> dict[str, float]:
-    """{text: log-probability}; of two tokens with the same text the likelier counts."""
+    """{text: log-probability}; of tokens with equal text the most likely one."""
     found: dict[str, float] = {}
     for token, probability in top:
-        found.setdefault(token_text(tokenizer, token), math.log(probability) if probability > 0 else IMPOSSIBLE)
+        found.setdefault(printable_token(tokenizer, token), math.log(probability) if probability > 0 else IMPOSSIBLE)
     return found
 
 
 def prompt_logprobs(tokenizer: Tokenizer, ids: list[int], given: list[tuple[float, list]] | None, top: int) -> dict:
-    """The logprobs of an echoed prompt, whose first token has none. `given`: (logprob, top) of the others."""
-    texts, offsets = [token_text(tokenizer, token) for token in ids], Offsets(tokenizer)
+    """The logprobs of an echoed prompt. `given`: (logprob, top) of all tokens but the first, which has none."""
+    texts, offsets = [printable_token(tokenizer, token) for token in ids], Offsets(tokenizer)
     given = given or []
     return {
         "tokens": texts,
@@ -216,7 +218,7 @@ def prompt_logprobs(tokenizer: Tokenizer, ids: list[int], given: list[tuple[floa
 
 
 def join(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The parts of a choice as one."""
+    """The concatenation of the parts of a choice."""
     logprobs = [part["logprobs"] for part in parts if part["logprobs"] is not None]
     whole: dict[str, Any] | None = None
     if logprobs:
@@ -233,7 +235,7 @@ def join(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def envelope(model: str) -> dict[str, Any]:
-    """What every response and every chunk of one has around its choices."""
+    """The fields of every response and chunk other than its choices."""
     return {
         "id": f"cmpl-{secrets.token_hex(12)}",
         "object": "text_completion",

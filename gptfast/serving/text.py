@@ -1,30 +1,30 @@
-"""The text of one choice, from tokens, up to its stop string."""
+"""The text of a choice: decoded tokens up to a stop string."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
 
-from gptfast.tokenizer import StreamDecoder, Tokenizer
+from gptfast.tokenizer import StreamDecoder, Tokenizer, token_text
 
 
 class ChoiceText:
-    """Turns tokens into text that is safe to send: never a part of a stop string, never half a character.
+    """Decodes the tokens of a choice into text that can be sent: no part of a stop string, no part of a character.
 
     Args:
-        tokenizer: of the tokens.
-        stops: texts that end the choice and are not a part of it.
-        eos_ids: tokens that have no text.
+        tokenizer: decodes the tokens.
+        stops: strings that end the choice and are not a part of its text.
+        eos_ids: end tokens, which have no text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], eos_ids: Sequence[int]) -> None:
         self._decoder = StreamDecoder(tokenizer)
         self._stops, self._eos = stops, eos_ids
-        self._held = ""  # may begin a stop string
+        self._held = ""  # characters that may begin a stop string
         self._stopped = False
 
     def push(self, token: int) -> str:
-        """The text that is certain with this token."""
+        """The text that can be sent after this token."""
         if token in self._eos or self._stopped:
             return ""
         text = self._cut(self._held + self._decoder.push(token))
@@ -33,7 +33,7 @@ class ChoiceText:
         return text[: len(text) - keep]
 
     def finish(self) -> str:
-        """The rest, when no token follows."""
+        """The remaining text, after the last token."""
         if self._stopped:
             return ""
         text = self._cut(self._held + self._decoder.finish())
@@ -46,7 +46,7 @@ class ChoiceText:
         return text[: min(ends)] if ends else text
 
     def _longest_beginning(self, text: str) -> int:
-        """How many of the last characters may begin a stop string."""
+        """The number of last characters that may begin a stop string."""
         longest = max(map(len, self._stops), default=1) - 1
         for n in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[len(text) - n :]) for stop in self._stops):
@@ -55,7 +55,7 @@ class ChoiceText:
 
 
 class Offsets:
-    """Where each token of a text begins, in whole characters from the start."""
+    """The offsets of tokens in a text, in whole characters."""
 
     def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
         self._tokenizer, self._at = tokenizer, start
@@ -68,10 +68,7 @@ class Offsets:
         return offset
 
 
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text, or "bytes:\\xf0\\x9f" where it is only a part of a character, as OpenAI writes it."""
-    data = tokenizer.decode_bytes([token])
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+def printable_token(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text, or OpenAI's "bytes:\\xf0\\x9f" where it is a part of a character."""
+    text = token_text(tokenizer, token)
+    return text if isinstance(text, str) else "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptfast._json import naming
 from gptfast._snapshots import current, read_whole
-from gptfast.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, encode_prompt, lenient
+from gptfast.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, encode_prompt, lenient, token_text
 from gptfast.tokenizer.bpe import BPETokenizer, GPT2Tokenizer
 from gptfast.tokenizer.gpt1 import OpenAIGPTTokenizer
 from gptfast.tokenizer.hf import HFTokenizer
@@ -31,6 +31,7 @@ __all__ = [
     "has_tokenizer",
     "lenient",
     "load_tokenizer",
+    "token_text",
 ]
 
 DEFAULT_BPE_SIZE = 8192

@@ -185,6 +185,15 @@ def encode_prompt(tokenizer: Tokenizer, text: str, special: bool = True) -> list
     return tokenizer.encode(text, allowed_special="all" if special else ())
 
 
+def token_text(tokenizer: Tokenizer, token: int) -> str | bytes:
+    """The text of a token; its bytes, if they are not whole characters of UTF-8."""
+    content = tokenizer.decode_bytes([token])
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content
+
+
 def unknown_id(owner: str, token: object, vocab_size: int) -> ValueError:
     """The error for an id that has no token."""
     return ValueError(

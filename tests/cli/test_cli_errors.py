@@ -51,7 +51,7 @@ def fails(monkeypatch, capsys, tmp_path):
 def test_a_fault_of_ours_is_reported(fails, tmp_path, monkeypatch, fault, said):
     monkeypatch.setattr(_errors, "_PACKAGE", _errors.Path(__file__).parent)  # this file is one of gptfast's
     first, second = fails(fault)
-    assert first.startswith(f"error: a fault in gptfast, {said}")
+    assert first.startswith(f"error: internal error of gptfast, {said}")
     (report,) = (tmp_path / "cache").iterdir()
     assert second == f"(its traceback is in {report}; please report it with that and the output of `gptfast doctor`)"
     text = report.read_text()
@@ -63,7 +63,7 @@ def test_a_report_goes_where_it_can_be_written(fails, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("no folder")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(_errors.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
-    assert f"its traceback is in {tmp_path}/temporary/fault-" in fails(lambda: {}["id"])[1]
+    assert f"its traceback is in {tmp_path}/temporary/error-" in fails(lambda: {}["id"])[1]
     monkeypatch.setattr(_errors.tempfile, "gettempdir", lambda: str(tmp_path / "cache"))
     assert fails(lambda: {}["id"])[1].startswith("(GPTFAST_DEBUG=1 shows its traceback; please report")
 

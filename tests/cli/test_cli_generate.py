@@ -168,11 +168,11 @@ def test_probabilities_are_shown_step_by_step(run, chars):
 
 
 def test_parts_of_characters_are_shown_as_bytes(bpe):
-    from gptfast.cli._show import _show
+    from gptfast.tokenizer import token_text
 
     tokenizer = bpe[2]
-    assert [_show(tokenizer, token) for token in tokenizer.encode("🤗")] == [r"b'\xf0\x9f'", r"b'\xa4'", r"b'\x97'"]
-    assert _show(tokenizer, tokenizer.encode(" the")[0]) == "' the'"
+    assert [token_text(tokenizer, token) for token in tokenizer.encode("🤗")] == [b"\xf0\x9f", b"\xa4", b"\x97"]
+    assert token_text(tokenizer, tokenizer.encode(" the")[0]) == " the"
 
 
 def test_a_token_outside_the_shown_ones_is_named(run, chars):

@@ -63,7 +63,7 @@ def test_an_early_interrupt_says_what_there_is(tmp_path, text, capsys, monkeypat
         return
     name, first = ("last", f"there is no {out / 'best'} yet: it comes with the first evaluation, at step 3")
     if steps == 4:
-        name, first = "best", f"interrupted at step 4; saved. Go on with: gptfast train --resume --out '{out}'"
+        name, first = "best", f"interrupted at step 4; saved. Continue with: gptfast train --resume --out '{out}'"
     assert lines[-2] == first
     hint = command_of(lines[-1])
     assert hint[:3] == ["generate", "--model", str(out / name)]
@@ -77,7 +77,7 @@ def test_the_closing_hint_runs_as_it_is_printed(tmp_path, capsys, tokenizer):
     data.write_text((TEXT + '\n\n  -- It\'s "so"; $HOME\n') * 3, encoding="utf-8")
     size = ["--vocab-size", "270"] if tokenizer == "bpe" else []
     assert run(str(data), tmp_path / "run", "--tokenizer", tokenizer, *size) == 0
-    hint = command_of(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("let it write")))
+    hint = command_of(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("generate")))
     assert gptfast(*hint, "--max-new-tokens", "2") == 0
 
 
@@ -102,7 +102,7 @@ def test_a_jump_of_the_learning_rate_is_said_with_what_keeps_it(tmp_path, text, 
     assert run(text, tmp_path / "run", *steps) == 0
     more = ["train", "--resume", "--out", tmp_path / "run"]
     assert gptfast(*more, "--max-steps", "41", "--lr-decay-steps", "40") == 0
-    assert "goes on at" not in capsys.readouterr().out
+    assert "and is now" not in capsys.readouterr().out
     assert (
         gptfast(*more, "--max-steps", "200", "--lr-decay-steps", "200", "--max-minutes", "0.0001") == 1
     )  # out of time
@@ -112,10 +112,7 @@ def test_a_jump_of_the_learning_rate_is_said_with_what_keeps_it(tmp_path, text, 
         assert gptfast(*more, "--max-steps", "200", "--lr-decay-steps", "200") == 130
     said = capsys.readouterr().out
     rates = {r["step"]: r["lr"] for r in read_log(tmp_path / "run" / "log.jsonl") if "lr" in r}
-    assert (
-        f"the learning rate was {rates[41]:.3g} and goes on at {rates[42]:.3g}; --lr-decay-steps 40 lets it go on"
-        in said
-    )
+    assert f"the learning rate was {rates[41]:.3g} and is now {rates[42]:.3g}; --lr-decay-steps 40 keeps it" in said
     assert rates[42] > 5 * rates[41]
 
 
@@ -132,7 +129,7 @@ def test_another_batch_size_goes_on_in_the_text(tmp_path, text, capsys, monkeypa
     more = ["--batch-size", "6", "--grad-accum", "2", "--max-steps", "9"]
     assert gptfast("train", "--resume", "--out", out, *more) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "a step now sees 192 tokens instead of 64: the text goes on where it was" in said
+    assert "a step now sees 192 tokens instead of 64: the text continues where it was" in said
     assert seen == [(4 * n, 4) for n in range(6)] + [(24 + 6 * n, 6) for n in range(6)]
     assert set(evaluated) == {(4, 2)}  # the losses compare
     assert {"step": 6, "batch_size": 6, "grad_accum": 2} in read_log(out / "log.jsonl")

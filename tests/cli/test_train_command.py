@@ -129,7 +129,7 @@ def test_an_interrupt_saves_says_how_to_go_on_and_loses_nothing(tmp_path, text, 
     assert process.returncode == code
     assert "Traceback" not in errors
     step = read_checkpoint(out / "last").state.step
-    assert f"interrupted at step {step}; saved. Go on with: gptfast train --resume --out {out}" in printed
+    assert f"interrupted at step {step}; saved. Continue with: gptfast train --resume --out {out}" in printed
     assert [r["step"] for r in read_log(log)] == list(range(1, step + 1))
     last = str(step + 5)
     assert gptfast("train", "--resume", "--out", out, "--max-steps", last) == 0

@@ -184,7 +184,7 @@ def test_command_line(tmp_path: Path, monkeypatch):
     assert "2 layers, 2 heads of 16" in run("info", "out").output
     write = ["generate", "--prompt", "TO BE", "--max-new-tokens", 9, "--temperature", 0, "--model"]
     for model in (path, "out"):
-        assert "; or say with --tokenizer what the model was trained with: gpt2, or a FOLDER" in str(
+        assert "; or name the tokenizer of the model with --tokenizer: gpt2, or a FOLDER" in str(
             run(*write, model).exception
         )
     with (tmp_path / "meta.pkl").open("wb") as file:

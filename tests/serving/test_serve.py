@@ -19,7 +19,7 @@ from gptfast.generation.sampling import NAN
 from gptfast.generation.stopping import Stopping
 from gptfast.serving.app import Limits, create_app
 from gptfast.serving.protocol import prompt_logprobs
-from gptfast.serving.text import ChoiceText, token_text
+from gptfast.serving.text import ChoiceText, printable_token
 from gptfast.serving.worker import Ticket
 from gptfast.tokenizer import GPT2Tokenizer
 from tests.support.command import LETTERS, save_model
@@ -222,7 +222,7 @@ def test_whole_characters_and_end_tokens(tmp_path):
         ask = {"model": "m", "prompt": "", "logit_bias": {str(tokenizer.eos_id): 100}}
         got = client.completions.create(**ask)
         assert (got.choices[0].text, got.choices[0].finish_reason, got.usage.prompt_tokens) == ("", "stop", 1)
-    assert token_text(tokenizer, hugs[0]) == r"bytes:\xf0\x9f"
+    assert printable_token(tokenizer, hugs[0]) == r"bytes:\xf0\x9f"
 
 
 @pytest.mark.parametrize("stops", [["abc"], ["ba", "abab"], ["c "], ["aa"], ["x"]])
@@ -281,11 +281,11 @@ def test_models_and_health(client, url, app):
     assert [card.id for card in client.models.list()] == ["bard"]
     assert client.models.retrieve("bard").owned_by == "gptfast"
     assert httpx.get(url + "/health").json() == {"status": "ok", "sequences": 0}
-    with pytest.raises(openai.NotFoundError, match="the model 'other' is not here; this is 'bard'"):
+    with pytest.raises(openai.NotFoundError, match="the model 'other' does not exist; this server has 'bard'"):
         client.models.retrieve("other")
     error = httpx.get(url + "/nowhere").json()["error"]
     assert (error["type"], error["code"]) == ("not_found_error", "unknown_url")
-    assert error["message"].startswith("GET /nowhere is not here; there are POST /v1/completions, GET /v1/models")
+    assert error["message"].startswith("GET /nowhere does not exist; expected POST /v1/completions, GET /v1/models")
     assert httpx.get(url + "/v1/completions").status_code == 405
 
 
@@ -312,7 +312,7 @@ def test_a_key_is_asked_for(model, tokenizer):
         (b"[]", 400, None, "body: Input should be an object"),
         ({"prompt": "a"}, 400, "model", "model: Field required"),
         ({"model": "bard"}, 400, "prompt", "prompt: Field required"),
-        ({"model": "other", "prompt": "a"}, 404, "model", "the model 'other' is not here"),
+        ({"model": "other", "prompt": "a"}, 404, "model", "the model 'other' does not exist"),
         (
             {"model": "bard", "prompt": "a", "max_tokens": "5"},
             400,
@@ -323,13 +323,13 @@ def test_a_key_is_asked_for(model, tokenizer):
         ({"model": "bard", "prompt": "a", "max_tokens": 0}, 400, "max_tokens", "max_tokens=0 is for echo=true"),
         ({"model": "bard", "prompt": "a", "temperature": 3}, 400, "temperature", "less than or equal to 2"),
         ({"model": "bard", "prompt": "a", "top_p": 0}, 400, "top_p", "greater than 0"),
-        ({"model": "bard", "prompt": "a", "n": 5}, 400, "n", "n is 5; this server writes up to 4 texts at a time"),
-        ({"model": "bard", "prompt": ["a"] * 4, "n": 2}, 400, "prompt", "4 prompts, n=2; this server takes up to 7"),
+        ({"model": "bard", "prompt": "a", "n": 5}, 400, "n", "n is 5; this server generates up to 4 texts at a time"),
+        ({"model": "bard", "prompt": ["a"] * 4, "n": 2}, 400, "prompt", "4 prompts, n=2; this server accepts up to 7"),
         (
             {"model": "bard", "prompt": [[1]] * 2000},
             400,
             "prompt",
-            "2000 prompts, n=1; this server takes up to 7 texts",
+            "2000 prompts, n=1; this server accepts up to 7 texts",
         ),
         ({"model": "bard", "prompt": "a", "logprobs": 99}, 400, "logprobs", "less than or equal to 20"),
         ({"model": "bard", "prompt": "a", "best_of": 2}, 400, "best_of", "best_of other than n is not supported"),
@@ -395,7 +395,7 @@ def test_a_key_is_asked_for(model, tokenizer):
         ({"model": "bard", "prompt": ["a", [1]]}, 400, "prompt", "^prompt: expected a text, token ids, or a list"),
         ({"model": "bard", "prompt": "€"}, 400, None, "'€' .* is not among the"),
         ({"model": "bard", "prompt": ""}, 400, None, "prompt is empty"),
-        ({"model": "bard", "prompt": []}, 400, "prompt", "prompt holds nothing"),
+        ({"model": "bard", "prompt": []}, 400, "prompt", "prompt is empty"),
         ({"model": "bard", "prompt": [[1], []]}, 400, None, "prompt is empty"),
         ({"model": "bard", "prompt": [99]}, 400, None, r"prompt holds token id 99; expected ids in \[0, 35\)"),
         ({"model": "bard", "prompt": [True]}, 400, "prompt", "prompt: expected a text, token ids"),
@@ -432,7 +432,7 @@ def test_bad_bodies_are_told_in_openais_shape(url, body, status, param, match):
 
 def test_a_body_without_a_length_is_limited_too(url):
     answer = httpx.post(url + "/v1/completions", content=(b"x" * 1000 for _ in range(40)))
-    assert answer.status_code == 413 and "the body is over 20000 bytes" in answer.json()["error"]["message"]
+    assert answer.status_code == 413 and "the body has more than 20000 bytes" in answer.json()["error"]["message"]
 
 
 def test_the_client_raises_bad_request(client):
