@@ -1,19 +1,19 @@
-"""Whether other programs take the cores: how long threads that could run wait for one, as Linux counts it."""
+"""Detecting a busy machine: the time that threads of a process wait for a core, from Linux' scheduler."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# Part of the time: on a quiet machine it is a few hundredths; one more thread than cores makes it a third on two.
+# Part of the time. On a quiet machine it is a few hundredths; with one thread more than two cores it is a third.
 BUSY = 0.15
-_LEAST = 1e9  # nanoseconds of work, before which nothing is said
+_LEAST = 1e9  # nanoseconds of work below which there is no result
 
 
 class CpuWait:
-    """Measures from its construction.
+    """Measures the waiting time of a process from its construction on.
 
     Args:
-        pid: of the process, "self" for this one.
+        pid: the process; "self": this one.
     """
 
     def __init__(self, pid: int | str = "self") -> None:
@@ -21,8 +21,7 @@ class CpuWait:
         self._ran, self._waited = _times(pid) or (0, 0)
 
     def share(self) -> float | None:
-        """The time in which threads of the process waited for a core, as a part of that in which they could have run; None
-        where too little has been measured, or the system does not say."""
+        """The part of the runnable time in which threads waited for a core; None: measured too little, or unknown."""
         now = _times(self._pid)
         if now is None:
             return None
@@ -31,17 +30,17 @@ class CpuWait:
 
 
 def busy_line(share: float | None) -> str | None:
-    """A sentence for the user of a machine that does something else; None where it is quiet, or nothing is known."""
+    """A sentence for the user of a busy machine; None for a quiet or unknown one."""
     if share is None or share < BUSY:
         return None
     return (
-        f"the machine is busy: for {share:.0%} of its time the training waited for a core that other programs had; expect "
-        "more tokens/s and, where the time is limited, more steps and a lower loss when nothing else runs"
+        f"the machine is busy: for {share:.0%} of its time the training waited for a core that other programs used; expect "
+        "more tokens/s and, with a time limit, more steps and a lower loss when nothing else runs"
     )
 
 
 def _times(pid: int | str) -> tuple[int, int] | None:
-    """Nanoseconds that the threads of a process ran and waited, from the scheduler."""
+    """The nanoseconds that the threads of a process ran and waited."""
     ran = waited = 0
     try:
         for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):

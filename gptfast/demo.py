@@ -1,4 +1,4 @@
-"""What `make demo` runs: train a small GPT on Shakespeare, let it write, time its training step beside PyTorch's."""
+"""The program of `make demo`: train a small GPT on Shakespeare, generate, and time its training step against PyTorch's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from gptfast._busy import CpuWait, busy_line
 from gptfast.openmp import bound_spinning
 
 OUT = Path("runs/demo")
-PLAYS = "shakespeare:comedy,history,tragedy"  # held out by play; the poems would make a validation set of another kind
+PLAYS = (
+    "shakespeare:comedy,history,tragedy"  # validation holds out whole plays; poems would make it another kind of text
+)
 TRAIN = [
     *("--data", PLAYS, "--tokenizer", "char", "--out", str(OUT), "--overwrite"),
     *("--n-layer", "4", "--n-head", "6", "--n-embd", "192", "--block-size", "128", "--batch-size", "16"),
@@ -23,7 +25,7 @@ TEMPERATURES = (0.5, 0.8, 1.0)
 
 
 def main() -> int:
-    """Train, write, compare; returns the exit code."""
+    """Train, generate, compare; returns the exit code."""
     bound_spinning()
     print(f"$ gptfast train {' '.join(TRAIN)}\n", flush=True)
     code, waiting = train([sys.executable, "-m", "gptfast", "train", *TRAIN])
@@ -32,15 +34,15 @@ def main() -> int:
     write_samples()
     compare()
     print(f"\ncheckpoint  {OUT / 'best'}\nloss curve  {OUT / 'loss.png'}\nlog         {OUT / 'log.jsonl'}")
-    print(f"write more: gptfast generate --model {OUT / 'best'} --prompt 'ROMEO:' --temperature 0.8")
+    print(f"generate    gptfast generate --model {OUT / 'best'} --prompt 'ROMEO:' --temperature 0.8")
     busy = busy_line(waiting)
     if busy:
-        print(f"\n{busy}; the README's figures are of a quiet machine")
+        print(f"\n{busy}; the README's figures are from a quiet machine")
     return 0
 
 
 def train(command: list[str]) -> tuple[int, float | None]:
-    """Run the training; its exit code, and for which part of the time it waited for a core."""
+    """Run the training; returns its exit code and the part of the time in which it waited for a core."""
     with subprocess.Popen(command) as process:
         watch, waiting = CpuWait(process.pid), None
         while True:
@@ -51,7 +53,7 @@ def train(command: list[str]) -> tuple[int, float | None]:
 
 
 def write_samples() -> None:
-    """The prompt continued at three temperatures."""
+    """Print continuations of the prompt at three temperatures."""
     from gptfast import GPT
     from gptfast.tokenizer import load_tokenizer
 
@@ -65,7 +67,7 @@ def write_samples() -> None:
 
 
 def compare() -> None:
-    """Our training step beside PyTorch's, on the model that was just trained."""
+    """Time the training step of the trained model against PyTorch's."""
     from gptfast import GPT, tune_malloc
     from gptfast.benchmarking.training_step import compare_step
 

@@ -1,4 +1,4 @@
-"""An opt-in for glibc's malloc: keep large buffers instead of returning them to the kernel after each use."""
+"""An opt-in setting of glibc's malloc: keep large buffers instead of returning them to the kernel after each use."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def tune_malloc(top_pad_megabytes: int = 64) -> bool:
-    """Keep freed memory in the process, so that a training step does not fault in its buffers again each time.
+    """Keep freed memory in the process, so that a training step does not page in its buffers again each time.
 
-    PyTorch's CPU allocator is malloc, and glibc maps every large buffer afresh and unmaps it when freed: an op that
-    makes 50 MB pays some 12,000 page faults, often more than its arithmetic. This sets M_MMAP_MAX = 0,
-    M_TRIM_THRESHOLD to its largest value and M_TOP_PAD (mallopt(3)). It speeds up all torch code of the process, ours
-    or not. The price: memory once used stays with the process.
+    PyTorch's CPU allocator is malloc, and glibc maps every large buffer anew and unmaps it when freed: an op that
+    returns 50 MB causes some 12,000 page faults, which often take longer than its arithmetic. This sets M_MMAP_MAX = 0,
+    M_TRIM_THRESHOLD to its largest value and M_TOP_PAD (mallopt(3)). It speeds up all torch code of the process. The
+    process keeps all memory that it has used once.
 
-    Without it the ops of gptfast keep up to 256 MB of their own freed results for the next ones.
+    Without it the ops of gptfast reuse up to 256 MB of their own freed results.
 
-    Where other programs use the same cores, bound the spinning of OpenMP's threads as well, before torch is imported:
+    If other programs use the same cores, also limit the spinning of OpenMP's threads, before torch is imported:
     `import gptfast.openmp; gptfast.openmp.bound_spinning()`, or GOMP_SPINCOUNT=10000 in the environment.
 
     Args:
-        top_pad_megabytes: how much more than needed is asked of the kernel each time, in MiB.
+        top_pad_megabytes: MiB to request from the kernel beyond what is needed, 0 to 2047.
     Returns:
-        True when the C library took the settings; False where it is not glibc (nothing changes).
+        True if the C library accepted the settings; False if it is not glibc.
     Raises:
-        ValueError: a negative top_pad_megabytes.
+        ValueError: top_pad_megabytes is out of range.
     """
     if not 0 <= top_pad_megabytes < 2048:
         raise ValueError(f"tune_malloc: top_pad_megabytes is {top_pad_megabytes}; expected 0 to 2047")
@@ -41,5 +41,5 @@ def tune_malloc(top_pad_megabytes: int = 64) -> bool:
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, top_pad_megabytes << 20))
     done = all([libc.mallopt(name, value) for name, value in settings])
     if done and has_cpu_ops:
-        torch.ops.gptfast.keep_results(0)  # malloc keeps them now, for everyone
+        torch.ops.gptfast.keep_results(0)  # malloc keeps them now
     return done

@@ -1,32 +1,32 @@
-"""How long threads of OpenMP spin before they sleep: it decides what a busy machine costs."""
+"""The time that idle OpenMP threads spin before they sleep, which determines the speed on a busy machine."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-SPINS = 10_000  # some 20 microseconds: longer than the gap between two ops, shorter than a time slice of the system
+SPINS = 10_000  # about 20 microseconds: longer than the gap between two ops, shorter than a time slice of the system
 
 
 def bound_spinning(spins: int = SPINS) -> bool:
-    """Let the idle threads of OpenMP sleep soon, for this process and those that it starts.
+    """Let idle OpenMP threads sleep soon, in this process and its child processes.
 
-    GNU's OpenMP, which torch computes with, lets threads that wait spin for a long time, as if each had a core of its
-    own. Where another program runs on the same cores, the threads that have work then wait for the ones that spin: on
-    two cores, with two other programs, training is 2.0 to 2.7 times faster with a bound (docs/notes/cpu.md). On a quiet
-    machine it cost nothing on one CPU, and an eighth on another, where threads wake slowly. The bound is the environment
-    variable GOMP_SPINCOUNT, which is read when torch is loaded:
+    GNU's OpenMP, which torch uses, lets waiting threads spin for a long time, as if each had a core of its own. If another
+    program runs on the same cores, threads with work wait for threads that spin: on two cores, with two other programs,
+    training is 2.0 to 2.7 times faster with a bound (docs/notes/cpu.md). On a quiet machine the bound cost nothing on one
+    CPU, and an eighth on another, where threads wake slowly. The bound is the environment variable GOMP_SPINCOUNT, which
+    is read when torch is loaded:
 
         import gptfast.openmp
         gptfast.openmp.bound_spinning()      # before the first `import torch`
         import torch
 
-    The command line does so by itself. A value of GOMP_SPINCOUNT or OMP_WAIT_POLICY that the user has set stays.
+    The command line calls this function. A GOMP_SPINCOUNT or OMP_WAIT_POLICY that the user has set is not changed.
 
     Args:
-        spins: turns of the waiting loop, at least 0.
+        spins: iterations of the waiting loop, >= 0.
     Returns:
-        True when the bound is set and torch was not loaded before; False when it comes too late or the user has chosen.
+        True if the bound is set and torch was not loaded before; False if torch is loaded or the user has set a value.
     Raises:
         ValueError: spins is negative.
     """

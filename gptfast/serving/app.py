@@ -1,4 +1,4 @@
-"""The HTTP side of `gptfast serve`: POST /v1/completions, GET /v1/models, GET /health (HEAD where there is GET)."""
+"""The HTTP application of `gptfast serve`: POST /v1/completions, GET and HEAD of /v1/models and /health."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from gptfast.generation import LanguageModel, Scheduler
 from gptfast.serving.completions import Limits, Server
-from gptfast.serving.cors import let_in
+from gptfast.serving.cors import allow_origins
 from gptfast.serving.errors import BodyLimit, add_error_handlers
 from gptfast.serving.protocol import ApiError
 from gptfast.serving.worker import Worker
@@ -27,14 +27,14 @@ def create_app(
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
 ) -> FastAPI:
-    """The application; its worker runs while it does.
+    """The application, whose worker runs during its lifespan.
 
     Args:
         model, tokenizer: who writes.
         name: the model's name in the protocol.
         limits: see there; None: its defaults.
         api_key: the bearer token that /v1 asks for; None: everybody is let in.
-        cors_origins: see `gptfast.serving.cors.let_in`.
+        cors_origins: see `gptfast.serving.cors.allow_origins`.
     """
     limits, tokenizer = limits or Limits(), lenient(tokenizer)
 
@@ -58,7 +58,7 @@ def create_app(
     app = FastAPI(title="gptfast", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.worker, app.state.limits = worker, limits
     app.add_middleware(BodyLimit, most=limits.max_body)
-    let_in(app, cors_origins)
+    allow_origins(app, cors_origins)
     add_error_handlers(app)
 
     async def check_key(request: HTTPRequest) -> None:

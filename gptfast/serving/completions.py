@@ -1,4 +1,4 @@
-"""Answers POST /v1/completions, whole or in parts."""
+"""The handler of POST /v1/completions, with whole and streamed answers."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from gptfast.serving.worker import QueueFull, ShuttingDown, Ticket, Worker
 from gptfast.tokenizer import Tokenizer
 
 EVENT_STREAM = "text/event-stream"
-LONG_BODY = 1 << 14  # bytes whose tokens may take longer than a few milliseconds to find
+LONG_BODY = 1 << 14  # bytes; longer bodies are tokenised in a thread, as they take more than milliseconds
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes.
+    """The limits of a server.
 
     Args:
         max_rows: sequences that run at a time.
-        max_queue: sequences that wait beside them, and prompts that are scored; more are refused with 429.
-        max_positions: positions of all running sequences together; None: no bound but max_rows full ones.
-        max_prompt_tokens: tokens of new prompts read per step, so that running texts are not kept waiting.
-        seconds: for one answer, from the arrival of the whole request; then 504.
-        client_seconds: for a client to send its request; then 408.
-        max_connections: at a time, those that wait for their client included; more are refused with 503. None: as many as
-            there may be open files, but no more than is useful.
-        max_body: bytes of one request; more are refused with 413.
-        max_events: parts of streams sent per second, all streams together; with many streams the tokens of several steps
-            go out in one, as sending them one by one would take the time of the cores that write.
-        special_tokens: whether prompts may name them, see `gptfast.tokenizer.encode_prompt`.
+        max_queue: sequences that wait, and prompts that are scored; further ones are rejected with 429.
+        max_positions: positions of all running sequences together; None: max_rows full ones.
+        max_prompt_tokens: tokens of new prompts per step; a lower limit delays running sequences less.
+        seconds: time for an answer, from the arrival of the whole request; then 504.
+        client_seconds: time for a client to send its request; then 408.
+        max_connections: connections at a time, waiting ones included; further ones are rejected with 503. None: 1024 or
+            four per text, within the limit of open files.
+        max_body: bytes of a request; larger ones are rejected with 413.
+        max_events: chunks per second of all streams together. With many streams a chunk has the tokens of several steps,
+            because sending each token separately would take CPU time from generation.
+        special_tokens: encode special tokens in prompts as such, see `gptfast.tokenizer.encode_prompt`.
     """
 
     max_rows: int = 16
@@ -67,7 +67,7 @@ class Limits:
 
 
 class Deadline:
-    """When an answer is to be there, whatever it waits for until then."""
+    """The time at which an answer must be complete."""
 
     def __init__(self, seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
@@ -91,7 +91,9 @@ class Server:
 
     def check_model(self, name: str) -> None:
         if name != self._name:
-            raise ApiError(404, f"the model {name!r} is not here; this is {self._name!r}", "model", "model_not_found")
+            raise ApiError(
+                404, f"the model {name!r} does not exist; this server has {self._name!r}", "model", "model_not_found"
+            )
 
     async def complete(self, http: HTTPRequest) -> Response:
         body = await self._read(http)
@@ -130,21 +132,21 @@ class Server:
             raise ApiError(408, "the body did not arrive in time") from None
 
     def _requests(self, ask: Completion, prompts: list[list[int]]) -> list[Request]:
-        """A request for each prompt; what this server can never write is refused."""
+        """A request for each prompt. Raises ApiError for requests beyond the limits of the server."""
         n, block = ask.n or 1, self._model.config.block_size
         if n > self._limits.max_rows:
-            raise ApiError(400, f"n is {n}; this server writes up to {self._limits.max_rows} texts at a time", "n")
+            raise ApiError(400, f"n is {n}; this server generates up to {self._limits.max_rows} texts at a time", "n")
         if n * len(prompts) > self._worker.max_open:
             raise ApiError(
-                400, f"{len(prompts)} prompts, n={n}; this server takes up to {self._worker.max_open} texts", "prompt"
+                400, f"{len(prompts)} prompts, n={n}; this server accepts up to {self._worker.max_open} texts", "prompt"
             )
         asked = 1 if ask.max_tokens is None else ask.max_tokens
         for ids in prompts:
             if len(ids) + asked > block:
                 raise ApiError(
                     400,
-                    f"the context of this model is {block} tokens; the prompt has {len(ids)} and max_tokens asks for "
-                    f"{asked} more - shorten the prompt, or ask for less",
+                    f"the context of this model is {block} tokens; the prompt has {len(ids)} and max_tokens "
+                    f"is {asked} - shorten the prompt, or lower max_tokens",
                     "prompt" if len(ids) >= block else "max_tokens",
                     "context_length_exceeded",
                 )
@@ -159,7 +161,7 @@ class Server:
     async def _echo(
         self, ask: Completion, requests: list[Request], choices: list[Choice], deadline: Deadline
     ) -> list[dict[str, Any]]:
-        """The parts that repeat the prompts, with their log-probabilities where asked for."""
+        """The parts that repeat the prompts, with their log-probabilities if requested."""
         parts = []
         for request in requests:
             logprobs = await self._prompt_logprobs(request, deadline) if ask.logprobs is not None else None
@@ -185,7 +187,7 @@ class Server:
     async def _parts(
         self, ticket: Ticket, choices: list[Choice], deadline: Deadline
     ) -> AsyncIterator[list[dict[str, Any]]]:
-        """The parts of all choices as they come: what comes together in one part per choice."""
+        """The parts of all choices as they are generated; events that arrive together become one part per choice."""
         first: dict[Request, int] = {}
         for request in ticket.requests:
             first[request] = sum(known.config.num_return_sequences for known in first)
@@ -240,7 +242,7 @@ class Server:
         echoed: list[dict[str, Any]],
         deadline: Deadline,
     ) -> AsyncIterator[bytes]:
-        """Server-sent events: a chunk per part, then [DONE]."""
+        """The server-sent events of a streamed answer."""
         events = Events(ask, self._name)
         try:
             if echoed:
@@ -255,7 +257,7 @@ class Server:
 
 
 class TicketResponse(StreamingResponse):
-    """A stream of events whose requests are given up when it ends in any way, such as a client that leaves."""
+    """A streamed response that cancels its requests when it ends, also when the client leaves."""
 
     def __init__(self, events: AsyncIterator[bytes], worker: Worker, ticket: Ticket) -> None:
         super().__init__(events, media_type=EVENT_STREAM)
@@ -277,7 +279,7 @@ def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
-        return ApiError(429, "too many requests run and wait; try again later", code="queue_full")
+        return ApiError(429, "too many requests are running and waiting; try again later", code="queue_full")
     if isinstance(error, ShuttingDown):
         return ApiError(503, "the server is shutting down", code="shutting_down")
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
@@ -286,6 +288,6 @@ def _as_api_error(error: Exception) -> ApiError:
 
 
 async def _disconnected(http: HTTPRequest) -> None:
-    """Returns when the client has gone."""
+    """Wait until the client has disconnected."""
     while (await http.receive())["type"] != "http.disconnect":
         pass

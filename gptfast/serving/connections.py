@@ -1,4 +1,4 @@
-"""Connections: how many there are at a time, and how long one may wait for its client."""
+"""Limits of connections: their number, and the time in which a client must send its request."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ try:
 except ImportError:  # Windows, where sockets are no files
     resource = None
 
-log = logging.getLogger("uvicorn.error")  # where the rest is told
+log = logging.getLogger("uvicorn.error")  # the log of uvicorn
 
-USUAL_CONNECTIONS = 1024  # at least, where the machine lets a process have that many files
-OWN_FILES = 64  # that this process may have open beside its connections
-LINGER = 1.0  # seconds in which a client that was sent away may still read why
-LOG_EVERY = 10.0  # seconds
+USUAL_CONNECTIONS = 1024  # smallest default, if a process may open that many files
+OWN_FILES = 64  # files of this process other than connections
+LINGER = 1.0  # seconds in which a rejected client can read the answer
+LOG_EVERY = 10.0  # seconds between warnings
 
 
 def most_connections() -> int:
-    """How many connections the open files that this process may have (`ulimit -n`) suffice for."""
+    """The largest number of connections within the limit of open files (`ulimit -n`)."""
     if resource is None:
         return USUAL_CONNECTIONS
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files == resource.RLIM_INFINITY:
         files = 1 << 20
-    return max(1, (files - OWN_FILES) * 4 // 5)  # a fifth: those that are accepted, and those that leave
+    return max(1, (files - OWN_FILES) * 4 // 5)  # a fifth for connections that are accepted or closed at the moment
 
 
 def choose_connections(wanted: int | None, texts: int) -> int:
-    """How many connections a server takes.
+    """The largest number of connections of a server.
 
     Args:
-        wanted: a number that was asked for, or None.
-        texts: how many texts the server writes and keeps waiting.
+        wanted: the requested number; None: 1024 or four per text, within the limit of open files.
+        texts: texts that the server generates and queues.
     Raises:
-        ValueError: more than there can be.
+        ValueError: `wanted` is below 1 or above the limit.
     """
     most = most_connections()
     if wanted is None:
         return min(max(USUAL_CONNECTIONS, 4 * texts), most)
     if not 1 <= wanted <= most:
         raise ValueError(
-            f"serve: --max-connections is {wanted}; expected 1 to {most}, as this process may open so many files - ask for "
+            f"serve: --max-connections is {wanted}; expected 1 to {most}, the limit of open files - give "
             "fewer, or raise `ulimit -n`"
         )
     return wanted
@@ -58,21 +58,21 @@ def choose_connections(wanted: int | None, texts: int) -> int:
 class Connections:
     """All connections of one server.
 
-    A connection waits for its client until a whole request has come, and then for the model until the answer is sent.
-    Where there are `most` and one more client comes, the one that has waited longest for its client is sent away; where
-    all wait for the model, the new client is refused. So clients that send half a request shut nobody out.
+    A connection waits for its client until a whole request has arrived, and then for the model until the answer is sent.
+    At the limit a new client displaces the connection that has waited longest for its client. If all connections wait for
+    the model, the new client is rejected. Clients that send incomplete requests therefore block nobody.
 
     Args:
-        most: connections at a time.
-        client_seconds: for a client to send its request, head and body; then it is sent away with 408.
-        answer_seconds: for the answer, until the client has taken all of it; then the connection is cut.
+        most: largest number of connections.
+        client_seconds: time for a client to send its request, head and body; then it is rejected with 408.
+        answer_seconds: time until the client has received the whole answer; then the connection is aborted.
     """
 
     def __init__(self, most: int, client_seconds: float, answer_seconds: float) -> None:
         self.most, self._client_seconds, self._answer_seconds = most, client_seconds, answer_seconds
         self._most_leaving = max(1, most // 8)
-        self.burst = max(1, most // 32)  # accepted at once; of four such groups the event loop does not know yet
-        self._waiting: dict[Connection, asyncio.TimerHandle] = {}  # the first has waited longest
+        self.burst = max(1, most // 32)  # connections accepted in one go; up to four such groups are not registered yet
+        self._waiting: dict[Connection, asyncio.TimerHandle] = {}  # for their clients, longest first
         self._answered: dict[Connection, asyncio.TimerHandle] = {}
         self._leaving: dict[Connection, asyncio.TimerHandle] = {}
         self._sent_away, self._logged = 0, -LOG_EVERY
@@ -81,17 +81,19 @@ class Connections:
         return len(self._waiting) + len(self._answered)
 
     def __call__(self, **options: Any) -> Connection:
-        """A protocol for a new connection, as uvicorn makes it."""
+        """The protocol of a new connection, for uvicorn."""
         return Connection(self, **options)
 
     def enter(self, new: Connection) -> None:
-        """A client has connected: take it in, or refuse it."""
+        """Admit or reject a client that has connected."""
         if len(self) >= self.most:
             self._log()
             longest = next(iter(self._waiting), None)
             if longest is None:
-                return new.send_away(503, f"{self.most} connections wait for texts, the most that there may be", "busy")
-            longest.send_away(503, f"{self.most} connections, the most that there may be, and no whole request", "busy")
+                return new.send_away(503, f"all {self.most} connections wait for texts", "busy")
+            longest.send_away(
+                503, f"{self.most} connections, the limit, and this one has sent no whole request", "busy"
+            )
         self.wait_for_client(new)
 
     def wait_for_client(self, connection: Connection) -> None:
@@ -103,7 +105,7 @@ class Connections:
         self._answered[connection] = self._later(self._answer_seconds, connection.transport.abort)
 
     def linger(self, connection: Connection) -> None:
-        """This client has been told to go. It counts no more, and may read what it was told."""
+        """Keep a rejected connection open for a moment, outside the limit, so that its client can read the answer."""
         self.forget(connection)
         if len(self._leaving) < self._most_leaving:
             self._leaving[connection] = self._later(LINGER, connection.transport.abort)
@@ -122,17 +124,17 @@ class Connections:
         self._sent_away += 1
         now = asyncio.get_running_loop().time()
         if now - self._logged >= LOG_EVERY:
-            log.warning("%d clients sent away: there are %d connections, the most", self._sent_away, self.most)
+            log.warning("%d clients rejected: there are %d connections, the limit", self._sent_away, self.most)
             self._sent_away, self._logged = 0, now
 
 
 class Connection(H11Protocol):
-    """One connection of `connections`."""
+    """A connection that reports its state to `connections`."""
 
     def __init__(self, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
         self._all, self._gone = connections, False
-        self._of: object = None  # the request that was last seen whole
+        self._of: object = None  # the last request that had arrived whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -150,7 +152,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._of = self  # nothing that can be seen: whatever is seen next is new
+        self._of = self  # differs from every request, so that the next one is new
         self._look()
 
     def shutdown(self) -> None:
@@ -160,7 +162,7 @@ class Connection(H11Protocol):
             super().shutdown()
 
     def _look(self) -> None:
-        """Who is waited for now?"""
+        """Register whether the connection waits for its client or for the model."""
         if self._gone or self.transport.is_closing():
             return
         whole = self.cycle if self._is_open and not self.cycle.more_body else None
@@ -174,25 +176,25 @@ class Connection(H11Protocol):
 
     @property
     def _is_open(self) -> bool:
-        """Whether a request has begun that is not answered yet."""
+        """Whether a request has begun and its answer is not complete."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def time_out(self) -> None:
-        self.send_away(408, "the request did not arrive in time; send it at once", "timeout")
+        self.send_away(408, "the request did not arrive in time; send it without pauses", "timeout")
 
     def send_400_response(self, msg: str) -> None:
         self.send_away(400, msg, "invalid_http")
 
     def send_away(self, status: int, message: str, code: str) -> None:
-        """End the connection, with an answer where a client waits for one."""
+        """End the connection, with an answer if the client waits for one."""
         begun = self._is_open or bool(self.conn.trailing_data[0]) or self.cycle is None
         self._gone = True
         if self.transport.is_closing() or (self._is_open and self.cycle.response_started):
-            return self.transport.abort()  # whatever came now would be taken for a part of the answer
+            return self.transport.abort()  # the client would read an error as a part of the answer
         if not begun:
             self.transport.close()
             return self._all.linger(self)
-        if self._is_open:  # for those who still read its body
+        if self._is_open:  # wakes the code that still reads the body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         body = json.dumps(ApiError(status, message, code=code).body()).encode()
@@ -204,6 +206,6 @@ class Connection(H11Protocol):
             "connection: close",
         ]
         self.transport.write("\r\n".join([*head, "", ""]).encode() + body)
-        self.transport.write_eof()  # and not closed yet: what is not read would turn the answer into a reset
+        self.transport.write_eof()  # not closed yet: unread data would turn the answer into a reset
         self.transport.resume_reading()
         self._all.linger(self)

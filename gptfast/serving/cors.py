@@ -1,4 +1,4 @@
-"""Which pages in a browser may ask the server and read its answers (CORS)."""
+"""Cross-origin requests (CORS): the web pages that may use the server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 
 
 def check_origins(origins: Sequence[str]) -> None:
-    """Raise ValueError for what no browser sends as an origin."""
+    """Raise ValueError for a string that is not an origin, "*" or "none"."""
     for origin in origins:
         if origin not in ("*", "none") and not _ORIGIN.fullmatch(origin):
             raise ValueError(
@@ -21,15 +21,16 @@ def check_origins(origins: Sequence[str]) -> None:
                 "http://host:3000 (no path), * for all pages, or none"
             )
     if "none" in origins and len(origins) > 1:
-        raise ValueError("serve: --cors-origin none beside others; give none, or the others")
+        raise ValueError("serve: --cors-origin has none and others; give none, or the others")
 
 
-def let_in(app: FastAPI, origins: Sequence[str]) -> None:
-    """Answer the questions of browsers before a request (OPTIONS), and mark what their pages may read.
+def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Add the CORS middleware, which answers preflight requests (OPTIONS) and sets the CORS headers.
 
     Args:
-        app: the application; to be called after its other middleware is added, which then lies inside.
-        origins: of pages, beside those of this machine (any port of localhost); "*": all; "none": not even those.
+        app: the application, with its other middleware already added.
+        origins: allowed origins in addition to those of this machine (any port of localhost); "*": all; "none": none at
+            all.
     """
     check_origins(origins)
     if "none" in origins:

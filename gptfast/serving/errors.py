@@ -1,4 +1,4 @@
-"""Errors as the protocol has them, and bodies that are too long."""
+"""Error handlers in OpenAI's format, and the limit of request bodies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUTES = "POST /v1/completions, GET /v1/models, GET /v1/models/{model} and GET /
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Whatever goes wrong is told in the protocol's form."""
+    """Answer every error in the protocol's format."""
 
     def answer(error: ApiError) -> JSONResponse:
         headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}
@@ -31,15 +31,15 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         if error.status_code not in (404, 405):
             return answer(ApiError(error.status_code, str(error.detail)))
-        message = f"{http.method} {http.url.path} is not here; there are {ROUTES}"
+        message = f"{http.method} {http.url.path} does not exist; expected {ROUTES}"
         chat = "; the model continues texts and has no chat template" if "chat" in http.url.path else ""
         return answer(ApiError(error.status_code, message + chat, code="unknown_url"))
 
     async def on_leaving(_: HTTPRequest, error: Exception) -> Response:
-        return Response(status_code=CLIENT_LEFT)  # nobody reads it
+        return Response(status_code=CLIENT_LEFT)  # the client has left
 
     async def on_any(_: HTTPRequest, error: Exception) -> JSONResponse:
-        return answer(ApiError(500, "an error of the server; its log has more"))
+        return answer(ApiError(500, "internal server error; see the log of the server"))
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_error)
@@ -48,7 +48,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies beyond `most` bytes, announced or not."""
+    """ASGI middleware that rejects bodies of more than `most` bytes, with or without Content-Length."""
 
     def __init__(self, app: Any, most: int) -> None:
         self._app, self._most = app, most
@@ -61,7 +61,7 @@ class BodyLimit:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self._most:
-                raise ApiError(413, f"the body is over {self._most} bytes; send less")
+                raise ApiError(413, f"the body has more than {self._most} bytes; send less")
             return message
 
         announced = dict(scope.get("headers", [])).get(b"content-length", b"0")

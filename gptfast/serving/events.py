@@ -1,4 +1,4 @@
-"""A streamed completion as server-sent events: chunks with OpenAI's stream_options, then [DONE]."""
+"""Server-sent events of a streamed completion: chunks with OpenAI's stream_options, then [DONE]."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 
 from gptfast.serving.protocol import ApiError, Completion, envelope
 
-PADDED = 256  # bytes: a chunk of a token or two takes as many, whatever its text
+PADDED = 256  # bytes; chunks are padded to a multiple of it
 
 
 class Events:
-    """The events of one answer.
+    """Formats the events of one answer.
 
     Args:
-        ask: the request: its stream_options say whether chunks have a field `usage`, and whether all of them are padded
-            to equal sizes (`obfuscation`, random characters), which hides the lengths of texts from who sees encrypted
-            traffic.
-        model: its name.
+        ask: the request. Its stream_options choose whether chunks have a field `usage`, and whether they are padded to
+            equal sizes (`obfuscation`, random characters), which hides the lengths of texts in encrypted traffic.
+        model: the name of the model.
     """
 
     def __init__(self, ask: Completion, model: str) -> None:
@@ -28,11 +27,12 @@ class Events:
         self._head = envelope(model)
 
     def parts(self, parts: list[dict[str, Any]]) -> bytes:
-        """A chunk for each part of a choice."""
+        """The chunks of parts of choices."""
         more = {"usage": None} if self._wants_usage else {}
         return b"".join(self._chunk({**self._head, "choices": [part], **more}) for part in parts)
 
     def end(self, usage: dict[str, int]) -> bytes:
+        """The chunk with the usage, if requested, and [DONE]."""
         last = self._chunk({**self._head, "choices": [], "usage": usage}) if self._wants_usage else b""
         return last + b"data: [DONE]\n\n"
 

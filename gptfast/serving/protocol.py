@@ -148,7 +148,7 @@ class Completion(BaseModel):
         bias = self.logit_bias or {}
         for token in bias:
             if not (token.isascii() and token.isdigit() and len(token) < 10):
-                raise ApiError(400, f"logit_bias has the key {token[:20]!r}; expected token ids as keys", "logit_bias")
+                raise ApiError(400, f"logit_bias holds {token[:20]!r}; expected token ids as keys", "logit_bias")
         return {int(token): value for token, value in bias.items()} or None
 
 

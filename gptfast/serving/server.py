@@ -1,4 +1,4 @@
-"""Runs the application on a socket until it is told to stop."""
+"""Running the application on a socket, with a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ from fastapi import FastAPI
 
 from gptfast.serving.connections import Connections, choose_connections
 
-log = logging.getLogger("uvicorn.error")  # where the rest is told
+log = logging.getLogger("uvicorn.error")  # the log of uvicorn
 
-GRACE = 5.0  # seconds that requests may go on after SIGTERM or SIGINT
-MOST_UNACCEPTED = 2048  # connections that the system keeps until they are accepted
+GRACE = 5.0  # seconds for running requests after SIGTERM or SIGINT
+MOST_UNACCEPTED = 2048  # connections in the queue of the system
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket for `run`, bound before a model is loaded in vain.
+    """A socket for `run`, bound before the model is loaded so that an address in use is noticed at once.
 
     Raises:
-        OSError: the address is in use, or none of this machine's.
+        OSError: the address is in use, or does not belong to this machine.
     """
     try:
         (family, kind, protocol, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-        bound.listen()  # so that no other server takes it meanwhile
+        bound.listen()  # so that no other server takes it while the model loads
     except OSError as error:
         raise OSError(
-            f"serve: cannot listen at {host}, port {port}: {error.strerror or error}; choose another --port, or a --host of "
+            f"serve: cannot listen on {host}, port {port}: {error.strerror or error}; choose another --port, or a --host of "
             "this machine"
         ) from None
     return bound
 
 
 class GracefulServer(uvicorn.Server):
-    """Told to stop, it takes no more requests; those that run may end within `grace` seconds, and then are told.
+    """A server with a graceful shutdown: it rejects new requests, and cancels running ones after `grace` seconds.
 
     Args:
-        app: of `create_app`, whose limits hold for the connections too.
-        bound: of `bind`.
-        log_level: of uvicorn.
-        grace: see above.
+        app: the application of `create_app`; its limits also apply to the connections.
+        bound: the socket of `bind`.
+        log_level: log level of uvicorn.
+        grace: seconds for running requests to finish.
     """
 
     def __init__(self, app: FastAPI, bound: socket.socket, log_level: str = "info", grace: float = GRACE) -> None:
         limits = app.state.limits
         most = choose_connections(limits.max_connections, limits.max_rows + limits.max_queue)
-        answer_seconds = limits.seconds + limits.client_seconds  # it is there within the first
+        answer_seconds = limits.seconds + limits.client_seconds  # the first for the answer, the second for sending it
         self.connections = Connections(most, limits.client_seconds, answer_seconds)
         host, port = bound.getsockname()[:2]
         config = uvicorn.Config(
             app,
             host=host,
             port=port,
-            http=self.connections,  # pyright: ignore[reportArgumentType] (it makes protocols, as a class of them does)
+            http=self.connections,  # pyright: ignore[reportArgumentType] (callable like a class of protocols)
             ws="none",
             log_level=log_level,
             backlog=self.connections.burst,
@@ -69,7 +69,9 @@ class GracefulServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._bound.listen(MOST_UNACCEPTED)  # asyncio takes `backlog` for how many it accepts at once, too
+        self._bound.listen(
+            MOST_UNACCEPTED
+        )  # asyncio also uses `backlog` as the number of connections to accept at once
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         log.info("gptfast serve is running on http://%s:%d (Ctrl-C ends it)", host, self.config.port)
 
@@ -81,6 +83,6 @@ class GracefulServer(uvicorn.Server):
 
 
 def run(app: FastAPI, bound: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT, and then as `GracefulServer`."""
-    with contextlib.suppress(KeyboardInterrupt):  # raised anew when all has ended
+    """Serve until SIGTERM or SIGINT, then shut down gracefully."""
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after the shutdown
         GracefulServer(app, bound).run([bound])

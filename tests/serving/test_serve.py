@@ -162,11 +162,11 @@ def test_a_prompt_that_fills_the_context_is_scored(client, model, tokenizer):
     assert got.choices[0].text == tokenizer.decode(ids) and got.usage.total_tokens == BLOCK
     logprobs = got.choices[0].logprobs.token_logprobs
     assert logprobs[0] is None and logprobs[1:] == pytest.approx(score(model, ids), abs=1e-3)
-    with pytest.raises(openai.BadRequestError, match=f"the prompt has {BLOCK + 1} and max_tokens asks for 0 more"):
+    with pytest.raises(openai.BadRequestError, match=f"the prompt has {BLOCK + 1} and max_tokens is 0"):
         client.completions.create(**{**ask, "prompt": [*ids, 1]})
     with pytest.raises(openai.BadRequestError, match="holds token id 99; expected ids in"):
         client.completions.create(**{**ask, "prompt": [99]})
-    with pytest.raises(openai.BadRequestError, match=f"the prompt has {BLOCK} and max_tokens asks for 1 more"):
+    with pytest.raises(openai.BadRequestError, match=f"the prompt has {BLOCK} and max_tokens is 1"):
         client.completions.create(**{**ask, "prompt": ids, "max_tokens": 1})
 
 
@@ -403,17 +403,17 @@ def test_a_key_is_asked_for(model, tokenizer):
             {"model": "bard", "prompt": "a" * 48},
             400,
             "prompt",
-            "is 48 tokens; the prompt has 48 and max_tokens asks for 1",
+            "is 48 tokens; the prompt has 48 and max_tokens is 1",
         ),
         (
             {"model": "bard", "prompt": "a" * 19_000},
             400,
             "prompt",
-            "the prompt has 19000 and max_tokens asks for 1 more",
+            "the prompt has 19000 and max_tokens is 1",
         ),
         (
             {"model": "bard", "prompt": "a", "max_tokens": 48},
-            *(400, "max_tokens", "the context of this model is 48 tokens; the prompt has 1 and max_tokens asks for 48"),
+            *(400, "max_tokens", "the context of this model is 48 tokens; the prompt has 1 and max_tokens is 48"),
         ),
         ({"model": "bard", "prompt": "a", "max_tokens": 10**30}, 400, "max_tokens", "max_tokens"),
         ({"model": "bard", "prompt": "a" * 30_000}, 413, None, "the body has 300.. bytes, more than 20000; send less"),
@@ -436,13 +436,15 @@ def test_a_body_without_a_length_is_limited_too(url):
 
 
 def test_the_client_raises_bad_request(client):
-    with pytest.raises(openai.BadRequestError, match="the prompt has 10 and max_tokens asks for 50 more") as error:
+    with pytest.raises(openai.BadRequestError, match="the prompt has 10 and max_tokens is 50") as error:
         client.completions.create(model="bard", prompt="to be or n", max_tokens=50)
     assert error.value.code == "context_length_exceeded"
 
 
-def test_chat_is_not_here(client, url):
+def test_there_is_no_chat(client, url):
     with pytest.raises(openai.NotFoundError, match="continues texts and has no chat template") as error:
         client.chat.completions.create(model="bard", messages=[{"role": "user", "content": "hello"}])
     assert error.value.code == "unknown_url"
-    assert "GET /v1/completions is not here; there are POST /v1/completions" in httpx.get(url + "/v1/completions").text
+    assert (
+        "GET /v1/completions does not exist; expected POST /v1/completions" in httpx.get(url + "/v1/completions").text
+    )

@@ -63,7 +63,7 @@ def test_half_sent_requests_shut_nobody_out(model, tokenizer):
         for client in clients[:32]:
             status, error = answer(client)
             assert status == 503 and set(error) == {"message", "type", "param", "code"}
-            assert error["message"] == "8 connections, the most that there may be, and no whole request"
+            assert error["message"] == "8 connections, the limit, and this one has sent no whole request"
         [client.close() for client in clients]
 
 
@@ -86,7 +86,7 @@ def test_more_half_sent_requests_than_there_may_be_files(tmp_path, tokenizer):
         begin = time.monotonic()
         log = process.stderr.read()
         assert time.monotonic() - begin < 8, "half a request keeps no server up"
-    assert "clients sent away: there are 358 connections, the most" in log and "Traceback" not in log
+    assert "clients rejected: there are 358 connections, the limit" in log and "Traceback" not in log
 
 
 def test_where_all_wait_for_texts_one_more_is_refused(model, tokenizer):

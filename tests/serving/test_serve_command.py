@@ -47,13 +47,13 @@ def test_the_command_serves_until_it_is_told_to_stop(quantize, tmp_path, tokeniz
         (["--batch-size", "1000000000"], "--batch-size is 1000000000; expected 1 to 65536"),
         (["--max-queue", "-1"], "--max-queue is -1; expected at least 0"),
         (["--max-connections", "0"], "--max-connections is 0; expected 1 to "),
-        (["--max-connections", "1000000000"], "as this process may open so many files - ask for fewer, or raise"),
+        (["--max-connections", "1000000000"], "the limit of open files - give fewer, or raise"),
         (["--timeout", "nan"], "--timeout is nan; expected seconds > 0"),
         (["--port", "0"], "nowhere is not a folder"),
         (["--host", "0.0.0.0", "--no-auth", "--port", "0"], "nowhere is not a folder"),
         (
             ["--host", "192.0.2.1", "--no-auth", "--port", "0"],
-            "serve: cannot listen at 192.0.2.1, port 0: Cannot assign requested address; choose another --port, or a --host",
+            "serve: cannot listen on 192.0.2.1, port 0: Cannot assign requested address; choose another --port, or a --host",
         ),
     ],
 )
@@ -76,7 +76,7 @@ def test_a_port_in_use_is_told_before_a_model_is_loaded(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             main()
     assert stop.value.code == 1
-    assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
 
 
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys):

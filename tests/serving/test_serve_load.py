@@ -24,7 +24,7 @@ def test_more_than_the_queue_holds_is_429_and_later_it_goes_on(url, app, closed,
     with concurrent.futures.ThreadPoolExecutor(7) as pool:
         asked = [pool.submit(httpx.post, url + "/v1/completions", json=ASK, timeout=30) for _ in range(7)]
         wait_until(lambda: app.state.worker.open_sequences == 7)
-        with pytest.raises(openai.RateLimitError, match="too many requests run and wait; try again later"):
+        with pytest.raises(openai.RateLimitError, match="too many requests are running and waiting; try again later"):
             client.completions.create(**ASK)
         assert httpx.get(url + "/health").json()["sequences"] == 7
         closed.set()
@@ -227,7 +227,7 @@ def test_scorings_are_counted_and_limited(url, app, closed, client):
     with concurrent.futures.ThreadPoolExecutor(7) as pool:
         asked = [pool.submit(httpx.post, url + "/v1/completions", json=ask, timeout=30) for _ in range(7)]
         wait_until(lambda: app.state.worker.open_sequences == 7)
-        with pytest.raises(openai.RateLimitError, match="too many requests run and wait"):
+        with pytest.raises(openai.RateLimitError, match="too many requests are running and waiting"):
             client.completions.create(**ask)
         closed.set()
         assert [answer.result().status_code for answer in asked] == [200] * 7

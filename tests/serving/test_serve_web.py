@@ -111,7 +111,7 @@ def test_which_pages_may_ask(model, tokenizer, origins, let_in, kept_out):
     [
         (["example.com"], "--cors-origin is 'example.com'; expected the origin of a page, such as https://example.com"),
         (["https://example.com/chat"], "expected the origin of a page"),
-        (["none", "*"], "--cors-origin none beside others; give none, or the others"),
+        (["none", "*"], "--cors-origin has none and others; give none, or the others"),
     ],
 )
 def test_origins_are_checked_before_the_model_is_loaded(origins, said):
