@@ -30,6 +30,13 @@ def test_paths_exist(name):
     assert missing == [], f"{name} names what does not exist"
 
 
+def test_the_floors_are_those_of_the_contract():
+    """The block of docs/architecture.md is what import-linter checks."""
+    contract = re.search(r"^layers = \[\n(.*?)^\]", page("pyproject.toml"), re.M | re.S)[1]
+    block = re.search(r"^```\n(.*?)^```", page("docs/architecture.md"), re.M | re.S)[1]
+    assert block.splitlines() == re.findall(r'^ *"(.*)",', contract, re.M)
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_make_targets_exist(name):
     targets = set(re.findall(r"^([a-z-]+):.*##", page("Makefile"), re.M))
