@@ -1,0 +1,183 @@
+"""Patched language models of transformers: the loss without holding the logits, which are computed when somebody reads them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import fields
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from gptfast import ops
+from gptfast.integrations.lazy import lazy
+from gptfast.integrations.modules import Linear, runs
+from gptfast.integrations.swap import mark
+
+LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")  # of transformers' loss functions
+_CHUNK = 1024  # rows whose logits are held for token accuracies
+
+
+class _Held:
+    """The input of a head that has not been multiplied."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head, self.hidden = head, None
+
+
+_held: ContextVar[_Held | None] = ContextVar("gptfast_held", default=None)
+
+
+class Head(Linear):
+    """The head of a language model: a `torch.nn.Linear` that waits when told."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            held = _held.get()
+            if held is not None and held.head is self:
+                held.hidden = input
+                return input.new_empty(0)
+        return super().forward(input)
+
+
+mark(Head, nn.Linear)
+
+
+@contextmanager
+def _holding(head: nn.Module) -> Iterator[_Held]:
+    held = _Held(head)
+    token = _held.set(held)
+    try:
+        yield held
+    finally:
+        _held.reset(token)
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def language_model_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a language model of transformers that computes its loss by `gptfast.ops.linear_cross_entropy`."""
+    if original not in _CLASSES:
+
+        @wraps(original.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _forward(self, original.forward, args, kwargs)
+
+        def reduce(self: nn.Module, protocol: Any = None) -> Any:
+            return _new, (original,), self.__getstate__()
+
+        members = {"forward": forward, "__reduce_ex__": reduce, "__module__": original.__module__}
+        _CLASSES[original] = mark(type(original.__name__, (original,), members), original)
+    return _CLASSES[original]
+
+
+def _new(original: type[nn.Module]) -> nn.Module:
+    """An empty instance, for unpickling and copies."""
+    patched = language_model_class(original)
+    return patched.__new__(patched)
+
+
+def _forward(model: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    wants_accuracy = bool(kwargs.pop("return_token_accuracy", False))
+    labels, head = kwargs.get("labels"), model.get_output_embeddings()
+    if labels is None or not _may_wait(model, head, kwargs):
+        return plain(model, *args, **kwargs)
+    options = {name: value for name, value in kwargs.items() if name not in ("labels", *LOSS_OPTIONS)}
+    loss_options = {name: kwargs[name] for name in LOSS_OPTIONS if kwargs.get(name) is not None}
+    with _holding(head) as held:
+        outputs = plain(model, *args, **{**options, "return_dict": True})
+    hidden = held.hidden
+    if hidden is None:
+        raise RuntimeError(
+            f"{type(model).__name__}: its head was not called by its forward; restore(model) and report this"
+        )
+    targets = _targets(labels, **loss_options).to(hidden.device)
+    loss = _loss(hidden, head.weight, targets, **loss_options)
+    outputs = type(outputs)(**{**{field.name: vars(outputs)[field.name] for field in fields(outputs)}, "loss": loss})
+    if wants_accuracy:
+        object.__setattr__(outputs, "token_accuracy", _token_accuracy(head, hidden, targets, **loss_options))
+    return lazy(outputs, _logits_of(head, hidden))
+
+
+def _may_wait(model: Any, head: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether nobody can tell that the head waits, and the loss is the usual one."""
+    if type(head) is not Head or head.bias is not None or torch.compiler.is_compiling() or "forward" in vars(head):
+        return False
+    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
+        return False
+    plain_tuple = kwargs.get("return_dict") is False or not getattr(model.config, "return_dict", True)
+    kept = kwargs.get("logits_to_keep", 0)
+    if plain_tuple or not isinstance(kept, int) or kept != 0 or not isinstance(kwargs["labels"], Tensor):
+        return False
+    return ("loss_function" in _names(type(model).gptfast_original) and model.loss_function is ForCausalLMLoss) or (
+        "CrossEntropyLoss" in _names(type(model).gptfast_original)
+    )
+
+
+def _names(original: type[nn.Module]) -> tuple[str, ...]:
+    """Names that a forward uses, below transformers' decorators."""
+    return inspect.unwrap(original.forward).__code__.co_names
+
+
+def _targets(labels: Tensor, shift_labels: Tensor | None = None, ignore_index: int = -100, **_: Any) -> Tensor:
+    """The token that follows each position."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+
+
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    **_: Any,
+) -> Tensor:
+    rows, flat = hidden.flatten(0, -2), targets.reshape(-1)
+    if not runs(rows, weight):
+        total = F.cross_entropy(
+            F.linear(rows, weight).float(),
+            flat,
+            ignore_index=ignore_index,
+            reduction="mean" if num_items_in_batch is None else "sum",
+        )
+    else:
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        total = ops.linear_cross_entropy(rows, weight, flat, ignore_index=ignore_index, reduction=reduction)
+    if num_items_in_batch is None:
+        return total
+    items = num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+    return total / items
+
+
+@torch.no_grad()
+def _token_accuracy(head: nn.Module, hidden: Tensor, targets: Tensor, ignore_index: int = -100, **_: Any) -> Tensor:
+    """Share of the targets that have the largest logit, a scalar; the logits of some rows at a time."""
+    rows, flat = hidden.detach().flatten(0, -2), targets.reshape(-1)
+    best = torch.cat([head(part).argmax(-1) for part in rows.split(_CHUNK)])
+    counts = flat != ignore_index
+    return ((best == flat) & counts).sum() / counts.sum()
+
+
+def _logits_of(head: Any, hidden: Tensor) -> Callable[[], Tensor]:
+    """A function that returns head(hidden), as it would have been computed now."""
+    kind, grad = hidden.device.type, torch.is_grad_enabled()
+    cast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    weight, version = head.weight, head.weight._version
+
+    def compute() -> Tensor:
+        if head.weight is not weight or weight._version != version:
+            raise RuntimeError(
+                "outputs.logits: the head's weight has changed since the forward pass, and the logits had not been computed; "
+                "read outputs.logits before optimizer.step()"
+            )
+        with torch.set_grad_enabled(grad), torch.autocast(kind, dtype=dtype, enabled=cast):
+            return head(hidden)
+
+    return compute

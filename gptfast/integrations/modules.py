@@ -1,0 +1,86 @@
+"""Patched modules of torch.nn: the same values, computed by `gptfast.ops`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptfast import ops
+from gptfast.integrations.swap import patches
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def runs(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels take these operands: one float dtype, or any under autocast, on one device. What they do not take goes to torch, with torch's
+    results and torch's errors."""
+    if x.dtype not in FLOATS or x.dim() == 0:
+        return False
+    mixed = torch.is_autocast_enabled(x.device.type)
+    given = [other for other in others if other is not None]
+    return all(y.device == x.device and (y.dtype == x.dtype or (mixed and y.dtype in FLOATS)) for y in given)
+
+
+@patches(nn.LayerNorm)
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` over one dimension."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight is None or self.weight.dim() != 1 or not runs(input, self.weight, self.bias):
+            return super().forward(input)
+        if input.shape[-1:] != self.weight.shape:
+            return super().forward(input)
+        return ops.layer_norm(input, self.weight, self.bias, self.eps)
+
+
+@patches(nn.GELU)
+class GELU(nn.GELU):
+    """`torch.nn.GELU`, exact or by tanh."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.gelu(input, approximate=self.approximate) if runs(input) else super().forward(input)
+
+
+@patches(nn.Dropout)
+class Dropout(nn.Dropout):
+    """`torch.nn.Dropout`: a mask of its own for every call, seeded by torch's CPU generator."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or self.inplace or not runs(input):
+            return super().forward(input)
+        return ops.dropout(input, self.p)
+
+
+@patches(nn.Linear)
+class Linear(nn.Linear):
+    """`torch.nn.Linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not runs(input, self.weight, self.bias) or input.shape[-1] != self.weight.shape[1]:
+            return super().forward(input)
+        return ops.linear(input, self.weight, self.bias)
+
+
+@patches(nn.CrossEntropyLoss)
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss` of (N, V) logits and ids."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if self.weight is not None or target.dtype != torch.int64 or input.dim() != 2 or not runs(input):
+            return F.cross_entropy(
+                input,
+                target,
+                weight=self.weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                label_smoothing=self.label_smoothing,
+            )
+        loss = ops.cross_entropy(
+            input,
+            target,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+        return loss.to(input.dtype)

@@ -1,0 +1,56 @@
+"""Patching one instance: its class becomes a subclass that computes the same with gptfast.
+
+The subclass adds no attributes, so `vars(module)`, parameters, hooks, `state_dict` and `isinstance` are as before, pickles and
+deep copies carry the patch, and nothing but the class has to be put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=type[nn.Module])
+_PATCHED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def patches(original: type[nn.Module]) -> Callable[[M], M]:
+    """Class decorator: instances of exactly `original` may become instances of this subclass."""
+
+    def register(patched: M) -> M:
+        _PATCHED[original] = mark(patched, original)
+        return patched
+
+    return register
+
+
+def mark(patched: M, original: type[nn.Module]) -> M:
+    """Note in a subclass which class its instances had."""
+    patched.gptfast_original = original  # pyright: ignore[reportAttributeAccessIssue]
+    return patched
+
+
+def patched_class(module: nn.Module) -> type[nn.Module] | None:
+    """The subclass for this module, None where there is none. Other people's subclasses have none: what they compute may differ."""
+    return _PATCHED.get(type(module))
+
+
+def original_class(module: nn.Module) -> Any:
+    """The class that a patched module had, None of another. A class that was made from the patched one, as by
+    `torch.nn.utils.parametrize` and FSDP, counts as patched."""
+    return getattr(type(module), "gptfast_original", None)
+
+
+def check_restorable(name: str, module: nn.Module) -> None:
+    """Raise RuntimeError where somebody has changed a patched module's class since, or its own `forward`."""
+    if "gptfast_original" not in vars(type(module)):
+        raise RuntimeError(
+            f"restore: {name} has become a {type(module).__name__} since it was patched, as by parametrisations or FSDP; "
+            "undo that first"
+        )
+    if "forward" in vars(module):
+        raise RuntimeError(
+            f"restore: somebody has set {name}.forward since it was patched, as hooks of the package accelerate do; undo that "
+            "first, such as by accelerate.hooks.remove_hook_from_module"
+        )

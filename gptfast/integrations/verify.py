@@ -1,0 +1,117 @@
+"""Compares a patched model with itself unpatched, on a batch of the user's."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TINY = 3e-7  # below this part of the largest value an error is rounding of float32, whoever makes it
+ROUNDS = 5
+
+
+def check_batch(batch: Any) -> None:
+    """Raise TypeError, ValueError where a batch cannot be verified with."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"accelerate: verify is a {type(batch).__name__}; expected a dict of the model's arguments, such as "
+            "{'input_ids': ids, 'labels': ids}"
+        )
+    if batch.get("labels") is None:
+        raise ValueError(
+            f"accelerate: verify has no labels (it has {', '.join(map(str, batch)) or 'nothing'}), so there is no loss to "
+            "compare; add them, for a language model labels=input_ids"
+        )
+
+
+def verified(
+    model: nn.Module, batch: Mapping[str, Any], patch: Callable[[], None], undo: Callable[[], None]
+) -> tuple[dict[str, float], float]:
+    """Patch the model, and compare loss, logits and all gradients before and after with those in float64.
+
+    Both run in evaluation mode, where dropout does not blur the comparison. Afterwards the model is patched, and has the mode
+    and the gradients that it had.
+
+    Returns:
+        (name -> error after in units of the error before, time before over time after).
+    """
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    state = torch.get_rng_state()
+    try:
+        model.eval()
+        exact = _results(copy.deepcopy(model).double(), batch)
+        before, seconds = _results(model, batch), _Timing(model, batch)
+        patch()
+        try:
+            after = _results(model, batch)
+            speedup = seconds.compare(patch, undo)
+        except BaseException:
+            undo()
+            raise
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, grad in kept:
+            parameter.grad = grad
+        torch.set_rng_state(state)
+    errors = {name: _units(after[name], before[name], value) for name, value in exact.items()}
+    return errors, speedup
+
+
+def _results(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Loss, logits and gradients, by name."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    dtype = next(model.parameters()).dtype
+    casts = {n: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in batch.items()}
+    outputs = model(**casts)
+    outputs.loss.backward()
+    logits, mask = outputs.logits.detach(), batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
+        logits = logits[mask.bool()]  # those of padding mean nothing
+    found = {"loss": outputs.loss.detach().clone(), "logits": logits.clone()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[name] = parameter.grad.detach().clone()
+    return found
+
+
+def _units(after: Tensor, before: Tensor, exact: Tensor) -> float:
+    """Largest error after in units of the largest before."""
+    scale = TINY * exact.abs().max().clamp_min(1e-30)
+    worst = (after.double() - exact).abs().max()
+    return float(worst / (before.double() - exact).abs().max().clamp_min(scale))
+
+
+class _Timing:
+    """Medians of steps of the patched and the unpatched model, in turns."""
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        self.model, self.batch = model, batch
+
+    def compare(self, patch: Callable[[], None], undo: Callable[[], None]) -> float:
+        """Time without the patch over time with it; the model is patched before and after."""
+        self.model.train()
+        with_patch, without = [], []
+        for _ in range(ROUNDS):
+            with_patch.append(self._step())
+            undo()
+            without.append(self._step())
+            patch()
+        return statistics.median(without) / statistics.median(with_patch)
+
+    def _step(self) -> float:
+        device = next(self.model.parameters()).device
+        begin = time.perf_counter()
+        self.model(**self.batch).loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - begin
+        self.model.zero_grad(set_to_none=True)
+        return seconds
