@@ -47,7 +47,8 @@ def linear(
 
     Args:
         x: (..., in_features), any float dtype.
-        weight: (out_features, in_features), of x's dtype, or of any under autocast.
+        weight: (out_features, in_features), of x's dtype, or of any under autocast; its gradient is laid out as it is, so
+            the transpose of an (in_features, out_features) matrix costs no copy.
         bias: (out_features,) or None.
         activation: None, "gelu_tanh", "gelu", "relu", "silu", "quick_gelu" (z sigmoid(1.702 z)) or "tanh".
         backend: see `gptfast.backend`.
@@ -116,9 +117,12 @@ def _backward(
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     if want_x:
         gemm(dy, weight, dx, dtype=x.dtype)
-    if want_weight:
+    transposed = want_weight and dweight.stride(1) != 1
+    if transposed:
+        gemm(x.t(), dy, dweight.t(), dtype=x.dtype)
+    elif want_weight:
         gemm(dy.t(), x, dweight, dtype=x.dtype, a_sums=dbias if want_bias else None)
-    elif want_bias:
+    if want_bias and (transposed or not want_weight):
         torch.sum(dy, 0, dtype=torch.float32, out=dbias)
     return dx, dweight, dbias
 
@@ -140,7 +144,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if want_x else (0,)),
-        weight.new_empty(weight.shape if want_weight else (0,)),
+        torch.empty_like(weight) if want_weight else weight.new_empty(0),  # laid out as the weight, also where it is a W.t()
         x.new_empty(weight.shape[0] if want_bias else 0, dtype=torch.float32),
     )
 
