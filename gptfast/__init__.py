@@ -7,18 +7,40 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from gptfast._version import __version__
+from gptfast._when_imported import when_imported
+from gptfast.integrations.names import register
 
 if TYPE_CHECKING:
     from gptfast import engine, nn, ops
     from gptfast.backend import backend
+    from gptfast.integrations import accelerate, restore
     from gptfast.malloc import tune_malloc
     from gptfast.models import GPT, GPTConfig
 
-__all__ = ["GPT", "GPTConfig", "__version__", "backend", "engine", "nn", "ops", "tune_malloc"]
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "__version__",
+    "accelerate",
+    "backend",
+    "engine",
+    "nn",
+    "ops",
+    "restore",
+    "tune_malloc",
+]
+
+when_imported("transformers.modeling_utils", register)  # attn_implementation="gptfast", whichever is imported first
 
 # Imported when first used, because torch takes seconds: `gptfast --help` does not wait for it, and what has to be set
 # before torch loads can be. Every other name is a module of the package; `gptfast.backend` is one that can be called.
-_CLASSES = {"GPT": "gptfast.models", "GPTConfig": "gptfast.models", "tune_malloc": "gptfast.malloc"}
+_CLASSES = {
+    "GPT": "gptfast.models",
+    "GPTConfig": "gptfast.models",
+    "accelerate": "gptfast.integrations",
+    "restore": "gptfast.integrations",
+    "tune_malloc": "gptfast.malloc",
+}
 
 
 def __getattr__(name: str) -> Any:

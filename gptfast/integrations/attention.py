@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from gptfast import ops
 from gptfast.integrations.masks import Pattern, pattern_of
+from gptfast.integrations.names import NAME
 
-NAME = "gptfast"
 REFUSED = {  # argument of transformers' interface: what it is
     "softcap": "a soft cap on the scores",
     "s_aux": "attention sinks",
@@ -121,12 +121,3 @@ def _by_torch(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.transpose(1, 2)
-
-
-def register() -> None:
-    """Make `attn_implementation="gptfast"` known to transformers: its attention, and its mask, without which causality is lost."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)

@@ -29,13 +29,14 @@ class _Lazy:
     """Before the output's own class in the order of bases: completes the output, and hands over to the plain class."""
 
     def _plain(self) -> Any:
-        compute = vars(self).pop(_COMPUTE)
+        compute = vars(self).pop(_COMPUTE, None)  # None: somebody has called type(outputs)(…)
         object.__setattr__(self, "__class__", type(self).__mro__[2])
         return compute
 
     def _complete(self) -> Any:
         compute = self._plain()
-        self.logits = compute()
+        if compute is not None:
+            self.logits = compute()
         return self
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptfast import ops
-from gptfast.integrations.swap import patches
+from gptfast.integrations.swap import mark, patches
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,3 +86,44 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             label_smoothing=self.label_smoothing,
         )
         return loss.to(input.dtype)
+
+
+class _OwnGELU(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.gelu(input, approximate=self.approximate) if runs(input) else super().forward(input)
+
+
+_GELUS: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+
+
+def own_gelu_class(module: nn.Module) -> type[nn.Module] | None:
+    """The subclass for a GELU of another project, which is found by its name, its lack of any state, and its values."""
+    if "GELU" not in type(module).__name__.upper() or list(module.parameters()) or list(module.buffers()):
+        return None
+    x = torch.linspace(-6, 6, 997, dtype=torch.float64, device="cpu")
+    try:
+        y = type(module).forward(module, x)
+    except Exception:
+        return None
+    for approximate in ("none", "tanh"):
+        if isinstance(y, Tensor) and torch.allclose(y, F.gelu(x, approximate=approximate), rtol=0, atol=1e-9):
+            return _own_gelu(type(module), approximate)
+    return None
+
+
+def _own_gelu(original: type[nn.Module], approximate: str) -> type[nn.Module]:
+    key = original, approximate
+    if key not in _GELUS:
+        members = {"approximate": approximate, "__module__": original.__module__, "__reduce_ex__": _reduce_gelu}
+        _GELUS[key] = mark(type(original.__name__, (_OwnGELU, original), members), original)
+    return _GELUS[key]
+
+
+def _reduce_gelu(self: Any, protocol: Any = None) -> Any:
+    return _new_gelu, (self.gptfast_original, self.approximate), self.__getstate__()
+
+
+def _new_gelu(original: type[nn.Module], approximate: str) -> nn.Module:
+    """An empty instance, for unpickling and copies."""
+    patched = _own_gelu(original, approximate)
+    return patched.__new__(patched)

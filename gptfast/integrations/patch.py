@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptfast.integrations.modules import FLOATS
+from gptfast.integrations.modules import FLOATS, own_gelu_class
 from gptfast.integrations.report import Report
 from gptfast.integrations.rerouted import functions_of, rerouted_class
 from gptfast.integrations.swap import check_restorable, original_class, patched_class
@@ -146,8 +146,9 @@ def _check_version(version: str) -> None:
 def _patches(model: nn.Module, report: Report) -> Iterator[_Patch]:
     """The patches of a model; what is left alone goes into the report."""
     of_transformers = _is_of_transformers(model)
+    shared: set[int] = set()
     if of_transformers:
-        from gptfast.integrations import transformers_gpt  # noqa: F401 (registers its classes)
+        from gptfast.integrations.transformers_gpt import SHARED as shared
     alone: list[str] = []
     heads = set()
     seen: set[int] = set()
@@ -155,6 +156,8 @@ def _patches(model: nn.Module, report: Report) -> Iterator[_Patch]:
         if id(module) in seen or any(name.startswith(prefix + ".") for prefix in alone):
             continue
         seen.add(id(module))
+        if id(module) in shared:
+            continue
         reason = _reason_to_leave(module)
         if reason:
             report.skipped[name] = reason
@@ -176,6 +179,8 @@ def _patches(model: nn.Module, report: Report) -> Iterator[_Patch]:
             yield _Patch(module, Head, "linear")
         elif (patched := patched_class(module)) is not None:
             yield _Patch(module, patched, _told(patched))
+        elif (gelu := own_gelu_class(module)) is not None:
+            yield _Patch(module, gelu, "gelu")
         elif functions := functions_of(module):
             yield _Patch(module, rerouted_class(type(module)), ", ".join(functions))
 
@@ -189,6 +194,7 @@ def _told(patched: type[nn.Module]) -> str:
         "CrossEntropyLoss": "cross_entropy",
         "GPT2Attention": "causal_attention",
         "OpenAIAttention": "causal_attention",
+        "OpenAIMLP": "gelu",
     }.get(patched.__name__, "gelu")
 
 

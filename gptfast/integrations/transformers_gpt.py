@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import activations
 from transformers.activations import GELUTanh as HFGELUTanh
 from transformers.activations import NewGELUActivation as HFNewGELU
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -113,6 +114,19 @@ class OpenAIAttention(openai.Attention):
         scale = v.shape[-1] ** -0.5 if self.scale else 1.0
         out, _ = attention_forward(self, q, k, v, mask, dropout=dropout, scaling=scale, is_causal=True)
         return [self.resid_dropout(self.c_proj(out.flatten(2)))]
+
+
+@patches(openai.MLP)
+class OpenAIMLP(openai.MLP):
+    """transformers' MLP of GPT-1, whose GELU is one object that all models of the process share and that is left alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.c_fc(x)
+        h = ops.gelu(h, approximate="tanh") if type(self.act) is HFNewGELU and runs(h) else self.act(h)
+        return self.dropout(self.c_proj(h))
+
+
+SHARED = {id(value) for scope in (vars(activations), openai.ACT_FNS) for value in scope.values()}  # by all models
 
 
 @once

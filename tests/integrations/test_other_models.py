@@ -1,0 +1,179 @@
+"""Patched models that are not transformers': nanoGPT's and minGPT's kinds of code, and any module tree."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gptfast
+
+V, T, C, H = 61, 16, 32, 4
+
+
+class Norm(nn.Module):
+    """LayerNorm with an optional bias, by the function."""
+
+    def __init__(self, size: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class Attention(nn.Module):
+    """Causal attention by torch's function, as nanoGPT has it."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.resid_dropout, self.dropout = nn.Dropout(dropout), dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (part.view(B, T, H, C // H).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        p = self.dropout if self.training else 0
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=p, is_causal=True)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C)))
+
+
+class NewGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: float, activation: nn.Module) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2 = Norm(C, True), Attention(dropout), Norm(C, False)
+        self.mlp = nn.Sequential(nn.Linear(C, 4 * C), activation, nn.Linear(4 * C, C), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The shape of nanoGPT's model."""
+
+    def __init__(self, dropout: float = 0.0, activation: type[nn.Module] = nn.GELU) -> None:
+        super().__init__()
+        self.wte, self.wpe, self.drop = nn.Embedding(V, C), nn.Embedding(T, C), nn.Dropout(dropout)
+        self.h = nn.ModuleList(Block(dropout, activation()) for _ in range(2))
+        self.ln_f, self.lm_head = Norm(C, False), nn.Linear(C, V, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        x = self.drop(self.wte(idx) + self.wpe(torch.arange(idx.shape[1])))
+        for block in self.h:
+            x = block(x)
+        logits = self.lm_head(self.ln_f(x))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+
+def make(**options: Any) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(**options)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return model
+
+
+IDS = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(1))
+TARGETS = IDS.roll(-1, 1).masked_fill(IDS % 7 == 0, -1)
+
+
+def results(model: GPT) -> list[Tensor]:
+    model.zero_grad()
+    logits, loss = model(IDS, TARGETS)
+    loss.backward()
+    return [loss.detach(), logits.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, NewGELU])
+def test_a_model_of_nanogpts_kind(activation: type[nn.Module]):
+    model = make(activation=activation)
+    exact, before = results(copy.deepcopy(model).double()), results(model)
+    report = gptfast.accelerate(model)
+    told = {name: text for name, text in report.replaced.items() if "." not in name.removeprefix("h.0.")}
+    expected = {
+        "": "cross_entropy",
+        "drop": "dropout",
+        "h.0.ln_1": "layer_norm",
+        "h.0.attn": "scaled_dot_product_attention",
+        "h.0.ln_2": "layer_norm",
+        "ln_f": "layer_norm",
+        "lm_head": "linear",
+    }
+    assert told == expected
+    assert report.replaced["h.1.mlp.1"] == "gelu"
+    for got, own, value in zip(results(model), before, exact, strict=True):
+        allowed = 2 * (own - value).abs().max() + 3e-7 * value.abs().max()
+        assert (got - value).abs().max() <= allowed
+    gptfast.restore(model)
+    assert type(model) is GPT and all(torch.equal(a, b) for a, b in zip(results(model), before, strict=True))
+
+
+def test_copies_and_pickles_of_patched_classes_of_ones_own():
+    model = make()
+    gptfast.accelerate(model)
+    expected = results(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(torch.equal(a, b) for a, b in zip(results(twin), expected, strict=True))
+        gptfast.restore(twin)
+        assert type(twin) is GPT
+
+
+def test_dropout_of_attention_follows_manual_seed():
+    model = make(dropout=0.3).train()
+    gptfast.accelerate(model)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(model(IDS, TARGETS)[1].item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_torch_itself_is_as_it_was():
+    model = make()
+    function = F.scaled_dot_product_attention
+    gptfast.accelerate(model)
+    results(model)
+    assert F.scaled_dot_product_attention is function and nn.Linear.forward.__module__ == "torch.nn.modules.linear"
+    assert type(nn.LayerNorm(3)) is nn.LayerNorm
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_torch_compile(order: str):
+    model = make()
+    expected = results(model)
+    if order == "before":
+        compiled = torch.compile(model, backend="aot_eager")
+        gptfast.accelerate(model)
+    else:
+        gptfast.accelerate(model)
+        compiled = torch.compile(model, backend="aot_eager")
+    for got, value in zip(results(compiled), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_and_double_go_where_they_can():
+    for dtype in (torch.bfloat16, torch.float64):
+        model = make().to(dtype)
+        if dtype == torch.float64:
+            with pytest.raises(ValueError, match="nothing to replace"):
+                gptfast.accelerate(nn.Linear(3, 3).to(dtype))
+        before = model(IDS)[0]
+        gptfast.accelerate(model)
+        tolerance = {"rtol": 0.1, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(model(IDS)[0], before, **tolerance)

@@ -1,0 +1,154 @@
+"""Patched models under transformers' Trainer, the package accelerate, and peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gptfast
+from gptfast.integrations.swap import original_class
+from tests.support.hf_models import T, V, hf_model, padded
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+
+IDS, _ = padded("none")
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        ids = torch.randint(3, V, (T,), generator=torch.Generator().manual_seed(n))
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def train(tmp_path: Any, patch: bool, **options: Any) -> tuple[list[float], dict[str, float], dict[str, Tensor]]:
+    """Losses, evaluation and weights of a short run."""
+    model = hf_model()
+    if patch:
+        gptfast.accelerate(model)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        learning_rate=1e-2,
+        seed=3,
+        **options,
+    )
+    accuracy = lambda result: {"accuracy": float((result.predictions[:, :-1] == result.label_ids[:, 1:]).mean())}  # noqa: E731
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Texts(),
+        eval_dataset=Texts(),
+        compute_metrics=accuracy,
+        preprocess_logits_for_metrics=lambda logits, labels: (
+            logits[0] if isinstance(logits, tuple) else logits
+        ).argmax(-1),
+    )
+    trainer.train()
+    measured = trainer.evaluate()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, measured, dict(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"bf16": True}],
+    ids=["plain", "accumulation", "checkpointing", "bf16"],
+)
+def test_trainer_gives_the_losses_metrics_and_weights_of_the_unpatched_model(tmp_path: Any, options: dict[str, Any]):
+    config = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    runs = []
+    for patch in (False, True):
+        original, globals()["hf_model"] = hf_model, lambda: original(**config)  # noqa: B023
+        try:
+            runs.append(train(tmp_path, patch, **options))
+        finally:
+            globals()["hf_model"] = original
+    (losses, measured, weights), (our_losses, our_measured, our_weights) = runs
+    tolerance = 0.05 if options.get("bf16") else 2e-4
+    assert our_losses == pytest.approx(losses, rel=tolerance)
+    assert our_measured["eval_loss"] == pytest.approx(measured["eval_loss"], rel=tolerance)
+    assert our_measured["eval_accuracy"] == pytest.approx(
+        measured["eval_accuracy"], abs=0.1 if options.get("bf16") else 0.02
+    )
+    if not options.get("bf16"):
+        for name, value in weights.items():
+            assert (our_weights[name] - value).norm() <= 2e-2 * value.norm(), name
+
+
+LORA = {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "init_lora_weights": False}
+
+
+def lora(model: Any, **options: Any) -> Any:
+    torch.manual_seed(7)
+    return peft.get_peft_model(model, peft.LoraConfig(**{**LORA, **options}, task_type="CAUSAL_LM")).eval()
+
+
+def step(model: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    outputs = model(input_ids=IDS, labels=IDS)
+    outputs.loss.backward()
+    grads = {name.replace(".base_layer", ""): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": outputs.loss.detach(), "logits": outputs.logits.detach(), **grads}
+
+
+def check_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max() + 1e-3), msg=name)
+
+
+@pytest.mark.parametrize("order", ["adapters first", "patch first"])
+def test_lora_before_and_after_patching(order: str):
+    expected = step(lora(hf_model()))
+    model = hf_model()
+    if order == "patch first":
+        gptfast.accelerate(model)
+        adapted = lora(model)
+    else:
+        adapted = lora(model)
+        report = gptfast.accelerate(adapted)
+        assert any("base_layer" in name for name in report.replaced)
+    check_same(step(adapted), expected)
+    with adapted.disable_adapter():
+        off = adapted(input_ids=IDS).logits
+    torch.testing.assert_close(off, hf_model()(IDS).logits, rtol=1e-4, atol=1e-4)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(
+        merged(IDS).logits, lora(hf_model()).merge_and_unload()(IDS).logits, rtol=1e-3, atol=1e-3
+    )
+    gptfast.restore(merged)
+    assert not any(original_class(module) for module in merged.modules())
+
+
+def test_lora_on_the_head_trains():
+    options = {"target_modules": ["lm_head"], "fan_in_fan_out": False}
+    expected = step(lora(hf_model(tie_word_embeddings=False), **options))
+    model = hf_model(tie_word_embeddings=False)
+    gptfast.accelerate(model)
+    got = step(lora(model, **options))
+    check_same(got, expected)
+    assert any("lm_head" in name and bool(value.any()) for name, value in got.items())
+
+
+def test_prompt_tuning():
+    config = peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    plain, patched = hf_model(), hf_model()
+    gptfast.accelerate(patched)
+    results = []
+    for model in (plain, patched):
+        torch.manual_seed(2)
+        results.append(step(peft.get_peft_model(model, config).eval()))
+    check_same(results[1], results[0])
