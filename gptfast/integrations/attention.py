@@ -61,13 +61,14 @@ def attention_forward(
     if attention_mask is None and (T == S or not causal or T == 1):
         out = grouped(query, key, value, causal=causal and T == S, **options)
         return out.transpose(1, 2), None
-    pattern = None
-    if attention_mask is not None and not torch.compiler.is_compiling():
-        attention_mask = attention_mask[..., :S]
-        pattern = pattern_of(attention_mask) if T == S else None
+    if attention_mask is None or torch.compiler.is_compiling():
+        return _by_torch(query, key, value, attention_mask, causal, options), None
+    attention_mask = attention_mask[..., :S]
+    pattern = pattern_of(attention_mask) if T == S else None
     if pattern is None:
         return _by_torch(query, key, value, attention_mask, causal, options), None
-    return _by_pattern(query, key, value, pattern, options, attention_mask.dtype == torch.bool), None
+    zeros = attention_mask.dtype == torch.bool
+    return _by_pattern(query, key, value, pattern, options, zeros), None
 
 
 def grouped(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

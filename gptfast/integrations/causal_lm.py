@@ -28,7 +28,8 @@ class _Held:
     """The input of a head that has not been multiplied."""
 
     def __init__(self, head: nn.Module) -> None:
-        self.head, self.hidden = head, None
+        self.head = head
+        self.hidden: Tensor | None = None
 
 
 _held: ContextVar[_Held | None] = ContextVar("gptfast_held", default=None)

@@ -89,6 +89,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class _OwnGELU(nn.Module):
+    approximate: str
+
     def forward(self, input: Tensor) -> Tensor:
         return ops.gelu(input, approximate=self.approximate) if runs(input) else super().forward(input)
 
