@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from gptfast import ops
 from gptfast.integrations.masks import Pattern, pattern_of
-from gptfast.integrations.names import NAME
 
 REFUSED = {  # argument of transformers' interface: what it is
     "softcap": "a soft cap on the scores",
@@ -49,7 +48,7 @@ def attention_forward(
     for name, what in REFUSED.items():
         if others.get(name) is not None:
             raise NotImplementedError(
-                f"attn_implementation={NAME!r}: {name}, {what}, is not supported; use attn_implementation='eager'"
+                f"attn_implementation='gptfast': {name}, {what}, is not supported; use attn_implementation='eager'"
             )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     T, S = query.shape[2], key.shape[2]

@@ -144,7 +144,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if want_x else (0,)),
-        torch.empty_like(weight) if want_weight else weight.new_empty(0),  # laid out as the weight, also where it is a W.t()
+        torch.empty_like(weight) if want_weight else weight.new_empty(0),  # laid out as the weight, which may be W.t()
         x.new_empty(weight.shape[0] if want_bias else 0, dtype=torch.float32),
     )
 
