@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # By the file that implements them: csrc/bindings/<file>.cpp, cuda_<file>.cpp and gptfast/triton/<file>.py.
 KERNELS: dict[str, tuple[str, ...]] = {
@@ -64,6 +66,22 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "-> Tensor",
     ),
 }
+
+
+class AttentionOptions(NamedTuple):
+    """What a call of causal_attention is asked for besides q, k and v: the arguments that its two schemas end with, in their
+    order. `ops.causal_attention` explains them."""
+
+    seq_lens: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    causal: bool = True
+    scale: float = 1.0  # of the scores
+    dropout_p: float = 0.0
+    seed: int = 0
+    offset: int = 0
+    window: int = 0  # 0: none
+
+
 TRITON_ONLY = {"dequantize_nf4", "quantized_linear"}  # no compiled kernel yet: elsewhere these ops run in PyTorch
 
 # Functions of the compiled libraries that no other backend has.

@@ -177,11 +177,6 @@ def has_values(x: Tensor) -> bool:
     return x.device.type != "meta" and not transformed()
 
 
-def is_automatic(choice: str | None) -> bool:
-    """Whether neither the call, nor the surrounding `with`, nor the environment names a backend."""
-    return (choice or chosen()) == "auto"
-
-
 def _automatic(op: str, x: Tensor) -> str:
     if x.dtype not in KERNEL_DTYPES:
         return "eager"

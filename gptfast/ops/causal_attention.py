@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.backend import is_automatic, kernels, resolve
-from gptfast.ops import handed_over, reference
+from gptfast._schemas import AttentionOptions
+from gptfast.backend import kernels, resolve
+from gptfast.ops import reference
 from gptfast.ops._common import (
     autocast,
     check_float,
@@ -79,38 +80,23 @@ def causal_attention(
     """
     check_float(OP, q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
-    _check(q, k, v, causal, dropout_p, seq_lens, cu_seqlens, window)
+    _check_tensors(q, k, v, seq_lens=seq_lens, cu_seqlens=cu_seqlens)
+    check_probability(OP, "dropout_p", dropout_p)
+    if window is not None:
+        check_int(OP, "window", window, 1)
     if softmax_scale is not None:
         check_number(OP, "softmax_scale", softmax_scale)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"{OP}: softmax_scale is {scale}; expected a finite number")
     seed, offset = stream(OP, seed, offset, dropout_p > 0)
+    options = AttentionOptions(seq_lens, cu_seqlens, causal, scale, float(dropout_p), seed, offset, window or 0)
+    _check_options(q, k, options)
     runs_on = resolve(OP, backend, q)
     if runs_on == "eager":
-        return reference.causal_attention(
-            q,
-            k,
-            v,
-            causal=causal,
-            softmax_scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
-            offset=offset,
-            seq_lens=seq_lens,
-            cu_seqlens=cu_seqlens,
-            window=window,
-            return_lse=return_lse,
-        )
-    plain = dropout_p == 0 and seq_lens is None and cu_seqlens is None and window is None and not return_lse
-    if is_automatic(backend) and handed_over.takes(q, k, v, causal, plain):
-        return handed_over.run(q, k, v, causal, scale)
+        return reference.attention(q, k, v, options, return_lse)
     if scale < 0:  # the kernels take the maximum of unscaled scores
-        q, scale = -q, -scale
-    options = (causal, scale, float(dropout_p), seed, offset, window or 0)
-    q, k, v = distinct(q, k, v)
-    out, statistics = CausalAttentionFunction.apply(runs_on, q, k, v, seq_lens, cu_seqlens, *options)
-    return (out, _lse(statistics, scale)) if return_lse else out
+        q, options = -q, options._replace(scale=-scale)
+    out, statistics = CausalAttentionFunction.apply(runs_on, *distinct(q, k, v), *options)
+    return (out, _lse(statistics, options.scale)) if return_lse else out
 
 
 def _lse(statistics: Tensor, scale: float) -> Tensor:
@@ -125,31 +111,17 @@ class CausalAttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        seq_lens: Tensor | None,
-        cu_seqlens: Tensor | None,
-        causal: bool,
-        scale: float,
-        dropout_p: float,
-        seed: int,
-        offset: int,
-        window: int,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.backend, ctx.options = backend, (causal, scale, dropout_p, seed, offset, window)
-        out, statistics = kernels(backend).causal_attention_fwd(q, k, v, seq_lens, cu_seqlens, *ctx.options)
-        ctx.save_for_backward(q, k, v, out, statistics, seq_lens, cu_seqlens)
+    def forward(ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        out, statistics = kernels(backend).causal_attention_fwd(q, k, v, *options)
+        ctx.backend, ctx.options = backend, options[2:]
+        ctx.save_for_backward(q, k, v, out, statistics, *options[:2])  # the lengths
         ctx.mark_non_differentiable(statistics)
         return out, statistics
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dq, dk, dv = kernels(ctx.backend).causal_attention_bwd(dout, *ctx.saved_tensors, *ctx.options)
-        return None, dq, dk, dv, *(None,) * 8
+        return None, dq, dk, dv, *(None,) * len(AttentionOptions._fields)
 
 
 def _new_heads(x: Tensor) -> Tensor:
@@ -171,17 +143,8 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Ten
 forbid_double_backward(OP, "causal_attention_bwd")
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    dropout_p: float,
-    seq_lens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    window: int | None,
-) -> None:
-    check_same_device(OP, q=q, k=k, v=v, seq_lens=seq_lens, cu_seqlens=cu_seqlens)
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, **lengths: Tensor | None) -> None:
+    check_same_device(OP, q=q, k=k, v=v, **lengths)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"{OP}: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal")
     if q.dim() != 4:
@@ -199,12 +162,16 @@ def _check(
         )
     if not 1 <= q.shape[3] <= 256:
         raise ValueError(f"{OP}: head_dim is {q.shape[3]}; expected 1 to 256 - use more heads")
-    check_probability(OP, "dropout_p", dropout_p)
-    if window is not None:
-        check_int(OP, "window", window, 1)
-    if window is not None and not causal:
-        raise ValueError(f"{OP}: window is {window} with causal={causal}; a window needs causal=True")
-    _check_lengths(q, k, seq_lens, cu_seqlens)
+
+
+def _check_options(q: Tensor, k: Tensor, options: AttentionOptions) -> None:
+    """Those that depend on the tensors or on each other."""
+    if not math.isfinite(options.scale):
+        raise ValueError(f"{OP}: softmax_scale is {options.scale}; expected a finite number")
+    if options.window and not options.causal:
+        raise ValueError(f"{OP}: window is {options.window} with causal={options.causal}; a window needs causal=True")
+    if options.seq_lens is not None or options.cu_seqlens is not None:
+        _check_lengths(q, k, options.seq_lens, options.cu_seqlens)
 
 
 def _check_lengths(q: Tensor, k: Tensor, seq_lens: Tensor | None, cu_seqlens: Tensor | None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gptfast import rng
 from gptfast._nf4 import NESTED_BLOCK, dynamic_values, nf4_values, unpack_pairs
+from gptfast._schemas import AttentionOptions
 from gptfast.backend import has_values
 
 
@@ -36,30 +37,21 @@ def _rows(x: Tensor) -> tuple[int, int, int]:
     return 1, math.prod(x.shape[:-1]), x.shape[-1]
 
 
-def visible_keys(
-    T: int,
-    S: int,
-    *,
-    causal: bool = True,
-    window: int | None = None,
-    seq_lens: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
+def visible_keys(T: int, S: int, options: AttentionOptions, device: torch.device | str = "cpu") -> Tensor:
     """bool (B or 1, 1, T, S): may query i see key j?  Causal: j <= i + S - T; window w: also j > i + S - T - w."""
     last = torch.arange(T, device=device)[:, None] + (S - T)
     j = torch.arange(S, device=device)[None, :]
     visible = torch.ones(1, 1, T, S, dtype=torch.bool, device=device)
-    if causal:
+    if options.causal:
         visible = visible & (j <= last)
-    if window is not None:
-        visible = visible & (j > last - window)
-    if cu_seqlens is not None:  # packed documents: query and key must lie in the same one
+    if options.window:
+        visible = visible & (j > last - options.window)
+    if (cu_seqlens := options.cu_seqlens) is not None:  # packed documents: query and key must lie in the same one
         document = torch.searchsorted(cu_seqlens.contiguous(), torch.arange(T, device=device), right=True)
         inside = document < len(cu_seqlens)
         visible = visible & (document[:, None] == document[None, :]) & inside[:, None]
-    if seq_lens is not None:
-        visible = visible & (j < seq_lens[:, None, None, None])
+    if options.seq_lens is not None:
+        visible = visible & (j < options.seq_lens[:, None, None, None])
     return visible
 
 
@@ -86,17 +78,24 @@ def causal_attention(
     window: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    B, H, T, D = q.shape
-    S = k.shape[2]
-    scale = D**-0.5 if softmax_scale is None else softmax_scale
-    mask = visible_keys(T, S, causal=causal, window=window, seq_lens=seq_lens, cu_seqlens=cu_seqlens, device=q.device)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    options = AttentionOptions(seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window or 0)
+    return attention(q, k, v, options, return_lse)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, return_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """causal_attention, with its options in one object."""
+    (B, H, T), S = q.shape[:3], k.shape[2]
+    mask = visible_keys(T, S, options, q.device)
     qf, kf, vf = _upcast(q), _upcast(k), _upcast(v)
     leaky = has_values(kf) and not (torch.isfinite(kf).all() and torch.isfinite(vf).all())
     scores = _masked_product("bhtd,bhtsd->bhts", qf, kf, mask) if leaky else qf @ kf.transpose(-1, -2)
-    scores = (scores * scale).masked_fill(~mask, float("-inf"))  # B H T S
+    scores = (scores * options.scale).masked_fill(~mask, float("-inf"))  # B H T S
     empty = scores.isneginf().all(-1, keepdim=True)  # B H T 1: no key is visible
     probs = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    probs = _keep_scaled(probs, (B * H, T, S), dropout_p, seed, offset)
+    probs = _keep_scaled(probs, (B * H, T, S), options.dropout_p, options.seed, options.offset)
     out = _masked_product("bhts,bhtsd->bhtd", probs, vf, mask) if leaky else probs @ vf
     return (out.to(q.dtype), scores.detach().logsumexp(-1)) if return_lse else out.to(q.dtype)
 
@@ -255,7 +254,7 @@ def linear_cross_entropy(
 
 
 def kept_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """bool (B, V): the tokens that top-k and then top-p leave (DESIGN: ties to the lowest id, never empty).
+    """bool (B, V): the tokens that top-k and then top-p leave: ties go to the lowest id, and one token always stays.
 
     Weights relative to the largest, in float64, are summed as they are: of ten equal tokens 0.9 keeps nine, where
     normalised probabilities would round.

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gptfast._schemas import AttentionOptions
 from gptfast.triton import INTERPRETING
 from gptfast.triton._philox import dropout_arguments
 from gptfast.triton._tiles import Blocks, product_dtype
@@ -42,26 +43,16 @@ class Mask(NamedTuple):
     ends: Tensor | None  # (T,)
 
 
-def common_arguments(
-    q: Tensor,
-    k: Tensor,
-    seq_lens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    offset: int,
-    window: int,
-) -> dict[str, Any]:
+def common_arguments(q: Tensor, k: Tensor, options: AttentionOptions) -> dict[str, Any]:
     """The arguments that every kernel of a call takes besides its tensors and the sizes of its tiles."""
     B, H, T, D = q.shape
-    mask = Mask(None if seq_lens is None else seq_lens.contiguous(), *documents(cu_seqlens, T))
-    dropout = dict(zip(DROPOUT, dropout_arguments(dropout_p, seed, offset), strict=True))
+    seq_lens = None if options.seq_lens is None else options.seq_lens.contiguous()
+    mask = Mask(seq_lens, *documents(options.cu_seqlens, T))
+    dropout = dict(zip(DROPOUT, dropout_arguments(options.dropout_p, options.seed, options.offset), strict=True))
     sizes = {"heads": B * H, "H": H, "T": T, "S": k.shape[2], "D": D, "BLOCK_D": padded(D)}
     drops = dropout["threshold"] != 0
-    options = {"CAUSAL": causal, "WINDOW": window > 0, "DROP": drops, "DTYPE": product_dtype(q.dtype)}
-    return {**sizes, "scale": scale, "mask": mask, "window": window, **dropout, **options}
+    variant = {"CAUSAL": options.causal, "WINDOW": options.window > 0, "DROP": drops, "DTYPE": product_dtype(q.dtype)}
+    return {**sizes, "scale": options.scale, "mask": mask, "window": options.window, **dropout, **variant}
 
 
 def shape_class(q: Tensor, common: dict[str, Any]) -> tuple[object, ...]:

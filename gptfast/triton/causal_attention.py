@@ -9,12 +9,14 @@ al., 2023).
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast._schemas import AttentionOptions
 from gptfast.triton._attention import (
     LOG2E,
     NOT_SPECIALIZED,
@@ -45,14 +47,7 @@ def causal_attention_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    seq_lens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    offset: int,
-    window: int,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -68,7 +63,7 @@ def causal_attention_fwd(
     if splits > 1:
         parts = torch.empty((splits, B, H, T, D), dtype=torch.float32, device=q.device)
         part_statistics = torch.empty((2, splits, B, H, T), dtype=torch.float32, device=q.device)
-    common = common_arguments(q, k, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window)
+    common = common_arguments(q, k, AttentionOptions(*options))
 
     def launch(blocks: Blocks) -> None:
         operands = operand(q, blocks.m, blocks), operand(k, blocks.n, blocks), operand(v, blocks.n, blocks)
@@ -80,7 +75,7 @@ def causal_attention_fwd(
     if splits > 1:
         sizes = {"D": D, "BLOCK_S": MOST_SPLITS, "BLOCK_D": padded(D)}
         _join_kernel[(B * H * T,)](
-            parts, *part_statistics, heads(out), *statistics, H, T, splits, scale, **sizes, num_warps=4
+            parts, *part_statistics, heads(out), *statistics, H, T, splits, common["scale"], **sizes, num_warps=4
         )
     return out, statistics
 

@@ -10,11 +10,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gptfast._schemas import AttentionOptions
 from gptfast.triton._attention import (
     LOG2E,
     NOT_SPECIALIZED,
@@ -46,14 +49,7 @@ def causal_attention_bwd(
     v: Tensor,
     out: Tensor,
     statistics: Tensor,
-    seq_lens: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: int,
-    offset: int,
-    window: int,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, H, T, D = q.shape
     S = k.shape[2]
@@ -62,7 +58,7 @@ def causal_attention_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, out, dout = (heads_of(x) for x in (q, k, v, out, dout))
     rows = *statistics.contiguous(), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    common = common_arguments(q, k, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window)
+    common = common_arguments(q, k, AttentionOptions(*options))
 
     def launch_dq(blocks: Blocks) -> None:
         operands = [operand(x, blocks.m, blocks) for x in (q, dout, out)]

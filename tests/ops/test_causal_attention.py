@@ -409,32 +409,3 @@ def test_rows_of_one_key_have_no_gradient(dtype, isa):
     out = ops.causal_attention(*leaves)
     dq, dk, dv = torch.autograd.grad(out, leaves, torch.randn_like(out) * rows)
     assert rows.sum() > 100 and (dq == 0).all() and (dk == 0).all() and (dv != 0).any()
-
-
-def test_auto_hands_over_what_torch_measured_faster(monkeypatch):
-    """By the table, by `auto` only, and only calls that mean the same."""
-    table = sys.modules["gptfast.ops.handed_over"]
-    calls = []
-    monkeypatch.setattr(table, "gpu_name", lambda device: "NVIDIA H200")
-    run = table.run
-    monkeypatch.setattr(table, "run", lambda *args: calls.append(1) or run(*args))
-    q, k, v = torch.randn(3, 1, 2, 40, 16).bfloat16().unbind()
-
-    def handed_over(*args, **options) -> bool:
-        calls.clear()
-        got, wanted = (ops.causal_attention(*args, **options, backend=name) for name in ("auto", "eager"))
-        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
-        return bool(calls)
-
-    assert not handed_over(q, k, v)  # an empty table
-    monkeypatch.setattr(table, "FASTER", {("H200", 16): range(32, 64)})
-    assert handed_over(q, k, v) and handed_over(q, k, v, causal=False, softmax_scale=0.1)
-    for inputs in ((q[..., :20, :], k, v), (q.float(), k.float(), v.float()), (q[..., :8], k[..., :8], v[..., :8])):
-        assert not handed_over(*inputs)
-    for options in ({"window": 5}, {"seq_lens": torch.tensor([30])}, {"dropout_p": 0.5, "seed": 3}):
-        assert not handed_over(q, k, v, **options)
-    ops.causal_attention(q, k, v, backend="cpu")
-    assert not calls
-    assert not handed_over(q.clone().requires_grad_(), k, v)
-    with torch.no_grad():
-        assert handed_over(q.clone().requires_grad_(), k, v)

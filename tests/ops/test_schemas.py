@@ -123,3 +123,11 @@ def test_importing_gptfast_compares_library_and_table(change: str, message: str)
     assert last.startswith("ImportError: ") and message in last and "_ops.so" in last and "rebuild" in last, (
         result.stderr
     )
+
+
+def test_attention_options_are_those_of_the_schemas():
+    """Field by field, as they are passed by position."""
+    fields = list(_schemas.AttentionOptions._fields)
+    for schema in _schemas.KERNELS["causal_attention"]:
+        names = [a.name for a in torch._C.parse_schema(schema).arguments]
+        assert names[-len(fields) :] == fields
