@@ -26,7 +26,7 @@ def comparison(op: str, dims: dict[str, int], milliseconds: float, **ratios: flo
     return c
 
 
-def test_what_is_slower_is_said(capsys):
+def test_slower_results_are_listed(capsys):
     copy = {COPY.replace(" ", "_"): 0.5}
     results = [comparison("gelu", {"N": 64, "C": 32}, 1.0, torch=0.8, eager=2.0, **copy)]
     assert losses(results) == ["gelu N64C32 float32 fwd runs at 0.80 of the speed of torch"]

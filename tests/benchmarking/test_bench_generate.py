@@ -1,4 +1,4 @@
-"""benchmarks/bench_generate.py: whose turn it is, which rounds count, what is said of each program. Needs no peers."""
+"""benchmarks/bench_generate.py: order of turns, dropped rounds, the row of each program. Needs no peers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Fake:
         return 1.5
 
 
-def test_cpu_time_of_everybody():
+def test_cpu_time_of_all_processes():
     """user, nice, system, irq, softirq and steal; not idle, iowait, nor guests, which user holds already."""
     from generate_rounds import TICKS, busy_seconds
 
@@ -213,7 +213,7 @@ def test_worker_answers(worker):
         worker.ask("about")
 
 
-def test_worker_that_ends_says_why(worker):
+def test_a_worker_that_ends_reports_why(worker):
     with pytest.raises(RuntimeError, match="a worker has ended: ValueError: no room for 99 tokens"):
         worker.ask("prefill", 99)
 
@@ -256,7 +256,7 @@ def test_ours_is_measured_as_it_is_described(tmp_path):
         process.close()
 
 
-def test_who_is_asked_for_what(monkeypatch):
+def test_which_programs_run_which_work(monkeypatch):
     """Beams only where there are some; a try with few tokens cuts every piece of work."""
     import bench_generate
 

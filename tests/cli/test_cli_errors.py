@@ -1,4 +1,4 @@
-"""The command line when something goes wrong: a line that says what, and a report of what is a fault of gptfast."""
+"""Errors on the command line: one line each, and a report for a fault of gptfast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.command import LETTERS, save_model
 
 @pytest.fixture
 def fails(monkeypatch, capsys, tmp_path):
-    """What the command says on standard error when it raises."""
+    """What the command prints to standard error when it raises."""
     monkeypatch.setenv("GPTFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("GPTFAST_DEBUG", raising=False)
     monkeypatch.setattr(sys, "argv", ["gptfast", "generate", "--api-key", "sesame"])

@@ -1,4 +1,4 @@
-"""`make demo` and `gptfast doctor`: the first two things that somebody runs."""
+"""`make demo` and `gptfast doctor`: the first two commands that users run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_demo_trains_writes_and_compares(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(("waited", "said"), [(0.02, False), (0.5, True), (None, False)])
-def test_the_demo_says_when_the_machine_is_busy(tmp_path, monkeypatch, capfd, waited, said):
+def test_the_demo_reports_a_busy_machine(tmp_path, monkeypatch, capfd, waited, said):
     """The times of the training's threads are made up: each second that they ran, they waited for so many."""
     clock = itertools.count(1)
 
@@ -92,7 +92,7 @@ def test_the_demo_ends_with_the_code_of_a_training_that_failed(tmp_path, monkeyp
     assert demo.main() == 1
 
 
-def test_doctor_says_what_runs(monkeypatch):
+def test_doctor_reports_what_runs(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     rows = dict(report())
     assert rows["processor"] == f"{cpu_name()}, {torch.get_num_threads()} threads"
@@ -108,7 +108,7 @@ def test_doctor_says_what_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("reason", ["_ops.so was not built (GPTFAST_BUILD=0, or a source folder without a build)"])
-def test_doctor_says_why_kernels_are_absent(reason, monkeypatch):
+def test_doctor_reports_why_kernels_are_absent(reason, monkeypatch):
     monkeypatch.setattr("gptfast.backend.has_cpu_ops", False)
     monkeypatch.setattr("gptfast.backend.missing_reason", reason)
     rows = dict(report())

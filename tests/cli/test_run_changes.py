@@ -1,4 +1,4 @@
-"""What a run says at its end and when it goes on otherwise; another batch size; who may read its files."""
+"""Messages at the end of a run and on resuming with other options; another batch size; modes of files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def command_of(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("steps", [0, 2, 4])
-def test_an_early_interrupt_says_what_there_is(tmp_path, text, capsys, monkeypatch, steps):
+def test_an_early_interrupt_reports_what_was_saved(tmp_path, text, capsys, monkeypatch, steps):
     out = tmp_path / "my run"
     with monkeypatch.context() as patch:
         interrupt_after(patch, steps)
@@ -97,7 +97,7 @@ def test_a_prompt_is_found_in_odd_texts(tmp_path):
         assert not found or len(prepared.tokenizer.encode(found)) <= 40
 
 
-def test_a_jump_of_the_learning_rate_is_said_with_what_keeps_it(tmp_path, text, capsys):
+def test_a_jump_of_the_learning_rate_is_reported_with_the_option_that_avoids_it(tmp_path, text, capsys):
     steps = ["--max-steps", "40", "--eval-every", "40", "--log-every", "1", "--learning-rate", "2e-3"]
     assert run(text, tmp_path / "run", *steps) == 0
     more = ["train", "--resume", "--out", tmp_path / "run"]
@@ -116,7 +116,7 @@ def test_a_jump_of_the_learning_rate_is_said_with_what_keeps_it(tmp_path, text, 
     assert rates[42] > 5 * rates[41]
 
 
-def test_another_batch_size_goes_on_in_the_text(tmp_path, text, capsys, monkeypatch):
+def test_another_batch_size_continues_at_the_same_place_of_the_data(tmp_path, text, capsys, monkeypatch):
     out, seen, evaluated = tmp_path / "run", [], []
     rows = WindowSampler.batch_from
     monkeypatch.setattr(
@@ -142,7 +142,7 @@ def test_another_batch_size_goes_on_in_the_text(tmp_path, text, capsys, monkeypa
     )
 
 
-def test_a_checkpoint_that_counts_no_rows_goes_on_bit_for_bit(tmp_path, text):
+def test_a_checkpoint_without_row_counts_resumes_bit_for_bit(tmp_path, text):
     """As one of an older gptfast."""
     from gptfast.training import checkpoint as module
 
@@ -195,7 +195,7 @@ def test_a_line_has_a_validation_loss_where_it_is_new():
 
 
 @pytest.mark.parametrize(("waited", "busy"), [(0.6, True), (0.05, False)])
-def test_a_run_says_when_the_machine_is_busy(tmp_path, text, capsys, monkeypatch, waited, busy):
+def test_a_run_reports_a_busy_machine(tmp_path, text, capsys, monkeypatch, waited, busy):
     clock = iter([(0, 0), (int(9e9 * (1 - waited)), int(9e9 * waited))])
     monkeypatch.setattr(_busy, "_times", lambda pid: next(clock))
     assert run(text, tmp_path / "run") == 0

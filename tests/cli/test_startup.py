@@ -48,7 +48,7 @@ def test_the_command_line_bounds_the_spinning_of_openmp():
     assert run(code, OMP_WAIT_POLICY="passive").stdout.endswith("None False\n")
 
 
-def test_bound_spinning_says_whether_it_came_in_time(monkeypatch):
+def test_bound_spinning_returns_whether_it_took_effect(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setenv("GOMP_SPINCOUNT", "")  # restored afterwards

@@ -1,4 +1,4 @@
-"""gptfast train from the command line: runs, resumes, Ctrl-C, and errors that a user can mend."""
+"""gptfast train from the command line: runs, resumes, Ctrl-C, and errors that users can fix."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_resume_continues_bit_for_bit_from_the_stored_options(tmp_path, text, ca
     ]
 
 
-def test_a_schedule_that_resume_changes_is_said(tmp_path, text, capsys):
+def test_a_schedule_that_resume_changes_is_reported(tmp_path, text, capsys):
     assert run(text, tmp_path / "run", "--max-steps", "6") == 0
     assert gptfast("train", "--resume", "--out", tmp_path / "run", "--max-steps", "9") == 0
     assert "the learning rate now falls until step 9 instead of 6" in capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_a_schedule_that_resume_changes_is_said(tmp_path, text, capsys):
         ("torch", ["--threads", "2"], "GPTFAST_GEMM and --threads changed"),
     ],
 )
-def test_arithmetic_that_resume_changes_is_said(tmp_path, text, capsys, monkeypatch, forced, more, said):
+def test_arithmetic_that_resume_changes_is_reported(tmp_path, text, capsys, monkeypatch, forced, more, said):
     monkeypatch.setattr(gemm, "_FORCED", "own")
     assert run(text, tmp_path / "run", "--max-steps", "6") == 0
     monkeypatch.setattr(gemm, "_FORCED", forced)
@@ -115,7 +115,7 @@ def test_preset_gives_the_shape_and_options_change_it(tmp_path, text, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_saves_says_how_to_go_on_and_loses_nothing(tmp_path, text, sent, code, capsys):
+def test_an_interrupt_saves_and_prints_how_to_continue(tmp_path, text, sent, code, capsys):
     out, options = tmp_path / "run", ["--max-steps", "2000", "--lr-decay-steps", "50", "--eval-every", "2000"]
     command = [sys.executable, "-m", "gptfast", "train", "--data", text, *SMALL, "--log-every", "1", *options]
     with subprocess.Popen(

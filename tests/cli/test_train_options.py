@@ -72,7 +72,7 @@ def write_records(folder: Path) -> Path:
     return folder
 
 
-def test_a_run_on_records_says_what_is_skipped_and_goes_on_from_its_stored_options(tmp_path, capsys, failure):
+def test_a_run_on_records_reports_what_is_skipped_and_resumes_with_its_stored_options(tmp_path, capsys, failure):
     data = write_records(tmp_path / "data")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--data", data, "--text-field", "body", *SMALL, "--lr-decay-steps", "4"]
@@ -90,7 +90,7 @@ def test_a_run_on_records_says_what_is_skipped_and_goes_on_from_its_stored_optio
     assert refused.startswith("train: --text-field is n but the run in")
 
 
-def test_a_run_on_a_glob_goes_on(tmp_path, capsys):
+def test_a_run_on_a_glob_resumes(tmp_path, capsys):
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.MD").write_text(TEXT * 20)
@@ -222,7 +222,7 @@ def test_errors_name_the_options_of_train(text, tmp_path, failure, options, said
     assert failure("train", "--data", text, *SMALL, "--out", tmp_path / "run", *options).startswith(said)
 
 
-def test_a_complete_run_names_the_option_that_goes_on(run, failure):
+def test_a_complete_run_names_the_option_to_train_on(run, failure):
     said = failure("train", "--resume", "--out", run)
     assert "this run is complete (2 steps" in said and "raise --max-steps (now 2) or --max-minutes (now None)" in said
 

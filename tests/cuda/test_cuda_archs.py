@@ -1,4 +1,5 @@
-"""TORCH_CUDA_ARCH_LIST: what is built of it, and that the Hopper kernels of such a build have a body or cannot be started."""
+"""TORCH_CUDA_ARCH_LIST: what is built of it, and that the Hopper kernels of such a build have a body or cannot be
+started."""
 
 from __future__ import annotations
 
@@ -82,8 +83,8 @@ def test_what_is_built_of_a_list(asked, monkeypatch):
     assert build()["cuda_archs"]() == LISTS[asked]
 
 
-def test_what_is_left_out_is_said(monkeypatch, capsys):
-    """And the build goes on; a list of nothing but old GPUs is an error (test_cuda_build)."""
+def test_gpus_that_are_left_out_are_reported(monkeypatch, capsys):
+    """And the build continues; a list of nothing but old GPUs is an error (test_cuda_build)."""
     cuda = build()["Cuda"](Path("nvcc"), Path("/"), "13.0", ["8.0"], ["7.0", "7.5"])
     build()["say_what_was_built"](cuda, "")
     said = capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""`make gpu-check` and `make bench-gpu` without a GPU: every comparison runs with tiny shapes on the emulator, so that no GPU is
-the first to see it; what is cut off keeps its rows and says what is missing."""
+"""`make gpu-check` and `make bench-gpu` without a GPU: every comparison runs with tiny shapes on the emulator, before
+any GPU runs it; a part that is cut off keeps its rows and lists what is missing."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def code(text: str) -> list[str]:
 
 
 def test_a_failed_step_stops_no_other(steps, capfd, tmp_path):
-    """And it is told at the end; so is one that takes too long, unless it is not needed. Each is a row of a file."""
+    """It is reported at the end; so is one that takes too long, unless it is not needed. Each is a row of a file."""
     check = steps.Check("ops", {"gpu": "G", "commit": "abc", "date": "today"}, results=tmp_path)
     assert check.step("breaks", code("raise SystemExit(3)"), 60) == "FAILED"
     assert check.step("hangs", code("import time; time.sleep(60)"), 0.2).startswith("FAILED: not done")

@@ -1,5 +1,5 @@
 """The CUDA kernels on the emulator, in every mode: any order of warps, late and early copies, a smaller GPU, poisoned
-results; then once more with the race checker and with AddressSanitizer, in processes of their own."""
+results; then once more with the race checker and with AddressSanitizer, in separate processes."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_the_order_is_part_of_the_format():
     assert sampler.starts(100).tolist() == [1763, 5635, 9219, 35, 4931, 355]
 
 
-def test_a_batch_size_that_changes_goes_on_in_the_same_order():
+def test_a_batch_size_that_changes_keeps_the_order():
     sampler, larger = (WindowSampler(np.arange(3000), 16, size, seed=9) for size in (4, 6))
     whole = np.concatenate([sampler.batch(n)[0] for n in range(30)])
     assert np.array_equal(sampler.batch_from(8)[0], sampler.batch(2)[0])

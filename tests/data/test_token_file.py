@@ -108,7 +108,7 @@ def test_a_damaged_token_is_found(tmp_path):
         sampler.batch(0)
 
 
-def test_a_headerless_file_says_how_to_convert_it(tmp_path):
+def test_the_error_of_a_headerless_file_has_the_conversion(tmp_path):
     old = tmp_path / "train.bin"
     np.arange(500, dtype="uint16").tofile(old)
     with pytest.raises(ValueError, match=r"from raw uint16 ids .nanoGPT's train.bin. with gptfast.data.write_tokens"):
@@ -192,7 +192,7 @@ def test_a_file_that_is_changed_while_it_is_used_is_named(tmp_path, change, part
     assert len(before) == 3
 
 
-def test_a_file_that_is_replaced_touched_or_removed_goes_on(tmp_path):
+def test_a_file_that_is_replaced_touched_or_removed_stays_readable(tmp_path):
     path = tmp_path / "train.bin"
     first, last = write_tokens(path, [np.arange(10_000) % 97], 97).split(0.5)
     samplers = [WindowSampler(part, 8, 4) for part in (first, last)]

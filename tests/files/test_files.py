@@ -71,7 +71,7 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path, error):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
+def test_a_full_disk_leaves_the_old_file_and_is_an_error(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with (
@@ -150,7 +150,7 @@ def test_read_text(tmp_path, content, text):
         ("hi".encode("utf-16"), "is UTF-16 .*iconv -f UTF-16"),
     ],
 )
-def test_read_text_says_what_is_wrong(tmp_path, content, message):
+def test_read_text_errors(tmp_path, content, message):
     (tmp_path / "t.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"t.txt {message}"):
         read_text(tmp_path / "t.txt")
@@ -163,7 +163,7 @@ def test_read_text_of_nothing_and_of_a_folder(tmp_path):
         read_text(tmp_path)
 
 
-def test_read_json_says_where(tmp_path):
+def test_read_json_errors_name_the_place(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1,\n "b"')
     with pytest.raises(ValueError, match=r"x.json is not valid JSON .*line 2, column 5"):
         read_json(tmp_path / "x.json")

@@ -1,4 +1,4 @@
-"""Saves that a reader sees whole or not at all: kills, readers and other savers at any moment, folders from strangers."""
+"""Saves that a reader sees whole or not at all: kills, readers and other savers at any moment, untrusted folders."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_savers_into_one_folder_take_turns(tmp_path: Path):
 
 
 def test_what_a_reader_has_opened_stays_what_it_was(tmp_path: Path):
-    """The slow part of reading comes after the moment that counts: a fast saver starves nobody."""
+    """The slow part of reading comes after the moment that counts: a fast saver does not starve readers."""
     from gptfast.models.pretrained import build
     from gptfast.models.stored import StoredModel
 
@@ -278,7 +278,7 @@ def planted(folder: Path, home: Path) -> dict[str, Callable[[], object]]:
 
 @pytest.mark.parametrize("name", planted(Path("f"), Path("h")))
 @pytest.mark.filterwarnings("ignore:.*is not what a save leaves there")
-def test_a_folder_from_a_stranger_hurts_nobody(tmp_path: Path, name: str):
+def test_an_untrusted_folder_does_no_harm(tmp_path: Path, name: str):
     """Reading changes nothing at all; saving changes nothing but what it replaces. Both work, again and again."""
     folder, home = tmp_path / "ck", tmp_path / "home"
     home.mkdir()

@@ -1,4 +1,4 @@
-"""JSON of others: every value is asked for with its type, and what is wrong is told with file and key."""
+"""JSON from elsewhere: every value is checked for its type; errors name file and key."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_what_python_does_not_read(tmp_path, text, match):
         ({"kind": [1]}, "kind is a list of 1; expected a text or null"),
     ],
 )
-def test_tokenizers_of_others(tmp_path, change, match):
+def test_tokenizer_files_with_wrong_values(tmp_path, change, match):
     tokenizer = BPETokenizer.train("to be or not to be " * 9, 260)
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=tokenizer.vocab, merges=tokenizer.merges))
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -145,7 +145,7 @@ def test_values_of_config_json(tmp_path, key, value):
 
 
 @pytest.mark.parametrize("index", [{"weight_map": {"a": 1}}, {"weight_map": [1]}, {}, 3, {"weight_map": {"a": "../b"}}])
-def test_an_index_of_others(tmp_path, index):
+def test_an_index_with_wrong_values(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"index.json: "):
         weight_files(tmp_path)

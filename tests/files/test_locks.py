@@ -181,7 +181,7 @@ def trainer(folder: Path, **options) -> Trainer:
     return Trainer(GPT(SHAPE), tokens, tokens, CONFIG, folder / "run", progress=False, **options)
 
 
-def test_a_second_trainer_is_refused_and_the_first_goes_on(tmp_path: Path):
+def test_a_second_trainer_is_refused_and_the_first_continues(tmp_path: Path):
     first, run = trainer(tmp_path), tmp_path / "run"
     for options in ({}, {"overwrite": True}):
         started = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"

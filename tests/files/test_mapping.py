@@ -141,6 +141,6 @@ for use in (
 
 
 @compiled
-def test_what_is_not_ours_takes_its_course(path: Path) -> None:
+def test_signals_that_are_not_ours_reach_the_old_handler(path: Path) -> None:
     done = run("import signal\n" + OTHERS, path, "line")
     assert (done.stdout.split(), done.stderr) == (["7"] * 4, "")

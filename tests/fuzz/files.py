@@ -1,4 +1,4 @@
-"""Files that somebody else has written: damaged ones are read, or refused with an error that names them."""
+"""Files from elsewhere: damaged ones are read, or refused with an error that names them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops on arbitrary shapes, strides, dtypes and options, beside eager PyTorch; and wrong arguments, which are refused in words.
+"""Ops on arbitrary shapes, strides, dtypes and options, beside eager PyTorch; and wrong arguments, which are errors.
 
 The comparison is coarse, several times what the tests of the ops allow: it looks for what is wrong, not for what is inexact.
 """

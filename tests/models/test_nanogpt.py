@@ -199,7 +199,7 @@ def test_command_line(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_it(tmp_path: Path, monkeypatch):
+def test_training_continues_from_it(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     Reference({**ARGS, "bias": False}).save(tmp_path / "out" / "ckpt.pt", "_orig_mod.")

@@ -258,7 +258,7 @@ def test_copies_are_streams_of_their_own(kind: str, seed: int | None) -> None:
     assert all(map(same, [forwards(m, 1) for m in (module, *twins)], outputs)), "torch.manual_seed decides copies too"
 
 
-def test_pickled_modules_go_on_where_they_stood() -> None:
+def test_pickled_modules_continue_at_the_same_offset() -> None:
     for kind in ("block", "gpt"):
         module = KINDS[kind]()
         seed_everything(module, 6)

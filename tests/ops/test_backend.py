@@ -79,12 +79,12 @@ def test_errors(call, error, match):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_without_a_gpu_says_so():
+def test_cuda_without_a_gpu_is_an_error_with_the_cause():
     with pytest.raises(RuntimeError, match="gelu: backend='cuda' was asked for, but torch sees no GPU"):
         ops.gelu(X, backend="cuda")
 
 
-def test_an_op_without_a_kernel_says_so(emu):
+def test_an_op_without_a_kernel_is_an_error_with_the_cause(emu):
     """The emulated CUDA kernels are a backend like others; this one is taken from it."""
     known = resolve.__globals__["_OPS"]["emu"]
     assert resolve("gelu", "emu", X) == "emu"
@@ -118,7 +118,7 @@ TROUBLES = {
 
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_a_gpu_that_cannot_run_the_kernels(trouble, monkeypatch):
-    """Asked for explicitly it is an error with cause and remedy; auto goes on in eager PyTorch; doctor says why."""
+    """An explicit request is an error with cause and remedy; auto runs eager PyTorch; doctor reports why."""
     from gptfast.cli.doctor import report
 
     names = resolve.__globals__
@@ -160,7 +160,7 @@ def test_a_call_that_the_cuda_kernels_refuse(emu):
         ops.causal_attention(q, q, q, backend="emu")
 
 
-def test_out_of_memory_says_what_was_wanted(emu):
+def test_out_of_memory_names_what_was_requested(emu):
     """The words that trainers look for, before they try a smaller batch."""
     wide = torch.empty(1, 1 << 20).expand(1 << 28, 1 << 20)
     said = r"gelu: CPU out of memory: no room for a tensor of shape \(268435456, 1048576\); use a smaller batch"
@@ -188,7 +188,7 @@ def test_isa_can_be_forced():
     assert cpu_isa() == cpu_isas()[-1]
 
 
-def test_missing_library_is_said_once_and_eager_runs(tmp_path):
+def test_a_missing_library_is_reported_once_and_eager_runs(tmp_path):
     """A copy of the package without _ops.so: what GPTFAST_BUILD=0 installs."""
     import shutil
     from pathlib import Path

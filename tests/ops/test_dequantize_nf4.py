@@ -24,7 +24,7 @@ BNB_ABSMAX = [1.5252763032913208, 3.0721452236175537, 1.837201476097107]
 BNB_NESTED_CODES, BNB_NESTED_ABSMAX, BNB_OFFSET = [23, 255, 47], [0.9272708892822266], 2.144874334335327
 
 
-def test_who_runs():
+def test_which_backend_runs():
     assert resolve("dequantize_nf4", None, torch.ones(1)) == ("triton" if INTERPRETING else "eager")
 
 

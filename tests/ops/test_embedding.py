@@ -94,7 +94,7 @@ def test_no_double_backward(isa):
 
 
 def test_ids_outside_the_table(emu):
-    """On a GPU nobody can look at the ids without waiting for them: such rows are nan, and train nothing."""
+    """On a GPU checking the ids would wait for them: such rows are nan instead, and train nothing."""
     wte = torch.randn(5, 8, requires_grad=True)
     out = ops.embedding(torch.tensor([1, 5, -1]), wte)
     assert out[0].isfinite().all() and out[1:].isnan().all()

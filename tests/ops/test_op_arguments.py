@@ -131,7 +131,7 @@ def test_errors_name_the_op_and_the_argument(name: str, backend: str) -> None:
         call()
 
 
-def test_float64_beside_other_dtypes_runs_in_eager() -> None:
+def test_float64_with_other_dtypes_runs_in_eager() -> None:
     """A weight, bias or table of float64 has no kernel: `auto` takes eager PyTorch, and a backend by name says so."""
     x, wide = torch.randn(3, 8), torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
     calls = {

@@ -25,7 +25,7 @@ def quantized(N: int, K: int, format: str, size: int = 32, **options) -> tuple[t
     return ops.quantize_groups(weight, format, group_size=size, **options)
 
 
-def test_who_runs():
+def test_which_backend_runs():
     assert resolve("quantized_linear", None, torch.ones(1)) == ("triton" if INTERPRETING else "eager")
 
 

@@ -65,7 +65,7 @@ def test_over_the_limit_the_oldest_goes_first():
 
 
 def test_tune_malloc_leaves_memory_to_malloc():
-    """In a process of its own: the settings cannot be taken back."""
+    """In a separate process: the settings cannot be undone."""
     code = """
 import resource, torch, gptfast
 from gptfast import ops

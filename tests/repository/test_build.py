@@ -96,7 +96,7 @@ def test_a_missing_build_tool_is_one_sentence(missing, match, tmp_path):
 
 @needs_tree
 def test_the_distribution_has_a_name_of_its_own():
-    """`gptfast` on PyPI is somebody else's: no document or message may tell a user to install that."""
+    """`gptfast` on PyPI is another project: no document or message may name it for installation."""
     told = re.compile(r"pip install[^\n#]*[ '\"]gptfast(?![-/.\w])")
     for path in [
         ROOT / "README.md",

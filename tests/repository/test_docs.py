@@ -1,4 +1,4 @@
-"""Documents for developers say what is so: paths exist, targets exist, every environment variable is listed."""
+"""Documents for developers: paths exist, targets exist, every environment variable is listed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_environment_variables_are_listed():
 
 
 def test_environment_variables_in_documents_exist():
-    """And those that users are told of."""
+    """Documents name no variable that nothing reads."""
     known = read_in_the_tree().keys()
     for path in [ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile"]:
         assert set(re.findall(r"\bGPTFAST_[A-Z_]+", path.read_text(encoding="utf-8"))) <= known, path.name

@@ -29,7 +29,7 @@ def test_every_mutant_fits_the_tree(script):
     assert all(("MUTANT" in mutant.new) == mutant.compiled for mutant in script.MUTANTS)
 
 
-def test_a_mutant_that_no_longer_fits_is_told(script, tmp_path):
+def test_a_mutant_that_no_longer_fits_is_reported(script, tmp_path):
     (tmp_path / "a.py").write_text("x = 1\n")
     mutant = type(script.MUTANTS[0])("late", "a.py", "x = 2", "x = 3", ("tests/test_a.py",))
     assert "late: a.py has its line 0 times; expected once" in script.problem(mutant, tmp_path)

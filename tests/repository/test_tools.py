@@ -1,4 +1,4 @@
-"""What surrounds the code says the same as the code: version and changelog, CI, the hooks before a commit."""
+"""Version and changelog, CI, and the hooks before a commit agree with the code."""
 
 from __future__ import annotations
 

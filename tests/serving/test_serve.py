@@ -1,4 +1,4 @@
-"""gptfast serve, through the real openai client and raw HTTP: texts, routes, and what bad input is told."""
+"""gptfast serve, through the real openai client and raw HTTP: texts, routes, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_what_comes_in_a_short_time_is_sent_together(model, tokenizer):
 
 
 @pytest.mark.parametrize("streams", [False, True])
-def test_an_answer_that_is_not_streamed_wakes_nobody_until_it_is_whole(streams):
+def test_an_answer_that_is_not_streamed_wakes_the_loop_once(streams):
     config = GenerationConfig()
     request = Request([1], config, Stopping(config))
     tokens = [Token(request, 0, n, None, []) for n in range(3)]
@@ -171,7 +171,7 @@ def test_a_prompt_that_fills_the_context_is_scored(client, model, tokenizer):
 
 
 @pytest.mark.parametrize("options", [{"max_tokens": 0}, {"max_tokens": 2}, {"max_tokens": 2, "echo": False}])
-def test_a_damaged_model_is_told(tokenizer, options):
+def test_a_damaged_model_is_reported(tokenizer, options):
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=BLOCK, vocab_size=tokenizer.vocab_size))
     model.wpe.weight.data[3] = float("nan")
     with serving(create_app(model.eval(), tokenizer, "bard")) as url:
@@ -420,7 +420,7 @@ def test_a_key_is_asked_for(model, tokenizer):
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, (dict, bytes)) else "",
 )
-def test_bad_bodies_are_told_in_openais_shape(url, body, status, param, match):
+def test_bad_bodies_get_errors_in_openais_format(url, body, status, param, match):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = httpx.post(url + "/v1/completions", content=content)
     error = answer.json()["error"]

@@ -1,4 +1,4 @@
-"""gptfast serve and its clients: those that wait, leave, or are too many; and what raw HTTP is told."""
+"""gptfast serve and its clients: those that wait, leave, or are too many; and answers to raw HTTP."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_what_does_not_arrive_in_time_is_408(model, tokenizer, half):
         assert httpx.get(url + "/health").status_code == 200
 
 
-def test_a_client_that_says_nothing_is_let_go(model, tokenizer):
+def test_a_silent_client_is_disconnected(model, tokenizer):
     with serving(create_app(model, tokenizer, "bard", Limits(client_seconds=0.2))) as url:
         assert answer(connect(url))[0] == 408
 
@@ -226,7 +226,7 @@ def test_requests_that_come_together_are_answered_in_turn(model, tokenizer):
     assert got.index(b'"sequences"') < got.index(b'"owned_by"')
 
 
-def test_what_is_no_http_is_told_so(model, tokenizer):
+def test_what_is_not_http_gets_an_error(model, tokenizer):
     with serving(create_app(model, tokenizer, "bard")) as url:
         for data in (b"hello\r\n\r\n", b"GET / HTTP/1.1\r\n: x\r\n\r\n", b"\x16\x03\x01" * 30 + b"\r\n\r\n"):
             status, error = answer(connect(url, data))

@@ -17,7 +17,7 @@ from tests.support.serving_app import BLOCK, new_text, openai
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", [[], ["--quantize", "fp32"]], ids=["torch", "engine"])
-def test_the_command_serves_until_it_is_told_to_stop(quantize, tmp_path, tokenizer):
+def test_the_command_serves_until_sigterm(quantize, tmp_path, tokenizer):
     model = save_model(tmp_path / "bard", tokenizer, BLOCK)
     code = "import sys; from gptfast.cli import main; main()"
     args = [sys.executable, "-c", code, "serve", "--model", str(tmp_path / "bard"), "--port", "0", *quantize]
@@ -67,7 +67,7 @@ def test_errors_of_the_command(monkeypatch, capsys, args, match):
     assert stop.value.code == 1 and match in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_told_before_a_model_is_loaded(monkeypatch, capsys):
+def test_a_port_in_use_is_reported_before_a_model_is_loaded(monkeypatch, capsys):
     from gptfast.cli import main
 
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -79,7 +79,7 @@ def test_a_port_in_use_is_told_before_a_model_is_loaded(monkeypatch, capsys):
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
 
 
-def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys):
+def test_without_the_extra_the_command_names_what_to_install(monkeypatch, capsys):
     from gptfast.cli import main
 
     monkeypatch.setitem(sys.modules, "uvicorn", None)

@@ -1,4 +1,5 @@
-"""gptfast serve under load: the queue, clients that leave, steps that fail, a server that stops, prompts that are scored."""
+"""gptfast serve under load: the queue, clients that leave, steps that fail, a server that stops, prompts that are
+scored."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from tests.support import ROOT
 from tests.support.serving_app import ASK, Gated, httpx, new_text, openai, serving, wait_until
 
 
-def test_more_than_the_queue_holds_is_429_and_later_it_goes_on(url, app, closed, client):
+def test_more_than_the_queue_holds_is_429_until_there_is_room(url, app, closed, client):
     with concurrent.futures.ThreadPoolExecutor(7) as pool:
         asked = [pool.submit(httpx.post, url + "/v1/completions", json=ASK, timeout=30) for _ in range(7)]
         wait_until(lambda: app.state.worker.open_sequences == 7)
@@ -77,7 +78,7 @@ def test_a_client_that_leaves_amid_its_stream_frees_its_row_at_once(url, app, ga
     wait_until(lambda: app.state.worker.open_sequences == 0)
 
 
-def test_what_takes_too_long_is_given_up(model, tokenizer):
+def test_requests_that_take_too_long_are_cancelled(model, tokenizer):
     gated = Gated(model)
     app = create_app(gated, tokenizer, "bard", Limits(seconds=0.3))
     with serving(app) as url:
@@ -90,7 +91,7 @@ def test_what_takes_too_long_is_given_up(model, tokenizer):
         wait_until(lambda: app.state.worker.open_sequences == 0)
 
 
-def test_a_step_that_fails_is_500_and_the_server_goes_on(url, app, gated, client, model, tokenizer):
+def test_a_step_that_fails_is_500_and_the_server_continues(url, app, gated, client, model, tokenizer):
     gated.failure = MemoryError("no memory")
     with pytest.raises(openai.InternalServerError, match="no memory"):
         client.completions.create(**ASK)
@@ -139,8 +140,8 @@ def test_a_mixed_soak_leaves_nothing_behind():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_streams_are_told_that_the_server_stops(model, tokenizer):
-    """One that ends within the grace is whole; one that does not is told, and so is a scoring."""
+def test_streams_get_an_error_when_the_server_stops(model, tokenizer):
+    """A stream that ends within the grace period is whole; others, and scorings, get an error."""
     gated = Gated(model)
     app = create_app(gated, tokenizer, "bard", Limits(max_rows=1))
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -196,7 +197,7 @@ def test_pieces_are_the_whole(model, monkeypatch, quantize):
         assert [p for _, likely in scored for _, p in likely] == pytest.approx(best.values.flatten().tolist(), abs=1e-3)
 
 
-def test_texts_go_on_between_the_pieces_of_a_scoring(app, closed, url, monkeypatch):
+def test_generation_continues_between_the_pieces_of_a_scoring(app, closed, url, monkeypatch):
     made = []
 
     def watched(*args):
@@ -251,7 +252,7 @@ def test_a_scoring_that_fails_or_takes_too_long(model, tokenizer):
 
 
 def test_a_long_prompt_keeps_nobody_waiting(url, tokenizer, monkeypatch):
-    """Its tokens are found beside the event loop, which answers others meanwhile."""
+    """It is tokenised outside the event loop, which answers other requests meanwhile."""
     gate, original = threading.Event(), CharTokenizer.encode
 
     def encode(self, *asked):

@@ -1,4 +1,4 @@
-"""Calls of causal_attention that only its CUDA kernels treat in a way of their own."""
+"""Calls of causal_attention for which its CUDA kernels have code paths that others do not have."""
 
 from __future__ import annotations
 

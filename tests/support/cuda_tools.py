@@ -1,4 +1,4 @@
-"""What the disassembler of the CUDA toolkit says about a library."""
+"""The CUDA toolkit's disassembler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 
 def cuobjdump(*options: str) -> str:
-    """What the toolkit's tool says, or that of the packages nvidia-cuda-cuobjdump and -nvdisasm."""
+    """Output of the toolkit's cuobjdump, or of the packages nvidia-cuda-cuobjdump and -nvdisasm."""
     packaged = Path(sysconfig.get_paths()["purelib"]) / "nvidia/cu13/bin"
     path = os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin", str(packaged)])
     if not all(shutil.which(tool, path=path) for tool in ("cuobjdump", "nvdisasm")):

@@ -65,7 +65,7 @@ def nvcc() -> str:
 
 
 def cuda_include() -> Path:
-    """The headers of the toolkit, wherever nvcc says that it lives."""
+    """The folder of the toolkit's headers, according to nvcc."""
     command = [nvcc(), "--dryrun", "-c", "-x", "cu", "/dev/null"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return Path(re.search(r"_HERE_=(.+)", said)[1]).parent / "include"
@@ -98,5 +98,5 @@ def configure(
 
 
 def shared_memory() -> int:
-    """The bytes of shared memory that the last kernel with more than 48 KB asked for."""
+    """Bytes of shared memory of the last kernel that requested more than 48 KB."""
     return load().gptfast_emu_shared_memory()

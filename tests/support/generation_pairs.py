@@ -1,4 +1,4 @@
-"""Small models whose next token hangs on all that came before, in transformers and here with the same weights."""
+"""Small models whose next token depends on all tokens before, in transformers and here with the same weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import gptfast
 
 
 def sharpen(model):
-    """Random weights whose next token hangs on every token before it, not on the last alone (the head is tied)."""
+    """Random weights whose next token depends on every token before it, not on the last one only (the head is tied)."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 2:

@@ -1,6 +1,6 @@
-"""A valid call of every native op, and what becomes of it when one argument at a time is another.
+"""A valid call of every native op, then with one argument at a time replaced by a wrong one.
 
-Run as a script, in a process that may crash: `python -m tests.support.native_calls gptfast|gptfast_emu`. It says each case before it
+Run as a script, in a process that may crash: `python -m tests.support.native_calls gptfast|gptfast_emu`. It prints each case before it
 runs it, and a line `FAULT …` for each answer that is neither a refusal nor finite numbers. All tensors end where readable
 memory ends: who reads or writes behind one crashes.
 """
@@ -39,7 +39,7 @@ LONG = {"dropout_mask": (2**31,)}  # values that are legal and take long
 
 
 def at_the_edge(x: Tensor) -> Tensor:
-    """A contiguous copy whose last byte is followed by a page that nobody may touch."""
+    """A contiguous copy whose last byte is followed by an inaccessible page."""
     page, size = mmap.PAGESIZE, x.numel() * x.element_size()
     if x.device.type != "cpu" or not size:
         return x.clone()
@@ -177,7 +177,7 @@ def other_tensors(x: Tensor) -> Iterator[tuple[str, Any]]:
 
 
 def others(value: Any) -> Iterator[tuple[str, Any]]:
-    """What stands in the place of an argument, and what it is called."""
+    """Replacements for an argument, each with its name."""
     if isinstance(value, Tensor):
         yield from other_tensors(value)
     elif isinstance(value, bool):

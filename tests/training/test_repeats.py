@@ -81,7 +81,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_a_command_gives_the_same_bits_again(tmp_path):
-    """Alone, then two at once beside a busy loop."""
+    """Alone, then two at once while a busy loop runs."""
     text = tmp_path / "dagger.txt"
     text.write_text(TEXT)
     first, *others = (tmp_path / name for name in ("first", "second", "third"))

@@ -478,7 +478,7 @@ def _unsum(folder: Path) -> None:
         (lambda f: (f / "trainer.json").unlink(), FileNotFoundError, "no training run to resume"),
     ],
 )
-def test_a_damaged_checkpoint_says_what_is_wrong(tmp_path, damage, error, message):
+def test_a_damaged_checkpoint_is_an_error_with_the_cause(tmp_path, damage, error, message):
     make_trainer(tmp_path, QUICK.replace(max_steps=3)).train()
     damage(tmp_path / "last")
     with pytest.raises(error, match=message):

@@ -44,7 +44,7 @@ SUITE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("op", SUITE)
 def test_the_op_suite_in_the_interpreter(op):
-    """In a process of its own: TRITON_INTERPRET=1 must be set before triton is imported."""
+    """In a separate process: TRITON_INTERPRET=1 must be set before triton is imported."""
     selection = f"not bf16 and ({SUITE[op]})"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", selection]
     env = {**os.environ, "TRITON_INTERPRET": "1", "GPTFAST_BACKEND": "auto"}
@@ -133,7 +133,8 @@ for dtype in (torch.float32, torch.float16):
 @needs_triton
 @pytest.mark.slow
 def test_attention_by_tma():
-    """Tensor descriptors, which the interpreter has in Triton 3.6 and 3.9, too: head dims and lengths that are no multiples of a tile, strided inputs."""
+    """Tensor descriptors, which the interpreter has in Triton 3.6 and 3.9, too: head dims and lengths that are no
+    multiples of a tile, strided inputs."""
     code = """
 import torch
 from tests.support.triton_targets import take_tma
@@ -224,7 +225,8 @@ def test_dtypes_and_devices(monkeypatch):
 
 
 def test_auto_moves_on(monkeypatch):
-    """To the Triton kernels where there is no CUDA library, and to eager PyTorch where they cannot run or are interpreted."""
+    """To the Triton kernels where there is no CUDA library, and to eager PyTorch where they cannot run or are
+    interpreted."""
 
     class OnAGpu:  # as much of a CUDA tensor as is looked at
         dtype, device = torch.float32, torch.device("cuda", 0)

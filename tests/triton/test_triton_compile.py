@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of every kernel for three GPUs, none of which is here: that it takes them, tensor-core and TMA
+"""What Triton's compiler makes of every kernel for three GPUs, none of which is present: that it compiles them, tensor-core and TMA
 instructions, shared memory."""
 
 from __future__ import annotations
