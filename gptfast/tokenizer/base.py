@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, Protocol
 
+from gptfast._folders import staged_folder
+from gptfast._snapshots import TOKENIZER
 from gptfast.tokenizer.added import END_OF_TEXT as END_OF_TEXT
 
 AllowedSpecial = Collection[str] | Literal["all"]
@@ -56,6 +58,10 @@ class Tokenizer(Protocol):
         """The UTF-8 bytes of `ids`, which may end inside a character."""
         ...
 
+    def files(self) -> dict[str, bytes]:
+        """The content of the tokenizer's files by name."""
+        ...
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files into `folder`, for `load_tokenizer(folder)`."""
         ...
@@ -95,6 +101,9 @@ class Lenient:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.inner.decode_bytes(filter(self.inner.has_token, ids))
 
+    def files(self) -> dict[str, bytes]:
+        return self.inner.files()
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         self.inner.save(folder)
 
@@ -106,6 +115,13 @@ class Lenient:
 def lenient(tokenizer: Tokenizer) -> Tokenizer:
     """A tokenizer that decodes ids without a token to nothing, and otherwise is `tokenizer`."""
     return tokenizer if isinstance(tokenizer, Lenient) or not hasattr(tokenizer, "has_token") else Lenient(tokenizer)
+
+
+def save_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Replace a folder's tokenizer by files, all or none."""
+    with staged_folder(folder, replaces=TOKENIZER) as stage:
+        for name, content in files.items():
+            (stage / name).write_bytes(content)
 
 
 class StreamDecoder:

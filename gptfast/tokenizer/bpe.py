@@ -23,8 +23,8 @@ from tokenizers import models, pre_tokenizers, trainers
 from gptfast._files import read_asset
 from gptfast._json import naming
 from gptfast.tokenizer.added import FLAGS
-from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, unknown_id
-from gptfast.tokenizer.hf_files import HFFiles, Merge, byte_alphabet, parse_merges, read_hf_files, write_hf_files
+from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, save_files, unknown_id
+from gptfast.tokenizer.hf_files import HFFiles, Merge, byte_alphabet, hf_content, parse_merges, read_hf_files
 from gptfast.tokenizer.pieces import GPT2, blocks_of, pieces
 from gptfast.tokenizer.vocabulary import as_texts
 
@@ -120,8 +120,8 @@ class BPETokenizer:
         except KeyError as error:
             raise unknown_id("BPETokenizer", error.args[0], self.vocab_size) from None
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write vocab.json, merges.txt and tokenizer_config.json for transformers' GPT2Tokenizer."""
+    def files(self) -> dict[str, bytes]:
+        """vocab.json, merges.txt and tokenizer_config.json for transformers' GPT2Tokenizer."""
         eos = next((token for token, i in self.specials.items() if i == self.eos_id), None)
         special = {name: eos for name in ("bos_token", "eos_token", "unk_token") if eos is not None}
         config = {**special, **self._settings, "tokenizer_class": "GPT2Tokenizer"}
@@ -129,7 +129,10 @@ class BPETokenizer:
             config["added_tokens_decoder"] = {
                 str(i): {"content": t, "special": True, **dict.fromkeys(FLAGS, False)} for t, i in self.specials.items()
             }
-        write_hf_files(folder, self.vocab, self.merges, config)
+        return hf_content(self.vocab, self.merges, config)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        save_files(folder, self.files())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> BPETokenizer:

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
 from gptfast._json import naming
-from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, library_errors, unknown_id
-from gptfast.tokenizer.hf_files import HFFiles, Merge, read_hf_files, write_hf_files
+from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, library_errors, save_files, unknown_id
+from gptfast.tokenizer.hf_files import HFFiles, Merge, hf_content, read_hf_files
 from gptfast.tokenizer.pieces import GPT1
 
 _END_OF_WORD = "</w>"
@@ -66,9 +66,12 @@ class OpenAIGPTTokenizer:
             raise unknown_id("OpenAIGPTTokenizer", int(i), self.vocab_size)
         return token[: -len(_END_OF_WORD)] + " " if token.endswith(_END_OF_WORD) else token
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def files(self) -> dict[str, bytes]:
         config = {"tokenizer_class": "OpenAIGPTTokenizer", "unk_token": self.unk_token}
-        write_hf_files(folder, self.vocab, self.merges, config)
+        return hf_content(self.vocab, self.merges, config)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        save_files(folder, self.files())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> OpenAIGPTTokenizer:

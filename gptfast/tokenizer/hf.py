@@ -9,10 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from gptfast._folders import staged_folder
-from gptfast._snapshots import TOKENIZER
 from gptfast.tokenizer.added import CONFIG, END_OF_TEXT
-from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, library_errors, unknown_id
+from gptfast.tokenizer.base import AllowedSpecial, check_text, choose_special, library_errors, save_files, unknown_id
 from gptfast.tokenizer.hf_files import HFFiles, byte_alphabet, read_hf_files
 
 _BYTE = {character: byte for byte, character in byte_alphabet().items()}
@@ -88,8 +86,8 @@ class HFTokenizer:
             return (token[: -len(_END_OF_WORD)] + " " if token.endswith(_END_OF_WORD) else token).encode("utf-8")
         return bytes(_BYTE[c] for c in token) if all(c in _BYTE for c in token) else token.encode("utf-8")
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json for transformers."""
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json and tokenizer_config.json for transformers."""
         spec = self._files.spec
         decoder = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in spec["added_tokens"]}
         split = spec.get("pre_tokenizer") or {}
@@ -100,9 +98,13 @@ class HFTokenizer:
         if self.eos_id is not None:
             config.setdefault("eos_token", self._tokens[self.eos_id])
             config.setdefault("bos_token", self._tokens[self.eos_id])
-        with staged_folder(folder, replaces=TOKENIZER) as stage:
-            (stage / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-            (stage / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+        return {
+            "tokenizer.json": json.dumps(spec, ensure_ascii=False).encode(),
+            CONFIG: json.dumps(config, indent=2).encode(),
+        }
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        save_files(folder, self.files())
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> HFTokenizer:

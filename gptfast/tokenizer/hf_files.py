@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gptfast._files import read_text
-from gptfast._folders import staged_folder
 from gptfast._json import NULL, expect, field, items, read_json, short
-from gptfast._snapshots import TOKENIZER, current, read_whole
+from gptfast._snapshots import current, read_whole
 from gptfast.tokenizer.added import END_OF_TEXT, gather, named_token, read_settings
 
 Merge = tuple[str, str]
@@ -210,19 +209,15 @@ def _same(part: Any, wanted: dict[str, Any] | None) -> bool:
     return all(part.get(key, usual.get(key)) == value for key, value in wanted.items())
 
 
-def write_hf_files(
-    folder: str | os.PathLike[str],
-    vocab: Mapping[str, int],
-    merges: Sequence[Merge],
-    config: Mapping[str, Any],
-) -> None:
-    """Replace a folder's tokenizer by vocab.json, merges.txt and tokenizer_config.json, all or none."""
+def hf_content(vocab: Mapping[str, int], merges: Sequence[Merge], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The content of vocab.json, merges.txt and tokenizer_config.json."""
     by_id = dict(sorted(vocab.items(), key=lambda item: item[1]))
     lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges), ""]
-    with staged_folder(folder, replaces=TOKENIZER) as stage:
-        (stage / "vocab.json").write_bytes(json.dumps(by_id).encode("ascii"))
-        (stage / "merges.txt").write_bytes("\n".join(lines).encode("utf-8"))
-        (stage / "tokenizer_config.json").write_bytes(json.dumps(config, indent=2).encode("ascii"))
+    return {
+        "vocab.json": json.dumps(by_id).encode("ascii"),
+        "merges.txt": "\n".join(lines).encode("utf-8"),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode("ascii"),
+    }
 
 
 def parse_merges(source: str | os.PathLike[str], text: str) -> list[Merge]:

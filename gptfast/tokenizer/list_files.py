@@ -10,22 +10,18 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from gptfast._folders import staged_folder
 from gptfast._json import NULL, expect, field, items, read_json
-from gptfast._snapshots import TOKENIZER, current
+from gptfast._snapshots import current
 from gptfast.tokenizer.added import CONFIG, FLAGS
 
 FILE_NAME = "tokenizer.json"
 KIND = "gptfast_kind"  # in tokenizer_config.json
 
 
-def write_list(
-    folder: str | os.PathLike[str], kind: str, ids: Mapping[str, int], pattern: str, specials: Mapping[str, str]
-) -> None:
-    """Write tokenizer.json and tokenizer_config.json.
+def list_content(kind: str, ids: Mapping[str, int], pattern: str, specials: Mapping[str, str]) -> dict[str, bytes]:
+    """The content of tokenizer.json and tokenizer_config.json.
 
     Args:
-        folder: its tokenizer is replaced, all files or none.
         kind: "char" or "word".
         ids: token -> id, for ids 0, 1, 2, ….
         pattern: regular expression of Oniguruma that matches each piece of a text that can be a token.
@@ -45,9 +41,10 @@ def write_list(
         "model": {"type": "WordLevel", "vocab": ids, "unk_token": specials.get("unk_token", "<|unk|>")},
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, KIND: kind}
-    with staged_folder(folder, replaces=TOKENIZER) as stage:
-        (stage / FILE_NAME).write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
-        (stage / CONFIG).write_text(json.dumps({**config, **specials}, indent=2), encoding="utf-8")
+    return {
+        FILE_NAME: json.dumps(spec, ensure_ascii=False).encode(),
+        CONFIG: json.dumps({**config, **specials}, indent=2).encode(),
+    }
 
 
 def read_list(folder: str | os.PathLike[str], kind: str) -> list[str]:

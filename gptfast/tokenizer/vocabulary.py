@@ -12,8 +12,8 @@ import numpy as np
 
 from gptfast._json import naming
 from gptfast._snapshots import current
-from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, unknown_id
-from gptfast.tokenizer.list_files import FILE_NAME, read_list, write_list
+from gptfast.tokenizer.base import END_OF_TEXT, AllowedSpecial, check_text, choose_special, save_files, unknown_id
+from gptfast.tokenizer.list_files import FILE_NAME, list_content, read_list
 from gptfast.tokenizer.pieces import WORDS
 from gptfast.tokenizer.word_pattern import split_pattern
 
@@ -60,9 +60,12 @@ class _ListTokenizer:
             raise unknown_id(type(self).__name__, i, len(self.tokens))
         return self.tokens[i]
 
+    def files(self) -> dict[str, bytes]:
+        """tokenizer.json and tokenizer_config.json for the `tokenizers` library and transformers."""
+        return list_content(self.kind, self._ids, self._split_pattern(), self._specials())
+
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write tokenizer.json and tokenizer_config.json for the `tokenizers` library and transformers."""
-        write_list(folder, self.kind, self._ids, self._split_pattern(), self._specials())
+        save_files(folder, self.files())
 
     def _split_pattern(self) -> str:
         raise NotImplementedError

@@ -18,11 +18,12 @@ from gptfast.data import (
     load_prepared,
     open_data,
     prepare,
+    prepared,
     split_documents,
     write_tokens,
 )
 from gptfast.data import learn as learning
-from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
+from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
 
 TEXT = "".join(f"line {i} of a small book, it's {i * i}\n" for i in range(300))
 
@@ -327,3 +328,18 @@ def test_merges_are_learnt_from_a_part_of_a_large_text(tmp_path, monkeypatch):
     whole = prepare(tmp_path / "book.txt", "bpe", tmp_path / "c", vocab_size=400)
     assert len(whole.notes) == 1 and whole.tokenizer.merges != made[0].tokenizer.merges
     assert {"word", " 1"} <= {made[0].tokenizer.decode([i]) for i in range(400)}
+
+
+def test_preparing_loads_no_tokenizer_again_and_its_fingerprint_is_that_of_the_saved_files(tmp_path, monkeypatch):
+    """Data that older versions prepared is found."""
+    tokenizer = CharTokenizer.train("To be, or not to be\n", unk=True)
+    tokenizer.save(tmp_path / "saved")
+    for file in (tmp_path / "saved").iterdir():
+        assert tokenizer.files()[file.name] == file.read_bytes()
+    loaded = []
+    monkeypatch.setattr(prepared, "load_tokenizer", lambda folder: loaded.append(folder) or load_tokenizer(folder))
+    (tmp_path / "text.txt").write_text(TEXT)
+    data = prepare(tmp_path / "text.txt", tokenizer, tmp_path / "out")
+    assert data.tokenizer is tokenizer and not loaded
+    again = prepare(tmp_path / "text.txt", tmp_path / "saved", tmp_path / "out")
+    assert loaded == [tmp_path / "out"] and again.info["fingerprint"] == data.info["fingerprint"]
