@@ -175,7 +175,7 @@ TEXT = [
         "gptfast/training/gradients.py",
         "loss * (count / sum(counts))",
         "loss * (1 / len(counts))",
-        _in("training/test_training", "accumulation"),
+        _in("training/test_schedule_and_optimizers", "accumulation"),
     ),
     Mutant(
         "text is held back for the shortest stop string",
