@@ -145,9 +145,9 @@ def text_blocks(
         yield from _blocks(file, path, start, stop, size)
 
 
-def decode_text(content: bytes, path: str | os.PathLike[str]) -> str:
-    """As `read_text`, of the bytes that a file holds. Raises ValueError."""
-    return "".join(_blocks(io.BytesIO(content), path, 0, None, max(1, len(content))))
+def decoded_blocks(file: BinaryIO, path: str | os.PathLike[str], size: int = 1 << 18) -> Iterator[str]:
+    """As `text_blocks`, from an open stream such as an unpacked file; `path` is for messages."""
+    return _blocks(file, path, 0, None, size)
 
 
 def _blocks(file: BinaryIO, path: str | os.PathLike[str], start: int, stop: int | None, size: int) -> Iterator[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from gptfast._files import open_read, read_asset, text_blocks
 from gptfast._warn import warn
 from gptfast.data.folder import choose_files
-from gptfast.data.records import PACKED, RECORDS, kind_of, read_packed_text, read_records
+from gptfast.data.records import PACKED, RECORDS, kind_of, read_records, unpacked_text
 from gptfast.data.spool import Slice, Spool
 from gptfast.data.token_file import is_token_file
 from gptfast.tokenizer.pieces import BLOCK, blocks_of
@@ -163,7 +163,7 @@ def _read_files(
                     documents.append(document)
             empty += count - (len(documents) - before)
         elif kind_of(name)[1] in PACKED:
-            documents.append(Document(name, spool.add(read_packed_text(path))))
+            documents.append(Document(name, spool.add(unpacked_text(path))))
         else:
             documents.append(Document(name, path))
     if empty:
@@ -178,7 +178,7 @@ def _records(name: str, path: Path, field: str, spool: Spool) -> Iterator[Docume
     for number, text in read_records(path, field):
         text = text or ""
         try:
-            kept = spool.add(text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text)
+            kept = spool.add([text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text])
         except UnicodeEncodeError as error:
             half = text[error.start]
             raise ValueError(f"{path}, line or record {number} holds {half!r}, half of a surrogate pair") from None

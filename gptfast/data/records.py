@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TextIO, cast
 
-from gptfast._files import decode_text, open_read
+from gptfast._files import decoded_blocks, open_read
 from gptfast._json import parse, short
 
 JSON, CSV, PARQUET = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv"), (".parquet",)
@@ -59,10 +59,14 @@ def read_records(path: Path, field: str) -> Iterator[Record]:
         yield from (_read_csv if kind in CSV else _read_json)(file, path, field)
 
 
-def read_packed_text(path: Path) -> str:
-    """The text of a packed file, as `read_text` gives that of a plain one."""
+def unpacked_text(path: Path) -> Iterator[str]:
+    """The text of a packed file in blocks, so that it need not fit in memory.
+
+    Raises:
+        OSError, ImportError, ValueError: as `read_records`.
+    """
     with _unpacked(path) as file:
-        return decode_text(file.read(), path)
+        yield from decoded_blocks(file, path)
 
 
 @contextmanager

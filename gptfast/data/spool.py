@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -19,22 +19,25 @@ class Spool:
     def __del__(self) -> None:
         self._file.close()
 
-    def add(self, text: str) -> Slice:
+    def add(self, blocks: Iterable[str]) -> Slice:
         """Append a text.
 
+        Args:
+            blocks: the text in blocks, which are written one by one.
         Raises:
             UnicodeEncodeError: a lone surrogate.
             OSError: the disk is full.
         """
-        content = text.encode()
-        try:
-            self._file.write(content)
-        except OSError as error:
-            raise self._explained(error) from error
-        self._pending = True
-        kept = Slice(self, self._end, len(content))
-        self._end += len(content)
-        return kept
+        start = self._end
+        for block in blocks:
+            content = block.encode()
+            try:
+                self._file.write(content)
+            except OSError as error:
+                raise self._explained(error) from error
+            self._pending = True
+            self._end += len(content)
+        return Slice(self, start, self._end - start)
 
     def read(self, start: int, size: int) -> bytes:
         if self._pending:

@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -329,3 +330,19 @@ def test_records_are_tokenised_with_an_end_each(tmp_path, name):
         text for part in (done.train, done.val) for text in done.tokenizer.decode(part.tokens).split("<|endoftext|>")
     ]
     assert sorted(filter(None, found)) == sorted(texts)
+
+
+def test_a_packed_text_is_unpacked_in_blocks(tmp_path):
+    """A file that unpacks to more than the memory can be prepared."""
+    line = "To be, or not to be: that is the question, naïve as it is\n"
+    count = (16 << 20) // len(line.encode())
+    with gzip.open(tmp_path / "long.txt.gz", "wt", encoding="utf-8", compresslevel=1) as file:
+        file.writelines([line] * count)
+    tracemalloc.start()
+    try:
+        (document,) = load_documents(tmp_path / "long.txt.gz")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert document.size == count * len(line.encode()) and peak < 4 << 20, f"{peak / 2**20:.1f} MB for 16 MB of text"
+    assert next(iter(document.blocks(len(line.encode())))) == line
