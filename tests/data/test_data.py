@@ -216,13 +216,13 @@ def test_a_full_disk_leaves_the_old_data(tmp_path):
 
 
 def test_tokens_tokenizer_and_manifest_are_replaced_together(book, tmp_path, monkeypatch):
-    def crash(self, folder):
+    def crash(self):
         raise KeyboardInterrupt
 
     prepare(book, "bpe", tmp_path / "out", vocab_size=270)
     before = stamps(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(CharTokenizer, "save", crash)
+        patch.setattr(CharTokenizer, "files", crash)
         with pytest.raises(KeyboardInterrupt):
             prepare(book, "char", tmp_path / "out")
     assert stamps(tmp_path / "out") == before

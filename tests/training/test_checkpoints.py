@@ -148,7 +148,7 @@ def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_found(tmp_path):
     names = sorted(f.name for f in last.iterdir())
     assert names == sorted(verify(last)) and {"trainer.json", "config.json", "optimizer.safetensors"} < set(names)
     assert read_checkpoint(tmp_path / "run" / "best").state.step == 3  # a copy with the same sums
-    assert f"files: {len(names)}, as their" in CliRunner().invoke(app, ["info", str(last)]).output
+    assert f"files: {len(names)}, all match their checksums" in CliRunner().invoke(app, ["info", str(last)]).output
     for name in names:
         copy = tmp_path / name
         shutil.copytree(last, copy)
