@@ -37,7 +37,7 @@ def worker(seconds: float) -> float:
     import torch
 
     from gptfast import GPT, GPTConfig, tune_malloc
-    from gptfast.backend import bfloat16_instructions
+    from gptfast.machine import bfloat16_instructions
     from gptfast.training import TrainConfig, accumulate_gradients
     from gptfast.training.optim import build_optimizers, parameters_of
 

@@ -96,7 +96,7 @@ CPU_LIBRARY = (
     "peak_flops(int iterations, bool pairs) -> float",
     "signal_ns(int rounds) -> float",
 )
-CUDA_LIBRARY = ("cuda_trouble(int device) -> str",)
+CUDA_LIBRARY = ("cuda_unavailable_reason(int device) -> str",)
 
 # Operators written in Python: torch.compile sees one call.
 _LOSS = "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing"

@@ -1,6 +1,6 @@
-"""Which implementation runs an op: the compiled library, loaded once, and the choice among the backends.
+"""Which implementation runs an op: the backends, which register themselves, and the choice among them.
 
-`auto` takes the first backend that can run the call. An explicit choice (argument, `gptfast.backend(...)` or
+Importing this loads the compiled libraries (_ops.so, and _cuda_ops.so where torch sees a GPU). `auto` takes the first backend that can run the call. An explicit choice (argument, `gptfast.backend(...)` or
 GPTFAST_BACKEND) never falls back: it raises with the cause and the remedy.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,14 +23,70 @@ from torch.autograd import forward_ad
 
 from gptfast import _schemas
 from gptfast._warn import warn
-from gptfast.triton import trouble as triton_trouble
 
-BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
-DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # where the tensors of a backend lie
-NAMESPACES = {"cpu": "gptfast", "cuda": "gptfast"}  # of torch.ops; there the device of the tensors decides
-AUTOMATIC = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}  # what `auto` tries for tensors on a device, best first
+BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")  # the names for users
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (needs g++)"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the ops.
+
+    name: as in `backend=...`.
+    namespace: where its kernels are in torch.ops, under the same names and schemas for all backends.
+    device: type of the device on which its tensors are, "cpu" or "cuda".
+    unavailable_reason: why it cannot run on GPU number i (None: the current one), and what to do; None where it can.
+    automatic: whether "auto" may choose it, after those that were registered before it for the device.
+    """
+
+    name: str
+    namespace: str
+    device: str
+    unavailable_reason: Callable[[int | None], str | None]
+    automatic: bool = True
+
+
+AUTOMATIC: dict[str, list[str]] = {}  # the backends that "auto" tries for tensors on a device, in order
+_backends: dict[str, Backend] = {}
+_ops: dict[str, set[str]] = {}  # of each backend, looked up once: torch.compile can follow a set, not the dispatcher
+
+
+def register(new: Backend) -> None:
+    """Add a backend whose kernels torch.ops has by now; one of the same name is replaced."""
+    _backends[new.name] = new
+    _ops[new.name] = ops_of(new.name)
+    tried = AUTOMATIC.setdefault(new.device, [])
+    if new.automatic and new.name not in tried:
+        tried.append(new.name)
+
+
+def ops_of(name: str) -> set[str]:
+    """The public ops that the loaded libraries of a backend have kernels for."""
+    key, prefix = _backends[name].device.upper(), _backends[name].namespace + "::"
+    found = {
+        full.removeprefix(prefix).removesuffix("_fwd")
+        for full in torch._C._dispatch_get_all_op_names()
+        if full.startswith(prefix) and torch._C._dispatch_has_kernel_for_dispatch_key(full, key)
+    }
+    if "cross_entropy" in found:
+        found |= {"linear_cross_entropy", "linear_logprobs"}
+    return found | {"linear"} if found else found  # products are PyTorch's where the backend has none
+
+
+def has_kernel(op: str, name: str) -> bool:
+    """Whether the backend has a kernel for this public op."""
+    return op in _ops[name]
+
+
+def kernels(name: str) -> Any:
+    """The operators of a backend, under the same names for all: `kernels("cpu").gelu_fwd`."""
+    return getattr(torch.ops, _backends[name].namespace)
+
+
+def unavailable_reason(name: str, index: int | None = None) -> str | None:
+    """Why a backend cannot run on GPU number `index` (None: the current one), and what to do; None where it can."""
+    return _backends[name].unavailable_reason(index)
 
 
 def _load_ops() -> str | None:
@@ -77,24 +133,32 @@ def _load_cuda_ops() -> str | None:
 
 
 missing_cuda_reason: str | None = _load_cuda_ops()
-_cuda_troubles: dict[int, str | None] = {}
+_cuda_reasons: dict[int, str | None] = {}  # of the GPUs that were asked
 
 
-def cuda_trouble(index: int | None) -> str | None:
-    """Why GPU number `index` (None: the current one) cannot run the CUDA ops, or None. The GPU is asked once, here and
-    not at import: a process that has touched CUDA cannot fork workers."""
+def _cpu_unavailable_reason(_: int | None) -> str | None:
+    return None if missing_reason is None else f"{missing_reason}. To build: {_REBUILD}"
+
+
+def _cuda_unavailable_reason(index: int | None) -> str | None:
+    """As `Backend.unavailable_reason`. The GPU is asked once, here and not at import: a process that has touched CUDA cannot
+    fork workers."""
     if missing_cuda_reason is not None:
         return missing_cuda_reason
     index = torch.cuda.current_device() if index is None else index
-    if index not in _cuda_troubles and torch.compiler.is_compiling():
+    if index not in _cuda_reasons and torch.compiler.is_compiling():
         return None  # not a question that can be traced; the launch would say
-    if index not in _cuda_troubles:
-        _cuda_troubles[index] = torch.ops.gptfast.cuda_trouble(index) or None
-    return _cuda_troubles[index]
+    if index not in _cuda_reasons:
+        _cuda_reasons[index] = torch.ops.gptfast.cuda_unavailable_reason(index) or None
+    return _cuda_reasons[index]
+
+
+register(Backend("cpu", "gptfast", "cpu", _cpu_unavailable_reason))
+register(Backend("cuda", "gptfast", "cuda", _cuda_unavailable_reason))
 
 
 def _checked(name: str, where: str) -> str:
-    if name not in BACKENDS and name not in NAMESPACES:
+    if name not in BACKENDS and name not in _backends:
         raise ValueError(f"{where}: backend is {name!r}; expected one of {', '.join(BACKENDS)}")
     return name
 
@@ -181,23 +245,16 @@ def _automatic(op: str, x: Tensor) -> str:
     if x.dtype not in KERNEL_DTYPES:
         return "eager"
     for name in AUTOMATIC.get(x.device.type, ()):
-        if name == "cuda" and cuda_trouble(x.device.index) is not None:
-            continue
-        if name == "triton" and (DEVICES[name] != x.device.type or triton_trouble(x.device.index) is not None):
-            continue  # the first where it is interpreted, on the CPU
-        if (has_cpu_ops or name == "triton") and has_kernel(op, name):
+        if op in _ops[name] and _backends[name].unavailable_reason(x.device.index) is None:
             return name
     return "eager"
 
 
 def _check_explicit(op: str, name: str, x: Tensor, *strange: torch.dtype) -> None:
     asked = f"{op}: backend={name!r} was asked for, but"
-    if name == "cpu" and not has_cpu_ops:
-        raise RuntimeError(f"{asked} {missing_reason}. To build: {_REBUILD}")
-    if name == "triton" and (trouble := triton_trouble(x.device.index if x.device.type == "cuda" else None)):
-        raise RuntimeError(f"{asked} {trouble}; or use backend='auto' (`gptfast doctor` says what runs here)")
-    if name == "cuda" and (trouble := cuda_trouble(x.device.index if x.device.type == "cuda" else None)):
-        raise RuntimeError(f"{asked} {trouble}; use backend='auto' or 'eager' (`gptfast doctor` says what runs here)")
+    reason = unavailable_reason(name, x.device.index if x.device.type == "cuda" else None)
+    if reason is not None:
+        raise RuntimeError(f"{asked} {reason}; use backend='auto' or 'eager' (`gptfast doctor` says what runs here)")
     if transformed():
         raise RuntimeError(
             f"{asked} torch.func (vmap, grad, jvp, ...) and forward-mode AD cannot look into its kernels; use "
@@ -205,7 +262,7 @@ def _check_explicit(op: str, name: str, x: Tensor, *strange: torch.dtype) -> Non
         )
     if not has_kernel(op, name):
         raise RuntimeError(f"{asked} it has no kernel for this op; use backend='auto' or 'eager'")
-    if x.device.type != DEVICES[name]:
+    if x.device.type != _backends[name].device:
         raise ValueError(f"{asked} the input is on {x.device}; move it or use 'auto'")
     for dtype in (*strange, *(() if x.dtype in KERNEL_DTYPES else (x.dtype,))):
         raise TypeError(
@@ -213,56 +270,9 @@ def _check_explicit(op: str, name: str, x: Tensor, *strange: torch.dtype) -> Non
         )
 
 
-def has_kernel(op: str, name: str) -> bool:
-    """Does the backend have a kernel for this public op?"""
-    return op in _OPS[name]
-
-
-def ops_of(name: str) -> set[str]:
-    """The public ops that the loaded libraries of a backend have kernels for."""
-    key, prefix = DEVICES[name].upper(), NAMESPACES[name] + "::"
-    found = {
-        full.removeprefix(prefix).removesuffix("_fwd")
-        for full in torch._C._dispatch_get_all_op_names()
-        if full.startswith(prefix) and torch._C._dispatch_has_kernel_for_dispatch_key(full, key)
-    }
-    if "cross_entropy" in found:
-        found |= {"linear_cross_entropy", "linear_logprobs"}
-    return found | {"linear"} if found else found  # products are PyTorch's where the backend has none
-
-
-# Looked up once: torch.compile can follow a set, not the dispatcher.
-_OPS: dict[str, set[str]] = {name: ops_of(name) for name in NAMESPACES}
-
-
-def add_backend(name: str, namespace: str, device: str) -> None:
-    """Make the ops of a further namespace of torch.ops, whose library has been loaded, a backend for `device`."""
-    NAMESPACES[name], DEVICES[name] = namespace, device
-    _OPS[name] = ops_of(name)
-
-
-def kernels(name: str) -> Any:
-    """The compiled ops of a backend, under the same names for all: `kernels("cpu").gelu_fwd`."""
-    return getattr(torch.ops, NAMESPACES[name])
-
-
 def cpu_isa() -> str | None:
     """Name of the instruction set that the CPU kernels use now, or None without compiled ops."""
     return torch.ops.gptfast.cpu_isa() if has_cpu_ops else None
-
-
-@cache
-def has_amx() -> bool:
-    """Whether this CPU, its system and torch have AMX, with which oneDNN multiplies bfloat16 in whole tiles."""
-    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
-
-
-def bfloat16_instructions() -> str | None:
-    """The instructions of this CPU that multiply bfloat16 faster than float32, as far as they are used here, or None."""
-    if has_amx():
-        return "AMX"
-    pairs = cpu_isa() == "avx512_bf16" if has_cpu_ops else torch.cpu._is_avx512_bf16_supported()
-    return "AVX-512 BF16" if pairs else None
 
 
 def cpu_isas() -> list[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import platform
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import torch
 
-from gptfast.backend import bfloat16_instructions, cpu_isa, has_cpu_ops
+from gptfast.backend import cpu_isa, has_cpu_ops
 
 _SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
 
@@ -21,6 +22,20 @@ def cpu_name() -> str:
     except FileNotFoundError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU, its system and torch have AMX, with which oneDNN multiplies bfloat16 in whole tiles."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+def bfloat16_instructions() -> str | None:
+    """The instructions of this CPU that multiply bfloat16 faster than float32, as far as they are used here, or None."""
+    if has_amx():
+        return "AMX"
+    pairs = cpu_isa() == "avx512_bf16" if has_cpu_ops else torch.cpu._is_avx512_bf16_supported()
+    return "AVX-512 BF16" if pairs else None
 
 
 def resolve_device(name: str) -> torch.device:

@@ -32,7 +32,8 @@ from gpu.provenance import provenance
 
 NO_GPU = "gpu-check: torch sees no NVIDIA GPU. Nothing was checked. (`gptfast doctor` says what this machine has.)"
 LOADED = (
-    "from gptfast.backend import cuda_trouble; t = cuda_trouble(None); print(t or 'the CUDA ops load'); exit(bool(t))"
+    "from gptfast.backend import unavailable_reason; reason = unavailable_reason('cuda'); "
+    "print(reason or 'the CUDA ops load'); exit(bool(reason))"
 )
 OPS = "every op on the GPU"
 SMALL = [sys.executable, "scripts/gpu_small.py"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gptfast import ops
-from gptfast.triton import trouble
+from gptfast.triton import unavailable_reason
 
 from .timing import Bench, Refused, Row
 
@@ -45,7 +45,7 @@ def measure(bench: Bench) -> Iterator[Row]:
                     call()
                     bench.wait()
                 except Refused as error:
-                    refused = {"triton": trouble(None) or str(error).splitlines()[0]}
+                    refused = {"triton": unavailable_reason(None) or str(error).splitlines()[0]}
                 seconds = time.perf_counter() - start
                 print(f"{f'{name}, {how}':44}{seconds:>8.1f}{'  refused' if refused else ''}", flush=True)
                 yield {"what": f"{name}, {how}", "seconds": seconds, "refused": refused}

@@ -5,8 +5,8 @@ namespace gptfast::cuda {
 namespace {
 
 // "" when device `index` can run them, else why not.
-std::string trouble(i64 index) {
-  GPTFAST_CHECK(index >= 0 && index <= INT32_MAX, "cuda_trouble: there is no GPU number ", index);
+std::string unavailable_reason(i64 index) {
+  GPTFAST_CHECK(index >= 0 && index <= INT32_MAX, "cuda_unavailable_reason: there is no GPU number ", index);
   cudaDeviceProp device;
   if (const cudaError_t error = cleared(cudaGetDeviceProperties(&device, int(index))); error != cudaSuccess)
     return cudaGetErrorString(error);
@@ -20,6 +20,8 @@ std::string trouble(i64 index) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) { m.impl("cuda_trouble", TORCH_BOX(&trouble)); }
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
+  m.impl("cuda_unavailable_reason", TORCH_BOX(&unavailable_reason));
+}
 
 }  // namespace gptfast::cuda

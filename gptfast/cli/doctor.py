@@ -51,24 +51,24 @@ def report() -> list[tuple[str, str]]:
 def _cuda_status() -> str:
     import torch
 
-    from gptfast.backend import cuda_trouble, missing_cuda_reason, ops_of
+    from gptfast.backend import missing_cuda_reason, ops_of, unavailable_reason
 
     if missing_cuda_reason is not None and not torch.cuda.is_available():
         return missing_cuda_reason
     gpu = torch.cuda.get_device_name()
-    trouble = cuda_trouble(None)
-    if trouble is not None:
-        return f"{gpu}: every op in eager PyTorch, because {trouble}"
+    reason = unavailable_reason("cuda")
+    if reason is not None:
+        return f"{gpu}: every op in eager PyTorch, because {reason}"
     return f"{gpu}: compiled kernels for {', '.join(sorted(ops_of('cuda')))}"
 
 
 def _triton_status() -> str:
     from importlib.metadata import version
 
-    from gptfast.backend import ops_of
-    from gptfast.triton import INTERPRETING, trouble
+    from gptfast.backend import ops_of, unavailable_reason
+    from gptfast.triton import INTERPRETING
 
-    if reason := trouble(None):
+    if reason := unavailable_reason("triton"):
         return reason
     how = "where auto finds no CUDA ops, or asked for"
     if INTERPRETING:

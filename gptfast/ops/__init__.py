@@ -1,5 +1,7 @@
 """Fused operations of GPT models as plain functions; `gptfast.ops.reference` holds each of them in eager PyTorch."""
 
+from gptfast import triton as _triton
+from gptfast.ops._registry import register_fakes as _register_fakes
 from gptfast.ops.add_layer_norm import add_layer_norm
 from gptfast.ops.causal_attention import causal_attention
 from gptfast.ops.cross_entropy import cross_entropy
@@ -12,7 +14,6 @@ from gptfast.ops.linear import linear
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 from gptfast.ops.quantized_linear import quantize_groups, quantized_linear
 from gptfast.ops.sample import sample
-from gptfast.triton import register as _register_triton
 
 __all__ = [
     "add_layer_norm",
@@ -33,4 +34,5 @@ __all__ = [
     "sample",
 ]
 
-_register_triton()  # now that the properties of every operator are known
+_triton.register()
+_register_fakes(_triton.NAMESPACE)  # now that the properties of every operator are known

@@ -8,18 +8,12 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
+from gptfast._checks import check_probability
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import (
-    check_float,
-    check_probability,
-    check_same_device,
-    distinct,
-    dtype_code,
-    fake,
-    forbid_double_backward,
-    new_of_code,
-)
+from gptfast.ops._checks import check_float, check_same_device
+from gptfast.ops._registry import fake, forbid_double_backward
+from gptfast.ops._tensors import distinct, dtype_code, new_of_code
 from gptfast.ops.layer_norm import check_norm, new_statistics
 from gptfast.ops.streams import stream
 

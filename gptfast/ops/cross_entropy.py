@@ -7,17 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast._checks import check_choice, check_int, check_number
 from gptfast.backend import kernels, resolve, transformed
 from gptfast.ops import reference
-from gptfast.ops._common import (
-    check_choice,
-    check_float,
-    check_int,
-    check_number,
-    check_same_device,
-    fake,
-    forbid_double_backward,
-)
+from gptfast.ops._checks import check_float, check_same_device
+from gptfast.ops._registry import fake, forbid_double_backward
 
 OP = "cross_entropy"
 

@@ -20,7 +20,8 @@ from gptfast._nf4 import (
 )
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import FLOATS, check_dense, check_float, check_same_device, fake
+from gptfast.ops._checks import FLOATS, check_dense, check_float, check_same_device
+from gptfast.ops._registry import fake
 
 OP = "dequantize_nf4"
 BLOCK_SIZES = (16, 4096)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from gptfast.backend import KERNEL_DTYPES, kernels, resolve, transformed
 from gptfast.ops import reference
-from gptfast.ops._common import check_float, check_same_device, fake, forbid_double_backward, rows_of
+from gptfast.ops._checks import check_float, check_same_device
+from gptfast.ops._registry import fake, forbid_double_backward
+from gptfast.ops._tensors import rows_of
 
 
 def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Tensor | None = None) -> Tensor:

@@ -7,17 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast._checks import check_choice
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import (
-    check_choice,
-    check_float,
-    check_same_device,
-    check_vector,
-    distinct,
-    fake,
-    forbid_double_backward,
-)
+from gptfast.ops._checks import check_float, check_same_device, check_vector
+from gptfast.ops._registry import fake, forbid_double_backward
+from gptfast.ops._tensors import distinct
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, backend: str | None = None) -> Tensor:

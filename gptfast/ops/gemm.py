@@ -21,7 +21,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gptfast.backend import KERNEL_DTYPES, cpu_isa, has_amx
+from gptfast.backend import KERNEL_DTYPES, cpu_isa
+from gptfast.machine import has_amx
 
 METHODS = ("own", "torch", "onednn")
 FEW_ROWS = 16  # below, packing the second factor costs more than the product

@@ -7,19 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast._checks import check_number
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import (
-    check_float,
-    check_number,
-    check_same_device,
-    check_vector,
-    distinct,
-    dtype_code,
-    fake,
-    forbid_double_backward,
-    new_of_code,
-)
+from gptfast.ops._checks import check_float, check_same_device, check_vector
+from gptfast.ops._registry import fake, forbid_double_backward
+from gptfast.ops._tensors import distinct, dtype_code, new_of_code
 
 
 def layer_norm(

@@ -9,19 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptfast._checks import check_choice
 from gptfast.backend import is_many, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import (
-    autocast,
-    check_choice,
-    check_float,
-    check_same_device,
-    check_vector,
-    define_python_op,
-    distinct,
-    forbid_double_backward,
-    rows_of,
-)
+from gptfast.ops._checks import check_float, check_same_device, check_vector
+from gptfast.ops._registry import define_python_op, forbid_double_backward
+from gptfast.ops._tensors import autocast, distinct, rows_of
 from gptfast.ops.gelu import gelu
 from gptfast.ops.gemm import FEW_ROWS, forced, gemm
 

@@ -8,20 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast._checks import check_choice
 from gptfast._nf4 import blocks_of, check_finite, check_power_of_two, pack_pairs
 from gptfast.backend import has_values, kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import (
-    autocast,
-    check_choice,
-    check_dense,
-    check_float,
-    check_same_device,
-    check_vector,
-    fake,
-    forbid_double_backward,
-    rows_of,
-)
+from gptfast.ops._checks import check_dense, check_float, check_same_device, check_vector
+from gptfast.ops._registry import fake, forbid_double_backward
+from gptfast.ops._tensors import autocast, rows_of
 
 OP = "quantized_linear"
 FORMATS = ("int8", "int4", "nf4")

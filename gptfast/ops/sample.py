@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
+from gptfast._checks import check_int, check_number
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._common import check_float, check_int, check_number, fake
+from gptfast.ops._checks import check_float
+from gptfast.ops._registry import fake
 
 OP = "sample"
 

@@ -14,7 +14,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gptfast import rng
-from gptfast.ops._common import define_python_op
+from gptfast.ops._registry import define_python_op
 
 STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spreads consecutive numbers over the seeds, as SplitMix64 does
 _RANK_STEP = 0xD1B54A32D192ED03  # likewise; not STEP, or module 1 of rank 0 would be module 0 of rank 1

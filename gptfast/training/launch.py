@@ -17,10 +17,10 @@ import torch
 from gptfast._locks import FileLock
 from gptfast._options import default_of, options_of, values_of
 from gptfast._snapshots import current
-from gptfast.backend import has_amx
 from gptfast.config import GPTConfig
 from gptfast.data import PreparedData, is_token_file, open_data
 from gptfast.data.options import DataOptions
+from gptfast.machine import has_amx
 from gptfast.models import GPT
 from gptfast.models.pretrained import resolve
 from gptfast.ops.gemm import methods_of, multiplied_by

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast import _schemas
+from gptfast import _schemas, backend
+from gptfast.backend import Backend
 
 NAMESPACE = "gptfast_triton"
 INTERPRETING: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -30,17 +31,13 @@ OLDEST_GPU = (7, 0)  # what Triton's compiler can make code for
 
 def register() -> None:
     """Make the operators, and with them backend="triton"; for CPU tensors where they are interpreted, else for GPUs."""
-    from gptfast.backend import add_backend
-    from gptfast.ops._common import adopt
-
     device = "cpu" if INTERPRETING else "cuda"
     library, modules = _schemas.library(NAMESPACE), implemented()
     _schemas.define(NAMESPACE, modules)
     for schema, module in modules.items():
         name = _schemas.name_of(schema)
         library.impl(name, _launcher(module, name), device.upper())
-    adopt(NAMESPACE)
-    add_backend("triton", NAMESPACE, device)
+    backend.register(Backend("triton", NAMESPACE, device, unavailable_reason, automatic=not INTERPRETING))
 
 
 def implemented() -> dict[str, str]:
@@ -85,10 +82,10 @@ def _missing() -> str | None:
 
 
 missing_reason: str | None = _missing()
-_troubles: dict[int, str | None] = {}
+_reasons: dict[int, str | None] = {}
 
 
-def trouble(index: int | None) -> str | None:
+def unavailable_reason(index: int | None) -> str | None:
     """Why Triton kernels cannot run on GPU number `index` (None: the current one), and what to do; None where they can.
 
     The GPU is asked once, here and not at import: a process that has touched CUDA cannot fork workers.
@@ -96,10 +93,10 @@ def trouble(index: int | None) -> str | None:
     if missing_reason is not None or INTERPRETING or torch.version.hip:
         return missing_reason
     index = torch.cuda.current_device() if index is None else index
-    if index not in _troubles and torch.compiler.is_compiling():
+    if index not in _reasons and torch.compiler.is_compiling():
         return None  # not a question that can be traced; the launch would say
-    if index not in _troubles:
+    if index not in _reasons:
         capability = torch.cuda.get_device_capability(index)
         old = f"this GPU has compute capability {capability[0]}.{capability[1]} and Triton needs 7.0 or newer"
-        _troubles[index] = None if capability >= OLDEST_GPU else old
-    return _troubles[index]
+        _reasons[index] = None if capability >= OLDEST_GPU else old
+    return _reasons[index]

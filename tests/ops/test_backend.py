@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gptfast
 from gptfast import ops
-from gptfast.backend import cpu_isa, cpu_isas, force_cpu_isa, resolve
+from gptfast.backend import Backend, cpu_isa, cpu_isas, force_cpu_isa, has_kernel, register, resolve
 from tests.support import emulated
 
 X = torch.ones(4)
@@ -86,7 +86,7 @@ def test_cuda_without_a_gpu_is_an_error_with_the_cause():
 
 def test_an_op_without_a_kernel_is_an_error_with_the_cause(emu):
     """The emulated CUDA kernels are a backend like others; this one is taken from it."""
-    known = resolve.__globals__["_OPS"]["emu"]
+    known = resolve.__globals__["_ops"]["emu"]
     assert resolve("gelu", "emu", X) == "emu"
     known.discard("gelu")
     try:
@@ -110,32 +110,32 @@ def test_a_whole_model_runs_under_an_explicit_backend(name, emu):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-TROUBLES = {
+REASONS = {
     "GTX 1080 has compute capability 6.1; the kernels need 8.0 or newer": "but GTX 1080 has compute capability 6.1",
     "no kernel image is available for execution on the device": "but no kernel image is available",
 }
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
-def test_a_gpu_that_cannot_run_the_kernels(trouble, monkeypatch):
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_gpu_that_cannot_run_the_kernels(reason, monkeypatch):
     """An explicit request is an error with cause and remedy; auto runs eager PyTorch; doctor reports why."""
     from gptfast.cli.doctor import report
 
     names = resolve.__globals__
     monkeypatch.setitem(names, "missing_cuda_reason", None)
-    monkeypatch.setitem(names, "_cuda_troubles", {0: trouble})
+    monkeypatch.setitem(names, "_cuda_reasons", {0: reason})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     with FakeTensorMode():
         x = torch.empty(4, device="cuda")
-    with pytest.raises(RuntimeError, match=f"gelu: .*{TROUBLES[trouble]}.*; use backend='auto' or 'eager'"):
+    with pytest.raises(RuntimeError, match=f"gelu: .*{REASONS[reason]}.*; use backend='auto' or 'eager'"):
         resolve("gelu", "cuda", x)
     assert resolve("gelu", None, x) == "eager"
-    assert dict(report())["ops on CUDA"] == f"a GPU: every op in eager PyTorch, because {trouble}"
+    assert dict(report())["ops on CUDA"] == f"a GPU: every op in eager PyTorch, because {reason}"
 
-    monkeypatch.setitem(names, "_cuda_troubles", {0: None})
-    monkeypatch.setitem(names, "_OPS", {**names["_OPS"], "cuda": {"gelu"}})
+    monkeypatch.setitem(names, "_cuda_reasons", {0: None})
+    monkeypatch.setitem(names, "_ops", {**names["_ops"], "cuda": {"gelu"}})
     assert resolve("gelu", None, x) == "cuda"
     assert resolve("dropout", None, x) == "eager" and resolve("gelu", None, x.double()) == "eager"
 
@@ -144,6 +144,22 @@ def test_a_cuda_library_that_was_not_built(monkeypatch):
     monkeypatch.setitem(resolve.__globals__, "missing_cuda_reason", "_cuda_ops.so was not built")
     with pytest.raises(RuntimeError, match=r"but _cuda_ops\.so was not built; use backend='auto'"):
         resolve("gelu", "cuda", X)
+
+
+def test_a_backend_registers_itself(monkeypatch):
+    """`auto` tries backends in the order of their registration, each only where it can run."""
+    names = resolve.__globals__
+    for name, value in {"_backends": dict(names["_backends"]), "_ops": dict(names["_ops"]), "AUTOMATIC": {}}.items():
+        monkeypatch.setitem(names, name, value)
+    reasons = {"first": "it rests", "second": None, "quiet": None}
+    for name in reasons:
+        register(Backend(name, "gptfast", "cpu", lambda _, name=name: reasons[name], automatic=name != "quiet"))
+    assert names["AUTOMATIC"] == {"cpu": ["first", "second"]} and has_kernel("gelu", "quiet")
+    assert resolve("gelu", None, X) == "second" and resolve("gelu", "quiet", X) == "quiet"
+    with pytest.raises(RuntimeError, match="gelu: backend='first' was asked for, but it rests; use backend='auto'"):
+        resolve("gelu", "first", X)
+    reasons["first"] = None
+    assert resolve("gelu", None, X) == "first"
 
 
 def test_a_call_that_the_cuda_kernels_refuse(emu):

@@ -13,7 +13,7 @@ import torch
 import gptfast.triton
 from gptfast import _schemas
 from gptfast.backend import has_cpu_ops
-from gptfast.ops import _common
+from gptfast.ops import _registry
 from tests.support import emulated
 
 compiled = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
@@ -33,7 +33,7 @@ def expected(schemas: list[str]) -> dict[str, str]:
 @compiled
 def test_the_compiled_namespace_is_the_table():
     schemas = [*_schemas.compiled(), *_schemas.CPU_LIBRARY, *_schemas.PYTHON]
-    cuda = _schemas.CUDA_LIBRARY if torch.ops.gptfast.__dict__.get("cuda_trouble") else ()
+    cuda = _schemas.CUDA_LIBRARY if torch.ops.gptfast.__dict__.get("cuda_unavailable_reason") else ()
     assert defined("gptfast") == expected([*schemas, *cuda])
 
 
@@ -55,14 +55,14 @@ def test_a_triton_module_has_the_functions_of_its_schemas():
 
 def test_every_schema_has_a_fake():
     """Of kernels and Python operators: results without memory, for torch.compile, torch.export and meta tensors."""
-    assert {_schemas.name_of(s) for s in KERNELS} <= set(_common._fakes)
+    assert {_schemas.name_of(s) for s in KERNELS} <= set(_registry._fakes)
     for name in map(_schemas.name_of, _schemas.PYTHON):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gptfast::{name}", "Meta"), name
 
 
 def test_every_fake_has_a_schema():
     known = {*map(_schemas.name_of, KERNELS), *map(_schemas.name_of, _schemas.CPU_LIBRARY)}
-    assert set(_common._fakes) <= known
+    assert set(_registry._fakes) <= known
 
 
 # ---- what does not belong together --------------------------------------------------------------------------------

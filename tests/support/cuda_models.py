@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ def tiny(**options) -> gptfast.GPT:
 def on_fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[gptfast.GPT]:
     """A model on a GPU that is not there, with the CUDA kernels' shape functions. No gradients: autograd asks the driver."""
     names = resolve.__globals__
-    monkeypatch.setitem(names, "cuda_trouble", lambda index: None)
-    monkeypatch.setitem(names, "_OPS", {**names["_OPS"], "cuda": names["_OPS"]["cpu"]})
+    there = replace(names["_backends"]["cuda"], unavailable_reason=lambda index: None)
+    monkeypatch.setitem(names["_backends"], "cuda", there)
+    monkeypatch.setitem(names, "_ops", {**names["_ops"], "cuda": names["_ops"]["cpu"]})
     model = tiny(dropout=0.1)
     with FakeTensorMode(), torch.no_grad(), gptfast.backend("cuda"):
         for module in model.modules():

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from gptfast import _schemas
-from gptfast.backend import add_backend, has_cpu_ops
-from gptfast.ops._common import adopt
+from gptfast.backend import Backend, has_cpu_ops, register
+from gptfast.ops._registry import register_fakes
 from tests.support import ROOT
 
 NAMESPACE = "gptfast_emu"
@@ -78,8 +78,8 @@ def load(variant: str | None = None) -> ctypes.CDLL:
     torch.ops.load_library(path)
     _schemas.define(NAMESPACE, _schemas.compiled())
     _schemas.check_library(NAMESPACE, "cpu", _schemas.compiled(), path)
-    adopt(NAMESPACE)
-    add_backend("emu", NAMESPACE, "cpu")
+    register_fakes(NAMESPACE)
+    register(Backend("emu", NAMESPACE, "cpu", lambda _: None, automatic=False))
     return ctypes.CDLL(str(path))
 
 

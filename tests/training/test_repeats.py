@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptfast import backend, machine
+from gptfast import machine
 from gptfast.models import GPT, GPTConfig
 from gptfast.ops import gemm
 from gptfast.training import TrainConfig, Trainer, read_checkpoint
@@ -191,8 +191,8 @@ def test_an_unknown_way_in_a_checkpoint_is_named(tmp_path):
 )
 def test_the_dtype_follows_from_the_instructions_and_from_no_clock(amx, kernels, pairs, expected, monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("timed"))
-    monkeypatch.setattr(backend, "has_amx", lambda: amx)
-    monkeypatch.setattr(backend, "has_cpu_ops", kernels is not None)
-    monkeypatch.setattr(backend, "cpu_isa", lambda: kernels)
+    monkeypatch.setattr(machine, "has_amx", lambda: amx)
+    monkeypatch.setattr(machine, "has_cpu_ops", kernels is not None)
+    monkeypatch.setattr(machine, "cpu_isa", lambda: kernels)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: pairs)
     assert machine.choose_dtype("cpu") == expected
