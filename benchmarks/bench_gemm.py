@@ -57,26 +57,28 @@ def products(rows: int, out: int, width: int, dtype: torch.dtype) -> dict[str, t
 def bench_products(options: argparse.Namespace, machine) -> dict[str, str]:
     """Prints a line a product; returns the fastest way of each layout and dtype, by the sum of the times."""
     totals: dict[str, dict[str, float]] = {}
-    print(f"{'product':<34}" + "".join(f"{name:>9}" for name in g.METHODS) + f"{'rule':>9}{'ratio':>8}")
+    print(f"{'product':<34}" + "".join(f"{name:>9}" for name in g.IMPLEMENTATIONS) + f"{'rule':>9}{'ratio':>8}")
     shapes = [(rows, *s) for rows in options.rows for s in GPT2 + DEMO] + [(384, *HEAD)]
     for dtype in (torch.float32, torch.bfloat16):
-        rule, kind = g.rule(dtype), str(dtype)[6:]
+        rule, kind = g.default_for(dtype), str(dtype)[6:]
         for rows, out, width in shapes:
             for layout, (a, b, result) in products(rows, out, width, dtype).items():
-                runners = {name: partial(by, name, dtype, a, b, result) for name in g.METHODS}
+                runners = {name: partial(by, name, dtype, a, b, result) for name in g.IMPLEMENTATIONS}
                 times = in_turns(runners, options.rounds)
                 key = f"{layout} {kind}"
-                sums = totals.setdefault(key, dict.fromkeys(g.METHODS, 0.0))
-                for name in g.METHODS:
+                sums = totals.setdefault(key, dict.fromkeys(g.IMPLEMENTATIONS, 0.0))
+                for name in g.IMPLEMENTATIONS:
                     sums[name] += statistics.median(times[name])
                 share = {
                     n: 2 * rows * out * width / (statistics.median(t) * 1e-3) / machine.peak(dtype) * 100
                     for n, t in times.items()
                 }
-                ratio = statistics.median(min(t) / t[g.METHODS.index(rule)] for t in zip(*times.values(), strict=True))
+                ratio = statistics.median(
+                    min(t) / t[g.IMPLEMENTATIONS.index(rule)] for t in zip(*times.values(), strict=True)
+                )
                 print(
                     f"{key:<12}{rows:>5} {out:>6} x {width:<6}  "
-                    + "".join(f"{share[n]:>9.0f}" for n in g.METHODS)
+                    + "".join(f"{share[n]:>9.0f}" for n in g.IMPLEMENTATIONS)
                     + f"{rule:>9}{ratio:>8.2f}",
                     flush=True,
                 )
@@ -85,7 +87,7 @@ def bench_products(options: argparse.Namespace, machine) -> dict[str, str]:
 
 def by(name: str, dtype: torch.dtype, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     ways = {f"{a}{b} {str(dtype)[6:]}": name for a in "nt" for b in "nt"}
-    with g.multiplied_by(ways):
+    with g.use_implementations(ways):
         g.gemm(a, b, out, dtype=dtype)
 
 
@@ -110,18 +112,20 @@ def stepper(config: gptfast.GPTConfig, batch: int, bf16: bool, optimizer: str) -
 def bench_steps(options: argparse.Namespace, fastest: dict[str, str]) -> None:
     demo = gptfast.GPTConfig(n_layer=4, n_head=6, n_embd=192, block_size=128, vocab_size=90, dropout=0.0)
     print(f"\nfastest by layout: {fastest}")
-    print(f"{'training step, ms':<34}" + "".join(f"{n:>10}" for n in ("rule", *g.METHODS, "fastest", "rule is")))
+    print(
+        f"{'training step, ms':<34}" + "".join(f"{n:>10}" for n in ("rule", *g.IMPLEMENTATIONS, "fastest", "rule is"))
+    )
     for name, config, batch, optimizer, repeat in (
         ("demo, B=16", demo, 16, "muon", 20),
         ("GPT-2 124M, B=2", gptfast.GPTConfig.preset("gpt2", dropout=0.0), 2, "adamw", 1),
     ):
         for bf16 in (False, True):
             step, dtype = stepper(config, batch, bf16, optimizer), "bfloat16" if bf16 else "float32"
-            ways = {"rule": {}, **{n: {f"{a}{b} {dtype}": n for a in "nt" for b in "nt"} for n in g.METHODS}}
+            ways = {"rule": {}, **{n: {f"{a}{b} {dtype}": n for a in "nt" for b in "nt"} for n in g.IMPLEMENTATIONS}}
             ways["fastest"] = fastest
 
             def run(way: dict[str, str], step=step, repeat=repeat) -> None:
-                with g.multiplied_by(way):
+                with g.use_implementations(way):
                     for _ in range(repeat):
                         step()
 
@@ -137,7 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", action="store_true", help="whole training steps too (minutes)")
     options = parser.parse_args()
-    if g.forced():
+    if g.is_forced():
         parser.error("GPTFAST_GEMM is set, and every product would take the same way; unset it")
     gptfast.tune_malloc()
     machine = measure_machine()

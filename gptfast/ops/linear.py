@@ -16,7 +16,7 @@ from gptfast.ops._checks import check_float, check_same_device, check_vector
 from gptfast.ops._registry import define_python_op, forbid_double_backward
 from gptfast.ops._tensors import autocast, distinct, rows_of
 from gptfast.ops.gelu import gelu
-from gptfast.ops.gemm import FEW_ROWS, forced, gemm
+from gptfast.ops.gemm import MIN_ROWS, gemm, is_forced
 
 OP = "linear"
 GELUS = {"gelu_tanh": "tanh", "gelu": "none"}  # fused with the bias
@@ -57,8 +57,8 @@ def linear(
     if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
         raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     runs_on = resolve(OP, backend, x)
-    few = not torch.compiler.is_compiling() and x.numel() < FEW_ROWS * x.shape[-1]
-    if runs_on != "cpu" or (few and not forced()):
+    few = not torch.compiler.is_compiling() and x.numel() < MIN_ROWS * x.shape[-1]
+    if runs_on != "cpu" or (few and not is_forced()):
         y = F.linear(x, weight, added)
     else:
         rows = rows_of(x)

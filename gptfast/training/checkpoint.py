@@ -32,7 +32,7 @@ from gptfast._locks import FileLock
 from gptfast._snapshots import EVERYTHING, current, current_files
 from gptfast.models import GPT
 from gptfast.models.export import write_tensors
-from gptfast.ops.gemm import methods_of
+from gptfast.ops.gemm import implementations_of
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.config import TrainConfig
 from gptfast.training.optim import optimizer_tensors, restore_optimizers
@@ -115,7 +115,7 @@ def save_checkpoint(
         "state": asdict(state),
         "dropout": [model.dropout_seed, model.dropout_step],
         "threads": torch.get_num_threads(),
-        "gemm": methods_of(config.dtype) if model.wte.weight.device.type == "cpu" else {},
+        "gemm": implementations_of(config.dtype) if model.wte.weight.device.type == "cpu" else {},
         "source": source,
         "config": asdict(config),
     }

@@ -23,7 +23,7 @@ from gptfast.data.options import DataOptions
 from gptfast.machine import has_amx
 from gptfast.models import GPT
 from gptfast.models.pretrained import resolve
-from gptfast.ops.gemm import methods_of, multiplied_by
+from gptfast.ops.gemm import implementations_of, use_implementations
 from gptfast.tokenizer import has_tokenizer, load_tokenizer
 from gptfast.training.checkpoint import Checkpoint, check_source, lock_run, read_checkpoint
 from gptfast.training.config import TrainConfig
@@ -61,8 +61,8 @@ class Run:
             return []
         stored, old, new = self.checkpoint, self.checkpoint.config, self.trainer.config
         changed = [f"`{name}`" for name in ("dtype", "device") if getattr(old, name) != getattr(new, name)]
-        with multiplied_by(stored.gemm):
-            ways = methods_of(old.dtype)
+        with use_implementations(stored.gemm):
+            ways = implementations_of(old.dtype)
         if any(ways.get(layout, way) != way for layout, way in stored.gemm.items()):
             changed.append("GPTFAST_GEMM")
         libraries = any(way != "own" for way in ways.values()) or (new.optimizer == "muon" and has_amx())

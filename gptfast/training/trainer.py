@@ -17,7 +17,7 @@ from gptfast._locks import FileLock
 from gptfast.data import TokenFile, WindowSampler
 from gptfast.machine import choose_dtype, peak_flops, resolve_device
 from gptfast.models import GPT
-from gptfast.ops.gemm import check_methods, multiplied_by
+from gptfast.ops.gemm import check_implementations, use_implementations
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.checkpoint import (
     Checkpoint,
@@ -145,7 +145,7 @@ class Trainer:
         self.state = state
         if checkpoint.dropout[0] is not None:
             self.model.dropout_seed, self.model.dropout_step = checkpoint.dropout
-        check_methods(checkpoint.gemm)
+        check_implementations(checkpoint.gemm)
         self._methods = checkpoint.gemm
         load_optimizers(checkpoint.folder, self.model, self.optimizers)
 
@@ -172,7 +172,7 @@ class Trainer:
         waiting = CpuWait()
         self.clock = RunClock(self.state.seconds, minutes and 60 * minutes, self._evaluation_steps())
         try:
-            with closing(self.log), Interrupt() as interrupt, self.progress, multiplied_by(self._methods):
+            with closing(self.log), Interrupt() as interrupt, self.progress, use_implementations(self._methods):
                 interrupted = self._train(interrupt)
             seconds = self.clock.seconds
             plot_losses(self.log.records, self.out / "loss.png", f"{self.out.name}: {self.state.step} steps")

@@ -128,7 +128,7 @@ def documents(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, Tensor 
 
 
 @triton.jit
-def visible_interval(i, T, S, seq_len, mask, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def visible_keys(i, T, S, seq_len, mask, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """[first, end) of the keys that each query of i, all < T, may see."""
     first = tl.zeros_like(i)
     end = first + tl.minimum(seq_len, S)
@@ -157,7 +157,7 @@ def keys_of_queries(
 ):
     """[first, end) of the keys that each query of i sees, and the edges (low, whole_low, whole_high, high) of this split's
     share of them: between the inner two every query sees every key. All edges but high are multiples of BLOCK_N."""
-    first, end = visible_interval(i, T, S, keys_of_batch(mask, b, S), mask, window, CAUSAL, WINDOW)
+    first, end = visible_keys(i, T, S, keys_of_batch(mask, b, S), mask, window, CAUSAL, WINDOW)
     low = tl.min(tl.where(first < end, first, S), 0) // BLOCK_N * BLOCK_N
     high = tl.max(end, 0)
     share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N

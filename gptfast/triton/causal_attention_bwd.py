@@ -35,7 +35,7 @@ from gptfast.triton._attention import (
     padded,
     shape_class,
     store_tile,
-    visible_interval,
+    visible_keys,
 )
 from gptfast.triton._philox import keep_mask
 from gptfast.triton._tiles import Blocks
@@ -222,7 +222,7 @@ def _dkdv_kernel(
             p = tl.exp2((scores - tl.load(shift + i)[None, :]) * (scale * LOG2E) - tl.load(level + i)[None, :])
             dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
             if part != 1:
-                first, end = visible_interval(i, T, S, seq_len, mask, window, CAUSAL, WINDOW)
+                first, end = visible_keys(i, T, S, seq_len, mask, window, CAUSAL, WINDOW)
                 end = tl.where(row < T, end, 0)  # past the end of the queries nothing is seen
                 visible = (j[:, None] >= first[None, :]) & (j[:, None] < end[None, :])
                 p = tl.where(visible, p, 0.0)

@@ -45,7 +45,7 @@ def test_parity(case, dtype, isa):
     check_case(case, dtype)
 
 
-@pytest.mark.parametrize("method", gemm_file.METHODS)
+@pytest.mark.parametrize("method", gemm_file.IMPLEMENTATIONS)
 def test_parity_of_every_method(method, monkeypatch):
     monkeypatch.setattr(gemm_file, "_FORCED", method)
     for case in CASES:
@@ -58,7 +58,7 @@ def stored(rows: int, cols: int, by_columns: bool, dtype: torch.dtype) -> torch.
     return x.t() if by_columns else x
 
 
-@pytest.mark.parametrize("method", gemm_file.METHODS)
+@pytest.mark.parametrize("method", gemm_file.IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("layout", ["gaps", "one for all", "transposed"])
 def test_layouts_of_every_argument(method, dtype, layout, monkeypatch):
@@ -215,36 +215,36 @@ def test_the_rule_looks_at_instructions_and_dtype_and_at_no_clock(unforced, amx,
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         expected = "torch" if isa == "scalar" or (tiles and dtype == torch.bfloat16) else "own"
         a = torch.randn(64, 64).to(dtype)
-        assert {gemm_file.method(x, y, dtype) for x in (a, a.t()) for y in (a, a.t())} == {expected}
-        assert gemm_file.methods_of(str(dtype)[6:]) == {
+        assert {gemm_file.implementation_for(x, y, dtype) for x in (a, a.t()) for y in (a, a.t())} == {expected}
+        assert gemm_file.implementations_of(str(dtype)[6:]) == {
             f"{layout} {str(dtype)[6:]}": expected for layout in ("nn", "nt", "tn", "tt")
         }
-        assert gemm_file.method(a[:4], a.t(), dtype) == "torch"  # few rows
-    assert gemm_file.method(a.double(), a.t().double(), torch.float64) == "torch"
+        assert gemm_file.implementation_for(a[:4], a.t(), dtype) == "torch"  # few rows
+    assert gemm_file.implementation_for(a.double(), a.t().double(), torch.float64) == "torch"
 
 
 @pytest.mark.parametrize("amx", [False], indirect=True)
 def test_the_ways_of_another_process_are_kept_inside_the_with(unforced, amx):
     a = torch.randn(64, 64)
-    before = gemm_file.methods_of("float32")
-    with gemm_file.multiplied_by({"nn float32": "onednn", "nt bfloat16": "torch"}):
-        assert gemm_file.method(a, a, torch.float32) == "onednn"
-        assert gemm_file.methods_of("float32") == {**before, "nn float32": "onednn"}
-        with gemm_file.multiplied_by({}):
-            assert gemm_file.methods_of("float32") == before
-        assert gemm_file.methods_of("float32")["nn float32"] == "onednn"
+    before = gemm_file.implementations_of("float32")
+    with gemm_file.use_implementations({"nn float32": "onednn", "nt bfloat16": "torch"}):
+        assert gemm_file.implementation_for(a, a, torch.float32) == "onednn"
+        assert gemm_file.implementations_of("float32") == {**before, "nn float32": "onednn"}
+        with gemm_file.use_implementations({}):
+            assert gemm_file.implementations_of("float32") == before
+        assert gemm_file.implementations_of("float32")["nn float32"] == "onednn"
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(gemm_file.methods_of, "float32").result() == before, "in another thread"
-    assert gemm_file.methods_of("float32") == before
-    expected = "gemm: method of nn float32 is 'blas'; expected one of own, torch, onednn"
-    with pytest.raises(ValueError, match=expected), gemm_file.multiplied_by({"nn float32": "blas"}):
+            assert pool.submit(gemm_file.implementations_of, "float32").result() == before, "in another thread"
+    assert gemm_file.implementations_of("float32") == before
+    expected = "gemm: implementation of nn float32 is 'blas'; expected one of own, torch, onednn"
+    with pytest.raises(ValueError, match=expected), gemm_file.use_implementations({"nn float32": "blas"}):
         pass
 
 
-def test_the_environment_forces_a_method():
+def test_the_environment_forces_an_implementation():
     def chosen(name: str, M: int = 64, K: int = 64, N: int = 64) -> subprocess.CompletedProcess:
         code = "import torch; from gptfast.ops import gemm as g; "
-        code += f"print(g.method(torch.ones({M}, {K}), torch.ones({K}, {N}), torch.float32))"
+        code += f"print(g.implementation_for(torch.ones({M}, {K}), torch.ones({K}, {N}), torch.float32))"
         environment = {**os.environ, "GPTFAST_GEMM": name}
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 

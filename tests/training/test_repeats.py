@@ -120,8 +120,8 @@ def resumed(out: Path, config: TrainConfig = QUICK) -> Trainer:
 def asked(monkeypatch) -> list[str]:
     """The way of every product, in their order; GPTFAST_GEMM is not set."""
     monkeypatch.setattr(gemm, "_FORCED", "")
-    ways, method = [], gemm.method
-    monkeypatch.setattr(gemm, "method", lambda *product: ways.append(method(*product)) or ways[-1])
+    ways, chosen = [], gemm.implementation_for
+    monkeypatch.setattr(gemm, "implementation_for", lambda *product: ways.append(chosen(*product)) or ways[-1])
     return ways
 
 
@@ -175,7 +175,7 @@ def test_an_unknown_way_in_a_checkpoint_is_named(tmp_path):
     checkpoint = read_checkpoint(tmp_path / "last")
     checkpoint.gemm["nt float32"] = "blas"
     model = GPT.from_pretrained(tmp_path / "last")
-    with pytest.raises(ValueError, match="method of nt float32 is 'blas'; expected one of own, torch, onednn"):
+    with pytest.raises(ValueError, match="implementation of nt float32 is 'blas'; expected one of own, torch, onednn"):
         Trainer(model, TOKENS[:1000], TOKENS[1000:], QUICK, tmp_path, progress=False, resume=checkpoint)
 
 
