@@ -19,7 +19,7 @@ JOBS    ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SHARED   = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help demo test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-generate bench-gpu gpu-check wheel clean install
+.PHONY: help torch-requirement demo test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-generate bench-gpu gpu-check wheel clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -99,6 +99,9 @@ gpu-check: install  ## on a machine with an NVIDIA GPU: PART=ops, speed, model, 
 
 bench-gpu: install  ## the CUDA kernels beside PyTorch's: table, benchmarks/results/<gpu>.jsonl
 	$(BIN)/python benchmarks/bench_gpu.py
+
+torch-requirement:  # pip's arguments for the torch that is installed here, for .ci/run
+	@echo "$(TORCH) $(TORCH_INDEX)"
 
 wheel: $(VENV)/.installed  ## sdist and wheel in dist/
 	$(PIP) --quiet build
