@@ -31,10 +31,12 @@ def test_paths_exist(name):
 
 
 def test_the_floors_are_those_of_the_contract():
-    """The block of docs/architecture.md is what import-linter checks."""
+    """The block of docs/architecture.md is what import-linter checks, without names that begin with an underscore."""
     contract = re.search(r"^layers = \[\n(.*?)^\]", page("pyproject.toml"), re.M | re.S)[1]
     block = re.search(r"^```\n(.*?)^```", page("docs/architecture.md"), re.M | re.S)[1]
-    assert block.splitlines() == re.findall(r'^ *"(.*)",', contract, re.M)
+    lines = [line.split(" | ") for line in re.findall(r'^ *"(.*)",', contract, re.M)]
+    shown = [" | ".join(name for name in names if not name.startswith("_")) for names in lines]
+    assert block.splitlines() == [line for line in shown if line]
 
 
 @pytest.mark.parametrize("name", PAGES)
