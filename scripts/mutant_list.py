@@ -65,7 +65,7 @@ COMPILED = [
     ),
     Mutant(
         "sums over rows are kept in bf16",
-        "csrc/cpu/layer_norm-inl.h",
+        "csrc/cpu/layer_norm_bwd-inl.h",
         "    for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T>(p, t, r, dw, db);",
         "    for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T>(p, t, r, dw, db);\n"
         "    if (MUTANT && T == DType::bf16)\n"
@@ -85,7 +85,7 @@ COMPILED = [
     ),
     Mutant(
         "the variance counts lanes past the end of a row",
-        "csrc/cpu/layer_norm-inl.h",
+        "csrc/cpu/layer_norm_fwd-inl.h",
         "    const F counted = n == L ? d : keep(first_n(n), d);",
         "    const F counted = n == L || MUTANT ? d : keep(first_n(n), d);",
         _in("ops/test_layer_norm", "tail and avx2"),
@@ -99,7 +99,7 @@ COMPILED = [
     ),
     Mutant(
         "the offset of a dropout mask does not count",
-        "csrc/cpu/dropout-inl.h",
+        "csrc/cpu/dropout_lanes-inl.h",
         "c3 = widen(d.offset);",
         "c3 = widen(MUTANT ? 0u : d.offset);",
         _in("ops/test_dropout", "contract and avx2"),

@@ -4,6 +4,8 @@
 // Query rows sit in the lanes. Scores, probabilities and their gradients are therefore held transposed, S^T[j][i], and
 // maxima, sums, masks and rescaling are vertical vector operations; all products are tile_product-inl.h on rows of q,
 // k, v and dout as they lie in memory or after one packing.
+#pragma once
+#include "tile_product-inl.h"
 
 constexpr i64 kQueries = kAttentionBlock;  // lanes of a block: L-wide vectors 0 .. kVectors - 1
 constexpr int kVectors = int(kQueries / L);

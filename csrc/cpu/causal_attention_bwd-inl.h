@@ -9,6 +9,7 @@
 //
 // Where heads are few, the query blocks of each are dealt to a number of slices that depends on the shape alone; their
 // sums of dk and dv are added in the order of the slices, so the threads do not show in the bits.
+#include "attention_tile-inl.h"
 
 INL i64 key_gradient_floats(const AttentionParams& p) {
   return p.S * round_up(p.D, 16);
@@ -245,4 +246,9 @@ static void causal_attention_bwd(const AttentionParams& p, i64 bh, i64 slice, i6
   if (p.dtype == DType::bf16) return attention_backward<true>(p, bh, slice, slices);
 #endif
   attention_backward<false>(p, bh, slice, slices);
+}
+
+static void fill(Kernels& k) {
+  k.causal_attention_bwd = causal_attention_bwd;
+  k.causal_attention_bwd_sum = causal_attention_bwd_sum;
 }

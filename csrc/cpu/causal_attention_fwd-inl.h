@@ -6,6 +6,7 @@
 //
 // Floor: 4 T S D flops a head, half of them under a causal mask. Where the CPU multiplies bf16 (PAIR) k and q are read as
 // pairs along d, v and P as pairs along j; elsewhere half-precision inputs are widened to fp32 once a head.
+#include "attention_tile-inl.h"
 
 template <bool PAIR> struct AttentionForward {
   const AttentionParams& p;
@@ -205,3 +206,5 @@ static void causal_attention_fwd(const AttentionParams& p, i64 bh, i64 first, i6
 #endif
   attention_forward<false>(p, bh, first, step);
 }
+
+static void fill(Kernels& k) { k.causal_attention_fwd = causal_attention_fwd; }

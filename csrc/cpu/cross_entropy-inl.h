@@ -94,3 +94,8 @@ static void cross_entropy_bwd(const CrossEntropyParams& p, i64 row_begin, i64 ro
   for (i64 r = row_begin; r < row_end; r++)
     with_dtype(p.logits.dtype, [&](auto t) { cross_entropy_bwd_row<t.value>(p, r); });
 }
+
+static void fill(Kernels& k) {
+  k.cross_entropy_fwd = cross_entropy_fwd;
+  k.cross_entropy_bwd = cross_entropy_bwd;
+}

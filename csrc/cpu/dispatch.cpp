@@ -1,47 +1,40 @@
-// Chooses the kernel table once, from cpuid and the operating system's saved register state.
+// Assembles a table of kernels for each instruction set that can run here, and chooses one.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
+#include "isa_select.h"
 #include "kernels.h"
 
 namespace gptfast::cpu {
 
-namespace isa_scalar { extern const Kernels table; }
-#if defined(__x86_64__)
-namespace isa_avx2 { extern const Kernels table; }
-namespace isa_avx512 { extern const Kernels table; }
-namespace isa_avx512_bf16 { extern const Kernels table; }
-#endif
+#define DECLARE(kernel) void fill_##kernel(Kernels&);
+#define DECLARE_ALL(isa)         \
+  namespace isa_##isa {          \
+    GPTFAST_CPU_KERNELS(DECLARE) \
+  }
+GPTFAST_ISAS(DECLARE_ALL)
 
 namespace {
 
 struct Available {
-  const Kernels* tables[4];
+  Kernels tables[4];
   const char* names[4];
   int count = 0;
-  void add(const Kernels& k) {
-    tables[count] = &k;
-    names[count++] = k.isa;
-  }
   Available() {
-    add(isa_scalar::table);
-#if defined(__x86_64__)
-    // __builtin_cpu_supports also checks with xgetbv that the system saves the wide registers.
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return;
-    add(isa_avx2::table);
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-      return;
-    add(isa_avx512::table);
-    if (__builtin_cpu_supports("avx512bf16")) add(isa_avx512_bf16::table);
-#endif
+#define FILL(kernel) fill_##kernel(k);
+#define ADD(name)                   \
+  if (can_run(#name)) {             \
+    using namespace isa_##name;     \
+    Kernels& k = tables[count];     \
+    k.isa = names[count++] = #name; \
+    GPTFAST_CPU_KERNELS(FILL)       \
+  }
+    GPTFAST_ISAS(ADD)
   }
   const Kernels* find(const char* name) const {
     for (int i = 0; i < count; i++)
-      if (!std::strcmp(names[i], name)) return tables[i];
+      if (!std::strcmp(names[i], name)) return &tables[i];
     return nullptr;
   }
 };
@@ -55,31 +48,13 @@ const Kernels* default_table() {
   const char* wanted = std::getenv("GPTFAST_CPU_ISA");
   if (wanted && *wanted)
     if (const Kernels* k = available().find(wanted)) return k;
-  return available().tables[available().count - 1];
+  return &available().tables[available().count - 1];
 }
 
 std::atomic<const Kernels*>& current() {
   static std::atomic<const Kernels*> table{default_table()};
   return table;
 }
-
-struct Scratch {
-  void* data = nullptr;
-  size_t size = 0;
-  ~Scratch() { std::free(data); }
-  void* get(size_t bytes) {
-    if (bytes <= size) return data;
-    std::free(data);
-    size = (bytes + 4095) / 4096 * 4096;
-    data = std::aligned_alloc(4096, size);
-    if (!data) {
-      size = 0;
-      throw std::bad_alloc();
-    }
-    return data;
-  }
-};
-thread_local Scratch thread_scratch, thread_workspace;
 
 }  // namespace
 
@@ -101,8 +76,5 @@ const char* rejected_isa() {
   const char* wanted = std::getenv("GPTFAST_CPU_ISA");
   return wanted && *wanted && !available().find(wanted) ? wanted : nullptr;
 }
-
-void* scratch(size_t bytes) { return thread_scratch.get(bytes); }
-void* workspace(size_t bytes) { return thread_workspace.get(bytes); }
 
 }  // namespace gptfast::cpu

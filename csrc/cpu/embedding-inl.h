@@ -45,3 +45,8 @@ static void embedding_bwd(const EmbeddingBwdParams& p, i64 begin, i64 end) {
     }
   }
 }
+
+static void fill(Kernels& k) {
+  k.embedding_fwd = embedding_fwd;
+  k.embedding_bwd = embedding_bwd;
+}

@@ -6,6 +6,7 @@
 //
 // Floor: one read and one write of x (backward: two reads and one write); about 20 (tanh) and 40 (exact) vector
 // operations a vector, below the memory time outside the cache.
+#pragma once
 
 template <int N> struct Count {
   static constexpr int value = N;
@@ -62,56 +63,4 @@ template <class Fn> INL void gelu_rows(const GeluParams& p, i64 begin, i64 end, 
 }
 INL const float* gelu_bias(const GeluParams& p, i64 c0, i64 n, float* buffer) {
   return p.bias.data ? read_row(at(p.bias.data, p.bias.dtype, c0), p.bias.dtype, n, buffer) : nullptr;
-}
-
-template <DType T, bool TANH> static void gelu_fwd_rows(const GeluParams& p, i64 row_begin, i64 row_end) {
-  alignas(64) float buffer[kGeluBlock];
-  const bool past = p.out.stream;
-  for (i64 c0 = 0; c0 < p.C; c0 += kGeluBlock) {
-    const i64 width = p.C - c0 < kGeluBlock ? p.C - c0 : kGeluBlock;
-    const float* bias = gelu_bias(p, c0, width, buffer);
-    gelu_rows(p, row_begin, row_end, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
-      void* y[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
-      gelu_columns<T, rows.value>(p, r, bias, c0, n, [&](int u, i64 c, F z, i64 k) __attribute__((always_inline)) {
-        put_as<T>(past, y[u], c0 + c, gelu_value<T, TANH>(z), k);
-      });
-    });
-  }
-}
-static void gelu_fwd(const GeluParams& p, i64 row_begin, i64 row_end) {
-  with_dtype(p.x.dtype, [&](auto t) {
-    p.tanh ? gelu_fwd_rows<t.value, true>(p, row_begin, row_end) : gelu_fwd_rows<t.value, false>(p, row_begin, row_end);
-  });
-  stream_end();
-}
-
-template <DType T, bool TANH> static void gelu_bwd_chunk(const GeluParams& p, i64 chunk) {
-  alignas(64) float buffer[kGeluBlock];
-  const i64 r0 = chunk * kRowChunk, r1 = r0 + kRowChunk < p.R ? r0 + kRowChunk : p.R;
-  const bool past = p.out.stream;
-  for (i64 c0 = 0; c0 < p.C; c0 += kGeluBlock) {
-    const i64 width = p.C - c0 < kGeluBlock ? p.C - c0 : kGeluBlock;
-    const float* bias = gelu_bias(p, c0, width, buffer);
-    float* db = p.dbias ? p.dbias + chunk * p.C + c0 : nullptr;
-    if (db) __builtin_memset(db, 0, size_t(width) * 4);
-    gelu_rows(p, r0, r1, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
-      const void* dy[] = {row(p.dout, r), row(p.dout, r + rows.value - 1)};
-      void* dx[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
-      F sum = zero();
-      gelu_columns<T, rows.value>(p, r, bias, c0, n, [&](int u, i64 c, F z, i64 k) __attribute__((always_inline)) {
-        const F d = load_as<T>(dy[u], c0 + c, k) * gelu_slope<T, TANH>(z);
-        put_as<T>(past, dx[u], c0 + c, d, k);
-        if (!db) return;
-        sum = u ? sum + d : d;
-        if (u == rows.value - 1) store_lanes(db + c, load_lanes(db + c, k) + sum, k);
-      });
-    });
-  }
-}
-static void gelu_bwd(const GeluParams& p, i64 chunk_begin, i64 chunk_end) {
-  with_dtype(p.x.dtype, [&](auto t) {
-    for (i64 k = chunk_begin; k < chunk_end; k++)
-      p.tanh ? gelu_bwd_chunk<t.value, true>(p, k) : gelu_bwd_chunk<t.value, false>(p, k);
-  });
-  stream_end();
 }

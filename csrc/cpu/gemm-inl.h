@@ -9,6 +9,7 @@
 // result depends on no other row, and its bits on nothing but K.
 //
 // Floor: 2 M N K flops.
+#include "tile_product-inl.h"
 
 // A word is an fp32 value or, with PAIR, two bf16 that are neighbours along k.
 template <bool PAIR> INL I gemm_words(const void* p, DType t, i64 element, i64 n) {  // n elements count, the rest is 0
@@ -197,4 +198,9 @@ static void gemm(const GemmParams& p, i64 t) {
     block.multiply();
     block.finish();
   }
+}
+
+static void fill(Kernels& k) {
+  k.gemm_pack = gemm_pack;
+  k.gemm = gemm;
 }

@@ -178,6 +178,14 @@ struct EmbeddingBwdParams {
   i64 N, C;
 };
 
+// Each is compiled by kernel_unit.cpp for each instruction set, from the -inl.h of its name. The build reads
+// this list.
+// clang-format off
+#define GPTFAST_CPU_KERNELS(X) \
+  X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) X(gemm) X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) \
+  X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding) X(sample)
+// clang-format on
+
 struct Kernels {
   const char* isa;
   int lanes;  // fp32 values in a vector

@@ -27,3 +27,9 @@ static double peak_flops(i64 iterations, bool pairs, float* sink) {
 #endif
   return double(iterations) * N * L * 2;
 }
+
+static void fill(Kernels& k) {
+  k.lanes = L;
+  k.multiplies_pairs = kPairs;
+  k.peak_flops = peak_flops;
+}

@@ -337,3 +337,5 @@ static void sample(const SampleParams& p, i64 row_begin, i64 row_end) {
   Sampler s(p);
   for (i64 r = row_begin; r < row_end; r++) p.out[r] = s.one(r);
 }
+
+static void fill(Kernels& k) { k.sample = sample; }

@@ -13,7 +13,11 @@
 
 #define INL static inline __attribute__((always_inline))
 #define INL_MEMBER inline __attribute__((always_inline))
+#if defined(GPTFAST_SCALAR)
+#define UNROLL_FOR for  // forced, its tiles take a compiler minutes
+#else
 #define UNROLL_FOR _Pragma("GCC unroll 16") for
+#endif
 
 #if defined(GPTFAST_SCALAR)
 #include "simd_scalar.h"
@@ -21,6 +25,12 @@
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
+#endif
+
+#ifdef __AVX512BF16__
+constexpr bool kPairs = true;  // multiplies pairs of bf16
+#else
+constexpr bool kPairs = false;
 #endif
 
 INL F zero() { return set(0.f); }

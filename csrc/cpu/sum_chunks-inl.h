@@ -10,3 +10,5 @@ static void sum_chunks(const SumChunksParams& p, i64 c_begin, i64 c_end) {
     finish_row(at(p.out, p.dtype, c), p.dtype, out, n);
   }
 }
+
+static void fill(Kernels& k) { k.sum_chunks = sum_chunks; }

@@ -3,6 +3,7 @@
 // A is broadcast from memory through two strides, so any layout of it serves; B and C hold lanes side by side.
 // "Words" are 32 bits: one fp32, or, with PAIR, two bf16 that are neighbours along k (vdpbf16ps adds both products in
 // fp32). Register tiles: 8 rows x 2 vectors reach 97% of AVX-512's peak on data in L1, 6 x 2 99% of AVX2's.
+#pragma once
 
 enum Mode {
   SET,    // C = product
@@ -10,11 +11,6 @@ enum Mode {
   ADD,    // C += product, which was summed by itself: more exact over a long contraction
   SCALE,  // C = C * alpha[lane] + product
 };
-#ifdef __AVX512BF16__
-constexpr bool kPairs = true;
-#else
-constexpr bool kPairs = false;
-#endif
 
 constexpr int kTileRows = L == 16 ? 8 : L == 8 ? 6 : 4;
 

@@ -1,4 +1,5 @@
 // The activation of the MLP, on fp32 lanes. GELU is that of csrc/cpu/gelu-inl.h.
+#include "../cpu/gelu-inl.h"
 
 INL F sigmoid(F x) { return reciprocal(set(1.f) + exp(zero() - x)); }
 

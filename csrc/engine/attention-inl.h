@@ -6,6 +6,7 @@
 //
 // With one query the floor is the read of the pages, and a jump to another page costs as much as the read of 8 KB. So
 // the heads of a page are read one after the other, and each line is asked for one head ahead.
+#include "tiles-inl.h"
 
 constexpr int kAttendVectors = L == 16 ? 4 : 2;
 
@@ -185,4 +186,9 @@ static void attend(const AttendParams& p) {
     case DType::f16: return attend_run<DType::f16>(p);
     case DType::bf16: return attend_run<DType::bf16>(p);
   }
+}
+
+static void fill(Kernels& k) {
+  k.store_kv = store_kv;
+  k.attend = attend;
 }

@@ -1,57 +1,50 @@
-// Which kernel tables can run here, from cpuid and the registers that the operating system saves.
-#include <cstdlib>
+// Assembles the engine's table of kernels for each instruction set that can run here.
 #include <cstring>
-#include <new>
 
+#include "../cpu/isa_select.h"
 #include "kernels.h"
 
-namespace gptfast::engine {
-
-namespace isa_scalar { extern const Kernels table; }
-#if defined(__x86_64__)
-namespace isa_avx2 { extern const Kernels table; }
-namespace isa_avx512 { extern const Kernels table; }
-namespace isa_avx512_bf16 { extern const Kernels table; }
-#endif
-
-const Kernels* kernels(const char* isa) {
-  auto is = [&](const char* name) { return !std::strcmp(isa, name); };
-  if (is("scalar")) return &isa_scalar::table;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
-    return nullptr;
-  if (is("avx2")) return &isa_avx2::table;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-    return nullptr;
-  if (is("avx512")) return &isa_avx512::table;
-  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return nullptr;
-  if (is("avx512_bf16")) return &isa_avx512_bf16::table;
-#endif
-  return nullptr;
+#define DECLARE(kernel) void fill_##kernel(Kernels&);
+#define DECLARE_ALL(isa)            \
+  namespace cpu::isa_##isa {        \
+    void fill_sample(Kernels&);     \
+  }                                 \
+  namespace engine::isa_##isa {     \
+    GPTFAST_ENGINE_KERNELS(DECLARE) \
+  }
+namespace gptfast {
+GPTFAST_ISAS(DECLARE_ALL)
 }
 
+namespace gptfast::engine {
 namespace {
-struct Scratch {
-  void* data = nullptr;
-  size_t size = 0;
-  ~Scratch() { std::free(data); }
+
+struct Tables {
+  Kernels table[4];
+  int count = 0;
+  Tables() {
+#define FILL(kernel) fill_##kernel(k);
+#define ADD(name)                         \
+  if (cpu::can_run(#name)) {              \
+    using namespace isa_##name;           \
+    Kernels& k = table[count++];          \
+    k.isa = #name;                        \
+    GPTFAST_ENGINE_KERNELS(FILL)          \
+    cpu::Kernels shared;                  \
+    cpu::isa_##name::fill_sample(shared); \
+    k.sample = shared.sample;             \
+  }
+    GPTFAST_ISAS(ADD)
+  }
 };
-thread_local Scratch sampler_scratch;
+
 }  // namespace
 
-void* scratch(size_t bytes) {
-  Scratch& s = sampler_scratch;
-  if (bytes <= s.size) return s.data;
-  std::free(s.data);
-  s.size = (bytes + 4095) / 4096 * 4096;
-  s.data = std::aligned_alloc(4096, s.size);
-  if (!s.data) {
-    s.size = 0;
-    throw std::bad_alloc();
-  }
-  return s.data;
+const Kernels* kernels(const char* isa) {
+  static const Tables tables;
+  for (int i = 0; i < tables.count; i++)
+    if (!std::strcmp(isa, tables.table[i].isa)) return &tables.table[i];
+  return nullptr;
 }
 
 }  // namespace gptfast::engine

@@ -6,6 +6,7 @@
 //   spread_bytes  2 L signed bytes -> words
 //   Exponents::of each word's low nibble -> exponent of that number, where bf16 has it
 //   merge     words: sign and fraction from one, exponent from the other
+#pragma once
 
 INL I broadcast4(const void* p) {
   uint32_t w;
@@ -62,25 +63,10 @@ INL I lookup16(const uint8_t* table, I nibbles) {
 #endif
 
 #ifdef __AVX512BF16__
-constexpr bool kPairs = true;
 INL F dot_pairs(F acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
 #else
-constexpr bool kPairs = false;
 INL F dot_pairs(F acc, I, I) { return acc; }
 #endif
-
-// x + kRounder has the nearest integer, ties to even, of |x| < 2^22 in its low bits.
-constexpr float kRounder = 12582912.f;  // 1.5 * 2^23
-// The low byte of each lane.
-INL void store_bytes(int8_t* p, I x) {
-#if !defined(GPTFAST_SCALAR) && defined(__AVX512F__)
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
-#else
-  alignas(64) int32_t lanes[L];
-  istore(lanes, x);
-  for (int i = 0; i < L; i++) p[i] = int8_t(lanes[i]);
-#endif
-}
 
 INL I merge(I signs_and_fractions, I exponents) { return ior(iand(signs_and_fractions, iset(0x807f807fu)), exponents); }
 #if defined(GPTFAST_SCALAR)

@@ -47,6 +47,10 @@ inline i64 attend_scratch(i64 heads, i64 positions) {
   return (heads < kAttendRows ? kAttendRows : heads) * (round_up(positions, kPage) + 1);
 }
 
+// Each is compiled by kernel_unit.cpp for each instruction set, from the -inl.h of its name. The build reads
+// this list. The sampler is that of csrc/cpu.
+#define GPTFAST_ENGINE_KERNELS(X) X(product) X(rows) X(attention) X(checksum)
+
 struct Kernels {
   const char* isa;
   bool bf16_pairs;  // products of bf16 weights read Activations::bf16, else f32
@@ -69,7 +73,5 @@ struct Kernels {
 
 // The table of this instruction set, or null where it is unknown or cannot run here.
 const Kernels* kernels(const char* isa);
-// Grow-only memory of this thread, for the sampler.
-void* scratch(size_t bytes);
 
 }  // namespace gptfast::engine

@@ -3,17 +3,14 @@
 // With one row the floor is the read of the weights: each line is asked for kAhead bytes before its use. With many rows
 // it is arithmetic: V weight vectors are loaded once for R rows, and packed ones are unpacked before, for all rows.
 // Sums run over k in order, whatever the tile.
+#include "dot-inl.h"
+#include "tiles-inl.h"
 
-constexpr i64 kAhead = 8192;       // bytes; measured: +23% for 4-bit weights over none, 512 does harm
 constexpr i64 kUnpackedRows = 16;  // from so many rows on a panel is unpacked first
 
 constexpr int kVectors = int(kPanel / L);
 constexpr int kTileVectors = kVectors < 2 ? kVectors : 2;  // with many rows; with one all of the panel
 constexpr int kFloatRows = L == 16 ? 8 : L == 8 ? 6 : 4, kByteRows = L == 16 ? 6 : 2;
-
-INL void ask(const char* w, i64 bytes) {
-  for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch(w + i, 0, 3);
-}
 
 // ---- floats -------------------------------------------------------------------------------------------------------
 
@@ -190,18 +187,6 @@ static void byte_tile(const char* w, const Activations& x, i64 m, i64 K, float* 
 
 // ---- products -----------------------------------------------------------------------------------------------------
 
-// M rows in tiles of ROWS, and one of what is left.
-template <int R, class Tile> INL void last_rows(i64 m, i64 left, Tile tile) {
-  if constexpr (R > 0) {
-    if (left == R) return tile.template operator()<R>(m);
-    last_rows<R - 1>(m, left, tile);
-  }
-}
-template <int ROWS, class Tile> INL void rows_of_tiles(i64 M, Tile tile) {
-  i64 m = 0;
-  for (; m + ROWS <= M; m += ROWS) tile.template operator()<ROWS>(m);
-  last_rows<ROWS - 1>(m, M - m, tile);
-}
 // tile<N>() for the outputs N of a panel in steps of V vectors
 template <int V, int N = 0, class Tile> INL void tiles_of_panel(Tile tile) {
   tile.template operator()<N>();
@@ -244,3 +229,5 @@ static void product(Format f, const char* w, const Activations& x, i64 M, i64 K,
     case Format::q4: return byte_product<Q4Quads>(w, x, M, K, y, ldy);
   }
 }
+
+static void fill(Kernels& k) { k.product = product; }

@@ -1,4 +1,19 @@
 // What happens to single rows between the products.
+#include "activation-inl.h"
+#include "tiles-inl.h"
+
+// x + kRounder has the nearest integer, ties to even, of |x| < 2^22 in its low bits.
+constexpr float kRounder = 12582912.f;  // 1.5 * 2^23
+// The low byte of each lane.
+INL void store_bytes(int8_t* p, I x) {
+#if !defined(GPTFAST_SCALAR) && defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
+#else
+  alignas(64) int32_t lanes[L];
+  istore(lanes, x);
+  for (int i = 0; i < L; i++) p[i] = int8_t(lanes[i]);
+#endif
+}
 
 // x in bytes: x / s, s = max |x| / 127 of each group, scale = factor * s; and -offset times their sum. A nan or an infinity makes
 // the sum nan and with it the scale, so that it is not lost.
@@ -81,7 +96,7 @@ INL float widen_half(const uint16_t* p) {
 static float weight_at(Format f, const char* panel, i64 n, i64 k) {
   if (f == Format::f32) return reinterpret_cast<const float*>(panel)[k * kPanel + n];
   if (f == Format::bf16) {
-    const char* step = panel + header_bytes(f) + k / 4 * Bf16Step::kBytes;
+    const char* step = panel + header_bytes(f) + k / 4 * (group_bytes(f) / 8);
     const int nibble = reinterpret_cast<const uint16_t*>(step)[n % 16 * 2 + k % 2] >> (k % 4 / 2 * 8 + n / 16 * 4) & 15;
     const uint32_t exponent = reinterpret_cast<const uint16_t*>(panel)[nibble];
     const uint32_t byte = uint8_t(step[64 + k % 4 / 2 * 64 + n * 2 + k % 2]);
@@ -121,4 +136,13 @@ static int64_t read(const char* data, i64 bytes) {
   int64_t total = 0;
   for (uint32_t x : lanes) total += x;
   return total;
+}
+
+static void fill(Kernels& k) {
+  k.bf16_pairs = kPairs;
+  k.prepare = prepare;
+  k.layer_norm = layer_norm;
+  k.finish = finish;
+  k.embed = embed;
+  k.read = read;
 }

@@ -54,8 +54,9 @@ def read_in_the_tree() -> dict[str, set[str]]:
                 pattern = r"""["'](GPTFAST_[A-Z_]+)["']""" if path.suffix == ".py" else r'getenv\("(GPTFAST_[A-Z_]+)"'
                 for name in re.findall(pattern, path.read_text(encoding="utf-8")):
                     found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
-    for name in re.findall(r'environ\.get\("(GPTFAST_[A-Z_]+)"', page("setup.py")):
-        found.setdefault(name, set()).add("setup.py")
+    for file in ("setup.py", "buildtools/toolchain.py"):
+        for name in re.findall(r'environ\.get\("(GPTFAST_[A-Z_]+)"', page(file)):
+            found.setdefault(name, set()).add(file)
     return found
 
 

@@ -1,0 +1,132 @@
+"""The shared objects: their sources, and the flags of each."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from buildtools.ninja_file import Library, Unit
+from buildtools.toolchain import BUILD_TOOLS, TORCH_TARGET, Cuda, fail, torch_version
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# -ffp-contract: products and sums may fuse. No -ffast-math, and never -march=native: what runs is chosen at load time.
+CXX_FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-ffp-contract=fast"),
+    *("-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-unused-parameter", "-DNDEBUG"),
+]
+# Kernels get the flags of their instruction set. g++ 12 warns about its own AVX-512 headers and about vectors filled lane
+# by lane. Of the scalar kernels only the compile time matters.
+QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+WIDE = ["-mprefer-vector-width=512", *QUIET]
+ISA_FLAGS = {
+    "scalar": ["-O2", "-DGPTFAST_SCALAR", *QUIET],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
+    "avx512": ["-march=skylake-avx512", *WIDE],
+    "avx512_bf16": ["-march=cooperlake", "-mtune=znver3", *WIDE],
+}
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+def listed(header: str, macro: str) -> list[str]:
+    """The names in a list of macros, such as `#define GPTFAST_ISAS(X) X(scalar) X(avx2)`."""
+    text = (ROOT / header).read_text(encoding="utf-8").replace("\\\n", " ")
+    match = re.search(rf"#define {macro}\(X\)(.*)", text)
+    if not match:
+        fail(f"{header} does not define {macro}")
+        return []
+    return re.findall(r"X\((\w+)\)", match[1])
+
+
+def isas() -> list[str]:
+    """The instruction sets that kernels are compiled for on this machine."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [isa for isa in listed("csrc/cpu/isa_select.h", "GPTFAST_ISAS") if x86 or isa == "scalar"]
+
+
+def kernel_units(folder: str, kernels: Sequence[str]) -> list[Unit]:
+    """kernel_unit.cpp of csrc/`folder`, once for each kernel and instruction set."""
+    return [
+        Unit(
+            ROOT / f"csrc/{folder}/kernel_unit.cpp",
+            [*CXX_FLAGS, *ISA_FLAGS[isa], f"-DGPTFAST_KERNEL={kernel}", f"-DGPTFAST_ISA=isa_{isa}"],
+            f"csrc/{folder}/{kernel}.{isa}.o",
+        )
+        for kernel in kernels
+        for isa in isas()
+    ]
+
+
+def cpp_units(library: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> list[Unit]:
+    """Sources that the library `library` has for itself."""
+    return [
+        Unit(path, [*CXX_FLAGS, *flags], f"{library}/{path.relative_to(ROOT).with_suffix('.o')}") for path in sources
+    ]
+
+
+def plain_sources(folder: str) -> list[Path]:
+    return [p for p in sorted((ROOT / "csrc" / folder).glob("*.cpp")) if p.name != "kernel_unit.cpp"]
+
+
+def stable_abi(torch: Path) -> list[str]:
+    major, minor = TORCH_TARGET
+    target = f"-DTORCH_TARGET_VERSION=(((0ULL + {major}) << 56) | ((0ULL + {minor}) << 48))"
+    return ["-isystem", str(torch / "include"), target]
+
+
+def torch_link(torch: Path) -> list[str]:
+    return [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]  # loaded before any of our libraries: no rpath
+
+
+def bindings(*, cuda: bool) -> list[Path]:
+    return [p for p in plain_sources("bindings") if p.name.startswith("cuda_") == cuda]
+
+
+def cpu_ops(torch: Path) -> Library:
+    units = kernel_units("cpu", listed("csrc/cpu/kernels.h", "GPTFAST_CPU_KERNELS"))
+    units += cpp_units("_ops", plain_sources("cpu"))
+    units += cpp_units("_ops", bindings(cuda=False), stable_abi(torch))
+    return Library("gptfast/_ops.so", units, torch_link(torch))
+
+
+def cuda_ops(torch: Path, cuda: Cuda) -> Library:
+    flags = [*NVCC_FLAGS, *cuda.arch_flags()]
+    units = [
+        Unit(path, flags, f"_cuda_ops/csrc/cuda/{path.stem}.o", nvcc=cuda.nvcc)
+        for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    ]
+    units += cpp_units("_cuda_ops", bindings(cuda=True), [*stable_abi(torch), f"-I{cuda.home / 'include'}"])
+    places = [p for p in (cuda.home / "lib64", cuda.home / "lib") if p.exists()]
+    static = any((p / "libcudart_static.a").exists() for p in places)
+    runtime = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"] if static else ["-lcudart"]
+    # libtorch.so has no code, so linkers drop it; but it alone leads to libtorch_cuda.so, which torch loads privately.
+    whole_torch = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+    link = [*torch_link(torch), *whole_torch, *(f"-L{p}" for p in places), *runtime]
+    return Library("gptfast/_cuda_ops.so", units, link)
+
+
+def python_module(torch: Path, cuda: Cuda | None) -> Library:
+    try:
+        import pybind11
+    except ImportError:
+        fail(f"pybind11 was not found; the build needs it: {BUILD_TOOLS}")
+
+    flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+    flags += [
+        f'-DGPTFAST_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"',
+        f'-DGPTFAST_TORCH_HEADERS="{torch_version(torch)}"',
+    ]
+    flags += [f'-DGPTFAST_CUDA="{cuda.describe()}"'] if cuda else []
+    units = kernel_units("engine", listed("csrc/engine/kernels.h", "GPTFAST_ENGINE_KERNELS"))
+    units += kernel_units("cpu", ["sample"])  # the objects of _ops.so
+    units += cpp_units("_C", [*plain_sources("engine"), ROOT / "csrc/cpu/scratch.cpp"])
+    units += cpp_units("_C", plain_sources("python"), flags)
+    return Library(f"gptfast/_C{sysconfig.get_config_var('EXT_SUFFIX')}", units, ["-pthread"])
+
+
+def libraries(torch: Path, cuda: Cuda | None) -> list[Library]:
+    """Everything that is compiled and installed."""
+    return [cpu_ops(torch), python_module(torch, cuda)] + ([cuda_ops(torch, cuda)] if cuda else [])

@@ -1,0 +1,152 @@
+"""What the build needs and where it is: torch's headers, the CUDA toolkit; and how the build fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+TORCH_TARGET = (2, 11)
+CUDA_ARCHS = "8.0;9.0+PTX"  # newer GPUs compile the PTX when they first run it
+OLDEST_GPU = 8.0
+
+NO_TORCH = """
+gptfast's compiled ops need the headers of PyTorch >= 2.11, and no torch was found in {places}.
+Install PyTorch first, then gptfast:
+
+    pip install torch --index-url https://download.pytorch.org/whl/cpu     # or, with CUDA: pip install torch
+    pip install "setuptools>=77" pybind11 ninja
+    pip install --no-build-isolation .
+
+GPTFAST_BUILD=0 pip install .  installs pure Python instead (every op runs in eager PyTorch).
+"""
+BUILD_TOOLS = 'pip install "setuptools>=77" pybind11 ninja'
+
+
+def fail(message: str) -> None:
+    sys.exit(f"\ngptfast: {message.strip()}\n")
+
+
+def find_torch() -> Path:
+    """torch's folder in the environment that gptfast is installed into (also from inside an isolated build)."""
+    places = [Path(sysconfig.get_paths()[key]) for key in ("purelib", "platlib")]
+    places += [Path(p) for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
+    for place in dict.fromkeys(places):
+        if (place / "torch" / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+            return place / "torch"
+    fail(NO_TORCH.format(places=", ".join(str(p) for p in dict.fromkeys(places))))
+    raise AssertionError("unreachable")
+
+
+def torch_version(torch: Path) -> str:
+    match = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())
+    version = match.group(1) if match else "0"
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if numbers < TORCH_TARGET:
+        fail(f"torch {version} in {torch.parent} is too old; gptfast needs >= 2.11: pip install -U torch")
+    return version
+
+
+def torch_cuda(torch: Path) -> str | None:
+    """The CUDA version that torch was built with, or None for a CPU build."""
+    match = re.search(r"^cuda[^=]*= '([^']+)'", (torch / "version.py").read_text(), re.M)
+    return match.group(1) if match else None
+
+
+@dataclass
+class Cuda:
+    """The CUDA toolkit, and what is compiled with it."""
+
+    nvcc: Path
+    home: Path
+    version: str
+    archs: list[str]  # "8.0", "9.0a", "9.0+PTX"
+    left_out: list[str]  # of TORCH_CUDA_ARCH_LIST
+
+    def describe(self) -> str:
+        """Such as `sm_80, sm_90a, PTX 9.0; nvcc 13.0`."""
+        names = [f"PTX {a[:-4]}" if a.endswith("+PTX") else f"sm_{a.replace('.', '')}" for a in self.archs]
+        return f"{', '.join(names)}; nvcc {self.version}"
+
+    def arch_flags(self) -> list[str]:
+        flags = []
+        for arch in self.archs:
+            number = arch.removesuffix("+PTX").replace(".", "")
+            code = f"compute_{number}" if arch.endswith("+PTX") else f"sm_{number}"
+            flags.append(f"-gencode=arch=compute_{number},code={code}")
+        return flags
+
+
+def cuda_archs() -> tuple[list[str], list[str]]:
+    """What TORCH_CUDA_ARCH_LIST asks for, as "8.0" for code and "9.0+PTX" for PTX; and what of it is left out.
+
+    There 9.0+PTX means both, as for torch's own extensions. Code for 9.0 is always that of 9.0a: without the "a" the Hopper
+    kernels have no body, and a library with both would leave the choice to the driver.
+    """
+    archs: list[str] = []
+    left_out: list[str] = []
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,\t\n") or CUDA_ARCHS
+    for arch in re.split(r"[;,\s]+", asked):
+        match = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", arch)
+        if not match:
+            fail(f"TORCH_CUDA_ARCH_LIST names {arch!r}; expected a list such as {CUDA_ARCHS!r}")
+            continue
+        number, feature, ptx = match.groups()
+        if float(number) < OLDEST_GPU:
+            left_out.append(arch)
+            continue
+        archs.append("9.0a" if number == "9.0" else number + feature)
+        archs += [arch] if ptx else []
+    if not archs:
+        fail(
+            f"TORCH_CUDA_ARCH_LIST names {', '.join(left_out)}; gptfast's CUDA kernels need {OLDEST_GPU} or newer, or build "
+            "with GPTFAST_CUDA=0"
+        )
+    return list(dict.fromkeys(archs)), list(dict.fromkeys(left_out))
+
+
+def find_nvcc() -> Path | None:
+    """In CUDA_HOME, if that is set; else on the path, or where the toolkit installs itself."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    found = found or (None if home else shutil.which("nvcc", path="/usr/local/cuda/bin"))
+    return Path(found) if found else None
+
+
+def find_cuda() -> Cuda | None:
+    """The toolkit, wherever nvcc says that it lives (it may be a script in some other folder)."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return None
+    said = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False
+    )
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    top, release = re.search(r"_HERE_=(.+)", said.stderr), re.search(r"release ([\d.]+)", version)
+    if not top or not release:
+        fail(f"{nvcc} does not run: {said.stderr or version}")
+    home = Path(top[1].strip()).parent
+    return Cuda(nvcc, home, release[1], *cuda_archs())
+
+
+def wanted_cuda(torch: Path) -> tuple[Cuda | None, str]:
+    """What GPTFAST_CUDA asks for: the toolkit, or None and the reason."""
+    choice = os.environ.get("GPTFAST_CUDA", "auto") or "auto"
+    if choice not in ("auto", "0", "1"):
+        fail(f"GPTFAST_CUDA is {choice!r}; expected auto, 0 or 1")
+    if choice == "0":
+        return None, "GPTFAST_CUDA=0"
+    if choice == "auto" and not torch_cuda(torch):
+        return None, "this torch is a CPU build"
+    cuda = find_cuda()
+    if cuda is None and choice == "1":
+        fail(
+            "GPTFAST_CUDA=1, but nvcc was not found. Install the CUDA toolkit, name its folder in CUDA_HOME, or build "
+            "without the CUDA ops: GPTFAST_CUDA=0"
+        )
+    return cuda, "nvcc was not found"

@@ -1,0 +1,82 @@
+// LayerNorm, backward; see layer_norm-inl.h.
+#include "layer_norm-inl.h"
+
+// Two sums over a row of x and dy: mean(g) and mean(g xhat); adds the row's share to dweight and dbias on the way.
+template <DType T>
+INL void norm_means(const LayerNormParams& p, const float* weight, i64 r, float* dw, float* db, F* mean_g, F* mean_gx) {
+  const void *x = row(p.x, r), *dy = row(p.dy, r);
+  const F center = set(p.mean[r]), scale = set(p.rstd[r]), rest = set(-p.mean[p.R + r] * p.rstd[r]);
+  F g_sum[2] = {zero(), zero()}, gx_sum[2] = {zero(), zero()};
+  for_lanes_paired(p.C, [&](i64 c, i64 n, int u) __attribute__((always_inline)) {
+    const F xhat = fma(load_as<T>(x, c, n) - center, scale, rest), d = load_as<T>(dy, c, n);
+    store_lanes(dw + c, fma(d, xhat, load_lanes(dw + c, n)), n);
+    if (db) store_lanes(db + c, load_lanes(db + c, n) + d, n);
+    const F g = d * load_lanes(weight + c, n);  // 0 in lanes past the end
+    g_sum[u] = g_sum[u] + g;
+    gx_sum[u] = fma(g, n == L ? xhat : keep(first_n(n), xhat), gx_sum[u]);
+  });
+  *mean_g = set(sum(g_sum[0] + g_sum[1]) / float(p.C));
+  *mean_gx = set(sum(gx_sum[0] + gx_sum[1]) / float(p.C));
+}
+
+// The gradient of row r of what was normalised, L values at a time, to store(c, gradient, n).
+template <DType T, class Store>
+INL void norm_gradient(const LayerNormParams& p, const float* weight, i64 r, F mean_g, F mean_gx, Store store) {
+  const void* x = row(p.x, r);
+  const void *dy = p.dy.data ? row(p.dy, r) : nullptr, *dtotal = p.dtotal.data ? row(p.dtotal, r) : nullptr;
+  const F center = set(p.mean[r]), scale = set(p.rstd[r]), rest = set(-p.mean[p.R + r] * p.rstd[r]);
+  const char *next_x = next_row(p, p.x, r), *next_dy = next_row(p, p.dy, r);
+  for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
+    F d = zero();
+    prefetch(next_x + c * element_size(T));
+    if (next_dy) prefetch(next_dy + c * element_size(T));
+    if (dy) {
+      const F xhat = fma(load_as<T>(x, c, n) - center, scale, rest);
+      // rounded as in norm_means: a product fused with the difference would leave its rounding where both are equal
+      const F g = fma(load_as<T>(dy, c, n), load_lanes(weight + c, n), zero());
+      d = scale * fnma(xhat, mean_gx, g - mean_g);
+    }
+    store(c, dtotal ? d + load_as<T>(dtotal, c, n) : d, n);
+  });
+}
+
+template <DType T>
+static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, float* dw, float* db) {
+  const MutRows &dx = p.dx, &dresidual = p.dresidual;
+  const uint32_t threshold = dx.data ? p.dropout.threshold : 0;
+  F mean_g = zero(), mean_gx = zero();
+  if (p.dy.data) norm_means<T>(p, t.weight, r, dw, db, &mean_g, &mean_gx);
+  const MutRows& only = dx.data ? dx : dresidual;
+  if (!threshold && !(dx.data && dresidual.data) && only.dtype == T) {
+    void* out = row(only, r);
+    const bool past = only.stream;
+    norm_gradient<T>(p, t.weight, r, mean_g, mean_gx,
+                     [=](i64 c, F d, i64 n) __attribute__((always_inline)) { put_as<T>(past, out, c, d, n); });
+    return;
+  }
+  if (threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
+  void *to_x = dx.data ? row(dx, r) : nullptr, *to_residual = dresidual.data ? row(dresidual, r) : nullptr;
+  const uint16_t* lanes = t.lanes;
+  const float kept = dropout_scale(p.dropout);
+  norm_gradient<T>(p, t.weight, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
+    if (to_residual) store_any(at(to_residual, dresidual.dtype, c), dresidual.dtype, d, n);
+    if (to_x) store_any(at(to_x, dx.dtype, c), dx.dtype, threshold ? drop(d, lanes + c, threshold, kept) : d, n);
+  });
+}
+
+template <DType T> static void norm_bwd_chunks(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
+  const NormBuffers t(p);
+  for (i64 k = chunk_begin; k < chunk_end; k++) {
+    float *dw = p.dweight + k * p.C, *db = p.dbias ? p.dbias + k * p.C : nullptr;
+    __builtin_memset(dw, 0, size_t(p.C) * 4);
+    if (db) __builtin_memset(db, 0, size_t(p.C) * 4);
+    const i64 end = (k + 1) * kRowChunk < p.R ? (k + 1) * kRowChunk : p.R;
+    for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T>(p, t, r, dw, db);
+  }
+}
+static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
+  with_dtype(p.x.dtype, [&](auto t) { norm_bwd_chunks<t.value>(p, chunk_begin, chunk_end); });
+  stream_end();
+}
+
+static void fill(Kernels& k) { k.layer_norm_bwd = layer_norm_bwd; }

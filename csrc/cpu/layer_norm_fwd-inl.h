@@ -1,0 +1,92 @@
+// LayerNorm, forward; see layer_norm-inl.h.
+#include "layer_norm-inl.h"
+
+// total = dropout(x) + residual, and the same into `copy` if there is one; load_x(c, n) and load_residual(c, n) give the
+// values.
+template <DType T, class X, class R>
+INL void add_rows(const LayerNormParams& p, const uint16_t* lanes, void* total, void* copy, X load_x, R load_residual) {
+  const uint32_t threshold = p.dropout.threshold;
+  const float kept = dropout_scale(p.dropout);
+  for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
+    const F x = load_x(c, n);
+    const F sum = (threshold ? drop(x, lanes + c, threshold, kept) : x) + load_residual(c, n);
+    put_as<T>(copy, total, c, sum, n);
+    if (copy) store_as<T>(copy, c, sum, n);
+  });
+}
+
+// Row r of what is normalised: x, or the total, rounded as it is stored, which is what the next layer sees too.
+template <DType T> static const void* norm_input(const LayerNormParams& p, const NormBuffers& t, i64 r) {
+  const void* x = row(p.x, r);
+  if (!p.residual.data) return x;
+  const void* residual = row(p.residual, r);
+  void *total = row(p.total, r), *copy = p.total.stream ? t.total : nullptr;
+  if (p.dropout.threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
+  const DType x_type = p.x.dtype, residual_type = p.residual.dtype;
+  if (x_type == T && residual_type == T)
+    add_rows<T>(
+        p, t.lanes, total, copy, [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(x, c, n); },
+        [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(residual, c, n); });
+  else
+    add_rows<T>(
+        p, t.lanes, total, copy,
+        [=](i64 c, i64 n) __attribute__((always_inline)) { return load_any(at(x, x_type, c), x_type, n); },
+        [=](i64 c, i64 n)
+            __attribute__((always_inline)) { return load_any(at(residual, residual_type, c), residual_type, n); });
+  return copy ? copy : total;
+}
+
+struct Moments {
+  float mean, rest, variance;  // the mean is mean + rest
+};
+// In two passes over the row, which it leaves in `wide` where T is not fp32. The first sum's roundings may exceed the spread
+// of a row far from 0, so the second pass sums the differences from that mean too and corrects it. Where the mean is
+// thousands of spreads away its own rounding counts: `rest` keeps it.
+template <DType T> INL Moments moments(const void* x, float* wide, i64 C) {
+  const float sum = row_sum(C, [&](i64 c, i64 n) __attribute__((always_inline)) {
+    const F value = load_as<T>(x, c, n);
+    if constexpr (T != DType::f32) store(wide + c, value);
+    return value;
+  });
+  const float near = sum / float(C);
+  const float* values = T == DType::f32 ? static_cast<const float*>(x) : wide;
+  const F center = set(near);
+  const TwoSums rest = row_sums(C, [&](i64 c, i64 n, F& sum, F& squares) __attribute__((always_inline)) {
+    const F d = load_lanes(values + c, n) - center;
+    const F counted = n == L ? d : keep(first_n(n), d);
+    sum = sum + counted;
+    squares = fma(counted, counted, squares);
+  });
+  const float left = rest.first / float(C), variance = rest.second / float(C) - left * left, mean = near + left;
+  return {mean, left - (mean - near), variance < 0.f ? 0.f : variance};
+}
+
+template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_begin, i64 row_end) {
+  const NormBuffers t(p);
+  for (i64 r = row_begin; r < row_end; r++) {
+    const void* x = norm_input<T>(p, t, r);
+    const Moments m = moments<T>(x, t.wide, p.C);
+    const float rstd = 1.f / __builtin_sqrtf(m.variance + p.eps);
+    p.mean[r] = m.mean;
+    p.mean[p.R + r] = m.rest;
+    p.rstd[r] = rstd;
+    const F center = set(m.mean), scale = set(rstd), rest = set(-m.rest * rstd);
+    void* y = row(p.y, r);
+    const float *weight = t.weight, *bias = t.bias;
+    const float* values = T == DType::f32 ? static_cast<const float*>(x) : t.wide;
+    const bool past = p.y.stream;
+    const char *next_x = next_row(p, p.x, r), *next_residual = next_row(p, p.residual, r);
+    for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
+      prefetch(next_x + c * element_size(T));
+      if (next_residual) prefetch(next_residual + c * element_size(T));
+      const F xhat = fma(load_lanes(values + c, n) - center, scale, rest);
+      put_as<T>(past, y, c, fma(xhat, load_lanes(weight + c, n), load_lanes(bias + c, n)), n);
+    });
+  }
+}
+static void layer_norm_fwd(const LayerNormParams& p, i64 row_begin, i64 row_end) {
+  with_dtype(p.y.dtype, [&](auto t) { norm_fwd_rows<t.value>(p, row_begin, row_end); });
+  stream_end();
+}
+
+static void fill(Kernels& k) { k.layer_norm_fwd = layer_norm_fwd; }

@@ -1,0 +1,100 @@
+"""A rebuild compiles only what changed, in place and by pip; compile_commands.json lists what is compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gptfast
+
+ROOT = Path(gptfast.__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "csrc").exists() or shutil.which("g++") is None, reason="not run from the source tree, or no g++"
+)
+ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
+# Stands for the compiler: notes what it is asked for, and tells ninja which headers of ours a kernel reads.
+COMPILER = """#!{python}
+import os, subprocess, sys
+given = sys.argv[1:]
+out = given[given.index("-o") + 1]
+open(out, "w").close()
+if "-c" in given:
+    with open("{log}", "a") as log:
+        log.write(os.path.relpath(out, "{tree}/build/objects") + "\\n")
+    depends = given[given.index("-MF") + 1]
+    if any(x.startswith("-DGPTFAST_KERNEL=") for x in given):
+        kept = [x for x in given if x.startswith(("-D", "-std"))]
+        source = given[given.index("-c") + 1]
+        subprocess.run(["g++", *kept, "-DGPTFAST_SCALAR", "-MM", "-MT", out, "-MF", depends, source], check=True)
+    else:
+        open(depends, "w").write(out + ":\\n")
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what the build reads, and compiled(*command): the objects that a command compiles."""
+    copy, log = tmp_path / "tree", tmp_path / "log"
+    for name in ("csrc", "buildtools", "gptfast"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, copy)
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILER.format(python=sys.executable, log=log, tree=copy))
+    compiler.chmod(0o755)
+
+    def compiled(*command: str) -> list[str]:
+        log.write_text("")
+        environment = {**os.environ, "CXX": str(compiler), "GPTFAST_CUDA": "0"}
+        result = subprocess.run([sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+        return sorted(log.read_text().split())
+
+    return copy, compiled
+
+
+IN_PLACE = ("setup.py", "-q", "build_ext", "--inplace")
+
+
+@pytest.mark.slow
+def test_an_edit_compiles_one_kernel_and_an_install_nothing_again(tree):
+    copy, compiled = tree
+    everything = compiled(*IN_PLACE)
+    assert f"csrc/cpu/gelu_fwd.{ISAS[0]}.o" in everything and len(everything) > 60
+    assert compiled(*IN_PLACE) == []
+    listed = json.loads((copy / "compile_commands.json").read_text())
+    assert {str(Path(entry["output"]).relative_to(copy / "build/objects")) for entry in listed} == set(everything)
+
+    os.utime(copy / "csrc/cpu/gelu_fwd-inl.h")
+    assert compiled(*IN_PLACE) == sorted(
+        f"csrc/cpu/gelu_fwd.{isa}.o" for isa in ISAS if f"csrc/cpu/gelu_fwd.{isa}.o" in everything
+    )
+    os.utime(copy / "csrc/cpu/simd.h")
+    assert set(compiled(*IN_PLACE)) == {o for o in everything if o.startswith("csrc/")}
+
+    # pip calls these two, each with a temporary folder for objects
+    for hook in ("build_wheel", "build_editable"):
+        code = f"from setuptools.build_meta import {hook}; {hook}('dist')"
+        (copy / "dist").mkdir(exist_ok=True)
+        assert compiled("-c", code) == [], hook
+
+
+def test_every_kernel_is_listed_once():
+    """In kernels.h, which dispatch.cpp and the build read; every -inl.h with a fill() is such a kernel."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from buildtools.libraries import listed
+    finally:
+        sys.path.remove(str(ROOT))
+    for folder, macro in (("cpu", "GPTFAST_CPU_KERNELS"), ("engine", "GPTFAST_ENGINE_KERNELS")):
+        kernels = listed(f"csrc/{folder}/kernels.h", macro)
+        files = (ROOT / "csrc" / folder).glob("*-inl.h")
+        assert sorted(kernels) == sorted(
+            p.name.removesuffix("-inl.h") for p in files if "static void fill(Kernels& k)" in p.read_text()
+        )
