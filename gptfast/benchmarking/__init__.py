@@ -1,4 +1,4 @@
-"""Timing gptfast beside its peers: the machine's limits, interleaved comparisons, and the report."""
+"""Benchmarks of gptfast and its peers: the machine's limits, interleaved comparisons, and the report."""
 
 from gptfast.benchmarking.compare import Comparison, compare, comparisons
 from gptfast.benchmarking.report import print_table, save_json, save_plot

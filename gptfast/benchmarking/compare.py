@@ -1,4 +1,4 @@
-"""Ours beside the peers on the case table: A B A B in one run, medians of the ratios, correctness asserted first."""
+"""Our ops and their peers on the case table: A B A B in one run, medians of the ratios, after a check of correctness."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gptfast.ops import reference
 from gptfast.testing import CASES, SPECS, Case, bench_cases, cases, check_case
 
 Fn = Callable[..., Any]
-COPY = "copy of its bytes"  # not a peer: the floor of what only moves memory
+COPY = "copy of its bytes"  # not a peer: the floor of an op that is bound by memory
 
 
 @dataclass
@@ -88,7 +88,7 @@ def make_comparison(case: Case, dtype: torch.dtype, backward: bool) -> Compariso
 
 
 def _copy(size: int) -> Callable[[], Any]:
-    """Reads and writes `size` bytes in all, into memory that is there already: what a memory-bound op can reach."""
+    """A copy that reads and writes `size` bytes in all, between tensors that exist: the limit of a memory-bound op."""
     source, target = torch.zeros(2, size // 2, dtype=torch.uint8).unbind()
     return lambda: target.copy_(source)
 
@@ -100,12 +100,12 @@ def _timed(fn: Callable[[], Any]) -> float:
 
 
 def compare(c: Comparison, rounds: int = 7, seconds: float = 4.0) -> Comparison:
-    """Fill in times and ratios: all take turns, so that a drifting machine drifts under all alike, and in an order that
-    changes from round to round, as whoever follows eager PyTorch finds nothing in the caches.
+    """Measure times and ratios. All take turns, so that a drift of the machine affects all alike, in an order that changes
+    from round to round, since eager PyTorch evicts the caches of its successor.
 
     Args:
-        rounds: at most so many rounds after one warm-up round.
-        seconds: stop early (after three rounds) when this much time is spent.
+        rounds: most rounds after one warm-up round.
+        seconds: stop after three rounds or more when this much time has passed.
     """
     runners = {"ours": c.ours, **c.peers}
     for fn in runners.values():

@@ -1,4 +1,4 @@
-"""Table, JSON file and picture of a set of comparisons. One that we lose is shown like one that we win."""
+"""Table, JSON file and picture of a set of comparisons. Losses are shown like wins."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gptfast.testing import SPECS
 
 
 def percent_of_limit(c: Comparison, machine: Machine) -> tuple[float | None, str]:
-    """How near ours comes to the tighter of the machine's two limits, and which one that is.
+    """Our share of the tighter of the machine's two limits in percent, and that limit: "flops" or "memory".
 
-    None where it would be more than 100: the limit was measured while the machine was busy, or data came from the cache.
+    The share is None if it exceeds 100: the limit was measured on a busy machine, or data came from the cache.
     """
     size = torch.finfo(c.dtype).bits // 8
     flops, data = c.case.cost(size)
@@ -60,7 +60,7 @@ def print_table(results: list[Comparison], machine: Machine) -> None:
 
 
 def losses(results: list[Comparison]) -> list[str]:
-    """Where a peer is faster. A copy does less and is no peer."""
+    """One line for each peer that is faster. A copy does less work and is not a peer."""
     behind = [(c, peer, ratio) for c in results for peer, ratio in c.ratios.items() if ratio < 1 and peer != COPY]
     return [f"{c.name} runs at {ratio:.2f} of the speed of {peer}" for c, peer, ratio in behind]
 

@@ -5,10 +5,10 @@ An element may miss the exact value (the same op in float64) by
     half a unit in the last place of this value            where the result is bfloat16 or float16: the last rounding
     + factor x eager's error                               largest of the tensor, beyond its own last rounding
     + ULP_FLOOR fp32 units of the largest value of the row     sums whose terms cancel; `least` where the terms are known
-    + floor x eps of the dtype x that value                stated and measured, where a kernel computes with less
+    + floor x eps of the dtype x that value                stated and measured, if a kernel computes in less precision
 
 Eager PyTorch's error is taken in the same dtype, and in float32 on the same numbers. What a kernel rounds to half
-precision must thus be as exact as PyTorch in float32 before the rounding. And the rounding must not lean to one side:
+precision must thus be as exact as PyTorch in float32 before the rounding. And the rounding must not be biased:
 the mean of the signed differences from the exact value, itself rounded, is 0 but for chance (`_assert_no_drift`).
 """
 

@@ -1,8 +1,8 @@
-"""What the forward and the backward kernels of attention share: their arguments, which keys a query sees, tiles.
+"""Shared by the forward and backward kernels of attention: arguments, the keys that a query sees, tiles.
 
 Every mask is an interval of keys for each query (see ops.causal_attention): causal, window, seq_lens and cu_seqlens only
-move its ends. So the blocks that a block of queries meets are, from left to right, some masked ones, some that every query
-sees whole, and some masked ones.
+move its ends. The blocks of keys of a block of queries are therefore, from left to right: partly masked, fully visible,
+partly masked.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Heads(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """What moves the ends of the interval of keys that a query sees, besides causality and a window."""
+    """The tensors that limit the interval of keys that a query sees; causality and the window are scalars."""
 
     seq_lens: Tensor | None  # (B,)
     starts: Tensor | None  # (T,) of the document that a position lies in
@@ -44,7 +44,7 @@ class Mask(NamedTuple):
 
 
 def common_arguments(q: Tensor, k: Tensor, options: AttentionOptions) -> dict[str, Any]:
-    """The arguments that every kernel of a call takes besides its tensors and the sizes of its tiles."""
+    """The arguments that all kernels of a call have in common."""
     B, H, T, D = q.shape
     seq_lens = None if options.seq_lens is None else options.seq_lens.contiguous()
     mask = Mask(seq_lens, *documents(options.cu_seqlens, T))
@@ -56,7 +56,7 @@ def common_arguments(q: Tensor, k: Tensor, options: AttentionOptions) -> dict[st
 
 
 def shape_class(q: Tensor, common: dict[str, Any]) -> tuple[object, ...]:
-    """What the best tile depends on; lengths by powers of two, since generation meets every length."""
+    """What the best tile depends on; lengths rounded up to powers of two, since generation uses every length."""
     lengths = (triton.next_power_of_2(common[name]) for name in "TS")
     options = (common[name] for name in ("CAUSAL", "WINDOW", "DROP"))
     return str(q.dtype), common["BLOCK_D"], *lengths, *options
@@ -144,7 +144,7 @@ def visible_keys(i, T, S, seq_len, mask, window, CAUSAL: tl.constexpr, WINDOW: t
 
 @triton.jit
 def keys_of_batch(mask, b, S):
-    """How many keys of batch row b count."""
+    """The number of keys of batch row b."""
     if mask.seq_lens is None:
         return S
     else:

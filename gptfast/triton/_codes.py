@@ -14,7 +14,7 @@ from gptfast._nf4 import dynamic_values, nf4_values
 
 @functools.cache
 def nf4_table(device: torch.device) -> Tensor:
-    """(16,) float32, kept on the device: kernels look values up in it, out of the first cache."""
+    """(16,) float32, cached by device: kernels look values up in it, from the L1 cache."""
     return nf4_values(device)
 
 
@@ -31,8 +31,8 @@ def unpack_pairs(pairs):
 
 @triton.jit
 def load_values(codes, table, n, N, k0, row_bytes, FORMAT: tl.constexpr, WIDTH: tl.constexpr):
-    """(len(n), WIDTH) float32: what the codes of outputs n stand for before they are scaled, from input k0 on, which is
-    even; past the last output anything finite."""
+    """(len(n), WIDTH) float32: the unscaled values of the codes of outputs n, from input k0 on, which is even;
+    past the last output any finite values."""
     row = codes + n.to(tl.int64)[:, None] * row_bytes
     inside = (n < N)[:, None]
     if FORMAT == "int8":

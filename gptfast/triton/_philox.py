@@ -13,8 +13,8 @@ SAMPLING_DOMAIN = tl.constexpr(rng.SAMPLING_DOMAIN)
 def dropout_arguments(p: float, seed: int, offset: int) -> tuple[int, float, int, int]:
     """The arguments `threshold, keep_scale, seed, offset` of kernels, which make a tuple `dropout` of them.
 
-    Kernels name them in do_not_specialize, so that one compilation serves all values; within a tuple Triton would
-    specialise on them all the same.
+    They are four scalars that kernels list in do_not_specialize, so that one compilation serves all values: Triton
+    specialises on the values inside of a tuple argument.
     """
     return rng.dropout_threshold(p), rng.dropout_scale(p), seed & (2**64 - 1), offset
 
@@ -24,7 +24,7 @@ def keep_mask(matrix, rows, first_column, dropout, WIDTH: tl.constexpr):
     """(len(rows), WIDTH) decisions of dropout; first_column and WIDTH are multiples of 32.
 
     Call c0 = 4 g + k serves columns 32 g + 8 w + 2 k + {0, 1} with the halves of its word w (rng.dropout_keep), so one
-    call makes eight decisions; the rest is putting them in the order of columns.
+    call makes eight decisions; the rest puts them into the order of columns.
     """
     HEIGHT: tl.constexpr = rows.shape[0]
     least, offset = tl.cast(dropout[0], tl.uint32), tl.cast(dropout[3], tl.uint32)

@@ -1,4 +1,4 @@
-"""What the kernels over rows share: a view of any tensor as rows, sizes of blocks, and sums over rows in a fixed order."""
+"""Helpers of the kernels over rows: a view of any tensor as rows, sizes of blocks, and sums over rows in a fixed order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PARTIAL_SUMS = 512  # rows of a sum's first stage: enough for every GPU, few eno
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x (..., C) as (R, C) with contiguous rows; a copy only where no single stride leads from row to row."""
+    """x (..., C) as (R, C) with contiguous rows; a copy only if the rows have no common stride."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
@@ -28,12 +28,12 @@ def row_block(op: str, C: int, elements: int = 2048) -> tuple[int, int]:
 
 
 def warps_for(elements: int) -> int:
-    """Warps for a block of so many values: 16 a thread, up to 512 threads."""
+    """Warps for a block of `elements` values: 16 values a thread, up to 512 threads."""
     return max(1, min(16, triton.next_power_of_2(elements // 512)))
 
 
 def rows_per_program(R: int, block: int) -> int:
-    """How many rows a program of a column sum adds up: a function of R alone, so results do not depend on the GPU."""
+    """Rows that one program of a column sum adds: a function of R alone, so results do not depend on the GPU."""
     return max(16, block, triton.next_power_of_2(triton.cdiv(R, PARTIAL_SUMS)))
 
 
@@ -58,7 +58,7 @@ def _sum_rows_kernel(partial, out, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.cons
 
 @triton.jit
 def load_vector(vector, c, C):
-    """Values c of a vector of C as float32, 0 beyond; 0 where there is no vector."""
+    """Values c of a vector of C as float32; 0 past its end, and if `vector` is None."""
     if vector is None:
         return tl.zeros_like(c).to(tl.float32)
     else:

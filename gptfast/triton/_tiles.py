@@ -21,12 +21,12 @@ class Blocks:
     tma: bool = False
 
     def options(self) -> dict[str, int]:
-        """As arguments of a kernel."""
+        """The arguments of a kernel that these are."""
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "num_warps": self.warps, "num_stages": self.stages}
 
 
 def product_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What the tensor cores multiply: the inputs' dtype, but float32 for bfloat16 in the interpreter, which errs there."""
+    """What the tensor cores multiply: the inputs' dtype, but float32 for bfloat16 in the interpreter, whose bfloat16 is wrong."""
     if dtype == torch.bfloat16:
         return tl.float32 if INTERPRETING else tl.bfloat16
     return tl.float16 if dtype == torch.float16 else tl.float32

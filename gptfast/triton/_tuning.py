@@ -1,7 +1,7 @@
-"""Sizes of tiles by measurement: a few candidates, timed once for each GPU and class of shapes, kept in a file.
+"""Autotuning of tile sizes: a few candidates, timed once for each GPU and class of shapes, stored in a file.
 
-The choice moves the last bits of results, so it is kept from then on: in triton_tiles.json in GPTFAST_CACHE, or else in
-~/.cache/gptfast. GPTFAST_TRITON_TUNE=0 takes the first candidate always, which is the same on every machine.
+The choice changes the last bits of results, so it is stored: in triton_tiles.json in GPTFAST_CACHE, or else in
+~/.cache/gptfast. GPTFAST_TRITON_TUNE=0 always takes the first candidate, which is the same on every machine.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _chosen: dict[str, int] = {}
 def fastest(
     kernel: str, shape_class: tuple[Any, ...], candidates: Sequence[Candidate], launch: Callable[[Candidate], None]
 ) -> Candidate:
-    """The candidate that runs fastest; the first one where nothing is measured: in the interpreter, while a graph is
-    captured, where there is no choice.
+    """The fastest candidate; the first one where nothing can be measured: in the interpreter, during the capture of a graph,
+    or with one candidate.
 
     Args:
-        kernel, shape_class: the choice is made once for each pair of them on a GPU.
-        candidates: the one expected to be best first.
+        kernel, shape_class: each pair of them is measured once on a GPU.
+        candidates: the one that is expected to be the fastest comes first.
         launch: runs the kernel with a candidate; may run any number of times.
     """
     if len(candidates) == 1 or INTERPRETING or os.environ.get("GPTFAST_TRITON_TUNE", "1") == "0":
@@ -54,8 +54,8 @@ def fastest(
 
 
 def _measure(kernel: str, candidates: Sequence[Candidate], launch: Callable[[Candidate], None]) -> int:
-    """Which of the candidates runs fastest; says on stderr how long it took to know. One that fails is not taken: if all
-    do, the call itself raises what is wrong."""
+    """Index of the fastest candidate; reports the time of the measurement on stderr. Candidates that fail are skipped: if
+    all fail, the call itself raises the error."""
     start, times = time.perf_counter(), []
     for candidate in candidates:
         if times and time.perf_counter() - start > LIMIT_S:
@@ -70,12 +70,12 @@ def _measure(kernel: str, candidates: Sequence[Candidate], launch: Callable[[Can
 
 
 def _milliseconds(run: Callable[[], None]) -> float:
-    """Of one run, the least of a few: after a run that compiles."""
+    """The time of one run: the least of a few, after a run that compiles."""
     run()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(ROUNDS + 1)]
     torch.cuda._sleep(
         2_000_000
-    )  # a millisecond in which Python gets ahead: small kernels would else be timed by their launch
+    )  # Python enqueues launches during this millisecond: else small kernels are timed by their launch
     events[0].record()
     for event in events[1:]:
         run()
@@ -91,11 +91,11 @@ def _path() -> Path:
 def _kept() -> dict[str, int]:
     try:
         kept = json.loads(_path().read_text())
-    except (OSError, ValueError, RecursionError):  # none yet, or not ours: measured again and written anew
+    except (OSError, ValueError, RecursionError):  # missing or damaged: measured and written again
         return {}
     return {key: n for key, n in kept.items() if isinstance(n, int)} if isinstance(kept, dict) else {}
 
 
 def _keep() -> None:
-    with suppress(OSError):  # a home that cannot be written: measured once a process
+    with suppress(OSError):  # not writable: measured once a process
         atomic_write(_path(), json.dumps({**_kept(), **_chosen}, indent=1).encode())

@@ -1,8 +1,8 @@
 """Causal attention, forward, by tiles with a running maximum and sum (Milakov and Gimelshein, arXiv 1805.02867; Dao et al.,
-FlashAttention, arXiv 2205.14135). A program has a block of queries of one head and walks over the blocks of keys.
+FlashAttention, arXiv 2205.14135). A program handles a block of queries of one head and loops over the blocks of keys.
 
-Few queries and many keys (decoding with a cache) would leave most of a GPU idle: there the keys are split among programs,
-each of which leaves its part of the result and its statistics, and a second kernel joins them (Flash-Decoding, Dao et
+With few queries and many keys (decoding with a cache) that leaves most of a GPU idle. The keys are then split among programs,
+each of which stores its part of the result and its statistics, and a second kernel combines them (Flash-Decoding, Dao et
 al., 2023).
 """
 
@@ -81,7 +81,7 @@ def causal_attention_fwd(
 
 
 def block_candidates(D: int, dtype: torch.dtype, T: int, tma: bool) -> list[Blocks]:
-    """Tiles worth trying, the one expected to be best first; all fit the shared memory of the GPUs that are tested for."""
+    """Candidates for `fastest`; all fit the shared memory of the GPUs that the tests compile for."""
     if dtype == torch.float32:
         found = float32_blocks(D)
     elif padded(D) <= 64:
@@ -129,9 +129,9 @@ def _fwd_kernel(
     dropout = (threshold, keep_scale, seed, offset)
     head = tl.program_id(0) % heads
     split = tl.program_id(0) // heads % splits
-    m0 = (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // heads // splits) * BLOCK_M  # late queries see most: first
+    m0 = (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // heads // splits) * BLOCK_M  # late queries see most keys: first
     row = m0 + tl.arange(0, BLOCK_M)
-    i = tl.minimum(row, T - 1)  # past the end the last query again, which is not stored
+    i = tl.minimum(row, T - 1)  # past the end: the last query again, which is not stored
     queries = load_tile(q, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
     first, end, edges = keys_of_queries(i, head // H, T, S, mask, window, split, splits, CAUSAL, WINDOW, BLOCK_N)
 
@@ -175,7 +175,7 @@ def _fwd_kernel(
 
 @triton.jit
 def _infinities(values, visible):
-    """(queries, columns): inf or nan where a visible value is, else 0. Their products with p = 0 would leak elsewhere."""
+    """(queries, columns): inf or nan where a visible value is, else 0. Multiplied by p = 0 they would make other queries nan."""
     beyond = ~(tl.abs(values) < float("inf"))
     found = tl.zeros((visible.shape[0], values.shape[1]), tl.float32)
     if tl.max(tl.max(beyond.to(tl.int32), 1), 0) != 0:

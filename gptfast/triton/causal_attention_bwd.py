@@ -1,8 +1,8 @@
 """Causal attention, backward, in two kernels without atomics, so that gradients repeat bit for bit.
 
     P = exp2(c (Q K^T - shift) - level),  dP = dO V^T,  dS = P (dP - delta),  delta = rowsum(dO O)
-    dQ = scale dS K       a program has a block of queries and walks over its keys; it also stores delta
-    dK = scale dS^T Q     a program has a block of keys and walks over the queries that see them
+    dQ = scale dS K       a program handles a block of queries and loops over its keys; it also stores delta
+    dK = scale dS^T Q     a program handles a block of keys and loops over the queries that see them
     dV = P^T dO
 
 (Dao, FlashAttention-2, arXiv 2307.08691). With dropout, P in dV and dP in dS go through the mask, which is recomputed.
@@ -79,7 +79,7 @@ def causal_attention_bwd(
 
 
 def dq_candidates(D: int, dtype: torch.dtype, tma: bool) -> list[Blocks]:
-    """Tiles worth trying, the one expected to be best first."""
+    """Candidates for `fastest`."""
     if dtype == torch.float32:
         return float32_blocks(D)
     if padded(D) <= 64:
@@ -200,7 +200,7 @@ def _dkdv_kernel(
 ):
     dropout = (threshold, keep_scale, seed, offset)
     head = tl.program_id(0) % heads
-    n0 = tl.program_id(0) // heads * BLOCK_N  # early keys are seen by most: first
+    n0 = tl.program_id(0) // heads * BLOCK_N  # early keys are seen by the most queries: first
     j = n0 + tl.arange(0, BLOCK_N)
     keys = load_tile(k, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
     values = load_tile(v, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)

@@ -1,12 +1,12 @@
-"""Cross-entropy of rows of logits: forward, backward, and both at once in place. A program has a row.
+"""Cross-entropy of rows of logits: forward, backward, and both at once in place. A program handles a row.
 
     lse = m + s,  m = max_v x_v,  s = log sum_v exp(x_v - m)
     loss = (1 - e) (m - x_target + s) + e (m - mean_v x_v + s)      e: label smoothing
     dx_v = g (exp(x_v - m - s) - (1 - e) [v = target] - e / V)      g: gradient of this row's loss
 
-m and s are kept apart: their sum would round away what a confident row, or one with a large common offset, is about. The
-maximum runs along with the sum (Milakov and Gimelshein, arXiv 1805.02867). Targets are not read before the launch, which
-would wait for the GPU: a row whose target is outside the vocabulary gets loss and gradient nan.
+m and s are stored separately: their sum would lose the small s of a confident row, or of one with a large common offset.
+The maximum and the sum take one pass (Milakov and Gimelshein, arXiv 1805.02867). Targets are not checked before the launch,
+which would wait for the GPU: a row whose target is outside the vocabulary gets loss and gradient nan.
 Floor: one read of the logits forward, one read and one write backward; in place the second read comes from L2.
 """
 
@@ -43,7 +43,7 @@ def cross_entropy_bwd(
 def cross_entropy_in_place(
     logits: Tensor, targets: Tensor, dloss: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    """Loss of each row; its gradient takes the place of the logits, (N, V) in contiguous rows."""
+    """Loss of each row; its gradient overwrites the logits, (N, V) in contiguous rows."""
     loss, lse = _statistics_of(logits)
     _launch(logits, targets, loss, lse, dloss, logits, ignore_index, label_smoothing)
     return loss
@@ -64,7 +64,7 @@ def _launch(
     ignore_index: int,
     label_smoothing: float,
 ) -> None:
-    """Forward where there is a loss to fill, and then backward where there is a gradient to fill."""
+    """Forward if `loss` is given, then backward if `dlogits` is."""
     R, V = rows.shape
     if not R:
         return
@@ -105,7 +105,7 @@ def _kernel(
 ):
     if loss is not None:
         top, log_total = _forward_row(x, targets, loss, lse, x_stride, V, ignore_index, smoothing, SMOOTH, BLOCK_V)
-        tl.debug_barrier()  # in place: every thread has read the target's logit before its place is written
+        tl.debug_barrier()  # in place: every thread has read the target's logit before it is overwritten
     else:
         r = tl.program_id(0).to(tl.int64)
         top, log_total = tl.load(lse + 2 * r), tl.load(lse + 2 * r + 1)
@@ -123,7 +123,7 @@ def _forward_row(
     target = tl.load(targets + r)
     counts = target != ignore_index
     known = (target >= 0) & (target < V)
-    top, total, log_total = float("-inf"), 0.0, 0.0  # of a row that does not count: 0, 0, 0
+    top, total, log_total = float("-inf"), 0.0, 0.0  # of an ignored row: 0, 0, 0
     origin, shifted = 0.0, 0.0  # a number near the logits, and the sum of x - origin
     if counts:
         for v0 in range(0, V, BLOCK_V):

@@ -1,7 +1,7 @@
 """wte[ids] + wpe[positions], and the gradient of a table.
 
-Ids are not read before the launch, which would wait for the GPU: an id outside its table gives a row of nan. Backward has
-one program per row of the table and block of columns, which adds up that row's gradients in the order of the batch.
+Ids are not checked before the launch, which would wait for the GPU: an id outside its table gives a row of nan. In
+backward a program handles one row of the table and a block of columns, and adds the gradients in the order of the batch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def embedding_fwd(ids: Tensor, wte: Tensor, wpe: Tensor | None, positions: Tenso
 
 
 def embedding_bwd(dout: Tensor, keys: Tensor, order: Tensor, table: Tensor) -> Tensor:
-    """keys: the ids, sorted; order: where each lies in dout's rows, rising among equal ids."""
+    """keys: the sorted ids; order: the row of dout of each, ascending among equal ids."""
     V, C = table.shape
     dtable = torch.empty((V, C), dtype=table.dtype, device=table.device)
     if dtable.numel():

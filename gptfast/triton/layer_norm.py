@@ -5,8 +5,8 @@
     dtotal += rstd (g - mean(g) - xhat mean(g xhat)),  g = dy weight,  xhat = (total - mean) rstd
     dweight = sum_rows dy xhat,  dbias = sum_rows dy
 
-A program holds whole rows in registers, so the variance is taken around the mean in a second pass at no cost. That pass
-corrects the mean too: the first sum's roundings may exceed the spread of a row far from 0.
+A program holds whole rows in registers, so the second pass that computes the variance around the mean is free. It also
+corrects the mean: in a row far from 0 the rounding of the first sum may exceed the spread of the row.
 Floor: one read and one write forward (with a residual two and two), two reads and one write backward.
 """
 
@@ -66,7 +66,7 @@ def add_layer_norm_bwd(
     seed: int,
     offset: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx is left empty where it would equal dresidual: without dropout and with x_type == residual_type."""
+    """dx is empty if it would equal dresidual: without dropout and with x_type == residual_type."""
     dropout = dropout_arguments(dropout_p, seed, offset)
     own_dx = dropout[0] != 0 or x_type != residual_type
     dresidual = torch.empty(total.shape, dtype=KERNEL_DTYPES[residual_type], device=total.device)
@@ -180,7 +180,7 @@ def _fwd_kernel(
         values = tl.where(keep_mask(0, r, 0, dropout, BLOCK_C), values * dropout[1], 0.0)
     if residual is not None:
         values += tl.load(residual + r64 * residual_stride + c[None, :], inside, other=0.0).to(tl.float32)
-        rounded = values.to(total.dtype.element_ty)  # what is normalised is what the next layer sees
+        rounded = values.to(total.dtype.element_ty)  # normalise the rounded value, which the next layer reads
         tl.store(total + r64 * C + c[None, :], rounded, inside)
         values = rounded.to(tl.float32)
     near = tl.sum(values, 1) / C

@@ -2,8 +2,8 @@
 
     y[m, n] = sum_g scale[n, g] sum_(k in group g) x[m, k] value[n, k]        dx[m, k] = sum_n dy[m, n] scale[n, g] value[n, k]
 
-Forward takes a group of K a step and scales its product in float32, so integer codes are multiplied exactly.
-A program has a tile of y. Few rows and few outputs would leave most of a GPU idle: there the groups are split among
+Each step of forward multiplies a group of K and scales the product in float32, so integer codes are multiplied exactly.
+A program handles a tile of y. With few rows and few outputs that leaves most of a GPU idle: the groups are then split among
 programs, whose partial sums a second kernel adds in a fixed order.
 Floor with up to 16 rows: one read of the packed weight.
 """
@@ -20,8 +20,8 @@ from gptfast.triton._rows import load_vector, sum_rows
 from gptfast.triton._tiles import Blocks, product_dtype
 from gptfast.triton._tuning import fastest
 
-FEW_ROWS = 16  # the fewest that tensor cores take; fewer are filled up
-PROGRAMS = 256  # enough for every GPU; not asked of the GPU, so that results do not depend on it
+FEW_ROWS = 16  # the minimum of tensor cores; fewer rows are padded
+PROGRAMS = 256  # enough for every GPU; a constant, so that results do not depend on the GPU
 LEAST_GROUPS = 4  # of a split
 
 
@@ -80,7 +80,7 @@ def quantized_linear_bwd(
 
 
 def splits_of(M: int, N: int, G: int) -> int:
-    """Among how many programs the groups of a row are split: a function of the shape alone."""
+    """Number of programs among which the groups of a row are split: a function of the shape alone."""
     if M > FEW_ROWS:
         return 1
     wanted = triton.cdiv(PROGRAMS * 32, N)
@@ -88,7 +88,7 @@ def splits_of(M: int, N: int, G: int) -> int:
 
 
 def candidates(M: int, dtype: torch.dtype) -> list[Blocks]:
-    """Tiles worth trying, the one expected to be best first."""
+    """Candidates for `fastest`."""
     if (
         dtype == torch.float32
     ):  # no tensor cores: larger tiles take minutes to compile (see float32_blocks of attention)

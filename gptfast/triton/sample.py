@@ -1,7 +1,7 @@
-"""One token per row of logits: temperature, top-k, top-p, draw, without sorting the vocabulary. A program has a row.
+"""One token per row of logits: temperature, top-k, top-p, draw, without sorting the vocabulary. A program handles a row.
 
 A token's rank is an integer: its logit as an ordered integer above the complement of its id, so larger is better, ties go
-to the lowest id, and no two ranks are equal. Both cuts look for the largest rank such that the mass of the tokens from it
+to the lowest id, and no two ranks are equal. Both cuts search for the largest rank such that the mass of the tokens from it
 on reaches a goal: with mass 1 and goal k (top-k), or with mass exp((x - max) / T) and goal p times their sum (top-p). It is
 found two bits at a time; masses are integers in units of 2^-40, so the order of adding does not matter.
 The draw is the Gumbel maximum argmax x / T + noise (Maddison et al., arXiv 1411.0030).
@@ -59,7 +59,7 @@ def sample(
 
 
 def _check(tokens: Tensor) -> None:
-    """Waits for the tokens and reports rows without one. While a graph is captured nobody may wait: there they stay."""
+    """Raise for rows without a token. During graph capture no sync is allowed; the codes are returned unchanged."""
     if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     for r, token in enumerate(tokens.tolist()):
