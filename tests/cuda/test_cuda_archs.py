@@ -56,12 +56,15 @@ __global__ void HOPPER_BOUNDS(128) tiny_sm90(float* out, uint64_t a, uint64_t b)
 
 @functools.cache
 def build() -> dict[str, Any]:
-    """The functions of setup.py."""
+    """The functions of setup.py, and those that it calls."""
     original, setuptools.setup = setuptools.setup, lambda **options: None
     try:
-        return runpy.run_path(str(ROOT / "setup.py"))
+        found = runpy.run_path(str(ROOT / "setup.py"))
     finally:
         setuptools.setup = original
+    from buildtools import libraries, toolchain
+
+    return {**vars(toolchain), **vars(libraries), **found}
 
 
 def flags(monkeypatch: pytest.MonkeyPatch, asked: str) -> list[str]:
