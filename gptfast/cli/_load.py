@@ -17,7 +17,7 @@ MOST_TEXTS = 1 << 16  # largest --batch-size; more would use much memory before 
 
 def check_batch_size(command: str, batch_size: int) -> None:
     if not 1 <= batch_size <= MOST_TEXTS:
-        raise ValueError(f"{command}: --batch-size is {batch_size}; expected 1 to {MOST_TEXTS}")
+        raise ValueError(f"{command}: `batch_size` is {batch_size}; expected 1 to {MOST_TEXTS}")
 
 
 def load(model: str, quantize: str | None, tokenizer: str | None = None) -> tuple[Any, Tokenizer]:
@@ -52,7 +52,7 @@ def _own_tokenizer(path: Path) -> Tokenizer:
     try:
         if path.is_dir():
             return load_tokenizer(path)
-        reason = f"{path} holds no tokenizer"
+        reason = f"{path} has no tokenizer"
     except FileNotFoundError as error:
         reason = str(error)
     raise FileNotFoundError(f"{reason}; or name the tokenizer of the model with --tokenizer: gpt2, or a FOLDER")

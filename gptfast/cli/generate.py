@@ -95,11 +95,11 @@ _CHANGES = {
 def generate(options: dict[str, Any]) -> None:
     """Continue a text, token by token.
 
-    What is not given is taken from the checkpoint's generation_config.json, where it says so (see gptfast info).
+    Options that are not given have the defaults of the checkpoint's generation_config.json, if it has any (see gptfast info).
 
     [bold]Examples[/]
 
-      Write on, a little less boldly than the model would:
+      Less random than the model's own distribution:
 
       [cyan]gptfast generate --model runs/bard/best --prompt "ROMEO:" --temperature 0.8 --top-p 0.95[/]
 
@@ -107,15 +107,15 @@ def generate(options: dict[str, Any]) -> None:
 
       [cyan]gptfast generate --model runs/bard/best --prompt "To be" --num-return-sequences 3[/]
 
-      Look over the model's shoulder: what it holds likely at each step:
+      Show the most likely tokens of each step:
 
       [cyan]gptfast generate --model runs/bard/best --prompt "To be" --max-new-tokens 12 --show-probabilities[/]
 
-      The most likely text that four beams find:
+      The most likely text of a beam search with four beams:
 
       [cyan]gptfast generate --model runs/bard/best --prompt "To be" --num-beams 4[/]
 
-      A file of prompts; the same command goes on after a kill:
+      A file of prompts; the same command continues after an interruption:
 
       [cyan]gptfast generate --model runs/bard/best --input prompts.jsonl --output texts.jsonl[/]
     """

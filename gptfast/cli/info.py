@@ -56,8 +56,8 @@ def _settings(config: GPTConfig, metadata: Metadata) -> list[str]:
     ends, defaults = metadata.end_tokens(config.vocab_size), metadata.defaults()
     lines = [f"end tokens: {', '.join(map(str, ends))}"] if ends else []
     if defaults:
-        told = ", ".join(f"{name} {value}" for name, value in defaults.items())
-        lines.append(f"defaults of generation_config.json: {told}")
+        listed = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        lines.append(f"defaults of generation_config.json: {listed}")
     return lines
 
 

@@ -4,62 +4,52 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
-
+from gptfast._options import option
 from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, SPECIAL_TOKENS_HELP, TOKENIZER_HELP, check_batch_size, load
+from gptfast.cli._options import Options, takes
 
 KEY_VARIABLE = "GPTFAST_API_KEY"
 
 
-def serve(
-    model: Annotated[str, typer.Option(help=MODEL_HELP)],
-    host: Annotated[
-        str, typer.Option(help="The address to listen on; the default can be reached from this machine only.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on; 0: any free port.")] = 8000,
-    name: Annotated[
-        str | None, typer.Option(help="The model's name for clients.", show_default="of the folder or id")
-    ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            help=f"The bearer token that clients must send; safer in the environment variable {KEY_VARIABLE}, which other users cannot see."
-        ),
-    ] = None,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond this machine without a key.")] = False,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Allow web pages of this origin, such as https://example.com; may be given several times. *: all pages; "
-            "none: not even pages of this machine.",
-            show_default="pages of this machine",
-        ),
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP, show_default="the checkpoint's own")] = None,
-    special_tokens: Annotated[
-        bool,
-        typer.Option(help=SPECIAL_TOKENS_HELP),
-    ] = True,
-    quantize: Annotated[
-        str | None,
-        typer.Option(help=f"{QUANTIZE_HELP}."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="How many texts are generated at a time.")] = 16,
-    max_queue: Annotated[
-        int, typer.Option(help="How many more texts may wait; further requests are answered with 429.")
-    ] = 64,
-    max_connections: Annotated[
-        int | None,
-        typer.Option(
-            help="Clients that may be connected at a time; further ones are answered with 503.",
-            show_default="1024, or four per text, as far as `ulimit -n` goes",
-        ),
-    ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds in which an answer must be complete.")] = 600.0,
-) -> None:
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `gptfast serve`."""
+
+    model: str = option(MISSING, MODEL_HELP)
+    host: str = option("127.0.0.1", "The address to listen on; the default can be reached from this machine only.")
+    port: int = option(8000, "The port to listen on; 0: any free port.")
+    name: str | None = option(None, "The model's name for clients.", words="that of the folder or id")
+    api_key: str | None = option(
+        None,
+        f"The bearer token that clients must send; safer in the environment variable {KEY_VARIABLE}, which other users cannot "
+        "see.",
+    )
+    no_auth: bool = option(False, "Listen beyond this machine without a key.")
+    cors_origin: list[str] | None = option(
+        None,
+        "Allow web pages of this origin, such as https://example.com; may be given several times. *: all pages; none: not "
+        "even pages of this machine.",
+        words="pages of this machine",
+    )
+    tokenizer: str | None = option(None, TOKENIZER_HELP, words="the checkpoint's own")
+    special_tokens: bool = option(True, SPECIAL_TOKENS_HELP)
+    quantize: str | None = option(None, f"{QUANTIZE_HELP}.")
+    batch_size: int = option(16, "How many texts are generated at a time.")
+    max_queue: int = option(64, "How many more texts may wait; further requests are answered with 429.")
+    max_connections: int | None = option(
+        None,
+        "Clients that may be connected at a time; further ones are answered with 503.",
+        words="1024 or four per text, within the limit of open files (ulimit -n)",
+    )
+    timeout: float = option(600.0, "Seconds in which an answer must be complete.")
+
+
+@takes(Options(ServeOptions))
+def serve(given: dict[str, Any]) -> None:
     """Serve completions to OpenAI clients.
 
     [bold]Examples[/]
@@ -70,8 +60,9 @@ def serve(
 
       In Python: [cyan]openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="…").completions.create(model="best", prompt="ROMEO:")[/]
     """
-    key = api_key or os.environ.get(KEY_VARIABLE) or None
-    _check(host, port, key, no_auth, batch_size, max_queue, timeout)
+    options = ServeOptions(**given)
+    key = options.api_key or os.environ.get(KEY_VARIABLE) or None
+    _check(options, key)
     try:
         from gptfast.serving.app import Limits, create_app
         from gptfast.serving.connections import choose_connections
@@ -79,39 +70,38 @@ def serve(
         from gptfast.serving.server import bind, run
     except ImportError as error:
         raise ImportError(f"serve: {error.name} is not installed; pip install 'gptfast-kernels[serve]'") from None
-    origins = cors_origin or []
+    origins = options.cors_origin or []
     check_origins(origins)
-    connections = choose_connections(max_connections, batch_size + max_queue)
-    with bind(host, port) as bound:
-        writer, encoding = load(model, quantize, tokenizer)
+    connections = choose_connections(options.max_connections, options.batch_size + options.max_queue)
+    with bind(options.host, options.port) as bound:
+        model, tokenizer = load(options.model, options.quantize, options.tokenizer)
         limits = Limits(
-            max_rows=batch_size,
-            max_queue=max_queue,
-            seconds=timeout,
+            max_rows=options.batch_size,
+            max_queue=options.max_queue,
+            seconds=options.timeout,
             max_connections=connections,
-            special_tokens=special_tokens,
+            special_tokens=options.special_tokens,
         )
-        run(create_app(writer, encoding, name or _name(model), limits, key, origins), bound)
+        name = options.name or _name(options.model)
+        run(create_app(model, tokenizer, name, limits, key, origins), bound)
 
 
 def _name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def _check(
-    host: str, port: int, key: str | None, no_auth: bool, batch_size: int, max_queue: int, timeout: float
-) -> None:
-    if not 0 <= port < 65536:
-        raise ValueError(f"serve: --port is {port}; expected 0 to 65535 (0 takes any free one)")
-    check_batch_size("serve", batch_size)
-    if max_queue < 0:
-        raise ValueError(f"serve: --max-queue is {max_queue}; expected at least 0")
-    if not timeout > 0:
-        raise ValueError(f"serve: --timeout is {timeout}; expected seconds > 0")
-    if key is None and not no_auth and not _is_loopback(host):
+def _check(options: ServeOptions, key: str | None) -> None:
+    if not 0 <= options.port < 65536:
+        raise ValueError(f"serve: `port` is {options.port}; expected 0 to 65535 (0: any free one)")
+    check_batch_size("serve", options.batch_size)
+    if options.max_queue < 0:
+        raise ValueError(f"serve: `max_queue` is {options.max_queue}; expected at least 0")
+    if not options.timeout > 0:
+        raise ValueError(f"serve: `timeout` is {options.timeout}; expected seconds > 0")
+    if key is None and not options.no_auth and not _is_loopback(options.host):
         raise ValueError(
-            f"serve: --host {host} can be reached from other machines, and there is no API key; set {KEY_VARIABLE}, or "
-            "give --no-auth"
+            f"serve: `host` {options.host} can be reached from other machines, and there is no API key; set {KEY_VARIABLE}, "
+            "or give `no_auth`"
         )
 
 

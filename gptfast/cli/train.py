@@ -28,17 +28,17 @@ _PREPARED = Change(more="Or a folder made by gptfast prepare, or a token file. A
 def train(options: dict[str, Any]) -> None:
     """Train a GPT to predict the next token of a text.
 
-    Without options it learns to write Shakespeare, character by
-    character, in minutes on a laptop.
+    Without options it trains a character model on Shakespeare, in minutes on
+    a laptop.
 
-    The loss is how surprised the model is by the next token, in nats:
-    ln(vocabulary) for pure guessing (4.5 for 90 characters), less as it
-    learns. The training loss is of text that it learns from, the
-    validation loss of text that it never sees: that is the one that counts.
+    The loss is the cross-entropy of the next token in nats: ln(vocabulary) for
+    guessing (4.5 for 90 characters), less as the model learns. The training
+    loss is that of the training text, the validation loss that of text which
+    the model never sees; judge a model by the validation loss.
 
     OUT/last is the newest checkpoint and OUT/best the one with the lowest
     validation loss; each is a complete folder for gptfast generate and for
-    transformers. Ctrl-C saves and stops; --resume goes on.
+    transformers. Ctrl-C saves and stops; --resume continues.
     """
     from gptfast.malloc import tune_malloc
     from gptfast.training import launch

@@ -173,7 +173,11 @@ def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
 
 
 def _load_prepared(folder: Path, tokenizer: Tokenizer | None = None) -> PreparedData:
-    """The data in a folder; `tokenizer` is the one in it, if the caller has it: loading one takes a third of a second."""
+    """The data in a folder.
+
+    Args:
+        tokenizer: the folder's tokenizer, if the caller has it already; None: loaded, which takes a third of a second.
+    """
     manifest = current(folder, MANIFEST)
     if not manifest.exists():
         raise FileNotFoundError(

@@ -49,7 +49,7 @@ def choose_connections(wanted: int | None, texts: int) -> int:
         return min(max(USUAL_CONNECTIONS, 4 * texts), most)
     if not 1 <= wanted <= most:
         raise ValueError(
-            f"serve: --max-connections is {wanted}; expected 1 to {most}, the limit of open files - give "
+            f"serve: `max_connections` is {wanted}; expected 1 to {most}, the limit of open files - give "
             "fewer, or raise `ulimit -n`"
         )
     return wanted

@@ -17,11 +17,11 @@ def check_origins(origins: Sequence[str]) -> None:
     for origin in origins:
         if origin not in ("*", "none") and not _ORIGIN.fullmatch(origin):
             raise ValueError(
-                f"serve: --cors-origin is {origin!r}; expected the origin of a page, such as https://example.com or "
+                f"serve: `cors_origin` is {origin!r}; expected the origin of a page, such as https://example.com or "
                 "http://host:3000 (no path), * for all pages, or none"
             )
     if "none" in origins and len(origins) > 1:
-        raise ValueError("serve: --cors-origin has none and others; give none, or the others")
+        raise ValueError("serve: `cors_origin` has none and others; give none, or the others")
 
 
 def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound.listen()  # so that no other server takes it while the model loads
     except OSError as error:
         raise OSError(
-            f"serve: cannot listen on {host}, port {port}: {error.strerror or error}; choose another --port, or a --host of "
+            f"serve: cannot listen on {host}, port {port}: {error.strerror or error}; choose another `port`, or a `host` of "
             "this machine"
         ) from None
     return bound

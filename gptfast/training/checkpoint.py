@@ -134,7 +134,7 @@ def save_checkpoint(
 
 
 def _own_checksum(trainer: dict[str, Any]) -> str:
-    """Of the content of trainer.json but for this checksum, which it holds too."""
+    """The checksum of trainer.json's content without the checksum itself."""
     content = json.loads(json.dumps(trainer))
     content["files"].pop(TRAINER, None)
     return f"crc32:{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
@@ -193,7 +193,7 @@ def make_room(out: Path, overwrite: bool) -> None:
     old = [out / name for name in ("last", "best") if (out / name).exists()]
     if old and not overwrite:
         raise FileExistsError(
-            f"{out} already holds a training run; continue it with `resume`, replace it with `overwrite`, or "
+            f"{out} already has a training run; continue it with `resume`, replace it with `overwrite`, or "
             "choose another `out`"
         )
     for folder in old:

@@ -15,7 +15,7 @@ from gptfast.training.config import TrainConfig
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # the fields of GPTConfig that are options
 _RUN = "The run"
 
-DEFAULTS: dict[str, dict[str, Any]] = {  # by the option that says where the weights come from; "": random weights
+DEFAULTS: dict[str, dict[str, Any]] = {  # by the option that chooses the initial weights; "": random weights
     "": {
         "tokenizer": "char",
         "n_layer": 4,
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # by the option that says where the wei
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the weights of a new run come from."""
+    """The initial weights of a new run."""
 
     preset: str | None = option(
         None,
@@ -71,7 +71,7 @@ def start_of(options: Mapping[str, Any]) -> str:
 
 
 def defaults_in_words() -> dict[str, str]:
-    """The defaults that depend on where the weights come from, for --help."""
+    """The defaults that depend on the initial weights, in words, for --help."""
     names = dict.fromkeys(name for values in DEFAULTS.values() for name in values)
     return {name: _in_words(name) for name in names}
 

@@ -98,7 +98,7 @@ def test_values_that_are_not_allowed(values, message):
     check_fields("Oven", Oven(minutes=None, part=0))
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "prepare"])
+@pytest.mark.parametrize("command", ["train", "generate", "prepare", "serve"])
 def test_every_option_that_a_help_text_names_is_one_of_the_command(command):
     parameters = COMMANDS[command].params
     known = {name for p in parameters for name in (*p.opts, *p.secondary_opts)} | {"--help"}

@@ -186,7 +186,7 @@ def short_run(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "already holds a training run; continue it with --resume, replace it with --overwrite"),
+        ([], "already has a training run; continue it with --resume, replace it with --overwrite"),
         (["--resume"], "this run is complete (3 steps"),
         (["--resume", "--max-steps", "9", "--n-embd", "32"], "--n-embd is 32 but the run in"),
         (["--resume", "--max-steps", "9", "--seed", "7"], "seed is 7 but the run in"),

@@ -109,9 +109,9 @@ def test_which_pages_may_ask(model, tokenizer, origins, let_in, kept_out):
 @pytest.mark.parametrize(
     ("origins", "said"),
     [
-        (["example.com"], "--cors-origin is 'example.com'; expected the origin of a page, such as https://example.com"),
+        (["example.com"], "`cors_origin` is 'example.com'; expected the origin of a page, such as https://example.com"),
         (["https://example.com/chat"], "expected the origin of a page"),
-        (["none", "*"], "--cors-origin has none and others; give none, or the others"),
+        (["none", "*"], "`cors_origin` has none and others; give none, or the others"),
     ],
 )
 def test_origins_are_checked_before_the_model_is_loaded(origins, said):

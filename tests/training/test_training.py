@@ -83,7 +83,7 @@ def test_a_complete_run_has_nothing_to_resume(tmp_path):
 
 def test_a_run_is_not_overwritten_unasked(tmp_path):
     make_trainer(tmp_path, QUICK.replace(max_steps=3)).train()
-    with pytest.raises(FileExistsError, match="already holds a training run"):
+    with pytest.raises(FileExistsError, match="already has a training run"):
         make_trainer(tmp_path)
     make_trainer(tmp_path, overwrite=True)
     assert not (tmp_path / "last").exists()
