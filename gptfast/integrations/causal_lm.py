@@ -60,28 +60,45 @@ def _holding(head: nn.Module) -> Iterator[_Held]:
         _held.reset(token)
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 
-def language_model_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a language model of transformers that computes its loss by `gptfast.ops.linear_cross_entropy`."""
-    if original not in _CLASSES:
+def language_model_class(original: type[nn.Module], generates: bool) -> type[nn.Module]:
+    """The subclass of a language model of transformers that computes its loss by `gptfast.ops.linear_cross_entropy`.
+
+    generates: whether it also generates by gptfast.
+    """
+    if (original, generates) not in _CLASSES:
 
         @wraps(original.forward)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return _forward(self, original.forward, args, kwargs)
 
         def reduce(self: nn.Module, protocol: Any = None) -> Any:
-            return _new, (original,), self.__getstate__()
+            return _new, (original, generates), self.__getstate__()
 
         members = {"forward": forward, "__reduce_ex__": reduce, "__module__": original.__module__}
-        _CLASSES[original] = mark(type(original.__name__, (original,), members), original)
-    return _CLASSES[original]
+        if generates:
+            members["generate"] = _generate_of(original)
+        _CLASSES[original, generates] = mark(type(original.__name__, (original,), members), original)
+    return _CLASSES[original, generates]
 
 
-def _new(original: type[nn.Module]) -> nn.Module:
+def _generate_of(original: Any) -> Callable[..., Any]:
+    from gptfast.integrations.hf_generate import generate as by_gptfast
+
+    @wraps(original.generate)
+    def generate(self: nn.Module, inputs: Any = None, generation_config: Any = None, *args: Any, **options: Any) -> Any:
+        if args:
+            return original.generate(self, inputs, generation_config, *args, **options)
+        return by_gptfast(self, original.generate, inputs, generation_config, **options)
+
+    return generate
+
+
+def _new(original: type[nn.Module], generates: bool) -> nn.Module:
     """An empty instance, for unpickling and copies."""
-    patched = language_model_class(original)
+    patched = language_model_class(original, generates)
     return patched.__new__(patched)
 
 

@@ -55,7 +55,7 @@ def accelerate(model: nn.Module, *, generate: bool = True, verify: Any = None) -
     """
     _check(model)
     report = Report()
-    found = list(_patches(model, report))
+    found = list(_patches(model, report, generate))
     if not found:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in list(report.skipped.items())[:5])
         raise ValueError(
@@ -143,7 +143,7 @@ def _check_version(version: str) -> None:
         )
 
 
-def _patches(model: nn.Module, report: Report) -> Iterator[_Patch]:
+def _patches(model: nn.Module, report: Report, generate: bool) -> Iterator[_Patch]:
     """The patches of a model; what is left alone goes into the report."""
     of_transformers = _is_of_transformers(model)
     shared: set[int] = set()
@@ -172,7 +172,11 @@ def _patches(model: nn.Module, report: Report) -> Iterator[_Patch]:
             from gptfast.integrations.causal_lm import language_model_class
 
             heads.add(id(module.get_output_embeddings()))  # type: ignore[operator]
-            yield _Patch(module, language_model_class(type(module)), "linear_cross_entropy, logits when they are read")
+            generates = generate and type(module).__name__.endswith("LMHeadModel")
+            told = "linear_cross_entropy, logits when they are read" + (
+                "; generate by the native engine or captured steps" if generates else ""
+            )
+            yield _Patch(module, language_model_class(type(module), generates), told)
         elif id(module) in heads and type(module) is nn.Linear:
             from gptfast.integrations.causal_lm import Head
 

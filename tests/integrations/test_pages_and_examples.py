@@ -22,7 +22,7 @@ EXAMPLES = {
 
 def test_the_page_runs(capsys: pytest.CaptureFixture[str]):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/drop-in.md").read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     namespace: dict[str, Any] = {}
     for n, code in enumerate(blocks):
         exec(compile(code, f"drop-in.md, block {n}", "exec"), namespace)
