@@ -108,7 +108,7 @@ class _Descriptor:
 def _guard(mapped: MappedFile, recover: bool) -> Any:
     """What watches for SIGBUS; None without the compiled part."""
     try:
-        from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+        from gptfast import _C
     except ImportError:
         return None
     return _C.MappingGuard(mapped, mapped.path, recover)

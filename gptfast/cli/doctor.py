@@ -36,7 +36,7 @@ def report() -> list[tuple[str, str]]:
         ("ops on the CPU", cpu + (f": {missing_reason}" if missing_reason else "")),
     ]
     if has_cpu_ops:
-        from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+        from gptfast import _C
 
         usable = ", ".join(cpu_isas())
         built = _C.build_info()

@@ -55,7 +55,7 @@ class CompiledGPT:
         cache_dtype: Any = None,
         source: packed_file.PackedFile | None = None,
     ) -> None:
-        from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+        from gptfast import _C
 
         self.config, self.dtype, self.metadata = config, dtype, Metadata()
         self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
@@ -187,7 +187,7 @@ def compile_model(
 ) -> CompiledGPT:
     """Pack a GPT for the engine; see `GPT.compile_for_inference`."""
     try:
-        from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+        from gptfast import _C
     except ImportError as error:
         raise RuntimeError(
             f"compile_for_inference: gptfast was installed without its compiled part ({error}); install it with a C++ "
@@ -286,7 +286,7 @@ def load(
 
 def _check_fit(path: str | os.PathLike[str], config: GPTConfig, description: dict[str, Any]) -> None:
     """Whether the model that a header describes takes the bytes that it says, before anything of that size is made."""
-    from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+    from gptfast import _C
 
     try:
         needed = _C.packed_bytes(shape_of(config), description["formats"])

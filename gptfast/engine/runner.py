@@ -39,7 +39,7 @@ class EngineSequences:
     def __init__(
         self, core: Any, config: GPTConfig, capacity: int, max_len: int | None, check: Callable[[], None]
     ) -> None:
-        from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+        from gptfast import _C
 
         self.config, self.capacity, self._check_weights = config, capacity, check
         self.max_len = config.block_size if max_len is None else max_len

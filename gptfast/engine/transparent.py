@@ -75,7 +75,7 @@ def checksum(tensors: Sequence[Tensor]) -> int:
     Nothing less will do: a write through `.data` or numpy leaves no other trace. One value that changes always changes
     the checksum, several but for a chance of 2^-64.
     """
-    from gptfast import _C  # pyright: ignore[reportAttributeAccessIssue] (compiled)
+    from gptfast import _C
 
     read = [to_dlpack(_as_it_lies(x)) for x in tensors]
     return _C.checksum(read, usual_threads(), cpu_isa() or "scalar")

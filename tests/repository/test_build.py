@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -59,6 +60,20 @@ def test_build_info():
     assert info["torch_headers"].split("+")[0].count(".") >= 1
     assert info["cuda"] is False
     assert torch.ops.gptfast.cpu_isas().split(",")[0] == "scalar"
+
+
+@needs_ops
+def test_the_stub_of_the_compiled_module_is_true():
+    """Every name of gptfast/_C.pyi is in the module, and every function and class of the module in the stub."""
+    from gptfast import _C
+
+    stub = ast.parse((PACKAGE / "_C.pyi").read_text())
+    defined = {node.name: node for node in stub.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    assert set(defined) == {name for name in vars(_C) if not name.startswith("_")}
+    for name, node in defined.items():
+        for member in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(member, ast.FunctionDef):
+                assert hasattr(getattr(_C, name), member.name), f"_C.{name} has no {member.name}"
 
 
 @needs_tree
