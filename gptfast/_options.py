@@ -18,9 +18,10 @@ _KEY = "option"
 
 @dataclass(frozen=True)
 class Whole:
-    """Whole numbers >= least."""
+    """Whole numbers from `least` to `most`; None: no upper bound."""
 
     least: int = 0
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -28,24 +29,29 @@ class Real:
     """Finite numbers in a range.
 
     least, above: the lower bound, included or not.
-    below: the upper bound, not included.
+    most, below: the upper bound, included or not.
     example: follows the range in messages, such as "1e-3".
+    noun: the name of the numbers in messages.
     """
 
     least: float | None = None
     above: float | None = None
     below: float = math.inf
     example: str = ""
+    most: float | None = None
+    noun: str = "a number"
 
     def __contains__(self, value: float) -> bool:
         lower = value >= self.least if self.least is not None else self.above is None or value > self.above
-        return lower and -math.inf < value < self.below
+        return lower and -math.inf < value < self.below and (self.most is None or value <= self.most)
 
     def __str__(self) -> str:
-        if self.below < math.inf:
-            text = f"a number in {'[' if self.above is None else '('}{self.least or self.above or 0:g}, {self.below:g})"
+        low = self.least or self.above or 0
+        if self.below < math.inf or self.most is not None:
+            high = f"{self.below:g})" if self.most is None else f"{self.most:g}]"
+            text = f"{self.noun} in {'[' if self.above is None else '('}{low:g}, {high}"
         else:
-            text = f"a number >= {self.least:g}" if self.least is not None else f"a number > {self.above or 0:g}"
+            text = f"{self.noun} {'>' if self.least is None else '>='} {low:g}"
         return text + (f", such as {self.example}" if self.example else "")
 
 
@@ -127,9 +133,11 @@ def check_fields(owner: str, config: Any) -> None:
         ValueError: a value that is not allowed.
     """
     for name, f in _fields(type(config)):
-        allowed = f.metadata[_KEY].allowed if _KEY in f.metadata else None
+        value, allowed = getattr(config, name), f.metadata[_KEY].allowed if _KEY in f.metadata else None
         if allowed is not None:
-            _check(owner, name, getattr(config, name), allowed, str(f.type).endswith("| None"))
+            _check(owner, name, value, allowed, str(f.type).endswith("| None"))
+        elif str(f.type) == "bool" and not isinstance(value, bool):
+            raise TypeError(f"{owner}: {name} is {value!r}; expected True or False")
 
 
 def _check(owner: str, name: str, value: Any, allowed: Whole | Real | tuple[str, ...], optional: bool) -> None:
@@ -143,6 +151,8 @@ def _check(owner: str, name: str, value: Any, allowed: Whole | Real | tuple[str,
             raise TypeError(f"{owner}: {name} is {value!r}; expected an int" + (" or None" if optional else ""))
         if value < allowed.least:
             raise ValueError(f"{owner}: {name} is {value}; expected at least {allowed.least}")
+        if allowed.most is not None and value > allowed.most:
+            raise ValueError(f"{owner}: {name} is {value}; expected at most {allowed.most}")
     else:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"{owner}: {name} is {value!r}; expected {allowed}")

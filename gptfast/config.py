@@ -6,16 +6,12 @@ import math
 from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any
 
-from gptfast._options import describe_fields, option
+from gptfast._options import Real, Whole, check_fields, describe_fields, option
 
-_CHOICES = {
-    "norm_position": ("pre", "post"),
-    "activation": ("gelu_tanh", "gelu", "relu", "silu", "quick_gelu", "tanh"),
-    "attention_pattern": ("dense", "alternating"),
-    "position_embedding": ("learned", "sinusoidal"),
-}
 _LARGEST = 2**31 - 1  # of a size: products of two fit in 64 bits
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+_SIZE = Whole(1, _LARGEST)
+_PROBABILITY = Real(0, most=1, noun="a probability")
 
 
 @describe_fields
@@ -27,35 +23,45 @@ class GPTConfig:
         TypeError, ValueError: a value of the wrong type or out of range, or two that contradict each other.
     """
 
-    n_layer: int = option(12, "Number of blocks.")
-    n_head: int = option(12, "Attention heads of a block.")
-    n_embd: int = option(768, "C, channels: the width of the model, a multiple of `n_head`.")
-    block_size: int = option(1024, "T, the longest sequence in tokens; longer costs time.")
-    vocab_size: int = option(50257, "V, the number of token ids.")
-    embd_pdrop: float = option(0.1, "Dropout after the embedding, a probability in [0, 1].")
-    attn_pdrop: float = option(0.1, "Dropout of the attention probabilities, in [0, 1].")
-    resid_pdrop: float = option(0.1, "Dropout of each branch before it is added to the residual, in [0, 1].")
-    n_inner: int | None = option(None, "Hidden channels of the MLP.", words="4 * n_embd")
+    n_layer: int = option(12, "Number of blocks.", allowed=_SIZE)
+    n_head: int = option(12, "Attention heads of a block.", allowed=_SIZE)
+    n_embd: int = option(768, "C, channels: the width of the model, a multiple of `n_head`.", allowed=_SIZE)
+    block_size: int = option(1024, "T, the longest sequence in tokens; longer costs time.", allowed=_SIZE)
+    vocab_size: int = option(50257, "V, the number of token ids.", allowed=_SIZE)
+    embd_pdrop: float = option(0.1, "Dropout after the embedding, a probability in [0, 1].", allowed=_PROBABILITY)
+    attn_pdrop: float = option(0.1, "Dropout of the attention probabilities, in [0, 1].", allowed=_PROBABILITY)
+    resid_pdrop: float = option(
+        0.1, "Dropout of each branch before it is added to the residual, in [0, 1].", allowed=_PROBABILITY
+    )
+    n_inner: int | None = option(None, "Hidden channels of the MLP.", words="4 * n_embd", allowed=_SIZE)
     norm_position: str = option(
-        "pre", '"pre" normalises the input of each branch (GPT-2, GPT-3), "post" the sum after it (GPT-1).'
+        "pre",
+        '"pre" normalises the input of each branch (GPT-2, GPT-3), "post" the sum after it (GPT-1).',
+        allowed=("pre", "post"),
     )
     final_norm: bool = option(True, "One more LayerNorm before the head (GPT-2, GPT-3).")
     activation: str = option(
         "gelu_tanh",
         'Activation of the MLP: "gelu_tanh" (all published GPTs), "gelu" (exact), "relu", "silu", "quick_gelu" or "tanh".',
+        allowed=("gelu_tanh", "gelu", "relu", "silu", "quick_gelu", "tanh"),
     )
     attention_pattern: str = option(
-        "dense", '"dense", or "alternating": layers 1, 3, 5, ... see only the last `window` positions (GPT-3).'
+        "dense",
+        '"dense", or "alternating": layers 1, 3, 5, ... see only the last `window` positions (GPT-3).',
+        allowed=("dense", "alternating"),
     )
-    window: int | None = option(None, 'Positions that a banded layer sees, its own included; None with "dense".')
+    window: int | None = option(
+        None, 'Positions that a banded layer sees, its own included; None with "dense".', allowed=_SIZE
+    )
     position_embedding: str = option(
         "learned",
         '"learned", or "sinusoidal": fixed, added to sqrt(n_embd) times the token embedding (Vaswani et al., arXiv '
         "1706.03762, sections 3.4 and 3.5).",
+        allowed=("learned", "sinusoidal"),
     )
     tie_weights: bool = option(True, "The head uses the token embedding matrix.")
     bias: bool = option(True, "Biases in the linear layers and LayerNorms.")
-    layer_norm_epsilon: float = option(1e-5, "Added to the variance in LayerNorm, > 0.")
+    layer_norm_epsilon: float = option(1e-5, "Added to the variance in LayerNorm, > 0.", allowed=Real(above=0))
     dropout: InitVar[float | None] = option(
         None,
         "Part of the activations that training sets to 0 at random, in [0, 1]. It keeps a model from memorising a small text "
@@ -67,7 +73,7 @@ class GPTConfig:
         if dropout is not None:
             for name in _DROPOUTS:
                 object.__setattr__(self, name, dropout)
-        self._check_fields()
+        check_fields("GPTConfig", self)
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"GPTConfig: n_embd is {self.n_embd} but n_head is {self.n_head}; n_embd must be a multiple "
@@ -83,22 +89,6 @@ class GPTConfig:
                 f"GPTConfig: attention_pattern is {self.attention_pattern!r} with window={self.window}; "
                 "'alternating' needs a window (such as 256) and 'dense' takes none"
             )
-
-    def _check_fields(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "n_inner", "window"):
-            value = getattr(self, name)
-            if value is not None or name not in ("n_inner", "window"):
-                _check_count(name, value)
-        for name in _DROPOUTS:
-            _check_number(name, getattr(self, name), "a probability in [0, 1]", lambda p: 0 <= p <= 1)
-        _check_number("layer_norm_epsilon", self.layer_norm_epsilon, "> 0 and finite", lambda e: 0 < e < math.inf)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                expected = " or ".join(map(repr, choices))
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}; expected {expected}")
-        for name in ("final_norm", "tie_weights", "bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"GPTConfig: {name} is {getattr(self, name)!r}; expected True or False")
 
     @classmethod
     def preset(cls, name: str, dropout: float | None = None, **overrides: Any) -> GPTConfig:
@@ -145,22 +135,6 @@ def _known(overrides: dict[str, Any]) -> dict[str, Any]:
         if name not in names:
             raise TypeError(f"GPTConfig has no field {name!r}; it has {', '.join(names)}")
     return overrides
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"GPTConfig: {name} is {value!r}; expected an int")
-    if value < 1:
-        raise ValueError(f"GPTConfig: {name} is {value}; expected at least 1")
-    if value > _LARGEST:
-        raise ValueError(f"GPTConfig: {name} is {value}; expected at most {_LARGEST}")
-
-
-def _check_number(name: str, value: Any, expected: str, holds: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"GPTConfig: {name} is {value!r}; expected a number, {expected}")
-    if not holds(value):
-        raise ValueError(f"GPTConfig: {name} is {value}; expected {expected}")
 
 
 def _multiples_near(n: int, of: int) -> str:

@@ -34,6 +34,8 @@ class Oven:
     minutes: float | None = option(None, "Time.", words="until done, {}", allowed=Real(above=0, example="20"))
     mode: str = option("fan", "Which heat.", allowed=("fan", "grill"))
     part: float = option(0.5, "Part of the power.", allowed=Real(0, below=1))
+    shelf: int = option(1, "Which shelf.", allowed=Whole(1, 4))
+    humidity: float = option(0.0, "Share of water.", allowed=Real(0, most=1, noun="a share"))
     steam: bool = option(False, "With steam.")
     light: bool = option(True, "With light.")
     secret: int = 0
@@ -64,6 +66,7 @@ def test_the_help_of_an_option_has_description_default_and_choices():
         "--minutes <float> Time. [default: (until done, None)]",
         "--mode fan|grill Which heat. [default: fan]",
         "--part <float> Part of the power. [default: 0.5]",
+        "--humidity <float> Share of water. [default: 0.0]",
         "--steam <bool> With steam. --light --no-light <bool> With light. [default: light]",
     ):
         assert text in shown
@@ -89,13 +92,16 @@ def test_a_class_documents_its_fields():
         ({"minutes": float("nan")}, "Oven: minutes is nan; expected a number > 0"),
         ({"part": 1.0}, "Oven: part is 1.0; expected a number in [0, 1)"),
         ({"part": float("inf")}, "Oven: part is inf; expected a number in [0, 1)"),
+        ({"shelf": 5}, "Oven: shelf is 5; expected at most 4"),
+        ({"humidity": 1.01}, "Oven: humidity is 1.01; expected a share in [0, 1]"),
+        ({"steam": 1}, "Oven: steam is 1; expected True or False"),
         ({"mode": "steam"}, "Oven: mode is 'steam'; expected one of fan, grill"),
     ],
 )
 def test_values_that_are_not_allowed(values, message):
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         check_fields("Oven", Oven(**values))
-    check_fields("Oven", Oven(minutes=None, part=0))
+    check_fields("Oven", Oven(minutes=None, part=0, humidity=1, shelf=4))
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "prepare", "serve"])
