@@ -355,3 +355,34 @@ def test_cross_attention_is_left_alone_and_listed():
     report = gptfast.accelerate(model)
     assert report.skipped["h.0.crossattention"] == "cross-attention"
     torch.testing.assert_close(model(ids, encoder_hidden_states=seen).last_hidden_state, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["compiled first", "patched first"])
+def test_torch_compile(order: str):
+    model, (batch, _) = hf_model(), batch_of("GPT2LMHeadModel", "right")
+    expected = results(model, batch)
+    torch._dynamo.reset()
+    if order == "compiled first":
+        compiled = torch.compile(model, backend="aot_eager")
+        compiled(**batch)
+        gptfast.accelerate(model)
+    else:
+        gptfast.accelerate(model)
+        compiled = torch.compile(model, backend="aot_eager")
+    model.zero_grad()
+    loss = compiled(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected["loss"], rtol=1e-5, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_torch_export():
+    model, (ids, _) = hf_model(), padded("none")
+    expected = model(ids).logits
+    gptfast.accelerate(model)
+    program = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    torch.testing.assert_close(program.module()(ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    assert any("gptfast" in str(node.target) for node in program.graph.nodes)
