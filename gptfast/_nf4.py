@@ -74,6 +74,27 @@ def blocks_of(x: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, count * size - n)).unflatten(-1, (count, size))
 
 
+def nf4_absmax(absmax: Tensor, nested_absmax: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    """(blocks,) scales of NF4, dequantised if they are doubly quantised."""
+    if nested_absmax is None or offset is None:
+        return absmax.flatten()
+    nested = nested_absmax.flatten().repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
+    return dynamic_values(absmax.device)[absmax.flatten().long()] * nested + offset
+
+
+def dequantize_groups(codes: Tensor, scales: Tensor, format: str, group_size: int) -> Tensor:
+    """(N, G * group_size): each value of a code times the scale of its group."""
+    if format == "int8":
+        values = codes.float()
+    elif format == "int4":
+        values = unpack_pairs(codes).float() - 8
+    else:
+        values = nf4_values(codes.device)[unpack_pairs(codes).long()]
+    return (
+        values.unflatten(1, (-1, group_size)) * scales.to(torch.promote_types(scales.dtype, torch.float32))[..., None]
+    ).flatten(1)
+
+
 def check_finite(op: str, weight: Tensor) -> None:
     if has_values(weight) and not weight.isfinite().all():
         raise ValueError(f"{op}: weight holds inf or nan, which no code stands for; look where the weight comes from")

@@ -1,4 +1,4 @@
-"""The properties of operators: shape functions, and errors instead of a second backward."""
+"""Properties of operators: fakes (shape functions), the error of a double backward, operators written in Python."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _fakes: dict[str, Callable[..., Any]] = {}
 _backward_ops: dict[str, str] = {}
 
 
-def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the shape function of the op <name>, here where it has compiled kernels, in `register_fakes` for other backends."""
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the fake of the operator <name> for the compiled kernels; `register_fakes` does so for other backends."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         shapes = _fakes[name] = _on_one_device(name, function)
@@ -28,8 +28,8 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _on_one_device(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, for tensors on one device: torch runs shape functions where any tensor is on "meta", and results on the
-    others' devices would hold anything."""
+    """The function with a check that all tensors are on one device: torch calls a fake if any of them is on "meta", and the
+    result for the others would be uninitialised."""
 
     def checked(*arguments: Any, **options: Any) -> Any:
         devices = {x.device for x in arguments if isinstance(x, Tensor)}

@@ -17,7 +17,7 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def distinct(*tensors: Any) -> list[Any]:
+def dealias(*tensors: Any) -> list[Any]:
     """The same tensors, with a view in place of each repeat: Dynamo traces no Function that gets one tensor twice."""
     result: list[Tensor | None] = []  # in, and out: tensors or None
     for t in tensors:

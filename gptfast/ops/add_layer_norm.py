@@ -1,4 +1,4 @@
-"""Dropout, residual sum and LayerNorm in one pass: the seam between the blocks of pre-norm and post-norm models."""
+"""Dropout, residual sum and LayerNorm in one pass: what joins the blocks of pre-norm and post-norm models."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gptfast._checks import check_probability
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device
-from gptfast.ops._registry import fake, forbid_double_backward
-from gptfast.ops._tensors import distinct, dtype_code, new_of_code
+from gptfast.ops._registry import forbid_double_backward, register_fake
+from gptfast.ops._tensors import dealias, dtype_code, new_of_code
 from gptfast.ops.layer_norm import check_norm, new_statistics
 from gptfast.ops.streams import stream
 
@@ -61,7 +61,7 @@ def add_layer_norm(
     if runs_on == "eager":
         return reference.add_layer_norm(x, residual, weight, bias, float(eps), dropout_p, seed, offset)
     options = (float(eps), float(dropout_p), seed, offset)
-    return AddLayerNormFunction.apply(runs_on, *distinct(x, residual, weight, bias), *options)
+    return AddLayerNormFunction.apply(runs_on, *dealias(x, residual, weight, bias), *options)
 
 
 class AddLayerNormFunction(torch.autograd.Function):
@@ -107,13 +107,13 @@ class AddLayerNormFunction(torch.autograd.Function):
         return None, dx, dresidual, dweight, dbias if bias_type >= 0 else None, None, None, None, None
 
 
-@fake("add_layer_norm_fwd")
+@register_fake("add_layer_norm_fwd")
 def _(x: Tensor, residual: Tensor, *options: Any) -> tuple[Tensor, ...]:
     dtype = x.dtype if x.dtype == residual.dtype else torch.float32
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype), *new_statistics(x)
 
 
-@fake("add_layer_norm_bwd")
+@register_fake("add_layer_norm_bwd")
 def _(
     dy: Tensor | None,
     dtotal: Tensor | None,

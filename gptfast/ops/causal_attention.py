@@ -15,12 +15,12 @@ from gptfast._schemas import AttentionOptions
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device
-from gptfast.ops._registry import fake, forbid_double_backward
-from gptfast.ops._tensors import autocast, distinct
+from gptfast.ops._registry import forbid_double_backward, register_fake
+from gptfast.ops._tensors import autocast, dealias
 from gptfast.ops.streams import stream
 
 OP = "causal_attention"
-# Attributes of lengths on a GPU: the version, limit and check that they passed; that a caller vouches for them.
+# Attributes of lengths on a GPU: the version, limit and check that they passed; whether `trusted` marked them.
 _FOUND_RIGHT, _TRUSTED = "_gptfast_found_right", "_gptfast_trusted"
 
 
@@ -55,14 +55,14 @@ def causal_attention(
         q: (B, H, T, D), float32, bfloat16, float16 (float64 runs in eager PyTorch). Any strides; the kernels read
             views such as `qkv.view(B, T, 3, H, D)` in place when the last dimension is contiguous. D <= 256.
         k, v: (B, H, S, D), dtype and device of q.
-        softmax_scale: multiplies the scores; None: D ** -0.5.
+        softmax_scale: factor of the scores, finite; None: D ** -0.5.
         dropout_p: probability in [0, 1] of dropping an attention weight, by the Philox contract of `gptfast.rng`.
         seed, offset: of the dropout mask, in [0, 2**64) and [0, 2**32): the same pair gives the same mask. A
             seed of None is drawn from torch's CPU generator, as `F.scaled_dot_product_attention` draws its mask.
         seq_lens: (B,) int32 or int64, 0 <= seq_lens[b] <= S.
-        cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T: document d is positions cu[d] .. cu[d + 1]. The values of
-            lengths on a GPU are read once for each tensor, which waits for the GPU; not in a CUDA graph's capture and
-            not by torch.compile, where kernels keep within the tensors whatever the lengths are.
+        cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T: document d is positions cu[d] .. cu[d + 1]. Values on a
+            GPU are checked once for each tensor, which waits for the GPU. They are not checked during the capture of a
+            CUDA graph or by torch.compile; the kernels then never read outside of the tensors.
         window: int >= 1 or None; needs causal=True.
         return_lse: also return the log-sum-exp of the scores, (B, H, T) float32, without gradient.
         backend: see `gptfast.backend`.
@@ -88,7 +88,7 @@ def causal_attention(
         return reference.attention(q, k, v, options, return_lse)
     if scale < 0:  # the kernels take the maximum of unscaled scores
         q, options = -q, options._replace(scale=-scale)
-    out, statistics = CausalAttentionFunction.apply(runs_on, *distinct(q, k, v), *options)
+    out, statistics = CausalAttentionFunction.apply(runs_on, *dealias(q, k, v), *options)
     return (out, _lse(statistics, options.scale)) if return_lse else out
 
 
@@ -98,9 +98,9 @@ def _lse(statistics: Tensor, scale: float) -> Tensor:
 
 
 class CausalAttentionFunction(torch.autograd.Function):
-    """Keeps two numbers of each query, (2, B, H, T): its weights are exp2(scale log2(e) (q k^T - shift) - level).
+    """Saves two numbers of each query, (2, B, H, T): its weights are exp2(scale log2(e) (q k^T - shift) - level).
 
-    The log-sum-exp, their sum, would carry a rounding of its own size, and weights one of exp of that.
+    Their sum, the log-sum-exp, would have a rounding error in proportion to its size, which exp would amplify in the weights.
     """
 
     @staticmethod
@@ -123,12 +123,12 @@ def _new_heads(x: Tensor) -> Tensor:
     return x.new_empty(B, T, H, D).transpose(1, 2)
 
 
-@fake("causal_attention_fwd")
+@register_fake("causal_attention_fwd")
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     return _new_heads(q), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
 
 
-@fake("causal_attention_bwd")
+@register_fake("causal_attention_bwd")
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _new_heads(q), _new_heads(k), _new_heads(v)
 
@@ -158,7 +158,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, **lengths: Tensor | None) ->
 
 
 def _check_options(q: Tensor, k: Tensor, options: AttentionOptions) -> None:
-    """Those that depend on the tensors or on each other."""
+    """Check the options that depend on the tensors or on each other."""
     if not math.isfinite(options.scale):
         raise ValueError(f"{OP}: softmax_scale is {options.scale}; expected a finite number")
     if options.window and not options.causal:
@@ -194,14 +194,14 @@ def _check_lengths(q: Tensor, k: Tensor, seq_lens: Tensor | None, cu_seqlens: Te
 
 
 def trusted(seq_lens: Tensor) -> Tensor:
-    """The same lengths, of which the caller knows that they are right: on a GPU they are not waited for."""
+    """Mark lengths as valid: their values are not checked on a GPU, which would need a sync."""
     if not torch.compiler.is_compiling():
         setattr(seq_lens, _TRUSTED, True)
     return seq_lens
 
 
 def _check_values(lengths: Tensor, limit: int, check: Callable[[list[int], int], None]) -> None:
-    """Not while tracing or capturing; on a GPU once for each tensor, as otherwise every layer would wait for the GPU."""
+    """Skipped while tracing or capturing. On a GPU once for each tensor, else every layer would wait for the GPU."""
     if torch.compiler.is_compiling() or type(lengths) is not Tensor or lengths.device.type == "meta":
         return
     if lengths.device.type == "cpu":

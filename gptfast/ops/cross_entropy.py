@@ -11,7 +11,7 @@ from gptfast._checks import check_choice, check_int, check_number
 from gptfast.backend import kernels, resolve, transformed
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device
-from gptfast.ops._registry import fake, forbid_double_backward
+from gptfast.ops._registry import forbid_double_backward, register_fake
 
 OP = "cross_entropy"
 
@@ -35,8 +35,8 @@ def cross_entropy(
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64.
         targets: (...), int64, in [0, V) or ignore_index.
-        ignore_index: targets of this value count neither in the loss nor in the mean.
-        reduction: "mean" over the targets that count (nan when none does, as torch), "sum" or "none".
+        ignore_index: targets of this value are excluded from the loss and the mean.
+        reduction: "mean" over the targets that are not ignored (nan if all are, as in torch), "sum" or "none".
         label_smoothing: e in [0, 1].
         backend: see `gptfast.backend`.
     Returns:
@@ -76,7 +76,7 @@ def check_loss(op: str, targets: Tensor, shape: tuple[int, ...], reduction: str,
 
 
 def check_targets(op: str, targets: Tensor, vocab_size: int, ignore_index: int | None) -> None:
-    """Raise IndexError for a target outside the vocabulary. Left to the kernel while tracing and on other devices."""
+    """Raise IndexError for a target outside the vocabulary. While tracing and on other devices the kernel checks."""
     if torch.compiler.is_compiling() or targets.device.type != "cpu" or transformed():
         return
     bad = (targets < 0) | (targets >= vocab_size)
@@ -92,7 +92,7 @@ def check_targets(op: str, targets: Tensor, vocab_size: int, ignore_index: int |
 
 
 def reduce_loss(loss: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """(N,) losses with 0 where ignored -> the reduction that was asked for. Summed in float64: order does not show."""
+    """Reduce (N,) losses, 0 where ignored. Sums are float64, so their order does not change the result."""
     if reduction == "none":
         return loss.view(targets.shape)
     total = loss.double().sum()
@@ -118,18 +118,18 @@ class CrossEntropyFunction(torch.autograd.Function):
         return None, dlogits, None, None, None
 
 
-@fake("cross_entropy_fwd")
+@register_fake("cross_entropy_fwd")
 def _(logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float) -> tuple[Tensor, Tensor]:
     rows = targets.shape[0]
     return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, 2, dtype=torch.float32)
 
 
-@fake("cross_entropy_bwd")
+@register_fake("cross_entropy_bwd")
 def _(dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@fake("cross_entropy_in_place")
+@register_fake("cross_entropy_in_place")
 def _(logits: Tensor, targets: Tensor, dloss: Tensor | None, ignore_index: int, label_smoothing: float) -> Tensor:
     return logits.new_empty(targets.shape[0], dtype=torch.float32)
 

@@ -1,4 +1,4 @@
-"""NF4, the 4-bit weights of QLoRA: to them, and back in one pass."""
+"""NF4, the 4-bit weights of QLoRA: quantisation in PyTorch, dequantisation in one pass."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from gptfast._nf4 import (
     check_power_of_two,
     dynamic_values,
     nearest,
+    nf4_absmax,
     nf4_values,
     pack_pairs,
 )
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import FLOATS, check_dense, check_float, check_same_device
-from gptfast.ops._registry import fake
+from gptfast.ops._registry import register_fake
 
 OP = "dequantize_nf4"
 BLOCK_SIZES = (16, 4096)
@@ -36,10 +37,10 @@ class NF4(NamedTuple):
     offset: Tensor | None = None
 
     def rows(self, out_features: int) -> tuple[Tensor, Tensor]:
-        """Codes and scales of the weight (out_features, in_features) as `quantized_linear(format="nf4")` takes them;
+        """Codes and scales of the weight (out_features, in_features) for `quantized_linear(format="nf4")`;
         in_features must be a multiple of the block size."""
-        scales = reference.nf4_absmax(*self[1:])
-        rows = max(out_features, 1)  # of nothing, all shapes have nothing
+        scales = nf4_absmax(*self[1:])
+        rows = max(out_features, 1)  # without outputs any number of rows will do
         if out_features < 0 or self.codes.numel() % rows or scales.numel() % rows:
             raise ValueError(
                 f"NF4.rows: out_features is {out_features}, but there are {scales.numel()} blocks; expected whole blocks for "
@@ -167,7 +168,7 @@ def _check(
             )
 
 
-@fake(OP)
+@register_fake(OP)
 def _(
     codes: Tensor,
     absmax: Tensor,

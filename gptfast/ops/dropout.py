@@ -12,7 +12,7 @@ from gptfast._checks import check_probability
 from gptfast.backend import has_cpu_ops, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float
-from gptfast.ops._registry import fake
+from gptfast.ops._registry import register_fake
 from gptfast.ops.streams import stream
 
 
@@ -81,11 +81,11 @@ class DropoutFunction(torch.autograd.Function):
         return None, dx, None, None, None
 
 
-@fake("dropout")
+@register_fake("dropout")
 def _(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@fake("dropout_mask")
+@register_fake("dropout_mask")
 def _(matrices: int, rows: int, cols: int, p: float, seed: int, offset: int) -> Tensor:
     return torch.empty(matrices, rows, cols, dtype=torch.bool, device="cpu")

@@ -10,7 +10,7 @@ from torch import Tensor
 from gptfast.backend import KERNEL_DTYPES, kernels, resolve, transformed
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device
-from gptfast.ops._registry import fake, forbid_double_backward
+from gptfast.ops._registry import forbid_double_backward, register_fake
 from gptfast.ops._tensors import rows_of
 
 
@@ -95,12 +95,12 @@ def _table_gradient(backend: str, dout: Tensor, ids: Tensor, table: Tensor) -> T
     return kernels(backend).embedding_bwd(dout, keys, order, table)
 
 
-@fake("embedding_fwd")
+@register_fake("embedding_fwd")
 def _(ids: Tensor, wte: Tensor, wpe: Tensor | None, positions: Tensor | None) -> Tensor:
     return wte.new_empty(*ids.shape, wte.shape[1])
 
 
-@fake("embedding_bwd")
+@register_fake("embedding_bwd")
 def _(dout: Tensor, keys: Tensor, order: Tensor, table: Tensor) -> Tensor:
     return table.new_empty(table.shape)
 

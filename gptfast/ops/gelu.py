@@ -11,8 +11,8 @@ from gptfast._checks import check_choice
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device, check_vector
-from gptfast.ops._registry import fake, forbid_double_backward
-from gptfast.ops._tensors import distinct
+from gptfast.ops._registry import forbid_double_backward, register_fake
+from gptfast.ops._tensors import dealias
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, backend: str | None = None) -> Tensor:
@@ -39,7 +39,7 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, ba
     runs_on = resolve("gelu", backend, x, bias)
     if runs_on == "eager":
         return reference.gelu(x, bias, approximate)
-    x, bias = distinct(x, bias)
+    x, bias = dealias(x, bias)
     if x.dim() == 0:
         return GELUFunction.apply(runs_on, x[None], bias, approximate == "tanh")[0]
     return GELUFunction.apply(runs_on, x, bias, approximate == "tanh")
@@ -59,12 +59,12 @@ class GELUFunction(torch.autograd.Function):
         return None, dx, dbias if bias is not None else None, None
 
 
-@fake("gelu_fwd")
+@register_fake("gelu_fwd")
 def _(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@fake("gelu_bwd")
+@register_fake("gelu_bwd")
 def _(dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     dbias = x.new_empty(0, dtype=torch.float32) if bias is None else bias.new_empty(bias.shape)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), dbias

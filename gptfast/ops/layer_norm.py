@@ -11,8 +11,8 @@ from gptfast._checks import check_number
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device, check_vector
-from gptfast.ops._registry import fake, forbid_double_backward
-from gptfast.ops._tensors import distinct, dtype_code, new_of_code
+from gptfast.ops._registry import forbid_double_backward, register_fake
+from gptfast.ops._tensors import dealias, dtype_code, new_of_code
 
 
 def layer_norm(
@@ -26,8 +26,8 @@ def layer_norm(
 
     Args:
         x: (..., C), float32, bfloat16, float16 or float64.
-        weight: (C,); may be of another float dtype than x, such as float32 beside bfloat16 activations.
-        bias: (C,) or None; of any float dtype too.
+        weight: (C,); any float dtype, such as float32 with bfloat16 activations.
+        bias: (C,) or None; any float dtype.
         eps: added to the variance, >= 0.
         backend: see `gptfast.backend`.
     Returns:
@@ -39,7 +39,7 @@ def layer_norm(
     runs_on = resolve("layer_norm", backend, x, weight, bias)
     if runs_on == "eager":
         return reference.layer_norm(x, weight, bias, float(eps))
-    return LayerNormFunction.apply(runs_on, *distinct(x, weight, bias), float(eps))
+    return LayerNormFunction.apply(runs_on, *dealias(x, weight, bias), float(eps))
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
@@ -56,7 +56,7 @@ def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: flo
 
 
 def new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Shapes of what is kept of each row: (2, rows), the mean and what its rounding to fp32 left out; rstd (rows)."""
+    """Uninitialised statistics of each row: the mean and its rounding error in fp32, (2, rows); rstd, (rows)."""
     rows = x.numel() // x.shape[-1]
     return x.new_empty((2, rows), dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
 
@@ -75,12 +75,12 @@ class LayerNormFunction(torch.autograd.Function):
         return None, dx, dweight, dbias if ctx.bias_type >= 0 else None, None
 
 
-@fake("layer_norm_fwd")
+@register_fake("layer_norm_fwd")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), *new_statistics(x)
 
 
-@fake("layer_norm_bwd")
+@register_fake("layer_norm_bwd")
 def _(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias_type: int) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), new_of_code(weight, weight.shape, bias_type)
 

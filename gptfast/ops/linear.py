@@ -14,7 +14,7 @@ from gptfast.backend import is_many, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device, check_vector
 from gptfast.ops._registry import define_python_op, forbid_double_backward
-from gptfast.ops._tensors import autocast, distinct, rows_of
+from gptfast.ops._tensors import autocast, dealias, rows_of
 from gptfast.ops.gelu import gelu
 from gptfast.ops.gemm import MIN_ROWS, gemm, is_forced
 
@@ -31,10 +31,9 @@ def linear(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """activation(x weight^T + bias), `F.linear` followed by the fused bias + GELU where one is asked for, or by another
-    activation of torch's.
+    """activation(x weight^T + bias), `F.linear` followed by the fused bias + GELU or by an activation of torch.
 
-    On the CPU the three products (y = x W^T, dx = dy W, dW = dy^T x) run as the rule of `gptfast.ops.gemm` says; sums
+    On the CPU the three products (y = x W^T, dx = dy W, dW = dy^T x) run by the implementation that `gptfast.ops.gemm` chooses; sums
     are fp32, and so is the gradient of a float32 weight under autocast, which `F.linear` rounds to the autocast dtype, as
     do CPUs with AMX here. Elsewhere the products are torch's.
 
@@ -52,7 +51,7 @@ def linear(
     """
     _check(x, weight, bias, activation)
     approximate = GELUS.get(activation or "")
-    added = bias if approximate is None else None  # the bias before a GELU is added there
+    added = bias if approximate is None else None  # the op gelu adds the bias itself
     x = autocast(x)[0]
     if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
         raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
@@ -62,7 +61,7 @@ def linear(
         y = F.linear(x, weight, added)
     else:
         rows = rows_of(x)
-        y = LinearFunction.apply(*distinct(rows, weight, added)).view(*x.shape[:-1], weight.shape[0])
+        y = LinearFunction.apply(*dealias(rows, weight, added)).view(*x.shape[:-1], weight.shape[0])
     if approximate is not None:
         return gelu(y, bias, approximate, backend=backend)
     return y if activation is None else reference.ACTIVATIONS[activation](y)
@@ -121,8 +120,8 @@ def _backward(
 
 
 def _op(name: str, x: Tensor) -> Callable[..., Any]:
-    """The operator for tracers, for a backward that is itself recorded and for many at once (vmap); else its function, some
-    15 us faster."""
+    """The operator if the call is traced, recorded by autograd or batched (vmap); else its Python function, which saves some
+    15 us of dispatch."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or is_many(x):
         return getattr(torch.ops.gptfast, name)
     return _forward if name == "linear_fwd" else _backward

@@ -13,15 +13,13 @@ from gptfast.backend import is_many, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device
 from gptfast.ops._registry import define_python_op, forbid_double_backward
-from gptfast.ops._tensors import autocast, distinct, rows_of
+from gptfast.ops._tensors import autocast, dealias, rows_of
 from gptfast.ops.cross_entropy import check_loss, check_targets, reduce_loss
 from gptfast.ops.gemm import gemm
 
 OP = "linear_cross_entropy"
-CHUNK_BYTES = 74 << 20  # of logits held at a time; with 16 MB of packed weight less than 100 MB in all
-GPU_CHUNK_BYTES = (
-    512 << 20
-)  # every chunk reads and writes the gradient of weight once, which must not cost much beside it
+CHUNK_BYTES = 74 << 20  # of logits in memory; with 16 MB of packed weight less than 100 MB in all
+GPU_CHUNK_BYTES = 512 << 20  # every chunk reads and writes the gradient of weight once: large chunks make that cheap
 GPU_ROW = 64  # values
 TILE_ROWS = 96
 
@@ -66,7 +64,7 @@ def linear_cross_entropy(
             rows, weight, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
         )
         return reduce_loss(loss, targets, ignore_index, reduction)
-    arguments = (runs_on, *distinct(rows, weight), flat, ignore_index, float(label_smoothing))
+    arguments = (runs_on, *dealias(rows, weight), flat, ignore_index, float(label_smoothing))
     if reduction == "none":
         return RowLossFunction.apply(*arguments).view(targets.shape)
     total = TotalLossFunction.apply(*arguments)
@@ -94,7 +92,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend:
 
 
 def _rows(op: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """hidden as (N, C), in the dtype of the products, once the three are found to fit together."""
+    """Check the three tensors; return hidden as (N, C) in the dtype of the products."""
     check_float(op, hidden=hidden, weight=weight)
     check_same_device(op, hidden=hidden, weight=weight, targets=targets if isinstance(targets, Tensor) else None)
     if weight.dim() != 2 or weight.shape[0] == 0 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
@@ -110,12 +108,12 @@ def _rows(op: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
-    """total / count; nan with gradient 0 when nothing counts, as `F.cross_entropy`."""
+    """total / count; nan with gradient 0 if all targets are ignored, as in `F.cross_entropy`."""
     return torch.where(count > 0, total / count.clamp_min(1), torch.nan)
 
 
 def _chunks(rows: int, bytes_per_row: int, most_bytes: int) -> Iterator[slice]:
-    """Even parts of at most so many bytes, in whole tiles of the product; one tile where that is more."""
+    """Slices of equal size, of whole tiles, each at most `most_bytes` but at least one tile."""
     most = max(TILE_ROWS, most_bytes // bytes_per_row // TILE_ROWS * TILE_ROWS)
     parts = max(1, -(-rows // most))
     size = max(1, min(most, -(-rows // (parts * TILE_ROWS)) * TILE_ROWS))
@@ -123,7 +121,7 @@ def _chunks(rows: int, bytes_per_row: int, most_bytes: int) -> Iterator[slice]:
 
 
 def _logits_by_chunk(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their logits in hidden's dtype), one buffer serving all chunks."""
+    """Yield (slice of rows, their logits in hidden's dtype); all chunks share one buffer."""
     N, V, buffer = hidden.shape[0], weight.shape[0], None
     on_cpu = hidden.device.type == "cpu"
     # a GPU's products are fast where rows start at multiples of 16 bytes, as those of 50,257 values do not
@@ -182,16 +180,16 @@ def _scaled(dtotal: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tensor, dwe
 
 
 def _factor(dtotal: Tensor) -> Tensor | float:
-    """dtotal as a factor that a half-precision product does not round first: a Python number, or, as nobody should wait
-    for a GPU to tell it, a float32 tensor with a dimension."""
+    """dtotal as a factor that keeps half-precision products unrounded: a Python number on the CPU; on a GPU, to avoid a
+    sync, a float32 tensor of one dimension."""
     return dtotal.item() if dtotal.device.type == "cpu" else dtotal.view(1)
 
 
 class TotalLossFunction(torch.autograd.Function):
-    """Sum of the row losses. The gradients wait for their factor unscaled: divided by N they would underflow in fp16.
+    """Sum of the row losses. Its saved gradients are unscaled: divided by N they would underflow in fp16.
 
-    The first backward scales them in place and hands them on, as a copy of dweight would double the memory; one more
-    backward through the same graph computes them again. A compiled graph plans its memory itself and keeps them.
+    The first backward scales them in place and returns them, as a copy of dweight would double the memory; a second
+    backward through the same graph computes them again. A compiled graph manages its memory itself and keeps them.
     """
 
     @staticmethod

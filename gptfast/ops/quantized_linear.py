@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from gptfast._checks import check_choice
-from gptfast._nf4 import blocks_of, check_finite, check_power_of_two, pack_pairs
+from gptfast._nf4 import blocks_of, check_finite, check_power_of_two, dequantize_groups, pack_pairs
 from gptfast.backend import has_values, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_dense, check_float, check_same_device, check_vector
-from gptfast.ops._registry import fake, forbid_double_backward
+from gptfast.ops._registry import forbid_double_backward, register_fake
 from gptfast.ops._tensors import autocast, rows_of
 
 OP = "quantized_linear"
@@ -24,10 +24,10 @@ GROUP_SIZES = (32, 128)
 def quantize_groups(
     weight: Tensor, format: str = "int8", *, group_size: int = 32, scale_dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor]:
-    """A weight (out_features N, in_features K) in 8 or 4 bits: each `group_size` neighbours along K share a scale.
+    """A weight (out_features N, in_features K) in 8 or 4 bits: `group_size` consecutive values along K share a scale.
 
     int8: round(w / scale), scale = largest magnitude / 127. int4: the value of largest magnitude becomes -8, its sign
-    that of the scale. K is filled up with zeros to whole groups, G of them. By plain PyTorch on any device.
+    that of the scale. K is padded with zeros to G whole groups. In plain PyTorch, on any device.
 
     Args:
         weight: float32, bfloat16, float16 or float64, finite.
@@ -39,8 +39,8 @@ def quantize_groups(
             high half.
         scales: (N, G) scale_dtype.
     Raises:
-        TypeError, ValueError: wrong dtype, shape, format, group size; a weight that is not finite or, beyond what
-            scales in float16 reach, too large.
+        TypeError, ValueError: wrong dtype, shape, format, group size; a weight that is not finite, or too large
+            for float16 scales.
     """
     op = "quantize_groups"
     check_float(op, weight=weight)
@@ -166,17 +166,17 @@ class QuantizedLinearFunction(torch.autograd.Function):
 def _eager_backward(
     dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int
 ) -> Tensor:
-    weight = reference.dequantize_groups(codes, scales, format, group_size)[:, :in_features]
+    weight = dequantize_groups(codes, scales, format, group_size)[:, :in_features]
     wide = torch.promote_types(dy.dtype, torch.float32)
     return (dy.to(wide) @ weight.to(wide)).to(dy.dtype)
 
 
-@fake("quantized_linear_fwd")
+@register_fake("quantized_linear_fwd")
 def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str, group_size: int) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
-@fake("quantized_linear_bwd")
+@register_fake("quantized_linear_bwd")
 def _(dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int) -> Tensor:
     return dy.new_empty(dy.shape[0], in_features)
 

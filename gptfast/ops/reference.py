@@ -1,4 +1,4 @@
-"""Every op in eager PyTorch: oracle of the tests, baseline of the benchmarks, and what runs where no kernel does.
+"""Every op in eager PyTorch: oracle of the tests, baseline of the benchmarks, and the fallback without a kernel.
 
 Same arguments as the public functions, any floating dtype including fp64, differentiable by autograd.
 Half-precision inputs are computed in fp32 and rounded once at the end; fp32 and fp64 are computed as they are.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast import rng
-from gptfast._nf4 import NESTED_BLOCK, dynamic_values, nf4_values, unpack_pairs
+from gptfast._nf4 import dequantize_groups, nf4_absmax, nf4_values, unpack_pairs
 from gptfast._schemas import AttentionOptions
 from gptfast.backend import has_values
 
@@ -33,7 +33,7 @@ def _keep_scaled(x: Tensor, shape: tuple[int, int, int], p: float, seed: int, of
 
 
 def _rows(x: Tensor) -> tuple[int, int, int]:
-    """(1, rows, C): how a tensor of rows is numbered by the dropout contract."""
+    """(1, rows, C): the shape by which the dropout contract numbers the elements of x."""
     return 1, math.prod(x.shape[:-1]), x.shape[-1]
 
 
@@ -56,9 +56,9 @@ def visible_keys(T: int, S: int, options: AttentionOptions, device: torch.device
 
 
 def _masked_product(equation: str, a: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    """einsum of `a` with those keys or values x (B, H, S, D) that each query sees: no 0 * nan from the others.
+    """einsum of `a` with the keys or values x (B, H, S, D) that each query sees, without 0 * nan from the others.
 
-    Holds (B, H, T, S, D), so it serves only inputs that are not finite.
+    It needs (B, H, T, S, D) of memory, so it is for inputs with inf or nan only.
     """
     return torch.einsum(equation, a, torch.where(mask[..., None], x[:, :, None], 0.0))
 
@@ -164,14 +164,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # beside GELU, by their names in `linear` and `GPTConfig`
 
 
-def nf4_absmax(absmax: Tensor, nested_absmax: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
-    """(blocks,) scales of NF4, out of their 8 bits where they are doubly quantised."""
-    if nested_absmax is None or offset is None:
-        return absmax.flatten()
-    nested = nested_absmax.flatten().repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
-    return dynamic_values(absmax.device)[absmax.flatten().long()] * nested + offset
-
-
 def dequantize_nf4(
     codes: Tensor,
     absmax: Tensor,
@@ -186,17 +178,6 @@ def dequantize_nf4(
     values = nf4_values(codes.device)[unpack_pairs(codes.flatten())[:n].long()]
     scales = nf4_absmax(absmax, nested_absmax, offset).repeat_interleave(block_size)[:n]
     return (values * scales).to(dtype).view(shape)
-
-
-def dequantize_groups(codes: Tensor, scales: Tensor, format: str, group_size: int) -> Tensor:
-    """(N, G * group_size): each value of a code times the scale of its group."""
-    if format == "int8":
-        values = codes.float()
-    elif format == "int4":
-        values = unpack_pairs(codes).float() - 8
-    else:
-        values = nf4_values(codes.device)[unpack_pairs(codes).long()]
-    return (values.unflatten(1, (-1, group_size)) * _upcast(scales)[..., None]).flatten(1)
 
 
 def quantized_linear(

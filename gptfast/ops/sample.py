@@ -12,7 +12,7 @@ from gptfast._checks import check_int, check_number
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float
-from gptfast.ops._registry import fake
+from gptfast.ops._registry import register_fake
 
 OP = "sample"
 
@@ -83,14 +83,14 @@ def _per_row(name: str, value: int | Tensor, logits: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or tuple(value.shape) != (logits.shape[0],):
         got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{OP}: {name} is {got}; expected an int or an int64 tensor of shape ({logits.shape[0]},)")
-    # values that lie on a GPU are not asked for: everything would wait for them
+    # values on a GPU are not checked: that needs a sync
     known = value.device.type == "cpu" and not torch.compiler.is_compiling()
     if known and ((value < 0) | (value >= 2**32)).any():
         raise ValueError(f"{OP}: {name} has values outside [0, 2**32)")
     return value.to(logits.device)
 
 
-@fake("sample")
+@register_fake("sample")
 def _(
     logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, position: Tensor, stream: Tensor
 ) -> Tensor:

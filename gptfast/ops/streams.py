@@ -1,4 +1,4 @@
-"""Where the (seed, offset) of a dropout comes from when the caller names none: torch's generator, or a counter."""
+"""The (seed, offset) of a dropout for which the caller gives none: from torch's generator, or from a counter."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from gptfast.ops._registry import define_python_op
 
 STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spreads consecutive numbers over the seeds, as SplitMix64 does
 _RANK_STEP = 0xD1B54A32D192ED03  # likewise; not STEP, or module 1 of rank 0 would be module 0 of rank 1
-REMEMBERED = 4096  # calls of a counter whose numbers a recomputation can ask for
+REMEMBERED = 4096  # calls of a counter whose numbers a recomputation can get again
 
 
 def draw_seed() -> int:
-    """A seed in [0, 2**63) from torch's CPU generator, whatever the device of the data; another one on every rank.
+    """A seed in [0, 2**63) from torch's CPU generator, for data on any device; every rank gets another one.
 
-    So `torch.manual_seed` decides it, `fork_rng`, `get_rng_state` and `set_rng_state` carry it, a DataLoader worker has
-    its own, and `torch.utils.checkpoint` draws the same one again.
+    `torch.manual_seed`, `fork_rng`, `get_rng_state` and `set_rng_state` control it, a DataLoader worker has its own, and
+    `torch.utils.checkpoint` draws the same one again.
     """
     if torch._C._len_torch_dispatch_stack() or peek_interpreter_stack() is not None:
-        with _disable_current_modes():  # FakeTensorMode and others see no randomness of ours
+        with _disable_current_modes():  # FakeTensorMode and other modes must not see this draw
             return for_rank(int(torch.empty((), dtype=torch.int64, device="cpu").random_()), 63)
     return for_rank(int(_scratch.word.random_().item()), 63)
 
 
 class _Scratch(threading.local):
-    """A tensor of each thread: to make one takes longer than to draw into it."""
+    """A tensor of each thread to draw into: creating one takes longer than the draw."""
 
     def __init__(self) -> None:
         with torch.inference_mode(False):
@@ -53,10 +53,10 @@ def for_rank(seed: int, bits: int = 64) -> int:
 
 
 def stream(op: str, seed: int | None, offset: int, used: bool) -> tuple[int, int]:
-    """(seed as int64, offset) of a call of a function; a seed of None is drawn, where the call uses one.
+    """(seed as int64, offset) of a call of a function; a seed of None is drawn if `used`.
 
     Raises:
-        TypeError, ValueError: they are no integers in range.
+        TypeError, ValueError: not integers in range.
     """
     rng.check_counter(op, "offset", offset)
     if seed is not None:
@@ -73,8 +73,8 @@ class DropoutCounter:
     An integer: call after call takes the offsets 0, 1, … of that seed. Assigning an offset where there is no seed draws
     the seed once.
 
-    A recomputation in backward gets the numbers of the first pass. Copies are streams of their own; what is pickled goes
-    on where it stood.
+    A recomputation in backward gets the numbers of the first pass. A copy has a seed of its own; a pickled counter
+    continues where it was.
     """
 
     def __init__(self, seed: int | None = None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptfast import ops
+from gptfast import _nf4, ops
 from gptfast.backend import resolve
 from gptfast.ops import reference
 from gptfast.testing import cases, check_case, dtypes
@@ -40,7 +40,7 @@ def test_parity(case, dtype):
 def test_the_identity_reads_every_value(format, size):
     """x = 1 gives back the weight, transposed and to the bit in float32: no code, scale or place is taken for another."""
     codes, scales = quantized(70, 256, format, size)
-    weight = reference.dequantize_groups(codes, scales, format, size)
+    weight = _nf4.dequantize_groups(codes, scales, format, size)
     options = {"format": format, "group_size": size}
     x = torch.eye(256, requires_grad=True)
     y = ops.quantized_linear(x, codes, scales, **options)
@@ -59,7 +59,7 @@ def test_quantization_error(format, levels, scale_dtype):
     weight[3] = 0
     codes, scales = ops.quantize_groups(weight, format, group_size=32, scale_dtype=scale_dtype)
     assert codes.shape == ((33, 128) if format == "int8" else (33, 64)) and scales.shape == (33, 4)
-    back = reference.dequantize_groups(codes, scales, format, 32)
+    back = _nf4.dequantize_groups(codes, scales, format, 32)
     step = scales.float().abs().repeat_interleave(32, 1)[:, :100]
     error = (back[:, :100] - weight).abs()
     slack = levels * step * torch.finfo(scale_dtype).eps  # of the scale's own rounding
@@ -67,7 +67,7 @@ def test_quantization_error(format, levels, scale_dtype):
     assert (error <= 0.5 * step + slack).float().mean() > 0.95
     assert (back[:, 100:] == 0).all() and (back[3] == 0).all()
     assert bitwise(
-        reference.dequantize_groups(*ops.quantize_groups(back, format, scale_dtype=scale_dtype), format, 32), back
+        _nf4.dequantize_groups(*ops.quantize_groups(back, format, scale_dtype=scale_dtype), format, 32), back
     )
 
 
