@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 from gptfast._files import checksum, open_read
 from gptfast._folders import staged_folder, sync
 from gptfast._json import NULL, field, items, read_json
-from gptfast._locks import FileLock
 from gptfast._snapshots import EVERYTHING, current, current_files
 from gptfast.models import GPT
 from gptfast.models.export import write_tensors
@@ -39,7 +38,6 @@ from gptfast.training.optim import optimizer_tensors, restore_optimizers
 
 _ELSEWHERE = "resume from another checkpoint, such as RUN/best, or start a new run from its weights with gptfast train --init-from"
 TRAINER, OPTIMIZER = "trainer.json", "optimizer.safetensors"
-LOCK = "training.lock"
 VERSION = 2
 
 
@@ -164,40 +162,6 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, str]:
                 f"{path} is not what was saved: its checksum is {found}, expected {expected}; {_ELSEWHERE}"
             )
     return files
-
-
-def lock_run(out: Path) -> FileLock:
-    """The acquired lock of a run's folder, which is created if missing. The caller releases it.
-
-    Raises:
-        BlockingIOError: another process trains in the folder.
-        OSError: the folder cannot be written.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK)
-    holder = lock.acquire(wait=0.5)
-    if holder is not None:
-        raise BlockingIOError(
-            f"{out} is being trained by {holder}; wait for it, end it, or choose another `out` (if that process no "
-            f"longer exists, remove {lock.path})"
-        )
-    return lock
-
-
-def make_room(out: Path, overwrite: bool) -> None:
-    """Delete the checkpoints of a run that is to be replaced.
-
-    Raises:
-        FileExistsError: there are checkpoints and `overwrite` is False.
-    """
-    old = [out / name for name in ("last", "best") if (out / name).exists()]
-    if old and not overwrite:
-        raise FileExistsError(
-            f"{out} already has a training run; continue it with `resume`, replace it with `overwrite`, or "
-            "choose another `out`"
-        )
-    for folder in old:
-        shutil.rmtree(folder)
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:

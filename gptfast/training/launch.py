@@ -25,10 +25,11 @@ from gptfast.models import GPT
 from gptfast.models.pretrained import resolve
 from gptfast.ops.gemm import implementations_of, use_implementations
 from gptfast.tokenizer import has_tokenizer, load_tokenizer
-from gptfast.training.checkpoint import Checkpoint, check_source, lock_run, read_checkpoint
+from gptfast.training.checkpoint import Checkpoint, check_source, read_checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.fingerprint import fingerprint
 from gptfast.training.options import DEFAULTS, SHAPE, RunOptions, start_of
+from gptfast.training.run_folder import lock_run
 from gptfast.training.trainer import Trainer
 
 Options = Mapping[str, Any]

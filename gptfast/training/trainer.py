@@ -24,10 +24,9 @@ from gptfast.training.checkpoint import (
     TrainState,
     copy_checkpoint,
     load_optimizers,
-    lock_run,
-    make_room,
     save_checkpoint,
 )
+from gptfast.training.checks import check_model
 from gptfast.training.config import TrainConfig
 from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_batches
 from gptfast.training.gradients import accumulate_gradients
@@ -36,6 +35,7 @@ from gptfast.training.log import Log
 from gptfast.training.optim import build_optimizers, parameters_of
 from gptfast.training.plot import plot_losses, require_matplotlib
 from gptfast.training.progress import Figures, TrainingProgress
+from gptfast.training.run_folder import lock_run, make_room
 from gptfast.training.schedule import learning_rate
 from gptfast.training.timing import RunClock
 
@@ -101,7 +101,7 @@ class Trainer:
         lock: FileLock | None = None,
     ) -> None:
         require_matplotlib()
-        self.block_size = _check_model(model, config, train_tokens, val_tokens)
+        self.block_size = check_model(model, config, train_tokens, val_tokens)
         self.out, self.device = Path(out), resolve_device(config.device)
         self.dtype_reason = ""
         if config.dtype == "auto":
@@ -301,25 +301,3 @@ class Trainer:
             percent_of_peak=None if flops is None or flops > self.peak_flops else 100 * flops / self.peak_flops,
             seconds_left=None if speed is None or planned is None else (planned - step) * self.clock.seconds_per_step(),
         )
-
-
-def _check_model(model: GPT, config: TrainConfig, *tokens: TokenFile | np.ndarray) -> int:
-    """Check that model, config and tokens fit together; returns T."""
-    limit = model.config.block_size
-    if model.wte.weight.dtype != torch.float32:
-        raise TypeError(
-            f"Trainer: the model's weights are {model.wte.weight.dtype}; expected float32 - load it with "
-            "dtype=torch.float32 and choose the dtype of the products with TrainConfig(dtype=...)"
-        )
-    for part in tokens:
-        if isinstance(part, TokenFile) and part.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"Trainer: {part.path} has ids up to {part.vocab_size - 1} but the model a vocab_size of "
-                f"{model.config.vocab_size}; use the tokenizer of the model, or a model with vocab_size={part.vocab_size}"
-            )
-    if config.block_size is not None and config.block_size > limit:
-        raise ValueError(
-            f"Trainer: block_size is {config.block_size} but the model takes at most {limit} tokens; use a block_size "
-            f"up to {limit}, or a model with a larger one"
-        )
-    return config.block_size or limit

@@ -23,7 +23,7 @@ from gptfast._locks import FileLock, Owner
 from gptfast.data import write_tokens
 from gptfast.models import GPT, GPTConfig
 from gptfast.training import TrainConfig, Trainer
-from gptfast.training.checkpoint import LOCK
+from gptfast.training.run_folder import LOCK
 
 MODES = ["flock", "no flock", "network"]
 

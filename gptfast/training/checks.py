@@ -1,0 +1,32 @@
+"""Checks that a model, a configuration and tokens fit together."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from gptfast.data import TokenFile
+from gptfast.models import GPT
+from gptfast.training.config import TrainConfig
+
+
+def check_model(model: GPT, config: TrainConfig, *tokens: TokenFile | np.ndarray) -> int:
+    """Check that model, config and tokens fit together; returns T."""
+    limit = model.config.block_size
+    if model.wte.weight.dtype != torch.float32:
+        raise TypeError(
+            f"Trainer: the model's weights are {model.wte.weight.dtype}; expected float32 - load it with "
+            "dtype=torch.float32 and choose the dtype of the products with TrainConfig(dtype=...)"
+        )
+    for part in tokens:
+        if isinstance(part, TokenFile) and part.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"Trainer: {part.path} has ids up to {part.vocab_size - 1} but the model a vocab_size of "
+                f"{model.config.vocab_size}; use the tokenizer of the model, or a model with vocab_size={part.vocab_size}"
+            )
+    if config.block_size is not None and config.block_size > limit:
+        raise ValueError(
+            f"Trainer: block_size is {config.block_size} but the model takes at most {limit} tokens; use a block_size "
+            f"up to {limit}, or a model with a larger one"
+        )
+    return config.block_size or limit

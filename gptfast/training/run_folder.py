@@ -1,0 +1,44 @@
+"""The folder of a run: its lock, and the checkpoints of a run that is replaced."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from gptfast._locks import FileLock
+
+LOCK = "training.lock"
+
+
+def lock_run(out: Path) -> FileLock:
+    """The acquired lock of a run's folder, which is created if missing. The caller releases it.
+
+    Raises:
+        BlockingIOError: another process trains in the folder.
+        OSError: the folder cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    holder = lock.acquire(wait=0.5)
+    if holder is not None:
+        raise BlockingIOError(
+            f"{out} is being trained by {holder}; wait for it, end it, or choose another `out` (if that process no "
+            f"longer exists, remove {lock.path})"
+        )
+    return lock
+
+
+def make_room(out: Path, overwrite: bool) -> None:
+    """Delete the checkpoints of a run that is to be replaced.
+
+    Raises:
+        FileExistsError: there are checkpoints and `overwrite` is False.
+    """
+    old = [out / name for name in ("last", "best") if (out / name).exists()]
+    if old and not overwrite:
+        raise FileExistsError(
+            f"{out} already has a training run; continue it with `resume`, replace it with `overwrite`, or "
+            "choose another `out`"
+        )
+    for folder in old:
+        shutil.rmtree(folder)
