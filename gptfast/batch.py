@@ -1,7 +1,7 @@
-"""Batch jobs: a file of prompts, one JSON value a line, to a file of texts; a job that was killed goes on where it was.
+"""Batch files: a file of prompts, one JSON value a line, to a file of texts. A run that was killed can be resumed.
 
-Every result is one line, written by one system call when its text is whole; a line that a crash of the machine cut short
-is dropped when the job goes on. When all are there, the file is put into the order of the input.
+Each result is one line, written by one system call when its text is complete. A line that a crash of the machine cut short
+is dropped on resuming. At the end the file is put into the order of the input.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from gptfast._files import atomic_write, check_target, read_bytes, read_text
-from gptfast.generation.api import generate
+from gptfast.generation import LanguageModel, Request, Scheduler, generate
 from gptfast.generation.config import TEXT_TOKENS, GenerationConfig
 from gptfast.generation.prompts import check_prompt
-from gptfast.generation.request import Request
-from gptfast.generation.runner import LanguageModel
-from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.stopping import Stopping
 from gptfast.metadata import metadata_of, without_greedy
 from gptfast.tokenizer import Tokenizer, encode_prompt, lenient
 
-BEGINNING = b'{"line": '  # of every line of an output
+BEGINNING = b'{"line": '  # first bytes of each line of an output
+STEPS_PER_CALL = 16  # tokens of a sequence per call of the runner when no job is waiting
+STEPS_WHILE_WAITING = 4  # fewer, so that a sequence that ends is soon replaced
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,10 @@ class Job:
 
     Args:
         line: its number, from 1.
-        prompt, ids: the text and its tokens.
-        options: of its generation.
-        config: the same, checked.
+        prompt: the text.
+        ids: the tokens of the text.
+        options: generation options, as given.
+        config: the same options, checked.
     """
 
     line: int
@@ -54,16 +54,16 @@ def read_jobs(
     drawing: Mapping[str, Any] | None = None,
     special_tokens: bool = True,
 ) -> list[Job]:
-    """The jobs in a file: each line a JSON string (the prompt) or an object with "prompt" and options of its own.
+    """Read the jobs in a file: each line is a JSON string (the prompt), or an object with "prompt" and options.
 
     Args:
-        path: a UTF-8 file; empty lines are left out.
-        model, tokenizer: which the prompts must suit.
-        options: fields of `GenerationConfig` for lines that do not name them.
-        drawing: more of them, for lines that draw (no beams, or beams with do_sample).
-        special_tokens: whether prompts may name them, see `gptfast.tokenizer.encode_prompt`.
+        path: a UTF-8 file; empty lines are skipped.
+        model, tokenizer: used to check the prompts.
+        options: default fields of `GenerationConfig`.
+        drawing: more defaults, for lines that sample (no beams, or beams with do_sample).
+        special_tokens: whether special tokens in prompts are recognised, see `gptfast.tokenizer.encode_prompt`.
     Raises:
-        ValueError: a bad line; the text has its number, what is wrong, and how many more there are.
+        ValueError: a bad line; the message names the line, the fault, and the number of other bad lines.
     """
     jobs, errors = [], []
     for number, text in enumerate(read_text(path).split("\n"), start=1):
@@ -113,13 +113,13 @@ def _read_job(
     if options.get("max_length") is None:
         options.setdefault("max_new_tokens", default_new_tokens(model, len(ids), options))
     config = GenerationConfig.of(**options).with_room(len(ids), len(ids), model.config.block_size)
-    Stopping(config, tokenizer)
+    Stopping(config, tokenizer)  # checks stop strings
     check_prompt("", ids, model.config.vocab_size, model.config.block_size, config)
     return Job(number, prompt, ids, options, config)
 
 
 def _check_characters(prompt: str) -> None:
-    """JSON can write halves of a character, which no file and no tokenizer holds."""
+    """Refuse half of a surrogate pair, which JSON can express and UTF-8 cannot."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -128,7 +128,7 @@ def _check_characters(prompt: str) -> None:
 
 
 def _token_keys(bias: dict[str, Any]) -> dict[int, Any]:
-    """The keys of JSON are texts."""
+    """logit_bias with int keys; JSON has only strings as keys."""
     for token in bias:
         if not (token.isascii() and token.isdigit()):
             raise ValueError(f"logit_bias holds {token!r}; expected token ids as keys")
@@ -136,8 +136,10 @@ def _token_keys(bias: dict[str, Any]) -> dict[int, Any]:
 
 
 def default_new_tokens(model: LanguageModel, length: int, options: dict[str, Any]) -> int:
-    """What the checkpoint says, else TEXT_TOKENS, or what fits behind a prompt of `length`; 1 where nothing does, which
-    is an error."""
+    """The checkpoint's max_new_tokens, else TEXT_TOKENS, as far as it fits behind a prompt of `length` tokens.
+
+    1 where nothing fits, so that the check of the prompt fails with its message.
+    """
     most = metadata_of(model).defaults().get("max_new_tokens", TEXT_TOKENS)
     if options.get("overflow") == "slide":
         return most
@@ -152,16 +154,16 @@ def run_jobs(
     batch_size: int = 16,
     progress: Callable[[int, int], None] = lambda lines, tokens: None,
 ) -> None:
-    """Run the jobs that `output` does not hold yet, and write each one's line as it ends.
+    """Run the jobs that `output` does not contain yet, and append the line of each when it ends.
 
     Args:
-        jobs: as `read_jobs` gave them.
-        output: the file; a line is {"line", "prompt", "completions": [{"text", "finish_reason", "tokens"}], "options"}, those of them
-            that are not the default, with "error" where a text could not be made.
-        model, tokenizer: who writes.
-        batch_size: how many sequences run at a time, at most.
-        progress: is told how many lines were there already, with 0 tokens; then, for each that ends, how many there
-            are and how many tokens it has.
+        jobs: what `read_jobs` returned.
+        output: the file; a line is {"line", "prompt", "completions": [{"text", "finish_reason", "tokens"}], "options"}, with
+            the options that differ from the default, and with "error" where generation failed.
+        model, tokenizer: used to generate, with the weights that the model has now.
+        batch_size: maximum number of sequences at a time.
+        progress: called with (number of lines in `output`, tokens of the new line): once at the start with 0 tokens, then
+            after each line.
     Raises:
         ValueError: `output` has lines of other prompts or options.  OSError: it cannot be written.
     """
@@ -181,9 +183,9 @@ def run_jobs(
 
 
 def _read_done(path: Path, jobs: list[Job]) -> dict[int, bytes]:
-    """The whole lines that the output has, by number; what a crash left of one more is cut off.
+    """The complete lines of the output, by number. An incomplete last line, left by a crash, is cut off.
 
-    Nothing is cut off a file that is anything else than such an output.
+    A file that is not such an output stays as it is.
     """
     if not path.exists() or path.stat().st_size == 0:
         return {}
@@ -215,13 +217,13 @@ def _as_line(job: Job, result: dict[str, Any]) -> bytes:
 
 
 def _told(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that are not what they are by default, which a line need not hold."""
+    """The options that differ from their default."""
     defaults = {f.name: f.default for f in fields(GenerationConfig)}
     return {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}
 
 
 class _Lines:
-    """Appends lines to a file, each whole or not at all."""
+    """Appends lines to a file, each completely or not at all."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -247,41 +249,42 @@ def _run(
     jobs: list[Job], model: LanguageModel, tokenizer: Tokenizer, batch_size: int
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Each job with its result, in the order in which they end."""
+    runner = model.runner(1, 1)  # the same weights for all jobs
     for job in jobs:
         if job.config.num_beams > 1:
             try:
-                rows = generate(model, [job.ids], tokenizer=tokenizer, **job.options)
-            except RuntimeError as error:  # of its logits: the other lines have theirs
+                texts = generate(runner, [job.ids], tokenizer=tokenizer, **job.options)
+            except RuntimeError as error:  # bad logits: the other jobs go on
                 yield job, _result(tokenizer, job, [], error)
                 continue
-            yield job, _result(tokenizer, job, [row[len(job.ids) :] for row in rows])
+            yield job, _result(tokenizer, job, [tokens[len(job.ids) :] for tokens in texts])
     todo = deque(job for job in jobs if job.config.num_beams == 1)
-    most = max((job.config.num_return_sequences for job in todo), default=0)
+    copies = max((job.config.num_return_sequences for job in todo), default=0)
     if not todo:
         return
-    scheduler = Scheduler(model, max_rows=max(batch_size, most))
+    scheduler = Scheduler(runner, max_rows=max(batch_size, copies))
     running: dict[Request, Job] = {}
     while todo or running:
         while todo and not scheduler.waiting:
             job = todo.popleft()
             running[scheduler.submit(job.ids, tokenizer=tokenizer, **job.options)] = job
-        scheduler.step()
+        scheduler.step(STEPS_WHILE_WAITING if scheduler.waiting else STEPS_PER_CALL)
         for request in [request for request in running if request.done]:
             job = running.pop(request)
-            yield job, _result(tokenizer, job, [row.new for row in request.rows], request.error)
+            yield job, _result(tokenizer, job, [sequence.new for sequence in request.sequences], request.error)
 
 
-def _result(tokenizer: Tokenizer, job: Job, rows: list[list[int]], error: RuntimeError | None = None) -> dict[str, Any]:
+def _result(tokenizer: Tokenizer, job: Job, new: list[list[int]], error: RuntimeError | None = None) -> dict[str, Any]:
     if error is not None:
         return {"completions": [], "error": str(error)}
     eos, stopping = job.config.eos_ids, Stopping(job.config, tokenizer)
     return {
         "completions": [
             {
-                "text": tokenizer.decode([token for token in new if token not in eos]),
-                "finish_reason": stopping.reason(new),
-                "tokens": len(new),
+                "text": tokenizer.decode([token for token in tokens if token not in eos]),
+                "finish_reason": stopping.reason(tokens),
+                "tokens": len(tokens),
             }
-            for new in rows
+            for tokens in new
         ]
     }

@@ -67,7 +67,7 @@ def soak(url: str, app, args: argparse.Namespace) -> None:
             print(f"{numbers.stop} requests, {resident():.1f} MB", counts, flush=True)
             before = resident() if part == 1 else before
     deadline = time.monotonic() + 30
-    while app.state.worker.open_sequences or any(app.state.worker.scheduler._sequences.lengths):
+    while app.state.worker.open_sequences or any(app.state.worker.scheduler.runner.lengths):
         if time.monotonic() > deadline:
             raise SystemExit(f"{app.state.worker.open_sequences} sequences are left")
         time.sleep(0.01)

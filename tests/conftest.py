@@ -131,7 +131,7 @@ def emu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def writer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test once with the engine, which `GPT.generate` takes by itself on the CPU, and once without."""
     if request.param == "torch":
-        monkeypatch.setattr("gptfast.engine.engine_for", lambda model: None)
+        monkeypatch.setattr("gptfast.models.gpt.engine_for", lambda model: None)
     return request.param
 
 

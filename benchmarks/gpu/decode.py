@@ -1,18 +1,17 @@
-"""Cached generation with GPT-2 124M in bfloat16: tokens/s in captured steps, and of the loop that waits for every token."""
+"""Cached generation with GPT-2 124M in bfloat16: tokens/s in captured steps, and in steps that wait for every token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 import gptfast
 from gptfast import generation
-from gptfast.generation import cuda_graphs
-from gptfast.generation.config import GenerationConfig
-from gptfast.generation.request import Request
-from gptfast.generation.stopping import Stopping
+from gptfast.generation import Runner, TorchRunner
+from gptfast.generation.cuda_graphs import CudaGraphRunner
 
 from .timing import Bench, Row, Run, that_run
 
@@ -27,20 +26,14 @@ def configuration(bench: Bench) -> gptfast.GPTConfig:
 
 def runs(bench: Bench, model: gptfast.GPT, rows: int, prompt: int, new: int) -> dict[str, Run]:
     prompts = torch.randint(model.config.vocab_size, (rows, prompt)).tolist()
-    config = GenerationConfig.of(max_new_tokens=new, **OPTIONS)
-    decoder = cuda_graphs.Decoder(model, rows, prompt + new)
+    runners = {"gptfast": CudaGraphRunner(model, 1, 1), "without graphs": TorchRunner(model, 1, 1)}
 
-    def captured() -> None:
-        """As `model.generate` does it on a GPU; on the emulator the same steps, uncaptured."""
+    def run(runner: Runner) -> None:
+        """As `model.generate` on a GPU, or in uncaptured steps; on the emulator all steps are uncaptured."""
         with gptfast.backend(bench.backend):
-            cuda_graphs.run(model, [Request(ids, config, Stopping(config)) for ids in prompts], decoder)
+            generation.generate(runner, prompts, max_new_tokens=new, **OPTIONS)
 
-    def waiting() -> None:
-        with gptfast.backend(bench.backend):
-            for _ in generation.stream(model, prompts, max_new_tokens=new, **OPTIONS):
-                pass
-
-    return {"gptfast": captured, "without graphs": waiting}
+    return {name: partial(run, runner) for name, runner in runners.items()}
 
 
 def plan(bench: Bench) -> list[str]:

@@ -55,8 +55,8 @@ void Cache::drop_from(Row& row, size_t first) {
 
 void Cache::check_live(const char* what, i64 row) const {
   if (live(row)) return;
-  throw std::invalid_argument(std::string(what) + ": row " + std::to_string(row) +
-                              " is not in use; rows come from add() and end with release()");
+  throw std::invalid_argument(std::string(what) + ": slot " + std::to_string(row) +
+                              " is not in use; slots come from allocate() and fork() and end with free()");
 }
 void Cache::check_rows(const char* what, const std::vector<i64>& rows) const {
   std::vector<i64> sorted(rows);
@@ -64,21 +64,20 @@ void Cache::check_rows(const char* what, const std::vector<i64>& rows) const {
   for (i64 row : rows) check_live(what, row);
   const auto twin = std::adjacent_find(sorted.begin(), sorted.end());
   if (twin != sorted.end())
-    throw std::invalid_argument(std::string(what) + ": row " + std::to_string(*twin) +
-                                " is there twice; expected different rows");
+    throw std::invalid_argument(std::string(what) + ": slot " + std::to_string(*twin) +
+                                " is given twice; expected distinct slots");
 }
 void Cache::check_room(const char* what, i64 row, i64 count) const {
   if (count <= max_len_ - length(row)) return;
-  throw std::invalid_argument(std::string(what) + ": row " + std::to_string(row) + " holds " +
+  throw std::invalid_argument(std::string(what) + ": slot " + std::to_string(row) + " holds " +
                               std::to_string(length(row)) + " positions and " + std::to_string(count) +
                               " more do not fit into max_len = " + std::to_string(max_len_) +
-                              "; shorten the text or make the sequences longer (up to block_size)");
+                              "; shorten the text or make a runner with a larger max_len (up to block_size)");
 }
 void Cache::check_free(i64 count) const {
   if (count >= 0 && count <= free_rows()) return;
-  throw std::runtime_error("sequences: " + std::to_string(count) + " more rows do not fit, " +
-                           std::to_string(free_rows()) + " of " + std::to_string(capacity()) +
-                           " are free; release rows that have ended, or ask for a larger capacity");
+  throw std::runtime_error("allocate: " + std::to_string(count) + " more slots, but " + std::to_string(free_rows()) +
+                           " of " + std::to_string(capacity()) + " are free; free some, or make a runner with more");
 }
 
 i64 Cache::free_rows() const {

@@ -8,11 +8,11 @@
 namespace gptfast::engine {
 
 void Engine::decode(Cache& cache, const std::vector<i64>& rows, const std::vector<Sampling>& samplings,
-                    const std::vector<i64>& ends, i64 steps, bool more, std::atomic<bool>& interrupted, float* logits,
-                    i64 ld, std::vector<std::vector<int>>& tokens) {
+                    const std::vector<i64>& ends, i64 steps, std::atomic<bool>& interrupted, float* logits, i64 ld,
+                    std::vector<std::vector<int>>& tokens) {
   const std::lock_guard guard(mutex_);
-  cache.check_rows("decode", rows);
-  for (i64 row : rows) cache.check_room("decode", row, steps - !more);
+  cache.check_rows("decode_steps", rows);
+  for (i64 row : rows) cache.check_room("decode_steps", row, steps - 1);
   std::vector<size_t> active(rows.size());
   for (size_t i = 0; i < rows.size(); i++) active[i] = i;
   tokens.assign(rows.size(), {});
@@ -35,7 +35,7 @@ void Engine::decode(Cache& cache, const std::vector<i64>& rows, const std::vecto
     }
     if (broken) return;
     active = std::move(left);
-    if (active.empty() || (!more && (step == steps - 1 || interrupted.exchange(false)))) return;
+    if (active.empty() || step == steps - 1 || interrupted.exchange(false)) return;
     extend_locked(cache, left_rows, std::vector<i64>(left_rows.size(), 1), left_tokens.data(), true, logits, ld);
   }
 }

@@ -80,11 +80,11 @@ class Engine {
   std::vector<i64> draw(const std::vector<Sampling>& samplings, const std::vector<i64>& positions, const float* logits,
                         i64 ld);
   // Draws `steps` tokens for each row, fewer where one of `ends` ends it, from the logits of its last position, and
-  // appends them (the very last of a row that has not ended only if `more`). Row i of `logits` belongs to the i-th row
-  // that has not ended, before and after. tokens[i]: what rows[i] got; a draw that fails (see draw) ends all, and so
-  // does `interrupted`, which is set from outside, behind the next token of each, unless `more`.
+  // appends all but the last of each. Row i of `logits` belongs to the i-th row that has not ended, before and after.
+  // tokens[i]: what rows[i] got. A failed draw (see draw) ends all; `interrupted`, which another thread may set, ends
+  // all after the next token of each.
   void decode(Cache& cache, const std::vector<i64>& rows, const std::vector<Sampling>& samplings,
-              const std::vector<i64>& ends, i64 steps, bool more, std::atomic<bool>& interrupted, float* logits, i64 ld,
+              const std::vector<i64>& ends, i64 steps, std::atomic<bool>& interrupted, float* logits, i64 ld,
               std::vector<std::vector<int>>& tokens);
   // Bytes a second of reading the weights, all threads, and nothing else.
   double read_rate(int times);

@@ -58,7 +58,8 @@ inline Formats formats_of(const py::dict& d) {
   return formats;
 }
 
-using SamplingTuple = std::tuple<double, i64, double, uint64_t, i64, i64>;  // of gptfast.generation.runner
+using SamplingTuple =
+    std::tuple<double, i64, double, uint64_t, i64, i64>;  // SamplingParams of gptfast/generation/sampling.py
 inline std::vector<Sampling> samplings_of(const char* what, const std::vector<SamplingTuple>& tuples) {
   std::vector<Sampling> samplings;
   for (const auto& [temperature, top_k, top_p, seed, stream, vocab] : tuples) {

@@ -133,7 +133,7 @@ class PyCache {
 
   std::vector<i64> add(i64 count, std::optional<i64> like) {
     return locked([&] {
-      if (like) cache_.check_live("add", *like);
+      if (like) cache_.check_live("fork", *like);
       cache_.check_free(count);
       std::vector<i64> rows;
       for (i64 n = 0; n < count; n++) rows.push_back(cache_.add());
@@ -152,22 +152,22 @@ class PyCache {
     });
   }
   void release(i64 row) {
-    locked([&] { return cache_.check_live("release", row), cache_.release(row), 0; });
+    locked([&] { return cache_.check_live("free", row), cache_.release(row), 0; });
   }
   void truncate(i64 row, i64 length) {
     locked([&] {
       cache_.check_live("truncate", row);
       if (length < 0 || length > cache_.length(row))
-        throw std::invalid_argument("truncate: length is " + std::to_string(length) + "; row " + std::to_string(row) +
+        throw std::invalid_argument("truncate: length is " + std::to_string(length) + "; slot " + std::to_string(row) +
                                     " holds " + std::to_string(cache_.length(row)) + " positions");
       return cache_.truncate(row, length), 0;
     });
   }
   void copy(const std::vector<i64>& rows, const std::vector<i64>& sources) {
-    if (rows.size() != sources.size()) throw std::invalid_argument("reorder: as many rows as sources are needed");
+    if (rows.size() != sources.size()) throw std::invalid_argument("copy: as many rows as sources are needed");
     locked([&] {
-      cache_.check_rows("reorder", rows);
-      for (i64 row : sources) cache_.check_live("reorder", row);
+      cache_.check_rows("copy", rows);
+      for (i64 row : sources) cache_.check_live("copy", row);
       return cache_.copy(rows, sources), 0;
     });
   }
@@ -195,15 +195,17 @@ class PyCache {
 
   // Returns what each row got; see Engine::decode.
   std::vector<std::vector<int>> decode(const std::vector<i64>& rows, const std::vector<SamplingTuple>& tuples,
-                                       const std::vector<i64>& ends, i64 steps, bool more, const py::object& capsule) {
-    const Matrix logits("decode", capsule);
-    const std::vector<Sampling> samplings = samplings_of("decode", tuples);
-    if (samplings.size() != rows.size()) throw std::invalid_argument("decode: as many samplings as rows are needed");
-    if (steps < 1) throw std::invalid_argument("decode: steps is " + std::to_string(steps) + "; expected at least 1");
-    check_logits("decode", logits, i64(rows.size()), panels_of_logits());
+                                       const std::vector<i64>& ends, i64 steps, const py::object& capsule) {
+    const Matrix logits("decode_steps", capsule);
+    const std::vector<Sampling> samplings = samplings_of("decode_steps", tuples);
+    if (samplings.size() != rows.size())
+      throw std::invalid_argument("decode_steps: as many samplings as rows are needed");
+    if (steps < 1)
+      throw std::invalid_argument("decode_steps: steps is " + std::to_string(steps) + "; expected at least 1");
+    check_logits("decode_steps", logits, i64(rows.size()), panels_of_logits());
     std::vector<std::vector<int>> tokens;
     const py::gil_scoped_release release;
-    engine_->get().decode(cache_, rows, samplings, ends, steps, more, interrupted_, logits.data, logits.ld, tokens);
+    engine_->get().decode(cache_, rows, samplings, ends, steps, interrupted_, logits.data, logits.ld, tokens);
     return tokens;
   }
 

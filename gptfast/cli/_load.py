@@ -21,16 +21,14 @@ def check_batch_size(command: str, batch_size: int) -> None:
 
 
 def load(model: str, quantize: str | None, tokenizer: str | None = None) -> tuple[Any, Tokenizer]:
-    """A GPT, packed for the native engine where that can run it, and its tokenizer.
+    """A GPT, or a compiled one with `quantize`, and its tokenizer.
 
     Args:
         model: a checkpoint folder, nanoGPT's ckpt.pt, or a hub id.
-        quantize: a format of `GPT.compile_for_inference`; None: the engine with the weights as they are, where it
-            can run them, else PyTorch.
+        quantize: a format of `GPT.compile_for_inference`; None: the weights as they are.
         tokenizer: "gpt2" or a folder; None: the checkpoint's own.
     """
     from gptfast._snapshots import read_whole
-    from gptfast.engine import engine_for
     from gptfast.models import GPT
     from gptfast.models.pretrained import build, resolve
     from gptfast.models.stored import StoredModel
@@ -42,8 +40,7 @@ def load(model: str, quantize: str | None, tokenizer: str | None = None) -> tupl
     else:
         stored, found = StoredModel(path), load_tokenizer(tokenizer)
     gpt = build(GPT, stored, None, {})
-    compiled = engine_for(gpt) if quantize is None else gpt.compile_for_inference(quantize)
-    return compiled or gpt, lenient(found)
+    return gpt if quantize is None else gpt.compile_for_inference(quantize), lenient(found)
 
 
 def _own_tokenizer(path: Path) -> Tokenizer:

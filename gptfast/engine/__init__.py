@@ -2,7 +2,7 @@
 
 from gptfast.engine.compiled import CompiledGPT, compile_model, load
 from gptfast.engine.formats import FORMATS
-from gptfast.engine.runner import EngineSequences
+from gptfast.engine.runner import EngineRunner
 from gptfast.engine.transparent import engine_for, forget
 
-__all__ = ["FORMATS", "CompiledGPT", "EngineSequences", "compile_model", "engine_for", "forget", "load"]
+__all__ = ["FORMATS", "CompiledGPT", "EngineRunner", "compile_model", "engine_for", "forget", "load"]

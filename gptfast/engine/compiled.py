@@ -18,8 +18,9 @@ from gptfast.backend import cpu_isa
 from gptfast.engine import packed_file
 from gptfast.engine.exponents import exponent_of, quantised
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
-from gptfast.engine.runner import PANEL, EngineSequences
-from gptfast.generation.runner import usual_threads
+from gptfast.engine.runner import PANEL, EngineRunner
+from gptfast.generation import generate
+from gptfast.generation.runner import Runner, torch_num_threads
 from gptfast.metadata import Metadata, metadata_of
 from gptfast.nn.difference import check_values, difference, true_config
 
@@ -29,17 +30,20 @@ if TYPE_CHECKING:
 
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
-MOST_THREADS = 1024  # more are a mistake, and take seconds to start
+MOST_THREADS = 1024  # a larger number is a mistake, and would take seconds to start
 
 
 class CompiledGPT:
-    """A model in the engine (`csrc/engine`): packed weights, threads of its own, no torch module behind it.
+    """A model in the native engine (`csrc/engine`): packed weights and its own threads, without a torch module.
 
-    Made by `GPT.compile_for_inference` or `gptfast.engine.load`. Its results do not depend on the number of threads, and
-    a sequence's not on what else is computed with it. Several threads may call it at once; they take turns.
+    Made by `GPT.compile_for_inference` or `gptfast.engine.load`. The results of a sequence do not depend on the number of
+    threads or on other sequences. Several threads may call it; calls take turns.
 
-    config: of the model. dtype: the format of the weights. max_rows: the most sequences at a time, None: any number.
-    cache_dtype: of keys and values. metadata: of the checkpoint, as in `GPT`.
+    config: configuration of the model.
+    dtype: format of the weights.
+    max_rows: maximum number of sequences at a time; None: no limit.
+    cache_dtype: dtype of keys and values.
+    metadata: of the checkpoint, as in `GPT`.
     """
 
     def __init__(
@@ -62,22 +66,22 @@ class CompiledGPT:
         self.cache_dtype = _cache_dtype(cache_dtype, dtype)
         self._formats, self._weights, self._source = formats, weights, source
         self._exponents = exponents or {}
-        threads = usual_threads() if threads is None else _count("threads", threads, MOST_THREADS)
+        threads = torch_num_threads() if threads is None else _count("threads", threads, MOST_THREADS)
         layout = {**formats, "exponents": self._exponents}
         self._core = _C.Engine(shape_of(config), layout, weights, threads, self.cache_dtype, cpu_isa() or "scalar")
 
     @property
     def threads(self) -> int:
-        """How many threads compute."""
+        """Number of threads that compute."""
         return self._core.threads
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weights."""
+        """Size of the packed weights in bytes."""
         return memoryview(self._weights).nbytes
 
     def with_threads(self, threads: int | None) -> CompiledGPT:
-        """The same weights, held once, with other threads; None: as many as torch uses."""
+        """A model with other threads that shares the weights. threads: None: as many as torch uses."""
         other = CompiledGPT(
             self.config,
             self.dtype,
@@ -93,24 +97,24 @@ class CompiledGPT:
         return other
 
     def check_weights(self) -> None:
-        """Raise OSError where the weights lie in a file that somebody has changed since; see `packed_file.PackedFile.check`."""
+        """Raise OSError if the weights are mapped from a file that has changed; see `PackedFile.check`."""
         if self._source is not None:
             self._source.check()
 
-    def sequences(self, capacity_rows: int = 1, max_len: int | None = None) -> EngineSequences:
-        """Room for running sequences; see `EngineSequences`. Keys and values take memory as they come."""
-        if self.max_rows is not None and capacity_rows > self.max_rows:
+    def runner(self, max_slots: int = 1, max_len: int | None = None) -> EngineRunner:
+        """A runner for these weights; see `gptfast.generation.Runner`. Keys and values take memory as they come."""
+        if self.max_rows is not None and max_slots > self.max_rows:
             raise ValueError(
-                f"sequences: capacity_rows is {capacity_rows} and the model was compiled with max_rows={self.max_rows}; "
-                "compile it with more, or run fewer at a time"
+                f"runner: max_slots is {max_slots} and the model was compiled with max_rows={self.max_rows}; compile it with "
+                "more, or run fewer sequences at a time"
             )
-        return EngineSequences(self._core, self.config, capacity_rows, max_len, self.check_weights)
+        return EngineRunner(self._core, self.config, max_slots, max_len, self.check_weights, self.runner)
 
     def logits(self, ids: Any) -> Tensor:
-        """fp32 logits (B, T, V) of token ids (B, T), or (T, V) of (T,).
+        """fp32 logits (B, T, V) for token ids (B, T), or (T, V) for (T,).
 
         Raises:
-            TypeError, ValueError: no ids, or outside the vocabulary, or more than block_size in a row.
+            TypeError, ValueError: not token ids, ids outside the vocabulary, or more than block_size positions.
         """
         try:
             ids = torch.as_tensor(ids, device="cpu")
@@ -121,26 +125,24 @@ class CompiledGPT:
                 f"logits: ids has shape {tuple(ids.shape)}, {ids.dtype}; expected (B, T) or (T,) token ids"
             )
         rows = ids[None] if ids.dim() == 1 else ids
-        one = self.sequences(1)
+        runner: Runner = self.runner(1)
         parts = []
         for row in rows.tolist():
-            (index,) = one.add()
-            parts += one.extend([index], [row], last_only=False)
-            one.release(index)
+            (slot,) = runner.allocate()
+            parts += runner.extend([slot], [row], last_only=False)
+            runner.free(slot)
         return parts[0] if ids.dim() == 1 else torch.stack(parts)
 
     def generate(self, ids: Any = None, max_new_tokens: int | None = None, **options: Any) -> Any:
-        """Continue `ids`, with the options of `GPT.generate`, and eos_token_id and pad_token_id by default as there."""
-        from gptfast.engine.generate import generate
-
+        """Continue prompts, with the options and default end tokens of `GPT.generate`."""
         ends = self.metadata.ends(self.config.vocab_size)
         return generate(self, ids, **{**ends, "max_new_tokens": max_new_tokens, **options})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the packed model to a file that `gptfast.engine.load` maps at once.
+        """Write the packed model to a file for `gptfast.engine.load`.
 
         Raises:
-            OSError: it cannot be written; a file that was there is intact.
+            OSError: it cannot be written; an existing file stays as it was.
         """
         weights = memoryview(self._weights)
         said = asdict(self.metadata) if self.metadata != Metadata() else None
@@ -163,7 +165,7 @@ class CompiledGPT:
 
 
 def shape_of(config: GPTConfig) -> dict[str, Any]:
-    """What the engine needs to know of a config."""
+    """The values of a config that the engine needs."""
     learned = config.position_embedding == "learned"
     names = ("n_layer", "n_head", "n_embd", "inner_dim", "vocab_size", "block_size", "final_norm", "bias")
     return {
@@ -211,7 +213,7 @@ def compile_model(
 
 
 def _config_of(model: Transformer) -> GPTConfig:
-    """What the model is. Raises ValueError where its modules are not what its config says."""
+    """The true config of the model. Raises ValueError if its modules are not what its config says."""
     check_values("compile_for_inference", model)
     told = difference(model)
     if told is not None:
@@ -223,7 +225,7 @@ def _config_of(model: Transformer) -> GPTConfig:
 
 
 def _ask_for_large_pages(memory: mmap.mmap) -> None:
-    """Fewer look-ups of addresses: one core reads a third faster. A system without them refuses, and nothing is lost."""
+    """Ask for large pages: with fewer TLB misses one core reads a third faster. A refusal is harmless."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -238,10 +240,10 @@ def _fp32(value: Tensor) -> Tensor:
 
 
 def _pack(values: dict[str, Tensor], core: Any) -> None:
-    """Hand over one weight after another in fp32; the conversion of one is all that is held besides."""
+    """Pack one weight after another, from fp32; only one fp32 copy exists at a time."""
     for name in core.weight_names():
         value = _fp32(values[name])
-        if name == "wpe.weight":  # rows of whole panels
+        if name == "wpe.weight":  # rows are padded to whole panels
             value = torch.nn.functional.pad(value, (0, -value.shape[1] % PANEL)).flatten()
         value = value.contiguous()
         if not value.isfinite().all():
@@ -257,12 +259,12 @@ def load(
     cache_dtype: Any = None,
     verify: bool = False,
 ) -> CompiledGPT:
-    """Open a model that `CompiledGPT.save` wrote. Its weights are mapped: nothing is read before it is used.
+    """Open a model that `CompiledGPT.save` wrote. Its weights are mapped, and read when they are first used.
 
     Args:
         path: the file.
         threads, max_rows, cache_dtype: as in `GPT.compile_for_inference`.
-        verify: compare all weights with their checksum first (reads the whole file).
+        verify: compare the weights with their checksum first, which reads the whole file.
     Raises:
         OSError, ValueError: see `gptfast.engine.packed_file.PackedFile`.
     """
@@ -285,7 +287,7 @@ def load(
 
 
 def _check_fit(path: str | os.PathLike[str], config: GPTConfig, description: dict[str, Any]) -> None:
-    """Whether the model that a header describes takes the bytes that it says, before anything of that size is made."""
+    """Check that the model described by a header has the size that it states, before memory is allocated."""
     from gptfast import _C
 
     try:
@@ -315,7 +317,7 @@ def _count(name: str, value: Any, most: int | None = None) -> int:
 
 
 def _cache_dtype(value: Any, dtype: str) -> str:
-    """fp32 keys and values beside fp32 weights, fp16 beside all others, unless told."""
+    """dtype of keys and values. Default: fp32 with fp32 weights, fp16 with all others."""
     if value is None:
         return "float32" if dtype == "float32" else "float16"
     name = str(value).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Powers of two that are taken off whole matrices, so that fp16 holds the scales of their groups of weights."""
+"""Powers of two by which matrices are divided, so that fp16 can represent the scales of their groups of weights."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from torch import Tensor
 from gptfast.engine.formats import BITS
 
 GROUP = 32  # inputs that share a scale
-# What the largest weight of a group may be. A scale is that divided by 8 to 127, and fp16 holds 2^-14 to 2^16 in full.
+# Range of the largest weight of a group. A scale is this divided by 8 to 127; fp16 has full precision from 2^-14 to 2^16.
 LEAST, MOST = 2.0**-6, 2.0**15
-SMALLEST = -118  # as an exponent: scales of inputs of ordinary size, 2^-8 and more, times that are still fp32 in full
+SMALLEST = (
+    -118
+)  # smallest exponent: times the scales of ordinary inputs, 2^-8 and more, it is still a normal fp32 number
 LARGEST = 128 - 15
 
 
 def quantised(format: str) -> bool:
-    """Whether groups of weights share a scale. "" is the format of vectors."""
+    """Whether groups of weights share a scale in this format. "" is the format of vectors."""
     return BITS.get(format, 32.0) < 12
 
 
 def exponent_of(name: str, weight: Tensor) -> int:
-    """The exponent e for which fp16 holds the scales of weight / 2^e: 0 where it holds those of the weight itself, else what
-    brings the largest value up to 2^15. Groups down to 2^-22 of that value then lose nothing.
+    """The exponent e for which fp16 represents the scales of weight / 2^e.
+
+    0 if it represents those of the weight itself. Otherwise e brings the largest value to 2^15, and groups whose largest value
+    is down to 2^-22 of that lose no precision.
 
     Args:
-        name: of the weight, for messages.
+        name: name of the weight, for error messages.
         weight: (N, K), float32.
     Raises:
         ValueError: all values are too small.
@@ -36,7 +40,7 @@ def exponent_of(name: str, weight: Tensor) -> int:
     groups = (torch.nn.functional.pad(weight, (0, rest)) if rest else weight).unflatten(1, (-1, GROUP))
     most = torch.maximum(groups.amax(-1), -groups.amin(-1))  # seven times as fast as a norm
     largest = float(most.max())
-    if largest == 0 or not math.isfinite(largest):  # what is not finite is refused where it is packed
+    if largest == 0 or not math.isfinite(largest):  # packing refuses values that are not finite
         return 0
     if largest < MOST and float(most[most > 0].min()) >= LEAST:
         return 0
@@ -50,5 +54,5 @@ def exponent_of(name: str, weight: Tensor) -> int:
 
 
 def are_exponents(value: Any) -> bool:
-    """Whether that is a table of exponents as `exponent_of` gives them."""
+    """Whether `value` is a table of exponents that `exponent_of` can return."""
     return isinstance(value, dict) and all(type(e) is int and SMALLEST <= e <= LARGEST for e in value.values())

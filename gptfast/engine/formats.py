@@ -1,4 +1,4 @@
-"""The formats of the engine's weights and what each of its matrices is stored in."""
+"""Weight formats of the engine, and the format of each kind of matrix."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 FORMATS = ("float32", "bfloat16", "int8", "int6", "int4", "nf4", "q4")
 CACHE_DTYPES = ("float32", "float16", "bfloat16")
-ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as the command line has them
-BITS = {  # of a weight, with its share of a scale
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names on the command line
+BITS = {  # per weight, with its share of the scale
     **{"float32": 32.0, "bfloat16": 12.0},
     **{"int8": 8.5, "int6": 6.5, "int4": 4.5, "nf4": 4.5, "q4": 4.5},
 }
@@ -16,10 +16,10 @@ MATRICES: tuple[str, ...] = ("c_attn", "attn_proj", "c_fc", "mlp_proj", "head")
 
 
 def format_name(dtype: Any) -> str:
-    """The name of a format, from it, from an alias or from a torch.dtype.
+    """The name of a format, given its name, an alias or a torch.dtype.
 
     Raises:
-        ValueError: there is no such format.
+        ValueError: unknown format.
     """
     name = str(dtype).removeprefix("torch.")
     name = ALIASES.get(name, name)
@@ -31,8 +31,8 @@ def format_name(dtype: Any) -> str:
 def matrix_formats(name: str) -> dict[str, str]:
     """The format of each kind of matrix.
 
-    The 4-bit formats keep the head, which is the token embedding too, in 8 bits or 6: it is a third of GPT-2 124M, and
-    the logits come straight out of it.
+    The 4-bit formats keep the head, which is also the token embedding, in 8 or 6 bits: it is a third of GPT-2 124M, and its
+    errors go directly into the logits.
     """
     formats: dict[str, str] = dict.fromkeys(MATRICES, name)
     if BITS[name] < 6:

@@ -1,16 +1,16 @@
-"""Compiled models as files: a header that says what they are, then the packed weights as the engine reads them.
+"""Files of compiled models: a header, then the packed weights as the engine reads them.
 
     8 bytes   magic
     4 bytes   version of the layout, little-endian
     4 bytes   length of the header
     4 bytes   CRC-32 of the header
-    header    JSON: the model's configuration, the formats, the number of bytes and their CRC-32, and what the
-              checkpoint says beside its configuration (end tokens, say) where it says more; in version 3 also the
-              exponents of matrices that are stored divided by a power of two
+    header    JSON: configuration of the model, formats, size of the weights in bytes and their CRC-32, and metadata of the
+              checkpoint (such as end tokens) if it has any; in version 3 also the exponents of matrices that are
+              stored divided by a power of two
     …         zeros up to a whole page (4096 bytes), then the weights
 
-Loading maps the file: the weights are read from the disk as they are used, and shared by processes. Who replaces such a
-file renames another over it (`save` does); one that is written over in place is noticed, see `PackedFile.check`.
+Loading maps the file: the weights are read from the disk when they are used, and shared by processes. To replace such a file,
+rename another over it, as `save` does. A file that is overwritten in place is detected, see `PackedFile.check`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"gptfastE"
 VERSION = 2
-WITH_EXPONENTS = 3  # of the layout where a matrix has one: who reads version 2 alone must not take it for one without
+WITH_EXPONENTS = 3  # version of files with exponents, which a reader of version 2 must refuse
 _START = struct.Struct("<8sIII")
 _PAGE = 4096
 _CHUNK = 1 << 24
@@ -49,9 +49,17 @@ def save(
     check: Callable[[], None],
     metadata: dict[str, Any] | None = None,
 ) -> None:
-    """Write a compiled model, aside first: a crash leaves the old file or the new one.
+    """Write a compiled model to a temporary file, then rename it: a crash leaves the old file or the new one.
 
-    check: raises where the weights have changed meanwhile. metadata: of the model, if it has any.
+    Args:
+        path: the file.
+        config: configuration of the model.
+        formats: format of each kind of matrix.
+        exponents: see `gptfast.engine.exponents`.
+        name: format of the model.
+        weights: the packed weights.
+        check: raises if the weights have changed meanwhile.
+        metadata: of the checkpoint; None: it has none.
     """
     description = {
         "config": asdict(config),
@@ -75,16 +83,16 @@ def save(
 
 
 class PackedFile:
-    """A file that `save` wrote: what its header says, checked, and its weights, mapped.
+    """A file that `save` wrote: its checked header, and its mapped weights.
 
     Attributes:
-        description: config, dtype, formats, exponents, bytes and crc32.
-        weights: of as many bytes as the header says.
+        description: config, dtype, formats, exponents, metadata, bytes and crc32.
+        weights: the packed weights.
 
     Args:
         path: the file.
     Raises:
-        OSError: the file cannot be read.  ValueError: it is no such file, of another version, damaged or cut short.
+        OSError: the file cannot be read.  ValueError: not such a file, another version, damaged or truncated.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -100,23 +108,23 @@ class PackedFile:
         self.weights = memoryview(self._mapped)[begin:]
 
     def intact(self) -> bool:
-        """Whether the weights match their checksum: reads all of them."""
+        """Whether the weights match their checksum. Reads all of them."""
         return _crc(self.weights) == self.description["crc32"]
 
     def check(self) -> None:
-        """Raise where the weights are not those that were opened any more, before and after they are used.
+        """Raise if the weights are no longer those that were opened; called before and after they are used.
 
-        A file that was only touched, or written again as it was, is compared with its checksum once.
+        A file with a new modification time and the same content passes, after one comparison with its checksum.
 
         Raises:
-            OSError: somebody wrote over the file or cut it short; the text names it.
+            OSError: the file was overwritten or truncated; the message names it.
         """
         if self._mapped.changed() and not self._mapped.accept(self.intact):
             self._mapped.check()
 
 
 def _read_header(file: BinaryIO, path: str | os.PathLike[str], size: int) -> tuple[dict[str, Any], int]:
-    """The description in a file of so many bytes, and where the weights begin."""
+    """The header of a file of `size` bytes, and the offset of the weights."""
     start = file.read(_START.size)
     if len(start) < _START.size or not start.startswith(MAGIC):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The engine behind a GPT that did not ask for it: packed once, again when its weights have changed."""
+"""Transparent engine for `GPT.runner`: packs the weights on first use, and again when they have changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 
 from gptfast.backend import AUTOMATIC, chosen, cpu_isa, has_cpu_ops
 from gptfast.engine.compiled import CompiledGPT, compile_model
-from gptfast.generation.runner import usual_threads
+from gptfast.generation.runner import torch_num_threads
 from gptfast.nn.difference import difference, true_config
 
 if TYPE_CHECKING:
@@ -23,17 +23,19 @@ if TYPE_CHECKING:
 
 Fingerprint = tuple[Any, torch.dtype, int]
 _packed: WeakKeyDictionary[Transformer, tuple[Fingerprint, CompiledGPT]] = WeakKeyDictionary()
-_packing = threading.Lock()  # callers on several threads share one copy; a fork waits, or its child would for ever
+_packing = threading.Lock()  # threads share one copy; a fork waits for it, or the child would wait for ever
 os.register_at_fork(before=_packing.acquire, after_in_parent=_packing.release, after_in_child=_packing.release)
 
 
 def engine_for(model: Transformer) -> CompiledGPT | None:
-    """A compiled model with the weights that `model` has now and in their dtype, or None where it cannot serve.
+    """A compiled model with the present weights of `model`, in their dtype; None where the engine cannot run it.
 
-    It serves GPTs whose modules are what their config says (see `gptfast.nn.difference`), in evaluation mode on the
-    CPU, all of fp32 or all of bf16, of which a packed copy fits into half of the memory that is free, where no other
-    backend was asked for, and no autocast. The copy is kept for the next call, which reads all of the weights once to see
-    that they are the same; hold the compiled model to spare that (then it stays what it is), and see `forget`.
+    The engine runs a GPT in evaluation mode on the CPU whose weights are all fp32 or all bf16 and whose modules are what its
+    config says (see `gptfast.nn.difference`), if a packed copy fits into half of the free memory, no other backend was chosen
+    and autocast is off.
+
+    The copy is kept. Each call compares it with all of the weights, which takes one read of them; hold the compiled model to
+    avoid that. It does not follow later changes of the weights. See `forget`.
     """
     asked = AUTOMATIC["cpu"][0] if chosen() == "auto" else chosen()
     if not has_cpu_ops or model.training or asked != "cpu" or torch.is_autocast_enabled("cpu"):
@@ -48,7 +50,7 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
     with _packing:
         known = _packed.get(model)
         if known is not None and known[0] == fingerprint:
-            if known[1].threads != usual_threads():
+            if known[1].threads != torch_num_threads():
                 _packed[model] = known = fingerprint, known[1].with_threads(None)
             return known[1]
         _packed.pop(model, None)
@@ -64,21 +66,21 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
 
 
 def forget(model: Transformer) -> None:
-    """Free the packed copy that `generate` keeps of a model; the next `generate` makes a new one."""
+    """Free the packed copy of a model; the next use of the engine makes a new one."""
     with _packing:
         _packed.pop(model, None)
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
-    """64 bits that tell whether any byte of CPU tensors has changed, at the speed of reading them.
+    """64-bit checksum of the bytes of CPU tensors, at the speed of reading them.
 
-    Nothing less will do: a write through `.data` or numpy leaves no other trace. One value that changes always changes
-    the checksum, several but for a chance of 2^-64.
+    A write through `.data` or numpy leaves no other trace. A change of one value always changes the checksum, a change of
+    several does so except with probability 2^-64.
     """
     from gptfast import _C
 
     read = [to_dlpack(_as_it_lies(x)) for x in tensors]
-    return _C.checksum(read, usual_threads(), cpu_isa() or "scalar")
+    return _C.checksum(read, torch_num_threads(), cpu_isa() or "scalar")
 
 
 def _as_it_lies(x: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def _as_it_lies(x: Tensor) -> Tensor:
 
 
 def _free_memory() -> int:
-    """Bytes that can be had without swapping: what caches of files hold counts as free."""
+    """Bytes available without swapping; the page cache counts as free."""
     with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
         return 1024 * int(next(line.split()[1] for line in file if line.startswith("MemAvailable:")))
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Continuing text: greedy, sampling, beams and speculation over running sequences of any lengths."""
+"""Text generation: greedy search, sampling, beam search and speculative decoding, with continuous batching."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from typing import TYPE_CHECKING
 from gptfast._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from gptfast.generation.api import Generation, Step, generate, score, stream
+    from gptfast.generation.api import Generation, Step, generate, stream
     from gptfast.generation.config import GenerationConfig
-    from gptfast.generation.request import Request, Token
-    from gptfast.generation.runner import LanguageModel, Sequences
+    from gptfast.generation.cuda_graphs import CudaGraphRunner
+    from gptfast.generation.request import Request, Sequence, Token
+    from gptfast.generation.runner import LanguageModel, Runner
     from gptfast.generation.scheduler import Scheduler
-    from gptfast.generation.torch_runner import CachedSequences
+    from gptfast.generation.scoring import score
+    from gptfast.generation.torch_runner import TorchRunner
 
 __all__ = [
-    "CachedSequences",
+    "CudaGraphRunner",
     "Generation",
     "GenerationConfig",
     "LanguageModel",
     "Request",
+    "Runner",
     "Scheduler",
-    "Sequences",
+    "Sequence",
     "Step",
     "Token",
+    "TorchRunner",
     "generate",
     "score",
     "stream",
@@ -33,10 +37,12 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "GenerationConfig": "gptfast.generation.config",
-        **dict.fromkeys(("Generation", "Step", "generate", "score", "stream"), "gptfast.generation.api"),
-        **dict.fromkeys(("Request", "Token"), "gptfast.generation.request"),
+        **dict.fromkeys(("Generation", "Step", "generate", "stream"), "gptfast.generation.api"),
+        **dict.fromkeys(("Request", "Sequence", "Token"), "gptfast.generation.request"),
         "Scheduler": "gptfast.generation.scheduler",
-        **dict.fromkeys(("LanguageModel", "Sequences"), "gptfast.generation.runner"),
-        "CachedSequences": "gptfast.generation.torch_runner",
+        "score": "gptfast.generation.scoring",
+        **dict.fromkeys(("LanguageModel", "Runner"), "gptfast.generation.runner"),
+        "TorchRunner": "gptfast.generation.torch_runner",
+        "CudaGraphRunner": "gptfast.generation.cuda_graphs",
     },
 )

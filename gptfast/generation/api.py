@@ -1,4 +1,4 @@
-"""Continuing prompts. This knows token ids and, but for stop strings, nothing of text.  B rows, T positions."""
+"""The functions `generate` and `stream`: prompts in, token ids out.  B prompts, T positions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gptfast.generation import cuda_graphs
 from gptfast.generation.arguments import unpack
 from gptfast.generation.beam import beam_search
 from gptfast.generation.config import GenerationConfig
@@ -23,17 +22,19 @@ from gptfast.generation.speculative import check_assistant
 from gptfast.generation.stopping import Stopping
 from gptfast.generation.textless import choosing_text
 
+STEPS_PER_CALL = 16  # tokens of a sequence per call of the runner; Ctrl-C is handled between calls
+
 
 @dataclass(frozen=True)
 class Step:
-    """One step of `stream`: what each row got. Rows are prompts x return sequences, those of one prompt together.
+    """One step of `stream`. Its sequences are prompts x return sequences, those of one prompt together.
 
     Args:
-        tokens: the new token of each row; None where the row had ended before.
-        logprobs: its log-probability under the model (before temperature, top-k and top-p), None likewise; empty
-            unless asked for.
-        top: the most likely next tokens of each row as (token, probability at the temperature, before top-k and
-            top-p; at 1 when the temperature is 0), best first; empty unless asked for.
+        tokens: the new token of each sequence; None where it has ended before.
+        logprobs: its log-probability under the model, before temperature, top-k and top-p; None likewise. Empty unless
+            asked for.
+        top: the most likely next tokens of each sequence as (token, probability at the temperature, before top-k and
+            top-p; at 1 when the temperature is 0), best first. Empty unless asked for.
     """
 
     tokens: list[int | None]
@@ -43,13 +44,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` returns with return_logprobs=True. Rows are prompts x return sequences.
+    """What `generate` returns with return_logprobs=True, for prompts x return sequences.
 
     Args:
-        sequences: as `generate` returns without it.
-        logprobs: of each new token of each row, its log-probability under the model, before everything that changes
-            scores.
-        scores: with beams: what they were ranked by; else None.
+        sequences: what `generate` returns without it.
+        logprobs: for each sequence the log-probabilities of its new tokens under the model, before all processing.
+        scores: with beams: the scores that they are ranked by; else None.
     """
 
     sequences: Tensor | list[list[int]]
@@ -58,14 +58,14 @@ class Generation:
 
 
 class Streamer(Protocol):
-    """Is told tokens as they come; transformers' streamers are such."""
+    """Receives tokens as they are generated; compatible with transformers' streamers."""
 
     def put(self, value: Tensor) -> None:
-        """First the prompts, (B, T), then the new token of each row, (B,)."""
+        """Receives the prompt, (1, T), then each new token, (1,)."""
         ...
 
     def end(self) -> None:
-        """All rows have ended."""
+        """Called after the last token."""
         ...
 
 
@@ -79,25 +79,25 @@ def generate(
     return_logprobs: bool = False,
     **options: Any,
 ) -> Any:
-    """Continue prompts, as `transformers.generate` returns them: prompt and new tokens. Greedily, unless told otherwise.
+    """Continue prompts and return prompt and new tokens, as `transformers.generate`; greedily by default.
 
     Args:
-        model: a GPT, whose training flags are the same afterwards, or a compiled engine.
+        model: a GPT (its training flags are restored afterwards), a compiled one, or a runner.
         ids: (B, T) or (T,) tensor of integers; or a list of id lists of any lengths, which are not padded (or one list of
-            ids, or numpy arrays). Or a BatchEncoding or dict with input_ids, which may be expanded (**batch) too;
+            ids, or numpy arrays). Or a BatchEncoding or dict with input_ids, which may also be expanded (**batch);
             input_ids= is another name.
-        tokenizer: of `gptfast.tokenizer`, for stop_strings; and ids for which it has no token are not chosen (see
+        tokenizer: of `gptfast.tokenizer`, for stop_strings. Ids for which it has no token are not generated (see
             `GenerationConfig.usable_vocab`).
-        assistant_model: a smaller model of the same vocabulary that guesses tokens ahead (speculative decoding): the
-            text is the same, sooner.
-        streamer: is told the tokens as they come; for one prompt with one return sequence.
+        assistant_model: a smaller model of the same vocabulary that drafts tokens (speculative decoding): the same text,
+            faster.
+        streamer: receives the tokens as they are generated; for one prompt with one return sequence.
         return_logprobs: whether to return a `Generation`.
-        options: the fields of `GenerationConfig`; and attention_mask, shaped as ids: 0 where these are padding, on the left or
-            the right. A row is continued as without its padding, and returned with it, the new tokens behind.
+        options: fields of `GenerationConfig`; and attention_mask, shaped as ids: 0 for padding, on the left or the right. A
+            prompt is continued as without its padding, and returned with it, the new tokens behind.
     Returns:
-        For a tensor: (B * num_return_sequences, T + n) int64, ended rows filled up with pad_token_id, or the (first)
-        eos_token_id. For lists: one id list per prompt and return sequence. An eos token is part of its sequence. With
-        return_logprobs: a `Generation` with these.
+        For a tensor: (B * num_return_sequences, T + n) int64, shorter sequences filled with pad_token_id, or the (first)
+        eos_token_id. For lists: one id list per prompt and return sequence. An end token is part of its sequence. With
+        return_logprobs: a `Generation`.
     Raises:
         TypeError, ValueError: see `GenerationConfig` and `read_prompts`.  RuntimeError: the logits hold nan.
     """
@@ -106,35 +106,42 @@ def generate(
     given, config = read_prompts(ids, mask, model, config)
     prompts, apart, config = given.rows, config.seed is None, config.with_seed()
     stopping = Stopping(config, tokenizer)
-    if streamer is not None and (len(prompts) * config.num_return_sequences > 1 or config.num_beams > 1):
-        raise ValueError(
-            f"generate: streamer with {len(prompts)} prompts, num_return_sequences={config.num_return_sequences}, "
-            f"num_beams={config.num_beams}; it follows one sequence - use gptfast.generation.stream for several"
-        )
-    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-        raise TypeError(f"generate: streamer is a {type(streamer).__name__}; expected an object with put and end")
+    if streamer is not None:
+        _check_streamer(streamer, len(prompts), config)
     if assistant_model is not None:
         check_assistant(assistant_model, model, config)
+    scores: list[float] | None = None
     if config.num_beams > 1:
-        rows, scores = beam_search(model, prompts, config, stopping, apart)
+        runner = model.runner(len(prompts) * config.num_beams, max(map(len, prompts)) + config.max_new_tokens)
+        texts, scores = beam_search(runner, prompts, config, stopping, apart)
         copies = [prompt for prompt in prompts for _ in range(config.num_return_sequences)]
-        logprobs = [score(model, row, len(p)) for row, p in zip(rows, copies, strict=True)] if return_logprobs else []
+        logprobs = [score(runner, t, len(p)) for t, p in zip(texts, copies, strict=True)] if return_logprobs else []
     else:
-        requests = _requests(prompts, config, stopping, apart, logprobs=return_logprobs)
+        requests = _requests(prompts, config, tokenizer, apart, logprobs=return_logprobs)
         logprobs = _run(model, requests, assistant_model, streamer)
-        rows, scores = [row.tokens for request in requests for row in request.rows], None
-    sequences = given.returned(rows, config)
+        texts = [sequence.tokens for request in requests for sequence in request.sequences]
+    sequences = given.returned(texts, config)
     return Generation(sequences, logprobs, scores) if return_logprobs else sequences
 
 
+def _check_streamer(streamer: Any, prompts: int, config: GenerationConfig) -> None:
+    if prompts * config.num_return_sequences > 1 or config.num_beams > 1:
+        raise ValueError(
+            f"generate: streamer with {prompts} prompts, num_return_sequences={config.num_return_sequences}, "
+            f"num_beams={config.num_beams}; it follows one sequence - use gptfast.generation.stream for several"
+        )
+    if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(f"generate: streamer is a {type(streamer).__name__}; expected an object with put and end")
+
+
 def _requests(
-    prompts: list[list[int]], config: GenerationConfig, stopping: Stopping, apart: bool, **told: Any
+    prompts: list[list[int]], config: GenerationConfig, tokenizer: Any, apart: bool, **fields: Any
 ) -> list[Request]:
-    """A request for each prompt. `apart`: nobody named the seed, and equal prompts get different draws."""
+    """A request for each prompt. apart: the seed was drawn, not given, and equal prompts get different streams."""
     copies = config.num_return_sequences
     firsts = [n * copies if apart else 0 for n in range(len(prompts))]
     return [
-        Request(prompt, config, stopping, first_stream=first, **told)
+        Request(prompt, config, tokenizer, first_stream=first, **fields)
         for prompt, first in zip(prompts, firsts, strict=True)
     ]
 
@@ -142,29 +149,25 @@ def _requests(
 def _run(
     model: LanguageModel, requests: list[Request], assistant: LanguageModel | None, streamer: Streamer | None
 ) -> list[list[float]]:
-    """Run the requests to their end; returns the log-probabilities of the new tokens of each row, where asked for."""
-    if assistant is None and streamer is None and cuda_graphs.takes(model, requests):
-        cuda_graphs.run(model, requests)
-        _raise_error(requests)
-        return []
+    """Run the requests to their end; returns the log-probabilities of the new tokens of each sequence, if asked for."""
     scheduler = _scheduler(model, requests, assistant)
     if streamer is not None:
         streamer.put(torch.tensor([requests[0].prompt], dtype=torch.int64, device="cpu"))
     logprobs: dict[tuple[int, int], list[float]] = {}
     while scheduler.waiting or scheduler.running:
-        for token in scheduler.step():
+        for token in scheduler.step(1 if streamer is not None else STEPS_PER_CALL):
             if token.logprob is not None:
-                logprobs.setdefault((id(token.request), token.stream), []).append(token.logprob)
+                logprobs.setdefault((id(token.request), token.index), []).append(token.logprob)
             if streamer is not None:
                 streamer.put(torch.tensor([token.id], dtype=torch.int64, device="cpu"))
         _raise_error(requests)
     if streamer is not None:
         streamer.end()
-    return [logprobs.get((id(request), row.stream), []) for request in requests for row in request.rows]
+    return [logprobs.get((id(request), s.index), []) for request in requests for s in request.sequences]
 
 
 def _scheduler(model: LanguageModel, requests: list[Request], assistant: LanguageModel | None) -> Scheduler:
-    """One that runs all of them at once, in as many steps as the longest takes."""
+    """A scheduler that runs all of the requests at once."""
     config = requests[0].config
     longest = max(len(request.prompt) for request in requests) + config.max_new_tokens
     scheduler = Scheduler(
@@ -194,15 +197,14 @@ def stream(
     top: int = 0,
     **options: Any,
 ) -> Iterator[Step]:
-    """As `generate` without beams, yielding each step when it is made. The arguments are checked at once.
+    """Generate as `generate` does, without beams, and yield each step. The arguments are checked at once.
 
     Args:
-        model: a GPT, which runs in torch, or on a CPU sooner `gptfast.engine.engine_for(model) or model`.
-        ids, tokenizer, assistant_model, options: as in `generate`.
-        logprobs: whether each Step tells the log-probabilities of its tokens.
-        top: how many of the most likely next tokens each Step tells.
+        model, ids, tokenizer, assistant_model, options: as in `generate`.
+        logprobs: whether each Step holds the log-probabilities of its tokens.
+        top: how many of the most likely next tokens each Step holds.
     Returns:
-        An iterator of one `Step` per position, until every row has ended.
+        An iterator of one `Step` per position, until every sequence has ended.
     Raises:
         TypeError, ValueError: as `generate`.
     """
@@ -213,25 +215,24 @@ def stream(
     check_top("stream", top)
     given, config = read_prompts(ids, mask, model, config)
     prompts, apart, config = given.rows, config.seed is None, config.with_seed()
-    stopping = Stopping(config, tokenizer)
     if assistant_model is not None:
         check_assistant(assistant_model, model, config)
-    told = {"logprobs": logprobs, "top": top, "top_temperature": config.temperature or 1.0}
-    requests = _requests(prompts, config, stopping, apart, **told)
+    wanted = {"logprobs": logprobs, "top": top, "top_temperature": config.temperature or 1.0}
+    requests = _requests(prompts, config, tokenizer, apart, **wanted)
     return _steps(model, requests, assistant_model)
 
 
 def _steps(model: LanguageModel, requests: list[Request], assistant: LanguageModel | None) -> Iterator[Step]:
     scheduler = _scheduler(model, requests, assistant)
-    rows = [(request, n) for request in requests for n in range(request.config.num_return_sequences)]
-    made: dict[tuple[int, int], deque[Token]] = {(id(request), n): deque() for request, n in rows}
+    places = [(request, n) for request in requests for n in range(request.config.num_return_sequences)]
+    made: dict[tuple[int, int], deque[Token]] = {(id(request), n): deque() for request, n in places}
     wants_logprobs, wants_top = requests[0].logprobs, requests[0].top
     while True:
-        while not all(made[id(request), n] or _ended(request, n) for request, n in rows):
+        while not all(made[id(request), n] or _has_ended(request, n) for request, n in places):
             for token in scheduler.step():
-                made[id(token.request), token.stream].append(token)
+                made[id(token.request), token.index].append(token)
             _raise_error(requests)
-        tokens = [made[id(request), n].popleft() if made[id(request), n] else None for request, n in rows]
+        tokens = [made[id(request), n].popleft() if made[id(request), n] else None for request, n in places]
         if not any(tokens):
             return
         yield Step(
@@ -241,5 +242,5 @@ def _steps(model: LanguageModel, requests: list[Request], assistant: LanguageMod
         )
 
 
-def _ended(request: Request, stream: int) -> bool:
-    return bool(request.rows) and request.rows[stream].finish is not None
+def _has_ended(request: Request, n: int) -> bool:
+    return bool(request.sequences) and request.sequences[n].finish is not None

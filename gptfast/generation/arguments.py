@@ -1,4 +1,4 @@
-"""The arguments of `generate` and `stream` in the names and forms that callers bring from transformers and nanoGPT."""
+"""Arguments of `generate` and `stream` as users of transformers and nanoGPT write them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from gptfast.nn.inputs import refuse
 
-UNUSED = ("use_cache",)  # it does not change the text
+UNUSED = ("use_cache",)  # ignored: it does not change the text
 _LOGPROBS = "return_logprobs=True returns the log-probabilities of the new tokens, and the scores of beams"
 _CHANGE = "logit_bias, suppress_tokens, the penalties and no_repeat_ngram_size change scores; for others choose tokens yourself"
 _CACHE = "a call keeps keys and values by itself; gptfast.generation.Scheduler runs many requests"
@@ -48,13 +48,13 @@ REFUSED = {
 
 
 def unpack(ids: Any, given: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """(the prompts, their attention_mask or None, the other options).
+    """Split the arguments of a call into (prompts, attention_mask or None, other options).
 
     Args:
-        ids: the prompts, a mapping with "input_ids" (a BatchEncoding, say), or None where they are among `given`.
-        given: all keywords of the call.
+        ids: the prompts, a mapping with "input_ids" such as a BatchEncoding, or None where they are in `given`.
+        given: all keyword arguments of the call.
     Raises:
-        TypeError: prompts twice, or an argument of transformers that is not taken; the message tells what is instead.
+        TypeError: prompts given twice, or an argument of transformers that is not supported; the message says what to use.
     """
     options = {name: value for name, value in given.items() if name not in UNUSED}
     for name in ("input_ids", "inputs"):

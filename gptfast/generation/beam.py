@@ -10,21 +10,21 @@ from torch import Tensor
 
 from gptfast import rng
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.runner import LanguageModel, Sequences, beside
+from gptfast.generation.runner import Runner, single_threaded_torch
 from gptfast.generation.sampling import NAN, NOTHING_LEFT, cut_vocabulary, processors, warp
 from gptfast.generation.stopping import Stopping
 
-NEVER = -math.inf  # the score of a beam that is not there
-BLOCK = 256  # tokens of which `largest` looks at the best first
+NEVER = -math.inf  # score of a beam that does not exist
+BLOCK = 256  # scores of a block, of which `largest` compares the maxima first
 
 
 @dataclass
 class Group:
     """The search of K beams from one prompt.
 
-    first_stream: of the noise of its beams, where these are drawn.
+    first_stream: Philox stream of the noise of the first beam; used where beams are sampled.
     running: K sequences (new tokens only), best first, with their log-probabilities in `scores`.
-    taken: the last tokens of the best K that no end token or stop string has ended.
+    taken: last tokens of the best K beams that have not ended.
     ended: at most K (score, new tokens), best first; the score is log-probability / length ** length_penalty.
     """
 
@@ -41,13 +41,14 @@ class Group:
 
     def __post_init__(self) -> None:
         self.running = [[] for _ in range(self.K)]
-        self.scores = [0.0] + [NEVER] * (self.K - 1)  # all beams start equal: only one of them counts
+        self.scores = [0.0] + [NEVER] * (self.K - 1)  # all beams are equal at the start: only one counts
 
     def advance(self, logprobs: Tensor, taken: list[int]) -> list[int]:
-        """Extend the beams by the next token's log-probabilities (K, V); returns the beam each new one comes from.
+        """Extend the beams by one token; returns for each new beam the number of the beam it continues.
 
         Args:
-            taken: the tokens that beams of earlier groups took in this step; each makes its token less likely.
+            logprobs: log-probabilities of the next token of each beam, (K, V).
+            taken: tokens that beams of earlier groups took in this step; each makes its token less likely.
         """
         V, length = logprobs.shape[-1], len(self.running[0]) + 1
         candidates = self._candidates(self._process(logprobs, taken))
@@ -66,8 +67,10 @@ class Group:
             elif rank < self.K and not full:
                 ended.append((score / length**self.config.length_penalty, sequence))
         self.ended = sorted(self.ended + ended, key=lambda e: e[0], reverse=True)[: self.K]
-        running = sorted(running, key=lambda r: r[0], reverse=True)[: self.K]  # drawn ones come in the order of drawing
-        if running:  # stop strings may have ended more beams than the candidates make up for
+        running = sorted(running, key=lambda r: r[0], reverse=True)[
+            : self.K
+        ]  # sampled ones are in order of score + noise
+        if running:  # stop strings may end more beams than there are spare candidates
             running += [(NEVER, *running[0][1:])] * (self.K - len(running))
         self.taken = taken_now[: self.K]
         self.done = not running or not self._may_improve(running[0][0], length)
@@ -76,7 +79,7 @@ class Group:
         return [beam for _, beam, _ in running]
 
     def _process(self, scores: Tensor, taken: list[int]) -> Tensor:
-        """Log-probabilities (K, V) after everything that changes them."""
+        """Log-probabilities (K, V) after all processors."""
         scores = cut_vocabulary(scores, self.config)
         if taken:
             counts = torch.bincount(torch.tensor(taken, dtype=torch.int64, device="cpu"), minlength=scores.shape[-1])
@@ -89,9 +92,9 @@ class Group:
         return warp(scores, self.config, least=max(2, 1 + len(self.config.eos_ids))) if self.config.draws else scores
 
     def _candidates(self, logprobs: Tensor) -> list[tuple[float, int]]:
-        """(score, beam * V + token) of enough extensions to go on with if the best K all end: the best, or drawn ones.
+        """(score, beam * V + token) of the best extensions, or of sampled ones; enough of them if the best K all end.
 
-        Those with the largest score + Gumbel noise are a draw without replacement (Kool et al., arXiv 1903.06059).
+        Those with the largest score + Gumbel noise are a sample without replacement (Kool et al., arXiv 1903.06059).
         """
         noisy, V = logprobs, logprobs.shape[-1]
         if self.config.draws:
@@ -100,7 +103,7 @@ class Group:
             noisy = logprobs + rng.gumbel_noise(V, self.config.seed or 0, position, self.first_stream + beams)
         scores = torch.tensor(self.scores, dtype=torch.float32, device="cpu")[:, None]
         keep = min(max(2, 1 + len(self.config.eos_ids)) * self.K, logprobs.numel())
-        tokens = largest(noisy, min(keep, V))  # (K, keep): of each beam, as if all came from it
+        tokens = largest(noisy, min(keep, V))  # (K, keep): the best of each beam
         best = (noisy.gather(1, tokens) + scores).flatten().topk(keep).indices
         total = (logprobs.gather(1, tokens) + scores).flatten()[best]
         places = (tokens + V * torch.arange(self.K, device="cpu")[:, None]).flatten()[best]
@@ -121,30 +124,30 @@ class Group:
 
 @dataclass
 class Search:
-    """The search from one prompt: its groups, each with as many rows of the model's sequences as it has beams."""
+    """The search from one prompt: groups of beams, and a slot of the runner for each beam."""
 
     groups: list[Group]
-    rows: list[int]  # of the groups that are not done, in order
+    slots: list[int]  # of the groups that are not done, in order
 
-    def advance(self, logprobs: Tensor, sequences: Sequences) -> None:
-        """One step of the groups that are not done, from the log-probabilities of all their rows."""
+    def advance(self, logprobs: Tensor, runner: Runner) -> None:
+        """One step of the groups that are not done, from the log-probabilities of all their beams."""
         taken: list[int] = []
         going, kept, K = [group for group in self.groups if not group.done], [], self.groups[0].K
         for n, group in enumerate(going):
-            rows = self.rows[n * K : (n + 1) * K]
+            slots = self.slots[n * K : (n + 1) * K]
             parents = group.advance(logprobs[n * K : (n + 1) * K], taken)
             if group.done:
-                for row in rows:
-                    sequences.release(row)
+                for slot in slots:
+                    runner.free(slot)
             else:
-                sequences.reorder(rows, [rows[parent] for parent in parents])
-                kept += rows
+                runner.copy(slots, [slots[parent] for parent in parents])
+                kept += slots
             taken += group.taken
-        self.rows = kept
+        self.slots = kept
 
     @property
     def last(self) -> list[int]:
-        """The last token of each row."""
+        """The last token of each running beam."""
         return [sequence[-1] for group in self.groups if not group.done for sequence in group.running]
 
     def best(self, count: int) -> list[tuple[float, list[int]]]:
@@ -154,52 +157,51 @@ class Search:
 
 
 def beam_search(
-    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping, apart: bool = False
+    runner: Runner, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping, apart: bool = False
 ) -> tuple[list[list[int]], list[float]]:
     """The best `num_return_sequences` continuations of each prompt: prompt and new tokens, and their scores.
 
-    apart: equal prompts get different draws.
+    Each step takes the 2 K best extensions of a prompt's K beams (more with several end tokens). Those of the first K that
+    end are kept with their normalised score, and the best K of the others are the next beams.
 
-    Each step takes the 2 K best extensions of a prompt's K beams (more with several end tokens); those of the first K
-    that end are kept by their normalised score, and the best K that go on are the next beams.
+    Args:
+        runner: with num_beams free slots per prompt; all of them are free again afterwards.
+        apart: equal prompts get different noise.
     """
-    searches, logits, sequences = _start(model, prompts, config, stopping, apart)
+    searches, logits = _start(runner, prompts, config, stopping, apart)
     while True:
-        with beside(sequences):
-            logprobs = _logprobs(logits).split([len(search.rows) for search in searches])
+        with single_threaded_torch(runner):
+            logprobs = _logprobs(logits).split([len(search.slots) for search in searches])
             for search, part in zip(searches, logprobs, strict=True):
-                search.advance(part, sequences)
-        rows = [row for search in searches for row in search.rows]
-        if not rows:
+                search.advance(part, runner)
+        slots = [slot for search in searches for slot in search.slots]
+        if not slots:
             break
-        logits = sequences.extend(rows, [[token] for search in searches for token in search.last])
+        logits = runner.extend(slots, [[token] for search in searches for token in search.last])
     for search in searches:
         if search.best(1)[0][0] == NEVER:
             raise RuntimeError(NOTHING_LEFT)
     found = [
         (s, search.groups[0].prompt + new) for search in searches for s, new in search.best(config.num_return_sequences)
     ]
-    return [row for _, row in found], [score for score, _ in found]
+    return [tokens for _, tokens in found], [score for score, _ in found]
 
 
 def _start(
-    model: LanguageModel, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping, apart: bool
-) -> tuple[list[Search], Tensor, Sequences]:
-    """Read every prompt once; returns the searches, the logits of all their rows, and the rows' sequences."""
+    runner: Runner, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping, apart: bool
+) -> tuple[list[Search], Tensor]:
+    """Read every prompt once; returns the searches, and the logits of all their beams."""
     K, groups = config.num_beams, config.num_beam_groups
-    longest = max(map(len, prompts)) + config.max_new_tokens
-    sequences = model.sequences(len(prompts) * K, longest)
     searches, logits = [], []
     for n, prompt in enumerate(prompts):
-        row, first = sequences.add()[0], n * K if apart else 0
-        logits += [sequences.extend([row], [prompt])] * K
-        rows = [row, *sequences.add(K - 1, like=row)]
-        searches.append(Search([Group(K // groups, prompt, config, stopping, first) for _ in range(groups)], rows))
-    return searches, torch.cat(logits), sequences
+        slot, first = runner.allocate()[0], n * K if apart else 0
+        logits += [runner.extend([slot], [prompt])] * K
+        slots = [slot, *runner.fork(slot, K - 1)]
+        searches.append(Search([Group(K // groups, prompt, config, stopping, first) for _ in range(groups)], slots))
+    return searches, torch.cat(logits)
 
 
-def _logprobs(logits: Tensor | list[Tensor]) -> Tensor:
-    assert isinstance(logits, Tensor)  # one row of logits per sequence
+def _logprobs(logits: Tensor) -> Tensor:
     logprobs = logits.log_softmax(-1).cpu()
     if logprobs[:, 0].isnan().any():  # one nan makes all of its row nan
         raise RuntimeError(NAN)

@@ -1,4 +1,4 @@
-"""Checks of single values of a `GenerationConfig`."""
+"""Checks of the values of a `GenerationConfig`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts: read in every form, and checked.  B rows, T positions."""
+"""Prompts: conversion from the forms that callers use, and checks.  B prompts, T positions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from gptfast.generation.runner import LanguageModel
 class Prompts:
     """The prompts of a call.
 
-    rows: what the model reads of each.
-    given: each as it came, with its padding.
-    device: of the tensor in which they came; None: they came otherwise.
+    rows: the tokens of each prompt, without padding.
+    given: each prompt as it was given, with its padding.
+    device: device of the tensor that held them; None: they were not in a tensor.
     """
 
     rows: list[list[int]]
@@ -28,9 +28,12 @@ class Prompts:
     device: torch.device | None
 
     def returned(self, texts: list[list[int]], config: GenerationConfig) -> Any:
-        """Texts (equally many of each prompt, one after another) in the form of the prompts, with the padding of these.
+        """The texts in the form of the prompts: a tensor, or id lists; with the padding of the prompts.
 
-        A tensor is (texts, longest), those that ended filled up with pad_token_id, or the first end token.
+        Args:
+            texts: prompt and new tokens; the same number for each prompt, one after another.
+        Returns:
+            (texts, longest) int64 with shorter texts filled with pad_token_id, or the first end token; or id lists.
         """
         copies = len(texts) // len(self.rows)
         whole = [
@@ -48,17 +51,17 @@ class Prompts:
 def read_prompts(
     ids: Any, mask: Any, model: LanguageModel, config: GenerationConfig
 ) -> tuple[Prompts, GenerationConfig]:
-    """The prompts, and the config with what they decide (see `GenerationConfig.with_room`).
+    """Read the prompts of a call; returns them, and the config with its max_new_tokens (`GenerationConfig.with_room`).
 
     Args:
         ids: (B, T) or (T,) integer tensor or numpy array, a list of id lists (or 1-D tensors or arrays) of any lengths,
             or one list of ids.
-        mask: None, or shaped as ids: 0 where these are padding, 1 else. Without one, `pad_token_id` at the ends of the rows
-            of a (B, T) tensor or array is padding, if there are end tokens and it is none.
-        model: whose vocabulary and block_size they must fit.
+        mask: shaped as ids: 0 for padding, 1 otherwise. None: in a (B, T) tensor or array, `pad_token_id` at both ends of a
+            row is padding, if there are end tokens and it is none of them.
+        model: its vocabulary and block_size are checked.
         config: see `check_prompt`.
     Raises:
-        TypeError, ValueError: not that, empty, outside the vocabulary, or too long.
+        TypeError, ValueError: another type, no prompts, ids outside the vocabulary, or prompts that are too long.
     """
     given = [read_prompt(f" {n}", row) for n, row in enumerate(_split("ids", ids))]
     if not given:
@@ -77,7 +80,7 @@ def read_prompts(
 
 
 def _without_padding(given: list[list[int]], mask: Any) -> list[list[int]]:
-    """What of each row the mask shows."""
+    """The tokens of each prompt whose mask is 1."""
     shown = [
         row.tolist() if _is_array(row) else row for row in _split("attention_mask", mask, ("int", "uin", "flo", "boo"))
     ]
@@ -98,7 +101,7 @@ def _without_padding(given: list[list[int]], mask: Any) -> list[list[int]]:
 
 
 def _stripped(row: list[int], pad: int) -> list[int]:
-    """A row without padding at its ends; one of nothing else as it is."""
+    """A row without padding at its ends; unchanged if it is nothing but padding."""
     counts = [n for n, token in enumerate(row) if token != pad]
     return row[counts[0] : counts[-1] + 1] if counts else row
 
@@ -119,31 +122,37 @@ def _split(name: str, ids: Any, dtypes: tuple[str, ...] = ("int", "uin")) -> Seq
 
 
 def _is_array(ids: Any) -> bool:
-    """A tensor or a numpy array; numpy itself need not be there."""
+    """Whether that is a tensor or a numpy array; without importing numpy."""
     return hasattr(ids, "tolist") and hasattr(ids, "dtype")
 
 
-def read_prompt(which: str, row: Any) -> list[int]:
-    """One prompt as a list of ids, which are not checked. `which`: as in `check_prompt`."""
+def read_prompt(label: str, row: Any) -> list[int]:
+    """One prompt as a list of ids. Their range is not checked.
+
+    Args:
+        label: as in `check_prompt`.
+        row: a list, 1-D tensor or array of integers.
+    """
     row = row.tolist() if _is_array(row) else row
     if not isinstance(row, Sequence):
-        raise TypeError(f"generate: prompt{which} is {row!r}; expected a list of token ids")
+        raise TypeError(f"generate: prompt{label} is {row!r}; expected a list of token ids")
     for token in row:
         if not isinstance(token, Integral) or isinstance(token, bool):
-            raise TypeError(f"generate: prompt{which} holds {token!r}; expected int token ids - encode the text first")
+            raise TypeError(f"generate: prompt{label} holds {token!r}; expected int token ids - encode the text first")
     return [int(token) for token in row]
 
 
-def check_prompt(which: str, row: Sequence[int], V: int, limit: int, config: GenerationConfig) -> None:
-    """A prompt and the ids of `config` fit the vocabulary, and the new tokens fit behind the prompt (or slide).
+def check_prompt(label: str, row: Sequence[int], V: int, limit: int, config: GenerationConfig) -> None:
+    """Check that a prompt and the ids of `config` fit the vocabulary, and that the new tokens fit behind the prompt.
 
     Args:
-        which: " 3", to name one prompt of several; "": there is one.
-        row: its ids.
-        V, limit: the size of the vocabulary and the most positions.
-        config: see above.
+        label: inserted into error messages, e.g. " 3" for the fourth prompt; "" for the only one.
+        row: token ids of the prompt.
+        V: size of the vocabulary.
+        limit: largest number of positions; overflow="slide" allows more.
+        config: the options of the prompt.
     Raises:
-        TypeError, ValueError: they do not.
+        TypeError, ValueError: they do not fit.
     """
     for name, tokens in (
         ("eos_token_id is", config.eos_ids),
@@ -162,25 +171,25 @@ def check_prompt(which: str, row: Sequence[int], V: int, limit: int, config: Gen
         )
     if not row:
         raise ValueError(
-            f"generate: prompt{which} is empty; give at least one token, such as the end-of-text token or a newline"
+            f"generate: prompt{label} is empty; give at least one token, such as the end-of-text token or a newline"
         )
-    check_ids(which, row, V)
+    check_ids(label, row, V)
     wanted = len(row) + config.max_new_tokens
     if wanted > limit and config.overflow == "error":
         asked = f"max_new_tokens is {config.max_new_tokens}"
         asked += f" (max_length is {config.max_length})" if config.max_length else ""
         raise ValueError(
-            f"generate: prompt{which} has {len(row)} tokens and {asked}, together {wanted}, but block_size is {limit}; "
+            f"generate: prompt{label} has {len(row)} tokens and {asked}, together {wanted}, but block_size is {limit}; "
             f"{_remedy(len(row), limit, config.max_new_tokens)}"
         )
 
 
-def check_ids(which: str, row: Sequence[int], V: int) -> None:
+def check_ids(label: str, row: Sequence[int], V: int) -> None:
     """Raise ValueError for a token id outside [0, V)."""
     for token in row:
         if not 0 <= token < V:
             raise ValueError(
-                f"generate: prompt{which} holds token id {token}; expected ids in [0, {V}), the vocabulary of this model "
+                f"generate: prompt{label} holds token id {token}; expected ids in [0, {V}), the vocabulary of this model "
                 "- was the text encoded with another tokenizer?"
             )
 

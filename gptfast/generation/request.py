@@ -1,83 +1,127 @@
-"""What a `Scheduler` runs: requests, their return sequences, and the tokens that these get."""
+"""Requests, the sequences that they ask for, and the tokens that these get."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from gptfast.generation.config import GenerationConfig
+from gptfast.generation.sampling import SamplingContext, needs_only_logits
 from gptfast.generation.stopping import Stopping
 
 
 @dataclass(frozen=True)
 class Token:
-    """A new token of one row.
+    """A new token of a sequence.
 
     Args:
-        request, stream: whose it is: the request, and the number of the return sequence.
+        request: the request that it belongs to.
+        index: number of the return sequence in the request.
         id: the token.
-        logprob: its log-probability under the model (before everything that changes scores), if asked for.
-        top: the most likely tokens at this place as (token, probability at `Request.top_temperature`, before everything
-            else that changes scores), best first, as many as asked for.
+        logprob: its log-probability under the model, before processors and temperature; None unless asked for.
+        top: the most likely tokens at this position as (token, probability at `Request.top_temperature`, before all other
+            processing), best first; empty unless asked for.
     """
 
     request: Request
-    stream: int
+    index: int
     id: int
     logprob: float | None
     top: list[tuple[int, float]]
 
 
 @dataclass(eq=False)
-class Row:
-    """One return sequence of a request in the making."""
+class Sequence:
+    """A return sequence that is being generated.
+
+    Args:
+        request: the request that it belongs to.
+        index: its number in the request.
+        slot: its slot in the runner; -1: none.
+        tokens: prompt and new tokens.
+        start: first token in the context; above 0 after overflow="slide".
+        finish: why it ended: "stop", "length", "cancelled" or "error"; None: it has not.
+    """
 
     request: Request
-    stream: int
-    index: int  # in Sequences; -1: in none
+    index: int
+    slot: int
     tokens: list[int]
-    start: int = 0  # the first token that the model still sees; > 0 after a slide
-    finish: str | None = None  # "stop", "length", "cancelled" or "error"
+    start: int = 0
+    finish: str | None = None
 
     @property
     def new(self) -> list[int]:
         return self.tokens[len(self.request.prompt) :]
 
     @property
-    def made(self) -> int:
+    def num_new(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def context(self) -> SamplingContext:
+        """What its next token depends on, besides the logits."""
+        request = self.request
+        stream = (request.first_stream + self.index) % 2**32
+        return SamplingContext(request.config, stream, self.tokens, len(request.prompt))
+
+    @property
+    def needs_only_logits(self) -> bool:
+        """Whether its next token can be drawn by a runner, from logits and the number of positions in its slot alone."""
+        return self.start == 0 and self.request.needs_only_logits
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt with its return sequences, as `Scheduler.submit` made it.
+    """A prompt with its options and its return sequences.
 
     Args:
-        prompt, config: what was asked for.
-        logprobs: whether `Token`s tell log-probabilities.
-        top: how many of the most likely tokens they tell.
-        top_temperature: at which temperature they do.
-        first_stream: the stream of the first return sequence, the others follow: requests with the same seed and
-            different streams are independent, and are drawn together.
-        rows: the return sequences; one until the prompt has been read.
-        error: what went wrong; None: nothing.
+        prompt: token ids.
+        config: the options.
+        tokenizer: of `gptfast.tokenizer`; for stop strings, and to exclude ids that have no text.
+        logprobs: whether each `Token` holds its log-probability.
+        top: how many of the most likely tokens each `Token` holds.
+        top_temperature: the temperature of their probabilities.
+        first_stream: Philox stream of the first return sequence; the others follow. Requests with the same seed and
+            different streams are independent, and are drawn in one call.
+        sequences: the return sequences; only the first until the prompt has been read.
+        error: why the request failed; None: it has not.
+    Raises:
+        TypeError, ValueError: stop strings without a tokenizer of `gptfast.tokenizer`.
     """
 
     prompt: list[int]
     config: GenerationConfig
-    stopping: Stopping
+    tokenizer: Any = None
     logprobs: bool = False
     top: int = 0
     top_temperature: float = 1.0
     first_stream: int = 0
-    rows: list[Row] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
     error: RuntimeError | None = None
+    stopping: Stopping = field(init=False)
+    needs_only_logits: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.replace_config(self.config)
+
+    def replace_config(self, config: GenerationConfig) -> None:
+        """Set the config, and what follows from it."""
+        self.config = config
+        self.stopping = Stopping(config, self.tokenizer)
+        self.needs_only_logits = needs_only_logits(config) and not (self.logprobs or self.top)
 
     @property
     def done(self) -> bool:
-        """Whether all of its return sequences have ended."""
-        return bool(self.rows) and all(row.finish for row in self.rows)
+        """Whether all return sequences have ended."""
+        return bool(self.sequences) and all(sequence.finish for sequence in self.sequences)
 
     @property
-    def open(self) -> int:
-        """How many of its return sequences have not ended."""
-        return self.config.num_return_sequences - sum(row.finish is not None for row in self.rows)
+    def num_open(self) -> int:
+        """Number of return sequences that have not ended."""
+        return self.config.num_return_sequences - sum(sequence.finish is not None for sequence in self.sequences)
+
+    def end(self, finish: str) -> None:
+        """End all return sequences that have not ended."""
+        for sequence in self.sequences:
+            sequence.finish = sequence.finish or finish

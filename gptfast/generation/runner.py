@@ -1,137 +1,161 @@
-"""Running token sequences of a model: all that a generation loop knows of it.  V vocabulary."""
+"""The interface between generation and a model: `Runner`, and the `LanguageModel` that makes one.  V vocabulary."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Literal, Protocol, overload
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from gptfast.config import GPTConfig
-
-
-class Sampling(NamedTuple):
-    """How the tokens of one row are drawn; see `gptfast.ops.sample`. vocab: among so many first ids; 0: all."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    stream: int
-    vocab: int = 0
-
-
-class Sequences(Protocol):
-    """Token sequences of one model, each a row with its keys and values."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Positions that each row holds; 0 for a row that is free."""
-        ...
-
-    @property
-    def own_threads(self) -> bool:
-        """Whether `extend` computes on threads of its own, and not on torch's."""
-        ...
-
-    def extend(self, rows: Seq[int], tokens: Seq[Seq[int]], last_only: bool = True) -> Tensor | list[Tensor]:
-        """Append tokens[i] (any number, at least one) to row rows[i]; rows are distinct.
-
-        Returns:
-            fp32 logits: (len(rows), V) of the last token of each row, or, with last_only=False, a list of
-            (len(tokens[i]), V).
-        """
-        ...
-
-    def draw(self, logits: Tensor, samplings: Seq[Sampling], positions: Seq[int]) -> list[int] | None:
-        """The tokens that `ops.sample` draws from logits, (B, V) fp32, on threads of the model's own.
-
-        Args:
-            samplings: of each row, how.
-            positions: of the tokens in their sequences.
-        Returns:
-            The tokens; -1 where a row holds nan, -2 where nothing but -inf. None: the model has no threads of its own.
-        """
-        ...
-
-    def decode(
-        self,
-        rows: Seq[int],
-        logits: Tensor,
-        *,
-        steps: int,
-        more: bool,
-        samplings: Seq[Sampling],
-        ends: Seq[int],
-    ) -> list[list[int]] | None:
-        """Draw `steps` tokens for each of the rows, fewer behind one of `ends` or an `interrupt`, and append all but the
-        last (`more`: the last too).
-
-        Args:
-            logits: as `extend` returned them for these rows; they are written over.
-            samplings: of each row, how.
-        Returns:
-            As `draw`, of each row; a draw that fails is the last for all.
-        """
-        ...
-
-    def interrupt(self) -> None:
-        """From any thread: a `decode` that runs now, or the next one, ends behind its next token."""
-        ...
-
-    def add(self, count: int = 1, like: int | None = None) -> list[int]:
-        """Make rows: empty ones, or copies of row `like`. Returns their numbers.
-
-        Raises:
-            RuntimeError: there is no room.
-        """
-        ...
-
-    def reorder(self, rows: Seq[int], sources: Seq[int]) -> None:
-        """Row rows[i] becomes a copy of what row sources[i] was before the call."""
-        ...
-
-    def truncate(self, row: int, length: int) -> None:
-        """Forget what lies behind the first `length` positions of a row."""
-        ...
-
-    def release(self, row: int) -> None:
-        """Free a row; its number may be given out again."""
-        ...
+from gptfast.config import GPTConfig
+from gptfast.generation.sampling import SamplingParams, sample_rows
 
 
 class LanguageModel(Protocol):
-    """What can generate: `GPT`, or a compiled engine."""
+    """What generation needs of a model: `GPT`, `CompiledGPT`, or a `Runner`."""
 
     @property
     def config(self) -> GPTConfig:
-        """Of which generation reads vocab_size and block_size."""
+        """Generation reads vocab_size and block_size."""
         ...
 
-    def sequences(self, capacity_rows: int, max_len: int) -> Sequences:
-        """Room for `capacity_rows` rows of at most `max_len` positions each."""
+    def runner(self, max_slots: int, max_len: int) -> Runner:
+        """The fastest runner that can run the model as it is now.
+
+        Args:
+            max_slots: number of sequences at a time.
+            max_len: number of positions of a sequence, at most block_size.
+        """
         ...
+
+
+class Runner(ABC):
+    """Runs a model on sequences: each occupies a slot, with the keys and values of its tokens.
+
+    A runner is for the model as it was when the runner was made: its weights, its modules, the backend that was chosen.
+    `EngineRunner` has a copy of the weights. `TorchRunner` and `CudaGraphRunner` read the model's own, so change these only
+    between runs; for a model that has changed make a new runner.
+
+    Slots are small integers that `allocate` and `fork` return. Several threads may call a runner; calls take turns.
+
+    config: of the model.
+    own_threads: whether the model computes on its own threads instead of torch's.
+    """
+
+    config: GPTConfig
+    own_threads = False
+
+    @property
+    @abstractmethod
+    def lengths(self) -> list[int]:
+        """Number of positions in each slot; 0 for a free slot."""
+
+    @abstractmethod
+    def allocate(self, count: int = 1) -> list[int]:
+        """Take `count` empty slots.
+
+        Raises:
+            RuntimeError: fewer are free.
+        """
+
+    @abstractmethod
+    def fork(self, slot: int, count: int) -> list[int]:
+        """Take `count` slots that hold copies of `slot`.
+
+        Raises:
+            RuntimeError: fewer are free.  ValueError: `slot` is not in use.
+        """
+
+    @abstractmethod
+    def copy(self, slots: Sequence[int], sources: Sequence[int]) -> None:
+        """Make slots[i] a copy of what sources[i] was before the call. slots: distinct; both: in use."""
+
+    @abstractmethod
+    def truncate(self, slot: int, length: int) -> None:
+        """Keep the first `length` positions of a slot."""
+
+    @abstractmethod
+    def free(self, slot: int) -> None:
+        """Give a slot back."""
+
+    @overload
+    def extend(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], last_only: Literal[True] = True
+    ) -> Tensor: ...
+
+    @overload
+    def extend(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], last_only: Literal[False]
+    ) -> list[Tensor]: ...
+
+    @abstractmethod
+    def extend(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], last_only: bool = True
+    ) -> Tensor | list[Tensor]:
+        """Append tokens[i], at least one token, to slots[i].
+
+        Args:
+            slots: distinct slots in use.
+            last_only: return the logits of the last token of each slot only.
+        Returns:
+            fp32 logits: (len(slots), V), or with last_only=False a list of (len(tokens[i]), V). The caller may keep them.
+        Raises:
+            ValueError: a slot that is not in use or is full, no tokens, or ids outside the vocabulary.
+        """
+
+    @abstractmethod
+    def runner(self, max_slots: int, max_len: int) -> Runner:
+        """Another runner for the same model with the same weights, so that a runner is itself a `LanguageModel`."""
+
+    def sample(self, logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+        """Draw a token from each row of logits, (B, V) fp32; see `sample_rows`."""
+        return sample_rows(logits, params, positions)
+
+    def decode_steps(
+        self,
+        slots: Sequence[int],
+        logits: Tensor,
+        max_tokens: int,
+        params: Sequence[SamplingParams],
+        stop_ids: Sequence[int] = (),
+    ) -> list[list[int]]:
+        """Draw 1 to `max_tokens` tokens for each slot, and append all but the last of each.
+
+        This draws one. Runners that can draw several without returning to Python override it.
+
+        Args:
+            slots: distinct slots in use.
+            logits: what `extend` returned for these slots; may be overwritten.
+            max_tokens: at least 1.
+            params: sampling parameters of each slot; positions are the lengths of the slots.
+            stop_ids: tokens after which a slot gets no more.
+        Returns:
+            The new tokens of each slot. The last may be a key of `SAMPLING_ERRORS`; other slots may then get fewer.
+        """
+        lengths = self.lengths
+        return [[token] for token in self.sample(logits, params, [lengths[slot] for slot in slots])]
+
+    def interrupt(self) -> None:  # noqa: B027 (one token a call leaves nothing to interrupt)
+        """Thread-safe: make a running `decode_steps`, or the next one, return after its current token, if it draws many."""
 
 
 @contextmanager
-def beside(sequences: Sequences) -> Iterator[None]:
-    """For torch's work on logits between two steps: on one thread where the model has threads of its own.
+def single_threaded_torch(runner: Runner) -> Iterator[None]:
+    """Limit torch to one thread inside, if the runner has its own threads.
 
-    After an op that torch shares out among its OpenMP threads, these spin for up to hundreds of milliseconds on cores
-    that the model's threads need. (A thread that first uses torch meanwhile takes over that it has one thread; see
-    `usual_threads`.)
+    After a parallel op torch's OpenMP threads spin for up to hundreds of milliseconds, on cores that the runner's threads
+    need. torch's limit is global; see `torch_num_threads` for threads that start inside.
     """
-    global _before
+    global _unlimited
     threads = torch.get_num_threads()
-    if threads == 1 or not sequences.own_threads:
+    if threads == 1 or not runner.own_threads:
         yield
         return
-    _before = threads
+    _unlimited = threads
     torch.set_num_threads(1)
     try:
         yield
@@ -139,11 +163,11 @@ def beside(sequences: Sequences) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-_before = 0  # how many threads torch had when `beside` last took them away; 0: it never did
+_unlimited = 0  # torch's thread count when `single_threaded_torch` last limited it; 0: never
 
 
-def usual_threads() -> int:
-    """How many threads torch has when no `beside` is running: what a thread was told inside one is not believed."""
-    if _before and threading.current_thread() is not threading.main_thread():
-        return _before
+def torch_num_threads() -> int:
+    """torch's thread count outside `single_threaded_torch`: a thread that first uses torch inside it inherits the limit."""
+    if _unlimited and threading.current_thread() is not threading.main_thread():
+        return _unlimited
     return torch.get_num_threads()

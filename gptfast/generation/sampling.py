@@ -1,6 +1,8 @@
-"""The next token of each row: changes of the scores, and the draw.  B rows, V vocabulary.
+"""Sampling: the next token of each sequence from its logits.  B rows of logits, V vocabulary.
 
-Names, meanings and order are those of transformers' logits processors, the presence and frequency penalties OpenAI's.
+Processors change the logits first. Their names, meanings and order are those of transformers' logits processors; the
+presence and frequency penalties are OpenAI's. `sample_rows` then draws the tokens with `ops.sample`. A new processor goes
+into `processors`, with a field of `GenerationConfig`.
 """
 
 from __future__ import annotations
@@ -9,76 +11,106 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gptfast import ops
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.runner import Sampling, Sequences
 from gptfast.ops.reference import kept_tokens
 
 NAN = "generate: the logits hold nan - look for an overflow in the model"
 NOTHING_LEFT = "generate: no token is left to choose, all are excluded - relax no_repeat_ngram_size or logit_bias"
-FAULTS = {-1: NAN, -2: NOTHING_LEFT}  # what a draw gives where there is no token
+SAMPLING_ERRORS = {-1: NAN, -2: NOTHING_LEFT}  # error codes, which stand in the place of a token
 
-Processor = Callable[[Tensor, list[int], list[int]], Tensor]  # (V,), the prompt and the tokens behind it -> (V,)
+Processor = Callable[[Tensor, list[int], list[int]], Tensor]  # scores (V,), prompt, new tokens -> scores (V,)
+
+
+class SamplingParams(NamedTuple):
+    """How the next token of a sequence is drawn; see `gptfast.ops.sample`.
+
+    vocab: only the first `vocab` ids may be drawn; 0: all.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stream: int
+    vocab: int = 0
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a row's next token depends on, besides its logits.
+class SamplingContext:
+    """What the next token of a sequence depends on, besides its logits.
 
     Args:
-        config: how it is chosen.
-        stream: number of the return sequence.
-        tokens: the sequence so far, with its prompt.
-        prompt: how many of them are the prompt.
+        config: the options of the request.
+        stream: Philox stream of the sequence, in [0, 2**32).
+        tokens: prompt and new tokens.
+        prompt_len: number of prompt tokens.
     """
 
     config: GenerationConfig
     stream: int
     tokens: list[int]
-    prompt: int
+    prompt_len: int
+
+    @property
+    def params(self) -> SamplingParams:
+        """How the token is drawn from processed logits."""
+        config, vocab = self.config, self.config.usable_vocab
+        if not config.draws:
+            return SamplingParams(0.0, 0, 1.0, 0, self.stream, vocab)
+        if config.min_p:  # `_process` has applied temperature, top_k, top_p and min_p
+            return SamplingParams(1.0, 0, 1.0, config.seed or 0, self.stream, vocab)
+        return SamplingParams(config.temperature, config.top_k, config.top_p, config.seed or 0, self.stream, vocab)
 
 
-def choose(logits: Tensor, contexts: Sequence[Context], sequences: Sequences | None = None) -> list[int | RuntimeError]:
-    """The next token of each row, or what is wrong with its logits, (B, V) fp32.
+Sampler = Callable[[Tensor, Sequence[SamplingParams], Sequence[int]], list[int]]  # as `sample_rows`
+
+
+def choose(logits: Tensor, contexts: Sequence[SamplingContext], sample: Sampler) -> list[int | RuntimeError]:
+    """The next token of each row of logits, (B, V) fp32, or an error where there is none.
 
     Args:
-        sequences: of the model, which may draw on threads of its own.
+        sample: draws from the processed logits: `sample_rows`, or the `sample` of a runner.
     """
     scores = _process(logits, contexts)
-    samplings = [sampling_of(context) for context in contexts]
-    positions = [len(context.tokens) for context in contexts]
-    drawn = sequences.draw(scores, samplings, positions) if sequences is not None else None
-    if drawn is None:
-        drawn = _draw(scores, samplings, positions)
-    return [token if token >= 0 else RuntimeError(FAULTS[token]) for token in drawn]
+    drawn = sample(scores, [context.params for context in contexts], [len(context.tokens) for context in contexts])
+    return [token if token >= 0 else RuntimeError(SAMPLING_ERRORS[token]) for token in drawn]
 
 
-def _draw(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """As `Sequences.draw`, by `ops.sample`."""
-    vocabularies = {sampling.vocab for sampling in samplings}
+def sample_rows(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    """Draw a token from each row of logits, (B, V) fp32, with `ops.sample`: one call for all rows with equal parameters.
+
+    Args:
+        params: sampling parameters of each row.
+        positions: position of each token in its sequence.
+    Returns:
+        The tokens. A negative number is a key of `SAMPLING_ERRORS`: -1 where a row holds nan, -2 where it is all -inf.
+    """
+    vocabularies = {row.vocab for row in params}
     if len(vocabularies) > 1:
-        scores = torch.stack([_cut(row, sampling.vocab) for row, sampling in zip(scores, samplings, strict=True)])
+        logits = torch.stack([_cut(row, one.vocab) for row, one in zip(logits, params, strict=True)])
     elif vocab := vocabularies.pop():
-        scores = scores[:, :vocab]
-    drawn = [_fault(top) for top in scores.amax(-1).tolist()]
-    groups: dict[tuple[float, int, float, int], list[int]] = {}  # rows that one call can serve
-    for row, sampling in enumerate(samplings):
+        logits = logits[:, :vocab]
+    drawn = [_error_code(largest) for largest in logits.amax(-1).tolist()]
+    groups: dict[tuple[float, int, float, int], list[int]] = {}
+    for row, one in enumerate(params):
         if not drawn[row]:
-            groups.setdefault(sampling[:4], []).append(row)
+            groups.setdefault(one[:4], []).append(row)
     for (temperature, top_k, top_p, seed), rows in groups.items():
-        part = scores if len(rows) == len(samplings) else scores[rows] if len(rows) > 1 else scores[rows[0]][None]
+        part = logits if len(rows) == len(params) else logits[rows] if len(rows) > 1 else logits[rows[0]][None]
         tokens = ops.sample(
             part,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            position=_one_or_all([positions[row] for row in rows]),
-            stream=_one_or_all([samplings[row].stream for row in rows]),
+            position=_int_or_tensor([positions[row] for row in rows]),
+            stream=_int_or_tensor([params[row].stream for row in rows]),
         )
         for row, token in zip(rows, tokens.tolist(), strict=True):
             drawn[row] = token
@@ -89,53 +121,44 @@ def _cut(row: Tensor, vocab: int) -> Tensor:
     return torch.cat([row[:vocab], torch.full_like(row[vocab:], -math.inf)]) if vocab else row
 
 
-def _one_or_all(values: list[int]) -> int | Tensor:
-    """An int where it will do: every request may have a seed of its own, and tensors take longer to make and check."""
+def _error_code(largest: float) -> int:
+    return -1 if math.isnan(largest) else -2 if largest == -math.inf else 0
+
+
+def _int_or_tensor(values: list[int]) -> int | Tensor:
+    """An int for a single row: tensors take longer to make and to check, and each request may have its own seed."""
     return values[0] if len(values) == 1 else torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
-def _process(logits: Tensor, contexts: Sequence[Context]) -> Tensor:
-    """The scores to draw from, with all that `ops.sample` does not know; min_p comes with the other cuts."""
-    changes = [processors(context.config) for context in contexts]
-    cuts: dict[tuple[float, int, float, float], list[int]] = {}
-    for n, config in enumerate(context.config for context in contexts):
-        if config.draws and config.min_p:
-            cuts.setdefault((config.temperature, config.top_k, config.top_p, config.min_p), []).append(n)
-    if not any(changes) and not cuts:
-        return logits
-    scores = logits.clone()  # the caller's stay as they are
-    for n, context in enumerate(contexts):
-        for change in changes[n]:
-            scores[n] = change(scores[n], context.tokens[: context.prompt], context.tokens[context.prompt :])
-        if context.config.usable_vocab:
-            scores[n, context.config.usable_vocab :] = -math.inf
-    for rows in cuts.values():
-        part = scores[rows]
-        scores[rows] = part.where(part.isnan(), warp(part, contexts[rows[0]].config))  # nan must not be cut away
-    return scores
-
-
-def takes_logits_as_they_are(config: GenerationConfig) -> bool:
-    """Whether a draw needs nothing but logits and a `Sampling`."""
+def needs_only_logits(config: GenerationConfig) -> bool:
+    """Whether a token is drawn from the logits as they are: no option needs the earlier tokens or other scores."""
     return not (processors(config) or (config.draws and config.min_p))
 
 
-def sampling_of(context: Context) -> Sampling:
-    """How the context's next token is drawn from what `choose` has made of its logits."""
-    config, stream, vocab = context.config, context.stream, context.config.usable_vocab
-    if not config.draws:
-        return Sampling(0.0, 0, 1.0, 0, stream, vocab)
-    if config.min_p:  # `_process` has made all cuts
-        return Sampling(1.0, 0, 1.0, config.seed or 0, stream, vocab)
-    return Sampling(config.temperature, config.top_k, config.top_p, config.seed or 0, stream, vocab)
-
-
-def _fault(top: float) -> int:
-    return -1 if math.isnan(top) else -2 if top == -math.inf else 0
+def _process(logits: Tensor, contexts: Sequence[SamplingContext]) -> Tensor:
+    """The logits after all processors. min_p and the cuts that go with it are applied here, all others by `ops.sample`."""
+    changes = [processors(context.config) for context in contexts]
+    with_min_p: dict[tuple[float, int, float, float], list[int]] = {}
+    for n, config in enumerate(context.config for context in contexts):
+        if config.draws and config.min_p:
+            with_min_p.setdefault((config.temperature, config.top_k, config.top_p, config.min_p), []).append(n)
+    if not any(changes) and not with_min_p:
+        return logits
+    scores = logits.clone()  # the caller's logits stay unchanged
+    for n, context in enumerate(contexts):
+        for change in changes[n]:
+            prompt, new = context.tokens[: context.prompt_len], context.tokens[context.prompt_len :]
+            scores[n] = change(scores[n], prompt, new)
+        if context.config.usable_vocab:
+            scores[n, context.config.usable_vocab :] = -math.inf
+    for rows in with_min_p.values():
+        part = scores[rows]
+        scores[rows] = part.where(part.isnan(), warp(part, contexts[rows[0]].config))  # nan must stay visible
+    return scores
 
 
 def processors(config: GenerationConfig) -> list[Processor]:
-    """What `config` asks for, in the order in which it is applied; drawing's cuts are `warp`'s."""
+    """The processors that `config` asks for, in the order in which they are applied."""
     wanted: list[Processor] = []
     if config.logit_bias:
         tokens, values = list(config.logit_bias), list(config.logit_bias.values())
@@ -155,7 +178,7 @@ def processors(config: GenerationConfig) -> list[Processor]:
 
 
 def cut_vocabulary(scores: Tensor, config: GenerationConfig) -> Tensor:
-    """The scores, (…, V), in which ids beyond the usable vocabulary are -inf."""
+    """Scores, (…, V), with -inf for the ids beyond the usable vocabulary."""
     if not config.usable_vocab:
         return scores
     scores = scores.clone()
@@ -164,7 +187,7 @@ def cut_vocabulary(scores: Tensor, config: GenerationConfig) -> Tensor:
 
 
 def penalise(scores: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
-    """Tokens that were seen become less likely: Keskar et al., arXiv 1909.05858, section 4.1."""
+    """Make the tokens in `seen` less likely: Keskar et al., arXiv 1909.05858, section 4.1."""
     return _at(scores, list(set(seen)), lambda x: torch.where(x < 0, x * penalty, x / penalty))
 
 
@@ -176,17 +199,17 @@ def penalise_counts(scores: Tensor, new: Sequence[int], presence: float, frequen
 
 
 def ban_repeated(scores: Tensor, seen: Sequence[int], n: int) -> Tensor:
-    """No token that would complete n tokens in a row that were there before."""
+    """Exclude every token that would complete an n-gram that `seen` already contains."""
     if len(seen) < n:
         return scores
     seen = list(seen)
-    start = seen[len(seen) - n + 1 :]  # the n - 1 last tokens
+    start = seen[len(seen) - n + 1 :]  # the last n - 1 tokens
     banned = {seen[i + n - 1] for i in range(len(seen) - n + 1) if seen[i : i + n - 1] == start}
     return _at(scores, sorted(banned), lambda x: torch.full_like(x, -math.inf))
 
 
 def _at(scores: Tensor, tokens: list[int], change: Callable[[Tensor], Tensor]) -> Tensor:
-    """A copy of the scores in which those of `tokens` (distinct) are changed."""
+    """A copy of the scores with those of `tokens` (distinct) changed."""
     if not tokens:
         return scores
     index = torch.tensor(tokens, dtype=torch.int64, device=scores.device)
@@ -194,10 +217,10 @@ def _at(scores: Tensor, tokens: list[int], change: Callable[[Tensor], Tensor]) -
 
 
 def warp(scores: Tensor, config: GenerationConfig, least: int = 1) -> Tensor:
-    """(B, V) divided by the temperature, and -inf where top_k, top_p or min_p exclude a token.
+    """Scores (B, V) divided by the temperature, with -inf for the tokens that top_k, top_p or min_p exclude.
 
     Args:
-        least: so many tokens stay in any case; beams need more than can end.
+        least: number of tokens that are always kept; beam search needs more than can end.
     """
     top_k = max(config.top_k, least) if config.top_k else 0
     kept = kept_tokens(scores, config.temperature, top_k, config.top_p)

@@ -1,47 +1,102 @@
-"""Guessing tokens ahead, so that the model checks several in one step.
+"""Speculative decoding: drafts of several tokens that the model checks in one step.
 
-The text is that of plain decoding, token for token. A drawn token is the argmax of logits / temperature + Gumbel noise,
-and the noise is a function of (seed, stream, position): which token the model chooses at a position is settled before
-anything is guessed. A guess is kept while it is that token. An assistant draws its guesses with the same noise, which
-makes them agree as often as a drafter can without knowing the model (Daliri et al., "Coupling without communication and
-drafter-invariant speculative decoding", arXiv 2408.07978).
+The text is that of plain decoding, token for token. A sampled token is the argmax of logits / temperature + Gumbel noise,
+and the noise is a function of (seed, stream, position), so the model's choice at a position is fixed before anything is
+drafted. A draft token is kept if it is that choice. An assistant model samples with the same noise, so it agrees as often
+as a drafter can that does not know the model (Daliri et al., "Coupling without communication and drafter-invariant
+speculative decoding", arXiv 2408.07978).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Protocol
 
 from gptfast.generation.config import GenerationConfig
+from gptfast.generation.request import Sequence
 from gptfast.generation.runner import LanguageModel
-from gptfast.generation.sampling import Context, choose
+from gptfast.generation.sampling import SamplingContext, choose
 
 
 class Drafter(Protocol):
-    def propose(self, rows: Sequence[int], contexts: Sequence[Context], counts: Sequence[int]) -> list[list[int]]:
-        """At most counts[i] tokens that may follow contexts[i].tokens; rows[i] names the sequence from step to step."""
+    """Proposes the next tokens of sequences."""
+
+    def propose(self, slots: Seq[int], contexts: Seq[SamplingContext], counts: Seq[int]) -> list[list[int]]:
+        """At most counts[i] tokens that may follow contexts[i].tokens; slots[i] identifies the sequence between calls."""
         ...
 
-    def release(self, row: int) -> None:
+    def free(self, slot: int) -> None:
         """Forget a sequence."""
         ...
 
 
-class PromptLookup:
-    """Guesses what followed when the last tokens occurred before (the latest time), as transformers' prompt lookup."""
+class Speculation:
+    """The drafts for the sequences of a scheduler: from prompt lookup, or from an assistant model.
 
-    def propose(self, rows: Sequence[int], contexts: Sequence[Context], counts: Sequence[int]) -> list[list[int]]:
+    Args:
+        assistant: a model with the vocabulary of `model`; None: only prompt lookup.
+        model: the model that checks the drafts.
+        max_slots, max_len: of the runner of `model`.
+    Raises:
+        TypeError, ValueError: the assistant does not suit the model.
+    """
+
+    def __init__(self, assistant: LanguageModel | None, model: LanguageModel, max_slots: int, max_len: int) -> None:
+        self._max_len, self._lookup = max_len, PromptLookup()
+        self._assistant: Assistant | None = None
+        if assistant is not None:
+            check_assistant(assistant, model)
+            self._assistant = Assistant(assistant, max_slots, max_len)
+
+    def is_used(self, sequences: Seq[Sequence]) -> bool:
+        """Whether any of the sequences asks for drafts."""
+        return self._assistant is not None or any(s.request.config.prompt_lookup_num_tokens for s in sequences)
+
+    def drafts(self, sequences: Seq[Sequence]) -> list[list[int]]:
+        """A draft for each sequence; empty before its prompt has been read, and where it has no room."""
+        drafts: list[list[int]] = [[] for _ in sequences]
+        by_drafter: dict[Drafter, list[int]] = {}
+        counts = [self._count(sequence) for sequence in sequences]
+        for i, sequence in enumerate(sequences):
+            if counts[i] > 0:
+                lookup = sequence.request.config.prompt_lookup_num_tokens
+                by_drafter.setdefault(self._lookup if lookup else self._assistant, []).append(i)  # type: ignore[arg-type]
+        for drafter, which in by_drafter.items():
+            slots, contexts = [sequences[i].slot for i in which], [sequences[i].context for i in which]
+            for i, draft in zip(which, drafter.propose(slots, contexts, [counts[i] for i in which]), strict=True):
+                drafts[i] = draft
+        return drafts
+
+    def _count(self, sequence: Sequence) -> int:
+        """The longest draft that a sequence may have."""
+        config, wanted = sequence.request.config, sequence.request.config.prompt_lookup_num_tokens
+        if not wanted and self._assistant is not None:
+            wanted = config.num_assistant_tokens
+        if not wanted or not sequence.num_new:
+            return 0
+        return min(wanted, config.max_new_tokens - sequence.num_new - 1, self._max_len - len(sequence.tokens))
+
+    def free(self, slot: int) -> None:
+        """Forget a sequence."""
+        if self._assistant is not None:
+            self._assistant.free(slot)
+
+
+class PromptLookup:
+    """Drafts what followed the latest earlier occurrence of the last tokens, as transformers' prompt lookup."""
+
+    def propose(self, slots: Seq[int], contexts: Seq[SamplingContext], counts: Seq[int]) -> list[list[int]]:
         return [
             look_up(context.tokens, context.config.max_matching_ngram_size, count)
             for context, count in zip(contexts, counts, strict=True)
         ]
 
-    def release(self, row: int) -> None:
+    def free(self, slot: int) -> None:
         pass
 
 
-def look_up(tokens: Sequence[int], longest: int, count: int) -> list[int]:
+def look_up(tokens: Seq[int], longest: int, count: int) -> list[int]:
     """The `count` tokens after the latest earlier occurrence of the last `longest` tokens, or of fewer of them."""
     tokens = list(tokens)
     for n in range(min(longest, len(tokens) - 1), 0, -1):
@@ -53,71 +108,72 @@ def look_up(tokens: Sequence[int], longest: int, count: int) -> list[int]:
 
 
 class Assistant:
-    """Guesses with a smaller model of the same vocabulary.
+    """Drafts with a smaller model of the same vocabulary.
 
     Args:
         model: the assistant.
-        rows: the most sequences at a time.
-        max_len: the most positions of a sequence that it is asked about; beyond its own block_size it is silent.
+        max_slots: number of sequences at a time.
+        max_len: number of positions of a sequence; beyond its own block_size the assistant drafts nothing.
     """
 
-    def __init__(self, model: LanguageModel, rows: int, max_len: int) -> None:
+    def __init__(self, model: LanguageModel, max_slots: int, max_len: int) -> None:
         self._limit = min(max_len, model.config.block_size)
-        self._sequences = model.sequences(rows, self._limit)
-        self._row_of: dict[int, int] = {}
-        self._held: dict[int, list[int]] = {}  # the tokens in each row's cache
+        self._runner = model.runner(max_slots, self._limit)
+        self._slot_of: dict[int, int] = {}  # the assistant's slot for each slot of the model's runner
+        self._held: dict[int, list[int]] = {}  # the tokens in it
 
-    def propose(self, rows: Sequence[int], contexts: Sequence[Context], counts: Sequence[int]) -> list[list[int]]:
-        drafts: list[list[int]] = [[] for _ in rows]
-        for row, context in zip(rows, contexts, strict=True):
-            self._forget_rejected(row, context.tokens)
+    def propose(self, slots: Seq[int], contexts: Seq[SamplingContext], counts: Seq[int]) -> list[list[int]]:
+        drafts: list[list[int]] = [[] for _ in slots]
+        for slot, context in zip(slots, contexts, strict=True):
+            self._drop_rejected(slot, context.tokens)
         for n in range(max(counts, default=0)):
             active = [i for i, count in enumerate(counts) if len(drafts[i]) == n < count and self._fits(contexts[i], n)]
             if not active:
                 break
             so_far = [[*contexts[i].tokens, *drafts[i]] for i in active]
-            new = [tokens[len(self._held[rows[i]]) :] for i, tokens in zip(active, so_far, strict=True)]
-            logits = self._sequences.extend([self._row_of[rows[i]] for i in active], new)
+            new = [tokens[len(self._held[slots[i]]) :] for i, tokens in zip(active, so_far, strict=True)]
+            logits = self._runner.extend([self._slot_of[slots[i]] for i in active], new)
             asked = [replace(contexts[i], tokens=tokens) for i, tokens in zip(active, so_far, strict=True)]
-            for i, tokens, token in zip(active, so_far, choose(logits, asked), strict=True):  # type: ignore[arg-type]
-                self._held[rows[i]] = tokens
-                if isinstance(token, int):  # else the assistant's logits are of no use: no guess
+            for i, tokens, token in zip(active, so_far, choose(logits, asked, self._runner.sample), strict=True):
+                self._held[slots[i]] = tokens
+                if isinstance(token, int):  # else the assistant's logits are unusable: no draft
                     drafts[i].append(token)
         return drafts
 
-    def _fits(self, context: Context, drafted: int) -> bool:
+    def _fits(self, context: SamplingContext, drafted: int) -> bool:
         return len(context.tokens) + drafted <= self._limit
 
-    def _forget_rejected(self, row: int, tokens: Sequence[int]) -> None:
-        if row not in self._row_of:
-            self._row_of[row], self._held[row] = self._sequences.add()[0], []
-        held = self._held[row]
+    def _drop_rejected(self, slot: int, tokens: Seq[int]) -> None:
+        """Truncate the assistant's slot to what it has in common with the sequence."""
+        if slot not in self._slot_of:
+            self._slot_of[slot], self._held[slot] = self._runner.allocate()[0], []
+        held = self._held[slot]
         same = 0
         while same < min(len(held), len(tokens) - 1) and held[same] == tokens[same]:
             same += 1
-        self._sequences.truncate(self._row_of[row], same)
-        self._held[row] = held[:same]
+        self._runner.truncate(self._slot_of[slot], same)
+        self._held[slot] = held[:same]
 
-    def release(self, row: int) -> None:
-        if row in self._row_of:
-            self._sequences.release(self._row_of.pop(row))
-            del self._held[row]
+    def free(self, slot: int) -> None:
+        if slot in self._slot_of:
+            self._runner.free(self._slot_of.pop(slot))
+            del self._held[slot]
 
 
 def check_assistant(assistant: LanguageModel, model: LanguageModel, config: GenerationConfig | None = None) -> None:
-    """Raise TypeError or ValueError where `assistant` cannot guess for `model`, or `config` asks for other guesses."""
-    if not hasattr(assistant, "sequences"):
+    """Raise TypeError or ValueError where `assistant` cannot draft for `model`, or `config` asks for other drafts."""
+    if not hasattr(assistant, "runner"):
         raise TypeError(f"generate: assistant_model is a {type(assistant).__name__}; expected a GPT or a compiled one")
     if config is not None and config.num_beams > 1:
         raise ValueError(f"generate: assistant_model with num_beams={config.num_beams}; leave one out")
     if config is not None and config.prompt_lookup_num_tokens:
         raise ValueError(
-            f"generate: assistant_model with prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}; one of them can "
-            "guess - leave one out"
+            f"generate: assistant_model with prompt_lookup_num_tokens={config.prompt_lookup_num_tokens}; only one of them can "
+            "draft - leave one out"
         )
     theirs, ours = assistant.config.vocab_size, model.config.vocab_size
     if theirs != ours:
         raise ValueError(
-            f"generate: assistant_model has a vocabulary of {theirs} and the model one of {ours}; it must speak the same "
+            f"generate: assistant_model has a vocabulary of {theirs} and the model one of {ours}; both must have the same "
             "tokens"
         )

@@ -1,4 +1,4 @@
-"""When a sequence ends: end tokens, stop strings, its length."""
+"""Stopping: why a sequence ends - an end token, a stop string, its length."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from gptfast.generation.config import GenerationConfig
 
 
 class Stopping:
-    """Tells of a sequence's new tokens whether they end it.
+    """Decides whether the new tokens of a sequence end it.
 
     Args:
-        config: with eos_token_id, stop_strings and max_new_tokens.
-        tokenizer: of `gptfast.tokenizer`; only stop strings need it.
+        config: its eos_token_id, stop_strings and max_new_tokens are used.
+        tokenizer: of `gptfast.tokenizer`; only needed for stop strings.
     Raises:
-        TypeError, ValueError: stop strings without a tokenizer.
+        TypeError, ValueError: stop strings without such a tokenizer.
     """
 
     def __init__(self, config: GenerationConfig, tokenizer: Any = None) -> None:
@@ -32,22 +32,22 @@ class Stopping:
             )
 
     def reason(self, new: Sequence[int]) -> str | None:
-        """Why the sequence ends with these new tokens: "stop" (an end token or a stop string) or "length"; None: not."""
+        """Why a sequence with these new tokens ends: "stop" (an end token or a stop string) or "length"; None: it goes on."""
         if new[-1] in self._config.eos_ids or self._completes_stop(new):
             return "stop"
         most = self._config.max_new_tokens
         return "length" if most is not None and len(new) >= most else None
 
     def _completes_stop(self, new: Sequence[int]) -> bool:
-        """Whether the last token completes a stop string; earlier ones did not, or the sequence would have ended."""
+        """Whether the last token completes a stop string; with an earlier one the sequence would have ended before."""
         if not self._stops:
             return False
         longest = max(map(len, self._stops))
-        tail = self.tokenizer.decode_bytes(self._with_text(new, longest))  # every one has a byte at least
+        tail = self.tokenizer.decode_bytes(self._with_text(new, longest))  # each token has at least one byte
         return any(stop in tail for stop in self._stops)
 
     def _with_text(self, new: Sequence[int], count: int) -> Sequence[int]:
-        """The last `count` tokens that have text; some, which were asked for, may have none."""
+        """The last `count` tokens with text. Tokens without text occur where a request asks for them."""
         has_token, tail = getattr(self.tokenizer, "has_token", None), new[-count:]
         if has_token is None or all(map(has_token, tail)):
             return tail

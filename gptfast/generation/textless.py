@@ -1,7 +1,7 @@
-"""Ids without text: a vocabulary padded for speed (50,304 rows for 50,257 tokens) or with holes has ids that mean nothing.
+"""Ids without text, in a vocabulary that is padded for speed (50,304 rows for 50,257 tokens) or has holes.
 
-Where a tokenizer turns tokens into text they are never chosen, unless they are asked for: by a positive logit_bias or as
-an end token. V vocabulary.
+Where there is a tokenizer such ids are not generated, unless a request names them: with a positive logit_bias, or as an end
+token. V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _known: WeakKeyDictionary[Any, dict[int, frozenset[int]]] = WeakKeyDictionary()
 
 
 def textless_ids(tokenizer: Any, V: int) -> frozenset[int]:
-    """The ids below V for which the tokenizer has no token; none where it cannot tell."""
+    """The ids below V for which the tokenizer has no token; none for a tokenizer without `has_token`."""
     if not hasattr(tokenizer, "has_token"):
         return frozenset()
-    with suppress(TypeError):  # such as cannot be looked up are asked every time
+    with suppress(TypeError):  # tokenizers that cannot be keys of a dict are not cached
         if V in _known.setdefault(tokenizer, {}):
             return _known[tokenizer][V]
     found = frozenset(token for token in range(V) if not tokenizer.has_token(token))
@@ -34,7 +34,7 @@ def textless_ids(tokenizer: Any, V: int) -> frozenset[int]:
 
 
 def choosing_text(config: GenerationConfig, tokenizer: Any, V: int) -> GenerationConfig:
-    """The config, in which ids without text are not chosen."""
+    """The config with the ids without text excluded."""
     asked = {token for token, value in (config.logit_bias or {}).items() if value > 0} | set(config.eos_ids)
     forbidden = textless_ids(tokenizer, V) - asked
     if not forbidden:
@@ -47,7 +47,7 @@ def choosing_text(config: GenerationConfig, tokenizer: Any, V: int) -> Generatio
 
 
 def likeliest(scores: Tensor, count: int, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """The `count` largest of the last dimension, and their ids; ids without text are left out."""
+    """The `count` largest scores of the last dimension and their ids, without the ids that have no text."""
     hidden = textless_ids(tokenizer, scores.shape[-1])
     if hidden:
         scores = scores.index_fill(-1, torch.tensor([*hidden], dtype=torch.int64, device=scores.device), -math.inf)

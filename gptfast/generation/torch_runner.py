@@ -1,165 +1,196 @@
-"""Running token sequences of a `GPT` in PyTorch, over a `KVCache`.  V vocabulary."""
+"""TorchRunner: runs a model in torch over one KV cache.  B sequences, T tokens, V vocabulary."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gptfast.generation.runner import Sampling
+from gptfast.generation.runner import Runner
 from gptfast.nn.difference import check_values
 from gptfast.nn.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from gptfast.nn.transformer import Transformer
+from gptfast.nn.transformer import Transformer
 
 
-class CachedSequences:
-    """`Sequences` of a `GPT` over one `KVCache`.
+class TorchRunner(Runner):
+    """`Runner` of any `Transformer`, on the device of its weights.
 
-    Rows that are in use lie side by side in the cache, in slots 0 to n - 1, so that a step of all of them is one
-    forward over a slice; a row that is freed leaves its slot to the last one.
+    The slots in use lie side by side in rows 0 to n - 1 of the cache, so that a step of all of them is one forward over a
+    slice; the last row moves into the place of one that is freed.
 
-    Prompts run one by one, without padding, and single tokens of several rows together. A row's logits are those of its
-    run alone, up to the rounding of matrix products, which libraries do differently for different numbers of rows;
-    GPTFAST_GEMM=own multiplies in a way that does not, and makes them equal bit for bit.
+    Prompts run one by one, without padding, and single tokens of several sequences together. The logits of a sequence do
+    not depend on the others, up to the rounding of matrix products, which libraries do differently for different numbers
+    of rows. With GPTFAST_GEMM=own they are equal bit for bit.
 
     Args:
-        model: a GPT; it runs in evaluation mode, and its training flags are the same afterwards.
-        capacity_rows: the most rows at a time.
-        max_len: the most positions of a row, at most block_size.
+        model: runs in evaluation mode; its training flags are restored after each call.
+        max_slots: number of sequences at a time.
+        max_len: number of positions of a sequence, at most block_size.
+        cache: with at least this room; None makes one.
     """
 
-    own_threads = False
+    def __init__(self, model: Transformer, max_slots: int, max_len: int, cache: KVCache | None = None) -> None:
+        self.config, self._model = model.config, model
+        self.max_slots, self.max_len = max_slots, max_len
+        self._cache = cache or make_cache(model, max_slots, max_len)
+        self._lengths = [0] * max_slots
+        self._slot_in: list[int] = []  # the slot in each row of the cache that is in use
+        self._row_of: dict[int, int] = {}
+        self._free = list(range(max_slots))[::-1]
+        self._lock = threading.RLock()
 
-    def __init__(self, model: Transformer, capacity_rows: int, max_len: int) -> None:
-        weight = model.wte.weight
-        if weight.is_meta:
-            check_values("generate", model)
-        self._model = model
-        config = model.config.replace(n_layer=len(model.h)) if len(model.h) != model.config.n_layer else model.config
-        self._cache = KVCache(config, capacity_rows, max_len, weight.dtype, weight.device)
-        self.lengths = [0] * capacity_rows
-        self._row_in: list[int] = []  # of each slot in use
-        self._slot_of: dict[int, int] = {}
-        self._free = list(range(capacity_rows))[::-1]
-        self._lock = threading.RLock()  # threads take turns; rows are checked where they are used
+    @property
+    def lengths(self) -> list[int]:
+        return self._lengths
 
-    def _check(self, what: str, rows: Seq[int]) -> None:
-        """The rows of a call must be in use, and different."""
-        for row in rows:
-            if row not in self._slot_of:
-                raise ValueError(f"{what}: row {row} is not in use; rows come from add() and end with release()")
-        if len(set(rows)) != len(rows):
-            raise ValueError(f"{what}: rows {list(rows)}; expected different rows")
+    def allocate(self, count: int = 1) -> list[int]:
+        with self._lock:
+            if count > len(self._free):
+                raise RuntimeError(
+                    f"allocate: {count} more slots, but {len(self._free)} of {self.max_slots} are free; free some, or make a "
+                    "runner with more"
+                )
+            slots = [self._free.pop() for _ in range(count)]
+            for slot in slots:
+                self._row_of[slot] = len(self._slot_in)
+                self._slot_in.append(slot)
+            return slots
 
-    def extend(self, rows: Seq[int], tokens: Seq[Seq[int]], last_only: bool = True) -> Tensor | list[Tensor]:
-        logits: dict[int, Tensor] = {}
-        with self._lock, for_generation(self._model):
-            self._check("extend", rows)
-            single = [row for row, new in zip(rows, tokens, strict=True) if len(new) == 1]
-            new_of = dict(zip(rows, tokens, strict=True))
-            for run in self._neighbours(single):
-                step = self._forward(run, [new_of[row] for row in run])  # (len(run), 1, V)
-                logits.update(zip(run, step, strict=True))
-            for row, new in new_of.items():
-                if len(new) != 1:
-                    logits[row] = self._forward([row], [new], last_only)[0]
-            ordered = [logits[row].float() for row in rows]
-            return torch.cat([part[-1:] for part in ordered]) if last_only else ordered
+    def fork(self, slot: int, count: int) -> list[int]:
+        with self._lock:
+            self._check("fork", [slot])
+            slots = self.allocate(count)
+            self.copy(slots, [slot] * count)
+            return slots
 
-    def draw(self, logits: Tensor, samplings: Seq[Sampling], positions: Seq[int]) -> None:
-        return None
+    def copy(self, slots: Sequence[int], sources: Sequence[int]) -> None:
+        with self._lock:
+            self._check("copy", slots)
+            self._check("copy", sorted(set(sources)))
+            moves = [(slot, source) for slot, source in zip(slots, sources, strict=True) if slot != source]
+            if not moves:
+                return
+            lengths = [self._lengths[source] for _, source in moves]
+            to, of = ([self._row_of[slot] for slot in part] for part in zip(*moves, strict=True))
+            self._cache.copy_rows(to, of, max(lengths))
+            for (slot, _), length in zip(moves, lengths, strict=True):
+                self._lengths[slot] = length
 
-    def decode(self, rows: Seq[int], logits: Tensor, **_: Any) -> None:
-        return None
+    def truncate(self, slot: int, length: int) -> None:
+        with self._lock:
+            self._check("truncate", [slot])
+            if not 0 <= length <= self._lengths[slot]:
+                raise ValueError(f"truncate: length is {length}; slot {slot} holds {self._lengths[slot]} positions")
+            self._lengths[slot] = length
 
-    def interrupt(self) -> None:
-        pass
+    def free(self, slot: int) -> None:
+        with self._lock:
+            self._check("free", [slot])
+            row, last = self._row_of.pop(slot), self._slot_in.pop()
+            if last != slot:
+                self._cache.copy_rows([row], [len(self._slot_in)], self._lengths[last])
+                self._row_of[last] = row
+                self._slot_in[row] = last
+            self._lengths[slot] = 0
+            self._free.append(slot)
 
-    def _neighbours(self, rows: list[int]) -> Iterator[list[int]]:
-        """The rows in the order of their slots, cut where slots are missing between them."""
+    def extend(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], last_only: bool = True
+    ) -> Tensor | list[Tensor]:
+        with self._lock, torch.inference_mode():
+            self._check("extend", slots)
+            self._check_room(slots, tokens)
+            single = [slot for slot, new in zip(slots, tokens, strict=True) if len(new) == 1 and last_only]
+            if len(single) == len(slots):
+                return self._step(slots, [new[0] for new in tokens])
+            new_of, logits = dict(zip(slots, tokens, strict=True)), dict[int, Tensor]()
+            if single:
+                step = self._step(single, [new_of[slot][0] for slot in single])
+                logits.update(zip(single, step[:, None], strict=True))
+            for slot, new in new_of.items():
+                if slot not in logits:
+                    logits[slot] = self._forward([slot], [new], last_only)[0].float()
+            ordered = [logits[slot] for slot in slots]
+            return torch.cat(ordered) if last_only else ordered
+
+    def runner(self, max_slots: int, max_len: int) -> Runner:
+        return type(self)(self._model, max_slots, max_len)
+
+    def _check(self, what: str, slots: Sequence[int]) -> None:
+        """The slots must be in use, and distinct."""
+        for slot in slots:
+            if slot not in self._row_of:
+                raise ValueError(
+                    f"{what}: slot {slot} is not in use; slots come from allocate() and fork() and end with free()"
+                )
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"{what}: slots {list(slots)}; expected distinct slots")
+
+    def _check_room(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        counts = [len(new) for new in tokens]
+        if not slots or len(counts) != len(slots) or min(counts) < 1:
+            raise ValueError(
+                f"extend: slots {list(slots)} with {counts} tokens; expected distinct slots with at least one token each"
+            )
+        for slot, new in zip(slots, tokens, strict=True):
+            if self._lengths[slot] + len(new) > self.max_len:
+                raise ValueError(
+                    f"extend: slot {slot} holds {self._lengths[slot]} positions and {len(new)} more do not fit into "
+                    f"max_len = {self.max_len}"
+                )
+
+    def _step(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
+        """Append one token to each slot; fp32 logits (len(slots), V)."""
+        id_of, order, parts = dict(zip(slots, ids, strict=True)), [], []
+        for run in self._neighbours(slots):
+            parts.append(self._forward(run, [[id_of[slot]] for slot in run])[:, 0])
+            order += run
+        logits = parts[0].float() if len(parts) == 1 else torch.cat(parts).float()
+        return logits if order == list(slots) else logits[[order.index(slot) for slot in slots]]
+
+    def _neighbours(self, slots: Sequence[int]) -> Iterator[list[int]]:
+        """The slots in the order of their rows in the cache, cut where rows are missing between them."""
         run: list[int] = []
-        for row in sorted(rows, key=self._slot_of.__getitem__):
-            if run and self._slot_of[row] != self._slot_of[run[-1]] + 1:
+        for slot in sorted(slots, key=self._row_of.__getitem__):
+            if run and self._row_of[slot] != self._row_of[run[-1]] + 1:
                 yield run
                 run = []
-            run.append(row)
+            run.append(slot)
         if run:
             yield run
 
-    def _forward(self, rows: list[int], tokens: list[Seq[int]], last_only: bool = False) -> Tensor:
-        """Append equally many tokens, (B, T), to rows in neighbouring slots; logits (B, T, V), (B, 1, V) if last_only."""
-        first = self._slot_of[rows[0]]
-        cache = self._cache.rows(first, first + len(rows), [self.lengths[row] for row in rows])
+    def _forward(self, slots: list[int], tokens: list[Sequence[int]], last_only: bool = False) -> Tensor:
+        """Append equally many tokens, (B, T), to slots in neighbouring rows; logits (B, T, V), or (B, 1, V) if last_only."""
+        first = self._row_of[slots[0]]
+        cache = self._cache.rows(first, first + len(slots), [self._lengths[slot] for slot in slots])
         ids, before = torch.tensor(tokens, dtype=torch.int64, device=self._cache.k.device), cache.lengths
-        logits = self._model(ids, cache=cache, last_only=last_only)
+        with evaluating(self._model):
+            logits = self._model(ids, cache=cache, last_only=last_only)
         if cache.lengths is before:
             raise RuntimeError(
-                f"generate: a forward of this {type(self._model).__name__} leaves its cache= unused; hand it on to GPT's "
-                "forward, or generate without a cache: call the model on the whole text for every token"
+                f"generate: the forward of this {type(self._model).__name__} does not use its cache= argument; pass it on "
+                "to GPT's forward, or generate without a cache: call the model on the whole text for every token"
             )
-        for row in rows:
-            self.lengths[row] += ids.shape[1]
+        for slot in slots:
+            self._lengths[slot] += ids.shape[1]
         return logits[:, None] if last_only else logits
 
-    def add(self, count: int = 1, like: int | None = None) -> list[int]:
-        with self._lock:
-            if like is not None:
-                self._check("add", [like])
-            if count > len(self._free):
-                raise RuntimeError(
-                    f"sequences: {count} more rows, but {len(self._free)} of {len(self.lengths)} are free; release some, or "
-                    "make room for more"
-                )
-            rows = [self._free.pop() for _ in range(count)]
-            for row in rows:
-                self._slot_of[row] = len(self._row_in)
-                self._row_in.append(row)
-            if like is not None:
-                self.reorder(rows, [like] * count)
-            return rows
 
-    def reorder(self, rows: Seq[int], sources: Seq[int]) -> None:
-        with self._lock:
-            self._check("reorder", rows)
-            self._check("reorder", sorted(set(sources)))
-            moves = [(row, source) for row, source in zip(rows, sources, strict=True) if row != source]
-            if not moves:
-                return
-            lengths = [self.lengths[source] for _, source in moves]
-            to, of = ([self._slot_of[row] for row in part] for part in zip(*moves, strict=True))
-            self._cache.copy_rows(to, of, max(lengths))
-            for (row, _), length in zip(moves, lengths, strict=True):
-                self.lengths[row] = length
-
-    def truncate(self, row: int, length: int) -> None:
-        with self._lock:
-            self._check("truncate", [row])
-            if not 0 <= length <= self.lengths[row]:
-                raise ValueError(f"truncate: length is {length}; row {row} holds {self.lengths[row]} positions")
-            self.lengths[row] = length
-
-    def release(self, row: int) -> None:
-        with self._lock:
-            self._check("release", [row])
-            slot, last = self._slot_of.pop(row), self._row_in.pop()
-            if last != row:
-                self._cache.copy_rows([slot], [len(self._row_in)], self.lengths[last])
-                self._slot_of[last] = slot
-                self._row_in[slot] = last
-            self.lengths[row] = 0
-            self._free.append(row)
+def make_cache(model: Transformer, rows: int, max_len: int) -> KVCache:
+    """A cache in the dtype and on the device of the model's weights, with the layers that it has."""
+    weight = model.wte.weight
+    if weight.is_meta:
+        check_values("generate", model)
+    config = model.config.replace(n_layer=len(model.h)) if len(model.h) != model.config.n_layer else model.config
+    return KVCache(config, rows, max_len, weight.dtype, weight.device)
 
 
 @contextmanager
-def for_generation(model: Transformer) -> Iterator[None]:
-    """Evaluation mode without autograd; the training flag of every module comes back afterwards."""
+def evaluating(model: Transformer) -> Iterator[None]:
+    """Evaluation mode without autograd; the training flag of every module is restored afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

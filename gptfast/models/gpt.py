@@ -9,7 +9,7 @@ import torch
 
 from gptfast.config import GPTConfig
 from gptfast.engine import CompiledGPT, compile_model, engine_for
-from gptfast.generation import CachedSequences, generate
+from gptfast.generation import CudaGraphRunner, Runner, TorchRunner, generate
 from gptfast.metadata import Metadata, metadata_of
 from gptfast.models import export, pretrained
 from gptfast.nn.transformer import Transformer
@@ -31,9 +31,8 @@ class GPT(Transformer):
     def generate(self, ids: Any = None, max_new_tokens: int | None = None, **options: Any) -> Any:
         """Continue prompts: greedily by default, drawn, or by beams, as `transformers.generate`.
 
-        In evaluation mode on the CPU the native engine writes, from a packed copy of the weights in their own dtype, where
-        it can: see `gptfast.engine.engine_for`. The copy is compared with all of the weights first; a model whose modules
-        are not what its config says runs as it stands, in torch.
+        In evaluation mode on the CPU the native engine runs the generation, from a packed copy of the weights in their own
+        dtype; on a GPU captured steps do. A model whose modules are not what its config says runs in torch. See `runner`.
 
         Args:
             ids: (B, T) tensor of token ids; or a list of id lists of any lengths, which are not padded; or a BatchEncoding.
@@ -50,13 +49,20 @@ class GPT(Transformer):
             TypeError, ValueError: bad prompts or options.  RuntimeError: the logits hold nan.
         """
         ends = metadata_of(self).ends(self.config.vocab_size)
-        options = {**ends, "max_new_tokens": max_new_tokens, **options}
-        engine = engine_for(self)
-        return generate(self, ids, **options) if engine is None else engine.generate(ids, **options)
+        return generate(self, ids, **{**ends, "max_new_tokens": max_new_tokens, **options})
 
-    def sequences(self, capacity_rows: int, max_len: int) -> CachedSequences:
-        """Room for running sequences; see `gptfast.generation.runner.Sequences`."""
-        return CachedSequences(self, capacity_rows, max_len)
+    def runner(self, max_slots: int, max_len: int) -> Runner:
+        """The fastest runner that can run the model as it is now; see `gptfast.generation.Runner`.
+
+        On the CPU the native engine, where it can run the model (`gptfast.engine.engine_for`): each call compares its packed
+        copy with all of the weights. On a GPU with the CUDA kernels captured steps, where these can be captured. Else torch.
+        """
+        engine = engine_for(self)
+        if engine is not None:
+            return engine.runner(max_slots, max_len)
+        if CudaGraphRunner.supports(self):
+            return CudaGraphRunner(self, max_slots, max_len)
+        return TorchRunner(self, max_slots, max_len)
 
     def compile_for_inference(
         self,

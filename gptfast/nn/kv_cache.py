@@ -66,7 +66,7 @@ class KVCache:
         if max(self._starts) + T > self.max_len:
             raise ValueError(
                 f"KVCache: {max(self._starts)} positions are filled and {T} more do not fit into max_len = "
-                f"{self.max_len}; make the cache longer (up to block_size) or crop it"
+                f"{self.max_len}; make the cache longer (up to block_size) or shorten its `lengths`"
             )
         new = torch.arange(T, device=self.lengths.device)
         return new + self._starts[0] if self._uniform() else new + self.lengths[:, None]
@@ -133,17 +133,3 @@ class KVCache:
         """Row to[i] gets the first `length` positions that row of[i] had before the call; `lengths` stays."""
         for stored in (self.k, self.v):
             stored[:, to, :, :length] = stored[:, of, :, :length]  # the right side is gathered first
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row b becomes a copy of the old row rows[b]; rows may repeat, and their number may change B."""
-        used = int(self.lengths.max())
-        for name in ("k", "v"):
-            old = getattr(self, name)
-            new = old.new_empty(old.shape[0], len(rows), *old.shape[2:])
-            new[:, :, :, :used] = old[:, rows, :, :used]
-            setattr(self, name, new)
-        self.lengths = self.lengths[rows]
-
-    def crop(self, max_length: int) -> None:
-        """Forget what lies behind the first `max_length` positions of every row."""
-        self.lengths = self.lengths.clamp(max=max_length)

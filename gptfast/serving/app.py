@@ -30,24 +30,25 @@ def create_app(
     """The application, whose worker runs during its lifespan.
 
     Args:
-        model, tokenizer: who writes.
+        model, tokenizer: used to generate, with the weights that the model has now. A new app is needed after a change.
         name: the model's name in the protocol.
-        limits: see there; None: its defaults.
-        api_key: the bearer token that /v1 asks for; None: everybody is let in.
+        limits: None: the defaults of `Limits`.
+        api_key: the bearer token that /v1 requires; None disables authentication.
         cors_origins: see `gptfast.serving.cors.allow_origins`.
     """
     limits, tokenizer = limits or Limits(), lenient(tokenizer)
+    runner = model.runner(1, 1)  # all runners of this app are made from it, and so have the same weights
 
     def make_scheduler() -> Scheduler:
         return Scheduler(
-            model,
+            runner,
             max_rows=limits.max_rows,
             max_positions=limits.max_positions,
             max_prompt_tokens=limits.max_prompt_tokens,
         )
 
     worker = Worker(make_scheduler, limits.max_queue, limits.max_events)
-    server = Server(model, tokenizer, name, limits, worker)
+    server = Server(model, runner, tokenizer, name, limits, worker)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

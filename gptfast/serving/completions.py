@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from gptfast.generation import LanguageModel, Request, Token
+from gptfast.generation import LanguageModel, Request, Runner, Token
 from gptfast.generation.prompts import check_prompt
 from gptfast.generation.scoring import score_in_pieces
 from gptfast.metadata import end_option, metadata_of
@@ -21,14 +21,15 @@ from gptfast.serving.protocol import (
     ApiError,
     Choice,
     Completion,
-    Draws,
+    SeedPool,
     envelope,
     join,
     prompt_logprobs,
     read_body,
     usage,
 )
-from gptfast.serving.worker import QueueFull, ShuttingDown, Ticket, Worker
+from gptfast.serving.submission import Submission
+from gptfast.serving.worker import QueueFull, ShuttingDown, Worker
 from gptfast.tokenizer import Tokenizer
 
 EVENT_STREAM = "text/event-stream"
@@ -81,9 +82,17 @@ class Deadline:
 class Server:
     """Answers requests for completions."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, name: str, limits: Limits, worker: Worker) -> None:
-        self._model, self._tokenizer, self._name = model, tokenizer, name
-        self._limits, self._worker, self._draws = limits, worker, Draws()
+    def __init__(
+        self,
+        model: LanguageModel,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        name: str,
+        limits: Limits,
+        worker: Worker,
+    ) -> None:
+        self._config, self._runner, self._tokenizer, self._name = model.config, runner, tokenizer, name
+        self._limits, self._worker, self._seeds = limits, worker, SeedPool()
         metadata, ends = metadata_of(model), [tokenizer.eos_id]
         self._defaults = metadata.defaults()
         self._defaults["eos_token_id"] = end_option(metadata.end_tokens(model.config.vocab_size, ends))
@@ -100,7 +109,7 @@ class Server:
         deadline = Deadline(self._limits.seconds)
         ask = read_body(body)
         self.check_model(ask.model)
-        ask.refuse_what_is_not_here()
+        ask.check_supported()
         try:
             if len(body) < LONG_BODY:
                 prompts = ask.prompts(self._tokenizer, self._limits.special_tokens)
@@ -118,12 +127,14 @@ class Server:
             echoed = await self._echo(ask, requests, choices, deadline) if ask.echo else []
             if ask.max_tokens == 0:
                 return self._echo_alone(ask, requests, echoed)
-            ticket = self._worker.submit(requests, streams=bool(ask.stream))
+            submission = self._worker.submit(requests, streams=bool(ask.stream))
         except Exception as error:
             raise _as_api_error(error) from error
         if ask.stream:
-            return TicketResponse(self._stream(ask, ticket, choices, echoed, deadline), self._worker, ticket)
-        return await self._whole(http, ticket, choices, echoed, deadline)
+            return SubmissionResponse(
+                self._stream(ask, submission, choices, echoed, deadline), self._worker, submission
+            )
+        return await self._whole(http, submission, choices, echoed, deadline)
 
     async def _read(self, http: HTTPRequest) -> bytes:
         try:
@@ -133,7 +144,7 @@ class Server:
 
     def _requests(self, ask: Completion, prompts: list[list[int]]) -> list[Request]:
         """A request for each prompt. Raises ApiError for requests beyond the limits of the server."""
-        n, block = ask.n or 1, self._model.config.block_size
+        n, block = ask.n or 1, self._config.block_size
         if n > self._limits.max_rows:
             raise ApiError(400, f"n is {n}; this server generates up to {self._limits.max_rows} texts at a time", "n")
         if n * len(prompts) > self._worker.max_open:
@@ -150,12 +161,12 @@ class Server:
                     "prompt" if len(ids) >= block else "max_tokens",
                     "context_length_exceeded",
                 )
-        requests = [ask.request(ids, self._tokenizer, block - len(ids), self._draws, self._defaults) for ids in prompts]
+        requests = [ask.request(ids, self._tokenizer, block - len(ids), self._seeds, self._defaults) for ids in prompts]
         for request in requests:
             if asked:
                 self._worker.scheduler.check(request)
             else:  # read only: the one token that its config asks for is never made, and needs no room
-                check_prompt("", request.prompt, self._model.config.vocab_size, block + 1, request.config)
+                check_prompt("", request.prompt, self._config.vocab_size, block + 1, request.config)
         return requests
 
     async def _echo(
@@ -170,7 +181,7 @@ class Server:
         return parts
 
     async def _prompt_logprobs(self, request: Request, deadline: Deadline) -> dict[str, Any]:
-        scoring = self._worker.run(score_in_pieces(self._model, request.prompt, request.top, self._tokenizer))
+        scoring = self._worker.run(score_in_pieces(self._runner, request.prompt, request.top, self._tokenizer))
         given = await asyncio.wait_for(scoring, deadline.left)
         return prompt_logprobs(self._tokenizer, request.prompt, given, request.top)
 
@@ -185,28 +196,28 @@ class Server:
         return JSONResponse({**envelope(self._name), "choices": choices, "usage": used})
 
     async def _parts(
-        self, ticket: Ticket, choices: list[Choice], deadline: Deadline
+        self, submission: Submission, choices: list[Choice], deadline: Deadline
     ) -> AsyncIterator[list[dict[str, Any]]]:
         """The parts of all choices as they are generated; events that arrive together become one part per choice."""
         first: dict[Request, int] = {}
-        for request in ticket.requests:
+        for request in submission.requests:
             first[request] = sum(known.config.num_return_sequences for known in first)
-        async for events in ticket.events(deadline.left, self._worker.pause):
+        async for events in submission.events(deadline.left, self._worker.pause):
             by_choice: dict[int, list[dict[str, Any]]] = {}
             for event in events:
                 if isinstance(event, Token):
-                    index = first[event.request] + event.stream
+                    index = first[event.request] + event.index
                     by_choice.setdefault(index, []).append(choices[index].push(event))
                 elif isinstance(event, Request):
-                    for row in event.rows:
-                        index = first[event] + row.stream
-                        by_choice.setdefault(index, []).append(choices[index].finish(row.finish))
+                    for sequence in event.sequences:
+                        index = first[event] + sequence.index
+                        by_choice.setdefault(index, []).append(choices[index].finish(sequence.finish))
             yield [join(parts) for parts in by_choice.values()]
 
     async def _whole(
         self,
         http: HTTPRequest,
-        ticket: Ticket,
+        submission: Submission,
         choices: list[Choice],
         echoed: list[dict[str, Any]],
         deadline: Deadline,
@@ -215,7 +226,7 @@ class Server:
             by_choice: list[list[dict[str, Any]]] = [[] for _ in choices]
             for part in echoed:
                 by_choice[part["index"]].append(part)
-            async for parts in self._parts(ticket, choices, deadline):
+            async for parts in self._parts(submission, choices, deadline):
                 for part in parts:
                     by_choice[part["index"]].append(part)
             return [join(parts) for parts in by_choice]
@@ -231,13 +242,13 @@ class Server:
         finally:
             leaving.cancel()
             collecting.cancel()
-            self._worker.cancel(ticket)
-        return JSONResponse({**envelope(self._name), "choices": joined, "usage": _usage(ticket)})
+            self._worker.cancel(submission)
+        return JSONResponse({**envelope(self._name), "choices": joined, "usage": _usage(submission)})
 
     async def _stream(
         self,
         ask: Completion,
-        ticket: Ticket,
+        submission: Submission,
         choices: list[Choice],
         echoed: list[dict[str, Any]],
         deadline: Deadline,
@@ -247,32 +258,32 @@ class Server:
         try:
             if echoed:
                 yield events.parts(echoed)
-            async for parts in self._parts(ticket, choices, deadline):
+            async for parts in self._parts(submission, choices, deadline):
                 if data := events.parts([p for p in parts if p["text"] or p["logprobs"] or p["finish_reason"]]):
                     yield data
         except Exception as error:
             yield events.error(_as_api_error(error))
             return
-        yield events.end(_usage(ticket))
+        yield events.end(_usage(submission))
 
 
-class TicketResponse(StreamingResponse):
+class SubmissionResponse(StreamingResponse):
     """A streamed response that cancels its requests when it ends, also when the client leaves."""
 
-    def __init__(self, events: AsyncIterator[bytes], worker: Worker, ticket: Ticket) -> None:
+    def __init__(self, events: AsyncIterator[bytes], worker: Worker, submission: Submission) -> None:
         super().__init__(events, media_type=EVENT_STREAM)
-        self._worker, self._ticket = worker, ticket
+        self._worker, self._submission = worker, submission
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._worker.cancel(self._ticket)
+            self._worker.cancel(self._submission)
 
 
-def _usage(ticket: Ticket) -> dict[str, int]:
-    made = sum(row.made for request in ticket.requests for row in request.rows)
-    return usage(sum(len(request.prompt) for request in ticket.requests), made)
+def _usage(submission: Submission) -> dict[str, int]:
+    made = sum(sequence.num_new for request in submission.requests for sequence in request.sequences)
+    return usage(sum(len(request.prompt) for request in submission.requests), made)
 
 
 def _as_api_error(error: Exception) -> ApiError:

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gptfast.generation import Request, Token
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.stopping import Stopping
 from gptfast.serving.text import ChoiceText, Offsets, printable_token
 from gptfast.tokenizer import Tokenizer, encode_prompt
 
@@ -87,7 +86,7 @@ class Completion(BaseModel):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
 
-    def refuse_what_is_not_here(self) -> None:
+    def check_supported(self) -> None:
         """Raise ApiError for a field of the protocol that this server does not support."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ApiError(
@@ -117,7 +116,7 @@ class Completion(BaseModel):
         return [part or ([] if tokenizer.eos_id is None else [tokenizer.eos_id]) for part in ids]
 
     def request(
-        self, ids: list[int], tokenizer: Tokenizer, room: int, draws: Draws, defaults: Mapping[str, Any]
+        self, ids: list[int], tokenizer: Tokenizer, room: int, seeds: SeedPool, defaults: Mapping[str, Any]
     ) -> Request:
         """The request for one prompt; `defaults` are the model's, for fields that the client does not set."""
         usual = defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS)
@@ -132,17 +131,15 @@ class Completion(BaseModel):
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "num_return_sequences": self.n,
-            "seed": draws.seed if self.seed is None else self.seed % 2**64,
+            "seed": seeds.seed if self.seed is None else self.seed % 2**64,
             "stop_strings": self.stops,
             "logit_bias": self._bias(),
         }
         given = {name: value for name, value in options.items() if value is not None}
         config = GenerationConfig.of(**{"temperature": 1.0, **defaults, **given})
-        first = draws.take(config.num_return_sequences) if self.seed is None else 0
+        first = seeds.take(config.num_return_sequences) if self.seed is None else 0
         wants = self.logprobs is not None
-        return Request(
-            ids, config, Stopping(config, tokenizer), logprobs=wants, top=self.logprobs or 0, first_stream=first
-        )
+        return Request(ids, config, tokenizer, logprobs=wants, top=self.logprobs or 0, first_stream=first)
 
     def _bias(self) -> dict[int, float] | None:
         bias = self.logit_bias or {}
@@ -152,14 +149,14 @@ class Completion(BaseModel):
         return {int(token): value for token, value in bias.items()} or None
 
 
-class Draws:
-    """The randomness of requests without a seed: one secret seed for all, so that they are drawn together, and streams."""
+class SeedPool:
+    """Seeds of requests that name none: one secret seed, so that they are sampled in one call, and streams of their own."""
 
     def __init__(self) -> None:
         self.seed, self._next = secrets.randbits(63), 0
 
     def take(self, count: int) -> int:
-        """The first of so many streams that nobody else gets."""
+        """Reserve `count` Philox streams; returns the first."""
         first, self._next = self._next, (self._next + count) % 2**32
         return first
 

@@ -1,159 +1,62 @@
-"""The thread that runs the model. Requests reach it from the event loop, and tokens come back to it."""
+"""The thread that runs the model: requests arrive from the event loop, and tokens return to it."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator
+from typing import TypeVar
 
 from gptfast.generation import Request, Scheduler, Token
+from gptfast.serving.submission import BackgroundTask, Submission
 
 T = TypeVar("T")
 
-MOST_TOGETHER = 4  # tokens of a row in a step: more gains nothing
+MAX_TOKENS = 4  # of a sequence in a step: more gains nothing
 
 log = logging.getLogger("gptfast.serve")
 
 
 class QueueFull(Exception):
-    """As many requests run and wait as there may be."""
+    """The maximum number of requests runs and waits."""
 
 
 class ShuttingDown(Exception):
-    """The server was told to stop, and gives up what it has not finished."""
-
-
-Event = Token | Request | Exception  # a new token, a request that has ended, or what went wrong
-
-
-class Ticket:
-    """Requests on their way; what becomes of them arrives on the event loop that they came from.
-
-    Args:
-        requests: that were asked for together.
-        streams: whether their tokens are wanted as they come; else with their end.
-    """
-
-    def __init__(self, requests: list[Request], streams: bool) -> None:
-        self.requests = requests
-        self._streams = streams
-        self._loop = asyncio.get_running_loop()
-        self._arrived: deque[Event] = deque()
-        self._wake, self._ready, self._waits = asyncio.Event(), False, False
-
-    def send(self, events: Sequence[Event]) -> None:
-        """From any thread. The loop is woken only if it waits for them: that takes time from the cores that write."""
-        self._arrived += events
-        if not self._streams and all(isinstance(event, Token) for event in events):
-            return
-        self._ready = True
-        if not self._waits:
-            return
-        self._waits = False
-        try:
-            self._loop.call_soon_threadsafe(self._wake.set)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            log.debug("a request outlived its event loop")
-
-    async def events(self, seconds: float, pause: Callable[[], float] = lambda: 0.0) -> AsyncIterator[list[Event]]:
-        """Tokens, and requests that have ended, until all have: at a time all that have arrived.
-
-        Args:
-            seconds: for all of it.
-            pause: seconds between two answers, asked for after each; what comes meanwhile comes together.
-        Raises:
-            TimeoutError: they did not in `seconds`.  Exception: what went wrong.
-        """
-        loop, left = asyncio.get_running_loop(), len(self.requests)
-        timeout = loop.call_later(seconds, self.send, [TimeoutError()])
-        try:
-            while left:
-                await self._wait_until_ready()
-                events = [self._arrived.popleft() for _ in range(len(self._arrived))]
-                for event in events:
-                    if isinstance(event, Exception):
-                        raise event
-                left -= sum(isinstance(event, Request) for event in events)
-                yield events
-                if left:
-                    await asyncio.sleep(pause())
-        finally:
-            timeout.cancel()
-
-    async def _wait_until_ready(self) -> None:
-        while True:
-            self._waits = True  # before the look: what comes after it sets `_wake`
-            if self._ready:
-                break
-            await self._wake.wait()
-            self._wake.clear()
-        self._waits = self._ready = False
-
-
-class Errand:
-    """Work beside the writing, done piece by piece between two steps; its result arrives on the event loop."""
-
-    def __init__(self, pieces: Generator[None, None, Any]) -> None:
-        self._pieces = pieces
-        self._loop = asyncio.get_running_loop()
-        self.result: asyncio.Future[Any] = self._loop.create_future()
-
-    def advance(self) -> bool:
-        """From the worker's thread, one piece further; whether that was the last."""
-        try:
-            next(self._pieces)
-            return False
-        except StopIteration as end:
-            self.end(end.value)
-        except Exception as error:
-            self.end(error=error)
-        return True
-
-    def end(self, value: Any = None, error: Exception | None = None) -> None:
-        def tell() -> None:
-            if not self.result.done():
-                self.result.set_exception(error) if error else self.result.set_result(value)
-
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(tell)
+    """The server has been told to stop, and cancels its requests."""
 
 
 class Worker:
-    """Steps a scheduler in a thread of its own while there is work.
+    """Steps a scheduler on its own thread while there is work.
 
     Args:
-        make_scheduler: makes the scheduler, and a new one after a step has failed.
-        max_queue: how many sequences and errands may wait beside the scheduler's max_rows.
-        max_events: parts of streams that are sent a second, all streams together.
+        make_scheduler: called for the scheduler, and for a new one after a failed step.
+        max_queue: number of sequences and background tasks that may wait, in addition to the scheduler's max_rows.
+        max_events: parts of streams sent per second, over all streams.
     """
 
     def __init__(self, make_scheduler: Callable[[], Scheduler], max_queue: int, max_events: float) -> None:
         self._make, self._max_events = make_scheduler, max_events
         self.scheduler = make_scheduler()
         self.max_open = self.scheduler.max_rows + max_queue
-        self._tickets: dict[Request, Ticket] = {}
-        self._errands: list[Errand] = []
+        self._submissions: dict[Request, Submission] = {}
+        self._tasks: list[BackgroundTask] = []
         self._commands: list[Callable[[], object]] = []
         self._changed = threading.Condition()
-        self._closed, self._together = False, 1
+        self._closed, self._max_tokens = False, 1
         self._thread = threading.Thread(target=self._run, name="gptfast-worker", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Give up what runs and waits, which is told `ShuttingDown`, and end the thread; from any thread."""
+        """Thread-safe: cancel all requests with `ShuttingDown` and stop the thread."""
         with self._changed:
             self._closed = True
             self._wake()
 
     def close(self) -> None:
-        """As `stop`, and return when the thread has ended."""
+        """Stop, and wait for the end of the thread."""
         self.stop()
         self._thread.join()
 
@@ -163,16 +66,16 @@ class Worker:
 
     @property
     def open_sequences(self) -> int:
-        """How many return sequences, and errands, run or wait."""
+        """Number of return sequences and background tasks that run or wait."""
         with self._changed:
             return self._open()
 
     def pause(self) -> float:
-        """Seconds between two parts of a stream."""
+        """Seconds between two parts of a stream, as `max_events` requires."""
         return self.open_sequences / self._max_events
 
     def _open(self) -> int:
-        return sum(request.config.num_return_sequences for request in self._tickets) + len(self._errands)
+        return sum(request.config.num_return_sequences for request in self._submissions) + len(self._tasks)
 
     def _check_room(self, wanted: int) -> None:
         if self._closed:
@@ -182,60 +85,60 @@ class Worker:
         if self._open() + wanted > self.max_open:
             raise QueueFull
 
-    def submit(self, requests: list[Request], streams: bool = True) -> Ticket:
-        """Queue requests, all or none, from the event loop.
+    def submit(self, requests: list[Request], streams: bool = True) -> Submission:
+        """Queue requests, all or none; called on the event loop.
 
         Args:
-            requests, streams: see `Ticket`.
+            requests, streams: see `Submission`.
         Raises:
             TypeError, ValueError: as `Scheduler.submit`.  QueueFull: there is no room in the queue.  ShuttingDown.
         """
         for request in requests:
             self.scheduler.check(request)
-        ticket = Ticket(requests, streams)
+        submission = Submission(requests, streams)
         with self._changed:
             self._check_room(sum(request.config.num_return_sequences for request in requests))
-            self._tickets |= dict.fromkeys(requests, ticket)
+            self._submissions |= dict.fromkeys(requests, submission)
 
         def submit() -> None:
             for request in requests:
-                if request in self._tickets:  # else it was given up meanwhile
+                if request in self._submissions:  # else it has been cancelled
                     self.scheduler.submit_request(request)
 
         self._do(submit)
-        return ticket
+        return submission
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Nobody wants the rest of these requests; their rows are free before the next step."""
+    def cancel(self, submission: Submission) -> None:
+        """Cancel the requests that have not ended; their slots are free before the next step."""
 
         def cancel() -> None:
-            for request in ticket.requests:
-                if request in self._tickets:  # else it ended meanwhile
+            for request in submission.requests:
+                if request in self._submissions:  # else it has ended
                     self.scheduler.cancel(request)
                     self._finish(request, request)
 
         self._do(cancel)
 
     async def run(self, pieces: Generator[None, None, T]) -> T:
-        """What `pieces` returns; the worker advances it by one piece between two steps, so that texts are not kept waiting.
+        """Run a generator on the worker's thread, one piece between two steps; returns what it returns.
 
         Raises:
             QueueFull: there is no room in the queue.  ShuttingDown.  Exception: what `pieces` raises.
         """
-        errand = Errand(pieces)
+        task = BackgroundTask(pieces)
         with self._changed:
             self._check_room(1)
-            self._errands.append(errand)
+            self._tasks.append(task)
             self._wake()
         try:
-            return await errand.result
+            return await task.result
         finally:
-            self._drop(errand)
+            self._drop(task)
 
-    def _drop(self, errand: Errand) -> None:
+    def _drop(self, task: BackgroundTask) -> None:
         with self._changed:
-            if errand in self._errands:
-                self._errands.remove(errand)
+            if task in self._tasks:
+                self._tasks.remove(task)
 
     def _do(self, command: Callable[[], object]) -> None:
         with self._changed:
@@ -244,60 +147,60 @@ class Worker:
 
     def _wake(self) -> None:
         self._changed.notify()
-        self.scheduler.hurry()
+        self.scheduler.interrupt()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._commands or self._errands or self._closed or self._writes()):
+                while not (self._commands or self._tasks or self._closed or self._has_requests()):
                     self._changed.wait()
                 commands, self._commands = self._commands, []
-                errand = self._errands[0] if self._errands else None
+                task = self._tasks[0] if self._tasks else None
                 if self._closed:
                     break
             try:
                 for command in commands:
                     command()
-                if errand is not None and errand.advance():
-                    self._drop(errand)
+                if task is not None and task.advance():
+                    self._drop(task)
                 self._deliver(self._step())
             except Exception as error:
-                log.exception("a step failed; the requests that ran are given up")
+                log.exception("a step failed; its requests are cancelled")
                 self._give_up(error)
         self._give_up(ShuttingDown())
-        for errand in list(self._errands):
-            errand.end(error=ShuttingDown())
+        for task in list(self._tasks):
+            task.end(error=ShuttingDown())
 
     def _step(self) -> list[Token]:
-        """As many tokens of each row as streams send together anyway, as far as that is known from the step before."""
-        begin, made = time.perf_counter(), self.scheduler.step(self._together)
-        rows = len({(token.request, token.stream) for token in made})
-        if made:
-            a_token = (time.perf_counter() - begin) * rows / len(made)
-            self._together = max(1, min(MOST_TOGETHER, int(self.pause() / a_token)))
-        return made
+        """One step of the scheduler: of as many tokens as streams send at a time, judging by the previous step."""
+        begin, tokens = time.perf_counter(), self.scheduler.step(self._max_tokens)
+        sequences = len({(token.request, token.index) for token in tokens})
+        if tokens:
+            seconds_per_token = (time.perf_counter() - begin) * sequences / len(tokens)
+            self._max_tokens = max(1, min(MAX_TOKENS, int(self.pause() / seconds_per_token)))
+        return tokens
 
-    def _writes(self) -> bool:
+    def _has_requests(self) -> bool:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     def _deliver(self, tokens: list[Token]) -> None:
-        by_ticket: dict[Ticket, list[Token]] = {}
+        by_submission: dict[Submission, list[Token]] = {}
         for token in tokens:
-            if token.request in self._tickets:
-                by_ticket.setdefault(self._tickets[token.request], []).append(token)
-        for ticket, new in by_ticket.items():
-            ticket.send(new)
-        for request in [request for request in list(self._tickets) if request.done]:
+            if token.request in self._submissions:
+                by_submission.setdefault(self._submissions[token.request], []).append(token)
+        for submission, new in by_submission.items():
+            submission.send(new)
+        for request in [request for request in list(self._submissions) if request.done]:
             self._finish(request, request.error or request)
 
-    def _finish(self, request: Request, what: Request | Exception) -> None:
+    def _finish(self, request: Request, event: Request | Exception) -> None:
         with self._changed:
-            ticket = self._tickets.pop(request)
-        ticket.send([what])
+            submission = self._submissions.pop(request)
+        submission.send([event])
 
     def _give_up(self, error: Exception) -> None:
-        """Every request gets the error; the scheduler, whose state nobody knows now, is replaced."""
-        for request in list(self._tickets):
+        """Deliver the error to every request, and replace the scheduler, whose state is unknown."""
+        for request in list(self._submissions):
             self._finish(request, error)
         if not self._closed:
             self.scheduler = self._make()

@@ -11,7 +11,7 @@ import torch
 import gptfast
 from gptfast import generation, ops
 from gptfast.backend import ops_of, resolve
-from gptfast.generation import cuda_graphs
+from gptfast.generation import TorchRunner, captured_steps
 from gptfast.testing import CASES, Case, cases, check_case, dtypes, run
 from tests.support.attention_cases import FEW_QUERIES, MODE_CASES
 from tests.support.attention_cases import LONG as LONG_ATTENTION
@@ -105,35 +105,37 @@ def test_generation_on_the_gpu():
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 50, "seed": 3, "num_return_sequences": 3}])
 def test_generation_in_cuda_graphs(options):
-    """The tokens of the uncaptured loop, with one wait in 16 tokens; again with the graphs that there are."""
+    """The tokens of uncaptured steps, with one wait in 16 tokens; again with the graphs that there are."""
     torch.manual_seed(0)
     config = gptfast.GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=900, vocab_size=300, dropout=0.0)
     model = gptfast.GPT(config).eval().cuda()
     prompts, options = [list(range(1, 200)), [4, 5, 6], [7]], {**options, "max_new_tokens": 40, "eos_token_id": 11}
-    steps = list(generation.stream(model, prompts, **options))  # captures nothing
-    expected = [[t for t in row if t is not None] for row in zip(*(step.tokens for step in steps), strict=True)]
-    copies = [prompt for prompt in prompts for _ in range(options.get("num_return_sequences", 1))]
+    expected = generation.generate(TorchRunner(model, 1, 1), prompts, **options)  # captures nothing
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="generate: no CUDA graph")
         for _ in range(2):
-            rows = model.generate(prompts, **options)
-            assert [row[len(prompt) :] for row, prompt in zip(rows, copies, strict=True)] == expected
-    graphs = cuda_graphs._decoders[model]._graphs
+            assert model.generate(prompts, **options) == expected
+        scheduler = generation.Scheduler(model)
+        requests = [scheduler.submit(prompt, **options) for prompt in prompts]
+        while scheduler.waiting or scheduler.running:
+            scheduler.step(4)
+        assert [sequence.tokens for request in requests for sequence in request.sequences] == expected
+    graphs = scheduler.runner._steps._graphs
     assert graphs and all(graph is not None for graph in graphs.values())
 
 
-def test_generation_waits_once_a_burst():
+def test_captured_steps_do_not_wait():
     torch.manual_seed(0)
     config = gptfast.GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=128, vocab_size=300, dropout=0.0)
     model = gptfast.GPT(config).eval().cuda()
     model.generate([[1, 2]], max_new_tokens=4, seed=1)
-    decoder = cuda_graphs._decoders[model]
+    steps = captured_steps._kept[model]
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.inference_mode():
-            for graph in decoder._graphs.values():
+            for graph in steps._graphs.values():
                 graph.replay()
-            decoder.forward(model)
+            steps.forward_step(model)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -17,7 +17,7 @@ import gptfast
 from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
 from gptfast.engine import FORMATS, CompiledGPT, engine_for
-from gptfast.generation.runner import beside
+from gptfast.generation.runner import single_threaded_torch
 from tests.support.engine_models import CONFIGS, expected, ids_of, model_of, relative_error
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
@@ -98,11 +98,11 @@ def test_bits_do_not_depend_on_threads_or_cuts(dtype: str, isa: str) -> None:
     model, ids = model_of("gpt3"), ids_of("gpt3")[0].tolist()
     alone = model.compile_for_inference(dtype, threads=1).logits(ids)
     for threads in (2, 3):
-        sequences = model.compile_for_inference(dtype, threads=threads).sequences(3)
-        row, *others = sequences.add(3)
+        runner = model.compile_for_inference(dtype, threads=threads).runner(3)
+        row, *others = runner.allocate(3)
         parts, at = [], 0
         for n in (1, 5, 6, 7, 12, 13, 14, 33, len(ids) - 91):  # with the others: 8 to 10 and 15 to 17 rows too
-            parts.append(sequences.extend([others[0], row, others[1]], [[5], ids[at : at + n], [1, 2]], False)[1])
+            parts.append(runner.extend([others[0], row, others[1]], [[5], ids[at : at + n], [1, 2]], False)[1])
             at += n
         assert torch.equal(torch.cat(parts), alone)
 
@@ -110,8 +110,8 @@ def test_bits_do_not_depend_on_threads_or_cuts(dtype: str, isa: str) -> None:
 def test_a_batch_of_33_rows_equals_single_runs() -> None:
     compiled = model_of("gpt2").compile_for_inference("int8")
     prompts = [ids_of("gpt2")[0, n : n + 1 + n % 7].tolist() for n in range(33)]
-    sequences = compiled.sequences(33)
-    together = sequences.extend(sequences.add(33), prompts)
+    runner = compiled.runner(33)
+    together = runner.extend(runner.allocate(33), prompts)
     for n, prompt in enumerate(prompts):
         assert torch.equal(together[n], compiled.logits(prompt)[-1])
 
@@ -125,9 +125,9 @@ def test_long_prompt_is_cut_into_passes() -> None:
         reference = model.double()(ids)
     compiled = model.float().compile_for_inference("float32")
     assert relative_error(compiled.logits(ids), reference) < 2e-6
-    sequences = compiled.sequences(3)
-    rows = sequences.add(3)
-    last = sequences.extend(rows, [ids[0, :700].tolist(), [3], ids[0, :513].tolist()])
+    runner = compiled.runner(3)
+    rows = runner.allocate(3)
+    last = runner.extend(rows, [ids[0, :700].tolist(), [3], ids[0, :513].tolist()])
     full = compiled.logits(ids)[0]
     assert torch.equal(last[0], full[699]) and torch.equal(last[2], full[512])
     assert torch.equal(last[1], compiled.logits([3])[0])
@@ -172,7 +172,7 @@ def test_drawn_text_is_that_of_the_model() -> None:
     ids=str,
 )
 def test_every_strategy_runs_over_the_engine(options: dict) -> None:
-    """Those that the engine's own loop does not know, by the loops of gptfast.generation over its sequences."""
+    """Those that need more than logits between two tokens, and beams."""
     model, prompts = model_of("gpt2"), [ids_of("gpt2")[0, :5].tolist(), ids_of("gpt2")[1, :9].tolist()]
     options = {"max_new_tokens": 30, **options}
     assert model.compile_for_inference("float32").generate(prompts, **options) == model.generate(prompts, **options)
@@ -201,8 +201,8 @@ def test_a_draft_model_in_the_engine() -> None:
 
 def test_a_draft_model_gets_an_engine_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = []
-    original = CompiledGPT.sequences
-    monkeypatch.setattr(CompiledGPT, "sequences", lambda self, *a: kinds.append(self) or original(self, *a))
+    original = CompiledGPT.runner
+    monkeypatch.setattr(CompiledGPT, "runner", lambda self, *a: kinds.append(self) or original(self, *a))
     model, draft = model_of("gpt2"), GPT(model_of("gpt2").config).eval()
     model.generate([[1]], max_new_tokens=3, assistant_model=draft)
     assert kinds == [engine_for(model), engine_for(draft)]
@@ -376,14 +376,13 @@ def test_engine_for_a_model_follows_its_weights(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_gpt_writes_with_the_engine_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(CompiledGPT, "generate", lambda self, ids, **options: calls.append(options) or ids)
+    calls, original = [], CompiledGPT.runner
+    monkeypatch.setattr(CompiledGPT, "runner", lambda self, *room: calls.append(room) or original(self, *room))
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=50, dropout=0.0))
     model.generate([[1]], max_new_tokens=1)
     assert not calls, "in training mode"
     model.eval().generate([[1]], max_new_tokens=2)
-    ends = {"eos_token_id": None, "pad_token_id": None}
-    assert calls == [{"max_new_tokens": 2, **ends}], "end tokens of the checkpoint, of which it has none"
+    assert calls == [(1, 3)]
     with gptfast.backend("eager"):
         model.generate([[1]], max_new_tokens=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -422,7 +421,7 @@ def test_callers_on_several_threads_share_one_packed_copy(monkeypatch: pytest.Mo
     monkeypatch.setattr(gptfast.engine.transparent, "compile_model", lambda *a: packs.append(original(*a)) or packs[-1])
     model = GPT(model_of("gpt2").config).eval()
     model.generate([[1]], max_new_tokens=2, min_p=0.1)
-    with beside(packs[0].sequences()):  # one thread, until the end of this block
+    with single_threaded_torch(packs[0].runner()):  # one thread, until the end of this block
         callers = [threading.Thread(target=model.generate, args=([[1, 2]],)) for _ in range(4)]
         for caller in callers:
             caller.start()

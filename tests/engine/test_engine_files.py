@@ -244,8 +244,8 @@ def resident():
 def write(model):
     "A text; returns the bytes of its keys and values, which live as long as `kept`."
     global kept
-    kept = model.sequences(1)
-    kept.extend(kept.add(), [list(range(60))])
+    kept = model.runner(1)
+    kept.extend(kept.allocate(), [list(range(60))])
     return kept.nbytes
 
 write(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=64, vocab_size=70)).compile_for_inference("int8"))

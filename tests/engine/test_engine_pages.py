@@ -13,8 +13,8 @@ import torch
 
 from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
-from gptfast.engine import EngineSequences
-from gptfast.generation.runner import Sampling
+from gptfast.engine import EngineRunner
+from gptfast.generation.sampling import SamplingParams
 from tests.support.engine_models import model_of, relative_error
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
@@ -24,46 +24,45 @@ EDGES = [1, 62, 63, 64, 65, 126, 127, 128, 129]
 
 
 class Rows:
-    """What running sequences should hold, kept beside them: the text of each row, and which pages it shares with which."""
+    """A runner, and what each of its slots should hold: the text, and the pages that it shares with others."""
 
-    def __init__(self, sequences: EngineSequences) -> None:
-        self.sequences, self.texts, self.pages = sequences, {}, {}
-        (row,) = sequences.add()
-        sequences.extend([row], [[0]])
-        self.page_bytes = sequences.nbytes
-        sequences.release(row)
+    def __init__(self, runner: EngineRunner) -> None:
+        self.runner, self.texts, self.pages = runner, {}, {}
+        (row,) = runner.allocate()
+        runner.extend([row], [[0]])
+        self.page_bytes = runner.nbytes
+        runner.free(row)
 
     def add(self, like: int | None = None) -> int:
-        (row,) = self.sequences.add(1, like=like)
+        (row,) = self.runner.allocate() if like is None else self.runner.fork(like, 1)
         self.texts[row], self.pages[row] = ([], []) if like is None else (self.texts[like][:], self.pages[like][:])
         return row
 
-    def reorder(self, rows: list[int], sources: list[int]) -> None:
-        self.sequences.reorder(rows, sources)
+    def copy(self, rows: list[int], sources: list[int]) -> None:
+        self.runner.copy(rows, sources)
         held = [(self.texts[s][:], self.pages[s][:]) for s in sources]
         for row, (text, pages) in zip(rows, held, strict=True):
             self.texts[row], self.pages[row] = text, pages
 
     def truncate(self, row: int, length: int) -> None:
-        self.sequences.truncate(row, length)
+        self.runner.truncate(row, length)
         self.texts[row] = self.texts[row][:length]
         self.pages[row] = self.pages[row][: -(-length // PAGE)]
 
-    def release(self, row: int) -> None:
-        self.sequences.release(row)
+    def free(self, row: int) -> None:
+        self.runner.free(row)
         del self.texts[row], self.pages[row]
 
     def extend(self, rows: list[int], new: list[list[int]]) -> torch.Tensor:
-        logits = self.sequences.extend(rows, new)
+        logits = self.runner.extend(rows, new)
         for row, tokens in zip(rows, new, strict=True):
             self._append(row, tokens)
         return logits
 
-    def decode(self, rows: list[int], logits: torch.Tensor, steps: int, more: bool) -> None:
-        samplings = [Sampling(1.0, 0, 1.0, row, 0) for row in rows]
-        new = self.sequences.decode(rows, logits, steps=steps, more=more, samplings=samplings)
-        for row, tokens in zip(rows, new, strict=True):
-            self._append(row, tokens if more else tokens[:-1])
+    def decode(self, rows: list[int], logits: torch.Tensor, max_tokens: int) -> None:
+        params = [SamplingParams(1.0, 0, 1.0, row, 0) for row in rows]
+        for row, tokens in zip(rows, self.runner.decode_steps(rows, logits, max_tokens, params), strict=True):
+            self._append(row, tokens[:-1])
 
     def _append(self, row: int, tokens: list[int]) -> None:
         text, pages = self.texts[row], self.pages[row]
@@ -75,29 +74,29 @@ class Rows:
 
     def check(self) -> None:
         needed = len({id(page) for pages in self.pages.values() for page in pages})
-        held, rest = divmod(self.sequences.nbytes, self.page_bytes)
+        held, rest = divmod(self.runner.nbytes, self.page_bytes)
         assert rest == 0 and needed <= held <= needed + SPARE, f"{held} pages are held, {needed} needed"
-        assert self.sequences.lengths == [len(self.texts.get(row, [])) for row in range(self.sequences.capacity)]
+        assert self.runner.lengths == [len(self.texts.get(row, [])) for row in range(self.runner.max_slots)]
 
 
 def step(rows: Rows, chance: random.Random, most: int) -> list[tuple[int, torch.Tensor]]:
     """One random action; the rows that it extended, with their logits."""
     texts = rows.texts
-    action = chance.choice(["add", "fork", "reorder", "truncate", "release", "extend", "extend", "decode"])
-    if action == "add" and len(texts) < rows.sequences.capacity:
+    action = chance.choice(["add", "fork", "copy", "truncate", "free", "extend", "extend", "decode"])
+    if action == "add" and len(texts) < rows.runner.max_slots:
         rows.add()
-    elif action == "fork" and texts and len(texts) < rows.sequences.capacity:
+    elif action == "fork" and texts and len(texts) < rows.runner.max_slots:
         rows.add(like=chance.choice(list(texts)))
-    elif action == "reorder" and texts:
+    elif action == "copy" and texts:
         targets = chance.sample(list(texts), chance.randint(1, len(texts)))
-        rows.reorder(targets, [chance.choice(list(texts)) for _ in targets])
+        rows.copy(targets, [chance.choice(list(texts)) for _ in targets])
     elif action == "truncate" and texts:
         row = chance.choice(list(texts))
         length = chance.choice([*EDGES, chance.randint(0, most)])
         rows.truncate(row, min(length, len(texts[row])))
-    elif action == "release" and len(texts) > 3:
+    elif action == "free" and len(texts) > 3:
         for row in chance.sample(list(texts), chance.choice([1, 1, 1, len(texts) - 1])):
-            rows.release(row)
+            rows.free(row)
     elif action in ("extend", "decode"):
         chosen = [row for row in texts if len(texts[row]) < most - 5 and chance.random() < 0.7]
         if not chosen:
@@ -106,7 +105,7 @@ def step(rows: Rows, chance: random.Random, most: int) -> list[tuple[int, torch.
         logits = rows.extend(chosen, new)
         if action == "extend":
             return list(zip(chosen, logits.clone(), strict=True))
-        rows.decode(chosen, logits, steps=chance.choice([1, 4]), more=chance.random() < 0.5)
+        rows.decode(chosen, logits, chance.choice([1, 4]))
     return []
 
 
@@ -116,35 +115,35 @@ def _how_many(length: int, most: int, chance: random.Random) -> int:
     return min(chance.choice([1, 2, 17, edge or PAGE, edge + 1]), most - length)
 
 
-@pytest.mark.parametrize(("cache_dtype", "seed"), [("float32", 0), ("bfloat16", 1)])
+@pytest.mark.parametrize(("cache_dtype", "seed"), [("float32", 0), ("bfloat16", 4)])
 def test_any_history_gives_the_logits_of_the_text_and_holds_the_pages_it_needs(cache_dtype, seed):
     """Over page boundaries, against a row that was just made."""
     model, chance = model_of("gpt2").compile_for_inference("float32", cache_dtype=cache_dtype), random.Random(seed)
-    rows, fresh = Rows(model.sequences(6)), model.sequences(1)
+    rows, fresh = Rows(model.runner(6)), model.runner(1)
     held = [0]
     for _ in range(250):
         extended = step(rows, chance, 150)
         rows.check()
-        held.append(rows.sequences.nbytes // rows.page_bytes)
+        held.append(rows.runner.nbytes // rows.page_bytes)
         for row, logits in extended[:1]:
-            (one,) = fresh.add()
+            (one,) = fresh.allocate()
             assert torch.equal(logits, fresh.extend([one], [rows.texts[row]])[0])
-            fresh.release(one)
+            fresh.free(one)
     assert max(held) > SPARE + 5 and any(a > b for a, b in pairwise(held)), "none of its pages was freed"
 
 
 @pytest.mark.parametrize("length", EDGES)
-@pytest.mark.parametrize("how", ["add", "reorder", "truncate"])
+@pytest.mark.parametrize("how", ["fork", "copy", "truncate"])
 def test_what_one_row_writes_no_copy_sees(how, length):
     """Copies of a text that ends anywhere in a page, written to in turn, the source last; then each goes on."""
     model = model_of("gpt2").compile_for_inference("float32")
-    rows, chance = Rows(model.sequences(3)), random.Random(length)
+    rows, chance = Rows(model.runner(3)), random.Random(length)
     text = [chance.randrange(301) for _ in range(length + 3)]
     source = rows.add()
     rows.extend([source], [text if how == "truncate" else text[:length]])
-    others = [rows.add(like=None if how == "reorder" else source) for _ in range(2)]
-    if how == "reorder":
-        rows.reorder(others, [source] * 2)
+    others = [rows.add(like=None if how == "copy" else source) for _ in range(2)]
+    if how == "copy":
+        rows.copy(others, [source] * 2)
     for row in (source, *others) if how == "truncate" else ():
         rows.truncate(row, length)
     rows.check()
@@ -158,29 +157,29 @@ def test_what_one_row_writes_no_copy_sees(how, length):
 
 
 def test_pages_beyond_the_spare_ones_are_freed():
-    rows = Rows(model_of("gpt2").compile_for_inference("float32").sequences(6))
+    rows = Rows(model_of("gpt2").compile_for_inference("float32").runner(6))
     for _ in range(3):
         filled = [rows.add() for _ in range(6)]
         rows.extend(filled, [[1] * 150] * 6)
-        assert rows.sequences.nbytes == 18 * rows.page_bytes
+        assert rows.runner.nbytes == 18 * rows.page_bytes
         rows.truncate(filled[0], 1)
         for row in filled:
-            rows.release(row)
+            rows.free(row)
             rows.check()
-        assert rows.sequences.nbytes == SPARE * rows.page_bytes
+        assert rows.runner.nbytes == SPARE * rows.page_bytes
 
 
 def test_beams_hold_no_more_than_their_pages(monkeypatch):
     """Each step of beam search copies rows over rows: what the overwritten ones held is freed."""
-    model, seen, reorder = model_of("gpt2").compile_for_inference("float32"), [], EngineSequences.reorder
+    model, seen, copy = model_of("gpt2").compile_for_inference("float32"), [], EngineRunner.copy
 
-    def counted(self, rows, sources):
-        reorder(self, rows, sources)
+    def counted(self, slots, sources):
+        copy(self, slots, sources)
         seen.append((self.nbytes, sum(-(-length // PAGE) for length in self.lengths)))
 
-    monkeypatch.setattr(EngineSequences, "reorder", counted)
+    monkeypatch.setattr(EngineRunner, "copy", counted)
     model.generate([[1, 2, 3]], num_beams=4, max_new_tokens=130)
-    page = Rows(model.sequences(1)).page_bytes
+    page = Rows(model.runner(1)).page_bytes
     assert len(seen) > 100
     assert all(held <= (most + SPARE) * page for held, most in seen)
 
@@ -194,7 +193,7 @@ def test_large_pages():
     compiled = model.compile_for_inference("float32")
     with torch.no_grad():
         assert relative_error(compiled.logits(ids), model.double()(ids)) < 2e-6  # measured 2.4e-7
-    rows = Rows(compiled.sequences(2))
+    rows = Rows(compiled.runner(2))
     assert rows.page_bytes >= 2 << 20
     source = rows.add()
     rows.extend([source], [ids[0, :100].tolist()])

@@ -145,11 +145,11 @@ def read_packed(folder: Path) -> None:
     model = engine.load(folder / "model.gptfast")
     ids = [n % model.config.vocab_size for n in range(1, 6)][: model.config.block_size]
     score(model, ids) if len(ids) > 1 else None
-    sequences = model.sequences(2)
-    rows = sequences.add(2)
+    runner = model.runner(2)
+    rows = runner.allocate(2)
     for _ in range(3):
-        if max(sequences.lengths) < min(sequences.max_len, 64):
-            sequences.extend(rows, [[0], [0]])
+        if max(runner.lengths) < min(runner.max_len, 64):
+            runner.extend(rows, [[0], [0]])
     use(lambda: model.generate([ids[:1]], max_new_tokens=min(4, model.config.block_size - 1) or 1), "generate:")
 
 

@@ -9,7 +9,7 @@ import torch
 import gptfast
 from gptfast import ops
 from gptfast.generation import GenerationConfig, generate, stream
-from gptfast.generation.torch_runner import for_generation
+from gptfast.generation.torch_runner import evaluating
 from tests.support.generation_pairs import make_pair, sharpen
 
 transformers = pytest.importorskip("transformers")
@@ -214,7 +214,7 @@ def test_training_flags_come_back(pair):
     model.h[0].eval()
     model.generate([[1]], max_new_tokens=2)
     assert model.training and not model.h[0].training and model.h[1].training
-    with pytest.raises(KeyError), for_generation(model):
+    with pytest.raises(KeyError), evaluating(model):
         raise KeyError
     assert model.training
     pair[1].eval()

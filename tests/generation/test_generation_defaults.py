@@ -12,6 +12,7 @@ import gptfast
 from gptfast import ops
 from gptfast.generation import GenerationConfig, Scheduler, generate, stream
 from tests.support.generation_pairs import make_pair
+from tests.support.schedulers import run
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,8 +49,8 @@ def test_greedy_by_default_as_transformers(pair):
     assert torch.equal(model.compile_for_inference("float32").generate(ids, max_new_tokens=15), expected)
     scheduler = Scheduler(model)
     request = scheduler.submit(ids[0], max_new_tokens=15)
-    scheduler.run()
-    assert request.rows[0].tokens == expected[0].tolist()
+    run(scheduler)
+    assert request.sequences[0].tokens == expected[0].tolist()
     assert torch.equal(torch.get_rng_state(), before), "nothing is drawn"
 
 
@@ -121,8 +122,8 @@ def test_with_a_seed_a_row_does_not_depend_on_the_batch(pair):
 def test_requests_without_a_seed_differ(pair):
     scheduler = Scheduler(pair[1])
     requests = [scheduler.submit([1, 2], temperature=2.0, max_new_tokens=20) for _ in range(2)]
-    scheduler.run()
-    assert requests[0].rows[0].new != requests[1].rows[0].new
+    run(scheduler)
+    assert requests[0].sequences[0].new != requests[1].sequences[0].new
 
 
 def test_several_texts_without_drawing_are_refused(pair):
@@ -154,8 +155,8 @@ def test_new_tokens_by_default(pair):
         model.generate([[1]], max_new_tokens=64)
     scheduler = Scheduler(model, max_len=20)
     request = scheduler.submit([1, 2])
-    scheduler.run()
-    assert len(request.rows[0].tokens) == 20
+    run(scheduler)
+    assert len(request.sequences[0].tokens) == 20
 
 
 def test_64_new_tokens_where_there_is_room():

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import gptfast
-from gptfast.generation import GenerationConfig, Request, Scheduler, generate, stream
-from gptfast.generation.scheduler import first_visible
+from gptfast.generation import GenerationConfig, Request, Scheduler, TorchRunner, generate, stream
+from gptfast.generation.cuda_graphs import CudaGraphRunner
+from gptfast.generation.decoding import first_visible
+from gptfast.generation.sampling import SamplingParams
 from gptfast.generation.speculative import look_up
-from gptfast.generation.stopping import Stopping
 from gptfast.tokenizer import CharTokenizer
 from tests.support.generation_pairs import make_pair
+from tests.support.schedulers import run
 from tests.support.strategies import assert_distributed, next_probs
 
 pytest.importorskip("transformers")
@@ -40,7 +42,17 @@ def assistant(model, tmp_path_factory):
     return near
 
 
-# ---- sequences ----
+# ---- runners ----
+
+
+@pytest.fixture(params=["torch", "captured steps", "engine"])
+def make_runner(request, model):
+    """Makes runners of each kind. Steps that are to be captured run uncaptured on the CPU."""
+    return {
+        "torch": lambda slots, length: TorchRunner(model, slots, length),
+        "captured steps": lambda slots, length: CudaGraphRunner(model, slots, length),
+        "engine": lambda slots, length: model.compile_for_inference("float32").runner(slots, length),
+    }[request.param]
 
 
 def fed(model, tokens):
@@ -48,63 +60,98 @@ def fed(model, tokens):
         return model(torch.tensor([tokens]))[0]
 
 
-def test_sequences_are_any_rows_in_any_order(model):
-    """A walk over all operations, beside plain forwards of the tokens that each row holds."""
+def test_slots_hold_what_they_were_given_in_any_order(make_runner, model):
+    """A walk over all operations, beside plain forwards of the tokens that each slot holds."""
     rng = random.Random(4)
-    sequences, held = model.sequences(6, BLOCK), {}
+    runner, held = make_runner(6, BLOCK), {}
     for _ in range(150):
-        action = rng.choice(["add", "copy", "extend", "extend", "extend", "reorder", "truncate", "release"])
-        if action in ("add", "copy") and len(held) < 5:
-            like = rng.choice(sorted(held)) if action == "copy" and held else None
-            for row in sequences.add(2 if len(held) < 4 else 1, like=like):
-                held[row] = list(held[like]) if like is not None else []
+        action = rng.choice(["allocate", "fork", "extend", "extend", "extend", "decode", "copy", "truncate", "free"])
+        if action in ("allocate", "fork") and len(held) < 5:
+            count = 2 if len(held) < 4 else 1
+            source = rng.choice(sorted(held)) if action == "fork" and held else None
+            for slot in runner.allocate(count) if source is None else runner.fork(source, count):
+                held[slot] = list(held[source]) if source is not None else []
         elif not held:
             continue
-        elif action == "extend":
-            open_rows = [row for row in sorted(held) if len(held[row]) + 4 <= BLOCK]
-            rows = rng.sample(open_rows, rng.randint(min(1, len(open_rows)), len(open_rows)))
-            new = [[rng.randrange(V) for _ in range(rng.choice([1, 1, 1, 4]))] for _ in rows]
-            last_only = rng.random() < 0.5
-            logits = sequences.extend(rows, new, last_only)
-            for i, row in enumerate(rows):
-                held[row] += new[i]
-                expected = fed(model, held[row])[-1:] if last_only else fed(model, held[row])[-len(new[i]) :]
+        elif action in ("extend", "decode"):
+            room = [slot for slot in sorted(held) if len(held[slot]) + 8 <= BLOCK]
+            slots = rng.sample(room, rng.randint(min(1, len(room)), len(room)))
+            if not slots:
+                continue
+            new = [[rng.randrange(V) for _ in range(rng.choice([1, 1, 1, 4]))] for _ in slots]
+            last_only = rng.random() < 0.5 or action == "decode"
+            logits = runner.extend(slots, new, last_only)
+            for i, slot in enumerate(slots):
+                held[slot] += new[i]
+                expected = fed(model, held[slot])[-1:] if last_only else fed(model, held[slot])[-len(new[i]) :]
                 torch.testing.assert_close(logits[i].view_as(expected), expected, rtol=1e-4, atol=1e-4)
-        elif action == "reorder":
-            rows = rng.sample(sorted(held), rng.randint(1, len(held)))
-            sources = [rng.choice(sorted(held)) for _ in rows]
-            sequences.reorder(rows, sources)
-            held |= {row: list(held[source]) for row, source in zip(rows, sources, strict=True)}
+            if action == "decode":
+                params = [SamplingParams(0.8, 0, 1.0, rng.choice([1, 1, 2]), slot) for slot in slots]
+                for slot, tokens in zip(slots, runner.decode_steps(slots, logits, 4, params, [3, 4]), strict=True):
+                    assert 1 <= len(tokens) <= 4 and not {3, 4} & set(tokens[:-1])
+                    held[slot] += tokens[:-1]
+        elif action == "copy":
+            slots = rng.sample(sorted(held), rng.randint(1, len(held)))
+            sources = [rng.choice(sorted(held)) for _ in slots]
+            runner.copy(slots, sources)
+            held |= {slot: list(held[source]) for slot, source in zip(slots, sources, strict=True)}
         elif action == "truncate":
-            row = rng.choice(sorted(held))
-            length = rng.randint(0, len(held[row]))
-            sequences.truncate(row, length)
-            held[row] = held[row][:length]
-        elif action == "release":
-            row = rng.choice(sorted(held))
-            sequences.release(row)
-            del held[row]
-        assert [sequences.lengths[row] for row in sorted(held)] == [len(held[row]) for row in sorted(held)]
+            slot = rng.choice(sorted(held))
+            length = rng.randint(0, len(held[slot]))
+            runner.truncate(slot, length)
+            held[slot] = held[slot][:length]
+        elif action == "free":
+            slot = rng.choice(sorted(held))
+            runner.free(slot)
+            del held[slot]
+        assert [runner.lengths[slot] for slot in sorted(held)] == [len(held[slot]) for slot in sorted(held)]
 
 
-def test_logits_do_not_hang_on_the_batch_bit_for_bit(model):
+def test_logits_do_not_depend_on_the_batch_bit_for_bit(make_runner):
     """With GPTFAST_GEMM=own, which these tests run under."""
-    together, alone = model.sequences(4, BLOCK), model.sequences(1, BLOCK)
-    rows = together.add(4)
-    first = together.extend(rows, PROMPTS)
-    then = together.extend(rows, [[n] for n in range(4)])
+    together, alone = make_runner(4, BLOCK), make_runner(1, BLOCK)
+    slots = together.allocate(4)
+    first = together.extend(slots, PROMPTS)
+    then = together.extend(slots, [[n] for n in range(4)])
     for n, prompt in enumerate(PROMPTS):
-        row = alone.add()
-        assert torch.equal(alone.extend(row, [prompt])[0], first[n])
-        assert torch.equal(alone.extend(row, [[n]])[0], then[n])
-        alone.release(row[0])
+        slot = alone.allocate()
+        assert torch.equal(alone.extend(slot, [prompt])[0], first[n])
+        assert torch.equal(alone.extend(slot, [[n]])[0], then[n])
+        alone.free(slot[0])
 
 
-def test_too_many_rows_are_refused(model):
-    sequences = model.sequences(2, 8)
-    sequences.add()
-    with pytest.raises(RuntimeError, match="sequences: 2 more rows, but 1 of 2 are free; release some"):
-        sequences.add(2)
+def test_a_full_slot_is_left_alone_by_steps_of_others(make_runner):
+    """Captured steps write behind the last position of slots that take no part."""
+    runner, other = make_runner(3, 8), make_runner(1, 8)
+    full, going, _ = runner.allocate(3)
+    runner.extend([full, going], [[1] * 8, [2]])
+    params = [SamplingParams(0.0, 0, 1.0, 0, 0)]
+    for _ in range(3):
+        [[*_, last]] = runner.decode_steps([going], runner.extend([going], [[5]]), 2, params)
+    runner.truncate(full, 7)
+    (slot,) = other.allocate()
+    other.extend([slot], [[1] * 7])
+    assert torch.equal(runner.extend([full], [[9]]), other.extend([slot], [[9]])) and 0 <= last < V
+
+
+def test_too_many_slots_and_positions_are_refused(make_runner):
+    runner = make_runner(2, 8)
+    (slot,) = runner.allocate()
+    for take in (lambda: runner.allocate(2), lambda: runner.fork(slot, 2)):
+        with pytest.raises(RuntimeError, match="allocate: 2 more slots, but 1 of 2 are free; free some"):
+            take()
+    with pytest.raises(ValueError, match="extend: slot 0 holds 0 positions and 9 more do not fit into max_len = 8"):
+        runner.extend([slot], [[1] * 9])
+    for slots, tokens in (([], []), ([slot], [[]]), ([slot], [[1], [2]])):
+        with pytest.raises(ValueError, match="expected distinct slots with at least one token each"):
+            runner.extend(slots, tokens)
+
+
+def test_a_runner_makes_runners_of_the_same_weights(make_runner):
+    one = make_runner(1, 8)
+    two = one.runner(2, 4)
+    assert type(two) is type(one) and two.lengths == [0, 0]
+    assert torch.equal(one.extend(one.allocate(), [[1, 2]])[0], two.extend(two.allocate(2), [[3], [1, 2]])[1])
 
 
 # ---- continuous batching ----
@@ -133,14 +180,14 @@ def test_requests_that_come_and_go_get_their_single_runs(model):
             prompt, options = todo.pop()
             submitted.append((prompt, options, scheduler.submit(prompt, **options)))
         for token in scheduler.step():
-            told.setdefault((id(token.request), token.stream), []).append(token.id)
-        most = max(most, sum(length > 0 for length in scheduler._sequences.lengths))
-        assert sum(scheduler._sequences.lengths) <= 150
+            told.setdefault((id(token.request), token.index), []).append(token.id)
+        most = max(most, sum(length > 0 for length in scheduler.runner.lengths))
+        assert sum(scheduler.runner.lengths) <= 150
     assert most == 5, "the batch was never full"
     for prompt, options, request in submitted:
-        assert request.done and [row.tokens for row in request.rows] == model.generate([prompt], **options)
-        assert [told[id(request), row.stream] for row in request.rows] == [row.new for row in request.rows]
-    assert scheduler._sequences.lengths == [0] * 5
+        assert request.done and [row.tokens for row in request.sequences] == model.generate([prompt], **options)
+        assert [told[id(request), row.index] for row in request.sequences] == [row.new for row in request.sequences]
+    assert scheduler.runner.lengths == [0] * 5
 
 
 def test_cancelled_requests_leave_at_once_and_disturb_nobody(model):
@@ -157,27 +204,27 @@ def test_cancelled_requests_leave_at_once_and_disturb_nobody(model):
     scheduler.cancel(never)
     scheduler.step()
     assert scheduler.waiting == 0 and scheduler.running == 2
-    scheduler.run()
+    run(scheduler)
     scheduler.cancel(kept)
-    assert [row.finish for request in (kept, gone, late, never) for row in request.rows] == [
+    assert [row.finish for request in (kept, gone, late, never) for row in request.sequences] == [
         "length",
         "cancelled",
         "length",
         "cancelled",
     ]
-    assert kept.rows[0].tokens == model.generate([[1, 2, 3]], max_new_tokens=12, seed=1)[0]
-    assert late.rows[0].tokens == model.generate([[9, 8]], max_new_tokens=12, seed=3)[0]
-    assert len(gone.rows[0].new) == 3 and never.rows[0].new == []
+    assert kept.sequences[0].tokens == model.generate([[1, 2, 3]], max_new_tokens=12, seed=1)[0]
+    assert late.sequences[0].tokens == model.generate([[9, 8]], max_new_tokens=12, seed=3)[0]
+    assert len(gone.sequences[0].new) == 3 and never.sequences[0].new == []
 
 
 def test_a_request_may_begin_at_any_stream(model):
     config = GenerationConfig(max_new_tokens=8, temperature=2.0, seed=3, num_return_sequences=2)
-    request = Request([1, 2, 3], config, Stopping(config), first_stream=1)
+    request = Request([1, 2, 3], config, first_stream=1)
     scheduler = Scheduler(model, max_rows=2)
     scheduler.submit_request(request)
-    scheduler.run()
+    run(scheduler)
     rows = model.generate([[1, 2, 3]], max_new_tokens=8, temperature=2.0, seed=3, num_return_sequences=3)
-    assert [row.tokens for row in request.rows] == rows[1:] and rows[0] != rows[1] != rows[2]
+    assert [row.tokens for row in request.sequences] == rows[1:] and rows[0] != rows[1] != rows[2]
 
 
 def test_a_request_that_fails_leaves_the_others_alone(model):
@@ -185,10 +232,10 @@ def test_a_request_that_fails_leaves_the_others_alone(model):
     good = scheduler.submit([1, 2, 3], max_new_tokens=6, seed=1)
     banned = dict.fromkeys(range(V), float("-inf"))
     bad = scheduler.submit([7], max_new_tokens=6, logit_bias=banned, num_return_sequences=2, seed=0)
-    scheduler.run()
-    assert "no token is left" in str(bad.error) and {row.finish for row in bad.rows} == {"error"}
-    assert good.error is None and good.rows[0].tokens == model.generate([[1, 2, 3]], max_new_tokens=6, seed=1)[0]
-    assert scheduler._sequences.lengths == [0] * 4
+    run(scheduler)
+    assert "no token is left" in str(bad.error) and {row.finish for row in bad.sequences} == {"error"}
+    assert good.error is None and good.sequences[0].tokens == model.generate([[1, 2, 3]], max_new_tokens=6, seed=1)[0]
+    assert scheduler.runner.lengths == [0] * 4
 
 
 @pytest.mark.parametrize(
@@ -242,16 +289,16 @@ class Counting:
     def __init__(self, model):
         self.model, self.config, self.calls = model, model.config, 0
 
-    def sequences(self, rows, max_len):
-        sequences = self.model.sequences(rows, max_len)
-        extend = sequences.extend
+    def runner(self, max_slots, max_len):
+        runner = self.model.runner(max_slots, max_len)
+        extend = runner.extend
 
         def counted(*args):
             self.calls += 1
             return extend(*args)
 
-        sequences.extend = counted
-        return sequences
+        runner.extend, runner.runner = counted, self.runner
+        return runner
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -323,11 +370,11 @@ class Biased(Counting):
         super().__init__(model)
         self.bias = torch.zeros(model.config.vocab_size).index_fill(0, torch.tensor([token]), 6.0)
 
-    def sequences(self, rows, max_len):
-        sequences = super().sequences(rows, max_len)
-        extend = sequences.extend
-        sequences.extend = lambda *args: extend(*args) + self.bias
-        return sequences
+    def runner(self, max_slots, max_len):
+        runner = super().runner(max_slots, max_len)
+        extend = runner.extend
+        runner.extend = lambda *args: extend(*args) + self.bias
+        return runner
 
     def plain(self, ids):
         return self.model(ids) + self.bias
@@ -355,7 +402,9 @@ def test_an_assistant_must_be_a_model_and_alone(model):
     with pytest.raises(TypeError, match="assistant_model is a int; expected a GPT"):
         model.generate([[1]], assistant_model=3, max_new_tokens=2)
     for call in (model.generate, functools.partial(stream, model)):
-        with pytest.raises(ValueError, match="assistant_model with prompt_lookup_num_tokens=3; one of them can guess"):
+        with pytest.raises(
+            ValueError, match="assistant_model with prompt_lookup_num_tokens=3; only one of them can draft"
+        ):
             call([[1]], assistant_model=model, prompt_lookup_num_tokens=3, max_new_tokens=2)
 
 

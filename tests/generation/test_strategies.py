@@ -317,9 +317,9 @@ def test_score_tells_the_whole_text(pair):
 @pytest.mark.parametrize(
     ("row", "first", "error", "match"),
     [
-        ([1], 1, ValueError, "row has 1 tokens and first is 1; expected 2 to 49 tokens"),
-        ([1] * 50, 1, ValueError, "row has 50 tokens and first is 1; expected 2 to 49 tokens"),
-        ([1, 2], 0, ValueError, "row has 2 tokens and first is 0; .* 1 <= first < their number"),
+        ([1], 1, ValueError, "tokens has 1 ids and first is 1; expected 2 to 49 tokens"),
+        ([1] * 50, 1, ValueError, "tokens has 50 ids and first is 1; expected 2 to 49 tokens"),
+        ([1, 2], 0, ValueError, "tokens has 2 ids and first is 0; .* 1 <= first < their number"),
         ([1, 2], 2, ValueError, "first is 2"),
         ([1, V], 1, ValueError, "holds token id 61"),
         ("ab", 1, TypeError, "holds 'a'; expected int token ids"),

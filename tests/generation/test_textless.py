@@ -12,13 +12,12 @@ import torch
 import gptfast
 from gptfast import GPT, GPTConfig
 from gptfast.batch import read_jobs, run_jobs
-from gptfast.engine import engine_for
 from gptfast.generation import Scheduler, generate, stream
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.textless import choosing_text, textless_ids
 from gptfast.serving.app import Limits, create_app
 from gptfast.tokenizer import BPETokenizer, StreamDecoder, lenient
-from tests.support.captured import graphed_tokens
+from tests.support.captured import captured_tokens
 from tests.support.serving_app import openai, serving
 
 V, TOKENS = 320, 300  # half of the steps would take one of the 20
@@ -92,19 +91,19 @@ def test_ids_without_text_are_never_chosen(model, way, backend, which, request) 
 
 @pytest.mark.parametrize("which", ["tokenizer", "holes"])
 def test_the_draw_is_that_of_banned_ids(model, which, request) -> None:
-    """In the engine's loop, one at a time, and in torch: the tokens of the same model with -inf at these ids."""
+    """In calls of several tokens, one at a time, and in torch: the tokens of the same model with -inf at these ids."""
     known = request.getfixturevalue(which)
     bans = {"logit_bias": dict.fromkeys(textless_ids(known, V), -math.inf)}
     for options in ({"temperature": 0}, HOT, {**HOT, "top_k": 9, "seed": 4}, {**HOT, "top_p": 0.7, "seed": 5}):
         expected = model.generate([[5, 6, 7]], max_new_tokens=20, **options, **bans)
         assert model.generate([[5, 6, 7]], max_new_tokens=20, tokenizer=known, **options) == expected
-        scheduler = Scheduler(engine_for(model) or model)
+        scheduler = Scheduler(model)
         asked = scheduler.submit([5, 6, 7], tokenizer=known, max_new_tokens=20, **options)
         beside = scheduler.submit([5, 6, 7], max_new_tokens=20, **options)  # of another vocabulary, in the same steps
         while scheduler.waiting or scheduler.running:
             scheduler.step(4)
-        assert asked.rows[0].tokens == expected[0]
-        assert beside.rows[0].tokens == model.generate([[5, 6, 7]], max_new_tokens=20, **options)[0]
+        assert asked.sequences[0].tokens == expected[0]
+        assert beside.sequences[0].tokens == model.generate([[5, 6, 7]], max_new_tokens=20, **options)[0]
         with gptfast.backend("eager"):
             steps = stream(model, [[5, 6, 7]], tokenizer=known, max_new_tokens=20, **options)
             assert [step.tokens[0] for step in steps] == expected[0][3:]
@@ -113,7 +112,7 @@ def test_the_draw_is_that_of_banned_ids(model, which, request) -> None:
 def test_captured_steps(model) -> None:
     for options in ({"temperature": 0.0}, {**HOT, "seed": 3, "top_k": 30}):
         expected = generate(model, [[5, 6, 7], [8]], max_new_tokens=20, usable_vocab=TOKENS, **options)
-        assert graphed_tokens(model, [[5, 6, 7], [8]], max_new_tokens=20, usable_vocab=TOKENS, **options) == expected
+        assert captured_tokens(model, [[5, 6, 7], [8]], max_new_tokens=20, usable_vocab=TOKENS, **options) == expected
 
 
 def test_an_assistant_and_its_model(model, tokenizer) -> None:
@@ -207,7 +206,7 @@ def test_a_file_of_prompts(folder, model, tokenizer, run, tmp_path) -> None:
 
 
 def test_server(model, tokenizer) -> None:
-    app = create_app(engine_for(model) or model, tokenizer, "padded", Limits(max_rows=8))
+    app = create_app(model, tokenizer, "padded", Limits(max_rows=8))
     with serving(app) as url, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
 
         def ask(**options):

@@ -22,6 +22,7 @@ from gptfast.engine import engine_for, forget
 from gptfast.engine.transparent import checksum
 from gptfast.generation import Scheduler
 from gptfast.nn.difference import difference
+from tests.support.schedulers import run
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=61, dropout=0.0)
 PROMPT = [3, 1, 4, 1, 5]
@@ -289,11 +290,11 @@ def test_a_changed_module_answers_as_it_stands_or_is_refused(name: str, tmp_path
     with pytest.raises(ValueError, match=rf"save_pretrained: .*{told}.*nothing was written"):
         model.save_pretrained(tmp_path)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before, "the old checkpoint is as it was"
-    scheduler = Scheduler(engine_for(model) or model)
+    scheduler = Scheduler(model)
     if name != "another norm":
         request = scheduler.submit(PROMPT, max_new_tokens=5, temperature=0)
-        scheduler.run()
-        assert request.rows[0].tokens == plain_logprobs(model)[0]
+        run(scheduler)
+        assert request.sequences[0].tokens == plain_logprobs(model)[0]
 
 
 def test_a_class_whose_forward_is_replaced_or_overridden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -434,7 +435,7 @@ def test_a_forward_that_leaves_the_cache_unused() -> None:
     model = make()
     forward = model.forward
     model.forward = lambda ids, targets=None, **_: forward(ids, targets)
-    with pytest.raises(RuntimeError, match="leaves its cache= unused"):
+    with pytest.raises(RuntimeError, match="does not use its cache= argument"):
         model.generate([PROMPT], max_new_tokens=2)
 
 

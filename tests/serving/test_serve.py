@@ -13,14 +13,13 @@ import torch
 
 from gptfast import GPT, GPTConfig
 from gptfast.backend import has_cpu_ops
-from gptfast.engine import EngineSequences
+from gptfast.engine import EngineRunner
 from gptfast.generation import GenerationConfig, Request, Token, score
 from gptfast.generation.sampling import NAN
-from gptfast.generation.stopping import Stopping
 from gptfast.serving.app import Limits, create_app
 from gptfast.serving.protocol import prompt_logprobs
+from gptfast.serving.submission import Submission
 from gptfast.serving.text import ChoiceText, printable_token
-from gptfast.serving.worker import Ticket
 from gptfast.tokenizer import GPT2Tokenizer
 from tests.support.command import LETTERS, save_model
 from tests.support.serving_app import ASK, BLOCK, httpx, new_text, openai, serving
@@ -93,20 +92,20 @@ def test_what_comes_in_a_short_time_is_sent_together(model, tokenizer):
 @pytest.mark.parametrize("streams", [False, True])
 def test_an_answer_that_is_not_streamed_wakes_the_loop_once(streams):
     config = GenerationConfig()
-    request = Request([1], config, Stopping(config))
+    request = Request([1], config)
     tokens = [Token(request, 0, n, None, []) for n in range(3)]
 
     async def follow():
-        ticket, got = Ticket([request], streams), []
+        submission, got = Submission([request], streams), []
 
         async def collect():
-            async for events in ticket.events(30):
+            async for events in submission.events(30):
                 got.append(len(events))
 
         collecting = asyncio.ensure_future(collect())
         for events in ([tokens[0]], tokens[1:], [request]):
             await asyncio.sleep(0.01)
-            ticket.send(events)
+            submission.send(events)
         await collecting
         return got
 
@@ -255,17 +254,17 @@ def test_sixteen_streams_at_once_are_sixteen_single_runs(model, tokenizer, quant
 
 
 @pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
-@pytest.mark.parametrize(("max_events", "together"), [(1e9, set()), (1.0, {4})])
+@pytest.mark.parametrize(("max_events", "together"), [(1e9, {1}), (1.0, {1, 4})])
 def test_tokens_that_are_sent_together_are_made_together(model, tokenizer, monkeypatch, max_events, together):
     """As many at once as go into a part of a stream; each request that comes cuts what runs short."""
-    steps, interrupts, decode = [], [], EngineSequences.decode
+    steps, interrupts, decode = [], [], EngineRunner.decode_steps
 
-    def watched(self, *args, **options):
-        steps.append(options["steps"])
-        return decode(self, *args, **options)
+    def watched(self, slots, logits, max_tokens, *args):
+        steps.append(max_tokens)
+        return decode(self, slots, logits, max_tokens, *args)
 
-    monkeypatch.setattr(EngineSequences, "decode", watched)
-    monkeypatch.setattr(EngineSequences, "interrupt", lambda self: interrupts.append(self))
+    monkeypatch.setattr(EngineRunner, "decode_steps", watched)
+    monkeypatch.setattr(EngineRunner, "interrupt", lambda self: interrupts.append(self))
     app = create_app(model.compile_for_inference("int8"), tokenizer, "bard", Limits(max_events=max_events))
     with serving(app) as url:
         answer = httpx.post(url + "/v1/completions", json={**ASK, "max_tokens": 34, "seed": 1})

@@ -40,9 +40,9 @@ class Gated:
         self.gate = threading.Event()
         self.gate.set()
 
-    def sequences(self, rows, max_len):
-        sequences = self.model.sequences(rows, max_len)
-        extend = sequences.extend
+    def runner(self, max_slots, max_len):
+        runner = self.model.runner(max_slots, max_len)
+        extend = runner.extend
 
         def gated(*args, **options):
             assert self.gate.wait(30)
@@ -53,8 +53,8 @@ class Gated:
                 raise failure
             return extend(*args, **options)
 
-        sequences.extend = gated
-        return sequences
+        runner.extend, runner.runner = gated, self.runner
+        return runner
 
 
 @contextmanager

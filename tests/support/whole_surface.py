@@ -20,9 +20,9 @@ import gptfast
 from gptfast import GPT, GPTConfig, ops
 from gptfast.generation import GenerationConfig, score, stream
 from gptfast.generation.scheduler import Request, Scheduler
-from gptfast.generation.stopping import Stopping
 from gptfast.training import TrainConfig, Trainer
 from gptfast.training.optim import build_optimizers
+from tests.support.schedulers import run
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 131, "block_size": 48, "dropout": 0.1}
 FORMATS = ("float32", "bfloat16", "int8", "nf4")
@@ -58,11 +58,11 @@ def generations(model: Any, assistant: GPT) -> dict[str, Callable[[], Any]]:
     def scheduled() -> Any:
         running = Scheduler(model, max_rows=4, max_len=40)
         config = GenerationConfig(max_new_tokens=NEW, seed=5, num_return_sequences=2)
-        requests = [Request(prompt, config, Stopping(config, None), logprobs=True, top=3) for prompt in PROMPTS]
+        requests = [Request(prompt, config, logprobs=True, top=3) for prompt in PROMPTS]
         for request in requests:
             running.submit_request(request)
-        running.run()
-        return [row.new for request in requests for row in request.rows]
+        run(running)
+        return [row.new for request in requests for row in request.sequences]
 
     def with_options(**options: Any) -> Callable[[], Any]:
         return lambda: model.generate(PROMPTS, max_new_tokens=NEW, **options)

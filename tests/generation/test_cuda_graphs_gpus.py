@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-import gptfast
-from gptfast.generation import cuda_graphs
-from tests.support.captured import PROMPTS, requests_of
+from gptfast.generation import Scheduler, captured_steps, cuda_graphs, generate, stream
+from gptfast.generation.captured_steps import CapturedSteps
+from gptfast.generation.cuda_graphs import CudaGraphRunner
+from gptfast.tokenizer import CharTokenizer
+from tests.support.captured import PROMPTS, Captured
 from tests.support.cuda_models import tiny
+from tests.support.schedulers import run
 
 
 @dataclass(eq=False)
@@ -95,83 +98,136 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         "CUDAGraph": Graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    cuda_graphs._capture_stream.cache_clear()
+    captured_steps._capture_stream.cache_clear()
     yield machine
-    cuda_graphs._capture_stream.cache_clear()
+    captured_steps._capture_stream.cache_clear()
     assert machine.current == 0 and [s.device for s in machine.streams] == [0, 1, 2]
 
 
-def decoder_on(machine: Machine, gpu: int, model: gptfast.GPT, rows: int) -> cuda_graphs.Decoder:
-    """A decoder whose kernels are launched on the current stream of that GPU."""
-    decoder = cuda_graphs.Decoder(model, rows, model.config.block_size)
-    decoder.device = torch.device("cuda", gpu)
-    for name in ("draw", "forward"):
-        step = getattr(decoder, name)
-        launch = lambda *args, step=step: machine.launch(gpu, lambda: step(*args))  # noqa: E731
-        setattr(decoder, name, launch)
-    return decoder
+class OnGpu(Captured):
+    """A model whose steps are launched on the current stream of a GPU."""
 
+    def __init__(self, machine: Machine, gpu: int) -> None:
+        super().__init__(tiny().eval())
+        self.machine, self.gpu = machine, gpu
 
-def tokens(model: gptfast.GPT, decoder: cuda_graphs.Decoder, **options) -> list[list[int]]:
-    requests = requests_of(PROMPTS, **options)
-    cuda_graphs.run(model, requests, decoder)
-    return [row.tokens for request in requests for row in request.rows]
+    @property
+    def steps(self) -> CapturedSteps:
+        return self.runners[-1]._steps
+
+    def runner(self, max_slots: int, max_len: int) -> CudaGraphRunner:
+        runner = super().runner(max_slots, max_len)
+        steps, runner.runner = runner._steps, self.runner
+        steps.device = torch.device("cuda", self.gpu)
+        for name in ("sample_step", "forward_step"):
+            step = getattr(steps, name)
+            launch = lambda *args, step=step: self.machine.launch(self.gpu, lambda: step(*args))  # noqa: E731
+            setattr(steps, name, launch)
+        return runner
+
+    def tokens(self) -> list[list[int]]:
+        return generate(self, PROMPTS, **OPTIONS)
+
+    def expected(self) -> list[list[int]]:
+        return self.model.generate(PROMPTS, **OPTIONS)
 
 
 OPTIONS = {"temperature": 0.9, "seed": 3, "max_new_tokens": 12}
 
 
+@pytest.fixture(autouse=True)
+def _no_capture_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
 def test_models_on_gpus_that_are_not_current(machine):
     """One after the other, on three GPUs; every step is in a graph."""
     for gpu in (1, 0, 2):
-        model = tiny().eval()
-        decoder = decoder_on(machine, gpu, model, len(PROMPTS))
+        model = OnGpu(machine, gpu)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert tokens(model, decoder, **OPTIONS) == model.generate(PROMPTS, **OPTIONS)
-        assert len(decoder._graphs) == 2
-        assert all(graph is not None and len(graph.steps) == 1 for graph in decoder._graphs.values())
+            assert model.tokens() == model.expected()
+        graphs = model.steps._graphs
+        assert {name for name, _, _ in graphs} == {"sample", "forward"}
+        assert all(graph is not None and len(graph.steps) == 1 for graph in graphs.values())
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
+    """The graphs that were replayed."""
+    graphs: list[Graph] = []
+    replay = Graph.replay
+    monkeypatch.setattr(Graph, "replay", lambda self: graphs.append(self) or replay(self))
+    return graphs
+
+
+def test_streams_and_schedulers_replay_captured_steps(machine, replayed):
+    """Draws that are not captured come with forward passes that are."""
+    model = OnGpu(machine, 1)
+    for step in stream(model, PROMPTS, **OPTIONS):
+        assert len(step.tokens) == 5
+    assert len(replayed) == 12 + 11 + 1, "draws, forward passes, and the prompt of one token"
+    replayed.clear()
+    scheduler = Scheduler(model, max_rows=3)
+    requests = [scheduler.submit(prompt, **OPTIONS) for prompt in PROMPTS]
+    run(scheduler)
+    assert [sequence.tokens for request in requests for sequence in request.sequences] == model.expected()
+    assert len(replayed) >= 2 * 11
+    replayed.clear()
+    scheduler.submit([1, 2], repetition_penalty=1.3, max_new_tokens=5)
+    run(scheduler)
+    assert len(replayed) == 4
+
+
+def test_the_server_replays_captured_steps(machine, replayed):
+    pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    from gptfast.serving.app import create_app
+
+    model, letters = OnGpu(machine, 1), CharTokenizer.train("".join(chr(33 + n) for n in range(61)))
+    with TestClient(create_app(model, letters, "tiny")) as client:
+        ask = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 12, "temperature": 0.9, "seed": 3}
+        answer = client.post("/v1/completions", json=ask).json()
+    assert answer["choices"][0]["text"] == letters.decode(model.expected()[0][3:])
+    assert len(replayed) == 12 + 11
 
 
 def test_an_empty_graph_is_not_replayed(machine, monkeypatch):
-    """Its replays do nothing: the steps run uncaptured, and that is said."""
+    """Its replays do nothing: the steps run uncaptured, with a warning."""
     monkeypatch.setattr(machine, "launch", lambda gpu, step: step())  # on a stream that nobody captures
-    model = tiny().eval()
-    decoder = decoder_on(machine, 1, model, len(PROMPTS))
-    monkeypatch.setattr(decoder, "_captured", keeping_state(decoder))
+    captured = CapturedSteps._captured
+
+    def keeping_buffers(self: CapturedSteps, step: Callable[[], None]) -> object:
+        """Nothing runs for good in a capture, though the machine above runs what it does not capture."""
+        with self._undone():
+            return captured(self, step)
+
+    monkeypatch.setattr(CapturedSteps, "_captured", keeping_buffers)
+    model = OnGpu(machine, 1)
     with pytest.warns(UserWarning, match="generate: no CUDA graph of a step, which runs uncaptured: The CUDA Graph is"):
-        assert tokens(model, decoder, **OPTIONS) == model.generate(PROMPTS, **OPTIONS)
-    assert set(decoder._graphs.values()) == {None}
-
-
-def keeping_state(decoder: cuda_graphs.Decoder) -> Callable:
-    """Capturing in which nothing runs for good, though the machine above runs what it does not capture."""
-
-    def captured(step: Callable[[], None]) -> object:
-        with decoder._undone():
-            return cuda_graphs.Decoder._captured(decoder, step)
-
-    return captured
+        assert model.tokens() == model.expected()
+    assert set(model.steps._graphs.values()) == {None}
 
 
 def test_a_capture_that_fails_leaves_the_current_stream(machine):
     machine.refuse = True
-    model = tiny().eval()
-    decoder, before = decoder_on(machine, 1, model, len(PROMPTS)), list(machine.streams)
+    model, before = OnGpu(machine, 1), list(machine.streams)
     with pytest.warns(UserWarning, match="runs uncaptured: capture failed"):
-        assert tokens(model, decoder, **OPTIONS) == model.generate(PROMPTS, **OPTIONS)
+        assert model.tokens() == model.expected()
     assert machine.streams == before
 
 
 def test_other_warnings_of_a_capture_are_passed_on(machine):
-    decoder = decoder_on(machine, 1, tiny().eval(), 1)
+    model = OnGpu(machine, 1)
+    runner = model.runner(1, 8)
 
     def step() -> None:
         machine.launch(1, lambda: None)
         warnings.warn("something else", stacklevel=1)
 
     with pytest.warns(UserWarning, match="something else"):
-        assert decoder._captured(step) is not None
+        assert runner._steps._captured(step) is not None
 
 
 def test_bfloat16_is_asked_of_the_gpu_that_trains(monkeypatch):
@@ -187,8 +243,5 @@ def test_what_captures_is_asked_of_the_model_s_gpu(machine, monkeypatch):
     """A capture on the current GPU is none on the model's."""
     asked: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: asked.append(machine.current) or True)
-    model = tiny().eval()
-    monkeypatch.setattr(cuda_graphs, "_current", lambda device: machine.device(torch.device("cuda", 2)))
-    monkeypatch.setattr(type(model.wte.weight), "is_cuda", True, raising=False)
-    assert not cuda_graphs.takes(model, requests_of([[1]]))
+    assert not cuda_graphs._may_capture(torch.device("cuda", 2))
     assert asked == [2]
