@@ -23,7 +23,7 @@ struct Visible {
   int vectors;                                       // that hold a query: 1 when one token is decoded
 };
 
-static void see(Visible& s, const AttentionParams& p, i64 b, i64 i0, i64 queries) {
+static void visible_keys(Visible& s, const AttentionParams& p, i64 b, i64 i0, i64 queries) {
   i64 document = 0;
   s.vectors = int((queries + L - 1) / L);
   s.all_lo = s.last = 0;
@@ -83,7 +83,7 @@ INL int tile_groups(const Visible& s, i64 j0, i64 keys, Group* groups, bool* edg
   return n;
 }
 // Lanes of vector v that see key j.
-INL M sees(const Visible& s, int v, i64 j) {
+INL M is_visible(const Visible& s, int v, i64 j) {
   const I key = iset(uint32_t(j));
   return both(igt(iload(s.hi + v * L), key), igt(iadd(key, iset(1)), iload(s.lo + v * L)));
 }

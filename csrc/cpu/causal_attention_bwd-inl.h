@@ -157,7 +157,7 @@ template <bool PAIR> struct AttentionBackward {
         x = x * (gx - center);
         y = y * (gy - center);
         if (EDGE) {
-          const M see_x = sees(visible, v, j0 + j), see_y = sees(visible, v, j0 + j + 1);
+          const M see_x = is_visible(visible, v, j0 + j), see_y = is_visible(visible, v, j0 + j + 1);
           x = keep(see_x, x);
           y = keep(see_y, y);
           px = keep(see_x, px);
@@ -220,7 +220,7 @@ template <bool PAIR> struct AttentionBackward {
 
   template <bool DROP> void block(i64 i0) {
     const i64 queries = p.T - i0 < kQueries ? p.T - i0 : kQueries;
-    see(visible, p, b, i0, queries);
+    visible_keys(visible, p, b, i0, queries);
     pack_transposed<PAIR>(q_t, p.q, p.dtype, b, h, i0, queries, D);
     pack_transposed<PAIR>(g_t, p.dout, p.dtype, b, h, i0, queries, D);
     pack_lanes(q_rows, p.q, i0, queries);

@@ -73,7 +73,7 @@ template <bool PAIR> struct AttentionForward {
       if (v < groups[g].va || v >= groups[g].vb) continue;
       for (i64 j = groups[g].begin; j < groups[g].end; j++) {
         F x = load(sv + j * kQueries);
-        if (EDGE) store(sv + j * kQueries, x = select(sees(visible, v, j0 + j), x, set(kMasked)));
+        if (EDGE) store(sv + j * kQueries, x = select(is_visible(visible, v, j0 + j), x, set(kMasked)));
         top = max(x, top);
       }
     }
@@ -105,8 +105,8 @@ template <bool PAIR> struct AttentionForward {
         }
         F x = weight(load(sv + j * kQueries)), y = weight(load(sv + (j + 1) * kQueries));
         if (EDGE) {
-          x = keep(sees(visible, v, j0 + j), x);
-          y = keep(sees(visible, v, j0 + j + 1), y);
+          x = keep(is_visible(visible, v, j0 + j), x);
+          y = keep(is_visible(visible, v, j0 + j + 1), y);
         }
         sum0 = sum0 + x;
         sum1 = sum1 + y;
@@ -129,7 +129,7 @@ template <bool PAIR> struct AttentionForward {
   }
 
   // O^T += V^T P^T over one group.
-  template <Mode MODE> void weigh(i64 j0, const Group& g) {
+  template <Mode MODE> void accumulate_pv(i64 j0, const Group& g) {
     const i64 from = PAIR ? g.begin / 2 : g.begin, count = PAIR ? (g.end - g.begin + 1) / 2 : g.end - g.begin;
     product<PAIR, MODE>(v_rows(j0 + g.begin), 1, v_stride, pairs + from * kQueries + g.va * L, kQueries, count,
                         o + g.va * L, kQueries, D, g.vb - g.va, alpha + g.va * L);
@@ -153,19 +153,19 @@ template <bool PAIR> struct AttentionForward {
                          groups[g].vb - groups[g].va);
     for (int v = 0; v < visible.vectors; v++)
       edge ? softmax<DROP, true>(v, i0, j0, groups, n) : softmax<DROP, false>(v, i0, j0, groups, n);
-    if (!edge) return first ? weigh<SET>(j0, groups[0]) : weigh<SCALE>(j0, groups[0]);
+    if (!edge) return first ? accumulate_pv<SET>(j0, groups[0]) : accumulate_pv<SCALE>(j0, groups[0]);
     if (first) __builtin_memset(o, 0, size_t(D * kQueries) * 4);
     else rescale_output();
     const bool finite = all_finite<PAIR>(v_rows(j0), v_stride, PAIR ? (keys + 1) / 2 : keys, D);
     for (int g = 0; g < n; g++) {
-      if (finite) weigh<ACC>(j0, groups[g]);
+      if (finite) accumulate_pv<ACC>(j0, groups[g]);
       else guarded_product<PAIR>(o, v_rows(j0), v_stride, pairs, groups[g], D);
     }
   }
 
   template <bool DROP> void block(i64 i0) {
     const i64 queries = p.T - i0 < kQueries ? p.T - i0 : kQueries;
-    see(visible, p, b, i0, queries);
+    visible_keys(visible, p, b, i0, queries);
     pack_keys(visible.last);
     pack_transposed<PAIR>(q, p.q, p.dtype, b, h, i0, queries, D);
     for (int v = 0; v < kVectors; v++) {

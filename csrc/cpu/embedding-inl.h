@@ -1,7 +1,7 @@
 // Token plus position embedding, and the gradient of a table.
 //
 // Backward gets the ids sorted, with the permutation that sorted them (a stable one, so equal ids stay in row order). The
-// rows of a run of equal ids are added in that order, in fp32, by whoever holds the first of the run.
+// rows of a run of equal ids are added in that order, in fp32, by the thread that owns the first row of the run.
 // Floor: forward two reads and one write of (N, C); backward one read of (N, C) and one write of the table.
 
 static void embedding_fwd(const EmbeddingParams& p, i64 row_begin, i64 row_end) {

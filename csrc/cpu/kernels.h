@@ -220,7 +220,7 @@ const Kernels& kernels();
 const char* const* available_isas(int* count);
 // Returns false, changing nothing, when `name` cannot run here. nullptr restores the automatic choice.
 bool set_isa(const char* name);
-// The value of GPTFAST_CPU_ISA when it names no table that can run here, else nullptr: the glue reports it.
+// The value of GPTFAST_CPU_ISA when it names no table that can run here, else nullptr; the bindings raise.
 const char* rejected_isa();
 
 // Grow-only, 64-byte aligned memory of this thread; the contents survive until the next call from it. `workspace` is

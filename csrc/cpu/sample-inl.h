@@ -132,7 +132,7 @@ struct Sampler {
     });
   }
   // Keeps the candidates above `low` and the first `equals` of those that equal it.
-  void cut(float low, i64 equals) {
+  void keep_top(float low, i64 equals) {
     i64 out = 0;
     const F bound = set(low);
     for_lanes(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
@@ -165,11 +165,11 @@ struct Sampler {
     gather(x, low > kLeastLogit ? low : kLeastLogit);  // -inf is never drawn
     if (n <= k) return;
     const float last = kth_bound(kept_x, n, k, 0, best);
-    cut(last, k - count<true>(kept_x, n, last));
+    keep_top(last, k - count<true>(kept_x, n, last));
   }
 
   // out[c] = exp((values[c] - best) / T); returns the sum.
-  double weigh(const float* values, float* out, i64 count) const {
+  double exp_scores(const float* values, float* out, i64 count) const {
     const F center = set(best), scale = set(per_unit);
     double total = 0;
     for (i64 c0 = 0; c0 < count; c0 += 2048)
@@ -210,7 +210,7 @@ struct Sampler {
     bool whole;  // no further candidate equals last
   };
   Nucleus top_p(bool all) {
-    const double total = all ? weigh(x, weights, V) : weigh(kept_x, kept_w, n), goal = p.top_p * total;
+    const double total = all ? exp_scores(x, weights, V) : exp_scores(kept_x, kept_w, n), goal = p.top_p * total;
     const double least = 0.999 * (1 - p.top_p) * total / double(V);
     if (all) gather(weights, least > 1e-30 ? float(least) : 1e-30f);
     // The smallest key with mass(keys > it) < goal lies in [low, high]; undecided candidates are those inside.
@@ -252,7 +252,7 @@ struct Sampler {
 
   INL F uniform(I word) { return min(fma(to_float(word), set(0x1p-32f), set(0x1p-33f)), set(1.f - 0x1p-24f)); }
   // Offers L tokens with logits v and noise from u, where m is set; ids rise from call to call and over the lanes.
-  __attribute__((always_inline)) void offer(Draw& draw, F v, F u, M m, const uint32_t* ids, i64 first) const {
+  __attribute__((always_inline)) void consider(Draw& draw, F v, F u, M m, const uint32_t* ids, i64 first) const {
     if (!bits(m)) return;
     const F noise = zero() - log(zero() - log1p_negative(zero() - u));
     const F score = select(m, v / set(temperature) + noise, set(-__builtin_inff()));
@@ -289,7 +289,7 @@ struct Sampler {
       interleave4(words);
       UNROLL_FOR (int j = 0; j < 4; j++) {
         const F u = uniform(words[j]);
-        offer(draw, v[j], u, ge(most_v[j], u), nullptr, c0 + j * L);
+        consider(draw, v[j], u, ge(most_v[j], u), nullptr, c0 + j * L);
       }
     }
     return draw.token;
@@ -312,12 +312,12 @@ struct Sampler {
       const I first = iselect(ieq(word, iset(0)), words[0], words[1]);
       const I second = iselect(ieq(word, iset(2)), words[2], words[3]);
       const F u = uniform(iselect(igt(iset(2), word), first, second));
-      offer(draw, v, u, both(m, ge(most_v, u)), kept_id + c, 0);
+      consider(draw, v, u, both(m, ge(most_v, u)), kept_id + c, 0);
     }
     return draw.token;
   }
 
-  i64 one(i64 r) {
+  i64 sample_row(i64 r) {
     if (!read(r)) return -1;
     if (best == -__builtin_inff()) return -2;
     if (temperature < 0x1p-126f || !(magnitude(best / temperature) < 1e30f)) return first_best();  // noise is nothing
@@ -327,7 +327,7 @@ struct Sampler {
     const Nucleus nucleus = top_p(all);
     if (all && nucleus.whole && nucleus.tokens > V / 4) return draw_all(r, nucleus.last);  // a call for four is cheaper
     gather(x, nucleus.last);
-    if (n > nucleus.tokens) cut(nucleus.last, nucleus.equals);
+    if (n > nucleus.tokens) keep_top(nucleus.last, nucleus.equals);
     return draw_kept(r);
   }
 };
@@ -335,7 +335,7 @@ struct Sampler {
 // out[r]: the token, -1 where the row holds nan, -2 where nothing but -inf.
 static void sample(const SampleParams& p, i64 row_begin, i64 row_end) {
   Sampler s(p);
-  for (i64 r = row_begin; r < row_end; r++) p.out[r] = s.one(r);
+  for (i64 r = row_begin; r < row_end; r++) p.out[r] = s.sample_row(r);
 }
 
 static void fill(Kernels& k) { k.sample = sample; }

@@ -1,4 +1,4 @@
-// causal_attention as the bindings see it; what it computes is told in gptfast/ops/causal_attention.py. Conventions as
+// causal_attention as the bindings see it; semantics: see gptfast/ops/causal_attention.py. Conventions as
 // in kernels.h: device pointers, strides in elements, a contiguous last dimension.
 #pragma once
 #include "kernels.h"

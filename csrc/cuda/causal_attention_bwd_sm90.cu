@@ -60,7 +60,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   const int begin = first.lo / BN * BN, tiles = last.hi > begin ? (last.hi - begin + BN - 1) / BN : 0;
 
   if (threadIdx.x < 128) {  // ---- loads
-    fewer_registers<40>();
+    setmaxnreg_dec<40>();
     const int lane = threadIdx.x;
     if (tiles && lane == 0) {
       auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int row, int count) {
@@ -99,7 +99,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   }
 
   // ---- 64 rows
-  more_registers<232>();
+  setmaxnreg_inc<232>();
   const int w = int(threadIdx.x) / 128 - 1, warp = int(threadIdx.x) / 32 - 4, lane = threadIdx.x % 32;
   const int warp_row = warp * 16, row = row0 + warp_row + lane / 4;
   const Range group_first = seen[w * 64], group_last = seen[w * 64 + 63];

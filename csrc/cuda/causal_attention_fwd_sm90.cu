@@ -57,7 +57,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   auto column = [&](int i) { return (j_first + tiles - 1 - i) * BN; };  // tiles from right to left: masked ones first
 
   if (threadIdx.x < 128) {  // ---- loads
-    fewer_registers<CONSUMERS == 2 ? 24 : 32>();
+    setmaxnreg_dec<CONSUMERS == 2 ? 24 : 32>();
     if (threadIdx.x != 0 || tiles == 0) return;
     auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int row, int rows) {
       mbarrier_expect(barrier, rows * D * 2);
@@ -76,7 +76,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   }
 
   // ---- 64 queries
-  more_registers<CONSUMERS == 2 ? 240 : 160>();
+  setmaxnreg_inc<CONSUMERS == 2 ? 240 : 160>();
   const int w = int(threadIdx.x) / 128 - 1, warp = int(threadIdx.x) / 32 - 4, lane = threadIdx.x % 32;
   const int warp_row = warp * 16, row = i0 + warp_row + lane / 4;
   const bool leader = threadIdx.x % 128 == 0;

@@ -75,8 +75,8 @@ template <int N> DEV_INLINE void tma_wait_read() {
 }
 template <int N> DEV_INLINE void tma_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
 DEV_INLINE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-template <int N> DEV_INLINE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N> DEV_INLINE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> DEV_INLINE void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> DEV_INLINE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 DEV_INLINE void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -231,8 +231,8 @@ inline void tma_commit() { emu::commit_stores(); }
 template <int N> inline void tma_wait_read() { emu::wait_for_stores(N, false); }
 template <int N> inline void tma_wait() { emu::wait_for_stores(N, true); }
 inline void fence_proxy_async() { EMU_RACE(emu::race::proxy_fence();) }
-template <int N> inline void more_registers() { emu::set_registers(N); }
-template <int N> inline void fewer_registers() { emu::set_registers(N); }
+template <int N> inline void setmaxnreg_inc() { emu::set_registers(N); }
+template <int N> inline void setmaxnreg_dec() { emu::set_registers(N); }
 inline uint32_t opaque(uint32_t x) { return x; }
 inline void named_barrier(int id, int threads, EMU_SITE) { emu::bar_sync(id, threads, emu_line); }
 #endif

@@ -15,12 +15,12 @@ INL F tanh(F x) {
   return select(ge(a, set(0.625f)), copysign(far, x), fma(x * s, p, x));
 }
 
-template <Finish FINISH> INL F activate(F z) {
-  if constexpr (FINISH == Finish::gelu_tanh) return gelu_value<DType::f32, true>(z);
-  if constexpr (FINISH == Finish::gelu) return gelu_value<DType::f32, false>(z);
-  if constexpr (FINISH == Finish::relu) return max(zero(), z);  // z where it is nan
-  if constexpr (FINISH == Finish::silu) return z * sigmoid(z);
-  if constexpr (FINISH == Finish::quick_gelu) return z * sigmoid(set(1.702f) * z);
-  if constexpr (FINISH == Finish::tanh) return tanh(z);
+template <Epilogue EPILOGUE> INL F activate(F z) {
+  if constexpr (EPILOGUE == Epilogue::gelu_tanh) return gelu_value<DType::f32, true>(z);
+  if constexpr (EPILOGUE == Epilogue::gelu) return gelu_value<DType::f32, false>(z);
+  if constexpr (EPILOGUE == Epilogue::relu) return max(zero(), z);  // z where it is nan
+  if constexpr (EPILOGUE == Epilogue::silu) return z * sigmoid(z);
+  if constexpr (EPILOGUE == Epilogue::quick_gelu) return z * sigmoid(set(1.702f) * z);
+  if constexpr (EPILOGUE == Epilogue::tanh) return tanh(z);
   return z;
 }

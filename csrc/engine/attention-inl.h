@@ -47,7 +47,7 @@ template <DType T> INL void store_position(const float* k, const float* v, i64 D
   for (i64 d = D; d < Dp; d++) __builtin_memset(values + d * size, 0, size_t(size));
 }
 template <DType T> static void store_run(const AttendParams& p) {
-  if (p.n == 1) ask(keys_of<T>(p, 0, p.start), p.heads * key_elements(p.D) * element_size(T));
+  if (p.n == 1) prefetch_range(keys_of<T>(p, 0, p.start), p.heads * key_elements(p.D) * element_size(T));
   for (i64 h = 0; h < p.heads; h++)
     for (i64 i = 0; i < p.n; i++)
       store_position<T>(p.k + i * p.stride + h * p.D, p.v + i * p.stride + h * p.D, p.D, (p.start + i) % kPage,
@@ -72,7 +72,7 @@ static void page_scores(const char* keys, const char* after, const float* q, i64
     UNROLL_FOR (int r = 0; r < R; r++)
       UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
     for (i64 d = 0; d < D; d++) {
-      if (R == 1 && c == 0) ask(after + d * kBytes, kBytes);
+      if (R == 1 && c == 0) prefetch_range(after + d * kBytes, kBytes);
       F k[V];
       UNROLL_FOR (int v = 0; v < V; v++) k[v] = load_cached<T>(keys, d * kPage + c + v * L);
       UNROLL_FOR (int r = 0; r < R; r++) {
@@ -119,7 +119,7 @@ static void weigh_values(const AttendParams& p, i64 h, i64 begin, i64 end, const
     const float* w = weights + (page - begin);
     const i64 n = end - page < kPage ? end - page : kPage;
     for (i64 i = 0; i < n; i++) {
-      if (R == 1) ask(next + (i * Dp + d0) * size, V * L * size);
+      if (R == 1) prefetch_range(next + (i * Dp + d0) * size, V * L * size);
       F x[V];
       UNROLL_FOR (int v = 0; v < V; v++) x[v] = load_cached<T>(values, i * Dp + d0 + v * L);
       UNROLL_FOR (int r = 0; r < R; r++) {
@@ -133,8 +133,8 @@ static void weigh_values(const AttendParams& p, i64 h, i64 begin, i64 end, const
 }
 
 template <DType T, int R>
-INL void weigh(const AttendParams& p, i64 h, i64 begin, i64 end, const char* after, const float* weights, i64 ldw,
-               bool fresh, float* out) {
+INL void accumulate_pv(const AttendParams& p, i64 h, i64 begin, i64 end, const char* after, const float* weights,
+                       i64 ldw, bool fresh, float* out) {
   constexpr int V = kAttendVectors;
   i64 d = 0;
   for (; d + V * L <= padded_head(p.D); d += V * L)
@@ -168,7 +168,7 @@ template <DType T, int R> static void attend_rows(const AttendParams& p, i64 row
     for (i64 h = 0; h < p.heads; h++) {
       const i64 to = at + stretch < end ? at + stretch : end;
       const char* after = h + 1 < p.heads || to == end ? values_of<T>(p, h + 1, at) : values_of<T>(p, 0, to);
-      weigh<T, R>(p, h, at, to, after, scores + h * R * n + (at - first), n, at == first, out + h * p.D);
+      accumulate_pv<T, R>(p, h, at, to, after, scores + h * R * n + (at - first), n, at == first, out + h * p.D);
     }
   for (i64 h = 0; h < p.heads; h++)
     for (int r = 0; r < R; r++) {

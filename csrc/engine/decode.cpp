@@ -46,7 +46,7 @@ std::vector<i64> Engine::draw(const std::vector<Sampling>& samplings, const std:
   return draw_locked(samplings, positions, logits, ld);
 }
 
-// Threads take one row after another: what a draw takes hangs on what it asks for.
+// Threads take one row after another: the cost of a draw depends on its sampling parameters.
 std::vector<i64> Engine::draw_locked(const std::vector<Sampling>& samplings, const std::vector<i64>& positions,
                                      const float* logits, i64 ld) {
   std::vector<i64> drawn(samplings.size());

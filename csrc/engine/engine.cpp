@@ -8,7 +8,7 @@
 namespace gptfast::engine {
 
 namespace {
-constexpr i64 kPass = 256;  // tokens of a pass: their activations stay in the caches
+constexpr i64 kPrefillChunk = 256;  // tokens of a pass: their activations stay in the caches
 }  // namespace
 
 Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int threads, cpu::DType cache,
@@ -91,53 +91,52 @@ void Engine::extend_locked(Cache& cache, const std::vector<i64>& rows, const std
   i64 M = 0, wanted = 0, written = 0, done = 0;
   auto flush = [&] {
     if (!M) return;
-    pass(runs, tokens + done, out + written * ld, ld);
+    run_chunk(runs, tokens + done, out + written * ld, ld);
     written += std::exchange(wanted, 0);
     done += std::exchange(M, 0);
     runs.clear();
   };
   for (size_t i = 0; i < rows.size(); i++)
     for (i64 at = 0; at < counts[i];) {
-      const i64 n = std::min(counts[i] - at, kPass - M);
+      const i64 n = std::min(counts[i] - at, kPrefillChunk - M);
       const i64 logits = !last_only ? n : at + n == counts[i] ? 1 : 0;
       runs.push_back({M, n, cache.length(rows[i]) + at, logits, wanted, cache.pages(rows[i])});
       at += n;
       M += n;
       wanted += logits;
-      if (M == kPass) flush();
+      if (M == kPrefillChunk) flush();
     }
   flush();
   for (size_t i = 0; i < rows.size(); i++) cache.append(rows[i], counts[i]);
 }
 
-void Engine::need_memory(i64 M, i64 longest) {
-  for (Thread& own : own_) own.scratch.need(attend_scratch(model_.shape.heads, longest));
+void Engine::reserve_workspace(i64 M, i64 longest) {
+  for (Thread& own : own_) own.scratch.grow(attend_scratch(model_.shape.heads, longest));
   if (M <= capacity_) return;
   const i64 rows = M == 1 ? 1 : round_up(M, 8);
   auto inputs = [&](Inputs& in, i64 n) {
-    in.normed.need(n * Cp_);
-    in.bf16.need(n * stride_);
-    in.q.need(n * stride_);
-    in.scale.need(n * stride_ / kGroup);
-    in.start.need(n * stride_ / kGroup);
+    in.normed.grow(n * Cp_);
+    in.bf16.grow(n * stride_);
+    in.q.grow(n * stride_);
+    in.scale.grow(n * stride_ / kGroup);
+    in.acc_init.grow(n * stride_ / kGroup);
   };
   for (Thread& own : own_) inputs(own.inputs, 1);
   inputs(shared_, rows);
-  x_.need(rows * Cp_);
-  qkv_.need(rows * Qp_);
-  attended_.need(rows * Cp_);
-  hidden_.need(rows * Fp_);
-  branch_.need(rows * Cp_);
+  x_.grow(rows * Cp_);
+  qkv_.grow(rows * Qp_);
+  attended_.grow(rows * Cp_);
+  hidden_.grow(rows * Fp_);
+  branch_.grow(rows * Cp_);
   capacity_ = rows;
-  work_bytes_ = (rows + threads()) * (4 * Cp_ + 3 * stride_ + stride_ / 4) + rows * 4 * (3 * Cp_ + Qp_ + Fp_);
 }
 
-void Engine::pass(const std::vector<Run>& runs, const int* tokens, float* out, i64 ld) {
+void Engine::run_chunk(const std::vector<Run>& runs, const int* tokens, float* out, i64 ld) {
   i64 longest = 0;
   M_ = runs.back().first + runs.back().n;
   wanted_ = runs.back().row + runs.back().wanted;
   for (const Run& run : runs) longest = std::max(longest, run.start + run.n);
-  need_memory(M_, longest);
+  reserve_workspace(M_, longest);
   runs_ = runs;
   for (auto& item : next_) item = 0;
   pool_.run([&](int t) { forward(t, tokens, out, ld); });

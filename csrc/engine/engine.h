@@ -22,7 +22,7 @@ template <class T> class Buffer {
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
   ~Buffer() { std::free(data_); }
   T* get() const { return data_; }
-  void need(i64 n) {
+  void grow(i64 n) {
     if (n <= size_) return;
     std::free(std::exchange(data_, nullptr));
     size_ = 0;
@@ -57,7 +57,7 @@ struct Sampling {
   i64 vocab;  // among so many first tokens; 0: all
 };
 
-// `weights` is Model::bytes of memory, aligned to 64, that outlives the engine. Calls lock one another out.
+// `weights` is Model::bytes of memory, aligned to 64, that outlives the engine. Calls are serialised by a mutex.
 class Engine {
  public:
   Engine(const Shape& shape, const Formats& formats, char* weights, int threads, cpu::DType cache,
@@ -66,7 +66,6 @@ class Engine {
   const Model& model() const { return model_; }
   int threads() const { return pool_.threads(); }
   i64 page_bytes() const { return model_.shape.layers * layer_bytes_; }
-  i64 work_bytes() const { return work_bytes_; }
   std::mutex& lock() { return mutex_; }
 
   // Packs fp32 values (N, K), rows ld apart, as the weight of this name; its factor is taken off.
@@ -95,7 +94,7 @@ class Engine {
     Buffer<float> normed, scale;
     Buffer<uint16_t> bf16;
     Buffer<int8_t> q;
-    Buffer<int32_t> start;
+    Buffer<int32_t> acc_init;
   };
   struct Thread {
     Inputs inputs;  // of single rows, which every thread prepares for itself
@@ -111,8 +110,8 @@ class Engine {
   void reserve(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts);
   std::vector<i64> draw_locked(const std::vector<Sampling>& samplings, const std::vector<i64>& positions,
                                const float* logits, i64 ld);
-  void need_memory(i64 M, i64 longest);
-  void pass(const std::vector<Run>& runs, const int* tokens, float* out, i64 ld);
+  void reserve_workspace(i64 M, i64 longest);
+  void run_chunk(const std::vector<Run>& runs, const int* tokens, float* out, i64 ld);
   void forward(int t, const int* tokens, float* out, i64 ld);
   void embed(int t, const int* tokens);
   void attention(int t, i64 layer);
@@ -123,7 +122,7 @@ class Engine {
 
   Activations inputs_of(int t, const Weight& weight, const float* x, i64 ld, i64 K, i64 rows);
   Activations normed_inputs(int t, const Weight& weight, const Norm& norm, const float* x, i64 ld, i64 rows);
-  void multiply(int t, const Linear& linear, const Activations& x, i64 rows, Finish finish, float* y, i64 ldy,
+  void multiply(int t, const Linear& linear, const Activations& x, i64 rows, Epilogue epilogue, float* y, i64 ldy,
                 float* out, i64 ldo);
 
   Range share(i64 n, int t) const { return {n * t / threads(), n * (t + 1) / threads()}; }
@@ -143,8 +142,8 @@ class Engine {
   const i64 layer_bytes_;
   const i64 Cp_, Qp_, Fp_, stride_;  // C, 3 C, F, and the larger of C and F, rounded up to whole panels
 
-  i64 M_ = 0, wanted_ = 0;             // tokens of the running pass, and how many of them get logits
-  i64 capacity_ = 0, work_bytes_ = 0;  // tokens there is memory for
+  i64 M_ = 0, wanted_ = 0;  // tokens of the running pass, and how many of them get logits
+  i64 capacity_ = 0;        // tokens there is memory for
   std::vector<Run> runs_;
   std::vector<std::atomic<i64>> next_;                  // item of attention, per layer
   Buffer<float> x_, qkv_, attended_, hidden_, branch_;  // (M, C), (M, 3 C), (M, C), (M, F), (M, C)

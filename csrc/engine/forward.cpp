@@ -18,7 +18,7 @@ void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
       return s.pre_norm ? normed_inputs(t, linear.weight, norm, x, Cp_, M)
                         : inputs_of(t, linear.weight, x, Cp_, s.C, M);
     };
-    multiply(t, layer.c_attn, branch_inputs(layer.c_attn, layer.ln_1), M, Finish::store, qkv_.get(), Qp_, qkv_.get(),
+    multiply(t, layer.c_attn, branch_inputs(layer.c_attn, layer.ln_1), M, Epilogue::store, qkv_.get(), Qp_, qkv_.get(),
              Qp_);
     pool_.barrier(t);
     attention(t, l);
@@ -29,14 +29,14 @@ void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
     pool_.barrier(t);
     if (!M) return;
     const Activations attended = inputs_of(t, layer.attn_proj.weight, attended_.get(), Cp_, s.C, M);
-    multiply(t, layer.attn_proj, attended, M, Finish::add, branch_.get(), Cp_, x, Cp_);
+    multiply(t, layer.attn_proj, attended, M, Epilogue::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
     if (!s.pre_norm) normalise_in_place(t, layer.ln_1, M);
     multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), M, s.activation, hidden_.get(), Fp_, hidden_.get(),
              Fp_);
     pool_.barrier(t);
     const Activations hidden = inputs_of(t, layer.mlp_proj.weight, hidden_.get(), Fp_, s.F, M);
-    multiply(t, layer.mlp_proj, hidden, M, Finish::add, branch_.get(), Cp_, x, Cp_);
+    multiply(t, layer.mlp_proj, hidden, M, Epilogue::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
     if (!s.pre_norm) normalise_in_place(t, layer.ln_2, M);
   }
@@ -55,8 +55,8 @@ void Engine::embed(int t, const int* tokens) {
     }
 }
 
-// One item is a head of a run. Single positions are shared out evenly, the heads of a run together; longer runs go to
-// whoever is free.
+// One item is a head of a run. Single positions are shared out evenly, the heads of a run together; longer runs are
+// taken dynamically.
 void Engine::attention(int t, i64 layer) {
   const i64 heads = model_.shape.heads, items = i64(runs_.size()) * heads;
   if (M_ > i64(runs_.size())) {
@@ -110,7 +110,7 @@ void Engine::keep_wanted() {
 void Engine::head(int t, float* out, i64 ld) {
   const Activations x = model_.shape.final_norm ? normed_inputs(t, model_.head, model_.ln_f, x_.get(), Cp_, wanted_)
                                                 : inputs_of(t, model_.head, x_.get(), Cp_, model_.shape.C, wanted_);
-  multiply(t, {model_.head, Weight()}, x, wanted_, Finish::store, out, ld, out, ld);
+  multiply(t, {model_.head, Weight()}, x, wanted_, Epilogue::store, out, ld, out, ld);
 }
 
 void Engine::normalise_in_place(int t, const Norm& norm, i64 rows) {
@@ -123,7 +123,7 @@ void Engine::normalise_in_place(int t, const Norm& norm, i64 rows) {
 }
 
 Activations Engine::view(Inputs& in, i64 K) const {
-  return {in.normed.get(), Cp_, in.bf16.get(), in.q.get(), in.scale.get(), in.start.get(), round_up(K, kGroup)};
+  return {in.normed.get(), Cp_, in.bf16.get(), in.q.get(), in.scale.get(), in.acc_init.get(), round_up(K, kGroup)};
 }
 // x as the product with a matrix reads it; the matrix's factor goes into the scales of x. A single row is prepared by every thread for itself, which is quicker than
 // waiting for another; several rows are shared out.
@@ -134,7 +134,8 @@ Activations Engine::inputs_of(int t, const Weight& weight, const float* x, i64 l
   in.f32_stride = ld;
   if (reads_f32(weight.format)) return in;
   const Range mine = single ? Range{0, 1} : share(rows, t);
-  for (i64 m = mine.first; m < mine.last; m++) kernels_.prepare(weight.format, x + m * ld, K, in, m, weight.factor);
+  for (i64 m = mine.first; m < mine.last; m++)
+    kernels_.quantize_activations(weight.format, x + m * ld, K, in, m, weight.factor);
   if (!single) pool_.barrier(t);
   return in;
 }
@@ -147,14 +148,15 @@ Activations Engine::normed_inputs(int t, const Weight& weight, const Norm& norm,
   for (i64 m = mine.first; m < mine.last; m++) {
     float* normed = to.normed.get() + m * Cp_;
     kernels_.layer_norm(x + m * ld, floats(norm.weight), floats(norm.bias), model_.shape.eps, model_.shape.C, normed);
-    if (!reads_f32(weight.format)) kernels_.prepare(weight.format, normed, model_.shape.C, in, m, weight.factor);
+    if (!reads_f32(weight.format))
+      kernels_.quantize_activations(weight.format, normed, model_.shape.C, in, m, weight.factor);
   }
   if (!single) pool_.barrier(t);
   return in;
 }
 
 // This thread's panels of out = finish(x W^T + bias); y is room for the products, and may be `out`.
-void Engine::multiply(int t, const Linear& linear, const Activations& x, i64 rows, Finish finish, float* y, i64 ldy,
+void Engine::multiply(int t, const Linear& linear, const Activations& x, i64 rows, Epilogue epilogue, float* y, i64 ldy,
                       float* out, i64 ldo) {
   const Weight& w = linear.weight;
   const Range mine = share(panels(w.N), t);
@@ -163,8 +165,8 @@ void Engine::multiply(int t, const Linear& linear, const Activations& x, i64 row
   for (i64 p = mine.first; p < mine.last; p++) {
     const i64 n = p * kPanel;
     kernels_.product(w.format, weights_ + w.offset + p * panel, x, rows, K, y + n, ldy);
-    if (bias || finish != Finish::store)
-      kernels_.finish(finish, y + n, ldy, rows, bias ? bias + n : nullptr, out + n, ldo);
+    if (bias || epilogue != Epilogue::store)
+      kernels_.epilogue(epilogue, y + n, ldy, rows, bias ? bias + n : nullptr, out + n, ldo);
   }
 }
 

@@ -5,7 +5,7 @@
 // of prefill, and on any number of threads.
 #pragma once
 #include "../cpu/kernels.h"
-#include "finish.h"
+#include "epilogue.h"
 #include "format.h"
 
 namespace gptfast::engine {
@@ -15,9 +15,9 @@ struct Activations {
   const float* f32 = nullptr;
   i64 f32_stride = 0;
   uint16_t* bf16 = nullptr;
-  int8_t* q = nullptr;       // x / scale
-  float* scale = nullptr;    // per group of 32: stride / 32 a row
-  int32_t* start = nullptr;  // where the integer sum of a group begins: -offset * sum of q, see weight_offset
+  int8_t* q = nullptr;          // x / scale
+  float* scale = nullptr;       // per group of 32: stride / 32 a row
+  int32_t* acc_init = nullptr;  // where the integer sum of a group begins: -offset * sum of q, see weight_offset
   i64 stride = 0;
 };
 
@@ -56,11 +56,11 @@ struct Kernels {
   bool bf16_pairs;  // products of bf16 weights read Activations::bf16, else f32
   // Brings a row of K values into the form that the format's product reads (none for those that read f32). `factor`, a
   // power of two, goes into the scales of quantised formats; it is 1 with others.
-  void (*prepare)(Format, const float* x, i64 K, const Activations& to, i64 row, float factor);
+  void (*quantize_activations)(Format, const float* x, i64 K, const Activations& to, i64 row, float factor);
   // y[m][0..32) = x[m] W^T for rows [0, M) and one panel of depth K, which is padded_depth.
   void (*product)(Format, const char* panel, const Activations& x, i64 M, i64 K, float* y, i64 ldy);
-  // The panel's outputs y, M rows: out = finish(y + bias). bias has 32 values, or is null.
-  void (*finish)(Finish, const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo);
+  // The panel's outputs y, M rows: out = epilogue(y + bias). bias has 32 values, or is null.
+  void (*epilogue)(Epilogue, const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, i64 C, float* y);
   // out = scale * row n of W + position
   void (*embed)(Format, const char* matrix, i64 K, i64 n, float scale, const float* position, float* out);

@@ -4,7 +4,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "finish.h"
+#include "epilogue.h"
 #include "format.h"
 
 namespace gptfast::engine {
@@ -13,7 +13,7 @@ struct Shape {
   i64 layers = 0, heads = 0, C = 0, F = 0, V = 0, positions = 0;  // F: hidden channels of the MLP
   i64 window = 0;                                                 // of layers 1, 3, 5, …; 0: none
   bool pre_norm = true, final_norm = true, tied = true, bias = true;
-  Finish activation = Finish::gelu_tanh;  // of the MLP
+  Epilogue activation = Epilogue::gelu_tanh;  // of the MLP
   float eps = 1e-5f;
   float embed_scale = 1.f;  // of the token embedding
 

@@ -91,7 +91,7 @@ static void float_tile(const Step& step, const char* w, const Activations& x, i6
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
   for (i64 k = 0; k < K; k += Step::kDepth, w += Step::kBytes) {
-    if (R == 1) ask(w + kAhead, Step::kBytes);
+    if (R == 1) prefetch_range(w + kAhead, Step::kBytes);
     step.template run<R, V, N>(w, x, m, k, acc);
   }
   UNROLL_FOR (int r = 0; r < R; r++)
@@ -158,14 +158,14 @@ static void byte_tile(const char* w, const Activations& x, i64 m, i64 K, float* 
   for (i64 g = 0; g * kGroup < K; g++, w += kBytes) {
     I sum[R][V];
     UNROLL_FOR (int r = 0; r < R; r++) {
-      const I start = broadcast4(x.start + (m + r) * (x.stride / kGroup) + g);
+      const I start = broadcast4(x.acc_init + (m + r) * (x.stride / kGroup) + g);
       UNROLL_FOR (int v = 0; v < V; v++) sum[r][v] = start;
     }
     const int8_t* q = x.q + m * x.stride + g * kGroup;
     UNROLL_FOR (int i = 0; i < 8; i++) {
       // in the order of the memory: one after the other, or both nibbles of a byte together
       const int j = U::kFormat == Format::int8 ? i : i / 2 + 4 * (i % 2);
-      if (R == 1) ask(w + kAhead + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);
+      if (R == 1) prefetch_range(w + kAhead + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);
       I quad[V];
       UNROLL_FOR (int v = 0; v < V; v++) quad[v] = U::quad(w + kPanel * 2, N + v * L, j);
       UNROLL_FOR (int r = 0; r < R; r++) {

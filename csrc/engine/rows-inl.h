@@ -17,7 +17,7 @@ INL void store_bytes(int8_t* p, I x) {
 
 // x in bytes: x / s, s = max |x| / 127 of each group, scale = factor * s; and -offset times their sum. A nan or an infinity makes
 // the sum nan and with it the scale, so that it is not lost.
-static void quantise_row(const float* x, i64 K, int offset, float factor, int8_t* q, float* scale, int32_t* start) {
+static void quantize_row(const float* x, i64 K, int offset, float factor, int8_t* q, float* scale, int32_t* acc_init) {
   for (i64 k = 0; k < K; k += kGroup, q += kGroup) {
     F v[kGroup / L], top = zero(), total = zero();
     UNROLL_FOR (int i = 0; i < kGroup / L; i++) {
@@ -34,13 +34,13 @@ static void quantise_row(const float* x, i64 K, int offset, float factor, int8_t
     }
     const float all = sum(total);
     *scale++ = most / 127.f * factor + 0 * all;
-    *start++ = all == all ? -offset * int32_t(all) : 0;
+    *acc_init++ = all == all ? -offset * int32_t(all) : 0;
   }
 }
-static void prepare(Format f, const float* x, i64 K, const Activations& to, i64 row, float factor) {
+static void quantize_activations(Format f, const float* x, i64 K, const Activations& to, i64 row, float factor) {
   if (quantised(f))
-    return quantise_row(x, K, weight_offset(f), factor, to.q + row * to.stride, to.scale + row * to.stride / kGroup,
-                        to.start + row * to.stride / kGroup);
+    return quantize_row(x, K, weight_offset(f), factor, to.q + row * to.stride, to.scale + row * to.stride / kGroup,
+                        to.acc_init + row * to.stride / kGroup);
   if (f != Format::bf16 || !kPairs) return;
   uint16_t* out = to.bf16 + row * to.stride;
   narrow_row(out, x, DType::bf16, K);
@@ -62,27 +62,27 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
   });
 }
 
-template <Finish FINISH>
-static void finish_rows(const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
+template <Epilogue EPILOGUE>
+static void epilogue_rows(const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
   for (i64 m = 0; m < M; m++)
     UNROLL_FOR (int c = 0; c < kPanel; c += L) {
       F v = load(y + m * ldy + c);
       if (bias) v = v + load(bias + c);
-      v = activate<FINISH>(v);
-      if (FINISH == Finish::add) v = v + load(out + m * ldo + c);
+      v = activate<EPILOGUE>(v);
+      if (EPILOGUE == Epilogue::add) v = v + load(out + m * ldo + c);
       store(out + m * ldo + c, v);
     }
 }
-static void finish(Finish kind, const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
+static void epilogue(Epilogue kind, const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
   switch (kind) {
-    case Finish::store: return finish_rows<Finish::store>(y, ldy, M, bias, out, ldo);
-    case Finish::add: return finish_rows<Finish::add>(y, ldy, M, bias, out, ldo);
-    case Finish::gelu_tanh: return finish_rows<Finish::gelu_tanh>(y, ldy, M, bias, out, ldo);
-    case Finish::gelu: return finish_rows<Finish::gelu>(y, ldy, M, bias, out, ldo);
-    case Finish::relu: return finish_rows<Finish::relu>(y, ldy, M, bias, out, ldo);
-    case Finish::silu: return finish_rows<Finish::silu>(y, ldy, M, bias, out, ldo);
-    case Finish::quick_gelu: return finish_rows<Finish::quick_gelu>(y, ldy, M, bias, out, ldo);
-    case Finish::tanh: return finish_rows<Finish::tanh>(y, ldy, M, bias, out, ldo);
+    case Epilogue::store: return epilogue_rows<Epilogue::store>(y, ldy, M, bias, out, ldo);
+    case Epilogue::add: return epilogue_rows<Epilogue::add>(y, ldy, M, bias, out, ldo);
+    case Epilogue::gelu_tanh: return epilogue_rows<Epilogue::gelu_tanh>(y, ldy, M, bias, out, ldo);
+    case Epilogue::gelu: return epilogue_rows<Epilogue::gelu>(y, ldy, M, bias, out, ldo);
+    case Epilogue::relu: return epilogue_rows<Epilogue::relu>(y, ldy, M, bias, out, ldo);
+    case Epilogue::silu: return epilogue_rows<Epilogue::silu>(y, ldy, M, bias, out, ldo);
+    case Epilogue::quick_gelu: return epilogue_rows<Epilogue::quick_gelu>(y, ldy, M, bias, out, ldo);
+    case Epilogue::tanh: return epilogue_rows<Epilogue::tanh>(y, ldy, M, bias, out, ldo);
   }
 }
 
@@ -128,7 +128,7 @@ static int64_t read(const char* data, i64 bytes) {
   I s[4] = {iset(0), iset(0), iset(0), iset(0)};
   const i64 step = 4 * L * 4;
   for (i64 i = 0; i + step <= bytes; i += step) {
-    ask(data + kAhead + i, step);
+    prefetch_range(data + kAhead + i, step);
     UNROLL_FOR (int j = 0; j < 4; j++) s[j] = iadd(s[j], iload(data + i + j * L * 4));
   }
   alignas(64) uint32_t lanes[L];
@@ -140,9 +140,9 @@ static int64_t read(const char* data, i64 bytes) {
 
 static void fill(Kernels& k) {
   k.bf16_pairs = kPairs;
-  k.prepare = prepare;
+  k.quantize_activations = quantize_activations;
   k.layer_norm = layer_norm;
-  k.finish = finish;
+  k.epilogue = epilogue;
   k.embed = embed;
   k.read = read;
 }

@@ -27,9 +27,9 @@ inline cpu::DType type_named(const std::string& name) {
   if (name == "bfloat16") return cpu::DType::bf16;
   throw std::invalid_argument("unknown type " + name);
 }
-inline Finish activation_named(const std::string& name) {
-  for (int i = kFirstActivation; i < kFinishes; i++)
-    if (name == kFinishNames[i]) return Finish(i);
+inline Epilogue activation_named(const std::string& name) {
+  for (int i = kFirstActivation; i < kEpilogues; i++)
+    if (name == kEpilogueNames[i]) return Epilogue(i);
   throw std::invalid_argument("unknown activation " + name);
 }
 inline Shape shape_of(const py::dict& d) {

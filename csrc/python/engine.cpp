@@ -238,9 +238,7 @@ void bind_engine(py::module_& m) {
              const py::gil_scoped_release release;
              return e.get().read_rate(times);
            })
-      .def_property_readonly("threads", [](PyEngine& e) { return e.get().threads(); })
-      .def_property_readonly("page_bytes", [](PyEngine& e) { return e.get().page_bytes(); })
-      .def_property_readonly("work_bytes", [](PyEngine& e) { return e.get().work_bytes(); });
+      .def_property_readonly("threads", [](PyEngine& e) { return e.get().threads(); });
   py::class_<PyCache>(m, "Cache")
       .def(py::init<std::shared_ptr<PyEngine>, i64, i64>(), py::call_guard<py::gil_scoped_release>())
       .def("add", &PyCache::add)

@@ -6,10 +6,6 @@
 #include "engine.h"
 #include "mapping.h"
 
-#ifndef GPTFAST_BUILD_FLAGS
-#define GPTFAST_BUILD_FLAGS ""
-#endif
-
 namespace {
 
 pybind11::dict build_info() {

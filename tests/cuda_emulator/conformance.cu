@@ -190,10 +190,10 @@ __global__ void __launch_bounds__(384, 1) warpgroups_kernel(const uint32_t* in, 
   DYN_SMEM(smem);
   uint32_t* words = reinterpret_cast<uint32_t*>(smem);
   if (threadIdx.x < 128) {
-    fewer_registers<24>();
+    setmaxnreg_dec<24>();
     return;
   }
-  more_registers<240>();
+  setmaxnreg_inc<240>();
   const int t = int(threadIdx.x) - 128;
   words[t] = in[t];
   named_barrier(1, 256);
