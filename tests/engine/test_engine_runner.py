@@ -301,7 +301,7 @@ def threads_seen(monkeypatch, *places):
 
 
 @pytest.mark.parametrize("options", [{"min_p": 0.1}, {"num_beams": 3}, {"return_logprobs": True}], ids=str)
-def test_torch_works_on_one_thread_beside_the_engine(options, monkeypatch):
+def test_torch_uses_one_thread_while_the_engine_runs(options, monkeypatch):
     """Its others would go on spinning on the engine's cores; afterwards everything is as it was."""
     seen = threads_seen(monkeypatch, (decoding, "_details"), (beam, "_logprobs"))
     before = torch.get_num_threads()

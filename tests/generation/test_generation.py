@@ -173,7 +173,7 @@ def test_returned_sequences_differ_and_seeds_repeat(pair):
     assert not torch.equal(a, model.generate(ids, max_new_tokens=12, temperature=2.0, num_return_sequences=3, seed=2))
 
 
-def test_stream_tells_tokens_and_probabilities(pair):
+def test_stream_yields_tokens_and_probabilities(pair):
     model = pair[1]
     steps = list(stream(model, PROMPTS, max_new_tokens=6, temperature=0.9, seed=3, top=4, logprobs=True))
     rows = model.generate(PROMPTS, max_new_tokens=6, temperature=0.9, seed=3)

@@ -63,7 +63,7 @@ def test_every_line_is_its_single_run_in_the_order_of_the_input(chars, source, t
     assert code == 0 and "21 of them from before" in " ".join(err.split()) and output.read_bytes() == before[1]
 
 
-def test_a_job_that_was_cut_off_goes_on(chars, source, tmp_path, monkeypatch):
+def test_a_job_that_was_cut_off_continues(chars, source, tmp_path, monkeypatch):
     todo, whole, cut = work(source, chars), tmp_path / "whole", tmp_path / "cut"
     run_jobs(todo, whole, *chars[1:])
 
@@ -86,7 +86,7 @@ def test_a_job_that_was_cut_off_goes_on(chars, source, tmp_path, monkeypatch):
     assert cut.read_bytes() == whole.read_bytes() and len(done) == len(todo) - 7
 
 
-def test_lines_hold_no_default_options_and_go_on_where_they_did(chars, source, tmp_path, monkeypatch):
+def test_lines_hold_no_default_options_and_continue(chars, source, tmp_path, monkeypatch):
     todo, output = work(source, chars, presence_penalty=0.0, num_beams=1), tmp_path / "out.jsonl"
     run_jobs(todo, output, *chars[1:])
     lines = [json.loads(line) for line in output.read_text().splitlines()]
@@ -104,7 +104,7 @@ def test_lines_hold_no_default_options_and_go_on_where_they_did(chars, source, t
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on(chars, tmp_path, run):
+def test_a_killed_job_continues(chars, tmp_path, run):
     source, output, whole = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     source.write_text("".join(json.dumps({"prompt": "ab", "seed": n, "max_new_tokens": 9}) + "\n" for n in range(200)))
     args = ["generate", "--model", chars[0], "--input", str(source), "--output", str(output), "--batch-size", "2"]
@@ -205,7 +205,7 @@ def test_the_output_of_another_job_is_left_alone(chars, source, tmp_path, other)
     assert output.read_bytes() == before
 
 
-def test_a_text_that_cannot_be_made_is_told_and_the_others_are_written(chars, tmp_path):
+def test_a_text_that_fails_is_reported_and_the_others_are_written(chars, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     V = chars[1].config.vocab_size
     banned = json.dumps({"prompt": "a", "logit_bias": {str(n): -1e39 for n in range(V)}})

@@ -137,7 +137,7 @@ def test_beams_that_meet_a_stop_string_end_as_in_transformers(pair):
     assert all(text not in tokenizer.decode(new)[:-1] for new in stopped) and stopped != free
 
 
-def test_beams_go_on_when_most_of_them_stop(pair):
+def test_beams_continue_when_most_of_them_stop(pair):
     """Candidates are made for two tokens that end; here nearly all do, and the rest must still be K rows."""
     tokenizer = CharTokenizer.train("".join(chr(48 + n) for n in range(V)))
     stops = [tokenizer.decode([n]) for n in range(V - 3)]
@@ -205,7 +205,7 @@ def test_drawn_beams_are_draws_without_replacement(tmp_path):
     assert_distributed(drawn, probs)
 
 
-def test_drawn_beams_do_not_hang_on_the_batch_and_repeat(pair):
+def test_drawn_beams_do_not_depend_on_the_batch_and_repeat(pair):
     options = {"num_beams": 3, "do_sample": True, "temperature": 3.0, "max_new_tokens": 8, "seed": 5, "eos_token_id": 5}
     together = pair[1].generate(PROMPTS, **options)
     assert together == [pair[1].generate([prompt], **options)[0] for prompt in PROMPTS]
@@ -304,7 +304,7 @@ def test_logprobs_are_the_models(pair, beams):
     assert generate(pair[1], ids, max_new_tokens=2, return_logprobs=True).sequences.shape == (1, 5)
 
 
-def test_score_tells_the_whole_text(pair):
+def test_score_covers_the_whole_text(pair):
     row = PROMPTS[2]
     with torch.no_grad():
         scores = pair[1](torch.tensor([row]))[0].log_softmax(-1)
