@@ -1,35 +1,32 @@
-"""Checks of single values: each raises an error that names the owner, the argument, what came and what was expected."""
+"""Checks of single values. Each raises an error that names the owner, the argument, what came and what was expected.
+
+Values of operators, which torch.compile may trace, have their checks in `gptfast.ops._checks`.
+"""
 
 from __future__ import annotations
 
-import sys
-from numbers import Integral, Real
-
-import torch
+from collections.abc import Callable
+from typing import Any
 
 
-def check_choice(op: str, name: str, got: object, choices: tuple[object, ...]) -> None:
+def check_choice(owner: str, name: str, got: object, choices: tuple[object, ...]) -> None:
     if got not in choices:
-        raise ValueError(f"{op}: {name} is {got!r}; expected one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{owner}: {name} is {got!r}; expected one of {', '.join(map(repr, choices))}")
 
 
-def check_number(op: str, name: str, x: float) -> None:
-    """`x` must be a number that a float holds; True is none."""
-    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, Real)):
-        raise TypeError(f"{op}: {name} is {x!r} ({type(x).__name__}); expected a number")
-    if isinstance(x, int) and abs(x) > sys.float_info.max:
-        raise ValueError(f"{op}: {name} is an int of {x.bit_length()} bits; expected a number that a float can hold")
+def check_count(owner: str, name: str, value: Any, least: int = 1, most: int | None = None, what: str = "") -> None:
+    """`value` must be an int from `least` to `most` (None: no limit); True is none. `what` ends the message of a type error."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} is {value!r}; expected an int{what}")
+    if value < least:
+        raise ValueError(f"{owner}: {name} is {value}; expected at least {least}")
+    if most is not None and value > most:
+        raise ValueError(f"{owner}: {name} is {value}; expected at most {most}")
 
 
-def check_int(op: str, name: str, x: int, least: int = -(2**63), what: str = "") -> None:
-    """`x` must be an int that an operator can take, and at least `least`; `what` says what it is good for."""
-    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt, Integral)):
-        raise TypeError(f"{op}: {name} is {x!r} ({type(x).__name__}); expected an int{what}")
-    if not least <= x < 2**63:
-        raise ValueError(f"{op}: {name} is {x}; expected an int from {least} to 2**63 - 1{what}")
-
-
-def check_probability(op: str, name: str, p: float) -> None:
-    check_number(op, name, p)
-    if not 0 <= p <= 1:  # also false for nan
-        raise ValueError(f"{op}: {name} is {p}; expected a probability in [0, 1]")
+def check_real(owner: str, name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> None:
+    """`value` must be an int or a float for which `holds` is true; `expected` says the same in words."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} is {value!r}; expected {expected}")
+    if not holds(value):
+        raise ValueError(f"{owner}: {name} is {value}; expected {expected}")

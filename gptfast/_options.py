@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from gptfast._checks import check_count, check_real
+
 T = TypeVar("T", bound=type)
 _KEY = "option"
 
@@ -147,17 +149,9 @@ def _check(owner: str, name: str, value: Any, allowed: Whole | Real | tuple[str,
         if value not in allowed:
             raise ValueError(f"{owner}: {name} is {value!r}; expected one of {', '.join(allowed)}")
     elif isinstance(allowed, Whole):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{owner}: {name} is {value!r}; expected an int" + (" or None" if optional else ""))
-        if value < allowed.least:
-            raise ValueError(f"{owner}: {name} is {value}; expected at least {allowed.least}")
-        if allowed.most is not None and value > allowed.most:
-            raise ValueError(f"{owner}: {name} is {value}; expected at most {allowed.most}")
+        check_count(owner, name, value, allowed.least, allowed.most, " or None" if optional else "")
     else:
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{owner}: {name} is {value!r}; expected {allowed}")
-        if value not in allowed:
-            raise ValueError(f"{owner}: {name} is {value}; expected {allowed}")
+        check_real(owner, name, value, str(allowed), allowed.__contains__)
 
 
 def _fields(cls: type) -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,4 @@
-"""What a checkpoint says beside the shape of its model: end tokens, defaults of generation, and keys that gptfast does not
-know. All of it survives load and save."""
+"""Metadata of a checkpoint: end tokens, defaults of generation, and keys that gptfast does not know. Load and save keep it."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ _LEAST = {"max_new_tokens": 1, "top_k": 0, "no_repeat_ngram_size": 0}  # of the 
 
 @dataclass
 class Metadata:
-    """The part of config.json that `GPTConfig` does not hold, and generation_config.json.
+    """The keys of config.json that are not in `GPTConfig`, and generation_config.json.
 
     config: keys of config.json, as they were read.
     generation: the content of generation_config.json; None: the checkpoint has no such file.
@@ -57,17 +56,17 @@ class Metadata:
 
 
 def drawing(defaults: dict[str, Any]) -> dict[str, Any]:
-    """Those of `Metadata.defaults` that are for texts that are drawn."""
+    """The entries of `Metadata.defaults` that apply to sampling only."""
     return {name: value for name, value in defaults.items() if name in _DRAWING}
 
 
 def without_greedy(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for who asks for drawing, which a default temperature of 0 would contradict."""
+    """The options without a temperature of 0, which would contradict a request for sampling."""
     return {name: value for name, value in options.items() if name != "temperature" or value != 0}
 
 
 def metadata_of(model: Any) -> Metadata:
-    """A model's metadata; none for a model that holds none."""
+    """A model's metadata; empty metadata for a model that has none."""
     return getattr(model, "metadata", None) or Metadata()
 
 

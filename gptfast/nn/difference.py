@@ -24,7 +24,7 @@ from gptfast.nn.transformer import Transformer
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 DROPOUTS = ("attn_pdrop", "resid_pdrop")
-FREE = {  # what an instance or a subclass may define anew without changing what a forward computes
+FREE = {  # an instance or a subclass may override these: forward does not use them
     *("__init__", "__doc__", "__module__", "__annotations__", "__repr__", "__parameters__", "__orig_bases__"),
     *("__dict__", "__weakref__", "__new__", "__init_subclass__"),
     *("__static_attributes__", "__firstlineno__", "__annotate_func__", "__annotations_cache__", "__qualname__"),
@@ -33,34 +33,34 @@ FREE = {  # what an instance or a subclass may define anew without changing what
 }
 
 
-PLAIN_TENSORS = ("Parameter", "Tensor", "FakeTensor")  # not those of libraries, which compute in ways of their own
-USUAL = vars(nn.Module()).keys()  # what every module has
+PLAIN_TENSORS = ("Parameter", "Tensor", "FakeTensor")  # subclasses of Tensor in other libraries compute differently
+USUAL = vars(nn.Module()).keys()  # attributes of every module
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module as the config wants it: its class, the shapes of its own tensors, and its attributes."""
+    """The expected form of a module: its class, the shapes of its own tensors, and its attributes."""
 
     kind: type[nn.Module]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
-    root: bool = False  # a subclass will do
+    root: bool = False  # a subclass is allowed
 
 
 def difference(model: Transformer, saved: bool = False) -> str | None:
-    """The first thing in which the model's modules are not what its config says, in words; None: they are.
+    """The first difference between the model's modules and its config, in words; None: there is none.
 
-    Whether the head is tied counts as said by the tensors; see `true_config`. Values of parameters are not looked at.
+    Whether the head is tied is read from the tensors, see `true_config`. Values of parameters are not compared.
 
     Args:
         model: a GPT.
-        saved: also compare what a checkpoint has no place for: dropout rates, and the values of fixed embeddings.
+        saved: also compare what a checkpoint does not store: dropout rates, and the values of fixed embeddings.
     """
     wanted, found = _parts(model.config), dict(model.named_modules(remove_duplicate=False))
     told = _in_classes(model) or _in_blocks(model) or _global_hooks()
     if told is not None:
         return told
-    for name, part in wanted.items():  # what is inside a module comes behind it
+    for name, part in wanted.items():  # submodules follow their module
         told = _in_module(found[name], part, saved) if name in found else "is missing"
         if told is not None:
             return f"{name or 'the model'} {told}"
@@ -140,7 +140,7 @@ def _parts(config: GPTConfig) -> dict[str, Part]:
 
 
 def _in_classes(model: Transformer) -> str | None:
-    """A subclass may add methods, but a forward must not come across one of its own; and ours must be ours still."""
+    """A subclass may add methods but not override what forward uses, and no method of our classes may be replaced."""
     for kind in type(model).__mro__[: type(model).__mro__.index(Transformer)]:
         for name in vars(kind):
             if name not in FREE and (hasattr(Transformer, name) or name in model._modules):
@@ -163,7 +163,7 @@ def _global_hooks() -> str | None:
 
 
 def _in_module(module: nn.Module, part: Part, saved: bool) -> str | None:
-    """What is not as `part` says, to be read behind the module's name."""
+    """The first difference from `part`; the message continues the module's name."""
     kind = type(module)
     if kind is not part.kind and not (part.root and issubclass(kind, part.kind)):
         return (
@@ -214,7 +214,7 @@ _methods: dict[type[nn.Module], dict[str, Any]] = {}
 
 
 def remember_methods(*kinds: type[nn.Module]) -> None:
-    """Note the methods of classes as they are now: libraries replace them on the class, which no instance shows."""
+    """Record the current methods of classes, to detect libraries that replace them on the class."""
     _methods.update((kind, _methods_of(kind)) for kind in kinds)
 
 

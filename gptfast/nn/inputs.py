@@ -1,4 +1,4 @@
-"""What callers bring to `GPT.forward` from transformers and nanoGPT, and rows with padding.  B rows, T positions."""
+"""Arguments of `GPT.forward` in the forms of transformers and nanoGPT, and padded rows.  B rows, T positions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REFUSED = {
 
 
 def refuse(what: str, given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
-    """Raise TypeError for an argument that is not taken, with what is there instead. None and False ask for nothing."""
+    """Raise TypeError for an unsupported argument, with the supported alternative. None and False count as not given."""
     for name, value in given.items():
         if name not in reasons:
             raise TypeError(f"{what}: unexpected argument {name!r}")
@@ -42,7 +42,7 @@ def one_of(first: str, a: Any, second: str, b: Any) -> Any:
 
 
 def shifted(labels: Tensor, ignore_index: int) -> Tensor:
-    """transformers' labels, each the token at its own place, as targets, each the token that follows."""
+    """Targets (the token after each position) from labels as in transformers (the token at each position)."""
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
 
 
@@ -71,14 +71,14 @@ def check_ids(name: str, ids: Any, dtypes: tuple[torch.dtype, ...], V: int | Non
 
 
 class Padding:
-    """Which tokens of each row count. These move to the front, in order, where causal attention and positions are those
-    of the row without padding; the results move back.
+    """A padding mask. `compact` moves the tokens of each row to the front, in order, so that causal attention and positions
+    are those of the row without padding; `restore` moves the results back.
 
     Args:
-        mask: (B, T) as ids: not 0 where a token counts.
+        mask: (B, T), 0 for padding.
         ids: (B, T).
     Raises:
-        TypeError, ValueError: mask is not that.
+        TypeError, ValueError: wrong type or shape of mask.
     """
 
     def __init__(self, mask: Any, ids: Tensor) -> None:
@@ -97,17 +97,17 @@ class Padding:
         self._rows = torch.arange(ids.shape[0], device=ids.device)
 
     def without(self, ids: Tensor) -> Tensor:
-        """ids with 0 for padding, which may be outside the vocabulary."""
+        """ids with 0 at padding, whose ids may be outside the vocabulary."""
         return ids.masked_fill(~self.counts, 0)
 
     def compact(self, ids: Tensor) -> Tensor:
-        """(B, T): what counts moves to the front."""
+        """ids (B, T) with the tokens of each row at the front."""
         return ids.gather(1, self._order)
 
     def restore(self, x: Tensor) -> Tensor:
-        """(B, T, C), computed of compact rows, in the places that the tokens came from."""
+        """x (B, T, C) of compacted rows, moved back to the positions of their tokens."""
         return x[self._rows[:, None], self._order.argsort(dim=1)]
 
     def last(self, x: Tensor) -> Tensor:
-        """(B, C) of the last token of each row that counts; x as in `restore`."""
+        """(B, C): x of the last token of each row; x as in `restore`."""
         return x[self._rows, (self.counts.sum(1) - 1).clamp(min=0)]

@@ -1,6 +1,9 @@
-"""Checks of the ops' tensors; those of numbers are in `gptfast._checks`."""
+"""Checks of the ops' arguments: tensors, and numbers that torch.compile may trace."""
 
 from __future__ import annotations
+
+import sys
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -41,3 +44,25 @@ def check_vector(op: str, name: str, v: Tensor | None, size: int, of: str) -> No
     """`v` must have shape (size,), where `of` says what the size comes from."""
     if v is not None and tuple(v.shape) != (size,):
         raise ValueError(f"{op}: {name} has shape {tuple(v.shape)}; expected ({size},), the last dimension of {of}")
+
+
+def check_number(op: str, name: str, x: float) -> None:
+    """`x` must be a number that a float holds; True is none."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, Real)):
+        raise TypeError(f"{op}: {name} is {x!r} ({type(x).__name__}); expected a number")
+    if isinstance(x, int) and abs(x) > sys.float_info.max:
+        raise ValueError(f"{op}: {name} is an int of {x.bit_length()} bits; expected a number that a float can hold")
+
+
+def check_int(op: str, name: str, x: int, least: int = -(2**63), what: str = "") -> None:
+    """`x` must be an int that an operator can take, and at least `least`; `what` says what it is good for."""
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt, Integral)):
+        raise TypeError(f"{op}: {name} is {x!r} ({type(x).__name__}); expected an int{what}")
+    if not least <= x < 2**63:
+        raise ValueError(f"{op}: {name} is {x}; expected an int from {least} to 2**63 - 1{what}")
+
+
+def check_probability(op: str, name: str, p: float) -> None:
+    check_number(op, name, p)
+    if not 0 <= p <= 1:  # also false for nan
+        raise ValueError(f"{op}: {name} is {p}; expected a probability in [0, 1]")

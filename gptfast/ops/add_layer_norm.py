@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast._checks import check_probability
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float, check_same_device
+from gptfast.ops._checks import check_float, check_probability, check_same_device
 from gptfast.ops._registry import forbid_double_backward, register_fake
 from gptfast.ops._tensors import dealias, dtype_code, new_of_code
 from gptfast.ops.layer_norm import check_norm, new_statistics

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast._checks import check_int, check_number, check_probability
 from gptfast._schemas import AttentionOptions
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float, check_same_device
+from gptfast.ops._checks import check_float, check_int, check_number, check_probability, check_same_device
 from gptfast.ops._registry import forbid_double_backward, register_fake
 from gptfast.ops._tensors import autocast, dealias
 from gptfast.ops.streams import stream

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast._checks import check_choice, check_int, check_number
+from gptfast._checks import check_choice
 from gptfast.backend import kernels, resolve, transformed
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float, check_same_device
+from gptfast.ops._checks import check_float, check_int, check_number, check_same_device
 from gptfast.ops._registry import forbid_double_backward, register_fake
 
 OP = "cross_entropy"

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast._checks import check_probability
 from gptfast.backend import has_cpu_ops, kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float
+from gptfast.ops._checks import check_float, check_probability
 from gptfast.ops._registry import register_fake
 from gptfast.ops.streams import stream
 

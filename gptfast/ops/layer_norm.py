@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast._checks import check_number
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float, check_same_device, check_vector
+from gptfast.ops._checks import check_float, check_number, check_same_device, check_vector
 from gptfast.ops._registry import forbid_double_backward, register_fake
 from gptfast.ops._tensors import dealias, dtype_code, new_of_code
 

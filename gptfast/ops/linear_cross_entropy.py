@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast._checks import check_int
 from gptfast.backend import is_many, kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float, check_same_device
+from gptfast.ops._checks import check_float, check_int, check_same_device
 from gptfast.ops._registry import define_python_op, forbid_double_backward
 from gptfast.ops._tensors import autocast, dealias, rows_of
 from gptfast.ops.cross_entropy import check_loss, check_targets, reduce_loss

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast._checks import check_int, check_number
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float
+from gptfast.ops._checks import check_float, check_int, check_number
 from gptfast.ops._registry import register_fake
 
 OP = "sample"
