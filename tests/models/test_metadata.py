@@ -182,11 +182,12 @@ def test_serve_takes_the_defaults_and_ends(folder):
     from gptfast.serving.protocol import Completion
     from gptfast.tokenizer import load_tokenizer
 
-    server = Server(GPT.from_pretrained(folder), load_tokenizer(folder), "m", Limits(), None)
+    model = GPT.from_pretrained(folder)
+    server = Server(model, model.runner(1, 1), load_tokenizer(folder), "m", Limits(), None)
 
     def config_of(**ask):
         ask = Completion(model="m", prompt="ab", **ask)
-        return ask.request([1, 2], server._tokenizer, 20, server._draws, server._defaults).config
+        return ask.request([1, 2], server._tokenizer, 20, server._seeds, server._defaults).config
 
     got = config_of()
     assert (got.eos_ids, got.max_new_tokens) == ((7, 9, 5, 257), 6)
