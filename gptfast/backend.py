@@ -49,13 +49,14 @@ class Backend:
 
 AUTOMATIC: dict[str, list[str]] = {}  # the backends that "auto" tries for tensors on a device, in order
 _backends: dict[str, Backend] = {}
-_ops: dict[str, set[str]] = {}  # of each backend, looked up once: torch.compile can follow a set, not the dispatcher
+_ops: dict[str, set[str]] = {}  # of each backend, looked up once: torch.compile cannot follow the dispatcher
 
 
 def register(new: Backend) -> None:
     """Add a backend whose kernels torch.ops has by now; one of the same name is replaced."""
     _backends[new.name] = new
-    _ops[new.name] = ops_of(new.name)
+    absent = new.device == "cpu" and new.unavailable_reason(None) is not None  # each call asks its GPU, and no CPU
+    _ops[new.name] = set() if absent else ops_of(new.name)
     tried = AUTOMATIC.setdefault(new.device, [])
     if new.automatic and new.name not in tried:
         tried.append(new.name)
@@ -244,8 +245,9 @@ def has_values(x: Tensor) -> bool:
 def _automatic(op: str, x: Tensor) -> str:
     if x.dtype not in KERNEL_DTYPES:
         return "eager"
-    for name in AUTOMATIC.get(x.device.type, ()):
-        if op in _ops[name] and _backends[name].unavailable_reason(x.device.index) is None:
+    kind = x.device.type
+    for name in AUTOMATIC.get(kind, ()):
+        if op in _ops[name] and (kind == "cpu" or _backends[name].unavailable_reason(x.device.index) is None):
             return name
     return "eager"
 

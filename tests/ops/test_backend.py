@@ -158,8 +158,17 @@ def test_a_backend_registers_itself(monkeypatch):
     assert resolve("gelu", None, X) == "second" and resolve("gelu", "quiet", X) == "quiet"
     with pytest.raises(RuntimeError, match="gelu: backend='first' was asked for, but it rests; use backend='auto'"):
         resolve("gelu", "first", X)
-    reasons["first"] = None
-    assert resolve("gelu", None, X) == "first"
+
+    class OnAGpu:  # as much of a CUDA tensor as is looked at
+        dtype, device = torch.float32, torch.device("cuda", 1)
+
+    here = {0: None, 1: "too old"}
+    for name, reason in {"picky": here.get, "any": lambda _: None}.items():
+        register(Backend(name, "gptfast", "cuda", reason))
+        monkeypatch.setitem(names["_ops"], name, {"gelu"})
+    assert resolve("gelu", None, OnAGpu()) == "any", "each call asks the GPU of its tensors"
+    OnAGpu.device = torch.device("cuda", 0)
+    assert resolve("gelu", None, OnAGpu()) == "picky"
 
 
 def test_a_call_that_the_cuda_kernels_refuse(emu):
