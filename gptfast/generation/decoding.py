@@ -105,19 +105,19 @@ def _append(
     token: int | RuntimeError,
     new: list[Token],
     logprob: float | None = None,
-    top: Seq[tuple[int, float]] = (),
+    top: list[tuple[int, float]] | None = None,
 ) -> None:
     """Append the next token, unless the sequence has ended, as when another one of its request failed."""
-    request = sequence.request
     if sequence.finish:
         return
+    request = sequence.request
     if isinstance(token, RuntimeError):
         request.error = token
         request.end("error")
         return
     sequence.tokens.append(token)
-    new.append(Token(request, sequence.index, token, logprob, list(top)))
-    sequence.finish = request.stopping.reason(sequence.new)
+    new.append(Token(request, sequence.index, token, logprob, top or []))
+    sequence.finish = request.stopping.reason(sequence.tokens, len(request.prompt))
 
 
 def _details(

@@ -10,7 +10,7 @@ from gptfast.generation.sampling import SamplingContext, needs_only_logits
 from gptfast.generation.stopping import Stopping
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)  # one for each token of each sequence: cheap to make
 class Token:
     """A new token of a sequence.
 

@@ -19,7 +19,8 @@ class Stopping:
     """
 
     def __init__(self, config: GenerationConfig, tokenizer: Any = None) -> None:
-        self._config, self.tokenizer = config, tokenizer
+        self.tokenizer = tokenizer
+        self._eos, self._max_new_tokens = frozenset(config.eos_ids), config.max_new_tokens
         self._stops = [text.encode("utf-8") for text in config.stop_strings or ()]
         if self._stops and tokenizer is None:
             raise ValueError(
@@ -31,17 +32,20 @@ class Stopping:
                 "gptfast.tokenizer, such as load_tokenizer(folder)"
             )
 
-    def reason(self, new: Sequence[int]) -> str | None:
-        """Why a sequence with these new tokens ends: "stop" (an end token or a stop string) or "length"; None: it goes on."""
-        if new[-1] in self._config.eos_ids or self._completes_stop(new):
+    def reason(self, tokens: Sequence[int], start: int = 0) -> str | None:
+        """Why a sequence ends: "stop" (an end token or a stop string) or "length"; None: it goes on.
+
+        Args:
+            tokens: the sequence.
+            start: number of prompt tokens in it.
+        """
+        if tokens[-1] in self._eos or (self._stops and self._completes_stop(tokens[start:])):
             return "stop"
-        most = self._config.max_new_tokens
-        return "length" if most is not None and len(new) >= most else None
+        most = self._max_new_tokens
+        return "length" if most is not None and len(tokens) - start >= most else None
 
     def _completes_stop(self, new: Sequence[int]) -> bool:
         """Whether the last token completes a stop string; with an earlier one the sequence would have ended before."""
-        if not self._stops:
-            return False
         longest = max(map(len, self._stops))
         tail = self.tokenizer.decode_bytes(self._with_text(new, longest))  # each token has at least one byte
         return any(stop in tail for stop in self._stops)
