@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from gptfast import ops
 from gptfast.integrations.lazy import lazy
 from gptfast.integrations.modules import Linear, runs
-from gptfast.integrations.swap import mark
+from gptfast.integrations.swap import derive, mark
 
 LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")  # of transformers' loss functions
 _CHUNK = 1024  # rows whose logits are held for token accuracies
@@ -60,28 +60,19 @@ def _holding(head: nn.Module) -> Iterator[_Held]:
         _held.reset(token)
 
 
-_CLASSES: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
-
-
+@cache
 def language_model_class(original: type[nn.Module], generates: bool) -> type[nn.Module]:
     """The subclass of a language model of transformers that computes its loss by `gptfast.ops.linear_cross_entropy`.
 
     generates: whether it also generates by gptfast.
     """
-    if (original, generates) not in _CLASSES:
 
-        @wraps(original.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return _forward(self, original.forward, args, kwargs)
+    @wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, original.forward, args, kwargs)
 
-        def reduce(self: nn.Module, protocol: Any = None) -> Any:
-            return _new, (original, generates), self.__getstate__()
-
-        members = {"forward": forward, "__reduce_ex__": reduce, "__module__": original.__module__}
-        if generates:
-            members["generate"] = _generate_of(original)
-        _CLASSES[original, generates] = mark(type(original.__name__, (original,), members), original)
-    return _CLASSES[original, generates]
+    members = {"generate": _generate_of(original)} if generates else {}
+    return derive(language_model_class, original, generates, forward=forward, **members)
 
 
 def _generate_of(original: Any) -> Callable[..., Any]:
@@ -94,12 +85,6 @@ def _generate_of(original: Any) -> Callable[..., Any]:
         return by_gptfast(self, original.generate, inputs, generation_config, **options)
 
     return generate
-
-
-def _new(original: type[nn.Module], generates: bool) -> nn.Module:
-    """An empty instance, for unpickling and copies."""
-    patched = language_model_class(original, generates)
-    return patched.__new__(patched)
 
 
 def _forward(model: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,16 +143,12 @@ def _loss(
     **_: Any,
 ) -> Tensor:
     rows, flat = hidden.flatten(0, -2), targets.reshape(-1)
-    if not runs(rows, weight):
-        total = F.cross_entropy(
-            F.linear(rows, weight).float(),
-            flat,
-            ignore_index=ignore_index,
-            reduction="mean" if num_items_in_batch is None else "sum",
-        )
-    else:
-        reduction = "mean" if num_items_in_batch is None else "sum"
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    if runs(rows, weight):
         total = ops.linear_cross_entropy(rows, weight, flat, ignore_index=ignore_index, reduction=reduction)
+    else:
+        logits = F.linear(rows, weight).float()
+        total = F.cross_entropy(logits, flat, ignore_index=ignore_index, reduction=reduction)
     if num_items_in_batch is None:
         return total
     items = num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch

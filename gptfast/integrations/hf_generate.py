@@ -157,10 +157,10 @@ def _twin(model: Any) -> GPT:
         raise NotImplementedError(str(error)) from None
     with torch.device("meta"):
         twin = GPT(config)
-    views = {}
+    views, wanted = {}, dict(twin.named_parameters(remove_duplicate=False))
     for name, x in weights.items():
         ours = hf_layout.from_file(name)
-        if ours in dict(twin.named_parameters(remove_duplicate=False)):
+        if ours in wanted:
             views[ours] = x.detach().t() if hf_layout.is_conv1d(ours) else x.detach()
     twin.load_state_dict(views, assign=True)
     twin.tie_weights()
@@ -179,8 +179,7 @@ PLAIN = {"Embedding", "ModuleList", "GPT2Model", "GPT2Block", "GPT2MLP", "OpenAI
 def check_plain(model: Any) -> None:
     """Raise NotImplementedError where a patched model is more than its config and its weights: adapters, hooks, a mode."""
     config = model.config
-    names = {"gpt2": config.to_dict().get("activation_function"), "openai-gpt": config.to_dict().get("afn")}
-    wanted = names[config.model_type]
+    wanted = config.afn if config.model_type == "openai-gpt" else config.activation_function
     for name, module in model.named_modules():
         told = f"{name or 'the model'} is a {type(module).__name__}"
         if module.training:

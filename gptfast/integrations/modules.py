@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptfast import ops
-from gptfast.integrations.swap import mark, patches
+from gptfast.integrations.swap import derive, patches
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -88,16 +88,6 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         return loss.to(input.dtype)
 
 
-class _OwnGELU(nn.Module):
-    approximate: str
-
-    def forward(self, input: Tensor) -> Tensor:
-        return ops.gelu(input, approximate=self.approximate) if runs(input) else super().forward(input)
-
-
-_GELUS: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
-
-
 def own_gelu_class(module: nn.Module) -> type[nn.Module] | None:
     """The subclass for a GELU of another project, which is found by its name, its lack of any state, and its values."""
     if "GELU" not in type(module).__name__.upper() or list(module.parameters()) or list(module.buffers()):
@@ -113,19 +103,9 @@ def own_gelu_class(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+@cache
 def _own_gelu(original: type[nn.Module], approximate: str) -> type[nn.Module]:
-    key = original, approximate
-    if key not in _GELUS:
-        members = {"approximate": approximate, "__module__": original.__module__, "__reduce_ex__": _reduce_gelu}
-        _GELUS[key] = mark(type(original.__name__, (_OwnGELU, original), members), original)
-    return _GELUS[key]
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        return ops.gelu(input, approximate=approximate) if runs(input) else original.forward(self, input)
 
-
-def _reduce_gelu(self: Any, protocol: Any = None) -> Any:
-    return _new_gelu, (self.gptfast_original, self.approximate), self.__getstate__()
-
-
-def _new_gelu(original: type[nn.Module], approximate: str) -> nn.Module:
-    """An empty instance, for unpickling and copies."""
-    patched = _own_gelu(original, approximate)
-    return patched.__new__(patched)
+    return derive(_own_gelu, original, approximate, forward=forward)

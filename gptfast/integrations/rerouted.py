@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from gptfast import ops
 from gptfast.integrations.attention import grouped
 from gptfast.integrations.modules import runs
-from gptfast.integrations.swap import mark
+from gptfast.integrations.swap import derive
 
 
 def _attention(
@@ -118,33 +119,14 @@ def functions_of(module: nn.Module) -> list[str]:
     return sorted(found)
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
+@cache
 def rerouted_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a class whose forward runs inside `Reroute`."""
-    if original not in _CLASSES:
 
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with Reroute():
-                return original.forward(self, *args, **kwargs)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with Reroute():
+            return original.forward(self, *args, **kwargs)
 
-        def reduce(self: nn.Module, protocol: Any = None) -> Any:
-            return _new, (original,), self.__getstate__()
-
-        members = {"forward": _looks_like(forward, original.forward), "__reduce_ex__": reduce}
-        members["__module__"] = original.__module__
-        _CLASSES[original] = mark(type(original.__name__, (original,), members), original)
-    return _CLASSES[original]
-
-
-def _looks_like(forward: Any, original: Any) -> Any:
-    """With the signature that trainers read to choose a model's inputs."""
-    forward.__wrapped__, forward.__doc__ = original, original.__doc__
-    return forward
-
-
-def _new(original: type[nn.Module]) -> nn.Module:
-    """An empty instance, for unpickling and copies."""
-    patched = rerouted_class(original)
-    return patched.__new__(patched)
+    # with the signature that trainers read to choose a model's inputs
+    forward.__wrapped__, forward.__doc__ = original.forward, original.forward.__doc__  # pyright: ignore[reportFunctionMemberAccess]
+    return derive(rerouted_class, original, forward=forward)

@@ -31,6 +31,22 @@ def mark(patched: M, original: type[nn.Module]) -> M:
     return patched
 
 
+def derive(make: Callable[..., type[nn.Module]], original: type[nn.Module], *options: Any, **members: Any) -> Any:
+    """A subclass of `original` that `make(original, *options)` returns, which is how copies and pickles of instances find it."""
+
+    def reduce(self: nn.Module, protocol: Any = None) -> Any:
+        return _empty, (make, original, *options), self.__getstate__()
+
+    members |= {"__reduce_ex__": reduce, "__module__": original.__module__}
+    return mark(type(original.__name__, (original,), members), original)
+
+
+def _empty(make: Callable[..., type[nn.Module]], *arguments: Any) -> nn.Module:
+    """An instance without state, for unpickling and copies."""
+    patched = make(*arguments)
+    return patched.__new__(patched)
+
+
 def patched_class(module: nn.Module) -> type[nn.Module] | None:
     """The subclass for this module, None where there is none. Other people's subclasses have none: what they compute may differ."""
     return _PATCHED.get(type(module))
