@@ -207,7 +207,7 @@ def test_training_continues_from_it(tmp_path: Path, monkeypatch):
     train = ["train", "--data", "text.txt", "--batch-size", 2, "--max-steps", 2, "--eval-batches", 1, "--init-from"]
     for start in ("out/ckpt.pt", "out"):
         said = str(run(*train, start, "--out", "run0").exception)
-        assert f"{start} has no tokenizer and a vocabulary of 65; say which with --tokenizer FOLDER" in said
+        assert f"{start} has no tokenizer and a vocabulary of 65; say which with `tokenizer` FOLDER" in said
         done = run(*train, start, "--tokenizer", "letters", "--out", f"run of {start.replace('/', ' ')}")
         assert done.exit_code == 0, done.output
     model = GPT.from_pretrained("run of out/last")
