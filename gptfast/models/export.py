@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -24,7 +26,14 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def save(model: Transformer, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+def save(
+    model: Transformer,
+    path: str | os.PathLike[str],
+    max_shard_size: int | str = "5GB",
+    *,
+    heads: Mapping[str, Tensor] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Write config.json and the weights to the folder `path`, together: a failure leaves what was there.
 
     transformers loads the result with the same logits wherever it knows the architecture (see
@@ -36,6 +45,8 @@ def save(model: Transformer, path: str | os.PathLike[str], max_shard_size: int |
         path: a folder, made if missing.
         max_shard_size: bytes, or text such as "500MB" (10**6); more than that is split into shards with an
             index.
+        heads: further tensors by their names in the file, such as those of a task's head.
+        settings: further keys of config.json, which replace others.
     Raises:
         OSError: cannot be written (disk full, no permission).  ValueError: max_shard_size; or the model's modules are not
             what its config says, so that a model read from the folder would be another one.
@@ -49,13 +60,13 @@ def save(model: Transformer, path: str | os.PathLike[str], max_shard_size: int |
             "undo or merge the change, set model.config accordingly, or save model.state_dict() with safetensors"
         )
     config = true_config(model)
-    tensors = _named_tensors(model, config)
+    tensors = {**_named_tensors(model, config), **(heads or {})}
     shards = _split({name: x.nbytes for name, x in tensors.items()}, limit)
     count = f"{len(shards):05d}"
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{count}.safetensors" for i in range(len(shards))]
     dtype, metadata = str(model.wte.weight.dtype).removeprefix("torch."), metadata_of(model)
     with staged_folder(path, replaces=rf"{WEIGHTS}|generation_config\.json") as stage:
-        _write_json(stage / CONFIG, hf_layout.to_hf(config, dtype, metadata.config))
+        _write_json(stage / CONFIG, hf_layout.to_hf(config, dtype, metadata.config) | dict(settings or {}))
         if metadata.generation is not None:
             _write_json(stage / GENERATION, metadata.generation)
         for file, names in zip(files, shards, strict=True):

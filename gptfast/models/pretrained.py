@@ -146,7 +146,9 @@ def _read_weights(stored_model: StoredModel, model: Transformer, dtype: torch.dt
 
 
 def _tie(state: dict[str, Tensor], config: GPTConfig) -> list[str]:
-    """Let the head be the embedding, if the config ties them; a file that stores both must agree."""
+    """Let the head be the embedding, if the config ties them; a file may store either, and one with both must agree."""
+    if config.tie_weights and "lm_head.weight" in state:
+        state.setdefault("wte.weight", state["lm_head.weight"])
     if not config.tie_weights or "wte.weight" not in state:
         return []
     head = state.setdefault("lm_head.weight", state["wte.weight"])

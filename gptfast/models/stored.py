@@ -62,6 +62,8 @@ class StoredModel:
         """
         stored = {key: shape for weights in self._files for key, shape in weights.shapes.items()}
         shapes = {hf_layout.from_file(key): (key, shape) for key, shape in stored.items()}
+        if self.config.tie_weights and "lm_head.weight" in shapes:  # transformers may store either of two that are one
+            shapes.setdefault("wte.weight", shapes["lm_head.weight"])
         for name, axis, key, value in self._sizes(file, len(stored)):
             tensor, shape = shapes.get(name, (name, ()))
             if len(shape) != 2 or shape[axis] != value:

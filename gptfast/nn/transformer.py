@@ -146,6 +146,15 @@ class Transformer(nn.Module):
             loss = ops.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=ignore_index)
             return None if self.training else logits, loss
 
+    def hidden_states(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+        """What the head multiplies: (B, T, C) after the last block and the final LayerNorm. Arguments as in `forward`."""
+        padding = None if attention_mask is None else self._padding(ids, attention_mask, None)
+        ids = ids if padding is None else padding.without(ids)
+        self._check(ids, None, None, False, -100)
+        if padding is None:
+            return self._hidden(ids, None)
+        return padding.restore(self._hidden(padding.compact(ids), None))
+
     def _hidden(self, ids: Tensor, cache: KVCache | None) -> Tensor:
         """Hidden states before the head, (B, T, C)."""
         config, seed, first = self.config, *self._take_offsets()

@@ -63,7 +63,7 @@ class BPETokenizer:
         eos_token: str | None = END_OF_TEXT,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.vocab, self.merges, self._settings = dict(vocab), list(merges), dict(settings or {})
+        self.vocab, self.merges, self.settings = dict(vocab), list(merges), dict(settings or {})
         ranks = _ranks(self.merges)
         tokens = [_write(token) for token in ranks]
         _check_vocab(self.vocab, tokens)
@@ -124,8 +124,8 @@ class BPETokenizer:
         """vocab.json, merges.txt and tokenizer_config.json for transformers' GPT2Tokenizer."""
         eos = next((token for token, i in self.specials.items() if i == self.eos_id), None)
         special = {name: eos for name in ("bos_token", "eos_token", "unk_token") if eos is not None}
-        config = {**special, **self._settings, "tokenizer_class": "GPT2Tokenizer"}
-        if self._settings or list(self.specials) != [eos]:
+        config = {**special, **self.settings, "tokenizer_class": "GPT2Tokenizer"}
+        if self.settings or list(self.specials) != [eos]:
             config["added_tokens_decoder"] = {
                 str(i): {"content": t, "special": True, **dict.fromkeys(FLAGS, False)} for t, i in self.specials.items()
             }

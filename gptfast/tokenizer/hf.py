@@ -34,7 +34,7 @@ class HFTokenizer:
     whole_texts = True  # a text cannot be encoded in pieces
 
     def __init__(self, files: HFFiles) -> None:
-        self.vocab, self._files = files.vocab, files
+        self.vocab, self.hf_files = files.vocab, files
         added = files.spec["added_tokens"]
         self.specials = {token["content"]: token["id"] for token in added if token["special"]}
         self.eos_id = self.specials.get(files.eos_token or END_OF_TEXT)
@@ -58,8 +58,8 @@ class HFTokenizer:
     def _encoder(self, allowed: frozenset[str]) -> RustTokenizer:
         """The library's tokenizer that recognises these special tokens, and no others."""
         if allowed not in self._encoders:
-            found = [t for t in self._files.spec["added_tokens"] if not t["special"] or t["content"] in allowed]
-            spec = {**self._files.spec, "added_tokens": found, "truncation": None, "padding": None}
+            found = [t for t in self.hf_files.spec["added_tokens"] if not t["special"] or t["content"] in allowed]
+            spec = {**self.hf_files.spec, "added_tokens": found, "truncation": None, "padding": None}
             with library_errors(
                 "HFTokenizer: the tokenizers library refuses these files ({error}); they are damaged, or belong to different "
                 "tokenizers"
@@ -70,7 +70,7 @@ class HFTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         ids = [int(i) for i in ids]
         text = self.decode_bytes(ids).decode("utf-8", errors="replace")
-        closes = ids and not self._files.byte_level and ids[-1] not in self._added
+        closes = ids and not self.hf_files.byte_level and ids[-1] not in self._added
         return text.removesuffix(" ") if closes else text
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -82,18 +82,18 @@ class HFTokenizer:
             raise unknown_id("HFTokenizer", i, self.vocab_size)
         if i in self._added:
             return token.encode("utf-8")
-        if not self._files.byte_level:
+        if not self.hf_files.byte_level:
             return (token[: -len(_END_OF_WORD)] + " " if token.endswith(_END_OF_WORD) else token).encode("utf-8")
         return bytes(_BYTE[c] for c in token) if all(c in _BYTE for c in token) else token.encode("utf-8")
 
     def files(self) -> dict[str, bytes]:
         """tokenizer.json and tokenizer_config.json for transformers."""
-        spec = self._files.spec
+        spec = self.hf_files.spec
         decoder = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in spec["added_tokens"]}
         split = spec.get("pre_tokenizer") or {}
         prefix = {"add_prefix_space": split["add_prefix_space"]} if "add_prefix_space" in split else {}
         # the general class reads all of tokenizer.json; those of GPT-2 and GPT-1 ignore settings that they do not have
-        config: dict[str, Any] = {**self._files.settings, **prefix, "tokenizer_class": "PreTrainedTokenizerFast"}
+        config: dict[str, Any] = {**self.hf_files.settings, **prefix, "tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {"added_tokens_decoder": decoder}
         if self.eos_id is not None:
             config.setdefault("eos_token", self._tokens[self.eos_id])

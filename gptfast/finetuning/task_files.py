@@ -1,0 +1,220 @@
+"""Checkpoints of task models, in the form of transformers' ForSequenceClassification and DoubleHeadsModel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast._folders import staged_folder
+from gptfast._json import NULL, expect, field
+from gptfast._snapshots import EVERYTHING
+from gptfast.finetuning.examples import DELIMITERS
+from gptfast.finetuning.special_tokens import PAD, USUAL
+from gptfast.models import GPT, export, hf_layout
+from gptfast.models.pretrained import build, resolve
+from gptfast.models.stored import StoredModel
+from gptfast.nn.difference import check_values
+from gptfast.tokenizer import has_tokenizer, load_tokenizer
+
+TaskModel = Any  # of gptfast.finetuning.task_model, which imports this module
+
+SETTINGS = "gptfast_task"  # key of config.json: what transformers' keys do not say
+_CHOICE = "multiple_choice_head.summary."
+_CLASSES = {
+    "gpt2": ("GPT2ForSequenceClassification", "GPT2DoubleHeadsModel"),
+    "openai-gpt": ("OpenAIGPTForSequenceClassification", "OpenAIGPTDoubleHeadsModel"),
+    "gptfast": ("TaskModel", "TaskModel"),
+}
+_SUMMARY = {  # how transformers' DoubleHeadsModel reads a row: at mc_token_ids, by one linear layer
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "summary_activation": None,
+    "summary_proj_to_labels": True,
+}
+_OURS = (
+    SETTINGS,
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "pad_token_id",
+    "summary_first_dropout",
+    *_SUMMARY,
+)
+
+
+def save(model: TaskModel, path: Path) -> None:
+    """Write config.json, the weights and the tokenizer to the folder `path`, together.
+
+    transformers loads the folder with the same logits: classification and entailment as ForSequenceClassification,
+    similarity too (each order's score; ours is their sum), choice as DoubleHeadsModel.
+
+    Raises:
+        OSError, ValueError: as `GPT.save_pretrained`.
+    """
+    check_values("save_pretrained", model.gpt)
+    with staged_folder(path, replaces=EVERYTHING) as stage:
+        export.save(model.gpt, stage, heads=_heads(model), settings=_settings(model))
+        if model.tokenizer is not None:
+            model.tokenizer.save(stage)
+
+
+def _heads(model: TaskModel) -> dict[str, Tensor]:
+    prefix = _CHOICE if model.task == "choice" else "score."
+    return {prefix + name: x for name, x in model.score.state_dict().items()}
+
+
+def _settings(model: TaskModel) -> dict[str, Any]:
+    config, choice = model.gpt.config, model.task == "choice"
+    names = model.labels or ["LABEL_0"]  # transformers counts a head's outputs by its labels
+    weights = model.class_weights
+    own = {
+        "task": model.task,
+        "special_tokens": model.special_tokens,
+        "class_weights": None if weights is None else weights.tolist(),
+    }
+    settings = {
+        "architectures": [_CLASSES[hf_layout.model_type(config)][choice]],
+        "id2label": {str(n): name for n, name in enumerate(names)},
+        "label2id": {name: n for n, name in enumerate(names)},
+        "pad_token_id": model.special_tokens.get(PAD),
+        SETTINGS: own,
+    }
+    if choice:
+        return {**settings, **_SUMMARY, "summary_first_dropout": config.resid_pdrop}
+    return {**settings, "problem_type": "single_label_classification" if model.labels else "regression"}
+
+
+class StoredTask(StoredModel):
+    """A checkpoint whose head, where it has one, is kept apart from the GPT: after `tensors`, in `heads`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.heads: dict[str, Tensor] = {}
+        self.names = {name for file in self._files for name in file.shapes}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, x in super().tensors():
+            if name.startswith(("score.", _CHOICE)):
+                self.heads[name] = x
+            else:
+                yield name, x
+
+    @property
+    def settings_file(self) -> Path:
+        return self.path / export.CONFIG
+
+
+def load(
+    cls: type[TaskModel],
+    path: str | os.PathLike[str],
+    given: dict[str, Any],
+    dtype: torch.dtype | None,
+    overrides: dict[str, Any],
+) -> TaskModel:
+    """A task model in evaluation mode.
+
+    Args:
+        cls: TaskModel.
+        path: a folder of `save`, or of transformers' GPT2ForSequenceClassification, GPT2DoubleHeadsModel or their
+            openai-gpt forms, whose rows have no delimiters; or a language model as in `GPT.from_pretrained`, which gets a
+            new head.
+        given: arguments of TaskModel; None: as stored. The tokenizer is that of the folder, where it has one.
+        dtype, overrides: as `GPT.from_pretrained`.
+    Raises:
+        FileNotFoundError, ValueError: as `GPT.from_pretrained`; or a head that does not fit the task.
+    """
+    folder = resolve(path)
+    stored = StoredTask(folder)
+    kind = _kind(stored)
+    if kind is not None and "lm_head.weight" not in stored.names:
+        overrides = {"tie_weights": True, **overrides}
+    gpt = build(GPT, stored, dtype, overrides)
+    settings = {name: gpt.metadata.config.pop(name) for name in _OURS if kind and name in gpt.metadata.config}
+    arguments = {**_stored_arguments(kind, settings, stored.settings_file), **_said(given)}
+    if arguments.get("tokenizer") is None and folder.is_dir() and has_tokenizer(folder):
+        arguments["tokenizer"] = load_tokenizer(folder)
+    if arguments.get("task") is None:
+        raise ValueError(f"{path} is a language model without a head; say which one it gets with task=")
+    model = cls(gpt, **arguments)
+    if kind is not None:
+        _fill(model, stored)
+    return model.eval()
+
+
+def _kind(stored: StoredTask) -> str | None:
+    """Which head a checkpoint has: "score", "choice", or None."""
+    if any(name.startswith(_CHOICE) for name in stored.names):
+        return "choice"
+    return "score" if any(name.startswith("score.") for name in stored.names) else None
+
+
+def _said(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _stored_arguments(kind: str | None, settings: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The arguments of TaskModel that a config.json says.
+
+    Raises:
+        ValueError: damaged, or a head that gptfast does not compute.
+    """
+    if kind is None:
+        return {}
+    labels = _labels(settings, file)
+    own = field(settings, SETTINGS, (dict, NULL), file, None)
+    if own is not None:
+        task = field(own, "task", str, file, inside=SETTINGS)
+        if task not in DELIMITERS:
+            raise ValueError(f"{file}: {SETTINGS}.task is {task!r}; expected one of {', '.join(DELIMITERS)}")
+        tokens = field(own, "special_tokens", dict, file, inside=SETTINGS)
+        for name, token in tokens.items():
+            expect(token, (int, NULL), f"{SETTINGS}.special_tokens.{name}", file)
+        weights = field(own, "class_weights", (list, NULL), file, None, inside=SETTINGS)
+        named = task in ("classification", "entailment")
+        return {"task": task, "labels": labels if named else None, "special_tokens": tokens, "class_weights": weights}
+    pad = field(settings, "pad_token_id", (int, NULL), file, None)
+    tokens = {**dict.fromkeys(USUAL, None), PAD: pad}
+    if kind == "choice":
+        for key, wanted in _SUMMARY.items():
+            if settings.get(key, wanted) != wanted:
+                raise ValueError(f"{file}: {key} is {settings[key]!r}; gptfast computes {wanted!r} - use transformers")
+        return {"task": "choice", "special_tokens": tokens}
+    problem = field(settings, "problem_type", (str, NULL), file, None)
+    if problem == "multi_label_classification":
+        raise ValueError(f"{file}: problem_type is {problem}, which gptfast does not compute; use transformers")
+    if len(labels) == 1:
+        return {"task": "similarity", "special_tokens": tokens}
+    return {"task": "classification", "labels": labels, "special_tokens": tokens}
+
+
+def _labels(settings: dict[str, Any], file: Path) -> list[str]:
+    """The names of the classes by index; transformers leaves out those of a head with two."""
+    found = field(settings, "id2label", (dict, NULL), file, None) or {"0": "LABEL_0", "1": "LABEL_1"}
+    wanted = [str(n) for n in range(len(found))]
+    if sorted(found, key=lambda key: int(key) if key.isdecimal() else -1) != wanted:
+        raise ValueError(f"{file}: id2label has the keys {', '.join(found)}; expected {', '.join(wanted)}")
+    return [expect(found[n], str, f"id2label.{n}", file) for n in wanted]
+
+
+def _fill(model: TaskModel, stored: StoredTask) -> None:
+    """Put the stored head in place.
+
+    Raises:
+        ValueError: it has another shape than the task's, or other tensors.
+    """
+    prefix = _CHOICE if model.task == "choice" else "score."
+    found = {name.removeprefix(prefix): x for name, x in stored.heads.items()}
+    shapes = {name: tuple(x.shape) for name, x in found.items()}
+    wanted = {name: tuple(x.shape) for name, x in model.score.state_dict().items()}
+    if shapes != wanted:
+        raise ValueError(
+            f"{stored.path}: its head has the tensors {shapes}; {model.task}"
+            f"{f' with {len(model.labels)} labels' if model.labels else ''} needs {wanted}"
+        )
+    model.score.load_state_dict(found)

@@ -1,0 +1,296 @@
+"""A GPT with the head of a task.  R rows of token ids, T positions, C channels, N choices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptfast import ops
+from gptfast._checks import check_choice, check_real
+from gptfast._warn import warn
+from gptfast.finetuning import task_files
+from gptfast.finetuning.examples import DELIMITERS, Encoder, Row, padded, target_of
+from gptfast.finetuning.lm_loss import mean_of_rows
+from gptfast.finetuning.predictions import Prediction, predictions
+from gptfast.finetuning.special_tokens import PAD, task_tokens
+from gptfast.finetuning.task_checks import check_arguments, checked_labels, checked_weights
+from gptfast.models import GPT
+from gptfast.nn import Linear
+from gptfast.tokenizer import Tokenizer, load_tokenizer
+
+_BATCH = 32  # examples of a forward in `predict`
+_HEAD = 0x7461736B68656164  # tells the head's dropout from those of the network, which have the same seed
+
+
+@dataclass(frozen=True)
+class TaskOutput:
+    """What `TaskModel.forward` computes.
+
+    logits: (B, classes), (B, N) for choices, (B,) scores for similarity.
+    loss: task_loss + lm_coef * lm_loss. task_loss: cross-entropy, or the mean squared error of scores. lm_loss: see
+    `TaskModel.forward`. All three are None without labels, lm_loss also where lm_coef is 0.
+    """
+
+    logits: Tensor
+    loss: Tensor | None = None
+    task_loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+
+
+class TaskModel(nn.Module):
+    """A GPT with the head of a task, and the way from an example to its rows (`gptfast.finetuning.examples`).
+
+    The head reads the hidden state of each row's last token. Similarity adds those of both orders.
+
+    Args:
+        gpt: a GPT; new delimiters give it rows in place.
+        task: "classification", "entailment", "similarity" or "choice".
+        labels: names of the classes, at least two. None: entailment, neutral, contradiction for entailment; similarity and
+            choice have none.
+        tokenizer: of the gpt, or its name or folder; None: `forward` alone can be used.
+        class_weights: weight of each class in the loss, in the order of labels or by label; None: 1.
+        special_tokens: "bos", "sep", "eos", "pad" -> text or id of a token, or None for no such delimiter; what is left
+            out is [BOS], [SEP], [EOS] or [PAD], which get ids and rows where they are new.
+    Raises:
+        TypeError, ValueError: unknown task, labels that do not fit it, or special tokens: see `task_tokens`.
+
+    gpt, task, labels, tokenizer, special_tokens: as given; the tokenizer with the new tokens, special tokens as ids.
+    truncated: examples encoded so far that were too long for block_size; see `Encoder`.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        gpt: GPT,
+        task: str,
+        labels: Sequence[str] | None = None,
+        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+        class_weights: Sequence[float] | Mapping[str, float] | Tensor | None = None,
+        special_tokens: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(gpt, GPT):
+            raise TypeError(f"TaskModel: gpt is a {type(gpt).__name__}; expected a gptfast.GPT")
+        check_choice("TaskModel", "task", task, tuple(DELIMITERS))
+        self.gpt, self.task = gpt, task
+        self.labels = checked_labels(task, labels)
+        weights = checked_weights(self.labels, class_weights)
+        found = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, os.PathLike)) else tokenizer
+        self.tokenizer, self.special_tokens = task_tokens(gpt, found, DELIMITERS[task], special_tokens)
+        weight = gpt.wte.weight
+        place = {"device": weight.device, "dtype": weight.dtype}
+        self.score = Linear(gpt.config.n_embd, max(len(self.labels), 1), bias=task == "choice", **place)
+        nn.init.normal_(self.score.weight, std=0.02)
+        if self.score.bias is not None:
+            nn.init.zeros_(self.score.bias)
+        weights = None if weights is None else weights.to(weight.device)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self._encoder = Encoder(task, self.special_tokens, self._encode, gpt.config.block_size)
+        self.train(gpt.training)
+
+    @property
+    def truncated(self) -> int:
+        return self._encoder.cut
+
+    @property
+    def dropout_seed(self) -> int | None:
+        """Seed of all dropouts, as `GPT.dropout_seed`."""
+        return self.gpt.dropout_seed
+
+    @dropout_seed.setter
+    def dropout_seed(self, value: int | None) -> None:
+        self.gpt.dropout_seed = value
+
+    @property
+    def dropout_step(self) -> int | None:
+        """As `GPT.dropout_step`."""
+        return self.gpt.dropout_step
+
+    @dropout_step.setter
+    def dropout_step(self, value: int | None) -> None:
+        self.gpt.dropout_step = value
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("TaskModel: there is no tokenizer to encode texts with; pass tokenizer=")
+        return self.tokenizer.encode(text)
+
+    def encode(self, example: Any) -> Row | list[Row]:
+        """The token ids of an example: one row, or a list of rows for similarity (both orders) and choice.
+
+        Args:
+            example: an object with the fields of the task (label or score may be missing), or its text or texts.
+        Raises:
+            TypeError, ValueError: a missing field, or a value of another type; there is no tokenizer.
+        """
+        rows = self._encoder.rows(example)
+        return rows if self.task in ("similarity", "choice") else rows[0]
+
+    def batch(
+        self, examples: Sequence[Any], *, labels: bool = True, where: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        """The arguments of `forward` for examples, padded on the right.
+
+        Args:
+            examples: as `encode`.
+            labels: with the labels, which each example must then have.
+            where: file and line of each example, for messages.
+        Raises:
+            TypeError, ValueError: no examples; or see `encode` and `target_of`.
+        """
+        if not examples:
+            raise ValueError("TaskModel: there are no examples; give at least one")
+        places = where or [""] * len(examples)
+        groups = [self._encoder.rows(example, place) for example, place in zip(examples, places, strict=True)]
+        pad = self.special_tokens.get(PAD)
+        ids, mask = padded(groups, pad or 0)
+        one = self.task in ("classification", "entailment")
+        out = {"ids": ids[:, 0] if one else ids}
+        if pad is None:
+            out["attention_mask"] = mask[:, 0] if one else mask
+        if labels:
+            found = [target_of(self.task, x, self.labels, at) for x, at in zip(examples, places, strict=True)]
+            dtype = torch.float32 if self.task == "similarity" else torch.int64
+            out["labels"] = torch.tensor(found, dtype=dtype, device="cpu")
+        return {name: x.to(self.score.weight.device) for name, x in out.items()}
+
+    def forward(
+        self,
+        ids: Tensor,
+        labels: Tensor | None = None,
+        lm_coef: float = 0.5,
+        mc_token_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+    ) -> TaskOutput:
+        """Logits and losses.
+
+        Args:
+            ids: (B, T); (B, 2, T) for similarity, both orders; (B, N, T) for choice, where a row of padding alone is no
+                choice. Padding is the token "pad" of special_tokens, on the right.
+            labels: (B,) index of the class or choice, int64; scores for similarity.
+            lm_coef: weight of the LM loss, >= 0: the mean over the rows, for choice over the right choices' rows, of the mean
+                over the row's real tokens of the cross-entropy of each token given those before it.
+            mc_token_ids: position in each row that the head reads, of ids' shape without T; None: the last real token.
+            attention_mask: of ids' shape, 0 for padding on either side; None: the token "pad" is padding.
+        Raises:
+            TypeError, ValueError: shapes, labels outside the set, or a lm_coef below 0.
+        """
+        check_real("TaskModel", "lm_coef", lm_coef, "a number >= 0", lambda x: 0 <= x < float("inf"))
+        check_arguments(self.task, len(self.labels), ids, labels, mc_token_ids, attention_mask)
+        rows = ids.flatten(0, -2)  # R T
+        mask = None if attention_mask is None else attention_mask.flatten(0, -2)
+        real = self._real(rows, mask)
+        step = self.gpt.dropout_step
+        hidden = self.gpt.hidden_states(rows, attention_mask=mask)  # R T C
+        if mc_token_ids is None:
+            last = (real * torch.arange(1, rows.shape[1] + 1, device=rows.device)).argmax(1)
+        else:
+            last = mc_token_ids.flatten()
+        logits = self.score(self._dropped(hidden[torch.arange(len(rows), device=rows.device), last], step))
+        logits = self._shaped(logits, ids, real)
+        if labels is None:
+            return TaskOutput(logits)
+        task_loss = self._task_loss(logits, labels)
+        if lm_coef == 0:
+            return TaskOutput(logits, task_loss, task_loss)
+        lm_loss = mean_of_rows(self.gpt, *self._counted(hidden, rows, real, labels))
+        return TaskOutput(logits, task_loss + lm_coef * lm_loss, task_loss, lm_loss)
+
+    def _real(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """(R, T), where there is no padding."""
+        if mask is not None:
+            return mask != 0
+        pad = self.special_tokens.get(PAD)
+        return torch.ones_like(rows, dtype=torch.bool) if pad is None else rows != pad
+
+    def _dropped(self, picked: Tensor, step: int | None) -> Tensor:
+        p = self.gpt.config.resid_pdrop if self.training else 0.0
+        if p == 0:
+            return picked
+        seed = self.gpt.dropout_seed
+        if seed is None or step is None:
+            return ops.dropout(picked, p)
+        return ops.dropout(picked, p, seed ^ _HEAD, step)
+
+    def _shaped(self, logits: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+        if self.task == "similarity":
+            return logits.view(ids.shape[:2]).sum(1)
+        if self.task == "choice":
+            return logits.view(ids.shape[:2]).masked_fill(~real.any(1).view(ids.shape[:2]), float("-inf"))
+        return logits
+
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.task == "similarity":
+            return nn.functional.mse_loss(logits.float(), labels.float())
+        return nn.functional.cross_entropy(logits.float(), labels, weight=self.class_weights)
+
+    def _counted(self, hidden: Tensor, rows: Tensor, real: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of the LM loss: all of them, for choice those of the right choices."""
+        if self.task != "choice":
+            return hidden, rows, real
+        right = torch.arange(len(labels), device=rows.device) * (len(rows) // len(labels)) + labels
+        return hidden[right], rows[right], real[right]
+
+    @torch.no_grad()
+    def predict(self, examples: Sequence[Any]) -> list[Prediction]:
+        """The label and the probability of each, or the score, of examples; in evaluation mode, whatever the model is in.
+
+        Args:
+            examples: as `encode`.
+        Returns:
+            {"label", "probabilities"}: a class and {class: probability}, or the index of a choice and a list of
+            probabilities. {"score"} for similarity.
+        Raises:
+            TypeError, ValueError: as `encode`.
+        """
+        if isinstance(examples, (str, Mapping)):
+            raise TypeError(f"TaskModel.predict: examples is a {type(examples).__name__}; expected a list of them")
+        training, before = self.training, self.truncated
+        self.eval()
+        try:
+            parts = [examples[n : n + _BATCH] for n in range(0, len(examples), _BATCH)]
+            found = [
+                p
+                for part in parts
+                for p in predictions(self.task, self.labels, self(**self.batch(part, labels=False)).logits)
+            ]
+        finally:
+            self.train(training)
+        if self.truncated > before:
+            warn(
+                f"TaskModel.predict: {self.truncated - before} of {len(examples)} examples are longer than block_size "
+                f"{self.gpt.config.block_size}; their longest texts were cut at the end"
+            )
+        return found
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint folder with the tokenizer; see `gptfast.finetuning.task_files.save`."""
+        task_files.save(self, Path(path))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        task: str | None = None,
+        labels: Sequence[str] | None = None,
+        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+        class_weights: Sequence[float] | Mapping[str, float] | Tensor | None = None,
+        special_tokens: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        **config_overrides: Any,
+    ) -> TaskModel:
+        """Load a checkpoint of a task, ours or transformers', or give a language model a new head; see `task_files.load`."""
+        given = {
+            **{"task": task, "labels": labels, "tokenizer": tokenizer},
+            **{"class_weights": class_weights, "special_tokens": special_tokens},
+        }
+        return task_files.load(cls, path, given, dtype, config_overrides)
