@@ -1,6 +1,7 @@
 """Fused operations of GPT models as plain functions; `gptfast.ops.reference` holds each of them in eager PyTorch."""
 
 from gptfast import triton as _triton
+from gptfast.ops import _flops
 from gptfast.ops._registry import register_fakes as _register_fakes
 from gptfast.ops.add_layer_norm import add_layer_norm
 from gptfast.ops.causal_attention import causal_attention
@@ -36,3 +37,5 @@ __all__ = [
 
 _triton.register()
 _register_fakes(_triton.NAMESPACE)  # now that the properties of every operator are known
+for _namespace in ("gptfast", _triton.NAMESPACE):
+    _flops.register(_namespace)

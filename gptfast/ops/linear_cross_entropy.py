@@ -66,7 +66,10 @@ def linear_cross_entropy(
     arguments = (runs_on, *dealias(rows, weight), flat, ignore_index, float(label_smoothing))
     if reduction == "none":
         return RowLossFunction.apply(*arguments).view(targets.shape)
-    total = TotalLossFunction.apply(*arguments)
+    if torch.is_grad_enabled():
+        total = TotalLossFunction.apply(*arguments)
+    else:  # needs_input_grad of a Function is true of parameters even here, and it would compute their gradients
+        total = _total(torch.ops.gptfast.linear_cross_entropy_fwd(*arguments))
     return total if reduction == "sum" else _mean(total, (flat != ignore_index).sum())
 
 
@@ -104,6 +107,10 @@ def _rows(op: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if not casts and hidden.dtype != weight.dtype:
         raise TypeError(f"{op}: hidden is {hidden.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     return rows_of(autocast(hidden)[0])
+
+
+def _total(losses: Tensor) -> Tensor:
+    return losses.double().sum().float()
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
@@ -204,13 +211,13 @@ class TotalLossFunction(torch.autograd.Function):
         op, options = torch.ops.gptfast, (ignore_index, smoothing)
         ctx.wanted = tuple(ctx.needs_input_grad[1:3])
         if not any(ctx.wanted):
-            return op.linear_cross_entropy_fwd(backend, hidden, weight, targets, *options).double().sum().float()
+            return _total(op.linear_cross_entropy_fwd(backend, hidden, weight, targets, *options))
         loss, *grads = op.linear_cross_entropy_bwd(backend, None, hidden, weight, targets, *options, *ctx.wanted)
         ctx.compiled = torch.compiler.is_compiling()
         ctx.backend, ctx.options = backend, options
         ctx.save_for_backward(hidden, weight, targets, *(grads if ctx.compiled else ()))
         ctx.grads = None if ctx.compiled else grads
-        return loss.double().sum().float()
+        return _total(loss)
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,84 @@
+"""FLOPs of the operators for `torch.utils.flop_counter.FlopCounterMode`: those of the products that eager PyTorch would take.
+
+As in torch, only matrix products count, 2 M N K each, and a mask saves nothing. What a kernel computes again in its backward
+pass, as attention its scores, does not count, so that a model has the same FLOPs whichever backend runs it.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+Shape = Any  # of a tensor; None where there is none
+
+
+def _linear_fwd(x: Shape, weight: Shape, *others: Any, out_shape: Any = None, **_: Any) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+def _linear_bwd(dy: Shape, x: Shape, weight: Shape, want_x: bool, want_weight: bool, want_bias: bool, **_: Any) -> int:
+    return 2 * prod(dy) * weight[1] * (want_x + want_weight)
+
+
+def _gemm(a: Shape, b: Shape, *others: Any, **_: Any) -> int:
+    return 2 * prod(a) * b[1]
+
+
+def _quantized_linear_fwd(x: Shape, codes: Shape, *others: Any, out_shape: Any = None, **_: Any) -> int:
+    return 2 * prod(x) * out_shape[-1]
+
+
+def _quantized_linear_bwd(dy: Shape, *others: Any, out_shape: Any = None, **_: Any) -> int:
+    return 2 * prod(dy) * out_shape[-1]
+
+
+def _loss_fwd(backend: str, hidden: Shape, weight: Shape, *others: Any, **_: Any) -> int:
+    return 2 * prod(hidden) * weight[0]
+
+
+def _loss_bwd(
+    backend: str,
+    dloss: Shape,
+    hidden: Shape,
+    weight: Shape,
+    targets: Shape,
+    ignore_index: int,
+    label_smoothing: float,
+    want_hidden: bool,
+    want_weight: bool,
+    **_: Any,
+) -> int:
+    """The logits count where the losses were not asked for before, which is where there is no gradient of them yet."""
+    return 2 * prod(hidden) * weight[0] * ((dloss is None) + want_hidden + want_weight)
+
+
+def _attention_fwd(q: Shape, k: Shape, *others: Any, **_: Any) -> int:
+    return 2 * 2 * prod(q) * k[2]
+
+
+def _attention_bwd(dout: Shape, q: Shape, k: Shape, *others: Any, **_: Any) -> int:
+    return 4 * 2 * prod(q) * k[2]
+
+
+FORMULAS = {
+    "linear_fwd": _linear_fwd,
+    "linear_bwd": _linear_bwd,
+    "gemm": _gemm,
+    "quantized_linear_fwd": _quantized_linear_fwd,
+    "quantized_linear_bwd": _quantized_linear_bwd,
+    "linear_cross_entropy_fwd": _loss_fwd,
+    "linear_cross_entropy_bwd": _loss_bwd,
+    "causal_attention_fwd": _attention_fwd,
+    "causal_attention_bwd": _attention_bwd,
+}
+
+
+def register(namespace: str) -> None:
+    """Give the operators of a namespace of torch.ops their formulas."""
+    operators = getattr(torch.ops, namespace)
+    for name, formula in FORMULAS.items():
+        if hasattr(operators, name):
+            register_flop_formula(getattr(operators, name))(formula)
