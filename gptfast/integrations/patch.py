@@ -15,6 +15,7 @@ from gptfast.integrations.modules import FLOATS, own_gelu_class
 from gptfast.integrations.report import Report
 from gptfast.integrations.rerouted import functions_of, rerouted_class
 from gptfast.integrations.swap import check_restorable, original_class, patched_class
+from gptfast.integrations.written_out import written_out_class
 
 OLDEST, NEWEST = (5, 0), (5, 24)  # transformers that this was tested with
 LANGUAGE_MODELS = ("GPT2LMHeadModel", "GPT2DoubleHeadsModel", "OpenAIGPTLMHeadModel", "OpenAIGPTDoubleHeadsModel")
@@ -185,6 +186,8 @@ def _patches(model: nn.Module, report: Report, generate: bool) -> Iterator[_Patc
             yield _Patch(module, patched, _told(patched))
         elif (gelu := own_gelu_class(module)) is not None:
             yield _Patch(module, gelu, "gelu")
+        elif (attention := written_out_class(module)) is not None:
+            yield _Patch(module, attention, "causal_attention")
         elif functions := functions_of(module):
             yield _Patch(module, rerouted_class(type(module)), ", ".join(functions))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 TINY = 3e-7  # below this part of the largest value an error is rounding of float32, whoever makes it
 ROUNDS = 5
+LABELS = ("labels", "targets")  # of transformers, of nanoGPT and minGPT
 
 
 def check_batch(batch: Any) -> None:
@@ -22,10 +22,10 @@ def check_batch(batch: Any) -> None:
             f"accelerate: verify is a {type(batch).__name__}; expected a dict of the model's arguments, such as "
             "{'input_ids': ids, 'labels': ids}"
         )
-    if batch.get("labels") is None:
+    if all(batch.get(name) is None for name in LABELS):
         raise ValueError(
             f"accelerate: verify has no labels (it has {', '.join(map(str, batch)) or 'nothing'}), so there is no loss to "
-            "compare; add them, for a language model labels=input_ids"
+            "compare; add them, for a language model labels=input_ids, and targets for nanoGPT and minGPT"
         )
 
 
@@ -45,7 +45,7 @@ def verified(
     state = torch.get_rng_state()
     try:
         model.eval()
-        exact = _results(copy.deepcopy(model).double(), batch)
+        exact = _exact(model, batch)
         before, seconds = _results(model, batch), _Timing(model, batch)
         patch()
         try:
@@ -68,18 +68,55 @@ def _results(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Loss, logits and gradients, by name."""
     for parameter in model.parameters():
         parameter.grad = None
-    dtype = next(model.parameters()).dtype
-    casts = {n: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in batch.items()}
-    outputs = model(**casts)
-    outputs.loss.backward()
-    logits, mask = outputs.logits.detach(), batch.get("attention_mask")
+    loss, logits = _loss_and_logits(model(**_cast(batch, next(model.parameters()).dtype)))
+    loss.backward()
+    return _found(loss, logits, batch, model.named_parameters())
+
+
+def _exact(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The results in float64. The parameters stand in for the model's own, as not every model can be copied: minGPT's blocks
+    hold functions of the modules that they were made with."""
+    doubles = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
+    buffers = {name: x.double() if x.is_floating_point() else x for name, x in model.named_buffers()}
+    outputs = torch.func.functional_call(model, {**doubles, **buffers}, (), _cast(batch, torch.float64))
+    loss, logits = _loss_and_logits(outputs)
+    loss.backward()
+    return _found(loss, logits, batch, doubles.items())
+
+
+def _cast(batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {n: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in batch.items()}
+
+
+def _loss_and_logits(outputs: Any) -> tuple[Tensor, Tensor]:
+    return _loss(outputs), outputs.logits if hasattr(outputs, "logits") else _tensors(outputs)[1][0]
+
+
+def _loss(outputs: Any) -> Tensor:
+    """Of transformers' outputs, whose logits are not read here, or of the tuple that nanoGPT and minGPT return."""
+    if isinstance(getattr(outputs, "loss", None), Tensor):
+        return outputs.loss
+    scalars, others = _tensors(outputs)
+    if not scalars or not others:
+        raise ValueError(
+            f"accelerate: the model returned a {type(outputs).__name__} of the verify batch without a loss; expected an output "
+            "with loss and logits, or a tuple that holds both"
+        )
+    return scalars[0]
+
+
+def _tensors(outputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The scalars of a tuple, and the others."""
+    every = [x for x in outputs if isinstance(x, Tensor)] if isinstance(outputs, tuple | list) else []
+    return [x for x in every if x.dim() == 0], [x for x in every if x.dim() > 0]
+
+
+def _found(loss: Tensor, logits: Tensor, batch: Mapping[str, Any], parameters: Iterable[Any]) -> dict[str, Tensor]:
+    mask, logits = batch.get("attention_mask"), logits.detach()
     if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
         logits = logits[mask.bool()]  # those of padding mean nothing
-    found = {"loss": outputs.loss.detach().clone(), "logits": logits.clone()}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            found[name] = parameter.grad.detach().clone()
-    return found
+    found = {"loss": loss.detach().clone(), "logits": logits.clone()}
+    return found | {name: p.grad.detach().clone() for name, p in parameters if p.grad is not None}
 
 
 def _units(after: Tensor, before: Tensor, exact: Tensor) -> float:
@@ -109,7 +146,7 @@ class _Timing:
     def _step(self) -> float:
         device = next(self.model.parameters()).device
         begin = time.perf_counter()
-        self.model(**self.batch).loss.backward()
+        _loss(self.model(**self.batch)).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - begin

@@ -68,8 +68,19 @@ def define_python_op(name: str, function: Callable[..., Any], shapes: Callable[.
     """
     library = _schemas.library("gptfast")
     _schemas.define("gptfast", [s for s in _schemas.PYTHON if _schemas.name_of(s) == name])
-    library.impl(name, _on_one_device(name, function), "CompositeExplicitAutograd")
+    library.impl(name, _below_autograd(_on_one_device(name, function)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"gptfast::{name}", _on_one_device(name, shapes), lib=library)
+
+
+def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with what it calls unrecorded, as in a kernel: an exported graph calls operators where gradients are on,
+    and the products that write into their result refuse that."""
+
+    def unrecorded(*arguments: Any, **options: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(*arguments, **options)
+
+    return unrecorded
 
 
 def register_fakes(namespace: str) -> None:

@@ -177,3 +177,118 @@ def test_bfloat16_and_double_go_where_they_can():
         gptfast.accelerate(model)
         tolerance = {"rtol": 0.1, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(model(IDS)[0], before, **tolerance)
+
+
+# ---- attention written out, as minGPT's ------------------------------------------------------------------------------
+
+
+class CausalSelfAttention(nn.Module):
+    """minGPT's."""
+
+    def __init__(self, dropout: float = 0.0, divisor: float = math.sqrt(C // H)) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.attn_dropout, self.resid_dropout = nn.Dropout(dropout), nn.Dropout(dropout)
+        self.register_buffer("bias", torch.tril(torch.ones(T, T)).view(1, 1, T, T))
+        self.n_head, self.n_embd, self.divisor = H, C, divisor
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, _ = x.size()
+        q, k, v = (
+            part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(self.n_embd, dim=2)
+        )
+        att = (q @ k.transpose(-2, -1)) * (1.0 / self.divisor)
+        att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))  # type: ignore[index]
+        y = self.attn_dropout(F.softmax(att, dim=-1)) @ v
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).contiguous().view(B, T, self.n_embd)))
+
+
+class MinBlock(nn.Module):
+    """A block whose MLP is a function that holds the modules it was made with, as minGPT's: its copies share them."""
+
+    def __init__(self, dropout: float, activation: nn.Module) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(C), CausalSelfAttention(dropout), nn.LayerNorm(C)
+        self.mlp = nn.ModuleList([nn.Linear(C, 4 * C), activation, nn.Linear(4 * C, C)])
+        m = self.mlp
+        self.mlpf = lambda x: m[2](m[1](m[0](x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlpf(self.ln_2(x))
+
+
+class MinGPT(GPT):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.h = nn.ModuleList(MinBlock(dropout, NewGELU()) for _ in range(2))
+
+
+def min_gpt() -> MinGPT:
+    torch.manual_seed(0)
+    return MinGPT()
+
+
+def test_a_model_of_mingpts_kind():
+    model = min_gpt()
+    before = results(model)
+    report = gptfast.accelerate(model, verify={"idx": IDS, "targets": TARGETS})
+    assert {report.replaced[f"h.{n}.attn"] for n in range(2)} == {"causal_attention"}
+    assert report.replaced["h.0.mlp.1"] == "gelu" and report.replaced["h.0.ln_1"] == "layer_norm"
+    assert report.errors.keys() == {"loss", "logits", *(name for name, _ in model.named_parameters())}
+    assert max(report.errors.values()) < 4, report.errors
+    for got, own in zip(results(model), before, strict=True):
+        torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-5)
+    gptfast.restore(model)
+    assert all(torch.equal(a, b) for a, b in zip(results(model), before, strict=True))
+
+
+def test_attention_that_is_written_out_holds_no_scores(monkeypatch: pytest.MonkeyPatch):
+    module = nn.Sequential(CausalSelfAttention())
+    gptfast.accelerate(module)
+    with monkeypatch.context() as without:
+        without.setattr(F, "softmax", None)
+        module(torch.randn(2, T, C)).sum().backward()
+    with pytest.raises(RuntimeError):  # longer than its mask: its own error
+        module(torch.randn(2, T + 1, C))
+
+
+@pytest.mark.parametrize("place", ["attn_dropout", "resid_dropout"])
+def test_dropout_of_attention_that_is_written_out(place: str):
+    module = CausalSelfAttention()
+    getattr(module, place).p = 0.5
+    gptfast.accelerate(module)
+    x = torch.randn(2, T, C)
+    torch.manual_seed(3)
+    first = module(x)
+    assert not torch.equal(first, module(x)) and not torch.equal(first, module.eval()(x))
+    torch.manual_seed(3)
+    assert torch.equal(first, module.train()(x))
+
+
+@pytest.mark.parametrize("change", ["another scale", "not causal", "hooks"])
+def test_attention_that_computes_something_else_is_left_alone(change: str):
+    module = CausalSelfAttention(divisor=2.0) if change == "another scale" else CausalSelfAttention()
+    if change == "not causal":
+        module.bias.fill_(1)  # type: ignore[operator]
+    calls: list[int] = []
+    if change == "hooks":
+        module.c_attn.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(2, T, C)
+    before = module(x)
+    calls.clear()
+    report = gptfast.accelerate(module)
+    assert ("causal_attention" in report.replaced.values()) == (change == "hooks")
+    assert not calls  # looking at a module calls no hooks
+    torch.testing.assert_close(module(x), before)
+
+
+def test_verify_of_a_model_that_returns_no_loss():
+    model = min_gpt()
+    with pytest.raises(ValueError, match=r"no labels \(it has idx\).*targets for nanoGPT"):
+        gptfast.accelerate(model, verify={"idx": IDS})
+    layer = nn.Sequential(nn.Linear(4, 4))
+    layer.forward = lambda targets: targets * layer[0].weight.sum()  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="returned a Tensor of the verify batch without a loss"):
+        gptfast.accelerate(layer, verify={"targets": torch.ones(3)})
+    assert type(layer[0]) is nn.Linear
