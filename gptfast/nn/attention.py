@@ -34,7 +34,14 @@ class CausalSelfAttention(torch.nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.counter = DropoutCounter()
 
-    def forward(self, x: Tensor, *, rng: tuple[int, int] | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rng: tuple[int, int] | None = None,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C). The dropout after the projection belongs to `Block`.
 
         Args:
@@ -42,6 +49,7 @@ class CausalSelfAttention(torch.nn.Module):
             rng: (seed, offset) of the attention dropout; None takes the next of the module's own counter
                 (`gptfast.ops.streams`).
             cache: keys and values of earlier positions (`KVCache.start` was called); without dropout.
+            cu_seqlens: ends of the texts that a row is packed of, see `gptfast.ops.causal_attention`; B = 1.
         """
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
@@ -51,7 +59,8 @@ class CausalSelfAttention(torch.nn.Module):
         else:
             p = self.attn_pdrop if self.training else 0.0
             seed, offset = (rng or self.counter.take()) if p > 0 else (0, 0)
-            out = ops.causal_attention(q, k, v, dropout_p=p, seed=seed, offset=offset, window=self.window)
+            options = {"dropout_p": p, "seed": seed, "offset": offset, "cu_seqlens": cu_seqlens}
+            out = ops.causal_attention(q, k, v, window=self.window, **options)
         return self.c_proj(out.transpose(1, 2).reshape(B, T, C))
 
     def extra_repr(self) -> str:

@@ -51,6 +51,7 @@ class Block(torch.nn.Module):
         *,
         rng: tuple[int, int] | None = None,
         cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor | None, Tensor]:
         """The whole block, or with `residual` its fused form.
 
@@ -60,7 +61,7 @@ class Block(torch.nn.Module):
             rng: (seed, offset) of the attention dropout; offset + 1 and + 2 serve the dropouts after
                 attention and MLP, offset - 1 that of the branch handed in. None takes the next four of the
                 module's own counter (`gptfast.ops.streams`).
-            cache: see `CausalSelfAttention`.
+            cache, cu_seqlens: see `CausalSelfAttention`.
         Returns:
             (B, T, C); with `residual`: (branch, residual), where branch is None for post-norm blocks.
         """
@@ -71,25 +72,35 @@ class Block(torch.nn.Module):
         if stream is None:
             raise TypeError("Block: x is None without a residual; expected (B, T, C)")
         run = self._pre_norm if self.pre_norm else self._post_norm
-        branch, stream = run(branch, stream, rng, cache)
+        branch, stream = run(branch, stream, rng, cache, cu_seqlens)
         return add_branch(branch, stream, self._dropout(rng, 2)) if residual is None else (branch, stream)
 
     def _pre_norm(
-        self, branch: Tensor | None, residual: Tensor, rng: tuple[int, int], cache: KVCache | None
+        self,
+        branch: Tensor | None,
+        residual: Tensor,
+        rng: tuple[int, int],
+        cache: KVCache | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor | None, Tensor]:
         if branch is None:
             y = self.ln_1(residual)
         else:
             y, residual = self.ln_1(branch, residual, **self._dropout(rng, -1))
-        y = self.attn(y, rng=rng, cache=cache)
+        y = self.attn(y, rng=rng, cache=cache, cu_seqlens=cu_seqlens)
         y, residual = self.ln_2(y, residual, **self._dropout(rng, 1))
         return self.mlp(y), residual
 
     def _post_norm(
-        self, branch: Tensor | None, residual: Tensor, rng: tuple[int, int], cache: KVCache | None
+        self,
+        branch: Tensor | None,
+        residual: Tensor,
+        rng: tuple[int, int],
+        cache: KVCache | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor | None, Tensor]:
         residual = add_branch(branch, residual, self._dropout(rng, -1))
-        y = self.attn(residual, rng=rng, cache=cache)
+        y = self.attn(residual, rng=rng, cache=cache, cu_seqlens=cu_seqlens)
         x, _ = self.ln_1(y, residual, **self._dropout(rng, 1))
         x, _ = self.ln_2(self.mlp(x), x, **self._dropout(rng, 2))
         return None, x

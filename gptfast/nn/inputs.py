@@ -41,9 +41,10 @@ def one_of(first: str, a: Any, second: str, b: Any) -> Any:
     return b if a is None else a
 
 
-def shifted(labels: Tensor, ignore_index: int) -> Tensor:
+def shifted(labels: Tensor, ignore_index: int, packed: Packed | None = None) -> Tensor:
     """Targets (the token after each position) from labels as in transformers (the token at each position)."""
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    return targets if packed is None else targets.masked_fill(packed.lasts, ignore_index)
 
 
 def check_ids(name: str, ids: Any, dtypes: tuple[torch.dtype, ...], V: int | None, ignored: int | None = None) -> None:
@@ -111,3 +112,46 @@ class Padding:
     def last(self, x: Tensor) -> Tensor:
         """(B, C): x of the last token of each row; x as in `restore`."""
         return x[self._rows, (self.counts.sum(1) - 1).clamp(min=0)]
+
+
+class Packed:
+    """Texts that lie one after another in one row.
+
+    positions: (1, T), from 0 on in each text. lasts: (1, T), True at the last token of each.
+
+    Args:
+        cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T.
+        ids: (1, T).
+        limit: tokens of the longest text.
+    Raises:
+        TypeError, ValueError: several rows, ends that do not rise from 0 to T, or a text that is too long.
+    """
+
+    def __init__(self, cu_seqlens: Any, ids: Tensor, limit: int) -> None:
+        if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            got = (
+                f"has dtype {cu_seqlens.dtype}"
+                if isinstance(cu_seqlens, Tensor)
+                else f"is a {type(cu_seqlens).__name__}"
+            )
+            raise TypeError(f"GPT: cu_seqlens {got}; expected a tensor of int32 or int64")
+        if ids.shape[0] != 1 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+            raise ValueError(
+                f"GPT: cu_seqlens has shape {tuple(cu_seqlens.shape)} and ids {tuple(ids.shape)}; expected (n + 1,) and one row, "
+                "(1, T)"
+            )
+        T, lengths = ids.shape[1], cu_seqlens.diff()
+        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != T or int(lengths.min()) < 1:
+            raise ValueError(
+                f"GPT: cu_seqlens is {cu_seqlens.tolist()[:8]}…; expected numbers that rise from 0 to T = {T}"
+            )
+        if int(lengths.max()) > limit:
+            raise ValueError(
+                f"GPT: cu_seqlens has a text of {int(lengths.max())} tokens but block_size is {limit}; cut it"
+            )
+        self.cu_seqlens = cu_seqlens.to(ids.device)
+        starts = self.cu_seqlens[:-1].long().repeat_interleave(self.cu_seqlens.diff().long(), output_size=T)
+        places = torch.arange(T, device=ids.device)
+        self.positions = (places - starts)[None]
+        self.lasts = torch.zeros_like(self.positions, dtype=torch.bool)
+        self.lasts[0, self.cu_seqlens[1:].long() - 1] = True

@@ -13,7 +13,7 @@ from gptfast import ops
 from gptfast.config import GPTConfig
 from gptfast.nn.block import Block, add_branch
 from gptfast.nn.dropout import DropoutCounter
-from gptfast.nn.inputs import REFUSED, Padding, check_ids, one_of, refuse, shifted
+from gptfast.nn.inputs import REFUSED, Packed, Padding, check_ids, one_of, refuse, shifted
 from gptfast.nn.kv_cache import KVCache
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear, is_plain_linear
@@ -97,6 +97,7 @@ class Transformer(nn.Module):
         last_only: bool = False,
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         **others: Any,
     ) -> Tensor | tuple[Tensor | None, Tensor]:
         """Logits, or logits and mean cross-entropy. A batch of transformers' collators may be expanded: model(**batch).
@@ -112,6 +113,9 @@ class Transformer(nn.Module):
             cache: append the T positions of every row to it and attend to what it holds; no gradients.
             last_only: logits of the last position only, with attention_mask of the last one that it shows.
             labels: instead of targets, as in transformers: (B, T), the ids themselves or ignore_index, shifted here.
+            cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T: B = 1, and the row is n texts one after another, text d at
+                positions cu_seqlens[d] .. cu_seqlens[d + 1]. None sees another, and the positions of each begin at 0, so
+                T may be more than block_size. labels are not shifted over the ends.
             others: what transformers has besides is refused.
         Returns:
             Without targets: logits (B, T, V), or (B, V) with last_only.
@@ -122,18 +126,19 @@ class Transformer(nn.Module):
         if isinstance(ids, Mapping):
             named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
             given = {name: value for name, value in named.items() if value is not None}
-            options = {"ignore_index": ignore_index, "cache": cache, "last_only": last_only}
+            options = {"ignore_index": ignore_index, "cache": cache, "last_only": last_only, "cu_seqlens": cu_seqlens}
             return self.forward(None, targets, **ids, **given, **options, **others)
         refuse("GPT", others, REFUSED)
         tokens = one_of("ids", ids, "input_ids", input_ids)
         padding = None if attention_mask is None else self._padding(tokens, attention_mask, cache)
         tokens = tokens if padding is None else padding.without(tokens)
-        self._check(tokens, one_of("targets", targets, "labels", labels), cache, last_only, ignore_index)
-        targets = targets if labels is None else shifted(labels, ignore_index)
+        packed = None if cu_seqlens is None else self._packed(tokens, cu_seqlens, padding, cache, last_only)
+        self._check(tokens, one_of("targets", targets, "labels", labels), cache, last_only, ignore_index, packed)
+        targets = targets if labels is None else shifted(labels, ignore_index, packed)
         if targets is not None and padding is not None:
             targets = targets.masked_fill(~padding.counts, ignore_index)  # nothing is predicted from padding
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            x = self._hidden(tokens if padding is None else padding.compact(tokens), cache)  # B T C
+            x = self._hidden(tokens if padding is None else padding.compact(tokens), cache, packed)  # B T C
             if last_only:
                 return self.lm_head(x[:, -1] if padding is None else padding.last(x))
             x = x if padding is None else padding.restore(x)
@@ -155,16 +160,19 @@ class Transformer(nn.Module):
             return self._hidden(ids, None)
         return padding.restore(self._hidden(padding.compact(ids), None))
 
-    def _hidden(self, ids: Tensor, cache: KVCache | None) -> Tensor:
+    def _hidden(self, ids: Tensor, cache: KVCache | None, packed: Packed | None = None) -> Tensor:
         """Hidden states before the head, (B, T, C)."""
         config, seed, first = self.config, *self._take_offsets()
-        positions = None if cache is None else cache.start(ids.shape[1])
+        positions = packed.positions if packed else None if cache is None else cache.start(ids.shape[1])
+        cu_seqlens = None if packed is None else packed.cu_seqlens
         residual = self._embed(ids, positions)
         if self.training and config.embd_pdrop > 0:
             residual = ops.dropout(residual, config.embd_pdrop, seed, first)
         branch = None
         for layer, block in enumerate(self.h):
-            branch, residual = block(branch, residual, rng=(seed, first + 1 + 3 * layer), cache=cache)
+            branch, residual = block(
+                branch, residual, rng=(seed, first + 1 + 3 * layer), cache=cache, cu_seqlens=cu_seqlens
+            )
         if cache is not None:
             cache.finish(ids.shape[1])
         return self._final_norm(branch, residual, seed, first + 3 * config.n_layer)
@@ -202,14 +210,35 @@ class Transformer(nn.Module):
             )
         return Padding(mask, ids)
 
+    def _packed(
+        self, ids: Any, cu_seqlens: Tensor, padding: Padding | None, cache: KVCache | None, last_only: bool
+    ) -> Packed:
+        check_ids("ids", ids, (torch.int64, torch.int32), None)
+        for name, given in (
+            ("attention_mask", padding is not None),
+            ("cache", cache is not None),
+            ("last_only", last_only),
+        ):
+            if given:
+                raise ValueError(
+                    f"GPT: cu_seqlens with {name}; packed rows have no padding and are not continued - leave one out"
+                )
+        return Packed(cu_seqlens, ids, self.config.block_size)
+
     def _check(
-        self, ids: Any, targets: Tensor | None, cache: KVCache | None, last_only: bool, ignore_index: int
+        self,
+        ids: Any,
+        targets: Tensor | None,
+        cache: KVCache | None,
+        last_only: bool,
+        ignore_index: int,
+        packed: Packed | None = None,
     ) -> None:
         V, limit = self.config.vocab_size, self.config.block_size
         check_ids("ids", ids, (torch.int64, torch.int32), V)
         if ids.shape[1] == 0:
             raise ValueError("GPT: ids holds no tokens (T = 0); give at least one, such as the end-of-text token")
-        if ids.shape[1] > limit:
+        if ids.shape[1] > limit and packed is None:
             raise ValueError(
                 f"GPT: ids has {ids.shape[1]} positions but block_size is {limit}; keep the last {limit} "
                 "(ids[:, -model.config.block_size:]) or build the model with a larger block_size"
