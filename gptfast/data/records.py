@@ -59,6 +59,22 @@ def read_records(path: Path, field: str) -> Iterator[Record]:
         yield from (_read_csv if kind in CSV else _read_json)(file, path, field)
 
 
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file of JSON Lines, or of one JSON list; each after its place, "FILE, line N" or "FILE, record N".
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: another kind of file, a damaged line, or a line that is no object. The message names the line.
+    """
+    if kind_of(path.name)[0] not in JSON:
+        raise ValueError(f"{path}: expected a file of JSON Lines, whose name ends in {', '.join(JSON)}")
+    with _unpacked(path) as file:
+        for _, where, value in _json_values(file, path):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: the record is {short(value)}; expected an object")
+            yield where, value
+
+
 def unpacked_text(path: Path) -> Iterator[str]:
     """The text of a packed file in blocks, so that it need not fit in memory.
 
@@ -105,17 +121,22 @@ def _pyarrow(module: str, path: Path) -> Any:
 
 
 def _read_json(file: BinaryIO, path: Path, field: str) -> Iterator[Record]:
-    """The records of a file with one value per line, or one list of values."""
+    for number, where, value in _json_values(file, path):
+        yield number, _text(value, field, where)
+
+
+def _json_values(file: BinaryIO, path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Number, place and value of the records of a file with one value per line, or one list of values."""
     beginning = cast(Any, file).peek(_BLANK).removeprefix(_MARK).lstrip()
     if beginning.startswith(b"["):
         for number, value in enumerate(_List(file, path).values(), start=1):
-            yield number, _text(value, field, f"{path}, record {number}")
+            yield number, f"{path}, record {number}", value
         return
     for number, line in enumerate(file, start=1):
         line = line.removeprefix(_MARK) if number == 1 else line
         if line.strip():
             where = f"{path}, line {number}"
-            yield number, _text(parse(_decoded(line, where), where), field, where)
+            yield number, where, parse(_decoded(line, where), where)
 
 
 def _decoded(line: bytes, where: str) -> str:

@@ -8,16 +8,35 @@ from gptfast._lazy import lazy_names
 from gptfast.finetuning import metrics
 
 if TYPE_CHECKING:
+    from gptfast.finetuning.instructions import Conversations, pack, response_mask, set_up_chat
+    from gptfast.finetuning.jsonl import Examples, read_examples
     from gptfast.finetuning.predictions import Prediction
     from gptfast.finetuning.task_model import TaskModel, TaskOutput
 
-__all__ = ["Prediction", "TaskModel", "TaskOutput", "metrics"]
+__all__ = [
+    "Conversations",
+    "Examples",
+    "Prediction",
+    "TaskModel",
+    "TaskOutput",
+    "metrics",
+    "pack",
+    "read_examples",
+    "response_mask",
+    "set_up_chat",
+]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "Conversations": "gptfast.finetuning.instructions",
+        "Examples": "gptfast.finetuning.jsonl",
         "Prediction": "gptfast.finetuning.predictions",
         "TaskModel": "gptfast.finetuning.task_model",
         "TaskOutput": "gptfast.finetuning.task_model",
+        "pack": "gptfast.finetuning.instructions",
+        "read_examples": "gptfast.finetuning.jsonl",
+        "response_mask": "gptfast.finetuning.instructions",
+        "set_up_chat": "gptfast.finetuning.instructions",
     },
 )

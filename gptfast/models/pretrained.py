@@ -26,6 +26,7 @@ Model = TypeVar("Model", bound=Transformer)
 _HUB_FILES = [
     *(CONFIG, "model*.safetensors", INDEX),
     *(GENERATION, "vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
 ]
 _OLD_HUB_FILES = ["pytorch_model*.bin", OLD_INDEX]  # where there are no others
 

@@ -6,24 +6,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gptfast._files import read_text
 from gptfast._json import NULL, expect, field, read_json
 from gptfast._snapshots import current
 
 END_OF_TEXT = "<|endoftext|>"
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+TEMPLATE = "chat_template.jinja"  # where transformers >= 4.52 writes what tokenizer_config.json held
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of special_tokens_map.json and tokenizer_config.json, which takes precedence; {} without either."""
+    """The settings of special_tokens_map.json and tokenizer_config.json, which takes precedence, and a template beside them."""
     found: dict[str, Any] = {}
     for name in (MAP, CONFIG):
         path = current(folder, name)
         if path.exists():
             found |= expect(read_json(path), dict, "", path)
+    path = current(folder, TEMPLATE)
+    if path.exists():
+        found["chat_template"] = read_text(path)
     return found
+
+
+def template_of(settings: dict[str, Any]) -> str | None:
+    """The chat template of settings: a text, or of several the one that is called "default"."""
+    found = settings.get("chat_template")
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
 
 
 def named_token(settings: dict[str, Any], name: str, folder: Path) -> str | None:

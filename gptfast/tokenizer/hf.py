@@ -55,6 +55,12 @@ class HFTokenizer:
         allowed = choose_special("HFTokenizer", allowed_special, self.specials)
         return self._encoder(frozenset(allowed)).encode(text).ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text`, special tokens as their ids and none added, and the characters that each stands for."""
+        check_text("HFTokenizer", text)
+        found = self._encoder(frozenset(self.specials)).encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
     def _encoder(self, allowed: frozenset[str]) -> RustTokenizer:
         """The library's tokenizer that recognises these special tokens, and no others."""
         if allowed not in self._encoders:
