@@ -2,6 +2,10 @@
 #pragma once
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace gptfast::cpu {
 
 // Worst first. The build reads this line, and has the compiler's flags of each (buildtools/libraries.py).
@@ -11,18 +15,52 @@ namespace gptfast::cpu {
 #define GPTFAST_ISAS(X) X(scalar)
 #endif
 
-// Whether this CPU has the instructions and the operating system saves the registers (__builtin_cpu_supports asks xgetbv).
+#if defined(__x86_64__)
+// What cpuid says of the CPU, and xgetbv of the registers that the operating system saves. They are asked directly:
+// __builtin_cpu_supports is part of the compiler's runtime, and with some compilers answers no to everything.
+struct Cpu {
+  unsigned ecx1 = 0, ebx7 = 0, ecx7 = 0, eax7_1 = 0, ecx_ext = 0;
+  unsigned saved = 0;  // XCR0
+
+  Cpu() {
+    unsigned a = 0, b, c, d;
+    if (__get_cpuid(1, &a, &b, &c, &d)) ecx1 = c;
+    a = 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) ebx7 = b, ecx7 = c;
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) eax7_1 = a;
+    if (__get_cpuid(0x80000001, &a, &b, &c, &d)) ecx_ext = c;
+    constexpr unsigned osxsave = 1u << 27;
+    if (ecx1 & osxsave) __asm__("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+  }
+  bool avx2() const {  // what compilers call haswell
+    constexpr unsigned fma = 1u << 12, movbe = 1u << 22, avx = 1u << 28, f16c = 1u << 29;
+    constexpr unsigned bmi1 = 1u << 3, avx2 = 1u << 5, bmi2 = 1u << 8, lzcnt = 1u << 5, xmm_ymm = 0x6;
+    return has(saved, xmm_ymm) && has(ecx1, fma | movbe | avx | f16c) && has(ebx7, bmi1 | avx2 | bmi2) &&
+           has(ecx_ext, lzcnt);
+  }
+  bool avx512() const {
+    constexpr unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, masks_and_zmm = 0xe0;
+    return avx2() && has(saved, masks_and_zmm) && has(ebx7, f | dq | bw | vl);
+  }
+  bool avx512_bf16() const {
+    constexpr unsigned vnni = 1u << 11, bf16 = 1u << 5;
+    return avx512() && has(ecx7, vnni) && has(eax7_1, bf16);
+  }
+
+ private:
+  static bool has(unsigned word, unsigned bits) { return (word & bits) == bits; }
+};
+#endif
+
+// Whether kernels of this instruction set can run here.
 inline bool can_run(const char* isa) {
   const auto is = [isa](const char* name) { return !std::strcmp(isa, name); };
   if (is("scalar")) return true;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (is("avx2")) return avx2;
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (is("avx512")) return avx512;
-  if (is("avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  const Cpu cpu;
+  if (is("avx2")) return cpu.avx2();
+  if (is("avx512")) return cpu.avx512();
+  if (is("avx512_bf16")) return cpu.avx512_bf16();
 #endif
   return false;
 }

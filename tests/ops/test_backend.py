@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,6 +205,29 @@ def test_environment_is_checked_at_import():
     assert bad.returncode and "GPTFAST_CPU_ISA is 'avx1024'; this machine runs scalar" in bad.stderr
 
 
+def best_isa_by_linux() -> str:
+    """The best instruction set that kernels are compiled for, by what Linux says of this CPU."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = set(next(line for line in lines if line.startswith("flags")).split())
+    needed = {
+        "avx512_bf16": {"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"},
+    }
+    return next((name for name, of in needed.items() if of <= flags), "scalar")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="asks Linux on x86-64")
+def test_the_best_isa_of_the_machine_runs():
+    """In the ops, and of the engine's own table: a compiler whose cpuid test says no runs scalar code without a word."""
+    from gptfast import _C
+
+    best = best_isa_by_linux()
+    code = "import gptfast; from gptfast.backend import cpu_isa; print(cpu_isa())"
+    assert python(code, GPTFAST_CPU_ISA="").stdout.strip() == best
+    assert _C.checksum([], 1, best) == _C.checksum([], 1, "scalar")
+
+
 def test_isa_can_be_forced():
     assert cpu_isa() == cpu_isas()[-1]
     for name in cpu_isas():
@@ -216,7 +241,6 @@ def test_isa_can_be_forced():
 def test_a_missing_library_is_reported_once_and_eager_runs(tmp_path):
     """A copy of the package without _ops.so: what GPTFAST_BUILD=0 installs."""
     import shutil
-    from pathlib import Path
 
     package = Path(gptfast.__file__).parent
     shutil.copytree(package, tmp_path / "gptfast", ignore=shutil.ignore_patterns("*.so", "__pycache__", "assets"))
