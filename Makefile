@@ -34,7 +34,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@$(BIN)/python -c "import torch" 2>/dev/null || { echo "Installing PyTorch (once; the CPU build is about 200 MB)"; \
 		$(PIP) $(TORCH) $(TORCH_INDEX); }
 	@echo "Installing what gptfast needs"
-	$(PIP) --quiet "setuptools>=77" pybind11 ninja wheel
+	$(PIP) --quiet "setuptools>=77" ninja wheel
 	GPTFAST_BUILD=0 $(PIP) --quiet --no-build-isolation --editable .
 	@touch $@
 

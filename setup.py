@@ -2,7 +2,7 @@
 
     gptfast/_ops.so        every tensor op on the CPU, through the libtorch stable ABI: one binary for torch >= 2.11
     gptfast/_cuda_ops.so   the same ops on CUDA; loaded only where torch sees a GPU
-    gptfast/_C.*.so        pybind11: build information and the inference engine (csrc/engine, without torch)
+    gptfast/_C.abi3.so     build information and the inference engine (csrc/engine, without torch), for Python >= 3.10
 
 GPTFAST_BUILD=0 installs pure Python: every op then runs in eager PyTorch.
 GPTFAST_CUDA=auto|1|0: build the CUDA ops where nvcc is found and torch is a CUDA build (auto), always, or never.
@@ -62,6 +62,8 @@ class NinjaBuild(build_ext):
     def run(self) -> None:
         out_dir = ROOT if self.inplace else Path(self.build_lib).resolve()
         (out_dir / "gptfast").mkdir(parents=True, exist_ok=True)
+        for other in out_dir.glob("gptfast/_C.cpython-*.so"):  # of older versions; Python would prefer it
+            other.unlink()
         torch = find_torch()
         cuda, reason = wanted_cuda(torch)
         database = ROOT / "compile_commands.json" if self.inplace else None
@@ -109,6 +111,7 @@ if (
 ):  # older ones refuse the licence in pyproject.toml, in ten lines of their own
     fail(f"setuptools {setuptools_version} is too old; gptfast needs >= 77: {BUILD_TOOLS}")
 setup(
-    ext_modules=[Extension("gptfast._C", sources=[])] if BUILD else [],
+    ext_modules=[Extension("gptfast._C", sources=[], py_limited_api=True)] if BUILD else [],
     cmdclass={"build_ext": NinjaBuild, "build_emu": EmulatorBuild} if BUILD else {},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if BUILD else {},
 )

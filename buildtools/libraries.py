@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from buildtools.ninja_file import Library, Unit
-from buildtools.toolchain import BUILD_TOOLS, TORCH_TARGET, Cuda, fail, torch_version
+from buildtools.toolchain import TORCH_TARGET, Cuda, fail, is_zig, torch_version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +27,14 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
     "avx512": ["-march=skylake-avx512", *WIDE],
     "avx512_bf16": ["-march=cooperlake", "-mtune=znver3", *WIDE],
+}
+# Zig's clang names processors in its own way, and takes those of this machine where none is named.
+ZIG_BASE = "-mcpu=x86_64"
+ZIG_ISA_FLAGS = {
+    "scalar": ["-O2", "-DGPTFAST_SCALAR"],
+    "avx2": ["-mcpu=haswell"],
+    "avx512": ["-mcpu=skylake_avx512", "-mprefer-vector-width=512"],
+    "avx512_bf16": ["-mcpu=cooperlake", "-mprefer-vector-width=512"],
 }
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
@@ -47,12 +55,26 @@ def isas() -> list[str]:
     return [isa for isa in listed("csrc/cpu/isa_select.h", "GPTFAST_ISAS") if x86 or isa == "scalar"]
 
 
+def isa_flags(isa: str) -> list[str]:
+    """The flags of the kernels of an instruction set."""
+    if not is_zig():
+        return ISA_FLAGS[isa]
+    flags = ZIG_ISA_FLAGS[isa]
+    return flags if any(flag.startswith("-mcpu") for flag in flags) else [*base_flags(), *flags]
+
+
+def base_flags() -> list[str]:
+    """The flags of code that runs on every machine."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [ZIG_BASE] if is_zig() and x86 else []
+
+
 def kernel_units(folder: str, kernels: Sequence[str]) -> list[Unit]:
     """kernel_unit.cpp of csrc/`folder`, once for each kernel and instruction set."""
     return [
         Unit(
             ROOT / f"csrc/{folder}/kernel_unit.cpp",
-            [*CXX_FLAGS, *ISA_FLAGS[isa], f"-DGPTFAST_KERNEL={kernel}", f"-DGPTFAST_ISA=isa_{isa}"],
+            [*CXX_FLAGS, *isa_flags(isa), f"-DGPTFAST_KERNEL={kernel}", f"-DGPTFAST_ISA=isa_{isa}"],
             f"csrc/{folder}/{kernel}.{isa}.o",
         )
         for kernel in kernels
@@ -63,7 +85,8 @@ def kernel_units(folder: str, kernels: Sequence[str]) -> list[Unit]:
 def cpp_units(library: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> list[Unit]:
     """Sources that the library `library` has for itself."""
     return [
-        Unit(path, [*CXX_FLAGS, *flags], f"{library}/{path.relative_to(ROOT).with_suffix('.o')}") for path in sources
+        Unit(path, [*CXX_FLAGS, *base_flags(), *flags], f"{library}/{path.relative_to(ROOT).with_suffix('.o')}")
+        for path in sources
     ]
 
 
@@ -108,13 +131,11 @@ def cuda_ops(torch: Path, cuda: Cuda) -> Library:
     return Library("gptfast/_cuda_ops.so", units, link)
 
 
-def python_module(torch: Path, cuda: Cuda | None) -> Library:
-    try:
-        import pybind11
-    except ImportError:
-        fail(f"pybind11 was not found; the build needs it: {BUILD_TOOLS}")
+LIMITED_API = "0x030A0000"  # Python 3.10: one module for it and all newer ones
 
-    flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
+
+def python_module(torch: Path, cuda: Cuda | None) -> Library:
+    flags = ["-isystem", sysconfig.get_paths()["include"], f"-DPy_LIMITED_API={LIMITED_API}"]
     flags += [
         f'-DGPTFAST_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"',
         f'-DGPTFAST_TORCH_HEADERS="{torch_version(torch)}"',
@@ -124,7 +145,7 @@ def python_module(torch: Path, cuda: Cuda | None) -> Library:
     units += kernel_units("cpu", ["sample"])  # the objects of _ops.so
     units += cpp_units("_C", [*plain_sources("engine"), ROOT / "csrc/cpu/scratch.cpp"])
     units += cpp_units("_C", plain_sources("python"), flags)
-    return Library(f"gptfast/_C{sysconfig.get_config_var('EXT_SUFFIX')}", units, ["-pthread"])
+    return Library("gptfast/_C.abi3.so", units, ["-pthread"])
 
 
 def libraries(torch: Path, cuda: Cuda | None) -> list[Library]:

@@ -20,16 +20,21 @@ gptfast's compiled ops need the headers of PyTorch >= 2.11, and no torch was fou
 Install PyTorch first, then gptfast:
 
     pip install torch --index-url https://download.pytorch.org/whl/cpu     # or, with CUDA: pip install torch
-    pip install "setuptools>=77" pybind11 ninja
+    pip install "setuptools>=77" ninja
     pip install --no-build-isolation .
 
 GPTFAST_BUILD=0 pip install .  installs pure Python instead (every op runs in eager PyTorch).
 """
-BUILD_TOOLS = 'pip install "setuptools>=77" pybind11 ninja'
+BUILD_TOOLS = 'pip install "setuptools>=77" ninja'
 
 
 def fail(message: str) -> None:
     sys.exit(f"\ngptfast: {message.strip()}\n")
+
+
+def is_zig() -> bool:
+    """Whether CXX is `python -m ziglang c++ …` or `zig c++ …`, as for the wheels that are released."""
+    return re.search(r"(ziglang|\bzig) +c\+\+", os.environ.get("CXX", "")) is not None
 
 
 def find_torch() -> Path:

@@ -1,8 +1,5 @@
 // What Python says to the engine, read and checked.
 #pragma once
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -14,7 +11,8 @@
 
 namespace gptfast::engine {
 
-namespace py = pybind11;
+using python::from_python;
+using python::Object;
 
 inline Format format_named(const std::string& name) {
   for (int i = 0; i < kFormats; i++)
@@ -32,29 +30,31 @@ inline Epilogue activation_named(const std::string& name) {
     if (name == kEpilogueNames[i]) return Epilogue(i);
   throw std::invalid_argument("unknown activation " + name);
 }
-inline Shape shape_of(const py::dict& d) {
+inline Shape shape_of(const Object& d) {
   Shape s;
   auto count = [&](const char* key) {
+    const Object value = d[key];
     try {
-      return d[key].cast<i64>();
-    } catch (const py::cast_error&) {  // beyond 64 bits
+      return from_python<i64>(value.get());
+    } catch (const python::Raised&) {  // beyond 64 bits
+      PyErr_Clear();
       throw std::invalid_argument(std::string(key) + " is out of range; expected a size below 2**31");
     }
   };
-  auto flag = [&](const char* key) { return d[key].cast<bool>(); };
+  auto flag = [&](const char* key) { return from_python<bool>(d[key].get()); };
   s.layers = count("n_layer"), s.heads = count("n_head"), s.C = count("n_embd"), s.F = count("inner_dim");
   s.V = count("vocab_size"), s.positions = count("block_size"), s.window = count("window");
   s.pre_norm = flag("pre_norm"), s.final_norm = flag("final_norm");
-  s.activation = activation_named(d["activation"].cast<std::string>());
+  s.activation = activation_named(from_python<std::string>(d["activation"].get()));
   s.tied = flag("tied"), s.bias = flag("bias");
-  s.eps = d["eps"].cast<float>(), s.embed_scale = d["embed_scale"].cast<float>();
+  s.eps = from_python<float>(d["eps"].get()), s.embed_scale = from_python<float>(d["embed_scale"].get());
   s.check();
   return s;
 }
-inline Formats formats_of(const py::dict& d) {
-  auto of = [&](const char* key) { return format_named(d[key].cast<std::string>()); };
+inline Formats formats_of(const Object& d) {
+  auto of = [&](const char* key) { return format_named(from_python<std::string>(d[key].get())); };
   Formats formats{of("c_attn"), of("attn_proj"), of("c_fc"), of("mlp_proj"), of("head"), {}};
-  if (d.contains("exponents")) formats.exponents = d["exponents"].cast<decltype(formats.exponents)>();
+  if (d.contains("exponents")) formats.exponents = from_python<decltype(formats.exponents)>(d["exponents"].get());
   return formats;
 }
 

@@ -15,10 +15,12 @@
 
 #include "../engine/checksum.h"
 #include "arguments.h"
-
-namespace py = pybind11;
+#include "bind.h"
 
 namespace gptfast::engine {
+
+using python::WithoutGil;
+
 namespace {
 
 // fork() waits until no engine computes: the child, which has none of the other threads, would wait for ever for a lock
@@ -52,23 +54,23 @@ class Forks {
 // An engine and the memory it reads.
 class PyEngine {
  public:
-  PyEngine(const py::dict& shape, const py::dict& formats, py::buffer weights, int threads, const std::string& cache,
+  PyEngine(const Object& shape, const Object& formats, const Object& weights, int threads, const std::string& cache,
            const std::string& isa)
-      : keep_(std::move(weights)), info_(keep_.request()) {
+      : weights_(weights) {
     const Kernels* k = kernels(isa.c_str());
     if (!k) throw std::invalid_argument("instruction set " + isa + " cannot run here");
     if (threads < 1 || threads > kMostThreads) throw std::invalid_argument("threads must be 1 to 1024");
     const Shape s = shape_of(shape);
     const Formats f = formats_of(formats);
-    const i64 there = info_.size * info_.itemsize, needed = Model::bytes_of(s, f);
-    if (there != needed || info_.ndim != 1 || info_.strides[0] != info_.itemsize)
+    const i64 needed = Model::bytes_of(s, f);
+    if (weights_.size != needed)
       throw std::invalid_argument("the model does not fit its weights: they take " + std::to_string(needed) +
-                                  " bytes, and " + std::to_string(there) + " are there");
-    if (reinterpret_cast<uintptr_t>(info_.ptr) % 64)
+                                  " bytes, and " + std::to_string(weights_.size) + " are there");
+    if (reinterpret_cast<uintptr_t>(weights_.data) % 64)
       throw std::invalid_argument("the weights' memory is not aligned to 64");
     const cpu::DType type = type_named(cache);
-    const py::gil_scoped_release release;  // as many layers as bytes allow
-    engine_ = std::make_unique<Engine>(s, f, static_cast<char*>(info_.ptr), threads, type, *k);
+    const WithoutGil release;  // as many layers as bytes allow
+    engine_ = std::make_unique<Engine>(s, f, weights_.data, threads, type, *k);
     Forks::add(engine_.get());
   }
   ~PyEngine() {
@@ -77,6 +79,11 @@ class PyEngine {
   PyEngine(const PyEngine&) = delete;
   PyEngine& operator=(const PyEngine&) = delete;
   Engine& get() { return *engine_; }
+  int threads() { return engine_->threads(); }
+  double read_rate(int times) {
+    const WithoutGil release;
+    return engine_->read_rate(times);
+  }
 
   std::vector<std::string> weight_names() {
     std::vector<std::string> names;
@@ -85,21 +92,21 @@ class PyEngine {
   }
 
   // A matrix of values, or a vector.
-  void pack(const std::string& name, const py::object& capsule) {
+  void pack(const std::string& name, const Object& capsule) {
     const Matrix values(name.c_str(), capsule);
     const auto found = engine_->model().by_name.find(name);
     if (found == engine_->model().by_name.end()) throw std::invalid_argument("the model has no weight " + name);
     const Weight& w = found->second;
     if (w.K ? values.rows != w.N || values.columns != w.K : values.rows != 1 || values.columns != w.N)
       throw std::invalid_argument(name + " has another shape");
-    if (info_.readonly) throw std::invalid_argument("the weights' memory cannot be written");
-    const py::gil_scoped_release release;
+    if (weights_.readonly) throw std::invalid_argument("the weights' memory cannot be written");
+    const WithoutGil release;
     engine_->pack(w, values.data, values.ld);
   }
 
   // See Engine::draw.
   std::vector<i64> draw(const std::vector<SamplingTuple>& tuples, const std::vector<i64>& positions,
-                        const py::object& capsule) {
+                        const Object& capsule) {
     const Matrix logits("draw", capsule);
     const std::vector<Sampling> samplings = samplings_of("draw", tuples);
     if (samplings.size() != positions.size())
@@ -107,21 +114,20 @@ class PyEngine {
     for (i64 position : positions)
       if (position < 0 || position > UINT32_MAX) throw std::invalid_argument("draw: a position is outside [0, 2**32)");
     check_logits("draw", logits, i64(samplings.size()), engine_->model().shape.V);
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     return engine_->draw(samplings, positions, logits.data, logits.ld);
   }
 
  private:
   static constexpr int kMostThreads = 1024;
-  py::buffer keep_;
-  py::buffer_info info_;
+  const Memory weights_;
   std::unique_ptr<Engine> engine_;
 };
 
 // Sequences of one engine. Every call checks and acts under one lock.
 class PyCache {
   template <class Fn> auto locked(Fn f) {
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     const std::lock_guard guard(engine_->get().lock());
     return f();
   }
@@ -172,7 +178,7 @@ class PyCache {
     });
   }
   void extend(const std::vector<i64>& rows, const std::vector<i64>& counts, const std::vector<int>& tokens,
-              bool last_only, const py::object& capsule) {
+              bool last_only, const Object& capsule) {
     const Matrix out("extend", capsule);
     if (rows.size() != counts.size()) throw std::invalid_argument("extend: as many counts as rows are needed");
     i64 total = 0;
@@ -186,7 +192,7 @@ class PyCache {
       if (token < 0 || token >= engine_->get().model().shape.V)
         throw std::invalid_argument("extend: a token is outside the vocabulary");
     check_logits("extend", out, last_only ? i64(rows.size()) : total, panels_of_logits());
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     engine_->get().extend(cache_, rows, counts, tokens.data(), last_only, out.data, out.ld);
   }
 
@@ -195,7 +201,7 @@ class PyCache {
 
   // Returns what each row got; see Engine::decode.
   std::vector<std::vector<int>> decode(const std::vector<i64>& rows, const std::vector<SamplingTuple>& tuples,
-                                       const std::vector<i64>& ends, i64 steps, const py::object& capsule) {
+                                       const std::vector<i64>& ends, i64 steps, const Object& capsule) {
     const Matrix logits("decode_steps", capsule);
     const std::vector<Sampling> samplings = samplings_of("decode_steps", tuples);
     if (samplings.size() != rows.size())
@@ -204,7 +210,7 @@ class PyCache {
       throw std::invalid_argument("decode_steps: steps is " + std::to_string(steps) + "; expected at least 1");
     check_logits("decode_steps", logits, i64(rows.size()), panels_of_logits());
     std::vector<std::vector<int>> tokens;
-    const py::gil_scoped_release release;
+    const WithoutGil release;
     engine_->get().decode(cache_, rows, samplings, ends, steps, interrupted_, logits.data, logits.ld, tokens);
     return tokens;
   }
@@ -223,56 +229,64 @@ class PyCache {
   std::atomic<bool> interrupted_{false};
 };
 
-}  // namespace
-}  // namespace gptfast::engine
-
-void bind_engine(py::module_& m) {
-  using namespace gptfast::engine;
-  py::class_<PyEngine, std::shared_ptr<PyEngine>>(m, "Engine")
-      .def(py::init<const py::dict&, const py::dict&, py::buffer, int, const std::string&, const std::string&>())
-      .def("weight_names", &PyEngine::weight_names)
-      .def("pack", &PyEngine::pack)
-      .def("draw", &PyEngine::draw)
-      .def("read_rate",
-           [](PyEngine& e, int times) {
-             const py::gil_scoped_release release;
-             return e.get().read_rate(times);
-           })
-      .def_property_readonly("threads", [](PyEngine& e) { return e.get().threads(); });
-  py::class_<PyCache>(m, "Cache")
-      .def(py::init<std::shared_ptr<PyEngine>, i64, i64>(), py::call_guard<py::gil_scoped_release>())
-      .def("add", &PyCache::add)
-      .def("bytes", &PyCache::bytes)
-      .def("lengths", &PyCache::lengths)
-      .def("release", &PyCache::release)
-      .def("truncate", &PyCache::truncate)
-      .def("copy", &PyCache::copy)
-      .def("extend", &PyCache::extend)
-      .def("decode", &PyCache::decode)
-      .def("interrupt", &PyCache::interrupt);
-  m.def("packed_bytes", [](const py::dict& shape, const py::dict& formats) {
-    return Model::bytes_of(shape_of(shape), formats_of(formats));
-  });
-  m.def("weight_formats", [](const py::dict& shape, const py::dict& formats) {  // by name; "" of vectors
-    const Shape s = shape_of(shape);
-    const Formats f = formats_of(formats);
-    std::unordered_map<std::string, std::string> found;
-    {
-      const py::gil_scoped_release release;
-      for (const auto& [name, weight] : Model(s, f).by_name)
-        found[name] = weight.K ? kFormatNames[int(weight.format)] : "";
-    }
-    return found;
-  });
-  m.def("checksum", [](const std::vector<py::object>& tensors, int threads, const std::string& isa) {
-    const Kernels* k = kernels(isa.c_str());
-    if (!k) throw std::invalid_argument("instruction set " + isa + " cannot run here");
-    std::vector<Region> regions;
-    for (const py::object& tensor : tensors) {
-      const gptfast::Bytes bytes("checksum", tensor);
-      regions.push_back({bytes.data, bytes.size});
-    }
-    const py::gil_scoped_release release;
-    return checksum(regions, threads, *k);
-  });
+i64 packed_bytes(const Object& shape, const Object& formats) {
+  return Model::bytes_of(shape_of(shape), formats_of(formats));
 }
+
+// By name; "" of vectors.
+std::unordered_map<std::string, std::string> weight_formats(const Object& shape, const Object& formats) {
+  const Shape s = shape_of(shape);
+  const Formats f = formats_of(formats);
+  std::unordered_map<std::string, std::string> found;
+  const WithoutGil release;
+  for (const auto& [name, weight] : Model(s, f).by_name) found[name] = weight.K ? kFormatNames[int(weight.format)] : "";
+  return found;
+}
+
+uint64_t checksum_of(const std::vector<Object>& tensors, int threads, const std::string& isa) {
+  const Kernels* k = kernels(isa.c_str());
+  if (!k) throw std::invalid_argument("instruction set " + isa + " cannot run here");
+  std::vector<Region> regions;
+  for (const Object& tensor : tensors) {
+    const Bytes bytes("checksum", tensor);
+    regions.push_back({bytes.data, bytes.size});
+  }
+  const WithoutGil release;
+  return checksum(regions, threads, *k);
+}
+
+using python::method;
+
+PyMethodDef engine_methods[] = {method<&PyEngine::weight_names>("weight_names"),
+                                method<&PyEngine::pack>("pack"),
+                                method<&PyEngine::draw>("draw"),
+                                method<&PyEngine::read_rate>("read_rate"),
+                                {}};
+PyGetSetDef engine_properties[] = {python::property<&PyEngine::threads>("threads"), {}};
+PyMethodDef cache_methods[] = {method<&PyCache::add>("add"),
+                               method<&PyCache::bytes>("bytes"),
+                               method<&PyCache::lengths>("lengths"),
+                               method<&PyCache::release>("release"),
+                               method<&PyCache::truncate>("truncate"),
+                               method<&PyCache::copy>("copy"),
+                               method<&PyCache::extend>("extend"),
+                               method<&PyCache::decode>("decode"),
+                               method<&PyCache::interrupt>("interrupt"),
+                               {}};
+PyMethodDef functions[] = {method<&packed_bytes>("packed_bytes"),
+                           method<&weight_formats>("weight_formats"),
+                           method<&checksum_of>("checksum"),
+                           {}};
+
+}  // namespace
+
+void bind(PyObject* module) {
+  python::add_class<PyEngine, Object, Object, Object, int, std::string, std::string>(
+      module, "gptfast._C.Engine", "A packed model, and the threads that compute with it.", engine_methods,
+      engine_properties);
+  python::add_class<PyCache, std::shared_ptr<PyEngine>, i64, i64>(
+      module, "gptfast._C.Cache", "Keys and values of the sequences of an engine.", cache_methods, nullptr);
+  python::add_functions(module, functions);
+}
+
+}  // namespace gptfast::engine

@@ -1,4 +1,4 @@
 #pragma once
-#include <pybind11/pybind11.h>
+#include "values.h"
 
-void bind_engine(pybind11::module_& m);
+namespace gptfast::engine { void bind(PyObject* module); }

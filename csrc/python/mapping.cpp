@@ -13,8 +13,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-namespace py = pybind11;
+#include "bind.h"
+#include "matrix.h"
 
+namespace gptfast::mapping {
 namespace {
 
 // One guarded mapping. Entries are used again and never freed: the handler may read the list at any time.
@@ -74,10 +76,9 @@ void install() {
 
 class MappingGuard {
  public:
-  MappingGuard(const py::buffer& mapping, const std::string& name, bool recover) {
-    const py::buffer_info info = mapping.request();
-    const auto bytes = int64_t(info.size) * int64_t(info.itemsize);
-    if (!info.ptr || bytes < 1) throw std::invalid_argument("MappingGuard: the mapping is empty");
+  MappingGuard(const python::Object& mapping, const std::string& name, bool recover) {
+    const Memory memory(mapping);
+    if (memory.size < 1) throw std::invalid_argument("MappingGuard: the mapping is empty");
     const std::lock_guard guard(entries_mutex);
     install();
     Entry* e = entries.load();
@@ -88,28 +89,30 @@ class MappingGuard {
               " was cut short, or its disk cannot be read, while it is in use; put it back and start again\n";
     e->recover = recover;
     e->failed = false;
-    e->end = reinterpret_cast<uintptr_t>(info.ptr) + uintptr_t(bytes);
-    e->begin.store(reinterpret_cast<uintptr_t>(info.ptr), std::memory_order_release);
+    e->end = reinterpret_cast<uintptr_t>(memory.data) + uintptr_t(memory.size);
+    e->begin.store(reinterpret_cast<uintptr_t>(memory.data), std::memory_order_release);
     if (!known) e->next = entries.load(), entries.store(e, std::memory_order_release);
     entry_ = e;
   }
   ~MappingGuard() { entry_->begin.store(0, std::memory_order_release); }
   MappingGuard(const MappingGuard&) = delete;
   MappingGuard& operator=(const MappingGuard&) = delete;
-  bool failed() const { return entry_->failed.load(); }
+  bool failed() { return entry_->failed.load(); }
 
  private:
   Entry* entry_;
 };
 
+PyGetSetDef properties[] = {python::property<&MappingGuard::failed>("failed"), {}};
+
 }  // namespace
 
-void bind_mapping(py::module_& m) {
-  py::class_<MappingGuard>(
-      m, "MappingGuard",
-      "Watches a mapped file for SIGBUS while this object lives, which must not be longer than the "
-      "mapping. recover: reading goes on with zeros and `failed` says so; else a line names the "
-      "file before the signal takes its course.")
-      .def(py::init<const py::buffer&, const std::string&, bool>())
-      .def_property_readonly("failed", &MappingGuard::failed);
+void bind(PyObject* module) {
+  python::add_class<MappingGuard, python::Object, std::string, bool>(
+      module, "gptfast._C.MappingGuard",
+      "Watches a mapped file for SIGBUS while this object lives, which must not be longer than the mapping. recover: "
+      "reading goes on with zeros and `failed` says so; else a line names the file before the signal takes its course.",
+      nullptr, properties);
 }
+
+}  // namespace gptfast::mapping

@@ -1,4 +1,4 @@
 #pragma once
-#include <pybind11/pybind11.h>
+#include "values.h"
 
-void bind_mapping(pybind11::module_& m);
+namespace gptfast::mapping { void bind(PyObject* module); }

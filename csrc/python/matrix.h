@@ -1,10 +1,11 @@
-// Tensors that Python hands over, as DLPack capsules: these say where the values lie, of what type, and how many.
+// Memory that Python hands over. Tensors are DLPack capsules: these say where the values lie, of what type, and how many.
 #pragma once
-#include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+
+#include "values.h"
 
 namespace gptfast {
 
@@ -28,10 +29,10 @@ struct Matrix {
   float* data;
   int64_t rows, columns, ld;
 
-  Matrix(const char* what, const pybind11::object& capsule) {
+  Matrix(const char* what, const python::Object& capsule) {
     constexpr int kCpu = 1, kPinned = 3, kFloat = 2;
-    auto* t = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-    if (!t) throw pybind11::error_already_set();
+    auto* t = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.get(), "dltensor"));
+    if (!t) throw python::Raised();
     if ((t->device.type != kCpu && t->device.type != kPinned) || t->ndim < 1 || t->ndim > 2 ||
         t->dtype.code != kFloat || t->dtype.bits != 32 || t->dtype.lanes != 1)
       throw std::invalid_argument(std::string(what) +
@@ -51,10 +52,10 @@ struct Bytes {
   const char* data;
   int64_t size;
 
-  Bytes(const char* what, const pybind11::object& capsule) {
+  Bytes(const char* what, const python::Object& capsule) {
     constexpr int kCpu = 1, kPinned = 3;
-    auto* t = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
-    if (!t) throw pybind11::error_already_set();
+    auto* t = static_cast<const DLTensor*>(PyCapsule_GetPointer(capsule.get(), "dltensor"));
+    if (!t) throw python::Raised();
     bool fits = t->device.type == kCpu || t->device.type == kPinned;
     int64_t count = 1;
     for (int d = t->ndim - 1; d >= 0; d--) {
@@ -65,6 +66,28 @@ struct Bytes {
     data = t->data + t->byte_offset;
     size = count * t->dtype.bits * t->dtype.lanes / 8;
   }
+};
+
+// The memory of an object such as mmap, which keeps it where it is as long as this lives. numpy finds it: before Python
+// 3.11 the limited API has no buffers.
+class Memory {
+ public:
+  char* data;
+  int64_t size;
+  bool readonly;
+
+  explicit Memory(const python::Object& source) {
+    using python::Object;
+    const Object numpy = Object::owned(PyImport_ImportModule("numpy"));
+    array_ = Object::owned(PyObject_CallMethod(numpy.get(), "frombuffer", "Os", source.get(), "uint8"));
+    const Object place = array_.attribute("__array_interface__")["data"];
+    data = reinterpret_cast<char*>(python::from_python<uint64_t>(place[Py_ssize_t(0)].get()));
+    readonly = python::from_python<bool>(place[Py_ssize_t(1)].get());
+    size = python::from_python<int64_t>(array_.attribute("nbytes").get());
+  }
+
+ private:
+  python::Object array_;
 };
 
 }  // namespace gptfast

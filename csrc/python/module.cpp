@@ -1,31 +1,51 @@
 // gptfast._C: what is not a tensor operation: build information, the inference engine, and guards of mapped files.
-#include <pybind11/pybind11.h>
-
-#include <string>
-
+#include "bind.h"
 #include "engine.h"
 #include "mapping.h"
 
+namespace gptfast {
 namespace {
 
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["compiler"] = std::string("g++ ") + __VERSION__;
-  info["torch_target"] = GPTFAST_TORCH_TARGET;
-  info["torch_headers"] = GPTFAST_TORCH_HEADERS;
-#ifdef GPTFAST_CUDA
-  info["cuda"] = std::string(GPTFAST_CUDA);
+using python::Object;
+
+Object build_info() {
+#ifdef __clang__
+  const std::string compiler = "clang " __clang_version__;
 #else
-  info["cuda"] = false;
+  const std::string compiler = "g++ " __VERSION__;
 #endif
+  const Object info = python::to_python(std::unordered_map<std::string, std::string>{
+      {"compiler", compiler}, {"torch_target", GPTFAST_TORCH_TARGET}, {"torch_headers", GPTFAST_TORCH_HEADERS}});
+#ifdef GPTFAST_CUDA
+  const Object cuda = python::to_python(std::string(GPTFAST_CUDA));
+#else
+  const Object cuda = python::to_python(false);
+#endif
+  if (PyDict_SetItemString(info.get(), "cuda", cuda.get())) throw python::Raised();
   return info;
 }
 
-}  // namespace
+PyMethodDef functions[] = {
+    python::method<&build_info>("build_info", "Compiler, torch version of the headers, and what was compiled in."), {}};
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "gptfast._C",
+    "Build information of gptfast's compiled part, its inference engine, and guards of mapped files.",
+    -1,
+    functions,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr};
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information of gptfast's compiled part, its inference engine, and guards of mapped files.";
-  m.def("build_info", &build_info, "Compiler, torch version of the headers, and what was compiled in.");
-  bind_engine(m);
-  bind_mapping(m);
+}  // namespace
+}  // namespace gptfast
+
+PyMODINIT_FUNC PyInit__C() {
+  return gptfast::python::guarded([] {
+    gptfast::python::Object module = gptfast::python::Object::owned(PyModule_Create(&gptfast::definition));
+    gptfast::engine::bind(module.get());
+    gptfast::mapping::bind(module.get());
+    return module;
+  });
 }
