@@ -26,7 +26,7 @@ from gptfast._warn import warn
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")  # the names for users
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (needs g++)"
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (needs g++)"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _load_ops() -> str | None:
 missing_reason: str | None = _load_ops()
 has_cpu_ops: bool = missing_reason is None
 if not has_cpu_ops:
-    warn(f"gptfast: {missing_reason}; every op runs in eager PyTorch. To build: {_REBUILD}", RuntimeWarning)
+    warn(f"gptfast: {missing_reason}; every op runs in eager PyTorch. To build: {REBUILD}", RuntimeWarning)
 
 
 def _load_cuda_ops() -> str | None:
@@ -138,7 +138,7 @@ _cuda_reasons: dict[int, str | None] = {}  # of the GPUs that were asked
 
 
 def _cpu_unavailable_reason(_: int | None) -> str | None:
-    return None if missing_reason is None else f"{missing_reason}. To build: {_REBUILD}"
+    return None if missing_reason is None else f"{missing_reason}. To build: {REBUILD}"
 
 
 def _cuda_unavailable_reason(index: int | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -11,6 +12,8 @@ from gptfast.backend import has_cpu_ops
 
 # Parameters of mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_OTHERS = ("jemalloc", "tcmalloc", "mimalloc")  # allocators that keep large buffers by themselves
+_tuned = False
 
 
 def tune_malloc(top_pad_megabytes: int = 64) -> bool:
@@ -39,7 +42,18 @@ def tune_malloc(top_pad_megabytes: int = 64) -> bool:
     if libc is None or not hasattr(libc, "mallopt"):
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, top_pad_megabytes << 20))
-    done = all([libc.mallopt(name, value) for name, value in settings])
+    global _tuned
+    _tuned = done = all([libc.mallopt(name, value) for name, value in settings])
     if done and has_cpu_ops:
         torch.ops.gptfast.keep_results(0)  # malloc keeps them now
     return done
+
+
+def keeps_memory() -> bool | None:
+    """Whether large buffers stay in the process: by `tune_malloc`, by glibc's variables of the environment, or by another
+    allocator in LD_PRELOAD. None: the C library is another one."""
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        return None
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    by_environment = os.environ.get("MALLOC_MMAP_MAX_") == "0" and "MALLOC_TRIM_THRESHOLD_" in os.environ
+    return _tuned or by_environment or any(name in preloaded for name in _OTHERS)
