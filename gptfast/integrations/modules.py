@@ -7,6 +7,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gptfast import ops
 from gptfast.integrations.swap import derive, patches
@@ -15,13 +16,21 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take these operands: one float dtype, or any under autocast, on one device. What they do not take goes to torch, with torch's
-    results and torch's errors."""
-    if x.dtype not in FLOATS or x.dim() == 0:
+    """Whether the kernels take these operands: plain tensors of one float dtype, or of any under autocast, on one device.
+    What they do not take goes to torch, with torch's results and torch's errors."""
+    if x.dtype not in FLOATS or x.dim() == 0 or is_wrapped(x):
         return False
     mixed = torch.is_autocast_enabled(x.device.type)
     given = [other for other in others if other is not None]
-    return all(y.device == x.device and (y.dtype == x.dtype or (mixed and y.dtype in FLOATS)) for y in given)
+    return all(
+        y.device == x.device and (y.dtype == x.dtype or (mixed and y.dtype in FLOATS)) and not is_wrapped(y)
+        for y in given
+    )
+
+
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a tensor stands for others, as torchao's quantised weights and DTensor do."""
+    return type(x) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(x)
 
 
 @patches(nn.LayerNorm)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gptfast.integrations.modules import FLOATS, own_gelu_class
+from gptfast.integrations.modules import FLOATS, is_wrapped, own_gelu_class
 from gptfast.integrations.report import Report
 from gptfast.integrations.rerouted import functions_of, rerouted_class
 from gptfast.integrations.swap import check_restorable, original_class, patched_class
@@ -221,6 +221,9 @@ def _reason_to_leave(module: nn.Module) -> str | None:
         return "inplace"
     if any(parameter.dtype not in FLOATS for parameter in module.parameters(recurse=False)):
         return "parameters of another dtype than float32, bfloat16 and float16"
+    wrapped = [type(parameter).__name__ for parameter in module.parameters(recurse=False) if is_wrapped(parameter)]
+    if wrapped:
+        return f"its parameters are {wrapped[0]}s"
     config = vars(module).get("config")
     if getattr(module, "reorder_and_upcast_attn", False) and getattr(config, "_attn_implementation", "") == "eager":
         return "reorder_and_upcast_attn"

@@ -37,14 +37,18 @@ def derive(make: Callable[..., type[nn.Module]], original: type[nn.Module], *opt
     def reduce(self: nn.Module, protocol: Any = None) -> Any:
         return _empty, (make, original, *options), self.__getstate__()
 
-    members |= {"__reduce_ex__": reduce, "__module__": original.__module__}
+    def new(cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        return original(
+            *args, **kwargs
+        )  # type(model)(config), type(model).from_pretrained(…): what is new is not patched
+
+    members |= {"__reduce_ex__": reduce, "__new__": new, "__module__": original.__module__}
     return mark(type(original.__name__, (original,), members), original)
 
 
 def _empty(make: Callable[..., type[nn.Module]], *arguments: Any) -> nn.Module:
     """An instance without state, for unpickling and copies."""
-    patched = make(*arguments)
-    return patched.__new__(patched)
+    return object.__new__(make(*arguments))
 
 
 def patched_class(module: nn.Module) -> type[nn.Module] | None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptfast.integrations.modules import is_wrapped
+
 TINY = 3e-7  # below this part of the largest value an error is rounding of float32, whoever makes it
 ROUNDS = 5
 LABELS = ("labels", "targets")  # of transformers, of nanoGPT and minGPT
@@ -68,7 +70,10 @@ def _results(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Loss, logits and gradients, by name."""
     for parameter in model.parameters():
         parameter.grad = None
-    loss, logits = _loss_and_logits(model(**_cast(batch, next(model.parameters()).dtype)))
+    dtype = next(
+        (p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32
+    )  # quantised ones are not
+    loss, logits = _loss_and_logits(model(**_cast(batch, dtype)))
     loss.backward()
     return _found(loss, logits, batch, model.named_parameters())
 
@@ -76,7 +81,10 @@ def _results(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 def _exact(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The results in float64. The parameters stand in for the model's own, as not every model can be copied: minGPT's blocks
     hold functions of the modules that they were made with."""
-    doubles = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
+    own = {
+        name: p for name, p in model.named_parameters() if p.is_floating_point() and not is_wrapped(p)
+    }  # not quantised
+    doubles = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in own.items()}
     buffers = {name: x.double() if x.is_floating_point() else x for name, x in model.named_buffers()}
     outputs = torch.func.functional_call(model, {**doubles, **buffers}, (), _cast(batch, torch.float64))
     loss, logits = _loss_and_logits(outputs)

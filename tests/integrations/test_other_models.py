@@ -292,3 +292,53 @@ def test_verify_of_a_model_that_returns_no_loss():
     with pytest.raises(ValueError, match="returned a Tensor of the verify batch without a loss"):
         gptfast.accelerate(layer, verify={"targets": torch.ones(3)})
     assert type(layer[0]) is nn.Linear
+
+
+# ---- weights that are no plain floats --------------------------------------------------------------------------------
+
+
+class Linear4bit(nn.Linear):
+    """As bitsandbytes': a Linear whose weight is a vector of bytes, and whose forward turns them into numbers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+        self.weight = nn.Parameter(torch.randint(256, (size * size, 1), dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight.view(self.out_features, -1).to(input.dtype) / 256 - 0.5
+        return F.linear(input, weight, self.bias)
+
+
+def test_quantised_layers_are_left_alone_and_listed():
+    torch.manual_seed(0)
+    model = min_gpt()
+    model.h[0].mlp[1] = nn.Sequential(Linear4bit(4 * C), NewGELU())  # type: ignore[index]
+    before = model(IDS, TARGETS)[1]
+    report = gptfast.accelerate(model, verify={"idx": IDS, "targets": TARGETS})
+    assert report.skipped == {"h.0.mlp.1.0": "a Linear4bit, whose forward may differ from Linear's"}
+    assert "Linear4bit" in str(report) and report.replaced["h.0.mlp.1.1"] == "gelu"
+    assert max(report.errors.values()) < 4
+    torch.testing.assert_close(model(IDS, TARGETS)[1], before)
+
+
+def test_weights_that_stand_for_others_are_left_alone_and_listed():
+    """As torchao's, which sit in a plain Linear; or come into one that is patched already."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x = torch.randn(3, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+    report = gptfast.accelerate(model)
+    assert report.skipped == {"0": "its parameters are TwoTensors"} and "2" in report.replaced
+    model[2].weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+    model[2].bias = None
+    got = model[2](x)
+    assert type(got) is TwoTensor and torch.allclose(got.a, x @ torch.ones(4, 4))
+
+
+def test_a_model_made_from_the_class_of_a_patched_one_is_not_patched():
+    model = min_gpt()
+    gptfast.accelerate(model)
+    other = type(model)(dropout=0.5)
+    assert type(other) is MinGPT and other.drop.p == 0.5 and type(other.h[0].attn) is CausalSelfAttention  # type: ignore[union-attr]
+    gptfast.accelerate(other)

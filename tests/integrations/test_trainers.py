@@ -88,6 +88,27 @@ def test_trainer_gives_the_losses_metrics_and_weights_of_the_unpatched_model(tmp
             assert (our_weights[name] - value).norm() <= 2e-2 * value.norm(), name
 
 
+def test_trainer_that_makes_its_model(tmp_path: Any):
+    """`model_init`, which hyperparameter search calls for every run, and reads the class of."""
+
+    def model_init() -> Any:
+        model = hf_model()
+        gptfast.accelerate(model)
+        return model
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, seed=3
+    )
+    trainer = transformers.Trainer(model_init=model_init, args=arguments, train_dataset=Texts())
+    first = trainer.train().training_loss
+    one = trainer.model
+    assert trainer.train().training_loss == first  # the same run once more
+    assert trainer.model is not one and all(original_class(m.transformer) is None for m in (one, trainer.model))
+    assert all(original_class(m) and original_class(m.transformer.h[1].attn) for m in (one, trainer.model))
+    again = type(one).from_pretrained(str(tmp_path / "checkpoint-2"))
+    assert original_class(again) is None and torch.equal(again.lm_head.weight, trainer.model.lm_head.weight)
+
+
 LORA = {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "init_lora_weights": False}
 
 
