@@ -11,10 +11,10 @@ constexpr const char* kOp = "causal_attention";
 void check_heads(const char* name, const Tensor& x) {
   GPTFAST_CHECK(on_cpu(x) && x.dim() == 4, kOp, ": ", name, " must be a CPU tensor (B, H, T, D)");
 }
-// x (B, H, rows, D) of q's dtype with a contiguous last dimension; a copy otherwise, kept alive by *owner.
-cpu::Heads heads_of(const char* name, const Tensor& x, i64 rows, const Tensor& q, Tensor* owner) {
+// x (B, heads, rows, D) of q's dtype with a contiguous last dimension; a copy otherwise, kept alive by *owner.
+cpu::Heads heads_of(const char* name, const Tensor& x, i64 heads, i64 rows, const Tensor& q, Tensor* owner) {
   check_heads(name, x);
-  GPTFAST_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows && x.size(3) == q.size(3) &&
+  GPTFAST_CHECK(x.size(0) == q.size(0) && x.size(1) == heads && x.size(2) == rows && x.size(3) == q.size(3) &&
                     x.scalar_type() == q.scalar_type(),
                 kOp, ": ", name, " and q differ in shape or dtype");
   *owner = x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
@@ -64,6 +64,7 @@ cpu::AttentionParams params_of(const Tensor& q, const Tensor& k, const Options& 
                                const Lengths& cu_seqlens) {
   cpu::AttentionParams p{};
   p.B = q.size(0), p.H = q.size(1), p.T = q.size(2), p.D = q.size(3), p.S = k.size(2);
+  p.group = heads_per_key_head(kOp, p.H, k.size(1));
   p.dtype = dtype_of(kOp, q);
   GPTFAST_CHECK(o.window >= 0, kOp, ": window is ", o.window, "; expected 0 or more");
   p.causal = o.causal, p.scale = float(o.scale), p.window = std::min(o.window, p.T + p.S);
@@ -84,13 +85,13 @@ std::tuple<Tensor, Tensor> causal_attention_fwd(const Tensor& q, const Tensor& k
   const Lengths lens(seq_lens, q.size(0), k.size(2), false), cu(cu_seqlens, -1, q.size(2), true);
   cpu::AttentionParams p = params_of(q, k, {causal, scale, dropout_p, seed, offset, window}, lens, cu);
   Tensor q_owner, k_owner, v_owner;
-  p.q = heads_of("q", q, p.T, q, &q_owner);
-  p.k = heads_of("k", k, p.S, q, &k_owner), p.v = heads_of("v", v, p.S, q, &v_owner);
+  p.q = heads_of("q", q, p.H, p.T, q, &q_owner);
+  p.k = heads_of("k", k, k.size(1), p.S, q, &k_owner), p.v = heads_of("v", v, k.size(1), p.S, q, &v_owner);
   Tensor out = new_heads(q, &p.y), statistics = new_tensor({2, p.B, p.H, p.T}, ScalarType::Float);
   p.shift = static_cast<float*>(statistics.mutable_data_ptr()), p.level = p.shift + p.B * p.H * p.T;
-  // Whole heads when there are enough of them (k and v then stay in one core's cache), else a few slices of each whose
-  // query blocks interleave: late blocks see more keys.
-  const i64 heads = p.B * p.H, blocks = (p.T + cpu::kAttentionBlock - 1) / cpu::kAttentionBlock;
+  // Whole key heads when there are enough of them (k and v then stay in one core's cache), else a few slices of each whose
+  // blocks interleave: late blocks see more keys.
+  const i64 heads = p.B * k.size(1), blocks = (p.T * p.group + cpu::kAttentionBlock - 1) / cpu::kAttentionBlock;
   if (!heads || !blocks) return {out, statistics};
   const i64 wanted = (4 * i64(torch::stable::get_num_threads()) + heads - 1) / heads;
   const i64 slices = wanted < blocks ? wanted : blocks;
@@ -100,11 +101,11 @@ std::tuple<Tensor, Tensor> causal_attention_fwd(const Tensor& q, const Tensor& k
   return {out, statistics};
 }
 
-// Enough items for many cores where heads are few. By the shape alone: dk and dv are summed by slices, and must not
+// Enough items for many cores where key heads are few. By the shape alone: dk and dv are summed by slices, and must not
 // depend on the number of threads.
-i64 backward_slices(i64 heads, i64 T) {
+i64 backward_slices(i64 heads, i64 rows) {
   constexpr i64 kItems = 16, kBlocks = 4;  // at least so many blocks a slice: each packs all keys anew
-  const i64 wanted = heads ? (kItems + heads - 1) / heads : 1, most = T / (kBlocks * cpu::kAttentionBlock);
+  const i64 wanted = heads ? (kItems + heads - 1) / heads : 1, most = rows / (kBlocks * cpu::kAttentionBlock);
   return most <= 1 ? 1 : wanted < most ? wanted : most;
 }
 
@@ -117,14 +118,14 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, cons
   const Lengths lens(seq_lens, q.size(0), k.size(2), false), cu(cu_seqlens, -1, q.size(2), true);
   cpu::AttentionParams p = params_of(q, k, {causal, scale, dropout_p, seed, offset, window}, lens, cu);
   Tensor owners[6];
-  p.q = heads_of("q", q, p.T, q, &owners[0]);
-  p.k = heads_of("k", k, p.S, q, &owners[1]), p.v = heads_of("v", v, p.S, q, &owners[2]);
-  p.out = heads_of("out", out, p.T, q, &owners[3]), p.dout = heads_of("dout", dout, p.T, q, &owners[4]);
+  p.q = heads_of("q", q, p.H, p.T, q, &owners[0]);
+  p.k = heads_of("k", k, k.size(1), p.S, q, &owners[1]), p.v = heads_of("v", v, k.size(1), p.S, q, &owners[2]);
+  p.out = heads_of("out", out, p.H, p.T, q, &owners[3]), p.dout = heads_of("dout", dout, p.H, p.T, q, &owners[4]);
   const i64 rows = p.B * p.H * p.T;
   p.shift = const_cast<float*>(floats_of(kOp, "statistics", statistics, 2 * rows, &owners[5])),
   p.level = p.shift + rows;
   Tensor dq = new_heads(q, &p.dq), dk = new_heads(k, &p.dk), dv = new_heads(k, &p.dv);
-  const i64 heads = p.B * p.H, slices = backward_slices(heads, p.T);
+  const i64 heads = p.B * k.size(1), slices = backward_slices(heads, p.T * p.group);
   Tensor partial;
   if (slices > 1) {
     partial = new_tensor({heads, slices, 2, p.S, (p.D + 15) / 16 * 16}, ScalarType::Float);

@@ -51,6 +51,13 @@ inline DType dtype_of(const char* op, const Tensor& t) {
   refuse(op, ": expected a float32, bfloat16 or float16 tensor");
 }
 
+// Query heads of a key head; refuses numbers of heads that do not divide.
+inline i64 heads_per_key_head(const char* op, i64 heads, i64 key_heads) {
+  GPTFAST_CHECK(heads == key_heads || (key_heads >= 1 && key_heads <= heads && heads % key_heads == 0), op, ": k has ",
+                key_heads, " heads, which do not divide the ", heads, " of q");
+  return heads == key_heads ? 1 : heads / key_heads;
+}
+
 // The dtype that an op names by number: its place in gptfast.backend.KERNEL_DTYPES.
 inline ScalarType dtype_of_code(const char* op, i64 code) {
   constexpr ScalarType types[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};

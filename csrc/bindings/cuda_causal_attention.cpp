@@ -9,10 +9,10 @@ namespace {
 
 constexpr const char* kOp = "causal_attention";
 
-// x (B, H, rows, D) with a contiguous last dimension; a copy otherwise, kept alive by *owner.
-Heads heads_of(const char* name, const Tensor& x, i64 rows, const Tensor& q, Tensor* owner) {
+// x (B, heads, rows, D) with a contiguous last dimension; a copy otherwise, kept alive by *owner.
+Heads heads_of(const char* name, const Tensor& x, i64 heads, i64 rows, const Tensor& q, Tensor* owner) {
   check_device(kOp, name, x, q);
-  GPTFAST_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows &&
+  GPTFAST_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == heads && x.size(2) == rows &&
                     x.size(3) == q.size(3) && x.scalar_type() == q.scalar_type(),
                 kOp, ": ", name, " and q differ in shape or dtype");
   *owner = x.stride(3) == 1 || x.size(3) == 1 ? x : contiguous(kOp, x);
@@ -43,7 +43,8 @@ struct Call {
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& seq_lens, const OptTensor& cu_seqlens,
        bool causal, double scale, double dropout_p, i64 seed, i64 offset, i64 window) {
     GPTFAST_CHECK(defined(q).dim() == 4 && defined(k).dim() == 4, kOp, ": expected (B, H, T, D)");
-    const i64 B = q.size(0), H = q.size(1), T = q.size(2), S = k.size(2), D = q.size(3), most = i64(1) << 29;
+    const i64 B = q.size(0), H = q.size(1), K = k.size(1), T = q.size(2), S = k.size(2), D = q.size(3);
+    const i64 most = i64(1) << 29;
     GPTFAST_CHECK(B * H <= most && T <= most && S <= most && B * H * (T + S) <= 16 * most, kOp, ": B * H is ", B * H,
                   ", T ", T, ", S ", S, "; the CUDA kernels take up to ", most, " of each: use backend='eager'");
     GPTFAST_CHECK(D >= 1 && D <= 256 && scale >= 0 && std::isfinite(float(scale)), kOp,
@@ -52,11 +53,12 @@ struct Call {
     GPTFAST_CHECK(!seq_lens || seq_lens->numel() == B, kOp, ": seq_lens must have one entry a row");
     GPTFAST_CHECK(!cu_seqlens || (B == 1 && T == S && cu_seqlens->numel() >= 1), kOp,
                   ": cu_seqlens needs B = 1 and T = S");
+    p.group = int(heads_per_key_head(kOp, H, K));
     p.B = int(B), p.H = int(H), p.T = int(T), p.S = int(S), p.D = int(D), p.dtype = dtype_of(kOp, q);
     p.causal = causal, p.scale = float(scale), p.window = int(window < T + S ? window : T + S);
     p.dropout = dropout_of(dropout_p, seed, offset);
-    p.q = heads_of("q", q, T, q, &owners[0]);
-    p.k = heads_of("k", k, S, q, &owners[1]), p.v = heads_of("v", v, S, q, &owners[2]);
+    p.q = heads_of("q", q, H, T, q, &owners[0]);
+    p.k = heads_of("k", k, K, S, q, &owners[1]), p.v = heads_of("v", v, K, S, q, &owners[2]);
     p.seq_lens = lengths_of("seq_lens", seq_lens, q, &owners[3]);
     p.cu_seqlens = lengths_of("cu_seqlens", cu_seqlens, q, &owners[4]);
     p.documents = cu_seqlens ? int(cu_seqlens->numel()) - 1 : 0;
@@ -87,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& q, cons
                                        i64 seed, i64 offset, i64 window) {
   Call call(q, k, v, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window);
   AttentionParams& p = call.p;
-  p.out = heads_of("out", out, p.T, q, &call.owners[5]), p.dout = heads_of("dout", dout, p.T, q, &call.owners[6]);
+  p.out = heads_of("out", out, p.H, p.T, q, &call.owners[5]);
+  p.dout = heads_of("dout", dout, p.H, p.T, q, &call.owners[6]);
   check_device(kOp, "statistics", statistics, q);
   GPTFAST_CHECK(statistics.scalar_type() == ScalarType::Float && statistics.numel() == 2 * i64(p.B) * p.H * p.T, kOp,
                 ": statistics must be float32 (2, B, H, T)");

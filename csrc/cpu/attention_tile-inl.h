@@ -1,7 +1,11 @@
 // What the forward and the backward of causal_attention share: which keys a block of queries sees, packing of rows
 // into words, and the dropout bits.
 //
-// Query rows sit in the lanes. Scores, probabilities and their gradients are therefore held transposed, S^T[j][i], and
+// The `group` query heads that share a key head are one head of T * group rows to the kernels: row r is query r / group of the
+// group's head r % group. The intervals of keys that rows see rise with r as they do for one head; k and v are read
+// and packed once for all heads of a group, and the tiles of a block serve all of them; dk and dv are sums over the rows.
+//
+// Rows sit in the lanes. Scores, probabilities and their gradients are therefore held transposed, S^T[j][i], and
 // maxima, sums, masks and rescaling are vertical vector operations; all products are tile_product-inl.h on rows of q,
 // k, v and dout as they lie in memory or after one packing.
 #pragma once
@@ -14,23 +18,28 @@ constexpr i64 kGroup = 16;    // keys that are skipped or masked together at the
 constexpr float kFar = 64.f;  // a product scale * maximum, in units of log2, whose rounding 2^-19 may still be left in
 constexpr float kMasked = -0x1.fffffep+127f;  // the lowest: scores are all of the numbers
 
-// Query lane i of the block sees keys [lo[i], hi[i]). Lanes past the last query repeat it.
+// Lane n of the block is query query[n] of query head head[n] and sees keys [lo[n], hi[n]). Lanes past the last row
+// repeat it.
 struct Visible {
-  alignas(64) int32_t lo[kQueries], hi[kQueries];
+  alignas(64) int32_t lo[kQueries], hi[kQueries], query[kQueries], head[kQueries];
   int32_t vector_lo[kVectors], vector_hi[kVectors];  // union over the lanes of each vector; empty: hi <= lo
   int32_t all_lo, all_hi;                            // seen by every lane: a tile inside needs no mask
   int32_t first, last;                               // union over the block
   int vectors;                                       // that hold a query: 1 when one token is decoded
 };
 
-static void visible_keys(Visible& s, const AttentionParams& p, i64 b, i64 i0, i64 queries) {
-  i64 document = 0;
+// Of rows r0 .. r0 + queries of key head `key_head`.
+static void visible_keys(Visible& s, const AttentionParams& p, i64 b, i64 key_head, i64 r0, i64 queries) {
+  i64 document = 0, i = r0 / p.group, member = r0 % p.group;
   s.vectors = int((queries + L - 1) / L);
   s.all_lo = s.last = 0;
   s.all_hi = s.first = int32_t(p.S);
   for (int v = 0; v < kVectors; v++) s.vector_lo[v] = int32_t(p.S), s.vector_hi[v] = 0;
   for (i64 n = 0; n < kQueries; n++) {
-    const i64 i = i0 + (n < queries ? n : queries - 1), last = i + p.S - p.T;
+    if (n && n < queries && ++member == p.group) member = 0, i++;
+    s.query[n] = int32_t(i);
+    s.head[n] = int32_t(key_head * p.group + member);
+    const i64 last = i + p.S - p.T;
     i64 lo = 0, hi = p.S;
     if (p.causal && hi > last + 1) hi = last + 1;
     if (p.window && lo < last - p.window + 1) lo = last - p.window + 1;
@@ -107,6 +116,25 @@ INL const void* head_row(const Heads& x, DType t, i64 b, i64 h, i64 i) {
 INL void* head_row(const MutHeads& x, DType t, i64 b, i64 h, i64 i) {
   return at(x.data, t, b * x.sb + h * x.sh + i * x.st);
 }
+INL i64 key_heads(const AttentionParams& p) { return p.H / p.group; }
+
+// Where rows to pack lie: keys of a head by their number, rows of a block by their lane.
+struct KeyRows {
+  const Heads& x;
+  DType t;
+  i64 b, h;
+  INL_MEMBER const void* operator()(i64 j) const { return head_row(x, t, b, h, j); }
+};
+template <class X> struct LaneRows {
+  const X& x;
+  DType t;
+  i64 b;
+  const Visible& lanes;
+  INL_MEMBER auto operator()(i64 n) const { return head_row(x, t, b, lanes.head[n], lanes.query[n]); }
+};
+INL i64 statistics_of(const AttentionParams& p, i64 b, const Visible& lanes, i64 n) {
+  return (b * p.H + lanes.head[n]) * p.T + lanes.query[n];
+}
 
 // Words of a row of D values: D (fp32) or ceil(D / 2) (pairs of bf16, an odd tail padded with 0).
 template <bool PAIR> INL i64 words_of(i64 D) { return PAIR ? (D + 1) / 2 : D; }
@@ -123,59 +151,59 @@ template <bool PAIR> INL I load_words(const void* p, DType t, i64 w, i64 D) {
   return as_int(load_any(at(p, t, w), t, D - w < L ? D - w : L));
 }
 
-// Rows i0 .. i0 + rows of a head, transposed: out[word][lane], lanes past the last row 0.
-template <bool PAIR>
-static void pack_transposed(uint32_t* out, const Heads& x, DType t, i64 b, i64 h, i64 i0, i64 rows, i64 D) {
+// The rows of a block, transposed: out[word][lane], lanes past the last row 0.
+template <bool PAIR> static void pack_transposed(uint32_t* out, const LaneRows<Heads>& row, i64 rows, i64 D) {
   const i64 words = words_of<PAIR>(D);
-  for (int v = 0; v < kVectors; v++)
+  for (int v = 0; v < kVectors; v++) {
+    const void* from[L];
+    for (int n = 0; n < L; n++) from[n] = v * L + n < rows ? row(v * L + n) : nullptr;
     for (i64 w = 0; w < words; w += L) {
       I r[L];
-      for (int n = 0; n < L; n++) {
-        const i64 i = v * L + n;
-        r[n] = i < rows ? load_words<PAIR>(head_row(x, t, b, h, i0 + i), t, w, D) : iset(0);
-      }
+      for (int n = 0; n < L; n++) r[n] = from[n] ? load_words<PAIR>(from[n], row.t, w, D) : iset(0);
       transpose(r);
       for (int n = 0; n < L && w + n < words; n++) istore(out + (w + n) * kQueries + v * L, r[n]);
     }
+  }
 }
-// Rows [begin, end) of a head as rows of `stride` words; what the last vector spills past a row, the next overwrites.
-template <bool PAIR>
-static void pack_rows(uint32_t* out, i64 stride, const Heads& x, DType t, i64 b, i64 h, i64 begin, i64 end, i64 D) {
+// Rows [begin, end) as rows of `stride` words; what the last vector spills past a row, the next overwrites.
+template <bool PAIR, class Rows>
+static void pack_rows(uint32_t* out, i64 stride, const Rows& row, i64 begin, i64 end, i64 D) {
   const i64 words = words_of<PAIR>(D);
   for (i64 i = begin; i < end; i++) {
-    const void* p = head_row(x, t, b, h, i);
-    for (i64 w = 0; w < words; w += L) istore(out + i * stride + w, load_words<PAIR>(p, t, w, D));
+    const void* p = row(i);
+    for (i64 w = 0; w < words; w += L) istore(out + i * stride + w, load_words<PAIR>(p, row.t, w, D));
   }
 }
 #ifdef __AVX512BF16__
-// Rows (i, i + 1) of a head side by side: out[i / 2][d] = (x[i][d], x[i + 1][d]) for i in [begin, end), begin even;
-// a missing last row counts as 0. `base` is the row that out[0] stands for.
-static void pack_row_pairs(uint32_t* out, i64 stride, const Heads& x, i64 b, i64 h, i64 base, i64 begin, i64 end,
-                           i64 D) {
+// Rows (i, i + 1) side by side: out[(i - begin) / 2][d] = (x[i][d], x[i + 1][d]) for i in [begin, end); a missing last row
+// counts as 0.
+template <class Rows>
+static void pack_row_pairs(uint32_t* out, i64 stride, const Rows& row, i64 begin, i64 end, i64 D) {
   for (i64 i = begin; i < end; i += 2) {
-    const auto* p = static_cast<const uint16_t*>(head_row(x, DType::bf16, b, h, base + i));
-    const auto* q = i + 1 < end ? static_cast<const uint16_t*>(head_row(x, DType::bf16, b, h, base + i + 1)) : nullptr;
+    const auto* p = static_cast<const uint16_t*>(row(i));
+    const auto* q = i + 1 < end ? static_cast<const uint16_t*>(row(i + 1)) : nullptr;
     for (i64 d = 0; d < D; d += L) {
       const __mmask16 m = first_n(D - d);
       const I low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p + d));
       const I high = q ? shl16(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, q + d))) : iset(0);
-      istore(out + i / 2 * stride + d, ior(low, high));
+      istore(out + (i - begin) / 2 * stride + d, ior(low, high));
     }
   }
 }
 #endif
 
-// A block^T [d][query] times `factor` per lane, written as rows of a head. Rows of `block` past D are never stored.
-static void unpack_transposed(const MutHeads& y, DType t, i64 b, i64 h, i64 i0, i64 rows, i64 D, const float* block,
-                              const float* factor) {
+// A block^T [d][lane] times `factor` per lane, written as its rows. Rows of `block` past D are never stored.
+static void unpack_transposed(const LaneRows<MutHeads>& row, i64 rows, i64 D, const float* block, const float* factor) {
   for (int v = 0; v < kVectors && v * L < rows; v++) {
     const F f = load(factor + v * L);
+    void* to[L];
+    for (int n = 0; n < L && v * L + n < rows; n++) to[n] = row(v * L + n);
     for (i64 d = 0; d < D; d += L) {
       I r[L];
       for (int n = 0; n < L; n++) r[n] = as_int(load(block + (d + n) * kQueries + v * L) * f);
       transpose(r);
       for (int n = 0; n < L && v * L + n < rows; n++)
-        store_any(at(head_row(y, t, b, h, i0 + v * L + n), t, d), t, as_float(r[n]), D - d < L ? D - d : L);
+        store_any(at(to[n], row.t, d), row.t, as_float(r[n]), D - d < L ? D - d : L);
     }
   }
 }
@@ -215,20 +243,21 @@ static void guarded_product(float* block, const uint32_t* x, i64 xs, const uint3
 // ---- dropout --------------------------------------------------------------------------------------------------------
 
 struct DropoutKey {
-  uint32_t k0, k1, matrix, offset, threshold;
+  uint32_t k0, k1, first_matrix, offset, threshold;  // first_matrix: of the query heads of a batch row
   float scale;  // of what is kept: 65536 / (65536 - threshold); 0 when everything is dropped
 };
-INL DropoutKey dropout_key(const AttentionParams& p, i64 bh) {
+INL DropoutKey dropout_key(const AttentionParams& p, i64 b) {
   const bool nothing = p.threshold >= 65536;
-  return {uint32_t(p.seed), uint32_t(p.seed >> 32),         uint32_t(bh),
+  return {uint32_t(p.seed), uint32_t(p.seed >> 32),         uint32_t(b * p.H),
           p.offset,         nothing ? 65535u : p.threshold, nothing ? 0.f : 65536.f / float(65536 - p.threshold)};
 }
-// Decisions of 32 keys from j (a multiple of 32) on for L queries from i on: words[(j >> 1) & 15], low half for even j.
-INL void dropout_words(const DropoutKey& k, i64 i, i64 j, I words[16]) {
-  const Wide row = widen(iadd(iset(uint32_t(i)), iota()));
+// Decisions of 32 keys from j (a multiple of 32) on for the L rows of vector v: words[(j >> 1) & 15], low half for even j.
+INL void dropout_words(const DropoutKey& k, const Visible& lanes, int v, i64 j, I words[16]) {
+  const Wide row = widen(iload(lanes.query + v * L));
+  const Wide matrix = widen(iadd(iset(k.first_matrix), iload(lanes.head + v * L)));
   for (uint32_t q = 0; q < 4; q++) {
     I out[4];
-    philox(k.k0, k.k1, widen(uint32_t(j >> 5 << 2) | q), row, widen(k.matrix), widen(k.offset), out);
+    philox(k.k0, k.k1, widen(uint32_t(j >> 5 << 2) | q), row, matrix, widen(k.offset), out);
     UNROLL_FOR (int t = 0; t < 4; t++) words[t * 4 + int(q)] = out[t];
   }
 }

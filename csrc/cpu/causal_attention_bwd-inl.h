@@ -1,13 +1,15 @@
-// Backward of causal_attention (FlashAttention-2, arXiv 2307.08691, section 3.1.2): one head at a time, query blocks
-// outside, key tiles inside, every sum in one fixed order and no atomics, so gradients repeat bit for bit.
+// Backward of causal_attention (FlashAttention-2, arXiv 2307.08691, section 3.1.2): one key head at a time, blocks of
+// its rows (attention_tile-inl.h) outside, key tiles inside, every sum in one fixed order and no atomics, so gradients repeat bit for bit.
 //
 //   P^T = exp2(c (k q^T - shift) - level)    dP^T = v dout^T             delta_i = sum_d out[i][d] dout[i][d]
 //   dv[j] += sum_i P'[i][j] dout[i]         dS^T = P^T (keep dP^T / (1 - p) - delta)      P' = dropped P
 //   dk[j] += sum_i dS[i][j] q[i]            dq^T[d][i] += sum_j k[j][d] dS^T[j][i]
 //
-// Floor: 10 T S D flops a head, half of them under a causal mask.
+// Floor: 10 T S D flops a query head, half of them under a causal mask; k and v are read, dk and dv written once a group.
 //
-// Where heads are few, the query blocks of each are dealt to a number of slices that depends on the shape alone; their
+// dk[j] and dv[j] are summed in fp32: blocks of 64 rows in their order; within a block, rows in their order. With a group
+// of query heads that is by query, then by head, and rounding to the dtype comes after the whole group.
+// Where key heads are few, the blocks of each are dealt to a number of slices that depends on the shape alone; their
 // sums of dk and dv are added in the order of the slices, so the threads do not show in the bits.
 #include "attention_tile-inl.h"
 
@@ -17,8 +19,8 @@ INL i64 key_gradient_floats(const AttentionParams& p) {
 
 // dk and dv of a head from the sums of its slices, each followed by the next 2 * key_gradient_floats later.
 static void write_key_gradients(const AttentionParams& p, i64 bh, const float* dk, const float* dv, i64 slices) {
-  const i64 b = bh / p.H, h = bh % p.H, stride = round_up(p.D, L), next = 2 * key_gradient_floats(p);
-  const F to_dk = set(p.scale), to_dv = set(p.threshold ? dropout_key(p, bh).scale : 1.f);
+  const i64 b = bh / key_heads(p), h = bh % key_heads(p), stride = round_up(p.D, L), next = 2 * key_gradient_floats(p);
+  const F to_dk = set(p.scale), to_dv = set(p.threshold ? dropout_key(p, b).scale : 1.f);
   for (i64 j = 0; j < p.S; j++)
     for (i64 d = 0; d < p.D; d += L) {
       const i64 n = p.D - d < L ? p.D - d : L, from = j * stride + d;
@@ -76,8 +78,8 @@ template <bool PAIR> struct AttentionBackward {
   }
 
   AttentionBackward(const AttentionParams& params, i64 bh, i64 slice, i64 slices)
-      : p(params), b(bh / p.H), h(bh % p.H), D(p.D), words(words_of<PAIR>(D)), stride(round_up(D, L)),
-        dropout(dropout_key(p, bh)), scale(set(p.scale * kLog2e)) {
+      : p(params), b(bh / key_heads(p)), h(bh % key_heads(p)), D(p.D), words(words_of<PAIR>(D)), stride(round_up(D, L)),
+        dropout(dropout_key(p, b)), scale(set(p.scale * kLog2e)) {
     carve({nullptr});
     carve({static_cast<char*>(scratch(bytes))});
     if (p.partial) {
@@ -87,10 +89,11 @@ template <bool PAIR> struct AttentionBackward {
     k = direct(p.k) ? static_cast<const uint32_t*>(head_row(p.k, p.dtype, b, h, 0)) : k_packed;
     v = direct(p.v) ? static_cast<const uint32_t*>(head_row(p.v, p.dtype, b, h, 0)) : v_packed;
     k_for_dq = PAIR ? k_pairs : k;
-    if (!direct(p.k)) pack_rows<PAIR>(k_packed, words, p.k, p.dtype, b, h, 0, p.S, D);
-    if (!direct(p.v)) pack_rows<PAIR>(v_packed, words, p.v, p.dtype, b, h, 0, p.S, D);
+    const KeyRows k_rows{p.k, p.dtype, b, h}, v_rows{p.v, p.dtype, b, h};
+    if (!direct(p.k)) pack_rows<PAIR>(k_packed, words, k_rows, 0, p.S, D);
+    if (!direct(p.v)) pack_rows<PAIR>(v_packed, words, v_rows, 0, p.S, D);
 #ifdef __AVX512BF16__
-    if (PAIR) pack_row_pairs(k_pairs, D, p.k, b, h, 0, 0, p.S, D);
+    if (PAIR) pack_row_pairs(k_pairs, D, k_rows, 0, p.S, D);
 #endif
     __builtin_memset(dk, 0, size_t(p.S * stride) * 4);
     __builtin_memset(dv, 0, size_t(p.S * stride) * 4);
@@ -99,38 +102,36 @@ template <bool PAIR> struct AttentionBackward {
   const uint32_t* dq_rows(i64 j) const { return k_for_dq + (PAIR ? j / 2 : j) * D; }
 
   // Rows of a block with d in the lanes, zeros past the last query and past D.
-  void pack_lanes(uint32_t* out, const Heads& x, i64 i0, i64 queries) {
+  void pack_lanes(uint32_t* out, const LaneRows<Heads>& row, i64 queries) {
     __builtin_memset(out, 0, size_t(kRow * stride) * 4);
     if constexpr (PAIR) {
 #ifdef __AVX512BF16__
-      pack_row_pairs(out, stride, x, b, h, i0, 0, queries, D);
+      pack_row_pairs(out, stride, row, 0, queries, D);
 #endif
     } else {
-      Heads from_block = x;
-      from_block.data = at(x.data, p.dtype, i0 * x.st);
-      pack_rows<PAIR>(out, stride, from_block, p.dtype, b, h, 0, queries, D);
+      pack_rows<PAIR>(out, stride, row, 0, queries, D);
     }
   }
   // delta is summed as dP^T is: a query that sees one key only, as nearly all do where scores are large, has delta = dP to
   // the bit, and dS = 0.
-  void row_statistics(i64 i0, i64 queries) {
+  void row_statistics(i64 queries) {
     auto* o_t = reinterpret_cast<uint32_t*>(dq);  // not in use yet
-    pack_transposed<PAIR>(o_t, p.out, p.dtype, b, h, i0, queries, D);
+    pack_transposed<PAIR>(o_t, {p.out, p.dtype, b, visible}, queries, D);
     for (int v = 0; v < kVectors; v++) {
       F dot = zero();
       for (i64 w = 0; w < words; w++)
         dot = multiply_words<PAIR>(iload(o_t + w * kQueries + v * L), iload(g_t + w * kQueries + v * L), dot);
       store(delta + v * L, dot);
     }
-    const i64 row = (b * p.H + h) * p.T + i0;
     for (i64 i = 0; i < kQueries; i++) {
-      shift[i] = i < queries ? p.shift[row + i] : 0.f;
-      minus_level[i] = i < queries ? -p.level[row + i] : -1e30f;  // P = 0 past the last query
+      const i64 row = statistics_of(p, b, visible, i);
+      shift[i] = i < queries ? p.shift[row] : 0.f;
+      minus_level[i] = i < queries ? -p.level[row] : -1e30f;  // P = 0 past the last row
     }
   }
 
   // s, dp -> P' and dS of one vector of queries over one group of keys.
-  template <bool DROP, bool EDGE> void slopes(int v, i64 i0, i64 j0, const Group* groups, int n) {
+  template <bool DROP, bool EDGE> void slopes(int v, i64 j0, const Group* groups, int n) {
     float *sv = s + v * L, *dpv = dp + v * L;
     const F top = load(shift + v * L), bottom = load(minus_level + v * L), center = load(delta + v * L);
     const F kept = set(dropout.scale);
@@ -145,7 +146,7 @@ template <bool PAIR> struct AttentionBackward {
         if (DROP) {
           if (have_bits != (j0 + j) / 32) {
             have_bits = (j0 + j) / 32;
-            dropout_words(dropout, i0 + v * L, have_bits * 32, bits);
+            dropout_words(dropout, visible, v, have_bits * 32, bits);
           }
           const I w = bits[(j0 + j) / 2 % 16];
           const M keep_x = keeps_even(dropout, w), keep_y = keeps_odd(dropout, w);
@@ -186,7 +187,7 @@ template <bool PAIR> struct AttentionBackward {
   }
 #endif
 
-  template <bool DROP> void key_tile(i64 i0, i64 j0) {
+  template <bool DROP> void key_tile(i64 j0) {
     const i64 keys = visible.last - j0 < kKeys ? visible.last - j0 : kKeys;
     Group groups[kKeys / kGroup];
     bool edge;
@@ -200,7 +201,7 @@ template <bool PAIR> struct AttentionBackward {
                          count, g.vb - g.va);
     }
     for (int vec = 0; vec < visible.vectors; vec++)
-      edge ? slopes<DROP, true>(vec, i0, j0, groups, n) : slopes<DROP, false>(vec, i0, j0, groups, n);
+      edge ? slopes<DROP, true>(vec, j0, groups, n) : slopes<DROP, false>(vec, j0, groups, n);
     const bool finite = !edge || all_finite<PAIR>(dq_rows(j0), D, PAIR ? (keys + 1) / 2 : keys, D);
     for (int t = 0; t < n; t++) accumulate(j0, groups[t], finite);
   }
@@ -218,26 +219,27 @@ template <bool PAIR> struct AttentionBackward {
                        dq + g.va * L, kQueries, D, g.vb - g.va);
   }
 
-  template <bool DROP> void block(i64 i0) {
-    const i64 queries = p.T - i0 < kQueries ? p.T - i0 : kQueries;
-    visible_keys(visible, p, b, i0, queries);
-    pack_transposed<PAIR>(q_t, p.q, p.dtype, b, h, i0, queries, D);
-    pack_transposed<PAIR>(g_t, p.dout, p.dtype, b, h, i0, queries, D);
-    pack_lanes(q_rows, p.q, i0, queries);
-    pack_lanes(g_rows, p.dout, i0, queries);
-    row_statistics(i0, queries);
+  template <bool DROP> void block(i64 r0) {
+    const i64 rows = p.T * p.group, queries = rows - r0 < kQueries ? rows - r0 : kQueries;
+    visible_keys(visible, p, b, h, r0, queries);
+    const LaneRows<Heads> q{p.q, p.dtype, b, visible}, g{p.dout, p.dtype, b, visible};
+    pack_transposed<PAIR>(q_t, q, queries, D);
+    pack_transposed<PAIR>(g_t, g, queries, D);
+    pack_lanes(q_rows, q, queries);
+    pack_lanes(g_rows, g, queries);
+    row_statistics(queries);
     __builtin_memset(dq, 0, size_t(D * kQueries) * 4);
-    for (i64 j0 = visible.first / kKeys * kKeys; j0 < visible.last; j0 += kKeys) key_tile<DROP>(i0, j0);
+    for (i64 j0 = visible.first / kKeys * kKeys; j0 < visible.last; j0 += kKeys) key_tile<DROP>(j0);
     for (int v = 0; v < kVectors; v++) store(factor + v * L, set(p.scale));
-    unpack_transposed(p.dq, p.dtype, b, h, i0, queries, D, dq, factor);
+    unpack_transposed({p.dq, p.dtype, b, visible}, queries, D, dq, factor);
   }
 };
 
 template <bool PAIR> static void attention_backward(const AttentionParams& p, i64 bh, i64 slice, i64 slices) {
   AttentionBackward<PAIR> w(p, bh, slice, slices);
-  for (i64 i0 = slice * kQueries; i0 < p.T; i0 += slices * kQueries) {
-    if (p.threshold) w.template block<true>(i0);
-    else w.template block<false>(i0);
+  for (i64 r0 = slice * kQueries; r0 < p.T * p.group; r0 += slices * kQueries) {
+    if (p.threshold) w.template block<true>(r0);
+    else w.template block<false>(r0);
   }
   if (!p.partial) write_key_gradients(p, bh, w.dk, w.dv, 1);
 }

@@ -4,8 +4,8 @@
 //   S^T[j][i] = sum_d k[j][d] q^T[d][i]      k broadcast as it lies, q^T packed once per block
 //   O^T[d][i] = sum_j v[j][d] P^T[j][i]      v broadcast as it lies, P^T as produced
 //
-// Floor: 4 T S D flops a head, half of them under a causal mask. Where the CPU multiplies bf16 (PAIR) k and q are read as
-// pairs along d, v and P as pairs along j; elsewhere half-precision inputs are widened to fp32 once a head.
+// Floor: 4 T S D flops a query head, half of them under a causal mask; k and v are read once a group of query heads. Where the CPU multiplies bf16 (PAIR) k and q are read as
+// pairs along d, v and P as pairs along j; elsewhere half-precision inputs are widened to fp32 once a key head.
 #include "attention_tile-inl.h"
 
 template <bool PAIR> struct AttentionForward {
@@ -39,8 +39,8 @@ template <bool PAIR> struct AttentionForward {
   size_t bytes = 0;
 
   AttentionForward(const AttentionParams& params, i64 bh)
-      : p(params), b(bh / p.H), h(bh % p.H), D(p.D), words(words_of<PAIR>(D)), dropout(dropout_key(p, bh)),
-        scale(set(p.scale * kLog2e)) {
+      : p(params), b(bh / key_heads(p)), h(bh % key_heads(p)), D(p.D), words(words_of<PAIR>(D)),
+        dropout(dropout_key(p, b)), scale(set(p.scale * kLog2e)) {
     carve({nullptr});
     carve({static_cast<char*>(scratch(bytes))});
     k = k_direct() ? static_cast<const uint32_t*>(head_row(p.k, p.dtype, b, h, 0)) : k_packed;
@@ -51,14 +51,14 @@ template <bool PAIR> struct AttentionForward {
 
   void pack_keys(i64 end) {  // makes keys [0, end) available
     if (end <= packed) return;
-    if (!k_direct()) pack_rows<PAIR>(k_packed, words, p.k, p.dtype, b, h, packed, end, D);
+    if (!k_direct()) pack_rows<PAIR>(k_packed, words, KeyRows{p.k, p.dtype, b, h}, packed, end, D);
     if constexpr (PAIR) {
 #ifdef __AVX512BF16__
       const i64 from = packed / 2 * 2;  // an odd end was paired with 0
-      pack_row_pairs(v_packed + from / 2 * D, D, p.v, b, h, from, 0, end - from, D);
+      pack_row_pairs(v_packed + from / 2 * D, D, KeyRows{p.v, p.dtype, b, h}, from, end, D);
 #endif
     } else if (!v_direct()) {
-      pack_rows<PAIR>(v_packed, D, p.v, p.dtype, b, h, packed, end, D);
+      pack_rows<PAIR>(v_packed, D, KeyRows{p.v, p.dtype, b, h}, packed, end, D);
     }
     packed = end;
   }
@@ -66,7 +66,7 @@ template <bool PAIR> struct AttentionForward {
   const uint32_t* v_rows(i64 j) const { return v + (PAIR ? j / 2 : j) * v_stride; }
 
   // s -> P^T of one vector of queries over one group of keys; returns nothing, updates m, l, alpha of the vector.
-  template <bool DROP, bool EDGE> void softmax(int v, i64 i0, i64 j0, const Group* groups, int n) {
+  template <bool DROP, bool EDGE> void softmax(int v, i64 j0, const Group* groups, int n) {
     float* sv = s + v * L;
     F top = load(m + v * L);
     for (int g = 0; g < n; g++) {
@@ -101,7 +101,7 @@ template <bool PAIR> struct AttentionForward {
       for (i64 j = groups[g].begin; j < groups[g].end; j += 2) {
         if (DROP && have_bits != (j0 + j) / 32) {
           have_bits = (j0 + j) / 32;
-          dropout_words(dropout, i0 + v * L, have_bits * 32, drawn);
+          dropout_words(dropout, visible, v, have_bits * 32, drawn);
         }
         F x = weight(load(sv + j * kQueries)), y = weight(load(sv + (j + 1) * kQueries));
         if (EDGE) {
@@ -142,7 +142,7 @@ template <bool PAIR> struct AttentionForward {
       }
   }
 
-  template <bool DROP> void key_tile(i64 i0, i64 j0, bool first) {
+  template <bool DROP> void key_tile(i64 j0, bool first) {
     const i64 keys = visible.last - j0 < kKeys ? visible.last - j0 : kKeys;
     Group groups[kKeys / kGroup];
     bool edge;
@@ -152,7 +152,7 @@ template <bool PAIR> struct AttentionForward {
                          s + groups[g].begin * kQueries + groups[g].va * L, kQueries, groups[g].end - groups[g].begin,
                          groups[g].vb - groups[g].va);
     for (int v = 0; v < visible.vectors; v++)
-      edge ? softmax<DROP, true>(v, i0, j0, groups, n) : softmax<DROP, false>(v, i0, j0, groups, n);
+      edge ? softmax<DROP, true>(v, j0, groups, n) : softmax<DROP, false>(v, j0, groups, n);
     if (!edge) return first ? accumulate_pv<SET>(j0, groups[0]) : accumulate_pv<SCALE>(j0, groups[0]);
     if (first) __builtin_memset(o, 0, size_t(D * kQueries) * 4);
     else rescale_output();
@@ -163,41 +163,41 @@ template <bool PAIR> struct AttentionForward {
     }
   }
 
-  template <bool DROP> void block(i64 i0) {
-    const i64 queries = p.T - i0 < kQueries ? p.T - i0 : kQueries;
-    visible_keys(visible, p, b, i0, queries);
+  template <bool DROP> void block(i64 r0) {
+    const i64 rows = p.T * p.group, queries = rows - r0 < kQueries ? rows - r0 : kQueries;
+    visible_keys(visible, p, b, h, r0, queries);
     pack_keys(visible.last);
-    pack_transposed<PAIR>(q, p.q, p.dtype, b, h, i0, queries, D);
+    pack_transposed<PAIR>(q, {p.q, p.dtype, b, visible}, queries, D);
     for (int v = 0; v < kVectors; v++) {
       store(m + v * L, set(kMasked));
       store(l + v * L, zero());
     }
     const i64 j_first = visible.first / kKeys * kKeys;
     if (visible.last <= visible.first) __builtin_memset(o, 0, size_t(D * kQueries) * 4);
-    for (i64 j0 = j_first; j0 < visible.last; j0 += kKeys) key_tile<DROP>(i0, j0, j0 == j_first);
-    finish(i0, queries);
+    for (i64 j0 = j_first; j0 < visible.last; j0 += kKeys) key_tile<DROP>(j0, j0 == j_first);
+    finish(queries);
   }
 
-  void finish(i64 i0, i64 queries) {  // normalise and write; a query that saw no key gives 0 and level -inf
+  void finish(i64 queries) {  // normalise and write; a query that saw no key gives 0 and level -inf
     const float kept = p.threshold ? dropout.scale : 1.f;
     for (int v = 0; v < kVectors; v++) {
       const F total = load(l + v * L);
       store(alpha + v * L, select(eq(total, zero()), zero(), set(kept) / total));
     }
-    unpack_transposed(p.y, p.dtype, b, h, i0, queries, D, o, alpha);
-    const i64 row = (b * p.H + h) * p.T + i0;
+    unpack_transposed({p.y, p.dtype, b, visible}, queries, D, o, alpha);
     for (i64 i = 0; i < queries; i++) {
-      p.shift[row + i] = l[i] == 0.f ? 0.f : m[i];
-      p.level[row + i] = l[i] == 0.f ? -__builtin_inff() : __builtin_log2f(l[i]);
+      const i64 row = statistics_of(p, b, visible, i);
+      p.shift[row] = l[i] == 0.f ? 0.f : m[i];
+      p.level[row] = l[i] == 0.f ? -__builtin_inff() : __builtin_log2f(l[i]);
     }
   }
 };
 
 template <bool PAIR> static void attention_forward(const AttentionParams& p, i64 bh, i64 first, i64 step) {
   AttentionForward<PAIR> f(p, bh);
-  for (i64 i0 = first * kQueries; i0 < p.T; i0 += step * kQueries) {
-    if (p.threshold) f.template block<true>(i0);
-    else f.template block<false>(i0);
+  for (i64 r0 = first * kQueries; r0 < p.T * p.group; r0 += step * kQueries) {
+    if (p.threshold) f.template block<true>(r0);
+    else f.template block<false>(r0);
   }
 }
 static void causal_attention_fwd(const AttentionParams& p, i64 bh, i64 first, i64 step) {

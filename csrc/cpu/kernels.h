@@ -119,12 +119,14 @@ struct MutHeads {
 
 struct AttentionParams {
   i64 B, H, T, S, D;
+  i64 group;        // query heads of a key head: query head h reads key head h / group
   DType dtype;      // of q, k, v, out and their gradients
-  Heads q, k, v;    // (B, H, T, D), (B, H, S, D)
+  Heads q, k, v;    // (B, H, T, D), (B, H / group, S, D)
   Heads out, dout;  // (B, H, T, D), backward only
   MutHeads y;       // (B, H, T, D): the output, forward only
   MutHeads dq, dk, dv;
-  float* partial;        // (B H, slices, 2, S, D rounded up to 16): sums of dk and dv; nullptr when there is one slice
+  float*
+      partial;  // (B H / group, slices, 2, S, D rounded up to 16): sums of dk and dv; nullptr when there is one slice
   float *shift, *level;  // (B, H, T), written by forward, read by backward: weights are exp2(c (q k^T - shift) - level)
   const i64* seq_lens;   // (B) or nullptr
   const i64* cu_seqlens;  // (documents + 1) or nullptr
@@ -136,7 +138,7 @@ struct AttentionParams {
   uint32_t offset;
   uint64_t seed;
 };
-constexpr i64 kAttentionBlock = 64;  // queries that are computed together
+constexpr i64 kAttentionBlock = 64;  // rows that are computed together; the heads of a group have T * group of them
 
 // Element (i, j) lies at data + i * stride + j, or with by_columns at data + j * stride + i.
 struct Matrix {
@@ -191,9 +193,9 @@ struct Kernels {
   int lanes;  // fp32 values in a vector
   void (*gelu_fwd)(const GeluParams&, i64 row_begin, i64 row_end);
   void (*gelu_bwd)(const GeluParams&, i64 chunk_begin, i64 chunk_end);
-  // Query blocks first, first + step, … of head bh = b * H + h.
+  // Blocks first, first + step, … of the rows of key head bh = b * (H / group) + h.
   void (*causal_attention_fwd)(const AttentionParams&, i64 bh, i64 first, i64 step);
-  // Query blocks slice, slice + slices, … of head bh: their dq, and dk and dv if they are all, else the partial sums.
+  // Blocks slice, slice + slices, … of key head bh: their dq, and dk and dv if they are all, else the partial sums.
   void (*causal_attention_bwd)(const AttentionParams&, i64 bh, i64 slice, i64 slices);
   void (*causal_attention_bwd_sum)(const AttentionParams&, i64 bh, i64 slices);  // partial sums -> dk, dv
   void (*dropout)(const DropoutRowsParams&, i64 row_begin, i64 row_end);

@@ -23,8 +23,9 @@ struct Lengths {
 
 struct AttentionParams {
   int B, H, T, S, D;
+  int group;        // query heads of a key head: query head h reads key head h / group
   DType dtype;      // of q, k, v, out and their gradients
-  Heads q, k, v;    // (B, H, T, D), (B, H, S, D)
+  Heads q, k, v;    // (B, H, T, D), (B, H / group, S, D)
   Heads out, dout;  // (B, H, T, D), backward only
   MutHeads y;       // (B, H, T, D): the output, forward only
   MutHeads dq, dk, dv;

@@ -4,11 +4,12 @@
 //
 //   P = exp2(c (q k^T - shift) - level)     dP = dout v^T     dS = P (keep dP / (1 - p) - delta)
 //   query_gradient: a block has BM queries and meets all their keys      dq = scale dS k
-//   key_gradients:  a block has BM keys and meets all their queries      dv = P'^T dout / (1 - p)     dk = scale dS^T q
+//   key_gradients:  a block has BM keys and meets all their queries,
+//                   of one query head of the group after another         dv = P'^T dout / (1 - p)     dk = scale dS^T q
 //
 // key_gradients forms S^T and dP^T, whose rows are keys: packed, they are the first operands of dv and dk.
 //
-// Floor: 10 T S D flops a head, half of them under a causal mask; this takes 14, as both kernels form S and dP.
+// Floor: 10 T S D flops a query head, half of them under a causal mask; this takes 14, as both kernels form S and dP.
 #include "causal_attention_tile.cuh"
 
 namespace gptfast::cuda {
@@ -53,6 +54,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_con
   int* flags = reinterpret_cast<int*>(seen + C::BM);
 
   const int blocks = (p.T + C::BM - 1) / C::BM, bh = blockIdx.x / blocks, b = bh / p.H, h = bh % p.H;
+  const int key_head = h / p.group;
   const int i0 = (blocks - 1 - int(blockIdx.x) % blocks) * C::BM;
   const int lane = threadIdx.x % 32, warp_row = int(threadIdx.x) / 32 * 16 * MT, row = i0 + warp_row + lane / 4;
   for (int r = threadIdx.x; r < C::BM; r += C::THREADS) seen[r] = visible_keys(p, b, i0 + r);
@@ -75,8 +77,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_con
 
   auto load = [&](int j0, int stage) {
     const T k{stages + stage * STAGE}, v{k.data + BN * T::kRow};
-    load_tile<BN, C::THREADS>(k, p, p.k, b, h, j0, p.S);
-    load_tile<BN, C::THREADS>(v, p, p.v, b, h, j0, p.S);
+    load_tile<BN, C::THREADS>(k, p, p.k, b, key_head, j0, p.S);
+    load_tile<BN, C::THREADS>(v, p, p.v, b, key_head, j0, p.S);
   };
   const int j_begin = first.lo / BN * BN, j_end = last.hi;
   bool nonfinite = false;  // keys in tiles with masked elements
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_con
 #pragma unroll
   for (int n = 0; n < 2 * MT; n++) factor[n / 2][n % 2] = p.scale;
   result_to_tile<E>(dq, factor, q, warp_row);
-  if (nonfinite) spread_nonfinite<16 * MT>(q, warp_row, seen + warp_row, p, p.k, b, h, 0);
+  if (nonfinite) spread_nonfinite<16 * MT>(q, warp_row, seen + warp_row, p, p.k, b, key_head, 0);
   store_rows<16 * MT>(q, warp_row, p, p.dq, b, h, i0 + warp_row, p.T, 0);
 }
 
@@ -147,7 +149,9 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
   float* statistics = reinterpret_cast<float*>(seen + C::BM);  // of each stage: level, delta, shift
 
   constexpr int PARTS = C::D / C::OUT;  // blocks that share the columns of dk and dv
-  const int blocks = (p.S + C::BM - 1) / C::BM, bh = blockIdx.x / (blocks * PARTS), b = bh / p.H, h = bh % p.H;
+  const int blocks = (p.S + C::BM - 1) / C::BM, key_heads = p.H / p.group;
+  const int b = int(blockIdx.x) / (blocks * PARTS) / key_heads,
+            key_head = int(blockIdx.x) / (blocks * PARTS) % key_heads;
   const int j0 = int(blockIdx.x) / PARTS % blocks * C::BM, column0 = int(blockIdx.x) % PARTS * C::OUT;
   const int lane = threadIdx.x % 32, warp_row = int(threadIdx.x) / 32 * 16 * MT;
   for (int r = threadIdx.x; r < C::BM; r += C::THREADS) seen[r] = visible_queries(p, b, j0 + r);
@@ -157,24 +161,28 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
   float dk[MT][C::OUT / 8][4] = {}, dv[MT][C::OUT / 8][4] = {};
   const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
 
-  auto load = [&](int i0, int stage) {
+  auto load = [&](int h, int i0, int stage) {
     const T q{stages + stage * STAGE}, dout{q.data + BN * T::kRow};
     load_tile<BN, C::THREADS>(q, p, p.q, b, h, i0, p.T);
     load_tile<BN, C::THREADS>(dout, p, p.dout, b, h, i0, p.T);
     for (int n = threadIdx.x; n < 3 * BN; n += C::THREADS) {
       const float* from = n < BN ? p.level : n < 2 * BN ? p.delta : p.shift;
       const int i = i0 + n % BN;
-      cp_async<4>(smem_u32(statistics + stage * 3 * BN + n), from + (i < p.T ? i64(bh) * p.T + i : 0), i < p.T);
+      cp_async<4>(smem_u32(statistics + stage * 3 * BN + n), from + (i < p.T ? i64(b * p.H + h) * p.T + i : 0),
+                  i < p.T);
     }
   };
-  const int i_begin = first->lo / BN * BN, i_end = last->hi;
-  load_tile<C::BM, C::THREADS>(k, p, p.k, b, h, j0, p.S);
-  load_tile<C::BM, C::THREADS>(v, p, p.v, b, h, j0, p.S);
-  if (C::STAGES == 2 && i_begin < i_end) load(i_begin, 0);
+  const int i_begin = first->lo / BN * BN, end = (key_head + 1) * p.group;
+  int h = i_begin < last->hi ? end - p.group : end;  // the query head whose tiles are met
+  load_tile<C::BM, C::THREADS>(k, p, p.k, b, key_head, j0, p.S);
+  load_tile<C::BM, C::THREADS>(v, p, p.v, b, key_head, j0, p.S);
+  if (C::STAGES == 2 && h < end) load(h, i_begin, 0);
   cp_async_commit();
-  for (int i0 = i_begin, stage = 0; i0 < last->hi; i0 += BN, stage ^= C::STAGES - 1) {
-    if (C::STAGES == 1) load(i0, 0);
-    else if (i0 + BN < last->hi) load(i0 + BN, stage ^ 1);
+  for (int i0 = i_begin, next, next_h, stage = 0; h < end; i0 = next, h = next_h, stage ^= C::STAGES - 1) {
+    next = i0 + BN, next_h = h;
+    if (next >= last->hi) next = i_begin, next_h++;
+    if (C::STAGES == 1) load(h, i0, 0);
+    else if (next_h < end) load(next_h, next, stage ^ 1);
     cp_async_commit();
     cp_async_wait<C::STAGES - 1>();
     __syncthreads();
@@ -194,10 +202,11 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
           [&](int m, int n, int e) { s[m][n][e] = fast_exp2(fmaf(s[m][n][e], scale_log2, -level[n * 8 + e % 2])); });
       auto slope = [&](int m, int n, int e, float d) { return s[m][n][e] * (d - delta[n * 8 + e % 2]); };
       if (p.dropout.threshold) {
-        each_decision_transposed<MT, NT>(p.dropout, bh, j0 + warp_row, i0 + n0, [&](int m, int n, int e, bool keep) {
-          dp[m][n][e] = slope(m, n, e, keep ? dp[m][n][e] * kept : 0.f);
-          if (!keep) s[m][n][e] = 0.f;
-        });
+        each_decision_transposed<MT, NT>(p.dropout, b * p.H + h, j0 + warp_row, i0 + n0,
+                                         [&](int m, int n, int e, bool keep) {
+                                           dp[m][n][e] = slope(m, n, e, keep ? dp[m][n][e] * kept : 0.f);
+                                           if (!keep) s[m][n][e] = 0.f;
+                                         });
       } else {
         each_element<MT, NT>([&](int m, int n, int e) { dp[m][n][e] = slope(m, n, e, dp[m][n][e]); });
       }
@@ -219,8 +228,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
   const Tile<E, C::OUT> dk_tile{k.data}, dv_tile{v.data};
   result_to_tile<E>(dk, to_dk, dk_tile, warp_row);
   result_to_tile<E>(dv, to_dv, dv_tile, warp_row);
-  store_rows<16 * MT>(dk_tile, warp_row, p, p.dk, b, h, j0 + warp_row, p.S, column0);
-  store_rows<16 * MT>(dv_tile, warp_row, p, p.dv, b, h, j0 + warp_row, p.S, column0);
+  store_rows<16 * MT>(dk_tile, warp_row, p, p.dk, b, key_head, j0 + warp_row, p.S, column0);
+  store_rows<16 * MT>(dv_tile, warp_row, p, p.dv, b, key_head, j0 + warp_row, p.S, column0);
 }
 
 // ---- launching ------------------------------------------------------------------------------------------------------
@@ -236,7 +245,8 @@ template <class Q, class K> cudaError_t launch(const AttentionParams& p, cudaStr
   if (!p.S) return cudaSuccess;
   auto keys = key_gradients<K>;
   if (const cudaError_t error = allow_smem(keys, K::SMEM)) return error;
-  LAUNCH(keys, dim3(unsigned(ceil_div(p.S, K::BM) * heads * (K::D / K::OUT))), dim3(K::THREADS), K::SMEM, stream, p);
+  const i64 key_blocks = ceil_div(p.S, K::BM) * (heads / p.group) * (K::D / K::OUT);
+  LAUNCH(keys, dim3(unsigned(key_blocks)), dim3(K::THREADS), K::SMEM, stream, p);
   return cudaGetLastError();
 }
 

@@ -46,7 +46,8 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   int* flags = far + STAGES;
 
   const int rows = KEYS ? p.S : p.T, blocks = (rows + BM - 1) / BM, bh = blockIdx.x / blocks;
-  const int b = bh / p.H, h = bh % p.H, block = int(blockIdx.x) % blocks;
+  const int heads = KEYS ? p.H / p.group : p.H, b = bh / heads, h = bh % heads, block = int(blockIdx.x) % blocks;
+  const int members = KEYS ? p.group : 1;                     // query heads whose tiles are met, one after another
   const int row0 = (KEYS ? block : blocks - 1 - block) * BM;  // those that see, or are seen by, the most first
   if (threadIdx.x == 0) {
     mbarrier_init(kept_full, 1);
@@ -63,31 +64,32 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
     setmaxnreg_dec<40>();
     const int lane = threadIdx.x;
     if (tiles && lane == 0) {
-      auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int row, int count) {
+      auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int head, int row, int count) {
         for (int panel = 0; panel < PANELS; panel++)
-          tma_load(to + panel * count * 128, &map, barrier, panel * 64, row, h, b);
+          tma_load(to + panel * count * 128, &map, barrier, panel * 64, row, head, b);
       };
       mbarrier_expect(kept_full, 2 * C::KEPT_BYTES);
-      load(kept_at, maps.a0, kept_full, row0, BM);
-      load(kept_at + C::KEPT_BYTES, maps.a1, kept_full, row0, BM);
-      for (int i = 0; i < tiles; i++) {
-        const int stage = i % STAGES;
+      load(kept_at, maps.a0, kept_full, h, row0, BM);
+      load(kept_at + C::KEPT_BYTES, maps.a1, kept_full, h, row0, BM);
+      for (int n = 0; n < members * tiles; n++) {
+        const int stage = n % STAGES, head = KEYS ? h * members + n / tiles : h / p.group, row = begin + n % tiles * BN;
         const uint32_t to = tiles_at + stage * 2 * C::TILE_BYTES;
-        mbarrier_wait(used(stage), (i / STAGES & 1) ^ 1);
+        mbarrier_wait(used(stage), (n / STAGES & 1) ^ 1);
         mbarrier_expect(full(stage), 2 * C::TILE_BYTES);
-        load(to, maps.b0, full(stage), begin + i * BN, BN);
-        load(to + C::TILE_BYTES, maps.b1, full(stage), begin + i * BN, BN);
+        load(to, maps.b0, full(stage), head, row, BN);
+        load(to + C::TILE_BYTES, maps.b1, full(stage), head, row, BN);
       }
     }
     if (KEYS && lane / 32 == 1)
-      for (int i = 0; i < tiles; i++) {
-        const int stage = i % STAGES;
+      for (int i = 0; i < members * tiles; i++) {
+        const int stage = i % STAGES, row = begin + i % tiles * BN;
+        const i64 matrix = b * p.H + h * members + i / tiles;
         mbarrier_wait(used(stage), (i / STAGES & 1) ^ 1);
         bool any = false;
         for (int n = lane % 32; n < 3 * BN; n += 32) {
-          const int query = begin + i * BN + n % BN;
+          const int query = row + n % BN;
           const float* from = n < BN ? p.level : n < 2 * BN ? p.delta : p.shift;
-          const float x = query < p.T ? from[i64(bh) * p.T + query] : 0.f;
+          const float x = query < p.T ? from[matrix * p.T + query] : 0.f;
           statistics[stage * 3 * BN + n] = x;
           any |= n >= 2 * BN && x != 0.f;
         }
@@ -140,11 +142,11 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   // One bit an element of a tile: bit 4 n + e of element (n, e). Made while the products run; one register, where the
   // words behind them would be many.
   static_assert(4 * NT <= 32);
-  auto decisions = [&](int at) {
+  auto decisions = [&](int matrix, int at) {
     uint32_t bits = 0;
     auto note = [&](int, int n, int e, bool keep) { bits |= uint32_t(keep) << (4 * n + e); };
-    if constexpr (KEYS) each_decision_transposed<1, NT>(p.dropout, bh, row0 + warp_row, at, note);
-    else each_decision<1, NT>(p.dropout, bh, row, at, note);
+    if constexpr (KEYS) each_decision_transposed<1, NT>(p.dropout, matrix, row0 + warp_row, at, note);
+    else each_decision<1, NT>(p.dropout, matrix, row, at, note);
     return opaque(bits);
   };
   // s -> P (after dropout where rows are keys), dp -> dS
@@ -182,19 +184,20 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   };
 
   if (tiles) mbarrier_wait(kept_full, 0);
-  for (int i = 0; i < tiles; i++) {
-    const int stage = i % STAGES, at = begin + i * BN;
+  for (int n = 0, i = 0, matrix = KEYS ? bh * members : bh; n < members * tiles; n++, i++) {
+    if (KEYS && i == tiles) i = 0, matrix++;
+    const int stage = n % STAGES, at = begin + i * BN;
     const bool edge = at < last.lo || at + BN > first.hi;
     const bool active = at < group_last.hi && at + BN > group_first.lo;
     float s[1][NT][4], dp[1][NT][4];
     uint32_t weights[BN / 16][4];
-    mbarrier_wait(full(stage), i / STAGES & 1);
+    mbarrier_wait(full(stage), n / STAGES & 1);
     if (active) {
       wgmma_fence();
       multiply(s, 0, stage);
       multiply(dp, 1, stage);
       wgmma_commit();
-      const uint32_t keep_bits = DROPOUT ? decisions(at) : 0;
+      const uint32_t keep_bits = DROPOUT ? decisions(matrix, at) : 0;
       wgmma_wait<0>();
       slopes(s, dp, keep_bits, stage);
       if (edge) mask(dp, seen + warp_row, at, 0.f);
@@ -231,7 +234,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       each_element<1, 8>([&](int, int n, int e) { part[0][n][e] = sum[0][panel * 8 + n][e]; });
       const Tile<E, 64> tile{smem + side * C::KEPT_BYTES + panel * BM * 128};
       result_to_tile<E>(part, factor, tile, warp_row);
-      if (nonfinite) spread_nonfinite<16>(tile, warp_row, seen + warp_row, p, p.k, b, h, panel * 64);
+      if (nonfinite) spread_nonfinite<16>(tile, warp_row, seen + warp_row, p, p.k, b, h / p.group, panel * 64);
       store_rows<16>(tile, warp_row, p, y, b, h, row0 + warp_row, rows, panel * 64);
     }
   };
@@ -249,14 +252,15 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
 template <class C, bool DROPOUT> cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   const Heads &a0 = C::KEYS ? p.k : p.q, &a1 = C::KEYS ? p.v : p.dout;
   const Heads &b0 = C::KEYS ? p.q : p.k, &b1 = C::KEYS ? p.dout : p.v;
-  const int rows = C::KEYS ? p.S : p.T, others = C::KEYS ? p.T : p.S;
+  const int rows = C::KEYS ? p.S : p.T, others = C::KEYS ? p.T : p.S, key_heads = p.H / p.group;
+  const int heads = C::KEYS ? key_heads : p.H, other_heads = C::KEYS ? p.H : key_heads;
   auto kernel = attention_backward_sm90<C, DROPOUT>;
   if (const cudaError_t error = allow_smem(kernel, C::SMEM)) return error;  // makes a context current, which maps need
   BackwardMaps maps;
-  if (!map_of(&maps.a0, p, a0, rows, C::BM) || !map_of(&maps.a1, p, a1, rows, C::BM) ||
-      !map_of(&maps.b0, p, b0, others, C::BN) || !map_of(&maps.b1, p, b1, others, C::BN))
+  if (!map_of(&maps.a0, p, a0, heads, rows, C::BM) || !map_of(&maps.a1, p, a1, heads, rows, C::BM) ||
+      !map_of(&maps.b0, p, b0, other_heads, others, C::BN) || !map_of(&maps.b1, p, b1, other_heads, others, C::BN))
     return kMapRefused;
-  LAUNCH(kernel, dim3(unsigned(ceil_div(rows, C::BM) * p.B * p.H)), dim3(C::THREADS), C::SMEM, stream, p, maps);
+  LAUNCH(kernel, dim3(unsigned(ceil_div(rows, C::BM) * p.B * heads)), dim3(C::THREADS), C::SMEM, stream, p, maps);
   return cudaGetLastError();
 }
 template <class E, int D, bool DROPOUT> cudaError_t launch_both(const AttentionParams& p, cudaStream_t stream) {
@@ -274,8 +278,9 @@ template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream
 bool causal_attention_bwd_sm90_takes(const AttentionParams& p) {
   using C = BackwardShape90<bf16, 128, true>;
   static HopperGpus gpus(attention_backward_sm90<C, false>, C::THREADS, C::SMEM);
-  return has_hopper_shape(p) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) && has_map(p, p.v, p.S) &&
-         has_map(p, p.dout, p.T) && gpus.has_current();
+  const int key_heads = has_hopper_shape(p) ? p.H / p.group : 0;
+  return key_heads && has_map(p, p.q, p.H, p.T) && has_map(p, p.k, key_heads, p.S) && has_map(p, p.v, key_heads, p.S) &&
+         has_map(p, p.dout, p.H, p.T) && gpus.has_current();
 }
 
 cudaError_t causal_attention_bwd_sm90(const AttentionParams& p, cudaStream_t stream) {

@@ -4,7 +4,8 @@
 // One block has BM queries of one head; a warp has 16 MT of them and all keys of a tile, so a row of scores lies in the
 // four lanes of a quad. k is loaded while the tile before is weighed, v while q k^T is formed.
 //
-// Floor: 4 T S D flops a head on tensor cores, half of them under a causal mask.
+// Floor: 4 T S D flops a query head on tensor cores, half of them under a causal mask. The blocks of the query heads that
+// share a key head follow one another, so memory is asked for k and v once a group, and L2 for the rest.
 #include "causal_attention_tile.cuh"
 
 namespace gptfast::cuda {
@@ -28,6 +29,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_
 
   // late queries, which see the most keys, first
   const int blocks = (p.T + C::BM - 1) / C::BM, bh = blockIdx.x / blocks, b = bh / p.H, h = bh % p.H;
+  const int key_head = h / p.group;
   const int i0 = (blocks - 1 - int(blockIdx.x) % blocks) * C::BM;
   const int lane = threadIdx.x % 32, warp_row = int(threadIdx.x) / 32 * 16 * MT, row = i0 + warp_row + lane / 4;
   load_tile<C::BM, C::THREADS>(q, p, p.q, b, h, i0, p.T);
@@ -44,12 +46,12 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_
 
   bool nonfinite = false;  // in tiles with masked elements
   int j0 = j_end <= j_begin ? j_begin - BN : (j_end - 1) / BN * BN;
-  if (j0 >= j_begin) load_tile<BN, C::THREADS>(k, p, p.k, b, h, j0, p.S);
+  if (j0 >= j_begin) load_tile<BN, C::THREADS>(k, p, p.k, b, key_head, j0, p.S);
   cp_async_commit();
   for (; j0 >= j_begin; j0 -= BN) {
     cp_async_wait<0>();
     __syncthreads();  // k has landed, v has been used
-    load_tile<BN, C::THREADS>(v, p, p.v, b, h, j0, p.S);
+    load_tile<BN, C::THREADS>(v, p, p.v, b, key_head, j0, p.S);
     cp_async_commit();
     const bool edge = j0 < last.lo || j0 + BN > first.hi;
     const bool active = j0 < warp_last.hi && j0 + BN > warp_first.lo;
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_
     if (active) multiply_rows<E, C::D>(s, q, warp_row, k, 0);
     cp_async_wait<0>();
     __syncthreads();  // v has landed, k has been used
-    if (j0 > j_begin) load_tile<BN, C::THREADS>(k, p, p.k, b, h, j0 - BN, p.S);
+    if (j0 > j_begin) load_tile<BN, C::THREADS>(k, p, p.k, b, key_head, j0 - BN, p.S);
     cp_async_commit();
     if (edge) {
       const bool found = remove_nonfinite<BN, C::THREADS>(v, threadIdx.x);
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_
   float factor[MT][2];
   finish_softmax(m, l, factor, p, bh, row);
   result_to_tile<E>(o, factor, q, warp_row);
-  if (nonfinite) spread_nonfinite<16 * MT>(q, warp_row, seen + warp_row, p, p.v, b, h, 0);
+  if (nonfinite) spread_nonfinite<16 * MT>(q, warp_row, seen + warp_row, p, p.v, b, key_head, 0);
   store_rows<16 * MT>(q, warp_row, p, p.y, b, h, i0 + warp_row, p.T, 0);
 }
 

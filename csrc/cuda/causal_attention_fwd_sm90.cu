@@ -41,6 +41,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
 
   // late queries, which see the most keys, first
   const int blocks = (p.T + BM - 1) / BM, bh = blockIdx.x / blocks, b = bh / p.H, h = bh % p.H;
+  const int key_head = h / p.group;
   const int i0 = (blocks - 1 - int(blockIdx.x) % blocks) * BM;
   if (threadIdx.x == 0) {
     mbarrier_init(q_full, 1);
@@ -59,18 +60,18 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   if (threadIdx.x < 128) {  // ---- loads
     setmaxnreg_dec<CONSUMERS == 2 ? 24 : 32>();
     if (threadIdx.x != 0 || tiles == 0) return;
-    auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int row, int rows) {
+    auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int head, int row, int rows) {
       mbarrier_expect(barrier, rows * D * 2);
       for (int panel = 0; panel < PANELS; panel++)
-        tma_load(to + panel * rows * 128, &map, barrier, panel * 64, row, h, b);
+        tma_load(to + panel * rows * 128, &map, barrier, panel * 64, row, head, b);
     };
-    load(q_at, maps.q, q_full, i0, BM);
+    load(q_at, maps.q, q_full, h, i0, BM);
     for (int i = 0; i < tiles; i++) {
       const int stage = i % STAGES, parity = (i / STAGES) & 1;
       mbarrier_wait(k_free(stage), parity ^ 1);
-      load(k_at + stage * C::K_BYTES, maps.k, k_full(stage), column(i), BN);
+      load(k_at + stage * C::K_BYTES, maps.k, k_full(stage), key_head, column(i), BN);
       mbarrier_wait(v_free(stage), parity ^ 1);
-      load(v_at + stage * C::K_BYTES, maps.v, v_full(stage), column(i), BN);
+      load(v_at + stage * C::K_BYTES, maps.v, v_full(stage), key_head, column(i), BN);
     }
     return;
   }
@@ -167,7 +168,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
     each_element<1, 8>([&](int, int n, int e) { part[0][n][e] = o[0][panel * 8 + n][e]; });
     const Tile<E, 64> tile{smem + panel * BM * 128};
     result_to_tile<E>(part, factor, tile, warp_row);
-    if (nonfinite) spread_nonfinite<16>(tile, warp_row, seen + warp_row, p, p.v, b, h, panel * 64);
+    if (nonfinite) spread_nonfinite<16>(tile, warp_row, seen + warp_row, p, p.v, b, key_head, panel * 64);
   }
   fence_proxy_async();
   __syncwarp();
@@ -186,8 +187,9 @@ template <class C, bool DROPOUT> cudaError_t launch(const AttentionParams& p, cu
   auto kernel = attention_forward_sm90<C, DROPOUT>;
   if (const cudaError_t error = allow_smem(kernel, C::SMEM)) return error;  // makes a context current, which maps need
   HopperMaps maps;
-  if (!map_of(&maps.q, p, p.q, p.T, C::BM) || !map_of(&maps.k, p, p.k, p.S, C::BN) ||
-      !map_of(&maps.v, p, p.v, p.S, C::BN) || !map_of(&maps.y, p, p.y, p.T, 16))
+  const int key_heads = p.H / p.group;
+  if (!map_of(&maps.q, p, p.q, p.H, p.T, C::BM) || !map_of(&maps.k, p, p.k, key_heads, p.S, C::BN) ||
+      !map_of(&maps.v, p, p.v, key_heads, p.S, C::BN) || !map_of(&maps.y, p, p.y, p.H, p.T, 16))
     return kMapRefused;
   LAUNCH(kernel, dim3(unsigned(ceil_div(p.T, C::BM) * p.B * p.H)), dim3(C::THREADS), C::SMEM, stream, p, maps);
   return cudaGetLastError();
@@ -206,7 +208,8 @@ template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream
 bool causal_attention_fwd_sm90_takes(const AttentionParams& p) {
   using C = HopperShape<bf16, 128, 2>;
   static HopperGpus gpus(attention_forward_sm90<C, false>, C::THREADS, C::SMEM);
-  return has_hopper_shape(p) && has_map(p, p.q, p.T) && has_map(p, p.k, p.S) && has_map(p, p.v, p.S) &&
+  const int key_heads = has_hopper_shape(p) ? p.H / p.group : 0;
+  return key_heads && has_map(p, p.q, p.H, p.T) && has_map(p, p.k, key_heads, p.S) && has_map(p, p.v, key_heads, p.S) &&
          gpus.has_current();
 }
 

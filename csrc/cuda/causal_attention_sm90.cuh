@@ -7,21 +7,22 @@
 
 namespace gptfast::cuda {
 
-// x (B, H, rows, D) as a map of tiles of 64 columns and `tile_rows` rows; a dimension of one element has no stride to
+// x (B, heads, rows, D) as a map of tiles of 64 columns and `tile_rows` rows; a dimension of one element has no stride to
 // speak of.
-template <class H> bool map_of(CUtensorMap* map, const AttentionParams& p, const H& x, int rows, int tile_rows) {
+template <class H>
+bool map_of(CUtensorMap* map, const AttentionParams& p, const H& x, int heads, int rows, int tile_rows) {
   const uint64_t row = uint64_t(p.D) * 2;
   auto stride = [&](i64 elements, int size) { return size == 1 ? row : uint64_t(elements) * 2; };
   const TensorShape shape{x.data,
-                          {uint64_t(p.D), uint64_t(rows), uint64_t(p.H), uint64_t(p.B)},
-                          {stride(x.st, rows), stride(x.sh, p.H), stride(x.sb, p.B)},
+                          {uint64_t(p.D), uint64_t(rows), uint64_t(heads), uint64_t(p.B)},
+                          {stride(x.st, rows), stride(x.sh, heads), stride(x.sb, p.B)},
                           p.dtype};
   return tensor_map(map, shape, uint32_t(tile_rows));
 }
-inline bool has_map(const AttentionParams& p, const Heads& x,
-                    int rows) {  // TMA has no stride 0, as of expanded tensors
+// TMA has no stride 0, as of expanded tensors.
+inline bool has_map(const AttentionParams& p, const Heads& x, int heads, int rows) {
   auto fits = [](i64 stride, i64 size) { return size == 1 || (stride > 0 && stride < i64(1) << 39); };
-  return fits(x.st, rows) && fits(x.sh, p.H) && fits(x.sb, p.B);
+  return fits(x.st, rows) && fits(x.sh, heads) && fits(x.sb, p.B);
 }
 // 16 bits and a head dim with a kernel.
 inline bool has_hopper_shape(const AttentionParams& p) {

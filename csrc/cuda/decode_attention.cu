@@ -2,10 +2,12 @@
 // blocks, and a second kernel combines what they found (Flash-Decoding). With one query a head nothing is reused, so the
 // bytes of k and v decide: no tensor cores, 16-byte loads, LANES lanes a key.
 //
-// A block holds QUERIES queries of one head. A group of LANES lanes walks over keys with a maximum, a sum and an output of
+// The query heads that share a key head are rows of one problem: row r is query r / group of the group's head r % group.
+// A block holds QUERIES rows. A group of LANES lanes walks over keys with a maximum, a sum and an output of
 // its own per query; the groups of a block are combined through shared memory, in one order, and the splits by `combine`.
 //
-// Floor: k and v are read once: 2 B H S D values.
+// Floor: k and v are read once a group of query heads: 2 B (H / group) S D values, here from memory; every QUERIES rows
+// read them once more from L2.
 #include "causal_attention_tile.cuh"
 
 namespace gptfast::cuda {
@@ -29,9 +31,12 @@ __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__
   constexpr int GROUPS = kThreads / LANES, ROW = LANES * 8 + 2;
   DYN_SMEM(smem);
   float* found = reinterpret_cast<float*>(smem);  // of each group: m, l, output
-  const int parts = (p.T + QUERIES - 1) / QUERIES;
-  const int split = blockIdx.x % splits, part = int(blockIdx.x) / splits % parts, bh = blockIdx.x / (splits * parts);
-  const int b = bh / p.H, h = bh % p.H, i0 = part * QUERIES;
+  const int parts = (p.T * p.group + QUERIES - 1) / QUERIES, key_heads = p.H / p.group;
+  const int split = blockIdx.x % splits, part = int(blockIdx.x) / splits % parts;
+  const int b = int(blockIdx.x) / (splits * parts) / key_heads, h = int(blockIdx.x) / (splits * parts) % key_heads;
+  const int r0 = part * QUERIES;
+  auto query = [&](int r) { return r / p.group; };
+  auto query_head = [&](int r) { return h * p.group + r % p.group; };
   const int group = int(threadIdx.x) / LANES, column = int(threadIdx.x) % LANES * 8;
   const float scale_log2 = scale_log2_of(p);
 
@@ -40,9 +45,9 @@ __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__
 #pragma unroll
   for (int i = 0; i < QUERIES; i++) {
     m[i] = -INFINITY, l[i] = 0.f, seen[i] = {0, 0};
-    if (i0 + i < p.T) {
-      seen[i] = visible_keys(p, b, i0 + i);
-      load_8(q[i], row_of<E>(p.q, b, h, i0 + i), column, p);
+    if (r0 + i < p.T * p.group) {
+      seen[i] = visible_keys(p, b, query(r0 + i));
+      load_8(q[i], row_of<E>(p.q, b, query_head(r0 + i), query(r0 + i)), column, p);
       any.lo = min(any.lo, seen[i].lo), any.hi = max(any.hi, seen[i].hi);
     } else {
 #pragma unroll
@@ -83,12 +88,12 @@ __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__
 #pragma unroll
     for (int n = 0; n < 8; n++) mine[2 + column + n] = o[i][n];
     __syncthreads();
-    if (i0 + i >= p.T) continue;
+    if (r0 + i >= p.T * p.group) continue;
     float top = -INFINITY, sum = 0.f;
     for (int g = 0; g < GROUPS; g++) top = fmaxf(top, found[g * ROW]);
     const float shift = top == -INFINITY ? 0.f : top;
     for (int g = 0; g < GROUPS; g++) sum += found[g * ROW + 1] * fast_exp2((found[g * ROW] - shift) * scale_log2);
-    float* to = partial_of(p, i64(bh) * p.T + i0 + i, splits, split);
+    float* to = partial_of(p, i64(b * p.H + query_head(r0 + i)) * p.T + query(r0 + i), splits, split);
     if (threadIdx.x == 0) to[0] = top, to[1] = sum;
     for (int d = threadIdx.x; d < p.D; d += kThreads) {
       float x = 0.f;
@@ -128,17 +133,17 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Atte
 
 template <class E, int LANES, int QUERIES>
 cudaError_t launch(const AttentionParams& p, int splits, cudaStream_t stream) {
-  const i64 parts = ceil_div(p.T, QUERIES), heads = i64(p.B) * p.H;
+  const i64 parts = ceil_div(i64(p.T) * p.group, QUERIES), key_heads = i64(p.B) * p.H / p.group;
   auto attend = attend_split<E, LANES, QUERIES>;
   constexpr int smem = kThreads / LANES * (LANES * 8 + 2) * 4;
-  LAUNCH(attend, dim3(unsigned(heads * parts * splits)), dim3(kThreads), smem, stream, p, splits);
+  LAUNCH(attend, dim3(unsigned(key_heads * parts * splits)), dim3(kThreads), smem, stream, p, splits);
   if (const cudaError_t error = cudaGetLastError()) return error;
   auto join = combine<E>;
-  LAUNCH(join, dim3(unsigned(ceil_div(heads * p.T, kWarps))), dim3(kThreads), 0, stream, p, splits);
+  LAUNCH(join, dim3(unsigned(ceil_div(i64(p.B) * p.H * p.T, kWarps))), dim3(kThreads), 0, stream, p, splits);
   return cudaGetLastError();
 }
 template <class E, int LANES> cudaError_t launch_queries(const AttentionParams& p, int splits, cudaStream_t stream) {
-  return p.T == 1 ? launch<E, LANES, 1>(p, splits, stream) : launch<E, LANES, 4>(p, splits, stream);
+  return p.T * p.group == 1 ? launch<E, LANES, 1>(p, splits, stream) : launch<E, LANES, 4>(p, splits, stream);
 }
 
 }  // namespace
@@ -146,7 +151,8 @@ template <class E, int LANES> cudaError_t launch_queries(const AttentionParams& 
 // Enough blocks for two a multiprocessor of a large GPU; the same on every GPU, so that results are too. 0: not taken.
 int decode_attention_splits(const AttentionParams& p) {
   if (p.T > kMostQueries || p.S < 2 * kShortest || p.dropout.threshold) return 0;
-  const i64 blocks = i64(p.B) * p.H * ceil_div(p.T, p.T == 1 ? 1 : 4), most = p.S / kShortest;
+  const i64 rows = i64(p.T) * p.group, most = p.S / kShortest;
+  const i64 blocks = i64(p.B) * p.H / p.group * ceil_div(rows, rows == 1 ? 1 : 4);
   if (!blocks) return 0;
   const i64 wanted = ceil_div(264, blocks);
   return int(wanted < most ? wanted : most);

@@ -58,7 +58,7 @@ def attention_forward(
         key, value, S = key[:, :, :T], value[:, :, :T], T
     options = {"dropout_p": dropout, "softmax_scale": scaling}
     if attention_mask is None and (T == S or not causal or T == 1):
-        out = grouped(query, key, value, causal=causal and T == S, **options)
+        out = _attend(query, key, value, causal=causal and T == S, **options)
         return out.transpose(1, 2), None
     if attention_mask is None or torch.compiler.is_compiling():
         return _by_torch(query, key, value, attention_mask, causal, options), None
@@ -70,13 +70,8 @@ def attention_forward(
     return _by_pattern(query, key, value, pattern, options, zeros), None
 
 
-def grouped(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """`causal_attention` where several query heads share a key head; the keys are not copied. (B, H, T, D)."""
-    groups = query.shape[1] // key.shape[1]
-    if groups == 1:
-        return ops.causal_attention(query, key, value, **options)
-    parts = [ops.causal_attention(query[:, n::groups], key, value, **options) for n in range(groups)]
-    return torch.stack(parts, 2).flatten(1, 2)
+def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return ops.causal_attention(query, key, value, enable_gqa=True, **options)
 
 
 def _by_pattern(
@@ -87,16 +82,16 @@ def _by_pattern(
     B, _, T, _ = query.shape
     if pattern.cu_seqlens is not None:
         one = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in (query, key, value)]  # 1 H BT D
-        out = grouped(*one, cu_seqlens=pattern.cu_seqlens, **options)
+        out = _attend(*one, cu_seqlens=pattern.cu_seqlens, **options)
         return out.transpose(1, 2).reshape(B, T, *out.shape[1::2])
     options = {**options, "window": pattern.window, "seq_lens": pattern.lengths}
     if pattern.shift is None:
-        return grouped(query, key, value, **options).transpose(1, 2)
+        return _attend(query, key, value, **options).transpose(1, 2)
     # padding on the left goes to the right: every row is turned by it, and the result turned back
     places = torch.arange(T, device=query.device)
     index = ((places + pattern.shift[:, None]) % T)[:, None, :, None]
     turned = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (query, key, value)]
-    out = grouped(*turned, **options)
+    out = _attend(*turned, **options)
     back = ((places - pattern.shift[:, None]) % T)[:, None, :, None]
     out = out.gather(2, back.expand_as(out))
     blind = (places < pattern.shift[:, None])[:, None, :, None]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gptfast import ops
-from gptfast.integrations.attention import grouped
 from gptfast.integrations.modules import runs
 from gptfast.integrations.swap import derive
 
@@ -34,7 +33,9 @@ def _attention(
     same = query.shape[0] == key.shape[0] and (query.shape[1] == key.shape[1] or enable_gqa)
     if attn_mask is not None or not fits or not square or not same or not runs(query, key, value):
         return None
-    return grouped(query, key, value, causal=is_causal, dropout_p=dropout_p, softmax_scale=scale)
+    return ops.causal_attention(
+        query, key, value, causal=is_causal, dropout_p=dropout_p, softmax_scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _layer_norm(

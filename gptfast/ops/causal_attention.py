@@ -37,6 +37,7 @@ def causal_attention(
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
     return_lse: bool = False,
+    enable_gqa: bool = False,
     backend: str | None = None,
 ) -> Any:  # Tensor, or (Tensor, Tensor) with return_lse
     """softmax(softmax_scale * q k^T + mask) v, by tiles with a running maximum and sum (Milakov and Gimelshein,
@@ -53,9 +54,10 @@ def causal_attention(
     Args:
         q: (B, H, T, D), float32, bfloat16, float16 (float64 runs in eager PyTorch). Any strides; the kernels read
             views such as `qkv.view(B, T, 3, H, D)` in place when the last dimension is contiguous. D <= 256.
-        k, v: (B, H, S, D), dtype and device of q.
+        k, v: (B, H, S, D), dtype and device of q; with enable_gqa (B, Hk, S, D), H a multiple of Hk.
         softmax_scale: factor of the scores, finite; None: D ** -0.5.
-        dropout_p: probability in [0, 1] of dropping an attention weight, by the Philox contract of `gptfast.rng`.
+        dropout_p: probability in [0, 1] of dropping an attention weight, by the Philox contract of `gptfast.rng`; matrix
+            b * H + h of the mask is that of query head h, whether heads share keys or not.
         seed, offset: of the dropout mask, in [0, 2**64) and [0, 2**32): the same pair gives the same mask. A
             seed of None is drawn from torch's CPU generator, as `F.scaled_dot_product_attention` draws its mask.
         seq_lens: (B,) int32 or int64, 0 <= seq_lens[b] <= S.
@@ -64,6 +66,9 @@ def causal_attention(
             CUDA graph or by torch.compile; the kernels then never read outside of the tensors.
         window: int >= 1 or None; needs causal=True.
         return_lse: also return the log-sum-exp of the scores, (B, H, T) float32, without gradient.
+        enable_gqa: whether k and v may have fewer heads than q, as in `F.scaled_dot_product_attention`: query head h
+            reads key head h // (H // Hk), in place. The gradients of k and v are sums over their query heads, in fp32
+            and one fixed order, rounded once.
         backend: see `gptfast.backend`.
     Returns:
         (B, H, T, D) in q's dtype, stored as (B, T, H, D) so that `.transpose(1, 2).reshape(B, T, H * D)` is a view.
@@ -73,6 +78,7 @@ def causal_attention(
     check_float(OP, q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     _check_tensors(q, k, v, seq_lens=seq_lens, cu_seqlens=cu_seqlens)
+    _check_heads(q.shape[1], k.shape[1], enable_gqa)
     check_probability(OP, "dropout_p", dropout_p)
     if window is not None:
         check_int(OP, "window", window, 1)
@@ -143,17 +149,30 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, **lengths: Tensor | None) ->
         raise ValueError(f"{OP}: q has shape {tuple(q.shape)}; expected (B, H, T, D)")
     if k.shape != v.shape or k.dim() != 4:
         raise ValueError(f"{OP}: k has shape {tuple(k.shape)} and v {tuple(v.shape)}; expected equal (B, H, S, D)")
-    if k.shape[:2] != q.shape[:2]:
-        raise ValueError(
-            f"{OP}: k has batch and heads {tuple(k.shape[:2])} but q has {tuple(q.shape[:2])}; they must be equal - "
-            "for grouped queries repeat k and v with repeat_interleave(dim=1)"
-        )
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"{OP}: k has batch {k.shape[0]} but q has {q.shape[0]}; they must be equal")
     if k.shape[3] != q.shape[3]:
         raise ValueError(
             f"{OP}: k has head_dim {k.shape[3]} but q has {q.shape[3]}; they must be equal - check the c_attn split"
         )
     if not 1 <= q.shape[3] <= 256:
         raise ValueError(f"{OP}: head_dim is {q.shape[3]}; expected 1 to 256 - use more heads")
+
+
+def _check_heads(H: int, key_heads: int, enable_gqa: bool) -> None:
+    if not isinstance(enable_gqa, bool):
+        raise TypeError(f"{OP}: enable_gqa is {enable_gqa!r} ({type(enable_gqa).__name__}); expected True or False")
+    if key_heads == H:
+        return
+    if not enable_gqa:
+        raise ValueError(
+            f"{OP}: k has {key_heads} heads but q has {H}; they must be equal - "
+            "where groups of query heads share a key head pass enable_gqa=True"
+        )
+    if not 1 <= key_heads <= H or H % key_heads:
+        raise ValueError(
+            f"{OP}: k has {key_heads} heads but q has {H}; with enable_gqa=True the heads of q must be a multiple of k's"
+        )
 
 
 def _check_options(q: Tensor, k: Tensor, options: AttentionOptions) -> None:

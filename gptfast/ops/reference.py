@@ -77,6 +77,7 @@ def causal_attention(
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
     return_lse: bool = False,
+    enable_gqa: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     options = AttentionOptions(seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window or 0)
@@ -86,17 +87,21 @@ def causal_attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """causal_attention, with its options in one object."""
-    (B, H, T), S = q.shape[:3], k.shape[2]
+    """causal_attention, with its options in one object. Queries of heads that share keys lie in one matrix, head after head:
+    k and v (B, K, S, D) are not repeated."""
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    rows = H * T // K if K else T
     mask = visible_keys(T, S, options, q.device)
-    qf, kf, vf = _upcast(q), _upcast(k), _upcast(v)
+    qf, kf, vf = _upcast(q).reshape(B, K, rows, D), _upcast(k), _upcast(v)
     leaky = has_values(kf) and not (torch.isfinite(kf).all() and torch.isfinite(vf).all())
-    scores = _masked_product("bhtd,bhtsd->bhts", qf, kf, mask) if leaky else qf @ kf.transpose(-1, -2)
-    scores = (scores * options.scale).masked_fill(~mask, float("-inf"))  # B H T S
+    seen = mask.repeat(1, 1, H // K, 1) if leaky else mask  # of the rows of a key head
+    scores = _masked_product("bhtd,bhtsd->bhts", qf, kf, seen) if leaky else qf @ kf.transpose(-1, -2)
+    scores = (scores.reshape(B, H, T, S) * options.scale).masked_fill(~mask, float("-inf"))  # B H T S
     empty = scores.isneginf().all(-1, keepdim=True)  # B H T 1: no key is visible
     probs = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     probs = _keep_scaled(probs, (B * H, T, S), options.dropout_p, options.seed, options.offset)
-    out = _masked_product("bhts,bhtsd->bhtd", probs, vf, mask) if leaky else probs @ vf
+    probs = probs.reshape(B, K, rows, S)
+    out = (_masked_product("bhts,bhtsd->bhtd", probs, vf, seen) if leaky else probs @ vf).reshape(B, H, T, D)
     return (out.to(q.dtype), scores.detach().logsumexp(-1)) if return_lse else out.to(q.dtype)
 
 

@@ -44,12 +44,13 @@ class Mask(NamedTuple):
 
 
 def common_arguments(q: Tensor, k: Tensor, options: AttentionOptions) -> dict[str, Any]:
-    """The arguments that all kernels of a call have in common."""
+    """The arguments that all kernels of a call have in common. GROUP query heads share a key head."""
     B, H, T, D = q.shape
+    group = H // max(k.shape[1], 1)
     seq_lens = None if options.seq_lens is None else options.seq_lens.contiguous()
     mask = Mask(seq_lens, *documents(options.cu_seqlens, T))
     dropout = dict(zip(DROPOUT, dropout_arguments(options.dropout_p, options.seed, options.offset), strict=True))
-    sizes = {"heads": B * H, "H": H, "T": T, "S": k.shape[2], "D": D, "BLOCK_D": padded(D)}
+    sizes = {"heads": B * H, "H": H, "T": T, "S": k.shape[2], "GROUP": group, "D": D, "BLOCK_D": padded(D)}
     drops = dropout["threshold"] != 0
     variant = {"CAUSAL": options.causal, "WINDOW": options.window > 0, "DROP": drops, "DTYPE": product_dtype(q.dtype)}
     return {**sizes, "scale": options.scale, "mask": mask, "window": options.window, **dropout, **variant}
@@ -58,7 +59,7 @@ def common_arguments(q: Tensor, k: Tensor, options: AttentionOptions) -> dict[st
 def shape_class(q: Tensor, common: dict[str, Any]) -> tuple[object, ...]:
     """What the best tile depends on; lengths rounded up to powers of two, since generation uses every length."""
     lengths = (triton.next_power_of_2(common[name]) for name in "TS")
-    options = (common[name] for name in ("CAUSAL", "WINDOW", "DROP"))
+    options = (common[name] for name in ("CAUSAL", "WINDOW", "DROP", "GROUP"))
     return str(q.dtype), common["BLOCK_D"], *lengths, *options
 
 

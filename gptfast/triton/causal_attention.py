@@ -117,6 +117,7 @@ def _fwd_kernel(
     seed,
     offset,
     splits,
+    GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     DROP: tl.constexpr,
@@ -141,7 +142,7 @@ def _fwd_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     for part in tl.static_range(0 if WINDOW or mask.starts is not None else 1, 3):  # masked, whole, masked
         for n0 in range(edges[part], edges[part + 1], BLOCK_N):
-            keys = load_tile(k, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+            keys = load_tile(k, head // GROUP, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
             if part != 1:
                 j = n0 + tl.arange(0, BLOCK_N)[None, :]
@@ -157,7 +158,7 @@ def _fwd_kernel(
             total = total * shrink + tl.sum(p, 1)
             if DROP:
                 p = tl.where(keep_mask(head, i, n0, dropout, BLOCK_N), p, 0.0)
-            values = load_tile(v, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+            values = load_tile(v, head // GROUP, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
             acc = acc * shrink[:, None]
             if part != 1:
                 acc += _infinities(values, visible)

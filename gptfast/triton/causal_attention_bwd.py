@@ -2,8 +2,8 @@
 
     P = exp2(c (Q K^T - shift) - level),  dP = dO V^T,  dS = P (dP - delta),  delta = rowsum(dO O)
     dQ = scale dS K       a program handles a block of queries and loops over its keys; it also stores delta
-    dK = scale dS^T Q     a program handles a block of keys and loops over the queries that see them
-    dV = P^T dO
+    dK = scale dS^T Q     a program handles a block of keys and loops over the queries that see them, of one query head of
+    dV = P^T dO           the key head's group after another
 
 (Dao, FlashAttention-2, arXiv 2307.08691). With dropout, P in dV and dP in dS go through the mask, which is recomputed.
 """
@@ -69,7 +69,7 @@ def causal_attention_bwd(
     def launch_dkdv(blocks: Blocks) -> None:
         operands = [operand(x, blocks.m, blocks) for x in (q, dout)]
         operands += [operand(x, blocks.n, blocks) for x in (k, v)]
-        grid = (triton.cdiv(S, blocks.n) * B * H,)
+        grid = (triton.cdiv(S, blocks.n) * B * k.shape[1],)
         _dkdv_kernel[grid](*operands, heads(dk), heads(dv), *rows, **common, **blocks.options())
 
     kind, tma = shape_class(q, common), loadable_by_tma(q, k, v, out, dout)
@@ -125,6 +125,7 @@ def _dq_kernel(
     keep_scale,
     seed,
     offset,
+    GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     DROP: tl.constexpr,
@@ -151,8 +152,8 @@ def _dq_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for part in tl.static_range(0 if WINDOW or mask.starts is not None else 1, 3):  # masked, whole, masked
         for n0 in range(edges[part], edges[part + 1], BLOCK_N):
-            keys = load_tile(k, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
-            values = load_tile(v, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+            keys = load_tile(k, head // GROUP, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+            values = load_tile(v, head // GROUP, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
             p = tl.exp2((scores - tops) * (scale * LOG2E) - levels)
             dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
@@ -189,6 +190,7 @@ def _dkdv_kernel(
     keep_scale,
     seed,
     offset,
+    GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     DROP: tl.constexpr,
@@ -199,45 +201,48 @@ def _dkdv_kernel(
     BLOCK_N: tl.constexpr,
 ):
     dropout = (threshold, keep_scale, seed, offset)
-    head = tl.program_id(0) % heads
-    n0 = tl.program_id(0) // heads * BLOCK_N  # early keys are seen by the most queries: first
+    key_heads = heads // GROUP
+    key_head = tl.program_id(0) % key_heads
+    n0 = tl.program_id(0) // key_heads * BLOCK_N  # early keys are seen by the most queries: first
     j = n0 + tl.arange(0, BLOCK_N)
-    keys = load_tile(k, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
-    values = load_tile(v, head, H, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
-    shift += head.to(tl.int64) * T
-    level += head.to(tl.int64) * T
-    delta += head.to(tl.int64) * T
-    seq_len = keys_of_batch(mask, head // H, S)
+    keys = load_tile(k, key_head, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+    values = load_tile(v, key_head, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
+    seq_len = keys_of_batch(mask, key_head // (H // GROUP), S)
     edges = _queries_of_keys(n0, j, T, S, seq_len, mask, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
 
     key_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     value_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for part in tl.static_range(0, 3):  # masked, whole, masked
-        for m0 in range(edges[part], edges[part + 1], BLOCK_M):
-            row = m0 + tl.arange(0, BLOCK_M)
-            i = tl.minimum(row, T - 1)
-            queries = load_tile(q, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
-            upstream = load_tile(dout, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
-            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")  # BLOCK_N, BLOCK_M
-            p = tl.exp2((scores - tl.load(shift + i)[None, :]) * (scale * LOG2E) - tl.load(level + i)[None, :])
-            dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
-            if part != 1:
-                first, end = visible_keys(i, T, S, seq_len, mask, window, CAUSAL, WINDOW)
-                end = tl.where(row < T, end, 0)  # past the end of the queries nothing is seen
-                visible = (j[:, None] >= first[None, :]) & (j[:, None] < end[None, :])
-                p = tl.where(visible, p, 0.0)
-            kept = p
-            if DROP:
-                keep = tl.trans(keep_mask(head, i, n0, dropout, BLOCK_N))
-                kept = tl.where(keep, p * dropout[1], 0.0)
-                dp = tl.where(keep, dp * dropout[1], 0.0)
-            ds = p * (dp - tl.load(delta + i)[None, :])
-            if part != 1:
-                ds = tl.where(visible, ds, 0.0)  # p = 0 times a bad value
-            value_sum = tl.dot(kept.to(DTYPE), upstream, value_sum, input_precision="ieee")
-            key_sum = tl.dot(ds.to(DTYPE), queries, key_sum, input_precision="ieee")
-    store_tile(dk, head, H, n0, S, key_sum * scale, D)
-    store_tile(dv, head, H, n0, S, value_sum, D)
+    for member in range(GROUP):
+        head = key_head * GROUP + member
+        tops = shift + head.to(tl.int64) * T
+        levels = level + head.to(tl.int64) * T
+        deltas = delta + head.to(tl.int64) * T
+        for part in tl.static_range(0, 3):  # masked, whole, masked
+            for m0 in range(edges[part], edges[part + 1], BLOCK_M):
+                row = m0 + tl.arange(0, BLOCK_M)
+                i = tl.minimum(row, T - 1)
+                queries = load_tile(q, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
+                upstream = load_tile(dout, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
+                scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")  # BLOCK_N, BLOCK_M
+                p = tl.exp2((scores - tl.load(tops + i)[None, :]) * (scale * LOG2E) - tl.load(levels + i)[None, :])
+                dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
+                if part != 1:
+                    first, end = visible_keys(i, T, S, seq_len, mask, window, CAUSAL, WINDOW)
+                    end = tl.where(row < T, end, 0)  # past the end of the queries nothing is seen
+                    visible = (j[:, None] >= first[None, :]) & (j[:, None] < end[None, :])
+                    p = tl.where(visible, p, 0.0)
+                kept = p
+                if DROP:
+                    keep = tl.trans(keep_mask(head, i, n0, dropout, BLOCK_N))
+                    kept = tl.where(keep, p * dropout[1], 0.0)
+                    dp = tl.where(keep, dp * dropout[1], 0.0)
+                ds = p * (dp - tl.load(deltas + i)[None, :])
+                if part != 1:
+                    ds = tl.where(visible, ds, 0.0)  # p = 0 times a bad value
+                value_sum = tl.dot(kept.to(DTYPE), upstream, value_sum, input_precision="ieee")
+                key_sum = tl.dot(ds.to(DTYPE), queries, key_sum, input_precision="ieee")
+    store_tile(dk, key_head, H // GROUP, n0, S, key_sum * scale, D)
+    store_tile(dv, key_head, H // GROUP, n0, S, value_sum, D)
 
 
 @triton.jit

@@ -151,7 +151,7 @@ def test_pure(emu):
 @pytest.mark.parametrize("variant", ["race", "asan"])
 def test_without_races_and_without_a_byte_too_far(variant):
     emulated.build(variant)
-    shapes = "bf16 and (B2H2T129D128 or B2H2T113D59 or S700 or S560 or T300D128) or fp32 and B1H2T5S200"
+    shapes = "bf16 and (B2H2T129D128 or B2H2T113D59 or S700 or S560 or T300D128 or T130D128K1 or T5S530D64K1) or fp32 and B1H2T5S200"
     chosen = f"(test_parity and emu or test_long_rows or test_few_queries) and ({shapes})"
     chosen += " or test_nan_in_masked and hopper and bf16"  # what threads clean, wgmma reads
     files = ["tests/ops/test_causal_attention.py", "tests/cuda_emulator/test_emulator_attention.py"]

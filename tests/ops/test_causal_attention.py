@@ -227,6 +227,7 @@ def test_the_largest_score_wins(dtype, size, isa):
 FEW_HEADS = [  # the backward deals the query blocks of each head to several slices
     Case("causal_attention", {"B": 1, "H": 2, "T": 600, "D": 20}, {"dropout_p": 0.1, "seed": 3}),
     Case("causal_attention", {"B": 1, "H": 1, "T": 515, "S": 707, "D": 9}, {"window": 300}),
+    Case("causal_attention", {"B": 1, "H": 6, "T": 180, "D": 20, "K": 1}, {"enable_gqa": True, "dropout_p": 0.1}),
 ]
 
 
@@ -295,7 +296,7 @@ X = torch.zeros(2, 3, 5, 8)
     [
         (lambda: causal_attention(X[0], X, X), ValueError, r"q has shape \(3, 5, 8\); expected \(B, H, T, D\)"),
         (lambda: causal_attention(X, X[..., :4], X[..., :4]), ValueError, r"k has head_dim 4 but q has 8"),
-        (lambda: causal_attention(X, X[:, :1], X[:, :1]), ValueError, r"k has batch and heads \(2, 1\) but q"),
+        (lambda: causal_attention(X, X[:, :1], X[:, :1]), ValueError, r"k has 1 heads but q has 3"),
         (lambda: causal_attention(X, X, X[:, :, :4]), ValueError, r"k has shape .* and v .* expected equal"),
         (lambda: causal_attention(X, X.half(), X), TypeError, r"dtypes torch.float32, torch.float16"),
         (lambda: causal_attention(X, X.int(), X), TypeError, r"k has dtype torch.int32"),

@@ -25,6 +25,10 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "dropout": (lambda x: ops.dropout(x, 0.3, seed=1), (R(3, 8),)),
     "embedding": (lambda w: ops.embedding(torch.tensor([[1, 0, 2]]), w), (R(4, 8),)),
     "causal_attention": (ops.causal_attention, (R(1, 2, 5, 8), R(1, 2, 5, 8), R(1, 2, 5, 8))),
+    "grouped attention": (
+        lambda q, k, v: ops.causal_attention(q, k, v, enable_gqa=True),
+        (R(1, 4, 5, 8), R(1, 2, 5, 8), R(1, 2, 5, 8)),
+    ),
     "cross_entropy": (lambda x: ops.cross_entropy(x, torch.tensor([1, 0, -100])), (R(3, 8),)),
     "linear_cross_entropy": (lambda h, w: ops.linear_cross_entropy(h, w, torch.tensor([1, 0, 2])), (R(3, 8), R(5, 8))),
     "linear_logprobs": (lambda h, w: ops.linear_logprobs(h, w, torch.tensor([1, 0, 2])), (R(3, 8), R(5, 8))),

@@ -8,9 +8,11 @@ from gptfast.testing import Case
 
 
 def attention(
-    T: int, D: int, S: int | None = None, B: int = 1, H: int = 1, layout: str = "contiguous", **options
+    T: int, D: int, S: int | None = None, B: int = 1, H: int = 1, layout: str = "contiguous", K: int = 0, **options
 ) -> Case:
     dims = {"B": B, "H": H, "T": T, **({} if S is None else {"S": S}), "D": D}
+    if K:
+        dims["K"], options = K, {**options, "enable_gqa": True}
     return Case("causal_attention", dims, options, layout)
 
 
@@ -20,6 +22,8 @@ LONG = [  # the rings of buffers go round more than once
     attention(140, 128, S=560, causal=False, dropout_p=0.2),
     attention(520, 64, window=300),
     attention(300, 128, cu_seqlens=torch.tensor([0, 130, 131, 300])),
+    attention(130, 128, H=3, K=1, dropout_p=0.1, seed=2),
+    attention(200, 64, H=4, K=2, layout="strided"),
 ]
 FEW_QUERIES = [  # decode_attention
     attention(1, 64, S=700, H=3),
@@ -28,6 +32,8 @@ FEW_QUERIES = [  # decode_attention
     attention(16, 256, S=515, causal=False),
     attention(5, 12, S=800, B=2, causal=False, seq_lens=torch.tensor([0, 3])),
     attention(3, 64, S=512, softmax_scale=0.0),
+    attention(1, 128, S=520, H=5, K=1, layout="strided", seq_lens=torch.tensor([513])),
+    attention(5, 64, S=530, H=3, K=1),
 ]
 MODE_CASES = [
     attention(3, 64, S=600),
@@ -36,4 +42,5 @@ MODE_CASES = [
     attention(67, 80, S=90, causal=False, dropout_p=0.3),
     attention(40, 59, seq_lens=torch.tensor([31])),
     attention(70, 64, S=560, dropout_p=0.2),
+    attention(70, 64, S=150, H=4, K=2, dropout_p=0.2),
 ]

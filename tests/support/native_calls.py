@@ -72,6 +72,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         "seq_lens": None,
         "cu_seqlens": torch.tensor([0, 2, T]),
     }
+    grouped = {"k": random(B, 1, T + 2, D), "v": random(B, 1, T + 2, D).flip(2)}
     rows, other, weight = random(R, C), random(R, C).flip(0), random(C)
     norm = {"x": rows, "weight": weight, "bias": weight.flip(0), "eps": 1e-5}
     _, mean, rstd = invoke(ops, "layer_norm_fwd", norm)
@@ -87,6 +88,8 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     return {
         "causal_attention_fwd": attention,
         "causal_attention_fwd packed": attention | packed,
+        "causal_attention_fwd grouped": attention | grouped,
+        "causal_attention_bwd grouped": attention | grouped | {"dout": q.flip(1), "out": out, "statistics": statistics},
         "causal_attention_bwd": attention | {"dout": q.flip(1), "out": out, "statistics": statistics},
         "layer_norm_fwd": norm,
         "layer_norm_bwd": norm,

@@ -13,19 +13,21 @@ from gptfast.testing.case import Case, Inputs, Spec
 
 def make(c: Case, dtype: torch.dtype, g: torch.Generator) -> Inputs:
     B, H, T, D = (c.dims[k] for k in "BHTD")
-    S = c.dims.get("S", T)
+    S, K = c.dims.get("S", T), c.dims.get("K", H)
     if c.layout == "strided":  # one projection of q, k and v, as a model makes it
-        x = torch.randn(B, max(T, S), 3, H, D, generator=g).to(dtype)
-        return tuple(x[:, :n, i].transpose(1, 2) for i, n in enumerate((T, S, S)))
+        x = torch.randn(B, max(T, S), H + 2 * K, D, generator=g).to(dtype)
+        parts = zip(x.split([H, K, K], 2), (T, S, S), strict=True)
+        return tuple(part[:, :n].transpose(1, 2) for part, n in parts)
     spread = c.dims.get("scores", 1) ** 0.5  # of the scores, some 4 times that at most
-    return tuple((torch.randn(B, H, n, D, generator=g) * f).to(dtype) for n, f in ((T, spread), (S, spread), (S, 1)))
+    sizes = (H, T, spread), (K, S, spread), (K, S, 1)
+    return tuple((torch.randn(B, h, n, D, generator=g) * f).to(dtype) for h, n, f in sizes)
 
 
 def cost(c: Case, size: int) -> tuple[float, float]:
     B, H, T, D = (c.dims[k] for k in "BHTD")
-    S = c.dims.get("S", T)
+    S, K = c.dims.get("S", T), c.dims.get("K", H)
     visible = T * S - T * (T - 1) / 2 if c.options.get("causal", True) and T <= S else T * S
-    return 4.0 * B * H * visible * D, B * H * D * (2 * T + 2 * S) * size
+    return 4.0 * B * H * visible * D, B * D * (2 * H * T + 2 * K * S) * size
 
 
 def case(
@@ -35,14 +37,18 @@ def case(
     D: int,
     S: int | None = None,
     layout: str = "contiguous",
+    K: int | None = None,
     **options: Any,
 ) -> Case:
+    """K: heads of k and v, which groups of query heads share; None: as many as q has."""
     dims = {"B": B, "H": H, "T": T, **({} if S is None else {"S": S}), "D": D}
+    if K is not None:
+        dims["K"], options = K, {**options, "enable_gqa": True}
     return Case("causal_attention", dims, options, layout)
 
 
-def peer(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, **options: Any) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+def peer(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, enable_gqa: bool = False, **options: Any) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p, enable_gqa=enable_gqa)
 
 
 SPEC = Spec(
@@ -71,11 +77,29 @@ SPEC = Spec(
         case(0, 2, 8, 16),
         case(1, 2, 0, 16, S=5),
         case(1, 2, 3, 16, S=0),
+        case(2, 4, 100, 64, K=2),
+        case(1, 6, 90, 128, K=2, layout="strided", dropout_p=0.2, seed=11, window=33),
+        case(2, 5, 67, 40, K=1, S=90, causal=False, dropout_p=0.1, seed=4, seq_lens=torch.tensor([90, 21])),
+        case(1, 12, 1, 64, K=4, S=333),
+        case(3, 3, 7, 33, K=1, S=150, layout="strided", softmax_scale=-0.2, seq_lens=torch.tensor([0, 150, 77])),
+        case(1, 8, 130, 24, K=4, layout="strided", cu_seqlens=torch.tensor([0, 50, 51, 130]), dropout_p=0.3),
+        case(1, 4, 100, 16, K=2, S=40, window=30),
+        case(1, 8, 33, 256, K=2, causal=False),
+        case(1, 2, 19, 8, K=2),
+        case(1, 4, 0, 16, K=2, S=5),
+        case(2, 4, 3, 16, K=2, S=0),
         Case("causal_attention", {"B": 4, "H": 12, "T": 1024, "D": 64}, bench=True),
         Case(
             "causal_attention",
             {"B": 4, "H": 12, "T": 1024, "D": 64},
             {"dropout_p": 0.1},
+            bench=True,
+            slow_reference=True,
+        ),
+        Case(
+            "causal_attention",
+            {"B": 1, "H": 32, "T": 1024, "D": 128, "K": 8},
+            {"enable_gqa": True},
             bench=True,
             slow_reference=True,
         ),
