@@ -18,11 +18,11 @@ def mean_of_rows(gpt: GPT, hidden: Tensor, ids: Tensor, real: Tensor) -> Tensor:
             there are no others.
     """
     counts = real[:, 1:] & real[:, :-1]
-    of_row = counts.sum(1, keepdim=True)  # R 1
-    weights = (1 / of_row.clamp_min(1) / (of_row > 0).sum().clamp_min(1)).expand_as(counts)[counts]
     x, targets = hidden[:, :-1][counts], ids[:, 1:][counts].long()
     if is_plain_linear(gpt.lm_head):
         losses = ops.linear_cross_entropy(x, gpt.lm_head.weight, targets, reduction="none")
     else:
         losses = ops.cross_entropy(gpt.lm_head(x), targets, reduction="none")
-    return (losses * weights).sum()
+    of_row = counts.sum(1, keepdim=True).to(losses.dtype)  # R 1
+    weights = 1 / of_row.clamp_min(1) / (of_row > 0).sum().clamp_min(1)
+    return (losses * weights.expand_as(counts)[counts]).sum()

@@ -228,9 +228,11 @@ class TaskModel(nn.Module):
         return logits
 
     def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        wide = logits if logits.dtype == torch.float64 else logits.float()
         if self.task == "similarity":
-            return nn.functional.mse_loss(logits.float(), labels.float())
-        return nn.functional.cross_entropy(logits.float(), labels, weight=self.class_weights)
+            return nn.functional.mse_loss(wide, labels.to(wide.dtype))
+        weights = None if self.class_weights is None else self.class_weights.to(wide.dtype)
+        return nn.functional.cross_entropy(wide, labels, weight=weights)
 
     def _counted(self, hidden: Tensor, rows: Tensor, real: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of the LM loss: all of them, for choice those of the right choices."""

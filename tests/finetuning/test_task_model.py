@@ -50,6 +50,31 @@ def test_logits_losses_and_gradients_are_those_of_single_rows(task):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-4)  # sums of some dozen rows in fp32
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("task", EXAMPLES)
+def test_losses_do_not_depend_on_the_default_dtype(task, default):
+    weights = {"class_weights": [1.0, 3.0]} if task == "classification" else {}
+    model = task_model(task, **weights)
+    wanted = model(**model.batch(EXAMPLES[task]))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        again = TaskModel(
+            model.gpt, task, model.labels, model.tokenizer, special_tokens=model.special_tokens, **weights
+        )
+        again.load_state_dict(model.state_dict())
+        found = again(**again.batch(EXAMPLES[task]))
+    finally:
+        torch.set_default_dtype(before)
+    assert (found.loss.dtype, found.lm_loss.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(found.loss, wanted.loss)
+    assert torch.equal(found.lm_loss, wanted.lm_loss)
+    double = again.double()
+    loss = double(**double.batch(EXAMPLES[task])).loss
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss.float(), wanted.loss)
+
+
 def test_without_labels_or_with_lm_coef_0():
     model = task_model("classification")
     batch = model.batch(EXAMPLES["classification"])
@@ -124,6 +149,19 @@ def test_new_tokens_get_rows_and_old_ones_are_named():
     assert used.vocab_size == V, "the tokenizer that was given stays as it is"
     assert tm.tokenizer.encode("[SEP]", allowed_special=["[SEP]"]) == [V]
     assert len(tm.tokenizer.encode("[SEP]")) > 1, "a text cannot inject a delimiter"
+
+
+def test_a_model_that_has_generated_takes_new_tokens():
+    used = bpe()
+    model = gpt(used.vocab_size)
+    prompt = used.encode("the cat")
+    first = model.generate([prompt], max_new_tokens=4)[0]
+    tm = TaskModel(model, "classification", ["a", "b"], used)
+    with torch.no_grad():
+        tm.gpt.wte.weight[tm.special_tokens["bos"]] = -9.0
+        logits = tm.gpt(torch.tensor([first[:-1]]))
+        second = tm.gpt.generate([prompt], max_new_tokens=4)[0]
+    assert second[len(prompt)] == int(logits[0, len(prompt) - 1].argmax())
 
 
 def test_spare_rows_and_an_untied_head():
