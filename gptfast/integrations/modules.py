@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gptfast import ops
+from gptfast.integrations import joined
 from gptfast.integrations.swap import derive, patches
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,6 +43,9 @@ class LayerNorm(nn.LayerNorm):
             return super().forward(input)
         if input.shape[-1:] != self.weight.shape:
             return super().forward(input)
+        ahead = None if torch.compiler.is_compiling() else joined.ahead()
+        if ahead is not None and (known := ahead.take(self, input)) is not None:
+            return known
         return ops.layer_norm(input, self.weight, self.bias, self.eps)
 
 
@@ -60,6 +64,8 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0 or self.inplace or not runs(input):
             return super().forward(input)
+        if not torch.compiler.is_compiling() and joined.is_held(self, input):
+            return input
         return ops.dropout(input, self.p)
 
 

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -149,6 +150,7 @@ def _patches(model: nn.Module, report: Report, generate: bool) -> Iterator[_Patc
     of_transformers = _is_of_transformers(model)
     shared: set[int] = set()
     if of_transformers:
+        import_module("gptfast.integrations.gpt2_block")  # known to `patched_class` from here on
         from gptfast.integrations.transformers_gpt import SHARED as shared
     alone: list[str] = []
     heads = set()
@@ -202,6 +204,9 @@ def _told(patched: type[nn.Module]) -> str:
         "GPT2Attention": "causal_attention",
         "OpenAIAttention": "causal_attention",
         "OpenAIMLP": "gelu",
+        "GPT2MLP": "linear and gelu",
+        "GPT2Block": "add_layer_norm",
+        "GPT2Model": "add_layer_norm from block to block",
     }.get(patched.__name__, "gelu")
 
 

@@ -1,0 +1,89 @@
+"""Lets one pass do a dropout, the residual sum after it and the LayerNorm that follows, though each is a module of its own.
+
+A dropout that is held hands its input on, and says so. A LayerNorm whose result came with the sum hands that out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether others see the calls of a module, by hooks or a forward set on the instance. The hooks by which transformers
+    records hidden states do not count: they are on what no pass changes."""
+    own = any("output_capturing" not in getattr(hook, "__name__", "") for hook in module._forward_hooks.values())
+    others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    everywhere = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+    everywhere = everywhere or hooks._global_backward_hooks or hooks._global_backward_pre_hooks
+    return bool(own or others or everywhere or "forward" in vars(module))
+
+
+class Held:
+    """A dropout that hands its input on: `branch` is that input; None: it was not called, or had nothing to do."""
+
+    def __init__(self, dropout: nn.Module) -> None:
+        self.dropout = dropout
+        self.branch: Tensor | None = None
+
+
+class Ahead:
+    """The LayerNorm that follows each block of a model, and the result that it will have."""
+
+    def __init__(self, following: Mapping[nn.Module, nn.Module]) -> None:
+        self._following = following
+        self._known: tuple[nn.Module, Tensor, int, Tensor] | None = None
+
+    def norm_after(self, block: nn.Module) -> nn.Module | None:
+        return self._following.get(block)
+
+    def put(self, norm: nn.Module, total: Tensor, normed: Tensor) -> None:
+        self._known = norm, total, total._version, normed
+
+    def take(self, norm: nn.Module, x: Tensor) -> Tensor | None:
+        """norm(x) where it is known."""
+        known, self._known = self._known, None
+        if known is None or known[0] is not norm or known[1] is not x or known[2] != x._version:
+            return None
+        return known[3]
+
+
+_held: ContextVar[Held | None] = ContextVar("gptfast_held_dropout", default=None)
+_ahead: ContextVar[Ahead | None] = ContextVar("gptfast_ahead", default=None)
+
+
+@contextmanager
+def holding(dropout: nn.Module) -> Iterator[Held]:
+    held = Held(dropout)
+    token = _held.set(held)
+    try:
+        yield held
+    finally:
+        _held.reset(token)
+
+
+@contextmanager
+def looking_ahead(following: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    token = _ahead.set(Ahead(following))
+    try:
+        yield
+    finally:
+        _ahead.reset(token)
+
+
+def is_held(dropout: nn.Module, x: Tensor) -> bool:
+    """Whether this call of a dropout is held; it is noted then."""
+    held = _held.get()
+    if held is None or held.dropout is not dropout:
+        return False
+    held.branch = x
+    return True
+
+
+def ahead() -> Ahead | None:
+    """Of the model whose forward runs, if it is one that looks ahead."""
+    return _ahead.get()
