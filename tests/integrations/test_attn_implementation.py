@@ -129,6 +129,44 @@ def test_gemma2_has_a_soft_cap_and_is_refused():
         model(torch.randint(V, (1, 5)))
 
 
+def test_gpt_oss_has_sinks_and_is_refused():
+    config = transformers.GptOssConfig(**{**GATED, "head_dim": 8}, num_local_experts=2, num_experts_per_tok=1)
+    model = transformers.GptOssForCausalLM._from_config(config, attn_implementation="gptfast")
+    with pytest.raises(NotImplementedError, match="s_aux, attention sinks"):
+        model(torch.randint(V, (1, 5)))
+
+
+def test_bidirectional_attention_is_that_of_eager():
+    ids, mask = padding("right")
+    found = []
+    for kind in ("eager", "gptfast"):
+        torch.manual_seed(0)
+        config = transformers.BertConfig(**COMMON, intermediate_size=48)
+        model = transformers.BertModel._from_config(config, attn_implementation=kind).eval()
+        found.append(
+            [model(ids[:, :n], attention_mask=m).last_hidden_state for n, m in ((T, mask), (1, None), (9, None))]
+        )
+    seen = mask.bool()
+    torch.testing.assert_close(found[1][0][seen], found[0][0][seen], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1][1:], found[0][1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 5, T])
+def test_cross_attention_is_that_of_eager(queries: int):
+    """Fewer, as many and more queries than keys."""
+    ids, mask = padding("right")
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in {"layers": 1, "ffn_dim": 48}.items()}
+    heads = {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+    found = []
+    for kind in ("eager", "gptfast"):
+        torch.manual_seed(0)
+        config = transformers.BartConfig(vocab_size=V, d_model=32, max_position_embeddings=64, **sizes, **heads)
+        model = transformers.BartModel._from_config(config, attn_implementation=kind).eval()
+        for given in ({"attention_mask": mask, "input_ids": ids}, {"input_ids": ids[:, :5]}):
+            found.append(model(**given, decoder_input_ids=ids[:, :queries]).last_hidden_state)
+    torch.testing.assert_close(found[2:], found[:2], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["import gptfast, transformers", "import transformers.modeling_utils, gptfast"])
 def test_whichever_package_is_imported_first(order: str):

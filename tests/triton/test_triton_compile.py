@@ -39,14 +39,14 @@ def row_kernels() -> None:
         sample.sample(x, 1.0, 5, 0.9, 1, ids, ids)
 
 
-def attention_kernels(D: int, dtype: torch.dtype, dropout_p: float) -> None:
+def attention_kernels(D: int, dtype: torch.dtype, dropout_p: float, group: int = 1) -> None:
     from gptfast.triton import causal_attention, causal_attention_bwd
 
-    q, statistics = torch.empty(1, 2, 1024, D, dtype=dtype), torch.empty(2, 1, 2, 1024)
-    options = (None, None, True, 0.1, dropout_p, 1, 2, 0)
-    causal_attention.causal_attention_fwd(q, q, q, *options)
-    causal_attention.causal_attention_fwd(q[:, :, :1], q, q, *options)  # decoding: keys split among programs
-    causal_attention_bwd.causal_attention_bwd(q, q, q, q, q, statistics, *options)
+    q, statistics = torch.empty(1, 4, 1024, D, dtype=dtype), torch.empty(2, 1, 4, 1024)
+    k, options = q[:, : 4 // group], (None, None, True, 0.1, dropout_p, 1, 2, 0)
+    causal_attention.causal_attention_fwd(q, k, k, *options)
+    causal_attention.causal_attention_fwd(q[:, :, :1], k, k, *options)  # decoding: keys split among programs
+    causal_attention_bwd.causal_attention_bwd(q, q, k, k, q, statistics, *options)
 
 
 def quantized_kernels(dtype: torch.dtype) -> None:
@@ -78,15 +78,21 @@ TENSOR_CORES = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "gfx942": "
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("D", "dropout_p", "target"),
-    [(64, 0.1, "sm_80"), (64, 0.1, "sm_90"), (64, 0.1, "gfx942"), (128, 0.0, "sm_90"), (128, 0.0, "gfx942")],
+    ("D", "dropout_p", "target", "group"),
+    [
+        (64, 0.1, "sm_80", 2),
+        (64, 0.1, "sm_90", 1),
+        (64, 0.1, "gfx942", 1),
+        (128, 0.0, "sm_90", 4),
+        (128, 0.0, "gfx942", 2),
+    ],
 )
-def test_attention_compiles_to_tensor_core_instructions(D, dropout_p, target, monkeypatch):
+def test_attention_compiles_to_tensor_core_instructions(D, dropout_p, target, group, monkeypatch):
     from tests.support.triton_targets import TARGETS, compiled_for
 
     monkeypatch.setenv("GPTFAST_TRITON_TUNE", "0")
     with compiled_for(target) as kernels:
-        attention_kernels(D, torch.bfloat16, dropout_p)
+        attention_kernels(D, torch.bfloat16, dropout_p, group)
     assert {k.metadata.name for k in kernels} == {"_fwd_kernel", "_dq_kernel", "_dkdv_kernel", "_join_kernel"}
     room = TARGETS["sm_80" if target == "sm_90" else target][1]  # these tiles are sm_80's too
     for kernel in kernels:
