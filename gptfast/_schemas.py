@@ -100,10 +100,15 @@ CUDA_LIBRARY = ("cuda_unavailable_reason(int device) -> str",)
 
 # Operators written in Python: torch.compile sees one call.
 _LOSS = "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing"
+_FACTORS = "Tensor[] a, Tensor[] b"
+_LOW_RANK = f"{_FACTORS}, float[] scales, SymInt[] spans, float[] rates, SymInt[] seeds, SymInt[] offsets"
 PYTHON = (
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "linear_bwd(Tensor dy, Tensor x, Tensor weight, bool want_x, bool want_weight, bool want_bias) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+    f"lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, {_LOW_RANK}) -> Tensor[]",
+    f"lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, {_LOW_RANK.replace(_FACTORS, _FACTORS + ', Tensor[] low')}, "
+    "bool want_x, bool want_weight, bool want_bias, bool[] want_factors) -> Tensor[]",
     f"linear_cross_entropy_fwd(str backend, {_LOSS}) -> Tensor",
     f"linear_cross_entropy_bwd(str backend, Tensor? dloss, {_LOSS}, bool want_hidden, bool want_weight) "
     "-> (Tensor, Tensor, Tensor)",

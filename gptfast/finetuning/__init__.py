@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from gptfast.finetuning.jsonl import Examples, read_examples
     from gptfast.finetuning.predictions import Prediction
     from gptfast.finetuning.task_model import TaskModel, TaskOutput
+    from gptfast.models.adapters.config import LoraConfig
 
 __all__ = [
     "Conversations",
     "Examples",
+    "LoraConfig",
     "Prediction",
     "TaskModel",
     "TaskOutput",
@@ -31,6 +33,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "Conversations": "gptfast.finetuning.instructions",
         "Examples": "gptfast.finetuning.jsonl",
+        "LoraConfig": "gptfast.models.adapters.config",
         "Prediction": "gptfast.finetuning.predictions",
         "TaskModel": "gptfast.finetuning.task_model",
         "TaskOutput": "gptfast.finetuning.task_model",

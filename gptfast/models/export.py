@@ -66,15 +66,15 @@ def save(
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{count}.safetensors" for i in range(len(shards))]
     dtype, metadata = str(model.wte.weight.dtype).removeprefix("torch."), metadata_of(model)
     with staged_folder(path, replaces=rf"{WEIGHTS}|generation_config\.json") as stage:
-        _write_json(stage / CONFIG, hf_layout.to_hf(config, dtype, metadata.config) | dict(settings or {}))
+        write_json(stage / CONFIG, hf_layout.to_hf(config, dtype, metadata.config) | dict(settings or {}))
         if metadata.generation is not None:
-            _write_json(stage / GENERATION, metadata.generation)
+            write_json(stage / GENERATION, metadata.generation)
         for file, names in zip(files, shards, strict=True):
             write_tensors(stage / file, _apart({name: tensors[name].contiguous().cpu() for name in names}))
         if len(shards) > 1:
             weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
             total = sum(x.nbytes for x in tensors.values())
-            _write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _named_tensors(model: Transformer, config: GPTConfig) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -118,11 +118,11 @@ def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     path.touch()
     mode = path.stat().st_mode & 0o777  # as the umask has it; safetensors makes files for their owner alone
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
         path.chmod(mode)
     except SafetensorError as error:  # how safetensors reports a failed write
         code = re.search(r"os error (\d+)", str(error))

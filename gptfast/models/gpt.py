@@ -12,10 +12,10 @@ from gptfast.engine import CompiledGPT, compile_model, engine_for
 from gptfast.generation import CudaGraphRunner, Runner, TorchRunner, generate
 from gptfast.metadata import Metadata, metadata_of
 from gptfast.models import export, pretrained
-from gptfast.nn.transformer import Transformer
+from gptfast.models.adapters.methods import AdapterMethods
 
 
-class GPT(Transformer):
+class GPT(AdapterMethods):
     """A GPT-1, GPT-2 or GPT-3 with GPT-2's parameter names; `forward` and training are those of `gptfast.nn.Transformer`.
 
     Args:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
+from gptfast.nn.adapted import Selection, call
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.linear import Linear
 
@@ -41,6 +42,7 @@ class CausalSelfAttention(torch.nn.Module):
         rng: tuple[int, int] | None = None,
         cache: KVCache | None = None,
         cu_seqlens: Tensor | None = None,
+        adapters: Selection | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). The dropout after the projection belongs to `Block`.
 
@@ -50,9 +52,10 @@ class CausalSelfAttention(torch.nn.Module):
                 (`gptfast.ops.streams`).
             cache: keys and values of earlier positions (`KVCache.start` was called); without dropout.
             cu_seqlens: ends of the texts that a row is packed of, see `gptfast.ops.causal_attention`; B = 1.
+            adapters: of this forward; None: the active ones.
         """
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
+        qkv = call(self.c_attn, adapters, x).view(B, T, 3, self.n_head, self.head_dim)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # B H T D, views of one buffer
         if cache is not None:
             out = cache.attend(q, k, v, self.window)
@@ -61,7 +64,7 @@ class CausalSelfAttention(torch.nn.Module):
             seed, offset = (rng or self.counter.take()) if p > 0 else (0, 0)
             options = {"dropout_p": p, "seed": seed, "offset": offset, "cu_seqlens": cu_seqlens}
             out = ops.causal_attention(q, k, v, window=self.window, **options)
-        return self.c_proj(out.transpose(1, 2).reshape(B, T, C))
+        return call(self.c_proj, adapters, out.transpose(1, 2).reshape(B, T, C))
 
     def extra_repr(self) -> str:
         sizes = f"n_head={self.n_head}, head_dim={self.head_dim}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
+from gptfast.nn.adapted import Selection, call
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.layer_norm import LayerNorm
@@ -52,6 +53,7 @@ class Block(torch.nn.Module):
         rng: tuple[int, int] | None = None,
         cache: KVCache | None = None,
         cu_seqlens: Tensor | None = None,
+        adapters: Selection | None = None,
     ) -> Tensor | tuple[Tensor | None, Tensor]:
         """The whole block, or with `residual` its fused form.
 
@@ -61,7 +63,7 @@ class Block(torch.nn.Module):
             rng: (seed, offset) of the attention dropout; offset + 1 and + 2 serve the dropouts after
                 attention and MLP, offset - 1 that of the branch handed in. None takes the next four of the
                 module's own counter (`gptfast.ops.streams`).
-            cache, cu_seqlens: see `CausalSelfAttention`.
+            cache, cu_seqlens, adapters: see `CausalSelfAttention`.
         Returns:
             (B, T, C); with `residual`: (branch, residual), where branch is None for post-norm blocks.
         """
@@ -72,7 +74,7 @@ class Block(torch.nn.Module):
         if stream is None:
             raise TypeError("Block: x is None without a residual; expected (B, T, C)")
         run = self._pre_norm if self.pre_norm else self._post_norm
-        branch, stream = run(branch, stream, rng, cache, cu_seqlens)
+        branch, stream = run(branch, stream, rng, cache, cu_seqlens, adapters)
         return add_branch(branch, stream, self._dropout(rng, 2)) if residual is None else (branch, stream)
 
     def _pre_norm(
@@ -82,14 +84,16 @@ class Block(torch.nn.Module):
         rng: tuple[int, int],
         cache: KVCache | None,
         cu_seqlens: Tensor | None,
+        adapters: Selection | None,
     ) -> tuple[Tensor | None, Tensor]:
+        under = {} if adapters is None else {"adapters": adapters}
         if branch is None:
-            y = self.ln_1(residual)
+            y = call(self.ln_1, adapters, residual)
         else:
-            y, residual = self.ln_1(branch, residual, **self._dropout(rng, -1))
-        y = self.attn(y, rng=rng, cache=cache, cu_seqlens=cu_seqlens)
-        y, residual = self.ln_2(y, residual, **self._dropout(rng, 1))
-        return self.mlp(y), residual
+            y, residual = call(self.ln_1, adapters, branch, residual, **self._dropout(rng, -1))
+        y = self.attn(y, rng=rng, cache=cache, cu_seqlens=cu_seqlens, **under)
+        y, residual = call(self.ln_2, adapters, y, residual, **self._dropout(rng, 1))
+        return self.mlp(y, **under), residual
 
     def _post_norm(
         self,
@@ -98,11 +102,13 @@ class Block(torch.nn.Module):
         rng: tuple[int, int],
         cache: KVCache | None,
         cu_seqlens: Tensor | None,
+        adapters: Selection | None,
     ) -> tuple[Tensor | None, Tensor]:
+        under = {} if adapters is None else {"adapters": adapters}
         residual = add_branch(branch, residual, self._dropout(rng, -1))
-        y = self.attn(residual, rng=rng, cache=cache, cu_seqlens=cu_seqlens)
-        x, _ = self.ln_1(y, residual, **self._dropout(rng, 1))
-        x, _ = self.ln_2(self.mlp(x), x, **self._dropout(rng, 2))
+        y = self.attn(residual, rng=rng, cache=cache, cu_seqlens=cu_seqlens, **under)
+        x, _ = call(self.ln_1, adapters, y, residual, **self._dropout(rng, 1))
+        x, _ = call(self.ln_2, adapters, self.mlp(x, **under), x, **self._dropout(rng, 2))
         return None, x
 
     def _drops(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.config import GPTConfig
+from gptfast.nn.adapted import ADAPTED
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.block import Block
 from gptfast.nn.layer_norm import LayerNorm
@@ -56,6 +57,9 @@ def difference(model: Transformer, saved: bool = False) -> str | None:
         model: a GPT.
         saved: also compare what a checkpoint does not store: dropout rates, and the values of fixed embeddings.
     """
+    if model.adapters is not None and any(isinstance(module, ADAPTED) for module in model.modules()):
+        names = ", ".join(map(repr, model.adapters.names))
+        return f"the model has the adapter {names}, which is not merged (merge_adapter)"
     wanted, found = _parts(model.config), dict(model.named_modules(remove_duplicate=False))
     told = _in_classes(model) or _in_blocks(model) or _global_hooks()
     if told is not None:

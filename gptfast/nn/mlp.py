@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gptfast.nn.adapted import Selection, call
 from gptfast.nn.linear import Linear
 
 if TYPE_CHECKING:
@@ -25,6 +26,6 @@ class MLP(torch.nn.Module):
         self.c_fc = Linear(config.n_embd, config.inner_dim, bias=config.bias, activation=config.activation)
         self.c_proj = Linear(config.inner_dim, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C). The dropout after the projection belongs to `Block`."""
-        return self.c_proj(self.c_fc(x))
+    def forward(self, x: Tensor, adapters: Selection | None = None) -> Tensor:
+        """(..., C) -> (..., C). The dropout after the projection belongs to `Block`. adapters: None: the active ones."""
+        return call(self.c_proj, adapters, call(self.c_fc, adapters, x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gptfast import ops
 from gptfast.config import GPTConfig
+from gptfast.nn.adapted import DROPOUTS, AdapterState, Selection, call, embedded, select_rows, watch
 from gptfast.nn.block import Block, add_branch
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.inputs import REFUSED, Packed, Padding, check_ids, one_of, refuse, shifted
@@ -37,6 +38,8 @@ class Transformer(nn.Module):
     Args:
         config: see `GPTConfig`.
     """
+
+    adapters: AdapterState | None = None  # of a GPT with adapters, see `gptfast.GPT.add_adapter`
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -98,6 +101,7 @@ class Transformer(nn.Module):
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
         **others: Any,
     ) -> Tensor | tuple[Tensor | None, Tensor]:
         """Logits, or logits and mean cross-entropy. A batch of transformers' collators may be expanded: model(**batch).
@@ -116,6 +120,7 @@ class Transformer(nn.Module):
             cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T: B = 1, and the row is n texts one after another, text d at
                 positions cu_seqlens[d] .. cu_seqlens[d + 1]. None sees another, and the positions of each begin at 0, so
                 T may be more than block_size. labels are not shifted over the ends.
+            adapter_names: the adapter of each row, "__base__" for none; None: the active ones for all rows.
             others: what transformers has besides is refused.
         Returns:
             Without targets: logits (B, T, V), or (B, V) with last_only.
@@ -127,6 +132,7 @@ class Transformer(nn.Module):
             named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
             given = {name: value for name, value in named.items() if value is not None}
             options = {"ignore_index": ignore_index, "cache": cache, "last_only": last_only, "cu_seqlens": cu_seqlens}
+            options["adapter_names"] = adapter_names
             return self.forward(None, targets, **ids, **given, **options, **others)
         refuse("GPT", others, REFUSED)
         tokens = one_of("ids", ids, "input_ids", input_ids)
@@ -138,68 +144,104 @@ class Transformer(nn.Module):
         if targets is not None and padding is not None:
             targets = targets.masked_fill(~padding.counts, ignore_index)  # nothing is predicted from padding
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            x = self._hidden(tokens if padding is None else padding.compact(tokens), cache, packed)  # B T C
+            numbers = self._take_numbers()
+            adapters = self._selection(adapter_names, len(tokens), *numbers)
+            tokens = tokens if padding is None else padding.compact(tokens)
+            x = self._hidden(tokens, cache, numbers, adapters, packed)  # B T C
             if last_only:
-                return self.lm_head(x[:, -1] if padding is None else padding.last(x))
+                return call(self.lm_head, adapters, x[:, -1] if padding is None else padding.last(x))
             x = x if padding is None else padding.restore(x)
             if targets is None:
-                return self.lm_head(x)
+                return call(self.lm_head, adapters, x)
             hidden, wanted = x.flatten(0, 1), targets.flatten()
             if self.training and is_plain_linear(self.lm_head):
-                return None, ops.linear_cross_entropy(hidden, self.lm_head.weight, wanted, ignore_index=ignore_index)
-            logits = self.lm_head(x)
-            loss = ops.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=ignore_index)
+                logits = None
+                loss = ops.linear_cross_entropy(hidden, self.lm_head.weight, wanted, ignore_index=ignore_index)
+            else:
+                logits = call(self.lm_head, adapters, x)
+                loss = ops.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=ignore_index)
+            if self.training and self.adapters is not None and adapter_names is None:
+                watch(self, self.adapters, loss)
             return None if self.training else logits, loss
 
-    def hidden_states(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, ids: Tensor, *, attention_mask: Tensor | None = None, adapter_names: Sequence[str] | None = None
+    ) -> Tensor:
         """What the head multiplies: (B, T, C) after the last block and the final LayerNorm. Arguments as in `forward`."""
         padding = None if attention_mask is None else self._padding(ids, attention_mask, None)
         ids = ids if padding is None else padding.without(ids)
         self._check(ids, None, None, False, -100)
+        numbers = self._take_numbers()
+        adapters = self._selection(adapter_names, len(ids), *numbers)
         if padding is None:
-            return self._hidden(ids, None)
-        return padding.restore(self._hidden(padding.compact(ids), None))
+            return self._hidden(ids, None, numbers, adapters)
+        return padding.restore(self._hidden(padding.compact(ids), None, numbers, adapters))
 
-    def _hidden(self, ids: Tensor, cache: KVCache | None, packed: Packed | None = None) -> Tensor:
-        """Hidden states before the head, (B, T, C)."""
-        config, seed, first = self.config, *self._take_offsets()
+    def _hidden(
+        self,
+        ids: Tensor,
+        cache: KVCache | None,
+        numbers: tuple[int, int],
+        adapters: Selection | None,
+        packed: Packed | None = None,
+    ) -> Tensor:
+        """Hidden states before the head, (B, T, C). Each forward has 1 + 3 n_layer dropouts, numbered in order."""
+        config, (seed, step) = self.config, numbers
+        first, under = step * (1 + 3 * config.n_layer), {} if adapters is None else {"adapters": adapters}
         positions = packed.positions if packed else None if cache is None else cache.start(ids.shape[1])
         cu_seqlens = None if packed is None else packed.cu_seqlens
-        residual = self._embed(ids, positions)
+        if adapters is None:
+            residual = self._embed(ids, positions)
+        else:
+            residual = embedded(self._embed, self.wte, adapters, ids, positions)
         if self.training and config.embd_pdrop > 0:
             residual = ops.dropout(residual, config.embd_pdrop, seed, first)
         branch = None
         for layer, block in enumerate(self.h):
             branch, residual = block(
-                branch, residual, rng=(seed, first + 1 + 3 * layer), cache=cache, cu_seqlens=cu_seqlens
+                branch, residual, rng=(seed, first + 1 + 3 * layer), cache=cache, cu_seqlens=cu_seqlens, **under
             )
         if cache is not None:
             cache.finish(ids.shape[1])
-        return self._final_norm(branch, residual, seed, first + 3 * config.n_layer)
+        return self._final_norm(branch, residual, seed, first + 3 * config.n_layer, adapters)
 
-    def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
-        """Token plus position embedding, (B, T, C)."""
+    def _embed(self, ids: Tensor, positions: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+        """Token plus position embedding, (B, T, C). tokens: (V, C), None for `wte`."""
+        tokens = self.wte.weight if tokens is None else tokens
         if self.config.position_embedding == "learned":
-            return ops.embedding(ids, self.wte.weight, self.wpe.weight, positions)
+            return ops.embedding(ids, tokens, self.wpe.weight, positions)
         sinusoids = self.wpe.weight[: ids.shape[1]] if positions is None else self.wpe.weight[positions]
         scale = math.sqrt(self.config.n_embd)  # Vaswani et al., section 3.4: or 0.02 would drown in sinusoids of 1
-        return ops.embedding(ids, self.wte.weight) * scale + sinusoids
+        return ops.embedding(ids, tokens) * scale + sinusoids
 
-    def _final_norm(self, branch: Tensor | None, residual: Tensor, seed: int, offset: int) -> Tensor:
+    def _final_norm(
+        self, branch: Tensor | None, residual: Tensor, seed: int, offset: int, adapters: Selection | None
+    ) -> Tensor:
         """Add the last block's branch and normalise, as far as the config has these."""
         p = self.config.resid_pdrop if self.training else 0.0
         dropout = {"dropout_p": p, "seed": seed, "offset": offset} if p > 0 else {}
         if self.ln_f is None:
             return add_branch(branch, residual, dropout)
-        return self.ln_f(residual) if branch is None else self.ln_f(branch, residual, **dropout)[0]
+        if branch is None:
+            return call(self.ln_f, adapters, residual)
+        return call(self.ln_f, adapters, branch, residual, **dropout)[0]
 
-    def _take_offsets(self) -> tuple[int, int]:
-        """(seed, first Philox offset) of this forward: each has 1 + 3 n_layer dropouts, numbered in order."""
+    def _take_numbers(self) -> tuple[int, int]:
+        """(seed, step) of the dropouts of this forward."""
         c = self.config
-        if not self.training or not (c.embd_pdrop or c.attn_pdrop or c.resid_pdrop):
-            return 0, 0
-        seed, step = self._dropout.take()
-        return seed, step * (1 + 3 * c.n_layer)
+        drops = c.embd_pdrop or c.attn_pdrop or c.resid_pdrop or (self.adapters is not None and self.adapters.drops)
+        return self._dropout.take() if self.training and drops else (0, 0)
+
+    def _selection(self, adapter_names: Any, rows: int, seed: int, step: int) -> Selection | None:
+        """The adapters of this forward; the dropouts before A are numbered as the others, apart from them."""
+        state = self.adapters
+        if state is None and adapter_names is None:
+            return None
+        state = state or AdapterState()
+        rng = (seed, DROPOUTS + step * (1 + 4 * self.config.n_layer)) if self.training and state.drops else None
+        if adapter_names is None:
+            return state.selection(rng)
+        return select_rows(state.names, adapter_names, rows, rng)
 
     def _padding(self, ids: Any, mask: Any, cache: KVCache | None) -> Padding:
         check_ids("ids", ids, (torch.int64, torch.int32), None)

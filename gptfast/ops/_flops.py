@@ -27,6 +27,22 @@ def _gemm(a: Shape, b: Shape, *others: Any, **_: Any) -> int:
     return 2 * prod(a) * b[1]
 
 
+def _lora_fwd(x: Shape, weight: Shape, bias: Shape | None, a: list[Shape], *others: Any, **_: Any) -> int:
+    spans = others[2]
+    rows = [last - first for first, last in zip(spans[::2], spans[1::2], strict=True)]
+    return 2 * prod(x) * weight[0] + sum(2 * M * f[0] * sum(weight) for M, f in zip(rows, a, strict=True))
+
+
+def _lora_bwd(
+    dy: Shape, x: Shape, weight: Shape, a: list[Shape], b: list[Shape], low: list[Shape], *others: Any, **_: Any
+) -> int:
+    want_x, want_weight, _bias, wanted = others[-4:]
+    total, (N, K), n = 2 * prod(x) * weight[0] * (want_x + want_weight), weight, len(a)
+    for M_r, of_a, of_b in zip(low, wanted[:n], wanted[n:], strict=True):
+        total += 2 * prod(M_r) * (N * of_b + N * (of_a or want_x) + K * of_a + K * want_x)
+    return total
+
+
 def _quantized_linear_fwd(x: Shape, codes: Shape, *others: Any, out_shape: Any = None, **_: Any) -> int:
     return 2 * prod(x) * out_shape[-1]
 
@@ -67,6 +83,8 @@ FORMULAS = {
     "linear_fwd": _linear_fwd,
     "linear_bwd": _linear_bwd,
     "gemm": _gemm,
+    "lora_linear_fwd": _lora_fwd,
+    "lora_linear_bwd": _lora_bwd,
     "quantized_linear_fwd": _quantized_linear_fwd,
     "quantized_linear_bwd": _quantized_linear_bwd,
     "linear_cross_entropy_fwd": _loss_fwd,

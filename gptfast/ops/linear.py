@@ -49,7 +49,7 @@ def linear(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or activation.
     """
-    _check(x, weight, bias, activation)
+    check_linear(x, weight, bias, activation)
     approximate = GELUS.get(activation or "")
     added = bias if approximate is None else None  # the op gelu adds the bias itself
     x = autocast(x)[0]
@@ -67,7 +67,7 @@ def linear(
     return y if activation is None else reference.ACTIVATIONS[activation](y)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
     check_float(OP, x=x, weight=weight, bias=bias)
     check_same_device(OP, x=x, weight=weight, bias=bias)
     check_choice(OP, "activation", activation, ACTIVATIONS)

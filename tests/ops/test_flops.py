@@ -83,3 +83,12 @@ def test_quantised_weights_count_as_the_matrix_that_they_stand_for(format: str, 
     with FlopCounterMode(display=False) as counter:
         op.quantized_linear_bwd(meta(5, 48), codes, meta(48, 2), format, 32, 64)
     assert counter.get_total_flops() == 2 * 5 * 64 * 48
+
+
+def test_low_rank_updates_count():
+    x, w = torch.randn(20, 8, requires_grad=True), torch.randn(6, 8)
+    a, b = torch.randn(3, 8, requires_grad=True), torch.randn(6, 3, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        ops.lora_linear(x, w, updates=[ops.LowRank(a, b, first=4, last=14)]).sum().backward()
+    base, update = 2 * 20 * 8 * 6, 2 * 10 * 3 * (8 + 6)
+    assert counter.get_total_flops() == 2 * base + 3 * update

@@ -1,0 +1,255 @@
+"""Adapters of a model: putting them into its modules, taking them out, and which of them are active."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptfast._warn import warn
+from gptfast.models.adapters.config import LoraConfig
+from gptfast.models.adapters.targets import saved, targets
+from gptfast.nn.adapted import BASE, SAVED, AdapterState, LoraFactor, LoraFactors, LoraLinear
+from gptfast.nn.difference import USUAL
+from gptfast.nn.linear import Linear
+from gptfast.nn.transformer import Transformer
+
+
+@dataclass
+class Adapters(AdapterState):
+    """The adapters of a GPT.
+
+    configs: by name, in the order of adding.
+    base: what the base was before the first of them, see `base_mark`.
+    biases: values of the base's biases before an adapter trained them, by the names of parameters.
+    trainable: names of the base's parameters that were trained before, and are again when the last adapter goes.
+    merged: names of the adapters that are merged. aside: while they are, what was taken out of the modules; see `merging`.
+    """
+
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    base: str = ""
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    trainable: set[str] = field(default_factory=set)
+    merged: tuple[str, ...] = ()
+    aside: dict[str, Any] = field(default_factory=dict)
+
+    def follow(self) -> None:
+        """Set what depends on the configurations."""
+        self.names = tuple(self.configs)
+        self.drops = any(config.lora_dropout > 0 for config in self.configs.values())
+
+
+def adapters_of(model: Transformer, op: str) -> Adapters:
+    """The adapters of a model. Raises ValueError if it has none."""
+    if not isinstance(model.adapters, Adapters):
+        raise ValueError(f"{op}: the model has no adapter; add one with add_adapter or load_adapter")
+    return model.adapters
+
+
+def check_names(state: Adapters, op: str, names: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of adapters that there are. Raises ValueError for an unknown one."""
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    for name in wanted:
+        if name not in state.configs:
+            raise ValueError(f"{op}: there is no adapter {name!r}; the model has {', '.join(map(repr, state.configs))}")
+    return wanted
+
+
+def check_not_merged(model: Transformer, op: str) -> None:
+    state = model.adapters
+    if isinstance(state, Adapters) and state.merged:
+        raise ValueError(f"{op}: {', '.join(map(repr, state.merged))} is merged; call unmerge_adapter() first")
+
+
+def add(model: Transformer, config: LoraConfig, name: str, mark: str) -> None:
+    """Put an adapter into the modules, make it the active one, and freeze the base.
+
+    Raises:
+        ValueError: a name that is taken or cannot be one, modules that do not exist, or two adapters of which one trains
+            the biases of the base. The model is then as it was.
+    """
+    check_not_merged(model, "add_adapter")
+    old = model.adapters if isinstance(model.adapters, Adapters) else None
+    _check_name(name, old)
+    where, copies = targets(model, config), saved(model, config)
+    if old is not None and (config.bias != "none" or any(c.bias != "none" for c in old.configs.values())):
+        raise ValueError(
+            f"add_adapter: {name!r} beside {', '.join(map(repr, old.configs))}, of which one has a bias other than "
+            '"none": the biases of the base are one for all - use bias="none"'
+        )
+    if old is None:
+        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+        state = Adapters(base=mark, trainable=trainable)
+    else:
+        state = old
+    factors = {path: _factors(model.get_submodule(path), path, config) for path in where}
+    for parameter in () if old else model.parameters():
+        parameter.requires_grad_(False)
+    for path, (a, b) in factors.items():
+        _attach(model.get_submodule(path), name, state, a, b, _number(model, path))
+    _copy(model, copies, config, name, state)
+    for path, parameter in _trained_biases(model, config, where):
+        state.biases[path] = parameter.detach().clone()
+    state.configs[name] = config
+    model.adapters = state
+    state.follow()
+    activate(model, name)
+
+
+def _check_name(name: Any, state: Adapters | None) -> None:
+    if not isinstance(name, str) or not name or "." in name or name == BASE or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"add_adapter: name is {name!r}; expected a text without dots that is no word of torch's")
+    if state is not None and name in state.configs:
+        raise ValueError(f"add_adapter: there is an adapter {name!r} already; delete it, or take another name")
+
+
+def _number(model: Transformer, path: str) -> int:
+    """Of a module, in [0, 1 + 4 n_layer): the same whatever else has an adapter."""
+    layer, kinds = path.split("."), ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    if len(layer) < 4:
+        return 4 * model.config.n_layer
+    return 4 * int(layer[1]) + kinds.index(".".join(layer[2:]))
+
+
+def _factors(module: nn.Module, path: str, config: LoraConfig) -> tuple[LoraFactor, LoraFactor]:
+    """A and B of one module, in fp32 beside half precision: small steps of an optimizer would be rounded away."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+    (out, of), r = weight.shape, config.rank_of(path)
+    a, b = (torch.empty(*shape, dtype=dtype, device=weight.device) for shape in ((r, of), (out, r)))
+    if config.init_lora_weights == "gaussian":
+        nn.init.normal_(a, std=1 / r)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    nn.init.zeros_(b) if config.init_lora_weights else nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+    return LoraFactor(a, config.scale_of(path), config.lora_dropout), LoraFactor(b)
+
+
+def _attach(module: nn.Module, name: str, state: AdapterState, a: LoraFactor, b: LoraFactor, number: int) -> None:
+    if not isinstance(module, LoraLinear):
+        module.__class__ = LoraLinear
+        module.lora_A, module.lora_B = LoraFactors(), LoraFactors()
+        module.__dict__.update(state=state, number=number)
+    assert isinstance(module, LoraLinear)
+    module.lora_A[name], module.lora_B[name] = a, b
+    module.train(module.training)
+
+
+def _copy(model: Transformer, paths: list[str], config: LoraConfig, name: str, state: AdapterState) -> None:
+    """Give modules the copies of `modules_to_save`."""
+    tied = config.ensure_weight_tying and model.lm_head.weight is model.wte.weight
+    for path in [*paths, *(["lm_head"] if tied and "wte" in paths and "lm_head" not in paths else [])]:
+        module = model.get_submodule(path)
+        original = next(kind for kind in SAVED if isinstance(module, kind))
+        copy = _like(original, module)
+        if type(module) is original:
+            module.__class__ = SAVED[original]
+            module.modules_to_save, module.state = nn.ModuleDict(), state  # pyright: ignore
+        module.modules_to_save[name] = copy  # pyright: ignore
+    if tied and "wte" in paths:
+        model.lm_head.modules_to_save[name].weight = model.wte.modules_to_save[name].weight  # pyright: ignore
+
+
+def _like(kind: type[nn.Module], module: nn.Module) -> nn.Module:
+    """A plain module with copies of the parameters of another, without its hooks."""
+    copy = kind.__new__(kind)
+    nn.Module.__init__(copy)
+    own = vars(module).keys() - USUAL - {"state", "number"}
+    copy.__dict__.update({key: vars(module)[key] for key in own}, training=module.training)
+    copy._parameters.update({key: _copied(p) for key, p in module._parameters.items()})
+    return copy
+
+
+def _copied(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    return None if parameter is None else nn.Parameter(parameter.detach().clone())
+
+
+def _trained_biases(model: Transformer, config: LoraConfig, where: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
+    """The biases of the base that an adapter trains."""
+    if config.bias == "none":
+        return []
+    plain = {n for n, m in model.named_modules() if "modules_to_save" not in n and "modules_to_save" not in m._modules}
+    own = [(n, n.removesuffix(".bias"), p) for n, p in model.named_parameters() if n.endswith(".bias")]
+    return [(n, p) for n, path, p in own if path in plain and (config.bias == "all" or path in where)]
+
+
+def adapted_paths(model: Transformer, name: str) -> list[str]:
+    """The modules that have low-rank updates of an adapter."""
+    return [path for path, m in model.named_modules() if isinstance(m, LoraLinear) and name in m.lora_A]
+
+
+def parameters_of(model: Transformer, name: str) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that an adapter has, with the biases of the base that it trains."""
+    ends = tuple(f".{kind}.{name}." for kind in ("lora_A", "lora_B", "modules_to_save"))
+    own = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if any(end in f".{n}" for end in ends)]
+    return own + _trained_biases(model, adapters_of(model, "adapter").configs[name], adapted_paths(model, name))
+
+
+def activate(model: Transformer, names: str | Sequence[str]) -> None:
+    """Make adapters the ones that a forward uses, and the only ones that are trained."""
+    check_not_merged(model, "set_adapter")
+    state = adapters_of(model, "set_adapter")
+    state.active = check_names(state, "set_adapter", names)
+    state.enabled = True
+    for name in state.configs:
+        for _, parameter in parameters_of(model, name):
+            parameter.requires_grad_(name in state.active)
+
+
+def enable(model: Transformer, enabled: bool) -> None:
+    op = "enable_adapters" if enabled else "disable_adapters"
+    check_not_merged(model, op)
+    state = adapters_of(model, op)
+    state.enabled = enabled
+    if not enabled and state.biases:
+        warn(
+            f'disable_adapters: the biases of the base were trained (bias="{next(iter(state.configs.values())).bias}") and stay so'
+        )
+
+
+def delete(model: Transformer, names: str | Sequence[str]) -> None:
+    """Take adapters out of the modules. Without the last one the model is what it was before the first."""
+    check_not_merged(model, "delete_adapter")
+    state = adapters_of(model, "delete_adapter")
+    for name in check_names(state, "delete_adapter", names):
+        _restore_biases(model, state, name)
+        for module in list(model.modules()):
+            _detach(module, name)
+        del state.configs[name]
+        state.follow()
+    left = [name for name in state.active if name in state.configs] or list(state.configs)[:1]
+    if left:
+        enabled = state.enabled
+        activate(model, left)
+        state.enabled = enabled
+        return
+    model.adapters = None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in state.trainable)
+
+
+def _restore_biases(model: Transformer, state: Adapters, name: str) -> None:
+    if state.configs[name].bias != "none":
+        with torch.no_grad():
+            for path, value in state.biases.items():
+                model.get_parameter(path).copy_(value)
+        state.biases.clear()
+
+
+def _detach(module: nn.Module, name: str) -> None:
+    for kind in ("lora_A", "lora_B", "modules_to_save"):
+        held = module._modules.get(kind)
+        if isinstance(held, nn.ModuleDict) and name in held:
+            del held[name]
+            if not held:
+                del module._modules[kind]
+    plain = Linear if type(module) is LoraLinear else next((k for k, v in SAVED.items() if type(module) is v), None)
+    if plain is not None and not ({"lora_A", "modules_to_save"} & module._modules.keys()):
+        module.__dict__.pop("state", None)
+        module.__dict__.pop("number", None)
+        module.__class__ = plain  # pyright: ignore[reportAttributeAccessIssue]

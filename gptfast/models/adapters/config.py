@@ -1,0 +1,168 @@
+"""LoraConfig: the fields of peft's configuration that gptfast honours, and the refusal of others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptfast._checks import check_choice, check_count, check_real
+
+BIASES = ("none", "all", "lora_only")
+INITS = (True, False, "gaussian")
+# Keys of peft's files that say nothing about the model.
+_INFORMATION = ("auto_mapping", "peft_version", "revision", "runtime_config", "peft_type")
+# peft's fields for other methods, and the values at which they do nothing, beside None, False and what is empty.
+_NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+_REMEDIES = {
+    "use_dora": "train plain LoRA",
+    "lora_bias": 'bias="lora_only" trains the biases of the base',
+    "trainable_token_indices": 'modules_to_save=["wte"] trains the whole embedding',
+    "target_parameters": "name modules in target_modules",
+    "layer_replication": "build the model with the layers that it is to have",
+}
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank updates of linear layers (Hu et al., arXiv 2106.09685), with the names and meanings of peft's fields.
+
+    Args:
+        r: rank of the updates.
+        lora_alpha: the update is scaled by lora_alpha / r.
+        target_modules: names or endings of names ("c_attn", "mlp.c_proj", "transformer.h.0.attn.c_attn"), a regular
+            expression for whole names, or "all-linear" for all but the head; None: ["c_attn"], as peft has it for GPT-2.
+        exclude_modules: likewise, of modules that stay as they are.
+        lora_dropout: probability of dropping an element of the layer's input before A, in training.
+        bias: "none", "all" or "lora_only": which biases of the base are trained, and saved with the adapter.
+        use_rslora: the scale is lora_alpha / sqrt(r) (Kalajdzievski, arXiv 2312.03732).
+        modules_to_save: modules of which the adapter has a trained copy of its own, such as ["wte"], ["lm_head"].
+        init_lora_weights: True: A as in torch's Linear and B = 0; "gaussian": A normal of 1 / r; False: B random too.
+        layers_to_transform: the layers that `target_modules` is about; None: all.
+        layers_pattern: name of the list of layers, "h".
+        rank_pattern, alpha_pattern: other r and lora_alpha for names or endings, as regular expressions.
+        fan_in_fan_out: how the base stores its matrices; here it changes nothing, and what is written fits transformers.
+        ensure_weight_tying: a copy of the token embedding by `modules_to_save` is the head's too, where the base ties them.
+        task_type, base_model_name_or_path, inference_mode: kept for the file.
+        use_dora, lora_bias, trainable_token_indices, target_parameters, layer_replication: refused.
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range, or a field of peft's that gptfast does not have.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    ensure_weight_tying: bool = False
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    inference_mode: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    trainable_token_indices: Any = None
+    target_parameters: Any = None
+    layer_replication: Any = None
+
+    def __post_init__(self) -> None:
+        for name in _REMEDIES:
+            if getattr(self, name):
+                raise ValueError(
+                    f"LoraConfig: {name} is {getattr(self, name)!r}, which gptfast does not have; {_REMEDIES[name]}"
+                )
+        check_count("LoraConfig", "r", self.r)
+        positive = "a number > 0"
+        check_real("LoraConfig", "lora_alpha", self.lora_alpha, positive, lambda x: 0 < x < math.inf)
+        check_real("LoraConfig", "lora_dropout", self.lora_dropout, "a probability in [0, 1)", lambda p: 0 <= p < 1)
+        check_choice("LoraConfig", "bias", self.bias, BIASES)
+        check_choice("LoraConfig", "init_lora_weights", self.init_lora_weights, INITS)
+        self.target_modules = (
+            ["c_attn"] if self.target_modules is None else _names("target_modules", self.target_modules)
+        )
+        self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"LoraConfig: modules_to_save is {self.modules_to_save!r}; expected a list of names")
+        named = _names("modules_to_save", self.modules_to_save)
+        self.modules_to_save = named if isinstance(named, list) else None
+        for pattern, rank in self.rank_pattern.items():
+            check_count("LoraConfig", f"rank_pattern[{pattern!r}]", rank)
+        for pattern, alpha in self.alpha_pattern.items():
+            check_real("LoraConfig", f"alpha_pattern[{pattern!r}]", alpha, positive, lambda x: 0 < x < math.inf)
+        self.task_type = _plain(self.task_type)
+
+    def rank_of(self, name: str) -> int:
+        """r of a module."""
+        return _by_pattern(self.rank_pattern, name, self.r)
+
+    def scale_of(self, name: str) -> float:
+        """Factor of a module's update."""
+        r, alpha = self.rank_of(name), _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def from_peft(raw: Mapping[str, Any], where: object) -> LoraConfig:
+    """The configuration in the content of an adapter_config.json.
+
+    Raises:
+        ValueError: another method, a field that gptfast does not have set to something, or a value out of range.
+    """
+    kind = _plain(raw.get("peft_type"))
+    if kind != "LORA":
+        raise ValueError(f"{where}: peft_type is {kind!r}; gptfast has LORA - use peft for others")
+    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    for key, value in raw.items():
+        if key not in known and key not in _INFORMATION and value and value != _NEUTRAL.get(key):
+            raise ValueError(f"{where}: {key} is {json.dumps(value)[:60]}, which gptfast does not have; use peft")
+    given = {key: value for key, value in raw.items() if key in known and value is not None}
+    try:
+        return LoraConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def to_peft(config: LoraConfig, **changed: Any) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    return {"peft_type": "LORA", **dataclasses.asdict(config), **changed, "inference_mode": True}
+
+
+def of_user(config: Any) -> LoraConfig:
+    """A configuration of our own, from ours or from peft's.
+
+    Raises:
+        TypeError: something else.  ValueError: see `from_peft`.
+    """
+    if isinstance(config, LoraConfig):
+        return dataclasses.replace(config)
+    if type(config).__module__.partition(".")[0] == "peft" and hasattr(config, "to_dict"):
+        return from_peft(config.to_dict(), f"add_adapter: peft's {type(config).__name__}")
+    raise TypeError(f"add_adapter: config is a {type(config).__name__}; expected a gptfast.finetuning.LoraConfig")
+
+
+def _names(name: str, value: Any) -> list[str] | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(v, str) for v in value):
+        raise TypeError(f"LoraConfig: {name} is {value!r}; expected a list of names or a regular expression")
+    return sorted(value) if isinstance(value, set) else list(value)
+
+
+def _plain(value: Any) -> Any:
+    """The text of an enum's member, as peft has them."""
+    return getattr(value, "value", value)
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)

@@ -1,0 +1,196 @@
+"""Adapter folders in peft's format: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from gptfast._folders import staged_folder
+from gptfast._json import expect, read_json
+from gptfast._snapshots import ADAPTER, current, read_whole
+from gptfast.models import hf_layout
+from gptfast.models.adapters import attached
+from gptfast.models.adapters.config import LoraConfig, from_peft, to_peft
+from gptfast.models.adapters.targets import as_peft_has_them, file_name
+from gptfast.models.export import write_json, write_tensors
+from gptfast.models.weight_files import WeightFile, open_weights
+from gptfast.nn.difference import true_config
+from gptfast.nn.transformer import Transformer
+
+CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX, MARK = "base_model.model.", "gptfast_base"
+_SAMPLE = 1024  # numbers of a matrix that tell bases apart
+
+
+def base_mark(model: Transformer) -> str:
+    """Tells the base of an adapter from others: a checksum of numbers of its blocks' matrices, rounded to bfloat16, so that
+    the dtype in which it is loaded does not matter."""
+    crc = 0
+    for name, x in model.h.named_parameters():
+        if x.dim() == 2 and ".lora_" not in name and "modules_to_save" not in name and not x.is_meta:
+            flat = x.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLE)].to("cpu", torch.bfloat16)
+            crc = zlib.crc32(sample.contiguous().view(torch.uint8).numpy().tobytes(), crc)
+    return f"bf16:{crc:08x}"
+
+
+def save(model: Transformer, folder: str | os.PathLike[str], name: str) -> None:
+    """Write an adapter; see `GPT.save_adapter`."""
+    attached.check_not_merged(model, "save_adapter")
+    state = attached.adapters_of(model, "save_adapter")
+    (name,) = attached.check_names(state, "save_adapter", name)
+    config, paths = state.configs[name], attached.adapted_paths(model, name)
+    tensors = {key: _to_file(key, p.detach()).to("cpu", copy=True).contiguous() for key, p in _stored(model, name)}
+    conv1d = any(hf_layout.is_conv1d(path + ".weight") for path in paths)
+    raw = to_peft(
+        config,
+        target_modules=as_peft_has_them(model, config, paths),
+        fan_in_fan_out=conv1d and hf_layout.model_type(true_config(model)) != "gptfast",
+        modules_to_save=None if not config.modules_to_save else [_in_file(model, m) for m in config.modules_to_save],
+    )
+    with staged_folder(folder, replaces=ADAPTER) as stage:
+        write_json(stage / CONFIG, raw)
+        write_tensors(stage / WEIGHTS, tensors, {MARK: state.base})
+
+
+def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base: bool) -> None:
+    """Read an adapter into a model; see `GPT.load_adapter`. A failure leaves the model as it was."""
+    attached.check_not_merged(model, "load_adapter")
+    folder = Path(folder)
+    if not current(folder, CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}; expected the folder of an adapter")
+    config, weights, mark = read_whole(folder, lambda: _opened(folder))
+    mine = model.adapters.base if isinstance(model.adapters, attached.Adapters) else base_mark(model)
+    if mark and mark != mine and not any_base:
+        raise ValueError(
+            f"{folder}: the adapter was trained on another base: {mark} is not this model's {mine}; load its own base, or say "
+            "any_base=True"
+        )
+    tensors = _of_adapter(model, {_our_key(key): x for key, x in weights.tensors()}, folder)
+    config.modules_to_save = _copies(model, config, tensors)
+    before = None if model.adapters is None else (model.adapters.active, model.adapters.enabled)
+    with torch.random.fork_rng(devices=[]):
+        attached.add(model, config, name, mine)
+    try:
+        _fill(model, name, tensors, folder)
+    except ValueError:
+        attached.delete(model, name)
+        if before is not None and model.adapters is not None:
+            attached.activate(model, before[0])
+            model.adapters.enabled = before[1]
+        raise
+
+
+def _opened(folder: Path) -> tuple[LoraConfig, WeightFile, str | None]:
+    file = current(folder, CONFIG)
+    config = from_peft(expect(read_json(file), dict, "", file), file)
+    path = current(folder, WEIGHTS)
+    if not path.is_file():
+        path = current(folder, OLD_WEIGHTS)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds {CONFIG} but no {WEIGHTS}; the adapter is half written - copy or save it again"
+        )
+    weights = open_weights(path)
+    if path.name == OLD_WEIGHTS:
+        return config, weights, None
+    with safe_open(path, framework="pt") as opened:
+        return config, weights, (opened.metadata() or {}).get(MARK)
+
+
+def _of_adapter(model: Transformer, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The tensors without those of the base that peft stores beside them: what modules_to_save covers, and the weight of an
+    embedding or head that has updates, which must be this model's."""
+    left: dict[str, Tensor] = {}
+    for key, x in tensors.items():
+        path, _, of_base = key.rpartition(".base_layer.")
+        if of_base == "weight":
+            mine = model.get_parameter(f"{path}.weight") if path in ("wte", "lm_head") else None
+            if mine is None or mine.shape != x.shape or not torch.equal(mine.detach().cpu(), x.to(mine.dtype)):
+                raise ValueError(
+                    f"{folder}: the adapter was trained on another {path}.weight than this model's; load its base"
+                )
+        elif ".original_module." not in key and key.replace(".modules_to_save.", ".") not in tensors.keys() - {key}:
+            left[key] = x
+    return left
+
+
+def _copies(model: Transformer, config: LoraConfig, tensors: dict[str, Tensor]) -> list[str] | None:
+    """`modules_to_save` under our names; embeddings that peft stores because they were resized count as copies too."""
+    names = {"tokens_embed": "wte", "positions_embed": "wpe"}
+    named = [names.get(entry.removeprefix("transformer."), entry) for entry in config.modules_to_save or []]
+    extra = [
+        n
+        for n in ("wte", "lm_head")
+        if f"{n}.weight" in tensors and n not in [e.removeprefix("transformer.") for e in named]
+    ]
+    rows = {tensors[f"{n}.weight"].shape[0] for n in ("wte", "lm_head") if f"{n}.weight" in tensors}
+    for count in rows - {model.config.vocab_size}:
+        raise ValueError(
+            f"load_adapter: the adapter has embeddings of {count} tokens and the model {model.config.vocab_size}; call "
+            f"model.resize_token_embeddings({count}) first"
+        )
+    if not config.ensure_weight_tying or "wte" not in named:
+        named += extra
+    return named or None
+
+
+def _in_file(model: Transformer, name: str) -> str:
+    """An entry of `modules_to_save` as transformers calls the module."""
+    return file_name(model, name).removeprefix("transformer.") if name in ("wte", "wpe") else name
+
+
+def _stored(model: Transformer, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of an adapter by their keys in the file."""
+    targeted = attached.adapted_paths(model, name)
+    for key, parameter in attached.parameters_of(model, name):
+        path, own = key, key.rpartition(".")[2]
+        for kind in ("lora_A", "lora_B", "modules_to_save"):
+            if f".{kind}.{name}." in key:
+                path = key.partition(f".{kind}.{name}.")[0]
+                own = own if kind == "modules_to_save" else f"{kind}.{own}"
+                break
+        else:
+            path = key.removesuffix(".bias")
+            own = "base_layer.bias" if path in targeted else "bias"
+        yield f"{PREFIX}{file_name(model, path)}.{own}", parameter
+
+
+def _to_file(key: str, x: Tensor) -> Tensor:
+    return x.t() if hf_layout.is_conv1d(key) else x  # of modules_to_save: A and B lie as in a Linear
+
+
+def _our_key(key: str) -> str:
+    """A key without what depends on the architecture and on how the model was wrapped."""
+    name = key.removeprefix(PREFIX).removeprefix("base_model.")
+    return hf_layout.from_file(name) or name
+
+
+def _fill(model: Transformer, name: str, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy the tensors of a file into an adapter, all of them checked first."""
+    wanted = {_our_key(key): (key, parameter) for key, parameter in _stored(model, name)}
+    problems = [f"{key} is unexpected" for key in tensors if key not in wanted]
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for ours, (key, parameter) in wanted.items():
+        if ours not in tensors:
+            if ours != "lm_head.weight":  # a tied head may be stored once
+                problems.append(f"{key} is missing")
+            continue
+        x = _to_file(key, tensors[ours])
+        if x.shape != parameter.shape or not x.is_floating_point():
+            problems.append(f"{key} is {tuple(x.shape)}, {x.dtype}, and this model has {tuple(parameter.shape)}")
+        pairs.append((parameter, x))
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{folder}: the adapter does not fit this model: {'; '.join(problems[:3])}{more}; load the base that it was trained on"
+        )
+    with torch.no_grad():
+        for parameter, x in pairs:
+            parameter.copy_(x)

@@ -1,0 +1,88 @@
+"""Merging adapters into the weights of their base, and back.
+
+While adapters are merged the model is a plain GPT: its modules are of their own classes again, with merged parameters, and
+what was taken out of them is kept aside. So the engine, checkpoints and captured steps take it as any other. Unmerging puts
+the same parameters back, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gptfast.models.adapters.attached import adapters_of, check_names
+from gptfast.nn.adapted import ADAPTED, SAVED, LoraLinear
+from gptfast.nn.linear import Linear
+from gptfast.nn.transformer import Transformer
+
+Parameters = dict[str, nn.Parameter | None]
+
+
+def merge(model: Transformer, names: str | Sequence[str] | None) -> None:
+    """Make the weights those of the base with the updates of some adapters; see `GPT.merge_adapter`.
+
+    Raises:
+        ValueError: unknown names, other adapters that are merged already, or updates that are not finite.
+    """
+    state = adapters_of(model, "merge_adapter")
+    wanted = state.active if names is None else check_names(state, "merge_adapter", names)
+    if state.merged:
+        if names is None or set(wanted) == set(state.merged):
+            return
+        raise ValueError(f"merge_adapter: {', '.join(map(repr, state.merged))} is merged; call unmerge_adapter() first")
+    if not wanted:
+        raise ValueError("merge_adapter: no adapter is active; name one")
+    found = {path: m for path, m in model.named_modules() if isinstance(m, ADAPTED)}
+    merged = {path: _merged(path, module, wanted) for path, module in found.items()}
+    for path, module in found.items():
+        state.aside[path] = dict(module.__dict__), dict(module._parameters), dict(module._modules), type(module)
+        module._modules.clear()
+        plain = Linear if isinstance(module, LoraLinear) else next(k for k, v in SAVED.items() if type(module) is v)
+        for name in ("state", "number"):
+            module.__dict__.pop(name, None)
+        module.__class__ = plain  # pyright: ignore[reportAttributeAccessIssue]
+        module._parameters.update(merged[path])
+    state.merged = wanted
+
+
+def unmerge(model: Transformer) -> None:
+    """Put the base and its adapters back. Without a merged one there is nothing to do."""
+    state = adapters_of(model, "unmerge_adapter")
+    for path, (attributes, parameters, modules, kind) in state.aside.items():
+        module = model.get_submodule(path)
+        for name in ("weight", "bias"):
+            now, before = module._parameters.get(name), parameters.get(name)
+            if isinstance(now, Tensor) and isinstance(before, Tensor) and now is not before:
+                before.data = before.data.to(now.device, now.dtype)
+        module._parameters.update(parameters)
+        for held in modules.values():
+            held.to(device=next(module.parameters()).device)
+        module._modules.update(modules)
+        module.__dict__.update({name: attributes[name] for name in ("state", "number") if name in attributes})
+        module.__class__ = kind
+        module.train(module.training)
+    state.aside.clear()
+    state.merged = ()
+
+
+def _merged(path: str, module: nn.Module, names: Sequence[str]) -> Parameters:
+    """The parameters of a module with its adapters merged."""
+    if not isinstance(module, LoraLinear):
+        own = [name for name in names if name in module.modules_to_save]  # pyright: ignore
+        if len(own) > 1:
+            raise ValueError(f"merge_adapter: {', '.join(own)} each have a copy of {path}; merge one of them")
+        return dict(module.modules_to_save[own[0]]._parameters) if own else {}  # pyright: ignore
+    updates = [name for name in names if name in module.lora_A]
+    if not updates:
+        return {}
+    weight = module.weight.detach()
+    total = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32, copy=True)
+    for name in updates:
+        a, b = module.lora_A[name], module.lora_B[name]
+        total.addmm_(b.weight.detach().to(total.dtype), a.weight.detach().to(total.dtype), alpha=a.scale)
+    result = total.to(weight.dtype)
+    if not result.isfinite().all():
+        raise ValueError(f"merge_adapter: {path}.weight would hold nan or infinities; the adapter is damaged")
+    return {"weight": nn.Parameter(result, requires_grad=False)}

@@ -1,0 +1,125 @@
+"""The methods of a GPT that are about adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptfast._checks import check_count
+from gptfast.models.adapters import attached, files, merging
+from gptfast.models.adapters.config import of_user
+from gptfast.nn.difference import is_tied
+from gptfast.nn.transformer import INIT_STD, Transformer
+
+
+class AdapterMethods(Transformer):
+    """Adapters: small trained parts beside a frozen base, with the names of peft and of transformers' models."""
+
+    def add_adapter(self, config: Any, name: str = "default") -> None:
+        """Add a new adapter, make it the active one, and freeze the base.
+
+        Its parameters are called h.0.attn.c_attn.lora_A.<name>.weight and so on. They are float32 beside a base in half
+        precision.
+
+        Args:
+            config: a `gptfast.finetuning.LoraConfig`, or peft's.
+            name: of the adapter.
+        Raises:
+            TypeError, ValueError: bad values, module names that do not exist, a name that is taken. The model stays as it was.
+        """
+        attached.add(self, of_user(config), name, files.base_mark(self) if self.adapters is None else "")
+
+    def load_adapter(self, path: str | os.PathLike[str], name: str = "default", *, any_base: bool = False) -> None:
+        """Add the adapter in a folder that `save_adapter` or peft wrote, and make it the active one.
+
+        Args:
+            path: folder with adapter_config.json and adapter_model.safetensors.
+            name: of the adapter.
+            any_base: also where the adapter says that it was trained on a base with other weights.
+        Raises:
+            OSError, ValueError: missing or damaged files, or an adapter of another base. The model stays as it was.
+        """
+        files.load(self, path, name, any_base)
+
+    def save_adapter(self, path: str | os.PathLike[str], name: str = "default") -> None:
+        """Write an adapter to a folder in peft's format, without the base.
+
+        Raises:
+            OSError: it cannot be written; what was there stays.  ValueError: no adapter of this name, or it is merged.
+        """
+        files.save(self, path, name)
+
+    def set_adapter(self, names: str | Sequence[str]) -> None:
+        """Make adapters the active ones: a forward adds up their updates, and they are trained, others not.
+
+        Raises:
+            ValueError: unknown name.
+        """
+        attached.activate(self, names)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; none while they are disabled."""
+        state = self.adapters
+        return list(state.active) if state is not None and state.enabled else []
+
+    def enable_adapters(self) -> None:
+        """Use the active adapters again."""
+        attached.enable(self, True)
+
+    def disable_adapters(self) -> None:
+        """Compute as the base alone, until `enable_adapters` or `set_adapter`."""
+        attached.enable(self, False)
+
+    def delete_adapter(self, names: str | Sequence[str]) -> None:
+        """Remove adapters. Without the last one the model is what it was, its parameters trained as before.
+
+        Raises:
+            ValueError: unknown name, or adapters are merged.
+        """
+        attached.delete(self, names)
+
+    def merge_adapter(self, names: str | Sequence[str] | None = None) -> None:
+        """Make the weights those of the base with the updates of adapters: a plain GPT, which the engine runs and
+        `save_pretrained` writes. A second call for the same adapters has no effect.
+
+        The base's own matrices are kept for `unmerge_adapter`, which restores them bit for bit.
+
+        Args:
+            names: of the adapters; None: the active ones.
+        Raises:
+            ValueError: unknown name, other adapters are merged, or an update is not finite.
+        """
+        merging.merge(self, names)
+
+    def unmerge_adapter(self) -> None:
+        """Undo `merge_adapter`."""
+        merging.unmerge(self)
+
+    def resize_token_embeddings(self, new_num_tokens: int) -> None:
+        """Give the model a vocabulary of another size, as transformers does: rows of new tokens are normal around the mean of
+        the others. Call it before `add_adapter`.
+
+        Raises:
+            TypeError, ValueError: no size, or the model has adapters.
+        """
+        check_count("resize_token_embeddings", "new_num_tokens", new_num_tokens)
+        if self.adapters is not None:
+            raise ValueError("resize_token_embeddings: the model has adapters; resize it before add_adapter")
+        tied = is_tied(self)
+        with torch.no_grad():
+            for module in (self.wte,) if tied else (self.wte, self.lm_head):
+                old = module.weight
+                noise = torch.randn(new_num_tokens, old.shape[1], device="cpu", dtype=torch.float32).to(old)
+                new = noise * INIT_STD + old.float().mean(0).to(old)
+                kept = min(len(old), new_num_tokens)
+                new[:kept] = old[:kept]
+                module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        self.config = self.config.replace(vocab_size=new_num_tokens)
+        if tied:
+            self.lm_head.weight = self.wte.weight
+        self.wte.num_embeddings = self.lm_head.out_features = new_num_tokens

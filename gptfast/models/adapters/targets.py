@@ -1,0 +1,128 @@
+"""Which modules of a GPT a configuration names: endings of names, whole names with or without "transformer.", or a regex."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+
+from torch import nn
+
+from gptfast.models import hf_layout
+from gptfast.models.adapters.config import LoraConfig
+from gptfast.nn.adapted import SAVED, LoraLinear, SavedLinear
+from gptfast.nn.difference import true_config
+from gptfast.nn.linear import Linear
+from gptfast.nn.transformer import Transformer
+
+ALL_LINEAR = "all-linear"
+
+
+def file_name(model: Transformer, name: str) -> str:
+    """The name of a module in transformers' model of this architecture."""
+    return hf_layout.to_file(name + ".weight", hf_layout.model_type(true_config(model))).removesuffix(".weight")
+
+
+def targets(model: Transformer, config: LoraConfig) -> list[str]:
+    """The linear layers that get updates.
+
+    Raises:
+        ValueError: a name that no module has (the nearest is suggested), or one of a module that is no linear layer.
+    """
+    wanted, modules = config.target_modules, dict(model.named_modules())
+    linear = [name for name, module in modules.items() if type(module) in (Linear, LoraLinear, SavedLinear)]
+    if wanted == ALL_LINEAR:
+        found = [name for name in linear if name != "lm_head"]
+    else:
+        assert wanted is not None  # LoraConfig has a default
+        found = _named(model, wanted, list(modules), "target_modules")
+    left = [name for name in found if not _is_excluded(model, config, name)]
+    for name in left:
+        if name not in linear:
+            raise ValueError(
+                f"add_adapter: target_modules names {name}, a {type(modules[name]).__name__}; low-rank updates are for the "
+                f"linear layers ({_leaves(linear)}) - modules_to_save trains a copy of another module"
+            )
+    if not left:
+        raise ValueError(
+            f"add_adapter: target_modules={wanted!r} and the fields beside it leave no module; name others"
+        )
+    return left
+
+
+def saved(model: Transformer, config: LoraConfig) -> list[str]:
+    """The modules of which the adapter has copies, by `modules_to_save`."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    found = _named(model, config.modules_to_save or [], list(modules), "modules_to_save")
+    for name in found:
+        if not isinstance(modules[name], tuple(SAVED)) or name == "wpe" or isinstance(modules[name], LoraLinear):
+            raise ValueError(
+                f"add_adapter: modules_to_save names {name}, a {type(modules[name]).__name__}; expected wte, a LayerNorm, or a "
+                "linear layer without low-rank updates"
+            )
+    return found
+
+
+def _named(model: Transformer, wanted: list[str] | str, names: list[str], field: str) -> list[str]:
+    """The modules that are meant, in the order of the model; each entry of a list must mean one."""
+    if isinstance(wanted, str):
+        return _checked([n for n in names if _fits(model, n, wanted)], wanted, names, field)
+    found: set[str] = set()
+    for entry in wanted:
+        found.update(_checked([n for n in names if _fits(model, n, [entry])], entry, names, field))
+    return [name for name in names if name in found]
+
+
+def _checked(found: list[str], entry: str, names: list[str], field: str) -> list[str]:
+    if found:
+        return found
+    ends = {".".join(name.split(".")[k:]) for name in names for k in range(name.count(".") + 1)}
+    near = get_close_matches(
+        entry.removeprefix("transformer."), sorted(end for end in ends if not end[:1].isdigit()), n=1, cutoff=0.3
+    )
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"add_adapter: {field} has {entry!r}, and no module of this model is called so{hint}")
+
+
+def _fits(model: Transformer, name: str, wanted: list[str] | str) -> bool:
+    called = {name, f"transformer.{name}", file_name(model, name)}
+    if isinstance(wanted, str):
+        try:
+            return any(re.fullmatch(wanted, key) for key in called)
+        except re.error as error:
+            raise ValueError(f"add_adapter: {wanted!r} is no regular expression ({error})") from error
+    return any(key == entry or key.endswith("." + entry) for key in called for entry in wanted)
+
+
+def _is_excluded(model: Transformer, config: LoraConfig, name: str) -> bool:
+    out = config.exclude_modules
+    if out and _fits(model, name, out):
+        return True
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", f"transformer.{name}") for m in config.modules_to_save or []):
+        return True
+    layers = config.layers_to_transform
+    if layers is None or layers == [] or isinstance(config.target_modules, str):
+        return False
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    match = next(filter(None, (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", name) for p in patterns or [r"[^.]*"])), None)
+    return match is None or int(match[1]) not in ([layers] if isinstance(layers, int) else layers)
+
+
+def _leaves(names: list[str]) -> str:
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def as_peft_has_them(model: Transformer, config: LoraConfig, found: list[str]) -> list[str] | str | None:
+    """target_modules for the file: as given, where it means the same under transformers' names, else every name."""
+    wanted, matches = config.target_modules, _matcher(config.target_modules)
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, (Linear, nn.Embedding)) or "norm" in name
+    ]
+    same = [n for n in names if matches(file_name(model, n))] == [n for n in names if matches(n) or n in found]
+    return wanted if same or wanted == ALL_LINEAR else [file_name(model, name) for name in found]
+
+
+def _matcher(wanted: list[str] | str | None) -> Callable[[str], bool]:
+    if isinstance(wanted, str):
+        return lambda key: re.fullmatch(wanted, key) is not None
+    return lambda key: any(key == entry or key.endswith("." + entry) for entry in wanted or [])

@@ -1,0 +1,262 @@
+"""Modules with adapters: linear layers with low-rank updates, and modules with trained copies.
+
+A module gets its adapters in place: its class changes and its parameters stay the same objects under the same names, so that
+references, hooks and optimizers hold. When its last adapter goes, it is again what it was. B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gptfast import ops
+from gptfast._warn import warn
+from gptfast.nn.layer_norm import LayerNorm
+from gptfast.nn.linear import Linear
+from gptfast.ops.lora_linear import LowRank
+
+DROPOUTS = 2**31  # first Philox offset of the dropouts before A: above those of the forward itself
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a batch under the same adapters, which are added up. first, last: rows; names: of the adapters."""
+
+    first: int
+    last: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The adapters of one forward.
+
+    rows: B; 0: one part stands for all rows, however many these are.
+    rng: seed and first Philox offset of the dropouts before A, of which each module takes one; None: no dropout.
+    """
+
+    rows: int
+    parts: tuple[Part, ...]
+    rng: tuple[int, int] | None = None
+
+    def spans(self, rows: int) -> Iterator[tuple[int, int, tuple[str, ...]]]:
+        """(first, last, names) of each part, for `rows` rows of a module's input, which are B times as many as each has."""
+        per = rows // self.rows if self.rows else 0
+        for part in self.parts:
+            yield (part.first * per, part.last * per, part.names) if self.rows else (0, rows, part.names)
+
+
+@dataclass
+class AdapterState:
+    """What the modules of a model with adapters share.
+
+    active: names of the adapters that a forward without adapter_names uses, added up.
+    enabled: False: none.
+    names: of all adapters that modules have.
+    drops: whether one of them has dropout.
+    watched: whether a backward pass was looked at, see `watch`.
+    """
+
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+
+    names: tuple[str, ...] = ()
+    drops: bool = False
+    watched: bool = False
+
+    def selection(self, rng: tuple[int, int] | None = None) -> Selection:
+        """What a forward without adapter_names uses."""
+        return Selection(0, (Part(0, 0, self.active if self.enabled else ()),), rng)
+
+
+class LoraFactor(nn.Module):
+    """A or B of one adapter in one layer: `weight`. scale, dropout_p: of the update; in A."""
+
+    def __init__(self, weight: Tensor, scale: float = 1.0, dropout_p: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.scale, self.dropout_p = scale, dropout_p
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}"
+
+
+class LoraFactors(nn.ModuleDict):
+    """The A or the B of a layer, by the name of their adapter."""
+
+    def __getitem__(self, key: str) -> LoraFactor:
+        return cast(LoraFactor, super().__getitem__(key))
+
+
+class LoraLinear(Linear):
+    """A `Linear` with low-rank updates: y = x W^T + b + scale dropout(x) A^T B^T, through `gptfast.ops.lora_linear`.
+
+    lora_A, lora_B: a `LoraFactor` for each adapter, by name.  number: of the module, tells its dropouts from others.
+    """
+
+    lora_A: LoraFactors
+    lora_B: LoraFactors
+    state: AdapterState
+    number: int
+
+    def forward(self, input: Tensor, adapters: Selection | None = None) -> Tensor:
+        """(..., in_features) -> (..., out_features). adapters: of this forward; None: the active ones, without dropout."""
+        selection = adapters or self.state.selection()
+        updates = []
+        for first, last, names in selection.spans(input[..., 0].numel()):
+            updates += [self._update(name, first, last, selection.rng) for name in names if name in self.lora_A]
+        if not updates:
+            return ops.linear(input, self.weight, self.bias, self.activation)
+        return ops.lora_linear(input, self.weight, self.bias, self.activation, updates)
+
+    def _update(self, name: str, first: int, last: int, rng: tuple[int, int] | None) -> LowRank:
+        a, b = self.lora_A[name], self.lora_B[name]
+        if rng is None or a.dropout_p == 0:
+            return LowRank(a.weight, b.weight, a.scale, first, last)
+        return LowRank(a.weight, b.weight, a.scale, first, last, a.dropout_p, rng[0], rng[1] + self.number)
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(f"{name} r={len(self.lora_A[name].weight)}" for name in self.lora_A)
+        return f"{super().extra_repr()}, {ranks}"
+
+
+class _Saved(nn.Module):
+    """A module with trained copies, `modules_to_save`, by the name of their adapter."""
+
+    modules_to_save: nn.ModuleDict
+    state: AdapterState
+
+    def forward(self, *args: Any, adapters: Selection | None = None, **options: Any) -> Any:
+        """That of the module, or of the copy of the active adapter; the rows of each part by its own."""
+        base = super().forward
+
+        def run(copy: nn.Module | None, *tensors: Any) -> Any:
+            return (base if copy is None else copy)(*tensors, **options)
+
+        return self.by_rows(run, adapters or self.state.selection(), *args, drops=options.get("dropout_p", 0.0) > 0)
+
+    def by_rows(self, run: Callable[..., Any], selection: Selection, *tensors: Any, drops: bool = False) -> Any:
+        """run(copy or None for the base, *tensors), of each part's rows of the tensors, put together."""
+        chosen = [(part, self._copy_of(part.names)) for part in selection.parts]
+        if len({id(copy) for _, copy in chosen}) == 1:
+            return run(chosen[0][1], *tensors)
+        if drops:
+            raise ValueError(
+                f"GPT: adapter_names mixes rows with and without a {type(self).__name__[5:]} of their own in training with "
+                "dropout; train them in batches of their own, or with dropout=0"
+            )
+        results = [run(copy, *(_rows_of(x, part) for x in tensors)) for part, copy in chosen]
+        if isinstance(results[0], tuple):
+            return tuple(torch.cat(column) for column in zip(*results, strict=True))
+        return torch.cat(results)
+
+    def _copy_of(self, names: tuple[str, ...]) -> nn.Module | None:
+        found = [name for name in names if name in self.modules_to_save]
+        if len(found) > 1:
+            raise ValueError(
+                f"GPT: the adapters {', '.join(found)} each have a copy of one {type(self).__name__[5:]} and cannot be added "
+                "up; activate one of them"
+            )
+        return self.modules_to_save[found[0]] if found else None
+
+
+class SavedLinear(_Saved, Linear):
+    """See `_Saved`."""
+
+
+class SavedEmbedding(_Saved, nn.Embedding):
+    """See `_Saved`."""
+
+
+class SavedLayerNorm(_Saved, LayerNorm):
+    """See `_Saved`."""
+
+
+SAVED: dict[type[nn.Module], type[_Saved]] = {
+    Linear: SavedLinear,
+    nn.Embedding: SavedEmbedding,
+    LayerNorm: SavedLayerNorm,
+}
+ADAPTED = (LoraLinear, _Saved)
+BASE = "__base__"  # in adapter_names: a row without an adapter
+
+
+def select_rows(names: tuple[str, ...], adapter_names: Any, rows: int, rng: tuple[int, int] | None) -> Selection:
+    """The selection of adapter_names, one for each of `rows` rows; names: of the adapters that there are.
+
+    Raises:
+        TypeError, ValueError: no list of names, another number of them, or an unknown one.
+    """
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise TypeError(f"GPT: adapter_names is {adapter_names!r}; expected a list of names, one a row")
+    wanted = list(adapter_names)
+    if len(wanted) != rows:
+        raise ValueError(f"GPT: adapter_names has {len(wanted)} names and the batch {rows} rows; expected one a row")
+    for name in wanted:
+        if name != BASE and name not in names:
+            known = ", ".join(map(repr, (*names, BASE)))
+            raise ValueError(f"GPT: adapter_names has {name!r}, which is no adapter of this model; it has {known}")
+    parts, first = [], 0
+    for row in range(1, rows + 1):
+        if row == rows or wanted[row] != wanted[first]:
+            parts.append(Part(first, row, () if wanted[first] == BASE else (wanted[first],)))
+            first = row
+    return Selection(rows, tuple(parts), rng)
+
+
+def call(module: nn.Module, adapters: Selection | None, *args: Any, **options: Any) -> Any:
+    """module(*args, **options) under these adapters, if it has any."""
+    if adapters is not None and isinstance(module, ADAPTED):
+        return module(*args, adapters=adapters, **options)
+    return module(*args, **options)
+
+
+def embedded(
+    embed: Callable[[Tensor, Any, Tensor], Tensor], table: nn.Module, adapters: Selection | None, ids: Tensor, at: Any
+) -> Tensor:
+    """embed(ids, at, weight) with the weight of `table`, or for the rows of an adapter that has a copy of it, with that.
+
+    Args:
+        embed: makes (B, T, C).
+        table: the token embedding.
+        adapters: of this forward.
+        ids: (B, T).
+        at: positions, None, (T,) or (B, T).
+    """
+    if not isinstance(table, _Saved):
+        return embed(ids, at, table.weight)  # pyright: ignore[reportArgumentType]
+    selection = adapters or table.state.selection()
+    return table.by_rows(
+        lambda copy, ids, at: embed(ids, at, cast(nn.Embedding, copy or table).weight), selection, ids, at
+    )
+
+
+def watch(model: nn.Module, state: AdapterState, loss: Tensor) -> None:
+    """Warn if adapters get no gradient from the first backward pass of a loss, as under checkpointing with use_reentrant."""
+    if state.watched or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if not loss.requires_grad:
+        state.watched = True
+        return warn("GPT: the loss depends on no trained parameter; is an adapter active and enabled (set_adapter)?")
+
+    def look() -> None:
+        state.watched = True
+        own = [(n, p) for n, p in model.named_parameters() if ".lora_" in n or ".modules_to_save." in n]
+        trained = [(n, p) for n, p in own if p.requires_grad]
+        missing = [n for n, p in trained if p.grad is None]
+        if missing and len(missing) < len(trained):  # none at all: torch.autograd.grad
+            warn(
+                f"GPT: {missing[0]} and {len(missing) - 1} more parameters of adapters got no gradient; checkpoint with "
+                "use_reentrant=False"
+            )
+
+    loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(look))
+
+
+def _rows_of(x: Any, part: Part) -> Any:
+    """The rows of a part of a batch; what is no (B, …) is the same for all."""
+    return x[part.first : part.last] if isinstance(x, Tensor) and x.dim() > 1 else x

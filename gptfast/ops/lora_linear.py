@@ -1,0 +1,260 @@
+"""Linear layer with low-rank updates (LoRA, Hu et al., arXiv 2106.09685): y = x W^T + b + s dropout(x) A^T B^T, by rows.
+
+M rows, K in_features, N out_features, r rank. The update is added to y, and its gradient to dx, by the products themselves:
+no tensor of M x N or M x K is made for it, but where dropout thins x. What is saved beside x is M x r.
+
+Floor of an update, forward and backward: 6 M r (K + N) flops beside 4 M K N of a frozen layer; and beside what that reads and
+writes, x once and y twice (forward), dy twice, x once and dx twice (backward).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast.backend import resolve
+from gptfast.ops import reference
+from gptfast.ops._checks import check_float, check_same_device
+from gptfast.ops._registry import define_python_op, forbid_double_backward
+from gptfast.ops._tensors import autocast, dealias, rows_of
+from gptfast.ops.dropout import dropout
+from gptfast.ops.gelu import gelu
+from gptfast.ops.gemm import MIN_ROWS, gemm, is_forced
+from gptfast.ops.linear import GELUS, check_linear
+
+OP = "lora_linear"
+
+
+class LowRank(NamedTuple):
+    """One update of some rows.
+
+    a, b: (r, K) and (N, r), any float dtype: rounded to x's, their gradients are in their own.
+    scale: of the update.
+    first, last: the rows of x, its leading dimensions flattened, that get it; -1: to the end.
+    dropout_p, seed, offset: dropout of x before A, as in `gptfast.ops.dropout`; its rows are counted from `first`.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+    first: int = 0
+    last: int = -1
+    dropout_p: float = 0.0
+    seed: int = 0
+    offset: int = 0
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    updates: Sequence[LowRank] = (),
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """activation(x weight^T + bias + updates), see `gptfast.ops.linear` for all but the last.
+
+    Args:
+        x: (..., K).
+        weight, bias, activation, backend: as in `gptfast.ops.linear`; a frozen weight costs no gradient.
+        updates: of rows, in turn; two may have the same rows.
+    Returns:
+        (..., N).
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or activation.
+    """
+    check_linear(x, weight, bias, activation)
+    for update in updates:
+        _check(update, x, weight)
+    approximate = GELUS.get(activation or "")
+    added = bias if approximate is None else None  # the op gelu adds the bias itself
+    x = autocast(x)[0]
+    if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
+        raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
+    run = _eager if resolve("linear", backend, x) == "eager" else _fused
+    y = run(rows_of(x), weight, added, list(updates)).view(*x.shape[:-1], weight.shape[0])
+    if approximate is not None:
+        return gelu(y, bias, approximate, backend=backend)
+    return y if activation is None else reference.ACTIVATIONS[activation](y)
+
+
+def _check(update: LowRank, x: Tensor, weight: Tensor) -> None:
+    a, b = update.a, update.b
+    check_float(OP, a=a, b=b)
+    check_same_device(OP, x=x, a=a, b=b)
+    if a.dim() != 2 or b.dim() != 2 or (a.shape[1], b.shape[0], b.shape[1]) != (*weight.shape[::-1], a.shape[0]):
+        raise ValueError(
+            f"{OP}: a has shape {tuple(a.shape)} and b {tuple(b.shape)} beside a weight of {tuple(weight.shape)}; expected "
+            "a (r, in_features) and b (out_features, r)"
+        )
+
+
+def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[LowRank]) -> Tensor:
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    for u in updates:
+        rows = slice(u.first, None if u.last < 0 else u.last)
+        part = x[rows] if u.dropout_p == 0 else dropout(x[rows], u.dropout_p, u.seed, u.offset, backend="eager")
+        update = F.linear(F.linear(part, u.a.to(x.dtype)), u.b.to(x.dtype)) * u.scale
+        y = torch.cat((y[: u.first], y[rows] + update, y[rows.stop :] if u.last >= 0 else y[:0]))
+    return y
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[LowRank]) -> Tensor:
+    M, rank = x.shape[0], len(updates)
+    spans = [n for u in updates for n in (u.first, M if u.last < 0 else u.last)]
+    options = (
+        [float(u.scale) for u in updates],
+        spans,
+        [float(u.dropout_p) for u in updates],
+        [u.seed for u in updates],
+        [u.offset for u in updates],
+    )
+    factors = [u.a for u in updates] + [u.b for u in updates]
+    return LoRAFunction.apply(rank, options, *dealias(x, weight, bias, *factors))
+
+
+class LoRAFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, count: int, options: tuple[Any, ...], x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        bias, factors = others[0], others[1:]
+        y, *low = torch.ops.gptfast.lora_linear_fwd(x, weight, bias, factors[:count], factors[count:], *options)
+        ctx.save_for_backward(x, weight, *factors, *low)
+        ctx.count, ctx.options = count, options
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        n, wanted = ctx.count, ctx.needs_input_grad
+        x, weight, *others = ctx.saved_tensors
+        a, b, low = others[:n], others[n : 2 * n], others[2 * n :]
+        dx, dweight, dbias, *factors = torch.ops.gptfast.lora_linear_bwd(
+            dy, x, weight, a, b, low, *ctx.options, *wanted[2:5], list(wanted[5:])
+        )
+        dbias = dbias.to(ctx.bias_dtype) if wanted[4] else None
+        grads = (dx if wanted[2] else None, dweight if wanted[3] else None, dbias)
+        return None, None, *grads, *(g if want else None for g, want in zip(factors, wanted[5:], strict=True))
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    spans: list[int],
+    rates: list[float],
+    seeds: list[int],
+    offsets: list[int],
+) -> list[Tensor]:
+    y, *low = _fake_forward(x, weight, bias, a, b, scales, spans, rates, seeds, offsets)
+    if x.device.type == "cpu" and (x.shape[0] >= MIN_ROWS or is_forced()):
+        gemm(x, weight.t(), y, dtype=x.dtype, bias=bias)
+    else:  # as `gptfast.ops.linear` does: rows without an update have its bits
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    for n, h in enumerate(low):
+        first, last = spans[2 * n : 2 * n + 2]
+        part = _thinned(x[first:last], rates[n], seeds[n], offsets[n])
+        gemm(part, a[n].t(), h, dtype=x.dtype)
+        gemm(h.mul_(scales[n]), b[n].t(), y[first:last], dtype=x.dtype, accumulate=True)
+    return [y, *low]
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    low: list[Tensor],
+    scales: list[float],
+    spans: list[int],
+    rates: list[float],
+    seeds: list[int],
+    offsets: list[int],
+    want_x: bool,
+    want_weight: bool,
+    want_bias: bool,
+    want_factors: list[bool],
+) -> list[Tensor]:
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    base = torch.ops.gptfast.linear_bwd(dy, x, weight, want_x, want_weight, want_bias)
+    dx, count = base[0], len(a)
+    da, db = _gradients(a, b, want_factors)
+    for n, h in enumerate(low):
+        first, last = spans[2 * n : 2 * n + 2]
+        rows, dropped = dy[first:last], (rates[n], seeds[n], offsets[n])
+        if want_factors[count + n]:
+            gemm(h.t().contiguous(), rows, db[n].t(), dtype=x.dtype)
+        if not (want_factors[n] or want_x):
+            continue
+        dh = _empty_low(x, last - first, a[n])
+        gemm(rows, b[n], dh, dtype=x.dtype)
+        dh.mul_(scales[n])
+        if want_factors[n]:
+            gemm(dh.t().contiguous(), _thinned(x[first:last], *dropped), da[n], dtype=x.dtype)
+        if want_x and rates[n] > 0:
+            through = torch.empty_like(x[first:last])
+            gemm(dh, a[n], through, dtype=x.dtype)
+            dx[first:last] += _thinned(through, *dropped)
+        elif want_x:
+            gemm(dh, a[n], dx[first:last], dtype=x.dtype, accumulate=True)
+    return [*base, *da, *db]
+
+
+def _thinned(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
+    return x if p == 0 else dropout(x, p, seed % 2**64, offset)
+
+
+def _empty_low(x: Tensor, rows: int, a: Tensor) -> Tensor:
+    """(rows, r), which stays unrounded for half precision."""
+    return x.new_empty(rows, a.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _gradients(a: list[Tensor], b: list[Tensor], wanted: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
+    """Room for the gradients; that of B is computed as its transpose (r, N)."""
+    count = len(a)
+    da = [f.new_empty(f.shape if want else (0, 0)) for f, want in zip(a, wanted[:count], strict=True)]
+    db = [f.new_empty(f.shape[::-1] if want else (0, 0)).t() for f, want in zip(b, wanted[count:], strict=True)]
+    return da, db
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    scales: list[float],
+    spans: list[int],
+    rates: list[float],
+    seeds: list[int],
+    offsets: list[int],
+) -> list[Tensor]:
+    low = [_empty_low(x, spans[2 * n + 1] - spans[2 * n], f) for n, f in enumerate(a)]
+    return [x.new_empty(x.shape[0], weight.shape[0]), *low]
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, a: list[Tensor], b: list[Tensor], *others: Any
+) -> list[Tensor]:
+    want_x, want_weight, want_bias, wanted = others[-4:]
+    da, db = _gradients(a, b, wanted)
+    return [
+        x.new_empty(x.shape if want_x else (0,)),
+        torch.empty_like(weight) if want_weight else weight.new_empty(0),
+        x.new_empty(weight.shape[0] if want_bias else 0, dtype=torch.float32),
+        *da,
+        *db,
+    ]
+
+
+define_python_op("lora_linear_fwd", _forward, _fake_forward)
+define_python_op("lora_linear_bwd", _backward, _fake_backward)
+forbid_double_backward(OP, "lora_linear_bwd")

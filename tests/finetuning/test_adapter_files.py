@@ -1,0 +1,213 @@
+"""Adapters in peft's format, in both directions, and files that are no adapter of this model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import gptfast
+from gptfast.finetuning import LoraConfig
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+GPT2 = gptfast.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=61, dropout=0.0)
+CONFIGS = {"gpt2": GPT2, "openai-gpt": GPT2.replace(norm_position="post", final_norm=False)}
+IDS = torch.arange(3 * 20).view(3, 20) * 7 % 61
+ALL = ["c_attn", "c_proj", "c_fc"]
+CASES: dict[str, dict[str, Any]] = {
+    "all matrices": {"target_modules": ALL},
+    "copies": {"target_modules": ["attn.c_proj"], "modules_to_save": ["WTE", "lm_head"], "use_rslora": True},
+    "biases": {
+        "target_modules": r".*h\.1.*c_fc|lm_head",
+        "bias": "all",
+        "rank_pattern": {"c_fc": 3},
+        "modules_to_save": ["ln_1"],
+    },
+    "own biases": {"target_modules": ["c_fc"], "bias": "lora_only", "layers_to_transform": [1]},
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def base(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / request.param
+    torch.manual_seed(0)
+    gptfast.GPT(CONFIGS[request.param]).save_pretrained(folder)
+    return folder
+
+
+def theirs(base: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(base)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_round_trips_with_peft(case: str, base: Path, tmp_path: Path):
+    options = json.loads(json.dumps(CASES[case]).replace("WTE", "wte" if base.name == "gpt2" else "tokens_embed"))
+    torch.manual_seed(1)
+    trained = peft.get_peft_model(theirs(base), peft.LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, **options))
+    with torch.no_grad():
+        for p in trained.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+    trained.save_pretrained(tmp_path / "theirs")
+    expected = trained(IDS).logits
+    gpt = gptfast.GPT.from_pretrained(base)
+    before = gpt(IDS)
+    gpt.load_adapter(tmp_path / "theirs")
+    assert (expected - before).abs().max() > 0.03
+    torch.testing.assert_close(gpt(IDS), expected, rtol=1e-5, atol=1e-5)
+    gpt.save_adapter(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(theirs(base), tmp_path / "ours")
+    assert torch.equal(again(IDS).logits, expected)
+    gpt.merge_adapter()
+    torch.testing.assert_close(gpt(IDS), expected, rtol=1e-4, atol=1e-4)
+    gpt.unmerge_adapter()
+    gpt.delete_adapter("default")
+    assert torch.equal(gpt(IDS), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_new_tokens_survive(tmp_path: Path):
+    torch.manual_seed(0)
+    gptfast.GPT(GPT2).save_pretrained(tmp_path / "base")
+    gpt = gptfast.GPT.from_pretrained(tmp_path / "base")
+    gpt.resize_token_embeddings(64)
+    assert gpt.lm_head.weight is gpt.wte.weight and gpt.wte.weight.shape == (64, 32)
+    gpt.add_adapter(LoraConfig(modules_to_save=["wte"], ensure_weight_tying=True, init_lora_weights=False))
+    ids = torch.where(IDS % 5 == 0, 62, IDS)
+    gpt.train()(ids, ids)[1].backward()
+    with torch.no_grad():
+        gpt.wte.modules_to_save["default"].weight.sub_(gpt.wte.modules_to_save["default"].weight.grad)
+    expected = gpt.eval()(ids)
+    gpt.save_adapter(tmp_path / "a")
+    other = gptfast.GPT.from_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=r"embeddings of 64 tokens and the model 61; call model\.resize_token_embeddings\(64\)"
+    ):
+        other.load_adapter(tmp_path / "a")
+    other.resize_token_embeddings(64)
+    other.load_adapter(tmp_path / "a")
+    assert torch.equal(other(ids), expected)
+    hf = theirs(tmp_path / "base")
+    hf.resize_token_embeddings(64)
+    torch.testing.assert_close(
+        peft.PeftModel.from_pretrained(hf, tmp_path / "a")(ids).logits, expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_peft_stores_resized_embeddings_of_its_own(tmp_path: Path):
+    """Keys of the embeddings outside of modules_to_save are a copy for the adapter: the base keeps its own."""
+    torch.manual_seed(0)
+    gptfast.GPT(GPT2).save_pretrained(tmp_path / "base")
+    trained = peft.get_peft_model(
+        theirs(tmp_path / "base"), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    with torch.no_grad():
+        trained.get_input_embeddings().weight.mul_(2)
+    trained.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    gpt = gptfast.GPT.from_pretrained(tmp_path / "base")
+    before = gpt(IDS)
+    gpt.load_adapter(tmp_path / "a")
+    torch.testing.assert_close(gpt(IDS), trained(IDS).logits, rtol=1e-5, atol=1e-5)
+    gpt.disable_adapters()
+    assert torch.equal(gpt(IDS), before)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    gpt = gptfast.GPT(GPT2)
+    gpt.add_adapter(LoraConfig(target_modules=ALL, init_lora_weights=False))
+    gpt.save_adapter(tmp_path / "a")
+    return tmp_path / "a"
+
+
+def change(folder: Path, **values: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def cut(folder: Path) -> None:
+    content = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def drop(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.pop("base_model.model.transformer.h.1.attn.c_attn.lora_B.weight")
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "half written"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), r"holds no adapter_config\.json"),
+    "cut": (cut, "damaged or cut short"),
+    "half JSON": (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LO'), "not valid JSON"),
+    "a tensor less": (drop, r"c_attn\.lora_B\.weight is missing"),
+    "another rank": (lambda f: change(f, r=3), r"lora_A\.weight is \(8, 32\).*this model has \(3, 32\)"),
+    "fewer modules": (lambda f: change(f, target_modules=["c_fc"]), "is unexpected"),
+    "another method": (lambda f: change(f, peft_type="IA3"), "peft_type is 'IA3'"),
+    "dora": (lambda f: change(f, use_dora=True), "use_dora"),
+    "an option to come": (lambda f: change(f, use_next_thing=True), "use_next_thing is true"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_adapters_leave_the_model_as_it_was(case: str, saved: Path):
+    damage, message = DAMAGES[case]
+    damage(saved)
+    torch.manual_seed(0)
+    gpt = gptfast.GPT(GPT2).eval()
+    gpt.add_adapter(LoraConfig(init_lora_weights=False), "mine")
+    before, rng = gpt(IDS), torch.get_rng_state()
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        gpt.load_adapter(saved, "new")
+    assert torch.equal(gpt(IDS), before) and gpt.active_adapters == ["mine"]
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_an_adapter_of_another_base_is_refused(saved: Path):
+    torch.manual_seed(5)
+    other = gptfast.GPT(GPT2)
+    with pytest.raises(ValueError, match="trained on another base"):
+        other.load_adapter(saved)
+    other.load_adapter(saved, any_base=True)
+    torch.manual_seed(0)
+    gptfast.GPT(GPT2).bfloat16().load_adapter(saved)  # the same base
+    with pytest.raises(ValueError, match=r"does not fit this model.*\(8, 32\).*\(8, 64\)"):
+        gptfast.GPT(GPT2.replace(n_embd=64)).load_adapter(saved, any_base=True)
+
+
+def test_a_failed_save_leaves_the_adapter_that_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    before = {f.name: f.read_bytes() for f in saved.iterdir() if f.is_file()}
+    gpt = gptfast.GPT(GPT2)
+    gpt.add_adapter(LoraConfig())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gptfast.models.adapters.files.write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        gpt.save_adapter(saved)
+    assert {f.name: f.read_bytes() for f in saved.iterdir() if f.is_file()} == before
+
+
+def test_peft_configs_are_taken():
+    gpt = gptfast.GPT(GPT2)
+    gpt.add_adapter(peft.LoraConfig(r=3, target_modules=["c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"))
+    assert gpt.h[0].mlp.c_fc.lora_A["default"].weight.shape == (3, 32)
+    with pytest.raises(ValueError, match="use_dora"):
+        gpt.add_adapter(peft.LoraConfig(use_dora=True), "dora")
+
+
+def test_the_first_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).parents[2] / "docs/adapters.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size < 100_000
