@@ -6,6 +6,7 @@ VENV    ?= .venv
 BIN      = $(VENV)/bin
 BUILT    = $(VENV)/.built
 TESTED   = $(VENV)/.test-packages
+MACHINE  = $(shell uname -m)
 SOURCES  = $(shell find csrc -type f) setup.py
 
 # PyPI's torch for Linux brings gigabytes of CUDA packages. PyTorch's own index has a build for CPUs, which pip prefers
@@ -19,7 +20,7 @@ JOBS    ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SHARED   = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help torch-requirement demo test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-drop-in bench-generate bench-gpu gpu-check wheel clean install
+.PHONY: help torch-requirement demo test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-drop-in bench-generate bench-gpu gpu-check wheel released clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,7 +54,7 @@ install: $(TESTED)  ## virtual environment, build, editable install, packages of
 demo: $(BUILT)  ## train a small GPT on Shakespeare for three minutes, then let it write
 	$(BIN)/python -m gptfast.demo
 
-test: $(TESTED) lint  ## the whole test suite
+test: $(TESTED) $(if $(WHEEL),released) lint  ## the whole test suite; WHEEL=1: on the libraries of the wheel, which it builds
 	$(BIN)/python -m pytest --whole $(SHARED)
 
 test-fast: $(TESTED)  ## the tests that take under three seconds each
@@ -106,9 +107,22 @@ bench-gpu: install  ## the CUDA kernels beside PyTorch's: table, benchmarks/resu
 torch-requirement:  # pip's arguments for the torch that is installed here, for .ci/run
 	@echo "$(TORCH) $(TORCH_INDEX)"
 
-wheel: $(VENV)/.installed  ## sdist and wheel in dist/
-	$(PIP) --quiet build
-	$(BIN)/python -m build --no-isolation --outdir dist .
+# Zig's clang against an old glibc, with a C++ library of its own. The sdist is made first, and the wheel from it: objects of
+# the tree are not used. auditwheel refuses what manylinux_2_28 does not have, abi3audit what Python 3.10 does not have.
+wheel: $(VENV)/.installed  ## sdist and wheel in dist/: Linux with glibc >= 2.28, Python >= 3.10, torch >= 2.11
+	$(PIP) --quiet --group wheel
+	rm -rf build/wheel dist
+	CXX="$(abspath $(BIN))/python -m ziglang c++ -target $(MACHINE)-linux-gnu.2.28" GPTFAST_CUDA=0 \
+		$(BIN)/python -m build --no-isolation --outdir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$(MACHINE) --only-plat \
+		--exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	$(BIN)/abi3audit --strict --assume-minimum-abi3 3.10 dist/*.whl
+	cp build/wheel/*.tar.gz dist
+
+# `make test WHEEL=1`: the libraries of the wheel in the place of g++'s. They get an old date, so that the next build replaces them.
+released: wheel $(TESTED)
+	$(BIN)/python scripts/take_libraries.py dist/*.whl
+	@rm -f $(BUILT)
 
 clean:  ## remove what was built, not the virtual environment
 	rm -rf build dist gptfast/*.so *.egg-info

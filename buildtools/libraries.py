@@ -69,6 +69,11 @@ def base_flags() -> list[str]:
     return [ZIG_BASE] if is_zig() and x86 else []
 
 
+def link_flags() -> list[str]:
+    """Of every library: zig keeps all that debuggers want, ten times the code, unless told not to."""
+    return ["-s"] if is_zig() else []
+
+
 def kernel_units(folder: str, kernels: Sequence[str]) -> list[Unit]:
     """kernel_unit.cpp of csrc/`folder`, once for each kernel and instruction set."""
     return [
@@ -112,7 +117,7 @@ def cpu_ops(torch: Path) -> Library:
     units = kernel_units("cpu", listed("csrc/cpu/kernels.h", "GPTFAST_CPU_KERNELS"))
     units += cpp_units("_ops", plain_sources("cpu"))
     units += cpp_units("_ops", bindings(cuda=False), stable_abi(torch))
-    return Library("gptfast/_ops.so", units, torch_link(torch))
+    return Library("gptfast/_ops.so", units, [*torch_link(torch), *link_flags()])
 
 
 def cuda_ops(torch: Path, cuda: Cuda) -> Library:
@@ -145,7 +150,7 @@ def python_module(torch: Path, cuda: Cuda | None) -> Library:
     units += kernel_units("cpu", ["sample"])  # the objects of _ops.so
     units += cpp_units("_C", [*plain_sources("engine"), ROOT / "csrc/cpu/scratch.cpp"])
     units += cpp_units("_C", plain_sources("python"), flags)
-    return Library("gptfast/_C.abi3.so", units, ["-pthread"])
+    return Library("gptfast/_C.abi3.so", units, ["-pthread", *link_flags()])
 
 
 def libraries(torch: Path, cuda: Cuda | None) -> list[Library]:
