@@ -16,7 +16,7 @@ namespace {
 
 template <class E_, int D_, bool KEYS_> struct BackwardShape90 {
   using E = E_;
-  static constexpr bool KEYS = KEYS_;
+  static constexpr bool KEYS = KEYS_, GROUPS = D_ == 64;  // at head dim 128 no register is left to count heads
   static constexpr int D = D_, CONSUMERS = 2, BM = 64 * CONSUMERS, BN = 64, STAGES = 2, WARPS = 4 * CONSUMERS;
   static constexpr int THREADS = 128 * (CONSUMERS + 1), KEPT_BYTES = BM * D * 2, TILE_BYTES = BN * D * 2;
   static constexpr int BARRIERS = 1 + 2 * STAGES;
@@ -47,7 +47,8 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
 
   const int rows = KEYS ? p.S : p.T, blocks = (rows + BM - 1) / BM, bh = blockIdx.x / blocks;
   const int heads = KEYS ? p.H / p.group : p.H, b = bh / heads, h = bh % heads, block = int(blockIdx.x) % blocks;
-  const int members = KEYS ? p.group : 1;                     // query heads whose tiles are met, one after another
+  constexpr bool GROUPS = KEYS && C::GROUPS;
+  const int members = GROUPS ? p.group : 1;                   // query heads whose tiles are met, one after another
   const int row0 = (KEYS ? block : blocks - 1 - block) * BM;  // those that see, or are seen by, the most first
   if (threadIdx.x == 0) {
     mbarrier_init(kept_full, 1);
@@ -185,7 +186,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
 
   if (tiles) mbarrier_wait(kept_full, 0);
   for (int n = 0, i = 0, matrix = KEYS ? bh * members : bh; n < members * tiles; n++, i++) {
-    if (KEYS && i == tiles) i = 0, matrix++;
+    if (GROUPS && i == tiles) i = 0, matrix++;
     const int stage = n % STAGES, at = begin + i * BN;
     const bool edge = at < last.lo || at + BN > first.hi;
     const bool active = at < group_last.hi && at + BN > group_first.lo;
@@ -278,7 +279,7 @@ template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream
 bool causal_attention_bwd_sm90_takes(const AttentionParams& p) {
   using C = BackwardShape90<bf16, 128, true>;
   static HopperGpus gpus(attention_backward_sm90<C, false>, C::THREADS, C::SMEM);
-  const int key_heads = has_hopper_shape(p) ? p.H / p.group : 0;
+  const int key_heads = has_hopper_shape(p) && (p.group == 1 || p.D == 64) ? p.H / p.group : 0;
   return key_heads && has_map(p, p.q, p.H, p.T) && has_map(p, p.k, key_heads, p.S) && has_map(p, p.v, key_heads, p.S) &&
          has_map(p, p.dout, p.H, p.T) && gpus.has_current();
 }
