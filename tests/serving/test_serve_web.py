@@ -39,7 +39,7 @@ def test_obfuscation_hides_lengths(url, client):
     bare_sizes, bare = sizes(url, stream_options={"include_obfuscation": False})
     assert not any("obfuscation" in chunk for chunk in bare) and len(set(bare_sizes)) > 1
     same_sizes, padded = sizes(url, stream_options={"include_obfuscation": True, "include_usage": True})
-    assert set(same_sizes) == {256}
+    assert not any(size % 256 for size in same_sizes)  # a fast machine may send many tokens at once: more than 256
     texts = ["".join(c["text"] for chunk in chunks for c in chunk["choices"]) for chunks in (bare, padded)]
     assert texts[0] == texts[1] and padded[-1]["usage"]["completion_tokens"] == ASK["max_tokens"]
     assert len({chunk["obfuscation"] for chunk in padded}) == len(padded)
