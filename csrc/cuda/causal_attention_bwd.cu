@@ -111,8 +111,11 @@ __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_con
     if (active) {
       if (C::D > 128) {  // read for every tile, without a branch: there is no register left to keep them in
 #pragma unroll
-        for (int n = 0; n < 2 * MT; n++)
-          shift[n / 2][n % 2] = row + 8 * n < p.T ? p.shift[i64(bh) * p.T + row + 8 * n] : 0.f;
+        for (int n = 0; n < 2 * MT; n++) {
+          const i64 query = i64(bh) * p.T + row + 8 * n;
+          shift[n / 2][n % 2] = row + 8 * n < p.T ? p.shift[query] : 0.f;
+          level[n / 2][n % 2] = row + 8 * n < p.T ? p.level[query] : 0.f;
+        }
       }
       if (C::D > 128 || far) each_element<MT, NT>([&](int m, int n, int e) { s[m][n][e] -= shift[m][e / 2]; });
       each_element<MT, NT>([&](int m, int n, int e) {

@@ -16,7 +16,7 @@ namespace {
 
 template <class E_, int D_, bool KEYS_> struct BackwardShape90 {
   using E = E_;
-  static constexpr bool KEYS = KEYS_, GROUPS = D_ == 64;  // at head dim 128 no register is left to count heads
+  static constexpr bool KEYS = KEYS_;
   static constexpr int D = D_, CONSUMERS = 2, BM = 64 * CONSUMERS, BN = 64, STAGES = 2, WARPS = 4 * CONSUMERS;
   static constexpr int THREADS = 128 * (CONSUMERS + 1), KEPT_BYTES = BM * D * 2, TILE_BYTES = BN * D * 2;
   static constexpr int BARRIERS = 1 + 2 * STAGES;
@@ -47,7 +47,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
 
   const int rows = KEYS ? p.S : p.T, blocks = (rows + BM - 1) / BM, bh = blockIdx.x / blocks;
   const int heads = KEYS ? p.H / p.group : p.H, b = bh / heads, h = bh % heads, block = int(blockIdx.x) % blocks;
-  constexpr bool GROUPS = KEYS && C::GROUPS;
+  constexpr bool GROUPS = KEYS && D == 64;                    // at head dim 128 no register is left to count heads
   const int members = GROUPS ? p.group : 1;                   // query heads whose tiles are met, one after another
   const int row0 = (KEYS ? block : blocks - 1 - block) * BM;  // those that see, or are seen by, the most first
   if (threadIdx.x == 0) {

@@ -26,7 +26,7 @@ def built(tmp_path_factory) -> tuple[str, Path]:
     """What nvcc and ptxas said while the library was built for every GPU that it is shipped for, and the library."""
     emulated.nvcc()
     folder = tmp_path_factory.mktemp("gpu")
-    shutil.rmtree(next((ROOT / "build").glob("temp.*"), folder) / "_cuda_ops", ignore_errors=True)  # say it all again
+    shutil.rmtree(ROOT / "build/objects/_cuda_ops", ignore_errors=True)  # say it all again
     env = {**os.environ, "GPTFAST_CUDA": "1", "NVCC_APPEND_FLAGS": "-Xptxas=-v", "TORCH_CUDA_ARCH_LIST": ""}
     command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={folder}"]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
