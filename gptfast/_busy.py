@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 # Part of the time. On a quiet machine it is a few hundredths; with one thread more than two cores it is a third.
@@ -27,6 +28,11 @@ class CpuWait:
             return None
         ran, waited = max(0, now[0] - self._ran), max(0, now[1] - self._waited)
         return waited / (ran + waited) if ran + waited >= _LEAST else None
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def busy_line(share: float | None) -> str | None:

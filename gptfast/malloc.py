@@ -12,11 +12,15 @@ from gptfast.backend import has_cpu_ops
 
 # Parameters of mallopt(3), from malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_KEEP = 2**31 - 1  # bytes: never returned
+_TOP_PAD = 64  # MiB
+# What `tune_malloc` sets, as the variables of the environment that glibc reads.
+ENVIRONMENT = f"MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_={_KEEP} MALLOC_TOP_PAD_={_TOP_PAD << 20}"
 _OTHERS = ("jemalloc", "tcmalloc", "mimalloc")  # allocators that keep large buffers by themselves
 _tuned = False
 
 
-def tune_malloc(top_pad_megabytes: int = 64) -> bool:
+def tune_malloc(top_pad_megabytes: int = _TOP_PAD) -> bool:
     """Keep freed memory in the process, so that a training step does not page in its buffers again each time.
 
     PyTorch's CPU allocator is malloc, and glibc maps every large buffer anew and unmaps it when freed: an op that
@@ -41,7 +45,7 @@ def tune_malloc(top_pad_megabytes: int = 64) -> bool:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt"):
         return False
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, top_pad_megabytes << 20))
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _KEEP), (_M_TOP_PAD, top_pad_megabytes << 20))
     global _tuned
     _tuned = done = all([libc.mallopt(name, value) for name, value in settings])
     if done and has_cpu_ops:

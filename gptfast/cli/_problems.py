@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from gptfast._busy import BUSY, usable_cores
 
 if TYPE_CHECKING:
     from gptfast.benchmarking.self_test import OpResult
 
 SLOWER = 0.9  # of torch's speed; above it is noise
-_TUNED = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=67108864"
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,8 @@ def _of_the_library() -> list[Problem]:
 def _of_the_machine(dtype: str, waited: float | None) -> list[Problem]:
     import torch
 
-    from gptfast._busy import BUSY
     from gptfast.machine import bfloat16_instructions
-    from gptfast.malloc import keeps_memory
+    from gptfast.malloc import ENVIRONMENT, keeps_memory
 
     found, threads, cores = [], torch.get_num_threads(), usable_cores()
     if waited is not None and waited >= BUSY:
@@ -73,19 +71,13 @@ def _of_the_machine(dtype: str, waited: float | None) -> list[Problem]:
         found.append(Problem(why, "unset OMP_NUM_THREADS MKL_NUM_THREADS"))
     if keeps_memory() is False:
         why = "malloc returns large buffers to the system after each use (`gptfast train` changes that, scripts do not)"
-        found.append(Problem(why, f"export {_TUNED}   # or gptfast.tune_malloc() in the script"))
+        found.append(Problem(why, f"export {ENVIRONMENT}   # or gptfast.tune_malloc() in the script"))
     if dtype == "bfloat16" and not torch.cuda.is_available() and bfloat16_instructions() is None:
         found.append(Problem("this CPU has no fast bfloat16", "gptfast doctor --dtype float32"))
     return found
 
 
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def _of_the_ops(results: list[OpResult], waited: float | None) -> list[Problem]:
-    from gptfast._busy import BUSY
 
     found = []
     quiet = waited is None or waited < BUSY

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from gptfast._busy import usable_cores
 from gptfast.data.documents import Document
 from gptfast.data.token_file import TokenWriter
 from gptfast.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Gen
             raise ValueError(f"{name}, counted from character {start}: {error}") from error
         return n, ids, len(piece) if piece.isascii() else len(piece.encode())
 
-    with closing(_map(encoded, _batches(parts()), cores())) as batches:
+    with closing(_map(encoded, _batches(parts()), usable_cores())) as batches:
         for batch in batches:
             yield from batch
 
@@ -89,11 +89,6 @@ def _map(function: Callable[[T], R], items: Iterator[T], threads: int) -> Genera
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_part(

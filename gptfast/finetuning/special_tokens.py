@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
 from gptfast.models import GPT
-from gptfast.nn.difference import is_tied
+from gptfast.models.vocabulary import set_rows
 from gptfast.tokenizer import Tokenizer
 from gptfast.tokenizer.extended import token_id, with_special_tokens
 
 BOS, SEP, EOS, PAD = "bos", "sep", "eos", "pad"
 USUAL = {BOS: "[BOS]", SEP: "[SEP]", EOS: "[EOS]", PAD: "[PAD]"}
-_STD = 0.02  # around the mean of all rows: what the model knows of none of its tokens
 
 
 def add_tokens(gpt: GPT, tokenizer: Tokenizer | None, tokens: Sequence[str]) -> tuple[Tokenizer | None, dict[str, int]]:
@@ -45,7 +41,8 @@ def add_tokens(gpt: GPT, tokenizer: Tokenizer | None, tokens: Sequence[str]) -> 
         )
     missing = [token for token, i in known.items() if i is None]
     new = {token: first + n for n, token in enumerate(missing)}
-    _make_rows(gpt, first, first + len(new))
+    if new:
+        set_rows(gpt, max(gpt.config.vocab_size, first + len(new)), first, first + len(new))
     extended = tokenizer if tokenizer is None else with_special_tokens(tokenizer, new)
     return extended, {token: new[token] if i is None else i for token, i in known.items()}
 
@@ -89,24 +86,3 @@ def _padding_ends(token: Any) -> ValueError:
         f"TaskModel: special_tokens gives {token!r} to pad and to eos; the end token is where the head reads, so padding needs "
         "a token of its own - leave pad out for a new one"
     )
-
-
-@torch.no_grad()
-def _make_rows(gpt: GPT, first: int, end: int) -> None:
-    """Fresh rows for the ids from `first` to `end`."""
-    if first == end:
-        return
-    V, C = gpt.config.vocab_size, gpt.config.n_embd
-    tied = is_tied(gpt)
-    for module in (gpt.wte,) if tied else (gpt.wte, gpt.lm_head):
-        old = module.weight
-        noise = _STD * torch.randn(end - first, C, dtype=torch.float32, device="cpu")
-        rows = old[:first].float().mean(0) + noise.to(old.device)
-        weight = old.new_empty(max(V, end), C)
-        weight[:V] = old
-        weight[first:end] = rows.to(old)
-        module.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
-    gpt.config = gpt.config.replace(vocab_size=max(V, end))
-    if tied:
-        gpt.lm_head.weight = gpt.wte.weight
-    gpt.wte.num_embeddings = gpt.lm_head.out_features = gpt.config.vocab_size

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache, wraps
 from typing import Any
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from gptfast import ops
+from gptfast.integrations.joined import holding, is_held
 from gptfast.integrations.lazy import lazy
 from gptfast.integrations.modules import Linear, runs
 from gptfast.integrations.swap import derive, mark
@@ -24,40 +23,16 @@ LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")  # of tran
 _CHUNK = 1024  # rows whose logits are held for token accuracies
 
 
-class _Held:
-    """The input of a head that has not been multiplied."""
-
-    def __init__(self, head: nn.Module) -> None:
-        self.head = head
-        self.hidden: Tensor | None = None
-
-
-_held: ContextVar[_Held | None] = ContextVar("gptfast_held", default=None)
-
-
 class Head(Linear):
     """The head of a language model: a `torch.nn.Linear` that waits when told."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            held = _held.get()
-            if held is not None and held.head is self:
-                held.hidden = input
-                return input.new_empty(0)
+        if not torch.compiler.is_compiling() and is_held(self, input):
+            return input.new_empty(0)
         return super().forward(input)
 
 
 mark(Head, nn.Linear)
-
-
-@contextmanager
-def _holding(head: nn.Module) -> Iterator[_Held]:
-    held = _Held(head)
-    token = _held.set(held)
-    try:
-        yield held
-    finally:
-        _held.reset(token)
 
 
 @cache
@@ -94,9 +69,9 @@ def _forward(model: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwarg
         return plain(model, *args, **kwargs)
     options = {name: value for name, value in kwargs.items() if name not in ("labels", *LOSS_OPTIONS)}
     loss_options = {name: kwargs[name] for name in LOSS_OPTIONS if kwargs.get(name) is not None}
-    with _holding(head) as held:
+    with holding(head) as held:
         outputs = plain(model, *args, **{**options, "return_dict": True})
-    hidden = held.hidden
+    hidden = held.input
     if hidden is None:
         raise RuntimeError(
             f"{type(model).__name__}: its head was not called by its forward; restore(model) and report this"

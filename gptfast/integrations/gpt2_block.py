@@ -130,9 +130,9 @@ def _run(module: Any, name: str, *args: Any, **options: Any) -> tuple[Any, float
         return module(*args, **options), 0.0
     with holding(dropout) as held:
         result = module(*args, **options)
-    if held.branch is None:
+    if held.input is None:
         return result, 0.0
-    if held.branch is not (result[0] if isinstance(result, tuple) else result):
+    if held.input is not (result[0] if isinstance(result, tuple) else result):
         raise RuntimeError(
             f"{type(module).__name__}: its {name} is not the last that its forward does in this version of transformers; "
             "restore(model) and report this"

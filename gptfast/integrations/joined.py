@@ -1,6 +1,6 @@
 """Lets one pass do a dropout, the residual sum after it and the LayerNorm that follows, though each is a module of its own.
 
-A dropout that is held hands its input on, and says so. A LayerNorm whose result came with the sum hands that out.
+A dropout that is held hands its input on, and says so; so does the head of a language model, whose loss needs no logits. A LayerNorm whose result came with the sum hands that out.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def is_watched(module: nn.Module) -> bool:
 
 
 class Held:
-    """A dropout that hands its input on: `branch` is that input; None: it was not called, or had nothing to do."""
+    """A module that leaves its work to others: `input` is what it was called with; None: it was not called, or had nothing to do."""
 
-    def __init__(self, dropout: nn.Module) -> None:
-        self.dropout = dropout
-        self.branch: Tensor | None = None
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.input: Tensor | None = None
 
 
 class Ahead:
@@ -52,13 +52,13 @@ class Ahead:
         return known[3]
 
 
-_held: ContextVar[Held | None] = ContextVar("gptfast_held_dropout", default=None)
+_held: ContextVar[Held | None] = ContextVar("gptfast_held", default=None)
 _ahead: ContextVar[Ahead | None] = ContextVar("gptfast_ahead", default=None)
 
 
 @contextmanager
-def holding(dropout: nn.Module) -> Iterator[Held]:
-    held = Held(dropout)
+def holding(module: nn.Module) -> Iterator[Held]:
+    held = Held(module)
     token = _held.set(held)
     try:
         yield held
@@ -75,12 +75,12 @@ def looking_ahead(following: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
         _ahead.reset(token)
 
 
-def is_held(dropout: nn.Module, x: Tensor) -> bool:
-    """Whether this call of a dropout is held; it is noted then."""
+def is_held(module: nn.Module, x: Tensor) -> bool:
+    """Whether this call of a module is held; it is noted then."""
     held = _held.get()
-    if held is None or held.dropout is not dropout:
+    if held is None or held.module is not module:
         return False
-    held.branch = x
+    held.input = x
     return True
 
 

@@ -182,7 +182,15 @@ SAVED: dict[type[nn.Module], type[_Saved]] = {
     LayerNorm: SavedLayerNorm,
 }
 ADAPTED = (LoraLinear, _Saved)
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {LoraLinear: Linear, **{own: plain for plain, own in SAVED.items()}}
 BASE = "__base__"  # in adapter_names: a row without an adapter
+
+
+def make_plain(module: nn.Module) -> None:
+    """Give a module with adapters, which were taken out of it, its own class back."""
+    for name in ("state", "number"):
+        module.__dict__.pop(name, None)
+    module.__class__ = _PLAIN[type(module)]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def select_rows(names: tuple[str, ...], adapter_names: Any, rows: int, rng: tuple[int, int] | None) -> Selection:

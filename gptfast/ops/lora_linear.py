@@ -153,11 +153,11 @@ def _forward(
     seeds: list[int],
     offsets: list[int],
 ) -> list[Tensor]:
-    y, *low = _fake_forward(x, weight, bias, a, b, scales, spans, rates, seeds, offsets)
     if x.device.type == "cpu" and (x.shape[0] >= MIN_ROWS or is_forced()):
-        gemm(x, weight.t(), y, dtype=x.dtype, bias=bias)
+        y = torch.ops.gptfast.linear_fwd(x, weight, bias)
     else:  # as `gptfast.ops.linear` does: rows without an update have its bits
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    low = _low(x, a, spans)
     for n, h in enumerate(low):
         first, last = spans[2 * n : 2 * n + 2]
         part = _thinned(x[first:last], rates[n], seeds[n], offsets[n])
@@ -225,6 +225,10 @@ def _gradients(a: list[Tensor], b: list[Tensor], wanted: list[bool]) -> tuple[li
     return da, db
 
 
+def _low(x: Tensor, a: list[Tensor], spans: list[int]) -> list[Tensor]:
+    return [_empty_low(x, spans[2 * n + 1] - spans[2 * n], f) for n, f in enumerate(a)]
+
+
 def _fake_forward(
     x: Tensor,
     weight: Tensor,
@@ -233,12 +237,9 @@ def _fake_forward(
     b: list[Tensor],
     scales: list[float],
     spans: list[int],
-    rates: list[float],
-    seeds: list[int],
-    offsets: list[int],
+    *others: Any,
 ) -> list[Tensor]:
-    low = [_empty_low(x, spans[2 * n + 1] - spans[2 * n], f) for n, f in enumerate(a)]
-    return [x.new_empty(x.shape[0], weight.shape[0]), *low]
+    return [x.new_empty(x.shape[0], weight.shape[0]), *_low(x, a, spans)]
 
 
 def _fake_backward(

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from gptfast._warn import warn
 from gptfast.models.adapters.config import LoraConfig
 from gptfast.models.adapters.targets import saved, targets
-from gptfast.nn.adapted import BASE, SAVED, AdapterState, LoraFactor, LoraFactors, LoraLinear
+from gptfast.nn.adapted import ADAPTED, BASE, SAVED, AdapterState, LoraFactor, LoraFactors, LoraLinear, make_plain
 from gptfast.nn.difference import USUAL
-from gptfast.nn.linear import Linear
 from gptfast.nn.transformer import Transformer
 
 
@@ -248,8 +247,5 @@ def _detach(module: nn.Module, name: str) -> None:
             del held[name]
             if not held:
                 del module._modules[kind]
-    plain = Linear if type(module) is LoraLinear else next((k for k, v in SAVED.items() if type(module) is v), None)
-    if plain is not None and not ({"lora_A", "modules_to_save"} & module._modules.keys()):
-        module.__dict__.pop("state", None)
-        module.__dict__.pop("number", None)
-        module.__class__ = plain  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(module, ADAPTED) and not ({"lora_A", "modules_to_save"} & module._modules.keys()):
+        make_plain(module)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.models.adapters.attached import adapters_of, check_names
-from gptfast.nn.adapted import ADAPTED, SAVED, LoraLinear
-from gptfast.nn.linear import Linear
+from gptfast.nn.adapted import ADAPTED, LoraLinear, make_plain
 from gptfast.nn.transformer import Transformer
 
 Parameters = dict[str, nn.Parameter | None]
@@ -39,10 +38,7 @@ def merge(model: Transformer, names: str | Sequence[str] | None) -> None:
     for path, module in found.items():
         state.aside[path] = dict(module.__dict__), dict(module._parameters), dict(module._modules), type(module)
         module._modules.clear()
-        plain = Linear if isinstance(module, LoraLinear) else next(k for k, v in SAVED.items() if type(module) is v)
-        for name in ("state", "number"):
-            module.__dict__.pop(name, None)
-        module.__class__ = plain  # pyright: ignore[reportAttributeAccessIssue]
+        make_plain(module)
         module._parameters.update(merged[path])
     state.merged = wanted
 

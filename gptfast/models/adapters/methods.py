@@ -6,14 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
 from gptfast._checks import check_count
 from gptfast.models.adapters import attached, files, merging
 from gptfast.models.adapters.config import of_user
-from gptfast.nn.difference import is_tied
-from gptfast.nn.transformer import INIT_STD, Transformer
+from gptfast.models.vocabulary import set_rows
+from gptfast.nn.transformer import Transformer
 
 
 class AdapterMethods(Transformer):
@@ -110,16 +107,5 @@ class AdapterMethods(Transformer):
         check_count("resize_token_embeddings", "new_num_tokens", new_num_tokens)
         if self.adapters is not None:
             raise ValueError("resize_token_embeddings: the model has adapters; resize it before add_adapter")
-        tied = is_tied(self)
-        with torch.no_grad():
-            for module in (self.wte,) if tied else (self.wte, self.lm_head):
-                old = module.weight
-                noise = torch.randn(new_num_tokens, old.shape[1], device="cpu", dtype=torch.float32).to(old)
-                new = noise * INIT_STD + old.float().mean(0).to(old)
-                kept = min(len(old), new_num_tokens)
-                new[:kept] = old[:kept]
-                module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
-        self.config = self.config.replace(vocab_size=new_num_tokens)
-        if tied:
-            self.lm_head.weight = self.wte.weight
-        self.wte.num_embeddings = self.lm_head.out_features = new_num_tokens
+        V = self.config.vocab_size
+        set_rows(self, new_num_tokens, min(V, new_num_tokens), new_num_tokens)
