@@ -53,7 +53,7 @@ def dynamic_values(device: torch.device | str = "cpu") -> Tensor:
 
 def nearest(x: Tensor, values: Tensor) -> Tensor:
     """Index, uint8, of the value of an ascending table that lies nearest to each x."""
-    return torch.bucketize(x, (values[1:] + values[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize(x, (values[1:] + values[:-1]) / 2, out_int32=True).to(torch.uint8)
 
 
 def pack_pairs(codes: Tensor) -> Tensor:

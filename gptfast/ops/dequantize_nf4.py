@@ -56,13 +56,15 @@ def quantize_nf4(weight: Tensor, *, block_size: int = 64, double: bool = False) 
     """A weight of any shape in 4 bits a value, in the layout of bitsandbytes (Dettmers et al., arXiv 2305.14314).
 
     Every run of `block_size` values of the flattened weight is divided by its largest magnitude, and each value becomes
-    the nearest of 16 quantiles of a normal distribution. By plain PyTorch on any device; a weight is quantised once.
+    the nearest of 16 quantiles of a normal distribution: bitsandbytes' codes to the bit. By plain PyTorch on any device; a
+    weight is quantised once. In a state_dict of bitsandbytes the results are `weight`, `weight.absmax`,
+    `weight.nested_absmax`, and `nested_offset` in the JSON of `weight.quant_state.bitsandbytes__nf4`.
 
     Args:
         weight: float32, bfloat16, float16 or float64, finite.
         block_size: a power of two from 16 to 4096.
         double: quantise the scales too, in 8 bits around their mean with a scale for each 256: 4.13 bits a value
-            instead of 4.5.
+            instead of 4.5. Each gets the level that is nearest to it once it is dequantised.
     Returns:
         codes: (ceil(numel / 2),) uint8, the first of a pair in the high half.
         absmax: (blocks,) float32; with double (blocks,) uint8, and
@@ -73,21 +75,50 @@ def quantize_nf4(weight: Tensor, *, block_size: int = 64, double: bool = False) 
     check_float("quantize_nf4", weight=weight)
     check_power_of_two("quantize_nf4", "block_size", block_size, *BLOCK_SIZES)
     check_finite("quantize_nf4", weight)
-    blocks, absmax = _scaled(weight.detach().float().flatten(), block_size)
-    codes = pack_pairs(nearest(blocks, nf4_values(weight.device)).flatten()[: weight.numel()])
+    flat = weight.detach().flatten()
+    pieces = (
+        flat.split(_PIECE) if flat.numel() else (flat,)
+    )  # a multiple of every block size; bounds what is held beside
+    packed, largest = zip(*(_codes(piece.float(), block_size) for piece in pieces), strict=True)
+    codes, absmax = torch.cat(packed), torch.cat(largest)
     if not double:
         return NF4(codes, absmax)
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    nested, nested_absmax = _scaled(absmax - offset, NESTED_BLOCK)
-    nested_codes = nearest(nested, dynamic_values(weight.device)).flatten()[: absmax.numel()]
-    return NF4(codes, nested_codes, nested_absmax, offset)
+    offset = torch.where(offset.isfinite(), offset, absmax.double().mean().float())  # where only the sum is too large
+    blocks = blocks_of(absmax - offset, NESTED_BLOCK)
+    nested_absmax = blocks.abs().amax(-1) if blocks.numel() else blocks.new_empty(0)
+    return NF4(codes, _nearest_scales(absmax, blocks, nested_absmax, offset), nested_absmax, offset)
 
 
-def _scaled(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Blocks of a vector, each divided by its largest magnitude, (blocks, size); these magnitudes, (blocks,)."""
-    blocks = blocks_of(x, size)
-    largest = blocks.abs().amax(-1) if blocks.numel() else blocks.new_empty(0)
-    return torch.where(largest[:, None] > 0, blocks / largest[:, None], 0.0), largest
+_PIECE = 2**20
+_LEAST = 1e-38  # a block of smaller values is divided by this one
+
+
+def _codes(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Packed codes of a vector, and the largest magnitude of each block; in the arithmetic of bitsandbytes, so that the codes
+    are its codes to the bit: times 1 / largest in whole blocks, divided in a last one that is cut short."""
+    blocks = blocks_of(x, block_size)
+    if not blocks.numel():
+        return x.new_empty(0, dtype=torch.uint8), x.new_empty(0)
+    largest = blocks.abs().amax(-1)
+    divisors = largest.clamp(min=_LEAST)
+    scaled = blocks * (1 / divisors)[:, None]
+    if x.numel() % block_size:
+        scaled = torch.cat((scaled[:-1], blocks[-1:] / divisors[-1]))
+        largest = torch.cat((largest[:-1], divisors[-1:]))
+    codes = nearest(scaled.clamp(-1, 1), nf4_values(x.device)).flatten()
+    return pack_pairs(codes[: x.numel() + x.numel() % 2]), largest  # a half byte that is left over holds the code of 0
+
+
+def _nearest_scales(absmax: Tensor, blocks: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """Code, (blocks,) uint8, of the value that lies nearest to each scale once it is dequantised, in float32 as it will be."""
+    values = dynamic_values(absmax.device)
+    scaled = torch.where(nested_absmax[:, None] > 0, blocks / nested_absmax[:, None], 0.0)
+    first = nearest(scaled, values).flatten()[: absmax.numel()].int()
+    candidates = torch.stack([(first + step).clamp(0, len(values) - 1) for step in (0, -1, 1)])
+    back = torch.stack([nf4_absmax(codes, nested_absmax, offset) for codes in candidates])
+    best = (back.double() - absmax.double()).abs().argmin(0)
+    return candidates.gather(0, best[None])[0].to(torch.uint8)
 
 
 def dequantize_nf4(
