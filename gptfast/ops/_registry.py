@@ -32,7 +32,8 @@ def _on_one_device(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     result for the others would be uninitialised."""
 
     def checked(*arguments: Any, **options: Any) -> Any:
-        devices = {x.device for x in arguments if isinstance(x, Tensor)}
+        single = [part for x in arguments for part in (x if isinstance(x, (list, tuple)) else [x])]
+        devices = {x.device for x in single if isinstance(x, Tensor)}
         if len(devices) > 1:
             raise RuntimeError(
                 f"{op}: tensors on {' and '.join(sorted(map(str, devices)))}; expected all on one device"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptfast.backend import resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float, check_same_device
+from gptfast.ops._checks import check_float, check_number, check_probability, check_same_device
 from gptfast.ops._registry import define_python_op, forbid_double_backward
 from gptfast.ops._tensors import autocast, dealias, rows_of
 from gptfast.ops.dropout import dropout
@@ -70,7 +70,7 @@ def lora_linear(
     """
     check_linear(x, weight, bias, activation)
     for update in updates:
-        _check(update, x, weight)
+        _check_factors(x, weight, update.a, update.b)
     approximate = GELUS.get(activation or "")
     added = bias if approximate is None else None  # the op gelu adds the bias itself
     x = autocast(x)[0]
@@ -83,8 +83,36 @@ def lora_linear(
     return y if activation is None else reference.ACTIVATIONS[activation](y)
 
 
-def _check(update: LowRank, x: Tensor, weight: Tensor) -> None:
-    a, b = update.a, update.b
+class _Options(NamedTuple):
+    """What the operators are given besides tensors: a list entry an update, two of `spans`."""
+
+    scales: list[float]
+    spans: list[int]
+    rates: list[float]
+    seeds: list[int]
+    offsets: list[int]
+
+
+def _check(x: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], o: _Options) -> None:
+    counts = (len(a), len(b), len(o.scales), len(o.spans) / 2, len(o.rates), len(o.seeds), len(o.offsets))
+    if len(set(counts)) > 1:
+        raise ValueError(f"{OP}: lists of {counts} updates; expected as many everywhere, and two spans each")
+    if x.dim() != 2 or weight.dim() != 2:
+        raise ValueError(f"{OP}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected matrices")
+    for n, (down, up) in enumerate(zip(a, b, strict=True)):
+        _check_factors(x, weight, down, up)
+        check_number(OP, "scale", o.scales[n])
+        if not abs(o.scales[n]) <= torch.finfo(torch.float32).max:  # also false for nan
+            raise ValueError(f"{OP}: scale is {o.scales[n]}; expected a number that float32 holds")
+        check_probability(OP, "dropout_p", o.rates[n])
+        first, last = o.spans[2 * n : 2 * n + 2]
+        if not 0 <= first <= last <= x.shape[0]:
+            raise ValueError(
+                f"{OP}: an update is for rows {first} to {last}; expected a range within x's {x.shape[0]} rows"
+            )
+
+
+def _check_factors(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> None:
     check_float(OP, a=a, b=b)
     check_same_device(OP, x=x, a=a, b=b)
     if a.dim() != 2 or b.dim() != 2 or (a.shape[1], b.shape[0], b.shape[1]) != (*weight.shape[::-1], a.shape[0]):
@@ -94,33 +122,36 @@ def _check(update: LowRank, x: Tensor, weight: Tensor) -> None:
         )
 
 
+def _options(x: Tensor, updates: list[LowRank]) -> _Options:
+    spans = [n for u in updates for n in (u.first, x.shape[0] if u.last == -1 else u.last)]
+    scales, rates = [float(u.scale) for u in updates], [float(u.dropout_p) for u in updates]
+    return _Options(scales, spans, rates, [u.seed for u in updates], [u.offset for u in updates])
+
+
 def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[LowRank]) -> Tensor:
+    options = _options(x, updates)
+    _check(x, weight, [u.a for u in updates], [u.b for u in updates], options)
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    for u in updates:
-        rows = slice(u.first, None if u.last < 0 else u.last)
-        part = x[rows] if u.dropout_p == 0 else dropout(x[rows], u.dropout_p, u.seed, u.offset, backend="eager")
+    for n, u in enumerate(updates):
+        first, last = options.spans[2 * n : 2 * n + 2]
+        part = (
+            x[first:last]
+            if u.dropout_p == 0
+            else dropout(x[first:last], u.dropout_p, u.seed, u.offset, backend="eager")
+        )
         update = F.linear(F.linear(part, u.a.to(x.dtype)), u.b.to(x.dtype)) * u.scale
-        y = torch.cat((y[: u.first], y[rows] + update, y[rows.stop :] if u.last >= 0 else y[:0]))
+        y = torch.cat((y[:first], y[first:last] + update, y[last:]))
     return y
 
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[LowRank]) -> Tensor:
-    M, rank = x.shape[0], len(updates)
-    spans = [n for u in updates for n in (u.first, M if u.last < 0 else u.last)]
-    options = (
-        [float(u.scale) for u in updates],
-        spans,
-        [float(u.dropout_p) for u in updates],
-        [u.seed for u in updates],
-        [u.offset for u in updates],
-    )
     factors = [u.a for u in updates] + [u.b for u in updates]
-    return LoRAFunction.apply(rank, options, *dealias(x, weight, bias, *factors))
+    return LoRAFunction.apply(len(updates), _options(x, updates), *dealias(x, weight, bias, *factors))
 
 
 class LoRAFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, count: int, options: tuple[Any, ...], x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    def forward(ctx: Any, count: int, options: _Options, x: Tensor, weight: Tensor, *others: Any) -> Tensor:
         bias, factors = others[0], others[1:]
         y, *low = torch.ops.gptfast.lora_linear_fwd(x, weight, bias, factors[:count], factors[count:], *options)
         ctx.save_for_backward(x, weight, *factors, *low)
@@ -153,6 +184,7 @@ def _forward(
     seeds: list[int],
     offsets: list[int],
 ) -> list[Tensor]:
+    _check(x, weight, a, b, _Options(scales, spans, rates, seeds, offsets))
     if x.device.type == "cpu" and (x.shape[0] >= MIN_ROWS or is_forced()):
         y = torch.ops.gptfast.linear_fwd(x, weight, bias)
     else:  # as `gptfast.ops.linear` does: rows without an update have its bits
@@ -183,6 +215,11 @@ def _backward(
     want_bias: bool,
     want_factors: list[bool],
 ) -> list[Tensor]:
+    _check(x, weight, a, b, _Options(scales, spans, rates, seeds, offsets))
+    if [h.shape for h in low] != [h.shape for h in _low(x, a, spans)]:
+        raise ValueError(
+            f"{OP}: low has shapes {[tuple(h.shape) for h in low]}; expected what the forward pass returned"
+        )
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     base = torch.ops.gptfast.linear_bwd(dy, x, weight, want_x, want_weight, want_bias)
     dx, count = base[0], len(a)

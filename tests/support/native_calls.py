@@ -85,6 +85,9 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     keys, order = ids(R).sort(stable=True)
     head = {"backend": "cpu", "hidden": rows, "weight": random(V, C), "want_hidden": True, "want_weight": True}
     product = {"x": rows, "weight": random(V, C), "bias": random(V), "dy": random(R, V), "want_x": True}
+    updates = {"a": [random(3, C)], "b": [random(V, 3)], "scales": [0.5], "spans": [1, R - 1], "rates": [0.1]}
+    updates |= {"seeds": [5], "offsets": [3], "want_factors": [True, True]}
+    low = invoke(ops, "lora_linear_fwd", product | updates)[1:] if hasattr(ops, "lora_linear_fwd") else []
     return {
         "causal_attention_fwd": attention,
         "causal_attention_fwd packed": attention | packed,
@@ -119,6 +122,8 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         | {"a_sums": torch.zeros(C)},
         "linear_fwd": product,
         "linear_bwd": product | {"want_weight": True, "want_bias": True},
+        "lora_linear_fwd": product | updates,
+        "lora_linear_bwd": product | updates | {"low": low, "want_weight": True, "want_bias": True},
         "linear_cross_entropy_fwd": loss | head,
         "linear_cross_entropy_bwd": loss | head,
         "linear_cross_entropy_scale": head | {"dtotal": random(1)[0], "dhidden": other, "dweight": random(V, C)},
@@ -135,10 +140,13 @@ def invoke(ops: Any, case: str, arguments: dict[str, Any]) -> Any:
     given = {a.name: place(arguments[a.name]) for a in op._schema.arguments if a.name in arguments}
     written = [given[a.name] for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     result = op(**given)
+    result = tuple(result) if isinstance(result, list) else result
     return (*result, *written) if isinstance(result, tuple) else (result, *written) if written else result
 
 
 def place(value: Any) -> Any:
+    if isinstance(value, list):
+        return [place(part) for part in value]
     if isinstance(value, Strided):
         return value.make()
     if isinstance(value, Tensor) and value.dim() == 2 and value.stride(0) == 1 and value.shape[0] > 1:
@@ -158,6 +166,14 @@ class Strided:
             return at_the_edge(self.x.permute(order).contiguous()).permute(order)
         wide = torch.stack([torch.full_like(self.x, 77), self.x], -1)  # the last value ends the memory
         return at_the_edge(wide)[..., 1]
+
+
+def holds_tensors(value: Any) -> bool:
+    return isinstance(value[0] if isinstance(value, list) else value, Tensor)
+
+
+def with_strides(value: Any, how: str) -> Any:
+    return [Strided(x, how) for x in value] if isinstance(value, list) else Strided(value, how)
 
 
 def other_tensors(x: Tensor) -> Iterator[tuple[str, Any]]:
@@ -189,6 +205,10 @@ def others(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(n), n) for n in INTS)
     elif isinstance(value, float):
         yield from ((str(f), f) for f in FLOATS)
+    elif isinstance(value, list):
+        yield "shorter", value[1:]
+        yield "longer", [*value, value[0]]
+        yield from ((f"first {what}", [other, *value[1:]]) for what, other in others(value[0]))
     elif value is None:
         yield "a vector", torch.ones(3)
     else:
@@ -202,7 +222,7 @@ def tensors_of(result: Any) -> list[Tensor]:
 
 def equal(case: str, a: Any, b: Any) -> bool:
     """Bit for bit; products may be another library's for another layout."""
-    same = torch.equal if not case.startswith("linear") else (lambda x, y: torch.allclose(x, y, rtol=1e-4, atol=1e-5))
+    same = torch.equal if "linear" not in case else (lambda x, y: torch.allclose(x, y, rtol=1e-4, atol=1e-5))
     return all(same(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
 
 
@@ -232,7 +252,7 @@ def try_all(ops: Any, case: str, arguments: dict[str, Any], blind: bool) -> None
     right = invoke(ops, case, arguments)
     for name in known:
         value = arguments[name]
-        strided = [(how, Strided(value, how)) for how in ("gaps", "reversed")] if isinstance(value, Tensor) else []
+        strided = [(how, with_strides(value, how)) for how in ("gaps", "reversed") if holds_tensors(value)]
         for what, other in [*others(value), *strided]:
             if isinstance(other, int) and other in LONG.get(case, ()):
                 continue
