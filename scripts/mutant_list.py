@@ -137,7 +137,7 @@ COMPILED = [
 TEXT = [
     Mutant(
         "gradients are not clipped",
-        "gptfast/training/trainer.py",
+        "gptfast/training/loop.py",
         "config.grad_clip or math.inf)",
         "math.inf)",
         _in("training/test_optimizer_steps"),
@@ -165,7 +165,7 @@ TEXT = [
     ),
     Mutant(
         "a resumed run forgets the seconds before",
-        "gptfast/training/trainer.py",
+        "gptfast/training/loop.py",
         "RunClock(self.state.seconds, ",
         "RunClock(0.0, ",
         _in("training/test_training", "time_that_is_left"),

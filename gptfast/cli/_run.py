@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gptfast.data import PreparedData
     from gptfast.training.config import TrainConfig
     from gptfast.training.launch import Run
-    from gptfast.training.trainer import TrainResult
+    from gptfast.training.result import TrainResult
 
 
 def describe(run: Run) -> list[str]:

@@ -9,7 +9,7 @@ from gptfast._lazy import lazy_names
 if TYPE_CHECKING:
     from gptfast.data.documents import Document, Split, load_documents, split_documents
     from gptfast.data.prepared import PreparedData, load_prepared, open_data, prepare
-    from gptfast.data.sampler import WindowSampler, sequential_batches
+    from gptfast.data.sampler import WindowSampler, sequential_batches, shuffled
     from gptfast.data.token_file import TokenFile, is_token_file, write_tokens
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "open_data",
     "prepare",
     "sequential_batches",
+    "shuffled",
     "split_documents",
     "write_tokens",
 ]
@@ -33,7 +34,7 @@ __getattr__, __dir__ = lazy_names(
     {
         **dict.fromkeys(("Document", "Split", "load_documents", "split_documents"), "gptfast.data.documents"),
         **dict.fromkeys(("PreparedData", "load_prepared", "open_data", "prepare"), "gptfast.data.prepared"),
-        **dict.fromkeys(("WindowSampler", "sequential_batches"), "gptfast.data.sampler"),
+        **dict.fromkeys(("WindowSampler", "sequential_batches", "shuffled"), "gptfast.data.sampler"),
         **dict.fromkeys(("TokenFile", "is_token_file", "write_tokens"), "gptfast.data.token_file"),
     },
 )

@@ -79,15 +79,8 @@ class WindowSampler:
         return self._starts((step * self.world_size + self.rank) * self.batch_size)
 
     def _starts(self, first: int) -> np.ndarray:
-        starts = np.empty(self.batch_size, np.int64)
-        done = 0
-        while done < self.batch_size:  # a batch may cross the end of one or more epochs
-            epoch, index = divmod(first + done, self.windows_per_epoch)
-            n = min(self.batch_size - done, self.windows_per_epoch - index)
-            windows = permute(np.arange(index, index + n), self.windows_per_epoch, self.seed, epoch)
-            starts[done : done + n] = self._phase(epoch) + windows * self.block_size
-            done += n
-        return starts
+        parts = shuffled(first, self.batch_size, self.windows_per_epoch, self.seed)
+        return np.concatenate([self._phase(epoch) + windows * self.block_size for epoch, windows in parts])
 
     def _phase(self, epoch: int) -> int:
         return _key(self.seed, epoch, 0) % self._phases
@@ -112,6 +105,24 @@ def sequential_batches(
             yield _rows(take, rows, block_size, vocab_size)
         else:
             yield _padded_rows(take, len(tokens), rows, block_size, vocab_size)
+
+
+def shuffled(first: int, count: int, n: int, seed: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Part of an endless sequence that goes through 0..n-1 once per epoch, in another order each time; no state is stored.
+
+    Args:
+        first, count: where the part begins, and its length; it may cross the ends of epochs.
+        n: at least 1.
+        seed: of the orders.
+    Yields:
+        (epoch, numbers), one pair for each epoch that the part meets.
+    """
+    end = first + count
+    while first < end:
+        epoch, index = divmod(first, n)
+        length = min(end - first, n - index)
+        yield epoch, permute(np.arange(index, index + length), n, seed, epoch)
+        first += length
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from gptfast._files import checksum, open_read
 from gptfast._folders import staged_folder, sync
 from gptfast._json import NULL, field, items, read_json
 from gptfast._snapshots import EVERYTHING, current, current_files
-from gptfast.models import GPT
 from gptfast.models.export import write_tensors
 from gptfast.ops.gemm import implementations_of
 from gptfast.tokenizer import Tokenizer
@@ -47,7 +47,8 @@ class TrainState:
 
     step: number of updates.
     planned_steps: the last step; None until max_minutes has been converted to steps.
-    best_val_loss, best_step: loss and step of the best evaluation.
+    best_val_loss, best_metric, best_step: loss, metric and step of the best evaluation; without a metric the loss decides.
+    evaluated: step of the last evaluation. stale: evaluations since the best one.
     seconds: wall-clock time of all sessions.
     rows: rows of tokens in all updates; None in older checkpoints: step * rows_per_step.
     eval_batch_size: rows of an evaluation's batch: the run's first batch_size, so that evaluations stay comparable when it
@@ -58,6 +59,9 @@ class TrainState:
     planned_steps: int | None = None
     best_val_loss: float | None = None
     best_step: int = 0
+    best_metric: float | None = None
+    evaluated: int = 0
+    stale: int = 0
     seconds: float = 0.0
     rows: int | None = None
     eval_batch_size: int | None = None
@@ -68,10 +72,14 @@ _STATE = {  # the types of the fields in trainer.json
     "planned_steps": (int, NULL),
     "best_val_loss": (float, NULL),
     "best_step": int,
+    "best_metric": (float, NULL),
+    "evaluated": int,
+    "stale": int,
     "seconds": float,
     "rows": (int, NULL),
     "eval_batch_size": (int, NULL),
 }
+_LATER = ("rows", "eval_batch_size", "best_metric", "evaluated", "stale")  # fields that older checkpoints lack
 
 
 @dataclass(frozen=True)
@@ -96,15 +104,23 @@ class Checkpoint:
 
 def save_checkpoint(
     folder: str | os.PathLike[str],
-    model: GPT,
+    model: Any,
     optimizers: Sequence[torch.optim.Optimizer],
     tokenizer: Tokenizer | None,
     state: TrainState,
     config: TrainConfig,
     source: dict[str, Any],
+    write: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint folder atomically.
 
+    Args:
+        folder: of the checkpoint.
+        model: a GPT, or a module with dropout_seed and dropout_step.
+        optimizers: of its parameters.
+        tokenizer: None: none is written.
+        state, config, source: see `Checkpoint`.
+        write: writes the model to a folder; None: model.save_pretrained.
     Raises:
         OSError: it cannot be written (disk full, no permission); the previous checkpoint is intact.
     """
@@ -113,12 +129,12 @@ def save_checkpoint(
         "state": asdict(state),
         "dropout": [model.dropout_seed, model.dropout_step],
         "threads": torch.get_num_threads(),
-        "gemm": implementations_of(config.dtype) if model.wte.weight.device.type == "cpu" else {},
+        "gemm": implementations_of(config.dtype) if next(model.parameters()).device.type == "cpu" else {},
         "source": source,
         "config": asdict(config),
     }
     with staged_folder(folder, replaces=EVERYTHING) as stage:
-        model.save_pretrained(stage)
+        (write or model.save_pretrained)(stage)
         if tokenizer is not None:
             tokenizer.save(stage)
         write_tensors(stage / OPTIMIZER, optimizer_tensors(model, optimizers))
@@ -204,7 +220,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
-    state = {"rows": None, "eval_batch_size": None, **field(raw, "state", dict, TRAINER)}
+    state = {**{name: getattr(TrainState(), name) for name in _LATER}, **field(raw, "state", dict, TRAINER)}
     for key, kinds in _STATE.items():
         field(state, key, kinds, TRAINER, inside="state")
     if state.keys() - _STATE.keys():
@@ -252,7 +268,7 @@ def check_source(checkpoint: Checkpoint) -> dict[str, Any]:
     return source
 
 
-def load_optimizers(folder: Path, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def load_optimizers(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Restore the optimizers' state from a checkpoint folder.
 
     Raises:

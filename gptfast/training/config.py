@@ -108,6 +108,13 @@ class TrainConfig:
     checkpoint_every: int | None = option(
         None, "Steps between checkpoints in OUT/last.", words="`eval_every`", allowed=Whole(1), group=_RUN
     )
+    patience: int | None = option(
+        None,
+        "Evaluations in a row without a better one after which training ends early.",
+        words="train to the last step",
+        allowed=Whole(1),
+        group=_RUN,
+    )
     log_every: int = option(10, "Steps between records in OUT/log.jsonl.", allowed=Whole(1), group=_RUN)
     seed: int = option(
         0,

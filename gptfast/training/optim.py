@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gptfast.models import GPT
 from gptfast.training.config import TrainConfig
 
 _STATE = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"), torch.optim.Muon: ("momentum_buffer",)}
@@ -23,20 +22,25 @@ def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> lis
     return [group for group in groups if group["params"]]
 
 
-def build_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """torch's fused AdamW (Loshchilov and Hutter, arXiv 1711.05101) for the decay groups of the trainable parameters.
 
     With optimizer="muon" torch's Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) updates the matrices
     inside the blocks. Its step is the momentum with all singular values set to about 1, scaled to the size of an AdamW step
     (Liu et al., arXiv 2502.16982), so that both use one learning rate.
 
+    Args:
+        model: a GPT, or with AdamW any module.
+        config: of the run.
     Raises:
         ValueError: the model has no trainable parameter.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("build_optimizers: no parameter of the model has requires_grad=True; unfreeze some")
-    inside = {id(p) for p in model.h.parameters() if p.dim() == 2} if config.optimizer == "muon" else set()
+    inside = (
+        {id(p) for p in model.get_submodule("h").parameters() if p.dim() == 2} if config.optimizer == "muon" else set()
+    )
     matrices = [p for p in trainable if id(p) in inside]
     groups = decay_groups([p for p in trainable if id(p) not in inside], config.weight_decay)
     rate, betas = config.learning_rate, (config.beta1, config.beta2)

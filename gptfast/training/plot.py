@@ -17,13 +17,16 @@ def require_matplotlib() -> None:
         raise ImportError("the loss curve needs a package that is not installed: pip install matplotlib")
 
 
-def plot_losses(records: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str = "") -> None:
-    """Draw training and validation loss over the steps.
+def plot_losses(
+    records: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str = "", metric: str = ""
+) -> None:
+    """Draw training and validation loss over the steps, and a metric above them.
 
     Args:
         records: records of the log, with "loss" or "val_loss".
         path: the PNG file, written atomically.
         title: the title of the plot.
+        metric: its name in the records; "": none. With one the loss of the task, "task_loss", is drawn where there is one.
     Raises:
         ImportError: matplotlib is not installed.
         OSError: the file cannot be written.
@@ -31,17 +34,27 @@ def plot_losses(records: Sequence[dict[str, Any]], path: str | os.PathLike[str],
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.add_subplot()
-    for key, label, style in (("loss", "training (one batch)", "#9db4c0"), ("val_loss", "validation", "#b23a48")):
-        points = [(r["step"], r[key]) for r in records if key in r]
-        if points:
-            marker = "o" if key == "val_loss" else None
-            axis.plot(*zip(*points, strict=True), color=style, label=label, marker=marker, markersize=3, linewidth=1.2)
-    axis.set(xlabel="step", ylabel="loss, nats per token", title=title)
-    axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend()
+    figure = Figure(figsize=(8, 7 if metric else 5), layout="constrained")
+    axes = figure.subplots(2 if metric else 1, 1, sharex=True, squeeze=False)[:, 0]
+    if metric:
+        _draw(axes[0], records, [(metric, "validation", "#b23a48")])
+        axes[0].set(ylabel=metric.replace("_", " "))
+    training = "task_loss" if any("task_loss" in r for r in records) else "loss"
+    _draw(axes[-1], records, [(training, "training (one batch)", "#9db4c0"), ("val_loss", "validation", "#b23a48")])
+    axes[-1].set(xlabel="step", ylabel="loss" if metric else "loss, nats per token")
+    axes[0].set(title=title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     atomic_write(path, buffer.getvalue())
+
+
+def _draw(axis: Any, records: Sequence[dict[str, Any]], curves: Sequence[tuple[str, str, str]]) -> None:
+    """Draw curves (key, label, colour); those of evaluations with a point at each."""
+    for key, label, color in curves:
+        points = [(r["step"], r[key]) for r in records if key in r]
+        if points:
+            marker = "o" if label == "validation" else None
+            axis.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=3, linewidth=1.2)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()

@@ -27,9 +27,10 @@ class Figures:
     percent_of_peak: float | None
     seconds_left: float | None
     val_is_new: bool = True  # val_loss is of this step
+    metric: str = ""  # beside val_loss
 
     def columns(self) -> dict[str, str]:
-        val = "" if self.val_loss is None else f"val {self.val_loss:.4f}"
+        val = "" if self.val_loss is None else f"val {self.val_loss:.4f}  {self.metric}".rstrip()
         speed = "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
         peak = "" if self.percent_of_peak is None else f"{self.percent_of_peak:.0f}% of peak"
         left = "" if self.seconds_left is None else f"ETA {clock(self.seconds_left)}"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from gptfast import _busy
 from gptfast.cli._run import example_prompt
 from gptfast.data import WindowSampler, load_prepared, prepare
-from gptfast.training import read_checkpoint
+from gptfast.training import language_modelling, read_checkpoint
 from gptfast.training.log import read_log
 from gptfast.training.progress import Figures
 from tests.support.train_command import TEXT, gptfast, run
@@ -43,7 +43,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
             self.times += 1
             return 2 if self.times > steps else None
 
-    monkeypatch.setattr(sys.modules["gptfast.training.trainer"], "Interrupt", Asked)
+    monkeypatch.setattr("gptfast.training.loop.Interrupt", Asked)
 
 
 def command_of(line: str) -> list[str]:
@@ -122,9 +122,10 @@ def test_another_batch_size_continues_at_the_same_place_of_the_data(tmp_path, te
     monkeypatch.setattr(
         WindowSampler, "batch_from", lambda self, row: seen.append((row, self.batch_size)) or rows(self, row)
     )
-    trainer = sys.modules["gptfast.training.trainer"]
-    batches = trainer.evaluation_batches
-    monkeypatch.setattr(trainer, "evaluation_batches", lambda *args: evaluated.append(args[2:]) or batches(*args))
+    batches = language_modelling.evaluation_batches
+    monkeypatch.setattr(
+        language_modelling, "evaluation_batches", lambda *args: evaluated.append(args[2:]) or batches(*args)
+    )
     assert run(text, out, "--max-steps", "6") == 0
     more = ["--batch-size", "6", "--grad-accum", "2", "--max-steps", "9"]
     assert gptfast("train", "--resume", "--out", out, *more) == 0

@@ -1,0 +1,57 @@
+"""Language modelling: windows of a long text, every token predicted from those before it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from gptfast.data import TokenFile, WindowSampler
+from gptfast.models import GPT
+from gptfast.tokenizer import Tokenizer
+from gptfast.training.checks import check_model
+from gptfast.training.config import TrainConfig
+from gptfast.training.evaluate import Batch, evaluate, evaluated_tokens, evaluation_batches
+from gptfast.training.gradients import accumulate_gradients
+from gptfast.training.objective import Autocast, Evaluation, Objective
+
+
+class LanguageModelling(Objective):
+    """Trains a GPT on tokens.
+
+    Args:
+        model: a float32 GPT.
+        train_tokens, val_tokens: token files, or (N,) arrays of ids.
+        config: of the run.
+        tokenizer: saved with every checkpoint; None: no tokenizer.
+    Raises:
+        TypeError, ValueError: see `check_model` and `WindowSampler`.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        train_tokens: TokenFile | np.ndarray,
+        val_tokens: TokenFile | np.ndarray,
+        config: TrainConfig,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.block_size = check_model(model, config, train_tokens, val_tokens)
+        self.network, self.tokenizer, self.val_tokens = model, tokenizer, val_tokens
+        self.tokens_per_row = self.block_size
+        self.sampler = WindowSampler(train_tokens, self.block_size, config.batch_size, config.seed)
+
+    def batches(self, row: int, config: TrainConfig) -> list[Batch]:
+        return [self.sampler.batch_from(row + n * config.batch_size) for n in range(config.grad_accum)]
+
+    def add_gradients(self, batches: list[Batch], autocast: Autocast, device: torch.device) -> dict[str, float]:
+        return {"loss": accumulate_gradients(self.network, batches, autocast, device)}
+
+    def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
+        batches = evaluation_batches(self.val_tokens, self.block_size, batch_size, config.eval_batches)
+        return Evaluation(evaluate(self.network, batches, autocast, device)[0])
+
+    def evaluated_tokens(self, batch_size: int, config: TrainConfig) -> float:
+        return evaluated_tokens(self.val_tokens, self.block_size, batch_size, config.eval_batches)
+
+    def flops_per_token(self) -> float:
+        return self.network.flops_per_token(self.block_size)

@@ -1,0 +1,291 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptfast._busy import CpuWait
+from gptfast._locks import FileLock
+from gptfast.machine import choose_dtype, peak_flops, resolve_device
+from gptfast.ops.gemm import check_implementations, use_implementations
+from gptfast.training.checkpoint import (
+    Checkpoint,
+    TrainState,
+    copy_checkpoint,
+    load_optimizers,
+    save_checkpoint,
+)
+from gptfast.training.config import TrainConfig
+from gptfast.training.interrupt import Interrupt
+from gptfast.training.log import Log
+from gptfast.training.objective import Evaluation, Objective
+from gptfast.training.optim import build_optimizers, parameters_of
+from gptfast.training.plot import plot_losses, require_matplotlib
+from gptfast.training.progress import Figures, TrainingProgress
+from gptfast.training.result import TrainResult
+from gptfast.training.run_folder import lock_run, make_room
+from gptfast.training.schedule import learning_rate
+from gptfast.training.timing import RunClock
+
+
+class Loop:
+    """Trains an objective and writes RUN/last, RUN/best, RUN/log.jsonl and RUN/loss.png.
+
+    Args:
+        objective: what is trained; its network is moved to the device of the config.
+        config, out, source, resume, overwrite, progress, tensorboard, lock: see `Trainer`.
+        evaluate_first: also before the first step.
+        finished_too: a run that is complete may be resumed; it makes no step.
+    Raises:
+        FileExistsError, BlockingIOError: see `Trainer`.  ValueError: the network has no trainable parameter.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        config: TrainConfig,
+        out: str | os.PathLike[str],
+        *,
+        source: dict[str, Any] | None = None,
+        resume: Checkpoint | None = None,
+        overwrite: bool = False,
+        progress: bool = True,
+        tensorboard: bool = False,
+        lock: FileLock | None = None,
+        evaluate_first: bool = False,
+        finished_too: bool = False,
+    ) -> None:
+        require_matplotlib()
+        self.objective, self.source = objective, source or {}
+        self.out, self.device = Path(out), resolve_device(config.device)
+        self.dtype_reason = ""
+        if config.dtype == "auto":
+            dtype, self.dtype_reason = choose_dtype(self.device)
+            config = config.replace(dtype=dtype)
+        self.config, self.dtype = config, getattr(torch, config.dtype)
+        network = objective.network.to(self.device).train()
+        self.optimizers = build_optimizers(network, config)
+        self.state = TrainState(planned_steps=None if config.max_minutes else config.max_steps)
+        network.dropout_seed, network.dropout_step = config.seed, 0
+        self._methods: dict[str, str] = {}  # implementations of products before the run was resumed
+        self._finished_too, self._evaluate_first = finished_too, evaluate_first and resume is None
+        self._evaluated, self._saved = 0, 0  # the steps of the last evaluation and of RUN/last
+        self._lock = lock or lock_run(self.out)
+        try:
+            if resume is None:
+                make_room(self.out, overwrite)
+            else:
+                self._restore(resume)
+            self.log = Log(self.out / "log.jsonl", self.state.step, self.out / "tensorboard" if tensorboard else None)
+            self._begin_rows(resume)
+        except BaseException:
+            self._lock.release()
+            raise
+        self.progress = TrainingProgress(progress)
+        measured = objective.flops_per_token() is not None
+        self.peak_flops = peak_flops(self.dtype, self.device) if measured else math.inf
+        self._loss = math.nan  # the last step's
+        self._found: Evaluation | None = None  # the last evaluation's
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state, config = replace(checkpoint.state), self.config
+        if config.max_minutes is None or config.max_minutes != checkpoint.config.max_minutes:
+            state.planned_steps = None if config.max_minutes else config.max_steps
+        late = config.max_minutes is not None and state.seconds >= 60 * config.max_minutes
+        self.state = state
+        if late or self._has_ended():
+            if not self._finished_too:
+                raise ValueError(
+                    f"{checkpoint.folder}: this run is complete ({state.step} steps, {state.seconds:.0f} s); to train on, "
+                    f"raise max_steps (now {config.max_steps}) or max_minutes (now {config.max_minutes})"
+                    + (f", or patience (now {config.patience})" if config.patience else "")
+                )
+            self._evaluated, self._saved = state.evaluated, state.step
+        if checkpoint.dropout[0] is not None:
+            self.objective.network.dropout_seed, self.objective.network.dropout_step = checkpoint.dropout
+        check_implementations(checkpoint.gemm)
+        self._methods = checkpoint.gemm
+        load_optimizers(checkpoint.folder, self.objective.network, self.optimizers)
+
+    def _begin_rows(self, resume: Checkpoint | None) -> None:
+        """Set the position in the order of the data, which is independent of the batch size."""
+        state, old = self.state, self.config if resume is None else resume.config
+        state.rows = state.step * old.rows_per_step if state.rows is None else state.rows
+        state.eval_batch_size = state.eval_batch_size or old.batch_size
+        if (old.batch_size, old.grad_accum) != (self.config.batch_size, self.config.grad_accum):
+            self.log.write(step=state.step, batch_size=self.config.batch_size, grad_accum=self.config.grad_accum)
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.state.eval_batch_size or self.config.batch_size
+
+    def train(self) -> TrainResult:
+        """Train to the end, or to Ctrl-C or SIGTERM; RUN/last is saved in both cases.
+
+        Raises:
+            RuntimeError: the loss is not finite.
+            OSError: a file cannot be written.
+        """
+        minutes = self.config.max_minutes
+        waiting = CpuWait()
+        self.clock = RunClock(self.state.seconds, minutes and 60 * minutes, self._evaluation_steps())
+        try:
+            with closing(self.log), Interrupt() as interrupt, self.progress, use_implementations(self._methods):
+                interrupted = self._train(interrupt)
+            seconds = self.clock.seconds
+            title = f"{self.out.name}: {self.state.step} steps"
+            plot_losses(self.log.records, self.out / "loss.png", title, self.objective.metric)
+        finally:
+            self._lock.release()
+        return TrainResult(
+            steps=self.state.step,
+            seconds=seconds,
+            val_loss=None if self._found is None else self._found.loss,
+            best_val_loss=self.state.best_val_loss,
+            best_step=self.state.best_step,
+            tokens_per_second=self._tokens_per_second(),
+            interrupted=interrupted,
+            waiting=waiting.share(),
+            best_metric=self.state.best_metric,
+        )
+
+    def _train(self, interrupt: Interrupt) -> int | None:
+        """Make all steps and the last checkpoint; returns the signal that ended the run early, or None."""
+        if self._evaluate_first:
+            self._log(self._evaluation())
+        while not self._done() and interrupt.signal is None:
+            self._step()
+        interrupted = None if self._done() else interrupt.signal
+        if interrupted is None and self._evaluated != self.state.step:
+            self._evaluate()
+            self._save()
+            self.progress.show(self._figures(), important=True)
+        elif self._saved != self.state.step:
+            self._save()
+        return interrupted
+
+    def _evaluation_steps(self) -> float:
+        """The expected time of an evaluation in steps: a forward pass takes a third of a step."""
+        tokens = self.objective.evaluated_tokens(self.eval_batch_size, self.config)
+        return tokens / (3 * self.config.rows_per_step * self.objective.tokens_per_row)
+
+    def _has_ended(self) -> bool:
+        """Whether all planned steps are made, or the evaluations have not become better for too long."""
+        planned, patience = self.state.planned_steps, self.config.patience
+        return (planned is not None and self.state.step >= planned) or (
+            patience is not None and self.state.stale >= patience
+        )
+
+    def _done(self) -> bool:
+        return self._has_ended() or self.clock.out_of_time
+
+    def _step(self) -> None:
+        """Make one update, and log, evaluate and save when due."""
+        config = self.config
+        with self.clock.step():
+            record: dict[str, float] = self._update()
+        self._loss = record["loss"]
+        step = self.state.step
+        if self.clock.can_plan:
+            record |= self._plan()
+        if step == 1 or step % config.log_every == 0:
+            self.log.write(step=step, **record, seconds=round(self.clock.seconds, 3))
+        evaluating = step % config.eval_every == 0
+        with self.clock.pause():
+            if evaluating:
+                self._evaluate()
+            if step % config.steps_per_checkpoint == 0 or self.state.best_step == step:
+                self._save()
+        self.progress.show(self._figures(), important=evaluating or step == 1)
+
+    def _update(self) -> dict[str, float]:
+        """Update the weights once; returns loss, learning rate and norm of the gradient."""
+        step, config = self.state.step, self.config
+        rate = learning_rate(step, config, self.state.planned_steps or math.inf)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
+        rows = self.state.rows or 0
+        figures = self.objective.add_gradients(self.objective.batches(rows, config), self._autocast, self.device)
+        loss = figures["loss"]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizers), config.grad_clip or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RuntimeError(
+                f"training: the loss is {loss} and the norm of its gradient {norm} at step {step + 1}, where the "
+                f"learning rate is {rate:.2g}; saved checkpoints are intact - lower learning_rate or raise warmup_steps"
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        self.state.rows = rows + config.rows_per_step
+        return {**figures, "lr": rate, "grad_norm": norm}
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def _evaluation(self) -> Evaluation:
+        return self.objective.evaluate(self.eval_batch_size, self.config, self._autocast, self.device)
+
+    def _evaluate(self) -> None:
+        state, found = self.state, self._evaluation()
+        self._found, self._evaluated = found, state.step
+        if self.peak_flops < math.inf:
+            self.peak_flops = peak_flops(self.dtype, self.device, again=True)
+        best = None if state.best_val_loss is None else Evaluation(state.best_val_loss, state.best_metric)
+        state.stale += 1
+        if best is None or found.rank > best.rank:
+            state.best_val_loss, state.best_metric, state.best_step = found.loss, found.metric, state.step
+            state.stale = 0
+        self._log(found)
+
+    def _log(self, found: Evaluation) -> None:
+        named = {} if found.metric is None else {self.objective.metric: found.metric}
+        self.log.write(step=self.state.step, val_loss=found.loss, **named)
+
+    def _save(self) -> None:
+        """Write RUN/last, and RUN/best if this is the best step so far."""
+        self.state.seconds, self.state.evaluated = self.clock.seconds, self._evaluated
+        last, objective = self.out / "last", self.objective
+        about = (objective.tokenizer, self.state, self.config, self.source)
+        save_checkpoint(last, objective.network, self.optimizers, *about, write=objective.write)
+        if self.state.best_step == self.state.step:
+            copy_checkpoint(last, self.out / "best")
+        self._saved = self.state.step
+
+    def _plan(self) -> dict[str, int]:
+        """Set planned_steps from the time that is left."""
+        steps = self.state.step + self.clock.more_steps()
+        self.state.planned_steps = steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+        return {"planned_steps": self.state.planned_steps}
+
+    def _tokens_per_second(self) -> float | None:
+        seconds = self.clock.step_seconds
+        return None if seconds is None else self.config.rows_per_step * self.objective.tokens_per_row / seconds
+
+    def _figures(self) -> Figures:
+        step, planned, speed = self.state.step, self.state.planned_steps, self._tokens_per_second()
+        per_token = self.objective.flops_per_token()
+        flops = None if speed is None or per_token is None else speed * per_token
+        found = self._found
+        metric = "" if found is None or found.metric is None else f"{self.objective.metric} {found.metric:.3f}"
+        return Figures(
+            step=step,
+            total=planned,
+            loss=self._loss,
+            val_loss=None if found is None else found.loss,
+            metric=metric,
+            val_is_new=self._evaluated == step,
+            tokens_per_second=speed,
+            # None where the peak is too small, because it was measured while the machine was busy
+            percent_of_peak=None if flops is None or flops > self.peak_flops else 100 * flops / self.peak_flops,
+            seconds_left=None if speed is None or planned is None else (planned - step) * self.clock.seconds_per_step(),
+        )

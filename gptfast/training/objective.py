@@ -1,0 +1,71 @@
+"""What a run trains: a network, the batches of its steps, their loss, and its evaluation."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptfast.tokenizer import Tokenizer
+from gptfast.training.config import TrainConfig
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: of the held-out data. metric: where the objective has one, the larger the better; None: the loss decides."""
+
+    loss: float
+    metric: float | None = None
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Of two evaluations the better one has the larger; of two with one metric that with the lower loss."""
+        return (-self.loss if self.metric is None else self.metric, -self.loss)
+
+
+class Objective(ABC):
+    """What `gptfast.training.loop.Loop` trains.
+
+    network: a module with dropout_seed and dropout_step; its parameters with requires_grad are trained.
+    tokenizer: saved with every checkpoint; None: none is.
+    metric: name of the metric in the log; "": there is none.
+    tokens_per_row: of the data, for the speed.
+    """
+
+    network: Any
+    tokenizer: Tokenizer | None = None
+    metric: str = ""
+    tokens_per_row: float
+
+    @abstractmethod
+    def batches(self, row: int, config: TrainConfig) -> list[Any]:
+        """The batches of the step that begins with row number `row` of the data's endless order: a function of row and
+        seed, so that a resumed run sees what an uninterrupted one does."""
+
+    @abstractmethod
+    def add_gradients(self, batches: list[Any], autocast: Autocast, device: torch.device) -> dict[str, float]:
+        """Add the gradient of the batches' mean loss to the parameters'; returns "loss" and other figures for the log."""
+
+    @abstractmethod
+    def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
+        """Evaluate on held-out data, the same each time, without dropout; the network keeps its mode."""
+
+    def evaluated_tokens(self, batch_size: int, config: TrainConfig) -> float:
+        """Tokens of an evaluation, for the plan of a run by time."""
+        return math.nan
+
+    def flops_per_token(self) -> float | None:
+        """Of a step, to be compared with the machine's; None: not known."""
+        return None
+
+    def write(self, folder: Path) -> None:
+        """Write the network to a folder, from which a run can be resumed."""
+        self.network.save_pretrained(folder)
