@@ -12,6 +12,7 @@ import typer
 from gptfast.cli._errors import print_error, wants_traceback
 from gptfast.cli.bench import bench
 from gptfast.cli.doctor import doctor
+from gptfast.cli.evaluate import evaluate
 from gptfast.cli.generate import generate
 from gptfast.cli.info import info
 from gptfast.cli.prepare import prepare
@@ -47,7 +48,7 @@ def _options(
     """Train, fine-tune and run GPTs, fast on the machine you have."""
 
 
-for command in (train, generate, serve, prepare, info, doctor, bench):
+for command in (train, generate, evaluate, serve, prepare, info, doctor, bench):
     app.command()(command)
 _commands = app
 

@@ -23,6 +23,8 @@ class Change:
     default, words: the default on the command line, and in words; `_KEEP`, "": as the field.
     more: sentences that follow the description.
     type: of the value; None: as the field.
+    argument: given by its place instead of by a name.
+    both: a flag with its opposite, --bos and --no-bos.
     """
 
     name: str = ""
@@ -30,6 +32,8 @@ class Change:
     words: str = ""
     more: str = ""
     type: Any = None
+    argument: bool = False
+    both: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,9 @@ class Options:
             words = change.words or (default_text(described, default) if own else "")
             is_value = not words or (own and not change.words and not described.default)
             choices = described.allowed if isinstance(described.allowed, tuple) else ()
-            option = typer.Option(
-                *([option_name(name)] if default is False else []),  # a flag, without its opposite
+            names = [option_name(name)] if default is False and not change.both else []  # a flag, without its opposite
+            option = (typer.Argument if change.argument else typer.Option)(
+                *names,
                 help=as_options(f"{described.help} {change.more}".strip()),
                 show_default=(default is not None and default is not False) if is_value else as_options(words),
                 rich_help_panel=group or None,
@@ -98,11 +103,11 @@ def takes(*options: Options) -> Callable[[Callable[[dict[str, Any]], None]], Cal
         pairs = [pair for one in options for pair in one.parameters()]
         fields = {parameter.name: name for name, parameter in pairs}
 
-        def command(context: typer.Context, **values: Any) -> None:
-            sources = {name: context.get_parameter_source(name) for name in values}
+        def command(click_context: typer.Context, **values: Any) -> None:
+            sources = {name: click_context.get_parameter_source(name) for name in values}
             run({fields[name]: values[name] for name, source in sources.items() if source and source.name != "DEFAULT"})
 
-        first = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        first = inspect.Parameter("click_context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
         parameters = [first, *(parameter for _, parameter in pairs)]
         command.__name__, command.__doc__, command.__module__ = run.__name__, run.__doc__, run.__module__
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -1,0 +1,203 @@
+"""gptfast evaluate: how well models predict texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptfast._options import option, values_of
+from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, TOKENIZER_HELP, load
+from gptfast.cli._options import Change, Options, takes
+
+if TYPE_CHECKING:
+    from gptfast.data import Document
+
+FORMATS = ("int8", "int6", "q4", "int4", "nf4", "bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What `gptfast evaluate` judges."""
+
+    models: list[str] | None = option(
+        None, "With `compare`: the models, the first one being what the others are held against."
+    )
+    model: str | None = option(None, MODEL_HELP)
+    quantize: str | None = option(
+        None, f"{QUANTIZE_HELP}. Without it the model runs in torch, with its weights as they are."
+    )
+    tokenizer: str | None = option(None, TOKENIZER_HELP, words="the checkpoint's own")
+    compare: bool = option(
+        False,
+        "Compare the MODELS on the same documents: mean difference in nats a token, with its standard error. A format of the "
+        "engine follows a colon: runs/bard/best:int8.",
+    )
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts and how they are cut."""
+
+    data: str = option(
+        MISSING,
+        "A text file, which is one stream; or a file of records such as .jsonl, each a document that no other sees; or a folder "
+        "of text files; or shakespeare.",
+    )
+    text_field: str = option("text", "The field of a record that holds its text.")
+    context: int | None = option(None, "Most tokens in a window.", words="the model's block size")
+    stride: int | None = option(
+        None,
+        "Tokens from one window to the next. With `stride` equal to `context` windows do not overlap: the fastest, the "
+        "highest perplexity, and the first token of each window is not scored.",
+        words="half of `context`",
+    )
+    bos: bool = option(
+        False, "Put the model's first token before each document, so that its own first token is scored."
+    )
+    join: bool = option(False, "Make one stream of the documents, with the end token between two.")
+    detokenize: str = option("none", "Undo the spaces of WikiText's files before tokens are made: wikitext, or none.")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the results go."""
+
+    json: bool = option(False, "Print one JSON object instead of a table.")
+
+
+_CHANGES = {"models": Change(argument=True)}
+
+
+@takes(Options(Models, changes=_CHANGES), Options(Texts, changes={"bos": Change(both=True)}), Options(Output))
+def evaluate(options: dict[str, Any]) -> None:
+    """Measure how well a model predicts texts: perplexity by token, word, character and byte.
+
+    A text longer than the context is scored in overlapping windows, as the documentation of transformers does, with an exact
+    sum. What was scored and how is part of the result.
+
+    [bold]Examples[/]
+
+      [cyan]gptfast evaluate --model runs/bard/best --data plays.txt[/]
+
+      A document a line, {"text": ...}, in the native engine with 8-bit weights:
+
+      [cyan]gptfast evaluate --model gpt2 --data texts.jsonl --quantize int8 --json[/]
+
+      What 8 and 4 bits cost, on the same documents:
+
+      [cyan]gptfast evaluate --compare gpt2 gpt2:int8 gpt2:q4 --data texts.jsonl[/]
+    """
+    given, texts = Models(**values_of(Models, options)), Texts(**values_of(Texts, options))
+    names = _names(given)
+    settings = {name: getattr(texts, name) for name in ("context", "stride", "bos", "join", "detokenize")}
+    documents = _documents(texts)
+    results, scores = [], []
+    from gptfast.evaluation import compare, score_documents, summarise
+
+    for name, quantize in names:
+        model, tokenizer = load(name, quantize, given.tokenizer)
+        with _progress(name, documents) as advance:
+            scores.append(score_documents(model, documents, tokenizer, progress=advance, **settings))
+        results.append({"model": name, "format": quantize, **summarise(scores[-1], model, **settings)})
+    value: dict[str, Any] = results[0]
+    if given.compare:
+        pairs = [
+            {**{key: row[key] for key in ("model", "format")}, **compare(scores[0], other)}
+            for row, other in zip(results[1:], scores[1:], strict=True)
+        ]
+        value = {"results": results, "comparisons": pairs}
+    _show(value, results, value.get("comparisons", []), options.get("json", False))
+
+
+def _names(given: Models) -> list[tuple[str, str | None]]:
+    """(model, format) of each model to judge."""
+    listed = given.models or []
+    if given.compare:
+        if len(listed) < 2 or given.model or given.quantize:
+            raise ValueError(
+                "evaluate: `compare` takes at least two models and their formats as arguments: --compare A B:int8, without "
+                "`model` and `quantize`"
+            )
+        return [_divided(name) for name in listed]
+    if listed or not given.model:
+        raise ValueError("evaluate: no `model`; give --model FOLDER, or --compare A B to compare several")
+    return [(given.model, given.quantize)]
+
+
+def _divided(name: str) -> tuple[str, str | None]:
+    path, colon, format = name.rpartition(":")
+    if not colon or Path(name).exists():
+        return name, None
+    if format not in FORMATS:
+        raise ValueError(
+            f"evaluate: {name!r} has format {format!r} after its colon; expected one of {', '.join(FORMATS)}"
+        )
+    return path, format
+
+
+def _documents(texts: Texts) -> list[Document]:
+    from gptfast.data import load_documents
+    from gptfast.data.records import RECORDS, kind_of
+
+    records = kind_of(texts.data)[0] in RECORDS
+    documents = load_documents(texts.data, text_field=texts.text_field if records else None)
+    if not documents:
+        raise ValueError(f"evaluate: {texts.data} holds no text")
+    return documents
+
+
+@contextmanager
+def _progress(name: str, documents: list[Document]) -> Iterator[Any]:
+    """A progress bar on standard error, by tokens; their number is estimated until the end."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.completed:,.0f} tokens"),
+        TimeElapsedColumn(),
+    )
+    size = sum(document.size for document in documents)
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"{name}, {size:,} bytes")
+        yield lambda tokens: bar.advance(task, tokens)
+
+
+def _show(value: dict[str, Any], results: list[dict[str, Any]], pairs: list[dict[str, Any]], as_json: bool) -> None:
+    import json
+
+    if as_json:
+        print(json.dumps(value, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    columns = ("perplexity", "word_perplexity", "char_perplexity", "byte_perplexity", "bits_per_byte")
+    table = Table("model", *(name.replace("_", " ") for name in columns), box=None, pad_edge=False)
+    for row in results:
+        name = row["model"] + (f":{row['format']}" if row["format"] else "")
+        table.add_row(name, *("-" if row[column] is None else f"{row[column]:.4f}" for column in columns))
+    console.print(table)
+    first = results[0]
+    counted = ", ".join(f"{first[name]:,} {name}" for name in ("tokens", "words", "characters", "bytes"))
+    windows = f"context {first['context']}, stride {first['stride']}"
+    edge = "a first token before each" if first["bos"] else "the first token of each not scored"
+    for line in (
+        f"scored   {counted}",
+        f"windows  {windows}",
+        f"texts    {first['documents']:,} documents, {edge}; detokenize {first['detokenize']}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for row in pairs:
+        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.5f}"
+        name = row["model"] + (f":{row['format']}" if row["format"] else "")
+        line = (
+            f"{name} - {first['model']}: {row['difference']:+.5f}{error} nats a token over {row['documents']} documents"
+        )
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,230 @@
+"""Perplexity beside transformers and beside one token at a time, counts of text, comparisons, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gptfast
+from gptfast.cli import main
+from gptfast.data import Document
+from gptfast.evaluation import compare, perplexity, score_documents
+from gptfast.evaluation.counts import count_text, count_token
+from gptfast.evaluation.detokenizers import wikitext
+from gptfast.tokenizer import get_tokenizer
+
+KEYS = {"perplexity", "word_perplexity", "char_perplexity", "byte_perplexity", "bits_per_byte", "tokens", "words"}
+KEYS |= {"characters", "bytes", "documents", "context", "stride", "bos", "join", "detokenize"}
+TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler in the mind to suffer — naïve café, 東京!\n" * 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return get_tokenizer("gpt2")
+
+
+@pytest.fixture(scope="module")
+def model() -> gptfast.GPT:
+    torch.manual_seed(1)
+    gpt = gptfast.GPT(gptfast.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=50257, dropout=0.1))
+    for parameter in gpt.parameters():
+        parameter.data *= 3  # far from uniform
+    return gpt.eval()
+
+
+def one_at_a_time(model: Any, ids: list[int], context: int, stride: int) -> tuple[float, int]:
+    """The windows of transformers' documentation, each target by a softmax of its own in float64."""
+    loss, count, before = 0.0, 0, 0
+    for begin in range(0, len(ids), stride):
+        end = min(begin + context, len(ids))
+        for t in range(max(before, begin + 1), end):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[begin:t]]))[0, -1].double()
+            loss -= float(logits.log_softmax(-1)[ids[t]])
+            count += 1
+        before = end
+        if end == len(ids):
+            break
+    return loss, count
+
+
+@pytest.mark.parametrize(("context", "stride"), [(32, 32), (32, 16), (20, 7), (32, 1), (5, 5), (2, 1)])
+@pytest.mark.parametrize("bos", [False, True])
+def test_sum_is_that_of_one_token_at_a_time(model: Any, tokenizer: Any, context: int, stride: int, bos: bool):
+    text = TEXT[:180]
+    ids = ([50256] if bos else []) + tokenizer.encode(text)
+    loss, count = one_at_a_time(model, ids, context, stride)
+    found = perplexity(model, text, tokenizer, context=context, stride=stride, bos=bos)
+    assert set(found) == KEYS and found["tokens"] == count
+    assert math.log(found["perplexity"]) == pytest.approx(loss / count, abs=1e-5)
+    if bos:
+        scored = text if stride < context else None
+    else:
+        scored = text[len(tokenizer.decode(ids[:1])) :] if stride < context else None
+    if scored is not None:
+        assert (found["bytes"], found["characters"]) == (len(scored.encode()), len(scored))
+        assert found["words"] == len(text.split()) - (not bos)
+        assert found["bits_per_byte"] == pytest.approx(loss / math.log(2) / len(scored.encode()), rel=1e-5)
+
+
+def test_equal_windows_of_the_library(model: Any, tokenizer: Any, tmp_path: Path):
+    """transformers' own loss of each window, weighed by its number of targets."""
+    from transformers import GPT2LMHeadModel
+
+    model.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    ids = tokenizer.encode(TEXT)
+    total, count, before = 0.0, 0, 0
+    for begin in range(0, len(ids), 12):
+        end = min(begin + 32, len(ids))
+        labels = torch.tensor([ids[begin:end]])
+        labels[:, : before - begin] = -100
+        with torch.no_grad():
+            loss = theirs(torch.tensor([ids[begin:end]]), labels=labels).loss
+        targets = int((labels[:, 1:] != -100).sum())
+        total, count, before = total + float(loss) * targets, count + targets, end
+        if end == len(ids):
+            break
+    found = perplexity(model, TEXT, tokenizer, stride=12)
+    assert found["tokens"] == count and math.log(found["perplexity"]) == pytest.approx(total / count, abs=1e-5)
+
+
+@pytest.mark.parametrize("stride", [32, 10])
+def test_the_engine_agrees(model: Any, tokenizer: Any, stride: int):
+    mine, engine = (perplexity(m, TEXT, tokenizer, stride=stride) for m in (model, model.compile_for_inference("fp32")))
+    assert engine["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-5)
+    assert {k: v for k, v in mine.items() if "per" not in k} == {k: v for k, v in engine.items() if "per" not in k}
+
+
+def test_documents_do_not_see_each_other(model: Any, tokenizer: Any):
+    parts = [TEXT[:90], TEXT[90:120], "x", TEXT[120:]]
+    scores = score_documents(model, [Document(str(n), part) for n, part in enumerate(parts)], tokenizer)
+    alone = [score_documents(model, [Document("", part)], tokenizer)[0] for part in parts]
+    for one, other in zip(scores, alone, strict=True):
+        assert (one.tokens, one.counts) == (other.tokens, other.counts) and one.loss == pytest.approx(
+            other.loss, rel=1e-6
+        )
+    assert scores[2].tokens == scores[2].counts.bytes == 0  # its only token has nothing before it
+
+
+def test_a_stream_of_documents(model: Any, tokenizer: Any):
+    parts = [TEXT[:90], TEXT[90:200]]
+    ids = [*tokenizer.encode(parts[0]), tokenizer.eos_id, *tokenizer.encode(parts[1])]
+    loss, count = one_at_a_time(model, ids, 32, 32)
+    found = perplexity(model, parts, tokenizer, join=True, stride=32)
+    assert found["tokens"] == count and math.log(found["perplexity"]) == pytest.approx(loss / count, abs=1e-5)
+    unscored = [ids[n] for n in range(0, len(ids), 32) if ids[n] != tokenizer.eos_id]
+    assert found["bytes"] == len("".join(parts).encode()) - len(tokenizer.decode_bytes(unscored))
+
+
+def test_dropout_is_off_and_comes_back(model: Any, tokenizer: Any):
+    model.train()
+    try:
+        assert perplexity(model, TEXT, tokenizer) == perplexity(model, TEXT, tokenizer) and model.training
+    finally:
+        model.eval()
+
+
+def test_counts(tokenizer: Any):
+    for size in (1, 2, 3, 7, 1000):
+        counts = count_text(TEXT[n : n + size] for n in range(0, len(TEXT), size))
+        assert (counts.bytes, counts.characters, counts.words) == (len(TEXT.encode()), len(TEXT), len(TEXT.split()))
+    ids = tokenizer.encode(TEXT)
+    every = [count_token(tokenizer, token, before) for token, before in zip(ids, [None, *ids], strict=False)]
+    total = count_text([TEXT])
+    for name in ("bytes", "characters", "words"):
+        assert sum(getattr(count, name) for count in every) == getattr(total, name), name
+
+
+def test_paired_differences(model: Any, tokenizer: Any):
+    documents = [Document(str(n), TEXT[n * 40 : n * 40 + 80]) for n in range(5)]
+    a, b = (score_documents(m, documents, tokenizer) for m in (model, model.compile_for_inference("int4")))
+    expected = torch.tensor(
+        [y.loss / y.tokens - x.loss / x.tokens for x, y in zip(a, b, strict=True)], dtype=torch.float64
+    )
+    found = compare(a, b)
+    assert found["difference"] == pytest.approx(float(expected.mean())) and found["documents"] == 5
+    assert found["standard_error"] == pytest.approx(float(expected.std() / 5**0.5))
+    assert compare(a[:1], b[:1])["standard_error"] is None
+
+
+def test_wikitext():
+    given = ' = Valkyria Chronicles = \n It sold 1 @,@ 024 copies , " as expected " ( in Japan ) ; the team \'s long @-@ range plan .\n'
+    assert (
+        wikitext(given)
+        == '= Valkyria Chronicles =\nIt sold 1,024 copies, "as expected" (in Japan); the team\'s long-range plan.\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"context": 33}, ValueError, "context is 33; expected at most 32"),
+        ({"context": 1}, ValueError, "context is 1; expected at least 2"),
+        ({"context": 8, "stride": 9}, ValueError, "stride is 9; expected at most 8"),
+        ({"stride": 0}, ValueError, "stride is 0"),
+        ({"stride": 2.0}, TypeError, "stride is 2.0; expected an int"),
+        ({"detokenize": "ptb"}, ValueError, "detokenize is 'ptb'; expected one of none, wikitext"),
+        ({"texts": "a"}, ValueError, "no token to score; expected a text of at least two tokens"),
+        ({"texts": []}, ValueError, "no token to score"),
+    ],
+)
+def test_errors(model: Any, tokenizer: Any, options: dict[str, Any], error: type[Exception], message: str):
+    with pytest.raises(error, match=f"perplexity: {message}"):
+        perplexity(model, tokenizer=tokenizer, **{"texts": TEXT, **options})
+
+
+def test_errors_of_tokenizers(tokenizer: Any):
+    small = gptfast.GPT(gptfast.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=70)).eval()
+    with pytest.raises(ValueError, match="document 1 has token 18798, but the model's vocabulary has 70"):
+        perplexity(small, "ello ello", tokenizer)
+    chars = get_tokenizer("char", "ab\n")
+    for option in ("bos", "join"):
+        with pytest.raises(ValueError, match=f"perplexity: {option}=True, but"):
+            perplexity(small, ["ab", "ba"], chars, **{option: True})
+
+
+def run(capsys: Any, monkeypatch: Any, *arguments: str) -> str:
+    monkeypatch.setattr("sys.argv", ["gptfast", "evaluate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return out if end.value.code == 0 else err
+
+
+def test_command(model: Any, tokenizer: Any, tmp_path: Path, capsys: Any, monkeypatch: Any):
+    folder, text, rows = tmp_path / "model", tmp_path / "text.txt", tmp_path / "rows.jsonl"
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    text.write_text(TEXT)
+    rows.write_text("".join(json.dumps({"text": TEXT[n * 50 : n * 50 + 70]}) + "\n" for n in range(4)))
+    found = json.loads(run(capsys, monkeypatch, "--model", folder, "--data", text, "--stride", "16", "--bos", "--json"))
+    assert found == {"model": str(folder), "format": None} | perplexity(model, TEXT, tokenizer, stride=16, bos=True)
+    table = run(capsys, monkeypatch, "--model", folder, "--data", text, "--quantize", "int8", "--no-bos")
+    assert "context 32, stride 16" in table and "the first token of each not scored" in table
+    names = ["--compare", folder, f"{folder}:int8", f"{folder}:q4"]
+    found = json.loads(run(capsys, monkeypatch, *names, "--data", rows, "--json"))
+    assert [row["documents"] for row in found["results"]] == [4, 4, 4]
+    assert [row["format"] for row in found["comparisons"]] == ["int8", "q4"]
+    assert all(row["standard_error"] > 0 for row in found["comparisons"])
+    assert " nats a token over 4 documents" in run(capsys, monkeypatch, *names, "--data", rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "x.txt"], "no --model; give"),
+        (["--compare", "a", "--data", "x.txt"], "--compare takes at least two models"),
+        (["--compare", "a", "b:int3", "--data", "x.txt"], "format 'int3' after its colon"),
+        (["--model", "nowhere/at/all", "--data", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_errors_of_the_command(capsys: Any, monkeypatch: Any, arguments: list[str], message: str):
+    text = run(capsys, monkeypatch, *arguments)
+    assert text.startswith("error: ") and message in text
