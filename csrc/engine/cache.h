@@ -3,8 +3,10 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "adapter.h"
 #include "format.h"
 
 namespace gptfast::engine {
@@ -30,6 +32,9 @@ class Cache {
   void check_rows(const char* what, const std::vector<i64>& rows) const;  // in use, without repeats
   void check_room(const char* what, i64 row, i64 count) const;            // for count more positions
   void check_free(i64 count) const;
+  const Adapters& adapters(i64 row) const { return rows_[size_t(row)].adapters; }
+  // Of a row that is empty: what it holds was computed under its adapters.
+  void set_adapters(i64 row, Adapters adapters) { rows_[size_t(row)].adapters = std::move(adapters); }
   i64 bytes() const { return page_bytes_ * i64(pages_made_); }
 
   i64 add();                                                                 // an empty row; -1 when there is no room
@@ -57,6 +62,7 @@ class Cache {
     i64 length = 0;
     std::vector<Page*> pages;
     std::vector<char*> data;  // of the pages
+    Adapters adapters;
   };
   Page* make();
   void drop(Page* page);

@@ -100,7 +100,8 @@ void Engine::extend_locked(Cache& cache, const std::vector<i64>& rows, const std
     for (i64 at = 0; at < counts[i];) {
       const i64 n = std::min(counts[i] - at, kPrefillChunk - M);
       const i64 logits = !last_only ? n : at + n == counts[i] ? 1 : 0;
-      runs.push_back({M, n, cache.length(rows[i]) + at, logits, wanted, cache.pages(rows[i])});
+      runs.push_back({M, n, cache.length(rows[i]) + at, logits, wanted, cache.pages(rows[i]),
+                      &cache.adapters(rows[i])});
       at += n;
       M += n;
       wanted += logits;
@@ -138,6 +139,7 @@ void Engine::run_chunk(const std::vector<Run>& runs, const int* tokens, float* o
   for (const Run& run : runs) longest = std::max(longest, run.start + run.n);
   reserve_workspace(M_, longest);
   runs_ = runs;
+  note_adapters();
   for (auto& item : next_) item = 0;
   pool_.run([&](int t) { forward(t, tokens, out, ld); });
 }

@@ -1,13 +1,11 @@
 // A GPT on the CPU: its packed weights, its threads, and the forward pass over any mixture of running sequences.
 #pragma once
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 #include <mutex>
-#include <new>
-#include <utility>
 #include <vector>
 
+#include "adapter.h"
+#include "buffer.h"
 #include "cache.h"
 #include "kernels.h"
 #include "model.h"
@@ -15,36 +13,25 @@
 
 namespace gptfast::engine {
 
-// Grow-only zeroed memory, aligned for every vector.
-template <class T> class Buffer {
- public:
-  Buffer() = default;
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  ~Buffer() { std::free(data_); }
-  T* get() const { return data_; }
-  void grow(i64 n) {
-    if (n <= size_) return;
-    std::free(std::exchange(data_, nullptr));
-    size_ = 0;
-    const size_t bytes = size_t(round_up(n * i64(sizeof(T)), 64));
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (!data_) throw std::bad_alloc();
-    std::memset(data_, 0, bytes);
-    size_ = n;
-  }
-
- private:
-  T* data_ = nullptr;
-  i64 size_ = 0;
-};
-
 // New tokens of one sequence in a pass: n from `first` on in the pass, at positions start, start + 1, …; the logits of
 // the last `wanted` are asked for, as rows `row`, row + 1, … of the result.
 struct Run {
   i64 first, n, start, wanted, row;
   char* const* pages;
+  const Adapters* adapters;
 
   i64 unwanted() const { return n - wanted; }
+};
+
+// Neighbouring rows of a pass under the same adapters, at least one.
+struct Updated {
+  i64 first, n;
+  const Adapters* adapters;
+};
+// The rows of a product.
+struct Rows {
+  i64 count;
+  const std::vector<Updated>* updated;
 };
 
 // How the tokens of one row are drawn (csrc/cpu/sample-inl.h).
@@ -91,7 +78,7 @@ class Engine {
  private:
   // Inputs of a product, and the memory for them.
   struct Inputs {
-    Buffer<float> normed, scale;
+    Buffer<float> normed, scale, down;  // down: x A^T of the rows that have adapters
     Buffer<uint16_t> bf16;
     Buffer<int8_t> q;
     Buffer<int32_t> acc_init;
@@ -120,10 +107,13 @@ class Engine {
   void head(int t, float* out, i64 ld);
   void normalise_in_place(int t, const Norm& norm, i64 rows);
 
-  Activations inputs_of(int t, const Weight& weight, const float* x, i64 ld, i64 K, i64 rows);
-  Activations normed_inputs(int t, const Weight& weight, const Norm& norm, const float* x, i64 ld, i64 rows);
-  void multiply(int t, const Linear& linear, const Activations& x, i64 rows, Epilogue epilogue, float* y, i64 ldy,
+  Activations inputs_of(int t, const Linear& linear, const float* x, i64 ld, i64 K, Rows rows);
+  Activations normed_inputs(int t, const Linear& linear, const Norm& norm, const float* x, i64 ld, Rows rows);
+  void multiply(int t, const Linear& linear, const Activations& x, Rows rows, Epilogue epilogue, float* y, i64 ldy,
                 float* out, i64 ldo);
+  void note_adapters();
+  void project(const Linear& linear, const Activations& x, i64 K, Rows rows, i64 first, i64 last, Inputs& to);
+  void update(const Linear& linear, Rows rows, i64 panel, const Inputs& in, float* y, i64 ldy);
 
   Range share(i64 n, int t) const { return {n * t / threads(), n * (t + 1) / threads()}; }
   const float* floats(const Weight& w) const {
@@ -145,6 +135,8 @@ class Engine {
   i64 M_ = 0, wanted_ = 0;  // tokens of the running pass, and how many of them get logits
   i64 capacity_ = 0;        // tokens there is memory for
   std::vector<Run> runs_;
+  std::vector<Updated> updated_, updated_wanted_;       // among all M_ rows, and among the wanted_ ones
+  i64 ldh_ = 0;                                         // of Inputs::down
   std::vector<std::atomic<i64>> next_;                  // item of attention, per layer
   Buffer<float> x_, qkv_, attended_, hidden_, branch_;  // (M, C), (M, 3 C), (M, C), (M, F), (M, C)
   Inputs shared_;

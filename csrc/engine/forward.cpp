@@ -9,36 +9,35 @@ namespace gptfast::engine {
 void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
   const Shape& s = model_.shape;
   float* x = x_.get();
-  i64 M = M_;
+  Rows rows{M_, &updated_};
   embed(t, tokens);
   pool_.barrier(t);
   for (i64 l = 0; l < s.layers; l++) {
     const Layer& layer = model_.layers[size_t(l)];
     auto branch_inputs = [&](const Linear& linear, const Norm& norm) {
-      return s.pre_norm ? normed_inputs(t, linear.weight, norm, x, Cp_, M)
-                        : inputs_of(t, linear.weight, x, Cp_, s.C, M);
+      return s.pre_norm ? normed_inputs(t, linear, norm, x, Cp_, rows) : inputs_of(t, linear, x, Cp_, s.C, rows);
     };
-    multiply(t, layer.c_attn, branch_inputs(layer.c_attn, layer.ln_1), M, Epilogue::store, qkv_.get(), Qp_, qkv_.get(),
+    multiply(t, layer.c_attn, branch_inputs(layer.c_attn, layer.ln_1), rows, Epilogue::store, qkv_.get(), Qp_, qkv_.get(),
              Qp_);
     pool_.barrier(t);
     attention(t, l);
-    if (l == s.layers - 1 && wanted_ < M) {  // from here on nothing else is read
+    if (l == s.layers - 1 && wanted_ < M_) {  // from here on nothing else is read
       if (t == 0) keep_wanted();
-      M = wanted_;
+      rows = {wanted_, &updated_wanted_};
     }
     pool_.barrier(t);
-    if (!M) return;
-    const Activations attended = inputs_of(t, layer.attn_proj.weight, attended_.get(), Cp_, s.C, M);
-    multiply(t, layer.attn_proj, attended, M, Epilogue::add, branch_.get(), Cp_, x, Cp_);
+    if (!rows.count) return;
+    const Activations attended = inputs_of(t, layer.attn_proj, attended_.get(), Cp_, s.C, rows);
+    multiply(t, layer.attn_proj, attended, rows, Epilogue::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
-    if (!s.pre_norm) normalise_in_place(t, layer.ln_1, M);
-    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), M, s.activation, hidden_.get(), Fp_, hidden_.get(),
+    if (!s.pre_norm) normalise_in_place(t, layer.ln_1, rows.count);
+    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), rows, s.activation, hidden_.get(), Fp_, hidden_.get(),
              Fp_);
     pool_.barrier(t);
-    const Activations hidden = inputs_of(t, layer.mlp_proj.weight, hidden_.get(), Fp_, s.F, M);
-    multiply(t, layer.mlp_proj, hidden, M, Epilogue::add, branch_.get(), Cp_, x, Cp_);
+    const Activations hidden = inputs_of(t, layer.mlp_proj, hidden_.get(), Fp_, s.F, rows);
+    multiply(t, layer.mlp_proj, hidden, rows, Epilogue::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
-    if (!s.pre_norm) normalise_in_place(t, layer.ln_2, M);
+    if (!s.pre_norm) normalise_in_place(t, layer.ln_2, rows.count);
   }
   head(t, out, ld);
 }
@@ -108,9 +107,12 @@ void Engine::keep_wanted() {
 }
 
 void Engine::head(int t, float* out, i64 ld) {
-  const Activations x = model_.shape.final_norm ? normed_inputs(t, model_.head, model_.ln_f, x_.get(), Cp_, wanted_)
-                                                : inputs_of(t, model_.head, x_.get(), Cp_, model_.shape.C, wanted_);
-  multiply(t, {model_.head, Weight()}, x, wanted_, Epilogue::store, out, ld, out, ld);
+  const Shape& s = model_.shape;
+  const Linear head{model_.head, Weight(), 4 * s.layers};
+  const Rows rows{wanted_, &updated_wanted_};
+  const Activations x = s.final_norm ? normed_inputs(t, head, model_.ln_f, x_.get(), Cp_, rows)
+                                     : inputs_of(t, head, x_.get(), Cp_, s.C, rows);
+  multiply(t, head, x, rows, Epilogue::store, out, ld, out, ld);
 }
 
 void Engine::normalise_in_place(int t, const Norm& norm, i64 rows) {
@@ -125,25 +127,30 @@ void Engine::normalise_in_place(int t, const Norm& norm, i64 rows) {
 Activations Engine::view(Inputs& in, i64 K) const {
   return {in.normed.get(), Cp_, in.bf16.get(), in.q.get(), in.scale.get(), in.acc_init.get(), round_up(K, kGroup)};
 }
-// x as the product with a matrix reads it; the matrix's factor goes into the scales of x. A single row is prepared by every thread for itself, which is quicker than
-// waiting for another; several rows are shared out.
-Activations Engine::inputs_of(int t, const Weight& weight, const float* x, i64 ld, i64 K, i64 rows) {
-  const bool single = rows == 1;
-  Activations in = view(single ? own_[size_t(t)].inputs : shared_, K);
+// x as the product with a matrix reads it; the matrix's factor goes into the scales of x. And x A^T of the rows that have
+// adapters. A single row is prepared by every thread for itself, which is quicker than waiting for another; several rows
+// are shared out.
+Activations Engine::inputs_of(int t, const Linear& linear, const float* x, i64 ld, i64 K, Rows rows) {
+  const bool single = rows.count == 1;
+  const Weight& weight = linear.weight;
+  Inputs& to = single ? own_[size_t(t)].inputs : shared_;
+  Activations in = view(to, K);
   in.f32 = x;
   in.f32_stride = ld;
-  if (reads_f32(weight.format)) return in;
-  const Range mine = single ? Range{0, 1} : share(rows, t);
-  for (i64 m = mine.first; m < mine.last; m++)
+  if (reads_f32(weight.format) && rows.updated->empty()) return in;
+  const Range mine = single ? Range{0, 1} : share(rows.count, t);
+  for (i64 m = mine.first; m < mine.last && !reads_f32(weight.format); m++)
     kernels_.quantize_activations(weight.format, x + m * ld, K, in, m, weight.factor);
+  project(linear, in, K, rows, mine.first, mine.last, to);
   if (!single) pool_.barrier(t);
   return in;
 }
 // The same of LayerNorm(x).
-Activations Engine::normed_inputs(int t, const Weight& weight, const Norm& norm, const float* x, i64 ld, i64 rows) {
-  const bool single = rows == 1;
+Activations Engine::normed_inputs(int t, const Linear& linear, const Norm& norm, const float* x, i64 ld, Rows rows) {
+  const bool single = rows.count == 1;
+  const Weight& weight = linear.weight;
   Inputs& to = single ? own_[size_t(t)].inputs : shared_;
-  const Range mine = single ? Range{0, 1} : share(rows, t);
+  const Range mine = single ? Range{0, 1} : share(rows.count, t);
   const Activations in = view(to, model_.shape.C);
   for (i64 m = mine.first; m < mine.last; m++) {
     float* normed = to.normed.get() + m * Cp_;
@@ -151,22 +158,25 @@ Activations Engine::normed_inputs(int t, const Weight& weight, const Norm& norm,
     if (!reads_f32(weight.format))
       kernels_.quantize_activations(weight.format, normed, model_.shape.C, in, m, weight.factor);
   }
+  project(linear, in, model_.shape.C, rows, mine.first, mine.last, to);
   if (!single) pool_.barrier(t);
   return in;
 }
 
-// This thread's panels of out = finish(x W^T + bias); y is room for the products, and may be `out`.
-void Engine::multiply(int t, const Linear& linear, const Activations& x, i64 rows, Epilogue epilogue, float* y, i64 ldy,
-                      float* out, i64 ldo) {
+// This thread's panels of out = finish(x W^T + updates + bias); y is room for the products, and may be `out`.
+void Engine::multiply(int t, const Linear& linear, const Activations& x, Rows rows, Epilogue epilogue, float* y,
+                      i64 ldy, float* out, i64 ldo) {
   const Weight& w = linear.weight;
   const Range mine = share(panels(w.N), t);
   const i64 K = padded_depth(w.format, w.K), panel = panel_bytes(w.format, w.K);
   const float* bias = floats(linear.bias);
+  const Inputs& in = rows.count == 1 ? own_[size_t(t)].inputs : shared_;
   for (i64 p = mine.first; p < mine.last; p++) {
     const i64 n = p * kPanel;
-    kernels_.product(w.format, weights_ + w.offset + p * panel, x, rows, K, y + n, ldy);
+    kernels_.product(w.format, weights_ + w.offset + p * panel, x, rows.count, K, y + n, ldy);
+    update(linear, rows, p, in, y + n, ldy);
     if (bias || epilogue != Epilogue::store)
-      kernels_.epilogue(epilogue, y + n, ldy, rows, bias ? bias + n : nullptr, out + n, ldo);
+      kernels_.epilogue(epilogue, y + n, ldy, rows.count, bias ? bias + n : nullptr, out + n, ldo);
   }
 }
 

@@ -21,6 +21,15 @@ struct Activations {
   i64 stride = 0;
 };
 
+// A low-rank update (adapter.h). A: r rows of K values, each padded with zeros to lora_stride(K).  B: for each panel of
+// 32 outputs [r][32].
+struct LowRank {
+  const float *A = nullptr, *B = nullptr;
+  i64 r = 0;  // 0: none
+  float scale = 1.f;
+};
+constexpr i64 lora_stride(i64 K) { return round_up(K, 16); }
+
 constexpr i64 kPage = 64;  // positions of a page of keys and values
 
 // Neighbouring heads of one run of neighbouring new positions. For each layer a page holds the keys of all heads,
@@ -49,7 +58,7 @@ inline i64 attend_scratch(i64 heads, i64 positions) {
 
 // Each is compiled by kernel_unit.cpp for each instruction set, from the -inl.h of its name. The build reads
 // this list. The sampler is that of csrc/cpu.
-#define GPTFAST_ENGINE_KERNELS(X) X(product) X(rows) X(attention) X(checksum)
+#define GPTFAST_ENGINE_KERNELS(X) X(product) X(rows) X(attention) X(checksum) X(lora)
 
 struct Kernels {
   const char* isa;
@@ -61,6 +70,10 @@ struct Kernels {
   void (*product)(Format, const char* panel, const Activations& x, i64 M, i64 K, float* y, i64 ldy);
   // The panel's outputs y, M rows: out = epilogue(y + bias). bias has 32 values, or is null.
   void (*epilogue)(Epilogue, const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo);
+  // h[m][0..r) = scale x[m] A^T for rows [0, M) of K values
+  void (*lora_down)(const float* x, i64 ldx, i64 M, i64 K, const LowRank&, float* h, i64 ldh);
+  // y[m][0..32) += h[m] B^T of one panel
+  void (*lora_up)(const float* h, i64 ldh, i64 M, const LowRank&, i64 panel, float* y, i64 ldy);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, i64 C, float* y);
   // out = scale * row n of W + position
   void (*embed)(Format, const char* matrix, i64 K, i64 n, float scale, const float* position, float* out);

@@ -36,6 +36,14 @@ void Shape::check() const {
     throw std::invalid_argument("eps or embed_scale is no finite number");
 }
 
+Size size_of(const Shape& s, i64 number) {
+  if (number < 0 || number >= numbered_matrices(s))
+    throw std::invalid_argument("the model has no matrix of number " + std::to_string(number));
+  if (number == 4 * s.layers) return {s.V, s.C};
+  const Size sizes[] = {{3 * s.C, s.C}, {s.C, s.C}, {s.F, s.C}, {s.C, s.F}};
+  return sizes[number % 4];
+}
+
 i64 Weight::bytes() const { return product(panels(N), K ? panel_bytes(format, K) : kPanel * 4); }
 
 i64 Model::bytes_of(const Shape& shape, const Formats& formats) {
@@ -63,9 +71,10 @@ Weight Model::vector(const std::string& name, i64 N, bool present) {
 Norm Model::norm(const std::string& name) {
   return {vector(name + ".weight", shape.C), vector(name + ".bias", shape.C, shape.bias)};
 }
-Linear Model::linear(const std::string& name, Format format, i64 N, i64 K) {
+Linear Model::linear(const std::string& name, Format format, i64 number) {
+  const auto [N, K] = size_of(shape, number);
   const Weight bias = vector(name + ".bias", N, shape.bias);
-  return {matrix(name + ".weight", format, N, K), bias};
+  return {matrix(name + ".weight", format, N, K), bias, number};
 }
 
 Model::Model(const Shape& s, const Formats& f) : shape(s), formats(f) {
@@ -75,11 +84,11 @@ Model::Model(const Shape& s, const Formats& f) : shape(s), formats(f) {
     const std::string name = "h." + std::to_string(l);
     Layer layer;
     layer.ln_1 = norm(name + ".ln_1");
-    layer.c_attn = linear(name + ".attn.c_attn", formats.c_attn, 3 * s.C, s.C);
-    layer.attn_proj = linear(name + ".attn.c_proj", formats.attn_proj, s.C, s.C);
+    layer.c_attn = linear(name + ".attn.c_attn", formats.c_attn, 4 * l);
+    layer.attn_proj = linear(name + ".attn.c_proj", formats.attn_proj, 4 * l + 1);
     layer.ln_2 = norm(name + ".ln_2");
-    layer.c_fc = linear(name + ".mlp.c_fc", formats.c_fc, s.F, s.C);
-    layer.mlp_proj = linear(name + ".mlp.c_proj", formats.mlp_proj, s.C, s.F);
+    layer.c_fc = linear(name + ".mlp.c_fc", formats.c_fc, 4 * l + 2);
+    layer.mlp_proj = linear(name + ".mlp.c_proj", formats.mlp_proj, 4 * l + 3);
     layers.push_back(layer);
   }
   if (s.final_norm) ln_f = norm("ln_f");

@@ -35,6 +35,7 @@ struct Norm {
 };
 struct Linear {
   Weight weight, bias;
+  i64 number = 0;  // 4 layer + 0 to 3 in the order of Layer, and 4 layers for the head
 };
 struct Layer {
   Norm ln_1, ln_2;
@@ -47,6 +48,13 @@ struct Formats {
   Format c_attn, attn_proj, c_fc, mlp_proj, head;
   std::unordered_map<std::string, int> exponents = {};
 };
+
+// N and K of the matrix of a number; std::invalid_argument where there is none.
+struct Size {
+  i64 N, K;
+};
+Size size_of(const Shape& shape, i64 number);
+inline i64 numbered_matrices(const Shape& shape) { return 4 * shape.layers + 1; }
 
 struct Model {
   Model(const Shape& shape, const Formats& formats);
@@ -68,7 +76,7 @@ struct Model {
   Weight matrix(const std::string& name, Format format, i64 N, i64 K);
   Weight vector(const std::string& name, i64 N, bool present = true);
   Norm norm(const std::string& name);
-  Linear linear(const std::string& name, Format format, i64 N, i64 K);
+  Linear linear(const std::string& name, Format format, i64 number);
 };
 
 }  // namespace gptfast::engine

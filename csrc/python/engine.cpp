@@ -2,54 +2,24 @@
 // gptfast.engine says the rest in its users' words.
 #include "engine.h"
 
-#include <pthread.h>
-
 #include <atomic>
 #include <memory>
 #include <mutex>
-#include <optional>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "../engine/checksum.h"
+#include "adapter.h"
 #include "arguments.h"
 #include "bind.h"
+#include "forks.h"
 
 namespace gptfast::engine {
 
 using python::WithoutGil;
 
 namespace {
-
-// fork() waits until no engine computes: the child, which has none of the other threads, would wait for ever for a lock
-// that one of them held.
-class Forks {
- public:
-  static void add(Engine* engine) {
-    static const int once = pthread_atfork(lock_all, unlock_all, unlock_all);
-    (void)once;
-    const std::lock_guard guard(mutex_);
-    engines_.insert(engine);
-  }
-  static void remove(Engine* engine) {
-    const std::lock_guard guard(mutex_);
-    engines_.erase(engine);
-  }
-
- private:
-  static void lock_all() {
-    mutex_.lock();
-    for (Engine* engine : engines_) engine->lock().lock();
-  }
-  static void unlock_all() {
-    for (Engine* engine : engines_) engine->lock().unlock();
-    mutex_.unlock();
-  }
-  static inline std::mutex mutex_;
-  static inline std::set<Engine*> engines_;
-};
 
 // An engine and the memory it reads.
 class PyEngine {
@@ -131,19 +101,37 @@ class PyCache {
     const std::lock_guard guard(engine_->get().lock());
     return f();
   }
+  std::vector<i64> add_rows(i64 count) {
+    cache_.check_free(count);
+    std::vector<i64> rows;
+    for (i64 n = 0; n < count; n++) rows.push_back(cache_.add());
+    return rows;
+  }
   i64 panels_of_logits() const { return round_up(engine_->get().model().shape.V, kPanel); }
 
  public:
   PyCache(std::shared_ptr<PyEngine> engine, i64 capacity, i64 max_len)
       : engine_(std::move(engine)), cache_(checked(*engine_, capacity, max_len), capacity, max_len) {}
 
-  std::vector<i64> add(i64 count, std::optional<i64> like) {
+  // Empty rows under these adapters.
+  std::vector<i64> add(i64 count, const std::vector<std::shared_ptr<PyAdapter>>& given) {
+    Adapters adapters;
+    for (const auto& adapter : given) adapters.push_back(adapter->get());
+    for (const auto& adapter : adapters)
+      if (!adapter->fits(engine_->get().model().shape))
+        throw std::invalid_argument("allocate: the adapter is for a model of another shape");
     return locked([&] {
-      if (like) cache_.check_live("fork", *like);
-      cache_.check_free(count);
-      std::vector<i64> rows;
-      for (i64 n = 0; n < count; n++) rows.push_back(cache_.add());
-      if (like) cache_.copy(rows, std::vector<i64>(rows.size(), *like));
+      const std::vector<i64> rows = add_rows(count);
+      for (i64 row : rows) cache_.set_adapters(row, adapters);
+      return rows;
+    });
+  }
+  // Copies of a row.
+  std::vector<i64> fork(i64 count, i64 row) {
+    return locked([&] {
+      cache_.check_live("fork", row);
+      const std::vector<i64> rows = add_rows(count);
+      cache_.copy(rows, std::vector<i64>(rows.size(), row));
       return rows;
     });
   }
@@ -263,7 +251,9 @@ PyMethodDef engine_methods[] = {method<&PyEngine::weight_names>("weight_names"),
                                 method<&PyEngine::read_rate>("read_rate"),
                                 {}};
 PyGetSetDef engine_properties[] = {python::property<&PyEngine::threads>("threads"), {}};
+PyGetSetDef adapter_properties[] = {python::property<&PyAdapter::bytes>("bytes"), {}};
 PyMethodDef cache_methods[] = {method<&PyCache::add>("add"),
+                               method<&PyCache::fork>("fork"),
                                method<&PyCache::bytes>("bytes"),
                                method<&PyCache::lengths>("lengths"),
                                method<&PyCache::release>("release"),
@@ -284,6 +274,9 @@ void bind(PyObject* module) {
   python::add_class<PyEngine, Object, Object, Object, int, std::string, std::string>(
       module, "gptfast._C.Engine", "A packed model, and the threads that compute with it.", engine_methods,
       engine_properties);
+  python::add_class<PyAdapter, Object, std::vector<PyAdapter::Source>>(
+      module, "gptfast._C.Adapter", "The low-rank updates of an adapter, as the engine reads them.", nullptr,
+      adapter_properties);
   python::add_class<PyCache, std::shared_ptr<PyEngine>, i64, i64>(
       module, "gptfast._C.Cache", "Keys and values of the sequences of an engine.", cache_methods, nullptr);
   python::add_functions(module, functions);

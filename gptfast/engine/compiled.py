@@ -6,8 +6,10 @@ import contextlib
 import math
 import mmap
 import os
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +18,14 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 
 from gptfast.backend import cpu_isa
 from gptfast.engine import packed_file
+from gptfast.engine.adapters import AdapterMethods, PackedAdapters, packed_adapters
 from gptfast.engine.exponents import exponent_of, quantised
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
 from gptfast.engine.runner import PANEL, EngineRunner
 from gptfast.generation import generate
 from gptfast.generation.runner import Runner, torch_num_threads
 from gptfast.metadata import Metadata, metadata_of
+from gptfast.nn.adapted import one_a_row
 from gptfast.nn.difference import check_values, difference, true_config
 
 if TYPE_CHECKING:
@@ -33,7 +37,7 @@ ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 MOST_THREADS = 1024  # a larger number is a mistake, and would take seconds to start
 
 
-class CompiledGPT:
+class CompiledGPT(AdapterMethods):
     """A model in the native engine (`csrc/engine`): packed weights and its own threads, without a torch module.
 
     Made by `GPT.compile_for_inference` or `gptfast.engine.load`. The results of a sequence do not depend on the number of
@@ -66,6 +70,7 @@ class CompiledGPT:
         self.cache_dtype = _cache_dtype(cache_dtype, dtype)
         self._formats, self._weights, self._source = formats, weights, source
         self._exponents = exponents or {}
+        self._adapters = PackedAdapters()
         threads = torch_num_threads() if threads is None else _count("threads", threads, MOST_THREADS)
         layout = {**formats, "exponents": self._exponents}
         self._core = _C.Engine(shape_of(config), layout, weights, threads, self.cache_dtype, cpu_isa() or "scalar")
@@ -77,11 +82,17 @@ class CompiledGPT:
 
     @property
     def nbytes(self) -> int:
-        """Size of the packed weights in bytes."""
-        return memoryview(self._weights).nbytes
+        """Size of the packed weights, and of the adapters beside them, in bytes."""
+        return memoryview(self._weights).nbytes + self._adapters.nbytes
+
+    def with_adapters(self, adapters: PackedAdapters) -> CompiledGPT:
+        """A model with other adapters that shares the weights."""
+        other = self.with_threads(self.threads)
+        other._adapters = adapters
+        return other
 
     def with_threads(self, threads: int | None) -> CompiledGPT:
-        """A model with other threads that shares the weights. threads: None: as many as torch uses."""
+        """A model with other threads that shares weights and adapters. threads: None: as many as torch uses."""
         other = CompiledGPT(
             self.config,
             self.dtype,
@@ -93,7 +104,7 @@ class CompiledGPT:
             cache_dtype=self.cache_dtype,
             source=self._source,
         )
-        other.metadata = self.metadata
+        other.metadata, other._adapters = self.metadata, self._adapters
         return other
 
     def check_weights(self) -> None:
@@ -103,18 +114,25 @@ class CompiledGPT:
 
     def runner(self, max_slots: int = 1, max_len: int | None = None) -> EngineRunner:
         """A runner for these weights; see `gptfast.generation.Runner`. Keys and values take memory as they come."""
+        return self._runner(self._adapters, max_slots, max_len)
+
+    def _runner(self, adapters: PackedAdapters, max_slots: int, max_len: int | None) -> EngineRunner:
         if self.max_rows is not None and max_slots > self.max_rows:
             raise ValueError(
                 f"runner: max_slots is {max_slots} and the model was compiled with max_rows={self.max_rows}; compile it with "
                 "more, or run fewer sequences at a time"
             )
-        return EngineRunner(self._core, self.config, max_slots, max_len, self.check_weights, self.runner)
+        another = partial(self._runner, adapters)
+        return EngineRunner(self._core, self.config, max_slots, max_len, self.check_weights, another, adapters)
 
-    def logits(self, ids: Any) -> Tensor:
+    def logits(self, ids: Any, adapter_names: Sequence[str] | None = None) -> Tensor:
         """fp32 logits (B, T, V) for token ids (B, T), or (T, V) for (T,).
 
+        Args:
+            adapter_names: the adapter of each row, "__base__" for none; None: the active ones.
         Raises:
-            TypeError, ValueError: not token ids, ids outside the vocabulary, or more than block_size positions.
+            TypeError, ValueError: not token ids, ids outside the vocabulary, more than block_size positions, or names that
+                are unknown or not one a row.
         """
         try:
             ids = torch.as_tensor(ids, device="cpu")
@@ -127,8 +145,9 @@ class CompiledGPT:
         rows = ids[None] if ids.dim() == 1 else ids
         runner: Runner = self.runner(1)
         parts = []
-        for row in rows.tolist():
-            (slot,) = runner.allocate()
+        names = [None] * len(rows) if adapter_names is None else one_a_row("logits", adapter_names, len(rows))
+        for row, name in zip(rows.tolist(), names, strict=True):
+            (slot,) = runner.allocate(1, name)
             parts += runner.extend([slot], [row], last_only=False)
             runner.free(slot)
         return parts[0] if ids.dim() == 1 else torch.stack(parts)
@@ -142,8 +161,13 @@ class CompiledGPT:
         """Write the packed model to a file for `gptfast.engine.load`.
 
         Raises:
-            OSError: it cannot be written; an existing file stays as it was.
+            OSError: it cannot be written; an existing file stays as it was.  ValueError: the model has adapters.
         """
+        if self.adapters:
+            raise ValueError(
+                f"save: the model has the adapter {', '.join(map(repr, self.adapters))}, and the file is for the base alone; "
+                "write adapters with GPT.save_adapter, take them out here with delete_adapter, and load them beside the file"
+            )
         weights = memoryview(self._weights)
         said = asdict(self.metadata) if self.metadata != Metadata() else None
         packed_file.save(
@@ -198,6 +222,7 @@ def compile_model(
     name = format_name(dtype)
     config = _config_of(model)
     formats, shape = matrix_formats(name), shape_of(config)
+    adapters = packed_adapters(model, shape)
     values, stored = _values(model), _C.weight_formats(shape, formats)
     exponents = {key: exponent_of(key, _fp32(values[key])) for key, kind in stored.items() if quantised(kind)}
     exponents = {key: exponent for key, exponent in exponents.items() if exponent}
@@ -207,7 +232,7 @@ def compile_model(
     compiled = CompiledGPT(
         config, name, formats, weights, exponents, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype
     )
-    compiled.metadata = deepcopy(metadata_of(model))
+    compiled.metadata, compiled._adapters = deepcopy(metadata_of(model)), adapters
     _pack(values, compiled._core)
     return compiled
 
@@ -215,7 +240,7 @@ def compile_model(
 def _config_of(model: Transformer) -> GPTConfig:
     """The true config of the model. Raises ValueError if its modules are not what its config says."""
     check_values("compile_for_inference", model)
-    told = difference(model)
+    told = difference(model, adapters=True)
     if told is not None:
         raise ValueError(
             f"compile_for_inference: {told}; the engine computes what the config says - undo or merge the change, set "

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from gptfast.config import GPTConfig
+from gptfast.engine.adapters import PackedAdapters
 from gptfast.generation.runner import Runner
 from gptfast.generation.sampling import SamplingParams
 
@@ -28,7 +29,8 @@ class EngineRunner(Runner):
         max_slots: number of sequences at a time.
         max_len: number of positions of a sequence, at most block_size; None: block_size.
         check_weights: called before and after the weights are read; raises where they have changed.
-        another: makes another runner for the same weights.
+        another: makes another runner for the same weights and adapters.
+        adapters: that slots may have.
     Raises:
         ValueError: max_slots or max_len out of range.  MemoryError: no memory for max_slots.
     """
@@ -43,12 +45,14 @@ class EngineRunner(Runner):
         max_len: int | None,
         check_weights: Callable[[], None],
         another: Callable[[int, int], Runner],
+        adapters: PackedAdapters | None = None,
     ) -> None:
         from gptfast import _C
 
         self.config, self.max_slots = config, max_slots
         self.max_len = config.block_size if max_len is None else max_len
         self._check_weights, self._another = check_weights, another
+        self._adapters = adapters or PackedAdapters()
         if not isinstance(max_slots, int) or max_slots < 1:
             raise ValueError(f"runner: max_slots is {max_slots!r}; expected an int of at least 1")
         if not isinstance(self.max_len, int) or not 1 <= self.max_len <= config.block_size:
@@ -70,12 +74,16 @@ class EngineRunner(Runner):
     def runner(self, max_slots: int, max_len: int) -> Runner:
         return self._another(max_slots, max_len)
 
-    def allocate(self, count: int = 1) -> list[int]:
-        return self._cache.add(_count("allocate", count), None)
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self._adapters.packed)
+
+    def allocate(self, count: int = 1, adapter: str | None = None) -> list[int]:
+        return self._cache.add(_count("allocate", count), self._adapters.of("allocate", adapter))
 
     def fork(self, slot: int, count: int) -> list[int]:
         self._check_slots("fork", [slot])
-        return self._cache.add(_count("fork", count), slot)
+        return self._cache.fork(_count("fork", count), slot)
 
     def copy(self, slots: Sequence[int], sources: Sequence[int]) -> None:
         if len(slots) != len(sources) or len(set(slots)) != len(slots):

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from gptfast.backend import AUTOMATIC, chosen, cpu_isa, has_cpu_ops
-from gptfast.engine.compiled import CompiledGPT, compile_model
+from gptfast.engine.adapters import packed_adapters, updates_of
+from gptfast.engine.compiled import CompiledGPT, compile_model, shape_of
 from gptfast.generation.runner import torch_num_threads
 from gptfast.nn.difference import difference, true_config
 
@@ -22,7 +23,17 @@ if TYPE_CHECKING:
     from gptfast.nn.transformer import Transformer
 
 Fingerprint = tuple[Any, torch.dtype, int]
-_packed: WeakKeyDictionary[Transformer, tuple[Fingerprint, CompiledGPT]] = WeakKeyDictionary()
+
+
+class Packed(NamedTuple):
+    """A packed copy, and what the model was when it was made: its base, and its adapters."""
+
+    base: Fingerprint
+    adapters: tuple[Any, ...]
+    compiled: CompiledGPT
+
+
+_packed: WeakKeyDictionary[Transformer, Packed] = WeakKeyDictionary()
 _packing = threading.Lock()  # threads share one copy; a fork waits for it, or the child would wait for ever
 os.register_at_fork(before=_packing.acquire, after_in_parent=_packing.release, after_in_child=_packing.release)
 
@@ -31,38 +42,52 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
     """A compiled model with the present weights of `model`, in their dtype; None where the engine cannot run it.
 
     The engine runs a GPT in evaluation mode on the CPU whose weights are all fp32 or all bf16 and whose modules are what its
-    config says (see `gptfast.nn.difference`), if a packed copy fits into half of the free memory, no other backend was chosen
+    config says (see `gptfast.nn.difference`), low-rank updates apart, if a packed copy fits into half of the free memory, no other backend was chosen
     and autocast is off.
 
-    The copy is kept. Each call compares it with all of the weights, which takes one read of them; hold the compiled model to
+    The copy is kept. Each call compares it with all of the weights and the state of the adapters, which takes one read of them; hold the compiled model to
     avoid that. It does not follow later changes of the weights. See `forget`.
     """
     asked = AUTOMATIC["cpu"][0] if chosen() == "auto" else chosen()
     if not has_cpu_ops or model.training or asked != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    tensors = [x.detach() for x in (*model.parameters(), *model.buffers())]
+    parameters = [(".lora_" in name, x.detach()) for name, x in model.named_parameters()]
+    tensors = [x for own, x in parameters if not own] + [x.detach() for x in model.buffers()]
+    factors = [x for own, x in parameters if own]
     dtype = tensors[0].dtype
-    if dtype not in (torch.float32, torch.bfloat16) or any(x.device.type != "cpu" or x.dtype != dtype for x in tensors):
+    if dtype not in (torch.float32, torch.bfloat16) or any(x.dtype != dtype for x in tensors):
         return None
-    if difference(model) is not None:
+    if any(x.device.type != "cpu" for x in (*tensors, *factors)) or difference(model, adapters=True) is not None:
         return None
-    fingerprint = true_config(model), dtype, checksum(tensors)
+    base, adapters = (true_config(model), dtype, checksum(tensors)), _adapters_of(model, factors)
     with _packing:
         known = _packed.get(model)
-        if known is not None and known[0] == fingerprint:
-            if known[1].threads != torch_num_threads():
-                _packed[model] = known = fingerprint, known[1].with_threads(None)
-            return known[1]
-        _packed.pop(model, None)
-        del known  # the old copy is freed before the new one is made
-        if sum(x.nbytes for x in tensors) > _free_memory() / 2:
-            return None
         try:
-            compiled = compile_model(model, dtype)
-        except ValueError:  # weights that are not finite, of which torch can run some
+            if known is None or known.base != base:
+                _packed.pop(model, None)
+                del known  # the old copy is freed before the new one is made
+                if sum(x.nbytes for x in tensors) > _free_memory() / 2:
+                    return None
+                compiled = compile_model(model, dtype)
+            elif known.adapters != adapters:
+                own = packed_adapters(model, shape_of(known.compiled.config))
+                compiled = known.compiled.with_threads(None).with_adapters(own)
+            elif known.compiled.threads != torch_num_threads():
+                compiled = known.compiled.with_threads(None)
+            else:
+                return known.compiled
+        except ValueError:  # values that are not finite, of which torch can run some
             return None
-        _packed[model] = fingerprint, compiled
+        _packed[model] = Packed(base, adapters, compiled)
         return compiled
+
+
+def _adapters_of(model: Transformer, factors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What the adapters of a model are: another value where anything about them has changed."""
+    if model.adapters is None or not factors:
+        return ()
+    where = [(name, [(u.number, u.scale, *u.a.shape) for u in own]) for name, own in updates_of(model).items()]
+    return repr(where), model.adapters.active, model.adapters.enabled, checksum(factors)
 
 
 def forget(model: Transformer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from gptfast.generation.scoring import score
 from gptfast.generation.speculative import check_assistant
 from gptfast.generation.stopping import Stopping
 from gptfast.generation.textless import choosing_text
+from gptfast.nn.adapted import one_a_row
 
 STEPS_PER_CALL = 16  # tokens of a sequence per call of the runner; Ctrl-C is handled between calls
 
@@ -77,6 +78,7 @@ def generate(
     assistant_model: LanguageModel | None = None,
     streamer: Streamer | None = None,
     return_logprobs: bool = False,
+    adapter_names: Sequence[str] | None = None,
     **options: Any,
 ) -> Any:
     """Continue prompts and return prompt and new tokens, as `transformers.generate`; greedily by default.
@@ -92,6 +94,7 @@ def generate(
             faster.
         streamer: receives the tokens as they are generated; for one prompt with one return sequence.
         return_logprobs: whether to return a `Generation`.
+        adapter_names: the adapter of each prompt, "__base__" for none; None: the active ones for all.
         options: fields of `GenerationConfig`; and attention_mask, shaped as ids: 0 for padding, on the left or the right. A
             prompt is continued as without its padding, and returned with it, the new tokens behind.
     Returns:
@@ -105,6 +108,7 @@ def generate(
     config = choosing_text(GenerationConfig.of(**options), tokenizer, model.config.vocab_size)
     given, config = read_prompts(ids, mask, model, config)
     prompts, apart, config = given.rows, config.seed is None, config.with_seed()
+    adapters = _adapters(adapter_names, len(prompts))
     stopping = Stopping(config, tokenizer)
     if streamer is not None:
         _check_streamer(streamer, len(prompts), config)
@@ -113,11 +117,12 @@ def generate(
     scores: list[float] | None = None
     if config.num_beams > 1:
         runner = model.runner(len(prompts) * config.num_beams, max(map(len, prompts)) + config.max_new_tokens)
-        texts, scores = beam_search(runner, prompts, config, stopping, apart)
-        copies = [prompt for prompt in prompts for _ in range(config.num_return_sequences)]
-        logprobs = [score(runner, t, len(p)) for t, p in zip(texts, copies, strict=True)] if return_logprobs else []
+        texts, scores = beam_search(runner, prompts, config, stopping, apart, adapters)
+        each = zip(prompts, adapters, strict=True)
+        copies = [(len(prompt), adapter) for prompt, adapter in each for _ in range(config.num_return_sequences)]
+        logprobs = [score(runner, t, *of) for t, of in zip(texts, copies, strict=True)] if return_logprobs else []
     else:
-        requests = _requests(prompts, config, tokenizer, apart, logprobs=return_logprobs)
+        requests = _requests(prompts, config, tokenizer, apart, adapters, logprobs=return_logprobs)
         logprobs = _run(model, requests, assistant_model, streamer)
         texts = [sequence.tokens for request in requests for sequence in request.sequences]
     sequences = given.returned(texts, config)
@@ -134,15 +139,25 @@ def _check_streamer(streamer: Any, prompts: int, config: GenerationConfig) -> No
         raise TypeError(f"generate: streamer is a {type(streamer).__name__}; expected an object with put and end")
 
 
+def _adapters(adapter_names: Any, prompts: int) -> list[str | None]:
+    """The adapter of each prompt; None: the active ones. Whether there are such is known to the runner."""
+    return [None] * prompts if adapter_names is None else [*one_a_row("generate", adapter_names, prompts)]
+
+
 def _requests(
-    prompts: list[list[int]], config: GenerationConfig, tokenizer: Any, apart: bool, **fields: Any
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    tokenizer: Any,
+    apart: bool,
+    adapters: list[str | None],
+    **fields: Any,
 ) -> list[Request]:
     """A request for each prompt. apart: the seed was drawn, not given, and equal prompts get different streams."""
     copies = config.num_return_sequences
     firsts = [n * copies if apart else 0 for n in range(len(prompts))]
     return [
-        Request(prompt, config, tokenizer, first_stream=first, **fields)
-        for prompt, first in zip(prompts, firsts, strict=True)
+        Request(prompt, config, tokenizer, first_stream=first, adapter=adapter, **fields)
+        for prompt, first, adapter in zip(prompts, firsts, adapters, strict=True)
     ]
 
 
@@ -195,12 +210,13 @@ def stream(
     assistant_model: LanguageModel | None = None,
     logprobs: bool = False,
     top: int = 0,
+    adapter_names: Sequence[str] | None = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Generate as `generate` does, without beams, and yield each step. The arguments are checked at once.
 
     Args:
-        model, ids, tokenizer, assistant_model, options: as in `generate`.
+        model, ids, tokenizer, assistant_model, adapter_names, options: as in `generate`.
         logprobs: whether each Step holds the log-probabilities of its tokens.
         top: how many of the most likely next tokens each Step holds.
     Returns:
@@ -218,12 +234,11 @@ def stream(
     if assistant_model is not None:
         check_assistant(assistant_model, model, config)
     wanted = {"logprobs": logprobs, "top": top, "top_temperature": config.temperature or 1.0}
-    requests = _requests(prompts, config, tokenizer, apart, **wanted)
-    return _steps(model, requests, assistant_model)
+    requests = _requests(prompts, config, tokenizer, apart, _adapters(adapter_names, len(prompts)), **wanted)
+    return _steps(_scheduler(model, requests, assistant_model), requests)
 
 
-def _steps(model: LanguageModel, requests: list[Request], assistant: LanguageModel | None) -> Iterator[Step]:
-    scheduler = _scheduler(model, requests, assistant)
+def _steps(scheduler: Scheduler, requests: list[Request]) -> Iterator[Step]:
     places = [(request, n) for request in requests for n in range(request.config.num_return_sequences)]
     made: dict[tuple[int, int], deque[Token]] = {(id(request), n): deque() for request, n in places}
     wants_logprobs, wants_top = requests[0].logprobs, requests[0].top

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -157,7 +158,12 @@ class Search:
 
 
 def beam_search(
-    runner: Runner, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping, apart: bool = False
+    runner: Runner,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    stopping: Stopping,
+    apart: bool = False,
+    adapters: Sequence[str | None] = (),
 ) -> tuple[list[list[int]], list[float]]:
     """The best `num_return_sequences` continuations of each prompt: prompt and new tokens, and their scores.
 
@@ -167,8 +173,9 @@ def beam_search(
     Args:
         runner: with num_beams free slots per prompt; all of them are free again afterwards.
         apart: equal prompts get different noise.
+        adapters: of each prompt; none: the active ones.
     """
-    searches, logits = _start(runner, prompts, config, stopping, apart)
+    searches, logits = _start(runner, prompts, config, stopping, apart, adapters or [None] * len(prompts))
     while True:
         with single_threaded_torch(runner):
             logprobs = _logprobs(logits).split([len(search.slots) for search in searches])
@@ -188,13 +195,18 @@ def beam_search(
 
 
 def _start(
-    runner: Runner, prompts: list[list[int]], config: GenerationConfig, stopping: Stopping, apart: bool
+    runner: Runner,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    stopping: Stopping,
+    apart: bool,
+    adapters: Sequence[str | None],
 ) -> tuple[list[Search], Tensor]:
     """Read every prompt once; returns the searches, and the logits of all their beams."""
     K, groups = config.num_beams, config.num_beam_groups
     searches, logits = [], []
-    for n, prompt in enumerate(prompts):
-        slot, first = runner.allocate()[0], n * K if apart else 0
+    for n, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+        slot, first = runner.allocate(1, adapter)[0], n * K if apart else 0
         logits += [runner.extend([slot], [prompt])] * K
         slots = [slot, *runner.fork(slot, K - 1)]
         searches.append(Search([Group(K // groups, prompt, config, stopping, first) for _ in range(groups)], slots))

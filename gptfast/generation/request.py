@@ -82,6 +82,7 @@ class Request:
         logprobs: whether each `Token` holds its log-probability.
         top: how many of the most likely tokens each `Token` holds.
         top_temperature: the temperature of their probabilities.
+        adapter: of the model, "__base__" for none; None: the active ones.
         first_stream: Philox stream of the first return sequence; the others follow. Requests with the same seed and
             different streams are independent, and are drawn in one call.
         sequences: the return sequences; only the first until the prompt has been read.
@@ -97,6 +98,7 @@ class Request:
     top: int = 0
     top_temperature: float = 1.0
     first_stream: int = 0
+    adapter: str | None = None
     sequences: list[Sequence] = field(default_factory=list)
     error: RuntimeError | None = None
     stopping: Stopping = field(init=False)

@@ -54,12 +54,19 @@ class Runner(ABC):
     def lengths(self) -> list[int]:
         """Number of positions in each slot; 0 for a free slot."""
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that slots may have."""
+        return ()
+
     @abstractmethod
-    def allocate(self, count: int = 1) -> list[int]:
+    def allocate(self, count: int = 1, adapter: str | None = None) -> list[int]:
         """Take `count` empty slots.
 
+        Args:
+            adapter: of the slots, and of the copies of them: a name, or "__base__" for none. None: those that are active.
         Raises:
-            RuntimeError: fewer are free.
+            RuntimeError: fewer are free.  ValueError: there is no such adapter.
         """
 
     @abstractmethod

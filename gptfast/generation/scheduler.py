@@ -19,6 +19,7 @@ from gptfast.generation.request import Request, Sequence, Token
 from gptfast.generation.runner import LanguageModel, single_threaded_torch
 from gptfast.generation.speculative import Speculation
 from gptfast.generation.textless import choosing_text
+from gptfast.nn.adapted import check_adapter
 
 
 class Scheduler:
@@ -75,20 +76,27 @@ class Scheduler:
         return len(self._running)
 
     def submit(
-        self, prompt: Any, *, tokenizer: Any = None, logprobs: bool = False, top: int = 0, **options: Any
+        self,
+        prompt: Any,
+        *,
+        tokenizer: Any = None,
+        logprobs: bool = False,
+        top: int = 0,
+        adapter: str | None = None,
+        **options: Any,
     ) -> Request:
         """Queue a prompt. Requests start in the order of submission, when there is room.
 
         Args:
             prompt: token ids, in a list, a 1-D tensor or an array.
-            tokenizer, logprobs, top: see `Request`.
+            tokenizer, logprobs, top, adapter: see `Request`.
             options: fields of `GenerationConfig`, without beams. Each request without a seed draws its own.
         Raises:
             TypeError, ValueError: bad options or prompt, or more than this scheduler can ever hold.
         """
         config = GenerationConfig.of(**options)
         check_top("Scheduler", top)
-        return self.submit_request(Request(read_prompt("", prompt), config, tokenizer, logprobs, top))
+        return self.submit_request(Request(read_prompt("", prompt), config, tokenizer, logprobs, top, adapter=adapter))
 
     def submit_request(self, request: Request) -> Request:
         """Queue a request; see `submit`."""
@@ -101,6 +109,8 @@ class Scheduler:
     def check(self, request: Request) -> None:
         """Raise what `submit_request` raises. Thread-safe."""
         config = self._with_room(request)
+        if request.adapter is not None:
+            check_adapter("generate", self.runner.adapters, request.adapter)
         if config.num_beams > 1:
             raise ValueError(
                 "Scheduler: num_beams must be 1; beams are searched together - use gptfast.generation.generate"
@@ -167,7 +177,8 @@ class Scheduler:
                 return
             read += len(request.prompt)
             self._waiting.popleft()
-            request.sequences = [Sequence(request, 0, self.runner.allocate()[0], list(request.prompt))]
+            slot = self.runner.allocate(1, request.adapter)[0]
+            request.sequences = [Sequence(request, 0, slot, list(request.prompt))]
             self._running.append(request)
 
     def _reserved(self, request: Request) -> int:

@@ -17,17 +17,18 @@ PIECE = 64  # tokens whose logits are held at a time
 Scored = tuple[float, list[tuple[int, float]]]  # log-probability of a token; the most likely tokens with probabilities
 
 
-def score(model: LanguageModel, tokens: Any, first: int = 1) -> list[float]:
+def score(model: LanguageModel, tokens: Any, first: int = 1, adapter: str | None = None) -> list[float]:
     """Log-probabilities of a text under the model: log p(tokens[t] | tokens[:t]) for t from `first` to the end.
 
     Args:
         model: a GPT, a compiled one, or a runner.
         tokens: T token ids, 2 <= T <= block_size + 1.
         first: in [1, T).
+        adapter: of the model, "__base__" for none; None: the active ones.
     Returns:
         T - first numbers, at most 0.
     Raises:
-        TypeError, ValueError: bad tokens or `first`.  RuntimeError: the logits hold nan.
+        TypeError, ValueError: bad tokens or `first`, or an unknown adapter.  RuntimeError: the logits hold nan.
     """
     tokens, limit = read_prompt("", tokens), model.config.block_size + 1
     if not 2 <= len(tokens) <= limit or not 1 <= first < len(tokens):
@@ -36,7 +37,7 @@ def score(model: LanguageModel, tokens: Any, first: int = 1) -> list[float]:
             "1 <= first < their number"
         )
     check_ids("", tokens, model.config.vocab_size)
-    pieces = score_in_pieces(model, tokens, piece=len(tokens))
+    pieces = score_in_pieces(model, tokens, piece=len(tokens), adapter=adapter)
     while True:
         try:
             next(pieces)
@@ -45,7 +46,12 @@ def score(model: LanguageModel, tokens: Any, first: int = 1) -> list[float]:
 
 
 def score_in_pieces(
-    model: LanguageModel, tokens: list[int], top: int = 0, tokenizer: Any = None, piece: int | None = None
+    model: LanguageModel,
+    tokens: list[int],
+    top: int = 0,
+    tokenizer: Any = None,
+    piece: int | None = None,
+    adapter: str | None = None,
 ) -> Generator[None, None, list[Scored]]:
     """Score a text piece by piece, so that other work on the model can run in between.
 
@@ -54,6 +60,7 @@ def score_in_pieces(
         top: number of most likely tokens to return at each position.
         tokenizer: excludes ids without text from these.
         piece: number of tokens between two yields; None: PIECE.
+        adapter: as in `score`.
     Yields:
         None, after each piece.
     Returns:
@@ -66,7 +73,7 @@ def score_in_pieces(
     if not wanted:
         return scored
     runner = model.runner(1, len(given))
-    slots = runner.allocate()
+    slots = runner.allocate(1, adapter)
     for start in range(0, len(given), piece):
         part = slice(start, start + piece)
         with single_threaded_torch(runner), torch.inference_mode():

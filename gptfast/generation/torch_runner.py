@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gptfast.generation.runner import Runner
+from gptfast.nn.adapted import ADAPTED, check_adapter
 from gptfast.nn.difference import check_values
 from gptfast.nn.kv_cache import KVCache
 from gptfast.nn.transformer import Transformer
@@ -39,6 +40,7 @@ class TorchRunner(Runner):
         self._lengths = [0] * max_slots
         self._slot_in: list[int] = []  # the slot in each row of the cache that is in use
         self._row_of: dict[int, int] = {}
+        self._adapter_of: dict[int, str | None] = {}
         self._free = list(range(max_slots))[::-1]
         self._lock = threading.RLock()
 
@@ -46,7 +48,15 @@ class TorchRunner(Runner):
     def lengths(self) -> list[int]:
         return self._lengths
 
-    def allocate(self, count: int = 1) -> list[int]:
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        state = self._model.adapters
+        return () if state is None or not any(isinstance(m, ADAPTED) for m in self._model.modules()) else state.names
+
+    def allocate(self, count: int = 1, adapter: str | None = None) -> list[int]:
+        names = () if adapter is None else self.adapters
+        if adapter is not None:
+            check_adapter("allocate", names, adapter)
         with self._lock:
             if count > len(self._free):
                 raise RuntimeError(
@@ -57,6 +67,7 @@ class TorchRunner(Runner):
             for slot in slots:
                 self._row_of[slot] = len(self._slot_in)
                 self._slot_in.append(slot)
+                self._adapter_of[slot] = adapter if names else None
             return slots
 
     def fork(self, slot: int, count: int) -> list[int]:
@@ -74,10 +85,11 @@ class TorchRunner(Runner):
             if not moves:
                 return
             lengths = [self._lengths[source] for _, source in moves]
+            adapters = [self._adapter_of[source] for _, source in moves]
             to, of = ([self._row_of[slot] for slot in part] for part in zip(*moves, strict=True))
             self._cache.copy_rows(to, of, max(lengths))
-            for (slot, _), length in zip(moves, lengths, strict=True):
-                self._lengths[slot] = length
+            for (slot, _), length, adapter in zip(moves, lengths, adapters, strict=True):
+                self._lengths[slot], self._adapter_of[slot] = length, adapter
 
     def truncate(self, slot: int, length: int) -> None:
         with self._lock:
@@ -152,10 +164,12 @@ class TorchRunner(Runner):
         return logits if order == list(slots) else logits[[order.index(slot) for slot in slots]]
 
     def _neighbours(self, slots: Sequence[int]) -> Iterator[list[int]]:
-        """The slots in the order of their rows in the cache, cut where rows are missing between them."""
+        """The slots in the order of their rows in the cache, cut where rows are missing between them, and between those
+        with an adapter of their own and those with the active ones."""
         run: list[int] = []
         for slot in sorted(slots, key=self._row_of.__getitem__):
-            if run and self._row_of[slot] != self._row_of[run[-1]] + 1:
+            own = self._adapter_of[slot] is None
+            if run and (self._row_of[slot] != self._row_of[run[-1]] + 1 or own != (self._adapter_of[run[-1]] is None)):
                 yield run
                 run = []
             run.append(slot)
@@ -167,8 +181,10 @@ class TorchRunner(Runner):
         first = self._row_of[slots[0]]
         cache = self._cache.rows(first, first + len(slots), [self._lengths[slot] for slot in slots])
         ids, before = torch.tensor(tokens, dtype=torch.int64, device=self._cache.k.device), cache.lengths
+        names = [self._adapter_of[slot] for slot in slots]
+        own = {} if names[0] is None else {"adapter_names": names}
         with evaluating(self._model):
-            logits = self._model(ids, cache=cache, last_only=last_only)
+            logits = self._model(ids, cache=cache, last_only=last_only, **own)
         if cache.lengths is before:
             raise RuntimeError(
                 f"generate: the forward of this {type(self._model).__name__} does not use its cache= argument; pass it on "

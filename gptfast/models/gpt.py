@@ -37,7 +37,7 @@ class GPT(AdapterMethods):
         Args:
             ids: (B, T) tensor of token ids; or a list of id lists of any lengths, which are not padded; or a BatchEncoding.
             max_new_tokens: None: 64, or what room the block_size leaves, whichever is less.
-            options: do_sample, temperature, top_k, top_p, min_p, seed (any of which draws), num_beams, eos_token_id, …:
+            options: adapter_names, the adapter of each prompt; do_sample, temperature, top_k, top_p, min_p, seed (any of which draws), num_beams, eos_token_id, …:
                 the fields of `gptfast.generation.GenerationConfig`; and attention_mask, tokenizer, assistant_model, streamer
                 and return_logprobs, as in `gptfast.generation.generate`. eos_token_id is by default what the checkpoint's
                 generation_config.json and config.json name together, and none for a model that was built here;
@@ -54,8 +54,8 @@ class GPT(AdapterMethods):
     def runner(self, max_slots: int, max_len: int) -> Runner:
         """The fastest runner that can run the model as it is now; see `gptfast.generation.Runner`.
 
-        On the CPU the native engine, where it can run the model (`gptfast.engine.engine_for`): each call compares its packed
-        copy with all of the weights. On a GPU with the CUDA kernels captured steps, where these can be captured. Else torch.
+        On the CPU the native engine, where it can run the model (`gptfast.engine.engine_for`), with its adapters: each call
+        compares its packed copy with all of the weights. On a GPU with the CUDA kernels captured steps, where these can be captured. Else torch.
         """
         engine = engine_for(self)
         if engine is not None:
@@ -84,10 +84,11 @@ class GPT(AdapterMethods):
             cache_dtype: of keys and values, "float32", "float16" or "bfloat16"; None: "float32" beside fp32 weights, else
                 "float16".
         Returns:
-            A `gptfast.engine.CompiledGPT`. It holds weights of its own: this model may be changed or deleted.
+            A `gptfast.engine.CompiledGPT`. It holds weights of its own: this model may be changed or deleted. It has all
+            adapters of the model that are not merged, in fp32 beside the packed base, and the same ones are active.
         Raises:
             ValueError: an unknown dtype, weights that are not finite, or modules that are not what the config says: hooks,
-                other classes, attributes or methods.  RuntimeError: gptfast has no compiled part.
+                other classes, attributes or methods, or an adapter with modules_to_save.  RuntimeError: gptfast has no compiled part.
         """
         return compile_model(self, dtype, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
 

@@ -6,7 +6,7 @@ references, hooks and optimizers hold. When its last adapter goes, it is again w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -199,21 +199,34 @@ def select_rows(names: tuple[str, ...], adapter_names: Any, rows: int, rng: tupl
     Raises:
         TypeError, ValueError: no list of names, another number of them, or an unknown one.
     """
-    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
-        raise TypeError(f"GPT: adapter_names is {adapter_names!r}; expected a list of names, one a row")
-    wanted = list(adapter_names)
-    if len(wanted) != rows:
-        raise ValueError(f"GPT: adapter_names has {len(wanted)} names and the batch {rows} rows; expected one a row")
+    wanted = one_a_row("GPT", adapter_names, rows)
     for name in wanted:
-        if name != BASE and name not in names:
-            known = ", ".join(map(repr, (*names, BASE)))
-            raise ValueError(f"GPT: adapter_names has {name!r}, which is no adapter of this model; it has {known}")
+        check_adapter("GPT", names, name)
     parts, first = [], 0
     for row in range(1, rows + 1):
         if row == rows or wanted[row] != wanted[first]:
             parts.append(Part(first, row, () if wanted[first] == BASE else (wanted[first],)))
             first = row
     return Selection(rows, tuple(parts), rng)
+
+
+def one_a_row(op: str, adapter_names: Any, rows: int) -> list[str]:
+    """The list in adapter_names. Raises TypeError or ValueError where it does not hold one name a row."""
+    given = isinstance(adapter_names, Sequence) and not isinstance(adapter_names, str)
+    if not given or not all(isinstance(name, str) for name in adapter_names):
+        raise TypeError(f"{op}: adapter_names is {adapter_names!r}; expected a list of names, one a row")
+    if len(adapter_names) != rows:
+        raise ValueError(
+            f"{op}: adapter_names has {len(adapter_names)} names and the batch {rows} rows; expected one a row"
+        )
+    return list(adapter_names)
+
+
+def check_adapter(op: str, names: Sequence[str], name: Any) -> None:
+    """Raise ValueError for a name in adapter_names that is neither in `names` nor "__base__"."""
+    if name != BASE and name not in names:
+        known = ", ".join(map(repr, (*names, BASE)))
+        raise ValueError(f"{op}: adapter_names has {name!r}, which is no adapter of this model; it has {known}")
 
 
 def call(module: nn.Module, adapters: Selection | None, *args: Any, **options: Any) -> Any:

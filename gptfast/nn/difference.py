@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.config import GPTConfig
-from gptfast.nn.adapted import ADAPTED
+from gptfast.nn.adapted import ADAPTED, LoraFactor, LoraFactors, LoraLinear
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.block import Block
 from gptfast.nn.layer_norm import LayerNorm
@@ -48,18 +48,19 @@ class Part:
     root: bool = False  # a subclass is allowed
 
 
-def difference(model: Transformer, saved: bool = False) -> str | None:
+def difference(model: Transformer, saved: bool = False, adapters: bool = False) -> str | None:
     """The first difference between the model's modules and its config, in words; None: there is none.
 
     Whether the head is tied is read from the tensors, see `true_config`. Values of parameters are not compared.
 
     Args:
         model: a GPT.
+        adapters: low-rank updates that are not merged are no difference.
         saved: also compare what a checkpoint does not store: dropout rates, and the values of fixed embeddings.
     """
-    if model.adapters is not None and any(isinstance(module, ADAPTED) for module in model.modules()):
-        names = ", ".join(map(repr, model.adapters.names))
-        return f"the model has the adapter {names}, which is not merged (merge_adapter)"
+    told = None if model.adapters is None else _in_adapters(model, adapters)
+    if told is not None:
+        return told
     wanted, found = _parts(model.config), dict(model.named_modules(remove_duplicate=False))
     told = _in_classes(model) or _in_blocks(model) or _global_hooks()
     if told is not None:
@@ -69,9 +70,21 @@ def difference(model: Transformer, saved: bool = False) -> str | None:
         if told is not None:
             return f"{name or 'the model'} {told}"
     for name, module in found.items():
-        if name not in wanted:
+        if name not in wanted and not (adapters and isinstance(module, (LoraFactor, LoraFactors))):
             return f"{name}, a {type(module).__name__}, has no place in a GPT of this config"
     return _in_sinusoids(model) if saved else None
+
+
+def _in_adapters(model: Transformer, updates: bool) -> str | None:
+    """updates: whether the model may have low-rank ones."""
+    for name, module in model.named_modules():
+        if isinstance(module, ADAPTED) and not (updates and isinstance(module, LoraLinear)):
+            if not updates:
+                names = ", ".join(map(repr, model.adapters.names if model.adapters else ()))
+                return f"the model has the adapter {names}, which is not merged (merge_adapter)"
+            own = ", ".join(map(repr, getattr(module, "modules_to_save", ())))
+            return f"the adapter {own} has a copy of its own of {name} (modules_to_save)"
+    return None
 
 
 def check_values(op: str, model: Transformer) -> None:
@@ -169,7 +182,11 @@ def _global_hooks() -> str | None:
 def _in_module(module: nn.Module, part: Part, saved: bool) -> str | None:
     """The first difference from `part`; the message continues the module's name."""
     kind = type(module)
-    if kind is not part.kind and not (part.root and issubclass(kind, part.kind)):
+    if (
+        kind is not part.kind
+        and not (kind is LoraLinear and part.kind is Linear)
+        and not (part.root and issubclass(kind, part.kind))
+    ):
         return (
             f"is a {kind.__module__}.{kind.__qualname__}; the config says {part.kind.__module__}.{part.kind.__name__}"
         )
@@ -222,4 +239,4 @@ def remember_methods(*kinds: type[nn.Module]) -> None:
     _methods.update((kind, _methods_of(kind)) for kind in kinds)
 
 
-remember_methods(Linear, LayerNorm, CausalSelfAttention, Block, MLP, Transformer)
+remember_methods(Linear, LoraLinear, LayerNorm, CausalSelfAttention, Block, MLP, Transformer)

@@ -1,0 +1,147 @@
+"""Adapters in the engine: their low-rank factors in fp32, beside the packed base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
+
+from gptfast.nn.adapted import BASE, LoraLinear, check_adapter
+
+if TYPE_CHECKING:
+    from gptfast.nn.transformer import Transformer
+
+
+class Update(NamedTuple):
+    """A low-rank update of a matrix: scale B A. number: 4 layer + 0 to 3 (c_attn, c_proj, c_fc, c_proj); 4 n_layer: the head."""
+
+    number: int
+    scale: float
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class PackedAdapters:
+    """The adapters of a compiled model.
+
+    packed: a `gptfast._C.Adapter` by name.
+    active: names of those that a row has for which none is named; they are added up.
+    enabled: False: none is active.
+    """
+
+    packed: Mapping[str, Any] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(adapter.bytes for adapter in self.packed.values())
+
+    def of(self, op: str, name: str | None) -> list[Any]:
+        """What a row has that names this adapter, or none. Raises ValueError for an unknown one."""
+        if name is None:
+            return [self.packed[n] for n in self.active] if self.enabled else []
+        check_adapter(op, tuple(self.packed), name)
+        return [] if name == BASE else [self.packed[name]]
+
+    def known(self, op: str, names: str | Sequence[str]) -> tuple[str, ...]:
+        """Names of adapters that there are. Raises ValueError for an unknown one."""
+        wanted = (names,) if isinstance(names, str) else tuple(names)
+        for name in wanted:
+            if name not in self.packed:
+                has = ", ".join(map(repr, self.packed)) or "none"
+                raise ValueError(f"{op}: there is no adapter {name!r}; the model has {has}")
+        return wanted
+
+    def activated(self, names: str | Sequence[str]) -> PackedAdapters:
+        return replace(self, active=self.known("set_adapter", names), enabled=True)
+
+    def with_one(self, name: str, adapter: Any) -> PackedAdapters:
+        """These and one more, which is the active one."""
+        return PackedAdapters({**self.packed, name: adapter}, (name,))
+
+    def without(self, names: str | Sequence[str]) -> PackedAdapters:
+        gone = self.known("delete_adapter", names)
+        left = {name: adapter for name, adapter in self.packed.items() if name not in gone}
+        active = tuple(name for name in self.active if name in left) or tuple(left)[:1]
+        return PackedAdapters(left, active, self.enabled)
+
+
+class AdapterMethods:
+    """The adapters of a compiled model, by the names of `GPT`'s methods."""
+
+    _adapters: PackedAdapters
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that rows may have."""
+        return tuple(self._adapters.packed)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that a row has for which none is named."""
+        return list(self._adapters.active) if self._adapters.enabled else []
+
+    def set_adapter(self, names: str | Sequence[str]) -> None:
+        """Make adapters the active ones, which are added up; for runners that are made from now on, as all of these methods.
+
+        Raises:
+            ValueError: unknown name.
+        """
+        self._adapters = self._adapters.activated(names)
+
+    def enable_adapters(self) -> None:
+        """Use the active adapters again."""
+        self._adapters = replace(self._adapters, enabled=True)
+
+    def disable_adapters(self) -> None:
+        """Use none where none is named, until `enable_adapters` or `set_adapter`."""
+        self._adapters = replace(self._adapters, enabled=False)
+
+    def delete_adapter(self, names: str | Sequence[str]) -> None:
+        """Remove adapters. Sequences that run go on with theirs.
+
+        Raises:
+            ValueError: unknown name.
+        """
+        self._adapters = self._adapters.without(names)
+
+
+def updates_of(model: Transformer) -> dict[str, list[Update]]:
+    """The updates of each adapter of a model that are not merged."""
+    names = () if model.adapters is None else model.adapters.names
+    found: dict[str, list[Update]] = {name: [] for name in names}
+    modules = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for module in modules:
+        for name in module.lora_A:
+            a, b = module.lora_A[name], module.lora_B[name]
+            found[name].append(Update(module.number, a.scale, a.weight.detach(), b.weight.detach()))
+    return found if modules else {}
+
+
+def packed_adapters(model: Transformer, shape: dict[str, Any]) -> PackedAdapters:
+    """The adapters of a model, packed; its active ones are active."""
+    state, updates = model.adapters, updates_of(model)
+    if state is None or not updates:
+        return PackedAdapters()
+    packed = {name: pack("compile_for_inference", name, own, shape) for name, own in updates.items()}
+    return PackedAdapters(packed, state.active, state.enabled)
+
+
+def pack(op: str, name: str, updates: Sequence[Update], shape: dict[str, Any]) -> Any:
+    """A `gptfast._C.Adapter`. Raises ValueError for factors that are not finite, or do not fit the shape of the model."""
+    from gptfast import _C
+
+    sources, kept = [], []
+    for update in updates:
+        factors = [x.to("cpu", torch.float32).contiguous() for x in (update.a, update.b)]
+        if not all(x.isfinite().all() for x in factors):
+            raise ValueError(f"{op}: the adapter {name!r} holds nan or infinities; it is damaged")
+        kept += factors
+        sources.append((update.number, update.scale, *map(to_dlpack, factors)))
+    return _C.Adapter(shape, sources)
