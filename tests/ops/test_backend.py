@@ -231,10 +231,11 @@ def test_the_best_isa_of_the_machine_runs():
 def test_isa_can_be_forced():
     assert cpu_isa() == cpu_isas()[-1]
     for name in cpu_isas():
-        code = "import gptfast; from gptfast.backend import cpu_isa; print(cpu_isa())"
-        assert python(code, GPTFAST_CPU_ISA=name).stdout.strip() == name
         with force_cpu_isa(name):
             assert cpu_isa() == name
+    code = "import gptfast; from gptfast.backend import cpu_isa; print(cpu_isa())"
+    for name in cpu_isas()[:2]:  # neither is the best, where there are three; the variable takes all names in one way
+        assert python(code, GPTFAST_CPU_ISA=name).stdout.strip() == name
     assert cpu_isa() == cpu_isas()[-1]
 
 
