@@ -82,7 +82,8 @@ class AttentionOptions(NamedTuple):
     window: int = 0  # 0: none
 
 
-TRITON_ONLY = {"dequantize_nf4", "quantized_linear"}  # no compiled kernel yet: elsewhere these ops run in PyTorch
+# Ops without a kernel in some compiled library: where there is none they run in PyTorch.
+_NOT_COMPILED = {"cpu": {"dequantize_nf4"}, "cuda": {"dequantize_nf4", "quantized_linear"}}
 
 # Functions of the compiled libraries that no other backend has.
 CPU_LIBRARY = (
@@ -127,9 +128,9 @@ def name_of(schema: str) -> str:
     return schema[: schema.index("(")]
 
 
-def compiled() -> tuple[str, ...]:
-    """The schemas that csrc/bindings implements on every device for which it is built."""
-    return tuple(s for file, schemas in KERNELS.items() if file not in TRITON_ONLY for s in schemas)
+def compiled(device: str) -> tuple[str, ...]:
+    """The schemas that csrc/bindings implements for tensors on "cpu" or "cuda"."""
+    return tuple(s for file, schemas in KERNELS.items() if file not in _NOT_COMPILED[device] for s in schemas)
 
 
 @cache

@@ -99,7 +99,7 @@ def _load_ops() -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load with torch {torch.__version__}: {error}"
-    schemas = (*_schemas.compiled(), *_schemas.CPU_LIBRARY)
+    schemas = (*_schemas.compiled("cpu"), *_schemas.CPU_LIBRARY)
     _schemas.define("gptfast", schemas)
     _schemas.check_library("gptfast", "cpu", schemas, path)
     rejected = torch.ops.gptfast.cpu_rejected_isa()
@@ -129,7 +129,7 @@ def _load_cuda_ops() -> str | None:
     except OSError as error:
         return f"{path.name} does not load with torch {torch.__version__}: {error}"
     _schemas.define("gptfast", _schemas.CUDA_LIBRARY)
-    _schemas.check_library("gptfast", "cuda", (*_schemas.compiled(), *_schemas.CUDA_LIBRARY), path)
+    _schemas.check_library("gptfast", "cuda", (*_schemas.compiled("cuda"), *_schemas.CUDA_LIBRARY), path)
     return None
 
 

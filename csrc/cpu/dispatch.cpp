@@ -31,6 +31,8 @@ struct Available {
     GPTFAST_CPU_KERNELS(FILL)       \
   }
     GPTFAST_ISAS(ADD)
+    for (int i = 0; i < count; i++)
+      if (tables[i].gemm_amx && !amx_permitted()) tables[i].gemm_amx = nullptr;
   }
   const Kernels* find(const char* name) const {
     for (int i = 0; i < count; i++)

@@ -167,6 +167,34 @@ struct GemmParams {
   i64 columns;       // of an item, a multiple of 32
 };
 
+// W (N outputs, K inputs) in codes: W[n, k] = scales[n, k / group] * value of code [n, k].
+enum class Codes : int { int8 = 0, int4 = 1, nf4 = 2 };
+struct QuantizedMatrix {
+  const uint8_t* codes;  // rows of whole groups: a byte each, or two to a byte, the first in the high half
+  i64 row_bytes;
+  Rows scales;  // (N, groups)
+  i64 N, K, group;
+  Codes format;
+};
+// Packs a stretch of W^T (by columns of W^T: y = x W^T) or W (dx = dy W) as gemm_pack does; `gemm.b` is not read.
+struct QuantizedPackParams {
+  QuantizedMatrix w;
+  GemmParams gemm;
+  bool transposed;  // W^T
+};
+// y = x W^T + bias for few rows of x.
+struct QuantizedRowsParams {
+  QuantizedMatrix w;
+  Rows x;
+  Vector bias;
+  MutRows y;
+  i64 M;
+  float* spread;  // M rows of quantized_depth(K) values of x, in the order in which the codes are read
+};
+constexpr i64 kQuantizedRows = 32;  // outputs of an item
+constexpr i64 kFewRows = 8;         // rows of x, at most
+constexpr i64 kChunkCodes = 128;    // K is rounded up to it in `spread`
+
 struct EmbeddingParams {
   const i64 *ids, *positions;  // (N); positions nullptr: row n is at n % T
   Rows wte, wpe;               // (V, C), (P, C) or nullptr
@@ -184,7 +212,8 @@ struct EmbeddingBwdParams {
 // this list.
 // clang-format off
 #define GPTFAST_CPU_KERNELS(X) \
-  X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) X(gemm) X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) \
+  X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) X(gemm) X(gemm_amx) X(quantized_pack) X(quantized_rows) \
+  X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) \
   X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding) X(sample)
 // clang-format on
 
@@ -210,6 +239,11 @@ struct Kernels {
   bool multiplies_pairs;  // of bf16
   void (*gemm_pack)(const GemmParams&, i64 item_begin, i64 item_end);
   void (*gemm)(const GemmParams&, i64 item);
+  // The same on AMX tiles, which panels of whole 16 words and A with contiguous rows can use; null without them.
+  void (*gemm_amx)(const GemmParams&, i64 item);
+  void (*quantized_pack)(const QuantizedPackParams&, i64 item);
+  void (*quantized_spread)(const QuantizedRowsParams&);
+  void (*quantized_rows)(const QuantizedRowsParams&, i64 item);
   // Runs independent multiply-adds (of bf16 pairs where the CPU has them); returns the flops done.
   double (*peak_flops)(i64 iterations, bool pairs, float* sink);
   void (*sum_chunks)(const SumChunksParams&, i64 c_begin, i64 c_end);
@@ -222,6 +256,8 @@ const Kernels& kernels();
 const char* const* available_isas(int* count);
 // Returns false, changing nothing, when `name` cannot run here. nullptr restores the automatic choice.
 bool set_isa(const char* name);
+// Whether this CPU and operating system let this process use AMX tiles of bf16 (amx.cpp).
+bool amx_permitted();
 // The value of GPTFAST_CPU_ISA when it names no table that can run here, else nullptr; the bindings raise.
 const char* rejected_isa();
 

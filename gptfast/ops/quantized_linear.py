@@ -76,10 +76,10 @@ def quantized_linear(
 ) -> Tensor:
     """x W^T + bias where W[n, k] = scales[n, k // group_size] * value of code [n, k].
 
-    The weight is read packed and once for up to 16 rows of x, which bounds decoding. The gradient dy W goes to x alone:
-    the weight is frozen, and only its codes are kept for backward (Dettmers et al., arXiv 2305.14314). A Triton kernel
-    on GPUs; elsewhere plain PyTorch over the dequantised weight, which is correct but not fast: on a CPU
-    `GPT.compile_for_inference` has kernels of its own.
+    The weight is read packed: once for a few rows of x, which bounds decoding, and for many in pieces of a few MB that are
+    decoded as they are multiplied. The gradient dy W goes to x alone: the weight is frozen, and only its codes are kept for
+    backward (Dettmers et al., arXiv 2305.14314). C++ on CPUs, a Triton kernel on GPUs. bfloat16 multiplies weights that are
+    rounded to it, where the CPU has such products and there are more than 8 rows; else they are float32.
 
     Args:
         x: (..., K), float32, bfloat16, float16 or float64.
@@ -95,7 +95,7 @@ def quantized_linear(
     """
     _check(x, codes, scales, bias, format, group_size)
     x = autocast(x)[0]
-    runs_on = resolve(OP, backend, x)
+    runs_on = resolve(OP, backend, x, scales)
     rows = rows_of(x)
     y = QuantizedLinearFunction.apply(runs_on, rows, codes, scales, bias, format, group_size)
     return y.view(*x.shape[:-1], codes.shape[0])

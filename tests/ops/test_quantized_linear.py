@@ -1,6 +1,6 @@
 """quantized_linear and quantize_groups: parity, exact codes, input gradients through a frozen weight, compilation, errors.
 
-Without TRITON_INTERPRET this is the plain PyTorch that serves CPUs; tests/triton/test_triton.py runs it on the Triton kernels.
+On every instruction set of the CPU; tests/triton/test_triton.py runs it on the Triton kernels.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ def quantized(N: int, K: int, format: str, size: int = 32, **options) -> tuple[t
 
 
 def test_which_backend_runs():
-    assert resolve("quantized_linear", None, torch.ones(1)) == ("triton" if INTERPRETING else "eager")
+    assert resolve("quantized_linear", None, torch.ones(1)) == ("triton" if INTERPRETING else "cpu")
+    assert resolve("quantized_linear", None, torch.ones(1, dtype=torch.float64)) == "eager"
 
 
 @pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_parity(case, dtype):
+def test_parity(isa, case, dtype):
     check_case(case, dtype)
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("format", ["int8", "int4", "nf4"])
-def test_the_identity_reads_every_value(format, size):
+def test_the_identity_reads_every_value(isa, format, size):
     """x = 1 gives back the weight, transposed and to the bit in float32: no code, scale or place is taken for another."""
     codes, scales = quantized(70, 256, format, size)
     weight = _nf4.dequantize_groups(codes, scales, format, size)
@@ -89,7 +90,7 @@ def test_nf4_rows_are_the_weight():
 
 
 @pytest.mark.parametrize(("K", "size"), [(40, 32), (1100, 128)])
-def test_what_lies_beyond_is_not_read(K, size):
+def test_what_lies_beyond_is_not_read(isa, K, size):
     """A row with nan stays alone where rows end within a group; scales past the last, where splits are uneven."""
     codes, scales = quantized(5, K, "int8", size)
     scales = torch.cat([scales, torch.full_like(scales, float("nan"))])[:5]
@@ -150,7 +151,6 @@ def test_compiles():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="eager PyTorch can be differentiated twice")
 def test_no_double_backward():
     codes, scales = quantized(4, 32, "int8")
     check_no_double_backward(

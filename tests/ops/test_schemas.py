@@ -32,7 +32,7 @@ def expected(schemas: list[str]) -> dict[str, str]:
 
 @compiled
 def test_the_compiled_namespace_is_the_table():
-    schemas = [*_schemas.compiled(), *_schemas.CPU_LIBRARY, *_schemas.PYTHON]
+    schemas = [*_schemas.compiled("cpu"), *_schemas.CPU_LIBRARY, *_schemas.PYTHON]
     cuda = _schemas.CUDA_LIBRARY if torch.ops.gptfast.__dict__.get("cuda_unavailable_reason") else ()
     assert defined("gptfast") == expected([*schemas, *cuda])
 
@@ -44,7 +44,7 @@ def test_the_triton_namespace_is_the_table():
 @compiled
 def test_the_emulated_namespace_is_the_table():
     emulated.load()
-    assert defined("gptfast_emu") == expected(list(_schemas.compiled()))
+    assert defined("gptfast_emu") == expected(list(_schemas.compiled("cuda")))
 
 
 def test_a_triton_module_has_the_functions_of_its_schemas():

@@ -76,8 +76,8 @@ def load(variant: str | None = None) -> ctypes.CDLL:
     """Make backend="emu" available in this process. One variant a process: GPTFAST_EMU_VARIANT, or plain."""
     path = build(variant or os.environ.get("GPTFAST_EMU_VARIANT", "plain"))
     torch.ops.load_library(path)
-    _schemas.define(NAMESPACE, _schemas.compiled())
-    _schemas.check_library(NAMESPACE, "cpu", _schemas.compiled(), path)
+    _schemas.define(NAMESPACE, _schemas.compiled("cuda"))
+    _schemas.check_library(NAMESPACE, "cpu", _schemas.compiled("cuda"), path)
     register_fakes(NAMESPACE)
     register(Backend("emu", NAMESPACE, "cpu", lambda _: None, automatic=False))
     return ctypes.CDLL(str(path))

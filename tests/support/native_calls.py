@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import gptfast.ops
+
 B, H, T, D, R, C, V = 2, 3, 5, 8, 6, 40, 37  # V and C above the ids in use
 # take_dropout is Python: it looks its numbers up in a table and touches no memory.
 NO_ARGUMENTS = {"cpu_isa", "cpu_isas", "cpu_rejected_isa", "take_dropout"}
@@ -88,7 +90,16 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     updates = {"a": [random(3, C)], "b": [random(V, 3)], "scales": [0.5], "spans": [1, R - 1], "rates": [0.1]}
     updates |= {"seeds": [5], "offsets": [3], "want_factors": [True, True]}
     low = invoke(ops, "lora_linear_fwd", product | updates)[1:] if hasattr(ops, "lora_linear_fwd") else []
+    codes, scales = gptfast.ops.quantize_groups(product["weight"], "int8")
+    few = {"codes": codes, "scales": scales, "bias": random(V), "format": "int8", "group_size": 32, "in_features": C}
+    few |= {"x": rows, "dy": random(R, V)}
+    four_bits = dict(zip(("codes", "scales"), gptfast.ops.quantize_nf4(random(V, 64)).rows(V), strict=True))
+    many = few | four_bits | {"x": random(20, 64), "dy": random(20, V), "format": "nf4", "group_size": 64}
     return {
+        "quantized_linear_fwd": few,
+        "quantized_linear_fwd many": many,
+        "quantized_linear_bwd": few,
+        "quantized_linear_bwd many": many | {"in_features": 64},
         "causal_attention_fwd": attention,
         "causal_attention_fwd packed": attention | packed,
         "causal_attention_fwd grouped": attention | grouped,
@@ -191,7 +202,8 @@ def other_tensors(x: Tensor) -> Iterator[tuple[str, Any]]:
     yield "on meta", x.to("meta")
     yield "missing", None
     if not x.is_floating_point():
-        for value in (-1, 2**31, 2**62):
+        limits = torch.iinfo(x.dtype)
+        for value in (n for n in (-1, 2**31, 2**62) if limits.min <= n <= limits.max):
             yield f"all {value}", torch.full_like(x, value)
 
 
@@ -271,8 +283,6 @@ def main(namespace: str) -> None:
         from tests.support import emulated
 
         emulated.load()
-    import gptfast.ops  # noqa: F401 (registers what is Python)
-
     ops = getattr(torch.ops, namespace)
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith(namespace + "::")}
     table = {case: arguments for case, arguments in calls(ops).items() if case.split()[0] in names}

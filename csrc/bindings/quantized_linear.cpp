@@ -1,0 +1,128 @@
+// quantized_linear: checks, workspace, launch.
+#include <algorithm>
+#include <string>
+
+#include "common.h"
+
+namespace gptfast {
+namespace {
+
+constexpr const char* kOp = "quantized_linear";
+constexpr i64 kPanel = cpu::kGemmPanel;
+constexpr i64 kWorkspace = 1 << 20;  // words of decoded weights at a time, 4 MB
+constexpr i64 kMostDepth = 4096;     // words of k in a stretch
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+struct Weight {
+  cpu::QuantizedMatrix w;
+  Tensor codes, scales;  // keep copies alive
+};
+Weight weight_of(const Tensor& codes, const Tensor& scales, const std::string& format, i64 group_size, i64 K) {
+  const bool bytes = format == "int8";
+  GPTFAST_CHECK(bytes || format == "int4" || format == "nf4", kOp, ": format is ", format,
+                "; expected int8, int4 or nf4");
+  GPTFAST_CHECK(group_size == 32 || group_size == 64 || group_size == 128, kOp, ": group_size is ", group_size,
+                "; expected 32, 64 or 128");
+  GPTFAST_CHECK(
+      on_cpu(codes) && codes.dim() == 2 && codes.scalar_type() == (bytes ? ScalarType::Char : ScalarType::Byte), kOp,
+      ": codes must be a CPU matrix of ", bytes ? "int8" : "uint8");
+  GPTFAST_CHECK(K >= 0 && K < (i64(1) << 40), kOp, ": ", K, " features");
+  const i64 groups = ceil_div(K, group_size), row_bytes = groups * group_size / (bytes ? 1 : 2), N = codes.size(0);
+  GPTFAST_CHECK(codes.size(1) == row_bytes && on_cpu(scales) && scales.dim() == 2 && scales.size(0) == N &&
+                    scales.size(1) == groups,
+                kOp, ": expected codes (", N, ", ", row_bytes, ") and scales (", N, ", ", groups, ") for ", K,
+                " features in ", format);
+  Weight r{{}, torch::stable::contiguous(codes), torch::stable::contiguous(scales)};
+  r.w = {static_cast<const uint8_t*>(r.codes.const_data_ptr()),
+         row_bytes,
+         {r.scales.const_data_ptr(), groups, dtype_of(kOp, scales)},
+         N,
+         K,
+         group_size,
+         bytes              ? cpu::Codes::int8
+         : format == "int4" ? cpu::Codes::int4
+                            : cpu::Codes::nf4};
+  return r;
+}
+
+i64 item_columns(const cpu::GemmParams& p) {
+  const i64 wanted = 6 * i64(torch::stable::get_num_threads()), row_blocks = ceil_div(p.M, cpu::kGemmRows);
+  i64 columns = 768;
+  while (columns > 96 && row_blocks * ceil_div(p.n1 - p.n0, columns) < wanted) columns /= 2;
+  return columns;
+}
+void stretch(cpu::QuantizedPackParams& q) {
+  cpu::GemmParams& p = q.gemm;
+  const i64 groups = ceil_div(p.n1 - p.n0, kPanel * cpu::kPackPanels);
+  parallel_items(groups * ceil_div(p.k1 - p.k0, cpu::kGemmDepth),
+                 [&](i64 item) { cpu::kernels().quantized_pack(q, item); });
+  p.columns = item_columns(p);
+  const auto product = p.pairs && cpu::kernels().gemm_amx ? cpu::kernels().gemm_amx : cpu::kernels().gemm;
+  parallel_items(ceil_div(p.M, cpu::kGemmRows) * ceil_div(p.n1 - p.n0, p.columns), [&](i64 item) { product(p, item); });
+}
+// C = A W^T (+ bias), or A W; by stretches of decoded weights.
+void multiply(const Weight& weight, const RowView& a, Tensor& c, const cpu::Vector& bias, bool transposed) {
+  cpu::QuantizedPackParams q{weight.w, {}, transposed};
+  cpu::GemmParams& p = q.gemm;
+  p.a = {a.owner.const_data_ptr(), a.stride, a.dtype, false};
+  p.c = {c.mutable_data_ptr(), c.size(1), dtype_of(kOp, c)};
+  p.M = c.size(0), p.K = a.C, p.N = c.size(1), p.bias = bias;
+  p.pairs = a.dtype == DType::bf16 && cpu::kernels().multiplies_pairs;
+  const i64 words = p.pairs ? ceil_div(p.K, 2) : p.K, depth = std::max<i64>(1, std::min(words, kMostDepth));
+  const i64 room = kWorkspace / (ceil_div(depth, cpu::kGemmDepth) * cpu::kGemmDepth) / kPanel;  // panels
+  const i64 panels = ceil_div(p.N, kPanel), rounds = ceil_div(panels, room), width = ceil_div(panels, rounds) * kPanel;
+  Tensor carry;
+  if (words > kMostDepth) {
+    carry = new_tensor({p.M, p.N}, ScalarType::Float);
+    p.carry = static_cast<float*>(carry.mutable_data_ptr());
+  }
+  p.packed =
+      static_cast<uint32_t*>(cpu::workspace(size_t(ceil_div(depth, cpu::kGemmDepth) * cpu::kGemmDepth * width) * 4));
+  for (p.n0 = 0; p.n0 < p.N; p.n0 += width)
+    for (p.k0 = 0; p.k0 == 0 || p.k0 < words; p.k0 += kMostDepth) {
+      p.n1 = std::min(p.n0 + width, p.N), p.k1 = std::min(p.k0 + kMostDepth, words);
+      stretch(q);
+    }
+}
+void multiply_few(const Weight& weight, const RowView& x, Tensor& y, const cpu::Vector& bias) {
+  cpu::QuantizedRowsParams p{weight.w, x.rows(), bias, mut_rows(kOp, y, weight.w.N), y.size(0), nullptr};
+  const i64 depth = ceil_div(p.w.K, cpu::kChunkCodes) * cpu::kChunkCodes;
+  p.spread = static_cast<float*>(cpu::workspace(size_t(p.M * depth) * 4));
+  cpu::kernels().quantized_spread(p);
+  parallel(ceil_div(p.w.N, cpu::kQuantizedRows), cpu::kQuantizedRows * p.w.row_bytes * p.M, [&](i64 begin, i64 end) {
+    for (i64 item = begin; item < end; item++) cpu::kernels().quantized_rows(p, item);
+  });
+}
+
+Tensor quantized_linear_fwd(const Tensor& x, const Tensor& codes, const Tensor& scales, const OptTensor& bias,
+                            std::string format, i64 group_size) {
+  GPTFAST_CHECK(defined(x).dim() == 2, kOp, ": expected x (M, K)");
+  const Weight weight = weight_of(codes, scales, format, group_size, x.size(1));
+  const RowView rows = rows_of(kOp, x);
+  Tensor y = new_tensor({x.size(0), weight.w.N}, x.scalar_type()), bias_owner;
+  const cpu::Vector added = vector_of(kOp, bias, weight.w.N, &bias_owner);
+  if (!y.numel()) return y;
+  if (x.size(0) <= cpu::kFewRows) multiply_few(weight, rows, y, added);
+  else multiply(weight, rows, y, added, true);
+  return y;
+}
+Tensor quantized_linear_bwd(const Tensor& dy, const Tensor& codes, const Tensor& scales, std::string format,
+                            i64 group_size, i64 in_features) {
+  GPTFAST_CHECK(defined(dy).dim() == 2, kOp, ": expected dy (M, N)");
+  const Weight weight = weight_of(codes, scales, format, group_size, in_features);
+  GPTFAST_CHECK(dy.size(1) == weight.w.N, kOp, ": dy has ", dy.size(1), " columns; expected ", weight.w.N);
+  const RowView rows = rows_of(kOp, dy);
+  Tensor dx = new_tensor({dy.size(0), in_features}, dy.scalar_type());
+  if (dx.numel()) multiply(weight, rows, dx, {nullptr, DType::f32}, false);
+  return dx;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+  m.impl("quantized_linear_fwd", TORCH_BOX(&quantized_linear_fwd));
+  m.impl("quantized_linear_bwd", TORCH_BOX(&quantized_linear_bwd));
+}
+
+}  // namespace gptfast

@@ -1,0 +1,110 @@
+// Codes of quantised weights as fp32, L at a time: nibbles that index a table, or signed bytes.
+#pragma once
+
+alignas(64) static constexpr float kNf4Values[16] = {-1.f,
+                                                     -0.6961928009986877f,
+                                                     -0.5250730514526367f,
+                                                     -0.39491748809814453f,
+                                                     -0.28444138169288635f,
+                                                     -0.18477343022823334f,
+                                                     -0.09105003625154495f,
+                                                     0.f,
+                                                     0.07958029955625534f,
+                                                     0.16093020141124725f,
+                                                     0.24611230194568634f,
+                                                     0.33791524171829224f,
+                                                     0.44070982933044434f,
+                                                     0.5626170039176941f,
+                                                     0.7229568362236023f,
+                                                     1.f};
+alignas(64) static constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+
+//   permute       lane i of the result is lane index[i] of x
+//   Table::of     the table at the low four bits of each lane
+//   spread_bytes  L bytes -> lanes;  spread_signed  the same of signed ones
+//   nibbles       the L codes of L / 2 bytes, the first of a pair in the high half; other bits may be set
+#if defined(GPTFAST_SCALAR)
+INL F permute(F x, I index) {
+  F r;
+  for (int i = 0; i < L; i++) r[i] = x[index[i]];
+  return r;
+}
+struct Table {
+  const float* values;
+  explicit Table(const float* v) : values(v) {}
+  F of(I index) const {
+    F r;
+    for (int i = 0; i < L; i++) r[i] = values[index[i] & 15];
+    return r;
+  }
+};
+INL I spread_bytes(const uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
+INL I spread_signed(const uint8_t* p) { return sra(shl(spread_bytes(p), 24), 24); }
+INL I nibbles(const uint8_t* p) { return I{uint32_t(p[0] >> 4), p[0], uint32_t(p[1] >> 4), p[1]}; }
+#elif defined(__AVX512F__)
+INL F permute(F x, I index) { return _mm512_permutexvar_ps(index, x); }
+struct Table {
+  F values;
+  INL_MEMBER explicit Table(const float* v) : values(load(v)) {}
+  INL_MEMBER F of(I index) const { return permute(values, index); }
+};
+INL I spread_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INL I spread_signed(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INL I nibbles(const uint8_t* p) {
+  const I bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
+  return ior(_mm512_slli_epi64(bytes, 32), _mm512_srli_epi64(bytes, 4));
+}
+#else
+INL F permute(F x, I index) { return _mm256_permutevar8x32_ps(x, index); }
+struct Table {
+  F low, high;
+  INL_MEMBER explicit Table(const float* v) : low(load(v)), high(load(v + 8)) {}
+  INL_MEMBER F of(I index) const {
+    return _mm256_blendv_ps(permute(low, index), permute(high, index), as_float(shl(index, 28)));
+  }
+};
+INL I spread_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INL I spread_signed(const uint8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INL I nibbles(const uint8_t* p) {
+  uint32_t four;
+  __builtin_memcpy(&four, p, 4);
+  const I bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(int(four)));
+  return ior(_mm256_slli_epi64(bytes, 32), _mm256_srli_epi64(bytes, 4));
+}
+#endif
+
+INL const float* values_of(Codes format) { return format == Codes::nf4 ? kNf4Values : kInt4Values; }
+
+// L values from value k of a row on: bytes, or nibbles. k is a multiple of L.
+struct Bytes {
+  static constexpr int kPerLane = 4;  // codes in 32 bits
+  explicit Bytes(Codes) {}
+  INL_MEMBER F load(const uint8_t* row, i64 k) const { return to_float_signed(spread_signed(row + k)); }
+  // Code j of each 32 bits.
+  INL_MEMBER F part(I words, int j) const { return to_float_signed(sra(shl(words, 24 - 8 * j), 24)); }
+  static constexpr int place(int j) { return j; }
+#ifdef __AVX512BF16__
+  INL_MEMBER I pairs(const uint8_t* row, i64 k, F scale) const {
+    return (I)_mm512_cvtne2ps_pbh(load(row, k + L) * scale, load(row, k) * scale);
+  }
+#endif
+};
+struct Nibbles {
+  static constexpr int kPerLane = 8;
+  const Table table;
+  INL_MEMBER explicit Nibbles(Codes format) : table(values_of(format)) {}
+  INL_MEMBER F load(const uint8_t* row, i64 k) const { return table.of(nibbles(row + k / 2)); }
+  INL_MEMBER F part(I words, int j) const { return table.of(shr(words, 4 * j)); }
+  static constexpr int place(int j) { return j ^ 1; }  // the high half comes first
+#ifdef __AVX512BF16__
+  // 2 L values from k on, rounded to bf16.
+  INL_MEMBER I pairs(const uint8_t* row, i64 k, F scale) const {
+    const I bytes = spread_bytes(row + k / 2);
+    return pair_bf16(table.of(shr(bytes, 4)) * scale, table.of(bytes) * scale);
+  }
+#endif
+};
+template <class Fn> INL void with_codes(Codes format, Fn f) {
+  if (format == Codes::int8) f(Bytes(format));
+  else f(Nibbles(format));
+}
