@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptfast._options import option, values_of
+from gptfast._options import option, options_of, values_of
+from gptfast.cli._evaluate_task import counting, evaluate_tasks, show_tasks, shown_name
 from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, TOKENIZER_HELP, load
 from gptfast.cli._options import Change, Options, takes
 
@@ -41,9 +41,9 @@ class Models:
 class Texts:
     """The texts and how they are cut."""
 
-    data: str = option(
-        MISSING,
-        "A text file, which is one stream; or a file of records such as .jsonl, each a document that no other sees; or a folder "
+    data: str | None = option(
+        None,
+        "Measure perplexity on this: a text file, which is one stream; or a file of records such as .jsonl, each a document that no other sees; or a folder "
         "of text files; or shakespeare.",
     )
     text_field: str = option("text", "The field of a record that holds its text.")
@@ -62,23 +62,58 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Tasks:
+    """A task to solve from examples in the prompt."""
+
+    task: str | None = option(
+        None,
+        "Measure accuracy on this instead: genre, cloze, copying, reversal, addition, induction, or a file of JSON Lines whose "
+        "first half is solved and whose second half is shown.",
+    )
+    template: str | None = option(
+        None,
+        "Makes a prompt of an item: sentiment, translation, arithmetic, arithmetic-cot, or a Jinja2 file.",
+        words="that of the task",
+    )
+    labels: str | None = option(
+        None,
+        "Labels to choose from, such as positive,negative; without, an item's answer must be the most likely text.",
+    )
+    shots: str = option("0", "Solved items before each prompt; several numbers such as 0,1,4 make a curve.")
+    normalize: str = option(
+        "sum", "How labels are ranked: sum of log-probabilities, per token, per byte, or calibrated."
+    )
+    limit: int | None = option(None, "Number of items to solve.", words="all")
+    seed: int = option(0, "Decides the shots, and the items of tasks that are generated.")
+    log_samples: bool = option(False, "Add every prompt with its scores to the results.")
+
+
+@dataclass(frozen=True)
 class Output:
     """Where the results go."""
 
+    out: Path | None = option(None, "Folder for results.json, and shots.png of a task.")
     json: bool = option(False, "Print one JSON object instead of a table.")
 
 
 _CHANGES = {"models": Change(argument=True)}
 
 
-@takes(Options(Models, changes=_CHANGES), Options(Texts, changes={"bos": Change(both=True)}), Options(Output))
+@takes(
+    Options(Models, changes=_CHANGES),
+    Options(Texts, changes={"bos": Change(both=True)}),
+    Options(Tasks),
+    Options(Output),
+)
 def evaluate(options: dict[str, Any]) -> None:
-    """Measure how well a model predicts texts: perplexity by token, word, character and byte.
+    """Measure a model: how well it predicts texts (--data), or how many items of a task it solves from examples (--task).
 
     A text longer than the context is scored in overlapping windows, as the documentation of transformers does, with an exact
     sum. What was scored and how is part of the result.
 
     [bold]Examples[/]
+
+      Perplexity by token, word, character and byte:
 
       [cyan]gptfast evaluate --model runs/bard/best --data plays.txt[/]
 
@@ -89,27 +124,64 @@ def evaluate(options: dict[str, Any]) -> None:
       What 8 and 4 bits cost, on the same documents:
 
       [cyan]gptfast evaluate --compare gpt2 gpt2:int8 gpt2:q4 --data texts.jsonl[/]
+
+      Accuracy by the number of solved items in the prompt, with a picture:
+
+      [cyan]gptfast evaluate --model gpt2 --task copying --shots 0,1,2,4,8 --out runs/copying[/]
+
+      A task of your own, {"text": ..., "label": ...} a line:
+
+      [cyan]gptfast evaluate --model gpt2 --task reviews.jsonl --template sentiment --labels positive,negative --shots 0,4[/]
     """
     given, texts = Models(**values_of(Models, options)), Texts(**values_of(Texts, options))
+    tasks, output = Tasks(**values_of(Tasks, options)), Output(**values_of(Output, options))
     names = _names(given)
+    if (texts.data is None) == (tasks.task is None):
+        raise ValueError("evaluate: give `data`, a text to predict, or `task`, items to solve: one of them")
+    others = set(options) & set(options_of(Texts if tasks.task else Tasks))
+    if others:
+        raise ValueError(
+            f"evaluate: `{sorted(others)[0]}` does not go with `{'task' if tasks.task else 'data'}`; leave it out"
+        )
+    if tasks.task is not None:
+        value = evaluate_tasks(names, given.tokenizer, tasks, output)
+    else:
+        value = _perplexities(names, given, texts)
+    if output.out is not None:
+        _write(output.out, value)
+    if output.json:
+        print(json.dumps(value, indent=2))
+    elif tasks.task is not None:
+        show_tasks(value)
+    else:
+        _show(value)
+
+
+def _write(folder: Path, value: dict[str, Any]) -> None:
+    from gptfast._files import atomic_write
+
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "results.json", (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _perplexities(names: list[tuple[str, str | None]], given: Models, texts: Texts) -> dict[str, Any]:
+    from gptfast.evaluation import compare, score_documents, summarise
+
     settings = {name: getattr(texts, name) for name in ("context", "stride", "bos", "join", "detokenize")}
     documents = _documents(texts)
     results, scores = [], []
-    from gptfast.evaluation import compare, score_documents, summarise
-
     for name, quantize in names:
         model, tokenizer = load(name, quantize, given.tokenizer)
-        with _progress(name, documents) as advance:
+        with counting(f"{name}, {sum(document.size for document in documents):,} bytes", "tokens") as advance:
             scores.append(score_documents(model, documents, tokenizer, progress=advance, **settings))
         results.append({"model": name, "format": quantize, **summarise(scores[-1], model, **settings)})
-    value: dict[str, Any] = results[0]
-    if given.compare:
-        pairs = [
-            {**{key: row[key] for key in ("model", "format")}, **compare(scores[0], other)}
-            for row, other in zip(results[1:], scores[1:], strict=True)
-        ]
-        value = {"results": results, "comparisons": pairs}
-    _show(value, results, value.get("comparisons", []), options.get("json", False))
+    if not given.compare:
+        return results[0]
+    pairs = [
+        {**{key: row[key] for key in ("model", "format")}, **compare(scores[0], other)}
+        for row, other in zip(results[1:], scores[1:], strict=True)
+    ]
+    return {"results": results, "comparisons": pairs}
 
 
 def _names(given: Models) -> list[tuple[str, str | None]]:
@@ -142,6 +214,7 @@ def _documents(texts: Texts) -> list[Document]:
     from gptfast.data import load_documents
     from gptfast.data.records import RECORDS, kind_of
 
+    assert texts.data is not None
     records = kind_of(texts.data)[0] in RECORDS
     documents = load_documents(texts.data, text_field=texts.text_field if records else None)
     if not documents:
@@ -149,39 +222,15 @@ def _documents(texts: Texts) -> list[Document]:
     return documents
 
 
-@contextmanager
-def _progress(name: str, documents: list[Document]) -> Iterator[Any]:
-    """A progress bar on standard error, by tokens; their number is estimated until the end."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TextColumn("{task.completed:,.0f} tokens"),
-        TimeElapsedColumn(),
-    )
-    size = sum(document.size for document in documents)
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"{name}, {size:,} bytes")
-        yield lambda tokens: bar.advance(task, tokens)
-
-
-def _show(value: dict[str, Any], results: list[dict[str, Any]], pairs: list[dict[str, Any]], as_json: bool) -> None:
-    import json
-
-    if as_json:
-        print(json.dumps(value, indent=2))
-        return
+def _show(value: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console, results = Console(), value.get("results", [value])
     columns = ("perplexity", "word_perplexity", "char_perplexity", "byte_perplexity", "bits_per_byte")
     table = Table("model", *(name.replace("_", " ") for name in columns), box=None, pad_edge=False)
     for row in results:
-        name = row["model"] + (f":{row['format']}" if row["format"] else "")
+        name = shown_name(row["model"], row["format"])
         table.add_row(name, *("-" if row[column] is None else f"{row[column]:.4f}" for column in columns))
     console.print(table)
     first = results[0]
@@ -194,10 +243,8 @@ def _show(value: dict[str, Any], results: list[dict[str, Any]], pairs: list[dict
         f"texts    {first['documents']:,} documents, {edge}; detokenize {first['detokenize']}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for row in pairs:
+    for row in value.get("comparisons", []):
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.5f}"
-        name = row["model"] + (f":{row['format']}" if row["format"] else "")
-        line = (
-            f"{name} - {first['model']}: {row['difference']:+.5f}{error} nats a token over {row['documents']} documents"
-        )
+        name = shown_name(row["model"], row["format"])
+        line = f"{name} - {shown_name(first['model'], first['format'])}: {row['difference']:+.5f}{error} nats a token over {row['documents']} documents"
         console.print(line, highlight=False, markup=False, soft_wrap=True)

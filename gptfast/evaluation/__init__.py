@@ -1,5 +1,26 @@
-"""Evaluation: perplexity of texts, and paired comparisons of models."""
+"""Evaluation: perplexity of texts, paired comparisons of models, and in-context learning."""
 
-from gptfast.evaluation.perplexity import DocumentScore, compare, perplexity, score_documents, summarise
+from gptfast.evaluation.few_shot import choose_shots, extract_answer, few_shot_prompt, majority, self_consistency
+from gptfast.evaluation.in_context import evaluate_task
+from gptfast.evaluation.labels import score_labels
+from gptfast.evaluation.perplexity import compare, perplexity, score_documents, summarise
+from gptfast.evaluation.tasks import Task, load_task
+from gptfast.evaluation.templates import Template, load_template
 
-__all__ = ["DocumentScore", "compare", "perplexity", "score_documents", "summarise"]
+__all__ = [
+    "Task",
+    "Template",
+    "choose_shots",
+    "compare",
+    "evaluate_task",
+    "extract_answer",
+    "few_shot_prompt",
+    "load_task",
+    "load_template",
+    "majority",
+    "perplexity",
+    "score_documents",
+    "score_labels",
+    "self_consistency",
+    "summarise",
+]

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import nodes, pass_eval_context
+from jinja2 import StrictUndefined, Undefined, nodes, pass_eval_context
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -76,9 +76,17 @@ class _Dict:
         return dict(*args, **names)
 
 
-def environment() -> ImmutableSandboxedEnvironment:
-    """A new environment with the filters and functions that templates of the Hugging Face hub use."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Replies, loopcontrols])
+def environment(strict: bool = False) -> ImmutableSandboxedEnvironment:
+    """A new environment with the filters and functions that templates of the Hugging Face hub use.
+
+    strict: a name that the template is not given is an error, instead of nothing.
+    """
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Replies, loopcontrols],
+        undefined=StrictUndefined if strict else Undefined,
+    )
     made.filters["tojson"] = _tojson
     made.globals |= {"raise_exception": _raise, "strftime_now": _now, "dict": _Dict(), "namespace": _Names}
     return made

@@ -1,0 +1,87 @@
+"""`gptfast evaluate --task`: accuracy by the number of solved items in the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from gptfast.cli._load import load
+
+
+@contextmanager
+def counting(what: str, unit: str) -> Iterator[Callable[..., None]]:
+    """A running count on standard error, on a terminal; yields a function that adds to it."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    done = TextColumn(f"{{task.completed:,.0f}} {unit}")
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), done, TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what)
+        yield lambda count=1: bar.advance(task, count)
+
+
+def shown_name(model: str, format: str | None) -> str:
+    return f"{model}:{format}" if format else model
+
+
+def evaluate_tasks(
+    names: Sequence[tuple[str, str | None]], tokenizer: str | None, options: Any, output: Any
+) -> dict[str, Any]:
+    """The result of one model, or {"results": [...]} of several; `options` and `output` are those of the command."""
+    from gptfast.evaluation import evaluate_task, load_task
+
+    shots = _numbers(options.shots)
+    labels = None if options.labels is None else [label.strip() for label in options.labels.split(",")]
+    task = load_task(options.task, options.template, labels, options.seed)
+    results = []
+    for name, quantize in names:
+        model, found = load(name, quantize, tokenizer)
+        with counting(f"{shown_name(name, quantize)}, {task.name}", "items") as advance:
+            chosen = {"shots": shots, "normalize": options.normalize, "limit": options.limit, "seed": options.seed}
+            result = evaluate_task(model, found, task, progress=advance, **chosen)
+        if not options.log_samples:
+            del result["samples"]
+        results.append({"model": name, "format": quantize, **result})
+    if output.out is not None:
+        from gptfast.evaluation.plot import plot_shots
+
+        output.out.mkdir(parents=True, exist_ok=True)
+        curves = {shown_name(result["model"], result["format"]): result for result in results}
+        plot_shots(curves, output.out / "shots.png", 1 / len(task.labels) if task.labels else None)
+    return results[0] if len(results) == 1 else {"results": results}
+
+
+def _numbers(text: str) -> list[int]:
+    """The whole numbers of "0,1,4"."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"evaluate: `shots` is {text!r}; expected whole numbers such as 0,1,4")
+    return [int(part) for part in parts]
+
+
+def show_tasks(value: dict[str, Any]) -> None:
+    """Print a table with a row for each model and number of shots."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, results = Console(), value.get("results", [value])
+    table = Table("model", "shots", "accuracy", "95% interval", "dropped", box=None, pad_edge=False)
+    for result in results:
+        for point in result["curve"]:
+            low, high = point["interval"]
+            numbers = (
+                str(point["shots"]),
+                f"{point['accuracy']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+                str(point["dropped_shots"]),
+            )
+            table.add_row(shown_name(result["model"], result["format"]), *numbers)
+    console.print(table)
+    first = results[0]
+    console.print(
+        f"{first['task']}: {first['items']} items, normalize {first['normalize']}, seed {first['seed']}",
+        highlight=False,
+    )

@@ -1,0 +1,119 @@
+"""Accuracy of a model on a task, by the number of solved items in its prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gptfast._checks import check_choice, check_count
+from gptfast.evaluation.few_shot import choose_shots, few_shot_prompt
+from gptfast.evaluation.labels import NORMALIZE, ContinuationScorer, after_blank, encode_pair, score_labels
+from gptfast.evaluation.tasks import Task
+from gptfast.evaluation.templates import Item
+from gptfast.tokenizer import Tokenizer
+
+NOTHING = "N/A"  # what a content-free prompt has instead of a text
+
+
+def evaluate_task(
+    model: Any,
+    tokenizer: Tokenizer,
+    task: Task,
+    *,
+    shots: Sequence[int] = (0,),
+    normalize: str = "sum",
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """How many items of a task a model solves.
+
+    An item with labels is solved if its own has the largest score; one without if its answer is the most likely text after the
+    prompt, token by token.
+
+    Args:
+        model: a GPT or a compiled one.
+        shots: numbers of solved items before each prompt, each a point of the curve; in one order for all items, which the
+            seed decides.
+        normalize: of the labels' scores, see `score_labels`.
+        limit: number of items; None: all.
+        progress: called after each item of each point.
+    Returns:
+        curve: a dict for each number of shots, with shots, accuracy, interval (95%, Wilson) and dropped_shots (those that did not
+        fit, over all items); accuracy, interval, dropped_shots, samples of the last point. A sample has prompt, scores (by
+        label), prediction (None without labels), target, correct, shots. normalize, seed, items, task.
+    Raises:
+        TypeError, ValueError: options out of range, too few items to show, an item that does not fit the model's context.
+    """
+    check_choice("evaluate_task", "normalize", normalize, NORMALIZE)
+    if task.labels is None and normalize == "calibrated":
+        raise ValueError(
+            "evaluate_task: normalize is 'calibrated', but the task has no labels to choose from; give labels"
+        )
+    if limit is not None:
+        check_count("evaluate_task", "limit", limit)
+    if not shots:
+        raise ValueError("evaluate_task: shots is empty; expected numbers of solved items, such as (0, 1, 4)")
+    items, scorer, curve, samples = list(task.items)[:limit], ContinuationScorer(model), [], []
+    for count in shots:
+        samples = []
+        for item in items:
+            shown = choose_shots(task.pool, count, seed, exclude=item)
+            samples.append(_solve(scorer, tokenizer, task, item, shown, normalize, model.config.block_size))
+            if progress is not None:
+                progress()
+        solved = sum(sample["correct"] for sample in samples)
+        curve.append(
+            {
+                "shots": count,
+                "accuracy": solved / len(samples),
+                "interval": wilson(solved, len(samples)),
+                "dropped_shots": sum(sample.pop("dropped") for sample in samples),
+            }
+        )
+    last = {name: curve[-1][name] for name in ("accuracy", "interval", "dropped_shots")}
+    return (
+        {"task": task.name, "items": len(items), "normalize": normalize, "seed": seed}
+        | last
+        | {
+            "curve": curve,
+            "samples": samples,
+        }
+    )
+
+
+def _solve(
+    scorer: ContinuationScorer,
+    tokenizer: Tokenizer,
+    task: Task,
+    item: Item,
+    shown: Sequence[Item],
+    normalize: str,
+    context: int,
+) -> dict[str, Any]:
+    target = item[task.target]
+    hidden = {name: value for name, value in item.items() if name != task.target}
+    labels = [target] if task.labels is None else task.labels
+    room = max(len(tokenizer.encode(" " + label)) for label in labels)
+    prompt = few_shot_prompt(task.template, hidden, shown, tokenizer, context, room)
+    sample = {"prompt": prompt.text, "target": target, "shots": prompt.shots, "dropped": prompt.dropped}
+    if task.labels is None:
+        before, after = encode_pair(tokenizer, prompt.text, after_blank(prompt.text, target))
+        (found,) = scorer(before, [after])
+        return sample | {"scores": {target: found.logprob}, "prediction": None, "correct": found.is_greedy}
+    content_free = None
+    if normalize == "calibrated":
+        nothing = {name: NOTHING if isinstance(value, str) else value for name, value in hidden.items()}
+        content_free = task.template.render(nothing, shown[: prompt.shots])
+    scores = score_labels(scorer, tokenizer, prompt.text, labels, normalize, content_free)
+    prediction = max(scores, key=lambda label: scores[label])
+    return sample | {"scores": scores, "prediction": prediction, "correct": prediction == target}
+
+
+def wilson(solved: int, items: int) -> list[float]:
+    """The 95% interval of a share (Wilson 1927), [low, high]."""
+    z, share = 1.959964, solved / items
+    middle = (share + z * z / (2 * items)) / (1 + z * z / items)
+    half = z / (1 + z * z / items) * math.sqrt(share * (1 - share) / items + (z / items) ** 2 / 4)
+    return [max(0.0, middle - half), min(1.0, middle + half)]
