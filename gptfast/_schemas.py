@@ -111,10 +111,13 @@ PYTHON = (
     f"lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, {_LOW_RANK.replace(_FACTORS, _FACTORS + ', Tensor[] low')}, "
     "bool want_x, bool want_weight, bool want_bias, bool[] want_factors) -> Tensor[]",
     f"linear_cross_entropy_fwd(str backend, {_LOSS}) -> Tensor",
-    f"linear_cross_entropy_bwd(str backend, Tensor? dloss, {_LOSS}, bool want_hidden, bool want_weight) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy_bwd(str backend, Tensor dloss, {_LOSS}, bool want_hidden, bool want_weight) "
+    "-> (Tensor dhidden, Tensor dweight)",
+    # with the gradients of the sum of the losses
+    f"linear_cross_entropy_total(str backend, {_LOSS}, bool want_hidden, bool want_weight) "
+    "-> (Tensor total, Tensor dhidden, Tensor dweight)",
     "linear_cross_entropy_scale(Tensor dtotal, Tensor hidden, Tensor weight, Tensor dhidden, Tensor dweight) "
-    "-> (Tensor, Tensor)",
+    "-> (Tensor dhidden, Tensor dweight)",
     # device: torch.compile asks a random operator in a checkpointed region for the generator that it uses
     "take_dropout(SymInt counter, int n, int site, *, Device device) -> Tensor",
 )

@@ -80,6 +80,11 @@ def has_kernel(op: str, name: str) -> bool:
     return op in _ops[name]
 
 
+def namespace_of(name: str) -> str:
+    """Where the operators of a backend are in torch.ops."""
+    return _backends[name].namespace
+
+
 def kernels(name: str) -> Any:
     """The operators of a backend, under the same names for all: `kernels("cpu").gelu_fwd`."""
     return getattr(torch.ops, _backends[name].namespace)

@@ -2,7 +2,7 @@
 
 from gptfast import triton as _triton
 from gptfast.ops import _flops
-from gptfast.ops._registry import register_fakes as _register_fakes
+from gptfast.ops._registry import register_properties as _register_properties
 from gptfast.ops.add_layer_norm import add_layer_norm
 from gptfast.ops.causal_attention import causal_attention
 from gptfast.ops.cross_entropy import cross_entropy
@@ -38,6 +38,6 @@ __all__ = [
 ]
 
 _triton.register()
-_register_fakes(_triton.NAMESPACE)  # now that the properties of every operator are known
+_register_properties(_triton.NAMESPACE)  # now that the properties of every operator are known
 for _namespace in ("gptfast", _triton.NAMESPACE):
     _flops.register(_namespace)

@@ -55,20 +55,12 @@ def _loss_fwd(backend: str, hidden: Shape, weight: Shape, *others: Any, **_: Any
     return 2 * prod(hidden) * weight[0]
 
 
-def _loss_bwd(
-    backend: str,
-    dloss: Shape,
-    hidden: Shape,
-    weight: Shape,
-    targets: Shape,
-    ignore_index: int,
-    label_smoothing: float,
-    want_hidden: bool,
-    want_weight: bool,
-    **_: Any,
-) -> int:
-    """The logits count where the losses were not asked for before, which is where there is no gradient of them yet."""
-    return 2 * prod(hidden) * weight[0] * ((dloss is None) + want_hidden + want_weight)
+def _loss_total(backend: str, hidden: Shape, weight: Shape, *others: Any, **_: Any) -> int:
+    return _loss_fwd(backend, hidden, weight) * (1 + sum(others[-2:]))
+
+
+def _loss_bwd(backend: str, dloss: Shape, hidden: Shape, weight: Shape, *others: Any, **_: Any) -> int:
+    return _loss_fwd(backend, hidden, weight) * sum(others[-2:])
 
 
 def _attention_fwd(q: Shape, k: Shape, *others: Any, **_: Any) -> int:
@@ -89,6 +81,7 @@ FORMULAS = {
     "quantized_linear_bwd": _quantized_linear_bwd,
     "linear_cross_entropy_fwd": _loss_fwd,
     "linear_cross_entropy_bwd": _loss_bwd,
+    "linear_cross_entropy_total": _loss_total,
     "causal_attention_fwd": _attention_fwd,
     "causal_attention_bwd": _attention_bwd,
 }

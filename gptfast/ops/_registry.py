@@ -1,4 +1,4 @@
-"""Properties of operators: fakes (shape functions), the error of a double backward, operators written in Python."""
+"""Properties of operators: fakes (shape functions), derivatives, the error of a double backward, operators written in Python."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from gptfast import _schemas
-from gptfast.backend import has_cpu_ops
+from gptfast.backend import has_cpu_ops, namespace_of
+
+Save = Callable[[Any, tuple[Any, ...], Any], None]  # (ctx, inputs, output)
+Backward = Callable[..., Any]  # (ctx, call, *gradients of the outputs) -> a gradient of each input
 
 _fakes: dict[str, Callable[..., Any]] = {}
-_backward_ops: dict[str, str] = {}
+_derivatives: dict[str, tuple[Save, Backward]] = {}
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the fake of the operator <name> for the compiled kernels; `register_fakes` does so for other backends."""
+    """Register the fake of the operator <name> for the compiled kernels; `register_properties` does so for other backends."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         shapes = _fakes[name] = _on_one_device(name, function)
@@ -43,20 +46,104 @@ def _on_one_device(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+# ---- derivatives ----------------------------------------------------------------------------------------------------
+
+
+def register_derivative(name: str, save: Save, backward: Backward) -> None:
+    """Give the operator <name> its derivative, which also compiled and exported programs take.
+
+    Args:
+        name: of an operator that writes into none of its arguments.
+        save: (ctx, inputs, output); keeps in ctx what backward needs.
+        backward: (ctx, call, *gradients) to a tuple with a gradient, or None, for each argument of the operator.
+            `call("gelu_bwd", ...)` calls another operator of the same backend. Neither writes into what is saved.
+    """
+    _derivatives[name] = save, backward
+    if hasattr(torch.ops.gptfast, name):
+        _register_autograd("gptfast", name)
+
+
+def _register_autograd(namespace: str, name: str) -> None:
+    save, backward = _derivatives[name]
+
+    def differentiate(ctx: Any, *grads: Tensor) -> Any:
+        return backward(ctx, caller(namespace), *grads)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        save(ctx, inputs, output)
+
+    torch.library.register_autograd(f"{namespace}::{name}", differentiate, setup_context=setup)
+
+
+def differentiable(name: str, save: Save, backward: Backward, eager: Callable[..., Any] | None = None) -> Any:
+    """`register_derivative`, and the function of (backend, *arguments of the operator) by which `gptfast.ops` calls it.
+
+    Called eagerly it goes through a `torch.autograd.Function`, which takes half the time of torch.library's machinery; while
+    it is traced it is the operator itself. The derivative is the same.
+
+    Args:
+        name, save, backward: as in `register_derivative`.
+        eager: computes the eager call instead of the operator.
+    """
+    register_derivative(name, save, backward)
+    functions: dict[str, Any] = {}
+
+    def call(backend: str, *inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return getattr(getattr(torch.ops, namespace_of(backend)), name)(*inputs)
+        if backend not in functions:
+            functions[backend] = _function(name, namespace_of(backend), eager)
+        return functions[backend].apply(*inputs)
+
+    return call
+
+
+def _function(name: str, namespace: str, eager: Callable[..., Any] | None) -> type[torch.autograd.Function]:
+    save, backward = _derivatives[name]
+    kernel, others = eager or getattr(getattr(torch.ops, namespace), name), caller(namespace)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = kernel(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    def differentiate(ctx: Any, *grads: Any) -> Any:
+        return backward(ctx, others, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    return type(f"{namespace}_{name}", (torch.autograd.Function,), members)
+
+
+def caller(namespace: str) -> Callable[..., Any]:
+    """A function that calls operators of a namespace by name, past their own derivatives where nobody records them."""
+    operators = getattr(torch.ops, namespace)
+
+    def call(name: str, *arguments: Any) -> Any:
+        operator = getattr(operators, name)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return operator(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    return call
+
+
 def forbid_double_backward(op: str, name: str) -> None:
     """Make differentiating through the backward op <name> a clear error."""
-    _backward_ops[name] = op
-    if hasattr(torch.ops.gptfast, name):
-        _raise_in_backward("gptfast", op, name)
 
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
 
-def _raise_in_backward(namespace: str, op: str, name: str) -> None:
-    def backward(ctx: Any, *grads: Tensor) -> None:
+    def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(
             f"{op}: double backward is not implemented by the fused kernels; use gptfast.backend('eager') for this part"
         )
 
-    torch.library.register_autograd(f"{namespace}::{name}", backward)
+    register_derivative(name, save, backward)
+
+
+# ---- operators written in Python, and those of other backends ------------------------------------------------------
 
 
 def define_python_op(name: str, function: Callable[..., Any], shapes: Callable[..., Any]) -> None:
@@ -84,11 +171,11 @@ def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     return unrecorded
 
 
-def register_fakes(namespace: str) -> None:
+def register_properties(namespace: str) -> None:
     """Give the ops of another namespace of torch.ops, whose names and schemas are gptfast's, the same properties."""
     for name, function in _fakes.items():
         if hasattr(getattr(torch.ops, namespace), name):
             torch.library.register_fake(f"{namespace}::{name}", function)
-    for name, op in _backward_ops.items():
+    for name in _derivatives:
         if hasattr(getattr(torch.ops, namespace), name):
-            _raise_in_backward(namespace, op, name)
+            _register_autograd(namespace, name)

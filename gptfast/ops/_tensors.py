@@ -17,15 +17,6 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def dealias(*tensors: Any) -> list[Any]:
-    """The same tensors, with a view in place of each repeat: Dynamo traces no Function that gets one tensor twice."""
-    result: list[Tensor | None] = []  # in, and out: tensors or None
-    for t in tensors:
-        repeated = t is not None and any(t is other for other in result)
-        result.append(t.view_as(t) if t is not None and repeated else t)
-    return result
-
-
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the autocast dtype where autocast is on, as `F.linear` and SDPA take theirs; float64 stays."""
     device = tensors[0].device.type

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast.backend import kernels, resolve
+from gptfast.backend import resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_probability, check_same_device
-from gptfast.ops._registry import forbid_double_backward, register_fake
-from gptfast.ops._tensors import dealias, dtype_code, new_of_code
+from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
+from gptfast.ops._tensors import dtype_code, new_of_code
 from gptfast.ops.layer_norm import check_norm, new_statistics
 from gptfast.ops.streams import stream
 
@@ -60,50 +60,26 @@ def add_layer_norm(
     if runs_on == "eager":
         return reference.add_layer_norm(x, residual, weight, bias, float(eps), dropout_p, seed, offset)
     options = (float(eps), float(dropout_p), seed, offset)
-    return AddLayerNormFunction.apply(runs_on, *dealias(x, residual, weight, bias), *options)
+    return _fused(runs_on, x, residual, weight, bias, *options)[:2]
 
 
-class AddLayerNormFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        eps: float,
-        dropout_p: float,
-        seed: int,
-        offset: int,
-    ) -> tuple[Tensor, Tensor]:
-        y, total, mean, rstd = kernels(backend).add_layer_norm_fwd(
-            x, residual, weight, bias, eps, dropout_p, seed, offset
-        )
-        ctx.save_for_backward(total, weight, mean, rstd)
-        ctx.set_materialize_grads(False)  # a gradient of zeros would cost a pass over memory
-        ctx.backend = backend
-        ctx.options = (
-            dtype_code(bias),
-            dtype_code(x),
-            dtype_code(residual),
-            dropout_p,
-            seed,
-            offset,
-        )
-        return y, total
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, _, dropout_p, seed, offset = inputs
+    _, total, mean, rstd = output
+    ctx.save_for_backward(total, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # a gradient of zeros would cost a pass over memory
+    ctx.options = dtype_code(bias), dtype_code(x), dtype_code(residual), dropout_p, seed, offset
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None and dtotal is None:
-            return (None,) * 9
-        dx, dresidual, dweight, dbias = kernels(ctx.backend).add_layer_norm_bwd(
-            dy, dtotal, *ctx.saved_tensors, *ctx.options
-        )
-        bias_type, x_type, residual_type, dropout_p = ctx.options[:4]
-        if x_type == residual_type and rng.dropout_threshold(dropout_p) == 0:
-            dx = dresidual
-        return None, dx, dresidual, dweight, dbias if bias_type >= 0 else None, None, None, None, None
+
+def _backward(ctx: Any, call: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None and dtotal is None:
+        return (None,) * 8
+    dx, dresidual, dweight, dbias = call("add_layer_norm_bwd", dy, dtotal, *ctx.saved_tensors, *ctx.options)
+    bias_type, x_type, residual_type, dropout_p = ctx.options[:4]
+    if x_type == residual_type and rng.dropout_threshold(dropout_p) == 0:
+        dx = dresidual
+    return dx, dresidual, dweight, dbias if bias_type >= 0 else None, None, None, None, None
 
 
 @register_fake("add_layer_norm_fwd")
@@ -133,4 +109,5 @@ def _(
     return dx, dresidual, weight.new_empty(weight.shape), new_of_code(weight, weight.shape, bias_type)
 
 
+_fused = differentiable("add_layer_norm_fwd", _save, _backward)
 forbid_double_backward("add_layer_norm", "add_layer_norm_bwd")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gptfast._schemas import AttentionOptions
-from gptfast.backend import kernels, resolve
+from gptfast.backend import resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_int, check_number, check_probability, check_same_device
-from gptfast.ops._registry import forbid_double_backward, register_fake
-from gptfast.ops._tensors import autocast, dealias
+from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
+from gptfast.ops._tensors import autocast
 from gptfast.ops.streams import stream
 
 OP = "causal_attention"
@@ -93,7 +93,7 @@ def causal_attention(
         return reference.attention(q, k, v, options, return_lse)
     if scale < 0:  # the kernels take the maximum of unscaled scores
         q, options = -q, options._replace(scale=-scale)
-    out, statistics = CausalAttentionFunction.apply(runs_on, *dealias(q, k, v), *options)
+    out, statistics = _fused(runs_on, q, k, v, *options)
     return (out, _lse(statistics, options.scale)) if return_lse else out
 
 
@@ -102,24 +102,20 @@ def _lse(statistics: Tensor, scale: float) -> Tensor:
     return torch.add(level * math.log(2), shift, alpha=scale)
 
 
-class CausalAttentionFunction(torch.autograd.Function):
-    """Saves two numbers of each query, (2, B, H, T): its weights are exp2(scale log2(e) (q k^T - shift) - level).
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep two numbers of each query, (2, B, H, T): its weights are exp2(scale log2(e) (q k^T - shift) - level).
 
     Their sum, the log-sum-exp, would have a rounding error in proportion to its size, which exp would amplify in the weights.
     """
+    out, statistics = output
+    ctx.save_for_backward(*inputs[:3], out, statistics, *inputs[3:5])  # the last two are the lengths
+    ctx.mark_non_differentiable(statistics)
+    ctx.options = inputs[5:]
 
-    @staticmethod
-    def forward(ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        out, statistics = kernels(backend).causal_attention_fwd(q, k, v, *options)
-        ctx.backend, ctx.options = backend, options[2:]
-        ctx.save_for_backward(q, k, v, out, statistics, *options[:2])  # the lengths
-        ctx.mark_non_differentiable(statistics)
-        return out, statistics
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = kernels(ctx.backend).causal_attention_bwd(dout, *ctx.saved_tensors, *ctx.options)
-        return None, dq, dk, dv, *(None,) * len(AttentionOptions._fields)
+def _backward(ctx: Any, call: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    gradients = call("causal_attention_bwd", dout, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *(None,) * len(AttentionOptions._fields)
 
 
 def _new_heads(x: Tensor) -> Tensor:
@@ -138,6 +134,7 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Ten
     return _new_heads(q), _new_heads(k), _new_heads(v)
 
 
+_fused = differentiable("causal_attention_fwd", _save, _backward)
 forbid_double_backward(OP, "causal_attention_bwd")
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gptfast._checks import check_choice
-from gptfast.backend import kernels, resolve, transformed
+from gptfast.backend import resolve, transformed
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_int, check_number, check_same_device
-from gptfast.ops._registry import forbid_double_backward, register_fake
+from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 
 OP = "cross_entropy"
 
@@ -58,7 +58,7 @@ def cross_entropy(
             rows, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
         )
     else:
-        loss, _ = CrossEntropyFunction.apply(runs_on, rows, flat, ignore_index, float(label_smoothing))
+        loss, _ = _fused(runs_on, rows, flat, ignore_index, float(label_smoothing))
     return reduce_loss(loss, targets, ignore_index, reduction)
 
 
@@ -101,21 +101,14 @@ def reduce_loss(loss: Tensor, targets: Tensor, ignore_index: int, reduction: str
     return total.to(loss.dtype)
 
 
-class CrossEntropyFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, backend: str, logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float
-    ) -> tuple[Tensor, Tensor]:
-        loss, lse = kernels(backend).cross_entropy_fwd(logits, targets, ignore_index, label_smoothing)
-        ctx.save_for_backward(logits, targets, lse)
-        ctx.backend, ctx.options = backend, (ignore_index, label_smoothing)
-        ctx.mark_non_differentiable(lse)
-        return loss, lse
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, targets, *ctx.options = inputs
+    ctx.save_for_backward(logits, targets, output[1])
+    ctx.mark_non_differentiable(output[1])
 
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-        dlogits = kernels(ctx.backend).cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options)
-        return None, dlogits, None, None, None
+
+def _backward(ctx: Any, call: Any, dloss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return call("cross_entropy_bwd", dloss, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 @register_fake("cross_entropy_fwd")
@@ -134,4 +127,5 @@ def _(logits: Tensor, targets: Tensor, dloss: Tensor | None, ignore_index: int, 
     return logits.new_empty(targets.shape[0], dtype=torch.float32)
 
 
+_fused = differentiable("cross_entropy_fwd", _save, _backward)
 forbid_double_backward(OP, "cross_entropy_bwd")

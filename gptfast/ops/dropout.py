@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast.backend import has_cpu_ops, kernels, resolve
+from gptfast.backend import has_cpu_ops, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_probability
-from gptfast.ops._registry import register_fake
+from gptfast.ops._registry import differentiable, register_fake
 from gptfast.ops.streams import stream
 
 
@@ -43,7 +43,7 @@ def dropout(
     runs_on = resolve("dropout", backend, x)
     if runs_on == "eager":
         return reference.dropout(x, p, seed, offset)
-    return DropoutFunction.apply(runs_on, x, float(p), seed, offset)
+    return _fused(runs_on, x, float(p), seed, offset)
 
 
 def dropout_mask(shape: tuple[int, int, int], p: float, *, seed: int = 0, offset: int = 0) -> Tensor:
@@ -68,16 +68,12 @@ def dropout_mask(shape: tuple[int, int, int], p: float, *, seed: int = 0, offset
     return torch.ops.gptfast.dropout_mask(*shape, float(p), rng.as_int64(seed), offset)
 
 
-class DropoutFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, backend: str, x: Tensor, p: float, seed: int, offset: int) -> Tensor:
-        ctx.backend, ctx.options = backend, (p, seed, offset)
-        return kernels(backend).dropout(x, p, seed, offset)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.options = inputs[1:]
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = DropoutFunction.apply(ctx.backend, dy, *ctx.options)  # linear: differentiable any number of times
-        return None, dx, None, None, None
+
+def _backward(ctx: Any, call: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return call("dropout", dy, *ctx.options), None, None, None  # linear: differentiable any number of times
 
 
 @register_fake("dropout")
@@ -88,3 +84,6 @@ def _(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
 @register_fake("dropout_mask")
 def _(matrices: int, rows: int, cols: int, p: float, seed: int, offset: int) -> Tensor:
     return torch.empty(matrices, rows, cols, dtype=torch.bool, device="cpu")
+
+
+_fused = differentiable("dropout", _save, _backward)

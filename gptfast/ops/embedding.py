@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.backend import KERNEL_DTYPES, kernels, resolve, transformed
+from gptfast.backend import KERNEL_DTYPES, resolve, transformed
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device
-from gptfast.ops._registry import forbid_double_backward, register_fake
+from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 from gptfast.ops._tensors import rows_of
 
 
@@ -55,7 +55,7 @@ def embedding(ids: Tensor, wte: Tensor, wpe: Tensor | None = None, positions: Te
     if runs_on == "eager":
         return reference.embedding(ids, wte, wpe, positions)
     positions = None if positions is None else positions.expand(ids.shape).long()
-    return EmbeddingFunction.apply(runs_on, ids.long(), wte, wpe, positions)
+    return _fused(runs_on, ids.long(), wte, wpe, positions)
 
 
 def _check_range(name: str, indices: Tensor, table: Tensor) -> None:
@@ -69,30 +69,24 @@ def _check_range(name: str, indices: Tensor, table: Tensor) -> None:
         )
 
 
-class EmbeddingFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, backend: str, ids: Tensor, wte: Tensor, wpe: Tensor | None, positions: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(ids, wte, wpe, positions)
-        ctx.backend = backend
-        return kernels(backend).embedding_fwd(ids, wte, wpe, positions)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        ids, wte, wpe, positions = ctx.saved_tensors
-        rows = rows_of(dout)
-        dwte = _table_gradient(ctx.backend, rows, ids, wte) if ctx.needs_input_grad[2] else None
-        if wpe is None or not ctx.needs_input_grad[3]:
-            return None, None, dwte, None, None
-        if positions is None:
-            positions = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
-        return None, None, dwte, _table_gradient(ctx.backend, rows, positions, wpe), None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-def _table_gradient(backend: str, dout: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+def _backward(ctx: Any, call: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    ids, wte, wpe, positions = ctx.saved_tensors
+    rows = rows_of(dout)
+    dwte = _table_gradient(call, rows, ids, wte) if ctx.needs_input_grad[1] else None
+    if wpe is None or not ctx.needs_input_grad[2]:
+        return None, dwte, None, None
+    if positions is None:
+        positions = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    return None, dwte, _table_gradient(call, rows, positions, wpe), None
+
+
+def _table_gradient(call: Any, dout: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     keys, order = ids.reshape(-1).sort(stable=True)
-    return kernels(backend).embedding_bwd(dout, keys, order, table)
+    return call("embedding_bwd", dout, keys, order, table)
 
 
 @register_fake("embedding_fwd")
@@ -105,4 +99,5 @@ def _(dout: Tensor, keys: Tensor, order: Tensor, table: Tensor) -> Tensor:
     return table.new_empty(table.shape)
 
 
+_fused = differentiable("embedding_fwd", _save, _backward)
 forbid_double_backward("embedding", "embedding_bwd")

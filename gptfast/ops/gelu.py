@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from gptfast._checks import check_choice
-from gptfast.backend import kernels, resolve
+from gptfast.backend import resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device, check_vector
-from gptfast.ops._registry import forbid_double_backward, register_fake
-from gptfast.ops._tensors import dealias
+from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, backend: str | None = None) -> Tensor:
@@ -39,24 +38,20 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, ba
     runs_on = resolve("gelu", backend, x, bias)
     if runs_on == "eager":
         return reference.gelu(x, bias, approximate)
-    x, bias = dealias(x, bias)
     if x.dim() == 0:
-        return GELUFunction.apply(runs_on, x[None], bias, approximate == "tanh")[0]
-    return GELUFunction.apply(runs_on, x, bias, approximate == "tanh")
+        return _fused(runs_on, x[None], bias, approximate == "tanh")[0]
+    return _fused(runs_on, x, bias, approximate == "tanh")
 
 
-class GELUFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, backend: str, x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-        ctx.save_for_backward(x, bias)
-        ctx.backend, ctx.tanh = backend, tanh
-        return kernels(backend).gelu_fwd(x, bias, tanh)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.tanh = inputs
+    ctx.save_for_backward(x, bias)
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, bias = ctx.saved_tensors
-        dx, dbias = kernels(ctx.backend).gelu_bwd(dout, x, bias, ctx.tanh)
-        return None, dx, dbias if bias is not None else None, None
+
+def _backward(ctx: Any, call: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    x, bias = ctx.saved_tensors
+    dx, dbias = call("gelu_bwd", dout, x, bias, ctx.tanh)
+    return dx, dbias if bias is not None else None, None
 
 
 @register_fake("gelu_fwd")
@@ -70,4 +65,5 @@ def _(dout: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor,
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), dbias
 
 
+_fused = differentiable("gelu_fwd", _save, _backward)
 forbid_double_backward("gelu", "gelu_bwd")

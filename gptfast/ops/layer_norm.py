@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.backend import kernels, resolve
+from gptfast.backend import resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_number, check_same_device, check_vector
-from gptfast.ops._registry import forbid_double_backward, register_fake
-from gptfast.ops._tensors import dealias, dtype_code, new_of_code
+from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
+from gptfast.ops._tensors import dtype_code, new_of_code
 
 
 def layer_norm(
@@ -38,7 +38,7 @@ def layer_norm(
     runs_on = resolve("layer_norm", backend, x, weight, bias)
     if runs_on == "eager":
         return reference.layer_norm(x, weight, bias, float(eps))
-    return LayerNormFunction.apply(runs_on, *dealias(x, weight, bias), float(eps))
+    return _fused(runs_on, x, weight, bias, float(eps))[0]
 
 
 def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
@@ -60,18 +60,16 @@ def new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((2, rows), dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
 
 
-class LayerNormFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        y, mean, rstd = kernels(backend).layer_norm_fwd(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.backend, ctx.bias_type = backend, dtype_code(bias)
-        return y
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _ = inputs
+    ctx.save_for_backward(x, weight, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.bias_type = dtype_code(bias)
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight, dbias = kernels(ctx.backend).layer_norm_bwd(dy, *ctx.saved_tensors, ctx.bias_type)
-        return None, dx, dweight, dbias if ctx.bias_type >= 0 else None, None
+
+def _backward(ctx: Any, call: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    dx, dweight, dbias = call("layer_norm_bwd", dy, *ctx.saved_tensors, ctx.bias_type)
+    return dx, dweight, dbias if ctx.bias_type >= 0 else None, None
 
 
 @register_fake("layer_norm_fwd")
@@ -84,4 +82,5 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias_ty
     return x.new_empty(x.shape), weight.new_empty(weight.shape), new_of_code(weight, weight.shape, bias_type)
 
 
+_fused = differentiable("layer_norm_fwd", _save, _backward)
 forbid_double_backward("layer_norm", "layer_norm_bwd")

@@ -13,8 +13,8 @@ from gptfast._checks import check_choice
 from gptfast.backend import is_many, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device, check_vector
-from gptfast.ops._registry import define_python_op, forbid_double_backward
-from gptfast.ops._tensors import autocast, dealias, rows_of
+from gptfast.ops._registry import define_python_op, differentiable, forbid_double_backward
+from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.gelu import gelu
 from gptfast.ops.gemm import MIN_ROWS, gemm, is_forced
 
@@ -61,7 +61,7 @@ def linear(
         y = F.linear(x, weight, added)
     else:
         rows = rows_of(x)
-        y = LinearFunction.apply(*dealias(rows, weight, added)).view(*x.shape[:-1], weight.shape[0])
+        y = _fused("cpu", rows, weight, added).view(*x.shape[:-1], weight.shape[0])
     if approximate is not None:
         return gelu(y, bias, approximate, backend=backend)
     return y if activation is None else reference.ACTIVATIONS[activation](y)
@@ -81,19 +81,17 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
         raise TypeError(f"{OP}: weight is {weight.dtype} but bias is {bias.dtype}; cast one, or use torch.autocast")
 
 
-class LinearFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _op("linear_fwd", x)(x, weight, bias)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad
-        dx, dweight, dbias = _op("linear_bwd", dy)(dy, *ctx.saved_tensors, *wanted)
-        dbias = dbias.to(ctx.bias_dtype) if wanted[2] else None
-        return dx if wanted[0] else None, dweight if wanted[1] else None, dbias
+
+def _differentiate(ctx: Any, call: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad
+    dx, dweight, dbias = _op("linear_bwd", dy)(dy, *ctx.saved_tensors, *wanted)
+    dbias = dbias.to(ctx.bias_dtype) if wanted[2] else None
+    return dx if wanted[0] else None, dweight if wanted[1] else None, dbias
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -146,4 +144,5 @@ def _fake_backward(
 
 define_python_op("linear_fwd", _forward, _fake_forward)
 define_python_op("linear_bwd", _backward, _fake_backward)
+_fused = differentiable("linear_fwd", _save, _differentiate, eager=lambda x, *others: _op("linear_fwd", x)(x, *others))
 forbid_double_backward(OP, "linear_bwd")

@@ -11,8 +11,8 @@ from torch import Tensor
 from gptfast.backend import is_many, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_int, check_same_device
-from gptfast.ops._registry import define_python_op, forbid_double_backward
-from gptfast.ops._tensors import autocast, dealias, rows_of
+from gptfast.ops._registry import caller, define_python_op, differentiable, forbid_double_backward, register_derivative
+from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.cross_entropy import check_loss, check_targets, reduce_loss
 from gptfast.ops.gemm import gemm
 
@@ -63,11 +63,11 @@ def linear_cross_entropy(
             rows, weight, flat, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
         )
         return reduce_loss(loss, targets, ignore_index, reduction)
-    arguments = (runs_on, *dealias(rows, weight), flat, ignore_index, float(label_smoothing))
+    arguments = (runs_on, rows, weight, flat, ignore_index, float(label_smoothing))
     if reduction == "none":
-        return RowLossFunction.apply(*arguments).view(targets.shape)
+        return _row_losses("cpu", *arguments).view(targets.shape)
     if torch.is_grad_enabled():
-        total = TotalLossFunction.apply(*arguments)
+        total = _total_loss(*arguments)
     else:  # needs_input_grad of a Function is true of parameters even here, and it would compute their gradients
         total = _total(torch.ops.gptfast.linear_cross_entropy_fwd(*arguments))
     return total if reduction == "sum" else _mean(total, (flat != ignore_index).sum())
@@ -162,9 +162,8 @@ def _losses_and_gradients(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(N,) losses and the gradients of sum(dloss * loss): dhidden in hidden's dtype, dweight in fp32; dloss None: ones."""
-    loss, dhidden, dweight = _fake_bwd(
-        backend, dloss, hidden, weight, targets, ignore_index, label_smoothing, want_hidden, want_weight
-    )
+    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    dhidden, dweight = _room(hidden, weight, want_hidden, want_weight)
     if not hidden.shape[0]:
         dweight.zero_()
     for part, logits in _logits_by_chunk(hidden, weight):
@@ -179,6 +178,32 @@ def _losses_and_gradients(
     return loss, dhidden, dweight
 
 
+def _room(hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
+    dweight = weight.new_empty(weight.shape if want_weight else (0,), dtype=torch.float32)
+    return hidden.new_empty(hidden.shape if want_hidden else (0,)), dweight
+
+
+def _gradients(backend: str, dloss: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _losses_and_gradients(backend, dloss, *others)[1:]
+
+
+def _total_and_gradients(
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = (backend, hidden, weight, targets, ignore_index, label_smoothing)
+    if not (want_hidden or want_weight):
+        return _total(_losses(*loss)), *_room(hidden, weight, False, False)
+    losses, dhidden, dweight = _losses_and_gradients(backend, None, *loss[1:], want_hidden, want_weight)
+    return _total(losses), dhidden, dweight
+
+
 def _scaled(dtotal: Tensor, hidden: Tensor, weight: Tensor, dhidden: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients times dtotal."""
     factor = _factor(dtotal)
@@ -191,73 +216,69 @@ def _factor(dtotal: Tensor) -> Tensor | float:
     return dtotal.item() if dtotal.device.type == "cpu" else dtotal.view(1)
 
 
-class TotalLossFunction(torch.autograd.Function):
-    """Sum of the row losses. Its saved gradients are unscaled: divided by N they would underflow in fp16.
+def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wanted = inputs[-2:]
+    ctx.save_for_backward(*inputs[1:3], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
-    The first backward scales them in place and returns them, as a copy of dweight would double the memory; a second
-    backward through the same graph computes them again. A compiled graph manages its memory itself and keeps them.
-    """
+
+def _backward_total(ctx: Any, call: Any, dtotal: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = call(f"{OP}_scale", dtotal, *ctx.saved_tensors)
+    return None, *(g if wanted else None for g, wanted in zip(grads, ctx.wanted, strict=True)), *(None,) * 5
+
+
+def _total_loss(backend: str, hidden: Tensor, weight: Tensor, targets: Tensor, *options: Any) -> Tensor:
+    """Sum of the losses of the rows. Its gradients are unscaled until backward: divided by N they would underflow in fp16."""
+    if torch.compiler.is_compiling():
+        wanted = hidden.requires_grad, weight.requires_grad
+        return torch.ops.gptfast.linear_cross_entropy_total(backend, hidden, weight, targets, *options, *wanted)[0]
+    return TotalLossFunction.apply(backend, hidden, weight, targets, *options)
+
+
+class TotalLossFunction(torch.autograd.Function):
+    """The same, with its gradients scaled in place by the first backward, as a copy of dweight would double the memory. A
+    second backward through the same graph computes them again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        smoothing: float,
-    ) -> Tensor:
-        op, options = torch.ops.gptfast, (ignore_index, smoothing)
-        ctx.wanted = tuple(ctx.needs_input_grad[1:3])
-        if not any(ctx.wanted):
-            return _total(op.linear_cross_entropy_fwd(backend, hidden, weight, targets, *options))
-        loss, *grads = op.linear_cross_entropy_bwd(backend, None, hidden, weight, targets, *options, *ctx.wanted)
-        ctx.compiled = torch.compiler.is_compiling()
-        ctx.backend, ctx.options = backend, options
-        ctx.save_for_backward(hidden, weight, targets, *(grads if ctx.compiled else ()))
-        ctx.grads = None if ctx.compiled else grads
-        return _total(loss)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.inputs, ctx.wanted = (inputs[0], *inputs[4:]), ctx.needs_input_grad[1:3]
+        total, *ctx.grads = _call(f"{OP}_total", *inputs, *ctx.wanted)
+        ctx.save_for_backward(*inputs[1:4])
+        return total
 
     @staticmethod
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, *grads = ctx.saved_tensors
-        op = torch.ops.gptfast
-        if not ctx.compiled:
-            grads, ctx.grads = ctx.grads, None
+        (backend, *options), (hidden, weight, targets) = ctx.inputs, ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None
         if grads is None:
-            inputs = (ctx.backend, None, hidden, weight, targets)
-            grads = op.linear_cross_entropy_bwd(*inputs, *ctx.options, *ctx.wanted)[1:]
+            grads = _call(f"{OP}_total", backend, hidden, weight, targets, *options, *ctx.wanted)[1:]
         if is_many(dtotal):  # each backward pass has a factor of its own
             grads = [(g * dtotal).to(x.dtype) for g, x in zip(grads, (hidden, weight), strict=True)]
-        elif ctx.compiled or torch.is_grad_enabled():
-            grads = op.linear_cross_entropy_scale(dtotal, hidden, weight, *grads)
+        elif torch.is_grad_enabled():
+            grads = _call(f"{OP}_scale", dtotal, hidden, weight, *grads)
         else:
             factor = _factor(dtotal)
             grads = [g.mul_(factor).to(x.dtype) for g, x in zip(grads, (hidden, weight), strict=True)]
         return None, *(g if wanted else None for g, wanted in zip(grads, ctx.wanted, strict=True)), None, None, None
 
 
-class RowLossFunction(torch.autograd.Function):
-    """The row losses themselves; each may have its own upstream gradient, so backward computes the logits again."""
+_call = caller("gptfast")
 
-    @staticmethod
-    def forward(
-        ctx: Any, backend: str, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, smoothing: float
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.backend, ctx.options = backend, (ignore_index, smoothing)
-        ctx.wanted = tuple(ctx.needs_input_grad[1:3])
-        return torch.ops.gptfast.linear_cross_entropy_fwd(backend, hidden, weight, targets, *ctx.options)
 
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
-        _, dhidden, dweight = torch.ops.gptfast.linear_cross_entropy_bwd(
-            ctx.backend, dloss, hidden, weight, targets, *ctx.options, *ctx.wanted
-        )
-        dweight = dweight.to(weight.dtype)
-        return None, dhidden if ctx.wanted[0] else None, dweight if ctx.wanted[1] else None, None, None, None
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.backend, hidden, weight, targets, *ctx.options = inputs
+    ctx.save_for_backward(hidden, weight, targets)
+
+
+def _backward_rows(ctx: Any, call: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    """Each row has an upstream gradient of its own, so the logits are computed again."""
+    wanted = ctx.needs_input_grad[1:3]
+    hidden, weight, _ = ctx.saved_tensors
+    grads = call(f"{OP}_bwd", ctx.backend, dloss, *ctx.saved_tensors, *ctx.options, *wanted)
+    dhidden, dweight = (
+        g.to(x.dtype) if want else None for g, x, want in zip(grads, (hidden, weight), wanted, strict=True)
+    )
+    return None, dhidden, dweight, None, None, None
 
 
 def _fake_fwd(
@@ -268,7 +289,7 @@ def _fake_fwd(
 
 def _fake_bwd(
     backend: str,
-    dloss: Tensor | None,
+    dloss: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -276,10 +297,12 @@ def _fake_bwd(
     label_smoothing: float,
     want_hidden: bool,
     want_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    dweight = weight.new_empty(weight.shape if want_weight else (0,), dtype=torch.float32)
-    return loss, hidden.new_empty(hidden.shape if want_hidden else (0,)), dweight
+) -> tuple[Tensor, Tensor]:
+    return _room(hidden, weight, want_hidden, want_weight)
+
+
+def _fake_total(backend: str, hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return hidden.new_empty((), dtype=torch.float32), *_room(hidden, weight, *others[-2:])
 
 
 def _fake_scale(
@@ -289,7 +312,10 @@ def _fake_scale(
 
 
 define_python_op(f"{OP}_fwd", _losses, _fake_fwd)
-define_python_op(f"{OP}_bwd", _losses_and_gradients, _fake_bwd)
+define_python_op(f"{OP}_bwd", _gradients, _fake_bwd)
+define_python_op(f"{OP}_total", _total_and_gradients, _fake_total)
 define_python_op(f"{OP}_scale", _scaled, _fake_scale)
+_row_losses = differentiable(f"{OP}_fwd", _save_rows, _backward_rows)
+register_derivative(f"{OP}_total", _save_total, _backward_total)
 forbid_double_backward(OP, f"{OP}_bwd")
 forbid_double_backward(OP, f"{OP}_scale")

@@ -19,8 +19,8 @@ from torch import Tensor
 from gptfast.backend import resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_number, check_probability, check_same_device
-from gptfast.ops._registry import define_python_op, forbid_double_backward
-from gptfast.ops._tensors import autocast, dealias, rows_of
+from gptfast.ops._registry import caller, define_python_op, forbid_double_backward, register_derivative
+from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.dropout import dropout
 from gptfast.ops.gelu import gelu
 from gptfast.ops.gemm import MIN_ROWS, gemm, is_forced
@@ -145,31 +145,52 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[LowRank
 
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[LowRank]) -> Tensor:
-    factors = [u.a for u in updates] + [u.b for u in updates]
-    return LoRAFunction.apply(len(updates), _options(x, updates), *dealias(x, weight, bias, *factors))
+    a, b, options = [u.a for u in updates], [u.b for u in updates], _options(x, updates)
+    if torch.compiler.is_compiling():
+        return torch.ops.gptfast.lora_linear_fwd(x, weight, bias, a, b, *options)[0]
+    return LoRAFunction.apply(len(updates), options, x, weight, bias, *a, *b)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    x, weight, bias, a, b, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, *a, *b, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients_of_inputs(ctx: Any, call: Any, dy: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Of x, weight, bias and all factors. wanted: which of them."""
+    n = (len(wanted) - 3) // 2
+    x, weight, *others = ctx.saved_tensors
+    a, b, low = others[:n], others[n : 2 * n], others[2 * n :]
+    found = call("lora_linear_bwd", dy, x, weight, a, b, low, *ctx.options, *wanted[:3], list(wanted[3:]))
+    grads = [g if want else None for g, want in zip(found, wanted, strict=True)]
+    grads[2] = found[2].to(ctx.bias_dtype) if wanted[2] else None
+    return grads
+
+
+def _derivative(ctx: Any, call: Any, dy: Sequence[Tensor]) -> tuple[Any, ...]:
+    x, weight, bias, a, b, *others = ctx.needs_input_grad
+    grads = _gradients_of_inputs(ctx, call, dy[0], (x, weight, bias, *a, *b))
+    return *grads[:3], grads[3 : 3 + len(a)], grads[3 + len(a) :], *(None for _ in others)
 
 
 class LoRAFunction(torch.autograd.Function):
+    """The operator with its lists of factors laid out flat, as autograd takes them."""
+
     @staticmethod
     def forward(ctx: Any, count: int, options: _Options, x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-        bias, factors = others[0], others[1:]
-        y, *low = torch.ops.gptfast.lora_linear_fwd(x, weight, bias, factors[:count], factors[count:], *options)
-        ctx.save_for_backward(x, weight, *factors, *low)
-        ctx.count, ctx.options = count, options
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        inputs = (x, weight, others[0], others[1 : 1 + count], others[1 + count :], *options)
+        output = _call("lora_linear_fwd", *inputs)
+        _save(ctx, inputs, output)
+        return output[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        n, wanted = ctx.count, ctx.needs_input_grad
-        x, weight, *others = ctx.saved_tensors
-        a, b, low = others[:n], others[n : 2 * n], others[2 * n :]
-        dx, dweight, dbias, *factors = torch.ops.gptfast.lora_linear_bwd(
-            dy, x, weight, a, b, low, *ctx.options, *wanted[2:5], list(wanted[5:])
-        )
-        dbias = dbias.to(ctx.bias_dtype) if wanted[4] else None
-        grads = (dx if wanted[2] else None, dweight if wanted[3] else None, dbias)
-        return None, None, *grads, *(g if want else None for g, want in zip(factors, wanted[5:], strict=True))
+        return None, None, *_gradients_of_inputs(ctx, _call, dy, ctx.needs_input_grad[2:])
+
+
+_call = caller("gptfast")
 
 
 def _forward(
@@ -295,4 +316,5 @@ def _fake_backward(
 
 define_python_op("lora_linear_fwd", _forward, _fake_forward)
 define_python_op("lora_linear_bwd", _backward, _fake_backward)
+register_derivative("lora_linear_fwd", _save, _derivative)
 forbid_double_backward(OP, "lora_linear_bwd")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 
 from gptfast._checks import check_choice
 from gptfast._nf4 import blocks_of, check_finite, check_power_of_two, dequantize_groups, pack_pairs
-from gptfast.backend import has_values, kernels, resolve
+from gptfast.backend import has_values, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_dense, check_float, check_same_device, check_vector
-from gptfast.ops._registry import forbid_double_backward, register_fake
+from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 from gptfast.ops._tensors import autocast, rows_of
 
 OP = "quantized_linear"
@@ -97,7 +96,8 @@ def quantized_linear(
     x = autocast(x)[0]
     runs_on = resolve(OP, backend, x, scales)
     rows = rows_of(x)
-    y = QuantizedLinearFunction.apply(runs_on, rows, codes, scales, bias, format, group_size)
+    arguments = (rows, codes, scales, bias, format, group_size)
+    y = EagerFunction.apply(*arguments) if runs_on == "eager" else _fused(runs_on, *arguments)
     return y.view(*x.shape[:-1], codes.shape[0])
 
 
@@ -131,36 +131,34 @@ def _check(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format
     check_vector(OP, "bias", bias, N, "the output")
 
 
-class QuantizedLinearFunction(torch.autograd.Function):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, bias, format, group_size = inputs
+    ctx.save_for_backward(codes, scales)
+    ctx.weight = format, group_size, x.shape[1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, call: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = call("quantized_linear_bwd", dy, *ctx.saved_tensors, *ctx.weight)
+    if ctx.needs_input_grad[3]:
+        dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
+    return dx, None, None, dbias, None, None
+
+
+class EagerFunction(torch.autograd.Function):
+    """Keeps the codes alone for backward, where autograd would keep the dequantised weight."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        x: Tensor,
-        codes: Tensor,
-        scales: Tensor,
-        bias: Tensor | None,
-        format: str,
-        group_size: int,
-    ) -> Tensor:
-        ctx.save_for_backward(codes, scales)
-        ctx.backend, ctx.weight = backend, (format, group_size, x.shape[1])
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        if backend == "eager":
-            return reference.quantized_linear(x, codes, scales, bias, format=format, group_size=group_size)
-        return kernels(backend).quantized_linear_fwd(x, codes, scales, bias, format, group_size)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = reference.quantized_linear(*inputs[:4], format=inputs[4], group_size=inputs[5])
+        _save(ctx, inputs, y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = dbias = None
-        if ctx.needs_input_grad[1]:
-            backward: Callable[..., Tensor] = (
-                _eager_backward if ctx.backend == "eager" else kernels(ctx.backend).quantized_linear_bwd
-            )
-            dx = backward(dy, *ctx.saved_tensors, *ctx.weight)
-        if ctx.needs_input_grad[4]:
-            dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
-        return None, dx, None, None, dbias, None, None
+        return _backward(ctx, lambda name, *arguments: _eager_backward(*arguments), dy)
 
 
 def _eager_backward(
@@ -181,4 +179,5 @@ def _(dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, i
     return dy.new_empty(dy.shape[0], in_features)
 
 
+_fused = differentiable("quantized_linear_fwd", _save, _backward)
 forbid_double_backward(OP, "quantized_linear_bwd")

@@ -54,6 +54,23 @@ def test_an_exported_program_takes_other_lengths(grad: bool):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_training_graph_has_a_backward(strict: bool):
+    model, ids = make(), ids_of(2, 24)
+    expected = model(ids, ids)[1]
+    expected.backward()
+    exported = torch.export.export(make(), (ids, ids), strict=strict)
+    assert not [node for node in exported.graph.nodes if "autograd" in str(node.target)]
+    program = exported.module()
+    loss = program(ids, ids)[1]
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    loss.backward()
+    found = dict(program.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.slow
 def test_a_package_of_compiled_code_takes_other_lengths(tmp_path: Path):
     model = make(n_layer=1).eval()
     compiler = torch._inductor.config.patch({"cpp.cxx": (None, "g++")})  # one word, which $CXX need not be
@@ -74,7 +91,7 @@ def test_a_profile_names_the_ops():
     names = {event.key for event in profiled.key_averages()}
     ops = ("causal_attention", "layer_norm", "add_layer_norm", "gelu")
     assert {f"gptfast::{op}_{way}" for op in ops for way in ("fwd", "bwd")} <= names
-    assert {"gptfast::embedding_fwd", "gptfast::embedding_bwd", "gptfast::linear_cross_entropy_bwd"} <= names
+    assert {"gptfast::embedding_fwd", "gptfast::embedding_bwd", "gptfast::linear_cross_entropy_total"} <= names
     assert any(name.startswith("gptfast::") and ("gemm" in name or "linear_fwd" in name) for name in names)
 
 

@@ -274,15 +274,6 @@ def test_compiles():
     check_compiles(lambda x: ops.causal_attention(x, x, x), q)
 
 
-def test_opcheck():
-    q, k, v = torch.randn(3, 1, 2, 6, 8)
-    options = (None, None, True, 0.3, 0.1, 5, 6, 0)
-    op = torch.ops.gptfast
-    torch.library.opcheck(op.causal_attention_fwd.default, (q, k, v, *options))
-    out, statistics = op.causal_attention_fwd(q, k, v, *options)
-    torch.library.opcheck(op.causal_attention_bwd.default, (q, q, k, v, out, statistics, *options))
-
-
 def test_no_double_backward():
     k = torch.randn(1, 1, 4, 8)
     check_no_double_backward(lambda q: ops.causal_attention(q, k, k), k, "causal_attention: double backward")

@@ -258,22 +258,6 @@ def test_compiles():
     check_compiles(lambda x: ops.linear_cross_entropy(x, x, torch.arange(6)), square)
 
 
-def test_opcheck():
-    logits, weight, targets = torch.randn(6, 16), torch.randn(9, 16), torch.randint(9, (6,))
-    op, row = torch.ops.gptfast, torch.rand(6)
-    torch.library.opcheck(op.cross_entropy_fwd.default, (logits, targets, -100, 0.1))
-    torch.library.opcheck(op.cross_entropy_bwd.default, (row, logits, targets, torch.rand(6, 2), -100, 0.1))
-    torch.library.opcheck(op.cross_entropy_in_place.default, (logits.clone(), targets, None, -100, 0.1))
-    torch.library.opcheck(op.linear_cross_entropy_fwd.default, ("cpu", logits, weight, targets, -100, 0.1))
-    torch.library.opcheck(
-        op.linear_cross_entropy_bwd.default, ("cpu", row, logits, weight, targets, -100, 0.1, True, True)
-    )
-    torch.library.opcheck(
-        op.linear_cross_entropy_bwd.default, ("cpu", None, logits, weight, targets, -100, 0.1, True, False)
-    )
-    torch.library.opcheck(op.linear_cross_entropy_scale.default, (row.sum(), logits, weight, logits, weight))
-
-
 def test_no_double_backward():
     targets = torch.tensor([1, 2])
     weight = torch.randn(9, 5)

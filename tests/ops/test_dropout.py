@@ -108,11 +108,9 @@ def test_pure():
         check_pure(case, torch.float32)
 
 
-def test_compiles_and_opchecks():
+def test_compiles():
     x = torch.randn(6, 16)
     check_compiles(lambda x: ops.dropout(x, 0.3, 2, 5) * 2, x)
-    torch.library.opcheck(torch.ops.gptfast.dropout.default, (x, 0.3, 2, 5))
-    torch.library.opcheck(torch.ops.gptfast.dropout_mask.default, (2, 3, 4, 0.3, 2, 5))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 
 from gptfast import _schemas
 from gptfast.backend import Backend, has_cpu_ops, register
-from gptfast.ops._registry import register_fakes
+from gptfast.ops._registry import register_properties
 from tests.support import ROOT
 
 NAMESPACE = "gptfast_emu"
@@ -78,7 +78,7 @@ def load(variant: str | None = None) -> ctypes.CDLL:
     torch.ops.load_library(path)
     _schemas.define(NAMESPACE, _schemas.compiled("cuda"))
     _schemas.check_library(NAMESPACE, "cpu", _schemas.compiled("cuda"), path)
-    register_fakes(NAMESPACE)
+    register_properties(NAMESPACE)
     register(Backend("emu", NAMESPACE, "cpu", lambda _: None, automatic=False))
     return ctypes.CDLL(str(path))
 

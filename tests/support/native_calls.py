@@ -137,7 +137,10 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         "lora_linear_bwd": product | updates | {"low": low, "want_weight": True, "want_bias": True},
         "linear_cross_entropy_fwd": loss | head,
         "linear_cross_entropy_bwd": loss | head,
+        "linear_cross_entropy_total": loss | head,
         "linear_cross_entropy_scale": head | {"dtotal": random(1)[0], "dhidden": other, "dweight": random(V, C)},
+        "dequantize_nf4": {"codes": ids(64).byte(), "absmax": random(2).abs(), "nested_absmax": None, "offset": None}
+        | {"shape": [2, 64], "block_size": 64, "dtype": torch.float32},
         "keep_results": {"bytes": 1 << 28},
         "peak_flops": {"iterations": 10, "pairs": False},
         "signal_ns": {"rounds": 10},

@@ -64,6 +64,19 @@ def interpreted(code: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_triton
+def test_opcheck_of_what_triton_alone_has():
+    code = """
+import torch
+import gptfast
+from tests.ops.test_opcheck import check
+for case in ("quantized_linear_fwd", "quantized_linear_bwd", "dequantize_nf4"):
+    check(torch.ops.gptfast_triton, case)
+"""
+    result = interpreted(code)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@needs_triton
 def test_bits_are_the_cpus():
     """Dropout masks and samples in the interpreter are those of the CPU kernels, bit for bit."""
     code = """
