@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +17,7 @@ import gptfast.triton
 from gptfast import ops
 from gptfast.backend import has_kernel, resolve
 from tests.support import ROOT
+from tests.support.chosen_tests import passed
 
 X = torch.ones(4)
 BACKENDS = resolve.__globals__["_backends"]
@@ -28,33 +28,29 @@ needs_triton = pytest.mark.skipif(
 # What the interpreter runs of each file of the op suite. Left out: bfloat16, whose conversions it gets wrong (Triton 3.6 to
 # 3.9 truncate instead of rounding); thousands of programs, a few milliseconds each; what reads integers of a GPU's memory to
 # raise an error about them, which the Triton kernels leave out so as not to wait; repetition, as here a thread runs all.
+# Of products of parameters that take the same path through a kernel, each value once instead of each pair.
 SUITE = {
     "gelu": "not 8300 and not repeatable",
-    "layer_norm": "not 8300 and not repeatable",
-    "mixed_dtypes": "test",
+    "layer_norm": "not 8300 and not 8200 and not repeatable and (not far_from_zero or 14.1 or 3000)",
+    "mixed_dtypes": "not a_bias_beyond or weight0",
     "dropout": "not half_a_unit and not repeatable",
     "cross_entropy": "not repeatable and not memory and not underflow and not not_rounded and not outside",
-    "causal_attention": "not repeatable and not pure and not below_python",
+    "causal_attention": "not repeatable and not pure and not below_python and not T256D64 and not (T129D128 and fp32)",
     "dequantize_nf4": "not errors",
-    "quantized_linear": "not errors",
-    "embedding": "not 2049 and not IndexError and not long_runs and not on_cuda and not outside",
+    "quantized_linear": "not errors and (not identity or int8-32 or int4-64 or nf4-128)",
+    "embedding": "not 2049 and not IndexError and not long_runs and not on_cuda and not outside"
+    " and (not parity or positions or 24 or 1032)",
     "sample": "[triton-1-fp32] or [triton-17-fp16] or [triton-100-fp32] or coordinates or unchanged or errors",
 }
 
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("op", SUITE)
-def test_the_op_suite_in_the_interpreter(op):
-    """In a separate process: TRITON_INTERPRET=1 must be set before triton is imported."""
-    selection = f"not bf16 and ({SUITE[op]})"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k", selection]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "GPTFAST_BACKEND": "auto"}
-    result = subprocess.run(
-        [*command, f"tests/ops/test_{op}.py"], env=env, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 20, result.stdout
+def test_the_op_suite_in_the_interpreter(tmp_path):
+    """In one separate process: TRITON_INTERPRET=1 must be set before triton is imported."""
+    chosen = {f"ops/test_{op}.py": f"not bf16 and ({tests})" for op, tests in SUITE.items()}
+    found = passed(chosen, tmp_path, "-W", "ignore", TRITON_INTERPRET="1", GPTFAST_BACKEND="auto")
+    assert {file: n for file, n in found.items() if n <= 20} == {}, "fewer tests than there are"
 
 
 def interpreted(code: str) -> subprocess.CompletedProcess[str]:
