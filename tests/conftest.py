@@ -32,8 +32,7 @@ if INTERPRETING:
 SLOWEST_FIRST = (
     "cuda/test_cuda_build.py",  # nvcc compiles every kernel for every GPU
     "triton/test_triton.py",  # the op suite in Triton's interpreter
-    "cuda_emulator/test_emulator_attention.py",  # two more builds of the emulator
-    "cuda_emulator/test_emulator_modes.py",
+    "cuda_emulator/test_emulator_variants.py",  # two more builds of the emulator
     "ops/test_causal_attention.py",
     "ops/test_layer_norm.py",
     "ops/test_cross_entropy.py",
