@@ -25,8 +25,9 @@ WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 TOKENIZER = r"(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|merges\.txt|chat_template\.jinja"
 TOKENS = r"data\.json|(train|val)\.bin"
 ADAPTER = r"adapter_config\.json|adapter_model\.(safetensors|bin)"
+TASK = r"task_config\.json|special_tokens\.safetensors"
 EVERYTHING = (
-    rf"{WEIGHTS}|{ADAPTER}|{TOKENIZER}|{TOKENS}|(generation_)?config\.json|trainer\.json|optimizer\.safetensors"
+    rf"{WEIGHTS}|{ADAPTER}|{TASK}|{TOKENIZER}|{TOKENS}|(generation_)?config\.json|trainer\.json|optimizer\.safetensors"
 )
 _PATIENCE = 30.0  # seconds for a moment between two saves
 

@@ -21,7 +21,7 @@ class Change:
 
     name: of the option, such as "stop" for stop_strings; "": as the field.
     default, words: the default on the command line, and in words; `_KEEP`, "": as the field.
-    more: sentences that follow the description.
+    help, more: another description, and sentences that follow it.
     type: of the value; None: as the field.
     argument: given by its place instead of by a name.
     both: a flag with its opposite, --bos and --no-bos.
@@ -30,6 +30,7 @@ class Change:
     name: str = ""
     default: Any = _KEEP
     words: str = ""
+    help: str = ""
     more: str = ""
     type: Any = None
     argument: bool = False
@@ -71,7 +72,7 @@ class Options:
             names = [option_name(name)] if default is False and not change.both else []  # a flag, without its opposite
             option = (typer.Argument if change.argument else typer.Option)(
                 *names,
-                help=as_options(f"{described.help} {change.more}".strip()),
+                help=as_options(f"{change.help or described.help} {change.more}".strip()),
                 show_default=(default is not None and default is not False) if is_value else as_options(words),
                 rich_help_panel=group or None,
                 metavar="|".join(choices) or None,

@@ -8,19 +8,23 @@ from gptfast._lazy import lazy_names
 from gptfast.finetuning import metrics
 
 if TYPE_CHECKING:
+    from gptfast.finetuning.api import finetune
     from gptfast.finetuning.instructions import Conversations, pack, response_mask, set_up_chat
     from gptfast.finetuning.jsonl import Examples, read_examples
-    from gptfast.finetuning.predictions import Prediction
-    from gptfast.finetuning.task_model import TaskModel, TaskOutput
+    from gptfast.finetuning.predictions import Prediction, TaskOutput
+    from gptfast.finetuning.results import FinetuneResult
+    from gptfast.finetuning.task_model import TaskModel
     from gptfast.models.adapters.config import LoraConfig
 
 __all__ = [
     "Conversations",
     "Examples",
+    "FinetuneResult",
     "LoraConfig",
     "Prediction",
     "TaskModel",
     "TaskOutput",
+    "finetune",
     "metrics",
     "pack",
     "read_examples",
@@ -33,10 +37,12 @@ __getattr__, __dir__ = lazy_names(
     {
         "Conversations": "gptfast.finetuning.instructions",
         "Examples": "gptfast.finetuning.jsonl",
+        "FinetuneResult": "gptfast.finetuning.results",
         "LoraConfig": "gptfast.models.adapters.config",
         "Prediction": "gptfast.finetuning.predictions",
         "TaskModel": "gptfast.finetuning.task_model",
-        "TaskOutput": "gptfast.finetuning.task_model",
+        "TaskOutput": "gptfast.finetuning.predictions",
+        "finetune": "gptfast.finetuning.api",
         "pack": "gptfast.finetuning.instructions",
         "read_examples": "gptfast.finetuning.jsonl",
         "response_mask": "gptfast.finetuning.instructions",

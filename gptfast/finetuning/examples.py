@@ -16,14 +16,8 @@ import torch
 from torch import Tensor
 
 from gptfast.finetuning.special_tokens import BOS, EOS, PAD, SEP
+from gptfast.finetuning.tasks import FIELDS, TARGETS
 
-FIELDS = {
-    "classification": ("text",),
-    "entailment": ("premise", "hypothesis"),
-    "similarity": ("text1", "text2"),
-    "choice": ("context", "choices"),
-}
-TARGETS = {"classification": "label", "entailment": "label", "similarity": "score", "choice": "label"}
 DELIMITERS = {task: (BOS, EOS, PAD) if task == "classification" else (BOS, SEP, EOS, PAD) for task in FIELDS}
 
 Row = list[int]

@@ -15,10 +15,9 @@ from typing import Any
 
 from gptfast._checks import check_choice
 from gptfast.data.records import read_objects
-from gptfast.finetuning.examples import FIELDS, TARGETS, target_of, texts_of
+from gptfast.finetuning.examples import target_of, texts_of
 from gptfast.finetuning.instructions import check_conversation
-
-TASKS = (*FIELDS, "lm", "chat")
+from gptfast.finetuning.tasks import TARGETS, TASKS
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from gptfast.tokenizer import has_tokenizer, load_tokenizer
 TaskModel = Any  # of gptfast.finetuning.task_model, which imports this module
 
 SETTINGS = "gptfast_task"  # key of config.json: what transformers' keys do not say
-_CHOICE = "multiple_choice_head.summary."
+CHOICE, SCORE = "multiple_choice_head.summary.", "score."
 _CLASSES = {
     "gpt2": ("GPT2ForSequenceClassification", "GPT2DoubleHeadsModel"),
     "openai-gpt": ("OpenAIGPTForSequenceClassification", "OpenAIGPTDoubleHeadsModel"),
@@ -59,25 +59,21 @@ def save(model: TaskModel, path: Path) -> None:
     """
     check_values("save_pretrained", model.gpt)
     with staged_folder(path, replaces=EVERYTHING) as stage:
-        export.save(model.gpt, stage, heads=_heads(model), settings=_settings(model))
+        export.save(model.gpt, stage, heads=heads_of(model), settings=_settings(model))
         if model.tokenizer is not None:
             model.tokenizer.save(stage)
 
 
-def _heads(model: TaskModel) -> dict[str, Tensor]:
-    prefix = _CHOICE if model.task == "choice" else "score."
+def heads_of(model: TaskModel) -> dict[str, Tensor]:
+    """The head by transformers' names."""
+    prefix = CHOICE if model.task == "choice" else SCORE
     return {prefix + name: x for name, x in model.score.state_dict().items()}
 
 
 def _settings(model: TaskModel) -> dict[str, Any]:
     config, choice = model.gpt.config, model.task == "choice"
     names = model.labels or ["LABEL_0"]  # transformers counts a head's outputs by its labels
-    weights = model.class_weights
-    own = {
-        "task": model.task,
-        "special_tokens": model.special_tokens,
-        "class_weights": None if weights is None else weights.tolist(),
-    }
+    own = own_settings(model)
     settings = {
         "architectures": [_CLASSES[hf_layout.model_type(config)][choice]],
         "id2label": {str(n): name for n, name in enumerate(names)},
@@ -90,6 +86,16 @@ def _settings(model: TaskModel) -> dict[str, Any]:
     return {**settings, "problem_type": "single_label_classification" if model.labels else "regression"}
 
 
+def own_settings(model: TaskModel) -> dict[str, Any]:
+    """What transformers' keys do not say."""
+    weights = model.class_weights
+    return {
+        "task": model.task,
+        "special_tokens": model.special_tokens,
+        "class_weights": None if weights is None else weights.tolist(),
+    }
+
+
 class StoredTask(StoredModel):
     """A checkpoint whose head, where it has one, is kept apart from the GPT: after `tensors`, in `heads`."""
 
@@ -100,7 +106,7 @@ class StoredTask(StoredModel):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, x in super().tensors():
-            if name.startswith(("score.", _CHOICE)):
+            if name.startswith(("score.", CHOICE)):
                 self.heads[name] = x
             else:
                 yield name, x
@@ -143,13 +149,26 @@ def load(
         raise ValueError(f"{path} is a language model without a head; say which one it gets with task=")
     model = cls(gpt, **arguments)
     if kind is not None:
-        _fill(model, stored)
+        fill(model, stored.heads, stored.path)
     return model.eval()
+
+
+def stored_task(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The arguments of TaskModel that a checkpoint says; None for a language model.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    stored = StoredTask(resolve(path))
+    kind = _kind(stored)
+    if kind is None:
+        return None
+    return _stored_arguments(kind, dict(stored.metadata.config), stored.settings_file)
 
 
 def _kind(stored: StoredTask) -> str | None:
     """Which head a checkpoint has: "score", "choice", or None."""
-    if any(name.startswith(_CHOICE) for name in stored.names):
+    if any(name.startswith(CHOICE) for name in stored.names):
         return "choice"
     return "score" if any(name.startswith("score.") for name in stored.names) else None
 
@@ -169,15 +188,7 @@ def _stored_arguments(kind: str | None, settings: dict[str, Any], file: Path) ->
     labels = _labels(settings, file)
     own = field(settings, SETTINGS, (dict, NULL), file, None)
     if own is not None:
-        task = field(own, "task", str, file, inside=SETTINGS)
-        if task not in DELIMITERS:
-            raise ValueError(f"{file}: {SETTINGS}.task is {task!r}; expected one of {', '.join(DELIMITERS)}")
-        tokens = field(own, "special_tokens", dict, file, inside=SETTINGS)
-        for name, token in tokens.items():
-            expect(token, (int, NULL), f"{SETTINGS}.special_tokens.{name}", file)
-        weights = field(own, "class_weights", (list, NULL), file, None, inside=SETTINGS)
-        named = task in ("classification", "entailment")
-        return {"task": task, "labels": labels if named else None, "special_tokens": tokens, "class_weights": weights}
+        return own_arguments(own, labels, file)
     pad = field(settings, "pad_token_id", (int, NULL), file, None)
     tokens = {**dict.fromkeys(USUAL, None), PAD: pad}
     if kind == "choice":
@@ -193,6 +204,19 @@ def _stored_arguments(kind: str | None, settings: dict[str, Any], file: Path) ->
     return {"task": "classification", "labels": labels, "special_tokens": tokens}
 
 
+def own_arguments(own: dict[str, Any], labels: list[str], file: Path) -> dict[str, Any]:
+    """The arguments of TaskModel that `own_settings` says. Raises ValueError if damaged."""
+    task = field(own, "task", str, file, inside=SETTINGS)
+    if task not in DELIMITERS:
+        raise ValueError(f"{file}: {SETTINGS}.task is {task!r}; expected one of {', '.join(DELIMITERS)}")
+    tokens = field(own, "special_tokens", dict, file, inside=SETTINGS)
+    for name, token in tokens.items():
+        expect(token, (int, NULL), f"{SETTINGS}.special_tokens.{name}", file)
+    weights = field(own, "class_weights", (list, NULL), file, None, inside=SETTINGS)
+    named = task in ("classification", "entailment")
+    return {"task": task, "labels": labels if named else None, "special_tokens": tokens, "class_weights": weights}
+
+
 def _labels(settings: dict[str, Any], file: Path) -> list[str]:
     """The names of the classes by index; transformers leaves out those of a head with two."""
     found = field(settings, "id2label", (dict, NULL), file, None) or {"0": "LABEL_0", "1": "LABEL_1"}
@@ -202,19 +226,19 @@ def _labels(settings: dict[str, Any], file: Path) -> list[str]:
     return [expect(found[n], str, f"id2label.{n}", file) for n in wanted]
 
 
-def _fill(model: TaskModel, stored: StoredTask) -> None:
-    """Put the stored head in place.
+def fill(model: TaskModel, heads: dict[str, Tensor], path: Path) -> None:
+    """Put a stored head in place.
 
     Raises:
         ValueError: it has another shape than the task's, or other tensors.
     """
-    prefix = _CHOICE if model.task == "choice" else "score."
-    found = {name.removeprefix(prefix): x for name, x in stored.heads.items()}
+    prefix = CHOICE if model.task == "choice" else SCORE
+    found = {name.removeprefix(prefix): x for name, x in heads.items()}
     shapes = {name: tuple(x.shape) for name, x in found.items()}
     wanted = {name: tuple(x.shape) for name, x in model.score.state_dict().items()}
     if shapes != wanted:
         raise ValueError(
-            f"{stored.path}: its head has the tensors {shapes}; {model.task}"
+            f"{path}: its head has the tensors {shapes}; {model.task}"
             f"{f' with {len(model.labels)} labels' if model.labels else ''} needs {wanted}"
         )
     model.score.load_state_dict(found)

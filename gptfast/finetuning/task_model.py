@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +12,17 @@ from torch import Tensor, nn
 
 from gptfast import ops
 from gptfast._checks import check_choice, check_real
-from gptfast._warn import warn
-from gptfast.finetuning import task_files
+from gptfast.finetuning import task_adapters, task_files
 from gptfast.finetuning.examples import DELIMITERS, Encoder, Row, padded, target_of
 from gptfast.finetuning.lm_loss import mean_of_rows
-from gptfast.finetuning.predictions import Prediction, predictions
+from gptfast.finetuning.predictions import Prediction, TaskOutput, predict
 from gptfast.finetuning.special_tokens import PAD, task_tokens
 from gptfast.finetuning.task_checks import check_arguments, checked_labels, checked_weights
 from gptfast.models import GPT
 from gptfast.nn import Linear
 from gptfast.tokenizer import Tokenizer, load_tokenizer
 
-_BATCH = 32  # examples of a forward in `predict`
 _HEAD = 0x7461736B68656164  # tells the head's dropout from those of the network, which have the same seed
-
-
-@dataclass(frozen=True)
-class TaskOutput:
-    """What `TaskModel.forward` computes.
-
-    logits: (B, classes), (B, N) for choices, (B,) scores for similarity.
-    loss: task_loss + lm_coef * lm_loss. task_loss: cross-entropy, or the mean squared error of scores. lm_loss: see
-    `TaskModel.forward`. All three are None without labels, lm_loss also where lm_coef is 0.
-    """
-
-    logits: Tensor
-    loss: Tensor | None = None
-    task_loss: Tensor | None = None
-    lm_loss: Tensor | None = None
 
 
 class TaskModel(nn.Module):
@@ -147,18 +129,32 @@ class TaskModel(nn.Module):
         """
         if not examples:
             raise ValueError("TaskModel: there are no examples; give at least one")
+        return self.collate(*self.rows(examples, labels=labels, where=where))
+
+    def rows(
+        self, examples: Sequence[Any], *, labels: bool = True, where: Sequence[str] | None = None
+    ) -> tuple[list[list[Row]], list[int | float] | None]:
+        """The rows of each example, and what is to be predicted: the index of a class or choice, or a score.
+
+        Arguments and errors: as `batch`.
+        """
         places = where or [""] * len(examples)
         groups = [self._encoder.rows(example, place) for example, place in zip(examples, places, strict=True)]
+        if not labels:
+            return groups, None
+        return groups, [target_of(self.task, x, self.labels, at) for x, at in zip(examples, places, strict=True)]
+
+    def collate(self, groups: Sequence[Sequence[Row]], targets: Sequence[int | float] | None) -> dict[str, Tensor]:
+        """The arguments of `forward` for what `rows` returns."""
         pad = self.special_tokens.get(PAD)
         ids, mask = padded(groups, pad or 0)
         one = self.task in ("classification", "entailment")
         out = {"ids": ids[:, 0] if one else ids}
         if pad is None:
             out["attention_mask"] = mask[:, 0] if one else mask
-        if labels:
-            found = [target_of(self.task, x, self.labels, at) for x, at in zip(examples, places, strict=True)]
+        if targets is not None:
             dtype = torch.float32 if self.task == "similarity" else torch.int64
-            out["labels"] = torch.tensor(found, dtype=dtype, device="cpu")
+            out["labels"] = torch.tensor(targets, dtype=dtype, device="cpu")
         return {name: x.to(self.score.weight.device) for name, x in out.items()}
 
     def forward(
@@ -253,29 +249,15 @@ class TaskModel(nn.Module):
         Raises:
             TypeError, ValueError: as `encode`.
         """
-        if isinstance(examples, (str, Mapping)):
-            raise TypeError(f"TaskModel.predict: examples is a {type(examples).__name__}; expected a list of them")
-        training, before = self.training, self.truncated
-        self.eval()
-        try:
-            parts = [examples[n : n + _BATCH] for n in range(0, len(examples), _BATCH)]
-            found = [
-                p
-                for part in parts
-                for p in predictions(self.task, self.labels, self(**self.batch(part, labels=False)).logits)
-            ]
-        finally:
-            self.train(training)
-        if self.truncated > before:
-            warn(
-                f"TaskModel.predict: {self.truncated - before} of {len(examples)} examples are longer than block_size "
-                f"{self.gpt.config.block_size}; their longest texts were cut at the end"
-            )
-        return found
+        return predict(self, examples)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint folder with the tokenizer; see `gptfast.finetuning.task_files.save`."""
         task_files.save(self, Path(path))
+
+    def save_adapter(self, path: str | os.PathLike[str], name: str = "default") -> None:
+        """Write an adapter of `gpt` and the head, without the base; see `gptfast.finetuning.task_adapters.save`."""
+        task_adapters.save(self, Path(path), name)
 
     @classmethod
     def from_pretrained(
@@ -288,11 +270,19 @@ class TaskModel(nn.Module):
         class_weights: Sequence[float] | Mapping[str, float] | Tensor | None = None,
         special_tokens: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
+        base: str | os.PathLike[str] | None = None,
         **config_overrides: Any,
     ) -> TaskModel:
-        """Load a checkpoint of a task, ours or transformers', or give a language model a new head; see `task_files.load`."""
+        """Load a checkpoint of a task, ours or transformers', or give a language model a new head; see `task_files.load`.
+        Or an adapter of a task, ours or peft's, on its base; see `task_adapters.load`."""
         given = {
             **{"task": task, "labels": labels, "tokenizer": tokenizer},
             **{"class_weights": class_weights, "special_tokens": special_tokens},
         }
+        if task_adapters.is_adapter(path):
+            return task_adapters.load(cls, Path(path), given, dtype, base, config_overrides)
+        if base is not None:
+            raise ValueError(
+                f"TaskModel.from_pretrained: base is {base}, but {path} is no folder of an adapter; leave it out"
+            )
         return task_files.load(cls, path, given, dtype, config_overrides)

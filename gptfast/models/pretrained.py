@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gptfast._json import read_json
 from gptfast._snapshots import current
 from gptfast.config import GPTConfig
 from gptfast.metadata import GENERATION
@@ -21,6 +22,8 @@ from gptfast.models.weight_files import OLD_INDEX, has_safetensors
 from gptfast.nn.position import SinusoidalEmbedding
 from gptfast.nn.transformer import Transformer
 
+ADAPTER = "adapter_config.json"
+_HEADS = ("score.", "multiple_choice_head.")  # of tasks
 Model = TypeVar("Model", bound=Transformer)
 
 _HUB_FILES = [
@@ -73,6 +76,12 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     if folder.is_dir():
         own = current(folder, CONFIG).exists() or nanogpt.find(folder) is not None
+        if not own and current(folder, ADAPTER).is_file():
+            base = read_json(current(folder, ADAPTER)).get("base_model_name_or_path")
+            raise FileNotFoundError(
+                f"{path} holds an adapter and no model; load it on its base with GPT.from_pretrained({base or 'BASE'!r})"
+                f".load_adapter({str(path)!r}), or for a task with gptfast.finetuning.TaskModel.from_pretrained({str(path)!r})"
+            )
         if not own and (found := _checkpoints(folder)):
             raise FileNotFoundError(f"{path} is the folder of a training run; name one of its checkpoints: {found}")
         return folder
@@ -137,6 +146,12 @@ def _read_weights(stored_model: StoredModel, model: Transformer, dtype: torch.dt
             x = x[: config.block_size] if name == "wpe.weight" else x
             state[name] = torch.empty(x.shape, dtype=dtype or x.dtype, device="cpu").copy_(x)
     problems = problems or _tie(state, config) or _missing(state, shapes, config)
+    head = next((problem.split()[0] for problem in problems if problem.startswith(_HEADS)), None)
+    if head is not None:
+        raise ValueError(
+            f"{stored_model.path} is a checkpoint of a task, with the head {head}; load it with "
+            "gptfast.finetuning.TaskModel.from_pretrained"
+        )
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(

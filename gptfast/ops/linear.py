@@ -105,6 +105,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.dim() != 2 or weight.dim() != 2 or dy.shape != (len(x), len(weight)) or x.shape[1] != weight.shape[1]:
         got = f"dy has shape {tuple(dy.shape)}, x {tuple(x.shape)}, weight {tuple(weight.shape)}"
+        # torch.mm would resize the result
         raise ValueError(f"{OP}: {got}; expected dy (M, N), x (M, K), weight (N, K)")
     dx, dweight, dbias = _fake_backward(dy, x, weight, want_x, want_weight, want_bias)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()

@@ -6,8 +6,7 @@ Options are a mapping of those that were given, by the names of the fields that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from gptfast.training.checkpoint import Checkpoint, check_source, read_checkpoin
 from gptfast.training.config import TrainConfig
 from gptfast.training.fingerprint import fingerprint
 from gptfast.training.options import DEFAULTS, SHAPE, RunOptions, start_of
-from gptfast.training.run_folder import lock_run
+from gptfast.training.run_folder import locked_run
 from gptfast.training.trainer import Trainer
 
 Options = Mapping[str, Any]
@@ -83,7 +82,7 @@ def new_run(options: Options) -> Run:
     """
     options = {"data": default_of(DataOptions, "data"), **options}
     place = RunOptions(**values_of(RunOptions, options))
-    with _locked(place.out) as lock:
+    with locked_run(place.out) as lock:
         return _new_run(options, place, lock)
 
 
@@ -98,23 +97,8 @@ def resumed_run(options: Options) -> Run:
     place = RunOptions(**values_of(RunOptions, options))
     if not place.out.is_dir():
         read_checkpoint(place.out / "last")  # raises FileNotFoundError
-    with _locked(place.out) as lock:
+    with locked_run(place.out) as lock:
         return _resumed_run(options, place, lock)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[FileLock]:
-    """The lock of the run. Where the block fails it is released, and a folder that was made for it is removed."""
-    made = not out.exists()
-    lock = lock_run(out)
-    try:
-        yield lock
-    except BaseException:
-        lock.release()
-        if made:
-            with suppress(OSError):  # something was written there
-                out.rmdir()
-        raise
 
 
 def _new_run(options: Options, place: RunOptions, lock: FileLock) -> Run:

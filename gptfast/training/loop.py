@@ -212,7 +212,7 @@ class Loop:
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         rows = self.state.rows or 0
-        figures = self.objective.add_gradients(self.objective.batches(rows, config), self._autocast, self.device)
+        figures = self.objective.add_gradients(self.objective.batches(rows, config), self.autocast, self.device)
         loss = figures["loss"]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizers), config.grad_clip or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -227,13 +227,14 @@ class Loop:
         self.state.rows = rows + config.rows_per_step
         return {**figures, "lr": rate, "grad_norm": norm}
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
+        """The context of a forward pass."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _evaluation(self) -> Evaluation:
-        return self.objective.evaluate(self.eval_batch_size, self.config, self._autocast, self.device)
+        return self.objective.evaluate(self.eval_batch_size, self.config, self.autocast, self.device)
 
     def _evaluate(self) -> None:
         state, found = self.state, self._evaluation()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptfast._locks import FileLock
@@ -28,17 +30,37 @@ def lock_run(out: Path) -> FileLock:
     return lock
 
 
-def make_room(out: Path, overwrite: bool) -> None:
-    """Delete the checkpoints of a run that is to be replaced.
+@contextmanager
+def locked_run(out: Path) -> Iterator[FileLock]:
+    """The lock of a run. Where the block fails it is released, and a folder that was made for it is removed."""
+    made = not out.exists()
+    lock = lock_run(out)
+    try:
+        yield lock
+    except BaseException:
+        lock.release()
+        if made:
+            with suppress(OSError):  # something was written there
+                out.rmdir()
+        raise
 
-    Raises:
-        FileExistsError: there are checkpoints and `overwrite` is False.
-    """
+
+def check_room(out: Path, overwrite: bool) -> list[Path]:
+    """The checkpoints of a run that is to be replaced. Raises FileExistsError: there are some and `overwrite` is False."""
     old = [out / name for name in ("last", "best") if (out / name).exists()]
     if old and not overwrite:
         raise FileExistsError(
             f"{out} already has a training run; continue it with `resume`, replace it with `overwrite`, or "
             "choose another `out`"
         )
-    for folder in old:
+    return old
+
+
+def make_room(out: Path, overwrite: bool) -> None:
+    """Delete the checkpoints of a run that is to be replaced.
+
+    Raises:
+        FileExistsError: there are checkpoints and `overwrite` is False.
+    """
+    for folder in check_room(out, overwrite):
         shutil.rmtree(folder)

@@ -21,7 +21,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["train", "--help"], ["finetune", "--help"], ["generate", "--help"]]
+)
 def test_help_and_version_do_not_wait_for_torch(arguments):
     code = MAIN.format(arguments=arguments) + (
         "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch was imported'\n"

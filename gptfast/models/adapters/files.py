@@ -25,6 +25,7 @@ from gptfast.nn.transformer import Transformer
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, MARK = "base_model.model.", "gptfast_base"
+HEADS = ("score", "classifier", "multiple_choice_head")  # of tasks, as modules_to_save
 _SAMPLE = 1024  # numbers of a matrix that tell bases apart
 
 
@@ -59,8 +60,12 @@ def save(model: Transformer, folder: str | os.PathLike[str], name: str) -> None:
         write_tensors(stage / WEIGHTS, tensors, {MARK: state.base})
 
 
-def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base: bool) -> None:
-    """Read an adapter into a model; see `GPT.load_adapter`. A failure leaves the model as it was."""
+def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base: bool) -> dict[str, Tensor]:
+    """Read an adapter into a model; see `GPT.load_adapter`. A failure leaves the model as it was.
+
+    Returns:
+        The tensors of a task's head, which a GPT does not have: "score.weight" or those of DoubleHeadsModel.
+    """
     attached.check_not_merged(model, "load_adapter")
     folder = Path(folder)
     if not current(folder, CONFIG).is_file():
@@ -72,7 +77,10 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
             f"{folder}: the adapter was trained on another base: {mark} is not this model's {mine}; load its own base, or say "
             "any_base=True"
         )
-    tensors = _of_adapter(model, {_our_key(key): x for key, x in weights.tensors()}, folder)
+    stored = {_our_key(key): x for key, x in weights.tensors()}
+    heads = {key: stored.pop(key) for key in list(stored) if key.startswith(tuple(f"{head}." for head in HEADS))}
+    config.modules_to_save = [m for m in config.modules_to_save or [] if m.rpartition(".")[2] not in HEADS] or None
+    tensors = _of_adapter(model, stored, folder)
     config.modules_to_save = _copies(model, config, tensors)
     before = None if model.adapters is None else (model.adapters.active, model.adapters.enabled)
     with torch.random.fork_rng(devices=[]):
@@ -85,6 +93,7 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
             attached.activate(model, before[0])
             model.adapters.enabled = before[1]
         raise
+    return heads
 
 
 def _opened(folder: Path) -> tuple[LoraConfig, WeightFile, str | None]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptfast._checks import check_count
+from gptfast._warn import warn
 from gptfast.models.adapters import attached, files, merging
 from gptfast.models.adapters.config import of_user
 from gptfast.models.vocabulary import set_rows
@@ -40,7 +41,10 @@ class AdapterMethods(Transformer):
         Raises:
             OSError, ValueError: missing or damaged files, or an adapter of another base. The model stays as it was.
         """
-        files.load(self, path, name, any_base)
+        if files.load(self, path, name, any_base):
+            warn(
+                f"load_adapter: {path} has the head of a task too, which gptfast.finetuning.TaskModel.from_pretrained reads"
+            )
 
     def save_adapter(self, path: str | os.PathLike[str], name: str = "default") -> None:
         """Write an adapter to a folder in peft's format, without the base.

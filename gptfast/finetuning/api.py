@@ -1,0 +1,54 @@
+"""finetune: fine-tuning from Python, as the command does it."""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from gptfast._options import options_of
+from gptfast.finetuning.launch import new_run, resumed_run
+from gptfast.finetuning.options import TRAINING, MethodOptions, PlaceOptions, TaskOptions
+from gptfast.finetuning.results import FinetuneResult, finish
+
+
+def finetune(
+    model: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    task: str | None = None,
+    method: str = "full",
+    out: str | os.PathLike[str] = "runs/finetune",
+    *,
+    progress: bool = False,
+    **options: Any,
+) -> FinetuneResult:
+    """Fine-tune a model on a file of examples; writes OUT/best, OUT/last, metrics.json, loss.png, log.jsonl, and
+    confusion.png for tasks with labels.
+
+    Args:
+        model: a checkpoint folder or hub id. With resume=True model, data and task may be left out.
+        data: JSON Lines; see `read_examples`.
+        task: "classification", "entailment", "similarity", "choice", "lm" or "chat".
+        method: "full" or "lora".
+        out: OUT.
+        progress: show progress.
+        options: eval_data, epochs, max_steps, batch_size, learning_rate, seed, resume, …: the fields of `TaskOptions`,
+            `MethodOptions` and `PlaceOptions` in `gptfast.finetuning.options`, and those of `TrainConfig` that `gptfast
+            finetune --help` lists.
+    Raises:
+        OSError, TypeError, ValueError, ImportError: an option, the model or the data is wrong; what was there stays.
+        FileExistsError: `out` has a run.  BlockingIOError: another process trains there.
+    """
+    known = [name for cls in (TaskOptions, MethodOptions, PlaceOptions) for name in options_of(cls)] + list(TRAINING)
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise TypeError(f"finetune: there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    given = {"model": model, "data": data, "task": task, **options}
+    given = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items() if v is not None}
+    resume = bool(options.get("resume"))
+    if not (resume and method == "full"):
+        given["method"] = method
+    run = (resumed_run if resume else new_run)({**given, "out": Path(out)}, progress)
+    return finish(run, run.loop.train())

@@ -1,0 +1,84 @@
+"""The methods of fine-tuning: what of a model is trained, and what a checkpoint then holds."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gptfast.finetuning.options import MethodOptions
+from gptfast.finetuning.task_model import TaskModel
+from gptfast.metadata import GENERATION
+from gptfast.models import GPT
+from gptfast.models.adapters.config import LoraConfig
+from gptfast.models.adapters.targets import ALL_LINEAR
+from gptfast.models.export import write_json
+
+NAME = "default"  # of the adapter
+_EXPRESSION = re.compile(r"[\\^$*+?()\[\]{}|]")
+
+
+def is_adapter(method: str) -> bool:
+    """Does a method train parts beside a frozen base, and do its checkpoints hold these alone?"""
+    return method != "full"
+
+
+def attach(gpt: GPT, method: MethodOptions, base: str, new_tokens: bool) -> None:
+    """Give a model what the method trains; its other weights are frozen.
+
+    Args:
+        gpt: changed in place.
+        method: of the run.
+        base: where the model is, for the adapter's file.
+        new_tokens: the model must learn rows of the embedding that are new.
+    Raises:
+        ValueError: module names that do not exist; the nearest is suggested.
+    """
+    if method.method == "lora":
+        gpt.add_adapter(
+            LoraConfig(
+                r=method.lora_r,
+                lora_alpha=method.lora_alpha,
+                lora_dropout=method.lora_dropout,
+                target_modules=modules(method.target_modules),
+                modules_to_save=["wte"] if new_tokens else None,
+                ensure_weight_tying=new_tokens,
+                base_model_name_or_path=base,
+                task_type="CAUSAL_LM",
+            ),
+            NAME,
+        )
+
+
+def modules(text: str) -> list[str] | str:
+    """target_modules as LoraConfig has them, from an option: "all-linear", names with commas, or a regular expression."""
+    if text == ALL_LINEAR or _EXPRESSION.search(text):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def write(network: Any, folder: Path) -> None:
+    """Write what a method trained: a whole model, or an adapter without its base."""
+    gpt = network.gpt if isinstance(network, TaskModel) else network
+    if gpt.adapters is None:
+        network.save_pretrained(folder)
+        return
+    network.save_adapter(folder, NAME)
+    if gpt.metadata.generation is not None:
+        write_json(folder / GENERATION, gpt.metadata.generation)
+
+
+def base_fingerprint(gpt: nn.Module) -> str:
+    """A checksum of all weights of a model, by which a resumed run recognises its base."""
+    crc = 0
+    for _, x in gpt.named_parameters():
+        crc = zlib.crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy().data, crc)
+    return f"crc32:{crc:08x}"
+
+
+def count_trained(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)

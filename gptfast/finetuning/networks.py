@@ -1,0 +1,117 @@
+"""The network of a run: made from a model for a new run, or read from the run's checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptfast.finetuning import methods, task_files
+from gptfast.finetuning.instructions import set_up_chat
+from gptfast.finetuning.options import MethodOptions, TaskOptions
+from gptfast.finetuning.sources import Data, absolute, class_weights
+from gptfast.finetuning.task_model import TaskModel
+from gptfast.finetuning.tasks import METRICS
+from gptfast.models import GPT
+from gptfast.models.pretrained import resolve
+from gptfast.tokenizer import BPETokenizer, Tokenizer, has_tokenizer, load_tokenizer
+from gptfast.tokenizer.chat import ChatTemplate
+
+
+def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[Any, Any, list[str], dict[str, Any]]:
+    """The network that is trained, its tokenizer, sentences for the user, and what recognises its base."""
+    place = str(task.model)
+    changes: dict[str, Any] = {} if method.dropout is None else {"dropout": method.dropout}
+    tokenizer = _tokenizer(task)
+    notes: list[str] = []
+    if task.task in METRICS:
+        given: dict[str, Any] = {
+            "labels": data.labels or None,
+            "class_weights": class_weights(task.class_weights, data),
+        }
+        if not methods.is_adapter(method.method):
+            model = TaskModel.from_pretrained(
+                place, task=task.task, tokenizer=tokenizer, dtype=torch.float32, **given, **changes
+            )
+            return model, model.tokenizer, notes, {}
+        gpt = GPT.from_pretrained(place, dtype=torch.float32, **changes)
+        base = _base(gpt, place)
+        model = TaskModel(gpt, str(task.task), tokenizer=tokenizer, **given)
+        methods.attach(gpt, method, base["path"], False)
+        return model, model.tokenizer, notes, base
+    if task.class_weights is not None:
+        class_weights(task.class_weights, data)
+    gpt = GPT.from_pretrained(place, dtype=torch.float32, **changes)
+    base, V = _base(gpt, place), gpt.config.vocab_size
+    if task.task == "chat" and ChatTemplate.of(tokenizer) is None and _needs_template(data, tokenizer):
+        tokenizer = set_up_chat(gpt, tokenizer)
+        notes.append(
+            "the tokenizer has no chat template: it gets ChatML's, with the tokens <|im_start|> and <|im_end|>"
+        )
+    if methods.is_adapter(method.method):
+        methods.attach(gpt, method, base["path"], gpt.config.vocab_size > V)
+    return gpt, tokenizer, notes, base if methods.is_adapter(method.method) else {}
+
+
+def stored_network(folder: Path, task: TaskOptions, method: MethodOptions, base: Any) -> tuple[Any, Any]:
+    """The network in a checkpoint of a run, and its tokenizer.
+
+    Raises:
+        ValueError: the base is not the one that the adapter was trained on.
+    """
+    changes: dict[str, Any] = {} if method.dropout is None else {"dropout": method.dropout}
+    if not methods.is_adapter(method.method):
+        if task.task in METRICS:
+            model = TaskModel.from_pretrained(folder, dtype=torch.float32, **changes)
+            return model, model.tokenizer
+        return GPT.from_pretrained(folder, dtype=torch.float32, **changes), load_tokenizer(folder)
+    gpt = GPT.from_pretrained(str(base["path"]), dtype=torch.float32, **changes)
+    if methods.base_fingerprint(gpt) != base["fingerprint"]:
+        raise ValueError(
+            f"finetune: {base['path']} is another model than the one that {folder} was trained on; put the base back, or start "
+            "a new run"
+        )
+    if task.task in METRICS:
+        model = TaskModel.from_pretrained(folder, base=base["path"], dtype=torch.float32, **changes)
+        return model, model.tokenizer
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > gpt.config.vocab_size:
+        gpt.resize_token_embeddings(tokenizer.vocab_size)
+    gpt.load_adapter(folder, methods.NAME)
+    return gpt, tokenizer
+
+
+def _base(gpt: GPT, place: str) -> dict[str, Any]:
+    return {"path": absolute(place), "fingerprint": methods.base_fingerprint(gpt)}
+
+
+def _tokenizer(task: TaskOptions) -> Tokenizer:
+    if task.tokenizer is not None:
+        return load_tokenizer(task.tokenizer)
+    folder = resolve(str(task.model))
+    if not folder.is_dir() or not has_tokenizer(folder):
+        raise FileNotFoundError(f"{task.model} has no tokenizer; name it with `tokenizer`: gpt2, or a FOLDER")
+    return load_tokenizer(folder)
+
+
+def _needs_template(data: Data, tokenizer: Tokenizer) -> bool:
+    messages = any("messages" in record for part in (data.train, data.held_out) for record in part.records)
+    return messages or (tokenizer.eos_id is None and isinstance(tokenizer, BPETokenizer))
+
+
+def stored_labels(task: TaskOptions, method: MethodOptions) -> list[str] | None:
+    """The classes of a head that the model has already.
+
+    Raises:
+        ValueError: the model is a checkpoint of a task, and the method needs a language model.
+    """
+    found = task_files.stored_task(str(task.model))
+    if found is None:
+        return None
+    if task.task not in METRICS or methods.is_adapter(method.method):
+        raise ValueError(
+            f"finetune: {task.model} is a checkpoint of {found['task']}; {task.task} by {method.method} needs a language model - "
+            "start from the one that it was trained from"
+        )
+    return found.get("labels")

@@ -1,0 +1,186 @@
+"""What fine-tuning trains: a task with its metric, or texts and replies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptfast.data.sampler import shuffled
+from gptfast.finetuning import metrics
+from gptfast.finetuning.examples import Row
+from gptfast.finetuning.instructions import IGNORED, Packed, pack
+from gptfast.finetuning.task_model import TaskModel
+from gptfast.models import GPT
+from gptfast.tokenizer import Tokenizer
+from gptfast.training.config import TrainConfig
+from gptfast.training.objective import Autocast, Evaluation, Objective
+
+_LOGITS = 1 << 26  # the most of a forward in evaluation, where they are held
+Write = Callable[[Any, Path], None]
+Rows = tuple[list[list[Row]], list[Any]]  # as `TaskModel.rows` returns them
+
+
+def numbers(row: int, count: int, n: int, seed: int) -> list[int]:
+    """The examples of `count` rows from `row` on, of n."""
+    return np.concatenate([part for _, part in shuffled(row, count, n, seed)]).tolist()
+
+
+class TaskObjective(Objective):
+    """A task: its loss and the auxiliary language-modelling loss; a metric decides which step is the best.
+
+    Args:
+        model: of the task.
+        train, held_out: what `TaskModel.rows` returns of the examples.
+        metric: a function of `gptfast.finetuning.metrics`.
+        lm_coef: weight of the language-modelling loss.
+        write: writes the model to a folder.
+    """
+
+    def __init__(
+        self, model: TaskModel, train: Rows, held_out: Rows, metric: str, lm_coef: float, write: Write
+    ) -> None:
+        self.network, self.tokenizer, self.metric, self.lm_coef = model, None, metric, lm_coef
+        self.train, self.held_out, self._write = train, held_out, write
+        self.train_rows = train[0]
+        self.tokens_per_row = sum(len(row) for rows in train[0] for row in rows) / len(train[0])
+
+    def batches(self, row: int, config: TrainConfig) -> list[dict[str, Tensor]]:
+        groups, targets = self.train
+        chosen = numbers(row, config.rows_per_step, len(groups), config.seed)
+        parts = [chosen[n : n + config.batch_size] for n in range(0, len(chosen), config.batch_size)]
+        return [self.network.collate([groups[i] for i in part], [targets[i] for i in part]) for part in parts]
+
+    def add_gradients(
+        self, batches: list[dict[str, Tensor]], autocast: Autocast, device: torch.device
+    ) -> dict[str, float]:
+        total, task, lm = 0.0, 0.0, 0.0
+        for batch in batches:
+            with autocast():
+                out = self.network(**batch, lm_coef=self.lm_coef)
+            (out.loss / len(batches)).backward()
+            total += float(out.loss.detach()) / len(batches)
+            task += float(out.task_loss.detach()) / len(batches)
+            lm += 0.0 if out.lm_loss is None else float(out.lm_loss.detach()) / len(batches)
+        return {"loss": total, "task_loss": task, **({"lm_loss": lm} if self.lm_coef else {})}
+
+    def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
+        loss, true, found = self.predict(batch_size, autocast)
+        return Evaluation(loss, score(self.metric, true, found))
+
+    @torch.no_grad()
+    def predict(self, batch_size: int, autocast: Autocast) -> tuple[float, list[Any], list[Any]]:
+        """The task's mean loss over the held-out examples, what is true of them, and what the model says."""
+        groups, targets = self.held_out
+        order = sorted(range(len(groups)), key=lambda i: max(map(len, groups[i])))  # rows of one length: little padding
+        training, total, found = self.network.training, 0.0, {}
+        self.network.eval()
+        try:
+            for n in range(0, len(order), batch_size):
+                part = order[n : n + batch_size]
+                with autocast():
+                    out = self.network(
+                        **self.network.collate([groups[i] for i in part], [targets[i] for i in part]), lm_coef=0
+                    )
+                total += float(out.task_loss) * len(part)
+                said = out.logits if self.network.task == "similarity" else out.logits.argmax(-1)
+                found.update(zip(part, said.tolist(), strict=True))
+        finally:
+            self.network.train(training)
+        return total / len(order), list(targets), [found[i] for i in range(len(groups))]
+
+    def write(self, folder: Path) -> None:
+        self._write(self.network, folder)
+
+
+def score(metric: str, true: Sequence[Any], found: Sequence[Any]) -> float:
+    """A metric of predictions; constant ones are correlated with nothing: 0."""
+    if metric in ("pearson", "spearman") and (len(set(found)) == 1 or len(set(true)) == 1):
+        return 0.0
+    return getattr(metrics, metric)(true, found)
+
+
+class TextObjective(Objective):
+    """Texts or replies: the mean cross-entropy of the tokens that are learnt. The loss decides which step is the best.
+
+    Args:
+        model: a GPT.
+        train, held_out: (ids, mask) rows; see `gptfast.finetuning.response_mask`.
+        tokenizer: saved with every checkpoint.
+        write: writes the model to a folder.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        train: Sequence[tuple[Row, Row]],
+        held_out: Sequence[tuple[Row, Row]],
+        tokenizer: Tokenizer,
+        write: Write,
+    ) -> None:
+        self.network, self.tokenizer, self._write = model, tokenizer, write
+        self.train = self.train_rows = train
+        self.held_out = held_out
+        self.tokens_per_row = sum(len(ids) for ids, _ in train) / len(train)
+
+    def batches(self, row: int, config: TrainConfig) -> list[Packed]:
+        chosen = numbers(row, config.rows_per_step, len(self.train), config.seed)
+        parts = [chosen[n : n + config.batch_size] for n in range(0, len(chosen), config.batch_size)]
+        return [pack([self.train[i] for i in part]) for part in parts]
+
+    def add_gradients(self, batches: list[Packed], autocast: Autocast, device: torch.device) -> dict[str, float]:
+        counts = [learnt(batch) for batch in batches]
+        total = 0.0
+        for batch, count in zip(batches, counts, strict=True):
+            loss = self._loss(batch, autocast, device) * (count / sum(counts))
+            loss.backward()
+            total += float(loss.detach())
+        return {"loss": total}
+
+    @torch.no_grad()
+    def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
+        training, total, count = self.network.training, 0.0, 0
+        self.network.eval()
+        try:
+            for batch in self._evaluated(batch_size):
+                total += float(self._loss(batch, autocast, device)) * learnt(batch)
+                count += learnt(batch)
+        finally:
+            self.network.train(training)
+        return Evaluation(total / count)
+
+    def _evaluated(self, batch_size: int) -> Iterator[Packed]:
+        """The held-out rows in batches whose logits are not too many."""
+        part: list[tuple[Row, Row]] = []
+        for row in self.held_out:
+            tokens = sum(len(ids) for ids, _ in (*part, row))
+            if part and (len(part) == batch_size or tokens * self.network.config.vocab_size > _LOGITS):
+                yield pack(part)
+                part = []
+            part.append(row)
+        yield pack(part)
+
+    def _loss(self, batch: Packed, autocast: Autocast, device: torch.device) -> Tensor:
+        with autocast():
+            return self.network(batch.ids.to(device), batch.targets.to(device), cu_seqlens=batch.cu_seqlens.to(device))[
+                1
+            ]
+
+    def write(self, folder: Path) -> None:
+        self._write(self.network, folder)
+
+
+def learnt(batch: Packed) -> int:
+    return int((batch.targets != IGNORED).sum())
+
+
+def perplexity(loss: float) -> float:
+    with suppress(OverflowError):
+        return math.exp(loss)
+    return math.inf

@@ -1,0 +1,210 @@
+"""The options of `gptfast finetune` and of `finetune`, beside those of `TrainConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptfast._options import Real, Whole, check_fields, describe_fields, format_value, option
+from gptfast.finetuning.tasks import METRICS, TASKS
+from gptfast.training.config import TrainConfig
+
+METHODS = ("full", "lora", "qlora", "prompt")
+ABSENT = {  # methods that this version does not have, and what to take instead
+    "qlora": "lora needs more memory for the base and gives the same adapter",
+    "prompt": "lora trains few parameters too",
+}
+_ALL_METRICS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
+_TASK, _METHOD, _DATA, _RUN = "The task", "The method", "Data", "The run"
+
+# Fields of TrainConfig that are options.
+TRAINING = (
+    *("max_steps", "batch_size", "grad_accum", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip"),
+    *("eval_every", "checkpoint_every", "patience", "log_every", "seed", "dtype", "device"),
+)
+# Defaults of TrainConfig's fields by method, where they are not its own. Full: GPT-1's fine-tuning had 6.25e-5 and a decay
+# of 0.01 (Radford et al. 2018, section 4.1). LoRA: that of GPT-2 (Hu et al., arXiv 2106.09685, table 11) for AdamW beside
+# a new head. Prompt: Lester et al., arXiv 2104.08691, have 0.3 for Adafactor.
+_COMMON: dict[str, Any] = {"batch_size": 16, "log_every": 10, "beta2": 0.999}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "full": {**_COMMON, "learning_rate": 1e-4, "weight_decay": 0.01},
+    "lora": {**_COMMON, "learning_rate": 1e-3, "weight_decay": 0.0},
+    "qlora": {**_COMMON, "learning_rate": 1e-3, "weight_decay": 0.0},
+    "prompt": {**_COMMON, "learning_rate": 3e-2, "weight_decay": 0.0},
+}
+
+
+@describe_fields
+@dataclass(frozen=True)
+class TaskOptions:
+    """What is learnt, from which examples.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type, or that is not allowed.
+    """
+
+    model: str | None = option(
+        None,
+        "What to start from: a checkpoint FOLDER such as runs/bard/best, nanoGPT's ckpt.pt, or a hub id such as gpt2. A "
+        "checkpoint of the same task keeps its head.",
+        words="needed, but with `resume`",
+        group=_TASK,
+    )
+    data: str | None = option(
+        None,
+        "FILE of examples to learn from: a JSON object on each line, also packed (.gz, .xz, .zst). Its fields are those of "
+        "the task; see above.",
+        words="needed, but with `resume`",
+        group=_DATA,
+    )
+    eval_data: str | None = option(
+        None,
+        "FILE of examples to judge by, which are not learnt from.",
+        words="a tenth of `data`, drawn by `seed`",
+        group=_DATA,
+    )
+    task: str | None = option(
+        None, "What the examples teach.", words="needed, but with `resume`", allowed=TASKS, group=_TASK
+    )
+    tokenizer: str | None = option(
+        None,
+        "How to cut text into tokens: gpt2, or the FOLDER of a tokenizer.",
+        words="the model's own",
+        group=_DATA,
+    )
+    metric: str | None = option(
+        None,
+        "What decides which step is the best one.",
+        words="accuracy; pearson for similarity; the loss for lm and chat",
+        allowed=_ALL_METRICS,
+        group=_TASK,
+    )
+    lm_coef: float = option(
+        0.5,
+        "Weight of the language-modelling loss beside that of the task (GPT-1 has 0.5). 0: none.",
+        allowed=Real(least=0),
+        group=_TASK,
+    )
+    class_weights: str | None = option(
+        None,
+        "Weights of the classes in the loss, such as comedy=1,poetry=4; or balanced: classes with few examples weigh more.",
+        words="1 each",
+        group=_TASK,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields("finetune", self)
+
+
+@describe_fields
+@dataclass(frozen=True)
+class MethodOptions:
+    """How the model is changed.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type, or that is not allowed.
+    """
+
+    method: str = option(
+        "full",
+        "full: every weight is trained, and OUT holds a whole model. lora: small matrices beside the frozen ones "
+        "(LoRA), and OUT holds these alone. qlora: as lora, on a base in 4 bits. prompt: some trained vectors before the "
+        "text (a soft prompt), and nothing else.",
+        allowed=METHODS,
+        group=_METHOD,
+    )
+    lora_r: int = option(
+        8, "Rank of LoRA's matrices: the larger, the more can be learnt.", allowed=Whole(1), group=_METHOD
+    )
+    lora_alpha: float = option(
+        16.0, "LoRA's update is scaled by this over `lora_r`.", allowed=Real(above=0), group=_METHOD
+    )
+    lora_dropout: float = option(
+        0.0,
+        "Probability of dropping an input of LoRA's matrices in training.",
+        allowed=Real(least=0, below=1),
+        group=_METHOD,
+    )
+    target_modules: str = option(
+        "all-linear",
+        "Which layers get LoRA's matrices: names or endings such as c_attn,mlp.c_fc, a regular expression, or all-linear.",
+        group=_METHOD,
+    )
+    dropout: float | None = option(
+        None,
+        "Dropout of the model while it is fine-tuned.",
+        words="the model's own",
+        allowed=Real(least=0, below=1),
+        group=_METHOD,
+    )
+    num_virtual_tokens: int = option(
+        20,
+        "Length of the soft prompt of `method` prompt; texts have that much less room.",
+        allowed=Whole(1),
+        group=_METHOD,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields("finetune", self)
+        if self.method in ABSENT:
+            raise ValueError(
+                f"finetune: method is {self.method!r}, which this version of gptfast does not have yet; {ABSENT[self.method]}"
+            )
+
+
+@describe_fields
+@dataclass(frozen=True)
+class PlaceOptions:
+    """Where a run is kept, and how long it is.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type, or that is not allowed.
+    """
+
+    out: Path = option(Path("runs/finetune"), "Folder for the result, checkpoints, log and plots.", group=_RUN)
+    epochs: float = option(
+        3.0, "How often each example is seen; `max_steps` overrides it.", allowed=Real(above=0), group=_RUN
+    )
+    resume: bool = option(False, "Continue the run in OUT, bit for bit, as if it had not been interrupted.", group=_RUN)
+    overwrite: bool = option(False, "Replace the run in OUT.", group=_RUN)
+    show_batch: bool = option(False, "Print the first rows before training, with what is learnt in colour.", group=_RUN)
+    compare: bool = option(
+        False,
+        "Run every method in a process of its own, in OUT/METHOD, and print a table: metric, trained parameters, peak "
+        "memory, time.",
+        group=_RUN,
+    )
+    threads: int | None = option(None, "CPU threads.", words="all cores", allowed=Whole(1), group=_RUN)
+
+    def __post_init__(self) -> None:
+        check_fields("finetune", self)
+
+
+def training_config(method: str, options: Mapping[str, Any], steps: int) -> TrainConfig:
+    """The TrainConfig of a new run; what was not given has the method's default."""
+    given = {name: value for name, value in options.items() if name in TRAINING}
+    max_steps = given.pop("max_steps", None) or steps
+    return TrainConfig(
+        **{
+            **DEFAULTS[method],
+            "eval_every": max(1, -(-max_steps // 10)),
+            **given,
+            "max_steps": max_steps,
+            "eval_batches": 0,
+        }
+    )
+
+
+def defaults_in_words() -> dict[str, str]:
+    """The defaults that depend on the method, in words, for --help."""
+    rates = ", ".join(f"{method} {format_value(values['learning_rate'])}" for method, values in DEFAULTS.items())
+    return {
+        "max_steps": "as many as `epochs` need",
+        "batch_size": format_value(_COMMON["batch_size"]),
+        "learning_rate": rates,
+        "weight_decay": "full 0.01, else 0",
+        "eval_every": "a tenth of the steps",
+        "warmup_steps": "a tenth of the steps, at most 100",
+    }

@@ -1,0 +1,132 @@
+"""The examples of a run: training and held-out ones, and their fingerprints."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gptfast.data.sampler import shuffled
+from gptfast.finetuning.examples import target_of
+from gptfast.finetuning.jsonl import Examples, read_examples
+from gptfast.finetuning.task_checks import ENTAILMENT
+
+_HELD_OUT = 10  # one in so many, where no file of held-out examples is given
+
+
+@dataclass(frozen=True)
+class Data:
+    """train, held_out: the examples. labels: the classes, [] for tasks without."""
+
+    train: Examples
+    held_out: Examples
+    labels: list[str]
+
+    def marks(self) -> dict[str, list[int]]:
+        """The number of examples of each part, and a checksum of them."""
+        return {"train": _mark(self.train), "held_out": _mark(self.held_out)}
+
+    def counts(self) -> dict[str, int]:
+        """How often each class occurs in the training part."""
+        if not self.labels:
+            return {}
+        train = self.train
+        found = Counter(target_of(train.task, record, self.labels) for record in train.records)
+        return {label: found[n] for n, label in enumerate(self.labels)}
+
+
+def open_examples(data: str, eval_data: str | None, task: str, seed: int, labels: Sequence[str] | None) -> Data:
+    """The examples of a run.
+
+    Args:
+        data, eval_data: files; without eval_data every tenth example, drawn by seed, is held out.
+        task: of the examples.
+        seed: of the draw.
+        labels: the classes of a head that there is already; None: those of `data`.
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: damaged lines, a label that is not in the set, one class only, too few examples.
+    """
+    classes = task in ("classification", "entailment")
+    found = read_examples(data, task, labels)
+    names = list(labels or _labels(found, task)) if classes else []
+    if eval_data is not None:
+        return _checked(Data(found, read_examples(eval_data, task, names if classes else None), names))
+    n = len(found)
+    if n < 2:
+        raise ValueError(
+            f"{found.path} has {n} example, and none would be left to judge by; give more, or a file of them with `eval_data`"
+        )
+    order = [int(i) for _, part in shuffled(0, n, n, seed) for i in part]
+    held = set(order[: max(1, n // _HELD_OUT)])
+    parts = [[i for i in range(n) if (i in held) is wanted] for wanted in (False, True)]
+    train, held_out = (_some(found, part) for part in parts)
+    return _checked(Data(train, held_out, names))
+
+
+def _labels(found: Examples, task: str) -> list[str]:
+    names = found.labels()
+    return list(ENTAILMENT) if task == "entailment" and set(names) <= set(ENTAILMENT) else names
+
+
+def _checked(data: Data) -> Data:
+    """Raise ValueError if the training part has no class to tell from another."""
+    counts = data.counts()
+    present = [label for label, n in counts.items() if n]
+    if len(present) == 1:
+        raise ValueError(
+            f"{data.train.path}: {present[0]!r} of {', '.join(counts)} is the only class of its {len(data.train)} training "
+            "examples; give examples of others too"
+        )
+    return data
+
+
+def _some(examples: Examples, numbers: list[int]) -> Examples:
+    records, where = ([values[i] for i in numbers] for values in (examples.records, examples.where))
+    return replace(examples, records=records, where=where)
+
+
+def _mark(examples: Examples) -> list[int]:
+    return [len(examples), zlib.crc32(json.dumps(examples.records, sort_keys=True).encode())]
+
+
+def class_weights(text: str | None, data: Data) -> dict[str, float] | None:
+    """The weights of the classes that an option says: "balanced", or LABEL=NUMBER with commas.
+
+    Raises:
+        ValueError: something else, or a label that is not in the set.
+    """
+    if text is None:
+        return None
+    if not data.labels:
+        raise ValueError("finetune: class_weights are for tasks with labels; leave it out")
+    if text == "balanced":  # as scikit-learn's class_weight: the mean weight of an example is 1
+        counts = data.counts()
+        return {k: len(data.train) / (len(counts) * n) if n else 0.0 for k, n in counts.items()}
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        label, equals, number = part.rpartition("=")
+        if not equals or label.strip() not in data.labels:
+            raise ValueError(
+                f"finetune: class_weights has {part!r}; expected LABEL=NUMBER with a label of {', '.join(data.labels)}"
+            )
+        weights[label.strip()] = _number(number, part)
+    return weights
+
+
+def _number(text: str, part: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"finetune: class_weights has {part!r}; expected LABEL=NUMBER") from None
+
+
+def absolute(value: Any) -> Any:
+    """A path that exists, from the root, so that a run can be resumed from elsewhere; other values as they are."""
+    is_path = isinstance(value, (str, os.PathLike)) and Path(value).exists()
+    return str(Path(value).resolve()) if is_path else value

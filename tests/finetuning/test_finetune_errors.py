@@ -1,0 +1,164 @@
+"""gptfast finetune with bad input: one line that says what to do, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptfast import GPT
+from gptfast.finetuning import finetune
+from tests.support.finetuning import base, files, records, result, write
+from tests.support.finetuning import finetune as run
+from tests.support.train_command import _argv, gptfast  # noqa: F401  a fixture
+
+GOOD = records("classification", 8, 0)
+
+
+def failure(capsys: pytest.CaptureFixture[str], folder: Path, *more: str | Path, task: str = "classification") -> str:
+    capsys.readouterr()
+    assert run(folder, *more, task=task) == 1
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: ")
+    assert not any("Traceback" in line for line in rest)
+    return first
+
+
+def bad(folder: Path, *lines: dict | str) -> Path:
+    path = folder / "bad.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+DATA = {
+    "a label that is not in the set": (
+        "--eval-data",
+        [*GOOD, {"text": "x", "label": "poem"}],
+        "line 9: the label 'poem'",
+    ),
+    "one class": ("--data", GOOD[::2], "all 4 examples have the label 'pet'"),
+    "an empty file": ("--data", [], "has no examples"),
+    "an empty held-out file": ("--eval-data", [], "has no examples"),
+    "malformed": ("--data", [GOOD[0], '{"text": "a", "label"'], "line 2"),
+    "a missing field": ("--data", [GOOD[0], {"txt": "a", "label": "pet"}], "line 2: there is no field 'text'"),
+    "an empty text": ("--data", [*GOOD, {"text": "", "label": "pet"}], None),
+    "no file": ("--data", None, "bad.jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_bad_examples(tmp_path, capsys, case):
+    option, lines, said = DATA[case]
+    path = tmp_path / "bad.jsonl" if lines is None else bad(tmp_path, *lines)
+    if said is None:  # an empty text is one of delimiters
+        assert run(tmp_path, option, path) == 0
+        return
+    message = failure(capsys, tmp_path, option, path)
+    assert said in message
+    assert str(path) in message
+    assert not (tmp_path / "out").exists(), "nothing was made"
+
+
+def test_a_split_that_would_be_empty(tmp_path, capsys):
+    one = bad(tmp_path, GOOD[0], GOOD[1])
+    given = [str(x) for x in files(tmp_path)]
+    given[given.index("--data") + 1] = str(one)
+    at = given.index("--eval-data")
+    capsys.readouterr()
+    assert gptfast("finetune", *given[:at], *given[at + 2 :], "--out", tmp_path / "out") == 1
+    assert "is the only class of its 1 training examples" in capsys.readouterr().err
+    single = bad(tmp_path, {"text": "cat"})
+    at = given.index("--task")
+    command = ["--model", tmp_path / "base", "--data", single, "--task", "lm", "--out", tmp_path / "out"]
+    assert gptfast("finetune", *command) == 1
+    assert "has 1 example" in (err := capsys.readouterr().err)
+    assert "--eval-data" in err
+
+
+OPTIONS = {
+    "modules that do not exist": (["--method", "lora", "--target-modules", "c_atn"], "did you mean 'c_attn'?"),
+    "a metric of another task": (["--metric", "pearson"], "--metric is 'pearson', which classification does not have"),
+    "a class weight of no class": (["--class-weights", "poem=2"], "expected LABEL=NUMBER with a label of pet, war"),
+    "a class weight that is no number": (["--class-weights", "war=two"], "--class-weights has 'war=two'"),
+    "a rank of 0": (["--method", "lora", "--lora-r", "0"], "--lora-r is 0"),
+    "a dropout of 1": (["--method", "lora", "--lora-dropout", "1"], "--lora-dropout is 1"),
+    "a model that is not there": (["--model", "nowhere/at/all"], "nowhere/at/all"),
+    "resuming nothing": (["--resume", "--out", "nothing"], "no training run to resume"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_bad_options(tmp_path, capsys, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    options, said = OPTIONS[case]
+    assert said in failure(capsys, tmp_path, *options)
+    assert not (tmp_path / "out" / "last").exists()
+
+
+def test_what_must_be_said(tmp_path, capsys):
+    for given, missing in (([], "--model"), (["--model", "x"], "--data"), (["--model", "x", "--data", "y"], "--task")):
+        assert gptfast("finetune", *given) == 1
+        assert f"{missing} is missing" in capsys.readouterr().err
+    with pytest.raises(TypeError, match=r"no option 'learning_rat'; did you mean 'learning_rate'\?"):
+        finetune("x", "y", "chat", learning_rat=1.0)
+
+
+def test_a_run_that_is_there_is_kept(tmp_path, capsys):
+    assert run(tmp_path) == 0
+    before = (tmp_path / "out" / "best" / "model.safetensors").read_bytes()
+    assert "already has a training run; continue it with --resume, replace it with --overwrite" in failure(
+        capsys, tmp_path
+    )
+    assert "classification-0.jsonl, which it cannot change" in failure(capsys, tmp_path, "--resume", task="entailment")
+    assert "--seed is 3 but the run" in failure(capsys, tmp_path, "--resume", "--seed", "3")
+    data = tmp_path / "classification-0.jsonl"
+    kept = data.read_text()
+    write(data, records("classification", 40, 7))
+    assert "are not those that" in failure_of(capsys, "--resume", "--out", tmp_path / "out")
+    data.write_text(kept)
+    assert (tmp_path / "out" / "best" / "model.safetensors").read_bytes() == before
+    assert gptfast("finetune", "--resume", "--out", tmp_path / "out", "--max-steps", "10") == 0
+    assert result(tmp_path)["steps"] == 10
+
+
+def failure_of(capsys, *arguments) -> str:
+    capsys.readouterr()
+    assert gptfast("finetune", *arguments) == 1
+    return capsys.readouterr().err.splitlines()[0]
+
+
+def test_an_adapter_is_resumed_on_its_own_base_only(tmp_path, capsys):
+    assert run(tmp_path, "--method", "lora", "--max-steps", "4") == 0
+    base(tmp_path / "base", seed=1)  # other weights in the same place
+    said = failure_of(capsys, "--resume", "--out", tmp_path / "out", "--max-steps", "8")
+    assert re.search(r"base is another model than the one that .*last was trained on", said)
+    gpt = GPT.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        gpt.wte.weight[0] += 1  # of the base the blocks alone are in the adapter's mark
+    base(tmp_path / "base", seed=0)
+    right = GPT.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        right.wte.weight[0, 0] += 1e-6
+    right.save_pretrained(tmp_path / "base")
+    assert "is another model" in failure_of(capsys, "--resume", "--out", tmp_path / "out", "--max-steps", "8")
+
+
+def test_a_checkpoint_of_a_task_as_the_model(tmp_path, capsys):
+    assert run(tmp_path) == 0
+    task = tmp_path / "out" / "best"
+    assert "is a checkpoint of classification" in failure(
+        capsys, tmp_path, "--model", task, "--method", "lora", "--overwrite"
+    )
+    others = write(tmp_path / "others.jsonl", [{**r, "label": r["label"].upper()} for r in GOOD])
+    assert "the label 'PET' is not in the set; expected one of 'pet', 'war'" in failure(
+        capsys, tmp_path, "--model", task, "--data", others, "--out", tmp_path / "new"
+    )
+    assert run(tmp_path, "--model", task, out="more") == 0  # trained on
+    with pytest.raises(ValueError, match=r"checkpoint of a task.*TaskModel\.from_pretrained"):
+        GPT.from_pretrained(task)
+    assert run(tmp_path, "--method", "lora", out="lora") == 0
+    with pytest.raises(FileNotFoundError, match=r"holds an adapter.*/base'\)\.load_adapter"):
+        GPT.from_pretrained(tmp_path / "lora" / "best")
