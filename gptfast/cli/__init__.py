@@ -13,6 +13,7 @@ from gptfast.cli._errors import print_error, wants_traceback
 from gptfast.cli.bench import bench
 from gptfast.cli.doctor import doctor
 from gptfast.cli.evaluate import evaluate
+from gptfast.cli.explain import explain
 from gptfast.cli.finetune import finetune
 from gptfast.cli.generate import generate
 from gptfast.cli.info import info
@@ -49,7 +50,7 @@ def _options(
     """Train, fine-tune and run GPTs, fast on the machine you have."""
 
 
-for command in (train, finetune, generate, evaluate, serve, prepare, info, doctor, bench):
+for command in (train, finetune, generate, evaluate, explain, serve, prepare, info, doctor, bench):
     app.command()(command)
 _commands = app
 
