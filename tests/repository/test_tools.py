@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 import pytest
 
 from gptfast._version import __version__
-from tests.conftest import SLOWEST_FIRST, rank
 from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".github").exists(), reason="not run from a clone of the repository")
@@ -54,9 +52,3 @@ def test_hooks_run_what_lint_runs():
     [lint] = re.findall(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.M)
     tools = set(re.findall(r"^\t\$\(BIN\)/([\w-]+)", lint, re.M))
     assert set(hooks) == tools - {"pyright"}, "pyright needs the whole tree"
-
-
-def test_the_slowest_files_exist():
-    """A file that was renamed or split would be dealt late, and one process would end minutes after the others."""
-    assert [name for name in SLOWEST_FIRST if not (ROOT / "tests" / name).is_file()] == []
-    assert rank(ROOT / "tests" / SLOWEST_FIRST[1]) == 1 and rank(Path(__file__)) == len(SLOWEST_FIRST)
