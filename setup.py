@@ -98,10 +98,10 @@ class EmulatorBuild(Command):
         if cuda is None:
             fail("build_emu: nvcc was not found; the emulator needs the headers of the CUDA toolkit (CUDA_HOME)")
             return
-        library = emulated_ops(find_torch(), cuda, self.variant)
-        target = ROOT / "build" / library.target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        run_ninja([library], target.parent, ROOT / "build")
+        torch = find_torch()
+        all_variants = [emulated_ops(torch, cuda, variant) for variant in VARIANTS]  # they share objects
+        target = ROOT / f"build/emu/{self.variant}/emu_ops.so"
+        run_ninja(all_variants, target.parents[1], ROOT / "build", wanted=target)
         print(f"gptfast: built {target.relative_to(ROOT)}")
 
 

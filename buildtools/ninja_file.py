@@ -24,6 +24,7 @@ class Unit:
     flags: Sequence[str]
     object: str  # below the folder of the build
     nvcc: Path | None = None  # compiles it, if not the C++ compiler
+    header: Unit | None = None  # a precompiled header (g++), whose object ends in .gch; it is included first
 
 
 @dataclass
@@ -54,6 +55,7 @@ RULE = """rule {name}
 def write_ninja(libraries: list[Library], build_dir: Path, out_dir: Path) -> Path:
     """build.ninja in `build_dir`; it is touched only where it changes."""
     units = [unit for library in libraries for unit in library.units]
+    units += [unit.header for unit in units if unit.header]
     nvcc = next((ninja_path(unit.nvcc) for unit in units if unit.nvcc), "nvcc")
     lines = [
         f"builddir = {ninja_path(build_dir)}",
@@ -70,9 +72,13 @@ def write_ninja(libraries: list[Library], build_dir: Path, out_dir: Path) -> Pat
         return ninja_path(build_dir / unit.object)
 
     for unit in {unit.object: unit for unit in units}.values():
-        rule = "nvcc" if unit.nvcc else "cxx"
-        lines.append(f"build {object_of(unit)}: {rule} {ninja_path(unit.source)}")
-        lines.append(f"  flags = {' '.join(map(shell, unit.flags))}")
+        rule, flags = "nvcc" if unit.nvcc else "cxx", [*unit.flags]
+        needs = ""
+        if unit.header:
+            flags += ["-fpch-preprocess", "-include", str(build_dir / unit.header.object).removesuffix(".gch")]
+            needs = f" | {object_of(unit.header)}"
+        lines.append(f"build {object_of(unit)}: {rule} {ninja_path(unit.source)}{needs}")
+        lines.append(f"  flags = {' '.join(map(shell, flags))}")
     for library in libraries:
         objects = " ".join(map(object_of, library.units))
         lines.append(f"build {ninja_path(out_dir / library.target)}: link {objects}")
@@ -112,13 +118,21 @@ def locked(build_dir: Path) -> Iterator[None]:
         yield
 
 
-def run_ninja(libraries: list[Library], build_dir: Path, out_dir: Path, database: Path | None = None) -> None:
-    """Compile what is not up to date. `database`: where compile_commands.json goes."""
+def run_ninja(
+    libraries: list[Library],
+    build_dir: Path,
+    out_dir: Path,
+    database: Path | None = None,
+    wanted: Path | None = None,
+) -> None:
+    """Compile what is not up to date. `database`: where compile_commands.json goes. `wanted`: the only library to build."""
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         fail(
             "no C++ compiler (g++) was found. Install one (Debian: apt-get install g++), name it in CXX, "
             "or install pure Python with GPTFAST_BUILD=0."
         )
+    # ccache keeps objects that were compiled with a precompiled header only where it is told that it may.
+    environment = {"CCACHE_SLOPPINESS": "pch_defines,time_macros", **os.environ}
     each = 2.0 if any(unit.nvcc for library in libraries for unit in library.units) else 0.75  # gigabytes of a compiler
     jobs = os.environ.get("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, int(free_memory() / each)))))
     with locked(build_dir):
@@ -128,6 +142,8 @@ def run_ninja(libraries: list[Library], build_dir: Path, out_dir: Path, database
             aside = database.with_suffix(".tmp")
             aside.write_bytes(told.stdout)
             aside.replace(database)
-        result = subprocess.run([*command, "-j", jobs], check=False)
+        result = subprocess.run(
+            [*command, "-j", jobs, *([str(wanted)] if wanted else [])], env=environment, check=False
+        )
     if result.returncode:
         fail("the compiler reported errors (above).")

@@ -9,7 +9,8 @@
 //   EMU_MMA=lazy|eager       the same for wgmma
 //   EMU_POISON=0|1           fill shared memory with NaN bits before every block
 //   EMU_THREADS=n            OS threads that share the blocks of a launch
-#pragma once
+#ifndef GPTFAST_CUDA_EMULATOR_H  // #pragma once means nothing in a header that is compiled by itself
+#define GPTFAST_CUDA_EMULATOR_H
 #define CUDA_EMU 1
 #include <cuda_runtime.h>  // vector types, dim3, cudaError_t: plain g++ sees the toolkit's host half
 #include <cuda_bf16.h>
@@ -71,3 +72,4 @@
 #include "collectives.h"
 #include "launch.h"
 #include "intrinsics.h"
+#endif

@@ -9,28 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.cuda_emulator.build import VARIANTS
 from tests.support import ROOT, emulated
 
 EMULATOR = ROOT / "tests/cuda_emulator"
-FLAGS = {
-    "plain": ["-O2"],
-    "race": ["-O1", "-g", "-DEMU_RACECHECK"],
-    "asan": ["-O1", "-g", "-fsanitize=address"],
-}
 
 
 @functools.cache
 def program(variant: str) -> Path:
     folder = ROOT / "build/emu" / variant
     folder.mkdir(parents=True, exist_ok=True)
-    flags = ["-std=c++20", "-fno-strict-aliasing", "-w", f"-I{emulated.cuda_include()}", *FLAGS[variant]]
+    flags = ["-std=c++20", "-fno-strict-aliasing", "-w", f"-I{emulated.cuda_include()}", *VARIANTS[variant]]
     emulator = ["-include", str(EMULATOR / "cuda_emulator.h"), "-x", "c++"]
     watched = ["-fsanitize=thread"] if variant == "race" else []
     compiled = [folder / "planted.o"] + [folder / "planted_racecheck.o"] * (variant == "race")
     run(["g++", *flags, *emulator, *watched, "-c", EMULATOR / "planted.cu", "-o", compiled[0]])
     if variant == "race":
         run(["g++", *flags, "-c", EMULATOR / "racecheck.cpp", "-o", compiled[1]])
-    run(["g++", *FLAGS[variant], *compiled, "-o", folder / "planted", "-lpthread", "-ldl"])
+    run(["g++", *VARIANTS[variant], *compiled, "-o", folder / "planted", "-lpthread", "-ldl"])
     return folder / "planted"
 
 
