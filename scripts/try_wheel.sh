@@ -12,8 +12,8 @@ trap 'rm -rf "$empty"' EXIT
 "$empty/venv/bin/pip" install --quiet $requirement
 "$empty/venv/bin/pip" install --quiet --only-binary :all: "$wheel"
 cd "$empty"
-export PATH=$empty/venv/bin
-python - <<'PY'
+alone=(/usr/bin/env PATH="$empty/venv/bin")  # the trap above needs the path as it is
+"${alone[@]}" python - <<'PY'
 import platform
 import shutil
 
@@ -33,4 +33,4 @@ tokens = model.compile_for_inference("fp32").generate([[1, 2, 3]], max_new_token
 assert tokens == model.generate([[1, 2, 3]], max_new_tokens=4, temperature=0.0), tokens
 print("wheel: Python", platform.python_version(), "torch", torch.__version__, "ops and engine on", cpu_isa())
 PY
-gptfast doctor
+"${alone[@]}" gptfast doctor

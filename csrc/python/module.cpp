@@ -10,7 +10,7 @@ using python::Object;
 
 Object build_info() {
 #ifdef __clang__
-  const std::string compiler = "clang " __clang_version__;
+  const std::string compiler = "clang " + std::to_string(__clang_major__) + "." + std::to_string(__clang_minor__);
 #else
   const std::string compiler = "g++ " __VERSION__;
 #endif

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -56,7 +56,7 @@ class Options:
 
     def parameters(self) -> Iterator[tuple[str, inspect.Parameter]]:
         """(name of the field, parameter for Typer) of every option."""
-        hints = get_type_hints(self.source)
+        hints = _hints(self.source)
         described_fields = options_of(self.source)
         for name in self.only or described_fields:
             described = described_fields[name]
@@ -86,6 +86,15 @@ class Options:
                     annotation=Annotated[change.type or _plain(hints[name]), option],
                 ),
             )
+
+
+def _hints(source: type) -> dict[str, Any]:
+    """The types of a dataclass's fields. `typing.get_type_hints` of Python 3.10 refuses an `InitVar`."""
+    return {
+        name: hint
+        for base in reversed(source.__mro__)
+        for name, hint in inspect.get_annotations(base, eval_str=True).items()
+    }
 
 
 def _plain(hint: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+import typing
+from dataclasses import InitVar, dataclass, fields
 
 import click
 import pytest
@@ -18,6 +19,7 @@ from gptfast._options import Real, Whole, check_fields, describe_fields, option,
 from gptfast.cli._errors import _in_options
 from gptfast.cli._names import as_options
 from gptfast.cli._options import Change, Options, takes
+from gptfast.config import GPTConfig
 from gptfast.generation import GenerationConfig
 from gptfast.training import TrainConfig
 from gptfast.training import options as training_options
@@ -154,3 +156,19 @@ def test_lazy_packages_have_their_names(package):
         assert value.__module__.startswith(package.__name__) and not hasattr(value, "__path__"), name
     with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
         package.nothing  # noqa: B018
+
+
+def test_types_of_fields_without_the_check_of_python_3_10(monkeypatch):
+    """There `typing.get_type_hints` takes what can be called alone, which an InitVar cannot."""
+    check = typing._type_check
+
+    def strict(arg, *args, **kwargs):
+        if isinstance(arg, InitVar):
+            raise TypeError(f"Forward references must evaluate to types. Got {arg!r}.")
+        return check(arg, *args, **kwargs)
+
+    monkeypatch.setattr(typing, "_type_check", strict)
+    with pytest.raises(TypeError, match="Forward references"):
+        typing.get_type_hints(GPTConfig)
+    found = {name: parameter.annotation.__origin__ for name, parameter in Options(GPTConfig).parameters()}
+    assert found["dropout"] == (float | None) and found["n_layer"] is int
