@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,16 @@ def check_batch_size(command: str, batch_size: int) -> None:
         raise ValueError(f"{command}: `batch_size` is {batch_size}; expected 1 to {MOST_TEXTS}")
 
 
-def load(model: str, quantize: str | None, tokenizer: str | None = None) -> tuple[Any, Tokenizer]:
+def load(
+    model: str, quantize: str | None, tokenizer: str | None = None, adapters: Mapping[str, str] | None = None
+) -> tuple[Any, Tokenizer]:
     """A GPT, or a compiled one with `quantize`, and its tokenizer.
 
     Args:
         model: a checkpoint folder, nanoGPT's ckpt.pt, or a hub id.
         quantize: a format of `GPT.compile_for_inference`; None: the weights as they are.
         tokenizer: "gpt2" or a folder; None: the checkpoint's own.
+        adapters: folders of adapters by name; the last one is active.
     """
     from gptfast._snapshots import read_whole
     from gptfast.models import GPT
@@ -40,6 +44,8 @@ def load(model: str, quantize: str | None, tokenizer: str | None = None) -> tupl
     else:
         stored, found = StoredModel(path), load_tokenizer(tokenizer)
     gpt = build(GPT, stored, None, {})
+    for name, folder in (adapters or {}).items():
+        gpt.load_adapter(folder, name)
     return gpt if quantize is None else gpt.compile_for_inference(quantize), lenient(found)
 
 

@@ -39,6 +39,7 @@ class Input:
     prompt_file: Path | None = option(
         None, "Read one prompt from this UTF-8 text file instead; a newline at its very end is left out."
     )
+    adapter: str | None = option(None, "Folder of an adapter of the model, by GPT.save_adapter or peft.")
     tokenizer: str | None = option(None, TOKENIZER_HELP, words="the checkpoint's own")
     special_tokens: bool = option(True, SPECIAL_TOKENS_HELP)
 
@@ -115,6 +116,10 @@ def generate(options: dict[str, Any]) -> None:
 
       [cyan]gptfast generate --model runs/bard/best --prompt "To be" --num-beams 4[/]
 
+      With an adapter beside the model in 4 bits:
+
+      [cyan]gptfast generate --model runs/bard/best --adapter runs/poems --quantize q4 --prompt "Shall I"[/]
+
       A file of prompts; the same command continues after an interruption:
 
       [cyan]gptfast generate --model runs/bard/best --input prompts.jsonl --output texts.jsonl[/]
@@ -125,7 +130,8 @@ def generate(options: dict[str, Any]) -> None:
     if (source is None) != (output is None):
         raise ValueError("generate: `input` and `output` go together; give both, or neither")
     texts = [] if source else read_prompts(inputs.prompt, inputs.prompt_file)
-    gpt, tokenizer = load(inputs.model, work.quantize, inputs.tokenizer)
+    adapters = {"default": inputs.adapter} if inputs.adapter else {}
+    gpt, tokenizer = load(inputs.model, work.quantize, inputs.tokenizer, adapters)
     usual, drawing = _defaults(gpt, tokenizer)
     chosen = {**usual, **chosen}
     if source is None or output is None:

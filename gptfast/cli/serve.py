@@ -35,6 +35,11 @@ class ServeOptions:
         "even pages of this machine.",
         words="pages of this machine",
     )
+    adapter: list[str] | None = option(
+        None,
+        "NAME=FOLDER: also serve the model with this adapter (see GPT.save_adapter, or peft's), for requests whose model is "
+        "MODEL:NAME; may be given several times. All share one copy of the model and run in one batch.",
+    )
     tokenizer: str | None = option(None, TOKENIZER_HELP, words="the checkpoint's own")
     special_tokens: bool = option(True, SPECIAL_TOKENS_HELP)
     quantize: str | None = option(None, f"{QUANTIZE_HELP}.")
@@ -58,11 +63,16 @@ def serve(given: dict[str, Any]) -> None:
 
       [cyan]curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "best", "prompt": "ROMEO:", "max_tokens": 50}'[/]
 
+      With adapters, "model": "best" and "model": "best:poems":
+
+      [cyan]gptfast serve --model runs/bard/best --quantize int8 --adapter poems=runs/poems --adapter plays=runs/plays[/]
+
       In Python: [cyan]openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="…").completions.create(model="best", prompt="ROMEO:")[/]
     """
     options = ServeOptions(**given)
     key = options.api_key or os.environ.get(KEY_VARIABLE) or None
     _check(options, key)
+    adapters = _adapters(options.adapter or [])
     try:
         from gptfast.serving.app import Limits, create_app
         from gptfast.serving.connections import choose_connections
@@ -74,7 +84,7 @@ def serve(given: dict[str, Any]) -> None:
     check_origins(origins)
     connections = choose_connections(options.max_connections, options.batch_size + options.max_queue)
     with bind(options.host, options.port) as bound:
-        model, tokenizer = load(options.model, options.quantize, options.tokenizer)
+        model, tokenizer = load(options.model, options.quantize, options.tokenizer, adapters)
         limits = Limits(
             max_rows=options.batch_size,
             max_queue=options.max_queue,
@@ -88,6 +98,19 @@ def serve(given: dict[str, Any]) -> None:
 
 def _name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
+
+
+def _adapters(given: list[str]) -> dict[str, str]:
+    """Folders by name."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"serve: `adapter` is {text!r}; expected NAME=FOLDER")
+        if name in found:
+            raise ValueError(f"serve: `adapter` names {name!r} twice; each needs a name of its own")
+        found[name] = folder
+    return found
 
 
 def _check(options: ServeOptions, key: str | None) -> None:

@@ -31,7 +31,7 @@ def create_app(
 
     Args:
         model, tokenizer: used to generate, with the weights that the model has now. A new app is needed after a change.
-        name: the model's name in the protocol.
+        name: the model's name in the protocol: that of the model without adapters; "name:adapter" is the model with one.
         limits: None: the defaults of `Limits`.
         api_key: the bearer token that /v1 requires; None disables authentication.
         cors_origins: see `gptfast.serving.cors.allow_origins`.
@@ -77,12 +77,11 @@ def create_app(
 
     @app.api_route("/v1/models", methods=read, dependencies=guarded)
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [server.card]})
+        return JSONResponse({"object": "list", "data": server.names.cards})
 
     @app.api_route("/v1/models/{model:path}", methods=read, dependencies=guarded)
     async def one_model(model: str) -> JSONResponse:
-        server.check_model(model)
-        return JSONResponse(server.card)
+        return JSONResponse(server.names.card(model))
 
     @app.post("/v1/completions", dependencies=guarded)
     async def completions(request: HTTPRequest) -> Response:

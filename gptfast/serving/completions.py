@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from gptfast.generation.scoring import score_in_pieces
 from gptfast.metadata import end_option, metadata_of
 from gptfast.serving.errors import CLIENT_LEFT
 from gptfast.serving.events import Events
+from gptfast.serving.names import Names
 from gptfast.serving.protocol import (
     ApiError,
     Choice,
@@ -91,31 +91,25 @@ class Server:
         limits: Limits,
         worker: Worker,
     ) -> None:
-        self._config, self._runner, self._tokenizer, self._name = model.config, runner, tokenizer, name
+        self._config, self._runner, self._tokenizer = model.config, runner, tokenizer
+        self.names = Names(name, runner.adapters)
         self._limits, self._worker, self._seeds = limits, worker, SeedPool()
         metadata, ends = metadata_of(model), [tokenizer.eos_id]
         self._defaults = metadata.defaults()
         self._defaults["eos_token_id"] = end_option(metadata.end_tokens(model.config.vocab_size, ends))
-        self.card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gptfast"}
-
-    def check_model(self, name: str) -> None:
-        if name != self._name:
-            raise ApiError(
-                404, f"the model {name!r} does not exist; this server has {self._name!r}", "model", "model_not_found"
-            )
 
     async def complete(self, http: HTTPRequest) -> Response:
         body = await self._read(http)
         deadline = Deadline(self._limits.seconds)
         ask = read_body(body)
-        self.check_model(ask.model)
+        adapter = self.names.adapter_of(ask.model)
         ask.check_supported()
         try:
             if len(body) < LONG_BODY:
                 prompts = ask.prompts(self._tokenizer, self._limits.special_tokens)
             else:  # aside: the streams of others go on meanwhile
                 prompts = await asyncio.to_thread(ask.prompts, self._tokenizer, self._limits.special_tokens)
-            requests = self._requests(ask, prompts)
+            requests = self._requests(ask, prompts, adapter)
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error).removeprefix("generate: ")) from None
         choices = [
@@ -134,7 +128,7 @@ class Server:
             return SubmissionResponse(
                 self._stream(ask, submission, choices, echoed, deadline), self._worker, submission
             )
-        return await self._whole(http, submission, choices, echoed, deadline)
+        return await self._whole(http, ask.model, submission, choices, echoed, deadline)
 
     async def _read(self, http: HTTPRequest) -> bytes:
         try:
@@ -142,7 +136,7 @@ class Server:
         except asyncio.TimeoutError:
             raise ApiError(408, "the body did not arrive in time") from None
 
-    def _requests(self, ask: Completion, prompts: list[list[int]]) -> list[Request]:
+    def _requests(self, ask: Completion, prompts: list[list[int]], adapter: str | None) -> list[Request]:
         """A request for each prompt. Raises ApiError for requests beyond the limits of the server."""
         n, block = ask.n or 1, self._config.block_size
         if n > self._limits.max_rows:
@@ -163,6 +157,7 @@ class Server:
                 )
         requests = [ask.request(ids, self._tokenizer, block - len(ids), self._seeds, self._defaults) for ids in prompts]
         for request in requests:
+            request.adapter = adapter
             if asked:
                 self._worker.scheduler.check(request)
             else:  # read only: the one token that its config asks for is never made, and needs no room
@@ -181,7 +176,8 @@ class Server:
         return parts
 
     async def _prompt_logprobs(self, request: Request, deadline: Deadline) -> dict[str, Any]:
-        scoring = self._worker.run(score_in_pieces(self._runner, request.prompt, request.top, self._tokenizer))
+        pieces = score_in_pieces(self._runner, request.prompt, request.top, self._tokenizer, adapter=request.adapter)
+        scoring = self._worker.run(pieces)
         given = await asyncio.wait_for(scoring, deadline.left)
         return prompt_logprobs(self._tokenizer, request.prompt, given, request.top)
 
@@ -191,9 +187,9 @@ class Server:
         used = usage(sum(len(request.prompt) for request in requests), 0)
         choices = [{**part, "finish_reason": "length"} for part in echoed]
         if ask.stream:
-            events = Events(ask, self._name)
+            events = Events(ask, ask.model)
             return Response(events.parts(choices) + events.end(used), media_type=EVENT_STREAM)
-        return JSONResponse({**envelope(self._name), "choices": choices, "usage": used})
+        return JSONResponse({**envelope(ask.model), "choices": choices, "usage": used})
 
     async def _parts(
         self, submission: Submission, choices: list[Choice], deadline: Deadline
@@ -217,6 +213,7 @@ class Server:
     async def _whole(
         self,
         http: HTTPRequest,
+        model: str,
         submission: Submission,
         choices: list[Choice],
         echoed: list[dict[str, Any]],
@@ -243,7 +240,7 @@ class Server:
             leaving.cancel()
             collecting.cancel()
             self._worker.cancel(submission)
-        return JSONResponse({**envelope(self._name), "choices": joined, "usage": _usage(submission)})
+        return JSONResponse({**envelope(model), "choices": joined, "usage": _usage(submission)})
 
     async def _stream(
         self,
@@ -254,7 +251,7 @@ class Server:
         deadline: Deadline,
     ) -> AsyncIterator[bytes]:
         """The server-sent events of a streamed answer."""
-        events = Events(ask, self._name)
+        events = Events(ask, ask.model)
         try:
             if echoed:
                 yield events.parts(echoed)

@@ -10,8 +10,10 @@ import sys
 import pytest
 import torch
 
+from gptfast import GPT
 from gptfast.backend import has_cpu_ops
 from gptfast.cli import app
+from gptfast.finetuning import LoraConfig
 from gptfast.generation import Step
 from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer
 from tests.support.command import BLOCK, LETTERS, save_model
@@ -38,6 +40,23 @@ def test_streams_what_generate_returns(run, chars):
     expected = model.generate([ids], max_new_tokens=20, seed=3, top_k=9, temperature=0.8)[0]
     assert (code, out) == (0, tokenizer.decode(expected) + "\n")
     assert re.fullmatch(r"20 tokens in \d+\.\d s, \d+ tokens/s\n", err)
+
+
+@pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]])
+def test_an_adapter_is_used(run, chars, tmp_path, quantize):
+    path, _, tokenizer = chars
+    gpt = GPT.from_pretrained(path).eval()
+    torch.manual_seed(0)
+    gpt.add_adapter(LoraConfig(r=4, lora_alpha=64, init_lora_weights=False))
+    gpt.save_adapter(tmp_path / "adapter")
+    given = ("--model", path, "--prompt", "ROMEO:", "--max-new-tokens", 20, "--temperature", 0, *quantize)
+    code, out, _ = run(*given, "--adapter", tmp_path / "adapter")
+    model = gpt.compile_for_inference("int8") if quantize else gpt
+    expected = model.generate([tokenizer.encode("ROMEO:")], max_new_tokens=20)[0]
+    assert (code, out) == (0, tokenizer.decode(expected) + "\n")
+    assert run(*given)[1] != out
+    code, _, err = run(*given, "--adapter", tmp_path / "nowhere")
+    assert code == 1 and "nowhere holds no adapter_config.json" in err
 
 
 def test_text_arrives_token_by_token_in_whole_characters(run, bpe, monkeypatch):

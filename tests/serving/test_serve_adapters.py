@@ -1,0 +1,142 @@
+"""gptfast serve with adapters: names, one batch of all of them, and what is refused."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import sys
+
+import pytest
+import torch
+
+from gptfast.finetuning import LoraConfig
+from gptfast.generation import score
+from tests.support.command import save_model
+from tests.support.serving_app import BLOCK, Gated, app_of, httpx, openai, serving, wait_until
+
+
+@pytest.fixture(scope="module")
+def adapted(model):
+    gpt = copy.deepcopy(model)
+    torch.manual_seed(4)
+    for name in ("poems", "plays"):
+        gpt.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights=False), name)
+        for own, parameter in gpt.named_parameters():
+            if f".{name}." in own:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return gpt.eval()
+
+
+def adapter_of(name):
+    return name.partition(":")[2] or "__base__"
+
+
+def text_of(gpt, tokenizer, name, prompt, **options):
+    (row,) = gpt.generate([tokenizer.encode(prompt)], adapter_names=[adapter_of(name)], **options)
+    return tokenizer.decode(row[len(prompt) :])
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_requests_of_all_adapters_run_in_one_batch(adapted, tokenizer, quantize):
+    gpt = adapted if quantize is None else adapted.compile_for_inference(quantize)
+    names, prompts = ["bard", "bard:poems", "bard:plays"], ["to be", "ROMEO:"]
+    asked = [(name, prompt) for name in names for prompt in prompts][:4]
+    gated = Gated(gpt)
+    gated.gate.clear()
+    app = app_of(gated, tokenizer)
+    with serving(app) as url, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+
+        def ask(name, prompt):
+            return client.completions.create(model=name, prompt=prompt, max_tokens=12, temperature=0)
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            answers = [pool.submit(ask, *of) for of in asked]
+            wait_until(lambda: app.state.worker.open_sequences == 4)
+            gated.gate.set()
+            for (name, prompt), answer in zip(asked, answers, strict=True):
+                got = answer.result()
+                assert got.model == name
+                assert got.choices[0].text == text_of(gpt, tokenizer, name, prompt, max_new_tokens=12)
+        assert gated.steps < 3 * 12, "together: alone these are 48 steps"
+        streamed = client.completions.create(model="bard:poems", prompt="or", max_tokens=9, temperature=0, stream=True)
+        chunks = list(streamed)
+        assert {chunk.model for chunk in chunks} == {"bard:poems"}
+        new = "".join(chunk.choices[0].text for chunk in chunks)
+        assert new == text_of(gpt, tokenizer, "bard:poems", "or", max_new_tokens=9)
+
+
+def test_models_are_listed_and_unknown_ones_are_named(adapted, tokenizer):
+    with serving(app_of(adapted, tokenizer)) as url:
+        listed = httpx.get(url + "/v1/models").json()["data"]
+        assert [card["id"] for card in listed] == ["bard", "bard:poems", "bard:plays"]
+        assert [card.get("parent") for card in listed] == [None, "bard", "bard"]
+        assert httpx.get(url + "/v1/models/bard:poems").json() == listed[1]
+        for name in ("bard:songs", "poems", "bard:", "bard:__base__"):
+            answer = httpx.post(url + "/v1/completions", json={"model": name, "prompt": "a"})
+            assert answer.status_code == httpx.get(f"{url}/v1/models/{name}").status_code == 404
+            error = answer.json()["error"]
+            assert error["code"] == "model_not_found"
+            expected = f"the model {name!r} does not exist; this server has 'bard', 'bard:poems', 'bard:plays'"
+            assert error["message"] == expected
+
+
+def test_an_echoed_prompt_has_the_scores_of_its_adapter(adapted, tokenizer):
+    ids = tokenizer.encode("to be or")
+    with serving(app_of(adapted, tokenizer)) as url:
+        for name in ("bard", "bard:plays"):
+            ask = {"model": name, "prompt": "to be or", "echo": True, "max_tokens": 0, "logprobs": 0}
+            got = httpx.post(url + "/v1/completions", json=ask).json()
+            wanted = score(adapted, ids, adapter=adapter_of(name))
+            assert got["model"] == name
+            assert got["choices"][0]["logprobs"]["token_logprobs"][1:] == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (["--adapter", "poems"], "--adapter is 'poems'; expected NAME=FOLDER"),
+        (["--adapter", "=x"], "--adapter is '=x'; expected NAME=FOLDER"),
+        (["--adapter", "a=x", "--adapter", "a=y"], "--adapter names 'a' twice; each needs a name of its own"),
+        (["--adapter", "a=./nowhere"], "nowhere holds no adapter_config.json"),
+        (["--adapter", "a.b={}"], "name is 'a.b'; expected a text without dots"),
+    ],
+)
+def test_errors_of_the_option(tokenizer, tmp_path, monkeypatch, capsys, args, match):
+    from gptfast.cli import main
+
+    gpt = save_model(tmp_path / "model", tokenizer, BLOCK)
+    gpt.add_adapter(LoraConfig(r=2))
+    gpt.save_adapter(tmp_path / "own")
+    given = [arg.format(tmp_path / "own") for arg in args]
+    monkeypatch.setattr(sys, "argv", ["gptfast", "serve", "--model", str(tmp_path / "model"), "--port", "0", *given])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1 and match in capsys.readouterr().err
+
+
+def test_the_command_serves_adapters(tokenizer, tmp_path, monkeypatch):
+    """Those of the folders, beside a packed base."""
+    from gptfast import GPT
+    from gptfast.cli import main
+    from gptfast.serving import server
+
+    gpt = save_model(tmp_path / "bard", tokenizer, BLOCK)
+    for name in ("one", "two"):
+        gpt.add_adapter(LoraConfig(r=2, init_lora_weights=False), name)
+        gpt.save_adapter(tmp_path / name, name)
+    served = []
+    monkeypatch.setattr(server, "run", lambda app, bound: served.append(app))
+    options = [f"--adapter={name}={tmp_path / name}" for name in ("one", "two")]
+    monkeypatch.setattr(
+        sys, "argv", ["gptfast", "serve", "--model", str(tmp_path / "bard"), "--port=0", "--quantize=int8", *options]
+    )
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    again = GPT.from_pretrained(tmp_path / "bard").eval()
+    again.load_adapter(tmp_path / "one", "one")
+    packed = again.compile_for_inference("int8")
+    with serving(served[0]) as url:
+        ask = {"model": "bard:one", "prompt": "to be", "max_tokens": 9, "temperature": 0}
+        got = httpx.post(url + "/v1/completions", json=ask).json()
+    assert got["choices"][0]["text"] == text_of(packed, tokenizer, "bard:one", "to be", max_new_tokens=9)
