@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gptfast.finetuning.results import FinetuneResult
     from gptfast.finetuning.task_model import TaskModel
     from gptfast.models.adapters.config import LoraConfig
+    from gptfast.models.adapters.prompt_config import PromptTuningConfig
 
 __all__ = [
     "Conversations",
@@ -22,6 +23,7 @@ __all__ = [
     "FinetuneResult",
     "LoraConfig",
     "Prediction",
+    "PromptTuningConfig",
     "TaskModel",
     "TaskOutput",
     "finetune",
@@ -39,6 +41,7 @@ __getattr__, __dir__ = lazy_names(
         "Examples": "gptfast.finetuning.jsonl",
         "FinetuneResult": "gptfast.finetuning.results",
         "LoraConfig": "gptfast.models.adapters.config",
+        "PromptTuningConfig": "gptfast.models.adapters.prompt_config",
         "Prediction": "gptfast.finetuning.predictions",
         "TaskModel": "gptfast.finetuning.task_model",
         "TaskOutput": "gptfast.finetuning.predictions",

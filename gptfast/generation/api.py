@@ -21,7 +21,6 @@ from gptfast.generation.scoring import score
 from gptfast.generation.speculative import check_assistant
 from gptfast.generation.stopping import Stopping
 from gptfast.generation.textless import choosing_text
-from gptfast.nn.adapted import one_a_row
 
 STEPS_PER_CALL = 16  # tokens of a sequence per call of the runner; Ctrl-C is handled between calls
 
@@ -106,9 +105,9 @@ def generate(
     """
     ids, mask, options = unpack(ids, options)
     config = choosing_text(GenerationConfig.of(**options), tokenizer, model.config.vocab_size)
-    given, config = read_prompts(ids, mask, model, config)
+    given, config = read_prompts(ids, mask, model, config, adapter_names)
     prompts, apart, config = given.rows, config.seed is None, config.with_seed()
-    adapters = _adapters(adapter_names, len(prompts))
+    adapters = given.adapters
     stopping = Stopping(config, tokenizer)
     if streamer is not None:
         _check_streamer(streamer, len(prompts), config)
@@ -137,11 +136,6 @@ def _check_streamer(streamer: Any, prompts: int, config: GenerationConfig) -> No
         )
     if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
         raise TypeError(f"generate: streamer is a {type(streamer).__name__}; expected an object with put and end")
-
-
-def _adapters(adapter_names: Any, prompts: int) -> list[str | None]:
-    """The adapter of each prompt; None: the active ones. Whether there are such is known to the runner."""
-    return [None] * prompts if adapter_names is None else [*one_a_row("generate", adapter_names, prompts)]
 
 
 def _requests(
@@ -229,12 +223,12 @@ def stream(
     if config.num_beams > 1:
         raise ValueError("stream: num_beams must be 1; beams change their past until the end - use generate")
     check_top("stream", top)
-    given, config = read_prompts(ids, mask, model, config)
+    given, config = read_prompts(ids, mask, model, config, adapter_names)
     prompts, apart, config = given.rows, config.seed is None, config.with_seed()
     if assistant_model is not None:
         check_assistant(assistant_model, model, config)
     wanted = {"logprobs": logprobs, "top": top, "top_temperature": config.temperature or 1.0}
-    requests = _requests(prompts, config, tokenizer, apart, _adapters(adapter_names, len(prompts)), **wanted)
+    requests = _requests(prompts, config, tokenizer, apart, given.adapters, **wanted)
     return _steps(_scheduler(model, requests, assistant_model), requests)
 
 

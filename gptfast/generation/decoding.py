@@ -15,11 +15,11 @@ from gptfast.generation.textless import likeliest
 Logits = Tensor | list[Tensor]  # (N, V) without drafts; with drafts, for each sequence, (1 + its draft tokens, V)
 
 
-def extend(runner: Runner, sequences: list[Sequence], drafts: list[list[int]], max_len: int) -> Logits:
+def extend(runner: Runner, sequences: list[Sequence], drafts: list[list[int]]) -> Logits:
     """Append the tokens that each slot lacks, and its draft; returns the logits of its last token and of its draft."""
     lengths = runner.lengths
     tokens = [
-        _missing(runner, sequence, lengths[sequence.slot], max_len) + draft
+        _missing(runner, sequence, lengths[sequence.slot]) + draft
         for sequence, draft in zip(sequences, drafts, strict=True)
     ]
     if not any(drafts):
@@ -34,9 +34,9 @@ def extend(runner: Runner, sequences: list[Sequence], drafts: list[list[int]], m
     return [logits[i] for i in range(len(sequences))]
 
 
-def _missing(runner: Runner, sequence: Sequence, length: int, max_len: int) -> list[int]:
+def _missing(runner: Runner, sequence: Sequence, length: int) -> list[int]:
     """The tokens behind the first `length`. A sequence that outgrows its slot drops the older half and is read again."""
-    start = first_visible(len(sequence.tokens), max_len)
+    start = first_visible(len(sequence.tokens), sequence.request.max_len)
     if start != sequence.start:
         runner.truncate(sequence.slot, 0)
         sequence.start, length = start, 0
@@ -54,7 +54,7 @@ def select(logits: Logits, sources: list[int]) -> Logits:
     return logits[sources] if isinstance(logits, Tensor) else [logits[source] for source in sources]
 
 
-def multi_step(runner: Runner, sequences: list[Sequence], logits: Tensor, max_tokens: int, max_len: int) -> list[Token]:
+def multi_step(runner: Runner, sequences: list[Sequence], logits: Tensor, max_tokens: int) -> list[Token]:
     """Let the runner draw up to `max_tokens` tokens of each sequence; all of them need only logits.
 
     Args:
@@ -63,7 +63,7 @@ def multi_step(runner: Runner, sequences: list[Sequence], logits: Tensor, max_to
     limits = [max_tokens]
     for sequence in sequences:
         limits.append(sequence.request.config.max_new_tokens - sequence.num_new)
-        limits.append(max_len - len(sequence.tokens) + 1)  # up to a slide
+        limits.append(sequence.request.max_len - len(sequence.tokens) + 1)  # up to a slide
         if not sequence.num_new:
             limits.append(1)  # deliver the first token immediately
     stop_ids = {token for sequence in sequences for token in sequence.request.config.eos_ids}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gptfast.generation.config import GenerationConfig
-from gptfast.generation.runner import LanguageModel
+from gptfast.generation.runner import LanguageModel, virtual_tokens
+from gptfast.nn.adapted import one_a_row
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Prompts:
     rows: the tokens of each prompt, without padding.
     given: each prompt as it was given, with its padding.
     device: device of the tensor that held them; None: they were not in a tensor.
+    adapters: the adapter of each prompt; None: the active ones. Whether there are such is known to the runner.
     """
 
     rows: list[list[int]]
     given: list[list[int]]
     device: torch.device | None
+    adapters: list[str | None]
 
     def returned(self, texts: list[list[int]], config: GenerationConfig) -> Any:
         """The texts in the form of the prompts: a tensor, or id lists; with the padding of the prompts.
@@ -49,7 +52,7 @@ class Prompts:
 
 
 def read_prompts(
-    ids: Any, mask: Any, model: LanguageModel, config: GenerationConfig
+    ids: Any, mask: Any, model: LanguageModel, config: GenerationConfig, adapter_names: Any = None
 ) -> tuple[Prompts, GenerationConfig]:
     """Read the prompts of a call; returns them, and the config with its max_new_tokens (`GenerationConfig.with_room`).
 
@@ -60,6 +63,7 @@ def read_prompts(
             row is padding, if there are end tokens and it is none of them.
         model: its vocabulary and block_size are checked.
         config: see `check_prompt`.
+        adapter_names: the adapter of each prompt; None: the active ones for all.
     Raises:
         TypeError, ValueError: another type, no prompts, ids outside the vocabulary, or prompts that are too long.
     """
@@ -73,10 +77,15 @@ def read_prompts(
         rows = [_stripped(row, pad) for row in given] if config.eos_ids and pad not in config.eos_ids else given
     else:
         rows = given
-    config = config.with_room(max(map(len, given)), max(map(len, rows)), model.config.block_size)
-    for n, row in enumerate(rows):
-        check_prompt(f" {n}", row, model.config.vocab_size, model.config.block_size, config)
-    return Prompts(rows, given, ids.device if isinstance(ids, Tensor) else None), config
+    adapters: list[str | None] = [None] * len(rows)
+    if adapter_names is not None:
+        adapters[:] = one_a_row("generate", adapter_names, len(rows))
+    virtual, limit = [virtual_tokens(model, adapter) for adapter in adapters], model.config.block_size
+    longest = max(len(row) + own for row, own in zip(rows, virtual, strict=True))
+    config = config.with_room(max(map(len, given)), longest, limit)
+    for n, (row, own) in enumerate(zip(rows, virtual, strict=True)):
+        check_prompt(f" {n}", row, model.config.vocab_size, limit - own, config, own)
+    return Prompts(rows, given, ids.device if isinstance(ids, Tensor) else None, adapters), config
 
 
 def _without_padding(given: list[list[int]], mask: Any) -> list[list[int]]:
@@ -142,7 +151,9 @@ def read_prompt(label: str, row: Any) -> list[int]:
     return [int(token) for token in row]
 
 
-def check_prompt(label: str, row: Sequence[int], V: int, limit: int, config: GenerationConfig) -> None:
+def check_prompt(
+    label: str, row: Sequence[int], V: int, limit: int, config: GenerationConfig, virtual: int = 0
+) -> None:
     """Check that a prompt and the ids of `config` fit the vocabulary, and that the new tokens fit behind the prompt.
 
     Args:
@@ -151,6 +162,7 @@ def check_prompt(label: str, row: Sequence[int], V: int, limit: int, config: Gen
         V: size of the vocabulary.
         limit: largest number of positions; overflow="slide" allows more.
         config: the options of the prompt.
+        virtual: positions that a soft prompt takes beside the limit.
     Raises:
         TypeError, ValueError: they do not fit.
     """
@@ -178,8 +190,9 @@ def check_prompt(label: str, row: Sequence[int], V: int, limit: int, config: Gen
     if wanted > limit and config.overflow == "error":
         asked = f"max_new_tokens is {config.max_new_tokens}"
         asked += f" (max_length is {config.max_length})" if config.max_length else ""
+        said = f"{limit + virtual}, of which a soft prompt takes {virtual}" if virtual else str(limit)
         raise ValueError(
-            f"generate: prompt{label} has {len(row)} tokens and {asked}, together {wanted}, but block_size is {limit}; "
+            f"generate: prompt{label} has {len(row)} tokens and {asked}, together {wanted}, but block_size is {said}; "
             f"{_remedy(len(row), limit, config.max_new_tokens)}"
         )
 

@@ -83,6 +83,7 @@ class Request:
         top: how many of the most likely tokens each `Token` holds.
         top_temperature: the temperature of their probabilities.
         adapter: of the model, "__base__" for none; None: the active ones.
+        max_len: number of positions of a sequence, without the virtual tokens of a soft prompt; a scheduler sets it.
         first_stream: Philox stream of the first return sequence; the others follow. Requests with the same seed and
             different streams are independent, and are drawn in one call.
         sequences: the return sequences; only the first until the prompt has been read.
@@ -99,6 +100,7 @@ class Request:
     top_temperature: float = 1.0
     first_stream: int = 0
     adapter: str | None = None
+    max_len: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     error: RuntimeError | None = None
     stopping: Stopping = field(init=False)

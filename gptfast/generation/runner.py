@@ -52,7 +52,11 @@ class Runner(ABC):
     @property
     @abstractmethod
     def lengths(self) -> list[int]:
-        """Number of positions in each slot; 0 for a free slot."""
+        """Number of positions in each slot, without virtual tokens; 0 for a free slot."""
+
+    def virtual_tokens(self, adapter: str | None = None) -> int:
+        """See `virtual_tokens`."""
+        return 0
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -148,6 +152,13 @@ class Runner(ABC):
 
     def interrupt(self) -> None:  # noqa: B027 (one token a call leaves nothing to interrupt)
         """Thread-safe: make a running `decode_steps`, or the next one, return after its current token, if it draws many."""
+
+
+def virtual_tokens(model: LanguageModel, adapter: str | None = None) -> int:
+    """The virtual tokens of a soft prompt that take room in block_size before a sequence under an adapter, and are not counted
+    in the `lengths` of a runner. None: under the active ones."""
+    of = getattr(model, "virtual_tokens", None)
+    return 0 if of is None else of(adapter)
 
 
 @contextmanager

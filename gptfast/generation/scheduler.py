@@ -16,7 +16,7 @@ from gptfast.generation import decoding
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import check_prompt, read_prompt
 from gptfast.generation.request import Request, Sequence, Token
-from gptfast.generation.runner import LanguageModel, single_threaded_torch
+from gptfast.generation.runner import LanguageModel, single_threaded_torch, virtual_tokens
 from gptfast.generation.speculative import Speculation
 from gptfast.generation.textless import choosing_text
 from gptfast.nn.adapted import check_adapter
@@ -30,7 +30,7 @@ class Scheduler:
             the weights that the model has now (see `Runner`).
         max_rows: number of sequences at a time.
         max_positions: number of positions that the running requests may need together; None: `max_rows * max_len`.
-        max_len: number of positions of a sequence; None: block_size.
+        max_len: number of positions of a sequence; None: block_size. A soft prompt may leave a request fewer.
         max_prompt_tokens: number of prompt tokens per step, so that running sequences do not wait long for new ones; one
             prompt is always read. None: no limit.
         assistant_model: drafts tokens; see `gptfast.generation.speculative`.
@@ -102,6 +102,7 @@ class Scheduler:
         """Queue a request; see `submit`."""
         self.check(request)
         config = self._with_room(request).with_seed()
+        request.max_len = self._limit(request)
         request.replace_config(choosing_text(config, request.tokenizer, self.config.vocab_size))
         self._waiting.append(request)
         return request
@@ -115,8 +116,9 @@ class Scheduler:
             raise ValueError(
                 "Scheduler: num_beams must be 1; beams are searched together - use gptfast.generation.generate"
             )
-        check_prompt("", request.prompt, self.config.vocab_size, self.max_len, config)
-        positions = self._positions(len(request.prompt), config) * config.num_return_sequences
+        limit, virtual = self._limit(request), virtual_tokens(self.runner, request.adapter)
+        check_prompt("", request.prompt, self.config.vocab_size, limit, config, virtual)
+        positions = self._positions(request, config) * config.num_return_sequences
         if config.num_return_sequences > self.max_rows or positions > self.max_positions:
             raise ValueError(
                 f"Scheduler: num_return_sequences={config.num_return_sequences} of {len(request.prompt)} + "
@@ -146,14 +148,14 @@ class Scheduler:
             return []
         with single_threaded_torch(self.runner):
             drafts = self._speculation.drafts(sequences)
-            logits = decoding.extend(self.runner, sequences, drafts, self.max_len)
+            logits = decoding.extend(self.runner, sequences, drafts)
             sources = self._fork(sequences, drafts)
             if sources is not None:
                 logits = decoding.select(logits, sources)
             plain = sources is None and all(sequence.needs_only_logits for sequence in sequences)
             if isinstance(logits, Tensor) and plain:
                 most = 1 if self._speculation.is_used(sequences) else max_tokens
-                tokens = decoding.multi_step(self.runner, sequences, logits, most, self.max_len)
+                tokens = decoding.multi_step(self.runner, sequences, logits, most)
             else:
                 tokens = decoding.single_step(self.runner, sequences, logits, drafts)
         self._free([sequence for sequence in sequences if sequence.finish])
@@ -183,15 +185,19 @@ class Scheduler:
 
     def _reserved(self, request: Request) -> int:
         """Number of positions that the open sequences of a request may need."""
-        return self._positions(len(request.prompt), request.config) * request.num_open
+        return self._positions(request, request.config) * request.num_open
 
-    def _positions(self, length: int, config: GenerationConfig) -> int:
+    def _positions(self, request: Request, config: GenerationConfig) -> int:
         """Number of positions that a sequence may need."""
-        return min(length + config.max_new_tokens, self.max_len)
+        return min(len(request.prompt) + config.max_new_tokens, self._limit(request))
+
+    def _limit(self, request: Request) -> int:
+        """The most positions of a sequence."""
+        return min(self.max_len, self.config.block_size - virtual_tokens(self.runner, request.adapter))
 
     def _with_room(self, request: Request) -> GenerationConfig:
         length = len(request.prompt)
-        return request.config.with_room(length, length, self.max_len)
+        return request.config.with_room(length, length, self._limit(request))
 
     def _fork(self, sequences: list[Sequence], drafts: list[list[int]]) -> list[int] | None:
         """Make the other return sequences of the requests whose prompt has just been read, as copies of the first.

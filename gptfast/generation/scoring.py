@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gptfast.generation.prompts import check_ids, read_prompt
-from gptfast.generation.runner import LanguageModel, single_threaded_torch
+from gptfast.generation.runner import LanguageModel, single_threaded_torch, virtual_tokens
 from gptfast.generation.sampling import NAN
 from gptfast.generation.textless import likeliest
 
@@ -30,11 +30,11 @@ def score(model: LanguageModel, tokens: Any, first: int = 1, adapter: str | None
     Raises:
         TypeError, ValueError: bad tokens or `first`, or an unknown adapter.  RuntimeError: the logits hold nan.
     """
-    tokens, limit = read_prompt("", tokens), model.config.block_size + 1
+    tokens, limit = read_prompt("", tokens), model.config.block_size - virtual_tokens(model, adapter) + 1
     if not 2 <= len(tokens) <= limit or not 1 <= first < len(tokens):
         raise ValueError(
-            f"score: tokens has {len(tokens)} ids and first is {first}; expected 2 to {limit} tokens (block_size + 1), and "
-            "1 <= first < their number"
+            f"score: tokens has {len(tokens)} ids and first is {first}; expected 2 to {limit} tokens (block_size + 1, less "
+            "those of a soft prompt), and 1 <= first < their number"
         )
     check_ids("", tokens, model.config.vocab_size)
     pieces = score_in_pieces(model, tokens, piece=len(tokens), adapter=adapter)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.request import Sequence
-from gptfast.generation.runner import LanguageModel
+from gptfast.generation.runner import LanguageModel, virtual_tokens
 from gptfast.generation.sampling import SamplingContext, choose
 
 
@@ -43,7 +43,7 @@ class Speculation:
     """
 
     def __init__(self, assistant: LanguageModel | None, model: LanguageModel, max_slots: int, max_len: int) -> None:
-        self._max_len, self._lookup = max_len, PromptLookup()
+        self._lookup = PromptLookup()
         self._assistant: Assistant | None = None
         if assistant is not None:
             check_assistant(assistant, model)
@@ -75,7 +75,9 @@ class Speculation:
             wanted = config.num_assistant_tokens
         if not wanted or not sequence.num_new:
             return 0
-        return min(wanted, config.max_new_tokens - sequence.num_new - 1, self._max_len - len(sequence.tokens))
+        return min(
+            wanted, config.max_new_tokens - sequence.num_new - 1, sequence.request.max_len - len(sequence.tokens)
+        )
 
     def free(self, slot: int) -> None:
         """Forget a sequence."""
@@ -117,7 +119,7 @@ class Assistant:
     """
 
     def __init__(self, model: LanguageModel, max_slots: int, max_len: int) -> None:
-        self._limit = min(max_len, model.config.block_size)
+        self._limit = min(max_len, model.config.block_size - virtual_tokens(model))
         self._runner = model.runner(max_slots, self._limit)
         self._slot_of: dict[int, int] = {}  # the assistant's slot for each slot of the model's runner
         self._held: dict[int, list[int]] = {}  # the tokens in it

@@ -13,6 +13,7 @@ from gptfast.generation.runner import Runner
 from gptfast.nn.adapted import ADAPTED, check_adapter
 from gptfast.nn.difference import check_values
 from gptfast.nn.kv_cache import KVCache
+from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 
 
@@ -37,6 +38,7 @@ class TorchRunner(Runner):
         self.config, self._model = model.config, model
         self.max_slots, self.max_len = max_slots, max_len
         self._cache = cache or make_cache(model, max_slots, max_len)
+        self._virtual = most_virtual_tokens(model)
         self._lengths = [0] * max_slots
         self._slot_in: list[int] = []  # the slot in each row of the cache that is in use
         self._row_of: dict[int, int] = {}
@@ -51,7 +53,11 @@ class TorchRunner(Runner):
     @property
     def adapters(self) -> tuple[str, ...]:
         state = self._model.adapters
-        return () if state is None or not any(isinstance(m, ADAPTED) for m in self._model.modules()) else state.names
+        attached = any(isinstance(m, ADAPTED) for m in self._model.modules()) or prompts_of(self._model)
+        return state.names if state is not None and attached else ()
+
+    def virtual_tokens(self, adapter: str | None = None) -> int:
+        return self._model.virtual_tokens(adapter)
 
     def allocate(self, count: int = 1, adapter: str | None = None) -> list[int]:
         names = () if adapter is None else self.adapters
@@ -87,7 +93,7 @@ class TorchRunner(Runner):
             lengths = [self._lengths[source] for _, source in moves]
             adapters = [self._adapter_of[source] for _, source in moves]
             to, of = ([self._row_of[slot] for slot in part] for part in zip(*moves, strict=True))
-            self._cache.copy_rows(to, of, max(lengths))
+            self._cache.copy_rows(to, of, max(lengths) + self._virtual)
             for (slot, _), length, adapter in zip(moves, lengths, adapters, strict=True):
                 self._lengths[slot], self._adapter_of[slot] = length, adapter
 
@@ -103,7 +109,7 @@ class TorchRunner(Runner):
             self._check("free", [slot])
             row, last = self._row_of.pop(slot), self._slot_in.pop()
             if last != slot:
-                self._cache.copy_rows([row], [len(self._slot_in)], self._lengths[last])
+                self._cache.copy_rows([row], [len(self._slot_in)], self._lengths[last] + self._virtual)
                 self._row_of[last] = row
                 self._slot_in[row] = last
             self._lengths[slot] = 0
@@ -148,10 +154,12 @@ class TorchRunner(Runner):
                 f"extend: slots {list(slots)} with {counts} tokens; expected distinct slots with at least one token each"
             )
         for slot, new in zip(slots, tokens, strict=True):
-            if self._lengths[slot] + len(new) > self.max_len:
+            virtual = self.virtual_tokens(self._adapter_of[slot]) if self._virtual else 0
+            room = min(self.max_len, self._cache.max_len - virtual)
+            if self._lengths[slot] + len(new) > room:
                 raise ValueError(
                     f"extend: slot {slot} holds {self._lengths[slot]} positions and {len(new)} more do not fit into "
-                    f"max_len = {self.max_len}"
+                    f"max_len = {room}"
                 )
 
     def _step(self, slots: Sequence[int], ids: Sequence[int]) -> Tensor:
@@ -165,16 +173,20 @@ class TorchRunner(Runner):
 
     def _neighbours(self, slots: Sequence[int]) -> Iterator[list[int]]:
         """The slots in the order of their rows in the cache, cut where rows are missing between them, and between those
-        with an adapter of their own and those with the active ones."""
+        with an adapter of their own and those with the active ones, or those that get a soft prompt now and those that have
+        theirs."""
         run: list[int] = []
         for slot in sorted(slots, key=self._row_of.__getitem__):
-            own = self._adapter_of[slot] is None
-            if run and (self._row_of[slot] != self._row_of[run[-1]] + 1 or own != (self._adapter_of[run[-1]] is None)):
+            if run and (self._row_of[slot] != self._row_of[run[-1]] + 1 or self._kind(slot) != self._kind(run[-1])):
                 yield run
                 run = []
             run.append(slot)
         if run:
             yield run
+
+    def _kind(self, slot: int) -> tuple[bool, bool]:
+        """Slots of one kind run in one forward."""
+        return self._adapter_of[slot] is None, self._virtual > 0 and self._lengths[slot] == 0
 
     def _forward(self, slots: list[int], tokens: list[Sequence[int]], last_only: bool = False) -> Tensor:
         """Append equally many tokens, (B, T), to slots in neighbouring rows; logits (B, T, V), or (B, 1, V) if last_only."""
@@ -201,7 +213,13 @@ def make_cache(model: Transformer, rows: int, max_len: int) -> KVCache:
     if weight.is_meta:
         check_values("generate", model)
     config = model.config.replace(n_layer=len(model.h)) if len(model.h) != model.config.n_layer else model.config
-    return KVCache(config, rows, max_len, weight.dtype, weight.device)
+    room = min(config.block_size, max_len + most_virtual_tokens(model))
+    return KVCache(config, rows, room, weight.dtype, weight.device)
+
+
+def most_virtual_tokens(model: Transformer) -> int:
+    """Of the longest soft prompt that a row of the model may have."""
+    return max(map(len, prompts_of(model).values()), default=0)
 
 
 @contextmanager

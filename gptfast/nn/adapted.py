@@ -266,7 +266,8 @@ def watch(model: nn.Module, state: AdapterState, loss: Tensor) -> None:
 
     def look() -> None:
         state.watched = True
-        own = [(n, p) for n, p in model.named_parameters() if ".lora_" in n or ".modules_to_save." in n]
+        kinds = (".lora_", ".modules_to_save.", ".prompt_encoder.")
+        own = [(n, p) for n, p in model.named_parameters() if any(kind in f".{n}" for kind in kinds)]
         trained = [(n, p) for n, p in own if p.requires_grad]
         missing = [n for n, p in trained if p.grad is None]
         if missing and len(missing) < len(trained):  # none at all: torch.autograd.grad

@@ -21,6 +21,7 @@ from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
 from gptfast.nn.position import SinusoidalEmbedding, sinusoids
+from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -61,6 +62,10 @@ def difference(model: Transformer, saved: bool = False, adapters: bool = False) 
     told = None if model.adapters is None else _in_adapters(model, adapters)
     if told is not None:
         return told
+    prompts = prompts_of(model)
+    if prompts:
+        names = ", ".join(map(repr, prompts))
+        return f"the model has the soft prompt {names} (save_adapter writes it, delete_adapter takes it out)"
     wanted, found = _parts(model.config), dict(model.named_modules(remove_duplicate=False))
     told = _in_classes(model) or _in_blocks(model) or _global_hooks()
     if told is not None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gptfast.backend import transformed
+
+if TYPE_CHECKING:
+    from gptfast.config import GPTConfig
+    from gptfast.nn.kv_cache import KVCache
 
 REFUSED = {
     "token_type_ids": "a GPT knows one type of token; leave it out",
@@ -117,7 +121,8 @@ class Padding:
 class Packed:
     """Texts that lie one after another in one row.
 
-    positions: (1, T), from 0 on in each text. lasts: (1, T), True at the last token of each.
+    positions: (1, T), from 0 on in each text. lasts: (1, T), True at the last token of each. starts: (n,), where each begins.
+    longest: tokens of the longest.
 
     Args:
         cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T.
@@ -149,9 +154,72 @@ class Packed:
             raise ValueError(
                 f"GPT: cu_seqlens has a text of {int(lengths.max())} tokens but block_size is {limit}; cut it"
             )
-        self.cu_seqlens = cu_seqlens.to(ids.device)
-        starts = self.cu_seqlens[:-1].long().repeat_interleave(self.cu_seqlens.diff().long(), output_size=T)
+        self.cu_seqlens, self.longest = cu_seqlens.to(ids.device), int(lengths.max())
+        self.starts = self.cu_seqlens[:-1].long()
+        starts = self.starts.repeat_interleave(self.cu_seqlens.diff().long(), output_size=T)
         places = torch.arange(T, device=ids.device)
         self.positions = (places - starts)[None]
         self.lasts = torch.zeros_like(self.positions, dtype=torch.bool)
         self.lasts[0, self.cu_seqlens[1:].long() - 1] = True
+
+
+def padded(ids: Any, mask: Any, cache: KVCache | None) -> Padding:
+    """The padding of a call. Raises ValueError beside a cache."""
+    check_ids("ids", ids, (torch.int64, torch.int32), None)
+    if cache is not None:
+        raise ValueError(
+            "GPT: attention_mask with a cache; its rows have lengths of their own - read each prompt without its padding, "
+            "or call generate(ids, attention_mask=…)"
+        )
+    return Padding(mask, ids)
+
+
+def packed_row(
+    ids: Any, cu_seqlens: Any, padding: Padding | None, cache: KVCache | None, last_only: bool, config: GPTConfig
+) -> Packed:
+    """The texts of a packed row. Raises ValueError beside what it does not go with."""
+    check_ids("ids", ids, (torch.int64, torch.int32), None)
+    for name, given in (
+        ("attention_mask", padding is not None),
+        ("cache", cache is not None),
+        ("last_only", last_only),
+    ):
+        if given:
+            raise ValueError(
+                f"GPT: cu_seqlens with {name}; packed rows have no padding and are not continued - leave one out"
+            )
+    return Packed(cu_seqlens, ids, config.block_size)
+
+
+def check_call(
+    config: GPTConfig,
+    ids: Any,
+    targets: Tensor | None,
+    cache: KVCache | None,
+    last_only: bool,
+    ignore_index: int,
+    packed: Packed | None,
+    training: bool,
+) -> None:
+    """Raise TypeError or ValueError for arguments of a forward that do not fit the model or each other."""
+    V, limit = config.vocab_size, config.block_size
+    check_ids("ids", ids, (torch.int64, torch.int32), V)
+    if ids.shape[1] == 0:
+        raise ValueError("GPT: ids holds no tokens (T = 0); give at least one, such as the end-of-text token")
+    if ids.shape[1] > limit and packed is None:
+        raise ValueError(
+            f"GPT: ids has {ids.shape[1]} positions but block_size is {limit}; keep the last {limit} "
+            "(ids[:, -model.config.block_size:]) or build the model with a larger block_size"
+        )
+    if targets is not None:
+        check_ids("targets", targets, (torch.int64,), V, ignored=ignore_index)
+        if targets.shape != ids.shape or last_only:
+            raise ValueError(
+                f"GPT: targets has shape {tuple(targets.shape)} and ids {tuple(ids.shape)} "
+                f"(last_only={last_only}); expected equal shapes, targets[b, t] being the token after "
+                "ids[b, t], without last_only"
+            )
+    if cache is not None and cache.batch_size != ids.shape[0]:
+        raise ValueError(f"GPT: ids has {ids.shape[0]} rows but the cache {cache.batch_size}; they must be equal")
+    if cache is not None and training:
+        raise ValueError("GPT: a cache is for generation, but the model is in training mode; call model.eval()")

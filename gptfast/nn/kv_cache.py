@@ -17,12 +17,13 @@ class KVCache:
 
     `lengths`, (B,) int64, says how many positions of each row are filled. It may be set: shorten a row and
     the next call overwrites what lay behind (that is how right-padded prompts of different lengths are
-    started).
+    started). The virtual tokens of a soft prompt lie before the positions of their row and are not counted: a row without
+    positions gets them with its first, under every call it must have the same adapter.
 
     Args:
         config: of the model.
         batch_size: B.
-        max_len: positions per row, at most block_size; None: block_size.
+        max_len: positions per row with virtual tokens, at most block_size; None: block_size.
         dtype, device: of the stored keys and values. Attention runs in this dtype.
     Raises:
         ValueError: batch_size or max_len out of range.
@@ -45,7 +46,8 @@ class KVCache:
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._starts: list[int] = []  # lengths of the rows before the running call, on the host
+        self._starts: list[int] = []  # positions of the rows before the running call, on the host
+        self._ends = self.lengths  # the same with one more, on the device
         self._layer = 0  # which attends next
 
     @property
@@ -56,20 +58,23 @@ class KVCache:
     def max_len(self) -> int:
         return self.k.shape[3]
 
-    def start(self, T: int) -> Tensor:
+    def start(self, T: int, virtual: list[int] | None = None) -> Tensor:
         """Make ready for T new positions in every row; return their numbers, (T,) or (B, T) int64.
 
+        Args:
+            virtual: number of virtual tokens before the positions of each row; None: 0.
         Raises:
             ValueError: no room.
         """
-        self._starts, self._layer = self.lengths.tolist(), 0
+        before = self.lengths if virtual is None else self.lengths + torch.tensor(virtual, device=self.lengths.device)
+        self._starts, self._ends, self._layer = before.tolist(), before + 1, 0
         if max(self._starts) + T > self.max_len:
             raise ValueError(
                 f"KVCache: {max(self._starts)} positions are filled and {T} more do not fit into max_len = "
                 f"{self.max_len}; make the cache longer (up to block_size) or shorten its `lengths`"
             )
         new = torch.arange(T, device=self.lengths.device)
-        return new + self._starts[0] if self._uniform() else new + self.lengths[:, None]
+        return new + self._starts[0] if self._uniform() else new + before[:, None]
 
     def finish(self, T: int) -> None:
         """Count the T positions that every layer has stored since `start`."""
@@ -99,7 +104,7 @@ class KVCache:
         if self._uniform():
             out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], window=window)
         elif T == 1 and window is None:
-            out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], seq_lens=trusted(self.lengths + 1))
+            out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], seq_lens=trusted(self._ends))
         else:  # the last T of each row's own keys: row by row
             ends = [start + T for start in self._starts]
             rows = [slice(b, b + 1) for b in range(len(ends))]

@@ -14,11 +14,12 @@ from gptfast.config import GPTConfig
 from gptfast.nn.adapted import DROPOUTS, AdapterState, Selection, call, embedded, select_rows, watch
 from gptfast.nn.block import Block, add_branch
 from gptfast.nn.dropout import DropoutCounter
-from gptfast.nn.inputs import REFUSED, Packed, Padding, check_ids, one_of, refuse, shifted
+from gptfast.nn.inputs import REFUSED, Packed, check_call, one_of, packed_row, padded, refuse, shifted
 from gptfast.nn.kv_cache import KVCache
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear, is_plain_linear
 from gptfast.nn.position import SinusoidalEmbedding
+from gptfast.nn.soft_prompt import Prefix, SoftPrompt, prompts_of
 
 INIT_STD = 0.02  # of all matrices and embeddings (GPT-2)
 
@@ -120,7 +121,9 @@ class Transformer(nn.Module):
             cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T: B = 1, and the row is n texts one after another, text d at
                 positions cu_seqlens[d] .. cu_seqlens[d + 1]. None sees another, and the positions of each begin at 0, so
                 T may be more than block_size. labels are not shifted over the ends.
-            adapter_names: the adapter of each row, "__base__" for none; None: the active ones for all rows.
+            adapter_names: the adapter of each row, "__base__" for none; None: the active ones for all rows. Logits are those of
+                the tokens, without the virtual ones of a soft prompt, which count in block_size. In labels the first token
+                of a row counts too where a soft prompt is before it, as in peft.
             others: what transformers has besides is refused.
         Returns:
             Without targets: logits (B, T, V), or (B, V) with last_only.
@@ -136,10 +139,11 @@ class Transformer(nn.Module):
             return self.forward(None, targets, **ids, **given, **options, **others)
         refuse("GPT", others, REFUSED)
         tokens = one_of("ids", ids, "input_ids", input_ids)
-        padding = None if attention_mask is None else self._padding(tokens, attention_mask, cache)
+        padding = None if attention_mask is None else padded(tokens, attention_mask, cache)
         tokens = tokens if padding is None else padding.without(tokens)
-        packed = None if cu_seqlens is None else self._packed(tokens, cu_seqlens, padding, cache, last_only)
-        self._check(tokens, one_of("targets", targets, "labels", labels), cache, last_only, ignore_index, packed)
+        packed = None if cu_seqlens is None else packed_row(tokens, cu_seqlens, padding, cache, last_only, self.config)
+        wanted = one_of("targets", targets, "labels", labels)
+        check_call(self.config, tokens, wanted, cache, last_only, ignore_index, packed, self.training)
         targets = targets if labels is None else shifted(labels, ignore_index, packed)
         if targets is not None and padding is not None:
             targets = targets.masked_fill(~padding.counts, ignore_index)  # nothing is predicted from padding
@@ -147,12 +151,21 @@ class Transformer(nn.Module):
             numbers = self._take_numbers()
             adapters = self._selection(adapter_names, len(tokens), *numbers)
             tokens = tokens if padding is None else padding.compact(tokens)
-            x = self._hidden(tokens, cache, numbers, adapters, packed)  # B T C
+            prefix = self._prefix(tokens, adapters, packed)
+            x = self._hidden(tokens, cache, numbers, adapters, packed, prefix)  # B T C, or with virtual tokens
+            ends = None
+            if prefix is not None and x.shape[1] > tokens.shape[1]:
+                x, ends = prefix.tokens(x), prefix.ends(x)
             if last_only:
                 return call(self.lm_head, adapters, x[:, -1] if padding is None else padding.last(x))
             x = x if padding is None else padding.restore(x)
             if targets is None:
                 return call(self.lm_head, adapters, x)
+            if prefix is not None and ends is not None and labels is not None:
+                x, targets = (
+                    torch.cat((x, ends), 1),
+                    torch.cat((targets, prefix.firsts(labels, padding, ignore_index)), 1),
+                )
             hidden, wanted = x.flatten(0, 1), targets.flatten()
             if self.training and is_plain_linear(self.lm_head):
                 logits = None
@@ -162,20 +175,21 @@ class Transformer(nn.Module):
                 loss = ops.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=ignore_index)
             if self.training and self.adapters is not None and adapter_names is None:
                 watch(self, self.adapters, loss)
-            return None if self.training else logits, loss
+            return None if logits is None or self.training else logits[:, : tokens.shape[1]], loss
 
     def hidden_states(
         self, ids: Tensor, *, attention_mask: Tensor | None = None, adapter_names: Sequence[str] | None = None
     ) -> Tensor:
         """What the head multiplies: (B, T, C) after the last block and the final LayerNorm. Arguments as in `forward`."""
-        padding = None if attention_mask is None else self._padding(ids, attention_mask, None)
+        padding = None if attention_mask is None else padded(ids, attention_mask, None)
         ids = ids if padding is None else padding.without(ids)
-        self._check(ids, None, None, False, -100)
+        check_call(self.config, ids, None, None, False, -100, None, self.training)
         numbers = self._take_numbers()
         adapters = self._selection(adapter_names, len(ids), *numbers)
-        if padding is None:
-            return self._hidden(ids, None, numbers, adapters)
-        return padding.restore(self._hidden(padding.compact(ids), None, numbers, adapters))
+        prefix = self._prefix(ids, adapters, None)
+        x = self._hidden(ids if padding is None else padding.compact(ids), None, numbers, adapters, None, prefix)
+        x = x if prefix is None else prefix.tokens(x)
+        return x if padding is None else padding.restore(x)
 
     def _hidden(
         self,
@@ -184,16 +198,18 @@ class Transformer(nn.Module):
         numbers: tuple[int, int],
         adapters: Selection | None,
         packed: Packed | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
-        """Hidden states before the head, (B, T, C). Each forward has 1 + 3 n_layer dropouts, numbered in order."""
+        """Hidden states before the head, (B, T, C), or with the virtual tokens of soft prompts that these rows got now (see
+        `Prefix`). Each forward has 1 + 3 n_layer dropouts, numbered in order."""
         config, (seed, step) = self.config, numbers
         first, under = step * (1 + 3 * config.n_layer), {} if adapters is None else {"adapters": adapters}
-        positions = packed.positions if packed else None if cache is None else cache.start(ids.shape[1])
-        cu_seqlens = None if packed is None else packed.cu_seqlens
-        if adapters is None:
-            residual = self._embed(ids, positions)
+        if prefix is None:
+            positions = packed.positions if packed else None if cache is None else cache.start(ids.shape[1])
+            residual = self._embedded(ids, positions, adapters)
         else:
-            residual = embedded(self._embed, self.wte, adapters, ids, positions)
+            residual = self._prefixed(ids, prefix, cache, adapters)
+        cu_seqlens = None if packed is None else packed.cu_seqlens if prefix is None else prefix.cu_seqlens
         if self.training and config.embd_pdrop > 0:
             residual = ops.dropout(residual, config.embd_pdrop, seed, first)
         branch = None
@@ -204,6 +220,34 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.finish(ids.shape[1])
         return self._final_norm(branch, residual, seed, first + 3 * config.n_layer, adapters)
+
+    def _prefix(self, ids: Tensor, adapters: Selection | None, packed: Packed | None) -> Prefix | None:
+        """The soft prompts of this forward. Raises ValueError where they leave no room for the tokens."""
+        prefix = Prefix.of(prompts_of(self), adapters, len(ids), packed)
+        if prefix is not None:
+            prefix.check_room(ids.shape[1] if packed is None else packed.longest, self.config.block_size)
+        return prefix
+
+    def _prefixed(self, ids: Tensor, prefix: Prefix, cache: KVCache | None, adapters: Selection | None) -> Tensor:
+        """Embeddings with soft prompts before them, but where the rows of a cache have theirs."""
+        T = ids.shape[1]
+        virtual = None if cache is None else prefix.continues(cache)
+        if cache is not None:
+            places = cache.start(T + (0 if virtual else prefix.longest), virtual)
+            if virtual:
+                return self._embedded(ids, places, adapters)
+        return prefix.put(self._embed_prompt, self._embedded(ids, prefix.positions(T, ids.device), adapters))
+
+    def _embed_prompt(self, prompt: SoftPrompt) -> Tensor:
+        """(1, n, C)."""
+        ids = torch.arange(len(prompt), device=prompt.embedding.weight.device)[None]
+        return self._embed(ids, None, prompt.embedding.weight.to(self.wte.weight.dtype))
+
+    def _embedded(self, ids: Tensor, positions: Tensor | None, adapters: Selection | None) -> Tensor:
+        """`_embed` with the token embeddings that these adapters have."""
+        if adapters is None:
+            return self._embed(ids, positions)
+        return embedded(self._embed, self.wte, adapters, ids, positions)
 
     def _embed(self, ids: Tensor, positions: Tensor | None, tokens: Tensor | None = None) -> Tensor:
         """Token plus position embedding, (B, T, C). tokens: (V, C), None for `wte`."""
@@ -243,60 +287,13 @@ class Transformer(nn.Module):
             return state.selection(rng)
         return select_rows(state.names, adapter_names, rows, rng)
 
-    def _padding(self, ids: Any, mask: Any, cache: KVCache | None) -> Padding:
-        check_ids("ids", ids, (torch.int64, torch.int32), None)
-        if cache is not None:
-            raise ValueError(
-                "GPT: attention_mask with a cache; its rows have lengths of their own - read each prompt without its padding, "
-                "or call generate(ids, attention_mask=…)"
-            )
-        return Padding(mask, ids)
-
-    def _packed(
-        self, ids: Any, cu_seqlens: Tensor, padding: Padding | None, cache: KVCache | None, last_only: bool
-    ) -> Packed:
-        check_ids("ids", ids, (torch.int64, torch.int32), None)
-        for name, given in (
-            ("attention_mask", padding is not None),
-            ("cache", cache is not None),
-            ("last_only", last_only),
-        ):
-            if given:
-                raise ValueError(
-                    f"GPT: cu_seqlens with {name}; packed rows have no padding and are not continued - leave one out"
-                )
-        return Packed(cu_seqlens, ids, self.config.block_size)
-
-    def _check(
-        self,
-        ids: Any,
-        targets: Tensor | None,
-        cache: KVCache | None,
-        last_only: bool,
-        ignore_index: int,
-        packed: Packed | None = None,
-    ) -> None:
-        V, limit = self.config.vocab_size, self.config.block_size
-        check_ids("ids", ids, (torch.int64, torch.int32), V)
-        if ids.shape[1] == 0:
-            raise ValueError("GPT: ids holds no tokens (T = 0); give at least one, such as the end-of-text token")
-        if ids.shape[1] > limit and packed is None:
-            raise ValueError(
-                f"GPT: ids has {ids.shape[1]} positions but block_size is {limit}; keep the last {limit} "
-                "(ids[:, -model.config.block_size:]) or build the model with a larger block_size"
-            )
-        if targets is not None:
-            check_ids("targets", targets, (torch.int64,), V, ignored=ignore_index)
-            if targets.shape != ids.shape or last_only:
-                raise ValueError(
-                    f"GPT: targets has shape {tuple(targets.shape)} and ids {tuple(ids.shape)} "
-                    f"(last_only={last_only}); expected equal shapes, targets[b, t] being the token after "
-                    "ids[b, t], without last_only"
-                )
-        if cache is not None and cache.batch_size != ids.shape[0]:
-            raise ValueError(f"GPT: ids has {ids.shape[0]} rows but the cache {cache.batch_size}; they must be equal")
-        if cache is not None and self.training:
-            raise ValueError("GPT: a cache is for generation, but the model is in training mode; call model.eval()")
+    def virtual_tokens(self, adapter: str | None = None) -> int:
+        """The virtual tokens that come before a row's own under an adapter; None: under the active ones."""
+        prompts, state = prompts_of(self), self.adapters
+        if not prompts or state is None:
+            return 0
+        names = (adapter,) if adapter is not None else state.active if state.enabled else ()
+        return max((len(prompts[name]) for name in names if name in prompts), default=0)
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of parameters; tied weights count once."""

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from gptfast._warn import warn
-from gptfast.models.adapters.config import LoraConfig
+from gptfast.models.adapters import prompts
+from gptfast.models.adapters.config import AdapterConfig, LoraConfig
+from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.models.adapters.targets import saved, targets
 from gptfast.nn.adapted import ADAPTED, BASE, SAVED, AdapterState, LoraFactor, LoraFactors, LoraLinear, make_plain
 from gptfast.nn.difference import USUAL
+from gptfast.nn.soft_prompt import PLACE, one_prompt, prompts_of
 from gptfast.nn.transformer import Transformer
+
+HOLDERS = ("lora_A", "lora_B", "modules_to_save", PLACE)  # modules that hold something of each adapter by its name
 
 
 @dataclass
@@ -27,19 +32,21 @@ class Adapters(AdapterState):
     biases: values of the base's biases before an adapter trained them, by the names of parameters.
     trainable: names of the base's parameters that were trained before, and are again when the last adapter goes.
     merged: names of the adapters that are merged. aside: while they are, what was taken out of the modules; see `merging`.
+    prompts: likewise the soft prompts.
     """
 
-    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
     base: str = ""
     biases: dict[str, Tensor] = field(default_factory=dict)
     trainable: set[str] = field(default_factory=set)
     merged: tuple[str, ...] = ()
     aside: dict[str, Any] = field(default_factory=dict)
+    prompts: nn.Module | None = None
 
     def follow(self) -> None:
         """Set what depends on the configurations."""
         self.names = tuple(self.configs)
-        self.drops = any(config.lora_dropout > 0 for config in self.configs.values())
+        self.drops = any(config.lora_dropout > 0 for config in self.configs.values() if isinstance(config, LoraConfig))
 
 
 def adapters_of(model: Transformer, op: str) -> Adapters:
@@ -64,39 +71,58 @@ def check_not_merged(model: Transformer, op: str) -> None:
         raise ValueError(f"{op}: {', '.join(map(repr, state.merged))} is merged; call unmerge_adapter() first")
 
 
-def add(model: Transformer, config: LoraConfig, name: str, mark: str) -> None:
+def add(model: Transformer, config: AdapterConfig, name: str, mark: str, blank: bool = False) -> None:
     """Put an adapter into the modules, make it the active one, and freeze the base.
 
+    Args:
+        blank: its values are to be read from a file.
     Raises:
-        ValueError: a name that is taken or cannot be one, modules that do not exist, or two adapters of which one trains
-            the biases of the base. The model is then as it was.
+        ValueError: a name that is taken or cannot be one, modules that do not exist, two adapters of which one trains
+            the biases of the base, or a soft prompt that does not fit. The model is then as it was.
     """
     check_not_merged(model, "add_adapter")
     old = model.adapters if isinstance(model.adapters, Adapters) else None
     _check_name(name, old)
+    if old is None:
+        state = Adapters(base=mark, trainable={n for n, p in model.named_parameters() if p.requires_grad})
+    else:
+        state = old
+    if isinstance(config, PromptTuningConfig):
+        prompts.check_fits(model, config)
+        weight = prompts.first_values(model, config, blank)
+        _freeze(model, old)
+        prompts.place(model, name, weight)
+    else:
+        _add_lora(model, config, name, state, old)
+    state.configs[name] = config
+    model.adapters = state
+    state.follow()
+    activate(model, name)
+
+
+def _freeze(model: Transformer, old: Adapters | None) -> None:
+    for parameter in () if old else model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _add_lora(model: Transformer, config: LoraConfig, name: str, state: Adapters, old: Adapters | None) -> None:
     where, copies = targets(model, config), saved(model, config)
-    if old is not None and (config.bias != "none" or any(c.bias != "none" for c in old.configs.values())):
+    if old is not None and (config.bias != "none" or any(_trains_biases(c) for c in old.configs.values())):
         raise ValueError(
             f"add_adapter: {name!r} beside {', '.join(map(repr, old.configs))}, of which one has a bias other than "
             '"none": the biases of the base are one for all - use bias="none"'
         )
-    if old is None:
-        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-        state = Adapters(base=mark, trainable=trainable)
-    else:
-        state = old
     factors = {path: _factors(model.get_submodule(path), path, config) for path in where}
-    for parameter in () if old else model.parameters():
-        parameter.requires_grad_(False)
+    _freeze(model, old)
     for path, (a, b) in factors.items():
         _attach(model.get_submodule(path), name, state, a, b, _number(model, path))
     _copy(model, copies, config, name, state)
     for path, parameter in _trained_biases(model, config, where):
         state.biases[path] = parameter.detach().clone()
-    state.configs[name] = config
-    model.adapters = state
-    state.follow()
-    activate(model, name)
+
+
+def _trains_biases(config: AdapterConfig) -> bool:
+    return isinstance(config, LoraConfig) and config.bias != "none"
 
 
 def _check_name(name: Any, state: Adapters | None) -> None:
@@ -168,9 +194,9 @@ def _copied(parameter: nn.Parameter | None) -> nn.Parameter | None:
     return None if parameter is None else nn.Parameter(parameter.detach().clone())
 
 
-def _trained_biases(model: Transformer, config: LoraConfig, where: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
+def _trained_biases(model: Transformer, config: AdapterConfig, where: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
     """The biases of the base that an adapter trains."""
-    if config.bias == "none":
+    if not isinstance(config, LoraConfig) or config.bias == "none":
         return []
     plain = {n for n, m in model.named_modules() if "modules_to_save" not in n and "modules_to_save" not in m._modules}
     own = [(n, n.removesuffix(".bias"), p) for n, p in model.named_parameters() if n.endswith(".bias")]
@@ -184,7 +210,7 @@ def adapted_paths(model: Transformer, name: str) -> list[str]:
 
 def parameters_of(model: Transformer, name: str) -> list[tuple[str, nn.Parameter]]:
     """The parameters that an adapter has, with the biases of the base that it trains."""
-    ends = tuple(f".{kind}.{name}." for kind in ("lora_A", "lora_B", "modules_to_save"))
+    ends = tuple(f".{kind}.{name}." for kind in HOLDERS)
     own = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if any(end in f".{n}" for end in ends)]
     return own + _trained_biases(model, adapters_of(model, "adapter").configs[name], adapted_paths(model, name))
 
@@ -193,7 +219,9 @@ def activate(model: Transformer, names: str | Sequence[str]) -> None:
     """Make adapters the ones that a forward uses, and the only ones that are trained."""
     check_not_merged(model, "set_adapter")
     state = adapters_of(model, "set_adapter")
-    state.active = check_names(state, "set_adapter", names)
+    wanted = check_names(state, "set_adapter", names)
+    one_prompt("set_adapter", wanted, prompts_of(model))
+    state.active = wanted
     state.enabled = True
     for name in state.configs:
         for _, parameter in parameters_of(model, name):
@@ -206,9 +234,8 @@ def enable(model: Transformer, enabled: bool) -> None:
     state = adapters_of(model, op)
     state.enabled = enabled
     if not enabled and state.biases:
-        warn(
-            f'disable_adapters: the biases of the base were trained (bias="{next(iter(state.configs.values())).bias}") and stay so'
-        )
+        kind = next(config.bias for config in state.configs.values() if isinstance(config, LoraConfig))
+        warn(f'disable_adapters: the biases of the base were trained (bias="{kind}") and stay so')
 
 
 def delete(model: Transformer, names: str | Sequence[str]) -> None:
@@ -233,7 +260,7 @@ def delete(model: Transformer, names: str | Sequence[str]) -> None:
 
 
 def _restore_biases(model: Transformer, state: Adapters, name: str) -> None:
-    if state.configs[name].bias != "none":
+    if _trains_biases(state.configs[name]):
         with torch.no_grad():
             for path, value in state.biases.items():
                 model.get_parameter(path).copy_(value)
@@ -241,7 +268,7 @@ def _restore_biases(model: Transformer, state: Adapters, name: str) -> None:
 
 
 def _detach(module: nn.Module, name: str) -> None:
-    for kind in ("lora_A", "lora_B", "modules_to_save"):
+    for kind in HOLDERS:
         held = module._modules.get(kind)
         if isinstance(held, nn.ModuleDict) and name in held:
             del held[name]

@@ -1,4 +1,4 @@
-"""LoraConfig: the fields of peft's configuration that gptfast honours, and the refusal of others."""
+"""LoraConfig: the fields of peft's configuration that gptfast honours; and configurations in peft's files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptfast._checks import check_choice, check_count, check_real
+from gptfast.models.adapters.prompt_config import PromptTuningConfig
 
 BIASES = ("none", "all", "lora_only")
 INITS = (True, False, "gaussian")
@@ -113,42 +114,50 @@ class LoraConfig:
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
-def from_peft(raw: Mapping[str, Any], where: object) -> LoraConfig:
+AdapterConfig = LoraConfig | PromptTuningConfig
+_KINDS: dict[str, type[AdapterConfig]] = {"LORA": LoraConfig, "PROMPT_TUNING": PromptTuningConfig}
+
+
+def from_peft(raw: Mapping[str, Any], where: object) -> AdapterConfig:
     """The configuration in the content of an adapter_config.json.
 
     Raises:
         ValueError: another method, a field that gptfast does not have set to something, or a value out of range.
     """
     kind = _plain(raw.get("peft_type"))
-    if kind != "LORA":
-        raise ValueError(f"{where}: peft_type is {kind!r}; gptfast has LORA - use peft for others")
-    known = {f.name for f in dataclasses.fields(LoraConfig)}
+    if kind not in _KINDS:
+        raise ValueError(f"{where}: peft_type is {kind!r}; gptfast has {' and '.join(_KINDS)} - use peft for others")
+    known = {f.name for f in dataclasses.fields(_KINDS[kind])}
     for key, value in raw.items():
         if key not in known and key not in _INFORMATION and value and value != _NEUTRAL.get(key):
             raise ValueError(f"{where}: {key} is {json.dumps(value)[:60]}, which gptfast does not have; use peft")
     given = {key: value for key, value in raw.items() if key in known and value is not None}
     try:
-        return LoraConfig(**given)
+        return _KINDS[kind](**given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def to_peft(config: LoraConfig, **changed: Any) -> dict[str, Any]:
+def to_peft(config: AdapterConfig, **changed: Any) -> dict[str, Any]:
     """The content of adapter_config.json."""
-    return {"peft_type": "LORA", **dataclasses.asdict(config), **changed, "inference_mode": True}
+    kind = next(kind for kind, own in _KINDS.items() if isinstance(config, own))
+    return {"peft_type": kind, **dataclasses.asdict(config), **changed, "inference_mode": True}
 
 
-def of_user(config: Any) -> LoraConfig:
+def of_user(config: Any) -> AdapterConfig:
     """A configuration of our own, from ours or from peft's.
 
     Raises:
         TypeError: something else.  ValueError: see `from_peft`.
     """
-    if isinstance(config, LoraConfig):
+    if isinstance(config, AdapterConfig):
         return dataclasses.replace(config)
     if type(config).__module__.partition(".")[0] == "peft" and hasattr(config, "to_dict"):
         return from_peft(config.to_dict(), f"add_adapter: peft's {type(config).__name__}")
-    raise TypeError(f"add_adapter: config is a {type(config).__name__}; expected a gptfast.finetuning.LoraConfig")
+    raise TypeError(
+        f"add_adapter: config is a {type(config).__name__}; expected a LoraConfig or PromptTuningConfig of "
+        "gptfast.finetuning"
+    )
 
 
 def _names(name: str, value: Any) -> list[str] | str | None:

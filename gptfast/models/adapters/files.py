@@ -6,21 +6,24 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptfast._folders import staged_folder
 from gptfast._json import expect, read_json
 from gptfast._snapshots import ADAPTER, current, read_whole
 from gptfast.models import hf_layout
-from gptfast.models.adapters import attached
-from gptfast.models.adapters.config import LoraConfig, from_peft, to_peft
+from gptfast.models.adapters import attached, prompts
+from gptfast.models.adapters.config import AdapterConfig, LoraConfig, from_peft, to_peft
+from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.models.adapters.targets import as_peft_has_them, file_name
 from gptfast.models.export import write_json, write_tensors
 from gptfast.models.weight_files import WeightFile, open_weights
 from gptfast.nn.difference import true_config
+from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -46,18 +49,25 @@ def save(model: Transformer, folder: str | os.PathLike[str], name: str) -> None:
     attached.check_not_merged(model, "save_adapter")
     state = attached.adapters_of(model, "save_adapter")
     (name,) = attached.check_names(state, "save_adapter", name)
-    config, paths = state.configs[name], attached.adapted_paths(model, name)
+    config = state.configs[name]
     tensors = {key: _to_file(key, p.detach()).to("cpu", copy=True).contiguous() for key, p in _stored(model, name)}
-    conv1d = any(hf_layout.is_conv1d(path + ".weight") for path in paths)
-    raw = to_peft(
-        config,
-        target_modules=as_peft_has_them(model, config, paths),
-        fan_in_fan_out=conv1d and hf_layout.model_type(true_config(model)) != "gptfast",
-        modules_to_save=None if not config.modules_to_save else [_in_file(model, m) for m in config.modules_to_save],
-    )
+    if isinstance(config, PromptTuningConfig):
+        raw = to_peft(config, **prompts.filled_in(model, config))
+    else:
+        raw = to_peft(config, **_fields(model, config, attached.adapted_paths(model, name)))
     with staged_folder(folder, replaces=ADAPTER) as stage:
         write_json(stage / CONFIG, raw)
         write_tensors(stage / WEIGHTS, tensors, {MARK: state.base})
+
+
+def _fields(model: Transformer, config: LoraConfig, paths: list[str]) -> dict[str, Any]:
+    """The fields of a configuration as transformers calls the modules."""
+    conv1d = any(hf_layout.is_conv1d(path + ".weight") for path in paths)
+    return {
+        "target_modules": as_peft_has_them(model, config, paths),
+        "fan_in_fan_out": conv1d and hf_layout.model_type(true_config(model)) != "gptfast",
+        "modules_to_save": [_in_file(model, m) for m in config.modules_to_save or []] or None,
+    }
 
 
 def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base: bool) -> dict[str, Tensor]:
@@ -79,12 +89,15 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
         )
     stored = {_our_key(key): x for key, x in weights.tensors()}
     heads = {key: stored.pop(key) for key in list(stored) if key.startswith(tuple(f"{head}." for head in HEADS))}
-    config.modules_to_save = [m for m in config.modules_to_save or [] if m.rpartition(".")[2] not in HEADS] or None
     tensors = _of_adapter(model, stored, folder)
-    config.modules_to_save = _copies(model, config, tensors)
+    if isinstance(config, PromptTuningConfig):
+        prompts.check_file(model, config, tensors, folder)
+    else:
+        config.modules_to_save = [m for m in config.modules_to_save or [] if m.rpartition(".")[2] not in HEADS] or None
+        config.modules_to_save = _copies(model, config, tensors)
     before = None if model.adapters is None else (model.adapters.active, model.adapters.enabled)
     with torch.random.fork_rng(devices=[]):
-        attached.add(model, config, name, mine)
+        attached.add(model, config, name, mine, blank=True)
     try:
         _fill(model, name, tensors, folder)
     except ValueError:
@@ -96,7 +109,7 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
     return heads
 
 
-def _opened(folder: Path) -> tuple[LoraConfig, WeightFile, str | None]:
+def _opened(folder: Path) -> tuple[AdapterConfig, WeightFile, str | None]:
     file = current(folder, CONFIG)
     config = from_peft(expect(read_json(file), dict, "", file), file)
     path = current(folder, WEIGHTS)
@@ -155,8 +168,11 @@ def _in_file(model: Transformer, name: str) -> str:
     return file_name(model, name).removeprefix("transformer.") if name in ("wte", "wpe") else name
 
 
-def _stored(model: Transformer, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+def _stored(model: Transformer, name: str) -> Iterator[tuple[str, Tensor]]:
     """The parameters of an adapter by their keys in the file."""
+    if name in prompts_of(model):
+        yield prompts.KEY, prompts_of(model)[name].embedding.weight
+        return
     targeted = attached.adapted_paths(model, name)
     for key, parameter in attached.parameters_of(model, name):
         path, own = key, key.rpartition(".")[2]

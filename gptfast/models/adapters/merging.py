@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.models.adapters.attached import adapters_of, check_names
+from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.nn.adapted import ADAPTED, LoraLinear, make_plain
+from gptfast.nn.soft_prompt import PLACE
 from gptfast.nn.transformer import Transformer
 
 Parameters = dict[str, nn.Parameter | None]
@@ -33,6 +35,11 @@ def merge(model: Transformer, names: str | Sequence[str] | None) -> None:
         raise ValueError(f"merge_adapter: {', '.join(map(repr, state.merged))} is merged; call unmerge_adapter() first")
     if not wanted:
         raise ValueError("merge_adapter: no adapter is active; name one")
+    for name in wanted:
+        if isinstance(state.configs[name], PromptTuningConfig):
+            raise ValueError(
+                f"merge_adapter: {name!r} is a soft prompt, which has no weights to add to the base's; keep it beside the base"
+            )
     found = {path: m for path, m in model.named_modules() if isinstance(m, ADAPTED)}
     merged = {path: _merged(path, module, wanted) for path, module in found.items()}
     for path, module in found.items():
@@ -40,6 +47,7 @@ def merge(model: Transformer, names: str | Sequence[str] | None) -> None:
         module._modules.clear()
         make_plain(module)
         module._parameters.update(merged[path])
+    state.prompts = model._modules.pop(PLACE, None)
     state.merged = wanted
 
 
@@ -59,6 +67,9 @@ def unmerge(model: Transformer) -> None:
         module.__dict__.update({name: attributes[name] for name in ("state", "number") if name in attributes})
         module.__class__ = kind
         module.train(module.training)
+    if state.prompts is not None:
+        model.add_module(PLACE, state.prompts.to(device=model.wte.weight.device).train(model.training))
+    state.prompts = None
     state.aside.clear()
     state.merged = ()
 

@@ -20,14 +20,16 @@ class AdapterMethods(Transformer):
     def add_adapter(self, config: Any, name: str = "default") -> None:
         """Add a new adapter, make it the active one, and freeze the base.
 
-        Its parameters are called h.0.attn.c_attn.lora_A.<name>.weight and so on. They are float32 beside a base in half
+        Its parameters are called h.0.attn.c_attn.lora_A.<name>.weight and so on, of a soft prompt
+        prompt_encoder.<name>.embedding.weight. They are float32 beside a base in half
         precision.
 
         Args:
-            config: a `gptfast.finetuning.LoraConfig`, or peft's.
+            config: a `LoraConfig` or `PromptTuningConfig` of `gptfast.finetuning`, or peft's.
             name: of the adapter.
         Raises:
-            TypeError, ValueError: bad values, module names that do not exist, a name that is taken. The model stays as it was.
+            TypeError, ValueError: bad values, module names that do not exist, a name that is taken, a soft prompt that leaves
+                no room in block_size.  OSError: no tokenizer for the text of a soft prompt. The model stays as it was.
         """
         attached.add(self, of_user(config), name, files.base_mark(self) if self.adapters is None else "")
 
@@ -55,10 +57,11 @@ class AdapterMethods(Transformer):
         files.save(self, path, name)
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
-        """Make adapters the active ones: a forward adds up their updates, and they are trained, others not.
+        """Make adapters the active ones: a forward adds up their updates, and they are trained, others not. One of them may be
+        a soft prompt.
 
         Raises:
-            ValueError: unknown name.
+            ValueError: unknown name, or several soft prompts.
         """
         attached.activate(self, names)
 
@@ -93,7 +96,7 @@ class AdapterMethods(Transformer):
         Args:
             names: of the adapters; None: the active ones.
         Raises:
-            ValueError: unknown name, other adapters are merged, or an update is not finite.
+            ValueError: unknown name, a soft prompt, other adapters are merged, or an update is not finite.
         """
         merging.merge(self, names)
 

@@ -13,6 +13,7 @@ from gptfast.models.adapters.config import LoraConfig
 from gptfast.nn.adapted import SAVED, LoraLinear, SavedLinear
 from gptfast.nn.difference import true_config
 from gptfast.nn.linear import Linear
+from gptfast.nn.soft_prompt import PLACE
 from gptfast.nn.transformer import Transformer
 
 ALL_LINEAR = "all-linear"
@@ -29,7 +30,7 @@ def targets(model: Transformer, config: LoraConfig) -> list[str]:
     Raises:
         ValueError: a name that no module has (the nearest is suggested), or one of a module that is no linear layer.
     """
-    wanted, modules = config.target_modules, dict(model.named_modules())
+    wanted, modules = config.target_modules, _modules(model)
     linear = [name for name, module in modules.items() if type(module) in (Linear, LoraLinear, SavedLinear)]
     if wanted == ALL_LINEAR:
         found = [name for name in linear if name != "lm_head"]
@@ -52,7 +53,7 @@ def targets(model: Transformer, config: LoraConfig) -> list[str]:
 
 def saved(model: Transformer, config: LoraConfig) -> list[str]:
     """The modules of which the adapter has copies, by `modules_to_save`."""
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = _modules(model)
     found = _named(model, config.modules_to_save or [], list(modules), "modules_to_save")
     for name in found:
         if not isinstance(modules[name], tuple(SAVED)) or name == "wpe" or isinstance(modules[name], LoraLinear):
@@ -61,6 +62,11 @@ def saved(model: Transformer, config: LoraConfig) -> list[str]:
                 "linear layer without low-rank updates"
             )
     return found
+
+
+def _modules(model: Transformer) -> dict[str, nn.Module]:
+    """The modules of the base."""
+    return {name: module for name, module in model.named_modules() if name and not name.startswith(PLACE)}
 
 
 def _named(model: Transformer, wanted: list[str] | str, names: list[str], field: str) -> list[str]:
@@ -116,7 +122,7 @@ def as_peft_has_them(model: Transformer, config: LoraConfig, found: list[str]) -
     """target_modules for the file: as given, where it means the same under transformers' names, else every name."""
     wanted, matches = config.target_modules, _matcher(config.target_modules)
     names = [
-        name for name, module in model.named_modules() if isinstance(module, (Linear, nn.Embedding)) or "norm" in name
+        name for name, module in _modules(model).items() if isinstance(module, (Linear, nn.Embedding)) or "norm" in name
     ]
     same = [n for n in names if matches(file_name(model, n))] == [n for n in names if matches(n) or n in found]
     return wanted if same or wanted == ALL_LINEAR else [file_name(model, name) for name in found]
