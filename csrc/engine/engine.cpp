@@ -100,8 +100,8 @@ void Engine::extend_locked(Cache& cache, const std::vector<i64>& rows, const std
     for (i64 at = 0; at < counts[i];) {
       const i64 n = std::min(counts[i] - at, kPrefillChunk - M);
       const i64 logits = !last_only ? n : at + n == counts[i] ? 1 : 0;
-      runs.push_back({M, n, cache.length(rows[i]) + at, logits, wanted, cache.pages(rows[i]),
-                      &cache.adapters(rows[i])});
+      runs.push_back(
+          {M, n, cache.length(rows[i]) + at, logits, wanted, cache.pages(rows[i]), &cache.adapters(rows[i])});
       at += n;
       M += n;
       wanted += logits;

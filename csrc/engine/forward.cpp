@@ -17,8 +17,8 @@ void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
     auto branch_inputs = [&](const Linear& linear, const Norm& norm) {
       return s.pre_norm ? normed_inputs(t, linear, norm, x, Cp_, rows) : inputs_of(t, linear, x, Cp_, s.C, rows);
     };
-    multiply(t, layer.c_attn, branch_inputs(layer.c_attn, layer.ln_1), rows, Epilogue::store, qkv_.get(), Qp_, qkv_.get(),
-             Qp_);
+    multiply(t, layer.c_attn, branch_inputs(layer.c_attn, layer.ln_1), rows, Epilogue::store, qkv_.get(), Qp_,
+             qkv_.get(), Qp_);
     pool_.barrier(t);
     attention(t, l);
     if (l == s.layers - 1 && wanted_ < M_) {  // from here on nothing else is read
@@ -31,8 +31,8 @@ void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
     multiply(t, layer.attn_proj, attended, rows, Epilogue::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
     if (!s.pre_norm) normalise_in_place(t, layer.ln_1, rows.count);
-    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), rows, s.activation, hidden_.get(), Fp_, hidden_.get(),
-             Fp_);
+    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), rows, s.activation, hidden_.get(), Fp_,
+             hidden_.get(), Fp_);
     pool_.barrier(t);
     const Activations hidden = inputs_of(t, layer.mlp_proj, hidden_.get(), Fp_, s.F, rows);
     multiply(t, layer.mlp_proj, hidden, rows, Epilogue::add, branch_.get(), Cp_, x, Cp_);

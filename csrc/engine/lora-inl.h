@@ -11,8 +11,7 @@ static void down_tile(const float* x, i64 ldx, i64 K, const float* A, float scal
     UNROLL_FOR (int j = 0; j < J; j++) acc[r][j] = zero();
   for (i64 k = 0; k < K; k += L) {
     F v[R];
-    UNROLL_FOR (int r = 0; r < R; r++)
-      v[r] = K - k >= L ? load(x + r * ldx + k) : load_n(x + r * ldx + k, K - k);
+    UNROLL_FOR (int r = 0; r < R; r++) v[r] = K - k >= L ? load(x + r * ldx + k) : load_n(x + r * ldx + k, K - k);
     UNROLL_FOR (int j = 0; j < J; j++) {
       const F a = load(A + j * lda + k);
       UNROLL_FOR (int r = 0; r < R; r++) acc[r][j] = fma(v[r], a, acc[r][j]);
