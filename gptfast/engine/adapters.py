@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +16,7 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 from gptfast.nn.adapted import BASE, LoraLinear, check_adapter
 
 if TYPE_CHECKING:
+    from gptfast.config import GPTConfig
     from gptfast.nn.transformer import Transformer
 
 
@@ -75,7 +79,27 @@ class PackedAdapters:
 class AdapterMethods:
     """The adapters of a compiled model, by the names of `GPT`'s methods."""
 
+    config: GPTConfig
+    base_mark: str
     _adapters: PackedAdapters
+
+    def load_adapter(self, path: str | os.PathLike[str], name: str = "default", *, any_base: bool = False) -> None:
+        """Add the LoRA adapter in a folder that `GPT.save_adapter` or peft wrote, and make it the active one.
+
+        Args:
+            path: folder with adapter_config.json and adapter_model.safetensors.
+            name: of the adapter.
+            any_base: also where the adapter says that it was trained on a base with other weights.
+        Raises:
+            OSError, ValueError: missing or damaged files, an adapter of another base or with modules_to_save, a name that is
+                taken. The model stays as it was.
+        """
+        if name in self._adapters.packed or name == BASE or not isinstance(name, str) or not name:
+            raise ValueError(f"load_adapter: name is {name!r}; expected one that no adapter has, and not {BASE!r}")
+        # Formats of files stand above the engine, which is why this module is found by name.
+        reader = importlib.import_module("gptfast.models.adapters.beside_packed")
+        updates = reader.read_updates(path, self.config, self.base_mark, any_base)
+        self._adapters = self._adapters.with_one(name, pack("load_adapter", name, updates, shape_of(self.config)))
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -110,6 +134,27 @@ class AdapterMethods:
             ValueError: unknown name.
         """
         self._adapters = self._adapters.without(names)
+
+
+def shape_of(config: GPTConfig) -> dict[str, Any]:
+    """The values of a config that the engine needs."""
+    learned = config.position_embedding == "learned"
+    names = ("n_layer", "n_head", "n_embd", "inner_dim", "vocab_size", "block_size", "final_norm", "bias")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "window": min(config.window or 0, config.block_size),
+        "pre_norm": config.norm_position == "pre",
+        "activation": config.activation,
+        "tied": config.tie_weights,
+        "eps": config.layer_norm_epsilon,
+        "embed_scale": 1.0 if learned else math.sqrt(config.n_embd),
+    }
+
+
+def size_of(config: GPTConfig, number: int) -> tuple[int, int]:
+    """(N, K) of the matrix of a number, see `Update`."""
+    C, F = config.n_embd, config.inner_dim
+    return (config.vocab_size, C) if number == 4 * config.n_layer else ((3 * C, C), (C, C), (F, C), (C, F))[number % 4]
 
 
 def updates_of(model: Transformer) -> dict[str, list[Update]]:

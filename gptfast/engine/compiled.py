@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 
 from gptfast.backend import cpu_isa
 from gptfast.engine import packed_file
-from gptfast.engine.adapters import AdapterMethods, PackedAdapters, packed_adapters
+from gptfast.engine.adapters import AdapterMethods, PackedAdapters, packed_adapters, shape_of
 from gptfast.engine.exponents import exponent_of, quantised
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
 from gptfast.engine.runner import PANEL, EngineRunner
@@ -48,6 +47,7 @@ class CompiledGPT(AdapterMethods):
     max_rows: maximum number of sequences at a time; None: no limit.
     cache_dtype: dtype of keys and values.
     metadata: of the checkpoint, as in `GPT`.
+    base_mark: tells adapters of this base from others; "": it is unknown.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class CompiledGPT(AdapterMethods):
         self.cache_dtype = _cache_dtype(cache_dtype, dtype)
         self._formats, self._weights, self._source = formats, weights, source
         self._exponents = exponents or {}
-        self._adapters = PackedAdapters()
+        self._adapters, self.base_mark = PackedAdapters(), ""
         threads = torch_num_threads() if threads is None else _count("threads", threads, MOST_THREADS)
         layout = {**formats, "exponents": self._exponents}
         self._core = _C.Engine(shape_of(config), layout, weights, threads, self.cache_dtype, cpu_isa() or "scalar")
@@ -104,7 +104,7 @@ class CompiledGPT(AdapterMethods):
             cache_dtype=self.cache_dtype,
             source=self._source,
         )
-        other.metadata, other._adapters = self.metadata, self._adapters
+        other.metadata, other._adapters, other.base_mark = self.metadata, self._adapters, self.base_mark
         return other
 
     def check_weights(self) -> None:
@@ -166,12 +166,20 @@ class CompiledGPT(AdapterMethods):
         if self.adapters:
             raise ValueError(
                 f"save: the model has the adapter {', '.join(map(repr, self.adapters))}, and the file is for the base alone; "
-                "write adapters with GPT.save_adapter, take them out here with delete_adapter, and load them beside the file"
+                "write adapters with GPT.save_adapter, take them out here with delete_adapter, and load_adapter them beside the file"
             )
         weights = memoryview(self._weights)
         said = asdict(self.metadata) if self.metadata != Metadata() else None
         packed_file.save(
-            path, self.config, self._formats, self._exponents, self.dtype, weights, self.check_weights, said
+            path,
+            self.config,
+            self._formats,
+            self._exponents,
+            self.dtype,
+            weights,
+            self.check_weights,
+            said,
+            self.base_mark,
         )
 
     def __reduce__(self) -> Any:
@@ -186,21 +194,6 @@ class CompiledGPT(AdapterMethods):
             f"CompiledGPT({c.n_layer} layers, {c.n_embd} channels, {self.dtype}, {self.nbytes / 1e6:.0f} MB, "
             f"{self.threads} threads)"
         )
-
-
-def shape_of(config: GPTConfig) -> dict[str, Any]:
-    """The values of a config that the engine needs."""
-    learned = config.position_embedding == "learned"
-    names = ("n_layer", "n_head", "n_embd", "inner_dim", "vocab_size", "block_size", "final_norm", "bias")
-    return {
-        **{name: getattr(config, name) for name in names},
-        "window": min(config.window or 0, config.block_size),
-        "pre_norm": config.norm_position == "pre",
-        "activation": config.activation,
-        "tied": config.tie_weights,
-        "eps": config.layer_norm_epsilon,
-        "embed_scale": 1.0 if learned else math.sqrt(config.n_embd),
-    }
 
 
 def compile_model(
@@ -307,7 +300,7 @@ def load(
     _check_fit(path, config, description)
     dtype, formats, exponents = (description[key] for key in ("dtype", "formats", "exponents"))
     compiled = CompiledGPT(config, dtype, formats, source.weights, exponents, source=source, **options)
-    compiled.metadata = Metadata(**description["metadata"])
+    compiled.metadata, compiled.base_mark = Metadata(**description["metadata"]), description["base"]
     return compiled
 
 

@@ -4,8 +4,8 @@
     4 bytes   version of the layout, little-endian
     4 bytes   length of the header
     4 bytes   CRC-32 of the header
-    header    JSON: configuration of the model, formats, size of the weights in bytes and their CRC-32, and metadata of the
-              checkpoint (such as end tokens) if it has any; in version 3 also the exponents of matrices that are
+    header    JSON: configuration of the model, formats, size of the weights in bytes and their CRC-32, metadata of the
+              checkpoint (such as end tokens) if it has any, and the mark that adapters of the base have; in version 3 also the exponents of matrices that are
               stored divided by a power of two
     …         zeros up to a whole page (4096 bytes), then the weights
 
@@ -48,6 +48,7 @@ def save(
     weights: memoryview,
     check: Callable[[], None],
     metadata: dict[str, Any] | None = None,
+    base: str = "",
 ) -> None:
     """Write a compiled model to a temporary file, then rename it: a crash leaves the old file or the new one.
 
@@ -60,6 +61,7 @@ def save(
         weights: the packed weights.
         check: raises if the weights have changed meanwhile.
         metadata: of the checkpoint; None: it has none.
+        base: tells adapters of this base from others.
     """
     description = {
         "config": asdict(config),
@@ -67,6 +69,7 @@ def save(
         "formats": formats,
         **({"exponents": exponents} if exponents else {}),
         **({"metadata": metadata} if metadata else {}),
+        **({"base": base} if base else {}),
         "bytes": weights.nbytes,
         "crc32": _crc(weights),
     }
@@ -152,6 +155,7 @@ def _description(header: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
     if isinstance(description, dict):
         description.setdefault("exponents", {})
         description.setdefault("metadata", {"config": {}, "generation": None})
+        description.setdefault("base", "")
     for key, right, expected in (
         (None, lambda d: isinstance(d, dict), "an object"),
         ("config", lambda c: isinstance(c, dict), "an object"),
@@ -159,6 +163,7 @@ def _description(header: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         ("formats", _are_formats, "a format for each of " + ", ".join(MATRICES)),
         ("exponents", are_exponents, "powers of two of matrices"),
         ("metadata", _is_metadata, "settings of a checkpoint"),
+        ("base", lambda value: isinstance(value, str), "the mark of a base"),
         ("bytes", _is_count, "a number of bytes"),
         ("crc32", _is_count, "a checksum"),
     ):

@@ -12,6 +12,7 @@ from gptfast.engine import CompiledGPT, compile_model, engine_for
 from gptfast.generation import CudaGraphRunner, Runner, TorchRunner, generate
 from gptfast.metadata import Metadata, metadata_of
 from gptfast.models import export, pretrained
+from gptfast.models.adapters.files import base_mark
 from gptfast.models.adapters.methods import AdapterMethods
 
 
@@ -90,7 +91,9 @@ class GPT(AdapterMethods):
             ValueError: an unknown dtype, weights that are not finite, or modules that are not what the config says: hooks,
                 other classes, attributes or methods, or an adapter with modules_to_save.  RuntimeError: gptfast has no compiled part.
         """
-        return compile_model(self, dtype, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
+        compiled = compile_model(self, dtype, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
+        compiled.base_mark = base_mark(self)
+        return compiled
 
     @classmethod
     def from_pretrained(

@@ -332,3 +332,40 @@ def test_the_compiled_part_checks_shapes() -> None:
     with pytest.raises(ValueError, match="for a model of another shape"):
         runner._cache.add(1, [other])
     assert isinstance(other, _C.Adapter)
+
+
+def test_adapters_load_beside_a_packed_file(tmp_path) -> None:
+    gpt, given = adapted(), ids("gpt2")
+    for name in ("wide", "deep"):
+        gpt.save_adapter(tmp_path / name, name)
+    wanted = gpt.compile_for_inference("q4").logits(given, NAMES)
+    gpt.delete_adapter(["wide", "deep"])
+    gpt.compile_for_inference("q4").save(tmp_path / "packed")
+    packed = gptfast.engine.load(tmp_path / "packed")
+    with pytest.raises(
+        ValueError, match=r"the adapter was trained on another base: bf16:\w+ is not this model's bf16:"
+    ):
+        model_of("odd").compile_for_inference("q4").load_adapter(tmp_path / "wide")
+    for name in ("wide", "deep"):
+        packed.load_adapter(tmp_path / name, name)
+    assert packed.adapters == ("wide", "deep") and packed.active_adapters == ["deep"]
+    assert torch.equal(packed.logits(given, NAMES), wanted)
+    assert torch.equal(packed.with_threads(2).logits(given, NAMES), wanted)
+    with pytest.raises(ValueError, match="name is 'wide'; expected one that no adapter has"):
+        packed.load_adapter(tmp_path / "wide", "wide")
+    with pytest.raises(FileNotFoundError, match="holds no adapter_config"):
+        packed.load_adapter(tmp_path, "more")
+    with pytest.raises(ValueError, match=r"A and B of h\.0\.attn\.c_attn are .*; expected \(r, 57\) and \(171, r\)"):
+        model_of("odd").compile_for_inference("q4").load_adapter(tmp_path / "wide", any_base=True)
+
+
+def test_a_packed_base_refuses_what_it_cannot_hold(tmp_path) -> None:
+    gpt = copy.deepcopy(model_of("gpt2"))
+    gpt.add_adapter(LoraConfig(r=2, modules_to_save=["ln_f"]), "copy")
+    gpt.save_adapter(tmp_path / "copy", "copy")
+    compiled = model_of("gpt2").compile_for_inference("int8")
+    with pytest.raises(
+        ValueError, match=r"holds .*ln_f.*: of modules_to_save and biases a packed base has one for all"
+    ):
+        compiled.load_adapter(tmp_path / "copy")
+    assert compiled.adapters == ()
