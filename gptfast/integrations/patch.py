@@ -51,7 +51,8 @@ def accelerate(model: nn.Module, *, generate: bool = True, verify: Any = None) -
         What was replaced, and what was not and why.
     Raises:
         TypeError: no module.
-        ValueError: patched already, nothing to replace, parameters on several devices or on "meta", a batch without labels.
+        ValueError: patched already, nothing to replace, parameters on several devices or on "meta", a buffer on "meta", a
+            batch without labels, without one that counts, or on another device.
         RuntimeError: transformers is older than 5.0.
         A model that is refused is as it was.
     """
@@ -67,8 +68,8 @@ def accelerate(model: nn.Module, *, generate: bool = True, verify: Any = None) -
     if verify is not None:
         from gptfast.integrations.verify import check_batch, verified
 
-        check_batch(verify)
-        report.errors, report.speedup = verified(model, verify, lambda: _apply(found), lambda: restore(model))
+        check_batch(model, verify)
+        report.errors, report.speedup = verified(model, verify, lambda: _apply(found), lambda: _undo(found))
     else:
         _apply(found)
     report.replaced = {name: patch.told for name, patch in found_names(model, found).items()}
@@ -94,8 +95,17 @@ def restore(model: nn.Module) -> None:
 
 
 def _apply(found: list[_Patch]) -> None:
+    try:
+        for patch in found:
+            patch.module.__class__ = patch.patched
+    except BaseException:
+        _undo(found)
+        raise
+
+
+def _undo(found: list[_Patch]) -> None:
     for patch in found:
-        patch.module.__class__ = patch.patched
+        patch.module.__class__ = original_class(patch.module) or type(patch.module)
 
 
 def found_names(model: nn.Module, found: list[_Patch]) -> dict[str, _Patch]:
@@ -117,6 +127,12 @@ def _check(model: Any) -> None:
         places.setdefault(tensor.device, name)
     if any(device.type == "meta" for device in places):
         raise ValueError("accelerate: parameters are on the device meta, without values; load the weights first")
+    for name, buffer in model.named_buffers():
+        if buffer.device.type == "meta":
+            raise ValueError(
+                f"accelerate: the buffer {name} is on the device meta, without values; make the model on a real device, or "
+                "give the buffer its values first"
+            )
     if len(places) > 1:
         told = ", ".join(f"{name} on {device}" for device, name in places.items())
         raise ValueError(

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from gptfast import ops
 from gptfast.integrations.attention import attention_forward
+from gptfast.integrations.joined import is_watched
 from gptfast.integrations.masks import once
 from gptfast.integrations.modules import runs
 from gptfast.integrations.swap import patches
@@ -103,7 +104,7 @@ class OpenAIAttention(openai.Attention):
     """transformers' attention of GPT-1."""
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False) -> list[Tensor]:
-        if output_attentions:
+        if output_attentions or is_watched(self.attn_dropout):
             return super().forward(x, attention_mask, output_attentions)
         heads = (*x.shape[:-1], self.n_head, -1)
         q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(self.split_size, dim=2))

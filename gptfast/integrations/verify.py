@@ -17,8 +17,8 @@ ROUNDS = 5
 LABELS = ("labels", "targets")  # of transformers, of nanoGPT and minGPT
 
 
-def check_batch(batch: Any) -> None:
-    """Raise TypeError, ValueError where a batch cannot be verified with."""
+def check_batch(model: nn.Module, batch: Any) -> None:
+    """Raise TypeError, ValueError where a model cannot be verified with a batch."""
     if not isinstance(batch, Mapping):
         raise TypeError(
             f"accelerate: verify is a {type(batch).__name__}; expected a dict of the model's arguments, such as "
@@ -29,6 +29,12 @@ def check_batch(batch: Any) -> None:
             f"accelerate: verify has no labels (it has {', '.join(map(str, batch)) or 'nothing'}), so there is no loss to "
             "compare; add them, for a language model labels=input_ids, and targets for nanoGPT and minGPT"
         )
+    device = next((parameter.device for parameter in model.parameters()), None)
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and device is not None and value.device != device:
+            raise ValueError(
+                f"accelerate: verify has {name} on the device {value.device} and the model is on {device}; move the batch there"
+            )
 
 
 def verified(
@@ -36,9 +42,12 @@ def verified(
 ) -> tuple[dict[str, float], float]:
     """Patch the model, and compare loss, logits and all gradients before and after with those in float64.
 
-    Both run in evaluation mode, where dropout does not blur the comparison. Afterwards the model is patched, and has the mode
-    and the gradients that it had.
+    Both run in evaluation mode, where dropout does not blur the comparison, and with gradients, also under `torch.no_grad`; a
+    model whose parameters are all frozen has none, and loss and logits are compared. Afterwards the model is patched, and has
+    the mode and the gradients that it had.
 
+    Args:
+        patch, undo: undo may be called of a model that is not patched.
     Returns:
         (name -> error after in units of the error before, time before over time after).
     """
@@ -46,16 +55,17 @@ def verified(
     modes = [(module, module.training) for module in model.modules()]
     state = torch.get_rng_state()
     try:
-        model.eval()
-        exact = _exact(model, batch)
-        before, seconds = _results(model, batch), _Timing(model, batch)
-        patch()
-        try:
+        with torch.inference_mode(False), torch.enable_grad():
+            model.eval()
+            batch = {n: x.clone() if isinstance(x, Tensor) and x.is_inference() else x for n, x in batch.items()}
+            exact = _exact(model, batch)
+            before, seconds = _results(model, batch), _Timing(model, batch)
+            patch()
             after = _results(model, batch)
             speedup = seconds.compare(patch, undo)
-        except BaseException:
-            undo()
-            raise
+    except BaseException:
+        undo()
+        raise
     finally:
         for module, mode in modes:
             module.training = mode
@@ -74,8 +84,13 @@ def _results(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         (p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32
     )  # quantised ones are not
     loss, logits = _loss_and_logits(model(**_cast(batch, dtype)))
-    loss.backward()
+    _backward(loss)
     return _found(loss, logits, batch, model.named_parameters())
+
+
+def _backward(loss: Tensor) -> None:
+    if loss.requires_grad:  # not of a model whose parameters are all frozen
+        loss.backward()
 
 
 def _exact(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -88,7 +103,12 @@ def _exact(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     buffers = {name: x.double() if x.is_floating_point() else x for name, x in model.named_buffers()}
     outputs = torch.func.functional_call(model, {**doubles, **buffers}, (), _cast(batch, torch.float64))
     loss, logits = _loss_and_logits(outputs)
-    loss.backward()
+    if not loss.isfinite():
+        raise ValueError(
+            f"accelerate: the loss of the verify batch is {loss.item()}, so there is nothing to compare; it needs a label that "
+            "counts (-100, or nanoGPT's -1, is ignored), for a language model one after the first position"
+        )
+    _backward(loss)
     return _found(loss, logits, batch, doubles.items())
 
 
@@ -154,7 +174,7 @@ class _Timing:
     def _step(self) -> float:
         device = next(self.model.parameters()).device
         begin = time.perf_counter()
-        _loss(self.model(**self.batch)).backward()
+        _backward(_loss(self.model(**self.batch)))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - begin

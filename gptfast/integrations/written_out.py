@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast import ops
+from gptfast.integrations.joined import is_watched
 from gptfast.integrations.modules import runs
 from gptfast.integrations.swap import derive
 
@@ -89,7 +90,8 @@ def _attention_class(original: type[nn.Module], parts: _Parts) -> type[nn.Module
     def forward(self: Any, x: Tensor, *others: Any, **more: Any) -> Any:
         longest = getattr(self, parts.mask).shape[-1]
         width = self.n_head * 256  # the kernels' longest head
-        if others or more or not runs(x) or x.dim() != 3 or x.shape[1] > longest or x.shape[2] > width:
+        seen = is_watched(getattr(self, parts.dropout))  # the fused attention does not call it
+        if seen or others or more or not runs(x) or x.dim() != 3 or x.shape[1] > longest or x.shape[2] > width:
             return original.forward(self, x, *others, **more)
         return _attend(self, x, parts)
 

@@ -253,6 +253,20 @@ def test_attention_that_is_written_out_holds_no_scores(monkeypatch: pytest.Monke
         module(torch.randn(2, T + 1, C))
 
 
+@pytest.mark.parametrize("place", ["attn_dropout", "resid_dropout", "c_attn"])
+def test_hooks_of_attention_that_is_written_out_are_called(place: str):
+    modules = [CausalSelfAttention().eval() for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    gptfast.accelerate(modules[1])
+    seen: list[list[Tensor]] = [[], []]
+    x = torch.randn(2, T, C)
+    for module, kept in zip(modules, seen, strict=True):
+        getattr(module, place).register_forward_hook(lambda m, args, out, kept=kept: kept.append(out.detach()))
+        module(x)
+    assert len(seen[0]) == 1
+    torch.testing.assert_close(seen[1], seen[0])
+
+
 @pytest.mark.parametrize("place", ["attn_dropout", "resid_dropout"])
 def test_dropout_of_attention_that_is_written_out(place: str):
     module = CausalSelfAttention()
