@@ -68,10 +68,11 @@ void Cache::check_rows(const char* what, const std::vector<i64>& rows) const {
                                 " is given twice; expected distinct slots");
 }
 void Cache::check_room(const char* what, i64 row, i64 count) const {
-  if (count <= max_len_ - length(row)) return;
+  const i64 room = std::min(max_len_, positions_ - prefix(row));
+  if (count <= room - tokens(row)) return;
   throw std::invalid_argument(std::string(what) + ": slot " + std::to_string(row) + " holds " +
-                              std::to_string(length(row)) + " positions and " + std::to_string(count) +
-                              " more do not fit into max_len = " + std::to_string(max_len_) +
+                              std::to_string(tokens(row)) + " positions and " + std::to_string(count) +
+                              " more do not fit into max_len = " + std::to_string(room) +
                               "; shorten the text or make a runner with a larger max_len (up to block_size)");
 }
 void Cache::check_free(i64 count) const {
@@ -87,7 +88,7 @@ i64 Cache::add() {
   for (size_t r = 0; r < rows_.size(); r++)
     if (!rows_[r].live) {
       rows_[r].live = true;
-      rows_[r].length = 0;
+      rows_[r].length = rows_[r].prefix = 0;
       return i64(r);
     }
   return -1;
@@ -106,7 +107,7 @@ void Cache::copy(const std::vector<i64>& rows, const std::vector<i64>& sources) 
 }
 void Cache::truncate(i64 r, i64 length) {
   Row& row = rows_[size_t(r)];
-  row.length = std::min(row.length, length);
+  row.length = std::min(row.length, row.prefix + length);
   drop_from(row, size_t((row.length + kPage - 1) / kPage));
 }
 void Cache::release(i64 r) {

@@ -13,8 +13,9 @@ namespace gptfast::engine {
 
 class Cache {
  public:
-  Cache(i64 page_bytes, i64 capacity, i64 max_len)
-      : page_bytes_(page_bytes), max_len_(max_len), rows_(size_t(capacity)) {}
+  // max_len: the most tokens of a row, its prefix apart; positions: with the prefix.
+  Cache(i64 page_bytes, i64 capacity, i64 max_len, i64 positions)
+      : page_bytes_(page_bytes), max_len_(max_len), positions_(positions), rows_(size_t(capacity)) {}
   ~Cache();
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
@@ -22,9 +23,13 @@ class Cache {
   i64 capacity() const { return i64(rows_.size()); }
   i64 max_len() const { return max_len_; }
   bool live(i64 row) const { return row >= 0 && row < capacity() && rows_[size_t(row)].live; }
-  i64 length(i64 row) const { return rows_[size_t(row)].length; }
+  i64 length(i64 row) const { return rows_[size_t(row)].length; }  // with the prefix
+  // Positions of a soft prompt, which are the first and stay when the row is cut.
+  i64 prefix(i64 row) const { return rows_[size_t(row)].prefix; }
+  i64 tokens(i64 row) const { return length(row) - prefix(row); }
+  void set_prefix(i64 row) { rows_[size_t(row)].prefix = length(row); }  // all that it holds
   i64 free_rows() const;
-  i64 length_of(i64 row) const { return live(row) ? length(row) : 0; }
+  i64 tokens_of(i64 row) const { return live(row) ? tokens(row) : 0; }
 
   // What a call asks for is checked where it acts, under the engine's lock: another thread may have been there since the
   // caller looked. `what` names the call. std::invalid_argument, or std::runtime_error where there is no room for rows.
@@ -59,7 +64,7 @@ class Cache {
   };
   struct Row {
     bool live = false;
-    i64 length = 0;
+    i64 length = 0, prefix = 0;
     std::vector<Page*> pages;
     std::vector<char*> data;  // of the pages
     Adapters adapters;
@@ -68,7 +73,7 @@ class Cache {
   void drop(Page* page);
   void drop_from(Row& row, size_t first);
 
-  const i64 page_bytes_, max_len_;
+  const i64 page_bytes_, max_len_, positions_;
   std::vector<Row> rows_;
   std::vector<Page*> spare_;
   size_t pages_made_ = 0;

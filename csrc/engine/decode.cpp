@@ -19,7 +19,7 @@ void Engine::decode(Cache& cache, const std::vector<i64>& rows, const std::vecto
   for (i64 step = 0; step < steps && !active.empty(); step++) {
     std::vector<i64> positions;
     std::vector<Sampling> wanted;
-    for (size_t i : active) positions.push_back(cache.length(rows[i])), wanted.push_back(samplings[i]);
+    for (size_t i : active) positions.push_back(cache.tokens(rows[i])), wanted.push_back(samplings[i]);
     const std::vector<i64> drawn = draw_locked(wanted, positions, logits, ld);
     std::vector<size_t> left;
     std::vector<i64> left_rows;

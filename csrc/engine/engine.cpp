@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
 
 #include "pack.h"
 
@@ -55,6 +56,20 @@ void Engine::extend(Cache& cache, const std::vector<i64>& rows, const std::vecto
   extend_locked(cache, rows, counts, tokens, last_only, out, ld);
 }
 
+void Engine::prefix(Cache& cache, i64 row, const float* vectors, i64 n) {
+  const std::lock_guard guard(mutex_);
+  cache.check_live("prefix", row);
+  if (cache.length(row) || n < 1 || n >= model_.shape.positions)
+    throw std::invalid_argument("prefix: expected an empty slot and fewer vectors than block_size");
+  reserve(cache, {row}, {n});
+  for (i64 at = 0; at < n; at += kPrefillChunk)
+    run_chunk({{0, std::min(n - at, kPrefillChunk), at, 0, 0, cache.pages(row), &cache.adapters(row),
+                vectors + at * model_.shape.C}},
+              nullptr, nullptr, 0);
+  cache.append(row, n);
+  cache.set_prefix(row);
+}
+
 // The first positions of one head of a page.
 void Engine::copy_head(const char* from, char* to, i64 layer, i64 head, i64 positions) const {
   const i64 size = cpu::element_size(cache_type_), D = model_.shape.D();
@@ -101,7 +116,7 @@ void Engine::extend_locked(Cache& cache, const std::vector<i64>& rows, const std
       const i64 n = std::min(counts[i] - at, kPrefillChunk - M);
       const i64 logits = !last_only ? n : at + n == counts[i] ? 1 : 0;
       runs.push_back(
-          {M, n, cache.length(rows[i]) + at, logits, wanted, cache.pages(rows[i]), &cache.adapters(rows[i])});
+          {M, n, cache.length(rows[i]) + at, logits, wanted, cache.pages(rows[i]), &cache.adapters(rows[i]), nullptr});
       at += n;
       M += n;
       wanted += logits;

@@ -19,6 +19,7 @@ struct Run {
   i64 first, n, start, wanted, row;
   char* const* pages;
   const Adapters* adapters;
+  const float* vectors = nullptr;  // (n, C): instead of the embeddings of its tokens
 
   i64 unwanted() const { return n - wanted; }
 };
@@ -62,6 +63,8 @@ class Engine {
   // leaves the rows as they were. `tokens` are in the vocabulary.
   void extend(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
               bool last_only, float* out, i64 ld);
+  // Begins an empty row with a soft prompt: n vectors of C values in the places of token embeddings.
+  void prefix(Cache& cache, i64 row, const float* vectors, i64 n);
   // One token for each row of logits, each drawn as it asks; -1 where the row holds nan, -2 where nothing but -inf.
   std::vector<i64> draw(const std::vector<Sampling>& samplings, const std::vector<i64>& positions, const float* logits,
                         i64 ld);

@@ -48,9 +48,15 @@ void Engine::embed(int t, const int* tokens) {
     for (i64 i = 0; i < run.n; i++) {
       const i64 m = run.first + i;
       if (m < mine.first || m >= mine.last) continue;
+      const float* position = floats(model_.wpe) + (run.start + i) * Cp_;
+      float* x = x_.get() + m * Cp_;
+      if (run.vectors) {
+        const float* vector = run.vectors + i * model_.shape.C;
+        for (i64 c = 0; c < model_.shape.C; c++) x[c] = model_.shape.embed_scale * vector[c] + position[c];
+        continue;
+      }
       kernels_.embed(model_.wte.format, weights_ + model_.wte.offset, model_.shape.C, tokens[m],
-                     model_.shape.embed_scale * model_.wte.factor, floats(model_.wpe) + (run.start + i) * Cp_,
-                     x_.get() + m * Cp_);
+                     model_.shape.embed_scale * model_.wte.factor, position, x);
     }
 }
 

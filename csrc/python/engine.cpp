@@ -111,7 +111,8 @@ class PyCache {
 
  public:
   PyCache(std::shared_ptr<PyEngine> engine, i64 capacity, i64 max_len)
-      : engine_(std::move(engine)), cache_(checked(*engine_, capacity, max_len), capacity, max_len) {}
+      : engine_(std::move(engine)),
+        cache_(checked(*engine_, capacity, max_len), capacity, max_len, engine_->get().model().shape.positions) {}
 
   // Empty rows under these adapters.
   std::vector<i64> add(i64 count, const std::vector<std::shared_ptr<PyAdapter>>& given) {
@@ -141,7 +142,7 @@ class PyCache {
   std::vector<i64> lengths() {
     return locked([&] {
       std::vector<i64> all;
-      for (i64 row = 0; row < cache_.capacity(); row++) all.push_back(cache_.length_of(row));
+      for (i64 row = 0; row < cache_.capacity(); row++) all.push_back(cache_.tokens_of(row));
       return all;
     });
   }
@@ -151,9 +152,9 @@ class PyCache {
   void truncate(i64 row, i64 length) {
     locked([&] {
       cache_.check_live("truncate", row);
-      if (length < 0 || length > cache_.length(row))
+      if (length < 0 || length > cache_.tokens(row))
         throw std::invalid_argument("truncate: length is " + std::to_string(length) + "; slot " + std::to_string(row) +
-                                    " holds " + std::to_string(cache_.length(row)) + " positions");
+                                    " holds " + std::to_string(cache_.tokens(row)) + " positions");
       return cache_.truncate(row, length), 0;
     });
   }
@@ -182,6 +183,15 @@ class PyCache {
     check_logits("extend", out, last_only ? i64(rows.size()) : total, panels_of_logits());
     const WithoutGil release;
     engine_->get().extend(cache_, rows, counts, tokens.data(), last_only, out.data, out.ld);
+  }
+
+  // See Engine::prefix.
+  void prefix(i64 row, const Object& capsule) {
+    const Matrix vectors("prefix", capsule);
+    if (vectors.columns != engine_->get().model().shape.C || vectors.ld != vectors.columns)
+      throw std::invalid_argument("prefix: expected (n, n_embd) vectors one after another");
+    const WithoutGil release;
+    engine_->get().prefix(cache_, row, vectors.data, vectors.rows);
   }
 
   // From any thread, also while another one decodes.
@@ -260,6 +270,7 @@ PyMethodDef cache_methods[] = {method<&PyCache::add>("add"),
                                method<&PyCache::truncate>("truncate"),
                                method<&PyCache::copy>("copy"),
                                method<&PyCache::extend>("extend"),
+                               method<&PyCache::prefix>("prefix"),
                                method<&PyCache::decode>("decode"),
                                method<&PyCache::interrupt>("interrupt"),
                                {}};

@@ -1,4 +1,4 @@
-"""Adapters in the engine: their low-rank factors in fp32, beside the packed base."""
+"""Adapters in the engine: their low-rank factors and soft prompts in fp32, beside the packed base."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from gptfast.nn.adapted import BASE, LoraLinear, check_adapter
+from gptfast.nn.soft_prompt import prompts_of
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
@@ -33,7 +34,7 @@ class Update(NamedTuple):
 class PackedAdapters:
     """The adapters of a compiled model.
 
-    packed: a `gptfast._C.Adapter` by name.
+    packed: by name a `gptfast._C.Adapter`, or of a soft prompt its vectors (n, C).
     active: names of those that a row has for which none is named; they are added up.
     enabled: False: none is active.
     """
@@ -44,14 +45,25 @@ class PackedAdapters:
 
     @property
     def nbytes(self) -> int:
-        return sum(adapter.bytes for adapter in self.packed.values())
+        return sum(own.nbytes if isinstance(own, Tensor) else own.bytes for own in self.packed.values())
 
-    def of(self, op: str, name: str | None) -> list[Any]:
-        """What a row has that names this adapter, or none. Raises ValueError for an unknown one."""
+    def of(self, op: str, name: str | None) -> tuple[list[Any], Tensor | None]:
+        """The updates and the soft prompt of a row that names this adapter, or none. Raises ValueError for an unknown one."""
+        if name is not None:
+            check_adapter(op, tuple(self.packed), name)
+        own = [self.packed[n] for n in self._names(name)]
+        prompts = [x for x in own if isinstance(x, Tensor)]
+        return [x for x in own if not isinstance(x, Tensor)], prompts[0] if prompts else None
+
+    def virtual_tokens(self, name: str | None) -> int:
+        """The vectors of the soft prompt of such a row; 0 for an unknown name."""
+        own = [self.packed[n] for n in self._names(name) if n in self.packed]
+        return sum(len(x) for x in own if isinstance(x, Tensor))
+
+    def _names(self, name: str | None) -> tuple[str, ...]:
         if name is None:
-            return [self.packed[n] for n in self.active] if self.enabled else []
-        check_adapter(op, tuple(self.packed), name)
-        return [] if name == BASE else [self.packed[name]]
+            return self.active if self.enabled else ()
+        return () if name == BASE else (name,)
 
     def known(self, op: str, names: str | Sequence[str]) -> tuple[str, ...]:
         """Names of adapters that there are. Raises ValueError for an unknown one."""
@@ -63,7 +75,13 @@ class PackedAdapters:
         return wanted
 
     def activated(self, names: str | Sequence[str]) -> PackedAdapters:
-        return replace(self, active=self.known("set_adapter", names), enabled=True)
+        active = self.known("set_adapter", names)
+        prompts = [name for name in active if isinstance(self.packed[name], Tensor)]
+        if len(prompts) > 1:
+            raise ValueError(
+                f"set_adapter: {', '.join(map(repr, prompts))} are soft prompts, of which a row has one; activate one of them"
+            )
+        return replace(self, active=active, enabled=True)
 
     def with_one(self, name: str, adapter: Any) -> PackedAdapters:
         """These and one more, which is the active one."""
@@ -83,8 +101,12 @@ class AdapterMethods:
     base_mark: str
     _adapters: PackedAdapters
 
+    def virtual_tokens(self, adapter: str | None = None) -> int:
+        """The virtual tokens that come before a row's own under an adapter; None: under the active ones."""
+        return self._adapters.virtual_tokens(adapter)
+
     def load_adapter(self, path: str | os.PathLike[str], name: str = "default", *, any_base: bool = False) -> None:
-        """Add the LoRA adapter in a folder that `GPT.save_adapter` or peft wrote, and make it the active one.
+        """Add the adapter in a folder that `GPT.save_adapter` or peft wrote, and make it the active one.
 
         Args:
             path: folder with adapter_config.json and adapter_model.safetensors.
@@ -98,8 +120,12 @@ class AdapterMethods:
             raise ValueError(f"load_adapter: name is {name!r}; expected one that no adapter has, and not {BASE!r}")
         # Formats of files stand above the engine, which is why this module is found by name.
         reader = importlib.import_module("gptfast.models.adapters.beside_packed")
-        updates = reader.read_updates(path, self.config, self.base_mark, any_base)
-        self._adapters = self._adapters.with_one(name, pack("load_adapter", name, updates, shape_of(self.config)))
+        own = reader.read_adapter(path, self.config, self.base_mark, any_base)
+        if isinstance(own, Tensor):
+            packed = vectors_of("load_adapter", name, own)
+        else:
+            packed = pack("load_adapter", name, own, shape_of(self.config))
+        self._adapters = self._adapters.with_one(name, packed)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -171,11 +197,24 @@ def updates_of(model: Transformer) -> dict[str, list[Update]]:
 
 def packed_adapters(model: Transformer, shape: dict[str, Any]) -> PackedAdapters:
     """The adapters of a model, packed; its active ones are active."""
-    state, updates = model.adapters, updates_of(model)
-    if state is None or not updates:
+    op, state, updates, prompts = "compile_for_inference", model.adapters, updates_of(model), prompts_of(model)
+    if state is None or not (updates or prompts):
         return PackedAdapters()
-    packed = {name: pack("compile_for_inference", name, own, shape) for name, own in updates.items()}
+    packed: dict[str, Any] = {}
+    for name in state.names:
+        if name in prompts:
+            packed[name] = vectors_of(op, name, prompts[name].embedding.weight)
+        else:
+            packed[name] = pack(op, name, updates.get(name, []), shape)
     return PackedAdapters(packed, state.active, state.enabled)
+
+
+def vectors_of(op: str, name: str, vectors: Tensor) -> Tensor:
+    """A copy of the vectors of a soft prompt, in fp32. Raises ValueError where they are not finite."""
+    copy = vectors.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if not copy.isfinite().all():
+        raise ValueError(f"{op}: the adapter {name!r} holds nan or infinities; it is damaged")
+    return copy
 
 
 def pack(op: str, name: str, updates: Sequence[Update], shape: dict[str, Any]) -> Any:

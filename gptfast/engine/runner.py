@@ -79,7 +79,21 @@ class EngineRunner(Runner):
         return tuple(self._adapters.packed)
 
     def allocate(self, count: int = 1, adapter: str | None = None) -> list[int]:
-        return self._cache.add(_count("allocate", count), self._adapters.of("allocate", adapter))
+        updates, prompt = self._adapters.of("allocate", adapter)
+        slots = self._cache.add(_count("allocate", count), updates)
+        if prompt is not None and slots:
+            first, *others = slots
+            try:
+                self._cache.prefix(first, to_dlpack(prompt))
+                self._cache.copy(others, [first] * len(others))
+            except BaseException:
+                for slot in slots:
+                    self._cache.release(slot)
+                raise
+        return slots
+
+    def virtual_tokens(self, adapter: str | None = None) -> int:
+        return self._adapters.virtual_tokens(adapter)
 
     def fork(self, slot: int, count: int) -> list[int]:
         self._check_slots("fork", [slot])

@@ -18,6 +18,7 @@ from gptfast.engine.adapters import packed_adapters, updates_of
 from gptfast.engine.compiled import CompiledGPT, compile_model, shape_of
 from gptfast.generation.runner import torch_num_threads
 from gptfast.nn.difference import difference, true_config
+from gptfast.nn.soft_prompt import PLACE, prompts_of
 
 if TYPE_CHECKING:
     from gptfast.nn.transformer import Transformer
@@ -42,7 +43,7 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
     """A compiled model with the present weights of `model`, in their dtype; None where the engine cannot run it.
 
     The engine runs a GPT in evaluation mode on the CPU whose weights are all fp32 or all bf16 and whose modules are what its
-    config says (see `gptfast.nn.difference`), low-rank updates apart, if a packed copy fits into half of the free memory, no other backend was chosen
+    config says (see `gptfast.nn.difference`), low-rank updates and soft prompts apart, if a packed copy fits into half of the free memory, no other backend was chosen
     and autocast is off.
 
     The copy is kept. Each call compares it with all of the weights and the state of the adapters, which takes one read of them; hold the compiled model to
@@ -51,7 +52,7 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
     asked = AUTOMATIC["cpu"][0] if chosen() == "auto" else chosen()
     if not has_cpu_ops or model.training or asked != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    parameters = [(".lora_" in name, x.detach()) for name, x in model.named_parameters()]
+    parameters = [(is_of_adapter(name), x.detach()) for name, x in model.named_parameters()]
     tensors = [x for own, x in parameters if not own] + [x.detach() for x in model.buffers()]
     factors = [x for own, x in parameters if own]
     dtype = tensors[0].dtype
@@ -82,12 +83,18 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
         return compiled
 
 
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter of this name is one of a low-rank update or a soft prompt."""
+    return ".lora_" in name or name.startswith(f"{PLACE}.")
+
+
 def _adapters_of(model: Transformer, factors: Sequence[Tensor]) -> tuple[Any, ...]:
     """What the adapters of a model are: another value where anything about them has changed."""
     if model.adapters is None or not factors:
         return ()
     where = [(name, [(u.number, u.scale, *u.a.shape) for u in own]) for name, own in updates_of(model).items()]
-    return repr(where), model.adapters.active, model.adapters.enabled, checksum(factors)
+    prompts = [(name, len(prompt)) for name, prompt in prompts_of(model).items()]
+    return repr((where, prompts)), model.adapters.active, model.adapters.enabled, checksum(factors)
 
 
 def forget(model: Transformer) -> None:

@@ -21,7 +21,7 @@ from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
 from gptfast.nn.position import SinusoidalEmbedding, sinusoids
-from gptfast.nn.soft_prompt import prompts_of
+from gptfast.nn.soft_prompt import PLACE, prompts_of
 from gptfast.nn.transformer import Transformer
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -56,14 +56,14 @@ def difference(model: Transformer, saved: bool = False, adapters: bool = False) 
 
     Args:
         model: a GPT.
-        adapters: low-rank updates that are not merged are no difference.
+        adapters: low-rank updates that are not merged, and soft prompts, are no difference.
         saved: also compare what a checkpoint does not store: dropout rates, and the values of fixed embeddings.
     """
     told = None if model.adapters is None else _in_adapters(model, adapters)
     if told is not None:
         return told
     prompts = prompts_of(model)
-    if prompts:
+    if prompts and not adapters:
         names = ", ".join(map(repr, prompts))
         return f"the model has the soft prompt {names} (save_adapter writes it, delete_adapter takes it out)"
     wanted, found = _parts(model.config), dict(model.named_modules(remove_duplicate=False))
@@ -75,9 +75,13 @@ def difference(model: Transformer, saved: bool = False, adapters: bool = False) 
         if told is not None:
             return f"{name or 'the model'} {told}"
     for name, module in found.items():
-        if name not in wanted and not (adapters and isinstance(module, (LoraFactor, LoraFactors))):
+        if name not in wanted and not (adapters and _is_of_adapter(name, module)):
             return f"{name}, a {type(module).__name__}, has no place in a GPT of this config"
     return _in_sinusoids(model) if saved else None
+
+
+def _is_of_adapter(name: str, module: nn.Module) -> bool:
+    return isinstance(module, (LoraFactor, LoraFactors)) or f"{name}.".startswith(f"{PLACE}.")
 
 
 def _in_adapters(model: Transformer, updates: bool) -> str | None:

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from gptfast.generation import LanguageModel, Request, Runner, Token
 from gptfast.generation.prompts import check_prompt
+from gptfast.generation.runner import virtual_tokens
 from gptfast.generation.scoring import score_in_pieces
 from gptfast.metadata import end_option, metadata_of
 from gptfast.serving.errors import CLIENT_LEFT
@@ -138,7 +139,7 @@ class Server:
 
     def _requests(self, ask: Completion, prompts: list[list[int]], adapter: str | None) -> list[Request]:
         """A request for each prompt. Raises ApiError for requests beyond the limits of the server."""
-        n, block = ask.n or 1, self._config.block_size
+        n, block = ask.n or 1, self._config.block_size - virtual_tokens(self._runner, adapter)
         if n > self._limits.max_rows:
             raise ApiError(400, f"n is {n}; this server generates up to {self._limits.max_rows} texts at a time", "n")
         if n * len(prompts) > self._worker.max_open:

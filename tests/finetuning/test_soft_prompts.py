@@ -346,7 +346,6 @@ def test_names_and_room_are_checked(tmp_path):
         ),
         (lambda: gpt(IDS, adapter_names=["one", "two"]), "adapter_names has 2 names and the batch 3 rows"),
         (lambda: gpt(IDS, adapter_names=["one", "no", "two"]), "adapter_names has 'no'"),
-        (lambda: gpt.compile_for_inference(), "the model has the soft prompt 'one', 'two' .save_adapter"),
         (lambda: gpt.save_pretrained(tmp_path / "no"), "the model has the soft prompt 'one', 'two' .save_adapter"),
     ):
         with pytest.raises(ValueError, match=message):

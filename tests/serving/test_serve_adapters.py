@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from gptfast.finetuning import LoraConfig
+from gptfast.finetuning import LoraConfig, PromptTuningConfig
 from gptfast.generation import score
 from tests.support.command import save_model
 from tests.support.serving_app import BLOCK, Gated, app_of, httpx, openai, serving, wait_until
@@ -140,3 +140,19 @@ def test_the_command_serves_adapters(tokenizer, tmp_path, monkeypatch):
         ask = {"model": "bard:one", "prompt": "to be", "max_tokens": 9, "temperature": 0}
         got = httpx.post(url + "/v1/completions", json=ask).json()
     assert got["choices"][0]["text"] == text_of(packed, tokenizer, "bard:one", "to be", max_new_tokens=9)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_soft_prompt_is_served_and_takes_room(model, tokenizer, quantize):
+    gpt = copy.deepcopy(model)
+    gpt.add_adapter(PromptTuningConfig(20, prompt_tuning_init="RANDOM"), "hint")
+    served = gpt if quantize is None else gpt.compile_for_inference(quantize)
+    with serving(app_of(served, tokenizer)) as url:
+        ask = {"model": "bard:hint", "prompt": "to be", "temperature": 0}
+        got = httpx.post(url + "/v1/completions", json={**ask, "max_tokens": 9}).json()
+        new = text_of(served, tokenizer, "bard:hint", "to be", max_new_tokens=9)
+        assert got["choices"][0]["text"] == new != text_of(served, tokenizer, "bard", "to be", max_new_tokens=9)
+        longest = httpx.post(url + "/v1/completions", json={**ask, "prompt": "a" * (BLOCK - 20 - 4)}).json()
+        assert longest["usage"]["completion_tokens"] == 4, "what room there is, as without an adapter"
+        refused = httpx.post(url + "/v1/completions", json={**ask, "max_tokens": BLOCK - 20}).json()["error"]
+        assert refused["code"] == "context_length_exceeded" and f"is {BLOCK - 20} tokens" in refused["message"]

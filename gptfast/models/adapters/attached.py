@@ -88,7 +88,7 @@ def add(model: Transformer, config: AdapterConfig, name: str, mark: str, blank: 
     else:
         state = old
     if isinstance(config, PromptTuningConfig):
-        prompts.check_fits(model, config)
+        prompts.check_fits(model.config, config)
         weight = prompts.first_values(model, config, blank)
         _freeze(model, old)
         prompts.place(model, name, weight)

@@ -1,4 +1,4 @@
-"""Reading the folder of a LoRA adapter for a compiled model, whose base has no modules."""
+"""Reading the folder of an adapter for a compiled model, whose base has no modules."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from gptfast.config import GPTConfig
 from gptfast.engine.adapters import Update, size_of
 from gptfast.models.adapters.config import LoraConfig
 from gptfast.models.adapters.files import CONFIG, WEIGHTS, _opened, _our_key
+from gptfast.models.adapters.prompt_config import PromptTuningConfig
+from gptfast.models.adapters.prompts import KEY, check_file, check_fits
 
 KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
-def read_updates(path: str | os.PathLike[str], config: GPTConfig, mark: str, any_base: bool) -> list[Update]:
-    """The updates in a folder of `GPT.save_adapter` or of peft; see `CompiledGPT.load_adapter`.
+def read_adapter(path: str | os.PathLike[str], config: GPTConfig, mark: str, any_base: bool) -> list[Update] | Tensor:
+    """The updates, or the vectors of a soft prompt, in a folder of `GPT.save_adapter` or of peft; see `CompiledGPT.load_adapter`.
 
     Args:
         path: the folder.
@@ -29,13 +31,16 @@ def read_updates(path: str | os.PathLike[str], config: GPTConfig, mark: str, any
     if not current(folder, CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}; expected the folder of an adapter")
     lora, weights, theirs = read_whole(folder, lambda: _opened(folder))
-    if not isinstance(lora, LoraConfig):
-        raise ValueError(f"{folder} holds a {type(lora).__name__}; beside a compiled model only LoRA can be loaded")
     if theirs and mark and theirs != mark and not any_base:
         raise ValueError(
             f"{folder}: the adapter was trained on another base: {theirs} is not this model's {mark}; load its own base, or "
             "say any_base=True"
         )
+    if isinstance(lora, PromptTuningConfig):
+        tensors = {_our_key(key): x for key, x in weights.tensors()}
+        check_fits(config, lora)
+        check_file(config, lora, tensors, folder)
+        return tensors[KEY]
     factors: dict[str, dict[str, Tensor]] = {}
     for key, x in weights.tensors():
         module, _, kind = _our_key(key).removesuffix(".weight").rpartition(".")

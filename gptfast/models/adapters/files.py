@@ -91,7 +91,7 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
     heads = {key: stored.pop(key) for key in list(stored) if key.startswith(tuple(f"{head}." for head in HEADS))}
     tensors = _of_adapter(model, stored, folder)
     if isinstance(config, PromptTuningConfig):
-        prompts.check_file(model, config, tensors, folder)
+        prompts.check_file(model.config, config, tensors, folder)
     else:
         config.modules_to_save = [m for m in config.modules_to_save or [] if m.rpartition(".")[2] not in HEADS] or None
         config.modules_to_save = _copies(model, config, tensors)

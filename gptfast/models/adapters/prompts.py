@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gptfast.config import GPTConfig
 from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.nn.soft_prompt import PLACE, SoftPrompt
 from gptfast.nn.transformer import Transformer
@@ -16,9 +17,9 @@ from gptfast.tokenizer import load_tokenizer
 KEY = "prompt_embeddings"  # of peft's files
 
 
-def check_fits(model: Transformer, config: PromptTuningConfig) -> None:
+def check_fits(model: GPTConfig, config: PromptTuningConfig) -> None:
     """Raise ValueError for a soft prompt that is for another model, or leaves no room for tokens."""
-    n, C, limit = config.n, model.config.n_embd, model.config.block_size
+    n, C, limit = config.n, model.n_embd, model.block_size
     if n >= limit:
         raise ValueError(
             f"add_adapter: num_virtual_tokens is {n} and the model's block_size {limit}, which leaves no room for tokens; "
@@ -80,7 +81,7 @@ def filled_in(model: Transformer, config: PromptTuningConfig) -> dict[str, Any]:
     return {**sizes, **heads, "task_type": config.task_type or "CAUSAL_LM"}
 
 
-def check_file(model: Transformer, config: PromptTuningConfig, tensors: dict[str, Tensor], folder: Path) -> None:
+def check_file(model: GPTConfig, config: PromptTuningConfig, tensors: dict[str, Tensor], folder: Path) -> None:
     """Raise ValueError for a file that does not hold the soft prompt of its configuration, or one of another width."""
     if KEY not in tensors:
         raise ValueError(f"{folder}: {KEY} is missing; the adapter is half written - copy or save it again")
@@ -90,8 +91,8 @@ def check_file(model: Transformer, config: PromptTuningConfig, tensors: dict[str
             f"{folder}: {KEY} is {tuple(values.shape)} and the configuration says {config.n} virtual tokens; copy or save the "
             "adapter again"
         )
-    if values.shape[1] != model.config.n_embd:
+    if values.shape[1] != model.n_embd:
         raise ValueError(
             f"{folder}: the adapter does not fit this model: {KEY} is {tuple(values.shape)} and this model's width "
-            f"{model.config.n_embd}; load the base that it was trained on"
+            f"{model.n_embd}; load the base that it was trained on"
         )
