@@ -128,7 +128,11 @@ def _rows(run: Finetuning) -> list[tuple[list[int], list[int], str]]:
 
 
 def compare(options: dict[str, Any]) -> None:
-    """Run every method in a process of its own; print a table and write OUT/compare.json."""
+    """Run every method in a process of its own; print a table and write OUT/compare.json, without those that fail.
+
+    Raises:
+        RuntimeError: a method failed.
+    """
     from gptfast._files import atomic_write
     from gptfast.finetuning.options import ABSENT, METHODS, PlaceOptions
 
@@ -136,7 +140,8 @@ def compare(options: dict[str, Any]) -> None:
     if "method" in options:
         raise ValueError("finetune: `method` and `compare` were both given; leave one out")
     methods = [method for method in METHODS if method not in ABSENT]
-    results = []
+    results: list[dict[str, Any]] = []
+    failed: list[str] = []
     for method in methods:
         print(f"---- {method} " + "-" * 60, flush=True)
         given = {k: v for k, v in options.items() if k not in ("compare", "out")}
@@ -149,10 +154,14 @@ def compare(options: dict[str, Any]) -> None:
         ]
         code = subprocess.run(command, check=False).returncode
         if code:
-            raise RuntimeError(f"finetune: `method` {method} ended with code {code}; its message is above")
-        results.append(json.loads((out / method / "metrics.json").read_text(encoding="utf-8")))
-    atomic_write(out / COMPARISON, (json.dumps(results, indent=2) + "\n").encode())
-    print_table(results)
+            failed.append(f"{method} ended with code {code}")
+        else:
+            results.append(json.loads((out / method / "metrics.json").read_text(encoding="utf-8")))
+    if results:
+        atomic_write(out / COMPARISON, (json.dumps(results, indent=2) + "\n").encode())
+        print_table(results)
+    if failed:
+        raise RuntimeError(f"finetune: `method` {', '.join(failed)}; its message is above")
 
 
 def arguments(options: dict[str, Any]) -> list[str]:

@@ -102,11 +102,11 @@ class Encoder:
         task: its name.
         tokens: name of a delimiter -> id, or None for none; see `task_tokens`.
         encode: text -> ids.
-        room: the longest row.
+        room: tells the longest row.
     """
 
     def __init__(
-        self, task: str, tokens: Mapping[str, int | None], encode: Callable[[str], list[int]], room: int
+        self, task: str, tokens: Mapping[str, int | None], encode: Callable[[str], list[int]], room: Callable[[], int]
     ) -> None:
         self.task, self.encode, self.room = task, encode, room
         self.tokens = {name: [] if i is None else [i] for name, i in tokens.items()}
@@ -141,10 +141,11 @@ class Encoder:
         return sum(len(self.tokens.get(name, [])) for name in (BOS, *(SEP,) * (texts - 1), EOS))
 
     def _row(self, texts: list[Row]) -> Row:
-        room = self.room - self._overhead(len(texts))
+        limit = self.room()
+        room = limit - self._overhead(len(texts))
         if room < len(texts):
             raise ValueError(
-                f"TaskModel: block_size is {self.room}, of which the delimiters of {self.task} leave {max(room, 0)}; expected "
+                f"TaskModel: block_size is {limit}, of which the delimiters of {self.task} leave {max(room, 0)}; expected "
                 "at least one position for each text"
             )
         row = list(self.tokens.get(BOS, []))

@@ -157,7 +157,7 @@ def _run(
             )
         objective = TaskObjective(network, parts[0], parts[1], metric, task.lm_coef, methods.write)
     else:
-        limit, rows = network.config.block_size, []
+        limit, rows = network.config.block_size - network.virtual_tokens(), []
         for part in (data.train, data.held_out):
             if task.task == "chat":
                 found = Conversations(part.records, tokenizer, limit, part.where)

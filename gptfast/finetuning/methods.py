@@ -15,6 +15,7 @@ from gptfast.finetuning.task_model import TaskModel
 from gptfast.metadata import GENERATION
 from gptfast.models import GPT
 from gptfast.models.adapters.config import LoraConfig
+from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.models.adapters.targets import ALL_LINEAR
 from gptfast.models.export import write_json
 
@@ -52,6 +53,14 @@ def attach(gpt: GPT, method: MethodOptions, base: str, new_tokens: bool) -> None
             ),
             NAME,
         )
+    elif method.method == "prompt":
+        if new_tokens:
+            raise ValueError(
+                "finetune: the tokenizer gets new tokens for its chat template, whose embeddings method prompt does not train; "
+                "take method lora, or a model with a chat template of its own"
+            )
+        config = PromptTuningConfig(method.num_virtual_tokens, base_model_name_or_path=base)
+        gpt.add_adapter(config, NAME)
 
 
 def modules(text: str) -> list[str] | str:

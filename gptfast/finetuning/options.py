@@ -14,7 +14,6 @@ from gptfast.training.config import TrainConfig
 METHODS = ("full", "lora", "qlora", "prompt")
 ABSENT = {  # methods that this version does not have, and what to take instead
     "qlora": "lora needs more memory for the base and gives the same adapter",
-    "prompt": "lora trains few parameters too",
 }
 _ALL_METRICS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
 _TASK, _METHOD, _DATA, _RUN = "The task", "The method", "Data", "The run"

@@ -68,8 +68,10 @@ def predict(model: TaskModel, examples: Sequence[Any]) -> list[Prediction]:
     finally:
         model.train(training)
     if model.truncated > before:
+        virtual = model.gpt.virtual_tokens()
+        said = f" without the {virtual} virtual tokens of the soft prompt" if virtual else ""
         warn(
             f"TaskModel.predict: {model.truncated - before} of {len(examples)} examples are longer than block_size "
-            f"{model.gpt.config.block_size}; their longest texts were cut at the end"
+            f"{model.gpt.config.block_size}{said}; their longest texts were cut at the end"
         )
     return found

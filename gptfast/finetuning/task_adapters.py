@@ -55,12 +55,14 @@ def save(model: TaskModel, path: Path, name: str) -> None:
         gpt.save_adapter(stage, name)
         with safe_open(stage / files.WEIGHTS, framework="pt") as opened:
             metadata = opened.metadata() or {}
-        heads = {files.PREFIX + key: x.detach().cpu().contiguous() for key, x in task_files.heads_of(model).items()}
+        prefix = files.head_prefix(gpt, name)
+        heads = {prefix + key: x.detach().cpu().contiguous() for key, x in task_files.heads_of(model).items()}
         write_tensors(stage / files.WEIGHTS, {**load_file(stage / files.WEIGHTS), **heads}, metadata)
         config = read_json(stage / files.CONFIG)
         head = "multiple_choice_head" if model.task == "choice" else "score"
         config["modules_to_save"] = [*(config.get("modules_to_save") or []), head]
-        config["task_type"] = config.get("task_type") or (None if model.task == "choice" else "SEQ_CLS")
+        own_type = gpt.adapters.configs[name].task_type
+        config["task_type"] = own_type or (None if model.task == "choice" else "SEQ_CLS")
         write_json(stage / files.CONFIG, config)
         ids = sorted({i for i in model.special_tokens.values() if i is not None})
         own = {"labels": model.labels, "vocab_size": gpt.config.vocab_size, "rows": ids}

@@ -74,7 +74,7 @@ class TaskModel(nn.Module):
             nn.init.zeros_(self.score.bias)
         weights = None if weights is None else weights.to(weight.device)
         self.register_buffer("class_weights", weights, persistent=False)
-        self._encoder = Encoder(task, self.special_tokens, self._encode, gpt.config.block_size)
+        self._encoder = Encoder(task, self.special_tokens, self._encode, self._room)
         self.train(gpt.training)
 
     @property
@@ -98,6 +98,10 @@ class TaskModel(nn.Module):
     @dropout_step.setter
     def dropout_step(self, value: int | None) -> None:
         self.gpt.dropout_step = value
+
+    def _room(self) -> int:
+        """Of a row: the block_size without the virtual tokens of an active soft prompt."""
+        return self.gpt.config.block_size - self.gpt.virtual_tokens()
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:

@@ -22,7 +22,10 @@ from tests.support.finetuning import SMALL, files, result
 from tests.support.finetuning import finetune as run
 from tests.support.train_command import _argv, gptfast  # noqa: F401  a fixture
 
-WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors", "prompt": "adapter_model.safetensors"}
+TASKS = ["classification", "entailment", "similarity", "choice", "lm", "chat"]
+CASES = [(task, method) for task in TASKS for method in ("full", "lora")]
+CASES += [(task, "prompt") for task in ("classification", "choice", "lm")]
 KEYS = {"metric", "value", "baseline", "trainable_parameters", "truncated"}
 
 
@@ -41,8 +44,7 @@ def assert_same_run(a: Path, b: Path, method: str) -> None:
     assert [f["value"] for f in found] == [found[0]["value"]] * 2
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("task", ["classification", "entailment", "similarity", "choice", "lm", "chat"])
+@pytest.mark.parametrize(("task", "method"), CASES)
 def test_every_task_by_every_method(tmp_path, capsys, task, method):
     assert run(tmp_path, "--method", method, "--show-batch", task=task) == 0, capsys.readouterr().err
     said, found, out = capsys.readouterr().out, result(tmp_path), tmp_path / "out"
@@ -66,7 +68,7 @@ def test_every_task_by_every_method(tmp_path, capsys, task, method):
         name = "score" if task == "similarity" else "label"
         true = [record[name] for record in held.records]
         assert getattr(metrics, expected)(true, [p[name] for p in said]) == pytest.approx(found["value"], abs=1e-6)
-    elif method == "lora":
+    elif method != "full":
         gpt = GPT.from_pretrained(tmp_path / "base")
         gpt.resize_token_embeddings(load_tokenizer(out / "best").vocab_size)
         gpt.load_adapter(out / "best")
@@ -75,7 +77,9 @@ def test_every_task_by_every_method(tmp_path, capsys, task, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "method"), [("classification", "full"), ("choice", "lora"), ("chat", "lora")])
+@pytest.mark.parametrize(
+    ("task", "method"), [("classification", "full"), ("choice", "lora"), ("chat", "lora"), ("lm", "prompt")]
+)
 def test_resuming_is_bit_for_bit(tmp_path, task, method):
     options = ["--method", method, "--lora-dropout", "0.2", "--checkpoint-every", "1", "--seed", "5"]
     assert run(tmp_path, *options, task=task, out="whole") == 0
@@ -153,9 +157,11 @@ def test_compare_runs_every_method_and_prints_a_table(tmp_path, capfd):
     assert run(tmp_path, "--compare") == 0
     said = capfd.readouterr().out
     table = said[said.index("trained parameters") :]
-    for method in ("full", "lora"):
+    for method in ("full", "lora", "prompt"):
         found = result(tmp_path / "out", method)
         assert found["peak_memory"] > 0
         assert f"{found['trainable_parameters']:,}" in table
         assert f"{found['value']:.3f}" in table
-    assert [r["method"] for r in json.loads((tmp_path / "out" / "compare.json").read_text())] == ["full", "lora"]
+    assert [r["method"] for r in json.loads((tmp_path / "out" / "compare.json").read_text())] == [
+        *("full", "lora", "prompt")
+    ]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gptfast
-from gptfast.finetuning import PromptTuningConfig
+from gptfast.finetuning import PromptTuningConfig, TaskModel
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -60,6 +60,26 @@ def test_round_trips_with_peft(base: Path, tmp_path: Path):
     assert differing == set() and files["ours"]["peft_type"] == "PROMPT_TUNING"
     assert list(load_file(tmp_path / "ours/adapter_model.safetensors")) == ["prompt_embeddings"]
     assert (tmp_path / "ours/adapter_model.safetensors").stat().st_size < 2000
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_round_trips_with_peft_beside_a_head(tmp_path: Path):
+    torch.manual_seed(1)
+    gptfast.GPT(GPT2).save_pretrained(tmp_path / "base")
+
+    def classifier() -> Any:
+        kind = transformers.GPT2ForSequenceClassification
+        return kind.from_pretrained(tmp_path / "base", num_labels=3, pad_token_id=0).eval()
+
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=N)
+    theirs = peft.get_peft_model(classifier(), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs(IDS % 60 + 1).logits
+    model = TaskModel.from_pretrained(tmp_path / "theirs", base=tmp_path / "base")
+    torch.testing.assert_close(model(IDS % 60 + 1).logits, expected, rtol=1e-5, atol=1e-6)
+    model.save_adapter(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(classifier(), tmp_path / "ours").eval()
+    assert torch.equal(again(IDS % 60 + 1).logits, expected)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptfast._checks import check_choice, check_count, check_real
-from gptfast.models.adapters.prompt_config import PromptTuningConfig
+from gptfast.models.adapters.prompt_config import HEADS, PromptTuningConfig
 
 BIASES = ("none", "all", "lora_only")
 INITS = (True, False, "gaussian")
@@ -132,6 +132,8 @@ def from_peft(raw: Mapping[str, Any], where: object) -> AdapterConfig:
         if key not in known and key not in _INFORMATION and value and value != _NEUTRAL.get(key):
             raise ValueError(f"{where}: {key} is {json.dumps(value)[:60]}, which gptfast does not have; use peft")
     given = {key: value for key, value in raw.items() if key in known and value is not None}
+    if kind == "PROMPT_TUNING":  # a head is no part of the GPT; `load` returns it
+        given["modules_to_save"] = [m for m in given.get("modules_to_save") or [] if m not in HEADS]
     try:
         return _KINDS[kind](**given)
     except (TypeError, ValueError) as error:

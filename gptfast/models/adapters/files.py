@@ -18,7 +18,7 @@ from gptfast._snapshots import ADAPTER, current, read_whole
 from gptfast.models import hf_layout
 from gptfast.models.adapters import attached, prompts
 from gptfast.models.adapters.config import AdapterConfig, LoraConfig, from_peft, to_peft
-from gptfast.models.adapters.prompt_config import PromptTuningConfig
+from gptfast.models.adapters.prompt_config import HEADS, PromptTuningConfig
 from gptfast.models.adapters.targets import as_peft_has_them, file_name
 from gptfast.models.export import write_json, write_tensors
 from gptfast.models.weight_files import WeightFile, open_weights
@@ -28,7 +28,6 @@ from gptfast.nn.transformer import Transformer
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, MARK = "base_model.model.", "gptfast_base"
-HEADS = ("score", "classifier", "multiple_choice_head")  # of tasks, as modules_to_save
 _SAMPLE = 1024  # numbers of a matrix that tell bases apart
 
 
@@ -68,6 +67,11 @@ def _fields(model: Transformer, config: LoraConfig, paths: list[str]) -> dict[st
         "fan_in_fan_out": conv1d and hf_layout.model_type(true_config(model)) != "gptfast",
         "modules_to_save": [_in_file(model, m) for m in config.modules_to_save or []] or None,
     }
+
+
+def head_prefix(model: Transformer, name: str) -> str:
+    """What peft has before the name of a head in the file of an adapter: it puts a soft prompt around the model itself."""
+    return PREFIX.removesuffix("model.") if name in prompts_of(model) else PREFIX
 
 
 def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base: bool) -> dict[str, Tensor]:

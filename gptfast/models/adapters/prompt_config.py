@@ -7,6 +7,7 @@ from typing import Any
 
 from gptfast._checks import check_choice, check_count
 
+HEADS = ("score", "classifier", "multiple_choice_head")  # of tasks, as modules_to_save
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 _REMEDIES = {
     "modules_to_save": "LoraConfig has it",
@@ -53,6 +54,7 @@ class PromptTuningConfig:
                 raise ValueError(
                     f"PromptTuningConfig: {name} is {getattr(self, name)!r}, which gptfast does not have; {remedy}"
                 )
+        self.modules_to_save = None
         check_count("PromptTuningConfig", "num_virtual_tokens", self.num_virtual_tokens)
         self.prompt_tuning_init = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
         self.task_type = getattr(self.task_type, "value", self.task_type)
