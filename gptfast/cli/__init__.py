@@ -18,6 +18,7 @@ from gptfast.cli.finetune import finetune
 from gptfast.cli.generate import generate
 from gptfast.cli.info import info
 from gptfast.cli.prepare import prepare
+from gptfast.cli.scaling import scaling
 from gptfast.cli.serve import serve
 from gptfast.cli.train import train
 
@@ -50,7 +51,7 @@ def _options(
     """Train, fine-tune and run GPTs, fast on the machine you have."""
 
 
-for command in (train, finetune, generate, evaluate, explain, serve, prepare, info, doctor, bench):
+for command in (train, finetune, generate, evaluate, explain, scaling, serve, prepare, info, doctor, bench):
     app.command()(command)
 _commands = app
 
