@@ -26,9 +26,8 @@ class Block(torch.nn.Module):
     post:  x = ln_1(x + dropout(attn(x)));  x = ln_2(x + dropout(mlp(x)))
 
     Every "dropout, add, normalise" is one pass (`gptfast.ops.add_layer_norm`). In a stack of pre-norm blocks
-    the last addition of a block belongs to the first LayerNorm of the next: call the blocks with `residual=`
-        and each hands its
-    branch on, not yet added.
+    the last addition of a block belongs to the first LayerNorm of the next: call the blocks with `residual=` and each
+    hands its branch on, not yet added.
 
     Args:
         config: a GPTConfig.

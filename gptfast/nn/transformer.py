@@ -302,10 +302,9 @@ class Transformer(nn.Module):
     def flops_per_token(self, T: int, training: bool = True) -> float:
         """Multiplications and additions that a sequence of T tokens needs, per token.
 
-        2 per weight of every matrix product (the embeddings are look-ups), and 4 C per key that a query sees,
-        averaged
-        over the queries: masked keys are not counted, so attention is about half of what PaLM's formula
-        (arXiv 2204.02311, appendix B) counts. The backward pass needs twice the forward.
+        2 per weight of every matrix product (the embeddings are look-ups), and 4 C per key that a query sees, averaged over
+        the queries: masked keys are not counted, so attention is about half of what PaLM's formula (arXiv 2204.02311,
+        appendix B) counts. The backward pass needs twice the forward.
 
         Args:
             T: sequence length.
