@@ -1,7 +1,8 @@
-"""Generation under soft prompts: the torch runner, caches, and the room that a prompt takes."""
+"""Generation under soft prompts in the engine and in torch, caches, and the room that a prompt takes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,20 +10,22 @@ import torch
 
 import gptfast
 from gptfast.finetuning import LoraConfig, PromptTuningConfig
-from gptfast.generation import score
+from gptfast.generation import TorchRunner, score
 
 CONFIG = gptfast.GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=61, dropout=0.0)
 PROMPTS = [[5, 9, 2], [7], [3, 3, 8, 1, 0, 60, 4]]
 
 
-@pytest.fixture
-def gpt() -> gptfast.GPT:
+@pytest.fixture(params=["auto", "eager"])  # the native engine, and torch
+def gpt(request: pytest.FixtureRequest) -> Iterator[gptfast.GPT]:
     torch.manual_seed(0)
     gpt = gptfast.GPT(CONFIG).eval()
     gpt.add_adapter(LoraConfig(target_modules=["c_attn"], init_lora_weights=False), "lora")
     for name, n in (("long", 9), ("short", 4)):
         gpt.add_adapter(PromptTuningConfig(n, prompt_tuning_init="RANDOM"), name)
-    return gpt
+    with gptfast.backend(request.param):
+        assert isinstance(gpt.runner(1, 8), TorchRunner) == (request.param == "eager")
+        yield gpt
 
 
 def continued(gpt: gptfast.GPT, prompt: list[int], count: int) -> list[int]:
