@@ -97,10 +97,23 @@ class GPT(AdapterMethods):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **config_overrides: Any
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        quantize: str | None = None,
+        double_quant: bool = False,
+        **config_overrides: Any,
     ) -> GPT:
-        """Load a checkpoint folder or a Hugging Face hub id; see `gptfast.models.pretrained.load`."""
-        return pretrained.load(cls, path, dtype, config_overrides)
+        """Load a checkpoint folder or a Hugging Face hub id; see `gptfast.models.pretrained.load`.
+
+        Args:
+            path, dtype, config_overrides: as there.
+            quantize: "nf4", "int4" or "int8": the matrices of the blocks are held in that, frozen, each quantised as it is
+                read; to train adapters around them (QLoRA). None: as floats.
+            double_quant: with "nf4": quantise the scales too, 4.13 bits a weight instead of 4.5.
+        """
+        return pretrained.load(cls, path, dtype, config_overrides, quantize, double_quant)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write a checkpoint folder in the Hugging Face layout; see `gptfast.models.export.save`."""

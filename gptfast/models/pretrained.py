@@ -17,6 +17,7 @@ from gptfast.config import GPTConfig
 from gptfast.metadata import GENERATION
 from gptfast.models import hf_layout, nanogpt
 from gptfast.models.export import CONFIG, INDEX, SINGLE
+from gptfast.models.quantized import Packing, check_format
 from gptfast.models.stored import StoredModel
 from gptfast.models.weight_files import OLD_INDEX, has_safetensors
 from gptfast.nn.position import SinusoidalEmbedding
@@ -34,7 +35,14 @@ _HUB_FILES = [
 _OLD_HUB_FILES = ["pytorch_model*.bin", OLD_INDEX]  # where there are no others
 
 
-def load(cls: type[Model], path: str | os.PathLike[str], dtype: torch.dtype | None, overrides: dict[str, Any]) -> Model:
+def load(
+    cls: type[Model],
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    overrides: dict[str, Any],
+    quantize: str | None = None,
+    double_quant: bool = False,
+) -> Model:
     """A model in evaluation mode, from a checkpoint folder or a Hugging Face hub id (call .train() to train
     it).
 
@@ -48,21 +56,33 @@ def load(cls: type[Model], path: str | os.PathLike[str], dtype: torch.dtype | No
         dtype: of the weights; None: as stored.
         overrides: fields of GPTConfig to change, such as dropout=0.0; a smaller block_size cuts the position
             embedding.
+        quantize, double_quant: see `gptfast.models.quantized.Packing`; None: as floats.
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
         ValueError: damaged or truncated file, another architecture, tensors that are missing, too many or
             ill-shaped, or a pickle that names other code than that of tensors.
         ImportError, OSError: a hub id without huggingface-hub, or without a connection.
     """
-    return build(cls, StoredModel(resolve(path)), dtype, overrides)
+    check_format(quantize, double_quant)
+    return build(cls, StoredModel(resolve(path)), dtype, overrides, quantize, double_quant)
 
 
-def build(cls: type[Model], stored: StoredModel, dtype: torch.dtype | None, overrides: dict[str, Any]) -> Model:
+def build(
+    cls: type[Model],
+    stored: StoredModel,
+    dtype: torch.dtype | None,
+    overrides: dict[str, Any],
+    quantize: str | None = None,
+    double_quant: bool = False,
+) -> Model:
     """As `load`, from files that are open already."""
     config = stored.config.replace(**overrides)
     with torch.device("meta"):
         model: Any = cls(config)  # of a class with metadata
-    model.load_state_dict(_read_weights(stored, model, dtype), assign=True)
+    packing = None if quantize is None else Packing(model, quantize, double_quant)
+    model.load_state_dict(_read_weights(stored, model, dtype, packing), assign=True)
+    if packing is not None:
+        packing.put_into(model)
     model.tie_weights()
     if config.position_embedding == "sinusoidal":
         with torch.device("cpu"):  # where the weights are, whatever torch's default is
@@ -124,9 +144,11 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _read_weights(stored_model: StoredModel, model: Transformer, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read_weights(
+    stored_model: StoredModel, model: Transformer, dtype: torch.dtype | None, packing: Packing | None
+) -> dict[str, Tensor]:
     """state_dict of `model` (on the meta device) from the files, all of it checked; a model with a shorter block_size
-    takes the first positions."""
+    takes the first positions. What `packing` takes stays on the meta device here."""
     config, rows = model.config, stored_model.config.block_size
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     if config.position_embedding == "learned" and config.block_size < rows:
@@ -144,6 +166,9 @@ def _read_weights(stored_model: StoredModel, model: Transformer, dtype: torch.dt
         elif name in shapes:
             x = stored.t() if transposed else stored
             x = x[: config.block_size] if name == "wpe.weight" else x
+            if packing is not None and packing.take(name, x, dtype):
+                state[name] = torch.empty(shapes[name], dtype=dtype or x.dtype, device="meta")
+                continue
             state[name] = torch.empty(x.shape, dtype=dtype or x.dtype, device="cpu").copy_(x)
     problems = problems or _tie(state, config) or _missing(state, shapes, config)
     head = next((problem.split()[0] for problem in problems if problem.startswith(_HEADS)), None)

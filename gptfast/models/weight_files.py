@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -78,17 +80,36 @@ def _shards(folder: Path, index_name: str) -> list[Path]:
     return [current(folder, name) for name in names]
 
 
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
 class _Safetensors:
+    """Tensors are read, not mapped: pages of a mapping would stay resident until the file is closed."""
+
     def __init__(self, path: Path) -> None:
-        self._path, self._file = path, _open(path)
-        self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118 - not a dict
+        self._path, self._file = path, _open(path)  # which checks the header
+        self._bytes = open_read(path)
+        length = int.from_bytes(self._bytes.read(8), "little")
+        self._header = {key: x for key, x in json.loads(self._bytes.read(length)).items() if key != "__metadata__"}
+        self._start = 8 + length
+        self.shapes = {key: tuple(x["shape"]) for key, x in self._header.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for key in self.shapes:
+        for key, entry in self._header.items():
             try:
-                yield key, self._file.get_tensor(key)
+                dtype = _DTYPES.get(entry["dtype"])
+                yield key, self._file.get_tensor(key) if dtype is None else self._read(entry, dtype)
             except SafetensorError as error:
                 raise _damaged(self._path, error) from error
+
+    def _read(self, entry: dict[str, Any], dtype: torch.dtype) -> Tensor:
+        x = torch.empty(entry["shape"], dtype=dtype, device="cpu")
+        if x.numel():
+            self._bytes.seek(self._start + entry["data_offsets"][0])
+            room: Any = x.view(-1).view(torch.uint8).numpy()
+            if self._bytes.readinto(room) != len(room):
+                raise SafetensorError("the file ends within a tensor")
+        return x
 
 
 class _Bin:

@@ -17,6 +17,7 @@ from gptfast import ops
 from gptfast._warn import warn
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
+from gptfast.nn.quantized import QuantizedLinear
 from gptfast.ops.lora_linear import LowRank
 
 DROPOUTS = 2**31  # first Philox offset of the dropouts before A: above those of the forward itself
@@ -109,9 +110,13 @@ class LoraLinear(Linear):
         updates = []
         for first, last, names in selection.spans(input[..., 0].numel()):
             updates += [self._update(name, first, last, selection.rng) for name in names if name in self.lora_A]
+        return self.multiply(input, updates)
+
+    def multiply(self, x: Tensor, updates: list[LowRank]) -> Tensor:
+        """The forward of the layer with these updates."""
         if not updates:
-            return ops.linear(input, self.weight, self.bias, self.activation)
-        return ops.lora_linear(input, self.weight, self.bias, self.activation, updates)
+            return ops.linear(x, self.weight, self.bias, self.activation)
+        return ops.lora_linear(x, self.weight, self.bias, self.activation, updates)
 
     def _update(self, name: str, first: int, last: int, rng: tuple[int, int] | None) -> LowRank:
         a, b = self.lora_A[name], self.lora_B[name]
@@ -122,6 +127,12 @@ class LoraLinear(Linear):
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name} r={len(self.lora_A[name].weight)}" for name in self.lora_A)
         return f"{super().extra_repr()}, {ranks}"
+
+
+class QuantizedLoraLinear(LoraLinear, QuantizedLinear):
+    """A `QuantizedLinear` with low-rank updates."""
+
+    multiply = QuantizedLinear.multiply  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
 
 class _Saved(nn.Module):
@@ -182,7 +193,8 @@ SAVED: dict[type[nn.Module], type[_Saved]] = {
     LayerNorm: SavedLayerNorm,
 }
 ADAPTED = (LoraLinear, _Saved)
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {LoraLinear: Linear, **{own: plain for plain, own in SAVED.items()}}
+LORA: dict[type[nn.Module], type[LoraLinear]] = {Linear: LoraLinear, QuantizedLinear: QuantizedLoraLinear}
+_PLAIN: dict[Any, type[nn.Module]] = {own: plain for plain, own in (*LORA.items(), *SAVED.items())}
 BASE = "__base__"  # in adapter_names: a row without an adapter
 
 

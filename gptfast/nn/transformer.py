@@ -19,6 +19,7 @@ from gptfast.nn.kv_cache import KVCache
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear, is_plain_linear
 from gptfast.nn.position import SinusoidalEmbedding
+from gptfast.nn.quantized import QuantizedLinear
 from gptfast.nn.soft_prompt import Prefix, SoftPrompt, prompts_of
 
 INIT_STD = 0.02  # of all matrices and embeddings (GPT-2)
@@ -41,6 +42,7 @@ class Transformer(nn.Module):
     """
 
     adapters: AdapterState | None = None  # of a GPT with adapters, see `gptfast.GPT.add_adapter`
+    quantized_mark: str = ""  # of a model that was quantised as it was read: tells the checkpoint from others
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -296,8 +298,9 @@ class Transformer(nn.Module):
         return max((len(prompts[name]) for name in names if name in prompts), default=0)
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters; tied weights count once."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        """Number of parameters; tied weights count once, and quantised ones, which are never trained, as the numbers they are."""
+        own = sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        return own if only_trainable else own + _quantized(self)
 
     def flops_per_token(self, T: int, training: bool = True) -> float:
         """Multiplications and additions that a sequence of T tokens needs, per token.
@@ -311,9 +314,15 @@ class Transformer(nn.Module):
             training: forward and backward; False: forward only.
         """
         config = self.config
-        weights = self.lm_head.weight.numel() + sum(p.numel() for p in self.h.parameters() if p.dim() == 2)
+        matrices = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + _quantized(self.h)
+        weights = self.lm_head.weight.numel() + matrices
         keys = sum(_mean_visible_keys(T, config.window_of(layer)) for layer in range(config.n_layer))
         return (3 if training else 1) * (2 * weights + 4 * config.n_embd * keys)
+
+
+def _quantized(model: nn.Module) -> int:
+    """Numbers that the codes of quantised layers stand for."""
+    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
 
 
 def _mean_visible_keys(T: int, window: int | None) -> float:

@@ -70,7 +70,7 @@ def lora_linear(
     """
     check_linear(x, weight, bias, activation)
     for update in updates:
-        _check_factors(x, weight, update.a, update.b)
+        _check_factors(x, weight.shape, update.a, update.b)
     approximate = GELUS.get(activation or "")
     added = bias if approximate is None else None  # the op gelu adds the bias itself
     x = autocast(x)[0]
@@ -83,7 +83,7 @@ def lora_linear(
     return y if activation is None else reference.ACTIVATIONS[activation](y)
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """What the operators are given besides tensors: a list entry an update, two of `spans`."""
 
     scales: list[float]
@@ -93,14 +93,14 @@ class _Options(NamedTuple):
     offsets: list[int]
 
 
-def _check(x: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], o: _Options) -> None:
+def check_updates(x: Tensor, shape: Sequence[int], a: Sequence[Tensor], b: Sequence[Tensor], o: Options) -> None:
     counts = (len(a), len(b), len(o.scales), len(o.spans) / 2, len(o.rates), len(o.seeds), len(o.offsets))
     if len(set(counts)) > 1:
         raise ValueError(f"{OP}: lists of {counts} updates; expected as many everywhere, and two spans each")
-    if x.dim() != 2 or weight.dim() != 2:
-        raise ValueError(f"{OP}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected matrices")
+    if x.dim() != 2 or len(shape) != 2:
+        raise ValueError(f"{OP}: x has shape {tuple(x.shape)} and weight {tuple(shape)}; expected matrices")
     for n, (down, up) in enumerate(zip(a, b, strict=True)):
-        _check_factors(x, weight, down, up)
+        _check_factors(x, shape, down, up)
         check_number(OP, "scale", o.scales[n])
         if not abs(o.scales[n]) <= torch.finfo(torch.float32).max:  # also false for nan
             raise ValueError(f"{OP}: scale is {o.scales[n]}; expected a number that float32 holds")
@@ -112,25 +112,25 @@ def _check(x: Tensor, weight: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], 
             )
 
 
-def _check_factors(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> None:
+def _check_factors(x: Tensor, shape: Sequence[int], a: Tensor, b: Tensor) -> None:
     check_float(OP, a=a, b=b)
     check_same_device(OP, x=x, a=a, b=b)
-    if a.dim() != 2 or b.dim() != 2 or (a.shape[1], b.shape[0], b.shape[1]) != (*weight.shape[::-1], a.shape[0]):
+    if a.dim() != 2 or b.dim() != 2 or (a.shape[1], b.shape[0], b.shape[1]) != (*reversed(shape), a.shape[0]):
         raise ValueError(
-            f"{OP}: a has shape {tuple(a.shape)} and b {tuple(b.shape)} beside a weight of {tuple(weight.shape)}; expected "
+            f"{OP}: a has shape {tuple(a.shape)} and b {tuple(b.shape)} beside a weight of {tuple(shape)}; expected "
             "a (r, in_features) and b (out_features, r)"
         )
 
 
-def _options(x: Tensor, updates: list[LowRank]) -> _Options:
+def options_of(x: Tensor, updates: list[LowRank]) -> Options:
     spans = [n for u in updates for n in (u.first, x.shape[0] if u.last == -1 else u.last)]
     scales, rates = [float(u.scale) for u in updates], [float(u.dropout_p) for u in updates]
-    return _Options(scales, spans, rates, [u.seed for u in updates], [u.offset for u in updates])
+    return Options(scales, spans, rates, [u.seed for u in updates], [u.offset for u in updates])
 
 
 def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[LowRank]) -> Tensor:
-    options = _options(x, updates)
-    _check(x, weight, [u.a for u in updates], [u.b for u in updates], options)
+    options = options_of(x, updates)
+    check_updates(x, weight.shape, [u.a for u in updates], [u.b for u in updates], options)
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     for n, u in enumerate(updates):
         first, last = options.spans[2 * n : 2 * n + 2]
@@ -145,7 +145,7 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[LowRank
 
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[LowRank]) -> Tensor:
-    a, b, options = [u.a for u in updates], [u.b for u in updates], _options(x, updates)
+    a, b, options = [u.a for u in updates], [u.b for u in updates], options_of(x, updates)
     if torch.compiler.is_compiling():
         return torch.ops.gptfast.lora_linear_fwd(x, weight, bias, a, b, *options)[0]
     return LoRAFunction.apply(len(updates), options, x, weight, bias, *a, *b)
@@ -179,7 +179,7 @@ class LoRAFunction(torch.autograd.Function):
     """The operator with its lists of factors laid out flat, as autograd takes them."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, options: _Options, x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    def forward(ctx: Any, count: int, options: Options, x: Tensor, weight: Tensor, *others: Any) -> Tensor:
         inputs = (x, weight, others[0], others[1 : 1 + count], others[1 + count :], *options)
         output = _call("lora_linear_fwd", *inputs)
         _save(ctx, inputs, output)
@@ -205,18 +205,23 @@ def _forward(
     seeds: list[int],
     offsets: list[int],
 ) -> list[Tensor]:
-    _check(x, weight, a, b, _Options(scales, spans, rates, seeds, offsets))
+    check_updates(x, weight.shape, a, b, Options(scales, spans, rates, seeds, offsets))
     if x.device.type == "cpu" and (x.shape[0] >= MIN_ROWS or is_forced()):
         y = torch.ops.gptfast.linear_fwd(x, weight, bias)
     else:  # as `gptfast.ops.linear` does: rows without an update have its bits
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    low = _low(x, a, spans)
+    return [y, *add_updates(y, x, a, b, Options(scales, spans, rates, seeds, offsets))]
+
+
+def add_updates(y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], o: Options) -> list[Tensor]:
+    """y += the updates; returns what `update_gradients` needs of each."""
+    low = _low(x, a, o.spans)
     for n, h in enumerate(low):
-        first, last = spans[2 * n : 2 * n + 2]
-        part = _thinned(x[first:last], rates[n], seeds[n], offsets[n])
+        first, last = o.spans[2 * n : 2 * n + 2]
+        part = _thinned(x[first:last], o.rates[n], o.seeds[n], o.offsets[n])
         gemm(part, a[n].t(), h, dtype=x.dtype)
-        gemm(h.mul_(scales[n]), b[n].t(), y[first:last], dtype=x.dtype, accumulate=True)
-    return [y, *low]
+        gemm(h.mul_(o.scales[n]), b[n].t(), y[first:last], dtype=x.dtype, accumulate=True)
+    return low
 
 
 def _backward(
@@ -236,34 +241,49 @@ def _backward(
     want_bias: bool,
     want_factors: list[bool],
 ) -> list[Tensor]:
-    _check(x, weight, a, b, _Options(scales, spans, rates, seeds, offsets))
+    check_updates(x, weight.shape, a, b, Options(scales, spans, rates, seeds, offsets))
     if [h.shape for h in low] != [h.shape for h in _low(x, a, spans)]:
         raise ValueError(
             f"{OP}: low has shapes {[tuple(h.shape) for h in low]}; expected what the forward pass returned"
         )
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     base = torch.ops.gptfast.linear_bwd(dy, x, weight, want_x, want_weight, want_bias)
-    dx, count = base[0], len(a)
+    options = Options(scales, spans, rates, seeds, offsets)
+    return [*base, *update_gradients(base[0] if want_x else None, dy, x, a, b, low, options, want_factors)]
+
+
+def update_gradients(
+    dx: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    low: Sequence[Tensor],
+    o: Options,
+    want_factors: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of a, then of b; dx, if any, += that of the updates."""
+    count = len(a)
     da, db = _gradients(a, b, want_factors)
     for n, h in enumerate(low):
-        first, last = spans[2 * n : 2 * n + 2]
-        rows, dropped = dy[first:last], (rates[n], seeds[n], offsets[n])
+        first, last = o.spans[2 * n : 2 * n + 2]
+        rows, dropped = dy[first:last], (o.rates[n], o.seeds[n], o.offsets[n])
         if want_factors[count + n]:
             gemm(h.t().contiguous(), rows, db[n].t(), dtype=x.dtype)
-        if not (want_factors[n] or want_x):
+        if not (want_factors[n] or dx is not None):
             continue
         dh = _empty_low(x, last - first, a[n])
         gemm(rows, b[n], dh, dtype=x.dtype)
-        dh.mul_(scales[n])
+        dh.mul_(o.scales[n])
         if want_factors[n]:
             gemm(dh.t().contiguous(), _thinned(x[first:last], *dropped), da[n], dtype=x.dtype)
-        if want_x and rates[n] > 0:
+        if dx is not None and o.rates[n] > 0:
             through = torch.empty_like(x[first:last])
             gemm(dh, a[n], through, dtype=x.dtype)
             dx[first:last] += _thinned(through, *dropped)
-        elif want_x:
+        elif dx is not None:
             gemm(dh, a[n], dx[first:last], dtype=x.dtype, accumulate=True)
-    return [*base, *da, *db]
+    return [*da, *db]
 
 
 def _thinned(x: Tensor, p: float, seed: int, offset: int) -> Tensor:
@@ -275,7 +295,7 @@ def _empty_low(x: Tensor, rows: int, a: Tensor) -> Tensor:
     return x.new_empty(rows, a.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _gradients(a: list[Tensor], b: list[Tensor], wanted: list[bool]) -> tuple[list[Tensor], list[Tensor]]:
+def _gradients(a: Sequence[Tensor], b: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[list[Tensor], list[Tensor]]:
     """Room for the gradients; that of B is computed as its transpose (r, N)."""
     count = len(a)
     da = [f.new_empty(f.shape if want else (0, 0)) for f, want in zip(a, wanted[:count], strict=True)]
@@ -283,7 +303,7 @@ def _gradients(a: list[Tensor], b: list[Tensor], wanted: list[bool]) -> tuple[li
     return da, db
 
 
-def _low(x: Tensor, a: list[Tensor], spans: list[int]) -> list[Tensor]:
+def _low(x: Tensor, a: Sequence[Tensor], spans: list[int]) -> list[Tensor]:
     return [_empty_low(x, spans[2 * n + 1] - spans[2 * n], f) for n, f in enumerate(a)]
 
 

@@ -92,7 +92,7 @@ def quantized_linear(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, format or group size.
     """
-    _check(x, codes, scales, bias, format, group_size)
+    check_quantized(x, codes, scales, bias, format, group_size)
     x = autocast(x)[0]
     runs_on = resolve(OP, backend, x, scales)
     rows = rows_of(x)
@@ -101,7 +101,9 @@ def quantized_linear(
     return y.view(*x.shape[:-1], codes.shape[0])
 
 
-def _check(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str, group_size: int) -> None:
+def check_quantized(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str, group_size: int
+) -> None:
     check_float(OP, x=x, scales=scales, bias=bias)
     check_choice(OP, "format", format, FORMATS)
     check_power_of_two(OP, "group_size", group_size, *GROUP_SIZES)
@@ -158,12 +160,10 @@ class EagerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, lambda name, *arguments: _eager_backward(*arguments), dy)
+        return _backward(ctx, lambda name, *arguments: eager_backward(*arguments), dy)
 
 
-def _eager_backward(
-    dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int
-) -> Tensor:
+def eager_backward(dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int) -> Tensor:
     weight = dequantize_groups(codes, scales, format, group_size)[:, :in_features]
     wide = torch.promote_types(dy.dtype, torch.float32)
     return (dy.to(wide) @ weight.to(wide)).to(dy.dtype)

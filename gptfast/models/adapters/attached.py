@@ -15,8 +15,10 @@ from gptfast.models.adapters import prompts
 from gptfast.models.adapters.config import AdapterConfig, LoraConfig
 from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.models.adapters.targets import saved, targets
-from gptfast.nn.adapted import ADAPTED, BASE, SAVED, AdapterState, LoraFactor, LoraFactors, LoraLinear, make_plain
+from gptfast.models.quantized import format_of
+from gptfast.nn.adapted import ADAPTED, BASE, LORA, SAVED, AdapterState, LoraFactor, LoraFactors, LoraLinear, make_plain
 from gptfast.nn.difference import USUAL
+from gptfast.nn.quantized import QuantizedLinear
 from gptfast.nn.soft_prompt import PLACE, one_prompt, prompts_of
 from gptfast.nn.transformer import Transformer
 
@@ -31,6 +33,7 @@ class Adapters(AdapterState):
     base: what the base was before the first of them, see `base_mark`.
     biases: values of the base's biases before an adapter trained them, by the names of parameters.
     trainable: names of the base's parameters that were trained before, and are again when the last adapter goes.
+    quantized: formats of the bases on which adapters were trained, where these were quantised.
     merged: names of the adapters that are merged. aside: while they are, what was taken out of the modules; see `merging`.
     prompts: likewise the soft prompts.
     """
@@ -39,6 +42,7 @@ class Adapters(AdapterState):
     base: str = ""
     biases: dict[str, Tensor] = field(default_factory=dict)
     trainable: set[str] = field(default_factory=set)
+    quantized: dict[str, str] = field(default_factory=dict)
     merged: tuple[str, ...] = ()
     aside: dict[str, Any] = field(default_factory=dict)
     prompts: nn.Module | None = None
@@ -95,6 +99,8 @@ def add(model: Transformer, config: AdapterConfig, name: str, mark: str, blank: 
     else:
         _add_lora(model, config, name, state, old)
     state.configs[name] = config
+    if held := format_of(model):
+        state.quantized[name] = held
     model.adapters = state
     state.follow()
     activate(model, name)
@@ -142,11 +148,11 @@ def _number(model: Transformer, path: str) -> int:
 
 def _factors(module: nn.Module, path: str, config: LoraConfig) -> tuple[LoraFactor, LoraFactor]:
     """A and B of one module, in fp32 beside half precision: small steps of an optimizer would be rounded away."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-    (out, of), r = weight.shape, config.rank_of(path)
-    a, b = (torch.empty(*shape, dtype=dtype, device=weight.device) for shape in ((r, of), (out, r)))
+    assert isinstance(module, nn.Linear)
+    held = module.codes if isinstance(module, QuantizedLinear) else module.weight
+    dtype = held.dtype if held.dtype == torch.float64 else torch.float32
+    out, of, r = module.out_features, module.in_features, config.rank_of(path)
+    a, b = (torch.empty(*shape, dtype=dtype, device=held.device) for shape in ((r, of), (out, r)))
     if config.init_lora_weights == "gaussian":
         nn.init.normal_(a, std=1 / r)
     else:
@@ -157,7 +163,7 @@ def _factors(module: nn.Module, path: str, config: LoraConfig) -> tuple[LoraFact
 
 def _attach(module: nn.Module, name: str, state: AdapterState, a: LoraFactor, b: LoraFactor, number: int) -> None:
     if not isinstance(module, LoraLinear):
-        module.__class__ = LoraLinear
+        module.__class__ = LORA[type(module)]
         module.lora_A, module.lora_B = LoraFactors(), LoraFactors()
         module.__dict__.update(state=state, number=number)
     assert isinstance(module, LoraLinear)
@@ -247,6 +253,7 @@ def delete(model: Transformer, names: str | Sequence[str]) -> None:
         for module in list(model.modules()):
             _detach(module, name)
         del state.configs[name]
+        state.quantized.pop(name, None)
         state.follow()
     left = [name for name in state.active if name in state.configs] or list(state.configs)[:1]
     if left:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,23 @@ from gptfast.models.adapters.config import AdapterConfig, LoraConfig, from_peft,
 from gptfast.models.adapters.prompt_config import HEADS, PromptTuningConfig
 from gptfast.models.adapters.targets import as_peft_has_them, file_name
 from gptfast.models.export import write_json, write_tensors
+from gptfast.models.quantized import mark_of, sample
 from gptfast.models.weight_files import WeightFile, open_weights
 from gptfast.nn.difference import true_config
 from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX, MARK = "base_model.model.", "gptfast_base"
-_SAMPLE = 1024  # numbers of a matrix that tell bases apart
+PREFIX, MARK, QUANTIZED = "base_model.model.", "gptfast_base", "gptfast_quantized_base"
 
 
 def base_mark(model: Transformer) -> str:
     """Tells the base of an adapter from others: a checksum of numbers of its blocks' matrices, rounded to bfloat16, so that
-    the dtype in which it is loaded does not matter."""
-    crc = 0
-    for name, x in model.h.named_parameters():
-        if x.dim() == 2 and ".lora_" not in name and "modules_to_save" not in name and not x.is_meta:
-            flat = x.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _SAMPLE)].to("cpu", torch.bfloat16)
-            crc = zlib.crc32(sample.contiguous().view(torch.uint8).numpy().tobytes(), crc)
-    return f"bf16:{crc:08x}"
+    the dtype in which it is loaded does not matter, nor whether it is quantised."""
+    if model.quantized_mark:
+        return model.quantized_mark
+    named = ((n, x) for n, x in model.h.named_parameters() if x.dim() == 2 and not x.is_meta)
+    return mark_of(sample(x) for n, x in named if ".lora_" not in n and "modules_to_save" not in n)
 
 
 def save(model: Transformer, folder: str | os.PathLike[str], name: str) -> None:
@@ -56,7 +52,8 @@ def save(model: Transformer, folder: str | os.PathLike[str], name: str) -> None:
         raw = to_peft(config, **_fields(model, config, attached.adapted_paths(model, name)))
     with staged_folder(folder, replaces=ADAPTER) as stage:
         write_json(stage / CONFIG, raw)
-        write_tensors(stage / WEIGHTS, tensors, {MARK: state.base})
+        held = state.quantized.get(name)
+        write_tensors(stage / WEIGHTS, tensors, {MARK: state.base} | ({QUANTIZED: held} if held else {}))
 
 
 def _fields(model: Transformer, config: LoraConfig, paths: list[str]) -> dict[str, Any]:
@@ -84,7 +81,8 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
     folder = Path(folder)
     if not current(folder, CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}; expected the folder of an adapter")
-    config, weights, mark = read_whole(folder, lambda: _opened(folder))
+    config, weights, told = read_whole(folder, lambda: _opened(folder))
+    mark = told.get(MARK)
     mine = model.adapters.base if isinstance(model.adapters, attached.Adapters) else base_mark(model)
     if mark and mark != mine and not any_base:
         raise ValueError(
@@ -102,6 +100,8 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
     before = None if model.adapters is None else (model.adapters.active, model.adapters.enabled)
     with torch.random.fork_rng(devices=[]):
         attached.add(model, config, name, mine, blank=True)
+    if told.get(QUANTIZED):
+        attached.adapters_of(model, "load_adapter").quantized[name] = told[QUANTIZED]
     try:
         _fill(model, name, tensors, folder)
     except ValueError:
@@ -113,7 +113,7 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
     return heads
 
 
-def _opened(folder: Path) -> tuple[AdapterConfig, WeightFile, str | None]:
+def _opened(folder: Path) -> tuple[AdapterConfig, WeightFile, dict[str, str]]:
     file = current(folder, CONFIG)
     config = from_peft(expect(read_json(file), dict, "", file), file)
     path = current(folder, WEIGHTS)
@@ -125,9 +125,9 @@ def _opened(folder: Path) -> tuple[AdapterConfig, WeightFile, str | None]:
         )
     weights = open_weights(path)
     if path.name == OLD_WEIGHTS:
-        return config, weights, None
+        return config, weights, {}
     with safe_open(path, framework="pt") as opened:
-        return config, weights, (opened.metadata() or {}).get(MARK)
+        return config, weights, opened.metadata() or {}
 
 
 def _of_adapter(model: Transformer, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

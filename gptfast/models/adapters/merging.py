@@ -7,14 +7,16 @@ the same parameters back, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from gptfast._warn import warn
 from gptfast.models.adapters.attached import adapters_of, check_names
 from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.nn.adapted import ADAPTED, LoraLinear, make_plain
+from gptfast.nn.quantized import QuantizedLinear, dequantized, quantized
 from gptfast.nn.soft_prompt import PLACE
 from gptfast.nn.transformer import Transformer
 
@@ -42,6 +44,9 @@ def merge(model: Transformer, names: str | Sequence[str] | None) -> None:
             )
     found = {path: m for path, m in model.named_modules() if isinstance(m, ADAPTED)}
     merged = {path: _merged(path, module, wanted) for path, module in found.items()}
+    for name in wanted:
+        if name in state.quantized:
+            _tell_drift(name, state.quantized[name], found, merged)
     for path, module in found.items():
         state.aside[path] = dict(module.__dict__), dict(module._parameters), dict(module._modules), type(module)
         module._modules.clear()
@@ -74,6 +79,25 @@ def unmerge(model: Transformer) -> None:
     state.merged = ()
 
 
+def _tell_drift(name: str, format: str, before: Mapping[str, nn.Module], merged: dict[str, Parameters]) -> None:
+    """Warn how far merged weights are from what their codes would stand for, beside what the adapter changed."""
+    off = changed = norm = 0.0
+    for path, parameters in merged.items():
+        weight = parameters.get("weight")
+        if weight is None or not isinstance(before[path], LoraLinear):
+            continue
+        exact = weight.detach().float()
+        off += (dequantized(format, {**quantized(exact, format)})[:, : exact.shape[1]] - exact).square().sum().item()
+        changed += (exact - before[path].weight.detach().float()).square().sum().item()  # pyright: ignore
+        norm += exact.square().sum().item()
+    if norm:
+        warn(
+            f"merge_adapter: {name!r} was trained on a base in {format}, and is merged into weights of more bits. In {format} "
+            f"again these would be off by {(off / norm) ** 0.5:.2%} of their norm; the adapter changed "
+            f"{(changed / norm) ** 0.5:.2%}"
+        )
+
+
 def _merged(path: str, module: nn.Module, names: Sequence[str]) -> Parameters:
     """The parameters of a module with its adapters merged."""
     if not isinstance(module, LoraLinear):
@@ -84,6 +108,11 @@ def _merged(path: str, module: nn.Module, names: Sequence[str]) -> Parameters:
     updates = [name for name in names if name in module.lora_A]
     if not updates:
         return {}
+    if isinstance(module, QuantizedLinear):
+        raise ValueError(
+            f"merge_adapter: {path} is held in {module.format}, whose few levels an update would be rounded away to; save_adapter, "
+            "load the base without quantize, load_adapter there, and merge into its weights"
+        )
     weight = module.weight.detach()
     total = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32, copy=True)
     for name in updates:

@@ -10,7 +10,7 @@ from torch import nn
 
 from gptfast.models import hf_layout
 from gptfast.models.adapters.config import LoraConfig
-from gptfast.nn.adapted import SAVED, LoraLinear, SavedLinear
+from gptfast.nn.adapted import LORA, SAVED, LoraLinear, SavedLinear
 from gptfast.nn.difference import true_config
 from gptfast.nn.linear import Linear
 from gptfast.nn.soft_prompt import PLACE
@@ -31,7 +31,7 @@ def targets(model: Transformer, config: LoraConfig) -> list[str]:
         ValueError: a name that no module has (the nearest is suggested), or one of a module that is no linear layer.
     """
     wanted, modules = config.target_modules, _modules(model)
-    linear = [name for name, module in modules.items() if type(module) in (Linear, LoraLinear, SavedLinear)]
+    linear = [name for name, module in modules.items() if type(module) in (*LORA, *LORA.values(), SavedLinear)]
     if wanted == ALL_LINEAR:
         found = [name for name in linear if name != "lm_head"]
     else:

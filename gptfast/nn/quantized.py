@@ -1,0 +1,109 @@
+"""Linear layer whose frozen weight is held in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gptfast import ops
+from gptfast._nf4 import NESTED_BLOCK, dequantize_groups, nf4_absmax
+from gptfast.nn.linear import Linear
+from gptfast.ops.lora_linear import LowRank
+
+GROUPS = {"nf4": 64, "int4": 32, "int8": 32}  # values that share a scale, by format
+
+
+class QuantizedLinear(Linear):
+    """A `Linear` whose weight is held in codes: for training adapters around it, and to compute in little memory.
+
+    There is no parameter `weight`: the codes are frozen. Buffers: codes and scales of `gptfast.ops.quantized_linear`; under
+    double quantisation, of NF4 only, scales are the 8-bit codes of bitsandbytes' layout, with nested_absmax and offset.
+    They keep their dtypes under `.to(dtype)`, `.half()` and so on.
+
+    Made in place of a `Linear` by `GPT.from_pretrained(quantize=...)`; bias and activation are those of the `Linear`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    format: str
+
+    @classmethod
+    def replace(cls, module: Linear, format: str, packed: dict[str, Tensor]) -> None:
+        """Make `module` a layer of this class, with these buffers in place of its weight."""
+        del module._parameters["weight"]
+        module.__class__ = cls
+        module.__dict__["format"] = format
+        for name in ("codes", "scales", "nested_absmax", "offset"):
+            module.register_buffer(name, packed.get(name))
+
+    @property
+    def group_size(self) -> int:
+        return GROUPS[self.format]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return self.multiply(input)
+
+    def multiply(self, x: Tensor, updates: Sequence[LowRank] = ()) -> Tensor:
+        """The forward with low-rank updates."""
+        codes, scales = self.rows()
+        options = {"format": self.format, "group_size": self.group_size}
+        return ops.quantized_lora_linear(x, codes, scales, self.bias, self.activation, updates, **options)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales as the op takes them."""
+        scales = nf4_absmax(self.scales, self.nested_absmax, self.offset).view(self.out_features, -1)
+        return self.codes, scales
+
+    def dequantized(self) -> Tensor:
+        """The weight (out_features, in_features) that the codes stand for, float32."""
+        return dequantized(self.format, dict(self._buffers))[:, : self.in_features]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        kept = {name: x for name, x in self._buffers.items() if x is not None}
+        super()._apply(fn, recurse)
+        for name, x in kept.items():
+            moved = cast(Tensor, self._buffers[name])
+            if moved.dtype != x.dtype:
+                self._buffers[name] = x.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.format}"
+
+
+def quantized(weight: Tensor, format: str, double: bool = False) -> dict[str, Tensor]:
+    """The buffers of a `QuantizedLinear` that holds a weight (out_features, in_features)."""
+    N = weight.shape[0]
+    if format != "nf4":
+        codes, scales = ops.quantize_groups(weight, format, group_size=GROUPS[format], scale_dtype=torch.float32)
+        return {"codes": codes, "scales": scales}
+    nf4 = ops.quantize_nf4(weight, block_size=GROUPS[format], double=double)
+    packed = {"codes": nf4.codes.view(N, -1), "scales": nf4.absmax.view(N, -1)}
+    if nf4.nested_absmax is not None and nf4.offset is not None:
+        packed |= {"nested_absmax": nf4.nested_absmax, "offset": nf4.offset}
+    return packed
+
+
+def dequantized(format: str, packed: dict[str, Tensor | None]) -> Tensor:
+    """The weight of the buffers of a `QuantizedLinear`, its inputs filled up to whole groups."""
+    codes, scales = cast(Tensor, packed["codes"]), cast(Tensor, packed["scales"])
+    rows = nf4_absmax(scales, packed.get("nested_absmax"), packed.get("offset")).view(codes.shape[0], -1)
+    return dequantize_groups(codes, rows, format, GROUPS[format])
+
+
+def empty(N: int, K: int, format: str, double: bool, device: Any = "meta") -> dict[str, Tensor]:
+    """Room for the buffers of a layer of N outputs and K inputs."""
+    groups = -(-K // GROUPS[format])
+    width, kind = groups * GROUPS[format], torch.int8 if format == "int8" else torch.uint8
+    packed = {"codes": torch.empty(N, width if format == "int8" else width // 2, dtype=kind, device=device)}
+    packed["scales"] = torch.empty(N, groups, dtype=torch.uint8 if double else torch.float32, device=device)
+    if double:
+        packed["nested_absmax"] = torch.empty(-(-N * groups // NESTED_BLOCK), dtype=torch.float32, device=device)
+        packed["offset"] = torch.empty((), dtype=torch.float32, device=device)
+    return packed

@@ -1,0 +1,107 @@
+"""Linear layer over a frozen weight of 8 or 4 bits with low-rank updates (QLoRA, Dettmers et al., arXiv 2305.14314).
+
+The base's product is `quantized_linear`, and the updates are those of `lora_linear`: added to y and dx by products, without a
+tensor of their size. What is saved is x, the codes and M x r an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.backend import kernels, resolve
+from gptfast.ops import reference
+from gptfast.ops._tensors import autocast, rows_of
+from gptfast.ops.gelu import gelu
+from gptfast.ops.linear import GELUS
+from gptfast.ops.lora_linear import LowRank, Options, add_updates, check_updates, options_of, update_gradients
+from gptfast.ops.quantized_linear import OP, check_quantized, eager_backward
+
+
+def quantized_lora_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    updates: Sequence[LowRank] = (),
+    *,
+    format: str = "nf4",
+    group_size: int = 64,
+    backend: str | None = None,
+) -> Tensor:
+    """activation(x W^T + bias + updates) where codes and scales are W's; see `quantized_linear` and `lora_linear`.
+
+    Args:
+        x: (..., K).
+        codes, scales, bias, format, group_size, backend: as in `quantized_linear`.
+        activation, updates: as in `lora_linear`; there may be no update.
+    Returns:
+        (..., N) in x's dtype.
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, format or group size.
+    """
+    check_quantized(x, codes, scales, bias, format, group_size)
+    approximate = GELUS.get(activation or "")
+    added = bias if approximate is None else None  # the op gelu adds the bias itself
+    x = autocast(x)[0]
+    runs_on = resolve(OP, backend, x, scales)
+    rows = rows_of(x)
+    options = options_of(rows, list(updates))
+    factors = [u.a for u in updates] + [u.b for u in updates]
+    check_updates(rows, (codes.shape[0], x.shape[-1]), factors[: len(updates)], factors[len(updates) :], options)
+    how = (runs_on, format, group_size)
+    y = QuantizedLoRAFunction.apply(how, options, rows, codes, scales, added, *factors)
+    y = y.view(*x.shape[:-1], codes.shape[0])
+    if approximate is not None:
+        return gelu(y, bias, approximate, backend=backend)
+    return y if activation is None else reference.ACTIVATIONS[activation](y)
+
+
+class QuantizedLoRAFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        how: tuple[str, str, int],
+        options: Options,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        *factors: Tensor,
+    ) -> Tensor:
+        runs_on, format, group_size = how
+        if runs_on == "eager":
+            y = reference.quantized_linear(x, codes, scales, bias, format=format, group_size=group_size)
+        else:
+            y = kernels(runs_on).quantized_linear_fwd(x, codes, scales, bias, format, group_size)
+        n = len(factors) // 2
+        low = add_updates(y, x, factors[:n], factors[n:], options)
+        ctx.save_for_backward(x if n else None, codes, scales, *factors, *low)
+        ctx.how, ctx.options, ctx.count, ctx.in_features = how, options, n, x.shape[1]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (runs_on, format, group_size), n, wanted = ctx.how, ctx.count, ctx.needs_input_grad
+        x, codes, scales, *others = ctx.saved_tensors
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        dx = dbias = None
+        if wanted[2]:
+            backward = eager_backward if runs_on == "eager" else kernels(runs_on).quantized_linear_bwd
+            dx = backward(dy, codes, scales, format, group_size, ctx.in_features)
+        if wanted[5]:
+            dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
+        grads: list[Tensor] = []
+        if n:
+            grads = update_gradients(
+                dx, dy, x, others[:n], others[n : 2 * n], others[2 * n :], ctx.options, list(wanted[6:])
+            )
+        return (
+            *(None, None, dx, None, None, dbias),
+            *(g if want else None for g, want in zip(grads, wanted[6:], strict=True)),
+        )
