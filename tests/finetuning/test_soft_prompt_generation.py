@@ -114,6 +114,21 @@ def test_a_prompt_takes_room(gpt: gptfast.GPT):
         runner.extend(runner.allocate(), [[1] * 24])
 
 
+def test_slots_keep_their_virtual_tokens(gpt: gptfast.GPT):
+    """One that is freed gives its place to the last; a text of one token begins beside others that go on."""
+    texts = {"long": [1, 2, 3, 4, 5, 6], "short": [7, 8, 9, 1, 2, 3], "lora": [5, 5, 5, 5, 5, 5]}
+    runner, whole = gpt.runner(3, 8), {n: gpt(torch.tensor([ids]), adapter_names=[n])[0] for n, ids in texts.items()}
+    (first,), (long,) = runner.allocate(1, "lora"), runner.allocate(1, "long")
+    runner.extend([first, long], [[1, 2], texts["long"][:4]])
+    runner.free(first)
+    (short,) = runner.allocate(1, "short")
+    for n in (0, 1):
+        logits = runner.extend([long, short], [[texts["long"][4 + n]], [texts["short"][n]]])
+        expected = torch.stack([whole["long"][4 + n], whole["short"][n]])
+        torch.testing.assert_close(logits, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert [runner.lengths[slot] for slot in (long, short)] == [6, 2]
+
+
 def test_a_cache_holds_the_prompts_of_its_rows(gpt: gptfast.GPT):
     ids, names = torch.arange(3 * 12).view(3, 12) % 61, ["long", "__base__", "short"]
     whole = gpt(ids, adapter_names=names)
