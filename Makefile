@@ -20,7 +20,7 @@ JOBS    ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SHARED   = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help torch-requirement demo bench-finetune test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-drop-in bench-generate bench-gpu gpu-check wheel released clean install
+.PHONY: help torch-requirement demo demo-finetune bench-finetune test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-drop-in bench-generate bench-gpu gpu-check wheel released clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ install: $(TESTED)  ## virtual environment, build, editable install, packages of
 
 demo: $(BUILT)  ## train a small GPT on Shakespeare for three minutes, then let it write
 	$(BIN)/python -m gptfast.demo
+
+demo-finetune: $(TESTED)  ## pre-train on half of Shakespeare, then tell the genre of unseen works, by full fine-tuning and LoRA
+	$(BIN)/python -m gptfast.demo_finetune
 
 test: $(TESTED) $(if $(WHEEL),released) lint  ## the whole test suite; WHEEL=1: on the libraries of the wheel, which it builds
 	$(BIN)/python -m pytest --whole $(SHARED)

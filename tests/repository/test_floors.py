@@ -14,7 +14,7 @@ from tests.support import ROOT
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not run from the source tree")
 
 PACKAGE = ROOT / "gptfast"
-TOP = {"cli", "demo.py", "__main__.py", "__init__.py"}  # these stand above all others
+TOP = {"cli", "demo.py", "demo_finetune.py", "__main__.py", "__init__.py"}  # these stand above all others
 INCLUDED = {  # by the files of each folder of csrc; "." has what all share
     ".": {"."},
     "cpu": {".", "cpu"},
