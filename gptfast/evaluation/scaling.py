@@ -178,12 +178,12 @@ def _points(owner: str, N: Any, D: Any, L: Any, least: int) -> tuple[np.ndarray,
             f"{owner}: {' and '.join(str(len(c)) for c in columns)} values of N, D and L; expected as many of each, and at least "
             f"{least}"
         )
-    for name, column in zip("NDL", columns, strict=True):
+    for name, column in zip(("N", "D", "L"), columns, strict=True):
         if not ((column > 0) & np.isfinite(column)).all():
             raise ValueError(
                 f"{owner}: {name} holds {column[~((column > 0) & np.isfinite(column))][0]}; expected numbers above 0"
             )
-    for name, column in zip("ND", columns, strict=False):
+    for name, column in zip(("N", "D"), columns, strict=False):
         if len(set(column.tolist())) < 2:
             raise ValueError(
                 f"{owner}: all points have {name} = {column[0]:g}; expected at least two values, or it tells nothing"
