@@ -15,7 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from gptfast import ops
 from gptfast.integrations.joined import holding, is_held
-from gptfast.integrations.lazy import lazy
+from gptfast.integrations.lazy import Later, lazy
 from gptfast.integrations.modules import Linear, runs
 from gptfast.integrations.swap import derive, mark
 
@@ -139,8 +139,8 @@ def _token_accuracy(head: nn.Module, hidden: Tensor, targets: Tensor, ignore_ind
     return ((best == flat) & counts).sum() / counts.sum()
 
 
-def _logits_of(head: Any, hidden: Tensor) -> Callable[[], Tensor]:
-    """A function that returns head(hidden), as it would have been computed now."""
+def _logits_of(head: Any, hidden: Tensor) -> Later:
+    """head(hidden), as it would have been computed now."""
     kind, grad = hidden.device.type, torch.is_grad_enabled()
     cast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     weight, version = head.weight, head.weight._version
@@ -154,4 +154,5 @@ def _logits_of(head: Any, hidden: Tensor) -> Callable[[], Tensor]:
         with torch.set_grad_enabled(grad), torch.autocast(kind, dtype=dtype, enabled=cast):
             return head(hidden)
 
-    return compute
+    shape = (*hidden.shape[:-1], weight.shape[0])
+    return Later(compute, hidden, shape, dtype if cast and hidden.dtype != torch.float64 else hidden.dtype)

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 _CLASSES: dict[type, type] = {}
 _COMPUTE = "_gptfast_compute"
 
 
-def lazy(outputs: Any, compute: Callable[[], Tensor]) -> Any:
-    """A transformers `ModelOutput` that has a loss, whose logits become `compute()` when they are first read.
+class Later(NamedTuple):
+    """Logits that are computed when they are read.
+
+    compute: returns them.
+    like: a tensor on their device.
+    shape, dtype: of the result.
+    """
+
+    compute: Callable[[], Tensor]
+    like: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def lazy(outputs: Any, later: Later) -> Any:
+    """A transformers `ModelOutput` that has a loss, whose logits are computed when they are first read.
 
     Attributes, indices, `keys`, `items`, `to_tuple`, iteration, pickles and copies see the logits as in the plain output,
-    which it is from then on. The loss can be read without them.
+    which it is from then on. The loss can be read without them, and so can `items` where gradients are off: transformers'
+    Trainer lists them in an evaluation that reads nothing but the loss.
     """
     original = type(outputs)
     if original not in _CLASSES:
         _CLASSES[original] = type(original.__name__, (_Lazy, original), {"__module__": original.__module__})
     object.__setattr__(outputs, "__class__", _CLASSES[original])
-    vars(outputs)[_COMPUTE] = compute
+    vars(outputs)[_COMPUTE] = later
     return outputs
 
 
@@ -29,15 +47,23 @@ class _Lazy:
     """Before the output's own class in the order of bases: completes the output, and hands over to the plain class."""
 
     def _plain(self) -> Any:
-        compute = vars(self).pop(_COMPUTE, None)  # None: somebody has called type(outputs)(…)
+        later = vars(self).pop(_COMPUTE, None)  # None: somebody has called type(outputs)(…)
         object.__setattr__(self, "__class__", type(self).__mro__[2])
-        return compute
+        return later
 
     def _complete(self) -> Any:
-        compute = self._plain()
-        if compute is not None:
-            self.logits = compute()
+        later = self._plain()
+        if later is not None:
+            self.logits = later.compute()
         return self
+
+    def items(self) -> Any:
+        later = vars(self).get(_COMPUTE)
+        if later is None or torch.is_grad_enabled():
+            return self._complete().items()
+        found = [(field.name, vars(self)[field.name]) for field in fields(self)]  # pyright: ignore[reportArgumentType]
+        waiting = _Waiting(self, later)
+        return [(n, waiting if n == "logits" else x) for n, x in found if n == "logits" or x is not None]
 
     @property
     def logits(self) -> Tensor:
@@ -63,8 +89,36 @@ def _completing(name: str) -> Any:
     return method
 
 
-for _name in ("items", "values", "to_tuple", "get", "copy", "__repr__", "__eq__", "__or__"):
+for _name in ("values", "to_tuple", "get", "copy", "__repr__", "__eq__", "__or__"):
     setattr(_Lazy, _name, _completing(_name))
 for _name in ("__reduce__", "__reduce_ex__"):
     setattr(_Lazy, _name, _completing(_name))
 _Lazy.__hash__ = None  # type: ignore[assignment]
+
+
+class _Waiting(Tensor):
+    """Logits that nobody has read yet: every use of it is one of the logits, but for what tells their shape and kind."""
+
+    _outputs: Any
+
+    @staticmethod
+    def __new__(cls, outputs: Any, later: Later) -> _Waiting:
+        made = Tensor._make_wrapper_subclass(cls, later.shape, dtype=later.dtype, device=later.like.device)
+        made._outputs = outputs
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _KNOWN:
+                return func(*args, **(kwargs or {}))
+            args, kwargs = tree_map_only(_Waiting, lambda x: x._outputs.logits, (args, kwargs or {}))
+            return func(*args, **kwargs)
+
+    __torch_dispatch__ = __torch_function__
+
+
+_KNOWN = {
+    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_meta")
+}
+_KNOWN |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}

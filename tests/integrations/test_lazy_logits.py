@@ -159,3 +159,33 @@ def test_labels_outside_the_vocabulary(pair: tuple[Any, Any]):
     for model in pair:
         with pytest.raises(IndexError):
             model(**{**BATCH, "labels": wrong})
+
+
+READINGS = {
+    "detach": lambda x: x.detach(),
+    "operator": lambda x: x * 1,
+    "index": lambda x: x[:],
+    "numpy": lambda x: torch.from_numpy(x.numpy()),
+    "copy": copy.deepcopy,
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "cat": lambda x: torch.cat([x]),
+    "op of gptfast": lambda x: gptfast.ops.dropout(x, 0.0),
+    "in place": lambda x: x.add_(0),
+}
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_items_without_gradients_hold_logits_that_wait(reading: str):
+    model, ids = hf_model(), padded("none")[0]
+    expected = model(input_ids=ids, labels=ids)
+    gptfast.accelerate(model)
+    with torch.no_grad():
+        outputs = model(input_ids=ids, labels=ids)
+        entries = dict(outputs.items())
+        assert list(entries) == list(expected.keys())
+        logits = entries["logits"]
+        assert isinstance(logits, Tensor) and (logits.shape, logits.dtype) == (expected.logits.shape, torch.float32)
+        assert vars(outputs)["logits"].numel() == 0, "the shape tells nothing of the values"
+        got = READINGS[reading](logits)
+    assert type(got) is Tensor and type(outputs.logits) is Tensor
+    torch.testing.assert_close(got, expected.logits.detach(), rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import gptfast
+from gptfast.integrations.causal_lm import Head
 from gptfast.integrations.swap import original_class
 from tests.support.hf_models import T, V, hf_model, padded
 
@@ -86,6 +87,36 @@ def test_trainer_gives_the_losses_metrics_and_weights_of_the_unpatched_model(tmp
     if not options.get("bf16"):
         for name, value in weights.items():
             assert (our_weights[name] - value).norm() <= 2e-2 * value.norm(), name
+
+
+@pytest.mark.parametrize("loss_only", [True, False])
+def test_evaluation_makes_logits_where_they_are_read(tmp_path: Any, monkeypatch: Any, loss_only: bool):
+    """Trainer lists `outputs.items()` in every evaluation, also in one that keeps nothing but the loss."""
+    made = []
+    compute = Head.forward
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        logits = compute(self, input)
+        made.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(Head, "forward", forward)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_eval_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        prediction_loss_only=loss_only,
+    )
+    expected = transformers.Trainer(model=hf_model(), args=arguments).predict(Texts())
+    model = hf_model()
+    gptfast.accelerate(model)
+    measured = transformers.Trainer(model=model, args=arguments).predict(Texts())
+    assert measured.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], rel=1e-5)
+    assert sum(made) == (0 if loss_only else 12 * T * V)
+    if not loss_only:
+        logits = measured.predictions[0] if isinstance(measured.predictions, tuple) else measured.predictions
+        assert logits.shape == (12, T, V)
 
 
 def test_trainer_that_makes_its_model(tmp_path: Any):
