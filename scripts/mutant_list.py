@@ -42,7 +42,7 @@ COMPILED = [
     ),
     Mutant(
         "the bias is added once in every stretch of 4096",
-        "csrc/cpu/gemm-inl.h",
+        "csrc/cpu/gemm_block-inl.h",
         "        if (!last) return store_lanes(carry + j, x, n);",
         "        if (MUTANT && !last && p.bias.data) x = x + load_any(at(p.bias.data, p.bias.dtype, c0 + j), "
         "p.bias.dtype, n);\n        if (!last) return store_lanes(carry + j, x, n);",

@@ -12,6 +12,7 @@ from gptfast import ops
 from gptfast._nf4 import NESTED_BLOCK, dequantize_groups, nf4_absmax
 from gptfast.nn.linear import Linear
 from gptfast.ops.lora_linear import LowRank
+from gptfast.ops.quantized_lora_linear import quantized_lora_linear
 
 GROUPS = {"nf4": 64, "int4": 32, "int8": 32}  # values that share a scale, by format
 
@@ -53,7 +54,7 @@ class QuantizedLinear(Linear):
         """The forward with low-rank updates."""
         codes, scales = self.rows()
         options = {"format": self.format, "group_size": self.group_size}
-        return ops.quantized_lora_linear(x, codes, scales, self.bias, self.activation, updates, **options)
+        return quantized_lora_linear(x, codes, scales, self.bias, self.activation, updates, **options)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Codes and scales as the op takes them."""

@@ -16,7 +16,6 @@ from gptfast.ops.linear_cross_entropy import linear_cross_entropy, linear_logpro
 from gptfast.ops.lora_linear import LowRank as LowRank
 from gptfast.ops.lora_linear import lora_linear as lora_linear  # of gptfast.nn: not among the functions for everybody
 from gptfast.ops.quantized_linear import quantize_groups, quantized_linear
-from gptfast.ops.quantized_lora_linear import quantized_lora_linear
 from gptfast.ops.sample import sample
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "quantize_groups",
     "quantize_nf4",
     "quantized_linear",
-    "quantized_lora_linear",
     "sample",
 ]
 

@@ -299,7 +299,7 @@ def test_a_tokenizer_of_another_model_is_noticed(run, chars, tmp_path):
 
 def test_help_teaches(run):
     code, out, _ = run("--help")
-    assert code == 0 and out.count("gptfast generate --model runs/bard/best") == 5
+    assert code == 0 and out.count("gptfast generate --model runs/bard/best") == 6
     assert "--show-probabilities" in out and "200, or fewer" in " ".join(out.replace("│", " ").split())
 
 

@@ -204,7 +204,12 @@ def test_a_gpt_on_a_gpu_generates_serves_and_streams_in_captured_steps(on_fake_g
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     made = []
-    monkeypatch.setattr(CudaGraphRunner, "__init__", lambda self, model, slots, length: made.append((slots, length)))
+
+    def make(self, model, slots, length):
+        self._model = model
+        made.append((slots, length))
+
+    monkeypatch.setattr(CudaGraphRunner, "__init__", make)
     model = on_fake_gpu.eval()
     assert type(model.runner(3, 8)) is CudaGraphRunner
     scheduler = Scheduler(model, max_rows=5)

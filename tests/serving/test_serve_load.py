@@ -201,8 +201,8 @@ def test_pieces_are_the_whole(model, monkeypatch, quantize):
 def test_generation_continues_between_the_pieces_of_a_scoring(app, closed, url, monkeypatch):
     made = []
 
-    def watched(*args):
-        pieces = score_in_pieces(*args)
+    def watched(*args, **options):
+        pieces = score_in_pieces(*args, **options)
         while True:
             made.append([row.num_new for request in app.state.worker.scheduler._running for row in request.sequences])
             try:

@@ -11,7 +11,7 @@ from gptfast._snapshots import current, read_whole
 from gptfast.config import GPTConfig
 from gptfast.engine.adapters import Update, size_of
 from gptfast.models.adapters.config import LoraConfig
-from gptfast.models.adapters.files import CONFIG, WEIGHTS, _opened, _our_key
+from gptfast.models.adapters.files import CONFIG, MARK, WEIGHTS, _opened, _our_key
 from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.models.adapters.prompts import KEY, check_file, check_fits
 
@@ -30,7 +30,8 @@ def read_adapter(path: str | os.PathLike[str], config: GPTConfig, mark: str, any
     folder = Path(path)
     if not current(folder, CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}; expected the folder of an adapter")
-    lora, weights, theirs = read_whole(folder, lambda: _opened(folder))
+    lora, weights, told = read_whole(folder, lambda: _opened(folder))
+    theirs = told.get(MARK)
     if theirs and mark and theirs != mark and not any_base:
         raise ValueError(
             f"{folder}: the adapter was trained on another base: {theirs} is not this model's {mark}; load its own base, or "
