@@ -177,7 +177,9 @@ class Transformer(nn.Module):
                 loss = ops.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=ignore_index)
             if self.training and self.adapters is not None and adapter_names is None:
                 watch(self, self.adapters, loss)
-            return None if logits is None or self.training else logits[:, : tokens.shape[1]], loss
+            if logits is None or self.training:
+                return None, loss
+            return logits if x.shape[1] == tokens.shape[1] else logits[:, : tokens.shape[1]], loss
 
     def hidden_states(
         self, ids: Tensor, *, attention_mask: Tensor | None = None, adapter_names: Sequence[str] | None = None
