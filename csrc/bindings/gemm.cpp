@@ -2,16 +2,13 @@
 #include <algorithm>
 
 #include "common.h"
+#include "gemm_stretches.h"
 
 namespace gptfast {
 namespace {
 
 constexpr const char* kOp = "gemm";
-constexpr i64 kPanel = cpu::kGemmPanel;
 constexpr i64 kWorkspace = 4 << 20;  // words of packed B at a time, 16 MB
-constexpr i64 kMostDepth = 4096;     // words of k in a stretch
-
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 // Strides of a dimension of one element mean nothing: such a matrix counts as stored either way.
 cpu::Matrix matrix_of(const char* name, const Tensor& x) {
@@ -21,30 +18,13 @@ cpu::Matrix matrix_of(const char* name, const Tensor& x) {
   return {x.const_data_ptr(), x.stride(by_columns ? 1 : 0), dtype_of(kOp, x), by_columns};
 }
 
-// Columns of an item: enough items for every thread to end at about the same time.
-i64 item_columns(const cpu::GemmParams& p) {
-  const i64 wanted = 6 * i64(torch::stable::get_num_threads()), row_blocks = ceil_div(p.M, cpu::kGemmRows);
-  i64 columns = 768;
-  while (columns > 96 && row_blocks * ceil_div(p.n1 - p.n0, columns) < wanted) columns /= 2;
-  return columns;
-}
-
-void stretch(cpu::GemmParams& p) {
-  const i64 groups = ceil_div(p.n1 - p.n0, kPanel * cpu::kPackPanels);
-  parallel_items(groups * ceil_div(p.k1 - p.k0, cpu::kGemmDepth),
-                 [&](i64 item) { cpu::kernels().gemm_pack(p, item, item + 1); });
-  p.columns = item_columns(p);
-  parallel_items(ceil_div(p.M, cpu::kGemmRows) * ceil_div(p.n1 - p.n0, p.columns),
-                 [&](i64 item) { cpu::kernels().gemm(p, item); });
-}
-
 void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, bool pairs, bool accumulate,
           const OptTensor& a_sums) {
   GPTFAST_CHECK(defined(a).dim() == 2 && defined(b).dim() == 2 && defined(c).dim() == 2 && a.size(1) == b.size(0) &&
                     c.size(0) == a.size(0) && c.size(1) == b.size(1) && on_cpu(c) &&
                     (c.size(1) <= 1 || c.stride(1) == 1) && (c.size(0) <= 1 || c.stride(0) >= c.size(1)),
                 kOp, ": expected a (M, K), b (K, N), c (M, N) with contiguous rows");
-  Tensor bias_owner, carry;
+  Tensor bias_owner;
   cpu::GemmParams p{};
   p.a = matrix_of("a", a), p.b = matrix_of("b", b), p.c = {c.mutable_data_ptr(), c.stride(0), dtype_of(kOp, c)};
   p.M = a.size(0), p.N = b.size(1), p.K = a.size(1);
@@ -58,19 +38,10 @@ void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, boo
     p.a_sums = static_cast<float*>(sums.mutable_data_ptr());
   }
   if (!p.M || !p.N) return;
-  const i64 words = p.pairs ? ceil_div(p.K, 2) : p.K, depth = std::max<i64>(1, std::min(words, kMostDepth));
-  const i64 width = std::min<i64>(ceil_div(p.N, kPanel), kWorkspace / ceil_div(depth, 256) / 256 / kPanel) * kPanel;
-  if (words > kMostDepth) {
-    carry = new_tensor({p.M, p.N}, ScalarType::Float);
-    p.carry = static_cast<float*>(carry.mutable_data_ptr());
-  }
-  p.packed =
-      static_cast<uint32_t*>(cpu::workspace(size_t(ceil_div(depth, cpu::kGemmDepth) * cpu::kGemmDepth * width) * 4));
-  for (p.n0 = 0; p.n0 < p.N; p.n0 += width)
-    for (p.k0 = 0; p.k0 == 0 || p.k0 < words; p.k0 += kMostDepth) {
-      p.n1 = std::min(p.n0 + width, p.N), p.k1 = std::min(p.k0 + kMostDepth, words);
-      stretch(p);
-    }
+  const i64 width = std::min<i64>(ceil_div(p.N, kPanel), kWorkspace / packed_depth(p) / kPanel) * kPanel;
+  by_stretches(
+      p, width, [&](i64 item) { cpu::kernels().gemm_pack(p, item, item + 1); },
+      [&](i64 item) { cpu::kernels().gemm(p, item); });
 }
 
 }  // namespace

@@ -3,16 +3,13 @@
 #include <string>
 
 #include "common.h"
+#include "gemm_stretches.h"
 
 namespace gptfast {
 namespace {
 
 constexpr const char* kOp = "quantized_linear";
-constexpr i64 kPanel = cpu::kGemmPanel;
 constexpr i64 kWorkspace = 1 << 20;  // words of decoded weights at a time, 4 MB
-constexpr i64 kMostDepth = 4096;     // words of k in a stretch
-
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 struct Weight {
   cpu::QuantizedMatrix w;
@@ -46,21 +43,6 @@ Weight weight_of(const Tensor& codes, const Tensor& scales, const std::string& f
   return r;
 }
 
-i64 item_columns(const cpu::GemmParams& p) {
-  const i64 wanted = 6 * i64(torch::stable::get_num_threads()), row_blocks = ceil_div(p.M, cpu::kGemmRows);
-  i64 columns = 768;
-  while (columns > 96 && row_blocks * ceil_div(p.n1 - p.n0, columns) < wanted) columns /= 2;
-  return columns;
-}
-void stretch(cpu::QuantizedPackParams& q) {
-  cpu::GemmParams& p = q.gemm;
-  const i64 groups = ceil_div(p.n1 - p.n0, kPanel * cpu::kPackPanels);
-  parallel_items(groups * ceil_div(p.k1 - p.k0, cpu::kGemmDepth),
-                 [&](i64 item) { cpu::kernels().quantized_pack(q, item); });
-  p.columns = item_columns(p);
-  const auto product = p.pairs && cpu::kernels().gemm_amx ? cpu::kernels().gemm_amx : cpu::kernels().gemm;
-  parallel_items(ceil_div(p.M, cpu::kGemmRows) * ceil_div(p.n1 - p.n0, p.columns), [&](i64 item) { product(p, item); });
-}
 // C = A W^T (+ bias), or A W; by stretches of decoded weights.
 void multiply(const Weight& weight, const RowView& a, Tensor& c, const cpu::Vector& bias, bool transposed) {
   cpu::QuantizedPackParams q{weight.w, {}, transposed};
@@ -69,21 +51,11 @@ void multiply(const Weight& weight, const RowView& a, Tensor& c, const cpu::Vect
   p.c = {c.mutable_data_ptr(), c.size(1), dtype_of(kOp, c)};
   p.M = c.size(0), p.K = a.C, p.N = c.size(1), p.bias = bias;
   p.pairs = a.dtype == DType::bf16 && cpu::kernels().multiplies_pairs;
-  const i64 words = p.pairs ? ceil_div(p.K, 2) : p.K, depth = std::max<i64>(1, std::min(words, kMostDepth));
-  const i64 room = kWorkspace / (ceil_div(depth, cpu::kGemmDepth) * cpu::kGemmDepth) / kPanel;  // panels
-  const i64 panels = ceil_div(p.N, kPanel), rounds = ceil_div(panels, room), width = ceil_div(panels, rounds) * kPanel;
-  Tensor carry;
-  if (words > kMostDepth) {
-    carry = new_tensor({p.M, p.N}, ScalarType::Float);
-    p.carry = static_cast<float*>(carry.mutable_data_ptr());
-  }
-  p.packed =
-      static_cast<uint32_t*>(cpu::workspace(size_t(ceil_div(depth, cpu::kGemmDepth) * cpu::kGemmDepth * width) * 4));
-  for (p.n0 = 0; p.n0 < p.N; p.n0 += width)
-    for (p.k0 = 0; p.k0 == 0 || p.k0 < words; p.k0 += kMostDepth) {
-      p.n1 = std::min(p.n0 + width, p.N), p.k1 = std::min(p.k0 + kMostDepth, words);
-      stretch(q);
-    }
+  const i64 room = kWorkspace / packed_depth(p) / kPanel, panels = ceil_div(p.N, kPanel);
+  const i64 width = ceil_div(panels, ceil_div(panels, room)) * kPanel;
+  const auto product = p.pairs && cpu::kernels().gemm_amx ? cpu::kernels().gemm_amx : cpu::kernels().gemm;
+  by_stretches(
+      p, width, [&](i64 item) { cpu::kernels().quantized_pack(q, item); }, [&](i64 item) { product(p, item); });
 }
 void multiply_few(const Weight& weight, const RowView& x, Tensor& y, const cpu::Vector& bias) {
   cpu::QuantizedRowsParams p{weight.w, x.rows(), bias, mut_rows(kOp, y, weight.w.N), y.size(0), nullptr};

@@ -1,0 +1,50 @@
+// A product by stretches of its second factor, which are packed into a workspace one after another.
+#pragma once
+#include <algorithm>
+
+#include "common.h"
+
+namespace gptfast {
+
+constexpr i64 kPanel = cpu::kGemmPanel;
+constexpr i64 kMostDepth = 4096;  // words of k in a stretch
+
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// Words of k: a word is two values where they are multiplied in pairs.
+inline i64 words_of(const cpu::GemmParams& p) { return p.pairs ? ceil_div(p.K, 2) : p.K; }
+
+// Rows of the panels of a stretch.
+inline i64 packed_depth(const cpu::GemmParams& p) {
+  return ceil_div(std::max<i64>(1, std::min(words_of(p), kMostDepth)), cpu::kGemmDepth) * cpu::kGemmDepth;
+}
+
+// Columns of an item: enough items for every thread to end at about the same time.
+inline i64 item_columns(const cpu::GemmParams& p) {
+  const i64 wanted = 6 * i64(torch::stable::get_num_threads()), row_blocks = ceil_div(p.M, cpu::kGemmRows);
+  i64 columns = 768;
+  while (columns > 96 && row_blocks * ceil_div(p.n1 - p.n0, columns) < wanted) columns /= 2;
+  return columns;
+}
+
+// Sets p's stretch, `packed`, `carry` and `columns`. width: columns of a stretch, whole panels. pack(item) packs a part of
+// the stretch, product(item) multiplies one.
+template <class Pack, class Product> void by_stretches(cpu::GemmParams& p, i64 width, Pack pack, Product product) {
+  const i64 words = words_of(p);
+  Tensor carry;
+  if (words > kMostDepth) {
+    carry = new_tensor({p.M, p.N}, ScalarType::Float);
+    p.carry = static_cast<float*>(carry.mutable_data_ptr());
+  }
+  p.packed = static_cast<uint32_t*>(cpu::workspace(size_t(packed_depth(p) * width) * 4));
+  for (p.n0 = 0; p.n0 < p.N; p.n0 += width)
+    for (p.k0 = 0; p.k0 == 0 || p.k0 < words; p.k0 += kMostDepth) {
+      p.n1 = std::min(p.n0 + width, p.N), p.k1 = std::min(p.k0 + kMostDepth, words);
+      const i64 groups = ceil_div(p.n1 - p.n0, kPanel * cpu::kPackPanels);
+      parallel_items(groups * ceil_div(p.k1 - p.k0, cpu::kGemmDepth), pack);
+      p.columns = item_columns(p);
+      parallel_items(ceil_div(p.M, cpu::kGemmRows) * ceil_div(p.n1 - p.n0, p.columns), product);
+    }
+}
+
+}  // namespace gptfast
