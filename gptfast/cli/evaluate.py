@@ -146,7 +146,7 @@ def evaluate(options: dict[str, Any]) -> None:
     if tasks.task is not None:
         value = evaluate_tasks(names, given.tokenizer, tasks, output)
     else:
-        value = _perplexities(names, given, texts)
+        value = _perplexities(names, given, texts, str(texts.data))
     if output.out is not None:
         _write(output.out, value)
     if output.json:
@@ -164,17 +164,17 @@ def _write(folder: Path, value: dict[str, Any]) -> None:
     atomic_write(folder / "results.json", (json.dumps(value, indent=2) + "\n").encode())
 
 
-def _perplexities(names: list[tuple[str, str | None]], given: Models, texts: Texts) -> dict[str, Any]:
-    from gptfast.evaluation import compare, score_documents, summarise
+def _perplexities(names: list[tuple[str, str | None]], given: Models, texts: Texts, data: str) -> dict[str, Any]:
+    from gptfast.evaluation import Settings, compare, score_documents, summarise
 
-    settings = {name: getattr(texts, name) for name in ("context", "stride", "bos", "join", "detokenize")}
-    documents = _documents(texts)
+    asked = Settings(texts.context, texts.stride, texts.bos, texts.join, texts.detokenize)
+    documents = _documents(data, texts.text_field)
     results, scores = [], []
     for name, quantize in names:
         model, tokenizer = load(name, quantize, given.tokenizer)
         with counting(f"{name}, {sum(document.size for document in documents):,} bytes", "tokens") as advance:
-            scores.append(score_documents(model, documents, tokenizer, progress=advance, **settings))
-        results.append({"model": name, "format": quantize, **summarise(scores[-1], model, **settings)})
+            scores.append(score_documents(model, documents, tokenizer, asked, advance))
+        results.append({"model": name, "format": quantize, **summarise(scores[-1], asked.resolved(model))})
     if not given.compare:
         return results[0]
     pairs = [
@@ -210,15 +210,14 @@ def _divided(name: str) -> tuple[str, str | None]:
     return path, format
 
 
-def _documents(texts: Texts) -> list[Document]:
+def _documents(data: str, text_field: str) -> list[Document]:
     from gptfast.data import load_documents
     from gptfast.data.records import RECORDS, kind_of
 
-    assert texts.data is not None
-    records = kind_of(texts.data)[0] in RECORDS
-    documents = load_documents(texts.data, text_field=texts.text_field if records else None)
+    records = kind_of(data)[0] in RECORDS
+    documents = load_documents(data, text_field=text_field if records else None)
     if not documents:
-        raise ValueError(f"evaluate: {texts.data} holds no text")
+        raise ValueError(f"evaluate: {data} holds no text")
     return documents
 
 

@@ -43,11 +43,11 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
     """A compiled model with the present weights of `model`, in their dtype; None where the engine cannot run it.
 
     The engine runs a GPT in evaluation mode on the CPU whose weights are all fp32 or all bf16 and whose modules are what its
-    config says (see `gptfast.nn.difference`), low-rank updates and soft prompts apart, if a packed copy fits into half of the free memory, no other backend was chosen
-    and autocast is off.
+    config says (see `gptfast.nn.difference`), low-rank updates and soft prompts apart, if a packed copy fits into half of the
+    free memory, no other backend was chosen and autocast is off.
 
-    The copy is kept. Each call compares it with all of the weights and the state of the adapters, which takes one read of them; hold the compiled model to
-    avoid that. It does not follow later changes of the weights. See `forget`.
+    The copy is kept. Each call compares it with all of the weights and the state of the adapters, which takes one read of
+    them; hold the compiled model to avoid that. It does not follow later changes of the weights. See `forget`.
     """
     asked = AUTOMATIC["cpu"][0] if chosen() == "auto" else chosen()
     if not has_cpu_ops or model.training or asked != "cpu" or torch.is_autocast_enabled("cpu"):

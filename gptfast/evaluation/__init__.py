@@ -3,11 +3,12 @@
 from gptfast.evaluation.few_shot import choose_shots, extract_answer, few_shot_prompt, majority, self_consistency
 from gptfast.evaluation.in_context import evaluate_task
 from gptfast.evaluation.labels import score_labels
-from gptfast.evaluation.perplexity import compare, perplexity, score_documents, summarise
+from gptfast.evaluation.perplexity import Settings, compare, perplexity, score_documents, summarise
 from gptfast.evaluation.tasks import Task, load_task
 from gptfast.evaluation.templates import Template, load_template
 
 __all__ = [
+    "Settings",
     "Task",
     "Template",
     "choose_shots",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -26,6 +26,24 @@ from gptfast.metadata import metadata_of
 from gptfast.tokenizer import Tokenizer
 
 OWNER = "perplexity"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts are scored; see `perplexity`. `resolved` has no None."""
+
+    context: int | None = None
+    stride: int | None = None
+    bos: bool = False
+    join: bool = False
+    detokenize: str = "none"
+
+    def resolved(self, model: Any) -> Settings:
+        """With the defaults that depend on the model. Raises TypeError, ValueError: a value out of range."""
+        context, stride = check_windows(OWNER, self.context, self.stride, model.config.block_size)
+        if self.detokenize not in DETOKENIZERS:
+            raise ValueError(f"{OWNER}: detokenize is {self.detokenize!r}; expected one of {', '.join(DETOKENIZERS)}")
+        return replace(self, context=context, stride=stride)
 
 
 @dataclass
@@ -80,37 +98,30 @@ def perplexity(
     """
     named = [texts] if isinstance(texts, str) else texts
     documents = [Document(f"document {n + 1}", text) for n, text in enumerate(named)]
-    settings = {"context": context, "stride": stride, "bos": bos, "join": join, "detokenize": detokenize}
-    return summarise(score_documents(model, documents, tokenizer, progress=progress, **settings), model, **settings)
+    settings = Settings(context, stride, bos, join, detokenize).resolved(model)
+    return summarise(score_documents(model, documents, tokenizer, settings, progress), settings)
 
 
 def score_documents(
     model: Any,
     documents: Sequence[Document],
     tokenizer: Tokenizer,
-    *,
-    context: int | None = None,
-    stride: int | None = None,
-    bos: bool = False,
-    join: bool = False,
-    detokenize: str = "none",
+    settings: Settings = Settings(),
     progress: Callable[[int], None] | None = None,
 ) -> list[DocumentScore]:
     """The scores of each document; arguments and errors as in `perplexity`. Memory does not grow with the text, but by four
     bytes a token."""
-    context, stride = check_windows(OWNER, context, stride, model.config.block_size)
-    if detokenize not in DETOKENIZERS:
-        raise ValueError(f"{OWNER}: detokenize is {detokenize!r}; expected one of {', '.join(DETOKENIZERS)}")
-    first = _first_token(model, tokenizer) if bos else None
+    settings = settings.resolved(model)
+    first = _first_token(model, tokenizer) if settings.bos else None
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()
     try:
-        encoded = _encoded(documents, tokenizer, DETOKENIZERS[detokenize])
+        encoded = _encoded(documents, tokenizer, DETOKENIZERS[settings.detokenize])
         scores = [DocumentScore(document.name, counts=count_text(document.blocks())) for document in documents]
-        if join and scores:
+        if settings.join and scores:
             encoded, scores = _joined(encoded, tokenizer), [_sum("all documents", scores)]
-        return _score(model, encoded, scores, tokenizer, (context, stride), first, progress)
+        return _score(model, encoded, scores, tokenizer, settings, first, progress)
     finally:
         if was_training:
             model.train()
@@ -121,10 +132,11 @@ def _score(
     encoded: Iterable[tuple[int, np.ndarray]],
     scores: list[DocumentScore],
     tokenizer: Tokenizer,
-    size: tuple[int, int],
+    settings: Settings,
     first: int | None,
     progress: Callable[[int], None] | None,
 ) -> list[DocumentScore]:
+    size = settings.context or 0, settings.stride or 0  # resolved: never None
     score = scorer(model, size[0])
     waiting: list[tuple[int, np.ndarray, Window]] = []
 
@@ -209,18 +221,8 @@ def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
         )
 
 
-def summarise(
-    scores: Sequence[DocumentScore],
-    model: Any,
-    *,
-    context: int | None = None,
-    stride: int | None = None,
-    bos: bool = False,
-    join: bool = False,
-    detokenize: str = "none",
-) -> dict[str, Any]:
-    """What `perplexity` returns, from the scores of its documents and its settings."""
-    context, stride = check_windows(OWNER, context, stride, model.config.block_size)
+def summarise(scores: Sequence[DocumentScore], settings: Settings) -> dict[str, Any]:
+    """What `perplexity` returns, from the scores of its documents and its settings, which are `resolved`."""
     total = _sum("", scores)
     loss, tokens, counts = total.loss, total.tokens, total.counts
     if tokens == 0:
@@ -236,11 +238,7 @@ def summarise(
         "characters": counts.characters,
         "bytes": counts.bytes,
         "documents": len(scores),
-        "context": context,
-        "stride": stride,
-        "bos": bos,
-        "join": join,
-        "detokenize": detokenize,
+        **asdict(settings),
     }
 
 

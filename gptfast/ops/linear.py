@@ -50,8 +50,7 @@ def linear(
         TypeError, ValueError: wrong dtype, shape, device or activation.
     """
     check_linear(x, weight, bias, activation)
-    approximate = GELUS.get(activation or "")
-    added = bias if approximate is None else None  # the op gelu adds the bias itself
+    added = None if activation in GELUS else bias  # the op gelu adds the bias itself
     x = autocast(x)[0]
     if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
         raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
@@ -62,8 +61,13 @@ def linear(
     else:
         rows = rows_of(x)
         y = _fused("cpu", rows, weight, added).view(*x.shape[:-1], weight.shape[0])
-    if approximate is not None:
-        return gelu(y, bias, approximate, backend=backend)
+    return activated(y, bias, activation, backend)
+
+
+def activated(y: Tensor, bias: Tensor | None, activation: str | None, backend: str | None) -> Tensor:
+    """activation(y), where y has the bias already, except for a GELU: the op adds it."""
+    if activation in GELUS:
+        return gelu(y, bias, GELUS[activation], backend=backend)
     return y if activation is None else reference.ACTIVATIONS[activation](y)
 
 

@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast.backend import resolve
-from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_number, check_probability, check_same_device
 from gptfast.ops._registry import caller, define_python_op, forbid_double_backward, register_derivative
 from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.dropout import dropout
-from gptfast.ops.gelu import gelu
 from gptfast.ops.gemm import MIN_ROWS, gemm, is_forced
-from gptfast.ops.linear import GELUS, check_linear
+from gptfast.ops.linear import GELUS, activated, check_linear
 
 OP = "lora_linear"
 
@@ -71,16 +69,13 @@ def lora_linear(
     check_linear(x, weight, bias, activation)
     for update in updates:
         _check_factors(x, weight.shape, update.a, update.b)
-    approximate = GELUS.get(activation or "")
-    added = bias if approximate is None else None  # the op gelu adds the bias itself
+    added = None if activation in GELUS else bias  # the op gelu adds the bias itself
     x = autocast(x)[0]
     if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
         raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     run = _eager if resolve("linear", backend, x) == "eager" else _fused
     y = run(rows_of(x), weight, added, list(updates)).view(*x.shape[:-1], weight.shape[0])
-    if approximate is not None:
-        return gelu(y, bias, approximate, backend=backend)
-    return y if activation is None else reference.ACTIVATIONS[activation](y)
+    return activated(y, bias, activation, backend)
 
 
 class Options(NamedTuple):

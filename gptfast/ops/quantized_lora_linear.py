@@ -15,8 +15,7 @@ from torch import Tensor
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._tensors import autocast, rows_of
-from gptfast.ops.gelu import gelu
-from gptfast.ops.linear import GELUS
+from gptfast.ops.linear import GELUS, activated
 from gptfast.ops.lora_linear import LowRank, Options, add_updates, check_updates, options_of, update_gradients
 from gptfast.ops.quantized_linear import OP, check_quantized, eager_backward
 
@@ -45,8 +44,7 @@ def quantized_lora_linear(
         TypeError, ValueError: wrong dtype, shape, device, format or group size.
     """
     check_quantized(x, codes, scales, bias, format, group_size)
-    approximate = GELUS.get(activation or "")
-    added = bias if approximate is None else None  # the op gelu adds the bias itself
+    added = None if activation in GELUS else bias  # the op gelu adds the bias itself
     x = autocast(x)[0]
     runs_on = resolve(OP, backend, x, scales)
     rows = rows_of(x)
@@ -56,9 +54,7 @@ def quantized_lora_linear(
     how = (runs_on, format, group_size)
     y = QuantizedLoRAFunction.apply(how, options, rows, codes, scales, added, *factors)
     y = y.view(*x.shape[:-1], codes.shape[0])
-    if approximate is not None:
-        return gelu(y, bias, approximate, backend=backend)
-    return y if activation is None else reference.ACTIVATIONS[activation](y)
+    return activated(y, bias, activation, backend)
 
 
 class QuantizedLoRAFunction(torch.autograd.Function):
