@@ -31,7 +31,7 @@ def evaluate_tasks(
     names: Sequence[tuple[str, str | None]], tokenizer: str | None, options: Any, output: Any
 ) -> dict[str, Any]:
     """The result of one model, or {"results": [...]} of several; `options` and `output` are those of the command."""
-    from gptfast.evaluation import evaluate_task, load_task
+    from gptfast.evaluation import evaluate_task, load_task, solve_by_generation
 
     shots = _numbers(options.shots)
     labels = None if options.labels is None else [label.strip() for label in options.labels.split(",")]
@@ -40,8 +40,13 @@ def evaluate_tasks(
     for name, quantize in names:
         model, found = load(name, quantize, tokenizer)
         with counting(f"{shown_name(name, quantize)}, {task.name}", "items") as advance:
-            chosen = {"shots": shots, "normalize": options.normalize, "limit": options.limit, "seed": options.seed}
-            result = evaluate_task(model, found, task, progress=advance, **chosen)
+            chosen = {"shots": shots, "limit": options.limit, "seed": options.seed, "progress": advance}
+            if options.samples is None:
+                result = evaluate_task(model, found, task, normalize=options.normalize, **chosen)
+            else:
+                names_of = ("samples", "temperature", "max_new_tokens")
+                chosen |= {name: getattr(options, name) for name in names_of} | {"pattern": options.answer_pattern}
+                result = solve_by_generation(model, found, task, **chosen)
         if not options.log_samples:
             del result["samples"]
         results.append({"model": name, "format": quantize, **result})
@@ -81,7 +86,9 @@ def show_tasks(value: dict[str, Any]) -> None:
             table.add_row(shown_name(result["model"], result["format"]), *numbers)
     console.print(table)
     first = results[0]
-    console.print(
-        f"{first['task']}: {first['items']} items, normalize {first['normalize']}, seed {first['seed']}",
-        highlight=False,
+    how = (
+        f"normalize {first['normalize']}"
+        if "normalize" in first
+        else f"{first['samples_an_item']} texts an item at temperature {first['temperature']:g}, agreement {first['agreement']:.2f}"
     )
+    console.print(f"{first['task']}: {first['items']} items, {how}, seed {first['seed']}", highlight=False)

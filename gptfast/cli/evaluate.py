@@ -67,8 +67,8 @@ class Tasks:
 
     task: str | None = option(
         None,
-        "Measure accuracy on this instead: genre, cloze, copying, reversal, addition, induction, or a file of JSON Lines whose "
-        "first half is solved and whose second half is shown.",
+        "Measure accuracy on this instead: genre, cloze, copying, reversal, addition, arithmetic, induction, or a file of JSON Lines "
+        "whose first half is solved and whose second half is shown.",
     )
     template: str | None = option(
         None,
@@ -85,7 +85,28 @@ class Tasks:
     )
     limit: int | None = option(None, "Number of items to solve.", words="all")
     seed: int = option(0, "Decides the shots, and the items of tasks that are generated.")
-    log_samples: bool = option(False, "Add every prompt with its scores to the results.")
+    samples: int | None = option(
+        None,
+        "Let the model write an answer, this many times for each item; the answer of most texts counts (self-consistency). With "
+        "--template arithmetic-cot it thinks before it answers.",
+        words="nothing is written: labels or answers are scored by likelihood",
+    )
+    temperature: float | None = option(
+        None,
+        "With `samples`: temperature of the texts; 0: the likeliest token each time.",
+        words="0.7; 0 for one sample",
+    )
+    max_new_tokens: int | None = option(
+        None,
+        "With `samples`: most tokens of a text, which ends at a blank line too.",
+        words="128, or half of a shorter context",
+    )
+    answer_pattern: str | None = option(
+        None,
+        "With `samples`: a regular expression that finds the answer in a text; its first group is the answer.",
+        words="that of the template, or the first line",
+    )
+    log_samples: bool = option(False, "Add every prompt with its scores, or with the texts after it, to the results.")
 
 
 @dataclass(frozen=True)
@@ -132,6 +153,10 @@ def evaluate(options: dict[str, Any]) -> None:
       A task of your own, {"text": ..., "label": ...} a line:
 
       [cyan]gptfast evaluate --model gpt2 --task reviews.jsonl --template sentiment --labels positive,negative --shots 0,4[/]
+
+      Chains of thought, and the majority of five:
+
+      [cyan]gptfast evaluate --model gpt2 --task arithmetic --template arithmetic-cot --shots 2 --samples 5 --log-samples[/]
     """
     given, texts = Models(**values_of(Models, options)), Texts(**values_of(Texts, options))
     tasks, output = Tasks(**values_of(Tasks, options)), Output(**values_of(Output, options))
@@ -142,6 +167,15 @@ def evaluate(options: dict[str, Any]) -> None:
     if others:
         raise ValueError(
             f"evaluate: `{sorted(others)[0]}` does not go with `{'task' if tasks.task else 'data'}`; leave it out"
+        )
+    written = set(options) & {"temperature", "max_new_tokens", "answer_pattern"}
+    if tasks.samples is None and written:
+        raise ValueError(
+            f"evaluate: `{sorted(written)[0]}` goes with `samples`, texts to write; give it, or leave this out"
+        )
+    if tasks.samples is not None and "normalize" in options:
+        raise ValueError(
+            "evaluate: `normalize` ranks labels by likelihood and `samples` writes texts; give one of them"
         )
     if tasks.task is not None:
         value = evaluate_tasks(names, given.tokenizer, tasks, output)

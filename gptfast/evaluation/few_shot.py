@@ -75,11 +75,17 @@ def extract_answer(text: str, pattern: str) -> str | None:
     Raises:
         ValueError: no regular expression.
     """
-    try:
-        found = re.search(pattern, text)
-    except re.error as error:
-        raise ValueError(f"extract_answer: pattern is {pattern!r}: {error}; expected a regular expression") from error
+    check_pattern("extract_answer", pattern)
+    found = re.search(pattern, text)
     return None if found is None else found[1] if found.re.groups else found[0]
+
+
+def check_pattern(owner: str, pattern: str) -> None:
+    """Raise ValueError for what is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{owner}: pattern is {pattern!r}: {error}; expected a regular expression") from error
 
 
 def majority(answers: Sequence[str | None]) -> str | None:

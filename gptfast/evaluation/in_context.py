@@ -51,16 +51,38 @@ def evaluate_task(
         raise ValueError(
             "evaluate_task: normalize is 'calibrated', but the task has no labels to choose from; give labels"
         )
+    scorer = ContinuationScorer(model)
+
+    def solve(item: Item, shown: Sequence[Item]) -> dict[str, Any]:
+        return _solve(scorer, tokenizer, task, item, shown, normalize, model.config.block_size)
+
+    found = accuracy_curve("evaluate_task", task, shots, limit, seed, solve, progress)
+    return {"task": task.name, "normalize": normalize, "seed": seed} | found
+
+
+def accuracy_curve(
+    owner: str,
+    task: Task,
+    shots: Sequence[int],
+    limit: int | None,
+    seed: int,
+    solve: Callable[[Item, Sequence[Item]], dict[str, Any]],
+    progress: Callable[[], None] | None,
+) -> dict[str, Any]:
+    """items, accuracy, interval, dropped_shots, curve and samples, as `evaluate_task` returns them.
+
+    Args:
+        solve: of an item and the solved ones before it, a sample: a dict with at least target, correct and dropped.
+    """
     if limit is not None:
-        check_count("evaluate_task", "limit", limit)
+        check_count(owner, "limit", limit)
     if not shots:
-        raise ValueError("evaluate_task: shots is empty; expected numbers of solved items, such as (0, 1, 4)")
-    items, scorer, curve, samples = list(task.items)[:limit], ContinuationScorer(model), [], []
+        raise ValueError(f"{owner}: shots is empty; expected numbers of solved items, such as (0, 1, 4)")
+    items, curve, samples = list(task.items)[:limit], [], []
     for count in shots:
         samples = []
         for item in items:
-            shown = choose_shots(task.pool, count, seed, exclude=item)
-            samples.append(_solve(scorer, tokenizer, task, item, shown, normalize, model.config.block_size))
+            samples.append(solve(item, choose_shots(task.pool, count, seed, exclude=item)))
             if progress is not None:
                 progress()
         solved = sum(sample["correct"] for sample in samples)
@@ -73,14 +95,12 @@ def evaluate_task(
             }
         )
     last = {name: curve[-1][name] for name in ("accuracy", "interval", "dropped_shots")}
-    return (
-        {"task": task.name, "items": len(items), "normalize": normalize, "seed": seed}
-        | last
-        | {
-            "curve": curve,
-            "samples": samples,
-        }
-    )
+    return {"items": len(items), **last, "curve": curve, "samples": samples}
+
+
+def without_answer(task: Task, item: Item) -> dict[str, Any]:
+    """What a prompt may show of the item that it asks about."""
+    return {name: value for name, value in item.items() if name != task.target}
 
 
 def _solve(
@@ -93,20 +113,22 @@ def _solve(
     context: int,
 ) -> dict[str, Any]:
     target = item[task.target]
-    hidden = {name: value for name, value in item.items() if name != task.target}
+    hidden = without_answer(task, item)
     labels = [target] if task.labels is None else task.labels
-    room = max(len(tokenizer.encode(" " + label)) for label in labels)
+    lead = task.template.lead
+    room = max(len(tokenizer.encode(f"{lead} {label}")) for label in labels)
     prompt = few_shot_prompt(task.template, hidden, shown, tokenizer, context, room)
-    sample = {"prompt": prompt.text, "target": target, "shots": prompt.shots, "dropped": prompt.dropped}
+    text = prompt.text + lead
+    sample = {"prompt": text, "target": target, "shots": prompt.shots, "dropped": prompt.dropped}
     if task.labels is None:
-        before, after = encode_pair(tokenizer, prompt.text, after_blank(prompt.text, target))
+        before, after = encode_pair(tokenizer, text, after_blank(text, target))
         (found,) = scorer(before, [after])
         return sample | {"scores": {target: found.logprob}, "prediction": None, "correct": found.is_greedy}
     content_free = None
     if normalize == "calibrated":
         nothing = {name: NOTHING if isinstance(value, str) else value for name, value in hidden.items()}
-        content_free = task.template.render(nothing, shown[: prompt.shots])
-    scores = score_labels(scorer, tokenizer, prompt.text, labels, normalize, content_free)
+        content_free = task.template.render(nothing, shown[: prompt.shots]) + lead
+    scores = score_labels(scorer, tokenizer, text, labels, normalize, content_free)
     prediction = max(scores, key=lambda label: scores[label])
     return sample | {"scores": scores, "prediction": prediction, "correct": prediction == target}
 

@@ -5,6 +5,7 @@ cloze       the last word of a passage (the form of LAMBADA, Paperno et al., arX
 copying     words again, in their order
 reversal    words again, from the last to the first
 addition    the sum of two numbers of two digits
+arithmetic  word problems of two steps, with the reasoning that leads to the answer
 induction   what followed a word when it stood in the text before: A B … A -> B (Olsson et al., arXiv 2209.11895)
 """
 
@@ -30,6 +31,8 @@ _WORDS = re.findall(
     "bread mountain star glass flower road ship bird house queen book tree",
 )
 _PASSAGE = 240  # characters
+_ANSWERS = ("label", "target", "answer")  # fields that hold an item's answer
+_PEOPLE, _THINGS = ("Ann", "Ben", "Carla", "David", "Eva", "Frank"), ("pens", "apples", "stamps", "marbles", "books")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def load_task(
 
     Args:
         task: a name, or a file of JSON Lines with an object an item. Its first half is solved, and its second half shown: in
-            the shots before.
+            the shots before, if an item has all fields of the template's own examples, such as `reasoning`.
         template: a shipped one (`load_template`), or a Jinja2 file; None: the one with the task's name.
         labels: to choose from; None: with a name, the task's own; with a file, none: the answer must be the most likely text.
         seed: of the generated items.
@@ -68,7 +71,8 @@ def load_task(
     if str(task) in TASKS:
         items, own = TASKS[str(task)](random.Random(seed))
         chosen = _template(template or str(task))
-        return Task(str(task), chosen, items[:ITEMS], items[ITEMS:], labels or own)
+        target = next(name for name in _ANSWERS if name in items[0])
+        return Task(str(task), chosen, items[:ITEMS], items[ITEMS:], labels or own, target)
     path = Path(task)
     if not path.exists():
         raise FileNotFoundError(
@@ -82,7 +86,9 @@ def load_task(
     chosen = _template(template)
     target = _target(path, records, labels)
     half = (len(records) + 1) // 2
-    return Task(path.name, chosen, records[:half], records[half:] + chosen.examples, labels, target)
+    needed = set.intersection(*(set(example) for example in chosen.examples)) if chosen.examples else set()
+    pool = [item for item in records[half:] if needed <= set(item)] + chosen.examples
+    return Task(path.name, chosen, records[:half], pool, labels, target)
 
 
 def _template(name: str) -> Template:
@@ -94,7 +100,7 @@ def _target(path: Path, records: Sequence[Item], labels: Sequence[str] | None) -
     """The field of the answers, which every item must have."""
     if not records:
         raise ValueError(f"task {path}: no items; expected an object a line")
-    target = next((name for name in ("label", "target", "answer") if name in records[0]), "")
+    target = next((name for name in _ANSWERS if name in records[0]), "")
     for n, item in enumerate(records):
         if not isinstance(item.get(target), str) or not item[target]:
             raise ValueError(
@@ -148,6 +154,24 @@ def _addition(draw: random.Random) -> Made:
     return [{"text": f"{a} + {b}", "label": str(a + b)} for a, b in pairs], None
 
 
+def _arithmetic(draw: random.Random) -> Made:
+    items = []
+    for _ in range(ITEMS + POOL):
+        who, what, boxes, more = draw.choice(_PEOPLE), draw.choice(_THINGS), draw.randint(2, 9), draw.randint(2, 9)
+        has = draw.randint(boxes + 1, 40)
+        if draw.random() < 0.5:
+            asked = f"{who} has {has} {what}. {who} buys {boxes} boxes of {more} {what} each."
+            thought = f"{boxes} boxes of {more} {what} each are {boxes * more} {what}. {has} + {boxes * more} = {has + boxes * more}."
+            answer = has + boxes * more
+        else:
+            asked = f"{who} has {has} {what}. {who} gives {boxes} of them away and finds {more} more."
+            thought = f"{has} - {boxes} = {has - boxes} {what} are left. {has - boxes} + {more} = {has - boxes + more}."
+            answer = has - boxes + more
+        question = f"{asked} How many {what} does {who} have now?"
+        items.append({"question": question, "reasoning": thought, "answer": str(answer)})
+    return items, None
+
+
 def _induction(draw: random.Random) -> Made:
     items = []
     for _ in range(ITEMS + POOL):
@@ -163,5 +187,6 @@ TASKS: dict[str, Callable[[random.Random], Made]] = {
     "copying": lambda draw: _words(draw, lambda words: words),
     "reversal": lambda draw: _words(draw, lambda words: words[::-1]),
     "addition": _addition,
+    "arithmetic": _arithmetic,
     "induction": _induction,
 }

@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 
 Item = Mapping[str, Any]
+FIRST_LINE = r"^\s*(.*\S)"
 
 
 class Template:
@@ -17,16 +18,26 @@ class Template:
         source: Jinja2. It sees the fields of the item by their names, and `shots`, a list of solved items.
         name: for messages.
         examples: solved items that fit.
+        answer: a pattern (`extract_answer`) of the answer in a text that follows a prompt.
+        lead: what stands between a prompt and its answer, where that is scored and not written, such as " The answer is".
     Raises:
         ImportError: jinja2 is not installed.  ValueError: the source is no Jinja2.
     """
 
-    def __init__(self, source: str, name: str = "template", examples: Sequence[Item] = ()) -> None:
+    def __init__(
+        self,
+        source: str,
+        name: str = "template",
+        examples: Sequence[Item] = (),
+        answer: str = FIRST_LINE,
+        lead: str = "",
+    ) -> None:
         from jinja2.exceptions import TemplateSyntaxError
 
         from gptfast.tokenizer.sandbox import environment
 
         self.source, self.name, self.examples = source, name, list(examples)
+        self.answer, self.lead = answer, lead
         try:
             self._compiled = environment(strict=True).from_string(source)
         except TemplateSyntaxError as error:
@@ -59,7 +70,7 @@ def load_template(name: str) -> Template:
     shipped = _shipped()
     if name not in shipped:
         raise ValueError(f"template {name!r}: no such template; expected one of {', '.join(shipped)}")
-    return Template(shipped[name]["source"], name, shipped[name]["examples"])
+    return Template(name=name, **shipped[name])
 
 
 def _shipped() -> dict[str, Any]:

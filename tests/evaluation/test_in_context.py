@@ -186,9 +186,10 @@ def test_tasks(model: Any, tokenizer: Any, name: str):
     found = evaluate_task(model, tokenizer, task, shots=(0, 1), limit=4)
     assert [point["shots"] for point in found["curve"]] == [0, 1] and found["accuracy"] == found["curve"][1]["accuracy"]
     for sample, item in zip(found["samples"], task.items, strict=False):
-        assert sample["target"] == item["label"] and item["text"] in sample["prompt"] and sample["shots"] == 1
-        assert sample["prompt"].count(item["label"]) <= 1 + item["text"].count(item["label"]) or task.labels
-        assert set(sample["scores"]) == set(task.labels or [item["label"]])
+        asked, answer = item["question" if name == "arithmetic" else "text"], item[task.target]
+        assert sample["target"] == answer and asked in sample["prompt"] and sample["shots"] == 1
+        assert sample["prompt"].count(answer) <= 1 + asked.count(answer) or task.labels or name == "arithmetic"
+        assert set(sample["scores"]) == set(task.labels or [answer])
     if name == "addition":
         assert all(eval(item["text"]) == int(item["label"]) for item in task.items)
     if name == "reversal":
