@@ -15,13 +15,16 @@ def check_choice(owner: str, name: str, got: object, choices: tuple[object, ...]
 
 
 def check_count(owner: str, name: str, value: Any, least: int = 1, most: int | None = None, what: str = "") -> None:
-    """`value` must be an int from `least` to `most` (None: no limit); True is none. `what` ends the message of a type error."""
+    """`value` must be an int from `least` to `most` (None: no limit); True is none.
+
+    what: ends the messages about the type and about `most`.
+    """
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{owner}: {name} is {value!r}; expected an int{what}")
     if value < least:
         raise ValueError(f"{owner}: {name} is {value}; expected at least {least}")
     if most is not None and value > most:
-        raise ValueError(f"{owner}: {name} is {value}; expected at most {most}")
+        raise ValueError(f"{owner}: {name} is {value}; expected at most {most}{what}")
 
 
 def check_real(owner: str, name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> None:

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
+from gptfast._checks import check_count
 from gptfast.backend import cpu_isa
 from gptfast.engine import packed_file
-from gptfast.engine.adapters import AdapterMethods, PackedAdapters, packed_adapters, shape_of
-from gptfast.engine.exponents import exponent_of, quantised
-from gptfast.engine.formats import ALIASES, CACHE_DTYPES, format_name, matrix_formats
-from gptfast.engine.runner import PANEL, EngineRunner
+from gptfast.engine.adapters import AdapterMethods, PackedAdapters, shape_of
+from gptfast.engine.exponents import quantised
+from gptfast.engine.formats import ALIASES, CACHE_DTYPES
+from gptfast.engine.runner import EngineRunner
 from gptfast.generation import generate
 from gptfast.generation.runner import Runner, torch_num_threads
-from gptfast.metadata import Metadata, metadata_of
+from gptfast.metadata import Metadata
 from gptfast.nn.adapted import one_a_row
-from gptfast.nn.difference import check_values, difference, true_config
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
-    from gptfast.nn.transformer import Transformer
 
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -66,12 +61,15 @@ class CompiledGPT(AdapterMethods):
         from gptfast import _C
 
         self.config, self.dtype, self.metadata = config, dtype, Metadata()
-        self.max_rows = None if max_rows is None else _count("max_rows", max_rows)
+        if max_rows is not None:
+            check_count("compile_for_inference", "max_rows", max_rows)
+        self.max_rows = max_rows
         self.cache_dtype = _cache_dtype(cache_dtype, dtype)
         self._formats, self._weights, self._source = formats, weights, source
         self._exponents = exponents or {}
         self._adapters, self.base_mark = PackedAdapters(), ""
-        threads = torch_num_threads() if threads is None else _count("threads", threads, MOST_THREADS)
+        threads = torch_num_threads() if threads is None else threads
+        check_count("compile_for_inference", "threads", threads, 1, MOST_THREADS, ", better one per core")
         layout = {**formats, "exponents": self._exponents}
         self._core = _C.Engine(shape_of(config), layout, weights, threads, self.cache_dtype, cpu_isa() or "scalar")
 
@@ -117,6 +115,7 @@ class CompiledGPT(AdapterMethods):
         return self._runner(self._adapters, max_slots, max_len)
 
     def _runner(self, adapters: PackedAdapters, max_slots: int, max_len: int | None) -> EngineRunner:
+        check_count("runner", "max_slots", max_slots)
         if self.max_rows is not None and max_slots > self.max_rows:
             raise ValueError(
                 f"runner: max_slots is {max_slots} and the model was compiled with max_rows={self.max_rows}; compile it with "
@@ -196,79 +195,6 @@ class CompiledGPT(AdapterMethods):
         )
 
 
-def compile_model(
-    model: Transformer,
-    dtype: Any = "bfloat16",
-    *,
-    threads: int | None = None,
-    max_rows: int | None = None,
-    cache_dtype: Any = None,
-) -> CompiledGPT:
-    """Pack a GPT for the engine; see `GPT.compile_for_inference`."""
-    try:
-        from gptfast import _C
-    except ImportError as error:
-        raise RuntimeError(
-            f"compile_for_inference: gptfast was installed without its compiled part ({error}); install it with a C++ "
-            "compiler, or use GPT.generate"
-        ) from None
-    name = format_name(dtype)
-    config = _config_of(model)
-    formats, shape = matrix_formats(name), shape_of(config)
-    adapters = packed_adapters(model, shape)
-    values, stored = _values(model), _C.weight_formats(shape, formats)
-    exponents = {key: exponent_of(key, _fp32(values[key])) for key, kind in stored.items() if quantised(kind)}
-    exponents = {key: exponent for key, exponent in exponents.items() if exponent}
-    # zeroed, aligned to a page, and given back to the system at once when it is freed
-    weights = mmap.mmap(-1, _C.packed_bytes(shape, formats), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _ask_for_large_pages(weights)
-    compiled = CompiledGPT(
-        config, name, formats, weights, exponents, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype
-    )
-    compiled.metadata, compiled._adapters = deepcopy(metadata_of(model)), adapters
-    _pack(values, compiled._core)
-    return compiled
-
-
-def _config_of(model: Transformer) -> GPTConfig:
-    """The true config of the model. Raises ValueError if its modules are not what its config says."""
-    check_values("compile_for_inference", model)
-    told = difference(model, adapters=True)
-    if told is not None:
-        raise ValueError(
-            f"compile_for_inference: {told}; the engine computes what the config says - undo or merge the change, set "
-            "model.config accordingly, or use GPT.generate, which runs the modules as they stand"
-        )
-    return true_config(model)
-
-
-def _ask_for_large_pages(memory: mmap.mmap) -> None:
-    """Ask for large pages: with fewer TLB misses one core reads a third faster. A refusal is harmless."""
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-
-
-def _values(model: Transformer) -> dict[str, Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-
-
-def _fp32(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", torch.float32)
-
-
-def _pack(values: dict[str, Tensor], core: Any) -> None:
-    """Pack one weight after another, from fp32; only one fp32 copy exists at a time."""
-    for name in core.weight_names():
-        value = _fp32(values[name])
-        if name == "wpe.weight":  # rows are padded to whole panels
-            value = torch.nn.functional.pad(value, (0, -value.shape[1] % PANEL)).flatten()
-        value = value.contiguous()
-        if not value.isfinite().all():
-            raise ValueError(f"compile_for_inference: {name} holds nan or infinities; the model is damaged")
-        core.pack(name, to_dlpack(value))
-
-
 def load(
     path: str | os.PathLike[str],
     *,
@@ -324,14 +250,6 @@ def _check_fit(path: str | os.PathLike[str], config: GPTConfig, description: dic
         raise ValueError(
             f"{path} has an exponent for {unknown[0]!r}, which is none of its quantised matrices; compile it again"
         )
-
-
-def _count(name: str, value: Any, most: int | None = None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"compile_for_inference: {name} is {value!r}; expected an int of at least 1")
-    if most is not None and value > most:
-        raise ValueError(f"compile_for_inference: {name} is {value}; expected at most {most}, better one per core")
-    return value
 
 
 def _cache_dtype(value: Any, dtype: str) -> str:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
+from gptfast._checks import check_count
 from gptfast.config import GPTConfig
 from gptfast.engine.adapters import PackedAdapters
 from gptfast.generation.runner import Runner
 from gptfast.generation.sampling import SamplingParams
 
+LARGEST, SLOTS = 2**31 - 1, " (the number of slots)"  # of a count
 PANEL = 32  # the engine writes logits in whole panels of this many columns
 
 
@@ -53,10 +55,7 @@ class EngineRunner(Runner):
         self.max_len = config.block_size if max_len is None else max_len
         self._check_weights, self._another = check_weights, another
         self._adapters = adapters or PackedAdapters()
-        if not isinstance(max_slots, int) or max_slots < 1:
-            raise ValueError(f"runner: max_slots is {max_slots!r}; expected an int of at least 1")
-        if not isinstance(self.max_len, int) or not 1 <= self.max_len <= config.block_size:
-            raise ValueError(f"runner: max_len is {max_len}; expected 1 to block_size = {config.block_size}")
+        check_count("runner", "max_len", self.max_len, 1, config.block_size, " (the model's block_size)")
         try:
             self._core, self._cache = core, _C.Cache(core, max_slots, self.max_len)
         except (MemoryError, TypeError):  # TypeError: beyond 64 bits
@@ -79,8 +78,9 @@ class EngineRunner(Runner):
         return tuple(self._adapters.packed)
 
     def allocate(self, count: int = 1, adapter: str | None = None) -> list[int]:
+        check_count("allocate", "count", count, 0, LARGEST, SLOTS)
         updates, prompt = self._adapters.of("allocate", adapter)
-        slots = self._cache.add(_count("allocate", count), updates)
+        slots = self._cache.add(count, updates)
         if prompt is not None and slots:
             first, *others = slots
             try:
@@ -97,7 +97,8 @@ class EngineRunner(Runner):
 
     def fork(self, slot: int, count: int) -> list[int]:
         self._check_slots("fork", [slot])
-        return self._cache.fork(_count("fork", count), slot)
+        check_count("fork", "count", count, 0, LARGEST, SLOTS)
+        return self._cache.fork(count, slot)
 
     def copy(self, slots: Sequence[int], sources: Sequence[int]) -> None:
         if len(slots) != len(sources) or len(set(slots)) != len(slots):
@@ -212,9 +213,3 @@ def _panels_of(logits: Tensor) -> Tensor:
 
 def _in_panels(V: int) -> int:
     return (V + PANEL - 1) // PANEL * PANEL
-
-
-def _count(what: str, count: int) -> int:
-    if not isinstance(count, int) or not 0 <= count < 2**31:
-        raise ValueError(f"{what}: count is {count!r}; expected the number of slots, an int >= 0")
-    return count

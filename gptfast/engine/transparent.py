@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from gptfast.backend import AUTOMATIC, chosen, cpu_isa, has_cpu_ops
-from gptfast.engine.adapters import packed_adapters, updates_of
-from gptfast.engine.compiled import CompiledGPT, compile_model, shape_of
+from gptfast.engine.adapters import packed_adapters, shape_of, updates_of
+from gptfast.engine.compiled import CompiledGPT
+from gptfast.engine.packing import compile_model
 from gptfast.generation.runner import torch_num_threads
 from gptfast.nn.difference import difference, true_config
 from gptfast.nn.soft_prompt import PLACE, prompts_of

@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gptfast._checks import check_count
 from gptfast.generation.arguments import unpack
 from gptfast.generation.beam import beam_search
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import read_prompts
 from gptfast.generation.request import Request, Token
 from gptfast.generation.runner import LanguageModel
-from gptfast.generation.scheduler import Scheduler, check_top
+from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.scoring import score
 from gptfast.generation.speculative import check_assistant
 from gptfast.generation.stopping import Stopping
@@ -222,7 +223,7 @@ def stream(
     config = GenerationConfig.of(**options)
     if config.num_beams > 1:
         raise ValueError("stream: num_beams must be 1; beams change their past until the end - use generate")
-    check_top("stream", top)
+    check_count("stream", "top", top, 0)
     given, config = read_prompts(ids, mask, model, config, adapter_names)
     prompts, apart, config = given.rows, config.seed is None, config.with_seed()
     if assistant_model is not None:

@@ -6,16 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from gptfast._checks import check_count
+
 LARGEST = (2 - 2**-23) * 2.0**127  # scores are fp32
 
 
 def check_int(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"generate: {name} is {value!r}; expected an int")
-    if value < least:
-        raise ValueError(f"generate: {name} is {value}; expected at least {least}")
-    if value >= 2**63:
-        raise ValueError(f"generate: {name} is {value}; expected less than 2**63")
+    check_count("generate", name, value, least, 2**63 - 1)
 
 
 def check_seed(value: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast._checks import check_count
 from gptfast.generation import decoding
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.prompts import check_prompt, read_prompt
@@ -47,14 +48,14 @@ class Scheduler:
         max_prompt_tokens: int | None = None,
         assistant_model: LanguageModel | None = None,
     ) -> None:
-        _check_count("max_rows", max_rows)
+        check_count("Scheduler", "max_rows", max_rows)
         for name, value in (
             ("max_positions", max_positions),
             ("max_len", max_len),
             ("max_prompt_tokens", max_prompt_tokens),
         ):
             if value is not None:
-                _check_count(name, value)
+                check_count("Scheduler", name, value)
         self.config = model.config
         self.max_len = model.config.block_size if max_len is None else max_len
         self.max_rows = max_rows
@@ -95,7 +96,7 @@ class Scheduler:
             TypeError, ValueError: bad options or prompt, or more than this scheduler can ever hold.
         """
         config = GenerationConfig.of(**options)
-        check_top("Scheduler", top)
+        check_count("Scheduler", "top", top, 0)
         return self.submit_request(Request(read_prompt("", prompt), config, tokenizer, logprobs, top, adapter=adapter))
 
     def submit_request(self, request: Request) -> Request:
@@ -227,13 +228,3 @@ class Scheduler:
                 self.runner.free(sequence.slot)
                 sequence.slot = -1
         self._running = [request for request in self._running if not request.done]
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"Scheduler: {name} is {value!r}; expected an int of at least 1")
-
-
-def check_top(what: str, top: Any) -> None:
-    if not isinstance(top, int) or top < 0:
-        raise ValueError(f"{what}: top is {top!r}; expected an int >= 0 (0: none)")

@@ -445,7 +445,7 @@ def test_errors_of_compiling() -> None:
         ValueError, match="dtype is 'int3'; expected one of float32, bfloat16, int8, int6, int4, nf4, q4"
     ):
         model.compile_for_inference("int3")
-    with pytest.raises(ValueError, match="threads is 0; expected an int of at least 1"):
+    with pytest.raises(ValueError, match="compile_for_inference: threads is 0; expected at least 1"):
         model.compile_for_inference("int8", threads=0)
     with pytest.raises(ValueError, match="threads is 99999; expected at most 1024, better one per core"):
         model.compile_for_inference("int8", threads=99999)

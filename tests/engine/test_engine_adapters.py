@@ -311,8 +311,7 @@ def test_damaged_factors_are_refused_and_run_in_torch() -> None:
 
 
 def test_the_compiled_part_checks_shapes() -> None:
-    from gptfast.engine.adapters import Update, pack
-    from gptfast.engine.compiled import shape_of
+    from gptfast.engine.adapters import Update, pack, shape_of
 
     shape = shape_of(model_of("gpt2").config)
     good = Update(0, 1.0, torch.ones(2, 128), torch.ones(384, 2))

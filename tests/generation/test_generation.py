@@ -311,7 +311,7 @@ def test_errors(pair, ids, options, error, match):
     ("options", "match"),
     [
         ({"num_beams": 2}, "stream: num_beams must be 1"),
-        ({"top": -1}, "stream: top is -1; expected an int >= 0"),
+        ({"top": -1}, "stream: top is -1; expected at least 0"),
         ({"temperature": -1}, "temperature is -1"),
         ({"max_new_tokens": BLOCK}, "block_size is 48"),
     ],

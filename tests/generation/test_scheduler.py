@@ -410,8 +410,13 @@ def test_an_assistant_must_be_a_model_and_alone(model):
 
 @pytest.mark.parametrize("name", ["max_rows", "max_positions", "max_len", "max_prompt_tokens"])
 def test_the_scheduler_refuses_bad_numbers(model, name):
-    for value in (0, -1, 2.5, True):
-        with pytest.raises(ValueError, match=f"Scheduler: {name} is {value}; expected an int of at least 1"):
+    for value, error, expected in (
+        (0, ValueError, "at least 1"),
+        (-1, ValueError, "at least 1"),
+        (2.5, TypeError, "an int"),
+        (True, TypeError, "an int"),
+    ):
+        with pytest.raises(error, match=f"Scheduler: {name} is {value}; expected {expected}"):
             Scheduler(model, **{name: value})
 
 
@@ -419,7 +424,7 @@ def test_the_scheduler_refuses_bad_numbers(model, name):
 def test_the_scheduler_refuses_what_is_no_prompt(model, prompt):
     with pytest.raises(TypeError, match=r"expected (a list of|int) token ids"):
         Scheduler(model).submit(prompt)
-    with pytest.raises(ValueError, match="top is -1; expected an int >= 0"):
+    with pytest.raises(ValueError, match="Scheduler: top is -1; expected at least 0"):
         Scheduler(model).submit([1], top=-1)
 
 
