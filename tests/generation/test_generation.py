@@ -279,7 +279,7 @@ def test_fills_the_whole_block(pair):
         ([[1]], {"top_p": 1.01}, ValueError, "generate: top_p is 1.01"),
         ([[1]], {"top_p": float("nan")}, ValueError, "generate: top_p is nan; expected a finite number"),
         ([[1]], {"top_k": -1}, ValueError, "generate: top_k is -1; expected at least 0"),
-        ([[1]], {"top_k": 2**63}, ValueError, r"generate: top_k is 9223372036854775808; expected less than 2\*\*63"),
+        ([[1]], {"top_k": 2**63}, ValueError, "top_k is 9223372036854775808; expected at most 9223372036854775807"),
         ([[1]], {"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
         ([[1]], {"max_new_tokens": 2.0}, TypeError, "max_new_tokens is 2.0; expected an int"),
         ([[1]], {"seed": -1}, ValueError, "generate: seed is -1"),
