@@ -34,7 +34,7 @@ class Subject:
     top_k: int = option(5, "And with no more than this many tokens.")
     top_p: float = option(0.9, "And with the fewest tokens that have this share.")
     beams: int = option(3, "Width of the beam tree.")
-    steps: int = option(4, "Tokens of the beam tree.")
+    steps: int = option(4, "Tokens of the beam tree; fewer where the prompt leaves no room for them.")
     worked_example: bool = option(
         False,
         "Attention on four tokens of four numbers and byte pair encoding of five words, step by step, without a model.",
@@ -82,8 +82,10 @@ def _explain(subject: Subject, model: Any, tokenizer: Tokenizer) -> dict[str, An
 
     ids = encode_prompt(tokenizer, subject.prompt or "")
     inside = look_inside(model, ids)
-    last = nearest(model, model.wte.weight[ids[-1]], 5, exclude=(ids[-1],))
+    last = nearest(model, model.wte.weight[ids[-1]], min(5, model.config.vocab_size - 1), exclude=(ids[-1],))
     groups = parameter_table(model.config)
+    room = model.config.block_size - len(ids)  # none is left after a prompt that fills the context
+    tree = beam_tree(model, ids, subject.beams, min(subject.steps, room)) if room else []
     value: dict[str, Any] = {
         "ids": ids,
         "tokens": [text(token) for token in ids],
@@ -99,9 +101,7 @@ def _explain(subject: Subject, model: Any, tokenizer: Tokenizer) -> dict[str, An
         ],
         "neighbours": [{"id": token, "token": text(token), "cosine": cosine} for token, cosine in last],
         "next": _next(model, ids, subject, text),
-        "beams": [
-            node._asdict() | {"text": text(node.token)} for node in beam_tree(model, ids, subject.beams, subject.steps)
-        ],
+        "beams": [node._asdict() | {"text": text(node.token)} for node in tree],
         "parameters": {
             "total": sum(group.count for group in groups),
             "groups": {group.category: group.count for group in groups},
@@ -179,7 +179,8 @@ def _keep(value: dict[str, Any], inside: Any, model: Any, subject: Subject, text
     tree = value["beams"]
     names = [f"{pictures.visible(node['text'])}  {node['logprob']:.2f}" for node in tree]
     parents, depths, kept = ([node[name] for node in tree] for name in ("parent", "depth", "kept"))
-    pictures.draw_tree(names, parents, depths, kept, out / "beams.png")
+    if tree:
+        pictures.draw_tree(names, parents, depths, kept, out / "beams.png")
     table = model.wpe.weight.detach().float().cpu().numpy()
     pictures.draw_positions(table, model.config.position_embedding, out / "positions.png")
 

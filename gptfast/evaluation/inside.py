@@ -158,7 +158,7 @@ def beam_tree(model: Any, ids: Sequence[int], beams: int = 3, steps: int = 4) ->
     Raises:
         TypeError, ValueError: beams or steps out of range, or no room in the context.
     """
-    check_count("beam_tree", "beams", beams)
+    check_count("beam_tree", "beams", beams, 1, model.config.vocab_size, " (the vocabulary)")
     check_count("beam_tree", "steps", steps, 1, model.config.block_size - len(ids), " (the room in the context)")
     device = next(model.parameters()).device
     tree: list[Beam] = []

@@ -163,6 +163,17 @@ def test_command(tmp_path: Path, capsys: Any, monkeypatch: Any):
     assert "u + g" in run(capsys, monkeypatch, "--worked-example")
 
 
+def test_a_prompt_that_fills_the_context(tmp_path: Path, capsys: Any, monkeypatch: Any):
+    """Nothing is left for the beam tree, or less than its steps: the rest is still shown."""
+    small().save_pretrained(tmp_path / "M")
+    get_tokenizer("char", TEXT).save(tmp_path / "M")
+    for length, depth in ((24, 0), (22, 2), (10, 4)):
+        given = ["--model", tmp_path / "M", "--prompt", "a" * length, "--json", "--out", tmp_path / f"{length}"]
+        found = json.loads(run(capsys, monkeypatch, *given))
+        assert max((node["depth"] for node in found["beams"]), default=0) == depth and len(found["next"]) == 10
+        assert (tmp_path / f"{length}" / "beams.png").exists() == (depth > 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -171,6 +182,7 @@ def test_command(tmp_path: Path, capsys: Any, monkeypatch: Any):
         (["--model", "M", "--prompt", "a" * 25], "25"),
         (["--model", "M", "--prompt", "abc", "--analogy", "ab,c,d"], "--analogy is 'ab,c,d'"),
         (["--model", "M", "--prompt", "abc", "--beams", "0"], "beams is 0"),
+        (["--model", "M", "--prompt", "abc", "--beams", "10000"], "beams is 10000; expected at most"),
         (["--model", "M", "--prompt", "abc", "--temperature", "0"], "temperature 0"),
     ],
 )
