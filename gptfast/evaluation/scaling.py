@@ -9,22 +9,27 @@ Kaplan       L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D        
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from gptfast._checks import check_choice, check_count, check_real
+from gptfast.evaluation.fitting import (
+    Points,
+    check_points,
+    chinchilla_law,
+    kaplan_law,
+    line,
+    predict_at,
+    summarise,
+)
 
 # Hoffmann et al. 2022, approach 3.
 CHINCHILLA = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 # Kaplan et al. 2020: the fits of one variable, equations 1.1 and 1.2. N counts no embeddings there.
 KAPLAN = {"alpha_N": 0.076, "N_c": 8.8e13, "alpha_D": 0.095, "D_c": 5.4e13}
 LAWS = ("chinchilla", "kaplan")
-HUBER = 1e-3  # of the difference of logarithms, as in approach 3
-
-# of the law's parameters, N and D: log L, and its derivatives by the parameters
-Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def plan(flops: float, law: str = "chinchilla") -> dict[str, float]:
@@ -56,29 +61,6 @@ def plan(flops: float, law: str = "chinchilla") -> dict[str, float]:
 BYTES = 16  # a parameter in training: fp32 weight, gradient and two moments of AdamW
 
 
-def speed(device: str = "cpu") -> float:
-    """FLOPs a second of a training step on this machine, measured on a small GPT in the dtype that training would choose."""
-    import time
-
-    import torch
-
-    from gptfast.machine import choose_dtype
-    from gptfast.models import GPT, GPTConfig
-
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=256, vocab_size=4096, dropout=0.0)).to(device)
-    ids = torch.randint(4096, (8, 256), device=device)
-    dtype = getattr(torch, choose_dtype(device)[0])
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-            model(ids, ids)[1].backward()
-        model.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return model.flops_per_token(256) * ids.numel() / min(seconds)
-
-
 def chinchilla_loss(N: Any, D: Any, E: float, A: float, B: float, alpha: float, beta: float) -> Any:
     """L(N, D) of Hoffmann et al."""
     return E + A / np.asarray(N, float) ** alpha + B / np.asarray(D, float) ** beta
@@ -103,38 +85,8 @@ def fit_chinchilla(
     Raises:
         ImportError: scipy is not installed.  TypeError, ValueError: too few points, or numbers that are not above 0.
     """
-    n, d, loss = _points("fit_chinchilla", N, D, L, 5)
-    # A and B at the middle of the points, so that a start is a share of the loss
-    middle_n, middle_d = np.exp(np.log(n).mean()), np.exp(np.log(d).mean())
-
-    def predict(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        e, a, b, alpha, beta = x
-        log_n, log_d = np.log(n / middle_n), np.log(d / middle_d)
-        terms = np.stack([np.full_like(log_n, e), a - alpha * log_n, b - beta * log_d])
-        loss = np.logaddexp.reduce(terms)
-        w = np.exp(terms - loss)
-        return loss, np.stack([*w, -w[1] * log_n, -w[2] * log_d], axis=1)
-
-    def name(x: np.ndarray) -> dict[str, float]:
-        e, a, b, alpha, beta = x
-        scales = {"A": a + alpha * np.log(middle_n), "B": b + beta * np.log(middle_d)}
-        return {
-            "E": np.exp(e),
-            **{key: np.exp(min(value, 700)) for key, value in scales.items()},
-            "alpha": alpha,
-            "beta": beta,
-        }
-
-    least = np.log(loss.min())
-    rest = np.log(max(loss.mean() - loss.min() / 2, 1e-3) / 2)
-    starts = [
-        np.array([least + np.log(share), rest, rest, alpha, beta])
-        for share in (0.5, 0.9)
-        for alpha in (0.2, 0.5, 1.0)
-        for beta in (0.2, 0.5, 1.0)
-    ]
-    bounds = ([-20, -20, -20, 0, 0], [least + 1, 20, 20, 3, 3])
-    return _fit(predict, name, starts, bounds, (n, d, loss), bootstrap, seed)
+    points = _points("fit_chinchilla", N, D, L, 5)
+    return summarise(chinchilla_law(points), points, bootstrap, seed)
 
 
 def fit_kaplan(
@@ -147,105 +99,53 @@ def fit_kaplan(
     Returns:
         N_c, alpha_N, D_c, alpha_D; intervals and warnings as there.
     """
-    n, d, loss = _points("fit_kaplan", N, D, L, 4)
-    log_n, log_d = np.log(n), np.log(d)
-
-    def predict(x: np.ndarray, n: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        log_nc, alpha_n, log_dc, alpha_d = x
-        by_n, by_d = log_nc - np.log(n), log_dc - np.log(d)
-        total = np.logaddexp(alpha_n / alpha_d * by_n, by_d)
-        w = np.exp(alpha_n / alpha_d * by_n - total)
-        slopes = [alpha_n * w, w * by_n, alpha_d * (1 - w), total - w * alpha_n / alpha_d * by_n]
-        return alpha_d * total, np.stack(slopes, axis=1)
-
-    def name(x: np.ndarray) -> dict[str, float]:
-        return {"N_c": np.exp(min(x[0], 700)), "alpha_N": x[1], "D_c": np.exp(min(x[2], 700)), "alpha_D": x[3]}
-
-    middle = np.log(loss).mean()
-    starts = [
-        np.array([log_n.mean() + middle / alpha_n, alpha_n, log_d.mean() + middle / alpha_d, alpha_d])
-        for alpha_n in (0.05, 0.1, 0.3)
-        for alpha_d in (0.05, 0.1, 0.3)
-    ]
-    bounds = ([-50, 1e-3, -50, 1e-3], [500, 3, 500, 3])
-    return _fit(predict, name, starts, bounds, (n, d, loss), bootstrap, seed)
+    points = _points("fit_kaplan", N, D, L, 4)
+    return summarise(kaplan_law(points), points, bootstrap, seed)
 
 
-def _points(owner: str, N: Any, D: Any, L: Any, least: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    columns = [np.asarray(column, dtype=float).reshape(-1) for column in (N, D, L)]
-    if len({len(column) for column in columns}) > 1 or len(columns[0]) < least:
-        raise ValueError(
-            f"{owner}: {' and '.join(str(len(c)) for c in columns)} values of N, D and L; expected as many of each, and at least "
-            f"{least}"
-        )
-    for name, column in zip(("N", "D", "L"), columns, strict=True):
-        if not ((column > 0) & np.isfinite(column)).all():
-            raise ValueError(
-                f"{owner}: {name} holds {column[~((column > 0) & np.isfinite(column))][0]}; expected numbers above 0"
-            )
-    for name, column in zip(("N", "D"), columns, strict=False):
-        if len(set(column.tolist())) < 2:
-            raise ValueError(
-                f"{owner}: all points have {name} = {column[0]:g}; expected at least two values, or it tells nothing"
-            )
-    return columns[0], columns[1], columns[2]
-
-
-def _fit(
-    predict: Predict,
-    name: Callable[[np.ndarray], dict[str, float]],
-    starts: Sequence[np.ndarray],
-    bounds: tuple[Sequence[float], Sequence[float]],
-    points: tuple[np.ndarray, np.ndarray, np.ndarray],
-    bootstrap: int,
-    seed: int,
+def predict_loss(
+    N: Sequence[float],
+    D: Sequence[float],
+    L: Sequence[float],
+    parameters: float,
+    tokens: float,
+    bootstrap: int = 200,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """The best fit from several starts, and percentiles of fits to points drawn again."""
-    from scipy.optimize import least_squares
+    """The loss of another size, by Chinchilla's law fitted to points, or Kaplan's where there are only four.
 
-    check_count("fit", "bootstrap", bootstrap, 0)
-    low, high = (np.array(bound, float) for bound in bounds)
-
-    def solve(start: np.ndarray, most: int, n: np.ndarray, d: np.ndarray, loss: np.ndarray) -> Any:
-        inside = np.clip(start, low + 1e-9, high - 1e-9)
-
-        def slopes(x: np.ndarray) -> Any:
-            return predict(x, n, d)[1]
-
-        logs, options = np.log(loss), {"loss": "huber", "f_scale": HUBER, "x_scale": "jac", "max_nfev": most}
-        bounded: Any = {"jac": slopes, "bounds": (low, high), **options}
-        return least_squares(lambda x: predict(x, n, d)[0] - logs, inside, **bounded)
-
-    near = min((solve(start, 40, *points) for start in starts), key=lambda found: found.cost)
-    best = solve(near.x, 400, *points)
-    result: dict[str, Any] = {key: float(value) for key, value in name(best.x).items()}
-    rng, drawn = np.random.default_rng(seed), []
-    for _ in range(bootstrap):
-        chosen = rng.integers(len(points[0]), size=len(points[0]))
-        if any(len(set(column[chosen].tolist())) < 2 for column in points[:2]):
-            continue
-        drawn.append(name(solve(best.x, 60, *(column[chosen] for column in points)).x))
-    result["intervals"] = {
-        key: [float(x) for x in np.percentile([one[key] for one in drawn], [2.5, 97.5])]
-        for key in name(best.x)
-        if drawn
-    }
-    result["warnings"] = _warnings(result, points)
-    return result
+    Args:
+        N, D, L, bootstrap, seed: as in `fit_chinchilla`.
+        parameters, tokens: of the model to predict.
+    Returns:
+        law: "chinchilla" or "kaplan"; predicted; interval, [low, high], 95%: where its measured loss lies if the law holds there.
+        It has the uncertainty of the fit and the scatter of the points. None without draws.
+    """
+    law, least = ("kaplan", 4) if np.size(L) == 4 else ("chinchilla", 5)
+    points = _points("predict_loss", N, D, L, least)
+    made = kaplan_law(points) if law == "kaplan" else chinchilla_law(points)
+    return {"law": law, **predict_at(made, points, (parameters, tokens), bootstrap, seed)}
 
 
-def _warnings(fit: dict[str, Any], points: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[str]:
-    """What the points do not support."""
-    found = []
-    for name, column in zip(("parameters", "tokens"), points, strict=False):
-        ratio = column.max() / column.min()
-        if ratio < 10:
-            found.append(
-                f"{name} span a factor of {ratio:.1f}: an exponent from less than a factor of 10 says little beyond it"
-            )
-    for name, (low, high) in fit["intervals"].items():
-        if name.startswith(("alpha", "beta")) and high - low > fit[name]:
-            found.append(
-                f"{name} = {fit[name]:.3g} lies anywhere from {low:.3g} to {high:.3g}: the points do not determine it"
-            )
-    return found
+def fit_power(
+    x: Sequence[float], L: Sequence[float], names: tuple[str, str], bootstrap: int = 200, seed: int = 0
+) -> dict[str, Any]:
+    """Fit L = (x_c / x)^alpha to measured losses: a straight line of log L by log x (Kaplan et al., equations 1.1 to 1.3).
+
+    Args:
+        x, L: parameters, tokens or FLOPs of each point, and its loss; at least two points, not all of one x.
+        names: of x_c and alpha in the result, such as ("N_c", "alpha_N").
+        bootstrap: draws for the intervals, each of a scatter that the residuals allow (its square is their sum over a
+            chi-squared number) and of points with that scatter around the line.
+        seed: of these draws.
+    Returns:
+        x_c and alpha by their names; intervals, empty for two points, which leave no residual; warnings.
+    """
+    places, losses = (np.log(column) for column in check_points("fit_power", {"x": x, "L": L}, 2))
+    check_count("fit_power", "bootstrap", bootstrap, 0)
+    return line(places, losses, names, bootstrap, seed)
+
+
+def _points(owner: str, N: Sequence[float], D: Sequence[float], L: Sequence[float], least: int) -> Points:
+    n, d, loss = check_points(owner, {"N": N, "D": D, "L": L}, least)
+    return n, d, loss

@@ -103,16 +103,31 @@ def test_errors(fit):
         plan(1e20, "hoffmann")
 
 
-def test_command(capsys, monkeypatch):
-    outs = []
-    for arguments in (["--json"], [], ["--flops", "0"]):
-        monkeypatch.setattr("sys.argv", ["gptfast", "scaling", "--plan", "--flops", "5.76e23", *arguments])
-        with pytest.raises(SystemExit):
-            main()
-        outs.append(capsys.readouterr())
-    found = json.loads(outs[0].out)
+def command(capsys, monkeypatch, *arguments):
+    """Standard output and error of gptfast scaling."""
+    monkeypatch.setattr("sys.argv", ["gptfast", "scaling", *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        main()
+    found = capsys.readouterr()
+    assert "Traceback" not in found.err
+    return found
+
+
+def test_plan_command(capsys, monkeypatch):
+    plan = ("--plan", "--flops")
+    found = json.loads(command(capsys, monkeypatch, *plan, "5.76e23", "--json").out)
     assert set(found) == {"chinchilla", "kaplan"} and found["chinchilla"]["tokens"] == pytest.approx(3.0e12, rel=0.02)
     for law, row in found.items():
         assert set(row) == {"parameters", "tokens", "seconds", "bytes"}
         assert row["bytes"] == 16 * row["parameters"] and 1e9 < 5.76e23 / row["seconds"] < 1e16, law
-    assert "days" in outs[1].out and outs[2].err.startswith("error: --flops is 0.0; expected a number above 0")
+    assert "days" in command(capsys, monkeypatch, *plan, "5.76e23").out
+    for arguments, message in (
+        ([*plan, "0"], "error: --flops is 0.0; expected a number above 0"),
+        (["--plan"], "--plan goes with --flops"),
+        ([*plan, "1e18", "--budget", "3m"], "--plan goes with --flops and nothing of a ladder"),
+        (["--flops", "1e18"], "or --plan and --flops"),
+        ([], "give --data and --budget to train a ladder"),
+        (["--budget", "soon"], "--budget is 'soon'; expected a time above 0 with its unit"),
+        (["--resume", "--out", "/nowhere/at/all"], "there is no folder /nowhere/at/all; leave --resume out"),
+    ):
+        assert message in command(capsys, monkeypatch, *arguments).err
