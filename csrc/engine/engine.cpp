@@ -34,6 +34,21 @@ void Engine::pack(const Weight& weight, const float* values, i64 ld) {
   });
 }
 
+void Engine::unpack(const Weight& weight, float* values, i64 ld) {
+  const std::lock_guard guard(mutex_);
+  const char* from = weights_ + weight.offset;
+  if (!weight.K) {
+    std::memcpy(values, from, size_t(weight.N) * 4);
+    return;
+  }
+  const std::vector<float> zeros(size_t(weight.K));
+  pool_.run([&](int t) {
+    const Range mine = share(weight.N, t);
+    for (i64 n = mine.first; n < mine.last; n++)
+      kernels_.embed(weight.format, from, weight.K, n, weight.factor, zeros.data(), values + n * ld);
+  });
+}
+
 double Engine::read_rate(int times) {
   const std::lock_guard guard(mutex_);
   std::atomic<int64_t> sink{0};

@@ -58,6 +58,8 @@ class Engine {
 
   // Packs fp32 values (N, K), rows ld apart, as the weight of this name; its factor is taken off.
   void pack(const Weight& weight, const float* values, i64 ld);
+  // The fp32 values that the engine computes with: of a matrix (N, K), rows ld apart, or of a vector (N).
+  void unpack(const Weight& weight, float* values, i64 ld);
   // Appends counts[i] tokens to rows[i]; logits of the last token of each row, or of all tokens, to `out`, rows ld >= V
   // rounded up to 32 apart. Rows and room are checked and memory is reserved before anything is computed: a failure
   // leaves the rows as they were. `tokens` are in the vocabulary.

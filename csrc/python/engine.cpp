@@ -7,6 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../engine/checksum.h"
@@ -63,15 +64,16 @@ class PyEngine {
 
   // A matrix of values, or a vector.
   void pack(const std::string& name, const Object& capsule) {
-    const Matrix values(name.c_str(), capsule);
-    const auto found = engine_->model().by_name.find(name);
-    if (found == engine_->model().by_name.end()) throw std::invalid_argument("the model has no weight " + name);
-    const Weight& w = found->second;
-    if (w.K ? values.rows != w.N || values.columns != w.K : values.rows != 1 || values.columns != w.N)
-      throw std::invalid_argument(name + " has another shape");
+    const auto [weight, values] = weight_of(name, capsule);
     if (weights_.readonly) throw std::invalid_argument("the weights' memory cannot be written");
     const WithoutGil release;
-    engine_->pack(w, values.data, values.ld);
+    engine_->pack(weight, values.data, values.ld);
+  }
+  // Writes them back, as the engine computes with them.
+  void unpack(const std::string& name, const Object& capsule) {
+    const auto [weight, values] = weight_of(name, capsule);
+    const WithoutGil release;
+    engine_->unpack(weight, values.data, values.ld);
   }
 
   // See Engine::draw.
@@ -89,6 +91,17 @@ class PyEngine {
   }
 
  private:
+  // The weight of a name, and memory of its shape.
+  std::pair<Weight, Matrix> weight_of(const std::string& name, const Object& capsule) {
+    const Matrix values(name.c_str(), capsule);
+    const auto found = engine_->model().by_name.find(name);
+    if (found == engine_->model().by_name.end()) throw std::invalid_argument("the model has no weight " + name);
+    const Weight& w = found->second;
+    if (w.K ? values.rows != w.N || values.columns != w.K : values.rows != 1 || values.columns != w.N)
+      throw std::invalid_argument(name + " has another shape");
+    return {w, values};
+  }
+
   static constexpr int kMostThreads = 1024;
   const Memory weights_;
   std::unique_ptr<Engine> engine_;
@@ -257,6 +270,7 @@ using python::method;
 
 PyMethodDef engine_methods[] = {method<&PyEngine::weight_names>("weight_names"),
                                 method<&PyEngine::pack>("pack"),
+                                method<&PyEngine::unpack>("unpack"),
                                 method<&PyEngine::draw>("draw"),
                                 method<&PyEngine::read_rate>("read_rate"),
                                 {}};

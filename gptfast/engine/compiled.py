@@ -15,6 +15,7 @@ from gptfast._checks import check_count
 from gptfast.backend import cpu_isa
 from gptfast.engine import packed_file
 from gptfast.engine.adapters import AdapterMethods, PackedAdapters, shape_of
+from gptfast.engine.dequantized import dequantized
 from gptfast.engine.exponents import quantised
 from gptfast.engine.formats import ALIASES, CACHE_DTYPES
 from gptfast.engine.runner import EngineRunner
@@ -155,6 +156,24 @@ class CompiledGPT(AdapterMethods):
         """Continue prompts, with the options and default end tokens of `GPT.generate`."""
         ends = self.metadata.ends(self.config.vocab_size)
         return generate(self, ids, **{**ends, "max_new_tokens": max_new_tokens, **options})
+
+    def dequantized(self) -> Any:
+        """A float32 `GPT` on the CPU with the weights that the engine computes with, so that torch can check what a format costs.
+
+        Its logits differ from those of `logits` by the rounding of activations alone: the engine multiplies bytes with the
+        quantised formats, and bfloat16 with "bfloat16" where the CPU has instructions for it (docs/notes/engine.md).
+
+        Raises:
+            ValueError: the model has adapters, which are not part of these weights.  OSError: see `check_weights`.
+        """
+        if self.adapters:
+            raise ValueError(
+                f"dequantized: the model has the adapter {', '.join(map(repr, self.adapters))}, and the result is the base alone; take "
+                "them out with delete_adapter, and load_adapter them into the result"
+            )
+        model = dequantized(self.config, self.metadata, self._core)
+        self.check_weights()
+        return model
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the packed model to a file for `gptfast.engine.load`.

@@ -1,0 +1,36 @@
+"""The weights that the engine computes with, in a GPT of torch."""
+
+from __future__ import annotations
+
+import importlib
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
+
+from gptfast.engine.runner import PANEL
+
+if TYPE_CHECKING:
+    from gptfast.config import GPTConfig
+    from gptfast.metadata import Metadata
+
+
+def dequantized(config: GPTConfig, metadata: Metadata, core: Any) -> Any:
+    """A float32 `GPT` on the CPU, in evaluation mode, with the weights of a `gptfast._C.Engine`."""
+    # GPT stands above the engine, which is why it is found by name.
+    made = importlib.import_module("gptfast.models").GPT
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        model = made(config).float().eval()
+    values = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name in core.weight_names():
+        value = values[name].detach()
+        if name == "wpe.weight":  # rows are padded to whole panels
+            T, C = value.shape
+            rows = torch.zeros(T, C + -C % PANEL, dtype=torch.float32, device="cpu")
+            core.unpack(name, to_dlpack(rows.flatten()))
+            value.copy_(rows[:, :C])
+        else:
+            core.unpack(name, to_dlpack(value))
+    model.metadata = deepcopy(metadata)
+    return model
