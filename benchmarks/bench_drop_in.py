@@ -3,8 +3,8 @@
     python benchmarks/bench_drop_in.py [--rounds 5] [--cpu-time] [--only bfloat16:0.1] [--plain] [--generate]
 
 Training: forward and backward of B=2, T=1024 in turns, ratios are medians over the rounds; peak memory is that of a process
-which makes two steps. --plain: the unpatched model too, as installed (SDPA). --generate: batch 1, greedy, bfloat16, with and
-without the patch. --cpu-time counts the process's own CPU seconds, for a machine that others use too.
+which makes two steps. --plain: the unpatched model too, as installed (SDPA). --generate: batch 1, bfloat16, with and without
+the patch: greedy, where the text of random weights repeats itself and drafts are right, and drawn, where they never are. --cpu-time counts the process's own CPU seconds, for a machine that others use too.
 """
 
 from __future__ import annotations
@@ -93,20 +93,25 @@ def compare_steps(dtype: str, dropout: float, options: argparse.Namespace) -> No
 
 
 def compare_generate(options: argparse.Namespace) -> None:
-    """New tokens a second after a prompt of 32; the first call of each is not counted."""
+    """New tokens a second after a prompt of 32, of whole calls; the first call of each is not counted."""
     ids = torch.randint(V, (1, 32), generator=torch.Generator().manual_seed(1))
-    mask, rates = torch.ones_like(ids), {}
+    given = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "eos_token_id": None}
     models = {k: model_of(k, "bfloat16", 0.0, options.layers).eval() for k in ("patched", "plain")}
+    rates: dict[tuple[str, bool], list[float]] = {(k, draws): [] for draws in (False, True) for k in models}
     for n in range(options.rounds + 1):
-        for kind, model in models.items():
+        for (kind, draws), values in rates.items():
             start = options.clock()
-            given = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-            model.generate(ids, max_new_tokens=options.new, **given)
+            models[kind].generate(ids, max_new_tokens=options.new, do_sample=draws, **given)
             if n:
-                rates.setdefault(kind, []).append(options.new / (options.clock() - start))
-    ratio = statistics.median(a / b for a, b in zip(rates["patched"], rates["plain"], strict=True))
-    speeds = ", ".join(f"{kind} {statistics.median(values):.1f}" for kind, values in rates.items())
-    print(f"generate, bfloat16, batch 1, {options.new} new tokens: tokens/s {speeds}; {ratio:.2f}x", flush=True)
+                values.append(options.new / (options.clock() - start))
+    for draws in (False, True):
+        patched, plain = rates["patched", draws], rates["plain", draws]
+        ratio = statistics.median(a / b for a, b in zip(patched, plain, strict=True))
+        print(
+            f"generate, bfloat16, batch 1, {options.new} new tokens, {'drawn' if draws else 'greedy'}: tokens/s patched "
+            f"{statistics.median(patched):.1f}, plain {statistics.median(plain):.1f}; {ratio:.2f}x",
+            flush=True,
+        )
 
 
 def main() -> None:

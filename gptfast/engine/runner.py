@@ -38,6 +38,7 @@ class EngineRunner(Runner):
     """
 
     own_threads = True
+    repeats_exactly = True
 
     def __init__(
         self,

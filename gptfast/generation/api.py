@@ -79,6 +79,7 @@ def generate(
     streamer: Streamer | None = None,
     return_logprobs: bool = False,
     adapter_names: Sequence[str] | None = None,
+    draft_repeats: bool = False,
     **options: Any,
 ) -> Any:
     """Continue prompts and return prompt and new tokens, as `transformers.generate`; greedily by default.
@@ -95,6 +96,8 @@ def generate(
         streamer: receives the tokens as they are generated; for one prompt with one return sequence.
         return_logprobs: whether to return a `Generation`.
         adapter_names: the adapter of each prompt, "__base__" for none; None: the active ones for all.
+        draft_repeats: guess tokens where the text of a single sequence repeats itself, and check them in one step: the same
+            text, sooner. Only the native engine does.
         options: fields of `GenerationConfig`; and attention_mask, shaped as ids: 0 for padding, on the left or the right. A
             prompt is continued as without its padding, and returned with it, the new tokens behind.
     Returns:
@@ -122,7 +125,9 @@ def generate(
         copies = [(len(prompt), adapter) for prompt, adapter in each for _ in range(config.num_return_sequences)]
         logprobs = [score(runner, t, *of) for t, of in zip(texts, copies, strict=True)] if return_logprobs else []
     else:
-        requests = _requests(prompts, config, tokenizer, apart, adapters, logprobs=return_logprobs)
+        alone = len(prompts) * config.num_return_sequences == 1 and streamer is None and assistant_model is None
+        wanted = {"logprobs": return_logprobs, "draft_repeats": draft_repeats and alone}
+        requests = _requests(prompts, config, tokenizer, apart, adapters, **wanted)
         logprobs = _run(model, requests, assistant_model, streamer)
         texts = [sequence.tokens for request in requests for sequence in request.sequences]
     sequences = given.returned(texts, config)

@@ -84,6 +84,7 @@ class Request:
         top_temperature: the temperature of their probabilities.
         adapter: of the model, "__base__" for none; None: the active ones.
         max_len: number of positions of a sequence, without the virtual tokens of a soft prompt; a scheduler sets it.
+        draft_repeats: whether drafts are made where the text repeats itself; only a runner that `repeats_exactly` makes them.
         first_stream: Philox stream of the first return sequence; the others follow. Requests with the same seed and
             different streams are independent, and are drawn in one call.
         sequences: the return sequences; only the first until the prompt has been read.
@@ -98,6 +99,7 @@ class Request:
     logprobs: bool = False
     top: int = 0
     top_temperature: float = 1.0
+    draft_repeats: bool = False
     first_stream: int = 0
     adapter: str | None = None
     max_len: int = 0

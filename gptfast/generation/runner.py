@@ -44,10 +44,12 @@ class Runner(ABC):
 
     config: of the model.
     own_threads: whether the model computes on its own threads instead of torch's.
+    repeats_exactly: whether logits are the same bits however the tokens of a sequence are split over calls.
     """
 
     config: GPTConfig
     own_threads = False
+    repeats_exactly = False
 
     @property
     @abstractmethod

@@ -62,7 +62,7 @@ class Scheduler:
         self.max_positions = max_rows * self.max_len if max_positions is None else max_positions
         self.max_prompt_tokens = max_prompt_tokens
         self.runner = model.runner(max_rows, self.max_len)
-        self._speculation = Speculation(assistant_model, model, max_rows, self.max_len)
+        self._speculation = Speculation(assistant_model, model, max_rows, self.max_len, self.runner.repeats_exactly)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
 

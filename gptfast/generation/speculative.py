@@ -10,7 +10,7 @@ speculative decoding", arXiv 2408.07978).
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from gptfast.generation.config import GenerationConfig
@@ -32,25 +32,33 @@ class Drafter(Protocol):
 
 
 class Speculation:
-    """The drafts for the sequences of a scheduler: from prompt lookup, or from an assistant model.
+    """The drafts for the sequences of a scheduler: from prompt lookup, from an assistant model, or where text repeats.
 
     Args:
         assistant: a model with the vocabulary of `model`; None: only prompt lookup.
         model: the model that checks the drafts.
         max_slots, max_len: of the runner of `model`.
+        exact: whether that runner gives the same bits however tokens are split over calls.
     Raises:
         TypeError, ValueError: the assistant does not suit the model.
     """
 
-    def __init__(self, assistant: LanguageModel | None, model: LanguageModel, max_slots: int, max_len: int) -> None:
-        self._lookup = PromptLookup()
+    def __init__(
+        self,
+        assistant: LanguageModel | None,
+        model: LanguageModel,
+        max_slots: int,
+        max_len: int,
+        exact: bool = False,
+    ) -> None:
+        self._lookup, self._repeats, self._exact = PromptLookup(), Repeats(), exact
         self._assistant: Assistant | None = None
         if assistant is not None:
             check_assistant(assistant, model)
             self._assistant = Assistant(assistant, max_slots, max_len)
 
     def is_used(self, sequences: Seq[Sequence]) -> bool:
-        """Whether any of the sequences asks for drafts."""
+        """Whether any of the sequences asks for drafts in every step."""
         return self._assistant is not None or any(s.request.config.prompt_lookup_num_tokens for s in sequences)
 
     def drafts(self, sequences: Seq[Sequence]) -> list[list[int]]:
@@ -60,19 +68,25 @@ class Speculation:
         counts = [self._count(sequence) for sequence in sequences]
         for i, sequence in enumerate(sequences):
             if counts[i] > 0:
-                lookup = sequence.request.config.prompt_lookup_num_tokens
-                by_drafter.setdefault(self._lookup if lookup else self._assistant, []).append(i)  # type: ignore[arg-type]
+                by_drafter.setdefault(self._drafter(sequence), []).append(i)
         for drafter, which in by_drafter.items():
             slots, contexts = [sequences[i].slot for i in which], [sequences[i].context for i in which]
             for i, draft in zip(which, drafter.propose(slots, contexts, [counts[i] for i in which]), strict=True):
                 drafts[i] = draft
         return drafts
 
+    def _drafter(self, sequence: Sequence) -> Drafter:
+        if sequence.request.config.prompt_lookup_num_tokens:
+            return self._lookup
+        return self._repeats if self._assistant is None else self._assistant
+
     def _count(self, sequence: Sequence) -> int:
         """The longest draft that a sequence may have."""
         config, wanted = sequence.request.config, sequence.request.config.prompt_lookup_num_tokens
         if not wanted and self._assistant is not None:
             wanted = config.num_assistant_tokens
+        elif not wanted and self._exact and sequence.request.draft_repeats:
+            wanted = LONGEST_DRAFT
         if not wanted or not sequence.num_new:
             return 0
         return min(
@@ -81,6 +95,7 @@ class Speculation:
 
     def free(self, slot: int) -> None:
         """Forget a sequence."""
+        self._repeats.free(slot)
         if self._assistant is not None:
             self._assistant.free(slot)
 
@@ -98,15 +113,74 @@ class PromptLookup:
         pass
 
 
-def look_up(tokens: Seq[int], longest: int, count: int) -> list[int]:
-    """The `count` tokens after the latest earlier occurrence of the last `longest` tokens, or of fewer of them."""
+def look_up(tokens: Seq[int], longest: int, count: int, shortest: int = 1) -> list[int]:
+    """The `count` tokens after the latest earlier occurrence of the last `longest` tokens, or of fewer, at least `shortest`."""
     tokens = list(tokens)
-    for n in range(min(longest, len(tokens) - 1), 0, -1):
+    for n in range(min(longest, len(tokens) - 1), shortest - 1, -1):
         end = tokens[-n:]
         for start in range(len(tokens) - n - 1, -1, -1):
             if tokens[start : start + n] == end:
                 return tokens[start + n : start + n + count]
     return []
+
+
+REPEATED = 3  # so many last tokens must have occurred before
+FIRST_DRAFT, LONGEST_DRAFT = 3, 7  # the row that is checked anyway and seven more are one tile of the engine's products
+MOST_WAITS = 8
+
+
+@dataclass
+class _Repetition:
+    """What is known of one sequence: its last draft, how long the next one may be, and how many calls it waits."""
+
+    begin: int = 0
+    draft: list[int] = field(default_factory=list)
+    length: int = FIRST_DRAFT
+    failures: int = 0
+    waits: int = 0
+
+
+class Repeats:
+    """Drafts where a text repeats itself: longer while the drafts are right, and rarely while they are wrong.
+
+    Between drafts the runner takes many tokens a call, so that a text without repetitions costs one search a call.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[int, _Repetition] = {}
+
+    def propose(self, slots: Seq[int], contexts: Seq[SamplingContext], counts: Seq[int]) -> list[list[int]]:
+        return [
+            self._draft(self._of.setdefault(slot, _Repetition()), context.tokens, count)
+            for slot, context, count in zip(slots, contexts, counts, strict=True)
+        ]
+
+    def _draft(self, state: _Repetition, tokens: Seq[int], count: int) -> list[int]:
+        if state.draft:
+            _judge(state, tokens)
+        if state.waits:
+            state.waits -= 1
+            return []
+        length = min(count, state.length)
+        found = look_up(tokens, REPEATED, length, REPEATED)  # shorter than that where it reaches the end: a period
+        state.begin, state.draft = len(tokens), (found * length)[:length]
+        return state.draft
+
+    def free(self, slot: int) -> None:
+        self._of.pop(slot, None)
+
+
+def _judge(state: _Repetition, tokens: Seq[int]) -> None:
+    """Learn from what came in the place of the last draft."""
+    came = list(tokens[state.begin : state.begin + len(state.draft)])
+    if came == state.draft:
+        state.length, state.failures = LONGEST_DRAFT, 0
+    else:
+        state.length = FIRST_DRAFT
+    if came[0] != state.draft[0]:
+        state.failures += 1
+        state.waits = min(2**state.failures, MOST_WAITS)
+    state.draft = []
 
 
 class Assistant:

@@ -100,7 +100,7 @@ def _ours(model: Any, inputs: Any, config: Any, options: dict[str, Any]) -> tupl
     if config.pad_token_id is not None and not 0 <= config.pad_token_id < V:
         raise NotImplementedError(f"pad_token_id={config.pad_token_id} of {V} tokens")
     ends = [end for end in ends if 0 <= end < V]  # what is not in the vocabulary never comes
-    ours |= {"max_new_tokens": new, "eos_token_id": tuple(ends) or None}
+    ours |= {"max_new_tokens": new, "eos_token_id": tuple(ends) or None, "draft_repeats": True}
     # transformers' beam search fills up with the first end token where the padding token is 0
     pad = None if config.pad_token_id == 0 and config.num_beams > 1 and ends else config.pad_token_id
     ours |= {"pad_token_id": pad, "suppress_tokens": config.suppress_tokens}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gptfast
+from gptfast.engine.runner import EngineRunner
 from gptfast.integrations import hf_generate
 from tests.support.hf_models import V, hf_model, padded
 
@@ -187,3 +188,20 @@ def test_generate_false_leaves_it_to_transformers(calls: list[dict[str, Any]]):
     gptfast.accelerate(model, generate=False)
     model.generate(padded("none")[0], max_new_tokens=3, pad_token_id=0)
     assert not calls
+
+
+def test_a_text_that_repeats_itself_takes_fewer_steps(monkeypatch: pytest.MonkeyPatch):
+    plain, patched = hf_model(n_positions=256), hf_model(n_positions=256)
+    gptfast.accelerate(patched)
+    steps: list[int] = []
+    original = EngineRunner.extend
+    monkeypatch.setattr(
+        EngineRunner,
+        "extend",
+        lambda self, slots, new, *last: steps.append(len(new[0])) or original(self, slots, new, *last),
+    )
+    ids = torch.arange(3, 7).repeat(3)[None]
+    options = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = plain.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(patched.generate(ids, attention_mask=torch.ones_like(ids), **options), expected)
+    assert 8 in steps[1:] and len(steps) < 100
