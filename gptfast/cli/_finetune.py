@@ -25,10 +25,11 @@ def describe(run: Finetuning) -> list[str]:
     import torch
 
     from gptfast.finetuning import TaskModel
+    from gptfast.finetuning.methods import count_parameters
 
     network, data, train = run.objective.network, run.data, run.loop.config
     gpt = network.gpt if isinstance(network, TaskModel) else network
-    total = sum(p.numel() for p in network.parameters())
+    total, trained = count_parameters(network)
     config, counts = gpt.config, data.counts()
     cut = [f"{run.truncated} examples are longer than {config.block_size} tokens and are cut at the end"] * (
         run.truncated > 0
@@ -37,7 +38,7 @@ def describe(run: Finetuning) -> list[str]:
     return [
         f"model    {run.task.model}: {total / 1e6:.2f}M parameters, {config.n_layer} layers, {config.n_embd} channels, block "
         f"size {config.block_size}",
-        f"method   {run.method.method}: {run.trained:,} trained parameters ({run.trained / total:.2%})",
+        f"method   {run.method.method}: {trained:,} trained parameters ({trained / total:.2%}){_held_in(run)}",
         f"data     {len(data.train):,} examples to learn from, {len(data.held_out):,} to judge by",
         *([f"         {', '.join(f'{label} {n:,}' for label, n in counts.items())}"] if 1 < len(counts) <= 20 else []),
         *(f"         {line}" for line in (*cut, *run.notes)),
@@ -45,6 +46,13 @@ def describe(run: Finetuning) -> list[str]:
         f"{torch.get_num_threads()} threads",
         *([f"resume   from step {run.checkpoint.state.step} in {run.checkpoint.folder}"] if run.checkpoint else []),
     ]
+
+
+def _held_in(run: Finetuning) -> str:
+    if run.method.method != "qlora":
+        return ""
+    double = run.method.double_quant and run.method.quantize == "nf4"
+    return f", the base in {run.method.quantize}{' with double quantisation' * double}"
 
 
 def report(run: Finetuning, result: TrainResult, found: FinetuneResult) -> list[str]:
@@ -134,15 +142,14 @@ def compare(options: dict[str, Any]) -> None:
         RuntimeError: a method failed.
     """
     from gptfast._files import atomic_write
-    from gptfast.finetuning.options import ABSENT, METHODS, PlaceOptions
+    from gptfast.finetuning.options import METHODS, PlaceOptions
 
     out = Path(options.get("out", PlaceOptions.out))
     if "method" in options:
         raise ValueError("finetune: `method` and `compare` were both given; leave one out")
-    methods = [method for method in METHODS if method not in ABSENT]
     results: list[dict[str, Any]] = []
     failed: list[str] = []
-    for method in methods:
+    for method in METHODS:
         print(f"---- {method} " + "-" * 60, flush=True)
         given = {k: v for k, v in options.items() if k not in ("compare", "out")}
         command = [
@@ -168,7 +175,10 @@ def arguments(options: dict[str, Any]) -> list[str]:
     """Options as the command line has them."""
     found: list[str] = []
     for name, value in options.items():
-        found += [option_name(name)] if value is True else [option_name(name), str(value)]
+        if isinstance(value, bool):
+            found.append(option_name(name) if value else "--no-" + option_name(name)[2:])
+        else:
+            found += [option_name(name), str(value)]
     return found
 
 

@@ -30,7 +30,7 @@ def finetune(
         model: a checkpoint folder or hub id. With resume=True model, data and task may be left out.
         data: JSON Lines; see `read_examples`.
         task: "classification", "entailment", "similarity", "choice", "lm" or "chat".
-        method: "full" or "lora".
+        method: "full", "lora", "qlora" or "prompt".
         out: OUT.
         progress: show progress.
         options: eval_data, epochs, max_steps, batch_size, learning_rate, seed, resume, …: the fields of `TaskOptions`,

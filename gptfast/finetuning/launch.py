@@ -33,6 +33,7 @@ Options = Mapping[str, Any]
 _MAY_CHANGE = {  # when a run is resumed
     *("max_steps", "epochs", "learning_rate", "min_lr", "warmup_steps", "grad_clip", "batch_size", "grad_accum"),
     *("eval_every", "checkpoint_every", "patience", "log_every", "dtype", "device", "threads"),
+    "recompute",
     *("out", "resume", "overwrite", "show_batch", "compare"),
 }
 
@@ -60,7 +61,7 @@ class Finetuning:
 
     @property
     def trained(self) -> int:
-        return methods.count_trained(self.objective.network)
+        return methods.count_parameters(self.objective.network)[1]
 
 
 def new_run(options: Options, progress: bool = True) -> Finetuning:
@@ -112,6 +113,7 @@ def resumed_run(options: Options, progress: bool = True) -> Finetuning:
         _set_threads(place.threads or checkpoint.threads)
         _refuse_changes(options, stored, checkpoint)
         task = TaskOptions(**values_of(TaskOptions, stored))
+        stored = {**stored, **({"recompute": options["recompute"]} if "recompute" in options else {})}
         method = MethodOptions(**values_of(MethodOptions, stored))
         labels = stored_labels(task, method)
         data = open_examples(str(task.data), task.eval_data, str(task.task), checkpoint.config.seed, labels)

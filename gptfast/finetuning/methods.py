@@ -18,6 +18,7 @@ from gptfast.models.adapters.config import LoraConfig
 from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.models.adapters.targets import ALL_LINEAR
 from gptfast.models.export import write_json
+from gptfast.nn.quantized import QuantizedLinear
 
 NAME = "default"  # of the adapter
 _EXPRESSION = re.compile(r"[\\^$*+?()\[\]{}|]")
@@ -39,7 +40,7 @@ def attach(gpt: GPT, method: MethodOptions, base: str, new_tokens: bool) -> None
     Raises:
         ValueError: module names that do not exist; the nearest is suggested.
     """
-    if method.method == "lora":
+    if method.method in ("lora", "qlora"):
         gpt.add_adapter(
             LoraConfig(
                 r=method.lora_r,
@@ -82,12 +83,16 @@ def write(network: Any, folder: Path) -> None:
 
 
 def base_fingerprint(gpt: nn.Module) -> str:
-    """A checksum of all weights of a model, by which a resumed run recognises its base."""
+    """A checksum of all weights of a model, codes too, by which a resumed run recognises its base."""
+    codes = (x for m in gpt.modules() if isinstance(m, QuantizedLinear) for x in m.buffers(recurse=False))
     crc = 0
-    for _, x in gpt.named_parameters():
-        crc = zlib.crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy().data, crc)
+    for x in (*gpt.parameters(), *codes):
+        crc = zlib.crc32(x.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"crc32:{crc:08x}"
 
 
-def count_trained(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+def count_parameters(network: Any) -> tuple[int, int]:
+    """How many there are, quantised ones as the numbers they stand for; and how many are trained."""
+    gpt = network.gpt if isinstance(network, TaskModel) else network
+    own = sum(p.numel() for p in network.parameters()) - sum(p.numel() for p in gpt.parameters())
+    return gpt.num_parameters() + own, sum(p.numel() for p in network.parameters() if p.requires_grad)

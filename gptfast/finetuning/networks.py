@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gptfast.finetuning import methods, task_files
+from gptfast.finetuning import methods, task_adapters, task_files
 from gptfast.finetuning.instructions import set_up_chat
 from gptfast.finetuning.options import MethodOptions, TaskOptions
 from gptfast.finetuning.sources import Data, absolute, class_weights
@@ -21,8 +19,7 @@ from gptfast.tokenizer.chat import ChatTemplate
 
 def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[Any, Any, list[str], dict[str, Any]]:
     """The network that is trained, its tokenizer, sentences for the user, and what recognises its base."""
-    place = str(task.model)
-    changes: dict[str, Any] = {} if method.dropout is None else {"dropout": method.dropout}
+    place, loading = str(task.model), method.loading()
     tokenizer = _tokenizer(task)
     notes: list[str] = []
     if task.task in METRICS:
@@ -31,18 +28,16 @@ def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[A
             "class_weights": class_weights(task.class_weights, data),
         }
         if not methods.is_adapter(method.method):
-            model = TaskModel.from_pretrained(
-                place, task=task.task, tokenizer=tokenizer, dtype=torch.float32, **given, **changes
-            )
-            return model, model.tokenizer, notes, {}
-        gpt = GPT.from_pretrained(place, dtype=torch.float32, **changes)
+            model = TaskModel.from_pretrained(place, task=task.task, tokenizer=tokenizer, **given, **loading)
+            return _recomputing(model, method), model.tokenizer, notes, {}
+        gpt = GPT.from_pretrained(place, **loading)
         base = _base(gpt, place)
         model = TaskModel(gpt, str(task.task), tokenizer=tokenizer, **given)
         methods.attach(gpt, method, base["path"], False)
-        return model, model.tokenizer, notes, base
+        return _recomputing(model, method), model.tokenizer, notes, base
     if task.class_weights is not None:
         class_weights(task.class_weights, data)
-    gpt = GPT.from_pretrained(place, dtype=torch.float32, **changes)
+    gpt = GPT.from_pretrained(place, **loading)
     base, V = _base(gpt, place), gpt.config.vocab_size
     if task.task == "chat" and ChatTemplate.of(tokenizer) is None and _needs_template(data, tokenizer):
         tokenizer = set_up_chat(gpt, tokenizer)
@@ -51,7 +46,7 @@ def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[A
         )
     if methods.is_adapter(method.method):
         methods.attach(gpt, method, base["path"], gpt.config.vocab_size > V)
-    return gpt, tokenizer, notes, base if methods.is_adapter(method.method) else {}
+    return _recomputing(gpt, method), tokenizer, notes, base if methods.is_adapter(method.method) else {}
 
 
 def stored_network(folder: Path, task: TaskOptions, method: MethodOptions, base: Any) -> tuple[Any, Any]:
@@ -60,26 +55,31 @@ def stored_network(folder: Path, task: TaskOptions, method: MethodOptions, base:
     Raises:
         ValueError: the base is not the one that the adapter was trained on.
     """
-    changes: dict[str, Any] = {} if method.dropout is None else {"dropout": method.dropout}
+    loading = method.loading()
     if not methods.is_adapter(method.method):
         if task.task in METRICS:
-            model = TaskModel.from_pretrained(folder, dtype=torch.float32, **changes)
-            return model, model.tokenizer
-        return GPT.from_pretrained(folder, dtype=torch.float32, **changes), load_tokenizer(folder)
-    gpt = GPT.from_pretrained(str(base["path"]), dtype=torch.float32, **changes)
+            model = TaskModel.from_pretrained(folder, **loading)
+            return _recomputing(model, method), model.tokenizer
+        return _recomputing(GPT.from_pretrained(folder, **loading), method), load_tokenizer(folder)
+    gpt = GPT.from_pretrained(str(base["path"]), **loading)
     if methods.base_fingerprint(gpt) != base["fingerprint"]:
         raise ValueError(
             f"finetune: {base['path']} is another model than the one that {folder} was trained on; put the base back, or start "
             "a new run"
         )
     if task.task in METRICS:
-        model = TaskModel.from_pretrained(folder, base=base["path"], dtype=torch.float32, **changes)
-        return model, model.tokenizer
+        model = task_adapters.put_on(TaskModel, gpt, folder, {})
+        return _recomputing(model, method), model.tokenizer
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > gpt.config.vocab_size:
         gpt.resize_token_embeddings(tokenizer.vocab_size)
     gpt.load_adapter(folder, methods.NAME)
-    return gpt, tokenizer
+    return _recomputing(gpt, method), tokenizer
+
+
+def _recomputing(network: Any, method: MethodOptions) -> Any:
+    (network.gpt if isinstance(network, TaskModel) else network).recompute = method.recompute
+    return network
 
 
 def _base(gpt: GPT, place: str) -> dict[str, Any]:

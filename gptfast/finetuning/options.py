@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gptfast._options import Real, Whole, check_fields, describe_fields, format_value, option
 from gptfast.finetuning.tasks import METRICS, TASKS
 from gptfast.training.config import TrainConfig
 
 METHODS = ("full", "lora", "qlora", "prompt")
-ABSENT = {  # methods that this version does not have, and what to take instead
-    "qlora": "lora needs more memory for the base and gives the same adapter",
-}
 _ALL_METRICS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
 _TASK, _METHOD, _DATA, _RUN = "The task", "The method", "Data", "The run"
 
@@ -131,6 +130,22 @@ class MethodOptions:
         "Which layers get LoRA's matrices: names or endings such as c_attn,mlp.c_fc, a regular expression, or all-linear.",
         group=_METHOD,
     )
+    quantize: str = option(
+        "nf4",
+        "What `method` qlora holds the base's matrices in. nf4: bitsandbytes' 4 bits, for widths that are multiples of 64; "
+        "int4 and int8: for any.",
+        allowed=("nf4", "int4", "int8"),
+        group=_METHOD,
+    )
+    double_quant: bool = option(
+        True, "Hold the scales of nf4 in 8 bits too, as QLoRA does: 4.13 bits a weight, without it 4.5.", group=_METHOD
+    )
+    recompute: bool = option(
+        False,
+        "Keep no activations inside the blocks, but compute these again in the backward pass: less memory, more time, the "
+        "same bits.",
+        group=_METHOD,
+    )
     dropout: float | None = option(
         None,
         "Dropout of the model while it is fine-tuned.",
@@ -147,10 +162,13 @@ class MethodOptions:
 
     def __post_init__(self) -> None:
         check_fields("finetune", self)
-        if self.method in ABSENT:
-            raise ValueError(
-                f"finetune: method is {self.method!r}, which this version of gptfast does not have yet; {ABSENT[self.method]}"
-            )
+
+    def loading(self) -> dict[str, Any]:
+        """How the model is loaded: arguments of `from_pretrained`."""
+        changes: dict[str, Any] = {} if self.dropout is None else {"dropout": self.dropout}
+        if self.method == "qlora":
+            changes |= {"quantize": self.quantize, "double_quant": self.double_quant and self.quantize == "nf4"}
+        return {"dtype": torch.float32, **changes}
 
 
 @describe_fields

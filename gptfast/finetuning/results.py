@@ -84,6 +84,7 @@ def predictions_of_best(run: Finetuning) -> tuple[list[Any], list[Any]]:
     loop, objective = run.loop, run.objective
     if loop.state.best_step != loop.state.step:
         loop.optimizers.clear()
+        objective.network = None  # two would not have to fit into memory
         objective.network, _ = stored_network(loop.out / "best", run.task, run.method, loop.source.get("base"))
         objective.network.to(loop.device)
     _, true, found = objective.predict(loop.eval_batch_size, loop.autocast)

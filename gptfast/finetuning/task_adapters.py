@@ -88,13 +88,12 @@ def load(
         cls: TaskModel.
         path: a folder of `save`, or of peft's for transformers' ForSequenceClassification.
         given: arguments of TaskModel; None: as stored. Of peft's folders the labels are LABEL_0, ….
-        dtype, overrides: of the base, as `GPT.from_pretrained`.
+        dtype, overrides: of the base, as `GPT.from_pretrained`, quantize and double_quant too.
         base: where the base is; None: where the folder says.
     Raises:
         FileNotFoundError, ValueError: as `GPT.from_pretrained` and `GPT.load_adapter`; or a head that does not fit the task.
     """
-    raw, task, rows = read_whole(path, lambda: (read_json(current(path, files.CONFIG)), _task(path), _rows(path)))
-    place = base or field(raw, "base_model_name_or_path", (str, NULL), path / files.CONFIG, None)
+    place = base or _base_of(path)
     if place is None:
         raise ValueError(f"{path}: the adapter does not say which model it belongs to; say it with base=")
     try:
@@ -103,6 +102,18 @@ def load(
         raise FileNotFoundError(
             f"{path} is an adapter of {place}: {error}; say where its base is with base="
         ) from error
+    return put_on(cls, gpt, path, given, place)
+
+
+def put_on(
+    cls: type[TaskModel],
+    gpt: GPT,
+    path: Path,
+    given: dict[str, Any],
+    place: str | os.PathLike[str] | None = None,
+) -> TaskModel:
+    """As `load`, on a base that is loaded. place: where it is, for a tokenizer that the folder lacks."""
+    task, rows = read_whole(path, lambda: (_task(path), _rows(path)))
     stored: dict[str, Any] = {}
     if task is not None:
         stored = _arguments(gpt, task, rows, path)
@@ -112,11 +123,20 @@ def load(
         **{name: value for name, value in given.items() if value is not None},
     }
     if arguments.get("tokenizer") is None:
-        found = [folder for folder in (path, resolve(place)) if folder.is_dir() and has_tokenizer(folder)]
+        found = [
+            folder
+            for folder in (path, *([] if place is None else [resolve(place)]))
+            if folder.is_dir() and has_tokenizer(folder)
+        ]
         arguments["tokenizer"] = load_tokenizer(found[0]) if found else None
     model = cls(gpt, **arguments)
     task_files.fill(model, heads, path)
     return model.eval()
+
+
+def _base_of(path: Path) -> str | None:
+    raw = read_whole(path, lambda: read_json(current(path, files.CONFIG)))
+    return field(raw, "base_model_name_or_path", (str, NULL), path / files.CONFIG, None)
 
 
 def _task(path: Path) -> dict[str, Any] | None:

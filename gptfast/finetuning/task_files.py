@@ -17,6 +17,7 @@ from gptfast.finetuning.examples import DELIMITERS
 from gptfast.finetuning.special_tokens import PAD, USUAL
 from gptfast.models import GPT, export, hf_layout
 from gptfast.models.pretrained import build, resolve
+from gptfast.models.quantized import check_format
 from gptfast.models.stored import StoredModel
 from gptfast.nn.difference import check_values
 from gptfast.tokenizer import has_tokenizer, load_tokenizer
@@ -131,16 +132,18 @@ def load(
             openai-gpt forms, whose rows have no delimiters; or a language model as in `GPT.from_pretrained`, which gets a
             new head.
         given: arguments of TaskModel; None: as stored. The tokenizer is that of the folder, where it has one.
-        dtype, overrides: as `GPT.from_pretrained`.
+        dtype, overrides: as `GPT.from_pretrained`, quantize and double_quant too.
     Raises:
         FileNotFoundError, ValueError: as `GPT.from_pretrained`; or a head that does not fit the task.
     """
-    folder = resolve(path)
+    folder, overrides = resolve(path), dict(overrides)
     stored = StoredTask(folder)
     kind = _kind(stored)
     if kind is not None and "lm_head.weight" not in stored.names:
         overrides = {"tie_weights": True, **overrides}
-    gpt = build(GPT, stored, dtype, overrides)
+    quantize, double_quant = overrides.pop("quantize", None), overrides.pop("double_quant", False)
+    check_format(quantize, double_quant)
+    gpt = build(GPT, stored, dtype, overrides, quantize, double_quant)
     settings = {name: gpt.metadata.config.pop(name) for name in _OURS if kind and name in gpt.metadata.config}
     arguments = {**_stored_arguments(kind, settings, stored.settings_file), **_said(given)}
     if arguments.get("tokenizer") is None and folder.is_dir() and has_tokenizer(folder):

@@ -41,8 +41,8 @@ class Packing:
         for name, module in self._linear.items():
             if format == "nf4" and module.in_features % GROUPS[format]:
                 raise ValueError(
-                    f"from_pretrained: {name} has {module.in_features} inputs; quantize='nf4' takes multiples of "
-                    f"{GROUPS[format]} - use quantize='int4' or 'int8'"
+                    f"from_pretrained: {name} has {module.in_features} inputs; nf4 takes multiples of {GROUPS[format]} - "
+                    "say `quantize` int4 or int8"
                 )
         self._packed: dict[str, dict[str, Tensor]] = {}
         self._samples: dict[str, bytes] = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops
 from gptfast.config import GPTConfig
@@ -41,6 +42,9 @@ class Transformer(nn.Module):
         config: see `GPTConfig`.
     """
 
+    recompute: bool = (
+        False  # in training keep what enters a block alone, and compute the block again in the backward pass
+    )
     adapters: AdapterState | None = None  # of a GPT with adapters, see `gptfast.GPT.add_adapter`
     quantized_mark: str = ""  # of a model that was quantised as it was read: tells the checkpoint from others
 
@@ -217,10 +221,15 @@ class Transformer(nn.Module):
         if self.training and config.embd_pdrop > 0:
             residual = ops.dropout(residual, config.embd_pdrop, seed, first)
         branch = None
+        again = self.recompute and self.training and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
-            branch, residual = block(
-                branch, residual, rng=(seed, first + 1 + 3 * layer), cache=cache, cu_seqlens=cu_seqlens, **under
-            )
+            options = {"rng": (seed, first + 1 + 3 * layer), "cache": cache, "cu_seqlens": cu_seqlens, **under}
+            if again:  # dropout is a function of rng: torch's own generator need not be kept
+                branch, residual = checkpoint(
+                    block, branch, residual, use_reentrant=False, preserve_rng_state=False, **options
+                )
+            else:
+                branch, residual = block(branch, residual, **options)
         if cache is not None:
             cache.finish(ids.shape[1])
         return self._final_norm(branch, residual, seed, first + 3 * config.n_layer, adapters)

@@ -18,14 +18,15 @@ from gptfast import GPT
 from gptfast.finetuning import TaskModel, finetune, metrics, read_examples
 from gptfast.tokenizer import load_tokenizer
 from gptfast.training.log import read_log
-from tests.support.finetuning import SMALL, files, result
+from tests.support.finetuning import SMALL, base, files, result
 from tests.support.finetuning import finetune as run
 from tests.support.train_command import _argv, gptfast  # noqa: F401  a fixture
 
-WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors", "prompt": "adapter_model.safetensors"}
+WEIGHTS = {"full": "model.safetensors", **dict.fromkeys(("lora", "qlora", "prompt"), "adapter_model.safetensors")}
 TASKS = ["classification", "entailment", "similarity", "choice", "lm", "chat"]
 CASES = [(task, method) for task in TASKS for method in ("full", "lora")]
 CASES += [(task, "prompt") for task in ("classification", "choice", "lm")]
+CASES += [(task, "qlora") for task in ("classification", "chat")]
 KEYS = {"metric", "value", "baseline", "trainable_parameters", "truncated"}
 
 
@@ -46,6 +47,7 @@ def assert_same_run(a: Path, b: Path, method: str) -> None:
 
 @pytest.mark.parametrize(("task", "method"), CASES)
 def test_every_task_by_every_method(tmp_path, capsys, task, method):
+    base(tmp_path / "base", n_embd=64 if method == "qlora" else 16)
     assert run(tmp_path, "--method", method, "--show-batch", task=task) == 0, capsys.readouterr().err
     said, found, out = capsys.readouterr().out, result(tmp_path), tmp_path / "out"
     assert found.keys() >= KEYS
@@ -61,7 +63,8 @@ def test_every_task_by_every_method(tmp_path, capsys, task, method):
     if expected == "perplexity":
         assert found["value"] < found["baseline"]
     if expected != "perplexity":
-        model = TaskModel.from_pretrained(out / "best")
+        packed = {"quantize": "nf4", "double_quant": True} if method == "qlora" else {}
+        model = TaskModel.from_pretrained(out / "best", **packed)
         assert model.task == task
         held = read_examples(tmp_path / f"{task}-1.jsonl", task)
         said = model.predict([{k: v for k, v in r.items() if k not in ("label", "score")} for r in held.records])
@@ -78,10 +81,13 @@ def test_every_task_by_every_method(tmp_path, capsys, task, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "method"), [("classification", "full"), ("choice", "lora"), ("chat", "lora"), ("lm", "prompt")]
+    ("task", "method"),
+    [("classification", "full"), ("choice", "lora"), ("chat", "lora"), ("lm", "prompt"), ("similarity", "qlora")],
 )
 def test_resuming_is_bit_for_bit(tmp_path, task, method):
     options = ["--method", method, "--lora-dropout", "0.2", "--checkpoint-every", "1", "--seed", "5"]
+    base(tmp_path / "base", n_embd=64 if method == "qlora" else 16)
+    options += ["--recompute"] * (method == "qlora")
     assert run(tmp_path, *options, task=task, out="whole") == 0
     code = f"import sys; from gptfast.cli import main; sys.argv = {['gptfast', 'finetune']!r} + sys.argv[1:]; main()"
     command = [*files(tmp_path, task), *SMALL, "--batch-size", "4", "--max-steps", "8", "--eval-every", "2"]
@@ -154,14 +160,16 @@ def test_metrics_weights_and_truncation(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_compare_runs_every_method_and_prints_a_table(tmp_path, capfd):
-    assert run(tmp_path, "--compare") == 0
+    base(tmp_path / "base", n_embd=64)
+    assert run(tmp_path, "--compare", "--no-double-quant") == 0
     said = capfd.readouterr().out
     table = said[said.index("trained parameters") :]
-    for method in ("full", "lora", "prompt"):
+    assert "base in nf4\n" in said
+    for method in ("full", "lora", "qlora", "prompt"):
         found = result(tmp_path / "out", method)
         assert found["peak_memory"] > 0
         assert f"{found['trainable_parameters']:,}" in table
         assert f"{found['value']:.3f}" in table
     assert [r["method"] for r in json.loads((tmp_path / "out" / "compare.json").read_text())] == [
-        *("full", "lora", "prompt")
+        *("full", "lora", "qlora", "prompt")
     ]
