@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 # (layers, channels), from small to large: two layers at least, and 64 channels a layer beyond, as GPT-2 has
 SHAPES = [(max(2, C // 64), C) for C in (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)]
-HEAD = 32  # channels of a head, where there are as many
+HEAD = 32  # channels of a head, where there are enough for two
 # The sizes and the predicted one, as places after the smallest; the token counts of each size; steps of the shortest training.
 # The first one for which there is time is taken, the last of them where there is nearly none.
 GRIDS = [
-    ((0, 1, 2, 3, 4), 5, 4, 50),
-    ((0, 1, 2, 3, 4), 5, 3, 50),
-    ((0, 1, 3, 4), 5, 3, 50),
+    ((0, 1, 2, 3, 4), 5, 4, 100),
+    ((0, 1, 2, 3, 4), 5, 3, 100),
+    ((0, 1, 3, 4), 5, 3, 100),
+    ((0, 2, 4), 5, 3, 100),
     ((0, 2, 4), 5, 3, 50),
     ((0, 2), 3, 3, 50),
     ((0, 2), 3, 3, 20),
@@ -59,7 +60,7 @@ def learning_rate(n_embd: int) -> float:
 
 
 def heads_of(n_embd: int) -> int:
-    return max(1, n_embd // HEAD)
+    return max(2, n_embd // HEAD)  # one head alone learns later: 2.89 instead of 2.81 after 68 steps of 32 channels
 
 
 def make_plan(
