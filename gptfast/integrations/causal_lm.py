@@ -155,4 +155,4 @@ def _logits_of(head: Any, hidden: Tensor) -> Later:
             return head(hidden)
 
     shape = (*hidden.shape[:-1], weight.shape[0])
-    return Later(compute, hidden, shape, dtype if cast and hidden.dtype != torch.float64 else hidden.dtype)
+    return Later(compute, hidden, weight, shape, dtype if cast and hidden.dtype != torch.float64 else hidden.dtype)

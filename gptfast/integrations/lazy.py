@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -18,12 +19,13 @@ class Later(NamedTuple):
     """Logits that are computed when they are read.
 
     compute: returns them.
-    like: a tensor on their device.
+    hidden, weight: what they are the product of.
     shape, dtype: of the result.
     """
 
     compute: Callable[[], Tensor]
-    like: Tensor
+    hidden: Tensor
+    weight: Tensor
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -32,8 +34,8 @@ def lazy(outputs: Any, later: Later) -> Any:
     """A transformers `ModelOutput` that has a loss, whose logits are computed when they are first read.
 
     Attributes, indices, `keys`, `items`, `to_tuple`, iteration, pickles and copies see the logits as in the plain output,
-    which it is from then on. The loss can be read without them, and so can `items` where gradients are off: transformers'
-    Trainer lists them in an evaluation that reads nothing but the loss.
+    which it is from then on. The loss can be read without them, and so can `items`: transformers' Trainer lists them in an
+    evaluation that reads nothing but the loss, and accelerate in every step in mixed precision, to make them fp32.
     """
     original = type(outputs)
     if original not in _CLASSES:
@@ -59,10 +61,10 @@ class _Lazy:
 
     def items(self) -> Any:
         later = vars(self).get(_COMPUTE)
-        if later is None or torch.is_grad_enabled():
+        if later is None:
             return self._complete().items()
         found = [(field.name, vars(self)[field.name]) for field in fields(self)]  # pyright: ignore[reportArgumentType]
-        waiting = _Waiting(self, later)
+        waiting = _waiting(self, later, later.dtype)
         return [(n, waiting if n == "logits" else x) for n, x in found if n == "logits" or x is not None]
 
     @property
@@ -100,24 +102,55 @@ class _Waiting(Tensor):
     """Logits that nobody has read yet: every use of it is one of the logits, but for what tells their shape and kind."""
 
     _outputs: Any
+    _later: Later
 
     @staticmethod
-    def __new__(cls, outputs: Any, later: Later) -> _Waiting:
-        made = Tensor._make_wrapper_subclass(cls, later.shape, dtype=later.dtype, device=later.like.device)
-        made._outputs = outputs
+    def __new__(cls, outputs: Any, later: Later, dtype: torch.dtype) -> _Waiting:
+        made = Tensor._make_wrapper_subclass(cls, later.shape, dtype=dtype, device=later.hidden.device)
+        made._outputs, made._later = outputs, later
         return made
+
+    def read(self) -> Tensor:
+        """The logits, in the dtype of this tensor."""
+        return self._outputs.logits.to(_DTYPE(self))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             if func in _KNOWN:
                 return func(*args, **(kwargs or {}))
-            args, kwargs = tree_map_only(_Waiting, lambda x: x._outputs.logits, (args, kwargs or {}))
+            if func is Tensor.float and len(args) == 1 and not kwargs:
+                return _waiting(args[0]._outputs, args[0]._later, torch.float32)
+            args, kwargs = tree_map_only(_Waiting, _Waiting.read, (args, kwargs or {}))
             return func(*args, **kwargs)
 
     __torch_dispatch__ = __torch_function__
 
 
+class _Product(torch.autograd.Function):
+    """Makes a `_Waiting` a product of hidden and weight, also for what looks at neither its values nor its use: the `apply` of
+    a user's autograd function."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, outputs: Any, later: Later, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.dtype = later.dtype
+        return _Waiting(outputs, later, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            logits = F.linear(*(x.to(ctx.dtype) for x in inputs)).to(grads[0].dtype)
+        return (*torch.autograd.grad(logits, inputs, grads[0]), None, None, None)
+
+
+def _waiting(outputs: Any, later: Later, dtype: torch.dtype) -> Tensor:
+    made: Any = _Product.apply(later.hidden, later.weight, outputs, later, dtype)
+    return made
+
+
+_DTYPE: Any = getattr(Tensor, "dtype").__get__  # noqa: B009
 _KNOWN = {
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_meta")
 }

@@ -189,3 +189,41 @@ def test_items_without_gradients_hold_logits_that_wait(reading: str):
         got = READINGS[reading](logits)
     assert type(got) is Tensor and type(outputs.logits) is Tensor
     torch.testing.assert_close(got, expected.logits.detach(), rtol=1e-4, atol=1e-5)
+
+
+class Square(torch.autograd.Function):
+    """Looks at its input only as a tensor of C++ does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return 2 * grads[0] * ctx.saved_tensors[0]
+
+
+USES = {
+    "operator": lambda x: (x * x).mean(),
+    "float": lambda x: x.float().square().mean(),
+    "a function of its own": lambda x: Square.apply(x).mean(),
+    "a function of fp32": lambda x: Square.apply(x.float()).mean(),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("use", USES)
+def test_logits_among_items_have_gradients(use: str, autocast: bool):
+    ids, found = padded("none")[0], []
+    for patched in (False, True):
+        model = hf_model(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).train()
+        if patched:
+            gptfast.accelerate(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            entries = dict(model(input_ids=ids, labels=ids).items())
+        (entries["loss"] + USES[use](entries["logits"])).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in found[0].items():
+        error = (found[1][name] - grad).norm() / grad.norm()
+        assert error <= (3e-2 if autocast else 1e-5), (name, error)  # 0.0097 was measured: bf16 on both sides
