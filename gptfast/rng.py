@@ -41,6 +41,26 @@ def _known(condition: bool) -> bool:
     return condition
 
 
+def at_row(op: str, offset: int, first_row: int, each: int = 1) -> int:
+    """An offset that also says which row (matrix, in attention) of the whole batch the first one of a tensor is: what a
+    part of a batch draws is then what the whole draws there.
+
+    Args:
+        op: for messages.
+        offset: in [0, 2**32), the number of the mask.
+        first_row: in [0, 2**31), in dimension 0 of the tensor.
+        each: rows (matrices) of the mask that one of these has; first_row * each < 2**31.
+    Returns:
+        first_row * each * 2**32 + offset.
+    Raises:
+        TypeError, ValueError: not an integer in range.
+    """
+    if type(first_row) is int and first_row == 0:
+        return offset
+    check_counter(op, "first_row", first_row, 31)
+    return offset + check_counter(op, "first_row times the rows of each", first_row * each, 31) * 2**32
+
+
 def philox4x32(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of a counter of four broadcastable int64 tensors holding 32-bit values.
 
@@ -79,7 +99,12 @@ def dropout_scale(p: float) -> float:
 
 
 def dropout_keep(
-    shape: tuple[int, int, int], p: float, seed: int, offset: int, device: torch.device | str = "cpu"
+    shape: tuple[int, int, int],
+    p: float,
+    seed: int,
+    offset: int,
+    device: torch.device | str = "cpu",
+    first: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Keep decisions of dropout for `shape` = (matrices, rows, cols).
 
@@ -87,11 +112,13 @@ def dropout_keep(
     (((j >> 3) & 3) << 1) | (j & 1) of the 128 output bits, low half of each word first: the column order of the
     accumulator fragments of `mma.m16n8`, so that one call serves one GPU thread eight values of its row.
 
+    Args:
+        first: (matrix, row) that the first ones are in the whole batch, which are added to m and i.
     Returns:
         bool tensor of `shape`; True = kept.
     """
     m, i, j = (torch.arange(n, device=device, dtype=torch.int64) for n in shape)
-    m, i, j = m[:, None, None], i[None, :, None], j[None, None, :]
+    m, i, j = m[:, None, None] + first[0], i[None, :, None] + first[1], j[None, None, :]
     c0 = ((j >> 5) << 2) | ((j >> 1) & 3)
     words = philox4x32((c0, i, m, torch.full_like(j, offset)), seed)
     word = torch.stack(words).gather(0, ((j >> 3) & 3).expand(shape)[None])[0]

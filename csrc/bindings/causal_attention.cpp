@@ -69,7 +69,7 @@ cpu::AttentionParams params_of(const Tensor& q, const Tensor& k, const Options& 
   GPTFAST_CHECK(o.window >= 0, kOp, ": window is ", o.window, "; expected 0 or more");
   p.causal = o.causal, p.scale = float(o.scale), p.window = std::min(o.window, p.T + p.S);
   p.threshold = dropout_threshold(o.dropout_p);
-  p.seed = uint64_t(o.seed), p.offset = dropout_offset(o.offset);
+  p.seed = uint64_t(o.seed), p.offset = dropout_offset(o.offset), p.first_matrix = dropout_first(o.offset);
   p.seq_lens = seq_lens.data(), p.cu_seqlens = cu_seqlens.data();
   p.documents = i64(cu_seqlens.values.size()) - 1;
   GPTFAST_CHECK(p.D >= 1 && p.D <= 256 && o.scale >= 0 && std::isfinite(p.scale), kOp,

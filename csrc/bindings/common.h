@@ -134,12 +134,15 @@ inline uint32_t dropout_threshold(double p) {
   GPTFAST_CHECK(p >= 0 && p <= 1, "dropout: p is ", p, "; expected a probability in [0, 1]");
   return uint32_t(std::nearbyint(p * 65536));
 }
+// An offset holds two numbers (gptfast/rng.py): that of the mask, and above its 32 bits the row, or the matrix of attention,
+// that the first one of the tensor is in the whole batch.
 inline uint32_t dropout_offset(i64 offset) {
-  GPTFAST_CHECK(offset >= 0 && offset <= UINT32_MAX, "dropout: offset is ", offset, "; expected 0 to 2**32 - 1");
+  GPTFAST_CHECK(offset >= 0, "dropout: offset is ", offset, "; expected 0 to 2**63 - 1");
   return uint32_t(offset);
 }
+inline uint32_t dropout_first(i64 offset) { return uint32_t(offset >> 32); }
 inline cpu::DropoutParams dropout_params(double p, i64 seed, i64 offset) {
-  return {uint64_t(seed), dropout_offset(offset), dropout_threshold(p)};
+  return {uint64_t(seed), dropout_offset(offset), dropout_threshold(p), dropout_first(offset)};
 }
 inline float epsilon_of(const char* op, double eps) {
   GPTFAST_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps is ", eps, "; expected a finite number >= 0");

@@ -133,7 +133,7 @@ inline const i64* indices_of(const char* op, const char* name, const Tensor& t, 
 }
 
 inline Dropout dropout_of(double p, i64 seed, i64 offset) {
-  return {uint64_t(seed), dropout_offset(offset), dropout_threshold(p)};
+  return {uint64_t(seed), dropout_offset(offset), dropout_threshold(p), dropout_first(offset), 0};
 }
 
 // (parts, C) fp32 partial sums -> (C) of `dtype`.

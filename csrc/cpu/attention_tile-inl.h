@@ -248,7 +248,7 @@ struct DropoutKey {
 };
 INL DropoutKey dropout_key(const AttentionParams& p, i64 b) {
   const bool nothing = p.threshold >= 65536;
-  return {uint32_t(p.seed), uint32_t(p.seed >> 32),         uint32_t(b * p.H),
+  return {uint32_t(p.seed), uint32_t(p.seed >> 32),         p.first_matrix + uint32_t(b * p.H),
           p.offset,         nothing ? 65535u : p.threshold, nothing ? 0.f : 65536.f / float(65536 - p.threshold)};
 }
 // Decisions of 32 keys from j (a multiple of 32) on for the L rows of vector v: words[(j >> 1) & 15], low half for even j.

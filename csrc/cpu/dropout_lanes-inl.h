@@ -4,7 +4,7 @@
 // Decisions of columns [j, j + n) of row (m, i), in order; j is a multiple of 32, `lanes` has room for
 // round_up(n, 8 * L) values.
 static void dropout_lanes(uint16_t* lanes, const DropoutParams& d, i64 m, i64 i, i64 j, i64 n) {
-  const Wide c1 = widen(uint32_t(i)), c2 = widen(uint32_t(m)), c3 = widen(d.offset);
+  const Wide c1 = widen(uint32_t(i) + d.first_row), c2 = widen(uint32_t(m)), c3 = widen(d.offset);
   for (i64 k = 0; 8 * k < n; k += L) {
     I out[4];
     const I calls = iadd(iset(uint32_t(j / 8 + k)), iota());

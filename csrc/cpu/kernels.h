@@ -50,6 +50,7 @@ struct GeluParams {
 struct DropoutParams {
   uint64_t seed;
   uint32_t offset, threshold;  // in 1/65536; 0: none; 65536: everything
+  uint32_t first_row;          // what row 0 is in the whole batch
 };
 struct DropoutRowsParams {
   Rows x;
@@ -135,7 +136,7 @@ struct AttentionParams {
   bool causal;
   float scale;         // >= 0
   uint32_t threshold;  // of dropout in 1/65536; 0: none; 65536: everything
-  uint32_t offset;
+  uint32_t offset, first_matrix;  // of dropout; first_matrix: what (b, h) = (0, 0) is in the whole batch
   uint64_t seed;
 };
 constexpr i64 kAttentionBlock = 64;  // rows that are computed together; the heads of a group have T * group of them

@@ -36,7 +36,8 @@ struct Vector {
 
 struct Dropout {
   uint64_t seed;
-  uint32_t offset, threshold;  // in 1/65536; 0: none; 65536: everything
+  uint32_t offset, threshold;        // in 1/65536; 0: none; 65536: everything
+  uint32_t first_row, first_matrix;  // what row 0 and matrix 0 are in the whole batch
 };
 
 // Kernels that sum over rows leave one row of partial sums for each of parts_of(R) parts; sum_parts adds them in order.

@@ -36,7 +36,7 @@ DEV_INLINE float dropout_scale(const Dropout& d) {
 
 // The call of column j of row (m, i).
 DEV_INLINE uint4 dropout_call(const Dropout& d, uint32_t m, uint32_t i, int j) {
-  return philox4x32(d.seed, uint32_t(j >> 5 << 2 | (j >> 1 & 3)), i, m, d.offset);
+  return philox4x32(d.seed, uint32_t(j >> 5 << 2 | (j >> 1 & 3)), i + d.first_row, m + d.first_matrix, d.offset);
 }
 DEV_INLINE bool dropout_keeps(const Dropout& d, uint32_t word, int half) {
   return (word >> (16 * half) & 0xffff) >= d.threshold;
@@ -52,7 +52,7 @@ template <> DEV_INLINE void dropout_keep<1>(bool (&keep)[1], const Dropout& d, u
 }
 template <> DEV_INLINE void dropout_keep<4>(bool (&keep)[4], const Dropout& d, uint32_t m, uint32_t i, int j) {
   const int l = threadIdx.x & 7, q = l & 3, twin = l >> 2;
-  const uint4 words = philox4x32(d.seed, uint32_t(j >> 5 << 2 | q), i, m, d.offset);
+  const uint4 words = philox4x32(d.seed, uint32_t(j >> 5 << 2 | q), i + d.first_row, m + d.first_matrix, d.offset);
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     // In turn r lane l takes its pair of columns r ^ (l >> 1 & 1), which call `from` decides.
@@ -69,7 +69,7 @@ template <> DEV_INLINE void dropout_keep<4>(bool (&keep)[4], const Dropout& d, u
 }
 template <> DEV_INLINE void dropout_keep<8>(bool (&keep)[8], const Dropout& d, uint32_t m, uint32_t i, int j) {
   const int l = threadIdx.x & 3;
-  const uint4 words = philox4x32(d.seed, uint32_t(j >> 5 << 2 | l), i, m, d.offset);
+  const uint4 words = philox4x32(d.seed, uint32_t(j >> 5 << 2 | l), i + d.first_row, m + d.first_matrix, d.offset);
   uint32_t mine[4];  // word l of the calls of lanes l, l ^ 1, l ^ 2, l ^ 3
   mine[0] = word_of(words, l);
 #pragma unroll

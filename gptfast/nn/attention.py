@@ -39,7 +39,7 @@ class CausalSelfAttention(torch.nn.Module):
         self,
         x: Tensor,
         *,
-        rng: tuple[int, int] | None = None,
+        rng: tuple[int, ...] | None = None,
         cache: KVCache | None = None,
         cu_seqlens: Tensor | None = None,
         adapters: Selection | None = None,
@@ -48,7 +48,7 @@ class CausalSelfAttention(torch.nn.Module):
 
         Args:
             x: (B, T, C).
-            rng: (seed, offset) of the attention dropout; None takes the next of the module's own counter
+            rng: (seed, offset), or with the number of x's first row in the whole batch, of the attention dropout; None takes the next of the module's own counter
                 (`gptfast.ops.streams`).
             cache: keys and values of earlier positions (`KVCache.start` was called); without dropout.
             cu_seqlens: ends of the texts that a row is packed of, see `gptfast.ops.causal_attention`; B = 1.
@@ -61,8 +61,10 @@ class CausalSelfAttention(torch.nn.Module):
             out = cache.attend(q, k, v, self.window)
         else:
             p = self.attn_pdrop if self.training else 0.0
-            seed, offset = (rng or self.counter.take()) if p > 0 else (0, 0)
+            seed, offset, *row = (rng or self.counter.take()) if p > 0 else (0, 0)
             options = {"dropout_p": p, "seed": seed, "offset": offset, "cu_seqlens": cu_seqlens}
+            if row:
+                options["first_row"] = row[0]
             out = ops.causal_attention(q, k, v, window=self.window, **options)
         return call(self.c_proj, adapters, out.transpose(1, 2).reshape(B, T, C))
 

@@ -49,7 +49,7 @@ class Block(torch.nn.Module):
         x: Tensor | None,
         residual: Tensor | None = None,
         *,
-        rng: tuple[int, int] | None = None,
+        rng: tuple[int, ...] | None = None,
         cache: KVCache | None = None,
         cu_seqlens: Tensor | None = None,
         adapters: Selection | None = None,
@@ -59,7 +59,7 @@ class Block(torch.nn.Module):
         Args:
             x: (B, T, C); with `residual`: the branch that the block before handed on, or None.
             residual: None, or the stream that the branch is to be added to, (B, T, C).
-            rng: (seed, offset) of the attention dropout; offset + 1 and + 2 serve the dropouts after
+            rng: (seed, offset), or with the number of x's first row in the whole batch, of the attention dropout; offset + 1 and + 2 serve the dropouts after
                 attention and MLP, offset - 1 that of the branch handed in. None takes the next four of the
                 module's own counter (`gptfast.ops.streams`).
             cache, cu_seqlens, adapters: see `CausalSelfAttention`.
@@ -80,7 +80,7 @@ class Block(torch.nn.Module):
         self,
         branch: Tensor | None,
         residual: Tensor,
-        rng: tuple[int, int],
+        rng: tuple[int, ...],
         cache: KVCache | None,
         cu_seqlens: Tensor | None,
         adapters: Selection | None,
@@ -98,7 +98,7 @@ class Block(torch.nn.Module):
         self,
         branch: Tensor | None,
         residual: Tensor,
-        rng: tuple[int, int],
+        rng: tuple[int, ...],
         cache: KVCache | None,
         cu_seqlens: Tensor | None,
         adapters: Selection | None,
@@ -113,10 +113,12 @@ class Block(torch.nn.Module):
     def _drops(self) -> bool:
         return self.resid_pdrop > 0 or self.attn.attn_pdrop > 0
 
-    def _dropout(self, rng: tuple[int, int], index: int) -> dict[str, Any]:
+    def _dropout(self, rng: tuple[int, ...], index: int) -> dict[str, Any]:
         if not self.training or self.resid_pdrop == 0:
             return {}
-        return {"dropout_p": self.resid_pdrop, "seed": rng[0], "offset": rng[1] + index}
+        seed, offset, *row = rng
+        options = {"dropout_p": self.resid_pdrop, "seed": seed, "offset": offset + index}
+        return options | {"first_row": row[0]} if row else options
 
 
 def add_branch(branch: Tensor | None, residual: Tensor, dropout: dict[str, Any]) -> Tensor:
@@ -124,5 +126,6 @@ def add_branch(branch: Tensor | None, residual: Tensor, dropout: dict[str, Any])
     if branch is None:
         return residual
     if dropout:
-        branch = ops.dropout(branch, dropout["dropout_p"], dropout["seed"], dropout["offset"])
+        options = {name: value for name, value in dropout.items() if name != "dropout_p"}
+        branch = ops.dropout(branch, dropout["dropout_p"], **options)
     return branch + residual

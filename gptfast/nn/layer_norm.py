@@ -22,13 +22,14 @@ class LayerNorm(torch.nn.LayerNorm):
         dropout_p: float = 0.0,
         seed: int | None = None,
         offset: int = 0,
+        first_row: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """LN(input), or, with a residual: (LN(sum), sum) where sum = dropout(input) + residual.
 
         Args:
             input: (..., *normalized_shape).
             residual: None or shaped like `input`.
-            dropout_p, seed, offset: dropout of `input` before the addition; see `gptfast.ops.add_layer_norm`.
+            dropout_p, seed, offset, first_row: dropout of `input` before the addition; see `gptfast.ops.add_layer_norm`.
         Raises:
             ValueError: the last dimensions are not normalized_shape.
         """
@@ -42,9 +43,8 @@ class LayerNorm(torch.nn.LayerNorm):
         bias = None if self.bias is None else self.bias.flatten()
         if residual is None:
             return ops.layer_norm(_rows(input, n), weight, bias, self.eps).view(input.shape)
-        y, total = ops.add_layer_norm(
-            _rows(input, n), _rows(residual, n), weight, bias, self.eps, dropout_p, seed, offset
-        )
+        options = (weight, bias, self.eps, dropout_p, seed, offset)
+        y, total = ops.add_layer_norm(_rows(input, n), _rows(residual, n), *options, first_row=first_row)
         return y.view(input.shape), total.view(input.shape)
 
     def _weight(self, input: Tensor) -> Tensor:

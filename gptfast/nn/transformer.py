@@ -46,6 +46,7 @@ class Transformer(nn.Module):
         False  # in training keep what enters a block alone, and compute the block again in the backward pass
     )
     adapters: AdapterState | None = None  # of a GPT with adapters, see `gptfast.GPT.add_adapter`
+    dropout_row: int = 0  # which row of the whole batch the first one of a forward is, where ranks share a batch
     quantized_mark: str = ""  # of a model that was quantised as it was read: tells the checkpoint from others
 
     def __init__(self, config: GPTConfig) -> None:
@@ -212,6 +213,7 @@ class Transformer(nn.Module):
         `Prefix`). Each forward has 1 + 3 n_layer dropouts, numbered in order."""
         config, (seed, step) = self.config, numbers
         first, under = step * (1 + 3 * config.n_layer), {} if adapters is None else {"adapters": adapters}
+        row = (self.dropout_row,) if self.dropout_row else ()
         if prefix is None:
             positions = packed.positions if packed else None if cache is None else cache.start(ids.shape[1])
             residual = self._embedded(ids, positions, adapters)
@@ -219,11 +221,11 @@ class Transformer(nn.Module):
             residual = self._prefixed(ids, prefix, cache, adapters)
         cu_seqlens = None if packed is None else packed.cu_seqlens if prefix is None else prefix.cu_seqlens
         if self.training and config.embd_pdrop > 0:
-            residual = ops.dropout(residual, config.embd_pdrop, seed, first)
+            residual = ops.dropout(residual, config.embd_pdrop, seed, first, first_row=self.dropout_row)
         branch = None
         again = self.recompute and self.training and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(self.h):
-            options = {"rng": (seed, first + 1 + 3 * layer), "cache": cache, "cu_seqlens": cu_seqlens, **under}
+            options = {"rng": (seed, first + 1 + 3 * layer, *row), "cache": cache, "cu_seqlens": cu_seqlens, **under}
             if again:  # dropout is a function of rng: torch's own generator need not be kept
                 branch, residual = checkpoint(
                     block, branch, residual, use_reentrant=False, preserve_rng_state=False, **options
@@ -277,6 +279,8 @@ class Transformer(nn.Module):
         """Add the last block's branch and normalise, as far as the config has these."""
         p = self.config.resid_pdrop if self.training else 0.0
         dropout = {"dropout_p": p, "seed": seed, "offset": offset} if p > 0 else {}
+        if dropout and self.dropout_row:
+            dropout["first_row"] = self.dropout_row
         if self.ln_f is None:
             return add_branch(branch, residual, dropout)
         if branch is None:
@@ -288,6 +292,10 @@ class Transformer(nn.Module):
         c = self.config
         drops = c.embd_pdrop or c.attn_pdrop or c.resid_pdrop or (self.adapters is not None and self.adapters.drops)
         return self._dropout.take() if self.training and drops else (0, 0)
+
+    def skip_forward(self) -> None:
+        """Count a forward that is left out, as one without targets: the dropouts after it are those that they would be."""
+        self._take_numbers()
 
     def _selection(self, adapter_names: Any, rows: int, seed: int, step: int) -> Selection | None:
         """The adapters of this forward; the dropouts before A are numbered as the others, apart from them."""

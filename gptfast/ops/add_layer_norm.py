@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ def add_layer_norm(
     seed: int | None = None,
     offset: int = 0,
     *,
+    first_row: int = 0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """total = dropout(x) + residual;  y = layer_norm(total).  Returns (y, total).
@@ -40,6 +42,8 @@ def add_layer_norm(
         dropout_p: probability in [0, 1] of dropping an element of x.
         seed, offset: of the mask, in [0, 2**64) and [0, 2**32); rows are numbered over the leading dimensions. A seed of
             None is drawn from torch's CPU generator.
+        first_row: which row of the whole batch x's first one (of dimension 0) is, where x is a part of it: the mask is then
+            that of this part, as if the whole had been dropped at once.
         backend: see `gptfast.backend`.
     Returns:
         (y, total), both of x's shape, in the dtype that x + residual has.
@@ -55,7 +59,7 @@ def add_layer_norm(
             f"{op}: residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}; they must be equal"
         )
     check_probability(op, "dropout_p", dropout_p)
-    seed, offset = stream(op, seed, offset, dropout_p > 0)
+    seed, offset = stream(op, seed, offset, dropout_p > 0, first_row, math.prod(x.shape[1:-1]))
     runs_on = resolve(op, backend, x, residual, weight, bias)
     if runs_on == "eager":
         return reference.add_layer_norm(x, residual, weight, bias, float(eps), dropout_p, seed, offset)

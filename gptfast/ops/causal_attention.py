@@ -33,6 +33,7 @@ def causal_attention(
     dropout_p: float = 0.0,
     seed: int | None = None,
     offset: int = 0,
+    first_row: int = 0,
     seq_lens: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
@@ -60,6 +61,7 @@ def causal_attention(
             b * H + h of the mask is that of query head h, whether heads share keys or not.
         seed, offset: of the dropout mask, in [0, 2**64) and [0, 2**32): the same pair gives the same mask. A
             seed of None is drawn from torch's CPU generator, as `F.scaled_dot_product_attention` draws its mask.
+        first_row: which row of the whole batch q's first one is, where q is a part of it: the mask is then that of this part.
         seq_lens: (B,) int32 or int64, 0 <= seq_lens[b] <= S.
         cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T: document d is positions cu[d] .. cu[d + 1]. Values on a
             GPU are checked once for each tensor, which waits for the GPU. They are not checked during the capture of a
@@ -85,7 +87,7 @@ def causal_attention(
     if softmax_scale is not None:
         check_number(OP, "softmax_scale", softmax_scale)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    seed, offset = stream(OP, seed, offset, dropout_p > 0)
+    seed, offset = stream(OP, seed, offset, dropout_p > 0, first_row, q.shape[1])
     options = AttentionOptions(seq_lens, cu_seqlens, causal, scale, float(dropout_p), seed, offset, window or 0)
     _check_options(q, k, options)
     runs_on = resolve(OP, backend, q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,13 @@ from gptfast.ops.streams import stream
 
 
 def dropout(
-    x: Tensor, p: float = 0.5, seed: int | None = None, offset: int = 0, *, backend: str | None = None
+    x: Tensor,
+    p: float = 0.5,
+    seed: int | None = None,
+    offset: int = 0,
+    *,
+    first_row: int = 0,
+    backend: str | None = None,
 ) -> Tensor:
     """x / (1 - p) where an element is kept, 0 elsewhere (Srivastava et al., JMLR 15, 2014).
 
@@ -29,6 +36,8 @@ def dropout(
             in training only.
         seed, offset: in [0, 2**64) and [0, 2**32). The same pair gives the same mask on every backend. A seed of None is
             drawn from torch's CPU generator, as `F.dropout` draws its mask: `torch.manual_seed` decides it.
+        first_row: which row of the whole batch x's first one (of dimension 0) is, where x is a part of it: the mask is then
+            that of this part, as if the whole had been dropped at once.
         backend: see `gptfast.backend`.
     Returns:
         Tensor of x's shape and dtype.
@@ -38,8 +47,8 @@ def dropout(
     check_float("dropout", x=x)
     check_probability("dropout", "p", p)
     if x.dim() == 0:
-        return dropout(x[None], p, seed, offset, backend=backend)[0]
-    seed, offset = stream("dropout", seed, offset, p > 0)
+        return dropout(x[None], p, seed, offset, first_row=first_row, backend=backend)[0]
+    seed, offset = stream("dropout", seed, offset, p > 0, first_row, math.prod(x.shape[1:-1]))
     runs_on = resolve("dropout", backend, x)
     if runs_on == "eager":
         return reference.dropout(x, p, seed, offset)

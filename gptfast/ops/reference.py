@@ -24,11 +24,17 @@ def _upcast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _keep_scaled(x: Tensor, shape: tuple[int, int, int], p: float, seed: int, offset: int) -> Tensor:
-    """Dropout by the Philox contract; `shape` numbers the elements of x. A nan in a dropped place is dropped."""
+def _keep_scaled(
+    x: Tensor, shape: tuple[int, int, int], p: float, seed: int, offset: int, matrices: bool = False
+) -> Tensor:
+    """Dropout by the Philox contract; `shape` numbers the elements of x. A nan in a dropped place is dropped.
+
+    matrices: what is above the 32 bits of offset counts matrices, not rows.
+    """
     if p == 0:
         return x
-    keep = rng.dropout_keep(shape, p, seed, offset, x.device).view(x.shape)
+    first, number = divmod(offset, 2**32)
+    keep = rng.dropout_keep(shape, p, seed, number, x.device, (first, 0) if matrices else (0, first)).view(x.shape)
     return torch.where(keep, x * rng.dropout_scale(p), 0.0)
 
 
@@ -99,7 +105,7 @@ def attention(
     scores = (scores.reshape(B, H, T, S) * options.scale).masked_fill(~mask, float("-inf"))  # B H T S
     empty = scores.isneginf().all(-1, keepdim=True)  # B H T 1: no key is visible
     probs = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    probs = _keep_scaled(probs, (B * H, T, S), options.dropout_p, options.seed, options.offset)
+    probs = _keep_scaled(probs, (B * H, T, S), options.dropout_p, options.seed, options.offset, True)
     probs = probs.reshape(B, K, rows, S)
     out = (_masked_product("bhts,bhtsd->bhtd", probs, vf, seen) if leaky else probs @ vf).reshape(B, H, T, D)
     return (out.to(q.dtype), scores.detach().logsumexp(-1)) if return_lse else out.to(q.dtype)

@@ -52,13 +52,19 @@ def for_rank(seed: int, bits: int = 64) -> int:
     return (seed + distributed.get_rank() * _RANK_STEP) % 2**bits
 
 
-def stream(op: str, seed: int | None, offset: int, used: bool) -> tuple[int, int]:
-    """(seed as int64, offset) of a call of a function; a seed of None is drawn if `used`.
+def stream(op: str, seed: int | None, offset: int, used: bool, first_row: int = 0, each: int = 1) -> tuple[int, int]:
+    """(seed as int64, offset with the first row) of a call of a function; a seed of None is drawn if `used`.
+
+    Args:
+        op, seed, offset: of the call.
+        used: whether anything is dropped.
+        first_row, each: which row of the whole batch the first one is, and how many rows or matrices of the mask each has,
+            see `rng.at_row`.
 
     Raises:
         TypeError, ValueError: not integers in range.
     """
-    rng.check_counter(op, "offset", offset)
+    offset = rng.at_row(op, rng.check_counter(op, "offset", offset), first_row, each)
     if seed is not None:
         return rng.as_int64(rng.check_counter(op, "seed", seed, 64)), offset
     if not used:

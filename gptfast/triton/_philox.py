@@ -20,6 +20,12 @@ def dropout_arguments(p: float, seed: int, offset: int) -> tuple[int, float, int
 
 
 @triton.jit
+def first_of(dropout):
+    """The row, or the matrix of attention, that the first one of a tensor is in the whole batch (rng.at_row)."""
+    return (tl.cast(dropout[3], tl.uint64) >> 32).to(tl.uint32)
+
+
+@triton.jit
 def keep_mask(matrix, rows, first_column, dropout, WIDTH: tl.constexpr):
     """(len(rows), WIDTH) decisions of dropout; first_column and WIDTH are multiples of 32.
 

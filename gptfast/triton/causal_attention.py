@@ -34,7 +34,7 @@ from gptfast.triton._attention import (
     shape_class,
     store_tile,
 )
-from gptfast.triton._philox import keep_mask
+from gptfast.triton._philox import first_of, keep_mask
 from gptfast.triton._tiles import Blocks
 from gptfast.triton._tuning import fastest
 
@@ -157,7 +157,7 @@ def _fwd_kernel(
             top = higher
             total = total * shrink + tl.sum(p, 1)
             if DROP:
-                p = tl.where(keep_mask(head, i, n0, dropout, BLOCK_N), p, 0.0)
+                p = tl.where(keep_mask(tl.cast(head, tl.uint32) + first_of(dropout), i, n0, dropout, BLOCK_N), p, 0.0)
             values = load_tile(v, head // GROUP, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
             acc = acc * shrink[:, None]
             if part != 1:

@@ -37,7 +37,7 @@ from gptfast.triton._attention import (
     store_tile,
     visible_keys,
 )
-from gptfast.triton._philox import keep_mask
+from gptfast.triton._philox import first_of, keep_mask
 from gptfast.triton._tiles import Blocks
 from gptfast.triton._tuning import fastest
 
@@ -158,7 +158,11 @@ def _dq_kernel(
             p = tl.exp2((scores - tops) * (scale * LOG2E) - levels)
             dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
             if DROP:
-                dp = tl.where(keep_mask(head, i, n0, dropout, BLOCK_N), dp * dropout[1], 0.0)
+                dp = tl.where(
+                    keep_mask(tl.cast(head, tl.uint32) + first_of(dropout), i, n0, dropout, BLOCK_N),
+                    dp * dropout[1],
+                    0.0,
+                )
             ds = p * (dp - own[:, None])
             if part != 1:
                 j = n0 + tl.arange(0, BLOCK_N)[None, :]
@@ -233,7 +237,7 @@ def _dkdv_kernel(
                     p = tl.where(visible, p, 0.0)
                 kept = p
                 if DROP:
-                    keep = tl.trans(keep_mask(head, i, n0, dropout, BLOCK_N))
+                    keep = tl.trans(keep_mask(tl.cast(head, tl.uint32) + first_of(dropout), i, n0, dropout, BLOCK_N))
                     kept = tl.where(keep, p * dropout[1], 0.0)
                     dp = tl.where(keep, dp * dropout[1], 0.0)
                 ds = p * (dp - tl.load(deltas + i)[None, :])

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.triton._philox import dropout_arguments, keep_mask
+from gptfast.triton._philox import dropout_arguments, first_of, keep_mask
 from gptfast.triton._rows import rows_of
 
 BLOCK_R, BLOCK_C = 4, 512
@@ -37,5 +37,5 @@ def _dropout_kernel(
     inside = (r[:, None] < R) & (c[None, :] < C)
     r64 = r.to(tl.int64)[:, None]
     values = tl.load(x + r64 * x_stride + c[None, :], inside, other=0.0).to(tl.float32)
-    keep = keep_mask(0, r, c0, dropout, BLOCK_C)
+    keep = keep_mask(0, r.to(tl.uint32) + first_of(dropout), c0, dropout, BLOCK_C)
     tl.store(y + r64 * C + c[None, :], tl.where(keep, values * dropout[1], 0.0).to(y.dtype.element_ty), inside)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptfast.backend import KERNEL_DTYPES
-from gptfast.triton._philox import dropout_arguments, keep_mask
+from gptfast.triton._philox import dropout_arguments, first_of, keep_mask
 from gptfast.triton._rows import load_vector, row_block, rows_of, rows_per_program, sum_rows, warps_for
 
 NO_DROPOUT = (0, 1.0, 0, 0)
@@ -177,7 +177,9 @@ def _fwd_kernel(
     r64 = r.to(tl.int64)[:, None]
     values = tl.load(x + r64 * x_stride + c[None, :], inside, other=0.0).to(tl.float32)
     if DROP:
-        values = tl.where(keep_mask(0, r, 0, dropout, BLOCK_C), values * dropout[1], 0.0)
+        values = tl.where(
+            keep_mask(0, r.to(tl.uint32) + first_of(dropout), 0, dropout, BLOCK_C), values * dropout[1], 0.0
+        )
     if residual is not None:
         values += tl.load(residual + r64 * residual_stride + c[None, :], inside, other=0.0).to(tl.float32)
         rounded = values.to(total.dtype.element_ty)  # normalise the rounded value, which the next layer reads
@@ -251,7 +253,9 @@ def _bwd_kernel(
         tl.store(dresidual + r64 * C + c[None, :], d.to(dresidual.dtype.element_ty), inside)
         if dx is not None:
             if DROP:
-                d = tl.where(keep_mask(0, r, 0, dropout, BLOCK_C), d * dropout[1], 0.0)
+                d = tl.where(
+                    keep_mask(0, r.to(tl.uint32) + first_of(dropout), 0, dropout, BLOCK_C), d * dropout[1], 0.0
+                )
             tl.store(dx + r64 * C + c[None, :], d.to(dx.dtype.element_ty), inside)
     place = program.to(tl.int64) * C + c
     tl.store(dweight + place, tl.sum(weight_sum, 0), c < C)
