@@ -20,7 +20,7 @@ from gptfast.cli.info import info
 from gptfast.cli.prepare import prepare
 from gptfast.cli.scaling import scaling
 from gptfast.cli.serve import serve
-from gptfast.cli.train import train
+from gptfast.cli.train import TrainCommand, train
 
 app = typer.Typer(
     name="gptfast",
@@ -52,7 +52,7 @@ def _options(
 
 
 for command in (train, finetune, generate, evaluate, explain, scaling, serve, prepare, info, doctor, bench):
-    app.command()(command)
+    app.command(cls=TrainCommand if command is train else None)(command)
 _commands = app
 
 

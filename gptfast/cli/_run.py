@@ -29,6 +29,8 @@ def describe(run: Run) -> list[str]:
     place = f"{cpu_name()}, {torch.get_num_threads()} threads, {kernels}"
     if trainer.device.type == "cuda":
         place = f"{torch.cuda.get_device_name(trainer.device)}, eager PyTorch"
+    if trainer.ranks is not None and trainer.ranks.size > 1:
+        place += f", {trainer.ranks.size} processes"
     products = f"{train.dtype} products" + (f" ({trainer.dtype_reason})" if trainer.dtype_reason else "")
     limits = [f"{train.max_steps:,} steps"] if train.max_steps else []
     limits += [f"{train.max_minutes:g} min"] if train.max_minutes else []
@@ -49,7 +51,8 @@ def _resume_lines(run: Run) -> list[str]:
     if run.checkpoint is None:
         return []
     old, new = run.checkpoint.config, run.trainer.config
-    lines = [f"resume   from step {run.checkpoint.state.step} in {run.checkpoint.folder}"]
+    lines = [f"warning  {text}" for text in run.damage]
+    lines += [f"resume   from step {run.checkpoint.state.step} in {run.checkpoint.folder}"]
     before, now = (c.lr_decay_steps or c.max_steps or "(by time)" for c in (old, new))
     if before != now:
         lines.append(

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperCommand
 
 from gptfast.cli._options import Change, Options, takes
 from gptfast.cli._run import describe, report
 from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
 from gptfast.training.config import TrainConfig
-from gptfast.training.options import SHAPE, RunOptions, Weights, defaults_in_words
+from gptfast.training.options import SHAPE, TIMEOUT, RunOptions, Weights, defaults_in_words
+
+if TYPE_CHECKING:
+    from gptfast.training.ranks import Ranks
 
 _DATA = ("data", "glob", "text_field", "tokenizer", "vocab_size", "unk")
 _DEFAULTS = {name: Change(words=words) for name, words in defaults_in_words().items()}
 _PREPARED = Change(more="Or a folder made by gptfast prepare, or a token file. A tenth is kept for validation.")
+
+
+class TrainCommand(TyperCommand):
+    """The command with `--resume` alone, which means `--resume last`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        following = [*args[1:], ""]
+        alone = [a == "--resume" and b not in ("last", "auto") for a, b in zip(args, following, strict=True)]
+        return super().parse_args(ctx, ["--resume=last" if n else a for a, n in zip(args, alone, strict=True)])
 
 
 @takes(
@@ -39,16 +52,30 @@ def train(options: dict[str, Any]) -> None:
     OUT/last is the newest checkpoint and OUT/best the one with the lowest
     validation loss; each is a complete folder for gptfast generate and for
     transformers. Ctrl-C saves and stops; --resume continues.
+
+    torchrun --nproc-per-node 2 -m gptfast train ... trains in two processes.
     """
     from gptfast.malloc import tune_malloc
-    from gptfast.training import launch
+    from gptfast.training.join import joined
 
     tune_malloc()
-    run = launch.resumed_run(options) if options.get("resume") else launch.new_run(options)
+    with joined(options.get("timeout", TIMEOUT), options.get("device", "auto")) as ranks:
+        signal = _train(options, ranks)
+    if signal is not None:
+        raise typer.Exit(128 + signal)
+
+
+def _train(options: dict[str, Any], ranks: Ranks | None) -> int | None:
+    """Train; returns the signal that ended the run early, or None."""
+    from gptfast.training.join import attempt
+    from gptfast.training.start import start_run
+
+    run = start_run(options, ranks, again=ranks is not None and attempt() > 0 and ranks.has_begun)
+    if ranks is not None:
+        ranks.begin()
     for line in describe(run):
         run.trainer.progress.note(line)
     result = run.trainer.train()
     for line in report(run, result):
         run.trainer.progress.note(line)
-    if result.interrupted is not None:
-        raise typer.Exit(128 + result.interrupted)
+    return result.interrupted

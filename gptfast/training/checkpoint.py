@@ -41,6 +41,10 @@ TRAINER, OPTIMIZER = "trainer.json", "optimizer.safetensors"
 VERSION = 2
 
 
+class OtherVersionError(ValueError):
+    """A checkpoint of another version of gptfast."""
+
+
 @dataclass
 class TrainState:
     """The progress of a run.
@@ -207,9 +211,11 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             f"there is no {path}: no training run to resume; check the folder, or start a run without `resume`"
         )
     raw = read_json(path)
-    if not isinstance(raw, dict) or raw.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: expected version {VERSION} of a training checkpoint; resume with the gptfast that wrote it"
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if version != VERSION:
+        raise OtherVersionError(
+            f"{path} has version {version}; expected version {VERSION} of a training checkpoint; resume with the gptfast "
+            "that wrote it"
         )
     try:
         checkpoint = _parse(folder, raw)
@@ -217,6 +223,14 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         raise ValueError(f"{path} is damaged ({error}); resume from another checkpoint, such as RUN/best") from error
     verify(folder)
     return checkpoint
+
+
+def saved_step(folder: str | os.PathLike[str]) -> int:
+    """The step of a checkpoint; -1 where there is none that can be read."""
+    try:
+        return read_checkpoint(folder).state.step
+    except (OSError, ValueError):
+        return -1
 
 
 def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:

@@ -108,6 +108,13 @@ class TrainConfig:
     checkpoint_every: int | None = option(
         None, "Steps between checkpoints in OUT/last.", words="`eval_every`", allowed=Whole(1), group=_RUN
     )
+    keep_last: int = option(
+        1,
+        "Newest checkpoints to keep: OUT/last, and those before it as OUT/step-N. Where the newest is damaged, `resume` takes "
+        "the one before.",
+        allowed=Whole(1),
+        group=_RUN,
+    )
     patience: int | None = option(
         None,
         "Evaluations in a row without a better one after which training ends early.",

@@ -13,6 +13,7 @@ from gptfast.training.config import TrainConfig
 from gptfast.training.evaluate import Batch, evaluate, evaluated_tokens, evaluation_batches
 from gptfast.training.gradients import accumulate_gradients
 from gptfast.training.objective import Autocast, Evaluation, Objective
+from gptfast.training.ranks import Ranks
 
 
 class LanguageModelling(Objective):
@@ -23,6 +24,7 @@ class LanguageModelling(Objective):
         train_tokens, val_tokens: token files, or (N,) arrays of ids.
         config: of the run.
         tokenizer: saved with every checkpoint; None: no tokenizer.
+        ranks: the processes that share every batch; None: this one has it all.
     Raises:
         TypeError, ValueError: see `check_model` and `WindowSampler`.
     """
@@ -34,21 +36,29 @@ class LanguageModelling(Objective):
         val_tokens: TokenFile | np.ndarray,
         config: TrainConfig,
         tokenizer: Tokenizer | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.block_size = check_model(model, config, train_tokens, val_tokens)
         self.network, self.tokenizer, self.val_tokens = model, tokenizer, val_tokens
         self.tokens_per_row = self.block_size
-        self.sampler = WindowSampler(train_tokens, self.block_size, config.batch_size, config.seed)
+        self.ranks, rows = ranks, config.batch_size if ranks is None else ranks.rows(config.batch_size)
+        self._first = 0 if ranks is None else ranks.rank * rows
+        model.dropout_row = self._first
+        self.sampler = WindowSampler(train_tokens, self.block_size, rows, config.seed)
 
     def batches(self, row: int, config: TrainConfig) -> list[Batch]:
-        return [self.sampler.batch_from(row + n * config.batch_size) for n in range(config.grad_accum)]
+        return [self.sampler.batch_from(row + n * config.batch_size + self._first) for n in range(config.grad_accum)]
 
     def add_gradients(self, batches: list[Batch], autocast: Autocast, device: torch.device) -> dict[str, float]:
-        return {"loss": accumulate_gradients(self.network, batches, autocast, device)}
+        loss = accumulate_gradients(self.network, batches, autocast, device, self.ranks)
+        if self.ranks is not None:
+            trained = [p for p in self.network.parameters() if p.requires_grad]
+            self.ranks.sum_gradients(trained, "the gradients")
+        return {"loss": loss}
 
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
         batches = evaluation_batches(self.val_tokens, self.block_size, batch_size, config.eval_batches)
-        return Evaluation(evaluate(self.network, batches, autocast, device)[0])
+        return Evaluation(evaluate(self.network, batches, autocast, device, self.ranks)[0])
 
     def evaluated_tokens(self, batch_size: int, config: TrainConfig) -> float:
         return evaluated_tokens(self.val_tokens, self.block_size, batch_size, config.eval_batches)

@@ -27,7 +27,9 @@ from gptfast.tokenizer import has_tokenizer, load_tokenizer
 from gptfast.training.checkpoint import Checkpoint, check_source, read_checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.fingerprint import fingerprint
+from gptfast.training.kept import newest_intact
 from gptfast.training.options import DEFAULTS, SHAPE, RunOptions, start_of
+from gptfast.training.ranks import Ranks
 from gptfast.training.run_folder import locked_run
 from gptfast.training.trainer import Trainer
 
@@ -37,7 +39,8 @@ _TRAIN = tuple(options_of(TrainConfig))
 _MAY_CHANGE = {  # when a run is resumed
     *("max_steps", "max_minutes", "lr_decay_steps", "learning_rate", "min_lr", "warmup_steps", "grad_clip"),
     *("batch_size", "grad_accum", "eval_every", "eval_batches", "checkpoint_every", "log_every", "patience"),
-    *("threads", "data", "dtype", "device", "out", "resume", "tensorboard", "overwrite"),
+    "keep_last",
+    *("threads", "data", "dtype", "device", "out", "resume", "tensorboard", "overwrite", "parallel", "timeout"),
 }
 GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary: as it is, and padded as nanoGPT does
 
@@ -48,12 +51,14 @@ class Run:
 
     checkpoint: where the run was resumed, or None.
     note: a sentence about the model, or "".
+    damage: sentences about newer checkpoints that are damaged.
     """
 
     trainer: Trainer
     data: PreparedData
     checkpoint: Checkpoint | None
     note: str = ""
+    damage: tuple[str, ...] = ()
 
     def changed_arithmetic(self) -> list[str]:
         """The settings that decide how numbers are rounded and that differ from those before the run was resumed."""
@@ -71,23 +76,32 @@ class Run:
         return changed
 
 
-def new_run(options: Options) -> Run:
+def new_run(options: Options, ranks: Ranks | None = None) -> Run:
     """A run from the beginning.
 
     Args:
         options: those that were given.
+        ranks: the processes of the run; None: this one alone.
     Raises:
         OSError, TypeError, ValueError, ImportError: an option or the data is wrong.
         BlockingIOError: another process trains in the folder.
     """
     options = {"data": default_of(DataOptions, "data"), **options}
     place = RunOptions(**values_of(RunOptions, options))
+    if ranks is not None:
+        ranks.rows(_train_config({**DEFAULTS[start_of(options)], **options}).batch_size)  # before anything is written
+    if ranks is not None and not ranks.is_main:
+        return _new_run(options, place, None, ranks)
     with locked_run(place.out) as lock:
-        return _new_run(options, place, lock)
+        return _new_run(options, place, lock, ranks)
 
 
-def resumed_run(options: Options) -> Run:
+def resumed_run(options: Options, ranks: Ranks | None = None, finished_too: bool = False) -> Run:
     """The run in the folder `out`, from its last checkpoint on.
+
+    Args:
+        options: those that were given.
+        ranks, finished_too: as in `Trainer`.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -97,17 +111,19 @@ def resumed_run(options: Options) -> Run:
     place = RunOptions(**values_of(RunOptions, options))
     if not place.out.is_dir():
         read_checkpoint(place.out / "last")  # raises FileNotFoundError
+    if ranks is not None and not ranks.is_main:
+        return _resumed_run(options, place, None, ranks, finished_too)
     with locked_run(place.out) as lock:
-        return _resumed_run(options, place, lock)
+        return _resumed_run(options, place, lock, ranks, finished_too)
 
 
-def _new_run(options: Options, place: RunOptions, lock: FileLock) -> Run:
+def _new_run(options: Options, place: RunOptions, lock: FileLock | None, ranks: Ranks | None) -> Run:
     defaults = DEFAULTS[start_of(options)]
     config = _train_config({**defaults, **options})
     _set_threads(place.threads)
     model = GPT.from_pretrained(options["init_from"], dtype=torch.float32) if "init_from" in options else None
     tokenizer = _tokenizer(options, model)
-    data = _open(options, place, tokenizer)
+    data = _open(options, place, tokenizer, ranks)
     if model is not None:
         _check_ids(options, data)
     torch.manual_seed(config.seed)
@@ -122,25 +138,29 @@ def _new_run(options: Options, place: RunOptions, lock: FileLock) -> Run:
         "options": {**stored, "tokenizer": tokenizer},
         "marks": fingerprint(data),
     }
-    run = _run(model, data, config, place, source=source, overwrite=place.overwrite, lock=lock)
+    run = _run(model, data, config, place, source=source, overwrite=place.overwrite, lock=lock, ranks=ranks)
     return replace(run, note=note)
 
 
-def _resumed_run(options: Options, place: RunOptions, lock: FileLock) -> Run:
-    last = place.out / "last"
-    checkpoint = read_checkpoint(last)
+def _resumed_run(
+    options: Options, place: RunOptions, lock: FileLock | None, ranks: Ranks | None, finished_too: bool
+) -> Run:
+    checkpoint, damage = newest_intact(place.out)
+    last = checkpoint.folder
     source = check_source(checkpoint)
     _set_threads(checkpoint.threads if place.threads is None else place.threads)
     model = GPT.from_pretrained(last)
     _refuse_changes(options, place, checkpoint, model)
     config = checkpoint.config.replace(**{k: v for k, v in options.items() if k in _TRAIN and k in _MAY_CHANGE})
-    data = _open({**source["options"], "data": source["data"], **options}, place, source["options"]["tokenizer"])
+    given = {**source["options"], "data": source["data"], **options}
+    data = _open(given, place, source["options"]["tokenizer"], ranks)
     if fingerprint(data) != source["marks"]:
         raise ValueError(
             f"train: the data is not what {last} was trained on; resume with the same data, or start a new run from "
             f"these weights with `init_from` {last}"
         )
-    return _run(model, data, config, place, source=source, resume=checkpoint, lock=lock)
+    more = {"source": source, "resume": checkpoint, "lock": lock, "ranks": ranks, "finished_too": finished_too}
+    return replace(_run(model, data, config, place, **more), damage=tuple(damage))
 
 
 def _run(model: GPT, data: PreparedData, config: TrainConfig, place: RunOptions, **others: Any) -> Run:
@@ -220,7 +240,7 @@ def _is_prepared(data: str) -> bool:
     return current(data, "data.json").exists() or is_token_file(data)
 
 
-def _open(options: Options, place: RunOptions, tokenizer: str | None) -> PreparedData:
+def _open(options: Options, place: RunOptions, tokenizer: str | None, ranks: Ranks | None) -> PreparedData:
     return open_data(
         options["data"],
         place.out / "data",
@@ -229,6 +249,7 @@ def _open(options: Options, place: RunOptions, tokenizer: str | None) -> Prepare
         glob=options.get("glob"),
         text_field=options.get("text_field"),
         unk=bool(options.get("unk")),
+        progress=ranks is None or ranks.is_main,
     )
 
 

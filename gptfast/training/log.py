@@ -54,6 +54,19 @@ class Log:
             self._board.close()
 
 
+class NoLog:
+    """The log of a rank that does not log."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def write(self, **record: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a log without an incomplete last line; [] if there is no log.
 

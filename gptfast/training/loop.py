@@ -21,14 +21,17 @@ from gptfast.training.checkpoint import (
     copy_checkpoint,
     load_optimizers,
     save_checkpoint,
+    saved_step,
 )
 from gptfast.training.config import TrainConfig
 from gptfast.training.interrupt import Interrupt
-from gptfast.training.log import Log
+from gptfast.training.kept import forget, keep_last
+from gptfast.training.log import Log, NoLog
 from gptfast.training.objective import Evaluation, Objective
 from gptfast.training.optim import build_optimizers, parameters_of
 from gptfast.training.plot import plot_losses, require_matplotlib
 from gptfast.training.progress import Figures, TrainingProgress
+from gptfast.training.ranks import RankLostError, Ranks
 from gptfast.training.result import TrainResult
 from gptfast.training.run_folder import lock_run, make_room
 from gptfast.training.schedule import learning_rate
@@ -40,7 +43,7 @@ class Loop:
 
     Args:
         objective: what is trained; its network is moved to the device of the config.
-        config, out, source, resume, overwrite, progress, tensorboard, lock: see `Trainer`.
+        config, out, source, resume, overwrite, progress, tensorboard, lock, ranks: see `Trainer`.
         evaluate_first: also before the first step.
         finished_too: a run that is complete may be resumed; it makes no step.
     Raises:
@@ -59,12 +62,14 @@ class Loop:
         progress: bool = True,
         tensorboard: bool = False,
         lock: FileLock | None = None,
+        ranks: Ranks | None = None,
         evaluate_first: bool = False,
         finished_too: bool = False,
     ) -> None:
         require_matplotlib()
         self.objective, self.source = objective, source or {}
-        self.out, self.device = Path(out), resolve_device(config.device)
+        self.ranks, self._is_main = ranks, ranks is None or ranks.is_main
+        self.out, self.device = Path(out), resolve_device(config.device) if ranks is None else ranks.device
         self.dtype_reason = ""
         if config.dtype == "auto":
             dtype, self.dtype_reason = choose_dtype(self.device)
@@ -76,23 +81,30 @@ class Loop:
         network.dropout_seed, network.dropout_step = config.seed, 0
         self._methods: dict[str, str] = {}  # implementations of products before the run was resumed
         self._finished_too, self._evaluate_first = finished_too, evaluate_first and resume is None
+        self._unfinished: int | None = None  # dropout_step before a step that has not come to its end
+        self._last_is_intact = resume is not None and resume.folder == self.out / "last"
         self._evaluated, self._saved = 0, 0  # the steps of the last evaluation and of RUN/last
-        self._lock = lock or lock_run(self.out)
+        self._lock = (lock or lock_run(self.out)) if self._is_main else None
         try:
-            if resume is None:
-                make_room(self.out, overwrite)
-            else:
+            if resume is not None:
                 self._restore(resume)
-            self.log = Log(self.out / "log.jsonl", self.state.step, self.out / "tensorboard" if tensorboard else None)
+            elif self._is_main:
+                make_room(self.out, overwrite)
+            board = self.out / "tensorboard" if tensorboard else None
+            self.log = Log(self.out / "log.jsonl", self.state.step, board) if self._is_main else NoLog()
             self._begin_rows(resume)
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
-        self.progress = TrainingProgress(progress)
-        measured = objective.flops_per_token() is not None
+        self.progress = TrainingProgress(progress and self._is_main)
+        measured = self._is_main and objective.flops_per_token() is not None
         self.peak_flops = peak_flops(self.dtype, self.device) if measured else math.inf
         self._loss = math.nan  # the last step's
         self._found: Evaluation | None = None  # the last evaluation's
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state, config = replace(checkpoint.state), self.config
@@ -138,12 +150,17 @@ class Loop:
         self.clock = RunClock(self.state.seconds, minutes and 60 * minutes, self._evaluation_steps())
         try:
             with closing(self.log), Interrupt() as interrupt, self.progress, use_implementations(self._methods):
-                interrupted = self._train(interrupt)
+                try:
+                    interrupted = self._train(interrupt)
+                except RankLostError:
+                    self.save_alone()
+                    raise
             seconds = self.clock.seconds
             title = f"{self.out.name}: {self.state.step} steps"
-            plot_losses(self.log.records, self.out / "loss.png", title, self.objective.metric)
+            if self._is_main:
+                plot_losses(self.log.records, self.out / "loss.png", title, self.objective.metric)
         finally:
-            self._lock.release()
+            self._release()
         return TrainResult(
             steps=self.state.step,
             seconds=seconds,
@@ -158,11 +175,16 @@ class Loop:
 
     def _train(self, interrupt: Interrupt) -> int | None:
         """Make all steps and the last checkpoint; returns the signal that ended the run early, or None."""
+        if self.ranks is not None:
+            self.ranks.signalled = lambda: interrupt.signal is not None
+            self.ranks.same(self.objective.network.parameters(), "the start")
         if self._evaluate_first:
             self._log(self._evaluation())
-        while not self._done() and interrupt.signal is None:
+        done, signal = self._agree(interrupt)
+        while not done and signal is None:
             self._step()
-        interrupted = None if self._done() else interrupt.signal
+            done, signal = self._agree(interrupt)
+        interrupted = None if done else signal
         if interrupted is None and self._evaluated != self.state.step:
             self._evaluate()
             self._save()
@@ -170,6 +192,16 @@ class Loop:
         elif self._saved != self.state.step:
             self._save()
         return interrupted
+
+    def _agree(self, interrupt: Interrupt) -> tuple[bool, int | None]:
+        """Whether the run has come to its end, and the signal that ends it early; of all ranks the same."""
+        done, signal = self._done(), interrupt.signal
+        if self.ranks is None:
+            return done, signal
+        self.ranks.step = self.state.step + 1
+        found = self.ranks.exchange([done, signal or 0, self.state.planned_steps or 0], "the beginning")
+        self.state.planned_steps = int(found[0][2]) or None  # rank 0's clock decides
+        return bool(found[0][0]), max(int(values[1]) for values in found) or None
 
     def _evaluation_steps(self) -> float:
         """The expected time of an evaluation in steps: a forward pass takes a third of a step."""
@@ -212,6 +244,7 @@ class Loop:
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         rows = self.state.rows or 0
+        self._unfinished = self.objective.network.dropout_step
         figures = self.objective.add_gradients(self.objective.batches(rows, config), self.autocast, self.device)
         loss = figures["loss"]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizers), config.grad_clip or math.inf))
@@ -223,6 +256,7 @@ class Loop:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self._unfinished = None
         self.state.step += 1
         self.state.rows = rows + config.rows_per_step
         return {**figures, "lr": rate, "grad_norm": norm}
@@ -253,14 +287,31 @@ class Loop:
         self.log.write(step=self.state.step, val_loss=found.loss, **named)
 
     def _save(self) -> None:
-        """Write RUN/last, and RUN/best if this is the best step so far."""
+        """Write RUN/last, and RUN/best if this is the best step so far; with ranks, on rank 0 while the others wait."""
+        if self.ranks is None:
+            self._write()
+        else:
+            self.ranks.main_first(self._write, "the checkpoint")
+        self._saved = self.state.step
+
+    def save_alone(self) -> None:
+        """Save what the last whole step left, where other ranks are lost, unless one of them has."""
+        if self._unfinished is not None:
+            self.objective.network.dropout_step = self._unfinished
+        if saved_step(self.out / "last") < self.state.step:
+            self._write()
+
+    def _write(self) -> None:
         self.state.seconds, self.state.evaluated = self.clock.seconds, self._evaluated
         last, objective = self.out / "last", self.objective
+        if self.config.keep_last > 1 and self._last_is_intact:
+            keep_last(self.out)
         about = (objective.tokenizer, self.state, self.config, self.source)
         save_checkpoint(last, objective.network, self.optimizers, *about, write=objective.write)
         if self.state.best_step == self.state.step:
             copy_checkpoint(last, self.out / "best")
-        self._saved = self.state.step
+        self._last_is_intact = True
+        forget(self.out, self.config.keep_last)
 
     def _plan(self) -> dict[str, int]:
         """Set planned_steps from the time that is left."""

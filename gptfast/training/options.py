@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfast._options import default_of, default_text, format_value, option, options_of
+from gptfast._options import Real, default_of, default_text, format_value, option, options_of
 from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
 from gptfast.training.config import TrainConfig
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # the fields of GPTConfig that are options
 _RUN = "The run"
+TIMEOUT = 120.0
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # by the option that chooses the initial weights; "": random weights
     "": {
@@ -52,8 +53,27 @@ class RunOptions:
 
     threads: int | None = option(None, "CPU threads.", words="all cores", group=_RUN)
     out: Path = option(Path("runs/gpt"), "Folder for checkpoints, log and plot.", group=_RUN)
-    resume: bool = option(False, "Continue the run in OUT, bit for bit.", group=_RUN)
+    resume: str | None = option(
+        None,
+        "Continue the run in OUT, bit for bit; auto: begin one where OUT has no checkpoint. Alone it means last.",
+        allowed=("last", "auto"),
+        group=_RUN,
+    )
     overwrite: bool = option(False, "Replace the run in OUT.", group=_RUN)
+    parallel: str | None = option(
+        None,
+        "How the processes that torchrun starts share the work. ddp: each has the whole model and a part of the rows of every "
+        "batch. `batch_size` is that of all together.",
+        words="ddp with torchrun, else one process",
+        allowed=("ddp",),
+        group=_RUN,
+    )
+    timeout: float = option(
+        TIMEOUT,
+        "Seconds after which a process of torchrun that does not come, or does not answer, is an error.",
+        allowed=Real(above=0),
+        group=_RUN,
+    )
     tensorboard: bool = option(False, "Write event files for TensorBoard too.", group=_RUN)
 
 

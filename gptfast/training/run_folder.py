@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptfast._locks import FileLock
+from gptfast.training.kept import kept
 
 LOCK = "training.lock"
 
@@ -47,7 +48,7 @@ def locked_run(out: Path) -> Iterator[FileLock]:
 
 def check_room(out: Path, overwrite: bool) -> list[Path]:
     """The checkpoints of a run that is to be replaced. Raises FileExistsError: there are some and `overwrite` is False."""
-    old = [out / name for name in ("last", "best") if (out / name).exists()]
+    old = [*(out / name for name in ("last", "best") if (out / name).exists()), *kept(out)]
     if old and not overwrite:
         raise FileExistsError(
             f"{out} already has a training run; continue it with `resume`, replace it with `overwrite`, or "

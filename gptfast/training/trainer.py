@@ -15,6 +15,7 @@ from gptfast.training.checkpoint import Checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.language_modelling import LanguageModelling
 from gptfast.training.loop import Loop
+from gptfast.training.ranks import Ranks
 
 
 class Trainer(Loop):
@@ -33,6 +34,8 @@ class Trainer(Loop):
         progress: show progress.
         tensorboard: also write event files to RUN/tensorboard.
         lock: the acquired lock of `lock_run(out)`; released at the end of `train`. None: acquired here.
+        ranks: the processes of the run, of which rank 0 writes and logs; each has the same arguments. None: this one alone.
+        finished_too: a run that is complete may be resumed; it makes no step.
     Raises:
         TypeError, ValueError: a model of another dtype, too few tokens, or tokens or a block_size that do not fit the model.
         FileExistsError: `out` already has a run.
@@ -56,8 +59,10 @@ class Trainer(Loop):
         progress: bool = True,
         tensorboard: bool = False,
         lock: FileLock | None = None,
+        ranks: Ranks | None = None,
+        finished_too: bool = False,
     ) -> None:
-        objective = LanguageModelling(model, train_tokens, val_tokens, config, tokenizer)
+        objective = LanguageModelling(model, train_tokens, val_tokens, config, tokenizer, ranks)
         self.block_size, self.sampler, self.val_tokens = objective.block_size, objective.sampler, val_tokens
         self.model, self.tokenizer = model, tokenizer
         super().__init__(
@@ -70,4 +75,6 @@ class Trainer(Loop):
             progress=progress,
             tensorboard=tensorboard,
             lock=lock,
+            ranks=ranks,
+            finished_too=finished_too,
         )

@@ -1,0 +1,116 @@
+"""`gptfast train` in several processes: with torchrun, or started one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gptfast.training.log import read_log
+
+STEPS = 50
+ARGUMENTS = [
+    *(
+        "--n-layer",
+        "2",
+        "--n-head",
+        "2",
+        "--n-embd",
+        "32",
+        "--block-size",
+        "32",
+        "--dropout",
+        "0.1",
+        "--batch-size",
+        "8",
+    ),
+    *(
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--max-steps",
+        str(STEPS),
+        "--lr-decay-steps",
+        str(STEPS),
+    ),
+    *("--grad-accum", "2", "--eval-every", "25", "--eval-batches", "3", "--checkpoint-every", "10", "--log-every", "1"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def train_command(text: str | Path, out: Path, *more: str | Path) -> list[str]:
+    return ["-m", "gptfast", "train", "--data", str(text), *ARGUMENTS, "--out", str(out), *map(str, more)]
+
+
+def torchrun(processes: int, *command: str, restarts: int = 0) -> subprocess.Popen[str]:
+    options = ["--nproc-per-node", str(processes), "--max-restarts", str(restarts), "--master-port", str(free_port())]
+    return _start(["-m", "torch.distributed.run", *options, *command], {})
+
+
+def ranks(processes: int, *command: str, first: int = 0, count: int | None = None) -> list[subprocess.Popen[str]]:
+    """Processes with the variables that torchrun sets, without its agent; `count` of them from rank `first` on."""
+    port = str(free_port())
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    chosen = range(first, processes if count is None else first + count)
+    return [_start(list(command), {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in chosen]
+
+
+def _start(arguments: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+    """(exit code, what it printed); its group is killed where it does not end in time."""
+    try:
+        said = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"still running after {seconds} s: {process.communicate()[0][-3000:]}") from None
+    return process.returncode, said
+
+
+def await_step(out: Path, step: int, process: subprocess.Popen[str], seconds: float = 90) -> None:
+    """Wait until a run has logged a step."""
+    log, end = out / "log.jsonl", time.monotonic() + seconds
+    while not (log.exists() and any(r["step"] >= step for r in read_log(log))):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def workers(agent: subprocess.Popen[str]) -> dict[int, int]:
+    """The process numbers of torchrun's workers, by rank."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    found = {}
+    for pid in children:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        for variable in variables:
+            if variable.startswith(b"RANK="):
+                found[int(variable[5:])] = int(pid)
+    return found
+
+
+def losses(out: Path) -> dict[int, float]:
+    """The training loss of every step, each of which must be there once."""
+    found = [(r["step"], r["loss"]) for r in read_log(out / "log.jsonl") if "loss" in r]
+    assert len(found) == len(dict(found))
+    return dict(found)
+
+
+def stored_step(out: Path) -> int:
+    return json.loads((out / "last" / "trainer.json").read_text())["state"]["step"]
