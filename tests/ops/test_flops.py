@@ -7,10 +7,36 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import gptfast
 from gptfast import GPT, GPTConfig, ops
+from gptfast.ops._flops import FORMULAS
+
+# Operators without a matrix product, and what is no operator on tensors of a model.
+NO_PRODUCT = {
+    f"{op}_{way}"
+    for op in ("layer_norm", "add_layer_norm", "gelu", "embedding", "cross_entropy")
+    for way in ("fwd", "bwd")
+}
+NO_PRODUCT |= {
+    "cross_entropy_in_place",
+    "linear_cross_entropy_scale",
+    "dequantize_nf4",
+    "dropout",
+    "dropout_mask",
+    "take_dropout",
+}
+NO_PRODUCT |= {
+    "sample",
+    "keep_results",
+    "peak_flops",
+    "signal_ns",
+    "cpu_isa",
+    "cpu_isas",
+    "cpu_rejected_isa",
+    "set_cpu_isa",
+}
 
 
 def flops(function: Callable[[], object], backend: str) -> int:
@@ -92,3 +118,20 @@ def test_low_rank_updates_count():
         ops.lora_linear(x, w, updates=[ops.LowRank(a, b, first=4, last=14)]).sum().backward()
     base, update = 2 * 20 * 8 * 6, 2 * 10 * 3 * (8 + 6)
     assert counter.get_total_flops() == 2 * base + 3 * update
+
+
+def test_every_operator_has_a_formula_or_no_product():
+    """A new operator has to say which: torch counts 0 where it finds no formula."""
+    import gptfast.triton  # noqa: F401  registers its operators
+
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith(("gptfast::", "gptfast_triton::"))
+    }
+    assert registered >= set(FORMULAS) and not NO_PRODUCT & set(FORMULAS)
+    assert registered - set(FORMULAS) <= NO_PRODUCT
+    for name in FORMULAS:
+        for space in (torch.ops.gptfast, torch.ops.gptfast_triton):
+            if hasattr(space, name):
+                assert getattr(space, name) in flop_registry, name
