@@ -48,6 +48,14 @@ struct Table {
   INL_MEMBER explicit Table(const float* v) : values(load(v)) {}
   INL_MEMBER F of(I index) const { return permute(values, index); }
 };
+#ifdef __AVX512BF16__
+// The same in bf16: the table twice, at the low five bits of each 16.
+struct PairTable {
+  I values;
+  INL_MEMBER explicit PairTable(F v) : values((I)_mm512_cvtne2ps_pbh(v, v)) {}
+  INL_MEMBER I of(I index) const { return _mm512_permutexvar_epi16(index, values); }
+};
+#endif
 INL I spread_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INL I spread_signed(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INL I nibbles(const uint8_t* p) {
@@ -92,7 +100,14 @@ struct Bytes {
 struct Nibbles {
   static constexpr int kPerLane = 8;
   const Table table;
+#ifdef __AVX512BF16__
+  const PairTable pair_table;
+  INL_MEMBER explicit Nibbles(Codes format) : table(values_of(format)), pair_table(table.values) {}
+  // Codes j of each 16 bits, rounded to bf16.
+  INL_MEMBER I pair_part(I words, int j) const { return pair_table.of(_mm512_srli_epi16(words, unsigned(4 * j))); }
+#else
   INL_MEMBER explicit Nibbles(Codes format) : table(values_of(format)) {}
+#endif
   INL_MEMBER F load(const uint8_t* row, i64 k) const { return table.of(nibbles(row + k / 2)); }
   INL_MEMBER F part(I words, int j) const { return table.of(shr(words, 4 * j)); }
   static constexpr int place(int j) { return j ^ 1; }  // the high half comes first

@@ -190,7 +190,7 @@ struct QuantizedRowsParams {
   Vector bias;
   MutRows y;
   i64 M;
-  float* spread;  // M rows of quantized_depth(K) values of x, in the order in which the codes are read
+  float* spread;  // M rows of x, up to kChunkCodes, in the order in which the codes are read
 };
 constexpr i64 kQuantizedRows = 32;  // outputs of an item
 constexpr i64 kFewRows = 8;         // rows of x, at most

@@ -78,22 +78,28 @@ def _register_autograd(namespace: str, name: str) -> None:
 def differentiable(name: str, save: Save, backward: Backward, eager: Callable[..., Any] | None = None) -> Any:
     """`register_derivative`, and the function of (backend, *arguments of the operator) by which `gptfast.ops` calls it.
 
-    Called eagerly it goes through a `torch.autograd.Function`, which takes half the time of torch.library's machinery; while
-    it is traced it is the operator itself. The derivative is the same.
+    Called eagerly it goes through a `torch.autograd.Function`, which takes half the time of torch.library's machinery, and
+    where nobody records it the kernel is called; while it is traced it is the operator itself. The derivative is the same.
 
     Args:
         name, save, backward: as in `register_derivative`.
         eager: computes the eager call instead of the operator.
     """
     register_derivative(name, save, backward)
-    functions: dict[str, Any] = {}
+    functions: dict[str, tuple[Callable[..., Any], type[torch.autograd.Function]]] = {}
 
     def call(backend: str, *inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return getattr(getattr(torch.ops, namespace_of(backend)), name)(*inputs)
         if backend not in functions:
-            functions[backend] = _function(name, namespace_of(backend), eager)
-        return functions[backend].apply(*inputs)
+            kernel = getattr(getattr(torch.ops, namespace_of(backend)), name)
+            functions[backend] = kernel, _function(name, namespace_of(backend), eager)
+        kernel, function = functions[backend]
+        recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        if recorded or eager is not None:
+            return function.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*inputs)
 
     return call
 

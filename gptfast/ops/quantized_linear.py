@@ -77,8 +77,9 @@ def quantized_linear(
 
     The weight is read packed: once for a few rows of x, which bounds decoding, and for many in pieces of a few MB that are
     decoded as they are multiplied. The gradient dy W goes to x alone: the weight is frozen, and only its codes are kept for
-    backward (Dettmers et al., arXiv 2305.14314). C++ on CPUs, a Triton kernel on GPUs. bfloat16 multiplies weights that are
-    rounded to it, where the CPU has such products and there are more than 8 rows; else they are float32.
+    backward (Dettmers et al., arXiv 2305.14314). C++ on CPUs, a Triton kernel on GPUs. Where the CPU has products of
+    bfloat16, x of that dtype multiplies values that are rounded to it: up to 8 rows those of 4-bit codes, before the float32
+    scale, else the weights. All other products are float32.
 
     Args:
         x: (..., K), float32, bfloat16, float16 or float64.
@@ -95,10 +96,10 @@ def quantized_linear(
     check_quantized(x, codes, scales, bias, format, group_size)
     x = autocast(x)[0]
     runs_on = resolve(OP, backend, x, scales)
-    rows = rows_of(x)
+    rows = x if x.dim() == 2 else rows_of(x)
     arguments = (rows, codes, scales, bias, format, group_size)
     y = EagerFunction.apply(*arguments) if runs_on == "eager" else _fused(runs_on, *arguments)
-    return y.view(*x.shape[:-1], codes.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], codes.shape[0])
 
 
 def check_quantized(
