@@ -47,4 +47,4 @@ def flops_per_second(device: str = "auto") -> float:
     config = GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=256, vocab_size=4096, dropout=0.0)
     with torch.device("meta"):
         per_token = GPT(config).flops_per_token(config.block_size)
-    return per_token * 8 * config.block_size / step_seconds(config, 8, device)
+    return per_token * 8 * config.block_size / step_seconds(config, 8, device, times=2)
