@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,34 @@ class Metadata:
 
     config: keys of config.json, as they were read.
     generation: the content of generation_config.json; None: the checkpoint has no such file.
+    adapters: the end tokens that the folders of adapters name, by the names of the adapters.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] | None = None
+    adapters: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def with_adapter(self, name: str, ends: tuple[int, ...]) -> Metadata:
+        """This with the end tokens of an adapter; (): of none."""
+        others = {other: tokens for other, tokens in self.adapters.items() if other != name}
+        return replace(self, adapters={**others, **({name: ends} if ends else {})})
+
+    def to_write(self) -> dict[str, Any] | None:
+        """generation_config.json with the end tokens of the adapters; None: no file."""
+        own = [token for ends in self.adapters.values() for token in ends]
+        if not own:
+            return self.generation
+        named = list(dict.fromkeys((*own, *_ids((self.generation or {}).get(_END)), *_ids(self.config.get(_END)))))
+        return {**(self.generation or {}), _END: named}
 
     def end_tokens(self, vocab_size: int, others: Iterable[int | None] = ()) -> tuple[int, ...]:
-        """The ids that end a text: those of generation_config.json, of config.json, and `others` (the tokenizer's).
+        """The ids that end a text: those of the adapters, of generation_config.json, of config.json, and `others` (the
+        tokenizer's).
 
         Ids outside the vocabulary, which some checkpoints name, end nothing and are left out.
         """
-        named = (*_ids((self.generation or {}).get(_END)), *_ids(self.config.get(_END)), *others)
+        own = [token for ends in self.adapters.values() for token in ends]
+        named = (*own, *_ids((self.generation or {}).get(_END)), *_ids(self.config.get(_END)), *others)
         return tuple(dict.fromkeys(token for token in named if token is not None and 0 <= token < vocab_size))
 
     def ends(self, vocab_size: int) -> dict[str, Any]:
@@ -101,6 +119,12 @@ def read_metadata(folder: Path, extra: dict[str, Any], config_file: Path) -> Met
                 f"{file}: {name} is {value!r}; expected a number that generation can use - correct it, or leave it out"
             )
     return Metadata(extra, raw)
+
+
+def end_tokens_in(folder: str | os.PathLike[str]) -> tuple[int, ...]:
+    """The end tokens that the folder of an adapter names in a generation_config.json. Raises ValueError if that is damaged."""
+    read = read_metadata(Path(folder), {}, Path(folder) / GENERATION)
+    return tuple(_ids((read.generation or {}).get(_END)))
 
 
 def _ids(value: Any) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
+from gptfast.metadata import Metadata, end_tokens_in
 from gptfast.nn.adapted import BASE, LoraLinear, check_adapter
 from gptfast.nn.soft_prompt import prompts_of
 
@@ -99,6 +100,7 @@ class AdapterMethods:
 
     config: GPTConfig
     base_mark: str
+    metadata: Metadata
     _adapters: PackedAdapters
 
     def virtual_tokens(self, adapter: str | None = None) -> int:
@@ -106,7 +108,8 @@ class AdapterMethods:
         return self._adapters.virtual_tokens(adapter)
 
     def load_adapter(self, path: str | os.PathLike[str], name: str = "default", *, any_base: bool = False) -> None:
-        """Add the adapter in a folder that `GPT.save_adapter` or peft wrote, and make it the active one.
+        """Add the adapter in a folder that `GPT.save_adapter` or peft wrote, and make it the active one. The end
+        tokens of its generation_config.json, if it has one, end texts too.
 
         Args:
             path: folder with adapter_config.json and adapter_model.safetensors.
@@ -120,12 +123,14 @@ class AdapterMethods:
             raise ValueError(f"load_adapter: name is {name!r}; expected one that no adapter has, and not {BASE!r}")
         # Formats of files stand above the engine, which is why this module is found by name.
         reader = importlib.import_module("gptfast.models.adapters.beside_packed")
-        own = reader.read_adapter(path, self.config, self.base_mark, any_base)
+        own, ends = reader.read_adapter(path, self.config, self.base_mark, any_base), end_tokens_in(path)
         if isinstance(own, Tensor):
             packed = vectors_of("load_adapter", name, own)
         else:
             packed = pack("load_adapter", name, own, shape_of(self.config))
         self._adapters = self._adapters.with_one(name, packed)
+        if ends:
+            self.metadata = self.metadata.with_adapter(name, ends)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -160,6 +165,8 @@ class AdapterMethods:
             ValueError: unknown name.
         """
         self._adapters = self._adapters.without(names)
+        for name in (names,) if isinstance(names, str) else names:
+            self.metadata = self.metadata.with_adapter(name, ())
 
 
 def shape_of(config: GPTConfig) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +186,7 @@ class CompiledGPT(AdapterMethods):
                 "write adapters with GPT.save_adapter, take them out here with delete_adapter, and load_adapter them beside the file"
             )
         weights = memoryview(self._weights)
-        said = asdict(self.metadata) if self.metadata != Metadata() else None
+        said = {"config": self.metadata.config, "generation": self.metadata.to_write()}
         packed_file.save(
             path,
             self.config,
@@ -196,7 +195,7 @@ class CompiledGPT(AdapterMethods):
             self.dtype,
             weights,
             self.check_weights,
-            said,
+            said if any(said.values()) else None,
             self.base_mark,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,5 +33,5 @@ def dequantized(config: GPTConfig, metadata: Metadata, core: Any) -> Any:
             value.copy_(rows[:, :C])
         else:
             core.unpack(name, to_dlpack(value))
-    model.metadata = deepcopy(metadata)
+    model.metadata = replace(deepcopy(metadata), adapters={})  # these are not in it
     return model

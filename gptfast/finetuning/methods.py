@@ -78,8 +78,8 @@ def write(network: Any, folder: Path) -> None:
         network.save_pretrained(folder)
         return
     network.save_adapter(folder, NAME)
-    if gpt.metadata.generation is not None:
-        write_json(folder / GENERATION, gpt.metadata.generation)
+    if (generation := gpt.metadata.to_write()) is not None:
+        write_json(folder / GENERATION, generation)
 
 
 def base_fingerprint(gpt: nn.Module) -> str:

@@ -67,8 +67,8 @@ def save(
     dtype, metadata = str(model.wte.weight.dtype).removeprefix("torch."), metadata_of(model)
     with staged_folder(path, replaces=rf"{WEIGHTS}|generation_config\.json") as stage:
         write_json(stage / CONFIG, hf_layout.to_hf(config, dtype, metadata.config) | dict(settings or {}))
-        if metadata.generation is not None:
-            write_json(stage / GENERATION, metadata.generation)
+        if (generation := metadata.to_write()) is not None:
+            write_json(stage / GENERATION, generation)
         for file, names in zip(files, shards, strict=True):
             write_tensors(stage / file, _apart({name: tensors[name].contiguous().cpu() for name in names}))
         if len(shards) > 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gptfast._checks import check_count
 from gptfast._warn import warn
+from gptfast.metadata import Metadata, end_tokens_in
 from gptfast.models.adapters import attached, files, merging
 from gptfast.models.adapters.config import of_user
 from gptfast.models.vocabulary import set_rows
@@ -16,6 +17,8 @@ from gptfast.nn.transformer import Transformer
 
 class AdapterMethods(Transformer):
     """Adapters: small trained parts beside a frozen base, with the names of peft and of transformers' models."""
+
+    metadata: Metadata
 
     def add_adapter(self, config: Any, name: str = "default") -> None:
         """Add a new adapter, make it the active one, and freeze the base.
@@ -36,6 +39,8 @@ class AdapterMethods(Transformer):
     def load_adapter(self, path: str | os.PathLike[str], name: str = "default", *, any_base: bool = False) -> None:
         """Add the adapter in a folder that `save_adapter` or peft wrote, and make it the active one.
 
+        Where the folder has a generation_config.json, as that of a chat has, its end tokens end texts too.
+
         Args:
             path: folder with adapter_config.json and adapter_model.safetensors.
             name: of the adapter.
@@ -43,7 +48,11 @@ class AdapterMethods(Transformer):
         Raises:
             OSError, ValueError: missing or damaged files, or an adapter of another base. The model stays as it was.
         """
-        if files.load(self, path, name, any_base):
+        ends = end_tokens_in(path)
+        heads = files.load(self, path, name, any_base)
+        if ends:
+            self.metadata = self.metadata.with_adapter(name, ends)
+        if heads:
             warn(
                 f"load_adapter: {path} has the head of a task too, which gptfast.finetuning.TaskModel.from_pretrained reads"
             )
@@ -86,6 +95,8 @@ class AdapterMethods(Transformer):
             ValueError: unknown name, or adapters are merged.
         """
         attached.delete(self, names)
+        for name in (names,) if isinstance(names, str) else names:
+            self.metadata = self.metadata.with_adapter(name, ())
 
     def merge_adapter(self, names: str | Sequence[str] | None = None) -> None:
         """Make the weights those of the base with the updates of adapters: a plain GPT, which the engine runs and

@@ -1,0 +1,86 @@
+"""The end token that the folder of a chat's adapter names: obeyed by generate, the engine and the server's defaults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptfast import GPT
+from gptfast.backend import has_cpu_ops
+from gptfast.finetuning import LoraConfig
+from tests.finetuning.models import gpt
+from tests.support.finetuning import base, result, write
+from tests.support.finetuning import finetune as run
+from tests.support.train_command import _argv, gptfast  # noqa: F401  a fixture
+
+PROMPT = torch.tensor([[1, 2, 3, 4]])
+
+
+@pytest.fixture
+def places(tmp_path) -> tuple[Path, Path, int]:
+    """A base without end token, an adapter, and the second token that it says, which becomes its end token."""
+    gpt(50).save_pretrained(tmp_path / "base")
+    model = GPT.from_pretrained(tmp_path / "base")
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False))
+    model.save_adapter(tmp_path / "adapter")
+    said = model.generate(PROMPT, 8)[0, 4:].tolist()
+    end = next(token for token in said if token != said[0])
+    (tmp_path / "adapter" / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 49]}))
+    return tmp_path / "base", tmp_path / "adapter", end
+
+
+def test_generate_ends_there(places, tmp_path):
+    """As long as the adapter is there; the merged checkpoint has it too."""
+    at, adapter, end = places
+    model = GPT.from_pretrained(at)
+    assert model.generate(PROMPT, 8).shape == (1, 12)
+    model.load_adapter(adapter)
+    assert model.generate(PROMPT, 8)[0, -1] == end
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "merged")
+    assert GPT.from_pretrained(tmp_path / "merged").generate(PROMPT, 8)[0, -1] == end
+    model.unmerge_adapter()
+    assert model.metadata.generation is None
+    model.delete_adapter("default")
+    assert model.generate(PROMPT, 8).shape == (1, 12)
+    assert model.metadata.end_tokens(50) == ()
+
+
+@pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+def test_the_engine_ends_there(places):
+    at, adapter, end = places
+    model = GPT.from_pretrained(at)
+    packed = model.compile_for_inference("float32")
+    packed.load_adapter(adapter)
+    assert packed.generate(PROMPT, 8)[0, -1] == end
+    assert model.metadata.end_tokens(50) == ()
+    model.load_adapter(adapter)
+    both = model.compile_for_inference("float32")
+    assert both.generate(PROMPT, 8)[0, -1] == end
+    packed.delete_adapter("default")
+    assert packed.generate(PROMPT, 8).shape == (1, 12)
+    assert packed.metadata.end_tokens(50) == ()
+
+
+def test_a_damaged_file_leaves_the_model_as_it_was(places):
+    at, adapter, _ = places
+    (adapter / "generation_config.json").write_text('{"eos_token_id": "stop"}')
+    model = GPT.from_pretrained(at)
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is 'stop'; expected a token id"):
+        model.load_adapter(adapter)
+    assert model.adapters is None
+
+
+def test_a_resumed_chat_keeps_it(tmp_path):
+    base(tmp_path / "base")
+    chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 8
+    more = ("--data", write(tmp_path / "chat.jsonl", chat), "--method", "lora")
+    assert run(tmp_path, *more, "--max-steps", "2", task="chat") == 0
+    file = tmp_path / "out" / "last" / "generation_config.json"
+    before = json.loads(file.read_text())
+    assert gptfast("finetune", "--resume", "--out", tmp_path / "out", "--max-steps", "4") == 0
+    assert result(tmp_path)["steps"] == 4
+    assert json.loads(file.read_text()) == before
