@@ -54,7 +54,7 @@ install: $(TESTED)  ## virtual environment, build, editable install, packages of
 demo: $(BUILT)  ## train a small GPT on Shakespeare for three minutes, then let it write
 	$(BIN)/python -m gptfast.demo
 
-demo-finetune: $(TESTED)  ## pre-train on half of Shakespeare, then tell the genre of unseen works, by full fine-tuning and LoRA
+demo-finetune: $(TESTED)  ## pre-train on half of Shakespeare, then tell the genre of unseen works, by each method of fine-tuning
 	$(BIN)/python -m gptfast.demo_finetune
 
 test: $(TESTED) $(if $(WHEEL),released) lint  ## the whole test suite; WHEEL=1: on the libraries of the wheel, which it builds
