@@ -147,3 +147,12 @@ def test_a_port_in_use_and_a_rank_that_never_comes_are_named(text, tmp_path, mon
     monkeypatch.setenv("RANK", "two")
     assert gptfast(*command) == 1
     assert "RANK is 'two'; expected a whole number" in capsys.readouterr().err
+
+
+def test_a_signal_to_torchrun_ends_the_run_saved(text, tmp_path):
+    agent = torchrun(2, *train_command(text, tmp_path / "run"))
+    await_step(tmp_path / "run", 5, agent)
+    agent.send_signal(signal.SIGTERM)
+    code, _ = finish(agent, 25)
+    assert code != 0
+    assert 5 <= stored_step(tmp_path / "run") < STEPS
