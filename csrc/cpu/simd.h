@@ -1,4 +1,4 @@
-// One small vector vocabulary for every ISA. This file is compiled once per ISA (see isa.h); everything lives in an
+// One small vector vocabulary for every ISA. This file is compiled once per ISA (kernel_unit.cpp); everything lives in an
 // anonymous namespace of that ISA, so that no AVX-512 copy of a shared inline function can reach the baseline.
 //
 //   F, I, W, M        fp32 lanes, 32-bit integer lanes, 64-bit integer lanes, lane mask;  L = fp32 lanes in a vector

@@ -2,7 +2,7 @@
 //
 //   dot4      acc += sum of the four products of unsigned bytes (w) and signed bytes (x) in each 32-bit lane
 //   dot4_small  the same for w <= 127
-//   lookup16  each byte's low nibble -> table[nibble]
+//   Lookup16::of  each byte's low nibble -> table[nibble]
 //   spread_bytes  2 L signed bytes -> words
 //   Exponents::of each word's low nibble -> exponent of that number, where bf16 has it
 //   merge     words: sign and fraction from one, exponent from the other
@@ -23,12 +23,16 @@ INL I dot4(I acc, I w, I x) {
   return acc;
 }
 INL I dot4_small(I acc, I w, I x) { return dot4(acc, w, x); }
-INL I lookup16(const uint8_t* table, I nibbles) {
-  uint8_t b[4 * L];
-  __builtin_memcpy(b, &nibbles, sizeof b);
-  for (auto& x : b) x = table[x & 15];
-  return iload(b);
-}
+struct Lookup16 {
+  const uint8_t* table;
+  explicit Lookup16(const uint8_t* t) : table(t) {}
+  I of(I nibbles) const {
+    uint8_t b[4 * L];
+    __builtin_memcpy(b, &nibbles, sizeof b);
+    for (auto& x : b) x = table[x & 15];
+    return iload(b);
+  }
+};
 #elif defined(__AVX512VNNI__)
 INL I dot4(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
 INL I dot4_small(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
@@ -53,13 +57,17 @@ INL I dot4_small(I acc, I w, I x) {
 #endif
 
 #if !defined(GPTFAST_SCALAR) && defined(__AVX512F__)
-INL I lookup16(const uint8_t* table, I nibbles) {
-  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), nibbles);
-}
+struct Lookup16 {
+  const I table;
+  explicit Lookup16(const uint8_t* t) : table(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)t))) {}
+  INL_MEMBER I of(I nibbles) const { return _mm512_shuffle_epi8(table, nibbles); }
+};
 #elif !defined(GPTFAST_SCALAR)
-INL I lookup16(const uint8_t* table, I nibbles) {
-  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)), nibbles);
-}
+struct Lookup16 {
+  const I table;
+  explicit Lookup16(const uint8_t* t) : table(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)t))) {}
+  INL_MEMBER I of(I nibbles) const { return _mm256_shuffle_epi8(table, nibbles); }
+};
 #endif
 
 #ifdef __AVX512BF16__

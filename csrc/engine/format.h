@@ -33,7 +33,7 @@ constexpr int8_t kQ4[16] = {-127, -100, -78, -61, -47, -33, -21, -9, 2, 13, 24, 
 
 constexpr i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 constexpr bool quantised(Format f) { return f >= Format::int8; }
-// Bytes are multiplied as w + offset, unsigned; what that adds to a product is taken off again (Activations::start).
+// Bytes are multiplied as w + offset, unsigned; what that adds to a product is taken off again (Activations::acc_init).
 constexpr int weight_offset(Format f) { return f == Format::int4 ? 8 : f == Format::int6 ? 32 : 128; }
 constexpr int code_bits(Format f) { return f == Format::int8 ? 8 : f == Format::int6 ? 6 : 4; }
 // Bytes of the 32 k x 32 outputs of a panel.

@@ -169,6 +169,18 @@ Activations Engine::normed_inputs(int t, const Linear& linear, const Norm& norm,
   return in;
 }
 
+// Of one panel; with many rows one of few bits becomes one of int8 first.
+static void product(const Kernels& k, Format f, const char* panel, const Activations& x, i64 rows, i64 K, float* y,
+                    i64 ldy) {
+  if (k.unpack[int(f)] && rows >= kUnpackedRows) {
+    char* bytes = static_cast<char*>(cpu::scratch(size_t(panel_bytes(Format::int8, K))));
+    k.unpack[int(f)](panel, K, bytes);
+    f = Format::int8;
+    panel = bytes;
+  }
+  k.product[int(f)](panel, x, rows, K, y, ldy);
+}
+
 // This thread's panels of out = finish(x W^T + updates + bias); y is room for the products, and may be `out`.
 void Engine::multiply(int t, const Linear& linear, const Activations& x, Rows rows, Epilogue epilogue, float* y,
                       i64 ldy, float* out, i64 ldo) {
@@ -179,7 +191,7 @@ void Engine::multiply(int t, const Linear& linear, const Activations& x, Rows ro
   const Inputs& in = rows.count == 1 ? own_[size_t(t)].inputs : shared_;
   for (i64 p = mine.first; p < mine.last; p++) {
     const i64 n = p * kPanel;
-    kernels_.product(w.format, weights_ + w.offset + p * panel, x, rows.count, K, y + n, ldy);
+    product(kernels_, w.format, weights_ + w.offset + p * panel, x, rows.count, K, y + n, ldy);
     update(linear, rows, p, in, y + n, ldy);
     if (bias || epilogue != Epilogue::store)
       kernels_.epilogue(epilogue, y + n, ldy, rows.count, bias ? bias + n : nullptr, out + n, ldo);

@@ -21,6 +21,8 @@ struct Activations {
   i64 stride = 0;
 };
 
+constexpr i64 kUnpackedRows = 16;  // from so many rows on a panel is unpacked first
+
 // A low-rank update (adapter.h). A: r rows of K values, each padded with zeros to lora_stride(K).  B: for each panel of
 // 32 outputs [r][32].
 struct LowRank {
@@ -58,7 +60,8 @@ inline i64 attend_scratch(i64 heads, i64 positions) {
 
 // Each is compiled by kernel_unit.cpp for each instruction set, from the -inl.h of its name. The build reads
 // this list. The sampler is that of csrc/cpu.
-#define GPTFAST_ENGINE_KERNELS(X) X(product) X(rows) X(attention) X(checksum) X(lora)
+#define GPTFAST_ENGINE_KERNELS(X) \
+  X(product_float) X(product_bytes) X(product_small) X(rows) X(attention) X(checksum) X(lora)
 
 struct Kernels {
   const char* isa;
@@ -66,8 +69,10 @@ struct Kernels {
   // Brings a row of K values into the form that the format's product reads (none for those that read f32). `factor`, a
   // power of two, goes into the scales of quantised formats; it is 1 with others.
   void (*quantize_activations)(Format, const float* x, i64 K, const Activations& to, i64 row, float factor);
-  // y[m][0..32) = x[m] W^T for rows [0, M) and one panel of depth K, which is padded_depth.
-  void (*product)(Format, const char* panel, const Activations& x, i64 M, i64 K, float* y, i64 ldy);
+  // By format: y[m][0..32) = x[m] W^T for rows [0, M) and one panel of depth K, which is padded_depth.
+  void (*product[kFormats])(const char* panel, const Activations& x, i64 M, i64 K, float* y, i64 ldy);
+  // A panel of a format narrower than int8 -> one of int8, which products of kUnpackedRows or more read; else null.
+  void (*unpack[kFormats])(const char* panel, i64 K, char* to) = {};
   // The panel's outputs y, M rows: out = epilogue(y + bias). bias has 32 values, or is null.
   void (*epilogue)(Epilogue, const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo);
   // h[m][0..r) = scale x[m] A^T for rows [0, M) of K values

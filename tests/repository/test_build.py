@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
@@ -21,18 +22,22 @@ needs_objdump = pytest.mark.skipif(shutil.which("objdump") is None, reason="binu
 needs_tree = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not run from the source tree")
 
 
+@functools.cache
+def disassembled(library: str) -> str:
+    (path,) = PACKAGE.glob(library)
+    return subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", "-C", path], capture_output=True, text=True, check=True
+    ).stdout
+
+
 @needs_ops
 @needs_objdump
 @pytest.mark.parametrize("library", ["_ops.so", "_C.abi3.so"])
 def test_wide_registers_only_in_their_units(library):
     """No AVX-512 or AVX code outside the functions of the units that were compiled for it."""
-    (path,) = PACKAGE.glob(library)
-    text = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", "-C", path], capture_output=True, text=True, check=True
-    ).stdout
     allowed = {"ymm": ("isa_avx2", "isa_avx512"), "zmm": ("isa_avx512",)}
     seen, function = set(), ""
-    for line in text.splitlines():
+    for line in disassembled(library).splitlines():
         if line.endswith(">:"):
             function = line
         for register, units in allowed.items():
@@ -40,6 +45,19 @@ def test_wide_registers_only_in_their_units(library):
                 assert any(unit in function for unit in units), f"{register} in {function}: {line}"
                 seen.add(register)
     assert seen == {"ymm", "zmm"}, "the check saw no wide code at all"
+
+
+@needs_ops
+@needs_objdump
+@pytest.mark.parametrize("library", ["_ops.so", "_C.abi3.so"])
+def test_wide_code_clears_the_upper_halves(library):
+    """Each function with wide registers has vzeroupper: without it the narrow code after it is slower.
+
+    Compilers leave it out of functions that have vectors as arguments or results."""
+    functions = re.split(r"\n(?=[0-9a-f]+ <)", disassembled(library))
+    wide = [function for function in functions if re.search(r"%[yz]mm\d", function)]
+    assert wide, "the check saw no wide code at all"
+    assert not [function.splitlines()[0] for function in wide if "vzeroupper" not in function]
 
 
 @needs_ops

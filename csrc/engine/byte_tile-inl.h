@@ -1,0 +1,83 @@
+// Products with weights in bytes and less: the tile, and the quads that more than one unit reads.
+#pragma once
+#include "product_tiles-inl.h"
+
+constexpr int kByteRows = L == 16 ? 6 : 2;
+
+// Quad q of a group, k = 4q .. 4q + 3: four unsigned bytes for each of L outputs from n on. Each is made from the 16
+// bytes that its codes stand for, or from null. Functions get these bytes and not the quads: a vector as an argument
+// would make the compiler leave out vzeroupper, and code without wide registers is slower then.
+struct Int4Quads {
+  static constexpr Format kFormat = Format::int4;
+  explicit Int4Quads(const uint8_t*) {}
+  INL_MEMBER I quad(const char* w, int n, int q) const { return nibbles(w, n, q); }
+  INL I nibbles(const char* w, int n, int q) {
+    const I two = iload(w + (q % 4 * kPanel + n) * 4);
+    return iand(q < 4 ? two : shr(two, 4), iset(0x0f0f0f0fu));
+  }
+  INL_MEMBER I dot(I acc, I w, I x) const { return dot4_small(acc, w, x); }
+};
+
+template <class U> static void unpack_quads(const uint8_t* levels, const char* w, i64 K, char* to) {
+  const U quads(levels);
+  constexpr i64 kScales = kPanel * 2;
+  for (i64 k = 0; k < K; k += kGroup, w += group_bytes(U::kFormat), to += group_bytes(Format::int8)) {
+    __builtin_memcpy(to, w, kScales);
+    UNROLL_FOR (int q = 0; q < 8; q++)
+      UNROLL_FOR (int n = 0; n < kPanel; n += L)
+        istore(to + kScales + (q * kPanel + n) * 4, quads.quad(w + kScales, n, q));
+  }
+}
+
+// Integer sums within a group: x . w = scale_x scale_w (start + sum of x_q (w_q + offset)).
+template <class U, int R, int V, int N>
+static void byte_tile(const uint8_t* levels, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
+  const U quads(levels);
+  constexpr i64 kBytes = group_bytes(U::kFormat), kLines = kBytes / 64;
+  F acc[R][V];
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
+  for (i64 g = 0; g * kGroup < K; g++, w += kBytes) {
+    I sum[R][V];
+    UNROLL_FOR (int r = 0; r < R; r++) {
+      const I start = broadcast4(x.acc_init + (m + r) * (x.stride / kGroup) + g);
+      UNROLL_FOR (int v = 0; v < V; v++) sum[r][v] = start;
+    }
+    const int8_t* q = x.q + m * x.stride + g * kGroup;
+    UNROLL_FOR (int i = 0; i < 8; i++) {
+      // in the order of the memory: one after the other, or both nibbles of a byte together
+      const int j = U::kFormat == Format::int8 ? i : i / 2 + 4 * (i % 2);
+      if (R == 1) prefetch_range(w + kAhead + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);
+      I quad[V];
+      UNROLL_FOR (int v = 0; v < V; v++) quad[v] = quads.quad(w + kPanel * 2, N + v * L, j);
+      UNROLL_FOR (int r = 0; r < R; r++) {
+        const I a = broadcast4(q + r * x.stride + 4 * j);
+        UNROLL_FOR (int v = 0; v < V; v++) sum[r][v] = quads.dot(sum[r][v], quad[v], a);
+      }
+    }
+    UNROLL_FOR (int v = 0; v < V; v++) {
+      const F scale = load_f16(reinterpret_cast<const uint16_t*>(w) + N + v * L);
+      UNROLL_FOR (int r = 0; r < R; r++) {
+        const F both_scales = scale * set(x.scale[(m + r) * (x.stride / kGroup) + g]);
+        acc[r][v] = fma(to_float_signed(sum[r][v]), both_scales, acc[r][v]);
+      }
+    }
+  }
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
+}
+
+// Apart from byte_product: what its lambdas capture would cost a single row a frame.
+template <class U>
+__attribute__((noinline)) static void byte_rows(const uint8_t* levels, const char* w, const Activations& x, i64 M,
+                                                i64 K, float* y, i64 ldy) {
+  constexpr int V = kTileVectors;
+  tiles_of_panel<V>([&]<int N> {
+    rows_of_tiles<kByteRows>(M, [&]<int R>(i64 m) { byte_tile<U, R, V, N>(levels, w, x, m, K, y + m * ldy, ldy); });
+  });
+}
+template <class U>
+static void byte_product(const uint8_t* levels, const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {
+  if (M == 1) return byte_tile<U, 1, kVectors, 0>(levels, w, x, 0, K, y, ldy);
+  byte_rows<U>(levels, w, x, M, K, y, ldy);
+}

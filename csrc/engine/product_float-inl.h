@@ -1,0 +1,111 @@
+// Products with weights in fp32 and bf16; see product_tiles-inl.h.
+#include "product_tiles-inl.h"
+
+constexpr int kFloatRows = L == 16 ? 8 : L == 8 ? 6 : 4;
+
+// acc[r] += x[m + r][k .. k + 1] . b
+template <int R, int V> INL void add_pairs(const I (&b)[V], const Activations& x, i64 m, i64 k, F (&acc)[R][V]) {
+  UNROLL_FOR (int r = 0; r < R; r++) {
+    if constexpr (kPairs) {
+      const I a = broadcast4(x.bf16 + (m + r) * x.stride + k);
+      UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = dot_pairs(acc[r][v], b[v], a);
+    } else {
+      const float* a = x.f32 + (m + r) * x.f32_stride + k;
+      const F even = set(a[0]), odd = set(a[1]);
+      UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = fma(odd, high_half(b[v]), fma(even, low_half(b[v]), acc[r][v]));
+    }
+  }
+}
+// A step along k: kDepth values of x, kBytes of the panel, V vectors from output N on. N is a constant: as a variable
+// it costs an address for every load, more than there are registers.
+struct FloatStep {
+  static constexpr i64 kDepth = 1, kBytes = kPanel * 4;
+  explicit FloatStep(const char*) {}
+  template <int R, int V, int N>
+  INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
+    F b[V];
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = load(reinterpret_cast<const float*>(w) + N + v * L);
+    UNROLL_FOR (int r = 0; r < R; r++) {
+      const F a = set(x.f32[(m + r) * x.f32_stride + k]);
+      UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = fma(a, b[v], acc[r][v]);
+    }
+  }
+};
+// Unpacked bf16: [K/2][32] pairs of neighbours along k.
+struct PairStep {
+  static constexpr i64 kDepth = 2, kBytes = kPanel * 4;
+  explicit PairStep(const char*) {}
+  template <int R, int V, int N>
+  INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
+    I b[V];
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = iload(w + (N + v * L) * 4);
+    add_pairs<R, V>(b, x, m, k, acc);
+  }
+};
+// Packed bf16. The nibbles of a word, from the lowest: of outputs n and n + 16 at one k, and of both two k further on.
+struct Bf16Step {
+  static constexpr i64 kDepth = 4, kBytes = group_bytes(Format::bf16) / 8;
+  const Exponents exponents;
+  explicit Bf16Step(const char* panel) : exponents(panel) {}
+
+  template <int H>  // pairs k + 2H of outputs n to n + L
+  INL_MEMBER I pairs(const char* w, int n) const {
+    const I nibbles = iload(w + n % 16 * 4);
+    const I signs_and_fractions = spread_bytes(w + 64 + H * 64 + n * 2);
+    return merge(signs_and_fractions,
+                 n < 16 ? exponents.of(shr(nibbles, 8 * H)) : exponents.of(shr(nibbles, 8 * H + 4)));
+  }
+  template <int R, int V, int N>
+  INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
+    I b[V];
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = pairs<0>(w, N + v * L);
+    add_pairs<R, V>(b, x, m, k, acc);
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = pairs<1>(w, N + v * L);
+    add_pairs<R, V>(b, x, m, k + 2, acc);
+  }
+};
+static void unpack_bf16(const char* w, i64 K, char* pairs) {
+  const Bf16Step step(w);
+  w += header_bytes(Format::bf16);
+  for (i64 k = 0; k < K; k += Bf16Step::kDepth, w += Bf16Step::kBytes, pairs += 2 * PairStep::kBytes)
+    UNROLL_FOR (int n = 0; n < kPanel; n += L) {
+      istore(pairs + n * 4, step.pairs<0>(w, n));
+      istore(pairs + PairStep::kBytes + n * 4, step.pairs<1>(w, n));
+    }
+}
+
+template <class Step, int R, int V, int N>
+static void float_tile(const Step& step, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
+  F acc[R][V];
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
+  for (i64 k = 0; k < K; k += Step::kDepth, w += Step::kBytes) {
+    if (R == 1) prefetch_range(w + kAhead, Step::kBytes);
+    step.template run<R, V, N>(w, x, m, k, acc);
+  }
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
+}
+
+template <class Step>
+static void float_product(const Step& step, const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {
+  if (M == 1) return float_tile<Step, 1, kVectors, 0>(step, w, x, 0, K, y, ldy);
+  constexpr int V = kTileVectors;
+  tiles_of_panel<V>([&]<int N> {
+    rows_of_tiles<kFloatRows>(M, [&]<int R>(i64 m) { float_tile<Step, R, V, N>(step, w, x, m, K, y + m * ldy, ldy); });
+  });
+}
+static void bf16_product(const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {
+  if (M < kUnpackedRows) return float_product(Bf16Step(w), w + header_bytes(Format::bf16), x, M, K, y, ldy);
+  char* pairs = static_cast<char*>(scratch(size_t(K * kPanel * 2)));
+  unpack_bf16(w, K, pairs);
+  float_product(PairStep(pairs), pairs, x, M, K, y, ldy);
+}
+static void f32_product(const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {
+  float_product(FloatStep(w), w, x, M, K, y, ldy);
+}
+
+static void fill(Kernels& k) {
+  k.product[int(Format::f32)] = f32_product;
+  k.product[int(Format::bf16)] = bf16_product;
+}
