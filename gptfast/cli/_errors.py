@@ -98,14 +98,14 @@ def _names_around(error: BaseException | None) -> set[str]:
 def _in_options(text: str, options: dict[str, str]) -> str:
     """The message with the options of the command line in place of the names of parameters.
 
-    Names in a file (", line 3: temperature is …"; n_embd in config.json, unless it was given) stay.
+    Names in a file (", line 3: temperature is …"; n_embd in config.json, lr in run.toml, unless it was given) stay.
     """
     options = options | {name: options[parameter] for name, parameter in _OTHER_NAMES.items() if parameter in options}
     text = as_options(text, options)
     if re.search(r", (line|record) \d+", text):
         return text
     for name, option in options.items():
-        if ".json" in text and not _is_given(option):
+        if (".json" in text or ".toml" in text) and not _is_given(option):
             continue
         text = re.sub(rf"(?<![\w./'\"=-]){name}=True\b", option, text)
         text = re.sub(rf"(?<![\w./'\"=-]){name}=(?=[\w'\"\[-])", f"{option} ", text)

@@ -12,12 +12,11 @@ from gptfast.cli._run import describe, report
 from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
 from gptfast.training.config import TrainConfig
-from gptfast.training.options import SHAPE, TIMEOUT, RunOptions, Weights, defaults_in_words
+from gptfast.training.options import DATA, SHAPE, TIMEOUT, RunOptions, Weights, defaults_in_words
 
 if TYPE_CHECKING:
     from gptfast.training.ranks import Ranks
 
-_DATA = ("data", "glob", "text_field", "tokenizer", "vocab_size", "unk")
 _DEFAULTS = {name: Change(words=words) for name, words in defaults_in_words().items()}
 _PREPARED = Change(more="Or a folder made by gptfast prepare, or a token file. A tenth is kept for validation.")
 
@@ -32,7 +31,7 @@ class TrainCommand(TyperCommand):
 
 
 @takes(
-    Options(DataOptions, _DATA, group="Data", changes={**_DEFAULTS, "data": _PREPARED}),
+    Options(DataOptions, DATA, group="Data", changes={**_DEFAULTS, "data": _PREPARED}),
     Options(Weights, group="Model"),
     Options(GPTConfig, SHAPE, group="Model", changes=_DEFAULTS),
     Options(TrainConfig, grouped=True, changes=_DEFAULTS),
@@ -55,6 +54,13 @@ def train(options: dict[str, Any]) -> None:
 
     torchrun --nproc-per-node 2 -m gptfast train ... trains in two processes.
     """
+    from gptfast.training.run_file import merged_options, whole_options
+
+    only_print = options.pop("print_config", False)
+    options = merged_options(options)
+    if only_print:
+        print(whole_options(options), end="")
+        return
     from gptfast.malloc import tune_malloc
     from gptfast.training.join import joined
 
@@ -68,11 +74,14 @@ def train(options: dict[str, Any]) -> None:
 def _train(options: dict[str, Any], ranks: Ranks | None) -> int | None:
     """Train; returns the signal that ended the run early, or None."""
     from gptfast.training.join import attempt
+    from gptfast.training.run_file import NAME, write_options
     from gptfast.training.start import start_run
 
     run = start_run(options, ranks, again=ranks is not None and attempt() > 0 and ranks.has_begun)
     if ranks is not None:
         ranks.begin()
+    if run.checkpoint is None and (ranks is None or ranks.is_main):
+        write_options(options, run.trainer.out / NAME)
     for line in describe(run):
         run.trainer.progress.note(line)
     result = run.trainer.train()

@@ -36,6 +36,19 @@ class TrainConfig:
         allowed=Whole(1),
         group=_LEARNING,
     )
+    batch_warmup_tokens: int = option(
+        0,
+        "Tokens over which a step grows from `batch_warmup_from` tokens to its whole size, a pass at a time. GPT-3: 4 to 12 "
+        "billion. 0: every step has all its passes.",
+        allowed=Whole(),
+        group=_LEARNING,
+    )
+    batch_warmup_from: int = option(
+        32_768,
+        "Tokens of the first steps under `batch_warmup_tokens`; the default is GPT-3's.",
+        allowed=Whole(1),
+        group=_LEARNING,
+    )
     block_size: int | None = option(
         None, "T, tokens of one row.", words="the longest that the model takes", allowed=Whole(1)
     )
@@ -67,9 +80,22 @@ class TrainConfig:
         allowed=Real(above=0, example="1e-3"),
         group=_LEARNING,
     )
+    schedule: str = option(
+        "cosine",
+        "How the learning rate falls after the warm-up. cosine: half a cosine; linear: a line; wsd: it stays at its largest and "
+        "falls on a line over the last `decay_share`.",
+        allowed=("cosine", "linear", "wsd"),
+        group=_LEARNING,
+    )
+    decay_share: float = option(
+        0.2,
+        "The part of the steps after the warm-up over which wsd falls.",
+        allowed=Real(above=0, most=1),
+        group=_LEARNING,
+    )
     min_lr: float | None = option(
         None,
-        "The learning rate at the end of the cosine.",
+        "The learning rate at the end of the schedule.",
         words="a tenth of `learning_rate`",  # Brown et al., arXiv 2005.14165, appendix B
         allowed=Real(least=0),
         group=_LEARNING,
@@ -82,7 +108,7 @@ class TrainConfig:
         group=_LEARNING,
     )
     lr_decay_steps: int | None = option(
-        None, "The step at which the cosine ends.", words="the last step", allowed=Whole(1), group=_LEARNING
+        None, "The step at which the schedule ends.", words="the last step", allowed=Whole(1), group=_LEARNING
     )
     weight_decay: float = option(
         0.1,
@@ -90,8 +116,12 @@ class TrainConfig:
         allowed=Real(least=0, example="0.1"),
         group=_LEARNING,
     )
-    beta1: float = option(0.9, "AdamW's decay of the first moment; the default is GPT-3's.", allowed=Real(0, below=1))
-    beta2: float = option(0.95, "AdamW's decay of the second moment; the default is GPT-3's.", allowed=Real(0, below=1))
+    beta1: float = option(
+        0.9, "AdamW's decay of the first moment; the default is GPT-3's.", allowed=Real(0, below=1), group=_LEARNING
+    )
+    beta2: float = option(
+        0.95, "AdamW's decay of the second moment; the default is GPT-3's.", allowed=Real(0, below=1), group=_LEARNING
+    )
     grad_clip: float = option(
         1.0,
         "Largest norm of the gradient; a larger gradient is scaled down to it. 0: no clipping.",
@@ -170,9 +200,17 @@ class TrainConfig:
         """Rows of tokens in one step."""
         return self.batch_size * self.grad_accum
 
+    def passes(self, tokens: int, tokens_per_row: float) -> int:
+        """Passes of the step that begins after `tokens` tokens of training: `grad_accum`, or fewer in the batch's warm-up."""
+        if tokens >= self.batch_warmup_tokens:
+            return self.grad_accum
+        whole = self.rows_per_step * tokens_per_row
+        wanted = self.batch_warmup_from + (whole - self.batch_warmup_from) * tokens / self.batch_warmup_tokens
+        return min(self.grad_accum, max(1, round(wanted / (self.batch_size * tokens_per_row))))
+
     @property
     def lowest_rate(self) -> float:
-        """The learning rate at the end of the cosine."""
+        """The learning rate at the end of the schedule."""
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
 
     @property

@@ -47,7 +47,8 @@ class LanguageModelling(Objective):
         self.sampler = WindowSampler(train_tokens, self.block_size, rows, config.seed)
 
     def batches(self, row: int, config: TrainConfig) -> list[Batch]:
-        return [self.sampler.batch_from(row + n * config.batch_size + self._first) for n in range(config.grad_accum)]
+        passes = config.passes(row * self.block_size, self.block_size)
+        return [self.sampler.batch_from(row + n * config.batch_size + self._first) for n in range(passes)]
 
     def add_gradients(self, batches: list[Batch], autocast: Autocast, device: torch.device) -> dict[str, float]:
         loss = accumulate_gradients(self.network, batches, autocast, device, self.ranks)

@@ -99,7 +99,7 @@ class Loop:
         self.progress = TrainingProgress(progress and self._is_main)
         measured = self._is_main and objective.flops_per_token() is not None
         self.peak_flops = peak_flops(self.dtype, self.device) if measured else math.inf
-        self._loss = math.nan  # the last step's
+        self._loss, self._rows = math.nan, config.rows_per_step  # the last step's
         self._found: Evaluation | None = None  # the last evaluation's
 
     def _release(self) -> None:
@@ -245,7 +245,8 @@ class Loop:
             group["lr"] = rate
         rows = self.state.rows or 0
         self._unfinished = self.objective.network.dropout_step
-        figures = self.objective.add_gradients(self.objective.batches(rows, config), self.autocast, self.device)
+        batches = self.objective.batches(rows, config)
+        figures = self.objective.add_gradients(batches, self.autocast, self.device)
         loss = figures["loss"]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizers), config.grad_clip or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -258,7 +259,8 @@ class Loop:
             optimizer.zero_grad(set_to_none=True)
         self._unfinished = None
         self.state.step += 1
-        self.state.rows = rows + config.rows_per_step
+        self._rows = config.batch_size * len(batches)
+        self.state.rows = rows + self._rows
         return {**figures, "lr": rate, "grad_norm": norm}
 
     def autocast(self) -> AbstractContextManager:
@@ -321,7 +323,7 @@ class Loop:
 
     def _tokens_per_second(self) -> float | None:
         seconds = self.clock.step_seconds
-        return None if seconds is None else self.config.rows_per_step * self.objective.tokens_per_row / seconds
+        return None if seconds is None else self._rows * self.objective.tokens_per_row / seconds
 
     def _figures(self) -> Figures:
         step, planned, speed = self.state.step, self.state.planned_steps, self._tokens_per_second()

@@ -12,6 +12,7 @@ from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
 from gptfast.training.config import TrainConfig
 
+DATA = ("data", "glob", "text_field", "tokenizer", "vocab_size", "unk")  # the fields of DataOptions that are options
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # the fields of GPTConfig that are options
 _RUN = "The run"
 TIMEOUT = 120.0
@@ -34,7 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # by the option that chooses the initia
 
 @dataclass(frozen=True)
 class Weights:
-    """The initial weights of a new run."""
+    """What a new run begins with: its weights, and the hyper-parameters of a published one."""
 
     preset: str | None = option(
         None,
@@ -44,6 +45,12 @@ class Weights:
     init_from: str | None = option(
         None,
         "Start from the weights of a checkpoint FOLDER, nanoGPT's ckpt.pt or a hub id instead of random ones.",
+    )
+    recipe: str | None = option(
+        None,
+        "The published hyper-parameters of gpt1, gpt2, gpt2-medium, ..., gpt3-125m, ..., gpt3-175b: learning rate, warm-up, tokens "
+        "a step, Adam, dropout; and the shape, without `preset`. Options beside it go before it. `print_config` shows "
+        "all of it, with its source and what was never published.",
     )
 
 
@@ -74,6 +81,12 @@ class RunOptions:
         allowed=Real(above=0),
         group=_RUN,
     )
+    config: Path | None = option(
+        None,
+        "A TOML file of options: keys as the options' names (n_layer for `n_layer`). Options beside it go before it.",
+        group=_RUN,
+    )
+    print_config: bool = option(False, "Print every option of the run as TOML, and start nothing.", group=_RUN)
     tensorboard: bool = option(False, "Write event files for TensorBoard too.", group=_RUN)
 
 

@@ -8,13 +8,15 @@ from gptfast.training.config import WARMUP_STEPS, TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig, total_steps: float) -> float:
-    """Linear warm-up to learning_rate, then half a cosine to min_lr (Loshchilov and Hutter, arXiv 1608.03983).
+    """Linear warm-up to learning_rate, then down to min_lr by `config.schedule`.
 
-    Step s of W warm-up steps has the rate learning_rate * (s + 1) / W; step W has learning_rate.
+    Step s of W warm-up steps has the rate learning_rate * (s + 1) / W; step W has learning_rate. cosine: half a cosine
+    (Loshchilov and Hutter, arXiv 1608.03983). linear: a line. wsd, warm-up, stable, decay: constant, then a line (Hu et al.,
+    arXiv 2404.06395).
 
     Args:
         step: number of previous steps, >= 0.
-        config: its learning_rate, min_lr, warmup_steps and lr_decay_steps are used.
+        config: its learning_rate, min_lr, warmup_steps, lr_decay_steps, schedule and decay_share are used.
         total_steps: number of steps of the run; math.inf: not known yet, the rate stays at its largest.
     """
     end = total_steps if config.lr_decay_steps is None else config.lr_decay_steps
@@ -24,5 +26,9 @@ def learning_rate(step: int, config: TrainConfig, total_steps: float) -> float:
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1.0, end - warmup))
-    share = (1 + math.cos(math.pi * progress)) / 2
+    if config.schedule == "cosine":
+        share = (1 + math.cos(math.pi * progress)) / 2
+    else:
+        falling = 1.0 if config.schedule == "linear" else config.decay_share
+        share = min(1.0, (1 - progress) / falling)
     return config.lowest_rate + (config.learning_rate - config.lowest_rate) * share

@@ -58,6 +58,11 @@ def test_learning_rate_rises_linearly_then_falls_as_half_a_cosine():
         ({}, 2000, 2000, 1e-4),
         ({"lr_decay_steps": 1000}, 1000, 2000, 1e-4),
         ({"lr_decay_steps": 4000, "warmup_steps": 0}, 2000, 2000, 5.5e-4),
+        ({"schedule": "linear", "warmup_steps": 0}, 500, 2000, 7.75e-4),
+        ({"schedule": "wsd"}, 1620, 2000, 1e-3),  # the last fifth of the 1900 steps after the warm-up begins here
+        ({"schedule": "wsd"}, 1810, 2000, 5.5e-4),
+        ({"schedule": "wsd"}, 2000, 2000, 1e-4),
+        ({"schedule": "wsd"}, 1999, math.inf, 1e-3),
     ],
 )
 def test_learning_rate_defaults(changes, step, total, expected):

@@ -75,6 +75,18 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, dtype, opt
     assert parts.state.best_val_loss == whole.state.best_val_loss
 
 
+def test_a_batch_that_grows_is_the_same_after_a_resumption_and_counts_its_rows(tmp_path):
+    config = QUICK.replace(grad_accum=4, batch_warmup_tokens=16 * 60, batch_warmup_from=64, schedule="wsd")
+    whole = make_trainer(tmp_path / "whole", config)
+    whole.train()
+    passes = [1, 1, 1, 2, 2, 2, 3, 3]  # of 4 rows of 16 tokens, from 64 to 256 tokens over 960
+    assert whole.state.rows == 4 * (sum(passes) + 4 * (12 - len(passes)))
+    make_trainer(tmp_path / "parts", config.replace(max_steps=4, lr_decay_steps=12)).train()
+    resumed(tmp_path / "parts", config.replace(lr_decay_steps=12)).train()
+    a, b = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_complete_run_has_nothing_to_resume(tmp_path):
     make_trainer(tmp_path, QUICK.replace(max_steps=3)).train()
     with pytest.raises(ValueError, match=r"this run is complete \(3 steps.*raise max_steps \(now 3"):
