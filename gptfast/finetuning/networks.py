@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gptfast.finetuning import methods, task_adapters, task_files
 from gptfast.finetuning.instructions import set_up_chat
 from gptfast.finetuning.options import MethodOptions, TaskOptions
@@ -19,7 +21,8 @@ from gptfast.tokenizer.chat import ChatTemplate
 
 def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[Any, Any, list[str], dict[str, Any]]:
     """The network that is trained, its tokenizer, sentences for the user, and what recognises its base."""
-    place, loading = str(task.model), method.loading()
+    place = str(task.model)
+    loading: dict[str, Any] = {"dtype": torch.float32, **method.loading()}
     tokenizer = _tokenizer(task)
     notes: list[str] = []
     if task.task in METRICS:
@@ -55,7 +58,7 @@ def stored_network(folder: Path, task: TaskOptions, method: MethodOptions, base:
     Raises:
         ValueError: the base is not the one that the adapter was trained on.
     """
-    loading = method.loading()
+    loading: dict[str, Any] = {"dtype": torch.float32, **method.loading()}
     if not methods.is_adapter(method.method):
         if task.task in METRICS:
             model = TaskModel.from_pretrained(folder, **loading)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gptfast._options import Real, Whole, check_fields, describe_fields, format_value, option
 from gptfast.finetuning.tasks import METRICS, TASKS
 from gptfast.training.config import TrainConfig
@@ -164,11 +162,11 @@ class MethodOptions:
         check_fields("finetune", self)
 
     def loading(self) -> dict[str, Any]:
-        """How the model is loaded: arguments of `from_pretrained`."""
+        """How the model is loaded: arguments of `from_pretrained` beside its dtype."""
         changes: dict[str, Any] = {} if self.dropout is None else {"dropout": self.dropout}
         if self.method == "qlora":
             changes |= {"quantize": self.quantize, "double_quant": self.double_quant and self.quantize == "nf4"}
-        return {"dtype": torch.float32, **changes}
+        return changes
 
 
 @describe_fields
