@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
+from gptfast.engine.adapter_files import Update, read_adapter
 from gptfast.metadata import Metadata, end_tokens_in
 from gptfast.nn.adapted import BASE, LoraLinear, check_adapter
 from gptfast.nn.soft_prompt import prompts_of
@@ -20,15 +20,6 @@ from gptfast.nn.soft_prompt import prompts_of
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
     from gptfast.nn.transformer import Transformer
-
-
-class Update(NamedTuple):
-    """A low-rank update of a matrix: scale B A. number: 4 layer + 0 to 3 (c_attn, c_proj, c_fc, c_proj); 4 n_layer: the head."""
-
-    number: int
-    scale: float
-    a: Tensor
-    b: Tensor
 
 
 @dataclass(frozen=True)
@@ -121,9 +112,7 @@ class AdapterMethods:
         """
         if name in self._adapters.packed or name == BASE or not isinstance(name, str) or not name:
             raise ValueError(f"load_adapter: name is {name!r}; expected one that no adapter has, and not {BASE!r}")
-        # Formats of files stand above the engine, which is why this module is found by name.
-        reader = importlib.import_module("gptfast.models.adapters.beside_packed")
-        own, ends = reader.read_adapter(path, self.config, self.base_mark, any_base), end_tokens_in(path)
+        own, ends = read_adapter(path, self.config, self.base_mark, any_base), end_tokens_in(path)
         if isinstance(own, Tensor):
             packed = vectors_of("load_adapter", name, own)
         else:
@@ -182,12 +171,6 @@ def shape_of(config: GPTConfig) -> dict[str, Any]:
         "eps": config.layer_norm_epsilon,
         "embed_scale": 1.0 if learned else math.sqrt(config.n_embd),
     }
-
-
-def size_of(config: GPTConfig, number: int) -> tuple[int, int]:
-    """(N, K) of the matrix of a number, see `Update`."""
-    C, F = config.n_embd, config.inner_dim
-    return (config.vocab_size, C) if number == 4 * config.n_layer else ((3 * C, C), (C, C), (F, C), (C, F))[number % 4]
 
 
 def updates_of(model: Transformer) -> dict[str, list[Update]]:

@@ -8,14 +8,14 @@ from gptfast._lazy import lazy_names
 from gptfast.finetuning import metrics
 
 if TYPE_CHECKING:
+    from gptfast.checkpoints.adapter_config import LoraConfig
+    from gptfast.checkpoints.prompt_config import PromptTuningConfig
     from gptfast.finetuning.api import finetune
     from gptfast.finetuning.instructions import Conversations, pack, response_mask, set_up_chat
     from gptfast.finetuning.jsonl import Examples, read_examples
     from gptfast.finetuning.predictions import Prediction, TaskOutput
     from gptfast.finetuning.results import FinetuneResult
     from gptfast.finetuning.task_model import TaskModel
-    from gptfast.models.adapters.config import LoraConfig
-    from gptfast.models.adapters.prompt_config import PromptTuningConfig
 
 __all__ = [
     "Conversations",
@@ -40,8 +40,8 @@ __getattr__, __dir__ = lazy_names(
         "Conversations": "gptfast.finetuning.instructions",
         "Examples": "gptfast.finetuning.jsonl",
         "FinetuneResult": "gptfast.finetuning.results",
-        "LoraConfig": "gptfast.models.adapters.config",
-        "PromptTuningConfig": "gptfast.models.adapters.prompt_config",
+        "LoraConfig": "gptfast.checkpoints.adapter_config",
+        "PromptTuningConfig": "gptfast.checkpoints.prompt_config",
         "Prediction": "gptfast.finetuning.predictions",
         "TaskModel": "gptfast.finetuning.task_model",
         "TaskOutput": "gptfast.finetuning.predictions",

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from gptfast.checkpoints.adapter_config import LoraConfig
+from gptfast.checkpoints.prompt_config import PromptTuningConfig
 from gptfast.finetuning.options import MethodOptions
 from gptfast.finetuning.task_model import TaskModel
 from gptfast.metadata import GENERATION
 from gptfast.models import GPT
-from gptfast.models.adapters.config import LoraConfig
-from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.models.adapters.targets import ALL_LINEAR
 from gptfast.models.export import write_json
 from gptfast.nn.quantized import QuantizedLinear

@@ -21,6 +21,7 @@ from torch import Tensor
 from gptfast._folders import staged_folder
 from gptfast._json import NULL, field, items, read_json
 from gptfast._snapshots import EVERYTHING, current, read_whole
+from gptfast.checkpoints.adapter_files import CONFIG, WEIGHTS
 from gptfast.finetuning import task_files
 from gptfast.finetuning.special_tokens import PAD, USUAL
 from gptfast.models import GPT
@@ -38,7 +39,7 @@ TASK, TOKENS = "task_config.json", "special_tokens.safetensors"
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
     """Does a folder hold an adapter, and no model?"""
-    return current(path, files.CONFIG).is_file() and not current(path, "config.json").is_file()
+    return current(path, CONFIG).is_file() and not current(path, "config.json").is_file()
 
 
 def save(model: TaskModel, path: Path, name: str) -> None:
@@ -53,17 +54,17 @@ def save(model: TaskModel, path: Path, name: str) -> None:
     gpt = model.gpt
     with staged_folder(path, replaces=EVERYTHING) as stage:
         gpt.save_adapter(stage, name)
-        with safe_open(stage / files.WEIGHTS, framework="pt") as opened:
+        with safe_open(stage / WEIGHTS, framework="pt") as opened:
             metadata = opened.metadata() or {}
         prefix = files.head_prefix(gpt, name)
         heads = {prefix + key: x.detach().cpu().contiguous() for key, x in task_files.heads_of(model).items()}
-        write_tensors(stage / files.WEIGHTS, {**load_file(stage / files.WEIGHTS), **heads}, metadata)
-        config = read_json(stage / files.CONFIG)
+        write_tensors(stage / WEIGHTS, {**load_file(stage / WEIGHTS), **heads}, metadata)
+        config = read_json(stage / CONFIG)
         head = "multiple_choice_head" if model.task == "choice" else "score"
         config["modules_to_save"] = [*(config.get("modules_to_save") or []), head]
         own_type = gpt.adapters.configs[name].task_type
         config["task_type"] = own_type or (None if model.task == "choice" else "SEQ_CLS")
-        write_json(stage / files.CONFIG, config)
+        write_json(stage / CONFIG, config)
         ids = sorted({i for i in model.special_tokens.values() if i is not None})
         own = {"labels": model.labels, "vocab_size": gpt.config.vocab_size, "rows": ids}
         write_json(stage / TASK, {**task_files.own_settings(model), **own})
@@ -135,8 +136,8 @@ def put_on(
 
 
 def _base_of(path: Path) -> str | None:
-    raw = read_whole(path, lambda: read_json(current(path, files.CONFIG)))
-    return field(raw, "base_model_name_or_path", (str, NULL), path / files.CONFIG, None)
+    raw = read_whole(path, lambda: read_json(current(path, CONFIG)))
+    return field(raw, "base_model_name_or_path", (str, NULL), path / CONFIG, None)
 
 
 def _task(path: Path) -> dict[str, Any] | None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from gptfast._folders import staged_folder
 from gptfast._json import NULL, expect, field
 from gptfast._snapshots import EVERYTHING
+from gptfast.checkpoints import hf_layout
 from gptfast.finetuning.examples import DELIMITERS
 from gptfast.finetuning.special_tokens import PAD, USUAL
-from gptfast.models import GPT, export, hf_layout
+from gptfast.models import GPT, export
 from gptfast.models.pretrained import build, resolve
 from gptfast.models.quantized import check_format
 from gptfast.models.stored import StoredModel
@@ -114,7 +115,7 @@ class StoredTask(StoredModel):
 
     @property
     def settings_file(self) -> Path:
-        return self.path / export.CONFIG
+        return self.path / hf_layout.CONFIG
 
 
 def load(

@@ -12,9 +12,10 @@ from transformers.activations import ACT2FN
 from transformers.models.openai import modeling_openai as openai
 from transformers.utils import logging
 
+from gptfast.checkpoints import hf_layout
 from gptfast.config import GPTConfig
 from gptfast.integrations.swap import original_class
-from gptfast.models import GPT, hf_layout
+from gptfast.models import GPT
 
 _logger = logging.get_logger(__name__)
 # Options of transformers' GenerationConfig that have the same meaning here.

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from gptfast._folders import staged_folder
 from gptfast._snapshots import WEIGHTS
+from gptfast.checkpoints import hf_layout
+from gptfast.checkpoints.weight_files import INDEX, SINGLE
 from gptfast.config import GPTConfig
 from gptfast.metadata import GENERATION, metadata_of
-from gptfast.models import hf_layout
 from gptfast.nn.difference import check_values, difference, true_config
 from gptfast.nn.transformer import Transformer
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -66,7 +66,7 @@ def save(
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{count}.safetensors" for i in range(len(shards))]
     dtype, metadata = str(model.wte.weight.dtype).removeprefix("torch."), metadata_of(model)
     with staged_folder(path, replaces=rf"{WEIGHTS}|generation_config\.json") as stage:
-        write_json(stage / CONFIG, hf_layout.to_hf(config, dtype, metadata.config) | dict(settings or {}))
+        write_json(stage / hf_layout.CONFIG, hf_layout.to_hf(config, dtype, metadata.config) | dict(settings or {}))
         if (generation := metadata.to_write()) is not None:
             write_json(stage / GENERATION, generation)
         for file, names in zip(files, shards, strict=True):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gptfast._snapshots import current
+from gptfast.checkpoints.hf_layout import CONFIG
+from gptfast.checkpoints.pickled import check_tensors, read_pickled
 from gptfast.config import GPTConfig
-from gptfast.models.export import CONFIG
-from gptfast.models.pickled import check_tensors, read_pickled
 
 FILE_NAME = "ckpt.pt"
 SUFFIXES = (".pt", ".pth")

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from gptfast._json import read_json
 from gptfast._snapshots import current
+from gptfast.checkpoints import hf_layout
+from gptfast.checkpoints.hf_layout import CONFIG
+from gptfast.checkpoints.weight_files import INDEX, OLD_INDEX, SINGLE, has_safetensors
 from gptfast.config import GPTConfig
 from gptfast.metadata import GENERATION
-from gptfast.models import hf_layout, nanogpt
-from gptfast.models.export import CONFIG, INDEX, SINGLE
+from gptfast.models import nanogpt
 from gptfast.models.quantized import Packing, check_format
 from gptfast.models.stored import StoredModel
-from gptfast.models.weight_files import OLD_INDEX, has_safetensors
 from gptfast.nn.position import SinusoidalEmbedding
 from gptfast.nn.transformer import Transformer
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from gptfast._json import read_json
 from gptfast._snapshots import current, read_whole
+from gptfast.checkpoints import hf_layout
+from gptfast.checkpoints.hf_layout import CONFIG
+from gptfast.checkpoints.weight_files import WeightFile, has_weights, open_weights, weight_files
 from gptfast.config import GPTConfig
 from gptfast.metadata import Metadata, read_metadata
-from gptfast.models import hf_layout, nanogpt
-from gptfast.models.export import CONFIG
-from gptfast.models.weight_files import WeightFile, has_weights, open_weights, weight_files
+from gptfast.models import nanogpt
 
 _SINUSOIDS = 2**28  # numbers in a table that is computed, and that no file can vouch for
 

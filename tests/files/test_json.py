@@ -9,8 +9,8 @@ import tokenizers
 
 from gptfast import GPT, GPTConfig
 from gptfast._json import NULL, expect, field, items, parse, read_json
+from gptfast.checkpoints.weight_files import weight_files
 from gptfast.models.stored import read_settings
-from gptfast.models.weight_files import weight_files
 from gptfast.tokenizer import BPETokenizer, load_tokenizer
 from gptfast.training.checkpoint import check_source, read_checkpoint
 from gptfast.training.config import TrainConfig

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gptfast._warn import warn
+from gptfast.checkpoints.adapter_config import AdapterConfig, LoraConfig
+from gptfast.checkpoints.prompt_config import PromptTuningConfig, check_fits
 from gptfast.models.adapters import prompts
-from gptfast.models.adapters.config import AdapterConfig, LoraConfig
-from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.models.adapters.targets import saved, targets
 from gptfast.models.quantized import format_of
 from gptfast.nn.adapted import ADAPTED, BASE, LORA, SAVED, AdapterState, LoraFactor, LoraFactors, LoraLinear, make_plain
@@ -92,7 +92,7 @@ def add(model: Transformer, config: AdapterConfig, name: str, mark: str, blank: 
     else:
         state = old
     if isinstance(config, PromptTuningConfig):
-        prompts.check_fits(model.config, config)
+        check_fits(model.config, config)
         weight = prompts.first_values(model, config, blank)
         _freeze(model, old)
         prompts.place(model, name, weight)

@@ -1,4 +1,4 @@
-"""Adapter folders in peft's format: adapter_config.json and adapter_model.safetensors."""
+"""Adapters of a model from and to folders in peft's format, see `gptfast.checkpoints.adapter_files`."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from gptfast._folders import staged_folder
-from gptfast._json import expect, read_json
-from gptfast._snapshots import ADAPTER, current, read_whole
-from gptfast.models import hf_layout
+from gptfast._snapshots import ADAPTER
+from gptfast.checkpoints import hf_layout
+from gptfast.checkpoints.adapter_config import LoraConfig, to_peft
+from gptfast.checkpoints.adapter_files import (
+    CONFIG,
+    MARK,
+    PREFIX,
+    PROMPT,
+    QUANTIZED,
+    WEIGHTS,
+    check_prompt,
+    open_adapter,
+    our_key,
+)
+from gptfast.checkpoints.prompt_config import HEADS, PromptTuningConfig
 from gptfast.models.adapters import attached, prompts
-from gptfast.models.adapters.config import AdapterConfig, LoraConfig, from_peft, to_peft
-from gptfast.models.adapters.prompt_config import HEADS, PromptTuningConfig
 from gptfast.models.adapters.targets import as_peft_has_them, file_name
 from gptfast.models.export import write_json, write_tensors
 from gptfast.models.quantized import mark_of, sample
-from gptfast.models.weight_files import WeightFile, open_weights
 from gptfast.nn.difference import true_config
 from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
-
-CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX, MARK, QUANTIZED = "base_model.model.", "gptfast_base", "gptfast_quantized_base"
 
 
 def base_mark(model: Transformer) -> str:
@@ -79,21 +84,16 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
     """
     attached.check_not_merged(model, "load_adapter")
     folder = Path(folder)
-    if not current(folder, CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG}; expected the folder of an adapter")
-    config, weights, told = read_whole(folder, lambda: _opened(folder))
-    mark = told.get(MARK)
+    file = open_adapter(folder)
+    config, told = file.config, file.told
     mine = model.adapters.base if isinstance(model.adapters, attached.Adapters) else base_mark(model)
-    if mark and mark != mine and not any_base:
-        raise ValueError(
-            f"{folder}: the adapter was trained on another base: {mark} is not this model's {mine}; load its own base, or say "
-            "any_base=True"
-        )
-    stored = {_our_key(key): x for key, x in weights.tensors()}
+    if not any_base:
+        file.check_base(mine)
+    stored = file.tensors()
     heads = {key: stored.pop(key) for key in list(stored) if key.startswith(tuple(f"{head}." for head in HEADS))}
     tensors = _of_adapter(model, stored, folder)
     if isinstance(config, PromptTuningConfig):
-        prompts.check_file(model.config, config, tensors, folder)
+        check_prompt(model.config.n_embd, config, tensors, folder)
     else:
         config.modules_to_save = [m for m in config.modules_to_save or [] if m.rpartition(".")[2] not in HEADS] or None
         config.modules_to_save = _copies(model, config, tensors)
@@ -111,23 +111,6 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
             model.adapters.enabled = before[1]
         raise
     return heads
-
-
-def _opened(folder: Path) -> tuple[AdapterConfig, WeightFile, dict[str, str]]:
-    file = current(folder, CONFIG)
-    config = from_peft(expect(read_json(file), dict, "", file), file)
-    path = current(folder, WEIGHTS)
-    if not path.is_file():
-        path = current(folder, OLD_WEIGHTS)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds {CONFIG} but no {WEIGHTS}; the adapter is half written - copy or save it again"
-        )
-    weights = open_weights(path)
-    if path.name == OLD_WEIGHTS:
-        return config, weights, {}
-    with safe_open(path, framework="pt") as opened:
-        return config, weights, opened.metadata() or {}
 
 
 def _of_adapter(model: Transformer, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -175,7 +158,7 @@ def _in_file(model: Transformer, name: str) -> str:
 def _stored(model: Transformer, name: str) -> Iterator[tuple[str, Tensor]]:
     """The parameters of an adapter by their keys in the file."""
     if name in prompts_of(model):
-        yield prompts.KEY, prompts_of(model)[name].embedding.weight
+        yield PROMPT, prompts_of(model)[name].embedding.weight
         return
     targeted = attached.adapted_paths(model, name)
     for key, parameter in attached.parameters_of(model, name):
@@ -195,15 +178,9 @@ def _to_file(key: str, x: Tensor) -> Tensor:
     return x.t() if hf_layout.is_conv1d(key) else x  # of modules_to_save: A and B lie as in a Linear
 
 
-def _our_key(key: str) -> str:
-    """A key without what depends on the architecture and on how the model was wrapped."""
-    name = key.removeprefix(PREFIX).removeprefix("base_model.")
-    return hf_layout.from_file(name) or name
-
-
 def _fill(model: Transformer, name: str, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy the tensors of a file into an adapter, all of them checked first."""
-    wanted = {_our_key(key): (key, parameter) for key, parameter in _stored(model, name)}
+    wanted = {our_key(key): (key, parameter) for key, parameter in _stored(model, name)}
     problems = [f"{key} is unexpected" for key in tensors if key not in wanted]
     pairs: list[tuple[Tensor, Tensor]] = []
     for ours, (key, parameter) in wanted.items():

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gptfast._warn import warn
+from gptfast.checkpoints.prompt_config import PromptTuningConfig
 from gptfast.models.adapters.attached import adapters_of, check_names
-from gptfast.models.adapters.prompt_config import PromptTuningConfig
 from gptfast.nn.adapted import ADAPTED, LoraLinear, make_plain
 from gptfast.nn.quantized import QuantizedLinear, dequantized, quantized
 from gptfast.nn.soft_prompt import PLACE

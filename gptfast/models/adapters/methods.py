@@ -8,9 +8,9 @@ from typing import Any
 
 from gptfast._checks import check_count
 from gptfast._warn import warn
+from gptfast.checkpoints.adapter_config import of_user
 from gptfast.metadata import Metadata, end_tokens_in
 from gptfast.models.adapters import attached, files, merging
-from gptfast.models.adapters.config import of_user
 from gptfast.models.vocabulary import set_rows
 from gptfast.nn.transformer import Transformer
 

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gptfast.config import GPTConfig
-from gptfast.models.adapters.prompt_config import PromptTuningConfig
+from gptfast.checkpoints.prompt_config import PromptTuningConfig
 from gptfast.nn.soft_prompt import PLACE, SoftPrompt
 from gptfast.nn.transformer import Transformer
 from gptfast.tokenizer import load_tokenizer
-
-KEY = "prompt_embeddings"  # of peft's files
-
-
-def check_fits(model: GPTConfig, config: PromptTuningConfig) -> None:
-    """Raise ValueError for a soft prompt that is for another model, or leaves no room for tokens."""
-    n, C, limit = config.n, model.n_embd, model.block_size
-    if n >= limit:
-        raise ValueError(
-            f"add_adapter: num_virtual_tokens is {n} and the model's block_size {limit}, which leaves no room for tokens; "
-            f"take at most {limit - 1}"
-        )
-    if config.token_dim not in (None, C):
-        raise ValueError(
-            f"add_adapter: token_dim is {config.token_dim} and this model's width {C}; a soft prompt is for the base that "
-            "it was trained on"
-        )
 
 
 def place(model: Transformer, name: str, weight: Tensor) -> None:
@@ -79,20 +60,3 @@ def filled_in(model: Transformer, config: PromptTuningConfig) -> dict[str, Any]:
     sizes = {"token_dim": model.config.n_embd, "num_layers": model.config.n_layer}
     heads = {"num_attention_heads": model.config.n_head, "num_transformer_submodules": 1}
     return {**sizes, **heads, "task_type": config.task_type or "CAUSAL_LM"}
-
-
-def check_file(model: GPTConfig, config: PromptTuningConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Raise ValueError for a file that does not hold the soft prompt of its configuration, or one of another width."""
-    if KEY not in tensors:
-        raise ValueError(f"{folder}: {KEY} is missing; the adapter is half written - copy or save it again")
-    values = tensors[KEY]
-    if values.dim() != 2 or len(values) != config.n:
-        raise ValueError(
-            f"{folder}: {KEY} is {tuple(values.shape)} and the configuration says {config.n} virtual tokens; copy or save the "
-            "adapter again"
-        )
-    if values.shape[1] != model.n_embd:
-        raise ValueError(
-            f"{folder}: the adapter does not fit this model: {KEY} is {tuple(values.shape)} and this model's width "
-            f"{model.n_embd}; load the base that it was trained on"
-        )

@@ -8,8 +8,8 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from gptfast.models import hf_layout
-from gptfast.models.adapters.config import LoraConfig
+from gptfast.checkpoints import hf_layout
+from gptfast.checkpoints.adapter_config import LoraConfig
 from gptfast.nn.adapted import LORA, SAVED, LoraLinear, SavedLinear
 from gptfast.nn.difference import true_config
 from gptfast.nn.linear import Linear

@@ -15,9 +15,9 @@ from torch import Tensor
 from gptfast._files import open_read
 from gptfast._json import field, items, read_json
 from gptfast._snapshots import current
-from gptfast.models.export import INDEX, SINGLE
-from gptfast.models.pickled import check_tensors, read_pickled
+from gptfast.checkpoints.pickled import check_tensors, read_pickled
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _KINDS = ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX))  # the first that is there counts
 

@@ -8,6 +8,7 @@ from typing import Any
 from gptfast._json import NULL, field
 from gptfast.config import GPTConfig
 
+CONFIG = "config.json"
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel", "gptfast": "GPT"}
 
 _SAME = (

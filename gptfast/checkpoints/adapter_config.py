@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptfast._checks import check_choice, check_count, check_real
-from gptfast.models.adapters.prompt_config import HEADS, PromptTuningConfig
+from gptfast.checkpoints.prompt_config import HEADS, PromptTuningConfig
 
 BIASES = ("none", "all", "lora_only")
 INITS = (True, False, "gaussian")

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
-from gptfast._snapshots import current, read_whole
+from gptfast.checkpoints.adapter_config import LoraConfig
+from gptfast.checkpoints.adapter_files import PROMPT, WEIGHTS, check_prompt, open_adapter, our_key
+from gptfast.checkpoints.prompt_config import PromptTuningConfig, check_fits
 from gptfast.config import GPTConfig
-from gptfast.engine.adapters import Update, size_of
-from gptfast.models.adapters.config import LoraConfig
-from gptfast.models.adapters.files import CONFIG, MARK, WEIGHTS, _opened, _our_key
-from gptfast.models.adapters.prompt_config import PromptTuningConfig
-from gptfast.models.adapters.prompts import KEY, check_file, check_fits
 
 KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+class Update(NamedTuple):
+    """A low-rank update of a matrix: scale B A. number: 4 layer + 0 to 3 (c_attn, c_proj, c_fc, c_proj); 4 n_layer: the head."""
+
+    number: int
+    scale: float
+    a: Tensor
+    b: Tensor
 
 
 def read_adapter(path: str | os.PathLike[str], config: GPTConfig, mark: str, any_base: bool) -> list[Update] | Tensor:
@@ -24,27 +31,22 @@ def read_adapter(path: str | os.PathLike[str], config: GPTConfig, mark: str, any
     Args:
         path: the folder.
         config: of the base.
-        mark: of the base, as in `files.base_mark`; "": unknown.
+        mark: of the base, as in `gptfast.models.adapters.files.base_mark`; "": unknown.
         any_base: whether to take an adapter of another base.
     """
     folder = Path(path)
-    if not current(folder, CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG}; expected the folder of an adapter")
-    lora, weights, told = read_whole(folder, lambda: _opened(folder))
-    theirs = told.get(MARK)
-    if theirs and mark and theirs != mark and not any_base:
-        raise ValueError(
-            f"{folder}: the adapter was trained on another base: {theirs} is not this model's {mark}; load its own base, or "
-            "say any_base=True"
-        )
+    file = open_adapter(folder)
+    if not any_base:
+        file.check_base(mark)
+    lora = file.config
     if isinstance(lora, PromptTuningConfig):
-        tensors = {_our_key(key): x for key, x in weights.tensors()}
+        tensors = file.tensors()
         check_fits(config, lora)
-        check_file(config, lora, tensors, folder)
-        return tensors[KEY]
+        check_prompt(config.n_embd, lora, tensors, folder)
+        return tensors[PROMPT]
     factors: dict[str, dict[str, Tensor]] = {}
-    for key, x in weights.tensors():
-        module, _, kind = _our_key(key).removesuffix(".weight").rpartition(".")
+    for key, x in file.weights.tensors():
+        module, _, kind = our_key(key).removesuffix(".weight").rpartition(".")
         if kind not in ("lora_A", "lora_B"):
             raise ValueError(
                 f"{folder} holds {key}: of modules_to_save and biases a packed base has one for all; load the adapter into a "
@@ -79,3 +81,9 @@ def _number(config: GPTConfig, module: str) -> int | None:
     if len(parts) < 3 or parts[0] != "h" or not parts[1].isdigit() or parts[2] not in KINDS:
         return None
     return 4 * int(parts[1]) + KINDS.index(parts[2]) if int(parts[1]) < config.n_layer else None
+
+
+def size_of(config: GPTConfig, number: int) -> tuple[int, int]:
+    """(N, K) of the matrix of a number, see `Update`."""
+    C, F = config.n_embd, config.inner_dim
+    return (config.vocab_size, C) if number == 4 * config.n_layer else ((3 * C, C), (C, C), (F, C), (C, F))[number % 4]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptfast._checks import check_choice, check_count
+from gptfast.config import GPTConfig
 
 HEADS = ("score", "classifier", "multiple_choice_head")  # of tasks, as modules_to_save
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
@@ -77,3 +78,18 @@ class PromptTuningConfig:
         """num_virtual_tokens, which is checked to be an int."""
         assert self.num_virtual_tokens is not None
         return self.num_virtual_tokens
+
+
+def check_fits(model: GPTConfig, config: PromptTuningConfig) -> None:
+    """Raise ValueError for a soft prompt that is for another model, or leaves no room for tokens."""
+    n, C, limit = config.n, model.n_embd, model.block_size
+    if n >= limit:
+        raise ValueError(
+            f"add_adapter: num_virtual_tokens is {n} and the model's block_size {limit}, which leaves no room for tokens; "
+            f"take at most {limit - 1}"
+        )
+    if config.token_dim not in (None, C):
+        raise ValueError(
+            f"add_adapter: token_dim is {config.token_dim} and this model's width {C}; a soft prompt is for the base that "
+            "it was trained on"
+        )
