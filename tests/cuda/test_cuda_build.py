@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT, emulated
-from tests.support.cuda_tools import functions
+from tests.support.cuda_tools import functions, nvcc_flags
 
 CUDA = ROOT / "csrc/cuda"
 KERNELS = sorted(CUDA.glob("*.cu"))
@@ -21,32 +22,65 @@ WITH_PTX = {"mma.cuh", "hopper.cuh", "wgmma.cuh"}  # the only files that may hol
 pytestmark = pytest.mark.skipif(not KERNELS, reason="not run from the source tree")
 
 
+# One front-end pass, which is most of the time of a unit, and its PTX assembled for two GPUs.
+TWO_GPUS = "-gencode=arch=compute_80,code=sm_90"  # beside the sm_80 of TORCH_CUDA_ARCH_LIST
+VERBOSE = "-Xptxas=-v"
+
+
+def included(path: Path) -> set[str]:
+    """Names of the headers of csrc/cuda that a file reaches."""
+    names = {name for name in re.findall(r'#include "([^"/]+)"', path.read_text()) if (CUDA / name).exists()}
+    return names.union(*(included(CUDA / name) for name in names))
+
+
+HOPPER = [path for path in KERNELS if "hopper.cuh" in included(path)]  # these have a form of their own for sm_90a
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[str, Path]:
-    """What nvcc and ptxas said while the library was built for every GPU that it is shipped for, and the library.
+    """What nvcc and ptxas said while the library was built, and the library: for sm_80, and the same PTX for sm_90.
 
-    Without the PTX for newer GPUs, one of three passes: its code is that of sm_80, as a kernel asks for sm_90a or not at all
-    (test_one_question_about_the_gpu), and test_cuda_archs has it made.
+    For sm_90a setup.py runs the front end again, which makes other PTX of the units in `HOPPER` alone; see `hopper`. Without
+    the PTX for newer GPUs: test_cuda_archs has it made.
     """
     emulated.nvcc()
     folder = tmp_path_factory.mktemp("gpu")
     shutil.rmtree(ROOT / "build/objects/_cuda_ops", ignore_errors=True)  # say it all again
-    env = {**os.environ, "GPTFAST_CUDA": "1", "NVCC_APPEND_FLAGS": "-Xptxas=-v", "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}
+    settings = {"NVCC_APPEND_FLAGS": f"{VERBOSE} {TWO_GPUS}", "TORCH_CUDA_ARCH_LIST": "8.0"}
     command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={folder}"]
+    env = {**os.environ, "GPTFAST_CUDA": "1", **settings}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert re.search(r"built the CPU ops .*; the CUDA ops \(sm_80; nvcc [\d.]+\)", result.stdout + result.stderr), (
+        result.stdout[-500:]
+    )
     return result.stdout + result.stderr, folder / "gptfast/_cuda_ops.so"
 
 
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory) -> tuple[str, list[Path]]:
+    """What nvcc and ptxas said about the units of sm_90a, and their objects."""
+    folder, said, objects = tmp_path_factory.mktemp("sm_90a"), "", []
+    for source in HOPPER:
+        objects.append(folder / f"{source.stem}.o")
+        options = [*nvcc_flags(), "-gencode=arch=compute_90a,code=sm_90a", VERBOSE, f"-I{CUDA}", "-c", str(source)]
+        result = subprocess.run(
+            [emulated.nvcc(), *options, "-o", str(objects[-1])], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        said += result.stdout + result.stderr
+    return said, objects
+
+
 @pytest.mark.slow
-def test_kernels_compile_for_every_gpu_without_spills(built):
-    """sm_80 (A100), sm_90a (H100, H200); nothing spilled, no wgmma serialised (C7510), no warning."""
-    text, _ = built
-    assert re.search(r"built the CPU ops .*; the CUDA ops \(sm_80, sm_90a; nvcc [\d.]+\)", text), text[-500:]
+def test_kernels_compile_for_every_gpu_without_spills(built, hopper):
+    """A100, H100 and H200; nothing spilled, no wgmma serialised (C7510), no warning."""
+    text = built[0] + hopper[0]
     assert "C7510" not in text and "C7519" not in text
     assert not re.findall(r".*\.cuh?\(\d+\): warning.*|ptxas.*warning.*", text)
     found = re.findall(r"entry function '(\S+)' for '(sm_\w+)'\n.*\n.* (\d+) bytes spill stores", text)
-    assert {arch for _, arch, _ in found} == {"sm_80", "sm_90a"} and len(found) > 100
+    count = Counter(arch for _, arch, _ in found)
+    assert count.keys() == {"sm_80", "sm_90", "sm_90a"} and count["sm_80"] == count["sm_90"] > 100
     assert not [(name, arch, n) for name, arch, n in found if n != "0"]
 
 
@@ -75,11 +109,13 @@ def test_the_library_finds_torch_on_a_gpu_machine(built):
         ("key_gradients", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 8),
     ],
 )
-def test_tensor_cores_and_copy_engines_are_used(kernel, arch, instructions, variants, built):
+def test_tensor_cores_and_copy_engines_are_used(kernel, arch, instructions, variants, built, hopper):
     """In every 16-bit variant of a kernel, as disassembled."""
+    binaries = hopper[1] if arch == "sm_90a" else [built[1]]
     found = {
         name: text
-        for name, text in functions(built[1], arch).items()
+        for binary in binaries
+        for name, text in functions(binary, arch).items()
         if re.search(rf"\d{kernel}I", name) and re.search("bfloat16|6__half", name)
     }
     assert len(found) == variants, sorted(found)
@@ -120,12 +156,13 @@ def test_inline_assembly_and_static_shared_memory_stay_where_they_belong():
 
 
 def test_one_question_about_the_gpu():
-    """Device code has two forms: of sm_90a and of all others. `built` compiles both."""
+    """Device code has two forms: of sm_90a, which `hopper` compiles, and of all others, which `built` compiles."""
     asked = {}
     for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("*.h")]:
         found = re.findall(r"__CUDA_ARCH\w*", re.sub(r"//.*", "", path.read_text()))
         asked |= {path.name: found} if found else {}
     assert asked == {"hopper.cuh": ["__CUDA_ARCH_FEAT_SM90_ALL", "__CUDA_ARCH__"]}  # the second: of a device at all
+    assert [path.stem for path in HOPPER] == ["causal_attention_bwd_sm90", "causal_attention_fwd_sm90"]
 
 
 def test_kernels_have_no_float_atomics():

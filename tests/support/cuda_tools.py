@@ -24,6 +24,13 @@ def cuobjdump(*options: str) -> str:
     return result.stdout
 
 
+def nvcc_flags() -> list[str]:
+    """setup.py's flags for every CUDA unit."""
+    from buildtools.libraries import NVCC_FLAGS
+
+    return NVCC_FLAGS
+
+
 @functools.cache
 def functions(library: Path, arch: str) -> dict[str, str]:
     """Name to instructions."""
