@@ -20,7 +20,7 @@ JOBS    ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SHARED   = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help torch-requirement demo demo-finetune bench-finetune test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-drop-in bench-generate bench-gpu gpu-check wheel released clean install
+.PHONY: help torch-requirement demo demo-finetune bench-finetune bench-evaluate test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-drop-in bench-generate bench-gpu gpu-check wheel released clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -89,6 +89,9 @@ bench-drop-in: $(TESTED)  ## a patched transformers GPT-2 beside gptfast.GPT and
 
 bench-finetune: $(TESTED)  ## GPT-2's step full, frozen and with LoRA beside peft + transformers; decoding with adapters
 	$(BIN)/python benchmarks/bench_finetune.py
+
+bench-evaluate: $(TESTED)  ## lm-evaluation-harness with our model beside `hf`: multiple choice, cloze, few shots
+	$(BIN)/python benchmarks/bench_evaluate.py
 
 bench-generate: $(TESTED)  ## generation with GPT-2 by format, beside transformers and, with PEERS="--llama-bin …", others; the server
 	$(BIN)/python benchmarks/bench_generate.py $(PEERS)

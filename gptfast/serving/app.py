@@ -1,7 +1,8 @@
-"""The HTTP application of `gptfast serve`: POST /v1/completions, GET and HEAD of /v1/models and /health."""
+"""The HTTP application of `gptfast serve`: POST /v1/completions, GET and HEAD of /v1/models and /health, and the tokenizer."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from gptfast.serving.completions import Limits, Server
 from gptfast.serving.cors import allow_origins
 from gptfast.serving.errors import BodyLimit, add_error_handlers
 from gptfast.serving.protocol import ApiError
+from gptfast.serving.tokens import Tokens
 from gptfast.serving.worker import Worker
 from gptfast.tokenizer import Tokenizer, lenient
 
@@ -49,6 +51,7 @@ def create_app(
 
     worker = Worker(make_scheduler, limits.max_queue, limits.max_events)
     server = Server(model, runner, tokenizer, name, limits, worker)
+    tokens = Tokens(tokenizer, model.config.block_size, limits.special_tokens)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -86,5 +89,17 @@ def create_app(
     @app.post("/v1/completions", dependencies=guarded)
     async def completions(request: HTTPRequest) -> Response:
         return await server.complete(request)
+
+    @app.api_route("/tokenizer_info", methods=read, dependencies=guarded)
+    async def tokenizer_info() -> JSONResponse:
+        return JSONResponse(tokens.info())
+
+    @app.post("/tokenize", dependencies=guarded)
+    async def tokenize(request: HTTPRequest) -> JSONResponse:
+        return JSONResponse(await asyncio.to_thread(tokens.tokenize, await server.read(request)))
+
+    @app.post("/detokenize", dependencies=guarded)
+    async def detokenize(request: HTTPRequest) -> JSONResponse:
+        return JSONResponse(await asyncio.to_thread(tokens.detokenize, await server.read(request)))
 
     return app

@@ -100,7 +100,7 @@ class Server:
         self._defaults["eos_token_id"] = end_option(metadata.end_tokens(model.config.vocab_size, ends))
 
     async def complete(self, http: HTTPRequest) -> Response:
-        body = await self._read(http)
+        body = await self.read(http)
         deadline = Deadline(self._limits.seconds)
         ask = read_body(body)
         adapter = self.names.adapter_of(ask.model)
@@ -131,7 +131,8 @@ class Server:
             )
         return await self._whole(http, ask.model, submission, choices, echoed, deadline)
 
-    async def _read(self, http: HTTPRequest) -> bytes:
+    async def read(self, http: HTTPRequest) -> bytes:
+        """The body of a request. Raises ApiError: it did not arrive in time."""
         try:
             return await asyncio.wait_for(http.body(), self._limits.client_seconds)
         except asyncio.TimeoutError:

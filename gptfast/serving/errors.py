@@ -13,7 +13,10 @@ from starlette.requests import ClientDisconnect
 from gptfast.serving.protocol import ApiError
 
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection before its answer
-ROUTES = "POST /v1/completions, GET /v1/models, GET /v1/models/{model} and GET /health"
+ROUTES = (
+    "POST /v1/completions, GET /v1/models, GET /v1/models/{model}, GET /health, GET /tokenizer_info, POST /tokenize and "
+    "POST /detokenize"
+)
 
 
 def add_error_handlers(app: FastAPI) -> None:
