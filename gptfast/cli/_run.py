@@ -39,12 +39,31 @@ def describe(run: Run) -> list[str]:
         *([f"         {as_options(run.note)}"] if run.note else []),
         f"data     {len(data.train):,} tokens to train on, {len(data.val):,} for validation; "
         f"{data.tokenizer.kind} tokenizer, {data.tokenizer.vocab_size:,} tokens",
-        *(f"         {note}" for note in data.notes),
+        *(f"         {note}" for note in (*_sources(run), *data.notes)),
         f"machine  {place}",
         f"         {products}; at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s, measured just now: the 100% of peak",
         f"plan     {' or '.join(limits)}, {train.rows_per_step * trainer.block_size:,} tokens a step",
     ]
     return lines + _resume_lines(run)
+
+
+def _sources(run: Run) -> list[str]:
+    """A line for each source of a mixture: its part of the rows, its tokens, and how often they are read."""
+    from gptfast.data import Mixture
+
+    train, mixture = run.trainer.config, run.data.train
+    if not isinstance(mixture, Mixture):
+        return []
+    rows = None if train.max_steps is None else train.max_steps * train.rows_per_step
+    epochs = (
+        [""] * len(mixture.files)
+        if rows is None
+        else [f", {n:.3g} epochs in all" for n in mixture.epochs(rows, run.trainer.block_size)]
+    )
+    return [
+        f"{share:.1%} {name}: {len(file):,} tokens{often}"
+        for name, file, share, often in zip(mixture.names, mixture.files, mixture.shares, epochs, strict=True)
+    ]
 
 
 def _resume_lines(run: Run) -> list[str]:

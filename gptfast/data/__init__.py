@@ -8,21 +8,27 @@ from gptfast._lazy import lazy_names
 
 if TYPE_CHECKING:
     from gptfast.data.documents import Document, Split, load_documents, split_documents
-    from gptfast.data.prepared import PreparedData, load_prepared, open_data, prepare
+    from gptfast.data.mixture import Mixture, MixtureSampler, sampler_of
+    from gptfast.data.opening import is_tokens, open_data
+    from gptfast.data.prepared import PreparedData, load_prepared, prepare
     from gptfast.data.sampler import WindowSampler, sequential_batches, shuffled
     from gptfast.data.token_file import TokenFile, is_token_file, write_tokens
 
 __all__ = [
     "Document",
+    "Mixture",
+    "MixtureSampler",
     "PreparedData",
     "Split",
     "TokenFile",
     "WindowSampler",
     "is_token_file",
+    "is_tokens",
     "load_documents",
     "load_prepared",
     "open_data",
     "prepare",
+    "sampler_of",
     "sequential_batches",
     "shuffled",
     "split_documents",
@@ -33,7 +39,9 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         **dict.fromkeys(("Document", "Split", "load_documents", "split_documents"), "gptfast.data.documents"),
-        **dict.fromkeys(("PreparedData", "load_prepared", "open_data", "prepare"), "gptfast.data.prepared"),
+        **dict.fromkeys(("Mixture", "MixtureSampler", "sampler_of"), "gptfast.data.mixture"),
+        **dict.fromkeys(("is_tokens", "open_data"), "gptfast.data.opening"),
+        **dict.fromkeys(("PreparedData", "load_prepared", "prepare"), "gptfast.data.prepared"),
         **dict.fromkeys(("WindowSampler", "sequential_batches", "shuffled"), "gptfast.data.sampler"),
         **dict.fromkeys(("TokenFile", "is_token_file", "write_tokens"), "gptfast.data.token_file"),
     },

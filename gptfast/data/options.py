@@ -14,7 +14,8 @@ class DataOptions:
     data: str = option(
         "shakespeare",
         "The text: 'shakespeare' (42 plays and poems, built in), 'shakespeare:comedy,poetry' (some of them), a UTF-8 text "
-        "file, a folder whose .txt files are one document each, or a file or folder of records (see `text_field`).",
+        "file, a folder whose .txt files are one document each, a file or folder of records (see `text_field`), or, for "
+        "training, a mixture: a .toml file of [[source]] tables with name, data and weight.",
     )
     glob: list[str] | None = option(
         None, "Which files of a folder to read, such as '*.md'; may be given several times.", words="*.txt"

@@ -17,13 +17,14 @@ from gptfast._snapshots import TOKENIZER, TOKENS, current, current_files, read_w
 from gptfast.data.documents import Split, load_corpus, split_documents
 from gptfast.data.encode import progress_bar, write_part
 from gptfast.data.learn import learn
-from gptfast.data.token_file import TokenFile, is_token_file
+from gptfast.data.mixture import Mixture
+from gptfast.data.token_file import TokenFile
 from gptfast.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
 from gptfast.tokenizer.base import save_files
 
 MANIFEST = "data.json"
 _VERSION = 1
-_TRAINABLE = ("char", "word", "bpe")
+TRAINABLE = ("char", "word", "bpe")
 _PATH = (str, os.PathLike)
 
 
@@ -37,7 +38,7 @@ class PreparedData:
     """
 
     folder: Path
-    train: TokenFile
+    train: TokenFile | Mixture
     val: TokenFile
     tokenizer: Tokenizer
     info: dict[str, Any]
@@ -46,56 +47,6 @@ class PreparedData:
     def notes(self) -> list[str]:
         """Sentences for the user: the split, the part of the text that merges come from, and what was left out."""
         return [*(self.info[name] for name in ("split", "learnt") if name in self.info), *self.info.get("notes", [])]
-
-
-def open_data(
-    data: str | os.PathLike[str],
-    cache_dir: str | os.PathLike[str],
-    tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
-    *,
-    vocab_size: int | None = None,
-    unk: bool = False,
-    glob: str | Sequence[str] | None = None,
-    text_field: str | None = None,
-    val_fraction: float = 0.1,
-    seed: int = 0,
-    progress: bool = True,
-) -> PreparedData:
-    """The tokens of a text, of a prepared folder or of a token file.
-
-    Args:
-        data: a text as `prepare` takes it, whose tokens are written to `cache_dir`; a folder of `prepare`; or one token
-            file, whose last documents become the validation part.
-        cache_dir: folder for the tokens of a text; later calls find them there.
-        tokenizer: as in `prepare`. None: "gpt2" for text; for tokens the tokenizer in their folder.
-        vocab_size, unk, glob, text_field, val_fraction, seed, progress: as in `prepare`.
-    Raises:
-        OSError, ValueError: as `prepare` and `load_prepared`; a tokenizer that does not match the tokens.
-    """
-    given = [name for name, value in (("glob", glob), ("text_field", text_field), ("unk", unk)) if value]
-    if given and (current(data, MANIFEST).exists() or is_token_file(data)):
-        raise ValueError(f"open_data: {data} holds tokens; leave {' and '.join(given)} out, or pass the text")
-    if current(data, MANIFEST).exists():
-        if tokenizer is not None or vocab_size is not None:
-            raise ValueError(
-                f"open_data: {data} holds tokens and their tokenizer; leave tokenizer and vocab_size out, or "
-                "pass the text"
-            )
-        return load_prepared(data)
-    if is_token_file(data):
-        return _open_token_file(Path(data), tokenizer, val_fraction)
-    return prepare(
-        data,
-        "gpt2" if tokenizer is None else tokenizer,
-        cache_dir,
-        vocab_size=vocab_size,
-        unk=unk,
-        glob=glob,
-        text_field=text_field,
-        val_fraction=val_fraction,
-        seed=seed,
-        progress=progress,
-    )
 
 
 def prepare(
@@ -140,7 +91,7 @@ def prepare(
     corpus = load_corpus(data, glob, text_field)
     documents = corpus.documents
     split = split_documents(documents, val_fraction, seed)
-    chosen = None if tokenizer in _TRAINABLE else _given(tokenizer, vocab_size, unk)
+    chosen = None if tokenizer in TRAINABLE else given_tokenizer(tokenizer, vocab_size, unk)
     files = None if chosen is None else chosen.files()  # taken once: those of GPT-2 take some 20 ms
     fingerprint = _fingerprint(split, files or (tokenizer, vocab_size, *(["unk"] if unk else [])))
     found = _up_to_date(out_dir, fingerprint)
@@ -187,8 +138,8 @@ def _load_prepared(folder: Path, tokenizer: Tokenizer | None = None) -> Prepared
     info = _read_manifest(manifest)
     train, val = (TokenFile.open(current(folder, name)) for name in ("train.bin", "val.bin"))
     tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
-    _check_fit(train, tokenizer)
-    _check_fit(val, tokenizer)
+    check_fit(train, tokenizer)
+    check_fit(val, tokenizer)
     return PreparedData(folder, train, val, tokenizer, info)
 
 
@@ -204,7 +155,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return info
 
 
-def _given(tokenizer: Any, vocab_size: int | None = None, unk: bool = False) -> Tokenizer:
+def given_tokenizer(tokenizer: Any, vocab_size: int | None = None, unk: bool = False) -> Tokenizer:
     return get_tokenizer(tokenizer, vocab_size=vocab_size, unk=unk) if isinstance(tokenizer, _PATH) else tokenizer
 
 
@@ -256,26 +207,7 @@ def _refuse_others(folder: Path, fingerprint: str, keeps_tokenizer: bool) -> Non
         raise FileExistsError(f"{folder} holds {of}; replace that with `overwrite`, or choose another `out_dir`")
 
 
-def _open_token_file(path: Path, tokenizer: Any, val_fraction: float) -> PreparedData:
-    file = TokenFile.open(path)
-    if tokenizer in _TRAINABLE:
-        raise ValueError(
-            f"open_data: tokenizer is {tokenizer!r}, which is trained on text, but {path} holds tokens; "
-            "name 'gpt2' or the folder of the tokenizer that made them"
-        )
-    chosen = _given(path.parent if tokenizer is None else tokenizer)
-    _check_fit(file, chosen)
-    train, val = file.split(val_fraction)
-    info: dict[str, Any] = {
-        "data": str(path),
-        "split": f"validation: the last {len(val) / len(file):.1%} of the tokens",
-    }
-    for name, part in (("train", train), ("val", val)):
-        info[name] = {"documents": len(part.document_starts), "tokens": len(part)}
-    return PreparedData(path.parent, train, val, chosen, info)
-
-
-def _check_fit(file: TokenFile, tokenizer: Tokenizer) -> None:
+def check_fit(file: TokenFile, tokenizer: Tokenizer) -> None:
     if (file.vocab_size, file.eos_id) != (tokenizer.vocab_size, tokenizer.eos_id):
         raise ValueError(
             f"{file.path} was made with a vocabulary of {file.vocab_size} (end of text: {file.eos_id}), but "

@@ -78,8 +78,17 @@ class WindowSampler:
             raise ValueError(f"WindowSampler.batch: step is {step}; expected step >= 0")
         return self._starts((step * self.world_size + self.rank) * self.batch_size)
 
-    def _starts(self, first: int) -> np.ndarray:
-        parts = shuffled(first, self.batch_size, self.windows_per_epoch, self.seed)
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """(n, T + 1) int64: the rows with these numbers in the endless order.
+
+        Raises:
+            ValueError, OSError: as `batch`.
+        """
+        starts = np.concatenate([self._starts(number, 1) for number in numbers.tolist()])
+        return _taken(self._take, starts, self.block_size, self.vocab_size)
+
+    def _starts(self, first: int, count: int | None = None) -> np.ndarray:
+        parts = shuffled(first, count or self.batch_size, self.windows_per_epoch, self.seed)
         return np.concatenate([self._phase(epoch) + windows * self.block_size for epoch, windows in parts])
 
     def _phase(self, epoch: int) -> int:
@@ -152,6 +161,11 @@ def _feistel(value: np.ndarray, bits: int, keys: list[np.uint64]) -> np.ndarray:
     return value
 
 
+def derived_seed(seed: int, purpose: int) -> int:
+    """A seed in [0, 2**64) for one of several independent orders."""
+    return _key(seed, 0, purpose)
+
+
 def _key(seed: int, epoch: int, purpose: int) -> int:
     return _mix(_mix(_mix(seed) + epoch) + purpose)
 
@@ -171,8 +185,17 @@ def _mix(x: int) -> int:
 
 
 def _rows(take: Take, starts: np.ndarray, block_size: int, vocab_size: int | None) -> tuple[Tensor, Tensor]:
+    return inputs_and_targets(_taken(take, starts, block_size, vocab_size))
+
+
+def _taken(take: Take, starts: np.ndarray, block_size: int, vocab_size: int | None) -> np.ndarray:
     rows = take(starts[:, None] + np.arange(block_size + 1)).astype(np.int64)  # (B, T + 1)
     _check_ids(rows, vocab_size)
+    return rows
+
+
+def inputs_and_targets(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """x, y: (B, T) int64 of rows (B, T + 1): the tokens, and those that follow."""
     return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
 

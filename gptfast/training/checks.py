@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from gptfast.data import TokenFile
+from gptfast.data import Mixture, TokenFile
 from gptfast.models import GPT
 from gptfast.training.config import TrainConfig
 
 
-def check_model(model: GPT, config: TrainConfig, *tokens: TokenFile | np.ndarray) -> int:
+def check_model(model: GPT, config: TrainConfig, *tokens: TokenFile | Mixture | np.ndarray) -> int:
     """Check that model, config and tokens fit together; returns T."""
     limit = model.config.block_size
     if model.wte.weight.dtype != torch.float32:
@@ -18,7 +18,8 @@ def check_model(model: GPT, config: TrainConfig, *tokens: TokenFile | np.ndarray
             f"Trainer: the model's weights are {model.wte.weight.dtype}; expected float32 - load it with "
             "dtype=torch.float32 and choose the dtype of the products with TrainConfig(dtype=...)"
         )
-    for part in tokens:
+    parts = [file for given in tokens for file in (given.files if isinstance(given, Mixture) else (given,))]
+    for part in parts:
         if isinstance(part, TokenFile) and part.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"Trainer: {part.path} has ids up to {part.vocab_size - 1} but the model a vocab_size of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from gptfast.data import TokenFile, WindowSampler
+from gptfast.data import Mixture, TokenFile, sampler_of
 from gptfast.models import GPT
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.checks import check_model
@@ -21,7 +21,7 @@ class LanguageModelling(Objective):
 
     Args:
         model: a float32 GPT.
-        train_tokens, val_tokens: token files, or (N,) arrays of ids.
+        train_tokens, val_tokens: token files, or (N,) arrays of ids; train_tokens may be a mixture.
         config: of the run.
         tokenizer: saved with every checkpoint; None: no tokenizer.
         ranks: the processes that share every batch; None: this one has it all.
@@ -32,7 +32,7 @@ class LanguageModelling(Objective):
     def __init__(
         self,
         model: GPT,
-        train_tokens: TokenFile | np.ndarray,
+        train_tokens: TokenFile | Mixture | np.ndarray,
         val_tokens: TokenFile | np.ndarray,
         config: TrainConfig,
         tokenizer: Tokenizer | None = None,
@@ -44,7 +44,7 @@ class LanguageModelling(Objective):
         self.ranks, rows = ranks, config.batch_size if ranks is None else ranks.rows(config.batch_size)
         self._first = 0 if ranks is None else ranks.rank * rows
         model.dropout_row = self._first
-        self.sampler = WindowSampler(train_tokens, self.block_size, rows, config.seed)
+        self.sampler = sampler_of(train_tokens, self.block_size, rows, config.seed)
 
     def batches(self, row: int, config: TrainConfig) -> list[Batch]:
         passes = config.passes(row * self.block_size, self.block_size)

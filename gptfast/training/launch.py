@@ -15,9 +15,8 @@ import torch
 
 from gptfast._locks import FileLock
 from gptfast._options import default_of, options_of, values_of
-from gptfast._snapshots import current
 from gptfast.config import GPTConfig
-from gptfast.data import PreparedData, is_token_file, open_data
+from gptfast.data import PreparedData, is_tokens, open_data
 from gptfast.data.options import DataOptions
 from gptfast.machine import has_amx
 from gptfast.models import GPT
@@ -194,7 +193,7 @@ def _set_threads(threads: int | None) -> None:
 
 def _tokenizer(options: Options, model: GPT | None) -> str | None:
     """The requested tokenizer, else the checkpoint's, else the default; None for data that is tokens already."""
-    if "tokenizer" in options or _is_prepared(options["data"]):
+    if "tokenizer" in options or is_tokens(options["data"]):
         return options.get("tokenizer")
     if model is None:
         return DEFAULTS[start_of(options)]["tokenizer"]
@@ -234,10 +233,6 @@ def _check_ids(options: Options, data: PreparedData) -> None:
             raise ValueError(
                 f"train: {cause}: {token} is {a!r} to the model and {b!r} in the text; {remedy}, or leave `init_from` out"
             )
-
-
-def _is_prepared(data: str) -> bool:
-    return current(data, "data.json").exists() or is_token_file(data)
 
 
 def _open(options: Options, place: RunOptions, tokenizer: str | None, ranks: Ranks | None) -> PreparedData:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gptfast._locks import FileLock
-from gptfast.data import TokenFile
+from gptfast.data import Mixture, TokenFile
 from gptfast.models import GPT
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ class Trainer(Loop):
 
     Args:
         model: a float32 GPT; moved to the device of the config.
-        train_tokens, val_tokens: token files, or (N,) arrays of ids.
+        train_tokens, val_tokens: token files, or (N,) arrays of ids; train_tokens may be a mixture.
         config: see `TrainConfig`.
         out: RUN, the folder to write.
         tokenizer: saved with every checkpoint; None: no tokenizer.
@@ -47,7 +47,7 @@ class Trainer(Loop):
     def __init__(
         self,
         model: GPT,
-        train_tokens: TokenFile | np.ndarray,
+        train_tokens: TokenFile | Mixture | np.ndarray,
         val_tokens: TokenFile | np.ndarray,
         config: TrainConfig,
         out: str | os.PathLike[str],
