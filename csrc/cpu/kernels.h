@@ -134,8 +134,8 @@ struct AttentionParams {
   i64 documents;
   i64 window;  // 0: none
   bool causal;
-  float scale;         // >= 0
-  uint32_t threshold;  // of dropout in 1/65536; 0: none; 65536: everything
+  float scale;                    // >= 0
+  uint32_t threshold;             // of dropout in 1/65536; 0: none; 65536: everything
   uint32_t offset, first_matrix;  // of dropout; first_matrix: what (b, h) = (0, 0) is in the whole batch
   uint64_t seed;
 };

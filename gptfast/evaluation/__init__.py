@@ -1,5 +1,6 @@
 """Evaluation: perplexity of texts, paired comparisons of models, and in-context learning."""
 
+from gptfast.evaluation import scaling
 from gptfast.evaluation.chains import solve_by_generation
 from gptfast.evaluation.few_shot import choose_shots, extract_answer, few_shot_prompt, majority, self_consistency
 from gptfast.evaluation.in_context import evaluate_task
@@ -21,6 +22,7 @@ __all__ = [
     "load_template",
     "majority",
     "perplexity",
+    "scaling",
     "score_documents",
     "score_labels",
     "self_consistency",

@@ -84,7 +84,9 @@ def causal_attention(
     window: int | None = None,
     return_lse: bool = False,
     enable_gqa: bool = False,
+    first_row: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    offset = rng.at_row("causal_attention", offset, first_row, q.shape[1])
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     options = AttentionOptions(seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window or 0)
     return attention(q, k, v, options, return_lse)
@@ -128,7 +130,9 @@ def add_layer_norm(
     dropout_p: float = 0.0,
     seed: int = 0,
     offset: int = 0,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    offset = rng.at_row("add_layer_norm", offset, first_row, math.prod(x.shape[1:-1]))
     dropped = _keep_scaled(_upcast(x), _rows(x), dropout_p, seed, offset)
     total = (dropped + _upcast(residual)).to(torch.promote_types(x.dtype, residual.dtype))
     return layer_norm(total, weight, bias, eps), total
@@ -142,7 +146,8 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
     return (0.5 * xf * (1 + torch.erf(xf * math.sqrt(0.5)))).to(x.dtype)
 
 
-def dropout(x: Tensor, p: float, seed: int = 0, offset: int = 0) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int = 0, offset: int = 0, first_row: int = 0) -> Tensor:
+    offset = rng.at_row("dropout", offset, first_row, math.prod(x.shape[1:-1]))
     return _keep_scaled(_upcast(x), _rows(x), p, seed, offset).to(x.dtype)
 
 
