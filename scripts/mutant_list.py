@@ -137,7 +137,7 @@ COMPILED = [
 TEXT = [
     Mutant(
         "gradients are not clipped",
-        "gptfast/training/loop.py",
+        "gptfast/training/updates.py",
         "config.grad_clip or math.inf)",
         "math.inf)",
         _in("training/test_optimizer_steps"),
@@ -173,7 +173,7 @@ TEXT = [
     Mutant(
         "accumulated batches count alike, whatever they hold",
         "gptfast/training/gradients.py",
-        "loss * (count / sum(counts))",
+        "loss * (count / sum(everywhere))",
         "loss * (1 / len(counts))",
         _in("training/test_schedule_and_optimizers", "accumulation"),
     ),

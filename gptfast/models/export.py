@@ -33,6 +33,7 @@ def save(
     *,
     heads: Mapping[str, Tensor] | None = None,
     settings: Mapping[str, Any] | None = None,
+    patched: bool = False,
 ) -> None:
     """Write config.json and the weights to the folder `path`, together: a failure leaves what was there.
 
@@ -47,13 +48,14 @@ def save(
             index.
         heads: further tensors by their names in the file, such as those of a task's head.
         settings: further keys of config.json, which replace others.
+        patched: methods of gptfast's own classes may be replaced, as probes of a running training do.
     Raises:
         OSError: cannot be written (disk full, no permission).  ValueError: max_shard_size; or the model's modules are not
             what its config says, so that a model read from the folder would be another one.
     """
     limit = _bytes(max_shard_size)
     check_values("save_pretrained", model)
-    told = difference(model, saved=True)
+    told = difference(model, saved=True, patched=patched)
     if told is not None:
         raise ValueError(
             f"save_pretrained: {told}; a checkpoint holds a config and the weights of a plain GPT, and nothing was written - "

@@ -49,7 +49,7 @@ class Part:
     root: bool = False  # a subclass is allowed
 
 
-def difference(model: Transformer, saved: bool = False, adapters: bool = False) -> str | None:
+def difference(model: Transformer, saved: bool = False, adapters: bool = False, patched: bool = False) -> str | None:
     """The first difference between the model's modules and its config, in words; None: there is none.
 
     Whether the head is tied is read from the tensors, see `true_config`. Values of parameters are not compared.
@@ -57,6 +57,7 @@ def difference(model: Transformer, saved: bool = False, adapters: bool = False) 
     Args:
         model: a GPT.
         adapters: low-rank updates that are not merged, and soft prompts, are no difference.
+        patched: methods of gptfast's own classes may be replaced, as probes of a running training do.
         saved: also compare what a checkpoint does not store: dropout rates, and the values of fixed embeddings.
     """
     told = None if model.adapters is None else _in_adapters(model, adapters)
@@ -67,7 +68,7 @@ def difference(model: Transformer, saved: bool = False, adapters: bool = False) 
         names = ", ".join(map(repr, prompts))
         return f"the model has the soft prompt {names} (save_adapter writes it, delete_adapter takes it out)"
     wanted, found = _parts(model.config), dict(model.named_modules(remove_duplicate=False))
-    told = _in_classes(model) or _in_blocks(model) or _global_hooks()
+    told = _in_classes(model, patched) or _in_blocks(model) or _global_hooks()
     if told is not None:
         return told
     for name, part in wanted.items():  # submodules follow their module
@@ -165,13 +166,14 @@ def _parts(config: GPTConfig) -> dict[str, Part]:
     return parts
 
 
-def _in_classes(model: Transformer) -> str | None:
-    """A subclass may add methods but not override what forward uses, and no method of our classes may be replaced."""
+def _in_classes(model: Transformer, patched: bool) -> str | None:
+    """A subclass may add methods but not override what forward uses; methods of our classes may be replaced if `patched`."""
     for kind in type(model).__mro__[: type(model).__mro__.index(Transformer)]:
-        for name in vars(kind):
+        ours = patched and kind.__module__.startswith("gptfast.")
+        for name in () if ours else vars(kind):
             if name not in FREE and (hasattr(Transformer, name) or name in model._modules):
                 return f"the model is a {type(model).__name__}, in which {kind.__name__} overrides {name}"
-    for kind, methods in _methods.items():
+    for kind, methods in () if patched else _methods.items():
         if _methods_of(kind) != methods:
             return f"a method of the class {kind.__name__} was replaced"
     return None

@@ -17,7 +17,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from torch import nn
 
 from gptfast._files import checksum, open_read
 from gptfast._folders import staged_folder, sync
-from gptfast._json import NULL, field, items, read_json
+from gptfast._json import NULL, items, read_json
+from gptfast._json import field as json_field
 from gptfast._snapshots import EVERYTHING, current, current_files
 from gptfast.models.export import write_tensors
 from gptfast.ops.gemm import implementations_of
@@ -57,6 +58,8 @@ class TrainState:
     rows: rows of tokens in all updates; None in older checkpoints: step * rows_per_step.
     eval_batch_size: rows of an evaluation's batch: the run's first batch_size, so that evaluations stay comparable when it
         changes; None in older checkpoints: batch_size.
+    recent: loss and norm of the gradient of the last steps. left_out: first row and number of rows of batches that are not
+        trained on (`gptfast.training.spikes`).
     """
 
     step: int = 0
@@ -69,6 +72,8 @@ class TrainState:
     seconds: float = 0.0
     rows: int | None = None
     eval_batch_size: int | None = None
+    recent: list[list[float]] = field(default_factory=list)
+    left_out: list[list[int]] = field(default_factory=list)
 
 
 _STATE = {  # the types of the fields in trainer.json
@@ -82,8 +87,18 @@ _STATE = {  # the types of the fields in trainer.json
     "seconds": float,
     "rows": (int, NULL),
     "eval_batch_size": (int, NULL),
+    "recent": list,
+    "left_out": list,
 }
-_LATER = ("rows", "eval_batch_size", "best_metric", "evaluated", "stale")  # fields that older checkpoints lack
+_LATER = (
+    "rows",
+    "eval_batch_size",
+    "best_metric",
+    "evaluated",
+    "stale",
+    "recent",
+    "left_out",
+)  # fields that older checkpoints lack
 
 
 @dataclass(frozen=True)
@@ -234,23 +249,27 @@ def saved_step(folder: str | os.PathLike[str]) -> int:
 
 
 def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
-    state = {**{name: getattr(TrainState(), name) for name in _LATER}, **field(raw, "state", dict, TRAINER)}
+    state = {**{name: getattr(TrainState(), name) for name in _LATER}, **json_field(raw, "state", dict, TRAINER)}
     for key, kinds in _STATE.items():
-        field(state, key, kinds, TRAINER, inside="state")
+        json_field(state, key, kinds, TRAINER, inside="state")
     if state.keys() - _STATE.keys():
         raise ValueError(
             f"state has {', '.join(sorted(state.keys() - _STATE.keys()))}, which this version does not know"
         )
-    gemm = field(raw, "gemm", dict, TRAINER)
+    for key, size in (("recent", float), ("left_out", int)):
+        for pair in state[key]:
+            if len(items(pair, size, f"state.{key}", TRAINER)) != 2:
+                raise ValueError(f"state.{key} has {pair}; expected two numbers")
+    gemm = json_field(raw, "gemm", dict, TRAINER)
     for key in gemm:
-        field(gemm, key, str, TRAINER, inside="gemm")
+        json_field(gemm, key, str, TRAINER, inside="gemm")
     return Checkpoint(
         folder,
         TrainState(**state),
-        TrainConfig(**field(raw, "config", dict, TRAINER)),
-        field(raw, "source", dict, TRAINER),
-        _parse_dropout(field(raw, "dropout", list, TRAINER)),
-        field(raw, "threads", int, TRAINER),
+        TrainConfig(**json_field(raw, "config", dict, TRAINER)),
+        json_field(raw, "source", dict, TRAINER),
+        _parse_dropout(json_field(raw, "dropout", list, TRAINER)),
+        json_field(raw, "threads", int, TRAINER),
         gemm,
     )
 
@@ -271,14 +290,14 @@ def check_source(checkpoint: Checkpoint) -> dict[str, Any]:
         ValueError: the checkpoint has none, or a malformed one.
     """
     path, source = checkpoint.folder / TRAINER, checkpoint.source
-    field(source, "data", str, path, inside="source")
-    options = field(source, "options", dict, path, inside="source")
-    field(options, "tokenizer", (str, NULL), path, inside="source.options")
-    field(options, "vocab_size", (int, NULL), path, None, inside="source.options")
-    field(options, "unk", (bool, NULL), path, None, inside="source.options")
-    field(options, "text_field", (str, NULL), path, None, inside="source.options")
-    items(field(options, "glob", list, path, [], inside="source.options"), str, "source.options.glob", path)
-    field(source, "marks", dict, path, inside="source")
+    json_field(source, "data", str, path, inside="source")
+    options = json_field(source, "options", dict, path, inside="source")
+    json_field(options, "tokenizer", (str, NULL), path, inside="source.options")
+    json_field(options, "vocab_size", (int, NULL), path, None, inside="source.options")
+    json_field(options, "unk", (bool, NULL), path, None, inside="source.options")
+    json_field(options, "text_field", (str, NULL), path, None, inside="source.options")
+    items(json_field(options, "glob", list, path, [], inside="source.options"), str, "source.options.glob", path)
+    json_field(source, "marks", dict, path, inside="source")
     return source
 
 

@@ -152,6 +152,14 @@ class TrainConfig:
         allowed=Whole(1),
         group=_RUN,
     )
+    on_spike: str | None = option(
+        None,
+        "What to do about a step whose loss or gradient is not finite or far above those before. skip: leave its batch out. "
+        "rewind: go back to the last checkpoint, and leave its batch out on the way. stop: end with an error.",
+        words="a note in the log, and an error where they are not finite",
+        allowed=("skip", "rewind", "stop"),
+        group=_RUN,
+    )
     log_every: int = option(10, "Steps between records in OUT/log.jsonl.", allowed=Whole(1), group=_RUN)
     seed: int = option(
         0,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
 import numpy as np
 import torch
 
 from gptfast.data import Mixture, TokenFile, sampler_of
-from gptfast.models import GPT
+from gptfast.models import GPT, export
 from gptfast.tokenizer import Tokenizer
+from gptfast.training import bad_step
 from gptfast.training.checks import check_model
 from gptfast.training.config import TrainConfig
 from gptfast.training.evaluate import Batch, evaluate, evaluated_tokens, evaluation_batches
@@ -66,3 +71,19 @@ class LanguageModelling(Objective):
 
     def flops_per_token(self) -> float:
         return self.network.flops_per_token(self.block_size)
+
+    def where_not_finite(
+        self, batches: list[Batch], autocast: Autocast, device: torch.device, dropout_step: int | None
+    ) -> str:
+        return bad_step.first_bad(self.network, batches, autocast, device, dropout_step)
+
+    def keep(self, folder: Path, batches: list[Batch], about: dict[str, Any]) -> str:
+        bad_step.keep(folder, self.network, batches, about)
+        return f"python -m gptfast.training.bad_step {quote(str(folder))}"
+
+    def restore(self, folder: Path) -> None:
+        stored = GPT.from_pretrained(folder, dtype=torch.float32)
+        self.network.load_state_dict(stored.state_dict())
+
+    def write(self, folder: Path) -> None:
+        export.save(self.network, folder, patched=True)  # a probe in forward must not cost a run its checkpoints

@@ -38,7 +38,7 @@ _TRAIN = tuple(options_of(TrainConfig))
 _MAY_CHANGE = {  # when a run is resumed
     *("max_steps", "max_minutes", "lr_decay_steps", "learning_rate", "min_lr", "warmup_steps", "grad_clip"),
     *("batch_size", "grad_accum", "eval_every", "eval_batches", "checkpoint_every", "log_every", "patience"),
-    "keep_last",
+    *("keep_last", "on_spike"),
     *("threads", "data", "dtype", "device", "out", "resume", "tensorboard", "overwrite", "parallel", "timeout"),
 }
 GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary: as it is, and padded as nanoGPT does

@@ -48,6 +48,13 @@ class Log:
                 if name != "step":
                     self._board.add_scalar(name, value, record["step"])
 
+    def back_to(self, step: int) -> None:
+        """Remove the records of later steps."""
+        self.records = [record for record in self.records if record["step"] <= step]
+        self._file.close()
+        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
+        self._file = self.path.open("ab", buffering=0)
+
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
@@ -61,6 +68,9 @@ class NoLog:
         self.records: list[dict[str, Any]] = []
 
     def write(self, **record: Any) -> None:
+        pass
+
+    def back_to(self, step: int) -> None:
         pass
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,22 @@ from gptfast.ops.gemm import check_implementations, use_implementations
 from gptfast.training.checkpoint import (
     Checkpoint,
     TrainState,
-    copy_checkpoint,
-    load_optimizers,
-    save_checkpoint,
-    saved_step,
 )
 from gptfast.training.config import TrainConfig
 from gptfast.training.interrupt import Interrupt
-from gptfast.training.kept import forget, keep_last
 from gptfast.training.log import Log, NoLog
 from gptfast.training.objective import Evaluation, Objective
-from gptfast.training.optim import build_optimizers, parameters_of
+from gptfast.training.optim import build_optimizers
 from gptfast.training.plot import plot_losses, require_matplotlib
 from gptfast.training.progress import Figures, TrainingProgress
 from gptfast.training.ranks import RankLostError, Ranks
 from gptfast.training.result import TrainResult
 from gptfast.training.run_folder import lock_run, make_room
-from gptfast.training.schedule import learning_rate
 from gptfast.training.timing import RunClock
+from gptfast.training.updates import Updates
 
 
-class Loop:
+class Loop(Updates):
     """Trains an objective and writes RUN/last, RUN/best, RUN/log.jsonl and RUN/loss.png.
 
     Args:
@@ -100,6 +95,7 @@ class Loop:
         measured = self._is_main and objective.flops_per_token() is not None
         self.peak_flops = peak_flops(self.dtype, self.device) if measured else math.inf
         self._loss, self._rows = math.nan, config.rows_per_step  # the last step's
+        self._wrong_in_a_row = 0
         self._found: Evaluation | None = None  # the last evaluation's
 
     def _release(self) -> None:
@@ -124,7 +120,7 @@ class Loop:
             self.objective.network.dropout_seed, self.objective.network.dropout_step = checkpoint.dropout
         check_implementations(checkpoint.gemm)
         self._methods = checkpoint.gemm
-        load_optimizers(checkpoint.folder, self.objective.network, self.optimizers)
+        self._load_optimizers(checkpoint)
 
     def _begin_rows(self, resume: Checkpoint | None) -> None:
         """Set the position in the order of the data, which is independent of the batch size."""
@@ -178,6 +174,8 @@ class Loop:
         if self.ranks is not None:
             self.ranks.signalled = lambda: interrupt.signal is not None
             self.ranks.same(self.objective.network.parameters(), "the start")
+        if self.config.on_spike == "rewind" and self.state.step == 0:
+            self._save()  # what a spike before the first checkpoint goes back to
         if self._evaluate_first:
             self._log(self._evaluation())
         done, signal = self._agree(interrupt)
@@ -222,12 +220,14 @@ class Loop:
         """Make one update, and log, evaluate and save when due."""
         config = self.config
         with self.clock.step():
-            record: dict[str, float] = self._update()
-        self._loss = record["loss"]
+            record = self._update()
+        if record.get("done") == "rewound":
+            return
+        self._loss = record.get("loss", self._loss)
         step = self.state.step
         if self.clock.can_plan:
             record |= self._plan()
-        if step == 1 or step % config.log_every == 0:
+        if step == 1 or step % config.log_every == 0 or "wrong" in record:
             self.log.write(step=step, **record, seconds=round(self.clock.seconds, 3))
         evaluating = step % config.eval_every == 0
         with self.clock.pause():
@@ -236,38 +236,6 @@ class Loop:
             if step % config.steps_per_checkpoint == 0 or self.state.best_step == step:
                 self._save()
         self.progress.show(self._figures(), important=evaluating or step == 1)
-
-    def _update(self) -> dict[str, float]:
-        """Update the weights once; returns loss, learning rate and norm of the gradient."""
-        step, config = self.state.step, self.config
-        rate = learning_rate(step, config, self.state.planned_steps or math.inf)
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
-        rows = self.state.rows or 0
-        self._unfinished = self.objective.network.dropout_step
-        batches = self.objective.batches(rows, config)
-        figures = self.objective.add_gradients(batches, self.autocast, self.device)
-        loss = figures["loss"]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizers), config.grad_clip or math.inf))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RuntimeError(
-                f"training: the loss is {loss} and the norm of its gradient {norm} at step {step + 1}, where the "
-                f"learning rate is {rate:.2g}; saved checkpoints are intact - lower learning_rate or raise warmup_steps"
-            )
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self._unfinished = None
-        self.state.step += 1
-        self._rows = config.batch_size * len(batches)
-        self.state.rows = rows + self._rows
-        return {**figures, "lr": rate, "grad_norm": norm}
-
-    def autocast(self) -> AbstractContextManager:
-        """The context of a forward pass."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _evaluation(self) -> Evaluation:
         return self.objective.evaluate(self.eval_batch_size, self.config, self.autocast, self.device)
@@ -287,33 +255,6 @@ class Loop:
     def _log(self, found: Evaluation) -> None:
         named = {} if found.metric is None else {self.objective.metric: found.metric}
         self.log.write(step=self.state.step, val_loss=found.loss, **named)
-
-    def _save(self) -> None:
-        """Write RUN/last, and RUN/best if this is the best step so far; with ranks, on rank 0 while the others wait."""
-        if self.ranks is None:
-            self._write()
-        else:
-            self.ranks.main_first(self._write, "the checkpoint")
-        self._saved = self.state.step
-
-    def save_alone(self) -> None:
-        """Save what the last whole step left, where other ranks are lost, unless one of them has."""
-        if self._unfinished is not None:
-            self.objective.network.dropout_step = self._unfinished
-        if saved_step(self.out / "last") < self.state.step:
-            self._write()
-
-    def _write(self) -> None:
-        self.state.seconds, self.state.evaluated = self.clock.seconds, self._evaluated
-        last, objective = self.out / "last", self.objective
-        if self.config.keep_last > 1 and self._last_is_intact:
-            keep_last(self.out)
-        about = (objective.tokenizer, self.state, self.config, self.source)
-        save_checkpoint(last, objective.network, self.optimizers, *about, write=objective.write)
-        if self.state.best_step == self.state.step:
-            copy_checkpoint(last, self.out / "best")
-        self._last_is_intact = True
-        forget(self.out, self.config.keep_last)
 
     def _plan(self) -> dict[str, int]:
         """Set planned_steps from the time that is left."""

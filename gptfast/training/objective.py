@@ -66,6 +66,20 @@ class Objective(ABC):
         """Of a step, to be compared with the machine's; None: not known."""
         return None
 
+    def where_not_finite(
+        self, batches: list[Any], autocast: Autocast, device: torch.device, dropout_step: int | None
+    ) -> str:
+        """The first module, or gradient, of a step whose values are not finite, when the step is repeated; "": not known."""
+        return ""
+
+    def keep(self, folder: Path, batches: list[Any], about: dict[str, Any]) -> str:
+        """Write the batches of a step that went wrong, and the network, to a folder; the command that repeats it, "": none."""
+        return ""
+
+    def restore(self, folder: Path) -> None:
+        """Give the network the weights of a checkpoint."""
+        raise NotImplementedError(f"{type(self).__name__} cannot go back to a checkpoint")
+
     def write(self, folder: Path) -> None:
         """Write the network to a folder, from which a run can be resumed."""
         self.network.save_pretrained(folder)

@@ -1,0 +1,127 @@
+"""A step that went wrong, kept to be looked at: where the first number that is not finite comes from.
+
+    python -m gptfast.training.bad_step RUN/bad-step-000012
+
+RUN/bad-step-N has the weights before the step, its batches, and what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gptfast._folders import staged_folder
+from gptfast._json import read_json
+from gptfast._snapshots import EVERYTHING, current
+from gptfast.models import GPT, export
+from gptfast.training.evaluate import Batch
+
+BATCHES, ABOUT = "batches.safetensors", "step.json"
+
+
+def first_bad(
+    model: GPT,
+    batches: Sequence[Batch],
+    autocast: Callable[[], AbstractContextManager],
+    device: torch.device,
+    dropout_step: int | None,
+) -> str:
+    """The module whose output is the first that is not finite, or the parameter whose gradient is; "": none.
+
+    The step is repeated with the dropout masks of `dropout_step`; the model's own counter and gradients stay.
+    """
+    found: list[str] = []
+    after = model.dropout_step
+    kept = [p.grad for p in model.parameters()]
+    hooks = [module.register_forward_hook(_noting(name, found)) for name, module in model.named_modules() if name]
+    model.dropout_step = dropout_step
+    try:
+        for x, y in batches:
+            with autocast():
+                _, loss = model(x.to(device), y.to(device))
+            if found:
+                return found[0]
+            if not torch.isfinite(loss):
+                return "the loss"
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            for name, p in reversed(list(model.named_parameters())):
+                if p.grad is not None and not torch.isfinite(p.grad).all():
+                    return f"the gradient of {name}"
+        return ""
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.dropout_step = after
+        for p, grad in zip(model.parameters(), kept, strict=True):
+            p.grad = grad
+
+
+def _noting(name: str, found: list[str]) -> Callable[[nn.Module, Any, Any], None]:
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not found and not all(map(_finite, _tensors(output))) and all(map(_finite, _tensors(inputs))):
+            found.append(name)
+
+    return note
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    values = values if isinstance(values, (tuple, list)) else [values]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def keep(folder: Path, model: GPT, batches: Sequence[Batch], about: dict[str, Any]) -> None:
+    """Write a step to a folder: weights, batches, and `about`: step, dropout (seed and step), dtype, what went wrong.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tensors = {f"{name}{n}": part for n, batch in enumerate(batches) for name, part in zip("xy", batch, strict=True)}
+    with staged_folder(folder, replaces=EVERYTHING) as stage:
+        export.save(model, stage, patched=True)
+        export.write_tensors(stage / BATCHES, tensors)
+        (stage / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def replay(folder: Path) -> str:
+    """Repeat a step that `keep` wrote, on the CPU; what was found, in words.
+
+    Raises:
+        OSError, ValueError: the folder is none of `keep`, or damaged.
+    """
+    about = read_json(current(folder, ABOUT))
+    model = GPT.from_pretrained(folder, dtype=torch.float32).train()
+    tensors = load_file(current(folder, BATCHES))
+    batches = [(tensors[f"x{n}"], tensors[f"y{n}"]) for n in range(len(tensors) // 2)]
+    model.dropout_seed, step = about["dropout"]
+    dtype = getattr(torch, about["dtype"])
+    autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast("cpu", dtype=dtype)
+    with torch.no_grad():
+        model.dropout_step = step
+        losses = []
+        for x, y in batches:
+            with autocast():
+                losses.append(float(model(x, y)[1]))
+    found = first_bad(model, batches, autocast, torch.device("cpu"), step)
+    lines = [
+        f"step {about['step']}: {about['wrong']}",
+        f"losses of its {len(batches)} passes again: {', '.join(f'{loss:.4f}' for loss in losses)}",
+        f"not finite first: {found}" if found else "everything is finite this time",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(replay(Path(sys.argv[1])))
