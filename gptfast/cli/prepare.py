@@ -7,7 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from gptfast._options import option, values_of
+from gptfast._options import Whole, option, values_of
 from gptfast.cli._options import Options, takes
 from gptfast.data.options import DataOptions
 
@@ -17,6 +17,9 @@ class Output:
     """Where the tokens go."""
 
     out: Path = option(Path("runs/data"), "Folder for train.bin, val.bin, data.json and the tokenizer's files.")
+    workers: int | None = option(
+        None, "Threads that encode. The files do not depend on it.", words="all cores", allowed=Whole(1)
+    )
     overwrite: bool = option(False, "Replace tokens of another text or tokenizer in OUT.")
 
 
@@ -33,7 +36,9 @@ def prepare(options: dict[str, Any]) -> None:
     from gptfast.data import prepare as prepare_data
 
     data, place = DataOptions(**values_of(DataOptions, options)), Output(**values_of(Output, options))
-    prepared = prepare_data(**(vars(data) | {"out_dir": place.out, "overwrite": place.overwrite}))
+    prepared = prepare_data(
+        **(vars(data) | {"out_dir": place.out, "overwrite": place.overwrite, "workers": place.workers})
+    )
     table = Table("part", "documents", "bytes", "tokens", "bytes per token", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -27,12 +27,16 @@ _LONG = 8_000_000  # bytes; shorter texts have no progress bar
 _SHORT = 256  # characters that take as long to encode as the call itself
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Generator[tuple[int, np.ndarray, int]]:
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer, workers: int | None = None
+) -> Generator[tuple[int, np.ndarray, int]]:
     """The ids of every piece of every document, in order: (index of the document, ids, bytes of UTF-8).
 
     Pieces are read while others are encoded, a few at a time, so memory does not grow with the text. tiktoken encodes on
     all cores that the process may use.
 
+    Args:
+        workers: threads that encode; None: one a core that the process may use.
     Raises:
         OSError: a file cannot be read.
         ValueError: text that cannot be read or encoded; the message names the document.
@@ -57,7 +61,7 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Gen
             raise ValueError(f"{name}, counted from character {start}: {error}") from error
         return n, ids, len(piece) if piece.isascii() else len(piece.encode())
 
-    with closing(_map(encoded, _batches(parts()), usable_cores())) as batches:
+    with closing(_map(encoded, _batches(parts()), workers or usable_cores())) as batches:
         for batch in batches:
             yield from batch
 
@@ -92,7 +96,11 @@ def _map(function: Callable[[T], R], items: Iterator[T], threads: int) -> Genera
 
 
 def write_part(
-    path: Path, documents: Sequence[Document], tokenizer: Tokenizer, advance: Callable[[int], None]
+    path: Path,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    advance: Callable[[int], None],
+    workers: int | None = None,
 ) -> dict[str, int]:
     """Write the token file of documents; returns its entry in data.json. `advance` receives the bytes of each piece."""
     size = 0
@@ -104,7 +112,7 @@ def write_part(
             advance(n_bytes)
             yield ids
 
-    with path.open("wb") as file, closing(encode_documents(documents, tokenizer)) as encoded:
+    with path.open("wb") as file, closing(encode_documents(documents, tokenizer, workers)) as encoded:
         writer = TokenWriter(file, tokenizer.vocab_size, tokenizer.eos_id)
         writer.write(counted(group) for _, group in groupby(encoded, key=itemgetter(0)))
     return {"documents": len(writer.starts), "tokens": writer.count, "bytes": size}

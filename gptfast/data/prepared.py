@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gptfast._checks import check_count
 from gptfast._folders import staged_folder
 from gptfast._json import field, read_json
 from gptfast._snapshots import TOKENIZER, TOKENS, current, current_files, read_whole
@@ -62,6 +63,7 @@ def prepare(
     seed: int = 0,
     progress: bool = True,
     overwrite: bool = True,
+    workers: int | None = None,
 ) -> PreparedData:
     """Split text into training and validation documents and write their tokens.
 
@@ -80,21 +82,24 @@ def prepare(
         seed: chooses the validation documents.
         progress: show a progress bar for a long text, if standard error is a terminal.
         overwrite: replace tokens of another text, another tokenizer or another split in `out_dir`.
+        workers: threads that encode; None: one a core that the process may use. The files do not depend on it.
     Returns:
-        The prepared data; info["notes"] lists files and records that were left out.
+        The prepared data; info["notes"] lists files and records that were left out, and damage that was mended.
     Raises:
         FileExistsError: other tokens, or a tokenizer, are in `out_dir` and `overwrite` is False.
         OSError: a file cannot be read or written.
         ValueError: bad arguments, or text that cannot be read or encoded.
     """
     out_dir = Path(out_dir)
+    if workers is not None:
+        check_count("prepare", "workers", workers)
     corpus = load_corpus(data, glob, text_field)
     documents = corpus.documents
     split = split_documents(documents, val_fraction, seed)
     chosen = None if tokenizer in TRAINABLE else given_tokenizer(tokenizer, vocab_size, unk)
     files = None if chosen is None else chosen.files()  # taken once: those of GPT-2 take some 20 ms
     fingerprint = _fingerprint(split, files or (tokenizer, vocab_size, *(["unk"] if unk else [])))
-    found = _up_to_date(out_dir, fingerprint)
+    found, damage = _up_to_date(out_dir, fingerprint)
     if found is not None:
         return replace(found, info={**found.info, "notes": corpus.notes})
     chosen, learnt = (chosen, None) if chosen else learn(str(tokenizer), split, vocab_size, unk)
@@ -107,11 +112,12 @@ def prepare(
     with staged_folder(out_dir, replaces=TOKENS if keeps_tokenizer else f"{TOKENS}|{TOKENIZER}") as stage:
         with progress_bar(documents, progress) as advance:
             for part in ("train", "val"):
-                info[part] = write_part(stage / f"{part}.bin", getattr(split, part), chosen, advance)
+                info[part] = write_part(stage / f"{part}.bin", getattr(split, part), chosen, advance, workers)
         if not keeps_tokenizer:
             save_files(stage, files or chosen.files())
         (stage / MANIFEST).write_text(json.dumps(info, indent=2), encoding="utf-8")
-    return read_whole(out_dir, lambda: _load_prepared(out_dir, chosen))
+    made = read_whole(out_dir, lambda: _load_prepared(out_dir, chosen))
+    return replace(made, info={**made.info, "notes": [*damage, *corpus.notes]})
 
 
 def load_prepared(folder: str | os.PathLike[str]) -> PreparedData:
@@ -182,15 +188,17 @@ def _fingerprint(split: Split, tokenizer: dict[str, bytes] | tuple[Any, ...]) ->
     return digest.hexdigest()
 
 
-def _up_to_date(folder: Path, fingerprint: str) -> PreparedData | None:
-    """The data in `folder` if it is complete and has this fingerprint; else None."""
+def _up_to_date(folder: Path, fingerprint: str) -> tuple[PreparedData | None, list[str]]:
+    """The data in `folder` if it is complete and has this fingerprint, else None; and what was damaged there."""
     try:
         found = load_prepared(folder)
         found.train.verify()
         found.val.verify()
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if found.info.get("fingerprint") == fingerprint else None
+    except FileNotFoundError:
+        return None, []
+    except ValueError as error:
+        return None, [f"damaged files were written again: {error}"]
+    return (found if found.info.get("fingerprint") == fingerprint else None), []
 
 
 def _refuse_others(folder: Path, fingerprint: str, keeps_tokenizer: bool) -> None:

@@ -195,7 +195,18 @@ def test_prepare_again_after_a_change(tmp_path, change):
     after = prepare(data, out_dir=out, **options)
     second = after.train.tokens.tolist(), after.val.tokens.tolist()
     assert (first == second) == (change in ("damage", "interrupted"))
+    assert any("written again" in note and "train.bin" in note for note in after.notes) == (change == "damage")
     after.train.verify()
+
+
+def test_the_files_do_not_depend_on_the_number_of_workers(book, tmp_path):
+    files = []
+    for workers in (1, 3):
+        prepare(book, "gpt2", tmp_path / str(workers), workers=workers)
+        files.append([(tmp_path / str(workers) / name).read_bytes() for name in ("train.bin", "val.bin")])
+    assert files[0] == files[1]
+    with pytest.raises(ValueError, match="workers is 0; expected at least 1"):
+        prepare(book, "gpt2", tmp_path / "0", workers=0)
 
 
 def test_a_full_disk_leaves_the_old_data(tmp_path):
