@@ -44,7 +44,7 @@ template <class T, Input IN, int V> DEV_INLINE void read_input(float (&v)[V], co
 }
 
 template <class T, Input IN, int V, bool WARP>
-__global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads)
+__global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads, 2)
     layer_norm_fwd_kernel(const LayerNormParams p) {
   DYN_SMEM(scratch);
   constexpr int N = WARP ? kWarpVectors : kBlockVectors;
