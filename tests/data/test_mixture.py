@@ -108,7 +108,7 @@ def test_prepared_sources_keep_their_tokenizer_and_must_agree(file: Path, tmp_pa
         ("weight = 3", "weight = inf", "source plays: weight is inf"),
         ("weight = 3", "", "source plays: weight is missing"),
         ("weight = 3", "weight = '3'", "source plays: weight is '3'; expected a number"),
-        ("weight = 3", "wight = 3", "source plays: unknown key wight; did you mean weight"),
+        ("weight = 3", "weights = 3", "source plays: unknown key weights; did you mean weight"),
         ('poems"\ndata', 'plays"\ndata', "two sources are named plays"),
         ('"plays"', '"a/b"', "source a/b: a name has letters"),
         ('"plays.txt"', '"gone.txt"', "source plays: .*gone.txt does not exist; data is relative"),
