@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from importlib import resources
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -126,6 +126,21 @@ def read_text(path: str | os.PathLike[str]) -> str:
         ValueError: the file is empty, or binary, or not UTF-8 (the text names the first offending byte).
     """
     return "".join(text_blocks(path))
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        OSError, ValueError: as `read_text`; or the file is not TOML.
+    """
+    import tomlkit
+    from tomlkit.exceptions import ParseError
+
+    try:
+        return tomlkit.parse(read_text(path)).unwrap()
+    except ParseError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
 
 
 def text_blocks(

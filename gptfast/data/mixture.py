@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gptfast._files import read_text
+from gptfast._files import read_toml
 from gptfast.data.sampler import WindowSampler, derived_seed, inputs_and_targets, permute
 from gptfast.data.token_file import TokenFile
 
@@ -54,14 +54,8 @@ def read_mixture(path: str | Path) -> list[Source]:
         OSError: the file cannot be read.
         ValueError, TypeError: no TOML, no sources, or a source with a wrong or missing key; the text names the source.
     """
-    import tomlkit
-    from tomlkit.exceptions import ParseError
-
     path = Path(path)
-    try:
-        content = tomlkit.parse(read_text(path)).unwrap()
-    except ParseError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
+    content = read_toml(path)
     tables = content.get("source")
     if (
         not isinstance(tables, list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,7 @@ class Log:
 
     def __init__(self, path: str | os.PathLike[str], step: int = 0, tensorboard: Path | None = None) -> None:
         self.path = Path(path)
-        self.records = [r for r in read_log(self.path) if r["step"] <= step] if step else []
-        lines = "".join(json.dumps(r) + "\n" for r in self.records)
-        atomic_write(self.path, lines.encode())
-        self._file = self.path.open("ab", buffering=0)  # every record is written at once
+        self._file = self._rewritten(read_log(self.path) if step else [], step)
         self._board = None if tensorboard is None else _summary_writer(tensorboard, step)
 
     def write(self, **record: Any) -> None:
@@ -48,12 +46,16 @@ class Log:
                 if name != "step":
                     self._board.add_scalar(name, value, record["step"])
 
+    def _rewritten(self, records: list[dict[str, Any]], step: int) -> FileIO:
+        """The file with the records up to a step, opened to append."""
+        self.records = [record for record in records if record["step"] <= step]
+        atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in self.records).encode())
+        return self.path.open("ab", buffering=0)  # every record is written at once
+
     def back_to(self, step: int) -> None:
         """Remove the records of later steps."""
-        self.records = [record for record in self.records if record["step"] <= step]
         self._file.close()
-        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
-        self._file = self.path.open("ab", buffering=0)
+        self._file = self._rewritten(self.records, step)
 
     def close(self) -> None:
         self._file.close()

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from gptfast._files import atomic_write, read_text
+from gptfast._files import atomic_write, read_toml
 from gptfast._options import default_of, default_text, options_of, values_of
 from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
@@ -54,13 +54,7 @@ def read_options(path: Path) -> dict[str, Any]:
         ValueError: not TOML, a key that no option has, or an option of one start only, such as resume.
         TypeError: a value of the wrong type.
     """
-    import tomlkit
-    from tomlkit.exceptions import ParseError
-
-    try:
-        found = tomlkit.parse(read_text(path)).unwrap()
-    except ParseError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
+    found = read_toml(path)
     owners = {name: owner for owner, names in _TABLES.values() for name in names}
     for key, value in found.items():
         if key in _PLACE:
