@@ -69,7 +69,8 @@ def read_whole(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
             try:
                 result = read()
             except (OSError, ValueError, LookupError, RuntimeError):
-                if not (moment.is_over() or moment.is_moving()):
+                # In this order: once the next save is committed, .saved may hold the same names again.
+                if not (moment.is_moving() or moment.is_over()):
                     raise
                 continue
             if not moment.is_over():

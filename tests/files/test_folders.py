@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast import GPT, GPTConfig
+from gptfast import GPT, GPTConfig, _snapshots
 from gptfast._folders import LOCK, STAGE, staged_folder
 from gptfast._snapshots import COMMITTED, EVERYTHING, STALE, current_files, read_whole
 from gptfast.tokenizer import CharTokenizer, load_tokenizer
@@ -185,6 +185,34 @@ def test_a_reader_beside_a_saver_sees_whole_models(tmp_path: Path, limits):
     assert reads > 20 and len(seen) == 3
     assert (folder / "notes.txt").read_text() == "the user's"
     assert not [f for f in folder.iterdir() if f.name in (STAGE, COMMITTED, LOCK)]
+
+
+def test_a_save_between_two_looks_of_a_reader(tmp_path: Path, monkeypatch):
+    """The file that a reader was about to open moves away, and .saved holds the same names again before it has looked."""
+    saved, is_over, calls = tmp_path / COMMITTED, _snapshots._Moment.is_over, []
+
+    def commit(text: str) -> None:
+        saved.mkdir()
+        (saved / "config.json").write_text(text)
+        (saved / STALE).write_text("[]")
+
+    def read() -> str:
+        path = _snapshots.current(tmp_path, "config.json")
+        if not calls.append(path) and len(calls) == 1:
+            path.rename(tmp_path / "config.json")
+            (saved / STALE).unlink()
+            saved.rmdir()
+        return path.read_text()
+
+    def late(moment: _snapshots._Moment) -> bool:
+        found = is_over(moment)
+        if not saved.exists():
+            commit("second")
+        return found
+
+    commit("first")
+    monkeypatch.setattr(_snapshots._Moment, "is_over", late)
+    assert read_whole(tmp_path, read) == "first" and len(calls) == 2
 
 
 def test_savers_into_one_folder_take_turns(tmp_path: Path):

@@ -193,13 +193,20 @@ def test_equal_scores_of_any_size(dtype, size, sign, shape, isa):
     leaves = torch.full((1, 2, T, D), size), torch.full((1, 2, S, D), size * sign), torch.randn(1, 2, S, D)
     upstream = torch.randn(1, 2, T, D)
 
-    def results(call: Callable[..., Any], kind: torch.dtype) -> list[torch.Tensor]:
-        inputs = [x.to(dtype).to(kind).requires_grad_() for x in leaves]
+    def results(call: Callable[..., Any], kind: torch.dtype, shrink: float = 1.0) -> list[torch.Tensor]:
+        """With shrink: of queries that are so much smaller, and from these what the whole queries have."""
+        q, k, v = (x.to(dtype).to(kind) for x in leaves)
+        inputs = [x.requires_grad_() for x in (q * shrink, k, v)]
         out, lse = call(*inputs, return_lse=True)
-        return [out.detach(), lse, *torch.autograd.grad(out, inputs, upstream.to(dtype).to(kind))]
+        dq, dk, dv = torch.autograd.grad(out, inputs, upstream.to(dtype).to(kind))
+        if shrink != 1:
+            lse, dk = lse + (1 - shrink) * (q[0, 0, 0] @ k[0, 0, 0]).item() * D**-0.5, dk / shrink
+        return [out.detach(), lse.detach(), dq, dk, dv]
 
     eps = max(torch.finfo(dtype).eps, 2.4e-7)  # the sum of 64 equal products, one after another, is off by 7e-7
-    ours, exact = results(ops.causal_attention, dtype), results(reference.causal_attention, torch.float64)
+    ours = results(ops.causal_attention, dtype)
+    # Small scores: MKL adds up some rows in another order, which makes equal scores of 1e30 differ by 1e14.
+    exact = results(reference.causal_attention, torch.float64, shrink=size**-2)
     # out, lse, dq, dk, dv; dq and dk: sums of products with keys or queries of this size, which cancel
     for got, wanted, least in zip(ours, exact, (1.0, 1.0, 4 * size, 4 * size, 1.0), strict=True):
         kind_eps = 2.4e-7 if got is ours[1] else eps
