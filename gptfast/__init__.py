@@ -6,6 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from gptfast._lazy import provide
 from gptfast._version import __version__
 from gptfast._when_imported import when_imported
 from gptfast.integrations.names import register
@@ -52,6 +53,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'gptfast' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+provide("GPT", lambda: __getattr__("GPT"))  # for the engine, which makes one of packed weights
 
 
 def __dir__() -> list[str]:

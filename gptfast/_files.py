@@ -34,6 +34,21 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Binary
             file.write(content)
 
 
+def absolute(value: Any) -> Any:
+    """A path that exists, from the root, so that a run can be resumed from another folder; other values as they are."""
+    with suppress(OSError, ValueError):  # a text that cannot be a path
+        if isinstance(value, (str, os.PathLike)) and Path(value).exists():
+            return str(Path(value).resolve())
+    return value
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure of matplotlib as a PNG file; raises OSError as `atomic_write`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    atomic_write(path, buffer.getvalue())
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what is written there replaces `path` when the block ends well.
@@ -206,12 +221,12 @@ def _convert(path: str | os.PathLike[str], encoding: str) -> str:
 
 
 def cache_folder() -> Path:
-    """Where gptfast keeps what it can do without: GPTFAST_CACHE, or else ~/.cache/gptfast."""
+    """The folder of data that can be made again: GPTFAST_CACHE, or else ~/.cache/gptfast."""
     return Path(os.environ.get("GPTFAST_CACHE") or Path.home() / ".cache/gptfast")
 
 
 def checksum(path: str | os.PathLike[str]) -> str:
-    """Of a file's bytes, as text that names its kind: CRC-32."""
+    """CRC-32 of a file's bytes, as text that begins with the kind of checksum."""
     crc, buffer = 0, memoryview(bytearray(1 << 18))  # stays in the processor's cache
     with open_read(path) as file:
         while size := file.readinto(buffer):

@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written: parsed, and its values asked for with the type that is expected."""
+"""JSON from other programs: parsed, its values checked for the types that are expected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def parse(text: str, where: object) -> Any:
-    """The value that a text writes. `where` it stands, for messages.
+    """The value of a JSON text. where: its place, for messages.
 
     Raises:
         ValueError: it is no JSON, or beyond what Python reads (depth, digits, half a surrogate pair).
@@ -78,7 +78,7 @@ def _checked(value: Any, where: object) -> Any:
 
 
 def expect(value: Any, kinds: type | tuple[type, ...], what: str, where: object) -> Any:
-    """`value`, if it is of one of the kinds.
+    """Return `value`, which must be of one of the kinds.
 
     Args:
         value: from JSON.
@@ -98,7 +98,7 @@ def expect(value: Any, kinds: type | tuple[type, ...], what: str, where: object)
 def field(
     found: Any, key: str, kinds: type | tuple[type, ...], where: object, default: Any = _REQUIRED, inside: str = ""
 ) -> Any:
-    """What an object has under `key`.
+    """The value of a key of a JSON object.
 
     Args:
         found: the object; that it is one is checked too.
@@ -127,7 +127,7 @@ def items(found: list[Any], kinds: type | tuple[type, ...], what: str, where: ob
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Puts the file or folder before what is wrong with what was read there."""
+    """Begin the messages of ValueErrors raised inside with the file or folder that was read."""
     try:
         yield
     except ValueError as error:
@@ -135,7 +135,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def short(value: Any) -> str:
-    """A value as JSON, cut after a few dozen characters; of lists and objects, what they are."""
+    """A value as JSON, cut after a few dozen characters; of a list or an object its kind and length."""
     if isinstance(value, (dict, list)):
         return f"{_NAMES[type(value)]} of {len(value)}"
     text = json.dumps(value)

@@ -1,4 +1,4 @@
-"""Lazy attributes of packages: a module is imported when one of its names is first used (PEP 562)."""
+"""Names that are imported when they are first used: attributes of packages (PEP 562), and what stands above its user."""
 
 from __future__ import annotations
 
@@ -30,3 +30,16 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
         return sorted({*vars(sys.modules[package]), *modules})
 
     return get, names
+
+
+_provided: dict[str, Callable[[], Any]] = {}
+
+
+def provide(name: str, get: Callable[[], Any]) -> None:
+    """Let a package use what stands above it and cannot be imported there: `get()` imports and returns it."""
+    _provided[name] = get
+
+
+def provided(name: str) -> Any:
+    """What `gptfast/__init__.py` provides under this name."""
+    return _provided[name]()

@@ -100,10 +100,10 @@ class FileLock:
 
 @contextmanager
 def courtesy(folder: Path, alone: bool) -> Iterator[None]:
-    """Readers of a folder, and a saver alone, let each other finish, for half a second at most.
+    """Wait, half a second at most, until the readers of a folder (for `alone`) or its writer have finished.
 
-    A wish that leaves no trace (`flock` of the folder itself), so that a fast saver and a reader do not starve each
-    other. Nothing that must hold depends on it: where it cannot be had, things go on without.
+    An advisory lock on the folder itself (`flock`), so that a fast writer and a reader do not starve each other. No
+    guarantee depends on it: where it cannot be taken, the block runs without.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)

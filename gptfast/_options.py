@@ -86,6 +86,11 @@ def option(
     return field(default=default, metadata={_KEY: Option(help, words, allowed, group)})
 
 
+def device_option(group: str = "") -> Any:
+    """The field `device` of a configuration; `gptfast.machine.resolve_device` reads it."""
+    return option("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is a GPU.", group=group)
+
+
 def options_of(cls: type) -> dict[str, Option]:
     """The options of a dataclass by name, `InitVar`s among them; fields without a description are left out."""
     return {name: f.metadata[_KEY] for name, f in _fields(cls) if _KEY in f.metadata}

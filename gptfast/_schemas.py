@@ -123,7 +123,7 @@ PYTHON = (
 )
 TAGS: dict[str, tuple[torch.Tag, ...]] = {"take_dropout": (torch.Tag.nondeterministic_seeded,)}
 
-REBUILD = "The compiled library and the Python sources do not belong together: rebuild with `python setup.py build_ext --inplace`"
+MISMATCH = "The compiled library and the Python sources do not belong together: rebuild with `python setup.py build_ext --inplace`"
 
 
 def name_of(schema: str) -> str:
@@ -153,7 +153,7 @@ def define(namespace: str, schemas: Iterable[str]) -> None:
             library(namespace).define(schema, tags=TAGS.get(name_of(schema), ()))
         except RuntimeError as error:
             raise ImportError(
-                f"torch.ops.{namespace}.{name_of(schema)} cannot be defined: {error}\n{REBUILD}"
+                f"torch.ops.{namespace}.{name_of(schema)} cannot be defined: {error}\n{MISMATCH}"
             ) from error
 
 
@@ -167,8 +167,8 @@ def check_library(namespace: str, device: str, schemas: Iterable[str], path: obj
     names = [f"{namespace}::{name_of(schema)}" for schema in schemas]
     missing = [n for n in names if not any(torch._C._dispatch_has_kernel_for_dispatch_key(n, key) for key in keys)]
     if missing:
-        raise ImportError(f"{path}: no kernel of {', '.join(missing)} for {device} tensors. {REBUILD}")
+        raise ImportError(f"{path}: no kernel of {', '.join(missing)} for {device} tensors. {MISMATCH}")
     dangling = [line.split()[1] for line in torch._C._dispatch_find_dangling_impls()]
     unknown = [name for name in dangling if name.startswith(f"{namespace}::")]
     if unknown:
-        raise ImportError(f"{path}: gptfast/_schemas.py has no schema of {', '.join(unknown)}. {REBUILD}")
+        raise ImportError(f"{path}: gptfast/_schemas.py has no schema of {', '.join(unknown)}. {MISMATCH}")

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def current(folder: str | os.PathLike[str], name: str) -> Path:
-    """Where the file `name` of a folder's last save is; a path at which nothing is, where that has no such file."""
+    """Path of the file `name` in a folder's last save; a path that does not exist if the save has no such file."""
     folder = Path(folder)
     committed = folder / COMMITTED
     if not is_ours(name) or (stale := stale_names(committed)) is None:
@@ -54,7 +54,7 @@ def current_files(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_whole(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
-    """What `read` returns, when all the files that it opened in `folder` are of one save.
+    """Call `read` until all files that it opens in `folder` are of one save; return its result.
 
     Where another process saves meanwhile, `read` is called again. It opens files by `current`, and leaves long work
     with them to the time after: what is open stays what it is.
@@ -127,7 +127,7 @@ class _Moment:
 
 
 def stale_names(committed: Path) -> frozenset[str] | None:
-    """The names that count as missing; None where this is no folder that a save left, and none of it counts."""
+    """The names in a save's folder that count as missing; None if no save wrote the folder, whose files then do not count."""
     try:
         if not is_folder(committed) or not is_file(committed / STALE):
             return None

@@ -1,7 +1,8 @@
 """Which implementation runs an op: the backends, which register themselves, and the choice among them.
 
-Importing this loads the compiled libraries (_ops.so, and _cuda_ops.so where torch sees a GPU). `auto` takes the first backend that can run the call. An explicit choice (argument, `gptfast.backend(...)` or
-GPTFAST_BACKEND) never falls back: it raises with the cause and the remedy.
+Importing this loads the compiled libraries (`gptfast/_libraries.py`). `auto` takes the first backend that can run the
+call. An explicit choice (argument, `gptfast.backend(...)` or GPTFAST_BACKEND) never falls back: it raises with the cause
+and the remedy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,12 +21,10 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from gptfast import _schemas
-from gptfast._warn import warn
+from gptfast._libraries import REBUILD, has_cpu_ops, missing_cuda_reason, missing_reason
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")  # the names for users
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (needs g++)"
 
 
 @dataclass(frozen=True)
@@ -95,50 +93,6 @@ def unavailable_reason(name: str, index: int | None = None) -> str | None:
     return _backends[name].unavailable_reason(index)
 
 
-def _load_ops() -> str | None:
-    """Load the compiled ops; return why they are absent, or None."""
-    path = Path(__file__).with_name("_ops.so")
-    if not path.exists():
-        return f"{path.name} was not built (GPTFAST_BUILD=0, or a source folder without a build)"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"{path.name} does not load with torch {torch.__version__}: {error}"
-    schemas = (*_schemas.compiled("cpu"), *_schemas.CPU_LIBRARY)
-    _schemas.define("gptfast", schemas)
-    _schemas.check_library("gptfast", "cpu", schemas, path)
-    rejected = torch.ops.gptfast.cpu_rejected_isa()
-    if rejected:
-        usable = torch.ops.gptfast.cpu_isas().replace(",", ", ")
-        raise ValueError(f"GPTFAST_CPU_ISA is {rejected!r}; this machine runs {usable}. Unset it or name one of these")
-    return None
-
-
-missing_reason: str | None = _load_ops()
-has_cpu_ops: bool = missing_reason is None
-if not has_cpu_ops:
-    warn(f"gptfast: {missing_reason}; every op runs in eager PyTorch. To build: {REBUILD}", RuntimeWarning)
-
-
-def _load_cuda_ops() -> str | None:
-    """Load the CUDA ops where torch sees a GPU; return why they are absent, or None."""
-    if not torch.cuda.is_available():
-        return "torch sees no GPU" + ("" if torch.version.cuda else " (it is a CPU build)")
-    path = Path(__file__).with_name("_cuda_ops.so")
-    if not has_cpu_ops:
-        return missing_reason
-    if not path.exists():
-        return f"{path.name} was not built: rebuild where nvcc is found, with GPTFAST_CUDA=1"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"{path.name} does not load with torch {torch.__version__}: {error}"
-    _schemas.define("gptfast", _schemas.CUDA_LIBRARY)
-    _schemas.check_library("gptfast", "cuda", (*_schemas.compiled("cuda"), *_schemas.CUDA_LIBRARY), path)
-    return None
-
-
-missing_cuda_reason: str | None = _load_cuda_ops()
 _cuda_reasons: dict[int, str | None] = {}  # of the GPUs that were asked
 
 
@@ -227,15 +181,14 @@ _is_compiling, _in_transform = torch.compiler.is_compiling, torch._C._are_functo
 
 
 def transformed() -> bool:
-    """Whether torch.func (vmap, grad, jvp, …) or forward-mode AD looks into the ops that are called now; kernels are closed
-    to them."""
+    """Whether torch.func (vmap, grad, jvp, …) or forward-mode AD is active, which cannot look into kernels."""
     if _is_compiling():
         return False
     return _in_transform() or forward_ad._current_level >= 0
 
 
 def is_many(x: Tensor) -> bool:
-    """Whether a tensor of a backward pass stands for those of many passes at once: under vmap, or where
+    """Whether a tensor of a backward pass is batched over several passes: under vmap, or where
     torch.autograd.grad(is_grads_batched=True) made it."""
     if _is_compiling():
         return False

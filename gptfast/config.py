@@ -92,7 +92,7 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, dropout: float | None = None, **overrides: Any) -> GPTConfig:
-        """The configuration of a published model, with what you want changed.
+        """The configuration of a published model, with some fields changed.
 
         Args:
             name: gpt1; gpt2, gpt2-medium, gpt2-large, gpt2-xl; gpt3-125m, -350m, -760m, -1.3b, -2.7b, -6.7b,
@@ -107,7 +107,7 @@ class GPTConfig:
         return cls(**{**PRESETS[name], "dropout": dropout, **_known(overrides)})
 
     def with_dropout(self, p: float) -> GPTConfig:
-        """A copy whose three dropouts are p."""
+        """A copy with all three dropout rates set to p."""
         return replace(self, dropout=p)
 
     def replace(self, **overrides: Any) -> GPTConfig:

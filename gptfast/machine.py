@@ -38,20 +38,25 @@ def bfloat16_instructions() -> str | None:
     return "AVX-512 BF16" if pairs else None
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device that a config names. Raises ValueError for one that is not there."""
+def resolve_device(owner: str, name: str) -> torch.device:
+    """The device of a name: auto, cpu, cuda, cuda:1, ...
+
+    Args:
+        owner: begins the messages.
+        name: of the device; "auto": cuda where there is a GPU.
+    Raises:
+        ValueError: another name, or a device that is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"TrainConfig: device is {name!r}; expected 'auto', 'cpu' or 'cuda'") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"TrainConfig: device is {name!r}; expected 'auto', 'cpu' or 'cuda'")
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{owner}: device is {name!r}; expected 'auto', 'cpu' or 'cuda'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"TrainConfig: device is {name!r}, but PyTorch sees {torch.cuda.device_count()} GPUs; use 'cpu'"
-        )
+        raise ValueError(f"{owner}: device is {name!r}, but PyTorch sees {torch.cuda.device_count()} GPUs; use 'cpu'")
     return device
 
 
@@ -140,7 +145,7 @@ class Machine:
         return (self.bf16_gflops if dtype == torch.bfloat16 else self.fp32_gflops) * 1e9
 
     def measured_again(self) -> Machine:
-        """With the larger of these limits and of what is measured now: other programs can only make them look small."""
+        """A copy with the larger of these limits and of new measurements: other programs can only make them too small."""
         now = measure_machine()
         names = ("fp32_gflops", "bf16_gflops", "copy_gbs")
         return replace(self, **{name: max(getattr(self, name), getattr(now, name)) for name in names})

@@ -32,7 +32,7 @@ class Metadata:
     adapters: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def with_adapter(self, name: str, ends: tuple[int, ...]) -> Metadata:
-        """This with the end tokens of an adapter; (): of none."""
+        """A copy with the end tokens of an adapter; (): without them."""
         others = {other: tokens for other, tokens in self.adapters.items() if other != name}
         return replace(self, adapters={**others, **({name: ends} if ends else {})})
 

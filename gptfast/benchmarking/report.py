@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from gptfast._files import atomic_write
+from gptfast._files import atomic_write, save_figure
 from gptfast.benchmarking.compare import COPY, Comparison
 from gptfast.machine import Machine
 from gptfast.testing import SPECS
@@ -84,16 +84,12 @@ def save_json(results: list[Comparison], machine: Machine, path: Path) -> None:
 
 def save_plot(results: list[Comparison], machine: Machine, path: Path) -> None:
     """Horizontal bars of the speed-up over torch's own function, logarithmic, one line per case."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     names = [c.name for c in results][::-1]
     speedups = [next(iter(c.ratios.values())) for c in results][::-1]
-    figure, axis = plt.subplots(figsize=(10, 1.2 + 0.32 * len(names)), layout="constrained")
+    figure = Figure(figsize=(10, 1.2 + 0.32 * len(names)), layout="constrained")
+    axis = figure.subplots()
     colors = ["#2a7f62" if s >= 1 else "#b23a48" for s in speedups]
     bars = axis.barh(names, speedups, color=colors)
     axis.bar_label(bars, labels=[f"{s:.2f}x" for s in speedups], padding=3, fontsize=8)
@@ -103,7 +99,4 @@ def save_plot(results: list[Comparison], machine: Machine, path: Path) -> None:
     axis.set_title(f"{machine.name}, {machine.threads} threads, {machine.isa}", fontsize=10)
     axis.tick_params(axis="y", labelsize=8)
     axis.margins(x=0.15)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
-    atomic_write(path, buffer.getvalue())
+    save_figure(figure, path)

@@ -119,7 +119,7 @@ def _time(result: OpResult, case: Case, dtype: torch.dtype, seconds: float) -> N
 
 
 def cut(case: Case, rows: int) -> Case:
-    """The case with at most so many rows and classes; of attention, one sequence, two heads, four times as many positions."""
+    """The case cut to at most this many rows and classes; attention to one sequence, two heads, four times as many positions."""
     most = {"N": rows, "V": 64 * rows, "B": 1, "H": 2, "T": 4 * rows}
     return replace(case, dims={k: min(v, most.get(k, v)) for k, v in case.dims.items()}, options=dict(case.options))
 

@@ -26,7 +26,9 @@ _TOLERANCE = 0.02  # nats, between the losses of two implementations; bfloat16 k
 
 @dataclass(frozen=True)
 class StepComparison:
-    """milliseconds: medians of one training step, ours first. ratios: of each peer's time to ours, the median over
+    """Our training step beside those of peers.
+
+    milliseconds: medians of one training step, ours first. ratios: of each peer's time to ours, the median over
     the rounds; above 1 means that ours is faster. losses: of the first step, which must agree."""
 
     machine: str

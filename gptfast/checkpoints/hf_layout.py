@@ -34,7 +34,7 @@ _KINDS = {
     },
     **{name: _OPTION for name in ("tie_word_embeddings", "bias", "final_norm")},
     **{name: (int, NULL) for name in ("n_inner", "window")},
-}  # what is null and may not be is told by GPTConfig
+}  # GPTConfig reports a null where none is allowed
 # transformers' names of the activations, of several for one the usual one first
 _ACTIVATIONS = {
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"), "gelu_tanh"),

@@ -23,7 +23,7 @@ _KINDS = ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX))  # the first that is there c
 
 
 class WeightFile(Protocol):
-    """A file of tensors, opened: what was there then is what it gives, whoever saves meanwhile."""
+    """An open file of tensors. It keeps the content that it was opened with, whatever is saved over it."""
 
     shapes: dict[str, tuple[int, ...]]
 

@@ -142,9 +142,9 @@ def compare(options: dict[str, Any]) -> None:
         RuntimeError: a method failed.
     """
     from gptfast._files import atomic_write
-    from gptfast.finetuning.options import METHODS, PlaceOptions
+    from gptfast.finetuning.options import METHODS, RunOptions
 
-    out = Path(options.get("out", PlaceOptions.out))
+    out = Path(options.get("out", RunOptions.out))
     if "method" in options:
         raise ValueError("finetune: `method` and `compare` were both given; leave one out")
     results: list[dict[str, Any]] = []

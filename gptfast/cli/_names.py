@@ -9,7 +9,7 @@ _QUOTED = re.compile(r"`([A-Za-z_]\w*)`")
 
 
 def option_name(parameter: str) -> str:
-    """Such as --n-layer for n_layer."""
+    """The option of a parameter, such as --n-layer for n_layer."""
     return "--" + parameter.replace("_", "-")
 
 

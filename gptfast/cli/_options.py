@@ -17,7 +17,7 @@ _KEEP: Any = object()
 
 @dataclass(frozen=True)
 class Change:
-    """What an option has otherwise than its field.
+    """How an option differs from the field that it is made from.
 
     name: of the option, such as "stop" for stop_strings; "": as the field.
     default, words: the default on the command line, and in words; `_KEEP`, "": as the field.

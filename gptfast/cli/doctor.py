@@ -47,7 +47,7 @@ def doctor(
     if seq_len > config.block_size:
         raise ValueError(f"doctor: --seq-len is {seq_len}; the context of {model} is {config.block_size}")
     seq_len = seq_len or min(256, config.block_size)
-    device = resolve_device("auto").type
+    device = resolve_device("doctor", "auto").type
     name = choose_dtype(device)[0] if dtype == "auto" else dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the table has the same

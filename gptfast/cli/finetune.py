@@ -8,7 +8,7 @@ import typer
 
 from gptfast.cli._finetune import compare, describe, report, show_batch
 from gptfast.cli._options import Change, Options, takes
-from gptfast.finetuning.options import TRAINING, MethodOptions, PlaceOptions, TaskOptions, defaults_in_words
+from gptfast.finetuning.options import TRAINING, MethodOptions, RunOptions, TaskOptions, defaults_in_words
 from gptfast.training.config import TrainConfig
 
 _HELP = {
@@ -26,7 +26,7 @@ _CHANGES = {name: Change(words=_WORDS.get(name, ""), help=_HELP.get(name, "")) f
     Options(TaskOptions),
     Options(MethodOptions),
     Options(TrainConfig, TRAINING, changes=_CHANGES),
-    Options(PlaceOptions),
+    Options(RunOptions),
 )
 def finetune(options: dict[str, Any]) -> None:
     """Fine-tune a GPT: to classify, compare or choose, or to reply.

@@ -60,8 +60,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Split:
-    """train, val: the documents of each part.
+    """Documents, divided into those to train on and those to validate on.
 
+    train, val: the documents of each part.
     note: a sentence for the user that describes the split.
     """
 
@@ -72,8 +73,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-    """documents: the texts.
+    """The documents that `data` names.
 
+    documents: the texts.
     notes: sentences for the user about files and records that are left out.
     """
 

@@ -127,7 +127,7 @@ class Mixture:
             file.verify()
 
     def epochs(self, rows: int, block_size: int) -> list[float]:
-        """How often each source is read in so many rows."""
+        """How often each source is read in this many rows."""
         return [
             rows * share / WindowSampler(file, block_size, 1).windows_per_epoch
             for file, share in zip(self.files, self.shares, strict=True)

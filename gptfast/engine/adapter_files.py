@@ -12,12 +12,11 @@ from gptfast.checkpoints.adapter_config import LoraConfig
 from gptfast.checkpoints.adapter_files import PROMPT, WEIGHTS, check_prompt, open_adapter, our_key
 from gptfast.checkpoints.prompt_config import PromptTuningConfig, check_fits
 from gptfast.config import GPTConfig
-
-KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+from gptfast.nn.adapted import number_of
 
 
 class Update(NamedTuple):
-    """A low-rank update of a matrix: scale B A. number: 4 layer + 0 to 3 (c_attn, c_proj, c_fc, c_proj); 4 n_layer: the head."""
+    """A low-rank update of a matrix: scale B A. number: of the matrix, see `number_of`."""
 
     number: int
     scale: float
@@ -59,7 +58,7 @@ def read_adapter(path: str | os.PathLike[str], config: GPTConfig, mark: str, any
 
 
 def _update(folder: Path, config: GPTConfig, module: str, found: dict[str, Tensor], lora: LoraConfig) -> Update:
-    number = _number(config, module)
+    number = number_of(module, config.n_layer)
     a, b = found.get("lora_A"), found.get("lora_B")
     if number is None or a is None or b is None:
         what = "no matrix of this model" if number is None else "without one of its two factors"
@@ -73,17 +72,7 @@ def _update(folder: Path, config: GPTConfig, module: str, found: dict[str, Tenso
     return Update(number, lora.scale_of(module), a, b)
 
 
-def _number(config: GPTConfig, module: str) -> int | None:
-    """Of a matrix, as in `Update`."""
-    if module == "lm_head":
-        return 4 * config.n_layer
-    parts = module.split(".", 2)
-    if len(parts) < 3 or parts[0] != "h" or not parts[1].isdigit() or parts[2] not in KINDS:
-        return None
-    return 4 * int(parts[1]) + KINDS.index(parts[2]) if int(parts[1]) < config.n_layer else None
-
-
 def size_of(config: GPTConfig, number: int) -> tuple[int, int]:
-    """(N, K) of the matrix of a number, see `Update`."""
+    """(N, K) of the matrix of a number, see `number_of`."""
     C, F = config.n_embd, config.inner_dim
     return (config.vocab_size, C) if number == 4 * config.n_layer else ((3 * C, C), (C, C), (F, C), (C, F))[number % 4]

@@ -14,7 +14,8 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 
 from gptfast.engine.adapter_files import Update, read_adapter
 from gptfast.metadata import Metadata, end_tokens_in
-from gptfast.nn.adapted import BASE, LoraLinear, check_adapter
+from gptfast.nn.adapted import LoraLinear
+from gptfast.nn.selection import BASE, check_adapter, check_one_prompt, known_adapters
 from gptfast.nn.soft_prompt import prompts_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class PackedAdapters:
     """The adapters of a compiled model.
 
     packed: by name a `gptfast._C.Adapter`, or of a soft prompt its vectors (n, C).
-    active: names of those that a row has for which none is named; they are added up.
+    active: names of the adapters of a row that names none; their updates are added up.
     enabled: False: none is active.
     """
 
@@ -48,7 +49,7 @@ class PackedAdapters:
         return [x for x in own if not isinstance(x, Tensor)], prompts[0] if prompts else None
 
     def virtual_tokens(self, name: str | None) -> int:
-        """The vectors of the soft prompt of such a row; 0 for an unknown name."""
+        """Number of virtual tokens of a row that names this adapter; 0 for an unknown name."""
         own = [self.packed[n] for n in self._names(name) if n in self.packed]
         return sum(len(x) for x in own if isinstance(x, Tensor))
 
@@ -57,30 +58,17 @@ class PackedAdapters:
             return self.active if self.enabled else ()
         return () if name == BASE else (name,)
 
-    def known(self, op: str, names: str | Sequence[str]) -> tuple[str, ...]:
-        """Names of adapters that there are. Raises ValueError for an unknown one."""
-        wanted = (names,) if isinstance(names, str) else tuple(names)
-        for name in wanted:
-            if name not in self.packed:
-                has = ", ".join(map(repr, self.packed)) or "none"
-                raise ValueError(f"{op}: there is no adapter {name!r}; the model has {has}")
-        return wanted
-
     def activated(self, names: str | Sequence[str]) -> PackedAdapters:
-        active = self.known("set_adapter", names)
-        prompts = [name for name in active if isinstance(self.packed[name], Tensor)]
-        if len(prompts) > 1:
-            raise ValueError(
-                f"set_adapter: {', '.join(map(repr, prompts))} are soft prompts, of which a row has one; activate one of them"
-            )
+        active = known_adapters("set_adapter", tuple(self.packed), names)
+        check_one_prompt("set_adapter", [name for name in active if isinstance(self.packed[name], Tensor)])
         return replace(self, active=active, enabled=True)
 
     def with_one(self, name: str, adapter: Any) -> PackedAdapters:
-        """These and one more, which is the active one."""
+        """These adapters and one more, which becomes the active one."""
         return PackedAdapters({**self.packed, name: adapter}, (name,))
 
     def without(self, names: str | Sequence[str]) -> PackedAdapters:
-        gone = self.known("delete_adapter", names)
+        gone = known_adapters("delete_adapter", tuple(self.packed), names)
         left = {name: adapter for name, adapter in self.packed.items() if name not in gone}
         active = tuple(name for name in self.active if name in left) or tuple(left)[:1]
         return PackedAdapters(left, active, self.enabled)
@@ -95,20 +83,14 @@ class AdapterMethods:
     _adapters: PackedAdapters
 
     def virtual_tokens(self, adapter: str | None = None) -> int:
-        """The virtual tokens that come before a row's own under an adapter; None: under the active ones."""
+        """Number of virtual tokens before those of a row. adapter: of the row; None: the active ones."""
         return self._adapters.virtual_tokens(adapter)
 
     def load_adapter(self, path: str | os.PathLike[str], name: str = "default", *, any_base: bool = False) -> None:
-        """Add the adapter in a folder that `GPT.save_adapter` or peft wrote, and make it the active one. The end
-        tokens of its generation_config.json, if it has one, end texts too.
+        """Add the adapter in a folder and make it the active one, as `GPT.load_adapter` does.
 
-        Args:
-            path: folder with adapter_config.json and adapter_model.safetensors.
-            name: of the adapter.
-            any_base: also where the adapter says that it was trained on a base with other weights.
         Raises:
-            OSError, ValueError: missing or damaged files, an adapter of another base or with modules_to_save, a name that is
-                taken. The model stays as it was.
+            OSError, ValueError: as `GPT.load_adapter`; also an adapter with modules_to_save or trained biases.
         """
         if name in self._adapters.packed or name == BASE or not isinstance(name, str) or not name:
             raise ValueError(f"load_adapter: name is {name!r}; expected one that no adapter has, and not {BASE!r}")
@@ -128,11 +110,11 @@ class AdapterMethods:
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters that a row has for which none is named."""
+        """Names of the adapters of rows that name none."""
         return list(self._adapters.active) if self._adapters.enabled else []
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
-        """Make adapters the active ones, which are added up; for runners that are made from now on, as all of these methods.
+        """Make adapters the active ones, whose updates are added up. Runners that exist keep theirs, as with all these methods.
 
         Raises:
             ValueError: unknown name.
@@ -144,11 +126,11 @@ class AdapterMethods:
         self._adapters = replace(self._adapters, enabled=True)
 
     def disable_adapters(self) -> None:
-        """Use none where none is named, until `enable_adapters` or `set_adapter`."""
+        """Run rows that name no adapter on the base alone, until `enable_adapters` or `set_adapter`."""
         self._adapters = replace(self._adapters, enabled=False)
 
     def delete_adapter(self, names: str | Sequence[str]) -> None:
-        """Remove adapters. Sequences that run go on with theirs.
+        """Remove adapters. Running sequences keep theirs.
 
         Raises:
             ValueError: unknown name.

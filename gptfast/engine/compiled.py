@@ -21,7 +21,7 @@ from gptfast.engine.runner import EngineRunner
 from gptfast.generation import generate
 from gptfast.generation.runner import Runner, torch_num_threads
 from gptfast.metadata import Metadata
-from gptfast.nn.adapted import one_a_row
+from gptfast.nn.selection import one_a_row
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
+from gptfast._lazy import provided
 from gptfast.engine.runner import PANEL
 
 if TYPE_CHECKING:
@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
 def dequantized(config: GPTConfig, metadata: Metadata, core: Any) -> Any:
     """A float32 `GPT` on the CPU, in evaluation mode, with the weights of a `gptfast._C.Engine`."""
-    # GPT stands above the engine, which is why it is found by name.
-    made = importlib.import_module("gptfast.models").GPT
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        model = made(config).float().eval()
+        model = provided("GPT")(config).float().eval()
     values = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name in core.weight_names():
         value = values[name].detach()

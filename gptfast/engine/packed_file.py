@@ -5,8 +5,8 @@
     4 bytes   length of the header
     4 bytes   CRC-32 of the header
     header    JSON: configuration of the model, formats, size of the weights in bytes and their CRC-32, metadata of the
-              checkpoint (such as end tokens) if it has any, and the mark that adapters of the base have; in version 3 also the exponents of matrices that are
-              stored divided by a power of two
+              checkpoint (such as end tokens) if it has any, and the mark that adapters of the base have; in version 3 also
+              the exponents of matrices that are stored divided by a power of two
     …         zeros up to a whole page (4096 bytes), then the weights
 
 Loading maps the file: the weights are read from the disk when they are used, and shared by processes. To replace such a file,

@@ -18,8 +18,9 @@ from gptfast.engine.adapters import packed_adapters, shape_of, updates_of
 from gptfast.engine.compiled import CompiledGPT
 from gptfast.engine.packing import compile_model
 from gptfast.generation.runner import torch_num_threads
+from gptfast.nn.adapted import adapter_modules
 from gptfast.nn.difference import difference, true_config
-from gptfast.nn.soft_prompt import PLACE, prompts_of
+from gptfast.nn.soft_prompt import prompts_of
 
 if TYPE_CHECKING:
     from gptfast.nn.transformer import Transformer
@@ -28,7 +29,7 @@ Fingerprint = tuple[Any, torch.dtype, int]
 
 
 class Packed(NamedTuple):
-    """A packed copy, and what the model was when it was made: its base, and its adapters."""
+    """A packed copy of a model, with fingerprints of the base and the adapters that it was made from."""
 
     base: Fingerprint
     adapters: tuple[Any, ...]
@@ -53,7 +54,8 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
     asked = AUTOMATIC["cpu"][0] if chosen() == "auto" else chosen()
     if not has_cpu_ops or model.training or asked != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    parameters = [(is_of_adapter(name), x.detach()) for name, x in model.named_parameters()]
+    of_adapters = adapter_modules(model)
+    parameters = [(name.rpartition(".")[0] in of_adapters, x.detach()) for name, x in model.named_parameters()]
     tensors = [x for own, x in parameters if not own] + [x.detach() for x in model.buffers()]
     factors = [x for own, x in parameters if own]
     dtype = tensors[0].dtype
@@ -82,11 +84,6 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
             return None
         _packed[model] = Packed(base, adapters, compiled)
         return compiled
-
-
-def is_of_adapter(name: str) -> bool:
-    """Whether a parameter of this name is one of a low-rank update or a soft prompt."""
-    return ".lora_" in name or name.startswith(f"{PLACE}.")
 
 
 def _adapters_of(model: Transformer, factors: Sequence[Tensor]) -> tuple[Any, ...]:

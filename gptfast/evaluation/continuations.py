@@ -14,14 +14,17 @@ from gptfast.generation.scoring import NAN
 
 TOKENS = 1024  # tokens of contexts that are read together, beyond what they share
 PIECE = 256  # positions whose logits are held at a time: 51 MB for GPT-2
-WORTH = 16  # a shared beginning that is longer is read by itself; a shorter one costs less than a call of its own
+WORTH = 16  # tokens; a longer shared beginning is read in a call of its own, a shorter one again with each continuation
 ROWS = 64  # first tokens that are looked up at a time
 
 Ids = Sequence[int]
 
 
 class Continuation(NamedTuple):
-    """logprob: of all its tokens, in nats. tokens: their number. is_greedy: whether each is the most likely one."""
+    """The score of a continuation.
+
+    logprob: of all its tokens, in nats. tokens: their number. is_greedy: whether each is the most likely one.
+    """
 
     logprob: float
     tokens: int

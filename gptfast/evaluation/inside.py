@@ -20,8 +20,11 @@ ROWS = 256  # queries whose weights are computed at a time
 
 
 class Inside(NamedTuple):
-    """attention: (L, H, T, T) float32, 0 where a query may not look. lens: (L + 1, T) ids and log-probabilities of the token that
-    each position would predict from the embedding, and after each block, by the final LayerNorm and the head."""
+    """The inside of a GPT on a prompt.
+
+    attention: (L, H, T, T) float32, 0 where a query may not look. lens: (L + 1, T) ids and log-probabilities of the token that
+    each position would predict from the embedding, and after each block, by the final LayerNorm and the head.
+    """
 
     attention: np.ndarray
     lens_ids: np.ndarray

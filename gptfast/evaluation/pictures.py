@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptfast._files import atomic_write
+from gptfast._files import save_figure
 
 MOST_HEADS, MOST_LABELS = 16, 32  # shown in a picture of attention; tokens whose names fit on an axis
 
@@ -23,12 +22,6 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    atomic_write(path, buffer.getvalue())
 
 
 def _name_axis(axis: Any, tokens: Sequence[str], which: str = "xy") -> None:
@@ -55,7 +48,7 @@ def draw_attention(weights: np.ndarray, tokens: Sequence[str], layer: int, path:
         _name_axis(axis, tokens)
     more = "" if len(weights) <= MOST_HEADS else f", the first {MOST_HEADS} heads of {len(weights)}"
     figure.suptitle(f"attention, layer {layer}: rows look at columns{more}", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_mask(tokens: Sequence[str], window: int | None, path: Path) -> None:
@@ -68,7 +61,7 @@ def draw_mask(tokens: Sequence[str], window: int | None, path: Path) -> None:
     axis.imshow(seen, cmap="Greens", vmin=0, vmax=1.5)
     axis.set(title="causal mask: green may be looked at", xlabel="key", ylabel="query")
     _name_axis(axis, tokens)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_lens(ids: Sequence[Sequence[str]], logprobs: np.ndarray, tokens: Sequence[str], path: Path) -> None:
@@ -86,7 +79,7 @@ def draw_lens(ids: Sequence[Sequence[str]], logprobs: np.ndarray, tokens: Sequen
     axis.set_yticks(range(len(ids)), ["embedding", *map(str, range(1, len(ids)))], fontsize=8)
     axis.set_xticks(range(shown.shape[1]), tokens[last:], rotation=90, fontsize=7)
     figure.colorbar(image, ax=axis, label="probability")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_distribution(tokens: Sequence[str], columns: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -101,7 +94,7 @@ def draw_distribution(tokens: Sequence[str], columns: Mapping[str, Sequence[floa
     axis.invert_yaxis()
     axis.set(xlabel="probability", title="the next token")
     axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_tree(
@@ -129,7 +122,7 @@ def draw_tree(
     )
     axis.set(xlim=(-0.4, len(order) + 0.5), ylim=(tallest, 0), title="beam search: log-probability of each path")
     axis.axis("off")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_positions(table: np.ndarray, kind: str, path: Path) -> None:
@@ -140,7 +133,7 @@ def draw_positions(table: np.ndarray, kind: str, path: Path) -> None:
     image = axis.imshow(table.T, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     axis.set(title=f"position encodings ({kind})", xlabel="position", ylabel="dimension")
     figure.colorbar(image, ax=axis)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_worked_example(example: dict[str, Any], path: Path) -> None:
@@ -157,4 +150,4 @@ def draw_worked_example(example: dict[str, Any], path: Path) -> None:
                 shown, color = "-inf" if np.isnan(value) else f"{value:.3f}", "white" if value > 0.7 else "black"
                 axis.text(x, y, shown, ha="center", va="center", fontsize=9, color=color)
         axis.set(title=title, xlabel="key", ylabel="query", xticks=range(len(rows)), yticks=range(len(rows)))
-    _save(figure, path)
+    save_figure(figure, path)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from gptfast._files import atomic_write
+from gptfast._files import save_figure
 
 
 def plot_shots(
@@ -38,6 +37,4 @@ def plot_shots(
     axis.set_xticks(sorted({point["shots"] for result in results.values() for point in result["curve"]}))
     axis.grid(alpha=0.3)
     axis.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    atomic_write(path, buffer.getvalue())
+    save_figure(figure, path)

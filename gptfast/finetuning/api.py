@@ -9,7 +9,7 @@ from typing import Any
 
 from gptfast._options import options_of
 from gptfast.finetuning.launch import new_run, resumed_run
-from gptfast.finetuning.options import TRAINING, MethodOptions, PlaceOptions, TaskOptions
+from gptfast.finetuning.options import TRAINING, MethodOptions, RunOptions, TaskOptions
 from gptfast.finetuning.results import FinetuneResult, finish
 
 
@@ -34,13 +34,13 @@ def finetune(
         out: OUT.
         progress: show progress.
         options: eval_data, epochs, max_steps, batch_size, learning_rate, seed, resume, …: the fields of `TaskOptions`,
-            `MethodOptions` and `PlaceOptions` in `gptfast.finetuning.options`, and those of `TrainConfig` that `gptfast
+            `MethodOptions` and `RunOptions` in `gptfast.finetuning.options`, and those of `TrainConfig` that `gptfast
             finetune --help` lists.
     Raises:
         OSError, TypeError, ValueError, ImportError: an option, the model or the data is wrong; what was there stays.
         FileExistsError: `out` has a run.  BlockingIOError: another process trains there.
     """
-    known = [name for cls in (TaskOptions, MethodOptions, PlaceOptions) for name in options_of(cls)] + list(TRAINING)
+    known = [name for cls in (TaskOptions, MethodOptions, RunOptions) for name in options_of(cls)] + list(TRAINING)
     for name in options:
         if name not in known:
             near = get_close_matches(name, known, n=1)

@@ -12,30 +12,27 @@ from typing import Any
 
 import torch
 
+from gptfast._files import absolute
 from gptfast._locks import FileLock
 from gptfast._options import values_of
 from gptfast.finetuning import methods
 from gptfast.finetuning.instructions import Conversations
 from gptfast.finetuning.networks import new_network, stored_labels, stored_network
 from gptfast.finetuning.objectives import Rows, TaskObjective, TextObjective
-from gptfast.finetuning.options import TRAINING, MethodOptions, PlaceOptions, TaskOptions, training_config
-from gptfast.finetuning.sources import Data, absolute, open_examples
+from gptfast.finetuning.options import TRAINING, MethodOptions, RunOptions, TaskOptions, training_config
+from gptfast.finetuning.sources import Data, open_examples
 from gptfast.finetuning.task_model import TaskModel
 from gptfast.finetuning.tasks import METRICS
 from gptfast.finetuning.texts import text_rows
 from gptfast.training.checkpoint import Checkpoint, read_checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.loop import Loop
+from gptfast.training.resuming import MAY_CHANGE, refuse_changes
 from gptfast.training.run_folder import check_room, locked_run
 
 Options = Mapping[str, Any]
 
-_MAY_CHANGE = {  # when a run is resumed
-    *("max_steps", "epochs", "learning_rate", "min_lr", "warmup_steps", "grad_clip", "batch_size", "grad_accum"),
-    *("eval_every", "checkpoint_every", "patience", "log_every", "dtype", "device", "threads"),
-    "recompute",
-    *("out", "resume", "overwrite", "show_batch", "compare"),
-}
+_MAY_CHANGE = MAY_CHANGE | {"epochs", "recompute", "show_batch", "compare"}
 
 
 @dataclass
@@ -73,13 +70,13 @@ def new_run(options: Options, progress: bool = True) -> Finetuning:
     """
     task = TaskOptions(**values_of(TaskOptions, options))
     method = MethodOptions(**values_of(MethodOptions, options))
-    place = PlaceOptions(**values_of(PlaceOptions, options))
+    place = RunOptions(**values_of(RunOptions, options))
     for name in ("model", "data", "task"):
         if getattr(task, name) is None:
             raise ValueError(f"finetune: `{name}` is missing; say it, or continue a run with `resume`")
     training_config(method.method, options, 1)  # its checks, before anything is read
     check_room(place.out, place.overwrite)
-    _set_threads(place.threads)
+    place.set_threads()
     stored = stored_labels(task, method)
     seed = int(options.get("seed", 0))
     data = open_examples(str(task.data), task.eval_data, str(task.task), seed, stored)
@@ -101,7 +98,7 @@ def resumed_run(options: Options, progress: bool = True) -> Finetuning:
         ValueError: an option that cannot change, other data, or another base.
         OSError, TypeError, ImportError, BlockingIOError: as `new_run`.
     """
-    place = PlaceOptions(**values_of(PlaceOptions, options))
+    place = RunOptions(**values_of(RunOptions, options))
     last = place.out / "last"
     checkpoint = read_checkpoint(last)
     stored = checkpoint.source.get("finetune")
@@ -110,8 +107,9 @@ def resumed_run(options: Options, progress: bool = True) -> Finetuning:
             f"finetune: {place.out} is a run of gptfast train; resume it with that, or choose another `out`"
         )
     with locked_run(place.out) as lock:
-        _set_threads(place.threads or checkpoint.threads)
-        _refuse_changes(options, stored, checkpoint)
+        place.set_threads(checkpoint.threads)
+        known = {**vars(checkpoint.config), **stored}
+        refuse_changes("finetune", options, known, _MAY_CHANGE, f"the run in {place.out}", "start a new run")
         task = TaskOptions(**values_of(TaskOptions, stored))
         stored = {**stored, **({"recompute": options["recompute"]} if "recompute" in options else {})}
         method = MethodOptions(**values_of(MethodOptions, stored))
@@ -138,7 +136,7 @@ def _run(
     method: MethodOptions,
     data: Data,
     config: TrainConfig,
-    place: PlaceOptions,
+    place: RunOptions,
     lock: FileLock,
     notes: list[str],
     progress: bool,
@@ -189,18 +187,3 @@ def _stored(task: TaskOptions, method: MethodOptions) -> dict[str, Any]:
     """The options of a run, as its checkpoints keep them."""
     values = {f.name: getattr(owner, f.name) for owner in (task, method) for f in fields(owner)}
     return {k: absolute(v) if k in ("model", "data", "eval_data", "tokenizer") else v for k, v in values.items()}
-
-
-def _refuse_changes(options: Options, stored: dict[str, Any], checkpoint: Checkpoint) -> None:
-    known = {**vars(checkpoint.config), **stored}
-    for name, value in options.items():
-        if name not in _MAY_CHANGE and value != known.get(name) and absolute(value) != known.get(name):
-            raise ValueError(
-                f"finetune: `{name}` is {value} but the run in {checkpoint.folder.parent} has {known.get(name)}, which it cannot "
-                "change; leave it out, or start a new run"
-            )
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)

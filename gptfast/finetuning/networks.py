@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from gptfast._files import absolute
 from gptfast.finetuning import methods, task_adapters, task_files
 from gptfast.finetuning.instructions import set_up_chat
 from gptfast.finetuning.options import MethodOptions, TaskOptions
-from gptfast.finetuning.sources import Data, absolute, class_weights
+from gptfast.finetuning.sources import Data, class_weights
 from gptfast.finetuning.task_model import TaskModel
 from gptfast.finetuning.tasks import METRICS
 from gptfast.models import GPT

@@ -10,10 +10,11 @@ from typing import Any
 from gptfast._options import Real, Whole, check_fields, describe_fields, format_value, option
 from gptfast.finetuning.tasks import METRICS, TASKS
 from gptfast.training.config import TrainConfig
+from gptfast.training.options import RUN, PlaceOptions
 
 METHODS = ("full", "lora", "qlora", "prompt")
 _ALL_METRICS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
-_TASK, _METHOD, _DATA, _RUN = "The task", "The method", "Data", "The run"
+_TASK, _METHOD, _DATA = "The task", "The method", "Data"
 
 # Fields of TrainConfig that are options.
 TRAINING = (
@@ -171,27 +172,25 @@ class MethodOptions:
 
 @describe_fields
 @dataclass(frozen=True)
-class PlaceOptions:
+class RunOptions(PlaceOptions):
     """Where a run is kept, and how long it is.
 
     Raises:
         TypeError, ValueError: a value of the wrong type, or that is not allowed.
     """
 
-    out: Path = option(Path("runs/finetune"), "Folder for the result, checkpoints, log and plots.", group=_RUN)
+    out: Path = option(Path("runs/finetune"), "Folder for the result, checkpoints, log and plots.", group=RUN)
     epochs: float = option(
-        3.0, "How often each example is seen; `max_steps` overrides it.", allowed=Real(above=0), group=_RUN
+        3.0, "How often each example is seen; `max_steps` overrides it.", allowed=Real(above=0), group=RUN
     )
-    resume: bool = option(False, "Continue the run in OUT, bit for bit, as if it had not been interrupted.", group=_RUN)
-    overwrite: bool = option(False, "Replace the run in OUT.", group=_RUN)
-    show_batch: bool = option(False, "Print the first rows before training, with what is learnt in colour.", group=_RUN)
+    resume: bool = option(False, "Continue the run in OUT, bit for bit, as if it had not been interrupted.", group=RUN)
+    show_batch: bool = option(False, "Print the first rows before training, with what is learnt in colour.", group=RUN)
     compare: bool = option(
         False,
         "Run every method in a process of its own, in OUT/METHOD, and print a table: metric, trained parameters, peak "
         "memory, time.",
-        group=_RUN,
+        group=RUN,
     )
-    threads: int | None = option(None, "CPU threads.", words="all cores", allowed=Whole(1), group=_RUN)
 
     def __post_init__(self) -> None:
         check_fields("finetune", self)

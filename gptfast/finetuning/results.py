@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import resource
 import sys
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfast._files import atomic_write
+from gptfast._files import atomic_write, save_figure
 from gptfast.finetuning.launch import Finetuning
 from gptfast.finetuning.networks import stored_network
 from gptfast.finetuning.objectives import TaskObjective, perplexity, score
@@ -125,6 +124,4 @@ def plot_confusion(true: Sequence[int], found: Sequence[int], labels: Sequence[s
         xticks_rotation="vertical" if len(labels) > 6 else "horizontal",
     )
     axis.set(title=title, xlabel="predicted", ylabel="true")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    atomic_write(path, buffer.getvalue())
+    save_figure(figure, path)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from gptfast.data.sampler import shuffled
 from gptfast.finetuning.examples import target_of
 from gptfast.finetuning.jsonl import Examples, read_examples
 from gptfast.finetuning.task_checks import ENTAILMENT
 
-_HELD_OUT = 10  # one in so many, where no file of held-out examples is given
+_HELD_OUT = 10  # one example in this many is held out, where no file of held-out examples is given
 
 
 @dataclass(frozen=True)
 class Data:
-    """train, held_out: the examples. labels: the classes, [] for tasks without."""
+    """The examples of a run, divided into training and held-out ones.
+
+    train, held_out: the examples. labels: the classes, [] for tasks without."""
 
     train: Examples
     held_out: Examples
@@ -124,9 +123,3 @@ def _number(text: str, part: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"finetune: class_weights has {part!r}; expected LABEL=NUMBER") from None
-
-
-def absolute(value: Any) -> Any:
-    """A path that exists, from the root, so that a run can be resumed from elsewhere; other values as they are."""
-    is_path = isinstance(value, (str, os.PathLike)) and Path(value).exists()
-    return str(Path(value).resolve()) if is_path else value

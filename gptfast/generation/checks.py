@@ -45,3 +45,25 @@ def checked_tokens(tokens: Any) -> tuple[int, ...] | None:
     for token in tokens:
         check_int("a token of suppress_tokens", token, 0)
     return tuple(dict.fromkeys(tokens)) or None
+
+
+def check_ranges(config: Any) -> None:
+    """Raise for a value of a GenerationConfig that is out of its range."""
+    if config.temperature < 0:
+        raise ValueError(f"generate: temperature is {config.temperature}; expected a number >= 0 (0 is greedy)")
+    if not 0 < config.top_p <= 1:
+        raise ValueError(f"generate: top_p is {config.top_p}; expected 0 < top_p <= 1 (1 keeps all tokens)")
+    if not 0 <= config.min_p <= 1:
+        raise ValueError(f"generate: min_p is {config.min_p}; expected 0 <= min_p <= 1 (0 keeps all tokens)")
+    if config.repetition_penalty <= 0:
+        raise ValueError(
+            f"generate: repetition_penalty is {config.repetition_penalty}; expected a number > 0 (1 is none)"
+        )
+    if config.diversity_penalty < 0:
+        raise ValueError(f"generate: diversity_penalty is {config.diversity_penalty}; expected a number >= 0")
+    if config.seed is not None:
+        check_seed(config.seed)
+    if not isinstance(config.early_stopping, bool) and config.early_stopping != "never":
+        raise ValueError(f"generate: early_stopping is {config.early_stopping!r}; expected True, False or 'never'")
+    if config.overflow not in ("error", "slide"):
+        raise ValueError(f"generate: overflow is {config.overflow!r}; expected 'error' or 'slide'")

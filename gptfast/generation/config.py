@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from gptfast._options import Real, Whole, default_of, describe_fields, option, options_of
-from gptfast.generation.checks import check_int, check_number, check_seed, checked_bias, checked_tokens
+from gptfast.generation.checks import check_int, check_number, check_ranges, checked_bias, checked_tokens
+from gptfast.generation.combinations import check_combination
 
 LEAST_TEMPERATURE = 2**-126  # below, `ops.sample` takes the most likely token
 # The default lengths, as far as the model has room; the server's is OpenAI's 16 (`gptfast.serving.protocol`).
@@ -166,20 +166,13 @@ class GenerationConfig:
                 check_int(name, value, allowed.least)
             elif isinstance(allowed, Real):
                 check_number(name, value)
-        self._check_ranges()
+        check_ranges(self)
         self._check_ends()
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", checked_bias(self.logit_bias))
         if self.suppress_tokens is not None:
             object.__setattr__(self, "suppress_tokens", checked_tokens(self.suppress_tokens))
-        self._check_drawing()
-        if self.num_beams > 1:
-            self._check_beams()
-        elif self.num_beam_groups > 1 or self.diversity_penalty:
-            raise ValueError(
-                f"generate: num_beam_groups={self.num_beam_groups}, diversity_penalty={self.diversity_penalty} with one "
-                "beam; they are for beam search - set num_beams, or leave them out"
-            )
+        check_combination(self)
 
     def _decide_drawing(self) -> None:
         """Fill in what is not given, and whether tokens are drawn."""
@@ -189,26 +182,6 @@ class GenerationConfig:
                 object.__setattr__(self, name, value)
         if self.do_sample is None and self.num_beams == 1 and self.temperature != 0:
             object.__setattr__(self, "do_sample", asked)
-
-    def _check_ranges(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"generate: temperature is {self.temperature}; expected a number >= 0 (0 is greedy)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"generate: top_p is {self.top_p}; expected 0 < top_p <= 1 (1 keeps all tokens)")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"generate: min_p is {self.min_p}; expected 0 <= min_p <= 1 (0 keeps all tokens)")
-        if self.repetition_penalty <= 0:
-            raise ValueError(
-                f"generate: repetition_penalty is {self.repetition_penalty}; expected a number > 0 (1 is none)"
-            )
-        if self.diversity_penalty < 0:
-            raise ValueError(f"generate: diversity_penalty is {self.diversity_penalty}; expected a number >= 0")
-        if self.seed is not None:
-            check_seed(self.seed)
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise ValueError(f"generate: early_stopping is {self.early_stopping!r}; expected True, False or 'never'")
-        if self.overflow not in ("error", "slide"):
-            raise ValueError(f"generate: overflow is {self.overflow!r}; expected 'error' or 'slide'")
 
     def _check_ends(self) -> None:
         if isinstance(self.eos_token_id, list):
@@ -223,75 +196,6 @@ class GenerationConfig:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"generate: stop_strings holds {text!r}; expected texts of at least one character")
         object.__setattr__(self, "stop_strings", tuple(stops))
-
-    def _check_drawing(self) -> None:
-        """Drawing and its opposite were not both asked for."""
-        if self.do_sample not in (None, True, False):
-            raise TypeError(f"generate: do_sample is {self.do_sample!r}; expected True, False or None")
-        if self.do_sample and self.temperature == 0:
-            raise ValueError(
-                "generate: do_sample=True with temperature=0, which draws nothing; raise the temperature or leave "
-                "do_sample out"
-            )
-        if self.do_sample is False and (self.temperature not in (0, 1) or self._cuts()):
-            raise ValueError(
-                f"generate: do_sample=False with {self._drawing_options()}; without drawing these mean nothing - leave "
-                "them or do_sample out"
-            )
-        if self.num_return_sequences > self.num_beams == 1 and self.do_sample is False and self.temperature != 0:
-            raise ValueError(
-                f"generate: num_return_sequences is {self.num_return_sequences} without drawing, which writes the same text "
-                "each time; give do_sample=True, a temperature or a seed, or as many num_beams"
-            )
-
-    def _check_beams(self) -> None:
-        if self.num_return_sequences > self.num_beams:
-            raise ValueError(
-                f"generate: num_return_sequences is {self.num_return_sequences} but num_beams is {self.num_beams}; beam "
-                "search returns at most one sequence per beam - raise num_beams"
-            )
-        if not self.do_sample and (self.temperature not in (0, 1) or self._cuts()):
-            raise ValueError(
-                f"generate: num_beams={self.num_beams} with {self._drawing_options()}; beam search draws nothing - leave "
-                "these at their defaults, or set do_sample=True"
-            )
-        if abs(self.length_penalty) * math.log(self.max_new_tokens or 1) > 700:  # exp(709) is the largest double
-            raise ValueError(
-                f"generate: length_penalty is {self.length_penalty}; {self.max_new_tokens} new tokens to this power is "
-                "beyond the range of a float - use something between -2 and 2"
-            )
-        self._check_groups()
-        if self.overflow == "slide":
-            raise ValueError(
-                "generate: overflow='slide' with beams; beams must fit the block_size - use overflow='error'"
-            )
-        if self.prompt_lookup_num_tokens:
-            raise ValueError(
-                f"generate: prompt_lookup_num_tokens={self.prompt_lookup_num_tokens} with num_beams={self.num_beams}; "
-                "guessed tokens serve one sequence, not beams - leave one out"
-            )
-
-    def _check_groups(self) -> None:
-        groups = self.num_beam_groups
-        if self.num_beams % groups:
-            raise ValueError(
-                f"generate: num_beams is {self.num_beams} and num_beam_groups {groups}; expected a multiple - every group "
-                "has equally many beams"
-            )
-        if groups > 1 and self.do_sample:
-            raise ValueError(f"generate: num_beam_groups={groups} with do_sample=True; diverse beams draw nothing")
-        if (groups > 1) != (self.diversity_penalty > 0):
-            raise ValueError(
-                f"generate: num_beam_groups is {groups} and diversity_penalty {self.diversity_penalty}; groups need a "
-                "penalty above 0, or they are all alike, and a penalty needs groups"
-            )
-
-    def _cuts(self) -> bool:
-        return bool(self.top_k or self.top_p != 1 or self.min_p)
-
-    def _drawing_options(self) -> str:
-        names = ["temperature", "top_k", "top_p"] + ["min_p"] * bool(self.min_p)
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     @property
     def draws(self) -> bool:

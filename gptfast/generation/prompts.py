@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.runner import LanguageModel, virtual_tokens
-from gptfast.nn.adapted import one_a_row
+from gptfast.nn.selection import one_a_row
 
 
 @dataclass(frozen=True)

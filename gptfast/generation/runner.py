@@ -157,8 +157,8 @@ class Runner(ABC):
 
 
 def virtual_tokens(model: LanguageModel, adapter: str | None = None) -> int:
-    """The virtual tokens of a soft prompt that take room in block_size before a sequence under an adapter, and are not counted
-    in the `lengths` of a runner. None: under the active ones."""
+    """Number of virtual tokens before those of a sequence. They take room in block_size; the `lengths` of a runner leave them
+    out. adapter: of the sequence; None: the active ones."""
     of = getattr(model, "virtual_tokens", None)
     return 0 if of is None else of(adapter)
 

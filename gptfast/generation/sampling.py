@@ -22,7 +22,7 @@ from gptfast.ops.reference import kept_tokens
 
 NAN = "generate: the logits hold nan - look for an overflow in the model"
 NOTHING_LEFT = "generate: no token is left to choose, all are excluded - relax no_repeat_ngram_size or logit_bias"
-SAMPLING_ERRORS = {-1: NAN, -2: NOTHING_LEFT}  # error codes, which stand in the place of a token
+SAMPLING_ERRORS = {-1: NAN, -2: NOTHING_LEFT}  # error codes that are returned instead of a token
 
 Processor = Callable[[Tensor, list[int], list[int]], Tensor]  # scores (V,), prompt, new tokens -> scores (V,)
 

@@ -20,7 +20,7 @@ from gptfast.generation.request import Request, Sequence, Token
 from gptfast.generation.runner import LanguageModel, single_threaded_torch, virtual_tokens
 from gptfast.generation.speculative import Speculation
 from gptfast.generation.textless import choosing_text
-from gptfast.nn.adapted import check_adapter
+from gptfast.nn.selection import check_adapter
 
 
 class Scheduler:

@@ -124,7 +124,7 @@ def look_up(tokens: Seq[int], longest: int, count: int, shortest: int = 1) -> li
     return []
 
 
-REPEATED = 3  # so many last tokens must have occurred before
+REPEATED = 3  # number of last tokens that must have occurred before
 FIRST_DRAFT, LONGEST_DRAFT = 3, 7  # the row that is checked anyway and seven more are one tile of the engine's products
 MOST_WAITS = 8
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from gptfast.generation.runner import Runner
-from gptfast.nn.adapted import ADAPTED, check_adapter
+from gptfast.nn.adapted import ADAPTED
 from gptfast.nn.difference import check_values
 from gptfast.nn.kv_cache import KVCache
+from gptfast.nn.selection import check_adapter
 from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 

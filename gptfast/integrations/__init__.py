@@ -5,8 +5,9 @@ Importing this package imports neither transformers nor peft; what needs them is
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gptfast._lazy import lazy_names
 
 if TYPE_CHECKING:
     from gptfast.integrations.patch import accelerate, restore
@@ -14,14 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Report", "accelerate", "restore"]
 
-_PLACES = {
-    "accelerate": "patch",
-    "restore": "patch",
-    "Report": "report",
-}  # imported when first used: torch takes seconds
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'gptfast.integrations' has no attribute {name!r}")
-    return getattr(import_module(f"gptfast.integrations.{_PLACES[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "accelerate": "gptfast.integrations.patch",
+        "restore": "gptfast.integrations.patch",
+        "Report": "gptfast.integrations.report",
+    },
+)

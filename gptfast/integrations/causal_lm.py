@@ -1,4 +1,4 @@
-"""Patched language models of transformers: the loss without holding the logits, which are computed when somebody reads them."""
+"""Patched language models of transformers: the loss without holding the logits, which are computed when they are read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHUNK = 1024  # rows whose logits are held for token accuracies
 
 
 class Head(Linear):
-    """The head of a language model: a `torch.nn.Linear` that waits when told."""
+    """The head of a language model: a `torch.nn.Linear` whose product is put off inside `holding`."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and is_held(self, input):
@@ -85,7 +85,7 @@ def _forward(model: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def _may_wait(model: Any, head: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether nobody can tell that the head waits, and the loss is the usual one."""
+    """Whether the product of the head can be put off unseen, and the loss is the usual one."""
     if type(head) is not Head or head.bias is not None or torch.compiler.is_compiling() or "forward" in vars(head):
         return False
     if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:

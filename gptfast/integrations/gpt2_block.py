@@ -99,7 +99,7 @@ patches(gpt2.GPT2Model)(looking_ahead_class(gpt2.GPT2Model))
 
 
 def _following(model: Any) -> dict[nn.Module, nn.Module]:
-    """The LayerNorm after each block of a model, where nobody comes between the two."""
+    """The LayerNorm after each block of a model, where no hook or wrapper stands between the two."""
     blocks = list(model.h)
     following: dict[nn.Module, nn.Module] = {}
     for block, after in pairwise(blocks):

@@ -24,7 +24,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 class Held:
-    """A module that leaves its work to others: `input` is what it was called with; None: it was not called, or had nothing to do."""
+    """A module whose work is put off. input: what it was called with; None: it was not called, or had nothing to do."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -45,7 +45,7 @@ class Ahead:
         self._known = norm, total, total._version, normed
 
     def take(self, norm: nn.Module, x: Tensor) -> Tensor | None:
-        """norm(x) where it is known."""
+        """norm(x), if an earlier pass has computed it; else None."""
         known, self._known = self._known, None
         if known is None or known[0] is not norm or known[1] is not x or known[2] != x._version:
             return None
@@ -76,7 +76,7 @@ def looking_ahead(following: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
 
 
 def is_held(module: nn.Module, x: Tensor) -> bool:
-    """Whether this call of a module is held; it is noted then."""
+    """Whether this call of a module is put off; its input is then kept in `Held`."""
     held = _held.get()
     if held is None or held.module is not module:
         return False
@@ -85,5 +85,5 @@ def is_held(module: nn.Module, x: Tensor) -> bool:
 
 
 def ahead() -> Ahead | None:
-    """Of the model whose forward runs, if it is one that looks ahead."""
+    """The `Ahead` of the model whose forward is running; None if that does not look ahead."""
     return _ahead.get()

@@ -1,4 +1,4 @@
-"""Outputs of language models whose logits are computed when somebody reads them."""
+"""Outputs of language models whose logits are computed when they are read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Lazy:
     """Before the output's own class in the order of bases: completes the output, and hands over to the plain class."""
 
     def _plain(self) -> Any:
-        later = vars(self).pop(_COMPUTE, None)  # None: somebody has called type(outputs)(…)
+        later = vars(self).pop(_COMPUTE, None)  # None: the caller has called type(outputs)(…)
         object.__setattr__(self, "__class__", type(self).__mro__[2])
         return later
 
@@ -99,7 +99,7 @@ _Lazy.__hash__ = None  # type: ignore[assignment]
 
 
 class _Waiting(Tensor):
-    """Logits that nobody has read yet: every use of it is one of the logits, but for what tells their shape and kind."""
+    """Logits that have not been read yet. Every use computes them, except queries of shape, dtype and device."""
 
     _outputs: Any
     _later: Later

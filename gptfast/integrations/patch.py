@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ def accelerate(model: nn.Module, *, generate: bool = True, verify: Any = None) -
     replaced runs as it did.
 
     transformers' GPT-2 and GPT-1: attention with padding on either side, packed documents and caches; the loss without
-    holding the logits of all positions, which are computed when somebody reads `outputs.logits`. Any module tree:
+    holding the logits of all positions, which are computed when `outputs.logits` is read. Any module tree:
     `LayerNorm`, `GELU`, `Dropout`, `Linear`, `CrossEntropyLoss`, and calls of `F.scaled_dot_product_attention`, `F.layer_norm`,
     `F.gelu`, `F.dropout` and `F.cross_entropy` in a forward.
 
@@ -166,7 +165,7 @@ def _patches(model: nn.Module, report: Report, generate: bool) -> Iterator[_Patc
     of_transformers = _is_of_transformers(model)
     shared: set[int] = set()
     if of_transformers:
-        import_module("gptfast.integrations.gpt2_block")  # known to `patched_class` from here on
+        from gptfast.integrations import gpt2_block  # noqa: F401 (known to `patched_class` from here on)
         from gptfast.integrations.transformers_gpt import SHARED as shared
     alone: list[str] = []
     heads = set()

@@ -63,7 +63,7 @@ def original_class(module: nn.Module) -> Any:
 
 
 def check_restorable(name: str, module: nn.Module) -> None:
-    """Raise RuntimeError where somebody has changed a patched module's class since, or its own `forward`."""
+    """Raise RuntimeError if a patched module's class, or its own `forward`, has been changed since."""
     if "gptfast_original" not in vars(type(module)):
         raise RuntimeError(
             f"restore: {name} has become a {type(module).__name__} since it was patched, as by parametrisations or FSDP; "

@@ -24,7 +24,7 @@ from gptfast.integrations.swap import patches
 
 try:
     from transformers.utils.output_capturing import _active_collector
-except ImportError:  # before transformers 5.1 attention layers were told by an argument alone
+except ImportError:  # before transformers 5.1 an argument alone said which layers are attention
     _active_collector = None
 
 PATCHED = "gptfast_patched"  # in transformers' table of attention functions

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gptfast.integrations.modules import is_wrapped
 
-TINY = 3e-7  # below this part of the largest value an error is rounding of float32, whoever makes it
+TINY = 3e-7  # below this part of the largest value an error is rounding of float32, in either model
 ROUNDS = 5
 LABELS = ("labels", "targets")  # of transformers, of nanoGPT and minGPT
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptfast._options import Whole, check_fields, describe_fields, option
+from gptfast._options import Whole, check_fields, describe_fields, device_option, option
 
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 
@@ -35,7 +35,7 @@ class LadderOptions:
     seed: int = option(
         0, "Seed of the initial weights, of the order of the text, and of the draws for intervals.", allowed=Whole()
     )
-    device: str = option("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is a GPU.")
+    device: str = device_option()
 
     def __post_init__(self) -> None:
         check_fields("LadderOptions", self)

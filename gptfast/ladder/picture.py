@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptfast._files import atomic_write
+from gptfast._files import save_figure
 from gptfast.evaluation.scaling import chinchilla_loss, kaplan_loss
 from gptfast.ladder.summary import of_compute, of_sizes, of_tokens
 
@@ -54,7 +53,7 @@ def draw_ladder(result: dict[str, Any], path: Path) -> None:
             title += f" = ({names[0]} / {law[2]})^{alpha:.3f}{about}"
         _name(axis, title, label, "loss, nats a token", points)
     _draw_fits(axes[3], result)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_law(axis: Any, points: Sequence[dict[str, Any]], x: str, other: str) -> None:
@@ -114,9 +113,3 @@ def _name(axis: Any, title: str, x: str, y: str, points: Sequence[dict[str, Any]
     axis.grid(alpha=0.3)
     if points:
         axis.legend(fontsize=8)
-
-
-def _save(figure: Any, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    atomic_write(path, buffer.getvalue())

@@ -22,7 +22,7 @@ GRIDS = [
 ]
 RANGE = 10.5  # largest number of tokens by the smallest: an exponent needs a factor of 10
 TOKENS_A_PARAMETER = 20  # of the largest size at least, where the budget allows: about what is optimal
-EPOCHS = 4  # repeated text is nearly as good as new for so many (Muennighoff et al., arXiv 2305.16264)
+EPOCHS = 4  # repeated text is nearly as good as new up to this number (Muennighoff et al., arXiv 2305.16264)
 SHARE, OVERHEAD = 0.9, 0.2  # of the budget: what is planned; and most of what no step takes
 LEARNING_RATE_RULE = (
     "AdamW; the largest rate is 0.05 / sqrt(channels), reached by a linear warm-up over a tenth of the steps (at most 100), then "
@@ -48,7 +48,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """runs: of the ladder, the shortest first. predicted: the run of the size that is predicted and then trained."""
+    """The trainings of a ladder.
+
+    runs: of the ladder, the shortest first. predicted: the run of the size that is predicted and then trained."""
 
     runs: tuple[Run, ...]
     predicted: Run

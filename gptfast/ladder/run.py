@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gptfast._files import atomic_write
+from gptfast._files import absolute, atomic_write
 from gptfast._json import expect, field, read_json
 from gptfast._options import values_of
 from gptfast.data import open_data
@@ -24,6 +24,7 @@ from gptfast.ladder.speed import step_seconds
 from gptfast.models import GPT, GPTConfig
 from gptfast.training.config import TrainConfig
 from gptfast.training.fingerprint import fingerprint
+from gptfast.training.resuming import refuse_changes
 from gptfast.training.run_folder import lock_run
 from gptfast.training.trainer import Trainer
 
@@ -78,7 +79,7 @@ class Ladder:
             )
         chosen = {name: value for name, value in given.items() if name not in _FREE}
         if "data" in chosen:
-            chosen["data"] = _absolute(chosen["data"])
+            chosen["data"] = absolute(chosen["data"])
         if stored is not None:
             chosen = self._same(chosen, field(stored, "options", dict, self.out / PLAN))
         self.chosen = {**_DEFAULTS, **chosen}
@@ -114,12 +115,7 @@ class Ladder:
     def _same(self, given: Mapping[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
         """The options of the ladder; those that are given must be the same."""
         full = {**vars(LadderOptions()), **_DEFAULTS, **stored}
-        for name, value in given.items():
-            if value != full.get(name):
-                raise ValueError(
-                    f"scaling: `{name}` is {value} but the ladder in {self.out} has {full.get(name)}, which it cannot change; leave it "
-                    "out, or choose another `out`"
-                )
+        refuse_changes("scaling", given, full, (), f"the ladder in {self.out}", "choose another `out`")
         return stored
 
     def _planned(self, started: float) -> tuple[Plan, float]:
@@ -241,7 +237,3 @@ def _run_of(row: Any, path: Path) -> Run:
     expect(row, dict, "a run", path)
     kinds = {"n_layer": int, "n_embd": int, "parameters": int, "steps": int, "tokens": int, "seconds": float}
     return Run(**{name: field(row, name, kind, path) for name, kind in kinds.items()})
-
-
-def _absolute(data: str) -> str:
-    return str(Path(data).resolve()) if Path(data).exists() else data

@@ -21,7 +21,7 @@ def step_seconds(config: GPTConfig, batch_size: int, device: str = "auto", times
         batch_size: rows.
         times: steps that are timed, after one that is not.
     """
-    place = resolve_device(device)
+    place = resolve_device("LadderOptions", device)
     dtype = getattr(torch, choose_dtype(place)[0])
     with torch.random.fork_rng(devices=[]):
         model = GPT(config).to(place)

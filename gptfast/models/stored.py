@@ -22,7 +22,7 @@ _SINUSOIDS = 2**28  # numbers in a table that is computed, and that no file can 
 class StoredModel:
     """What a checkpoint says about its model, before anything of its size is built or read.
 
-    The files stay open, and what was there when they were opened is what `tensors` reads, whoever saves meanwhile.
+    The files stay open, and `tensors` reads what was there when they were opened, whatever is saved over them.
 
     path: of the checkpoint. config, metadata: what it says. settings: where it says it, for messages.
     conv1d: whether the matrices are stored as (in, out), see `hf_layout.is_conv1d`.

@@ -6,8 +6,7 @@ references, hooks and optimizers hold. When its last adapter goes, it is again w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -18,60 +17,13 @@ from gptfast._warn import warn
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.quantized import QuantizedLinear
+from gptfast.nn.selection import AdapterState, Part, Selection
 from gptfast.ops.lora_linear import LowRank
 
 DROPOUTS = 2**31  # first Philox offset of the dropouts before A: above those of the forward itself
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of a batch under the same adapters, which are added up. first, last: rows; names: of the adapters."""
-
-    first: int
-    last: int
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The adapters of one forward.
-
-    rows: B; 0: one part stands for all rows, however many these are.
-    rng: seed and first Philox offset of the dropouts before A, of which each module takes one; None: no dropout.
-    """
-
-    rows: int
-    parts: tuple[Part, ...]
-    rng: tuple[int, int] | None = None
-
-    def spans(self, rows: int) -> Iterator[tuple[int, int, tuple[str, ...]]]:
-        """(first, last, names) of each part, for `rows` rows of a module's input, which are B times as many as each has."""
-        per = rows // self.rows if self.rows else 0
-        for part in self.parts:
-            yield (part.first * per, part.last * per, part.names) if self.rows else (0, rows, part.names)
-
-
-@dataclass
-class AdapterState:
-    """What the modules of a model with adapters share.
-
-    active: names of the adapters that a forward without adapter_names uses, added up.
-    enabled: False: none.
-    names: of all adapters that modules have.
-    drops: whether one of them has dropout.
-    watched: whether a backward pass was looked at, see `watch`.
-    """
-
-    active: tuple[str, ...] = ()
-    enabled: bool = True
-
-    names: tuple[str, ...] = ()
-    drops: bool = False
-    watched: bool = False
-
-    def selection(self, rng: tuple[int, int] | None = None) -> Selection:
-        """What a forward without adapter_names uses."""
-        return Selection(0, (Part(0, 0, self.active if self.enabled else ()),), rng)
+PROMPTS = "prompt_encoder"  # the module of a model that holds its soft prompts, as in peft
+HOLDERS = ("lora_A", "lora_B", "modules_to_save", PROMPTS)  # modules that hold a part of each adapter by its name
+MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block, by their number
 
 
 class LoraFactor(nn.Module):
@@ -96,7 +48,7 @@ class LoraFactors(nn.ModuleDict):
 class LoraLinear(Linear):
     """A `Linear` with low-rank updates: y = x W^T + b + scale dropout(x) A^T B^T, through `gptfast.ops.lora_linear`.
 
-    lora_A, lora_B: a `LoraFactor` for each adapter, by name.  number: of the module, tells its dropouts from others.
+    lora_A, lora_B: a `LoraFactor` for each adapter, by name.  number: see `number_of`; tells its dropouts from others.
     """
 
     lora_A: LoraFactors
@@ -176,15 +128,15 @@ class _Saved(nn.Module):
 
 
 class SavedLinear(_Saved, Linear):
-    """See `_Saved`."""
+    """A `Linear` with trained copies."""
 
 
 class SavedEmbedding(_Saved, nn.Embedding):
-    """See `_Saved`."""
+    """An embedding with trained copies."""
 
 
 class SavedLayerNorm(_Saved, LayerNorm):
-    """See `_Saved`."""
+    """A `LayerNorm` with trained copies."""
 
 
 SAVED: dict[type[nn.Module], type[_Saved]] = {
@@ -195,7 +147,27 @@ SAVED: dict[type[nn.Module], type[_Saved]] = {
 ADAPTED = (LoraLinear, _Saved)
 LORA: dict[type[nn.Module], type[LoraLinear]] = {Linear: LoraLinear, QuantizedLinear: QuantizedLoraLinear}
 _PLAIN: dict[Any, type[nn.Module]] = {own: plain for plain, own in (*LORA.items(), *SAVED.items())}
-BASE = "__base__"  # in adapter_names: a row without an adapter
+
+
+def adapter_modules(model: nn.Module) -> set[str]:
+    """Names of the modules that adapters put into a model: low-rank factors, trained copies, soft prompts."""
+    own: set[str] = set()
+    for name, _ in model.named_modules(remove_duplicate=False):  # a module follows its parent
+        parent, _, last = name.rpartition(".")
+        holds = last in HOLDERS and (name == PROMPTS or isinstance(model.get_submodule(parent), ADAPTED))
+        if holds or parent in own:
+            own.add(name)
+    return own
+
+
+def number_of(name: str, n_layer: int) -> int | None:
+    """The number of a linear layer: 4 layer + 0 to 3 in a block (`MATRICES`), 4 n_layer for the head; None: no such layer."""
+    if name == "lm_head":
+        return 4 * n_layer
+    parts = name.split(".", 2)
+    if len(parts) < 3 or parts[0] != "h" or not parts[1].isdigit() or parts[2] not in MATRICES:
+        return None
+    return 4 * int(parts[1]) + MATRICES.index(parts[2]) if int(parts[1]) < n_layer else None
 
 
 def make_plain(module: nn.Module) -> None:
@@ -203,42 +175,6 @@ def make_plain(module: nn.Module) -> None:
     for name in ("state", "number"):
         module.__dict__.pop(name, None)
     module.__class__ = _PLAIN[type(module)]  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def select_rows(names: tuple[str, ...], adapter_names: Any, rows: int, rng: tuple[int, int] | None) -> Selection:
-    """The selection of adapter_names, one for each of `rows` rows; names: of the adapters that there are.
-
-    Raises:
-        TypeError, ValueError: no list of names, another number of them, or an unknown one.
-    """
-    wanted = one_a_row("GPT", adapter_names, rows)
-    for name in wanted:
-        check_adapter("GPT", names, name)
-    parts, first = [], 0
-    for row in range(1, rows + 1):
-        if row == rows or wanted[row] != wanted[first]:
-            parts.append(Part(first, row, () if wanted[first] == BASE else (wanted[first],)))
-            first = row
-    return Selection(rows, tuple(parts), rng)
-
-
-def one_a_row(op: str, adapter_names: Any, rows: int) -> list[str]:
-    """The list in adapter_names. Raises TypeError or ValueError where it does not hold one name a row."""
-    given = isinstance(adapter_names, Sequence) and not isinstance(adapter_names, str)
-    if not given or not all(isinstance(name, str) for name in adapter_names):
-        raise TypeError(f"{op}: adapter_names is {adapter_names!r}; expected a list of names, one a row")
-    if len(adapter_names) != rows:
-        raise ValueError(
-            f"{op}: adapter_names has {len(adapter_names)} names and the batch {rows} rows; expected one a row"
-        )
-    return list(adapter_names)
-
-
-def check_adapter(op: str, names: Sequence[str], name: Any) -> None:
-    """Raise ValueError for a name in adapter_names that is neither in `names` nor "__base__"."""
-    if name != BASE and name not in names:
-        known = ", ".join(map(repr, (*names, BASE)))
-        raise ValueError(f"{op}: adapter_names has {name!r}, which is no adapter of this model; it has {known}")
 
 
 def call(module: nn.Module, adapters: Selection | None, *args: Any, **options: Any) -> Any:
@@ -278,9 +214,8 @@ def watch(model: nn.Module, state: AdapterState, loss: Tensor) -> None:
 
     def look() -> None:
         state.watched = True
-        kinds = (".lora_", ".modules_to_save.", ".prompt_encoder.")
-        own = [(n, p) for n, p in model.named_parameters() if any(kind in f".{n}" for kind in kinds)]
-        trained = [(n, p) for n, p in own if p.requires_grad]
+        own = adapter_modules(model)
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n.rpartition(".")[0] in own]
         missing = [n for n, p in trained if p.grad is None]
         if missing and len(missing) < len(trained):  # none at all: torch.autograd.grad
             warn(

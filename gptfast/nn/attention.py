@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.nn.adapted import Selection, call
+from gptfast.nn.adapted import call
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.linear import Linear
+from gptfast.nn.selection import Selection
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig

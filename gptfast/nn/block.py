@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.nn.adapted import Selection, call
+from gptfast.nn.adapted import call
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.mlp import MLP
+from gptfast.nn.selection import Selection
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
@@ -59,9 +60,9 @@ class Block(torch.nn.Module):
         Args:
             x: (B, T, C); with `residual`: the branch that the block before handed on, or None.
             residual: None, or the stream that the branch is to be added to, (B, T, C).
-            rng: (seed, offset), or with the number of x's first row in the whole batch, of the attention dropout; offset + 1 and + 2 serve the dropouts after
-                attention and MLP, offset - 1 that of the branch handed in. None takes the next four of the
-                module's own counter (`gptfast.ops.streams`).
+            rng: (seed, offset) of the attention dropout, or (seed, offset, first_row), where first_row is the number of x's
+                first row in the whole batch. The dropouts after attention and MLP have offset + 1 and + 2, that of the
+                branch handed in offset - 1. None: the next four of the module's own counter (`gptfast.ops.streams`).
             cache, cu_seqlens, adapters: see `CausalSelfAttention`.
         Returns:
             (B, T, C); with `residual`: (branch, residual), where branch is None for post-norm blocks.

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.config import GPTConfig
-from gptfast.nn.adapted import ADAPTED, LoraFactor, LoraFactors, LoraLinear
+from gptfast.nn.adapted import ADAPTED, LoraLinear, adapter_modules
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.block import Block
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
 from gptfast.nn.position import SinusoidalEmbedding, sinusoids
-from gptfast.nn.soft_prompt import PLACE, prompts_of
+from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -75,14 +75,11 @@ def difference(model: Transformer, saved: bool = False, adapters: bool = False, 
         told = _in_module(found[name], part, saved) if name in found else "is missing"
         if told is not None:
             return f"{name or 'the model'} {told}"
+    own = adapter_modules(model) if adapters else set()
     for name, module in found.items():
-        if name not in wanted and not (adapters and _is_of_adapter(name, module)):
+        if name not in wanted and name not in own:
             return f"{name}, a {type(module).__name__}, has no place in a GPT of this config"
     return _in_sinusoids(model) if saved else None
-
-
-def _is_of_adapter(name: str, module: nn.Module) -> bool:
-    return isinstance(module, (LoraFactor, LoraFactors)) or f"{name}.".startswith(f"{PLACE}.")
 
 
 def _in_adapters(model: Transformer, updates: bool) -> str | None:
@@ -181,7 +178,7 @@ def _in_classes(model: Transformer, patched: bool) -> str | None:
 
 def _in_blocks(model: Transformer) -> str | None:
     blocks, wanted = getattr(model, "h", None), model.config.n_layer
-    count = len(blocks) if isinstance(blocks, nn.ModuleList) else wanted  # another class is told later
+    count = len(blocks) if isinstance(blocks, nn.ModuleList) else wanted  # another class is reported later
     return None if count == wanted else f"h has {count} blocks and the config says n_layer={wanted}"
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from gptfast import ops, rng
 from gptfast.ops.streams import STEP, DropoutCounter, for_rank
 
-__all__ = ["Dropout", "DropoutCounter", "seed_dropout"]
+__all__ = ["Dropout", "DropoutCounter", "NumberedDropouts", "seed_dropout"]
 
 
 class Dropout(torch.nn.Dropout):
@@ -38,6 +38,30 @@ class Dropout(torch.nn.Dropout):
         seed, offset = self.counter.take()
         out = ops.dropout(input, self.p, seed, offset)
         return input.copy_(out) if self.inplace else out
+
+
+class NumberedDropouts(torch.nn.Module):
+    """A network that numbers its dropouts itself: `_dropout` counts its forwards."""
+
+    _dropout: DropoutCounter
+
+    @property
+    def dropout_seed(self) -> int | None:
+        """Seed of all dropouts, in [0, 2**64); None: torch's generator decides each forward."""
+        return self._dropout.seed
+
+    @dropout_seed.setter
+    def dropout_seed(self, value: int | None) -> None:
+        self._dropout.seed = value
+
+    @property
+    def dropout_step(self) -> int | None:
+        """Number of forwards with dropout since the seed was set; None without a seed. Setting it then draws one."""
+        return self._dropout.offset
+
+    @dropout_step.setter
+    def dropout_step(self, value: int | None) -> None:
+        self._dropout.offset = value
 
 
 def seed_dropout(model: torch.nn.Module, seed: int) -> None:

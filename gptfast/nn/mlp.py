@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gptfast.nn.adapted import Selection, call
+from gptfast.nn.adapted import call
 from gptfast.nn.linear import Linear
+from gptfast.nn.selection import Selection
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig

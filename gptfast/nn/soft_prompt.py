@@ -12,11 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from gptfast.nn.adapted import Selection
+from gptfast.nn.adapted import PROMPTS
 from gptfast.nn.inputs import Packed, Padding
 from gptfast.nn.kv_cache import KVCache
-
-PLACE = "prompt_encoder"  # of the soft prompts in a model, as in peft's
+from gptfast.nn.selection import Selection, check_one_prompt
 
 
 class SoftPrompt(nn.Module):
@@ -33,17 +32,14 @@ class SoftPrompt(nn.Module):
 
 def prompts_of(model: nn.Module) -> dict[str, SoftPrompt]:
     """The soft prompts that a model has, by the name of their adapter."""
-    held = cast(nn.ModuleDict, model._modules.get(PLACE))
+    held = cast(nn.ModuleDict, model._modules.get(PROMPTS))
     return {name: cast(SoftPrompt, held[name]) for name in held or ()}
 
 
 def one_prompt(op: str, names: tuple[str, ...], prompts: dict[str, SoftPrompt]) -> SoftPrompt | None:
     """The soft prompt among adapters that are active together. Raises ValueError for several."""
     own = [name for name in names if name in prompts]
-    if len(own) > 1:
-        raise ValueError(
-            f"{op}: {', '.join(map(repr, own))} are soft prompts, of which a row has one; activate one of them"
-        )
+    check_one_prompt(op, own)
     return prompts[own[0]] if own else None
 
 
@@ -119,7 +115,7 @@ class Prefix:
         return n
 
     def positions(self, T: int, device: torch.device) -> Tensor:
-        """Of the tokens of rows that get their prompts now, (T,), or (B, T) where the prompts have different lengths."""
+        """Positions of the tokens of rows that get their prompts now, (T,), or (B, T) where the prompts have different lengths."""
         if self.packed is not None:
             return self.packed.positions + self.longest
         places = torch.arange(T, device=device)
@@ -159,8 +155,8 @@ class Prefix:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def ends(self, x: Tensor) -> Tensor:
-        """x (B, N + T, C) of the last virtual token of each row, (B, 1, C), or of each packed text, (1, D, C). Of a row
-        without a prompt: of some token."""
+        """x (B, N + T, C) at the last virtual token of each row, (B, 1, C), or of each packed text, (1, D, C). For a row
+        without a prompt: at any token."""
         if self.packed is not None:
             return x[:, self._places[self.packed.starts] - 1]
         parts = [x[span.first : span.last, max(span.n - 1, 0), None] for span in self.spans]

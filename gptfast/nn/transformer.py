@@ -12,21 +12,22 @@ from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops
 from gptfast.config import GPTConfig
-from gptfast.nn.adapted import DROPOUTS, AdapterState, Selection, call, embedded, select_rows, watch
+from gptfast.nn.adapted import DROPOUTS, call, embedded, watch
 from gptfast.nn.block import Block, add_branch
-from gptfast.nn.dropout import DropoutCounter
+from gptfast.nn.counts import Counted
+from gptfast.nn.dropout import DropoutCounter, NumberedDropouts
 from gptfast.nn.inputs import REFUSED, Packed, check_call, one_of, packed_row, padded, refuse, shifted
 from gptfast.nn.kv_cache import KVCache
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear, is_plain_linear
 from gptfast.nn.position import SinusoidalEmbedding
-from gptfast.nn.quantized import QuantizedLinear
+from gptfast.nn.selection import AdapterState, Selection, select_rows
 from gptfast.nn.soft_prompt import Prefix, SoftPrompt, prompts_of
 
 INIT_STD = 0.02  # of all matrices and embeddings (GPT-2)
 
 
-class Transformer(nn.Module):
+class Transformer(Counted, NumberedDropouts):
     """The network of a GPT-1, GPT-2 or GPT-3 with GPT-2's parameter names; all of it runs through `gptfast.ops`.
     `gptfast.GPT` is this with generation and checkpoints.
 
@@ -42,9 +43,7 @@ class Transformer(nn.Module):
         config: see `GPTConfig`.
     """
 
-    recompute: bool = (
-        False  # in training keep what enters a block alone, and compute the block again in the backward pass
-    )
+    recompute: bool = False  # in training: keep only what enters a block, and compute it again in the backward pass
     adapters: AdapterState | None = None  # of a GPT with adapters, see `gptfast.GPT.add_adapter`
     dropout_row: int = 0  # which row of the whole batch the first one of a forward is, where ranks share a batch
     quantized_mark: str = ""  # of a model that was quantised as it was read: tells the checkpoint from others
@@ -78,24 +77,6 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-
-    @property
-    def dropout_seed(self) -> int | None:
-        """Seed of all dropouts, in [0, 2**64); None: torch's generator decides each forward."""
-        return self._dropout.seed
-
-    @dropout_seed.setter
-    def dropout_seed(self, value: int | None) -> None:
-        self._dropout.seed = value
-
-    @property
-    def dropout_step(self) -> int | None:
-        """How many forwards with dropout have been made with this seed; None without one. To set it draws a seed then."""
-        return self._dropout.offset
-
-    @dropout_step.setter
-    def dropout_step(self, value: int | None) -> None:
-        self._dropout.offset = value
 
     def forward(
         self,
@@ -294,7 +275,7 @@ class Transformer(nn.Module):
         return self._dropout.take() if self.training and drops else (0, 0)
 
     def skip_forward(self) -> None:
-        """Count a forward that is left out, as one without targets: the dropouts after it are those that they would be."""
+        """Count a forward that is not run, so that the dropouts of later ones are the same as if it had been."""
         self._take_numbers()
 
     def _selection(self, adapter_names: Any, rows: int, seed: int, step: int) -> Selection | None:
@@ -309,41 +290,8 @@ class Transformer(nn.Module):
         return select_rows(state.names, adapter_names, rows, rng)
 
     def virtual_tokens(self, adapter: str | None = None) -> int:
-        """The virtual tokens that come before a row's own under an adapter; None: under the active ones."""
+        """Number of virtual tokens before those of a row. adapter: of the row; None: the active ones."""
         prompts, state = prompts_of(self), self.adapters
-        if not prompts or state is None:
-            return 0
-        names = (adapter,) if adapter is not None else state.active if state.enabled else ()
+        active = state.active if state is not None and state.enabled else ()
+        names = active if adapter is None else (adapter,)
         return max((len(prompts[name]) for name in names if name in prompts), default=0)
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters; tied weights count once, and quantised ones, which are never trained, as the numbers they are."""
-        own = sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-        return own if only_trainable else own + _quantized(self)
-
-    def flops_per_token(self, T: int, training: bool = True) -> float:
-        """Multiplications and additions that a sequence of T tokens needs, per token.
-
-        2 per weight of every matrix product (the embeddings are look-ups), and 4 C per key that a query sees, averaged over
-        the queries: masked keys are not counted, so attention is about half of what PaLM's formula (arXiv 2204.02311,
-        appendix B) counts. The backward pass needs twice the forward.
-
-        Args:
-            T: sequence length.
-            training: forward and backward; False: forward only.
-        """
-        config = self.config
-        matrices = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + _quantized(self.h)
-        weights = self.lm_head.weight.numel() + matrices
-        keys = sum(_mean_visible_keys(T, config.window_of(layer)) for layer in range(config.n_layer))
-        return (3 if training else 1) * (2 * weights + 4 * config.n_embd * keys)
-
-
-def _quantized(model: nn.Module) -> int:
-    """Numbers that the codes of quantised layers stand for."""
-    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
-
-
-def _mean_visible_keys(T: int, window: int | None) -> float:
-    w = T if window is None else min(window, T)
-    return (w * (w + 1) / 2 + (T - w) * w) / T

@@ -14,7 +14,7 @@ from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear import linear
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 from gptfast.ops.lora_linear import LowRank as LowRank
-from gptfast.ops.lora_linear import lora_linear as lora_linear  # of gptfast.nn: not among the functions for everybody
+from gptfast.ops.lora_linear import lora_linear as lora_linear  # for gptfast.nn, not for users
 from gptfast.ops.quantized_linear import quantize_groups, quantized_linear
 from gptfast.ops.sample import sample
 

@@ -122,7 +122,7 @@ def _function(name: str, namespace: str, eager: Callable[..., Any] | None) -> ty
 
 
 def caller(namespace: str) -> Callable[..., Any]:
-    """A function that calls operators of a namespace by name, past their own derivatives where nobody records them."""
+    """A function that calls operators of a namespace by name, past their own derivatives where autograd does not record."""
     operators = getattr(torch.ops, namespace)
 
     def call(name: str, *arguments: Any) -> Any:

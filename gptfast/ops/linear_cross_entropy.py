@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptfast.backend import is_many, kernels, resolve
+from gptfast.backend import is_many, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_int, check_same_device
+from gptfast.ops._logit_chunks import losses_and_gradients, losses_of, room_for
 from gptfast.ops._registry import caller, define_python_op, differentiable, forbid_double_backward, register_derivative
 from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.cross_entropy import check_loss, check_targets, reduce_loss
-from gptfast.ops.gemm import gemm
 
 OP = "linear_cross_entropy"
-CHUNK_BYTES = 74 << 20  # of logits in memory; with 16 MB of packed weight less than 100 MB in all
-GPU_CHUNK_BYTES = 512 << 20  # every chunk reads and writes the gradient of weight once: large chunks make that cheap
-GPU_ROW = 64  # values
-TILE_ROWS = 96
 
 
 def linear_cross_entropy(
@@ -118,73 +113,8 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
     return torch.where(count > 0, total / count.clamp_min(1), torch.nan)
 
 
-def _chunks(rows: int, bytes_per_row: int, most_bytes: int) -> Iterator[slice]:
-    """Slices of equal size, of whole tiles, each at most `most_bytes` but at least one tile."""
-    most = max(TILE_ROWS, most_bytes // bytes_per_row // TILE_ROWS * TILE_ROWS)
-    parts = max(1, -(-rows // most))
-    size = max(1, min(most, -(-rows // (parts * TILE_ROWS)) * TILE_ROWS))
-    return (slice(n, min(n + size, rows)) for n in range(0, rows, size))
-
-
-def _logits_by_chunk(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (slice of rows, their logits in hidden's dtype); all chunks share one buffer."""
-    N, V, buffer = hidden.shape[0], weight.shape[0], None
-    on_cpu = hidden.device.type == "cpu"
-    # a GPU's products are fast where rows start at multiples of 16 bytes, as those of 50,257 values do not
-    width = V if on_cpu else -(-V // GPU_ROW) * GPU_ROW
-    for part in _chunks(N, V * hidden.element_size(), CHUNK_BYTES if on_cpu else GPU_CHUNK_BYTES):
-        rows = part.stop - part.start
-        buffer = hidden.new_empty(rows, width) if buffer is None else buffer
-        logits = buffer[:rows, :V]
-        gemm(hidden[part], weight.t(), logits, dtype=hidden.dtype)
-        yield part, logits
-
-
-def _losses(
-    backend: str, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float
-) -> Tensor:
-    """(N,) losses, without gradients."""
-    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    for part, logits in _logits_by_chunk(hidden, weight):
-        loss[part] = kernels(backend).cross_entropy_fwd(logits, targets[part], ignore_index, label_smoothing)[0]
-    return loss
-
-
-def _losses_and_gradients(
-    backend: str,
-    dloss: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    want_hidden: bool,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(N,) losses and the gradients of sum(dloss * loss): dhidden in hidden's dtype, dweight in fp32; dloss None: ones."""
-    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    dhidden, dweight = _room(hidden, weight, want_hidden, want_weight)
-    if not hidden.shape[0]:
-        dweight.zero_()
-    for part, logits in _logits_by_chunk(hidden, weight):
-        upstream = None if dloss is None else dloss[part]
-        loss[part] = kernels(backend).cross_entropy_in_place(
-            logits, targets[part], upstream, ignore_index, label_smoothing
-        )
-        if want_hidden:
-            gemm(logits, weight, dhidden[part], dtype=hidden.dtype)
-        if want_weight:
-            gemm(logits.t(), hidden[part], dweight, dtype=hidden.dtype, accumulate=part.start > 0)
-    return loss, dhidden, dweight
-
-
-def _room(hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool) -> tuple[Tensor, Tensor]:
-    dweight = weight.new_empty(weight.shape if want_weight else (0,), dtype=torch.float32)
-    return hidden.new_empty(hidden.shape if want_hidden else (0,)), dweight
-
-
 def _gradients(backend: str, dloss: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _losses_and_gradients(backend, dloss, *others)[1:]
+    return losses_and_gradients(backend, dloss, *others)[1:]
 
 
 def _total_and_gradients(
@@ -199,8 +129,8 @@ def _total_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = (backend, hidden, weight, targets, ignore_index, label_smoothing)
     if not (want_hidden or want_weight):
-        return _total(_losses(*loss)), *_room(hidden, weight, False, False)
-    losses, dhidden, dweight = _losses_and_gradients(backend, None, *loss[1:], want_hidden, want_weight)
+        return _total(losses_of(*loss)), *room_for(hidden, weight, False, False)
+    losses, dhidden, dweight = losses_and_gradients(backend, None, *loss[1:], want_hidden, want_weight)
     return _total(losses), dhidden, dweight
 
 
@@ -236,8 +166,8 @@ def _total_loss(backend: str, hidden: Tensor, weight: Tensor, targets: Tensor, *
 
 
 class TotalLossFunction(torch.autograd.Function):
-    """The same, with its gradients scaled in place by the first backward, as a copy of dweight would double the memory. A
-    second backward through the same graph computes them again."""
+    """Sum of the losses of the rows, with gradients that the first backward scales in place: a copy of dweight would double
+    the memory. A second backward through the same graph computes them again."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -298,11 +228,11 @@ def _fake_bwd(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _room(hidden, weight, want_hidden, want_weight)
+    return room_for(hidden, weight, want_hidden, want_weight)
 
 
 def _fake_total(backend: str, hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return hidden.new_empty((), dtype=torch.float32), *_room(hidden, weight, *others[-2:])
+    return hidden.new_empty((), dtype=torch.float32), *room_for(hidden, weight, *others[-2:])
 
 
 def _fake_scale(
@@ -311,7 +241,7 @@ def _fake_scale(
     return dhidden.new_empty(dhidden.shape), weight.new_empty(dweight.shape)
 
 
-define_python_op(f"{OP}_fwd", _losses, _fake_fwd)
+define_python_op(f"{OP}_fwd", losses_of, _fake_fwd)
 define_python_op(f"{OP}_bwd", _gradients, _fake_bwd)
 define_python_op(f"{OP}_total", _total_and_gradients, _fake_total)
 define_python_op(f"{OP}_scale", _scaled, _fake_scale)

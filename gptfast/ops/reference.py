@@ -8,7 +8,6 @@ Named dimensions: B batch, T queries, S keys, H heads, D head_dim, C channels, V
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -172,12 +171,8 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "quick_gelu": _quick_gelu,
-    "tanh": torch.tanh,
-}  # beside GELU, by their names in `linear` and `GPTConfig`
+# beside GELU, by their names in `linear` and `GPTConfig`
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "quick_gelu": _quick_gelu, "tanh": torch.tanh}
 
 
 def dequantize_nf4(
@@ -228,8 +223,7 @@ def cross_entropy(
     loss = torch.where(valid, loss, 0.0)
     if reduction == "none":
         return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / valid.sum()
+    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum()
 
 
 def linear_cross_entropy(

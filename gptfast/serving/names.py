@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from gptfast.nn.adapted import BASE
+from gptfast.nn.selection import BASE
 from gptfast.serving.protocol import ApiError
 
 

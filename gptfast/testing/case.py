@@ -138,10 +138,10 @@ def rows(op: str, N: int, C: int, layout: str = "contiguous", bench: bool = Fals
 
 
 def pointwise(reads_and_writes: int) -> Cost:
-    """The cost of so many passes over (N, C)."""
+    """The cost of this many passes over (N, C)."""
     return lambda c, size: (0.0, reads_and_writes * math.prod(c.dims[k] for k in "NC") * size)
 
 
 def over_logits(reads_and_writes: int) -> Cost:
-    """The cost of so many passes over (N, V)."""
+    """The cost of this many passes over (N, V)."""
     return lambda c, size: (0.0, reads_and_writes * c.dims["N"] * c.dims["V"] * size)

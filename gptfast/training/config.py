@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from gptfast._options import Real, Whole, check_fields, describe_fields, option
+from gptfast._options import Real, Whole, check_fields, describe_fields, device_option, option
 
 WARMUP_STEPS = 100
 _LEARNING, _RUN = "Learning", "The run"
@@ -175,7 +175,7 @@ class TrainConfig:
         allowed=("auto", "float32", "bfloat16"),
         group=_RUN,
     )
-    device: str = option("auto", "cpu, cuda, cuda:1, ..., or auto: cuda where there is a GPU.", group=_RUN)
+    device: str = device_option(_RUN)
 
     def __post_init__(self) -> None:
         check_fields("TrainConfig", self)

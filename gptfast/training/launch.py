@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from gptfast._files import absolute
 from gptfast._locks import FileLock
 from gptfast._options import default_of, options_of, values_of
 from gptfast.config import GPTConfig
@@ -29,17 +29,16 @@ from gptfast.training.fingerprint import fingerprint
 from gptfast.training.kept import newest_intact
 from gptfast.training.options import DEFAULTS, SHAPE, RunOptions, start_of
 from gptfast.training.ranks import Ranks
+from gptfast.training.resuming import MAY_CHANGE, refuse_changes
 from gptfast.training.run_folder import locked_run
 from gptfast.training.trainer import Trainer
 
 Options = Mapping[str, Any]
 
 _TRAIN = tuple(options_of(TrainConfig))
-_MAY_CHANGE = {  # when a run is resumed
-    *("max_steps", "max_minutes", "lr_decay_steps", "learning_rate", "min_lr", "warmup_steps", "grad_clip"),
-    *("batch_size", "grad_accum", "eval_every", "eval_batches", "checkpoint_every", "log_every", "patience"),
-    *("keep_last", "on_spike"),
-    *("threads", "data", "dtype", "device", "out", "resume", "tensorboard", "overwrite", "parallel", "timeout"),
+_MAY_CHANGE = MAY_CHANGE | {
+    *("max_minutes", "lr_decay_steps", "eval_batches", "keep_last", "on_spike"),
+    *("data", "tensorboard", "parallel", "timeout"),
 }
 GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary: as it is, and padded as nanoGPT does
 
@@ -119,7 +118,7 @@ def resumed_run(options: Options, ranks: Ranks | None = None, finished_too: bool
 def _new_run(options: Options, place: RunOptions, lock: FileLock | None, ranks: Ranks | None) -> Run:
     defaults = DEFAULTS[start_of(options)]
     config = _train_config({**defaults, **options})
-    _set_threads(place.threads)
+    place.set_threads()
     model = GPT.from_pretrained(options["init_from"], dtype=torch.float32) if "init_from" in options else None
     tokenizer = _tokenizer(options, model)
     data = _open(options, place, tokenizer, ranks)
@@ -133,7 +132,7 @@ def _new_run(options: Options, place: RunOptions, lock: FileLock | None, ranks: 
         note = f"`block_size` {size}: the first of the {positions} positions of {options['init_from']}"
     stored = {name: value for name, value in options.items() if name not in _MAY_CHANGE}
     source = {
-        "data": _absolute(options["data"]),
+        "data": absolute(options["data"]),
         "options": {**stored, "tokenizer": tokenizer},
         "marks": fingerprint(data),
     }
@@ -147,7 +146,7 @@ def _resumed_run(
     checkpoint, damage = newest_intact(place.out)
     last = checkpoint.folder
     source = check_source(checkpoint)
-    _set_threads(checkpoint.threads if place.threads is None else place.threads)
+    place.set_threads(checkpoint.threads)
     model = GPT.from_pretrained(last)
     _refuse_changes(options, place, checkpoint, model)
     config = checkpoint.config.replace(**{k: v for k, v in options.items() if k in _TRAIN and k in _MAY_CHANGE})
@@ -181,14 +180,6 @@ def _train_config(options: Options) -> TrainConfig:
     if "max_minutes" in chosen:
         chosen.setdefault("max_steps", None)
     return TrainConfig(**chosen)
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is None:
-        return
-    if threads < 1:
-        raise ValueError(f"train: `threads` is {threads}; expected at least 1")
-    torch.set_num_threads(threads)
 
 
 def _tokenizer(options: Options, model: GPT | None) -> str | None:
@@ -287,13 +278,5 @@ def _reshaped(model: GPT, options: Options, defaults: dict[str, Any]) -> GPT:
 def _refuse_changes(options: Options, place: RunOptions, checkpoint: Checkpoint, model: GPT) -> None:
     stored = {**vars(checkpoint.config), **vars(model.config), "dropout": model.config.resid_pdrop}
     stored |= checkpoint.source["options"]
-    for name, value in options.items():
-        if name not in _MAY_CHANGE and value != stored.get(name):
-            raise ValueError(
-                f"train: `{name}` is {value} but the run in {place.out} has {stored.get(name)}, which it cannot change; "
-                f"leave it out, or start a new run with `init_from` {checkpoint.folder}"
-            )
-
-
-def _absolute(data: str) -> str:
-    return str(Path(data).resolve()) if Path(data).exists() else data
+    remedy = f"start a new run with `init_from` {checkpoint.folder}"
+    refuse_changes("train", options, stored, _MAY_CHANGE, f"the run in {place.out}", remedy)

@@ -64,7 +64,8 @@ class Loop(Updates):
         require_matplotlib()
         self.objective, self.source = objective, source or {}
         self.ranks, self._is_main = ranks, ranks is None or ranks.is_main
-        self.out, self.device = Path(out), resolve_device(config.device) if ranks is None else ranks.device
+        self.out = Path(out)
+        self.device = resolve_device("TrainConfig", config.device) if ranks is None else ranks.device
         self.dtype_reason = ""
         if config.dtype == "auto":
             dtype, self.dtype_reason = choose_dtype(self.device)

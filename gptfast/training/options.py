@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfast._options import Real, default_of, default_text, format_value, option, options_of
+from gptfast._options import Real, Whole, check_fields, default_of, default_text, format_value, option, options_of
 from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
 from gptfast.training.config import TrainConfig
 
 DATA = ("data", "glob", "text_field", "tokenizer", "vocab_size", "unk")  # the fields of DataOptions that are options
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # the fields of GPTConfig that are options
-_RUN = "The run"
+RUN = "The run"  # heading of the options of a run
 TIMEOUT = 120.0
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # by the option that chooses the initial weights; "": random weights
@@ -55,39 +55,60 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """Where a run is kept, and on how many threads it runs."""
+class PlaceOptions:
+    """Where a run is kept, and on how many threads it runs: options of every kind of training."""
 
-    threads: int | None = option(None, "CPU threads.", words="all cores", group=_RUN)
-    out: Path = option(Path("runs/gpt"), "Folder for checkpoints, log and plot.", group=_RUN)
+    threads: int | None = option(None, "CPU threads.", words="all cores", allowed=Whole(1), group=RUN)
+    out: Path = option(Path("runs/gpt"), "Folder for checkpoints, log and plot.", group=RUN)
+    overwrite: bool = option(False, "Replace the run in OUT.", group=RUN)
+
+    def set_threads(self, usual: int | None = None) -> None:
+        """Give torch the threads of the run; usual: where the options do not say, None: as many as it has."""
+        import torch  # not to show --help
+
+        threads = usual if self.threads is None else self.threads
+        if threads is not None:
+            torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class RunOptions(PlaceOptions):
+    """How a run of `gptfast train` is started.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type, or that is not allowed.
+    """
+
     resume: str | None = option(
         None,
         "Continue the run in OUT, bit for bit; auto: begin one where OUT has no checkpoint. Alone it means last.",
         allowed=("last", "auto"),
-        group=_RUN,
+        group=RUN,
     )
-    overwrite: bool = option(False, "Replace the run in OUT.", group=_RUN)
     parallel: str | None = option(
         None,
         "How the processes that torchrun starts share the work. ddp: each has the whole model and a part of the rows of every "
         "batch. `batch_size` is that of all together.",
         words="ddp with torchrun, else one process",
         allowed=("ddp",),
-        group=_RUN,
+        group=RUN,
     )
     timeout: float = option(
         TIMEOUT,
         "Seconds after which a process of torchrun that does not come, or does not answer, is an error.",
         allowed=Real(above=0),
-        group=_RUN,
+        group=RUN,
     )
     config: Path | None = option(
         None,
         "A TOML file of options: keys as the options' names (n_layer for `n_layer`). Options beside it go before it.",
-        group=_RUN,
+        group=RUN,
     )
-    print_config: bool = option(False, "Print every option of the run as TOML, and start nothing.", group=_RUN)
-    tensorboard: bool = option(False, "Write event files for TensorBoard too.", group=_RUN)
+    print_config: bool = option(False, "Print every option of the run as TOML, and start nothing.", group=RUN)
+    tensorboard: bool = option(False, "Write event files for TensorBoard too.", group=RUN)
+
+    def __post_init__(self) -> None:
+        check_fields("train", self)
 
 
 def start_of(options: Mapping[str, Any]) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 from collections.abc import Sequence
 from typing import Any
 
-from gptfast._files import atomic_write
+from gptfast._files import save_figure
 
 
 def require_matplotlib() -> None:
@@ -43,9 +42,7 @@ def plot_losses(
     _draw(axes[-1], records, [(training, "training (one batch)", "#9db4c0"), ("val_loss", "validation", "#b23a48")])
     axes[-1].set(xlabel="step", ylabel="loss" if metric else "loss, nats per token")
     axes[0].set(title=title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    atomic_write(path, buffer.getvalue())
+    save_figure(figure, path)
 
 
 def _draw(axis: Any, records: Sequence[dict[str, Any]], curves: Sequence[tuple[str, str, str]]) -> None:

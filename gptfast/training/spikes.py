@@ -46,7 +46,7 @@ def remember(recent: list[list[float]], loss: float, norm: float) -> None:
 
 
 def too_many(in_a_row: int) -> bool:
-    """Whether so many steps in a row went wrong that it is not the data's fault."""
+    """Whether too many steps in a row went wrong for the data to be the cause."""
     return in_a_row >= _ENOUGH
 
 

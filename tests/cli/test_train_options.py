@@ -210,6 +210,8 @@ def test_the_folder_of_a_run_is_no_checkpoint(run, text, tmp_path, failure):
         (["--device", "tpu"], "--device is 'tpu'; expected 'auto', 'cpu' or 'cuda'"),
         (["--optimizer", "sgd"], "--optimizer is 'sgd'; expected one of adamw, muon"),
         (["--threads", "0"], "train: --threads is 0; expected at least 1"),
+        (["--timeout", "0"], "train: --timeout is 0.0; expected a number > 0"),
+        (["--resume=first"], "train: --resume is 'first'; expected one of last, auto"),
         (["--preset", "gpt9"], "unknown preset 'gpt9'"),
         (["--vocab-size", "300"], "--vocab-size is 300, but the size of 'char' is given; leave it out"),
         (["--tokenizer", "bpe", "--vocab-size", "5"], "--vocab-size is 5; expected at least 257"),

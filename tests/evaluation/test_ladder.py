@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gptfast
 import gptfast.ladder.run as ladder_run
 import gptfast.ladder.summary as ladder_summary
 from gptfast.evaluation.scaling import chinchilla_loss, fit_power, predict_loss
 from gptfast.ladder import Ladder, LadderOptions, Plan, Run, fit_all, make_plan
 from gptfast.ladder.plan import GRIDS, SHAPES, TOKENS_A_PARAMETER, learning_rate
 from gptfast.ladder.points import Points
+from gptfast.ladder.speed import step_seconds
 from gptfast.ladder.summary import of_compute, of_sizes, of_tokens
 from tests.evaluation.test_scaling import command
 
@@ -61,6 +63,11 @@ def test_a_budget_too_small_for_two_sizes_says_what_is_needed():
     assert len(planned(needed).runs) == 6
     with pytest.raises(ValueError, match="too small for two sizes"):
         planned(0.7 * needed)
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="LadderOptions: device is 'tpu'; expected 'auto', 'cpu' or 'cuda'"):
+        step_seconds(gptfast.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=8), 1, device="tpu")
 
 
 def test_budgets():

@@ -288,6 +288,16 @@ def test_target_modules(targets: Any, count: int):
     assert sum(".lora_A." in name for name, _ in gpt.named_parameters()) == count
 
 
+def test_a_pattern_means_layers_of_the_base_not_of_another_adapter():
+    """h.0.attn.c_attn.lora_A, which the first adapter made, fits the pattern too."""
+    gpt = model()
+    gpt.add_adapter(LoraConfig(r=2, target_modules=r"h\.\d\.attn\.c_attn.*"), "other")
+    assert [n for n, m in gpt.named_modules() if hasattr(m, "lora_A") and "other" in m.lora_A] == [
+        "h.0.attn.c_attn",
+        "h.1.attn.c_attn",
+    ]
+
+
 def test_patterns_and_layers():
     gpt = gptfast.GPT(CONFIG)
     gpt.add_adapter(

@@ -94,7 +94,7 @@ def test_many_chunks_equal_one(reduction, monkeypatch):
     targets[::7] = -100
     results = []
     for chunk in (1, 1 << 26):
-        monkeypatch.setattr(sys.modules["gptfast.ops.linear_cross_entropy"], "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(sys.modules["gptfast.ops._logit_chunks"], "CHUNK_BYTES", chunk)
         loss = ops.linear_cross_entropy(*leaves, targets, reduction=reduction, label_smoothing=0.1)
         results.append((loss, *torch.autograd.grad(loss, leaves, torch.full(loss.shape, 0.7))))
     for a, b in zip(*results, strict=True):

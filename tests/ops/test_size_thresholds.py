@@ -185,5 +185,5 @@ def test_chunks_of_logits(monkeypatch):
     exact = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().t(), targets, reduction="none")
     torch.testing.assert_close(whole.double(), exact, rtol=1e-5, atol=1e-5)
     for rows in (96, 97, 194, 195, 196):
-        monkeypatch.setattr(sys.modules["gptfast.ops.linear_cross_entropy"], "CHUNK_BYTES", rows * 33 * 4)
+        monkeypatch.setattr(sys.modules["gptfast.ops._logit_chunks"], "CHUNK_BYTES", rows * 33 * 4)
         assert torch.equal(ops.linear_cross_entropy(hidden, weight, targets, reduction="none"), whole), rows

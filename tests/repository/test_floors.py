@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from gptfast._files import read_toml
 from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not run from the source tree")
 
 PACKAGE = ROOT / "gptfast"
+NAMES_GIVEN = {  # these import what a caller names, in a text that the test sees there
+    *("_lazy.py", "data/records.py", "finetuning/metrics.py"),
+}
 TOP = {"cli", "demo.py", "demo_finetune.py", "__main__.py", "__init__.py"}  # these stand above all others
 INCLUDED = {  # by the files of each folder of csrc; "." has what all share
     ".": {"."},
@@ -35,7 +39,9 @@ def names_from_the_package(source: str) -> Iterator[str]:
 
 
 def is_module(name: str) -> bool:
-    return (PACKAGE / f"{name}.py").exists() or (PACKAGE / name / "__init__.py").exists()
+    """Whether a name below `gptfast`, with dots, is that of a module."""
+    path = PACKAGE / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 def test_the_names_of_the_package_are_for_users():
@@ -50,6 +56,62 @@ def test_the_names_of_the_package_are_for_users():
 def test_names_from_the_package_are_found():
     source = "from gptfast import GPT, _C\ndef f():\n    import gptfast\n    from gptfast.nn import Linear\n"
     assert list(names_from_the_package(source)) == ["GPT", "_C", "*"]
+
+
+def floors() -> dict[str, int]:
+    """The number of each package's floor in the contract of import-linter, 0 at the top."""
+    contract = read_toml(ROOT / "pyproject.toml")["tool"]["importlinter"]["contracts"][0]
+    return {name: floor for floor, names in enumerate(contract["layers"]) for name in names.split(" | ")}
+
+
+def names_in_texts(source: str) -> Iterator[str]:
+    """The modules of the package that texts name, without `gptfast.`; also where a text has only the beginning."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found = re.fullmatch(r"gptfast\.(\w+(?:\.\w+)*)\.?", node.value)
+            if found and is_module(found[1]):
+                yield found[1]
+
+
+def imported_by_name(source: str) -> Iterator[ast.expr]:
+    """What the calls of a module import at run time."""
+    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args)
+    for call in calls:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if name in ("import_module", "__import__", "run_module", "resolve_name"):
+            yield call.args[0]
+
+
+def test_no_text_names_a_module_that_stands_above():
+    """import-linter does not see `import_module("gptfast.models")`, nor a table of such names."""
+    floor, seen = floors(), set()
+    for path in PACKAGE.rglob("*.py"):
+        place = path.relative_to(PACKAGE)
+        own = place.parts[0].removesuffix(".py")
+        if own in ("__init__", "__main__"):
+            continue
+        source = path.read_text()
+        for name in names_in_texts(source):
+            other = name.split(".")[0]
+            below = other == own or floor[other] > floor[own]
+            assert below, f"gptfast/{place} names gptfast.{name}, which does not stand below it"
+            seen.add(other)
+        for argument in imported_by_name(source):
+            told = f"gptfast/{place} imports {ast.unparse(argument)} at run time; import it, or a text that names it"
+            if isinstance(argument, ast.JoinedStr):  # a submodule of the package itself
+                assert ast.unparse(argument).startswith("f'{__name__}."), told
+            else:
+                assert isinstance(argument, ast.Constant) or place.as_posix() in NAMES_GIVEN, told
+    assert {"training", "checkpoints"} <= seen, "the check saw no names"
+
+
+def test_names_in_texts_are_found():
+    source = (
+        'import_module("gptfast.models")\nx = {"A": "gptfast.nn.linear", "B": "gptfast.nowhere"}\nf"gptfast.nn.{x}"\n'
+    )
+    assert list(names_in_texts(source)) == ["models", "nn.linear", "nn"]
+    (argument,) = imported_by_name("import importlib as i\ni.import_module(where)\n")
+    assert ast.unparse(argument) == "where"
 
 
 def included(path: Path) -> Iterator[str]:

@@ -16,13 +16,12 @@ from gptfast.checkpoints.prompt_config import PromptTuningConfig, check_fits
 from gptfast.models.adapters import prompts
 from gptfast.models.adapters.targets import saved, targets
 from gptfast.models.quantized import format_of
-from gptfast.nn.adapted import ADAPTED, BASE, LORA, SAVED, AdapterState, LoraFactor, LoraFactors, LoraLinear, make_plain
+from gptfast.nn.adapted import ADAPTED, HOLDERS, LORA, SAVED, LoraFactor, LoraFactors, LoraLinear, make_plain, number_of
 from gptfast.nn.difference import USUAL
 from gptfast.nn.quantized import QuantizedLinear
-from gptfast.nn.soft_prompt import PLACE, one_prompt, prompts_of
+from gptfast.nn.selection import BASE, AdapterState, known_adapters
+from gptfast.nn.soft_prompt import one_prompt, prompts_of
 from gptfast.nn.transformer import Transformer
-
-HOLDERS = ("lora_A", "lora_B", "modules_to_save", PLACE)  # modules that hold something of each adapter by its name
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Adapters(AdapterState):
     prompts: nn.Module | None = None
 
     def follow(self) -> None:
-        """Set what depends on the configurations."""
+        """Update `names` and `drops` from the configurations."""
         self.names = tuple(self.configs)
         self.drops = any(config.lora_dropout > 0 for config in self.configs.values() if isinstance(config, LoraConfig))
 
@@ -58,15 +57,6 @@ def adapters_of(model: Transformer, op: str) -> Adapters:
     if not isinstance(model.adapters, Adapters):
         raise ValueError(f"{op}: the model has no adapter; add one with add_adapter or load_adapter")
     return model.adapters
-
-
-def check_names(state: Adapters, op: str, names: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of adapters that there are. Raises ValueError for an unknown one."""
-    wanted = (names,) if isinstance(names, str) else tuple(names)
-    for name in wanted:
-        if name not in state.configs:
-            raise ValueError(f"{op}: there is no adapter {name!r}; the model has {', '.join(map(repr, state.configs))}")
-    return wanted
 
 
 def check_not_merged(model: Transformer, op: str) -> None:
@@ -121,7 +111,10 @@ def _add_lora(model: Transformer, config: LoraConfig, name: str, state: Adapters
     factors = {path: _factors(model.get_submodule(path), path, config) for path in where}
     _freeze(model, old)
     for path, (a, b) in factors.items():
-        _attach(model.get_submodule(path), name, state, a, b, _number(model, path))
+        number = number_of(path, model.config.n_layer)
+        if number is None:  # a layer that a subclass has added
+            number = 4 * model.config.n_layer
+        _attach(model.get_submodule(path), name, state, a, b, number)
     _copy(model, copies, config, name, state)
     for path, parameter in _trained_biases(model, config, where):
         state.biases[path] = parameter.detach().clone()
@@ -136,14 +129,6 @@ def _check_name(name: Any, state: Adapters | None) -> None:
         raise ValueError(f"add_adapter: name is {name!r}; expected a text without dots that is no word of torch's")
     if state is not None and name in state.configs:
         raise ValueError(f"add_adapter: there is an adapter {name!r} already; delete it, or take another name")
-
-
-def _number(model: Transformer, path: str) -> int:
-    """Of a module, in [0, 1 + 4 n_layer): the same whatever else has an adapter."""
-    layer, kinds = path.split("."), ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    if len(layer) < 4:
-        return 4 * model.config.n_layer
-    return 4 * int(layer[1]) + kinds.index(".".join(layer[2:]))
 
 
 def _factors(module: nn.Module, path: str, config: LoraConfig) -> tuple[LoraFactor, LoraFactor]:
@@ -225,7 +210,7 @@ def activate(model: Transformer, names: str | Sequence[str]) -> None:
     """Make adapters the ones that a forward uses, and the only ones that are trained."""
     check_not_merged(model, "set_adapter")
     state = adapters_of(model, "set_adapter")
-    wanted = check_names(state, "set_adapter", names)
+    wanted = known_adapters("set_adapter", state.names, names)
     one_prompt("set_adapter", wanted, prompts_of(model))
     state.active = wanted
     state.enabled = True
@@ -248,7 +233,7 @@ def delete(model: Transformer, names: str | Sequence[str]) -> None:
     """Take adapters out of the modules. Without the last one the model is what it was before the first."""
     check_not_merged(model, "delete_adapter")
     state = adapters_of(model, "delete_adapter")
-    for name in check_names(state, "delete_adapter", names):
+    for name in known_adapters("delete_adapter", state.names, names):
         _restore_biases(model, state, name)
         for module in list(model.modules()):
             _detach(module, name)

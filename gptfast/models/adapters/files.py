@@ -30,7 +30,9 @@ from gptfast.models.adapters import attached, prompts
 from gptfast.models.adapters.targets import as_peft_has_them, file_name
 from gptfast.models.export import write_json, write_tensors
 from gptfast.models.quantized import mark_of, sample
+from gptfast.nn.adapted import adapter_modules
 from gptfast.nn.difference import true_config
+from gptfast.nn.selection import known_adapters
 from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 
@@ -41,14 +43,15 @@ def base_mark(model: Transformer) -> str:
     if model.quantized_mark:
         return model.quantized_mark
     named = ((n, x) for n, x in model.h.named_parameters() if x.dim() == 2 and not x.is_meta)
-    return mark_of(sample(x) for n, x in named if ".lora_" not in n and "modules_to_save" not in n)
+    own = adapter_modules(model.h)
+    return mark_of(sample(x) for n, x in named if n.rpartition(".")[0] not in own)
 
 
 def save(model: Transformer, folder: str | os.PathLike[str], name: str) -> None:
     """Write an adapter; see `GPT.save_adapter`."""
     attached.check_not_merged(model, "save_adapter")
     state = attached.adapters_of(model, "save_adapter")
-    (name,) = attached.check_names(state, "save_adapter", name)
+    (name,) = known_adapters("save_adapter", state.names, name)
     config = state.configs[name]
     tensors = {key: _to_file(key, p.detach()).to("cpu", copy=True).contiguous() for key, p in _stored(model, name)}
     if isinstance(config, PromptTuningConfig):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from gptfast._warn import warn
 from gptfast.checkpoints.prompt_config import PromptTuningConfig
-from gptfast.models.adapters.attached import adapters_of, check_names
-from gptfast.nn.adapted import ADAPTED, LoraLinear, make_plain
+from gptfast.models.adapters.attached import adapters_of
+from gptfast.nn.adapted import ADAPTED, PROMPTS, LoraLinear, make_plain
 from gptfast.nn.quantized import QuantizedLinear, dequantized, quantized
-from gptfast.nn.soft_prompt import PLACE
+from gptfast.nn.selection import known_adapters
 from gptfast.nn.transformer import Transformer
 
 Parameters = dict[str, nn.Parameter | None]
@@ -30,7 +30,7 @@ def merge(model: Transformer, names: str | Sequence[str] | None) -> None:
         ValueError: unknown names, other adapters that are merged already, or updates that are not finite.
     """
     state = adapters_of(model, "merge_adapter")
-    wanted = state.active if names is None else check_names(state, "merge_adapter", names)
+    wanted = state.active if names is None else known_adapters("merge_adapter", state.names, names)
     if state.merged:
         if names is None or set(wanted) == set(state.merged):
             return
@@ -52,7 +52,7 @@ def merge(model: Transformer, names: str | Sequence[str] | None) -> None:
         module._modules.clear()
         make_plain(module)
         module._parameters.update(merged[path])
-    state.prompts = model._modules.pop(PLACE, None)
+    state.prompts = model._modules.pop(PROMPTS, None)
     state.merged = wanted
 
 
@@ -73,7 +73,7 @@ def unmerge(model: Transformer) -> None:
         module.__class__ = kind
         module.train(module.training)
     if state.prompts is not None:
-        model.add_module(PLACE, state.prompts.to(device=model.wte.weight.device).train(model.training))
+        model.add_module(PROMPTS, state.prompts.to(device=model.wte.weight.device).train(model.training))
     state.prompts = None
     state.aside.clear()
     state.merged = ()

@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.checkpoints.prompt_config import PromptTuningConfig
-from gptfast.nn.soft_prompt import PLACE, SoftPrompt
+from gptfast.nn.adapted import PROMPTS
+from gptfast.nn.soft_prompt import SoftPrompt
 from gptfast.nn.transformer import Transformer
 from gptfast.tokenizer import load_tokenizer
 
 
 def place(model: Transformer, name: str, weight: Tensor) -> None:
     """Give a model a soft prompt."""
-    if PLACE not in model._modules:
-        model.add_module(PLACE, nn.ModuleDict())
-    cast(nn.ModuleDict, model._modules[PLACE])[name] = SoftPrompt(weight).train(model.training)
+    if PROMPTS not in model._modules:
+        model.add_module(PROMPTS, nn.ModuleDict())
+    cast(nn.ModuleDict, model._modules[PROMPTS])[name] = SoftPrompt(weight).train(model.training)
 
 
 def first_values(model: Transformer, config: PromptTuningConfig, blank: bool) -> Tensor:

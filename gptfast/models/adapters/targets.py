@@ -10,10 +10,9 @@ from torch import nn
 
 from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.adapter_config import LoraConfig
-from gptfast.nn.adapted import LORA, SAVED, LoraLinear, SavedLinear
+from gptfast.nn.adapted import LORA, SAVED, LoraLinear, SavedLinear, adapter_modules
 from gptfast.nn.difference import true_config
 from gptfast.nn.linear import Linear
-from gptfast.nn.soft_prompt import PLACE
 from gptfast.nn.transformer import Transformer
 
 ALL_LINEAR = "all-linear"
@@ -66,7 +65,8 @@ def saved(model: Transformer, config: LoraConfig) -> list[str]:
 
 def _modules(model: Transformer) -> dict[str, nn.Module]:
     """The modules of the base."""
-    return {name: module for name, module in model.named_modules() if name and not name.startswith(PLACE)}
+    own = adapter_modules(model)
+    return {name: module for name, module in model.named_modules() if name and name not in own}
 
 
 def _named(model: Transformer, wanted: list[str] | str, names: list[str], field: str) -> list[str]:

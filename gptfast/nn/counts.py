@@ -1,0 +1,49 @@
+"""What a GPT counts: its parameters, and the FLOPs of a token."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from gptfast.config import GPTConfig
+from gptfast.nn.linear import Linear
+from gptfast.nn.quantized import QuantizedLinear
+
+
+class Counted(nn.Module):
+    """Parameters and FLOPs of a network with the modules of `Transformer`."""
+
+    config: GPTConfig
+    h: nn.ModuleList
+    lm_head: Linear
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of parameters; tied weights count once, quantised ones (never trained) as the numbers that they stand for."""
+        own = sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+        return own if only_trainable else own + _quantized(self)
+
+    def flops_per_token(self, T: int, training: bool = True) -> float:
+        """Multiplications and additions that a sequence of T tokens needs, per token.
+
+        2 per weight of every matrix product (the embeddings are look-ups), and 4 C per key that a query sees, averaged over
+        the queries: masked keys are not counted, so attention is about half of what PaLM's formula (arXiv 2204.02311,
+        appendix B) counts. The backward pass needs twice the forward.
+
+        Args:
+            T: sequence length.
+            training: forward and backward; False: forward only.
+        """
+        config = self.config
+        matrices = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + _quantized(self.h)
+        weights = self.lm_head.weight.numel() + matrices
+        keys = sum(_mean_visible_keys(T, config.window_of(layer)) for layer in range(config.n_layer))
+        return (3 if training else 1) * (2 * weights + 4 * config.n_embd * keys)
+
+
+def _quantized(model: nn.Module) -> int:
+    """Numbers that the codes of quantised layers stand for."""
+    return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
+
+
+def _mean_visible_keys(T: int, window: int | None) -> float:
+    w = T if window is None else min(window, T)
+    return (w * (w + 1) / 2 + (T - w) * w) / T
