@@ -54,6 +54,17 @@ class Metadata:
         named = (*own, *_ids((self.generation or {}).get(_END)), *_ids(self.config.get(_END)), *others)
         return tuple(dict.fromkeys(token for token in named if token is not None and 0 <= token < vocab_size))
 
+    def reply_ends(self, ends: Iterable[int], turn_ends: Iterable[int]) -> tuple[int, ...]:
+        """The ids that end a reply in a chat.
+
+        Args:
+            ends: what `end_tokens` returned.
+            turn_ends: what the chat template writes behind a reply. It counts unless generation_config.json lists end tokens:
+                authors of a chat model list what ends its replies, which may go on after a turn (a channel for thoughts).
+        """
+        listed = isinstance((self.generation or {}).get(_END), list)
+        return tuple(dict.fromkeys((*ends, *(() if listed else turn_ends))))
+
     def ends(self, vocab_size: int) -> dict[str, Any]:
         """The options eos_token_id and pad_token_id of `generate` where the caller does not name them."""
         named = [source.get("pad_token_id") for source in (self.generation or {}, self.config)]

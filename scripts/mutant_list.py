@@ -193,7 +193,7 @@ TEXT = [
     ),
     Mutant(
         "usage counts a prompt once for each choice",
-        "gptfast/serving/completions.py",
+        "gptfast/serving/answers.py",
         "    return usage(sum(len(request.prompt) for request in submission.requests), made)",
         "    return usage(sum(len(request.prompt) * len(request.sequences) for request in submission.requests), made)",
         _in("serving/test_stops_and_usage"),

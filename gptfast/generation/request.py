@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptfast.generation.config import GenerationConfig
+from gptfast.generation.json_grammar import JsonGrammar
 from gptfast.generation.sampling import SamplingContext, needs_only_logits
 from gptfast.generation.stopping import Stopping
 
@@ -63,7 +64,8 @@ class Sequence:
         """What its next token depends on, besides the logits."""
         request = self.request
         stream = (request.first_stream + self.index) % 2**32
-        return SamplingContext(request.config, stream, self.tokens, len(request.prompt))
+        allowed = None if request.grammar is None else request.grammar.allowed
+        return SamplingContext(request.config, stream, self.tokens, len(request.prompt), allowed)
 
     @property
     def needs_only_logits(self) -> bool:
@@ -87,6 +89,7 @@ class Request:
         draft_repeats: whether drafts are made where the text repeats itself; only a runner that `repeats_exactly` makes them.
         first_stream: Philox stream of the first return sequence; the others follow. Requests with the same seed and
             different streams are independent, and are drawn in one call.
+        grammar: says which tokens may follow, and where the text is complete; None: no such rule.
         sequences: the return sequences; only the first until the prompt has been read.
         error: why the request failed; None: it has not.
     Raises:
@@ -102,6 +105,7 @@ class Request:
     draft_repeats: bool = False
     first_stream: int = 0
     adapter: str | None = None
+    grammar: JsonGrammar | None = None
     max_len: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     error: RuntimeError | None = None
@@ -114,8 +118,9 @@ class Request:
     def replace_config(self, config: GenerationConfig) -> None:
         """Set the config, and what follows from it."""
         self.config = config
-        self.stopping = Stopping(config, self.tokenizer)
-        self.needs_only_logits = needs_only_logits(config) and not (self.logprobs or self.top)
+        self.stopping = Stopping(config, self.tokenizer, self.grammar)
+        details = self.logprobs or self.top or self.grammar is not None
+        self.needs_only_logits = needs_only_logits(config) and not details
 
     @property
     def done(self) -> bool:

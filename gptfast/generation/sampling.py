@@ -50,12 +50,14 @@ class SamplingContext:
         stream: Philox stream of the sequence, in [0, 2**32).
         tokens: prompt and new tokens.
         prompt_len: number of prompt tokens.
+        allowed: of the new tokens, (V,) bool: the tokens that may follow; None: all.
     """
 
     config: GenerationConfig
     stream: int
     tokens: list[int]
     prompt_len: int
+    allowed: Callable[[Sequence[int]], Tensor] | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -142,7 +144,7 @@ def _process(logits: Tensor, contexts: Sequence[SamplingContext]) -> Tensor:
     for n, config in enumerate(context.config for context in contexts):
         if config.draws and config.min_p:
             with_min_p.setdefault((config.temperature, config.top_k, config.top_p, config.min_p), []).append(n)
-    if not any(changes) and not with_min_p:
+    if not any(changes) and not with_min_p and all(context.allowed is None for context in contexts):
         return logits
     scores = logits.clone()  # the caller's logits stay unchanged
     for n, context in enumerate(contexts):
@@ -151,10 +153,21 @@ def _process(logits: Tensor, contexts: Sequence[SamplingContext]) -> Tensor:
             scores[n] = change(scores[n], prompt, new)
         if context.config.usable_vocab:
             scores[n, context.config.usable_vocab :] = -math.inf
+        if context.allowed is not None:
+            mask = context.allowed(context.tokens[context.prompt_len :]).to(scores.device)
+            scores[n] = scores[n].where(mask | scores[n].isnan(), -math.inf)  # nan must stay visible
     for rows in with_min_p.values():
         part = scores[rows]
         scores[rows] = part.where(part.isnan(), warp(part, contexts[rows[0]].config))  # nan must stay visible
     return scores
+
+
+def probabilities(logits: Tensor, context: SamplingContext) -> Tensor:
+    """The distribution (V,) from which `choose` draws the next token, from logits (V,)."""
+    scores = _process(logits[None], [context])[0]
+    if not context.config.draws:
+        return torch.zeros_like(scores).index_fill(0, scores.argmax(), 1.0)
+    return (scores if context.config.min_p else warp(scores[None], context.config)[0]).softmax(-1)
 
 
 def processors(config: GenerationConfig) -> list[Processor]:

@@ -1,4 +1,4 @@
-"""Stopping: why a sequence ends - an end token, a stop string, its length."""
+"""Stopping: why a sequence ends - an end token, a stop string, a grammar, its length."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptfast.generation.config import GenerationConfig
+from gptfast.generation.json_grammar import JsonGrammar
 
 
 class Stopping:
@@ -14,12 +15,13 @@ class Stopping:
     Args:
         config: its eos_token_id, stop_strings and max_new_tokens are used.
         tokenizer: of `gptfast.tokenizer`; only needed for stop strings.
+        grammar: ends a text that is complete.
     Raises:
         TypeError, ValueError: stop strings without such a tokenizer.
     """
 
-    def __init__(self, config: GenerationConfig, tokenizer: Any = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, config: GenerationConfig, tokenizer: Any = None, grammar: JsonGrammar | None = None) -> None:
+        self.tokenizer, self._grammar = tokenizer, grammar
         self._eos, self._max_new_tokens = frozenset(config.eos_ids), config.max_new_tokens
         self._stops = [text.encode("utf-8") for text in config.stop_strings or ()]
         if self._stops and tokenizer is None:
@@ -40,6 +42,8 @@ class Stopping:
             start: number of prompt tokens in it.
         """
         if tokens[-1] in self._eos or (self._stops and self._completes_stop(tokens[start:])):
+            return "stop"
+        if self._grammar is not None and self._grammar.complete(tokens[start:]):
             return "stop"
         most = self._max_new_tokens
         return "length" if most is not None and len(tokens) - start >= most else None

@@ -1,1 +1,1 @@
-"""An HTTP server that speaks the OpenAI completions protocol. Needs the extra `serve`."""
+"""An HTTP server that speaks the OpenAI protocol: completions and chats. Needs the extra `serve`."""

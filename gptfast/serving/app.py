@@ -1,4 +1,4 @@
-"""The HTTP application of `gptfast serve`: POST /v1/completions, GET and HEAD of /v1/models and /health, and the tokenizer."""
+"""The HTTP application of `gptfast serve`: completions and chats, GET and HEAD of /v1/models and /health, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 
 from gptfast.generation import LanguageModel, Scheduler
-from gptfast.serving.completions import Limits, Server
+from gptfast.serving.chat import Chat
+from gptfast.serving.completions import Completions
 from gptfast.serving.cors import allow_origins
 from gptfast.serving.errors import BodyLimit, add_error_handlers
+from gptfast.serving.limits import Limits
 from gptfast.serving.protocol import ApiError
+from gptfast.serving.service import Service
 from gptfast.serving.tokens import Tokens
 from gptfast.serving.worker import Worker
 from gptfast.tokenizer import Tokenizer, lenient
@@ -50,12 +53,14 @@ def create_app(
         )
 
     worker = Worker(make_scheduler, limits.max_queue, limits.max_events)
-    server = Server(model, runner, tokenizer, name, limits, worker)
-    tokens = Tokens(tokenizer, model.config.block_size, limits.special_tokens)
+    service = Service(model, runner, tokenizer, name, limits, worker)
+    server, chat = Completions(service), Chat(service)
+    tokens = Tokens(tokenizer, model.config.block_size, limits.special_tokens, chat.template)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
+        chat.announce()
         yield
         worker.close()
 
@@ -80,15 +85,19 @@ def create_app(
 
     @app.api_route("/v1/models", methods=read, dependencies=guarded)
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": server.names.cards})
+        return JSONResponse({"object": "list", "data": service.names.cards})
 
     @app.api_route("/v1/models/{model:path}", methods=read, dependencies=guarded)
     async def one_model(model: str) -> JSONResponse:
-        return JSONResponse(server.names.card(model))
+        return JSONResponse(service.names.card(model))
 
     @app.post("/v1/completions", dependencies=guarded)
     async def completions(request: HTTPRequest) -> Response:
         return await server.complete(request)
+
+    @app.post("/v1/chat/completions", dependencies=guarded)
+    async def chat_completions(request: HTTPRequest) -> Response:
+        return await chat.complete(request)
 
     @app.api_route("/tokenizer_info", methods=read, dependencies=guarded)
     async def tokenizer_info() -> JSONResponse:
@@ -96,10 +105,10 @@ def create_app(
 
     @app.post("/tokenize", dependencies=guarded)
     async def tokenize(request: HTTPRequest) -> JSONResponse:
-        return JSONResponse(await asyncio.to_thread(tokens.tokenize, await server.read(request)))
+        return JSONResponse(await asyncio.to_thread(tokens.tokenize, await service.read(request)))
 
     @app.post("/detokenize", dependencies=guarded)
     async def detokenize(request: HTTPRequest) -> JSONResponse:
-        return JSONResponse(await asyncio.to_thread(tokens.detokenize, await server.read(request)))
+        return JSONResponse(await asyncio.to_thread(tokens.detokenize, await service.read(request)))
 
     return app

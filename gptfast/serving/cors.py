@@ -41,5 +41,5 @@ def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
         allow_origin_regex=OWN_MACHINE,
         allow_methods=["GET", "HEAD", "POST"],
         allow_headers=["*"],
-        expose_headers=["Retry-After"],
+        expose_headers=["Retry-After", "Gptfast-Chat-Format"],
     )

@@ -14,8 +14,8 @@ from gptfast.serving.protocol import ApiError
 
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection before its answer
 ROUTES = (
-    "POST /v1/completions, GET /v1/models, GET /v1/models/{model}, GET /health, GET /tokenizer_info, POST /tokenize and "
-    "POST /detokenize"
+    "POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /v1/models/{model}, GET /health, GET /tokenizer_info, POST /tokenize "
+    "and POST /detokenize"
 )
 
 
@@ -35,8 +35,7 @@ def add_error_handlers(app: FastAPI) -> None:
         if error.status_code not in (404, 405):
             return answer(ApiError(error.status_code, str(error.detail)))
         message = f"{http.method} {http.url.path} does not exist; expected {ROUTES}"
-        chat = "; the model continues texts and has no chat template" if "chat" in http.url.path else ""
-        return answer(ApiError(error.status_code, message + chat, code="unknown_url"))
+        return answer(ApiError(error.status_code, message, code="unknown_url"))
 
     async def on_leaving(_: HTTPRequest, error: Exception) -> Response:
         return Response(status_code=CLIENT_LEFT)  # the client has left

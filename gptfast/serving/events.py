@@ -1,4 +1,4 @@
-"""Server-sent events of a streamed completion: chunks with OpenAI's stream_options, then [DONE]."""
+"""Server-sent events of a streamed answer: chunks with OpenAI's stream_options, then [DONE]."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import secrets
 from typing import Any
 
-from gptfast.serving.protocol import ApiError, Completion, envelope
+from gptfast.serving.choices import Form, Part
+from gptfast.serving.protocol import ApiError, StreamOptions
 
 PADDED = 256  # bytes; chunks are padded to a multiple of it
 
@@ -15,21 +16,21 @@ class Events:
     """Formats the events of one answer.
 
     Args:
-        ask: the request. Its stream_options choose whether chunks have a field `usage`, and whether they are padded to
-            equal sizes (`obfuscation`, random characters), which hides the lengths of texts in encrypted traffic.
+        options: of the request. They choose whether chunks have a field `usage`, and whether they are padded to equal sizes
+            (`obfuscation`, random characters), which hides the lengths of texts in encrypted traffic.
+        form: of the protocol.
         model: the name of the model.
     """
 
-    def __init__(self, ask: Completion, model: str) -> None:
-        options = ask.stream_options
+    def __init__(self, options: StreamOptions | None, form: Form, model: str) -> None:
         self._wants_usage = options is not None and bool(options.include_usage)
         self._padded = options is not None and bool(options.include_obfuscation)
-        self._head = envelope(model)
+        self._form, self._head = form, form.envelope(model, chunk=True)
 
-    def parts(self, parts: list[dict[str, Any]]) -> bytes:
+    def parts(self, parts: list[Part]) -> bytes:
         """The chunks of parts of choices."""
         more = {"usage": None} if self._wants_usage else {}
-        return b"".join(self._chunk({**self._head, "choices": [part], **more}) for part in parts)
+        return b"".join(self._chunk({**self._head, "choices": [self._form.delta(part)], **more}) for part in parts)
 
     def end(self, usage: dict[str, int]) -> bytes:
         """The chunk with the usage, if requested, and [DONE]."""

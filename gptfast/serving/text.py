@@ -15,11 +15,12 @@ class ChoiceText:
         tokenizer: decodes the tokens.
         stops: strings that end the choice and are not a part of its text.
         eos_ids: end tokens, which have no text.
+        flush: leave out blanks at the beginning, as behind the "Assistant:" of a transcript.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], eos_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], eos_ids: Sequence[int], flush: bool = False) -> None:
         self._decoder = StreamDecoder(tokenizer)
-        self._stops, self._eos = stops, eos_ids
+        self._stops, self._eos, self._flush = stops, eos_ids, flush
         self._held = ""  # characters that may begin a stop string
         self._stopped = False
 
@@ -27,7 +28,7 @@ class ChoiceText:
         """The text that can be sent after this token."""
         if token in self._eos or self._stopped:
             return ""
-        text = self._cut(self._held + self._decoder.push(token))
+        text = self._cut(self._held + self._from_left(self._decoder.push(token)))
         keep = 0 if self._stopped else self._longest_beginning(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -36,8 +37,14 @@ class ChoiceText:
         """The remaining text, after the last token."""
         if self._stopped:
             return ""
-        text = self._cut(self._held + self._decoder.finish())
+        text = self._cut(self._held + self._from_left(self._decoder.finish()))
         self._held = ""
+        return text
+
+    def _from_left(self, text: str) -> str:
+        """New text without blanks, until there is another character."""
+        text = text.lstrip() if self._flush else text
+        self._flush = self._flush and not text
         return text
 
     def _cut(self, text: str) -> str:

@@ -3,39 +3,23 @@ the tokenizer, such as lm-evaluation-harness."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from gptfast.serving.protocol import ApiError
+from gptfast.serving.protocol import ApiError, Body, read_body
 from gptfast.tokenizer import Tokenizer, encode_prompt
 
-Body = TypeVar("Body", bound=BaseModel)
 
-
-class Tokenize(BaseModel):
+class Tokenize(Body):
     """add_special_tokens is accepted and changes nothing: our prompts get no tokens but their own."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
     model: str | None = None
     prompt: str
     add_special_tokens: bool | None = None
 
 
-class Detokenize(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class Detokenize(Body):
     model: str | None = None
     tokens: list[int]
-
-
-def read(kind: type[Body], body: bytes) -> Body:
-    """Parse the body of a request. Raises ApiError; the message names the field."""
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "body"
-        raise ApiError(400, f"{where}: {first['msg']}", str(first["loc"][0]) if first["loc"] else None) from None
 
 
 class Tokens:
@@ -43,10 +27,11 @@ class Tokens:
 
     Args:
         special: encode special tokens in prompts as such, as the completions do.
+        template: the chat template; None: there is none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, block_size: int, special: bool) -> None:
-        self._tokenizer, self._block_size, self._special = tokenizer, block_size, special
+    def __init__(self, tokenizer: Tokenizer, block_size: int, special: bool, template: str | None) -> None:
+        self._tokenizer, self._block_size, self._special, self._template = tokenizer, block_size, special, template
 
     def info(self) -> dict[str, Any]:
         eos = self._tokenizer.eos_id
@@ -57,10 +42,11 @@ class Tokens:
             "bos_token": text,
             "eos_token": text,
             "pad_token": text,
+            "chat_template": self._template,
         }
 
     def tokenize(self, body: bytes) -> dict[str, Any]:
-        ask = read(Tokenize, body)
+        ask = read_body(Tokenize, body)
         try:
             ids = encode_prompt(self._tokenizer, ask.prompt, self._special)
         except (ValueError, TypeError) as error:
@@ -68,7 +54,7 @@ class Tokens:
         return {"tokens": ids, "count": len(ids), "max_model_len": self._block_size}
 
     def detokenize(self, body: bytes) -> dict[str, Any]:
-        ask = read(Detokenize, body)
+        ask = read_body(Detokenize, body)
         known = [0 <= token < self._tokenizer.vocab_size and self._tokenizer.has_token(token) for token in ask.tokens]
         if not all(known):
             token = ask.tokens[known.index(False)]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from traceback import walk_tb
 from typing import Any
 
 from gptfast.tokenizer.added import CONFIG, template_of
@@ -110,7 +111,10 @@ class ChatTemplate:
                 for block in self._compiled.generate(messages=plain, add_generation_prompt=prompt, **given):
                     blocks.append(block)
         except _errors() as error:
-            raise ValueError(f"chat template: {error}; change the messages or the template") from error
+            what = str(error) if _is_template_error(error) else f"{type(error).__name__}: {error}"
+            line = _line(error)
+            where = f" (in line {line})" if line else ""
+            raise ValueError(f"chat template: {what}{where}; change the messages or the template") from error
         return "".join(blocks), spans
 
 
@@ -156,6 +160,20 @@ def encode_with_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) ->
     return ids, _mask(offsets, places)
 
 
+def encode_chat(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
+    """The ids of a rendered conversation, without tokens that the tokenizer would add to a text.
+
+    Args:
+        special: special tokens as their ids. False: as ordinary text.
+    Raises:
+        TypeError: as `with_chat_template`.
+    """
+    inner: Any = getattr(tokenizer, "inner", tokenizer)
+    if special or not isinstance(inner, (HFTokenizer, BPETokenizer)):
+        return encode_with_spans(tokenizer, text, ())[0]
+    return inner.encode_plain(text) if isinstance(inner, HFTokenizer) else inner.encode(text)
+
+
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     found, n = [], 0
     for start, end in offsets:
@@ -173,7 +191,20 @@ def _changed(settings: Mapping[str, Any], source: str | None) -> dict[str, Any]:
 def _errors() -> tuple[type[Exception], ...]:
     from jinja2.exceptions import TemplateError
 
-    return (TemplateError, TypeError, KeyError)  # the last two: content that is no text
+    # the others: operations of the template on values that it did not expect, such as content that is no text
+    return (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+
+
+def _is_template_error(error: Exception) -> bool:
+    from jinja2.exceptions import TemplateError
+
+    return isinstance(error, TemplateError)
+
+
+def _line(error: BaseException) -> int | None:
+    """The line of the template in which an error was raised; jinja2 gives the frames of a template its lines."""
+    frames = [number for frame, number in walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
+    return frames[-1] if frames else None
 
 
 @lru_cache(maxsize=16)

@@ -61,6 +61,11 @@ class HFTokenizer:
         found = self._encoder(frozenset(self.specials)).encode(text, add_special_tokens=False)
         return found.ids, found.offsets
 
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of `text`, special tokens as ordinary text and none added."""
+        check_text("HFTokenizer", text)
+        return self._encoder(frozenset()).encode(text, add_special_tokens=False).ids
+
     def _encoder(self, allowed: frozenset[str]) -> RustTokenizer:
         """The library's tokenizer that recognises these special tokens, and no others."""
         if allowed not in self._encoders:

@@ -39,6 +39,21 @@ ASKED: dict[str, list[Any]] = {  # values that are right, for each field
     "min_p": [0.1],
     "repetition_penalty": [1.2],
 }
+USER, BOT, SYSTEM = ({"role": role, "content": "To be"} for role in ("user", "assistant", "system"))
+CHATS: dict[str, list[Any]] = {  # of chats, beside those that both have
+    **{
+        name: values
+        for name, values in ASKED.items()
+        if name not in ("prompt", "best_of", "echo", "suffix", "logprobs")
+    },
+    "messages": [[USER], [SYSTEM, USER], [USER, BOT, USER], [SYSTEM, SYSTEM, {"role": "user", "content": []}]],
+    "max_tokens": [1, 5, None],
+    "max_completion_tokens": [5],
+    "logprobs": [True, False],
+    "response_format": [{"type": "text"}, {"type": "json_object"}],
+    "tools": [[], None],
+}
+ENDPOINTS = [("/v1/completions", "prompt", ASKED), ("/v1/chat/completions", "messages", CHATS)]
 
 
 def run(seconds: float, seed: int = 0) -> runner.Report:
@@ -50,25 +65,26 @@ def make() -> runner.Case:
     """A case sends one body, right or damaged, to a server in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokenizer = CharTokenizer("Tobe,rnt a")
-    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=24, vocab_size=tokenizer.vocab_size, dropout=0.0)
+    tokenizer = CharTokenizer.train('To be, or not; System: User: Assistant:\n {}[]"0fl')
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=tokenizer.vocab_size, dropout=0.0)
     app = create_app(GPT(config).eval(), tokenizer, "m", Limits(max_rows=4, max_queue=8, seconds=30.0))
     client = TestClient(app, raise_server_exceptions=False)
     client.__enter__()  # starts the worker, which ends with this process
 
     def case(rng: random.Random) -> tuple[str, str | None]:
-        fields = rng.sample(list(ASKED), rng.randrange(6))
-        body: Any = {"model": "m", "prompt": rng.choice(TEXTS), **{name: rng.choice(ASKED[name]) for name in fields}}
+        path, needed, values = rng.choice(ENDPOINTS)
+        names = [needed, *rng.sample(list(values), rng.randrange(6))]
+        body: Any = {"model": "m", **{name: rng.choice(values[name]) for name in names}}
         kind = rng.choice(["right", "values", "values", "values", "bytes"])
         if kind == "values":
             body = mutate.mutate_value(rng, body, rng.choice([1, 1, 2]))
         content = mutate.as_json(rng, body) if kind != "right" else json.dumps(body).encode()
         content = mutate.mutate_bytes(rng, content) if kind == "bytes" else content
-        answer = client.post("/v1/completions", content=content)
+        answer = client.post(path, content=content)
         found = wrong(answer.status_code, answer.text)
         if found is None and client.get("/health").json() != {"status": "ok", "sequences": 0}:
             found = f"what is left: {client.get('/health').text}"
-        return kind, found and f"{content!r:.500}\n{answer.status_code} {answer.text[:500]}\n{found}"
+        return kind, found and f"{path} {content!r:.500}\n{answer.status_code} {answer.text[:500]}\n{found}"
 
     return case
 

@@ -178,16 +178,17 @@ def test_generate_takes_the_defaults_and_ends(folder, run, monkeypatch, tmp_path
 
 def test_serve_takes_the_defaults_and_ends(folder):
     pytest.importorskip("fastapi")
-    from gptfast.serving.completions import Limits, Server
+    from gptfast.serving.app import Limits
     from gptfast.serving.protocol import Completion
+    from gptfast.serving.service import Service
     from gptfast.tokenizer import load_tokenizer
 
     model = GPT.from_pretrained(folder)
-    server = Server(model, model.runner(1, 1), load_tokenizer(folder), "m", Limits(), None)
+    server = Service(model, model.runner(1, 1), load_tokenizer(folder), "m", Limits(), None)
 
     def config_of(**ask):
         ask = Completion(model="m", prompt="ab", **ask)
-        return ask.request([1, 2], server._tokenizer, 20, server._seeds, server._defaults).config
+        return ask.request([1, 2], server.tokenizer, 20, server.seeds, server.defaults).config
 
     got = config_of()
     assert (got.eos_ids, got.max_new_tokens) == ((7, 9, 5, 257), 6)

@@ -17,7 +17,7 @@ from gptfast.engine import EngineRunner
 from gptfast.generation import GenerationConfig, Request, Token, score
 from gptfast.generation.sampling import NAN
 from gptfast.serving.app import Limits, create_app
-from gptfast.serving.protocol import prompt_logprobs
+from gptfast.serving.choices import prompt_logprobs
 from gptfast.serving.submission import Submission
 from gptfast.serving.text import ChoiceText, printable_token
 from gptfast.tokenizer import GPT2Tokenizer
@@ -284,7 +284,9 @@ def test_models_and_health(client, url, app):
         client.models.retrieve("other")
     error = httpx.get(url + "/nowhere").json()["error"]
     assert (error["type"], error["code"]) == ("not_found_error", "unknown_url")
-    assert error["message"].startswith("GET /nowhere does not exist; expected POST /v1/completions, GET /v1/models")
+    assert error["message"].startswith(
+        "GET /nowhere does not exist; expected POST /v1/completions, POST /v1/chat/completions"
+    )
     assert httpx.get(url + "/v1/completions").status_code == 405
 
 
@@ -440,10 +442,7 @@ def test_the_client_raises_bad_request(client):
     assert error.value.code == "context_length_exceeded"
 
 
-def test_there_is_no_chat(client, url):
-    with pytest.raises(openai.NotFoundError, match="continues texts and has no chat template") as error:
-        client.chat.completions.create(model="bard", messages=[{"role": "user", "content": "hello"}])
-    assert error.value.code == "unknown_url"
-    assert (
-        "GET /v1/completions does not exist; expected POST /v1/completions" in httpx.get(url + "/v1/completions").text
-    )
+def test_a_wrong_method_lists_what_there_is(url):
+    answer = httpx.get(url + "/v1/completions")
+    assert answer.status_code == 405
+    assert "GET /v1/completions does not exist; expected POST /v1/completions" in answer.text

@@ -1,0 +1,203 @@
+"""Conversations as prompts of a reply: by the tokenizer's chat template, or as a plain transcript where it has none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptfast.tokenizer.base import Tokenizer, encode_prompt
+from gptfast.tokenizer.chat import ChatTemplate, encode_chat
+
+ROLES = ("system", "developer", "user", "assistant")
+TRANSCRIPT = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+TRANSCRIPT_STOPS = tuple(f"{gap}{name}:" for name in ("User", "System", "Assistant") for gap in ("\n\n", "\n"))
+_KEYS = ("role", "content", "name")
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private characters around special tokens that a message contains
+_PROBE = ("\ue002", "\ue003")  # a reply and the message behind it, for which `_turn_end` looks
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How the conversations of a model are written.
+
+    Without a template: `System: …`, `User: …` and `Assistant: …` with an empty line between the messages, and "Assistant:" at
+    the end. A line that begins a message ends the reply.
+
+    Args:
+        tokenizer: of the model.
+        template: None: a plain transcript.
+        end_ids: special tokens that end a reply, beside those of the model.
+        stops: texts that end a reply and are not a part of it.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    end_ids: tuple[int, ...] = ()
+    stops: tuple[str, ...] = TRANSCRIPT_STOPS
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> ChatFormat:
+        """The format of a tokenizer.
+
+        Raises:
+            ImportError: jinja2 is not installed.  ValueError: the template is no Jinja2.  TypeError: a template beside a
+                tokenizer that finds no special tokens in a text.
+        """
+        template = ChatTemplate.of(tokenizer)
+        if template is None:
+            return cls(tokenizer, None)
+        end = _turn_end(template)
+        specials = _specials(tokenizer)
+        token = next((t for t in sorted(specials, key=len, reverse=True) if end.lstrip().startswith(t)), None)
+        if token is not None:
+            return cls(tokenizer, template, tuple(encode_chat(tokenizer, token)), ())
+        return cls(tokenizer, template, (), (end.rstrip(),) if end.strip() else ())
+
+    @property
+    def name(self) -> str:
+        return "transcript" if self.template is None else "template"
+
+    def text(self, messages: Messages) -> str:
+        """The prompt of the reply to messages.
+
+        Raises:
+            ValueError: messages that `checked` refuses, or that the template refuses.
+        """
+        plain = self._for_template(checked(messages))
+        if self.template is not None:
+            return self.template.render(plain, add_generation_prompt=True)
+        written = (f"{TRANSCRIPT[message['role']]}: {message['content'].strip()}\n\n" for message in plain)
+        return "".join(written) + "Assistant:"
+
+    def prompt(self, messages: Messages, special: bool = True) -> list[int]:
+        """The ids of `text`.
+
+        Args:
+            special: special tokens inside messages are these tokens, as in transformers' `apply_chat_template`. False: they are
+                ordinary text, so that a message cannot end itself; those of the template stay tokens.
+        Raises:
+            ValueError: as `text`; or a character that the tokenizer lacks.
+        """
+        if self.template is None:
+            return encode_prompt(self.tokenizer, self.text(messages), special)
+        if special:
+            return encode_chat(self.tokenizer, self.text(messages))
+        names = sorted(_specials(self.tokenizer), key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        marked = [
+            {
+                key: pattern.sub(f"{_OPEN}\\g<0>{_CLOSE}", re.sub(f"[{_OPEN}{_CLOSE}]", "", value))
+                for key, value in message.items()
+            }
+            for message in checked(messages)
+        ]
+        ids: list[int] = []
+        for n, piece in enumerate(re.split(f"[{_OPEN}{_CLOSE}]", self.text(marked))):
+            ids += encode_chat(self.tokenizer, piece, special=n % 2 == 0) if piece else []
+        return ids
+
+    def fitted(self, messages: Messages, room: int, special: bool = True) -> tuple[list[Mapping[str, Any]], list[int]]:
+        """The messages whose prompt fits into `room` tokens, and its ids: the oldest are left out first, system messages never,
+        and the last message never. A reply is left out with the message that it answers.
+
+        Raises:
+            ValueError: as `prompt`; or nothing more can be left out.
+        """
+        kept = list(messages)
+        while len(ids := self.prompt(kept, special)) > room:
+            old = [n for n, message in enumerate(kept[:-1]) if message["role"] not in ("system", "developer")]
+            if not old:
+                raise ValueError(
+                    f"the context has room for {room} tokens before a reply, and the last message needs {len(ids)}; shorten it, "
+                    "or lower max_new_tokens"
+                )
+            del kept[old[0]]
+            while old[0] < len(kept) - 1 and kept[old[0]]["role"] == "assistant":
+                del kept[old[0]]
+        return kept, ids
+
+    def _for_template(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        """developer as system, which it replaces in OpenAI's protocol, unless the template knows it; neighbouring system
+        messages as one, because templates expect one at most."""
+        knows = self.template is not None and "developer" in self.template.source
+        found: list[dict[str, str]] = []
+        for message in messages:
+            role = "system" if message["role"] == "developer" and not knows else message["role"]
+            last = found[-1] if found else {"role": ""}
+            if role == last["role"] and role in ("system", "developer"):
+                last["content"] += "\n\n" + message["content"]
+            else:
+                found.append({**message, "role": role})
+        return found
+
+
+def checked(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Messages as role, content (a text) and perhaps name.
+
+    Raises:
+        ValueError: a message without these, or with what is not supported; the error names it.
+    """
+    found = []
+    for n, message in enumerate(messages):
+        where = f"messages[{n}]"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{where} is a {type(message).__name__}; expected an object with role and content")
+        role = message.get("role")
+        if role in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
+            raise ValueError(f"{where}: tools are not supported; give messages of {', '.join(ROLES)} with texts")
+        if role not in ROLES:
+            got = "has no role" if role is None else f"has the role {role!r}"
+            raise ValueError(f"{where} {got}; expected one of {', '.join(ROLES)}")
+        others = [key for key, value in message.items() if key not in _KEYS and value]  # clients send back refusal=null
+        if others:
+            raise ValueError(f"{where}.{others[0]} is not supported; expected role, content and name")
+        whole = {"role": role, "content": _content(where, message.get("content"))}
+        name = message.get("name")
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"{where}.name is {name!r}; expected a text")
+        found.append({**whole, "name": name} if name else whole)
+    if not found:
+        raise ValueError("messages is empty; expected at least one message with role and content")
+    return found
+
+
+def _content(where: str, content: Any) -> str:
+    """The text of a message: a text, or parts of the type text, which are joined with newlines."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        got = "has no content" if content is None else f"has the content {content!r:.60}"
+        raise ValueError(f"{where} {got}; expected a text, or a list of parts of the type text")
+    texts = []
+    for n, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text":
+            raise ValueError(
+                f"{where}.content[{n}] is of the type {kind!r}; this model reads texts only - expected the type text"
+            )
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}.content[{n}].text is {part.get('text')!r:.60}; expected a text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _turn_end(template: ChatTemplate) -> str:
+    """The text that a template writes between a reply and the message behind it; "": none, or it refuses to."""
+    reply, after = _PROBE
+    messages = [
+        {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", reply), ("user", after))
+    ]
+    try:
+        text = template.render(messages)
+    except ValueError:  # a template for other conversations; its own error says so when it is used
+        return ""
+    found = re.search(f"{reply}(.*?)(?:{after}|$)", text, re.S)
+    return found[1] if found else ""
+
+
+def _specials(tokenizer: Tokenizer) -> tuple[str, ...]:
+    return tuple(getattr(getattr(tokenizer, "inner", tokenizer), "specials", ()))
