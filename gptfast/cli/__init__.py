@@ -11,6 +11,7 @@ import typer
 
 from gptfast.cli._errors import print_error, wants_traceback
 from gptfast.cli.bench import bench
+from gptfast.cli.chat import chat
 from gptfast.cli.doctor import doctor
 from gptfast.cli.evaluate import evaluate
 from gptfast.cli.explain import explain
@@ -51,7 +52,7 @@ def _options(
     """Train, fine-tune and run GPTs, fast on the machine you have."""
 
 
-for command in (train, finetune, generate, evaluate, explain, scaling, serve, prepare, info, doctor, bench):
+for command in (train, finetune, generate, chat, evaluate, explain, scaling, serve, prepare, info, doctor, bench):
     app.command(cls=TrainCommand if command is train else None)(command)
 _commands = app
 

@@ -132,10 +132,10 @@ def generate(options: dict[str, Any]) -> None:
     texts = [] if source else read_prompts(inputs.prompt, inputs.prompt_file)
     adapters = {"default": inputs.adapter} if inputs.adapter else {}
     gpt, tokenizer = load(inputs.model, work.quantize, inputs.tokenizer, adapters)
-    usual, drawing = _defaults(gpt, tokenizer)
+    usual, drawing = defaults_of(gpt, tokenizer)
     chosen = {**usual, **chosen}
     if source is None or output is None:
-        return _print_texts(gpt, tokenizer, texts, _with_drawing(chosen, drawing), inputs, work)
+        return _print_texts(gpt, tokenizer, texts, with_drawing(chosen, drawing), inputs, work)
     if inputs.prompt or inputs.prompt_file or work.assistant_model or work.show_probabilities:
         raise ValueError(
             "generate: `input` with `prompt`, `prompt_file`, `assistant_model` or `show_probabilities`; a file of prompts "
@@ -148,7 +148,7 @@ def generate(options: dict[str, Any]) -> None:
     _run_jobs(jobs, output, gpt, tokenizer, work.batch_size)
 
 
-def _with_drawing(options: dict[str, Any], drawing: Mapping[str, Any]) -> dict[str, Any]:
+def with_drawing(options: dict[str, Any], drawing: Mapping[str, Any]) -> dict[str, Any]:
     """The options, with the defaults of drawing where tokens are drawn."""
     from gptfast.metadata import without_greedy
 
@@ -224,7 +224,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _defaults(gpt: GPT, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def defaults_of(gpt: GPT, tokenizer: Tokenizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is not given: for every text, and for texts that are drawn."""
     from gptfast.metadata import drawing, end_option, metadata_of
 
