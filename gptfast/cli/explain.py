@@ -72,7 +72,8 @@ def explain(options: dict[str, Any]) -> None:
 
 
 def _explain(subject: Subject, model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
-    from gptfast.evaluation.inside import analogy, beam_tree, look_inside, nearest
+    from gptfast.evaluation.inside import analogy, look_inside, nearest
+    from gptfast.generation.beam_tree import beam_tree
     from gptfast.models.parameter_table import parameter_table
     from gptfast.tokenizer import encode_prompt, token_text
 

@@ -1,4 +1,4 @@
-"""gptfast serve: an HTTP server with the OpenAI completions protocol."""
+"""gptfast serve: an HTTP server with OpenAI's protocol, and a page to play with."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ServeOptions:
 
 @takes(Options(ServeOptions))
 def serve(given: dict[str, Any]) -> None:
-    """Serve completions to OpenAI clients.
+    """Serve completions and chats to OpenAI clients, and a page to play with at /.
 
     [bold]Examples[/]
 
@@ -66,6 +66,10 @@ def serve(given: dict[str, Any]) -> None:
       With adapters, "model": "best" and "model": "best:poems":
 
       [cyan]gptfast serve --model runs/bard/best --quantize int8 --adapter poems=runs/poems --adapter plays=runs/plays[/]
+
+      A conversation, written by the tokenizer's chat template or, without one, as a plain transcript:
+
+      [cyan]curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "best", "messages": [{"role": "user", "content": "Who are you?"}]}'[/]
 
       In Python: [cyan]openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="…").completions.create(model="best", prompt="ROMEO:")[/]
     """

@@ -1,4 +1,4 @@
-"""The inside of a GPT on a prompt: attention weights, the logit lens, neighbours of embeddings, the next token, beams.
+"""The inside of a GPT on a prompt: attention weights, the logit lens, neighbours of embeddings, the next token.
 
 L layers, H heads, T tokens, V vocabulary.
 """
@@ -29,17 +29,6 @@ class Inside(NamedTuple):
     attention: np.ndarray
     lens_ids: np.ndarray
     lens_logprobs: np.ndarray
-
-
-class Beam(NamedTuple):
-    """A node of the tree of a beam search. parent: its index in the list, -1 for the prompt. logprob: of the whole path. kept:
-    whether the search went on from it, or ended with it."""
-
-    parent: int
-    depth: int
-    token: int
-    logprob: float
-    kept: bool
 
 
 @torch.inference_mode()
@@ -151,31 +140,3 @@ def analogy(model: Any, a: int, b: int, c: int, k: int = 5) -> list[tuple[int, f
     """a - b + c among the embeddings of tokens, such as king - man + woman (Mikolov et al., 2013); the three are left out."""
     w = model.wte.weight
     return nearest(model, w[a] - w[b] + w[c], k, exclude=(a, b, c))
-
-
-@torch.inference_mode()
-def beam_tree(model: Any, ids: Sequence[int], beams: int = 3, steps: int = 4) -> list[Beam]:
-    """The candidates of a beam search, level by level: each kept path is continued by its `beams` likeliest tokens, and of all
-    these the `beams` likeliest paths are kept.
-
-    Raises:
-        TypeError, ValueError: beams or steps out of range, or no room in the context.
-    """
-    check_count("beam_tree", "beams", beams, 1, model.config.vocab_size, " (the vocabulary)")
-    check_count("beam_tree", "steps", steps, 1, model.config.block_size - len(ids), " (the room in the context)")
-    device = next(model.parameters()).device
-    tree: list[Beam] = []
-    paths: list[tuple[int, list[int], float]] = [(-1, list(ids), 0.0)]  # node, tokens, log-probability
-    for depth in range(1, steps + 1):
-        logprobs = model(torch.tensor([tokens for _, tokens, _ in paths], device=device))[:, -1].float().log_softmax(-1)
-        values, found = logprobs.topk(beams)
-        made = [
-            (node, [*tokens, token], total + value)
-            for (node, tokens, total), row, some in zip(paths, found.tolist(), values.tolist(), strict=True)
-            for token, value in zip(row, some, strict=True)
-        ]
-        best = sorted(range(len(made)), key=lambda n: -made[n][2])[:beams]
-        first = len(tree)
-        tree += [Beam(node, depth, tokens[-1], total, n in best) for n, (node, tokens, total) in enumerate(made)]
-        paths = [(first + n, *made[n][1:]) for n in best]
-    return tree

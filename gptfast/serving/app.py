@@ -16,7 +16,9 @@ from gptfast.serving.chat import Chat
 from gptfast.serving.completions import Completions
 from gptfast.serving.cors import allow_origins
 from gptfast.serving.errors import BodyLimit, add_error_handlers
+from gptfast.serving.explore import Explore
 from gptfast.serving.limits import Limits
+from gptfast.serving.pages import add_page
 from gptfast.serving.protocol import ApiError
 from gptfast.serving.service import Service
 from gptfast.serving.tokens import Tokens
@@ -55,6 +57,7 @@ def create_app(
     worker = Worker(make_scheduler, limits.max_queue, limits.max_events)
     service = Service(model, runner, tokenizer, name, limits, worker)
     server, chat = Completions(service), Chat(service)
+    explore = Explore(service, chat)
     tokens = Tokens(tokenizer, model.config.block_size, limits.special_tokens, chat.template)
 
     @asynccontextmanager
@@ -98,6 +101,16 @@ def create_app(
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat_completions(request: HTTPRequest) -> Response:
         return await chat.complete(request)
+
+    @app.post("/next_tokens", dependencies=guarded)
+    async def next_tokens(request: HTTPRequest) -> Response:
+        return await explore.next_tokens(request)
+
+    @app.post("/beam_tree", dependencies=guarded)
+    async def beam_tree(request: HTTPRequest) -> Response:
+        return await explore.beam_tree(request)
+
+    add_page(app, read)
 
     @app.api_route("/tokenizer_info", methods=read, dependencies=guarded)
     async def tokenizer_info() -> JSONResponse:

@@ -14,8 +14,8 @@ from gptfast.serving.protocol import ApiError
 
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection before its answer
 ROUTES = (
-    "POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /v1/models/{model}, GET /health, GET /tokenizer_info, POST /tokenize "
-    "and POST /detokenize"
+    "POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /v1/models/{model}, GET /health, GET /tokenizer_info, POST /tokenize, "
+    "POST /detokenize, POST /next_tokens, POST /beam_tree, and the page GET /"
 )
 
 

@@ -12,8 +12,9 @@ import torch
 
 import gptfast
 from gptfast.cli import main
-from gptfast.evaluation.inside import analogy, beam_tree, distribution, look_inside, nearest
+from gptfast.evaluation.inside import analogy, distribution, look_inside, nearest
 from gptfast.evaluation.worked_example import attention_example, bpe_example
+from gptfast.generation.beam_tree import beam_tree
 from gptfast.tokenizer import get_tokenizer
 
 TEXT = "abcdefghijklmnopqrstuvwxyz ,$\n"

@@ -1,0 +1,133 @@
+"""POST /next_tokens and POST /beam_tree: what the model says of the next token, for the page; extensions of the protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from gptfast.generation.beam_tree import beam_tree_in_pieces
+from gptfast.generation.config import GenerationConfig
+from gptfast.generation.next_tokens import next_tokens_in_pieces
+from gptfast.generation.prompts import check_prompt
+from gptfast.serving.answers import as_api_error
+from gptfast.serving.chat import Chat
+from gptfast.serving.choices import logprob_of
+from gptfast.serving.limits import Deadline
+from gptfast.serving.protocol import ApiError, Body, read_body
+from gptfast.serving.service import Service, bad_requests
+from gptfast.serving.text import printable_token
+from gptfast.tokenizer import encode_prompt
+
+MOST_TOKENS, MOST_BEAMS, MOST_STEPS = 50, 8, 10
+
+
+class Text(Body):
+    """A text, or a conversation whose reply begins; and what was written behind it."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    continuation: str = ""
+
+
+class NextTokens(Text):
+    """The body of POST /next_tokens. The penalties count the tokens of `continuation` as new."""
+
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    top: int = Field(20, ge=1, le=MOST_TOKENS)
+
+
+class BeamTree(Text):
+    """The body of POST /beam_tree."""
+
+    beams: int = Field(3, ge=1, le=MOST_BEAMS)
+    steps: int = Field(4, ge=1, le=MOST_STEPS)
+
+
+class Explore:
+    """Answers requests about the next token. chat: writes conversations."""
+
+    def __init__(self, service: Service, chat: Chat) -> None:
+        self._service, self._chat = service, chat
+
+    async def next_tokens(self, http: HTTPRequest) -> Response:
+        service = self._service
+        body = await service.read(http)
+        deadline = Deadline(service.limits.seconds)
+        ask = read_body(NextTokens, body)
+        ids, prompt_len, adapter = await self._ids(ask, body, 0)
+        names = (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        )
+        with bad_requests():
+            options = {name: getattr(ask, name) for name in names}
+            config = GenerationConfig.of(max_new_tokens=1, seed=0, **options)
+        pieces = next_tokens_in_pieces(service.runner, ids, config, ask.top, service.tokenizer, prompt_len, adapter)
+        tokens = [
+            {
+                "id": token,
+                "token": printable_token(service.tokenizer, token),
+                "logprob": logprob_of(own),
+                "probability": p,
+            }
+            for token, own, p in await self._run(pieces, deadline)
+        ]
+        return JSONResponse({"object": "next_tokens", "model": ask.model, "prompt_tokens": len(ids), "tokens": tokens})
+
+    async def beam_tree(self, http: HTTPRequest) -> Response:
+        service = self._service
+        body = await service.read(http)
+        deadline = Deadline(service.limits.seconds)
+        ask = read_body(BeamTree, body)
+        ids, _, adapter = await self._ids(ask, body, ask.steps)
+        with bad_requests("beams"):
+            pieces = beam_tree_in_pieces(service.runner, ids, ask.beams, ask.steps, service.tokenizer, adapter)
+        nodes = [
+            {**node._asdict(), "text": printable_token(service.tokenizer, node.token)}
+            for node in await self._run(pieces, deadline)
+        ]
+        return JSONResponse({"object": "beam_tree", "model": ask.model, "prompt_tokens": len(ids), "nodes": nodes})
+
+    async def _ids(self, ask: Text, body: bytes, room: int) -> tuple[list[int], int, str | None]:
+        """The ids of the text, how many of them are the prompt's, and the adapter. Raises ApiError."""
+        service = self._service
+        adapter = service.names.adapter_of(ask.model)
+        if (ask.prompt is None) == (ask.messages is None):
+            raise ApiError(400, "expected one of prompt and messages", "prompt")
+        with bad_requests("prompt" if ask.messages is None else "messages"):
+            ids = await service.aside(body, self._encode, ask)
+            prompt_len = len(ids)
+            ids += encode_prompt(service.tokenizer, ask.continuation, service.limits.special_tokens)
+            ids = ids or ([] if service.tokenizer.eos_id is None else [service.tokenizer.eos_id])
+            block = service.block(adapter)
+            service.check_room(len(ids), room, block, ("text", "prompt", "steps"))
+            check_prompt("", ids, service.config.vocab_size, block + 1, GenerationConfig(max_new_tokens=1))
+        return ids, prompt_len, adapter
+
+    def _encode(self, ask: Text) -> list[int]:
+        special = self._service.limits.special_tokens
+        if ask.messages is None:
+            return list(encode_prompt(self._service.tokenizer, ask.prompt or "", special))
+        return list(self._chat.prompt(ask.messages))
+
+    async def _run(self, pieces: Any, deadline: Deadline) -> Any:
+        try:
+            return await asyncio.wait_for(self._service.worker.run(pieces), deadline.left)
+        except Exception as error:
+            raise as_api_error(error) from error

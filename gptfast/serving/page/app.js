@@ -1,0 +1,284 @@
+// The page: a conversation or a text with a model of this server, and views of its next token.
+
+import { getJson, postJson, setKey, streamInRoom } from "./api.js";
+import { drawBars } from "./bars.js";
+import { drawTree } from "./beams.js";
+import { asCurl, asPython, makeDialog } from "./code.js";
+import { makeSettings, reset, sampling, setting } from "./settings.js";
+import { recall, remember } from "./store.js";
+import { makeTheme } from "./theme.js";
+import { TokenText, tokensOf } from "./tokens.js";
+
+const byId = (id) => document.getElementById(id);
+const ALTERNATIVES = 5;
+const WAIT = 200; // milliseconds between the last change and the question what follows
+
+const state = {
+  mode: recall("mode", "chat"),
+  turns: recall("turns", []), // of the conversation: role, content, and tokens of replies
+  written: recall("written", null), // of the completion: prompt, content, tokens
+  keyed: false,
+  running: null, // the AbortController of the text that is being written
+};
+
+// ---- what is asked of the server ----
+
+function model() {
+  return byId("model").value;
+}
+
+function messages() {
+  const system = byId("system").value.trim();
+  const said = state.turns.map(({ role, content }) => ({ role, content }));
+  return system ? [{ role: "system", content: system }, ...said] : said;
+}
+
+function request() {
+  const common = { model: model(), ...sampling() };
+  if (state.mode === "chat") {
+    const all = messages();
+    if (all.at(-1)?.role === "assistant") all.pop();
+    if (all.at(-1)?.role !== "user" && byId("input").value) all.push({ role: "user", content: byId("input").value });
+    return ["/v1/chat/completions", { ...common, messages: all, max_completion_tokens: setting("max_tokens") }];
+  }
+  return ["/v1/completions", { ...common, prompt: byId("input").value, max_tokens: setting("max_tokens") }];
+}
+
+// The text whose next token is shown; null where there is none.
+function context() {
+  if (state.mode === "completion") {
+    const prompt = byId("input").value;
+    const more = state.written?.prompt === prompt ? state.written.content : "";
+    return prompt ? { model: model(), prompt, continuation: more } : null;
+  }
+  const all = messages();
+  const typed = byId("input").value;
+  if (typed) all.push({ role: "user", content: typed });
+  const reply = all.at(-1)?.role === "assistant" ? all.pop().content : "";
+  return all.some((message) => message.role === "user") ? { model: model(), messages: all, continuation: reply } : null;
+}
+
+// ---- what is shown ----
+
+function complain(error) {
+  byId("notice").textContent = error ? error.message : "";
+  byId("notice").hidden = !error;
+  if (error?.status === 401) {
+    byId("key-label").hidden = false;
+    byId("key").focus();
+  }
+}
+
+function turn(who) {
+  const block = document.createElement("div");
+  const name = document.createElement("span");
+  const body = document.createElement("span");
+  block.className = "turn";
+  name.className = "who";
+  body.className = "body";
+  name.textContent = who;
+  block.append(name, body);
+  byId("output").append(block);
+  return body;
+}
+
+function showTurn(who, content, tokens) {
+  const text = new TokenText(turn(who), byId("tip"));
+  text.add(content, tokens ?? []);
+  if (content) text.end();
+  return text;
+}
+
+function showAll() {
+  byId("output").replaceChildren();
+  if (state.mode === "chat") {
+    for (const one of state.turns) showTurn(one.role === "user" ? "You" : "Model", one.content, one.tokens);
+  } else if (state.written) {
+    showTurn("Prompt", state.written.prompt);
+    showTurn("Text", state.written.content, state.written.tokens);
+  }
+  showState();
+}
+
+function showState() {
+  const chat = state.mode === "chat";
+  byId("stop").disabled = !state.running;
+  byId("send").disabled = Boolean(state.running);
+  byId("again").disabled = Boolean(state.running) || !(chat ? state.turns.length : state.written);
+  byId("send").textContent = chat ? "Send" : "Continue the text";
+  byId("input-label").textContent = chat ? "Message" : "Prompt";
+  byId("system-label").hidden = !chat;
+  byId("format").hidden = !chat || !byId("format").textContent;
+  for (const name of ["mode", "turns", "written"]) remember(name, state[name]);
+  remember("input", byId("input").value);
+  remember("system", byId("system").value);
+}
+
+// ---- writing ----
+
+async function write(path, body, who, done) {
+  const text = showTurn(who, "", []);
+  const started = performance.now();
+  let count = 0;
+  state.running = new AbortController();
+  complain(null);
+  showState();
+  byId("status").textContent = "Reading…";
+  const asked = path.includes("chat")
+    ? { ...body, logprobs: true, top_logprobs: ALTERNATIVES }
+    : { ...body, logprobs: ALTERNATIVES };
+  try {
+    for await (const chunk of streamInRoom(path, asked, state.running.signal)) {
+      for (const choice of chunk.choices) {
+        const tokens = tokensOf(choice.logprobs);
+        text.add(choice.delta?.content ?? choice.text ?? "", tokens);
+        count += tokens.length;
+      }
+      byId("output").scrollTop = byId("output").scrollHeight;
+      const seconds = (performance.now() - started) / 1000;
+      byId("status").textContent = `${count} tokens, ${(count / seconds).toFixed(0)} tokens/s`;
+    }
+  } catch (error) {
+    if (error.name === "AbortError") byId("status").textContent += ", stopped";
+    else complain(error);
+  } finally {
+    state.running = null;
+    text.end();
+    done(text);
+    showState();
+    refreshSoon();
+  }
+}
+
+async function send() {
+  const typed = byId("input").value;
+  if (state.running) return;
+  if (state.mode === "completion") {
+    const [path, body] = request();
+    state.written = { prompt: body.prompt, content: "", tokens: [] };
+    showAll();
+    byId("output").lastElementChild.remove();
+    await write(path, body, "Text", ({ text, tokens }) => Object.assign(state.written, { content: text, tokens }));
+    return;
+  }
+  if (typed.trim()) {
+    state.turns.push({ role: "user", content: typed });
+    byId("input").value = "";
+    showTurn("You", typed);
+  }
+  if (state.turns.at(-1)?.role === "user") await reply();
+}
+
+async function reply() {
+  const [path, body] = request();
+  await write(path, body, "Model", ({ text, tokens }) => {
+    if (text) state.turns.push({ role: "assistant", content: text, tokens });
+    else byId("output").lastElementChild.remove();
+  });
+}
+
+async function again() {
+  const seed = byId("set-seed");
+  seed.value = (setting("seed") + 1) % 1001;
+  seed.dispatchEvent(new Event("input"));
+  if (state.mode === "completion") {
+    byId("input").value = state.written.prompt;
+    return send();
+  }
+  if (state.turns.at(-1)?.role === "assistant") state.turns.pop();
+  showAll();
+  await reply();
+}
+
+// ---- views of the next token ----
+
+let timer = 0;
+let asking = null;
+
+function refreshSoon() {
+  clearTimeout(timer);
+  timer = setTimeout(refresh, WAIT);
+}
+
+async function refresh() {
+  asking?.abort();
+  const about = context();
+  if (!byId("next").open || !about || state.running) {
+    if (!about) byId("bars").replaceChildren();
+    return;
+  }
+  asking = new AbortController();
+  const { seed, ...options } = sampling();
+  try {
+    const { tokens } = await postJson("/next_tokens", { ...about, ...options, top: 20 }, asking.signal);
+    drawBars(byId("bars"), tokens);
+  } catch (error) {
+    if (error.name !== "AbortError") byId("bars").replaceChildren(error.message);
+  }
+}
+
+async function drawBeams() {
+  const about = context();
+  if (!about) return complain(new Error("Write a prompt first."));
+  complain(null);
+  try {
+    const { nodes } = await postJson("/beam_tree", { ...about, beams: setting("beams"), steps: 4 });
+    drawTree(byId("tree"), nodes);
+  } catch (error) {
+    complain(error);
+  }
+}
+
+// ---- the beginning ----
+
+async function connect() {
+  try {
+    const { data } = await getJson("/v1/models");
+    byId("model").replaceChildren(...data.map(({ id }) => new Option(id, id)));
+    const { chat_template: template } = await getJson("/tokenizer_info");
+    byId("format").textContent = template === null
+      ? "The tokenizer has no chat template: the conversation is a plain transcript (System:, User:, Assistant:)."
+      : "";
+    complain(null);
+    showState();
+    refreshSoon();
+  } catch (error) {
+    complain(error);
+  }
+}
+
+function begin() {
+  makeTheme(byId("theme"));
+  makeSettings(byId("settings"), (name) => (name === "beams" ? byId("beams").open && drawBeams() : refreshSoon()));
+  byId("input").value = recall("input", "");
+  byId("system").value = recall("system", "");
+  document.querySelector(`input[name=mode][value=${state.mode}]`).checked = true;
+  for (const radio of document.querySelectorAll("input[name=mode]")) {
+    radio.addEventListener("change", () => {
+      state.running?.abort();
+      state.mode = radio.value;
+      showAll();
+      refreshSoon();
+    });
+  }
+  const on = (id, kind, call) => byId(id).addEventListener(kind, call);
+  on("form", "submit", (event) => { event.preventDefault(); send(); });
+  on("input", "keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send(); });
+  on("input", "input", () => { showState(); refreshSoon(); });
+  on("system", "input", () => { showState(); refreshSoon(); });
+  on("model", "change", refreshSoon);
+  on("key", "change", () => { setKey(byId("key").value); state.keyed = Boolean(byId("key").value); connect(); });
+  on("stop", "click", () => state.running?.abort());
+  on("again", "click", again);
+  on("clear", "click", () => { state.running?.abort(); Object.assign(state, { turns: [], written: null }); complain(null); showAll(); refreshSoon(); });
+  on("reset", "click", () => { reset(); refreshSoon(); });
+  on("next", "toggle", refreshSoon);
+  on("draw-beams", "click", drawBeams);
+  const show = makeDialog(byId("code"));
+  on("as-curl", "click", () => show("The same request with curl", asCurl(...request(), state.keyed)));
+  on("as-python", "click", () => show("The same request in Python", asPython(...request(), state.keyed)));
+  showAll();
+  connect();
+}
+
+begin();
