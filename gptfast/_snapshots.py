@@ -26,9 +26,8 @@ TOKENIZER = r"(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)
 TOKENS = r"data\.json|(train|val)\.bin"
 ADAPTER = r"adapter_config\.json|adapter_model\.(safetensors|bin)"
 TASK = r"task_config\.json|special_tokens\.safetensors"
-EVERYTHING = (
-    rf"{WEIGHTS}|{ADAPTER}|{TASK}|{TOKENIZER}|{TOKENS}|(generation_)?config\.json|trainer\.json|optimizer\.safetensors"
-)
+OPTIMIZER = r"optimizer(-\d+-of-\d+)?\.safetensors|part-\d+\.safetensors"  # a part is there while a save lasts
+EVERYTHING = rf"{WEIGHTS}|{ADAPTER}|{TASK}|{TOKENIZER}|{TOKENS}|(generation_)?config\.json|trainer\.json|{OPTIMIZER}"
 _PATIENCE = 30.0  # seconds for a moment between two saves
 
 T = TypeVar("T")

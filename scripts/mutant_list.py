@@ -138,8 +138,8 @@ TEXT = [
     Mutant(
         "gradients are not clipped",
         "gptfast/training/updates.py",
-        "config.grad_clip or math.inf)",
-        "math.inf)",
+        "config.grad_clip or math.inf, self.ranks)",
+        "math.inf, self.ranks)",
         _in("training/test_optimizer_steps"),
     ),
     Mutant(

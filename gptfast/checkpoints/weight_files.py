@@ -31,6 +31,10 @@ class WeightFile(Protocol):
         """Every tensor, under its name in the file."""
         ...
 
+    def tensor(self, key: str) -> Tensor:
+        """The tensor of that name."""
+        ...
+
 
 def has_weights(folder: Path) -> bool:
     """Does a folder hold weights of a model in the Hugging Face layout?"""
@@ -95,12 +99,16 @@ class _Safetensors:
         self.shapes = {key: tuple(x["shape"]) for key, x in self._header.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for key, entry in self._header.items():
-            try:
-                dtype = _DTYPES.get(entry["dtype"])
-                yield key, self._file.get_tensor(key) if dtype is None else self._read(entry, dtype)
-            except SafetensorError as error:
-                raise _damaged(self._path, error) from error
+        for key in self._header:
+            yield key, self.tensor(key)
+
+    def tensor(self, key: str) -> Tensor:
+        entry = self._header[key]
+        try:
+            dtype = _DTYPES.get(entry["dtype"])
+            return self._file.get_tensor(key) if dtype is None else self._read(entry, dtype)
+        except SafetensorError as error:
+            raise _damaged(self._path, error) from error
 
     def _read(self, entry: dict[str, Any], dtype: torch.dtype) -> Tensor:
         x = torch.empty(entry["shape"], dtype=dtype, device="cpu")
@@ -119,6 +127,9 @@ class _Bin:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._tensors.items()
+
+    def tensor(self, key: str) -> Tensor:
+        return self._tensors[key]
 
 
 def _open(path: Path) -> Any:

@@ -12,7 +12,7 @@ from gptfast.cli._run import describe, report
 from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
 from gptfast.training.config import TrainConfig
-from gptfast.training.options import DATA, SHAPE, TIMEOUT, RunOptions, Weights, defaults_in_words
+from gptfast.training.options import DATA, SHAPE, SHARDING, TIMEOUT, RunOptions, Weights, defaults_in_words
 
 if TYPE_CHECKING:
     from gptfast.training.ranks import Ranks
@@ -52,7 +52,8 @@ def train(options: dict[str, Any]) -> None:
     validation loss; each is a complete folder for gptfast generate and for
     transformers. Ctrl-C saves and stops; --resume continues.
 
-    torchrun --nproc-per-node 2 -m gptfast train ... trains in two processes.
+    torchrun --nproc-per-node 2 -m gptfast train ... trains in two processes;
+    --parallel fsdp divides the model among them.
     """
     from gptfast.training.run_file import merged_options, whole_options
 
@@ -65,7 +66,8 @@ def train(options: dict[str, Any]) -> None:
     from gptfast.training.join import joined
 
     tune_malloc()
-    with joined(options.get("timeout", TIMEOUT), options.get("device", "auto")) as ranks:
+    sharding = options.get("reshard", SHARDING[0]) if options.get("parallel") == "fsdp" else ""
+    with joined(options.get("timeout", TIMEOUT), options.get("device", "auto"), sharding) as ranks:
         signal = _train(options, ranks)
     if signal is not None:
         raise typer.Exit(128 + signal)

@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def save(
             what its config says, so that a model read from the folder would be another one.
     """
     limit = _bytes(max_shard_size)
+    check(model, patched)
+    described(model, heads=heads, settings=settings).write(path, limit)
+
+
+def check(model: Transformer, patched: bool = False) -> None:
+    """Raise ValueError for a model that `save` refuses."""
     check_values("save_pretrained", model)
     told = difference(model, saved=True, patched=patched)
     if told is not None:
@@ -61,22 +68,55 @@ def save(
             f"save_pretrained: {told}; a checkpoint holds a config and the weights of a plain GPT, and nothing was written - "
             "undo or merge the change, set model.config accordingly, or save model.state_dict() with safetensors"
         )
-    config = true_config(model)
+
+
+def described(
+    model: Transformer, *, heads: Mapping[str, Tensor] | None = None, settings: Mapping[str, Any] | None = None
+) -> Description:
+    """What `save` writes, without its checks of the model."""
+    config, metadata = true_config(model), metadata_of(model)
     tensors = {**_named_tensors(model, config), **(heads or {})}
-    shards = _split({name: x.nbytes for name, x in tensors.items()}, limit)
-    count = f"{len(shards):05d}"
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{count}.safetensors" for i in range(len(shards))]
-    dtype, metadata = str(model.wte.weight.dtype).removeprefix("torch."), metadata_of(model)
-    with staged_folder(path, replaces=rf"{WEIGHTS}|generation_config\.json") as stage:
-        write_json(stage / hf_layout.CONFIG, hf_layout.to_hf(config, dtype, metadata.config) | dict(settings or {}))
-        if (generation := metadata.to_write()) is not None:
-            write_json(stage / GENERATION, generation)
-        for file, names in zip(files, shards, strict=True):
-            write_tensors(stage / file, _apart({name: tensors[name].contiguous().cpu() for name in names}))
-        if len(shards) > 1:
-            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-            total = sum(x.nbytes for x in tensors.values())
-            write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    dtype = str(model.wte.weight.dtype).removeprefix("torch.")
+    content = hf_layout.to_hf(config, dtype, metadata.config) | dict(settings or {})
+    sizes = {name: x.nbytes for name, x in tensors.items()}
+    return Description(content, metadata.to_write(), sizes, tensors.__getitem__)
+
+
+@dataclass(frozen=True)
+class Description:
+    """The files of a checkpoint folder of a model, before they are written.
+
+    settings, generation: the content of config.json, and of generation_config.json; None: there is none.
+    sizes: the bytes of every tensor, by its name in the file. read: the tensor of a name.
+    """
+
+    settings: dict[str, Any]
+    generation: Any
+    sizes: dict[str, int]
+    read: Callable[[str], Tensor]
+
+    def copied(self) -> Description:
+        """The same with tensors of its own, so that those of the model may change."""
+        tensors = {name: self.read(name).detach().to("cpu", copy=True) for name in self.sizes}
+        return replace(self, read=tensors.__getitem__)
+
+    def write(self, path: str | os.PathLike[str], limit: int = 5 * 10**9) -> None:
+        """Write the folder, a file of at most `limit` bytes after the other."""
+        shards = _split(self.sizes, limit)
+        count = f"{len(shards):05d}"
+        files = (
+            [f"model-{i + 1:05d}-of-{count}.safetensors" for i in range(len(shards))] if len(shards) > 1 else [SINGLE]
+        )
+        with staged_folder(path, replaces=rf"{WEIGHTS}|generation_config\.json") as stage:
+            write_json(stage / hf_layout.CONFIG, self.settings)
+            if self.generation is not None:
+                write_json(stage / GENERATION, self.generation)
+            for file, names in zip(files, shards, strict=True):
+                write_tensors(stage / file, _apart({name: self.read(name).contiguous().cpu() for name in names}))
+            if len(shards) > 1:
+                weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+                total = sum(self.sizes.values())
+                write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _named_tensors(model: Transformer, config: GPTConfig) -> dict[str, Tensor]:

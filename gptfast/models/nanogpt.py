@@ -59,6 +59,9 @@ class NanoGPTFile:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._tensors.items()
 
+    def tensor(self, key: str) -> Tensor:
+        return self._tensors[key]
+
 
 def _config(args: Any, tensors: dict[str, Tensor], path: Path) -> GPTConfig:
     if not isinstance(args, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,18 +79,59 @@ def build(
 ) -> Model:
     """As `load`, from files that are open already."""
     config = stored.config.replace(**overrides)
-    with torch.device("meta"):
-        model: Any = cls(config)  # of a class with metadata
+    model = on_meta(cls, config)
     packing = None if quantize is None else Packing(model, quantize, double_quant)
     model.load_state_dict(_read_weights(stored, model, dtype, packing), assign=True)
     if packing is not None:
         packing.put_into(model)
     model.tie_weights()
     if config.position_embedding == "sinusoidal":
-        with torch.device("cpu"):  # where the weights are, whatever torch's default is
-            model.wpe = SinusoidalEmbedding(config.block_size, config.n_embd).to(model.wte.weight.dtype)
+        model.wpe = model.wpe.to(model.wte.weight.dtype)
     model.metadata = deepcopy(stored.metadata)
     return model.eval()
+
+
+def on_meta(cls: type[Model], config: GPTConfig) -> Any:
+    """A model of a class with metadata whose parameters have no values; what is computed, as sinusoids, has."""
+    with torch.device("meta"):
+        model = cls(config)
+    if config.position_embedding == "sinusoidal":
+        with torch.device("cpu"):  # where the weights will be, whatever torch's default is
+            model.wpe = SinusoidalEmbedding(config.block_size, config.n_embd)
+    return model
+
+
+def read_lazily(
+    cls: type[Model], stored: StoredModel, overrides: dict[str, Any]
+) -> tuple[Any, Callable[[str], Tensor]]:
+    """A model without values, see `on_meta`, and a function that reads those of a parameter, by its name, in float32.
+
+    Raises:
+        ValueError: tensors are missing; or when it is read, one is ill-shaped.
+    """
+    config, rows = stored.config.replace(**overrides), stored.config.block_size
+    model = on_meta(cls, config)
+    model.metadata = deepcopy(stored.metadata)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if config.position_embedding == "learned":
+        shapes["wpe.weight"] = (rows, config.n_embd)
+    keys = {name: key for key in stored.shapes() if (name := hf_layout.from_file(key)) is not None}
+    if config.tie_weights and "lm_head.weight" in keys:  # transformers may store either of two that are one
+        keys.setdefault("wte.weight", keys["lm_head.weight"])
+    problems = _missing(dict.fromkeys(keys, torch.empty(0)), shapes, config)
+    if problems:
+        raise _unfit(stored, problems)
+
+    def read(name: str) -> Tensor:
+        key = keys[name]
+        x, transposed = stored.tensor(key), stored.conv1d and hf_layout.is_conv1d(name)
+        if problem := _problem(name, x, shapes, config, transposed):
+            raise _unfit(stored, [f"{key} {problem}"])
+        x = x.t() if transposed else x
+        x = x[: config.block_size] if name == "wpe.weight" else x
+        return x.float().contiguous()
+
+    return model, read
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -179,12 +221,16 @@ def _read_weights(
             "gptfast.finetuning.TaskModel.from_pretrained"
         )
     if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(
-            f"{stored_model.path}: the weights do not fit {stored_model.settings}: {'; '.join(problems[:4])}{more}; use the "
-            f"{stored_model.settings} and the weights of one checkpoint"
-        )
+        raise _unfit(stored_model, problems)
     return state
+
+
+def _unfit(stored: StoredModel, problems: list[str]) -> ValueError:
+    more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+    return ValueError(
+        f"{stored.path}: the weights do not fit {stored.settings}: {'; '.join(problems[:4])}{more}; use the "
+        f"{stored.settings} and the weights of one checkpoint"
+    )
 
 
 def _tie(state: dict[str, Tensor], config: GPTConfig) -> list[str]:

@@ -55,13 +55,21 @@ class StoredModel:
         for file in self._files:
             yield from file.tensors()
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, under its name in the file."""
+        return {key: shape for file in self._files for key, shape in file.shapes.items()}
+
+    def tensor(self, key: str) -> Tensor:
+        """The tensor of that name in the file."""
+        return next(file for file in self._files if key in file.shapes).tensor(key)
+
     def _compare(self, file: Path) -> None:
         """Refuse numbers that the tensors contradict, so that what is built from them is about as large as the files.
 
         Raises:
             ValueError: naming the key in `file`.
         """
-        stored = {key: shape for weights in self._files for key, shape in weights.shapes.items()}
+        stored = self.shapes()
         shapes = {hf_layout.from_file(key): (key, shape) for key, shape in stored.items()}
         if self.config.tie_weights and "lm_head.weight" in shapes:  # transformers may store either of two that are one
             shapes.setdefault("wte.weight", shapes["lm_head.weight"])

@@ -31,7 +31,17 @@ FREE = {  # an instance or a subclass may override these: forward does not use t
     *("__dict__", "__weakref__", "__new__", "__init_subclass__"),
     *("__static_attributes__", "__firstlineno__", "__annotate_func__", "__annotations_cache__", "__qualname__"),
     *("extra_repr", "dump_patches", "training", "call_super_init", "_version", "_compiled_call_impl"),
-    *("tie_weights", "num_parameters", "flops_per_token", "_init_weights", "train", "eval", "to", "zero_grad"),
+    *(
+        "tie_weights",
+        "num_parameters",
+        "flops_per_token",
+        "_init_weights",
+        "init_parameter",
+        "train",
+        "eval",
+        "to",
+        "zero_grad",
+    ),
 }
 
 

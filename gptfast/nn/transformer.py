@@ -72,11 +72,15 @@ class Transformer(Counted, NumberedDropouts):
 
     def _init_weights(self) -> None:
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                residual = name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+            self.init_parameter(name, parameter)
+
+    def init_parameter(self, name: str, parameter: nn.Parameter) -> None:
+        """Give a parameter, by its name, its value in a new model; the weight of a LayerNorm stays 1."""
+        if parameter.dim() == 2:
+            residual = name.endswith("c_proj.weight")
+            nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ RUN/bad-step-N has the weights before the step, its batches, and what went wrong
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,8 @@ from gptfast._json import read_json
 from gptfast._snapshots import EVERYTHING, current
 from gptfast.models import GPT, export
 from gptfast.training.evaluate import Batch
+from gptfast.training.ranks import Ranks
+from gptfast.training.sharding import free, local, plan_pass
 
 BATCHES, ABOUT = "batches.safetensors", "step.json"
 
@@ -33,36 +36,51 @@ def first_bad(
     autocast: Callable[[], AbstractContextManager],
     device: torch.device,
     dropout_step: int | None,
+    ranks: Ranks | None = None,
 ) -> str:
     """The module whose output is the first that is not finite, or the parameter whose gradient is; "": none.
 
-    The step is repeated with the dropout masks of `dropout_step`; the model's own counter and gradients stay.
+    The step is repeated with the dropout masks of `dropout_step`; the model's own counter and gradients stay. Ranks that have a
+    part of the model each look together.
     """
     found: list[str] = []
-    after = model.dropout_step
+    after, sharded = model.dropout_step, ranks is not None and bool(ranks.sharding)
     kept = [p.grad for p in model.parameters()]
+    modules, names = [name for name, _ in model.named_modules()], [name for name, _ in model.named_parameters()]
     hooks = [module.register_forward_hook(_noting(name, found)) for name, module in model.named_modules() if name]
     model.dropout_step = dropout_step
     try:
         for x, y in batches:
+            model.zero_grad(set_to_none=True)
+            if ranks is not None and sharded:
+                plan_pass(model, ranks, last=True)
             with autocast():
                 _, loss = model(x.to(device), y.to(device))
-            if found:
-                return found[0]
-            if not torch.isfinite(loss):
-                return "the loss"
-            model.zero_grad(set_to_none=True)
+            told = found[0] if found else "" if torch.isfinite(loss) else "the loss"
+            if told := _told([*modules, "the loss"], told, ranks):
+                return told
             loss.backward()
-            for name, p in reversed(list(model.named_parameters())):
-                if p.grad is not None and not torch.isfinite(p.grad).all():
-                    return f"the gradient of {name}"
+            bad = (n for n, p in reversed(list(model.named_parameters())) if p.grad is not None and not _finite(p.grad))
+            if told := _told(names, next(bad, ""), ranks):
+                return f"the gradient of {told}"
         return ""
     finally:
         for hook in hooks:
             hook.remove()
+        if sharded:
+            free(model)
         model.dropout_step = after
         for p, grad in zip(model.parameters(), kept, strict=True):
             p.grad = grad
+
+
+def _told(names: list[str], own: str, ranks: Ranks | None) -> str:
+    """What this process found, one of `names` or ""; where all must look together, what one of them found."""
+    if ranks is None or not ranks.sharding:
+        return own
+    found = ranks.exchange([names.index(own) if own else math.inf], "the search for what is not finite")
+    first = min(number for number, *_ in found)
+    return names[int(first)] if first < math.inf else ""
 
 
 def _noting(name: str, found: list[str]) -> Callable[[nn.Module, Any, Any], None]:
@@ -74,7 +92,7 @@ def _noting(name: str, found: list[str]) -> Callable[[nn.Module, Any, Any], None
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    return not tensor.is_floating_point() or bool(torch.isfinite(local(tensor)).all())
 
 
 def _tensors(values: Any) -> list[Tensor]:

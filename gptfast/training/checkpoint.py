@@ -4,7 +4,8 @@ RUN/last and RUN/best each have the files of `GPT.save_pretrained` and of the to
 
     trainer.json            step, best validation loss, dropout counter, configuration, source of the data, and a
                             checksum of every file: a resumed run is equal bit for bit, or refused
-    optimizer.safetensors   the state of the optimizers by names of parameters
+    optimizer.safetensors   the state of the optimizers by names of parameters; of a run that divides it among processes
+                            optimizer-00001-of-00002.safetensors and so on (`gptfast.training.parts`)
 
 The order of the data has no state: it is a function of (seed, step). Nothing is pickled.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -22,11 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
 
-from gptfast._files import checksum, open_read
+from gptfast._files import checksum
 from gptfast._folders import staged_folder, sync
 from gptfast._json import NULL, items, read_json
 from gptfast._json import field as json_field
@@ -34,11 +31,11 @@ from gptfast._snapshots import EVERYTHING, current, current_files
 from gptfast.models.export import write_tensors
 from gptfast.ops.gemm import implementations_of
 from gptfast.tokenizer import Tokenizer
+from gptfast.training.checksums import TRAINER, own_checksum, verify
 from gptfast.training.config import TrainConfig
-from gptfast.training.optim import optimizer_tensors, restore_optimizers
+from gptfast.training.optim import optimizer_tensors
 
-_ELSEWHERE = "resume from another checkpoint, such as RUN/best, or start a new run from its weights with gptfast train --init-from"
-TRAINER, OPTIMIZER = "trainer.json", "optimizer.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 VERSION = 2
 
 
@@ -143,7 +140,18 @@ def save_checkpoint(
     Raises:
         OSError: it cannot be written (disk full, no permission); the previous checkpoint is intact.
     """
-    trainer = {
+
+    def content(stage: Path) -> dict[str, str]:
+        (write or model.save_pretrained)(stage)
+        write_tensors(stage / OPTIMIZER, optimizer_tensors(model, optimizers))
+        return {}
+
+    write_checkpoint(folder, described_run(model, state, config, source), tokenizer, content)
+
+
+def described_run(model: Any, state: TrainState, config: TrainConfig, source: dict[str, Any]) -> dict[str, Any]:
+    """The content of trainer.json as the run is now, but for the checksums."""
+    return {
         "version": VERSION,
         "state": asdict(state),
         "dropout": [model.dropout_seed, model.dropout_step],
@@ -152,51 +160,35 @@ def save_checkpoint(
         "source": source,
         "config": asdict(config),
     }
+
+
+def write_checkpoint(
+    folder: str | os.PathLike[str],
+    trainer: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    content: Callable[[Path], dict[str, str]],
+) -> None:
+    """Write a checkpoint folder atomically.
+
+    Args:
+        trainer: of `described_run`.
+        tokenizer: None: none is written.
+        content: writes model and optimizers to a folder; returns the checksums that it knows, by file.
+    Raises:
+        OSError: as `save_checkpoint`.
+    """
     with staged_folder(folder, replaces=EVERYTHING) as stage:
-        (write or model.save_pretrained)(stage)
+        known = content(stage)
         if tokenizer is not None:
             tokenizer.save(stage)
-        write_tensors(stage / OPTIMIZER, optimizer_tensors(model, optimizers))
         with ThreadPoolExecutor() as pool:  # syncing waits for the disk while checksums use the CPU
             synced = [pool.submit(sync, file) for file in stage.iterdir()]
-            trainer["files"] = {file.name: checksum(file) for file in sorted(stage.iterdir())}
+            files = {file.name: known.get(file.name) or checksum(file) for file in sorted(stage.iterdir())}
         for result in synced:
             result.result()
-        trainer["files"][TRAINER] = _own_checksum(trainer)
+        trainer = {**trainer, "files": files}
+        trainer["files"][TRAINER] = own_checksum(trainer)
         (stage / TRAINER).write_text(json.dumps(trainer, indent=2) + "\n", encoding="utf-8")
-
-
-def _own_checksum(trainer: dict[str, Any]) -> str:
-    """The checksum of trainer.json's content without the checksum itself."""
-    content = json.loads(json.dumps(trainer))
-    content["files"].pop(TRAINER, None)
-    return f"crc32:{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
-
-
-def verify(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Compare the files of a checkpoint with the checksums in its trainer.json, which are returned by name.
-
-    They are {} for a checkpoint of a gptfast that wrote none, and for a folder that no training run wrote.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or another than the one that was written; the text names it.
-    """
-    if not current(folder, TRAINER).exists():
-        return {}
-    raw = read_json(current(folder, TRAINER))
-    files = raw.get("files", {}) if isinstance(raw, dict) else {}
-    if not isinstance(files, dict) or any(name != os.path.basename(name) for name in files):
-        raise ValueError(f"{current(folder, TRAINER)} is damaged (files); {_ELSEWHERE}")
-    for name, expected in files.items():
-        path = current(folder, name)
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing; {_ELSEWHERE}")
-        found = _own_checksum(raw) if name == TRAINER else checksum(path)
-        if found != expected:
-            raise ValueError(
-                f"{path} is not what was saved: its checksum is {found}, expected {expected}; {_ELSEWHERE}"
-            )
-    return files
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
@@ -299,25 +291,3 @@ def check_source(checkpoint: Checkpoint) -> dict[str, Any]:
     items(json_field(options, "glob", list, path, [], inside="source.options"), str, "source.options.glob", path)
     json_field(source, "marks", dict, path, inside="source")
     return source
-
-
-def load_optimizers(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Restore the optimizers' state from a checkpoint folder.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged, or belongs to another model.
-    """
-    path = current(folder, OPTIMIZER)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing; start a new run from these weights with gptfast train --init-from {folder}"
-        )
-    open_read(path).close()  # its errors name the file
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or cut short ({error}); resume from another checkpoint, such as RUN/best"
-        ) from error
-    restore_optimizers(model, optimizers, tensors, str(path))

@@ -8,6 +8,7 @@ import torch
 from gptfast.data import Mixture, TokenFile
 from gptfast.models import GPT
 from gptfast.training.config import TrainConfig
+from gptfast.training.ranks import Ranks
 
 
 def check_model(model: GPT, config: TrainConfig, *tokens: TokenFile | Mixture | np.ndarray) -> int:
@@ -31,3 +32,17 @@ def check_model(model: GPT, config: TrainConfig, *tokens: TokenFile | Mixture | 
             f"up to {limit}, or a model with a larger one"
         )
     return config.block_size or limit
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Refuse what the processes of a run cannot share.
+
+    Raises:
+        ValueError: a batch that does not divide, or an optimizer of whole matrices where they are divided.
+    """
+    ranks.rows(config.batch_size)
+    if ranks.sharding and config.optimizer == "muon":
+        raise ValueError(
+            "train: `optimizer` is muon, which orthogonalises whole matrices, but `parallel` fsdp leaves each process a part of "
+            "them; use `optimizer` adamw, or `parallel` ddp"
+        )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from gptfast.data import TokenFile, WindowSampler, sequential_batches
 from gptfast.models import GPT
 from gptfast.training.ranks import Ranks
+from gptfast.training.sharding import free
 
 _LOGITS = 1 << 26  # largest number of logits of a forward pass
 Batch = tuple[Tensor, Tensor]
@@ -46,21 +48,26 @@ def evaluate(
 ) -> tuple[float, int]:
     """Mean cross-entropy in nats per token, without dropout, and the number of tokens. The model keeps its mode.
 
-    ranks: take the batches in turns; the sums are those of one process, to the bit.
+    ranks: take the pieces of the batches in turns; the sums are those of one process, to the bit.
     """
+    size, rank = (1, 0) if ranks is None else (ranks.size, ranks.rank)
+    together = ranks is not None and bool(ranks.sharding)  # a rank without a piece runs another one
     was_training = model.training
     model.eval()
     parts: list[tuple[float, int]] = []  # (summed loss, tokens), in order
-    for number, (x, y) in enumerate(batches):
-        if ranks is not None and number % ranks.size != ranks.rank:
-            parts += [(0.0, 0)] * _pieces(x, model)
-            continue
-        rows = _rows_at_once(x, model)
-        for part, wanted in zip(x.split(rows), y.split(rows), strict=True):
-            n = int((wanted != -100).sum())  # at least 1: no row is empty
+    pieces = _pieces(batches, model)
+    while turn := list(itertools.islice(pieces, size)):
+        found = [(0.0, 0)] * len(turn)
+        if rank < len(turn) or together:
+            x, y = turn[min(rank, len(turn) - 1)]
             with autocast():
-                _, loss = model(part.to(device), wanted.to(device))
-            parts.append((float(loss) * n, n))
+                _, loss = model(x.to(device), y.to(device))
+            if rank < len(turn):
+                n = int((y != -100).sum())  # at least 1: no row is empty
+                found[rank] = float(loss) * n, n
+        parts += found
+    if together:
+        free(model)
     model.train(was_training)
     if ranks is not None:
         flat = ranks.sum([value for part in parts for value in part], "the evaluation")
@@ -69,12 +76,11 @@ def evaluate(
     return functools.reduce(lambda total, part: total + part[0], parts, 0.0) / count, count
 
 
-def _rows_at_once(x: Tensor, model: GPT) -> int:
-    return max(1, _LOGITS // (x.shape[1] * model.config.vocab_size))
-
-
-def _pieces(x: Tensor, model: GPT) -> int:
-    return -(-len(x) // _rows_at_once(x, model))
+def _pieces(batches: Iterable[Batch], model: GPT) -> Iterator[Batch]:
+    """The rows of all batches, as many at a time as have logits that fit."""
+    for x, y in batches:
+        rows = max(1, _LOGITS // (x.shape[1] * model.config.vocab_size))
+        yield from zip(x.split(rows), y.split(rows), strict=True)
 
 
 def evaluated_tokens(tokens: TokenFile | np.ndarray, block_size: int, batch_size: int, batches: int) -> int:

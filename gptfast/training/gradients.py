@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor, nn
 
 from gptfast.models import GPT
 from gptfast.training.evaluate import Batch
 from gptfast.training.ranks import Ranks
+from gptfast.training.sharding import local, plan_pass, total_norm
 
 
 def accumulate_gradients(
@@ -29,8 +33,8 @@ def accumulate_gradients(
         batches: pairs (x, y), each (B, T) int64.
         autocast: returns the context manager of a forward pass.
         device: the device of the model.
-        ranks: the processes that have a part of every batch each; the counts are then those of all, and the gradients are
-            still to be summed over the ranks.
+        ranks: the processes that have a part of every batch each; the counts are then those of all. The gradients are still
+            to be summed over the ranks, or summed already where the ranks have a part of the parameters each.
     Returns:
         The loss.
     Raises:
@@ -40,14 +44,44 @@ def accumulate_gradients(
     everywhere = counts if ranks is None else [int(n) for n in ranks.sum(counts, "the counts of targets")]
     if not sum(everywhere):
         raise ValueError("accumulate_gradients: every target is -100; expected at least one other")
-    total = 0.0
-    for (x, y), count, others in zip(batches, counts, everywhere, strict=True):
-        if count:
+    total, start, waited = 0.0, time.perf_counter(), 0.0 if ranks is None else ranks.waited
+    last = max(n for n, others in enumerate(everywhere) if others)
+    for n, ((x, y), count, others) in enumerate(zip(batches, counts, everywhere, strict=True)):
+        if ranks is not None and ranks.sharding:
+            plan_pass(model, ranks, n == last)
+            y = y if count or not others else _with_a_target(y)  # all ranks take part in a pass
+        elif others and not count:
+            model.skip_forward()
+        if count or (others and ranks is not None and ranks.sharding):
             with autocast():
                 _, loss = model(x.to(device), y.to(device))
             share = loss * (count / sum(everywhere))
             share.backward()
             total += float(share.detach())
-        elif others:
-            model.skip_forward()
-    return total if ranks is None else ranks.sum([total], "the losses")[0]
+    if ranks is None:
+        return total
+    seconds = time.perf_counter() - start - (ranks.waited - waited)
+    found = ranks.exchange([total, seconds], "the losses")
+    ranks.seconds = [row[1] for row in found]
+    return sum(row[0] for row in found)
+
+
+def _with_a_target(y: Tensor) -> Tensor:
+    """Targets whose loss is finite; it counts 0 times."""
+    y = y.clone()
+    y[0, 0] = 0
+    return y
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, ranks: Ranks | None = None) -> float:
+    """Scale the gradients so that their norm is at most `limit`; returns the norm before.
+
+    ranks: with a part of every parameter each, or None; the norm is that of all parts.
+    """
+    if ranks is None or not ranks.sharding:
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = total_norm(gradients, ranks)
+    if not norm <= limit and math.isfinite(norm):
+        torch._foreach_mul_([local(g) for g in gradients], limit / (norm + 1e-6))
+    return norm

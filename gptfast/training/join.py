@@ -29,7 +29,7 @@ def is_started_by_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(timeout: float, device: str = "auto") -> Ranks | None:
+def join(timeout: float, device: str = "auto", sharding: str = "") -> Ranks | None:
     """This process among the others; None where it was started alone.
 
     Every attempt of torchrun has keys of its own in the store that they share: else gloo would connect to the addresses of
@@ -38,6 +38,7 @@ def join(timeout: float, device: str = "auto") -> Ranks | None:
     Args:
         timeout: seconds to wait for the others, here and later.
         device: as in `TrainConfig`; on GPUs each process takes the one of its local rank.
+        sharding: as in `Ranks`.
     Raises:
         RuntimeError: the port is in use, or not all came.  ValueError: a variable is not a number.
     """
@@ -64,13 +65,17 @@ def join(timeout: float, device: str = "auto") -> Ranks | None:
                 f"train: rank {rank} of {size} could not connect to the others ({str(error).splitlines()[0]}); see what "
                 "they print, and check that they reach each other (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
             ) from error
-    return Ranks(rank, size, store, dist.PrefixStore("gptfast/run", shared), place, timeout)  # pyright: ignore[reportPrivateImportUsage]
+    run_store = dist.PrefixStore("gptfast/run", shared)  # pyright: ignore[reportPrivateImportUsage]
+    ranks = Ranks(rank, size, store, run_store, place, timeout, sharding)
+    if ranks.sharding:
+        _ = ranks.mesh  # now, while all do
+    return ranks
 
 
 @contextmanager
-def joined(timeout: float, device: str = "auto") -> Iterator[Ranks | None]:
+def joined(timeout: float, device: str = "auto", sharding: str = "") -> Iterator[Ranks | None]:
     """`join` around a block. Where several ranks fail, the first raises its error and the others end in silence."""
-    ranks = join(timeout, device)
+    ranks = join(timeout, device, sharding)
     try:
         yield ranks
     except Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -13,12 +14,15 @@ from gptfast.data import Mixture, TokenFile, sampler_of
 from gptfast.models import GPT, export
 from gptfast.tokenizer import Tokenizer
 from gptfast.training import bad_step
-from gptfast.training.checks import check_model
+from gptfast.training.checks import check_model, check_ranks
 from gptfast.training.config import TrainConfig
 from gptfast.training.evaluate import Batch, evaluate, evaluated_tokens, evaluation_batches
 from gptfast.training.gradients import accumulate_gradients
 from gptfast.training.objective import Autocast, Evaluation, Objective
 from gptfast.training.ranks import Ranks
+from gptfast.training.sharding import put, whole_copy
+from gptfast.training.slow import SlowRanks
+from gptfast.training.values import stored
 
 
 class LanguageModelling(Objective):
@@ -46,9 +50,11 @@ class LanguageModelling(Objective):
         self.block_size = check_model(model, config, train_tokens, val_tokens)
         self.network, self.tokenizer, self.val_tokens = model, tokenizer, val_tokens
         self.tokens_per_row = self.block_size
+        if ranks is not None:
+            check_ranks(config, ranks)
         self.ranks, rows = ranks, config.batch_size if ranks is None else ranks.rows(config.batch_size)
         self._first = 0 if ranks is None else ranks.rank * rows
-        model.dropout_row = self._first
+        model.dropout_row, self._slow = self._first, SlowRanks()
         self.sampler = sampler_of(train_tokens, self.block_size, rows, config.seed)
 
     def batches(self, row: int, config: TrainConfig) -> list[Batch]:
@@ -57,10 +63,10 @@ class LanguageModelling(Objective):
 
     def add_gradients(self, batches: list[Batch], autocast: Autocast, device: torch.device) -> dict[str, float]:
         loss = accumulate_gradients(self.network, batches, autocast, device, self.ranks)
-        if self.ranks is not None:
+        if self.ranks is not None and not self.ranks.sharding:
             trained = [p for p in self.network.parameters() if p.requires_grad]
             self.ranks.sum_gradients(trained, "the gradients")
-        return {"loss": loss}
+        return {"loss": loss} | ({} if self.ranks is None else self._slow.look(self.ranks.seconds))
 
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
         batches = evaluation_batches(self.val_tokens, self.block_size, batch_size, config.eval_batches)
@@ -75,15 +81,24 @@ class LanguageModelling(Objective):
     def where_not_finite(
         self, batches: list[Batch], autocast: Autocast, device: torch.device, dropout_step: int | None
     ) -> str:
-        return bad_step.first_bad(self.network, batches, autocast, device, dropout_step)
+        return bad_step.first_bad(self.network, batches, autocast, device, dropout_step, self.ranks)
 
     def keep(self, folder: Path, batches: list[Batch], about: dict[str, Any]) -> str:
-        bad_step.keep(folder, self.network, batches, about)
+        network = self.network
+        if self.ranks is not None and self.ranks.sharding:
+            network = whole_copy(network, self.ranks.is_main)
+            if not self.ranks.is_main:
+                return ""
+        bad_step.keep(folder, network, batches, about)
         return f"python -m gptfast.training.bad_step {quote(str(folder))}"
 
     def restore(self, folder: Path) -> None:
-        stored = GPT.from_pretrained(folder, dtype=torch.float32)
-        self.network.load_state_dict(stored.state_dict())
+        put(self.network, stored(folder)[1])
+
+    def writer(self, copy: bool) -> Callable[[Path], None]:
+        export.check(self.network, patched=True)  # a probe in forward must not cost a run its checkpoints
+        described = export.described(self.network)
+        return described.copied().write if copy else described.write
 
     def write(self, folder: Path) -> None:
-        export.save(self.network, folder, patched=True)  # a probe in forward must not cost a run its checkpoints
+        self.writer(copy=False)(folder)

@@ -24,6 +24,7 @@ from gptfast.models.pretrained import resolve
 from gptfast.ops.gemm import implementations_of, use_implementations
 from gptfast.tokenizer import has_tokenizer, load_tokenizer
 from gptfast.training.checkpoint import Checkpoint, check_source, read_checkpoint
+from gptfast.training.checks import check_ranks
 from gptfast.training.config import TrainConfig
 from gptfast.training.fingerprint import fingerprint
 from gptfast.training.kept import newest_intact
@@ -32,6 +33,7 @@ from gptfast.training.ranks import Ranks
 from gptfast.training.resuming import MAY_CHANGE, refuse_changes
 from gptfast.training.run_folder import locked_run
 from gptfast.training.trainer import Trainer
+from gptfast.training.values import Values, initial, stored
 
 Options = Mapping[str, Any]
 
@@ -39,6 +41,7 @@ _TRAIN = tuple(options_of(TrainConfig))
 _MAY_CHANGE = MAY_CHANGE | {
     *("max_minutes", "lr_decay_steps", "eval_batches", "keep_last", "on_spike"),
     *("data", "tensorboard", "parallel", "timeout"),
+    *("reshard", "async_save"),
 }
 GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary: as it is, and padded as nanoGPT does
 
@@ -87,7 +90,7 @@ def new_run(options: Options, ranks: Ranks | None = None) -> Run:
     options = {"data": default_of(DataOptions, "data"), **options}
     place = RunOptions(**values_of(RunOptions, options))
     if ranks is not None:
-        ranks.rows(_train_config({**DEFAULTS[start_of(options)], **options}).batch_size)  # before anything is written
+        check_ranks(_train_config({**DEFAULTS[start_of(options)], **options}), ranks)  # before anything is written
     if ranks is not None and not ranks.is_main:
         return _new_run(options, place, None, ranks)
     with locked_run(place.out) as lock:
@@ -119,24 +122,27 @@ def _new_run(options: Options, place: RunOptions, lock: FileLock | None, ranks: 
     defaults = DEFAULTS[start_of(options)]
     config = _train_config({**defaults, **options})
     place.set_threads()
-    model = GPT.from_pretrained(options["init_from"], dtype=torch.float32) if "init_from" in options else None
+    model = _load(options["init_from"], ranks)[0] if "init_from" in options else None
     tokenizer = _tokenizer(options, model)
     data = _open(options, place, tokenizer, ranks)
     if model is not None:
         _check_ids(options, data)
-    torch.manual_seed(config.seed)
     positions = None if model is None else model.config.block_size
-    model = _untrained(options, defaults, data) if model is None else _reshaped(model, options, defaults)
+    if model is None:
+        model, values = _untrained(options, defaults, data, config.seed, ranks)
+    else:
+        model, values = _reshaped(model, options, defaults, ranks)
     size, note = model.config.block_size, ""
     if positions is not None and size < positions:
         note = f"`block_size` {size}: the first of the {positions} positions of {options['init_from']}"
-    stored = {name: value for name, value in options.items() if name not in _MAY_CHANGE}
+    kept = {name: value for name, value in options.items() if name not in _MAY_CHANGE}
     source = {
         "data": absolute(options["data"]),
-        "options": {**stored, "tokenizer": tokenizer},
+        "options": {**kept, "tokenizer": tokenizer},
         "marks": fingerprint(data),
     }
-    run = _run(model, data, config, place, source=source, overwrite=place.overwrite, lock=lock, ranks=ranks)
+    more = {"source": source, "overwrite": place.overwrite, "lock": lock, "ranks": ranks, "values": values}
+    run = _run(model, data, config, place, **more)
     return replace(run, note=note)
 
 
@@ -147,7 +153,7 @@ def _resumed_run(
     last = checkpoint.folder
     source = check_source(checkpoint)
     place.set_threads(checkpoint.threads)
-    model = GPT.from_pretrained(last)
+    model, values = _load(last, ranks)
     _refuse_changes(options, place, checkpoint, model)
     config = checkpoint.config.replace(**{k: v for k, v in options.items() if k in _TRAIN and k in _MAY_CHANGE})
     given = {**source["options"], "data": source["data"], **options}
@@ -158,7 +164,14 @@ def _resumed_run(
             f"these weights with `init_from` {last}"
         )
     more = {"source": source, "resume": checkpoint, "lock": lock, "ranks": ranks, "finished_too": finished_too}
-    return replace(_run(model, data, config, place, **more), damage=tuple(damage))
+    return replace(_run(model, data, config, place, values=values, **more), damage=tuple(damage))
+
+
+def _load(path: Any, ranks: Ranks | None, **changes: Any) -> tuple[GPT, Values | None]:
+    """The model of a checkpoint, with its values, or beside what reads these where no process is to have all of them."""
+    if ranks is not None and ranks.sharding:
+        return stored(path, **changes)
+    return GPT.from_pretrained(path, dtype=torch.float32, **changes), None
 
 
 def _run(model: GPT, data: PreparedData, config: TrainConfig, place: RunOptions, **others: Any) -> Run:
@@ -170,6 +183,7 @@ def _run(model: GPT, data: PreparedData, config: TrainConfig, place: RunOptions,
         place.out,
         tokenizer=data.tokenizer,
         tensorboard=place.tensorboard,
+        async_save=place.async_save,
         **others,
     )
     return Run(trainer, data, others.get("resume"))
@@ -239,19 +253,24 @@ def _open(options: Options, place: RunOptions, tokenizer: str | None, ranks: Ran
     )
 
 
-def _untrained(options: Options, defaults: dict[str, Any], data: PreparedData) -> GPT:
+def _untrained(
+    options: Options, defaults: dict[str, Any], data: PreparedData, seed: int, ranks: Ranks | None
+) -> tuple[GPT, Values | None]:
     shape = {name: options[name] for name in SHAPE if name in options}
     vocab_size, eos = data.tokenizer.vocab_size, data.tokenizer.eos_id
     if "preset" in options:
-        model = GPT(GPTConfig.preset(options["preset"], **shape, vocab_size=vocab_size))
+        config = GPTConfig.preset(options["preset"], **shape, vocab_size=vocab_size)
     else:
         sizes = {name: value for name, value in {**defaults, **shape}.items() if name in SHAPE}
-        model = GPT(GPTConfig(**sizes, vocab_size=vocab_size))
+        config = GPTConfig(**sizes, vocab_size=vocab_size)
+    torch.manual_seed(seed)
+    divided = ranks is not None and bool(ranks.sharding)
+    model, draw = initial(config, seed) if divided else (GPT(config), None)
     model.metadata.config = {} if eos is None else {"bos_token_id": eos, "eos_token_id": eos}
-    return model
+    return model, draw
 
 
-def _reshaped(model: GPT, options: Options, defaults: dict[str, Any]) -> GPT:
+def _reshaped(model: GPT, options: Options, defaults: dict[str, Any], ranks: Ranks | None) -> tuple[GPT, Values | None]:
     """A loaded model with another dropout or a smaller block_size; its other sizes stay.
 
     Raises:
@@ -272,7 +291,7 @@ def _reshaped(model: GPT, options: Options, defaults: dict[str, Any]) -> GPT:
     changes = {"dropout": options.get("dropout", defaults["dropout"])}
     if "block_size" in options:
         changes["block_size"] = options["block_size"]
-    return GPT.from_pretrained(options["init_from"], dtype=torch.float32, **changes)
+    return _load(options["init_from"], ranks, **changes)
 
 
 def _refuse_changes(options: Options, place: RunOptions, checkpoint: Checkpoint, model: GPT) -> None:

@@ -29,8 +29,11 @@ from gptfast.training.progress import Figures, TrainingProgress
 from gptfast.training.ranks import RankLostError, Ranks
 from gptfast.training.result import TrainResult
 from gptfast.training.run_folder import lock_run, make_room
+from gptfast.training.saver import Saver
+from gptfast.training.sharding import shard
 from gptfast.training.timing import RunClock
 from gptfast.training.updates import Updates
+from gptfast.training.values import Values
 
 
 class Loop(Updates):
@@ -38,7 +41,7 @@ class Loop(Updates):
 
     Args:
         objective: what is trained; its network is moved to the device of the config.
-        config, out, source, resume, overwrite, progress, tensorboard, lock, ranks: see `Trainer`.
+        config, out, source, resume, overwrite, progress, tensorboard, async_save, values, lock, ranks: see `Trainer`.
         evaluate_first: also before the first step.
         finished_too: a run that is complete may be resumed; it makes no step.
     Raises:
@@ -56,6 +59,8 @@ class Loop(Updates):
         overwrite: bool = False,
         progress: bool = True,
         tensorboard: bool = False,
+        async_save: bool = False,
+        values: Values | None = None,
         lock: FileLock | None = None,
         ranks: Ranks | None = None,
         evaluate_first: bool = False,
@@ -71,7 +76,10 @@ class Loop(Updates):
             dtype, self.dtype_reason = choose_dtype(self.device)
             config = config.replace(dtype=dtype)
         self.config, self.dtype = config, getattr(torch, config.dtype)
-        network = objective.network.to(self.device).train()
+        network = objective.network.train()
+        if ranks is not None and ranks.sharding:
+            shard(network, ranks, self.dtype, values)
+        network = network.to(self.device)
         self.optimizers = build_optimizers(network, config)
         self.state = TrainState(planned_steps=None if config.max_minutes else config.max_steps)
         network.dropout_seed, network.dropout_step = config.seed, 0
@@ -80,6 +88,7 @@ class Loop(Updates):
         self._unfinished: int | None = None  # dropout_step before a step that has not come to its end
         self._last_is_intact = resume is not None and resume.folder == self.out / "last"
         self._evaluated, self._saved = 0, 0  # the steps of the last evaluation and of RUN/last
+        self.saver, self._saves = Saver(async_save), 0
         self._lock = (lock or lock_run(self.out)) if self._is_main else None
         try:
             if resume is not None:
@@ -149,8 +158,12 @@ class Loop(Updates):
             with closing(self.log), Interrupt() as interrupt, self.progress, use_implementations(self._methods):
                 try:
                     interrupted = self._train(interrupt)
+                    self.saver.finish()
                 except RankLostError:
                     self.save_alone()
+                    raise
+                except BaseException as error:
+                    self.saver.close(error)
                     raise
             seconds = self.clock.seconds
             title = f"{self.out.name}: {self.state.step} steps"
@@ -174,7 +187,8 @@ class Loop(Updates):
         """Make all steps and the last checkpoint; returns the signal that ended the run early, or None."""
         if self.ranks is not None:
             self.ranks.signalled = lambda: interrupt.signal is not None
-            self.ranks.same(self.objective.network.parameters(), "the start")
+            if not self.ranks.sharding:  # what is divided came from one seed or one file
+                self.ranks.same(self.objective.network.parameters(), "the start")
         if self.config.on_spike == "rewind" and self.state.step == 0:
             self._save()  # what a spike before the first checkpoint goes back to
         if self._evaluate_first:
@@ -220,6 +234,7 @@ class Loop(Updates):
     def _step(self) -> None:
         """Make one update, and log, evaluate and save when due."""
         config = self.config
+        self.saver.check()
         with self.clock.step():
             record = self._update()
         if record.get("done") == "rewound":
@@ -228,7 +243,12 @@ class Loop(Updates):
         step = self.state.step
         if self.clock.can_plan:
             record |= self._plan()
-        if step == 1 or step % config.log_every == 0 or "wrong" in record:
+        if "slow_rank" in record:
+            slow, times = record["slow_rank"], record["times_median"]
+            self.progress.note(
+                f"step {step}: rank {slow} computes {times:.1f} times as long as the median of the ranks"
+            )
+        if step == 1 or step % config.log_every == 0 or record.keys() & {"wrong", "slow_rank"}:
             self.log.write(step=step, **record, seconds=round(self.clock.seconds, 3))
         evaluating = step % config.eval_every == 0
         with self.clock.pause():

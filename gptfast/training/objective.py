@@ -83,3 +83,9 @@ class Objective(ABC):
     def write(self, folder: Path) -> None:
         """Write the network to a folder, from which a run can be resumed."""
         self.network.save_pretrained(folder)
+
+    def writer(self, copy: bool) -> Callable[[Path], None]:
+        """A function that does; with `copy` it writes the network as it is now, in any thread."""
+        if copy:
+            raise NotImplementedError(f"{type(self).__name__} cannot be written while it is trained")
+        return self.write

@@ -69,6 +69,17 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
     }
 
 
+def empty_optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Tensors as `optimizer_tensors` has them after a step, of zeros, and divided as the parameters are."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}/{names[p]}": torch.zeros(()) if key == "step" else torch.zeros_like(p.detach())
+        for optimizer in optimizers
+        for p in parameters_of([optimizer])
+        for key in _STATE[type(optimizer)]
+    }
+
+
 def restore_optimizers(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, Tensor], source: str
 ) -> None:

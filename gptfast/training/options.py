@@ -16,6 +16,7 @@ DATA = ("data", "glob", "text_field", "tokenizer", "vocab_size", "unk")  # the f
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # the fields of GPTConfig that are options
 RUN = "The run"  # heading of the options of a run
 TIMEOUT = 120.0
+SHARDING = ("forward", "pass", "step")  # see `gptfast.training.sharding`
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # by the option that chooses the initial weights; "": random weights
     "": {
@@ -87,10 +88,19 @@ class RunOptions(PlaceOptions):
     )
     parallel: str | None = option(
         None,
-        "How the processes that torchrun starts share the work. ddp: each has the whole model and a part of the rows of every "
-        "batch. `batch_size` is that of all together.",
+        "How the processes that torchrun starts share the work. Each takes a part of the rows of every batch; `batch_size` is that "
+        "of all together. ddp: each has the whole model. fsdp: each keeps a part of every parameter, of its gradient and of "
+        "the optimizer's state, and they gather those of a module where it runs.",
         words="ddp with torchrun, else one process",
-        allowed=("ddp",),
+        allowed=("ddp", "fsdp"),
+        group=RUN,
+    )
+    reshard: str = option(
+        "forward",
+        "With fsdp, when gathered parameters are freed. forward: after the forward and after the backward of a module; "
+        "gradients are summed once a step. pass: the same, and gradients are summed in each of `grad_accum` passes, which takes "
+        "the least memory. step: once a step, which sends the least.",
+        allowed=SHARDING,
         group=RUN,
     )
     timeout: float = option(
@@ -105,6 +115,12 @@ class RunOptions(PlaceOptions):
         group=RUN,
     )
     print_config: bool = option(False, "Print every option of the run as TOML, and start nothing.", group=RUN)
+    async_save: bool = option(
+        False,
+        "Write checkpoints in a thread while training goes on, from a copy of weights and optimizer in memory (12 bytes a "
+        "parameter; with fsdp, of each process's part).",
+        group=RUN,
+    )
     tensorboard: bool = option(False, "Write event files for TensorBoard too.", group=RUN)
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,14 +34,29 @@ class Ranks:
         store: of torch.distributed, for this attempt alone. run_store: for all attempts of torchrun at this run.
         device: of the tensors that are summed.
         timeout: seconds after which a rank that does not take part counts as lost.
+        sharding: when the ranks, which have a part of every parameter each, gather and free them: see
+            `gptfast.training.sharding`; "": each has the whole model.
+
+    waited: seconds that this process has waited for others. seconds: of the last step's passes, without waiting, by rank.
     """
 
-    def __init__(self, rank: int, size: int, store: Any, run_store: Any, device: torch.device, timeout: float) -> None:
+    def __init__(
+        self, rank: int, size: int, store: Any, run_store: Any, device: torch.device, timeout: float, sharding: str = ""
+    ) -> None:
         self.rank, self.size, self.device, self.timeout = rank, size, device, timeout
+        self.sharding, self.waited = sharding if size > 1 else "", 0.0
+        self.seconds: list[float] = []
         self._store, self._run_store, self._done = store, run_store, 0
         self.signalled: Callable[[], bool] = lambda: False  # whether this process was asked to end
         self.step = 0  # for messages
         self._here = f"rank {rank} of {size}"
+
+    @cached_property
+    def mesh(self) -> Any:
+        """torch's name for all ranks; they make it together, at the same time."""
+        from torch.distributed.device_mesh import init_device_mesh  # takes as long as torch
+
+        return init_device_mesh(self.device.type, (self.size,))
 
     @property
     def is_main(self) -> bool:
@@ -104,13 +120,24 @@ class Ranks:
             return flat
         part = -(-flat.numel() // self.size)
         padded = torch.nn.functional.pad(flat, (0, part * self.size - flat.numel()))
-        parts, total = torch.empty_like(padded), torch.empty_like(padded)
-        self._wait(lambda: dist.all_to_all_single(parts, padded, async_op=True), what)
-        own, *others = parts.view(self.size, part)
-        for other in others:
-            own += other
+        own, total = padded.new_empty(part), torch.empty_like(padded)
+        self.scatter_sum(own, padded, what)
         self._wait(lambda: dist.all_gather(list(total.view(self.size, part)), own, async_op=True), what)
         return total[: flat.numel()]
+
+    def scatter_sum(self, own: Tensor, parts: Tensor, what: str) -> None:
+        """Set `own`, (n,), to the sum over the ranks, in their order, of this rank's part of their `parts`, (size * n,)."""
+        received = torch.empty_like(parts)
+        self._wait(lambda: dist.all_to_all_single(received, parts, async_op=True), what)
+        first, *others = received.view(self.size, -1)
+        own.copy_(first)
+        for other in others:
+            own += other
+
+    def gather(self, parts: Tensor, own: Tensor, what: str) -> None:
+        """Set `parts`, (size * n,), to what the ranks have as `own`, (n,), which may be a view of this rank's part of it."""
+        into, part = list(parts.view(torch.uint8).view(self.size, -1)), own.view(torch.uint8)
+        self._wait(lambda: dist.all_gather(into, part, async_op=True), what)
 
     def same(self, tensors: Iterator[Tensor], what: str) -> None:
         """Give every rank the values that rank 0 has."""
@@ -142,7 +169,20 @@ class Ranks:
 
     def _check_main(self) -> None:
         if self._store.check(["error"]):
-            raise RankLostError(f"{self._here}: rank 0 failed; its own message says why")
+            raise RankLostError(f"{self._here}: a rank failed; its own message says why")
+
+    def tell(self, key: str, text: str) -> None:
+        """Let the others know something under a key that is used once."""
+        self._store.set(key, text)
+
+    def ask(self, key: str, what: str) -> str:
+        """What a rank tells under this key, however long it takes while it lives. May be called in a thread.
+
+        Raises:
+            RankLostError: a rank failed, or did not answer.
+        """
+        self._until(lambda: self._store.check([key]), what, 20 * self.timeout, self._check_main, patient=True)
+        return self._store.get(key).decode()
 
     def claims(self) -> bool:
         """Whether this rank is the first that failed, which is the one to print why."""
@@ -164,14 +204,19 @@ class Ranks:
             raise RankLostError(f"{self._here}: {self._lost()} {self._during(what)} ({first})") from error
 
     def _until(
-        self, ready: Callable[[], bool], what: str, timeout: float, check: Callable[[], None] | None = None
+        self,
+        ready: Callable[[], bool],
+        what: str,
+        timeout: float,
+        check: Callable[[], None] | None = None,
+        patient: bool = False,
     ) -> None:
         start, n, grace = time.monotonic(), 0, None
         while not ready():
             time.sleep(_SLEEPS[min(n // 20, len(_SLEEPS) - 1)])
             n, now = n + 1, time.monotonic()
             if grace is None and self.signalled():
-                grace = now + GRACE
+                grace = now + (self.timeout if patient else GRACE)
             if grace is not None and now > grace:
                 raise RankLostError(f"{self._here}: a signal came, and {self._lost()} {self._during(what)}")
             if now - start > timeout:
@@ -181,6 +226,8 @@ class Ranks:
                 )
             if check is not None and n % 500 == 0:
                 check()
+        if not patient:
+            self.waited += time.monotonic() - start
 
     def _during(self, what: str) -> str:
         return f"during {what} of step {self.step}" if self.step else f"during {what}"

@@ -16,6 +16,7 @@ from gptfast.training.config import TrainConfig
 from gptfast.training.language_modelling import LanguageModelling
 from gptfast.training.loop import Loop
 from gptfast.training.ranks import Ranks
+from gptfast.training.values import Values
 
 
 class Trainer(Loop):
@@ -33,6 +34,8 @@ class Trainer(Loop):
         overwrite: delete the checkpoints of a run that `out` already has.
         progress: show progress.
         tensorboard: also write event files to RUN/tensorboard.
+        values: of a model on the meta device that the ranks divide (`gptfast.training.values`). None: it has its own.
+        async_save: write checkpoints in a thread while training goes on, from copies.
         lock: the acquired lock of `lock_run(out)`; released at the end of `train`. None: acquired here.
         ranks: the processes of the run, of which rank 0 writes and logs; each has the same arguments. None: this one alone.
         finished_too: a run that is complete may be resumed; it makes no step.
@@ -58,6 +61,8 @@ class Trainer(Loop):
         overwrite: bool = False,
         progress: bool = True,
         tensorboard: bool = False,
+        async_save: bool = False,
+        values: Values | None = None,
         lock: FileLock | None = None,
         ranks: Ranks | None = None,
         finished_too: bool = False,
@@ -74,6 +79,8 @@ class Trainer(Loop):
             overwrite=overwrite,
             progress=progress,
             tensorboard=tensorboard,
+            async_save=async_save,
+            values=values,
             lock=lock,
             ranks=ranks,
             finished_too=finished_too,

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gptfast.models.export import write_tensors
 from gptfast.training.checkpoint import (
+    OPTIMIZER,
     Checkpoint,
     TrainState,
     copy_checkpoint,
-    load_optimizers,
+    described_run,
     read_checkpoint,
-    save_checkpoint,
     saved_step,
+    write_checkpoint,
 )
 from gptfast.training.config import TrainConfig
+from gptfast.training.gradients import clip_gradients
 from gptfast.training.kept import forget, keep_last
 from gptfast.training.log import Log, NoLog
 from gptfast.training.objective import Objective
-from gptfast.training.optim import parameters_of
+from gptfast.training.optim import optimizer_tensors, parameters_of
+from gptfast.training.parts import Parts, load_optimizers
 from gptfast.training.progress import TrainingProgress
 from gptfast.training.ranks import Ranks
+from gptfast.training.saver import Saver
 from gptfast.training.schedule import learning_rate
 from gptfast.training.spikes import beyond, remember, too_many, what_is_wrong
 from gptfast.training.timing import RunClock
@@ -46,11 +53,13 @@ class Updates:
     progress: TrainingProgress
     clock: RunClock
     ranks: Ranks | None
+    saver: Saver
     _is_main: bool
     _last_is_intact: bool
     _unfinished: int | None
     _evaluated: int
     _saved: int
+    _saves: int
     _rows: int
     _wrong_in_a_row: int
 
@@ -66,7 +75,7 @@ class Updates:
         self._rows = config.batch_size * len(batches)
         figures = self.objective.add_gradients(batches, self.autocast, self.device)
         loss = figures["loss"]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizers), config.grad_clip or math.inf))
+        norm = clip_gradients(parameters_of(self.optimizers), config.grad_clip or math.inf, self.ranks)
         record = {**figures, "lr": rate, "grad_norm": norm}
         wrong = what_is_wrong(loss, norm, state.recent)
         if wrong:
@@ -109,7 +118,7 @@ class Updates:
         place, again = "", ""
         if not finite:
             place = self.objective.where_not_finite(batches, self.autocast, self.device, self._unfinished)
-        if self._is_main:
+        if self._is_main or (self.ranks is not None and self.ranks.sharding):
             about = {"step": step, "wrong": wrong, "dtype": self.config.dtype}
             about["dropout"] = [network.dropout_seed, self._unfinished]
             try:
@@ -131,6 +140,7 @@ class Updates:
 
     def _rewind(self, wrong: str, rows: int) -> None:
         """Go back to RUN/last, and leave the batch at `rows` out from now on."""
+        self.saver.finish()
         old, last = self.state, self.out / "last"
         checkpoint = read_checkpoint(last)
         self.objective.restore(last)
@@ -151,28 +161,60 @@ class Updates:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def _save(self) -> None:
-        """Write RUN/last, and RUN/best if this is the best step so far; with ranks, on rank 0 while the others wait."""
-        if self.ranks is None:
-            self._write()
-        else:
-            self.ranks.main_first(self._write, "the checkpoint")
-        self._saved = self.state.step
+        """Write RUN/last, and RUN/best if this is the best step so far; with ranks, on rank 0 while the others wait, or in
+        all where the model is divided."""
+        ranks, self._saved = self.ranks, self.state.step
+        self._saves += 1
+        if ranks is not None and ranks.sharding:
+            parts = Parts(ranks, self._saves, self.objective.network, self.optimizers, self.saver.background)
+            self.saver.save(
+                partial(parts.lead, self._writing()) if ranks.is_main else partial(parts.follow, self.out / "last")
+            )
+        elif self._is_main and self.saver.background:
+            self.saver.save(self._alone(copy=True))
+        elif ranks is None:
+            self._alone()()
+        elif not self.saver.background:
+            ranks.main_first(lambda: self._alone()(), "the checkpoint")
 
     def save_alone(self) -> None:
-        """Save what the last whole step left, where other ranks are lost, unless one of them has."""
+        """Save what the last whole step left, where other ranks are lost, unless one of them has, or the model is divided."""
+        if self.ranks is not None and self.ranks.sharding:
+            return
         if self._unfinished is not None:
             self.objective.network.dropout_step = self._unfinished
+        with suppress(OSError):
+            self.saver.finish()
         if saved_step(self.out / "last") < self.state.step:
-            self._write()
+            self._alone()()
 
-    def _write(self) -> None:
-        self.state.seconds, self.state.evaluated = self.clock.seconds, self._evaluated
-        last, objective = self.out / "last", self.objective
-        if self.config.keep_last > 1 and self._last_is_intact:
-            keep_last(self.out)
-        about = (objective.tokenizer, self.state, self.config, self.source)
-        save_checkpoint(last, objective.network, self.optimizers, *about, write=objective.write)
-        if self.state.best_step == self.state.step > 0:
-            copy_checkpoint(last, self.out / "best")
-        self._last_is_intact = True
-        forget(self.out, self.config.keep_last)
+    def _alone(self, copy: bool = False) -> Callable[[], None]:
+        """A function that writes the checkpoint of a model that this process has whole; with `copy` as it is now."""
+        write, tensors = self.objective.writer(copy), optimizer_tensors(self.objective.network, self.optimizers)
+        if copy:
+            tensors = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
+
+        def content(stage: Path) -> dict[str, str]:
+            write(stage)
+            write_tensors(stage / OPTIMIZER, tensors)
+            return {}
+
+        return partial(self._writing(), content)
+
+    def _writing(self) -> Callable[[Callable[[Path], dict[str, str]]], None]:
+        """A function of what writes model and optimizers to a folder: it writes the checkpoint of the run as it is now."""
+        state, objective = self.state, self.objective
+        state.seconds, state.evaluated = self.clock.seconds, self._evaluated
+        trainer = described_run(objective.network, state, self.config, self.source)
+        last, is_best = self.out / "last", state.best_step == state.step > 0
+
+        def write(content: Callable[[Path], dict[str, str]]) -> None:
+            if self.config.keep_last > 1 and self._last_is_intact:
+                keep_last(self.out)
+            write_checkpoint(last, trainer, objective.tokenizer, content)
+            if is_best:
+                copy_checkpoint(last, self.out / "best")
+            self._last_is_intact = True
+            forget(self.out, self.config.keep_last)
+
+        return write

@@ -77,7 +77,7 @@ def test_patience_and_the_best_metric_survive_a_resumption(tmp_path):
 def test_a_checkpoint_without_the_later_fields_is_read(tmp_path):
     import json
 
-    from gptfast.training.checkpoint import _own_checksum
+    from gptfast.training.checksums import own_checksum
 
     loop(tmp_path, QUICK.replace(max_steps=3)).train()
     file = tmp_path / "last" / "trainer.json"
@@ -85,7 +85,7 @@ def test_a_checkpoint_without_the_later_fields_is_read(tmp_path):
     for name in ("best_metric", "stale", "evaluated"):
         del raw["state"][name]
     del raw["config"]["patience"]
-    raw["files"]["trainer.json"] = _own_checksum(raw)
+    raw["files"]["trainer.json"] = own_checksum(raw)
     file.write_text(json.dumps(raw))
     found = read_checkpoint(tmp_path / "last")
     assert (found.state.stale, found.state.best_metric, found.config.patience) == (0, None, None)

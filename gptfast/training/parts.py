@@ -1,0 +1,212 @@
+"""Checkpoints of a model that is divided among ranks: each writes its parts, and rank 0 puts those of the model together.
+
+    optimizer-00001-of-00002.safetensors   rank 0's part of the optimizers' state, and so on
+
+These are files of torch.distributed.checkpoint (its HuggingFaceStorageWriter): what each holds stands in its header, and any
+number of processes reads its own parts. The model's parts go to part-*.safetensors for the time of a save; rank 0 reads them as
+it fills the files of the model, so no process holds more of the model than one file of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from gptfast._files import checksum, open_read
+from gptfast._folders import STAGE, sync
+from gptfast._snapshots import current, current_files
+from gptfast.checkpoints import hf_layout
+from gptfast.models import GPT
+from gptfast.models.export import Description, described, write_tensors
+from gptfast.training.checkpoint import OPTIMIZER
+from gptfast.training.optim import empty_optimizer_tensors, optimizer_tensors, restore_optimizers
+from gptfast.training.ranks import Ranks
+from gptfast.training.sharding import is_sharded, local, rows_of
+
+_PART = re.compile(r"optimizer-(\d+)-of-(\d+)\.safetensors")
+_WHAT = "the checkpoint"
+
+
+class Parts:
+    """This rank's parts of the model and of the optimizers' state, to be written together with those of the others.
+
+    Args:
+        ranks: of the run.
+        number: of the save among those of this process; the same on all ranks.
+        model, optimizers: sharded.
+        copy: take copies, so that `lead` or `follow` may run in a thread while training goes on.
+    """
+
+    def __init__(
+        self, ranks: Ranks, number: int, model: GPT, optimizers: Sequence[torch.optim.Optimizer], copy: bool
+    ) -> None:
+        self._ranks, self._key = ranks, f"save/{number}"
+        state = optimizer_tensors(model, optimizers)
+        own = {name: x for name, x in state.items() if is_sharded(x) or ranks.is_main}
+        self._offsets = {name: [rows_of(x)[0], *[0] * (x.dim() - 1)] if x.dim() else [] for name, x in own.items()}
+        self._state = _filled(own, copy)
+        self._model = _filled(dict(model.named_parameters()), copy)
+        with torch.device("meta"):
+            twin = GPT(model.config)
+        twin.metadata = model.metadata
+        self._twin = twin.to(model.wte.weight.dtype)
+
+    def lead(self, save: Callable[[Callable[[Path], dict[str, str]]], None]) -> None:
+        """On rank 0: call save(content), where content writes the parts of all ranks to a folder and returns checksums."""
+        try:
+            save(self._gathered)
+        except BaseException:
+            self._ranks.claims()  # before the others see it
+            raise
+        self._ranks.tell(f"{self._key}/end", "")
+
+    def follow(self, folder: Path) -> None:
+        """On the others: write the parts to the folder that rank 0 fills, and wait until it is whole.
+
+        Raises:
+            RankLostError: another rank failed.  OSError: they cannot be written.
+        """
+        self._ranks.ask(f"{self._key}/stage", _WHAT)
+        try:
+            sums = self._write(Path(os.path.realpath(folder)) / STAGE)
+        except BaseException:
+            self._ranks.claims()
+            raise
+        self._ranks.tell(f"{self._key}/{self._ranks.rank}", json.dumps(sums))
+        self._ranks.ask(f"{self._key}/end", _WHAT)
+
+    def _gathered(self, stage: Path) -> dict[str, str]:
+        ranks = self._ranks
+        ranks.tell(f"{self._key}/stage", "")
+        sums = self._write(stage)
+        for rank in range(1, ranks.size):
+            sums |= json.loads(ranks.ask(f"{self._key}/{rank}", _WHAT))
+        files = [stage / _part(rank) for rank in range(ranks.size)]
+        put_together(self._twin, files).write(stage)
+        for file in files:
+            file.unlink()
+        return sums
+
+    def _write(self, stage: Path) -> dict[str, str]:
+        rank, size = self._ranks.rank, self._ranks.size
+        write_tensors(stage / _part(rank), self._model)
+        file = stage / f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
+        offsets = {name: {"saved_offsets": self._offsets[name]} for name in self._state}
+        write_tensors(file, self._state, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)})
+        sync(file)
+        return {file.name: checksum(file)}
+
+
+def _part(rank: int) -> str:
+    return f"part-{rank:05d}.safetensors"
+
+
+def _filled(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
+    """This rank's parts that are not empty, on the CPU."""
+    own = {name: local(x).detach() for name, x in tensors.items()}
+    return {name: x.to("cpu", copy=copy).contiguous() for name, x in own.items() if x.numel()}
+
+
+def put_together(twin: GPT, files: Sequence[Path]) -> Description:
+    """The files of a model whose parameters stand in parts.
+
+    Args:
+        twin: the model without values, on the meta device.
+        files: with the rows of the first rank, of the second, and so on.
+    """
+    whole, parts = described(twin), [safe_open(file, "pt") for file in files]
+    names = [set(part.keys()) for part in parts]
+
+    def read(key: str) -> Tensor:
+        name = hf_layout.from_file(key) or key
+        rows = [part.get_tensor(name) for part, held in zip(parts, names, strict=True) if name in held]
+        if not rows:  # a bias that the model lacks and transformers has
+            expected = whole.read(key)
+            return torch.zeros(expected.shape, dtype=expected.dtype)
+        x = torch.cat(rows) if len(rows) > 1 else rows[0]
+        return x.t() if hf_layout.is_conv1d(name) else x
+
+    return Description(whole.settings, whole.generation, whole.sizes, read)
+
+
+def optimizer_parts(folder: Path) -> list[Path]:
+    """The files of an optimizer's state that is in parts, in order; []: it is in one file, or there is none.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+    """
+    found = {
+        int(match[1]): (path, int(match[2])) for path in current_files(folder) if (match := _PART.fullmatch(path.name))
+    }
+    if not found:
+        return []
+    path, count = next(iter(found.values()))
+    for number in range(1, count + 1):
+        if number not in found:
+            missing = path.with_name(f"optimizer-{number:05d}-of-{count:05d}.safetensors")
+            raise FileNotFoundError(f"{missing} is missing; resume from another checkpoint, such as RUN/best")
+    return [found[number][0] for number in range(1, count + 1)]
+
+
+def read_parts(files: Sequence[Path], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fill tensors, of which this process may have a part only, from files that may hold them in other parts.
+
+    Args:
+        files: of `Parts`, or one file with whole tensors.
+        wanted: by name; filled in place.
+    Returns:
+        Those that the files have in the same shape.
+    Raises:
+        SafetensorError: a file is damaged.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    reader: Any = HuggingFaceStorageReader(str(files[0].parent))
+    reader.fs.ls = lambda path: [str(file) for file in files]  # and not the model beside them
+    stored = reader.read_metadata().state_dict_metadata
+    found = {name: x for name, x in wanted.items() if name in stored and stored[name].size == x.shape}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it is meant here
+        load({name: x for name, x in found.items() if x.dim()}, storage_reader=reader, no_dist=True)
+    for file in files:  # the reader takes slices, which a scalar has none of
+        with safe_open(file, "pt") as part:
+            for name in set(part.keys()) & found.keys():
+                if not found[name].dim():
+                    found[name].copy_(part.get_tensor(name))
+    return found
+
+
+def load_optimizers(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Restore the optimizers' state from a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged, or belongs to another model.
+    """
+    path = current(folder, OPTIMIZER)
+    parts = optimizer_parts(folder)
+    if not (parts or path.exists()):
+        raise FileNotFoundError(
+            f"{path} is missing; start a new run from these weights with gptfast train --init-from {folder}"
+        )
+    open_read(parts[0] if parts else path).close()  # its errors name the file
+    try:
+        if parts or any(is_sharded(p) for p in model.parameters()):
+            tensors = read_parts(parts or [path], empty_optimizer_tensors(model, optimizers))
+        else:
+            tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or cut short ({error}); resume from another checkpoint, such as RUN/best"
+        ) from error
+    restore_optimizers(model, optimizers, tensors, str(path))

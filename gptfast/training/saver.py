@@ -1,0 +1,61 @@
+"""When a checkpoint is written: at once, or in a thread while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from gptfast.training.ranks import RankLostError
+
+Job = Callable[[], None]
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time.
+
+    What a thread writes counts once it is whole, as any save: a kill before that leaves the checkpoint before it.
+
+    Args:
+        background: write in a thread.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self.background = background
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, job: Job) -> None:
+        """Run a job that writes a checkpoint; in the background it has copies of all that it writes.
+
+        Raises:
+            Whatever the job raises, or in the background what the one before it raised.
+        """
+        if not self.background:
+            return job()
+        self.finish()
+        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self, job: Job) -> None:
+        try:
+            job()
+        except BaseException as error:  # raised where training can end
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what a save in the background has raised."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def finish(self) -> None:
+        """Wait for the save in the background. Raises what it raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def close(self, after: BaseException) -> None:
+        """Wait, where training has failed, for a save that can come to its end."""
+        if self._thread is not None and not isinstance(after, RankLostError):
+            self._thread.join()
