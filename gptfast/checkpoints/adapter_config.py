@@ -98,6 +98,9 @@ class LoraConfig:
             raise TypeError(f"LoraConfig: modules_to_save is {self.modules_to_save!r}; expected a list of names")
         named = _names("modules_to_save", self.modules_to_save)
         self.modules_to_save = named if isinstance(named, list) else None
+        layers = self.layers_to_transform
+        for layer in layers if isinstance(layers, (list, tuple)) else () if layers is None else (layers,):
+            check_count("LoraConfig", "layers_to_transform", layer, 0)
         for pattern, rank in self.rank_pattern.items():
             check_count("LoraConfig", f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():

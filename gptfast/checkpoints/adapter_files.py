@@ -70,6 +70,16 @@ def _opened(folder: Path) -> AdapterFile:
         return AdapterFile(folder, config, weights, opened.metadata() or {})
 
 
+def embedding_rows(folder: Path) -> int | None:
+    """The rows of the token embedding of which an adapter has a copy; None: it has none.
+
+    Raises:
+        OSError, ValueError: as `open_adapter`.
+    """
+    shapes = open_adapter(folder).weights.shapes
+    return next((shape[0] for key, shape in shapes.items() if our_key(key) == "wte.weight"), None)
+
+
 def our_key(key: str) -> str:
     """A key without what depends on the architecture and on how the model was wrapped."""
     name = key.removeprefix(PREFIX).removeprefix("base_model.")

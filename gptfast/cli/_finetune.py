@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from gptfast.cli._names import option_name
 
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
 COMPARISON = "compare.json"
 _SHOWN = 4  # rows of --show-batch
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes
 
 
 def describe(run: Finetuning) -> list[str]:
@@ -87,7 +92,7 @@ def _use(run: Finetuning) -> str:
         return f"gptfast.finetuning.TaskModel.from_pretrained({best!r}).predict([…])"
     if run.method.method == "full":
         return f"gptfast generate --model {quote(best)} --prompt …"
-    return f"GPT.from_pretrained({run.task.model!r}).load_adapter({best!r})"
+    return f"gptfast generate --model {quote(str(run.task.model))} --adapter {quote(best)} --prompt …"
 
 
 def show_batch(run: Finetuning) -> None:
@@ -138,6 +143,8 @@ def _rows(run: Finetuning) -> list[tuple[list[int], list[int], str]]:
 def compare(options: dict[str, Any]) -> None:
     """Run every method in a process of its own; print a table and write OUT/compare.json, without those that fail.
 
+    Ctrl-C ends the method that runs, which saves, and starts no other. With `resume` each method goes on where it was.
+
     Raises:
         RuntimeError: a method failed.
     """
@@ -151,15 +158,12 @@ def compare(options: dict[str, Any]) -> None:
     failed: list[str] = []
     for method in METHODS:
         print(f"---- {method} " + "-" * 60, flush=True)
-        given = {k: v for k, v in options.items() if k not in ("compare", "out")}
-        command = [
-            sys.executable,
-            "-m",
-            "gptfast",
-            "finetune",
-            *arguments({**given, "method": method, "out": out / method}),
-        ]
-        code = subprocess.run(command, check=False).returncode
+        left = ("compare", "out", *(() if (out / method / "last").exists() else ("resume",)))
+        given = {k: v for k, v in options.items() if k not in left}
+        code = _run([*("-m", "gptfast", "finetune"), *arguments({**given, "method": method, "out": out / method})])
+        if code in _INTERRUPTED:
+            print("interrupted; to continue: the same command with --resume", file=sys.stderr)
+            raise typer.Exit(code)
         if code:
             failed.append(f"{method} ended with code {code}")
         else:
@@ -169,6 +173,14 @@ def compare(options: dict[str, Any]) -> None:
         print_table(results)
     if failed:
         raise RuntimeError(f"finetune: `method` {', '.join(failed)}; its message is above")
+
+
+def _run(arguments: list[str]) -> int:
+    """Run Python; its exit code. Ctrl-C reaches it too, and it is waited for."""
+    process = subprocess.Popen([sys.executable, *arguments])
+    while True:
+        with suppress(KeyboardInterrupt):
+            return process.wait()
 
 
 def arguments(options: dict[str, Any]) -> list[str]:

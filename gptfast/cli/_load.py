@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gptfast.models import GPT
     from gptfast.tokenizer import Tokenizer
 
 MODEL_HELP = "Checkpoint folder, such as runs/bard/best, nanoGPT's ckpt.pt, or a Hugging Face hub id."
@@ -29,7 +30,7 @@ def load(
     Args:
         model: a checkpoint folder, nanoGPT's ckpt.pt, or a hub id.
         quantize: a format of `GPT.compile_for_inference`; None: the weights as they are.
-        tokenizer: "gpt2" or a folder; None: the checkpoint's own.
+        tokenizer: "gpt2" or a folder; None: the checkpoint's own, or that of the adapters, see `_adapters_tokenizer`.
         adapters: folders of adapters by name; the last one is active.
     """
     from gptfast._snapshots import read_whole
@@ -44,9 +45,49 @@ def load(
     else:
         stored, found = StoredModel(path), load_tokenizer(tokenizer)
     gpt = build(GPT, stored, None, {})
+    if adapters and quantize is None:
+        _make_room(gpt, adapters)
+    if adapters and tokenizer is None:
+        found = _adapters_tokenizer(found, adapters, gpt.config.vocab_size)
     for name, folder in (adapters or {}).items():
         gpt.load_adapter(folder, name)
     return gpt if quantize is None else gpt.compile_for_inference(quantize), lenient(found)
+
+
+def _make_room(gpt: GPT, adapters: Mapping[str, str]) -> None:
+    """Give a model rows for the new tokens of adapters, such as those of a chat, of which these have trained copies."""
+    from gptfast.checkpoints.adapter_files import embedding_rows
+
+    rows = max((embedding_rows(Path(folder)) or 0 for folder in adapters.values()), default=0)
+    if rows > gpt.config.vocab_size:
+        gpt.resize_token_embeddings(rows)
+
+
+def _adapters_tokenizer(base: Tokenizer, adapters: Mapping[str, str], rows: int) -> Tokenizer:
+    """The tokenizer of adapters that have the base's with more tokens or a chat template; else the base's.
+
+    Args:
+        base: the tokenizer of the model.
+        adapters: folders by name.
+        rows: of the model's embedding; a tokenizer with more tokens, as that of a classifier, is not used.
+    Raises:
+        ValueError: adapters with different ones.
+    """
+    from gptfast.tokenizer import has_tokenizer, load_tokenizer
+
+    own: dict[str, Tokenizer] = {}
+    for name, folder in adapters.items():
+        found = load_tokenizer(folder) if has_tokenizer(folder) else base
+        if base.vocab_size <= found.vocab_size <= rows and found.files() != base.files():
+            own[name] = found
+    first = next(iter(own.values()), base)
+    for name, found in own.items():
+        if found.files() != first.files():
+            raise ValueError(
+                f"{adapters[name]}: the adapter {name!r} has another tokenizer than {next(iter(own))!r}; run them apart, or name "
+                "one with `tokenizer`"
+            )
+    return first
 
 
 def _own_tokenizer(path: Path) -> Tokenizer:

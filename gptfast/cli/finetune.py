@@ -55,6 +55,24 @@ def finetune(options: dict[str, Any]) -> None:
     that is loaded on its model. OUT/metrics.json has the figures, OUT/loss.png
     the learning curve, OUT/confusion.png which classes are confused. Ctrl-C
     saves and stops; --resume continues.
+
+    [bold]Examples[/]
+
+      Train every weight to tell classes apart, and judge by a file of its own:
+
+      [cyan]gptfast finetune --model runs/bard/best --data train.jsonl --eval-data test.jsonl --task classification[/]
+
+      Train small matrices beside the frozen weights (LoRA), with the first rows shown:
+
+      [cyan]gptfast finetune --model gpt2 --data chats.jsonl --task chat --method lora --show-batch --out runs/chat[/]
+
+      The same beside weights in 4 bits, for a large model:
+
+      [cyan]gptfast finetune --model gpt2-xl --data chats.jsonl --task chat --method qlora --recompute --out runs/chat[/]
+
+      Which method suits the task?
+
+      [cyan]gptfast finetune --model runs/bard/best --data train.jsonl --task classification --compare --out runs/methods[/]
     """
     from gptfast.finetuning.launch import new_run, resumed_run
     from gptfast.finetuning.results import finish

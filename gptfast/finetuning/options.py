@@ -199,7 +199,7 @@ class RunOptions(PlaceOptions):
 def training_config(method: str, options: Mapping[str, Any], steps: int) -> TrainConfig:
     """The TrainConfig of a new run; what was not given has the method's default."""
     given = {name: value for name, value in options.items() if name in TRAINING}
-    max_steps = given.pop("max_steps", None) or steps
+    max_steps = given.pop("max_steps", steps)
     return TrainConfig(
         **{
             **DEFAULTS[method],

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from gptfast import ops
-from gptfast._warn import warn
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.quantized import QuantizedLinear
@@ -118,13 +117,8 @@ class _Saved(nn.Module):
         return torch.cat(results)
 
     def _copy_of(self, names: tuple[str, ...]) -> nn.Module | None:
-        found = [name for name in names if name in self.modules_to_save]
-        if len(found) > 1:
-            raise ValueError(
-                f"GPT: the adapters {', '.join(found)} each have a copy of one {type(self).__name__[5:]} and cannot be added "
-                "up; activate one of them"
-            )
-        return self.modules_to_save[found[0]] if found else None
+        """Of adapters that are active together at most one has a copy."""
+        return next((self.modules_to_save[name] for name in names if name in self.modules_to_save), None)
 
 
 class SavedLinear(_Saved, Linear):
@@ -202,28 +196,6 @@ def embedded(
     return table.by_rows(
         lambda copy, ids, at: embed(ids, at, cast(nn.Embedding, copy or table).weight), selection, ids, at
     )
-
-
-def watch(model: nn.Module, state: AdapterState, loss: Tensor) -> None:
-    """Warn if adapters get no gradient from the first backward pass of a loss, as under checkpointing with use_reentrant."""
-    if state.watched or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    if not loss.requires_grad:
-        state.watched = True
-        return warn("GPT: the loss depends on no trained parameter; is an adapter active and enabled (set_adapter)?")
-
-    def look() -> None:
-        state.watched = True
-        own = adapter_modules(model)
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and n.rpartition(".")[0] in own]
-        missing = [n for n, p in trained if p.grad is None]
-        if missing and len(missing) < len(trained):  # none at all: torch.autograd.grad
-            warn(
-                f"GPT: {missing[0]} and {len(missing) - 1} more parameters of adapters got no gradient; checkpoint with "
-                "use_reentrant=False"
-            )
-
-    loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(look))
 
 
 def _rows_of(x: Any, part: Part) -> Any:

@@ -45,7 +45,7 @@ class AdapterState:
     enabled: False: such a forward uses none.
     names: of all adapters of the model.
     drops: whether one of them has dropout.
-    watched: whether a backward pass has been checked, see `gptfast.nn.adapted.watch`.
+    watched: whether a backward pass has been checked, told: the names of rows; see `gptfast.nn.adapter_watch`.
     """
 
     active: tuple[str, ...] = ()
@@ -54,6 +54,7 @@ class AdapterState:
     names: tuple[str, ...] = ()
     drops: bool = False
     watched: bool = False
+    told: bool = False
 
     def selection(self, rng: tuple[int, int] | None = None) -> Selection:
         """The selection of a forward without adapter_names."""
@@ -97,8 +98,8 @@ def check_adapter(op: str, names: Sequence[str], name: Any) -> None:
 
 
 def known_adapters(op: str, names: Sequence[str], wanted: str | Sequence[str]) -> tuple[str, ...]:
-    """`wanted` as a tuple. Raises ValueError for one that is not in `names`, those that the model has."""
-    chosen = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    """`wanted` as a tuple, each name once. Raises ValueError for one that is not in `names`, those that the model has."""
+    chosen = (wanted,) if isinstance(wanted, str) else tuple(dict.fromkeys(wanted))
     for name in chosen:
         if name not in names:
             has = ", ".join(map(repr, names)) or "none"

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops
 from gptfast.config import GPTConfig
-from gptfast.nn.adapted import DROPOUTS, call, embedded, watch
+from gptfast.nn.adapted import DROPOUTS, call, embedded
+from gptfast.nn.adapter_watch import watch, watch_rows
 from gptfast.nn.block import Block, add_branch
 from gptfast.nn.counts import Counted
 from gptfast.nn.dropout import DropoutCounter, NumberedDropouts
@@ -165,8 +166,8 @@ class Transformer(Counted, NumberedDropouts):
             else:
                 logits = call(self.lm_head, adapters, x)
                 loss = ops.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=ignore_index)
-            if self.training and self.adapters is not None and adapter_names is None:
-                watch(self, self.adapters, loss)
+            if self.training and self.adapters is not None:
+                watch(self, self.adapters, loss) if adapter_names is None else watch_rows(self, self.adapters, adapters)
             if logits is None or self.training:
                 return None, loss
             return logits if x.shape[1] == tokens.shape[1] else logits[:, : tokens.shape[1]], loss

@@ -20,6 +20,8 @@ def lock_run(out: Path) -> FileLock:
         BlockingIOError: another process trains in the folder.
         OSError: the folder cannot be written.
     """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file, and a run is kept in a folder; choose another `out`")
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK)
     holder = lock.acquire(wait=0.5)

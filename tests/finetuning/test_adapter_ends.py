@@ -10,7 +10,8 @@ import torch
 
 from gptfast import GPT
 from gptfast.backend import has_cpu_ops
-from gptfast.finetuning import LoraConfig
+from gptfast.finetuning import LoraConfig, set_up_chat
+from gptfast.tokenizer import load_tokenizer
 from tests.finetuning.models import gpt
 from tests.support.finetuning import base, result, write
 from tests.support.finetuning import finetune as run
@@ -84,3 +85,36 @@ def test_a_resumed_chat_keeps_it(tmp_path):
     assert gptfast("finetune", "--resume", "--out", tmp_path / "out", "--max-steps", "4") == 0
     assert result(tmp_path)["steps"] == 4
     assert json.loads(file.read_text()) == before
+
+
+def test_the_command_takes_the_tokens_of_a_chat(tmp_path, capsys):
+    """Of an adapter whose template has new tokens: rows and tokenizer are those of its folder, as `use` says."""
+    base(tmp_path / "base")
+    chat = [{"messages": [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]}] * 8
+    more = ("--data", write(tmp_path / "chat.jsonl", chat), "--method", "lora", "--max-steps", "2")
+    assert run(tmp_path, *more, task="chat") == 0
+    best = tmp_path / "out" / "best"
+    use = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("use "))
+    command = use.split()[2:-1]
+    assert command == ["generate", "--model", str(tmp_path / "base"), "--adapter", str(best), "--prompt"]
+    prompt = "<|im_start|>user\ncat<|im_end|>\n<|im_start|>assistant\n"
+    assert gptfast(*command, prompt, "--special-tokens", "--temperature", "0", "--max-new-tokens", "9") == 0
+    tokenizer = load_tokenizer(best)
+    model = GPT.from_pretrained(tmp_path / "base").eval()
+    model.resize_token_embeddings(tokenizer.vocab_size)
+    model.load_adapter(best)
+    (ids,) = model.generate([tokenizer.encode(prompt, allowed_special="all")], 9)
+    assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
+
+
+def test_adapters_with_different_tokenizers_are_told(tmp_path, capsys):
+    at = base(tmp_path / "base")
+    for name, tokens in (("one", ["<a>"]), ("two", ["<b>"])):
+        model = GPT.from_pretrained(at)
+        tokenizer = set_up_chat(model, load_tokenizer(at), end_token=tokens[0], special_tokens=tokens)
+        model.add_adapter(LoraConfig(r=2, modules_to_save=["wte"], ensure_weight_tying=True))
+        model.save_adapter(tmp_path / name)
+        tokenizer.save(tmp_path / name)
+    options = [f"--adapter={name}={tmp_path / name}" for name in ("one", "two")]
+    assert gptfast("serve", "--model", at, "--port", "0", *options) == 1
+    assert "the adapter 'two' has another tokenizer than 'one'; run them apart" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from gptfast import GPT
+from gptfast.cli import _finetune
 from gptfast.finetuning import TaskModel, finetune, metrics, read_examples
 from gptfast.tokenizer import load_tokenizer
 from gptfast.training.log import read_log
@@ -173,3 +174,24 @@ def test_compare_runs_every_method_and_prints_a_table(tmp_path, capfd):
     assert [r["method"] for r in json.loads((tmp_path / "out" / "compare.json").read_text())] == [
         *("full", "lora", "qlora", "prompt")
     ]
+
+
+def test_ctrl_c_ends_a_comparison_and_resume_goes_on(tmp_path, capsys, monkeypatch):
+    """The method that runs saves and is the last; with --resume those that have begun go on, the others begin."""
+    begun: list[list[str]] = []
+
+    def interrupted(arguments: list[str]) -> int:
+        begun.append(arguments)
+        return 130
+
+    monkeypatch.setattr(_finetune, "_run", interrupted)
+    assert run(tmp_path, "--compare") == 130
+    assert "the same command with --resume" in capsys.readouterr().err
+    assert [a[a.index("--method") + 1] for a in begun] == ["full"]
+    monkeypatch.setattr(_finetune, "_run", lambda arguments: begun.append(arguments) or 1)
+    (tmp_path / "out" / "full" / "last").mkdir(parents=True)
+    assert run(tmp_path, "--compare", "--resume") == 1
+    assert {a[a.index("--method") + 1]: "--resume" in a for a in begun[1:]} == {
+        **{"full": True, "lora": False},
+        **{"qlora": False, "prompt": False},
+    }

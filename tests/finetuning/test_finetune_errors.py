@@ -84,6 +84,8 @@ OPTIONS = {
     "a class weight of no class": (["--class-weights", "poem=2"], "expected LABEL=NUMBER with a label of pet, war"),
     "a class weight that is no number": (["--class-weights", "war=two"], "--class-weights has 'war=two'"),
     "a rank of 0": (["--method", "lora", "--lora-r", "0"], "--lora-r is 0"),
+    "no step": (["--max-steps", "0"], "--max-steps is 0; expected at least 1"),
+    "a file in place of the run": (["--out", "base/config.json"], "is a file, and a run is kept in a folder"),
     "a dropout of 1": (["--method", "lora", "--lora-dropout", "1"], "--lora-dropout is 1"),
     "a model that is not there": (["--model", "nowhere/at/all"], "nowhere/at/all"),
     "resuming nothing": (["--resume", "--out", "nothing"], "no training run to resume"),

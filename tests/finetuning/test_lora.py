@@ -258,10 +258,12 @@ def test_bad_modules_leave_the_model_as_it_was(case: str):
         {"bias": "some"},
         {"init_lora_weights": "pissa"},
         {"rank_pattern": {"c_attn": 0}},
+        {"layers_to_transform": "h"},
+        {"layers_to_transform": [0, -1]},
     ],
 )
 def test_what_a_config_refuses_is_named(options: dict[str, Any]):
-    with pytest.raises(ValueError, match=f"LoraConfig: {next(iter(options))}"):
+    with pytest.raises((TypeError, ValueError), match=f"LoraConfig: {next(iter(options))}"):
         LoraConfig(**options)
 
 

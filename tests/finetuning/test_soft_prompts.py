@@ -238,6 +238,27 @@ def test_a_mixed_batch_trains_every_adapter():
         torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_rows_under_adapters_that_are_not_trained_are_said():
+    """The active ones are trained, and a row has one prompt; set_requires_grad trains others beside them."""
+    gpt, names, ids = mixed()
+    gpt.train()
+    frozen = [name for name in dict.fromkeys(names) if name not in ("__base__", *gpt.active_adapters)]
+    with pytest.warns(
+        UserWarning, match=f"adapter_names has '{frozen[0]}'.*, which get no gradient.*set_requires_grad"
+    ):
+        gpt(ids, labels=ids, adapter_names=names)[1].backward()
+    gpt.set_requires_grad(frozen)
+    gpt(ids, labels=ids, adapter_names=names)[1].backward()
+    own = [(n, p) for n, p in gpt.named_parameters() if p.requires_grad]
+    assert {name for name in frozen if any(f".{name}." in n for n, _ in own)} == set(frozen)
+    assert all(p.grad is not None for _, p in own)
+    assert not any(p.requires_grad for n, p in gpt.named_parameters() if n in ("wte.weight", "ln_f.weight"))
+    gpt.set_requires_grad(frozen, False)
+    assert not any(p.requires_grad for n, p in gpt.named_parameters() if any(f".{name}." in n for name in frozen))
+    with pytest.raises(ValueError, match="set_requires_grad: there is no adapter 'no'"):
+        gpt.set_requires_grad(["no"])
+
+
 def test_a_low_rank_update_beside_a_prompt():
     gpt, _, ids = mixed()
     gpt.set_adapter(["lora", "short"])

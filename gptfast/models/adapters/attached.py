@@ -14,10 +14,10 @@ from gptfast._warn import warn
 from gptfast.checkpoints.adapter_config import AdapterConfig, LoraConfig
 from gptfast.checkpoints.prompt_config import PromptTuningConfig, check_fits
 from gptfast.models.adapters import prompts
+from gptfast.models.adapters.copies import add_copies, check_copies
 from gptfast.models.adapters.targets import saved, targets
 from gptfast.models.quantized import format_of
-from gptfast.nn.adapted import ADAPTED, HOLDERS, LORA, SAVED, LoraFactor, LoraFactors, LoraLinear, make_plain, number_of
-from gptfast.nn.difference import USUAL
+from gptfast.nn.adapted import ADAPTED, HOLDERS, LORA, LoraFactor, LoraFactors, LoraLinear, make_plain, number_of
 from gptfast.nn.quantized import QuantizedLinear
 from gptfast.nn.selection import BASE, AdapterState, known_adapters
 from gptfast.nn.soft_prompt import one_prompt, prompts_of
@@ -115,7 +115,7 @@ def _add_lora(model: Transformer, config: LoraConfig, name: str, state: Adapters
         if number is None:  # a layer that a subclass has added
             number = 4 * model.config.n_layer
         _attach(model.get_submodule(path), name, state, a, b, number)
-    _copy(model, copies, config, name, state)
+    add_copies(model, copies, config, name, state)
     for path, parameter in _trained_biases(model, config, where):
         state.biases[path] = parameter.detach().clone()
 
@@ -156,35 +156,6 @@ def _attach(module: nn.Module, name: str, state: AdapterState, a: LoraFactor, b:
     module.train(module.training)
 
 
-def _copy(model: Transformer, paths: list[str], config: LoraConfig, name: str, state: AdapterState) -> None:
-    """Give modules the copies of `modules_to_save`."""
-    tied = config.ensure_weight_tying and model.lm_head.weight is model.wte.weight
-    for path in [*paths, *(["lm_head"] if tied and "wte" in paths and "lm_head" not in paths else [])]:
-        module = model.get_submodule(path)
-        original = next(kind for kind in SAVED if isinstance(module, kind))
-        copy = _like(original, module)
-        if type(module) is original:
-            module.__class__ = SAVED[original]
-            module.modules_to_save, module.state = nn.ModuleDict(), state  # pyright: ignore
-        module.modules_to_save[name] = copy  # pyright: ignore
-    if tied and "wte" in paths:
-        model.lm_head.modules_to_save[name].weight = model.wte.modules_to_save[name].weight  # pyright: ignore
-
-
-def _like(kind: type[nn.Module], module: nn.Module) -> nn.Module:
-    """A plain module with copies of the parameters of another, without its hooks."""
-    copy = kind.__new__(kind)
-    nn.Module.__init__(copy)
-    own = vars(module).keys() - USUAL - {"state", "number"}
-    copy.__dict__.update({key: vars(module)[key] for key in own}, training=module.training)
-    copy._parameters.update({key: _copied(p) for key, p in module._parameters.items()})
-    return copy
-
-
-def _copied(parameter: nn.Parameter | None) -> nn.Parameter | None:
-    return None if parameter is None else nn.Parameter(parameter.detach().clone())
-
-
 def _trained_biases(model: Transformer, config: AdapterConfig, where: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
     """The biases of the base that an adapter trains."""
     if not isinstance(config, LoraConfig) or config.bias == "none":
@@ -212,11 +183,21 @@ def activate(model: Transformer, names: str | Sequence[str]) -> None:
     state = adapters_of(model, "set_adapter")
     wanted = known_adapters("set_adapter", state.names, names)
     one_prompt("set_adapter", wanted, prompts_of(model))
+    check_copies(model, "set_adapter", wanted)
     state.active = wanted
     state.enabled = True
     for name in state.configs:
         for _, parameter in parameters_of(model, name):
             parameter.requires_grad_(name in state.active)
+
+
+def set_requires_grad(model: Transformer, names: str | Sequence[str], requires_grad: bool) -> None:
+    """Train adapters, or freeze them, whichever are active."""
+    check_not_merged(model, "set_requires_grad")
+    state = adapters_of(model, "set_requires_grad")
+    for name in known_adapters("set_requires_grad", state.names, names):
+        for _, parameter in parameters_of(model, name):
+            parameter.requires_grad_(requires_grad)
 
 
 def enable(model: Transformer, enabled: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gptfast._warn import warn
 from gptfast.checkpoints.prompt_config import PromptTuningConfig
 from gptfast.models.adapters.attached import adapters_of
+from gptfast.models.adapters.copies import check_copies
 from gptfast.nn.adapted import ADAPTED, PROMPTS, LoraLinear, make_plain
 from gptfast.nn.quantized import QuantizedLinear, dequantized, quantized
 from gptfast.nn.selection import known_adapters
@@ -42,6 +43,7 @@ def merge(model: Transformer, names: str | Sequence[str] | None) -> None:
             raise ValueError(
                 f"merge_adapter: {name!r} is a soft prompt, which has no weights to add to the base's; keep it beside the base"
             )
+    check_copies(model, "merge_adapter", wanted)
     found = {path: m for path, m in model.named_modules() if isinstance(m, ADAPTED)}
     merged = {path: _merged(path, module, wanted) for path, module in found.items()}
     for name in wanted:
@@ -102,8 +104,6 @@ def _merged(path: str, module: nn.Module, names: Sequence[str]) -> Parameters:
     """The parameters of a module with its adapters merged."""
     if not isinstance(module, LoraLinear):
         own = [name for name in names if name in module.modules_to_save]  # pyright: ignore
-        if len(own) > 1:
-            raise ValueError(f"merge_adapter: {', '.join(own)} each have a copy of {path}; merge one of them")
         return dict(module.modules_to_save[own[0]]._parameters) if own else {}  # pyright: ignore
     updates = [name for name in names if name in module.lora_A]
     if not updates:

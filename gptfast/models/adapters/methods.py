@@ -74,6 +74,15 @@ class AdapterMethods(Transformer):
         """
         attached.activate(self, names)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train these adapters too, or freeze them; `set_adapter` leaves only the active ones trained. For batches with
+        `adapter_names`: their rows may be under several soft prompts, of which one at most is active.
+
+        Raises:
+            ValueError: unknown name, or adapters are merged.
+        """
+        attached.set_requires_grad(self, adapter_names, requires_grad)
+
     @property
     def active_adapters(self) -> list[str]:
         """Names of the active adapters; none while they are disabled."""

@@ -13,6 +13,7 @@ from gptfast.checkpoints.adapter_config import LoraConfig
 from gptfast.nn.adapted import LORA, SAVED, LoraLinear, SavedLinear, adapter_modules
 from gptfast.nn.difference import true_config
 from gptfast.nn.linear import Linear
+from gptfast.nn.quantized import QuantizedLinear
 from gptfast.nn.transformer import Transformer
 
 ALL_LINEAR = "all-linear"
@@ -43,6 +44,12 @@ def targets(model: Transformer, config: LoraConfig) -> list[str]:
                 f"add_adapter: target_modules names {name}, a {type(modules[name]).__name__}; low-rank updates are for the "
                 f"linear layers ({_leaves(linear)}) - modules_to_save trains a copy of another module"
             )
+        if isinstance(modules[name], SavedLinear):
+            own = ", ".join(map(repr, modules[name].modules_to_save))
+            raise ValueError(
+                f"add_adapter: target_modules names {name}, of which {own} has a trained copy (modules_to_save); name other "
+                "modules, or delete that adapter"
+            )
     if not left:
         raise ValueError(
             f"add_adapter: target_modules={wanted!r} and the fields beside it leave no module; name others"
@@ -55,10 +62,11 @@ def saved(model: Transformer, config: LoraConfig) -> list[str]:
     modules = _modules(model)
     found = _named(model, config.modules_to_save or [], list(modules), "modules_to_save")
     for name in found:
-        if not isinstance(modules[name], tuple(SAVED)) or name == "wpe" or isinstance(modules[name], LoraLinear):
+        module = modules[name]
+        if not isinstance(module, tuple(SAVED)) or name == "wpe" or isinstance(module, (LoraLinear, QuantizedLinear)):
             raise ValueError(
-                f"add_adapter: modules_to_save names {name}, a {type(modules[name]).__name__}; expected wte, a LayerNorm, or a "
-                "linear layer without low-rank updates"
+                f"add_adapter: modules_to_save names {name}, a {type(module).__name__}; expected wte, a LayerNorm, or a linear "
+                "layer in floats without low-rank updates"
             )
     return found
 
