@@ -32,7 +32,7 @@ from gptfast.training.run_folder import check_room, locked_run
 
 Options = Mapping[str, Any]
 
-_MAY_CHANGE = MAY_CHANGE | {"epochs", "recompute", "show_batch", "compare"}
+_MAY_CHANGE = MAY_CHANGE | {"epochs", "show_batch", "compare"}
 
 
 @dataclass
@@ -111,7 +111,6 @@ def resumed_run(options: Options, progress: bool = True) -> Finetuning:
         known = {**vars(checkpoint.config), **stored}
         refuse_changes("finetune", options, known, _MAY_CHANGE, f"the run in {place.out}", "start a new run")
         task = TaskOptions(**values_of(TaskOptions, stored))
-        stored = {**stored, **({"recompute": options["recompute"]} if "recompute" in options else {})}
         method = MethodOptions(**values_of(MethodOptions, stored))
         labels = stored_labels(task, method)
         data = open_examples(str(task.data), task.eval_data, str(task.task), checkpoint.config.seed, labels)

@@ -33,12 +33,12 @@ def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[A
         }
         if not methods.is_adapter(method.method):
             model = TaskModel.from_pretrained(place, task=task.task, tokenizer=tokenizer, **given, **loading)
-            return _recomputing(model, method), model.tokenizer, notes, {}
+            return model, model.tokenizer, notes, {}
         gpt = GPT.from_pretrained(place, **loading)
         base = _base(gpt, place)
         model = TaskModel(gpt, str(task.task), tokenizer=tokenizer, **given)
         methods.attach(gpt, method, base["path"], False)
-        return _recomputing(model, method), model.tokenizer, notes, base
+        return model, model.tokenizer, notes, base
     if task.class_weights is not None:
         class_weights(task.class_weights, data)
     gpt = GPT.from_pretrained(place, **loading)
@@ -50,7 +50,7 @@ def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[A
         )
     if methods.is_adapter(method.method):
         methods.attach(gpt, method, base["path"], gpt.config.vocab_size > V)
-    return _recomputing(gpt, method), tokenizer, notes, base if methods.is_adapter(method.method) else {}
+    return gpt, tokenizer, notes, base if methods.is_adapter(method.method) else {}
 
 
 def stored_network(folder: Path, task: TaskOptions, method: MethodOptions, base: Any) -> tuple[Any, Any]:
@@ -63,8 +63,8 @@ def stored_network(folder: Path, task: TaskOptions, method: MethodOptions, base:
     if not methods.is_adapter(method.method):
         if task.task in METRICS:
             model = TaskModel.from_pretrained(folder, **loading)
-            return _recomputing(model, method), model.tokenizer
-        return _recomputing(GPT.from_pretrained(folder, **loading), method), load_tokenizer(folder)
+            return model, model.tokenizer
+        return GPT.from_pretrained(folder, **loading), load_tokenizer(folder)
     gpt = GPT.from_pretrained(str(base["path"]), **loading)
     if methods.base_fingerprint(gpt) != base["fingerprint"]:
         raise ValueError(
@@ -73,17 +73,12 @@ def stored_network(folder: Path, task: TaskOptions, method: MethodOptions, base:
         )
     if task.task in METRICS:
         model = task_adapters.put_on(TaskModel, gpt, folder, {})
-        return _recomputing(model, method), model.tokenizer
+        return model, model.tokenizer
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > gpt.config.vocab_size:
         gpt.resize_token_embeddings(tokenizer.vocab_size)
     gpt.load_adapter(folder, methods.NAME)
-    return _recomputing(gpt, method), tokenizer
-
-
-def _recomputing(network: Any, method: MethodOptions) -> Any:
-    (network.gpt if isinstance(network, TaskModel) else network).recompute = method.recompute
-    return network
+    return gpt, tokenizer
 
 
 def _base(gpt: GPT, place: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ _TASK, _METHOD, _DATA = "The task", "The method", "Data"
 # Fields of TrainConfig that are options.
 TRAINING = (
     *("max_steps", "batch_size", "grad_accum", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip"),
-    *("eval_every", "checkpoint_every", "patience", "log_every", "seed", "dtype", "device"),
+    *("eval_every", "checkpoint_every", "patience", "log_every", "seed", "dtype", "device", "recompute"),
 )
 # Defaults of TrainConfig's fields by method, where they are not its own. Full: GPT-1's fine-tuning had 6.25e-5 and a decay
 # of 0.01 (Radford et al. 2018, section 4.1). LoRA: that of GPT-2 (Hu et al., arXiv 2106.09685, table 11) for AdamW beside
@@ -138,12 +138,6 @@ class MethodOptions:
     )
     double_quant: bool = option(
         True, "Hold the scales of nf4 in 8 bits too, as QLoRA does: 4.13 bits a weight, without it 4.5.", group=_METHOD
-    )
-    recompute: bool = option(
-        False,
-        "Keep no activations inside the blocks, but compute these again in the backward pass: less memory, more time, the "
-        "same bits.",
-        group=_METHOD,
     )
     dropout: float | None = option(
         None,

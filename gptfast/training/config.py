@@ -176,6 +176,12 @@ class TrainConfig:
         group=_RUN,
     )
     device: str = device_option(_RUN)
+    recompute: bool = option(
+        False,
+        "Keep no activations inside the blocks, but compute these again in the backward pass: less memory, more time, the "
+        "same bits.",
+        group=_RUN,
+    )
 
     def __post_init__(self) -> None:
         check_fields("TrainConfig", self)

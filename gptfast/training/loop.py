@@ -83,6 +83,7 @@ class Loop(Updates):
         self.optimizers = build_optimizers(network, config)
         self.state = TrainState(planned_steps=None if config.max_minutes else config.max_steps)
         network.dropout_seed, network.dropout_step = config.seed, 0
+        getattr(network, "gpt", network).recompute = config.recompute  # a task's network has a GPT
         self._methods: dict[str, str] = {}  # implementations of products before the run was resumed
         self._finished_too, self._evaluate_first = finished_too, evaluate_first and resume is None
         self._unfinished: int | None = None  # dropout_step before a step that has not come to its end

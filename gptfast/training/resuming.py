@@ -10,7 +10,7 @@ from gptfast._files import absolute
 MAY_CHANGE = frozenset(  # in every kind of run
     {
         *("max_steps", "learning_rate", "min_lr", "warmup_steps", "grad_clip", "batch_size", "grad_accum"),
-        *("eval_every", "checkpoint_every", "patience", "log_every"),
+        *("eval_every", "checkpoint_every", "patience", "log_every", "recompute"),
         *("threads", "dtype", "device", "out", "resume", "overwrite"),
     }
 )

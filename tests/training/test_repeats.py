@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 from gptfast import machine
 from gptfast.models import GPT, GPTConfig
+from gptfast.nn.mlp import MLP
 from gptfast.ops import gemm
 from gptfast.training import TrainConfig, Trainer, read_checkpoint
 from gptfast.training.log import read_log
+from tests.support.training import make_trainer
 
 TEXT = "Is this a dagger which I see before me,\nThe handle toward my hand? Come, let me clutch thee.\n" * 40
 OPTIONS = [
@@ -196,3 +198,20 @@ def test_the_dtype_follows_from_the_instructions_and_from_no_clock(amx, kernels,
     monkeypatch.setattr(machine, "cpu_isa", lambda: kernels)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: pairs)
     assert machine.choose_dtype("cpu") == expected
+
+
+def test_blocks_that_are_computed_again_give_the_same_bits(tmp_path: Path, monkeypatch):
+    calls, forward = [0, 0], MLP.forward
+
+    def counted(self, *args, **options):
+        calls[-1] += self.training
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(MLP, "forward", counted)
+    for n, again in enumerate((True, False)):
+        calls.append(0)
+        make_trainer(tmp_path / str(n), QUICK.replace(recompute=again, max_steps=4)).train()
+    assert calls[2] == 2 * calls[3] > 0
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (load_file(tmp_path / run / "last" / file) for run in "01")
+        assert all(a[name].equal(b[name]) for name in a)
