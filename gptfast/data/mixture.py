@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from gptfast._files import read_toml
-from gptfast.data.sampler import WindowSampler, derived_seed, inputs_and_targets, permute
+from gptfast.data.packing import Batch, inputs_and_targets, packed
+from gptfast.data.sampler import WindowSampler, derived_seed, permute
 from gptfast.data.token_file import TokenFile
 
 _BLOCK = 4096  # rows in which every source has its share, to within one row
@@ -141,23 +141,28 @@ class MixtureSampler:
     within one row, in an order drawn for the block. A source's own rows go through its windows as `WindowSampler` does.
 
     Args:
-        mixture, block_size, batch_size, seed: as in `WindowSampler`.
+        mixture, block_size, batch_size, seed, pack_documents: as in `WindowSampler`.
     Raises:
         ValueError: a source has too few tokens.
     """
 
-    def __init__(self, mixture: Mixture, block_size: int, batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, mixture: Mixture, block_size: int, batch_size: int, seed: int = 0, pack_documents: bool = False
+    ) -> None:
         self.batch_size, self._seed = batch_size, derived_seed(seed, len(mixture.files))
-        self._samplers = [_sampler(mixture, k, block_size, batch_size, seed) for k in range(len(mixture.files))]
+        sizes = (block_size, batch_size, seed, pack_documents)
+        self._samplers = [_sampler(mixture, k, *sizes) for k in range(len(mixture.files))]
         shares = [Fraction(share) for share in mixture.shares]
         self._shares = [share / sum(shares) for share in shares]
         self._block = max(_BLOCK, math.ceil(1 / min(self._shares)))
 
-    def batch_from(self, row: int) -> tuple[Tensor, Tensor]:
-        """x, y: (B, T) int64, the batch that begins with row number `row`."""
+    def batch_from(self, row: int) -> Batch:
+        """x, y: (B, T) int64, the batch that begins with row number `row`; with pack_documents see `packed`."""
         sources, rows = self.places(np.arange(row, row + self.batch_size))
-        taken = [self._samplers[k].rows(np.array([n])) for k, n in zip(sources.tolist(), rows.tolist(), strict=True)]
-        return inputs_and_targets(np.concatenate(taken))
+        pairs = zip(sources.tolist(), rows.tolist(), strict=True)
+        taken, begins = zip(*(self._samplers[k].rows(np.array([n])) for k, n in pairs), strict=True)
+        x, y = inputs_and_targets(np.concatenate(taken))
+        return (x, y) if begins[0] is None else packed(x, y, np.concatenate(begins))
 
     def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n,) each: the source of each row, and the number of the row among those of its source."""
@@ -183,17 +188,20 @@ class MixtureSampler:
         return counts
 
 
-def _sampler(mixture: Mixture, k: int, block_size: int, batch_size: int, seed: int) -> WindowSampler:
+def _sampler(
+    mixture: Mixture, k: int, block_size: int, batch_size: int, seed: int, pack_documents: bool
+) -> WindowSampler:
+    own = derived_seed(seed, k)
     try:
-        return WindowSampler(mixture.files[k], block_size, batch_size, derived_seed(seed, k))
+        return WindowSampler(mixture.files[k], block_size, batch_size, own, pack_documents=pack_documents)
     except ValueError as error:
         raise ValueError(f"source {mixture.names[k]}: {error}") from None
 
 
 def sampler_of(
-    tokens: TokenFile | Mixture | np.ndarray, block_size: int, batch_size: int, seed: int
+    tokens: TokenFile | Mixture | np.ndarray, block_size: int, batch_size: int, seed: int, pack_documents: bool = False
 ) -> WindowSampler | MixtureSampler:
     """The sampler of training tokens of either kind."""
     if isinstance(tokens, Mixture):
-        return MixtureSampler(tokens, block_size, batch_size, seed)
-    return WindowSampler(tokens, block_size, batch_size, seed)
+        return MixtureSampler(tokens, block_size, batch_size, seed, pack_documents)
+    return WindowSampler(tokens, block_size, batch_size, seed, pack_documents=pack_documents)

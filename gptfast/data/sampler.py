@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from gptfast.data.packing import Batch, begins_in, inputs_and_targets, packed
 from gptfast.data.token_file import TokenFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Take = Callable[[np.ndarray], np.ndarray]  # positions -> tokens
 
@@ -30,8 +33,9 @@ class WindowSampler:
         seed: in [0, 2**64).
         rank, world_size: index and number of processes. Together they see the rows of one process with a batch of
             world_size * batch_size.
+        pack_documents: batches have a third part that keeps attention inside documents, see `gptfast.data.packing`.
     Raises:
-        ValueError: too few tokens, or a size, seed or rank out of range.
+        ValueError: too few tokens, a size, seed or rank out of range, or pack_documents without documents.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class WindowSampler:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        pack_documents: bool = False,
     ) -> None:
         _check_sizes("WindowSampler", tokens, block_size + 1, block_size, batch_size)
         if not 0 <= seed <= _MASK:
@@ -51,26 +56,33 @@ class WindowSampler:
                 f"WindowSampler: rank is {rank} and world_size {world_size}; expected 0 <= rank < world_size"
             )
         self._take, self.vocab_size = _unpack(tokens)
+        self._documents = documents_of(tokens) if pack_documents else None
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.windows_per_epoch = max(1, (len(tokens) - block_size) // block_size)
         self._phases = min(block_size, len(tokens) - self.windows_per_epoch * block_size)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int) -> Batch:
         """The rows of a step, >= 0; every batch counts, also those of one accumulated update.
 
         Returns:
-            x, y: (B, T) int64, y[b, t] being the token that follows x[b, t].
+            x, y: (B, T) int64, y[b, t] being the token that follows x[b, t]; with pack_documents see `packed`.
         Raises:
             ValueError: a negative step, or an id outside the vocabulary of the token file, which is damaged.
             OSError: the token file was changed or cut short after it was opened.
         """
-        return _rows(self._take, self.starts(step), self.block_size, self.vocab_size)
+        return self._batch(self.starts(step))
 
-    def batch_from(self, row: int) -> tuple[Tensor, Tensor]:
+    def batch_from(self, row: int) -> Batch:
         """The batch that begins with row number `row`, for a run whose batch size changes; batch(step) is
         batch_from(step * batch_size)."""
-        return _rows(self._take, self._starts(row), self.block_size, self.vocab_size)
+        return self._batch(self._starts(row))
+
+    def _batch(self, starts: np.ndarray) -> Batch:
+        rows = _taken(self._take, starts, self.block_size, self.vocab_size)
+        if self._documents is None:
+            return inputs_and_targets(rows)
+        return packed(*inputs_and_targets(rows), begins_in(self._documents, starts, self.block_size))
 
     def starts(self, step: int) -> np.ndarray:
         """(B,) int64: the positions at which the rows of a step begin."""
@@ -78,14 +90,16 @@ class WindowSampler:
             raise ValueError(f"WindowSampler.batch: step is {step}; expected step >= 0")
         return self._starts((step * self.world_size + self.rank) * self.batch_size)
 
-    def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """(n, T + 1) int64: the rows with these numbers in the endless order.
+    def rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The rows with these numbers in the endless order, (n, T + 1) int64; with pack_documents where documents begin in
+        them, (n, T + 1) bool, else None.
 
         Raises:
             ValueError, OSError: as `batch`.
         """
         starts = np.concatenate([self._starts(number, 1) for number in numbers.tolist()])
-        return _taken(self._take, starts, self.block_size, self.vocab_size)
+        begins = None if self._documents is None else begins_in(self._documents, starts, self.block_size)
+        return _taken(self._take, starts, self.block_size, self.vocab_size), begins
 
     def _starts(self, first: int, count: int | None = None) -> np.ndarray:
         parts = shuffled(first, count or self.batch_size, self.windows_per_epoch, self.seed)
@@ -96,12 +110,13 @@ class WindowSampler:
 
 
 def sequential_batches(
-    tokens: TokenFile | np.ndarray, block_size: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+    tokens: TokenFile | np.ndarray, block_size: int, batch_size: int, pack_documents: bool = False
+) -> Iterator[Batch]:
     """All tokens in order, for an evaluation that predicts every token but the first exactly once.
 
     Yields:
-        x, y: (B, T) int64; the last batch may have fewer rows. After the end of the text y is -100 (ignored) and x is 0.
+        x, y: (B, T) int64; the last batch may have fewer rows. After the end of the text y is -100 (ignored) and x is 0. With
+        pack_documents see `packed`.
     Raises:
         ValueError: fewer than two tokens, or a size out of range.
     """
@@ -111,9 +126,10 @@ def sequential_batches(
     for first in range(0, len(starts), batch_size):
         rows = starts[first : first + batch_size]
         if rows[-1] + block_size < len(tokens):
-            yield _rows(take, rows, block_size, vocab_size)
+            x, y = inputs_and_targets(_taken(take, rows, block_size, vocab_size))
         else:
-            yield _padded_rows(take, len(tokens), rows, block_size, vocab_size)
+            x, y = _padded_rows(take, len(tokens), rows, block_size, vocab_size)
+        yield packed(x, y, begins_in(documents_of(tokens), rows, block_size)) if pack_documents else (x, y)
 
 
 def shuffled(first: int, count: int, n: int, seed: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -184,24 +200,24 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _rows(take: Take, starts: np.ndarray, block_size: int, vocab_size: int | None) -> tuple[Tensor, Tensor]:
-    return inputs_and_targets(_taken(take, starts, block_size, vocab_size))
-
-
 def _taken(take: Take, starts: np.ndarray, block_size: int, vocab_size: int | None) -> np.ndarray:
     rows = take(starts[:, None] + np.arange(block_size + 1)).astype(np.int64)  # (B, T + 1)
     _check_ids(rows, vocab_size)
     return rows
 
 
-def inputs_and_targets(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """x, y: (B, T) int64 of rows (B, T + 1): the tokens, and those that follow."""
-    return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
+def documents_of(tokens: TokenFile | np.ndarray) -> np.ndarray:
+    """The positions at which documents begin. Raises ValueError for an array, which does not tell them."""
+    if not isinstance(tokens, TokenFile):
+        raise ValueError("WindowSampler: pack_documents needs a token file, which tells where documents begin")
+    return tokens.document_starts
 
 
 def _padded_rows(
     take: Take, count: int, starts: np.ndarray, block_size: int, vocab_size: int | None
 ) -> tuple[Tensor, Tensor]:
+    import torch
+
     places = starts[:, None] + np.arange(block_size + 1)
     rows = take(np.minimum(places, count - 1)).astype(np.int64)
     _check_ids(rows, vocab_size)

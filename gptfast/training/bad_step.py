@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from gptfast._folders import staged_folder
 from gptfast._json import read_json
 from gptfast._snapshots import EVERYTHING, current
+from gptfast.data.packing import Batch
 from gptfast.models import GPT, export
-from gptfast.training.evaluate import Batch
+from gptfast.training.batch_loss import batch_loss
 from gptfast.training.ranks import Ranks
 from gptfast.training.sharding import free, local, plan_pass
 
@@ -50,12 +51,12 @@ def first_bad(
     hooks = [module.register_forward_hook(_noting(name, found)) for name, module in model.named_modules() if name]
     model.dropout_step = dropout_step
     try:
-        for x, y in batches:
+        for batch in batches:
             model.zero_grad(set_to_none=True)
             if ranks is not None and sharded:
                 plan_pass(model, ranks, last=True)
             with autocast():
-                _, loss = model(x.to(device), y.to(device))
+                loss = batch_loss(model, batch, device)
             told = found[0] if found else "" if torch.isfinite(loss) else "the loss"
             if told := _told([*modules, "the loss"], told, ranks):
                 return told
@@ -106,7 +107,7 @@ def keep(folder: Path, model: GPT, batches: Sequence[Batch], about: dict[str, An
     Raises:
         OSError: it cannot be written.
     """
-    tensors = {f"{name}{n}": part for n, batch in enumerate(batches) for name, part in zip("xy", batch, strict=True)}
+    tensors = {f"{name}{n}": part for n, batch in enumerate(batches) for name, part in zip("xye", batch, strict=False)}
     with staged_folder(folder, replaces=EVERYTHING) as stage:
         export.save(model, stage, patched=True)
         export.write_tensors(stage / BATCHES, tensors)
@@ -122,16 +123,17 @@ def replay(folder: Path) -> str:
     about = read_json(current(folder, ABOUT))
     model = GPT.from_pretrained(folder, dtype=torch.float32).train()
     tensors = load_file(current(folder, BATCHES))
-    batches = [(tensors[f"x{n}"], tensors[f"y{n}"]) for n in range(len(tensors) // 2)]
+    count = sum(name.startswith("x") for name in tensors)
+    batches = [tuple(tensors[f"{name}{n}"] for name in "xye" if f"{name}{n}" in tensors) for n in range(count)]
     model.dropout_seed, step = about["dropout"]
     dtype = getattr(torch, about["dtype"])
     autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast("cpu", dtype=dtype)
     with torch.no_grad():
         model.dropout_step = step
         losses = []
-        for x, y in batches:
+        for batch in batches:
             with autocast():
-                losses.append(float(model(x, y)[1]))
+                losses.append(float(batch_loss(model, batch, "cpu")))
     found = first_bad(model, batches, autocast, torch.device("cpu"), step)
     lines = [
         f"step {about['step']}: {about['wrong']}",

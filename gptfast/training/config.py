@@ -52,6 +52,13 @@ class TrainConfig:
     block_size: int | None = option(
         None, "T, tokens of one row.", words="the longest that the model takes", allowed=Whole(1)
     )
+    pack_documents: bool = option(
+        False,
+        "Learn each document of a row as if it stood alone: attention stays inside it, its positions begin at 0, and nothing is "
+        "predicted from the end of one to the beginning of the next. Without it a row is a window of the text. Needs more than "
+        "one document to make a difference.",
+        group=_LEARNING,
+    )
     max_steps: int | None = option(
         2000,
         "Steps to train; without a limit `max_minutes` is needed.",

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from gptfast.data import TokenFile, WindowSampler, sequential_batches
+from gptfast.data.packing import Batch, part_of
 from gptfast.models import GPT
+from gptfast.training.batch_loss import batch_loss, with_a_target
 from gptfast.training.ranks import Ranks
 from gptfast.training.sharding import free
 
 _LOGITS = 1 << 26  # largest number of logits of a forward pass
-Batch = tuple[Tensor, Tensor]
 
 
 def evaluation_batches(
-    tokens: TokenFile | np.ndarray, block_size: int, batch_size: int, batches: int
+    tokens: TokenFile | np.ndarray, block_size: int, batch_size: int, batches: int, pack_documents: bool = False
 ) -> Iterable[Batch]:
     """The batches of an evaluation, independent of the run's seed.
 
@@ -29,12 +30,13 @@ def evaluation_batches(
         tokens: the validation tokens, at least two.
         block_size, batch_size: T and B.
         batches: number of batches. If the tokens have no more, or batches is 0: all tokens in order.
+        pack_documents: see `gptfast.data.packing`.
     Returns:
-        Pairs x, y: (B, T) int64; y is -100 after the end of a row.
+        x, y: (B, T) int64; y is -100 after the end of a row.
     """
     if evaluated_tokens(tokens, block_size, batch_size, batches) == len(tokens) - 1:
-        return sequential_batches(tokens, block_size, batch_size)
-    sampler = WindowSampler(tokens, block_size, batch_size, seed=0)
+        return sequential_batches(tokens, block_size, batch_size, pack_documents)
+    sampler = WindowSampler(tokens, block_size, batch_size, seed=0, pack_documents=pack_documents)
     return (sampler.batch(n) for n in range(batches))
 
 
@@ -59,11 +61,11 @@ def evaluate(
     while turn := list(itertools.islice(pieces, size)):
         found = [(0.0, 0)] * len(turn)
         if rank < len(turn) or together:
-            x, y = turn[min(rank, len(turn) - 1)]
+            piece = turn[min(rank, len(turn) - 1)]
+            n = int((piece[1] != -100).sum())  # 0: packed documents of one token
             with autocast():
-                _, loss = model(x.to(device), y.to(device))
+                loss = batch_loss(model, piece if n else with_a_target(piece), device)
             if rank < len(turn):
-                n = int((y != -100).sum())  # at least 1: no row is empty
                 found[rank] = float(loss) * n, n
         parts += found
     if together:
@@ -78,9 +80,10 @@ def evaluate(
 
 def _pieces(batches: Iterable[Batch], model: GPT) -> Iterator[Batch]:
     """The rows of all batches, as many at a time as have logits that fit."""
-    for x, y in batches:
-        rows = max(1, _LOGITS // (x.shape[1] * model.config.vocab_size))
-        yield from zip(x.split(rows), y.split(rows), strict=True)
+    for batch in batches:
+        count, T = batch[0].shape
+        rows = max(1, _LOGITS // (T * model.config.vocab_size))
+        yield from (part_of(batch, start, start + rows) for start in range(0, count, rows))
 
 
 def evaluated_tokens(tokens: TokenFile | np.ndarray, block_size: int, batch_size: int, batches: int) -> int:

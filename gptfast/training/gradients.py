@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from gptfast.data.packing import Batch
 from gptfast.models import GPT
-from gptfast.training.evaluate import Batch
+from gptfast.training.batch_loss import batch_loss, with_a_target
 from gptfast.training.ranks import Ranks
 from gptfast.training.sharding import local, plan_pass, total_norm
 
@@ -30,7 +31,7 @@ def accumulate_gradients(
 
     Args:
         model: a GPT in training mode.
-        batches: pairs (x, y), each (B, T) int64.
+        batches: x and y, (B, T) int64 each, and the ends of texts where they are packed (`gptfast.data.packing`).
         autocast: returns the context manager of a forward pass.
         device: the device of the model.
         ranks: the processes that have a part of every batch each; the counts are then those of all. The gradients are still
@@ -40,21 +41,21 @@ def accumulate_gradients(
     Raises:
         ValueError: every target is -100.
     """
-    counts = [int((y != -100).sum()) for _, y in batches]
+    counts = [int((batch[1] != -100).sum()) for batch in batches]
     everywhere = counts if ranks is None else [int(n) for n in ranks.sum(counts, "the counts of targets")]
     if not sum(everywhere):
         raise ValueError("accumulate_gradients: every target is -100; expected at least one other")
     total, start, waited = 0.0, time.perf_counter(), 0.0 if ranks is None else ranks.waited
     last = max(n for n, others in enumerate(everywhere) if others)
-    for n, ((x, y), count, others) in enumerate(zip(batches, counts, everywhere, strict=True)):
+    for n, (batch, count, others) in enumerate(zip(batches, counts, everywhere, strict=True)):
         if ranks is not None and ranks.sharding:
             plan_pass(model, ranks, n == last)
-            y = y if count or not others else _with_a_target(y)  # all ranks take part in a pass
+            batch = batch if count or not others else with_a_target(batch)  # all ranks take part in a pass
         elif others and not count:
             model.skip_forward()
         if count or (others and ranks is not None and ranks.sharding):
             with autocast():
-                _, loss = model(x.to(device), y.to(device))
+                loss = batch_loss(model, batch, device)
             share = loss * (count / sum(everywhere))
             share.backward()
             total += float(share.detach())
@@ -64,13 +65,6 @@ def accumulate_gradients(
     found = ranks.exchange([total, seconds], "the losses")
     ranks.seconds = [row[1] for row in found]
     return sum(row[0] for row in found)
-
-
-def _with_a_target(y: Tensor) -> Tensor:
-    """Targets whose loss is finite; it counts 0 times."""
-    y = y.clone()
-    y[0, 0] = 0
-    return y
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, ranks: Ranks | None = None) -> float:

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from gptfast.data import Mixture, TokenFile, sampler_of
+from gptfast.data.packing import Batch
 from gptfast.models import GPT, export
 from gptfast.tokenizer import Tokenizer
 from gptfast.training import bad_step
 from gptfast.training.checks import check_model, check_ranks
 from gptfast.training.config import TrainConfig
-from gptfast.training.evaluate import Batch, evaluate, evaluated_tokens, evaluation_batches
+from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_batches
 from gptfast.training.gradients import accumulate_gradients
 from gptfast.training.objective import Autocast, Evaluation, Objective
 from gptfast.training.ranks import Ranks
@@ -55,7 +56,7 @@ class LanguageModelling(Objective):
         self.ranks, rows = ranks, config.batch_size if ranks is None else ranks.rows(config.batch_size)
         self._first = 0 if ranks is None else ranks.rank * rows
         model.dropout_row, self._slow = self._first, SlowRanks()
-        self.sampler = sampler_of(train_tokens, self.block_size, rows, config.seed)
+        self.sampler = sampler_of(train_tokens, self.block_size, rows, config.seed, config.pack_documents)
 
     def batches(self, row: int, config: TrainConfig) -> list[Batch]:
         passes = config.passes(row * self.block_size, self.block_size)
@@ -69,7 +70,8 @@ class LanguageModelling(Objective):
         return {"loss": loss} | ({} if self.ranks is None else self._slow.look(self.ranks.seconds))
 
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
-        batches = evaluation_batches(self.val_tokens, self.block_size, batch_size, config.eval_batches)
+        sizes = (self.block_size, batch_size, config.eval_batches)
+        batches = evaluation_batches(self.val_tokens, *sizes, config.pack_documents)
         return Evaluation(evaluate(self.network, batches, autocast, device, self.ranks)[0])
 
     def evaluated_tokens(self, batch_size: int, config: TrainConfig) -> float:
