@@ -18,7 +18,8 @@ from typing import Any
 
 from gptfast._busy import CpuWait, busy_line
 from gptfast._files import atomic_write
-from gptfast.data.documents import GENRES, Document, load_documents
+from gptfast.data.corpus import GENRES, load_documents
+from gptfast.data.documents import Document
 from gptfast.openmp import bound_spinning
 
 OUT = Path("runs/demo-finetune")

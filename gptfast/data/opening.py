@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +14,14 @@ import numpy as np
 from gptfast._files import atomic_write
 from gptfast._json import read_json
 from gptfast._snapshots import current
-from gptfast.data.documents import Split, load_corpus, split_documents
+from gptfast.data.corpus import load_corpus
+from gptfast.data.filters import Filters
 from gptfast.data.learn import learn
 from gptfast.data.mixture import Mixture, Source, is_mixture, read_mixture
 from gptfast.data.prepared import MANIFEST, TRAINABLE, PreparedData, check_fit, given_tokenizer, load_prepared, prepare
+from gptfast.data.survey import survey
 from gptfast.data.token_file import TokenFile, is_token_file, write_tokens
+from gptfast.data.token_format import crc, vocabulary_hash
 from gptfast.tokenizer import Tokenizer
 
 
@@ -89,7 +90,7 @@ def _open_token_file(path: Path, tokenizer: Any, val_fraction: float) -> Prepare
             "name 'gpt2' or the folder of the tokenizer that made them"
         )
     chosen = given_tokenizer(path.parent if tokenizer is None else tokenizer)
-    check_fit(file, chosen)
+    check_fit([file], chosen)
     train, val = file.split(val_fraction)
     info: dict[str, Any] = {
         "data": str(path),
@@ -164,25 +165,17 @@ def _learnt(
         raise ValueError(
             f"{path}: tokenizer {tokenizer} is learnt from text, but every source holds tokens; leave it out"
         )
-    train, val = [], []
+    surveys = []
     for source in texts:
         with _named(path, source):
-            documents = load_corpus(source.data, source.glob, source.text_field).documents
-            split = split_documents(documents, options["val_fraction"], options["seed"])
-            train, val = train + split.train, val + split.val
-    try:
-        return learn(tokenizer, Split(train, val, ""), **learning)[0]
-    except ValueError:
-        for source in texts:  # which one is it?
-            with _named(path, source):
-                for document in load_corpus(source.data, source.glob, source.text_field).documents:
-                    deque(document.blocks(), maxlen=0)
-        raise
+            corpus = load_corpus(source.data, source.glob, source.text_field)
+            surveys.append(survey(corpus, options["val_fraction"], options["seed"], Filters()))
+    return learn(tokenizer, surveys, **learning)[0]
 
 
 def _joined(parts: list[TokenFile], folder: Path, tokenizer: Tokenizer) -> TokenFile:
     """One token file of all documents, which is kept and found again."""
-    wanted = [[len(part), zlib.crc32(np.ascontiguousarray(part.tokens).data)] for part in parts]
+    wanted = [[len(part), crc(part.tokens)] for part in parts]
     mark, file = folder / "val.json", folder / "val.bin"
     try:
         if read_json(mark) == wanted:
@@ -194,7 +187,7 @@ def _joined(parts: list[TokenFile], folder: Path, tokenizer: Tokenizer) -> Token
     folder.mkdir(parents=True, exist_ok=True)
     mark.unlink(missing_ok=True)
     documents = (document for part in parts for document in _documents(part))
-    found = write_tokens(file, documents, tokenizer.vocab_size, tokenizer.eos_id)
+    found = write_tokens(file, documents, tokenizer.vocab_size, tokenizer.eos_id, vocabulary_hash(tokenizer))
     atomic_write(mark, json.dumps(wanted).encode())
     return found
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from gptfast._options import option
 
+SHARD_TOKENS = 100_000_000  # of a token file: 200 MB of GPT-2's ids
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -14,15 +16,16 @@ class DataOptions:
     data: str = option(
         "shakespeare",
         "The text: 'shakespeare' (42 plays and poems, built in), 'shakespeare:comedy,poetry' (some of them), a UTF-8 text "
-        "file, a folder whose .txt files are one document each, a file or folder of records (see `text_field`), or, for "
-        "training, a mixture: a .toml file of [[source]] tables with name, data and weight.",
+        "file, a folder whose .txt files are one document each, a file or folder of records or a folder of Hugging Face's "
+        "datasets (see `text_field`), or, for training, a mixture: a .toml file of [[source]] tables with name, data and weight.",
     )
     glob: list[str] | None = option(
         None, "Which files of a folder to read, such as '*.md'; may be given several times.", words="*.txt"
     )
     text_field: str | None = option(
         None,
-        "The field of a record that is the text, in .jsonl, .json, .csv, .tsv and .parquet files; each record is a document.",
+        "The field of a record that is the text, in .jsonl, .json, .csv, .tsv, .parquet and .arrow files and in folders of "
+        "Hugging Face's datasets; each record is a document.",
     )
     tokenizer: str = option(
         "gpt2",

@@ -1,4 +1,4 @@
-"""Files of records with a text field: JSON Lines, JSON lists, CSV and Parquet. All are read as a stream."""
+"""Files of records with a text field: JSON Lines, JSON lists, CSV, Parquet and Arrow. All are read as a stream."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TextIO, cast
 
 from gptfast._files import decoded_blocks, open_read
 from gptfast._json import parse, short
+from gptfast.data.columns import COLUMNS, Record, listed, pyarrow, read_columns
 
-JSON, CSV, PARQUET = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv"), (".parquet",)
-RECORDS = JSON + CSV + PARQUET
+JSON, CSV = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
+RECORDS = (*JSON, *CSV, *COLUMNS)
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 _MARK = b"\xef\xbb\xbf"  # byte order mark of UTF-8
 _BLANK = 1 << 12  # bytes within which a JSON list begins
 _CHUNK = 1 << 20  # characters of a JSON list per read
 _LONGEST_WORD = 16  # characters; JSON is invalid where these are cut: true, \ud83d\ude00
 _LONGEST_VALUE = 2**31 - 1  # characters of CSV; the library's own limit is 131072
-_ROWS = 1024  # of Parquet, at once
-
-Record = tuple[int, "str | None"]  # the line, or the number in files without lines; the text, None where it is null
 
 
 def kind_of(name: str) -> tuple[str, str]:
@@ -50,10 +47,11 @@ def read_records(path: Path, field: str) -> Iterator[Record]:
             names the line and the fields.
     """
     kind, packed = kind_of(path.name)
-    if kind in PARQUET:
+    if kind in COLUMNS:
         if packed:
-            raise ValueError(f"{path} is a compressed Parquet file; Parquet is compressed inside - unpack it first")
-        yield from _read_parquet(path, field)
+            name = COLUMNS[kind]
+            raise ValueError(f"{path} is a compressed {name} file; {name} is compressed inside - unpack it first")
+        yield from read_columns(path, field)
         return
     with _unpacked(path) as file:
         yield from (_read_csv if kind in CSV else _read_json)(file, path, field)
@@ -105,19 +103,10 @@ def _unpacked(path: Path) -> Iterator[BinaryIO]:
 
 def _opener(packed: str, raw: BinaryIO, path: Path) -> BinaryIO:
     if packed == ".zst":
-        stream = _pyarrow("pyarrow", path).CompressedInputStream(raw, "zstd")
+        stream = pyarrow("pyarrow", path).CompressedInputStream(raw, "zstd")
         return cast(BinaryIO, io.BufferedReader(stream))
     modules: dict[str, Any] = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
     return modules[packed].open(raw) if packed else raw
-
-
-def _pyarrow(module: str, path: Path) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"to read {path} a package is needed that is not installed: pip install 'gptfast-kernels[data]' (or pyarrow)"
-        ) from error
 
 
 def _read_json(file: BinaryIO, path: Path, field: str) -> Iterator[Record]:
@@ -152,15 +141,11 @@ def _text(record: Any, field: str, where: str) -> str | None:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: the record is {short(record)}; expected an object with the field {field!r}")
     if field not in record:
-        raise ValueError(f"{where}: there is no field {field!r}; {_fields(list(record))}")
+        raise ValueError(f"{where}: there is no field {field!r}; {listed(list(record))}")
     value = record[field]
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}: the field {field!r} is {short(value)}; expected a text; {_fields(list(record))}")
+        raise ValueError(f"{where}: the field {field!r} is {short(value)}; expected a text; {listed(list(record))}")
     return value
-
-
-def _fields(names: list[str]) -> str:
-    return f"the fields are {', '.join(map(repr, names[:20]))}" + (", …" if len(names) > 20 else "")
 
 
 class _List:
@@ -242,7 +227,7 @@ def _csv_records(source: TextIO, path: Path, field: str) -> Iterator[Record]:
         names = next(rows, [])
         if names.count(field) != 1:
             problem = "no field" if field not in names else "more than one field"
-            raise ValueError(f"{path}, line 1: there is {problem} {field!r}; {_fields(names)}")
+            raise ValueError(f"{path}, line 1: there is {problem} {field!r}; {listed(names)}")
         column = names.index(field)
         for row in rows:
             if row and len(row) != len(names):
@@ -264,26 +249,3 @@ def _delimiter(header: str, field: str, path: Path) -> str:
     usual = "\t" if kind_of(path.name)[0] == ".tsv" else ","
     fitting = [d for d in (usual, ",", ";", "\t", "|") if field in next(csv.reader([header], delimiter=d), [])]
     return next(iter(fitting), usual)
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[Record]:
-    arrow, parquet = _pyarrow("pyarrow", path), _pyarrow("pyarrow.parquet", path)
-    open_read(path).close()  # its errors name the file
-    try:
-        with parquet.ParquetFile(path, pre_buffer=False) as file:
-            schema, number = file.schema_arrow, 0
-            if field not in schema.names:
-                raise ValueError(f"{path}: there is no field {field!r}; {_fields(schema.names)}")
-            kind = str(schema.field(field).type)
-            if "string" not in kind or not kind.startswith(("string", "large_string", "dictionary<values=")):
-                raise ValueError(
-                    f"{path}: the field {field!r} is of type {kind}; expected string; {_fields(schema.names)}"
-                )
-            for group in range(file.num_row_groups):
-                for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=[field]):
-                    for text in batch.column(0).to_pylist():
-                        number += 1
-                        yield number, text
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} is damaged or no Parquet file ({reason}); write it again") from error

@@ -60,14 +60,24 @@ class Spool:
         )
 
 
+class Held:
+    """A text in memory, read as one in a spool."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def read(self, start: int, size: int) -> bytes:
+        return self._content[start : start + size]
+
+
 @dataclass(frozen=True)
 class Slice:
-    """A text in a spool.
+    """A text in a spool, or one in memory.
 
     start, size: in bytes of UTF-8.
     """
 
-    spool: Spool
+    spool: Spool | Held
     start: int
     size: int
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.data import load_documents
-from gptfast.data.documents import GENRES
+from gptfast.data.corpus import GENRES
 from gptfast.data.records import read_objects
 from gptfast.evaluation.templates import Item, Template, load_template
 

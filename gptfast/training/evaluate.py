@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gptfast.data import TokenFile, WindowSampler, sequential_batches
 from gptfast.data.packing import Batch, part_of

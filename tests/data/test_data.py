@@ -158,7 +158,7 @@ def test_characters_of_the_validation_text_are_known(tmp_path):
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("kind", ["char", "gpt2"])

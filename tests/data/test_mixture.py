@@ -143,3 +143,14 @@ def test_a_source_that_cannot_be_read_is_named(file: Path, tmp_path: Path):
         open_data(file, tmp_path / "out", "char")
     with pytest.raises(ValueError, match=r"is a mixture; give glob and text_field in its"):
         open_data(file, tmp_path / "out", "char", glob="*.md")
+
+
+def test_the_example_has_the_weights_of_gpt3(tmp_path: Path):
+    path = tmp_path / "mixture.toml"
+    path.write_text((Path(__file__).parents[2] / "examples" / "gpt3-mixture.toml").read_text())
+    names = ("common-crawl", "webtext2", "books1", "books2", "wikipedia")
+    for name in names:
+        (tmp_path / name).mkdir()
+    sources = read_mixture(path)
+    assert tuple(source.name for source in sources) == names
+    assert [source.share * 101 for source in sources] == pytest.approx(GPT3)

@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 from gptfast.data import load_documents, load_prepared, open_data, prepare, write_tokens
 from gptfast.data import records as module
-from gptfast.data.documents import load_corpus
+from gptfast.data.corpus import load_corpus
 
 TEXTS = ['To be, or "not" to be;', "größe\nand {braces} 🤗", "the, third", "x" * 300]
 ROWS = [{"id": n, "text": text, "meta": {"k": [n]}} for n, text in enumerate(TEXTS)]
@@ -43,6 +44,15 @@ def as_parquet(texts: list, kind: pa.DataType | None = None, **options) -> bytes
     return sink.getvalue()
 
 
+def as_arrow(texts: list, writer, kind: pa.DataType | None = None) -> bytes:
+    """In batches of two rows."""
+    sink = io.BytesIO()
+    table = pa.table({"id": list(range(len(texts))), "text": pa.array(texts, kind or pa.string())})
+    with writer(sink, table.schema) as file:
+        file.write_table(table, max_chunksize=2)
+    return sink.getvalue()
+
+
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 FILES = {
     "a.jsonl": LINES,
@@ -58,6 +68,10 @@ FILES = {
     "a.parquet": as_parquet(TEXTS, row_group_size=2),
     "large.parquet": as_parquet(TEXTS, pa.large_string()),
     "dictionary.parquet": as_parquet(TEXTS, pa.dictionary(pa.int32(), pa.string())),
+    "stream.arrow": as_arrow(TEXTS, pa.ipc.new_stream),
+    "file.arrow": as_arrow(TEXTS, pa.ipc.new_file),
+    "a.ipc": as_arrow(TEXTS, pa.ipc.new_stream, pa.large_string()),
+    "a.feather": as_arrow(TEXTS, pa.ipc.new_file, pa.dictionary(pa.int32(), pa.string())),
     "a.jsonl.gz": gzip.compress(LINES),
     "a.csv.bz2": bz2.compress(as_csv(",")),
     "list.json.xz": lzma.compress(json.dumps(ROWS).encode()),
@@ -123,6 +137,11 @@ def test_a_list_is_read_as_json_reads_it_however_it_is_cut(tmp_path_factory, val
         ("a.csv", b"id,text\n1,caf\xe9\n", "a.csv is not UTF-8"),
         ("a.parquet", b"PAR1 nonsense", "a.parquet is damaged or no Parquet file"),
         ("a.parquet", as_parquet([1, 2], pa.int64()), "a.parquet: the field 'text' is of type int64; expected string; the fields are 'id', 'text'"),
+        ("a.arrow", b"ARROW1 nonsense", "a.arrow is damaged or no Arrow file"),
+        ("a.arrow", b"nonsense", "a.arrow is damaged or no Arrow file"),
+        ("a.arrow", as_arrow(TEXTS, pa.ipc.new_stream)[:-60], "a.arrow is damaged or no Arrow file"),
+        ("a.arrow", as_arrow([1, 2], pa.ipc.new_stream, pa.int64()), "a.arrow: the field 'text' is of type int64; expected string"),
+        ("a.arrow.gz", b"", "a compressed Arrow file"),
         ("a.jsonl.gz", b"nonsense", "a.jsonl.gz is damaged or cut short"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz is damaged or cut short"),
         ("a.jsonl.bz2", b"nonsense", "a.jsonl.bz2 is damaged or no .bz2 file"),
@@ -144,11 +163,12 @@ def test_a_field_that_parquet_lacks(tmp_path):
         load_documents(tmp_path / "a.parquet", text_field="body")
 
 
-def test_parquet_without_pyarrow_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "a.parquet").write_bytes(as_parquet(["a"]))
+@pytest.mark.parametrize("name", ["a.parquet", "file.arrow"])
+def test_columns_without_pyarrow_are_one_line(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(FILES[name])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"to read .*a.parquet .*: pip install 'gptfast-kernels\[data\]'"):
-        load_documents(tmp_path / "a.parquet", text_field="text")
+    with pytest.raises(ImportError, match=rf"to read .*{name} .*: pip install 'gptfast-kernels\[data\]'"):
+        load_documents(tmp_path / name, text_field="text")
 
 
 def test_pyarrow_is_imported_for_parquet_alone(tmp_path):
@@ -254,7 +274,10 @@ def test_packed_text_is_text(tmp_path):
             r"has no \*.rst file to read; it has .txt 5, .lic 2, .md 2, hidden 1, no suffix 1 - choose others",
         ),
         ({"glob": ["empty.*"]}, r"has no empty.\* file to read; it has .txt 4, .lic 2, .md 2, empty.\*, empty 1"),
-        ({"text_field": "text"}, "has no .jsonl, .ndjson, .json, .csv, .tsv, .parquet file to read; it has .txt 5"),
+        (
+            {"text_field": "text"},
+            "has no .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .ipc, .feather file to read; it has .txt 5",
+        ),
     ],
 )
 def test_a_folder_without_anything_to_read_lists_what_it_has(folder, options, said):

@@ -16,6 +16,8 @@ from gptfast.data import (
     WindowSampler,
     is_token_file,
     sequential_batches,
+    token_format,
+    token_writer,
     write_tokens,
 )
 
@@ -70,23 +72,23 @@ def change(content: bytes, at: int, new: bytes) -> bytes:
 
 def reheaded(content: bytes, at: int, new: bytes) -> bytes:
     """With a valid checksum of the header, as another version of gptfast would write it."""
-    header = change(content, at, new)[:60]
-    return header + struct.pack("<I", zlib.crc32(header)) + content[64:]
+    header = change(content, at, new)[:124]
+    return header + struct.pack("<I", zlib.crc32(header)) + content[128:]
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda c: c[:-1], "is cut short: 287 bytes, expected 288"),
-        (lambda c: c[:100], "is cut short: 100 bytes, expected 288"),
+        (lambda c: c[:-1], "is cut short: 355 bytes, expected 356"),
+        (lambda c: c[:200], "is cut short: 200 bytes, expected 356"),
         (lambda c: c[:30], "is cut short: 30 bytes, less than the header"),
-        (lambda c: c + b"x", "is longer than it should be: 289 bytes"),
+        (lambda c: c + b"x", "is longer than it should be: 357 bytes"),
         (lambda c: c[64:], "is not a gptfast token file .it begins with"),
         (lambda c: b"", "is not a gptfast token file"),
         (lambda c: change(c, 16, b"\xff"), "the header does not match its checksum"),
-        (lambda c: reheaded(c, 8, b"\x02"), "has version 2, expected 1"),
-        (lambda c: change(c, 280, b"\x32"), "the list of documents is damaged"),
-        (lambda c: change(c, 264, b"\xff\xff\xff"), "the list of documents is damaged"),
+        (lambda c: reheaded(c, 8, b"\x03"), "has version 3, expected at most 2"),
+        (lambda c: change(c, 344, b"\x32"), "the list of documents is damaged"),
+        (lambda c: change(c, 328, b"\xff\xff\xff"), "the list of documents is damaged"),
     ],
 )
 def test_damaged_token_files(tmp_path, damage, message):
@@ -100,12 +102,38 @@ def test_damaged_token_files(tmp_path, damage, message):
 def test_a_damaged_token_is_found(tmp_path):
     path = tmp_path / "t.bin"
     write_tokens(path, [range(100)], vocab_size=100)
-    path.write_bytes(change(path.read_bytes(), 64 + 2 * 50 + 1, b"\x80"))
-    with pytest.raises(ValueError, match=r"the tokens have checksum 0x.*, expected 0x"):
+    path.write_bytes(change(path.read_bytes(), 128 + 2 * 50 + 1, b"\x80"))
+    with pytest.raises(ValueError, match=r"t.bin: tokens 0 to 100 have checksum 0x.*, expected 0x"):
         TokenFile.open(path).verify()
     sampler = WindowSampler(TokenFile.open(path), 99, 1)
     with pytest.raises(ValueError, match="id 32818 lies outside its vocabulary of 100"):
         sampler.batch(0)
+
+
+def test_the_block_that_is_damaged_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_writer, "BLOCK", 16)
+    monkeypatch.setattr(
+        token_format.Header.__init__, "__defaults__", (16, *token_format.Header.__init__.__defaults__[1:])
+    )
+    path = tmp_path / "t.bin"
+    write_tokens(path, [iter([range(10), range(50)]), range(40)], vocab_size=100).verify()
+    path.write_bytes(change(path.read_bytes(), 128 + 2 * 50, b"\x01"))
+    with pytest.raises(ValueError, match=r"t.bin: tokens 48 to 64 have checksum"):
+        TokenFile.open(path).verify()
+
+
+def test_files_of_version_1_are_read(tmp_path):
+    tokens = np.arange(100, dtype="<u2")
+    header = struct.pack("<8sIIQqQQI8x", b"gptftok\n", 1, 2, 100, 99, 100, 2, zlib.crc32(tokens.data))
+    content = header + struct.pack("<I", zlib.crc32(header)) + tokens.tobytes() + np.array([0, 60], "<i8").tobytes()
+    path = tmp_path / "t.bin"
+    path.write_bytes(content)
+    file = TokenFile.open(path)
+    file.verify()
+    assert (file.tokens.tolist(), file.document_starts.tolist(), file.eos_id) == (list(range(100)), [0, 60], 99)
+    path.write_bytes(change(content, 70, b"\x09"))
+    with pytest.raises(ValueError, match=r"t.bin: the tokens have checksum 0x.*, expected 0x"):
+        TokenFile.open(path).verify()
 
 
 def test_the_error_of_a_headerless_file_has_the_conversion(tmp_path):
@@ -163,7 +191,7 @@ def cut(path):
 
 def overwrite(path):
     with path.open("r+b") as file:
-        file.seek(64 + 2 * 5000)
+        file.seek(128 + 2 * 5000)
         file.write(bytes(2000))
 
 
@@ -213,5 +241,7 @@ def test_token_files_are_pickled_by_their_path(tmp_path):
         again = pickle.loads(data)
         assert len(data) < 500
         assert again.tokens.tolist() == part.tokens.tolist()
-        assert again.document_starts.tolist() == part.document_starts.tolist() and again.checksum == part.checksum
+        assert again.document_starts.tolist() == part.document_starts.tolist() and np.array_equal(
+            again.checksums, part.checksums
+        )
         assert WindowSampler(again, 8, 2).batch(1)[0].equal(WindowSampler(part, 8, 2).batch(1)[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptfast import demo_finetune
-from gptfast.data.documents import GENRES
+from gptfast.data.corpus import GENRES
 from tests.support.train_command import _argv, gptfast  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.slow

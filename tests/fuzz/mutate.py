@@ -118,11 +118,11 @@ def mutate_packed(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutate_tokens(rng: random.Random, data: bytes) -> bytes:
-    """Another header, with the right checksum, before the same tokens (see gptfast/data/token_file.py)."""
-    header = struct.Struct("<8sIIQqQQI8x")
+    """Another header, with the right checksum, before the same tokens (see gptfast/data/token_format.py)."""
+    header = struct.Struct("<8sIIQqQQIII4x32s28x")
     fields = list(header.unpack_from(data))
-    at = rng.randrange(1, len(fields))
-    largest = [None, 2**32, 2**32, 2**64, 2**63, 2**64, 2**64, 2**32][at]
+    at = rng.randrange(1, len(fields) - 1)
+    largest = [None, 2**32, 2**32, 2**64, 2**63, 2**64, 2**64, 2**32, 2**32, 2**32][at]
     fields[at] = rng.choice([0, 1, 2, 3, fields[at] + 1, max(0, fields[at] - 1), largest // 2, largest - 1])
     head = header.pack(*fields)
     return head + struct.pack("<I", zlib.crc32(head)) + data[header.size + 4 :]
