@@ -67,8 +67,8 @@ class Tasks:
 
     task: str | None = option(
         None,
-        "Measure accuracy on this instead: genre, cloze, copying, reversal, addition, arithmetic, induction, or a file of JSON Lines "
-        "whose first half is solved and whose second half is shown.",
+        "Measure accuracy on this instead: genre, cloze, copying, reversal, addition, arithmetic, induction, or a file of JSON Lines, "
+        "whose items are shown before each other.",
     )
     template: str | None = option(
         None,

@@ -11,7 +11,7 @@ from gptfast.data.spool import Slice
 from gptfast.tokenizer.pieces import BLOCK, blocks_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """A named text. The text of a file is read on demand, so that neither a document nor a corpus must fit in memory.
 

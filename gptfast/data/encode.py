@@ -20,25 +20,31 @@ _SHORT = 256  # characters that take as long to encode as the call itself
 Encoded = tuple[Any, np.ndarray, int]  # mark of the document, ids of a piece, its bytes of UTF-8
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Generator[Encoded]:
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer, workers: int | None = None, block: int = BLOCK
+) -> Generator[Encoded]:
     """The ids of every piece of every document, in order: (index of the document, ids, bytes of UTF-8).
 
     Pieces are read while others are encoded, a few at a time, so memory does not grow with the text. tiktoken encodes on
     all cores that the process may use.
 
+    Args:
+        workers: threads that encode; None: one a core that the process may use.
+        block: characters of a piece, about.
     Raises:
         OSError: a file cannot be read.
         ValueError: text that cannot be read or encoded; the message names the document.
     """
-    with Workers(None, processes=False) as workers:
-        workers.use(tokenizer)
-        with closing(encode_batches(enumerate(documents), tokenizer, workers)) as batches:
+    tokenizer = getattr(tokenizer, "inner", tokenizer)  # a lenient one decodes differently, and encodes alike
+    with Workers(workers, processes=False) as threads:
+        threads.use(tokenizer)
+        with closing(encode_batches(enumerate(documents), tokenizer, threads, block=block)) as batches:
             for batch in batches:
                 yield from batch
 
 
 def encode_batches(
-    documents: Iterable[tuple[Any, Document]], tokenizer: Tokenizer, workers: Workers, skip: int = 0
+    documents: Iterable[tuple[Any, Document]], tokenizer: Tokenizer, workers: Workers, skip: int = 0, block: int = BLOCK
 ) -> Generator[list[Encoded]]:
     """The ids of every piece of every document, in order and in batches, which depend on the documents alone.
 
@@ -46,6 +52,7 @@ def encode_batches(
         documents: each after a mark, which its pieces get.
         workers: to which `tokenizer` was given.
         skip: batches at the beginning that are read, but not encoded.
+        block: characters of a piece, about.
     Raises:
         OSError, ValueError: as `encode_documents`.
     """
@@ -54,20 +61,20 @@ def encode_batches(
     def parts() -> Iterator[Part]:
         for mark, document in documents:
             start = 0
-            for piece in [document.text] if whole else pieces(document.blocks(), cuts):
+            for piece in [document.text] if whole else pieces(document.blocks(block), cuts):
                 yield mark, document.name, start, piece
                 start += len(piece)
 
-    return workers.map("encode", islice(batches_of(parts(), lambda part: len(part[-1])), skip, None))
+    return workers.map("encode", islice(batches_of(parts(), lambda part: len(part[-1]), block), skip, None))
 
 
-def batches_of(parts: Iterable[Any], size_of: Any) -> Iterator[list[Any]]:
+def batches_of(parts: Iterable[Any], size_of: Any, most: int = BLOCK) -> Iterator[list[Any]]:
     """Batches of short texts, because passing one to a worker takes longer than encoding it."""
     batch, size = [], 0
     for part in parts:
         batch.append(part)
         size += size_of(part) + _SHORT
-        if size >= BLOCK:
+        if size >= most:
             yield batch
             batch, size = [], 0
     if batch:

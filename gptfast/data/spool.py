@@ -70,7 +70,7 @@ class Held:
         return self._content[start : start + size]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slice:
     """A text in a spool, or one in memory.
 

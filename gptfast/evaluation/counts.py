@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from gptfast.tokenizer import Tokenizer
 
 
-@dataclass
+@dataclass(slots=True)
 class Counts:
-    """Words are what whitespace separates; a word counts where it begins."""
+    """Words are what whitespace separates; a word counts if a part of it is scored."""
 
     bytes: int = 0
     characters: int = 0
@@ -36,11 +36,23 @@ def count_text(blocks: Iterable[str]) -> Counts:
     return counts
 
 
-def count_token(tokenizer: Tokenizer, token: int, before: int | None) -> Counts:
-    """The counts of one token of a text; a character that two tokens share counts in the first. before: the token before it;
-    None: it begins the text."""
-    text = tokenizer.decode_bytes([token])
-    characters = sum(byte & 0xC0 != 0x80 for byte in text)  # all bytes of UTF-8 but those that continue a character
-    inside = before is not None and not tokenizer.decode_bytes([before])[-1:].isspace()
-    words = len(text.split()) - (inside and not text[:1].isspace() and bool(text))
-    return Counts(len(text), characters, words)
+def count_token(tokenizer: Tokenizer, token: int, before: int | None, after: int | None) -> Counts:
+    """What a text loses where one of its tokens is not scored.
+
+    A character that two tokens share counts in the first. A word that reaches into the token before or after is not lost.
+
+    Args:
+        before, after: the tokens around it; None: it begins or ends the text.
+    """
+    content = tokenizer.decode_bytes([token])
+    characters = sum(byte & 0xC0 != 0x80 for byte in content)  # all bytes of UTF-8 but those that continue a character
+    text = _text(tokenizer, token)
+    words = text.split()
+    begun = before is not None and not text[:1].isspace() and not _text(tokenizer, before)[-1:].isspace()
+    goes_on = after is not None and not text[-1:].isspace() and not _text(tokenizer, after)[:1].isspace()
+    kept = min(len(words), begun + goes_on)
+    return Counts(len(content), characters, len(words) - kept)
+
+
+def _text(tokenizer: Tokenizer, token: int) -> str:
+    return tokenizer.decode_bytes([token]).decode("utf-8", errors="replace")

@@ -29,17 +29,20 @@ class Agreement(NamedTuple):
     agreement: float
 
 
-def choose_shots(pool: Sequence[Item], k: int, seed: int, exclude: Item | None = None) -> list[Item]:
+def choose_shots(
+    pool: Sequence[Item], k: int, seed: int, exclude: Item | None = None, spare: Sequence[Item] = ()
+) -> list[Item]:
     """k items of a pool in an order that the seed decides: fewer shots are the beginning of more.
 
     Args:
         exclude: an item that is not chosen, so that a question does not come with its own answer.
+        spare: items that are taken, in the same way, where the pool has too few.
     Raises:
         TypeError, ValueError: k is no count, or the pool has fewer items.
     """
     check_count("choose_shots", "k", k, 0)
-    order = random.Random(seed).sample(range(len(pool)), len(pool))
-    chosen = [pool[n] for n in order if exclude is None or dict(pool[n]) != dict(exclude)][:k]
+    ordered = [item for items in (pool, spare) for item in random.Random(seed).sample(list(items), len(items))]
+    chosen = [item for item in ordered if exclude is None or item != exclude][:k]
     if len(chosen) < k:
         raise ValueError(
             f"choose_shots: k is {k}, but the pool has {len(chosen)} items to choose from; give fewer shots"

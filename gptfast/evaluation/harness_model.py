@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -16,16 +15,20 @@ from tqdm import tqdm
 
 from gptfast._checks import check_count
 from gptfast.evaluation.continuations import ContinuationScorer
+from gptfast.evaluation.harness_arguments import (
+    OWNER,
+    batch_size_of,
+    device_of,
+    on_device,
+    prefix_token_of,
+    tokenizer_of,
+)
 from gptfast.generation.config import GenerationConfig
 from gptfast.metadata import drawing, end_option, metadata_of
 from gptfast.models import GPT
-from gptfast.models.pretrained import resolve
-from gptfast.tokenizer import encode_prompt, lenient, load_tokenizer
+from gptfast.tokenizer import encode_prompt, lenient
 from gptfast.tokenizer.chat import ChatTemplate
 
-OWNER = "gptfast"
-GPU_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AUTO_ROWS = 16  # texts that are written at a time under --batch_size auto
 Request = tuple[Any, list[int], list[int]]  # the texts, or None; ids of the context; ids of the continuation
 
 
@@ -42,7 +45,7 @@ class GPTFastLM(TemplateLM):
         tokenizer: "gpt2", or a folder; None: the checkpoint's own. Or a tokenizer.
         max_length: most tokens that the model reads; None: its block_size. Longer requests lose tokens on the left.
         prefix_token_id: stands before a text that has no context; None: the tokenizer's first token, or its end token.
-        adapter: folder of an adapter.
+        adapter: folder of an adapter, ours or peft's. peft: the same by hf's name.
         max_gen_toks: most new tokens of a text, where the task does not say.
         batch_size: texts that are written at a time, or "auto". Scores do not depend on it, nor does their speed.
         max_batch_size: most texts at a time under "auto".
@@ -62,6 +65,7 @@ class GPTFastLM(TemplateLM):
         max_gen_toks: int = 256,
         batch_size: int | str | None = 1,
         max_batch_size: int | None = None,
+        peft: str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -71,19 +75,23 @@ class GPTFastLM(TemplateLM):
                 "tokenizer, max_length, prefix_token_id, adapter, max_gen_toks"
             )
         gpt = GPT.from_pretrained(pretrained) if isinstance(pretrained, str) else pretrained
-        if adapter is not None:
-            gpt.load_adapter(str(adapter), "adapter")
+        if adapter is not None and peft is not None:
+            raise ValueError(
+                f"{OWNER}: adapter is {adapter!r} and peft is {peft!r}, which mean the same; give one of them"
+            )
+        if (folder := peft if adapter is None else adapter) is not None:
+            gpt.load_adapter(str(folder), "adapter")
         self._name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
-        self._device = _device(device, dtype)
-        self._model, self.dtype = _on_device(gpt, dtype, self._device)
-        self._tokens = lenient(_tokenizer(pretrained, tokenizer))
+        self._device = device_of(device, dtype)
+        self._model, self.dtype = on_device(gpt, dtype, self._device)
+        self._tokens = lenient(tokenizer_of(pretrained, tokenizer))
         check_count(OWNER, "max_gen_toks", max_gen_toks)
         block = ContinuationScorer(self._model, 1).limit
         if max_length is not None:
             check_count(OWNER, "max_length", max_length, 1, block, " (what the model reads)")
         self.max_length, self.max_gen_toks = max_length or block, max_gen_toks
-        self.batch_size = _batch_size(batch_size, max_batch_size)
-        self._prefix = _prefix_token(self._model, self._tokens, prefix_token_id)
+        self.batch_size = batch_size_of(batch_size, max_batch_size)
+        self._prefix = prefix_token_of(self._model, self._tokens, prefix_token_id)
         self.truncated = {"loglikelihood": 0, "generate_until": 0}
         shown = "none" if self._prefix is None else f"{self._prefix} {self._tokens.decode([self._prefix])!r}"
         _say(f"{self._name} in {self.dtype} on {self._device}; prefix token {shown}; max_length {self.max_length}")
@@ -249,56 +257,3 @@ def _args(request: Instance) -> Any:
 
 def _say(text: str) -> None:
     print(f"{OWNER}: {text}", file=sys.stderr, flush=True)
-
-
-def _device(asked: str | None, dtype: Any) -> torch.device:
-    device = torch.device("cpu" if asked is None else asked)
-    runs = torch.cuda.is_available() and str(dtype).removeprefix("torch.") in (*GPU_DTYPES, "auto")
-    return torch.device("cpu") if device.type == "cuda" and not runs else device
-
-
-def _on_device(gpt: Any, dtype: Any, device: torch.device) -> tuple[Any, str]:
-    """The model that runs, and the name of its format."""
-    stored = str(gpt.wte.weight.dtype).removeprefix("torch.")
-    name = stored if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
-    if device.type == "cpu":
-        packed = gpt.compile_for_inference("float32" if dtype in (None, "auto") and name == "float16" else name)
-        return packed, packed.dtype
-    if name not in GPU_DTYPES:
-        raise ValueError(f"{OWNER}: dtype is {dtype!r} on {device}; expected one of {', '.join(GPU_DTYPES)}, or auto")
-    return gpt.to(device=device, dtype=GPU_DTYPES[name]).eval(), name
-
-
-def _tokenizer(pretrained: Any, tokenizer: Any) -> Any:
-    if tokenizer is not None:
-        return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    if not isinstance(pretrained, str):
-        raise ValueError(f"{OWNER}: pretrained is a model without files; give its tokenizer=")
-    folder = resolve(pretrained)
-    return load_tokenizer(folder if folder.is_dir() else folder.parent)
-
-
-def _batch_size(value: Any, most: int | None) -> int:
-    if isinstance(value, str) and value.partition(":")[0] == "auto":
-        return AUTO_ROWS if most is None else min(AUTO_ROWS, int(most))
-    try:
-        size = int(1 if value is None else value)
-    except ValueError:
-        size = 0
-    if size < 1:
-        raise ValueError(f"{OWNER}: batch_size is {value!r}; expected a number of at least 1, or auto")
-    return size
-
-
-def _prefix_token(model: Any, tokenizer: Any, given: int | None) -> int | None:
-    """The token before a text without context, chosen as `--model hf` does; then what the model itself names."""
-    vocab_size = model.config.vocab_size
-    if given is not None:
-        check_count(OWNER, "prefix_token_id", given, 0, vocab_size - 1, " (the vocabulary)")
-        return given
-    inner, metadata = getattr(tokenizer, "inner", tokenizer), metadata_of(model)
-    bos = getattr(getattr(inner, "hf_files", inner), "settings", {}).get("bos_token")
-    text = bos.get("content") if isinstance(bos, dict) else bos
-    named = [getattr(inner, "specials", {}).get(text), tokenizer.eos_id]
-    named += [(metadata.generation or {}).get("bos_token_id"), metadata.config.get("bos_token_id")]
-    return next((token for token in named if isinstance(token, int) and 0 <= token < vocab_size), None)

@@ -82,7 +82,7 @@ def accuracy_curve(
     for count in shots:
         samples = []
         for item in items:
-            samples.append(solve(item, choose_shots(task.pool, count, seed, exclude=item)))
+            samples.append(solve(item, choose_shots(task.pool, count, seed, item, task.spare)))
             if progress is not None:
                 progress()
         solved = sum(sample["correct"] for sample in samples)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
 
@@ -18,14 +19,16 @@ import numpy as np
 
 from gptfast.data import Document
 from gptfast.data.encode import encode_documents
+from gptfast.data.spool import Spool
 from gptfast.evaluation.counts import Counts, count_text, count_token
-from gptfast.evaluation.detokenizers import DETOKENIZERS
+from gptfast.evaluation.detokenizers import DETOKENIZERS, by_lines
 from gptfast.evaluation.logprobs import ROWS, scorer
 from gptfast.evaluation.windows import Window, check_windows, windows
 from gptfast.metadata import metadata_of
 from gptfast.tokenizer import Tokenizer
 
 OWNER = "perplexity"
+BLOCK = 1 << 15  # characters that are encoded at a time
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Settings:
         return replace(self, context=context, stride=stride)
 
 
-@dataclass
+@dataclass(slots=True)
 class DocumentScore:
     """The scored tokens of a document.
 
@@ -97,89 +100,109 @@ def perplexity(
         TypeError, ValueError: options out of range, a text that cannot be encoded, no token to score, no token for `bos`.
     """
     named = [texts] if isinstance(texts, str) else texts
-    documents = [Document(f"document {n + 1}", text) for n, text in enumerate(named)]
+    documents = (Document(f"document {n + 1}", text) for n, text in enumerate(named))
     settings = Settings(context, stride, bos, join, detokenize).resolved(model)
     return summarise(score_documents(model, documents, tokenizer, settings, progress), settings)
 
 
 def score_documents(
     model: Any,
-    documents: Sequence[Document],
+    documents: Iterable[Document],
     tokenizer: Tokenizer,
     settings: Settings = Settings(),
     progress: Callable[[int], None] | None = None,
 ) -> list[DocumentScore]:
-    """The scores of each document; arguments and errors as in `perplexity`. Memory does not grow with the text, but by four
-    bytes a token."""
+    """The scores of each document; arguments and errors as in `perplexity`.
+
+    A document is read, encoded and scored in pieces, so that memory does not grow with its text; one that the tokenizer can only
+    encode as a whole is held as a whole.
+    """
     settings = settings.resolved(model)
     first = _first_token(model, tokenizer) if settings.bos else None
+    if settings.join and tokenizer.eos_id is None:
+        raise ValueError(
+            f"{OWNER}: join=True, but the tokenizer has no end token to put between documents; leave it out"
+        )
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()
+    scores: list[DocumentScore] = []
     try:
-        encoded = _encoded(documents, tokenizer, DETOKENIZERS[settings.detokenize])
-        scores = [DocumentScore(document.name, counts=count_text(document.blocks())) for document in documents]
-        if settings.join and scores:
-            encoded, scores = _joined(encoded, tokenizer), [_sum("all documents", scores)]
-        return _score(model, encoded, scores, tokenizer, settings, first, progress)
+        with closing(encode_documents(_read(documents, scores, settings), tokenizer, 1, BLOCK)) as encoded:
+            _score(model, _streams(encoded, tokenizer, settings.join), scores, tokenizer, settings, first, progress)
     finally:
         if was_training:
             model.train()
+    return scores
+
+
+def _read(documents: Iterable[Document], scores: list[DocumentScore], settings: Settings) -> Iterator[Document]:
+    """The documents as they are to be encoded. Each has its entry in `scores`, with the counts of its text, before it comes."""
+    detokenize = DETOKENIZERS[settings.detokenize]
+    for document in documents:
+        counts = count_text(document.blocks(BLOCK))
+        if settings.join and scores:
+            scores[0].counts += counts
+        else:
+            scores.append(DocumentScore("all documents" if settings.join else document.name, counts=counts))
+        if detokenize is None:
+            yield document
+        else:
+            yield Document(document.name, Spool().add(by_lines(detokenize, document.blocks(BLOCK))))
+
+
+def _streams(
+    encoded: Iterable[tuple[int, np.ndarray, int]], tokenizer: Tokenizer, join: bool
+) -> Iterator[tuple[int, Iterable[np.ndarray]]]:
+    """The index in the scores and the ids of each text, in chunks."""
+    documents = ((n, (ids for _, ids, _ in parts)) for n, parts in groupby(encoded, key=itemgetter(0)))
+    if not join:
+        yield from documents
+        return
+
+    def joined() -> Iterator[np.ndarray]:
+        for place, (_, chunks) in enumerate(documents):
+            if place:
+                yield np.array([tokenizer.eos_id], np.uint32)
+            yield from chunks
+
+    yield 0, joined()
 
 
 def _score(
     model: Any,
-    encoded: Iterable[tuple[int, np.ndarray]],
+    streams: Iterable[tuple[int, Iterable[np.ndarray]]],
     scores: list[DocumentScore],
     tokenizer: Tokenizer,
     settings: Settings,
     first: int | None,
     progress: Callable[[int], None] | None,
-) -> list[DocumentScore]:
+) -> None:
+    """Add loss and tokens to the scores, and take what is not scored from their counts."""
     size = settings.context or 0, settings.stride or 0  # resolved: never None
     score = scorer(model, size[0])
-    waiting: list[tuple[int, np.ndarray, Window]] = []
+    waiting: list[tuple[int, Window]] = []
 
     def work() -> None:
-        found = score([(ids[w.begin : w.end], w.first - w.begin) for _, ids, w in waiting])
-        for (n, _, window), logprobs in zip(waiting, found, strict=True):
+        found = score([(window.ids, window.first) for _, window in waiting])
+        for (n, window), logprobs in zip(waiting, found, strict=True):
             scores[n].loss -= float(logprobs.sum())
             scores[n].tokens += len(logprobs)
             if progress is not None:
-                progress(window.end - window.first)
+                progress(len(window.ids) - window.first)
         waiting.clear()
 
-    for n, ids in encoded:
-        ids = ids if first is None else np.concatenate([np.array([first], ids.dtype), ids])
-        _check_ids(scores[n].name, ids, model.config.vocab_size)
-        for window in windows(len(ids), *size):
-            _leave_out(scores[n].counts, tokenizer, ids, window, first is not None)
-            if window.end > window.first:
-                waiting.append((n, ids, window))
+    before = [] if first is None else [np.array([first], np.uint32)]
+    for n, chunks in streams:
+        checked = (_check_ids(scores[n].name, ids, model.config.vocab_size) for ids in chain(before, chunks))
+        for window in windows(checked, *size):
+            _leave_out(scores[n].counts, tokenizer, window, first is not None)
+            if len(window.ids) > window.first:
+                waiting.append((n, window))
             if len(waiting) == ROWS:
                 work()
     if waiting:
         work()
-    return scores
-
-
-def _encoded(
-    documents: Sequence[Document], tokenizer: Tokenizer, detokenizer: Callable[[str], str] | None
-) -> Iterator[tuple[int, np.ndarray]]:
-    if detokenizer is not None:  # by the whole text: its rules look over the ends of lines
-        documents = [Document(document.name, detokenizer(document.text)) for document in documents]
-    for n, parts in groupby(encode_documents(documents, tokenizer), key=itemgetter(0)):
-        yield n, np.concatenate([ids for _, ids, _ in parts])
-
-
-def _joined(encoded: Iterable[tuple[int, np.ndarray]], tokenizer: Tokenizer) -> Iterator[tuple[int, np.ndarray]]:
-    if tokenizer.eos_id is None:
-        raise ValueError(
-            f"{OWNER}: join=True, but the tokenizer has no end token to put between documents; leave it out"
-        )
-    end = np.array([tokenizer.eos_id], np.uint32)
-    parts = [part for _, ids in encoded for part in (end, ids)]
-    yield 0, np.concatenate(parts[1:])
 
 
 def _sum(name: str, scores: Iterable[DocumentScore]) -> DocumentScore:
@@ -191,13 +214,13 @@ def _sum(name: str, scores: Iterable[DocumentScore]) -> DocumentScore:
     return total
 
 
-def _leave_out(counts: Counts, tokenizer: Tokenizer, ids: np.ndarray, window: Window, bos: bool) -> None:
+def _leave_out(counts: Counts, tokenizer: Tokenizer, window: Window, bos: bool) -> None:
     """Take the text of a window's unscored first token from the counts."""
-    begin, end = window.begin, tokenizer.eos_id
-    if not window.skips or (begin == 0 and bos) or ids[begin] == end:  # text is never encoded to the end token
+    token, end = int(window.ids[0]), tokenizer.eos_id  # text is never encoded to the end token
+    if not window.skips or (bos and window.before is None) or token == end:
         return
-    before = int(ids[begin - 1]) if begin > bos and ids[begin - 1] != end else None
-    alone = count_token(tokenizer, int(ids[begin]), before)
+    before, after = window.before, int(window.ids[1]) if len(window.ids) > 1 else None
+    alone = count_token(tokenizer, token, *(None if other == end else other for other in (before, after)))
     counts.bytes -= alone.bytes
     counts.characters -= alone.characters
     counts.words -= alone.words
@@ -214,11 +237,12 @@ def _first_token(model: Any, tokenizer: Tokenizer) -> int:
     )
 
 
-def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> None:
+def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> np.ndarray:
     if len(ids) and int(ids.max()) >= vocab_size:
         raise ValueError(
             f"{OWNER}: {name} has token {int(ids.max())}, but the model's vocabulary has {vocab_size}; use the model's tokenizer"
         )
+    return ids
 
 
 def summarise(scores: Sequence[DocumentScore], settings: Settings) -> dict[str, Any]:

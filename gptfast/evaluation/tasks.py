@@ -41,6 +41,7 @@ class Task:
 
     labels: those to choose from; None: an item's own answer must be the most likely text.
     target: the field that holds the label or the answer.
+    spare: solved items to show where the pool has too few.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Task:
     pool: Sequence[Item]
     labels: Sequence[str] | None = None
     target: str = "label"
+    spare: Sequence[Item] = ()
 
 
 def load_task(
@@ -60,8 +62,8 @@ def load_task(
     """A task of this module, or one in a file.
 
     Args:
-        task: a name, or a file of JSON Lines with an object an item. Its first half is solved, and its second half shown: in
-            the shots before, if an item has all fields of the template's own examples, such as `reasoning`.
+        task: a name, or a file of JSON Lines with an object an item. All are solved. The shots before one are others of them,
+            which have all fields of the template's own examples, such as `reasoning`, and then these examples.
         template: a shipped one (`load_template`), or a Jinja2 file; None: the one with the task's name.
         labels: to choose from; None: with a name, the task's own; with a file, none: the answer must be the most likely text.
         seed: of the generated items.
@@ -85,10 +87,10 @@ def load_task(
     records = [item for _, item in read_objects(path)]
     chosen = _template(template)
     target = _target(path, records, labels)
-    half = (len(records) + 1) // 2
     needed = set.intersection(*(set(example) for example in chosen.examples)) if chosen.examples else set()
-    pool = [item for item in records[half:] if needed <= set(item)] + chosen.examples
-    return Task(path.name, chosen, records[:half], pool, labels, target)
+    pool = [item for item in records if needed <= set(item)]
+    spare = [item for item in chosen.examples if labels is None or item.get(target) in labels]
+    return Task(path.name, chosen, records, pool, labels, target, spare)
 
 
 def _template(name: str) -> Template:

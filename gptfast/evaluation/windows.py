@@ -2,42 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 from gptfast._checks import check_count
 
 
 class Window(NamedTuple):
-    """Tokens begin .. end - 1 are read; those from `first` on are scored, each after all tokens of the window before it.
+    """ids: the tokens that are read; those from ids[first] on are scored, each after all tokens of the window before it.
 
-    skips: whether token `begin` is scored in no window, because nothing stands before it.
+    skips: whether ids[0] is scored in no window, because nothing stands before it.
+    before: the token of the text before ids[0]; None at its beginning.
     """
 
-    begin: int
-    end: int
+    ids: np.ndarray
     first: int
     skips: bool
+    before: int | None
 
 
-def windows(tokens: int, context: int, stride: int) -> Iterator[Window]:
+def windows(chunks: Iterable[np.ndarray], context: int, stride: int) -> Iterator[Window]:
     """Windows of at most `context` tokens, each `stride` after the one before; a token is scored once, as early as it is seen.
 
     The first token of the first window has nothing before it and is not scored. Where stride == context this is so for
-    every window.
+    every window. No more than a chunk and a window is held.
 
     Args:
-        tokens: length of the text.
-        context: in [2, block_size].
+        chunks: the ids of the text, uint32, in order.
+        context: at least 2.
         stride: in [1, context].
     """
-    scored = 0
-    for begin in range(0, tokens, stride):
-        end = min(begin + context, tokens)
-        yield Window(begin, end, max(scored, begin + 1), scored <= begin)
-        scored = end
-        if end == tokens:
+    held, at = np.empty(0, np.uint32), 0  # the tokens from `at` on
+    begin, scored, rest, more = 0, 0, iter(chunks), True
+    while True:
+        if more and at + len(held) < begin + context:
+            drop = max(0, begin - 1 - at)
+            parts, at = [held[drop:]], at + drop
+            size = len(parts[0])
+            while more and at + size < begin + context:
+                chunk = next(rest, None)
+                more = chunk is not None
+                if chunk is not None:
+                    parts.append(chunk)
+                    size += len(chunk)
+            held = np.concatenate(parts)
+        end = min(begin + context, at + len(held))
+        if end == scored:
             return
+        before = int(held[begin - 1 - at]) if begin else None
+        yield Window(held[begin - at : end - at], max(scored - begin, 1), scored <= begin, before)
+        scored, begin = end, begin + stride
 
 
 def check_windows(owner: str, context: int | None, stride: int | None, block_size: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from gptfast.tokenizer import Tokenizer, encode_prompt
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, of a completion
 MOST_LOGPROBS = 20
-MOST_STOPS = 4
+MOST_STOPS = 64  # OpenAI takes 4; tasks of lm-evaluation-harness name a dozen
 
 
 class ApiError(Exception):

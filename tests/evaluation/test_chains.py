@@ -109,8 +109,9 @@ def test_an_answer_that_is_scored_follows_what_leads_to_it(model: gptfast.GPT, t
 def test_items_without_reasoning_are_not_shown(tmp_path: Path):
     """The pool of a file has those items that the template's examples are like."""
     path = questions(tmp_path / "sums.jsonl", 4)
-    assert load_task(path, "arithmetic-cot").pool == load_template("arithmetic-cot").examples
-    assert len(load_task(path, "arithmetic").pool) == 2 + 2
+    thought, plain = load_task(path, "arithmetic-cot"), load_task(path, "arithmetic")
+    assert thought.pool == [] and thought.spare == load_template("arithmetic-cot").examples
+    assert len(plain.pool) == 4 and len(plain.spare) == 2
 
 
 def test_errors(tokenizer: Any, tmp_path: Path):

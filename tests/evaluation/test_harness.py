@@ -137,11 +137,56 @@ def test_items_that_cannot_be_scored_are_named(folder: Path):
         ({"batch_size": "many"}, "batch_size is 'many'; expected a number"),
         ({"revision": "main"}, "unknown argument 'revision'; expected pretrained, dtype"),
         ({"device": "meta", "dtype": "int8"}, "dtype is 'int8' on meta; expected one of float32"),
+        ({"adapter": "a", "peft": "b"}, "adapter is 'a' and peft is 'b', which mean the same"),
     ],
 )
 def test_arguments_that_are_refused(folder: Path, arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         GPTFastLM(str(folder), **arguments)
+
+
+PAIRS = [("To be, or not", " to be"), ("", "To be"), ("One two ", "three"), ("a", " b" * 20), ("To be, or", " not")]
+
+
+def test_an_adapter_of_peft(folder: Path, tmp_path: Path):
+    """Scores and texts with adapter= are those of hf with peft=, and others than without."""
+    peft = pytest.importorskip("peft")
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"], init_lora_weights=False, fan_in_fan_out=True)
+    torch.manual_seed(0)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(tmp_path)
+    theirs = HFLM(pretrained=str(folder), peft=str(tmp_path), device="cpu", dtype="float32")
+    plain, *ours = (
+        GPTFastLM(str(folder), "float32", **{n: str(tmp_path) for n in names})
+        for names in ((), ("adapter",), ("peft",))
+    )
+    pairs, writes = [request(*pair) for pair in PAIRS], [request("To be", {"until": ["e"], "max_gen_toks": 8})]
+    scores, texts = theirs.loglikelihood(pairs, disable_tqdm=True), theirs.generate_until(writes, disable_tqdm=True)
+    for model in ours:
+        found = model.loglikelihood(pairs, disable_tqdm=True)
+        assert flat(found) == pytest.approx(flat(scores), abs=1e-4, rel=1e-6)
+        assert flat(found) != pytest.approx(flat(plain.loglikelihood(pairs, disable_tqdm=True)), abs=1e-2)
+        assert model.generate_until(writes, disable_tqdm=True) == texts
+
+
+def test_the_way_of_gpus(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where there is no engine the network itself runs, in torch: here on the CPU."""
+    from gptfast.evaluation import harness_arguments, harness_model
+
+    here, packed = torch.device("cpu"), GPTFastLM(str(folder), "float32")
+    monkeypatch.setattr(harness_model, "on_device", lambda gpt, *_: harness_arguments.in_torch(gpt, "float32", here))
+    model = GPTFastLM(str(folder), "float32")
+    assert isinstance(model._model, torch.nn.Module)
+    pairs, writes = [request(*pair) for pair in PAIRS], [request("To be", {"until": ["e"], "max_gen_toks": 8})]
+    expected = flat(packed.loglikelihood(pairs, disable_tqdm=True))
+    assert flat(model.loglikelihood(pairs, disable_tqdm=True)) == pytest.approx(expected, abs=1e-4, rel=1e-6)
+    assert model.generate_until(writes, disable_tqdm=True) == packed.generate_until(writes, disable_tqdm=True)
+    rolling = [request("To be, or not to be. " * 20)]
+    assert model.loglikelihood_rolling(rolling, disable_tqdm=True) == pytest.approx(
+        packed.loglikelihood_rolling(rolling, disable_tqdm=True), abs=1e-4, rel=1e-6
+    )
 
 
 def test_contexts_that_share_a_beginning_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -138,10 +138,22 @@ def test_shots():
         assert choose_shots(pool, k, seed=3) == many[:k]
     assert many[0] not in choose_shots(pool, 19, seed=3, exclude=dict(many[0]))
     assert choose_shots(pool, 5, seed=4) != many[:5]
+    assert choose_shots(pool[:3], 5, 3, None, many[3:])[3:] == choose_shots(many[3:], 2, 3)
     with pytest.raises(ValueError, match="choose_shots: k is 20, but the pool has 19 items"):
         choose_shots(pool, 20, seed=3, exclude=many[0])
     with pytest.raises(ValueError, match="choose_shots: k is -1"):
         choose_shots(pool, -1, seed=3)
+
+
+def test_the_items_of_a_file_are_shown_before_each_other(tmp_path: Path):
+    """All are solved; the template's examples stand in where there are too few, those with a label that may be chosen."""
+    rows = [{"text": f"Text {n}", "label": "good" if n % 2 else "negative"} for n in range(5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load_task(tmp_path / "rows.jsonl", "sentiment", ["good", "negative"])
+    assert task.items == task.pool == rows and {example["label"] for example in task.spare} == {"negative"}
+    for item in rows:
+        shown = choose_shots(task.pool, 5, 0, item, task.spare)
+        assert item not in shown and all(shot in rows for shot in shown[:4]) and shown[4] in task.spare
 
 
 def test_shots_that_do_not_fit_are_dropped(tokenizer: Any):
@@ -215,8 +227,8 @@ def test_command(model: Any, tokenizer: Any, tmp_path: Path, capsys: Any, monkey
     found = json.loads(
         run(capsys, monkeypatch, *options, "--shots", "0,1,8", "--log-samples", "--json", "--out", tmp_path / "o")
     )
-    assert found["items"] == 5 and [point["shots"] for point in found["curve"]] == [0, 1, 8]
-    assert found["dropped_shots"] > 0 and len(found["samples"]) == 5
+    assert found["items"] == 9 and [point["shots"] for point in found["curve"]] == [0, 1, 8]
+    assert found["dropped_shots"] > 0 and len(found["samples"]) == 9
     assert json.loads((tmp_path / "o" / "results.json").read_text()) == found
     assert (tmp_path / "o" / "shots.png").read_bytes().startswith(b"\x89PNG")
     for sample in found["samples"]:
@@ -224,7 +236,7 @@ def test_command(model: Any, tokenizer: Any, tmp_path: Path, capsys: Any, monkey
         assert sample["scores"] == pytest.approx(expected, abs=1e-4)
         assert sample["correct"] == (max(expected, key=expected.get) == sample["target"])
     table = run(capsys, monkeypatch, *options, "--normalize", "calibrated", "--quantize", "int8")
-    assert "reviews.jsonl: 5 items, normalize calibrated, seed 0" in table
+    assert "reviews.jsonl: 9 items, normalize calibrated, seed 0" in table
     both = run(
         capsys, monkeypatch, "--compare", folder, f"{folder}:int8", "--task", "copying", "--limit", "2", "--json"
     )

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 import gptfast
 from gptfast.cli import main
 from gptfast.data import Document
-from gptfast.evaluation import compare, perplexity, score_documents
+from gptfast.evaluation import Settings, compare, perplexity, score_documents
 from gptfast.evaluation.counts import count_text, count_token
-from gptfast.evaluation.detokenizers import wikitext
-from gptfast.tokenizer import get_tokenizer
+from gptfast.evaluation.detokenizers import by_lines, wikitext
+from gptfast.evaluation.perplexity import BLOCK
+from gptfast.tokenizer import get_tokenizer, lenient, load_tokenizer
+from gptfast.tokenizer.pieces import blocks_of
+from tests.support.texts import byte_level
 
 KEYS = {"perplexity", "word_perplexity", "char_perplexity", "byte_perplexity", "bits_per_byte", "tokens", "words"}
 KEYS |= {"characters", "bytes", "documents", "context", "stride", "bos", "join", "detokenize"}
@@ -68,7 +75,7 @@ def test_sum_is_that_of_one_token_at_a_time(model: Any, tokenizer: Any, context:
         scored = text[len(tokenizer.decode(ids[:1])) :] if stride < context else None
     if scored is not None:
         assert (found["bytes"], found["characters"]) == (len(scored.encode()), len(scored))
-        assert found["words"] == len(text.split()) - (not bos)
+        assert found["words"] == len(scored.split())
         assert found["bits_per_byte"] == pytest.approx(loss / math.log(2) / len(scored.encode()), rel=1e-5)
 
 
@@ -135,10 +142,77 @@ def test_counts(tokenizer: Any):
         counts = count_text(TEXT[n : n + size] for n in range(0, len(TEXT), size))
         assert (counts.bytes, counts.characters, counts.words) == (len(TEXT.encode()), len(TEXT), len(TEXT.split()))
     ids = tokenizer.encode(TEXT)
-    every = [count_token(tokenizer, token, before) for token, before in zip(ids, [None, *ids], strict=False)]
+    every = [count_token(tokenizer, token, None, None) for token in ids]
     total = count_text([TEXT])
-    for name in ("bytes", "characters", "words"):
+    for name in ("bytes", "characters"):
         assert sum(getattr(count, name) for count in every) == getattr(total, name), name
+
+
+def test_words_of_what_is_scored():
+    """A word counts if a token of it is scored: every word of a text with one token a character, but those of a single letter."""
+    text = "A bc d  efg\nh ij k lmn o\tp qr s"
+    chars = get_tokenizer("char", text)
+    gpt = gptfast.GPT(gptfast.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=chars.vocab_size))
+    for context in range(2, 9):
+        for stride in range(1, context + 1):
+            unscored = range(0, len(text), context) if stride == context else [0]
+            words, inside = 0, False
+            for n, c in enumerate(text):
+                counts = not c.isspace() and n not in unscored
+                words, inside = words + (counts and not inside), not c.isspace() and (inside or counts)
+            found = perplexity(gpt, text, chars, context=context, stride=stride)
+            assert (found["words"], found["bytes"]) == (words, len(text) - len(unscored)), (context, stride)
+    assert perplexity(gpt, text, chars, bos=False)["words"] == len(text.split()) - 1  # all of A
+    assert perplexity(gpt, text[2:], chars)["words"] == len(text[2:].split())  # c of bc
+
+
+@pytest.mark.parametrize("size", [1, 3, 50, 1 << 15])
+def test_pieces_change_nothing(model: Any, tokenizer: Any, monkeypatch: Any, size: int):
+    """Texts in small pieces: the same sums, counts and windows, joined, detokenised and with a first token too."""
+    texts = [TEXT + ' = A = \n 1 @,@ 024 " b " \n' + TEXT, "x", TEXT[:70], " "]
+    options = [{}, {"stride": 32, "bos": True}, {"join": True, "stride": 7}, {"detokenize": "wikitext", "context": 20}]
+    expected = [perplexity(model, texts, tokenizer, **some) for some in options]
+    monkeypatch.setattr(sys.modules["gptfast.evaluation.perplexity"], "BLOCK", size)
+    for some, whole in zip(options, expected, strict=True):
+        found = perplexity(model, iter(texts), tokenizer, **some)
+        numbers = {key: value for key, value in found.items() if isinstance(value, float)}
+        assert numbers == pytest.approx({key: whole[key] for key in numbers}, rel=1e-6) and found.keys() == whole.keys()
+        assert all(found[key] == whole[key] for key in found.keys() - numbers.keys())
+
+
+def test_memory_does_not_grow_with_a_text(tmp_path: Path, monkeypatch: Any):
+    """Ten times the text, and the same peak of what Python and numpy hold, beside a model that predicts for nothing."""
+    letters = "To be, or not to be: that is the question.\n"
+    chars = get_tokenizer("char", letters)
+    gpt = gptfast.GPT(gptfast.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=512, vocab_size=chars.vocab_size))
+    scorer = lambda model, context: lambda rows: [np.zeros(len(ids) - first) for ids, first in rows]  # noqa: E731
+    monkeypatch.setattr(sys.modules["gptfast.evaluation.perplexity"], "scorer", scorer)
+    peaks = []
+    for count in (6_000, 60_000):  # 0.26 and 2.6 MB
+        (tmp_path / "text.txt").write_text(letters * count)
+        tracemalloc.start()
+        (score,) = score_documents(gpt, [Document("text", tmp_path / "text.txt")], chars, Settings(stride=512))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert score.tokens == score.counts.bytes == len(letters) * count - math.ceil(len(letters) * count / 512)
+    assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def test_a_tokenizer_that_needs_whole_texts(model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: Any):
+    """Its ids would be others in pieces; the command's lenient wrapper hid that it is one."""
+    rust = byte_level(tokenizer.vocab, tokenizer.merges)
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    rust.save(str(tmp_path / "tokenizer.json"))
+    prefixed = load_tokenizer(tmp_path)
+    text = "One line.\nTwo lines." * 2000
+    scorer = lambda model, context: lambda rows: [-ids[first:].astype(float) for ids, first in rows]  # noqa: E731
+    monkeypatch.setattr(sys.modules["gptfast.evaluation.perplexity"], "scorer", scorer)
+    assert prefixed.whole_texts and len(text) > BLOCK
+    scores = [
+        score_documents(model, [Document("", text)], one, Settings(stride=32)) for one in (prefixed, lenient(prefixed))
+    ]
+    assert scores[0] == scores[1]
+    assert scores[0][0].loss == sum(i for n, i in enumerate(prefixed.encode(text)) if n % 32)
 
 
 def test_paired_differences(model: Any, tokenizer: Any):
@@ -154,6 +228,9 @@ def test_paired_differences(model: Any, tokenizer: Any):
 
 
 def test_wikitext():
+    text = TEXT + ' = A = \n\n " b " ( c , d ) \n'
+    for size in (1, 5, 1000):
+        assert "".join(by_lines(wikitext, blocks_of(text, size))) == wikitext(text)
     given = ' = Valkyria Chronicles = \n It sold 1 @,@ 024 copies , " as expected " ( in Japan ) ; the team \'s long @-@ range plan .\n'
     assert (
         wikitext(given)

@@ -46,7 +46,7 @@ def test_every_form_of_a_prompt_and_of_a_stop(client, model, tokenizer):
     for prompt in (texts, [tokenizer.encode(text) for text in texts]):
         got = client.completions.create(prompt=prompt, **ask)
         assert [choice.text for choice in got.choices] == expected
-    for stop in (expected[0][3], [expected[0][3]], ["zzz", "zz", "zzzz", expected[0][3:5]]):
+    for stop in (expected[0][3], [expected[0][3]], [*(f"zz{n}" for n in range(63)), expected[0][3:5]]):
         got = client.completions.create(prompt="to be", stop=stop, **ask).choices[0]
         assert got.finish_reason == "stop" and got.text == expected[0][: min(expected[0].index(stop[-1]), 3)]
     for nothing in ([], None):
@@ -343,10 +343,10 @@ def test_a_key_is_asked_for(model, tokenizer):
             "max_token",
             "max_token: Extra inputs are not permitted",
         ),
-        ({"model": "bard", "prompt": "a", "stop": [""]}, 400, "stop", "expected 1 to 4 texts that are not empty"),
-        ({"model": "bard", "prompt": "a", "stop": ""}, 400, "stop", "stop is ''; expected 1 to 4 texts"),
-        ({"model": "bard", "prompt": "a", "stop": list("abcde")}, 400, "stop", "expected 1 to 4 texts"),
-        ({"model": "bard", "prompt": "a", "stop": [1]}, 400, "stop", "stop: expected a text, or a list of up to 4"),
+        ({"model": "bard", "prompt": "a", "stop": [""]}, 400, "stop", "expected 1 to 64 texts that are not empty"),
+        ({"model": "bard", "prompt": "a", "stop": ""}, 400, "stop", "stop is ''; expected 1 to 64 texts"),
+        ({"model": "bard", "prompt": "a", "stop": ["a"] * 65}, 400, "stop", "expected 1 to 64 texts"),
+        ({"model": "bard", "prompt": "a", "stop": [1]}, 400, "stop", "stop: expected a text, or a list of up to 64"),
         ({"model": "bard", "prompt": "a", "stream_options": {}}, 400, "stream_options", "without stream=true"),
         (
             {"model": "bard", "prompt": "a", "stream": True, "stream_options": {"include_usages": True}},
