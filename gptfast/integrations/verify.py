@@ -58,7 +58,7 @@ def verified(
         with torch.inference_mode(False), torch.enable_grad():
             model.eval()
             batch = {n: x.clone() if isinstance(x, Tensor) and x.is_inference() else x for n, x in batch.items()}
-            exact = _exact(model, batch)
+            exact = _unpatched(model, batch)
             before, seconds = _results(model, batch), _Timing(model, batch)
             patch()
             after = _results(model, batch)
@@ -91,6 +91,17 @@ def _results(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
 def _backward(loss: Tensor) -> None:
     if loss.requires_grad:  # not of a model whose parameters are all frozen
         loss.backward()
+
+
+def _unpatched(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The results in float64. Raises ValueError where torch raises IndexError or KeyError, as for an id outside the vocabulary."""
+    try:
+        return _exact(model, batch)
+    except LookupError as error:
+        raise ValueError(
+            f"accelerate: the unpatched model does not run on the verify batch: {type(error).__name__}: {error}; give one that it "
+            "takes"
+        ) from error
 
 
 def _exact(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -150,9 +150,11 @@ def _torch(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, dtype: torch.
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         else:
             torch.mm(a, b, out_dtype=torch.float32, out=out)
-    elif out.dtype != dtype or bias is not None:
+    elif out.dtype != dtype or (accumulate and bias is not None):
         product = a @ b if bias is None else torch.addmm(bias.to(dtype), a, b)
         out.add_(product) if accumulate else out.copy_(product)
+    elif bias is not None:
+        torch.addmm(bias.to(dtype), a, b, out=out)
     elif accumulate:
         torch.addmm(out, a, b, out=out)
     else:
