@@ -301,7 +301,7 @@ USER = {"role": "user", "content": "a"}
         ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "less than or equal to 20"),
         ({"logprobs": 3}, 400, "logprobs", "valid boolean"),
         ({"modalities": ["text", "audio"]}, 400, "modalities", "writes texts only"),
-        ({"stop": list("abcde")}, 400, "stop", "expected 1 to 4 texts"),
+        ({"stop": ["a"] * 65}, 400, "stop", "expected 1 to 64 texts"),
         ({"stream_options": {}}, 400, "stream_options", "stream_options without stream=true"),
         ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
         ({"prompt": "a"}, 400, "prompt", "Extra inputs are not permitted"),
