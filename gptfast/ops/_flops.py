@@ -10,7 +10,8 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+
+from gptfast._when_imported import when_imported
 
 Shape = Any  # of a tensor; None where there is none
 
@@ -75,6 +76,7 @@ FORMULAS = {
     "linear_fwd": _linear_fwd,
     "linear_bwd": _linear_bwd,
     "gemm": _gemm,
+    "gemm_few": _gemm,
     "lora_linear_fwd": _lora_fwd,
     "lora_linear_bwd": _lora_bwd,
     "quantized_linear_fwd": _quantized_linear_fwd,
@@ -88,7 +90,14 @@ FORMULAS = {
 
 
 def register(namespace: str) -> None:
-    """Give the operators of a namespace of torch.ops their formulas."""
+    """Give the operators of a namespace of torch.ops their formulas, once torch's counter is imported: it imports Triton, which
+    takes 0.2 s and 80 MB."""
+    when_imported("torch.utils.flop_counter", lambda: _register(namespace))
+
+
+def _register(namespace: str) -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
     operators = getattr(torch.ops, namespace)
     for name, formula in FORMULAS.items():
         if hasattr(operators, name):

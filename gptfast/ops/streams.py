@@ -14,6 +14,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from gptfast import rng
+from gptfast._when_imported import when_imported
 from gptfast.ops._registry import define_python_op
 
 STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: spreads consecutive numbers over the seeds, as SplitMix64 does
@@ -182,9 +183,12 @@ define_python_op("take_dropout", _run_take, _shape_of_take)
 _sites = itertools.count()
 
 
-@torch.compiler.assume_constant_result
 def _next_site() -> int:
     return next(_sites)
+
+
+# Once there is a compiler: importing it takes a second and 110 MB, and most processes compile nothing.
+when_imported("torch._dynamo", lambda: torch.compiler.assume_constant_result(_next_site))
 
 
 def _traced_take(counter: int, n: int) -> tuple[int, int]:
