@@ -88,6 +88,9 @@ _NOT_COMPILED = {"cpu": {"dequantize_nf4"}, "cuda": {"dequantize_nf4", "quantize
 # Functions of the compiled libraries that no other backend has.
 CPU_LIBRARY = (
     "gemm(Tensor a, Tensor b, Tensor? bias, Tensor(a!) c, bool pairs, bool accumulate, Tensor(b!)? a_sums) -> ()",
+    "gemm_few(Tensor a, Tensor b, Tensor(a!) c) -> ()",
+    "quantized_decode(Tensor codes, Tensor scales, str format, int group_size, int in_features, int first, int last) "
+    "-> Tensor",
     "dropout_mask(int matrices, int rows, int cols, float p, SymInt seed, SymInt offset) -> Tensor",
     "cpu_isa() -> str",
     "cpu_isas() -> str",

@@ -18,6 +18,14 @@ cpu::Matrix matrix_of(const char* name, const Tensor& x) {
   return {x.const_data_ptr(), x.stride(by_columns ? 1 : 0), dtype_of(kOp, x), by_columns};
 }
 
+void multiply(cpu::GemmParams& p) {
+  if (!p.M || !p.N) return;
+  const i64 width = std::min<i64>(ceil_div(p.N, kPanel), kWorkspace / packed_depth(p) / kPanel) * kPanel;
+  by_stretches(
+      p, width, [&](i64 item) { cpu::kernels().gemm_pack(p, item, item + 1); },
+      [&](i64 item) { cpu::kernels().gemm(p, item); });
+}
+
 void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, bool pairs, bool accumulate,
           const OptTensor& a_sums) {
   GPTFAST_CHECK(defined(a).dim() == 2 && defined(b).dim() == 2 && defined(c).dim() == 2 && a.size(1) == b.size(0) &&
@@ -37,15 +45,41 @@ void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, boo
                   kOp, ": a_sums must be (M,) float32, contiguous, with a by columns");
     p.a_sums = static_cast<float*>(sums.mutable_data_ptr());
   }
-  if (!p.M || !p.N) return;
-  const i64 width = std::min<i64>(ceil_div(p.N, kPanel), kWorkspace / packed_depth(p) / kPanel) * kPanel;
-  by_stretches(
-      p, width, [&](i64 item) { cpu::kernels().gemm_pack(p, item, item + 1); },
-      [&](i64 item) { cpu::kernels().gemm(p, item); });
+  multiply(p);
+}
+
+// c = a^T b for an `a` of few columns.
+void gemm_few(const Tensor& a, const Tensor& b, Tensor c) {
+  const auto by_rows = [](const Tensor& x) {
+    return on_cpu(x) && x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1) &&
+           (x.size(0) <= 1 || x.stride(0) >= x.size(1));
+  };
+  GPTFAST_CHECK(by_rows(defined(a)) && by_rows(defined(b)) && by_rows(defined(c)) && a.size(0) == b.size(0) &&
+                    c.size(0) == a.size(1) && c.size(1) == b.size(1),
+                kOp, "_few: expected a (K, M), b (K, N), c (M, N) with contiguous rows");
+  const i64 M = a.size(1), N = b.size(1), K = a.size(0);
+  const cpu::MutRows to{c.mutable_data_ptr(), c.stride(0), dtype_of(kOp, c)};
+  const DType of_a = dtype_of(kOp, a), of_b = dtype_of(kOp, b);
+  const auto& kernels = cpu::kernels();
+  if (!kernels.gemm_few || of_b != DType::bf16 || M > cpu::kMostFew) {
+    cpu::GemmParams p{};
+    p.a = {a.const_data_ptr(), a.stride(0), of_a, true}, p.b = {b.const_data_ptr(), b.stride(0), of_b, false}, p.c = to;
+    p.M = M, p.N = N, p.K = K, p.pairs = of_b == DType::bf16 && kernels.multiplies_pairs;
+    return multiply(p);
+  }
+  if (!M || !N) return;
+  cpu::GemmFewParams p{
+      {a.const_data_ptr(), a.stride(0), of_a}, {b.const_data_ptr(), b.stride(0), of_b}, to, M, N, K, nullptr};
+  p.packed = static_cast<uint32_t*>(cpu::workspace(size_t(ceil_div(K, 2) * cpu::kMostFew) * 4));
+  kernels.gemm_few_pack(p);
+  parallel_items(ceil_div(N, cpu::kFewColumns), [&](i64 item) { kernels.gemm_few(p, item); });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("gemm", TORCH_BOX(&gemm)); }
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
+  m.impl("gemm", TORCH_BOX(&gemm));
+  m.impl("gemm_few", TORCH_BOX(&gemm_few));
+}
 
 }  // namespace gptfast

@@ -90,11 +90,24 @@ Tensor quantized_linear_bwd(const Tensor& dy, const Tensor& codes, const Tensor&
   return dx;
 }
 
+Tensor quantized_decode(const Tensor& codes, const Tensor& scales, std::string format, i64 group_size, i64 in_features,
+                        i64 first, i64 last) {
+  const Weight weight = weight_of(codes, scales, format, group_size, in_features);
+  GPTFAST_CHECK(0 <= first && first <= last && last <= in_features && first % group_size == 0, kOp, ": columns ", first,
+                " to ", last, " of ", in_features, "; expected a range that begins with a group of ", group_size);
+  Tensor out = new_tensor({weight.w.N, last - first}, ScalarType::BFloat16);
+  const cpu::QuantizedDecodeParams p{weight.w, first, last, static_cast<uint16_t*>(out.mutable_data_ptr())};
+  parallel(out.numel() ? weight.w.N : 0, 4 * (last - first),
+           [&](i64 begin, i64 end) { cpu::kernels().quantized_decode(p, begin, end); });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("quantized_linear_fwd", TORCH_BOX(&quantized_linear_fwd));
   m.impl("quantized_linear_bwd", TORCH_BOX(&quantized_linear_bwd));
+  m.impl("quantized_decode", TORCH_BOX(&quantized_decode));
 }
 
 }  // namespace gptfast

@@ -94,8 +94,10 @@ template <bool PAIR> struct GemmBlock {
         const i64 panel = (column - p.n0) / kPanel;
         const uint32_t* b = p.packed + (block * panels + panel) * kGemmDepth * kPanel;
         float* to = c + column - c0;
-        if (block == 0) product<PAIR, SET>(a.data, a.row, a.k, b, kPanel, words, to, pitch, rows, kPanel / L);
-        else product<PAIR, ADD>(a.data, a.row, a.k, b, kPanel, words, to, pitch, rows, kPanel / L);
+        const i64 left = (c1 - column + L - 1) / L;  // vectors: a low rank fills no panel
+        const int vectors = int(left < kPanel / L ? left : kPanel / L);
+        if (block == 0) product<PAIR, SET>(a.data, a.row, a.k, b, kPanel, words, to, pitch, rows, vectors);
+        else product<PAIR, ADD>(a.data, a.row, a.k, b, kPanel, words, to, pitch, rows, vectors);
       }
     }
   }

@@ -168,6 +168,16 @@ struct GemmParams {
   i64 columns;       // of an item, a multiple of 32
 };
 
+// C = A^T B for an A of at most kMostFew columns.
+struct GemmFewParams {
+  Rows a, b;  // (K, M), any dtype; (K, N), bf16
+  MutRows c;  // (M, N)
+  i64 M, N, K;
+  uint32_t* packed;  // of A: ceil(K / 2) x kMostFew pairs
+};
+constexpr i64 kMostFew = 32;
+constexpr i64 kFewColumns = 256;  // of an item
+
 // W (N outputs, K inputs) in codes: W[n, k] = scales[n, k / group] * value of code [n, k].
 enum class Codes : int { int8 = 0, int4 = 1, nf4 = 2 };
 struct QuantizedMatrix {
@@ -182,6 +192,12 @@ struct QuantizedPackParams {
   QuantizedMatrix w;
   GemmParams gemm;
   bool transposed;  // W^T
+};
+// Columns [first, last) of W as bf16, a row after another; `first` is the begin of a group.
+struct QuantizedDecodeParams {
+  QuantizedMatrix w;
+  i64 first, last;
+  uint16_t* out;
 };
 // y = x W^T + bias for few rows of x.
 struct QuantizedRowsParams {
@@ -213,7 +229,7 @@ struct EmbeddingBwdParams {
 // this list.
 // clang-format off
 #define GPTFAST_CPU_KERNELS(X) \
-  X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) X(gemm) X(gemm_amx) X(quantized_pack) X(quantized_rows) \
+  X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) X(gemm) X(gemm_amx) X(gemm_few) X(quantized_pack) X(quantized_rows) \
   X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) \
   X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding) X(sample)
 // clang-format on
@@ -242,7 +258,10 @@ struct Kernels {
   void (*gemm)(const GemmParams&, i64 item);
   // The same on AMX tiles, which panels of whole 16 words and A with contiguous rows can use; null without them.
   void (*gemm_amx)(const GemmParams&, i64 item);
+  void (*gemm_few_pack)(const GemmFewParams&);  // both null without products of bf16 pairs
+  void (*gemm_few)(const GemmFewParams&, i64 item);
   void (*quantized_pack)(const QuantizedPackParams&, i64 item);
+  void (*quantized_decode)(const QuantizedDecodeParams&, i64 row_begin, i64 row_end);
   void (*quantized_spread)(const QuantizedRowsParams&);
   void (*quantized_rows)(const QuantizedRowsParams&, i64 item);
   // Runs independent multiply-adds (of bf16 pairs where the CPU has them); returns the flops done.

@@ -1,5 +1,6 @@
 // Panels of a quantised weight for the products of gemm_block-inl.h: decoded, scaled, and rounded to bf16 with PAIR. What is
-// decoded at a time is a stretch of the weight (QuantizedPackParams::gemm), never all of it.
+// decoded at a time is a stretch of the weight (QuantizedPackParams::gemm), never all of it. And rows as bf16, for the products
+// of libraries.
 //
 // Floor: the read of the codes; the decoding is some ten instructions for 32 weights, which as many as 2048 rows share.
 #include "codes-inl.h"
@@ -91,4 +92,30 @@ static void quantized_pack(const QuantizedPackParams& q, i64 item) {
   });
 }
 
-static void fill(Kernels& k) { k.quantized_pack = quantized_pack; }
+template <class C> static void decode_row(const QuantizedDecodeParams& p, const C& codes, i64 n) {
+  const QuantizedMatrix& w = p.w;
+  const uint8_t* codes_of_n = w.codes + n * w.row_bytes;
+  uint16_t* out = p.out + n * (p.last - p.first) - p.first;
+  alignas(64) float scales[kMostGroups];
+  for (i64 k0 = p.first; k0 < p.last; k0 += kMostGroups * w.group) {
+    const i64 k1 = p.last - k0 < kMostGroups * w.group ? p.last : k0 + kMostGroups * w.group;
+    widen_scales(w, n, k0, k1 - k0, scales);
+    for (i64 g = 0; k0 + g * w.group < k1; g++) {
+      const i64 k = k0 + g * w.group, count = k1 - k < w.group ? k1 - k : w.group;
+      const F scale = set(scales[g]);
+      for_lanes(count, [&](i64 c, i64 lanes) __attribute__((always_inline)) {
+        store_any(out + k + c, DType::bf16, codes.load(codes_of_n, k + c) * scale, lanes);
+      });
+    }
+  }
+}
+static void quantized_decode(const QuantizedDecodeParams& p, i64 begin, i64 end) {
+  with_codes(p.w.format, [&](const auto& codes) {
+    for (i64 n = begin; n < end; n++) decode_row(p, codes, n);
+  });
+}
+
+static void fill(Kernels& k) {
+  k.quantized_pack = quantized_pack;
+  k.quantized_decode = quantized_decode;
+}

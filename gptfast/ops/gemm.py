@@ -111,6 +111,11 @@ def use_implementations(choices: Mapping[str, str]) -> Iterator[None]:
         _local.kept = before
 
 
+def may_be_own() -> bool:
+    """Whether GPTFAST_GEMM leaves products to our kernels."""
+    return _FORCED in ("", "own")
+
+
 def is_forced() -> bool:
     """Whether GPTFAST_GEMM names the implementation."""
     return bool(_FORCED)

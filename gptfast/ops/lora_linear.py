@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.backend import resolve
+from gptfast.backend import cpu_isa, resolve
 from gptfast.ops._checks import check_float, check_number, check_probability, check_same_device
 from gptfast.ops._registry import caller, define_python_op, forbid_double_backward, register_derivative
 from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.dropout import dropout
-from gptfast.ops.gemm import MIN_ROWS, gemm, is_forced
+from gptfast.ops.gemm import MIN_ROWS, gemm, is_forced, may_be_own
 from gptfast.ops.linear import GELUS, activated, check_linear
 
 OP = "lora_linear"
+FEW = 32  # the largest rank for which the gradients of factors have a kernel of their own (kMostFew in csrc/cpu/kernels.h)
 
 
 class LowRank(NamedTuple):
@@ -264,14 +265,14 @@ def update_gradients(
         first, last = o.spans[2 * n : 2 * n + 2]
         rows, dropped = dy[first:last], (o.rates[n], o.seeds[n], o.offsets[n])
         if want_factors[count + n]:
-            gemm(h.t().contiguous(), rows, db[n].t(), dtype=x.dtype)
+            _transposed_product(h, rows, db[n].t(), x.dtype)
         if not (want_factors[n] or dx is not None):
             continue
         dh = _empty_low(x, last - first, a[n])
         gemm(rows, b[n], dh, dtype=x.dtype)
         dh.mul_(o.scales[n])
         if want_factors[n]:
-            gemm(dh.t().contiguous(), _thinned(x[first:last], *dropped), da[n], dtype=x.dtype)
+            _transposed_product(dh, _thinned(x[first:last], *dropped), da[n], x.dtype)
         if dx is not None and o.rates[n] > 0:
             through = torch.empty_like(x[first:last])
             gemm(dh, a[n], through, dtype=x.dtype)
@@ -279,6 +280,15 @@ def update_gradients(
         elif dx is not None:
             gemm(dh, a[n], dx[first:last], dtype=x.dtype, accumulate=True)
     return [*da, *db]
+
+
+def _transposed_product(a: Tensor, b: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    """out = a^T b for a (M, r): where there is a kernel that reads b once, without packing it, by that."""
+    pairs = a.device.type == "cpu" and cpu_isa() == "avx512_bf16" and b.dtype == dtype == torch.bfloat16
+    if pairs and a.shape[1] <= FEW and b.stride(0) >= b.shape[1] and may_be_own():
+        torch.ops.gptfast.gemm_few(a, b, out)
+    else:
+        gemm(a.t().contiguous(), b, out, dtype=dtype)
 
 
 def _thinned(x: Tensor, p: float, seed: int, offset: int) -> Tensor:

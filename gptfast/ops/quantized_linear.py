@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,15 +10,17 @@ from torch import Tensor
 
 from gptfast._checks import check_choice
 from gptfast._nf4 import blocks_of, check_finite, check_power_of_two, dequantize_groups, pack_pairs
-from gptfast.backend import has_values, resolve
+from gptfast.backend import cpu_isa, has_values, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_dense, check_float, check_same_device, check_vector
 from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 from gptfast.ops._tensors import autocast, rows_of
+from gptfast.ops.gemm import MIN_ROWS, gemm, implementation_for
 
 OP = "quantized_linear"
 FORMATS = ("int8", "int4", "nf4")
 GROUP_SIZES = (32, 128)
+DECODED = 1 << 21  # weights that are decoded for a library at a time, 4 MB
 
 
 def quantize_groups(
@@ -76,8 +79,9 @@ def quantized_linear(
     """x W^T + bias where W[n, k] = scales[n, k // group_size] * value of code [n, k].
 
     The weight is read packed: once for a few rows of x, which bounds decoding, and for many in pieces of a few MB that are
-    decoded as they are multiplied. The gradient dy W goes to x alone: the weight is frozen, and only its codes are kept for
-    backward (Dettmers et al., arXiv 2305.14314). C++ on CPUs, a Triton kernel on GPUs. Where the CPU has products of
+    decoded as they are multiplied, by a library where `gptfast.ops.gemm` names one for bfloat16. The gradient dy W goes to x
+    alone: the weight is frozen, and only its codes are kept for backward (Dettmers et al., arXiv 2305.14314). C++ on CPUs, a
+    Triton kernel on GPUs. Where the CPU has products of
     bfloat16, x of that dtype multiplies values that are rounded to it: up to 8 rows those of 4-bit codes, before the float32
     scale, else the weights. All other products are float32.
 
@@ -98,7 +102,8 @@ def quantized_linear(
     runs_on = resolve(OP, backend, x, scales)
     rows = x if x.dim() == 2 else rows_of(x)
     arguments = (rows, codes, scales, bias, format, group_size)
-    y = EagerFunction.apply(*arguments) if runs_on == "eager" else _fused(runs_on, *arguments)
+    in_python = runs_on == "eager" or multiplies_by_library(runs_on, x, codes)
+    y = PythonFunction.apply(*arguments, runs_on) if in_python else _fused(runs_on, *arguments)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], codes.shape[0])
 
 
@@ -150,24 +155,73 @@ def _backward(ctx: Any, call: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, dbias, None, None
 
 
-class EagerFunction(torch.autograd.Function):
-    """Keeps the codes alone for backward, where autograd would keep the dequantised weight."""
+class PythonFunction(torch.autograd.Function):
+    """The products that Python puts together. It keeps the codes alone for backward, where autograd would keep the dequantised
+    weight."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = reference.quantized_linear(*inputs[:4], format=inputs[4], group_size=inputs[5])
-        _save(ctx, inputs, y)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *inputs, ctx.runs_on = arguments
+        y = forward_product(ctx.runs_on, *inputs)
+        _save(ctx, tuple(inputs), y)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, lambda name, *arguments: eager_backward(*arguments), dy)
+        return *_backward(ctx, lambda name, *arguments: backward_product(ctx.runs_on, *arguments), dy), None
 
 
-def eager_backward(dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int) -> Tensor:
-    weight = dequantize_groups(codes, scales, format, group_size)[:, :in_features]
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    return (dy.to(wide) @ weight.to(wide)).to(dy.dtype)
+def multiplies_by_library(runs_on: str, x: Tensor, codes: Tensor) -> bool:
+    """Whether a library multiplies rows of x by stretches of the weight that are decoded for it: where bfloat16 is multiplied so
+    (see `gptfast.ops.gemm`), as on CPUs with AMX. Its product is then twice as fast as that of our kernels."""
+    if runs_on != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False
+    many = x.numel() >= MIN_ROWS * x.shape[-1] > 0
+    return many and cpu_isa() == "avx512_bf16" and implementation_for(rows_of(x), codes.t(), x.dtype) != "own"
+
+
+def forward_product(
+    runs_on: str, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str, group_size: int
+) -> Tensor:
+    """y of a backend or "eager"."""
+    if runs_on == "eager":
+        return reference.quantized_linear(x, codes, scales, bias, format=format, group_size=group_size)
+    own = kernels(runs_on)
+    if not multiplies_by_library(runs_on, x, codes):
+        return own.quantized_linear_fwd(x, codes, scales, bias, format, group_size)
+    (M, K), N = x.shape, codes.shape[0]
+    y = x.new_empty(M, N)
+    for first, last in _stretches(N, K, 1):
+        part = own.quantized_decode(codes[first:last], scales[first:last], format, group_size, K, 0, K)
+        added = None if bias is None else bias[first:last]
+        gemm(x, part.t(), y[:, first:last], dtype=x.dtype, bias=added)
+    return y
+
+
+def backward_product(
+    runs_on: str, dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int
+) -> Tensor:
+    """dx of a backend or "eager"."""
+    if runs_on == "eager":
+        weight = dequantize_groups(codes, scales, format, group_size)[:, :in_features]
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        return (dy.to(wide) @ weight.to(wide)).to(dy.dtype)
+    own = kernels(runs_on)
+    if not multiplies_by_library(runs_on, dy, codes):
+        return own.quantized_linear_bwd(dy, codes, scales, format, group_size, in_features)
+    dx = dy.new_empty(dy.shape[0], in_features)
+    for first, last in _stretches(in_features, codes.shape[0], group_size):
+        part = own.quantized_decode(codes, scales, format, group_size, in_features, first, last)
+        gemm(dy, part, dx[:, first:last], dtype=dy.dtype)
+    return dx
+
+
+def _stretches(n: int, each: int, unit: int) -> Iterator[tuple[int, int]]:
+    """[0, n) in about equal parts of whole units, of at most DECODED values where one of n has `each`."""
+    count = max(1, -(-n * each // DECODED))
+    step = -(-n // (count * unit)) * unit
+    for first in range(0, n, step):
+        yield first, min(first + step, n)
 
 
 @register_fake("quantized_linear_fwd")
@@ -178,6 +232,11 @@ def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str
 @register_fake("quantized_linear_bwd")
 def _(dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int) -> Tensor:
     return dy.new_empty(dy.shape[0], in_features)
+
+
+@register_fake("quantized_decode")
+def _(codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int, first: int, last: int) -> Tensor:
+    return codes.new_empty(codes.shape[0], last - first, dtype=torch.bfloat16)
 
 
 _fused = differentiable("quantized_linear_fwd", _save, _backward)

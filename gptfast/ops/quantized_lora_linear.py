@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.backend import kernels, resolve
-from gptfast.ops import reference
+from gptfast.backend import resolve
 from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.linear import GELUS, activated
 from gptfast.ops.lora_linear import LowRank, Options, add_updates, check_updates, options_of, update_gradients
-from gptfast.ops.quantized_linear import OP, check_quantized, eager_backward
+from gptfast.ops.quantized_linear import OP, backward_product, check_quantized, forward_product
 
 
 def quantized_lora_linear(
@@ -70,10 +69,7 @@ class QuantizedLoRAFunction(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         runs_on, format, group_size = how
-        if runs_on == "eager":
-            y = reference.quantized_linear(x, codes, scales, bias, format=format, group_size=group_size)
-        else:
-            y = kernels(runs_on).quantized_linear_fwd(x, codes, scales, bias, format, group_size)
+        y = forward_product(runs_on, x, codes, scales, bias, format, group_size)
         n = len(factors) // 2
         low = add_updates(y, x, factors[:n], factors[n:], options)
         ctx.save_for_backward(x if n else None, codes, scales, *factors, *low)
@@ -88,8 +84,7 @@ class QuantizedLoRAFunction(torch.autograd.Function):
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         dx = dbias = None
         if wanted[2]:
-            backward = eager_backward if runs_on == "eager" else kernels(runs_on).quantized_linear_bwd
-            dx = backward(dy, codes, scales, format, group_size, ctx.in_features)
+            dx = backward_product(runs_on, dy, codes, scales, format, group_size, ctx.in_features)
         if wanted[5]:
             dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
         grads: list[Tensor] = []

@@ -31,6 +31,7 @@ NO_PRODUCT |= {
     "sample",
     "keep_results",
     "peak_flops",
+    "quantized_decode",
     "signal_ns",
     "cpu_isa",
     "cpu_isas",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.backend import KERNEL_DTYPES
+from gptfast.backend import KERNEL_DTYPES, has_cpu_ops
 from gptfast.ops.lora_linear import LowRank, lora_linear
 
 SHAPES = [(1, 5, 3, 1), (20, 33, 70, 4), (97, 65, 31, 8), (40, 130, 257, 3)]  # rows, in, out, r
@@ -58,6 +58,26 @@ def test_rows_without_an_update_have_the_bits_of_linear():
     y = lora_linear(x, w, bias, updates=[LowRank(a, b, first=10, last=30)])
     base = ops.linear(x, w, bias)
     assert torch.equal(y[:10], base[:10]) and torch.equal(y[30:], base[30:]) and not torch.equal(y[10:30], base[10:30])
+
+
+@pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+@pytest.mark.parametrize(
+    ("K", "M", "N"), [(2, 1, 1), (65, 8, 32), (131, 3, 37), (1, 4, 256), (640, 13, 301), (7, 32, 600)]
+)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_products_of_few_columns(isa, K, M, N, kind):
+    """a^T b from parts of larger matrices whose other values are nan, into a part of one, whose others stay."""
+    a, b = torch.full((K, M + 3), torch.nan), torch.full((K + 1, N + 5), torch.nan, dtype=torch.bfloat16)
+    a[:, 1 : M + 1], b[:K, 2 : N + 2] = torch.randn(K, M), torch.randn(K, N).bfloat16()
+    a = a.to(kind)
+    out = torch.full((M + 1, N + 4), 7.0, dtype=kind)
+    torch.ops.gptfast.gemm_few(a[:, 1 : M + 1], b[:K, 2 : N + 2], out[:M, 1 : N + 1])
+    left, right = a[:, 1 : M + 1].bfloat16().double(), b[:K, 2 : N + 2].double()
+    rounding = {"avx512_bf16": 2e-6, "other": 2**-8}[isa if isa == "avx512_bf16" else "other"]  # there a is not rounded
+    bound = rounding * (left.abs().T @ right.abs()) + torch.finfo(kind).eps * (left.T @ right).abs()
+    assert ((out[:M, 1 : N + 1].double() - left.T @ right).abs() <= bound).all()
+    out[:M, 1 : N + 1] = 7.0
+    assert (out == 7).all()
 
 
 @pytest.mark.parametrize("backend", [None, "eager"])

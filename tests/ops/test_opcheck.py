@@ -32,7 +32,16 @@ DIFFERENTIABLE = {
 }
 OTHERS = {
     *(name.replace("_fwd", "_bwd") for name in DIFFERENTIABLE if name.endswith("_fwd")),
-    *("cross_entropy_in_place", "dequantize_nf4", "dropout_mask", "gemm", "linear_cross_entropy_scale", "sample"),
+    *(
+        "cross_entropy_in_place",
+        "dequantize_nf4",
+        "dropout_mask",
+        "gemm",
+        "gemm_few",
+        "quantized_decode",
+        "linear_cross_entropy_scale",
+        "sample",
+    ),
     "take_dropout",
 }
 VARIANTS: dict[str, dict[str, Any]] = {  # beside the calls of native_calls
@@ -92,7 +101,13 @@ def test_every_operator_is_in_the_table():
 def test_operators_have_derivatives():
     """Those that take part in training have one, their backward operators an error that says so."""
     writing = {name for name, schema in schemas().items() if "!)" in schema}
-    constant = {"dequantize_nf4", "dropout_mask", "sample", "take_dropout"}  # of integers, or integers
+    constant = {
+        "dequantize_nf4",
+        "dropout_mask",
+        "quantized_decode",
+        "sample",
+        "take_dropout",
+    }  # of integers, or integers
     assert set(_registry._derivatives) == set(schemas()) - writing - constant
 
 

@@ -80,8 +80,9 @@ def test_shapes(isa, M, K, N, dtype):
         check(M, -(-K // size) * size if format == "nf4" else K - 1, N, format, size, dtype)
 
 
-def test_a_row_depends_on_no_other(isa, threads):
-    """Bits of a row are the same alone in its block, at any place, and for any number of threads."""
+def test_a_row_depends_on_no_other(isa, threads, monkeypatch):
+    """With our own products the bits of a row are the same alone in its block, at any place, and for any number of threads."""
+    monkeypatch.setattr(sys.modules["gptfast.ops.gemm"], "_FORCED", "own")
     codes, scales = quantized(300, 576, "nf4", 64)
     x = torch.randn(209, 576).bfloat16()
     run = lambda x: ops.quantized_linear(x, codes, scales, format="nf4", group_size=64)  # noqa: E731
@@ -91,6 +92,33 @@ def test_a_row_depends_on_no_other(isa, threads):
     assert torch.equal(run(x), y)
     few = run(x[:8])
     assert all(torch.equal(run(x[m : m + 1]), few[m : m + 1]) for m in range(8))
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
+def test_stretches_that_a_library_multiplies(format, monkeypatch):
+    """As on a CPU with AMX: several stretches of outputs and of inputs, the last one smaller; single rows are as ever."""
+    monkeypatch.setattr(sys.modules["gptfast.ops.quantized_linear"], "DECODED", 8000)
+    K, size = (192, 64) if format == "nf4" else (200, 32)
+    seen = []
+    decode = torch.ops.gptfast.quantized_decode
+    monkeypatch.setattr(torch.ops.gptfast, "quantized_decode", lambda *a: seen.append(a[4]) or decode(*a))
+    for name in ("torch", "onednn"):
+        monkeypatch.setattr(sys.modules["gptfast.ops.gemm"], "_FORCED", name)
+        for M in (15, 16, 70):
+            check(M, K, 101, format, size, torch.bfloat16)
+            check(M, K, 101, format, size, torch.float32)
+    assert seen.count(K) == (2 * 2 * (3 + 3) if cpu_isas()[-1] == "avx512_bf16" else 0), seen
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
+def test_decoded_weights(isa, format):
+    """The weight rounded to bfloat16, any columns from a group's begin on."""
+    for K, size in ((640, 32), (640, 64), (1152, 128)):
+        codes, scales = quantized(5, K, format, size)
+        wanted = _nf4.dequantize_groups(codes, scales, format, size).bfloat16()
+        for first, last in ((0, K), (size, K), (2 * size, 2 * size + 37), (size, size)):
+            got = torch.ops.gptfast.quantized_decode(codes, scales, format, size, K, first, last)
+            assert torch.equal(got, wanted[:, first:last])
 
 
 def test_no_instruction_set_is_the_odd_one_out():

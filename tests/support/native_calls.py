@@ -100,6 +100,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         "quantized_linear_fwd many": many,
         "quantized_linear_bwd": few,
         "quantized_linear_bwd many": many | {"in_features": 64},
+        "quantized_decode": many | {"in_features": 64, "first": 0, "last": 64},
         "causal_attention_fwd": attention,
         "causal_attention_fwd packed": attention | packed,
         "causal_attention_fwd grouped": attention | grouped,
@@ -131,6 +132,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
             "accumulate": False,
         }
         | {"a_sums": torch.zeros(C)},
+        "gemm_few": {"a": rows, "b": random(R, V).bfloat16(), "c": random(C, V)},
         "linear_fwd": product,
         "linear_bwd": product | {"want_weight": True, "want_bias": True},
         "lora_linear_fwd": product | updates,
