@@ -87,7 +87,7 @@ bench-cpu: $(TESTED)  ## the same with malloc as installed and tuned, and the tr
 bench-drop-in: $(TESTED)  ## a patched transformers GPT-2 beside gptfast.GPT and beside itself unpatched: step, memory, generate
 	$(BIN)/python benchmarks/bench_drop_in.py --plain --generate
 
-bench-finetune: $(TESTED)  ## GPT-2's step full, frozen and with LoRA beside peft + transformers; decoding with adapters
+bench-finetune: $(TESTED)  ## GPT-2's step full, frozen, with LoRA and QLoRA, the 4-bit products, decoding with adapters; beside peft and bitsandbytes
 	$(BIN)/python benchmarks/bench_finetune.py
 
 bench-evaluate: $(TESTED)  ## lm-evaluation-harness with our model beside `hf`: multiple choice, cloze, few shots

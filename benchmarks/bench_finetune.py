@@ -1,11 +1,13 @@
-"""Steps of fine-tuning GPT-2 124M: full, with a frozen base, with LoRA; beside peft + transformers. Decoding with adapters.
+"""Steps of fine-tuning GPT-2 124M: full, with a frozen base, with LoRA and QLoRA; beside peft + transformers, and bitsandbytes.
+The products of QLoRA beside bitsandbytes'. Decoding with adapters.
 
-    python benchmarks/bench_finetune.py [--rounds 5] [--cpu-time] [--no-peers] [--no-decode]
+    python benchmarks/bench_finetune.py [--rounds 5] [--cpu-time] [--no-peers] [--no-products] [--no-decode]
 
 Training: forward and backward of B=2, T=1024 in bf16, kinds in turns, ratios are medians over the rounds. "frozen" trains the
-position embedding alone, so that the gradient passes through all layers; LoRA has r=8 in all matrices of the blocks. Decoding:
-tokens a second of the packed base in each format, bare and with one adapter of r=8. --cpu-time counts the process's own CPU
-seconds, for a machine that others use too. Rows go to the terminal and, as JSON, to --out.
+position embedding alone, so that the gradient passes through all layers; LoRA has r=8 in all matrices of the blocks, QLoRA the
+same beside NF4, of which "peft qlora" is bitsandbytes'. Products: see bench_quantized_linear.py. Decoding: tokens a second of the
+packed base in each format, bare and with one adapter of r=8. --cpu-time counts the process's own CPU seconds, for a machine that
+others use too. Rows go to the terminal and, as JSON, to --out.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,25 +29,38 @@ from gptfast.machine import cpu_name
 
 V = 50257
 MATRICES = ["c_attn", "c_proj", "c_fc"]
-OWN, PEERS = ("full", "frozen", "lora"), ("peft full", "peft lora")
+OWN, PEERS = ("full", "frozen", "lora", "qlora"), ("peft full", "peft lora", "peft qlora")
 
 
 def model_of(kind: str, layers: int) -> Any:
     torch.manual_seed(0)
-    if kind in OWN:
-        model = gptfast.GPT(gptfast.GPTConfig.preset("gpt2", dropout=0.0, n_layer=layers)).to(torch.bfloat16).train()
-        if kind == "frozen":
-            model.requires_grad_(False)
-            model.wpe.requires_grad_(True)
+    model = gptfast.GPT(gptfast.GPTConfig.preset("gpt2", dropout=0.0, n_layer=layers)).to(torch.bfloat16)
+    if kind == "frozen":
+        model.requires_grad_(False)
+        model.wpe.requires_grad_(True)
+    if kind in ("full", "frozen", "lora"):
         if kind == "lora":
             model.add_adapter(LoraConfig(r=8, target_modules=MATRICES))
+        return model.train()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        return stored_model(kind, folder).train()
+
+
+def stored_model(kind: str, folder: str) -> Any:
+    """A model that is loaded from a checkpoint: in NF4, or by transformers."""
+    if kind == "qlora":
+        model = gptfast.GPT.from_pretrained(folder, quantize="nf4")
+        model.add_adapter(LoraConfig(r=8, target_modules=MATRICES))
         return model
     import peft
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BitsAndBytesConfig, GPT2LMHeadModel
 
-    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    model = GPT2LMHeadModel(GPT2Config(n_layer=layers, **rates)).to(torch.bfloat16).train()
-    if kind == "peft lora":
+    packed = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    options = {"quantization_config": BitsAndBytesConfig(**packed)} if kind == "peft qlora" else {}
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    if kind != "peft full":
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=MATRICES, fan_in_fan_out=True))
     return model
 
@@ -83,9 +99,17 @@ def time_steps(options: argparse.Namespace) -> list[dict[str, Any]]:
             "of_frozen": round(ratio(kind, "frozen"), 3),
             "of_full": round(ratio(kind, "full"), 3),
             "of_lora": round(ratio(kind, "lora"), 3),
+            "of_qlora": round(ratio(kind, "qlora"), 3),
         }
         for kind in kinds
     ]
+
+
+def time_products(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """quantized_linear beside bitsandbytes and `ops.linear`, on one thread."""
+    from bench_quantized_linear import measure
+
+    return [{"part": "product", "kind": "nf4", **found} for found in measure(rounds=options.rounds)]
 
 
 def time_decoding(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -116,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu-time", dest="clock", action="store_const", const=time.process_time)
     parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--no-products", dest="products", action="store_false")
     parser.add_argument("--no-decode", dest="decode", action="store_false")
     parser.add_argument("--formats", default="bfloat16,int8,q4")
     parser.add_argument(
@@ -130,9 +155,14 @@ def main() -> None:
     head = {"cpu": cpu_name(), "threads": torch.get_num_threads(), **shape}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("a", encoding="utf-8") as out:
-        for row in time_steps(options) + (time_decoding(options) if options.decode else []):
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            out.write(json.dumps({**row, **head}) + "\n")
+        for part, wanted in {
+            time_steps: True,
+            time_products: options.products and options.peers,
+            time_decoding: options.decode,
+        }.items():
+            for row in part(options) if wanted else ():
+                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+                out.write(json.dumps({**row, **head}) + "\n")
 
 
 if __name__ == "__main__":
