@@ -21,16 +21,17 @@ Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int th
       Qp_(round_up(3 * shape.C, kPanel)), Fp_(round_up(shape.F, kPanel)), stride_(std::max(Cp_, Fp_)),
       next_(size_t(shape.layers)), own_(size_t(threads)) {}
 
-void Engine::pack(const Weight& weight, const float* values, i64 ld) {
+void Engine::pack(const Weight& weight, const float* values, i64 ld, i64 first, i64 rows, float factor) {
   const std::lock_guard guard(mutex_);
   char* to = weights_ + weight.offset;
   if (!weight.K) {
     std::memcpy(to, values, size_t(weight.N) * 4);
     return;
   }
+  to += first / kPanel * panel_bytes(weight.format, weight.K);
   pool_.run([&](int t) {
-    const Range mine = share(panels(weight.N), t);
-    engine::pack(weight.format, values, ld, weight.N, weight.K, weight.factor, mine.first, mine.last, to);
+    const Range mine = share(panels(rows), t);
+    engine::pack(weight.format, values, ld, rows, weight.K, factor, mine.first, mine.last, to);
   });
 }
 

@@ -56,8 +56,9 @@ class Engine {
   i64 page_bytes() const { return model_.shape.layers * layer_bytes_; }
   std::mutex& lock() { return mutex_; }
 
-  // Packs fp32 values (N, K), rows ld apart, as the weight of this name; its factor is taken off.
-  void pack(const Weight& weight, const float* values, i64 ld);
+  // Packs fp32 values / factor, a power of two, as this weight: a vector, or rows [first, first + rows) of a matrix, ld apart.
+  // `first` is the begin of a panel.
+  void pack(const Weight& weight, const float* values, i64 ld, i64 first, i64 rows, float factor);
   // The fp32 values that the engine computes with: of a matrix (N, K), rows ld apart, or of a vector (N).
   void unpack(const Weight& weight, float* values, i64 ld);
   // Appends counts[i] tokens to rows[i]; logits of the last token of each row, or of all tokens, to `out`, rows ld >= V

@@ -3,6 +3,7 @@
 #include "engine.h"
 
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -62,18 +63,28 @@ class PyEngine {
     return names;
   }
 
-  // A matrix of values, or a vector.
-  void pack(const std::string& name, const Object& capsule) {
-    const auto [weight, values] = weight_of(name, capsule);
+  // A whole vector, or rows of a matrix from `first` on, whole panels but for the last. 2^exponent divides them.
+  void pack(const std::string& name, const Object& capsule, i64 first, int exponent) {
+    const Matrix values(name.c_str(), capsule);
+    const Weight& w = named(name);
+    const i64 rows = values.rows;
+    if (w.K ? values.columns != w.K || first < 0 || first % kPanel || rows < 1 || rows > w.N || first > w.N - rows ||
+                  (rows % kPanel && first + rows != w.N)
+            : rows != 1 || values.columns != w.N || first)
+      throw std::invalid_argument(name + " has another shape");
+    if (exponent < -126 || exponent > 126) throw std::invalid_argument(name + ": the exponent is out of range");
     if (weights_.readonly) throw std::invalid_argument("the weights' memory cannot be written");
     const WithoutGil release;
-    engine_->pack(weight, values.data, values.ld);
+    engine_->pack(w, values.data, values.ld, first, rows, std::ldexp(1.f, exponent));
   }
   // Writes them back, as the engine computes with them.
   void unpack(const std::string& name, const Object& capsule) {
-    const auto [weight, values] = weight_of(name, capsule);
+    const Matrix values(name.c_str(), capsule);
+    const Weight& w = named(name);
+    if (w.K ? values.rows != w.N || values.columns != w.K : values.rows != 1 || values.columns != w.N)
+      throw std::invalid_argument(name + " has another shape");
     const WithoutGil release;
-    engine_->unpack(weight, values.data, values.ld);
+    engine_->unpack(w, values.data, values.ld);
   }
 
   // See Engine::draw.
@@ -91,15 +102,10 @@ class PyEngine {
   }
 
  private:
-  // The weight of a name, and memory of its shape.
-  std::pair<Weight, Matrix> weight_of(const std::string& name, const Object& capsule) {
-    const Matrix values(name.c_str(), capsule);
+  const Weight& named(const std::string& name) {
     const auto found = engine_->model().by_name.find(name);
     if (found == engine_->model().by_name.end()) throw std::invalid_argument("the model has no weight " + name);
-    const Weight& w = found->second;
-    if (w.K ? values.rows != w.N || values.columns != w.K : values.rows != 1 || values.columns != w.N)
-      throw std::invalid_argument(name + " has another shape");
-    return {w, values};
+    return found->second;
   }
 
   static constexpr int kMostThreads = 1024;

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,18 +26,36 @@ OLD_SINGLE, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _KINDS = ((SINGLE, INDEX), (OLD_SINGLE, OLD_INDEX))  # the first that is there counts
 
 
-class WeightFile(Protocol):
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a weight file, which is read when it is asked for.
+
+    read: `read()` gives the tensor, `read(first, last)` rows [first, last) of its first dimension.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[..., Tensor]
+
+    @classmethod
+    def of(cls, x: Tensor) -> StoredTensor:
+        """A tensor that is in memory, or mapped."""
+        return cls(tuple(x.shape), x.dtype, lambda first=0, last=None: x if last is None else x[first:last])
+
+
+class WeightFile:
     """An open file of tensors. It keeps the content that it was opened with, whatever is saved over it."""
 
     shapes: dict[str, tuple[int, ...]]
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, under its name in the file."""
-        ...
+    def stored(self, key: str) -> StoredTensor:
+        """The tensor of that name in the file."""
+        raise NotImplementedError
 
-    def tensor(self, key: str) -> Tensor:
-        """The tensor of that name."""
-        ...
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, read, under its name in the file."""
+        for key in self.shapes:
+            yield key, self.stored(key).read()
 
 
 def has_weights(folder: Path) -> bool:
@@ -84,10 +106,11 @@ def _shards(folder: Path, index_name: str) -> list[Path]:
     return [current(folder, name) for name in names]
 
 
+_LARGE = 1 << 20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-class _Safetensors:
+class _Safetensors(WeightFile):
     """Tensors are read, not mapped: pages of a mapping would stay resident until the file is closed."""
 
     def __init__(self, path: Path) -> None:
@@ -98,38 +121,51 @@ class _Safetensors:
         self._start = 8 + length
         self.shapes = {key: tuple(x["shape"]) for key, x in self._header.items()}
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for key in self._header:
-            yield key, self.tensor(key)
-
-    def tensor(self, key: str) -> Tensor:
+    def stored(self, key: str) -> StoredTensor:
         entry = self._header[key]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            return StoredTensor.of(self._unusual(key))
+        return StoredTensor(self.shapes[key], dtype, partial(self._read, entry, dtype))
+
+    def _unusual(self, key: str) -> Tensor:
         try:
-            dtype = _DTYPES.get(entry["dtype"])
-            return self._file.get_tensor(key) if dtype is None else self._read(entry, dtype)
+            return self._file.get_tensor(key)
         except SafetensorError as error:
             raise _damaged(self._path, error) from error
 
-    def _read(self, entry: dict[str, Any], dtype: torch.dtype) -> Tensor:
-        x = torch.empty(entry["shape"], dtype=dtype, device="cpu")
+    def _read(self, entry: dict[str, Any], dtype: torch.dtype, first: int = 0, last: int | None = None) -> Tensor:
+        shape: list[int] = entry["shape"]
+        begin, row = entry["data_offsets"][0], prod(shape[1:]) * dtype.itemsize
+        if last is not None:
+            first, last = min(first, shape[0]), min(last, shape[0])
+            shape, begin = [max(last - first, 0), *shape[1:]], begin + first * row
+        x = room(shape, dtype)
         if x.numel():
-            self._bytes.seek(self._start + entry["data_offsets"][0])
-            room: Any = x.view(-1).view(torch.uint8).numpy()
-            if self._bytes.readinto(room) != len(room):
-                raise SafetensorError("the file ends within a tensor")
+            self._bytes.seek(self._start + begin)
+            into: Any = x.view(-1).view(torch.uint8).numpy()
+            if self._bytes.readinto(into) != len(into):
+                raise _damaged(self._path, SafetensorError("the file ends within a tensor"))
         return x
 
 
-class _Bin:
+class _Bin(WeightFile):
     def __init__(self, path: Path) -> None:
         self._tensors = check_tensors(read_pickled(path), path)
         self.shapes = {key: tuple(x.shape) for key, x in self._tensors.items()}
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._tensors.items()
+    def stored(self, key: str) -> StoredTensor:
+        return StoredTensor.of(self._tensors[key])
 
-    def tensor(self, key: str) -> Tensor:
-        return self._tensors[key]
+
+def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor to be filled, on the CPU. A large one is given back to the system at once when it is freed: malloc would keep tens
+    of MB for the next one."""
+    size = prod(shape) * dtype.itemsize
+    if size < _LARGE:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _open(path: Path) -> Any:

@@ -34,7 +34,7 @@ def load(
         adapters: folders of adapters by name; the last one is active.
     """
     from gptfast._snapshots import read_whole
-    from gptfast.models import GPT
+    from gptfast.models import GPT, packed
     from gptfast.models.pretrained import build, resolve
     from gptfast.models.stored import StoredModel
     from gptfast.tokenizer import lenient, load_tokenizer
@@ -44,14 +44,14 @@ def load(
         stored, found = read_whole(path, lambda: (StoredModel(path), _own_tokenizer(path)))
     else:
         stored, found = StoredModel(path), load_tokenizer(tokenizer)
-    gpt = build(GPT, stored, None, {})
+    gpt: Any = build(GPT, stored, None, {}) if quantize is None else packed.build(stored, quantize)
     if adapters and quantize is None:
         _make_room(gpt, adapters)
     if adapters and tokenizer is None:
         found = _adapters_tokenizer(found, adapters, gpt.config.vocab_size)
     for name, folder in (adapters or {}).items():
         gpt.load_adapter(folder, name)
-    return gpt if quantize is None else gpt.compile_for_inference(quantize), lenient(found)
+    return gpt, lenient(found)
 
 
 def _make_room(gpt: GPT, adapters: Mapping[str, str]) -> None:

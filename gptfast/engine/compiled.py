@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from gptfast.engine import packed_file
 from gptfast.engine.adapters import AdapterMethods, PackedAdapters, shape_of
 from gptfast.engine.dequantized import dequantized
 from gptfast.engine.exponents import quantised
-from gptfast.engine.formats import ALIASES, CACHE_DTYPES
+from gptfast.engine.formats import cache_dtype_of
 from gptfast.engine.runner import EngineRunner
 from gptfast.generation import generate
 from gptfast.generation.runner import Runner, torch_num_threads
@@ -34,7 +35,7 @@ MOST_THREADS = 1024  # a larger number is a mistake, and would take seconds to s
 class CompiledGPT(AdapterMethods):
     """A model in the native engine (`csrc/engine`): packed weights and its own threads, without a torch module.
 
-    Made by `GPT.compile_for_inference` or `gptfast.engine.load`. The results of a sequence do not depend on the number of
+    Made by `from_pretrained`, `GPT.compile_for_inference` or `gptfast.engine.load`. The results of a sequence do not depend on the number of
     threads or on other sequences. Several threads may call it; calls take turns.
 
     config: configuration of the model.
@@ -64,7 +65,7 @@ class CompiledGPT(AdapterMethods):
         if max_rows is not None:
             check_count("compile_for_inference", "max_rows", max_rows)
         self.max_rows = max_rows
-        self.cache_dtype = _cache_dtype(cache_dtype, dtype)
+        self.cache_dtype = cache_dtype_of(cache_dtype, dtype)
         self._formats, self._weights, self._source = formats, weights, source
         self._exponents = exponents or {}
         self._adapters, self.base_mark = PackedAdapters(), ""
@@ -82,6 +83,33 @@ class CompiledGPT(AdapterMethods):
     def nbytes(self) -> int:
         """Size of the packed weights, and of the adapters beside them, in bytes."""
         return memoryview(self._weights).nbytes + self._adapters.nbytes
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        dtype: str | torch.dtype = "bfloat16",
+        *,
+        threads: int | None = None,
+        max_rows: int | None = None,
+        cache_dtype: str | torch.dtype | None = None,
+        file: str | os.PathLike[str] | None = None,
+        **config_overrides: Any,
+    ) -> CompiledGPT:
+        """Pack a checkpoint without loading it first: the same weights, to the bit, as of
+        `GPT.from_pretrained(path).compile_for_inference(dtype)`, but beside them no more than one matrix is in memory.
+
+        Args:
+            path, config_overrides: as in `GPT.from_pretrained`.
+            dtype, threads, max_rows, cache_dtype: as in `GPT.compile_for_inference`.
+            file: pack into this file, as `save` writes it, and map it: then the packed model need not fit into memory either.
+                None: into memory.
+        Raises:
+            OSError, ValueError: as these. An existing file then stays as it was.
+        """
+        # models stand above the engine, which is why they are found by name
+        load = importlib.import_module("gptfast.models.packed").load
+        return load(path, dtype, config_overrides, file, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
 
     def with_adapters(self, adapters: PackedAdapters) -> CompiledGPT:
         """A model with other adapters that shares the weights."""
@@ -185,18 +213,12 @@ class CompiledGPT(AdapterMethods):
                 f"save: the model has the adapter {', '.join(map(repr, self.adapters))}, and the file is for the base alone; "
                 "write adapters with GPT.save_adapter, take them out here with delete_adapter, and load_adapter them beside the file"
             )
-        weights = memoryview(self._weights)
-        said = {"config": self.metadata.config, "generation": self.metadata.to_write()}
-        packed_file.save(
-            path,
-            self.config,
-            self._formats,
-            self._exponents,
-            self.dtype,
-            weights,
-            self.check_weights,
-            said if any(said.values()) else None,
-            self.base_mark,
+        packed_file.save(path, self.description(), memoryview(self._weights), self.check_weights)
+
+    def description(self) -> dict[str, Any]:
+        """What the header of a file of this model says, but for the size and checksum of its weights."""
+        return packed_file.described(
+            self.config, self._formats, self._exponents, self.dtype, self.metadata, self.base_mark
         )
 
     def __reduce__(self) -> Any:
@@ -268,14 +290,3 @@ def _check_fit(path: str | os.PathLike[str], config: GPTConfig, description: dic
         raise ValueError(
             f"{path} has an exponent for {unknown[0]!r}, which is none of its quantised matrices; compile it again"
         )
-
-
-def _cache_dtype(value: Any, dtype: str) -> str:
-    """dtype of keys and values. Default: fp32 with fp32 weights, fp16 with all others."""
-    if value is None:
-        return "float32" if dtype == "float32" else "float16"
-    name = str(value).removeprefix("torch.")
-    name = ALIASES.get(name, name)
-    if name not in CACHE_DTYPES:
-        raise ValueError(f"compile_for_inference: cache_dtype is {value!r}; expected {' or '.join(CACHE_DTYPES)}")
-    return name

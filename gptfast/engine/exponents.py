@@ -24,25 +24,28 @@ def quantised(format: str) -> bool:
     return BITS.get(format, 32.0) < 12
 
 
-def exponent_of(name: str, weight: Tensor) -> int:
-    """The exponent e for which fp16 represents the scales of weight / 2^e.
-
-    0 if it represents those of the weight itself. Otherwise e brings the largest value to 2^15, and groups whose largest value
-    is down to 2^-22 of that lose no precision.
-
-    Args:
-        name: name of the weight, for error messages.
-        weight: (N, K), float32.
-    Raises:
-        ValueError: all values are too small.
-    """
+def extremes(weight: Tensor) -> tuple[float, float]:
+    """The largest magnitude of a matrix (N, K), nan or inf where it is not finite; and the least that is the largest of its
+    group, groups of zeros apart (inf if there is none)."""
     rest = -weight.shape[1] % GROUP
     groups = (torch.nn.functional.pad(weight, (0, rest)) if rest else weight).unflatten(1, (-1, GROUP))
     most = torch.maximum(groups.amax(-1), -groups.amin(-1))  # seven times as fast as a norm
-    largest = float(most.max())
-    if largest == 0 or not math.isfinite(largest):  # packing refuses values that are not finite
-        return 0
-    if largest < MOST and float(most[most > 0].min()) >= LEAST:
+    return float(most.max()), float(most.where(most > 0, math.inf).min())
+
+
+def exponent_of(name: str, largest: float, least: float) -> int:
+    """The exponent e for which fp16 represents the scales of a matrix / 2^e.
+
+    0 if it represents those of the matrix itself. Otherwise e brings the largest value to 2^15, and groups whose largest value
+    is down to 2^-22 of that lose no precision.
+
+    Args:
+        name: name of the matrix, for error messages.
+        largest, least: its `extremes`, finite.
+    Raises:
+        ValueError: all values are too small.
+    """
+    if largest == 0 or (largest < MOST and least >= LEAST):
         return 0
     exponent = math.frexp(largest)[1] - 15
     if exponent < SMALLEST:

@@ -38,3 +38,14 @@ def matrix_formats(name: str) -> dict[str, str]:
     if BITS[name] < 6:
         formats["head"] = "int6" if name == "q4" else "int8"
     return formats
+
+
+def cache_dtype_of(value: Any, dtype: str) -> str:
+    """dtype of keys and values. Default: fp32 with fp32 weights, fp16 with all others."""
+    if value is None:
+        return "float32" if dtype == "float32" else "float16"
+    name = str(value).removeprefix("torch.")
+    name = ALIASES.get(name, name)
+    if name not in CACHE_DTYPES:
+        raise ValueError(f"compile_for_inference: cache_dtype is {value!r}; expected {' or '.join(CACHE_DTYPES)}")
+    return name

@@ -16,17 +16,20 @@ rename another over it, as `save` does. A file that is overwritten in place is d
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gptfast._files import atomic_write, open_read
 from gptfast._mapping import MappedFile
 from gptfast.engine.exponents import are_exponents
 from gptfast.engine.formats import FORMATS, MATRICES
+from gptfast.metadata import Metadata
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
@@ -40,42 +43,17 @@ _CHUNK = 1 << 24
 
 
 def save(
-    path: str | os.PathLike[str],
-    config: GPTConfig,
-    formats: dict[str, str],
-    exponents: dict[str, int],
-    name: str,
-    weights: memoryview,
-    check: Callable[[], None],
-    metadata: dict[str, Any] | None = None,
-    base: str = "",
+    path: str | os.PathLike[str], description: dict[str, Any], weights: memoryview, check: Callable[[], None]
 ) -> None:
     """Write a compiled model to a temporary file, then rename it: a crash leaves the old file or the new one.
 
     Args:
         path: the file.
-        config: configuration of the model.
-        formats: format of each kind of matrix.
-        exponents: see `gptfast.engine.exponents`.
-        name: format of the model.
+        description: see `described`.
         weights: the packed weights.
         check: raises if the weights have changed meanwhile.
-        metadata: of the checkpoint; None: it has none.
-        base: tells adapters of this base from others.
     """
-    description = {
-        "config": asdict(config),
-        "dtype": name,
-        "formats": formats,
-        **({"exponents": exponents} if exponents else {}),
-        **({"metadata": metadata} if metadata else {}),
-        **({"base": base} if base else {}),
-        "bytes": weights.nbytes,
-        "crc32": _crc(weights),
-    }
-    header = json.dumps(description, indent=1).encode()
-    version = WITH_EXPONENTS if exponents else VERSION
-    start = _START.pack(MAGIC, version, len(header), zlib.crc32(header)) + header
+    start = _start(description | {"bytes": weights.nbytes, "crc32": _crc(weights)})
 
     def write(file: BinaryIO) -> None:
         file.write(start + b"\0" * (-len(start) % _PAGE))
@@ -83,6 +61,78 @@ def save(
         check()
 
     atomic_write(path, write)
+
+
+def described(
+    config: GPTConfig, formats: dict[str, str], exponents: dict[str, int], name: str, metadata: Metadata, base: str
+) -> dict[str, Any]:
+    """What the header says but for the weights.
+
+    Args:
+        config: configuration of the model.
+        formats: format of each kind of matrix.
+        exponents: see `gptfast.engine.exponents`.
+        name: format of the model.
+        metadata: of the checkpoint.
+        base: tells adapters of this base from others.
+    """
+    said = {"config": metadata.config, "generation": metadata.to_write()}
+    return {
+        "config": asdict(config),
+        "dtype": name,
+        "formats": formats,
+        **({"exponents": exponents} if exponents else {}),
+        **({"metadata": said} if any(said.values()) else {}),
+        **({"base": base} if base else {}),
+    }
+
+
+def _start(description: dict[str, Any], length: int = 0) -> bytes:
+    """What a file begins with. The header is filled up with blanks to `length` bytes of the whole."""
+    header = json.dumps(description, indent=1).encode()
+    header += b" " * (length - _START.size - len(header))
+    version = WITH_EXPONENTS if description.get("exponents") else VERSION
+    return _START.pack(MAGIC, version, len(header), zlib.crc32(header)) + header
+
+
+class Draft:
+    """A file of a compiled model that is packed in place, so that its weights are not held in memory. Its header comes last.
+
+    weights: memory for the packed weights, which is that of the file.
+
+    Args:
+        path: a temporary file, which is made.
+        size: of the weights, in bytes.
+        longest: a description (see `described`) that takes as much room as the final one will take at most.
+    Raises:
+        OSError: it cannot be written, or there is no room for it.
+    """
+
+    def __init__(self, path: Path, size: int, longest: dict[str, Any]) -> None:
+        self._size = size
+        self._length = len(_start(longest | {"bytes": size, "crc32": 2**32 - 1}))
+        begin = self._length + -self._length % _PAGE
+        self._file = path.open("w+b")
+        os.posix_fallocate(
+            self._file.fileno(), 0, begin + size
+        )  # a full disk is told here; a mapped write would be SIGBUS
+        self._mapped = mmap.mmap(self._file.fileno(), begin + size)
+        self.weights = memoryview(self._mapped)[begin:]
+
+    def drop(self) -> None:
+        """Let go of the memory that is written; the system writes it to the disk when it likes."""
+        self._mapped.madvise(mmap.MADV_DONTNEED)
+
+    def finish(self, description: dict[str, Any]) -> None:
+        """Write the header of the packed weights."""
+        crc = 0
+        for at in range(0, self._size, _CHUNK):
+            crc = zlib.crc32(self.weights[at : at + _CHUNK], crc)
+            self.drop()
+        start = _start(description | {"bytes": self._size, "crc32": crc}, self._length)
+        self._file.seek(0)
+        self._file.write(start)
+        self._file.close()
 
 
 class PackedFile:

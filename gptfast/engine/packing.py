@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
+from gptfast.checkpoints.weight_files import room
 from gptfast.engine.adapters import packed_adapters, shape_of
 from gptfast.engine.compiled import CompiledGPT
-from gptfast.engine.exponents import exponent_of, quantised
+from gptfast.engine.exponents import exponent_of, extremes, quantised
 from gptfast.engine.formats import format_name, matrix_formats
 from gptfast.engine.runner import PANEL
 from gptfast.metadata import metadata_of
@@ -22,6 +26,8 @@ from gptfast.nn.difference import check_values, difference, true_config
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
     from gptfast.nn.transformer import Transformer
+
+STRIPE = 1 << 21  # fp32 values of a matrix that are held at a time; more where the threads need more rows
 
 
 def compile_model(
@@ -33,6 +39,34 @@ def compile_model(
     cache_dtype: Any = None,
 ) -> CompiledGPT:
     """Pack a GPT for the engine; see `GPT.compile_for_inference`."""
+    name = format_name(dtype)
+    config = _config_of(model)
+    packer = Packer(config, name, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
+    adapters = packed_adapters(model, shape_of(config))
+    values = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for key in packer.names:
+        x = values[key].detach()
+        packer.take(key, tuple(x.shape), partial(_rows, x))
+    compiled = packer.finish()
+    compiled.metadata, compiled._adapters = deepcopy(metadata_of(model)), adapters
+    return compiled
+
+
+def _rows(x: Tensor, first: int, last: int) -> Tensor:
+    return x[first:last]
+
+
+class Layout(NamedTuple):
+    """How a model is packed. formats: of each kind of matrix. kinds: the formats of all weights by name, "" of vectors. size: of
+    the packed weights in bytes."""
+
+    formats: dict[str, str]
+    kinds: dict[str, str]
+    size: int
+
+
+def layout_of(config: GPTConfig, dtype: Any) -> Layout:
+    """The layout of a model in a format. Raises ValueError: an unknown format.  RuntimeError: gptfast has no compiled part."""
     try:
         from gptfast import _C
     except ImportError as error:
@@ -40,22 +74,106 @@ def compile_model(
             f"compile_for_inference: gptfast was installed without its compiled part ({error}); install it with a C++ "
             "compiler, or use GPT.generate"
         ) from None
-    name = format_name(dtype)
-    config = _config_of(model)
-    formats, shape = matrix_formats(name), shape_of(config)
-    adapters = packed_adapters(model, shape)
-    values, stored = _values(model), _C.weight_formats(shape, formats)
-    exponents = {key: exponent_of(key, _fp32(values[key])) for key, kind in stored.items() if quantised(kind)}
-    exponents = {key: exponent for key, exponent in exponents.items() if exponent}
-    # zeroed, aligned to a page, and given back to the system at once when it is freed
-    weights = mmap.mmap(-1, _C.packed_bytes(shape, formats), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _ask_for_large_pages(weights)
-    compiled = CompiledGPT(
-        config, name, formats, weights, exponents, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype
-    )
-    compiled.metadata, compiled._adapters = deepcopy(metadata_of(model)), adapters
-    _pack(values, compiled._core)
-    return compiled
+    formats, shape = matrix_formats(format_name(dtype)), shape_of(config)
+    return Layout(formats, _C.weight_formats(shape, formats), _C.packed_bytes(shape, formats))
+
+
+class Packer:
+    """Packs the weights of a model one after another, in any order, a few rows of each in fp32 at a time.
+
+    names: of all weights, as `GPT` calls its parameters.
+
+    Args:
+        config: of the model; its `tie_weights` says whether there is a head of its own.
+        dtype: format of the matrices.
+        weights: where to pack, memory of the layout's size; None: into new memory.
+        after: called after each stripe of rows that is packed; None: nothing.
+        options: threads, max_rows and cache_dtype, see `GPT.compile_for_inference`.
+    Raises:
+        ValueError: an unknown format, or options that are out of range.  RuntimeError: gptfast has no compiled part.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        dtype: Any = "bfloat16",
+        weights: Any = None,
+        after: Callable[[], None] | None = None,
+        **options: Any,
+    ) -> None:
+        layout = layout_of(config, dtype)
+        self._kinds, self.names = layout.kinds, tuple(layout.kinds)
+        if weights is None:  # zeroed, aligned to a page, and given back to the system at once when it is freed
+            weights = mmap.mmap(-1, layout.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            _ask_for_large_pages(weights)
+        self._exponents: dict[str, int] = {}
+        # the engine that packs has no exponents: these are known at the end
+        self._made = partial(CompiledGPT, config, format_name(dtype), layout.formats, weights, **options)
+        self._compiled = self._made()
+        self._room = torch.empty(0)
+        self._after = after or (lambda: None)
+
+    def take(self, name: str, shape: tuple[int, ...], rows: Callable[[int, int], Tensor]) -> None:
+        """Pack a weight.
+
+        Args:
+            name: of the weight.
+            shape: (N, K) of a matrix, or (N,).
+            rows: `rows(first, last)` gives these rows, of any float dtype; it may be called twice.
+        Raises:
+            ValueError: values that are not finite, or, with a quantised format, too small.
+        """
+        core, kind = self._compiled._core, self._kinds[name]
+        if not kind:
+            value = rows(0, shape[0])
+            if name == "wpe.weight":  # rows are padded to whole panels
+                value = torch.nn.functional.pad(value, (0, -shape[1] % PANEL)).flatten()
+            value = self._fp32(value)
+            if not _finite(value):
+                raise _not_finite(name)
+            core.pack(name, to_dlpack(value), 0, 0)
+            return
+        each = max(STRIPE // shape[1] // PANEL, 2 * self._compiled.threads) * PANEL
+        exponent = 0
+        if quantised(kind):
+            found = [extremes(x) for _, x in self._stripes(shape, rows, each)]
+            if not all(math.isfinite(largest) for largest, _ in found):
+                raise _not_finite(name)
+            exponent = exponent_of(name, max(x for x, _ in found), min(x for _, x in found))
+        for first, x in self._stripes(shape, rows, each):
+            if not quantised(kind) and not _finite(x):
+                raise _not_finite(name)
+            core.pack(name, to_dlpack(x), first, exponent)
+            self._after()
+        if exponent:
+            self._exponents[name] = exponent
+
+    def _stripes(
+        self, shape: tuple[int, ...], rows: Callable[[int, int], Tensor], each: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, shape[0], each):
+            yield first, self._fp32(rows(first, min(first + each, shape[0])))
+
+    def _fp32(self, x: Tensor) -> Tensor:
+        """x itself, or a copy of it in the one place for copies."""
+        if x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous():
+            return x
+        if self._room.numel() < x.numel():
+            self._room = room((x.numel(),), torch.float32)
+        return self._room[: x.numel()].view(x.shape).copy_(x)
+
+    def finish(self) -> CompiledGPT:
+        """The packed model, after all of its weights."""
+        return self._made(exponents=self._exponents) if self._exponents else self._compiled
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all values are, found without a tensor of that size."""
+    return all(math.isfinite(float(end)) for end in x.aminmax())
+
+
+def _not_finite(name: str) -> ValueError:
+    return ValueError(f"compile_for_inference: {name} holds nan or infinities; the model is damaged")
 
 
 def _config_of(model: Transformer) -> GPTConfig:
@@ -75,23 +193,3 @@ def _ask_for_large_pages(memory: mmap.mmap) -> None:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
-
-
-def _values(model: Transformer) -> dict[str, Tensor]:
-    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-
-
-def _fp32(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", torch.float32)
-
-
-def _pack(values: dict[str, Tensor], core: Any) -> None:
-    """Pack one weight after another, from fp32; only one fp32 copy exists at a time."""
-    for name in core.weight_names():
-        value = _fp32(values[name])
-        if name == "wpe.weight":  # rows are padded to whole panels
-            value = torch.nn.functional.pad(value, (0, -value.shape[1] % PANEL)).flatten()
-        value = value.contiguous()
-        if not value.isfinite().all():
-            raise ValueError(f"compile_for_inference: {name} holds nan or infinities; the model is damaged")
-        core.pack(name, to_dlpack(value))

@@ -14,6 +14,7 @@ from gptfast._folders import staged_folder
 from gptfast._json import NULL, expect, field
 from gptfast._snapshots import EVERYTHING
 from gptfast.checkpoints import hf_layout
+from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.finetuning.examples import DELIMITERS
 from gptfast.finetuning.special_tokens import PAD, USUAL
 from gptfast.models import GPT, export
@@ -106,10 +107,10 @@ class StoredTask(StoredModel):
         self.heads: dict[str, Tensor] = {}
         self.names = {name for file in self._files for name in file.shapes}
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         for name, x in super().tensors():
             if name.startswith(("score.", CHOICE)):
-                self.heads[name] = x
+                self.heads[name] = x.read()
             else:
                 yield name, x
 

@@ -85,7 +85,7 @@ class GPT(AdapterMethods):
             cache_dtype: of keys and values, "float32", "float16" or "bfloat16"; None: "float32" beside fp32 weights, else
                 "float16".
         Returns:
-            A `gptfast.engine.CompiledGPT`. It holds weights of its own: this model may be changed or deleted. It has all
+            A `gptfast.engine.CompiledGPT`; of a checkpoint its `from_pretrained` makes the same one in less memory. It holds weights of its own: this model may be changed or deleted. It has all
             adapters of the model that are not merged, in fp32 beside the packed base, and the same ones are active.
         Raises:
             ValueError: an unknown dtype, weights that are not finite, or modules that are not what the config says: hooks,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from gptfast._snapshots import current
 from gptfast.checkpoints.hf_layout import CONFIG
 from gptfast.checkpoints.pickled import check_tensors, read_pickled
+from gptfast.checkpoints.weight_files import StoredTensor, WeightFile
 from gptfast.config import GPTConfig
 
 FILE_NAME = "ckpt.pt"
@@ -28,7 +28,7 @@ def find(path: Path) -> Path | None:
     return inside if inside.is_file() and not current(path, CONFIG).exists() else None
 
 
-class NanoGPTFile:
+class NanoGPTFile(WeightFile):
     """A ckpt.pt, opened.
 
     config: what model_args say. The head is tied where its values are those of the token embedding, and the GELU is the
@@ -56,11 +56,8 @@ class NanoGPTFile:
         self.shapes = {name: tuple(x.shape) for name, x in self._tensors.items()}
         self.config = _config(content["model_args"], self._tensors, path)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._tensors.items()
-
-    def tensor(self, key: str) -> Tensor:
-        return self._tensors[key]
+    def stored(self, key: str) -> StoredTensor:
+        return StoredTensor.of(self._tensors[key])
 
 
 def _config(args: Any, tensors: dict[str, Tensor], path: Path) -> GPTConfig:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,18 +16,32 @@ from gptfast._json import read_json
 from gptfast._snapshots import current
 from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.hf_layout import CONFIG
-from gptfast.checkpoints.weight_files import INDEX, OLD_INDEX, SINGLE, has_safetensors
+from gptfast.checkpoints.weight_files import INDEX, OLD_INDEX, SINGLE, StoredTensor, has_safetensors
 from gptfast.config import GPTConfig
 from gptfast.metadata import GENERATION
 from gptfast.models import nanogpt
 from gptfast.models.quantized import Packing, check_format
 from gptfast.models.stored import StoredModel
+from gptfast.nn.meta import only_shapes
 from gptfast.nn.position import SinusoidalEmbedding
 from gptfast.nn.transformer import Transformer
 
 ADAPTER = "adapter_config.json"
 _HEADS = ("score.", "multiple_choice_head.")  # of tasks
 Model = TypeVar("Model", bound=Transformer)
+EQUAL_ROWS = 4096  # of two matrices that are compared, read at a time
+
+
+class Taking(Protocol):
+    """Takes tensors of a checkpoint for itself as they come."""
+
+    def take(self, name: str, stored: StoredTensor, transposed: bool, dtype: torch.dtype | None) -> bool:
+        """Take the tensor of this name of ours, if it wants it; whether it did.
+
+        transposed: the file has the transpose of our matrix. dtype: in which it would be loaded; None: as stored.
+        """
+        ...
+
 
 _HUB_FILES = [
     *(CONFIG, "model*.safetensors", INDEX),
@@ -81,7 +95,7 @@ def build(
     config = stored.config.replace(**overrides)
     model = on_meta(cls, config)
     packing = None if quantize is None else Packing(model, quantize, double_quant)
-    model.load_state_dict(_read_weights(stored, model, dtype, packing), assign=True)
+    model.load_state_dict(read_weights(stored, model, dtype, packing), assign=True)
     if packing is not None:
         packing.put_into(model)
     model.tie_weights()
@@ -93,8 +107,8 @@ def build(
 
 def on_meta(cls: type[Model], config: GPTConfig) -> Any:
     """A model of a class with metadata whose parameters have no values; what is computed, as sinusoids, has."""
-    with torch.device("meta"):
-        model = cls(config)
+    with only_shapes():
+        model: Any = cls(config)
     if config.position_embedding == "sinusoidal":
         with torch.device("cpu"):  # where the weights will be, whatever torch's default is
             model.wpe = SinusoidalEmbedding(config.block_size, config.n_embd)
@@ -124,9 +138,10 @@ def read_lazily(
 
     def read(name: str) -> Tensor:
         key = keys[name]
-        x, transposed = stored.tensor(key), stored.conv1d and hf_layout.is_conv1d(name)
-        if problem := _problem(name, x, shapes, config, transposed):
+        found, transposed = stored.tensor(key), stored.conv1d and hf_layout.is_conv1d(name)
+        if problem := _problem(name, found, shapes, config, transposed):
             raise _unfit(stored, [f"{key} {problem}"])
+        x = found.read()
         x = x.t() if transposed else x
         x = x[: config.block_size] if name == "wpe.weight" else x
         return x.float().contiguous()
@@ -187,16 +202,21 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _read_weights(
-    stored_model: StoredModel, model: Transformer, dtype: torch.dtype | None, packing: Packing | None
+def read_weights(
+    stored_model: StoredModel, model: Transformer, dtype: torch.dtype | None = None, packing: Taking | None = None
 ) -> dict[str, Tensor]:
     """state_dict of `model` (on the meta device) from the files, all of it checked; a model with a shorter block_size
-    takes the first positions. What `packing` takes stays on the meta device here."""
+    takes the first positions. What `packing` takes stays on the meta device here.
+
+    Raises:
+        OSError, ValueError: see `load`.
+    """
     config, rows = model.config, stored_model.config.block_size
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     if config.position_embedding == "learned" and config.block_size < rows:
         shapes["wpe.weight"] = (rows, config.n_embd)
     state: dict[str, Tensor] = {}
+    found: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for key, stored in stored_model.tensors():
         name = hf_layout.from_file(key)
@@ -207,13 +227,14 @@ def _read_weights(
         if problem:
             problems.append(f"{key} {problem}")
         elif name in shapes:
-            x = stored.t() if transposed else stored
-            x = x[: config.block_size] if name == "wpe.weight" else x
-            if packing is not None and packing.take(name, x, dtype):
-                state[name] = torch.empty(shapes[name], dtype=dtype or x.dtype, device="meta")
+            found[name] = stored
+            if packing is not None and packing.take(name, stored, transposed, dtype):
+                state[name] = torch.empty(shapes[name], dtype=dtype or stored.dtype, device="meta")
                 continue
+            x = stored.read(0, config.block_size) if name == "wpe.weight" else stored.read()
+            x = x.t() if transposed else x
             state[name] = torch.empty(x.shape, dtype=dtype or x.dtype, device="cpu").copy_(x)
-    problems = problems or _tie(state, config) or _missing(state, shapes, config)
+    problems = problems or _tie(state, found, config) or _missing(state, shapes, config)
     head = next((problem.split()[0] for problem in problems if problem.startswith(_HEADS)), None)
     if head is not None:
         raise ValueError(
@@ -233,16 +254,23 @@ def _unfit(stored: StoredModel, problems: list[str]) -> ValueError:
     )
 
 
-def _tie(state: dict[str, Tensor], config: GPTConfig) -> list[str]:
+def _tie(state: dict[str, Tensor], found: dict[str, StoredTensor], config: GPTConfig) -> list[str]:
     """Let the head be the embedding, if the config ties them; a file may store either, and one with both must agree."""
     if config.tie_weights and "lm_head.weight" in state:
         state.setdefault("wte.weight", state["lm_head.weight"])
     if not config.tie_weights or "wte.weight" not in state:
         return []
-    head = state.setdefault("lm_head.weight", state["wte.weight"])
-    if torch.equal(head, state["wte.weight"]):
+    head, embedding = state.setdefault("lm_head.weight", state["wte.weight"]), state["wte.weight"]
+    if head is embedding or (_same(found) if head.is_meta else torch.equal(head, embedding)):
         return []
     return ["lm_head.weight differs from wte.weight, to which the config ties it (load with tie_weights=False?)"]
+
+
+def _same(found: dict[str, StoredTensor]) -> bool:
+    """Whether head and embedding have the same values, both read some rows at a time."""
+    head, embedding = found["lm_head.weight"], found["wte.weight"]
+    parts = ((n, n + EQUAL_ROWS) for n in range(0, head.shape[0], EQUAL_ROWS))
+    return all(torch.equal(head.read(*part), embedding.read(*part)) for part in parts)
 
 
 def _missing(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], config: GPTConfig) -> list[str]:
@@ -251,16 +279,16 @@ def _missing(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], confi
 
 
 def _problem(
-    name: str, stored: Tensor, shapes: dict[str, tuple[int, ...]], config: GPTConfig, transposed: bool
+    name: str, stored: StoredTensor, shapes: dict[str, tuple[int, ...]], config: GPTConfig, transposed: bool
 ) -> str | None:
     """What is wrong with a stored tensor, or None."""
-    if not stored.is_floating_point():
+    if not stored.dtype.is_floating_point:
         return f"has dtype {stored.dtype}; expected a float dtype"
     if name not in shapes:
         if config.bias or not name.endswith("bias"):
             return "is unexpected"
-        return "is not zero, but the config says bias=false" if stored.any() else None
+        return "is not zero, but the config says bias=false" if stored.read().any() else None
     expected = shapes[name][::-1] if transposed else shapes[name]
-    if tuple(stored.shape) != expected:
-        return f"has shape {tuple(stored.shape)}; expected {expected}"
+    if stored.shape != expected:
+        return f"has shape {stored.shape}; expected {expected}"
     return None

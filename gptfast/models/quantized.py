@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast._checks import check_choice
+from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.nn.linear import Linear
 from gptfast.nn.quantized import GROUPS, QuantizedLinear, quantized
 from gptfast.nn.transformer import Transformer
@@ -47,10 +48,11 @@ class Packing:
         self._packed: dict[str, dict[str, Tensor]] = {}
         self._samples: dict[str, bytes] = {}
 
-    def take(self, name: str, weight: Tensor, dtype: torch.dtype | None) -> bool:
+    def take(self, name: str, stored: StoredTensor, transposed: bool, dtype: torch.dtype | None) -> bool:
         """Quantise the weight of this name, if it is one of the matrices; whether it was."""
         if name not in self._linear:
             return False
+        weight = stored.read().t() if transposed else stored.read()
         weight = weight if dtype is None else weight.to(dtype)
         self._packed[name] = quantized(weight.contiguous(), self.format, self.double)
         self._samples[name] = sample(weight)
@@ -70,7 +72,8 @@ class Packing:
 
 def sample(weight: Tensor) -> bytes:
     """Numbers of a matrix, rounded to bfloat16, so that the dtype in which it is loaded does not matter."""
-    few = weight.detach().reshape(-1)[:: max(1, weight.numel() // SAMPLE)].to("cpu", torch.bfloat16)
+    at = torch.arange(0, weight.numel(), max(1, weight.numel() // SAMPLE), device=weight.device)
+    few = weight.detach()[at // weight.shape[1], at % weight.shape[1]].to("cpu", torch.bfloat16)
     return few.contiguous().view(torch.uint8).numpy().tobytes()
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from gptfast._json import read_json
 from gptfast._snapshots import current, read_whole
 from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.hf_layout import CONFIG
-from gptfast.checkpoints.weight_files import WeightFile, has_weights, open_weights, weight_files
+from gptfast.checkpoints.weight_files import StoredTensor, WeightFile, has_weights, open_weights, weight_files
 from gptfast.config import GPTConfig
 from gptfast.metadata import Metadata, read_metadata
 from gptfast.models import nanogpt
@@ -50,18 +48,19 @@ class StoredModel:
         )
         self._compare(path / CONFIG)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, under its name in the file."""
+    def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
+        """Every tensor, under its name in the file; it is read when it is asked for."""
         for file in self._files:
-            yield from file.tensors()
+            for key in file.shapes:
+                yield key, file.stored(key)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor, under its name in the file."""
         return {key: shape for file in self._files for key, shape in file.shapes.items()}
 
-    def tensor(self, key: str) -> Tensor:
+    def tensor(self, key: str) -> StoredTensor:
         """The tensor of that name in the file."""
-        return next(file for file in self._files if key in file.shapes).tensor(key)
+        return next(file for file in self._files if key in file.shapes).stored(key)
 
     def _compare(self, file: Path) -> None:
         """Refuse numbers that the tensors contradict, so that what is built from them is about as large as the files.

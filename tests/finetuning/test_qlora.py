@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptfast import GPT, GPTConfig
-from gptfast.finetuning import LoraConfig
+from gptfast.finetuning import LoraConfig, PromptTuningConfig
 from gptfast.nn.quantized import QuantizedLinear, quantized
 from tests.finetuning.models import gpt
 
@@ -60,6 +60,38 @@ def test_a_step_is_that_of_the_dequantized_model(folder, format, double):
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 16
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("format", "double"), FORMATS)
+def test_a_soft_prompt_on_a_quantized_base(folder, format, double, tmp_path):
+    """Logits, the gradient of the prompt, rows of another prompt and of none, and what is generated after saving."""
+    model = load(folder, format, double)
+    plain = dequantized(model, folder)
+    ids = torch.randint(0, 50, (3, 20))
+    grads, logits, texts = [], [], []
+    for each in (model, plain):
+        for n, name in ((4, "four"), (2, "two")):
+            torch.manual_seed(n)
+            each.add_adapter(PromptTuningConfig(n, prompt_tuning_init="RANDOM"), name)
+        for name, p in each.named_parameters():
+            p.requires_grad_("prompt_encoder" in name)  # of both, of which one is active
+        each.train()
+        rows = ["two", "four", "__base__"]
+        logits.append(each(ids, adapter_names=rows))
+        each(ids, ids, adapter_names=rows)[1].backward()
+        grads.append({n: p.grad for n, p in each.named_parameters() if p.requires_grad})
+        texts.append(each.eval().generate([[3, 4], [5]], max_new_tokens=6, adapter_names=["four", "two"]))
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) == 2
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-4, msg=name)
+    assert texts[0] == texts[1]
+    model.save_adapter(tmp_path / "four", "four")
+    again = load(folder, format, double)
+    again.load_adapter(tmp_path / "four", "four")
+    assert again.generate([[3, 4]], max_new_tokens=6) == texts[0][:1]
+    with pytest.raises(ValueError, match="'four' is a soft prompt, which has no weights"):
+        again.merge_adapter()
 
 
 @pytest.mark.parametrize(("format", "double"), FORMATS)

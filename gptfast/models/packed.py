@@ -1,0 +1,103 @@
+"""Loading a checkpoint straight into the native engine: a matrix at a time is read, and some rows of it are held in fp32."""
+
+from __future__ import annotations
+
+import os
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast._files import atomic_path
+from gptfast.checkpoints.weight_files import StoredTensor
+from gptfast.config import GPTConfig
+from gptfast.engine.compiled import CompiledGPT
+from gptfast.engine.compiled import load as open_packed
+from gptfast.engine.exponents import SMALLEST, quantised
+from gptfast.engine.formats import format_name
+from gptfast.engine.packed_file import Draft, described
+from gptfast.engine.packing import Packer, layout_of
+from gptfast.models.pretrained import on_meta, read_weights, resolve
+from gptfast.models.quantized import mark_of, sample
+from gptfast.models.stored import StoredModel
+from gptfast.nn.transformer import Transformer
+
+
+def load(
+    path: str | os.PathLike[str],
+    dtype: Any,
+    overrides: dict[str, Any],
+    file: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> CompiledGPT:
+    """A packed model from a checkpoint; see `CompiledGPT.from_pretrained`."""
+    stored = StoredModel(resolve(path))
+    if file is None:
+        return build(stored, dtype, overrides, **options)
+    config = stored.config.replace(**overrides)
+    layout = layout_of(config, dtype)
+    most = {name: SMALLEST for name, kind in layout.kinds.items() if quantised(kind)}
+    longest = described(config, layout.formats, most, format_name(dtype), stored.metadata, mark_of(()))
+    with atomic_path(file) as temporary:
+        draft = Draft(temporary, layout.size, longest)
+        packer = Packer(config, dtype, draft.weights, draft.drop, **options)
+        draft.finish(_packed(stored, config, packer).description())
+    return open_packed(file, **options)
+
+
+def build(stored: StoredModel, dtype: Any, overrides: dict[str, Any] | None = None, **options: Any) -> CompiledGPT:
+    """As `load`, into memory, from files that are open already."""
+    config = stored.config.replace(**overrides or {})
+    return _packed(stored, config, Packer(config, dtype, **options))
+
+
+def _packed(stored: StoredModel, config: GPTConfig, packer: Packer) -> CompiledGPT:
+    model = on_meta(Transformer, config)
+    packing = _EnginePacking(config, packer)
+    read_weights(stored, model, None, packing)
+    matrices = [f"h.{name}" for name, x in model.h.named_parameters() if x.dim() == 2]
+    compiled = packing.finish(model.wpe.weight)
+    compiled.metadata = deepcopy(stored.metadata)
+    compiled.base_mark = mark_of(packing.samples[name] for name in matrices)
+    return compiled
+
+
+class _EnginePacking:
+    """Packs the tensors of a checkpoint as they come.
+
+    samples: numbers of each matrix of the blocks, see `gptfast.models.adapters.files.base_mark`.
+    """
+
+    def __init__(self, config: GPTConfig, packer: Packer) -> None:
+        self._config, self._packer = config, packer
+        self.samples: dict[str, bytes] = {}
+        self._embedding: torch.dtype | None = None  # of which it is, once it is packed
+
+    def take(self, name: str, stored: StoredTensor, transposed: bool, dtype: torch.dtype | None) -> bool:
+        """Pack a tensor. All are taken; of a tied head and its embedding either may be stored, or both."""
+        if name == "wte.weight" or (name == "lm_head.weight" and self._config.tie_weights):
+            if self._embedding is not None:
+                return True
+            name, self._embedding = "wte.weight", stored.dtype
+        shape, rows = stored.shape, stored.read
+        if name == "wpe.weight":
+            shape = (min(shape[0], self._config.block_size), *shape[1:])
+        if name.startswith("h.") and len(shape) == 2:
+            whole = stored.read().t() if transposed else stored.read()
+            shape, rows = tuple(whole.shape), partial(_rows, whole)
+            self.samples[name] = sample(whole)
+        self._packer.take(name, shape, rows)
+        return True
+
+    def finish(self, positions: Tensor) -> CompiledGPT:
+        """The packed model. positions: the sinusoids, if it has these, which are not stored; in the embedding's dtype."""
+        if self._config.position_embedding == "sinusoidal":
+            table = positions.to(self._embedding)
+            self._packer.take("wpe.weight", tuple(table.shape), partial(_rows, table))
+        return self._packer.finish()
+
+
+def _rows(x: Tensor, first: int, last: int) -> Tensor:
+    return x[first:last]
