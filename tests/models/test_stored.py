@@ -46,7 +46,7 @@ def test_sinusoids_are_computed_and_bounded(tmp_path: Path, value: int):
     GPT(SHAPE.replace(position_embedding="sinusoidal")).save_pretrained(tmp_path)
     change(tmp_path, n_positions=value)
     with pytest.raises(
-        ValueError, match=r"config.json: n_positions is \d+; expected at most 16777216 computed positions"
+        ValueError, match=r"config.json: n_positions is \d+; expected at most 8388608 computed positions"
     ):
         GPT.from_pretrained(tmp_path)
 
