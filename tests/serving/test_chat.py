@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import concurrent.futures
 import json
 import re
@@ -14,6 +15,7 @@ from gptfast.serving.text import ChoiceText
 from gptfast.tokenizer.chat import with_chat_template
 from gptfast.tokenizer.conversation import ChatFormat
 from tests.finetuning.models import gpt
+from tests.support import ROOT
 from tests.support.chat_templates import tokenizer_with
 from tests.support.serving_app import Limits, create_app, httpx, openai, serving
 
@@ -253,6 +255,23 @@ def test_replies_and_errors_come_through_the_async_client(url):
 
     with client_of(url) as client:
         assert asyncio.run(talk()) == client.chat.completions.create(**ASK).choices[0].message.content
+
+
+def test_the_python_of_the_page_on_serving_runs(served, capsys):
+    """docs/serving.md, block by block, against a server of a small model."""
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 2
+    with serving(create_app(*served["chatml"], "best", LIMITS)) as url:
+        for n, code in enumerate(blocks):
+            exec(compile(code.replace("http://127.0.0.1:8000", url), f"serving.md, block {n}", "exec"), {})
+            printed = capsys.readouterr().out
+            shown = re.search(re.escape(code) + r"```\n\n((?:    .*\n)+)", page)[1].splitlines()
+            if n == 0:  # an error, word for word
+                assert printed.split() == " ".join(shown).split()
+            else:  # tokens of another model
+                keys, lines = ["id", "token", "logprob", "probability"], [*printed.splitlines(), *shown]
+                assert [list(ast.literal_eval(line.strip())) for line in lines] == [keys] * 8
 
 
 # ---- bad input ----
