@@ -20,7 +20,7 @@ JOBS    ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SHARED   = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help torch-requirement demo demo-finetune bench-finetune bench-evaluate test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-drop-in bench-generate bench-gpu gpu-check wheel released clean install
+.PHONY: help torch-requirement demo demo-finetune bench-finetune bench-evaluate test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-step bench-drop-in bench-generate bench-gpu gpu-check wheel released clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -83,6 +83,9 @@ bench-cpu: $(TESTED)  ## the same with malloc as installed and tuned, and the tr
 	$(BIN)/python -m gptfast bench --out runs/bench/installed
 	$(BIN)/python -m gptfast bench --tune-malloc --out runs/bench/tuned
 	$(BIN)/python benchmarks/bench_step.py
+
+bench-step: $(TESTED)  ## GPT-2's step in `gptfast train` beside forward + backward + one pass of the optimizer; cost of loader and log
+	$(BIN)/python benchmarks/bench_train.py
 
 bench-drop-in: $(TESTED)  ## a patched transformers GPT-2 beside gptfast.GPT and beside itself unpatched: step, memory, generate
 	$(BIN)/python benchmarks/bench_drop_in.py --plain --generate

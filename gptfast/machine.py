@@ -12,6 +12,25 @@ import torch
 from gptfast.backend import cpu_isa, has_cpu_ops
 
 _SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
+_GPU_TERAFLOPS = {  # in the name of a GPU: dense bfloat16 with fp32 sums, float32 without TF32; NVIDIA's data sheets
+    "B200": (2250.0, 75.0),
+    "GH200": (989.4, 66.9),
+    "H200": (989.4, 66.9),
+    "H100 PCIe": (756.0, 51.2),
+    "H100 NVL": (835.0, 60.0),
+    "H100": (989.4, 66.9),
+    "A100": (312.0, 19.5),
+    "A30": (165.0, 10.3),
+    "A10": (125.0, 31.2),
+    "A40": (149.7, 37.4),
+    "RTX A6000": (154.8, 38.7),
+    "L40S": (362.0, 91.6),
+    "L40": (181.0, 90.5),
+    "L4": (121.0, 30.3),
+    "RTX 5090": (209.5, 104.8),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 3090": (71.0, 35.6),
+}
 
 
 def cpu_name() -> str:
@@ -66,8 +85,8 @@ _peaks: dict[tuple[torch.dtype, str, int], float] = {}
 def peak_flops(dtype: torch.dtype, device: torch.device | str = "cpu", again: bool = False) -> float:
     """Flop/s limit of matrix products in `dtype`: the largest of all measurements in this process, each of about 0.2 s.
 
-    A measurement takes the best of a large matrix product in torch and, on the CPU, of multiply-adds on registers that
-    touch no memory (bfloat16 pairs where the CPU has them). A program cannot get past the larger of the two; but what
+    A GPU that the table of data sheets has is not measured. A measurement takes the best of a large matrix product in torch
+    and, on the CPU, of multiply-adds on registers that touch no memory (bfloat16 pairs where the CPU has them). A program cannot get past the larger of the two; but what
     else runs on the machine can make the measurement too small.
 
     Args:
@@ -81,7 +100,26 @@ def peak_flops(dtype: torch.dtype, device: torch.device | str = "cpu", again: bo
     return _peaks[key]
 
 
+def published_peak(name: str, dtype: torch.dtype) -> float | None:
+    """Flop/s of a GPU's products as its maker gives them; None: the table has not this GPU, or another arithmetic is on.
+
+    Args:
+        name: as torch gives it, such as "NVIDIA H100 80GB HBM3".
+        dtype: torch.float32 or torch.bfloat16.
+    """
+    if "Laptop" in name or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"):
+        return None
+    words = f" {name} ".replace("-", " ")
+    for card, (bf16, fp32) in _GPU_TERAFLOPS.items():
+        if f" {card} " in words:
+            return 1e12 * (bf16 if dtype == torch.bfloat16 else fp32)
+    return None
+
+
 def _measure_peak(dtype: torch.dtype, device: str) -> float:
+    if device.startswith("cuda"):
+        published = published_peak(torch.cuda.get_device_name(device), dtype)
+        return published or _gemm_flops(dtype, device)
     peak = _gemm_flops(dtype, device)
     if has_cpu_ops and device == "cpu":
         pairs = dtype == torch.bfloat16

@@ -138,8 +138,8 @@ TEXT = [
     Mutant(
         "gradients are not clipped",
         "gptfast/training/updates.py",
-        "config.grad_clip or math.inf, self.ranks)",
-        "math.inf, self.ranks)",
+        "clipped_step(self.optimizers, norm, config.grad_clip, ",
+        "clipped_step(self.optimizers, norm, 0.0, ",
         _in("training/test_optimizer_steps"),
     ),
     Mutant(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gptfast.training.config import TrainConfig
     from gptfast.training.launch import Run
     from gptfast.training.result import TrainResult
+    from gptfast.training.trainer import Trainer
 
 
 def describe(run: Run) -> list[str]:
@@ -34,6 +35,7 @@ def describe(run: Run) -> list[str]:
     products = f"{train.dtype} products" + (f" ({trainer.dtype_reason})" if trainer.dtype_reason else "")
     limits = [f"{train.max_steps:,} steps"] if train.max_steps else []
     limits += [f"{train.max_minutes:g} min"] if train.max_minutes else []
+    limit = "by its data sheet" if trainer.device.type == "cuda" and _has_data_sheet(trainer) else "measured just now"
     lines = [
         f"model    {trainer.model.num_parameters() / 1e6:.2f}M parameters: {shape}",
         *([f"         {as_options(run.note)}"] if run.note else []),
@@ -41,10 +43,19 @@ def describe(run: Run) -> list[str]:
         f"{data.tokenizer.kind} tokenizer, {data.tokenizer.vocab_size:,} tokens",
         *(f"         {note}" for note in (*_sources(run), *data.notes)),
         f"machine  {place}",
-        f"         {products}; at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s, measured just now: the 100% of peak",
+        f"         {products}; at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s, {limit}: the 100% of peak",
+        *([f"batch    {as_options(run.fit)}"] if run.fit else []),
         f"plan     {' or '.join(limits)}, {train.rows_per_step * trainer.block_size:,} tokens a step",
     ]
     return lines + _resume_lines(run)
+
+
+def _has_data_sheet(trainer: Trainer) -> bool:
+    import torch
+
+    from gptfast.machine import published_peak
+
+    return published_peak(torch.cuda.get_device_name(trainer.device), trainer.dtype) is not None
 
 
 def _sources(run: Run) -> list[str]:

@@ -83,7 +83,8 @@ def _train(options: dict[str, Any], ranks: Ranks | None) -> int | None:
     if ranks is not None:
         ranks.begin()
     if run.checkpoint is None and (ranks is None or ranks.is_main):
-        write_options(options, run.trainer.out / NAME)
+        sizes = {name: getattr(run.trainer.config, name) for name in ("batch_size", "grad_accum")}
+        write_options({**options, **({**sizes, "find_batch_size": False} if run.fit else {})}, run.trainer.out / NAME)
     for line in describe(run):
         run.trainer.progress.note(line)
     result = run.trainer.train()

@@ -22,7 +22,9 @@ def batch_loss(model: GPT, batch: Batch, device: torch.device | str) -> Tensor:
     """
     x, y, *packed = batch
     if not packed:
-        return model(x.to(device), y.to(device))[1]
+        if torch.device(device).type == "cuda":  # from pinned memory a copy does not wait for the steps before
+            x, y = x.pin_memory(), y.pin_memory()
+        return model(x.to(device, non_blocking=True), y.to(device, non_blocking=True))[1]
     if not (model.training and model.config.attn_pdrop > 0):
         return _long_row(model, batch, device, model.dropout_row // len(x))
     step, first, count = model.dropout_step, model.dropout_row, int((y != -100).sum())

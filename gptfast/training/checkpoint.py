@@ -6,6 +6,7 @@ RUN/last and RUN/best each have the files of `GPT.save_pretrained` and of the to
                             checksum of every file: a resumed run is equal bit for bit, or refused
     optimizer.safetensors   the state of the optimizers by names of parameters; of a run that divides it among processes
                             optimizer-00001-of-00002.safetensors and so on (`gptfast.training.parts`)
+    ema.safetensors         the average of the weights, where the run keeps one
 
 The order of the data has no state: it is a function of (seed, step). Nothing is pickled.
 """
@@ -55,6 +56,7 @@ class TrainState:
     rows: rows of tokens in all updates; None in older checkpoints: step * rows_per_step.
     eval_batch_size: rows of an evaluation's batch: the run's first batch_size, so that evaluations stay comparable when it
         changes; None in older checkpoints: batch_size.
+    best_ema_loss, best_ema_step: of the average of the weights.
     recent: loss and norm of the gradient of the last steps. left_out: first row and number of rows of batches that are not
         trained on (`gptfast.training.spikes`).
     """
@@ -66,6 +68,8 @@ class TrainState:
     best_metric: float | None = None
     evaluated: int = 0
     stale: int = 0
+    best_ema_loss: float | None = None
+    best_ema_step: int = 0
     seconds: float = 0.0
     rows: int | None = None
     eval_batch_size: int | None = None
@@ -81,6 +85,8 @@ _STATE = {  # the types of the fields in trainer.json
     "best_metric": (float, NULL),
     "evaluated": int,
     "stale": int,
+    "best_ema_loss": (float, NULL),
+    "best_ema_step": int,
     "seconds": float,
     "rows": (int, NULL),
     "eval_batch_size": (int, NULL),
@@ -93,6 +99,8 @@ _LATER = (
     "best_metric",
     "evaluated",
     "stale",
+    "best_ema_loss",
+    "best_ema_step",
     "recent",
     "left_out",
 )  # fields that older checkpoints lack

@@ -46,3 +46,9 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
             "train: `optimizer` is muon, which orthogonalises whole matrices, but `parallel` fsdp leaves each process a part of "
             "them; use `optimizer` adamw, or `parallel` ddp"
         )
+    for name in ("ema", "compile"):
+        if ranks.sharding and getattr(config, name):
+            raise ValueError(
+                f"train: `{name}` needs the whole model in each process, but `parallel` fsdp leaves it a part; leave `{name}` "
+                "out, or use `parallel` ddp"
+            )

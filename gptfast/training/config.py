@@ -49,6 +49,20 @@ class TrainConfig:
         allowed=Whole(1),
         group=_LEARNING,
     )
+    sequence_warmup: int = option(
+        0,
+        "Steps over which rows grow from `sequence_warmup_from` tokens to T. A row is cut into shorter ones, so that a step has "
+        "the same tokens; early steps are faster and steadier. An option of ours, of no published recipe. 0: all rows have T.",
+        allowed=Whole(),
+        group=_LEARNING,
+    )
+    sequence_warmup_from: int | None = option(
+        None,
+        "Tokens of the first rows under `sequence_warmup`. Lengths are the divisors of T.",
+        words="an eighth of T",
+        allowed=Whole(1),
+        group=_LEARNING,
+    )
     block_size: int | None = option(
         None, "T, tokens of one row.", words="the longest that the model takes", allowed=Whole(1)
     )
@@ -76,9 +90,10 @@ class TrainConfig:
     )
     optimizer: str = option(
         "adamw",
-        "adamw, or muon: orthogonalised updates for the matrices inside the blocks and AdamW for the rest. Muon learns more "
-        "from a token and needs more time for a step.",
-        allowed=("adamw", "muon"),
+        "adamw; muon: orthogonalised updates for the matrices inside the blocks and AdamW for the rest, which learns more "
+        "from a token and needs more time for a step; or lion: the sign of a momentum, with half of AdamW's memory, a three to "
+        "ten times smaller `learning_rate` and as much more `weight_decay`.",
+        allowed=("adamw", "muon", "lion"),
         group=_LEARNING,
     )
     learning_rate: float = option(
@@ -124,15 +139,28 @@ class TrainConfig:
         group=_LEARNING,
     )
     beta1: float = option(
-        0.9, "AdamW's decay of the first moment; the default is GPT-3's.", allowed=Real(0, below=1), group=_LEARNING
+        0.9,
+        "AdamW's decay of the first moment, Lion's share of the momentum in a step; the default is GPT-3's.",
+        allowed=Real(0, below=1),
+        group=_LEARNING,
     )
     beta2: float = option(
-        0.95, "AdamW's decay of the second moment; the default is GPT-3's.", allowed=Real(0, below=1), group=_LEARNING
+        0.95,
+        "AdamW's decay of the second moment, Lion's of the momentum; the default is GPT-3's.",
+        allowed=Real(0, below=1),
+        group=_LEARNING,
     )
     grad_clip: float = option(
         1.0,
         "Largest norm of the gradient; a larger gradient is scaled down to it. 0: no clipping.",
         allowed=Real(least=0, example="1.0 (0: no clipping)"),
+        group=_LEARNING,
+    )
+    ema: float = option(
+        0.0,
+        "Decay of a moving average of the weights, such as 0.999. It is evaluated too, and its best is kept in OUT/best-ema. 0: "
+        "none is kept.",
+        allowed=Real(0, below=1, example="0.999"),
         group=_LEARNING,
     )
     eval_every: int = option(250, "Steps between evaluations on the validation text.", allowed=Whole(1), group=_RUN)
@@ -182,6 +210,11 @@ class TrainConfig:
         allowed=("auto", "float32", "bfloat16"),
         group=_RUN,
     )
+    compile: bool = option(
+        False,
+        "Run the network through torch.compile: a minute at the start, on the CPU with a C++ compiler.",
+        group=_RUN,
+    )
     device: str = device_option(_RUN)
     recompute: bool = option(
         False,
@@ -201,6 +234,9 @@ class TrainConfig:
                 f"TrainConfig: min_lr is {self.min_lr} but learning_rate is {self.learning_rate}; expected min_lr <= "
                 "learning_rate - lower one or raise the other"
             )
+        for name in ("sequence_warmup", "compile"):
+            if self.pack_documents and getattr(self, name):
+                raise ValueError(f"TrainConfig: pack_documents and {name} exclude each other; leave one out")
         if self.seed >= 2**63:
             raise ValueError(f"TrainConfig: seed is {self.seed}; expected a seed in [0, 2**63)")
 

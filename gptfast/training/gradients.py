@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from gptfast.data.packing import Batch
 from gptfast.models import GPT
 from gptfast.training.batch_loss import batch_loss, with_a_target
 from gptfast.training.ranks import Ranks
-from gptfast.training.sharding import local, plan_pass, total_norm
+from gptfast.training.sharding import plan_pass
 
 
 def accumulate_gradients(
@@ -23,7 +22,7 @@ def accumulate_gradients(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     device: torch.device | str = "cpu",
     ranks: Ranks | None = None,
-) -> float:
+) -> float | Tensor:
     """Add the gradient of the mean loss over all targets of all batches to the parameters' gradients.
 
     loss = sum_i loss_i * count_i / sum_i count_i, where count_i is the number of targets of batch i that are not -100. The
@@ -37,7 +36,7 @@ def accumulate_gradients(
         ranks: the processes that have a part of every batch each; the counts are then those of all. The gradients are still
             to be summed over the ranks, or summed already where the ranks have a part of the parameters each.
     Returns:
-        The loss.
+        The loss; of one process on a GPU a scalar there, which is not waited for.
     Raises:
         ValueError: every target is -100.
     """
@@ -45,7 +44,8 @@ def accumulate_gradients(
     everywhere = counts if ranks is None else [int(n) for n in ranks.sum(counts, "the counts of targets")]
     if not sum(everywhere):
         raise ValueError("accumulate_gradients: every target is -100; expected at least one other")
-    total, start, waited = 0.0, time.perf_counter(), 0.0 if ranks is None else ranks.waited
+    total, on_gpu = torch.zeros((), dtype=torch.float64, device=device), torch.device(device).type == "cuda"
+    start, waited = time.perf_counter(), 0.0 if ranks is None else ranks.waited
     last = max(n for n, others in enumerate(everywhere) if others)
     for n, (batch, count, others) in enumerate(zip(batches, counts, everywhere, strict=True)):
         if ranks is not None and ranks.sharding:
@@ -58,24 +58,10 @@ def accumulate_gradients(
                 loss = batch_loss(model, batch, device)
             share = loss * (count / sum(everywhere))
             share.backward()
-            total += float(share.detach())
+            total += share.detach()
     if ranks is None:
-        return total
+        return total if on_gpu else float(total)
     seconds = time.perf_counter() - start - (ranks.waited - waited)
-    found = ranks.exchange([total, seconds], "the losses")
+    found = ranks.exchange([float(total), seconds], "the losses")
     ranks.seconds = [row[1] for row in found]
     return sum(row[0] for row in found)
-
-
-def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, ranks: Ranks | None = None) -> float:
-    """Scale the gradients so that their norm is at most `limit`; returns the norm before.
-
-    ranks: with a part of every parameter each, or None; the norm is that of all parts.
-    """
-    if ranks is None or not ranks.sharding:
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = total_norm(gradients, ranks)
-    if not norm <= limit and math.isfinite(norm):
-        torch._foreach_mul_([local(g) for g in gradients], limit / (norm + 1e-6))
-    return norm

@@ -21,6 +21,7 @@ from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_bat
 from gptfast.training.gradients import accumulate_gradients
 from gptfast.training.objective import Autocast, Evaluation, Objective
 from gptfast.training.ranks import Ranks
+from gptfast.training.schedule import row_length
 from gptfast.training.sharding import put, whole_copy
 from gptfast.training.slow import SlowRanks
 from gptfast.training.values import stored
@@ -56,18 +57,40 @@ class LanguageModelling(Objective):
         self.ranks, rows = ranks, config.batch_size if ranks is None else ranks.rows(config.batch_size)
         self._first = 0 if ranks is None else ranks.rank * rows
         model.dropout_row, self._slow = self._first, SlowRanks()
+        self._step: Any = torch.compile(model, fullgraph=True) if config.compile else model
+        row_length(0, self.block_size, config)  # refuses what cannot be cut
         self.sampler = sampler_of(train_tokens, self.block_size, rows, config.seed, config.pack_documents)
 
     def batches(self, row: int, config: TrainConfig) -> list[Batch]:
         passes = config.passes(row * self.block_size, self.block_size)
         return [self.sampler.batch_from(row + n * config.batch_size + self._first) for n in range(passes)]
 
-    def add_gradients(self, batches: list[Batch], autocast: Autocast, device: torch.device) -> dict[str, float]:
-        loss = accumulate_gradients(self.network, batches, autocast, device, self.ranks)
+    def cut(self, batches: list[Batch], step: int, config: TrainConfig) -> list[Batch]:
+        if not config.sequence_warmup:
+            return batches
+        length = row_length(step, self.block_size, config)
+        self.network.dropout_row = self._first * (self.block_size // length)
+        return [tuple(part.reshape(-1, length) for part in batch) for batch in batches]
+
+    def add_gradients(self, batches: list[Batch], autocast: Autocast, device: torch.device) -> dict[str, Any]:
+        loss = self._gradients(batches, autocast, device)
         if self.ranks is not None and not self.ranks.sharding:
             trained = [p for p in self.network.parameters() if p.requires_grad]
             self.ranks.sum_gradients(trained, "the gradients")
         return {"loss": loss} | ({} if self.ranks is None else self._slow.look(self.ranks.seconds))
+
+    def _gradients(self, batches: list[Batch], autocast: Autocast, device: torch.device) -> Any:
+        if self._step is self.network:
+            return accumulate_gradients(self._step, batches, autocast, device, self.ranks)
+        try:
+            return accumulate_gradients(self._step, batches, autocast, device, self.ranks)
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise RuntimeError(
+                f"train: torch.compile cannot compile this network here ({lines[0] if lines else error}); leave `compile` out"
+            ) from error
 
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
         sizes = (self.block_size, batch_size, config.eval_batches)

@@ -26,6 +26,7 @@ from gptfast.tokenizer import has_tokenizer, load_tokenizer
 from gptfast.training.checkpoint import Checkpoint, check_source, read_checkpoint
 from gptfast.training.checks import check_ranks
 from gptfast.training.config import TrainConfig
+from gptfast.training.find_batch import fitted
 from gptfast.training.fingerprint import fingerprint
 from gptfast.training.kept import newest_intact
 from gptfast.training.options import DEFAULTS, SHAPE, RunOptions, start_of
@@ -42,6 +43,7 @@ _MAY_CHANGE = MAY_CHANGE | {
     *("max_minutes", "lr_decay_steps", "eval_batches", "keep_last", "on_spike"),
     *("data", "tensorboard", "parallel", "timeout"),
     *("reshard", "async_save"),
+    *("log_to", "find_batch_size", "compile"),
 }
 GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary: as it is, and padded as nanoGPT does
 
@@ -53,6 +55,7 @@ class Run:
     checkpoint: where the run was resumed, or None.
     note: a sentence about the model, or "".
     damage: sentences about newer checkpoints that are damaged.
+    fit: a sentence about the batch size that was found, or "".
     """
 
     trainer: Trainer
@@ -60,13 +63,14 @@ class Run:
     checkpoint: Checkpoint | None
     note: str = ""
     damage: tuple[str, ...] = ()
+    fit: str = ""
 
     def changed_arithmetic(self) -> list[str]:
         """The settings that decide how numbers are rounded and that differ from those before the run was resumed."""
         if self.checkpoint is None:
             return []
         stored, old, new = self.checkpoint, self.checkpoint.config, self.trainer.config
-        changed = [f"`{name}`" for name in ("dtype", "device") if getattr(old, name) != getattr(new, name)]
+        changed = [f"`{name}`" for name in ("dtype", "device", "compile") if getattr(old, name) != getattr(new, name)]
         with use_implementations(stored.gemm):
             ways = implementations_of(old.dtype)
         if any(ways.get(layout, way) != way for layout, way in stored.gemm.items()):
@@ -175,6 +179,9 @@ def _load(path: Any, ranks: Ranks | None, **changes: Any) -> tuple[GPT, Values |
 
 
 def _run(model: GPT, data: PreparedData, config: TrainConfig, place: RunOptions, **others: Any) -> Run:
+    fit = ""
+    if place.find_batch_size:
+        config, fit = fitted(model, config, others.get("ranks"))
     trainer = Trainer(
         model,
         data.train,
@@ -184,9 +191,10 @@ def _run(model: GPT, data: PreparedData, config: TrainConfig, place: RunOptions,
         tokenizer=data.tokenizer,
         tensorboard=place.tensorboard,
         async_save=place.async_save,
+        log_to=place.log_to,
         **others,
     )
-    return Run(trainer, data, others.get("resume"))
+    return Run(trainer, data, others.get("resume"), fit=fit)
 
 
 def _train_config(options: Options) -> TrainConfig:

@@ -1,16 +1,18 @@
-"""The training log RUN/log.jsonl, one JSON object per line, optionally also written for TensorBoard."""
+"""The training log RUN/log.jsonl: one JSON object per line, one line per step; other programs may get its numbers too."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+from collections.abc import Iterable, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from gptfast._files import atomic_write
 from gptfast._json import field, parse
+from gptfast.training.boards import Board
 
 
 class Log:
@@ -20,47 +22,77 @@ class Log:
         path: the file.
         step: the step of the checkpoint that the run continues from, 0 for a new run. Records of later steps, and an
             incomplete last line, are removed.
-        tensorboard: folder for TensorBoard's event files; None: no event files.
+        boards: get the numbers of every record too; closed with the log.
     Raises:
         OSError: the file cannot be written.
-        ImportError: tensorboard is not installed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], step: int = 0, tensorboard: Path | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], step: int = 0, boards: Sequence[Board] = ()) -> None:
+        self.path, self._boards = Path(path), boards
         self._file = self._rewritten(read_log(self.path) if step else [], step)
-        self._board = None if tensorboard is None else _summary_writer(tensorboard, step)
 
     def write(self, **record: Any) -> None:
-        """Append a record with the key "step"; it is in the file when this returns."""
-        self.records.append(record)
-        line = (json.dumps(record) + "\n").encode()
+        """Write a record with the key "step"; it is in the file when this returns.
+
+        A record of the last one's step is joined with it: its line gets longer.
+        """
+        last = self.records[-1] if self.records else None
+        again = last is not None and last["step"] == record["step"]
+        whole = {**last, **record} if last is not None and again else record
+        line = (json.dumps(whole) + "\n").encode()
         try:
-            if self._file.write(line) < len(line):
+            if again:
+                self._file.seek(self._last)
+            else:
+                self._last = self._file.tell()
+            written = self._file.write(line)
+            if written < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if again:
+                self._file.truncate()
         except OSError as error:
             text = f"cannot write {self.path}: {error.strerror}; free some space and continue the run with `resume`"
             raise OSError(error.errno, text) from error
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+        self.records[-1 if again else len(self.records) :] = [whole]
+        values = {name: value for name, value in record.items() if name != "step" and _is_number(value)}
+        for board in self._boards:
+            board.write(record["step"], values)
 
     def _rewritten(self, records: list[dict[str, Any]], step: int) -> FileIO:
-        """The file with the records up to a step, opened to append."""
-        self.records = [record for record in records if record["step"] <= step]
-        atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in self.records).encode())
-        return self.path.open("ab", buffering=0)  # every record is written at once
+        """The file with the records up to a step, opened behind the last one."""
+        self.records = _joined(record for record in records if record["step"] <= step)
+        lines = [(json.dumps(record) + "\n").encode() for record in self.records]
+        atomic_write(self.path, b"".join(lines))
+        file = self.path.open("r+b", buffering=0)  # every record is written at once
+        self._last = file.seek(0, os.SEEK_END) - (len(lines[-1]) if lines else 0)
+        return file
 
     def back_to(self, step: int) -> None:
         """Remove the records of later steps."""
         self._file.close()
         self._file = self._rewritten(self.records, step)
+        for board in self._boards:
+            board.back_to(step)
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _joined(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each step; older logs have several."""
+    found: list[dict[str, Any]] = []
+    for record in records:
+        if found and found[-1]["step"] == record["step"]:
+            found[-1] = {**found[-1], **record}
+        else:
+            found.append(record)
+    return found
 
 
 class NoLog:
@@ -102,11 +134,3 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{error}; it is not a record of a training log - repair or remove the line") from None
     return record
-
-
-def _summary_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("`tensorboard` needs a package that is not installed: pip install tensorboard") from error
-    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,18 @@ from gptfast._busy import CpuWait
 from gptfast._locks import FileLock
 from gptfast.machine import choose_dtype, peak_flops, resolve_device
 from gptfast.ops.gemm import check_implementations, use_implementations
-from gptfast.training.checkpoint import (
-    Checkpoint,
-    TrainState,
-)
+from gptfast.training.boards import open_board
+from gptfast.training.checkpoint import Checkpoint, TrainState
 from gptfast.training.config import TrainConfig
+from gptfast.training.ema import WeightAverage
 from gptfast.training.interrupt import Interrupt
 from gptfast.training.log import Log, NoLog
 from gptfast.training.objective import Evaluation, Objective
 from gptfast.training.optim import build_optimizers
 from gptfast.training.plot import plot_losses, require_matplotlib
-from gptfast.training.progress import Figures, TrainingProgress
+from gptfast.training.progress import TrainingProgress
 from gptfast.training.ranks import RankLostError, Ranks
+from gptfast.training.reporting import Reporting
 from gptfast.training.result import TrainResult
 from gptfast.training.run_folder import lock_run, make_room
 from gptfast.training.saver import Saver
@@ -36,12 +36,12 @@ from gptfast.training.updates import Updates
 from gptfast.training.values import Values
 
 
-class Loop(Updates):
+class Loop(Updates, Reporting):
     """Trains an objective and writes RUN/last, RUN/best, RUN/log.jsonl and RUN/loss.png.
 
     Args:
         objective: what is trained; its network is moved to the device of the config.
-        config, out, source, resume, overwrite, progress, tensorboard, async_save, values, lock, ranks: see `Trainer`.
+        config, out, source, resume, overwrite, progress, tensorboard, log_to, async_save, values, lock, ranks: see `Trainer`.
         evaluate_first: also before the first step.
         finished_too: a run that is complete may be resumed; it makes no step.
     Raises:
@@ -59,6 +59,7 @@ class Loop(Updates):
         overwrite: bool = False,
         progress: bool = True,
         tensorboard: bool = False,
+        log_to: str | None = None,
         async_save: bool = False,
         values: Values | None = None,
         lock: FileLock | None = None,
@@ -81,6 +82,7 @@ class Loop(Updates):
             shard(network, ranks, self.dtype, values)
         network = network.to(self.device)
         self.optimizers = build_optimizers(network, config)
+        self.average = WeightAverage(network, config.ema) if config.ema else None
         self.state = TrainState(planned_steps=None if config.max_minutes else config.max_steps)
         network.dropout_seed, network.dropout_step = config.seed, 0
         getattr(network, "gpt", network).recompute = config.recompute  # a task's network has a GPT
@@ -96,8 +98,7 @@ class Loop(Updates):
                 self._restore(resume)
             elif self._is_main:
                 make_room(self.out, overwrite)
-            board = self.out / "tensorboard" if tensorboard else None
-            self.log = Log(self.out / "log.jsonl", self.state.step, board) if self._is_main else NoLog()
+            self.log = self._open_log({"tensorboard" if tensorboard else None, log_to} - {None})
             self._begin_rows(resume)
         except BaseException:
             self._release()
@@ -106,8 +107,15 @@ class Loop(Updates):
         measured = self._is_main and objective.flops_per_token() is not None
         self.peak_flops = peak_flops(self.dtype, self.device) if measured else math.inf
         self._loss, self._rows = math.nan, config.rows_per_step  # the last step's
-        self._wrong_in_a_row = 0
+        self._wrong_in_a_row, self._open = 0, None
         self._found: Evaluation | None = None  # the last evaluation's
+
+    def _open_log(self, names: set[str | None]) -> Log | NoLog:
+        """The log, and the programs of these names that draw it; on rank 0."""
+        if not self._is_main:
+            return NoLog()
+        boards = [open_board(str(name), self.out, self.state.step, asdict(self.config)) for name in names]
+        return Log(self.out / "log.jsonl", self.state.step, boards)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -198,6 +206,7 @@ class Loop(Updates):
         while not done and signal is None:
             self._step()
             done, signal = self._agree(interrupt)
+        self._look()
         interrupted = None if done else signal
         if interrupted is None and self._evaluated != self.state.step:
             self._evaluate()
@@ -240,22 +249,24 @@ class Loop(Updates):
             record = self._update()
         if record.get("done") == "rewound":
             return
-        self._loss = record.get("loss", self._loss)
-        step = self.state.step
+        state, step = self.state, self.state.step
+        evaluating, saving = step % config.eval_every == 0, step % config.steps_per_checkpoint == 0
+        logging = step == 1 or step % config.log_every == 0 or record.keys() & {"wrong", "slow_rank"}
+        if logging or evaluating or saving:
+            record = self._look() or record
         if self.clock.can_plan:
-            record |= self._plan()
+            record = {**record, **self._plan()}
         if "slow_rank" in record:
             slow, times = record["slow_rank"], record["times_median"]
             self.progress.note(
                 f"step {step}: rank {slow} computes {times:.1f} times as long as the median of the ranks"
             )
-        if step == 1 or step % config.log_every == 0 or record.keys() & {"wrong", "slow_rank"}:
-            self.log.write(step=step, **record, seconds=round(self.clock.seconds, 3))
-        evaluating = step % config.eval_every == 0
+        if logging:
+            self.log.write(step=step, **record, **self._machine(), seconds=round(self.clock.seconds, 3))
         with self.clock.pause():
             if evaluating:
                 self._evaluate()
-            if step % config.steps_per_checkpoint == 0 or self.state.best_step == step:
+            if saving or step in (state.best_step, state.best_ema_step):
                 self._save()
         self.progress.show(self._figures(), important=evaluating or step == 1)
 
@@ -273,6 +284,15 @@ class Loop(Updates):
             state.best_val_loss, state.best_metric, state.best_step = found.loss, found.metric, state.step
             state.stale = 0
         self._log(found)
+        if self.average is not None:
+            self._evaluate_average(self.average)
+
+    def _evaluate_average(self, average: WeightAverage) -> None:
+        with average.in_the_network():
+            loss = self._evaluation().loss
+        if self.state.best_ema_loss is None or loss < self.state.best_ema_loss:
+            self.state.best_ema_loss, self.state.best_ema_step = loss, self.state.step
+        self.log.write(step=self.state.step, ema_val_loss=loss)
 
     def _log(self, found: Evaluation) -> None:
         named = {} if found.metric is None else {self.objective.metric: found.metric}
@@ -283,26 +303,3 @@ class Loop(Updates):
         steps = self.state.step + self.clock.more_steps()
         self.state.planned_steps = steps if self.config.max_steps is None else min(steps, self.config.max_steps)
         return {"planned_steps": self.state.planned_steps}
-
-    def _tokens_per_second(self) -> float | None:
-        seconds = self.clock.step_seconds
-        return None if seconds is None else self._rows * self.objective.tokens_per_row / seconds
-
-    def _figures(self) -> Figures:
-        step, planned, speed = self.state.step, self.state.planned_steps, self._tokens_per_second()
-        per_token = self.objective.flops_per_token()
-        flops = None if speed is None or per_token is None else speed * per_token
-        found = self._found
-        metric = "" if found is None or found.metric is None else f"{self.objective.metric} {found.metric:.3f}"
-        return Figures(
-            step=step,
-            total=planned,
-            loss=self._loss,
-            val_loss=None if found is None else found.loss,
-            metric=metric,
-            val_is_new=self._evaluated == step,
-            tokens_per_second=speed,
-            # None where the peak is too small, because it was measured while the machine was busy
-            percent_of_peak=None if flops is None or flops > self.peak_flops else 100 * flops / self.peak_flops,
-            seconds_left=None if speed is None or planned is None else (planned - step) * self.clock.seconds_per_step(),
-        )

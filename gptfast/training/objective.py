@@ -50,9 +50,20 @@ class Objective(ABC):
         """The batches of the step that begins with row number `row` of the data's endless order: a function of row and
         seed, so that a resumed run sees what an uninterrupted one does."""
 
+    def cut(self, batches: list[Any], step: int, config: TrainConfig) -> list[Any]:
+        """The batches of a step, with its rows cut as `sequence_warmup` asks for.
+
+        Raises:
+            ValueError: there are no rows that can be cut.
+        """
+        if not config.sequence_warmup:
+            return batches
+        raise ValueError(f"{type(self).__name__}: its rows cannot be cut; leave `sequence_warmup` out")
+
     @abstractmethod
-    def add_gradients(self, batches: list[Any], autocast: Autocast, device: torch.device) -> dict[str, float]:
-        """Add the gradient of the batches' mean loss to the parameters'; returns "loss" and other figures for the log."""
+    def add_gradients(self, batches: list[Any], autocast: Autocast, device: torch.device) -> dict[str, Any]:
+        """Add the gradient of the batches' mean loss to the parameters'; returns "loss" and other figures for the log: floats,
+        or scalars on a GPU."""
 
     @abstractmethod
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:

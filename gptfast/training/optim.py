@@ -1,4 +1,4 @@
-"""Optimizers: AdamW with decay groups, Muon for the matrices inside the blocks, and their state as tensors."""
+"""Optimizers: AdamW with decay groups, Muon for the matrices inside the blocks, Lion, and their state as tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gptfast.training.config import TrainConfig
 
-_STATE = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"), torch.optim.Muon: ("momentum_buffer",)}
+_STATE = {"AdamW": ("exp_avg", "exp_avg_sq", "step"), "Muon": ("momentum_buffer",), "Lion": ("exp_avg",)}
 _MOMENTUM = 0.95  # Muon
 
 
@@ -27,13 +27,14 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
 
     With optimizer="muon" torch's Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) updates the matrices
     inside the blocks. Its step is the momentum with all singular values set to about 1, scaled to the size of an AdamW step
-    (Liu et al., arXiv 2502.16982), so that both use one learning rate.
+    (Liu et al., arXiv 2502.16982), so that both use one learning rate. With "lion" it is lion-pytorch's Lion (Chen et al.,
+    arXiv 2302.06675, algorithm 2) for all of them.
 
     Args:
         model: a GPT, or with AdamW any module.
         config: of the run.
     Raises:
-        ValueError: the model has no trainable parameter.
+        ValueError: the model has no trainable parameter.  ImportError: lion-pytorch is not installed.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
@@ -44,6 +45,8 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     matrices = [p for p in trainable if id(p) in inside]
     groups = decay_groups([p for p in trainable if id(p) not in inside], config.weight_decay)
     rate, betas = config.learning_rate, (config.beta1, config.beta2)
+    if config.optimizer == "lion":
+        return [_lion(groups, rate, betas)]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True))
@@ -51,6 +54,14 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         options = {"weight_decay": config.weight_decay, "momentum": _MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
         optimizers.append(torch.optim.Muon(matrices, lr=rate, **options))
     return optimizers
+
+
+def _lion(groups: list[dict], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    try:
+        import lion_pytorch as package  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("`optimizer` lion needs a package that is not installed: pip install lion-pytorch") from error
+    return package.Lion(groups, lr=rate, betas=betas)
 
 
 def parameters_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
@@ -65,7 +76,7 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
         f"{key}/{names[p]}": values[key].detach().contiguous()
         for optimizer in optimizers
         for p, values in optimizer.state.items()
-        for key in _STATE[type(optimizer)]
+        for key in _STATE[type(optimizer).__name__]
     }
 
 
@@ -76,7 +87,7 @@ def empty_optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.O
         f"{key}/{names[p]}": torch.zeros(()) if key == "step" else torch.zeros_like(p.detach())
         for optimizer in optimizers
         for p in parameters_of([optimizer])
-        for key in _STATE[type(optimizer)]
+        for key in _STATE[type(optimizer).__name__]
     }
 
 
@@ -93,7 +104,7 @@ def restore_optimizers(
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for p in parameters_of([optimizer]):
-            shapes = {key: torch.Size([]) if key == "step" else p.shape for key in _STATE[type(optimizer)]}
+            shapes = {key: torch.Size([]) if key == "step" else p.shape for key in _STATE[type(optimizer).__name__]}
             state = {key: _find(tensors, f"{key}/{names[p]}", shape, source) for key, shape in shapes.items()}
             optimizer.state[p] = {key: tensor.to(p.device, copy=True) for key, tensor in state.items()}
 

@@ -10,6 +10,7 @@ from typing import Any
 from gptfast._options import Real, Whole, check_fields, default_of, default_text, format_value, option, options_of
 from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
+from gptfast.training.boards import BOARDS
 from gptfast.training.config import TrainConfig
 
 DATA = ("data", "glob", "text_field", "tokenizer", "vocab_size", "unk")  # the fields of DataOptions that are options
@@ -121,7 +122,21 @@ class RunOptions(PlaceOptions):
         "parameter; with fsdp, of each process's part).",
         group=RUN,
     )
-    tensorboard: bool = option(False, "Write event files for TensorBoard too.", group=RUN)
+    tensorboard: bool = option(False, "Write event files for TensorBoard to OUT/tensorboard too.", group=RUN)
+    log_to: str | None = option(
+        None,
+        "Send the numbers of the log to this program too, by its own package and settings: tensorboard (as the option of that "
+        "name), wandb or trackio.",
+        words="no other",
+        allowed=BOARDS,
+        group=RUN,
+    )
+    find_batch_size: bool = option(
+        False,
+        "Before the first step try larger and larger passes and take the largest that fits into memory, with as many passes a "
+        "step as keep `batch_size` * `grad_accum`.",
+        group=RUN,
+    )
 
     def __post_init__(self) -> None:
         check_fields("train", self)

@@ -57,6 +57,7 @@ def _gpt1() -> Recipe:
         8,
         {
             "optimizer": "adamw",
+            "schedule": "cosine",
             "learning_rate": 2.5e-4,
             "min_lr": 0.0,
             "warmup_steps": 2000,
@@ -82,6 +83,7 @@ def _gpt2(name: str) -> Recipe:
         8,
         {
             "optimizer": "adamw",
+            "schedule": "cosine",
             "learning_rate": {"gpt2": 6e-4, "gpt2-medium": 3e-4, "gpt2-large": 2.5e-4, "gpt2-xl": 2e-4}[name],
             "weight_decay": 0.1,
             "beta1": 0.9,
@@ -107,6 +109,7 @@ def _gpt3(size: str, batch: int, rate: float, *notes: str, rows: int = 8) -> Rec
         rows,
         {
             "optimizer": "adamw",
+            "schedule": "cosine",
             "learning_rate": rate,
             "min_lr": float(f"{rate / 10:g}"),
             "warmup_steps": warmup,

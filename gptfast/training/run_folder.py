@@ -50,7 +50,7 @@ def locked_run(out: Path) -> Iterator[FileLock]:
 
 def check_room(out: Path, overwrite: bool) -> list[Path]:
     """The checkpoints of a run that is to be replaced. Raises FileExistsError: there are some and `overwrite` is False."""
-    old = [*(out / name for name in ("last", "best") if (out / name).exists()), *kept(out)]
+    old = [*(out / name for name in ("last", "best", "best-ema") if (out / name).exists()), *kept(out)]
     if old and not overwrite:
         raise FileExistsError(
             f"{out} already has a training run; continue it with `resume`, replace it with `overwrite`, or "

@@ -36,6 +36,7 @@ class Trainer(Loop):
         tensorboard: also write event files to RUN/tensorboard.
         values: of a model on the meta device that the ranks divide (`gptfast.training.values`). None: it has its own.
         async_save: write checkpoints in a thread while training goes on, from copies.
+        log_to: also log to "tensorboard", "wandb" or "trackio"; None: none.
         lock: the acquired lock of `lock_run(out)`; released at the end of `train`. None: acquired here.
         ranks: the processes of the run, of which rank 0 writes and logs; each has the same arguments. None: this one alone.
         finished_too: a run that is complete may be resumed; it makes no step.
@@ -61,6 +62,7 @@ class Trainer(Loop):
         overwrite: bool = False,
         progress: bool = True,
         tensorboard: bool = False,
+        log_to: str | None = None,
         async_save: bool = False,
         values: Values | None = None,
         lock: FileLock | None = None,
@@ -79,6 +81,7 @@ class Trainer(Loop):
             overwrite=overwrite,
             progress=progress,
             tensorboard=tensorboard,
+            log_to=log_to,
             async_save=async_save,
             values=values,
             lock=lock,

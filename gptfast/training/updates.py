@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gptfast.models.export import write_tensors
+from gptfast.training import ema
 from gptfast.training.checkpoint import (
     OPTIMIZER,
     Checkpoint,
@@ -23,8 +24,9 @@ from gptfast.training.checkpoint import (
     saved_step,
     write_checkpoint,
 )
+from gptfast.training.clipping import clipped_step, gradient_norm, only_adamw
 from gptfast.training.config import TrainConfig
-from gptfast.training.gradients import clip_gradients
+from gptfast.training.ema import WeightAverage
 from gptfast.training.kept import forget, keep_last
 from gptfast.training.log import Log, NoLog
 from gptfast.training.objective import Objective
@@ -38,6 +40,21 @@ from gptfast.training.spikes import beyond, remember, too_many, what_is_wrong
 from gptfast.training.timing import RunClock
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step whose gradient is there.
+
+    number: from 1 on. batches, rows: what it sees, and the first of its rows. dropout_step: of the network, before it.
+    figures: "loss", "grad_norm", "lr" and others, of which some may be scalars on a GPU.
+    """
+
+    number: int
+    batches: list[Any]
+    rows: int
+    dropout_step: int | None
+    figures: dict[str, Any]
+
+
 class Updates:
     """The part of `Loop` that changes the weights and writes them; its attributes are set there."""
 
@@ -46,6 +63,7 @@ class Updates:
     state: TrainState
     source: dict[str, Any]
     optimizers: list[torch.optim.Optimizer]
+    average: WeightAverage | None
     device: torch.device
     dtype: torch.dtype
     out: Path
@@ -61,32 +79,39 @@ class Updates:
     _saved: int
     _saves: int
     _rows: int
+    _loss: float
+    _open: Step | None
     _wrong_in_a_row: int
 
     def _update(self) -> dict[str, Any]:
-        """Update the weights once; returns loss, learning rate and norm of the gradient, and what was wrong with them."""
-        state, config = self.state, self.config
+        """Update the weights once; returns loss, learning rate and norm of the gradient, and what was wrong with them.
+
+        On a GPU, where nothing is to be done about a spike, loss and norm stay there and the host does not wait for them: a
+        step that is not finite does not change the weights, and `_look` tells one step later.
+        """
+        state, config, objective = self.state, self.config, self.objective
         rate = learning_rate(state.step, config, state.planned_steps or math.inf)
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         rows = beyond(state.rows or 0, config.rows_per_step, state.left_out)
-        self._unfinished = self.objective.network.dropout_step
-        batches = self.objective.batches(rows, config)
+        self._unfinished = objective.network.dropout_step
+        batches = objective.batches(rows, config)
         self._rows = config.batch_size * len(batches)
-        figures = self.objective.add_gradients(batches, self.autocast, self.device)
-        loss = figures["loss"]
-        norm = clip_gradients(parameters_of(self.optimizers), config.grad_clip or math.inf, self.ranks)
-        record = {**figures, "lr": rate, "grad_norm": norm}
-        wrong = what_is_wrong(loss, norm, state.recent)
-        if wrong:
-            finite = {name: value for name, value in record.items() if math.isfinite(value)}
-            record = {**finite, "wrong": wrong, "done": self._act_on(wrong, batches, rows, loss, norm, rate)}
+        batches = objective.cut(batches, state.step, config)
+        figures = objective.add_gradients(batches, self.autocast, self.device)
+        norm = gradient_norm(parameters_of(self.optimizers), self.ranks)
+        step = Step(state.step + 1, batches, rows, self._unfinished, {**figures, "lr": rate, "grad_norm": norm})
+        later = self._looks_later(norm)
+        if later:
+            self._look()
+            self._open, record = step, step.figures
         else:
-            remember(state.recent, loss, norm)
-            self._wrong_in_a_row = 0
+            record = self._judged(step)
+        if record.get("done", "trained") == "trained":
+            clipped_step(self.optimizers, norm, config.grad_clip, guarded=later)
+            if self.average is not None:
+                self.average.update()
         for optimizer in self.optimizers:
-            if record.get("done", "trained") == "trained":
-                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self._unfinished = None
         if record.get("done") != "rewound":
@@ -94,39 +119,71 @@ class Updates:
             state.rows = rows + self._rows
         return record
 
-    def _act_on(self, wrong: str, batches: list[Any], rows: int, loss: float, norm: float, rate: float) -> str:
+    def _looks_later(self, norm: torch.Tensor) -> bool:
+        """Whether the host can go on without the norm."""
+        return norm.is_cuda and self.ranks is None and self.config.on_spike is None and only_adamw(self.optimizers)
+
+    def _look(self) -> dict[str, Any]:
+        """The record of the last step that was not looked at, once its loss and norm are there; {}: there is none."""
+        step, self._open = self._open, None
+        if step is None:
+            return {}
+        record = self._judged(step)
+        if "wrong" in record:
+            self.log.write(step=step.number, **record)
+        return record
+
+    def _judged(self, step: Step) -> dict[str, Any]:
+        """The record of a step, and what is wrong with it and was done about it.
+
+        Raises:
+            RuntimeError: the run is to stop.
+        """
+        figures = step.figures.items()
+        record = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in figures}
+        loss, norm = record["loss"], record["grad_norm"]
+        self._loss = loss if math.isfinite(loss) else self._loss
+        wrong = what_is_wrong(loss, norm, self.state.recent)
+        if not wrong:
+            remember(self.state.recent, loss, norm)
+            self._wrong_in_a_row = 0
+            return record
+        finite = {name: value for name, value in record.items() if math.isfinite(value)}
+        return {**finite, "wrong": wrong, "done": self._act_on(wrong, step, len(finite) == len(record))}
+
+    def _act_on(self, wrong: str, step: Step, finite: bool) -> str:
         """What `on_spike` asks for: "trained" or "left out", or "rewound", which changes the state.
 
         Raises:
             RuntimeError: the run is to stop.
         """
-        choice, finite = self.config.on_spike, math.isfinite(loss) and math.isfinite(norm)
+        choice = self.config.on_spike
         self._wrong_in_a_row += 1
         if choice is None and finite:
-            self.progress.note(f"step {self.state.step + 1}: {wrong}")
+            self.progress.note(f"step {step.number}: {wrong}")
             return "trained"
         if choice in (None, "stop") or too_many(self._wrong_in_a_row):
-            raise RuntimeError(self._why_stopped(wrong, batches, finite, rate))
+            raise RuntimeError(self._why_stopped(wrong, step, finite))
         if choice == "rewind":
-            self._rewind(wrong, rows)
+            self._rewind(wrong, step.rows)
             return "rewound"
-        self.progress.note(f"step {self.state.step + 1}: {wrong}; its batch is left out")
+        self.progress.note(f"step {step.number}: {wrong}; its batch is left out")
         return "left out"
 
-    def _why_stopped(self, wrong: str, batches: list[Any], finite: bool, rate: float) -> str:
-        step, network = self.state.step + 1, self.objective.network
+    def _why_stopped(self, wrong: str, step: Step, finite: bool) -> str:
+        network = self.objective.network
         place, again = "", ""
         if not finite:
-            place = self.objective.where_not_finite(batches, self.autocast, self.device, self._unfinished)
+            place = self.objective.where_not_finite(step.batches, self.autocast, self.device, step.dropout_step)
         if self._is_main or (self.ranks is not None and self.ranks.sharding):
-            about = {"step": step, "wrong": wrong, "dtype": self.config.dtype}
-            about["dropout"] = [network.dropout_seed, self._unfinished]
+            about = {"step": step.number, "wrong": wrong, "dtype": self.config.dtype}
+            about["dropout"] = [network.dropout_seed, step.dropout_step]
             try:
-                again = self.objective.keep(self.out / f"bad-step-{step:06d}", batches, about)
+                again = self.objective.keep(self.out / f"bad-step-{step.number:06d}", step.batches, about)
             except OSError as error:
                 again = f"(the step could not be kept: {error})"
         return (
-            f"training: {wrong} at step {step}, where the learning rate is {rate:.2g}"
+            f"training: {wrong} at step {step.number}, where the learning rate is {step.figures['lr']:.2g}"
             + (f"; not finite first: {place}" if place else "")
             + "; saved checkpoints are intact - lower learning_rate or raise warmup_steps"
             + (f"; repeat the step with: {again}" if again else "")
@@ -137,6 +194,8 @@ class Updates:
             optimizer.state.clear()
         if checkpoint.state.step:  # before the first step there is no state
             load_optimizers(checkpoint.folder, self.objective.network, self.optimizers)
+        if self.average is not None:
+            self.average.load(checkpoint.folder)
 
     def _rewind(self, wrong: str, rows: int) -> None:
         """Go back to RUN/last, and leave the batch at `rows` out from now on."""
@@ -197,9 +256,20 @@ class Updates:
         def content(stage: Path) -> dict[str, str]:
             write(stage)
             write_tensors(stage / OPTIMIZER, tensors)
+            if average:
+                write_tensors(stage / ema.NAME, average)
             return {}
 
-        return partial(self._writing(), content)
+        average = {} if self.average is None else self.average.tensors(copy)
+        is_best = self.state.best_ema_step == self.state.step
+        best = ema.best_writer(self.average if is_best else None, self.objective, self.out / "best-ema", copy)
+        writing = self._writing()
+
+        def save() -> None:
+            best()  # before the state that says so
+            writing(content)
+
+        return save
 
     def _writing(self) -> Callable[[Callable[[Path], dict[str, str]]], None]:
         """A function of what writes model and optimizers to a folder: it writes the checkpoint of the run as it is now."""

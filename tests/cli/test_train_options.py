@@ -208,7 +208,7 @@ def test_the_folder_of_a_run_is_no_checkpoint(run, text, tmp_path, failure):
         (["--seed", "-1"], "--seed is -1; expected at least 0"),
         (["--dtype", "float8"], "--dtype is 'float8'; expected one of auto, float32, bfloat16"),
         (["--device", "tpu"], "--device is 'tpu'; expected 'auto', 'cpu' or 'cuda'"),
-        (["--optimizer", "sgd"], "--optimizer is 'sgd'; expected one of adamw, muon"),
+        (["--optimizer", "sgd"], "--optimizer is 'sgd'; expected one of adamw, muon, lion"),
         (["--threads", "0"], "train: --threads is 0; expected at least 1"),
         (["--timeout", "0"], "train: --timeout is 0.0; expected a number > 0"),
         (["--resume=first"], "train: --resume is 'first'; expected one of last, auto"),

@@ -22,6 +22,7 @@ from gptfast.training.log import read_log
 from tests.support.finetuning import SMALL, base, files, result
 from tests.support.finetuning import finetune as run
 from tests.support.train_command import _argv, gptfast  # noqa: F401  a fixture
+from tests.support.training import timeless
 
 WEIGHTS = {"full": "model.safetensors", **dict.fromkeys(("lora", "qlora", "prompt"), "adapter_model.safetensors")}
 TASKS = ["classification", "entailment", "similarity", "choice", "lm", "chat"]
@@ -29,10 +30,6 @@ CASES = [(task, method) for task in TASKS for method in ("full", "lora")]
 CASES += [(task, "prompt") for task in ("classification", "choice", "lm")]
 CASES += [(task, "qlora") for task in ("classification", "chat")]
 KEYS = {"metric", "value", "baseline", "trainable_parameters", "truncated"}
-
-
-def timeless(path: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_log(path / "log.jsonl")]
 
 
 def assert_same_run(a: Path, b: Path, method: str) -> None:

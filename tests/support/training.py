@@ -31,14 +31,18 @@ def make_trainer(out: Path, config: TrainConfig = QUICK, shape: GPTConfig = SHAP
     return Trainer(GPT(shape), TRAIN, VAL, config, out, tokenizer=TOKENIZER, progress=False, **options)
 
 
-def resumed(out: Path, config: TrainConfig) -> Trainer:
+def resumed(out: Path, config: TrainConfig, **options) -> Trainer:
     checkpoint = read_checkpoint(out / "last")
     model = GPT.from_pretrained(out / "last")
-    return Trainer(model, TRAIN, VAL, config, out, tokenizer=TOKENIZER, progress=False, resume=checkpoint)
+    return Trainer(model, TRAIN, VAL, config, out, tokenizer=TOKENIZER, progress=False, resume=checkpoint, **options)
+
+
+MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_gb", "peak_memory_gb", "cpu_temperature")
 
 
 def timeless(path: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_log(path / "log.jsonl")]
+    """The log of a run without what a clock or a sensor gave."""
+    return [{k: v for k, v in record.items() if k not in MEASURED} for record in read_log(path / "log.jsonl")]
 
 
 @contextmanager

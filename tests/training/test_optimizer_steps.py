@@ -42,6 +42,18 @@ class Muon:
         return p - rate * decay * p - rate * 0.2 * math.sqrt(max(p.shape)) * update
 
 
+class Lion:
+    """Lion of one tensor (Chen et al., arXiv 2302.06675, algorithm 2), in float64."""
+
+    def __init__(self) -> None:
+        self.m = 0.0
+
+    def step(self, p: Tensor, g: Tensor, rate: float, decay: float) -> Tensor:
+        update = torch.sign(BETA1 * self.m + (1 - BETA1) * g)
+        self.m = BETA2 * self.m + (1 - BETA2) * g
+        return p - rate * (update + decay * p)
+
+
 def _orthogonal(g: Tensor) -> Tensor:
     """Five Newton-Schulz steps in bfloat16, as torch's: singular values between about 0.7 and 1.2."""
     x = (g.T if g.shape[0] > g.shape[1] else g).bfloat16()
@@ -60,7 +72,7 @@ def gradients(model: GPT, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return {name: g.double() for name, g in zip(parameters, found, strict=True)}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion"])
 @pytest.mark.parametrize("clip", [0.05, 0.0], ids=["clipped", "unclipped"])
 def test_updates_are_those_of_the_formula(optimizer, clip, tmp_path):
     torch.manual_seed(0)
@@ -107,5 +119,7 @@ def test_updates_are_those_of_the_formula(optimizer, clip, tmp_path):
             assert error <= tolerance * moved, f"{name}, step {step + 1}: {error:.3g} of a move of {moved:.3g}"
 
 
-def _rule(name: str, p: Tensor, optimizer: str) -> Adam | Muon:
+def _rule(name: str, p: Tensor, optimizer: str) -> Adam | Muon | Lion:
+    if optimizer == "lion":
+        return Lion()
     return Muon() if optimizer == "muon" and name.startswith("h.") and p.dim() == 2 else Adam()

@@ -19,8 +19,7 @@ from gptfast.models import GPT, GPTConfig
 from gptfast.nn.mlp import MLP
 from gptfast.ops import gemm
 from gptfast.training import TrainConfig, Trainer, read_checkpoint
-from gptfast.training.log import read_log
-from tests.support.training import make_trainer
+from tests.support.training import make_trainer, timeless
 
 TEXT = "Is this a dagger which I see before me,\nThe handle toward my hand? Come, let me clutch thee.\n" * 40
 OPTIONS = [
@@ -68,7 +67,7 @@ def busy_loop() -> Iterator[None]:
 
 
 def losses(out: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_log(out / "log.jsonl")]
+    return timeless(out)
 
 
 def files(out: Path) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ from tests.support.training import MUON, QUICK, SHAPE, make_trainer
         ({"max_steps": None}, ValueError, "max_steps and max_minutes are both None"),
         ({"max_minutes": -1}, ValueError, "max_minutes is -1; expected a number > 0"),
         ({"dtype": "float16"}, ValueError, "dtype is 'float16'; expected one of auto, float32, bfloat16"),
-        ({"optimizer": "sgd"}, ValueError, "optimizer is 'sgd'; expected one of adamw, muon"),
+        ({"optimizer": "sgd"}, ValueError, "optimizer is 'sgd'; expected one of adamw, muon, lion"),
         ({"device": 0}, TypeError, "device is 0; expected a str"),
         ({"seed": 2**63}, ValueError, "seed is 9223372036854775808"),
         ({"steps": 5}, TypeError, "TrainConfig has no field 'steps'"),
