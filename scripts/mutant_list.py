@@ -199,6 +199,27 @@ TEXT = [
         _in("serving/test_stops_and_usage"),
     ),
     Mutant(
+        "a reply is left in the history without the message that it answers",
+        "gptfast/tokenizer/conversation.py",
+        "while old[0] < len(kept) - 1 and kept",
+        "while False and kept",
+        _in("tokenizer/test_conversation"),
+    ),
+    Mutant(
+        "a special token in a message is one though it is asked to be text",
+        "gptfast/tokenizer/conversation.py",
+        "special=n % 2 == 0",
+        "special=True",
+        _in("tokenizer/test_conversation"),
+    ),
+    Mutant(
+        "JSON with a comma before the end of an object",
+        "gptfast/generation/json_grammar.py",
+        'State("key" if stack[-1] == "{" else "value", stack) if byte == 44',
+        'State("key or end" if stack[-1] == "{" else "value", stack) if byte == 44',
+        _in("generation/test_json_grammar"),
+    ),
+    Mutant(
         "beams end by the length so far",
         "gptfast/generation/beam.py",
         'config.early_stopping == "never" and config.length_penalty > 0',

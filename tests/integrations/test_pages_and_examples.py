@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -20,8 +21,14 @@ EXAMPLES = {
     "nanogpt_loop.py": ["README.md", "--steps", "2"],
     "llama_attention.py": ["--length", "32"],
     "openai_client.py": ["MODEL", "--prompt", "the cat", "--tokens", "5"],
+    "own_text.py": ["README.md", "--steps", "4", "--out", "OUT"],
+    "classifier.py": ["MODEL", "DATA", "--steps", "2", "--out", "OUT"],
+    "two_kernels.py": ["--steps", "3"],
 }
-PRINTED = {"openai_client.py": "---- a chat"}  # the others print losses
+PRINTED = {
+    "openai_client.py": "---- a chat",
+    "classifier.py": "parameters trained in 2 steps",
+}  # the others print losses
 
 
 def test_the_page_runs(capsys: pytest.CaptureFixture[str]):
@@ -43,12 +50,14 @@ def test_every_example_is_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(name: str, tmp_path: Path):
-    arguments = EXAMPLES[name]
-    if "MODEL" in arguments:
+    made = {"MODEL": tmp_path / "model", "DATA": tmp_path / "data.jsonl", "OUT": tmp_path / "out"}
+    if "MODEL" in EXAMPLES[name]:
         tokenizer = tokenizer_with("")
-        gpt(tokenizer.vocab_size, block_size=96).save_pretrained(tmp_path)
-        tokenizer.save(tmp_path)
-        arguments = [str(tmp_path) if argument == "MODEL" else argument for argument in arguments]
+        gpt(tokenizer.vocab_size, block_size=96).save_pretrained(made["MODEL"])
+        tokenizer.save(made["MODEL"])
+        rows = [{"text": "the cat " * (n % 3 + 1), "label": "short" if n % 3 == 0 else "long"} for n in range(24)]
+        made["DATA"].write_text("\n".join(map(json.dumps, rows)))
+    arguments = [str(made.get(argument, argument)) for argument in EXAMPLES[name]]
     path: Path = ROOT / "examples" / name
     assert len(path.read_text(encoding="utf-8").splitlines()) < 100
     done = subprocess.run([sys.executable, path, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
