@@ -45,13 +45,15 @@ class Recorder:
             self.outcomes.setdefault(report.nodeid, ["passed", ""])
 
 
-def patch_every_model() -> None:
-    """From here on each GPT-2 and GPT-1 of this process is patched when it has been made or loaded."""
+def patch_every_model() -> list[str]:
+    """From here on each GPT-2 and GPT-1 of this process is patched when it has been made or loaded; returns a list that gets the
+    class of each."""
     import torch
     from transformers import PreTrainedModel
 
     import gptfast
 
+    patches: list[str] = []
     depth = 0  # of constructors and loaders that call one another; the outermost one patches
 
     def patched(made: Any) -> Any:
@@ -60,6 +62,7 @@ def patch_every_model() -> None:
         if ours and not any(parameter.is_meta for parameter in model.parameters()):
             dtypes = {parameter.dtype for parameter in model.parameters()}
             if not hasattr(type(model), "gptfast_original") and torch.float64 not in dtypes:
+                patches.append(type(model).__name__)
                 gptfast.accelerate(model)
         return made
 
@@ -84,6 +87,7 @@ def patch_every_model() -> None:
                 kind.__init__ = outermost(kind.__init__, lambda model, _: model)
     loader = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
     PreTrainedModel.from_pretrained = classmethod(outermost(loader, lambda _, made: made))
+    return patches
 
 
 def run_here(patch: bool, out: Path, arguments: list[str]) -> None:
@@ -91,12 +95,13 @@ def run_here(patch: bool, out: Path, arguments: list[str]) -> None:
     import pytest
     import transformers  # noqa: F401 (the installed one, before the checkout's own is on the path)
 
-    if patch:
-        patch_every_model()
+    patches = patch_every_model() if patch else []
     recorder = Recorder()
     code = pytest.main(arguments, plugins=[recorder])
     if code not in (0, 1):
         sys.exit(int(code))
+    if patch:
+        print(f"{len(patches)} models were patched: {', '.join(sorted(set(patches))) or 'none'}", file=sys.stderr)
     out.write_text(json.dumps(recorder.outcomes))
 
 

@@ -47,13 +47,13 @@ class Template:
         """The prompt of an item after solved ones.
 
         Raises:
-            ValueError: a field that the template uses is missing; the message names it.
+            ValueError: a field that the template uses is missing, which the message names, or is not what it expects.
         """
-        from jinja2.exceptions import TemplateError
+        from gptfast.tokenizer.sandbox import ERRORS
 
         try:
             return self._compiled.render({**item, "shots": list(shots)})
-        except TemplateError as error:
+        except ERRORS as error:
             fields = ", ".join(item) or "none"
             raise ValueError(f"template {self.name}: {error}; the item has the fields {fields}") from error
 

@@ -189,10 +189,9 @@ def _changed(settings: Mapping[str, Any], source: str | None) -> dict[str, Any]:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    from jinja2.exceptions import TemplateError
+    from gptfast.tokenizer.sandbox import ERRORS
 
-    # the others: operations of the template on values that it did not expect, such as content that is no text
-    return (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+    return ERRORS
 
 
 def _is_template_error(error: Exception) -> bool:

@@ -76,6 +76,10 @@ class _Dict:
         return dict(*args, **names)
 
 
+# What a template may raise: beside Jinja2's own, operations on values that it did not expect, such as content that is no text.
+ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+
+
 def environment(strict: bool = False) -> ImmutableSandboxedEnvironment:
     """A new environment with the filters and functions that templates of the Hugging Face hub use.
 
