@@ -56,6 +56,7 @@ def __getattr__(name: str) -> Any:
 
 
 provide("GPT", lambda: __getattr__("GPT"))  # for the engine, which makes one of packed weights
+provide("packed", lambda: import_module("gptfast.models.packed"))  # for the engine, which packs checkpoints
 
 
 def __dir__() -> list[str]:

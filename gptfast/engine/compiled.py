@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptfast._checks import check_count
+from gptfast._lazy import provided
 from gptfast.backend import cpu_isa
 from gptfast.engine import packed_file
 from gptfast.engine.adapters import AdapterMethods, PackedAdapters, shape_of
@@ -107,8 +107,7 @@ class CompiledGPT(AdapterMethods):
         Raises:
             OSError, ValueError: as these. An existing file then stays as it was.
         """
-        # models stand above the engine, which is why they are found by name
-        load = importlib.import_module("gptfast.models.packed").load
+        load = provided("packed").load
         return load(path, dtype, config_overrides, file, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
 
     def with_adapters(self, adapters: PackedAdapters) -> CompiledGPT:
