@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -47,7 +48,11 @@ def prepare(options: dict[str, Any]) -> None:
     data, filters = DataOptions(**values_of(DataOptions, options)), Filters(**values_of(Filters, options))
     place = Output(**values_of(Output, options))
     writing = {"shard_tokens": place.shard_tokens, "workers": place.workers, "overwrite": place.overwrite}
-    prepared = prepare_data(**vars(data), **vars(filters), **writing, out_dir=place.out)
+    try:
+        prepared = prepare_data(**vars(data), **vars(filters), **writing, out_dir=place.out)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise
     table = Table("part", "documents", "bytes", "tokens", "bytes per token", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -126,6 +126,7 @@ def prepare(
         progress_bar(corpus.size, corpus.is_cheap_to_keep, progress) as bar,
         Workers(workers, corpus.size >= _LARGE) as team,
     ):
+        encoders = team.use(chosen) if chosen else ""  # before the survey: processes take half a second to start
         found = survey(corpus, val_fraction, seed, filters, team, bar.read)
         notes = [*corpus.notes, *found.notes]
         job = _fingerprint(found, shard_tokens, files or (tokenizer, vocab_size, *(["unk"] if unk else [])))
@@ -139,7 +140,7 @@ def prepare(
         keeps_tokenizer = _is_folder(tokenizer, out_dir)
         if not overwrite:
             _refuse_others(out_dir, job, keeps_tokenizer)
-        bar.begin(found.size, team.use(chosen))
+        bar.begin(found.size, encoders or team.use(chosen))
         with (
             staged_folder(out_dir, replaces=TOKENS if keeps_tokenizer else f"{TOKENS}|{TOKENIZER}") as stage,
             _unfinished(out_dir) as place,

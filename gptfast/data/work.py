@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -47,7 +46,6 @@ def signatures(state: dict[str, Any], parts: list[tuple[int, str]]) -> list[tupl
 
 def serve() -> None:
     """Answer calls until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the results
     state: dict[str, Any] = {}

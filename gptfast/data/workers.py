@@ -24,7 +24,13 @@ from gptfast.tokenizer import Tokenizer
 T = TypeVar("T")
 R = TypeVar("R")
 
-_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from gptfast.data.work import serve; serve()"
+_PROGRAM = """
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+sys.path[:] = json.loads(sys.argv[1])
+from gptfast.data.work import serve
+serve()
+"""
 
 
 class Workers:
@@ -51,13 +57,13 @@ class Workers:
             process.close()
 
     def use(self, tokenizer: Tokenizer) -> str:
-        """The tokenizer of `encode`; returns who encodes, in words. A tokenizer of a class that is not ours stays in this
-        process: its files may not tell all of it."""
+        """The tokenizer of `encode`; returns who encodes, in words. Processes load it while this one goes on. A tokenizer of a
+        class that is not ours stays in this process: its files may not tell all of it."""
         if self._wanted and type(tokenizer).__module__.startswith("gptfast.tokenizer."):
             self._start()
             files = tokenizer.files()
             for process in self._all:
-                process.call("set_tokenizer", files)
+                process.send("set_tokenizer", files)
             return f"{self.count} processes"
         self._local["tokenizer"] = tokenizer
         return f"{self.count} thread{'s' if self.count > 1 else ''}"
@@ -112,23 +118,41 @@ class _Process:
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)]
+        self._waiting = 0  # calls whose results are still to be read
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def call(self, name: str, argument: Any) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        while self._waiting:
+            self._receive()
+        self.send(name, argument)
+        return self._receive()
+
+    def send(self, name: str, argument: Any) -> None:
+        """Begin a call without waiting for it; the next `call` does."""
+        assert self._process.stdin is not None
         try:
             pickle.dump((name, argument), self._process.stdin, protocol=5)
             self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._death() from error
+        self._waiting += 1
+
+    def _receive(self) -> Any:
+        assert self._process.stdout is not None
+        try:
             fine, result = pickle.load(self._process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            code = self._process.wait()
-            raise RuntimeError(
-                f"prepare: a process that works for it ended with code {code} (-9: killed, perhaps for want of memory); "
-                "run the command again, with fewer `workers` if memory is short"
-            ) from error
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise self._death() from error
+        self._waiting -= 1
         if not fine:
             raise result
         return result
+
+    def _death(self) -> RuntimeError:
+        return RuntimeError(
+            f"prepare: a process that works for it ended with code {self._process.wait()} (-9: killed, perhaps for want of "
+            "memory); run the command again, with fewer `workers` if memory is short"
+        )
 
     def close(self) -> None:
         for stream in (self._process.stdin, self._process.stdout):
