@@ -200,6 +200,7 @@ print(json.dumps([status("VmHWM") - before, status("VmRSS") - before, model.nbyt
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
 @pytest.mark.parametrize(("dtype", "into"), [("int8", ""), ("float32", "file")])
 def test_memory_is_what_is_packed(dtype, into, tmp_path):
