@@ -180,6 +180,9 @@ PLAIN = {"Embedding", "ModuleList", "GPT2Model", "GPT2Block", "GPT2MLP", "OpenAI
 def check_plain(model: Any) -> None:
     """Raise NotImplementedError where a patched model is more than its config and its weights: adapters, hooks, a mode."""
     config = model.config
+    replaced = [name for name, value in vars(model).items() if callable(value) and hasattr(type(model), name)]
+    if replaced:  # as peft does with prepare_inputs_for_generation, which puts its prompts before the ids
+        raise NotImplementedError(f"{replaced[0]} was replaced on the instance")
     wanted = config.afn if config.model_type == "openai-gpt" else config.activation_function
     for name, module in model.named_modules():
         told = f"{name or 'the model'} is a {type(module).__name__}"

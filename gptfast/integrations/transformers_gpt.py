@@ -123,7 +123,8 @@ class OpenAIMLP(openai.MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.c_fc(x)
-        h = ops.gelu(h, approximate="tanh") if type(self.act) is HFNewGELU and runs(h) else self.act(h)
+        fused = type(self.act) is HFNewGELU and runs(h) and not is_watched(self.act)
+        h = ops.gelu(h, approximate="tanh") if fused else self.act(h)
         return self.dropout(self.c_proj(h))
 
 

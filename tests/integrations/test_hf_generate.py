@@ -165,6 +165,28 @@ def test_a_model_that_is_more_than_its_config_is_not_ours(
         assert torch.equal(got[:, 24], model(input_ids=ids).logits[:, -1].argmax(-1))
 
 
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PrefixTuningConfig"])
+@pytest.mark.parametrize("order", ["patched first", "adapter first"])
+def test_soft_prompts_of_peft_are_generated_with(config: str, order: str):
+    """peft replaces a method of the model to put its prompt before the ids; our runner would not see it."""
+    peft = pytest.importorskip("peft")
+    ids, _ = padded("none")
+    texts = []
+    for patch in (False, True):
+        model = hf_model()
+        if patch and order == "patched first":
+            gptfast.accelerate(model)
+        torch.manual_seed(2)
+        model = peft.get_peft_model(model, getattr(peft, config)(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data *= 3
+        if patch and order == "adapter first":
+            gptfast.accelerate(model)
+        texts.append(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0))
+    assert torch.equal(*texts)
+
+
 def test_a_streamer_hears_the_tokens(calls: list[dict[str, Any]]):
     class Streamer:
         def __init__(self) -> None:

@@ -158,3 +158,16 @@ def test_hooks_on_the_dropout_of_attention_weights_are_called():
         model(IDS)
     assert len(seen[0]) == 2
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_on_the_activation_of_gpt1_are_called():
+    model = hf_model("OpenAIGPTLMHeadModel")
+    expected = model(IDS).logits
+    gptfast.accelerate(model)
+    seen: list[Tensor] = []
+    hook = model.transformer.h[0].mlp.act.register_forward_hook(lambda m, args, out: seen.append(out.detach()))
+    try:
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    finally:
+        hook.remove()  # all models of the process share it
+    assert len(seen) == 2
