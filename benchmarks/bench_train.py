@@ -1,10 +1,11 @@
 """The step of `gptfast train` with GPT-2 124M, end to end, beside the least that it can take, in turns.
 
-    python benchmarks/bench_train.py [--rounds 5] [--dtype bfloat16]
+    python benchmarks/bench_train.py [--rounds 5] [--dtype bfloat16] [--cpu-time]
 
 The whole step is that of the command with its defaults and TensorBoard: loader, forward, backward, clipping, AdamW, log, memory,
 temperature, speed. The least is forward and backward of the same network and batch, and AdamW's pass at the measured bandwidth of
 memory: 28 bytes a weight. Parts are measured inside the same steps; the log is written at every step here, by default at each tenth.
+--cpu-time: on a machine with other work, with OMP_NUM_THREADS=1: CPU seconds of this process instead of wall-clock ones.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ B, T = 2, 1024
 BYTES = 28  # of AdamW for a weight: reads weight, gradient and two moments, writes weight and moments; float32
 
 
+now = time.perf_counter
+
+
 class Clocks:
     """Seconds of parts of a step, by name."""
 
@@ -40,11 +44,11 @@ class Clocks:
         spent = self.seconds.setdefault(name, [])
 
         def timed(*args: Any, **options: Any) -> Any:
-            start = time.perf_counter()
+            start = now()
             try:
                 return function(*args, **options)
             finally:
-                spent.append(time.perf_counter() - start)
+                spent.append(now() - start)
 
         return timed
 
@@ -76,7 +80,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
+    parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()
+    if options.cpu_time:
+        globals()["now"] = time.process_time
     gptfast.tune_malloc()
     machine, clocks = measure_machine(), Clocks()
     print(
@@ -97,9 +104,9 @@ def main() -> None:
                 for spent in clocks.seconds.values():
                     spent.clear()
             for values, step in ((least, gradients), (whole, trainer._step)):
-                start = time.perf_counter()
+                start = now()
                 step()
-                values.append(time.perf_counter() - start)
+                values.append(now() - start)
         trainer.log.close()
         trainer._release()
     report(machine.copy_gbs, trainer, clocks, least[1:], whole[1:])
