@@ -11,7 +11,8 @@ import torch
 from gptfast.backend import has_cpu_ops
 
 # Parameters of mallopt(3), from malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+_LARGE = 1 << 20  # bytes
 _KEEP = 2**31 - 1  # bytes: never returned
 _TOP_PAD = 64  # MiB
 # What `tune_malloc` sets, as the variables of the environment that glibc reads.
@@ -51,6 +52,23 @@ def tune_malloc(top_pad_megabytes: int = _TOP_PAD) -> bool:
     if done and has_cpu_ops:
         torch.ops.gptfast.keep_results(0)  # malloc keeps them now
     return done
+
+
+def return_memory() -> bool:
+    """Give large buffers back to the kernel when they are freed, and keep none: for a process that is to stay small.
+
+    glibc alone raises the size from which it does so up to 32 MB as such buffers are freed, and buffers of many sizes that come
+    and go leave holes: a training that divides its model among processes held twice what it used.
+
+    Returns:
+        True if the C library accepted the settings; False if it is not glibc.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):
+        return False
+    if has_cpu_ops:
+        torch.ops.gptfast.keep_results(0)
+    return all([libc.mallopt(name, _LARGE) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD)])
 
 
 def keeps_memory() -> bool | None:

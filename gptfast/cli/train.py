@@ -62,11 +62,14 @@ def train(options: dict[str, Any]) -> None:
     if only_print:
         print(whole_options(options), end="")
         return
-    from gptfast.malloc import tune_malloc
+    from gptfast.malloc import return_memory, tune_malloc
     from gptfast.training.join import joined
 
-    tune_malloc()
     sharding = options.get("reshard", SHARDING[0]) if options.get("parallel") == "fsdp" else ""
+    if sharding:  # whose memory is to be small
+        return_memory()
+    else:
+        tune_malloc()
     with joined(options.get("timeout", TIMEOUT), options.get("device", "auto"), sharding) as ranks:
         signal = _train(options, ranks)
     if signal is not None:
