@@ -169,7 +169,8 @@ def read_parts(files: Sequence[Path], wanted: dict[str, Tensor]) -> dict[str, Te
     Raises:
         SafetensorError: a file is damaged.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     reader: Any = HuggingFaceStorageReader(str(files[0].parent))
     reader.fs.ls = lambda path: [str(file) for file in files]  # and not the model beside them

@@ -184,7 +184,9 @@ def _report(name: str, ranks: int, given: argparse.Namespace) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m gptfast.training.simulate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m gptfast.training.simulate", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--preset", default="gpt3-175b", help="a shape of gptfast info; default gpt3-175b")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1024], help="numbers of GPUs; default 1024")
     parser.add_argument(
