@@ -23,7 +23,7 @@ CXX_FLAGS = [
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 WIDE = ["-mprefer-vector-width=512", *QUIET]
 ISA_FLAGS = {
-    "scalar": ["-O2", "-DGPTFAST_SCALAR", *QUIET],
+    "scalar": ["-O1", "-DGPTFAST_SCALAR", *QUIET],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
     "avx512": ["-march=skylake-avx512", *WIDE],
     "avx512_bf16": ["-march=cooperlake", "-mtune=znver3", *WIDE],
@@ -31,7 +31,7 @@ ISA_FLAGS = {
 # Zig's clang names processors in its own way, and takes those of this machine where none is named.
 ZIG_BASE = "-mcpu=x86_64"
 ZIG_ISA_FLAGS = {
-    "scalar": ["-O2", "-DGPTFAST_SCALAR"],
+    "scalar": ["-O1", "-DGPTFAST_SCALAR"],
     "avx2": ["-mcpu=haswell"],
     "avx512": ["-mcpu=skylake_avx512", "-mprefer-vector-width=512"],
     "avx512_bf16": ["-mcpu=cooperlake", "-mprefer-vector-width=512"],

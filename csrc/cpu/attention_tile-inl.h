@@ -184,8 +184,9 @@ static void pack_row_pairs(uint32_t* out, i64 stride, const Rows& row, i64 begin
     const auto* q = i + 1 < end ? static_cast<const uint16_t*>(row(i + 1)) : nullptr;
     for (i64 d = 0; d < D; d += L) {
       const __mmask16 m = first_n(D - d);
-      const I low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p + d));
-      const I high = q ? shl16(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, q + d))) : iset(0);
+      const I low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(_mm512_maskz_loadu_epi16(m, p + d)));
+      const I high =
+          q ? shl16(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(_mm512_maskz_loadu_epi16(m, q + d)))) : iset(0);
       istore(out + (i - begin) / 2 * stride + d, ior(low, high));
     }
   }

@@ -1,5 +1,6 @@
 // Backward of causal_attention (FlashAttention-2, arXiv 2307.08691, section 3.1.2): one key head at a time, blocks of
-// its rows (attention_tile-inl.h) outside, key tiles inside, every sum in one fixed order and no atomics, so gradients repeat bit for bit.
+// its rows (attention_tile-inl.h) outside, key tiles inside, every sum in one fixed order and no atomics, so gradients
+// repeat bit for bit.
 //
 //   P^T = exp2(c (k q^T - shift) - level)    dP^T = v dout^T             delta_i = sum_d out[i][d] dout[i][d]
 //   dv[j] += sum_i P'[i][j] dout[i]         dS^T = P^T (keep dP^T / (1 - p) - delta)      P' = dropped P

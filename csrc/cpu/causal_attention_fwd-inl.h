@@ -4,8 +4,9 @@
 //   S^T[j][i] = sum_d k[j][d] q^T[d][i]      k broadcast as it lies, q^T packed once per block
 //   O^T[d][i] = sum_j v[j][d] P^T[j][i]      v broadcast as it lies, P^T as produced
 //
-// Floor: 4 T S D flops a query head, half of them under a causal mask; k and v are read once a group of query heads. Where the CPU multiplies bf16 (PAIR) k and q are read as
-// pairs along d, v and P as pairs along j; elsewhere half-precision inputs are widened to fp32 once a key head.
+// Floor: 4 T S D flops a query head, half of them under a causal mask; k and v are read once a group of query heads.
+// Where the CPU multiplies bf16 (PAIR) k and q are read as pairs along d, v and P as pairs along j; elsewhere
+// half-precision inputs are widened to fp32 once a key head.
 #include "attention_tile-inl.h"
 
 template <bool PAIR> struct AttentionForward {

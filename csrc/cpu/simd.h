@@ -13,8 +13,8 @@
 
 #define INL static inline __attribute__((always_inline))
 #define INL_MEMBER inline __attribute__((always_inline))
-#if defined(GPTFAST_SCALAR) && defined(GPTFAST_ENGINE)
-#define UNROLL_FOR for  // its many tiles, unrolled, take a compiler a minute
+#ifdef GPTFAST_SCALAR
+#define UNROLL_FOR for  // tiles of 4 lanes are many, and take a compiler a minute when they are unrolled
 #else
 #define UNROLL_FOR _Pragma("GCC unroll 16") for
 #endif

@@ -102,7 +102,7 @@ void Engine::attend(int t, i64 layer, const Run& run, i64 first, i64 heads) {
   p.q += unread * Qp_;
   p.n -= unread;
   p.start += unread;
-  kernels_.attend(p);
+  kernels_.attend(kernels_, p);
 }
 
 // Moves the rows that are asked for to the front.

@@ -12,7 +12,6 @@
 namespace gptfast::engine::GPTFAST_ISA {
 namespace {
 using namespace gptfast::cpu;
-#define GPTFAST_ENGINE
 #include "../cpu/simd.h"
 
 #include HEADER(GPTFAST_KERNEL)

@@ -50,6 +50,12 @@ struct AttendParams {
   float* scratch;  // attend_scratch floats
 };
 constexpr i64 kAttendRows = 6;  // queries of a head that are computed together
+// Some queries, `row` the first of them, and the positions [first, end) of which each sees some. n: these in whole pages.
+struct AttendRows {
+  const AttendParams& p;
+  i64 row, first, end, n;
+  float* scores;  // (heads, queries, n)
+};
 
 inline i64 padded_head(i64 D) { return round_up(D, 16); }
 inline i64 key_elements(i64 D) { return kPage * D; }
@@ -60,8 +66,11 @@ inline i64 attend_scratch(i64 heads, i64 positions) {
 
 // Each is compiled by kernel_unit.cpp for each instruction set, from the -inl.h of its name. The build reads
 // this list. The sampler is that of csrc/cpu.
+// clang-format off
 #define GPTFAST_ENGINE_KERNELS(X) \
-  X(product_float) X(product_bytes) X(product_small) X(rows) X(attention) X(checksum) X(lora)
+  X(product_float) X(product_bytes) X(product_small) X(rows) X(attention) X(page_scores) X(page_values) \
+  X(checksum) X(lora)
+// clang-format on
 
 struct Kernels {
   const char* isa;
@@ -83,7 +92,10 @@ struct Kernels {
   // out = scale * row n of W + position
   void (*embed)(Format, const char* matrix, i64 K, i64 n, float scale, const float* position, float* out);
   void (*store_kv)(const AttendParams&);  // the new keys and values into the pages
-  void (*attend)(const AttendParams&);    // softmax(q k^T scale) v
+  // softmax(q k^T scale) v; and its products, by the type of the cache and the number of queries, less 1
+  void (*attend)(const Kernels&, const AttendParams&);
+  void (*page_scores[3][kAttendRows])(const AttendRows&);  // scores = scale q . keys
+  void (*page_values[3][kAttendRows])(const AttendRows&);  // out = weights . values, where scores are the weights
   void (*sample)(const cpu::SampleParams&, i64 row_begin, i64 row_end);
   int64_t (*read)(const char* data, i64 bytes);  // only reads: the limit of what streams its weights
   uint64_t (*checksum)(const char* data, i64 bytes, uint64_t seed);  // the same on every instruction set

@@ -15,8 +15,8 @@ INL void store_bytes(int8_t* p, I x) {
 #endif
 }
 
-// x in bytes: x / s, s = max |x| / 127 of each group, scale = factor * s; and -offset times their sum. A nan or an infinity makes
-// the sum nan and with it the scale, so that it is not lost.
+// x in bytes: x / s, s = max |x| / 127 of each group, scale = factor * s; and -offset times their sum. A nan or an
+// infinity makes the sum nan and with it the scale, so that it is not lost.
 static void quantize_row(const float* x, i64 K, int offset, float factor, int8_t* q, float* scale, int32_t* acc_init) {
   for (i64 k = 0; k < K; k += kGroup, q += kGroup) {
     F v[kGroup / L], top = zero(), total = zero();
