@@ -28,11 +28,11 @@ def pretrained(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("method", list(demo_finetune.RATES))
 def test_every_method_beats_the_majority(pretrained, method):
-    """With the commands of the demonstration, one rate and one seed; the step is chosen on other plays than the accuracy.
+    """With the commands of the demonstration and one seed; rate and step are chosen on other plays than those of the accuracy.
 
-    Measured: full 0.563, LoRA 0.523, QLoRA 0.528, soft prompt 0.413 (240 steps). The majority has 0.340.
+    The rate is the one that validation has chosen. Measured with seeds 0, 1 and 2: docs/finetuning.md.
     """
-    rate = demo_finetune.RATES[method][-1]
+    rate = demo_finetune.RATES[method][0]
     assert gptfast(*demo_finetune.finetuning(pretrained, method, rate, 0)) == 0
     folder = demo_finetune.folder_of(pretrained, method, rate, 0)
     assert demo_finetune.figures(folder)["examples"]["held_out"] == demo_finetune.PARTS["valid"]

@@ -44,8 +44,8 @@ def targets(model: Transformer, config: LoraConfig) -> list[str]:
                 f"add_adapter: target_modules names {name}, a {type(modules[name]).__name__}; low-rank updates are for the "
                 f"linear layers ({_leaves(linear)}) - modules_to_save trains a copy of another module"
             )
-        if isinstance(modules[name], SavedLinear):
-            own = ", ".join(map(repr, modules[name].modules_to_save))
+        if isinstance(module := modules[name], SavedLinear):
+            own = ", ".join(map(repr, module.modules_to_save))
             raise ValueError(
                 f"add_adapter: target_modules names {name}, of which {own} has a trained copy (modules_to_save); name other "
                 "modules, or delete that adapter"
