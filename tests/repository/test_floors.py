@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not run fr
 
 PACKAGE = ROOT / "gptfast"
 NAMES_GIVEN = {  # these import what a caller names, in a text that the test sees there
-    *("_lazy.py", "data/records.py", "finetuning/metrics.py"),
+    *("_lazy.py", "data/columns.py", "finetuning/metrics.py"),
 }
 TOP = {"cli", "demo.py", "demo_finetune.py", "__main__.py", "__init__.py"}  # these stand above all others
 INCLUDED = {  # by the files of each folder of csrc; "." has what all share
