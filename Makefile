@@ -16,7 +16,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://do
 PIP      = $(BIN)/python -m pip install --disable-pip-version-check
 
 # Test files are dealt to processes, one a core and at most four: each holds torch and transformers, some 2 GB. JOBS=1: none.
-JOBS    ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
+JOBS    ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SHARED   = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
