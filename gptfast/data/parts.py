@@ -209,8 +209,7 @@ class _Writer:
         if self._writer is None or self._file is None:
             return
         self._writer.finish()
-        self._file.close()
-        self._path(len(self.done), "starts").unlink(missing_ok=True)
+        self._file.close()  # its file of starts stays: until the next state is kept, it may have to be opened again
         self.done.append(self._writer.count)
         self._writer = self._file = None
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import json
 import math
 import re
+import time
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gptfast.backend import has_cpu_ops
 from gptfast.engine import EngineRunner
 from gptfast.generation import GenerationConfig, Request, Token, score
 from gptfast.generation.sampling import NAN
+from gptfast.generation.scheduler import Scheduler
 from gptfast.serving.app import Limits, create_app
 from gptfast.serving.choices import prompt_logprobs
 from gptfast.serving.submission import Submission
@@ -76,7 +78,14 @@ def test_streams_join_to_the_whole(client, model, tokenizer):
     assert texts == new_text(model, tokenizer, "to be", **options) + new_text(model, tokenizer, "or", **options)
 
 
-def test_what_comes_in_a_short_time_is_sent_together(model, tokenizer):
+def test_what_comes_in_a_short_time_is_sent_together(model, tokenizer, monkeypatch):
+    step = Scheduler.step
+
+    def slow(*args):
+        time.sleep(0.01)  # else all is there before the first is sent
+        return step(*args)
+
+    monkeypatch.setattr(Scheduler, "step", slow)
     app = create_app(model, tokenizer, "bard", Limits(max_events=10))
     ask = {"model": "bard", "prompt": "to be", "max_tokens": 40, "seed": 2, "logprobs": 1}
     with serving(app) as url, openai.OpenAI(base_url=url + "/v1", api_key="x") as client:

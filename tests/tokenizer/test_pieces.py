@@ -75,11 +75,10 @@ def library(tokenizers):
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_adversarial_texts(tokenizers, library, name, monkeypatch):
+def test_adversarial_texts(tokenizers, library, name):
     """Encoded from blocks, on several threads; against the `tokenizers` library, which encodes the whole at once."""
     text, ours = LONG[name], tokenizers["gpt2"]
-    monkeypatch.setattr(Document.blocks, "__defaults__", (BLOCK,))
-    found = list(encode_documents([Document("d", text)], ours))
+    found = list(encode_documents([Document("d", text)], ours, block=BLOCK))
     ids = np.concatenate([ids for _, ids, _ in found])
     assert ids.tolist() == library.encode(text).ids == ours.encode(text)
     assert sum(n_bytes for *_, n_bytes in found) == len(text.encode())
