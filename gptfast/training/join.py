@@ -17,6 +17,7 @@ import torch.distributed as dist
 from gptfast.training.ranks import Ranks
 
 _TO_PRINT = 1.0  # seconds in which the rank that failed first prints why
+_TO_SEE = 3.0  # seconds in which the others see that one has failed; they look every half second
 _SPARE = 60.0  # seconds by which torch's own timeout is longer: ours names the rank
 
 
@@ -79,8 +80,8 @@ def joined(timeout: float, device: str = "auto", sharding: str = "") -> Iterator
     try:
         yield ranks
     except Exception:
-        if dist.is_initialized():
-            atexit.register(_exit_at_once)
+        if dist.is_initialized() and ranks is not None:
+            atexit.register(_leave, ranks)
         if ranks is not None and not ranks.claims():
             time.sleep(_TO_PRINT)  # torchrun ends the other ranks when the first one leaves
             raise SystemExit(1) from None
@@ -89,10 +90,12 @@ def joined(timeout: float, device: str = "auto", sharding: str = "") -> Iterator
         dist.destroy_process_group()
 
 
-def _exit_at_once() -> None:
-    """Leave without closing the connections: torch would wait for a rank that hangs."""
+def _leave(ranks: Ranks) -> None:
+    """Exit with 1 without closing the connections: torch would wait for a rank that hangs."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if _keeps_store(ranks.rank):
+        ranks.await_seen(_TO_SEE)
     os._exit(1)
 
 
@@ -104,9 +107,14 @@ def _number(name: str, default: str | None = None) -> int:
         raise ValueError(f"train: {name} is {text!r}; expected a whole number, as torchrun sets it") from None
 
 
+def _keeps_store(rank: int) -> bool:
+    """Whether the store of the run lives in this process, and not in torchrun's."""
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
 def _store(rank: int, size: int, timeout: float) -> Any:
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _number("MASTER_PORT", "29500")
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = _keeps_store(rank)
     try:
         return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             host, port, size, serves, timeout=timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=False

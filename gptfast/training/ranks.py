@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 BUCKET = 1 << 24  # numbers that are summed at a time
 GRACE = 8.0  # seconds for the others after a signal
+_LOOK = 0.5  # seconds between two looks whether a rank has failed
 _DIAGNOSIS = 2.0  # seconds in which those that live say so
 _SLEEPS = (0.0, 0.0, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 
@@ -162,8 +163,7 @@ class Ranks:
                 raise
             self._store.set(key, "done")
             return result
-        self._until(lambda: self._store.check([key]), what, 20 * self.timeout, self._check_main)
-        if self._store.get(key) != b"done":
+        if self._told(key, what) != "done":
             raise RankLostError(f"{self._here}: rank 0 failed at {what}; its own message says why")
         return None if others is None else others()
 
@@ -181,16 +181,37 @@ class Ranks:
         Raises:
             RankLostError: a rank failed, or did not answer.
         """
-        self._until(lambda: self._store.check([key]), what, 20 * self.timeout, self._check_main, patient=True)
-        return self._store.get(key).decode()
+        return self._told(key, what, patient=True)
+
+    def _told(self, key: str, what: str, patient: bool = False) -> str:
+        try:
+            self._until(lambda: self._store.check([key]), what, 20 * self.timeout, self._check_main, patient)
+            return self._store.get(key).decode()
+        except RankLostError:
+            raise
+        except RuntimeError as error:
+            gone = "the store is gone with the process that kept it"
+            raise RankLostError(f"{self._here}: {gone}, {self._during(what)}") from error
 
     def claims(self) -> bool:
         """Whether this rank is the first that failed, which is the one to print why."""
         try:
-            mine = str(self.rank).encode()
-            return self._store.compare_set("error", "", mine.decode()) == mine
-        except (RuntimeError, dist.DistError):  # the store is gone with the process that kept it
+            mine = str(self.rank)
+            first = self._store.compare_set("error", "", mine).decode() == mine
+            self._store.set(f"seen/{self.rank}", "")
+            return first
+        except RuntimeError:  # the store is gone with the process that kept it
             return True
+
+    def await_seen(self, seconds: float) -> None:
+        """Give the others time to see that a rank has failed: the process that keeps the store must outlive their look."""
+        end = time.monotonic() + seconds
+        others = [f"seen/{rank}" for rank in range(self.size) if rank != self.rank]
+        try:
+            while time.monotonic() < end and not self._store.check(others):
+                time.sleep(0.02)
+        except RuntimeError:  # another process kept it, and has left
+            return
 
     def _wait(self, start: Callable[[], Any], what: str) -> None:
         try:
@@ -212,6 +233,7 @@ class Ranks:
         patient: bool = False,
     ) -> None:
         start, n, grace = time.monotonic(), 0, None
+        looked = start
         while not ready():
             time.sleep(_SLEEPS[min(n // 20, len(_SLEEPS) - 1)])
             n, now = n + 1, time.monotonic()
@@ -224,8 +246,9 @@ class Ranks:
                     f"{self._here}: {self._lost()} {self._during(what)} within {timeout:g} s (timeout); a longer time: "
                     "`timeout`"
                 )
-            if check is not None and n % 500 == 0:
+            if check is not None and now - looked > _LOOK:
                 check()
+                looked = time.monotonic()
         if not patient:
             self.waited += time.monotonic() - start
 
@@ -241,7 +264,7 @@ class Ranks:
             while missing and time.monotonic() < end:
                 missing = [r for r in missing if not self._store.check([f"lives/{r}"])]
                 time.sleep(0.02)
-        except (RuntimeError, dist.DistError):
+        except RuntimeError:
             return "the store is gone with the process that kept it, and a rank did not answer"
         names = ", ".join(map(str, missing)) or "of the others one"
         return f"rank {names} did not answer"

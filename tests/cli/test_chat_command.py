@@ -225,6 +225,7 @@ def test_a_terminal(folders):
         at = len(shown)
         os.write(ours, b"/reset\n")
         wait_for("(a new conversation)", at)
+        wait_for("\n> ", shown.index("(a new conversation)", at))  # before it the terminal is not yet set to read keys
         os.write(ours, b"\x04")
         assert child.wait(30) == 0
     finally:

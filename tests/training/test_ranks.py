@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from gptfast.models import GPT
 from gptfast.training import accumulate_gradients
-from gptfast.training.ranks import Ranks
+from gptfast.training.ranks import RankLostError, Ranks
 from tests.support.training import SHAPE
 
 
@@ -56,3 +59,42 @@ def test_a_loss_is_divided_by_the_targets_of_all_ranks_and_passes():
     assert models[0].dropout_step == models[1].dropout_step == models[2].dropout_step
     for a, b, whole in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(a.grad + b.grad, whole.grad, rtol=0, atol=1e-6)
+
+
+class Gone:
+    """A store whose process has left."""
+
+    def __getattr__(self, name):
+        def call(*args):
+            raise dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed.")
+
+        return call
+
+
+def test_a_store_that_is_gone_is_a_lost_rank():
+    ranks = Ranks(1, 3, Gone(), Gone(), torch.device("cpu"), 5.0)
+    for act in (lambda: ranks.main_first(lambda: None, "the start"), lambda: ranks.ask("key", "the start")):
+        with pytest.raises(RankLostError, match=r"rank 1 of 3: the store is gone with .* during the start"):
+            act()
+    assert ranks.claims()
+
+
+def test_who_keeps_the_store_waits_until_the_others_have_seen_the_failure():
+    store = dist.HashStore()
+    first, *others = (Ranks(rank, 3, store, store, torch.device("cpu"), 5.0) for rank in range(3))
+    assert first.claims()
+    seen = []
+
+    def late(ranks):
+        time.sleep(0.2 * ranks.rank)
+        seen.append(ranks.claims())
+
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(late, ranks) for ranks in others]
+        start = time.monotonic()
+        first.await_seen(20)
+        assert seen == [False, False] and time.monotonic() - start < 15
+        [future.result() for future in done]
+    start = time.monotonic()
+    Ranks(0, 4, store, store, torch.device("cpu"), 5.0).await_seen(0.1)  # the fourth never looks
+    assert time.monotonic() - start < 5
