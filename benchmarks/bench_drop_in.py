@@ -62,7 +62,7 @@ def peak_memory(kind: str, dtype: str, dropout: float, options: argparse.Namespa
 
 
 def print_peak(kind: str, dtype: str, dropout: float, layers: int, batch: int, length: int) -> None:
-    import transformers  # noqa: F401  in every process alike
+    from transformers import GPT2LMHeadModel  # noqa: F401  in every process alike: `import transformers` alone loads little
 
     gptfast.tune_malloc()
     before = bench_step.peak_gigabytes()
