@@ -11,8 +11,8 @@ from gptfast.cli._names import as_options
 if TYPE_CHECKING:
     from gptfast.data import PreparedData
     from gptfast.training.config import TrainConfig
-    from gptfast.training.launch import Run
     from gptfast.training.result import TrainResult
+    from gptfast.training.run import Run
     from gptfast.training.trainer import Trainer
 
 

@@ -17,7 +17,7 @@ from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.quantized import QuantizedLinear
 from gptfast.nn.selection import AdapterState, Part, Selection
-from gptfast.ops.lora_linear import LowRank
+from gptfast.ops import LowRank
 
 DROPOUTS = 2**31  # first Philox offset of the dropouts before A: above those of the forward itself
 PROMPTS = "prompt_encoder"  # the module of a model that holds its soft prompts, as in peft

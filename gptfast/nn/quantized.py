@@ -11,7 +11,7 @@ from torch import Tensor
 from gptfast import ops
 from gptfast._nf4 import NESTED_BLOCK, dequantize_groups, nf4_absmax
 from gptfast.nn.linear import Linear
-from gptfast.ops.lora_linear import LowRank
+from gptfast.ops import LowRank
 from gptfast.ops.quantized_lora_linear import quantized_lora_linear
 
 GROUPS = {"nf4": 64, "int4": 32, "int8": 32}  # values that share a scale, by format

@@ -155,10 +155,8 @@ class Transformer(Counted, NumberedDropouts):
             if targets is None:
                 return call(self.lm_head, adapters, x)
             if prefix is not None and ends is not None and labels is not None:
-                x, targets = (
-                    torch.cat((x, ends), 1),
-                    torch.cat((targets, prefix.firsts(labels, padding, ignore_index)), 1),
-                )
+                x = torch.cat((x, ends), 1)
+                targets = torch.cat((targets, prefix.firsts(labels, padding, ignore_index)), 1)
             hidden, wanted = x.flatten(0, 1), targets.flatten()
             if self.training and is_plain_linear(self.lm_head):
                 logits = None

@@ -2,6 +2,7 @@
 
 from gptfast import triton as _triton
 from gptfast.ops import _flops
+from gptfast.ops._low_rank import LowRank as LowRank
 from gptfast.ops._registry import register_properties as _register_properties
 from gptfast.ops.add_layer_norm import add_layer_norm
 from gptfast.ops.causal_attention import causal_attention
@@ -13,7 +14,6 @@ from gptfast.ops.gelu import gelu
 from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear import linear
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
-from gptfast.ops.lora_linear import LowRank as LowRank
 from gptfast.ops.lora_linear import lora_linear as lora_linear  # for gptfast.nn, not for users
 from gptfast.ops.quantized_linear import quantize_groups, quantized_linear
 from gptfast.ops.sample import sample

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gptfast.backend import resolve
+from gptfast.ops._low_rank import LowRank, Options, add_updates, check_updates, options_of, update_gradients
 from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.linear import GELUS, activated
-from gptfast.ops.lora_linear import LowRank, Options, add_updates, check_updates, options_of, update_gradients
 from gptfast.ops.quantized_linear import OP, backward_product, check_quantized, forward_product
 
 

@@ -12,12 +12,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from gptfast.generation import Request, Token
 from gptfast.serving.choices import Choice, Form, Part, join, usage
-from gptfast.serving.errors import CLIENT_LEFT
+from gptfast.serving.errors import CLIENT_LEFT, worker_errors
 from gptfast.serving.events import Events
 from gptfast.serving.limits import Deadline
 from gptfast.serving.protocol import ApiError, Sampling
 from gptfast.serving.submission import Submission
-from gptfast.serving.worker import QueueFull, ShuttingDown, Worker
+from gptfast.serving.worker import Worker
 
 EVENT_STREAM = "text/event-stream"
 
@@ -46,10 +46,8 @@ class Answer:
 
     async def respond(self, http: HTTPRequest, worker: Worker) -> Response:
         """Generate; the response is whole or a stream, as the client asks. Raises ApiError."""
-        try:
+        with worker_errors():
             submission = worker.submit(self.requests, streams=bool(self.ask.stream))
-        except Exception as error:
-            raise as_api_error(error) from error
         if self.ask.stream:
             return SubmissionResponse(self._stream(submission, worker), worker, submission, self.headers)
         return await self._whole(http, submission, worker)
@@ -99,9 +97,8 @@ class Answer:
             await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not collecting.done():
                 return Response(status_code=CLIENT_LEFT)
-            joined = collecting.result()
-        except Exception as error:
-            raise as_api_error(error) from error
+            with worker_errors():
+                joined = collecting.result()
         finally:
             leaving.cancel()
             collecting.cancel()
@@ -114,13 +111,14 @@ class Answer:
         """The server-sent events of a streamed answer."""
         events = self._events()
         try:
-            if self.opening:
-                yield events.parts(self.opening)
-            async for parts in self._parts(submission, worker):
-                if data := events.parts([p for p in parts if p["text"] or p["logprobs"] or p["finish_reason"]]):
-                    yield data
-        except Exception as error:
-            yield events.error(as_api_error(error))
+            with worker_errors():
+                if self.opening:
+                    yield events.parts(self.opening)
+                async for parts in self._parts(submission, worker):
+                    if data := events.parts([p for p in parts if p["text"] or p["logprobs"] or p["finish_reason"]]):
+                        yield data
+        except ApiError as error:
+            yield events.error(error)
             return
         yield events.end(_usage(submission))
 
@@ -144,19 +142,6 @@ class SubmissionResponse(StreamingResponse):
 def _usage(submission: Submission) -> dict[str, int]:
     made = sum(sequence.num_new for request in submission.requests for sequence in request.sequences)
     return usage(sum(len(request.prompt) for request in submission.requests), made)
-
-
-def as_api_error(error: Exception) -> ApiError:
-    """An error of the worker as the client is told it."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, QueueFull):
-        return ApiError(429, "too many requests are running and waiting; try again later", code="queue_full")
-    if isinstance(error, ShuttingDown):
-        return ApiError(503, "the server is shutting down", code="shutting_down")
-    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
-        return ApiError(504, "the completion was not ready in time; ask for fewer tokens", code="timeout")
-    return ApiError(500, str(error) or type(error).__name__)
 
 
 async def _disconnected(http: HTTPRequest) -> None:

@@ -15,9 +15,9 @@ from gptfast.generation import Request, Token
 from gptfast.generation.json_grammar import JsonGrammar, json_grammar
 from gptfast.serving.answers import Answer
 from gptfast.serving.choices import IMPOSSIBLE, Choice, Form, Part, logprob_of
-from gptfast.serving.limits import Deadline
-from gptfast.serving.protocol import MOST_LOGPROBS, ApiError, Sampling, read_body
-from gptfast.serving.service import Service, bad_requests
+from gptfast.serving.errors import bad_requests
+from gptfast.serving.protocol import MOST_LOGPROBS, ApiError, Sampling
+from gptfast.serving.service import Service
 from gptfast.serving.text import ChoiceText, printable_token
 from gptfast.tokenizer import Tokenizer
 from gptfast.tokenizer.conversation import ChatFormat
@@ -131,23 +131,18 @@ class Chat:
         return self.format.template.source if self.format and self.format.template else None
 
     async def complete(self, http: HTTPRequest) -> Response:
-        service = self._service
-        body = await service.read(http)
-        deadline = Deadline(service.limits.seconds)
-        ask = read_body(ChatCompletion, body)
-        adapter = service.names.adapter_of(ask.model)
-        ask.check_supported()
-        used = self._used()
+        accepted = await self._service.accept(http, ChatCompletion)
+        ask, used = accepted.ask, self._used()
         with bad_requests("messages"):
-            ids = await service.aside(body, self.prompt, ask.messages)
+            ids = await accepted.aside(self.prompt, ask.messages)
         with bad_requests("response_format"):
             grammar = await asyncio.to_thread(self._grammar) if ask.wants_json else None
         with bad_requests():
-            request = self._request(used, ask, ids, adapter, grammar)
+            request = self._request(used, ask, ids, accepted.adapter, grammar)
         choices = [self._new_choice(used, ask, request, n) for n in range(request.config.num_return_sequences)]
         opening = [{**choice.part(""), "opens": True} for choice in choices]
-        answer = Answer(ask, [request], choices, CHAT, deadline, opening, {FORMAT_HEADER: used.name})
-        return await answer.respond(http, service.worker)
+        answer = Answer(ask, [request], choices, CHAT, accepted.deadline, opening, {FORMAT_HEADER: used.name})
+        return await answer.respond(http, self._service.worker)
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """The ids of a conversation. Raises ApiError: no format.  ValueError: bad messages."""

@@ -11,11 +11,12 @@ from fastapi.responses import Response
 from gptfast.generation import Request
 from gptfast.generation.prompts import check_prompt
 from gptfast.generation.scoring import score_in_pieces
-from gptfast.serving.answers import Answer, as_api_error
+from gptfast.serving.answers import Answer
 from gptfast.serving.choices import COMPLETION, CompletionChoice, Part, prompt_logprobs
+from gptfast.serving.errors import bad_requests, worker_errors
 from gptfast.serving.limits import Deadline
-from gptfast.serving.protocol import ApiError, Completion, read_body
-from gptfast.serving.service import Service, bad_requests
+from gptfast.serving.protocol import ApiError, Completion
+from gptfast.serving.service import Service
 
 
 class Completions:
@@ -25,16 +26,12 @@ class Completions:
         self._service = service
 
     async def complete(self, http: HTTPRequest) -> Response:
-        service = self._service
-        body = await service.read(http)
-        deadline = Deadline(service.limits.seconds)
-        ask = read_body(Completion, body)
-        adapter = service.names.adapter_of(ask.model)
-        ask.check_supported()
-        tokenizer = service.tokenizer
+        service, tokenizer = self._service, self._service.tokenizer
+        accepted = await service.accept(http, Completion)
+        ask, deadline = accepted.ask, accepted.deadline
         with bad_requests():
-            prompts = await service.aside(body, ask.prompts, tokenizer, service.limits.special_tokens)
-            requests = self._requests(ask, prompts, adapter)
+            prompts = await accepted.aside(ask.prompts, tokenizer, service.limits.special_tokens)
+            requests = self._requests(ask, prompts, accepted.adapter)
         choices = [
             CompletionChoice(n * request.config.num_return_sequences + stream, ask, request, tokenizer)
             for n, request in enumerate(requests)
@@ -42,10 +39,8 @@ class Completions:
         ]
         answer = Answer(ask, requests, choices, COMPLETION, deadline)
         if ask.echo:
-            try:
+            with worker_errors():
                 answer.opening = await self._echo(ask, requests, choices, deadline)
-            except Exception as error:
-                raise as_api_error(error) from error
         if ask.max_tokens != 0:
             return await answer.respond(http, service.worker)
         if not ask.echo:

@@ -1,7 +1,10 @@
-"""Error handlers in OpenAI's format, and the limit of request bodies."""
+"""What errors become in OpenAI's format, the handlers that answer them, and the limit of request bodies."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,12 +14,41 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gptfast.serving.protocol import ApiError
+from gptfast.serving.worker import QueueFull, ShuttingDown
 
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection before its answer
 ROUTES = (
     "POST /v1/completions, POST /v1/chat/completions, GET /v1/models, GET /v1/models/{model}, GET /health, GET /tokenizer_info, POST /tokenize, "
     "POST /detokenize, POST /next_tokens, POST /beam_tree, and the page GET /"
 )
+
+
+@contextmanager
+def bad_requests(param: str | None = None) -> Iterator[None]:
+    """Turn the errors of a check, ValueError and TypeError, into answers of status 400. param: the field at fault."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ApiError(400, str(error).removeprefix("generate: "), param) from None
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turn what the worker raises, whatever it is, into the error that the client is told."""
+    try:
+        yield
+    except ApiError:
+        raise
+    except QueueFull as error:
+        message = "too many requests are running and waiting; try again later"
+        raise ApiError(429, message, code="queue_full") from error
+    except ShuttingDown as error:
+        raise ApiError(503, "the server is shutting down", code="shutting_down") from error
+    except (TimeoutError, asyncio.TimeoutError) as error:
+        message = "the completion was not ready in time; ask for fewer tokens"
+        raise ApiError(504, message, code="timeout") from error
+    except Exception as error:
+        raise ApiError(500, str(error) or type(error).__name__) from error
 
 
 def add_error_handlers(app: FastAPI) -> None:

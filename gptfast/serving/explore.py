@@ -13,25 +13,32 @@ from gptfast.generation.beam_tree import beam_tree_in_pieces
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.next_tokens import next_tokens_in_pieces
 from gptfast.generation.prompts import check_prompt
-from gptfast.serving.answers import as_api_error
 from gptfast.serving.chat import Chat
 from gptfast.serving.choices import logprob_of
+from gptfast.serving.errors import bad_requests, worker_errors
 from gptfast.serving.limits import Deadline
-from gptfast.serving.protocol import ApiError, Body, read_body
-from gptfast.serving.service import Service, bad_requests
+from gptfast.serving.protocol import ApiError, ModelBody
+from gptfast.serving.service import Accepted, Service
 from gptfast.serving.text import printable_token
 from gptfast.tokenizer import encode_prompt
 
 MOST_TOKENS, MOST_BEAMS, MOST_STEPS = 50, 8, 10
+_OPTIONS = (  # of `NextTokens`, those of generation
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 
 
-class Text(Body):
+class Text(ModelBody):
     """A text, or a conversation whose reply begins; and what was written behind it."""
 
-    model: str
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     continuation: str = ""
+
+    def check_supported(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError(400, "expected one of prompt and messages", "prompt")
 
 
 class NextTokens(Text):
@@ -62,21 +69,11 @@ class Explore:
 
     async def next_tokens(self, http: HTTPRequest) -> Response:
         service = self._service
-        body = await service.read(http)
-        deadline = Deadline(service.limits.seconds)
-        ask = read_body(NextTokens, body)
-        ids, prompt_len, adapter = await self._ids(ask, body, 0)
-        names = (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-        )
+        accepted = await service.accept(http, NextTokens)
+        ask, adapter = accepted.ask, accepted.adapter
+        ids, prompt_len = await self._ids(accepted, 0)
         with bad_requests():
-            options = {name: getattr(ask, name) for name in names}
+            options = {name: getattr(ask, name) for name in _OPTIONS}
             config = GenerationConfig.of(max_new_tokens=1, seed=0, **options)
         pieces = next_tokens_in_pieces(service.runner, ids, config, ask.top, service.tokenizer, prompt_len, adapter)
         tokens = [
@@ -86,39 +83,38 @@ class Explore:
                 "logprob": logprob_of(own),
                 "probability": p,
             }
-            for token, own, p in await self._run(pieces, deadline)
+            for token, own, p in await self._run(pieces, accepted.deadline)
         ]
         return JSONResponse({"object": "next_tokens", "model": ask.model, "prompt_tokens": len(ids), "tokens": tokens})
 
     async def beam_tree(self, http: HTTPRequest) -> Response:
         service = self._service
-        body = await service.read(http)
-        deadline = Deadline(service.limits.seconds)
-        ask = read_body(BeamTree, body)
-        ids, _, adapter = await self._ids(ask, body, ask.steps)
+        accepted = await service.accept(http, BeamTree)
+        ask, adapter = accepted.ask, accepted.adapter
+        ids, _ = await self._ids(accepted, ask.steps)
         with bad_requests("beams"):
             pieces = beam_tree_in_pieces(service.runner, ids, ask.beams, ask.steps, service.tokenizer, adapter)
         nodes = [
             {**node._asdict(), "text": printable_token(service.tokenizer, node.token)}
-            for node in await self._run(pieces, deadline)
+            for node in await self._run(pieces, accepted.deadline)
         ]
         return JSONResponse({"object": "beam_tree", "model": ask.model, "prompt_tokens": len(ids), "nodes": nodes})
 
-    async def _ids(self, ask: Text, body: bytes, room: int) -> tuple[list[int], int, str | None]:
-        """The ids of the text, how many of them are the prompt's, and the adapter. Raises ApiError."""
-        service = self._service
-        adapter = service.names.adapter_of(ask.model)
-        if (ask.prompt is None) == (ask.messages is None):
-            raise ApiError(400, "expected one of prompt and messages", "prompt")
+    async def _ids(self, accepted: Accepted[Any], room: int) -> tuple[list[int], int]:
+        """The ids of the text, and how many of them are the prompt's. Raises ApiError.
+
+        room: positions that must be free behind them.
+        """
+        service, ask = self._service, accepted.ask
         with bad_requests("prompt" if ask.messages is None else "messages"):
-            ids = await service.aside(body, self._encode, ask)
+            ids = await accepted.aside(self._encode, ask)
             prompt_len = len(ids)
             ids += encode_prompt(service.tokenizer, ask.continuation, service.limits.special_tokens)
             ids = ids or ([] if service.tokenizer.eos_id is None else [service.tokenizer.eos_id])
-            block = service.block(adapter)
+            block = service.block(accepted.adapter)
             service.check_room(len(ids), room, block, ("text", "prompt", "steps"))
             check_prompt("", ids, service.config.vocab_size, block + 1, GenerationConfig(max_new_tokens=1))
-        return ids, prompt_len, adapter
+        return ids, prompt_len
 
     def _encode(self, ask: Text) -> list[int]:
         special = self._service.limits.special_tokens
@@ -127,7 +123,5 @@ class Explore:
         return list(self._chat.prompt(ask.messages))
 
     async def _run(self, pieces: Any, deadline: Deadline) -> Any:
-        try:
+        with worker_errors():
             return await asyncio.wait_for(self._service.worker.run(pieces), deadline.left)
-        except Exception as error:
-            raise as_api_error(error) from error

@@ -56,16 +56,27 @@ def read_body(kind: type[AnyBody], body: bytes) -> AnyBody:
         raise ApiError(400, f"{where or 'body'}: {message}", name) from None
 
 
+class ModelBody(Body):
+    """The body of a request that the model answers."""
+
+    model: str
+
+    def check_supported(self) -> None:
+        """Raise ApiError for a field that this server does not support, or fields that do not go together."""
+
+
+AnyModelBody = TypeVar("AnyModelBody", bound=ModelBody)
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class Sampling(Body):
+class Sampling(ModelBody):
     """The fields that all texts have. top_k, min_p and repetition_penalty are extensions (`extra_body`)."""
 
     EXPECTED: ClassVar[Mapping[str, str]] = {"stop": f"expected a text, or a list of up to {MOST_STOPS}"}
-    model: str
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1)
@@ -82,7 +93,6 @@ class Sampling(Body):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
 
     def check_supported(self) -> None:
-        """Raise ApiError for a field of the protocol that this server does not support."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options without stream=true; set stream, or leave them out", "stream_options")
         if len(self.stops) > MOST_STOPS or "" in self.stops:

@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from fastapi import Request as HTTPRequest
 
 from gptfast.generation import LanguageModel, Request, Runner
 from gptfast.generation.runner import virtual_tokens
 from gptfast.metadata import end_option, metadata_of
-from gptfast.serving.limits import Limits
+from gptfast.serving.limits import Deadline, Limits
 from gptfast.serving.names import Names
-from gptfast.serving.protocol import ApiError, SeedPool
+from gptfast.serving.protocol import AnyModelBody, ApiError, SeedPool, read_body
 from gptfast.serving.worker import Worker
 from gptfast.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 LONG_BODY = 1 << 14  # bytes; longer bodies are tokenised in a thread, as they take more than milliseconds
+
+
+@dataclass(frozen=True)
+class Accepted(Generic[AnyModelBody]):
+    """A request that has arrived whole, and whose fields are valid.
+
+    ask: its body.
+    size: of the body, in bytes.
+    adapter: the one that `ask.model` names, as in `gptfast.generation.Request`.
+    deadline: when it must be answered.
+    """
+
+    ask: AnyModelBody
+    size: int
+    adapter: str | None
+    deadline: Deadline
+
+    async def aside(self, call: Callable[..., T], *args: Any) -> T:
+        """The result of a call on the content of the body; in a thread if that is long, while the streams of others go on."""
+        return call(*args) if self.size < LONG_BODY else await asyncio.to_thread(call, *args)
 
 
 class Service:
@@ -52,9 +72,21 @@ class Service:
         except asyncio.TimeoutError:
             raise ApiError(408, "the body did not arrive in time") from None
 
-    async def aside(self, body: bytes, call: Callable[..., T], *args: Any) -> T:
-        """The result of a call on the content of a body; in a thread if that is long, while the streams of others go on."""
-        return call(*args) if len(body) < LONG_BODY else await asyncio.to_thread(call, *args)
+    async def accept(self, http: HTTPRequest, kind: type[AnyModelBody]) -> Accepted[AnyModelBody]:
+        """Read and check a request to the model.
+
+        Args:
+            http: the request; its time begins when its body has arrived.
+            kind: of its body.
+        Raises:
+            ApiError: it did not arrive in time, a field is wrong or not supported, or the model is unknown.
+        """
+        body = await self.read(http)
+        deadline = Deadline(self.limits.seconds)
+        ask = read_body(kind, body)
+        adapter = self.names.adapter_of(ask.model)
+        ask.check_supported()
+        return Accepted(ask, len(body), adapter, deadline)
 
     def block(self, adapter: str | None) -> int:
         """The positions that a prompt and its text may have."""
@@ -86,12 +118,3 @@ class Service:
     def check(self, request: Request) -> None:
         """Raise TypeError or ValueError for what the scheduler would refuse."""
         self.worker.scheduler.check(request)
-
-
-@contextmanager
-def bad_requests(param: str | None = None) -> Iterator[None]:
-    """Turns errors of a check into answers of status 400."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise ApiError(400, str(error).removeprefix("generate: "), param) from None

@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from gptfast.tokenizer import Tokenizer
 from gptfast.training.checksums import TRAINER, own_checksum, verify
 from gptfast.training.config import TrainConfig
 from gptfast.training.optim import optimizer_tensors
+from gptfast.training.train_state import TrainState
 
 OPTIMIZER = "optimizer.safetensors"
 VERSION = 2
@@ -42,68 +43,6 @@ VERSION = 2
 
 class OtherVersionError(ValueError):
     """A checkpoint of another version of gptfast."""
-
-
-@dataclass
-class TrainState:
-    """The progress of a run.
-
-    step: number of updates.
-    planned_steps: the last step; None until max_minutes has been converted to steps.
-    best_val_loss, best_metric, best_step: loss, metric and step of the best evaluation; without a metric the loss decides.
-    evaluated: step of the last evaluation. stale: evaluations since the best one.
-    seconds: wall-clock time of all sessions.
-    rows: rows of tokens in all updates; None in older checkpoints: step * rows_per_step.
-    eval_batch_size: rows of an evaluation's batch: the run's first batch_size, so that evaluations stay comparable when it
-        changes; None in older checkpoints: batch_size.
-    best_ema_loss, best_ema_step: of the average of the weights.
-    recent: loss and norm of the gradient of the last steps. left_out: first row and number of rows of batches that are not
-        trained on (`gptfast.training.spikes`).
-    """
-
-    step: int = 0
-    planned_steps: int | None = None
-    best_val_loss: float | None = None
-    best_step: int = 0
-    best_metric: float | None = None
-    evaluated: int = 0
-    stale: int = 0
-    best_ema_loss: float | None = None
-    best_ema_step: int = 0
-    seconds: float = 0.0
-    rows: int | None = None
-    eval_batch_size: int | None = None
-    recent: list[list[float]] = field(default_factory=list)
-    left_out: list[list[int]] = field(default_factory=list)
-
-
-_STATE = {  # the types of the fields in trainer.json
-    "step": int,
-    "planned_steps": (int, NULL),
-    "best_val_loss": (float, NULL),
-    "best_step": int,
-    "best_metric": (float, NULL),
-    "evaluated": int,
-    "stale": int,
-    "best_ema_loss": (float, NULL),
-    "best_ema_step": int,
-    "seconds": float,
-    "rows": (int, NULL),
-    "eval_batch_size": (int, NULL),
-    "recent": list,
-    "left_out": list,
-}
-_LATER = (
-    "rows",
-    "eval_batch_size",
-    "best_metric",
-    "evaluated",
-    "stale",
-    "best_ema_loss",
-    "best_ema_step",
-    "recent",
-    "left_out",
-)  # fields that older checkpoints lack
 
 
 @dataclass(frozen=True)
@@ -249,23 +188,13 @@ def saved_step(folder: str | os.PathLike[str]) -> int:
 
 
 def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
-    state = {**{name: getattr(TrainState(), name) for name in _LATER}, **json_field(raw, "state", dict, TRAINER)}
-    for key, kinds in _STATE.items():
-        json_field(state, key, kinds, TRAINER, inside="state")
-    if state.keys() - _STATE.keys():
-        raise ValueError(
-            f"state has {', '.join(sorted(state.keys() - _STATE.keys()))}, which this version does not know"
-        )
-    for key, size in (("recent", float), ("left_out", int)):
-        for pair in state[key]:
-            if len(items(pair, size, f"state.{key}", TRAINER)) != 2:
-                raise ValueError(f"state.{key} has {pair}; expected two numbers")
+    state = TrainState.read(json_field(raw, "state", dict, TRAINER))
     gemm = json_field(raw, "gemm", dict, TRAINER)
     for key in gemm:
         json_field(gemm, key, str, TRAINER, inside="gemm")
     return Checkpoint(
         folder,
-        TrainState(**state),
+        state,
         TrainConfig(**json_field(raw, "config", dict, TRAINER)),
         json_field(raw, "source", dict, TRAINER),
         _parse_dropout(json_field(raw, "dropout", list, TRAINER)),

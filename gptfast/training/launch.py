@@ -7,7 +7,7 @@ Options are a mapping of those that were given, by the names of the fields that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +18,8 @@ from gptfast._options import default_of, options_of, values_of
 from gptfast.config import GPTConfig
 from gptfast.data import PreparedData, is_tokens, open_data
 from gptfast.data.options import DataOptions
-from gptfast.machine import has_amx
 from gptfast.models import GPT
 from gptfast.models.pretrained import resolve
-from gptfast.ops.gemm import implementations_of, use_implementations
 from gptfast.tokenizer import has_tokenizer, load_tokenizer
 from gptfast.training.checkpoint import Checkpoint, check_source, read_checkpoint
 from gptfast.training.checks import check_ranks
@@ -32,6 +30,7 @@ from gptfast.training.kept import newest_intact
 from gptfast.training.options import DEFAULTS, SHAPE, RunOptions, start_of
 from gptfast.training.ranks import Ranks
 from gptfast.training.resuming import MAY_CHANGE, refuse_changes
+from gptfast.training.run import Run
 from gptfast.training.run_folder import locked_run
 from gptfast.training.trainer import Trainer
 from gptfast.training.values import Values, initial, stored
@@ -46,39 +45,6 @@ _MAY_CHANGE = MAY_CHANGE | {
     *("log_to", "find_batch_size", "compile"),
 }
 GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary: as it is, and padded as nanoGPT does
-
-
-@dataclass(frozen=True)
-class Run:
-    """A Trainer that is ready, and its data.
-
-    checkpoint: where the run was resumed, or None.
-    note: a sentence about the model, or "".
-    damage: sentences about newer checkpoints that are damaged.
-    fit: a sentence about the batch size that was found, or "".
-    """
-
-    trainer: Trainer
-    data: PreparedData
-    checkpoint: Checkpoint | None
-    note: str = ""
-    damage: tuple[str, ...] = ()
-    fit: str = ""
-
-    def changed_arithmetic(self) -> list[str]:
-        """The settings that decide how numbers are rounded and that differ from those before the run was resumed."""
-        if self.checkpoint is None:
-            return []
-        stored, old, new = self.checkpoint, self.checkpoint.config, self.trainer.config
-        changed = [f"`{name}`" for name in ("dtype", "device", "compile") if getattr(old, name) != getattr(new, name)]
-        with use_implementations(stored.gemm):
-            ways = implementations_of(old.dtype)
-        if any(ways.get(layout, way) != way for layout, way in stored.gemm.items()):
-            changed.append("GPTFAST_GEMM")
-        libraries = any(way != "own" for way in ways.values()) or (new.optimizer == "muon" and has_amx())
-        if stored.threads != torch.get_num_threads() and libraries and self.trainer.device.type == "cpu":
-            changed.append("`threads`")
-        return changed
 
 
 def new_run(options: Options, ranks: Ranks | None = None) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,10 @@ from gptfast._busy import CpuWait
 from gptfast._locks import FileLock
 from gptfast.machine import choose_dtype, peak_flops, resolve_device
 from gptfast.ops.gemm import check_implementations, use_implementations
-from gptfast.training.boards import open_board
-from gptfast.training.checkpoint import Checkpoint, TrainState
+from gptfast.training.checkpoint import Checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.ema import WeightAverage
 from gptfast.training.interrupt import Interrupt
-from gptfast.training.log import Log, NoLog
 from gptfast.training.objective import Evaluation, Objective
 from gptfast.training.optim import build_optimizers
 from gptfast.training.plot import plot_losses, require_matplotlib
@@ -32,6 +30,7 @@ from gptfast.training.run_folder import lock_run, make_room
 from gptfast.training.saver import Saver
 from gptfast.training.sharding import shard
 from gptfast.training.timing import RunClock
+from gptfast.training.train_state import TrainState
 from gptfast.training.updates import Updates
 from gptfast.training.values import Values
 
@@ -109,13 +108,6 @@ class Loop(Updates, Reporting):
         self._loss, self._rows = math.nan, config.rows_per_step  # the last step's
         self._wrong_in_a_row, self._open = 0, None
         self._found: Evaluation | None = None  # the last evaluation's
-
-    def _open_log(self, names: set[str | None]) -> Log | NoLog:
-        """The log, and the programs of these names that draw it; on rank 0."""
-        if not self._is_main:
-            return NoLog()
-        boards = [open_board(str(name), self.out, self.state.step, asdict(self.config)) for name in names]
-        return Log(self.out / "log.jsonl", self.state.step, boards)
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -293,10 +285,6 @@ class Loop(Updates, Reporting):
         if self.state.best_ema_loss is None or loss < self.state.best_ema_loss:
             self.state.best_ema_loss, self.state.best_ema_step = loss, self.state.step
         self.log.write(step=self.state.step, ema_val_loss=loss)
-
-    def _log(self, found: Evaluation) -> None:
-        named = {} if found.metric is None else {self.objective.metric: found.metric}
-        self.log.write(step=self.state.step, val_loss=found.loss, **named)
 
     def _plan(self) -> dict[str, int]:
         """Set planned_steps from the time that is left."""

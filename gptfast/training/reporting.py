@@ -1,22 +1,31 @@
-"""The figures of a run while it trains: speed, share of the machine's limit, memory and temperature."""
+"""The log of a run and its figures while it trains: speed, share of the machine's limit, memory and temperature."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+
 import torch
 
-from gptfast.training.checkpoint import TrainState
+from gptfast.training.boards import open_board
+from gptfast.training.config import TrainConfig
+from gptfast.training.log import Log, NoLog
 from gptfast.training.objective import Evaluation, Objective
 from gptfast.training.progress import Figures
 from gptfast.training.ranks import Ranks
 from gptfast.training.sensors import machine_figures
 from gptfast.training.timing import RunClock
+from gptfast.training.train_state import TrainState
 
 
 class Reporting:
     """The part of `Loop` that tells how it goes; its attributes are set there."""
 
     objective: Objective
+    config: TrainConfig
+    out: Path
     state: TrainState
+    log: Log | NoLog
     device: torch.device
     clock: RunClock
     ranks: Ranks | None
@@ -26,6 +35,17 @@ class Reporting:
     _rows: int
     _loss: float
     _found: Evaluation | None
+
+    def _open_log(self, names: set[str | None]) -> Log | NoLog:
+        """The log, and the programs of these names that draw it; on rank 0."""
+        if not self._is_main:
+            return NoLog()
+        boards = [open_board(str(name), self.out, self.state.step, asdict(self.config)) for name in names]
+        return Log(self.out / "log.jsonl", self.state.step, boards)
+
+    def _log(self, found: Evaluation) -> None:
+        named = {} if found.metric is None else {self.objective.metric: found.metric}
+        self.log.write(step=self.state.step, val_loss=found.loss, **named)
 
     def _tokens_per_second(self) -> float | None:
         seconds = self.clock.step_seconds

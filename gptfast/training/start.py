@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from gptfast._options import values_of
-from gptfast.training.launch import Options, Run, new_run, resumed_run
+from gptfast.training.launch import Options, new_run, resumed_run
 from gptfast.training.options import RunOptions
 from gptfast.training.ranks import Ranks
+from gptfast.training.run import Run
 from gptfast.training.run_folder import check_room
 
 

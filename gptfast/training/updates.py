@@ -17,7 +17,6 @@ from gptfast.training import ema
 from gptfast.training.checkpoint import (
     OPTIMIZER,
     Checkpoint,
-    TrainState,
     copy_checkpoint,
     described_run,
     read_checkpoint,
@@ -38,6 +37,7 @@ from gptfast.training.saver import Saver
 from gptfast.training.schedule import learning_rate
 from gptfast.training.spikes import beyond, remember, too_many, what_is_wrong
 from gptfast.training.timing import RunClock
+from gptfast.training.train_state import TrainState
 
 
 @dataclass(frozen=True)

@@ -23,20 +23,13 @@ from tests.support.processes import (
     train_command,
     workers,
 )
-from tests.support.train_command import TEXT, gptfast
+from tests.support.train_command import gptfast
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "dagger.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture(scope="module")
-def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def runs(text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The same run in 1, 2 and 4 processes."""
     folder = tmp_path_factory.mktemp("runs")
     outs = {n: folder / str(n) for n in (1, 2, 4)}

@@ -22,35 +22,28 @@ from tests.support.processes import (
     train_command,
     workers,
 )
-from tests.support.train_command import TEXT, gptfast
+from tests.support.train_command import gptfast
 
 pytestmark = pytest.mark.slow
 FSDP = ("--parallel", "fsdp")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "dagger.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture(scope="module")
-def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in this process."""
     out = tmp_path_factory.mktemp("alone") / "run"
     assert gptfast(*train_command(text, out)[2:]) == 0
     return out
 
 
-def divided(processes: int, text: Path, out: Path, *more: str) -> None:
+def divided(processes: int, text: str, out: Path, *more: str) -> None:
     found = [finish(process) for process in ranks(processes, *train_command(text, out, *FSDP, *more))]
     assert [code for code, _ in found] == [0] * processes, found
     assert all(said == "" for _, said in found[1:])
 
 
 @pytest.fixture(scope="module")
-def two(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two") / "run"
     divided(2, text, out)
     return out

@@ -197,9 +197,12 @@ def test_a_run_refuses_what_it_cannot_become(short_run, text, capsys, options, m
     assert message in failure(capsys, "train", "--data", text, "--out", short_run, *options)
 
 
-def test_resume_notices_other_data(short_run, text, capsys):
-    Path(text).write_text(TEXT.replace("dagger", "bodkin"))
-    assert "the data is not what" in failure(capsys, "train", "--resume", "--max-steps", "9", "--out", short_run)
+def test_resume_notices_other_data(tmp_path, capsys):
+    text, out = tmp_path / "dagger.txt", tmp_path / "run"
+    text.write_text(TEXT)
+    assert run(str(text), out, "--max-steps", "3") == 0
+    text.write_text(TEXT.replace("dagger", "bodkin"))
+    assert "the data is not what" in failure(capsys, "train", "--resume", "--max-steps", "9", "--out", out)
 
 
 def test_init_from_refuses_a_tokenizer_of_another_vocabulary(short_run, text, tmp_path, capsys):

@@ -106,8 +106,9 @@ def _model_version(folder: Path) -> set[int]:
 
 def _models() -> dict[str, Kind]:
     from gptfast.training import TrainConfig, read_checkpoint
-    from gptfast.training.checkpoint import TrainState, copy_checkpoint, save_checkpoint
+    from gptfast.training.checkpoint import copy_checkpoint, save_checkpoint
     from gptfast.training.optim import build_optimizers
+    from gptfast.training.train_state import TrainState
 
     def save_run(folder: Path, n: int) -> None:
         model, config = _model(n), TrainConfig()

@@ -20,11 +20,12 @@ from gptfast.generation import GenerationConfig, score
 from gptfast.models.parameter_table import parameter_table
 from gptfast.models.stored import read_settings
 from gptfast.tokenizer import BPETokenizer, CharTokenizer, OpenAIGPTTokenizer, WordTokenizer, load_tokenizer
-from gptfast.training.checkpoint import TrainState, check_source, read_checkpoint, save_checkpoint
+from gptfast.training.checkpoint import check_source, read_checkpoint, save_checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.log import Log, read_log
 from gptfast.training.optim import build_optimizers
 from gptfast.training.parts import load_optimizers
+from gptfast.training.train_state import TrainState
 
 from . import mutate, runner
 

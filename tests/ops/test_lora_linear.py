@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.backend import KERNEL_DTYPES, has_cpu_ops
-from gptfast.ops.lora_linear import LowRank, lora_linear
+from gptfast.ops import LowRank
+from gptfast.ops.lora_linear import lora_linear
 
 SHAPES = [(1, 5, 3, 1), (20, 33, 70, 4), (97, 65, 31, 8), (40, 130, 257, 3)]  # rows, in, out, r
 SEED, OFFSET, P = 7, 3, 0.25

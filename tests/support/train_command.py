@@ -15,9 +15,10 @@ SMALL = [*SHAPE, "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "
 SCHEDULE = ["--max-steps", "12", "--eval-every", "3", "--eval-batches", "2", "--log-every", "1"]
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    path = tmp_path / "dagger.txt"
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file that no test changes."""
+    path = tmp_path_factory.mktemp("text") / "dagger.txt"
     path.write_text(TEXT)
     return str(path)
 

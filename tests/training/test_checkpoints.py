@@ -52,7 +52,8 @@ import itertools, sys, torch
 from pathlib import Path
 from gptfast.models import GPT, GPTConfig
 from gptfast.training import TrainConfig
-from gptfast.training.checkpoint import TrainState, copy_checkpoint, save_checkpoint
+from gptfast.training.checkpoint import copy_checkpoint, save_checkpoint
+from gptfast.training.train_state import TrainState
 from gptfast.training.optim import build_optimizers, parameters_of
 out, first = Path(sys.argv[1]), int(sys.argv[2])
 model, config = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=64, block_size=8, vocab_size=500)), TrainConfig()
