@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,16 +22,23 @@ PROMPT = "prompt_embeddings"  # the tensor of a soft prompt
 
 
 class AdapterFile(NamedTuple):
-    """A folder of an adapter, opened. told: the metadata of its weights, such as the mark of its base."""
+    """A folder of an adapter, opened. path: of its weights. told: their metadata, such as the mark of the base."""
 
     folder: Path
     config: AdapterConfig
+    path: Path
     weights: WeightFile
     told: dict[str, str]
 
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors by their names in the file. Raises ValueError for one that is not finite."""
+        for key, x in self.weights.tensors():
+            check_finite(self.path, key, x)
+            yield key, x
+
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by gptfast's names."""
-        return {our_key(key): x for key, x in self.weights.tensors()}
+        """The tensors by gptfast's names. Raises ValueError for one that is not finite."""
+        return {our_key(key): x for key, x in self.stored()}
 
     def check_base(self, mine: str) -> None:
         """Raise ValueError for an adapter of another base. mine: mark of the model's; "": unknown."""
@@ -65,9 +73,18 @@ def _opened(folder: Path) -> AdapterFile:
         )
     weights = open_weights(path)
     if path.name == OLD_WEIGHTS:
-        return AdapterFile(folder, config, weights, {})
+        return AdapterFile(folder, config, path, weights, {})
     with safe_open(path, framework="pt") as opened:
-        return AdapterFile(folder, config, weights, opened.metadata() or {})
+        return AdapterFile(folder, config, path, weights, opened.metadata() or {})
+
+
+def check_finite(path: Path, key: str, x: Tensor) -> None:
+    """Raise ValueError for a tensor of an adapter or a task's head with values that fp32, in which it is held, does not have."""
+    if x.is_floating_point() and not x.float().isfinite().all():
+        raise ValueError(
+            f"{path}: {key} holds nan or infinities; the file is damaged, or the training that wrote it went wrong - take an "
+            "earlier checkpoint"
+        )
 
 
 def embedding_rows(folder: Path) -> int | None:

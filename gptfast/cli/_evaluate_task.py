@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,19 @@ def counting(what: str, unit: str) -> Iterator[Callable[..., None]]:
         yield lambda count=1: bar.advance(task, count)
 
 
-def shown_name(model: str, format: str | None) -> str:
-    return f"{model}:{format}" if format else model
+def named(adapter: str | None) -> dict[str, str]:
+    """The adapters of a model by name."""
+    return {"default": adapter} if adapter else {}
+
+
+def shown_name(result: Mapping[str, Any]) -> str:
+    """The model of a result, with its format and its adapter."""
+    format, adapter = result["format"], result.get("adapter")
+    return result["model"] + (f":{format}" if format else "") + (f" + {adapter}" if adapter else "")
 
 
 def evaluate_tasks(
-    names: Sequence[tuple[str, str | None]], tokenizer: str | None, options: Any, output: Any
+    names: Sequence[tuple[str, str | None]], tokenizer: str | None, adapter: str | None, options: Any, output: Any
 ) -> dict[str, Any]:
     """The result of one model, or {"results": [...]} of several; `options` and `output` are those of the command."""
     from gptfast.evaluation import evaluate_task, load_task, solve_by_generation
@@ -38,8 +45,9 @@ def evaluate_tasks(
     task = load_task(options.task, options.template, labels, options.seed)
     results = []
     for name, quantize in names:
-        model, found = load(name, quantize, tokenizer)
-        with counting(f"{shown_name(name, quantize)}, {task.name}", "items") as advance:
+        about = {"model": name, "format": quantize, **({"adapter": adapter} if adapter else {})}
+        model, found = load(name, quantize, tokenizer, named(adapter))
+        with counting(f"{shown_name(about)}, {task.name}", "items") as advance:
             chosen = {"shots": shots, "limit": options.limit, "seed": options.seed, "progress": advance}
             if options.samples is None:
                 result = evaluate_task(model, found, task, normalize=options.normalize, **chosen)
@@ -49,12 +57,12 @@ def evaluate_tasks(
                 result = solve_by_generation(model, found, task, **chosen)
         if not options.log_samples:
             del result["samples"]
-        results.append({"model": name, "format": quantize, **result})
+        results.append({**about, **result})
     if output.out is not None:
         from gptfast.evaluation.plot import plot_shots
 
         output.out.mkdir(parents=True, exist_ok=True)
-        curves = {shown_name(result["model"], result["format"]): result for result in results}
+        curves = {shown_name(result): result for result in results}
         plot_shots(curves, output.out / "shots.png", 1 / len(task.labels) if task.labels else None)
     return results[0] if len(results) == 1 else {"results": results}
 
@@ -83,7 +91,7 @@ def show_tasks(value: dict[str, Any]) -> None:
                 f"{low:.3f} to {high:.3f}",
                 str(point["dropped_shots"]),
             )
-            table.add_row(shown_name(result["model"], result["format"]), *numbers)
+            table.add_row(shown_name(result), *numbers)
     console.print(table)
     first = results[0]
     how = (

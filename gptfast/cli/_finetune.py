@@ -54,10 +54,10 @@ def describe(run: Finetuning) -> list[str]:
 
 
 def _held_in(run: Finetuning) -> str:
-    if run.method.method != "qlora":
+    held = run.method.loading()
+    if "quantize" not in held:
         return ""
-    double = run.method.double_quant and run.method.quantize == "nf4"
-    return f", the base in {run.method.quantize}{' with double quantisation' * double}"
+    return f", the base in {held['quantize']}{' with double quantisation' * held['double_quant']}"
 
 
 def report(run: Finetuning, result: TrainResult, found: FinetuneResult) -> list[str]:
@@ -141,7 +141,8 @@ def _rows(run: Finetuning) -> list[tuple[list[int], list[int], str]]:
 
 
 def compare(options: dict[str, Any]) -> None:
-    """Run every method in a process of its own; print a table and write OUT/compare.json, without those that fail.
+    """Run every method in a process of its own, each with the options that it has; print a table and write OUT/compare.json,
+    without those that fail.
 
     Ctrl-C ends the method that runs, which saves, and starts no other. With `resume` each method goes on where it was.
 
@@ -149,7 +150,7 @@ def compare(options: dict[str, Any]) -> None:
         RuntimeError: a method failed.
     """
     from gptfast._files import atomic_write
-    from gptfast.finetuning.options import METHODS, RunOptions
+    from gptfast.finetuning.options import METHODS, RunOptions, of_method
 
     out = Path(options.get("out", RunOptions.out))
     if "method" in options:
@@ -159,7 +160,7 @@ def compare(options: dict[str, Any]) -> None:
     for method in METHODS:
         print(f"---- {method} " + "-" * 60, flush=True)
         left = ("compare", "out", *(() if (out / method / "last").exists() else ("resume",)))
-        given = {k: v for k, v in options.items() if k not in left}
+        given = {k: v for k, v in of_method(method, options).items() if k not in left}
         code = _run([*("-m", "gptfast", "finetune"), *arguments({**given, "method": method, "out": out / method})])
         if code in _INTERRUPTED:
             print("interrupted; to continue: the same command with --resume", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptfast._options import option, options_of, values_of
-from gptfast.cli._evaluate_task import counting, evaluate_tasks, show_tasks, shown_name
+from gptfast.cli._evaluate_task import counting, evaluate_tasks, named, show_tasks, shown_name
 from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, TOKENIZER_HELP, load
 from gptfast.cli._options import Change, Options, takes
 
@@ -29,6 +29,7 @@ class Models:
     quantize: str | None = option(
         None, f"{QUANTIZE_HELP}. Without it the model runs in torch, with its weights as they are."
     )
+    adapter: str | None = option(None, "Folder of an adapter of `model`, by GPT.save_adapter or peft.")
     tokenizer: str | None = option(None, TOKENIZER_HELP, words="the checkpoint's own")
     compare: bool = option(
         False,
@@ -146,6 +147,10 @@ def evaluate(options: dict[str, Any]) -> None:
 
       [cyan]gptfast evaluate --compare gpt2 gpt2:int8 gpt2:q4 --data texts.jsonl[/]
 
+      A model with an adapter:
+
+      [cyan]gptfast evaluate --model runs/bard/best --adapter runs/poems --data sonnets.txt[/]
+
       Accuracy by the number of solved items in the prompt, with a picture:
 
       [cyan]gptfast evaluate --model gpt2 --task copying --shots 0,1,2,4,8 --out runs/copying[/]
@@ -178,7 +183,7 @@ def evaluate(options: dict[str, Any]) -> None:
             "evaluate: `normalize` ranks labels by likelihood and `samples` writes texts; give one of them"
         )
     if tasks.task is not None:
-        value = evaluate_tasks(names, given.tokenizer, tasks, output)
+        value = evaluate_tasks(names, given.tokenizer, given.adapter, tasks, output)
     else:
         value = _perplexities(names, given, texts, str(texts.data))
     if output.out is not None:
@@ -205,10 +210,11 @@ def _perplexities(names: list[tuple[str, str | None]], given: Models, texts: Tex
     documents = _documents(data, texts.text_field)
     results, scores = [], []
     for name, quantize in names:
-        model, tokenizer = load(name, quantize, given.tokenizer)
+        model, tokenizer = load(name, quantize, given.tokenizer, named(given.adapter))
         with counting(f"{name}, {sum(document.size for document in documents):,} bytes", "tokens") as advance:
             scores.append(score_documents(model, documents, tokenizer, asked, advance))
-        results.append({"model": name, "format": quantize, **summarise(scores[-1], asked.resolved(model))})
+        about = {"model": name, "format": quantize, **({"adapter": given.adapter} if given.adapter else {})}
+        results.append({**about, **summarise(scores[-1], asked.resolved(model))})
     if not given.compare:
         return results[0]
     pairs = [
@@ -222,10 +228,10 @@ def _names(given: Models) -> list[tuple[str, str | None]]:
     """(model, format) of each model to judge."""
     listed = given.models or []
     if given.compare:
-        if len(listed) < 2 or given.model or given.quantize:
+        if len(listed) < 2 or given.model or given.quantize or given.adapter:
             raise ValueError(
                 "evaluate: `compare` takes at least two models and their formats as arguments: --compare A B:int8, without "
-                "`model` and `quantize`"
+                "`model`, `quantize` and `adapter`"
             )
         return [_divided(name) for name in listed]
     if listed or not given.model:
@@ -263,7 +269,7 @@ def _show(value: dict[str, Any]) -> None:
     columns = ("perplexity", "word_perplexity", "char_perplexity", "byte_perplexity", "bits_per_byte")
     table = Table("model", *(name.replace("_", " ") for name in columns), box=None, pad_edge=False)
     for row in results:
-        name = shown_name(row["model"], row["format"])
+        name = shown_name(row)
         table.add_row(name, *("-" if row[column] is None else f"{row[column]:.4f}" for column in columns))
     console.print(table)
     first = results[0]
@@ -278,6 +284,6 @@ def _show(value: dict[str, Any]) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for row in value.get("comparisons", []):
         error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.5f}"
-        name = shown_name(row["model"], row["format"])
-        line = f"{name} - {shown_name(first['model'], first['format'])}: {row['difference']:+.5f}{error} nats a token over {row['documents']} documents"
+        name = shown_name(row)
+        line = f"{name} - {shown_name(first)}: {row['difference']:+.5f}{error} nats a token over {row['documents']} documents"
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -44,7 +44,7 @@ def read_adapter(path: str | os.PathLike[str], config: GPTConfig, mark: str, any
         check_prompt(config.n_embd, lora, tensors, folder)
         return tensors[PROMPT]
     factors: dict[str, dict[str, Tensor]] = {}
-    for key, x in file.weights.tensors():
+    for key, x in file.stored():
         module, _, kind = our_key(key).removesuffix(".weight").rpartition(".")
         if kind not in ("lora_A", "lora_B"):
             raise ValueError(

@@ -22,6 +22,7 @@ from gptfast.engine.formats import format_name, matrix_formats
 from gptfast.engine.runner import PANEL
 from gptfast.metadata import metadata_of
 from gptfast.nn.difference import check_values, difference, true_config
+from gptfast.nn.quantized import QuantizedLinear
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
@@ -45,8 +46,13 @@ def compile_model(
     adapters = packed_adapters(model, shape_of(config))
     values = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for key in packer.names:
-        x = values[key].detach()
-        packer.take(key, tuple(x.shape), partial(_rows, x))
+        if key in values:
+            x = values[key].detach()
+            packer.take(key, tuple(x.shape), partial(_rows, x))
+        else:
+            layer = model.get_submodule(key.removesuffix(".weight"))
+            assert isinstance(layer, QuantizedLinear)
+            packer.take(key, (layer.out_features, layer.in_features), layer.reader())
     compiled = packer.finish()
     compiled.metadata, compiled._adapters = deepcopy(metadata_of(model)), adapters
     return compiled
@@ -179,7 +185,7 @@ def _not_finite(name: str) -> ValueError:
 def _config_of(model: Transformer) -> GPTConfig:
     """The true config of the model. Raises ValueError if its modules are not what its config says."""
     check_values("compile_for_inference", model)
-    told = difference(model, adapters=True)
+    told = difference(model, adapters=True, codes=True)
     if told is not None:
         raise ValueError(
             f"compile_for_inference: {told}; the engine computes what the config says - undo or merge the change, set "

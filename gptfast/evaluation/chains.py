@@ -10,6 +10,7 @@ from gptfast.evaluation.few_shot import check_pattern, extract_answer, few_shot_
 from gptfast.evaluation.in_context import accuracy_curve, without_answer
 from gptfast.evaluation.tasks import Task
 from gptfast.evaluation.templates import Item
+from gptfast.generation.runner import virtual_tokens
 from gptfast.tokenizer import Tokenizer
 
 STOP = "\n\n"  # between the items of a prompt
@@ -49,7 +50,8 @@ def solve_by_generation(
     """
     owner = "solve_by_generation"
     check_count(owner, "samples", samples)
-    longest = model.config.block_size - 1
+    context = model.config.block_size - virtual_tokens(model)
+    longest = context - 1
     if max_new_tokens is None:
         max_new_tokens = max(1, min(MOST_TOKENS, longest // 2))
     check_count(owner, "max_new_tokens", max_new_tokens, 1, longest, " (the model's block_size less one)")
@@ -60,7 +62,6 @@ def solve_by_generation(
     check_pattern(owner, pattern)
 
     def solve(item: Item, shown: Sequence[Item]) -> dict[str, Any]:
-        context = model.config.block_size
         prompt = few_shot_prompt(task.template, without_answer(task, item), shown, tokenizer, context, max_new_tokens)
         texts = _write(model, tokenizer, prompt.text, samples, temperature, max_new_tokens, seed)
         answers = [extract_answer(text, pattern) for text in texts]

@@ -11,6 +11,7 @@ from gptfast.evaluation.few_shot import choose_shots, few_shot_prompt
 from gptfast.evaluation.labels import NORMALIZE, ContinuationScorer, after_blank, encode_pair, score_labels
 from gptfast.evaluation.tasks import Task
 from gptfast.evaluation.templates import Item
+from gptfast.generation.runner import virtual_tokens
 from gptfast.tokenizer import Tokenizer
 
 NOTHING = "N/A"  # what a content-free prompt has instead of a text
@@ -51,10 +52,10 @@ def evaluate_task(
         raise ValueError(
             "evaluate_task: normalize is 'calibrated', but the task has no labels to choose from; give labels"
         )
-    scorer = ContinuationScorer(model)
+    scorer, room = ContinuationScorer(model), model.config.block_size - virtual_tokens(model)
 
     def solve(item: Item, shown: Sequence[Item]) -> dict[str, Any]:
-        return _solve(scorer, tokenizer, task, item, shown, normalize, model.config.block_size)
+        return _solve(scorer, tokenizer, task, item, shown, normalize, room)
 
     found = accuracy_curve("evaluate_task", task, shots, limit, seed, solve, progress)
     return {"task": task.name, "normalize": normalize, "seed": seed} | found

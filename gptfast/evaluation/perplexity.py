@@ -24,6 +24,7 @@ from gptfast.evaluation.counts import Counts, count_text, count_token
 from gptfast.evaluation.detokenizers import DETOKENIZERS, by_lines
 from gptfast.evaluation.logprobs import ROWS, scorer
 from gptfast.evaluation.windows import Window, check_windows, windows
+from gptfast.generation.runner import virtual_tokens
 from gptfast.metadata import metadata_of
 from gptfast.tokenizer import Tokenizer
 
@@ -43,7 +44,8 @@ class Settings:
 
     def resolved(self, model: Any) -> Settings:
         """With the defaults that depend on the model. Raises TypeError, ValueError: a value out of range."""
-        context, stride = check_windows(OWNER, self.context, self.stride, model.config.block_size)
+        room = model.config.block_size - virtual_tokens(model)
+        context, stride = check_windows(OWNER, self.context, self.stride, room)
         if self.detokenize not in DETOKENIZERS:
             raise ValueError(f"{OWNER}: detokenize is {self.detokenize!r}; expected one of {', '.join(DETOKENIZERS)}")
         return replace(self, context=context, stride=stride)
@@ -82,7 +84,7 @@ def perplexity(
         model: a GPT, which runs in torch, or a compiled one (`compile_for_inference`), which runs in the native engine.
         texts: one text, or several: documents, of which none sees another.
         tokenizer: of the model.
-        context: most tokens in a window, in [2, block_size]; None: block_size.
+        context: most tokens in a window, in [2, block_size], less the virtual tokens of an active soft prompt; None: all of these.
         stride: tokens from one window to the next, in [1, context]: a token is seen with at least context - stride tokens
             before it, where the text has them. None: half a context. context: windows do not overlap, the cheapest and the
             highest perplexity, and the first token of each is not scored.

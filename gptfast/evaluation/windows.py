@@ -56,14 +56,14 @@ def windows(chunks: Iterable[np.ndarray], context: int, stride: int) -> Iterator
         scored, begin = end, begin + stride
 
 
-def check_windows(owner: str, context: int | None, stride: int | None, block_size: int) -> tuple[int, int]:
-    """(context, stride) with defaults: the model's block_size, and half a context.
+def check_windows(owner: str, context: int | None, stride: int | None, room: int) -> tuple[int, int]:
+    """(context, stride) with defaults: `room`, the model's block_size less the virtual tokens of a soft prompt; and half a context.
 
     Raises:
         TypeError, ValueError: not a whole number, or out of range.
     """
-    context = block_size if context is None else context
-    check_count(owner, "context", context, 2, block_size, " (the model's block_size)")
+    context = room if context is None else context
+    check_count(owner, "context", context, 2, room, " (the model's block_size, less a soft prompt)")
     stride = max(1, context // 2) if stride is None else stride
     check_count(owner, "stride", stride, 1, context, " (the context: a larger one leaves tokens out)")
     return context, stride

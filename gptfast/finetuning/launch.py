@@ -19,7 +19,7 @@ from gptfast.finetuning import methods
 from gptfast.finetuning.instructions import Conversations
 from gptfast.finetuning.networks import new_network, stored_labels, stored_network
 from gptfast.finetuning.objectives import Rows, TaskObjective, TextObjective
-from gptfast.finetuning.options import TRAINING, MethodOptions, RunOptions, TaskOptions, training_config
+from gptfast.finetuning.options import TRAINING, MethodOptions, RunOptions, TaskOptions, check_effects, training_config
 from gptfast.finetuning.sources import Data, open_examples
 from gptfast.finetuning.task_model import TaskModel
 from gptfast.finetuning.tasks import METRICS
@@ -74,6 +74,7 @@ def new_run(options: Options, progress: bool = True) -> Finetuning:
     for name in ("model", "data", "task"):
         if getattr(task, name) is None:
             raise ValueError(f"finetune: `{name}` is missing; say it, or continue a run with `resume`")
+    check_effects(options, task, method)
     training_config(method.method, options, 1)  # its checks, before anything is read
     check_room(place.out, place.overwrite)
     place.set_threads()
@@ -112,6 +113,7 @@ def resumed_run(options: Options, progress: bool = True) -> Finetuning:
         refuse_changes("finetune", options, known, _MAY_CHANGE, f"the run in {place.out}", "start a new run")
         task = TaskOptions(**values_of(TaskOptions, stored))
         method = MethodOptions(**values_of(MethodOptions, stored))
+        check_effects(options, task, method)
         labels = stored_labels(task, method)
         data = open_examples(str(task.data), task.eval_data, str(task.task), checkpoint.config.seed, labels)
         if data.marks() != checkpoint.source.get("marks"):
@@ -185,4 +187,5 @@ def _run(
 def _stored(task: TaskOptions, method: MethodOptions) -> dict[str, Any]:
     """The options of a run, as its checkpoints keep them."""
     values = {f.name: getattr(owner, f.name) for owner in (task, method) for f in fields(owner)}
+    values["quantize"] = method.held_in
     return {k: absolute(v) if k in ("model", "data", "eval_data", "tokenizer") else v for k, v in values.items()}

@@ -39,8 +39,6 @@ def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[A
         model = TaskModel(gpt, str(task.task), tokenizer=tokenizer, **given)
         methods.attach(gpt, method, base["path"], False)
         return model, model.tokenizer, notes, base
-    if task.class_weights is not None:
-        class_weights(task.class_weights, data)
     gpt = GPT.from_pretrained(place, **loading)
     base, V = _base(gpt, place), gpt.config.vocab_size
     if task.task == "chat" and ChatTemplate.of(tokenizer) is None and _needs_template(data, tokenizer):

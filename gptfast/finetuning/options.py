@@ -31,6 +31,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qlora": {**_COMMON, "learning_rate": 1e-3, "weight_decay": 0.0},
     "prompt": {**_COMMON, "learning_rate": 3e-2, "weight_decay": 0.0},
 }
+# What some options need: another option, with one of these values. Without it they would have no effect, and are refused.
+_LORA, _WITH_HEAD = ("lora", "qlora"), tuple(METRICS)
+NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "target_modules"), ("method", _LORA)),
+    **dict.fromkeys(("quantize", "double_quant"), ("method", ("qlora", "prompt"))),
+    "num_virtual_tokens": ("method", ("prompt",)),
+    **dict.fromkeys(("metric", "lm_coef"), ("task", _WITH_HEAD)),
+    "class_weights": ("task", ("classification", "entailment")),
+}
 
 
 @describe_fields
@@ -129,15 +138,18 @@ class MethodOptions:
         "Which layers get LoRA's matrices: names or endings such as c_attn,mlp.c_fc, a regular expression, or all-linear.",
         group=_METHOD,
     )
-    quantize: str = option(
-        "nf4",
-        "What `method` qlora holds the base's matrices in. nf4: bitsandbytes' 4 bits, for widths that are multiples of 64; "
-        "int4 and int8: for any.",
+    quantize: str | None = option(
+        None,
+        "What `method` qlora, or prompt, holds the base's matrices in. nf4: bitsandbytes' 4 bits, for widths that are "
+        "multiples of 64; int4 and int8: for any.",
+        words="qlora nf4; prompt: as they are",
         allowed=("nf4", "int4", "int8"),
         group=_METHOD,
     )
     double_quant: bool = option(
-        True, "Hold the scales of nf4 in 8 bits too, as QLoRA does: 4.13 bits a weight, without it 4.5.", group=_METHOD
+        True,
+        "With `quantize` nf4: hold its scales in 8 bits too, as QLoRA does: 4.13 bits a weight, without it 4.5.",
+        group=_METHOD,
     )
     dropout: float | None = option(
         None,
@@ -156,11 +168,16 @@ class MethodOptions:
     def __post_init__(self) -> None:
         check_fields("finetune", self)
 
+    @property
+    def held_in(self) -> str | None:
+        """The format of the base's matrices; None: as they are."""
+        return {"qlora": self.quantize or "nf4", "prompt": self.quantize}.get(self.method)
+
     def loading(self) -> dict[str, Any]:
         """How the model is loaded: arguments of `from_pretrained` beside its dtype."""
         changes: dict[str, Any] = {} if self.dropout is None else {"dropout": self.dropout}
-        if self.method == "qlora":
-            changes |= {"quantize": self.quantize, "double_quant": self.double_quant and self.quantize == "nf4"}
+        if self.held_in is not None:
+            changes |= {"quantize": self.held_in, "double_quant": self.double_quant and self.held_in == "nf4"}
         return changes
 
 
@@ -188,6 +205,29 @@ class RunOptions(PlaceOptions):
 
     def __post_init__(self) -> None:
         check_fields("finetune", self)
+
+
+def of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options without those that the method does not have."""
+    alone = method == "prompt" and "quantize" not in options  # scales of a base that is not quantised
+    given = {k: v for k, v in options.items() if NEEDS.get(k, ("", ()))[0] != "method" or method in NEEDS[k][1]}
+    return {k: v for k, v in given.items() if not (alone and k == "double_quant")}
+
+
+def check_effects(options: Mapping[str, Any], task: TaskOptions, method: MethodOptions) -> None:
+    """Raise ValueError for an option that was given and has no effect with the task or the method of the run."""
+    chosen = {"task": task.task, "method": method.method}
+    for name in options:
+        other, values = NEEDS.get(name, ("", ()))
+        if other and chosen[other] not in values:
+            packs = ", or take `method` qlora, which is lora on a quantised base" * (name == "quantize")
+            raise ValueError(
+                f"finetune: `{name}` has no effect with `{other}` {chosen[other]}; it is for {', '.join(values)} - leave it out{packs}"
+            )
+    if options.get("double_quant") and method.held_in != "nf4":
+        raise ValueError(
+            f"finetune: `double_quant` is for `quantize` nf4, got {method.held_in or 'none'}; say `quantize` nf4, or leave it out"
+        )
 
 
 def training_config(method: str, options: Mapping[str, Any], steps: int) -> TrainConfig:

@@ -102,8 +102,6 @@ def class_weights(text: str | None, data: Data) -> dict[str, float] | None:
     """
     if text is None:
         return None
-    if not data.labels:
-        raise ValueError("finetune: class_weights are for tasks with labels; leave it out")
     if text == "balanced":  # as scikit-learn's class_weight: the mean weight of an example is 1
         counts = data.counts()
         return {k: len(data.train) / (len(counts) * n) if n else 0.0 for k, n in counts.items()}

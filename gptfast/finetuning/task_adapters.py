@@ -21,7 +21,7 @@ from torch import Tensor
 from gptfast._folders import staged_folder
 from gptfast._json import NULL, field, items, read_json
 from gptfast._snapshots import EVERYTHING, current, read_whole
-from gptfast.checkpoints.adapter_files import CONFIG, WEIGHTS
+from gptfast.checkpoints.adapter_files import CONFIG, WEIGHTS, check_finite
 from gptfast.finetuning import task_files
 from gptfast.finetuning.special_tokens import PAD, USUAL
 from gptfast.models import GPT
@@ -147,7 +147,10 @@ def _task(path: Path) -> dict[str, Any] | None:
 
 def _rows(path: Path) -> dict[str, Tensor]:
     file = current(path, TOKENS)
-    return load_file(file) if file.is_file() else {}
+    rows = load_file(file) if file.is_file() else {}
+    for key, x in rows.items():
+        check_finite(file, key, x)
+    return rows
 
 
 def _arguments(gpt: GPT, task: dict[str, Any], rows: dict[str, Tensor], path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from gptfast._folders import staged_folder
 from gptfast._json import NULL, expect, field
 from gptfast._snapshots import EVERYTHING
 from gptfast.checkpoints import hf_layout
+from gptfast.checkpoints.adapter_files import check_finite
 from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.finetuning.examples import DELIMITERS
 from gptfast.finetuning.special_tokens import PAD, USUAL
@@ -235,8 +236,10 @@ def fill(model: TaskModel, heads: dict[str, Tensor], path: Path) -> None:
     """Put a stored head in place.
 
     Raises:
-        ValueError: it has another shape than the task's, or other tensors.
+        ValueError: it has another shape than the task's, or other tensors, or values that are not finite.
     """
+    for name, x in heads.items():
+        check_finite(path, name, x)
     prefix = CHOICE if model.task == "choice" else SCORE
     found = {name.removeprefix(prefix): x for name, x in heads.items()}
     shapes = {name: tuple(x.shape) for name, x in found.items()}

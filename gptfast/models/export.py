@@ -21,6 +21,7 @@ from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.weight_files import INDEX, SINGLE
 from gptfast.config import GPTConfig
 from gptfast.metadata import GENERATION, metadata_of
+from gptfast.models.quantized import format_of
 from gptfast.nn.difference import check_values, difference, true_config
 from gptfast.nn.transformer import Transformer
 
@@ -62,6 +63,11 @@ def save(
 def check(model: Transformer, patched: bool = False) -> None:
     """Raise ValueError for a model that `save` refuses."""
     check_values("save_pretrained", model)
+    if held := format_of(model):
+        raise ValueError(
+            f"save_pretrained: the model is held in {held} (quantize), and a checkpoint holds floats; nothing was written - "
+            "save_adapter writes its adapters; for a whole model load it without quantize, load_adapter and merge_adapter there"
+        )
     told = difference(model, saved=True, patched=patched)
     if told is not None:
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gptfast._pages import drop_code
 from gptfast.config import GPTConfig
 from gptfast.engine import CompiledGPT, compile_model, engine_for
 from gptfast.generation import CudaGraphRunner, Runner, TorchRunner, generate
@@ -73,7 +74,8 @@ class GPT(AdapterMethods):
         max_rows: int | None = None,
         cache_dtype: str | torch.dtype | None = None,
     ) -> CompiledGPT:
-        """Pack the weights for the native CPU engine; the result has the same `generate`.
+        """Pack the weights for the native CPU engine; the result has the same `generate`. Of a model that was loaded in 4 or 8
+        bits (`quantize`) these are what its codes stand for.
 
         Args:
             dtype: of the matrices: "float32"; "bfloat16" (12 bits a weight: its exponents need no more than 4); "int8"
@@ -93,6 +95,7 @@ class GPT(AdapterMethods):
         """
         compiled = compile_model(self, dtype, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
         compiled.base_mark = base_mark(self)
+        drop_code()
         return compiled
 
     @classmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptfast._files import atomic_path
+from gptfast._pages import drop_code
 from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.config import GPTConfig
 from gptfast.engine.compiled import CompiledGPT
@@ -55,6 +56,7 @@ def build(stored: StoredModel, dtype: Any, overrides: dict[str, Any] | None = No
 
 def _packed(stored: StoredModel, config: GPTConfig, packer: Packer) -> CompiledGPT:
     model = on_meta(Transformer, config)
+    drop_code()  # before there are weights: the peak is lower too
     packing = _EnginePacking(config, packer)
     read_weights(stored, model, None, packing)
     matrices = [f"h.{name}" for name, x in model.h.named_parameters() if x.dim() == 2]

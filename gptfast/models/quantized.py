@@ -54,7 +54,12 @@ class Packing:
             return False
         weight = stored.read().t() if transposed else stored.read()
         weight = weight if dtype is None else weight.to(dtype)
-        self._packed[name] = quantized(weight.contiguous(), self.format, self.double)
+        try:
+            self._packed[name] = quantized(weight.contiguous(), self.format, self.double)
+        except ValueError as error:
+            if weight.isfinite().all():
+                raise
+            raise ValueError(f"from_pretrained: {name} holds nan or infinities; the model is damaged") from error
         self._samples[name] = sample(weight)
         return True
 

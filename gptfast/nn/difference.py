@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.config import GPTConfig
-from gptfast.nn.adapted import ADAPTED, LoraLinear, adapter_modules
+from gptfast.nn.adapted import ADAPTED, LoraLinear, QuantizedLoraLinear, adapter_modules
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.block import Block
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
 from gptfast.nn.position import SinusoidalEmbedding, sinusoids
+from gptfast.nn.quantized import QuantizedLinear, empty
 from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 
@@ -59,7 +60,9 @@ class Part:
     root: bool = False  # a subclass is allowed
 
 
-def difference(model: Transformer, saved: bool = False, adapters: bool = False, patched: bool = False) -> str | None:
+def difference(
+    model: Transformer, saved: bool = False, adapters: bool = False, patched: bool = False, codes: bool = False
+) -> str | None:
     """The first difference between the model's modules and its config, in words; None: there is none.
 
     Whether the head is tied is read from the tensors, see `true_config`. Values of parameters are not compared.
@@ -68,6 +71,7 @@ def difference(model: Transformer, saved: bool = False, adapters: bool = False, 
         model: a GPT.
         adapters: low-rank updates that are not merged, and soft prompts, are no difference.
         patched: methods of gptfast's own classes may be replaced, as probes of a running training do.
+        codes: matrices held in 8 or 4 bits are no difference.
         saved: also compare what a checkpoint does not store: dropout rates, and the values of fixed embeddings.
     """
     told = None if model.adapters is None else _in_adapters(model, adapters)
@@ -82,7 +86,7 @@ def difference(model: Transformer, saved: bool = False, adapters: bool = False, 
     if told is not None:
         return told
     for name, part in wanted.items():  # submodules follow their module
-        told = _in_module(found[name], part, saved) if name in found else "is missing"
+        told = _in_module(found[name], part, saved, codes) if name in found else "is missing"
         if told is not None:
             return f"{name or 'the model'} {told}"
     own = adapter_modules(model) if adapters else set()
@@ -197,12 +201,13 @@ def _global_hooks() -> str | None:
     return "a forward hook of all modules (torch.nn.modules.module) is registered" if hooked else None
 
 
-def _in_module(module: nn.Module, part: Part, saved: bool) -> str | None:
+def _in_module(module: nn.Module, part: Part, saved: bool, codes: bool) -> str | None:
     """The first difference from `part`; the message continues the module's name."""
     kind = type(module)
+    held = codes and kind in (QuantizedLinear, QuantizedLoraLinear)
     if (
         kind is not part.kind
-        and not (kind is LoraLinear and part.kind is Linear)
+        and not (part.kind is Linear and (kind is LoraLinear or held))
         and not (part.root and issubclass(kind, part.kind))
     ):
         return (
@@ -211,13 +216,13 @@ def _in_module(module: nn.Module, part: Part, saved: bool) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks:
         return "has a forward hook"
     for name in vars(module).keys() - USUAL:
-        if name not in FREE and _is_code(getattr(part.kind, name, None)):
+        if name not in FREE and _is_code(getattr(kind if held else part.kind, name, None)):
             return f"has {name} replaced on the instance"
     for name, value in part.attributes.items():
         got = getattr(module, name, None)
         if got != value and (saved or name not in DROPOUTS):
             return f"has {name}={got!r} and the config says {value!r}"
-    return _in_tensors(module, part.shapes)
+    return _in_codes(module, part.shapes) if held else _in_tensors(module, part.shapes)
 
 
 def _is_code(value: Any) -> bool:
@@ -233,6 +238,24 @@ def _in_tensors(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | 
             return f"has {name} of shape {tuple(x.shape)} and the config says {shapes[name]}"
         if type(x).__name__ not in PLAIN_TENSORS or not x.is_floating_point() or x.layout != torch.strided:
             return f"has {name}, a {type(x).__name__} of {x.dtype}; expected a plain parameter"
+    return _missing(own, shapes)
+
+
+def _in_codes(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """As `_in_tensors`, of a layer with codes in place of its weight."""
+    assert isinstance(module, QuantizedLinear)
+    N, K = shapes["weight"]
+    double = module.nested_absmax is not None
+    wanted = {name: (*x.shape,) for name, x in empty(N, K, module.format, double).items()}
+    wanted |= {name: shape for name, shape in shapes.items() if name != "weight"}
+    own = {n: x for n, x in {**module._parameters, **module._buffers}.items() if x is not None}
+    for name, x in own.items():
+        if tuple(x.shape) != wanted.get(name):
+            return f"has {name} of shape {tuple(x.shape)} and the config says {wanted.get(name, 'none')}"
+    return _missing(own, wanted)
+
+
+def _missing(own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> str | None:
     missing = [name for name in shapes if name not in own]
     return f"has no {missing[0]} of its own, and the config says one of {shapes[missing[0]]}" if missing else None
 
@@ -257,4 +280,5 @@ def remember_methods(*kinds: type[nn.Module]) -> None:
     _methods.update((kind, _methods_of(kind)) for kind in kinds)
 
 
-remember_methods(Linear, LoraLinear, LayerNorm, CausalSelfAttention, Block, MLP, Transformer)
+remember_methods(Linear, LoraLinear, QuantizedLinear, QuantizedLoraLinear)
+remember_methods(LayerNorm, CausalSelfAttention, Block, MLP, Transformer)

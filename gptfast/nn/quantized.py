@@ -63,7 +63,17 @@ class QuantizedLinear(Linear):
 
     def dequantized(self) -> Tensor:
         """The weight (out_features, in_features) that the codes stand for, float32."""
-        return dequantized(self.format, dict(self._buffers))[:, : self.in_features]
+        return self.reader()(0, self.out_features)
+
+    def reader(self) -> Callable[[int, int], Tensor]:
+        """A function of first and last that gives these rows of the weight that the codes stand for, float32."""
+        codes, scales = self.rows()
+
+        def read(first: int, last: int) -> Tensor:
+            few = dequantize_groups(codes[first:last], scales[first:last], self.format, self.group_size)
+            return few[:, : self.in_features]
+
+        return read
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         kept = {name: x for name, x in self._buffers.items() if x is not None}

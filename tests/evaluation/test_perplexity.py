@@ -21,6 +21,7 @@ from gptfast.evaluation import Settings, compare, perplexity, score_documents
 from gptfast.evaluation.counts import count_text, count_token
 from gptfast.evaluation.detokenizers import by_lines, wikitext
 from gptfast.evaluation.perplexity import BLOCK
+from gptfast.finetuning import LoraConfig, PromptTuningConfig
 from gptfast.tokenizer import get_tokenizer, lenient, load_tokenizer
 from gptfast.tokenizer.pieces import blocks_of
 from tests.support.texts import byte_level
@@ -291,6 +292,31 @@ def test_command(model: Any, tokenizer: Any, tmp_path: Path, capsys: Any, monkey
     assert [row["format"] for row in found["comparisons"]] == ["int8", "q4"]
     assert all(row["standard_error"] > 0 for row in found["comparisons"])
     assert " nats a token over 4 documents" in run(capsys, monkeypatch, *names, "--data", rows)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(init_lora_weights=False), PromptTuningConfig(6, "RANDOM")])
+def test_the_command_takes_an_adapter(
+    config: Any, model: Any, tokenizer: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
+):
+    """A soft prompt takes room in the windows."""
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    text.write_text(TEXT)
+    adapted = gptfast.GPT.from_pretrained(folder)
+    torch.manual_seed(1)
+    adapted.add_adapter(config)
+    adapted.save_adapter(tmp_path / "adapter")
+    command = ["--model", folder, "--adapter", tmp_path / "adapter", "--data", text, "--json"]
+    found = json.loads(run(capsys, monkeypatch, *command))
+    assert found["adapter"] == str(tmp_path / "adapter")
+    assert found["context"] == 32 - 6 * isinstance(config, PromptTuningConfig)
+    assert found["perplexity"] == perplexity(adapted, TEXT, tokenizer)["perplexity"]
+    assert abs(found["perplexity"] / perplexity(model, TEXT, tokenizer)["perplexity"] - 1) > 0.01
+    packed = json.loads(run(capsys, monkeypatch, *command, "--quantize", "fp32"))
+    assert packed["perplexity"] == pytest.approx(found["perplexity"], rel=1e-4)
+    with pytest.raises(ValueError, match="the model's block_size, less a soft prompt"):
+        perplexity(adapted, TEXT, tokenizer, context=33)
 
 
 @pytest.mark.parametrize(

@@ -144,18 +144,38 @@ def drop(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+def spoil(folder: Path, value: float, key: str = "c_fc.lora_A") -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if key in name)
+    tensors[name].flatten()[-1] = value
+    save_file(tensors, file)
+
+
 DAMAGES: dict[str, tuple[Any, str]] = {
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "half written"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), r"holds no adapter_config\.json"),
     "cut": (cut, "damaged or cut short"),
     "half JSON": (lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LO'), "not valid JSON"),
     "a tensor less": (drop, r"c_attn\.lora_B\.weight is missing"),
+    "nan": (lambda f: spoil(f, float("nan")), r"adapter_model\.safetensors: .*c_fc\.lora_A\.weight holds nan"),
+    "infinity": (lambda f: spoil(f, float("-inf"), "lora_B"), r"lora_B\.weight holds nan or infinities"),
     "another rank": (lambda f: change(f, r=3), r"lora_A\.weight is \(8, 32\).*this model has \(3, 32\)"),
     "fewer modules": (lambda f: change(f, target_modules=["c_fc"]), "is unexpected"),
     "another method": (lambda f: change(f, peft_type="IA3"), "peft_type is 'IA3'"),
     "dora": (lambda f: change(f, use_dora=True), "use_dora"),
     "an option to come": (lambda f: change(f, use_next_thing=True), "use_next_thing is true"),
 }
+
+
+def test_the_engine_refuses_what_is_not_finite(saved: Path):
+    """And a packed model stays as it was."""
+    torch.manual_seed(0)
+    packed = gptfast.GPT(GPT2).eval().compile_for_inference("float32")
+    spoil(saved, float("nan"))
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: .*c_fc\.lora_A\.weight holds nan"):
+        packed.load_adapter(saved)
+    assert packed.adapters == ()
 
 
 @pytest.mark.parametrize("case", DAMAGES)

@@ -11,11 +11,21 @@ import torch
 
 from gptfast import GPT
 from gptfast.finetuning import finetune
+from gptfast.finetuning.options import METHODS, of_method
+from gptfast.finetuning.tasks import TASKS
 from tests.support.finetuning import base, files, records, result, write
 from tests.support.finetuning import finetune as run
 from tests.support.train_command import _argv, gptfast  # noqa: F401  a fixture
 
 GOOD = records("classification", 8, 0)
+LORA = ("lora", "qlora")
+BY_METHOD = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "target_modules"), LORA),
+    **dict.fromkeys(("quantize", "double_quant"), ("qlora", "prompt")),
+    "num_virtual_tokens": ("prompt",),
+}
+HEADS = ("classification", "entailment", "similarity", "choice")
+BY_TASK = {**dict.fromkeys(("metric", "lm_coef"), HEADS), "class_weights": HEADS[:2]}
 
 
 def failure(capsys: pytest.CaptureFixture[str], folder: Path, *more: str | Path, task: str = "classification") -> str:
@@ -90,6 +100,52 @@ OPTIONS = {
     "a model that is not there": (["--model", "nowhere/at/all"], "nowhere/at/all"),
     "resuming nothing": (["--resume", "--out", "nothing"], "no training run to resume"),
 }
+
+
+def given(name: str, value: object) -> list[str]:
+    option = "--" + name.replace("_", "-")
+    return [option] if value is True else ["--no-" + option[2:]] if value is False else [option, str(value)]
+
+
+VALUES = {
+    **{"lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "target_modules": "c_attn", "num_virtual_tokens": 4},
+    **{"quantize": "int8", "double_quant": False, "metric": "accuracy", "lm_coef": 0.2, "class_weights": "balanced"},
+}
+# The options that a method or a kind of task has not, beside which they have no effect.
+WITHOUT_EFFECT = [("method", m, name) for name in VALUES for m in METHODS if m not in BY_METHOD.get(name, METHODS)]
+WITHOUT_EFFECT += [("task", t, name) for name in VALUES for t in TASKS if t not in BY_TASK.get(name, TASKS)]
+
+
+@pytest.mark.parametrize(("other", "value", "name"), WITHOUT_EFFECT)
+def test_an_option_without_effect_is_refused(capsys, other, value, name):
+    """Before anything is read; both options are named."""
+    rest = {"task": "lm", "method": "full"} | {other: value}
+    command = ["--model", "none", "--data", "none", "--task", rest["task"], "--method", rest["method"]]
+    assert gptfast("finetune", *command, *given(name, VALUES[name])) == 1
+    option = "--" + name.replace("_", "-")
+    assert f"error: finetune: {option} has no effect with --{other} {value}; it is for " in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"`{name}` has no effect with `{other}` {value}"):
+        finetune("none", "none", rest["task"], rest["method"], **{name: VALUES[name]})
+
+
+def test_double_quantisation_is_for_nf4(capsys):
+    command = ["--model", "none", "--data", "none", "--task", "lm", "--method"]
+    for method, more, got in (("qlora", ["--quantize", "int8"], "int8"), ("prompt", [], "none")):
+        assert gptfast("finetune", *command, method, *more, "--double-quant") == 1
+        assert f"--double-quant is for --quantize nf4, got {got}" in capsys.readouterr().err
+    assert gptfast("finetune", *command, "lora", "--quantize", "nf4") == 1
+    assert "take --method qlora" in capsys.readouterr().err
+
+
+def test_a_comparison_gives_each_method_its_options():
+    """One that none of the methods has is left for the method to refuse."""
+    options = {"lora_r": 4, "num_virtual_tokens": 6, "double_quant": False, "seed": 1}
+    had = {method: set(of_method(method, options)) for method in METHODS}
+    lora = {"lora_r", "seed"}
+    assert had == {
+        **{"full": {"seed"}, "lora": lora, "qlora": lora | {"double_quant"}, "prompt": {"num_virtual_tokens", "seed"}}
+    }
+    assert "double_quant" in of_method("prompt", {**options, "quantize": "nf4"})
 
 
 @pytest.mark.parametrize("case", OPTIONS)

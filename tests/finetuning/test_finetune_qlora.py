@@ -62,6 +62,24 @@ def test_what_the_base_is_held_in(tmp_path, capsys):
     assert result(tmp_path, "int4")["method"] == "qlora"
 
 
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_soft_prompt_beside_a_base_in_few_bits(tmp_path, capsys, format):
+    """It is trained beside the codes, and goes on the base in any form."""
+    base(tmp_path / "base", n_embd=64)
+    assert run(tmp_path, "--method", "prompt", "--quantize", format, "--num-virtual-tokens", "4", task="lm") == 0
+    assert f"the base in {format}{' with double quantisation' * (format == 'nf4')}" in capsys.readouterr().out
+    source = read_checkpoint(tmp_path / "out" / "last").source
+    assert run(tmp_path, "--method", "prompt", "--num-virtual-tokens", "4", task="lm", out="plain") == 0
+    of = [result(tmp_path, out)["value"] for out in ("out", "plain")]
+    assert of[0] != of[1] and of[0] == pytest.approx(of[1], rel=0.05)
+    assert source["base"] != read_checkpoint(tmp_path / "plain" / "last").source["base"]
+    assert gptfast("finetune", "--resume", "--out", tmp_path / "out", "--max-steps", "10") == 0
+    for options in ({}, {"quantize": format}):
+        model = GPT.from_pretrained(tmp_path / "base", **options)
+        model.load_adapter(tmp_path / "out" / "best")
+        assert len(model.generate([[1, 2]], 3)[0]) == 5
+
+
 def test_another_base_is_told_by_its_codes(tmp_path, capsys):
     """Only a matrix that is held in codes differs."""
     base(tmp_path / "base", n_embd=64)

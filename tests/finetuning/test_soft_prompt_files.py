@@ -116,6 +116,12 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         ),
         "x is unexpected",
     ),
+    "nan": (
+        lambda f: save_file(
+            {"prompt_embeddings": torch.ones(N, 32).fill_diagonal_(torch.nan)}, f / "adapter_model.safetensors"
+        ),
+        r"adapter_model\.safetensors: prompt_embeddings holds nan or infinities",
+    ),
     "another length": (lambda f: change(f, num_virtual_tokens=4), r"is \(6, 32\) and the configuration says 4"),
     "another width": (
         lambda f: save_file({"prompt_embeddings": torch.ones(N, 64)}, f / "adapter_model.safetensors"),

@@ -135,7 +135,13 @@ def test_the_base_is_found_or_asked_for(tmp_path):
         TaskModel.from_pretrained(tmp_path / "moved", task="choice", base=tmp_path / "moved")
 
 
-@pytest.mark.parametrize("damage", ["labels", "rows", "half"])
+def spoil(file, key: str) -> None:
+    tensors = load_file(file)
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("damage", ["labels", "rows", "half", "rows of nan", "a head of nan"])
 def test_damaged_folders_are_refused(tmp_path, damage):
     adapted(tmp_path, "classification").save_adapter(tmp_path / "adapter")
     file = tmp_path / "adapter" / "task_config.json"
@@ -144,7 +150,12 @@ def test_damaged_folders_are_refused(tmp_path, damage):
         file.write_text(json.dumps({**raw, "labels": ["a", "b", "c"]}))
     elif damage == "rows":
         save_file({"wte": torch.zeros(1, 7)}, tmp_path / "adapter" / "special_tokens.safetensors")
+    elif damage == "rows of nan":
+        spoil(tmp_path / "adapter" / "special_tokens.safetensors", "wte")
+    elif damage == "a head of nan":
+        spoil(tmp_path / "adapter" / "adapter_model.safetensors", "base_model.model.score.weight")
     else:
         (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path / "adapter")):
+    said = r".*(wte|score\.weight) holds nan" if "nan" in damage else ""
+    with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path / "adapter") + said):
         TaskModel.from_pretrained(tmp_path / "adapter")

@@ -178,6 +178,14 @@ def test_damaged_settings(tmp_path, change, text):
     assert text in str(error.value)
 
 
+def test_a_head_that_is_not_finite_is_refused(tmp_path):
+    model = hf_model("GPT2ForSequenceClassification")
+    torch.nn.init.constant_(model.score.weight, torch.inf)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"score\.weight holds nan or infinities"):
+        TaskModel.from_pretrained(tmp_path)
+
+
 def test_another_summary_is_refused(tmp_path):
     hf_model("GPT2DoubleHeadsModel", summary_activation="tanh").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="summary_activation is 'tanh'; gptfast computes None"):
