@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from gptfast._folders import staged_folder
+from gptfast._large_files import write_pieces
 from gptfast._snapshots import WEIGHTS
 from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.weight_files import INDEX, SINGLE
@@ -25,6 +25,18 @@ from gptfast.models.quantized import format_of
 from gptfast.nn.difference import check_values, difference, true_config
 from gptfast.nn.transformer import Transformer
 
+_KINDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -118,7 +130,7 @@ class Description:
             if self.generation is not None:
                 write_json(stage / GENERATION, self.generation)
             for file, names in zip(files, shards, strict=True):
-                write_tensors(stage / file, _apart({name: self.read(name).contiguous().cpu() for name in names}))
+                write_tensors(stage / file, {name: self.read(name) for name in names})
             if len(shards) > 1:
                 weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
                 total = sum(self.sizes.values())
@@ -139,16 +151,6 @@ def _named_tensors(model: Transformer, config: GPTConfig) -> dict[str, Tensor]:
     return out
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, where blocks share a tensor each with a copy of its own, as the file has no other way."""
-    seen: set[int] = set()
-    out: dict[str, Tensor] = {}
-    for name, x in tensors.items():
-        out[name] = x.clone() if x.data_ptr() in seen else x
-        seen.add(x.data_ptr())
-    return out
-
-
 def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -166,16 +168,33 @@ def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    path.touch()
-    mode = path.stat().st_mode & 0o777  # as the umask has it; safetensors makes files for their owner alone
-    try:
-        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
-        path.chmod(mode)
-    except SafetensorError as error:  # how safetensors reports a failed write
-        code = re.search(r"os error (\d+)", str(error))
-        number = int(code[1]) if code else errno.EIO
-        raise OSError(number, os.strerror(number)) from error
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file: the bytes that `safetensors.torch.save_file` writes, past the system's cache.
+
+    Args:
+        path: of the file.
+        tensors: on any device; what two of them share is written for each.
+        metadata: beside format = pt.
+    Raises:
+        OSError: as `write_pieces`.  TypeError: a dtype that such a file cannot have.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each is aligned
+    at = 0
+    for name in names:
+        x = tensors[name]
+        if x.dtype not in _KINDS:
+            raise TypeError(f"{path}: {name} has dtype {x.dtype}; expected one of {', '.join(map(str, _KINDS))}")
+        entries[name] = {"dtype": _KINDS[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + x.nbytes]}
+        at += x.nbytes
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    begin = len(header).to_bytes(8, "little") + header
+    write_pieces(path, chain([memoryview(begin)], (_content(tensors[name]) for name in names)), len(begin) + at)
+
+
+def _content(x: Tensor) -> memoryview:
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _bytes(size: int | str) -> int:

@@ -28,6 +28,7 @@ from gptfast._files import checksum
 from gptfast._folders import staged_folder, sync
 from gptfast._json import NULL, items, read_json
 from gptfast._json import field as json_field
+from gptfast._large_files import sum_of, summed
 from gptfast._snapshots import EVERYTHING, current, current_files
 from gptfast.models.export import write_tensors
 from gptfast.ops.gemm import implementations_of
@@ -125,12 +126,16 @@ def write_checkpoint(
         OSError: as `save_checkpoint`.
     """
     with staged_folder(folder, replaces=EVERYTHING) as stage:
-        known = content(stage)
+        with summed() as sums:
+            known = content(stage)
         if tokenizer is not None:
             tokenizer.save(stage)
         with ThreadPoolExecutor() as pool:  # syncing waits for the disk while checksums use the CPU
             synced = [pool.submit(sync, file) for file in stage.iterdir()]
-            files = {file.name: known.get(file.name) or checksum(file) for file in sorted(stage.iterdir())}
+            files = {
+                file.name: known.get(file.name) or sum_of(file, sums) or checksum(file)
+                for file in sorted(stage.iterdir())
+            }
         for result in synced:
             result.result()
         trainer = {**trainer, "files": files}
