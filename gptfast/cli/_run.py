@@ -32,6 +32,8 @@ def describe(run: Run) -> list[str]:
         place = f"{torch.cuda.get_device_name(trainer.device)}, eager PyTorch"
     if trainer.ranks is not None and trainer.ranks.size > 1:
         place += f", {trainer.ranks.size} processes"
+        if trainer.ranks.tensor > 1:
+            place += f", {trainer.ranks.tensor} to a layer"
     products = f"{train.dtype} products" + (f" ({trainer.dtype_reason})" if trainer.dtype_reason else "")
     limits = [f"{train.max_steps:,} steps"] if train.max_steps else []
     limits += [f"{train.max_minutes:g} min"] if train.max_minutes else []

@@ -53,7 +53,7 @@ def train(options: dict[str, Any]) -> None:
     transformers. Ctrl-C saves and stops; --resume continues.
 
     torchrun --nproc-per-node 2 -m gptfast train ... trains in two processes;
-    --parallel fsdp divides the model among them.
+    --parallel fsdp divides the model among them, --tensor-parallel 2 its layers.
     """
     from gptfast.training.run_file import merged_options, whole_options
 
@@ -65,12 +65,13 @@ def train(options: dict[str, Any]) -> None:
     from gptfast.malloc import return_memory, tune_malloc
     from gptfast.training.join import joined
 
-    sharding = options.get("reshard", SHARDING[0]) if options.get("parallel") == "fsdp" else ""
+    tensor = max(1, options.get("tensor_parallel", 1))  # checked where one process speaks
+    sharding = options.get("reshard", SHARDING[0]) if options.get("parallel") == "fsdp" or tensor > 1 else ""
     if sharding:  # whose memory is to be small
         return_memory()
     else:
         tune_malloc()
-    with joined(options.get("timeout", TIMEOUT), options.get("device", "auto"), sharding) as ranks:
+    with joined(options.get("timeout", TIMEOUT), options.get("device", "auto"), sharding, tensor) as ranks:
         signal = _train(options, ranks)
     if signal is not None:
         raise typer.Exit(128 + signal)

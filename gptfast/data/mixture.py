@@ -27,6 +27,8 @@ from gptfast.data.sampler import WindowSampler, derived_seed, permute
 from gptfast.data.token_file import TokenFile
 
 _BLOCK = 4096  # rows in which every source has its share, to within one row
+_MOST = 1e300  # weight, so that sums are finite
+_LEAST = 2.0**-31  # share of a source: rows are dealt in blocks that have one of it
 _KEYS = {"name": str, "data": str, "weight": (int, float), "glob": (str, list), "text_field": str}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -59,6 +61,7 @@ def read_mixture(path: str | Path) -> list[Source]:
     tables = content.get("source")
     if (
         not isinstance(tables, list)
+        or not tables
         or not all(isinstance(table, dict) for table in tables)
         or set(content) != {"source"}
     ):
@@ -66,8 +69,22 @@ def read_mixture(path: str | Path) -> list[Source]:
     names = [_checked(path, number, table) for number, table in enumerate(tables, 1)]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{path}: two sources are named {twice[0]}; give each its own name")
+    return [
+        Source(table["name"], _place(path, table), share, table.get("glob"), table.get("text_field"))
+        for table, share in zip(tables, _shares(path, tables), strict=True)
+    ]
+
+
+def _shares(path: Path, tables: list[dict[str, Any]]) -> list[float]:
     total = math.fsum(table["weight"] for table in tables)
-    return [Source(t["name"], _place(path, t), t["weight"] / total, t.get("glob"), t.get("text_field")) for t in tables]
+    shares = [table["weight"] / total for table in tables]
+    for table, share in zip(tables, shares, strict=True):
+        if share < _LEAST:
+            raise ValueError(
+                f"{path}: source {table['name']}: weight is {table['weight']}, {share:.1g} of all; expected at least a row in "
+                "2**31 - leave the source out, or give it more"
+            )
+    return shares
 
 
 def _checked(path: Path, number: int, table: dict[str, Any]) -> str:
@@ -88,7 +105,7 @@ def _checked(path: Path, number: int, table: dict[str, Any]) -> str:
             raise TypeError(f"{here}: {key} is {value!r}; expected {'a number' if key == 'weight' else 'text'}")
     if not _NAME.fullmatch(table["name"]):
         raise ValueError(f"{here}: a name has letters, digits, '.', '_' and '-'; it is the name of a folder")
-    if not 0 < table["weight"] < math.inf:
+    if not 0 < table["weight"] < _MOST:
         raise ValueError(
             f"{here}: weight is {table['weight']}; expected a finite number above 0 (leave the source out for 0)"
         )

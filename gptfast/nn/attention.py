@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -49,13 +49,13 @@ class CausalSelfAttention(torch.nn.Module):
 
         Args:
             x: (B, T, C).
-            rng: (seed, offset), or with the number of x's first row in the whole batch, of the attention dropout; None takes the next of the module's own counter
-                (`gptfast.ops.streams`).
+            rng: (seed, offset), or with the number of x's first row in the whole batch, of the attention dropout; None takes
+                the next of the module's own counter (`gptfast.ops.streams`).
             cache: keys and values of earlier positions (`KVCache.start` was called); without dropout.
             cu_seqlens: ends of the texts that a row is packed of, see `gptfast.ops.causal_attention`; B = 1.
             adapters: of this forward; None: the active ones.
         """
-        B, T, C = x.shape
+        B, T, _ = x.shape
         qkv = call(self.c_attn, adapters, x).view(B, T, 3, self.n_head, self.head_dim)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # B H T D, views of one buffer
         if cache is not None:
@@ -66,8 +66,12 @@ class CausalSelfAttention(torch.nn.Module):
             options = {"dropout_p": p, "seed": seed, "offset": offset, "cu_seqlens": cu_seqlens}
             if row:
                 options["first_row"] = row[0]
-            out = ops.causal_attention(q, k, v, window=self.window, **options)
-        return call(self.c_proj, adapters, out.transpose(1, 2).reshape(B, T, C))
+            out = self.attend(q, k, v, **options)
+        return call(self.c_proj, adapters, out.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """(B, H, T, D) each; options of `gptfast.ops.causal_attention`."""
+        return ops.causal_attention(q, k, v, window=self.window, **options)
 
     def extra_repr(self) -> str:
         sizes = f"n_head={self.n_head}, head_dim={self.head_dim}"

@@ -25,8 +25,9 @@ from gptfast._snapshots import EVERYTHING, current
 from gptfast.data.packing import Batch
 from gptfast.models import GPT, export
 from gptfast.training.batch_loss import batch_loss
+from gptfast.training.division import local
 from gptfast.training.ranks import Ranks
-from gptfast.training.sharding import free, local, plan_pass
+from gptfast.training.sharding import free, plan_pass
 
 BATCHES, ABOUT = "batches.safetensors", "step.json"
 

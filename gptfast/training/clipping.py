@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gptfast.training.division import is_sharded, local
 from gptfast.training.ranks import Ranks
-from gptfast.training.sharding import is_sharded, local, total_norm
+from gptfast.training.sharding import total_norm
 
 _LEAST = 1e-6  # added to the norm, as clip_grad_norm_ does
 

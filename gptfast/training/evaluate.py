@@ -51,7 +51,7 @@ def evaluate(
 
     ranks: take the pieces of the batches in turns; the sums are those of one process, to the bit.
     """
-    size, rank = (1, 0) if ranks is None else (ranks.size, ranks.rank)
+    size, rank = (1, 0) if ranks is None else (ranks.shares, ranks.share)
     together = ranks is not None and bool(ranks.sharding)  # a rank without a piece runs another one
     was_training = model.training
     model.eval()

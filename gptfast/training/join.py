@@ -30,7 +30,7 @@ def is_started_by_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(timeout: float, device: str = "auto", sharding: str = "") -> Ranks | None:
+def join(timeout: float, device: str = "auto", sharding: str = "", tensor: int = 1) -> Ranks | None:
     """This process among the others; None where it was started alone.
 
     Every attempt of torchrun has keys of its own in the store that they share: else gloo would connect to the addresses of
@@ -39,11 +39,17 @@ def join(timeout: float, device: str = "auto", sharding: str = "") -> Ranks | No
     Args:
         timeout: seconds to wait for the others, here and later.
         device: as in `TrainConfig`; on GPUs each process takes the one of its local rank.
-        sharding: as in `Ranks`.
+        sharding, tensor: as in `Ranks`.
     Raises:
-        RuntimeError: the port is in use, or not all came.  ValueError: a variable is not a number.
+        RuntimeError: the port is in use, or not all came.  ValueError: a variable is not a number, or `tensor` is not 1
+            where this process was started alone.
     """
     if not is_started_by_launcher():
+        if tensor > 1:
+            raise ValueError(
+                f"train: `tensor_parallel` is {tensor} but there is 1 process; start several: torchrun --nproc-per-node "
+                f"{tensor} -m gptfast train ..."
+            )
         return None
     rank, size = _number("RANK"), _number("WORLD_SIZE")
     if not 0 <= rank < size:
@@ -67,17 +73,16 @@ def join(timeout: float, device: str = "auto", sharding: str = "") -> Ranks | No
                 "they print, and check that they reach each other (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
             ) from error
     run_store = dist.PrefixStore("gptfast/run", shared)  # pyright: ignore[reportPrivateImportUsage]
-    ranks = Ranks(rank, size, store, run_store, place, timeout, sharding)
-    if ranks.sharding:
-        _ = ranks.mesh  # now, while all do
-    return ranks
+    return Ranks(rank, size, store, run_store, place, timeout, sharding, tensor)
 
 
 @contextmanager
-def joined(timeout: float, device: str = "auto", sharding: str = "") -> Iterator[Ranks | None]:
+def joined(timeout: float, device: str = "auto", sharding: str = "", tensor: int = 1) -> Iterator[Ranks | None]:
     """`join` around a block. Where several ranks fail, the first raises its error and the others end in silence."""
-    ranks = join(timeout, device, sharding)
+    ranks = join(timeout, device, sharding, tensor)
     try:
+        if ranks is not None:
+            ranks.connect()
         yield ranks
     except Exception:
         if dist.is_initialized() and ranks is not None:
@@ -139,12 +144,20 @@ def _await_all(store: Any, rank: int, size: int, timeout: float) -> None:
         RuntimeError: some did not; it names them.
     """
     end = time.monotonic() + timeout
-    store.set(f"here/{rank}", "")
     missing = list(range(size))
-    while missing := [r for r in missing if not store.check([f"here/{r}"])]:
-        if time.monotonic() > end:
-            raise RuntimeError(
-                f"train: rank {rank} of {size} waited {timeout:g} s (`timeout`), but rank {', '.join(map(str, missing))} "
-                "did not come; start all processes at about the same time, with the same MASTER_ADDR and MASTER_PORT"
-            )
-        time.sleep(0.02)
+    try:
+        store.set(f"here/{rank}", "")
+        while missing := [r for r in missing if not store.check([f"here/{r}"])]:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.02)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"train: rank {rank} of {size} lost the process that keeps the store while it waited for the others; see what that "
+            "one prints, and start all again"
+        ) from error
+    if missing:
+        raise RuntimeError(
+            f"train: rank {rank} of {size} waited {timeout:g} s (`timeout`), but rank {', '.join(map(str, missing))} "
+            "did not come; start all processes at about the same time, with the same MASTER_ADDR and MASTER_PORT"
+        )

@@ -55,7 +55,7 @@ class LanguageModelling(Objective):
         if ranks is not None:
             check_ranks(config, ranks)
         self.ranks, rows = ranks, config.batch_size if ranks is None else ranks.rows(config.batch_size)
-        self._first = 0 if ranks is None else ranks.rank * rows
+        self._first = 0 if ranks is None else ranks.share * rows
         model.dropout_row, self._slow = self._first, SlowRanks()
         self._step: Any = torch.compile(model, fullgraph=True) if config.compile else model
         row_length(0, self.block_size, config)  # refuses what cannot be cut
@@ -111,14 +111,14 @@ class LanguageModelling(Objective):
     def keep(self, folder: Path, batches: list[Batch], about: dict[str, Any]) -> str:
         network = self.network
         if self.ranks is not None and self.ranks.sharding:
-            network = whole_copy(network, self.ranks.is_main)
+            network = whole_copy(network, self.ranks)
             if not self.ranks.is_main:
                 return ""
         bad_step.keep(folder, network, batches, about)
         return f"python -m gptfast.training.bad_step {quote(str(folder))}"
 
     def restore(self, folder: Path) -> None:
-        put(self.network, stored(folder)[1])
+        put(self.network, stored(folder)[1], self.ranks)
 
     def writer(self, copy: bool) -> Callable[[Path], None]:
         export.check(self.network, patched=True)  # a probe in forward must not cost a run its checkpoints

@@ -41,7 +41,7 @@ _TRAIN = tuple(options_of(TrainConfig))
 _MAY_CHANGE = MAY_CHANGE | {
     *("max_minutes", "lr_decay_steps", "eval_batches", "keep_last", "on_spike"),
     *("data", "tensorboard", "parallel", "timeout"),
-    *("reshard", "async_save"),
+    *("reshard", "async_save", "tensor_parallel"),
     *("log_to", "find_batch_size", "compile"),
 }
 GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary: as it is, and padded as nanoGPT does

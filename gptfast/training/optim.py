@@ -14,12 +14,14 @@ _MOMENTUM = 0.95  # Muon
 
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:
-    """The non-empty parameter groups: matrices and embeddings decay; vectors (biases, LayerNorms) do not."""
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    """The non-empty parameter groups: matrices and embeddings decay; vectors (biases, LayerNorms) do not. Where some are divided
+    among other ranks than the rest, they have groups of their own: a step of torch takes one kind at a time."""
+    found: dict[tuple[bool, int], list[nn.Parameter]] = {}
+    for p in sorted(parameters, key=lambda p: p.dim() < 2):
+        found.setdefault((p.dim() < 2, len(getattr(p, "placements", ()))), []).append(p)
+    return [
+        {"params": group, "weight_decay": 0.0 if is_vector else weight_decay} for (is_vector, _), group in found.items()
     ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:

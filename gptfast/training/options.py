@@ -104,6 +104,13 @@ class RunOptions(PlaceOptions):
         allowed=SHARDING,
         group=RUN,
     )
+    tensor_parallel: int = option(
+        1,
+        "How many processes in a row divide every attention, by heads, and every MLP: they see the same rows, and each has a part "
+        "of the activations too. Goes with fsdp, which divides the parameters further among all that remain.",
+        allowed=Whole(1),
+        group=RUN,
+    )
     timeout: float = option(
         TIMEOUT,
         "Seconds after which a process of torchrun that does not come, or does not answer, is an error.",
@@ -140,6 +147,11 @@ class RunOptions(PlaceOptions):
 
     def __post_init__(self) -> None:
         check_fields("train", self)
+        if self.tensor_parallel > 1 and self.parallel == "ddp":
+            raise ValueError(
+                f"train: `tensor_parallel` is {self.tensor_parallel} but `parallel` is ddp, where each process has the whole "
+                "model; use `parallel` fsdp, or leave `tensor_parallel` out"
+            )
 
 
 def start_of(options: Mapping[str, Any]) -> str:

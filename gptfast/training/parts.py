@@ -3,7 +3,8 @@
     optimizer-00001-of-00002.safetensors   rank 0's part of the optimizers' state, and so on
 
 These are files of torch.distributed.checkpoint (its HuggingFaceStorageWriter): what each holds stands in its header, and any
-number of processes reads its own parts. The model's parts go to part-*.safetensors for the time of a save; rank 0 reads them as
+number of processes reads its own parts. A file has one box of a tensor, so with tensor parallelism, where a rank has some rows
+each of queries, keys and values, it writes three. The model's parts go to part-*.safetensors for the time of a save; rank 0 reads them as
 it fills the files of the model, so no process holds more of the model than one file of it.
 """
 
@@ -13,7 +14,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from gptfast.checkpoints import hf_layout
 from gptfast.models import GPT
 from gptfast.models.export import Description, described, write_tensors
 from gptfast.training.checkpoint import OPTIMIZER
+from gptfast.training.division import Box, Division, division_of, is_sharded, local
 from gptfast.training.optim import empty_optimizer_tensors, optimizer_tensors, restore_optimizers
 from gptfast.training.ranks import Ranks
-from gptfast.training.sharding import is_sharded, local, rows_of
 
 _PART = re.compile(r"optimizer-(\d+)-of-(\d+)\.safetensors")
 _WHAT = "the checkpoint"
@@ -51,11 +52,16 @@ class Parts:
         self, ranks: Ranks, number: int, model: GPT, optimizers: Sequence[torch.optim.Optimizer], copy: bool
     ) -> None:
         self._ranks, self._key = ranks, f"save/{number}"
+        parameters = dict(model.named_parameters())
+        self._divisions = {name: division_of(name, p, ranks) for name, p in parameters.items()}
+        self._model = _own(parameters, ranks, copy)
         state = optimizer_tensors(model, optimizers)
-        own = {name: x for name, x in state.items() if is_sharded(x) or ranks.is_main}
-        self._offsets = {name: [rows_of(x)[0], *[0] * (x.dim() - 1)] if x.dim() else [] for name, x in own.items()}
-        self._state = _filled(own, copy)
-        self._model = _filled(dict(model.named_parameters()), copy)
+        files = 3 if ranks.tensor > 1 else 1
+        self._state: list[dict[str, tuple[list[int], Tensor]]] = [{} for _ in range(files)]  # offsets, values
+        for name, x in _own(state, ranks, copy).items():
+            pieces = division_of(name, state[name], ranks).pieces(x) if x.dim() else [((), x)]
+            for file, (box, piece) in zip(self._state, pieces, strict=False):
+                file[name] = [s.start for s in box], piece
         with torch.device("meta"):
             twin = GPT(model.config)
         twin.metadata = model.metadata
@@ -92,7 +98,7 @@ class Parts:
         for rank in range(1, ranks.size):
             sums |= json.loads(ranks.ask(f"{self._key}/{rank}", _WHAT))
         files = [stage / _part(rank) for rank in range(ranks.size)]
-        put_together(self._twin, files).write(stage)
+        put_together(self._twin, files, self._divisions).write(stage)
         for file in files:
             file.unlink()
         return sums
@@ -100,40 +106,48 @@ class Parts:
     def _write(self, stage: Path) -> dict[str, str]:
         rank, size = self._ranks.rank, self._ranks.size
         write_tensors(stage / _part(rank), self._model)
-        file = stage / f"optimizer-{rank + 1:05d}-of-{size:05d}.safetensors"
-        offsets = {name: {"saved_offsets": self._offsets[name]} for name in self._state}
-        write_tensors(file, self._state, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)})
-        sync(file)
-        return {file.name: checksum(file)}
+        sums, count = {}, len(self._state)
+        for number, own in enumerate(self._state, 1 + rank * count):
+            file = stage / f"optimizer-{number:05d}-of-{size * count:05d}.safetensors"
+            offsets = {name: {"saved_offsets": at} for name, (at, _) in own.items()}
+            header = {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
+            write_tensors(file, {name: x for name, (_, x) in own.items()}, header)
+            sync(file)
+            sums[file.name] = checksum(file)
+        return sums
 
 
 def _part(rank: int) -> str:
     return f"part-{rank:05d}.safetensors"
 
 
-def _filled(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
-    """This rank's parts that are not empty, on the CPU."""
-    own = {name: local(x).detach() for name, x in tensors.items()}
+def _own(tensors: dict[str, Tensor], ranks: Ranks, copy: bool) -> dict[str, Tensor]:
+    """This rank's parts that are not empty and that no rank before it has, on the CPU."""
+    first = {
+        name: division_of(name, x, ranks).is_first if is_sharded(x) else ranks.is_main for name, x in tensors.items()
+    }
+    own = {name: local(x).detach() for name, x in tensors.items() if first[name]}
     return {name: x.to("cpu", copy=copy).contiguous() for name, x in own.items() if x.numel()}
 
 
-def put_together(twin: GPT, files: Sequence[Path]) -> Description:
+def put_together(twin: GPT, files: Sequence[Path], divisions: Mapping[str, Division]) -> Description:
     """The files of a model whose parameters stand in parts.
 
     Args:
         twin: the model without values, on the meta device.
-        files: with the rows of the first rank, of the second, and so on.
+        files: with the parts of the first rank, of the second, and so on.
+        divisions: of the parameters, by name.
     """
     whole, parts = described(twin), [safe_open(file, "pt") for file in files]
     names = [set(part.keys()) for part in parts]
 
     def read(key: str) -> Tensor:
         name = hf_layout.from_file(key) or key
-        rows = [part.get_tensor(name) for part, held in zip(parts, names, strict=True) if name in held]
-        if not rows:  # a bias that the model lacks and transformers has
+        own = {rank: part.get_tensor(name) for rank, part in enumerate(parts) if name in names[rank]}
+        if not own:  # a bias that the model lacks and transformers has
             expected = whole.read(key)
             return torch.zeros(expected.shape, dtype=expected.dtype)
-        x = torch.cat(rows) if len(rows) > 1 else rows[0]
+        x = divisions[name].put_together(own)
         return x.t() if hf_layout.is_conv1d(name) else x
 
     return Description(whole.settings, whole.generation, whole.sizes, read)
@@ -158,12 +172,37 @@ def optimizer_parts(folder: Path) -> list[Path]:
     return [found[number][0] for number in range(1, count + 1)]
 
 
-def read_parts(files: Sequence[Path], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+class _Boxes(Tensor):
+    """A tensor of which this process has some boxes: what torch.distributed.checkpoint fills."""
+
+    boxes: dict[torch.Size, Tensor]
+
+    @staticmethod
+    def __new__(cls, shape: torch.Size, pieces: Iterable[tuple[Box, Tensor]]) -> _Boxes:
+        found = Tensor._make_wrapper_subclass(cls, shape)
+        found.boxes = {torch.Size(s.start for s in box): piece for box, piece in pieces}
+        return found
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{func} of a tensor that is only read into")
+
+    def __create_chunk_list__(self) -> list[Any]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+        return [ChunkStorageMetadata(offsets, piece.shape) for offsets, piece in self.boxes.items()]
+
+    def __get_tensor_shard__(self, index: Any) -> Tensor:
+        return self.boxes[index.offset]
+
+
+def read_parts(files: Sequence[Path], wanted: dict[str, Tensor], ranks: Ranks | None = None) -> dict[str, Tensor]:
     """Fill tensors, of which this process may have a part only, from files that may hold them in other parts.
 
     Args:
         files: of `Parts`, or one file with whole tensors.
         wanted: by name; filled in place.
+        ranks: that divide them.
     Returns:
         Those that the files have in the same shape.
     Raises:
@@ -178,7 +217,8 @@ def read_parts(files: Sequence[Path], wanted: dict[str, Tensor]) -> dict[str, Te
     found = {name: x for name, x in wanted.items() if name in stored and stored[name].size == x.shape}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it is meant here
-        load({name: x for name, x in found.items() if x.dim()}, storage_reader=reader, no_dist=True)
+        boxes = {n: _Boxes(x.shape, division_of(n, x, ranks).pieces(local(x))) for n, x in found.items() if x.dim()}
+        load(boxes, storage_reader=reader, no_dist=True)
     for file in files:  # the reader takes slices, which a scalar has none of
         with safe_open(file, "pt") as part:
             for name in set(part.keys()) & found.keys():
@@ -187,9 +227,13 @@ def read_parts(files: Sequence[Path], wanted: dict[str, Tensor]) -> dict[str, Te
     return found
 
 
-def load_optimizers(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def load_optimizers(
+    folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], ranks: Ranks | None = None
+) -> None:
     """Restore the optimizers' state from a checkpoint folder.
 
+    Args:
+        ranks: that divide the model.
     Raises:
         FileNotFoundError: the file is missing.
         ValueError: the file is damaged, or belongs to another model.
@@ -203,7 +247,7 @@ def load_optimizers(folder: Path, model: nn.Module, optimizers: Sequence[torch.o
     open_read(parts[0] if parts else path).close()  # its errors name the file
     try:
         if parts or any(is_sharded(p) for p in model.parameters()):
-            tensors = read_parts(parts or [path], empty_optimizer_tensors(model, optimizers))
+            tensors = read_parts(parts or [path], empty_optimizer_tensors(model, optimizers), ranks)
         else:
             tensors = load_file(path)
     except SafetensorError as error:

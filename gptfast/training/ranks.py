@@ -1,25 +1,25 @@
 """The processes of one run: what they tell each other, and how long they wait. Rank 0 writes and logs.
 
 Every collective is waited for in small sleeps: a signal is seen within a millisecond, and a rank that is dead or hangs is
-named after `timeout` seconds instead of being waited for. Sums go over the ranks in their order, whatever the collective
-would do, so that their bits depend on the number of ranks only.
+named after `timeout` seconds instead of being waited for.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
-BUCKET = 1 << 24  # numbers that are summed at a time
+from gptfast.training.collectives import Collectives
+
 GRACE = 8.0  # seconds for the others after a signal
 _LOOK = 0.5  # seconds between two looks whether a rank has failed
 _DIAGNOSIS = 2.0  # seconds in which those that live say so
+_GONE = "the store is gone with the process that kept it"
 _SLEEPS = (0.0, 0.0, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 
 
@@ -27,7 +27,7 @@ class RankLostError(RuntimeError):
     """A rank does not answer: it died, hangs, or failed by itself."""
 
 
-class Ranks:
+class Ranks(Collectives):
     """This process among those of its run.
 
     Args:
@@ -37,14 +37,24 @@ class Ranks:
         timeout: seconds after which a rank that does not take part counts as lost.
         sharding: when the ranks, which have a part of every parameter each, gather and free them: see
             `gptfast.training.sharding`; "": each has the whole model.
+        tensor: how many ranks in a row divide every attention and MLP (`gptfast.training.tensor_parallel`) and see the same
+            rows; with `sharding`.
 
     waited: seconds that this process has waited for others. seconds: of the last step's passes, without waiting, by rank.
     """
 
     def __init__(
-        self, rank: int, size: int, store: Any, run_store: Any, device: torch.device, timeout: float, sharding: str = ""
+        self,
+        rank: int,
+        size: int,
+        store: Any,
+        run_store: Any,
+        device: torch.device,
+        timeout: float,
+        sharding: str = "",
+        tensor: int = 1,
     ) -> None:
-        self.rank, self.size, self.device, self.timeout = rank, size, device, timeout
+        self.rank, self.size, self.device, self.timeout, self.tensor = rank, size, device, timeout, tensor
         self.sharding, self.waited = sharding if size > 1 else "", 0.0
         self.seconds: list[float] = []
         self._store, self._run_store, self._done = store, run_store, 0
@@ -52,12 +62,22 @@ class Ranks:
         self.step = 0  # for messages
         self._here = f"rank {rank} of {size}"
 
-    @cached_property
-    def mesh(self) -> Any:
-        """torch's name for all ranks; they make it together, at the same time."""
-        from torch.distributed.device_mesh import init_device_mesh  # takes as long as torch
+    def connect(self) -> None:
+        """Connect the ranks that divide a model. All call it at the same time.
 
-        return init_device_mesh(self.device.type, (self.size,))
+        Raises:
+            ValueError: they cannot be divided.  RankLostError: a rank did not answer.
+        """
+        if self.size % self.tensor:
+            raise ValueError(
+                f"train: `tensor_parallel` is {self.tensor} but there are {self.size} processes; expected a number that divides "
+                "them"
+            )
+        if self.sharding:
+            try:
+                _ = self.mesh, self.data_group
+            except RuntimeError as error:
+                raise self._broken(error, "the connection") from error
 
     @property
     def is_main(self) -> bool:
@@ -66,22 +86,23 @@ class Ranks:
     @property
     def has_begun(self) -> bool:
         """Whether an earlier attempt began the run, so that what its folder holds is of this run."""
-        return self._run_store.check(["begun"])
+        return self._reach(lambda: self._run_store.check(["begun"]), "the start")
 
     def begin(self) -> None:
-        self._run_store.set("begun", "")
+        self._reach(lambda: self._run_store.set("begun", ""), "the start")
 
     def rows(self, batch_size: int) -> int:
-        """Rows of a batch that each rank takes.
+        """Rows of a batch in each of its shares.
 
         Raises:
             ValueError: the batch does not divide.
         """
-        if batch_size % self.size:
+        if batch_size % self.shares:
+            who = f"{self.size} processes" if self.tensor == 1 else f"{self.shares} groups of {self.tensor} processes"
             raise ValueError(
-                f"train: `batch_size` is {batch_size} but {self.size} processes share it; expected a multiple of {self.size}"
+                f"train: `batch_size` is {batch_size} but {who} share it; expected a multiple of {self.shares}"
             )
-        return batch_size // self.size
+        return batch_size // self.shares
 
     def exchange(self, values: Sequence[float], what: str) -> list[list[float]]:
         """The numbers of every rank, by rank. All ranks call it with equally many.
@@ -99,52 +120,8 @@ class Ranks:
         return [values.tolist() for values in found]
 
     def sum(self, values: Sequence[float], what: str) -> list[float]:
-        """Sums over the ranks, in their order."""
-        return [sum(column) for column in zip(*self.exchange(values, what), strict=True)]
-
-    def sum_gradients(self, parameters: Sequence[nn.Parameter], what: str) -> None:
-        """Replace each gradient by its sum over the ranks; one that is missing counts as 0."""
-        if self.size == 1:
-            return
-        for bucket in _buckets(parameters):
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
-            total, at = self._total(flat, what), 0
-            for p in bucket:
-                part = total[at : at + p.numel()].view_as(p)
-                p.grad = part.clone() if p.grad is None else p.grad.copy_(part)
-                at += p.numel()
-
-    def _total(self, flat: Tensor, what: str) -> Tensor:
-        """The sum of `flat` over the ranks: each adds its part of the places in the order of the ranks."""
-        if flat.is_cuda:
-            self._wait(lambda: dist.all_reduce(flat, async_op=True), what)
-            return flat
-        part = -(-flat.numel() // self.size)
-        padded = torch.nn.functional.pad(flat, (0, part * self.size - flat.numel()))
-        own, total = padded.new_empty(part), torch.empty_like(padded)
-        self.scatter_sum(own, padded, what)
-        self._wait(lambda: dist.all_gather(list(total.view(self.size, part)), own, async_op=True), what)
-        return total[: flat.numel()]
-
-    def scatter_sum(self, own: Tensor, parts: Tensor, what: str) -> None:
-        """Set `own`, (n,), to the sum over the ranks, in their order, of this rank's part of their `parts`, (size * n,)."""
-        received = torch.empty_like(parts)
-        self._wait(lambda: dist.all_to_all_single(received, parts, async_op=True), what)
-        first, *others = received.view(self.size, -1)
-        own.copy_(first)
-        for other in others:
-            own += other
-
-    def gather(self, parts: Tensor, own: Tensor, what: str) -> None:
-        """Set `parts`, (size * n,), to what the ranks have as `own`, (n,), which may be a view of this rank's part of it."""
-        into, part = list(parts.view(torch.uint8).view(self.size, -1)), own.view(torch.uint8)
-        self._wait(lambda: dist.all_gather(into, part, async_op=True), what)
-
-    def same(self, tensors: Iterator[Tensor], what: str) -> None:
-        """Give every rank the values that rank 0 has."""
-        if self.size > 1:
-            for tensor in tensors:
-                self._wait(lambda tensor=tensor: dist.broadcast(tensor.detach(), 0, async_op=True), what)
+        """Sums over the shares of a batch, in their order."""
+        return [sum(column) for column in zip(*self.exchange(values, what)[:: self.tensor], strict=True)]
 
     def main_first(self, act: Callable[[], Any], what: str, others: Callable[[], Any] | None = None) -> Any:
         """What `act` returns on rank 0; the others wait until it has, and then call `others` where there is one.
@@ -159,9 +136,10 @@ class Ranks:
                 result = act()
             except BaseException:
                 self.claims()  # before the others see it
-                self._store.set(key, "failed")
+                with suppress(RuntimeError):
+                    self._store.set(key, "failed")
                 raise
-            self._store.set(key, "done")
+            self.tell(key, "done")
             return result
         if self._told(key, what) != "done":
             raise RankLostError(f"{self._here}: rank 0 failed at {what}; its own message says why")
@@ -172,8 +150,12 @@ class Ranks:
             raise RankLostError(f"{self._here}: a rank failed; its own message says why")
 
     def tell(self, key: str, text: str) -> None:
-        """Let the others know something under a key that is used once."""
-        self._store.set(key, text)
+        """Let the others know something under a key that is used once.
+
+        Raises:
+            RankLostError: the process that kept the store is gone.
+        """
+        self._reach(lambda: self._store.set(key, text), "a message")
 
     def ask(self, key: str, what: str) -> str:
         """What a rank tells under this key, however long it takes while it lives. May be called in a thread.
@@ -184,14 +166,20 @@ class Ranks:
         return self._told(key, what, patient=True)
 
     def _told(self, key: str, what: str, patient: bool = False) -> str:
-        try:
+        def told() -> str:
             self._until(lambda: self._store.check([key]), what, 20 * self.timeout, self._check_main, patient)
             return self._store.get(key).decode()
+
+        return self._reach(told, what)
+
+    def _reach(self, act: Callable[[], Any], what: str) -> Any:
+        """What `act` returns, which uses the store; torch's errors become ours."""
+        try:
+            return act()
         except RankLostError:
             raise
         except RuntimeError as error:
-            gone = "the store is gone with the process that kept it"
-            raise RankLostError(f"{self._here}: {gone}, {self._during(what)}") from error
+            raise RankLostError(f"{self._here}: {_GONE}, {self._during(what)}") from error
 
     def claims(self) -> bool:
         """Whether this rank is the first that failed, which is the one to print why."""
@@ -220,9 +208,13 @@ class Ranks:
             work.wait()
         except RankLostError:
             raise
-        except RuntimeError as error:  # gloo's, when a connection breaks
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RankLostError(f"{self._here}: {self._lost()} {self._during(what)} ({first})") from error
+        except RuntimeError as error:
+            raise self._broken(error, what) from error
+
+    def _broken(self, error: RuntimeError, what: str) -> RankLostError:
+        """Ours for an error of gloo's or nccl's, as when a connection breaks."""
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return RankLostError(f"{self._here}: {self._lost()} {self._during(what)} ({first})")
 
     def _until(
         self,
@@ -265,19 +257,6 @@ class Ranks:
                 missing = [r for r in missing if not self._store.check([f"lives/{r}"])]
                 time.sleep(0.02)
         except RuntimeError:
-            return "the store is gone with the process that kept it, and a rank did not answer"
+            return f"{_GONE}, and a rank did not answer"
         names = ", ".join(map(str, missing)) or "of the others one"
         return f"rank {names} did not answer"
-
-
-def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters of one dtype and device, at most `BUCKET` numbers together, or one larger one; the same in every step."""
-    bucket: list[nn.Parameter] = []
-    for p in parameters:
-        full = sum(q.numel() for q in bucket) + p.numel() > BUCKET
-        if bucket and (full or (p.dtype, p.device) != (bucket[0].dtype, bucket[0].device)):
-            yield bucket
-            bucket = []
-        bucket.append(p)
-    if bucket:
-        yield bucket

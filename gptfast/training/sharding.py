@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.models import GPT
+from gptfast.training.division import division_of, fill, gathered, local
 from gptfast.training.ranks import Ranks
 
-if TYPE_CHECKING:  # to import them takes as long as torch
+if TYPE_CHECKING:  # to import it takes as long as torch
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
 
 def shard(model: GPT, ranks: Ranks, dtype: torch.dtype, values: Callable[[str], Tensor] | None = None) -> None:
@@ -39,15 +39,23 @@ def shard(model: GPT, ranks: Ranks, dtype: torch.dtype, values: Callable[[str], 
         dtype: of the products.
         values: the whole tensor of a parameter, by name; called in the order of named_parameters, and each is dropped once
             its module is divided. None: the model has its values.
+    Raises:
+        ValueError: the heads, or the units of an MLP, do not divide among the ranks of a share.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # what a block does with the output of its parts is never in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    if ranks.tensor > 1:
+        from gptfast.training.tensor_parallel import check_shape, divide
+
+        check_shape(model.config, ranks.tensor)
     mesh, policy = ranks.mesh, MixedPrecisionPolicy()
     if dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in _filled(model, values):
+        if ranks.tensor > 1:
+            divide(part, ranks)
         fully_shard(part, mesh=mesh, reshard_after_forward=ranks.sharding != "step", mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for name, module in _sharded(model):
@@ -91,40 +99,18 @@ def free(model: nn.Module) -> None:
         module.reshard()
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank has a part of the tensor only."""
-    return hasattr(tensor, "device_mesh")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, which shares its memory; the tensor itself where it is whole."""
-    return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
-
-
-def rows_of(tensor: Tensor) -> tuple[int, int]:
-    """The first row that this rank has of a tensor, and the one after its last."""
-    if not is_sharded(tensor):
-        return 0, len(tensor)
-    mesh = cast("DTensor", tensor).device_mesh
-    each = -(-tensor.shape[0] // mesh.size())
-    first = min(tensor.shape[0], mesh.get_local_rank() * each)
-    return first, first + len(local(tensor))
-
-
-@torch.no_grad()
-def put(model: nn.Module, values: Callable[[str], Tensor]) -> None:
+def put(model: nn.Module, values: Callable[[str], Tensor], ranks: Ranks | None) -> None:
     """Give a model whole tensors, by the names of its parameters; where it is divided, its parts of them."""
     for name, p in model.named_parameters():
-        first, end = rows_of(p)
-        local(p).copy_(values(name)[first:end])
+        fill(name, p, values(name), ranks)
 
 
-def whole_copy(model: GPT, is_main: bool) -> GPT:
-    """The model with whole parameters, on the CPU, if this process `is_main`, else without values. All ranks call it."""
+def whole_copy(model: GPT, ranks: Ranks) -> GPT:
+    """The model with whole parameters, on the CPU of rank 0, elsewhere without values. All ranks call it."""
     found: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
-        tensor = cast("DTensor", p).full_tensor().detach()
-        if is_main:
+        tensor = gathered(name, p, ranks)
+        if ranks.is_main:
             found[name] = tensor.cpu()
     with torch.device("meta"):
         copy = GPT(model.config)
@@ -135,8 +121,9 @@ def whole_copy(model: GPT, is_main: bool) -> GPT:
 
 def total_norm(gradients: Sequence[Tensor], ranks: Ranks) -> float:
     """The norm of a gradient of which each rank has a part."""
-    own = float(torch.nn.utils.get_total_norm([local(g) for g in gradients]))
-    return ranks.sum([own * own], "the norm of the gradient")[0] ** 0.5
+    once = [local(g) for g in gradients if division_of("", g, ranks).is_first]
+    own = float(torch.nn.utils.get_total_norm(once))
+    return sum(row[0] for row in ranks.exchange([own * own], "the norm of the gradient")) ** 0.5
 
 
 def _sharded(model: nn.Module) -> Iterator[tuple[str, FSDPModule]]:
@@ -158,11 +145,11 @@ class _OnCpu:
 
 class _Gather(_OnCpu):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
-        self.ranks.gather(output_tensor, input_tensor, self.what)
+        self.ranks.gather(output_tensor, input_tensor, self.what, self.ranks.data_group)
 
 
 class _ScatterSum(_OnCpu):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
-        self.ranks.scatter_sum(output_tensor, input_tensor, self.what)
+        self.ranks.scatter_sum(output_tensor, input_tensor, self.what, self.ranks.data_group)

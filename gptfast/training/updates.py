@@ -193,7 +193,7 @@ class Updates:
         for optimizer in self.optimizers:
             optimizer.state.clear()
         if checkpoint.state.step:  # before the first step there is no state
-            load_optimizers(checkpoint.folder, self.objective.network, self.optimizers)
+            load_optimizers(checkpoint.folder, self.objective.network, self.optimizers, self.ranks)
         if self.average is not None:
             self.average.load(checkpoint.folder)
 

@@ -1,4 +1,5 @@
-"""`gptfast train --parallel fsdp`: the losses of one process, the bits after a kill, and checkpoints for any number."""
+"""`gptfast train --parallel fsdp` and `--tensor-parallel`: the losses of one process, the bits after a kill, and checkpoints for
+any number of processes."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from gptfast.models import GPT
 from gptfast.training.log import read_log
+from gptfast.training.parts import optimizer_parts
 from tests.support.processes import (
     STEPS,
     await_step,
@@ -25,14 +27,16 @@ from tests.support.processes import (
 from tests.support.train_command import gptfast
 
 pytestmark = pytest.mark.slow
-FSDP = ("--parallel", "fsdp")
+ROWS = ("--batch-size", "12")  # for two, three and four processes
+FSDP = ("--parallel", "fsdp", *ROWS)
+LAYERS = ("--tensor-parallel", "2")
 
 
 @pytest.fixture(scope="module")
 def alone(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in this process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    assert gptfast(*train_command(text, out)[2:]) == 0
+    assert gptfast(*train_command(text, out, *ROWS)[2:]) == 0
     return out
 
 
@@ -49,8 +53,8 @@ def two(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def differences(a: Path, b: Path, name: str = "loss") -> list[float]:
-    x, y = ({r["step"]: r[name] for r in read_log(out / "log.jsonl") if name in r} for out in (a, b))
+def differences(a: Path, b: Path, name: str = "loss", steps: int = STEPS) -> list[float]:
+    x, y = ({r["step"]: r[name] for r in read_log(o / "log.jsonl") if name in r and r["step"] <= steps} for o in (a, b))
     assert x.keys() == y.keys()
     return [abs(x[step] - y[step]) for step in x]
 
@@ -59,8 +63,8 @@ def files(out: Path) -> set[str]:
     return {path.name for path in (out / "last").iterdir()}
 
 
-def test_divided_among_two_and_four_a_run_has_the_losses_of_one(alone, two, text, tmp_path):
-    divided(4, text, tmp_path / "four", "--reshard", "step", "--recompute")
+def test_divided_among_two_and_by_layers_among_four_a_run_has_the_losses_of_one(alone, two, text, tmp_path):
+    divided(4, text, tmp_path / "four", *LAYERS, "--reshard", "step", "--recompute")
     for out in (two, tmp_path / "four"):
         assert max(differences(alone, out)) <= 1e-6
         assert max(differences(alone, out, "val_loss")) <= 1e-6
@@ -91,25 +95,24 @@ def test_a_killed_rank_of_a_divided_run_costs_no_bits(two, text, tmp_path):
             assert all(a[key].equal(b[key]) for key in a), name
 
 
-def test_two_processes_one_and_three_go_on_from_each_other(text, tmp_path, capsys):
-    sizes = ("--batch-size", "6", "--keep-last", "2")
-    expected, out = tmp_path / "alone", tmp_path / "mixed"
-    assert gptfast(*train_command(text, expected, *sizes, "--max-steps", "30")[2:]) == 0
-    both = ranks(2, *train_command(text, out, *FSDP, *sizes, "--max-steps", "30", "--async-save"))
+def test_two_processes_one_and_three_go_on_from_each_other(alone, text, tmp_path, capsys):
+    out = tmp_path / "mixed"
+    both = ranks(2, *train_command(text, out, *FSDP, *LAYERS, "--keep-last", "2", "--max-steps", "30", "--async-save"))
     await_step(out, 12, both[0])
     both[1].send_signal(signal.SIGTERM)
     found = [finish(process, 25) for process in both]
     assert [code for code, _ in found] == [128 + signal.SIGTERM] * 2, found
     assert 12 <= stored_step(out) < 30
     resume = ["train", "--resume", "--out", str(out)]
-    damaged = out / "last" / "optimizer-00002-of-00002.safetensors"
+    assert len(optimizer_parts(out / "last")) == 6  # of each process its part of queries, of keys and of values
+    damaged = out / "last" / "optimizer-00002-of-00006.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-9] + b"otherwise")
     assert gptfast(*resume, "--max-steps", "20", "--lr-decay-steps", str(STEPS)) == 0
     assert "damaged checkpoint" in capsys.readouterr().out
     assert "optimizer.safetensors" in files(out)
-    three = ["-m", "gptfast", *resume, *FSDP, "--reshard", "pass", "--max-steps", "30"]
+    three = ["-m", "gptfast", *resume, "--parallel", "fsdp", "--reshard", "pass", "--max-steps", "30"]
     found = [finish(process) for process in ranks(3, *three)]
     assert [code for code, _ in found] == [0] * 3, found
-    assert max(differences(expected, out)) <= 1e-6
+    assert max(differences(alone, out, steps=30)) <= 1e-6
     assert stored_step(out) == 30
-    assert sum(name.startswith("optimizer-") for name in files(out)) == 3
+    assert len(optimizer_parts(out / "last")) == 3

@@ -106,6 +106,8 @@ def test_prepared_sources_keep_their_tokenizer_and_must_agree(file: Path, tmp_pa
         ("weight = 3", "weight = 0", "source plays: weight is 0"),
         ("weight = 3", "weight = nan", "source plays: weight is nan"),
         ("weight = 3", "weight = inf", "source plays: weight is inf"),
+        ("weight = 3", f"weight = 1{'0' * 400}", "source plays: weight is 1000"),
+        ("weight = 3", "weight = 1e-12", "source plays: weight is 1e-12, 1e-12 of all; expected at least a row in 2"),
         ("weight = 3", "", "source plays: weight is missing"),
         ("weight = 3", "weight = '3'", "source plays: weight is '3'; expected a number"),
         ("weight = 3", "weights = 3", "source plays: unknown key weights; did you mean weight"),
