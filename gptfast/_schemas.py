@@ -47,11 +47,12 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "gelu_bwd(Tensor dout, Tensor x, Tensor? bias, bool tanh) -> (Tensor dx, Tensor dbias)",
     ),
     "layer_norm": (
-        "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+        "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, float eps, int y_type) "
+        "-> (Tensor y, Tensor mean, Tensor rstd)",
         "layer_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, int bias_type) "
         "-> (Tensor dx, Tensor dweight, Tensor dbias)",
         "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, float dropout_p, "
-        "SymInt seed, SymInt offset) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
+        "SymInt seed, SymInt offset, int y_type) -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
         "add_layer_norm_bwd(Tensor? dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor mean, Tensor rstd, "
         "int bias_type, int x_type, int residual_type, float dropout_p, SymInt seed, SymInt offset) "
         "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",

@@ -66,8 +66,8 @@ COMPILED = [
     Mutant(
         "sums over rows are kept in bf16",
         "csrc/cpu/layer_norm_bwd-inl.h",
-        "    for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T>(p, t, r, dw, db);",
-        "    for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T>(p, t, r, dw, db);\n"
+        "    for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T, ANY>(p, t, r, dw, db);",
+        "    for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T, ANY>(p, t, r, dw, db);\n"
         "    if (MUTANT && T == DType::bf16)\n"
         "      for (i64 c = 0; c + L <= p.C; c += L) {\n"
         "        alignas(64) uint16_t h[L];\n"

@@ -27,11 +27,12 @@ std::tuple<Tensor, Tensor> launch_bwd(const char* op, LayerNormParams& p, const 
   return {sum_of_parts(op, dweight, weight.scalar_type(), on.stream), sum_of_parts(op, dbias, bias_dtype, on.stream)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, double eps,
+                                       i64 y_type) {
   constexpr const char* op = "layer_norm";
   const View v = view_of(op, x);
   const Launch on(x);
-  Tensor y = new_like(op, x), weight_owner, bias_owner;
+  Tensor y = new_like(op, x, dtype_of_code(op, y_type)), weight_owner, bias_owner;
   Tensor mean = new_tensor(op, x, {2, v.R}, ScalarType::Float), rstd = new_tensor(op, x, {v.R}, ScalarType::Float);
   LayerNormParams p{};
   p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps);
@@ -46,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dy, const Tensor& x, const 
                                        const Tensor& rstd, i64 bias_type) {
   constexpr const char* op = "layer_norm";
   const View v = view_of(op, x), g = view_of(op, "dy", dy, x);
-  GPTFAST_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, op, ": dy and x differ in shape or dtype");
+  GPTFAST_CHECK(g.R == v.R && g.C == v.C, op, ": dy and x differ in shape");
   Tensor dx = new_like(op, x);
   LayerNormParams p{};
   p.x = v.rows(), p.dy = g.rows(), p.dx = mut_rows(op, dx, v.C), p.R = v.R, p.C = v.C;
@@ -56,13 +57,13 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dy, const Tensor& x, const 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                    const OptTensor& bias, double eps, double dropout_p, i64 seed,
-                                                   i64 offset) {
+                                                   i64 offset, i64 y_type) {
   constexpr const char* op = "add_layer_norm";
   const View v = view_of(op, x), r = view_of(op, "residual", residual, x);
   GPTFAST_CHECK(r.R == v.R && r.C == v.C, op, ": x and residual differ in shape");
   const Launch on(x);
   const ScalarType total_type = x.scalar_type() == residual.scalar_type() ? x.scalar_type() : ScalarType::Float;
-  Tensor total = new_like(op, x, total_type), y = new_like(op, x, total_type), weight_owner, bias_owner;
+  Tensor total = new_like(op, x, total_type), y = new_like(op, x, dtype_of_code(op, y_type)), weight_owner, bias_owner;
   Tensor mean = new_tensor(op, x, {2, v.R}, ScalarType::Float), rstd = new_tensor(op, x, {v.R}, ScalarType::Float);
   LayerNormParams p{};
   p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C), p.y = mut_rows(op, y, v.C);
@@ -87,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_bwd(const OptTensor& dy, const Op
   p.x = v.rows(), p.R = v.R, p.C = v.C, p.dropout = dropout_of(dropout_p, seed, offset);
   if (dy) g = view_of(op, "dy", *dy, total), p.dy = g.rows();
   if (dtotal) d = view_of(op, "dtotal", *dtotal, total), p.dtotal = d.rows();
-  GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && g.dtype == v.dtype && d.dtype == v.dtype, op,
-                ": gradients and total differ in shape or dtype");
+  GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && d.dtype == v.dtype, op,
+                ": gradients and total differ in shape, or dtotal and total in dtype");
   const bool own_dx = p.dropout.threshold || x_type != residual_type;
   Tensor dresidual = new_like(op, total, residual_dtype);
   Tensor dx = own_dx ? new_like(op, total, x_dtype) : new_tensor(op, total, {0}, x_dtype);

@@ -29,10 +29,10 @@ std::tuple<Tensor, Tensor> launch_bwd(const char* op, cpu::LayerNormParams& p, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                                                  double eps) {
+                                                  double eps, i64 y_type) {
   constexpr const char* op = "layer_norm";
   const RowView v = rows_of(op, x);
-  Tensor y = new_like(x), weight_owner, bias_owner;
+  Tensor y = new_like(x, dtype_of_code(op, y_type)), weight_owner, bias_owner;
   Tensor mean = new_tensor({2, v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
   cpu::LayerNormParams p{};
   p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps);
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor
                                                   const Tensor& mean, const Tensor& rstd, i64 bias_type) {
   constexpr const char* op = "layer_norm";
   const RowView v = rows_of(op, x), g = rows_of(op, dy);
-  GPTFAST_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, op, ": dy and x differ in shape or dtype");
+  GPTFAST_CHECK(g.R == v.R && g.C == v.C, op, ": dy and x differ in shape");
   Tensor dx = new_like(x);
   cpu::LayerNormParams p{};
   p.x = v.rows(), p.dy = g.rows(), p.dx = mut_rows(op, dx, v.C), p.R = v.R, p.C = v.C;
@@ -56,12 +56,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, const Tensor& residual,
                                                               const Tensor& weight, const OptTensor& bias, double eps,
-                                                              double dropout_p, i64 seed, i64 offset) {
+                                                              double dropout_p, i64 seed, i64 offset, i64 y_type) {
   constexpr const char* op = "add_layer_norm";
   const RowView v = rows_of(op, x), r = rows_of(op, residual);
   GPTFAST_CHECK(r.R == v.R && r.C == v.C, op, ": x and residual differ in shape");
   const ScalarType total_type = x.scalar_type() == residual.scalar_type() ? x.scalar_type() : ScalarType::Float;
-  Tensor total = new_like(x, total_type), y = new_like(x, total_type), weight_owner, bias_owner;
+  Tensor total = new_like(x, total_type), y = new_like(x, dtype_of_code(op, y_type)), weight_owner, bias_owner;
   Tensor mean = new_tensor({2, v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
   cpu::LayerNormParams p{};
   p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C, 2), p.y = mut_rows(op, y, v.C, 2);
@@ -86,8 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptTensor& d
   p.x = v.rows(), p.R = v.R, p.C = v.C, p.dropout = dropout_params(dropout_p, seed, offset);
   if (dy) g = rows_of(op, *dy), p.dy = g.rows();
   if (dtotal) d = rows_of(op, *dtotal), p.dtotal = d.rows();
-  GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && g.dtype == v.dtype && d.dtype == v.dtype, op,
-                ": gradients and total differ in shape or dtype");
+  GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && d.dtype == v.dtype, op,
+                ": gradients and total differ in shape, or dtotal and total in dtype");
   const bool own_dx = p.dropout.threshold || x_type != residual_type;
   Tensor dresidual = new_like(total, residual_dtype);
   Tensor dx = own_dx ? new_like(total, x_dtype) : new_tensor({0}, x_dtype);

@@ -1,14 +1,21 @@
 // LayerNorm, backward; see layer_norm-inl.h.
 #include "layer_norm-inl.h"
 
+// dy at column c of its row, of the type T of x or, where ANY, of another.
+template <DType T, bool ANY> INL F load_dy(const void* dy, DType type, i64 c, i64 n) {
+  if constexpr (ANY) return load_any(at(dy, type, c), type, n);
+  else return load_as<T>(dy, c, n);
+}
+
 // Two sums over a row of x and dy: mean(g) and mean(g xhat); adds the row's share to dweight and dbias on the way.
-template <DType T>
+template <DType T, bool ANY>
 INL void norm_means(const LayerNormParams& p, const float* weight, i64 r, float* dw, float* db, F* mean_g, F* mean_gx) {
   const void *x = row(p.x, r), *dy = row(p.dy, r);
+  const DType dy_type = p.dy.dtype;
   const F center = set(p.mean[r]), scale = set(p.rstd[r]), rest = set(-p.mean[p.R + r] * p.rstd[r]);
   F g_sum[2] = {zero(), zero()}, gx_sum[2] = {zero(), zero()};
   for_lanes_paired(p.C, [&](i64 c, i64 n, int u) __attribute__((always_inline)) {
-    const F xhat = fma(load_as<T>(x, c, n) - center, scale, rest), d = load_as<T>(dy, c, n);
+    const F xhat = fma(load_as<T>(x, c, n) - center, scale, rest), d = load_dy<T, ANY>(dy, dy_type, c, n);
     store_lanes(dw + c, fma(d, xhat, load_lanes(dw + c, n)), n);
     if (db) store_lanes(db + c, load_lanes(db + c, n) + d, n);
     const F g = d * load_lanes(weight + c, n);  // 0 in lanes past the end
@@ -20,62 +27,66 @@ INL void norm_means(const LayerNormParams& p, const float* weight, i64 r, float*
 }
 
 // The gradient of row r of what was normalised, L values at a time, to store(c, gradient, n).
-template <DType T, class Store>
+template <DType T, bool ANY, class Store>
 INL void norm_gradient(const LayerNormParams& p, const float* weight, i64 r, F mean_g, F mean_gx, Store store) {
   const void* x = row(p.x, r);
   const void *dy = p.dy.data ? row(p.dy, r) : nullptr, *dtotal = p.dtotal.data ? row(p.dtotal, r) : nullptr;
   const F center = set(p.mean[r]), scale = set(p.rstd[r]), rest = set(-p.mean[p.R + r] * p.rstd[r]);
   const char *next_x = next_row(p, p.x, r), *next_dy = next_row(p, p.dy, r);
+  const DType dy_type = p.dy.dtype;
   for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
     F d = zero();
     prefetch(next_x + c * element_size(T));
-    if (next_dy) prefetch(next_dy + c * element_size(T));
+    if (next_dy) prefetch(next_dy + c * element_size(ANY ? dy_type : T));
     if (dy) {
       const F xhat = fma(load_as<T>(x, c, n) - center, scale, rest);
       // rounded as in norm_means: a product fused with the difference would leave its rounding where both are equal
-      const F g = fma(load_as<T>(dy, c, n), load_lanes(weight + c, n), zero());
+      const F g = fma(load_dy<T, ANY>(dy, dy_type, c, n), load_lanes(weight + c, n), zero());
       d = scale * fnma(xhat, mean_gx, g - mean_g);
     }
     store(c, dtotal ? d + load_as<T>(dtotal, c, n) : d, n);
   });
 }
 
-template <DType T>
+template <DType T, bool ANY>
 static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, float* dw, float* db) {
   const MutRows &dx = p.dx, &dresidual = p.dresidual;
   const uint32_t threshold = dx.data ? p.dropout.threshold : 0;
   F mean_g = zero(), mean_gx = zero();
-  if (p.dy.data) norm_means<T>(p, t.weight, r, dw, db, &mean_g, &mean_gx);
+  if (p.dy.data) norm_means<T, ANY>(p, t.weight, r, dw, db, &mean_g, &mean_gx);
   const MutRows& only = dx.data ? dx : dresidual;
   if (!threshold && !(dx.data && dresidual.data) && only.dtype == T) {
     void* out = row(only, r);
     const bool past = only.stream;
-    norm_gradient<T>(p, t.weight, r, mean_g, mean_gx,
-                     [=](i64 c, F d, i64 n) __attribute__((always_inline)) { put_as<T>(past, out, c, d, n); });
+    norm_gradient<T, ANY>(p, t.weight, r, mean_g, mean_gx,
+                          [=](i64 c, F d, i64 n) __attribute__((always_inline)) { put_as<T>(past, out, c, d, n); });
     return;
   }
   if (threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
   void *to_x = dx.data ? row(dx, r) : nullptr, *to_residual = dresidual.data ? row(dresidual, r) : nullptr;
   const uint16_t* lanes = t.lanes;
   const float kept = dropout_scale(p.dropout);
-  norm_gradient<T>(p, t.weight, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
+  norm_gradient<T, ANY>(p, t.weight, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
     if (to_residual) store_any(at(to_residual, dresidual.dtype, c), dresidual.dtype, d, n);
     if (to_x) store_any(at(to_x, dx.dtype, c), dx.dtype, threshold ? drop(d, lanes + c, threshold, kept) : d, n);
   });
 }
 
-template <DType T> static void norm_bwd_chunks(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
+template <DType T, bool ANY> static void norm_bwd_chunks(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
   const NormBuffers t(p);
   for (i64 k = chunk_begin; k < chunk_end; k++) {
     float *dw = p.dweight + k * p.C, *db = p.dbias ? p.dbias + k * p.C : nullptr;
     __builtin_memset(dw, 0, size_t(p.C) * 4);
     if (db) __builtin_memset(db, 0, size_t(p.C) * 4);
     const i64 end = (k + 1) * kRowChunk < p.R ? (k + 1) * kRowChunk : p.R;
-    for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T>(p, t, r, dw, db);
+    for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T, ANY>(p, t, r, dw, db);
   }
 }
 static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
-  with_dtype(p.x.dtype, [&](auto t) { norm_bwd_chunks<t.value>(p, chunk_begin, chunk_end); });
+  with_dtype(p.x.dtype, [&](auto t) {
+    if (p.dy.data && p.dy.dtype != t.value) norm_bwd_chunks<t.value, true>(p, chunk_begin, chunk_end);
+    else norm_bwd_chunks<t.value, false>(p, chunk_begin, chunk_end);
+  });
   stream_end();
 }
 

@@ -61,6 +61,23 @@ template <DType T> INL Moments moments(const void* x, float* wide, i64 C) {
   return {mean, left - (mean - near), variance < 0.f ? 0.f : variance};
 }
 
+// Row r of y, of type Y, from the values that were normalised; `size` is that of an element of x.
+template <DType Y>
+static void norm_result(const LayerNormParams& p, const NormBuffers& t, const float* values, const Moments& m,
+                        float rstd, i64 r, i64 size) {
+  const F center = set(m.mean), scale = set(rstd), rest = set(-m.rest * rstd);
+  void* y = row(p.y, r);
+  const float *weight = t.weight, *bias = t.bias;
+  const bool past = p.y.stream;
+  const char *next_x = next_row(p, p.x, r), *next_residual = next_row(p, p.residual, r);
+  for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
+    prefetch(next_x + c * size);
+    if (next_residual) prefetch(next_residual + c * size);
+    const F xhat = fma(load_lanes(values + c, n) - center, scale, rest);
+    put_as<Y>(past, y, c, fma(xhat, load_lanes(weight + c, n), load_lanes(bias + c, n)), n);
+  });
+}
+
 template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_begin, i64 row_end) {
   const NormBuffers t(p);
   for (i64 r = row_begin; r < row_end; r++) {
@@ -70,22 +87,13 @@ template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_b
     p.mean[r] = m.mean;
     p.mean[p.R + r] = m.rest;
     p.rstd[r] = rstd;
-    const F center = set(m.mean), scale = set(rstd), rest = set(-m.rest * rstd);
-    void* y = row(p.y, r);
-    const float *weight = t.weight, *bias = t.bias;
     const float* values = T == DType::f32 ? static_cast<const float*>(x) : t.wide;
-    const bool past = p.y.stream;
-    const char *next_x = next_row(p, p.x, r), *next_residual = next_row(p, p.residual, r);
-    for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
-      prefetch(next_x + c * element_size(T));
-      if (next_residual) prefetch(next_residual + c * element_size(T));
-      const F xhat = fma(load_lanes(values + c, n) - center, scale, rest);
-      put_as<T>(past, y, c, fma(xhat, load_lanes(weight + c, n), load_lanes(bias + c, n)), n);
-    });
+    with_dtype(p.y.dtype, [&](auto y) { norm_result<y.value>(p, t, values, m, rstd, r, element_size(T)); });
   }
 }
 static void layer_norm_fwd(const LayerNormParams& p, i64 row_begin, i64 row_end) {
-  with_dtype(p.y.dtype, [&](auto t) { norm_fwd_rows<t.value>(p, row_begin, row_end); });
+  const DType normalised = p.residual.data ? p.total.dtype : p.x.dtype;
+  with_dtype(normalised, [&](auto t) { norm_fwd_rows<t.value>(p, row_begin, row_end); });
   stream_end();
 }
 

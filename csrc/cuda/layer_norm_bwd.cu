@@ -24,7 +24,7 @@ template <class T, int V> DEV_INLINE void read(Values<V>& v, const LayerNormPara
   load(v.xhat, static_cast<const T*>(p.x.data) + r * p.x.stride + c);
 #pragma unroll
   for (int k = 0; k < V; k++) v.dy[k] = 0.f;
-  if (p.dy.data) load(v.dy, static_cast<const T*>(p.dy.data) + r * p.dy.stride + c);
+  if (p.dy.data) load_any(v.dy, p.dy.data, p.dy.dtype, r * p.dy.stride + c);
   float weight[V];  // in L1 from the second row on
   load_any(weight, p.weight.data, p.weight.dtype, c);
   const float mean = p.mean[r], rstd = p.rstd[r], shift = -p.mean[p.R + r] * rstd;

@@ -91,14 +91,13 @@ __global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads, 2)
   const float rstd = 1.f / sqrtf((variance < 0.f ? 0.f : variance) + p.eps), shift = -remainder * rstd;
   if (t == 0) p.mean[r] = mean, p.mean[p.R + r] = remainder, p.rstd[r] = rstd;
 
-  T* y = static_cast<T*>(p.y.data) + r * p.y.stride;
   const auto finish = [&](float (&v)[V], int c) {
     float weight[V], bias[V] = {};
     load_any(weight, p.weight.data, p.weight.dtype, c);
     if (p.bias.data) load_any(bias, p.bias.data, p.bias.dtype, c);
 #pragma unroll
     for (int k = 0; k < V; k++) v[k] = fmaf(fmaf(v[k] - mean, rstd, shift), weight[k], bias[k]);
-    store(y + c, v);
+    store_any(p.y.data, p.y.dtype, r * p.y.stride + c, v);
   };
 #pragma unroll
   for (int i = 0; i < N; i++)
@@ -130,9 +129,9 @@ template <class T, Input IN> cudaError_t launch(const LayerNormParams& p, cudaSt
 
 cudaError_t layer_norm_fwd(const LayerNormParams& p, cudaStream_t stream) {
   if (!p.R) return cudaSuccess;
-  const bool mixed = p.residual.data && (p.x.dtype != p.y.dtype || p.residual.dtype != p.y.dtype);
+  const bool mixed = p.residual.data && (p.x.dtype != p.total.dtype || p.residual.dtype != p.total.dtype);
   if (mixed) return launch<float, Input::mixed_sum>(p, stream);
-  return with_dtype(p.y.dtype, [&](auto t) {
+  return with_dtype(p.x.dtype, [&](auto t) {
     using T = decltype(t);
     return p.residual.data ? launch<T, Input::sum>(p, stream) : launch<T, Input::x>(p, stream);
   });

@@ -12,6 +12,7 @@ from gptfast.nn.adapted import call
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.layer_norm import LayerNorm
+from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
 from gptfast.nn.selection import Selection
 
@@ -87,12 +88,14 @@ class Block(torch.nn.Module):
         adapters: Selection | None,
     ) -> tuple[Tensor | None, Tensor]:
         under = {} if adapters is None else {"adapters": adapters}
+        out = written_for(first_layer(self.attn, CausalSelfAttention, "c_attn"), self.ln_1, residual)
         if branch is None:
-            y = call(self.ln_1, adapters, residual)
+            y = call(self.ln_1, adapters, residual, **out)
         else:
-            y, residual = call(self.ln_1, adapters, branch, residual, **self._dropout(rng, -1))
+            y, residual = call(self.ln_1, adapters, branch, residual, **self._dropout(rng, -1), **out)
         y = self.attn(y, rng=rng, cache=cache, cu_seqlens=cu_seqlens, **under)
-        y, residual = call(self.ln_2, adapters, y, residual, **self._dropout(rng, 1))
+        out = written_for(first_layer(self.mlp, MLP, "c_fc"), self.ln_2, residual)
+        y, residual = call(self.ln_2, adapters, y, residual, **self._dropout(rng, 1), **out)
         return self.mlp(y, **under), residual
 
     def _post_norm(
@@ -120,6 +123,23 @@ class Block(torch.nn.Module):
         seed, offset, *row = rng
         options = {"dropout_p": self.resid_pdrop, "seed": seed, "offset": offset + index}
         return options | {"first_row": row[0]} if row else options
+
+
+def first_layer(module: torch.nn.Module, kind: type[torch.nn.Module], name: str) -> torch.nn.Module | None:
+    """The layer `name` of a module whose forward is that of `kind`, so that nothing else takes its input; else None."""
+    return getattr(module, name) if type(module).forward is kind.forward else None
+
+
+def written_for(reader: torch.nn.Module | None, norm: torch.nn.Module, stream: Tensor) -> dict[str, Any]:
+    """Options of the LayerNorm of a stream, (B, T, C), whose result `reader` alone takes. Under autocast a `Linear` rounds a
+    float32 input to the autocast dtype: the LayerNorm then writes that dtype, with the same bits and without float32 in
+    memory. The result is empty where the LayerNorm's dtype must stay.
+    """
+    kind = stream.device.type
+    ours = isinstance(reader, Linear) and isinstance(norm, LayerNorm) and stream.dtype == torch.float32
+    if not ours or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return {}
+    return {"out_dtype": torch.get_autocast_dtype(kind)}
 
 
 def add_branch(branch: Tensor | None, residual: Tensor, dropout: dict[str, Any]) -> Tensor:

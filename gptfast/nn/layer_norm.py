@@ -23,6 +23,7 @@ class LayerNorm(torch.nn.LayerNorm):
         seed: int | None = None,
         offset: int = 0,
         first_row: int = 0,
+        out_dtype: torch.dtype | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """LN(input), or, with a residual: (LN(sum), sum) where sum = dropout(input) + residual.
 
@@ -30,6 +31,7 @@ class LayerNorm(torch.nn.LayerNorm):
             input: (..., *normalized_shape).
             residual: None or shaped like `input`.
             dropout_p, seed, offset, first_row: dropout of `input` before the addition; see `gptfast.ops.add_layer_norm`.
+            out_dtype: of LN(…); None: that of the input or of the sum, under autocast too.
         Raises:
             ValueError: the last dimensions are not normalized_shape.
         """
@@ -42,9 +44,11 @@ class LayerNorm(torch.nn.LayerNorm):
         weight = self._weight(input)
         bias = None if self.bias is None else self.bias.flatten()
         if residual is None:
-            return ops.layer_norm(_rows(input, n), weight, bias, self.eps).view(input.shape)
+            y = ops.layer_norm(_rows(input, n), weight, bias, self.eps, out_dtype=out_dtype)
+            return y.view(input.shape)
         options = (weight, bias, self.eps, dropout_p, seed, offset)
-        y, total = ops.add_layer_norm(_rows(input, n), _rows(residual, n), *options, first_row=first_row)
+        rows = (_rows(input, n), _rows(residual, n))
+        y, total = ops.add_layer_norm(*rows, *options, first_row=first_row, out_dtype=out_dtype)
         return y.view(input.shape), total.view(input.shape)
 
     def _weight(self, input: Tensor) -> Tensor:

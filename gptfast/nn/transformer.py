@@ -14,7 +14,7 @@ from gptfast import ops
 from gptfast.config import GPTConfig
 from gptfast.nn.adapted import DROPOUTS, call, embedded
 from gptfast.nn.adapter_watch import watch, watch_rows
-from gptfast.nn.block import Block, add_branch
+from gptfast.nn.block import Block, add_branch, written_for
 from gptfast.nn.counts import Counted
 from gptfast.nn.dropout import DropoutCounter, NumberedDropouts
 from gptfast.nn.inputs import REFUSED, Packed, check_call, one_of, packed_row, padded, refuse, shifted
@@ -145,7 +145,7 @@ class Transformer(Counted, NumberedDropouts):
             adapters = self._selection(adapter_names, len(tokens), *numbers)
             tokens = tokens if padding is None else padding.compact(tokens)
             prefix = self._prefix(tokens, adapters, packed)
-            x = self._hidden(tokens, cache, numbers, adapters, packed, prefix)  # B T C, or with virtual tokens
+            x = self._hidden(tokens, cache, numbers, adapters, packed, prefix, self.lm_head)  # B T C, or with virtual
             ends = None
             if prefix is not None and x.shape[1] > tokens.shape[1]:
                 x, ends = prefix.tokens(x), prefix.ends(x)
@@ -192,9 +192,10 @@ class Transformer(Counted, NumberedDropouts):
         adapters: Selection | None,
         packed: Packed | None = None,
         prefix: Prefix | None = None,
+        reader: nn.Module | None = None,
     ) -> Tensor:
         """Hidden states before the head, (B, T, C), or with the virtual tokens of soft prompts that these rows got now (see
-        `Prefix`). Each forward has 1 + 3 n_layer dropouts, numbered in order."""
+        `Prefix`). Each forward has 1 + 3 n_layer dropouts, numbered in order. reader: the layer that alone takes them."""
         config, (seed, step) = self.config, numbers
         first, under = step * (1 + 3 * config.n_layer), {} if adapters is None else {"adapters": adapters}
         row = (self.dropout_row,) if self.dropout_row else ()
@@ -218,7 +219,7 @@ class Transformer(Counted, NumberedDropouts):
                 branch, residual = block(branch, residual, **options)
         if cache is not None:
             cache.finish(ids.shape[1])
-        return self._final_norm(branch, residual, seed, first + 3 * config.n_layer, adapters)
+        return self._final_norm(branch, residual, seed, first + 3 * config.n_layer, adapters, reader)
 
     def _prefix(self, ids: Tensor, adapters: Selection | None, packed: Packed | None) -> Prefix | None:
         """The soft prompts of this forward. Raises ValueError where they leave no room for the tokens."""
@@ -258,7 +259,13 @@ class Transformer(Counted, NumberedDropouts):
         return ops.embedding(ids, tokens) * scale + sinusoids
 
     def _final_norm(
-        self, branch: Tensor | None, residual: Tensor, seed: int, offset: int, adapters: Selection | None
+        self,
+        branch: Tensor | None,
+        residual: Tensor,
+        seed: int,
+        offset: int,
+        adapters: Selection | None,
+        reader: nn.Module | None,
     ) -> Tensor:
         """Add the last block's branch and normalise, as far as the config has these."""
         p = self.config.resid_pdrop if self.training else 0.0
@@ -267,9 +274,10 @@ class Transformer(Counted, NumberedDropouts):
             dropout["first_row"] = self.dropout_row
         if self.ln_f is None:
             return add_branch(branch, residual, dropout)
+        out = written_for(reader, self.ln_f, residual)
         if branch is None:
-            return call(self.ln_f, adapters, residual)
-        return call(self.ln_f, adapters, branch, residual, **dropout)[0]
+            return call(self.ln_f, adapters, residual, **out)
+        return call(self.ln_f, adapters, branch, residual, **dropout, **out)[0]
 
     def _take_numbers(self) -> tuple[int, int]:
         """(seed, step) of the dropouts of this forward."""

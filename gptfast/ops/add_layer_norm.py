@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from gptfast import rng
-from gptfast.backend import resolve
+from gptfast.backend import KERNEL_DTYPES, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_probability, check_same_device
 from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 from gptfast.ops._tensors import dtype_code, new_of_code
-from gptfast.ops.layer_norm import check_norm, new_statistics
+from gptfast.ops.layer_norm import check_norm, new_statistics, result_dtype
 from gptfast.ops.streams import stream
 
 
@@ -29,6 +29,7 @@ def add_layer_norm(
     offset: int = 0,
     *,
     first_row: int = 0,
+    out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """total = dropout(x) + residual;  y = layer_norm(total).  Returns (y, total).
@@ -44,9 +45,10 @@ def add_layer_norm(
             None is drawn from torch's CPU generator.
         first_row: which row of the whole batch x's first one (of dimension 0) is, where x is a part of it: the mask is then
             that of this part, as if the whole had been dropped at once.
+        out_dtype: of y, as in `layer_norm`; total keeps its own.
         backend: see `gptfast.backend`.
     Returns:
-        (y, total), both of x's shape, in the dtype that x + residual has.
+        (y, total), both of x's shape, in the dtype that x + residual has; y in out_dtype if that is given.
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range.
     """
@@ -60,15 +62,17 @@ def add_layer_norm(
         )
     check_probability(op, "dropout_p", dropout_p)
     seed, offset = stream(op, seed, offset, dropout_p > 0, first_row, math.prod(x.shape[1:-1]))
+    y_dtype = result_dtype(op, out_dtype, torch.promote_types(x.dtype, residual.dtype))
     runs_on = resolve(op, backend, x, residual, weight, bias)
     if runs_on == "eager":
-        return reference.add_layer_norm(x, residual, weight, bias, float(eps), dropout_p, seed, offset)
-    options = (float(eps), float(dropout_p), seed, offset)
+        dropout = (dropout_p, seed, offset)
+        return reference.add_layer_norm(x, residual, weight, bias, float(eps), *dropout, out_dtype=y_dtype)
+    options = (float(eps), float(dropout_p), seed, offset, KERNEL_DTYPES.index(y_dtype))
     return _fused(runs_on, x, residual, weight, bias, *options)[:2]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, _, dropout_p, seed, offset = inputs
+    x, residual, weight, bias, _, dropout_p, seed, offset, _ = inputs
     _, total, mean, rstd = output
     ctx.save_for_backward(total, weight, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
@@ -78,18 +82,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, call: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None and dtotal is None:
-        return (None,) * 8
+        return (None,) * 9
     dx, dresidual, dweight, dbias = call("add_layer_norm_bwd", dy, dtotal, *ctx.saved_tensors, *ctx.options)
     bias_type, x_type, residual_type, dropout_p = ctx.options[:4]
     if x_type == residual_type and rng.dropout_threshold(dropout_p) == 0:
         dx = dresidual
-    return dx, dresidual, dweight, dbias if bias_type >= 0 else None, None, None, None, None
+    return dx, dresidual, dweight, dbias if bias_type >= 0 else None, None, None, None, None, None
 
 
 @register_fake("add_layer_norm_fwd")
 def _(x: Tensor, residual: Tensor, *options: Any) -> tuple[Tensor, ...]:
     dtype = x.dtype if x.dtype == residual.dtype else torch.float32
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype), *new_statistics(x)
+    return new_of_code(x, x.shape, options[-1]), x.new_empty(x.shape, dtype=dtype), *new_statistics(x)
 
 
 @register_fake("add_layer_norm_bwd")

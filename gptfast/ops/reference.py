@@ -112,12 +112,19 @@ def attention(
     return (out.to(q.dtype), scores.detach().logsumexp(-1)) if return_lse else out.to(q.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     xf = _upcast(x)
     mean = xf.mean(-1, keepdim=True)
     var = (xf - mean).square().mean(-1, keepdim=True)
     y = (xf - mean) * torch.rsqrt(var + eps) * weight.to(xf.dtype)
-    return (y if bias is None else y + bias.to(xf.dtype)).to(x.dtype)
+    return (y if bias is None else y + bias.to(xf.dtype)).to(out_dtype or x.dtype)
 
 
 def add_layer_norm(
@@ -130,11 +137,13 @@ def add_layer_norm(
     seed: int = 0,
     offset: int = 0,
     first_row: int = 0,
+    *,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     offset = rng.at_row("add_layer_norm", offset, first_row, math.prod(x.shape[1:-1]))
     dropped = _keep_scaled(_upcast(x), _rows(x), dropout_p, seed, offset)
     total = (dropped + _upcast(residual)).to(torch.promote_types(x.dtype, residual.dtype))
-    return layer_norm(total, weight, bias, eps), total
+    return layer_norm(total, weight, bias, eps, out_dtype=out_dtype), total
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:

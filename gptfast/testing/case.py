@@ -102,6 +102,8 @@ def dtypes() -> list[Any]:
 def _short(value: Any) -> str:
     if isinstance(value, Tensor):
         return "_".join(map(str, value.tolist()))
+    if isinstance(value, torch.dtype):
+        return next(name for name, dtype in DTYPES.items() if dtype == value)
     return str(value)
 
 

@@ -44,8 +44,8 @@ def run(
 ) -> Run:
     """Call fn on the case's inputs and differentiate all its differentiable results against random gradients.
 
-    With `widen` the inputs, already rounded to dtype, and the upstream gradients are converted to that dtype first. The
-    call is made on `device`, with the same numbers; the results are copied back to the CPU.
+    With `widen` the inputs, already rounded to dtype, and the upstream gradients are converted to that dtype first, and so is
+    the option `out_dtype`. The call is made on `device`, with the same numbers; the results are copied back to the CPU.
     """
     generator = torch.Generator().manual_seed(seed + 1)
     wide = (lambda t: t) if widen is None else (lambda t: t.to(widen))
@@ -63,10 +63,14 @@ def run(
         for n, a in enumerate(case.inputs(dtype, seed))
     ]
     options = {k: there(v) if isinstance(v, Tensor) else v for k, v in case.options.items()}
+    incoming = options.get("out_dtype", dtype)  # what the gradients are rounded to, in each of the calls
+    if widen is not None and "out_dtype" in options:
+        options["out_dtype"] = widen
     outputs = _floats(fn(*args, **options))
     differentiable = [o for o in outputs if o.requires_grad]
     upstream = [
-        wide(torch.randn(o.shape, generator=generator).to(dtype)).to(o.dtype).to(device) for o in differentiable
+        wide(torch.randn(o.shape, generator=generator).to(dtype).to(incoming)).to(o.dtype).to(device)
+        for o in differentiable
     ]
     inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     grads = torch.autograd.grad(differentiable, inputs, upstream) if differentiable else ()
@@ -84,7 +88,8 @@ def check_case(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu
     eager_op = getattr(reference, case.op)
     ours = run(getattr(ops, case.op), case, dtype, seed=seed, device=device)
     eager = run(eager_op, case, dtype, seed=seed)
-    fine = eager if dtype == torch.float32 else run(eager_op, case, dtype, widen=torch.float32, seed=seed)
+    rounds = dtype != torch.float32 or "out_dtype" in case.options
+    fine = run(eager_op, case, dtype, widen=torch.float32, seed=seed) if rounds else eager
     exact = run(eager_op, case, dtype, widen=torch.float64, seed=seed)
     label = f"{case.op} {case.id} {dtype}"
     for_results, for_grads = SPECS[case.op].floors.get(dtype, (0.0, 0.0))

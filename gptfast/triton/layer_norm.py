@@ -24,8 +24,10 @@ from gptfast.triton._rows import load_vector, row_block, rows_of, rows_per_progr
 NO_DROPOUT = (0, 1.0, 0, 0)
 
 
-def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, y_type: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=KERNEL_DTYPES[y_type], device=x.device)
     return y, *_forward("layer_norm", x, None, weight, bias, None, y, eps, NO_DROPOUT)
 
 
@@ -38,9 +40,10 @@ def add_layer_norm_fwd(
     dropout_p: float,
     seed: int,
     offset: int,
+    y_type: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = x.dtype if x.dtype == residual.dtype else torch.float32
-    y, total = (torch.empty(x.shape, dtype=dtype, device=x.device) for _ in range(2))
+    y, total = (torch.empty(x.shape, dtype=kind, device=x.device) for kind in (KERNEL_DTYPES[y_type], dtype))
     dropout = dropout_arguments(dropout_p, seed, offset)
     return y, total, *_forward("add_layer_norm", x, residual, weight, bias, total, y, eps, dropout)
 

@@ -118,6 +118,28 @@ def test_dtypes_of_the_stream(types, dropout_p, isa):
         torch.testing.assert_close(got.double(), e, rtol=2 * eps, atol=8 * eps * e.abs().max().item())
 
 
+@pytest.mark.parametrize("C", [5, 64, 2051, 8200])
+@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("kind", DTYPES)
+def test_a_result_is_rounded_once(kind, out, C, isa):
+    """With out_dtype: the bits of the fp32 result and then `.to(out_dtype)`, forward and backward."""
+    x, residual, dy, dtotal = (torch.randn(9, C).to(DTYPES[kind]) for _ in range(4))
+    w, b = torch.randn(C), torch.randn(C)
+
+    def results(first, last, add):
+        leaves = [t.clone().requires_grad_() for t in ((x, residual, w, b) if add else (x, w, b))]
+        y, *total = ops.add_layer_norm(*leaves, out_dtype=first) if add else (ops.layer_norm(*leaves, out_dtype=first),)
+        outputs, upstream = [y.to(last), *total], [dy.to(last), dtotal][: 1 + add]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+
+    for add in (False, True):
+        once = results(DTYPES[out], DTYPES[out], add)
+        wide = results(torch.float32, DTYPES[out], add)
+        for n, (a, e) in enumerate(zip(once, wide, strict=True)):
+            assert a.dtype == e.dtype and torch.equal(a, e), f"add {add}, tensor {n}"
+        assert once[0].dtype == DTYPES[out] and once[-3].dtype == DTYPES[kind]
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_only_one_result_is_used(which):
     """The other's gradient is absent, not a tensor of zeros."""
@@ -152,6 +174,7 @@ def test_pure():
 def test_reference_gradcheck():
     x, r, w, b = (torch.randn(*s, dtype=torch.float64).requires_grad_() for s in ((3, 5), (3, 5), (5,), (5,)))
     torch.autograd.gradcheck(ops.layer_norm, (x, w, b))
+    assert ops.layer_norm(x, w, b, out_dtype=torch.float32).dtype == torch.float32
     torch.autograd.gradcheck(lambda *a: ops.add_layer_norm(*a, dropout_p=0.3, seed=1), (x, r, w, b))
 
 
@@ -159,6 +182,8 @@ def test_compiles():
     x, w, b = torch.randn(6, 16), torch.randn(16), torch.randn(16)
     check_compiles(lambda x, w, b: ops.layer_norm(x, w, b) * 2, x, w, b)
     check_compiles(lambda w: ops.layer_norm(w, w, w), w)
+    check_compiles(lambda x, w: ops.layer_norm(x, w, out_dtype=torch.bfloat16) * 2, x, w)
+    check_compiles(lambda x, w: ops.add_layer_norm(x.half(), x, w, out_dtype=torch.float16)[0], x, w)
     check_compiles(lambda x, w, b: sum(ops.add_layer_norm(x, x, w, b, dropout_p=0.3, seed=2)), x, w, b)
     check_compiles(lambda x, w: ops.add_layer_norm(x, x * 2, w)[0], x, w)
 
@@ -180,6 +205,21 @@ X, W = torch.zeros(2, 4), torch.ones(4)
         (lambda: ops.layer_norm(X, W, W[:1]), ValueError, r"layer_norm: bias has shape \(1,\)"),
         (lambda: ops.layer_norm(X, W, eps=-1.0), ValueError, "layer_norm: eps is -1.0"),
         (lambda: ops.layer_norm(X, W, eps=float("nan")), ValueError, "layer_norm: eps is nan"),
+        (
+            lambda: ops.layer_norm(X, W, out_dtype="bf16"),
+            TypeError,
+            "layer_norm: out_dtype is 'bf16'; expected None or",
+        ),
+        (
+            lambda: ops.add_layer_norm(X, X, W, out_dtype=torch.int32),
+            TypeError,
+            "add_layer_norm: out_dtype is torch.int32",
+        ),
+        (
+            lambda: ops.layer_norm(X, W, out_dtype=torch.float64),
+            TypeError,
+            "out_dtype is torch.float64; .* torch.float32",
+        ),
         (lambda: ops.layer_norm(X[:, :0], W[:0]), ValueError, r"x has shape \(2, 0\); expected \(..., C\)"),
         (lambda: ops.add_layer_norm(X, X[:1], W), ValueError, r"add_layer_norm: residual has shape \(1, 4\) but x has"),
         (lambda: ops.add_layer_norm(X, X, W, dropout_p=2.0), ValueError, "add_layer_norm: dropout_p is 2.0"),

@@ -45,11 +45,12 @@ OTHERS = {
     "take_dropout",
 }
 VARIANTS: dict[str, dict[str, Any]] = {  # beside the calls of native_calls
-    "add_layer_norm_fwd": {"x": lambda x: x.bfloat16(), "bias": None},
-    "add_layer_norm_bwd": {"dtotal": None, "bias_type": -1, "dropout_p": 0.0},
+    "add_layer_norm_fwd": {"x": lambda x: x.bfloat16(), "bias": None, "y_type": 1},
+    "add_layer_norm_bwd": {"dy": lambda dy: dy.bfloat16(), "dtotal": None, "bias_type": -1, "dropout_p": 0.0},
     "cross_entropy_in_place": {"dloss": None},
     "gelu_fwd": {"bias": None},
-    "layer_norm_bwd": {"bias_type": -1},
+    "layer_norm_bwd": {"dy": lambda dy: dy.half(), "bias_type": -1},
+    "layer_norm_fwd": {"y_type": 2},
     "linear_cross_entropy_total": {"want_weight": False},
 }
 ALL_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

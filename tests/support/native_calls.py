@@ -76,7 +76,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     }
     grouped = {"k": random(B, 1, T + 2, D), "v": random(B, 1, T + 2, D).flip(2)}
     rows, other, weight = random(R, C), random(R, C).flip(0), random(C)
-    norm = {"x": rows, "weight": weight, "bias": weight.flip(0), "eps": 1e-5}
+    norm = {"x": rows, "weight": weight, "bias": weight.flip(0), "eps": 1e-5, "y_type": 0}
     _, mean, rstd = invoke(ops, "layer_norm_fwd", norm)
     norm |= {"mean": mean, "rstd": rstd, "bias_type": 0, "dy": other, "dtotal": rows, "total": rows}
     norm |= {"residual": other, "dropout_p": 0.1, "seed": 1, "offset": 2, "x_type": 0, "residual_type": 0}

@@ -22,9 +22,9 @@ def row_kernels() -> None:
     for tanh in (True, False):
         gelu.gelu_fwd(x, w, tanh)
         gelu.gelu_bwd(x, x, w, tanh)
-    layer_norm.layer_norm_fwd(x, w, w, 1e-5)
+    layer_norm.layer_norm_fwd(x, w, w, 1e-5, 1)
     layer_norm.layer_norm_bwd(x, x, w, torch.empty(2, 64), f, 0)
-    layer_norm.add_layer_norm_fwd(x, x, w, w, 1e-5, 0.1, 1, 2)
+    layer_norm.add_layer_norm_fwd(x, x.float(), w, w, 1e-5, 0.1, 1, 2, 1)
     layer_norm.add_layer_norm_bwd(x, x, x, w, torch.empty(2, 64), f, 0, 1, 1, 0.1, 1, 2)
     dropout.dropout(x, 0.1, 1, 2)
     embedding.embedding_fwd(ids, x, x, None)
@@ -167,5 +167,5 @@ def test_one_compilation_serves_all_numbers_of_a_run(monkeypatch):
         for window, p, seed, offset in ((1, 0.1, 1, 1), (16, 0.5, 16, 16), (5, 0.25, 7, 0)):
             causal_attention.causal_attention_fwd(q, q, q, None, None, True, 0.1, p, seed, offset, window)
             dropout.dropout(q, p, seed, offset)
-            layer_norm.add_layer_norm_fwd(q, q, w, None, 1e-5, p, seed, offset)
+            layer_norm.add_layer_norm_fwd(q, q, w, None, 1e-5, p, seed, offset, 2)
     assert len(kernels) == 9 and len({kernel.hash for kernel in kernels}) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +21,9 @@ SPEC = Spec(
         rows("layer_norm", 130, 70, bias=0),
         rows("layer_norm", 5, 1023, fp32_weights=1),
         rows("layer_norm", 65, 768),
+        rows("layer_norm", 67, 40, out_dtype=torch.bfloat16),
+        rows("layer_norm", 9, 133, "strided", out_dtype=torch.float16),
+        rows("layer_norm", 5, 64, out_dtype=torch.float32),
         rows("layer_norm", 0, 8),
         rows("layer_norm", 4096, 768, bench=True),
     ],
