@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.nn.adapted import call
+from gptfast.nn.adapted import LoraLinear, SavedLinear, call
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
+from gptfast.nn.quantized import QuantizedLinear
 from gptfast.nn.selection import Selection
 
 if TYPE_CHECKING:
@@ -125,6 +126,10 @@ class Block(torch.nn.Module):
         return options | {"first_row": row[0]} if row else options
 
 
+# of the layers that round a float32 input before anything else
+_ROUNDING = tuple(kind.forward for kind in (Linear, LoraLinear, QuantizedLinear, SavedLinear))
+
+
 def first_layer(module: torch.nn.Module, kind: type[torch.nn.Module], name: str) -> torch.nn.Module | None:
     """The layer `name` of a module whose forward is that of `kind`, so that nothing else takes its input; else None."""
     return getattr(module, name) if type(module).forward is kind.forward else None
@@ -133,10 +138,12 @@ def first_layer(module: torch.nn.Module, kind: type[torch.nn.Module], name: str)
 def written_for(reader: torch.nn.Module | None, norm: torch.nn.Module, stream: Tensor) -> dict[str, Any]:
     """Options of the LayerNorm of a stream, (B, T, C), whose result `reader` alone takes. Under autocast a `Linear` rounds a
     float32 input to the autocast dtype: the LayerNorm then writes that dtype, with the same bits and without float32 in
-    memory. The result is empty where the LayerNorm's dtype must stay.
+    memory. The result is empty where the LayerNorm's dtype must stay: another class may do more with its input, as one
+    that sums its gradient over ranks.
     """
     kind = stream.device.type
-    ours = isinstance(reader, Linear) and isinstance(norm, LayerNorm) and stream.dtype == torch.float32
+    rounds = reader is not None and any(type(reader).forward is forward for forward in _ROUNDING)
+    ours = rounds and isinstance(norm, LayerNorm) and stream.dtype == torch.float32
     if not ours or kind == "meta" or not torch.is_autocast_enabled(kind):
         return {}
     return {"out_dtype": torch.get_autocast_dtype(kind)}

@@ -136,6 +136,11 @@ class Scaled(nn.Module):
         return self.inner(x * 1.1)
 
 
+class OwnLinear(gnn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input.mean()
+
+
 class OwnMLP(gnn.MLP):
     def forward(self, x: Tensor, adapters: Any = None) -> Tensor:
         return super().forward(x) + x
@@ -150,10 +155,11 @@ def test_what_others_read_stays_as_it_is():
     model = make()
     model.h[0].attn.c_attn = Scaled(model.h[0].attn.c_attn)
     model.h[1].mlp.__class__ = OwnMLP
+    model.lm_head.__class__ = OwnLinear
     with written(model) as found, torch.autocast("cpu", torch.bfloat16):
         model(ids())
         kept = {name for name, dtype in found.items() if dtype == torch.float32}
-        assert kept == {"h.0.ln_1", "h.1.ln_2"}
+        assert kept == {"h.0.ln_1", "h.1.ln_2", "ln_f"}
         assert model.hidden_states(ids()).dtype == torch.float32
     half = make().bfloat16()
     with written(half) as found, torch.autocast("cpu", torch.float16):
