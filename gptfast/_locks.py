@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -98,6 +98,15 @@ class FileLock:
             raise
 
 
+def holder(path: Path) -> tuple[Owner, bool] | None:
+    """Who holds the lock at `path`, and whether that process lives (on other machines: touched it lately); None: nobody."""
+    try:
+        owner = _parse(path.read_bytes()[:_RECORD]) or _UNKNOWN
+    except OSError:
+        return None
+    return owner, _exists(owner) if owner.machine == _machine() else _silence(path) < LEASE
+
+
 @contextmanager
 def courtesy(folder: Path, alone: bool) -> Iterator[None]:
     """Wait, half a second at most, until the readers of a folder (for `alone`) or its writer have finished.
@@ -162,10 +171,8 @@ def _open(path: Path) -> tuple[bool, int | None]:
     if path.is_symlink():
         path.unlink()  # a lock is no link, and what it leads to is not ours
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)
-    try:
+    with suppress(FileExistsError):
         return True, os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        pass
     try:
         return False, os.open(path, flags)
     except FileNotFoundError:
@@ -210,10 +217,8 @@ def _exists(owner: Owner) -> bool:
         return _ticks(owner.pid) == owner.ticks
     try:
         os.kill(owner.pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

@@ -22,6 +22,7 @@ from gptfast.cli.prepare import prepare
 from gptfast.cli.scaling import scaling
 from gptfast.cli.serve import serve
 from gptfast.cli.train import TrainCommand, train
+from gptfast.cli.watch import watch
 
 app = typer.Typer(
     name="gptfast",
@@ -52,7 +53,21 @@ def _options(
     """Train, fine-tune and run GPTs, fast on the machine you have."""
 
 
-for command in (train, finetune, generate, chat, evaluate, explain, scaling, serve, prepare, info, doctor, bench):
+for command in (
+    train,
+    watch,
+    finetune,
+    generate,
+    chat,
+    evaluate,
+    explain,
+    scaling,
+    serve,
+    prepare,
+    info,
+    doctor,
+    bench,
+):
     app.command(cls=TrainCommand if command is train else None)(command)
 _commands = app
 

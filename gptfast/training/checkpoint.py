@@ -163,6 +163,13 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         FileNotFoundError: the folder has no checkpoint of a training run.
         ValueError: trainer.json is damaged or has another version, or a file is not the one that was saved.
     """
+    checkpoint = read_trainer(folder)
+    verify(folder)
+    return checkpoint
+
+
+def read_trainer(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Read trainer.json alone, without a look at the other files. Raises: as `read_checkpoint`."""
     folder = Path(folder)
     path = current(folder, TRAINER)
     if not path.exists():
@@ -177,11 +184,9 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             "that wrote it"
         )
     try:
-        checkpoint = _parse(folder, raw)
+        return _parse(folder, raw)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); resume from another checkpoint, such as RUN/best") from error
-    verify(folder)
-    return checkpoint
 
 
 def saved_step(folder: str | os.PathLike[str]) -> int:
