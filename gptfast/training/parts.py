@@ -74,7 +74,7 @@ class Parts:
         except BaseException:
             self._ranks.claims()  # before the others see it
             raise
-        self._ranks.tell(f"{self._key}/end", "")
+        self._ranks.meet(_WHAT)
 
     def follow(self, folder: Path) -> None:
         """On the others: write the parts to the folder that rank 0 fills, and wait until it is whole.
@@ -82,19 +82,21 @@ class Parts:
         Raises:
             RankLostError: another rank failed.  OSError: they cannot be written.
         """
-        self._ranks.ask(f"{self._key}/stage", _WHAT)
+        self._ranks.meet(_WHAT)
         try:
             sums = self._write(Path(os.path.realpath(folder)) / STAGE)
         except BaseException:
             self._ranks.claims()
             raise
         self._ranks.tell(f"{self._key}/{self._ranks.rank}", json.dumps(sums))
-        self._ranks.ask(f"{self._key}/end", _WHAT)
+        self._ranks.meet(_WHAT)
+        self._ranks.meet(_WHAT)
 
     def _gathered(self, stage: Path) -> dict[str, str]:
         ranks = self._ranks
-        ranks.tell(f"{self._key}/stage", "")
+        ranks.meet(_WHAT)  # the folder is there
         sums = self._write(stage)
+        ranks.meet(_WHAT)
         for rank in range(1, ranks.size):
             sums |= json.loads(ranks.ask(f"{self._key}/{rank}", _WHAT))
         files = [stage / _part(rank) for rank in range(ranks.size)]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from gptfast.training.collectives import Collectives
 
 GRACE = 8.0  # seconds for the others after a signal
 _LOOK = 0.5  # seconds between two looks whether a rank has failed
+_PATIENCE = 20  # times `timeout` for what may take long, such as a checkpoint
 _DIAGNOSIS = 2.0  # seconds in which those that live say so
 _GONE = "the store is gone with the process that kept it"
 _SLEEPS = (0.0, 0.0, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
@@ -75,7 +78,7 @@ class Ranks(Collectives):
             )
         if self.sharding:
             try:
-                _ = self.mesh, self.data_group
+                _ = self.mesh, self.data_group, self._meeting
             except RuntimeError as error:
                 raise self._broken(error, "the connection") from error
 
@@ -146,7 +149,7 @@ class Ranks(Collectives):
         return None if others is None else others()
 
     def _check_main(self) -> None:
-        if self._store.check(["error"]):
+        if self._store.check(["error"]) and self._store.get("error").decode() != str(self.rank):
             raise RankLostError(f"{self._here}: a rank failed; its own message says why")
 
     def tell(self, key: str, text: str) -> None:
@@ -158,16 +161,39 @@ class Ranks(Collectives):
         self._reach(lambda: self._store.set(key, text), "a message")
 
     def ask(self, key: str, what: str) -> str:
-        """What a rank tells under this key, however long it takes while it lives. May be called in a thread.
+        """What a rank has told under this key.
 
         Raises:
-            RankLostError: a rank failed, or did not answer.
+            RankLostError: the process that kept the store is gone.
         """
-        return self._told(key, what, patient=True)
+        return self._reach(lambda: self._store.get(key).decode(), what)
 
-    def _told(self, key: str, what: str, patient: bool = False) -> str:
+    def meet(self, what: str) -> None:
+        """Wait until all ranks are here, however long that takes while they live; in one thread at a time.
+
+        Raises:
+            RankLostError: a rank failed, or did not come.
+        """
+        own = torch.zeros(1)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        try:
+            work = dist.all_gather(found, own, group=self._meeting, async_op=True)
+            assert work is not None
+            self._until(work.is_completed, what, _PATIENCE * self.timeout, self._check_main, patient=True)
+            work.wait()
+        except RankLostError:
+            raise
+        except RuntimeError as error:
+            raise self._broken(error, what) from error
+
+    @cached_property
+    def _meeting(self) -> Any:
+        """Connections for `meet` alone: a thread may wait there while the others are used."""
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=(_PATIENCE + 1) * self.timeout))
+
+    def _told(self, key: str, what: str) -> str:
         def told() -> str:
-            self._until(lambda: self._store.check([key]), what, 20 * self.timeout, self._check_main, patient)
+            self._until(lambda: self._store.check([key]), what, _PATIENCE * self.timeout, self._check_main)
             return self._store.get(key).decode()
 
         return self._reach(told, what)
@@ -213,8 +239,17 @@ class Ranks(Collectives):
 
     def _broken(self, error: RuntimeError, what: str) -> RankLostError:
         """Ours for an error of gloo's or nccl's, as when a connection breaks."""
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return RankLostError(f"{self._here}: {self._lost()} {self._during(what)} ({first})")
+        lost = self._lost()
+        try:
+            self._check_main()
+        except RankLostError as failed:
+            return failed
+        except RuntimeError:  # the store is gone, which `lost` says
+            pass
+        text = (
+            str(error).split("\n")[0].split("] ", 1)[-1].split(". ")[0]
+        )  # without the place in gloo's source, and advice
+        return RankLostError(f"{self._here}: {lost} {self._during(what)} ({text or type(error).__name__})")
 
     def _until(
         self,

@@ -84,6 +84,7 @@ def _work(rank: int, folder: str) -> None:
             if tensor == 2 and dtype == torch.float32:
                 _save(ranks, net, Path(folder), found)
         ranks, net = Ranks(rank, 2, store, store, CPU, 20.0, "step"), model()
+        ranks.connect()
         shard(net, ranks, torch.float32)
         own = [(x[2 * rank : 2 * rank + 2], y[2 * rank : 2 * rank + 2]) for x, y in passes()]
         net.h[1].mlp.register_forward_hook(lambda *_: _[2] * (float("nan") if rank else 1.0))
@@ -117,7 +118,8 @@ def _save_on_a_full_disk(ranks: Ranks, net: GPT, folder: Path, found: dict[str, 
     optimizer.step()
     parts, stage = Parts(ranks, 1, net, [optimizer], copy=True), folder / ".saving"
     stage.mkdir(exist_ok=True)
-    with file_size_limit(2000 if ranks.rank else 10**9):
+    told = (folder / "store").stat().st_size + 2000  # what the ranks tell each other is a file here
+    with file_size_limit(told if ranks.rank else 10**9):
         try:
             parts.lead(lambda content: content(stage) and None) if ranks.is_main else parts.follow(folder)
         except (OSError, RankLostError) as error:
