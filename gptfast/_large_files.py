@@ -15,13 +15,13 @@ _BLOCK = 4 << 20  # bytes that are written at once; a multiple of what every dis
 _LEAST = 16 << 20  # bytes of a file from which on it pays
 _DIRECT = getattr(os, "O_DIRECT", 0)  # Linux
 
-Sums = dict[tuple[int, int], str]
+Sums = dict[tuple[int, ...], str]
 _sums: ContextVar[Sums | None] = ContextVar("sums", default=None)
 
 
 @contextmanager
 def summed() -> Iterator[Sums]:
-    """Collect the checksums of the files that `write_pieces` writes inside, in this thread, by device and inode."""
+    """Collect the checksums of the files that `write_pieces` writes inside, in this thread."""
     found: Sums = {}
     token = _sums.set(found)
     try:
@@ -32,8 +32,12 @@ def summed() -> Iterator[Sums]:
 
 def sum_of(path: Path, sums: Sums) -> str | None:
     """The checksum of a file, as `gptfast._files.checksum` has it, if `write_pieces` wrote it."""
-    about = path.stat()
-    return sums.get((about.st_dev, about.st_ino))
+    return sums.get(_identity(path.stat()))
+
+
+def _identity(about: os.stat_result) -> tuple[int, ...]:
+    """Tells a file from one that gets its inode after it was removed; a new name changes nothing."""
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def write_pieces(path: Path, pieces: Iterable[memoryview], size: int) -> None:
@@ -55,7 +59,7 @@ def write_pieces(path: Path, pieces: Iterable[memoryview], size: int) -> None:
             direct = _write(descriptor, block[:length], direct)
         about, sums = os.fstat(descriptor), _sums.get()
         if sums is not None:
-            sums[about.st_dev, about.st_ino] = f"crc32:{crc:08x}"
+            sums[_identity(about)] = f"crc32:{crc:08x}"
     finally:
         os.close(descriptor)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gptfast._files import checksum, open_read
 from gptfast._folders import STAGE, sync
+from gptfast._large_files import summed
 from gptfast._snapshots import current, current_files
 from gptfast.checkpoints import hf_layout
 from gptfast.models import GPT
@@ -107,7 +108,8 @@ class Parts:
 
     def _write(self, stage: Path) -> dict[str, str]:
         rank, size = self._ranks.rank, self._ranks.size
-        write_tensors(stage / _part(rank), self._model)
+        with summed():  # not for the checkpoint: the file is removed, and the next one may get its inode
+            write_tensors(stage / _part(rank), self._model)
         sums, count = {}, len(self._state)
         for number, own in enumerate(self._state, 1 + rank * count):
             file = stage / f"optimizer-{number:05d}-of-{size * count:05d}.safetensors"

@@ -61,6 +61,8 @@ def test_the_bytes_and_their_checksum(blocks_of_a_page, tmp_path):
         assert file.read_bytes() == b"".join(pieces)
         assert sum_of(file, sums) == checksum(file)
     assert sum_of(tmp_path, sums) is None
+    file.write_bytes(b"another of its inode")
+    assert sum_of(file, sums) is None
 
 
 def test_a_safetensors_file(tmp_path):

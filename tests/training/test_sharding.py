@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch.multiprocessing as mp
 from gptfast.models import GPT, GPTConfig
 from gptfast.training import TrainConfig
 from gptfast.training.bad_step import first_bad
+from gptfast.training.checkpoint import TrainState, described_run, write_checkpoint
 from gptfast.training.checks import check_ranks
+from gptfast.training.checksums import verify
 from gptfast.training.clipping import clipped_step, gradient_norm
 from gptfast.training.division import Division, gathered, local
 from gptfast.training.gradients import accumulate_gradients
@@ -24,7 +27,7 @@ from gptfast.training.options import RunOptions
 from gptfast.training.parts import Parts, optimizer_parts, read_parts
 from gptfast.training.ranks import RankLostError, Ranks
 from gptfast.training.sharding import shard, whole_copy
-from tests.support.training import SHAPE, file_size_limit
+from tests.support.training import SHAPE, TOKENIZER, file_size_limit
 
 CPU = torch.device("cpu")
 WAYS = [(*way, torch.float32) for way in (("forward", 1), ("pass", 1), ("step", 1), ("forward", 2))]
@@ -102,14 +105,15 @@ def _save(ranks: Ranks, net: GPT, folder: Path, found: dict[str, Any]) -> None:
     optimizers = build_optimizers(net, TrainConfig())
     for optimizer in optimizers:
         optimizer.step()
-    parts, stage = Parts(ranks, 7, net, optimizers, copy=False), folder / LAYERS / ".saving"
-    stage.mkdir(parents=True, exist_ok=True)
-    parts.lead(lambda content: content(stage) and None) if ranks.is_main else parts.follow(folder / LAYERS)
+    parts, saved = Parts(ranks, 7, net, optimizers, copy=False), folder / LAYERS
+    about = described_run(net, TrainState(), TrainConfig(), {})
+    save = partial(write_checkpoint, saved, about, TOKENIZER)
+    parts.lead(save) if ranks.is_main else parts.follow(saved)
     state = {name: x for name, x in optimizer_tensors(net, optimizers).items() if x.dim()}
     found["state"] = {name: gathered(name, x, ranks) for name, x in state.items()}
     found["trained"] = whole_copy(net, ranks).state_dict()
     wanted = empty_optimizer_tensors(net, optimizers)
-    read_parts(optimizer_parts(stage), wanted, ranks)
+    read_parts(optimizer_parts(saved), wanted, ranks)
     assert all(local(wanted[name]).equal(local(x)) for name, x in state.items())
 
 
@@ -145,7 +149,8 @@ def test_two_processes_that_divide_a_model_compute_what_one_does(tmp_path: Path)
                 torch.testing.assert_close(found[f"gradient {way} {name}"], p.grad, rtol=0, atol=tolerance)
     for found in both:
         assert found["first bad"] == "h.1.mlp"  # only rank 1 saw it
-    saved = tmp_path / LAYERS / ".saving"
+    saved = tmp_path / LAYERS
+    assert len(verify(saved)) >= 9
     files = optimizer_parts(saved)
     assert len(files) == 6
     state = {name: torch.zeros_like(x) for name, x in both[0]["state"].items()}
