@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gptfast.cli._load import load
+from gptfast.cli._tables import print_whole
 
 
 @contextmanager
@@ -92,7 +93,7 @@ def show_tasks(value: dict[str, Any]) -> None:
                 str(point["dropped_shots"]),
             )
             table.add_row(shown_name(result), *numbers)
-    console.print(table)
+    print_whole(console, table)
     first = results[0]
     how = (
         f"normalize {first['normalize']}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gptfast.cli._names import option_name
+from gptfast.cli._tables import print_whole
 
 if TYPE_CHECKING:
     from gptfast.finetuning.launch import Finetuning
@@ -211,4 +212,4 @@ def print_table(results: list[dict[str, Any]]) -> None:
     for r in results:
         memory = "" if r["peak_memory"] is None else f"{r['peak_memory'] / 2**20:,.0f} MiB"
         table.add_row(r["method"], f"{r['value']:.3f}", f"{r['trainable_parameters']:,}", memory, clock(r["seconds"]))
-    Console(highlight=False).print(table)
+    print_whole(Console(highlight=False), table)

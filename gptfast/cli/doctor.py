@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST_SECONDS = 20.0
+_COLUMNS = ("op", "backend", "why", "error", "gradients", "ms", "speed")
 
 
 def doctor(
@@ -87,7 +88,7 @@ def _print_tables(
 ) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from gptfast.benchmarking.self_test import untimed
 
@@ -97,9 +98,8 @@ def _print_tables(
         table.add_row(name, value)
     console.print(table)
     console.print(f"\n{shape}", highlight=False)
-    table = Table(
-        "op", "backend", "why", "error", "gradients", "ms", "speed", box=None, header_style="bold", pad_edge=False
-    )
+    columns = [Column(name, no_wrap=name not in ("why", "speed")) for name in _COLUMNS]
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for r in results:
         speed = "" if r.ratio is None else f"{r.ratio:.2f}x {r.peer}"
         errors = ("wrong", "") if r.wrong else (_number(r.results), _number(r.gradients))
@@ -110,9 +110,8 @@ def _print_tables(
     if seconds and (left := untimed(results)):
         console.print(f"not timed: {', '.join(dict.fromkeys(left))}")
     for problem in problems:
-        console.print(
-            f"\n[bold]problem[/bold]: {escape(problem.problem)}\n  next: {escape(problem.next)}", highlight=False
-        )
+        console.print(f"\n[bold]problem[/bold]: {escape(problem.problem)}", highlight=False)
+        console.print(f"  next: {problem.next}", highlight=False, markup=False, soft_wrap=True)  # a line to copy
     if not problems:
         console.print("\nno problem was found", highlight=False)
 

@@ -11,6 +11,7 @@ from gptfast._options import option, options_of, values_of
 from gptfast.cli._evaluate_task import counting, evaluate_tasks, named, show_tasks, shown_name
 from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, TOKENIZER_HELP, load
 from gptfast.cli._options import Change, Options, takes
+from gptfast.cli._tables import print_whole
 
 if TYPE_CHECKING:
     from gptfast.data import Document
@@ -271,7 +272,7 @@ def _show(value: dict[str, Any]) -> None:
     for row in results:
         name = shown_name(row)
         table.add_row(name, *("-" if row[column] is None else f"{row[column]:.4f}" for column in columns))
-    console.print(table)
+    print_whole(console, table)
     first = results[0]
     counted = ", ".join(f"{first[name]:,} {name}" for name in ("tokens", "words", "characters", "bytes"))
     windows = f"context {first['context']}, stride {first['stride']}"

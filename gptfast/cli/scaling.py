@@ -11,6 +11,7 @@ import typer
 
 from gptfast._options import option, options_of, values_of
 from gptfast.cli._options import Change, Options, takes
+from gptfast.cli._tables import print_whole
 from gptfast.data.options import DataOptions
 from gptfast.ladder.options import LadderOptions
 
@@ -93,7 +94,7 @@ def _plan(flops: float, as_json: bool) -> None:
         table.add_row(
             law, f"{row['parameters']:.3g}", f"{row['tokens']:.3g}", f"{ratio:.1f}", f"{row['bytes'] / 1e9:,.2f} GB"
         )
-    console.print(table)
+    print_whole(console, table)
     console.print(f"on this machine, at {rate / 1e9:,.0f} GFLOP/s of a training step: {flops / rate / 86400:,.2f} days")
     console.print(
         "chinchilla: approach 3, E 1.69, A 406.4, B 410.7, alpha 0.34, beta 0.28, not the 20 tokens a parameter of its approaches 1 "
@@ -104,11 +105,13 @@ def _plan(flops: float, as_json: bool) -> None:
 def _climb(given: dict[str, Any], as_json: bool) -> None:
     """Train a ladder, and print what it says."""
     from gptfast._files import atomic_write
+    from gptfast.evaluation.fitting import import_scipy
     from gptfast.ladder.picture import draw_ladder
     from gptfast.ladder.run import Ladder
     from gptfast.ladder.summary import summarise
     from gptfast.malloc import tune_malloc
 
+    import_scipy()  # what the fits need, before the budget is spent
     tune_malloc()
     ladder = Ladder(given, note=lambda line: print(line, file=sys.stderr, flush=True))
     ladder.train()
@@ -137,7 +140,7 @@ def _show(value: dict[str, Any], out: Any) -> None:
             f"{row['loss']:.4f}",
             f"{row['seconds']:.1f}",
         )
-    console.print(table)
+    print_whole(console, table)
     fits = {**value["fits"], **{f"L(N,D) {law}": fit for law, fit in value["fits"]["L(N,D)"].items()}}
     del fits["L(N,D)"]
     for name, fit in fits.items():

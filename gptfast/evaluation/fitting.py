@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,14 @@ Predict = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.nd
 HUBER = 1e-3  # of the difference of logarithms, as in Chinchilla's approach 3
 PERCENTILES = (2.5, 97.5)
 STEEPEST = 3.0  # largest exponent
+
+
+def import_scipy() -> Any:
+    """scipy.optimize. Raises ImportError that says how to install it."""
+    try:
+        return import_module("scipy.optimize")
+    except ImportError as error:
+        raise ImportError("scaling laws need scipy: pip install 'gptfast-kernels[evaluate]' (or scipy)") from error
 
 
 class Law(NamedTuple):
@@ -139,8 +148,7 @@ def predict_at(law: Law, points: Points, at: tuple[float, float], bootstrap: int
 
 def fit(law: Law, points: Points, bootstrap: int, seed: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """x of the best fit from several starts, and of fits to points drawn again."""
-    from scipy.optimize import least_squares
-
+    least_squares = import_scipy().least_squares
     check_count("fit", "bootstrap", bootstrap, 0)
     low, high = (np.array(bound, float) for bound in law.bounds)
 

@@ -204,15 +204,15 @@ class Ladder:
     def _measure(self, run: Run, points: Points, which: str) -> None:
         begin = time.monotonic()
         loss = self._train(run)
-        if self.interrupted is not None:
+        if loss is None:
             return
         point = {"parameters": run.parameters, "tokens": run.tokens, "flops": run.flops, "loss": loss}
         shape = {"n_layer": run.n_layer, "n_embd": run.n_embd, "learning_rate": learning_rate(run.n_embd)}
         points.add(point | {"seconds": round(time.monotonic() - begin, 3)} | shape)
         self.note(f"{which}: {run.parameters:,} parameters, {run.tokens:,} tokens: loss {loss:.4f}")
 
-    def _train(self, run: Run) -> float:
-        """The validation loss after a training."""
+    def _train(self, run: Run) -> float | None:
+        """The validation loss after a training; None where a signal ended it early. One that came later ends the work, too."""
         options = self.options
         config = TrainConfig(
             batch_size=options.batch_size,
@@ -229,7 +229,9 @@ class Ladder:
         data, out = self.data, self.out / TRAINING
         trainer = Trainer(model, data.train, data.val, config, out, overwrite=True, progress=False)
         result = trainer.train()
-        self.interrupted = result.interrupted
+        self.interrupted = result.signal
+        if result.interrupted is not None:
+            return None
         return float("nan") if result.val_loss is None else result.val_loss
 
 

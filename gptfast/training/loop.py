@@ -182,6 +182,7 @@ class Loop(Updates, Reporting):
             interrupted=interrupted,
             waiting=waiting.share(),
             best_metric=self.state.best_metric,
+            signal=interrupt.signal,
         )
 
     def _train(self, interrupt: Interrupt) -> int | None:

@@ -14,6 +14,7 @@ class TrainResult:
     best_val_loss, best_step: loss and step of the best evaluation.
     tokens_per_second: speed of this session's last steps, without evaluations and checkpoints.
     interrupted: the signal that ended the run early, or None.
+    signal: the one that came, also after the last step, when it ended nothing; or None.
     waiting: part of the time in which threads waited for a core that another program used; None: not known.
     best_metric: metric of the best evaluation; None: the objective has none.
     """
@@ -27,3 +28,4 @@ class TrainResult:
     interrupted: int | None
     waiting: float | None = None
     best_metric: float | None = None
+    signal: int | None = None

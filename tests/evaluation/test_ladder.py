@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from gptfast.ladder.plan import GRIDS, SHAPES, TOKENS_A_PARAMETER, learning_rate
 from gptfast.ladder.points import Points
 from gptfast.ladder.speed import step_seconds
 from gptfast.ladder.summary import of_compute, of_sizes, of_tokens
+from gptfast.training.loop import Loop
 from tests.evaluation.test_scaling import command
 
 LAW = {"E": 1.2, "A": 30.0, "B": 300.0, "alpha": 0.33, "beta": 0.42}
@@ -173,15 +176,36 @@ def test_an_interrupted_training_is_no_point(small: dict[str, Any]):
     ladder = Ladder(small)
     train = ladder._train
 
-    def interrupt(run: Run) -> float:
-        loss = train(run)
+    def interrupt(run: Run) -> None:
+        train(run)
         ladder.interrupted = signal.SIGTERM
-        return loss
 
     ladder._train = interrupt
     ladder.train()
     assert ladder.interrupted == signal.SIGTERM and ladder.points.rows == [] and not ladder.predicted.rows
     assert not (small["out"] / "training").exists()
+
+
+def test_a_signal_after_the_last_step_ends_the_ladder(small: dict[str, Any], monkeypatch: Any):
+    """The training was whole, so it is a point; the next one does not begin."""
+    ladder = Ladder(small)
+    save = Loop._save
+
+    def signalled(self: Loop) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(self)
+
+    monkeypatch.setattr(Loop, "_save", signalled)
+    ladder.train()
+    assert ladder.interrupted == signal.SIGTERM
+    assert len(ladder.points.rows) == 1 and not ladder.predicted.rows
+
+
+def test_scipy_is_asked_for_before_anything_is_trained(small: dict[str, Any], monkeypatch: Any, capsys: Any):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    found = command(capsys, monkeypatch, "--data", small["data"], "--budget", "1m", "--out", small["out"])
+    assert "error: scaling laws need scipy: pip install 'gptfast-kernels[evaluate]' (or scipy)" in found.err
+    assert not small["out"].exists()
 
 
 def test_a_slow_machine_leaves_the_longest_trainings_out(small: dict[str, Any], monkeypatch: Any):
