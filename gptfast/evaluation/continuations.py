@@ -88,7 +88,7 @@ class ContinuationScorer:
         if not context or not tokens or len(context) + len(tokens) - 1 > self.limit:
             raise ValueError(
                 f"score_labels: a prompt of {len(context)} tokens and a continuation of {len(tokens)}; expected at least one "
-                f"of each, and at most {self.limit + 1} together"
+                f"of each, and at most {self.limit + 1} together; take fewer shots, or a model with a longer context"
             )
 
     def _batches(self, contexts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

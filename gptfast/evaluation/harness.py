@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def main() -> int:
-    """Run lm-eval's command line with our model; returns the exit code."""
+    """Run lm-eval's command line with our model; returns the exit code, 130 after Ctrl-C."""
     try:
         register()
         from lm_eval.__main__ import cli_evaluate
@@ -56,6 +56,9 @@ def main() -> int:
         line = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {line}\n({DEBUG}=1 shows where it was raised)", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

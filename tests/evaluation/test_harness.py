@@ -276,6 +276,14 @@ def test_versions_outside_the_tested_range(monkeypatch: pytest.MonkeyPatch):
         harness.check_version()
 
 
+def test_ctrl_c_is_no_traceback(command: Any, monkeypatch: Any, capfd: Any):
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", interrupted)
+    assert command() == 130 and capfd.readouterr().err.endswith("interrupted\n")
+
+
 def test_nan_is_an_error(folder: Path):
     from gptfast import GPT
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +228,14 @@ def test_peft_configs_are_taken():
         gpt.add_adapter(peft.LoraConfig(use_dora=True), "dora")
 
 
-def test_the_first_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_page_runs_from_its_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Block after block in one session, as somebody who reads it types it."""
     page = (Path(__file__).parents[2] / "docs/adapters.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    exec(page.split("```python\n")[1].split("```")[0], {})
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path / "made"))
+    blocks, names = re.findall(r"```python\n(.*?)```", page, re.S), {}
+    assert len(blocks) >= 4
+    for n, code in enumerate(blocks):
+        exec(compile(code, f"adapters.md, block {n}", "exec"), names)
     assert (tmp_path / "adapter/adapter_model.safetensors").stat().st_size < 100_000
+    assert (tmp_path / "poems/adapter_model.safetensors").stat().st_size < 2000

@@ -180,10 +180,3 @@ def test_peft_configs_are_taken():
     assert gpt.prompt_encoder["default"].embedding.weight.std() > 0.5  # peft's default is RANDOM
     with pytest.raises(ValueError, match="peft_type is 'P_TUNING'"):
         gpt.add_adapter(peft.PromptEncoderConfig(num_virtual_tokens=3), "other")
-
-
-def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    page = (Path(__file__).parents[2] / "docs/adapters.md").read_text(encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    exec(page.split("## Prompt tuning")[1].split("```python\n")[1].split("```")[0], {})
-    assert (tmp_path / "poems/adapter_model.safetensors").stat().st_size < 2000
