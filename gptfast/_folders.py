@@ -35,6 +35,11 @@ _WAIT = 600.0  # seconds for another save into the same folder
 _stages: set[Path] = set()  # of this process, being filled
 
 
+def holds_more(folder: Path) -> bool:
+    """Is there anything in a folder but a first save that a kill ended before it counted?"""
+    return folder.exists() and (not folder.is_dir() or any(x.name not in (STAGE, LOCK) for x in folder.iterdir()))
+
+
 @contextmanager
 def staged_folder(folder: str | os.PathLike[str], replaces: str = WEIGHTS) -> Iterator[Path]:
     """Yield an empty folder; when the block ends well, the files written there replace those in `folder`.

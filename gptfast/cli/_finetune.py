@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from gptfast._folders import holds_more
 from gptfast.cli._names import option_name
 from gptfast.cli._tables import print_whole
 
@@ -67,7 +68,7 @@ def report(run: Finetuning, result: TrainResult, found: FinetuneResult) -> list[
 
     out = run.loop.out
     if result.interrupted is not None:
-        if not (out / "last").exists():
+        if not holds_more(out / "last"):
             return ["interrupted before the first step; nothing was saved"]
         return [
             f"interrupted at step {result.steps}; saved. Continue with: gptfast finetune --resume --out {quote(str(out))}"
@@ -160,7 +161,7 @@ def compare(options: dict[str, Any]) -> None:
     failed: list[str] = []
     for method in METHODS:
         print(f"---- {method} " + "-" * 60, flush=True)
-        left = ("compare", "out", *(() if (out / method / "last").exists() else ("resume",)))
+        left = ("compare", "out", *(() if holds_more(out / method / "last") else ("resume",)))
         given = {k: v for k, v in of_method(method, options).items() if k not in left}
         code = _run([*("-m", "gptfast", "finetune"), *arguments({**given, "method": method, "out": out / method})])
         if code in _INTERRUPTED:

@@ -6,6 +6,7 @@ import math
 from shlex import quote
 from typing import TYPE_CHECKING
 
+from gptfast._folders import holds_more
 from gptfast.cli._names import as_options
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def report(run: Run, result: TrainResult) -> list[str]:
 def _interruption(run: Run, step: int) -> list[str]:
     """Lines about a run that was ended early."""
     out = run.trainer.out
-    if not (out / "last").exists():
+    if not holds_more(out / "last"):
         return ["interrupted before the first step; nothing was saved"]
     lines = [f"interrupted at step {step}; saved. Continue with: gptfast train --resume --out {quote(str(out))}"]
     if (out / "best").exists():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gptfast._folders import holds_more
 from gptfast._locks import FileLock
 from gptfast.training.kept import kept
 
@@ -50,7 +51,7 @@ def locked_run(out: Path) -> Iterator[FileLock]:
 
 def check_room(out: Path, overwrite: bool) -> list[Path]:
     """The checkpoints of a run that is to be replaced. Raises FileExistsError: there are some and `overwrite` is False."""
-    old = [*(out / name for name in ("last", "best", "best-ema") if (out / name).exists()), *kept(out)]
+    old = [*(out / name for name in ("last", "best", "best-ema") if holds_more(out / name)), *kept(out)]
     if old and not overwrite:
         raise FileExistsError(
             f"{out} already has a training run; continue it with `resume`, replace it with `overwrite`, or "

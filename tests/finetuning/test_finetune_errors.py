@@ -182,6 +182,18 @@ def test_a_run_that_is_there_is_kept(tmp_path, capsys):
     assert result(tmp_path)["steps"] == 10
 
 
+def test_a_run_that_was_killed_in_its_first_save_begins_again(tmp_path, capsys):
+    """What such a kill leaves is no checkpoint: there is nothing to resume, and nothing to replace."""
+    files(tmp_path)
+    (tmp_path / "out" / "last" / ".saving").mkdir(parents=True)
+    (tmp_path / "out" / "last" / ".saving" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "out" / "log.jsonl").write_text('{"step": 0, "val_loss": 9.0}\n')
+    assert "no training run to resume" in failure_of(capsys, "--resume", "--out", tmp_path / "out")
+    assert run(tmp_path) == 0
+    assert result(tmp_path)["steps"] == 8
+    assert "9.0" not in (tmp_path / "out" / "log.jsonl").read_text()
+
+
 def failure_of(capsys, *arguments) -> str:
     capsys.readouterr()
     assert gptfast("finetune", *arguments) == 1
