@@ -125,7 +125,7 @@ class SecondLinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         y = _Sum.apply(ops.linear(input, local(self.weight)), self.ranks)
-        return y if self.bias is None else y + local(self.bias)
+        return y if self.bias is None else y + local(self.bias).to(y.dtype)
 
 
 class _Sum(torch.autograd.Function):
