@@ -20,7 +20,7 @@ JOBS    ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1); ech
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SHARED   = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help torch-requirement demo demo-finetune bench-finetune bench-evaluate test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-step bench-drop-in bench-generate bench-gpu gpu-check wheel released clean install
+.PHONY: help torch-requirement demo demo-finetune bench-finetune bench-evaluate test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-step bench-drop-in bench-generate bench-gpu gpu-check docs wheel release released clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -130,6 +130,19 @@ wheel: $(VENV)/.installed  ## sdist and wheel in dist/: Linux with glibc >= 2.28
 		--exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
 	$(BIN)/abi3audit --strict --assume-minimum-abi3 3.10 dist/*.whl
 	cp build/wheel/*.tar.gz dist
+
+# twine: the description renders, the metadata are complete; check-wheel-contents: no file too many, none twice.
+release: wheel  ## `make wheel`, and the checks of an index on what lies in dist/
+	$(PIP) --quiet --group release
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	@ls -l dist
+
+# The site reads the sources and imports nothing of them: it needs neither torch nor a build.
+docs: | $(BIN)/python  ## the documentation as a site in build/site; a warning is an error
+	$(PIP) --quiet --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
 
 # `make test WHEEL=1`: the libraries of the wheel in the place of g++'s. They get an old date, so that the next build replaces them.
 released: wheel $(TESTED)

@@ -13,11 +13,7 @@ namespace gptfast::cpu {
   namespace isa_##isa {          \
     GPTFAST_CPU_KERNELS(DECLARE) \
   }
-#if defined(__aarch64__)
-DECLARE_ALL(scalar) DECLARE_ALL(neon) DECLARE_ALL(neon_bf16) namespace isa_neon_dotprod { using namespace isa_neon; }
-#else
 GPTFAST_ISAS(DECLARE_ALL)
-#endif
 
 namespace {
 
@@ -26,10 +22,10 @@ struct Available {
   const char* names[4];
   int count = 0;
   Available() {
-#define FILL(kernel) from::fill_##kernel(k);
+#define FILL(kernel) fill_##kernel(k);
 #define ADD(name)                   \
   if (can_run(#name)) {             \
-    namespace from = isa_##name;    \
+    using namespace isa_##name;     \
     Kernels& k = tables[count];     \
     k.isa = names[count++] = #name; \
     GPTFAST_CPU_KERNELS(FILL)       \

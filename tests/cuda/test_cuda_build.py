@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT, emulated
-from tests.support.cuda_tools import functions, loads_at_once, nvcc_flags
+from tests.support.cuda_tools import functions, nvcc_flags
 
 CUDA = ROOT / "csrc/cuda"
 KERNELS = sorted(CUDA.glob("*.cu"))
@@ -121,28 +121,6 @@ def test_tensor_cores_and_copy_engines_are_used(kernel, arch, instructions, vari
     assert len(found) == variants, sorted(found)
     for name, text in found.items():
         assert not [i for i in instructions if i not in text], name
-
-
-@pytest.mark.slow
-def test_rows_are_asked_for_at_once(built):
-    """Kernels bound by memory: a thread's part of a row, of x and of the residual, is on its way before the first value is used,
-    and so are the next row of LayerNorm's backward and eight rows of an embedding's gradient. One after the other, each would
-    wait for memory by itself."""
-    count = Counter()
-    for name, text in functions(built[1], "sm_80").items():
-        if found := re.search(r"layer_norm_fwd_kernelI(.*)Li[48]ELi(\d)ELb", name):
-            kernel, wanted = "forward", int(found[2]) * (1 if "None" in found[1] else 2)
-        elif found := re.search(r"layer_norm_bwd_kernelI.*Li[48]ELi(\d)ELb1", name):
-            kernel, wanted = "backward", 2 * int(found[1])
-        elif re.search(r"embedding_bwd_kernelI.*Li[48]E", name):
-            kernel, wanted = "embedding", 8
-        else:
-            continue
-        if "Any" in name:  # values of a dtype that is known at run time only
-            continue
-        count[kernel] += 1
-        assert loads_at_once(text) >= wanted, name
-    assert count == {"forward": 40, "backward": 7, "embedding": 3}
 
 
 @pytest.mark.parametrize(
