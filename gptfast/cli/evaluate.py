@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptfast._json import to_text
 from gptfast._options import option, options_of, values_of
 from gptfast.cli._evaluate_task import counting, evaluate_tasks, named, show_tasks, shown_name
 from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, TOKENIZER_HELP, load
@@ -190,7 +191,7 @@ def evaluate(options: dict[str, Any]) -> None:
     if output.out is not None:
         _write(output.out, value)
     if output.json:
-        print(json.dumps(value, indent=2))
+        print(to_text(value, 2))
     elif tasks.task is not None:
         show_tasks(value)
     else:
@@ -201,7 +202,7 @@ def _write(folder: Path, value: dict[str, Any]) -> None:
     from gptfast._files import atomic_write
 
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "results.json", (json.dumps(value, indent=2) + "\n").encode())
+    atomic_write(folder / "results.json", (to_text(value, 2) + "\n").encode())
 
 
 def _perplexities(names: list[tuple[str, str | None]], given: Models, texts: Texts, data: str) -> dict[str, Any]:
@@ -222,6 +223,12 @@ def _perplexities(names: list[tuple[str, str | None]], given: Models, texts: Tex
         {**{key: row[key] for key in ("model", "format")}, **compare(scores[0], other)}
         for row, other in zip(results[1:], scores[1:], strict=True)
     ]
+    if len({row["tokens"] for row in results}) > 1:
+        print(
+            "warning: the models cut the text into different tokens, so nats a token of one are not those of another; compare bits "
+            "per byte",
+            file=sys.stderr,
+        )
     return {"results": results, "comparisons": pairs}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptfast._json import to_text
 from gptfast._options import option, values_of
 from gptfast.cli._load import MODEL_HELP, TOKENIZER_HELP, load
 from gptfast.cli._options import Options, takes
@@ -66,7 +66,7 @@ def explain(options: dict[str, Any]) -> None:
         raise ValueError("explain: give `model` and `prompt`, or `worked_example`")
     value = _explain(subject, *load(subject.model, None, subject.tokenizer))
     if subject.json:
-        print(json.dumps(value))
+        print(to_text(value))
     else:
         _show(value, subject)
 
@@ -238,7 +238,7 @@ def _worked_example(subject: Subject) -> None:
         draw_worked_example(value["attention"], subject.out / "attention.png")
         draw_positions(sinusoids(64, 64).numpy(), "sinusoidal", subject.out / "positions.png")
     if subject.json:
-        print(json.dumps(value))
+        print(to_text(value))
         return
     attention = value["attention"]
     for name, title in (

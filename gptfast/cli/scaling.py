@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import typer
 
+from gptfast._json import to_text
 from gptfast._options import option, options_of, values_of
 from gptfast.cli._options import Change, Options, takes
 from gptfast.cli._tables import print_whole
@@ -82,7 +82,7 @@ def _plan(flops: float, as_json: bool) -> None:
     rate = flops_per_second()
     value = {law: row | {"seconds": flops / rate, "bytes": BYTES * row["parameters"]} for law, row in found.items()}
     if as_json:
-        print(json.dumps(value, indent=2))
+        print(to_text(value, 2))
         return
     from rich.console import Console
     from rich.table import Table
@@ -119,10 +119,10 @@ def _climb(given: dict[str, Any], as_json: bool) -> None:
         print(f"interrupted; continue with: gptfast scaling --resume --out {ladder.out}", file=sys.stderr)
         raise typer.Exit(128 + ladder.interrupted)
     value = summarise(ladder)
-    atomic_write(ladder.out / "results.json", (json.dumps(value, indent=2) + "\n").encode())
+    atomic_write(ladder.out / "results.json", (to_text(value, 2) + "\n").encode())
     draw_ladder(value, ladder.out / "scaling.png")
     if as_json:
-        print(json.dumps(value, indent=2))
+        print(to_text(value, 2))
     else:
         _show(value, ladder.out)
 

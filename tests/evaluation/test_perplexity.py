@@ -319,6 +319,34 @@ def test_the_command_takes_an_adapter(
         perplexity(adapted, TEXT, tokenizer, context=33)
 
 
+def test_numbers_that_json_does_not_have(model: Any, tokenizer: Any, tmp_path: Path, capsys: Any, monkeypatch: Any):
+    """One word of 1200 letters: its perplexity is infinite, which is no JSON."""
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("x7Qz" * 300)
+    assert perplexity(model, "x7Qz" * 300, tokenizer)["word_perplexity"] == math.inf
+    shown = run(capsys, monkeypatch, "--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--json")
+    assert json.loads(shown)["word_perplexity"] is None and "Infinity" not in shown
+
+
+def test_models_with_different_tokens_are_said(
+    model: Any, tokenizer: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
+):
+    chars = get_tokenizer("char", TEXT)
+    small = gptfast.GPT(model.config.replace(vocab_size=chars.vocab_size))
+    for name, gpt, cuts in (("a", model, tokenizer), ("b", small, chars)):
+        gpt.save_pretrained(tmp_path / name)
+        cuts.save(tmp_path / name)
+    (tmp_path / "text.txt").write_text(TEXT)
+    names = [tmp_path / "a", tmp_path / "b"]
+    monkeypatch.setattr(
+        "sys.argv", ["gptfast", "evaluate", "--compare", *map(str, names), "--data", str(tmp_path / "text.txt")]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert "compare bits per byte" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
