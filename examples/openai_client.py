@@ -24,7 +24,7 @@ import openai
 def serving(model: str, port: int) -> Iterator[openai.OpenAI]:
     """A client of a server that runs meanwhile."""
     command = [sys.executable, "-m", "gptfast", "serve", "--model", model, "--name", "mine", "--port", str(port)]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # its log
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused")
     try:
         while True:

@@ -63,3 +63,4 @@ def test_examples_run(name: str, tmp_path: Path):
     done = subprocess.run([sys.executable, path, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert PRINTED.get(name, "loss") in done.stdout
+    assert "INFO:" not in done.stdout, "the log of a server is not what the example prints"
