@@ -64,8 +64,8 @@ struct DropoutMaskParams {
   DropoutParams dropout;
 };
 
-// layer_norm when residual.data is null, else add_layer_norm; the backward reads x as what was normalised. What is
-// normalised, y and their gradients are of one dtype.
+// layer_norm when residual.data is null, else add_layer_norm; the backward reads x as what was normalised. dtotal is of
+// that dtype; y and its gradient dy may be of another.
 struct LayerNormParams {
   Rows x, residual;  // (R, C)
   Vector weight, bias;
