@@ -29,6 +29,14 @@ template <class U> static void unpack_quads(const uint8_t* levels, const char* w
   }
 }
 
+// Clang would load what all steps of a group need before the first, and spill the sums to have registers for it: a step's
+// address is made to depend on a sum of the step before, in no instruction.
+#if defined(__clang__) && defined(__x86_64__) && !defined(GPTFAST_SCALAR)
+#define AFTER(sum, address) asm("" : "+v"(sum), "+r"(address))
+#else
+#define AFTER(sum, address)
+#endif
+
 // Integer sums within a group: x . w = scale_x scale_w (start + sum of x_q (w_q + offset)).
 template <class U, int R, int V, int N>
 static void byte_tile(const uint8_t* levels, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
@@ -45,6 +53,7 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
     }
     const int8_t* q = x.q + m * x.stride + g * kGroup;
     UNROLL_FOR (int i = 0; i < 8; i++) {
+      if constexpr (R > 1) AFTER(sum[0][0], q);
       // in the order of the memory: one after the other, or both nibbles of a byte together
       const int j = U::kFormat == Format::int8 ? i : i / 2 + 4 * (i % 2);
       if (R == 1) prefetch_range(w + kAhead + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);
