@@ -1,4 +1,4 @@
-// Backward of causal_attention on Hopper, head dims 64 and 128 in 16 bits: the two kernels of causal_attention_bwd.cu,
+// Backward of causal_attention on Hopper, head dims up to 128 in 16 bits: the two kernels of causal_attention_bwd.cu,
 // which has the formulas, by TMA and wgmma. Each sums in one fixed order without atomics.
 //
 // A block keeps BM rows of one pair of tensors and meets all tiles of BN rows of the other pair:
@@ -50,37 +50,47 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   constexpr bool GROUPS = KEYS && D == 64;                    // at head dim 128 no register is left to count heads
   const int members = GROUPS ? p.group : 1;                   // query heads whose tiles are met, one after another
   const int row0 = (KEYS ? block : blocks - 1 - block) * BM;  // those that see, or are seen by, the most first
+  auto seen_by = [&](int row) { return KEYS ? visible_queries(p, b, row) : visible_keys(p, b, row); };
+  auto tiles_of = [](Range first, Range last) {
+    const int begin = first.lo / BN * BN;
+    return Range{begin, last.hi > begin ? (last.hi - begin + BN - 1) / BN : 0};
+  };
+  auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int head, int row, int count) {
+    for (int panel = 0; panel < PANELS; panel++)
+      tma_load(to + panel * count * 128, &map, barrier, panel * 64, row, head, b);
+  };
+  auto load_tiles = [&](int n, int begin, int tiles) {
+    const int stage = n % STAGES, head = KEYS ? h * members + n / tiles : h / p.group, row = begin + n % tiles * BN;
+    const uint32_t to = tiles_at + stage * 2 * C::TILE_BYTES;
+    mbarrier_expect(full(stage), 2 * C::TILE_BYTES);
+    load(to, maps.b0, full(stage), head, row, BN);
+    load(to + C::TILE_BYTES, maps.b1, full(stage), head, row, BN);
+  };
   if (threadIdx.x == 0) {
     mbarrier_init(kept_full, 1);
     for (int s = 0; s < STAGES; s++) mbarrier_init(full(s), KEYS ? 33 : 1), mbarrier_init(used(s), C::WARPS);
     mbarrier_init_fence();
+    const Range own = tiles_of(seen_by(row0), seen_by(min(row0 + BM, rows) - 1));
+    if (own.hi) {  // under way while the others look at the masks
+      mbarrier_expect(kept_full, 2 * C::KEPT_BYTES);
+      load(kept_at, maps.a0, kept_full, h, row0, BM);
+      load(kept_at + C::KEPT_BYTES, maps.a1, kept_full, h, row0, BM);
+    }
+    for (int n = 0; n < min(members * own.hi, STAGES); n++) load_tiles(n, own.lo, own.hi);
   }
-  for (int r = threadIdx.x; r < BM; r += C::THREADS)
-    seen[r] = KEYS ? visible_queries(p, b, row0 + r) : visible_keys(p, b, row0 + r);
+  for (int r = threadIdx.x; r < BM; r += C::THREADS) seen[r] = seen_by(row0 + r);
   __syncthreads();
   const Range first = seen[0], last = seen[min(BM, rows - row0) - 1];
-  const int begin = first.lo / BN * BN, tiles = last.hi > begin ? (last.hi - begin + BN - 1) / BN : 0;
+  const int begin = tiles_of(first, last).lo, tiles = tiles_of(first, last).hi;
 
   if (threadIdx.x < 128) {  // ---- loads
     setmaxnreg_dec<40>();
     const int lane = threadIdx.x;
-    if (tiles && lane == 0) {
-      auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int head, int row, int count) {
-        for (int panel = 0; panel < PANELS; panel++)
-          tma_load(to + panel * count * 128, &map, barrier, panel * 64, row, head, b);
-      };
-      mbarrier_expect(kept_full, 2 * C::KEPT_BYTES);
-      load(kept_at, maps.a0, kept_full, h, row0, BM);
-      load(kept_at + C::KEPT_BYTES, maps.a1, kept_full, h, row0, BM);
-      for (int n = 0; n < members * tiles; n++) {
-        const int stage = n % STAGES, head = KEYS ? h * members + n / tiles : h / p.group, row = begin + n % tiles * BN;
-        const uint32_t to = tiles_at + stage * 2 * C::TILE_BYTES;
-        mbarrier_wait(used(stage), (n / STAGES & 1) ^ 1);
-        mbarrier_expect(full(stage), 2 * C::TILE_BYTES);
-        load(to, maps.b0, full(stage), head, row, BN);
-        load(to + C::TILE_BYTES, maps.b1, full(stage), head, row, BN);
+    if (lane == 0)
+      for (int n = STAGES; n < members * tiles; n++) {
+        mbarrier_wait(used(n % STAGES), (n / STAGES - 1) & 1);
+        load_tiles(n, begin, tiles);
       }
-    }
     if (KEYS && lane / 32 == 1)
       for (int i = 0; i < members * tiles; i++) {
         const int stage = i % STAGES, row = begin + i % tiles * BN;
@@ -103,7 +113,9 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
 
   // ---- 64 rows
   setmaxnreg_inc<232>();
-  const int w = int(threadIdx.x) / 128 - 1, warp = int(threadIdx.x) / 32 - 4, lane = threadIdx.x % 32;
+  constexpr bool TIGHT = KEYS && DROPOUT && D == 128;  // no register is left to keep the number of the warp apart
+  const int w = (TIGHT ? int(threadIdx.x) / 32 : warp_number()) / 4 - 1;
+  const int warp = int(threadIdx.x) / 32 - 4, lane = threadIdx.x % 32;
   const int warp_row = warp * 16, row = row0 + warp_row + lane / 4;
   const Range group_first = seen[w * 64], group_last = seen[w * 64 + 63];
   const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
@@ -121,20 +133,18 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   }
 
   auto multiply = [&](float (&x)[1][NT][4], int side, int stage) {  // a b^T
-    const uint32_t a = kept_at + side * C::KEPT_BYTES + w * 64 * 128;
-    const uint32_t other = tiles_at + (stage * 2 + side) * C::TILE_BYTES;
+    const uint64_t a = smem_descriptor(kept_at + side * C::KEPT_BYTES + w * 64 * 128, 16, 1024);
+    const uint64_t other = smem_descriptor(tiles_at + (stage * 2 + side) * C::TILE_BYTES, 16, 1024);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
-      const uint32_t at = k % 4 * 32, panel = k / 4;
-      wgmma<E, 0, 0>(x[0], smem_descriptor(a + panel * BM * 128 + at, 16, 1024),
-                     smem_descriptor(other + panel * BN * 128 + at, 16, 1024), k != 0);
+      const int at = k % 4 * 32, panel = k / 4;
+      wgmma<E, 0, 0>(x[0], moved(a, panel * BM * 128 + at), moved(other, panel * BN * 128 + at), k != 0);
     }
   };
   auto add_weighted_rows = [&](float (&sum)[1][D / 8][4], const uint32_t (&weights)[BN / 16][4], int side, int stage) {
-    const uint32_t other = tiles_at + (stage * 2 + side) * C::TILE_BYTES;
+    const uint64_t other = smem_descriptor(tiles_at + (stage * 2 + side) * C::TILE_BYTES, BN * 128, 1024);
 #pragma unroll
-    for (int k = 0; k < BN / 16; k++)
-      wgmma<E, 1>(sum[0], weights[k], smem_descriptor(other + k * 16 * 128, BN * 128, 1024), 1);
+    for (int k = 0; k < BN / 16; k++) wgmma<E, 1>(sum[0], weights[k], moved(other, k * 16 * 128), 1);
   };
   auto pack = [&](uint32_t (&weights)[BN / 16][4], const float (&x)[1][NT][4]) {
 #pragma unroll
@@ -269,7 +279,7 @@ template <class E, int D, bool DROPOUT> cudaError_t launch_both(const AttentionP
   return error ? error : launch<BackwardShape90<E, D, true>, DROPOUT>(p, stream);
 }
 template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream_t stream) {
-  if (p.D == 128)
+  if (p.D > 64)
     return p.dropout.threshold ? launch_both<E, 128, true>(p, stream) : launch_both<E, 128, false>(p, stream);
   return p.dropout.threshold ? launch_both<E, 64, true>(p, stream) : launch_both<E, 64, false>(p, stream);
 }
@@ -279,7 +289,7 @@ template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream
 bool causal_attention_bwd_sm90_takes(const AttentionParams& p) {
   using C = BackwardShape90<bf16, 128, true>;
   static HopperGpus gpus(attention_backward_sm90<C, false>, C::THREADS, C::SMEM);
-  const int key_heads = has_hopper_shape(p) && (p.group == 1 || p.D == 64) ? p.H / p.group : 0;
+  const int key_heads = has_hopper_shape(p) && (p.group == 1 || p.D <= 64) ? p.H / p.group : 0;
   return key_heads && has_map(p, p.q, p.H, p.T) && has_map(p, p.k, key_heads, p.S) && has_map(p, p.v, key_heads, p.S) &&
          has_map(p, p.dout, p.H, p.T) && gpus.has_current();
 }

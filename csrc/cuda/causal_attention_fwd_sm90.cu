@@ -1,4 +1,4 @@
-// Forward of causal_attention on Hopper, head dims 64 and 128 in 16 bits: the sums of causal_attention_fwd.cu by TMA
+// Forward of causal_attention on Hopper, head dims up to 128 in 16 bits: the sums of causal_attention_fwd.cu by TMA
 // and wgmma (FlashAttention-3, arXiv 2407.08608). Warpgroup 0 loads tiles of k and v into rings of STAGES buffers; every
 // other warpgroup has 64 queries of one head. Within one of these the product of the weights of tile i with v runs
 // under the softmax of tile i + 1.
@@ -14,8 +14,8 @@ template <class E_, int D_, int CONSUMERS_> struct HopperShape {
   static constexpr int D = D_, CONSUMERS = CONSUMERS_, BM = 64 * CONSUMERS, BN = 128, STAGES = 2;
   static constexpr int Q_BYTES = BM * D * 2, K_BYTES = BN * D * 2, THREADS = 128 * (CONSUMERS + 1);
   static constexpr int BARRIERS = 1 + 4 * STAGES, WARPS = 4 * CONSUMERS;
-  static constexpr int SMEM =
-      Q_BYTES + 2 * STAGES * K_BYTES + BARRIERS * 8 + BM * int(sizeof(Range)) + 2 * WARPS * int(sizeof(int));
+  static constexpr int SMEM = Q_BYTES + 2 * STAGES * K_BYTES + BARRIERS * 8 + BM * int(sizeof(Range)) +
+                              2 * WARPS * int(sizeof(int)) + 32 * WARPS * int(sizeof(float));
 };
 struct HopperMaps {
   CUtensorMap q, k, v, y;
@@ -23,7 +23,8 @@ struct HopperMaps {
 
 template <class C, bool DROPOUT>
 __global__ void HOPPER_BOUNDS(C::THREADS)
-    attention_forward_sm90(const __grid_constant__ AttentionParams p, const __grid_constant__ HopperMaps maps) {
+    attention_forward_sm90(const __grid_constant__ AttentionParams p, const __grid_constant__ HopperMaps maps,
+                           int together) {
 #if defined(GPTFAST_HOPPER)
   using E = typename C::E;
   constexpr int D = C::D, BM = C::BM, BN = C::BN, STAGES = C::STAGES, CONSUMERS = C::CONSUMERS, PANELS = D / 64;
@@ -40,9 +41,24 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   int* flags = reinterpret_cast<int*>(seen + BM);
 
   // late queries, which see the most keys, first
-  const int blocks = (p.T + BM - 1) / BM, bh = blockIdx.x / blocks, b = bh / p.H, h = bh % p.H;
-  const int key_head = h / p.group;
-  const int i0 = (blocks - 1 - int(blockIdx.x) % blocks) * BM;
+  const int blocks = (p.T + BM - 1) / BM;
+  const Place place = place_of(int(blockIdx.x), blocks, p.B * p.H, together);
+  const int bh = place.matrix, b = bh / p.H, h = bh % p.H, key_head = h / p.group;
+  const int i0 = (blocks - 1 - place.block) * BM;
+  const Range first = visible_keys(p, b, i0), last = visible_keys(p, b, min(i0 + BM, p.T) - 1);
+  const int j_first = first.lo / BN, tiles = last.hi > j_first * BN ? (last.hi + BN - 1) / BN - j_first : 0;
+  auto column = [&](int i) { return (j_first + tiles - 1 - i) * BN; };  // tiles from right to left: masked ones first
+  auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int head, int row, int rows) {
+    mbarrier_expect(barrier, rows * D * 2);
+    for (int panel = 0; panel < PANELS; panel++)
+      tma_load(to + panel * rows * 128, &map, barrier, panel * 64, row, head, b);
+  };
+  auto load_keys = [&](int i) {
+    load(k_at + i % STAGES * C::K_BYTES, maps.k, k_full(i % STAGES), key_head, column(i), BN);
+  };
+  auto load_values = [&](int i) {
+    load(v_at + i % STAGES * C::K_BYTES, maps.v, v_full(i % STAGES), key_head, column(i), BN);
+  };
   if (threadIdx.x == 0) {
     mbarrier_init(q_full, 1);
     for (int s = 0; s < STAGES; s++) {
@@ -50,54 +66,54 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       mbarrier_init(k_free(s), CONSUMERS), mbarrier_init(v_free(s), CONSUMERS);
     }
     mbarrier_init_fence();
+    if (tiles) load(q_at, maps.q, q_full, h, i0, BM);  // under way while the others look at the masks
+    for (int i = 0; i < min(tiles, STAGES); i++) load_keys(i), load_values(i);
   }
   for (int r = threadIdx.x; r < BM; r += C::THREADS) seen[r] = visible_keys(p, b, i0 + r);
   __syncthreads();
-  const Range first = seen[0], last = seen[min(BM, p.T - i0) - 1];
-  const int j_first = first.lo / BN, tiles = last.hi > j_first * BN ? (last.hi + BN - 1) / BN - j_first : 0;
-  auto column = [&](int i) { return (j_first + tiles - 1 - i) * BN; };  // tiles from right to left: masked ones first
 
   if (threadIdx.x < 128) {  // ---- loads
     setmaxnreg_dec<CONSUMERS == 2 ? 24 : 32>();
-    if (threadIdx.x != 0 || tiles == 0) return;
-    auto load = [&](uint32_t to, const CUtensorMap& map, uint32_t barrier, int head, int row, int rows) {
-      mbarrier_expect(barrier, rows * D * 2);
-      for (int panel = 0; panel < PANELS; panel++)
-        tma_load(to + panel * rows * 128, &map, barrier, panel * 64, row, head, b);
-    };
-    load(q_at, maps.q, q_full, h, i0, BM);
-    for (int i = 0; i < tiles; i++) {
-      const int stage = i % STAGES, parity = (i / STAGES) & 1;
-      mbarrier_wait(k_free(stage), parity ^ 1);
-      load(k_at + stage * C::K_BYTES, maps.k, k_full(stage), key_head, column(i), BN);
-      mbarrier_wait(v_free(stage), parity ^ 1);
-      load(v_at + stage * C::K_BYTES, maps.v, v_full(stage), key_head, column(i), BN);
+    if (threadIdx.x != 0) return;
+    for (int i = STAGES; i < tiles; i++) {
+      const int stage = i % STAGES, parity = (i / STAGES - 1) & 1;
+      mbarrier_wait(k_free(stage), parity);
+      load_keys(i);
+      mbarrier_wait(v_free(stage), parity);
+      load_values(i);
     }
     return;
   }
 
   // ---- 64 queries
   setmaxnreg_inc<CONSUMERS == 2 ? 240 : 160>();
-  const int w = int(threadIdx.x) / 128 - 1, warp = int(threadIdx.x) / 32 - 4, lane = threadIdx.x % 32;
+  const int warp = warp_number() - 4, w = warp / 4, lane = threadIdx.x % 32;
   const int warp_row = warp * 16, row = i0 + warp_row + lane / 4;
   const bool leader = threadIdx.x % 128 == 0;
+  // of the tiles those from `begin` on, before `end`, hold keys that a query of this warpgroup sees; past T it has none
+  int begin = tiles, end = tiles;
+  if (i0 + w * 64 < p.T) {
+    const int from = seen[w * 64].lo, to = seen[min(w * 64 + 63, p.T - i0 - 1)].hi;
+    if (to > from) begin = j_first + tiles - (to + BN - 1) / BN, end = j_first + tiles - from / BN;
+  }
   const float scale_log2 = scale_log2_of(p);
   float o[1][D / 8][4] = {}, s[1][BN / 8][4], l[1][2] = {}, m[1][2] = {{-INFINITY, -INFINITY}}, rescale[1][2];
   uint32_t weights[BN / 16][4];
 
   auto multiply_keys = [&](int stage) {  // s = q k^T
+    const uint64_t q = smem_descriptor(q_at + w * 64 * 128, 16, 1024);
+    const uint64_t keys = smem_descriptor(k_at + stage * C::K_BYTES, 16, 1024);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
-      const uint32_t at = k % 4 * 32, panel = k / 4;
-      wgmma<E, 0, 0>(s[0], smem_descriptor(q_at + panel * BM * 128 + w * 64 * 128 + at, 16, 1024),
-                     smem_descriptor(k_at + stage * C::K_BYTES + panel * BN * 128 + at, 16, 1024), k != 0);
+      const int at = k % 4 * 32, panel = k / 4;
+      wgmma<E, 0, 0>(s[0], moved(q, panel * BM * 128 + at), moved(keys, panel * BN * 128 + at), k != 0);
     }
     wgmma_commit();
   };
   auto add_values = [&](int stage) {  // o += weights v
+    const uint64_t values = smem_descriptor(v_at + stage * C::K_BYTES, BN * 128, 1024);
 #pragma unroll
-    for (int k = 0; k < BN / 16; k++)
-      wgmma<E, 1>(o[0], weights[k], smem_descriptor(v_at + stage * C::K_BYTES + k * 16 * 128, BN * 128, 1024), 1);
+    for (int k = 0; k < BN / 16; k++) wgmma<E, 1>(o[0], weights[k], moved(values, k * 16 * 128), 1);
     wgmma_commit();
   };
   auto is_edge = [&](int j0) { return j0 < last.lo || j0 + BN > first.hi; };
@@ -113,6 +129,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
 #pragma unroll
     for (int k = 0; k < BN / 16; k++) result_as_a<E>(weights[k], s[0][2 * k], s[0][2 * k + 1]);
   };
+  const uint32_t scratch = smem_u32(flags + 2 * C::WARPS) + (threadIdx.x - 128) * 4;
   bool nonfinite = false;  // values in tiles with masked elements
   int edges = 0;           // of them so far: flags alternate, as a warp may be one tile ahead of another
   auto wait_for_values = [&](int i) {
@@ -129,17 +146,25 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
         any_found<C::WARPS>(found, warp, flags + edges++ % 2 * C::WARPS, [] { named_barrier(1, 128 * C::CONSUMERS); });
   };
 
-  if (tiles) {
-    mbarrier_wait(q_full, 0);
-    mbarrier_wait(k_full(0), 0);
+  auto pass = [&](int i) {  // a tile that others of the block need; no product keeps the warps together here
+    mbarrier_wait(k_full(i % STAGES), (i / STAGES) & 1);
+    wait_for_values(i);
+    named_barrier(2 + w, 128);
+    if (leader) mbarrier_arrive(k_free(i % STAGES)), mbarrier_arrive(v_free(i % STAGES));
+  };
+
+  if (tiles) mbarrier_wait(q_full, 0);
+  for (int i = 0; i < begin; i++) pass(i);
+  if (begin < end) {
+    mbarrier_wait(k_full(begin % STAGES), (begin / STAGES) & 1);
     wgmma_fence();
-    multiply_keys(0);
+    multiply_keys(begin % STAGES);
     wgmma_wait<0>();
-    if (leader) mbarrier_arrive(k_free(0));
-    weigh(column(0));
+    if (leader) mbarrier_arrive(k_free(begin % STAGES));
+    weigh(column(begin));
     pack();
-    wait_for_values(0);
-    for (int i = 1; i < tiles; i++) {
+    wait_for_values(begin);
+    for (int i = begin + 1; i < end; i++) {
       const int stage = i % STAGES, before = (i - 1) % STAGES;
       mbarrier_wait(k_full(stage), (i / STAGES) & 1);
       wgmma_fence();
@@ -148,6 +173,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       wgmma_wait<1>();
       if (leader) mbarrier_arrive(k_free(stage));
       weigh(column(i));
+      finish_before_wait(scratch, l[0][0] + l[0][1]);
       wgmma_wait<0>();
       if (leader) mbarrier_arrive(v_free(before));
       each_element<1, D / 8>([&](int, int n, int e) { o[0][n][e] *= rescale[0][e / 2]; });
@@ -155,9 +181,11 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       wait_for_values(i);
     }
     wgmma_fence();
-    add_values((tiles - 1) % STAGES);
+    add_values((end - 1) % STAGES);
     wgmma_wait<0>();
+    if (leader) mbarrier_arrive(v_free((end - 1) % STAGES));
   }
+  for (int i = end; i < tiles; i++) pass(i);
 
   // through this warp's own rows of q, which only its warpgroup has read
   float factor[1][2];
@@ -191,11 +219,13 @@ template <class C, bool DROPOUT> cudaError_t launch(const AttentionParams& p, cu
   if (!map_of(&maps.q, p, p.q, p.H, p.T, C::BM) || !map_of(&maps.k, p, p.k, key_heads, p.S, C::BN) ||
       !map_of(&maps.v, p, p.v, key_heads, p.S, C::BN) || !map_of(&maps.y, p, p.y, p.H, p.T, 16))
     return kMapRefused;
-  LAUNCH(kernel, dim3(unsigned(ceil_div(p.T, C::BM) * p.B * p.H)), dim3(C::THREADS), C::SMEM, stream, p, maps);
+  const int together = matrices_together(p.B * p.H, p.group, 4 * i64(p.S) * p.D);
+  LAUNCH(kernel, dim3(unsigned(ceil_div(p.T, C::BM) * p.B * p.H)), dim3(C::THREADS), C::SMEM, stream, p, maps,
+         together);
   return cudaGetLastError();
 }
 template <class E> cudaError_t launch_shape(const AttentionParams& p, cudaStream_t stream) {
-  if (p.D == 128)
+  if (p.D > 64)
     return p.dropout.threshold ? launch<HopperShape<E, 128, 2>, true>(p, stream)
                                : launch<HopperShape<E, 128, 2>, false>(p, stream);
   // three warpgroups have 160 registers a thread, too few for the dropout bits

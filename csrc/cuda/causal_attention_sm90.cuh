@@ -7,6 +7,26 @@
 
 namespace gptfast::cuda {
 
+// The number of the warp in the block, the same register in all its lanes as the compiler sees it: what is computed from it
+// need not be moved to the uniform registers that wgmma takes its descriptors from.
+DEV_INLINE int warp_number() { return __shfl_sync(kAllLanes, int(threadIdx.x) / 32, 0); }
+
+// The block of rows and the matrix (of a batch and a head) of a thread block. `blocks` a matrix, of falling length, are dealt
+// for `together` matrices at a time, the longest of all first: so they end together, and what they read stays in L2.
+struct Place {
+  int block, matrix;
+};
+DEV_INLINE Place place_of(int index, int blocks, int matrices, int together) {
+  const int before = index / (blocks * together) * together, count = min(together, matrices - before);
+  const int rest = index - before * blocks;
+  return {rest / count, before + rest % count};
+}
+// As many matrices as read no more than half of Hopper's L2, `bytes` a matrix; `group` of them read the same.
+inline int matrices_together(int matrices, int group, i64 bytes) {
+  const i64 fit = (i64(25) << 20) / (bytes < 1 ? 1 : bytes) * group;
+  return int(fit < group ? group : fit < matrices ? fit : matrices);
+}
+
 // x (B, heads, rows, D) as a map of tiles of 64 columns and `tile_rows` rows; a dimension of one element has no stride to
 // speak of.
 template <class H>
@@ -24,9 +44,10 @@ inline bool has_map(const AttentionParams& p, const Heads& x, int heads, int row
   auto fits = [](i64 stride, i64 size) { return size == 1 || (stride > 0 && stride < i64(1) << 39); };
   return fits(x.st, rows) && fits(x.sh, heads) && fits(x.sb, p.B);
 }
-// 16 bits and a head dim with a kernel.
+// 16 bits, and a head dim of at most 128. The kernels are for 64 and 128: TMA loads zeros past the last column, and does not
+// store what lies there.
 inline bool has_hopper_shape(const AttentionParams& p) {
-  return p.dtype != DType::f32 && (p.D == 64 || p.D == 128) && p.whole_chunks && p.T && p.S;
+  return p.dtype != DType::f32 && p.D <= 128 && p.whole_chunks && p.T && p.S;
 }
 
 // The GPUs that can run a kernel: of Hopper, with so much shared memory a block, and with a body in the code that this

@@ -1,6 +1,8 @@
 // What the attention kernels for sm_80 share: which keys a query sees, tiles in shared memory and their fragments,
 // dropout bits in fragment order, and the guard against nan in masked keys.
 #pragma once
+#include <type_traits>
+
 #include "causal_attention.h"
 #include "common.cuh"
 #include "mma.cuh"
@@ -405,22 +407,34 @@ DEV_INLINE void each_decision_transposed(const Dropout& dropout, int matrix, int
 
 DEV_INLINE bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
+// All bits of the values of a 32-bit word that are nan or inf, whose exponent is all ones: one added to that carries into the
+// bit of the sign.
+template <class E> DEV_INLINE uint32_t nonfinite_bits(uint32_t word) {
+  constexpr uint32_t exponent = sizeof(E) == 4 ? 0x7f800000u : std::is_same_v<E, __half> ? 0x7c007c00u : 0x7f807f80u;
+  constexpr uint32_t least = exponent & ~(exponent << 1), sign = sizeof(E) == 4 ? 0x80000000u : 0x80008000u;
+  const uint32_t found = ((word & exponent) + least) & sign;
+  return found | (found - (found >> (sizeof(E) * 8 - 1)));
+}
 // Puts 0 in place of nan and inf in ROWS rows of a tile; tells whether this thread, number `thread` of THREADS, found any.
 template <int ROWS, int THREADS, class E, int WIDTH>
 DEV_INLINE bool remove_nonfinite(const Tile<E, WIDTH>& tile, int thread) {
   using T = Tile<E, WIDTH>;
-  bool found = false;
-#pragma unroll 2
+  auto chunk = [&](int c) { return reinterpret_cast<uint4*>(tile.data + c * 16); };
+  uint32_t found = 0;
+#pragma unroll(sizeof(E) == 4 ? 1 : 4)  // fp32 has no registers for more at head dim 256
   for (int c = thread; c < ROWS * T::kChunks; c += THREADS) {
-    E* x = reinterpret_cast<E*>(tile.data + c * 16);
-    bool here = false;
-#pragma unroll
-    for (int k = 0; k < T::kPerChunk; k++) here |= !finite(to_float(x[k]));
-    found |= here;
-    if (here)
-      for (int k = 0; k < T::kPerChunk; k++) x[k] = finite(to_float(x[k])) ? x[k] : E(0.f);
+    const uint4 x = *chunk(c);
+    found |= nonfinite_bits<E>(x.x) | nonfinite_bits<E>(x.y) | nonfinite_bits<E>(x.z) | nonfinite_bits<E>(x.w);
   }
-  return found;
+  if (!found) return false;
+#pragma unroll 1
+  for (int c = thread; c < ROWS * T::kChunks; c += THREADS) {
+    uint4 x = *chunk(c);
+    x.x &= ~nonfinite_bits<E>(x.x), x.y &= ~nonfinite_bits<E>(x.y);
+    x.z &= ~nonfinite_bits<E>(x.z), x.w &= ~nonfinite_bits<E>(x.w);
+    *chunk(c) = x;
+  }
+  return true;
 }
 // Did any thread find something? All threads that `barrier` joins call, WARPS warps of which the caller's is number `warp`;
 // `flags` is shared memory for one int a warp.

@@ -77,6 +77,22 @@ template <int V, class T> DEV_INLINE void store(T* to, const float (&x)[V]) {
     for (int k = 0; k < int(V * sizeof(T) / sizeof(W)); k++) reinterpret_cast<W*>(to)[k] = words[k];
   }
 }
+// V neighbouring values as they lie in memory: converted when they are used, so that loads of several wait for each other nowhere.
+template <class T, int V> struct Values {
+  alignas(V == 1 ? sizeof(T) : sizeof(Word<T, V>)) T values[V];
+  DEV_INLINE void load(const T* from) {
+    if constexpr (V == 1) {
+      values[0] = *from;
+    } else {
+      using W = Word<T, V>;
+      EXPECT_ALIGNED(from, sizeof(W));
+#pragma unroll
+      for (int k = 0; k < int(sizeof values / sizeof(W)); k++)
+        reinterpret_cast<W*>(values)[k] = reinterpret_cast<const W*>(from)[k];
+    }
+  }
+  DEV_INLINE float operator[](int k) const { return to_float(values[k]); }
+};
 // The same where the dtype is known at run time only; every thread of a launch takes one branch.
 template <int V> DEV_INLINE void load_any(float (&x)[V], const void* from, DType dtype, i64 at) {
   if (dtype == DType::bf16) load<V>(x, static_cast<const bf16*>(from) + at);

@@ -8,7 +8,7 @@
 namespace gptfast::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kAhead = 8;
 
 template <class T, int V> __global__ void __launch_bounds__(kThreads) embedding_fwd_kernel(const EmbeddingParams p) {
   const i64 n = i64(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -30,20 +30,48 @@ template <class T, int V> __global__ void __launch_bounds__(kThreads) embedding_
   }
 }
 
+// Where the run of `id` that holds `first` ends: in doubling steps, as most runs are short, then by halving.
+DEV_INLINE i64 end_of_run(const i64* keys, i64 first, i64 N, i64 id) {
+  i64 inside = first, step = 1;
+  while (inside + step < N && keys[inside + step] == id) inside += step, step *= 2;
+  i64 outside = inside + step < N ? inside + step : N;
+  while (outside - inside > 1) {
+    const i64 middle = inside + (outside - inside) / 2;
+    if (keys[middle] == id) inside = middle;
+    else outside = middle;
+  }
+  return outside;
+}
+
 template <class T, int V> __global__ void __launch_bounds__(kThreads) embedding_bwd_kernel(const EmbeddingBwdParams p) {
   const i64 first = i64(blockIdx.x) * blockDim.y + threadIdx.y;
   if (first >= p.N) return;
   const i64 id = p.keys[first];
   if (id < 0 || id >= p.V || (first > 0 && p.keys[first - 1] == id)) return;
-  for (i64 c = i64(threadIdx.x) * V; c < p.C; c += blockDim.x * V) {
-    float sum[V] = {};
-    for (i64 n = first; n < p.N && p.keys[n] == id; n++) {
-      float x[V];
-      const i64 row = p.order[n];
-      if (row < 0 || row >= p.N) continue;  // no permutation: what is not there is not read
-      load(x, static_cast<const T*>(p.dout.data) + row * p.dout.stride + c);
+  const i64 end = end_of_run(p.keys, first, p.N, id);
+  // Row numbers are a group ahead of the rows, and the rows of a group are under way together: a frequent token has thousands.
+  i64 rows[kAhead];
+  auto look_ahead = [&](i64 n) {
 #pragma unroll
-      for (int k = 0; k < V; k++) sum[k] += x[k];
+    for (int u = 0; u < kAhead; u++) rows[u] = n + u < end ? p.order[n + u] : -1;
+  };
+  for (i64 c = i64(threadIdx.x) * V; c < p.C; c += blockDim.x * V) {
+    const T* dout = static_cast<const T*>(p.dout.data) + c;
+    float sum[V] = {};
+    look_ahead(first);
+    for (i64 n = first; n < end; n += kAhead) {
+      Values<T, V> x[kAhead];
+      bool known[kAhead];  // else past the end, or no permutation: row 0 is read in its place, and not added
+#pragma unroll
+      for (int u = 0; u < kAhead; u++) {
+        known[u] = rows[u] >= 0 && rows[u] < p.N;
+        x[u].load(dout + (known[u] ? rows[u] : 0) * p.dout.stride);
+      }
+      look_ahead(n + kAhead);
+#pragma unroll
+      for (int u = 0; u < kAhead; u++)
+#pragma unroll
+        for (int k = 0; k < V; k++) sum[k] += known[u] ? x[u][k] : 0.f;
     }
     store_any(p.dtable.data, p.dtable.dtype, id * p.dtable.stride + c, sum);
   }

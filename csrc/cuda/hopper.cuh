@@ -86,6 +86,12 @@ DEV_INLINE uint32_t opaque(uint32_t x) {
   return x;
 }
 
+// ptxas moves a wait for products, which names no register, above the arithmetic before it, but not above this store of the
+// result x of that arithmetic: what precedes it in the source then runs while the products do. `scratch`: 4 bytes of the thread.
+DEV_INLINE void finish_before_wait(uint32_t scratch, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(scratch), "f"(x) : "memory");
+}
+
 // The map of tiles of `rows` rows of 128 bytes; false where the driver refuses it.
 inline bool tensor_map(CUtensorMap* map, const TensorShape& x, uint32_t rows) {
   static const auto encode = [] {
@@ -234,6 +240,9 @@ inline void fence_proxy_async() { EMU_RACE(emu::race::proxy_fence();) }
 template <int N> inline void setmaxnreg_inc() { emu::set_registers(N); }
 template <int N> inline void setmaxnreg_dec() { emu::set_registers(N); }
 inline uint32_t opaque(uint32_t x) { return x; }
+inline void finish_before_wait(uint32_t scratch, float x) {
+  memcpy(emu::smem_ptr(scratch, 4, 4, "finish_before_wait"), &x, 4);
+}
 inline void named_barrier(int id, int threads, EMU_SITE) { emu::bar_sync(id, threads, emu_line); }
 #endif
 

@@ -14,6 +14,8 @@ DEV_INLINE uint64_t smem_descriptor(uint32_t address, uint32_t leading, uint32_t
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t((leading & 0x3ffff) >> 4) << 16 |
          uint64_t((stride & 0x3ffff) >> 4) << 32 | 1ull << 62;
 }
+// The same `bytes` further on. One addition: the 14 bits of the address do not overflow, as shared memory ends below 2^18.
+DEV_INLINE uint64_t moved(uint64_t descriptor, int bytes) { return descriptor + uint64_t(bytes / 16); }
 
 #if !defined(CUDA_EMU)
 // ---- device ---------------------------------------------------------------------------------------------------------

@@ -51,6 +51,22 @@ def test_hopper_kernels_run_where_they_have_a_body(gpu, on_hopper, emu):
     assert emulated.shared_memory() > OLDER_GPU, "what was found of one GPU holds for another"
 
 
+@pytest.mark.parametrize(("D", "kernel"), [(8, 64), (40, 64), (72, 128), (80, 128), (120, 128)])
+def test_head_dims_between_those_of_hopper(D, kernel, emu):
+    """TMA loads zeros past the last column: the kernel of the next larger head dim runs, with masks, dropout and groups."""
+    emulated.configure()
+    asked = []
+    for case in (
+        attention(70, kernel, B=1),
+        attention(70, D, B=2, layout="strided"),
+        attention(150, D, H=2, K=1, window=40, dropout_p=0.2),
+    ):
+        check_case(case, torch.bfloat16)
+        ops.causal_attention(*case.inputs(torch.bfloat16), **case.options)
+        asked.append(emulated.shared_memory())
+    assert asked[1] == asked[0] > 48 << 10
+
+
 def test_a_refused_call_leaves_no_error_to_the_next(emu):
     """CUDA keeps the last error until it is asked for: the next launch would report it as its own."""
     q = torch.randn(1, 1, 70, 128)

@@ -1,0 +1,110 @@
+"""What disassembled kernels say of themselves - their main loop, what stands between its products - and what is expected."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+WAIT_FOR_SCORES = r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1"  # all groups of products but the last
+WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x\d")  # until so many groups of products are under way
+
+
+@dataclass(frozen=True)
+class Code:
+    """Instructions in the order of their addresses, without predicates, such as `LDS.128 R4, [R2]`."""
+
+    instructions: tuple[str, ...]
+    jumps: tuple[tuple[int, int], ...]  # from, to: indices of instructions
+
+    def count(self, pattern: str) -> int:
+        return sum(re.match(pattern, x) is not None for x in self.instructions)
+
+    def loop(self, pattern: str) -> Code:
+        """The shortest loop that holds all instructions of a kind. Jumps back from code that is out of the way (waits that try
+        again, rare branches), which the compiler puts behind everything else, span more than a loop."""
+        at = [n for n, x in enumerate(self.instructions) if re.match(pattern, x)]
+        loops = [(b, a) for a, b in self.jumps if b <= at[0] and at[-1] <= a]
+        first, last = min(loops, key=lambda span: span[1] - span[0])
+        return Code(self.instructions[first : last + 1], ())
+
+    def under_products(self, pattern: str) -> int:
+        """How many such instructions run while one group of products is under way: from the wait for all groups but one to the
+        next wait for all."""
+        after = self.instructions[
+            [WAIT.match(x) is not None and x.endswith("1") for x in self.instructions].index(True) :
+        ]
+        until = [WAIT.match(x) is not None and x.endswith("0") for x in after].index(True)
+        return Code(after[:until], ()).count(pattern)
+
+    def widest_gap(self) -> int:
+        """The most instructions between two neighbouring products of one group."""
+        gaps, since = [0], None
+        for x in self.instructions:
+            if x.startswith("HGMMA"):
+                gaps += [] if since is None else [since]
+                since = 0
+            elif x.startswith("WARPGROUP"):
+                since = None
+            elif since is not None:
+                since += 1
+        return max(gaps)
+
+
+def code_of(text: str) -> Code:
+    """The body of a function as cuobjdump prints it."""
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", text, re.M)
+    index = {int(address, 16): n for n, (address, _) in enumerate(found)}
+    targets = ((n, re.match(r"BRA\b.*?\b0x([0-9a-f]+)$", x)) for n, (_, x) in enumerate(found))
+    jumps = tuple((n, index[int(m[1], 16)]) for n, m in targets if m and int(m[1], 16) in index)
+    return Code(tuple(x for _, x in found), jumps)
+
+
+@dataclass(frozen=True)
+class Warpgroups:
+    """The main loop of a kernel of Hopper: both of its 16-bit variants.
+
+    Args:
+        unit: the file.
+        variant: what their mangled names have in common: head dim, warpgroups or whether rows are keys, dropout.
+        products: HGMMA instructions of a tile.
+        under_products: exponentials, at least, that run while a product does; 0: all products are waited for.
+        gap: other instructions between two products of a group, at most: a product of 64 columns takes 32 cycles. Where there
+            is dropout its bits are made here.
+        moves: R2UR, at most: operands that the compiler does not know to be the same in all lanes.
+    """
+
+    unit: str
+    variant: str
+    products: int
+    under_products: int
+    gap: int
+    moves: int
+
+    @property
+    def id(self) -> str:
+        return self.unit.split("_")[2] + self.variant
+
+
+FWD, BWD = "causal_attention_fwd_sm90", "causal_attention_bwd_sm90"
+WARPGROUPS = [
+    Warpgroups(FWD, "Li64ELi3EEELb0", 12, 64, gap=18, moves=4),
+    Warpgroups(FWD, "Li64ELi2EEELb1", 12, 64, gap=18, moves=4),
+    Warpgroups(FWD, "Li128ELi2EEELb0", 16, 64, gap=18, moves=4),
+    Warpgroups(FWD, "Li128ELi2EEELb1", 16, 64, gap=18, moves=4),
+    Warpgroups(BWD, "Li64ELb0EEELb0", 12, 0, gap=12, moves=4),  # dq
+    Warpgroups(BWD, "Li64ELb1EEELb0", 16, 0, gap=12, moves=4),  # dk and dv
+    Warpgroups(BWD, "Li64ELb0EEELb1", 12, 0, gap=100, moves=4),
+    Warpgroups(BWD, "Li64ELb1EEELb1", 16, 0, gap=64, moves=4),
+    Warpgroups(BWD, "Li128ELb0EEELb0", 20, 0, gap=12, moves=4),
+    Warpgroups(BWD, "Li128ELb1EEELb0", 24, 0, gap=12, moves=4),
+    Warpgroups(BWD, "Li128ELb0EEELb1", 20, 0, gap=80, moves=4),
+    Warpgroups(BWD, "Li128ELb1EEELb1", 24, 0, gap=44, moves=84),  # no register is left to keep descriptors ready
+]
+# Of a thread: what lets as many blocks run on a multiprocessor of 65,536 registers as the launch bounds and the notes say.
+REGISTERS = [
+    ("attention_forward_sm90.*Li64ELi3E", "sm_90a", 128),
+    ("attention_(forward|backward)_sm90", "sm_90a", 168),
+    ("embedding_bwd_kernel", "sm_80", 64),  # four blocks of 256 threads
+    ("sample_kernel", "sm_80", 64),  # one of 1024
+    ("cross_entropy", "sm_80", 32),  # four of 512
+]
