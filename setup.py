@@ -6,8 +6,9 @@
 
 GPTFAST_BUILD=0 installs pure Python: every op then runs in eager PyTorch.
 GPTFAST_CUDA=auto|1|0: build the CUDA ops where nvcc is found and torch is a CUDA build (auto), always, or never.
-TORCH_CUDA_ARCH_LIST names the GPUs, as for torch's own extensions, such as "8.0;9.0+PTX" (the default). 9.0 is built as
-9.0a, which has wgmma and TMA and runs on every GPU of capability 9.0; GPUs below 8.0 are left out.
+TORCH_CUDA_ARCH_LIST names the GPUs, as for torch's own extensions, such as "8.0;9.0+PTX", the default; with nvcc 12.8 or newer
+that is "8.0;9.0+PTX;10.0;12.0+PTX". 9.0 is built as 9.0a, which has wgmma and TMA and runs on every GPU of capability 9.0;
+GPUs below 8.0 are left out.
 MAX_JOBS bounds the number of compilers at work, CXX names the compiler.
 
 Objects stay in build/objects, so that every kind of install compiles only what changed. A build in place also writes

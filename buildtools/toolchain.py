@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TORCH_TARGET = (2, 11)
-CUDA_ARCHS = "8.0;9.0+PTX"  # newer GPUs compile the PTX when they first run it
+CUDA_ARCHS = "8.0;9.0+PTX"
+BLACKWELL = (
+    "10.0;12.0+PTX"  # too, from nvcc 12.8 on; GPUs without code of theirs compile the PTX when they first run it
+)
 OLDEST_GPU = 8.0
 
 NO_TORCH = """
@@ -87,7 +90,13 @@ class Cuda:
         return flags
 
 
-def cuda_archs() -> tuple[list[str], list[str]]:
+def default_archs(nvcc_release: str) -> str:
+    """What is built where TORCH_CUDA_ARCH_LIST names nothing: code for all GPUs that this nvcc, such as "13.0", knows."""
+    newest = tuple(int(n) for n in nvcc_release.split(".")[:2]) >= (12, 8)
+    return f"{CUDA_ARCHS};{BLACKWELL}" if newest else CUDA_ARCHS
+
+
+def cuda_archs(nvcc_release: str) -> tuple[list[str], list[str]]:
     """What TORCH_CUDA_ARCH_LIST asks for, as "8.0" for code and "9.0+PTX" for PTX; and what of it is left out.
 
     There 9.0+PTX means both, as for torch's own extensions. Code for 9.0 is always that of 9.0a: without the "a" the Hopper
@@ -95,7 +104,7 @@ def cuda_archs() -> tuple[list[str], list[str]]:
     """
     archs: list[str] = []
     left_out: list[str] = []
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,\t\n") or CUDA_ARCHS
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,\t\n") or default_archs(nvcc_release)
     for arch in re.split(r"[;,\s]+", asked):
         match = re.fullmatch(r"(\d+\.\d)([af]?)(\+PTX)?", arch)
         if not match:
@@ -136,7 +145,7 @@ def find_cuda() -> Cuda | None:
     if not top or not release:
         fail(f"{nvcc} does not run: {said.stderr or version}")
     home = Path(top[1].strip()).parent
-    return Cuda(nvcc, home, release[1], *cuda_archs())
+    return Cuda(nvcc, home, release[1], *cuda_archs(release[1]))
 
 
 def wanted_cuda(torch: Path) -> tuple[Cuda | None, str]:

@@ -32,8 +32,8 @@ LISTS = {  # a list: what is compiled, what is left out
         ["8.0", "8.6", "9.0a", "10.0", "12.0", "12.0+PTX"],
         ["7.5"],
     ),  # of container images
-    "": (["8.0", "9.0a", "9.0+PTX"], []),
-    " ; ": (["8.0", "9.0a", "9.0+PTX"], []),
+    "": (["8.0", "9.0a", "9.0+PTX", "10.0", "12.0", "12.0+PTX"], []),
+    " ; ": (["8.0", "9.0a", "9.0+PTX", "10.0", "12.0", "12.0+PTX"], []),
 }
 TINY = """
 #include "common.cuh"
@@ -69,7 +69,7 @@ def build() -> dict[str, Any]:
 
 def flags(monkeypatch: pytest.MonkeyPatch, asked: str) -> list[str]:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
-    return build()["Cuda"](Path("nvcc"), Path("/"), "13.0", *build()["cuda_archs"]()).arch_flags()
+    return build()["Cuda"](Path("nvcc"), Path("/"), "13.0", *build()["cuda_archs"]("13.0")).arch_flags()
 
 
 def compile_with(options: list[str], source: Path, folder: Path) -> Path:
@@ -83,7 +83,14 @@ def compile_with(options: list[str], source: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("asked", LISTS)
 def test_what_is_built_of_a_list(asked, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
-    assert build()["cuda_archs"]() == LISTS[asked]
+    assert build()["cuda_archs"]("13.0") == LISTS[asked]
+
+
+@pytest.mark.parametrize(("release", "newest"), [("12.0", "9.0+PTX"), ("12.6", "9.0+PTX"), ("12.8", "12.0+PTX")])
+def test_an_older_nvcc_builds_the_gpus_that_it_knows(release, newest, monkeypatch):
+    """nvcc 12.8 is the first for 10.0 and 12.0."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert build()["cuda_archs"](release)[0][-1] == newest
 
 
 def test_gpus_that_are_left_out_are_reported(monkeypatch, capsys):
@@ -95,7 +102,7 @@ def test_gpus_that_are_left_out_are_reported(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", ["9.0", "8.0 9.0", "9.0+PTX", "7.5 8.0 8.6 9.0 10.0 12.0+PTX"])
+@pytest.mark.parametrize("asked", ["9.0", "8.0 9.0", "9.0+PTX", "", "7.5 8.0 8.6 9.0 10.0 12.0+PTX"])
 def test_hopper_code_of_a_list_is_not_empty(asked, monkeypatch, tmp_path):
     """Read from the machine code; there is no code of sm_90 without the "a" beside it."""
     source = tmp_path / "tiny.cu"
