@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -12,15 +12,35 @@ from torch import Tensor
 from gptfast._nf4 import dynamic_values, nf4_values
 
 
-@functools.cache
 def nf4_table(device: torch.device) -> Tensor:
-    """(16,) float32, cached by device: kernels look values up in it, from the L1 cache."""
-    return nf4_values(device)
+    """(16,) float32, cached by device: kernels look values up in it, from the L1 cache.
+
+    Raises:
+        RuntimeError: this is the first call for the device, and a CUDA graph is being captured.
+    """
+    return _table("NF4", nf4_values, device)
 
 
-@functools.cache
 def dynamic_table(device: torch.device) -> Tensor:
-    return dynamic_values(device)
+    """(256,) float32, of double quantisation; otherwise as `nf4_table`."""
+    return _table("double quantisation", dynamic_values, device)
+
+
+_tables: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def _table(name: str, values: Callable[[torch.device], Tensor], device: torch.device) -> Tensor:
+    """A table that outlives the call: what a capture allocates lies in the memory of its graph and is filled when that is
+    replayed, and what inference mode makes is no operand of autograd."""
+    if (name, device) not in _tables:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the table of {name} has not been made on {device}, and cannot be while a CUDA graph is captured: run the "
+                "op once before the capture"
+            )
+        with torch.inference_mode(False):
+            _tables[name, device] = values(device)
+    return _tables[name, device]
 
 
 @triton.jit
