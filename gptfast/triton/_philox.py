@@ -32,12 +32,32 @@ def keep_mask(matrix, rows, first_column, dropout, WIDTH: tl.constexpr):
     Call c0 = 4 g + k serves columns 32 g + 8 w + 2 k + {0, 1} with the halves of its word w (rng.dropout_keep), so one
     call makes eight decisions; the rest puts them into the order of columns.
     """
-    HEIGHT: tl.constexpr = rows.shape[0]
-    least, offset = tl.cast(dropout[0], tl.uint32), tl.cast(dropout[3], tl.uint32)
+    least = tl.cast(dropout[0], tl.uint32)
+    words = _dropout_words(matrix, rows, first_column, dropout, WIDTH)
+    return _by_columns(tl.join((words & 0xFFFF) >= least, (words >> 16) >= least), rows.shape[0], WIDTH)
+
+
+@triton.jit
+def keep_bits(matrix, rows, first_column, dropout, WIDTH: tl.constexpr):
+    """The same as int32 of which all bits are set, or none. Triton cannot move single bits through the shared memory of AMD's
+    GPUs, and comparisons would become such bits before they are moved."""
+    least = tl.cast(dropout[0], tl.int32)
+    words = _dropout_words(matrix, rows, first_column, dropout, WIDTH)
+    low, high = (words & 0xFFFF).to(tl.int32), (words >> 16).to(tl.int32)
+    return _by_columns(tl.join(~((low - least) >> 31), ~((high - least) >> 31)), rows.shape[0], WIDTH)
+
+
+@triton.jit
+def _dropout_words(matrix, rows, first_column, dropout, WIDTH: tl.constexpr):
+    """(len(rows), WIDTH / 8, 2, 2): rows, calls, and two bits that number the words."""
     calls = (first_column // 8 + tl.arange(0, WIDTH // 8)).to(tl.uint32)[None, :]
+    offset = tl.cast(dropout[3], tl.uint32)
     w0, w1, w2, w3 = tl.philox(dropout[2], calls, rows.to(tl.uint32)[:, None], tl.cast(matrix, tl.uint32), offset)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # rows, calls, and two bits that number the words
-    kept = tl.join((words & 0xFFFF) >= least, (words >> 16) >= least)
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+
+
+@triton.jit
+def _by_columns(kept, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     kept = tl.reshape(kept, (HEIGHT, WIDTH // 32, 4, 4, 2))  # rows, g, k, w, half
     return tl.reshape(tl.permute(kept, (0, 1, 3, 2, 4)), (HEIGHT, WIDTH))
 

@@ -37,7 +37,7 @@ from gptfast.triton._attention import (
     store_tile,
     visible_keys,
 )
-from gptfast.triton._philox import first_of, keep_mask
+from gptfast.triton._philox import first_of, keep_bits, keep_mask
 from gptfast.triton._tiles import Blocks
 from gptfast.triton._tuning import fastest
 
@@ -86,7 +86,7 @@ def dq_candidates(D: int, dtype: torch.dtype, tma: bool) -> list[Blocks]:
         found = [Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 3)]
         return found + ([Blocks(128, 64, 8, 3, tma)] if tma else [])
     if padded(D) == 128:
-        found = [Blocks(64, 64, 4, 2), Blocks(128, 32, 8, 2)]
+        found = [Blocks(64, 64, 4, 2), Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 1)]  # the last: 99 KB, of sm_86
         return found + ([Blocks(128, 64, 8, 2, tma)] if tma else [])
     return [Blocks(64, 32, 4, 1)]
 
@@ -98,7 +98,7 @@ def dkdv_candidates(D: int, dtype: torch.dtype, tma: bool) -> list[Blocks]:
         found = [Blocks(64, 128, 8, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 3)]
         return found + ([Blocks(64, 128, 8, 3, tma)] if tma else [])
     if padded(D) == 128:
-        found = [Blocks(64, 64, 4, 2), Blocks(32, 128, 8, 2)]
+        found = [Blocks(64, 64, 4, 2), Blocks(32, 128, 8, 2), Blocks(32, 64, 4, 1)]
         return found + ([Blocks(64, 128, 8, 2, tma)] if tma else [])
     return [Blocks(32, 64, 4, 1)]
 
@@ -237,9 +237,9 @@ def _dkdv_kernel(
                     p = tl.where(visible, p, 0.0)
                 kept = p
                 if DROP:
-                    keep = tl.trans(keep_mask(tl.cast(head, tl.uint32) + first_of(dropout), i, n0, dropout, BLOCK_N))
-                    kept = tl.where(keep, p * dropout[1], 0.0)
-                    dp = tl.where(keep, dp * dropout[1], 0.0)
+                    keep = tl.trans(keep_bits(tl.cast(head, tl.uint32) + first_of(dropout), i, n0, dropout, BLOCK_N))
+                    kept = _select(keep, p * dropout[1])
+                    dp = _select(keep, dp * dropout[1])
                 ds = p * (dp - tl.load(deltas + i)[None, :])
                 if part != 1:
                     ds = tl.where(visible, ds, 0.0)  # p = 0 times a bad value
@@ -247,6 +247,12 @@ def _dkdv_kernel(
                 key_sum = tl.dot(ds.to(DTYPE), queries, key_sum, input_precision="ieee")
     store_tile(dk, key_head, H // GROUP, n0, S, key_sum * scale, D)
     store_tile(dv, key_head, H // GROUP, n0, S, value_sum, D)
+
+
+@triton.jit
+def _select(keep, x):
+    """x where all bits of `keep` are set, 0 where none is."""
+    return (x.to(tl.int32, bitcast=True) & keep).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 # capabilities; AMD CDNA 3 ISA: 64 KB of LDS)
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_86": (GPUTarget("cuda", 86, 32), 99 << 10),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
 }

@@ -85,6 +85,7 @@ TENSOR_CORES = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "gfx942": "
         (64, 0.1, "gfx942", 1),
         (128, 0.0, "sm_90", 4),
         (128, 0.0, "gfx942", 2),
+        (128, 0.1, "gfx942", 2),
     ],
 )
 def test_attention_compiles_to_tensor_core_instructions(D, dropout_p, target, group, monkeypatch):
@@ -100,6 +101,20 @@ def test_attention_compiles_to_tensor_core_instructions(D, dropout_p, target, gr
         assert kernel.metadata.shared <= room, name
         assert name == "_join_kernel" or re.search(TENSOR_CORES[target] + "|mma.sync", code), name
     assert any(re.search(TENSOR_CORES[target], k.asm.get("ptx", k.asm.get("amdgcn"))) for k in kernels)
+
+
+@pytest.mark.slow
+def test_a_tiling_of_backward_fits_gpus_of_99_kilobytes(monkeypatch):
+    """At head dim 128 the tiles that are expected to be the fastest do not; `fastest` skips them."""
+    from gptfast.triton import causal_attention_bwd
+    from tests.support.triton_targets import TARGETS, compiled_for
+
+    monkeypatch.setattr(causal_attention_bwd, "fastest", lambda kernel, shape_class, candidates, launch: candidates[-1])
+    q, statistics = torch.empty(1, 2, 512, 128, dtype=torch.bfloat16), torch.empty(2, 1, 2, 512)
+    with compiled_for("sm_86") as kernels:
+        causal_attention_bwd.causal_attention_bwd(q, q, q, q, q, statistics, None, None, True, 0.1, 0.1, 1, 2, 0)
+    assert [k.metadata.name for k in kernels] == ["_dq_kernel", "_dkdv_kernel"]
+    assert all(k.metadata.shared <= TARGETS["sm_86"][1] for k in kernels)
 
 
 @pytest.mark.slow
