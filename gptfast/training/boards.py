@@ -1,7 +1,8 @@
-"""Programs that draw the numbers of a run while it trains: TensorBoard, Weights & Biases, Trackio. Each by its own package."""
+"""Dashboards that plot the log of a run while it trains: TensorBoard, Weights & Biases, Trackio, each through its own package."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,19 @@ _PROJECT = "gptfast"
 
 
 class Board(ABC):
-    """Draws numbers over the steps of a run."""
+    """Plots numbers over the steps of a run."""
 
     @abstractmethod
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add the numbers of a step, by name."""
+        """Log the numbers of a step, by name."""
 
     @abstractmethod
     def back_to(self, step: int) -> None:
-        """The run goes back to a step: later ones are made again."""
+        """Prepare for a run that goes back to a step: later steps are logged again."""
 
     @abstractmethod
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Flush and close; nothing can be logged afterwards."""
 
 
 def open_board(name: str, out: Path, step: int, config: dict[str, Any]) -> Board:
@@ -34,8 +35,8 @@ def open_board(name: str, out: Path, step: int, config: dict[str, Any]) -> Board
     Args:
         name: one of `BOARDS`.
         out: RUN; TensorBoard's files go to RUN/tensorboard.
-        step: that the run continues from, 0 for a new run.
-        config: of the run, shown beside it.
+        step: the last step before this process, 0 for a new run.
+        config: the options of the run, which the dashboard shows.
     Raises:
         ImportError: its package is not installed.
     """
@@ -87,7 +88,7 @@ class _Hosted(Board):
         if step and kept.exists():
             identity = kept.read_text(encoding="utf-8").strip()
         else:
-            identity = f"{out.resolve().name}-{_stamp()}"
+            identity = f"{out.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
             atomic_write(kept, f"{identity}\n".encode())
         named = {"id": identity, "dir": str(out)} if name == "wandb" else {}
         self._run = package.init(project=_PROJECT, name=identity, config=config, resume="allow", **named)
@@ -97,14 +98,7 @@ class _Hosted(Board):
             self._run.log(values, step=step)
 
     def back_to(self, step: int) -> None:
-        """Nothing: the program keeps what it has, and takes no more numbers of these steps."""
+        """Do nothing: the service keeps what it has, and ignores further numbers of these steps."""
 
     def close(self) -> None:
         self._run.finish()
-
-
-def _stamp() -> str:
-    """The time of now in letters that a name may have."""
-    import time
-
-    return time.strftime("%Y%m%d-%H%M%S")

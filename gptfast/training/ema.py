@@ -39,7 +39,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now."""
+        """Update the average with the present weights."""
         if self.updates:
             self._blend(self._average, [p.detach() for p in self._weights], self.updates)
         else:
@@ -49,7 +49,7 @@ class WeightAverage:
 
     @contextmanager
     def in_the_network(self) -> Iterator[None]:
-        """Inside, the network has the average as its weights; after it its own, to the bit."""
+        """Context in which the network's weights are the average; afterwards they are its own again, bit for bit."""
         self._swap()
         try:
             yield
@@ -64,14 +64,14 @@ class WeightAverage:
             average.copy_(kept)
 
     def tensors(self, copy: bool) -> dict[str, Tensor]:
-        """The content of `ema.safetensors`; with `copy` as it is now."""
+        """The content of `ema.safetensors`. copy: clone the tensors, so that later updates do not change them."""
         named = zip(self._named, self._average, strict=True)
         found = {name: x.to("cpu", copy=True) if copy else x for name, x in named}
         return {**found, _UPDATES: torch.tensor(self.updates)}
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Take the average of a checkpoint.
+        """Restore the average from a checkpoint.
 
         Raises:
             FileNotFoundError: the checkpoint has none.
@@ -93,9 +93,13 @@ class WeightAverage:
 
 
 def best_writer(average: WeightAverage | None, objective: Objective, folder: Path, copy: bool) -> Callable[[], None]:
-    """A function that writes a model as any other, with the averaged weights; with `copy` as they are now, in any thread.
+    """A function that writes a checkpoint with the averaged weights.
 
-    average: None: the function does nothing.
+    Args:
+        average: None: the function does nothing.
+        objective: writes the model and has the tokenizer.
+        folder: of the checkpoint; replaced atomically.
+        copy: copy the weights now, so that the function may run in a thread while training goes on.
     """
     if average is None:
         return lambda: None

@@ -1,4 +1,4 @@
-"""When a checkpoint is written: at once, or in a thread while training goes on."""
+"""Writing of checkpoints: at once, or in a background thread while training goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Job = Callable[[], None]
 class Saver:
     """Writes the checkpoints of a run, one at a time.
 
-    What a thread writes counts once it is whole, as any save: a kill before that leaves the checkpoint before it.
+    A save in the background takes effect when it is complete; a kill before that leaves the previous checkpoint.
 
     Args:
         background: write in a thread.
@@ -27,7 +27,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, job: Job) -> None:
-        """Run a job that writes a checkpoint; in the background it has copies of all that it writes.
+        """Run a job that writes a checkpoint. In the background it must write copies, as training changes the originals.
 
         Raises:
             Whatever the job raises, or in the background what the one before it raised.
@@ -46,20 +46,20 @@ class Saver:
             self._error = error
 
     def check(self) -> None:
-        """Raise what a save in the background has raised."""
+        """Raise the error of a save in the background, if it failed."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def finish(self) -> None:
-        """Wait for the save in the background. Raises what it raised."""
+        """Wait for the save in the background. Raises its error, if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def close(self, after: BaseException) -> None:
-        """Wait, where training has failed, for a save that can come to its end."""
+        """Wait for the save in the background after training failed with `after`; not if a rank is lost, which it would wait for."""
         if self._thread is not None and not isinstance(after, RankLostError):
             self._thread.join()
 

@@ -1,26 +1,26 @@
-"""Ranks that are slower than the others: a hot or shared machine delays all, and only its own times tell."""
+"""Detection of slow ranks: a hot or shared machine delays all others, and only its own computing time shows it."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 
-RATIO = 1.5  # times the median
-STEPS = 5  # in a row before it is told, and
-AGAIN = 200  # before it is told again
+RATIO = 1.5  # a rank that computes for more than this multiple of the median is slow
+STEPS = 5  # consecutive slow steps before a rank is reported
+AGAIN = 200  # further ones before it is reported again
 
 
 class SlowRanks:
-    """Looks at the time that each rank computes in a step, without its waiting."""
+    """Watches the time that each rank computes in a step, without the time that it waits for others."""
 
     def __init__(self) -> None:
         self._rank, self._steps = -1, 0
 
     def look(self, seconds: Sequence[float]) -> dict[str, float]:
-        """{"slow_rank": …, "times_median": …} when one rank has been slower for some steps, else {}.
+        """Record a step; returns {"slow_rank": rank, "times_median": ratio} when a rank is to be reported, else {}.
 
         Args:
-            seconds: of this step, by rank. The median of two is the shorter one.
+            seconds: computing time of the step, by rank. Of two ranks the shorter time counts as the median.
         """
         median = statistics.median_low(seconds)
         slowest = max(range(len(seconds)), key=seconds.__getitem__)

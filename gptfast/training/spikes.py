@@ -1,4 +1,4 @@
-"""Steps that go wrong: a loss or a gradient that is not finite, or far above those of the steps before."""
+"""Detection of bad steps: a loss or a gradient norm that is not finite, or far above those of the steps before."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ RECENT = 50  # steps that a step is compared with
 _LEAST = 10  # steps before anything is compared
 _LOSS, _DEVIATIONS = 1.0, 8.0  # nats, and scaled absolute deviations, above the median
 _NORM = 20.0  # times the median
-_ENOUGH = 10  # steps in a row that may be left out
+_ENOUGH = 10  # bad steps in a row at which the run stops
 
 
 def what_is_wrong(loss: float, norm: float, recent: list[list[float]]) -> str:
-    """What is wrong with a step, in words; "": nothing.
+    """A description of what is wrong with a step, "" where nothing is.
 
     The loss spikes where it lies above the median of the last 50 steps by more than 1 nat and by more than 8 median absolute
     deviations (times 1.4826, a standard deviation where they are normal); the norm of the gradient where it is above 20
