@@ -10,6 +10,7 @@
 // key_gradients forms S^T and dP^T, whose rows are keys: packed, they are the first operands of dv and dk.
 //
 // Floor: 10 T S D flops a query head, half of them under a causal mask; this takes 14, as both kernels form S and dP.
+#include "causal_attention_softmax.cuh"
 #include "causal_attention_tile.cuh"
 
 namespace gptfast::cuda {

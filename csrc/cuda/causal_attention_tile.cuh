@@ -1,64 +1,14 @@
-// What the attention kernels for sm_80 share: which keys a query sees, tiles in shared memory and their fragments,
-// dropout bits in fragment order, and the guard against nan in masked keys.
+// Tiles of attention in shared memory, their fragments, and products of them, for the kernels for sm_80; and the guard
+// against nan in masked keys.
 #pragma once
 #include <type_traits>
 
 #include "causal_attention.h"
+#include "causal_attention_visible.cuh"
 #include "common.cuh"
 #include "mma.cuh"
-#include "philox.cuh"
 
 namespace gptfast::cuda {
-
-// ---- who sees whom --------------------------------------------------------------------------------------------------
-
-// Positions [lo, hi); none where hi <= lo. For rising queries (keys) both ends of what they see (are seen by) rise too,
-// so the first and the last row of a tile bound all of its rows.
-struct Range {
-  int lo, hi;
-  DEV_INLINE void clip(int from, int to) { lo = max(lo, from), hi = min(hi, to); }
-  DEV_INLINE bool holds(int x) const { return x >= lo && x < hi; }
-};
-DEV_INLINE int length_at(const Lengths& x, int n, int most) {
-  const i64 v = x.wide ? static_cast<const i64*>(x.data)[n] : static_cast<const int*>(x.data)[n];
-  return int(v < 0 ? 0 : v > most ? most : v);
-}
-// The document of position i: the number of offsets <= i, less one. -1 before the first, `documents` after the last.
-DEV_INLINE int document_of(const AttentionParams& p, int i) {
-  int below = 0, above = p.documents + 1;
-  while (below < above) {
-    const int middle = (below + above) / 2;
-    if (length_at(p.cu_seqlens, middle, p.S) <= i) below = middle + 1;
-    else above = middle;
-  }
-  return below - 1;
-}
-DEV_INLINE void clip_to_document(Range& r, const AttentionParams& p, int i) {
-  const int d = document_of(p, i);
-  if (d < 0) r.clip(0, 0);
-  else if (d >= p.documents) r.clip(p.S, p.S);
-  else r.clip(length_at(p.cu_seqlens, d, p.S), length_at(p.cu_seqlens, d + 1, p.S));
-}
-// Keys that query i sees.
-DEV_INLINE Range visible_keys(const AttentionParams& p, int b, int i) {
-  const int last = i + p.S - p.T;
-  Range r{0, p.S};
-  if (p.causal) r.clip(0, last + 1);
-  if (p.window) r.clip(last - p.window + 1, p.S);
-  if (p.seq_lens.data) r.clip(0, length_at(p.seq_lens, b, p.S));
-  if (p.cu_seqlens.data) clip_to_document(r, p, i);
-  return r;
-}
-// Queries that see key j.
-DEV_INLINE Range visible_queries(const AttentionParams& p, int b, int j) {
-  const int first = j - (p.S - p.T);
-  Range r{0, p.T};
-  if (p.causal) r.clip(first, p.T);
-  if (p.window && first + p.window < p.T) r.clip(0, max(first + p.window, 0));
-  if (p.cu_seqlens.data) clip_to_document(r, p, j);  // T = S
-  if (j >= (p.seq_lens.data ? length_at(p.seq_lens, b, p.S) : p.S)) r.clip(p.T, p.T);
-  return r;
-}
 
 // ---- tiles ----------------------------------------------------------------------------------------------------------
 
@@ -273,132 +223,6 @@ DEV_INLINE void result_to_tile(const float (&x)[MT][NT][4], const float (&factor
         *reinterpret_cast<Pair<E>*>(tile.at(tile_row + 16 * m + 8 * half + g, n * 8 + t2)) =
             pair<E>(x[m][n][2 * half] * factor[m][half], x[m][n][2 * half + 1] * factor[m][half]);
   __syncwarp();
-}
-
-// ---- softmax --------------------------------------------------------------------------------------------------------
-// exp2(scale s - scale m) is one fused multiply-add and one exp2. Its product scale * m is rounded: for scores of 4e3 that is
-// seen in the weights, and from 4e9 on they overflow. So where the product is beyond kFar, the maximum is taken off the
-// scores first. Rows seldom are, and a block without such a row pays one comparison for each.
-
-constexpr float kFar = 64.f;  // units of log2
-
-DEV_INLINE float scale_log2_of(const AttentionParams& p) {  // above 0, as 0 times the -inf of masked scores is nan
-  return fmaxf(p.scale, 1e-30f) * kLog2e;
-}
-// What backward needs of a query whose scores have maximum m, and weights relative to it that sum up to `sum`.
-DEV_INLINE void store_statistics(const AttentionParams& p, i64 query, float m, float sum) {
-  const float top = m * scale_log2_of(p);
-  const bool far = fabsf(top) > kFar;
-  p.shift[query] = sum != 0.f && far ? m : 0.f;
-  p.level[query] = sum == 0.f ? -INFINITY : far ? log2f(sum) : top + log2f(sum);
-}
-
-// Scores -> weights, and the running maximum m and sum l of the lane's rows brought up to date, the sum over its own columns
-// only. What was summed before must be multiplied by `rescale`.
-template <int MT, int NT>
-DEV_INLINE void softmax(float (&s)[MT][NT][4], float (&m)[MT][2], float (&l)[MT][2], float (&rescale)[MT][2],
-                        float scale_log2) {
-  auto seen = [](float top) { return top == -INFINITY ? 0.f : top; };  // 0 for a row that has seen no key yet
-  float shift[MT][2];
-  bool far = false;
-#pragma unroll
-  for (int i = 0; i < MT; i++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < NT; n++) top = fmaxf(top, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
-      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-      top = fmaxf(m[i][h], fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2)));
-      rescale[i][h] = fast_exp2((m[i][h] - seen(top)) * scale_log2);
-      m[i][h] = top;
-      shift[i][h] = seen(top) * scale_log2;
-      far |= fabsf(shift[i][h]) > kFar;
-    }
-  if (far) {
-    each_element<MT, NT>([&](int i, int n, int e) { s[i][n][e] -= seen(m[i][e / 2]); });
-#pragma unroll
-    for (int n = 0; n < 2 * MT; n++) shift[n / 2][n % 2] = 0.f;
-  }
-#pragma unroll
-  for (int i = 0; i < MT; i++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      float sum = 0.f;
-#pragma unroll
-      for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; e++) {
-          s[i][n][e] = fast_exp2(fmaf(s[i][n][e], scale_log2, -shift[i][h]));
-          sum += s[i][n][e];
-        }
-      l[i][h] = l[i][h] * rescale[i][h] + sum;
-    }
-}
-// Leaves the statistics, and gives what the lane's rows of output must be multiplied by: 0 for a row that saw no key.
-template <int MT>
-DEV_INLINE void finish_softmax(const float (&m)[MT][2], const float (&l)[MT][2], float (&factor)[MT][2],
-                               const AttentionParams& p, int bh, int row) {
-  const float kept = p.dropout.threshold ? dropout_scale(p.dropout) : 1.f;
-#pragma unroll
-  for (int n = 0; n < 2 * MT; n++) {
-    float sum = l[n / 2][n % 2];
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    factor[n / 2][n % 2] = sum == 0.f ? 0.f : kept / sum;
-    if (threadIdx.x % 4 == 0 && row + 8 * n < p.T)
-      store_statistics(p, i64(bh) * p.T + row + 8 * n, m[n / 2][n % 2], sum);
-  }
-}
-// Is any of the shifts of a tile's N columns not 0?
-template <int N> DEV_INLINE bool any_far(const float* shift) {
-  bool far = false;
-#pragma unroll
-  for (int n = threadIdx.x % 32; n < N; n += 32) far |= shift[n] != 0.f;
-  return __any_sync(kAllLanes, far);
-}
-
-// ---- dropout --------------------------------------------------------------------------------------------------------
-
-// f(m, n, e, keep) for every element result[m][n][e] of a lane whose first row is `row` of `matrix`; columns from j0
-// on, a multiple of 8 NT.
-template <int MT, int NT, class F>
-DEV_INLINE void each_decision(const Dropout& dropout, int matrix, int row, int j0, F f) {
-#pragma unroll
-  for (int m = 0; m < MT; m++)
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-      for (int n = 0; n < NT; n += 4) {  // the four words of a call serve four tiles of 8 columns
-        const int j = j0 + n * 8 + int(threadIdx.x % 4) * 2;
-        const uint4 words = dropout_call(dropout, matrix, row + 16 * m + 8 * h, j);
-#pragma unroll
-        for (int k = 0; k < 4 && n + k < NT; k++) {
-          const uint32_t word = word_of(words, NT % 4 ? (j / 8 + k) % 4 : k);
-#pragma unroll
-          for (int e = 0; e < 2; e++) f(m, n + k, 2 * h + e, dropout_keeps(dropout, word, e));
-        }
-      }
-}
-// The same for transposed results: rows are keys from `key` on, a multiple of 16 MT, and columns queries from i0 on. A
-// call then serves both lanes of a pair, g and g ^ 1: each makes that of one of their two queries and passes on the
-// half of its words that belongs to the other's keys.
-template <int MT, int NT, class F>
-DEV_INLINE void each_decision_transposed(const Dropout& dropout, int matrix, int key, int i0, F f) {
-  const int g = threadIdx.x % 32 / 4, odd = g % 2;
-#pragma unroll
-  for (int n = 0; n < NT; n++) {
-    const uint4 words = dropout_call(dropout, matrix, i0 + n * 8 + int(threadIdx.x % 4) * 2 + odd, key + g);
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-      const int first = MT == 1 ? key / 8 % 4 : 2 * m;
-      const uint32_t a = word_of(words, first), b = word_of(words, first + 1);
-      const uint32_t low = (a & 0xffff) | b << 16, high = a >> 16 | (b & 0xffff0000);
-      const uint32_t own = odd ? high : low, other = __shfl_xor_sync(kAllLanes, odd ? low : high, 4);
-#pragma unroll
-      for (int e = 0; e < 4; e++) f(m, n, e, dropout_keeps(dropout, e % 2 == odd ? own : other, e / 2));
-    }
-  }
 }
 
 // ---- nan and inf in masked keys -------------------------------------------------------------------------------------

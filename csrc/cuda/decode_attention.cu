@@ -8,7 +8,8 @@
 //
 // Floor: k and v are read once a group of query heads: 2 B (H / group) S D values, here from memory; every QUERIES rows
 // read them once more from L2.
-#include "causal_attention_tile.cuh"
+#include "causal_attention_softmax.cuh"
+#include "causal_attention_visible.cuh"
 
 namespace gptfast::cuda {
 namespace {
