@@ -125,7 +125,7 @@ def _part(rank: int) -> str:
     return f"part-{rank:05d}.safetensors"
 
 
-def _own(tensors: dict[str, Tensor], ranks: Ranks, copy: bool) -> dict[str, Tensor]:
+def _own(tensors: Mapping[str, Tensor], ranks: Ranks, copy: bool) -> dict[str, Tensor]:
     """This rank's parts that are not empty and that no rank before it has, on the CPU."""
     first = {
         name: division_of(name, x, ranks).is_first if is_sharded(x) else ranks.is_main for name, x in tensors.items()

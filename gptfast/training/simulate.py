@@ -171,7 +171,7 @@ def _kept_by(model: GPT, dtype: torch.dtype, recompute: bool) -> float:
 class _First(Ranks):
     """The first of ranks that do not exist: nothing comes from the others."""
 
-    _meeting = None
+    _meeting: Any = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _wait(self, start: Callable[[], Any], what: str) -> None:
         pass

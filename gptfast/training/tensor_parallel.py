@@ -53,7 +53,7 @@ def divide(part: nn.Module, ranks: Ranks) -> None:
         plan: dict[str, Any] = {"c_attn": first, "c_proj": second}
         part.n_head //= ranks.tensor
         part.__class__ = DividedAttention
-        part.place = ranks.rank % ranks.tensor, ranks.tensor  # pyright: ignore[reportAttributeAccessIssue]
+        part.place = ranks.rank % ranks.tensor, ranks.tensor  # pyright: ignore[reportArgumentType]
     else:
         plan = {"c_fc": first, "c_proj": second}
     parallelize_module(part, ranks.tensor_mesh, plan, src_data_rank=None)  # None: nothing is sent
@@ -104,7 +104,7 @@ class _Second(RowwiseParallel):
 def _divided(module: nn.Module, mesh: Any, style: _First | _Second, kind: type[nn.Module]) -> nn.Module:
     distribute_module(module, mesh, style._partition_linear_fn)
     module.__class__ = kind
-    module.ranks = style.ranks  # pyright: ignore[reportAttributeAccessIssue]
+    module.ranks = style.ranks  # pyright: ignore[reportArgumentType]
     return module
 
 
