@@ -7,9 +7,11 @@ import sys
 import threading
 from collections.abc import Callable
 
+from gptfast._large_files import paced
 from gptfast.training.ranks import RankLostError
 
 Job = Callable[[], None]
+_REST = 40  # seconds that a writer rests for one of the processor: it then costs a training that has all cores 2.5%
 
 
 class Saver:
@@ -25,6 +27,7 @@ class Saver:
         self.background = background
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._awaited = threading.Event()  # nothing is gained by writing slowly
 
     def save(self, job: Job) -> None:
         """Run a job that writes a checkpoint. In the background it must write copies, as training changes the originals.
@@ -35,13 +38,15 @@ class Saver:
         if not self.background:
             return job()
         self.finish()
+        self._awaited.clear()
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def _run(self, job: Job) -> None:
         _yield_to_training()
         try:
-            job()
+            with paced(lambda seconds: self._awaited.wait(_REST * seconds)):
+                job()
         except BaseException as error:  # raised where training can end
             self._error = error
 
@@ -53,6 +58,7 @@ class Saver:
 
     def finish(self) -> None:
         """Wait for the save in the background. Raises its error, if it failed."""
+        self._awaited.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -60,6 +66,7 @@ class Saver:
 
     def close(self, after: BaseException) -> None:
         """Wait for the save in the background after training failed with `after`; not if a rank is lost, which it would wait for."""
+        self._awaited.set()
         if self._thread is not None and not isinstance(after, RankLostError):
             self._thread.join()
 

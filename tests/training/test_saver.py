@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from gptfast.models.export import write_tensors
+from gptfast.training import saver as saver_module
 from gptfast.training import updates
 from gptfast.training.checkpoint import read_checkpoint
 from gptfast.training.parts import optimizer_parts, read_parts
@@ -119,3 +120,21 @@ def test_parts_are_read_by_any_number_of_processes_and_a_missing_one_is_named(tm
     files[0].unlink()
     with pytest.raises(FileNotFoundError, match=r"optimizer-00001-of-00002\.safetensors is missing"):
         optimizer_parts(tmp_path)
+
+
+def test_a_save_in_the_background_takes_its_time_until_somebody_waits_for_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(saver_module, "_REST", 1e9)
+    saver, begun = Saver(background=True), threading.Event()
+
+    def job():
+        begun.set()
+        write_tensors(tmp_path / "file", {"x": torch.ones(1 << 21)})
+
+    saver.save(job)
+    assert begun.wait(20)
+    saver._thread.join(0.5)
+    assert saver._thread.is_alive()  # it rests after the first block
+    end = threading.Thread(target=saver.finish, daemon=True)
+    end.start()
+    end.join(20)
+    assert not end.is_alive() and load_file(tmp_path / "file")["x"].sum() == 1 << 21
