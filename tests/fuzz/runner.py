@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 SECONDS = 60.0  # that a case may take on a busy machine
+MAKING = 600.0  # that all of their preparation may take, which trains models
 MOST = 20  # findings, then it is enough
 MEMORY = 4 << 30  # bytes that a process may have beyond those at its start
 
@@ -81,9 +82,10 @@ def _run_until_it_ends(
     number, rest, ended = first - 1, b"", False
     with os.fdopen(reading, "rb", buffering=0) as pipe:
         while True:
-            if not select.select([pipe], [], [], SECONDS)[0]:
+            patience = SECONDS if number >= first else MAKING
+            if not select.select([pipe], [], [], patience)[0]:
                 os.kill(child, signal.SIGKILL)
-                report.add(number, f"no end within {SECONDS:.0f} s")
+                report.add(number, f"no end within {patience:.0f} s")
                 break
             data = pipe.read(1 << 16)
             if not data:
