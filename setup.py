@@ -15,6 +15,8 @@ Objects stay in build/objects, so that every kind of install compiles only what 
 compile_commands.json, for clangd and others. What is compiled is in buildtools/libraries.py.
 
 `python setup.py build_emu [--variant=race|asan]` builds build/emu/…/emu_ops.so for the tests: the CUDA kernels on the CPU.
+`python setup.py build_checks` builds build/checks/…/checks: a program that checks the CPU kernels, for the machine that CXX
+compiles for; it needs no torch.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # pip runs this file from elsewhere
 
-from buildtools.libraries import libraries  # noqa: E402
+from buildtools.libraries import isas, libraries  # noqa: E402
 from buildtools.ninja_file import run_ninja  # noqa: E402
 from buildtools.toolchain import (  # noqa: E402
     BUILD_TOOLS,
@@ -49,7 +51,7 @@ def say_what_was_built(cuda: Cuda | None, reason: str) -> None:
             f"gptfast: TORCH_CUDA_ARCH_LIST names {', '.join(cuda.left_out)}: left out, the kernels need {OLDEST_GPU}"
         )
     what = f"the CUDA ops ({cuda.describe()})" if cuda else f"no CUDA ops: {reason}"
-    print(f"gptfast: built the CPU ops (scalar, AVX2, AVX-512, AVX-512 BF16); {what}")
+    print(f"gptfast: built the CPU ops ({', '.join(isas())}); {what}")
 
 
 class NinjaBuild(build_ext):
@@ -106,6 +108,25 @@ class EmulatorBuild(Command):
         print(f"gptfast: built {target.relative_to(ROOT)}")
 
 
+class ChecksBuild(Command):
+    """`python setup.py build_checks`: the checks of the CPU kernels as a program, also for another machine than this one."""
+
+    description = "build the checks of the CPU kernels"
+    user_options: list[tuple[str, str | None, str]] = []  # noqa: RUF012 (setuptools' own way)
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        from tests.cpu_kernels.build import build_dir, checks
+
+        run_ninja([checks()], build_dir(), ROOT / "build")
+        print(f"gptfast: built build/{checks().target}")
+
+
 BUILD = os.environ.get("GPTFAST_BUILD", "1") != "0"
 if (
     int(setuptools_version.split(".")[0]) < 77
@@ -113,6 +134,6 @@ if (
     fail(f"setuptools {setuptools_version} is too old; gptfast needs >= 77: {BUILD_TOOLS}")
 setup(
     ext_modules=[Extension("gptfast._C", sources=[], py_limited_api=True)] if BUILD else [],
-    cmdclass={"build_ext": NinjaBuild, "build_emu": EmulatorBuild} if BUILD else {},
+    cmdclass={"build_ext": NinjaBuild, "build_emu": EmulatorBuild, "build_checks": ChecksBuild} if BUILD else {},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if BUILD else {},
 )

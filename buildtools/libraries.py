@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
 from buildtools.ninja_file import Library, Unit
-from buildtools.toolchain import TORCH_TARGET, Cuda, fail, is_zig, torch_version
+from buildtools.toolchain import TORCH_TARGET, Cuda, fail, is_zig, target, torch_version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,27 +21,36 @@ CXX_FLAGS = [
 # by lane. Of the scalar kernels only the compile time matters.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 WIDE = ["-mprefer-vector-width=512", *QUIET]
+# Before registers are given out, g++ moves loads so far ahead that tiles of 24 sums are spilled; these processors reorder.
+NEON = ["-fno-schedule-insns", *QUIET]
+GNU_ONLY = {"-fno-schedule-insns", *QUIET}  # clang warns of these
 ISA_FLAGS = {
     "scalar": ["-O1", "-DGPTFAST_SCALAR", *QUIET],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
     "avx512": ["-march=skylake-avx512", *WIDE],
     "avx512_bf16": ["-march=cooperlake", "-mtune=znver3", *WIDE],
+    "neon": [*NEON],  # what every ARMv8-A processor has
+    "neon_dotprod": ["-march=armv8.2-a+dotprod", *NEON],
+    "neon_bf16": ["-march=armv8.2-a+dotprod+bf16+i8mm", *NEON],
 }
 # Zig's clang names processors in its own way, and takes those of this machine where none is named.
-ZIG_BASE = "-mcpu=x86_64"
+ZIG_BASE = {"x86_64": "-mcpu=x86_64", "aarch64": "-mcpu=generic"}
 ZIG_ISA_FLAGS = {
     "scalar": ["-O1", "-DGPTFAST_SCALAR"],
     "avx2": ["-mcpu=haswell"],
     "avx512": ["-mcpu=skylake_avx512", "-mprefer-vector-width=512"],
     "avx512_bf16": ["-mcpu=cooperlake", "-mprefer-vector-width=512"],
+    "neon": [],
+    "neon_dotprod": ["-mcpu=generic+dotprod"],
+    "neon_bf16": ["-mcpu=generic+dotprod+bf16+i8mm"],
 }
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
-def listed(header: str, macro: str) -> list[str]:
-    """The names in a list of macros, such as `#define GPTFAST_ISAS(X) X(scalar) X(avx2)`."""
+def listed(header: str, macro: str, condition: str = "") -> list[str]:
+    """The names in a list of macros, such as `#define GPTFAST_ISAS(X) X(scalar) X(avx2)`: the first after `condition`."""
     text = (ROOT / header).read_text(encoding="utf-8").replace("\\\n", " ")
-    match = re.search(rf"#define {macro}\(X\)(.*)", text)
+    match = re.search(rf"{re.escape(condition)}\n?#define {macro}\(X\)(.*)", text)
     if not match:
         fail(f"{header} does not define {macro}")
         return []
@@ -50,23 +58,25 @@ def listed(header: str, macro: str) -> list[str]:
 
 
 def isas() -> list[str]:
-    """The instruction sets that kernels are compiled for on this machine."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return [isa for isa in listed("csrc/cpu/isa_select.h", "GPTFAST_ISAS") if x86 or isa == "scalar"]
+    """The instruction sets that kernels are compiled for: those of the machine that the compiler compiles for."""
+    machine, _ = target()
+    if machine not in ("x86_64", "aarch64"):
+        return ["scalar"]
+    return listed("csrc/cpu/isa_select.h", "GPTFAST_ISAS", f"if defined(__{machine}__)")
 
 
 def isa_flags(isa: str) -> list[str]:
     """The flags of the kernels of an instruction set."""
     if not is_zig():
-        return ISA_FLAGS[isa]
+        return [flag for flag in ISA_FLAGS[isa] if target()[1] != "macos" or flag not in GNU_ONLY]
     flags = ZIG_ISA_FLAGS[isa]
     return flags if any(flag.startswith("-mcpu") for flag in flags) else [*base_flags(), *flags]
 
 
 def base_flags() -> list[str]:
     """The flags of code that runs on every machine."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return [ZIG_BASE] if is_zig() and x86 else []
+    machine, _ = target()
+    return [ZIG_BASE[machine]] if is_zig() and machine in ZIG_BASE else []
 
 
 def link_flags() -> list[str]:
@@ -75,7 +85,8 @@ def link_flags() -> list[str]:
 
 
 def kernel_units(folder: str, kernels: Sequence[str]) -> list[Unit]:
-    """kernel_unit.cpp of csrc/`folder`, once for each kernel and instruction set."""
+    """kernel_unit.cpp of csrc/`folder`, once for each kernel and instruction set that has one of its own."""
+    few = {"neon_dotprod": listed("csrc/cpu/isa_select.h", "GPTFAST_DOTPROD_KERNELS")}
     return [
         Unit(
             ROOT / f"csrc/{folder}/kernel_unit.cpp",
@@ -84,6 +95,7 @@ def kernel_units(folder: str, kernels: Sequence[str]) -> list[Unit]:
         )
         for kernel in kernels
         for isa in isas()
+        if kernel in few.get(isa, kernels)
     ]
 
 

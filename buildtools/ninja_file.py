@@ -29,11 +29,12 @@ class Unit:
 
 @dataclass
 class Library:
-    """A shared object: its units, and what it links."""
+    """A shared object, or a program: its units, and what it links."""
 
     target: str  # below the folder of the output
     units: list[Unit]
     link: list[str] = field(default_factory=list)
+    program: bool = False
 
 
 def shell(argument: str) -> str:
@@ -66,6 +67,9 @@ def write_ninja(libraries: list[Library], build_dir: Path, out_dir: Path) -> Pat
         "rule link",
         "  command = $cxx -shared -o $out $in $flags",
         "  description = link $out",
+        "rule program",
+        "  command = $cxx -o $out $in $flags",
+        "  description = link $out",
     ]
 
     def object_of(unit: Unit) -> str:
@@ -81,7 +85,8 @@ def write_ninja(libraries: list[Library], build_dir: Path, out_dir: Path) -> Pat
         lines.append(f"  flags = {' '.join(map(shell, flags))}")
     for library in libraries:
         objects = " ".join(map(object_of, library.units))
-        lines.append(f"build {ninja_path(out_dir / library.target)}: link {objects}")
+        rule = "program" if library.program else "link"
+        lines.append(f"build {ninja_path(out_dir / library.target)}: {rule} {objects}")
         lines.append(f"  flags = {' '.join(map(shell, library.link))}")
     path = build_dir / "build.ninja"
     build_dir.mkdir(parents=True, exist_ok=True)

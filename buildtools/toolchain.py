@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -38,6 +39,21 @@ def fail(message: str) -> None:
 def is_zig() -> bool:
     """Whether CXX is `python -m ziglang c++ …` or `zig c++ …`, as for the wheels that are released."""
     return re.search(r"(ziglang|\bzig) +c\+\+", os.environ.get("CXX", "")) is not None
+
+
+def this_machine() -> tuple[str, str]:
+    """Processor and system, such as ("x86_64", "linux") and ("aarch64", "macos")."""
+    machine, system = platform.machine().lower(), platform.system().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine), {"darwin": "macos"}.get(system, system)
+
+
+def target() -> tuple[str, str]:
+    """The machine and the system that CXX compiles for: those of `-target aarch64-macos` or of its name, else these here."""
+    command = os.environ.get("CXX", "")
+    match = re.search(r"-target[ =](\w+)-(linux|macos)", command) or re.search(
+        r"\b(x86_64|aarch64)-(linux)-gnu-g\+\+", command
+    )
+    return (match[1], match[2]) if match else this_machine()
 
 
 def find_torch() -> Path:

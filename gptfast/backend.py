@@ -235,6 +235,10 @@ def cpu_isa() -> str | None:
     return torch.ops.gptfast.cpu_isa() if has_cpu_ops else None
 
 
+# The instruction sets that multiply pairs of bfloat16, and what they are called.
+BFLOAT16_ISAS = {"avx512_bf16": "AVX-512 BF16", "neon_bf16": "Arm's BF16"}
+
+
 def cpu_isas() -> list[str]:
     """Instruction sets that are compiled in and that this machine can run, worst first."""
     return torch.ops.gptfast.cpu_isas().split(",") if has_cpu_ops else []

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from gptfast.backend import cpu_isa, has_cpu_ops
+from gptfast.backend import BFLOAT16_ISAS, cpu_isa, has_cpu_ops
 
 _SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
 _GPU_TERAFLOPS = {  # in the name of a GPU: dense bfloat16 with fp32 sums, float32 without TF32; NVIDIA's data sheets
@@ -53,8 +53,8 @@ def bfloat16_instructions() -> str | None:
     """The instructions of this CPU that multiply bfloat16 faster than float32, as far as they are used here, or None."""
     if has_amx():
         return "AMX"
-    pairs = cpu_isa() == "avx512_bf16" if has_cpu_ops else torch.cpu._is_avx512_bf16_supported()
-    return "AVX-512 BF16" if pairs else None
+    isa = cpu_isa() if has_cpu_ops else "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else None
+    return BFLOAT16_ISAS.get(isa or "")
 
 
 def resolve_device(owner: str, name: str) -> torch.device:

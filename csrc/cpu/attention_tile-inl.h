@@ -174,7 +174,7 @@ static void pack_rows(uint32_t* out, i64 stride, const Rows& row, i64 begin, i64
     for (i64 w = 0; w < words; w += L) istore(out + i * stride + w, load_words<PAIR>(p, row.t, w, D));
   }
 }
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
 // Rows (i, i + 1) side by side: out[(i - begin) / 2][d] = (x[i][d], x[i + 1][d]) for i in [begin, end); a missing last row
 // counts as 0.
 template <class Rows>
@@ -183,10 +183,9 @@ static void pack_row_pairs(uint32_t* out, i64 stride, const Rows& row, i64 begin
     const auto* p = static_cast<const uint16_t*>(row(i));
     const auto* q = i + 1 < end ? static_cast<const uint16_t*>(row(i + 1)) : nullptr;
     for (i64 d = 0; d < D; d += L) {
-      const __mmask16 m = first_n(D - d);
-      const I low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(_mm512_maskz_loadu_epi16(m, p + d)));
-      const I high =
-          q ? shl16(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(_mm512_maskz_loadu_epi16(m, q + d)))) : iset(0);
+      const auto lanes = first_words(D - d);
+      const I low = load_u16(p + d, lanes);
+      const I high = q ? shl16(load_u16(q + d, lanes)) : iset(0);
       istore(out + (i - begin) / 2 * stride + d, ior(low, high));
     }
   }

@@ -93,7 +93,7 @@ template <bool PAIR> struct AttentionBackward {
     const KeyRows k_rows{p.k, p.dtype, b, h}, v_rows{p.v, p.dtype, b, h};
     if (!direct(p.k)) pack_rows<PAIR>(k_packed, words, k_rows, 0, p.S, D);
     if (!direct(p.v)) pack_rows<PAIR>(v_packed, words, v_rows, 0, p.S, D);
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
     if (PAIR) pack_row_pairs(k_pairs, D, k_rows, 0, p.S, D);
 #endif
     __builtin_memset(dk, 0, size_t(p.S * stride) * 4);
@@ -106,7 +106,7 @@ template <bool PAIR> struct AttentionBackward {
   void pack_lanes(uint32_t* out, const LaneRows<Heads>& row, i64 queries) {
     __builtin_memset(out, 0, size_t(kRow * stride) * 4);
     if constexpr (PAIR) {
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
       pack_row_pairs(out, stride, row, 0, queries, D);
 #endif
     } else {
@@ -166,7 +166,7 @@ template <bool PAIR> struct AttentionBackward {
           py = keep(see_y, py);
         }
         if constexpr (PAIR) {
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
           store_pair_rows(p_rows + j * kRow + v * L / 2, px, py);
           store_pair_rows(ds_rows + j * kRow + v * L / 2, x, y);
           istore(ds_lanes + j / 2 * kQueries + v * L, pair_bf16(x, y));
@@ -180,11 +180,9 @@ template <bool PAIR> struct AttentionBackward {
       }
     }
   }
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
   static void store_pair_rows(uint32_t* row, F x, F y) {  // x at this row of pairs along i, y at the next
-    const I halves = (I)_mm512_cvtne2ps_pbh(y, x);
-    _mm256_storeu_si256((__m256i*)row, _mm512_castsi512_si256(halves));
-    _mm256_storeu_si256((__m256i*)(row + kRow), _mm512_extracti64x4_epi64(halves, 1));
+    store_halves(row, row + kRow, join_bf16(x, y));
   }
 #endif
 
@@ -245,7 +243,7 @@ template <bool PAIR> static void attention_backward(const AttentionParams& p, i6
   if (!p.partial) write_key_gradients(p, bh, w.dk, w.dv, 1);
 }
 static void causal_attention_bwd(const AttentionParams& p, i64 bh, i64 slice, i64 slices) {
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
   if (p.dtype == DType::bf16) return attention_backward<true>(p, bh, slice, slices);
 #endif
   attention_backward<false>(p, bh, slice, slices);

@@ -54,7 +54,7 @@ template <bool PAIR> struct AttentionForward {
     if (end <= packed) return;
     if (!k_direct()) pack_rows<PAIR>(k_packed, words, KeyRows{p.k, p.dtype, b, h}, packed, end, D);
     if constexpr (PAIR) {
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
       const i64 from = packed / 2 * 2;  // an odd end was paired with 0
       pack_row_pairs(v_packed + from / 2 * D, D, KeyRows{p.v, p.dtype, b, h}, from, end, D);
 #endif
@@ -117,7 +117,7 @@ template <bool PAIR> struct AttentionForward {
           y = keep(keeps_odd(dropout, w), y);
         }
         if constexpr (PAIR) {
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
           istore(pairs + j / 2 * kQueries + v * L, pair_bf16(x, y));
 #endif
         } else {
@@ -202,7 +202,7 @@ template <bool PAIR> static void attention_forward(const AttentionParams& p, i64
   }
 }
 static void causal_attention_fwd(const AttentionParams& p, i64 bh, i64 first, i64 step) {
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
   if (p.dtype == DType::bf16) return attention_forward<true>(p, bh, first, step);
 #endif
   attention_forward<false>(p, bh, first, step);

@@ -23,6 +23,7 @@ alignas(64) static constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2
 //   Table::of     the table at the low four bits of each lane
 //   spread_bytes  L bytes -> lanes;  spread_signed  the same of signed ones
 //   nibbles       the L codes of L / 2 bytes, the first of a pair in the high half; other bits may be set
+//   PairTable::of the table in bf16, at the low four bits of each 16;  shr_halves  a shift of each 16 bits
 #if defined(GPTFAST_SCALAR)
 INL F permute(F x, I index) {
   F r;
@@ -41,6 +42,52 @@ struct Table {
 INL I spread_bytes(const uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
 INL I spread_signed(const uint8_t* p) { return sra(shl(spread_bytes(p), 24), 24); }
 INL I nibbles(const uint8_t* p) { return I{uint32_t(p[0] >> 4), p[0], uint32_t(p[1] >> 4), p[1]}; }
+#elif defined(GPTFAST_NEON)
+// The bytes of word i, for i in the low four bits of each lane.
+INL uint8x16_t word_bytes(I index) {
+  return vreinterpretq_u8_u32(vmlaq_u32(iset(0x03020100u), vandq_u32(index, iset(15)), iset(0x04040404u)));
+}
+INL F permute(F x, I index) { return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(x), word_bytes(index))); }
+struct Table {
+  uint8x16x4_t bytes;
+  INL_MEMBER explicit Table(const float* v) {
+    for (int i = 0; i < 4; i++) bytes.val[i] = vreinterpretq_u8_f32(vld1q_f32(v + 4 * i));
+  }
+  INL_MEMBER F of(I index) const { return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, word_bytes(index))); }
+};
+#ifdef GPTFAST_PAIRS
+struct PairTable {
+  uint8x16x2_t bytes;
+  INL_MEMBER explicit PairTable(const Table& t) {
+    for (int i = 0; i < 2; i++)
+      bytes.val[i] = vreinterpretq_u8_u32(
+          join_bf16(vreinterpretq_f32_u8(t.bytes.val[2 * i]), vreinterpretq_f32_u8(t.bytes.val[2 * i + 1])));
+  }
+  INL_MEMBER I of(I index) const {
+    const uint16x8_t i = vandq_u16(vreinterpretq_u16_u32(index), vdupq_n_u16(15));
+    const uint16x8_t both = vmlaq_u16(vdupq_n_u16(0x0100), i, vdupq_n_u16(0x0202));
+    return vreinterpretq_u32_u8(vqtbl2q_u8(bytes, vreinterpretq_u8_u16(both)));
+  }
+};
+INL I shr_halves(I a, int n) { return vreinterpretq_u32_u16(vreinterpretq_u16_u32(a) >> vdupq_n_u16(uint16_t(n))); }
+#endif
+INL I four_bytes(const uint8_t* p) {
+  uint32_t four;
+  __builtin_memcpy(&four, p, 4);
+  return iset(four);
+}
+INL I spread_bytes(const uint8_t* p) {
+  return vmovl_u16(vget_low_u16(vmovl_u8(vget_low_u8(vreinterpretq_u8_u32(four_bytes(p))))));
+}
+INL I spread_signed(const uint8_t* p) {
+  const int16x8_t words = vmovl_s8(vget_low_s8(vreinterpretq_s8_u32(four_bytes(p))));
+  return vreinterpretq_u32_s32(vmovl_s16(vget_low_s16(words)));
+}
+INL I nibbles(const uint8_t* p) {
+  uint16_t two;
+  __builtin_memcpy(&two, p, 2);
+  return vshlq_u32(iset(two), int32x4_t{-4, 0, -12, -8});
+}
 #elif defined(__AVX512F__)
 INL F permute(F x, I index) { return _mm512_permutexvar_ps(index, x); }
 struct Table {
@@ -48,13 +95,13 @@ struct Table {
   INL_MEMBER explicit Table(const float* v) : values(load(v)) {}
   INL_MEMBER F of(I index) const { return permute(values, index); }
 };
-#ifdef __AVX512BF16__
-// The same in bf16: the table twice, at the low five bits of each 16.
-struct PairTable {
+#ifdef GPTFAST_PAIRS
+struct PairTable {  // twice: five bits of an index are read
   I values;
-  INL_MEMBER explicit PairTable(F v) : values((I)_mm512_cvtne2ps_pbh(v, v)) {}
+  INL_MEMBER explicit PairTable(const Table& t) : values(join_bf16(t.values, t.values)) {}
   INL_MEMBER I of(I index) const { return _mm512_permutexvar_epi16(index, values); }
 };
+INL I shr_halves(I a, int n) { return _mm512_srli_epi16(a, unsigned(n)); }
 #endif
 INL I spread_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INL I spread_signed(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
@@ -91,27 +138,28 @@ struct Bytes {
   // Code j of each 32 bits.
   INL_MEMBER F part(I words, int j) const { return to_float_signed(sra(shl(words, 24 - 8 * j), 24)); }
   static constexpr int place(int j) { return j; }
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
   INL_MEMBER I pairs(const uint8_t* row, i64 k, F scale) const {
-    return (I)_mm512_cvtne2ps_pbh(load(row, k + L) * scale, load(row, k) * scale);
+    const F first = load(row, k) * scale;
+    return join_bf16(first, load(row, k + L) * scale);
   }
 #endif
 };
 struct Nibbles {
   static constexpr int kPerLane = 8;
   const Table table;
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
   const PairTable pair_table;
-  INL_MEMBER explicit Nibbles(Codes format) : table(values_of(format)), pair_table(table.values) {}
+  INL_MEMBER explicit Nibbles(Codes format) : table(values_of(format)), pair_table(table) {}
   // Codes j of each 16 bits, rounded to bf16.
-  INL_MEMBER I pair_part(I words, int j) const { return pair_table.of(_mm512_srli_epi16(words, unsigned(4 * j))); }
+  INL_MEMBER I pair_part(I words, int j) const { return pair_table.of(shr_halves(words, 4 * j)); }
 #else
   INL_MEMBER explicit Nibbles(Codes format) : table(values_of(format)) {}
 #endif
   INL_MEMBER F load(const uint8_t* row, i64 k) const { return table.of(nibbles(row + k / 2)); }
   INL_MEMBER F part(I words, int j) const { return table.of(shr(words, 4 * j)); }
   static constexpr int place(int j) { return j ^ 1; }  // the high half comes first
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
   // 2 L values from k on, rounded to bf16.
   INL_MEMBER I pairs(const uint8_t* row, i64 k, F scale) const {
     const I bytes = spread_bytes(row + k / 2);

@@ -13,7 +13,11 @@ namespace gptfast::cpu {
   namespace isa_##isa {          \
     GPTFAST_CPU_KERNELS(DECLARE) \
   }
+#if defined(__aarch64__)
+DECLARE_ALL(scalar) DECLARE_ALL(neon) DECLARE_ALL(neon_bf16) namespace isa_neon_dotprod { using namespace isa_neon; }
+#else
 GPTFAST_ISAS(DECLARE_ALL)
+#endif
 
 namespace {
 
@@ -22,10 +26,10 @@ struct Available {
   const char* names[4];
   int count = 0;
   Available() {
-#define FILL(kernel) fill_##kernel(k);
+#define FILL(kernel) from::fill_##kernel(k);
 #define ADD(name)                   \
   if (can_run(#name)) {             \
-    using namespace isa_##name;     \
+    namespace from = isa_##name;    \
     Kernels& k = tables[count];     \
     k.isa = names[count++] = #name; \
     GPTFAST_CPU_KERNELS(FILL)       \

@@ -4,12 +4,12 @@
 
 // A word is an fp32 value or, with PAIR, two bf16 that are neighbours along k.
 template <bool PAIR> INL I gemm_words(const void* p, DType t, i64 element, i64 n) {  // n elements count, the rest is 0
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
   if constexpr (PAIR) {
     if (t == DType::bf16 && n >= 2 * L) return iload(at(p, t, element));
     const F low = load_any(at(p, t, element), t, n < L ? n : L);
     const F high = n > L ? load_any(at(p, t, element + L), t, n < 2 * L ? n - L : L) : zero();
-    return (I)_mm512_cvtne2ps_pbh(high, low);
+    return join_bf16(low, high);
   }
 #endif
   return as_int(load_any(at(p, t, element), t, n < L ? n : L));
@@ -17,7 +17,7 @@ template <bool PAIR> INL I gemm_words(const void* p, DType t, i64 element, i64 n
 // L words of neighbouring columns of a row (PAIR: of two rows, the second may be missing) of n columns.
 template <bool PAIR> INL I gemm_word_row(const void* first, const void* second, DType t, i64 n, F* sum) {
   const F x = load_any(first, t, n);
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
   if constexpr (PAIR) {
     const F y = second ? load_any(second, t, n) : zero();
     *sum = *sum + (x + y);

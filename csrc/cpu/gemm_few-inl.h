@@ -6,15 +6,13 @@
 // Floor: 2 M N K flops, or the read of B.
 #include "tile_product-inl.h"
 
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
 constexpr i64 kDepth = 64;     // rows of B whose columns are read one after another
 constexpr i64 kStrip = 2 * L;  // columns of a tile
 
-INL I load_masked(const uint16_t* p, __mmask32 mask) { return _mm512_maskz_loadu_epi16(mask, p); }
-
 // R rows of C, kStrip columns: += over `pairs` pairs of rows of B, of which the last may lack its second row.
 template <int R>
-static void few_tile(const uint32_t* a, i64 a_pitch, const uint16_t* b, i64 ldb, i64 pairs, bool odd, __mmask32 mask,
+static void few_tile(const uint32_t* a, i64 a_pitch, const uint16_t* b, i64 ldb, i64 pairs, bool odd, HalfLanes lanes,
                      float* c) {
   F acc[R][2];
   UNROLL_FOR (int r = 0; r < R; r++) {
@@ -22,8 +20,8 @@ static void few_tile(const uint32_t* a, i64 a_pitch, const uint16_t* b, i64 ldb,
     acc[r][1] = load(c + r * kFewColumns + L);
   }
   for (i64 k = 0; k < pairs; k++, b += 2 * ldb, a += a_pitch) {
-    const I x = load_masked(b, mask), y = odd && k + 1 == pairs ? iset(0) : load_masked(b + ldb, mask);
-    const I low = _mm512_unpacklo_epi16(x, y), high = _mm512_unpackhi_epi16(x, y);
+    const I x = load_halves(b, lanes), y = odd && k + 1 == pairs ? iset(0) : load_halves(b + ldb, lanes);
+    const I low = interleave_halves_low(x, y), high = interleave_halves_high(x, y);
     UNROLL_FOR (int r = 0; r < R; r++) {
       const I word = iset(a[r]);
       acc[r][0] = multiply_words<true>(word, low, acc[r][0]);
@@ -58,27 +56,24 @@ static void gemm_few(const GemmFewParams& p, i64 t) {
   for (i64 k = 0; k < p.K; k += kDepth) {
     const i64 rows = p.K - k < kDepth ? p.K - k : kDepth;
     for (i64 j = 0; j < count; j += kStrip) {
-      const __mmask32 mask = count - j < kStrip ? (1u << (count - j)) - 1 : ~0u;
+      const HalfLanes lanes = first_halves(count - j);
       const uint16_t* from = b + k * p.b.stride + j;
       const uint32_t* a = p.packed + k / 2 * kMostFew;
       for (i64 r = 0; j + kStrip < count && r < rows; r++) prefetch(from + r * p.b.stride + kStrip);
       i64 m = 0;
       for (; m + 8 <= p.M; m += 8)
-        few_tile<8>(a + m, kMostFew, from, p.b.stride, (rows + 1) / 2, rows % 2, mask, c + m * kFewColumns + j);
+        few_tile<8>(a + m, kMostFew, from, p.b.stride, (rows + 1) / 2, rows % 2, lanes, c + m * kFewColumns + j);
       for (; m < p.M; m += 4)
-        few_tile<4>(a + m, kMostFew, from, p.b.stride, (rows + 1) / 2, rows % 2, mask, c + m * kFewColumns + j);
+        few_tile<4>(a + m, kMostFew, from, p.b.stride, (rows + 1) / 2, rows % 2, lanes, c + m * kFewColumns + j);
     }
   }
-  // a quarter of a tile's vectors holds columns 8 q to 8 q + 7: four from the first, four from the second
-  const I even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23), odd = iadd(even, iset(8));
   for (i64 m = 0; m < p.M; m++)
     for (i64 j = 0; j < count; j += kStrip) {
       const F low = load(c + m * kFewColumns + j), high = load(c + m * kFewColumns + j + L);
       void* to = at(row(p.c, m), p.c.dtype, c0 + j);
       const i64 n = count - j;
-      store_any(to, p.c.dtype, _mm512_permutex2var_ps(low, even, high), n < L ? n : L);
-      if (n > L)
-        store_any(at(to, p.c.dtype, L), p.c.dtype, _mm512_permutex2var_ps(low, odd, high), n < 2 * L ? n - L : L);
+      store_any(to, p.c.dtype, first_columns(low, high), n < L ? n : L);
+      if (n > L) store_any(at(to, p.c.dtype, L), p.c.dtype, last_columns(low, high), n < 2 * L ? n - L : L);
     }
 }
 #else

@@ -1,4 +1,4 @@
-// The x86 intrinsics that simd.h uses. Reading <immintrin.h> is most of a small unit's time: g++ reads all instruction sets,
+// The intrinsics that simd.h uses. On x86 reading <immintrin.h> is most of a small unit's time: g++ reads all instruction sets,
 // whatever the flags. Those that no kernel uses are left out by their include guards, where the rest of the header does
 // without them: checked with g++ 12. The types at the end are what it would lack then.
 #if defined(__x86_64__) && !defined(GPTFAST_SCALAR)
@@ -52,4 +52,6 @@ typedef short __m256bh __attribute__((vector_size(32), may_alias));
 #endif
 #endif
 #include <immintrin.h>
+#elif defined(__aarch64__) && !defined(GPTFAST_SCALAR)
+#include <arm_neon.h>
 #endif

@@ -4,13 +4,21 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace gptfast::cpu {
 
-// Worst first. The build reads this line, and has the compiler's flags of each (buildtools/libraries.py).
+// Worst first. The build reads these lines, and has the compiler's flags of each (buildtools/libraries.py).
 #if defined(__x86_64__)
 #define GPTFAST_ISAS(X) X(scalar) X(avx2) X(avx512) X(avx512_bf16)
+#elif defined(__aarch64__)
+#define GPTFAST_ISAS(X) X(scalar) X(neon) X(neon_dotprod) X(neon_bf16)
+#define GPTFAST_DOTPROD_KERNELS(X) \
+  X(product_bytes) X(product_small)  // all that neon_dotprod has of its own beside neon's
 #else
 #define GPTFAST_ISAS(X) X(scalar)
 #endif
@@ -52,6 +60,39 @@ struct Cpu {
 };
 #endif
 
+#if defined(__aarch64__)
+// What the operating system says of the CPU. Every AArch64 processor of a general system has NEON.
+struct Cpu {
+  bool dotprod = false, bf16 = false, i8mm = false;
+
+  Cpu() {
+#if defined(__linux__)
+    constexpr unsigned long crc = 1ul << 7, atomics = 1ul << 8, rdm = 1ul << 12,
+                            dp = 1ul << 20;                              // HWCAP; ARMv8.2 has three
+    constexpr unsigned long has_i8mm = 1ul << 13, has_bf16 = 1ul << 14;  // HWCAP2
+    const unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2), needed = crc | atomics | rdm | dp;
+    dotprod = (first & needed) == needed;
+    bf16 = second & has_bf16;
+    i8mm = second & has_i8mm;
+#elif defined(__APPLE__)
+    dotprod = has("hw.optional.arm.FEAT_DotProd");
+    bf16 = has("hw.optional.arm.FEAT_BF16");
+    i8mm = has("hw.optional.arm.FEAT_I8MM");
+#endif
+  }
+  bool neon_bf16() const { return dotprod && bf16 && i8mm; }
+
+#if defined(__APPLE__)
+ private:
+  static bool has(const char* feature) {  // an unknown name is an error: no
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value;
+  }
+#endif
+};
+#endif
+
 // Whether kernels of this instruction set can run here.
 inline bool can_run(const char* isa) {
   const auto is = [isa](const char* name) { return !std::strcmp(isa, name); };
@@ -61,6 +102,11 @@ inline bool can_run(const char* isa) {
   if (is("avx2")) return cpu.avx2();
   if (is("avx512")) return cpu.avx512();
   if (is("avx512_bf16")) return cpu.avx512_bf16();
+#elif defined(__aarch64__)
+  const Cpu cpu;
+  if (is("neon")) return true;
+  if (is("neon_dotprod")) return cpu.dotprod;
+  if (is("neon_bf16")) return cpu.neon_bf16();
 #endif
   return false;
 }

@@ -15,7 +15,7 @@ INL void widen_scales(const QuantizedMatrix& w, i64 n, i64 k, i64 count, float* 
   copy_row(out, at(row(w.scales, n), w.scales.dtype, first), w.scales.dtype, end - first);
 }
 template <bool PAIR, class C> INL I code_words(const C& codes, const uint8_t* row, i64 k, float scale) {
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
   if constexpr (PAIR) return codes.pairs(row, k, set(scale));
 #endif
   return as_int(codes.load(row, k) * set(scale));
@@ -63,7 +63,7 @@ static void pack_inputs(const QuantizedMatrix& w, const C& codes, i64 w0, i64 wo
       if (first && c < w.K) {
         const F low = codes.load(codes_of_n, c) * set(scales[0][group]);
         x = as_int(low);
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
         if constexpr (PAIR)
           x = pair_bf16(low, second ? codes.load(codes_of_n + w.row_bytes, c) * set(scales[1][group]) : zero());
 #endif

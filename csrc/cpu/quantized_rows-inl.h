@@ -72,7 +72,7 @@ INL void add_chunk(const C& codes, const LaneScales<C>& lanes, const float* scal
   UNROLL_FOR (int j = 0; j < kParts<PAIR, C>; j++) {
     I v[O];
     UNROLL_FOR (int o = 0; o < O; o++) {
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
       if constexpr (PAIR) v[o] = codes.pair_part(words[o], j);
       else
 #endif

@@ -9,28 +9,57 @@
 //   sum hmax          over the lanes
 //   exp2 exp log erf  below, with their error in units in the last place (ulp), measured over the range in tests
 //   philox_*          Philox4x32-10, a call per lane
+//
+// Where there are products of bf16 pairs, GPTFAST_PAIRS is defined and a word I may hold two bf16, the first in the low half:
+//
+//   multiply_pairs    acc += a[low] b[low] + a[high] b[high]
+//   pair_bf16         words from the fp32 lanes of two vectors;  join_bf16  the lanes of one, then those of the other
+//   first_words, load_u16        L 16-bit values as words, of which some count, the rest 0;  first_halves, load_halves  2 L
+//                                halves of which some count
+//   interleave_halves_low, …_high    words (x[i], y[i]) of the 2 L halves of x and y, in an order that first_columns and
+//                                    last_columns undo
+//   store_halves      the lower half of a vector at p, the upper at q
 #pragma once
 
 #define INL static inline __attribute__((always_inline))
 #define INL_MEMBER inline __attribute__((always_inline))
 #ifdef GPTFAST_SCALAR
 #define UNROLL_FOR for  // tiles of 4 lanes are many, and take a compiler a minute when they are unrolled
+#elif defined(__clang__) && !defined(__x86_64__)
+#define UNROLL_FOR _Pragma("clang loop unroll_count(16)") for
 #else
 #define UNROLL_FOR _Pragma("GCC unroll 16") for
 #endif
 
+#if !defined(GPTFAST_SCALAR) && (defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
+#define GPTFAST_PAIRS
+#endif
+#if !defined(GPTFAST_SCALAR) && defined(__aarch64__)
+#define GPTFAST_NEON
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && defined(__ARM_FEATURE_MATMUL_INT8)
+#define GPTFAST_MATRIX  // products of small matrices: bfmmla, usmmla
+#endif
+#endif
+
 #if defined(GPTFAST_SCALAR)
 #include "simd_scalar.h"
+#elif defined(GPTFAST_NEON)
+#include "simd_neon.h"
 #elif defined(__AVX512F__)
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
 #endif
 
-#ifdef __AVX512BF16__
+#ifdef GPTFAST_PAIRS
 constexpr bool kPairs = true;  // multiplies pairs of bf16
 #else
 constexpr bool kPairs = false;
+#endif
+#ifdef GPTFAST_NEON
+constexpr bool kNeon = true;  // vectors are short and registers many: tiles are of more vectors
+#else
+constexpr bool kNeon = false;
 #endif
 
 INL F zero() { return set(0.f); }
@@ -129,6 +158,7 @@ INL F log1p_negative(F x) {
 // ---- Philox4x32-10 --------------------------------------------------------------------------------------------------
 // 32-bit lanes are held as even and odd 64-bit halves, where the low word counts and the high word may be anything.
 
+#ifndef GPTFAST_NEON  // which has its own
 struct Wide {
   W even, odd;
 };
@@ -153,6 +183,7 @@ INL void philox(uint32_t k0, uint32_t k1, Wide c0, Wide c1, Wide c2, Wide c3, I 
   out[2] = interleave_low(c2.even, c2.odd);
   out[3] = interleave_low(c3.even, c3.odd);
 }
+#endif
 
 INL void store_bf16(uint16_t* p, F x) { store(p, narrow_bf16(x)); }
 INL void store_f16(uint16_t* p, F x) { store(p, narrow_f16(x)); }

@@ -86,15 +86,6 @@ INL H narrow_bf16(F x) {
   return _mm512_cvtepi32_epi16(shr16(r));
 #endif
 }
-#ifdef __AVX512BF16__
-// 32-bit lanes (low[i], high[i]) as bf16 from two vectors of fp32: low halves from x, high halves from y.
-INL I pair_bf16(F x, F y) {
-  const I both_halves = (I)_mm512_cvtne2ps_pbh(y, x);
-  const I order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                   20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, both_halves);
-}
-#endif
 INL H narrow_f16(F x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 INL void store(uint16_t* p, H x) { _mm256_storeu_si256((__m256i*)p, x); }
 INL void stream(float* p, F x) { _mm512_stream_ps(p, x); }
@@ -150,3 +141,37 @@ INL void transpose(I r[16]) {
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
 }
+
+#ifdef GPTFAST_PAIRS
+// ---- pairs of bf16 (see simd.h) -------------------------------------------------------------------------------------
+
+INL F multiply_pairs(F acc, I a, I b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+INL I join_bf16(F first, F second) { return (I)_mm512_cvtne2ps_pbh(second, first); }
+INL I pair_bf16(F low, F high) {
+  const I order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                   20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, join_bf16(low, high));
+}
+INL void store_halves(void* p, void* q, I x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(x));
+  _mm256_storeu_si256((__m256i*)q, _mm512_extracti64x4_epi64(x, 1));
+}
+using HalfLanes = __mmask32;
+INL HalfLanes first_halves(i64 n) { return n < 2 * L ? (1u << n) - 1 : ~0u; }
+INL I load_halves(const uint16_t* p, HalfLanes lanes) { return _mm512_maskz_loadu_epi16(lanes, p); }
+INL M first_words(i64 n) { return first_n(n); }
+INL I load_u16(const uint16_t* p, M lanes) {
+  return _mm512_cvtepu16_epi32(_mm512_castsi512_si256(_mm512_maskz_loadu_epi16(lanes, p)));
+}
+INL I interleave_halves_low(I x, I y) { return _mm512_unpacklo_epi16(x, y); }
+INL I interleave_halves_high(I x, I y) { return _mm512_unpackhi_epi16(x, y); }
+// a quarter of a vector holds columns 8 q to 8 q + 7: four from the first, four from the second
+INL F first_columns(F low, F high) {
+  const I order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  return _mm512_permutex2var_ps(low, order, high);
+}
+INL F last_columns(F low, F high) {
+  const I order = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  return _mm512_permutex2var_ps(low, order, high);
+}
+#endif

@@ -12,7 +12,7 @@ enum Mode {
   SCALE,  // C = C * alpha[lane] + product
 };
 
-constexpr int kTileRows = L == 16 ? 8 : L == 8 ? 6 : 4;
+constexpr int kTileRows = L == 16 ? 8 : L == 8 || kNeon ? 6 : 4, kTileVectors = kNeon ? 4 : 2;
 
 INL I broadcast_word(const uint32_t* p) {
   uint32_t w;
@@ -20,15 +20,22 @@ INL I broadcast_word(const uint32_t* p) {
   return iset(w);
 }
 template <bool PAIR> INL F multiply_words(I a, I b, F acc) {
-#ifdef __AVX512BF16__
-  if constexpr (PAIR) return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+#ifdef GPTFAST_PAIRS
+  if constexpr (PAIR) return multiply_pairs(acc, a, b);
 #endif
   return fma(as_float(a), as_float(b), acc);
 }
 
+#ifdef GPTFAST_MATRIX
+#include "tile_matrix-inl.h"
+#endif
+
 template <bool PAIR, int R, int V, Mode MODE>
 INL void tile(const uint32_t* A, i64 ra, i64 ka, const uint32_t* B, i64 ldb, i64 K, float* C, i64 ldc,
               const float* alpha) {
+#ifdef GPTFAST_MATRIX
+  if constexpr (PAIR && R > 1) return matrix_tile<R, V, MODE>(A, ra, ka, B, ldb, K, C, ldc, alpha);
+#endif
   F acc[R][V];
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int v = 0; v < V; v++) {
@@ -65,6 +72,9 @@ template <bool PAIR, Mode MODE>
 static void product(const uint32_t* A, i64 ra, i64 ka, const uint32_t* B, i64 ldb, i64 K, float* C, i64 ldc, i64 M,
                     int vectors, const float* alpha = nullptr) {
   int v = 0;
+  if constexpr (kTileVectors == 4)
+    for (; v + 4 <= vectors; v += 4)
+      tile_rows<PAIR, 4, MODE>(A, ra, ka, B + v * L, ldb, K, C + v * L, ldc, alpha + (MODE == SCALE ? v * L : 0), M);
   for (; v + 2 <= vectors; v += 2)
     tile_rows<PAIR, 2, MODE>(A, ra, ka, B + v * L, ldb, K, C + v * L, ldc, alpha + (MODE == SCALE ? v * L : 0), M);
   if (v < vectors)

@@ -2,13 +2,14 @@
 #pragma once
 #include "product_tiles-inl.h"
 
-constexpr int kByteRows = L == 16 ? 6 : 2;
+constexpr int kByteRows = L == 16 ? 6 : kNeon ? 4 : 2;
 
 // Quad q of a group, k = 4q .. 4q + 3: four unsigned bytes for each of L outputs from n on. Each is made from the 16
 // bytes that its codes stand for, or from null. Functions get these bytes and not the quads: a vector as an argument
 // would make the compiler leave out vzeroupper, and code without wide registers is slower then.
 struct Int4Quads {
   static constexpr Format kFormat = Format::int4;
+  static constexpr bool kSigned = false;  // whether dot multiplies w - 128
   explicit Int4Quads(const uint8_t*) {}
   INL_MEMBER I quad(const char* w, int n, int q) const { return nibbles(w, n, q); }
   INL I nibbles(const char* w, int n, int q) {
@@ -21,11 +22,14 @@ struct Int4Quads {
 template <class U> static void unpack_quads(const uint8_t* levels, const char* w, i64 K, char* to) {
   const U quads(levels);
   constexpr i64 kScales = kPanel * 2;
+  // where w - 128 is multiplied bytes get the offset of int8, else they keep that of their format (Activations::acc_init)
+  constexpr uint32_t kMore = kSignedBytes ? 0x01010101u * uint32_t(128 - weight_offset(U::kFormat)) : 0;
   for (i64 k = 0; k < K; k += kGroup, w += group_bytes(U::kFormat), to += group_bytes(Format::int8)) {
     __builtin_memcpy(to, w, kScales);
     UNROLL_FOR (int q = 0; q < 8; q++)
       UNROLL_FOR (int n = 0; n < kPanel; n += L)
-        istore(to + kScales + (q * kPanel + n) * 4, quads.quad(w + kScales, n, q));
+        istore(to + kScales + (q * kPanel + n) * 4,
+               kMore ? iadd(quads.quad(w + kScales, n, q), iset(kMore)) : quads.quad(w + kScales, n, q));
   }
 }
 
@@ -37,7 +41,8 @@ template <class U> static void unpack_quads(const uint8_t* levels, const char* w
 #define AFTER(sum, address)
 #endif
 
-// Integer sums within a group: x . w = scale_x scale_w (start + sum of x_q (w_q + offset)).
+// Integer sums within a group: x . w = scale_x scale_w (start + sum of x_q (w_q + offset)); start is 0 where dot takes the
+// offset off.
 template <class U, int R, int V, int N>
 static void byte_tile(const uint8_t* levels, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
   const U quads(levels);
@@ -48,7 +53,7 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
   for (i64 g = 0; g * kGroup < K; g++, w += kBytes) {
     I sum[R][V];
     UNROLL_FOR (int r = 0; r < R; r++) {
-      const I start = broadcast4(x.acc_init + (m + r) * (x.stride / kGroup) + g);
+      const I start = U::kSigned ? iset(0) : broadcast4(x.acc_init + (m + r) * (x.stride / kGroup) + g);
       UNROLL_FOR (int v = 0; v < V; v++) sum[r][v] = start;
     }
     const int8_t* q = x.q + m * x.stride + g * kGroup;
@@ -76,13 +81,22 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
     UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
 }
 
+#ifdef GPTFAST_MATRIX
+#include "byte_matrix-inl.h"
+#endif
+
 // Apart from byte_product: what its lambdas capture would cost a single row a frame.
 template <class U>
 __attribute__((noinline)) static void byte_rows(const uint8_t* levels, const char* w, const Activations& x, i64 M,
                                                 i64 K, float* y, i64 ldy) {
   constexpr int V = kTileVectors;
   tiles_of_panel<V>([&]<int N> {
-    rows_of_tiles<kByteRows>(M, [&]<int R>(i64 m) { byte_tile<U, R, V, N>(levels, w, x, m, K, y + m * ldy, ldy); });
+    rows_of_tiles<kByteRows>(M, [&]<int R>(i64 m) {
+#ifdef GPTFAST_MATRIX
+      if constexpr (R > 1) return byte_matrix<U, R, V, N>(levels, w, x, m, K, y + m * ldy, ldy);
+#endif
+      byte_tile<U, R, V, N>(levels, w, x, m, K, y + m * ldy, ldy);
+    });
   });
 }
 template <class U>

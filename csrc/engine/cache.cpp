@@ -35,7 +35,9 @@ Cache::Page* Cache::make() {
   const i64 alignment = page_bytes_ >= kLargePage ? kLargePage : 4096, bytes = round_up(page_bytes_, 4096);
   void* memory = nullptr;
   if (posix_memalign(&memory, size_t(alignment), size_t(bytes))) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE                                                           // of Linux
   if (alignment == kLargePage) madvise(memory, size_t(bytes), MADV_HUGEPAGE);  // where there are such; fewer TLB misses
+#endif
   char* data = static_cast<char*>(memory);
   pages_made_++;
   return new Page{data, 1};

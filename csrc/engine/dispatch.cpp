@@ -13,7 +13,17 @@
     GPTFAST_ENGINE_KERNELS(DECLARE) \
   }
 namespace gptfast {
+#if defined(__aarch64__)
+DECLARE_ALL(scalar) DECLARE_ALL(neon) DECLARE_ALL(neon_bf16) namespace cpu::isa_neon_dotprod {
+  using namespace isa_neon;
+}
+namespace engine::isa_neon_dotprod {
+using namespace isa_neon;
+GPTFAST_DOTPROD_KERNELS(DECLARE)
+}
+#else
 GPTFAST_ISAS(DECLARE_ALL)
+#endif
 }
 
 namespace gptfast::engine {
@@ -23,10 +33,10 @@ struct Tables {
   Kernels table[4];
   int count = 0;
   Tables() {
-#define FILL(kernel) fill_##kernel(k);
+#define FILL(kernel) from::fill_##kernel(k);
 #define ADD(name)                         \
   if (cpu::can_run(#name)) {              \
-    using namespace isa_##name;           \
+    namespace from = isa_##name;          \
     Kernels& k = table[count++];          \
     k.isa = #name;                        \
     GPTFAST_ENGINE_KERNELS(FILL)          \

@@ -1,12 +1,19 @@
 // Products of bytes and of bf16 pairs, per instruction set.
 //
-//   dot4      acc += sum of the four products of unsigned bytes (w) and signed bytes (x) in each 32-bit lane
+//   dot4      acc += sum of the four products of unsigned bytes (w) and signed bytes (x) in each 32-bit lane; where
+//             kSignedBytes is set w - 128 is multiplied
 //   dot4_small  the same for w <= 127
 //   Lookup16::of  each byte's low nibble -> table[nibble]
 //   spread_bytes  2 L signed bytes -> words
 //   Exponents::of each word's low nibble -> exponent of that number, where bf16 has it
 //   merge     words: sign and fraction from one, exponent from the other
 #pragma once
+
+#if defined(GPTFAST_NEON) && !defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr bool kSignedBytes = true;
+#else
+constexpr bool kSignedBytes = false;
+#endif
 
 INL I broadcast4(const void* p) {
   uint32_t w;
@@ -33,6 +40,8 @@ struct Lookup16 {
     return iload(b);
   }
 };
+#elif defined(GPTFAST_NEON)
+#include "dot_neon-inl.h"
 #elif defined(__AVX512VNNI__)
 INL I dot4(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
 INL I dot4_small(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
@@ -56,13 +65,14 @@ INL I dot4_small(I acc, I w, I x) {
 }
 #endif
 
-#if !defined(GPTFAST_SCALAR) && defined(__AVX512F__)
+#if defined(GPTFAST_SCALAR) || defined(GPTFAST_NEON)
+#elif defined(__AVX512F__)
 struct Lookup16 {
   const I table;
   explicit Lookup16(const uint8_t* t) : table(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)t))) {}
   INL_MEMBER I of(I nibbles) const { return _mm512_shuffle_epi8(table, nibbles); }
 };
-#elif !defined(GPTFAST_SCALAR)
+#else
 struct Lookup16 {
   const I table;
   explicit Lookup16(const uint8_t* t) : table(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)t))) {}
@@ -70,8 +80,8 @@ struct Lookup16 {
 };
 #endif
 
-#ifdef __AVX512BF16__
-INL F dot_pairs(F acc, I w, I x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
+#ifdef GPTFAST_PAIRS
+INL F dot_pairs(F acc, I w, I x) { return multiply_pairs(acc, w, x); }
 #else
 INL F dot_pairs(F acc, I, I) { return acc; }
 #endif
@@ -93,6 +103,7 @@ struct Exponents {
     return out;
   }
 };
+#elif defined(GPTFAST_NEON)
 #elif defined(__AVX512F__)
 INL I spread_bytes(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
 struct Exponents {

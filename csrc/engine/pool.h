@@ -20,6 +20,8 @@ namespace gptfast::engine {
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("isb");  // yield takes no time on most
 #endif
 }
 

@@ -3,6 +3,7 @@
 
 struct Int8Quads {
   static constexpr Format kFormat = Format::int8;
+  static constexpr bool kSigned = kSignedBytes;
   explicit Int8Quads(const uint8_t*) {}
   INL_MEMBER I quad(const char* w, int n, int q) const { return iload(w + (q * kPanel + n) * 4); }
   INL_MEMBER I dot(I acc, I w, I x) const { return dot4(acc, w, x); }
@@ -10,6 +11,7 @@ struct Int8Quads {
 // nf4 and q4: a nibble is an index into a table of bytes.
 struct LevelQuads {
   static constexpr Format kFormat = Format::nf4;  // q4 has the same layout
+  static constexpr bool kSigned = kSignedBytes;
   const Lookup16 bytes;
   explicit LevelQuads(const uint8_t* levels) : bytes(levels) {}
   INL_MEMBER I quad(const char* w, int n, int q) const { return bytes.of(Int4Quads::nibbles(w, n, q)); }

@@ -1,7 +1,7 @@
 // Products with weights in fp32 and bf16; see product_tiles-inl.h.
 #include "product_tiles-inl.h"
 
-constexpr int kFloatRows = L == 16 ? 8 : L == 8 ? 6 : 4;
+constexpr int kFloatRows = L == 16 ? 8 : L == 8 || kNeon ? 6 : 4, kFloatVectors = kNeon ? 4 : kTileVectors;
 
 // acc[r] += x[m + r][k .. k + 1] . b
 template <int R, int V> INL void add_pairs(const I (&b)[V], const Activations& x, i64 m, i64 k, F (&acc)[R][V]) {
@@ -74,8 +74,15 @@ static void unpack_bf16(const char* w, i64 K, char* pairs) {
     }
 }
 
+#ifdef GPTFAST_MATRIX
+#include "product_matrix-inl.h"
+#endif
+
 template <class Step, int R, int V, int N>
 static void float_tile(const Step& step, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
+#ifdef GPTFAST_MATRIX
+  if constexpr (R > 1 && Step::kDepth > 1) return pair_matrix<Step, R, V, N>(step, w, x, m, K, y, ldy);
+#endif
   F acc[R][V];
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
@@ -90,7 +97,7 @@ static void float_tile(const Step& step, const char* w, const Activations& x, i6
 template <class Step>
 static void float_product(const Step& step, const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {
   if (M == 1) return float_tile<Step, 1, kVectors, 0>(step, w, x, 0, K, y, ldy);
-  constexpr int V = kTileVectors;
+  constexpr int V = kFloatVectors;
   tiles_of_panel<V>([&]<int N> {
     rows_of_tiles<kFloatRows>(M, [&]<int R>(i64 m) { float_tile<Step, R, V, N>(step, w, x, m, K, y + m * ldy, ldy); });
   });

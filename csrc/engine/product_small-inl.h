@@ -3,6 +3,7 @@
 
 struct Int6Quads {
   static constexpr Format kFormat = Format::int6;
+  static constexpr bool kSigned = false;
   explicit Int6Quads(const uint8_t*) {}
   INL_MEMBER I quad(const char* w, int n, int q) const {
     const I high = iload(w + (q / 4 * kPanel + n) * 4), low = Int4Quads::nibbles(w + 2 * kPanel * 4, n, q);

@@ -6,7 +6,10 @@
 constexpr float kRounder = 12582912.f;  // 1.5 * 2^23
 // The low byte of each lane.
 INL void store_bytes(int8_t* p, I x) {
-#if !defined(GPTFAST_SCALAR) && defined(__AVX512F__)
+#if defined(GPTFAST_NEON)
+  const uint16x4_t words = vmovn_u32(x);
+  vst1_lane_u32(reinterpret_cast<uint32_t*>(p), vreinterpret_u32_u8(vmovn_u16(vcombine_u16(words, words))), 0);
+#elif !defined(GPTFAST_SCALAR) && defined(__AVX512F__)
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
 #else
   alignas(64) int32_t lanes[L];

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptfast.backend import cpu_isa
+from gptfast.backend import BFLOAT16_ISAS, cpu_isa
 from gptfast.ops._checks import check_float, check_number, check_probability, check_same_device
 from gptfast.ops.dropout import dropout
 from gptfast.ops.gemm import gemm, may_be_own
@@ -135,7 +135,7 @@ def update_gradients(
 
 def _transposed_product(a: Tensor, b: Tensor, out: Tensor, dtype: torch.dtype) -> None:
     """out = a^T b for a (M, r): where there is a kernel that reads b once, without packing it, by that."""
-    pairs = a.device.type == "cpu" and cpu_isa() == "avx512_bf16" and b.dtype == dtype == torch.bfloat16
+    pairs = a.device.type == "cpu" and cpu_isa() in BFLOAT16_ISAS and b.dtype == dtype == torch.bfloat16
     if pairs and a.shape[1] <= FEW and b.stride(0) >= b.shape[1] and may_be_own():
         torch.ops.gptfast.gemm_few(a, b, out)
     else:

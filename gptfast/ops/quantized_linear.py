@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptfast._checks import check_choice
 from gptfast._nf4 import blocks_of, check_finite, check_power_of_two, dequantize_groups, pack_pairs
-from gptfast.backend import cpu_isa, has_values, kernels, resolve
+from gptfast.backend import BFLOAT16_ISAS, cpu_isa, has_values, kernels, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_dense, check_float, check_same_device, check_vector
 from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
@@ -177,7 +177,7 @@ def multiplies_by_library(runs_on: str, x: Tensor, codes: Tensor) -> bool:
     if runs_on != "cpu" or x.dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return False
     many = x.numel() >= MIN_ROWS * x.shape[-1] > 0
-    return many and cpu_isa() == "avx512_bf16" and implementation_for(rows_of(x), codes.t(), x.dtype) != "own"
+    return many and cpu_isa() in BFLOAT16_ISAS and implementation_for(rows_of(x), codes.t(), x.dtype) != "own"
 
 
 def forward_product(

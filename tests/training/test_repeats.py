@@ -185,6 +185,8 @@ def test_an_unknown_way_in_a_checkpoint_is_named(tmp_path):
     [
         (True, "avx512_bf16", True, ("bfloat16", "this CPU has AMX")),
         (False, "avx512_bf16", True, ("bfloat16", "this CPU has AVX-512 BF16")),
+        (False, "neon_bf16", False, ("bfloat16", "this CPU has Arm's BF16")),
+        (False, "neon_dotprod", False, ("float32", "no fast bfloat16 here")),
         (False, "avx2", True, ("float32", "no fast bfloat16 here")),  # GPTFAST_CPU_ISA=avx2
         (False, None, True, ("bfloat16", "this CPU has AVX-512 BF16")),  # without compiled ops
         (False, None, False, ("float32", "no fast bfloat16 here")),

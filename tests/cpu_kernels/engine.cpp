@@ -1,0 +1,278 @@
+// The engine's kernels.
+#include "../../csrc/engine/kernels.h"
+#include "../../csrc/engine/pack.h"
+#include "check.h"
+
+namespace gptfast::checks {
+namespace {
+
+using namespace engine;
+
+struct Checker {
+  const Kernels& k;
+
+  // W packed in a format; the values that are computed with; activations of M rows, and what they stand for.
+  struct Product {
+    Format format;
+    i64 M, K, depth = padded_depth(format, K), stride = round_up(K, kGroup);
+    Array w{DType::f32, kPanel * K}, x{DType::f32, M * stride}, y{DType::f32, M * (kPanel + 3)};
+    std::vector<char> memory = std::vector<char>(size_t(panel_bytes(format, K) + 2 * kAhead));
+    std::vector<double> exact = std::vector<double>(size_t(kPanel * K)), used = std::vector<double>(size_t(M * K));
+    std::vector<uint16_t> bf16 = std::vector<uint16_t>(size_t(M * stride), 0xffff);
+    std::vector<int8_t> q = std::vector<int8_t>(size_t(M * stride), 99);
+    std::vector<float> scale = std::vector<float>(size_t(M * stride / kGroup), NAN);
+    std::vector<int32_t> start = std::vector<int32_t>(size_t(M * stride / kGroup), 1 << 20);
+    static constexpr i64 kAhead = 16384;  // is asked for ahead, never read
+
+    Product(const Checker& c, Format f, i64 rows, i64 inputs) : format(f), M(rows), K(inputs) {
+      Random random(uint64_t(K * 100) + uint64_t(f));
+      w.fill(random, 0.1);
+      engine::pack(format, w.floats(), K, kPanel, K, 1.f, 0, 1, panel());
+      const std::vector<float> zeros(static_cast<size_t>(K));
+      std::vector<float> row(size_t(K) + 1, 7.f);
+      for (i64 n = 0; n < kPanel; n++) {
+        c.k.embed(format, panel(), K, n, 1.f, zeros.data(), row.data());
+        for (i64 i = 0; i < K; i++) exact[size_t(n * K + i)] = double(row[size_t(i)]);
+      }
+      for (i64 i = 0; i < x.size(); i++) x.set(i, i % stride < K ? random.normal() : 0);  // rows end in zeros
+      c.prepare(*this);
+    }
+    char* panel() {
+      const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data());
+      return memory.data() + (64 - at % 64) % 64;
+    }
+    Activations activations() {
+      return {x.floats(), stride, bf16.data(), q.data(), scale.data(), start.data(), stride};
+    }
+  };
+
+  void prepare(Product& p) const {
+    for (i64 m = 0; m < p.M; m++) {
+      k.quantize_activations(p.format, p.x.floats() + m * p.stride, p.K, p.activations(), m, 1.f);
+      for (i64 i = 0; i < p.K; i++) {
+        const double x = p.x[m * p.stride + i];
+        double used = x;
+        if (quantised(p.format))
+          used = p.q[size_t(m * p.stride + i)] * double(p.scale[size_t((m * p.stride + i) / kGroup)]);
+        else if (p.format == Format::bf16 && k.bf16_pairs)
+          used = widened(DType::bf16, p.bf16[size_t(m * p.stride + i)]);
+        p.used[size_t(m * p.K + i)] = used;
+      }
+    }
+  }
+
+  void weights(Format format) const {
+    Product p(*this, format, 1, 67);
+    const double room[] = {0,    0x1p-9, 0.002, 0.012,
+                           0.05, 0.05,   0.05};  // by format: half a step of the coarsest group, and clipping
+    Check check("pack and embed", kFormatNames[int(format)]);
+    for (i64 i = 0; i < kPanel * 67; i++) check.near(p.exact[size_t(i)], p.w[i], room[int(format)]);
+  }
+
+  void product(Format format, i64 M, i64 K) const {
+    Product p(*this, format, M, K);
+    Check check("product", kFormatNames[int(format)], "M", M, "K", K);
+    for (i64 m = 0; m < M; m++)
+      for (i64 i = 0; i < K; i++) {
+        const double x = p.x[m * p.stride + i], room = quantised(format) ? 0.52 * 5 / 127 : 0;
+        check.near(p.used[size_t(m * K + i)], x, room, format == Format::bf16 ? 0x1p-8 : 0);
+      }
+    k.product[int(format)](p.panel(), p.activations(), M, p.depth, p.y.floats(), kPanel + 3);
+    for (i64 m = 0; m < M; m++)
+      for (i64 n = 0; n < kPanel; n++) {
+        double sum = 0, size = 0;
+        for (i64 i = 0; i < K; i++) {
+          const double term = p.used[size_t(m * K + i)] * p.exact[size_t(n * K + i)];
+          sum += term, size += std::fabs(term);
+        }
+        check.near(p.y[m * (kPanel + 3) + n], sum, 1e-6 * size + 1e-6);
+      }
+    check.holds(p.y.intact(kPanel, kPanel + 3), "wrote beside its rows");
+    rows_do_not_depend(p);
+    if (k.unpack[int(format)]) unpacked(p);
+  }
+  // The first and the last row alone: the same bits.
+  void rows_do_not_depend(Product& p) const {
+    Check check("a row of a product alone", kFormatNames[int(p.format)], "M", p.M, "K", p.K);
+    for (i64 m : {i64(0), p.M - 1}) {
+      Array y(DType::f32, kPanel);
+      Activations x = p.activations();
+      x.f32 += m * x.f32_stride, x.bf16 += m * x.stride, x.q += m * x.stride;
+      x.scale += m * x.stride / kGroup, x.acc_init += m * x.stride / kGroup;
+      k.product[int(p.format)](p.panel(), x, 1, p.depth, y.floats(), kPanel);
+      for (i64 n = 0; n < kPanel; n++) check.near(y[n], p.y[m * (kPanel + 3) + n], 0);
+    }
+  }
+  // A panel of few bits as one of int8: the bits of the direct product.
+  void unpacked(Product& p) const {
+    std::vector<char> memory(size_t(panel_bytes(Format::int8, p.K) + 2 * Product::kAhead));
+    char* panel = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+    k.unpack[int(p.format)](p.panel(), p.depth, panel);
+    Array y(DType::f32, p.M * kPanel);
+    k.product[int(Format::int8)](panel, p.activations(), p.M, p.depth, y.floats(), kPanel);
+    Check check("unpack", kFormatNames[int(p.format)], "M", p.M, "K", p.K);
+    for (i64 m = 0; m < p.M; m++)
+      for (i64 n = 0; n < kPanel; n++) check.near(y[m * kPanel + n], p.y[m * (kPanel + 3) + n], 0);
+  }
+
+  void epilogues() const {
+    Random random(8);
+    constexpr i64 M = 3;
+    Array y(DType::f32, M * kPanel), bias(DType::f32, kPanel), out(DType::f32, M * kPanel);
+    y.fill(random, 3), bias.fill(random, 1);
+    for (int e = 0; e < kEpilogues; e++) {
+      Array before(DType::f32, M * kPanel);
+      before.fill(random, 1);
+      std::memcpy(out.data(), before.data(), size_t(M * kPanel) * 4);
+      k.epilogue(Epilogue(e), y.floats(), kPanel, M, bias.floats(), out.floats(), kPanel);
+      Check check("epilogue", kEpilogueNames[e]);
+      for (i64 i = 0; i < M * kPanel; i++) {
+        const double z = y[i] + bias[i % kPanel], u = 0.7978845608028654 * (z + 0.044715 * z * z * z);
+        const double want[] = {z,
+                               before[i] + z,
+                               0.5 * z * (1 + std::tanh(u)),
+                               0.5 * z * std::erfc(-z * 0.7071067811865476),
+                               std::max(z, 0.),
+                               z / (1 + std::exp(-z)),
+                               z / (1 + std::exp(-1.702 * z)),
+                               std::tanh(z)};
+        check.near(out[i], want[e], 3e-6, 3e-6);
+      }
+    }
+  }
+
+  void lora(i64 M, i64 K, i64 r) const {
+    Random random{uint64_t(K)};
+    const i64 lda = lora_stride(K);
+    Array x(DType::f32, M * (K + 1)), A(DType::f32, r * lda), B(DType::f32, 2 * r * kPanel);
+    Array h(DType::f32, M * r), y(DType::f32, M * kPanel), before(DType::f32, M * kPanel);
+    x.fill(random, 1, K, K + 1), A.fill(random, 1), B.fill(random, 1), before.fill(random, 1);
+    for (i64 j = 0; j < r; j++)
+      for (i64 i = K; i < lda; i++) A.set(j * lda + i, 0);
+    for (i64 i = 0; i < y.size(); i++) y.set(i, before[i]);
+    const LowRank update{A.floats(), B.floats(), r, 0.5f};
+    k.lora_down(x.floats(), K + 1, M, K, update, h.floats(), r);
+    k.lora_up(h.floats(), r, M, update, 1, y.floats(), kPanel);
+    Check check("lora M", M, "K", K, "r", r);
+    for (i64 m = 0; m < M; m++) {
+      for (i64 j = 0; j < r; j++) {
+        double sum = 0;
+        for (i64 i = 0; i < K; i++) sum += 0.5 * x[m * (K + 1) + i] * A[j * lda + i];
+        check.near(h[m * r + j], sum, 1e-5 * std::sqrt(double(K)));
+      }
+      for (i64 n = 0; n < kPanel; n++) {
+        double sum = before[m * kPanel + n];
+        for (i64 j = 0; j < r; j++) sum += h[m * r + j] * B[(r + j) * kPanel + n];
+        check.near(y[m * kPanel + n], sum, 1e-5 * std::sqrt(double(K)));
+      }
+    }
+    check.holds(h.intact() && y.intact(), "wrote beside its rows");
+  }
+
+  void layer_norm(i64 C) const {
+    Random random{uint64_t(C)};
+    Array x(DType::f32, C), w(DType::f32, C), b(DType::f32, C), y(DType::f32, C);
+    x.fill(random, 2), w.fill(random, 1), b.fill(random, 1);
+    Check check("engine layer_norm C", C);
+    for (const float* bias : {static_cast<const float*>(b.floats()), static_cast<const float*>(nullptr)}) {
+      k.layer_norm(x.floats(), w.floats(), bias, 1e-5f, C, y.floats());
+      double mean = 0, variance = 0;
+      for (i64 c = 0; c < C; c++) mean += x[c] / double(C);
+      for (i64 c = 0; c < C; c++) variance += (x[c] - mean) * (x[c] - mean) / double(C);
+      for (i64 c = 0; c < C; c++)
+        check.near(y[c], (x[c] - mean) / std::sqrt(variance + 1e-5) * w[c] + (bias ? b[c] : 0), 2e-5, 1e-5);
+    }
+    check.holds(y.intact(), "wrote beside its row");
+  }
+
+  void attend(DType cache, i64 n, i64 start, i64 D, i64 window) const {
+    const i64 heads = n == 1 ? 3 : 1;  // the heads of one query, or the queries of one head
+    const i64 stride = heads * D + 1, positions = start + n, size = cpu::element_size(cache);
+    const i64 key_bytes = key_elements(D) * size, value_bytes = value_elements(D) * size;
+    const i64 pages = (positions + kPage - 1) / kPage, page_bytes = heads * (key_bytes + value_bytes);
+    std::vector<uint8_t> memory(size_t(pages * page_bytes + 64 + 16384), 0);
+    std::vector<char*> page;
+    for (i64 i = 0; i < pages; i++)
+      page.push_back(reinterpret_cast<char*>(memory.data()) +
+                     (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 + i * page_bytes);
+    Random random(uint64_t(positions * 10 + D));
+    Array q(DType::f32, positions * stride), key(DType::f32, positions * stride), value(DType::f32, positions * stride);
+    for (Array* a : {&q, &key, &value}) a->fill(random, 1, heads * D, stride);
+    Array out(DType::f32, n * stride), scratch(DType::f32, attend_scratch(heads, positions), true);
+    AttendParams p{q.floats(),
+                   key.floats(),
+                   value.floats(),
+                   stride,
+                   positions,
+                   heads,
+                   D,
+                   0,
+                   window,
+                   float(1 / std::sqrt(double(D))),
+                   cache,
+                   page.data(),
+                   0,
+                   heads * key_bytes,
+                   out.floats(),
+                   stride,
+                   scratch.floats()};
+    k.store_kv(p);
+    p.q += start * stride, p.n = n, p.start = start;
+    k.attend(k, p);
+    Check check("attend", cache, "n", n, "start", start, "D", D, "window", window);
+    const auto kept = [&](double x) { return cache == DType::f32 ? x : widened(cache, narrowed(cache, float(x))); };
+    for (i64 i = start; i < positions; i++)
+      for (i64 h = 0; h < heads; h++) {
+        const i64 first = window ? std::max<i64>(0, i - window + 1) : 0;
+        std::vector<double> w(size_t(i + 1), 0.);
+        double top = -INFINITY, sum = 0;
+        for (i64 j = first; j <= i; j++) {
+          for (i64 d = 0; d < D; d++)
+            w[size_t(j)] += q[i * stride + h * D + d] * kept(key[j * stride + h * D + d]) * double(p.scale);
+          top = std::max(top, w[size_t(j)]);
+        }
+        for (i64 j = first; j <= i; j++) sum += w[size_t(j)] = std::exp(w[size_t(j)] - top);
+        for (i64 d = 0; d < D; d++) {
+          double want = 0;
+          for (i64 j = first; j <= i; j++) want += w[size_t(j)] / sum * kept(value[j * stride + h * D + d]);
+          check.near(out[(i - start) * stride + h * D + d], want, 5e-6, 1e-5);
+        }
+      }
+    check.holds(out.intact(heads * D, stride) && scratch.intact(), "wrote beside its rows");
+  }
+
+  void checksum() const {
+    std::vector<char> bytes(2000);
+    Random random(12);
+    for (char& b : bytes) b = char(random.next());
+    Check check("checksum and read");
+    for (i64 n : {0, 1, 255, 256, 257, 1999}) {
+      const uint64_t mark = k.checksum(bytes.data() + 1, n, 5),
+                     scalar = engine::kernels("scalar")->checksum(bytes.data() + 1, n, 5);
+      check.holds(mark == scalar, "another mark");
+    }
+    (void)k.read(bytes.data(), 1999);
+  }
+};
+
+}  // namespace
+
+void check_engine(const char* isa) {
+  const Checker c{*engine::kernels(isa)};
+  for (int f = 0; f < kFormats; f++) {
+    c.weights(Format(f));
+    for (i64 M : {1, 2, 3, 4, 5, 6, 7, 15, 16, 17})
+      for (i64 K : {1, 33, 68}) c.product(Format(f), M, K);
+  }
+  c.epilogues();
+  for (i64 M : {1, 5})
+    for (i64 r : {1, 4, 9}) c.lora(M, 35, r);
+  for (i64 C : {1, 5, 64, 67}) c.layer_norm(C);
+  for (DType cache : kTypes) {
+    c.attend(cache, 1, 0, 5, 0), c.attend(cache, 1, 130, 64, 0), c.attend(cache, 9, 60, 24, 0),
+        c.attend(cache, 7, 120, 12, 70);
+  }
+  c.checksum();
+}
+
+}  // namespace gptfast::checks
