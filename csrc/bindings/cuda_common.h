@@ -140,7 +140,8 @@ inline Dropout dropout_of(double p, i64 seed, i64 offset) {
 inline Tensor sum_of_parts(const char* op, const Tensor& partial, ScalarType dtype, cudaStream_t stream) {
   const i64 C = partial.size(1);
   Tensor out = new_tensor(op, partial, {C}, dtype);
-  const SumPartsParams p{floats(partial), partial.size(0), C, out.mutable_data_ptr(), dtype_of(op, out)};
+  const SumPartsParams p{floats(partial),   partial.size(0), C,       out.mutable_data_ptr(),
+                         dtype_of(op, out), nullptr,         nullptr, DType::f32};
   check(op, sum_parts(p, stream));
   return out;
 }

@@ -39,10 +39,13 @@ Tensor bwd(const Tensor& dout, const Tensor& keys, const Tensor& order, const Te
   Tensor dtable = new_like(kOp, table), keys_owner, order_owner;
   torch::stable::zero_(dtable);
   const Launch on(dout);
+  const i64 segments = (g.R + kEmbeddingSegment - 1) / kEmbeddingSegment;
+  Tensor pieces = new_tensor(kOp, dout, {segments > 1 ? 2 * segments : 0, g.C}, ScalarType::Float);
   const EmbeddingBwdParams p{indices_of(kOp, "keys", keys, g.R, dout, &keys_owner),
                              indices_of(kOp, "order", order, g.R, dout, &order_owner),
                              g.rows(),
                              mut_rows(kOp, dtable, g.C),
+                             floats(pieces),
                              g.R,
                              table.size(0),
                              g.C};

@@ -17,14 +17,22 @@ std::tuple<Tensor, Tensor> launch_bwd(const char* op, LayerNormParams& p, const 
                 op, ": mean must be float32 (2, rows) and rstd (rows)");
   const Tensor mean_owner = contiguous(op, mean), rstd_owner = contiguous(op, rstd);
   p.mean = floats(mean_owner), p.rstd = floats(rstd_owner);
-  const i64 parts = parts_of(p.R);
+  const i64 parts = norm_parts_of(p.R);
   const bool has_bias = bias_type >= 0;
   Tensor dweight = new_tensor(op, x, {parts, p.C}, ScalarType::Float);
   Tensor dbias = new_tensor(op, x, {has_bias ? parts : 0, has_bias ? p.C : 0}, ScalarType::Float);
   p.dweight = floats(dweight), p.dbias = has_bias ? floats(dbias) : nullptr;
   check(op, layer_norm_bwd(p, on.stream));
   const ScalarType bias_dtype = has_bias ? dtype_of_code(op, bias_type) : ScalarType::Float;
-  return {sum_of_parts(op, dweight, weight.scalar_type(), on.stream), sum_of_parts(op, dbias, bias_dtype, on.stream)};
+  Tensor weight_sum = new_tensor(op, x, {p.C}, weight.scalar_type());
+  Tensor bias_sum = new_tensor(op, x, {has_bias ? p.C : 0}, bias_dtype);
+  SumPartsParams sums{};
+  sums.partial = p.dweight, sums.parts = parts, sums.C = p.C;
+  sums.out = weight_sum.mutable_data_ptr(), sums.dtype = dtype_of(op, weight_sum);
+  sums.second_partial = p.dbias, sums.second_out = bias_sum.mutable_data_ptr();
+  sums.second_dtype = dtype_of(op, bias_sum);
+  check(op, sum_parts(sums, on.stream));
+  return {weight_sum, bias_sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& x, const Tensor& weight, const OptTensor& bias, double eps,

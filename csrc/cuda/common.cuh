@@ -47,20 +47,44 @@ template <> struct WordOf<0> {  // a multiple of 16
 };
 template <class T, int V> using Word = typename WordOf<V * sizeof(T) == 8 ? 8 : V * sizeof(T) % 16>::type;
 
-template <int V, class T> DEV_INLINE void load(float (&x)[V], const T* from) {
-  T values[V];
-  if constexpr (V == 1) {
-    values[0] = *from;
-  } else {
-    using W = Word<T, V>;
+// V values as they lie in memory. Asked for before others are used, several loads are on their way at once; a load whose
+// values are converted at once waits for memory, and so does all after it.
+template <class T, int V> struct Raw {
+  using W = Word<T, V>;
+  static constexpr int kWords = V * int(sizeof(T)) / int(sizeof(W));
+  W words[kWords];
+  DEV_INLINE void load(const T* from) {
     EXPECT_ALIGNED(from, sizeof(W));
-    W words[V * sizeof(T) / sizeof(W)];
 #pragma unroll
-    for (int k = 0; k < int(V * sizeof(T) / sizeof(W)); k++) words[k] = reinterpret_cast<const W*>(from)[k];
-    memcpy(values, words, sizeof values);
+    for (int k = 0; k < kWords; k++) words[k] = reinterpret_cast<const W*>(from)[k];
   }
+  DEV_INLINE void load(const void* data, DType, i64 at) { load(static_cast<const T*>(data) + at); }
+  DEV_INLINE void store(T* to) const {
+    EXPECT_ALIGNED(to, sizeof(W));
 #pragma unroll
-  for (int k = 0; k < V; k++) x[k] = to_float(values[k]);
+    for (int k = 0; k < kWords; k++) reinterpret_cast<W*>(to)[k] = words[k];
+  }
+  DEV_INLINE void zero() { memset(words, 0, sizeof words); }
+  DEV_INLINE void values(float (&x)[V]) const {
+    T parts[V];
+    memcpy(parts, words, sizeof parts);
+#pragma unroll
+    for (int k = 0; k < V; k++) x[k] = to_float(parts[k]);
+  }
+};
+template <class T> struct Raw<T, 1> {
+  T value;
+  DEV_INLINE void load(const T* from) { value = *from; }
+  DEV_INLINE void load(const void* data, DType, i64 at) { load(static_cast<const T*>(data) + at); }
+  DEV_INLINE void store(T* to) const { *to = value; }
+  DEV_INLINE void zero() { from_float(value, 0.f); }
+  DEV_INLINE void values(float (&x)[1]) const { x[0] = to_float(value); }
+};
+
+template <int V, class T> DEV_INLINE void load(float (&x)[V], const T* from) {
+  Raw<T, V> raw;
+  raw.load(from);
+  raw.values(x);
 }
 template <int V, class T> DEV_INLINE void store(T* to, const float (&x)[V]) {
   T values[V];
@@ -77,22 +101,6 @@ template <int V, class T> DEV_INLINE void store(T* to, const float (&x)[V]) {
     for (int k = 0; k < int(V * sizeof(T) / sizeof(W)); k++) reinterpret_cast<W*>(to)[k] = words[k];
   }
 }
-// V neighbouring values as they lie in memory: converted when they are used, so that loads of several wait for each other nowhere.
-template <class T, int V> struct Values {
-  alignas(V == 1 ? sizeof(T) : sizeof(Word<T, V>)) T values[V];
-  DEV_INLINE void load(const T* from) {
-    if constexpr (V == 1) {
-      values[0] = *from;
-    } else {
-      using W = Word<T, V>;
-      EXPECT_ALIGNED(from, sizeof(W));
-#pragma unroll
-      for (int k = 0; k < int(sizeof values / sizeof(W)); k++)
-        reinterpret_cast<W*>(values)[k] = reinterpret_cast<const W*>(from)[k];
-    }
-  }
-  DEV_INLINE float operator[](int k) const { return to_float(values[k]); }
-};
 // The same where the dtype is known at run time only; every thread of a launch takes one branch.
 template <int V> DEV_INLINE void load_any(float (&x)[V], const void* from, DType dtype, i64 at) {
   if (dtype == DType::bf16) load<V>(x, static_cast<const bf16*>(from) + at);
@@ -104,6 +112,21 @@ template <int V> DEV_INLINE void store_any(void* to, DType dtype, i64 at, const 
   else if (dtype == DType::f16) store<V>(static_cast<__half*>(to) + at, x);
   else store<V>(static_cast<float*>(to) + at, x);
 }
+
+// Values whose dtype is known at run time only, for the combinations that are rare: as fp32.
+struct Any {};
+template <int V> struct Raw<Any, V> {
+  float x[V];
+  DEV_INLINE void load(const void* data, DType dtype, i64 at) { load_any<V>(x, data, dtype, at); }
+  DEV_INLINE void zero() { memset(x, 0, sizeof x); }
+  DEV_INLINE void values(float (&to)[V]) const { memcpy(to, x, sizeof x); }
+};
+template <> struct Raw<Any, 1> {
+  float x[1];
+  DEV_INLINE void load(const void* data, DType dtype, i64 at) { load_any<1>(x, data, dtype, at); }
+  DEV_INLINE void zero() { x[0] = 0.f; }
+  DEV_INLINE void values(float (&to)[1]) const { to[0] = x[0]; }
+};
 
 // May V values of every row be accessed at once? Absent tensors may.
 inline bool aligned(const void* data, i64 stride, int size, int V) {
@@ -162,12 +185,30 @@ template <class T, class Op> DEV_INLINE T block_reduce(T x, Op op, T nothing, ch
   return warp_reduce(lane < int(blockDim.x >> 5) ? parts[lane] : nothing, op);
 }
 
+// The same with one barrier: `scratch` has room for two T a warp, and calls are made with turn 0, 1, 0, 1, …
+template <class T, class Op> DEV_INLINE T block_reduce_in_turn(T x, Op op, T nothing, char* scratch, int turn) {
+  T* parts = reinterpret_cast<T*>(scratch) + 32 * turn;  // those of the last turn may still be read
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  x = warp_reduce(x, op);
+  if (lane == 0) parts[warp] = x;
+  __syncthreads();
+  return warp_reduce(lane < int(blockDim.x >> 5) ? parts[lane] : nothing, op);
+}
+
 // ---- launching ---------------------------------------------------------------------------------------------------
 
 inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 inline int round_to_warps(i64 threads, int most) {
   const i64 n = ceil_div(threads < 1 ? 1 : threads, 32) * 32;
   return n < most ? int(n) : most;
+}
+// The shared memory, in bytes, that a block of the current device may ask for.
+inline cudaError_t shared_memory(int* most) {
+  int device = 0;
+  cudaError_t error = cleared(cudaGetDevice(&device));
+  if (error == cudaSuccess)
+    error = cleared(cudaDeviceGetAttribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return error;
 }
 // Beyond 48 KB a kernel has to ask for its dynamic shared memory.
 template <class... P> cudaError_t allow_smem(void (*kernel)(P...), size_t bytes) {

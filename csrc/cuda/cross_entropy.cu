@@ -6,13 +6,15 @@
 //
 // m and s are kept apart: their sum would round away what a confident row, or one with a large common offset, is about.
 // Floor: one read of the logits forward, one read and one write backward. The maximum runs along with the sum (Milakov
-// and Gimelshein, arXiv 1805.02867), so that a row comes from memory once.
+// and Gimelshein, arXiv 1805.02867), so that a row comes from memory once. In place the row stays in shared memory until its
+// gradient is formed, where it fits: so many rows are on their way that L2 would not hold them.
 #include "common.cuh"
+#include "mma.cuh"
 
 namespace gptfast::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 512, kKeepingThreads = 1024;  // two blocks of rows that are kept fill a processor
 
 // Rows of an odd vocabulary start anywhere: the first `head` values one by one, then 16 bytes at a time, then the rest.
 // f(width, v) takes the values v .. v + width - 1.
@@ -36,7 +38,7 @@ DEV_INLINE float finite_or_zero(float top) { return top == -INFINITY ? 0.f : top
 struct Merge {
   DEV_INLINE Exponentials operator()(Exponentials a, Exponentials b) const {
     const float top = fmaxf(a.top, b.top), level = finite_or_zero(top);
-    return {top, a.total * exp2f((a.top - level) * kLog2e) + b.total * exp2f((b.top - level) * kLog2e)};
+    return {top, a.total * fast_exp2((a.top - level) * kLog2e) + b.total * fast_exp2((b.top - level) * kLog2e)};
   }
 };
 
@@ -44,29 +46,37 @@ struct Merge {
 struct Row {
   float top, log_total, loss;
 };
-template <class T> DEV_INLINE Row row_loss(const CrossEntropyParams& p, const T* x, i64 target, char* scratch) {
+// kept: where the row is copied to, if KEEP.
+template <bool KEEP, class T>
+DEV_INLINE Row row_loss(const CrossEntropyParams& p, const T* x, T* kept, i64 target, char* scratch) {
   if (target < 0 || target >= p.V) return {NAN, NAN, NAN};
   const float e = p.label_smoothing, picked = to_float(x[target]);
   const float origin = fabsf(picked) < INFINITY ? picked : 0.f;  // near the others, so that little is lost in the sum
+  const bool smooth = e != 0.f;
   Exponentials mine{-INFINITY, 0.f};
   float shifted = 0.f;
   for_row<T>(p.V, head_of(x, p.V), [&](auto width, i64 v) {
+    Raw<T, width.value> raw;
     float values[width.value];
-    load(values, x + v);
+    raw.load(x + v);
+    if constexpr (KEEP) raw.store(kept + v);
+    raw.values(values);
     float top = mine.top;
 #pragma unroll
     for (int k = 0; k < width.value; k++) top = fmaxf(top, values[k]);  // nan passes by and shows up in the sum
     const float level = finite_or_zero(top);
-    mine.total *= exp2f((mine.top - level) * kLog2e);
+    mine.total *= fast_exp2((mine.top - level) * kLog2e);
     mine.top = top;
 #pragma unroll
-    for (int k = 0; k < width.value; k++)
-      mine.total += exp2f((values[k] - level) * kLog2e), shifted += values[k] - origin;
+    for (int k = 0; k < width.value; k++) mine.total += fast_exp2((values[k] - level) * kLog2e);
+    if (!smooth) return;
+#pragma unroll
+    for (int k = 0; k < width.value; k++) shifted += values[k] - origin;
   });
   const Exponentials all = block_reduce(mine, Merge{}, Exponentials{-INFINITY, 0.f}, scratch);
   const float log_total = logf(all.total);
   float loss = (1.f - e) * (all.top - picked + log_total);
-  if (e != 0.f) {
+  if (smooth) {
     shifted = block_reduce(shifted, Sum{}, 0.f, scratch);
     loss += e * (all.top - origin - shifted / float(p.V) + log_total);
   }
@@ -81,12 +91,17 @@ template <class T> DEV_INLINE void row_gradient(const CrossEntropyParams& p, con
     load(values, x + v);
 #pragma unroll
     for (int k = 0; k < width.value; k++) {
-      const float p_v = exp2f(fmaf(values[k] - row.top, kLog2e, -row.log_total * kLog2e));
+      const float p_v = fast_exp2(fmaf(values[k] - row.top, kLog2e, -row.log_total * kLog2e));
       values[k] = fmaf(p_v, g, -even);
       if (v + k == target) values[k] -= g * (1.f - e);
     }
     store(d + v, values);
   });
+}
+constexpr size_t kScratch = 32 * sizeof(Exponentials);
+// Where a kept row lies: as far from a 16-byte boundary as x. A thread reads what it has written itself.
+template <class T> DEV_INLINE T* kept_row(char* scratch, const T* x) {
+  return reinterpret_cast<T*>(scratch + kScratch + (reinterpret_cast<uintptr_t>(x) & 15));
 }
 template <class T> DEV_INLINE void row_of_zeros(T* d, i64 V) {
   for_row<T>(V, head_of(d, V), [&](auto width, i64 v) {
@@ -95,15 +110,18 @@ template <class T> DEV_INLINE void row_of_zeros(T* d, i64 V) {
   });
 }
 
-template <class T, bool FORWARD, bool BACKWARD>
-__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(const CrossEntropyParams p) {
+template <class T, bool FORWARD, bool BACKWARD, bool KEEP>
+__global__ void __launch_bounds__(KEEP ? kKeepingThreads : kThreads, KEEP ? 2 : 1)
+    cross_entropy_kernel(const CrossEntropyParams p) {
   DYN_SMEM(scratch);
   const i64 r = blockIdx.x, target = p.targets[r];
   const T* x = static_cast<const T*>(p.logits.data) + r * p.logits.stride;
   Row row{0.f, 0.f, 0.f};
   const bool counts = target != p.ignore_index;
   if constexpr (FORWARD) {
-    if (counts) row = row_loss(p, x, target, scratch);
+    T* kept = nullptr;
+    if constexpr (KEEP) kept = kept_row(scratch, x);
+    if (counts) row = row_loss<KEEP>(p, x, kept, target, scratch);
     if (threadIdx.x == 0) p.loss[r] = row.loss;
     if (threadIdx.x == 0 && p.lse) p.lse[2 * r] = row.top, p.lse[2 * r + 1] = row.log_total;
   } else {
@@ -111,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(const CrossEntr
   }
   if constexpr (BACKWARD) {
     T* d = static_cast<T*>(p.dlogits.data) + r * p.dlogits.stride;
-    if (counts) row_gradient(p, x, d, r, row);
+    if (counts) row_gradient(p, KEEP ? kept_row(scratch, x) : x, d, r, row);
     else row_of_zeros(d, p.V);
   }
 }
@@ -120,9 +138,22 @@ template <bool FORWARD, bool BACKWARD> cudaError_t launch(const CrossEntropyPara
   if (!p.R) return cudaSuccess;
   return with_dtype(p.logits.dtype, [&](auto t) {
     using T = decltype(t);
-    const int threads = round_to_warps(ceil_div(p.V, 32 / int(sizeof(T))), kThreads);
-    auto kernel = cross_entropy_kernel<T, FORWARD, BACKWARD>;
-    LAUNCH(kernel, dim3(unsigned(p.R)), dim3(threads), 32 * sizeof(Exponentials), stream, p);
+    const i64 values = 32 / int(sizeof(T));  // of a thread, at least
+    if constexpr (FORWARD && BACKWARD) {
+      const size_t bytes = kScratch + size_t(p.V) * sizeof(T) + 16;
+      auto kernel = cross_entropy_kernel<T, true, true, true>;
+      int room = 0;
+      if (const cudaError_t error = shared_memory(&room)) return error;
+      if (bytes <= size_t(room)) {
+        if (const cudaError_t error = allow_smem(kernel, bytes)) return error;
+        const int threads = round_to_warps(ceil_div(p.V, values), kKeepingThreads);
+        LAUNCH(kernel, dim3(unsigned(p.R)), dim3(threads), bytes, stream, p);
+        return cudaGetLastError();
+      }
+    }
+    const int threads = round_to_warps(ceil_div(p.V, values), kThreads);
+    auto kernel = cross_entropy_kernel<T, FORWARD, BACKWARD, false>;
+    LAUNCH(kernel, dim3(unsigned(p.R)), dim3(threads), kScratch, stream, p);
     return cudaGetLastError();
   });
 }

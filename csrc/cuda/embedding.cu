@@ -1,14 +1,16 @@
 // Token plus position embedding, and the gradient of a table: deterministic, without atomics.
 //
-// Backward gets the ids sorted, with the permutation that sorted them (a stable one, so equal ids stay in row order). The
-// block that finds itself at the first of a run of equal ids adds up the rows of the run, in that order, in fp32.
+// Backward gets the ids sorted, with the permutation that sorted them (a stable one, so equal ids stay in row order). Who
+// finds himself at the first of a run of equal ids adds up the rows of the run, in that order, in fp32, eight of them on
+// their way from memory at once. A run is cut where a segment of kSegment ids ends: the pieces of one run - the padding of a
+// batch, the commonest words - are summed side by side, and a second kernel adds them in order.
 // Floor: forward two reads and one write of (N, C); backward one read, and one write of the rows that occur.
 #include "common.cuh"
 
 namespace gptfast::cuda {
 namespace {
 
-constexpr int kThreads = 256, kAhead = 8;
+constexpr int kThreads = 256;
 
 template <class T, int V> __global__ void __launch_bounds__(kThreads) embedding_fwd_kernel(const EmbeddingParams p) {
   const i64 n = i64(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -30,50 +32,93 @@ template <class T, int V> __global__ void __launch_bounds__(kThreads) embedding_
   }
 }
 
-// Where the run of `id` that holds `first` ends: in doubling steps, as most runs are short, then by halving.
-DEV_INLINE i64 end_of_run(const i64* keys, i64 first, i64 N, i64 id) {
-  i64 inside = first, step = 1;
-  while (inside + step < N && keys[inside + step] == id) inside += step, step *= 2;
-  i64 outside = inside + step < N ? inside + step : N;
-  while (outside - inside > 1) {
-    const i64 middle = inside + (outside - inside) / 2;
-    if (keys[middle] == id) inside = middle;
-    else outside = middle;
+constexpr int kRowsAtOnce = 8;
+
+// Adds rows of a table of type T to sum, at columns c .. c + V - 1: those of lanes 0 .. count - 1, in that order; a negative
+// one is left out. All lanes of a warp call; where `inside` is false nothing is read.
+template <class T, int V>
+DEV_INLINE void add_rows(float (&sum)[V], const T* table, i64 stride, i64 row, int count, i64 c, bool inside) {
+  const bool whole = __all_sync(kAllLanes, row >= 0 || int(threadIdx.x & 31) >= count);
+  for (int first = 0; first < count; first += kRowsAtOnce) {
+    const T* at[kRowsAtOnce];
+    bool there[kRowsAtOnce];
+#pragma unroll
+    for (int k = 0; k < kRowsAtOnce; k++) {
+      const i64 n = __shfl_sync(kAllLanes, row, (first + k) & 31);
+      at[k] = table + n * stride + c;
+      there[k] = inside && first + k < count && n >= 0;
+    }
+    Raw<T, V> rows[kRowsAtOnce];
+    if (whole && inside && first + kRowsAtOnce <= count) {  // without conditions, or fewer would be on their way
+#pragma unroll
+      for (int k = 0; k < kRowsAtOnce; k++) rows[k].load(at[k]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kRowsAtOnce; k++)
+        if (there[k]) rows[k].load(at[k]);
+        else rows[k].zero();
+    }
+#pragma unroll
+    for (int k = 0; k < kRowsAtOnce; k++) {
+      float x[V];
+      rows[k].values(x);
+#pragma unroll
+      for (int n = 0; n < V; n++) sum[n] += x[n];
+    }
   }
-  return outside;
+}
+// How many of the lanes from 0 on say yes.
+DEV_INLINE int leading(bool yes) {
+  const unsigned said = __ballot_sync(kAllLanes, yes);
+  return said == kAllLanes ? 32 : __ffs(int(~said)) - 1;
 }
 
 template <class T, int V> __global__ void __launch_bounds__(kThreads) embedding_bwd_kernel(const EmbeddingBwdParams p) {
   const i64 first = i64(blockIdx.x) * blockDim.y + threadIdx.y;
   if (first >= p.N) return;
-  const i64 id = p.keys[first];
-  if (id < 0 || id >= p.V || (first > 0 && p.keys[first - 1] == id)) return;
-  const i64 end = end_of_run(p.keys, first, p.N, id);
-  // Row numbers are a group ahead of the rows, and the rows of a group are under way together: a frequent token has thousands.
-  i64 rows[kAhead];
-  auto look_ahead = [&](i64 n) {
-#pragma unroll
-    for (int u = 0; u < kAhead; u++) rows[u] = n + u < end ? p.order[n + u] : -1;
-  };
-  for (i64 c = i64(threadIdx.x) * V; c < p.C; c += blockDim.x * V) {
-    const T* dout = static_cast<const T*>(p.dout.data) + c;
+  const i64 id = p.keys[first], segment = first / kEmbeddingSegment;
+  const bool begins = first == 0 || p.keys[first - 1] != id;
+  if (id < 0 || id >= p.V || !(begins || first % kEmbeddingSegment == 0)) return;
+  const i64 end = (segment + 1) * kEmbeddingSegment < p.N ? (segment + 1) * kEmbeddingSegment : p.N;
+  const int lane = threadIdx.x & 31;
+  for (i64 c0 = 0; c0 < p.C; c0 += blockDim.x * V) {
+    const i64 c = c0 + threadIdx.x * V;
     float sum[V] = {};
-    look_ahead(first);
-    for (i64 n = first; n < end; n += kAhead) {
-      Values<T, V> x[kAhead];
-      bool known[kAhead];  // else past the end, or no permutation: row 0 is read in its place, and not added
-#pragma unroll
-      for (int u = 0; u < kAhead; u++) {
-        known[u] = rows[u] >= 0 && rows[u] < p.N;
-        x[u].load(dout + (known[u] ? rows[u] : 0) * p.dout.stride);
-      }
-      look_ahead(n + kAhead);
-#pragma unroll
-      for (int u = 0; u < kAhead; u++)
-#pragma unroll
-        for (int k = 0; k < V; k++) sum[k] += known[u] ? x[u][k] : 0.f;
+    i64 n = first;
+    for (int count = 32; count == 32;) {
+      const bool mine = n + lane < end && p.keys[n + lane] == id;
+      const i64 row = mine ? p.order[n + lane] : -1;
+      count = leading(mine);
+      // no permutation: what is not there is not read
+      add_rows(sum, static_cast<const T*>(p.dout.data), p.dout.stride, row < p.N ? row : -1, count, c, c < p.C);
+      n += count;
     }
-    store_any(p.dtable.data, p.dtable.dtype, id * p.dtable.stride + c, sum);
+    if (c >= p.C) continue;
+    const bool goes_on = n == end && n < p.N && p.keys[n] == id;
+    if (begins && !goes_on) store_any(p.dtable.data, p.dtable.dtype, id * p.dtable.stride + c, sum);
+    else store(p.pieces + (2 * segment + begins) * p.C + c, sum);
+  }
+}
+
+// The runs that go on over the end of segment n of their first id: the sum of their pieces.
+template <int V> __global__ void __launch_bounds__(kThreads) embedding_bwd_pieces_kernel(const EmbeddingBwdParams p) {
+  const i64 segment = i64(blockIdx.x) * blockDim.y + threadIdx.y, next = (segment + 1) * kEmbeddingSegment;
+  if (next >= p.N) return;
+  const i64 id = p.keys[next - 1], first = segment * kEmbeddingSegment;
+  if (id < 0 || id >= p.V || p.keys[next] != id) return;
+  if (first > 0 && p.keys[first] == id && p.keys[first - 1] == id) return;  // it begins in a segment before
+  const int lane = threadIdx.x & 31;
+  for (i64 c0 = 0; c0 < p.C; c0 += blockDim.x * V) {
+    const i64 c = c0 + threadIdx.x * V;
+    float sum[V] = {};
+    if (c < p.C) load(sum, p.pieces + (2 * segment + 1) * p.C + c);
+    i64 n = segment + 1;
+    for (int count = 32; count == 32; n += count) {
+      const i64 at = (n + lane) * kEmbeddingSegment;
+      count = leading(at < p.N && p.keys[at < p.N ? at : 0] == id);
+      add_rows(sum, p.pieces, p.C, 2 * (n + lane), count, c, c < p.C);
+    }
+    if (c < p.C) store_any(p.dtable.data, p.dtable.dtype, id * p.dtable.stride + c, sum);
   }
 }
 
@@ -112,9 +157,14 @@ cudaError_t embedding_bwd(const EmbeddingBwdParams& p, cudaStream_t stream) {
           const dim3 block = block_of<V>(p.C);
           auto kernel = embedding_bwd_kernel<T, V>;
           LAUNCH(kernel, dim3(unsigned(ceil_div(p.N, block.y))), block, 0, stream, p);
+          const cudaError_t error = cudaGetLastError();
+          const i64 ends = (p.N - 1) / kEmbeddingSegment;  // of segments, where a run may go on
+          if (error != cudaSuccess || !ends) return error;
+          auto add = embedding_bwd_pieces_kernel<V>;
+          LAUNCH(add, dim3(unsigned(ceil_div(ends, block.y))), block, 0, stream, p);
           return cudaGetLastError();
         },
-        p.dout, p.dtable);
+        p.dout, p.dtable, Vector{p.pieces, DType::f32});
   });
 }
 

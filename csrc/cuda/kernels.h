@@ -45,11 +45,19 @@ inline i64 parts_of(i64 R) {
   const i64 parts = (R + 7) / 8;  // eight rows a part, until there are enough parts to fill a large GPU
   return parts < 1 ? 1 : parts > 1024 ? 1024 : parts;
 }
+// The same of layer_norm, whose blocks take many rows each: two of them for each of the 132 processors of an H100.
+inline i64 norm_parts_of(i64 R) {
+  const i64 parts = (R + 7) / 8;
+  return parts < 1 ? 1 : parts > 264 ? 264 : parts;
+}
 struct SumPartsParams {
   const float* partial;  // (parts, C)
   i64 parts, C;
   void* out;  // (C)
   DType dtype;
+  const float* second_partial;  // the same again, in one launch; or null
+  void* second_out;
+  DType second_dtype;
 };
 cudaError_t sum_parts(const SumPartsParams&, cudaStream_t);
 
@@ -84,8 +92,8 @@ struct DropoutRowsParams {
 };
 cudaError_t dropout(const DropoutRowsParams&, cudaStream_t);
 
-// layer_norm when residual.data is null, else add_layer_norm; the backward reads x as what was normalised. What is
-// normalised, y and their gradients are of one dtype.
+// layer_norm when residual.data is null, else add_layer_norm; the backward reads x as what was normalised. dtotal is of
+// that dtype; y and its gradient dy may be of another.
 struct LayerNormParams {
   Rows x, residual;  // (R, C)
   Vector weight, bias;
@@ -93,7 +101,7 @@ struct LayerNormParams {
   Rows dy, dtotal;         // backward: either may be null
   MutRows dx, dresidual;   // backward: dx after dropout, dresidual before it; either may be null
   float *mean, *rstd;      // (2, R): the mean, and what its rounding left out; (R)
-  float *dweight, *dbias;  // (parts_of(R), C) partial sums; dbias may be null
+  float *dweight, *dbias;  // (norm_parts_of(R), C) partial sums; dbias may be null
   i64 R, C;
   float eps;
   Dropout dropout;
@@ -136,11 +144,14 @@ struct EmbeddingParams {
 };
 cudaError_t embedding_fwd(const EmbeddingParams&, cudaStream_t);
 
-// dtable[keys[n]] += dout[order[n]], where keys is sorted and order is the permutation that sorted it.
+// dtable[keys[n]] += dout[order[n]], where keys is sorted and order is the permutation that sorted it. Equal keys of one
+// segment are summed at once, in order, and then the sums of segments.
+constexpr i64 kEmbeddingSegment = 256;
 struct EmbeddingBwdParams {
   const i64 *keys, *order;  // (N)
   Rows dout;                // (N, C)
   MutRows dtable;           // (V, C), zeros on entry
+  float* pieces;  // (2 * segments, C), filled where a run of keys goes from one into the next; null for one segment
   i64 N, V, C;
 };
 cudaError_t embedding_bwd(const EmbeddingBwdParams&, cudaStream_t);

@@ -4,8 +4,10 @@
 //   dx = dropout(dtotal),  dresidual = dtotal
 //   dweight = sum_rows dy xhat,  dbias = sum_rows dy
 //
-// Block number n takes rows n, n + parts, …; a thread keeps its columns' dweight and dbias in registers (columns past its
-// first N vectors: in the block's own row of the partial sums) and leaves them for sum_parts.
+// Part number n takes rows n, n + parts, …; a block has a part. Where a warp's registers hold a row (warp_vectors), each warp of
+// the block has a row, and the warps' sums are added in their order at the end; a longer row takes the whole block. A thread keeps its columns' dweight
+// and dbias in registers (columns past its first N vectors: in the part's own row of the partial sums) and leaves them for
+// sum_parts. The next row comes from memory while one is computed.
 // Floor: two reads and one write (with a residual three and one or two).
 #include "common.cuh"
 #include "philox.cuh"
@@ -13,32 +15,64 @@
 namespace gptfast::cuda {
 namespace {
 
+constexpr int kWarps = 4;
+// The vectors of a row that a thread of a warp holds: up to 1024 columns of 16 bits, up to 768 of 32.
+constexpr int warp_vectors(int width) { return width == 8 ? 4 : 6; }
 // With two vectors a thread, 512 threads would leave each too few registers.
 constexpr int most_threads(int vectors) { return vectors == 1 ? 512 : 384; }
 
-// One row at columns c .. c + V - 1: xhat, dy and g.
+// A row at columns c .. c + V - 1 as memory has it: x of type T, dy of type G.
+template <class T, class G, int V> struct Input {
+  Raw<T, V> x;
+  Raw<G, V> dy;
+  DEV_INLINE void load(const LayerNormParams& p, i64 r, int c) {
+    const bool there = c < p.C && r < p.R;
+    if (there) x.load(p.x.data, p.x.dtype, r * p.x.stride + c);
+    else x.zero();
+    if (there && p.dy.data) dy.load(p.dy.data, p.dy.dtype, r * p.dy.stride + c);
+    else dy.zero();
+  }
+};
+template <class T, int V> DEV_INLINE void load_total(Raw<T, V>& dtotal, const LayerNormParams& p, i64 r, int c) {
+  if (c < p.C && p.dtotal.data) dtotal.load(p.dtotal.data, p.dtotal.dtype, r * p.dtotal.stride + c);
+  else dtotal.zero();
+}
+struct Statistics {
+  float mean, rest, rstd;
+  DEV_INLINE void load(const LayerNormParams& p, i64 r) {
+    if (r < p.R) mean = p.mean[r], rest = p.mean[p.R + r], rstd = p.rstd[r];
+  }
+};
+
+// The same as fp32: xhat, dy and g.
 template <int V> struct Values {
   float xhat[V], dy[V], g[V];
+  template <class T, class G>
+  DEV_INLINE void set(const Input<T, G, V>& input, const Statistics& s, const LayerNormParams& p, int c) {
+    input.x.values(xhat), input.dy.values(dy);
+    float weight[V];  // in L1 from the second row on
+    load_any(weight, p.weight.data, p.weight.dtype, c);
+    const float shift = -s.rest * s.rstd;
+    // g is rounded once: fused with g - mean(g), its rounding would stay where both are equal
+#pragma unroll
+    for (int k = 0; k < V; k++) xhat[k] = fmaf(xhat[k] - s.mean, s.rstd, shift), g[k] = __fmul_rn(dy[k], weight[k]);
+  }
+  DEV_INLINE void count(float (&dw)[V], float (&db)[V], float2& sums) const {
+#pragma unroll
+    for (int k = 0; k < V; k++) {
+      dw[k] = fmaf(dy[k], xhat[k], dw[k]);
+      db[k] += dy[k];
+      sums.x += g[k], sums.y = fmaf(g[k], xhat[k], sums.y);
+    }
+  }
 };
-template <class T, int V> DEV_INLINE void read(Values<V>& v, const LayerNormParams& p, i64 r, int c) {
-  load(v.xhat, static_cast<const T*>(p.x.data) + r * p.x.stride + c);
-#pragma unroll
-  for (int k = 0; k < V; k++) v.dy[k] = 0.f;
-  if (p.dy.data) load_any(v.dy, p.dy.data, p.dy.dtype, r * p.dy.stride + c);
-  float weight[V];  // in L1 from the second row on
-  load_any(weight, p.weight.data, p.weight.dtype, c);
-  const float mean = p.mean[r], rstd = p.rstd[r], shift = -p.mean[p.R + r] * rstd;
-  // g is rounded once: fused with g - mean(g), its rounding would stay where both are equal
-#pragma unroll
-  for (int k = 0; k < V; k++) v.xhat[k] = fmaf(v.xhat[k] - mean, rstd, shift), v.g[k] = __fmul_rn(v.dy[k], weight[k]);
-}
 // dtotal of those columns; then dx and dresidual. All lanes of a warp call: dropout shares calls among them.
 template <class T, int V>
-DEV_INLINE void write(const Values<V>& v, const LayerNormParams& p, i64 r, int c, float mean_g, float mean_gx) {
+DEV_INLINE void write(const Values<V>& v, const Raw<T, V>& dtotal, const LayerNormParams& p, i64 r, int c, float rstd,
+                      float mean_g, float mean_gx) {
   const bool inside = c < p.C;
-  const float rstd = p.rstd[r];
-  float d[V] = {};
-  if (inside && p.dtotal.data) load(d, static_cast<const T*>(p.dtotal.data) + r * p.dtotal.stride + c);
+  float d[V];
+  dtotal.values(d);
   if (inside && p.dy.data) {
 #pragma unroll
     for (int k = 0; k < V; k++) d[k] += rstd * fmaf(-v.xhat[k], mean_gx, v.g[k] - mean_g);
@@ -55,54 +89,91 @@ DEV_INLINE void write(const Values<V>& v, const LayerNormParams& p, i64 r, int c
   if (inside) store_any(p.dx.data, p.dx.dtype, r * p.dx.stride + c, d);
 }
 
-template <class T, int V, int N>
-__global__ void __launch_bounds__(most_threads(N), 1) layer_norm_bwd_kernel(const LayerNormParams p) {
+// Adds the sums of the block's warps in their order; those of the first have the total. `shared`: room for kWarps * C floats.
+template <int V, int N> DEV_INLINE void add_warps(float (&sums)[N][V], float* shared, int C) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; i++)
+    if (const int c = (i * 32 + lane) * V; warp && c < C) store(shared + (warp - 1) * C + c, sums[i]);
+  __syncthreads();
+  for (int w = 0; w < kWarps - 1 && !warp; w++) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const int c = (i * 32 + lane) * V;
+      if (c >= C) continue;
+      float other[V];
+      load(other, shared + w * C + c);
+#pragma unroll
+      for (int k = 0; k < V; k++) sums[i][k] += other[k];
+    }
+  }
+}
+
+template <class T, class G, int V, int N, bool WARP>
+__global__ void __launch_bounds__(WARP ? 32 * kWarps : most_threads(N), 1)
+    layer_norm_bwd_kernel(const LayerNormParams p) {
   DYN_SMEM(scratch);
-  const int C = int(p.C), first = threadIdx.x * V, step = blockDim.x * V;
+  const int C = int(p.C), t = WARP ? threadIdx.x & 31 : threadIdx.x, first = t * V, step = (WARP ? 32 : blockDim.x) * V;
   float* partial_w = p.dweight + i64(blockIdx.x) * C;
   float* partial_b = p.dbias ? p.dbias + i64(blockIdx.x) * C : nullptr;
   float dweight[N][V] = {}, dbias[N][V] = {};
-  for (int c = first + N * step; c < C; c += step) {
+  for (int c = first + N * step; !WARP && c < C; c += step) {
     store(partial_w + c, dweight[0]);  // zeros
     if (partial_b) store(partial_b + c, dweight[0]);
   }
 
-  const auto count = [](const Values<V>& v, float (&dw)[V], float (&db)[V], float2& sums) {
+  const i64 stride = i64(gridDim.x) * (WARP ? kWarps : 1);
+  i64 r = blockIdx.x + (WARP ? i64(gridDim.x) * (threadIdx.x >> 5) : 0);
+  Input<T, G, V> next[N];
+  Statistics statistics{}, next_statistics{};
 #pragma unroll
-    for (int k = 0; k < V; k++) {
-      dw[k] = fmaf(v.dy[k], v.xhat[k], dw[k]);
-      db[k] += v.dy[k];
-      sums.x += v.g[k], sums.y = fmaf(v.g[k], v.xhat[k], sums.y);
-    }
-  };
-  for (i64 r = blockIdx.x; r < p.R; r += gridDim.x) {
+  for (int i = 0; i < N; i++) next[i].load(p, r, first + i * step);
+  next_statistics.load(p, r);
+  for (int turn = 0; r < p.R; r += stride, turn ^= 1) {
     Values<V> near[N];
+    Raw<T, V> dtotal[N];
     float2 sums = make_float2(0.f, 0.f);
+    statistics = next_statistics;
+    next_statistics.load(p, r + stride);
+#pragma unroll
+    for (int i = 0; i < N; i++) load_total(dtotal[i], p, r, first + i * step);
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const int c = first + i * step;
-      if (c < C) read<T>(near[i], p, r, c), count(near[i], dweight[i], dbias[i], sums);
+      if (c < C) near[i].set(next[i], statistics, p, c), near[i].count(dweight[i], dbias[i], sums);
+      next[i].load(p, r + stride, c);
     }
-    for (int c = first + N * step; c < C; c += step) {
+    for (int c = first + N * step; !WARP && c < C; c += step) {
+      Input<T, G, V> input;
       Values<V> v;
       float dw[V], db[V] = {};
-      read<T>(v, p, r, c);
+      input.load(p, r, c), v.set(input, statistics, p, c);
       load(dw, partial_w + c);
       if (partial_b) load(db, partial_b + c);
-      count(v, dw, db, sums);
+      v.count(dw, db, sums);
       store(partial_w + c, dw);
       if (partial_b) store(partial_b + c, db);
     }
-    sums = block_reduce(sums, Sum{}, make_float2(0.f, 0.f), scratch);
+    if constexpr (WARP) sums = warp_reduce(sums, Sum{});
+    else sums = block_reduce_in_turn(sums, Sum{}, make_float2(0.f, 0.f), scratch, turn);
     const float mean_g = sums.x / float(C), mean_gx = sums.y / float(C);
 #pragma unroll
     for (int i = 0; i < N; i++)
-      if (i * step < C) write<T>(near[i], p, r, first + i * step, mean_g, mean_gx);
-    for (int c0 = N * step; c0 < C; c0 += step) {
+      if (i * step < C) write<T>(near[i], dtotal[i], p, r, first + i * step, statistics.rstd, mean_g, mean_gx);
+    for (int c0 = N * step; !WARP && c0 < C; c0 += step) {
+      Input<T, G, V> input;
+      Raw<T, V> more;
       Values<V> v;
-      if (c0 + first < C) read<T>(v, p, r, c0 + first);
-      write<T>(v, p, r, c0 + first, mean_g, mean_gx);
+      input.load(p, r, c0 + first), load_total(more, p, r, c0 + first);
+      if (c0 + first < C) v.set(input, statistics, p, c0 + first);
+      write<T>(v, more, p, r, c0 + first, statistics.rstd, mean_g, mean_gx);
     }
+  }
+  if constexpr (WARP) {
+    add_warps(dweight, reinterpret_cast<float*>(scratch), C);
+    if (partial_b) add_warps(dbias, reinterpret_cast<float*>(scratch), C);
+    if (threadIdx.x >= 32) return;
   }
 #pragma unroll
   for (int i = 0; i < N; i++) {
@@ -113,23 +184,48 @@ __global__ void __launch_bounds__(most_threads(N), 1) layer_norm_bwd_kernel(cons
   }
 }
 
+template <class T, class G, int V, int N, bool WARP>
+cudaError_t launch_rows(const LayerNormParams& p, int threads, size_t scratch, cudaStream_t stream) {
+  auto kernel = layer_norm_bwd_kernel<T, G, V, N, WARP>;
+  LAUNCH(kernel, dim3(unsigned(norm_parts_of(p.R))), dim3(threads), scratch, stream, p);
+  return cudaGetLastError();
+}
+
+template <class T, class G> cudaError_t launch(const LayerNormParams& p, cudaStream_t stream) {
+  return with_width<T>(
+      p.C,
+      [&](auto width) {
+        constexpr int V = decltype(width)::value;
+        const auto a_row_a_warp = [&](auto vectors) {
+          const size_t scratch = size_t(kWarps - 1) * size_t(p.C) * sizeof(float);
+          return launch_rows<T, G, V, decltype(vectors)::value, true>(p, 32 * kWarps, scratch, stream);
+        };
+        if constexpr (V > 1) {
+          constexpr int kMost = warp_vectors(V), kFewer = kMost == 4 ? 3 : kMost;
+          if (p.C <= 32 * V * kFewer) return a_row_a_warp(Width<kFewer>{});
+          if (p.C <= 32 * V * kMost) return a_row_a_warp(Width<kMost>{});
+        }
+        const auto a_row_a_block = [&](auto vectors) {
+          constexpr int N = decltype(vectors)::value;
+          const int threads = round_to_warps(ceil_div(p.C, N * V), most_threads(N));
+          return launch_rows<T, G, V, N, false>(p, threads, 2 * 32 * sizeof(float2), stream);
+        };
+        return p.C <= most_threads(1) * V ? a_row_a_block(Width<1>{}) : a_row_a_block(Width<2>{});
+      },
+      p.x, p.dy, p.dtotal, p.weight, p.dx, p.dresidual, Vector{p.dweight, DType::f32}, Vector{p.dbias, DType::f32});
+}
+
 }  // namespace
 
 cudaError_t layer_norm_bwd(const LayerNormParams& p, cudaStream_t stream) {
   return with_dtype(p.x.dtype, [&](auto t) {
     using T = decltype(t);
-    return with_width<T>(
-        p.C,
-        [&](auto width) {
-          constexpr int V = decltype(width)::value;
-          const bool narrow = p.C <= most_threads(1) * V;
-          const int vectors = narrow ? 1 : 2,
-                    threads = round_to_warps(ceil_div(p.C, vectors * V), most_threads(vectors));
-          auto kernel = narrow ? layer_norm_bwd_kernel<T, V, 1> : layer_norm_bwd_kernel<T, V, 2>;
-          LAUNCH(kernel, dim3(unsigned(parts_of(p.R))), dim3(threads), 32 * sizeof(float2), stream, p);
-          return cudaGetLastError();
-        },
-        p.x, p.dy, p.dtotal, p.weight, p.dx, p.dresidual, Vector{p.dweight, DType::f32}, Vector{p.dbias, DType::f32});
+    if (!p.dy.data || p.dy.dtype == p.x.dtype) return launch<T, T>(p, stream);
+    if constexpr (sizeof(T) == 4) {  // under autocast: a stream of 32 bits, gradients of 16
+      if (p.dy.dtype == DType::bf16) return launch<T, bf16>(p, stream);
+      return launch<T, __half>(p, stream);
+    }
+    return launch<T, Any>(p, stream);
   });
 }
 

@@ -11,10 +11,11 @@ __global__ void __launch_bounds__(32 * kLanes) sum_parts_kernel(const SumPartsPa
   DYN_SMEM(smem);
   float (*sums)[33] = reinterpret_cast<float (*)[33]>(smem);  // 33: a column's values lie in different banks
   const i64 c = i64(blockIdx.x) * 32 + threadIdx.x;
+  const float* partial = blockIdx.y ? p.second_partial : p.partial;
   float sum = 0.f;
   if (c < p.C) {
 #pragma unroll 8
-    for (i64 k = threadIdx.y; k < p.parts; k += kLanes) sum += p.partial[k * p.C + c];
+    for (i64 k = threadIdx.y; k < p.parts; k += kLanes) sum += partial[k * p.C + c];
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
@@ -22,14 +23,16 @@ __global__ void __launch_bounds__(32 * kLanes) sum_parts_kernel(const SumPartsPa
   float total[1] = {0.f};
 #pragma unroll
   for (int y = 0; y < kLanes; y++) total[0] += sums[y][threadIdx.x];
-  store_any<1>(p.out, p.dtype, c, total);
+  if (blockIdx.y) store_any<1>(p.second_out, p.second_dtype, c, total);
+  else store_any<1>(p.out, p.dtype, c, total);
 }
 
 }  // namespace
 
 cudaError_t sum_parts(const SumPartsParams& p, cudaStream_t stream) {
   if (!p.C) return cudaSuccess;
-  LAUNCH(sum_parts_kernel, dim3(unsigned(ceil_div(p.C, 32))), dim3(32, kLanes), sizeof(float) * 33 * kLanes, stream, p);
+  const dim3 grid(unsigned(ceil_div(p.C, 32)), p.second_partial ? 2 : 1);
+  LAUNCH(sum_parts_kernel, grid, dim3(32, kLanes), sizeof(float) * 33 * kLanes, stream, p);
   return cudaGetLastError();
 }
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from gptfast import ops
 from gptfast.testing import Case, cases, check_case, dtypes
 from gptfast.testing.accuracy import assert_accurate
+from tests.support import emulated
 from tests.support.op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 CASES = cases("cross_entropy") + cases("linear_cross_entropy")
@@ -28,6 +29,28 @@ def test_every_tail_length(V, isa):
     logits, targets = torch.randn(4, V) * 5, torch.randint(V, (4,))
     expected = F.cross_entropy(logits.double(), targets).float()
     torch.testing.assert_close(ops.cross_entropy(logits, targets), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("V", [7, 1031, 9001])
+@pytest.mark.parametrize("dtype", dtypes())
+def test_a_row_kept_in_shared_memory(dtype, V, smoothing, emu):
+    """In place on CUDA: as on a GPU whose blocks have no room for a row, and as float64, in rows that begin anywhere."""
+    rows, targets = torch.randn(5, V + 3).to(dtype), torch.tensor([0, V - 1, -100, V // 2, 1])
+    x, dloss = rows[:, :V].double(), torch.rand(5)
+    exact = torch.autograd.grad(
+        F.cross_entropy(x.requires_grad_(), targets, label_smoothing=smoothing, reduction="none"), x, dloss.double()
+    )[0]
+    found = []
+    for room in (0, 1 << 10):
+        emulated.configure(smem=room)
+        logits = rows.clone()[:, :V]
+        loss = torch.ops.gptfast_emu.cross_entropy_in_place(logits, targets, dloss, -100, smoothing)
+        found.append((loss, logits))
+    for loss, gradient in found:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-6, atol=1e-6)  # 512 and 1024 threads add in other orders
+        error = (gradient.double() - exact).abs().max().item()
+        assert error <= torch.finfo(dtype).eps * exact.abs().max().item()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

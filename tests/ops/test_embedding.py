@@ -70,6 +70,22 @@ def test_long_runs_repeat_bit_for_bit(isa):
     torch.testing.assert_close(first.double(), exact, rtol=2**-8, atol=1e-3)
 
 
+@pytest.mark.parametrize("C", [5, 16])
+@pytest.mark.parametrize(
+    "runs",
+    [[1100], [256, 256, 3], [255, 1, 257], [100, 700, 5, 300], [40, 31, 32, 33, 64, 1, 512], [257], [512, 1]],
+    ids=lambda runs: "_".join(map(str, runs)),
+)
+def test_runs_of_equal_ids(runs, C, isa):
+    """The sum of a run, in pieces where it goes over the end of a segment of 256 sorted ids, and of batches of 8 and 32 rows."""
+    ids = torch.repeat_interleave(torch.arange(len(runs)), torch.tensor(runs))
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(5))]
+    wte = torch.zeros(len(runs) + 1, C, requires_grad=True)
+    upstream = torch.randint(-99, 100, (len(ids), C)).float()  # whole numbers: their sums are exact in any order
+    (g,) = torch.autograd.grad(ops.embedding(ids, wte), wte, upstream)
+    assert torch.equal(g, torch.zeros(wte.shape).index_add(0, ids, upstream))
+
+
 def test_empty_and_strided(isa):
     wte = torch.randn(5, 20)[:, 3:11]
     assert ops.embedding(torch.zeros(0, 4, dtype=torch.int64), wte).shape == (0, 4, 8)

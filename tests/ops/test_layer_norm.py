@@ -31,9 +31,10 @@ def test_every_tail_length(C, isa):
 
 
 @pytest.mark.parametrize("dtype", dtypes())
-@pytest.mark.parametrize(("N", "C"), [(2, 2051), (3, 8200), (2, 12296), (300, 8), (8300, 3)])
+@pytest.mark.parametrize(("N", "C"), [(2, 2051), (3, 8200), (2, 12296), (3, 1024), (2, 1536), (2200, 8), (8300, 3)])
 def test_long_rows_and_many_rows(N, C, dtype, isa):
-    """Rows beyond the registers of a block of threads; more rows than there are parts of the sums over rows."""
+    """Rows beyond the registers of a warp and of a block; more rows than there are parts of the sums over rows, and than
+    these have warps."""
     check_case(Case("layer_norm", {"N": N, "C": C}), dtype)
     check_case(Case("add_layer_norm", {"N": N, "C": C}, {"dropout_p": 0.2, "seed": 3}), dtype)
 
