@@ -57,11 +57,13 @@ def write_pieces(path: Path, pieces: Iterable[memoryview], size: int) -> None:
     """Write a new file.
 
     Args:
-        path: of the file; one that is there is emptied.
+        path: of the file. One that is there is replaced, not emptied: the pieces may be a mapping of it.
         pieces: its content, bytes one after the other. size: bytes of all of them.
     Raises:
         OSError: it cannot be written (disk full, no permission).
     """
+    if path.is_file():
+        path.unlink()
     descriptor, direct = _open(path, size >= _LEAST)
     try:
         crc, block, pause = 0, memoryview(mmap.mmap(-1, _BLOCK)), _pause.get()  # the block begins where a page does

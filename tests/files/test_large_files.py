@@ -86,6 +86,13 @@ def test_a_safetensors_file(tmp_path):
         write_tensors(tmp_path / "ours", {"phase": torch.zeros(2, dtype=torch.complex64)})
 
 
+def test_a_file_is_written_again_from_its_own_mapping(tmp_path):
+    file, x = tmp_path / "file", torch.randn(1 << 20)
+    write_tensors(file, {"x": x})
+    write_tensors(file, {**load_file(file), "y": x[:3]})
+    assert load_file(file)["x"].equal(x) and load_file(file)["y"].equal(x[:3])
+
+
 def test_a_large_file_takes_the_way_past_the_cache(tmp_path):
     x = torch.randn(5 << 20)
     write_tensors(tmp_path / "file", {"x": x})
