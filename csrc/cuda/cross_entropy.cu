@@ -111,7 +111,7 @@ template <class T> DEV_INLINE void row_of_zeros(T* d, i64 V) {
 }
 
 template <class T, bool FORWARD, bool BACKWARD, bool KEEP>
-__global__ void __launch_bounds__(KEEP ? kKeepingThreads : kThreads, KEEP ? 2 : 1)
+__global__ void __launch_bounds__(KEEP ? kKeepingThreads : kThreads, KEEP ? 2 : 4)
     cross_entropy_kernel(const CrossEntropyParams p) {
   DYN_SMEM(scratch);
   const i64 r = blockIdx.x, target = p.targets[r];

@@ -188,6 +188,8 @@ def test_ctrl_c_ends_a_comparison_and_resume_goes_on(tmp_path, capsys, monkeypat
     assert [a[a.index("--method") + 1] for a in begun] == ["full"]
     monkeypatch.setattr(_finetune, "_run", lambda arguments: begun.append(arguments) or 1)
     (tmp_path / "out" / "full" / "last").mkdir(parents=True)
+    (tmp_path / "out" / "full" / "last" / "trainer.json").touch()
+    (tmp_path / "out" / "lora" / "last").mkdir(parents=True)  # a first save that a kill ended
     assert run(tmp_path, "--compare", "--resume") == 1
     assert {a[a.index("--method") + 1]: "--resume" in a for a in begun[1:]} == {
         **{"full": True, "lora": False},

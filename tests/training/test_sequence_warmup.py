@@ -48,7 +48,7 @@ def test_a_step_has_the_same_tokens_in_shorter_rows_and_resumes_to_the_bit(tmp_p
 
 def test_the_part_of_a_rank_has_its_place_among_the_shorter_rows():
     class Second:
-        rank, size, sharding = 1, 2, ""
+        rank, size, sharding, share = 1, 2, "", 1
 
         def rows(self, batch_size):
             return batch_size // 2
