@@ -8,8 +8,8 @@
 
 FROM python:3.12-slim AS build
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
-RUN python -m venv /opt/gptfast
-ENV PATH=/opt/gptfast/bin:$PATH
+RUN python -m venv /venv
+ENV PATH=/venv/bin:$PATH
 RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir "setuptools>=77" ninja wheel
 COPY . /src
@@ -17,8 +17,8 @@ RUN pip install --no-cache-dir --no-build-isolation "/src/.[serve]"
 
 FROM python:3.12-slim
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
-COPY --from=build /opt/gptfast /opt/gptfast
-ENV PATH=/opt/gptfast/bin:$PATH
+COPY --from=build /venv /venv
+ENV PATH=/venv/bin:$PATH
 RUN useradd --create-home gptfast
 USER gptfast
 EXPOSE 8000
