@@ -237,9 +237,17 @@ import gptfast, gptfast.engine
 from gptfast import GPT, GPTConfig
 
 def resident():
+    "Bytes but for libraries' code: how much of that a fault maps is up to the file system."
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+    total, library = 0, False
+    for line in open("/proc/self/smaps"):
+        first = line.split()[0]
+        if "-" in first:
+            library = ".so" in line
+        elif first == "Rss:" and not library:
+            total += int(line.split()[1]) * 1024
+    return total
 
 def write(model):
     "A text; returns the bytes of its keys and values, which live as long as `kept`."
