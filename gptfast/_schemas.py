@@ -81,6 +81,9 @@ class AttentionOptions(NamedTuple):
     seed: int = 0
     offset: int = 0
     window: int = 0  # 0: none
+    left_pad: Tensor | None = None
+    sinks: Tensor | None = None  # (H,) float32 in kernels
+    softcap: float = 0.0  # 0: none
 
 
 # Ops without a kernel in some compiled library: where there is none they run in PyTorch.

@@ -24,7 +24,7 @@ from gptfast.generation.sampling import SamplingParams
 from gptfast.generation.torch_runner import evaluating, make_cache
 from gptfast.nn.kv_cache import KVCache
 from gptfast.nn.transformer import Transformer
-from gptfast.ops.causal_attention import trusted
+from gptfast.ops._attention_checks import trusted
 
 MAX_TOKENS = 16  # of each sequence between two waits for the GPU
 

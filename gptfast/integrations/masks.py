@@ -14,16 +14,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pattern:
-    """A causal mask of T queries and as many keys, per batch row: padding on either side, documents, a window.
+    """A mask of queries and keys, per batch row: who sees whom, padding on either side, documents, a window.
 
-    shift: (B,) int64, keys of padding on the left of each row; None: no row has any.
-    lengths: (B,) int64, keys of each row without its padding; None: all rows are full.
+    causal: whether a query sees no key after its own position.
+    left_pad, seq_lens: (B,) int64, each row's first real key and the end of its real keys; None: 0, and all keys.
     cu_seqlens: (n + 1,) int32, documents of the rows, one row after another; None: each row is one document.
     window: keys that a query sees at most, None: no bound.
     """
 
-    shift: Tensor | None = None
-    lengths: Tensor | None = None
+    causal: bool = True
+    left_pad: Tensor | None = None
+    seq_lens: Tensor | None = None
     cu_seqlens: Tensor | None = None
     window: int | None = None
 
@@ -52,16 +53,16 @@ def pattern_of(mask: Tensor) -> Pattern | None:
     """The pattern of a mask, or None where it says something else.
 
     Args:
-        mask: (B, 1, T, T); bool, True where a key is seen; or float, 0 there and -inf (or the dtype's least value) elsewhere.
+        mask: (B, 1, T, S); bool, True where a key is seen; or float, 0 there and -inf (or the dtype's least value) elsewhere.
     """
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
+    if mask.dim() != 4 or mask.shape[1] != 1 or not mask.numel():
         return None
     sees = _as_bool(mask)
     if sees is None:
         return None
     sees = sees[:, 0]
-    T = sees.shape[1]
-    places = torch.arange(T, device=sees.device)
+    T, S = sees.shape[1:]
+    places = torch.arange(S, device=sees.device)
     count = sees.sum(-1)
     first = sees.to(torch.uint8).argmax(-1)  # of each query, (B, T); 0 where it sees nothing
     last = first + count - 1
@@ -69,8 +70,11 @@ def pattern_of(mask: Tensor) -> Pattern | None:
     if not torch.equal(shown, sees):  # holes
         return None
     seeing = count > 0
-    ends = torch.where(seeing, last, -1).amax(-1) + 1
-    return _padded(first, last, seeing, ends, places) or _documents(first, last, seeing, places)
+    found = None
+    if T == S:
+        ends = torch.where(seeing, last, -1).amax(-1) + 1
+        found = _padded(first, last, seeing, ends, places) or _documents(first, last, seeing, places)
+    return found or _the_same_for_all(first, last, S)
 
 
 def _as_bool(mask: Tensor) -> Tensor | None:
@@ -85,7 +89,7 @@ def _as_bool(mask: Tensor) -> Tensor | None:
 
 
 def _padded(first: Tensor, last: Tensor, seeing: Tensor, ends: Tensor, places: Tensor) -> Pattern | None:
-    """One document a row, with padding on the left (shift keys) and on the right (from `ends`), and perhaps a window."""
+    """One document a row, with padding on the left and on the right (from `ends`), and perhaps a window."""
     B, T = first.shape
     begins = torch.where(seeing, first, T).amin(-1)  # (B,)
     begins = torch.where(ends > 0, begins, 0)
@@ -101,10 +105,8 @@ def _padded(first: Tensor, last: Tensor, seeing: Tensor, ends: Tensor, places: T
     visible = (places >= begins[:, None]) & (wanted_last >= lowest)
     if bool((visible != seeing).any()) or bool((seeing & (first != lowest)).any()):
         return None
-    shift = begins if bool(begins.any()) else None
-    lengths = ends - begins
-    full = shift is None and bool((ends == T).all())
-    return Pattern(shift, None if full else lengths, None, window)
+    left_pad = begins if bool(begins.any()) else None
+    return Pattern(left_pad=left_pad, seq_lens=None if bool((ends == T).all()) else ends, window=window)
 
 
 def _documents(first: Tensor, last: Tensor, seeing: Tensor, places: Tensor) -> Pattern | None:
@@ -118,3 +120,11 @@ def _documents(first: Tensor, last: Tensor, seeing: Tensor, places: Tensor) -> P
     begins = starts.flatten().nonzero().flatten()
     end = begins.new_tensor([B * T])
     return Pattern(cu_seqlens=torch.cat([begins, end]).to(torch.int32))
+
+
+def _the_same_for_all(first: Tensor, last: Tensor, S: int) -> Pattern | None:
+    """All queries of a row see the same keys, as in an encoder, or there is one query, as in a step with a cache."""
+    if bool((first != first[:, :1]).any()) or bool((last != last[:, :1]).any()):
+        return None
+    left_pad, ends = first[:, 0], last[:, 0] + 1
+    return Pattern(False, left_pad if bool(left_pad.any()) else None, None if bool((ends == S).all()) else ends)

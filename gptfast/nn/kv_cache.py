@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.config import GPTConfig
-from gptfast.ops.causal_attention import trusted
+from gptfast.ops._attention_checks import trusted
 
 
 class KVCache:

@@ -15,6 +15,7 @@ from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear import linear
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 from gptfast.ops.lora_linear import lora_linear as lora_linear  # for gptfast.nn, not for users
+from gptfast.ops.padding import real_keys
 from gptfast.ops.quantized_linear import quantize_groups, quantized_linear
 from gptfast.ops.sample import sample
 
@@ -34,6 +35,7 @@ __all__ = [
     "quantize_groups",
     "quantize_nf4",
     "quantized_linear",
+    "real_keys",
     "sample",
 ]
 

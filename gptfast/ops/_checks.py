@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OPTIONAL = ("bias", "wpe")  # tensors that an op may do without
+OPTIONAL = ("bias", "wpe", "sinks")  # tensors that an op may do without
 
 
 def check_float(op: str, **tensors: Tensor | None) -> None:

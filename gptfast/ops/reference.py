@@ -57,6 +57,8 @@ def visible_keys(T: int, S: int, options: AttentionOptions, device: torch.device
         visible = visible & (document[:, None] == document[None, :]) & inside[:, None]
     if options.seq_lens is not None:
         visible = visible & (j < options.seq_lens[:, None, None, None])
+    if options.left_pad is not None:
+        visible = visible & (j >= options.left_pad[:, None, None, None])
     return visible
 
 
@@ -72,12 +74,15 @@ def causal_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None = None,
     *,
     causal: bool = True,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
     offset: int = 0,
+    left_pad: Tensor | None = None,
     seq_lens: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
@@ -88,6 +93,7 @@ def causal_attention(
     offset = rng.at_row("causal_attention", offset, first_row, q.shape[1])
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     options = AttentionOptions(seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window or 0)
+    options = options._replace(left_pad=left_pad, sinks=sinks, softcap=softcap or 0.0)
     return attention(q, k, v, options, return_lse)
 
 
@@ -103,9 +109,15 @@ def attention(
     leaky = has_values(kf) and not (torch.isfinite(kf).all() and torch.isfinite(vf).all())
     seen = mask.repeat(1, 1, H // K, 1) if leaky else mask  # of the rows of a key head
     scores = _masked_product("bhtd,bhtsd->bhts", qf, kf, seen) if leaky else qf @ kf.transpose(-1, -2)
-    scores = (scores.reshape(B, H, T, S) * options.scale).masked_fill(~mask, float("-inf"))  # B H T S
+    scores = scores.reshape(B, H, T, S) * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))  # B H T S
+    if options.sinks is not None:  # as the score of one more key, whose value is 0
+        column = options.sinks.to(scores.dtype)[None, :, None, None].expand(B, H, T, 1)
+        scores = torch.cat([scores, column], -1)
     empty = scores.isneginf().all(-1, keepdim=True)  # B H T 1: no key is visible
-    probs = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    probs = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)[..., :S]
     probs = _keep_scaled(probs, (B * H, T, S), options.dropout_p, options.seed, options.offset, True)
     probs = probs.reshape(B, K, rows, S)
     out = (_masked_product("bhts,bhtsd->bhtd", probs, vf, seen) if leaky else probs @ vf).reshape(B, H, T, D)

@@ -215,10 +215,12 @@ def _attention(rng: random.Random) -> OddCase:
     S = T if packed or rng.random() < 0.5 else rng.choice(SIZES)
     dims = {"B": 1 if packed else rng.choice([0, 1, 2, 3]), "H": rng.choice([1, 2, 3]), "T": T, "S": S}
     dims["D"] = rng.choice([1, 5, 8, 16, 31, 32, 33, 48, 64, 80, 100, 128, 200, 256])
+    dims["sinks"] = rng.choice([0, 0, 1])
     options = _options(
         rng,
         causal=[True, False],
         softmax_scale=[0.0, -0.3, 1.0, 0.125],
+        softcap=[0.0, 0.5, 3.0, 50.0],
         dropout_p=[0.1, 0.5, 1.0],
         seed=SEEDS,
         offset=[0, 7, 2**32 - 1],
@@ -231,6 +233,9 @@ def _attention(rng: random.Random) -> OddCase:
     elif rng.random() < 0.2:
         lengths = [rng.randrange(S + 1) for _ in range(dims["B"])]
         options["seq_lens"] = torch.tensor(lengths, dtype=rng.choice([torch.int32, torch.int64]))
+    if rng.random() < 0.15:
+        pads = [rng.randrange(S + 1) for _ in range(dims["B"])]
+        options["left_pad"] = torch.tensor(pads, dtype=rng.choice([torch.int32, torch.int64]))
     if options.get("causal") is False:
         options.pop("window", None)
     return OddCase("causal_attention", dims, options, rng.choice(["contiguous", "strided"]))
@@ -287,7 +292,10 @@ OPS: dict[str, Callable[[random.Random], OddCase]] = {
     "quantized_linear": _quantized,
 }
 NAMES = {  # options that are damaged too where a case has not got them
-    "causal_attention": ["causal", "softmax_scale", "dropout_p", "seed", "offset", "window", "seq_lens", "cu_seqlens"],
+    "causal_attention": [
+        *("causal", "softmax_scale", "softcap", "dropout_p", "seed", "offset", "window"),
+        *("left_pad", "seq_lens", "cu_seqlens"),
+    ],
     "layer_norm": ["eps"],
     "add_layer_norm": ["eps", "dropout_p", "seed", "offset"],
     "gelu": ["approximate"],

@@ -30,6 +30,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {**GATED, "sliding_window": 6, "num_key_value_heads": 1},
     "GPTNeoXForCausalLM": {**COMMON, "intermediate_size": 48},
     "OPTForCausalLM": {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1},
+    "Gemma2ForCausalLM": {**GATED, "head_dim": 8, "sliding_window": 7, "attn_logit_softcapping": 1.5},
+    "GptOssForCausalLM": {
+        **GATED,
+        "head_dim": 8,
+        "sliding_window": 7,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    },
     "GPT2LMHeadModel": {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }
 
@@ -42,6 +50,9 @@ def make(name: str, attention: str, **options: Any) -> Any:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
     return model.eval()
 
 
@@ -113,42 +124,60 @@ def test_dropout_follows_manual_seed():
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
-def test_changes_of_the_scores_are_refused_by_name(name: str):
+@pytest.mark.parametrize("name", ["Gemma2ForCausalLM", "GptOssForCausalLM"])
+def test_soft_caps_and_sinks_run_in_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch):
+    """In steps with a cache and padding too, where other models run in torch's attention."""
+    calls = []
+    original = gptfast.ops.causal_attention
+    monkeypatch.setattr(gptfast.ops, "causal_attention", lambda *a, **k: calls.append(k) or original(*a, **k))
+    ids, mask = padding("left")
+    model = make(name, "gptfast")
+    model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert len(calls) == 3 * 2
+    assert all((call["softcap"] == 1.5) == (call["sinks"] is None) for call in calls)
+
+
+@pytest.mark.parametrize("name", ["Gemma2ForCausalLM", "GptOssForCausalLM"])
+def test_soft_caps_and_sinks_under_a_mask_with_holes(name: str):
+    """No kernel has such a mask: the scores are written out, as eager attention does."""
+    ids, _ = padding("none")
+    sees = torch.ones(T, T, dtype=torch.bool).tril()
+    sees[5:, 2] = False
+    mask = torch.zeros(3, 1, T, T).masked_fill(~sees, torch.finfo(torch.float32).min)
+    given = {"full_attention": mask, "sliding_attention": mask}
+    expected, got = (
+        make(name, kind)(ids, attention_mask=given, use_cache=False).logits for kind in ("eager", "gptfast")
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_changes_of_the_scores_are_refused_by_name():
     from gptfast.integrations.attention import attention_forward
 
     q = torch.randn(1, 2, 4, 8)
-    with pytest.raises(NotImplementedError, match=f"{name}, .* is not supported; use attn_implementation='eager'"):
-        attention_forward(torch.nn.Identity(), q, q, q, None, **{name: torch.ones(2)})
+    with pytest.raises(
+        NotImplementedError, match=r"position_bias, .* is not supported; use attn_implementation='eager'"
+    ):
+        attention_forward(torch.nn.Identity(), q, q, q, None, position_bias=torch.ones(2))
 
 
-def test_gemma2_has_a_soft_cap_and_is_refused():
-    config = transformers.Gemma2Config(**{**GATED, "head_dim": 8}, sliding_window=8)
-    model = transformers.Gemma2ForCausalLM._from_config(config, attn_implementation="gptfast")
-    with pytest.raises(NotImplementedError, match="softcap"):
-        model(torch.randint(V, (1, 5)))
-
-
-def test_gpt_oss_has_sinks_and_is_refused():
-    config = transformers.GptOssConfig(**{**GATED, "head_dim": 8}, num_local_experts=2, num_experts_per_tok=1)
-    model = transformers.GptOssForCausalLM._from_config(config, attn_implementation="gptfast")
-    with pytest.raises(NotImplementedError, match="s_aux, attention sinks"):
-        model(torch.randint(V, (1, 5)))
-
-
-def test_bidirectional_attention_is_that_of_eager():
-    ids, mask = padding("right")
+@pytest.mark.parametrize("sides", ["none", "left", "right", "both"])
+def test_bidirectional_attention_is_that_of_eager(sides: str, monkeypatch: pytest.MonkeyPatch):
+    """Logits, pooled output and gradients of BERT, all of it in the kernel."""
+    ids, mask = padding(sides)
     found = []
     for kind in ("eager", "gptfast"):
         torch.manual_seed(0)
         config = transformers.BertConfig(**COMMON, intermediate_size=48)
         model = transformers.BertModel._from_config(config, attn_implementation=kind).eval()
-        found.append(
-            [model(ids[:, :n], attention_mask=m).last_hidden_state for n, m in ((T, mask), (1, None), (9, None))]
-        )
-    seen = mask.bool()
-    torch.testing.assert_close(found[1][0][seen], found[0][0][seen], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found[1][1:], found[0][1:], rtol=1e-4, atol=1e-5)
+        if kind == "gptfast":
+            monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+        out = model(ids, attention_mask=mask)
+        hidden = out.last_hidden_state[mask.bool()]
+        (hidden.sin().sum() + out.pooler_output.square().sum()).backward()
+        others = [model(ids[:, :n]).last_hidden_state for n in (1, 9)]
+        found.append([hidden, *others, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("queries", [1, 5, T])

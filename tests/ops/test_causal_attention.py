@@ -359,7 +359,7 @@ def test_wrong_lengths_are_refused_below_python(lengths, match):
 
 def test_lengths_on_a_gpu_are_read_once(monkeypatch):
     """Until they change, and never while a CUDA graph is captured: each reading waits for the GPU."""
-    module, read = sys.modules["gptfast.ops.causal_attention"], []
+    module, read = sys.modules["gptfast.ops._attention_checks"], []
     lengths = torch.tensor([0, 3, 5])
 
     def look(lengths: torch.Tensor, limit: int = 5) -> None:

@@ -29,6 +29,10 @@ OPS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         lambda q, k, v: ops.causal_attention(q, k, v, enable_gqa=True),
         (R(1, 4, 5, 8), R(1, 2, 5, 8), R(1, 2, 5, 8)),
     ),
+    "sinks and soft cap": (
+        lambda q, k, v, s: ops.causal_attention(q, k, v, s, softcap=2.0, left_pad=torch.tensor([1])),
+        (R(1, 2, 5, 8), R(1, 2, 5, 8), R(1, 2, 5, 8), R(2)),
+    ),
     "cross_entropy": (lambda x: ops.cross_entropy(x, torch.tensor([1, 0, -100])), (R(3, 8),)),
     "linear_cross_entropy": (lambda h, w: ops.linear_cross_entropy(h, w, torch.tensor([1, 0, 2])), (R(3, 8), R(5, 8))),
     "linear_logprobs": (lambda h, w: ops.linear_logprobs(h, w, torch.tensor([1, 0, 2])), (R(3, 8), R(5, 8))),

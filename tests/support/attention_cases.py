@@ -8,9 +8,17 @@ from gptfast.testing import Case
 
 
 def attention(
-    T: int, D: int, S: int | None = None, B: int = 1, H: int = 1, layout: str = "contiguous", K: int = 0, **options
+    T: int,
+    D: int,
+    S: int | None = None,
+    B: int = 1,
+    H: int = 1,
+    layout: str = "contiguous",
+    K: int = 0,
+    sinks: bool = False,
+    **options,
 ) -> Case:
-    dims = {"B": B, "H": H, "T": T, **({} if S is None else {"S": S}), "D": D}
+    dims = {"B": B, "H": H, "T": T, **({} if S is None else {"S": S}), "D": D, **({"sinks": 1} if sinks else {})}
     if K:
         dims["K"], options = K, {**options, "enable_gqa": True}
     return Case("causal_attention", dims, options, layout)
@@ -24,6 +32,10 @@ LONG = [  # the rings of buffers go round more than once
     attention(300, 128, cu_seqlens=torch.tensor([0, 130, 131, 300])),
     attention(130, 128, H=3, K=1, dropout_p=0.1, seed=2),
     attention(200, 64, H=4, K=2, layout="strided"),
+    attention(200, 64, H=4, K=2, sinks=True, window=130, dropout_p=0.1, seed=3),
+    attention(150, 128, S=300, softcap=3.0, sinks=True),
+    attention(300, 64, B=3, causal=False, left_pad=torch.tensor([0, 140, 250]), seq_lens=torch.tensor([120, 300, 250])),
+    attention(280, 128, left_pad=torch.tensor([131]), window=100),
 ]
 FEW_QUERIES = [  # decode_attention
     attention(1, 64, S=700, H=3),
@@ -34,6 +46,9 @@ FEW_QUERIES = [  # decode_attention
     attention(3, 64, S=512, softmax_scale=0.0),
     attention(1, 128, S=520, H=5, K=1, layout="strided", seq_lens=torch.tensor([513])),
     attention(5, 64, S=530, H=3, K=1),
+    attention(1, 64, S=600, H=8, K=1, sinks=True, window=128),
+    attention(3, 40, S=700, B=2, sinks=True, left_pad=torch.tensor([700, 13])),
+    attention(2, 128, S=530, H=2, softcap=2.0),
 ]
 MODE_CASES = [
     attention(3, 64, S=600),
@@ -43,4 +58,5 @@ MODE_CASES = [
     attention(40, 59, seq_lens=torch.tensor([31])),
     attention(70, 64, S=560, dropout_p=0.2),
     attention(70, 64, S=150, H=4, K=2, dropout_p=0.2),
+    attention(130, 64, H=2, sinks=True, softcap=2.0, dropout_p=0.2),
 ]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptfast._schemas import AttentionOptions
+from gptfast.ops.reference import visible_keys
 from gptfast.testing.case import Case, Inputs, Spec
 
 
@@ -17,16 +19,24 @@ def make(c: Case, dtype: torch.dtype, g: torch.Generator) -> Inputs:
     if c.layout == "strided":  # one projection of q, k and v, as a model makes it
         x = torch.randn(B, max(T, S), H + 2 * K, D, generator=g).to(dtype)
         parts = zip(x.split([H, K, K], 2), (T, S, S), strict=True)
-        return tuple(part[:, :n].transpose(1, 2) for part, n in parts)
-    spread = c.dims.get("scores", 1) ** 0.5  # of the scores, some 4 times that at most
-    sizes = (H, T, spread), (K, S, spread), (K, S, 1)
-    return tuple((torch.randn(B, h, n, D, generator=g) * f).to(dtype) for h, n, f in sizes)
+        found = [part[:, :n].transpose(1, 2) for part, n in parts]
+    else:
+        spread = c.dims.get("scores", 1) ** 0.5  # of the scores, some 4 times that at most
+        sizes = (H, T, spread), (K, S, spread), (K, S, 1)
+        found = [(torch.randn(B, h, n, D, generator=g) * f).to(dtype) for h, n, f in sizes]
+    sinks = [torch.randn(H, generator=g).to(dtype) * 2] if c.dims.get("sinks") else []
+    return *found, *sinks
 
 
 def cost(c: Case, size: int) -> tuple[float, float]:
     B, H, T, D = (c.dims[k] for k in "BHTD")
     S, K = c.dims.get("S", T), c.dims.get("K", H)
-    visible = T * S - T * (T - 1) / 2 if c.options.get("causal", True) and T <= S else T * S
+    causal, window, lengths = (c.options.get(n) for n in ("causal", "window", "seq_lens"))
+    visible = T * S - T * (T - 1) / 2 if causal is not False and T <= S else T * S
+    if window and window < T == S:
+        visible = T * window - window * (window - 1) / 2
+    if lengths is not None and causal is False:
+        visible = T * lengths.double().mean().item()
     return 4.0 * B * H * visible * D, B * D * (2 * H * T + 2 * K * S) * size
 
 
@@ -38,17 +48,39 @@ def case(
     S: int | None = None,
     layout: str = "contiguous",
     K: int | None = None,
+    sinks: bool = False,
     **options: Any,
 ) -> Case:
     """K: heads of k and v, which groups of query heads share; None: as many as q has."""
-    dims = {"B": B, "H": H, "T": T, **({} if S is None else {"S": S}), "D": D}
+    dims = {"B": B, "H": H, "T": T, **({} if S is None else {"S": S}), "D": D, **({"sinks": 1} if sinks else {})}
     if K is not None:
         dims["K"], options = K, {**options, "enable_gqa": True}
     return Case("causal_attention", dims, options, layout)
 
 
-def peer(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, enable_gqa: bool = False, **options: Any) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p, enable_gqa=enable_gqa)
+def peer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    causal: bool = True,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    **options: Any,
+) -> Tensor:
+    """SDPA, with a mask where there is more than causality to say. A sink is one more key, whose value is 0."""
+    plain = sinks is None and all(options.get(name) is None for name in ("window", "seq_lens", "left_pad"))
+    if plain:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout_p, enable_gqa=enable_gqa)
+    lengths = options.get("seq_lens"), options.get("left_pad")
+    wanted = AttentionOptions(lengths[0], causal=causal, window=options.get("window") or 0, left_pad=lengths[1])
+    mask = visible_keys(q.shape[2], k.shape[2], wanted)
+    if sinks is not None:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+        mask = torch.cat([mask.expand(-1, q.shape[1], -1, -1), sinks[:, None, None].expand(1, -1, q.shape[2], 1)], -1)
+        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, enable_gqa=enable_gqa)
 
 
 SPEC = Spec(
@@ -88,6 +120,39 @@ SPEC = Spec(
         case(1, 2, 19, 8, K=2),
         case(1, 4, 0, 16, K=2, S=5),
         case(2, 4, 3, 16, K=2, S=0),
+        case(2, 3, 130, 64, sinks=True),
+        case(1, 4, 150, 48, K=2, layout="strided", sinks=True, window=20, dropout_p=0.2, seed=5),
+        case(1, 8, 1, 64, K=2, S=333, sinks=True, window=128),
+        case(1, 2, 120, 33, sinks=True, cu_seqlens=torch.tensor([0, 13, 13, 120])),
+        case(
+            2,
+            2,
+            40,
+            16,
+            S=50,
+            sinks=True,
+            causal=False,
+            left_pad=torch.tensor([50, 7]),
+            seq_lens=torch.tensor([50, 33]),
+        ),
+        case(1, 2, 3, 16, S=0, sinks=True),
+        case(1, 2, 0, 16, S=5, sinks=True),
+        case(2, 2, 129, 64, softcap=1.5),
+        case(1, 4, 90, 40, K=2, layout="strided", softcap=3.0, dropout_p=0.1, seed=2, window=33),
+        case(2, 2, 3, 64, S=300, softcap=20.0),
+        case(1, 4, 70, 24, K=2, softcap=2.0, sinks=True, softmax_scale=-0.5, cu_seqlens=torch.tensor([0, 31, 70])),
+        case(1, 2, 33, 16, softcap=2.0, softmax_scale=0.0),
+        case(
+            3,
+            2,
+            100,
+            64,
+            causal=False,
+            left_pad=torch.tensor([0, 61, 99]),
+            seq_lens=torch.tensor([40, 100, 99]),
+            dropout_p=0.1,
+        ),
+        case(3, 2, 70, 64, left_pad=torch.tensor([5, 70, 64], dtype=torch.int32), window=30),
         Case("causal_attention", {"B": 4, "H": 12, "T": 1024, "D": 64}, bench=True),
         Case(
             "causal_attention",
@@ -100,6 +165,20 @@ SPEC = Spec(
             "causal_attention",
             {"B": 1, "H": 32, "T": 1024, "D": 128, "K": 8},
             {"enable_gqa": True},
+            bench=True,
+            slow_reference=True,
+        ),
+        Case(  # BERT base: every query sees the real keys of its row
+            "causal_attention",
+            {"B": 8, "H": 12, "T": 512, "D": 64},
+            {"causal": False, "dropout_p": 0.1, "seq_lens": torch.tensor([512, 320, 505, 128, 512, 401, 77, 256])},
+            bench=True,
+            slow_reference=True,
+        ),
+        Case(  # a banded layer of gpt-oss
+            "causal_attention",
+            {"B": 1, "H": 64, "T": 1024, "D": 64, "K": 8, "sinks": 1},
+            {"enable_gqa": True, "window": 128},
             bench=True,
             slow_reference=True,
         ),
