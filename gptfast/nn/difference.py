@@ -17,6 +17,7 @@ from gptfast.config import GPTConfig
 from gptfast.nn.adapted import ADAPTED, LoraLinear, QuantizedLoraLinear, adapter_modules
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.block import Block
+from gptfast.nn.embeddings import Embeddings
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
@@ -281,4 +282,4 @@ def remember_methods(*kinds: type[nn.Module]) -> None:
 
 
 remember_methods(Linear, LoraLinear, QuantizedLinear, QuantizedLoraLinear)
-remember_methods(LayerNorm, CausalSelfAttention, Block, MLP, Transformer)
+remember_methods(LayerNorm, CausalSelfAttention, Block, MLP, Embeddings, Transformer)

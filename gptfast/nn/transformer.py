@@ -12,23 +12,24 @@ from torch.utils.checkpoint import checkpoint
 
 from gptfast import ops
 from gptfast.config import GPTConfig
-from gptfast.nn.adapted import DROPOUTS, call, embedded
+from gptfast.nn.adapted import DROPOUTS, call
 from gptfast.nn.adapter_watch import watch, watch_rows
 from gptfast.nn.block import Block, add_branch, written_for
 from gptfast.nn.counts import Counted
 from gptfast.nn.dropout import DropoutCounter, NumberedDropouts
+from gptfast.nn.embeddings import Embeddings
 from gptfast.nn.inputs import REFUSED, Packed, check_call, one_of, packed_row, padded, refuse, shifted
 from gptfast.nn.kv_cache import KVCache
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear, is_plain_linear
 from gptfast.nn.position import SinusoidalEmbedding
 from gptfast.nn.selection import AdapterState, Selection, select_rows
-from gptfast.nn.soft_prompt import Prefix, SoftPrompt, prompts_of
+from gptfast.nn.soft_prompt import Prefix
 
 INIT_STD = 0.02  # of all matrices and embeddings (GPT-2)
 
 
-class Transformer(Counted, NumberedDropouts):
+class Transformer(Embeddings, Counted, NumberedDropouts):
     """The network of a GPT-1, GPT-2 or GPT-3 with GPT-2's parameter names; all of it runs through `gptfast.ops`.
     `gptfast.GPT` is this with generation and checkpoints.
 
@@ -221,43 +222,6 @@ class Transformer(Counted, NumberedDropouts):
             cache.finish(ids.shape[1])
         return self._final_norm(branch, residual, seed, first + 3 * config.n_layer, adapters, reader)
 
-    def _prefix(self, ids: Tensor, adapters: Selection | None, packed: Packed | None) -> Prefix | None:
-        """The soft prompts of this forward. Raises ValueError where they leave no room for the tokens."""
-        prefix = Prefix.of(prompts_of(self), adapters, len(ids), packed)
-        if prefix is not None:
-            prefix.check_room(ids.shape[1] if packed is None else packed.longest, self.config.block_size)
-        return prefix
-
-    def _prefixed(self, ids: Tensor, prefix: Prefix, cache: KVCache | None, adapters: Selection | None) -> Tensor:
-        """Embeddings with soft prompts before them, but where the rows of a cache have theirs."""
-        T = ids.shape[1]
-        virtual = None if cache is None else prefix.continues(cache)
-        if cache is not None:
-            places = cache.start(T + (0 if virtual else prefix.longest), virtual)
-            if virtual:
-                return self._embedded(ids, places, adapters)
-        return prefix.put(self._embed_prompt, self._embedded(ids, prefix.positions(T, ids.device), adapters))
-
-    def _embed_prompt(self, prompt: SoftPrompt) -> Tensor:
-        """(1, n, C)."""
-        ids = torch.arange(len(prompt), device=prompt.embedding.weight.device)[None]
-        return self._embed(ids, None, prompt.embedding.weight.to(self.wte.weight.dtype))
-
-    def _embedded(self, ids: Tensor, positions: Tensor | None, adapters: Selection | None) -> Tensor:
-        """`_embed` with the token embeddings that these adapters have."""
-        if adapters is None:
-            return self._embed(ids, positions)
-        return embedded(self._embed, self.wte, adapters, ids, positions)
-
-    def _embed(self, ids: Tensor, positions: Tensor | None, tokens: Tensor | None = None) -> Tensor:
-        """Token plus position embedding, (B, T, C). tokens: (V, C), None for `wte`."""
-        tokens = self.wte.weight if tokens is None else tokens
-        if self.config.position_embedding == "learned":
-            return ops.embedding(ids, tokens, self.wpe.weight, positions)
-        sinusoids = self.wpe.weight[: ids.shape[1]] if positions is None else self.wpe.weight[positions]
-        scale = math.sqrt(self.config.n_embd)  # Vaswani et al., section 3.4: or 0.02 would drown in sinusoids of 1
-        return ops.embedding(ids, tokens) * scale + sinusoids
-
     def _final_norm(
         self,
         branch: Tensor | None,
@@ -299,10 +263,3 @@ class Transformer(Counted, NumberedDropouts):
         if adapter_names is None:
             return state.selection(rng)
         return select_rows(state.names, adapter_names, rows, rng)
-
-    def virtual_tokens(self, adapter: str | None = None) -> int:
-        """Number of virtual tokens before those of a row. adapter: of the row; None: the active ones."""
-        prompts, state = prompts_of(self), self.adapters
-        active = state.active if state is not None and state.enabled else ()
-        names = active if adapter is None else (adapter,)
-        return max((len(prompts[name]) for name in names if name in prompts), default=0)

@@ -22,6 +22,7 @@ from gptfast.engine import engine_for, forget
 from gptfast.engine.transparent import checksum
 from gptfast.generation import Scheduler
 from gptfast.nn.difference import difference
+from gptfast.nn.embeddings import Embeddings
 from tests.support.schedulers import run
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=61, dropout=0.0)
@@ -316,6 +317,9 @@ def test_a_class_that_hides_a_module_or_changes_gpt_itself(monkeypatch: pytest.M
         """Its forward finds the attribute of the class before the module of that name."""
 
     hidden, model = make(kind=Hidden), make()
+    with monkeypatch.context() as patched:
+        patched.setattr(Embeddings, "_embed", lambda self, *args: 2 * self.wte(args[0]))
+        assert difference(model) == "a method of the class Embeddings was replaced"
     Hidden.lm_head = property(lambda self: lambda x: 2 * self._modules["lm_head"](x))
     assert difference(hidden) == "the model is a Hidden, in which Hidden overrides lm_head"
     monkeypatch.setattr(gptfast.GPT, "generate", lambda *_: None)
