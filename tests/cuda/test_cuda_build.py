@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import ROOT, emulated
-from tests.support.cuda_tools import functions, loads_at_once, nvcc_flags
+from tests.support.cuda_tools import functions, nvcc_flags
 from tests.support.sass import REGISTERS, WAIT_FOR_SCORES, WARPGROUPS, code_of
 
 CUDA = ROOT / "csrc/cuda"
@@ -168,7 +168,7 @@ def test_rows_are_asked_for_at_once(built):
         if "Any" in name:  # values of a dtype that is known at run time only
             continue
         count[kernel] += 1
-        assert loads_at_once(text) >= wanted, name
+        assert code_of(text).loads_at_once() >= wanted, name
     assert count == {"forward": 40, "backward": 7, "embedding": 3}
 
 

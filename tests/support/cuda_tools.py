@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import shutil
 import subprocess
 import sysconfig
@@ -34,27 +33,6 @@ def nvcc_flags() -> list[str]:
 
 @functools.cache
 def functions(library: Path, arch: str) -> dict[str, str]:
-    """Name to instructions."""
+    """Name to instructions, which `tests.support.sass.code_of` reads."""
     text = cuobjdump("--dump-sass", "--gpu-architecture", arch, str(library))
     return dict(part.split("\n", 1) for part in text.split("Function : ")[1:])
-
-
-def loads_at_once(text: str) -> int:
-    """The most 8- and 16-byte loads from memory of a function that are asked for before one of their registers is used.
-
-    text: of `functions`. Branches are taken as they lie; a load that is on its way from one turn of a loop to the next counts
-    where it is asked for.
-    """
-    waiting: list[set[int]] = []
-    most = 0
-    for instruction in re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]*);", text):
-        used = {int(n) for n in re.findall(r"\bR(\d+)", instruction)}
-        if match := re.search(r"LDG\.E\.(64|128)\S* R(\d+), \S*\[R(\d+)", instruction):
-            width, first, address = int(match[1]) // 32, int(match[2]), int(match[3])
-            used = {address, address + 1}
-        if any(used & registers for registers in waiting):
-            waiting.clear()
-        if match:
-            waiting.append(set(range(first, first + width)))
-            most = max(most, len(waiting))
-    return most

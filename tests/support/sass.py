@@ -49,6 +49,26 @@ class Code:
                 since += 1
         return max(gaps)
 
+    def loads_at_once(self) -> int:
+        """The most 8- and 16-byte loads from memory that are asked for before one of their registers is used.
+
+        Branches are taken as they lie; a load that is on its way from one turn of a loop to the next counts where it is
+        asked for.
+        """
+        waiting: list[set[int]] = []
+        most = 0
+        for x in self.instructions:
+            used = {int(n) for n in re.findall(r"\bR(\d+)", x)}
+            if match := re.match(r"LDG\.E\.(64|128)\S* R(\d+), \S*\[R(\d+)", x):
+                width, first, address = int(match[1]) // 32, int(match[2]), int(match[3])
+                used = {address, address + 1}
+            if any(used & registers for registers in waiting):
+                waiting.clear()
+            if match:
+                waiting.append(set(range(first, first + width)))
+                most = max(most, len(waiting))
+        return most
+
 
 def code_of(text: str) -> Code:
     """The body of a function as cuobjdump prints it."""
