@@ -33,11 +33,11 @@ HELP = """/reset        forget the conversation; the system text stays
 class Dialogue:
     """A conversation with a model.
 
-    messages: what was said, the system text first. left_out: how many of the oldest the last reply did not see.
+    messages: what was said, the system text first. left_out: how many of the oldest messages the last reply did not see.
 
     Args:
         gpt, tokenizer: the model.
-        options: of generation, with seed and eos_token_id.
+        options: arguments of `gptfast.generation.stream`; seed is one of them.
         system: instructions before the conversation; None: none.
         special: see `ChatFormat.prompt`.
     """
@@ -60,9 +60,11 @@ class Dialogue:
 
     @property
     def has_reply(self) -> bool:
+        """Whether the last message is the model's."""
         return bool(self.messages) and self.messages[-1]["role"] == "assistant"
 
     def reset(self) -> None:
+        """Begin again, with the system text alone."""
         self.messages, self.left_out = list(self._system), 0
 
     def ask(self, text: str) -> None:
@@ -74,7 +76,7 @@ class Dialogue:
         self.messages.pop()
 
     def another(self) -> None:
-        """Take back the last reply; the next one is drawn otherwise."""
+        """Take back the last reply; the next one is drawn from another seed."""
         self.withdraw()
         self._attempt += 1
 

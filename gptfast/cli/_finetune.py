@@ -127,10 +127,10 @@ def show_batch(run: Finetuning) -> None:
 
 def _rows(run: Finetuning) -> list[tuple[list[int], list[int], str]]:
     """The first rows of the first step: ids, 1 where they are marked, and the target."""
-    from gptfast.finetuning.objectives import TaskObjective, numbers
+    from gptfast.finetuning.objectives import TaskObjective, examples_of_rows
 
     objective, config = run.objective, run.loop.config
-    chosen = numbers(run.loop.state.rows or 0, _SHOWN, len(objective.train_rows), config.seed)
+    chosen = examples_of_rows(run.loop.state.rows or 0, _SHOWN, len(objective.train_rows), config.seed)
     if not isinstance(objective, TaskObjective):
         return [(*objective.train[i], "") for i in chosen]
     special, labels = set(objective.network.special_tokens.values()), run.data.labels

@@ -15,9 +15,11 @@ from functools import cache
 
 import numpy as np
 
+from gptfast.data.splitmix import GAMMA, finalised
+
 WORDS, BANDS, ROWS = 5, 14, 8  # of a shingle; of a signature; of a band
 _AT_ONCE = 1024  # shingles: their hashes stay in the processor's cache
-_BASE, _INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 2**64)
+_BASE, _INVERSE = GAMMA, pow(GAMMA, -1, 2**64)  # any odd number
 _ASCII = np.array([chr(n).isalnum() for n in range(128)])
 
 
@@ -72,11 +74,7 @@ def _multipliers() -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return finalised(x + np.uint64(GAMMA))
 
 
 class NearDuplicates:

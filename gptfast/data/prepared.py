@@ -229,6 +229,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def given_tokenizer(tokenizer: Any, vocab_size: int | None = None, unk: bool = False) -> Tokenizer:
+    """A tokenizer that is given by name or folder, or as an object."""
     return get_tokenizer(tokenizer, vocab_size=vocab_size, unk=unk) if isinstance(tokenizer, _PATH) else tokenizer
 
 
@@ -261,6 +262,7 @@ def _up_to_date(folder: Path, fingerprint: str) -> tuple[PreparedData | None, li
 
 
 def _refuse_others(folder: Path, fingerprint: str, keeps_tokenizer: bool) -> None:
+    """Raise FileExistsError where a folder has tokens of another job."""
     names = TOKENS if keeps_tokenizer else f"{TOKENS}|{TOKENIZER}"
     found = [file.name for file in current_files(folder) if re.fullmatch(names, file.name)]
     if not found:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gptfast.data.packing import Batch, begins_in, inputs_and_targets, packed
+from gptfast.data.splitmix import finalised, mixed
 from gptfast.data.token_file import TokenFile
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
     A Feistel network over the smallest power of two >= n, repeated until the value is below n (Black and Rogaway,
     "Ciphers with arbitrary finite domains", CT-RSA 2002). Its halves may differ by one bit, so their widths swap every
-    round. The round function is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+    round. The round function is the finaliser of SplitMix64.
     """
     bits = max(2, (n - 1).bit_length())
     keys = [np.uint64(_key(seed, epoch, i)) for i in range(1, _ROUNDS + 1)]
@@ -172,7 +173,7 @@ def _feistel(value: np.ndarray, bits: int, keys: list[np.uint64]) -> np.ndarray:
     left, right = bits // 2, bits - bits // 2
     for key in keys:
         high, low = value >> np.uint64(right), value & np.uint64(2**right - 1)
-        value = (low << np.uint64(left)) | (high ^ (_mix_array(low ^ key) & np.uint64(2**left - 1)))
+        value = (low << np.uint64(left)) | (high ^ (finalised(low ^ key) & np.uint64(2**left - 1)))
         left, right = right, left
     return value
 
@@ -183,21 +184,7 @@ def derived_seed(seed: int, purpose: int) -> int:
 
 
 def _key(seed: int, epoch: int, purpose: int) -> int:
-    return _mix(_mix(_mix(seed) + epoch) + purpose)
-
-
-def _mix_array(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _mix(x: int) -> int:
-    """SplitMix64 of one integer, with an offset so that 0 is not a fixed point."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
-    return x ^ (x >> 31)
+    return mixed(mixed(mixed(seed) + epoch) + purpose)
 
 
 def _taken(take: Take, starts: np.ndarray, block_size: int, vocab_size: int | None) -> np.ndarray:

@@ -10,6 +10,9 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
+from itertools import chain, groupby
+from operator import itemgetter
 
 import numpy as np
 
@@ -17,7 +20,7 @@ from gptfast.data.corpus import Corpus
 from gptfast.data.documents import Document
 from gptfast.data.encode import batches_of
 from gptfast.data.filters import Filters
-from gptfast.data.near_duplicates import NearDuplicates, signature
+from gptfast.data.near_duplicates import NearDuplicates
 from gptfast.data.split import check_fraction, choice_note, choose, divide, ends_note, split_key
 from gptfast.data.workers import Workers
 
@@ -26,12 +29,12 @@ _NAMED = 1000  # documents up to which a note names those for validation
 
 @dataclass
 class Survey:
-    """What was found.
+    """What the first reading of a corpus of n documents found.
 
-    keep: (n,) bool, of each document of the corpus in order. val: (n,) bool, those for validation; None: the ends of all are.
+    keep: (n,) bool, whether a document is kept. val: (n,) bool, those for validation; None: the last `val_fraction` of each is.
     order: the numbers of the documents for validation in the order in which they are written; None: that of the corpus.
-    size: bytes of text that is kept. digest: of the names and texts that are kept, and of the split. split: a sentence on it.
-    notes: sentences on what the filters left out.
+    size, val_size: bytes of text that is kept, and of the part of it for validation. digest: of the names and texts that are
+    kept, and of the split. split: a sentence on it. notes: sentences on what the filters left out.
     """
 
     corpus: Corpus
@@ -82,10 +85,10 @@ def survey(
     workers: Workers | None = None,
     advance: Callable[[int], None] = lambda size: None,
 ) -> Survey:
-    """Read a corpus.
+    """Read a corpus from its first document to its last.
 
     Args:
-        corpus: it.
+        corpus: what to read.
         val_fraction, seed: as in `split_documents`; val_fraction counts where the corpus is not split itself.
         filters: what to leave out.
         workers: make the signatures of near-duplicates; needed for these alone.
@@ -100,7 +103,7 @@ def survey(
         near = _near_duplicates(reader, workers)
     else:
         deque(reader.pieces(), maxlen=0)
-    keep = np.array(reader.long, bool)
+    keep = np.array(reader.fits, bool)
     notes = []
     if (dropped := len(keep) - int(keep.sum())) > 0:
         notes.append(f"{dropped:,} of {len(keep):,} documents left out for their length")
@@ -114,24 +117,30 @@ def survey(
 
 
 class _Reader:
-    """Reads the documents of a corpus once, and keeps of each: length fits, key of the split, bytes, hash of name and text."""
+    """Reads the documents of a corpus once, and keeps a few numbers of each.
+
+    fits: whether the filters keep its length. held: whether the corpus says that it is for validation. keys: its place in the
+    order of the split. sizes: bytes. hashes: 16 bytes, of name and text. names: of the first documents.
+    """
 
     def __init__(self, corpus: Corpus, seed: int, filters: Filters, advance: Callable[[int], None]) -> None:
         self.corpus, self._seed, self._filters, self._advance = corpus, seed, filters, advance
-        self.long, self.held = bytearray(), bytearray()
+        self.fits, self.held = bytearray(), bytearray()
         self.keys, self.sizes, self.hashes = array("Q"), array("q"), bytearray()
         self.names: list[str] = []
 
     def pieces(self) -> Iterator[tuple[int, str]]:
-        """(number of the document, a block of its text), and an empty block where its length does not fit."""
+        """(number of the document, a block of its text). No document is empty.
+
+        What is kept of a document is known when the first block of the next one comes.
+        """
         for n, (held, document) in enumerate(self.corpus.stream()):
             characters, digest = 0, hashlib.sha256(repr(document.name).encode() + b"\n")
             for block in document.blocks():
                 characters += len(block)
                 digest.update(block.encode())
                 yield n, block
-            fits = self._filters.keeps(characters)
-            self.long.append(fits)
+            self.fits.append(self._filters.keeps(characters))
             self.held.append(held)
             self.keys.append(split_key(self._seed, document.name))
             self.sizes.append(document.size)
@@ -143,22 +152,12 @@ class _Reader:
 
 def _near_duplicates(reader: _Reader, workers: Workers) -> np.ndarray:
     """Of the documents whose length fits: whether each is a near-duplicate of an earlier one."""
-    found, number, least = NearDuplicates(), 0, signature("")
-
-    def close() -> None:
-        if reader.long[number]:
-            found.add(least)
-
-    first = True
-    for batch in workers.map("signatures", batches_of(reader.pieces(), lambda piece: len(piece[-1]))):
-        for n, of_piece in batch:
-            if first or n != number:
-                if not first:
-                    close()
-                first, number, least = False, n, of_piece
-            else:
-                least = np.minimum(least, of_piece)
-    close()
+    found = NearDuplicates()
+    batches = workers.map("signatures", batches_of(reader.pieces(), lambda piece: len(piece[-1])))
+    for n, signatures in groupby(chain.from_iterable(batches), key=itemgetter(0)):
+        of_document = reduce(np.minimum, (of_piece for _, of_piece in signatures))
+        if reader.fits[n]:  # known, as all of the document is read
+            found.add(of_document)
     return found.found()
 
 

@@ -39,8 +39,9 @@ _MAY_CHANGE = MAY_CHANGE | {"epochs", "show_batch", "compare"}
 class Finetuning:
     """A run that is ready.
 
-    loop: trains it. task, method: of the run. data: its examples. truncated: examples that were too long, left_out: of
-    these the ones without a response. checkpoint: where it was resumed, or None. notes: sentences for the user.
+    loop: trains it. task, method: its options. data: its examples. truncated: how many of these were too long. left_out: how
+    many of the truncated ones have no response left. checkpoint: the one that it goes on from, or None. notes: sentences for
+    the user.
     """
 
     loop: Loop
@@ -75,14 +76,13 @@ def new_run(options: Options, progress: bool = True) -> Finetuning:
         if getattr(task, name) is None:
             raise ValueError(f"finetune: `{name}` is missing; say it, or continue a run with `resume`")
     check_effects(options, task, method)
-    training_config(method.method, options, 1)  # its checks, before anything is read
+    config = training_config(method.method, options, 1)  # checks the options before anything is read
     check_room(place.out, place.overwrite)
     place.set_threads()
     stored = stored_labels(task, method)
     seed = int(options.get("seed", 0))
     data = open_examples(str(task.data), task.eval_data, str(task.task), seed, stored)
     with locked_run(place.out) as lock:
-        config = training_config(method.method, options, 1)
         steps = math.ceil(place.epochs * len(data.train) / config.rows_per_step)
         config = training_config(method.method, options, steps)
         torch.manual_seed(config.seed)

@@ -21,7 +21,10 @@ from gptfast.tokenizer.chat import ChatTemplate
 
 
 def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[Any, Any, list[str], dict[str, Any]]:
-    """The network that is trained, its tokenizer, sentences for the user, and what recognises its base."""
+    """The network that is trained, its tokenizer, sentences for the user, and path and fingerprint of its base.
+
+    The last is {} where the whole network is trained: only an adapter must find its base again.
+    """
     place = str(task.model)
     loading: dict[str, Any] = {"dtype": torch.float32, **method.loading()}
     tokenizer = _tokenizer(task)
@@ -93,6 +96,7 @@ def _tokenizer(task: TaskOptions) -> Tokenizer:
 
 
 def _needs_template(data: Data, tokenizer: Tokenizer) -> bool:
+    """Whether plain prompts and responses would not do: there are messages, or no token ends a response and one can be made."""
     messages = any("messages" in record for part in (data.train, data.held_out) for record in part.records)
     return messages or (tokenizer.eos_id is None and isinstance(tokenizer, BPETokenizer))
 

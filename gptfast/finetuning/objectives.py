@@ -1,4 +1,4 @@
-"""What fine-tuning trains: a task with its metric, or texts and replies."""
+"""The objectives of fine-tuning: a task with its metric, or texts and replies."""
 
 from __future__ import annotations
 
@@ -22,14 +22,24 @@ from gptfast.tokenizer import Tokenizer
 from gptfast.training.config import TrainConfig
 from gptfast.training.objective import Autocast, Evaluation, Objective
 
-_LOGITS = 1 << 26  # the most of a forward in evaluation, where they are held
+_LOGITS = 1 << 26  # at most, in a forward of an evaluation, which holds all of them
 Write = Callable[[Any, Path], None]
 Rows = tuple[list[list[Row]], list[Any]]  # as `TaskModel.rows` returns them
 
 
-def numbers(row: int, count: int, n: int, seed: int) -> list[int]:
-    """The examples of `count` rows from `row` on, of n."""
+def examples_of_rows(row: int, count: int, n: int, seed: int) -> list[int]:
+    """The numbers of the examples of `count` rows. Each epoch goes through all n examples in an order of its own.
+
+    Args:
+        row: number of the first row, counted from the beginning of the run.
+    """
     return np.concatenate([part for _, part in shuffled(row, count, n, seed)]).tolist()
+
+
+def examples_of_step(row: int, n: int, config: TrainConfig) -> list[list[int]]:
+    """The numbers of the examples of the step that begins with row number `row`, by batch."""
+    order = examples_of_rows(row, config.rows_per_step, n, config.seed)
+    return [order[first : first + config.batch_size] for first in range(0, len(order), config.batch_size)]
 
 
 class TaskObjective(Objective):
@@ -53,8 +63,7 @@ class TaskObjective(Objective):
 
     def batches(self, row: int, config: TrainConfig) -> list[dict[str, Tensor]]:
         groups, targets = self.train
-        chosen = numbers(row, config.rows_per_step, len(groups), config.seed)
-        parts = [chosen[n : n + config.batch_size] for n in range(0, len(chosen), config.batch_size)]
+        parts = examples_of_step(row, len(groups), config)
         return [self.network.collate([groups[i] for i in part], [targets[i] for i in part]) for part in parts]
 
     def add_gradients(
@@ -76,7 +85,7 @@ class TaskObjective(Objective):
 
     @torch.no_grad()
     def predict(self, batch_size: int, autocast: Autocast) -> tuple[float, list[Any], list[Any]]:
-        """The task's mean loss over the held-out examples, what is true of them, and what the model says."""
+        """The task's mean loss over the held-out examples, their labels or scores, and those that the model predicts."""
         groups, targets = self.held_out
         order = sorted(range(len(groups)), key=lambda i: max(map(len, groups[i])))  # rows of one length: little padding
         training, total, found = self.network.training, 0.0, {}
@@ -89,8 +98,8 @@ class TaskObjective(Objective):
                         **self.network.collate([groups[i] for i in part], [targets[i] for i in part]), lm_coef=0
                     )
                 total += float(out.task_loss) * len(part)
-                said = out.logits if self.network.task == "similarity" else out.logits.argmax(-1)
-                found.update(zip(part, said.tolist(), strict=True))
+                predicted = out.logits if self.network.task == "similarity" else out.logits.argmax(-1)
+                found.update(zip(part, predicted.tolist(), strict=True))
         finally:
             self.network.train(training)
         return total / len(order), list(targets), [found[i] for i in range(len(groups))]
@@ -100,7 +109,7 @@ class TaskObjective(Objective):
 
 
 def score(metric: str, true: Sequence[Any], found: Sequence[Any]) -> float:
-    """A metric of predictions; constant ones are correlated with nothing: 0."""
+    """A metric of predictions. A correlation with constant values, which is not defined, counts as 0."""
     if metric in ("pearson", "spearman") and (len(set(found)) == 1 or len(set(true)) == 1):
         return 0.0
     return getattr(metrics, metric)(true, found)
@@ -130,9 +139,7 @@ class TextObjective(Objective):
         self.tokens_per_row = sum(len(ids) for ids, _ in train) / len(train)
 
     def batches(self, row: int, config: TrainConfig) -> list[Packed]:
-        chosen = numbers(row, config.rows_per_step, len(self.train), config.seed)
-        parts = [chosen[n : n + config.batch_size] for n in range(0, len(chosen), config.batch_size)]
-        return [pack([self.train[i] for i in part]) for part in parts]
+        return [pack([self.train[i] for i in part]) for part in examples_of_step(row, len(self.train), config)]
 
     def add_gradients(self, batches: list[Packed], autocast: Autocast, device: torch.device) -> dict[str, float]:
         counts = [learnt(batch) for batch in batches]
@@ -167,20 +174,21 @@ class TextObjective(Objective):
         yield pack(part)
 
     def _loss(self, batch: Packed, autocast: Autocast, device: torch.device) -> Tensor:
+        ids, targets, ends = (x.to(device) for x in (batch.ids, batch.targets, batch.cu_seqlens))
         with autocast():
-            return self.network(batch.ids.to(device), batch.targets.to(device), cu_seqlens=batch.cu_seqlens.to(device))[
-                1
-            ]
+            return self.network(ids, targets, cu_seqlens=ends)[1]
 
     def write(self, folder: Path) -> None:
         self._write(self.network, folder)
 
 
 def learnt(batch: Packed) -> int:
+    """How many tokens of a batch count in the loss."""
     return int((batch.targets != IGNORED).sum())
 
 
 def perplexity(loss: float) -> float:
+    """exp(loss), of a mean cross-entropy in nats; inf where that is too large for a float."""
     with suppress(OverflowError):
         return math.exp(loss)
     return math.inf

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ from gptfast.finetuning.launch import Finetuning
 from gptfast.finetuning.networks import stored_network
 from gptfast.finetuning.objectives import TaskObjective, perplexity, score
 from gptfast.training.result import TrainResult
+from gptfast.training.sensors import peak
 
 METRICS, CONFUSION, LOSS = "metrics.json", "confusion.png", "loss.png"
 
@@ -24,10 +23,10 @@ METRICS, CONFUSION, LOSS = "metrics.json", "confusion.png", "loss.png"
 class FinetuneResult:
     """What metrics.json holds.
 
-    metric: what was measured on the held-out examples. value: of the best step; None: the run was interrupted.
-    baseline: of saying the most frequent class of the training examples always; for lm and chat of the model before.
-    trainable_parameters: how many were trained. truncated: examples that were longer than the model's context.
-    left_out: of these the ones that had no response left.
+    metric: what was measured on the held-out examples. value: that of the best step; None: the run was interrupted.
+    baseline: the metric of always predicting the most frequent class of the training examples; for lm and chat, the value
+    before training. trainable_parameters: how many were trained. truncated: examples longer than the model's context.
+    left_out: those among them whose response was cut off entirely.
     task, method: of the run. examples: training, held_out. steps, best_step, seconds: of the run.
     peak_memory: largest resident size of this process, in bytes; None: not known.
     """
@@ -72,14 +71,14 @@ def finish(run: Finetuning, result: TrainResult) -> FinetuneResult:
             value = perplexity(result.best_val_loss)
     held = {"training": len(run.data.train), "held_out": len(run.data.held_out)}
     about = (str(run.task.task), run.method.method, held, result.steps, result.best_step, round(result.seconds, 3))
-    made = FinetuneResult(metric, value, baseline, trained, run.truncated, run.left_out, *about, peak_memory())
+    made = FinetuneResult(metric, value, baseline, trained, run.truncated, run.left_out, *about, peak())
     if result.interrupted is None:
         atomic_write(loop.out / METRICS, (json.dumps(asdict(made), indent=2) + "\n").encode())
     return made
 
 
 def predictions_of_best(run: Finetuning) -> tuple[list[Any], list[Any]]:
-    """What is true of the held-out examples, and what the best checkpoint says."""
+    """The labels or scores of the held-out examples, and those that the best checkpoint predicts."""
     loop, objective = run.loop, run.objective
     if loop.state.best_step != loop.state.step:
         loop.optimizers.clear()
@@ -91,15 +90,9 @@ def predictions_of_best(run: Finetuning) -> tuple[list[Any], list[Any]]:
 
 
 def majority(objective: TaskObjective) -> float:
-    """The metric of always saying what is most frequent among the training examples; 0 for correlations."""
+    """The metric of always predicting the most frequent label of the training examples; 0 for correlations."""
     most = Counter(objective.train[1]).most_common(1)[0][0]
     return score(objective.metric, objective.held_out[1], [most] * len(objective.held_out[1]))
-
-
-def peak_memory() -> int | None:
-    """The largest resident size of this process so far, in bytes."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
 
 
 def plot_confusion(true: Sequence[int], found: Sequence[int], labels: Sequence[str], path: Path, title: str) -> None:

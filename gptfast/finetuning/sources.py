@@ -69,12 +69,13 @@ def open_examples(data: str, eval_data: str | None, task: str, seed: int, labels
 
 
 def _labels(found: Examples, task: str) -> list[str]:
+    """The classes of a file; those of entailment in the usual order, also where one of them does not occur."""
     names = found.labels()
     return list(ENTAILMENT) if task == "entailment" and set(names) <= set(ENTAILMENT) else names
 
 
 def _checked(data: Data) -> Data:
-    """Raise ValueError if the training part has no class to tell from another."""
+    """The data. Raises ValueError where all training examples are of one class."""
     counts = data.counts()
     present = [label for label, n in counts.items() if n]
     if len(present) == 1:
@@ -91,6 +92,7 @@ def _some(examples: Examples, numbers: list[int]) -> Examples:
 
 
 def _mark(examples: Examples) -> list[int]:
+    """Their number, and a checksum."""
     return [len(examples), zlib.crc32(json.dumps(examples.records, sort_keys=True).encode())]
 
 

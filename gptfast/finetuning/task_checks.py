@@ -12,6 +12,7 @@ ENTAILMENT = ("entailment", "neutral", "contradiction")
 
 
 def checked_labels(task: str, labels: Any) -> list[str]:
+    """The names of a task's classes, [] for tasks without. Raises TypeError or ValueError for others."""
     if task in ("similarity", "choice"):
         if labels:
             raise ValueError(f"TaskModel: labels is {labels!r}, but {task} has none; leave it out")
@@ -26,6 +27,7 @@ def checked_labels(task: str, labels: Any) -> list[str]:
 
 
 def checked_weights(labels: list[str], given: Any) -> Tensor | None:
+    """class_weights as (classes,) float32 on the CPU; None: there are none. Raises ValueError for others."""
     if given is None:
         return None
     if isinstance(given, Mapping):

@@ -3,9 +3,10 @@
     optimizer-00001-of-00002.safetensors   rank 0's part of the optimizers' state, and so on
 
 These are files of torch.distributed.checkpoint (its HuggingFaceStorageWriter): what each holds stands in its header, and any
-number of processes reads its own parts. A file has one box of a tensor, so with tensor parallelism, where a rank has some rows
-each of queries, keys and values, it writes three. The model's parts go to part-*.safetensors for the time of a save; rank 0 reads them as
-it fills the files of the model, so no process holds more of the model than one file of it.
+number of processes reads its own parts. A file has one box (`gptfast.training.division.Box`) of a tensor, so with tensor
+parallelism, where a rank has some rows each of queries, keys and values, it writes three. The model's parts go to
+part-*.safetensors for the time of a save; rank 0 reads them as it fills the files of the model, so no process holds more of the
+model than one file of it.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Parts:
         with torch.device("meta"):
             twin = GPT(model.config)
         twin.metadata = model.metadata
-        self._twin = twin.to(model.wte.weight.dtype)
+        self._twin = twin.to(model.wte.weight.dtype)  # the whole model, without values
 
     def lead(self, save: Callable[[Callable[[Path], dict[str, str]]], None]) -> None:
         """On rank 0: call save(content), where content writes the parts of all ranks to a folder and returns checksums."""

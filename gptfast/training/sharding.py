@@ -87,7 +87,7 @@ def _filled(model: GPT, values: Callable[[str], Tensor] | None) -> Iterator[nn.M
 
 
 def plan_pass(model: nn.Module, ranks: Ranks, last: bool) -> None:
-    """Say, before a pass, whether it is the last of a step."""
+    """Prepare a divided model for a pass of a step, as `Ranks.sharding` says. last: of the step."""
     root = cast("FSDPModule", model)
     root.set_requires_gradient_sync(last or ranks.sharding == "pass")
     root.set_reshard_after_backward(last or ranks.sharding != "step")

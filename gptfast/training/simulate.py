@@ -33,9 +33,9 @@ _MOMENTS = 2  # of AdamW, float32 as weights and gradients are
 
 @dataclass(frozen=True)
 class Needs:
-    """What one rank needs; bytes, of a step those that it sends, which are as many as it gets.
+    """What one rank needs, in bytes. Traffic is what it sends in a step; it receives as much.
 
-    parameters: of the whole model, a number. weights, gradients, optimizer: the rank's parts. gathered: parameters of others
+    parameters: how many the whole model has. weights, gradients, optimizer: the rank's parts. gathered: parameters of others
     and gradients before they are summed, at most at one time. activations: kept for the backward pass of one pass.
     parameter_traffic, gradient_traffic, tensor_traffic: of a step; the last are the sums of tensor parallelism.
     flops: of a step, of one rank.
@@ -89,8 +89,8 @@ def needs(
         whole = [_of_a_share(part.parameters(), tensor) for part in parts_of(model)]
         everything = _of_a_share(model.parameters(), tensor)
         own = sum(local(p).numel() for p in model.parameters())
-    total, parts = model.num_parameters(), sum(whole)
-    root, largest, size = everything - parts, max(whole), dtype.itemsize
+    total, parts = model.num_parameters(), sum(whole)  # parts: what attentions and MLPs gather
+    root, largest, size = everything - parts, max(whole), dtype.itemsize  # root: what stays gathered, in float32
     held = parts * size if reshard == "step" else 2 * largest * size  # the next one is gathered meanwhile
     unsummed = parts * 4 if passes > 1 and reshard != "pass" else largest * (size + 4)
     share, sums = 1 - tensor / ranks, passes if reshard == "pass" else 1
@@ -119,7 +119,7 @@ def sums_of_a_block(recompute: bool) -> int:
 
 
 def _of_a_share(parameters: Iterable[nn.Parameter], tensor: int) -> int:
-    """Numbers that a rank has of parameters that are gathered."""
+    """How many elements of these parameters a rank has once they are gathered: its share of what tensor parallelism divides."""
     return sum(p.numel() // (tensor if is_divided(p) else 1) for p in parameters)
 
 
@@ -140,7 +140,7 @@ def activations(config: GPTConfig, rows: int, dtype: torch.dtype, recompute: boo
 
 
 def _kept(config: GPTConfig, dtype: torch.dtype, recompute: bool, tensor: int) -> float:
-    """Bytes that a small model keeps for its backward pass, for each number of the residual stream."""
+    """Bytes that a small model keeps for its backward pass, for each element of the residual stream (B, T, C)."""
     if tensor == 1:
         return _kept_by(GPT(config), dtype, recompute)
     with _fake_ranks(tensor, tensor) as ranks:
@@ -151,6 +151,7 @@ def _kept(config: GPTConfig, dtype: torch.dtype, recompute: bool, tensor: int) -
 
 
 def _kept_by(model: GPT, dtype: torch.dtype, recompute: bool) -> float:
+    """As `_kept`, of a model: what autograd saves in a forward, each storage once, without the weights."""
     storages: dict[int, Tensor] = {}
     model.train().recompute = recompute
     weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}

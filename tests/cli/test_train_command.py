@@ -56,7 +56,7 @@ def test_resume_continues_bit_for_bit_from_the_stored_options(tmp_path, text, ca
     more = ["--dropout", "0.2", "--lr-decay-steps", "12", "--seed", "5"]
     assert run(text, tmp_path / "whole", *more) == 0
     assert run(text, tmp_path / "parts", *more, "--max-steps", "6") == 0
-    torch.manual_seed(99)  # nothing may hang on torch's own generator
+    torch.manual_seed(99)  # nothing may depend on torch's own generator
     assert gptfast("train", "--resume", "--out", tmp_path / "parts", "--max-steps", "12") == 0
     assert "resume   from step 6" in capsys.readouterr().out
     for name in ("model", "optimizer"):

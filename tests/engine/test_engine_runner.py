@@ -239,7 +239,7 @@ def test_multi_token_steps_give_the_tokens_of_single_steps(name, monkeypatch):
         requests = list(running._waiting)
         first = running.step(max_tokens)
         seen = {(token.request, token.index): [token.id] for token in first}
-        assert len(first) == len(seen), "a first token is told at once"
+        assert len(first) == len(seen), "a first token is delivered at once"
         while running.waiting or running.running:
             for token in running.step(max_tokens):
                 seen.setdefault((token.request, token.index), []).append(token.id)

@@ -98,7 +98,7 @@ def test_resuming_is_bit_for_bit(tmp_path, task, method):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "metrics.json").exists()
-    torch.manual_seed(99)  # nothing may hang on torch's own generator
+    torch.manual_seed(99)  # nothing may depend on torch's own generator
     assert gptfast("finetune", "--resume", "--out", out) == 0
     assert_same_run(tmp_path / "whole", out, method)
 
