@@ -28,7 +28,7 @@ def _in(file: str, selected: str = "") -> tuple[str, ...]:
 COMPILED = [
     Mutant(
         "results past the caches are half as large again",
-        "csrc/cpu/simd.h",
+        "csrc/cpu/simd_rows.h",
         "  if (!past || n < L) return store_any(p, T, x, n);",
         "  if (!past || n < L) return store_any(p, T, x, n);\n  if (MUTANT) x = x * set(1.5f);",
         _in("ops/test_size_thresholds", "past_the_caches and avx2"),
@@ -36,8 +36,8 @@ COMPILED = [
     Mutant(
         "rows that are no whole cache lines go past the caches",
         "csrc/bindings/common.h",
-        "&& C * cpu::element_size(dtype) % 64 == 0;",
-        "&& (MUTANT || C * cpu::element_size(dtype) % 64 == 0);",
+        "&& C * element_size(dtype) % 64 == 0;",
+        "&& (MUTANT || C * element_size(dtype) % 64 == 0);",
         _in("ops/test_size_thresholds", "past_the_caches and avx2"),
     ),
     Mutant(
@@ -79,7 +79,7 @@ COMPILED = [
     Mutant(
         "the last chunk of rows is not added",
         "csrc/cpu/sum_chunks-inl.h",
-        "for (i64 k = 0; k < p.chunks; k++)",
+        "for (i64 k = 0; k < p.parts; k++)",
         "for (i64 k = 0; k < p.chunks - (MUTANT && p.chunks > 1); k++)",
         _in("ops/test_layer_norm", "parity and avx2"),
     ),

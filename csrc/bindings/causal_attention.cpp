@@ -12,7 +12,7 @@ void check_heads(const char* name, const Tensor& x) {
   GPTFAST_CHECK(on_cpu(x) && x.dim() == 4, kOp, ": ", name, " must be a CPU tensor (B, H, T, D)");
 }
 // x (B, heads, rows, D) of q's dtype with a contiguous last dimension; a copy otherwise, kept alive by *owner.
-cpu::Heads heads_of(const char* name, const Tensor& x, i64 heads, i64 rows, const Tensor& q, Tensor* owner) {
+Heads heads_of(const char* name, const Tensor& x, i64 heads, i64 rows, const Tensor& q, Tensor* owner) {
   check_heads(name, x);
   GPTFAST_CHECK(x.size(0) == q.size(0) && x.size(1) == heads && x.size(2) == rows && x.size(3) == q.size(3) &&
                     x.scalar_type() == q.scalar_type(),
@@ -21,7 +21,7 @@ cpu::Heads heads_of(const char* name, const Tensor& x, i64 heads, i64 rows, cons
   return {owner->const_data_ptr(), owner->stride(0), owner->stride(1), owner->stride(2)};
 }
 // A fresh (B, H, T, D) stored as (B, T, H, D), the layout that the next projection reads without a copy.
-Tensor new_heads(const Tensor& like, cpu::MutHeads* view) {
+Tensor new_heads(const Tensor& like, MutHeads* view) {
   const i64 B = like.size(0), H = like.size(1), T = like.size(2), D = like.size(3);
   Tensor x = new_tensor({B, T, H, D}, like.scalar_type());
   *view = {x.mutable_data_ptr(), T * H * D, D, H * D};
@@ -68,8 +68,7 @@ cpu::AttentionParams params_of(const Tensor& q, const Tensor& k, const Options& 
   p.dtype = dtype_of(kOp, q);
   GPTFAST_CHECK(o.window >= 0, kOp, ": window is ", o.window, "; expected 0 or more");
   p.causal = o.causal, p.scale = float(o.scale), p.window = std::min(o.window, p.T + p.S);
-  p.threshold = dropout_threshold(o.dropout_p);
-  p.seed = uint64_t(o.seed), p.offset = dropout_offset(o.offset), p.first_matrix = dropout_first(o.offset);
+  p.dropout = dropout_of_matrices(o.dropout_p, o.seed, o.offset);
   p.seq_lens = seq_lens.data(), p.cu_seqlens = cu_seqlens.data();
   p.documents = i64(cu_seqlens.values.size()) - 1;
   GPTFAST_CHECK(p.D >= 1 && p.D <= 256 && o.scale >= 0 && std::isfinite(p.scale), kOp,

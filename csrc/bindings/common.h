@@ -13,6 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../cpu/kernels.h"
@@ -22,8 +23,6 @@ namespace gptfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
-using cpu::DType;
-using cpu::i64;
 
 // Raises RuntimeError with these words. STD_TORCH_CHECK puts the place in the source before them, which no user can read.
 #define GPTFAST_CHECK(condition, ...) \
@@ -78,7 +77,7 @@ struct RowView {
   Tensor owner;
   i64 R, C, stride;
   DType dtype;
-  cpu::Rows rows() const { return {owner.const_data_ptr(), stride, dtype}; }
+  Rows rows() const { return {owner.const_data_ptr(), stride, dtype}; }
 };
 inline bool single_row_stride(const Tensor& x, i64* stride) {
   const i64 d = x.dim();
@@ -106,15 +105,15 @@ inline RowView rows_of(const char* op, const Tensor& x) {
 // `results`: how many such tensors the launch fills. Together larger than kStreamBytes they go past the caches, which
 // saves reading each line before it is written; smaller, the next op finds them there.
 constexpr i64 kStreamBytes = 16 << 20;
-inline cpu::MutRows mut_rows(const char* op, Tensor& y, i64 C, i64 results = 1) {
+inline MutRows mut_rows(const char* op, Tensor& y, i64 C, i64 results = 1) {
   const DType dtype = dtype_of(op, y);
   void* data = y.mutable_data_ptr();
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % 64 == 0 && C * cpu::element_size(dtype) % 64 == 0;
-  return {data, C, dtype, aligned && y.numel() * cpu::element_size(dtype) * results >= kStreamBytes};
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 64 == 0 && C * element_size(dtype) % 64 == 0;
+  return {data, C, dtype, aligned && y.numel() * element_size(dtype) * results >= kStreamBytes};
 }
 
 // A vector of n values, or {nullptr} when absent. `owner` as above.
-inline cpu::Vector vector_of(const char* op, const OptTensor& v, i64 n, Tensor* owner) {
+inline Vector vector_of(const char* op, const OptTensor& v, i64 n, Tensor* owner) {
   if (!v) return {nullptr, DType::f32};
   GPTFAST_CHECK(on_cpu(*v) && v->numel() == n, op, ": expected a CPU vector of ", n, " values, got ", v->numel());
   *owner = torch::stable::contiguous(*v);
@@ -136,13 +135,14 @@ inline uint32_t dropout_threshold(double p) {
 }
 // An offset holds two numbers (gptfast/rng.py): that of the mask, and above its 32 bits the row, or the matrix of attention,
 // that the first one of the tensor is in the whole batch.
-inline uint32_t dropout_offset(i64 offset) {
+inline Dropout dropout_of_rows(double p, i64 seed, i64 offset) {
   GPTFAST_CHECK(offset >= 0, "dropout: offset is ", offset, "; expected 0 to 2**63 - 1");
-  return uint32_t(offset);
+  return {uint64_t(seed), uint32_t(offset), dropout_threshold(p), uint32_t(offset >> 32), 0};
 }
-inline uint32_t dropout_first(i64 offset) { return uint32_t(offset >> 32); }
-inline cpu::DropoutParams dropout_params(double p, i64 seed, i64 offset) {
-  return {uint64_t(seed), dropout_offset(offset), dropout_threshold(p), dropout_first(offset)};
+inline Dropout dropout_of_matrices(double p, i64 seed, i64 offset) {
+  Dropout d = dropout_of_rows(p, seed, offset);
+  std::swap(d.first_row, d.first_matrix);
+  return d;
 }
 inline float epsilon_of(const char* op, double eps) {
   GPTFAST_CHECK(eps >= 0 && std::isfinite(eps), op, ": eps is ", eps, "; expected a finite number >= 0");
@@ -180,9 +180,9 @@ template <class Fn> void parallel_items(i64 n, const Fn& f) {
 inline Tensor sum_chunks(const char* op, const Tensor& partial, ScalarType dtype) {
   const i64 C = partial.size(1);
   Tensor out = new_tensor({C}, dtype);
-  const cpu::SumChunksParams p{static_cast<const float*>(partial.const_data_ptr()), partial.size(0), C,
-                               out.mutable_data_ptr(), dtype_of(op, out)};
-  parallel((C + 63) / 64, p.chunks * 256,
+  const PartialSums p{static_cast<const float*>(partial.const_data_ptr()), partial.size(0), C, out.mutable_data_ptr(),
+                      dtype_of(op, out)};
+  parallel((C + 63) / 64, p.parts * 256,
            [&](i64 begin, i64 end) { cpu::kernels().sum_chunks(p, begin * 64, end * 64 < C ? end * 64 : C); });
   return out;
 }

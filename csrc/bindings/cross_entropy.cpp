@@ -19,9 +19,9 @@ struct Targets {
   }
 };
 
-cpu::CrossEntropyParams params_of(const RowView& x, const Targets& targets, i64 ignore_index, double label_smoothing) {
-  cpu::CrossEntropyParams p{};
-  p.logits = x.rows(), p.targets = targets.data, p.V = x.C, p.ignore_index = ignore_index;
+CrossEntropyParams params_of(const RowView& x, const Targets& targets, i64 ignore_index, double label_smoothing) {
+  CrossEntropyParams p{};
+  p.logits = x.rows(), p.targets = targets.data, p.R = x.R, p.V = x.C, p.ignore_index = ignore_index;
   p.label_smoothing = smoothing_of(kOp, label_smoothing);
   return p;
 }
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor&
                                              double label_smoothing) {
   const RowView x = rows_of(kOp, logits);
   const Targets t(targets, x.R, x.C, ignore_index);
-  cpu::CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
+  CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
   Tensor loss = new_tensor({x.R}, ScalarType::Float), lse = new_tensor({x.R, 2}, ScalarType::Float);
   p.loss = static_cast<float*>(loss.mutable_data_ptr()), p.lse = static_cast<float*>(lse.mutable_data_ptr());
   parallel(x.R, x.C * 8, [&](i64 begin, i64 end) { cpu::kernels().cross_entropy_fwd(p, begin, end); });
@@ -41,7 +41,7 @@ Tensor cross_entropy_bwd(const Tensor& dloss, const Tensor& logits, const Tensor
                          i64 ignore_index, double label_smoothing) {
   const RowView x = rows_of(kOp, logits);
   const Targets t(targets, x.R, x.C, ignore_index);
-  cpu::CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
+  CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
   Tensor owners[2];
   p.dloss = floats_of(kOp, "dloss", dloss, x.R, &owners[0]);
   p.lse = const_cast<float*>(floats_of(kOp, "lse", lse, 2 * x.R, &owners[1]));
@@ -58,7 +58,7 @@ Tensor cross_entropy_in_place(Tensor& logits, const Tensor& targets, const OptTe
   GPTFAST_CHECK(x.owner.const_data_ptr() == logits.const_data_ptr() && (x.R <= 1 || x.stride >= x.C), kOp,
                 ": logits must lie in rows that do not overlap");
   const Targets t(targets, x.R, x.C, ignore_index);
-  cpu::CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
+  CrossEntropyParams p = params_of(x, t, ignore_index, label_smoothing);
   Tensor loss = new_tensor({x.R}, ScalarType::Float), lse = new_tensor({x.R, 2}, ScalarType::Float), owner;
   p.loss = static_cast<float*>(loss.mutable_data_ptr()), p.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (dloss) p.dloss = floats_of(kOp, "dloss", *dloss, x.R, &owner);

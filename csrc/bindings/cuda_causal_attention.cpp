@@ -56,8 +56,7 @@ struct Call {
     p.group = int(heads_per_key_head(kOp, H, K));
     p.B = int(B), p.H = int(H), p.T = int(T), p.S = int(S), p.D = int(D), p.dtype = dtype_of(kOp, q);
     p.causal = causal, p.scale = float(scale), p.window = int(window < T + S ? window : T + S);
-    p.dropout = dropout_of(dropout_p, seed, offset);
-    p.dropout.first_row = 0, p.dropout.first_matrix = dropout_first(offset);
+    p.dropout = dropout_of_matrices(dropout_p, seed, offset);
     p.q = heads_of("q", q, H, T, q, &owners[0]);
     p.k = heads_of("k", k, K, S, q, &owners[1]), p.v = heads_of("v", v, K, S, q, &owners[2]);
     p.seq_lens = lengths_of("seq_lens", seq_lens, q, &owners[3]);

@@ -132,17 +132,12 @@ inline const i64* indices_of(const char* op, const char* name, const Tensor& t, 
   return static_cast<const i64*>(owner->const_data_ptr());
 }
 
-inline Dropout dropout_of(double p, i64 seed, i64 offset) {
-  return {uint64_t(seed), dropout_offset(offset), dropout_threshold(p), dropout_first(offset), 0};
-}
-
 // (parts, C) fp32 partial sums -> (C) of `dtype`.
 inline Tensor sum_of_parts(const char* op, const Tensor& partial, ScalarType dtype, cudaStream_t stream) {
   const i64 C = partial.size(1);
   Tensor out = new_tensor(op, partial, {C}, dtype);
-  const SumPartsParams p{floats(partial),   partial.size(0), C,       out.mutable_data_ptr(),
-                         dtype_of(op, out), nullptr,         nullptr, DType::f32};
-  check(op, sum_parts(p, stream));
+  const PartialSums p{floats(partial), partial.size(0), C, out.mutable_data_ptr(), dtype_of(op, out)};
+  check(op, sum_parts(p, {}, stream));
   return out;
 }
 

@@ -45,11 +45,10 @@ Tensor bwd(const Tensor& dout, const Tensor& keys, const Tensor& order, const Te
                              indices_of(kOp, "order", order, g.R, dout, &order_owner),
                              g.rows(),
                              mut_rows(kOp, dtable, g.C),
-                             floats(pieces),
                              g.R,
                              table.size(0),
                              g.C};
-  check(kOp, embedding_bwd(p, on.stream));
+  check(kOp, embedding_bwd(p, floats(pieces), on.stream));
   return dtable;
 }
 

@@ -26,12 +26,9 @@ std::tuple<Tensor, Tensor> launch_bwd(const char* op, LayerNormParams& p, const 
   const ScalarType bias_dtype = has_bias ? dtype_of_code(op, bias_type) : ScalarType::Float;
   Tensor weight_sum = new_tensor(op, x, {p.C}, weight.scalar_type());
   Tensor bias_sum = new_tensor(op, x, {has_bias ? p.C : 0}, bias_dtype);
-  SumPartsParams sums{};
-  sums.partial = p.dweight, sums.parts = parts, sums.C = p.C;
-  sums.out = weight_sum.mutable_data_ptr(), sums.dtype = dtype_of(op, weight_sum);
-  sums.second_partial = p.dbias, sums.second_out = bias_sum.mutable_data_ptr();
-  sums.second_dtype = dtype_of(op, bias_sum);
-  check(op, sum_parts(sums, on.stream));
+  const PartialSums weights{p.dweight, parts, p.C, weight_sum.mutable_data_ptr(), dtype_of(op, weight_sum)};
+  const PartialSums biases{p.dbias, parts, p.C, bias_sum.mutable_data_ptr(), dtype_of(op, bias_sum)};
+  check(op, sum_parts(weights, biases, on.stream));
   return {weight_sum, bias_sum};
 }
 
@@ -75,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_fwd(const Tensor& x, const Tensor
   Tensor mean = new_tensor(op, x, {2, v.R}, ScalarType::Float), rstd = new_tensor(op, x, {v.R}, ScalarType::Float);
   LayerNormParams p{};
   p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C), p.y = mut_rows(op, y, v.C);
-  p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps), p.dropout = dropout_of(dropout_p, seed, offset);
+  p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps), p.dropout = dropout_of_rows(dropout_p, seed, offset);
   p.weight = vector_of(op, "weight", weight, v.C, x, &weight_owner);
   p.bias = vector_of(op, "bias", bias, v.C, x, &bias_owner);
   p.mean = floats(mean), p.rstd = floats(rstd);
@@ -93,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_bwd(const OptTensor& dy, const Op
   const View v = view_of(op, total);
   View g = v, d = v;
   LayerNormParams p{};
-  p.x = v.rows(), p.R = v.R, p.C = v.C, p.dropout = dropout_of(dropout_p, seed, offset);
+  p.x = v.rows(), p.R = v.R, p.C = v.C, p.dropout = dropout_of_rows(dropout_p, seed, offset);
   if (dy) g = view_of(op, "dy", *dy, total), p.dy = g.rows();
   if (dtotal) d = view_of(op, "dtotal", *dtotal, total), p.dtotal = d.rows();
   GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && d.dtype == v.dtype, op,

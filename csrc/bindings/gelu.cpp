@@ -7,7 +7,7 @@ namespace {
 constexpr const char* kOp = "gelu";
 
 // Without a bias the shape does not matter: contiguous values are cut into rows that share evenly among threads.
-void cut_flat(cpu::GeluParams& p, const RowView& x) {
+void cut_flat(GeluParams& p, const RowView& x) {
   constexpr i64 kRow = 4096;
   const i64 n = x.R * x.C;
   p.R = (n + kRow - 1) / kRow;
@@ -19,8 +19,8 @@ Tensor gelu_fwd(const Tensor& x, const OptTensor& bias, bool tanh) {
   const RowView v = rows_of(kOp, x);
   Tensor out = new_like(x), bias_owner;
   if (!x.numel()) return out;
-  cpu::GeluParams p{
-      v.rows(), vector_of(kOp, bias, v.C, &bias_owner), {}, mut_rows(kOp, out, v.C), nullptr, v.R, v.C, v.C, tanh};
+  GeluParams p{v.rows(), vector_of(kOp, bias, v.C, &bias_owner), {}, mut_rows(kOp, out, v.C), nullptr, v.R, v.C, v.C,
+               tanh};
   if (!bias && v.stride == v.C) cut_flat(p, v);
   parallel(p.R, p.C * 8, [&](i64 begin, i64 end) { cpu::kernels().gelu_fwd(p, begin, end); });
   return out;
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> gelu_bwd(const Tensor& dout, const Tensor& x, const O
   const RowView v = rows_of(kOp, x), g = rows_of(kOp, dout);
   GPTFAST_CHECK(g.R == v.R && g.C == v.C && g.dtype == v.dtype, kOp, ": dout and x differ in shape or dtype");
   Tensor dx = new_like(x), bias_owner;
-  cpu::GeluParams p{
+  GeluParams p{
       v.rows(), vector_of(kOp, bias, v.C, &bias_owner), g.rows(), mut_rows(kOp, dx, v.C), nullptr, v.R, v.C, v.C, tanh};
   const i64 chunks = (v.R + cpu::kRowChunk - 1) / cpu::kRowChunk;
   const ScalarType bias_dtype = bias ? bias->scalar_type() : ScalarType::Float;

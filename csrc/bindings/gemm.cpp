@@ -58,7 +58,7 @@ void gemm_few(const Tensor& a, const Tensor& b, Tensor c) {
                     c.size(0) == a.size(1) && c.size(1) == b.size(1),
                 kOp, "_few: expected a (K, M), b (K, N), c (M, N) with contiguous rows");
   const i64 M = a.size(1), N = b.size(1), K = a.size(0);
-  const cpu::MutRows to{c.mutable_data_ptr(), c.stride(0), dtype_of(kOp, c)};
+  const MutRows to{c.mutable_data_ptr(), c.stride(0), dtype_of(kOp, c)};
   const DType of_a = dtype_of(kOp, a), of_b = dtype_of(kOp, b);
   const auto& kernels = cpu::kernels();
   if (!kernels.gemm_few || of_b != DType::bf16 || M > cpu::kMostFew) {

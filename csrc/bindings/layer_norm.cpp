@@ -6,12 +6,12 @@ namespace {
 
 i64 chunks_of(i64 R) { return (R + cpu::kRowChunk - 1) / cpu::kRowChunk; }
 
-void launch_fwd(const cpu::LayerNormParams& p) {
+void launch_fwd(const LayerNormParams& p) {
   parallel(p.R, p.C * 8, [&](i64 begin, i64 end) { cpu::kernels().layer_norm_fwd(p, begin, end); });
 }
 
 // Runs the backward kernel and adds up the chunks; fills everything of p that belongs to the weights.
-std::tuple<Tensor, Tensor> launch_bwd(const char* op, cpu::LayerNormParams& p, const Tensor& weight, i64 bias_type,
+std::tuple<Tensor, Tensor> launch_bwd(const char* op, LayerNormParams& p, const Tensor& weight, i64 bias_type,
                                       const Tensor& mean, const Tensor& rstd) {
   Tensor weight_owner, mean_owner, rstd_owner;
   p.weight = vector_of(op, weight, p.C, &weight_owner);
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& x, const Tensor&
   const RowView v = rows_of(op, x);
   Tensor y = new_like(x, dtype_of_code(op, y_type)), weight_owner, bias_owner;
   Tensor mean = new_tensor({2, v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
-  cpu::LayerNormParams p{};
+  LayerNormParams p{};
   p.x = v.rows(), p.y = mut_rows(op, y, v.C), p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps);
   p.weight = vector_of(op, weight, v.C, &weight_owner), p.bias = vector_of(op, bias, v.C, &bias_owner);
   p.mean = static_cast<float*>(mean.mutable_data_ptr()), p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor
   const RowView v = rows_of(op, x), g = rows_of(op, dy);
   GPTFAST_CHECK(g.R == v.R && g.C == v.C, op, ": dy and x differ in shape");
   Tensor dx = new_like(x);
-  cpu::LayerNormParams p{};
+  LayerNormParams p{};
   p.x = v.rows(), p.dy = g.rows(), p.dx = mut_rows(op, dx, v.C), p.R = v.R, p.C = v.C;
   auto [dweight, dbias] = launch_bwd(op, p, weight, bias_type, mean, rstd);
   return {dx, dweight, dbias};
@@ -63,9 +63,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& x, c
   const ScalarType total_type = x.scalar_type() == residual.scalar_type() ? x.scalar_type() : ScalarType::Float;
   Tensor total = new_like(x, total_type), y = new_like(x, dtype_of_code(op, y_type)), weight_owner, bias_owner;
   Tensor mean = new_tensor({2, v.R}, ScalarType::Float), rstd = new_tensor({v.R}, ScalarType::Float);
-  cpu::LayerNormParams p{};
+  LayerNormParams p{};
   p.x = v.rows(), p.residual = r.rows(), p.total = mut_rows(op, total, v.C, 2), p.y = mut_rows(op, y, v.C, 2);
-  p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps), p.dropout = dropout_params(dropout_p, seed, offset);
+  p.R = v.R, p.C = v.C, p.eps = epsilon_of(op, eps), p.dropout = dropout_of_rows(dropout_p, seed, offset);
   p.weight = vector_of(op, weight, v.C, &weight_owner), p.bias = vector_of(op, bias, v.C, &bias_owner);
   p.mean = static_cast<float*>(mean.mutable_data_ptr()), p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   launch_fwd(p);
@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptTensor& d
   const ScalarType x_dtype = dtype_of_code(op, x_type), residual_dtype = dtype_of_code(op, residual_type);
   const RowView v = rows_of(op, total);
   RowView g = v, d = v;
-  cpu::LayerNormParams p{};
-  p.x = v.rows(), p.R = v.R, p.C = v.C, p.dropout = dropout_params(dropout_p, seed, offset);
+  LayerNormParams p{};
+  p.x = v.rows(), p.R = v.R, p.C = v.C, p.dropout = dropout_of_rows(dropout_p, seed, offset);
   if (dy) g = rows_of(op, *dy), p.dy = g.rows();
   if (dtotal) d = rows_of(op, *dtotal), p.dtotal = d.rows();
   GPTFAST_CHECK(g.R == v.R && g.C == v.C && d.R == v.R && d.C == v.C && d.dtype == v.dtype, op,

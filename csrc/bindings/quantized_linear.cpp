@@ -44,7 +44,7 @@ Weight weight_of(const Tensor& codes, const Tensor& scales, const std::string& f
 }
 
 // C = A W^T (+ bias), or A W; by stretches of decoded weights.
-void multiply(const Weight& weight, const RowView& a, Tensor& c, const cpu::Vector& bias, bool transposed) {
+void multiply(const Weight& weight, const RowView& a, Tensor& c, const Vector& bias, bool transposed) {
   cpu::QuantizedPackParams q{weight.w, {}, transposed};
   cpu::GemmParams& p = q.gemm;
   p.a = {a.owner.const_data_ptr(), a.stride, a.dtype, false};
@@ -57,7 +57,7 @@ void multiply(const Weight& weight, const RowView& a, Tensor& c, const cpu::Vect
   by_stretches(
       p, width, [&](i64 item) { cpu::kernels().quantized_pack(q, item); }, [&](i64 item) { product(p, item); });
 }
-void multiply_few(const Weight& weight, const RowView& x, Tensor& y, const cpu::Vector& bias) {
+void multiply_few(const Weight& weight, const RowView& x, Tensor& y, const Vector& bias) {
   cpu::QuantizedRowsParams p{weight.w, x.rows(), bias, mut_rows(kOp, y, weight.w.N), y.size(0), nullptr};
   const i64 depth = ceil_div(p.w.K, cpu::kChunkCodes) * cpu::kChunkCodes;
   p.spread = static_cast<float*>(cpu::workspace(size_t(p.M * depth) * 4));
@@ -73,7 +73,7 @@ Tensor quantized_linear_fwd(const Tensor& x, const Tensor& codes, const Tensor& 
   const Weight weight = weight_of(codes, scales, format, group_size, x.size(1));
   const RowView rows = rows_of(kOp, x);
   Tensor y = new_tensor({x.size(0), weight.w.N}, x.scalar_type()), bias_owner;
-  const cpu::Vector added = vector_of(kOp, bias, weight.w.N, &bias_owner);
+  const Vector added = vector_of(kOp, bias, weight.w.N, &bias_owner);
   if (!y.numel()) return y;
   if (x.size(0) <= cpu::kFewRows) multiply_few(weight, rows, y, added);
   else multiply(weight, rows, y, added, true);

@@ -17,15 +17,16 @@ Tensor sample(const Tensor& logits, double temperature, i64 top_k, double top_p,
                 kOp, ": position and stream must be int64 with one value per row");
   Tensor out = new_tensor({x.R}, ScalarType::Long);
   i64* tokens = static_cast<i64*>(out.mutable_data_ptr());
-  const cpu::SampleParams p{x.rows(),
-                            static_cast<const i64*>(pos.const_data_ptr()),
-                            static_cast<const i64*>(str.const_data_ptr()),
-                            tokens,
-                            x.C,
-                            top_k,
-                            float(temperature),
-                            top_p,
-                            uint64_t(seed)};
+  const SampleParams p{.logits = x.rows(),
+                       .position = static_cast<const i64*>(pos.const_data_ptr()),
+                       .stream = static_cast<const i64*>(str.const_data_ptr()),
+                       .out = tokens,
+                       .R = x.R,
+                       .V = x.C,
+                       .top_k = top_k,
+                       .temperature = float(temperature),
+                       .top_p = top_p,
+                       .seed = uint64_t(seed)};
   GPTFAST_CHECK(x.C > 0 || !x.R, kOp, ": logits has an empty vocabulary");
   parallel_items(x.R, [&](i64 r) { cpu::kernels().sample(p, r, r + 1); });
   for (i64 r = 0; r < x.R; r++) {

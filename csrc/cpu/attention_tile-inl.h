@@ -6,10 +6,10 @@
 // and packed once for all heads of a group, and the tiles of a block serve all of them; dk and dv are sums over the rows.
 //
 // Rows sit in the lanes. Scores, probabilities and their gradients are therefore held transposed, S^T[j][i], and
-// maxima, sums, masks and rescaling are vertical vector operations; all products are tile_product-inl.h on rows of q,
+// maxima, sums, masks and rescaling are vertical vector operations; all products are products-inl.h on rows of q,
 // k, v and dout as they lie in memory or after one packing.
 #pragma once
-#include "tile_product-inl.h"
+#include "products-inl.h"
 
 constexpr i64 kQueries = kAttentionBlock;  // lanes of a block: L-wide vectors 0 .. kVectors - 1
 constexpr int kVectors = int(kQueries / L);
@@ -247,12 +247,15 @@ struct DropoutKey {
   float scale;  // of what is kept: 65536 / (65536 - threshold); 0 when everything is dropped
 };
 INL DropoutKey dropout_key(const AttentionParams& p, i64 b) {
-  const bool nothing = p.threshold >= 65536;
-  return {uint32_t(p.seed), uint32_t(p.seed >> 32),         p.first_matrix + uint32_t(b * p.H),
-          p.offset,         nothing ? 65535u : p.threshold, nothing ? 0.f : 65536.f / float(65536 - p.threshold)};
+  const Dropout& d = p.dropout;
+  const bool nothing = d.threshold >= 65536;
+  return {uint32_t(d.seed), uint32_t(d.seed >> 32),         d.first_matrix + uint32_t(b * p.H),
+          d.offset,         nothing ? 65535u : d.threshold, nothing ? 0.f : 65536.f / float(65536 - d.threshold)};
 }
 // Decisions of 32 keys from j (a multiple of 32) on for the L rows of vector v: words[(j >> 1) & 15], low half for even j.
-INL void dropout_words(const DropoutKey& k, const Visible& lanes, int v, i64 j, I words[16]) {
+// Not inline: 40 rounds of Philox, once for 32 keys.
+static __attribute__((noinline)) void dropout_words(const DropoutKey& k, const Visible& lanes, int v, i64 j,
+                                                    I words[16]) {
   const Wide row = widen(iload(lanes.query + v * L));
   const Wide matrix = widen(iadd(iset(k.first_matrix), iload(lanes.head + v * L)));
   for (uint32_t q = 0; q < 4; q++) {

@@ -21,7 +21,7 @@ INL i64 key_gradient_floats(const AttentionParams& p) {
 // dk and dv of a head from the sums of its slices, each followed by the next 2 * key_gradient_floats later.
 static void write_key_gradients(const AttentionParams& p, i64 bh, const float* dk, const float* dv, i64 slices) {
   const i64 b = bh / key_heads(p), h = bh % key_heads(p), stride = round_up(p.D, L), next = 2 * key_gradient_floats(p);
-  const F to_dk = set(p.scale), to_dv = set(p.threshold ? dropout_key(p, b).scale : 1.f);
+  const F to_dk = set(p.scale), to_dv = set(p.dropout.threshold ? dropout_key(p, b).scale : 1.f);
   for (i64 j = 0; j < p.S; j++)
     for (i64 d = 0; d < p.D; d += L) {
       const i64 n = p.D - d < L ? p.D - d : L, from = j * stride + d;
@@ -194,10 +194,10 @@ template <bool PAIR> struct AttentionBackward {
     for (int t = 0; t < n; t++) {
       const Group& g = groups[t];
       const i64 at_s = g.begin * kQueries + g.va * L, count = g.end - g.begin;
-      product<PAIR, SET>(k + (j0 + g.begin) * words, words, 1, q_t + g.va * L, kQueries, words, s + at_s, kQueries,
-                         count, g.vb - g.va);
-      product<PAIR, SET>(v + (j0 + g.begin) * words, words, 1, g_t + g.va * L, kQueries, words, dp + at_s, kQueries,
-                         count, g.vb - g.va);
+      product<PAIR>({TileOp::set, k + (j0 + g.begin) * words, words, 1, q_t + g.va * L, kQueries, words, s + at_s,
+                     kQueries, count, g.vb - g.va, nullptr});
+      product<PAIR>({TileOp::set, v + (j0 + g.begin) * words, words, 1, g_t + g.va * L, kQueries, words, dp + at_s,
+                     kQueries, count, g.vb - g.va, nullptr});
     }
     for (int vec = 0; vec < visible.vectors; vec++)
       edge ? slopes<DROP, true>(vec, j0, groups, n) : slopes<DROP, false>(vec, j0, groups, n);
@@ -208,14 +208,15 @@ template <bool PAIR> struct AttentionBackward {
     // queries [va, vb) as words of rows: contraction of dv and dk
     const i64 from = g.va * L * kRow / kQueries, length = (g.vb - g.va) * L * kRow / kQueries;
     const i64 count = g.end - g.begin, lanes = stride / L;
-    product<PAIR, ACC>(p_rows + g.begin * kRow + from, kRow, 1, g_rows + from * stride, stride, length,
-                       dv + (j0 + g.begin) * stride, stride, count, int(lanes));
-    product<PAIR, ACC>(ds_rows + g.begin * kRow + from, kRow, 1, q_rows + from * stride, stride, length,
-                       dk + (j0 + g.begin) * stride, stride, count, int(lanes));
+    constexpr TileOp op = TileOp::accumulate;
+    product<PAIR>({op, p_rows + g.begin * kRow + from, kRow, 1, g_rows + from * stride, stride, length,
+                   dv + (j0 + g.begin) * stride, stride, count, int(lanes), nullptr});
+    product<PAIR>({op, ds_rows + g.begin * kRow + from, kRow, 1, q_rows + from * stride, stride, length,
+                   dk + (j0 + g.begin) * stride, stride, count, int(lanes), nullptr});
     if (!finite) return guarded_product<PAIR>(dq, dq_rows(j0), D, ds_lanes, g, D);
     const i64 first = PAIR ? g.begin / 2 : g.begin, pairs = PAIR ? (count + 1) / 2 : count;
-    product<PAIR, ACC>(dq_rows(j0 + g.begin), 1, D, ds_lanes + first * kQueries + g.va * L, kQueries, pairs,
-                       dq + g.va * L, kQueries, D, g.vb - g.va);
+    product<PAIR>({op, dq_rows(j0 + g.begin), 1, D, ds_lanes + first * kQueries + g.va * L, kQueries, pairs,
+                   dq + g.va * L, kQueries, D, g.vb - g.va, nullptr});
   }
 
   template <bool DROP> void block(i64 r0) {
@@ -237,7 +238,7 @@ template <bool PAIR> struct AttentionBackward {
 template <bool PAIR> static void attention_backward(const AttentionParams& p, i64 bh, i64 slice, i64 slices) {
   AttentionBackward<PAIR> w(p, bh, slice, slices);
   for (i64 r0 = slice * kQueries; r0 < p.T * p.group; r0 += slices * kQueries) {
-    if (p.threshold) w.template block<true>(r0);
+    if (p.dropout.threshold) w.template block<true>(r0);
     else w.template block<false>(r0);
   }
   if (!p.partial) write_key_gradients(p, bh, w.dk, w.dv, 1);
@@ -250,6 +251,7 @@ static void causal_attention_bwd(const AttentionParams& p, i64 bh, i64 slice, i6
 }
 
 static void fill(Kernels& k) {
+  own_table = &k;
   k.causal_attention_bwd = causal_attention_bwd;
   k.causal_attention_bwd_sum = causal_attention_bwd_sum;
 }

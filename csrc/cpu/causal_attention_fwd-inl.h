@@ -130,10 +130,10 @@ template <bool PAIR> struct AttentionForward {
   }
 
   // O^T += V^T P^T over one group.
-  template <Mode MODE> void accumulate_pv(i64 j0, const Group& g) {
+  void accumulate_pv(TileOp op, i64 j0, const Group& g) {
     const i64 from = PAIR ? g.begin / 2 : g.begin, count = PAIR ? (g.end - g.begin + 1) / 2 : g.end - g.begin;
-    product<PAIR, MODE>(v_rows(j0 + g.begin), 1, v_stride, pairs + from * kQueries + g.va * L, kQueries, count,
-                        o + g.va * L, kQueries, D, g.vb - g.va, alpha + g.va * L);
+    product<PAIR>({op, v_rows(j0 + g.begin), 1, v_stride, pairs + from * kQueries + g.va * L, kQueries, count,
+                   o + g.va * L, kQueries, D, g.vb - g.va, alpha + g.va * L});
   }
   void rescale_output() {
     for (i64 d = 0; d < D; d++)
@@ -149,17 +149,17 @@ template <bool PAIR> struct AttentionForward {
     bool edge;
     const int n = tile_groups(visible, j0, keys, groups, &edge);
     for (int g = 0; g < n; g++)
-      product<PAIR, SET>(k + (j0 + groups[g].begin) * k_stride, k_stride, 1, q + groups[g].va * L, kQueries, words,
-                         s + groups[g].begin * kQueries + groups[g].va * L, kQueries, groups[g].end - groups[g].begin,
-                         groups[g].vb - groups[g].va);
+      product<PAIR>({TileOp::set, k + (j0 + groups[g].begin) * k_stride, k_stride, 1, q + groups[g].va * L, kQueries,
+                     words, s + groups[g].begin * kQueries + groups[g].va * L, kQueries,
+                     groups[g].end - groups[g].begin, groups[g].vb - groups[g].va, nullptr});
     for (int v = 0; v < visible.vectors; v++)
       edge ? softmax<DROP, true>(v, j0, groups, n) : softmax<DROP, false>(v, j0, groups, n);
-    if (!edge) return first ? accumulate_pv<SET>(j0, groups[0]) : accumulate_pv<SCALE>(j0, groups[0]);
+    if (!edge) return accumulate_pv(first ? TileOp::set : TileOp::scale, j0, groups[0]);
     if (first) __builtin_memset(o, 0, size_t(D * kQueries) * 4);
     else rescale_output();
     const bool finite = all_finite<PAIR>(v_rows(j0), v_stride, PAIR ? (keys + 1) / 2 : keys, D);
     for (int g = 0; g < n; g++) {
-      if (finite) accumulate_pv<ACC>(j0, groups[g]);
+      if (finite) accumulate_pv(TileOp::accumulate, j0, groups[g]);
       else guarded_product<PAIR>(o, v_rows(j0), v_stride, pairs, groups[g], D);
     }
   }
@@ -180,7 +180,7 @@ template <bool PAIR> struct AttentionForward {
   }
 
   void finish(i64 queries) {  // normalise and write; a query that saw no key gives 0 and level -inf
-    const float kept = p.threshold ? dropout.scale : 1.f;
+    const float kept = p.dropout.threshold ? dropout.scale : 1.f;
     for (int v = 0; v < kVectors; v++) {
       const F total = load(l + v * L);
       store(alpha + v * L, select(eq(total, zero()), zero(), set(kept) / total));
@@ -197,7 +197,7 @@ template <bool PAIR> struct AttentionForward {
 template <bool PAIR> static void attention_forward(const AttentionParams& p, i64 bh, i64 first, i64 step) {
   AttentionForward<PAIR> f(p, bh);
   for (i64 r0 = first * kQueries; r0 < p.T * p.group; r0 += step * kQueries) {
-    if (p.threshold) f.template block<true>(r0);
+    if (p.dropout.threshold) f.template block<true>(r0);
     else f.template block<false>(r0);
   }
 }
@@ -208,4 +208,7 @@ static void causal_attention_fwd(const AttentionParams& p, i64 bh, i64 first, i6
   attention_forward<false>(p, bh, first, step);
 }
 
-static void fill(Kernels& k) { k.causal_attention_fwd = causal_attention_fwd; }
+static void fill(Kernels& k) {
+  own_table = &k;
+  k.causal_attention_fwd = causal_attention_fwd;
+}

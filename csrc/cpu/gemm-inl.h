@@ -71,6 +71,7 @@ static void gemm(const GemmParams& p, i64 item) {
 }
 
 static void fill(Kernels& k) {
+  own_table = &k;
   k.gemm_pack = gemm_pack;
   k.gemm = gemm;
 }

@@ -1,6 +1,6 @@
 // A block of C = A B (+ bias) (+ C) from packed panels of B: shared by the products of gemm-inl.h and gemm_amx-inl.h.
 #pragma once
-#include "tile_product-inl.h"
+#include "products-inl.h"
 
 // A word is an fp32 value or, with PAIR, two bf16 that are neighbours along k.
 template <bool PAIR> INL I gemm_words(const void* p, DType t, i64 element, i64 n) {  // n elements count, the rest is 0
@@ -96,8 +96,8 @@ template <bool PAIR> struct GemmBlock {
         float* to = c + column - c0;
         const i64 left = (c1 - column + L - 1) / L;  // vectors: a low rank fills no panel
         const int vectors = int(left < kPanel / L ? left : kPanel / L);
-        if (block == 0) product<PAIR, SET>(a.data, a.row, a.k, b, kPanel, words, to, pitch, rows, vectors);
-        else product<PAIR, ADD>(a.data, a.row, a.k, b, kPanel, words, to, pitch, rows, vectors);
+        const TileOp op = block == 0 ? TileOp::set : TileOp::add;
+        product<PAIR>({op, a.data, a.row, a.k, b, kPanel, words, to, pitch, rows, vectors, nullptr});
       }
     }
   }

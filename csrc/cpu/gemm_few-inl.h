@@ -4,7 +4,7 @@
 // rows at a time gathers in C, in fp32. An element is summed over k in order, whatever M, N and the threads are.
 //
 // Floor: 2 M N K flops, or the read of B.
-#include "tile_product-inl.h"
+#include "tile_words-inl.h"
 
 #ifdef GPTFAST_PAIRS
 constexpr i64 kDepth = 64;     // rows of B whose columns are read one after another

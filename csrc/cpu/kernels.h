@@ -1,121 +1,22 @@
-// The CPU kernels as the rest of the project sees them: parameter structs, and one table of function pointers per ISA.
-// Nothing here or below knows of torch. A kernel is serial over a range of work items; the caller spreads the range
-// over threads. What one item computes never depends on how the range was split, so neither do the results.
-//
-// Conventions: strides are in elements; the last dimension is contiguous; `dtype` is the type behind a void pointer.
+// The CPU kernels as the rest of the project sees them: one table of function pointers per ISA, and the parameters that only
+// they have; ../params.h has those that they share with CUDA. Nothing here or below knows of torch. A kernel is serial over
+// a range of work items; the caller spreads the range over threads. What one item computes never depends on how the range
+// was split, so neither do the results.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
+#include "../params.h"
+
 namespace gptfast::cpu {
-
-using i64 = int64_t;
-
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-constexpr i64 element_size(DType t) { return t == DType::f32 ? 4 : 2; }
-
-// A matrix of rows: element (i, c) lies at data + i * stride + c.
-struct Rows {
-  const void* data;
-  i64 stride;
-  DType dtype;
-};
-// stream: write past the caches, for results that do not fit there; data and rows are then aligned to 64 bytes.
-struct MutRows {
-  void* data;
-  i64 stride;
-  DType dtype;
-  bool stream = false;
-};
-// A vector such as a bias; data == nullptr when absent.
-struct Vector {
-  const void* data;
-  DType dtype;
-};
 
 // Rows of one item of a kernel that sums over rows: partial sums are kept per chunk and added in chunk order.
 constexpr i64 kRowChunk = 64;
 
-struct GeluParams {
-  Rows x;        // (R, C)
-  Vector bias;   // (C)
-  Rows dout;     // (R, C), backward only
-  MutRows out;   // (R, C): y, or dx in backward
-  float* dbias;  // (ceil(R / kRowChunk), C) partial sums, backward with bias only
-  i64 R, C;
-  i64 tail;   // columns of the last row (C unless a flat buffer was cut into rows)
-  bool tanh;  // tanh approximation or erf
-};
-
-struct DropoutParams {
-  uint64_t seed;
-  uint32_t offset, threshold;  // in 1/65536; 0: none; 65536: everything
-  uint32_t first_row;          // what row 0 is in the whole batch
-};
-struct DropoutRowsParams {
-  Rows x;
-  MutRows y;
-  i64 C;
-  DropoutParams dropout;
-};
 struct DropoutMaskParams {
   bool* keep;  // (matrices, rows, C)
   i64 rows, C;
-  DropoutParams dropout;
-};
-
-// layer_norm when residual.data is null, else add_layer_norm; the backward reads x as what was normalised. dtotal is of
-// that dtype; y and its gradient dy may be of another.
-struct LayerNormParams {
-  Rows x, residual;  // (R, C)
-  Vector weight, bias;
-  MutRows total, y;
-  Rows dy, dtotal;         // backward: either may be null
-  MutRows dx, dresidual;   // backward: dx after dropout, dresidual before it; either may be null
-  float *mean, *rstd;      // (2, R): the mean, and what its rounding left out; (R)
-  float *dweight, *dbias;  // (ceil(R / kRowChunk), C) partial sums; dbias may be null
-  i64 R, C;
-  float eps;
-  DropoutParams dropout;
-};
-
-struct CrossEntropyParams {
-  Rows logits;         // (R, V)
-  const i64* targets;  // (R), in [0, V) or ignore_index
-  float* loss;         // (R)
-  float* lse;          // (R, 2): the maximum m, and log sum exp(x - m); both 0 where ignored
-  const float* dloss;  // (R) or null for ones, backward
-  MutRows dlogits;     // (R, V), backward; may be the logits themselves
-  i64 V, ignore_index;
-  float label_smoothing;
-};
-
-struct SampleParams {
-  Rows logits;  // (R, V)
-  const i64 *position, *stream;
-  i64* out;
-  i64 V, top_k;  // 0: all
-  float temperature;
-  double top_p;  // not rounded: 0.3 of ten equal tokens are three
-  uint64_t seed;
-};
-
-// Adds partial sums (chunks, C) in chunk order: out[c] = sum_k partial[k][c].
-struct SumChunksParams {
-  const float* partial;
-  i64 chunks, C;
-  void* out;  // (C)
-  DType dtype;
-};
-
-// One head's worth of rows of q, k, v, … : element (b, h, t, d) lies at data + b * sb + h * sh + t * st + d.
-struct Heads {
-  const void* data;
-  i64 sb, sh, st;
-};
-struct MutHeads {
-  void* data;
-  i64 sb, sh, st;
+  Dropout dropout;
 };
 
 struct AttentionParams {
@@ -134,12 +35,29 @@ struct AttentionParams {
   i64 documents;
   i64 window;  // 0: none
   bool causal;
-  float scale;                    // >= 0
-  uint32_t threshold;             // of dropout in 1/65536; 0: none; 65536: everything
-  uint32_t offset, first_matrix;  // of dropout; first_matrix: what (b, h) = (0, 0) is in the whole batch
-  uint64_t seed;
+  float scale;  // >= 0
+  Dropout dropout;
 };
 constexpr i64 kAttentionBlock = 64;  // rows that are computed together; the heads of a group have T * group of them
+
+// C[r][lane] (op)= sum_k A[r * ra + k * ka] * B[k * ldb + lane], in 32-bit words: fp32 values, or pairs of bf16 along k.
+enum class TileOp : int {
+  set,         // C = product
+  accumulate,  // C += product
+  add,         // C += product, which was summed by itself: more exact over a long contraction
+  scale,       // C = C * alpha[lane] + product
+};
+struct TileProduct {
+  TileOp op;
+  const uint32_t* A;
+  i64 ra, ka;
+  const uint32_t* B;
+  i64 ldb, K;
+  float* C;
+  i64 ldc, M;
+  int vectors;         // of lanes
+  const float* alpha;  // read by `scale` only
+};
 
 // Element (i, j) lies at data + i * stride + j, or with by_columns at data + j * stride + i.
 struct Matrix {
@@ -212,24 +130,12 @@ constexpr i64 kQuantizedRows = 32;  // outputs of an item
 constexpr i64 kFewRows = 8;         // rows of x, at most
 constexpr i64 kChunkCodes = 128;    // K is rounded up to it in `spread`
 
-struct EmbeddingParams {
-  const i64 *ids, *positions;  // (N); positions nullptr: row n is at n % T
-  Rows wte, wpe;               // (V, C), (P, C) or nullptr
-  MutRows out;                 // (N, C), dtype of wte
-  i64 N, T, C;
-};
-struct EmbeddingBwdParams {
-  const i64 *keys, *order;  // (N) ids in rising order, and the rows they come from
-  Rows dout;                // (N, C)
-  MutRows dtable;           // rows that occur are written
-  i64 N, C;
-};
-
 // Each is compiled by kernel_unit.cpp for each instruction set, from the -inl.h of its name. The build reads
 // this list.
 // clang-format off
 #define GPTFAST_CPU_KERNELS(X) \
-  X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) X(gemm) X(gemm_amx) X(gemm_few) X(quantized_pack) X(quantized_rows) \
+  X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) \
+  X(tile_product) X(gemm) X(gemm_amx) X(gemm_few) X(quantized_pack) X(quantized_rows) \
   X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) \
   X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding) X(sample)
 // clang-format on
@@ -254,6 +160,9 @@ struct Kernels {
   void (*embedding_bwd)(const EmbeddingBwdParams&, i64 begin, i64 end);
   void (*sample)(const SampleParams&, i64 row_begin, i64 row_end);
   bool multiplies_pairs;  // of bf16
+  // Called by other kernels; the second is null without products of bf16 pairs.
+  void (*tile_product)(const TileProduct&);
+  void (*tile_product_pairs)(const TileProduct&);
   void (*gemm_pack)(const GemmParams&, i64 item_begin, i64 item_end);
   void (*gemm)(const GemmParams&, i64 item);
   // The same on AMX tiles, which panels of whole 16 words and A with contiguous rows can use; null without them.
@@ -266,7 +175,7 @@ struct Kernels {
   void (*quantized_rows)(const QuantizedRowsParams&, i64 item);
   // Runs independent multiply-adds (of bf16 pairs where the CPU has them); returns the flops done.
   double (*peak_flops)(i64 iterations, bool pairs, float* sink);
-  void (*sum_chunks)(const SumChunksParams&, i64 c_begin, i64 c_end);
+  void (*sum_chunks)(const PartialSums&, i64 c_begin, i64 c_end);
 };
 
 // The table in use: the best ISA that this CPU and operating system support and that was compiled in, or the one

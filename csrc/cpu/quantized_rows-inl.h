@@ -7,7 +7,7 @@
 //
 // Floor: the read of the codes, N K / 2 bytes and the scales; or, from L2, a look-up in 16 fp32 (32 bf16) a cycle.
 #include "codes-inl.h"
-#include "tile_product-inl.h"
+#include "tile_words-inl.h"
 
 template <class C> constexpr i64 kDepth = C::kPerLane * L;                                  // codes of a chunk
 template <bool PAIR, class C> constexpr int kParts = PAIR ? C::kPerLane / 2 : C::kPerLane;  // vectors of a chunk

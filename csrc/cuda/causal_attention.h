@@ -5,15 +5,6 @@
 
 namespace gptfast::cuda {
 
-// Element (b, h, t, d) lies at data + b * sb + h * sh + t * st + d.
-struct Heads {
-  const void* data;
-  i64 sb, sh, st;
-};
-struct MutHeads {
-  void* data;
-  i64 sb, sh, st;
-};
 // int32 or int64 values on the device; data == nullptr when absent. Kernels clamp what they read to the sizes of the
 // tensors: nobody waits for the GPU to check them.
 struct Lengths {

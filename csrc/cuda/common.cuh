@@ -23,7 +23,6 @@ template <class T> DEV_INLINE float rounded(float x) {
   return to_float(y);
 }
 
-inline int element_size(DType t) { return t == DType::f32 ? 4 : 2; }
 // f(T{}) with the element type T of `dtype`.
 template <class F> auto with_dtype(DType dtype, F f) {
   switch (dtype) {
@@ -129,7 +128,7 @@ template <> struct Raw<Any, 1> {
 };
 
 // May V values of every row be accessed at once? Absent tensors may.
-inline bool aligned(const void* data, i64 stride, int size, int V) {
+inline bool aligned(const void* data, i64 stride, i64 size, int V) {
   const uintptr_t bytes = uintptr_t(V * size < 16 ? V * size : 16);
   return !data || (reinterpret_cast<uintptr_t>(data) % bytes == 0 && uintptr_t(stride * size) % bytes == 0);
 }

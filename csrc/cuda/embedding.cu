@@ -2,8 +2,8 @@
 //
 // Backward gets the ids sorted, with the permutation that sorted them (a stable one, so equal ids stay in row order). Who
 // finds himself at the first of a run of equal ids adds up the rows of the run, in that order, in fp32, eight of them on
-// their way from memory at once. A run is cut where a segment of kSegment ids ends: the pieces of one run - the padding of a
-// batch, the commonest words - are summed side by side, and a second kernel adds them in order.
+// their way from memory at once. A run is cut where a segment of kEmbeddingSegment ids ends: the pieces of one run - the
+// padding of a batch, the commonest words - are summed side by side, and a second kernel adds them in order.
 // Floor: forward two reads and one write of (N, C); backward one read, and one write of the rows that occur.
 #include "common.cuh"
 
@@ -73,7 +73,8 @@ DEV_INLINE int leading(bool yes) {
   return said == kAllLanes ? 32 : __ffs(int(~said)) - 1;
 }
 
-template <class T, int V> __global__ void __launch_bounds__(kThreads) embedding_bwd_kernel(const EmbeddingBwdParams p) {
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads) embedding_bwd_kernel(const EmbeddingBwdParams p, float* pieces) {
   const i64 first = i64(blockIdx.x) * blockDim.y + threadIdx.y;
   if (first >= p.N) return;
   const i64 id = p.keys[first], segment = first / kEmbeddingSegment;
@@ -96,12 +97,14 @@ template <class T, int V> __global__ void __launch_bounds__(kThreads) embedding_
     if (c >= p.C) continue;
     const bool goes_on = n == end && n < p.N && p.keys[n] == id;
     if (begins && !goes_on) store_any(p.dtable.data, p.dtable.dtype, id * p.dtable.stride + c, sum);
-    else store(p.pieces + (2 * segment + begins) * p.C + c, sum);
+    else store(pieces + (2 * segment + begins) * p.C + c, sum);
   }
 }
 
 // The runs that go on over the end of segment n of their first id: the sum of their pieces.
-template <int V> __global__ void __launch_bounds__(kThreads) embedding_bwd_pieces_kernel(const EmbeddingBwdParams p) {
+template <int V>
+__global__ void __launch_bounds__(kThreads)
+    embedding_bwd_pieces_kernel(const EmbeddingBwdParams p, const float* pieces) {
   const i64 segment = i64(blockIdx.x) * blockDim.y + threadIdx.y, next = (segment + 1) * kEmbeddingSegment;
   if (next >= p.N) return;
   const i64 id = p.keys[next - 1], first = segment * kEmbeddingSegment;
@@ -111,12 +114,12 @@ template <int V> __global__ void __launch_bounds__(kThreads) embedding_bwd_piece
   for (i64 c0 = 0; c0 < p.C; c0 += blockDim.x * V) {
     const i64 c = c0 + threadIdx.x * V;
     float sum[V] = {};
-    if (c < p.C) load(sum, p.pieces + (2 * segment + 1) * p.C + c);
+    if (c < p.C) load(sum, pieces + (2 * segment + 1) * p.C + c);
     i64 n = segment + 1;
     for (int count = 32; count == 32; n += count) {
       const i64 at = (n + lane) * kEmbeddingSegment;
       count = leading(at < p.N && p.keys[at < p.N ? at : 0] == id);
-      add_rows(sum, p.pieces, p.C, 2 * (n + lane), count, c, c < p.C);
+      add_rows(sum, pieces, p.C, 2 * (n + lane), count, c, c < p.C);
     }
     if (c < p.C) store_any(p.dtable.data, p.dtable.dtype, id * p.dtable.stride + c, sum);
   }
@@ -146,7 +149,7 @@ cudaError_t embedding_fwd(const EmbeddingParams& p, cudaStream_t stream) {
   });
 }
 
-cudaError_t embedding_bwd(const EmbeddingBwdParams& p, cudaStream_t stream) {
+cudaError_t embedding_bwd(const EmbeddingBwdParams& p, float* pieces, cudaStream_t stream) {
   if (!p.N || !p.C) return cudaSuccess;
   return with_dtype(p.dout.dtype, [&](auto t) {
     using T = decltype(t);
@@ -156,15 +159,15 @@ cudaError_t embedding_bwd(const EmbeddingBwdParams& p, cudaStream_t stream) {
           constexpr int V = decltype(width)::value;
           const dim3 block = block_of<V>(p.C);
           auto kernel = embedding_bwd_kernel<T, V>;
-          LAUNCH(kernel, dim3(unsigned(ceil_div(p.N, block.y))), block, 0, stream, p);
+          LAUNCH(kernel, dim3(unsigned(ceil_div(p.N, block.y))), block, 0, stream, p, pieces);
           const cudaError_t error = cudaGetLastError();
           const i64 ends = (p.N - 1) / kEmbeddingSegment;  // of segments, where a run may go on
           if (error != cudaSuccess || !ends) return error;
           auto add = embedding_bwd_pieces_kernel<V>;
-          LAUNCH(add, dim3(unsigned(ceil_div(ends, block.y))), block, 0, stream, p);
+          LAUNCH(add, dim3(unsigned(ceil_div(ends, block.y))), block, 0, stream, p, pieces);
           return cudaGetLastError();
         },
-        p.dout, p.dtable, Vector{p.pieces, DType::f32});
+        p.dout, p.dtable, Vector{pieces, DType::f32});
   });
 }
 

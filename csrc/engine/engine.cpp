@@ -12,11 +12,11 @@ namespace {
 constexpr i64 kPrefillChunk = 256;  // tokens of a pass: their activations stay in the caches
 }  // namespace
 
-Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int threads, cpu::DType cache,
+Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int threads, DType cache,
                const Kernels& kernels)
     : model_(shape, formats), weights_(weights), kernels_(kernels), pool_(threads), cache_type_(cache),
-      key_bytes_(key_elements(shape.D()) * cpu::element_size(cache)),
-      value_bytes_(value_elements(shape.D()) * cpu::element_size(cache)),
+      key_bytes_(key_elements(shape.D()) * element_size(cache)),
+      value_bytes_(value_elements(shape.D()) * element_size(cache)),
       layer_bytes_(shape.heads * (key_bytes_ + value_bytes_)), Cp_(round_up(shape.C, kPanel)),
       Qp_(round_up(3 * shape.C, kPanel)), Fp_(round_up(shape.F, kPanel)), stride_(std::max(Cp_, Fp_)),
       next_(size_t(shape.layers)), own_(size_t(threads)) {}
@@ -88,7 +88,7 @@ void Engine::prefix(Cache& cache, i64 row, const float* vectors, i64 n) {
 
 // The first positions of one head of a page.
 void Engine::copy_head(const char* from, char* to, i64 layer, i64 head, i64 positions) const {
-  const i64 size = cpu::element_size(cache_type_), D = model_.shape.D();
+  const i64 size = element_size(cache_type_), D = model_.shape.D();
   const i64 keys = layer * layer_bytes_ + head * key_bytes_;
   const i64 values = layer * layer_bytes_ + model_.shape.heads * key_bytes_ + head * value_bytes_;
   for (i64 at = keys; at < keys + key_bytes_; at += kPage * size)

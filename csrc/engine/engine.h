@@ -48,8 +48,7 @@ struct Sampling {
 // `weights` is Model::bytes of memory, aligned to 64, that outlives the engine. Calls are serialised by a mutex.
 class Engine {
  public:
-  Engine(const Shape& shape, const Formats& formats, char* weights, int threads, cpu::DType cache,
-         const Kernels& kernels);
+  Engine(const Shape& shape, const Formats& formats, char* weights, int threads, DType cache, const Kernels& kernels);
 
   const Model& model() const { return model_; }
   int threads() const { return pool_.threads(); }
@@ -133,7 +132,7 @@ class Engine {
   const Kernels& kernels_;
   Pool pool_;
   std::mutex mutex_;
-  const cpu::DType cache_type_;
+  const DType cache_type_;
   const i64 key_bytes_, value_bytes_;  // of a page, for one head of one layer
   const i64 layer_bytes_;
   const i64 Cp_, Qp_, Fp_, stride_;  // C, 3 C, F, and the larger of C and F, rounded up to whole panels

@@ -42,7 +42,7 @@ struct AttendParams {
   i64 start;   // position of the first
   i64 window;  // positions that a query sees, its own included; 0: all
   float scale;
-  cpu::DType cache;
+  DType cache;
   char* const* pages;
   i64 keys, values;  // bytes into a page, where those of the first head begin
   float* out;        // (n, heads, D), rows `out_stride` apart
@@ -96,7 +96,7 @@ struct Kernels {
   void (*attend)(const Kernels&, const AttendParams&);
   void (*page_scores[3][kAttendRows])(const AttendRows&);  // scores = scale q . keys
   void (*page_values[3][kAttendRows])(const AttendRows&);  // out = weights . values, where scores are the weights
-  void (*sample)(const cpu::SampleParams&, i64 row_begin, i64 row_end);
+  void (*sample)(const SampleParams&, i64 row_begin, i64 row_end);
   int64_t (*read)(const char* data, i64 bytes);  // only reads: the limit of what streams its weights
   uint64_t (*checksum)(const char* data, i64 bytes, uint64_t seed);  // the same on every instruction set
 };

@@ -19,10 +19,10 @@ inline Format format_named(const std::string& name) {
     if (name == kFormatNames[i]) return Format(i);
   throw std::invalid_argument("unknown format " + name);
 }
-inline cpu::DType type_named(const std::string& name) {
-  if (name == "float32") return cpu::DType::f32;
-  if (name == "float16") return cpu::DType::f16;
-  if (name == "bfloat16") return cpu::DType::bf16;
+inline DType type_named(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "float16") return DType::f16;
+  if (name == "bfloat16") return DType::bf16;
   throw std::invalid_argument("unknown type " + name);
 }
 inline Epilogue activation_named(const std::string& name) {

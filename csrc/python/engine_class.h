@@ -31,7 +31,7 @@ class PyEngine {
                                   " bytes, and " + std::to_string(weights_.size) + " are there");
     if (reinterpret_cast<uintptr_t>(weights_.data) % 64)
       throw std::invalid_argument("the weights' memory is not aligned to 64");
-    const cpu::DType type = type_named(cache);
+    const DType type = type_named(cache);
     const WithoutGil release;  // as many layers as bytes allow
     engine_ = std::make_unique<Engine>(s, f, weights_.data, threads, type, *k);
     Forks::add(engine_.get());

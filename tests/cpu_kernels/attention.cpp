@@ -43,7 +43,7 @@ struct Attention {
     p.scale = float(1 / std::sqrt(double(c.D)));
     if (!c.seq_lens.empty()) p.seq_lens = c.seq_lens.data();
     if (!c.cu_seqlens.empty()) p.cu_seqlens = c.cu_seqlens.data(), p.documents = i64(c.cu_seqlens.size()) - 1;
-    if (c.dropout) p.threshold = kThreshold, p.offset = 4, p.seed = kSeed;
+    if (c.dropout) p.dropout = {kSeed, 4, kThreshold, 0, 0};
   }
   i64 q_at(i64 b, i64 h, i64 i) const { return ((b * c.H + h) * c.T + i) * c.D; }
   i64 k_at(i64 b, i64 h, i64 j) const { return ((b * key_heads + h) * c.S + j) * c.D; }

@@ -13,8 +13,6 @@
 
 namespace gptfast::checks {
 
-using cpu::DType;
-using i64 = int64_t;
 constexpr DType kTypes[] = {DType::f32, DType::bf16, DType::f16};
 inline const char* name_of(DType t) { return t == DType::f32 ? "fp32" : t == DType::bf16 ? "bf16" : "fp16"; }
 
@@ -74,9 +72,9 @@ struct Random {
 class Array {
  public:
   Array(DType type, i64 n, bool aligned = false)
-      : type_(type), n_(n), bytes_(size_t(n * cpu::element_size(type) + 3 * kGuard), 0xff) {
+      : type_(type), n_(n), bytes_(size_t(n * element_size(type) + 3 * kGuard), 0xff) {
     const size_t at = reinterpret_cast<uintptr_t>(bytes_.data()) % kGuard;
-    first_ = kGuard + (kGuard - at) % kGuard + (aligned ? 0 : size_t(cpu::element_size(type)));
+    first_ = kGuard + (kGuard - at) % kGuard + (aligned ? 0 : size_t(element_size(type)));
   }
   Array(const Array&) = delete;
   Array& operator=(const Array&) = delete;
@@ -88,15 +86,15 @@ class Array {
   float* floats() { return static_cast<float*>(data()); }
   const void* data() const { return bytes_.data() + first_; }
   double operator[](i64 i) const {
-    const uint8_t* p = bytes_.data() + first_ + size_t(i * cpu::element_size(type_));
+    const uint8_t* p = bytes_.data() + first_ + size_t(i * element_size(type_));
     uint32_t word = 0;
-    std::memcpy(&word, p, size_t(cpu::element_size(type_)));
+    std::memcpy(&word, p, size_t(element_size(type_)));
     return type_ == DType::f32 ? float_of(word) : widened(type_, uint16_t(word));
   }
   void set(i64 i, double x) {
-    uint8_t* p = bytes_.data() + first_ + size_t(i * cpu::element_size(type_));
+    uint8_t* p = bytes_.data() + first_ + size_t(i * element_size(type_));
     const uint32_t word = type_ == DType::f32 ? bits_of(float(x)) : narrowed(type_, float(x));
-    std::memcpy(p, &word, size_t(cpu::element_size(type_)));
+    std::memcpy(p, &word, size_t(element_size(type_)));
   }
   // Normal numbers in columns [0, C) of rows `stride` apart.
   Array& fill(Random& random, double scale, i64 C = 0, i64 stride = 1) {
@@ -108,7 +106,7 @@ class Array {
   void forget() { std::fill(bytes_.begin(), bytes_.end(), 0xff); }
   // Whether the guards, and what lies between the rows, are as they were.
   bool intact(i64 C = 0, i64 stride = 1) const {
-    const size_t size = size_t(cpu::element_size(type_)), end = first_ + size_t(n_) * size;
+    const size_t size = size_t(element_size(type_)), end = first_ + size_t(n_) * size;
     for (size_t i = 0; i < bytes_.size(); i++) {
       if (i >= first_ && i < end && (C == 0 || i64((i - first_) / size) % stride < C)) continue;
       if (bytes_[i] != 0xff) return false;
@@ -190,11 +188,11 @@ struct ArrayRows {
   void* data;
   i64 stride;
   DType type;
-  operator cpu::Rows() const { return {data, stride, type}; }
-  operator cpu::MutRows() const { return {data, stride, type}; }
+  operator Rows() const { return {data, stride, type}; }
+  operator MutRows() const { return {data, stride, type}; }
 };
 inline ArrayRows rows(const Array& x, i64 stride) { return {const_cast<void*>(x.data()), stride, x.type()}; }
-inline cpu::Vector vector(const Array& x) { return {x.data(), x.type()}; }
+inline Vector vector(const Array& x) { return {x.data(), x.type()}; }
 
 // Philox4x32-10 by its definition, and the bits of dropout by the contract.
 struct Philox {

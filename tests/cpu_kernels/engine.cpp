@@ -187,7 +187,7 @@ struct Checker {
 
   void attend(DType cache, i64 n, i64 start, i64 D, i64 window) const {
     const i64 heads = n == 1 ? 3 : 1;  // the heads of one query, or the queries of one head
-    const i64 stride = heads * D + 1, positions = start + n, size = cpu::element_size(cache);
+    const i64 stride = heads * D + 1, positions = start + n, size = element_size(cache);
     const i64 key_bytes = key_elements(D) * size, value_bytes = value_elements(D) * size;
     const i64 pages = (positions + kPage - 1) / kPage, page_bytes = heads * (key_bytes + value_bytes);
     std::vector<uint8_t> memory(size_t(pages * page_bytes + 64 + 16384), 0);

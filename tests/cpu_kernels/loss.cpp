@@ -15,8 +15,8 @@ void cross_entropy(DType type, i64 V, float smoothing) {
   dloss.fill(random, 1);
   for (i64 v = 0; v < V; v++) x.set(stride + v, x[stride + v] + 60);  // a row with a common offset
   const i64 targets[R] = {0, V - 1, ignored, V / 2};
-  cpu::CrossEntropyParams p{rows(x, stride),  targets, loss.floats(), lse.floats(), dloss.floats(),
-                            rows(dx, stride), V,       ignored,       smoothing};
+  CrossEntropyParams p{rows(x, stride), targets,  loss.floats(), lse.floats(), dloss.floats(), rows(dx, stride), R, V,
+                       ignored,         smoothing};
   k().cross_entropy_fwd(p, 0, R);
   k().cross_entropy_bwd(p, 0, R);
   Check check("cross_entropy", type, smoothing > 0 ? "smoothed V" : "V", V);

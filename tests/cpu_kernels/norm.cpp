@@ -16,7 +16,7 @@ struct Norm {
   Array total{type, R * stride}, y{type, R * stride}, mean{DType::f32, 2 * R}, rstd{DType::f32, R};
   Array dy{type, R * stride}, dtotal{type, R * stride}, dx{type, R * stride}, dresidual{type, R * stride};
   Array dweight{DType::f32, C}, dbias{DType::f32, C};
-  cpu::LayerNormParams p{};
+  LayerNormParams p{};
 
   Norm(DType t, i64 columns, bool with_residual) : type(t), C(columns), added(with_residual) {
     Random random(uint64_t(C * 10 + added));
@@ -27,7 +27,7 @@ struct Norm {
     p.mean = mean.floats(), p.rstd = rstd.floats(), p.R = R, p.C = C, p.eps = 1e-5f;
     if (added) {
       p.residual = rows(residual, stride), p.total = rows(total, stride);
-      p.dropout = {kSeed, 3, 6554, 1};
+      p.dropout = {kSeed, 3, 6554, 1, 0};
     }
   }
   double drop(double value, i64 r, i64 c) const {

@@ -6,8 +6,8 @@ namespace {
 
 const cpu::Kernels& k() { return cpu::kernels(); }
 
-cpu::DropoutRowsParams copy_of(const Array& x, Array& y) {
-  return {rows(x, x.size()), rows(y, y.size()), x.size(), {}};  // dropout of nothing: x times 1
+DropoutRowsParams copy_of(const Array& x, Array& y) {
+  return {rows(x, x.size()), rows(y, y.size()), 1, x.size(), {}};  // dropout of nothing: x times 1
 }
 
 // Every 16-bit value to fp32; every value, every tie and its neighbours back, bit for bit.
@@ -62,7 +62,7 @@ void dropout(DType type, i64 C) {
   const uint64_t seed = 0x123456789abcdefu;
   for (uint32_t threshold : {uint32_t(6554), uint32_t(65536)}) {
     y.forget();
-    k().dropout({rows(x, stride), rows(y, stride), C, {seed, 7, threshold, 2}}, 0, R);
+    k().dropout({rows(x, stride), rows(y, stride), R, C, {seed, 7, threshold, 2, 0}}, 0, R);
     Check check("dropout", type, "C", C);
     for (i64 r = 0; r < R; r++)
       for (i64 c = 0; c < C; c++) {
@@ -72,7 +72,7 @@ void dropout(DType type, i64 C) {
     check.holds(y.intact(C, stride), "wrote beside its rows");
   }
   std::vector<uint8_t> keep(size_t(2 * R * C) + 1, 0xa5);
-  cpu::DropoutMaskParams p{reinterpret_cast<bool*>(keep.data()), R, C, {seed, 7, 32768, 0}};
+  cpu::DropoutMaskParams p{reinterpret_cast<bool*>(keep.data()), R, C, {seed, 7, 32768, 0, 0}};
   k().dropout_mask(p, 0, 2 * R);
   Check mask("dropout_mask C", C);
   for (i64 r = 0; r < 2 * R; r++)
@@ -99,7 +99,7 @@ void gelu_rows(DType type, bool tanh, bool biased, i64 R, i64 C) {
   dy.fill(random, 1, C, stride);
   const i64 chunks = (R + cpu::kRowChunk - 1) / cpu::kRowChunk;
   Array sums(DType::f32, chunks * C);
-  cpu::GeluParams p{};
+  GeluParams p{};
   p.x = rows(x, stride), p.dout = rows(dy, stride), p.out = rows(y, stride);
   if (biased) p.bias = vector(bias), p.dbias = sums.floats();
   p.R = R, p.C = C, p.tail = tail, p.tanh = tanh;
@@ -131,14 +131,14 @@ void embedding(DType type, i64 C) {
   Array wte(type, V * C), wpe(DType::f32, P * C), y(type, N * C), dy(type, N * C), dtable(type, V * C);
   wte.fill(random, 1), wpe.fill(random, 1), dy.fill(random, 1);
   const i64 ids[N] = {3, 0, 10, 3, 3, 7, 0}, positions[N] = {8, 0, 1, 5, 2, 3, 3};
-  k().embedding_fwd({ids, positions, rows(wte, C), rows(wpe, C), rows(y, C), N, 0, C}, 0, N);
+  k().embedding_fwd({ids, positions, rows(wte, C), rows(wpe, C), rows(y, C), N, 0, V, P, C}, 0, N);
   Check forward("embedding_fwd", type, "C", C);
   for (i64 n = 0; n < N; n++)
     for (i64 c = 0; c < C; c++)
       forward.stored(type, y[n * C + c], wte[ids[n] * C + c] + wpe[positions[n] * C + c], 1e-6, 1e-6);
   forward.holds(y.intact(), "wrote beside its rows");
   const i64 keys[N] = {0, 0, 3, 3, 3, 7, 10}, order[N] = {1, 6, 0, 3, 4, 5, 2};
-  k().embedding_bwd({keys, order, rows(dy, C), rows(dtable, C), N, C}, 0, N);
+  k().embedding_bwd({keys, order, rows(dy, C), rows(dtable, C), N, V, C}, 0, N);
   Check backward("embedding_bwd", type, "C", C);
   for (i64 v = 0; v < V; v++)
     for (i64 c = 0; c < C; c++) {

@@ -8,6 +8,7 @@
 #include "../../csrc/cuda/wgmma.cuh"
 
 using namespace gptfast::cuda;
+using gptfast::DType;
 
 namespace {
 

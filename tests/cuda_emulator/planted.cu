@@ -4,6 +4,7 @@
 #include "../../csrc/cuda/hopper.cuh"
 
 using namespace gptfast::cuda;
+using gptfast::DType;
 
 namespace {
 

@@ -1,0 +1,9 @@
+// Products of tiles for the kernels of this instruction set: those of tile_product-inl.h, called through the table.
+#pragma once
+#include "tile_words-inl.h"
+
+static const Kernels* own_table;  // fill() of a kernel that calls `product` sets it
+
+template <bool PAIR> INL void product(const TileProduct& p) {
+  (PAIR ? own_table->tile_product_pairs : own_table->tile_product)(p);
+}
