@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from buildtools.ninja_file import Library, Unit
-from buildtools.toolchain import TORCH_TARGET, Cuda, fail, is_zig, target, torch_version
+from buildtools.toolchain import TORCH_TARGET, Cuda, fail, is_gcc, is_zig, target, torch_version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,16 +87,16 @@ def link_flags() -> list[str]:
 def kernel_units(folder: str, kernels: Sequence[str]) -> list[Unit]:
     """kernel_unit.cpp of csrc/`folder`, once for each kernel and instruction set that has one of its own."""
     few = {"neon_dotprod": listed("csrc/cpu/isa_select.h", "GPTFAST_DOTPROD_KERNELS")}
-    return [
-        Unit(
-            ROOT / f"csrc/{folder}/kernel_unit.cpp",
-            [*CXX_FLAGS, *isa_flags(isa), f"-DGPTFAST_KERNEL={kernel}", f"-DGPTFAST_ISA=isa_{isa}"],
-            f"csrc/{folder}/{kernel}.{isa}.o",
-        )
-        for kernel in kernels
-        for isa in isas()
-        if kernel in few.get(isa, kernels)
-    ]
+    units = []
+    for isa in isas():
+        flags = [*CXX_FLAGS, *isa_flags(isa), f"-DGPTFAST_ISA=isa_{isa}"]
+        prelude = ROOT / f"csrc/{folder}/kernel_prelude.h"  # a third of what small units take
+        read = Unit(prelude, [*flags, "-x", "c++-header"], f"csrc/{folder}/kernel_prelude.{isa}.h.gch")
+        for kernel in kernels if isa not in few else [k for k in kernels if k in few[isa]]:
+            source, object = ROOT / f"csrc/{folder}/kernel_unit.cpp", f"csrc/{folder}/{kernel}.{isa}.o"
+            own = [*flags, f"-DGPTFAST_KERNEL={kernel}"]
+            units.append(Unit(source, own, object, header=read if is_gcc() else None))
+    return units
 
 
 def cpp_units(library: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> list[Unit]:

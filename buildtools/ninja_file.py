@@ -46,6 +46,7 @@ def ninja_path(path: str | Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+PRECOMPILED = "-fpch-preprocess"
 RULE = """rule {name}
   command = ${name} $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
@@ -79,7 +80,7 @@ def write_ninja(libraries: list[Library], build_dir: Path, out_dir: Path) -> Pat
         rule, flags = "nvcc" if unit.nvcc else "cxx", [*unit.flags]
         needs = ""
         if unit.header:
-            flags += ["-fpch-preprocess", "-include", str(build_dir / unit.header.object).removesuffix(".gch")]
+            flags += [PRECOMPILED, "-include", str(build_dir / unit.header.object).removesuffix(".gch")]
             needs = f" | {object_of(unit.header)}"
         lines.append(f"build {object_of(unit)}: {rule} {ninja_path(unit.source)}{needs}")
         lines.append(f"  flags = {' '.join(map(shell, flags))}")
@@ -145,7 +146,8 @@ def run_ninja(
         if database:
             told = subprocess.run([*command, "-t", "compdb", "cxx", "nvcc"], capture_output=True, check=False)
             aside = database.with_suffix(".tmp")
-            aside.write_bytes(told.stdout)
+            header = rb"%b -include ('[^']*'|\S+)" % PRECOMPILED.encode()
+            aside.write_bytes(re.sub(header, b"", told.stdout))  # clangd cannot read it
             aside.replace(database)
         result = subprocess.run(
             [*command, "-j", jobs, *([str(wanted)] if wanted else [])], env=environment, check=False

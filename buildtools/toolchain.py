@@ -41,6 +41,12 @@ def is_zig() -> bool:
     return re.search(r"(ziglang|\bzig) +c\+\+", os.environ.get("CXX", "")) is not None
 
 
+def is_gcc() -> bool:
+    """Whether CXX is g++, by its name, which on macOS is clang's too; perhaps behind ccache."""
+    command = os.environ.get("CXX", "g++")
+    return re.search(r"(^|[ /-])g\+\+(-\d+)?$", command) is not None and target()[1] == "linux"
+
+
 def this_machine() -> tuple[str, str]:
     """Processor and system, such as ("x86_64", "linux") and ("aarch64", "macos")."""
     machine, system = platform.machine().lower(), platform.system().lower()

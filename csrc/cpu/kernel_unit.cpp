@@ -4,8 +4,7 @@
 //
 // To keep the instructions out of every other unit, nothing from the standard library is instantiated here and all code
 // sits in an anonymous namespace; a test disassembles the shared objects and fails on wide registers outside of isa_*.
-#include "intrinsics.h"
-#include "kernels.h"
+#include "kernel_prelude.h"
 
 #define QUOTED(file) #file
 // clang-format off
@@ -16,8 +15,6 @@
 
 namespace gptfast::cpu::GPTFAST_ISA {
 namespace {
-#include "simd.h"
-
 #include HEADER(GPTFAST_KERNEL)
 }  // namespace
 

@@ -1,6 +1,5 @@
 // One of the engine's kernels for one instruction set, as csrc/cpu/kernel_unit.cpp has those of the ops.
-#include "../cpu/intrinsics.h"
-#include "kernels.h"
+#include "kernel_prelude.h"
 
 #define QUOTED(file) #file
 // clang-format off
@@ -11,9 +10,6 @@
 
 namespace gptfast::engine::GPTFAST_ISA {
 namespace {
-using namespace gptfast::cpu;
-#include "../cpu/simd.h"
-
 #include HEADER(GPTFAST_KERNEL)
 }  // namespace
 
