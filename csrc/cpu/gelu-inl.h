@@ -44,12 +44,16 @@ template <DType T, int ROWS, class Fn>
 INL void gelu_columns(const GeluParams& p, i64 r, const float* bias, i64 c0, i64 n, Fn f) {
   const void* x[ROWS];
   for (int u = 0; u < ROWS; u++) x[u] = row(p.x, r + u);
-  for_lanes(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
-    UNROLL_FOR (int u = 0; u < ROWS; u++) {
-      const F z = load_as<T>(x[u], c0 + c, k);
-      f(u, c, bias ? z + load_lanes(bias + c, k) : z, k);
-    }
-  });
+  const auto vector_of = [&](int u, i64 c, i64 k) __attribute__((always_inline)) {
+    const F z = load_as<T>(x[u], c0 + c, k);
+    f(u, c, bias ? z + load_lanes(bias + c, k) : z, k);
+  };
+  i64 c = 0;
+  if constexpr (ROWS > 1)
+    for (; c + L <= n; c += L)
+      UNROLL_FOR (int u = 0; u < ROWS; u++) vector_of(u, c, L);
+  for (; c < n; c += L)  // the end of two rows, or a row that stands alone
+    ROLLED_FOR (int u = 0; u < ROWS; u++) vector_of(u, c, n - c < L ? n - c : L);
 }
 // f(r, rows, n) over rows by twos: two streams from memory are faster than one (3.5 -> 2.9 ms at 4096 x 3072 fp32). The
 // last row of all may be short, and stands alone: n columns from c0 on.

@@ -25,10 +25,13 @@
 #define INL_MEMBER inline __attribute__((always_inline))
 #ifdef GPTFAST_SCALAR
 #define UNROLL_FOR for  // tiles of 4 lanes are many, and take a compiler a minute when they are unrolled
+#define ROLLED_FOR for
 #elif defined(__clang__) && !defined(__x86_64__)
 #define UNROLL_FOR _Pragma("clang loop unroll_count(16)") for
+#define ROLLED_FOR _Pragma("clang loop unroll(disable)") for
 #else
 #define UNROLL_FOR _Pragma("GCC unroll 16") for
+#define ROLLED_FOR _Pragma("GCC unroll 1") for  // compiled once: for what is rarely run
 #endif
 
 #if !defined(GPTFAST_SCALAR) && (defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
