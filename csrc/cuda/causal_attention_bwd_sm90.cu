@@ -216,22 +216,14 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
     }
     if (!KEYS && edge) clean(stage);
     if (active) {
-      if constexpr (KEYS) {
-        uint32_t kept_weights[BN / 16][4];
-        pack(kept_weights, s);
-        pack(weights, dp);
-        wgmma_fence();
-        add_weighted_rows(sum1, kept_weights, 1, stage);
-        add_weighted_rows(sum0, weights, 0, stage);
-        wgmma_commit();
-        wgmma_wait<0>();
-      } else {
-        pack(weights, dp);
-        wgmma_fence();
-        add_weighted_rows(sum0, weights, 0, stage);
-        wgmma_commit();
-        wgmma_wait<0>();
-      }
+      uint32_t kept_weights[BN / 16][4];
+      if constexpr (KEYS) pack(kept_weights, s);
+      pack(weights, dp);
+      wgmma_fence();
+      if constexpr (KEYS) add_weighted_rows(sum1, kept_weights, 1, stage);
+      add_weighted_rows(sum0, weights, 0, stage);
+      wgmma_commit();
+      wgmma_wait<0>();
     }
     if (lane == 0) mbarrier_arrive(used(stage));
   }
