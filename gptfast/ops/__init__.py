@@ -5,6 +5,7 @@ from gptfast.ops import _flops
 from gptfast.ops._low_rank import LowRank as LowRank
 from gptfast.ops._registry import register_properties as _register_properties
 from gptfast.ops.add_layer_norm import add_layer_norm
+from gptfast.ops.add_rms_norm import add_rms_norm
 from gptfast.ops.causal_attention import causal_attention
 from gptfast.ops.cross_entropy import cross_entropy
 from gptfast.ops.dequantize_nf4 import dequantize_nf4, quantize_nf4
@@ -17,10 +18,16 @@ from gptfast.ops.linear_cross_entropy import linear_cross_entropy, linear_logpro
 from gptfast.ops.lora_linear import lora_linear as lora_linear  # for gptfast.nn, not for users
 from gptfast.ops.padding import real_keys
 from gptfast.ops.quantized_linear import quantize_groups, quantized_linear
+from gptfast.ops.relu_squared import relu_squared
+from gptfast.ops.rms_norm import rms_norm
+from gptfast.ops.rotary import rotary
+from gptfast.ops.rotary_tables import rotary_tables
 from gptfast.ops.sample import sample
+from gptfast.ops.swiglu import swiglu
 
 __all__ = [
     "add_layer_norm",
+    "add_rms_norm",
     "causal_attention",
     "cross_entropy",
     "dequantize_nf4",
@@ -36,7 +43,12 @@ __all__ = [
     "quantize_nf4",
     "quantized_linear",
     "real_keys",
+    "relu_squared",
+    "rms_norm",
+    "rotary",
+    "rotary_tables",
     "sample",
+    "swiglu",
 ]
 
 _triton.register()

@@ -53,14 +53,8 @@ def add_layer_norm(
         TypeError, ValueError: wrong dtype, shape, device or range.
     """
     op = "add_layer_norm"
-    check_norm(op, x, weight, bias, eps)
-    check_float(op, residual=residual)
-    check_same_device(op, x=x, residual=residual)
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"{op}: residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}; they must be equal"
-        )
-    check_probability(op, "dropout_p", dropout_p)
+    check_norm(op, x, eps, weight=weight, bias=bias)
+    check_sum(op, x, residual, dropout_p)
     seed, offset = stream(op, seed, offset, dropout_p > 0, first_row, math.prod(x.shape[1:-1]))
     y_dtype = result_dtype(op, out_dtype, torch.promote_types(x.dtype, residual.dtype))
     runs_on = resolve(op, backend, x, residual, weight, bias)
@@ -69,6 +63,17 @@ def add_layer_norm(
         return reference.add_layer_norm(x, residual, weight, bias, float(eps), *dropout, out_dtype=y_dtype)
     options = (float(eps), float(dropout_p), seed, offset, KERNEL_DTYPES.index(y_dtype))
     return _fused(runs_on, x, residual, weight, bias, *options)[:2]
+
+
+def check_sum(op: str, x: Tensor, residual: Tensor, dropout_p: float) -> None:
+    """The checks of dropout(x) + residual."""
+    check_float(op, residual=residual)
+    check_same_device(op, x=x, residual=residual)
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{op}: residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}; they must be equal"
+        )
+    check_probability(op, "dropout_p", dropout_p)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

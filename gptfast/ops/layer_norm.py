@@ -42,7 +42,7 @@ def layer_norm(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, eps or out_dtype.
     """
-    check_norm("layer_norm", x, weight, bias, eps)
+    check_norm("layer_norm", x, eps, weight=weight, bias=bias)
     y_dtype = result_dtype("layer_norm", out_dtype, x.dtype)
     runs_on = resolve("layer_norm", backend, x, weight, bias)
     if runs_on == "eager":
@@ -50,14 +50,14 @@ def layer_norm(
     return _fused(runs_on, x, weight, bias, float(eps), KERNEL_DTYPES.index(y_dtype))[0]
 
 
-def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-    """The checks that layer_norm and add_layer_norm share."""
-    check_float(op, x=x, weight=weight, bias=bias)
-    check_same_device(op, x=x, weight=weight, bias=bias)
+def check_norm(op: str, x: Tensor, eps: float, **vectors: Tensor | None) -> None:
+    """The checks that the norms share. vectors: weight and bias, (C,)."""
+    check_float(op, x=x, **vectors)
+    check_same_device(op, x=x, **vectors)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (..., C) with C >= 1")
-    check_vector(op, "weight", weight, x.shape[-1], "x")
-    check_vector(op, "bias", bias, x.shape[-1], "x")
+    for name, vector in vectors.items():
+        check_vector(op, name, vector, x.shape[-1], "x")
     check_number(op, "eps", eps)
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{op}: eps is {eps}; expected a finite number >= 0, such as 1e-5")

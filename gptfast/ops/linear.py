@@ -17,6 +17,7 @@ from gptfast.ops._registry import define_python_op, differentiable, forbid_doubl
 from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.gelu import gelu
 from gptfast.ops.gemm import MIN_ROWS, gemm, is_forced
+from gptfast.ops.relu_squared import relu_squared
 
 OP = "linear"
 GELUS = {"gelu_tanh": "tanh", "gelu": "none"}  # fused with the bias
@@ -42,7 +43,7 @@ def linear(
         weight: (out_features, in_features), of x's dtype, or of any under autocast; its gradient is laid out as it is, so
             the transpose of an (in_features, out_features) matrix costs no copy.
         bias: (out_features,) or None.
-        activation: None, "gelu_tanh", "gelu", "relu", "silu", "quick_gelu" (z sigmoid(1.702 z)) or "tanh".
+        activation: None, "gelu_tanh", "gelu", "relu", "relu_squared", "silu", "quick_gelu" (z sigmoid(1.702 z)) or "tanh".
         backend: see `gptfast.backend`.
     Returns:
         (..., out_features).
@@ -68,6 +69,8 @@ def activated(y: Tensor, bias: Tensor | None, activation: str | None, backend: s
     """activation(y), where y has the bias already, except for a GELU: the op adds it."""
     if activation in GELUS:
         return gelu(y, bias, GELUS[activation], backend=backend)
+    if activation == "relu_squared":
+        return relu_squared(y, backend=backend)
     return y if activation is None else reference.ACTIVATIONS[activation](y)
 
 

@@ -134,8 +134,9 @@ def targets(case: Case, g: torch.Generator) -> Tensor:
 
 
 def rows(op: str, N: int, C: int, layout: str = "contiguous", bench: bool = False, **extra: Any) -> Case:
-    """A case over (N, C); bias, fp32_weights and fp32_residual are dimensions, all else options."""
-    dims = {"N": N, "C": C, **{k: extra.pop(k) for k in ("bias", "fp32_weights", "fp32_residual") if k in extra}}
+    """A case over (N, C); bias, no_weight, fp32_weights and fp32_residual are dimensions, all else options."""
+    names = ("bias", "no_weight", "fp32_weights", "fp32_residual")
+    dims = {"N": N, "C": C, **{k: extra.pop(k) for k in names if k in extra}}
     return Case(op, dims, extra, layout, bench)
 
 

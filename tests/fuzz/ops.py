@@ -250,6 +250,35 @@ def _norm(rng: random.Random, op: str) -> OddCase:
     return OddCase(op, dims, options, rng.choice(["contiguous", "strided"]))
 
 
+def _rms(rng: random.Random, op: str) -> OddCase:
+    case = _norm(rng, op)
+    case.dims["no_weight"] = 1 - case.dims.pop("bias")
+    if op == "add_rms_norm":
+        case.options.update(_options(rng, dropout_p=[0.1, 0.5, 1.0], offset=[0, 2**32 - 1]))
+        case.options["seed"] = rng.choice(SEEDS)
+    return case
+
+
+def _rotary(rng: random.Random) -> OddCase:
+    D = rng.choice([2, 5, 8, 31, 32, 34, 64, 80, 128])
+    dims = {"B": rng.choice([0, 1, 2, 3]), "H": rng.choice([1, 2, 3]), "T": rng.choice(SIZES), "D": D}
+    dims |= {"R": 2 * rng.randint(1, D // 2), "n": dims["T"] + rng.choice([0, 1, 50])}
+    options = _options(rng, layout=["neox", "interleaved"])
+    if rng.random() < 0.5 and dims["n"]:
+        shape = rng.choice([(dims["T"],), (1, dims["T"]), (dims["B"], dims["T"])])
+        places = torch.randint(dims["n"], shape, generator=torch.Generator().manual_seed(rng.randrange(99)))
+        options["positions"] = places.to(rng.choice([torch.int32, torch.int64]))
+    return OddCase("rotary", dims, options, rng.choice(["contiguous", "strided"]))
+
+
+def _swiglu(rng: random.Random) -> OddCase:
+    options = _options(rng, alpha=[1.702, 0.5], limit=[7.0, 1.0])
+    dims = _dims(rng, "NC", packed=[0, 1])
+    if dims["packed"]:
+        options |= _options(rng, layout=["halves", "interleaved"])
+    return OddCase("swiglu", dims, options, rng.choice(["contiguous", "strided"]))
+
+
 def _losses(rng: random.Random, op: str, names: str) -> OddCase:
     dims = {name: max(size, 1) for name, size in _dims(rng, names).items()}
     options = _options(rng, ignore_index=[-1, 0, -100], reduction=["mean", "sum", "none"], label_smoothing=[0.1, 1.0])
@@ -280,6 +309,11 @@ OPS: dict[str, Callable[[random.Random], OddCase]] = {
     ),
     "layer_norm": lambda rng: _norm(rng, "layer_norm"),
     "add_layer_norm": lambda rng: _norm(rng, "add_layer_norm"),
+    "rms_norm": lambda rng: _rms(rng, "rms_norm"),
+    "add_rms_norm": lambda rng: _rms(rng, "add_rms_norm"),
+    "rotary": _rotary,
+    "swiglu": _swiglu,
+    "relu_squared": lambda rng: OddCase("relu_squared", _dims(rng, "NC"), {}, rng.choice(["contiguous", "strided"])),
     "dropout": lambda rng: OddCase(
         "dropout", _dims(rng, "NC"), {"p": rng.choice([0.0, 0.1, 1.0]), "seed": rng.choice(SEEDS)}
     ),
@@ -298,6 +332,10 @@ NAMES = {  # options that are damaged too where a case has not got them
     ],
     "layer_norm": ["eps"],
     "add_layer_norm": ["eps", "dropout_p", "seed", "offset"],
+    "rms_norm": ["eps"],
+    "add_rms_norm": ["eps", "dropout_p", "seed", "offset"],
+    "rotary": ["positions", "layout"],
+    "swiglu": ["alpha", "limit", "layout"],
     "gelu": ["approximate"],
     "dropout": ["seed", "offset"],
     "cross_entropy": ["ignore_index", "reduction", "label_smoothing"],

@@ -13,7 +13,15 @@ from gptfast.ops import reference
 from gptfast.testing import SPECS, bench_cases, cases
 
 # Made from another op, or of no kernel: the tests of that op or of its file cover them.
-HELPERS = {"dropout_mask", "embedding", "linear_logprobs", "quantize_groups", "quantize_nf4", "real_keys"}
+HELPERS = {
+    "dropout_mask",
+    "embedding",
+    "linear_logprobs",
+    "quantize_groups",
+    "quantize_nf4",
+    "real_keys",
+    "rotary_tables",
+}
 TESTS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
 PUBLIC = sorted(set(ops.__all__) - HELPERS)
 

@@ -17,11 +17,18 @@ from gptfast.backend import has_cpu_ops
 from gptfast.testing import CASES
 
 R = torch.randn
+TABLES = ops.rotary_tables(5, 6)
 OPS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "gelu": (ops.gelu, (R(3, 8), R(8))),
     "linear": (lambda x, w, b: ops.linear(x, w, b, "gelu"), (R(70, 8), R(5, 8), R(5))),
     "layer_norm": (ops.layer_norm, (R(3, 8), R(8), R(8))),
     "add_layer_norm": (lambda x, r, w: ops.add_layer_norm(x, r, w)[0], (R(3, 8), R(3, 8), R(8))),
+    "rms_norm": (ops.rms_norm, (R(3, 8), R(8))),
+    "add_rms_norm": (lambda x, r, w: ops.add_rms_norm(x, r, w)[0], (R(3, 8), R(3, 8), R(8))),
+    "rotary": (lambda x: ops.rotary(x, *TABLES, positions=torch.tensor([1, 0, 4])), (R(1, 2, 3, 8),)),
+    "swiglu": (lambda g, u: ops.swiglu(g, u, alpha=1.702, limit=1.0), (R(3, 8), R(3, 8))),
+    "swiglu of one": (lambda g: ops.swiglu(g, layout="interleaved"), (R(3, 8),)),
+    "relu_squared": (ops.relu_squared, (R(3, 8),)),
     "dropout": (lambda x: ops.dropout(x, 0.3, seed=1), (R(3, 8),)),
     "embedding": (lambda w: ops.embedding(torch.tensor([[1, 0, 2]]), w), (R(4, 8),)),
     "causal_attention": (ops.causal_attention, (R(1, 2, 5, 8), R(1, 2, 5, 8), R(1, 2, 5, 8))),

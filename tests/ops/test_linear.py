@@ -142,7 +142,7 @@ def test_pure():
 
 def test_fp64_passes_gradcheck():
     args = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((17, 5), (3, 5), (3,))]
-    for activation in (None, "gelu_tanh", "relu", "silu", "quick_gelu", "tanh"):
+    for activation in (None, "gelu_tanh", "relu", "relu_squared", "silu", "quick_gelu", "tanh"):
         torch.autograd.gradcheck(lambda x, w, b, a=activation: ops.linear(x, w, b, a), args)
 
 

@@ -38,6 +38,9 @@ def total(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 OPS = {
     "layer_norm": Op(ops.layer_norm, (ROWS, COLUMNS, COLUMNS)),
     "add_layer_norm": Op(lambda *a: sum(ops.add_layer_norm(*a)), (ROWS, ROWS, COLUMNS, COLUMNS), 2, rounds=True),
+    "rms_norm": Op(ops.rms_norm, (ROWS, COLUMNS)),
+    "add_rms_norm": Op(lambda *a: sum(ops.add_rms_norm(*a)), (ROWS, ROWS, COLUMNS), 2, rounds=True),
+    "swiglu": Op(ops.swiglu, (ROWS, ROWS), 2, rounds=True),
     "gelu": Op(ops.gelu, (ROWS, COLUMNS), rounds=True),  # in bf16 the slope is exact to 2^-14
     "embedding": Op(lambda wte, wpe: ops.embedding(IDS, wte, wpe), (VOCABULARY, ROWS), 0, rounds=True),
     "quantized_linear": Op(lambda x, bias: ops.quantized_linear(x, CODES, SCALES, bias), (ROWS, (V,)), rounds=True),

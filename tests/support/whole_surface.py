@@ -111,6 +111,11 @@ def functions() -> dict[str, Callable[[], Any]]:
     return {
         "layer_norm": graded(lambda: ops.layer_norm(x, w, b), x, w, b),
         "add_layer_norm": graded(lambda: ops.add_layer_norm(x, x.roll(1, 0), w, b, dropout_p=0.2, seed=1), x, w, b),
+        "rms_norm": graded(lambda: ops.rms_norm(x, w), x, w),
+        "add_rms_norm": graded(lambda: ops.add_rms_norm(x, x.roll(1, 0), w, dropout_p=0.2, seed=1), x, w),
+        "rotary": graded(lambda: ops.rotary(q, *ops.rotary_tables(5, 16, device="cpu")), q),
+        "swiglu": graded(lambda: ops.swiglu(x, x.roll(1, 0), alpha=1.702, limit=1.0), x),
+        "relu_squared": graded(lambda: ops.relu_squared(x), x),
         "gelu": graded(lambda: ops.gelu(x, b), x, b),
         "dropout": graded(lambda: ops.dropout(x, 0.4, seed=3, offset=1), x),
         "dropout_mask": lambda: ops.dropout_mask((2, 3, 5), 0.4, seed=3),

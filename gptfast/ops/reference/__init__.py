@@ -8,12 +8,25 @@ Named dimensions: B batch, T queries, S keys, H heads, D head_dim, C channels, V
 from gptfast.ops.reference.attention import attention, causal_attention, visible_keys
 from gptfast.ops.reference.losses import cross_entropy, linear_cross_entropy
 from gptfast.ops.reference.products import dequantize_nf4, linear, quantized_linear
-from gptfast.ops.reference.rows import ACTIVATIONS, add_layer_norm, dropout, embedding, gelu, layer_norm
+from gptfast.ops.reference.rows import (
+    ACTIVATIONS,
+    add_layer_norm,
+    add_rms_norm,
+    dropout,
+    embedding,
+    gelu,
+    layer_norm,
+    relu_squared,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from gptfast.ops.reference.sampling import kept_tokens, sample
 
 __all__ = [
     "ACTIVATIONS",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "causal_attention",
     "cross_entropy",
@@ -26,6 +39,10 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "quantized_linear",
+    "relu_squared",
+    "rms_norm",
+    "rotary",
     "sample",
+    "swiglu",
     "visible_keys",
 ]

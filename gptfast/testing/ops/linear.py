@@ -40,6 +40,7 @@ SPEC = Spec(
         case(31, 513, 40, activation="gelu_tanh"),
         case(130, 8, 770, "strided", activation="gelu"),
         case(33, 70, 65, "strided", activation="relu"),
+        case(31, 40, 130, activation="relu_squared"),
         case(31, 40, 130, activation="silu"),
         case(31, 40, 130, activation="quick_gelu"),
         case(31, 40, 130, activation="tanh"),
