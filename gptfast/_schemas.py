@@ -114,6 +114,9 @@ PYTHON = (
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "linear_bwd(Tensor dy, Tensor x, Tensor weight, bool want_x, bool want_weight, bool want_bias) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "grouped_linear_fwd(Tensor x, Tensor offsets, Tensor weight, Tensor? bias) -> Tensor",
+    "grouped_linear_bwd(Tensor dy, Tensor x, Tensor offsets, Tensor weight, bool want_x, bool want_weight, bool want_bias) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     f"lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, {_LOW_RANK}) -> Tensor[]",
     f"lora_linear_bwd(Tensor dy, Tensor x, Tensor weight, {_LOW_RANK.replace(_FACTORS, _FACTORS + ', Tensor[] low')}, "
     "bool want_x, bool want_weight, bool want_bias, bool[] want_factors) -> Tensor[]",

@@ -60,6 +60,10 @@ def register(new: Backend) -> None:
         tried.append(new.name)
 
 
+PRODUCTS = {"linear", "grouped_linear", "moe"}
+"""Ops that a backend without kernels of its own has too: their products are PyTorch's there."""
+
+
 def ops_of(name: str) -> set[str]:
     """The public ops that the loaded libraries of a backend have kernels for."""
     key, prefix = _backends[name].device.upper(), _backends[name].namespace + "::"
@@ -70,7 +74,7 @@ def ops_of(name: str) -> set[str]:
     }
     if "cross_entropy" in found:
         found |= {"linear_cross_entropy", "linear_logprobs"}
-    return found | {"linear"} if found else found  # products are PyTorch's where the backend has none
+    return found | PRODUCTS if found else found
 
 
 def has_kernel(op: str, name: str) -> bool:

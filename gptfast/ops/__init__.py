@@ -12,10 +12,12 @@ from gptfast.ops.dequantize_nf4 import dequantize_nf4, quantize_nf4
 from gptfast.ops.dropout import dropout, dropout_mask
 from gptfast.ops.embedding import embedding
 from gptfast.ops.gelu import gelu
+from gptfast.ops.grouped_linear import grouped_linear
 from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear import linear
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 from gptfast.ops.lora_linear import lora_linear as lora_linear  # for gptfast.nn, not for users
+from gptfast.ops.moe import load_balance_loss, moe, route
 from gptfast.ops.padding import real_keys
 from gptfast.ops.quantized_linear import quantize_groups, quantized_linear
 from gptfast.ops.relu_squared import relu_squared
@@ -35,10 +37,13 @@ __all__ = [
     "dropout_mask",
     "embedding",
     "gelu",
+    "grouped_linear",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "linear_logprobs",
+    "load_balance_loss",
+    "moe",
     "quantize_groups",
     "quantize_nf4",
     "quantized_linear",
@@ -47,6 +52,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "rotary_tables",
+    "route",
     "sample",
     "swiglu",
 ]

@@ -24,6 +24,16 @@ def _linear_bwd(dy: Shape, x: Shape, weight: Shape, want_x: bool, want_weight: b
     return 2 * prod(dy) * weight[1] * (want_x + want_weight)
 
 
+def _grouped_fwd(x: Shape, offsets: Shape, weight: Shape, *others: Any, **_: Any) -> int:
+    return 2 * prod(x) * weight[1]
+
+
+def _grouped_bwd(
+    dy: Shape, x: Shape, offsets: Shape, weight: Shape, want_x: bool, want_weight: bool, *others: Any, **_: Any
+) -> int:
+    return 2 * prod(dy) * weight[2] * (want_x + want_weight)
+
+
 def _gemm(a: Shape, b: Shape, *others: Any, **_: Any) -> int:
     return 2 * prod(a) * b[1]
 
@@ -75,6 +85,8 @@ def _attention_bwd(dout: Shape, q: Shape, k: Shape, *others: Any, **_: Any) -> i
 FORMULAS = {
     "linear_fwd": _linear_fwd,
     "linear_bwd": _linear_bwd,
+    "grouped_linear_fwd": _grouped_fwd,
+    "grouped_linear_bwd": _grouped_bwd,
     "gemm": _gemm,
     "gemm_few": _gemm,
     "lora_linear_fwd": _lora_fwd,

@@ -17,10 +17,12 @@ HELPERS = {
     "dropout_mask",
     "embedding",
     "linear_logprobs",
+    "load_balance_loss",
     "quantize_groups",
     "quantize_nf4",
     "real_keys",
     "rotary_tables",
+    "route",
 }
 TESTS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
 PUBLIC = sorted(set(ops.__all__) - HELPERS)

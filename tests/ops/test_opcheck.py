@@ -23,6 +23,7 @@ DIFFERENTIABLE = {
     "dropout": ("x",),
     "embedding_fwd": ("wte", "wpe"),
     "gelu_fwd": ("x", "bias"),
+    "grouped_linear_fwd": ("x", "weight", "bias"),
     "layer_norm_fwd": ("x", "weight", "bias"),
     "linear_cross_entropy_fwd": ("hidden", "weight"),
     "linear_cross_entropy_total": ("hidden", "weight"),

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from gptfast import ops
-from gptfast.backend import has_kernel
+from gptfast.backend import PRODUCTS, has_kernel
 from gptfast.generation import arguments
 from gptfast.nn import inputs
 from gptfast.testing import DTYPES, cases
+from tests.ops.test_every_op import HELPERS
 from tests.support import ROOT, emulated
 
 README = ROOT / "README.md"
@@ -30,16 +31,7 @@ def test_support_matrix():
         if len(row) != len(header):
             break
         rows.append(row)
-    without_row = {
-        "dropout_mask",
-        "embedding",
-        "linear_logprobs",
-        "quantize_groups",
-        "quantize_nf4",
-        "real_keys",
-        "rotary_tables",
-    }
-    assert {row[0] for row in rows} == set(ops.__all__) - without_row
+    assert {row[0] for row in rows} == set(ops.__all__) - HELPERS
     dtypes = {**DTYPES, "fp64": torch.float64}
     for row in rows:
         case = cases(row[0])[0]
@@ -48,10 +40,8 @@ def test_support_matrix():
             if backend == "cuda":
                 assert cell == ("yes" if emulated.has_kernel(row[0]) else "no"), row[0]
                 continue
-            if (
-                backend == "triton"
-            ):  # tests/triton/test_triton.py runs what is registered; linear is PyTorch's own there
-                assert cell == ("yes" if has_kernel(row[0], "triton") and row[0] != "linear" else "no"), row[0]
+            if backend == "triton":  # tests/triton/test_triton.py runs what is registered
+                assert cell == ("yes" if has_kernel(row[0], "triton") and row[0] not in PRODUCTS else "no"), row[0]
                 continue
             args = case.inputs(dtypes.get(dtype, torch.float32))
             works = "yes"

@@ -87,6 +87,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     keys, order = ids(R).sort(stable=True)
     head = {"backend": "cpu", "hidden": rows, "weight": random(V, C), "want_hidden": True, "want_weight": True}
     product = {"x": rows, "weight": random(V, C), "bias": random(V), "dy": random(R, V), "want_x": True}
+    experts = product | {"offsets": torch.tensor([0, 2, 2, R]), "weight": random(3, V, C), "bias": random(3, V)}
     updates = {"a": [random(3, C)], "b": [random(V, 3)], "scales": [0.5], "spans": [1, R - 1], "rates": [0.1]}
     updates |= {"seeds": [5], "offsets": [3], "want_factors": [True, True]}
     low = invoke(ops, "lora_linear_fwd", product | updates)[1:] if hasattr(ops, "lora_linear_fwd") else []
@@ -135,6 +136,8 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         "gemm_few": {"a": rows, "b": random(R, V).bfloat16(), "c": random(C, V)},
         "linear_fwd": product,
         "linear_bwd": product | {"want_weight": True, "want_bias": True},
+        "grouped_linear_fwd": experts,
+        "grouped_linear_bwd": experts | {"want_weight": True, "want_bias": True},
         "lora_linear_fwd": product | updates,
         "lora_linear_bwd": product | updates | {"low": low, "want_weight": True, "want_bias": True},
         "linear_cross_entropy_fwd": loss | head,

@@ -6,6 +6,7 @@ Named dimensions: B batch, T queries, S keys, H heads, D head_dim, C channels, V
 """
 
 from gptfast.ops.reference.attention import attention, causal_attention, visible_keys
+from gptfast.ops.reference.experts import grouped_linear, moe
 from gptfast.ops.reference.losses import cross_entropy, linear_cross_entropy
 from gptfast.ops.reference.products import dequantize_nf4, linear, quantized_linear
 from gptfast.ops.reference.rows import (
@@ -34,10 +35,12 @@ __all__ = [
     "dropout",
     "embedding",
     "gelu",
+    "grouped_linear",
     "kept_tokens",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "moe",
     "quantized_linear",
     "relu_squared",
     "rms_norm",

@@ -1,0 +1,151 @@
+"""Linear layers of many groups of rows, each with a weight of its own: the products of a mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.backend import resolve
+from gptfast.ops import reference
+from gptfast.ops._checks import check_float, check_same_device
+from gptfast.ops._registry import define_python_op, differentiable, forbid_double_backward
+from gptfast.ops._tensors import autocast
+from gptfast.ops.gemm import gemm
+
+OP = "grouped_linear"
+
+
+def grouped_linear(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """x[r] weight[g]^T + bias[g], where row r belongs to group g: offsets[g] <= r < offsets[g + 1].
+
+    A group's products run as those of `linear`; a group without rows costs nothing. The gradients are exact sums over a group's
+    rows, those of a group without rows are 0.
+
+    Args:
+        x: (M, in_features), any float dtype, rows of a group one after another.
+        offsets: (G + 1,) int32 or int64, rising from 0 to M. Products read it on the CPU: on a GPU that waits for it.
+        weight: (G, out_features, in_features), of x's dtype, or of any under autocast. Its gradient is laid out as it is, so
+            the transpose of (G, in_features, out_features) costs no copy.
+        bias: (G, out_features) or None.
+        backend: see `gptfast.backend`.
+    Returns:
+        (M, out_features).
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device, or offsets that do not rise from 0 to M.
+    """
+    check_float(OP, x=x, weight=weight, bias=bias)
+    check_same_device(OP, x=x, offsets=offsets, weight=weight, bias=bias)
+    x = autocast(x)[0]
+    if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
+        raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
+    if bias is not None and autocast(bias)[0].dtype != autocast(weight)[0].dtype:
+        raise TypeError(f"{OP}: weight is {weight.dtype} but bias is {bias.dtype}; cast one, or use torch.autocast")
+    if resolve(OP, backend, x) == "eager" and x.device.type != "meta":
+        _check(x, offsets, weight, bias)
+        _groups(offsets, len(x))
+        return reference.grouped_linear(x, offsets, autocast(weight)[0], None if bias is None else autocast(bias)[0])
+    return _fused("cpu", x, offsets, weight, bias)
+
+
+def _check(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
+        raise ValueError(
+            f"{OP}: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; expected x (M, in_features) and "
+            "weight (G, out_features, in_features)"
+        )
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ValueError(
+            f"{OP}: bias has shape {tuple(bias.shape)}; expected (G, out_features), {tuple(weight.shape[:2])}"
+        )
+    if offsets.dtype not in (torch.int32, torch.int64) or offsets.shape != (len(weight) + 1,):
+        raise ValueError(
+            f"{OP}: offsets is {offsets.dtype} of shape {tuple(offsets.shape)}; expected int32 or int64 of shape "
+            f"({len(weight) + 1},), one more than there are groups"
+        )
+
+
+def _groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
+    """(group, first row, last row) of the groups that have rows; ValueError where offsets do not rise from 0 to rows."""
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] != rows or any(a > b for a, b in pairwise(ends)):
+        shown = ends if len(ends) <= 8 else [*ends[:7], "...", ends[-1]]
+        raise ValueError(f"{OP}: offsets are {shown}; expected numbers that rise from 0 to {rows}, the rows of x")
+    return ((g, a, b) for g, (a, b) in enumerate(pairwise(ends)) if a < b)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offsets, weight, bias = inputs
+    ctx.save_for_backward(x, offsets, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _differentiate(ctx: Any, call: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, _, weight, bias = ctx.needs_input_grad
+    dx, dweight, dbias = call("grouped_linear_bwd", dy, *ctx.saved_tensors, x, weight, bias)
+    return dx if x else None, None, dweight if weight else None, dbias.to(ctx.bias_dtype) if bias else None
+
+
+def _forward(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, offsets, weight, bias)
+    y = _fake_forward(x, offsets, weight, bias)
+    for g, first, last in _groups(offsets, len(x)):
+        own = None if bias is None else bias[g]
+        gemm(x[first:last], weight[g].t(), y[first:last], dtype=x.dtype, bias=own)
+    return y
+
+
+def _backward(
+    dy: Tensor, x: Tensor, offsets: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, offsets, weight)
+    if dy.shape != (len(x), weight.shape[1]):
+        raise ValueError(f"{OP}: dy has shape {tuple(dy.shape)}; expected {(len(x), weight.shape[1])}")
+    dx, dweight, dbias = _fake_backward(dy, x, offsets, weight, want_x, want_weight, want_bias)
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    groups = list(_groups(offsets, len(x)))
+    if len(groups) < len(weight):  # the others have no rows
+        dweight.zero_()
+        dbias.zero_()
+    for g, first, last in groups:
+        rows, sums = dy[first:last], dbias[g] if want_bias else None
+        if want_x:
+            gemm(rows, weight[g], dx[first:last], dtype=x.dtype)
+        transposed = want_weight and dweight.stride(2) != 1
+        if transposed:
+            gemm(x[first:last].t(), rows, dweight[g].t(), dtype=x.dtype)
+        elif want_weight:
+            gemm(rows.t(), x[first:last], dweight[g], dtype=x.dtype, a_sums=sums)
+        if want_bias and (transposed or not want_weight):
+            torch.sum(rows, 0, dtype=torch.float32, out=sums)
+    return dx, dweight, dbias
+
+
+def _fake_forward(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, offsets: Tensor, weight: Tensor, want_x: bool, want_weight: bool, want_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if want_x else (0,)),
+        torch.empty_like(weight) if want_weight else weight.new_empty(0),  # laid out as the weight
+        x.new_empty(weight.shape[:2] if want_bias else (0,), dtype=torch.float32),
+    )
+
+
+define_python_op("grouped_linear_fwd", _forward, _fake_forward)
+define_python_op("grouped_linear_bwd", _backward, _fake_backward)
+_fused = differentiable("grouped_linear_fwd", _save, _differentiate)
+forbid_double_backward(OP, "grouped_linear_bwd")
