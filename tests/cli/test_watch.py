@@ -17,7 +17,7 @@ from rich.console import Console
 
 from gptfast._locks import FileLock
 from gptfast._plots import braille_plot, sparkline
-from gptfast.cli.watch import Viewing, _Viewer
+from gptfast.cli._watch_viewer import Viewer, Viewing
 from gptfast.training.watching import watch_run
 from tests.support.train_command import gptfast, run
 
@@ -150,7 +150,7 @@ def test_following_waits_for_the_run_and_ends_with_it(trained, tmp_path, monkeyp
     """In a terminal: nothing there yet, then it runs, then it has ended."""
     monkeypatch.chdir(tmp_path)
     out, console = Path("run"), Console(file=StringIO(), force_terminal=True, width=90, height=30)
-    viewer = _Viewer(Viewing(run=out, every=0.05, wait=True, samples=False), console)
+    viewer = Viewer(Viewing(run=out, every=0.05, wait=True, samples=False), console)
     following = threading.Thread(target=viewer.follow)
     following.start()
     time.sleep(0.2)

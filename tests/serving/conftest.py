@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gptfast.tokenizer import CharTokenizer
+from tests.support.browser import browser  # noqa: F401
 from tests.support.command import LETTERS
 
 

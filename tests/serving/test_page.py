@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from gptfast.serving.pages import read_page
 from gptfast.serving.text import printable_token
 from gptfast.tokenizer.conversation import ChatFormat
 from tests.finetuning.models import gpt
+from tests.support.browser import wait
 from tests.support.chat_templates import tokenizer_with
-from tests.support.serving_app import Limits, create_app, httpx, serving, wait_until
+from tests.support.serving_app import Limits, create_app, httpx, serving
 
 HELLO = [{"role": "user", "content": "sat the dog?"}]
 
@@ -40,8 +40,8 @@ def url(model, tokenizer):
 
 
 def test_every_file_is_sent_with_a_policy(url):
-    names = [name for name in read_page() if name != "index.html"]
-    assert len(names) >= 9
+    names = [name for name in read_page() if not name.endswith(".html")]
+    assert len(names) >= 11
     for path in ("/", *(f"/page/{name}" for name in names)):
         got = httpx.get(url + path)
         assert got.status_code == 200
@@ -53,7 +53,7 @@ def test_every_file_is_sent_with_a_policy(url):
         )
         assert got.headers["content-type"].startswith(wanted)
     assert httpx.head(url + "/").status_code == 200
-    for path in ("/page/none.js", "/page/..%2fapp.py", "/page/%2e%2e/pages.py"):
+    for path in ("/page/none.js", "/page/..%2fapp.py", "/page/%2e%2e/pages.py", "/page/run.html"):
         assert httpx.get(url + path).status_code == 404
 
 
@@ -65,9 +65,9 @@ def test_the_page_asks_for_nothing_from_elsewhere_and_inserts_no_html():
             assert found == "http://www.w3.org/2000/svg", f"{name} names {found}"
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", text), name
         assert not re.search(r"<script(?![^>]*\ssrc=)|\son\w+=|style=", text), f"{name} has code or style inline"
-    linked = set(re.findall(r"/page/([\w.]+)", read_page()["index.html"].decode()))
+    linked = {found for text in read_page().values() for found in re.findall(r'"/page/([\w.]+)"', text.decode())}
     imported = {found for text in read_page().values() for found in re.findall(r'from "\./([\w.]+)"', text.decode())}
-    assert linked | imported == set(read_page()) - {"index.html"}
+    assert linked | imported == {name for name in read_page() if not name.endswith(".html")}
 
 
 def test_the_page_needs_no_key_and_its_questions_do(model, tokenizer):
@@ -161,21 +161,6 @@ def test_bounds_of_questions(url):
 
 # ---- a browser ----
 
-CHROMIUM = next(
-    (path for name in ("chromium-headless-shell", "chromium", "google-chrome") if (path := shutil.which(name))), None
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed (apt-get install chromium-headless-shell)")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
 
 @pytest.fixture
 def page(browser, url):
@@ -191,11 +176,6 @@ def page(browser, url):
     yield page
     context.close()
     assert wrong == []
-
-
-def wait(page, condition):
-    """Wait until a condition holds. The driver's own way evaluates texts in the page, which the page's policy forbids."""
-    wait_until(lambda: page.evaluate(condition))
 
 
 def send(page, text):
