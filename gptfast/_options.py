@@ -16,6 +16,7 @@ from gptfast._checks import check_count, check_real
 
 T = TypeVar("T", bound=type)
 _KEY = "option"
+_BOOLS = {"bool": bool, "bool | None": (bool, type(None))}  # by annotation
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def check_fields(owner: str, config: Any) -> None:
         value, allowed = getattr(config, name), f.metadata[_KEY].allowed if _KEY in f.metadata else None
         if allowed is not None:
             _check(owner, name, value, allowed, str(f.type).endswith("| None"))
-        elif str(f.type) == "bool" and not isinstance(value, bool):
+        elif not isinstance(value, _BOOLS.get(str(f.type), object)):
             raise TypeError(f"{owner}: {name} is {value!r}; expected True or False")
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, fields, replace
 from typing import Any
 
+from gptfast._contradictions import check_shape
 from gptfast._options import Real, Whole, check_fields, describe_fields, option
+from gptfast._presets import PRESETS
+from gptfast._rope import RopeScaling
 
 _LARGEST = 2**31 - 1  # of a size: products of two fit in 64 bits
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+_BIASES = ("attn_bias", "attn_out_bias", "mlp_bias", "norm_bias")
 _SIZE = Whole(1, _LARGEST)
 _PROBABILITY = Real(0, most=1, noun="a probability")
 
@@ -42,26 +46,71 @@ class GPTConfig:
     final_norm: bool = option(True, "One more LayerNorm before the head (GPT-2, GPT-3).")
     activation: str = option(
         "gelu_tanh",
-        'Activation of the MLP: "gelu_tanh" (all published GPTs), "gelu" (exact), "relu", "silu", "quick_gelu" or "tanh".',
-        allowed=("gelu_tanh", "gelu", "relu", "silu", "quick_gelu", "tanh"),
+        'Activation of the MLP: "gelu_tanh" (all published GPTs), "gelu" (exact), "relu", "silu", "quick_gelu", "tanh", '
+        '"relu_squared" (nanochat), or "swiglu": silu of a gate times the rest, from twice as many rows (Llama).',
+        allowed=("gelu_tanh", "gelu", "relu", "silu", "quick_gelu", "tanh", "relu_squared", "swiglu"),
     )
     attention_pattern: str = option(
         "dense",
-        '"dense", or "alternating": layers 1, 3, 5, ... see only the last `window` positions (GPT-3).',
-        allowed=("dense", "alternating"),
+        '"dense"; "alternating": layers 1, 3, 5, ... see only the last `window` positions (GPT-3); or letters, one a layer and '
+        'from the first again after the last: S (short) for such a layer, L (long) for a dense one. "SL" is gpt-oss.',
     )
     window: int | None = option(
         None, 'Positions that a banded layer sees, its own included; None with "dense".', allowed=_SIZE
     )
     position_embedding: str = option(
         "learned",
-        '"learned", or "sinusoidal": fixed, added to sqrt(n_embd) times the token embedding (Vaswani et al., arXiv '
-        "1706.03762, sections 3.4 and 3.5).",
-        allowed=("learned", "sinusoidal"),
+        '"learned"; "sinusoidal": fixed, added to sqrt(n_embd) times the token embedding (Vaswani et al., arXiv '
+        '1706.03762, sections 3.4 and 3.5); or "rotary": queries and keys are rotated (Su et al., arXiv 2104.09864).',
+        allowed=("learned", "sinusoidal", "rotary"),
     )
     tie_weights: bool = option(True, "The head uses the token embedding matrix.")
     bias: bool = option(True, "Biases in the linear layers and LayerNorms.")
-    layer_norm_epsilon: float = option(1e-5, "Added to the variance in LayerNorm, > 0.", allowed=Real(above=0))
+    layer_norm_epsilon: float = option(
+        1e-5, "Added to the variance in LayerNorm, to the mean square in RMSNorm, > 0.", allowed=Real(above=0)
+    )
+    n_kv_head: int | None = option(
+        None,
+        "Heads of keys and values, a divisor of `n_head`: so many queries share one (grouped queries).",
+        words="n_head",
+        allowed=_SIZE,
+    )
+    head_size: int | None = option(
+        None, "D, where it is not this share of `n_embd`.", words="n_embd / n_head", allowed=Whole(1, 256)
+    )
+    norm: str = option(
+        "layer_norm", '"layer_norm", or "rms_norm" (Llama), which has no bias.', allowed=("layer_norm", "rms_norm")
+    )
+    norm_affine: bool = option(True, "The norms have weights; False in nanochat.")
+    qk_norm: bool = option(False, "RMSNorm of each head's queries and keys, before rotary positions (Qwen3, nanochat).")
+    embedding_norm: bool = option(False, "One more norm after the embedding (nanochat).")
+    parallel_residual: bool = option(
+        False, "Attention and MLP of a block both read its input, each through its own norm (GPT-NeoX)."
+    )
+    rope_theta: float = option(1e4, 'Longest wavelength / 2 pi of "rotary", in tokens.', allowed=Real(above=1))
+    partial_rotary_factor: float = option(
+        1.0, "Part of a head's channels that is rotated, the first ones, in (0, 1].", allowed=Real(above=0, most=1)
+    )
+    rotary_layout: str = option(
+        "neox",
+        'Which channels are rotated as a pair: "neox": one of each half (GPT-NeoX, Llama); "interleaved": neighbours (GPT-J); '
+        '"reversed": as "neox", the other way round (nanochat).',
+        allowed=("neox", "interleaved", "reversed"),
+    )
+    rope_scaling: RopeScaling | Mapping[str, Any] | None = option(
+        None, "Scaling of rotary positions, as in transformers: rope_type linear, llama3 or yarn, factor, ..."
+    )
+    attn_bias: bool | None = option(None, "Biases of queries, keys and values.", words="bias")
+    attn_out_bias: bool | None = option(None, "Bias of the projection after attention.", words="bias")
+    mlp_bias: bool | None = option(None, "Biases of the MLP.", words="bias")
+    norm_bias: bool | None = option(None, "Biases of the LayerNorms.", words="bias")
+    attention_sinks: bool = option(
+        False, "A learned logit a head in the denominator of the softmax, of no key (gpt-oss)."
+    )
+    attn_softcap: float | None = option(None, "c: attention logits x become c tanh(x / c).", allowed=Real(above=0))
+    logit_softcap: float | None = option(
+        None, "c: the logits x of the head become c tanh(x / c) (nanochat: 15).", allowed=Real(above=0)
+    )
     dropout: InitVar[float | None] = option(
         None,
         "Part of the activations that training sets to 0 at random, in [0, 1]. It keeps a model from memorising a small text "
@@ -73,22 +122,9 @@ class GPTConfig:
         if dropout is not None:
             for name in _DROPOUTS:
                 object.__setattr__(self, name, dropout)
+        object.__setattr__(self, "rope_scaling", RopeScaling.of(self.rope_scaling))
         check_fields("GPTConfig", self)
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"GPTConfig: n_embd is {self.n_embd} but n_head is {self.n_head}; n_embd must be a multiple "
-                f"of n_head - try n_embd={_multiples_near(self.n_embd, self.n_head)}"
-            )
-        if self.head_dim > 256:
-            raise ValueError(
-                f"GPTConfig: n_embd={self.n_embd} over n_head={self.n_head} gives a head_dim of "
-                f"{self.head_dim}; at most 256 is supported - use n_head >= {math.ceil(self.n_embd / 256)}"
-            )
-        if (self.attention_pattern == "alternating") != (self.window is not None):
-            raise ValueError(
-                f"GPTConfig: attention_pattern is {self.attention_pattern!r} with window={self.window}; "
-                "'alternating' needs a window (such as 256) and 'dense' takes none"
-            )
+        check_shape(self)
 
     @classmethod
     def preset(cls, name: str, dropout: float | None = None, **overrides: Any) -> GPTConfig:
@@ -117,68 +153,100 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         """D, channels per head."""
-        return self.n_embd // self.n_head
+        return self.n_embd // self.n_head if self.head_size is None else self.head_size
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def attn_dim(self) -> int:
+        """Channels of all heads together."""
+        return self.n_head * self.head_dim
+
+    @property
+    def qkv_dim(self) -> int:
+        """Channels of queries, keys and values together."""
+        return (self.n_head + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def inner_dim(self) -> int:
         """Hidden channels of the MLP."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
+    @property
+    def fc_dim(self) -> int:
+        """Rows of the MLP's first matrix: with "swiglu" those of the gate, then as many others."""
+        return 2 * self.inner_dim if self.activation == "swiglu" else self.inner_dim
+
+    def has_bias(self, place: str) -> bool:
+        """Whether a place has biases: "attn" (queries, keys, values), "attn_out", "mlp" or "norm"."""
+        if place == "norm" and (self.norm == "rms_norm" or not self.norm_affine):
+            return False
+        own = getattr(self, f"{place}_bias")
+        return self.bias if own is None else own
+
     def window_of(self, layer: int) -> int | None:
         """How many positions layer `layer` sees, or None for all of them."""
-        return self.window if layer % 2 == 1 else None
+        if self.attention_pattern == "dense":
+            return None
+        pattern = "LS" if self.attention_pattern == "alternating" else self.attention_pattern
+        return self.window if pattern[layer % len(pattern)] == "S" else None
+
+    def beyond_gpt3(self) -> str | None:
+        """The first difference from the networks of GPT-1 to GPT-3, as "field=value"; None: there is none."""
+        if self.attention_pattern not in ("dense", "alternating"):
+            return f"attention_pattern={self.attention_pattern!r}"
+        if self.position_embedding == "rotary":
+            return "position_embedding='rotary'"
+        if self.activation == "swiglu":
+            return "activation='swiglu'"
+        return next(iter(self.others(NEWER)), None)
+
+    def resolved(self) -> dict[str, Any]:
+        """What decides the network, with every default resolved: two configs with equal values compute the same."""
+        left = {name: getattr(self, name) for name in _NAMES if name not in (*_DROPOUTS, "bias", *_BIASES)}
+        left |= {"n_kv_head": self.kv_heads, "head_size": self.head_dim, "n_inner": self.inner_dim}
+        left |= {f"{place}_bias": self.has_bias(place) for place in ("attn", "attn_out", "mlp", "norm")}
+        left["attention_pattern"] = "".join("L" if self.window_of(n) is None else "S" for n in range(self.n_layer))
+        return left
+
+    def stored(self) -> dict[str, Any]:
+        """The fields for a file, without those of `NEWER` that say what is so without them."""
+        left = {name: getattr(self, name) for name in _NAMES}
+        left = {name: value for name, value in left.items() if name not in NEWER or value != _default(name)}
+        scaling = RopeScaling.of(self.rope_scaling)
+        return left if scaling is None else {**left, "rope_scaling": scaling.to_dict()}
+
+    @property
+    def is_banded(self) -> bool:
+        """Whether a layer may be banded."""
+        return self.attention_pattern == "alternating" or "S" in self.attention_pattern
+
+    def others(self, names: tuple[str, ...]) -> list[str]:
+        """Those of these fields that are not as in a GPT-2, as "field=value"."""
+        same = {"n_kv_head": self.n_head, "head_size": self.n_embd / self.n_head}
+        same |= dict.fromkeys(_BIASES, self.bias)
+        found = {name: getattr(self, name) for name in names}
+        return [f"{n}={x!r}" for n, x in found.items() if x not in (_default(n), same.get(n, _default(n)))]
+
+
+def _default(name: str) -> Any:
+    return GPTConfig.__dataclass_fields__[name].default
 
 
 def _known(overrides: dict[str, Any]) -> dict[str, Any]:
-    names = [f.name for f in fields(GPTConfig)] + ["dropout"]
     for name in overrides:
-        if name not in names:
-            raise TypeError(f"GPTConfig has no field {name!r}; it has {', '.join(names)}")
+        if name not in (*_NAMES, "dropout"):
+            raise TypeError(f"GPTConfig has no field {name!r}; it has {', '.join(_NAMES)}, dropout")
     return overrides
 
 
-def _multiples_near(n: int, of: int) -> str:
-    below = n // of * of
-    return f"{below} or {below + of}" if below else f"{of}"
-
-
-def _gpt3(n_layer: int, n_embd: int, n_head: int, **others: Any) -> dict[str, Any]:
-    return {
-        "n_layer": n_layer,
-        "n_embd": n_embd,
-        "n_head": n_head,
-        "block_size": 2048,
-        "attention_pattern": "alternating",
-        "window": 256,
-        "dropout": 0.0,
-        **others,
-    }
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "gpt1": {"block_size": 512, "vocab_size": 40478, "norm_position": "post", "final_norm": False},
-    "gpt2": {},
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-    "gpt3-125m": _gpt3(12, 768, 12),
-    "gpt3-350m": _gpt3(24, 1024, 16),
-    "gpt3-760m": _gpt3(24, 1536, 16),
-    "gpt3-1.3b": _gpt3(24, 2048, 16),
-    "gpt3-2.7b": _gpt3(32, 2560, 32),
-    "gpt3-6.7b": _gpt3(32, 4096, 32),
-    "gpt3-13b": _gpt3(40, 5120, 40),
-    "gpt3-175b": _gpt3(96, 12288, 96, tie_weights=False),
-}
-"""Shapes from the papers: Radford et al. 2018 (GPT-1), Radford et al. 2019 (GPT-2), Brown et al., arXiv
-2005.14165, Table 2.1 (GPT-3). Where the GPT-3 paper leaves a choice:
-
-* its XL row (2048 channels, 24 heads of 128) and its 13B row (5140 channels, 40 heads of 128) contradict
-  themselves; n_head * head_dim = n_embd and the printed parameter counts hold with 16 heads and with 5120
-  channels;
-* it does not say whether the head is tied. The printed counts of the small models fit only a tied head (125M
-  would be 164M untied), so 125M to 13B are tied as GPT-2 is; 175B is untied, as the usual table lists it:
-  617M each for the embedding and the unembedding, 175.2B in all (tied it would be 174.6B);
-* it gives no width for the banded layers; 256 is that of GPT-Neo's local layers. Dropout is 0: less than one
-  epoch.
-"""
+_NAMES = tuple(f.name for f in fields(GPTConfig))
+NEWER = _NAMES[_NAMES.index("n_kv_head") :]  # fields that came after GPT-3, which old files do not have

@@ -6,10 +6,15 @@ import re
 from typing import Any
 
 from gptfast._json import NULL, field
-from gptfast.config import GPTConfig
+from gptfast.checkpoints.families import FAMILIES, family_of
+from gptfast.checkpoints.family_configs import KEYS
+from gptfast.config import NEWER, GPTConfig
 
 CONFIG = "config.json"
-ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel", "gptfast": "GPT"}
+ARCHITECTURES = {
+    **{"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel", "gptfast": "GPT"},
+    **{kind: family.architecture for kind, family in FAMILIES.items()},
+}
 
 _SAME = (
     "n_layer",
@@ -40,6 +45,7 @@ _ACTIVATIONS = {
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"), "gelu_tanh"),
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
     **dict.fromkeys(("silu", "swish"), "silu"),
+    **{"relu2": "relu_squared", "swiglu": "swiglu"},  # the second is no GPT-2's
     **{name: name for name in ("relu", "quick_gelu", "tanh")},
 }
 _GPT1_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}  # its gelu is the tanh form
@@ -54,10 +60,13 @@ _MUST_BE = {
 def model_type(config: GPTConfig) -> str:
     """The transformers architecture that computes exactly this model, or "gptfast" where there is none.
 
-    transformers does not know banded layers, sinusoids, or other places of the norms. Such a checkpoint has
+    transformers does not know banded layers, sinusoids, or other places of the norms in a GPT-2. Such a checkpoint has
     GPT-2's tensors, but its model_type makes transformers stop rather than compute something else.
     """
+    if config.position_embedding == "rotary":
+        return family_of(config) or "gptfast"
     plain = config.attention_pattern == "dense" and config.position_embedding == "learned"
+    plain = plain and config.beyond_gpt3() is None
     if plain and config.norm_position == "pre" and config.final_norm:
         return "gpt2"
     as_gpt1 = config.activation in _GPT1_ACTIVATIONS.values() and config.inner_dim == 4 * config.n_embd
@@ -76,6 +85,8 @@ def to_hf(config: GPTConfig, dtype: str, extra: dict[str, Any] | None = None) ->
     """
     kind, extra = model_type(config), dict(extra or {})
     raw: dict[str, Any] = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], "dtype": dtype}
+    if kind in FAMILIES:  # without an end token transformers would take a number of its own
+        return raw | FAMILIES[kind].write(config) | {"bos_token_id": None, "eos_token_id": None} | extra
     raw |= {name: getattr(config, name) for name in _SAME}
     raw |= {theirs: getattr(config, ours) for ours, theirs in _RENAMED.items()}
     named = {key: extra.pop(key, None) for key in _ACTIVATION_KEYS}
@@ -87,6 +98,7 @@ def to_hf(config: GPTConfig, dtype: str, extra: dict[str, Any] | None = None) ->
         raw |= {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     if kind == "gptfast":
         raw |= {name: getattr(config, name) for name in _OWN}
+        raw |= {name: value for name, value in config.stored().items() if name in NEWER}
     if not config.bias:
         raw["bias"] = False
     if "n_ctx" in extra:  # an older name of n_positions, which stands beside it
@@ -98,6 +110,7 @@ def extra_keys(raw: dict[str, Any]) -> dict[str, Any]:
     """The keys of config.json that are not those of a `GPTConfig`, and an activation by another name than the usual."""
     own = {*_SAME, *_RENAMED.values(), *_OWN, "bias", "n_inner", "activation_function", "afn"}
     own |= {"model_type", "architectures", "dtype", "torch_dtype"}
+    own |= KEYS if raw.get("model_type") in FAMILIES else {*NEWER} if raw.get("model_type") == "gptfast" else set()
     extra = {key: value for key, value in raw.items() if key not in own}
     for key, names in _ACTIVATION_KEYS.items():
         if raw.get(key) in names and raw[key] != _activation_name(key, names[raw[key]]):
@@ -119,6 +132,8 @@ def from_hf(raw: Any, where: object) -> dict[str, Any]:
         raise ValueError(
             f"{where}: model_type is {kind!r}; gptfast loads {', '.join(ARCHITECTURES)} - use transformers for others"
         )
+    if kind in FAMILIES:
+        return FAMILIES[kind].read(raw, where)
     missing = [key for key in _REQUIRED if key not in raw]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} is missing; copy the complete config.json of the checkpoint")
@@ -130,7 +145,7 @@ def from_hf(raw: Any, where: object) -> dict[str, Any]:
     names = {**{name: name for name in (*_SAME, "bias")}, **_RENAMED}
     values = {ours: raw[theirs] for ours, theirs in names.items() if theirs in raw}
     if kind == "gptfast":
-        values |= {name: raw[name] for name in _OWN if name in raw}
+        values |= {name: raw[name] for name in (*_OWN, *NEWER) if name in raw}
     if kind == "openai-gpt":
         return values | {
             "norm_position": "post",
@@ -160,7 +175,9 @@ def is_conv1d(name: str) -> bool:
 
 
 def to_file(name: str, kind: str) -> str:
-    """The tensor's name in the file."""
+    """The tensor's name in the file; where it is several there: the first one's."""
+    if kind in FAMILIES:
+        return FAMILIES[kind].parts(name)[0]
     if name == "lm_head.weight":
         return name
     if kind == "openai-gpt":

@@ -153,6 +153,7 @@ def _keep(value: dict[str, Any], inside: Any, model: Any, subject: Subject, text
     import io
 
     import numpy as np
+    import torch
 
     from gptfast._files import atomic_write
     from gptfast.evaluation import pictures
@@ -182,7 +183,9 @@ def _keep(value: dict[str, Any], inside: Any, model: Any, subject: Subject, text
     parents, depths, kept = ([node[name] for node in tree] for name in ("parent", "depth", "kept"))
     if tree:
         pictures.draw_tree(names, parents, depths, kept, out / "beams.png")
-    table = model.wpe.weight.detach().float().cpu().numpy()
+    rotary = model.config.position_embedding == "rotary"
+    table = torch.cat((model.rotary.cos, model.rotary.sin), 1) if rotary else model.wpe.weight.detach().float()
+    table = table.cpu().numpy()
     pictures.draw_positions(table, model.config.position_embedding, out / "positions.png")
 
 

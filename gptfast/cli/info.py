@@ -98,10 +98,16 @@ def _presets() -> Table:
 
 def _shape(config: GPTConfig) -> str:
     attention = "dense" if config.window is None else f"dense and banded ({config.window}) in turn"
+    if config.attention_pattern not in ("dense", "alternating"):
+        attention = f"banded ({config.window}) as {config.attention_pattern}"
+    shared = f", {config.kv_heads} of keys" if config.kv_heads != config.n_head else ""
+    others = {"rotary positions": config.position_embedding == "rotary", "RMSNorm": config.norm == "rms_norm"}
+    others |= {config.activation: config.activation in ("swiglu", "relu_squared"), "QK-norm": config.qk_norm}
+    more = "".join(f", {name}" for name, has in others.items() if has)
     return (
-        f"{config.n_layer} layers, {config.n_head} heads of {config.head_dim}, {config.n_embd} channels, "
+        f"{config.n_layer} layers, {config.n_head} heads of {config.head_dim}{shared}, {config.n_embd} channels, "
         f"context {config.block_size}, vocabulary {config.vocab_size}; {config.norm_position}-norm, "
-        f"attention {attention}"
+        f"attention {attention}{more}"
     )
 
 

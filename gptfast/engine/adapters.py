@@ -140,8 +140,21 @@ class AdapterMethods:
             self.metadata = self.metadata.with_adapter(name, ())
 
 
+def unsupported(config: GPTConfig) -> str | None:
+    """What of a config the engine does not have, as "field=value"; None: it can run the model."""
+    if config.activation == "relu_squared":
+        return "activation='relu_squared'"
+    return config.beyond_gpt3()
+
+
 def shape_of(config: GPTConfig) -> dict[str, Any]:
-    """The values of a config that the engine needs."""
+    """The values of a config that the engine needs. Raises ValueError for a network that it does not compute."""
+    told = unsupported(config)
+    if told is not None:
+        raise ValueError(
+            f"compile_for_inference: the native engine does not compute a model with {told}; use GPT.generate, which runs it in "
+            "torch"
+        )
     learned = config.position_embedding == "learned"
     names = ("n_layer", "n_head", "n_embd", "inner_dim", "vocab_size", "block_size", "final_norm", "bias")
     return {

@@ -21,7 +21,6 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -78,7 +77,7 @@ def described(
     """
     said = {"config": metadata.config, "generation": metadata.to_write()}
     return {
-        "config": asdict(config),
+        "config": config.stored(),
         "dtype": name,
         "formats": formats,
         **({"exponents": exponents} if exponents else {}),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] (documented)
 
 from gptfast.backend import AUTOMATIC, chosen, cpu_isa, has_cpu_ops
-from gptfast.engine.adapters import packed_adapters, shape_of, updates_of
+from gptfast.engine.adapters import packed_adapters, shape_of, unsupported, updates_of
 from gptfast.engine.compiled import CompiledGPT
 from gptfast.engine.packing import compile_model
 from gptfast.generation.runner import torch_num_threads
@@ -53,6 +53,8 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
     """
     asked = AUTOMATIC["cpu"][0] if chosen() == "auto" else chosen()
     if not has_cpu_ops or model.training or asked != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    if unsupported(model.config) is not None:
         return None
     of_adapters = adapter_modules(model)
     parameters = [(name.rpartition(".")[0] in of_adapters, x.detach()) for name, x in model.named_parameters()]

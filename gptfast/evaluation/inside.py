@@ -67,7 +67,7 @@ def _watching(model: Any, weights: Callable[[Tensor], None], streams: Callable[[
     hooks = []
     for layer, block in enumerate(model.h):
         attn = block.attn
-        hooks.append(attn.c_attn.register_forward_hook(lambda _, __, qkv, attn=attn: weights(_weights(qkv[0], attn))))
+        hooks.append(attn.c_attn.register_forward_hook(lambda _, __, qkv, attn=attn: weights(_weights(qkv, attn))))
         if layer == 0:
             hooks.append(block.register_forward_pre_hook(lambda _, inputs: streams(_sum(inputs[0], inputs[1])[0])))
         hooks.append(block.register_forward_hook(lambda _, __, out: streams(_sum(*out)[0])))
@@ -83,10 +83,11 @@ def _sum(branch: Tensor | None, residual: Tensor) -> Tensor:
 
 
 def _weights(qkv: Tensor, attn: Any) -> Tensor:
-    """(H, T, T) from (T, 3C)."""
-    T = len(qkv)
-    q, k, _ = qkv.float().view(T, 3, attn.n_head, attn.head_dim).permute(1, 2, 0, 3)
-    found = q.new_empty(attn.n_head, T, T)
+    """(H, T, T) from (1, T, (H + 2 K) D). With sinks a row adds up to less than 1."""
+    q, k, _ = (x[0].float() for x in attn.queries_keys_values(qkv))
+    H, T, _ = q.shape
+    k = k.repeat_interleave(H // len(k), 0)
+    found = q.new_empty(H, T, T)
     keys = torch.arange(T, device=q.device)
     for start in range(0, T, ROWS):
         queries = keys[start : start + ROWS, None]
@@ -94,14 +95,18 @@ def _weights(qkv: Tensor, attn: Any) -> Tensor:
         if attn.window is not None:
             hidden |= keys <= queries - attn.window
         scores = q[:, start : start + ROWS] @ k.transpose(1, 2) * attn.head_dim**-0.5
-        found[:, start : start + ROWS] = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        scores = scores if attn.softcap is None else attn.softcap * torch.tanh(scores / attn.softcap)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if attn.sinks is not None:
+            scores = torch.cat((scores, attn.sinks.float()[:, None, None].expand(H, len(queries), 1)), -1)
+        found[:, start : start + ROWS] = scores.softmax(-1)[..., :T]
     return found
 
 
 def _head(model: Any, stream: Tensor) -> tuple[Tensor, Tensor]:
     """The most likely token at each position and its log-probability, (T,) each."""
     x = stream if model.ln_f is None else model.ln_f(stream)
-    logprobs, ids = model.lm_head(x).float().log_softmax(-1).max(-1)
+    logprobs, ids = model.logits_of(x).float().log_softmax(-1).max(-1)
     return ids, logprobs
 
 

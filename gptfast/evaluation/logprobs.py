@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.generation.runner import LanguageModel, Runner, single_threaded_torch
-from gptfast.nn.linear import is_plain_linear
 
 ROWS = 8  # windows of a forward pass
 PIECE = 128  # positions whose logits are held at a time: 26 MB for GPT-2
@@ -34,7 +33,7 @@ def _in_torch(model: Any) -> Scorer:
 
     @torch.inference_mode()
     def run(rows: Sequence[tuple[np.ndarray, int]]) -> list[np.ndarray]:
-        if not is_plain_linear(model.lm_head):  # a head with an adapter, or one of the user's
+        if not model.has_plain_head():  # one with an adapter, a soft cap, or one of the user's
             return [_by_logits(model(_ids(tokens[:-1], device)[None])[0], tokens, first) for tokens, first in rows]
         longest = max(len(tokens) for tokens, _ in rows) - 1
         ids = torch.zeros(

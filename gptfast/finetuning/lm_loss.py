@@ -6,7 +6,6 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.models import GPT
-from gptfast.nn.linear import is_plain_linear
 
 
 def mean_of_rows(gpt: GPT, hidden: Tensor, ids: Tensor, real: Tensor) -> Tensor:
@@ -19,10 +18,10 @@ def mean_of_rows(gpt: GPT, hidden: Tensor, ids: Tensor, real: Tensor) -> Tensor:
     """
     counts = real[:, 1:] & real[:, :-1]
     x, targets = hidden[:, :-1][counts], ids[:, 1:][counts].long()
-    if is_plain_linear(gpt.lm_head):
+    if gpt.has_plain_head():
         losses = ops.linear_cross_entropy(x, gpt.lm_head.weight, targets, reduction="none")
     else:
-        losses = ops.cross_entropy(gpt.lm_head(x), targets, reduction="none")
+        losses = ops.cross_entropy(gpt.logits_of(x), targets, reduction="none")
     of_row = counts.sum(1, keepdim=True).to(losses.dtype)  # R 1
     weights = 1 / of_row.clamp_min(1) / (of_row > 0).sum().clamp_min(1)
     return (losses * weights.expand_as(counts)[counts]).sum()

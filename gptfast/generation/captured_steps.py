@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,12 +62,12 @@ class StaticKVCache(KVCache):
         self._seen = trusted(self._at + 1)
         return self._at.unsqueeze(1)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
         layer = self.take_layer(k)
         keys, values = self.k.select(0, layer), self.v.select(0, layer)
         for stored, new in ((keys, k), (values, v)):
             stored.transpose(1, 2).index_put_((self._rows, self._at), new.squeeze(2).to(stored.dtype))  # B H D
-        return ops.causal_attention(q.to(keys.dtype), keys, values, seq_lens=self._seen).to(q.dtype)
+        return ops.causal_attention(q.to(keys.dtype), keys, values, seq_lens=self._seen, **options).to(q.dtype)
 
     def finish(self, T: int) -> None:
         self.lengths.add_(T)

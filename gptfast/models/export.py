@@ -18,6 +18,8 @@ from gptfast._folders import staged_folder
 from gptfast._large_files import write_pieces
 from gptfast._snapshots import WEIGHTS
 from gptfast.checkpoints import hf_layout
+from gptfast.checkpoints.families import FAMILIES
+from gptfast.checkpoints.family_files import Source, sources
 from gptfast.checkpoints.weight_files import INDEX, SINGLE
 from gptfast.config import GPTConfig
 from gptfast.metadata import GENERATION, metadata_of
@@ -93,11 +95,16 @@ def described(
 ) -> Description:
     """What `save` writes, without its checks of the model."""
     config, metadata = true_config(model), metadata_of(model)
-    tensors = {**_named_tensors(model, config), **(heads or {})}
+    state = model.state_dict()
+    found = file_tensors(config, state)
     dtype = str(model.wte.weight.dtype).removeprefix("torch.")
     content = hf_layout.to_hf(config, dtype, metadata.config) | dict(settings or {})
-    sizes = {name: x.nbytes for name, x in tensors.items()}
-    return Description(content, metadata.to_write(), sizes, tensors.__getitem__)
+
+    def read(key: str) -> Tensor:
+        return heads[key] if heads and key in heads else found[key].form(state[found[key].name])
+
+    sizes = {key: read(key).nbytes for key in (*found, *(heads or {}))}
+    return Description(content, metadata.to_write(), sizes, read)
 
 
 @dataclass(frozen=True)
@@ -137,18 +144,27 @@ class Description:
                 write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _named_tensors(model: Transformer, config: GPTConfig) -> dict[str, Tensor]:
-    """Every tensor under its name in the file and in its shape there (views, not yet contiguous)."""
+def file_tensors(config: GPTConfig, shapes: Mapping[str, Any]) -> dict[str, Source]:
+    """Where each tensor of a file comes from, by its name there. shapes: of our tensors, by name."""
     kind = hf_layout.model_type(config)
-    out: dict[str, Tensor] = {}
-    for name, x in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_weights:
-            continue
-        out[hf_layout.to_file(name, kind)] = x.t() if hf_layout.is_conv1d(name) else x
+    names = [name for name in shapes if name != "lm_head.weight" or not config.tie_weights]
+    if kind in FAMILIES:
+        return dict(sources(kind, config, names))
+    out: dict[str, Source] = {}
+    for name in names:
+        out[hf_layout.to_file(name, kind)] = Source(name, Tensor.t if hf_layout.is_conv1d(name) else _as_it_is)
         if kind != "gptfast" and not config.bias and name.startswith(("h.", "ln_f.")):
             bias = name.removesuffix("weight") + "bias"  # transformers has biases everywhere
-            out[hf_layout.to_file(bias, kind)] = x.new_zeros(x.shape[0])
+            out[hf_layout.to_file(bias, kind)] = Source(name, _no_bias)
     return out
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _no_bias(weight: Tensor) -> Tensor:
+    return weight.new_zeros(weight.shape[0])
 
 
 def write_json(path: Path, content: object) -> None:

@@ -60,7 +60,7 @@ def _packed(stored: StoredModel, config: GPTConfig, packer: Packer) -> CompiledG
     packing = _EnginePacking(config, packer)
     read_weights(stored, model, None, packing)
     matrices = [f"h.{name}" for name, x in model.h.named_parameters() if x.dim() == 2]
-    compiled = packing.finish(model.wpe.weight)
+    compiled = packing.finish(model)
     compiled.metadata = deepcopy(stored.metadata)
     compiled.base_mark = mark_of(packing.samples[name] for name in matrices)
     return compiled
@@ -93,10 +93,10 @@ class _EnginePacking:
         self._packer.take(name, shape, rows)
         return True
 
-    def finish(self, positions: Tensor) -> CompiledGPT:
-        """The packed model. positions: the sinusoids, if it has these, which are not stored; in the embedding's dtype."""
+    def finish(self, model: Transformer) -> CompiledGPT:
+        """The packed model. model: has the sinusoids, if there are such, which are not stored; in the embedding's dtype."""
         if self._config.position_embedding == "sinusoidal":
-            table = positions.to(self._embedding)
+            table = model.wpe.weight.to(self._embedding)
             self._packer.take("wpe.weight", tuple(table.shape), partial(_rows, table))
         return self._packer.finish()
 

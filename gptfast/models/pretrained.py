@@ -24,6 +24,7 @@ from gptfast.models.quantized import Packing, check_format
 from gptfast.models.stored import StoredModel
 from gptfast.nn.meta import only_shapes
 from gptfast.nn.position import SinusoidalEmbedding
+from gptfast.nn.rotary import RotaryEmbedding
 from gptfast.nn.transformer import Transformer
 
 ADAPTER = "adapter_config.json"
@@ -64,8 +65,8 @@ def load(
 
     Args:
         cls: GPT or a subclass.
-        path: folder with config.json and safetensors of a gpt2 or openai-gpt model, ours or transformers'; or
-            a hub id such as "openai-community/gpt2" (needs huggingface-hub). The older pytorch_model.bin serves where there
+        path: folder with config.json and safetensors of a gpt2, openai-gpt, llama, qwen3, gpt_neox or nanochat model, ours or
+            transformers'; or a hub id such as "openai-community/gpt2" (needs huggingface-hub). The older pytorch_model.bin serves where there
             are no safetensors. Or nanoGPT's ckpt.pt, or the folder that holds it: its GELU is taken for the exact one, so
             say activation="gelu_tanh" for one that was trained before May 2023. Of pickles only tensors and plain data are
             read (torch.load with weights_only=True).
@@ -109,9 +110,11 @@ def on_meta(cls: type[Model], config: GPTConfig) -> Any:
     """A model of a class with metadata whose parameters have no values; what is computed, as sinusoids, has."""
     with only_shapes():
         model: Any = cls(config)
-    if config.position_embedding == "sinusoidal":
-        with torch.device("cpu"):  # where the weights will be, whatever torch's default is
+    with torch.device("cpu"):  # where the weights will be, whatever torch's default is
+        if config.position_embedding == "sinusoidal":
             model.wpe = SinusoidalEmbedding(config.block_size, config.n_embd)
+        elif config.position_embedding == "rotary":
+            model.rotary = RotaryEmbedding(config)
     return model
 
 

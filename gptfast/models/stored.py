@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gptfast._json import read_json
 from gptfast._snapshots import current, read_whole
 from gptfast.checkpoints import hf_layout
+from gptfast.checkpoints.families import FAMILIES
+from gptfast.checkpoints.family_files import JoinedFile
 from gptfast.checkpoints.hf_layout import CONFIG
 from gptfast.checkpoints.weight_files import StoredTensor, WeightFile, has_weights, open_weights, weight_files
 from gptfast.config import GPTConfig
 from gptfast.metadata import Metadata, read_metadata
 from gptfast.models import nanogpt
+from gptfast.nn.meta import only_shapes
+from gptfast.nn.transformer import Transformer
 
-_SINUSOIDS = 2**27  # numbers in a computed table, which no file vouches for: 131,072 positions of 1,024 channels
+_COMPUTED = 2**27  # numbers in a computed table, which no file vouches for: 131,072 positions of 1,024 channels
+_FIELDS = ("n_layer", "n_embd", "vocab_size", "block_size", "n_inner")
+# what they are called where a checkpoint says them
+OWN_SIZES: dict[str, str] = dict(zip(_FIELDS, _FIELDS, strict=True))
+SIZES = OWN_SIZES | {"block_size": "n_positions"}
+_NAMES = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings", "intermediate_size")
+HF_SIZES: dict[str, str] = dict(zip(_FIELDS, _NAMES, strict=True))
 
 
 class StoredModel:
@@ -34,19 +44,23 @@ class StoredModel:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.conv1d, self.settings = path, True, CONFIG
+        self.path, self.settings = path, CONFIG
         self.metadata = Metadata()
         self._files: Sequence[WeightFile]
         found = nanogpt.find(path)
         if found is not None:
             file = nanogpt.NanoGPTFile(found)
             self.config, self._files, self.conv1d, self.settings = file.config, [file], False, "model_args"
-            self._compare(found)
+            self._compare(found, OWN_SIZES)
             return
-        self.config, self.metadata, self._files = read_whole(
-            path, lambda: (*read_settings(path), [open_weights(file) for file in weight_files(path)])
+        self.config, self.metadata, kind, self._files = read_whole(
+            path,
+            lambda: (*read_settings(path), kind_of(path), [open_weights(file) for file in weight_files(path)]),
         )
-        self._compare(path / CONFIG)
+        self.conv1d = kind not in FAMILIES
+        if not self.conv1d:
+            self._files = [JoinedFile(path, self._files, kind, self.config, self._names())]
+        self._compare(path / CONFIG, SIZES if self.conv1d else HF_SIZES)
 
     def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         """Every tensor, under its name in the file; it is read when it is asked for."""
@@ -62,7 +76,18 @@ class StoredModel:
         """The tensor of that name in the file."""
         return next(file for file in self._files if key in file.shapes).stored(key)
 
-    def _compare(self, file: Path) -> None:
+    def _names(self) -> list[str]:
+        """Of the tensors of a network of this config; no more layers than the files have tensors."""
+        self._check_layers(self.path / CONFIG, HF_SIZES["n_layer"])
+        with only_shapes():
+            return list(Transformer(self.config).state_dict())
+
+    def _check_layers(self, file: Path, key: str) -> None:
+        layers, tensors = self.config.n_layer, len(self.shapes())
+        if layers > tensors:
+            raise self._contradiction(file, key, layers, f"the weights are {tensors} tensors in all")
+
+    def _compare(self, file: Path, keys: Mapping[str, str]) -> None:
         """Refuse numbers that the tensors contradict, so that what is built from them is about as large as the files.
 
         Raises:
@@ -72,24 +97,23 @@ class StoredModel:
         shapes = {hf_layout.from_file(key): (key, shape) for key, shape in stored.items()}
         if self.config.tie_weights and "lm_head.weight" in shapes:  # transformers may store either of two that are one
             shapes.setdefault("wte.weight", shapes["lm_head.weight"])
-        for name, axis, key, value in self._sizes(file, len(stored)):
+        self._check_layers(file, keys["n_layer"])
+        for name, axis, field, value in self._sizes(file, keys["block_size"]):
             tensor, shape = shapes.get(name, (name, ()))
             if len(shape) != 2 or shape[axis] != value:
                 got = f"{tensor} has shape {shape}" if shape else f"{tensor} is missing"
-                raise self._contradiction(file, key, value, got)
+                raise self._contradiction(file, keys[field], value, got)
 
-    def _sizes(self, file: Path, tensors: int) -> list[tuple[str, int, str, int]]:
+    def _sizes(self, file: Path, positions: str) -> list[tuple[str, int, str, int]]:
         """Tensors, and which of their axes is what in the config; numbers that no tensor has are bounded here."""
         config = self.config
-        if config.n_layer > tensors:
-            raise self._contradiction(file, "n_layer", config.n_layer, f"the weights are {tensors} tensors in all")
         sizes = [("wte.weight", 1, "n_embd", config.n_embd), ("wte.weight", 0, "vocab_size", config.vocab_size)]
-        positions = "n_positions" if self.conv1d else "block_size"
+        width = config.rotary_dim if config.position_embedding == "rotary" else config.n_embd
         if config.position_embedding == "learned":
-            sizes.append(("wpe.weight", 0, positions, config.block_size))
-        elif config.block_size > (limit := max(1, _SINUSOIDS // config.n_embd)):
+            sizes.append(("wpe.weight", 0, "block_size", config.block_size))
+        elif config.block_size > (limit := max(1, _COMPUTED // width)):
             raise ValueError(f"{file}: {positions} is {config.block_size}; expected at most {limit} computed positions")
-        return [*sizes, ("h.0.mlp.c_fc.weight", 1 if self.conv1d else 0, "n_inner", config.inner_dim)]
+        return [*sizes, ("h.0.mlp.c_fc.weight", 1 if self.conv1d else 0, "n_inner", config.fc_dim)]
 
     def _contradiction(self, file: Path, key: str, value: int, got: str) -> ValueError:
         return ValueError(
@@ -100,6 +124,11 @@ class StoredModel:
 def is_complete(path: Path) -> bool:
     """Does a checkpoint have weights, beside what it says about them?"""
     return nanogpt.find(path) is not None or has_weights(path)
+
+
+def kind_of(folder: Path) -> str:
+    """The model_type of a checkpoint folder whose settings can be read."""
+    return str(read_json(current(folder, CONFIG)).get("model_type"))
 
 
 def read_settings(folder: Path) -> tuple[GPTConfig, Metadata]:

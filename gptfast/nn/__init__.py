@@ -8,6 +8,7 @@ from gptfast.nn.gelu import GELU
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
+from gptfast.nn.rms_norm import RMSNorm
 from gptfast.nn.transformer import Transformer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "RMSNorm",
     "Transformer",
     "seed_dropout",
 ]

@@ -16,6 +16,7 @@ from gptfast import ops
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.quantized import QuantizedLinear
+from gptfast.nn.rms_norm import RMSNorm
 from gptfast.nn.selection import AdapterState, Part, Selection
 from gptfast.ops import LowRank
 
@@ -133,10 +134,15 @@ class SavedLayerNorm(_Saved, LayerNorm):
     """A `LayerNorm` with trained copies."""
 
 
+class SavedRMSNorm(_Saved, RMSNorm):
+    """An `RMSNorm` with trained copies."""
+
+
 SAVED: dict[type[nn.Module], type[_Saved]] = {
     Linear: SavedLinear,
     nn.Embedding: SavedEmbedding,
     LayerNorm: SavedLayerNorm,
+    RMSNorm: SavedRMSNorm,
 }
 ADAPTED = (LoraLinear, _Saved)
 LORA: dict[type[nn.Module], type[LoraLinear]] = {Linear: LoraLinear, QuantizedLinear: QuantizedLoraLinear}

@@ -1,4 +1,4 @@
-"""Causal self-attention of GPT-2 as a module.  B batch, T time, C channels, H heads, D head_dim."""
+"""Causal self-attention of a GPT as a module.  B batch, T time, C channels, H heads, K heads of keys, D head_dim."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from gptfast import ops
 from gptfast.nn.adapted import call
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.linear import Linear
+from gptfast.nn.norm import head_norm_of
+from gptfast.nn.rotary import Rotation
 from gptfast.nn.selection import Selection
 
 if TYPE_CHECKING:
@@ -21,19 +23,26 @@ if TYPE_CHECKING:
 class CausalSelfAttention(torch.nn.Module):
     """c_proj(attention(c_attn(x))) with GPT-2's parameter names, through `gptfast.ops.causal_attention`.
 
+    The rows of c_attn are those of all queries, then keys, then values.
+
     Args:
-        config: uses n_embd, n_head, bias, attn_pdrop and the attention pattern.
+        config: uses n_embd, the heads, the biases, attn_pdrop, the attention pattern, and what else it says of attention.
         layer: index of the layer; decides whether it is banded, and its place in a KVCache.
     """
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__()
         self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.heads_a_key = config.n_head // config.kv_heads
         self.attn_pdrop = config.attn_pdrop
         self.window = config.window_of(layer)
+        self.softcap = config.attn_softcap
         self.layer = layer
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, config.qkv_dim, bias=config.has_bias("attn"))
+        self.c_proj = Linear(config.attn_dim, config.n_embd, bias=config.has_bias("attn_out"))
+        self.q_norm, self.k_norm = head_norm_of(config), head_norm_of(config)
+        self.sinks = torch.nn.Parameter(torch.zeros(config.n_head)) if config.attention_sinks else None
+        self.rotary = config if config.position_embedding == "rotary" else None
         self.counter = DropoutCounter()
 
     def forward(
@@ -44,6 +53,7 @@ class CausalSelfAttention(torch.nn.Module):
         cache: KVCache | None = None,
         cu_seqlens: Tensor | None = None,
         adapters: Selection | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). The dropout after the projection belongs to `Block`.
 
@@ -54,25 +64,53 @@ class CausalSelfAttention(torch.nn.Module):
             cache: keys and values of earlier positions (`KVCache.start` was called); without dropout.
             cu_seqlens: ends of the texts that a row is packed of, see `gptfast.ops.causal_attention`; B = 1.
             adapters: of this forward; None: the active ones.
+            rotation: rotary positions of this forward; None: positions from 0 on, where the config has such.
         """
-        B, T, _ = x.shape
-        qkv = call(self.c_attn, adapters, x).view(B, T, 3, self.n_head, self.head_dim)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # B H T D, views of one buffer
+        if self.rotary is not None and rotation is None and cache is not None:
+            raise TypeError("CausalSelfAttention: rotation is None beside a cache; give that of the new positions")
+        q, k, v = self.queries_keys_values(call(self.c_attn, adapters, x), rotation)
+        options: dict[str, Any] = {} if self.sinks is None else {"sinks": self.sinks}
+        options |= {} if self.softcap is None else {"softcap": self.softcap}
+        options |= {} if self.heads_a_key == 1 else {"enable_gqa": True}
         if cache is not None:
-            out = cache.attend(q, k, v, self.window)
+            out = cache.attend(q, k, v, self.window, **options)
         else:
             p = self.attn_pdrop if self.training else 0.0
             seed, offset, *row = (rng or self.counter.take()) if p > 0 else (0, 0)
-            options = {"dropout_p": p, "seed": seed, "offset": offset, "cu_seqlens": cu_seqlens}
+            options |= {"dropout_p": p, "seed": seed, "offset": offset, "cu_seqlens": cu_seqlens}
             if row:
                 options["first_row"] = row[0]
             out = self.attend(q, k, v, **options)
         return call(self.c_proj, adapters, out.transpose(1, 2).flatten(2))
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_head // self.heads_a_key
+
+    def queries_keys_values(self, qkv: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention takes: q (B, H, T, D), k and v (B, K, T, D), normalised and rotated.
+
+        Args:
+            qkv: (B, T, (H + 2 K) D), what c_attn gives.
+            rotation: as in `forward`.
+        """
+        B, T, _ = qkv.shape
+        H, K = self.n_head, self.kv_heads
+        q, k, v = qkv.view(B, T, H + 2 * K, self.head_dim).split((H, K, K), 2)  # views of one buffer
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # B H T D
+        if self.rotary is not None:
+            rotation = rotation or Rotation.of(self.rotary, T, q.device)
+            q, k = rotation.rotate(q), rotation.rotate(k)
+        return q, k, v
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """(B, H, T, D) each; options of `gptfast.ops.causal_attention`."""
+        """(B, H, T, D) and (B, K, T, D); options of `gptfast.ops.causal_attention`."""
         return ops.causal_attention(q, k, v, window=self.window, **options)
 
     def extra_repr(self) -> str:
         sizes = f"n_head={self.n_head}, head_dim={self.head_dim}"
-        return f"{sizes}, window={self.window}, attn_pdrop={self.attn_pdrop}"
+        shared = f", kv_heads={self.kv_heads}" if self.kv_heads != self.n_head else ""
+        return f"{sizes}{shared}, window={self.window}, attn_pdrop={self.attn_pdrop}"

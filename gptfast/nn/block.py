@@ -1,4 +1,4 @@
-"""One transformer block, pre-norm (GPT-2, GPT-3) or post-norm (GPT-1)."""
+"""One transformer block: pre-norm (GPT-2, GPT-3), post-norm (GPT-1), or with both branches beside each other (GPT-NeoX)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
+from gptfast.nn.norm import norm_of
 from gptfast.nn.quantized import QuantizedLinear
 from gptfast.nn.selection import Selection
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
     from gptfast.nn.kv_cache import KVCache
+    from gptfast.nn.rotary import Rotation
 
 
 class Block(torch.nn.Module):
     """Attention and MLP with their residual additions, dropouts and LayerNorms.
 
-    pre:   x = x + dropout(attn(ln_1(x)));  x = x + dropout(mlp(ln_2(x)))
-    post:  x = ln_1(x + dropout(attn(x)));  x = ln_2(x + dropout(mlp(x)))
+    pre:       x = x + dropout(attn(ln_1(x)));  x = x + dropout(mlp(ln_2(x)))
+    post:      x = ln_1(x + dropout(attn(x)));  x = ln_2(x + dropout(mlp(x)))
+    parallel:  x = x + dropout(attn(ln_1(x))) + dropout(mlp(ln_2(x)))
 
-    Every "dropout, add, normalise" is one pass (`gptfast.ops.add_layer_norm`). In a stack of pre-norm blocks
+    ln_1 and ln_2 are LayerNorms or RMSNorms. Every "dropout, add, normalise" is one pass (`gptfast.ops.add_layer_norm`). In a stack of pre-norm blocks
     the last addition of a block belongs to the first LayerNorm of the next: call the blocks with `residual=` and each
     hands its branch on, not yet added.
 
@@ -39,11 +42,11 @@ class Block(torch.nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int = 0) -> None:
         super().__init__()
-        self.pre_norm = config.norm_position == "pre"
+        self.pre_norm, self.parallel = config.norm_position == "pre", config.parallel_residual
         self.resid_pdrop = config.resid_pdrop
-        self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.ln_1 = norm_of(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=config.bias)
+        self.ln_2 = norm_of(config)
         self.mlp = MLP(config)
         self.counter = DropoutCounter()
 
@@ -56,6 +59,7 @@ class Block(torch.nn.Module):
         cache: KVCache | None = None,
         cu_seqlens: Tensor | None = None,
         adapters: Selection | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor | tuple[Tensor | None, Tensor]:
         """The whole block, or with `residual` its fused form.
 
@@ -65,7 +69,7 @@ class Block(torch.nn.Module):
             rng: (seed, offset) of the attention dropout, or (seed, offset, first_row), where first_row is the number of x's
                 first row in the whole batch. The dropouts after attention and MLP have offset + 1 and + 2, that of the
                 branch handed in offset - 1. None: the next four of the module's own counter (`gptfast.ops.streams`).
-            cache, cu_seqlens, adapters: see `CausalSelfAttention`.
+            cache, cu_seqlens, adapters, rotation: see `CausalSelfAttention`.
         Returns:
             (B, T, C); with `residual`: (branch, residual), where branch is None for post-norm blocks.
         """
@@ -75,42 +79,64 @@ class Block(torch.nn.Module):
         stream, branch = (x, None) if residual is None else (residual, x)
         if stream is None:
             raise TypeError("Block: x is None without a residual; expected (B, T, C)")
-        run = self._pre_norm if self.pre_norm else self._post_norm
-        branch, stream = run(branch, stream, rng, cache, cu_seqlens, adapters)
+        options: dict[str, Any] = {"rng": rng, "cache": cache, "cu_seqlens": cu_seqlens}
+        options |= {} if adapters is None else {"adapters": adapters}
+        options |= {} if rotation is None else {"rotation": rotation}
+        run = self._parallel if self.parallel else self._pre_norm if self.pre_norm else self._post_norm
+        branch, stream = run(branch, stream, rng, adapters, options)
         return add_branch(branch, stream, self._dropout(rng, 2)) if residual is None else (branch, stream)
+
+    def _first_norm(
+        self, branch: Tensor | None, residual: Tensor, rng: tuple[int, ...], adapters: Selection | None
+    ) -> tuple[Tensor, Tensor]:
+        """(ln_1(sum), sum) of the residual and the branch that the block before handed on."""
+        out = written_for(first_layer(self.attn, CausalSelfAttention, "c_attn"), self.ln_1, residual)
+        if branch is None:
+            return call(self.ln_1, adapters, residual, **out), residual
+        return call(self.ln_1, adapters, branch, residual, **self._dropout(rng, -1), **out)
 
     def _pre_norm(
         self,
         branch: Tensor | None,
         residual: Tensor,
         rng: tuple[int, ...],
-        cache: KVCache | None,
-        cu_seqlens: Tensor | None,
         adapters: Selection | None,
+        options: dict[str, Any],
     ) -> tuple[Tensor | None, Tensor]:
+        """options: of the attention."""
         under = {} if adapters is None else {"adapters": adapters}
-        out = written_for(first_layer(self.attn, CausalSelfAttention, "c_attn"), self.ln_1, residual)
-        if branch is None:
-            y = call(self.ln_1, adapters, residual, **out)
-        else:
-            y, residual = call(self.ln_1, adapters, branch, residual, **self._dropout(rng, -1), **out)
-        y = self.attn(y, rng=rng, cache=cache, cu_seqlens=cu_seqlens, **under)
+        y, residual = self._first_norm(branch, residual, rng, adapters)
+        y = self.attn(y, **options)
         out = written_for(first_layer(self.mlp, MLP, "c_fc"), self.ln_2, residual)
         y, residual = call(self.ln_2, adapters, y, residual, **self._dropout(rng, 1), **out)
         return self.mlp(y, **under), residual
+
+    def _parallel(
+        self,
+        branch: Tensor | None,
+        residual: Tensor,
+        rng: tuple[int, ...],
+        adapters: Selection | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor | None, Tensor]:
+        under = {} if adapters is None else {"adapters": adapters}
+        y, residual = self._first_norm(branch, residual, rng, adapters)
+        out = written_for(first_layer(self.mlp, MLP, "c_fc"), self.ln_2, residual)
+        attended = self.attn(y, **options)
+        y = self.mlp(call(self.ln_2, adapters, residual, **out), **under)
+        return y, add_branch(attended, residual, self._dropout(rng, 1))
 
     def _post_norm(
         self,
         branch: Tensor | None,
         residual: Tensor,
         rng: tuple[int, ...],
-        cache: KVCache | None,
-        cu_seqlens: Tensor | None,
         adapters: Selection | None,
+        options: dict[str, Any],
     ) -> tuple[Tensor | None, Tensor]:
         under = {} if adapters is None else {"adapters": adapters}
         residual = add_branch(branch, residual, self._dropout(rng, -1))
-        y = self.attn(residual, rng=rng, cache=cache, cu_seqlens=cu_seqlens, **under)
+        y = self.attn(residual, **options)
         x, _ = call(self.ln_1, adapters, y, residual, **self._dropout(rng, 1))
         x, _ = call(self.ln_2, adapters, self.mlp(x, **under), x, **self._dropout(rng, 2))
         return None, x

@@ -24,7 +24,7 @@ class Counted(nn.Module):
     def flops_per_token(self, T: int, training: bool = True) -> float:
         """Multiplications and additions that a sequence of T tokens needs, per token.
 
-        2 per weight of every matrix product (the embeddings are look-ups), and 4 C per key that a query sees, averaged over
+        2 per weight of every matrix product (the embeddings are look-ups), and 4 H D per key that a query sees, averaged over
         the queries: masked keys are not counted, so attention is about half of what PaLM's formula (arXiv 2204.02311,
         appendix B) counts. The backward pass needs twice the forward.
 
@@ -36,7 +36,7 @@ class Counted(nn.Module):
         matrices = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + _quantized(self.h)
         weights = self.lm_head.weight.numel() + matrices
         keys = sum(_mean_visible_keys(T, config.window_of(layer)) for layer in range(config.n_layer))
-        return (3 if training else 1) * (2 * weights + 4 * config.n_embd * keys)
+        return (3 if training else 1) * (2 * weights + 4 * config.attn_dim * keys)
 
 
 def _quantized(model: nn.Module) -> int:

@@ -6,8 +6,6 @@ while nothing else decides its answers: no other module, attribute or method, no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,8 +19,11 @@ from gptfast.nn.embeddings import Embeddings
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
-from gptfast.nn.position import SinusoidalEmbedding, sinusoids
+from gptfast.nn.parts import Part, expected_parts
+from gptfast.nn.position import sinusoids
 from gptfast.nn.quantized import QuantizedLinear, empty
+from gptfast.nn.rms_norm import RMSNorm
+from gptfast.nn.rotary import rotary_tables
 from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 
@@ -51,16 +52,6 @@ PLAIN_TENSORS = ("Parameter", "Tensor", "FakeTensor")  # subclasses of Tensor in
 USUAL = vars(nn.Module()).keys()  # attributes of every module
 
 
-@dataclass(frozen=True)
-class Part:
-    """The expected form of a module: its class, the shapes of its own tensors, and its attributes."""
-
-    kind: type[nn.Module]
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    attributes: dict[str, Any] = field(default_factory=dict)
-    root: bool = False  # a subclass is allowed
-
-
 def difference(
     model: Transformer, saved: bool = False, adapters: bool = False, patched: bool = False, codes: bool = False
 ) -> str | None:
@@ -82,7 +73,7 @@ def difference(
     if prompts and not adapters:
         names = ", ".join(map(repr, prompts))
         return f"the model has the soft prompt {names} (save_adapter writes it, delete_adapter takes it out)"
-    wanted, found = _parts(model.config), dict(model.named_modules(remove_duplicate=False))
+    wanted, found = expected_parts(model.config), dict(model.named_modules(remove_duplicate=False))
     told = _in_classes(model, patched) or _in_blocks(model) or _global_hooks()
     if told is not None:
         return told
@@ -94,7 +85,7 @@ def difference(
     for name, module in found.items():
         if name not in wanted and name not in own:
             return f"{name}, a {type(module).__name__}, has no place in a GPT of this config"
-    return _in_sinusoids(model) if saved else None
+    return _in_tables(model) if saved else None
 
 
 def _in_adapters(model: Transformer, updates: bool) -> str | None:
@@ -135,47 +126,6 @@ def is_tied(model: Transformer) -> bool:
     return (
         head.device.type != "meta" and head.data_ptr() == embedding.data_ptr() and head.stride() == embedding.stride()
     )
-
-
-@lru_cache(maxsize=16)
-def _parts(config: GPTConfig) -> dict[str, Part]:
-    """Every module of a GPT by name."""
-    C, V = config.n_embd, config.vocab_size
-    learned = config.position_embedding == "learned"
-
-    def linear(out: int, of: int, bias: bool, activation: str | None = None) -> Part:
-        shapes = {"weight": (out, of)} | ({"bias": (out,)} if bias else {})
-        return Part(Linear, shapes, {"activation": activation})
-
-    norm = Part(
-        LayerNorm,
-        {"weight": (C,)} | ({"bias": (C,)} if config.bias else {}),
-        {"eps": config.layer_norm_epsilon, "normalized_shape": (C,)},
-    )
-    parts = {
-        "": Part(Transformer, root=True),
-        "wte": Part(nn.Embedding, {"weight": (V, C)}),
-        "wpe": Part(nn.Embedding if learned else SinusoidalEmbedding, {"weight": (config.block_size, C)}),
-        "h": Part(nn.ModuleList),
-        "lm_head": linear(V, C, bias=False),
-    }
-    parts |= {"ln_f": norm} if config.final_norm else {}
-    for layer in range(config.n_layer):
-        heads = {"n_head": config.n_head, "head_dim": config.head_dim, "window": config.window_of(layer)}
-        pre_norm = config.norm_position == "pre"
-        block = {
-            "": Part(Block, {}, {"pre_norm": pre_norm, "resid_pdrop": config.resid_pdrop}),
-            ".ln_1": norm,
-            ".attn": Part(CausalSelfAttention, {}, {**heads, "attn_pdrop": config.attn_pdrop}),
-            ".attn.c_attn": linear(3 * C, C, config.bias),
-            ".attn.c_proj": linear(C, C, config.bias),
-            ".ln_2": norm,
-            ".mlp": Part(MLP),
-            ".mlp.c_fc": linear(config.inner_dim, C, config.bias, config.activation),
-            ".mlp.c_proj": linear(C, config.inner_dim, config.bias),
-        }
-        parts |= {f"h.{layer}{name}": part for name, part in block.items()}
-    return parts
 
 
 def _in_classes(model: Transformer, patched: bool) -> str | None:
@@ -261,12 +211,17 @@ def _missing(own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> str 
     return f"has no {missing[0]} of its own, and the config says one of {shapes[missing[0]]}" if missing else None
 
 
-def _in_sinusoids(model: Transformer) -> str | None:
+def _in_tables(model: Transformer) -> str | None:
+    """The first difference in what is computed from the config and not stored."""
     config = model.config
-    if config.position_embedding == "learned" or model.wpe.weight.is_meta:
-        return None
-    fixed = sinusoids(config.block_size, config.n_embd, model.wpe.weight.device).to(model.wpe.weight)
-    return None if torch.equal(fixed, model.wpe.weight) else "wpe has other values than the config's sinusoids"
+    if config.position_embedding == "sinusoidal" and not model.wpe.weight.is_meta:
+        fixed = sinusoids(config.block_size, config.n_embd, model.wpe.weight.device).to(model.wpe.weight)
+        return None if torch.equal(fixed, model.wpe.weight) else "wpe has other values than the config's sinusoids"
+    if config.position_embedding == "rotary" and not model.rotary.cos.is_meta:
+        own = model.rotary.cos, model.rotary.sin
+        same = all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(own, rotary_tables(config), strict=True))
+        return None if same else "rotary has other values than the config's angles"
+    return None
 
 
 def _methods_of(kind: type[nn.Module]) -> dict[str, Any]:
@@ -282,4 +237,4 @@ def remember_methods(*kinds: type[nn.Module]) -> None:
 
 
 remember_methods(Linear, LoraLinear, QuantizedLinear, QuantizedLoraLinear)
-remember_methods(LayerNorm, CausalSelfAttention, Block, MLP, Embeddings, Transformer)
+remember_methods(LayerNorm, RMSNorm, CausalSelfAttention, Block, MLP, Embeddings, Transformer)

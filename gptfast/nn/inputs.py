@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 REFUSED = {
     "token_type_ids": "a GPT knows one type of token; leave it out",
     "position_ids": "positions follow from attention_mask; leave it out",
-    "inputs_embeds": "give token ids",
     "past_key_values": "cache=gptfast.models.KVCache(model.config, B) holds keys and values",
     "use_cache": "cache=gptfast.models.KVCache(model.config, B) holds keys and values",
     "return_dict": "the result is the logits, or (logits, loss)",
@@ -75,6 +74,58 @@ def check_ids(name: str, ids: Any, dtypes: tuple[torch.dtype, ...], V: int | Non
         )
 
 
+def check_tokens(config: GPTConfig, tokens: Any) -> None:
+    """Token ids, or vectors in their places: (B, T, n_embd) floats."""
+    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+        return check_ids("ids", tokens, (torch.int64, torch.int32), config.vocab_size)
+    check_vectors("inputs_embeds", tokens, config.n_embd)
+
+
+def check_form(tokens: Any, vectors: bool, C: int) -> None:
+    """The dtype and the shape of what was given as ids, or as vectors (inputs_embeds)."""
+    if vectors:
+        return check_vectors("inputs_embeds", tokens, C)
+    check_ids("ids", tokens, (torch.int64, torch.int32), None)
+
+
+def check_vectors(name: str, x: Any, C: int) -> None:
+    """A (B, n, C) tensor of floats."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = f"has dtype {x.dtype}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+        raise TypeError(f"GPT: {name} {got}; expected a tensor of floats, (B, n, {C})")
+    if x.dim() != 3 or x.shape[2] != C:
+        raise ValueError(
+            f"GPT: {name} has shape {tuple(x.shape)}; expected (B, n, {C}), vectors as wide as the model (n_embd)"
+        )
+
+
+def behind(
+    prefix: Tensor, tokens: Tensor, columns: dict[str, Tensor | None], ignore_index: int
+) -> dict[str, Tensor | None]:
+    """The arguments with a column a token, with columns for the vectors before the tokens.
+
+    Raises:
+        ValueError: as many rows of vectors as of tokens are expected.
+    """
+    n = prefix.shape[1]
+    if prefix.shape[0] != len(tokens):
+        raise ValueError(
+            f"GPT: prefix_embeds has {prefix.shape[0]} rows and ids {len(tokens)}; expected equal numbers - expand one"
+        )
+    before = {"attention_mask": 1, "targets": ignore_index, "labels": ignore_index}
+    return {
+        name: None if given is None else torch.nn.functional.pad(given, (n, 0), value=before[name])
+        for name, given in columns.items()
+    }
+
+
+def without(found: Any, n: int) -> Any:
+    """The logits, or (logits, loss), of a call without those of the first n positions."""
+    if isinstance(found, tuple):
+        return found if found[0] is None else (found[0][:, n:], found[1])
+    return found[:, n:]
+
+
 class Padding:
     """A padding mask. `compact` moves the tokens of each row to the front, in order, so that causal attention and positions
     are those of the row without padding; `restore` moves the results back.
@@ -92,22 +143,22 @@ class Padding:
             raise TypeError(
                 f"GPT: attention_mask {got}; expected a (B, T) tensor, 1 where a token counts and 0 for padding"
             )
-        if mask.shape != ids.shape:
+        if mask.shape != ids.shape[:2]:
             raise ValueError(
-                f"GPT: attention_mask has shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; expected equal shapes, "
-                "(B, T) - attention is causal by itself"
+                f"GPT: attention_mask has shape {tuple(mask.shape)} and ids {tuple(ids.shape[:2])}; expected equal "
+                "shapes, (B, T) - attention is causal by itself"
             )
         self.counts = mask.to(ids.device) != 0
         self._order = (~self.counts).to(torch.uint8).argsort(dim=1, stable=True)
         self._rows = torch.arange(ids.shape[0], device=ids.device)
 
     def without(self, ids: Tensor) -> Tensor:
-        """ids with 0 at padding, whose ids may be outside the vocabulary."""
-        return ids.masked_fill(~self.counts, 0)
+        """ids with 0 at padding, whose ids may be outside the vocabulary; or vectors (B, T, C)."""
+        return ids.masked_fill(~self.counts if ids.dim() == 2 else ~self.counts[..., None], 0)
 
     def compact(self, ids: Tensor) -> Tensor:
-        """ids (B, T) with the tokens of each row at the front."""
-        return ids.gather(1, self._order)
+        """ids (B, T), or vectors (B, T, C), with the tokens of each row at the front."""
+        return ids.gather(1, self._order) if ids.dim() == 2 else ids[self._rows[:, None], self._order]
 
     def restore(self, x: Tensor) -> Tensor:
         """x (B, T, C) of compacted rows, moved back to the positions of their tokens."""
@@ -165,7 +216,8 @@ class Packed:
 
 def padded(ids: Any, mask: Any, cache: KVCache | None) -> Padding:
     """The padding of a call. Raises ValueError beside a cache."""
-    check_ids("ids", ids, (torch.int64, torch.int32), None)
+    if not (isinstance(ids, Tensor) and ids.is_floating_point()):
+        check_ids("ids", ids, (torch.int64, torch.int32), None)
     if cache is not None:
         raise ValueError(
             "GPT: attention_mask with a cache; its rows have lengths of their own - read each prompt without its padding, "
@@ -178,7 +230,8 @@ def packed_row(
     ids: Any, cu_seqlens: Any, padding: Padding | None, cache: KVCache | None, last_only: bool, config: GPTConfig
 ) -> Packed:
     """The texts of a packed row. Raises ValueError beside what it does not go with."""
-    check_ids("ids", ids, (torch.int64, torch.int32), None)
+    if not (isinstance(ids, Tensor) and ids.is_floating_point()):
+        check_ids("ids", ids, (torch.int64, torch.int32), None)
     for name, given in (
         ("attention_mask", padding is not None),
         ("cache", cache is not None),
@@ -203,7 +256,7 @@ def check_call(
 ) -> None:
     """Raise TypeError or ValueError for arguments of a forward that do not fit the model or each other."""
     V, limit = config.vocab_size, config.block_size
-    check_ids("ids", ids, (torch.int64, torch.int32), V)
+    check_tokens(config, ids)
     if ids.shape[1] == 0:
         raise ValueError("GPT: ids holds no tokens (T = 0); give at least one, such as the end-of-text token")
     if ids.shape[1] > limit and packed is None:
@@ -213,9 +266,9 @@ def check_call(
         )
     if targets is not None:
         check_ids("targets", targets, (torch.int64,), V, ignored=ignore_index)
-        if targets.shape != ids.shape or last_only:
+        if targets.shape != ids.shape[:2] or last_only:
             raise ValueError(
-                f"GPT: targets has shape {tuple(targets.shape)} and ids {tuple(ids.shape)} "
+                f"GPT: targets has shape {tuple(targets.shape)} and ids {tuple(ids.shape[:2])} "
                 f"(last_only={last_only}); expected equal shapes, targets[b, t] being the token after "
                 "ids[b, t], without last_only"
             )

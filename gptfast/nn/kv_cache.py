@@ -1,8 +1,9 @@
-"""Keys and values of the positions a GPT has seen.  B rows, T new positions, S keys, H heads, D head_dim."""
+"""Keys and values of the positions a GPT has seen.  B rows, T new positions, S keys, H heads of keys, D head_dim."""
 
 from __future__ import annotations
 
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class KVCache:
             raise ValueError(f"KVCache: max_len is {max_len}; expected 1 to block_size = {config.block_size}")
         if batch_size < 1:
             raise ValueError(f"KVCache: batch_size is {batch_size}; expected at least 1")
-        shape = (config.n_layer, batch_size, config.n_head, max_len, config.head_dim)  # L B H S_max D
+        shape = (config.n_layer, batch_size, config.kv_heads, max_len, config.head_dim)  # L B H S_max D
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -95,21 +96,22 @@ class KVCache:
         self._layer = layer + 1
         return layer
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Store k and v, (B, H, T, D), behind what is cached and attend from q to all of it: (B, H, T, D)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
+        """Store k and v, (B, H, T, D), behind what is cached and attend from q to all of it, in q's shape. options: of
+        `gptfast.ops.causal_attention`."""
         T, layer = q.shape[2], self.take_layer(k)
         self._store(layer, k, v)
         keys, values, query = self.k[layer], self.v[layer], q.to(self.k.dtype)
         S = max(self._starts) + T
         if self._uniform():
-            out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], window=window)
+            out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], window=window, **options)
         elif T == 1 and window is None:
-            out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], seq_lens=trusted(self._ends))
+            out = ops.causal_attention(query, keys[:, :, :S], values[:, :, :S], seq_lens=trusted(self._ends), **options)
         else:  # the last T of each row's own keys: row by row
             ends = [start + T for start in self._starts]
             rows = [slice(b, b + 1) for b in range(len(ends))]
             parts = [
-                ops.causal_attention(query[b], keys[b, :, :end], values[b, :, :end], window=window)
+                ops.causal_attention(query[b], keys[b, :, :end], values[b, :, :end], window=window, **options)
                 for b, end in zip(rows, ends, strict=True)
             ]
             out = torch.cat(parts)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gptfast import ops
 from gptfast.nn.adapted import call
 from gptfast.nn.linear import Linear
 from gptfast.nn.selection import Selection
@@ -16,17 +17,21 @@ if TYPE_CHECKING:
 
 
 class MLP(torch.nn.Module):
-    """c_proj(activation(c_fc(x))) with GPT-2's parameter names; bias and GELU are one pass.
+    """c_proj(activation(c_fc(x))) with GPT-2's parameter names; bias and GELU are one pass. With "swiglu" the first half of
+    c_fc's rows make the gate.
 
     Args:
-        config: uses n_embd, inner_dim, bias and activation.
+        config: uses n_embd, inner_dim, the biases and activation.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = Linear(config.n_embd, config.inner_dim, bias=config.bias, activation=config.activation)
-        self.c_proj = Linear(config.inner_dim, config.n_embd, bias=config.bias)
+        bias, self.gated = config.has_bias("mlp"), config.activation == "swiglu"
+        activation = None if self.gated else config.activation
+        self.c_fc = Linear(config.n_embd, config.fc_dim, bias=bias, activation=activation)
+        self.c_proj = Linear(config.inner_dim, config.n_embd, bias=bias)
 
     def forward(self, x: Tensor, adapters: Selection | None = None) -> Tensor:
         """(..., C) -> (..., C). The dropout after the projection belongs to `Block`. adapters: None: the active ones."""
-        return call(self.c_proj, adapters, call(self.c_fc, adapters, x))
+        hidden = call(self.c_fc, adapters, x)
+        return call(self.c_proj, adapters, ops.swiglu(hidden) if self.gated else hidden)

@@ -71,6 +71,7 @@ class Prefix:
         self.spans, self.packed = spans, packed
         self.longest = max(span.n for span in spans)
         self.cu_seqlens: Tensor | None = None
+        self.all_positions: Tensor | None = None  # of a packed row with its virtual tokens; of others: from 0 on
         if packed is not None:
             self._pack(packed)
 
@@ -184,7 +185,10 @@ class Prefix:
         virtual = torch.arange(n, device=device)
         self._order = torch.empty(T + n * len(starts), dtype=torch.int64, device=device)
         self._order[self._places] = tokens + n
-        self._order[((starts + n * texts)[:, None] + virtual).flatten()] = virtual.repeat(len(starts))
+        places = ((starts + n * texts)[:, None] + virtual).flatten()
+        self._order[places] = virtual.repeat(len(starts))
+        self.all_positions = torch.empty_like(self._order)
+        self.all_positions[self._places], self.all_positions[places] = packed.positions[0] + n, self._order[places]
         self.cu_seqlens = packed.cu_seqlens + n * torch.arange(
             len(cu_seqlens), device=device, dtype=packed.cu_seqlens.dtype
         )

@@ -18,11 +18,22 @@ from gptfast.nn.block import Block, add_branch, written_for
 from gptfast.nn.counts import Counted
 from gptfast.nn.dropout import DropoutCounter, NumberedDropouts
 from gptfast.nn.embeddings import Embeddings
-from gptfast.nn.inputs import REFUSED, Packed, check_call, one_of, packed_row, padded, refuse, shifted
+from gptfast.nn.inputs import (
+    REFUSED,
+    Packed,
+    check_call,
+    check_form,
+    one_of,
+    packed_row,
+    padded,
+    refuse,
+    shifted,
+)
 from gptfast.nn.kv_cache import KVCache
-from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear, is_plain_linear
+from gptfast.nn.norm import norm_of
 from gptfast.nn.position import SinusoidalEmbedding
+from gptfast.nn.rotary import RotaryEmbedding
 from gptfast.nn.selection import AdapterState, Selection, select_rows
 from gptfast.nn.soft_prompt import Prefix
 
@@ -30,7 +41,7 @@ INIT_STD = 0.02  # of all matrices and embeddings (GPT-2)
 
 
 class Transformer(Embeddings, Counted, NumberedDropouts):
-    """The network of a GPT-1, GPT-2 or GPT-3 with GPT-2's parameter names; all of it runs through `gptfast.ops`.
+    """The network of a GPT with GPT-2's parameter names; all of it runs through `gptfast.ops`.
     `gptfast.GPT` is this with generation and checkpoints.
 
     Weights are normal with standard deviation 0.02, divided by sqrt(2 n_layer) for the projections into the
@@ -56,12 +67,15 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
             raise TypeError(f"GPT: config is a {type(config).__name__}; expected a GPTConfig")
         self.config = config
         C = config.n_embd
-        learned = config.position_embedding == "learned"
         self.wte = nn.Embedding(config.vocab_size, C)
-        places = nn.Embedding if learned else SinusoidalEmbedding
-        self.wpe = places(config.block_size, C).to(self.wte.weight.dtype)
+        if config.position_embedding == "rotary":
+            self.rotary = RotaryEmbedding(config)
+        else:
+            places = nn.Embedding if config.position_embedding == "learned" else SinusoidalEmbedding
+            self.wpe = places(config.block_size, C).to(self.wte.weight.dtype)
+        self.ln_e = norm_of(config) if config.embedding_norm else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = LayerNorm(C, eps=config.layer_norm_epsilon, bias=config.bias) if config.final_norm else None
+        self.ln_f = norm_of(config) if config.final_norm else None
         self.lm_head = Linear(C, config.vocab_size, bias=False)
         self._dropout = DropoutCounter()  # its offset counts forwards
         self.tie_weights()
@@ -81,7 +95,7 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
         if parameter.dim() == 2:
             residual = name.endswith("c_proj.weight")
             nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             nn.init.zeros_(parameter)
 
     def forward(
@@ -97,6 +111,8 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         adapter_names: Sequence[str] | None = None,
+        inputs_embeds: Tensor | None = None,
+        prefix_embeds: Tensor | None = None,
         **others: Any,
     ) -> Tensor | tuple[Tensor | None, Tensor]:
         """Logits, or logits and mean cross-entropy. A batch of transformers' collators may be expanded: model(**batch).
@@ -118,6 +134,10 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
             adapter_names: the adapter of each row, "__base__" for none; None: the active ones for all rows. Logits are those of
                 the tokens, without the virtual ones of a soft prompt, which count in block_size. In labels the first token
                 of a row counts too where a soft prompt is before it, as in peft.
+            inputs_embeds: (B, T, C), instead of ids: vectors in the places of the token embeddings, to which positions are
+                added as to these. Targets and labels are those of the same positions, ignore_index where there is no token.
+            prefix_embeds: (B, n, C), vectors before the tokens of each row, which take the positions 0 to n - 1. Mask,
+                targets, labels and logits are those of the tokens alone; labels of first tokens count.
             others: what transformers has besides is refused.
         Returns:
             Without targets: logits (B, T, V), or (B, V) with last_only.
@@ -129,10 +149,16 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
             named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
             given = {name: value for name, value in named.items() if value is not None}
             options = {"ignore_index": ignore_index, "cache": cache, "last_only": last_only, "cu_seqlens": cu_seqlens}
-            options["adapter_names"] = adapter_names
+            options |= {"adapter_names": adapter_names, "prefix_embeds": prefix_embeds}
             return self.forward(None, targets, **ids, **given, **options, **others)
         refuse("GPT", others, REFUSED)
-        tokens = one_of("ids", ids, "input_ids", input_ids)
+        ids = one_of("ids", ids, "input_ids", input_ids)
+        tokens = one_of("ids", ids, "inputs_embeds", inputs_embeds)
+        check_form(tokens, inputs_embeds is not None, self.config.n_embd)
+        if prefix_embeds is not None:
+            columns = {"targets": targets, "attention_mask": attention_mask, "labels": labels}
+            options = {"ignore_index": ignore_index, "cache": cache, "last_only": last_only, "cu_seqlens": cu_seqlens}
+            return self._behind(prefix_embeds, tokens, columns, adapter_names=adapter_names, **options)
         padding = None if attention_mask is None else padded(tokens, attention_mask, cache)
         tokens = tokens if padding is None else padding.without(tokens)
         packed = None if cu_seqlens is None else packed_row(tokens, cu_seqlens, padding, cache, last_only, self.config)
@@ -151,25 +177,34 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
             if prefix is not None and x.shape[1] > tokens.shape[1]:
                 x, ends = prefix.tokens(x), prefix.ends(x)
             if last_only:
-                return call(self.lm_head, adapters, x[:, -1] if padding is None else padding.last(x))
+                return self.logits_of(x[:, -1] if padding is None else padding.last(x), adapters)
             x = x if padding is None else padding.restore(x)
             if targets is None:
-                return call(self.lm_head, adapters, x)
+                return self.logits_of(x, adapters)
             if prefix is not None and ends is not None and labels is not None:
                 x = torch.cat((x, ends), 1)
                 targets = torch.cat((targets, prefix.firsts(labels, padding, ignore_index)), 1)
             hidden, wanted = x.flatten(0, 1), targets.flatten()
-            if self.training and is_plain_linear(self.lm_head):
+            if self.training and self.has_plain_head():
                 logits = None
                 loss = ops.linear_cross_entropy(hidden, self.lm_head.weight, wanted, ignore_index=ignore_index)
             else:
-                logits = call(self.lm_head, adapters, x)
+                logits = self.logits_of(x, adapters)
                 loss = ops.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=ignore_index)
             if self.training and self.adapters is not None:
                 watch(self, self.adapters, loss) if adapter_names is None else watch_rows(self, self.adapters, adapters)
             if logits is None or self.training:
                 return None, loss
             return logits if x.shape[1] == tokens.shape[1] else logits[:, : tokens.shape[1]], loss
+
+    def logits_of(self, hidden: Tensor, adapters: Selection | None = None) -> Tensor:
+        """The logits of hidden states: (..., C) -> (..., V). adapters: of this forward; None: the active ones."""
+        logits, cap = call(self.lm_head, adapters, hidden), self.config.logit_softcap
+        return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
+
+    def has_plain_head(self) -> bool:
+        """Whether logits are a product with `lm_head.weight` and nothing else."""
+        return is_plain_linear(self.lm_head) and self.config.logit_softcap is None
 
     def hidden_states(
         self, ids: Tensor, *, attention_mask: Tensor | None = None, adapter_names: Sequence[str] | None = None
@@ -200,11 +235,8 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
         config, (seed, step) = self.config, numbers
         first, under = step * (1 + 3 * config.n_layer), {} if adapters is None else {"adapters": adapters}
         row = (self.dropout_row,) if self.dropout_row else ()
-        if prefix is None:
-            positions = packed.positions if packed else None if cache is None else cache.start(ids.shape[1])
-            residual = self._embedded(ids, positions, adapters)
-        else:
-            residual = self._prefixed(ids, prefix, cache, adapters)
+        residual, rotation = self._enter(ids, cache, adapters, packed, prefix)
+        under = under if rotation is None else {**under, "rotation": rotation}
         cu_seqlens = None if packed is None else packed.cu_seqlens if prefix is None else prefix.cu_seqlens
         if self.training and config.embd_pdrop > 0:
             residual = ops.dropout(residual, config.embd_pdrop, seed, first, first_row=self.dropout_row)

@@ -28,9 +28,9 @@ from gptfast._files import checksum, open_read
 from gptfast._folders import STAGE, sync
 from gptfast._large_files import summed
 from gptfast._snapshots import current, current_files
-from gptfast.checkpoints import hf_layout
 from gptfast.models import GPT
-from gptfast.models.export import Description, described, write_tensors
+from gptfast.models.export import Description, described, file_tensors, write_tensors
+from gptfast.nn.difference import true_config
 from gptfast.training.checkpoint import OPTIMIZER
 from gptfast.training.division import Box, Division, division_of, is_sharded, local
 from gptfast.training.optim import empty_optimizer_tensors, optimizer_tensors, restore_optimizers
@@ -145,15 +145,12 @@ def put_together(twin: GPT, files: Sequence[Path], divisions: Mapping[str, Divis
     """
     whole, parts = described(twin), [safe_open(file, "pt") for file in files]
     names = [set(part.keys()) for part in parts]
+    found = file_tensors(true_config(twin), twin.state_dict())
 
     def read(key: str) -> Tensor:
-        name = hf_layout.from_file(key) or key
+        name, form = found[key]
         own = {rank: part.get_tensor(name) for rank, part in enumerate(parts) if name in names[rank]}
-        if not own:  # a bias that the model lacks and transformers has
-            expected = whole.read(key)
-            return torch.zeros(expected.shape, dtype=expected.dtype)
-        x = divisions[name].put_together(own)
-        return x.t() if hf_layout.is_conv1d(name) else x
+        return form(divisions[name].put_together(own))
 
     return Description(whole.settings, whole.generation, whole.sizes, read)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.models import GPT
+from gptfast.models.pretrained import on_meta
 from gptfast.training.division import division_of, fill, gathered, local
 from gptfast.training.ranks import Ranks
 
@@ -112,8 +113,7 @@ def whole_copy(model: GPT, ranks: Ranks) -> GPT:
         tensor = gathered(name, p, ranks)
         if ranks.is_main:
             found[name] = tensor.cpu()
-    with torch.device("meta"):
-        copy = GPT(model.config)
+    copy = on_meta(GPT, model.config)
     copy.load_state_dict(found, strict=False, assign=True)
     copy.tie_weights()
     return copy

@@ -123,9 +123,18 @@ def _of_a_share(parameters: Iterable[nn.Parameter], tensor: int) -> int:
     return sum(p.numel() // (tensor if is_divided(p) else 1) for p in parameters)
 
 
+def _with_all_heads(config: GPTConfig) -> GPTConfig:
+    """A config of any number of layers and heads that keeps about as much: a key for each query, and the pattern of GPT-3."""
+    changes: dict[str, Any] = {"n_kv_head": None, "head_size": None}
+    if config.attention_pattern not in ("dense", "alternating"):
+        changes["attention_pattern"] = "alternating"
+    return config.replace(n_embd=config.attn_dim, **changes)
+
+
 def activations(config: GPTConfig, rows: int, dtype: torch.dtype, recompute: bool, tensor: int = 1) -> int:
     """Bytes that are kept between the forward and the backward pass of `rows` rows."""
     heads = max(2, tensor)
+    config = _with_all_heads(config)
     narrow, length = heads * config.head_dim, min(128, config.block_size)
     inner = config.inner_dim * narrow // config.n_embd
     shape = config.replace(n_embd=narrow, n_head=heads, n_inner=inner, vocab_size=64, block_size=length)

@@ -31,8 +31,20 @@ def check_shape(config: GPTConfig, tensor: int) -> None:
     """Refuse a model whose heads, or units of an MLP, do not divide among `tensor` ranks.
 
     Raises:
-        ValueError: it names both numbers.
+        ValueError: it names both numbers; or what heads or units have beside those of a GPT-3, which no rank has a part of.
     """
+    undivided = {
+        "n_kv_head": config.kv_heads != config.n_head,
+        "qk_norm": config.qk_norm and config.norm_affine,
+        "attention_sinks": config.attention_sinks,
+        "activation": config.activation == "swiglu",
+    }
+    for name, found in undivided.items():
+        if found:
+            raise ValueError(
+                f"train: `tensor_parallel` does not divide a model with {name}={getattr(config, name)!r}; train it with "
+                "`parallel` fsdp alone"
+            )
     for what, count in (("heads (n_head)", config.n_head), ("units of an MLP", config.inner_dim)):
         if count % tensor:
             raise ValueError(

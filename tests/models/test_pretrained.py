@@ -190,8 +190,8 @@ DAMAGE = {
     ),
     "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "config.json"),
     "another architecture": (
-        lambda f: rewrite_config(f, model_type="llama"),
-        *(ValueError, "config.json: model_type is 'llama'; gptfast loads gpt2, openai-gpt, gptfast"),
+        lambda f: rewrite_config(f, model_type="mamba"),
+        *(ValueError, "config.json: model_type is 'mamba'; gptfast loads gpt2, openai-gpt, gptfast"),
     ),
     "unknown activation": (
         lambda f: rewrite_config(f, activation_function="mish"),

@@ -27,11 +27,10 @@ from gptfast.checkpoints.adapter_files import (
 )
 from gptfast.checkpoints.prompt_config import HEADS, PromptTuningConfig
 from gptfast.models.adapters import attached, prompts
-from gptfast.models.adapters.targets import as_peft_has_them, file_name
+from gptfast.models.adapters.targets import adapter_kind, as_peft_has_them, file_name
 from gptfast.models.export import write_json, write_tensors
 from gptfast.models.quantized import mark_of, sample
 from gptfast.nn.adapted import adapter_modules
-from gptfast.nn.difference import true_config
 from gptfast.nn.selection import known_adapters
 from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
@@ -69,7 +68,7 @@ def _fields(model: Transformer, config: LoraConfig, paths: list[str]) -> dict[st
     conv1d = any(hf_layout.is_conv1d(path + ".weight") for path in paths)
     return {
         "target_modules": as_peft_has_them(model, config, paths),
-        "fan_in_fan_out": conv1d and hf_layout.model_type(true_config(model)) != "gptfast",
+        "fan_in_fan_out": conv1d and adapter_kind(model) != "gptfast",
         "modules_to_save": [_in_file(model, m) for m in config.modules_to_save or []] or None,
     }
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.adapter_config import LoraConfig
+from gptfast.checkpoints.families import FAMILIES
 from gptfast.nn.adapted import LORA, SAVED, LoraLinear, SavedLinear, adapter_modules
 from gptfast.nn.difference import true_config
 from gptfast.nn.linear import Linear
@@ -20,8 +21,15 @@ ALL_LINEAR = "all-linear"
 
 
 def file_name(model: Transformer, name: str) -> str:
-    """The name of a module in transformers' model of this architecture."""
-    return hf_layout.to_file(name + ".weight", hf_layout.model_type(true_config(model))).removesuffix(".weight")
+    """The name of a module in transformers' model of this architecture; ours where theirs has other modules."""
+    return hf_layout.to_file(name + ".weight", adapter_kind(model)).removesuffix(".weight")
+
+
+def adapter_kind(model: Transformer) -> str:
+    """The architecture whose names adapters have. Llama and its like divide into several layers what is one here, and have
+    our names: c_attn, not q_proj."""
+    kind = hf_layout.model_type(true_config(model))
+    return "gptfast" if kind in FAMILIES else kind
 
 
 def targets(model: Transformer, config: LoraConfig) -> list[str]:
