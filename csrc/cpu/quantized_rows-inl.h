@@ -100,17 +100,13 @@ static void dot_rows(const QuantizedRowsParams& p, const C& codes, i64 n, const 
   F acc[R][O];
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int o = 0; o < O; o++) acc[r][o] = zero();
-  alignas(64) uint8_t tail[O][4 * L];
-  const uint8_t* from = bytes;
-  i64 pitch = w.row_bytes, chunk = 0;
-  for (i64 end = whole;; end = chunks) {  // one body for whole chunks and the last, which may end early: it is long
-    for (; chunk < end; chunk++, from += 4 * L)
-      add_chunk<PAIR, R, O>(codes, lanes, scales, chunk, from, pitch, x + chunk * step, acc);
-    if (chunk == chunks) break;
-    __builtin_memset(tail, 0, sizeof tail);
+  for (i64 chunk = 0; chunk < whole; chunk++)
+    add_chunk<PAIR, R, O>(codes, lanes, scales, chunk, bytes + chunk * 4 * L, w.row_bytes, x + chunk * step, acc);
+  if (whole < chunks) {
+    alignas(64) uint8_t tail[O][4 * L] = {};
     for (int o = 0; o < O; o++)
       __builtin_memcpy(tail[o], bytes + o * w.row_bytes + whole * 4 * L, size_t(w.row_bytes - whole * 4 * L));
-    from = tail[0], pitch = 4 * L;
+    add_chunk<PAIR, R, O>(codes, lanes, scales, whole, tail[0], 4 * L, x + whole * step, acc);
   }
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int o = 0; o < O; o++) out[r * kQuantizedRows + o] = sum(acc[r][o]);
