@@ -78,9 +78,12 @@ class EngineRunner(Runner):
     def adapters(self) -> tuple[str, ...]:
         return tuple(self._adapters.packed)
 
-    def allocate(self, count: int = 1, adapter: str | None = None) -> list[int]:
+    def allocate(self, count: int = 1, adapter: str | None = None, prefix: Tensor | None = None) -> list[int]:
         check_count("allocate", "count", count, 0, LARGEST, SLOTS)
         updates, prompt = self._adapters.of("allocate", adapter)
+        if prefix is not None:
+            own = prefix.detach().to("cpu", torch.float32).contiguous()
+            prompt = own if prompt is None else torch.cat((prompt, own))
         slots = self._cache.add(count, updates)
         if prompt is not None and slots:
             first, *others = slots

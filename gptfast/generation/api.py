@@ -80,6 +80,7 @@ def generate(
     return_logprobs: bool = False,
     adapter_names: Sequence[str] | None = None,
     draft_repeats: bool = False,
+    prefix_embeds: Any = None,
     **options: Any,
 ) -> Any:
     """Continue prompts and return prompt and new tokens, as `transformers.generate`; greedily by default.
@@ -98,6 +99,8 @@ def generate(
         adapter_names: the adapter of each prompt, "__base__" for none; None: the active ones for all.
         draft_repeats: guess tokens where the text of a single sequence repeats itself, and check them in one step: the same
             text, sooner. Only the native engine does.
+        prefix_embeds: (B, n, C), or a list of (n, C): vectors before each prompt, such as projected patches of an image. They
+            take positions, and are not returned. Not with beams, assistant_model or overflow="slide".
         options: fields of `GenerationConfig`; and attention_mask, shaped as ids: 0 for padding, on the left or the right. A
             prompt is continued as without its padding, and returned with it, the new tokens behind.
     Returns:
@@ -109,7 +112,9 @@ def generate(
     """
     ids, mask, options = unpack(ids, options)
     config = choosing_text(GenerationConfig.of(**options), tokenizer, model.config.vocab_size)
-    given, config = read_prompts(ids, mask, model, config, adapter_names)
+    if prefix_embeds is not None:
+        _check_prefix_use(config, assistant_model)
+    given, config = read_prompts(ids, mask, model, config, adapter_names, prefix_embeds)
     prompts, apart, config = given.rows, config.seed is None, config.with_seed()
     adapters = given.adapters
     stopping = Stopping(config, tokenizer)
@@ -128,10 +133,20 @@ def generate(
         alone = len(prompts) * config.num_return_sequences == 1 and streamer is None and assistant_model is None
         wanted = {"logprobs": return_logprobs, "draft_repeats": draft_repeats and alone}
         requests = _requests(prompts, config, tokenizer, apart, adapters, **wanted)
+        for request, prefix in zip(requests, given.prefixes, strict=True):
+            request.prefix = prefix
         logprobs = _run(model, requests, assistant_model, streamer)
         texts = [sequence.tokens for request in requests for sequence in request.sequences]
     sequences = given.returned(texts, config)
     return Generation(sequences, logprobs, scores) if return_logprobs else sequences
+
+
+def _check_prefix_use(config: GenerationConfig, assistant: Any) -> None:
+    told = {"num_beams": config.num_beams > 1, "assistant_model": assistant is not None}
+    told["overflow='slide'"] = config.overflow == "slide"
+    for name, given in told.items():
+        if given:
+            raise ValueError(f"generate: prefix_embeds with {name}; leave one out")
 
 
 def _check_streamer(streamer: Any, prompts: int, config: GenerationConfig) -> None:
@@ -184,7 +199,7 @@ def _run(
 def _scheduler(model: LanguageModel, requests: list[Request], assistant: LanguageModel | None) -> Scheduler:
     """A scheduler that runs all of the requests at once."""
     config = requests[0].config
-    longest = max(len(request.prompt) for request in requests) + config.max_new_tokens
+    longest = max(len(request.prompt) + request.before for request in requests) + config.max_new_tokens
     scheduler = Scheduler(
         model,
         max_rows=len(requests) * config.num_return_sequences,

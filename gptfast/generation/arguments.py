@@ -14,7 +14,7 @@ _CACHE = "a call keeps keys and values by itself; gptfast.generation.Scheduler r
 REFUSED = {
     "token_type_ids": "a GPT knows one type of token; leave it out",
     "position_ids": "positions follow from attention_mask; leave it out",
-    "inputs_embeds": "give token ids",
+    "inputs_embeds": "give the tokens behind the vectors as ids, and the vectors as prefix_embeds",
     "labels": "it is for the loss, see GPT.forward; leave it out",
     "past_key_values": _CACHE,
     "cache_implementation": _CACHE,

@@ -84,6 +84,8 @@ class CudaGraphRunner(TorchRunner):
     def _can_replay(self, slots: Sequence[int]) -> bool:
         """Whether a captured step may run for these slots. It writes behind the last position of every other slot, too,
         which must not be full."""
+        if any(self._prefix_of.get(slot) for slot in self._row_of):  # the steps count positions by tokens
+            return False
         idle = self._row_of.keys() - set(slots)
         full = any(self._lengths[slot] >= self._cache.max_len for slot in idle)
         return not full and _may_capture(self._steps.device)

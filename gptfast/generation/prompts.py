@@ -23,12 +23,14 @@ class Prompts:
     given: each prompt as it was given, with its padding.
     device: device of the tensor that held them; None: they were not in a tensor.
     adapters: the adapter of each prompt; None: the active ones. Whether there are such is known to the runner.
+    prefixes: the vectors before each prompt, (n, C); None: there are none.
     """
 
     rows: list[list[int]]
     given: list[list[int]]
     device: torch.device | None
     adapters: list[str | None]
+    prefixes: list[Tensor | None]
 
     def returned(self, texts: list[list[int]], config: GenerationConfig) -> Any:
         """The texts in the form of the prompts: a tensor, or id lists; with the padding of the prompts.
@@ -52,7 +54,12 @@ class Prompts:
 
 
 def read_prompts(
-    ids: Any, mask: Any, model: LanguageModel, config: GenerationConfig, adapter_names: Any = None
+    ids: Any,
+    mask: Any,
+    model: LanguageModel,
+    config: GenerationConfig,
+    adapter_names: Any = None,
+    prefix_embeds: Any = None,
 ) -> tuple[Prompts, GenerationConfig]:
     """Read the prompts of a call; returns them, and the config with its max_new_tokens (`GenerationConfig.with_room`).
 
@@ -64,6 +71,7 @@ def read_prompts(
         model: its vocabulary and block_size are checked.
         config: see `check_prompt`.
         adapter_names: the adapter of each prompt; None: the active ones for all.
+        prefix_embeds: see `read_prefixes`.
     Raises:
         TypeError, ValueError: another type, no prompts, ids outside the vocabulary, or prompts that are too long.
     """
@@ -80,12 +88,43 @@ def read_prompts(
     adapters: list[str | None] = [None] * len(rows)
     if adapter_names is not None:
         adapters[:] = one_a_row("generate", adapter_names, len(rows))
+    prefixes = read_prefixes(prefix_embeds, len(rows), model.config.n_embd)
     virtual, limit = [virtual_tokens(model, adapter) for adapter in adapters], model.config.block_size
+    virtual = [n + (0 if own is None else len(own)) for n, own in zip(virtual, prefixes, strict=True)]
     longest = max(len(row) + own for row, own in zip(rows, virtual, strict=True))
     config = config.with_room(max(map(len, given)), longest, limit)
-    for n, (row, own) in enumerate(zip(rows, virtual, strict=True)):
-        check_prompt(f" {n}", row, model.config.vocab_size, limit - own, config, own)
-    return Prompts(rows, given, ids.device if isinstance(ids, Tensor) else None, adapters), config
+    for n, (row, own, prefix) in enumerate(zip(rows, virtual, prefixes, strict=True)):
+        before = 0 if prefix is None else len(prefix)
+        check_prompt(f" {n}", row, model.config.vocab_size, limit - own, config, own, before)
+    return Prompts(rows, given, ids.device if isinstance(ids, Tensor) else None, adapters, prefixes), config
+
+
+def read_prefixes(given: Any, rows: int, C: int) -> list[Tensor | None]:
+    """The vectors before each prompt; None: there are none.
+
+    Args:
+        given: (B, n, C) floats, or a list of (n, C) for each prompt; None: no prompt has any.
+        rows: number of prompts.
+        C: width of the model.
+    Raises:
+        TypeError, ValueError: another type or number, or vectors of another width.
+    """
+    if given is None:
+        return [None] * rows
+    if not isinstance(given, (Tensor, list, tuple)) or len(given) != rows:
+        got = f"{len(given)} entries" if isinstance(given, (Tensor, list, tuple)) else type(given).__name__
+        raise ValueError(
+            f"generate: prefix_embeds has {got} for {rows} prompts; expected (B, n, {C}), or a list of (n, {C})"
+        )
+    for n, own in enumerate(given):
+        if not isinstance(own, Tensor) or not own.is_floating_point():
+            raise TypeError(f"generate: prefix_embeds of prompt {n} is no tensor of floats; expected (n, {C})")
+        if own.dim() != 2 or own.shape[1] != C or not len(own):
+            raise ValueError(
+                f"generate: prefix_embeds of prompt {n} has shape {tuple(own.shape)}; expected (n, {C}) with n >= 1, vectors as "
+                "wide as the model (n_embd)"
+            )
+    return [own.detach() for own in given]
 
 
 def _without_padding(given: list[list[int]], mask: Any) -> list[list[int]]:
@@ -152,7 +191,7 @@ def read_prompt(label: str, row: Any) -> list[int]:
 
 
 def check_prompt(
-    label: str, row: Sequence[int], V: int, limit: int, config: GenerationConfig, virtual: int = 0
+    label: str, row: Sequence[int], V: int, limit: int, config: GenerationConfig, virtual: int = 0, before: int = 0
 ) -> None:
     """Check that a prompt and the ids of `config` fit the vocabulary, and that the new tokens fit behind the prompt.
 
@@ -162,7 +201,8 @@ def check_prompt(
         V: size of the vocabulary.
         limit: largest number of positions; overflow="slide" allows more.
         config: the options of the prompt.
-        virtual: positions that a soft prompt takes beside the limit.
+        virtual: positions that a soft prompt and vectors before the prompt take beside the limit.
+        before: those of the vectors alone.
     Raises:
         TypeError, ValueError: they do not fit.
     """
@@ -190,7 +230,10 @@ def check_prompt(
     if wanted > limit and config.overflow == "error":
         asked = f"max_new_tokens is {config.max_new_tokens}"
         asked += f" (max_length is {config.max_length})" if config.max_length else ""
-        said = f"{limit + virtual}, of which a soft prompt takes {virtual}" if virtual else str(limit)
+        taking = {0: "a soft prompt takes", virtual: "prefix_embeds take"}.get(
+            before, "a soft prompt and prefix_embeds take"
+        )
+        said = f"{limit + virtual}, of which {taking} {virtual}" if virtual else str(limit)
         raise ValueError(
             f"generate: prompt{label} has {len(row)} tokens and {asked}, together {wanted}, but block_size is {said}; "
             f"{_remedy(len(row), limit, config.max_new_tokens)}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.json_grammar import JsonGrammar
 from gptfast.generation.sampling import SamplingContext, needs_only_logits
@@ -90,6 +92,7 @@ class Request:
         first_stream: Philox stream of the first return sequence; the others follow. Requests with the same seed and
             different streams are independent, and are drawn in one call.
         grammar: says which tokens may follow, and where the text is complete; None: no such rule.
+        prefix: (n, C) vectors before the prompt, see `gptfast.generation.generate`; None: there are none.
         sequences: the return sequences; only the first until the prompt has been read.
         error: why the request failed; None: it has not.
     Raises:
@@ -106,6 +109,7 @@ class Request:
     first_stream: int = 0
     adapter: str | None = None
     grammar: JsonGrammar | None = None
+    prefix: Tensor | None = None
     max_len: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     error: RuntimeError | None = None
@@ -121,6 +125,11 @@ class Request:
         self.stopping = Stopping(config, self.tokenizer, self.grammar)
         details = self.logprobs or self.top or self.grammar is not None
         self.needs_only_logits = needs_only_logits(config) and not details
+
+    @property
+    def before(self) -> int:
+        """Number of vectors before the prompt."""
+        return 0 if self.prefix is None else len(self.prefix)
 
     @property
     def done(self) -> bool:

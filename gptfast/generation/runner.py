@@ -66,10 +66,12 @@ class Runner(ABC):
         return ()
 
     @abstractmethod
-    def allocate(self, count: int = 1, adapter: str | None = None) -> list[int]:
+    def allocate(self, count: int = 1, adapter: str | None = None, prefix: Tensor | None = None) -> list[int]:
         """Take `count` empty slots.
 
         Args:
+            prefix: (n, C) vectors before the tokens of each slot, behind its soft prompt. They take room in block_size;
+                `lengths` leave them out.
             adapter: of the slots, and of the copies of them: a name, or "__base__" for none. None: those that are active.
         Raises:
             RuntimeError: fewer are free.  ValueError: there is no such adapter.

@@ -117,8 +117,8 @@ class Scheduler:
             raise ValueError(
                 "Scheduler: num_beams must be 1; beams are searched together - use gptfast.generation.generate"
             )
-        limit, virtual = self._limit(request), virtual_tokens(self.runner, request.adapter)
-        check_prompt("", request.prompt, self.config.vocab_size, limit, config, virtual)
+        limit, virtual = self._limit(request), virtual_tokens(self.runner, request.adapter) + request.before
+        check_prompt("", request.prompt, self.config.vocab_size, limit, config, virtual, request.before)
         positions = self._positions(request, config) * config.num_return_sequences
         if config.num_return_sequences > self.max_rows or positions > self.max_positions:
             raise ValueError(
@@ -180,7 +180,8 @@ class Scheduler:
                 return
             read += len(request.prompt)
             self._waiting.popleft()
-            slot = self.runner.allocate(1, request.adapter)[0]
+            own = {} if request.prefix is None else {"prefix": request.prefix}
+            slot = self.runner.allocate(1, request.adapter, **own)[0]
             request.sequences = [Sequence(request, 0, slot, list(request.prompt))]
             self._running.append(request)
 
@@ -194,7 +195,8 @@ class Scheduler:
 
     def _limit(self, request: Request) -> int:
         """The most positions of a sequence."""
-        return min(self.max_len, self.config.block_size - virtual_tokens(self.runner, request.adapter))
+        virtual = virtual_tokens(self.runner, request.adapter) + request.before
+        return min(self.max_len, self.config.block_size - virtual)
 
     def _with_room(self, request: Request) -> GenerationConfig:
         length = len(request.prompt)

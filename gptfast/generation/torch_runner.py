@@ -44,6 +44,7 @@ class TorchRunner(Runner):
         self._slot_in: list[int] = []  # the slot in each row of the cache that is in use
         self._row_of: dict[int, int] = {}
         self._adapter_of: dict[int, str | None] = {}
+        self._prefix_of: dict[int, int] = {}  # number of vectors before the tokens of a slot, where there are some
         self._free = list(range(max_slots))[::-1]
         self._lock = threading.RLock()
 
@@ -60,7 +61,7 @@ class TorchRunner(Runner):
     def virtual_tokens(self, adapter: str | None = None) -> int:
         return self._model.virtual_tokens(adapter)
 
-    def allocate(self, count: int = 1, adapter: str | None = None) -> list[int]:
+    def allocate(self, count: int = 1, adapter: str | None = None, prefix: Tensor | None = None) -> list[int]:
         names = () if adapter is None else self.adapters
         if adapter is not None:
             check_adapter("allocate", names, adapter)
@@ -75,6 +76,8 @@ class TorchRunner(Runner):
                 self._row_of[slot] = len(self._slot_in)
                 self._slot_in.append(slot)
                 self._adapter_of[slot] = adapter if names else None
+            if prefix is not None:
+                self._read_prefix(slots, prefix)
             return slots
 
     def fork(self, slot: int, count: int) -> list[int]:
@@ -93,10 +96,11 @@ class TorchRunner(Runner):
                 return
             lengths = [self._lengths[source] for _, source in moves]
             adapters = [self._adapter_of[source] for _, source in moves]
+            before = [self._prefix_of.get(source, 0) for _, source in moves]
             to, of = ([self._row_of[slot] for slot in part] for part in zip(*moves, strict=True))
-            self._cache.copy_rows(to, of, max(lengths) + self._virtual)
-            for (slot, _), length, adapter in zip(moves, lengths, adapters, strict=True):
-                self._lengths[slot], self._adapter_of[slot] = length, adapter
+            self._cache.copy_rows(to, of, max(map(sum, zip(lengths, before, strict=True))) + self._virtual)
+            for (slot, _), length, adapter, n in zip(moves, lengths, adapters, before, strict=True):
+                self._lengths[slot], self._adapter_of[slot], self._prefix_of[slot] = length, adapter, n
 
     def truncate(self, slot: int, length: int) -> None:
         with self._lock:
@@ -110,10 +114,11 @@ class TorchRunner(Runner):
             self._check("free", [slot])
             row, last = self._row_of.pop(slot), self._slot_in.pop()
             if last != slot:
-                self._cache.copy_rows([row], [len(self._slot_in)], self._lengths[last] + self._virtual)
+                self._cache.copy_rows([row], [len(self._slot_in)], self._held(last) + self._virtual)
                 self._row_of[last] = row
                 self._slot_in[row] = last
             self._lengths[slot] = 0
+            self._prefix_of.pop(slot, None)
             self._free.append(slot)
 
     def extend(
@@ -156,6 +161,7 @@ class TorchRunner(Runner):
             )
         for slot, new in zip(slots, tokens, strict=True):
             virtual = self.virtual_tokens(self._adapter_of[slot]) if self._virtual else 0
+            virtual += self._prefix_of.get(slot, 0)
             room = min(self.max_len, self._cache.max_len - virtual)
             if self._lengths[slot] + len(new) > room:
                 raise ValueError(
@@ -187,25 +193,48 @@ class TorchRunner(Runner):
 
     def _kind(self, slot: int) -> tuple[bool, bool]:
         """Slots of one kind run in one forward."""
-        return self._adapter_of[slot] is None, self._virtual > 0 and self._lengths[slot] == 0
+        return self._adapter_of[slot] is None, self._virtual > 0 and self._held(slot) == 0
+
+    def _held(self, slot: int) -> int:
+        """Positions of a slot with its prefix, without those of a soft prompt."""
+        return self._lengths[slot] + self._prefix_of.get(slot, 0)
+
+    def _read_prefix(self, slots: list[int], prefix: Tensor) -> None:
+        """Begin empty slots with these vectors."""
+        first, *others = slots
+        try:
+            self._run([first], prefix[None].to(self._cache.k.device), last_only=True)
+        except BaseException:
+            for slot in slots:
+                self.free(slot)
+            raise
+        self._prefix_of[first] = len(prefix)
+        self.copy(others, [first] * len(others))
 
     def _forward(self, slots: list[int], tokens: list[Sequence[int]], last_only: bool = False) -> Tensor:
         """Append equally many tokens, (B, T), to slots in neighbouring rows; logits (B, T, V), or (B, 1, V) if last_only."""
+        ids = torch.tensor(tokens, dtype=torch.int64, device=self._cache.k.device)
+        logits = self._run(slots, ids, last_only)
+        for slot in slots:
+            self._lengths[slot] += ids.shape[1]
+        return logits[:, None] if last_only else logits
+
+    def _run(self, slots: list[int], tokens: Tensor, last_only: bool) -> Tensor:
+        """Append ids (B, T), or vectors (B, T, C), to the rows of slots in the cache; logits (B, T, V), or (B, V)."""
         first = self._row_of[slots[0]]
-        cache = self._cache.rows(first, first + len(slots), [self._lengths[slot] for slot in slots])
-        ids, before = torch.tensor(tokens, dtype=torch.int64, device=self._cache.k.device), cache.lengths
+        cache = self._cache.rows(first, first + len(slots), [self._held(slot) for slot in slots])
+        before = cache.lengths
         names = [self._adapter_of[slot] for slot in slots]
         own = {} if names[0] is None else {"adapter_names": names}
+        given = {"inputs_embeds": tokens} if tokens.is_floating_point() else {"ids": tokens}
         with evaluating(self._model):
-            logits = self._model(ids, cache=cache, last_only=last_only, **own)
+            logits = self._model(**given, cache=cache, last_only=last_only, **own)
         if cache.lengths is before:
             raise RuntimeError(
                 f"generate: the forward of this {type(self._model).__name__} does not use its cache= argument; pass it on "
                 "to GPT's forward, or generate without a cache: call the model on the whole text for every token"
             )
-        for slot in slots:
-            self._lengths[slot] += ids.shape[1]
-        return logits[:, None] if last_only else logits
+        return logits
 
 
 def make_cache(model: Transformer, rows: int, max_len: int) -> KVCache:
