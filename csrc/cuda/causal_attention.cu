@@ -38,9 +38,9 @@ cudaError_t causal_attention_fwd_tiles(AttentionParams p, cudaStream_t stream) {
 cudaError_t causal_attention_bwd(AttentionParams p, cudaStream_t stream) {
   if (!p.B || !p.H) return cudaSuccess;
   p = prepared(p);
-  if (const cudaError_t error = causal_attention_delta(p, stream)) return error;
   if (causal_attention_bwd_sm90_takes(p))
     if (const cudaError_t error = causal_attention_bwd_sm90(p, stream); error != kMapRefused) return error;
+  if (const cudaError_t error = causal_attention_delta(p, stream)) return error;
   return causal_attention_bwd_sm80(p, stream);
 }
 

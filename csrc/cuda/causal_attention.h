@@ -48,7 +48,7 @@ cudaError_t causal_attention_fwd_sm80(const AttentionParams&, cudaStream_t);  //
 cudaError_t causal_attention_bwd_sm80(const AttentionParams&, cudaStream_t);  // all
 bool causal_attention_fwd_sm90_takes(const AttentionParams&);
 cudaError_t causal_attention_fwd_sm90(const AttentionParams&, cudaStream_t);
-cudaError_t causal_attention_delta(const AttentionParams&, cudaStream_t);  // of the backward: fills p.delta
+cudaError_t causal_attention_delta(const AttentionParams&, cudaStream_t);  // fills p.delta, for the backward of sm_80
 bool causal_attention_bwd_sm90_takes(const AttentionParams&);
 cudaError_t causal_attention_bwd_sm90(const AttentionParams&, cudaStream_t);
 int decode_attention_splits(const AttentionParams&);  // 0: not taken

@@ -10,6 +10,7 @@
 // key_gradients forms S^T and dP^T, whose rows are keys: packed, they are the first operands of dv and dk.
 //
 // Floor: 10 T S D flops a query head, half of them under a causal mask; this takes 14, as both kernels form S and dP.
+#include "causal_attention_delta.cuh"
 #include "causal_attention_softmax.cuh"
 #include "causal_attention_tile.cuh"
 
@@ -27,17 +28,14 @@ struct BackwardShape {
       2 * (BM + STAGES * BN) * Tile<E, D>::kRow + BM * int(sizeof(Range)) + 4 * WARPS_ + 12 * STAGES * BN;
 };
 
-// ---- delta: one warp a query ----------------------------------------------------------------------------------------
+// ---- delta: four lanes a query --------------------------------------------------------------------------------------
 
 template <class E> __global__ void __launch_bounds__(128) row_products(const __grid_constant__ AttentionParams p) {
-  const i64 n = i64(blockIdx.x) * 4 + threadIdx.x / 32;
-  if (n >= i64(p.B) * p.H * p.T) return;
-  const int i = int(n % p.T), bh = int(n / p.T);
-  const E *out = row_of<E>(p.out, bh / p.H, bh % p.H, i), *dout = row_of<E>(p.dout, bh / p.H, bh % p.H, i);
-  float sum = 0.f;
-  for (int d = threadIdx.x % 32; d < p.D; d += 32) sum += to_float(out[d]) * to_float(dout[d]);
-  sum = warp_reduce(sum, Sum{});
-  if (threadIdx.x % 32 == 0) p.delta[n] = sum;
+  const i64 n = i64(blockIdx.x) * 32 + threadIdx.x / 4;
+  const bool inside = n < i64(p.B) * p.H * p.T;
+  const int i = inside ? int(n % p.T) : 0, bh = inside ? int(n / p.T) : 0;
+  const float delta = query_delta<E>(p, bh / p.H, bh % p.H, i, inside);
+  if (inside && threadIdx.x % 4 == 0) p.delta[n] = delta;
 }
 
 // ---- dq -------------------------------------------------------------------------------------------------------------
@@ -261,7 +259,7 @@ cudaError_t causal_attention_delta(const AttentionParams& p, cudaStream_t stream
   if (!rows) return cudaSuccess;
   return with_dtype(p.dtype, [&](auto element) {
     auto products = row_products<decltype(element)>;
-    LAUNCH(products, dim3(unsigned(ceil_div(rows, 4))), dim3(128), 0, stream, p);
+    LAUNCH(products, dim3(unsigned(ceil_div(rows, 32))), dim3(128), 0, stream, p);
     return cudaGetLastError();
   });
 }

@@ -7,8 +7,10 @@
 //   query gradient     q, dout         k, v          scores          dP        dq += dS b0
 //   key gradients      k, v            q, dout       transposed      transposed   dk += dS b0, dv += P b1
 //
-// Warpgroup 0 loads; every other has 64 of the rows kept. Barriers in shared memory: the rows kept have landed; of each
+// The kernel of dq runs first and forms delta. Warpgroup 0 loads; every other has 64 of the rows kept. The products of a
+// tile's sums run on while the next tile's scores are formed. Barriers in shared memory: the rows kept have landed; of each
 // stage, the tiles have landed and have been used.
+#include "causal_attention_delta.cuh"
 #include "causal_attention_sm90.cuh"
 
 namespace gptfast::cuda {
@@ -21,7 +23,8 @@ template <class E_, int D_, bool KEYS_> struct BackwardShape90 {
   static constexpr int THREADS = 128 * (CONSUMERS + 1), KEPT_BYTES = BM * D * 2, TILE_BYTES = BN * D * 2;
   static constexpr int BARRIERS = 1 + 2 * STAGES;
   static constexpr int SMEM = 2 * KEPT_BYTES + 2 * STAGES * TILE_BYTES + BARRIERS * 8 + BM * int(sizeof(Range)) +
-                              3 * STAGES * BN * int(sizeof(float)) + (STAGES + 2 * WARPS) * int(sizeof(int));
+                              3 * STAGES * BN * int(sizeof(float)) + (STAGES + 2 * WARPS) * int(sizeof(int)) +
+                              32 * WARPS * int(sizeof(float));
 };
 struct BackwardMaps {
   CUtensorMap a0, a1, b0, b1;
@@ -127,8 +130,9 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       const bool inside = row + 8 * n < p.T;
       const i64 query = i64(bh) * p.T + row + 8 * n;
       level[n] = inside ? p.level[query] : 0.f;
-      delta[n] = inside ? p.delta[query] : 0.f;
       shift[n] = inside ? p.shift[query] : 0.f;
+      delta[n] = query_delta<E>(p, b, h, row + 8 * n, inside);
+      if (inside && lane % 4 == 0) p.delta[query] = delta[n];
     }
   }
 
@@ -194,38 +198,84 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
         any_found<C::WARPS>(found, warp, flags + edges++ % 2 * C::WARPS, [] { named_barrier(1, 128 * C::CONSUMERS); });
   };
 
-  if (tiles) mbarrier_wait(kept_full, 0);
-  for (int n = 0, i = 0, matrix = KEYS ? bh * members : bh; n < members * tiles; n++, i++) {
-    if (GROUPS && i == tiles) i = 0, matrix++;
-    const int stage = n % STAGES, at = begin + i * BN;
-    const bool edge = at < last.lo || at + BN > first.hi;
-    const bool active = at < group_last.hi && at + BN > group_first.lo;
-    float s[1][NT][4], dp[1][NT][4];
-    uint32_t weights[BN / 16][4];
-    mbarrier_wait(full(stage), n / STAGES & 1);
-    if (active) {
-      wgmma_fence();
-      multiply(s, 0, stage);
-      multiply(dp, 1, stage);
-      wgmma_commit();
-      const uint32_t keep_bits = DROPOUT ? decisions(matrix, at) : 0;
-      wgmma_wait<0>();
-      slopes(s, dp, keep_bits, stage);
-      if (edge) mask(dp, seen + warp_row, at, 0.f);
-      if (KEYS && edge) mask(s, seen + warp_row, at, 0.f);
-    }
-    if (!KEYS && edge) clean(stage);
-    if (active) {
-      uint32_t kept_weights[BN / 16][4];
-      if constexpr (KEYS) pack(kept_weights, s);
-      pack(weights, dp);
-      wgmma_fence();
-      if constexpr (KEYS) add_weighted_rows(sum1, kept_weights, 1, stage);
-      add_weighted_rows(sum0, weights, 0, stage);
-      wgmma_commit();
-      wgmma_wait<0>();
-    }
+  // Where registers allow, the sums of a tile are formed under the exponentials of the next one.
+  constexpr bool AHEAD = !(KEYS && D == 128);
+  float s[1][NT][4], dp[1][NT][4];
+  uint32_t weights[BN / 16][4], kept_weights[KEYS ? BN / 16 : 1][4];
+  auto add_sums = [&](int stage) {
+    if constexpr (KEYS) add_weighted_rows(sum1, kept_weights, 1, stage);
+    add_weighted_rows(sum0, weights, 0, stage);
+    wgmma_commit();
+  };
+  auto is_edge = [&](int at) { return at < last.lo || at + BN > first.hi; };
+  auto weigh = [&](int stage, int at, uint32_t keep_bits) {
+    slopes(s, dp, keep_bits, stage);
+    if (!is_edge(at)) return;
+    mask(dp, seen + warp_row, at, 0.f);
+    if constexpr (KEYS) mask(s, seen + warp_row, at, 0.f);
+    else clean(stage);
+  };
+  auto pack_both = [&] {
+    if constexpr (KEYS) pack(kept_weights, s);
+    pack(weights, dp);
+  };
+  auto release = [&](int stage) {
     if (lane == 0) mbarrier_arrive(used(stage));
+  };
+  auto pass = [&](int n, int at) {  // a tile that the other warpgroup needs
+    mbarrier_wait(full(n % STAGES), n / STAGES & 1);
+    if (!KEYS && is_edge(at)) clean(n % STAGES);
+    release(n % STAGES);
+  };
+  // of the tiles those from `from` on, before `to`, meet rows of this warpgroup
+  const int from = min(tiles, max(group_first.lo - begin, 0) / BN);
+  const int to = max(from, min(tiles, (group_last.hi - begin + BN - 1) / BN));
+  const uint32_t scratch = smem_u32(flags + 2 * C::WARPS) + (threadIdx.x - 128) * 4;
+
+  if (tiles) mbarrier_wait(kept_full, 0);
+  for (int member = 0; member < members; member++) {
+    const int matrix = KEYS ? bh * members + member : bh, n0 = GROUPS ? member * tiles : 0;
+    for (int i = 0; i < from; i++) pass(n0 + i, begin + i * BN);
+    auto stage_of = [&](int i) { return (n0 + i) % STAGES; };
+    auto scores_of = [&](int i) {
+      mbarrier_wait(full(stage_of(i)), (n0 + i) / STAGES & 1);
+      wgmma_fence();
+      multiply(s, 0, stage_of(i));
+      multiply(dp, 1, stage_of(i));
+      wgmma_commit();
+    };
+    auto decisions_of = [&](int i) { return DROPOUT ? decisions(matrix, begin + i * BN) : 0; };
+    auto weights_of = [&](int i) {
+      scores_of(i);
+      const uint32_t keep_bits = decisions_of(i);
+      wgmma_wait<0>();
+      weigh(stage_of(i), begin + i * BN, keep_bits);
+      pack_both();
+    };
+    auto finish_sums = [&](int i) {
+      wgmma_fence();
+      add_sums(stage_of(i));
+      wgmma_wait<0>();
+      release(stage_of(i));
+    };
+    if constexpr (AHEAD) {
+      if (from < to) weights_of(from);
+      for (int i = from + 1; i < to; i++) {
+        scores_of(i);
+        add_sums(stage_of(i - 1));
+        const uint32_t keep_bits = decisions_of(i);
+        wgmma_wait<1>();
+        weigh(stage_of(i), begin + i * BN, keep_bits);
+        finish_before_wait(scratch, dp[0][0][0] + dp[0][NT - 1][3]);
+        wgmma_wait<0>();
+        release(stage_of(i - 1));
+        pack_both();
+      }
+      if (from < to) finish_sums(to - 1);
+    } else {
+      for (int i = from; i < to; i++) weights_of(i), finish_sums(i);
+    }
+    for (int i = to; i < tiles; i++) pass(n0 + i, begin + i * BN);
   }
 
   // through this warp's own rows of what was kept, which only its warpgroup has read

@@ -36,6 +36,28 @@ template <class E> DEV_INLINE E* row_of(const MutHeads& x, int b, int h, int row
   return static_cast<E*>(x.data) + b * x.sb + h * x.sh + row * x.st;
 }
 
+// N chunks of eight values as they lie in memory, all of them asked for before one is used: from column(n) of row(n), zeros past
+// D and where there is no such row.
+template <class E, int N, class Row, class Column, class Inside>
+DEV_INLINE void load_chunks(Raw<E, 8> (&to)[N], const AttentionParams& p, Row row, Column column, Inside inside) {
+  if (p.whole_chunks && p.D % 8 == 0) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      to[n].zero();
+      if (inside(n) && column(n) < p.D) to[n].load(row(n) + column(n));
+    }
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    E values[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+      from_float(values[k], inside(n) && column(n) + k < p.D ? to_float(row(n)[column(n) + k]) : 0.f);
+    memcpy(to[n].words, values, sizeof values);
+  }
+}
+
 // Starts the copy of rows row0 .. row0 + ROWS - 1 of one head; zeros past `rows` and past column D.
 template <int ROWS, int THREADS, class E, int WIDTH>
 DEV_INLINE void load_tile(const Tile<E, WIDTH>& tile, const AttentionParams& p, const Heads& x, int b, int h, int row0,

@@ -14,22 +14,18 @@
 namespace gptfast::cuda {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kMostQueries = 16, kShortest = 256;  // keys of a split, at least
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kMostQueries = 16, kShortest = 64;  // keys of a split, at least
 
 // What one split leaves for one query: m, l and D values of output (not yet divided by l).
 DEV_INLINE float* partial_of(const AttentionParams& p, i64 query, int splits, int split) {
   return p.partial + (query * splits + split) * (p.D + 2);
 }
-// 8 values from column on of a row of D; zeros past its end.
-template <class E> DEV_INLINE void load_8(float (&x)[8], const E* row, int column, const AttentionParams& p) {
-  if (p.whole_chunks && column + 8 <= p.D) return load<8>(x, row + column);
-#pragma unroll
-  for (int n = 0; n < 8; n++) x[n] = column + n < p.D ? to_float(row[column + n]) : 0.f;
-}
 
 template <class E, int LANES, int QUERIES>
 __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__ AttentionParams p, int splits) {
   constexpr int GROUPS = kThreads / LANES, ROW = LANES * 8 + 2;
+  constexpr int AT_ONCE =
+      sizeof(E) == 4 ? 2 : 4;  // keys, and as many values, that a lane asks for before it uses the first
   DYN_SMEM(smem);
   float* found = reinterpret_cast<float*>(smem);  // of each group: m, l, output
   const int parts = (p.T * p.group + QUERIES - 1) / QUERIES, key_heads = p.H / p.group;
@@ -40,6 +36,7 @@ __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__
   auto query_head = [&](int r) { return h * p.group + r % p.group; };
   const int group = int(threadIdx.x) / LANES, column = int(threadIdx.x) % LANES * 8;
   const float scale_log2 = scale_log2_of(p);
+  const auto mine = [&](int) { return column; };
 
   Range seen[QUERIES], any{p.S, 0};  // a missing query sees nothing
   float q[QUERIES][8], o[QUERIES][8] = {}, m[QUERIES], l[QUERIES];
@@ -48,7 +45,11 @@ __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__
     m[i] = -INFINITY, l[i] = 0.f, seen[i] = {0, 0};
     if (r0 + i < p.T * p.group) {
       seen[i] = visible_keys(p, b, query(r0 + i));
-      load_8(q[i], row_of<E>(p.q, b, query_head(r0 + i), query(r0 + i)), column, p);
+      Raw<E, 8> raw[1];
+      load_chunks<E>(
+          raw, p, [&](int) { return row_of<E>(p.q, b, query_head(r0 + i), query(r0 + i)); }, mine,
+          [](int) { return true; });
+      raw[0].values(q[i]);
       any.lo = min(any.lo, seen[i].lo), any.hi = max(any.hi, seen[i].hi);
     } else {
 #pragma unroll
@@ -58,36 +59,40 @@ __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__
   const int keys = max(any.hi - any.lo, 0), each = (keys + splits - 1) / splits;
   const int begin = any.lo + split * each, end = min(begin + each, any.hi);
   // whole warps go on together, as they exchange sums; a group past the end sees no key
-#pragma unroll 2
-  for (int first = begin; first < end; first += GROUPS) {
-    const int j = first + group;
-    const bool inside = j < end;
-    float k[8], v[8];
-    load_8(k, row_of<E>(p.k, b, h, inside ? j : begin), column, p);
-    load_8(v, row_of<E>(p.v, b, h, inside ? j : begin), column, p);
+  for (int first = begin + group; first - group < end; first += AT_ONCE * GROUPS) {
+    Raw<E, 8> both[2 * AT_ONCE];  // keys, then values
+    load_chunks<E>(
+        both, p, [&](int n) { return row_of<E>(n < AT_ONCE ? p.k : p.v, b, h, first + n % AT_ONCE * GROUPS); }, mine,
+        [&](int n) { return first + n % AT_ONCE * GROUPS < end; });
 #pragma unroll
-    for (int i = 0; i < QUERIES; i++) {
-      float s = 0.f;
+    for (int u = 0; u < AT_ONCE; u++) {
+      const int j = first + u * GROUPS;
+      float k[8], v[8];
+      both[u].values(k), both[AT_ONCE + u].values(v);
 #pragma unroll
-      for (int n = 0; n < 8; n++) s = fmaf(q[i][n], k[n], s);
+      for (int i = 0; i < QUERIES; i++) {
+        float s = 0.f;
 #pragma unroll
-      for (int distance = LANES / 2; distance; distance /= 2) s += __shfl_xor_sync(kAllLanes, s, distance);
-      if (!inside || !seen[i].holds(j)) continue;
-      const float top = fmaxf(m[i], s), shift = top == -INFINITY ? 0.f : top;
-      const float rescale = fast_exp2((m[i] - shift) * scale_log2), weight = fast_exp2((s - shift) * scale_log2);
-      m[i] = top, l[i] = fmaf(l[i], rescale, weight);
+        for (int n = 0; n < 8; n++) s = fmaf(q[i][n], k[n], s);
 #pragma unroll
-      for (int n = 0; n < 8; n++) o[i][n] = fmaf(o[i][n], rescale, weight * v[n]);
+        for (int distance = LANES / 2; distance; distance /= 2) s += __shfl_xor_sync(kAllLanes, s, distance);
+        if (j >= end || !seen[i].holds(j)) continue;
+        const float top = fmaxf(m[i], s), shift = top == -INFINITY ? 0.f : top;
+        const float rescale = fast_exp2((m[i] - shift) * scale_log2), weight = fast_exp2((s - shift) * scale_log2);
+        m[i] = top, l[i] = fmaf(l[i], rescale, weight);
+#pragma unroll
+        for (int n = 0; n < 8; n++) o[i][n] = fmaf(o[i][n], rescale, weight * v[n]);
+      }
     }
   }
 
 #pragma unroll
   for (int i = 0; i < QUERIES; i++) {
-    float* mine = found + group * ROW;
+    float* own = found + group * ROW;
     __syncthreads();  // the query before has been combined
-    if (column == 0) mine[0] = m[i], mine[1] = l[i];
+    if (column == 0) own[0] = m[i], own[1] = l[i];
 #pragma unroll
-    for (int n = 0; n < 8; n++) mine[2 + column + n] = o[i][n];
+    for (int n = 0; n < 8; n++) own[2 + column + n] = o[i][n];
     __syncthreads();
     if (r0 + i >= p.T * p.group) continue;
     float top = -INFINITY, sum = 0.f;

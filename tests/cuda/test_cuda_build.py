@@ -153,8 +153,8 @@ def test_registers(built, hopper):
 @pytest.mark.slow
 def test_rows_are_asked_for_at_once(built):
     """Kernels bound by memory: a thread's part of a row, of x and of the residual, is on its way before the first value is used,
-    and so are the next row of LayerNorm's backward and eight rows of an embedding's gradient. One after the other, each would
-    wait for memory by itself."""
+    and so are the next row of LayerNorm's backward, eight rows of an embedding's gradient, four keys and values of a decoding
+    step (two of fp32), and four parts of the logits that are sampled. One after the other, each would wait for memory by itself."""
     count = Counter()
     for name, text in functions(built[1], "sm_80").items():
         if found := re.search(r"layer_norm_fwd_kernelI(.*)Li[48]ELi(\d)ELb", name):
@@ -163,13 +163,17 @@ def test_rows_are_asked_for_at_once(built):
             kernel, wanted = "backward", 2 * int(found[1])
         elif re.search(r"embedding_bwd_kernelI.*Li[48]E", name):
             kernel, wanted = "embedding", 8
+        elif "attend_split" in name:
+            kernel, wanted = "decoding", 8
+        elif "sample_kernel" in name:
+            kernel, wanted = "sampling", 4
         else:
             continue
         if "Any" in name:  # values of a dtype that is known at run time only
             continue
         count[kernel] += 1
         assert code_of(text).loads_at_once() >= wanted, name
-    assert count == {"forward": 40, "backward": 7, "embedding": 3}
+    assert count == {"forward": 40, "backward": 7, "embedding": 3, "decoding": 24, "sampling": 3}
 
 
 @pytest.mark.parametrize(
@@ -215,7 +219,9 @@ def test_one_question_about_the_gpu():
 
 
 def test_kernels_have_no_float_atomics():
-    """Deterministic by construction: the only atomic is an integer counter whose order cannot show."""
+    """Deterministic by construction: the only atomics add integers, whose order cannot show."""
     for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh")]:
         for call in re.findall(r"atomic\w+\([^;]*;", path.read_text()):
-            assert re.search(r", 1u\)", call), f"{path.name}: {call}"
+            assert re.fullmatch(r"atomicAdd\((s\.listed|&s\.\w+\[b\]), (1u|word|carry)\).*;", call), (
+                f"{path.name}: {call}"
+            )

@@ -3,14 +3,18 @@ results."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from gptfast import ops
 from gptfast.ops import reference
 from gptfast.testing import DTYPES, Case, cases, check_case, run
 from tests.support import emulated
 from tests.support.op_properties import bitwise
+from tests.support.sass import MULTIPROCESSOR, SHARED_MEMORY
 
 OPS = ["gelu", "dropout", "layer_norm", "add_layer_norm", "cross_entropy"]
 CASES = [case for op in OPS for case in cases(op)] + [
@@ -52,6 +56,38 @@ def test_rows_that_do_not_fit_into_shared_memory(options, emu):
     logits = torch.randn(2, 20000) * 3
     emulated.configure(smem=48 << 10)
     assert torch.equal(ops.sample(logits, **options), reference.sample(logits, **options))
+
+
+def shared_memory_calls() -> dict[str, Callable[[], object]]:
+    """A call of each kernel of the table, which is the last one of it that asks for more than 48 KB."""
+    V, row = 50257, torch.zeros(1, dtype=torch.int64)
+
+    def attention(D: int, **options: float) -> Tensor:
+        q = torch.zeros(1, 1, 1, D, dtype=torch.bfloat16, requires_grad=True)
+        return ops.causal_attention(q, q, q, **options)
+
+    calls: dict[str, Callable[[], object]] = {
+        "forward D=64 dropout": lambda: attention(64, dropout_p=0.1),
+        "cross_entropy in place, bf16": lambda: torch.ops.gptfast_emu.cross_entropy_in_place(
+            torch.zeros(1, V, dtype=torch.bfloat16), row, None, -100, 0.0
+        ),
+        "sample, bf16": lambda: ops.sample(torch.zeros(1, V, dtype=torch.bfloat16)),
+        "sample, fp32": lambda: ops.sample(torch.zeros(1, V)),
+    }
+    for D in (64, 128):
+        calls[f"forward D={D}"] = lambda D=D: attention(D)
+        calls[f"backward D={D}"] = lambda D=D: attention(D).sum().backward()
+    return calls
+
+
+@pytest.mark.parametrize("kernel", SHARED_MEMORY)
+def test_shared_memory(kernel, emu):
+    """What a block asks for decides how many stay on a multiprocessor."""
+    emulated.configure()
+    shared_memory_calls()[kernel]()
+    most, blocks = SHARED_MEMORY[kernel]
+    assert most - (4 << 10) < emulated.shared_memory() <= most, "the table says what is used"
+    assert blocks == MULTIPROCESSOR // (emulated.shared_memory() + 1024)
 
 
 def test_every_result_is_written(emu):

@@ -87,7 +87,7 @@ class Warpgroups:
         unit: the file.
         variant: what their mangled names have in common: head dim, warpgroups or whether rows are keys, dropout.
         products: HGMMA instructions of a tile.
-        under_products: exponentials, at least, that run while a product does; 0: all products are waited for.
+        under_products: exponentials, at least, that run while a product does: all of a tile. 0: products are waited for.
         gap: other instructions between two products of a group, at most: a product of 64 columns takes 32 cycles. Where there
             is dropout its bits are made here.
         moves: R2UR, at most: operands that the compiler does not know to be the same in all lanes.
@@ -111,14 +111,14 @@ WARPGROUPS = [
     Warpgroups(FWD, "Li64ELi2EEELb1", 12, 64, gap=18, moves=4),
     Warpgroups(FWD, "Li128ELi2EEELb0", 16, 64, gap=18, moves=4),
     Warpgroups(FWD, "Li128ELi2EEELb1", 16, 64, gap=18, moves=4),
-    Warpgroups(BWD, "Li64ELb0EEELb0", 12, 0, gap=12, moves=4),  # dq
-    Warpgroups(BWD, "Li64ELb1EEELb0", 16, 0, gap=12, moves=4),  # dk and dv
-    Warpgroups(BWD, "Li64ELb0EEELb1", 12, 0, gap=100, moves=4),
-    Warpgroups(BWD, "Li64ELb1EEELb1", 16, 0, gap=64, moves=4),
-    Warpgroups(BWD, "Li128ELb0EEELb0", 20, 0, gap=12, moves=4),
-    Warpgroups(BWD, "Li128ELb1EEELb0", 24, 0, gap=12, moves=4),
-    Warpgroups(BWD, "Li128ELb0EEELb1", 20, 0, gap=80, moves=4),
-    Warpgroups(BWD, "Li128ELb1EEELb1", 24, 0, gap=44, moves=84),  # no register is left to keep descriptors ready
+    Warpgroups(BWD, "Li64ELb0EEELb0", 12, 32, gap=12, moves=4),  # dq
+    Warpgroups(BWD, "Li64ELb1EEELb0", 16, 32, gap=18, moves=4),  # dk and dv
+    Warpgroups(BWD, "Li64ELb0EEELb1", 12, 32, gap=100, moves=4),
+    Warpgroups(BWD, "Li64ELb1EEELb1", 16, 32, gap=64, moves=4),
+    Warpgroups(BWD, "Li128ELb0EEELb0", 20, 32, gap=18, moves=4),
+    Warpgroups(BWD, "Li128ELb1EEELb0", 24, 0, gap=18, moves=4),  # no register is left for a second tile
+    Warpgroups(BWD, "Li128ELb0EEELb1", 20, 32, gap=80, moves=4),
+    Warpgroups(BWD, "Li128ELb1EEELb1", 24, 0, gap=44, moves=84),  # nor to keep descriptors ready
 ]
 # Of a thread: what lets as many blocks run on a multiprocessor of 65,536 registers as the launch bounds and the notes say.
 REGISTERS = [
@@ -126,5 +126,20 @@ REGISTERS = [
     ("attention_(forward|backward)_sm90", "sm_90a", 168),
     ("embedding_bwd_kernel", "sm_80", 64),  # four blocks of 256 threads
     ("sample_kernel", "sm_80", 64),  # one of 1024
+    ("attend_split.*Li1EE", "sm_80", 128),  # four of 128 threads, each with 8 loads under way, for one query a head
+    ("row_products", "sm_80", 64),
     ("cross_entropy", "sm_80", 32),  # four of 512
 ]
+# Dynamic shared memory of a block in bytes, at most, and so how many blocks stay on a multiprocessor of an H100 (228 KB, of which
+# a block has 1 KB more than it asks for; 227 KB are the most that one may have).
+MULTIPROCESSOR = 228 << 10
+SHARED_MEMORY = {
+    "forward D=64": (93 << 10, 2),  # registers leave room for one
+    "forward D=64 dropout": (84 << 10, 2),
+    "forward D=128": (165 << 10, 1),
+    "backward D=64": (68 << 10, 3),
+    "backward D=128": (132 << 10, 1),
+    "cross_entropy in place, bf16": (100 << 10, 2),
+    "sample, bf16": (121 << 10, 1),
+    "sample, fp32": (218 << 10, 1),
+}
