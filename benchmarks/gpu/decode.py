@@ -1,7 +1,10 @@
-"""Cached generation with GPT-2 124M in bfloat16: tokens/s in captured steps, and in steps that wait for every token."""
+"""Cached generation with GPT-2 124M in bfloat16: tokens/s in captured steps, in steps that wait for every token, and by
+transformers with a static cache, whose step it compiles on a GPU."""
 
 from __future__ import annotations
 
+import importlib.util
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -16,6 +19,7 @@ from gptfast.generation.cuda_graphs import CudaGraphRunner
 from .timing import Bench, Row, Run, that_run
 
 OPTIONS: dict[str, Any] = {"top_k": 50, "seed": 3}
+BESIDE = "decode beside transformers"
 
 
 def configuration(bench: Bench) -> gptfast.GPTConfig:
@@ -37,7 +41,8 @@ def runs(bench: Bench, model: gptfast.GPT, rows: int, prompt: int, new: int) -> 
 
 
 def plan(bench: Bench) -> list[str]:
-    return [f"decode, {rows} rows" for rows in counts(bench)]
+    beside = [BESIDE] if importlib.util.find_spec("transformers") else []
+    return [*(f"decode, {rows} rows" for rows in counts(bench)), *beside]
 
 
 def counts(bench: Bench) -> tuple[int, ...]:
@@ -60,3 +65,27 @@ def measure(bench: Bench) -> Iterator[Row]:
         for name, reason in refused.items():
             print(f"{name:32}did not run: {reason}")
         yield {"what": f"decode, {rows} rows", "ms": times, "tokens/s": speeds, "refused": refused, **bench.spread}
+    if BESIDE in plan(bench):  # last: what compiles may be cut off
+        yield beside_transformers(bench, model, counts(bench)[0], prompt, new)
+
+
+def beside_transformers(bench: Bench, model: gptfast.GPT, rows: int, prompt: int, new: int) -> Row:
+    """The same weights in transformers' model, in its fastest way of generation."""
+    from transformers import GPT2LMHeadModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16).to(bench.device).eval()
+    ids = torch.randint(model.config.vocab_size, (rows, prompt), device=bench.device)
+    how: dict[str, Any] = {"do_sample": True, "top_k": OPTIONS["top_k"], "cache_implementation": "static"}
+    how |= {"max_new_tokens": new, "min_new_tokens": new, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    makers = {
+        "gptfast": lambda: runs(bench, model, rows, prompt, new)["gptfast"],
+        "transformers": lambda: lambda: theirs.generate(ids, **how),
+    }
+    able, refused = that_run(makers.items())
+    times = bench.milliseconds(able, rounds=5, warmup=1)
+    speeds = {name: rows * new / ms * 1e3 for name, ms in times.items()}
+    cells = ", ".join(f"{name} {speed:,.0f} tokens/s" for name, speed in speeds.items())
+    print(f"{f'{rows} rows, static cache':32}{cells}", flush=True)
+    return {"what": BESIDE, "ms": times, "tokens/s": speeds, "refused": refused, **bench.spread}
