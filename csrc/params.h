@@ -100,14 +100,22 @@ struct CrossEntropyParams {
   float label_smoothing;
 };
 
+// How a token is drawn: four numbers of 64 bits, as a row of the options of sample_rows.
+struct SampleOptions {
+  double temperature;
+  i64 top_k;     // 0: all
+  double top_p;  // not rounded: 0.3 of ten equal tokens are three
+  uint64_t seed;
+};
 struct SampleParams {
   Rows logits;                   // (R, V)
   const i64 *position, *stream;  // (R)
-  i64* out;                      // (R): a token, -1 where the row holds nan, -2 where nothing but -inf
-  i64 R, V, top_k;               // top_k 0: all
-  float temperature;
-  double top_p;  // not rounded: 0.3 of ten equal tokens are three
-  uint64_t seed;
+  const SampleOptions* each;     // (R); null: `all` for every row
+  i64*
+      out;  // (R): a token, -1 where the row holds nan, -2 where nothing but -inf; on CUDA -3 where its options are out
+            // of range
+  i64 R, V;
+  SampleOptions all;
 };
 
 // out[n] = wte[ids[n]] + wpe[positions[n]]. On the CPU all of them are checked before; on CUDA those outside give nan.

@@ -65,6 +65,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "sample": (
         "sample(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor position, Tensor stream) "
         "-> Tensor",
+        "sample_rows(Tensor logits, Tensor options, Tensor position, Tensor stream) -> Tensor",
     ),
 }
 

@@ -158,6 +158,12 @@ inline void check_sampling(const char* op, double temperature, i64 top_k, double
                 ": temperature is ", temperature, ", top_k ", top_k, " and top_p ", top_p,
                 "; expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1");
 }
+// The options of sample_rows: a SampleOptions each row.
+inline void check_row_options(const char* op, const Tensor& logits, const Tensor& options) {
+  GPTFAST_CHECK(defined(logits).dim() == 2 && defined(options).dim() == 2 && options.size(0) == logits.size(0) &&
+                    options.size(1) == 4 && options.scalar_type() == ScalarType::Long,
+                op, ": options must be int64 of shape (B, 4) for logits of shape (B, V)");
+}
 
 // Runs f(begin, end) over [0, n) on torch's pool in fixed parts; `cost` is the work of one item in bytes or so.
 template <class Fn> void parallel(i64 n, i64 cost, const Fn& f) {

@@ -55,7 +55,7 @@ struct Sampler : Candidates {
       if (!bits(ge(any, set(0x1p-33f)))) continue;  // the least v
       I words[4];
       const I calls = iadd(iset(uint32_t(c0 / 4)), iota());
-      philox(uint32_t(p.seed), uint32_t(p.seed >> 32), widen(calls), position, stream, domain, words);
+      philox(uint32_t(options.seed), uint32_t(options.seed >> 32), widen(calls), position, stream, domain, words);
       interleave4(words);
       UNROLL_FOR (int j = 0; j < 4; j++) {
         const F u = uniform(words[j]);
@@ -78,7 +78,7 @@ struct Sampler : Candidates {
       if (!bits(m)) continue;
       const I id = iload(kept_id + c), word = iand(id, iset(3));
       I words[4];
-      philox(uint32_t(p.seed), uint32_t(p.seed >> 32), widen(shr(id, 2)), position, stream, domain, words);
+      philox(uint32_t(options.seed), uint32_t(options.seed >> 32), widen(shr(id, 2)), position, stream, domain, words);
       const I first = iselect(ieq(word, iset(0)), words[0], words[1]);
       const I second = iselect(ieq(word, iset(2)), words[2], words[3]);
       const F u = uniform(iselect(igt(iset(2), word), first, second));
@@ -91,9 +91,9 @@ struct Sampler : Candidates {
     if (!read(r)) return -1;
     if (best == -__builtin_inff()) return -2;
     if (temperature < 0x1p-126f || !(magnitude(best / temperature) < 1e30f)) return first_best();  // noise is nothing
-    const bool all = p.top_k <= 0 || p.top_k >= V;
-    if (!all) top_k(p.top_k);
-    if (p.top_p >= 1) return all ? draw_all(r, kLeastLogit) : draw_kept(r);
+    const bool all = options.top_k <= 0 || options.top_k >= V;
+    if (!all) top_k(options.top_k);
+    if (options.top_p >= 1) return all ? draw_all(r, kLeastLogit) : draw_kept(r);
     const Nucleus nucleus = top_p(all);
     if (all && nucleus.whole && nucleus.tokens > V / 4) return draw_all(r, nucleus.last);  // a call for four is cheaper
     gather(x, nucleus.last);
@@ -105,7 +105,10 @@ struct Sampler : Candidates {
 // out[r]: the token, -1 where the row holds nan, -2 where nothing but -inf.
 static void sample(const SampleParams& p, i64 row_begin, i64 row_end) {
   Sampler s(p);
-  for (i64 r = row_begin; r < row_end; r++) p.out[r] = s.sample_row(r);
+  for (i64 r = row_begin; r < row_end; r++) {
+    s.use(p.each ? p.each[r] : p.all);
+    p.out[r] = s.sample_row(r);
+  }
 }
 
 static void fill(Kernels& k) { k.sample = sample; }

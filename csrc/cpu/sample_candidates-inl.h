@@ -52,7 +52,8 @@ static float kth_bound(const float* values, i64 n, i64 k, i64 slack, float most)
 struct Candidates {
   const SampleParams& p;
   const i64 V;
-  const float temperature;
+  SampleOptions options{};  // of the row
+  float temperature = 0.f;
   const float* x = nullptr;  // the row
   float best = 0.f;          // its largest logit
   float per_unit = 0.f;      // log2(e) / T
@@ -62,7 +63,7 @@ struct Candidates {
   uint32_t* kept_id;
   i64 n = 0;
 
-  explicit Candidates(const SampleParams& params) : p(params), V(p.V), temperature(p.temperature) {
+  explicit Candidates(const SampleParams& params) : p(params), V(p.V) {
     const i64 room = round_up(V + L, 16), groups = round_up(V / kPeak + 2 * L, 16);
     row_buffer = static_cast<float*>(scratch(size_t(5 * room + groups) * 4));
     weights = row_buffer + room;
@@ -70,6 +71,10 @@ struct Candidates {
     kept_w = kept_x + room;
     kept_id = reinterpret_cast<uint32_t*>(kept_w + room);
     peaks = kept_w + 2 * room;
+  }
+  void use(const SampleOptions& of_row) {
+    options = of_row;
+    temperature = float(options.temperature);
     per_unit = min_of(kLog2e / temperature, -kLeastLogit);
   }
   static float min_of(float a, float b) { return a < b ? a : b; }
@@ -197,8 +202,8 @@ struct Candidates {
     bool whole;  // no further candidate equals last
   };
   Nucleus top_p(bool all) {
-    const double total = all ? exp_scores(x, weights, V) : exp_scores(kept_x, kept_w, n), goal = p.top_p * total;
-    const double least = 0.999 * (1 - p.top_p) * total / double(V);
+    const double total = all ? exp_scores(x, weights, V) : exp_scores(kept_x, kept_w, n), goal = options.top_p * total;
+    const double least = 0.999 * (1 - options.top_p) * total / double(V);
     if (all) gather(weights, least > 1e-30 ? float(least) : 1e-30f);
     // The smallest key with mass(keys > it) < goal lies in [low, high]; undecided candidates are those inside.
     uint32_t low = order_key(smallest(kept_x, n)), high = order_key(best);

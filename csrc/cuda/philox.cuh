@@ -85,9 +85,9 @@ template <> DEV_INLINE void dropout_keep<8>(bool (&keep)[8], const Dropout& d, u
 // Gumbel noise -log(-log1p(-v)) of one Philox word (counter (token >> 2, position, stream, kSamplingDomain), word
 // token & 3), with v = min(word 2^-32 + 2^-33, 1 - 2^-24).
 constexpr uint32_t kSamplingDomain = 0x73616d70;  // "samp"
-DEV_INLINE float gumbel_noise(uint32_t word) {
-  const float v = fminf(fmaf(float(word), 0x1p-32f, 0x1p-33f), 1.f - 0x1p-24f);
-  return -logf(-log1pf(-v));
+DEV_INLINE float sampling_uniform(uint32_t word) {
+  return fminf(fmaf(float(word), 0x1p-32f, 0x1p-33f), 1.f - 0x1p-24f);
 }
+DEV_INLINE float gumbel_noise(float v) { return -logf(-log1pf(-v)); }
 
 }  // namespace gptfast::cuda

@@ -4,14 +4,18 @@
 // A token's rank is a 64-bit number: its logit as an ordered integer above the complement of its id, so larger is better,
 // ties go to the lowest id, and no two ranks are equal. Both cuts ask for the least rank such that the mass of the larger
 // ones is below a goal: with mass 1 and goal k (top-k), or with mass exp((x - max) / T) and goal p times their sum
-// (top-p). It is found digit by digit, two bits at a time, adding up the mass of every digit; masses are integers in units
-// of 2^-40, so the order of adding does not matter. Once the digits so far leave no more candidates than there are
-// threads, each thread holds one candidate and the row is not read any more.
+// (top-p). The interval that holds it is divided into as many bins as there are threads, and the masses of the bins are
+// added up; the bin in which the goal is reached is divided again. Masses are integers in units of 2^-40, so the order of
+// adding does not matter. Once a bin has no more tokens than there are threads, each thread holds one of them and the row
+// is not read any more. The first interval is narrow: at least as many tokens as there are threads reach the least of the
+// threads' largest logits, and a weight below (1 - p) Z / V is in no nucleus of mass p.
 //
-// The draw is the Gumbel maximum argmax x / T + noise (Maddison et al., arXiv 1411.0030): philox.cuh.
-// Floor: one read of the row from memory; from shared memory then one pass a digit until the candidates are few, one for
-// the draw.
+// The draw is the Gumbel maximum argmax x / T + noise (Maddison et al., arXiv 1411.0030) with noise -log(-log1p(-v)):
+// philox.cuh. The most likely token is never cut, so another must beat its score s. As -log1p(-v) >= v, it can only if
+// v <= exp(x / T - s): few get as far as the logarithms, and where x / T is far below, not even to v.
+// Floor: one read of the row from memory; from shared memory then a pass for a draw, two more for top-k, three for top-p.
 #include "common.cuh"
+#include "mma.cuh"
 #include "philox.cuh"
 
 namespace gptfast::cuda {
@@ -19,8 +23,9 @@ namespace {
 
 using u64 = unsigned long long;
 constexpr int kThreads = 1024;
-constexpr int kDigitBits = 2;
-constexpr int kCountBits = 21;                       // three counts share a word
+constexpr i64 kMostTokens = i64(1) << 21;            // of a row: masses of 2^40 then fit 64 bits
+constexpr int kInFlight = 4;                         // accesses of 16 bytes that a thread has on their way
+constexpr float kMostNoise = 22.9f;                  // above -log(2^-33), the noise of the least v
 constexpr u64 kAboveMinusInf = 0x00800000ull << 32;  // the least rank of a finite logit
 constexpr u64 kNan = ~0ull;
 
@@ -38,80 +43,176 @@ DEV_INLINE i64 token_of(u64 rank) { return uint32_t(~uint32_t(rank)); }
 struct Add {
   DEV_INLINE u64 operator()(u64 a, u64 b) const { return a + b; }
 };
-// Masses of the digits 3, 2, 1 among the candidates, and their counts.
-struct Digits {
-  u64 mass[3], counts;
+
+// What the threads have seen of a row: the best rank of all and of the thread that has the least best one (kNan and 0 if
+// there is a nan), and the number of finite logits.
+struct Seen {
+  u64 best, least, finite;
 };
-struct AddDigits {
-  DEV_INLINE Digits operator()(const Digits& a, const Digits& b) const {
-    return {{a.mass[0] + b.mass[0], a.mass[1] + b.mass[1], a.mass[2] + b.mass[2]}, a.counts + b.counts};
+struct AddSeen {
+  DEV_INLINE Seen operator()(const Seen& a, const Seen& b) const {
+    return {a.best > b.best ? a.best : b.best, a.least < b.least ? a.least : b.least, a.finite + b.finite};
   }
 };
-
-// Shared memory: reductions, the number of listed candidates, the list, the row.
-struct Shared {
-  char* scratch;
-  unsigned* listed;
-  u64* list;
-  char* row;
-  static constexpr size_t kScratch = 32 * sizeof(Digits);
-  static size_t bytes(int threads, size_t row) { return kScratch + 16 + threads * sizeof(u64) + row; }
-  DEV_INLINE explicit Shared(char* smem)
-      : scratch(smem), listed(reinterpret_cast<unsigned*>(smem + kScratch)),
-        list(reinterpret_cast<u64*>(smem + kScratch + 16)), row(smem + kScratch + 16 + blockDim.x * sizeof(u64)) {}
+struct Bin {
+  u64 low, above;  // its least rank, the mass of the ranks above it
+  unsigned count;
 };
 
-// The least rank >= lowest among x[0 .. V) such that the mass of the larger ones is < goal; mass_of(rank) is an integer.
-// `count` ranks are >= lowest, and their mass is at least the goal.
-template <class T, class Mass>
-DEV_INLINE u64 descend(const T* x, i64 V, u64 lowest, i64 count, double goal, Mass mass_of, const Shared& s) {
-  u64 prefix = 0, above = 0;  // the digits so far; the mass of all ranks that are larger
-  bool listed = false;
-  for (int shift = 64; shift > 0 && count > 1;) {
-    const auto candidate = [&](u64 rank) { return rank >= lowest && (shift == 64 || rank >> shift == prefix); };
-    if (!listed && count <= i64(blockDim.x)) {
-      __syncthreads();
-      if (threadIdx.x == 0) *s.listed = 0;
-      __syncthreads();
-      for (i64 t = threadIdx.x; t < V; t += blockDim.x) {
-        const u64 rank = rank_of(to_float(x[t]), t);
-        if (candidate(rank)) s.list[atomicAdd(s.listed, 1u)] = rank;
+// Shared memory: reductions, the bin that was chosen, the number of listed tokens, the bins, the list, the row.
+struct Shared {
+  char* scratch;
+  Bin* chosen;
+  unsigned *listed, *counts, *low_words, *high_words;  // of bins: tokens, and the words of their mass
+  u64* list;
+  char* row;
+  static constexpr size_t kScratch = 32 * sizeof(Seen), kFixed = kScratch + 48;
+  static_assert(sizeof(Bin) <= 32);
+  static size_t bytes(int threads, size_t row) { return kFixed + threads * (3 * sizeof(unsigned) + sizeof(u64)) + row; }
+  DEV_INLINE explicit Shared(char* smem)
+      : scratch(smem), chosen(reinterpret_cast<Bin*>(smem + kScratch)),
+        listed(reinterpret_cast<unsigned*>(smem + kScratch + 32)), counts(reinterpret_cast<unsigned*>(smem + kFixed)),
+        low_words(counts + blockDim.x), high_words(counts + 2 * blockDim.x),
+        list(reinterpret_cast<u64*>(counts + 3 * blockDim.x)), row(reinterpret_cast<char*>(list + blockDim.x)) {}
+};
+
+// A row where it lies in memory, or in shared memory: from a 16-byte boundary on, filled up to whole groups of four.
+template <class T> struct Row {
+  const T* x;
+  i64 V;
+  bool kept;
+  DEV_INLINE void group(i64 t, float (&v)[4]) const {
+    if (kept && t < V) return load<4>(v, x + t);
+#pragma unroll
+    for (int k = 0; k < 4; k++) v[k] = t + k < V ? to_float(x[t + k]) : -INFINITY;
+  }
+};
+// f(t, v, top) for every four tokens t .. t + 3, their logits and the largest of these; whole warps call together.
+template <class T, class F> DEV_INLINE void for_groups(const Row<T>& row, F f) {
+  for (i64 first = 4 * i64(threadIdx.x & ~31u); first < row.V; first += 4 * i64(blockDim.x)) {
+    const i64 t = first + 4 * i64(threadIdx.x & 31);
+    float v[4];
+    row.group(t, v);
+    f(t, v, fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3])));
+  }
+}
+// f(rank) for every token whose rank is at least `low`.
+template <class T, class F> DEV_INLINE void for_ranks(const Row<T>& row, u64 low, F f) {
+  const float least = logit_of(low);
+  for_groups(row, [&](i64 t, const float (&v)[4], float top) {
+    if (!(top >= least)) return;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const u64 rank = rank_of(v[k], t + k);
+      if (v[k] >= least && rank >= low) f(rank);
+    }
+  });
+}
+
+// Reads the row from memory, and copies it to `to` unless that is null.
+template <class T> DEV_INLINE Seen read_row(const T* x, i64 V, T* to, const Shared& s) {
+  constexpr int W = 16 / int(sizeof(T));
+  float best = -INFINITY;
+  i64 best_token = 0;
+  unsigned finite = 0;
+  bool has_nan = false;
+  const auto see = [&](float v, i64 t) {
+    if (v > best) best = v, best_token = t;  // the first of equals
+    has_nan = has_nan || v != v;
+    finite += v > -INFINITY;
+  };
+  const auto single = [&](i64 t) {
+    const T value = x[t];
+    if (to) to[t] = value;
+    see(to_float(value), t);
+  };
+  const i64 before = i64(-reinterpret_cast<uintptr_t>(x) & 15) / i64(sizeof(T)), head = before < V ? before : V;
+  const i64 words = (V - head) / W;
+  for (i64 t = threadIdx.x; t < head; t += blockDim.x) single(t);
+  for (i64 w = threadIdx.x; w < words; w += kInFlight * i64(blockDim.x)) {
+    Raw<T, W> raw[kInFlight];
+#pragma unroll
+    for (int n = 0; n < kInFlight; n++)
+      if (w + n * i64(blockDim.x) < words) raw[n].load(x + head + (w + n * i64(blockDim.x)) * W);
+#pragma unroll
+    for (int n = 0; n < kInFlight; n++) {
+      if (w + n * i64(blockDim.x) >= words) break;
+      const i64 t = head + (w + n * i64(blockDim.x)) * W;
+      float v[W];
+      raw[n].values(v);
+      if (to && head == 0) raw[n].store(to + t);
+#pragma unroll
+      for (int k = 0; k < W; k++) {
+        if (to && head != 0) from_float(to[t + k], v[k]);
+        see(v[k], t + k);
       }
+    }
+  }
+  for (i64 t = head + words * W + threadIdx.x; t < V; t += blockDim.x) single(t);
+  if (to && threadIdx.x < 4 && V + threadIdx.x < (V + 3) / 4 * 4) from_float(to[V + threadIdx.x], -INFINITY);
+  const u64 mine = best > -INFINITY ? rank_of(best, best_token) : 0;
+  const Seen seen{has_nan ? kNan : mine, mine, finite};
+  return block_reduce(seen, AddSeen{}, Seen{0, kNan, 0}, s.scratch);  // its barriers publish the copy
+}
+
+// The sum over this thread and those before it.
+DEV_INLINE u64 running_sum(u64 x, const Shared& s) {
+  u64* totals = reinterpret_cast<u64*>(s.scratch);
+  const unsigned lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+  for (unsigned distance = 1; distance < 32; distance *= 2) {
+    const u64 other = __shfl_up_sync(kAllLanes, x, distance);
+    if (lane >= distance) x += other;
+  }
+  if (lane == 31) totals[warp] = x;
+  __syncthreads();
+  return x + warp_reduce(lane < warp ? totals[lane] : 0, Add{});
+}
+
+// The least rank in low .. high such that the mass of the larger ones is < goal, or a number between it and the next
+// smaller rank of a token; mass_of(rank) is an integer. The ranks in low .. high reach the goal, and none is above high.
+template <class T, class Mass>
+DEV_INLINE u64 select(const Row<T>& row, u64 low, u64 high, double goal, Mass mass_of, const Shared& s) {
+  u64 above = 0;  // the mass of all ranks > high
+  i64 count = row.V;
+  bool listed = false;
+  while (low < high && count > 1) {
+    const auto inside = [&](u64 rank) { return rank >= low && rank <= high; };
+    const int digits = 64 - __clzll(i64(high - low)), bin_digits = 31 - __clz(int(blockDim.x));
+    const int shift = digits > bin_digits ? digits - bin_digits : 0;  // the bin of a rank is (rank - low) >> shift
+    s.counts[threadIdx.x] = s.low_words[threadIdx.x] = s.high_words[threadIdx.x] = 0;
+    if (threadIdx.x == 0 && !listed) *s.listed = 0;
+    __syncthreads();
+    if (!listed && count <= i64(blockDim.x)) {
+      for_ranks(row, low, [&](u64 rank) {
+        if (inside(rank)) s.list[atomicAdd(s.listed, 1u)] = rank;
+      });
       __syncthreads();
       listed = true;
     }
-    const int below = shift - kDigitBits;
-    Digits mine{};
     const auto add = [&](u64 rank) {
-      if (!candidate(rank)) return;
-      const int digit = int(rank >> below & 3);
+      if (!inside(rank)) return;
+      const unsigned b = unsigned((rank - low) >> shift);
       const u64 mass = mass_of(rank);
-#pragma unroll
-      for (int d = 3; d > 0; d--) mine.mass[3 - d] += digit == d ? mass : 0;
-      mine.counts += digit ? 1ull << (kCountBits * (3 - digit)) : 0;
+      const unsigned word = unsigned(mass), old = atomicAdd(&s.low_words[b], word);
+      const unsigned carry = unsigned(mass >> 32) + (old + word < old);
+      if (carry) atomicAdd(&s.high_words[b], carry);
+      atomicAdd(&s.counts[b], 1u);
     };
-    if (!listed)
-      for (i64 t = threadIdx.x; t < V; t += blockDim.x) add(rank_of(to_float(x[t]), t));
+    if (!listed) for_ranks(row, low, add);
     else if (threadIdx.x < *s.listed) add(s.list[threadIdx.x]);
-    const Digits all = block_reduce(mine, AddDigits{}, Digits{}, s.scratch);
-    int digit = 3;
-    i64 left = count;
-    for (; digit > 0; digit--) {  // from the best digit down, until the goal is reached
-      const i64 n = i64(all.counts >> (kCountBits * (3 - digit)) & ((1ull << kCountBits) - 1));
-      left -= n;
-      if (double(above + all.mass[3 - digit]) >= goal) {
-        left = n;
-        break;
-      }
-      above += all.mass[3 - digit];
-    }
-    count = left;
-    prefix = prefix << kDigitBits | u64(digit);
-    shift = below;
-    if (shift == 0) return prefix;
-    if (count <= 1) return prefix << shift > lowest ? prefix << shift : lowest;
+    __syncthreads();
+    const unsigned bin = blockDim.x - 1 - threadIdx.x;  // from the best one down
+    const u64 mass = u64(s.high_words[bin]) << 32 | s.low_words[bin];
+    const u64 until = above + running_sum(mass, s), before = until - mass;
+    if (!(double(before) >= goal) && (double(until) >= goal || bin == 0))
+      *s.chosen = {low + (u64(bin) << shift), before, s.counts[bin]};
+    __syncthreads();
+    const u64 last = s.chosen->low + ((1ull << shift) - 1);
+    low = s.chosen->low, above = s.chosen->above, count = s.chosen->count;
+    high = last < high ? last : high;
   }
-  return lowest;
+  return low;
 }
 
 // exp((x - best) / T) in units of 2^-40.
@@ -119,6 +220,29 @@ struct Weight {
   float best, per_unit;
   DEV_INLINE u64 operator()(u64 rank) const { return u64(exp2f((logit_of(rank) - best) * per_unit) * 0x1p40f); }
 };
+// The cuts: what is drawn from are the ranks from the result on.
+template <class T>
+DEV_INLINE u64 least_kept(const Row<T>& row, const SampleOptions& o, float per_unit, const Seen& seen,
+                          const Shared& s) {
+  u64 lowest = kAboveMinusInf;
+  if (o.top_k > 0 && o.top_k < i64(seen.finite)) {
+    const bool many = seen.least > lowest && o.top_k <= i64(blockDim.x);
+    lowest = select(row, many ? seen.least : lowest, seen.best, double(o.top_k), [](u64) { return 1ull; }, s);
+  }
+  if (o.top_p < 1) {
+    const float best = logit_of(seen.best);
+    const Weight weight{best, per_unit};
+    u64 mass = 0;
+    for_ranks(row, lowest, [&](u64 rank) { mass += weight(rank); });
+    const double total = double(block_reduce(mass, Add{}, 0ull, s.scratch));
+    const float share = float(0.999 * (1 - o.top_p) * total / double(row.V)),
+                units = log2f(share < 0.9f ? 0.9f : share);
+    const float logit = best + (units - 40.f) / per_unit, slack = 1e-5f * (fabsf(best) + fabsf(logit));
+    const u64 low = logit - slack > logit_of(kAboveMinusInf) ? rank_of(logit - slack, 0xffffffff) : lowest;
+    lowest = select(row, low > lowest ? low : lowest, seen.best, o.top_p * total, weight, s);
+  }
+  return lowest;
+}
 
 struct Scored {
   float score;
@@ -129,97 +253,86 @@ struct Better {
     return a.score > b.score || (a.score == b.score && a.token < b.token) ? a : b;
   }
 };
+// A token can only reach `score` if its logit is >= least and its v <= exp2(x per_unit + limit).
+struct Bounds {
+  float least, limit;
+  DEV_INLINE Bounds(float score, float best, float temperature, float least_kept) {
+    // Rounding of both sides moves the comparisons by less than this, for scores near the largest.
+    const float slack = 1e-5f + 1e-6f * (fabsf(best / temperature) + fabsf(score) + kMostNoise);
+    least = fmaxf(least_kept, (score - slack - kMostNoise) * temperature);
+    limit = (slack - score) * kLog2e;
+  }
+};
 // The draw among the ranks >= lowest. One Philox call gives the words of four tokens.
-template <class T> DEV_INLINE i64 draw(const SampleParams& p, const T* x, u64 lowest, i64 r, const Shared& s) {
-  Scored mine{-INFINITY, 0xffffffffu};
-  for (i64 t0 = 4 * i64(threadIdx.x); t0 < p.V; t0 += 4 * i64(blockDim.x)) {
-    float v[4];
-    bool keep[4];
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      v[k] = t0 + k < p.V ? to_float(x[t0 + k]) : -INFINITY;
-      keep[k] = t0 + k < p.V && rank_of(v[k], t0 + k) >= lowest;
-    }
-    if (!(keep[0] || keep[1] || keep[2] || keep[3])) continue;
-    const uint4 words =
-        philox4x32(p.seed, uint32_t(t0 / 4), uint32_t(p.position[r]), uint32_t(p.stream[r]), kSamplingDomain);
+template <class T>
+DEV_INLINE i64 draw(const SampleParams& p, const SampleOptions& o, const Row<T>& row, i64 r, float per_unit, u64 lowest,
+                    u64 best_rank, const Shared& s) {
+  const float temperature = float(o.temperature), best = logit_of(best_rank), kept = logit_of(lowest);
+  const uint32_t position = uint32_t(p.position[r]), stream = uint32_t(p.stream[r]);
+  const auto words_of = [&](i64 t) { return philox4x32(o.seed, uint32_t(t / 4), position, stream, kSamplingDomain); };
+  const auto scored = [&](float x, float v, i64 t) { return Scored{x / temperature + gumbel_noise(v), uint32_t(t)}; };
+  const i64 first = token_of(best_rank);
+  Scored mine = scored(best, sampling_uniform(word_of(words_of(first), int(first & 3))), first);
+  Bounds bounds(mine.score, best, temperature, kept);
+  for_groups(row, [&](i64 t, const float (&x)[4], float top) {
+    if (!__any_sync(kAllLanes, top >= bounds.least)) return;
+    const uint4 words = words_of(t);
+    bool near[4];
 #pragma unroll
     for (int k = 0; k < 4; k++)
-      if (keep[k]) mine = Better{}(mine, {v[k] / p.temperature + gumbel_noise(word_of(words, k)), uint32_t(t0 + k)});
-  }
+      near[k] =
+          x[k] >= bounds.least && sampling_uniform(word_of(words, k)) <= fast_exp2(fmaf(x[k], per_unit, bounds.limit));
+    if (!__any_sync(kAllLanes, near[0] || near[1] || near[2] || near[3])) return;
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      if (near[k] && rank_of(x[k], t + k) >= lowest)
+        mine = Better{}(mine, scored(x[k], sampling_uniform(word_of(words, k)), t + k));
+    bounds = Bounds(warp_reduce(mine.score, Max{}), best, temperature, kept);
+  });
   return block_reduce(mine, Better{}, Scored{-INFINITY, 0xffffffffu}, s.scratch).token;
 }
 
-template <class T>
-DEV_INLINE i64 sample_row(const SampleParams& p, const T* x, i64 r, bool in_shared, const Shared& s) {
-  u64 best_rank = 0;
-  T* copy = reinterpret_cast<T*>(s.row);
-  for (i64 t = threadIdx.x; t < p.V; t += blockDim.x) {
-    const T value = x[t];
-    if (in_shared) copy[t] = value;
-    const float v = to_float(value);
-    best_rank = Max{}(best_rank, v == v ? rank_of(v, t) : kNan);
-  }
-  best_rank = block_reduce(best_rank, Max{}, 0ull, s.scratch);  // its barriers publish the copy too
-  if (in_shared) x = copy;
-  if (best_rank == kNan) return -1;
-  if (best_rank < kAboveMinusInf) return -2;
-  const float best = logit_of(best_rank);
-  if (p.temperature < 0x1p-126f || !(fabsf(best / p.temperature) < 1e30f))
-    return token_of(best_rank);  // noise is nothing
-
-  u64 lowest = kAboveMinusInf;
-  const bool cut_k = p.top_k > 0 && p.top_k < p.V;
-  if (!cut_k && p.top_p >= 1) return draw(p, x, lowest, r, s);
-  u64 finite = 0;
-  for (i64 t = threadIdx.x; t < p.V; t += blockDim.x) finite += rank_of(to_float(x[t]), t) >= lowest;
-  i64 count = i64(block_reduce(finite, Add{}, 0ull, s.scratch));
-  if (cut_k && p.top_k < count) {
-    lowest = descend(x, p.V, lowest, count, double(p.top_k), [](u64) { return 1ull; }, s);
-    count = p.top_k;
-  }
-  if (p.top_p < 1) {
-    const float per_unit = kLog2e / p.temperature;
-    const Weight weight{best, per_unit < 3.4028235e38f ? per_unit : 3.4028235e38f};
-    u64 mass = 0;
-    for (i64 t = threadIdx.x; t < p.V; t += blockDim.x) {
-      const u64 rank = rank_of(to_float(x[t]), t);
-      if (rank >= lowest) mass += weight(rank);
-    }
-    const double total = double(block_reduce(mass, Add{}, 0ull, s.scratch));
-    lowest = descend(x, p.V, lowest, count, p.top_p * total, weight, s);
-  }
-  return draw(p, x, lowest, r, s);
+// Whether the options are in range. On the host nobody has looked at those in device memory.
+DEV_INLINE bool valid(const SampleOptions& o) {
+  return o.temperature >= 0 && o.temperature < INFINITY && o.top_k >= 0 && o.top_p > 0 && o.top_p <= 1;
+}
+template <class T> DEV_INLINE i64 sample_row(const SampleParams& p, i64 r, bool keep, const Shared& s) {
+  const SampleOptions o = p.each ? p.each[r] : p.all;
+  if (!valid(o)) return -3;
+  const T* x = static_cast<const T*>(p.logits.data) + r * p.logits.stride;
+  T* copy = keep ? reinterpret_cast<T*>(s.row) : nullptr;
+  const Seen seen = read_row(x, p.V, copy, s);
+  const Row<T> row{keep ? copy : x, p.V, keep};
+  if (seen.best == kNan) return -1;
+  if (seen.best < kAboveMinusInf) return -2;
+  const float best = logit_of(seen.best), temperature = float(o.temperature);
+  if (temperature < 0x1p-126f || !(fabsf(best / temperature) < 1e30f)) return token_of(seen.best);  // noise is nothing
+  const float inverse = kLog2e / temperature, per_unit = inverse < 3.4028235e38f ? inverse : 3.4028235e38f;
+  return draw(p, o, row, r, per_unit, least_kept(row, o, per_unit, seen, s), seen.best, s);
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p, bool in_shared) {
+template <class T> __global__ void __launch_bounds__(kThreads) sample_kernel(const SampleParams p, bool keep) {
   DYN_SMEM(smem);
-  const Shared s(smem);
-  const i64 r = blockIdx.x;
-  const i64 token = sample_row(p, static_cast<const T*>(p.logits.data) + r * p.logits.stride, r, in_shared, s);
-  if (threadIdx.x == 0) p.out[r] = token;
+  const i64 token = sample_row<T>(p, blockIdx.x, keep, Shared(smem));
+  if (threadIdx.x == 0) p.out[blockIdx.x] = token;
 }
 
 }  // namespace
 
 cudaError_t sample(const SampleParams& p, cudaStream_t stream) {
   if (!p.R) return cudaSuccess;
-  if (p.V >= i64(1) << kCountBits) return cudaErrorInvalidValue;
-  int device = 0, most = 0;
-  cudaError_t error = cleared(cudaGetDevice(&device));
-  if (error == cudaSuccess)
-    error = cleared(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  if (error != cudaSuccess) return error;
+  if (p.V >= kMostTokens) return cudaErrorInvalidValue;
+  int room = 0;
+  if (const cudaError_t error = shared_memory(&room)) return error;
   return with_dtype(p.logits.dtype, [&](auto t) {
     using T = decltype(t);
     const int threads = round_to_warps(ceil_div(p.V, 8), kThreads);
-    const size_t with_row = Shared::bytes(threads, size_t(p.V) * sizeof(T));
-    const bool in_shared = with_row <= size_t(most);
-    const size_t bytes = in_shared ? with_row : Shared::bytes(threads, 0);
+    const size_t with_row = Shared::bytes(threads, size_t(p.V + 3) / 4 * 4 * sizeof(T));
+    const bool keep = with_row <= size_t(room);
+    const size_t bytes = keep ? with_row : Shared::bytes(threads, 0);
     auto kernel = sample_kernel<T>;
-    const cudaError_t refused = allow_smem(kernel, bytes);
-    if (refused != cudaSuccess) return refused;
-    LAUNCH(kernel, dim3(unsigned(p.R)), dim3(threads), bytes, stream, p, in_shared);
+    if (const cudaError_t refused = allow_smem(kernel, bytes)) return refused;
+    LAUNCH(kernel, dim3(unsigned(p.R)), dim3(threads), bytes, stream, p, keep);
     return cudaGetLastError();
   });
 }

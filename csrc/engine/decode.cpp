@@ -54,16 +54,16 @@ std::vector<i64> Engine::draw_locked(const std::vector<Sampling>& samplings, con
   const auto job = [&](int) {
     for (size_t r; (r = next++) < samplings.size();) {
       const Sampling& s = samplings[r];
-      const SampleParams p{.logits = {logits + i64(r) * ld, ld, DType::f32},
-                           .position = &positions[r],
-                           .stream = &s.stream,
-                           .out = &drawn[r],
-                           .R = 1,
-                           .V = s.vocab > 0 ? std::min(s.vocab, model_.shape.V) : model_.shape.V,
-                           .top_k = s.top_k,
-                           .temperature = s.temperature,
-                           .top_p = s.top_p,
-                           .seed = s.seed};
+      const SampleParams p{
+          .logits = {logits + i64(r) * ld, ld, DType::f32},
+          .position = &positions[r],
+          .stream = &s.stream,
+          .each = nullptr,
+          .out = &drawn[r],
+          .R = 1,
+          .V = s.vocab > 0 ? std::min(s.vocab, model_.shape.V) : model_.shape.V,
+          .all = {s.temperature, s.top_k, s.top_p, s.seed},
+      };
       kernels_.sample(p, 0, 1);
     }
   };

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,13 +22,13 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast._warn import warn
-from gptfast.generation.sampling import SamplingParams
 from gptfast.generation.torch_runner import evaluating, make_cache
 from gptfast.nn.kv_cache import KVCache
 from gptfast.nn.transformer import Transformer
 from gptfast.ops._attention_checks import trusted
 
 MAX_TOKENS = 16  # of each sequence between two waits for the GPU
+GREEDY = ops.row_options(temperature=0.0)  # of rows that take no part in a draw
 
 
 def current_gpu(device: torch.device) -> AbstractContextManager:
@@ -77,10 +78,31 @@ class StaticKVCache(KVCache):
 class StaticBuffers:
     """What a step of B sequences reads and writes, besides keys and values."""
 
-    inputs: Tensor  # (3, B) int64: number of positions in the cache, last token, Philox stream
+    loaded: Tensor  # (7 B,) int64: inputs and options, which the host sets in one copy
     logits: Tensor  # (B, V) fp32: of the token behind the positions in the cache
     drawn: Tensor  # (B, MAX_TOKENS) int64: tokens of this call
     column: Tensor  # (1,) int64: how many columns of `drawn` are filled
+
+    @classmethod
+    def make(cls, rows: int, V: int, device: torch.device) -> StaticBuffers:
+        ints = {"dtype": torch.int64, "device": device}
+        logits = torch.zeros(
+            rows, -(-V // 32) * 32, dtype=torch.float32, device=device
+        )  # rows start at whole 128 bytes
+        drawn = torch.zeros(rows, MAX_TOKENS, **ints)
+        return cls(torch.zeros(7 * rows, **ints), logits.narrow(1, 0, V), drawn, torch.zeros(1, **ints))
+
+    @property
+    def inputs(self) -> Tensor:
+        """(3, B): number of positions in the cache, last token, Philox stream."""
+        rows = self.drawn.shape[0]
+        return self.loaded.narrow(0, 0, 3 * rows).view(3, rows)
+
+    @property
+    def options(self) -> Tensor:
+        """(B, 4): how the next token of each row is drawn; see `ops.sample_rows`."""
+        rows = self.drawn.shape[0]
+        return self.loaded.narrow(0, 3 * rows, 4 * rows).view(rows, 4)
 
     def first(self, rows: int) -> tuple[Tensor, ...]:
         """lengths, ids, streams, logits, drawn of the first rows."""
@@ -107,10 +129,7 @@ class CapturedSteps:
         self._held = _weights_of(model)  # what the graphs read stays there, also where the model gets other tensors
         self._graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}  # None: cannot be captured
         self._pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None  # shared: one graph runs at a time
-        ints = {"dtype": torch.int64, "device": weight.device}
-        logits = torch.zeros(self._rows, model.config.vocab_size, dtype=torch.float32, device=weight.device)
-        drawn = torch.zeros(self._rows, MAX_TOKENS, **ints)
-        self.buffers = StaticBuffers(torch.zeros(3, self._rows, **ints), logits, drawn, torch.zeros(1, **ints))
+        self.buffers = StaticBuffers.make(self._rows, model.config.vocab_size, weight.device)
 
     def fits(self, model: Transformer, rows: int, max_len: int) -> bool:
         """Whether this has the room, and the model has its config, and its weights where they were."""
@@ -127,11 +146,15 @@ class CapturedSteps:
         """Keep the memory of the model's weights from being freed while steps may run; None: none will."""
         self._held = [] if model is None else _weights_of(model)
 
-    def load(self, columns: list[list[int]], rows: list[int], logits: Tensor | None) -> None:
-        """Set the inputs of all rows in use, (3, n), and the logits of `rows`; the bucket is the one of n."""
-        count = len(columns[0])
-        self.bucket = bucket_of(count)
-        self.buffers.inputs[:, :count] = torch.tensor(columns, dtype=torch.int64, device="cpu")
+    def load(
+        self, columns: list[list[int]], options: list[tuple[int, ...]], rows: list[int], logits: Tensor | None
+    ) -> None:
+        """Set what the next step reads: the inputs, 3 lists of n, and the options, n rows of 4, of all rows in use, and the
+        logits of `rows`. The bucket is the one of n."""
+        self.bucket, unused = bucket_of(len(options)), self._rows - len(options)
+        inputs = ([*column, *[0] * unused] for column in columns)
+        numbers = [*chain(*inputs), *chain(*options, *[GREEDY] * unused)]
+        self.buffers.loaded.copy_(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
         if logits is not None:
             self.buffers.logits[self._index(rows)] = logits
 
@@ -143,31 +166,31 @@ class CapturedSteps:
     def _index(self, rows: list[int]) -> slice | Tensor:
         return slice(len(rows)) if rows == list(range(len(rows))) else torch.tensor(rows, device="cpu")
 
-    def can_sample(self, params: SamplingParams, model: Transformer) -> bool:
-        """Whether draws with these parameters are captured. Others wait for each token, and raise for one bad row."""
+    def can_sample(self, vocab: int, model: Transformer) -> bool:
+        """Whether draws of the first `vocab` ids (0: of all) are captured. Others wait for each token, and raise for one bad
+        row."""
         if self.device.type != "cuda":
             return True  # in tests
-        return self._graph("sample", params, partial(self.sample_step, params), model) is not None
+        return self._graph("sample", vocab, partial(self.sample_step, vocab), model) is not None
 
-    def decode(self, model: Transformer, count: int, params: SamplingParams) -> list[list[int]]:
+    def decode(self, model: Transformer, count: int, vocab: int) -> list[list[int]]:
         """The next `count` tokens of every row of the bucket; the only place that waits for the GPU."""
         self.buffers.column.zero_()
         for n in range(count):
-            self._run("sample", params, partial(self.sample_step, params), model)
+            self._run("sample", vocab, partial(self.sample_step, vocab), model)
             if n + 1 < count:
                 self.forward(model)
         return self.buffers.drawn[: self.bucket, :count].tolist()
 
     def forward(self, model: Transformer) -> None:
         """Run the model on the last token of every row of the bucket."""
-        self._run("forward", None, partial(self.forward_step, model), model)
+        self._run("forward", 0, partial(self.forward_step, model), model)
 
-    def sample_step(self, params: SamplingParams) -> None:
-        """Draw a token of every row from its logits: what is captured."""
+    def sample_step(self, vocab: int) -> None:
+        """Draw a token of every row from its logits, by its options: what is captured."""
         lengths, ids, streams, logits, drawn = self.buffers.first(self.bucket)
-        logits = logits.narrow(1, 0, params.vocab or logits.shape[1])
-        cuts = {"top_k": params.top_k, "top_p": params.top_p, "seed": params.seed} if params.temperature else {}
-        new = ops.sample(logits, temperature=params.temperature, **cuts, position=lengths, stream=streams)
+        logits, options = logits.narrow(1, 0, vocab or logits.shape[1]), self.buffers.options.narrow(0, 0, self.bucket)
+        new = ops.sample_rows(logits, options, position=lengths, stream=streams)
         ids.copy_(new)
         drawn.index_copy_(1, self.buffers.column, new.unsqueeze(1))
         self.buffers.column.add_(1)
@@ -177,22 +200,22 @@ class CapturedSteps:
         lengths, ids, _, logits, _ = self.buffers.first(self.bucket)
         logits.copy_(model(ids.unsqueeze(1), cache=StaticKVCache(self.cache, self.bucket, lengths)).squeeze(1))
 
-    def _run(self, name: str, params: SamplingParams | None, step: Callable[[], None], model: Transformer) -> None:
+    def _run(self, name: str, vocab: int, step: Callable[[], None], model: Transformer) -> None:
         """Replay a step; run it where it cannot be captured."""
         with current_gpu(self.device):
-            if graph := self._graph(name, params, step, model):
+            if graph := self._graph(name, vocab, step, model):
                 return graph.replay()
             with evaluating(model):
                 step()
 
     def _graph(
-        self, name: str, params: SamplingParams | None, step: Callable[[], None], model: Transformer
+        self, name: str, vocab: int, step: Callable[[], None], model: Transformer
     ) -> torch.cuda.CUDAGraph | None:
         """The graph of a step for the present bucket, captured on its first use; None where it cannot be captured."""
-        key = (name, params, self.bucket)
+        key = (name, vocab, self.bucket)
         if self.device.type == "cuda" and key not in self._graphs:
-            for other in [k for k in self._graphs if k[0] == name and k[1] != params]:
-                del self._graphs[other]  # one set of parameters at a time: seeds come and go
+            for other in [k for k in self._graphs if k[0] == name and k[1] != vocab]:
+                del self._graphs[other]  # one vocabulary at a time: that of the tokenizer
             with current_gpu(self.device), evaluating(model):
                 self._graphs[key] = self._captured(step)
         return self._graphs.get(key)
@@ -224,7 +247,7 @@ class CapturedSteps:
     @contextmanager
     def _undone(self) -> Iterator[None]:
         """Restores the buffers afterwards; what was stored behind the length of a row is overwritten anyway."""
-        tensors = (self.buffers.inputs, self.buffers.logits, self.buffers.drawn, self.buffers.column)
+        tensors = (self.buffers.loaded, self.buffers.logits, self.buffers.drawn, self.buffers.column)
         before = [x.clone() for x in tensors]
         try:
             yield

@@ -1,7 +1,7 @@
 """CudaGraphRunner: a `TorchRunner` whose steps of one token per sequence are replayed from CUDA graphs.
 
-Lengths and ids go to the GPU once per call, and `decode_steps` waits for the GPU once for all of its tokens. Sequences run on
-to the end of such a call after a stop token; what they get too much is dropped.
+Lengths, ids and sampling parameters go to the GPU once per call, in one copy, and `decode_steps` waits for the GPU once for
+all of its tokens. Sequences run on to the end of such a call after a stop token; what they get too much is dropped.
 """
 
 from __future__ import annotations
@@ -12,18 +12,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gptfast import ops
 from gptfast.backend import resolve
-from gptfast.generation.captured_steps import MAX_TOKENS, current_gpu, give_back_steps, take_steps
+from gptfast.generation.captured_steps import GREEDY, MAX_TOKENS, current_gpu, give_back_steps, take_steps
 from gptfast.generation.sampling import SamplingParams
 from gptfast.generation.torch_runner import TorchRunner
 from gptfast.nn.difference import difference
 from gptfast.nn.transformer import Transformer
 
-KERNELS = ("embedding", "add_layer_norm", "layer_norm", "causal_attention", "sample")  # none of them waits for the GPU
+KERNELS = (
+    "embedding",
+    "add_layer_norm",
+    "layer_norm",
+    "causal_attention",
+    "sample_rows",
+)  # none of them waits for the GPU
 
 
 class CudaGraphRunner(TorchRunner):
-    """`TorchRunner` that replays captured steps. Prompts run uncaptured, and so do draws with different parameters.
+    """`TorchRunner` that replays captured steps. Prompts run uncaptured.
 
     Args:
         model: one that `supports` accepts.
@@ -68,14 +75,14 @@ class CudaGraphRunner(TorchRunner):
     ) -> list[list[int]]:
         with self._lock, torch.inference_mode():
             self._check("decode_steps", slots)
-            common, *others = {one._replace(stream=0) for one in params}
+            vocab, *others = {one.vocab for one in params}
             if others or not self._can_replay(slots):
                 return super().decode_steps(slots, logits, max_tokens, params, stop_ids)
-            rows = self._load(slots, streams=[one.stream for one in params], logits=logits)
-            if not self._steps.can_sample(common, self._model):
+            rows = self._load(slots, params=params, logits=logits)
+            if not self._steps.can_sample(vocab, self._model):
                 return super().decode_steps(slots, logits, max_tokens, params, stop_ids)
             room = min(self.max_len - self._lengths[slot] + 1 for slot in slots)
-            drawn = self._steps.decode(self._model, min(max_tokens, MAX_TOKENS, room), common)
+            drawn = self._steps.decode(self._model, min(max_tokens, MAX_TOKENS, room), vocab)
             new = [_until_stop(drawn[row], stop_ids) for row in rows]
             for slot, tokens in zip(slots, new, strict=True):
                 self._lengths[slot] += len(tokens) - 1
@@ -94,16 +101,19 @@ class CudaGraphRunner(TorchRunner):
         self,
         slots: Sequence[int],
         ids: Sequence[int] = (),
-        streams: Sequence[int] = (),
+        params: Sequence[SamplingParams] = (),
         logits: Tensor | None = None,
     ) -> list[int]:
         """Put what a step of the slots reads into the static buffers; returns the rows of the slots."""
-        columns = [[self._lengths[slot] for slot in self._slot_in], *([0] * len(self._slot_in) for _ in range(2))]
+        count = len(self._slot_in)
+        lengths, last, streams = [self._lengths[slot] for slot in self._slot_in], [0] * count, [0] * count
+        options = [GREEDY] * count
         rows = [self._row_of[slot] for slot in slots]
-        for column, values in zip(columns[1:], (ids, streams), strict=True):
-            for row, value in zip(rows, values, strict=False):
-                column[row] = value
-        self._steps.load(columns, rows, logits)
+        for row, token in zip(rows, ids, strict=False):
+            last[row] = token
+        for row, one in zip(rows, params, strict=False):
+            streams[row], options[row] = one.stream, ops.row_options(*one[:4])
+        self._steps.load([lengths, last, streams], options, rows, logits)
         return rows
 
 

@@ -4,6 +4,7 @@ from gptfast import triton as _triton
 from gptfast.ops import _flops
 from gptfast.ops._low_rank import LowRank as LowRank
 from gptfast.ops._registry import register_properties as _register_properties
+from gptfast.ops._row_options import row_options
 from gptfast.ops.add_layer_norm import add_layer_norm
 from gptfast.ops.add_rms_norm import add_rms_norm
 from gptfast.ops.causal_attention import causal_attention
@@ -24,7 +25,7 @@ from gptfast.ops.relu_squared import relu_squared
 from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rotary import rotary
 from gptfast.ops.rotary_tables import rotary_tables
-from gptfast.ops.sample import sample
+from gptfast.ops.sample import sample, sample_rows
 from gptfast.ops.swiglu import swiglu
 
 __all__ = [
@@ -53,7 +54,9 @@ __all__ = [
     "rotary",
     "rotary_tables",
     "route",
+    "row_options",
     "sample",
+    "sample_rows",
     "swiglu",
 ]
 

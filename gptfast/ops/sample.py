@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from gptfast import rng
 from gptfast.backend import kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float, check_int, check_number
+from gptfast.ops._checks import check_float, check_same_device
 from gptfast.ops._registry import register_fake
+from gptfast.ops._row_options import OP as OP_ROWS
+from gptfast.ops._row_options import check_parameters, parameters_of
 
 OP = "sample"
 
@@ -49,22 +49,9 @@ def sample(
     Raises:
         TypeError, ValueError: wrong dtype, shape or range.  RuntimeError: a row with nan, or with nothing but -inf.
     """
-    check_float(OP, logits=logits)
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"{OP}: logits has shape {tuple(logits.shape)}; expected (B, V) with V >= 1")
-    check_number(OP, "temperature", temperature)
-    check_number(OP, "top_p", top_p)
-    check_int(OP, "top_k", top_k, 0, " (0 keeps all tokens)")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"{OP}: temperature is {temperature}; expected a finite number >= 0 (0 takes the most likely)")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"{OP}: top_p is {top_p}; expected 0 < top_p <= 1 (1 keeps all tokens)")
-    rng.check_counter(OP, "seed", seed, 64)
-    positions = _per_row("position", position, logits)
-    if stream is None:
-        streams = torch.arange(logits.shape[0], device=logits.device)
-    else:
-        streams = _per_row("stream", stream, logits)
+    _check_logits(OP, logits)
+    check_parameters(OP, temperature, top_k, top_p, seed)
+    positions, streams = _coordinates(OP, logits, position, stream)
     temperature, top_p = float(temperature), float(top_p)
     runs_on = resolve(OP, backend, logits)
     if runs_on == "eager":
@@ -75,17 +62,75 @@ def sample(
     return kernels(runs_on).sample(logits.detach(), *options, positions, streams)
 
 
-def _per_row(name: str, value: int | Tensor, logits: Tensor) -> Tensor:
+def sample_rows(
+    logits: Tensor,
+    options: Tensor,
+    *,
+    position: int | Tensor = 0,
+    stream: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`sample` with parameters of its own for each row, which lie in a tensor: a CUDA graph that was captured once draws with
+    whatever stands there when it is replayed.
+
+    Args:
+        logits, position, stream, backend: as in `sample`.
+        options: (B, 4) int64 on the device of the logits; a row is what `row_options` returns. On a GPU the values are not
+            checked before the call.
+    Returns:
+        (B,) int64 token ids, for each row those of `sample` with its parameters. In a graph that is captured -1 takes the
+        place of a token where a row holds nan, -2 where it holds nothing but -inf, -3 where its options are out of range.
+    Raises:
+        TypeError, ValueError: wrong dtype, shape or range.  RuntimeError: a row with nan, with nothing but -inf, or with
+        options on a GPU that are out of range.
+    """
+    _check_logits(OP_ROWS, logits)
+    _check_rows(logits, options)
+    positions, streams = _coordinates(OP_ROWS, logits, position, stream)
+    runs_on = resolve(OP_ROWS, backend, logits)
+    if runs_on == "eager":
+        return reference.sample_rows(logits, options, position=positions, stream=streams)
+    return kernels(runs_on).sample_rows(logits.detach(), options, positions, streams)
+
+
+def _check_logits(op: str, logits: Tensor) -> None:
+    check_float(op, logits=logits)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"{op}: logits has shape {tuple(logits.shape)}; expected (B, V) with V >= 1")
+
+
+def _check_rows(logits: Tensor, options: Tensor) -> None:
+    expected = (logits.shape[0], 4)
+    if not isinstance(options, Tensor) or options.dtype != torch.int64 or tuple(options.shape) != expected:
+        got = f"{tuple(options.shape)} {options.dtype}" if isinstance(options, Tensor) else type(options).__name__
+        raise TypeError(
+            f"{OP_ROWS}: options is {got}; expected an int64 tensor of shape {expected}, rows of row_options"
+        )
+    check_same_device(OP_ROWS, logits=logits, options=options)
+    if options.device.type == "cpu" and not torch.compiler.is_compiling():
+        for row in options.tolist():
+            parameters_of(row)
+
+
+def _coordinates(op: str, logits: Tensor, position: int | Tensor, stream: int | Tensor | None) -> tuple[Tensor, Tensor]:
+    """Position and stream of each row."""
+    positions = _per_row(op, "position", position, logits)
+    if stream is None:
+        return positions, torch.arange(logits.shape[0], device=logits.device)
+    return positions, _per_row(op, "stream", stream, logits)
+
+
+def _per_row(op: str, name: str, value: int | Tensor, logits: Tensor) -> Tensor:
     if isinstance(value, int):
-        rng.check_counter(OP, name, value)
+        rng.check_counter(op, name, value)
         return torch.full((logits.shape[0],), value, dtype=torch.int64, device=logits.device)
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or tuple(value.shape) != (logits.shape[0],):
         got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{OP}: {name} is {got}; expected an int or an int64 tensor of shape ({logits.shape[0]},)")
+        raise TypeError(f"{op}: {name} is {got}; expected an int or an int64 tensor of shape ({logits.shape[0]},)")
     # values on a GPU are not checked: that needs a sync
     known = value.device.type == "cpu" and not torch.compiler.is_compiling()
     if known and ((value < 0) | (value >= 2**32)).any():
-        raise ValueError(f"{OP}: {name} has values outside [0, 2**32)")
+        raise ValueError(f"{op}: {name} has values outside [0, 2**32)")
     return value.to(logits.device)
 
 
@@ -93,4 +138,9 @@ def _per_row(name: str, value: int | Tensor, logits: Tensor) -> Tensor:
 def _(
     logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, position: Tensor, stream: Tensor
 ) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+@register_fake("sample_rows")
+def _(logits: Tensor, options: Tensor, position: Tensor, stream: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)

@@ -22,14 +22,31 @@ from gptfast.triton._philox import gumbel_noise
 from gptfast.triton._rows import rows_of
 
 SMALLEST_TEMPERATURE = 2.0**-126
+SMALLEST = tl.constexpr(SMALLEST_TEMPERATURE)
 BLOCK = 4096
-NAN, NOTHING = tl.constexpr(-1), tl.constexpr(-2)  # answers for rows without a token
+NAN, NOTHING, BAD_OPTIONS = tl.constexpr(-1), tl.constexpr(-2), tl.constexpr(-3)  # answers for rows without a token
 UNIT = tl.constexpr(2.0**40)
 
 
 def sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, position: Tensor, stream: Tensor
 ) -> Tensor:
+    # floats come to kernels in float32
+    top_p_bits = struct.unpack("q", struct.pack("d", top_p))[0]
+    same = (max(temperature, SMALLEST_TEMPERATURE), top_k, top_p_bits, seed & (2**64 - 1))
+    cuts = {"DRAW": temperature >= SMALLEST_TEMPERATURE, "TOP_K": 0 < top_k < logits.shape[1], "TOP_P": top_p < 1}
+    return _launch("sample", logits, position, stream, position, same, PER_ROW=False, **cuts)
+
+
+def sample_rows(logits: Tensor, options: Tensor, position: Tensor, stream: Tensor) -> Tensor:
+    every = {"PER_ROW": True, "DRAW": True, "TOP_K": True, "TOP_P": True}
+    return _launch("sample_rows", logits, position, stream, options.contiguous(), (1.0, 0, 0, 0), **every)
+
+
+def _launch(
+    op: str, logits: Tensor, position: Tensor, stream: Tensor, options: Tensor, same: tuple, **constants: bool
+) -> Tensor:
+    """same: temperature, top_k, the bits of top_p, and the seed of all rows, where these have no options of their own."""
     R, V = logits.shape
     out = torch.empty(R, dtype=torch.int64, device=logits.device)
     if not R:
@@ -40,33 +57,31 @@ def sample(
         rows,
         position.contiguous(),
         stream.contiguous(),
+        options,
         out,
         rows.stride(0),
         V,
-        max(temperature, SMALLEST_TEMPERATURE),
-        top_k,
-        struct.unpack("q", struct.pack("d", top_p))[0],  # floats come to kernels in float32
-        seed & (2**64 - 1),
-        DRAW=temperature >= SMALLEST_TEMPERATURE,
-        TOP_K=0 < top_k < V,
-        TOP_P=top_p < 1,
+        *same,
         ID_BITS=id_bits + id_bits % 2,
         BLOCK_V=min(BLOCK, max(32, triton.next_power_of_2(V))),
         num_warps=16,
+        **constants,
     )
-    _check(out)
+    _check(op, out)
     return out
 
 
-def _check(tokens: Tensor) -> None:
+def _check(op: str, tokens: Tensor) -> None:
     """Raise for rows without a token. During graph capture no sync is allowed; the codes are returned unchanged."""
     if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     for r, token in enumerate(tokens.tolist()):
         if token == NAN.value:
-            raise RuntimeError(f"sample: logits[{r}] holds nan - look for an overflow in the model")
+            raise RuntimeError(f"{op}: logits[{r}] holds nan - look for an overflow in the model")
         if token == NOTHING.value:
-            raise RuntimeError(f"sample: logits[{r}] holds nothing but -inf; no token is left to draw")
+            raise RuntimeError(f"{op}: logits[{r}] holds nothing but -inf; no token is left to draw")
+        if token == BAD_OPTIONS.value:
+            raise RuntimeError(f"{op}: options[{r}] are out of range: make them with row_options")
 
 
 @triton.jit(do_not_specialize=["top_k", "top_p_bits", "seed"])
@@ -74,6 +89,7 @@ def _kernel(
     logits,
     position,
     stream,
+    options,
     out,
     stride,
     V,
@@ -81,6 +97,7 @@ def _kernel(
     top_k,
     top_p_bits,
     seed,
+    PER_ROW: tl.constexpr,
     DRAW: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -89,11 +106,21 @@ def _kernel(
 ):
     r = tl.program_id(0)
     row = logits + r.to(tl.int64) * stride
+    k, p, key = tl.cast(top_k, tl.int64), _float64(tl.cast(top_p_bits, tl.int64)), tl.cast(seed, tl.uint64)
+    t, bad = tl.cast(temperature, tl.float32), False
+    if PER_ROW:
+        given = _float64(tl.load(options + 4 * r))
+        k, p = tl.load(options + 4 * r + 1), _float64(tl.load(options + 4 * r + 2))
+        key = tl.load(options + 4 * r + 3).to(tl.uint64, bitcast=True)
+        bad = ~((given >= 0) & (given < float("inf")) & (k >= 0) & (p > 0) & (p <= 1))
+        t = given.to(tl.float32)
     best, has_nan = _maximum(row, V, BLOCK_V)
     greedy = True
     if DRAW:
-        greedy = ~(tl.abs(best / temperature) < 1e30)  # the noise is nothing
-    if has_nan:
+        greedy = (t < SMALLEST) | ~(tl.abs(best / tl.maximum(t, SMALLEST)) < 1e30)  # the noise is nothing
+    if bad:
+        tl.store(out + r, BAD_OPTIONS)
+    elif has_nan:
         tl.store(out + r, NAN)
     elif best == float("-inf"):
         tl.store(out + r, NOTHING)
@@ -101,27 +128,19 @@ def _kernel(
         tl.store(out + r, _first(row, V, best, BLOCK_V).to(tl.int64))
     else:
         least = tl.cast(0, tl.uint64)  # the rank from which on tokens are kept
-        if TOP_K:
-            goal = tl.cast(top_k, tl.int64)
-            least = _rank_that_reaches(row, V, best, temperature, least, goal, False, ID_BITS, BLOCK_V)
-        if TOP_P:
-            total = _mass_from(row, V, best, temperature, least, ID_BITS, BLOCK_V)
-            p = tl.cast(top_p_bits, tl.int64).to(tl.float64, bitcast=True)
+        if TOP_K and (k > 0) & (k < V):
+            least = _rank_that_reaches(row, V, best, t, least, k, False, ID_BITS, BLOCK_V)
+        if TOP_P and p < 1:
+            total = _mass_from(row, V, best, t, least, ID_BITS, BLOCK_V)
             goal = tl.ceil(p * total.to(tl.float64)).to(tl.int64)
-            least = _rank_that_reaches(row, V, best, temperature, least, goal, True, ID_BITS, BLOCK_V)
-        token = _draw(
-            row,
-            V,
-            temperature,
-            least,
-            tl.load(position + r),
-            tl.load(stream + r),
-            seed,
-            TOP_K or TOP_P,
-            ID_BITS,
-            BLOCK_V,
-        )
-        tl.store(out + r, token.to(tl.int64))
+            least = _rank_that_reaches(row, V, best, t, least, goal, True, ID_BITS, BLOCK_V)
+        at, of = tl.load(position + r), tl.load(stream + r)
+        tl.store(out + r, _draw(row, V, t, least, at, of, key, TOP_K or TOP_P, ID_BITS, BLOCK_V).to(tl.int64))
+
+
+@triton.jit
+def _float64(bits):
+    return bits.to(tl.float64, bitcast=True)
 
 
 @triton.jit

@@ -46,8 +46,8 @@ void sample(const Draw& draw) {
   i64 out[kRows + 1], position[kRows], stream[kRows];
   std::fill(out, out + kRows + 1, -77);
   for (i64 r = 0; r < kRows; r++) position[r] = 5 * r, stream[r] = r % 2;
-  k().sample({rows(x, draw.V), position, stream, out, kRows, draw.V, draw.top_k, draw.temperature, draw.top_p, kSeed},
-             0, kRows);
+  const SampleOptions all{draw.temperature, draw.top_k, draw.top_p, kSeed};
+  k().sample({rows(x, draw.V), position, stream, nullptr, out, kRows, draw.V, all}, 0, kRows);
   Check check("sample", draw.type, "V", draw.V, "top_k", draw.top_k, draw.top_p < 1 ? "top_p" : "",
               draw.temperature > 0 ? "drawn" : "greedy");
   for (i64 r = 0; r < kRows; r++) {
@@ -76,7 +76,7 @@ void strange_rows() {
   Check check("sample of strange rows");
   for (i64 top_k : {0, 3})
     for (double top_p : {1., 0.5}) {
-      k().sample({rows(x, V), zero, zero, out, 3, V, top_k, 1.f, top_p, kSeed}, 0, 3);
+      k().sample({rows(x, V), zero, zero, nullptr, out, 3, V, {1, top_k, top_p, kSeed}}, 0, 3);
       check.equal(out[0], -1), check.equal(out[1], -2), check.equal(out[2], 36);  // nan; nothing; one token
     }
 }

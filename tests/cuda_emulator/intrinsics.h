@@ -133,6 +133,7 @@ inline float __log2f(float x) { return log2f(x); }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)(x)) : 64; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __float2int_rn(float x) { return int(nearbyintf(x)); }
 template <class T> inline T __ldg(const T* p) { return *p; }

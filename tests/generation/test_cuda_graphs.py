@@ -12,7 +12,6 @@ import gptfast
 from gptfast.generation import GenerationConfig, Request, Scheduler, captured_steps, stream
 from gptfast.generation.captured_steps import MAX_TOKENS, CapturedSteps, StaticKVCache
 from gptfast.generation.cuda_graphs import CudaGraphRunner
-from gptfast.generation.sampling import SamplingParams
 from tests.support.captured import PROMPTS, Captured, captured_tokens
 from tests.support.cuda_models import tiny
 from tests.support.schedulers import run
@@ -65,8 +64,8 @@ MIXED = [
 
 
 @pytest.mark.parametrize("max_tokens", [1, 4, 16])
-def test_requests_with_other_parameters_share_the_captured_forward(max_tokens, monkeypatch):
-    """Requests join and leave: their draws are not captured, and every text is that of its single run."""
+def test_requests_with_other_options_share_the_captured_forward(max_tokens, monkeypatch):
+    """Requests join and leave: draws that need the host are not captured, and every text is that of its single run."""
     model, captured = tiny(n_layer=1, block_size=60).eval(), []
     forward = CapturedSteps.forward
     monkeypatch.setattr(CapturedSteps, "forward", lambda self, model: captured.append(1) or forward(self, model))
@@ -78,6 +77,28 @@ def test_requests_with_other_parameters_share_the_captured_forward(max_tokens, m
     for n, (request, options) in enumerate(zip(requests, MIXED, strict=True)):
         expected = model.generate([PROMPTS[n % 5]], max_new_tokens=9 + n, **options)
         assert [sequence.tokens for sequence in request.sequences] == expected
+
+
+PARAMETERS = [
+    {"temperature": 0.0},
+    {"seed": 1},
+    {"seed": 2, "top_k": 5},
+    {"temperature": 1.4, "top_p": 0.6, "seed": 2**64 - 1},
+]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "emu"])
+def test_draws_with_other_parameters_are_captured_together(backend, emu, monkeypatch):
+    """One call of 16 tokens for all, though no two sequences are drawn alike: none of them takes the step of one token."""
+    monkeypatch.setattr(CudaGraphRunner, "sample", None)
+    model = tiny(n_layer=1, block_size=60).eval()
+    with gptfast.backend(backend):
+        scheduler = Scheduler(Captured(model), max_rows=len(PARAMETERS))
+        requests = [scheduler.submit([1, 2, 3], max_new_tokens=14, **options) for options in PARAMETERS]
+        run(scheduler)
+        for request, options in zip(requests, PARAMETERS, strict=True):
+            expected = model.generate([[1, 2, 3]], max_new_tokens=14, **options)
+            assert [sequence.tokens for sequence in request.sequences] == expected
 
 
 @pytest.mark.parametrize(
@@ -127,7 +148,7 @@ def test_a_long_lived_runner_captures_anew_when_the_weights_have_moved():
     model = tiny().eval()
     scheduler = Scheduler(Captured(model), max_rows=2)
     steps = scheduler.runner._steps
-    steps._graphs["forward", None, 1] = None
+    steps._graphs["forward", 0, 1] = None
     old = model.wte.weight
     model.wte.weight = model.lm_head.weight = torch.nn.Parameter(torch.randn_like(old))
     assert any(held.data_ptr() == old.data_ptr() for held in steps._held)
@@ -151,8 +172,8 @@ def test_an_error_code_ends_its_request_alone(code, text, monkeypatch):
     model = tiny(n_layer=1, block_size=60).eval()
     sample_step, count = CapturedSteps.sample_step, [0]
 
-    def damaged(self, params):
-        sample_step(self, params)
+    def damaged(self, vocab):
+        sample_step(self, vocab)
         count[0] += 1
         if count[0] == 6:
             self.buffers.drawn[1, self.buffers.column - 1] = code
@@ -173,8 +194,8 @@ def test_steps_are_of_one_token():
         cache.start(2)
 
 
-@pytest.mark.parametrize("params", [(0.0, 0, 1.0, 0), (0.7, 9, 0.8, 1)], ids=["greedy", "sampled"])
-def test_no_step_waits_for_the_gpu(params, on_fake_gpu, monkeypatch):
+@pytest.mark.parametrize("vocab", [0, 50], ids=["all", "of the tokenizer"])
+def test_no_step_waits_for_the_gpu(vocab, on_fake_gpu, monkeypatch):
     """A value that Python asked for, as by `.item()`, would raise here."""
     monkeypatch.setattr(captured_steps, "addresses_of", lambda model: ())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
@@ -192,7 +213,7 @@ def test_no_step_waits_for_the_gpu(params, on_fake_gpu, monkeypatch):
     model.h[0].ln_1.eps = model.config.layer_norm_epsilon
     steps = CapturedSteps(model, 3, 20)
     steps.bucket = 4
-    steps.sample_step(SamplingParams(*params, stream=0))
+    steps.sample_step(vocab)
     steps.forward_step(model)
     assert steps.buffers.logits.device.type == "cuda"
     with pytest.raises(RuntimeError):

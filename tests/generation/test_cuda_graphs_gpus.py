@@ -3,6 +3,7 @@ stream of each, and graphs that get what is launched on the stream they capture.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,6 +178,29 @@ def test_streams_and_schedulers_replay_captured_steps(machine, replayed):
     scheduler.submit([1, 2], repetition_penalty=1.3, max_new_tokens=5)
     run(scheduler)
     assert len(replayed) == 4
+
+
+def test_new_parameters_capture_nothing(machine, monkeypatch):
+    """A seed, a temperature or a cut is a number that the captured draw reads. Only a bucket, or a vocabulary, is a new graph."""
+    captured, capture = [], CapturedSteps._captured
+    monkeypatch.setattr(CapturedSteps, "_captured", lambda self, step: captured.append(1) or capture(self, step))
+    model = OnGpu(machine, 1)
+
+    def drawn(prompts: list[list[int]], **options: object) -> list[list[int]]:
+        model.runners.clear()  # the next runner takes the steps of the last
+        gc.collect()
+        return generate(model, prompts, **options)
+
+    for n, options in enumerate(
+        [{"seed": 3}, {"seed": 4}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.5, "seed": 2**63}]
+    ):
+        asked = {"max_new_tokens": 5, "temperature": 0.9, "seed": 7} | options
+        assert drawn(PROMPTS[:3], **asked) == model.model.generate(PROMPTS[:3], **asked)
+        assert len(captured) == 2, f"captures after call {n}"
+    drawn(PROMPTS[:3], max_new_tokens=5, usable_vocab=40)
+    assert len(captured) == 3, "the draw among 40 ids"
+    drawn(PROMPTS[:1], max_new_tokens=5, usable_vocab=40)
+    assert len(captured) == 5, "a bucket of one sequence"
 
 
 def test_the_server_replays_captured_steps(machine, replayed):

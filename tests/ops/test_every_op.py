@@ -23,6 +23,8 @@ HELPERS = {
     "real_keys",
     "rotary_tables",
     "route",
+    "row_options",
+    "sample_rows",
 }
 TESTS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
 PUBLIC = sorted(set(ops.__all__) - HELPERS)

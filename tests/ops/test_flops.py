@@ -29,6 +29,7 @@ NO_PRODUCT |= {
 }
 NO_PRODUCT |= {
     "sample",
+    "sample_rows",
     "keep_results",
     "peak_flops",
     "quantized_decode",

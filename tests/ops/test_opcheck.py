@@ -42,6 +42,7 @@ OTHERS = {
         "quantized_decode",
         "linear_cross_entropy_scale",
         "sample",
+        "sample_rows",
     ),
     "take_dropout",
 }
@@ -108,6 +109,7 @@ def test_operators_have_derivatives():
         "dropout_mask",
         "quantized_decode",
         "sample",
+        "sample_rows",
         "take_dropout",
     }  # of integers, or integers
     assert set(_registry._derivatives) == set(schemas()) - writing - constant

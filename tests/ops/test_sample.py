@@ -102,6 +102,32 @@ def test_a_row_depends_on_its_coordinates_alone(isa):
     assert torch.equal(ops.sample(logits, seed=3), ops.sample(logits, seed=3, stream=torch.arange(5)))
 
 
+ROWS = [{**options, "seed": 2**64 - 1 - n} for n, options in enumerate(SETTINGS)]
+
+
+def options_of(rows):
+    return torch.tensor([ops.row_options(**row) for row in rows])
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+def test_rows_with_parameters_of_their_own(dtype, isa):
+    logits = (torch.randn(len(ROWS), 1501) * 3).to(dtype)
+    at = {"position": torch.arange(5, 5 + len(ROWS)), "stream": torch.arange(len(ROWS)).flip(0)}
+    drawn = ops.sample_rows(logits, options_of(ROWS), **at)
+    for r, row in enumerate(ROWS):
+        key = {name: int(values[r]) for name, values in at.items()}
+        assert drawn[r] == ops.sample(logits[r : r + 1], **row, **key), row
+    assert torch.equal(reference.sample_rows(logits, options_of(ROWS), **at), drawn)
+    strided = options_of(ROWS).t().contiguous().t()
+    assert torch.equal(ops.sample_rows(logits, strided, **at), drawn)
+
+
+def test_options_are_bits():
+    assert ops.row_options(0.5, 3, 0.25, 2**64 - 2) == (0x3FE << 52, 3, 0x3FD << 52, -2)
+    assert ops.row_options() == (0x3FF << 52, 0, 0x3FF << 52, 0)
+    assert ops.sample_rows(torch.zeros(0, 5), torch.zeros(0, 4, dtype=torch.int64)).tolist() == []
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.6, "temperature": 1.5}])
 def test_draws_follow_the_distribution(options):
     """Chi-square of 20,000 draws against the exact probabilities; every drawn token is in the kept set."""
@@ -123,6 +149,10 @@ def test_draws_follow_the_distribution(options):
 def test_opcheck_and_compile():
     logits, row = torch.randn(3, 20), torch.arange(3)
     torch.library.opcheck(torch.ops.gptfast.sample.default, (logits, 1.0, 5, 0.9, 1, row, row))
+    options = options_of([{"top_k": 5}, {"temperature": 0.0}, {"top_p": 0.9}])
+    torch.library.opcheck(torch.ops.gptfast.sample_rows.default, (logits, options, row, row))
+    rows = torch.compile(lambda x: ops.sample_rows(x, options) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(rows(logits), ops.sample_rows(logits, options) + 1)
     f = torch.compile(lambda x: ops.sample(x, top_k=5, seed=2) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(f(logits), ops.sample(logits, top_k=5, seed=2) + 1)
 
@@ -132,6 +162,24 @@ def test_inputs_unchanged_and_no_gradient():
     before = logits.detach().clone()
     assert not ops.sample(logits, top_p=0.5).requires_grad
     assert torch.equal(logits.detach(), before)
+
+
+def bad(n, value):
+    """Options of two rows, the second with one that is out of range, as bits."""
+    options = options_of([{}, {}])
+    options[1, n] = value
+    return options
+
+
+@pytest.mark.parametrize(("n", "value"), [(0, -1), (0, 0x7FF << 52), (1, -1), (2, 0), (2, 0x400 << 52), (2, -1)])
+def test_options_out_of_range(n, value, emu):
+    """Unseen by Python, as on a GPU: the kernels say so, and a NaN is out of range too."""
+    x, rows = torch.zeros(2, 40), torch.arange(2)
+    with pytest.raises(ValueError, match="sample_rows: "):
+        ops.sample_rows(x, bad(n, value))
+    for operators in (torch.ops.gptfast, torch.ops.gptfast_emu):
+        with pytest.raises(RuntimeError, match=r"options\[1\] are out of range|expected temperature >= 0"):
+            operators.sample_rows(x, bad(n, value), rows, rows)
 
 
 X = torch.zeros(2, 4)
@@ -157,6 +205,22 @@ X = torch.zeros(2, 4)
         (lambda: ops.sample(X * float("nan")), RuntimeError, r"logits\[0\] holds nan"),
         (lambda: ops.sample(X - float("inf")), RuntimeError, r"logits\[0\] holds nothing but -inf"),
         (lambda: ops.sample(X * float("nan"), backend="eager"), RuntimeError, r"logits\[0\] holds nan"),
+        (
+            lambda: ops.sample_rows(X, [1, 2]),
+            TypeError,
+            r"sample_rows: options is list; expected an int64 tensor of shape \(2, 4\)",
+        ),
+        (lambda: ops.sample_rows(X, X), TypeError, r"options is \(2, 4\) torch.float32"),
+        (lambda: ops.sample_rows(X, bad(0, 0)[:1]), TypeError, r"options is \(1, 4\) torch.int64"),
+        (lambda: ops.sample_rows(X[0], bad(0, 0)), ValueError, r"sample_rows: logits has shape \(4,\)"),
+        (lambda: ops.sample_rows(X, bad(0, 0), stream=-1), ValueError, "sample_rows: stream is -1"),
+        (lambda: ops.sample_rows(X * float("nan"), bad(0, 0)), RuntimeError, r"logits\[0\] holds nan"),
+        (
+            lambda: ops.sample_rows(X * float("nan"), bad(0, 0), backend="eager"),
+            RuntimeError,
+            r"sample_rows: logits\[0\] holds",
+        ),
+        (lambda: ops.row_options(temperature=-1.0), ValueError, "sample_rows: temperature is -1.0"),
     ],
 )
 def test_errors(call, error, match):

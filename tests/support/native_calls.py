@@ -119,6 +119,8 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         "dropout": {"x": rows, "p": 0.3, "seed": 1, "offset": 2},
         "dropout_mask": {"matrices": 2, "rows": 3, "cols": 5, "p": 0.3, "seed": 1, "offset": 2},
         "sample": drawing | {"logits": random(R, V)},
+        "sample_rows": drawing
+        | {"logits": random(R, V), "options": torch.tensor([gptfast.ops.row_options(0.7, 5, 0.9)] * R)},
         "embedding_fwd": tables,
         "embedding_fwd places": tables | {"positions": None},
         "embedding_bwd": {"dout": rows, "keys": keys, "order": order, "table": random(V, C)},

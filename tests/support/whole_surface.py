@@ -132,6 +132,9 @@ def functions() -> dict[str, Callable[[], Any]]:
             *(q, k, v),
         ),
         "sample": lambda: (ops.sample(x.detach(), **draws), ops.sample(x.detach(), position=4, stream=2, **draws)),
+        "sample_rows": lambda: ops.sample_rows(
+            x.detach(), torch.tensor([ops.row_options(**draws)] * 6, device=x.device)
+        ),
         "quantized": quantized,
     }
 

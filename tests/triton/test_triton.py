@@ -86,6 +86,17 @@ for options in ({}, {"top_k": 50}, {"top_p": 0.9, "temperature": 0.8}, {"tempera
     key = {"seed": 2**63 + 1, "position": 2**32 - 1, "stream": torch.tensor([0, 7, 2**32 - 1])}
     ours, cpu = (ops.sample(logits, **options, **key, backend=name) for name in ("triton", "cpu"))
     assert torch.equal(ours, cpu), (options, ours, cpu)
+rows = [{}, {"top_k": 50}, {"temperature": 0.0}, {"top_k": 9, "top_p": 0.5, "seed": 2**64 - 1}]
+options, logits = torch.tensor([ops.row_options(**row) for row in rows]), logits[:1].repeat(4, 1)
+ours, cpu = (ops.sample_rows(logits, options, position=3, backend=name) for name in ("triton", "cpu"))
+assert torch.equal(ours, cpu), (ours, cpu)
+options[2, 2] = -1
+try:
+    torch.ops.gptfast_triton.sample_rows(logits, options, torch.arange(4), torch.arange(4))
+except RuntimeError as error:
+    assert "options[2] are out of range" in str(error)
+else:
+    raise AssertionError("a nan is no top_p")
 q, v = torch.zeros(2, 3, 40, 16), torch.eye(40, 16).expand(2, 3, 40, 16)  # the result is the kept part of the weights
 masked = [
     ops.causal_attention(q, q, v, dropout_p=0.4, seed=2**40, offset=3, backend=name) != 0 for name in ("triton", "cpu")
@@ -173,7 +184,7 @@ for T, S, D, layout, options in (
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-NOT_KERNELS = {"dropout_mask", "quantize_groups", "quantize_nf4"}
+NOT_KERNELS = {"dropout_mask", "quantize_groups", "quantize_nf4", "row_options"}
 
 
 def test_kernels_of_every_op():

@@ -37,6 +37,7 @@ def row_kernels() -> None:
     dequantize_nf4.dequantize_nf4(nf4.codes, torch.empty(768), None, None, [64, 768], 64, torch.float16)
     with mock.patch.object(sample, "_check"):  # nothing has run: the tokens are whatever was in memory
         sample.sample(x, 1.0, 5, 0.9, 1, ids, ids)
+        sample.sample_rows(x, torch.zeros(64, 4, dtype=torch.int64), ids, ids)
 
 
 def attention_kernels(D: int, dtype: torch.dtype, dropout_p: float, group: int = 1) -> None:

@@ -22,7 +22,7 @@ from gptfast.ops.reference.rows import (
     rotary,
     swiglu,
 )
-from gptfast.ops.reference.sampling import kept_tokens, sample
+from gptfast.ops.reference.sampling import kept_tokens, sample, sample_rows
 
 __all__ = [
     "ACTIVATIONS",
@@ -46,6 +46,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "sample",
+    "sample_rows",
     "swiglu",
     "visible_keys",
 ]

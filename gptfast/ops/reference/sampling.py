@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gptfast import rng
 from gptfast.backend import has_values
+from gptfast.ops._row_options import parameters_of
 
 
 def kept_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -40,11 +41,7 @@ def sample(
     stream: Tensor | int | None = None,
 ) -> Tensor:
     x = logits.float()
-    for r in range(x.shape[0] if has_values(x) else 0):
-        if x[r].isnan().any():
-            raise RuntimeError(f"sample: logits[{r}] holds nan - look for an overflow in the model")
-        if x[r].isneginf().all():
-            raise RuntimeError(f"sample: logits[{r}] holds nothing but -inf; no token is left to draw")
+    _check_tokens("sample", x)
     most_likely = _first_argmax(x)
     if temperature < 2**-126:
         return most_likely
@@ -56,6 +53,28 @@ def sample(
     drawn = _first_argmax((x / temperature + noise).masked_fill(~keep, float("-inf")))
     noise_is_nothing = (x.amax(-1) / temperature).abs() >= 1e30  # or inf: no finite scores
     return torch.where(noise_is_nothing, most_likely, drawn)
+
+
+def sample_rows(
+    logits: Tensor, options: Tensor, *, position: Tensor | int = 0, stream: Tensor | int | None = None
+) -> Tensor:
+    """`sample` of each row with the parameters that its row of options holds."""
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    if not has_values(logits) or not len(rows):
+        return rows
+    _check_tokens("sample_rows", logits)
+    position = position if isinstance(position, Tensor) else torch.full_like(rows, position)
+    stream = rows if stream is None else stream if isinstance(stream, Tensor) else torch.full_like(rows, stream)
+    each = zip(options.tolist(), logits.split(1), position.split(1), stream.split(1), strict=True)
+    return torch.cat([sample(x, **parameters_of(row)._asdict(), position=p, stream=s) for row, x, p, s in each])
+
+
+def _check_tokens(op: str, logits: Tensor) -> None:
+    for r, row in enumerate(logits if has_values(logits) else ()):
+        if row.isnan().any():
+            raise RuntimeError(f"{op}: logits[{r}] holds nan - look for an overflow in the model")
+        if row.isneginf().all():
+            raise RuntimeError(f"{op}: logits[{r}] holds nothing but -inf; no token is left to draw")
 
 
 def _first_argmax(x: Tensor) -> Tensor:
