@@ -10,6 +10,7 @@
 //
 // Floor: 2 M N K flops.
 #include "gemm_block-inl.h"
+#include "gemm_short-inl.h"
 
 // Words [w0, w0 + words) of columns [c, c + kPanel) of B, stored by columns: transposed in registers. The lines of the
 // next columns are asked for on the way: a column is too short a stretch for the processor to see it coming.
@@ -67,6 +68,9 @@ static void gemm_pack(const GemmParams& p, i64 begin, i64 end) {
 }
 
 static void gemm(const GemmParams& p, i64 item) {
+#ifdef GPTFAST_SHORT
+  if (is_short(p)) return gemm_item<ShortBlock>(p, item);
+#endif
   p.pairs ? gemm_item<GemmBlock<true>>(p, item) : gemm_item<GemmBlock<false>>(p, item);
 }
 

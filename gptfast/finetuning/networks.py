@@ -68,9 +68,13 @@ def stored_network(folder: Path, task: TaskOptions, method: MethodOptions, base:
         return GPT.from_pretrained(folder, **loading), load_tokenizer(folder)
     gpt = GPT.from_pretrained(str(base["path"]), **loading)
     if methods.base_fingerprint(gpt) != base["fingerprint"]:
+        # before soft prompts took `quantize`, their runs kept its default, nf4, beside a base that was not quantised
+        early = " - or an early gptfast began it, where `quantize` had no effect: start it again" * (
+            method.method == "prompt" and method.held_in is not None
+        )
         raise ValueError(
             f"finetune: {base['path']} is another model than the one that {folder} was trained on; put the base back, or start "
-            "a new run"
+            f"a new run{early}"
         )
     if task.task in METRICS:
         model = task_adapters.put_on(TaskModel, gpt, folder, {})

@@ -120,6 +120,7 @@ void check_products() {
         for (DType type : kTypes) gemm(type, s, layout, pairs, s.M == 7, 4096);
     for (int layout = 0; layout < 4; layout++) gemm(DType::f32, {98, 9, 300}, layout, pairs, true, 4096);
     gemm(DType::bf16, {98, 9, 300}, 0, pairs, false, 4096);
+    for (i64 K : {2, 8, 31}) gemm(DType::bf16, {19, 75, K}, 2, pairs, false, 4096);  // few k
     gemm(DType::bf16, {5, 35, 1100}, 2, pairs, true, cpu::kGemmDepth);  // sums carried over three stretches of k
     rows_do_not_depend(pairs);
   }

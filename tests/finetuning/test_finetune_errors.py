@@ -13,6 +13,7 @@ from gptfast import GPT
 from gptfast.finetuning import finetune
 from gptfast.finetuning.options import METHODS, of_method
 from gptfast.finetuning.tasks import TASKS
+from gptfast.training.checksums import TRAINER, own_checksum
 from tests.support.finetuning import base, files, records, result, write
 from tests.support.finetuning import finetune as run
 from tests.support.train_command import _argv, gptfast  # noqa: F401  a fixture
@@ -214,6 +215,19 @@ def test_an_adapter_is_resumed_on_its_own_base_only(tmp_path, capsys):
         right.wte.weight[0, 0] += 1e-6
     right.save_pretrained(tmp_path / "base")
     assert "is another model" in failure_of(capsys, "--resume", "--out", tmp_path / "out", "--max-steps", "8")
+
+
+def test_a_soft_prompt_of_an_early_version_is_told(tmp_path, capsys):
+    """Its options say nf4, which had no effect."""
+    base(tmp_path / "base", n_embd=64)
+    assert run(tmp_path, "--method", "prompt", "--num-virtual-tokens", "4", "--max-steps", "2") == 0
+    file = tmp_path / "out" / "last" / TRAINER
+    raw = json.loads(file.read_text())
+    raw["source"]["finetune"]["quantize"] = "nf4"
+    raw["files"][TRAINER] = own_checksum(raw)
+    file.write_text(json.dumps(raw))
+    said = failure_of(capsys, "--resume", "--out", tmp_path / "out", "--max-steps", "4")
+    assert "or an early gptfast began it, where --quantize had no effect: start it again" in said
 
 
 def test_a_checkpoint_of_a_task_as_the_model(tmp_path, capsys):

@@ -227,6 +227,10 @@ BAD = {
     "no module": ({"target_modules": ["c_atn"]}, r"target_modules has 'c_atn', .*did you mean 'c_attn'"),
     "one of two": ({"target_modules": ["c_attn", "mlp.fc"]}, r"'mlp\.fc'.*did you mean 'mlp\.c_fc'"),
     "regex": ({"target_modules": r".*\.q_proj"}, r"target_modules has '.*q_proj', and no module"),
+    "regex of an ending": (
+        {"target_modules": "c_attn"},
+        r"no whole name matches; for names that end so say \['c_attn'\]",
+    ),
     "bad regex": ({"target_modules": "("}, "no regular expression"),
     "embedding": ({"target_modules": ["wte"]}, "names wte, a Embedding; low-rank updates are for the linear layers"),
     "saved": ({"modules_to_save": ["score"]}, "modules_to_save has 'score'"),

@@ -81,6 +81,27 @@ def test_products_of_few_columns(isa, K, M, N, kind):
     assert (out == 7).all()
 
 
+@pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 1, 1), (9, 31, 2), (17, 75, 8), (24, 801, 32), (100, 64, 7)])
+@pytest.mark.parametrize("accumulate", [True, False])
+@pytest.mark.parametrize("by_columns", [True, False])
+def test_products_of_few_k(isa, M, N, K, accumulate, by_columns):
+    """C (+)= A B, added where it lies, has the bits of the product that gathers C first, which one of more k is."""
+    a, b = torch.randn(M, K), torch.randn(K, N)
+    longer = torch.cat((a, torch.zeros(M, 40 - K)), 1), torch.cat((b, torch.zeros(40 - K, N)))
+    out = torch.randn(2, M + 1, N + 4).bfloat16()
+    out[1] = out[0]
+    before = out[0].clone()
+    for c, (left, right) in zip(out, ((a, b), longer), strict=True):
+        right = right.t().contiguous().t() if by_columns else right
+        torch.ops.gptfast.gemm(left, right, None, c[:M, 1 : N + 1], True, accumulate, None)
+    assert torch.equal(out[0], out[1])
+    assert not torch.equal(out[0], before)
+    inside = torch.zeros_like(before, dtype=torch.bool)
+    inside[:M, 1 : N + 1] = True
+    assert torch.equal(out[0][~inside], before[~inside])
+
+
 @pytest.mark.parametrize("backend", [None, "eager"])
 @pytest.mark.parametrize(
     ("wrong", "message"),

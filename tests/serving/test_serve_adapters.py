@@ -143,6 +143,58 @@ def test_the_command_serves_adapters(tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
+def test_what_finetune_wrote_is_served(tmp_path, monkeypatch, quantize):
+    """An adapter of qlora and a soft prompt, in one batch with the base, and in a chat."""
+    from gptfast.serving import server
+    from gptfast.tokenizer import load_tokenizer
+    from tests.support.finetuning import base, files
+    from tests.support.train_command import gptfast
+
+    monkeypatch.setattr(sys, "argv", [])
+    base(tmp_path / "base", n_embd=64)
+    common = ["--batch-size", "4", "--max-steps", "4", "--learning-rate", "0.3", "--dtype", "float32", "--threads", "1"]
+    for method, more in (("qlora", ["--lora-alpha", "64"]), ("prompt", ["--num-virtual-tokens", "4"])):
+        tune = ["finetune", *files(tmp_path, "lm"), *common, "--method", method, *more, "--out", tmp_path / method]
+        assert gptfast(*tune) == 0
+    served = []
+    monkeypatch.setattr(server, "run", lambda app, bound: served.append(app))
+    named = [f"--adapter={method}={tmp_path / method / 'last'}" for method in ("qlora", "prompt")]
+    packing = [] if quantize is None else ["--quantize", quantize]
+    assert not gptfast("serve", "--model", tmp_path / "base", "--name", "pets", "--port", "0", *packing, *named)
+
+    gpt = with_adapters(tmp_path / "base", [tmp_path / "qlora" / "last", tmp_path / "prompt" / "last"])
+    model = gpt if quantize is None else gpt.compile_for_inference(quantize)
+    tokenizer, names = load_tokenizer(tmp_path / "base"), ["pets", "pets:qlora", "pets:prompt"]
+    ids = tokenizer.encode("the cat sat")
+    with serving(served[0]) as url, concurrent.futures.ThreadPoolExecutor() as pool:
+        assert [card["id"] for card in httpx.get(url + "/v1/models").json()["data"]] == names
+
+        def ask(name):
+            body = {"model": name, "prompt": "the cat sat", "max_tokens": 8, "temperature": 0, "logprobs": 0}
+            return httpx.post(url + "/v1/completions", json=body, timeout=60).json()["choices"][0]
+
+        said = list(pool.map(ask, names))
+        for name, choice in zip(names, said, strict=True):
+            (row,) = model.generate([ids], 8, adapter_names=[adapter_of(name)])
+            assert choice["text"] == tokenizer.decode(row[len(ids) :])
+        assert len({tuple(choice["logprobs"]["token_logprobs"]) for choice in said}) == 3
+        chat = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 4, "temperature": 0}
+        for name in names:
+            got = httpx.post(url + "/v1/chat/completions", json={"model": name, **chat}, timeout=60).json()
+            assert got["model"] == name and got["usage"]["completion_tokens"] == 4
+
+
+def with_adapters(folder, adapters):
+    """A model with adapters, each under the name of its run."""
+    from gptfast import GPT
+
+    gpt = GPT.from_pretrained(folder).eval()
+    for adapter in adapters:
+        gpt.load_adapter(adapter, adapter.parent.name)
+    return gpt
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_soft_prompt_is_served_and_takes_room(model, tokenizer, quantize):
     gpt = copy.deepcopy(model)
     gpt.add_adapter(PromptTuningConfig(20, prompt_tuning_init="RANDOM"), "hint")

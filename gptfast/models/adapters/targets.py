@@ -88,7 +88,13 @@ def _modules(model: Transformer) -> dict[str, nn.Module]:
 def _named(model: Transformer, wanted: list[str] | str, names: list[str], field: str) -> list[str]:
     """The modules that are meant, in the order of the model; each entry of a list must mean one."""
     if isinstance(wanted, str):
-        return _checked([n for n in names if _fits(model, n, wanted)], wanted, names, field)
+        matching = [n for n in names if _fits(model, n, wanted)]
+        if not matching and any(_fits(model, n, [wanted]) for n in names):
+            raise ValueError(
+                f"add_adapter: {field} is the regular expression {wanted!r}, which no whole name matches; for names that end so "
+                f"say [{wanted!r}]"
+            )
+        return _checked(matching, wanted, names, field)
     found: set[str] = set()
     for entry in wanted:
         found.update(_checked([n for n in names if _fits(model, n, [entry])], entry, names, field))
