@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "csrc").exists() or shutil.which("g++") is None, reason="not run from the source tree, or no g++"
 )
 ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
-# Stands for the compiler: notes what it is asked for, and tells ninja which headers of ours a kernel reads.
+# Stands for g++: notes what it is asked for, and tells ninja which headers of ours a kernel or its prelude reads.
 COMPILER = """#!{python}
 import os, subprocess, sys
 given = sys.argv[1:]
@@ -28,7 +28,7 @@ if "-c" in given:
     with open("{log}", "a") as log:
         log.write(os.path.relpath(out, "{tree}/build/objects") + "\\n")
     depends = given[given.index("-MF") + 1]
-    if any(x.startswith("-DGPTFAST_KERNEL=") for x in given):
+    if any(x.startswith("-DGPTFAST_ISA=") for x in given):
         kept = [x for x in given if x.startswith(("-D", "-std"))]
         source = given[given.index("-c") + 1]
         subprocess.run(["g++", *kept, "-DGPTFAST_SCALAR", "-MM", "-MT", out, "-MF", depends, source], check=True)
@@ -45,7 +45,7 @@ def tree(tmp_path):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, copy)
-    compiler = tmp_path / "compiler"
+    compiler = tmp_path / "g++"
     compiler.write_text(COMPILER.format(python=sys.executable, log=log, tree=copy))
     compiler.chmod(0o755)
 
@@ -70,13 +70,15 @@ def test_an_edit_compiles_one_kernel_and_an_install_nothing_again(tree):
     assert compiled(*IN_PLACE) == []
     listed = json.loads((copy / "compile_commands.json").read_text())
     assert {str(Path(entry["output"]).relative_to(copy / "build/objects")) for entry in listed} == set(everything)
+    assert not [entry for entry in listed if "-include" in entry["command"]], "clangd cannot read what is precompiled"
 
     os.utime(copy / "csrc/cpu/gelu_fwd-inl.h")
     assert compiled(*IN_PLACE) == sorted(
         f"csrc/cpu/gelu_fwd.{isa}.o" for isa in ISAS if f"csrc/cpu/gelu_fwd.{isa}.o" in everything
     )
     os.utime(copy / "csrc/cpu/simd.h")
-    assert set(compiled(*IN_PLACE)) == {o for o in everything if o.startswith("csrc/")}
+    again = set(compiled(*IN_PLACE))
+    assert again == {o for o in everything if o.startswith("csrc/")} and "csrc/cpu/kernel_prelude.scalar.h.gch" in again
 
     # pip calls these two, each with a temporary folder for objects
     for hook in ("build_wheel", "build_editable"):
@@ -85,13 +87,35 @@ def test_an_edit_compiles_one_kernel_and_an_install_nothing_again(tree):
         assert compiled("-c", code) == [], hook
 
 
-def test_every_kernel_is_listed_once():
-    """In kernels.h, which dispatch.cpp and the build read; every -inl.h with a fill() is such a kernel."""
+@pytest.mark.parametrize(
+    ("compiler", "precompiled"),
+    [
+        ("g++", True),
+        ("ccache /usr/bin/g++-12", True),
+        ("aarch64-linux-gnu-g++", True),
+        ("clang++", False),
+        ("python -m ziglang c++ -target aarch64-macos", False),
+    ],
+)
+def test_headers_are_precompiled_where_the_compiler_is_gcc(compiler, precompiled, monkeypatch):
+    libraries = buildtools_libraries()
+    monkeypatch.setenv("CXX", compiler)
+    units = libraries.kernel_units("cpu", ["gelu_fwd"])
+    assert units and all((unit.header is not None) is precompiled for unit in units)
+
+
+def buildtools_libraries():
     sys.path.insert(0, str(ROOT))
     try:
-        from buildtools.libraries import listed
+        from buildtools import libraries
     finally:
         sys.path.remove(str(ROOT))
+    return libraries
+
+
+def test_every_kernel_is_listed_once():
+    """In kernels.h, which dispatch.cpp and the build read; every -inl.h with a fill() is such a kernel."""
+    listed = buildtools_libraries().listed
     for folder, macro in (("cpu", "GPTFAST_CPU_KERNELS"), ("engine", "GPTFAST_ENGINE_KERNELS")):
         kernels = listed(f"csrc/{folder}/kernels.h", macro)
         files = (ROOT / "csrc" / folder).glob("*-inl.h")
