@@ -13,6 +13,7 @@ def check_shape(config: Any) -> None:
     _check_pattern(config)
     _check_rotary(config)
     _check_norms(config)
+    _check_experts(config)
 
 
 def _check_heads(config: Any) -> None:
@@ -70,6 +71,18 @@ def _check_norms(config: Any) -> None:
         raise ValueError(f"GPTConfig: norm_bias is True, and {why}; leave it out")
     if config.parallel_residual and config.norm_position != "pre":
         raise ValueError("GPTConfig: parallel_residual needs norm_position='pre', and it is 'post'")
+
+
+def _check_experts(config: Any) -> None:
+    E, k = config.n_expert, config.n_expert_per_tok
+    if (E is None) != (k is None):
+        raise ValueError(f"GPTConfig: n_expert is {E} and n_expert_per_tok is {k}; expected both or none")
+    if E is not None and k > E:
+        raise ValueError(f"GPTConfig: n_expert_per_tok is {k} but n_expert is {E}; expected at most as many")
+    gated = {"n_expert": E, "swiglu_alpha": config.swiglu_alpha, "swiglu_limit": config.swiglu_limit}
+    given = next((name for name, value in gated.items() if value is not None), None)
+    if given and config.activation != "swiglu":
+        raise ValueError(f"GPTConfig: {given} is for activation='swiglu', and it is {config.activation!r}")
 
 
 def _multiples_near(n: int, of: int) -> str:

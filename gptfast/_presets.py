@@ -18,6 +18,25 @@ def _gpt3(n_layer: int, n_embd: int, n_head: int, **others: Any) -> dict[str, An
     }
 
 
+def _gpt_oss(n_layer: int, n_expert: int, **others: Any) -> dict[str, Any]:
+    scaling = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+    return {
+        **{"n_layer": n_layer, "n_embd": 2880, "n_head": 64, "n_kv_head": 8, "head_size": 64, "n_inner": 2880},
+        **{"vocab_size": 201088, "block_size": 131072, "tie_weights": False, "dropout": 0.0},
+        **{
+            "norm": "rms_norm",
+            "layer_norm_epsilon": 1e-5,
+            "attention_pattern": "SL",
+            "window": 128,
+            "attention_sinks": True,
+        },
+        **{"position_embedding": "rotary", "rope_theta": 150000.0, "rope_scaling": scaling},
+        **{"activation": "swiglu", "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        **{"n_expert": n_expert, "n_expert_per_tok": 4},
+        **others,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt1": {"block_size": 512, "vocab_size": 40478, "norm_position": "post", "final_norm": False},
     "gpt2": {},
@@ -32,6 +51,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt3-6.7b": _gpt3(32, 4096, 32),
     "gpt3-13b": _gpt3(40, 5120, 40),
     "gpt3-175b": _gpt3(96, 12288, 96, tie_weights=False),
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
+    "gptoss-tiny": _gpt_oss(
+        *(4, 8),
+        **{
+            "n_embd": 192,
+            "n_head": 6,
+            "n_kv_head": 2,
+            "head_size": 32,
+            "n_inner": 192,
+            "vocab_size": 50257,
+            "block_size": 256,
+        },
+        **{"window": 64, "n_expert_per_tok": 2, "rope_theta": 10000.0, "rope_scaling": None, "tie_weights": True},
+    ),
 }
 """Shapes from the papers: Radford et al. 2018 (GPT-1), Radford et al. 2019 (GPT-2), Brown et al., arXiv
 2005.14165, Table 2.1 (GPT-3). Where the GPT-3 paper leaves a choice:
@@ -44,4 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
   617M each for the embedding and the unembedding, 175.2B in all (tied it would be 174.6B);
 * it gives no width for the banded layers; 256 is that of GPT-Neo's local layers. Dropout is 0: less than one
   epoch.
+
+gpt-oss: OpenAI, arXiv 2508.10925, and the config.json of the published checkpoints; "gptoss-tiny" is our own, 4.0M parameters
+beside its embedding, to train on a CPU.
 """

@@ -111,6 +111,14 @@ class GPTConfig:
     logit_softcap: float | None = option(
         None, "c: the logits x of the head become c tanh(x / c) (nanochat: 15).", allowed=Real(above=0)
     )
+    n_expert: int | None = option(None, "Experts of each MLP; None: one MLP for all tokens.", allowed=_SIZE)
+    n_expert_per_tok: int | None = option(None, "Experts that a token goes to, 1 .. `n_expert`.", allowed=_SIZE)
+    swiglu_alpha: float | None = option(
+        None, "SwiGLU as in gpt-oss: (up + 1) gate sigmoid(alpha gate), alpha 1.702.", allowed=Real(above=0)
+    )
+    swiglu_limit: float | None = option(
+        None, "SwiGLU's gate is at most this, the rest within plus and minus this (gpt-oss: 7).", allowed=Real(above=0)
+    )
     dropout: InitVar[float | None] = option(
         None,
         "Part of the activations that training sets to 0 at random, in [0, 1]. It keeps a model from memorising a small text "

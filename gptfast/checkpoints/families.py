@@ -15,10 +15,12 @@ from torch import Tensor
 from gptfast.checkpoints.family_configs import (
     Fields,
     Raw,
+    from_gpt_oss,
     from_llama,
     from_nanochat,
     from_neox,
     from_qwen3,
+    to_gpt_oss,
     to_llama,
     to_nanochat,
     to_neox,
@@ -39,6 +41,12 @@ _LLAMA: dict[str, Parts] = {
 }
 _QWEN3 = _LLAMA | {"attn.q_norm": ("self_attn.q_norm",), "attn.k_norm": ("self_attn.k_norm",)}
 _NANOCHAT = _LLAMA | {"mlp.c_fc": ("mlp.fc1",), "mlp.c_proj": ("mlp.fc2",)}
+_GPT_OSS: dict[str, Parts] = {
+    **{name: theirs for name, theirs in _LLAMA.items() if not name.startswith("mlp.")},
+    "attn": ("self_attn",),  # its sinks
+    "mlp": ("mlp.experts",),
+    "mlp.router": ("mlp.router",),
+}
 _NEOX: dict[str, Parts] = {
     "ln_1": ("input_layernorm",),
     "attn.c_attn": ("attention.query_key_value",),
@@ -113,6 +121,7 @@ _NEOX_OUTSIDE = {"wte": "gpt_neox.embed_in", "ln_f": "gpt_neox.final_layer_norm"
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", from_llama, to_llama, _LLAMA, _USUAL, "model.layers"),
     "qwen3": Family("Qwen3ForCausalLM", from_qwen3, to_qwen3, _QWEN3, _USUAL, "model.layers"),
+    "gpt_oss": Family("GptOssForCausalLM", from_gpt_oss, to_gpt_oss, _GPT_OSS, _USUAL, "model.layers"),
     "gpt_neox": Family("GPTNeoXForCausalLM", from_neox, to_neox, _NEOX, _NEOX_OUTSIDE, "gpt_neox.layers", by_head=True),
     "nanochat": Family("NanoChatForCausalLM", from_nanochat, to_nanochat, _NANOCHAT, _USUAL, "model.layers"),
 }

@@ -31,7 +31,15 @@ KEYS = {
         "hidden_dropout",
     ),
     *("use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "use_parallel_residual"),
-    *("final_logit_softcapping",),
+    *(
+        "final_logit_softcapping",
+        "num_local_experts",
+        "num_experts",
+        "num_experts_per_tok",
+        "swiglu_alpha",
+        "swiglu_limit",
+    ),
+    "quantization_config",
 }  # of all of them
 
 
@@ -131,6 +139,57 @@ def to_nanochat(config: GPTConfig) -> Raw:
         }
     )
 
+
+def from_gpt_oss(raw: Raw, where: object) -> Fields:
+    _check_quantization(raw, where)
+    usual = {"num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072, "hidden_act": "silu"}
+    usual |= {"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "sliding_window": 128, "use_sliding_window": True}
+    layers = field(raw, "num_hidden_layers", int, where, 0)
+    kinds = ["full_attention" if n % 2 else "sliding_attention" for n in range(layers)]
+    known = {key: value for key, value in raw.items() if value is not None or key == "sliding_window"}
+    raw = {
+        **usual,
+        "layer_types": kinds,
+        **({} if "rope_scaling" in known else {"rope_parameters": _OSS_ROPE}),
+        **known,
+    }
+    bias = bool(field(raw, "attention_bias", _OPTION, where, True))
+    experts = "num_local_experts" if "num_local_experts" in raw else "num_experts"
+    fields = _gated(raw, where)
+    return fields | {
+        **{"attn_bias": bias, "attn_out_bias": bias, "mlp_bias": True, "attention_sinks": True},
+        **_bands(raw, fields["n_layer"], where),
+        "n_expert": field(raw, experts, int, where, 128),
+        "n_expert_per_tok": field(raw, "num_experts_per_tok", int, where, 4),
+        "swiglu_alpha": field(raw, "swiglu_alpha", float, where, 1.702),
+        "swiglu_limit": field(raw, "swiglu_limit", float, where, 7.0),
+    }
+
+
+def to_gpt_oss(config: GPTConfig) -> Raw:
+    kinds = ["full_attention" if config.window_of(n) is None else "sliding_attention" for n in range(config.n_layer)]
+    if config.n_expert is None:
+        raise ValueError("n_expert=None")
+    return _to_gated(config) | {
+        **{"attention_bias": config.has_bias("attn"), "layer_types": kinds, "sliding_window": config.window},
+        **{"num_local_experts": config.n_expert, "num_experts_per_tok": config.n_expert_per_tok},
+        **{"swiglu_alpha": config.swiglu_alpha, "swiglu_limit": config.swiglu_limit},
+    }
+
+
+def _check_quantization(raw: Raw, where: object) -> None:
+    """Codes are read where they are MXFP4."""
+    method = (field(raw, "quantization_config", (dict, NULL), where, None) or {}).get("quant_method", "mxfp4")
+    if method != "mxfp4":
+        raise ValueError(
+            f"{where}: quantization_config has quant_method {method!r}; gptfast reads mxfp4 - use transformers"
+        )
+
+
+_OSS_ROPE = {
+    **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    **{"original_max_position_embeddings": 4096, "rope_theta": 150000.0},
+}
 
 # transformers' names of the activations, of several for one the usual one first
 _NEOX_ACTIVATIONS = {

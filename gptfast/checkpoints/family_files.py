@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gptfast.checkpoints.families import FAMILIES, IGNORED, RENAMED, Family
+from gptfast.checkpoints.mxfp4 import decoded
 from gptfast.checkpoints.weight_files import StoredTensor, WeightFile
 from gptfast.config import GPTConfig
 
@@ -35,7 +36,7 @@ class JoinedFile(WeightFile):
         self._family, self._config = FAMILIES[kind], config
         there = {key: file for file in files for key in file.shapes if not IGNORED.search(key)}
         older = RENAMED.get(kind, {})
-        where = {older.get(key, key): file.stored(key) for key, file in there.items()}
+        where = decoded({older.get(key, key): file.stored(key) for key, file in there.items()}, path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, list[StoredTensor]] = {}
         for name in names:

@@ -32,10 +32,14 @@ def parameter_table(config: GPTConfig) -> list[ParameterGroup]:
     heads = {"Key": K, "Query": H, "Value": K}
     rows += [ParameterGroup(name, f"{D} x {C}", n * L, n * D * C * L) for name, n in heads.items()]
     rows.append(ParameterGroup("Output", f"{C} x {D}", H * L, C * H * D * L))
-    rows += [ParameterGroup("Gate", f"{inner} x {C}", L, inner * C * L)] if config.activation == "swiglu" else []
+    E = config.n_expert or 1
+    rows += [ParameterGroup("Router", f"{E} x {C}", L, E * C * L)] if config.n_expert else []
+    rows += (
+        [ParameterGroup("Gate", f"{inner} x {C}", E * L, E * inner * C * L)] if config.activation == "swiglu" else []
+    )
     rows += [
-        ParameterGroup("Up-projection", f"{inner} x {C}", L, inner * C * L),
-        ParameterGroup("Down-projection", f"{C} x {inner}", L, inner * C * L),
+        ParameterGroup("Up-projection", f"{inner} x {C}", E * L, E * inner * C * L),
+        ParameterGroup("Down-projection", f"{C} x {inner}", E * L, E * inner * C * L),
         ParameterGroup("Unembedding", f"{V} x {C}", 1, 0 if config.tie_weights else V * C),
     ]
     name = "LayerNorm" if config.norm == "layer_norm" else "RMSNorm"
@@ -45,6 +49,19 @@ def parameter_table(config: GPTConfig) -> list[ParameterGroup]:
         rows.append(ParameterGroup("QK-norm", f"{D}", 2 * L, 2 * L * D))
     if config.attention_sinks:
         rows.append(ParameterGroup("Sinks", f"{H}", L, H * L))
-    places = {"attn": config.qkv_dim, "attn_out": C, "mlp": config.fc_dim + C}
+    places = {"attn": config.qkv_dim, "attn_out": C, "mlp": E * (config.fc_dim + C) + (config.n_expert or 0)}
     biases = sum(n for place, n in places.items() if config.has_bias(place))
     return rows + ([ParameterGroup("Bias", f"{biases} a layer", L, biases * L)] if biases else [])
+
+
+def active_parameters(config: GPTConfig) -> int:
+    """The parameters that a token is multiplied by: of experts those that it goes to, and not the embedding, of which it takes a row.
+    The number published as "active" for gpt-oss."""
+    total = sum(row.count for row in parameter_table(config)) - (
+        0 if config.tie_weights else config.n_embd * config.vocab_size
+    )
+    if config.n_expert is None or config.n_expert_per_tok is None:
+        return total
+    expert = config.fc_dim * config.n_embd + config.inner_dim * config.n_embd
+    expert += config.fc_dim + config.n_embd if config.has_bias("mlp") else 0
+    return total - (config.n_expert - config.n_expert_per_tok) * expert * config.n_layer

@@ -37,6 +37,11 @@ class Packing:
     """
 
     def __init__(self, model: Transformer, format: str, double: bool) -> None:
+        if model.config.n_expert is not None:
+            raise ValueError(
+                f"from_pretrained: quantize={format!r} does not pack the experts of a model with n_expert="
+                f"{model.config.n_expert}; load it in bfloat16"
+            )
         self.format, self.double = format, double
         self._linear = {f"h.{name}.weight": m for name, m in model.h.named_modules() if type(m) is Linear}
         for name, module in self._linear.items():

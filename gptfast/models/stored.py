@@ -19,11 +19,14 @@ from gptfast.nn.meta import only_shapes
 from gptfast.nn.transformer import Transformer
 
 _COMPUTED = 2**27  # numbers in a computed table, which no file vouches for: 131,072 positions of 1,024 channels
-_FIELDS = ("n_layer", "n_embd", "vocab_size", "block_size", "n_inner")
+_FIELDS = ("n_layer", "n_embd", "vocab_size", "block_size", "n_inner", "n_expert")
 # what they are called where a checkpoint says them
 OWN_SIZES: dict[str, str] = dict(zip(_FIELDS, _FIELDS, strict=True))
 SIZES = OWN_SIZES | {"block_size": "n_positions"}
-_NAMES = ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings", "intermediate_size")
+_NAMES = (
+    *("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings", "intermediate_size"),
+    "num_local_experts",
+)
 HF_SIZES: dict[str, str] = dict(zip(_FIELDS, _NAMES, strict=True))
 
 
@@ -100,7 +103,7 @@ class StoredModel:
         self._check_layers(file, keys["n_layer"])
         for name, axis, field, value in self._sizes(file, keys["block_size"]):
             tensor, shape = shapes.get(name, (name, ()))
-            if len(shape) != 2 or shape[axis] != value:
+            if len(shape) < 2 or len(shape) <= axis or shape[axis] != value:
                 got = f"{tensor} has shape {shape}" if shape else f"{tensor} is missing"
                 raise self._contradiction(file, keys[field], value, got)
 
@@ -113,6 +116,9 @@ class StoredModel:
             sizes.append(("wpe.weight", 0, "block_size", config.block_size))
         elif config.block_size > (limit := max(1, _COMPUTED // width)):
             raise ValueError(f"{file}: {positions} is {config.block_size}; expected at most {limit} computed positions")
+        if config.n_expert is not None:
+            sizes.append(("h.0.mlp.router.weight", 0, "n_expert", config.n_expert))
+            return [*sizes, ("h.0.mlp.gate_up_proj", 2, "n_inner", config.fc_dim)]
         return [*sizes, ("h.0.mlp.c_fc.weight", 1 if self.conv1d else 0, "n_inner", config.fc_dim)]
 
     def _contradiction(self, file: Path, key: str, value: int, got: str) -> ValueError:

@@ -11,6 +11,7 @@ from gptfast import ops
 from gptfast.nn.adapted import LoraLinear, SavedLinear, call
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.dropout import DropoutCounter
+from gptfast.nn.experts import ExpertMLP
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
@@ -47,7 +48,7 @@ class Block(torch.nn.Module):
         self.ln_1 = norm_of(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = norm_of(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config) if config.n_expert is None else ExpertMLP(config)
         self.counter = DropoutCounter()
 
     def forward(

@@ -34,6 +34,10 @@ class Counted(nn.Module):
         """
         config = self.config
         matrices = sum(p.numel() for p in self.h.parameters() if p.dim() == 2) + _quantized(self.h)
+        if config.n_expert and config.n_expert_per_tok:  # the biases of experts are no products
+            experts = [p for p in self.h.parameters() if p.dim() == 3]
+            matrices += sum(p.numel() for p in experts) * config.n_expert_per_tok // config.n_expert
+            matrices -= sum(p.numel() for n, p in self.h.named_parameters() if n.endswith("_proj_bias"))
         weights = self.lm_head.weight.numel() + matrices
         keys = sum(_mean_visible_keys(T, config.window_of(layer)) for layer in range(config.n_layer))
         return (3 if training else 1) * (2 * weights + 4 * config.attn_dim * keys)

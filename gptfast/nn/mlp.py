@@ -27,6 +27,7 @@ class MLP(torch.nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         bias, self.gated = config.has_bias("mlp"), config.activation == "swiglu"
+        self.alpha, self.limit = config.swiglu_alpha, config.swiglu_limit
         activation = None if self.gated else config.activation
         self.c_fc = Linear(config.n_embd, config.fc_dim, bias=bias, activation=activation)
         self.c_proj = Linear(config.inner_dim, config.n_embd, bias=bias)
@@ -34,4 +35,5 @@ class MLP(torch.nn.Module):
     def forward(self, x: Tensor, adapters: Selection | None = None) -> Tensor:
         """(..., C) -> (..., C). The dropout after the projection belongs to `Block`. adapters: None: the active ones."""
         hidden = call(self.c_fc, adapters, x)
-        return call(self.c_proj, adapters, ops.swiglu(hidden) if self.gated else hidden)
+        hidden = ops.swiglu(hidden, alpha=self.alpha, limit=self.limit) if self.gated else hidden
+        return call(self.c_proj, adapters, hidden)

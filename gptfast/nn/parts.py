@@ -11,6 +11,7 @@ from torch import nn
 from gptfast.config import GPTConfig
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.block import Block
+from gptfast.nn.experts import ExpertMLP, Router
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
@@ -55,13 +56,12 @@ def expected_parts(config: GPTConfig) -> dict[str, Part]:
 
 
 def _block(config: GPTConfig, layer: int, norm: Part) -> dict[str, Part]:
-    C, gated = config.n_embd, config.activation == "swiglu"
+    C = config.n_embd
     heads = {"n_head": config.n_head, "kv_heads": config.kv_heads, "head_dim": config.head_dim}
     attention = {**heads, "window": config.window_of(layer), "softcap": config.attn_softcap}
     order = {"pre_norm": config.norm_position == "pre", "parallel": config.parallel_residual}
     head_norms = ("q_norm", "k_norm") if config.qk_norm else ()
     sinks = {"sinks": (config.n_head,)} if config.attention_sinks else {}
-    mlp_bias = config.has_bias("mlp")
     return {
         "": Part(Block, {}, {**order, "resid_pdrop": config.resid_pdrop}),
         ".ln_1": norm,
@@ -70,10 +70,23 @@ def _block(config: GPTConfig, layer: int, norm: Part) -> dict[str, Part]:
         ".attn.c_proj": _linear(C, config.attn_dim, config.has_bias("attn_out")),
         **{f".attn.{name}": _norm(config, config.head_dim, "rms_norm") for name in head_norms},
         ".ln_2": norm,
-        ".mlp": Part(MLP, {}, {"gated": gated}),
-        ".mlp.c_fc": _linear(config.fc_dim, C, mlp_bias, None if gated else config.activation),
-        ".mlp.c_proj": _linear(C, config.inner_dim, mlp_bias),
+        **{f".mlp{name}": part for name, part in _mlp(config).items()},
     }
+
+
+def _mlp(config: GPTConfig) -> dict[str, Part]:
+    C, E, gated, bias = config.n_embd, config.n_expert, config.activation == "swiglu", config.has_bias("mlp")
+    clamped = {"alpha": config.swiglu_alpha, "limit": config.swiglu_limit}
+    if E is None:
+        return {
+            "": Part(MLP, {}, {"gated": gated, **clamped}),
+            ".c_fc": _linear(config.fc_dim, C, bias, None if gated else config.activation),
+            ".c_proj": _linear(C, config.inner_dim, bias),
+        }
+    shapes = {"gate_up_proj": (E, C, config.fc_dim), "down_proj": (E, config.inner_dim, C)}
+    shapes |= {"gate_up_proj_bias": (E, config.fc_dim), "down_proj_bias": (E, C)} if bias else {}
+    router = Part(Router, _linear(E, C, bias).shapes, {"activation": None})
+    return {"": Part(ExpertMLP, shapes, {"k": config.n_expert_per_tok, **clamped}), ".router": router}
 
 
 def _linear(out: int, of: int, bias: bool, activation: str | None = None) -> Part:

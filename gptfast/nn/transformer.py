@@ -92,8 +92,8 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
 
     def init_parameter(self, name: str, parameter: nn.Parameter) -> None:
         """Give a parameter, by its name, its value in a new model; the weight of a LayerNorm stays 1."""
-        if parameter.dim() == 2:
-            residual = name.endswith("c_proj.weight")
+        if parameter.dim() >= 2 and not name.endswith("bias"):
+            residual = name.endswith(("c_proj.weight", "mlp.down_proj"))
             nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
         elif name.endswith(("bias", "sinks")):
             nn.init.zeros_(parameter)

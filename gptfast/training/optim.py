@@ -13,12 +13,17 @@ _STATE = {"AdamW": ("exp_avg", "exp_avg_sq", "step"), "Muon": ("momentum_buffer"
 _MOMENTUM = 0.95  # Muon
 
 
-def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:
+def decay_groups(
+    parameters: Sequence[nn.Parameter], weight_decay: float, biases: frozenset[int] = frozenset()
+) -> list[dict]:
     """The non-empty parameter groups: matrices and embeddings decay; vectors (biases, LayerNorms) do not. Where some are divided
-    among other ranks than the rest, they have groups of their own: a step of torch takes one kind at a time."""
+    among other ranks than the rest, they have groups of their own: a step of torch takes one kind at a time.
+
+    biases: ids of parameters that are vectors beside those of one dimension, as the biases of experts are."""
     found: dict[tuple[bool, int], list[nn.Parameter]] = {}
-    for p in sorted(parameters, key=lambda p: p.dim() < 2):
-        found.setdefault((p.dim() < 2, len(getattr(p, "placements", ()))), []).append(p)
+    vectors = {id(p) for p in parameters if p.dim() < 2} | biases
+    for p in sorted(parameters, key=lambda p: id(p) in vectors):
+        found.setdefault((id(p) in vectors, len(getattr(p, "placements", ()))), []).append(p)
     return [
         {"params": group, "weight_decay": 0.0 if is_vector else weight_decay} for (is_vector, _), group in found.items()
     ]
@@ -41,11 +46,14 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("build_optimizers: no parameter of the model has requires_grad=True; unfreeze some")
+    biases = frozenset(id(p) for name, p in model.named_parameters() if name.endswith("_bias"))  # a vector an expert
     inside = (
-        {id(p) for p in model.get_submodule("h").parameters() if p.dim() == 2} if config.optimizer == "muon" else set()
+        {id(p) for p in model.get_submodule("h").parameters() if p.dim() == 2} - biases
+        if config.optimizer == "muon"
+        else set()
     )
     matrices = [p for p in trainable if id(p) in inside]
-    groups = decay_groups([p for p in trainable if id(p) not in inside], config.weight_decay)
+    groups = decay_groups([p for p in trainable if id(p) not in inside], config.weight_decay, biases)
     rate, betas = config.learning_rate, (config.beta1, config.beta2)
     if config.optimizer == "lion":
         return [_lion(groups, rate, betas)]

@@ -71,7 +71,9 @@ def test_recipes_are_the_published_ones():
     gpt1 = whole(recipe="gpt1")
     assert gpt1["batch_size"] * gpt1["grad_accum"] * gpt1["block_size"] == 64 * 512
     assert (gpt1["learning_rate"], gpt1["warmup_steps"], gpt1["dropout"]) == (2.5e-4, 2000, 0.1)
-    assert set(RECIPES) == set(PRESETS)
+    assert set(RECIPES) == {
+        name for name in PRESETS if name.startswith("gpt") and "oss" not in name
+    }  # gpt-oss' are unpublished
     assert "never published" in whole_options(merged_options({"recipe": "gpt2"}))
     assert "contradicts itself" in whole_options(merged_options({"recipe": "gpt3-13b"}))
 

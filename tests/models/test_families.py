@@ -59,6 +59,11 @@ SHAPES = {
     "nanochat": ("nanochat", {"num_key_value_heads": 4}),
     "nanochat-shared-keys": ("nanochat", {**GQA, "final_logit_softcapping": 3.0, "attention_bias": True}),
 }
+OSS = {"num_key_value_heads": 2, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5, "head_dim": 16}
+SHAPES |= {
+    "gpt_oss": ("gpt_oss", {**OSS, "rope_parameters": {**YARN, "truncate": False}}),
+    "gpt_oss-one-expert": ("gpt_oss", {**OSS, "num_experts_per_tok": 1, "swiglu_limit": 1.0, "attention_bias": False}),
+}
 # Largest difference of logits of size 1 to 10 in fp32, over all shapes: 4.1e-6 here, of sums in another order.
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 
