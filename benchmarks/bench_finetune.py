@@ -6,8 +6,8 @@ The products of QLoRA beside bitsandbytes'. Decoding with adapters.
 Training: forward and backward of B=2, T=1024 in bf16, kinds in turns, ratios are medians over the rounds. "frozen" trains the
 position embedding alone, so that the gradient passes through all layers; LoRA has r=8 in all matrices of the blocks, QLoRA the
 same beside NF4, of which "peft qlora" is bitsandbytes'. Products: see bench_quantized_linear.py. Decoding: tokens a second of the
-packed base in each format, bare and with one adapter of r=8. --cpu-time counts the process's own CPU seconds, for a machine that
-others use too. Rows go to the terminal and, as JSON, to --out.
+packed base in each format, bare and with one adapter of r=8: one row, and four of which two are bare. --cpu-time counts the
+process's own CPU seconds, for a machine that others use too. Rows go to the terminal and, as JSON, to --out.
 """
 
 from __future__ import annotations
@@ -113,26 +113,36 @@ def time_products(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def time_decoding(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Greedy decoding of one row after a prompt of 32 by the native engine."""
+    """Greedy decoding after a prompt of 32 by the native engine: one row, and four rows of which two are under the adapter."""
     model = model_of("lora", options.layers).eval()
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.01)
     ids = torch.randint(V, (1, 32), generator=torch.Generator().manual_seed(1))
+    kinds = {
+        **{"lora": ["default"], "bare": ["__base__"]},
+        **{"mixed": ["default", "__base__"] * 2, "bare_rows": ["__base__"] * 4},
+    }
     rows = []
     for dtype in options.formats.split(","):
         packed = model.compile_for_inference(dtype)
-        rates: dict[str, list[float]] = {"lora": [], "bare": []}
+        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         for n in range(options.rounds + 1):
-            for kind in rates:
-                packed.enable_adapters() if kind == "lora" else packed.disable_adapters()
+            for kind, names in kinds.items():
                 start = options.clock()
-                packed.generate(ids, max_new_tokens=options.new, eos_token_id=None)
+                packed.generate(
+                    ids.expand(len(names), -1), max_new_tokens=options.new, eos_token_id=None, adapter_names=names
+                )
                 if n:
-                    rates[kind].append(options.new / (options.clock() - start))
-        share = statistics.median(a / b for a, b in zip(rates["lora"], rates["bare"], strict=True))
+                    rates[kind].append(len(names) * options.new / (options.clock() - start))
+        share, mixed = (
+            statistics.median(a / b for a, b in zip(rates[one], rates[bare], strict=True))
+            for one, bare in (("lora", "bare"), ("mixed", "bare_rows"))
+        )
         speeds = {f"{kind}_tokens_per_second": round(statistics.median(found), 1) for kind, found in rates.items()}
-        rows.append({"part": "decode", "kind": dtype, **speeds, "of_bare": round(share, 3)})
+        rows.append(
+            {"part": "decode", "kind": dtype, **speeds, "of_bare": round(share, 3), "mixed_of_bare": round(mixed, 3)}
+        )
     return rows
 
 
