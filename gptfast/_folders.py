@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptfast._locks import FileLock, courtesy
+from gptfast._locks import FileLock, courtesy, holder
 from gptfast._snapshots import COMMITTED, STALE, WEIGHTS, is_file, is_folder, is_ours, stale_names
 from gptfast._warn import warn
 
@@ -81,11 +81,17 @@ def staged_folder(folder: str | os.PathLike[str], replaces: str = WEIGHTS) -> It
         lock.release()
 
 
+def is_saved_by_another(folder: str | os.PathLike[str]) -> bool:
+    """Whether a process that lives is saving there."""
+    found = holder(Path(os.path.realpath(folder)) / LOCK)
+    return found is not None and found[1]
+
+
 def _wait_for(lock: FileLock, folder: str | os.PathLike[str]) -> None:
-    holder = lock.acquire(_WAIT)
-    if holder is not None:
+    other = lock.acquire(_WAIT)
+    if other is not None:
         raise BlockingIOError(
-            f"{folder}: {holder} saves there and has not come to an end in {_WAIT:.0f} s; wait for it, or end it and "
+            f"{folder}: {other} saves there and has not come to an end in {_WAIT:.0f} s; wait for it, or end it and "
             f"remove {lock.path}"
         )
 

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gptfast.training.messages import AnsweringStore
 from gptfast.training.ranks import Ranks
 
 _TO_PRINT = 1.0  # seconds in which the rank that failed first prints why
 _TO_SEE = 3.0  # seconds in which the others see that one has failed; they look every half second
+_ANSWER = 20.0  # seconds in which the store answers, or less where `timeout` is
 _SPARE = 60.0  # seconds by which torch's own timeout is longer: ours names the rank
 
 
@@ -56,7 +58,9 @@ def join(timeout: float, device: str = "auto", sharding: str = "", tensor: int =
         raise ValueError(f"train: RANK is {rank} and WORLD_SIZE {size}; expected 0 <= RANK < WORLD_SIZE")
     shared = _store(rank, size, timeout)
     store = dist.PrefixStore(f"gptfast/{attempt()}", shared)  # pyright: ignore[reportPrivateImportUsage]
-    _await_all(store, rank, size, timeout)
+    keeper = "torchrun" if _torchrun_keeps_store() else "rank 0"
+    told = AnsweringStore(store, keeper, min(timeout, _ANSWER))
+    _await_all(told, rank, size, timeout)
     gpu = device != "cpu" and torch.cuda.is_available()
     place = torch.device("cpu")
     if gpu:
@@ -73,7 +77,8 @@ def join(timeout: float, device: str = "auto", sharding: str = "", tensor: int =
                 "they print, and check that they reach each other (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
             ) from error
     run_store = dist.PrefixStore("gptfast/run", shared)  # pyright: ignore[reportPrivateImportUsage]
-    return Ranks(rank, size, store, run_store, place, timeout, sharding, tensor)
+    run_told = AnsweringStore(run_store, keeper, min(timeout, _ANSWER))
+    return Ranks(rank, size, told, run_told, place, timeout, sharding, tensor)
 
 
 @contextmanager
@@ -82,6 +87,7 @@ def joined(timeout: float, device: str = "auto", sharding: str = "", tensor: int
     ranks = join(timeout, device, sharding, tensor)
     try:
         if ranks is not None:
+            ranks.begin_pulse()
             ranks.connect()
         yield ranks
     except Exception:
@@ -91,6 +97,8 @@ def joined(timeout: float, device: str = "auto", sharding: str = "", tensor: int
             time.sleep(_TO_PRINT)  # torchrun ends the other ranks when the first one leaves
             raise SystemExit(1) from None
         raise
+    if ranks is not None:
+        ranks.end_pulse()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -114,7 +122,11 @@ def _number(name: str, default: str | None = None) -> int:
 
 def _keeps_store(rank: int) -> bool:
     """Whether the store of the run lives in this process, and not in torchrun's."""
-    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return rank == 0 and not _torchrun_keeps_store()
+
+
+def _torchrun_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _store(rank: int, size: int, timeout: float) -> Any:

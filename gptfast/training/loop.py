@@ -237,7 +237,7 @@ class Loop(Updates, Reporting):
     def _step(self) -> None:
         """Make one update, and log, evaluate and save when due."""
         config = self.config
-        self.saver.check()
+        self.saver.before_step()
         with self.clock.step():
             record = self._update()
         if record.get("done") == "rewound":

@@ -17,20 +17,16 @@ import torch
 import torch.distributed as dist
 
 from gptfast.training.collectives import Collectives
+from gptfast.training.messages import GONE, Messages, RankLostError, SilentStoreError
 
 GRACE = 8.0  # seconds for the others after a signal
-_LOOK = 0.5  # seconds between two looks whether a rank has failed
+_LOOK = 0.5  # seconds between two looks whether a rank has failed, or is silent
 _PATIENCE = 20  # times `timeout` for what may take long, such as a checkpoint
 _DIAGNOSIS = 2.0  # seconds in which those that live say so
-_GONE = "the store is gone with the process that kept it"
 _SLEEPS = (0.0, 0.0, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 
 
-class RankLostError(RuntimeError):
-    """A rank does not answer: it died, hangs, or failed by itself."""
-
-
-class Ranks(Collectives):
+class Ranks(Collectives, Messages):
     """This process among those of its run.
 
     Args:
@@ -62,6 +58,7 @@ class Ranks(Collectives):
         self.seconds: list[float] = []
         self._store, self._run_store, self._done = store, run_store, 0
         self.signalled: Callable[[], bool] = lambda: False  # whether this process was asked to end
+        self.pulse = None
         self.step = 0  # for messages
         self._here = f"rank {rank} of {size}"
 
@@ -85,14 +82,6 @@ class Ranks(Collectives):
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether an earlier attempt began the run, so that what its folder holds is of this run."""
-        return self._reach(lambda: self._run_store.check(["begun"]), "the start")
-
-    def begin(self) -> None:
-        self._reach(lambda: self._run_store.set("begun", ""), "the start")
 
     def rows(self, batch_size: int) -> int:
         """Rows of a batch in each of its shares.
@@ -148,26 +137,6 @@ class Ranks(Collectives):
             raise RankLostError(f"{self._here}: rank 0 failed at {what}; its own message says why")
         return None if others is None else others()
 
-    def _check_main(self) -> None:
-        if self._store.check(["error"]) and self._store.get("error").decode() != str(self.rank):
-            raise RankLostError(f"{self._here}: a rank failed; its own message says why")
-
-    def tell(self, key: str, text: str) -> None:
-        """Let the others know something under a key that is used once.
-
-        Raises:
-            RankLostError: the process that kept the store is gone.
-        """
-        self._reach(lambda: self._store.set(key, text), "a message")
-
-    def ask(self, key: str, what: str) -> str:
-        """What a rank has told under this key.
-
-        Raises:
-            RankLostError: the process that kept the store is gone.
-        """
-        return self._reach(lambda: self._store.get(key).decode(), what)
-
     def meet(self, what: str) -> None:
         """Wait until all ranks are here, however long that takes while they live; in one thread at a time.
 
@@ -179,7 +148,7 @@ class Ranks(Collectives):
         try:
             work = dist.all_gather(found, own, group=self._meeting, async_op=True)
             assert work is not None
-            self._until(work.is_completed, what, _PATIENCE * self.timeout, self._check_main, patient=True)
+            self._until(work.is_completed, what, _PATIENCE * self.timeout, long=True, patient=True)
             work.wait()
         except RankLostError:
             raise
@@ -193,39 +162,10 @@ class Ranks(Collectives):
 
     def _told(self, key: str, what: str) -> str:
         def told() -> str:
-            self._until(lambda: self._store.check([key]), what, _PATIENCE * self.timeout, self._check_main)
+            self._until(lambda: self._store.check([key]), what, _PATIENCE * self.timeout, long=True)
             return self._store.get(key).decode()
 
         return self._reach(told, what)
-
-    def _reach(self, act: Callable[[], Any], what: str) -> Any:
-        """What `act` returns, which uses the store; torch's errors become ours."""
-        try:
-            return act()
-        except RankLostError:
-            raise
-        except RuntimeError as error:
-            raise RankLostError(f"{self._here}: {_GONE}, {self._during(what)}") from error
-
-    def claims(self) -> bool:
-        """Whether this rank is the first that failed, which is the one to print why."""
-        try:
-            mine = str(self.rank)
-            first = self._store.compare_set("error", "", mine).decode() == mine
-            self._store.set(f"seen/{self.rank}", "")
-            return first
-        except RuntimeError:  # the store is gone with the process that kept it
-            return True
-
-    def await_seen(self, seconds: float) -> None:
-        """Give the others time to see that a rank has failed: the process that keeps the store must outlive their look."""
-        end = time.monotonic() + seconds
-        others = [f"seen/{rank}" for rank in range(self.size) if rank != self.rank]
-        try:
-            while time.monotonic() < end and not self._store.check(others):
-                time.sleep(0.02)
-        except RuntimeError:  # another process kept it, and has left
-            return
 
     def _wait(self, start: Callable[[], Any], what: str) -> None:
         try:
@@ -246,9 +186,10 @@ class Ranks(Collectives):
             return failed
         except RuntimeError:  # the store is gone, which `lost` says
             pass
-        text = (
-            str(error).split("\n")[0].split("] ", 1)[-1].split(". ")[0]
-        )  # without the place in gloo's source, and advice
+        if isinstance(error, SilentStoreError):
+            return RankLostError(f"{self._here}: {lost} {self._during(what)}")
+        # without the place in gloo's source, and advice
+        text = str(error).split("\n")[0].split("] ", 1)[-1].split(". ")[0]
         return RankLostError(f"{self._here}: {lost} {self._during(what)} ({text or type(error).__name__})")
 
     def _until(
@@ -256,11 +197,14 @@ class Ranks(Collectives):
         ready: Callable[[], bool],
         what: str,
         timeout: float,
-        check: Callable[[], None] | None = None,
+        long: bool = False,
         patient: bool = False,
     ) -> None:
+        """Wait. long: for what may take long; meanwhile a rank that fails or is silent is noticed."""
         start, n, grace = time.monotonic(), 0, None
         looked = start
+        if long and self.pulse is not None:
+            self.pulse.listen()
         while not ready():
             time.sleep(_SLEEPS[min(n // 20, len(_SLEEPS) - 1)])
             n, now = n + 1, time.monotonic()
@@ -273,14 +217,12 @@ class Ranks(Collectives):
                     f"{self._here}: {self._lost()} {self._during(what)} within {timeout:g} s (timeout); a longer time: "
                     "`timeout`"
                 )
-            if check is not None and now - looked > _LOOK:
-                check()
+            if long and now - looked > _LOOK:
+                self._check_main()
+                self._listen(what)
                 looked = time.monotonic()
         if not patient:
             self.waited += time.monotonic() - start
-
-    def _during(self, what: str) -> str:
-        return f"during {what} of step {self.step}" if self.step else f"during {what}"
 
     def _lost(self) -> str:
         """Which ranks do not say that they live, in words."""
@@ -291,7 +233,9 @@ class Ranks(Collectives):
             while missing and time.monotonic() < end:
                 missing = [r for r in missing if not self._store.check([f"lives/{r}"])]
                 time.sleep(0.02)
+        except SilentStoreError as error:
+            return str(error)
         except RuntimeError:
-            return f"{_GONE}, and a rank did not answer"
+            return f"{GONE}, and a rank did not answer"
         names = ", ".join(map(str, missing)) or "of the others one"
         return f"rank {names} did not answer"

@@ -17,7 +17,8 @@ _REST = 40  # seconds that a writer rests for one of the processor: it then cost
 class Saver:
     """Writes the checkpoints of a run, one at a time.
 
-    A save in the background takes effect when it is complete; a kill before that leaves the previous checkpoint.
+    A save in the background takes effect when it is complete; a kill before that leaves the previous checkpoint. Its writing
+    begins after the next step, which has waited for the copies already.
 
     Args:
         background: write in a thread.
@@ -27,6 +28,8 @@ class Saver:
         self.background = background
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._begins = threading.Event()
+        self._steps = 0  # since the save in the background was asked for
         self._awaited = threading.Event()  # nothing is gained by writing slowly
 
     def save(self, job: Job) -> None:
@@ -39,34 +42,47 @@ class Saver:
             return job()
         self.finish()
         self._awaited.clear()
+        self._begins.clear()
+        self._steps = 0
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def _run(self, job: Job) -> None:
         _yield_to_training()
+        self._begins.wait()
         try:
             with paced(lambda seconds: self._awaited.wait(_REST * seconds)):
                 job()
         except BaseException as error:  # raised where training can end
             self._error = error
 
-    def check(self) -> None:
-        """Raise the error of a save in the background, if it failed."""
+    def before_step(self) -> None:
+        """To be called before every step. Raises the error of a save in the background, if it failed."""
+        self._steps += 1
+        if self._steps > 1:
+            self._begins.set()
+        self._check()
+
+    def _check(self) -> None:
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def finish(self) -> None:
         """Wait for the save in the background. Raises its error, if it failed."""
-        self._awaited.set()
+        self._hurry()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
+        self._check()
+
+    def _hurry(self) -> None:
+        self._awaited.set()
+        self._begins.set()
 
     def close(self, after: BaseException) -> None:
         """Wait for the save in the background after training failed with `after`; not if a rank is lost, which it would wait for."""
-        self._awaited.set()
+        self._hurry()
         if self._thread is not None and not isinstance(after, RankLostError):
             self._thread.join()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gptfast._folders import is_saved_by_another
 from gptfast.models.export import write_tensors
 from gptfast.training import ema
 from gptfast.training.checkpoint import (
@@ -237,14 +238,16 @@ class Updates:
             ranks.main_first(lambda: self._alone()(), "the checkpoint")
 
     def save_alone(self) -> None:
-        """Save what the last whole step left, where other ranks are lost, unless one of them has, or the model is divided."""
+        """Save what the last whole step left, where other ranks are lost, unless one of them has, or was stopped while it did, or
+        the model is divided."""
         if self.ranks is not None and self.ranks.sharding:
             return
         if self._unfinished is not None:
             self.objective.network.dropout_step = self._unfinished
         with suppress(OSError):
             self.saver.finish()
-        if saved_step(self.out / "last") < self.state.step:
+        last = self.out / "last"
+        if saved_step(last) < self.state.step and not is_saved_by_another(last):
             self._alone()()
 
     def _alone(self, copy: bool = False) -> Callable[[], None]:

@@ -11,10 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from gptfast import _folders
+from gptfast._locks import FileLock
 from gptfast.models import GPT
 from gptfast.training import accumulate_gradients
+from gptfast.training.checkpoint import saved_step
+from gptfast.training.messages import AnsweringStore, SilentStoreError
+from gptfast.training.pulse import Pulse
 from gptfast.training.ranks import RankLostError, Ranks
-from tests.support.training import SHAPE
+from tests.support.training import QUICK, SHAPE, make_trainer
 
 
 class Threads(Ranks):
@@ -98,3 +103,64 @@ def test_who_keeps_the_store_waits_until_the_others_have_seen_the_failure():
     start = time.monotonic()
     Ranks(0, 4, store, store, torch.device("cpu"), 5.0).await_seen(0.1)  # the fourth never looks
     assert time.monotonic() - start < 5
+
+
+class Stopped(dist.HashStore):
+    """A store whose process is stopped once `stops` is set: torch waits for it for ever."""
+
+    stops = False
+
+    def check(self, keys):
+        while self.stops:
+            time.sleep(0.01)
+        return super().check(keys)
+
+
+def test_a_store_that_does_not_answer_is_a_lost_rank():
+    store = Stopped()
+    told = AnsweringStore(store, "rank 0", 0.2)
+    told.set("key", "text")
+    assert told.check(["key"]) and told.get("key") == b"text"
+    ranks = Ranks(1, 2, told, told, torch.device("cpu"), 5.0)
+    store.stops = True
+    for act in (lambda: ranks.main_first(lambda: None, "the start"), lambda: ranks.ask("key", "the start")):
+        with pytest.raises(
+            RankLostError, match="rank 1 of 2: rank 0, which keeps the store, did not answer during the start"
+        ):
+            act()
+    store.stops = False
+    with pytest.raises(SilentStoreError):  # nobody waits for it again
+        told.get("key")
+
+
+def test_a_rank_without_a_sign_of_life_is_lost_and_one_that_works_long_is_not():
+    store = dist.HashStore()
+    first, second = (Ranks(rank, 2, store, store, torch.device("cpu"), 60.0) for rank in range(2))
+    for ranks in (first, second):
+        ranks.pulse = Pulse(store, ranks.rank, 2, 60.0)
+        ranks.pulse.patience = 1.2
+        ranks.pulse.begin()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(second.main_first, lambda: None, "the checkpoint")
+        first.main_first(lambda: time.sleep(2.5), "the checkpoint")
+        waiting.result()
+        first.end_pulse()
+        with pytest.raises(
+            RankLostError, match=r"rank 1 of 2: rank 0 gave no sign of life for 1\.2 s during the checkpoint"
+        ):
+            pool.submit(second.main_first, lambda: None, "the checkpoint").result(30)
+    second.end_pulse()
+
+
+def test_a_rank_does_not_wait_for_the_save_of_one_that_was_stopped(tmp_path, monkeypatch):
+    trainer, last = make_trainer(tmp_path, QUICK.replace(max_steps=3)), tmp_path / "last"
+    trainer.train()
+    trainer.state.step = 4
+    monkeypatch.setattr(_folders, "_WAIT", 0.1)
+    lock = FileLock(last / _folders.LOCK)  # as the stopped process holds it
+    assert lock.acquire() is None
+    trainer.save_alone()
+    lock.release()
+    assert saved_step(last) == 3
+    trainer.save_alone()
+    assert saved_step(last) == 4

@@ -122,7 +122,9 @@ def test_parts_are_read_by_any_number_of_processes_and_a_missing_one_is_named(tm
         optimizer_parts(tmp_path)
 
 
-def test_a_save_in_the_background_takes_its_time_until_somebody_waits_for_it(tmp_path: Path, monkeypatch):
+def test_a_save_in_the_background_begins_a_step_later_and_takes_its_time_until_somebody_waits_for_it(
+    tmp_path: Path, monkeypatch
+):
     monkeypatch.setattr(saver_module, "_REST", 1e9)
     saver, begun = Saver(background=True), threading.Event()
 
@@ -131,6 +133,9 @@ def test_a_save_in_the_background_takes_its_time_until_somebody_waits_for_it(tmp
         write_tensors(tmp_path / "file", {"x": torch.ones(1 << 21)})
 
     saver.save(job)
+    saver.before_step()
+    assert not begun.wait(0.2)  # the step that waited for the copies
+    saver.before_step()
     assert begun.wait(20)
     saver._thread.join(0.5)
     assert saver._thread.is_alive()  # it rests after the first block

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from gptfast.data.packing import packed, part_of
 from gptfast.models import GPT, GPTConfig
 from gptfast.training import TrainConfig
 from gptfast.training.bad_step import first_bad
@@ -27,11 +28,15 @@ from gptfast.training.options import RunOptions
 from gptfast.training.parts import Parts, optimizer_parts, read_parts
 from gptfast.training.ranks import RankLostError, Ranks
 from gptfast.training.sharding import shard, whole_copy
+from tests.support.processes import forking
 from tests.support.training import SHAPE, TOKENIZER, file_size_limit
 
 CPU = torch.device("cpu")
-WAYS = [(*way, torch.float32) for way in (("forward", 1), ("pass", 1), ("step", 1), ("forward", 2))]
-WAYS += [("forward", 1, torch.bfloat16), ("forward", 2, torch.bfloat16)]  # reshard, tensor_parallel, dtype of products
+WAYS = [(*way, torch.float32, False) for way in (("forward", 1), ("pass", 1), ("step", 1), ("forward", 2))]
+WAYS += [("forward", tensor, torch.bfloat16, False) for tensor in (1, 2)]
+WAYS += [
+    ("forward", tensor, torch.float32, True) for tensor in (1, 2)
+]  # reshard, tensor_parallel, dtype, packed documents
 
 LAYERS = "layers"  # folder of what a model divided by layers saves
 
@@ -54,12 +59,13 @@ def model() -> GPT:
     return found
 
 
-def passes() -> list[Any]:
+def passes(packs: bool = False) -> list[Any]:
     g = torch.Generator().manual_seed(1)
     found = [tuple(torch.randint(0, SHAPE.vocab_size, (2, 4, 16), generator=g)) for _ in range(3)]
     found[1][1][2:] = -100  # rank 1 has no target in the second pass
     found[2][1][:] = -100  # and nobody has one in the last
-    return found
+    begins = torch.rand(3, 4, 17, generator=g).numpy() < 0.2
+    return [packed(*batch, begins[n]) for n, batch in enumerate(found)] if packs else found
 
 
 def _work(rank: int, folder: str) -> None:
@@ -68,13 +74,13 @@ def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     try:
-        for sharding, tensor, dtype in WAYS:
+        for sharding, tensor, dtype, packs in WAYS:
             ranks, net = Ranks(rank, 2, store, store, CPU, 20.0, sharding, tensor), model()
             ranks.connect()
             shard(net, ranks, dtype)
             net.dropout_row, end = 2 * ranks.share, 2 * ranks.share + 4 // ranks.shares
-            own = [(x[net.dropout_row : end], y[net.dropout_row : end]) for x, y in passes()]
-            way = f"{sharding} {tensor} {dtype}"
+            own = [part_of(batch, net.dropout_row, end) for batch in passes(packs)]
+            way = f"{sharding} {tensor} {dtype} {packs}"
             found[f"loss {way}"] = accumulate_gradients(net, own, autocast(dtype), ranks=ranks)
             parameters = dict(net.named_parameters())
             divided = [
@@ -84,7 +90,7 @@ def _work(rank: int, folder: str) -> None:
             found[f"norm {way}"] = clipped(list(parameters.values()), ranks)
             found |= {f"gradient {way} {name}": gathered(name, p.grad, ranks) for name, p in parameters.items()}
             assert all(p.dtype == p.grad.dtype == torch.float32 for p in parameters.values())
-            if tensor == 2 and dtype == torch.float32:
+            if tensor == 2 and dtype == torch.float32 and not packs:
                 _save(ranks, net, Path(folder), found)
         ranks, net = Ranks(rank, 2, store, store, CPU, 20.0, "step"), model()
         ranks.connect()
@@ -132,16 +138,17 @@ def _save_on_a_full_disk(ranks: Ranks, net: GPT, folder: Path, found: dict[str, 
 
 @pytest.mark.slow
 def test_two_processes_that_divide_a_model_compute_what_one_does(tmp_path: Path):
-    mp.spawn(_work, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    forking()
+    mp.start_processes(_work, (str(tmp_path),), nprocs=2, start_method="forkserver")  # pyright: ignore[reportPrivateImportUsage]
     both = [torch.load(tmp_path / f"found {rank}", weights_only=False) for rank in (0, 1)]
-    for sharding, tensor, dtype in WAYS:
+    for sharding, tensor, dtype, packs in WAYS:
         one = model()
-        loss = accumulate_gradients(one, passes(), autocast(dtype))
+        loss = accumulate_gradients(one, passes(packs), autocast(dtype))
         norm = clipped(list(one.parameters()))
         assert norm > 0.5
         tolerance = 1e-6 if dtype == torch.float32 else 4e-3
         for found in both:
-            way = f"{sharding} {tensor} {dtype}"
+            way = f"{sharding} {tensor} {dtype} {packs}"
             assert abs(found[f"loss {way}"] - loss) < tolerance
             assert abs(found[f"norm {way}"] - norm) < 10 * tolerance * norm
             for name, p in one.named_parameters():
