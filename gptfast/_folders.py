@@ -62,20 +62,20 @@ def staged_folder(folder: str | os.PathLike[str], replaces: str = WEIGHTS) -> It
         return
     lock = FileLock(target / LOCK)
     try:
-        with _explained(folder):
+        with explained(folder):
             target.mkdir(parents=True, exist_ok=True)
             _wait_for(lock, folder)
             _finish(target)
             stage = _empty_stage(target)
         try:
-            with _explained(folder):
+            with explained(folder):
                 _stages.add(stage)
                 yield stage
                 written = _commit(stage, target, replaces)
         finally:
             _stages.discard(stage)
             shutil.rmtree(stage, ignore_errors=True)  # gone already when all went well
-        with _explained(folder, f"the new files are safe in {COMMITTED}, from where gptfast reads them"):
+        with explained(folder, f"the new files are safe in {COMMITTED}, from where gptfast reads them"):
             _finish(target, written)
     finally:
         lock.release()
@@ -183,7 +183,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def _explained(folder: str | os.PathLike[str], state: str = "what was there is intact") -> Iterator[None]:
+def explained(folder: str | os.PathLike[str], state: str = "what was there is intact") -> Iterator[None]:
     """OSErrors leave with a text that names the folder, the reason and the remedy (once, if saves are nested)."""
     try:
         yield

@@ -16,8 +16,8 @@ class RankLostError(RuntimeError):
     """A rank does not answer: it died, hangs, or failed by itself."""
 
 
-class SilentStoreError(RuntimeError):
-    """The process that keeps the store does not answer."""
+class StoreLostError(RuntimeError):
+    """The process that keeps the store does not answer, or is gone; the text says which it is."""
 
 
 class AnsweringStore:
@@ -33,7 +33,8 @@ class AnsweringStore:
         self._store, self._keeper, self._seconds, self._lost = store, keeper, seconds, False
 
     def __getattr__(self, name: str) -> Any:
-        """A method of the store. It raises SilentStoreError where the store does not answer, and at once where it once did not."""
+        """A method of the store. It raises StoreLostError where the store is gone or does not answer, and at once where it once
+        did not."""
         method = getattr(self._store, name)
 
         def call(*arguments: Any) -> Any:
@@ -52,9 +53,9 @@ class AnsweringStore:
                 thread.join(self._seconds)
                 self._lost = thread.is_alive()
             if self._lost:
-                raise SilentStoreError(f"{self._keeper}, which keeps the store, did not answer")
+                raise StoreLostError(f"{self._keeper}, which keeps the store, did not answer")
             if errors:
-                raise errors[0]
+                raise StoreLostError(f"{self._keeper}, which kept the store, left") from errors[0]
             return found[0]
 
         return call
@@ -127,7 +128,7 @@ class Messages:
         except RankLostError:
             raise
         except RuntimeError as error:
-            text = str(error) if isinstance(error, SilentStoreError) else f"{GONE},"
+            text = str(error) if isinstance(error, StoreLostError) else f"{GONE},"
             raise RankLostError(f"{self._here}: {text} {self._during(what)}") from error
 
     def claims(self) -> bool:

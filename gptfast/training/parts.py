@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gptfast._files import checksum, open_read
-from gptfast._folders import STAGE, sync
+from gptfast._folders import STAGE, explained, sync
 from gptfast._large_files import summed
 from gptfast._snapshots import current, current_files
 from gptfast.models import GPT
@@ -86,7 +86,8 @@ class Parts:
         """
         self._ranks.meet(_WHAT)
         try:
-            sums = self._write(Path(os.path.realpath(folder)) / STAGE)
+            with explained(folder):
+                sums = self._write(Path(os.path.realpath(folder)) / STAGE)
         except BaseException:
             self._ranks.claims()
             raise

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from gptfast.training.collectives import Collectives
-from gptfast.training.messages import GONE, Messages, RankLostError, SilentStoreError
+from gptfast.training.messages import GONE, Messages, RankLostError, StoreLostError
 
 GRACE = 8.0  # seconds for the others after a signal
 _LOOK = 0.5  # seconds between two looks whether a rank has failed, or is silent
@@ -186,7 +186,7 @@ class Ranks(Collectives, Messages):
             return failed
         except RuntimeError:  # the store is gone, which `lost` says
             pass
-        if isinstance(error, SilentStoreError):
+        if isinstance(error, StoreLostError):  # `lost` says all
             return RankLostError(f"{self._here}: {lost} {self._during(what)}")
         # without the place in gloo's source, and advice
         text = str(error).split("\n")[0].split("] ", 1)[-1].split(". ")[0]
@@ -233,7 +233,7 @@ class Ranks(Collectives, Messages):
             while missing and time.monotonic() < end:
                 missing = [r for r in missing if not self._store.check([f"lives/{r}"])]
                 time.sleep(0.02)
-        except SilentStoreError as error:
+        except StoreLostError as error:
             return str(error)
         except RuntimeError:
             return f"{GONE}, and a rank did not answer"

@@ -16,7 +16,7 @@ from gptfast._locks import FileLock
 from gptfast.models import GPT
 from gptfast.training import accumulate_gradients
 from gptfast.training.checkpoint import saved_step
-from gptfast.training.messages import AnsweringStore, SilentStoreError
+from gptfast.training.messages import AnsweringStore, StoreLostError
 from gptfast.training.pulse import Pulse
 from gptfast.training.ranks import RankLostError, Ranks
 from tests.support.training import QUICK, SHAPE, make_trainer
@@ -82,6 +82,9 @@ def test_a_store_that_is_gone_is_a_lost_rank():
         with pytest.raises(RankLostError, match=r"rank 1 of 3: the store is gone with .* during the start"):
             act()
     assert ranks.claims()
+    told = AnsweringStore(Gone(), "rank 0", 5.0)
+    with pytest.raises(RankLostError, match=r"rank 1 of 3: rank 0, which kept the store, left during the start"):
+        Ranks(1, 3, told, told, torch.device("cpu"), 5.0).ask("key", "the start")
 
 
 def test_who_keeps_the_store_waits_until_the_others_have_seen_the_failure():
@@ -129,7 +132,7 @@ def test_a_store_that_does_not_answer_is_a_lost_rank():
         ):
             act()
     store.stops = False
-    with pytest.raises(SilentStoreError):  # nobody waits for it again
+    with pytest.raises(StoreLostError):  # nobody waits for it again
         told.get("key")
 
 
