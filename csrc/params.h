@@ -67,6 +67,39 @@ struct GeluParams {
   bool tanh;  // tanh approximation or erf
 };
 
+struct ReluSquaredParams {
+  Rows x;       // (R, C)
+  Rows dout;    // (R, C), backward only
+  MutRows out;  // (R, C): y, or dx in backward
+  i64 R, C;
+  i64 tail;  // columns of the last row, as in GeluParams
+};
+
+// y = (up + shift) gate sigmoid(alpha gate), gate at most limit, up within -limit and limit (inf: no clamp).
+struct SwigluParams {
+  Rows gate, up;       // (R, C); interleaved: gate is (R, 2 C) with gate and up in turn, and up is not read
+  Rows dout;           // (R, C), backward only
+  MutRows out;         // (R, C), forward only
+  MutRows dgate, dup;  // laid out as gate and up, backward only
+  i64 R, C;
+  i64 tail;  // columns of the last row, as in GeluParams
+  float alpha, shift, limit;
+  bool interleaved;
+};
+
+// Token (b, t) of every head turned by row positions[b * position_stride + t] of the tables, or row t where it is null.
+struct RotaryParams {
+  Heads x;
+  MutHeads y;
+  DType dtype;
+  bool stream;             // as in MutRows
+  const float *cos, *sin;  // (rows, half)
+  const i64* positions;
+  i64 position_stride;
+  i64 B, H, T, D, half;
+  bool interleaved, inverse;  // pairs of neighbours, not of halves; turned back, not on
+};
+
 struct DropoutRowsParams {
   Rows x;
   MutRows y;  // of x's dtype
@@ -74,16 +107,16 @@ struct DropoutRowsParams {
   Dropout dropout;
 };
 
-// layer_norm when residual.data is null, else add_layer_norm; the backward reads x as what was normalised. dtotal is of
-// that dtype; y and its gradient dy may be of another.
+// layer_norm when residual.data is null, else add_layer_norm; rms_norm and add_rms_norm when mean is null. The backward reads
+// x as what was normalised. dtotal is of that dtype; y and its gradient dy may be of another.
 struct LayerNormParams {
-  Rows x, residual;  // (R, C)
-  Vector weight, bias;
+  Rows x, residual;     // (R, C)
+  Vector weight, bias;  // absent: ones, zeros
   MutRows total, y;
   Rows dy, dtotal;         // backward: either may be null
   MutRows dx, dresidual;   // backward: dx after dropout, dresidual before it; either may be null
   float *mean, *rstd;      // (2, R): the mean, and what its rounding left out; (R)
-  float *dweight, *dbias;  // (parts, C) partial sums; dbias may be null
+  float *dweight, *dbias;  // (parts, C) partial sums; either may be null
   i64 R, C;
   float eps;
   Dropout dropout;

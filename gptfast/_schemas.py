@@ -62,10 +62,31 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "quantized_linear_bwd(Tensor dy, Tensor codes, Tensor scales, str format, int group_size, SymInt in_features) "
         "-> Tensor",
     ),
+    "relu_squared": (
+        "relu_squared_fwd(Tensor x) -> Tensor",
+        "relu_squared_bwd(Tensor dout, Tensor x) -> Tensor",
+    ),
+    "rms_norm": (
+        "rms_norm_fwd(Tensor x, Tensor? weight, float eps, int y_type) -> (Tensor y, Tensor rstd)",
+        "rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor rstd) -> (Tensor dx, Tensor dweight)",
+        "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor? weight, float eps, float dropout_p, SymInt seed, "
+        "SymInt offset, int y_type) -> (Tensor y, Tensor total, Tensor rstd)",
+        "add_rms_norm_bwd(Tensor? dy, Tensor? dtotal, Tensor total, Tensor? weight, Tensor rstd, int x_type, "
+        "int residual_type, float dropout_p, SymInt seed, SymInt offset) "
+        "-> (Tensor dx, Tensor dresidual, Tensor dweight)",
+    ),
+    "rotary": (
+        "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse) -> Tensor",
+    ),
     "sample": (
         "sample(Tensor logits, float temperature, int top_k, float top_p, int seed, Tensor position, Tensor stream) "
         "-> Tensor",
         "sample_rows(Tensor logits, Tensor options, Tensor position, Tensor stream) -> Tensor",
+    ),
+    "swiglu": (
+        "swiglu_fwd(Tensor gate, Tensor? up, bool interleaved, float alpha, float shift, float limit) -> Tensor",
+        "swiglu_bwd(Tensor dout, Tensor gate, Tensor? up, bool interleaved, float alpha, float shift, float limit) "
+        "-> (Tensor dgate, Tensor dup)",
     ),
 }
 
@@ -88,7 +109,10 @@ class AttentionOptions(NamedTuple):
 
 
 # Ops without a kernel in some compiled library: where there is none they run in PyTorch.
-_NOT_COMPILED = {"cpu": {"dequantize_nf4"}, "cuda": {"dequantize_nf4", "quantized_linear"}}
+_NOT_COMPILED = {
+    "cpu": {"dequantize_nf4"},
+    "cuda": {"dequantize_nf4", "quantized_linear", "relu_squared", "rms_norm", "rotary", "swiglu"},
+}
 
 # Functions of the compiled libraries that no other backend has.
 CPU_LIBRARY = (

@@ -1,19 +1,10 @@
 // gelu: checks, allocation, launch. The worked example of CONTRIBUTING.md.
-#include "common.h"
+#include "flat.h"
 
 namespace gptfast {
 namespace {
 
 constexpr const char* kOp = "gelu";
-
-// Without a bias the shape does not matter: contiguous values are cut into rows that share evenly among threads.
-void cut_flat(GeluParams& p, const RowView& x) {
-  constexpr i64 kRow = 4096;
-  const i64 n = x.R * x.C;
-  p.R = (n + kRow - 1) / kRow;
-  p.C = p.x.stride = p.dout.stride = p.out.stride = kRow;
-  p.tail = n - (p.R - 1) * kRow;
-}
 
 Tensor gelu_fwd(const Tensor& x, const OptTensor& bias, bool tanh) {
   const RowView v = rows_of(kOp, x);
@@ -21,7 +12,7 @@ Tensor gelu_fwd(const Tensor& x, const OptTensor& bias, bool tanh) {
   if (!x.numel()) return out;
   GeluParams p{v.rows(), vector_of(kOp, bias, v.C, &bias_owner), {}, mut_rows(kOp, out, v.C), nullptr, v.R, v.C, v.C,
                tanh};
-  if (!bias && v.stride == v.C) cut_flat(p, v);
+  if (!bias && v.stride == v.C) cut_flat(p, {&p.x.stride, &p.dout.stride, &p.out.stride});  // a bias needs columns
   parallel(p.R, p.C * 8, [&](i64 begin, i64 end) { cpu::kernels().gelu_fwd(p, begin, end); });
   return out;
 }
@@ -36,7 +27,7 @@ std::tuple<Tensor, Tensor> gelu_bwd(const Tensor& dout, const Tensor& x, const O
   const ScalarType bias_dtype = bias ? bias->scalar_type() : ScalarType::Float;
   Tensor partial = new_tensor({bias ? chunks : 0, bias ? v.C : 0}, ScalarType::Float);
   if (bias) p.dbias = static_cast<float*>(partial.mutable_data_ptr());
-  else if (v.stride == v.C && g.stride == v.C && x.numel()) cut_flat(p, v);
+  else if (v.stride == v.C && g.stride == v.C && x.numel()) cut_flat(p, {&p.x.stride, &p.dout.stride, &p.out.stride});
   parallel((p.R + cpu::kRowChunk - 1) / cpu::kRowChunk, p.C * 8 * cpu::kRowChunk,
            [&](i64 begin, i64 end) { cpu::kernels().gelu_bwd(p, begin, end); });
   return {dx, sum_chunks(kOp, partial, bias_dtype)};

@@ -7,10 +7,8 @@
 // Floor: one read and one write of x (backward: two reads and one write); about 20 (tanh) and 40 (exact) vector
 // operations a vector, below the memory time outside the cache.
 #pragma once
+#include "pointwise-inl.h"
 
-template <int N> struct Count {
-  static constexpr int value = N;
-};
 constexpr i64 kGeluBlock = 2048;  // columns at a time: bias and its gradient stay in L1
 
 // e^-2u. What becomes bf16 does with less: 2^-9 is half its last place.
@@ -53,16 +51,6 @@ INL void gelu_columns(const GeluParams& p, i64 r, const float* bias, i64 c0, i64
     UNROLL_FOR (int u = 0; u < ROWS; u++) vector_of(u, c, L);
   if (c < n)
     ROLLED_FOR (int u = 0; u < ROWS; u++) vector_of(u, c, n - c);
-}
-// f(r, rows, n) over rows by twos: two streams from memory are faster than one (3.5 -> 2.9 ms at 4096 x 3072 fp32). The
-// last row of all may be short, and stands alone: n columns from c0 on.
-template <class Fn> INL void gelu_rows(const GeluParams& p, i64 begin, i64 end, i64 c0, i64 width, Fn f) {
-  i64 r = begin;
-  for (; r + 2 <= end && r + 2 < p.R; r += 2) f(r, Count<2>(), width);
-  for (; r < end; r++) {
-    const i64 C = r == p.R - 1 ? p.tail : p.C;
-    f(r, Count<1>(), C - c0 < width ? C - c0 : width);
-  }
 }
 INL const float* gelu_bias(const GeluParams& p, i64 c0, i64 n, float* buffer) {
   return p.bias.data ? read_row(at(p.bias.data, p.bias.dtype, c0), p.bias.dtype, n, buffer) : nullptr;

@@ -10,7 +10,7 @@ template <DType T, bool TANH> static void gelu_bwd_chunk(const GeluParams& p, i6
     const float* bias = gelu_bias(p, c0, width, buffer);
     float* db = p.dbias ? p.dbias + chunk * p.C + c0 : nullptr;
     if (db) __builtin_memset(db, 0, size_t(width) * 4);
-    gelu_rows(p, r0, r1, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
+    rows_by_twos(p, r0, r1, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
       const void* dy[] = {row(p.dout, r), row(p.dout, r + rows.value - 1)};
       void* dx[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
       F sum = zero();

@@ -137,7 +137,7 @@ constexpr i64 kChunkCodes = 128;    // K is rounded up to it in `spread`
   X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) \
   X(tile_product) X(gemm) X(gemm_amx) X(gemm_few) X(quantized_pack) X(quantized_rows) \
   X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) \
-  X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding) X(sample)
+  X(relu_squared) X(swiglu) X(rotary) X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding) X(sample)
 // clang-format on
 
 struct Kernels {
@@ -152,6 +152,11 @@ struct Kernels {
   void (*causal_attention_bwd_sum)(const AttentionParams&, i64 bh, i64 slices);  // partial sums -> dk, dv
   void (*dropout)(const DropoutRowsParams&, i64 row_begin, i64 row_end);
   void (*dropout_mask)(const DropoutMaskParams&, i64 row_begin, i64 row_end);
+  void (*relu_squared_fwd)(const ReluSquaredParams&, i64 row_begin, i64 row_end);
+  void (*relu_squared_bwd)(const ReluSquaredParams&, i64 row_begin, i64 row_end);
+  void (*swiglu_fwd)(const SwigluParams&, i64 row_begin, i64 row_end);
+  void (*swiglu_bwd)(const SwigluParams&, i64 row_begin, i64 row_end);
+  void (*rotary)(const RotaryParams&, i64 token_begin, i64 token_end);
   void (*layer_norm_fwd)(const LayerNormParams&, i64 row_begin, i64 row_end);
   void (*layer_norm_bwd)(const LayerNormParams&, i64 chunk_begin, i64 chunk_end);
   void (*cross_entropy_fwd)(const CrossEntropyParams&, i64 row_begin, i64 row_end);

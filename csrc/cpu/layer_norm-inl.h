@@ -1,4 +1,5 @@
-// LayerNorm (Ba et al., arXiv 1607.06450) over rows, alone or after dropout and a residual sum, forward and backward.
+// LayerNorm (Ba et al., arXiv 1607.06450) and RMSNorm (Zhang and Sennrich, arXiv 1910.07467) over rows, alone or after dropout
+// and a residual sum, forward and backward. RMSNorm (p.mean null) is LayerNorm with a mean of 0 whose gradient takes no part.
 //
 //   total = dropout(x) + residual                                      (add_layer_norm only)
 //   y = (total - mean) rstd weight + bias,   rstd = 1 / sqrt(var + eps), var the biased variance, in two passes (moments)
@@ -23,7 +24,9 @@ struct NormBuffers {
     total = bias + n;
     wide = bias + 2 * n;
     lanes = reinterpret_cast<uint16_t*>(bias + 3 * n);
-    copy_row(weight, p.weight.data, p.weight.dtype, p.C);
+    if (p.weight.data) copy_row(weight, p.weight.data, p.weight.dtype, p.C);
+    else
+      for (i64 c = 0; c < p.C; c++) weight[c] = 1.f;
     if (p.bias.data) copy_row(bias, p.bias.data, p.bias.dtype, p.C);
     else __builtin_memset(bias, 0, size_t(p.C) * 4);
   }

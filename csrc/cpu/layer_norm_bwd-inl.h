@@ -7,22 +7,30 @@ template <DType T, bool ANY> INL F load_dy(const void* dy, DType type, i64 c, i6
   else return load_as<T>(dy, c, n);
 }
 
+// xhat of a row is x scale + rest about center.
+struct RowStatistics {
+  F center, scale, rest;
+  INL_MEMBER RowStatistics(const LayerNormParams& p, i64 r)
+      : center(set(p.mean ? p.mean[r] : 0.f)), scale(set(p.rstd[r])),
+        rest(set(p.mean ? -p.mean[p.R + r] * p.rstd[r] : 0.f)) {}
+};
+
 // Two sums over a row of x and dy: mean(g) and mean(g xhat); adds the row's share to dweight and dbias on the way.
 template <DType T, bool ANY>
 INL void norm_means(const LayerNormParams& p, const float* weight, i64 r, float* dw, float* db, F* mean_g, F* mean_gx) {
   const void *x = row(p.x, r), *dy = row(p.dy, r);
   const DType dy_type = p.dy.dtype;
-  const F center = set(p.mean[r]), scale = set(p.rstd[r]), rest = set(-p.mean[p.R + r] * p.rstd[r]);
+  const RowStatistics s(p, r);
   F g_sum[2] = {zero(), zero()}, gx_sum[2] = {zero(), zero()};
   for_lanes_paired(p.C, [&](i64 c, i64 n, int u) __attribute__((always_inline)) {
-    const F xhat = fma(load_as<T>(x, c, n) - center, scale, rest), d = load_dy<T, ANY>(dy, dy_type, c, n);
-    store_lanes(dw + c, fma(d, xhat, load_lanes(dw + c, n)), n);
+    const F xhat = fma(load_as<T>(x, c, n) - s.center, s.scale, s.rest), d = load_dy<T, ANY>(dy, dy_type, c, n);
+    if (dw) store_lanes(dw + c, fma(d, xhat, load_lanes(dw + c, n)), n);
     if (db) store_lanes(db + c, load_lanes(db + c, n) + d, n);
     const F g = d * load_lanes(weight + c, n);  // 0 in lanes past the end
     g_sum[u] = g_sum[u] + g;
     gx_sum[u] = fma(g, n == L ? xhat : keep(first_n(n), xhat), gx_sum[u]);
   });
-  *mean_g = set(sum(g_sum[0] + g_sum[1]) / float(p.C));
+  *mean_g = p.mean ? set(sum(g_sum[0] + g_sum[1]) / float(p.C)) : zero();
   *mean_gx = set(sum(gx_sum[0] + gx_sum[1]) / float(p.C));
 }
 
@@ -31,7 +39,7 @@ template <DType T, bool ANY, class Store>
 INL void norm_gradient(const LayerNormParams& p, const float* weight, i64 r, F mean_g, F mean_gx, Store store) {
   const void* x = row(p.x, r);
   const void *dy = p.dy.data ? row(p.dy, r) : nullptr, *dtotal = p.dtotal.data ? row(p.dtotal, r) : nullptr;
-  const F center = set(p.mean[r]), scale = set(p.rstd[r]), rest = set(-p.mean[p.R + r] * p.rstd[r]);
+  const RowStatistics s(p, r);
   const char *next_x = next_row(p, p.x, r), *next_dy = next_row(p, p.dy, r);
   const DType dy_type = p.dy.dtype;
   for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
@@ -39,10 +47,10 @@ INL void norm_gradient(const LayerNormParams& p, const float* weight, i64 r, F m
     prefetch(next_x + c * element_size(T));
     if (next_dy) prefetch(next_dy + c * element_size(ANY ? dy_type : T));
     if (dy) {
-      const F xhat = fma(load_as<T>(x, c, n) - center, scale, rest);
+      const F xhat = fma(load_as<T>(x, c, n) - s.center, s.scale, s.rest);
       // rounded as in norm_means: a product fused with the difference would leave its rounding where both are equal
       const F g = fma(load_dy<T, ANY>(dy, dy_type, c, n), load_lanes(weight + c, n), zero());
-      d = scale * fnma(xhat, mean_gx, g - mean_g);
+      d = s.scale * fnma(xhat, mean_gx, g - mean_g);
     }
     store(c, dtotal ? d + load_as<T>(dtotal, c, n) : d, n);
   });
@@ -75,8 +83,8 @@ static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, 
 template <DType T, bool ANY> static void norm_bwd_chunks(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
   const NormBuffers t(p);
   for (i64 k = chunk_begin; k < chunk_end; k++) {
-    float *dw = p.dweight + k * p.C, *db = p.dbias ? p.dbias + k * p.C : nullptr;
-    __builtin_memset(dw, 0, size_t(p.C) * 4);
+    float *dw = p.dweight ? p.dweight + k * p.C : nullptr, *db = p.dbias ? p.dbias + k * p.C : nullptr;
+    if (dw) __builtin_memset(dw, 0, size_t(p.C) * 4);
     if (db) __builtin_memset(db, 0, size_t(p.C) * 4);
     const i64 end = (k + 1) * kRowChunk < p.R ? (k + 1) * kRowChunk : p.R;
     for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T, ANY>(p, t, r, dw, db);

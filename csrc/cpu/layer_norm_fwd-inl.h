@@ -61,6 +61,16 @@ template <DType T> INL Moments moments(const void* x, float* wide, i64 C) {
   return {mean, left - (mean - near), variance < 0.f ? 0.f : variance};
 }
 
+// The same where the mean counts as 0: variance is the mean of the squares.
+template <DType T> INL Moments mean_square(const void* x, float* wide, i64 C) {
+  const float sum = row_sum(C, [&](i64 c, i64 n) __attribute__((always_inline)) {
+    const F value = load_as<T>(x, c, n);
+    if constexpr (T != DType::f32) store(wide + c, value);
+    return value * value;
+  });
+  return {0.f, 0.f, sum / float(C)};
+}
+
 // Row r of y, of type Y, from the values that were normalised; `size` is that of an element of x.
 template <DType Y>
 static void norm_result(const LayerNormParams& p, const NormBuffers& t, const float* values, const Moments& m,
@@ -82,10 +92,9 @@ template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_b
   const NormBuffers t(p);
   for (i64 r = row_begin; r < row_end; r++) {
     const void* x = norm_input<T>(p, t, r);
-    const Moments m = moments<T>(x, t.wide, p.C);
+    const Moments m = p.mean ? moments<T>(x, t.wide, p.C) : mean_square<T>(x, t.wide, p.C);
     const float rstd = 1.f / __builtin_sqrtf(m.variance + p.eps);
-    p.mean[r] = m.mean;
-    p.mean[p.R + r] = m.rest;
+    if (p.mean) p.mean[r] = m.mean, p.mean[p.R + r] = m.rest;
     p.rstd[r] = rstd;
     const float* values = T == DType::f32 ? static_cast<const float*>(x) : t.wide;
     with_dtype(p.y.dtype, [&](auto y) { norm_result<y.value>(p, t, values, m, rstd, r, element_size(T)); });

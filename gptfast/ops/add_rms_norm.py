@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptfast.backend import resolve
+from gptfast import rng
+from gptfast.backend import KERNEL_DTYPES, resolve
 from gptfast.ops import reference
+from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
+from gptfast.ops._tensors import dtype_code, new_of_code
 from gptfast.ops.add_layer_norm import check_sum
 from gptfast.ops.layer_norm import check_norm, result_dtype
-from gptfast.ops.rms_norm import weights_of
+from gptfast.ops.rms_norm import new_dweight, new_rstd, weights_of
 from gptfast.ops.streams import stream
 
 
@@ -49,5 +53,56 @@ def add_rms_norm(
     check_sum(op, x, residual, dropout_p)
     seed, offset = stream(op, seed, offset, dropout_p > 0, first_row, math.prod(x.shape[1:-1]))
     y_dtype = result_dtype(op, out_dtype, torch.promote_types(x.dtype, residual.dtype))
-    resolve(op, backend, x, residual, weight)
-    return reference.add_rms_norm(x, residual, weight, float(eps), dropout_p, seed, offset, out_dtype=y_dtype)
+    runs_on = resolve(op, backend, x, residual, weight)
+    if runs_on == "eager":
+        return reference.add_rms_norm(x, residual, weight, float(eps), dropout_p, seed, offset, out_dtype=y_dtype)
+    options = (float(eps), float(dropout_p), seed, offset, KERNEL_DTYPES.index(y_dtype))
+    return _fused(runs_on, x, residual, weight, *options)[:2]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, _, dropout_p, seed, offset, _ = inputs
+    _, total, rstd = output
+    ctx.save_for_backward(total, weight, rstd)
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)  # a gradient of zeros would cost a pass over memory
+    ctx.options = dtype_code(x), dtype_code(residual), dropout_p, seed, offset
+
+
+def _backward(ctx: Any, call: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None and dtotal is None:
+        return (None,) * 8
+    total, weight, rstd = ctx.saved_tensors
+    dx, dresidual, dweight = call("add_rms_norm_bwd", dy, dtotal, total, weight, rstd, *ctx.options)
+    x_type, residual_type, dropout_p = ctx.options[:3]
+    if x_type == residual_type and rng.dropout_threshold(dropout_p) == 0:
+        dx = dresidual
+    return dx, dresidual, None if weight is None else dweight, None, None, None, None, None
+
+
+@register_fake("add_rms_norm_fwd")
+def _(x: Tensor, residual: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    dtype = x.dtype if x.dtype == residual.dtype else torch.float32
+    return new_of_code(x, x.shape, options[-1]), x.new_empty(x.shape, dtype=dtype), new_rstd(x)
+
+
+@register_fake("add_rms_norm_bwd")
+def _(
+    dy: Tensor | None,
+    dtotal: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    x_type: int,
+    residual_type: int,
+    dropout_p: float,
+    seed: int,
+    offset: int,
+) -> tuple[Tensor, ...]:
+    own_dx = rng.dropout_threshold(dropout_p) != 0 or x_type != residual_type
+    dx = new_of_code(total, total.shape if own_dx else (0,), x_type)
+    return dx, new_of_code(total, total.shape, residual_type), new_dweight(total, weight)
+
+
+_fused = differentiable("add_rms_norm_fwd", _save, _backward)
+forbid_double_backward("add_rms_norm", "add_rms_norm_bwd")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from gptfast.backend import resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float
+from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 
 
 def relu_squared(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -21,5 +24,29 @@ def relu_squared(x: Tensor, *, backend: str | None = None) -> Tensor:
         TypeError: wrong dtype.
     """
     check_float("relu_squared", x=x)
-    resolve("relu_squared", backend, x)
-    return reference.relu_squared(x)
+    runs_on = resolve("relu_squared", backend, x)
+    if runs_on == "eager":
+        return reference.relu_squared(x)
+    return _fused(runs_on, x) if x.dim() else _fused(runs_on, x[None])[0]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, call: Any, dout: Tensor) -> Tensor:
+    return call("relu_squared_bwd", dout, *ctx.saved_tensors)
+
+
+@register_fake("relu_squared_fwd")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@register_fake("relu_squared_bwd")
+def _(dout: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_fused = differentiable("relu_squared_fwd", _save, _backward)
+forbid_double_backward("relu_squared", "relu_squared_bwd")

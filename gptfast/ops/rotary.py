@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from gptfast._checks import check_choice
 from gptfast.backend import has_values, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_dense, check_float, check_same_device
+from gptfast.ops._registry import differentiable, register_fake
 
 OP = "rotary"
 LAYOUTS = ("neox", "interleaved")
@@ -47,7 +50,11 @@ def rotary(
     runs_on = resolve(OP, backend, x, cos, sin)
     if runs_on in ("cpu", "eager"):
         _check_range(positions, len(cos))
-    return reference.rotary(x, cos.detach(), sin.detach(), positions=positions, layout=layout)
+    cos, sin = cos.detach(), sin.detach()
+    if runs_on == "eager":
+        return reference.rotary(x, cos, sin, positions=positions, layout=layout)
+    places = None if positions is None else positions.long()
+    return _fused(runs_on, x, cos, sin, places, layout == "interleaved", False)
 
 
 def check_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, layout: str) -> None:
@@ -93,3 +100,23 @@ def _check_range(positions: Tensor | None, rows: int) -> None:
         raise IndexError(
             f"{OP}: positions holds {high if low >= 0 else low}; expected 0 to {rows - 1}, the rows of cos and sin"
         )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, positions, *ctx.options = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _backward(ctx: Any, call: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    interleaved, inverse = ctx.options
+    dx = call("rotary", dy, *ctx.saved_tensors, interleaved, not inverse)
+    return dx, None, None, None, None, None  # linear: differentiable any number of times
+
+
+@register_fake("rotary")
+def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool) -> Tensor:
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
+
+
+_fused = differentiable("rotary", _save, _backward)

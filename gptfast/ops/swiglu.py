@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from gptfast._checks import check_choice
 from gptfast.backend import resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_number, check_same_device
+from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 
 LAYOUTS = ("halves", "interleaved")
 
@@ -47,8 +49,14 @@ def swiglu(
     if up is not None and gate.dtype != up.dtype:
         dtype = torch.promote_types(gate.dtype, up.dtype)
         gate, up = gate.to(dtype), up.to(dtype)
-    resolve("swiglu", backend, gate, up)
-    return reference.swiglu(gate, up, alpha=alpha, limit=limit, layout=layout)
+    runs_on = resolve("swiglu", backend, gate, up)
+    if runs_on == "eager":
+        return reference.swiglu(gate, up, alpha=alpha, limit=limit, layout=layout)
+    slope, shift = (1.0, 0.0) if alpha is None else (float(alpha), 1.0)
+    options = layout == "interleaved", slope, shift, math.inf if limit is None else float(limit)
+    if up is not None and gate.dim() == 0:
+        return _fused(runs_on, gate[None], up[None], *options)[0]
+    return _fused(runs_on, gate, up, *options)
 
 
 def check_swiglu(gate: Tensor, up: Tensor | None, alpha: float | None, limit: float | None, layout: str) -> None:
@@ -70,3 +78,31 @@ def check_swiglu(gate: Tensor, up: Tensor | None, alpha: float | None, limit: fl
         raise ValueError(f"{op}: gate has shape {tuple(gate.shape)} but up has {tuple(up.shape)}; they must be equal")
     if up is not None and layout != "halves":
         raise ValueError(f"{op}: layout is {layout!r} but up is given; it says how one tensor holds both")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, *options = inputs
+    ctx.save_for_backward(gate, up)
+    ctx.options = options
+
+
+def _backward(ctx: Any, call: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    gate, up = ctx.saved_tensors
+    dgate, dup = call("swiglu_bwd", dout, gate, up, *ctx.options)
+    return dgate, None if up is None else dup, None, None, None, None
+
+
+@register_fake("swiglu_fwd")
+def _(gate: Tensor, up: Tensor | None, interleaved: bool, alpha: float, shift: float, limit: float) -> Tensor:
+    return gate.new_empty(gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2))
+
+
+@register_fake("swiglu_bwd")
+def _(
+    dout: Tensor, gate: Tensor, up: Tensor | None, interleaved: bool, alpha: float, shift: float, limit: float
+) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)
+
+
+_fused = differentiable("swiglu_fwd", _save, _backward)
+forbid_double_backward("swiglu", "swiglu_bwd")

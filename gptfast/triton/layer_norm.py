@@ -1,4 +1,5 @@
-"""LayerNorm (Ba et al., arXiv 1607.06450), alone or after dropout and a residual sum, forward and backward.
+"""LayerNorm (Ba et al., arXiv 1607.06450), alone or after dropout and a residual sum, forward and backward. The same kernels
+without a mean are RMSNorm (gptfast/triton/rms_norm.py).
 
     total = dropout(x) + residual                                     (add_layer_norm only)
     y = (total - mean) rstd weight + bias,   rstd = 1 / sqrt(var + eps)
@@ -28,7 +29,7 @@ def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, y_type: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=KERNEL_DTYPES[y_type], device=x.device)
-    return y, *_forward("layer_norm", x, None, weight, bias, None, y, eps, NO_DROPOUT)
+    return y, *forward("layer_norm", x, None, weight, bias, None, y, eps, NO_DROPOUT)
 
 
 def add_layer_norm_fwd(
@@ -45,14 +46,14 @@ def add_layer_norm_fwd(
     dtype = x.dtype if x.dtype == residual.dtype else torch.float32
     y, total = (torch.empty(x.shape, dtype=kind, device=x.device) for kind in (KERNEL_DTYPES[y_type], dtype))
     dropout = dropout_arguments(dropout_p, seed, offset)
-    return y, total, *_forward("add_layer_norm", x, residual, weight, bias, total, y, eps, dropout)
+    return y, total, *forward("add_layer_norm", x, residual, weight, bias, total, y, eps, dropout)
 
 
 def layer_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, bias_type: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, *_backward("layer_norm", dy, None, x, weight, mean, rstd, bias_type, dx, None, NO_DROPOUT)
+    return dx, *backward("layer_norm", dy, None, x, weight, mean, rstd, bias_type, dx, None, NO_DROPOUT)
 
 
 def add_layer_norm_bwd(
@@ -74,7 +75,7 @@ def add_layer_norm_bwd(
     own_dx = dropout[0] != 0 or x_type != residual_type
     dresidual = torch.empty(total.shape, dtype=KERNEL_DTYPES[residual_type], device=total.device)
     dx = torch.empty(total.shape if own_dx else 0, dtype=KERNEL_DTYPES[x_type], device=total.device)
-    dweight, dbias = _backward(
+    dweight, dbias = backward(
         "add_layer_norm",
         dy,
         dtotal,
@@ -90,37 +91,39 @@ def add_layer_norm_bwd(
     return dx, dresidual, dweight, dbias
 
 
-def _forward(
+def forward(
     op: str,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     total: Tensor | None,
     y: Tensor,
     eps: float,
     dropout: tuple[int, float, int, int],
-) -> tuple[Tensor, Tensor]:
-    """Fills total and y; returns mean and rstd."""
+    centered: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """Fills total and y; returns mean (None for RMSNorm, which is not centered) and rstd."""
     rows, others = rows_of(x), None if residual is None else rows_of(residual)
     R, C = rows.shape
     sizes = _sizes(op, C, dropout)
-    mean, rstd = x.new_empty((2, R), dtype=torch.float32), x.new_empty(R, dtype=torch.float32)
+    mean = x.new_empty((2, R), dtype=torch.float32) if centered else None
+    rstd = x.new_empty(R, dtype=torch.float32)
     if R:
-        inputs = rows, others, weight.contiguous(), None if bias is None else bias.contiguous()
+        inputs = rows, others, *(None if v is None else v.contiguous() for v in (weight, bias))
         strides = rows.stride(0), 0 if others is None else others.stride(0)
         grid = (triton.cdiv(R, sizes["BLOCK_R"]),)
         _fwd_kernel[grid](*inputs, total, y, mean, rstd, *strides, R, C, eps, *dropout, **sizes)
     return mean, rstd
 
 
-def _backward(
+def backward(
     op: str,
     dy: Tensor | None,
     dtotal: Tensor | None,
     total: Tensor,
-    weight: Tensor,
-    mean: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
     rstd: Tensor,
     bias_type: int,
     dresidual: Tensor,
@@ -134,14 +137,16 @@ def _backward(
     sizes = _sizes(op, C, dropout)
     per_program = rows_per_program(R, sizes["BLOCK_R"])
     programs = triton.cdiv(R, per_program)
-    dweight = rows.new_empty((programs, C), dtype=torch.float32)
+    dweight = rows.new_empty((0, 0) if weight is None else (programs, C), dtype=torch.float32)
     dbias = rows.new_empty((programs, C) if bias_type >= 0 else (0, 0), dtype=torch.float32)
     if R:
-        inputs = *upstream, rows, weight.contiguous(), mean, rstd
-        results = dresidual, dx, dweight, dbias if bias_type >= 0 else None
+        inputs = *upstream, rows, None if weight is None else weight.contiguous(), mean, rstd
+        results = dresidual, dx, None if weight is None else dweight, dbias if bias_type >= 0 else None
         strides = [0 if g is None else g.stride(0) for g in (*upstream, rows)]
         _bwd_kernel[(programs,)](*inputs, *results, *strides, R, C, per_program, *dropout, **sizes)
-    return sum_rows(dweight, weight.dtype), sum_rows(dbias, KERNEL_DTYPES[max(bias_type, 0)])
+    return sum_rows(dweight, torch.float32 if weight is None else weight.dtype), sum_rows(
+        dbias, KERNEL_DTYPES[max(bias_type, 0)]
+    )
 
 
 def _sizes(op: str, C: int, dropout: tuple[int, float, int, int]) -> dict[str, int]:
@@ -188,18 +193,23 @@ def _fwd_kernel(
         rounded = values.to(total.dtype.element_ty)  # normalise the rounded value, which the next layer reads
         tl.store(total + r64 * C + c[None, :], rounded, inside)
         values = rounded.to(tl.float32)
-    near = tl.sum(values, 1) / C
-    d = tl.where(inside, values - near[:, None], 0.0)
-    left = tl.sum(d, 1) / C
-    variance = tl.sum(d * d, 1) / C - left * left
-    center = near + left
-    rest = left - (center - near)
-    inverse = 1.0 / tl.sqrt_rn(tl.where(variance < 0, 0.0, variance) + eps)
-    tl.store(mean + r, center, r < R)
-    tl.store(mean + R + r, rest, r < R)
+    if mean is not None:
+        near = tl.sum(values, 1) / C
+        d = tl.where(inside, values - near[:, None], 0.0)
+        left = tl.sum(d, 1) / C
+        variance = tl.sum(d * d, 1) / C - left * left
+        center = near + left
+        rest = left - (center - near)
+        inverse = 1.0 / tl.sqrt_rn(tl.where(variance < 0, 0.0, variance) + eps)
+        tl.store(mean + r, center, r < R)
+        tl.store(mean + R + r, rest, r < R)
+        result = (values - center[:, None]) * inverse[:, None] - (rest * inverse)[:, None]
+    else:
+        inverse = 1.0 / tl.sqrt_rn(tl.sum(values * values, 1) / C + eps)
+        result = values * inverse[:, None]
     tl.store(rstd + r, inverse, r < R)
-    xhat = (values - center[:, None]) * inverse[:, None] - (rest * inverse)[:, None]
-    result = xhat * load_vector(weight, c, C)[None, :] + load_vector(bias, c, C)[None, :]
+    if weight is not None:
+        result = result * load_vector(weight, c, C)[None, :] + load_vector(bias, c, C)[None, :]
     tl.store(y + r64 * C + c[None, :], result.to(y.dtype.element_ty), inside)
 
 
@@ -232,7 +242,9 @@ def _bwd_kernel(
     dropout = (threshold, keep_scale, seed, offset)
     program = tl.program_id(0)
     c = tl.arange(0, BLOCK_C)
-    w = load_vector(weight, c, C)[None, :]
+    w = tl.full((1, BLOCK_C), 1.0, tl.float32)
+    if weight is not None:
+        w = load_vector(weight, c, C)[None, :]
     weight_sum = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     bias_sum = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for r0 in range(program * rows_per_program, tl.minimum((program + 1) * rows_per_program, R), BLOCK_R):
@@ -243,12 +255,16 @@ def _bwd_kernel(
         if dy is not None:
             inverse = tl.load(rstd + r, r < R, other=0.0)[:, None]
             x = tl.load(total + r64 * total_stride + c[None, :], inside, other=0.0).to(tl.float32)
-            center = tl.load(mean + r, r < R, other=0.0)[:, None]
-            rest = tl.load(mean + R + r, r < R, other=0.0)[:, None] * inverse
-            xhat = tl.where(inside, (x - center) * inverse - rest, 0.0)
             upstream = tl.load(dy + r64 * dy_stride + c[None, :], inside, other=0.0).to(tl.float32)
             g = upstream * w
-            d = inverse * (g - (tl.sum(g, 1) / C)[:, None] - xhat * (tl.sum(g * xhat, 1) / C)[:, None])
+            if mean is not None:
+                center = tl.load(mean + r, r < R, other=0.0)[:, None]
+                rest = tl.load(mean + R + r, r < R, other=0.0)[:, None] * inverse
+                xhat = tl.where(inside, (x - center) * inverse - rest, 0.0)
+                d = inverse * (g - (tl.sum(g, 1) / C)[:, None] - xhat * (tl.sum(g * xhat, 1) / C)[:, None])
+            else:
+                xhat = x * inverse
+                d = inverse * (g - xhat * (tl.sum(g * xhat, 1) / C)[:, None])
             weight_sum += upstream * xhat
             bias_sum += upstream
         if dtotal is not None:
@@ -261,6 +277,7 @@ def _bwd_kernel(
                 )
             tl.store(dx + r64 * C + c[None, :], d.to(dx.dtype.element_ty), inside)
     place = program.to(tl.int64) * C + c
-    tl.store(dweight + place, tl.sum(weight_sum, 0), c < C)
+    if dweight is not None:
+        tl.store(dweight + place, tl.sum(weight_sum, 0), c < C)
     if dbias is not None:
         tl.store(dbias + place, tl.sum(bias_sum, 0), c < C)

@@ -219,6 +219,7 @@ inline double kept_scale(uint32_t threshold) { return threshold >= 65536 ? 0 : 6
 // The checks, a file each. `isa` is the instruction set in use.
 void check_rows();
 void check_norm();
+void check_gates();
 void check_loss();
 void check_products();
 void check_quantized();

@@ -19,6 +19,7 @@ int main(int count, char** names) {
     checks::totals = {};
     checks::check_rows();
     checks::check_norm();
+    checks::check_gates();
     checks::check_loss();
     checks::check_products();
     checks::check_quantized();

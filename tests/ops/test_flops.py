@@ -16,11 +16,13 @@ from gptfast.ops._flops import FORMULAS
 # Operators without a matrix product, and what is no operator on tensors of a model.
 NO_PRODUCT = {
     f"{op}_{way}"
-    for op in ("layer_norm", "add_layer_norm", "gelu", "embedding", "cross_entropy")
+    for op in ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "gelu", "swiglu", "relu_squared")
     for way in ("fwd", "bwd")
 }
+NO_PRODUCT |= {f"{op}_{way}" for op in ("embedding", "cross_entropy") for way in ("fwd", "bwd")}
 NO_PRODUCT |= {
     "cross_entropy_in_place",
+    "rotary",
     "linear_cross_entropy_scale",
     "dequantize_nf4",
     "dropout",

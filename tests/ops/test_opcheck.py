@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no com
 # The arguments that a gradient flows to. Every operator with tensors is in this table or in the next.
 DIFFERENTIABLE = {
     "add_layer_norm_fwd": ("x", "residual", "weight", "bias"),
+    "add_rms_norm_fwd": ("x", "residual", "weight"),
     "causal_attention_fwd": ("q", "k", "v"),
     "cross_entropy_fwd": ("logits",),
     "dropout": ("x",),
@@ -30,6 +31,10 @@ DIFFERENTIABLE = {
     "linear_fwd": ("x", "weight", "bias"),
     "lora_linear_fwd": ("x", "weight", "bias", "a", "b"),
     "quantized_linear_fwd": ("x", "bias"),
+    "relu_squared_fwd": ("x",),
+    "rms_norm_fwd": ("x", "weight"),
+    "rotary": ("x",),
+    "swiglu_fwd": ("gate", "up"),
 }
 OTHERS = {
     *(name.replace("_fwd", "_bwd") for name in DIFFERENTIABLE if name.endswith("_fwd")),
@@ -49,11 +54,18 @@ OTHERS = {
 VARIANTS: dict[str, dict[str, Any]] = {  # beside the calls of native_calls
     "add_layer_norm_fwd": {"x": lambda x: x.bfloat16(), "bias": None, "y_type": 1},
     "add_layer_norm_bwd": {"dy": lambda dy: dy.bfloat16(), "dtotal": None, "bias_type": -1, "dropout_p": 0.0},
+    "add_rms_norm_fwd": {"x": lambda x: x.bfloat16(), "weight": None, "y_type": 1},
+    "add_rms_norm_bwd": {"dy": lambda dy: dy.bfloat16(), "dtotal": None, "weight": None, "dropout_p": 0.0},
     "cross_entropy_in_place": {"dloss": None},
     "gelu_fwd": {"bias": None},
     "layer_norm_bwd": {"dy": lambda dy: dy.half(), "bias_type": -1},
     "layer_norm_fwd": {"y_type": 2},
     "linear_cross_entropy_total": {"want_weight": False},
+    "rms_norm_bwd": {"dy": lambda dy: dy.half(), "weight": None},
+    "rms_norm_fwd": {"weight": None, "y_type": 2},
+    "rotary": {"positions": None, "interleaved": True, "inverse": True},
+    "swiglu_bwd": {"up": None, "interleaved": True, "dout": lambda dout: dout[:, ::2]},
+    "swiglu_fwd": {"up": None, "interleaved": True},
 }
 ALL_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from gptfast import ops
 from gptfast.testing import cases, check_case, dtypes
-from tests.support.op_properties import check_pure, check_repeatable
+from tests.support.op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 CASES = cases("relu_squared")
 
@@ -53,6 +53,14 @@ def test_pure():
 
 def test_fp64_passes_gradcheck():
     torch.autograd.gradcheck(ops.relu_squared, torch.randn(3, 5, dtype=torch.float64, requires_grad=True))
+
+
+def test_compiles():
+    check_compiles(lambda x: ops.relu_squared(x) * 2, torch.randn(6, 16))
+
+
+def test_no_double_backward():
+    check_no_double_backward(ops.relu_squared, torch.randn(4), "relu_squared: double backward")
 
 
 def test_as_an_activation():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from gptfast import ops
 from gptfast.testing import DTYPES, cases, check_case, dtypes
-from tests.support.op_properties import check_pure, check_repeatable
+from tests.support.op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 CASES = cases("rms_norm") + cases("add_rms_norm")
 
@@ -115,6 +115,21 @@ def test_reference_gradcheck():
     torch.autograd.gradcheck(ops.rms_norm, (x, w))
     torch.autograd.gradcheck(lambda x: ops.rms_norm(x, eps=0.1), (x,))
     torch.autograd.gradcheck(lambda *a: ops.add_rms_norm(*a, dropout_p=0.3, seed=1), (x, r, w))
+
+
+def test_compiles():
+    x, w = torch.randn(6, 16), torch.randn(16)
+    check_compiles(lambda x, w: ops.rms_norm(x, w) * 2, x, w)
+    check_compiles(lambda w: ops.rms_norm(w, w), w)
+    check_compiles(lambda x: ops.rms_norm(x, out_dtype=torch.bfloat16) * 2, x)
+    check_compiles(lambda x, w: sum(ops.add_rms_norm(x, x, w, dropout_p=0.3, seed=2)), x, w)
+    check_compiles(lambda x, w: ops.add_rms_norm(x.half(), x, w, out_dtype=torch.float16)[0], x, w)
+
+
+def test_no_double_backward():
+    w = torch.randn(8)
+    check_no_double_backward(lambda x: ops.rms_norm(x, w), torch.randn(3, 8), "rms_norm: double backward")
+    check_no_double_backward(lambda x: ops.add_rms_norm(x, x)[0], torch.randn(3, 8), "add_rms_norm: double")
 
 
 X, W = torch.zeros(2, 4), torch.ones(4)

@@ -7,7 +7,7 @@ import torch
 
 from gptfast import ops
 from gptfast.testing import cases, check_case, dtypes
-from tests.support.op_properties import bitwise, check_pure, check_repeatable
+from tests.support.op_properties import bitwise, check_compiles, check_pure, check_repeatable
 
 CASES = cases("rotary")
 
@@ -90,6 +90,12 @@ def test_differentiable_twice():
     (dx,) = torch.autograd.grad(ops.rotary(x, cos, sin).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(dx.square().sum(), x)
     torch.testing.assert_close(second, 8 * x.detach(), rtol=1e-5, atol=1e-5)  # a rotation keeps lengths
+
+
+def test_compiles():
+    x, (cos, sin) = torch.randn(2, 3, 4, 10), ops.rotary_tables(5, 6)
+    check_compiles(lambda x: ops.rotary(x, cos, sin) * 2, x)
+    check_compiles(lambda x: ops.rotary(x.mT.mT, cos, sin, positions=PLACES, layout="interleaved") * 2, x)
 
 
 def test_repeatable(threads):

@@ -57,7 +57,35 @@ def cross_entropy(x: Tensor, weight: Tensor) -> list[Tensor]:
     return differentiated((loss,), (x,), torch.ones(len(x)))
 
 
-BY_ROWS = {f.__name__: f for f in (gelu, layer_norm, add_layer_norm, cross_entropy)}
+def rms_norm(x: Tensor, weight: Tensor) -> list[Tensor]:
+    return differentiated((ops.rms_norm(x, weight),), (x,), x.detach())
+
+
+def relu_squared(x: Tensor, weight: Tensor) -> list[Tensor]:
+    return differentiated((ops.relu_squared(x),), (x,), x.detach())
+
+
+def swiglu(x: Tensor, weight: Tensor) -> list[Tensor]:
+    up = (x.detach() * 2).requires_grad_()
+    return differentiated((ops.swiglu(x, up, alpha=1.7, limit=1.0),), (x, up), x.detach())
+
+
+def packed_swiglu(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """A result is half as large, its gradient as large."""
+    both = [torch.cat([x, x], -1).detach().requires_grad_() for _ in range(2)]
+    y = [ops.swiglu(b, layout=layout) for b, layout in zip(both, ("halves", "interleaved"), strict=True)]
+    return differentiated(tuple(y), tuple(both), x.detach())
+
+
+def rotary(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """Eight heads, if they share the row evenly."""
+    heads = x.view(len(x), 1, -1, x.shape[1] // 8 if x.shape[1] % 8 == 0 else x.shape[1]).transpose(1, 2)
+    tables = ops.rotary_tables(1, heads.shape[3] // 32 * 32)
+    return differentiated((ops.rotary(heads, *tables),), (x,), heads.detach())
+
+
+OPS = (gelu, layer_norm, add_layer_norm, rms_norm, relu_squared, swiglu, packed_swiglu, rotary, cross_entropy)
+BY_ROWS = {f.__name__: f for f in OPS}
 
 
 @pytest.mark.parametrize("op", BY_ROWS)
@@ -152,7 +180,7 @@ def test_gelu_of_any_number_of_values(n, isa):
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
-@pytest.mark.parametrize("op", ["gelu", "layer_norm", "dropout", "cross_entropy"])
+@pytest.mark.parametrize("op", ["gelu", "layer_norm", "rms_norm", "relu_squared", "swiglu", "dropout", "cross_entropy"])
 def test_parts_for_threads(op, more, threads):
     """From so many rows on a second thread helps; backward from twice as many chunks on."""
     for parts in (1, 2):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from gptfast import ops
 from gptfast.ops import reference
 from gptfast.testing import cases, check_case, dtypes
-from tests.support.op_properties import check_pure, check_repeatable
+from tests.support.op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 CASES = cases("swiglu")
 GPT_OSS = {"alpha": 1.702, "limit": 7.0}
@@ -128,6 +128,17 @@ def test_fp64_passes_gradcheck():
     for options in ({}, {"alpha": 1.702, "limit": 1.0}):
         torch.autograd.gradcheck(lambda g, u, o=options: ops.swiglu(g, u, **o), (g, u))
         torch.autograd.gradcheck(lambda g, o=options: ops.swiglu(g, layout="interleaved", **o), (g,))
+
+
+def test_compiles():
+    g, u = torch.randn(2, 6, 16)
+    check_compiles(lambda g, u: ops.swiglu(g, u, **GPT_OSS) * 2, g, u)
+    check_compiles(lambda g: ops.swiglu(g, g), g)
+    check_compiles(lambda g: ops.swiglu(g, layout="interleaved") * 2, g)
+
+
+def test_no_double_backward():
+    check_no_double_backward(lambda g: ops.swiglu(g, g), torch.randn(4), "swiglu: double backward")
 
 
 X = torch.zeros(2, 4)

@@ -80,6 +80,8 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     _, mean, rstd = invoke(ops, "layer_norm_fwd", norm)
     norm |= {"mean": mean, "rstd": rstd, "bias_type": 0, "dy": other, "dtotal": rows, "total": rows}
     norm |= {"residual": other, "dropout_p": 0.1, "seed": 1, "offset": 2, "x_type": 0, "residual_type": 0}
+    gates = {"gate": rows, "up": other, "dout": weight.expand(R, C), "interleaved": False, "alpha": 1.7, "shift": 1.0}
+    turns = {"cos": random(V, 3), "sin": random(V, 3).flip(0), "positions": ids(B * T).view(B, T), "interleaved": False}
     loss = {"logits": random(R, V), "targets": ids(R), "ignore_index": -100, "label_smoothing": 0.1}
     loss |= {"dloss": random(R), "lse": invoke(ops, "cross_entropy_fwd", loss)[1]}
     drawing = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "seed": 3, "position": ids(R), "stream": ids(R)}
@@ -111,6 +113,18 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         "layer_norm_bwd": norm,
         "add_layer_norm_fwd": norm,
         "add_layer_norm_bwd": norm,
+        "rms_norm_fwd": norm,
+        "rms_norm_bwd": norm,
+        "add_rms_norm_fwd": norm,
+        "add_rms_norm_bwd": norm,
+        "relu_squared_fwd": {"x": rows},
+        "relu_squared_bwd": {"x": rows, "dout": other},
+        "swiglu_fwd": gates | {"limit": 0.7},
+        "swiglu_bwd": gates | {"limit": 0.7},
+        "swiglu_fwd packed": gates | {"up": None, "limit": math.inf},
+        "swiglu_bwd packed": gates | {"up": None, "limit": math.inf, "dout": other[:, : C // 2], "interleaved": True},
+        "rotary": turns | {"x": q, "inverse": False},
+        "rotary pairs": turns | {"x": q, "inverse": True, "positions": None, "interleaved": True},
         "gelu_fwd": norm | {"tanh": True},
         "gelu_bwd": norm | {"tanh": False, "dout": other},
         "cross_entropy_fwd": loss,

@@ -15,7 +15,19 @@ pytest.importorskip("triton")
 
 
 def row_kernels() -> None:
-    from gptfast.triton import cross_entropy, dequantize_nf4, dropout, embedding, gelu, layer_norm, sample
+    from gptfast.triton import (
+        cross_entropy,
+        dequantize_nf4,
+        dropout,
+        embedding,
+        gelu,
+        layer_norm,
+        relu_squared,
+        rms_norm,
+        rotary,
+        sample,
+        swiglu,
+    )
 
     x, w, f = torch.empty(64, 768).bfloat16(), torch.empty(768).bfloat16(), torch.empty(64)
     ids, lse = torch.zeros(64, dtype=torch.int64), torch.empty(64, 2)
@@ -26,6 +38,15 @@ def row_kernels() -> None:
     layer_norm.layer_norm_bwd(x, x, w, torch.empty(2, 64), f, 0)
     layer_norm.add_layer_norm_fwd(x, x.float(), w, w, 1e-5, 0.1, 1, 2, 1)
     layer_norm.add_layer_norm_bwd(x, x, x, w, torch.empty(2, 64), f, 0, 1, 1, 0.1, 1, 2)
+    rms_norm.rms_norm_fwd(x, w, 1e-5, 1)
+    rms_norm.rms_norm_bwd(x, x, None, f)
+    rms_norm.add_rms_norm_fwd(x, x.float(), w, 1e-5, 0.1, 1, 2, 1)
+    rms_norm.add_rms_norm_bwd(x, x, x, w, f, 1, 1, 0.1, 1, 2)
+    relu_squared.relu_squared_bwd(relu_squared.relu_squared_fwd(x), x)
+    for up, layout in ((x, False), (None, False), (None, True)):
+        swiglu.swiglu_bwd(swiglu.swiglu_fwd(x, up, layout, 1.7, 1.0, 7.0), x, up, layout, 1.7, 1.0, 7.0)
+    for layout in (False, True):
+        rotary.rotary(x.view(1, 4, 16, 768), f.view(16, 4), f.view(16, 4), None, layout, layout)
     dropout.dropout(x, 0.1, 1, 2)
     embedding.embedding_fwd(ids, x, x, None)
     embedding.embedding_bwd(x, ids, ids, x)

@@ -1,0 +1,49 @@
+// Rotary position embedding (Su et al., arXiv 2104.09864), forward and, with the sign of the sine turned, backward.
+//
+//   (a, b) -> (a cos - b sin, b cos + a sin)    for pairs of channels: i and half + i, or 2 i and 2 i + 1
+//
+// Channels past the pairs are copied. All heads of a token share its row of the tables, which stays in L1.
+// Floor: one read and one write of x; the tables are read once for all heads.
+#include "pairs-inl.h"
+
+template <DType T, bool PAIRS>
+INL void rotate(const RotaryParams& p, const float* cos, const float* sin, const char* x, char* y) {
+  const i64 half = p.half;
+  const bool past = p.stream;
+  const F sign = set(p.inverse ? -1.f : 1.f);
+  for_lanes(half, [=](i64 c, i64 n) __attribute__((always_inline)) {
+    const F co = load_lanes(cos + c, n), si = load_lanes(sin + c, n) * sign;
+    Pair v;
+    if constexpr (PAIRS) v = load_pairs<T>(x, c, n);
+    else v = {load_as<T>(x, c, n), load_as<T>(x, half + c, n)};
+    const Pair turned = {fnma(v.second, si, v.first * co), fma(v.first, si, v.second * co)};
+    if constexpr (PAIRS) {
+      store_pairs<T>(past, y, c, turned, n);
+    } else {
+      put_as<T>(past, y, c, turned.first, n);
+      put_as<T>(past, y, half + c, turned.second, n);
+    }
+  });
+  const i64 size = element_size(T);
+  if (p.D > 2 * half) __builtin_memcpy(y + 2 * half * size, x + 2 * half * size, size_t((p.D - 2 * half) * size));
+}
+
+template <DType T, bool PAIRS> static void rotary_tokens(const RotaryParams& p, i64 begin, i64 end) {
+  const i64 size = element_size(T);
+  for (i64 i = begin; i < end; i++) {
+    const i64 b = i / p.T, t = i % p.T, place = p.positions ? p.positions[b * p.position_stride + t] : t;
+    const float *cos = p.cos + place * p.half, *sin = p.sin + place * p.half;
+    const char* x = static_cast<const char*>(p.x.data) + (b * p.x.sb + t * p.x.st) * size;
+    char* y = static_cast<char*>(p.y.data) + (b * p.y.sb + t * p.y.st) * size;
+    for (i64 h = 0; h < p.H; h++) rotate<T, PAIRS>(p, cos, sin, x + h * p.x.sh * size, y + h * p.y.sh * size);
+  }
+}
+static void rotary(const RotaryParams& p, i64 token_begin, i64 token_end) {
+  with_dtype(p.dtype, [&](auto t) {
+    p.interleaved ? rotary_tokens<t.value, true>(p, token_begin, token_end)
+                  : rotary_tokens<t.value, false>(p, token_begin, token_end);
+  });
+  stream_end();
+}
+
+static void fill(Kernels& k) { k.rotary = rotary; }
