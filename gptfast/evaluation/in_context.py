@@ -139,4 +139,5 @@ def wilson(solved: int, items: int) -> list[float]:
     z, share = 1.959964, solved / items
     middle = (share + z * z / (2 * items)) / (1 + z * z / items)
     half = z / (1 + z * z / items) * math.sqrt(share * (1 - share) / items + (z / items) ** 2 / 4)
-    return [max(0.0, middle - half), min(1.0, middle + half)]
+    # It holds the share: where none or all are solved that is an end, which rounding must not put beyond it.
+    return [max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))]

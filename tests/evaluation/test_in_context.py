@@ -214,6 +214,10 @@ def test_tasks(model: Any, tokenizer: Any, name: str):
 def test_interval():
     assert wilson(5, 10) == pytest.approx([0.2366, 0.7634], abs=1e-4)
     assert wilson(0, 10) == pytest.approx([0.0, 0.2775], abs=1e-4) and wilson(10, 10)[1] <= 1.0
+    for items in range(1, 200):
+        for solved in (0, 1, items):
+            low, high = wilson(solved, items)
+            assert 0 <= low <= solved / items <= high <= 1
 
 
 def test_command(model: Any, tokenizer: Any, tmp_path: Path, capsys: Any, monkeypatch: Any):
