@@ -183,6 +183,13 @@ def test_what_is_wrong_is_one_line(folders, run, options, text):
     assert (code, out) == (1, "") and text in err and "Traceback" not in err
 
 
+def test_a_model_without_a_tokenizer(run, tmp_path):
+    """There is nothing that could turn words into its tokens."""
+    gpt(64, block_size=96).save_pretrained(tmp_path)
+    code, out, err = run("--model", tmp_path, lines=["hello"])
+    assert (code, out) == (1, "") and "tokenizer" in err and str(tmp_path) in err and "Traceback" not in err
+
+
 def test_bytes_that_are_no_text(folders, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gptfast", "chat", "--model", str(folders[""])])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))

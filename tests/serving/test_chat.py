@@ -342,6 +342,24 @@ def test_no_tools_are_no_error(url, nothing):
     assert httpx.post(url + "/v1/chat/completions", json={**ASK, **nothing}).status_code == 200
 
 
+def test_two_system_prompts_are_one(url):
+    """As docs/serving.md says: neighbours are joined with an empty line."""
+    two = [{"role": "system", "content": "you are a cat"}, {"role": "developer", "content": "sat on the mat"}, USER]
+    joined = [{"role": "system", "content": "you are a cat\n\nsat on the mat"}, USER]
+    one, other = (httpx.post(url + "/v1/chat/completions", json={**ASK, "messages": m}).json() for m in (two, joined))
+    assert one["choices"] == other["choices"] and one["usage"] == other["usage"]
+
+
+def test_a_context_full_of_history_is_refused_and_says_what_to_do(url):
+    """The server leaves nothing out by itself: the client has the conversation."""
+    history = [{"role": role, "content": "the cat sat"} for _ in range(30) for role in ("user", "assistant")]
+    answer = httpx.post(url + "/v1/chat/completions", json={**ASK, "messages": [*history, USER]})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
+    assert "the context of this model is 96 tokens; the conversation has" in error["message"]
+    assert "shorten the conversation" in error["message"]
+
+
 def test_the_client_raises_what_the_error_says(url):
     with client_of(url) as client:
         with pytest.raises(openai.BadRequestError) as error:

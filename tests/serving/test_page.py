@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 
@@ -157,6 +158,35 @@ def test_bounds_of_questions(url):
         assert httpx.post(url + path, json={**ask, **more}).status_code == 400
     full = {**ask, "prompt": [], "continuation": "x"}
     assert httpx.post(url + "/next_tokens", json=full).status_code == 400
+
+
+def test_five_hundred_tabs_at_once(url, tokenizer):
+    """Each gets the page, and the answer to its own question or the word that the server is busy; none that of another."""
+    texts = ["the cat", "the dog sat", "a bird", "on the log while"]
+    asked = [{"model": "cat", "prompt": text, "top": 3} for text in texts]
+    wanted = [httpx.post(url + "/next_tokens", json=body).json() for body in asked]
+    assert len({str(one["tokens"]) for one in wanted}) == len(texts)
+
+    async def tab(client, n):
+        page = await client.get(url)
+        return page.status_code, await client.post(url + "/next_tokens", json=asked[n % len(asked)])
+
+    async def tabs():
+        limits = httpx.Limits(max_connections=500, max_keepalive_connections=500)
+        async with httpx.AsyncClient(limits=limits, timeout=60) as client:
+            return await asyncio.gather(*(tab(client, n) for n in range(500)))
+
+    found = asyncio.run(tabs())
+    assert {status for status, _ in found} == {200}
+    served = 0
+    for n, (_, answer) in enumerate(found):
+        if answer.status_code == 200:
+            served += 1
+            assert answer.json() == wanted[n % len(wanted)]
+        else:
+            assert answer.status_code == 429 and "too many requests" in answer.json()["error"]["message"]
+    assert served >= 64
+    assert httpx.post(url + "/next_tokens", json=asked[0]).json() == wanted[0]
 
 
 # ---- a browser ----
