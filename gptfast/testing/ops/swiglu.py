@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptfast.testing.case import Case, Inputs, Spec, pointwise, randn, rows
 
-GPT_OSS = {"alpha": 1.702, "limit": 7.0}
+GPT_OSS: dict[str, Any] = {"alpha": 1.702, "limit": 7.0}
 
 
 def make(c: Case, dtype: torch.dtype, g: torch.Generator) -> Inputs:
@@ -28,7 +28,7 @@ def packed(N: int, C: int, memory: str = "contiguous", bench: bool = False, **op
 def peer(gate: Tensor, up: Tensor | None, alpha: float | None = None, limit: float | None = None, **o: Any) -> Tensor:
     if up is None:
         gate, up = gate[..., ::2], gate[..., 1::2]
-    if alpha is None:
+    if alpha is None or limit is None:
         return F.silu(gate) * up
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (up + 1) * (gate * torch.sigmoid(alpha * gate))
