@@ -15,6 +15,7 @@ from gptfast._json import NULL, expect, field
 from gptfast._snapshots import EVERYTHING
 from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.adapter_files import check_finite
+from gptfast.checkpoints.families import FAMILIES
 from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.finetuning.examples import DELIMITERS
 from gptfast.finetuning.special_tokens import PAD, USUAL
@@ -79,7 +80,7 @@ def _settings(model: TaskModel) -> dict[str, Any]:
     names = model.labels or ["LABEL_0"]  # transformers counts a head's outputs by its labels
     own = own_settings(model)
     settings = {
-        "architectures": [_CLASSES[hf_layout.model_type(config)][choice]],
+        "architectures": [_class_of(hf_layout.model_type(config), choice)],
         "id2label": {str(n): name for n, name in enumerate(names)},
         "label2id": {name: n for n, name in enumerate(names)},
         "pad_token_id": model.special_tokens.get(PAD),
@@ -88,6 +89,14 @@ def _settings(model: TaskModel) -> dict[str, Any]:
     if choice:
         return {**settings, **_SUMMARY, "summary_first_dropout": config.resid_pdrop}
     return {**settings, "problem_type": "single_label_classification" if model.labels else "regression"}
+
+
+def _class_of(kind: str, choice: bool) -> str:
+    """transformers' class for a task of an architecture; ours where it has none."""
+    if kind in _CLASSES:
+        return _CLASSES[kind][choice]
+    found = FAMILIES[kind].architecture.replace("ForCausalLM", "ForSequenceClassification")
+    return "TaskModel" if choice or kind == "nanochat" else found
 
 
 def own_settings(model: TaskModel) -> dict[str, Any]:

@@ -55,6 +55,21 @@ def test_transformers_loads_what_was_saved(tmp_path, task, kind):
     assert not again.training
 
 
+@pytest.mark.parametrize("task", ["classification", "choice"])
+def test_a_llama_with_a_head(tmp_path, task):
+    llama = {"norm": "rms_norm", "position_embedding": "rotary", "activation": "swiglu", "bias": False}
+    model = task_model(task, "bpe", **llama, n_kv_head=1)
+    model.save_pretrained(tmp_path)
+    batch = model.batch(EXAMPLES[task])
+    logits = model(**batch).logits.detach()
+    assert torch.equal(TaskModel.from_pretrained(tmp_path)(**batch).logits, logits)
+    if task == "choice":
+        return
+    peer, info = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"], info
+    torch.testing.assert_close(logits, hf_logits(model, peer.eval(), batch["ids"]), atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_transformers_saved_is_loaded(tmp_path, kind):
     names = {"id2label": {0: "bad", 1: "fine", 2: "good"}, "label2id": {"bad": 0, "fine": 1, "good": 2}}
