@@ -145,8 +145,8 @@ class Encoder:
         room = limit - self._overhead(len(texts))
         if room < len(texts):
             raise ValueError(
-                f"TaskModel: block_size is {limit}, of which the delimiters of {self.task} leave {max(room, 0)}; expected "
-                "at least one position for each text"
+                f"TaskModel: a row has {limit} positions (block_size less virtual tokens), of which the delimiters of {self.task} "
+                f"leave {max(room, 0)}; expected at least one for each text"
             )
         row = list(self.tokens.get(BOS, []))
         for n, ids in enumerate(fitted(texts, room)):

@@ -252,7 +252,10 @@ def test_a_soft_prompt_has_room_and_no_new_tokens(tmp_path, capsys):
     said = failure(capsys, tmp_path, "--method", "prompt", "--num-virtual-tokens", "32")
     assert "num-virtual-tokens is 32 and the model's block_size 32, which leaves no room for tokens" in said
     said = failure(capsys, tmp_path, "--method", "prompt", "--num-virtual-tokens", "30")
-    assert "block_size is 2, of which the delimiters of classification leave 0" in said
+    assert (
+        "a row has 2 positions (block_size less virtual tokens), of which the delimiters of classification leave 0"
+        in said
+    )
     chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 8
     more = ("--data", write(tmp_path / "chat.jsonl", chat), "--num-virtual-tokens", "4")
     said = failure(capsys, tmp_path, "--method", "prompt", *more, task="chat")
