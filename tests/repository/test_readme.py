@@ -52,11 +52,12 @@ def test_support_matrix():
             assert works == cell, (row[0], name)
 
 
-def test_the_python_runs(tmp_path, capsys):
+def test_the_python_runs(tmp_path, capsys, monkeypatch):
     """All blocks, one after another; the loss is what transformers computes from the same weights and text."""
     transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace: dict[str, Any] = {}
     for n, code in enumerate(blocks):
         exec(compile(code, f"README.md, block {n}", "exec"), namespace)
@@ -107,9 +108,9 @@ def test_the_commands_exist():
     from gptfast.cli import app
 
     known = {command.callback.__name__ for command in app.registered_commands}
-    assert {m for m in re.findall(r"^    gptfast (\w+)", TEXT, re.M)} <= known
+    assert {m for m in re.findall(r"^gptfast (\w+)", TEXT, re.M)} <= known
     targets = re.findall(r"^([a-z-]+):.*##", (README.parent / "Makefile").read_text(), re.M)
-    assert {m for m in re.findall(r"(?:^    |`)make ([a-z-]+)", TEXT, re.M)} <= set(targets)
+    assert {m for m in re.findall(r"(?:^ *|`)make ([a-z-]+)", TEXT, re.M)} <= set(targets)
 
 
 @pytest.mark.parametrize("word", ["<!--", "TODO"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ import typer
 
 from scripts import decoding_pictures, site_pages
 from tests.support import ROOT
-from tests.support.train_command import SMALL, _argv, _threads, gptfast  # noqa: F401
+from tests.support.pages import ELSEWHERE, Reader, blocks, commands_outside_of_blocks, lines_of, make_models, prepare
+from tests.support.train_command import _argv, _threads  # noqa: F401
 
 DOCS = ROOT / "docs"
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="not run from the source tree")
 PAGES = sorted(DOCS.rglob("*.md"))
-HERE = ["start", "training", "generation", "from-nanogpt", "from-transformers", "from-llama-cpp", "kernels", "reproducibility"]  # fmt: skip
-ELSEWHERE = {  # the tests that run the Python of other pages
+PYTHON_ELSEWHERE = {  # the tests that run the Python of these pages
     "adapters": "tests/finetuning/test_adapter_files.py",
     "coming-from": "tests/repository/test_readme.py",
     "drop-in": "tests/integrations/test_pages_and_examples.py",
@@ -27,14 +27,7 @@ ELSEWHERE = {  # the tests that run the Python of other pages
     "finetuning": "tests/finetuning/test_page.py",
     "serving": "tests/serving/test_chat.py",
 }
-TEXT = "ROMEO: what light through yonder window breaks?\nIt is the east, and Juliet is the sun. " * 80
-SHORT = [*SMALL, "--block-size", "128", "--max-steps", "4", "--eval-every", "2", "--eval-batches", "2"]
-
-
-def blocks(page: Path) -> list[tuple[str, str, str]]:
-    """(language, text, reason not to run it) of the fenced blocks."""
-    pattern = r"(?:<!-- not run: (.*?) -->\n)?^```(\w*)\n(.*?)^```"
-    return [(m[1], m[2], m[0]) for m in re.findall(pattern, page.read_text(encoding="utf-8"), re.M | re.S)]
+READ = [ROOT / "README.md", *(page for page in PAGES if blocks(page))]
 
 
 def test_the_navigation_has_every_page():
@@ -66,14 +59,16 @@ def test_the_reference_has_every_public_name():
 
 
 def test_every_block_is_run_or_says_why_not():
-    """Python and console blocks of a page are run here, or by the test that is named, or carry a reason."""
-    for page in PAGES:
-        shown = [language for language, _, reason in blocks(page) if language in ("python", "console") and not reason]
-        if shown and page.stem not in HERE:
-            assert page.stem in ELSEWHERE, f"{page.name} has blocks that nothing runs"
-            tests = ROOT / ELSEWHERE[page.stem]
-            texts = [file.read_text(encoding="utf-8") for file in (tests.rglob("*.py") if tests.is_dir() else [tests])]
-            assert any(page.name in text for text in texts)
+    """Commands stand in fenced blocks; those that are run by another test are known, and so is the Python of some pages."""
+    for page in READ:
+        assert commands_outside_of_blocks(page) == [], f"{page.name} has commands that nothing runs"
+        for block in blocks(page):
+            assert block.language in ("python", "console", "bash", "toml", "yaml", "text", ""), page.name
+    for name, tests in PYTHON_ELSEWHERE.items():
+        folder = ROOT / tests
+        texts = [file.read_text(encoding="utf-8") for file in (folder.rglob("*.py") if folder.is_dir() else [folder])]
+        assert any(f"{name}.md" in text for text in texts)
+    assert [name for name, tests in ELSEWHERE.items() if tests and not (ROOT / tests).exists()] == []
 
 
 def test_commands_and_their_options_exist():
@@ -88,7 +83,8 @@ def test_commands_and_their_options_exist():
     count = 0
     for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        fenced = re.findall(r"^gptfast (.*)$", "\n".join(code for _, code, _ in blocks(page)), re.M)
+        consoles = [lines_of(block.text) for block in blocks(page) if block.language == "console"]
+        fenced = [line[8:] for lines in consoles for line in lines if line.startswith("gptfast ")]
         indented = re.findall(r"^ {4,}gptfast ([a-z]+ -.*)$", text, re.M)
         for line in [*fenced, *indented, *re.findall(r"`gptfast ([^`]*)`", text)]:
             words = re.split(r"[\s|]+", line.split("  #")[0])
@@ -102,36 +98,27 @@ def test_commands_and_their_options_exist():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text, in which the pages run one after another."""
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "text.txt").write_text(TEXT)
-    return folder
-
-
-def run_command(line: str) -> int:
-    """A command of a page, on a small text and with a small model."""
-    words = ["text.txt" if word in ("shakespeare", "plays.txt") else word for word in shlex.split(line)]
-    assert words[0] == "gptfast", line
-    again = ["--overwrite", *SHORT] if words[1] == "train" else []
-    return gptfast(*words[1:], *again)
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """A reader in a folder with data and models, in which the pages are read one after another."""
+    folder, patch = tmp_path_factory.mktemp("site"), pytest.MonkeyPatch()
+    patch.chdir(folder)
+    patch.setenv("PYTHONPATH", str(ROOT))
+    prepare(folder)
+    make_models(folder)
+    reader = Reader()
+    yield reader
+    reader.close()
+    patch.undo()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", HERE)
-def test_the_page_runs(name: str, place: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(place)
-    if name != "start" and not (place / "runs/bard").exists():
-        assert run_command("gptfast train --data shakespeare --out runs/bard") == 0
-    names: dict[str, Any] = {}
-    shown = [(language, text) for language, text, reason in blocks(DOCS / f"{name}.md") if not reason]
-    assert shown
-    for n, (language, text) in enumerate(shown):
-        if language == "python":
-            exec(compile(text, f"{name}.md, block {n}", "exec"), names)
-        else:
-            assert language == "console", f"{name}.md, block {n} is {language or 'of no language'}"
-            assert [run_command(line) for line in text.splitlines()] == [0] * len(text.splitlines())
+@pytest.mark.parametrize("page", READ, ids=lambda page: page.stem)
+def test_the_page_runs(page: Path, reader: Reader):
+    python = page.stem not in PYTHON_ELSEWHERE and page.stem != "README"  # tests/repository/test_readme.py runs that
+    try:
+        reader.read(page, python)
+    finally:
+        reader.close()
 
 
 @pytest.mark.slow
