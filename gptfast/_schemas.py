@@ -20,10 +20,12 @@ from torch import Tensor
 KERNELS: dict[str, tuple[str, ...]] = {
     "causal_attention": (
         "causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? seq_lens, Tensor? cu_seqlens, bool causal, "
-        "float scale, float dropout_p, SymInt seed, SymInt offset, int window) -> (Tensor out, Tensor statistics)",
+        "float scale, float dropout_p, SymInt seed, SymInt offset, int window, Tensor? left_pad=None, Tensor? sinks=None, "
+        "float softcap=0.0) -> (Tensor out, Tensor statistics)",
         "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor statistics, Tensor? seq_lens, "
-        "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, SymInt seed, SymInt offset, int window) "
-        "-> (Tensor dq, Tensor dk, Tensor dv)",
+        "Tensor? cu_seqlens, bool causal, float scale, float dropout_p, SymInt seed, SymInt offset, int window, "
+        "Tensor? left_pad=None, Tensor? sinks=None, float softcap=0.0) "
+        "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     ),
     "cross_entropy": (
         "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, float label_smoothing) "

@@ -28,22 +28,20 @@ Tensor new_heads(const Tensor& like, MutHeads* view) {
   return torch::stable::transpose(x, 1, 2);
 }
 
-struct Lengths {  // int32 or int64 -> int64, checked: seq_lens 0 to limit; cu_seqlens (`rising`) from 0 to limit
+struct Lengths {  // int32 or int64 -> int64, checked: 0 to limit, one a row; cu_seqlens (`rising`) from 0 to limit
   std::vector<i64> values;
   // count: how many there must be; -1: at least one
-  Lengths(const OptTensor& t, i64 count, i64 limit, bool rising) {
+  Lengths(const char* name, const OptTensor& t, i64 count, i64 limit, bool rising = false) {
     if (!t) return;
-    GPTFAST_CHECK(on_cpu(*t) && t->dim() == 1 && (count < 0 ? t->numel() >= 1 : t->numel() == count), kOp, ": ",
-                  rising ? "cu_seqlens must be a vector of offsets" : "seq_lens must be a vector of one entry a row",
-                  " on the CPU");
+    GPTFAST_CHECK(on_cpu(*t) && t->dim() == 1 && (count < 0 ? t->numel() >= 1 : t->numel() == count), kOp, ": ", name,
+                  rising ? " must be a vector of offsets" : " must be a vector of one entry a row", " on the CPU");
     const Tensor c = torch::stable::contiguous(*t);
     const bool wide = c.scalar_type() == ScalarType::Long;
     GPTFAST_CHECK(wide || c.scalar_type() == ScalarType::Int, kOp, ": lengths must be int32 or int64");
     for (i64 n = 0; n < c.numel(); n++) {
       const i64 x = wide ? static_cast<const int64_t*>(c.const_data_ptr())[n]
                          : static_cast<const int32_t*>(c.const_data_ptr())[n];
-      GPTFAST_CHECK(x >= 0 && x <= limit, kOp, ": ", rising ? "cu_seqlens" : "seq_lens", "[", n, "] is ", x,
-                    "; expected 0 to ", limit);
+      GPTFAST_CHECK(x >= 0 && x <= limit, kOp, ": ", name, "[", n, "] is ", x, "; expected 0 to ", limit);
       GPTFAST_CHECK(!rising || values.empty() || x >= values.back(), kOp, ": cu_seqlens[", n, "] is ", x,
                     ", less than the entry before it; expected rising offsets");
       values.push_back(x);
@@ -58,10 +56,19 @@ struct Options {
   bool causal;
   double scale, dropout_p;
   i64 seed, offset, window;
+  double softcap;
+};
+// Who sees whom, by row or by document.
+struct Bounds {
+  Lengths left_pad, seq_lens, cu_seqlens;
+  Bounds(const Tensor& q, const Tensor& k, const OptTensor& left, const OptTensor& lens, const OptTensor& cu)
+      : left_pad("left_pad", left, q.size(0), k.size(2)), seq_lens("seq_lens", lens, q.size(0), k.size(2)),
+        cu_seqlens("cu_seqlens", cu, -1, q.size(2), true) {}
 };
 
-cpu::AttentionParams params_of(const Tensor& q, const Tensor& k, const Options& o, const Lengths& seq_lens,
-                               const Lengths& cu_seqlens) {
+// sinks_owner keeps the sinks alive.
+cpu::AttentionParams params_of(const Tensor& q, const Tensor& k, const Options& o, const Bounds& bounds,
+                               const OptTensor& sinks, Tensor* sinks_owner) {
   cpu::AttentionParams p{};
   p.B = q.size(0), p.H = q.size(1), p.T = q.size(2), p.D = q.size(3), p.S = k.size(2);
   p.group = heads_per_key_head(kOp, p.H, k.size(1));
@@ -69,21 +76,28 @@ cpu::AttentionParams params_of(const Tensor& q, const Tensor& k, const Options& 
   GPTFAST_CHECK(o.window >= 0, kOp, ": window is ", o.window, "; expected 0 or more");
   p.causal = o.causal, p.scale = float(o.scale), p.window = std::min(o.window, p.T + p.S);
   p.dropout = dropout_of_matrices(o.dropout_p, o.seed, o.offset);
-  p.seq_lens = seq_lens.data(), p.cu_seqlens = cu_seqlens.data();
-  p.documents = i64(cu_seqlens.values.size()) - 1;
+  p.left_pad = bounds.left_pad.data(), p.seq_lens = bounds.seq_lens.data();
+  p.cu_seqlens = bounds.cu_seqlens.data(), p.documents = i64(bounds.cu_seqlens.values.size()) - 1;
   GPTFAST_CHECK(p.D >= 1 && p.D <= 256 && o.scale >= 0 && std::isfinite(p.scale), kOp,
                 ": head_dim must be 1 to 256 and the scale finite, >= 0");
-  GPTFAST_CHECK(cu_seqlens.values.empty() || (p.B == 1 && p.T == p.S), kOp, ": cu_seqlens needs B = 1 and T = S");
+  p.softcap = float(o.softcap);
+  GPTFAST_CHECK(o.softcap >= 0 && std::isfinite(p.softcap) && (p.softcap > 0.f || o.softcap == 0.), kOp,
+                ": softcap is ", o.softcap, "; expected 0 or a number above it that float32 holds");
+  if (sinks) p.sinks = floats_of(kOp, "sinks", *sinks, p.H, sinks_owner);
+  GPTFAST_CHECK(bounds.cu_seqlens.values.empty() || (p.B == 1 && p.T == p.S), kOp,
+                ": cu_seqlens needs B = 1 and T = S");
   return p;
 }
 
 std::tuple<Tensor, Tensor> causal_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 const OptTensor& seq_lens, const OptTensor& cu_seqlens, bool causal,
-                                                double scale, double dropout_p, i64 seed, i64 offset, i64 window) {
+                                                double scale, double dropout_p, i64 seed, i64 offset, i64 window,
+                                                const OptTensor& left_pad, const OptTensor& sinks, double softcap) {
   check_heads("q", q), check_heads("k", k);
-  const Lengths lens(seq_lens, q.size(0), k.size(2), false), cu(cu_seqlens, -1, q.size(2), true);
-  cpu::AttentionParams p = params_of(q, k, {causal, scale, dropout_p, seed, offset, window}, lens, cu);
-  Tensor q_owner, k_owner, v_owner;
+  const Bounds bounds(q, k, left_pad, seq_lens, cu_seqlens);
+  Tensor q_owner, k_owner, v_owner, sinks_owner;
+  cpu::AttentionParams p =
+      params_of(q, k, {causal, scale, dropout_p, seed, offset, window, softcap}, bounds, sinks, &sinks_owner);
   p.q = heads_of("q", q, p.H, p.T, q, &q_owner);
   p.k = heads_of("k", k, k.size(1), p.S, q, &k_owner), p.v = heads_of("v", v, k.size(1), p.S, q, &v_owner);
   Tensor out = new_heads(q, &p.y), statistics = new_tensor({2, p.B, p.H, p.T}, ScalarType::Float);
@@ -108,15 +122,15 @@ i64 backward_slices(i64 heads, i64 rows) {
   return most <= 1 ? 1 : wanted < most ? wanted : most;
 }
 
-std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k,
-                                                        const Tensor& v, const Tensor& out, const Tensor& statistics,
-                                                        const OptTensor& seq_lens, const OptTensor& cu_seqlens,
-                                                        bool causal, double scale, double dropout_p, i64 seed,
-                                                        i64 offset, i64 window) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> causal_attention_bwd(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& statistics,
+    const OptTensor& seq_lens, const OptTensor& cu_seqlens, bool causal, double scale, double dropout_p, i64 seed,
+    i64 offset, i64 window, const OptTensor& left_pad, const OptTensor& sinks, double softcap) {
   check_heads("q", q), check_heads("k", k);
-  const Lengths lens(seq_lens, q.size(0), k.size(2), false), cu(cu_seqlens, -1, q.size(2), true);
-  cpu::AttentionParams p = params_of(q, k, {causal, scale, dropout_p, seed, offset, window}, lens, cu);
-  Tensor owners[6];
+  const Bounds bounds(q, k, left_pad, seq_lens, cu_seqlens);
+  Tensor owners[7];
+  cpu::AttentionParams p =
+      params_of(q, k, {causal, scale, dropout_p, seed, offset, window, softcap}, bounds, sinks, &owners[6]);
   p.q = heads_of("q", q, p.H, p.T, q, &owners[0]);
   p.k = heads_of("k", k, k.size(1), p.S, q, &owners[1]), p.v = heads_of("v", v, k.size(1), p.S, q, &owners[2]);
   p.out = heads_of("out", out, p.H, p.T, q, &owners[3]), p.dout = heads_of("dout", dout, p.H, p.T, q, &owners[4]);
@@ -130,11 +144,14 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout, cons
     partial = new_tensor({heads, slices, 2, p.S, (p.D + 15) / 16 * 16}, ScalarType::Float);
     p.partial = static_cast<float*>(partial.mutable_data_ptr());
   }
+  const i64 blocks = (p.T * p.group + cpu::kAttentionBlock - 1) / cpu::kAttentionBlock;
+  Tensor dsinks = new_tensor({sinks ? p.B * blocks : 0, sinks ? p.H : 0}, ScalarType::Float);
+  if (sinks) p.dsinks = static_cast<float*>(dsinks.mutable_data_ptr());
   parallel_items(heads * slices, [&](i64 item) {
     cpu::kernels().causal_attention_bwd(p, item / slices, slices - 1 - item % slices, slices);
   });
   if (slices > 1) parallel_items(heads, [&](i64 bh) { cpu::kernels().causal_attention_bwd_sum(p, bh, slices); });
-  return {dq, dk, dv};
+  return {dq, dk, dv, sum_chunks(kOp, dsinks, ScalarType::Float)};
 }
 
 }  // namespace

@@ -38,10 +38,11 @@ Lengths lengths_of(const char* name, const OptTensor& t, const Tensor& q, Tensor
 // What forward and backward share, and the tensors that must outlive the launch.
 struct Call {
   AttentionParams p{};
-  Tensor owners[7];
+  Tensor owners[9];
 
   Call(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& seq_lens, const OptTensor& cu_seqlens,
-       bool causal, double scale, double dropout_p, i64 seed, i64 offset, i64 window) {
+       bool causal, double scale, double dropout_p, i64 seed, i64 offset, i64 window, const OptTensor& left_pad,
+       const OptTensor& sinks, double softcap) {
     GPTFAST_CHECK(defined(q).dim() == 4 && defined(k).dim() == 4, kOp, ": expected (B, H, T, D)");
     const i64 B = q.size(0), H = q.size(1), K = k.size(1), T = q.size(2), S = k.size(2), D = q.size(3);
     const i64 most = i64(1) << 29;
@@ -51,6 +52,9 @@ struct Call {
                   ": head_dim must be 1 to 256 and the scale finite, >= 0");
     GPTFAST_CHECK(window >= 0, kOp, ": window is ", window, "; expected 0 or more");
     GPTFAST_CHECK(!seq_lens || seq_lens->numel() == B, kOp, ": seq_lens must have one entry a row");
+    GPTFAST_CHECK(!left_pad || left_pad->numel() == B, kOp, ": left_pad must have one entry a row");
+    GPTFAST_CHECK(softcap >= 0 && std::isfinite(float(softcap)) && (float(softcap) > 0 || softcap == 0), kOp,
+                  ": softcap is ", softcap, "; expected 0 or a number above it that float32 holds");
     GPTFAST_CHECK(!cu_seqlens || (B == 1 && T == S && cu_seqlens->numel() >= 1), kOp,
                   ": cu_seqlens needs B = 1 and T = S");
     p.group = int(heads_per_key_head(kOp, H, K));
@@ -61,6 +65,15 @@ struct Call {
     p.k = heads_of("k", k, K, S, q, &owners[1]), p.v = heads_of("v", v, K, S, q, &owners[2]);
     p.seq_lens = lengths_of("seq_lens", seq_lens, q, &owners[3]);
     p.cu_seqlens = lengths_of("cu_seqlens", cu_seqlens, q, &owners[4]);
+    p.left_pad = lengths_of("left_pad", left_pad, q, &owners[7]);
+    p.softcap = float(softcap);
+    if (sinks) {
+      check_device(kOp, "sinks", *sinks, q);
+      GPTFAST_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->numel() == H, kOp, ": sinks must be ", H,
+                    " float32 values");
+      owners[8] = contiguous(kOp, *sinks);
+      p.sinks = floats(owners[8]);
+    }
     p.documents = cu_seqlens ? int(cu_seqlens->numel()) - 1 : 0;
   }
 };
@@ -71,8 +84,9 @@ void set_statistics(AttentionParams& p, const Tensor& statistics) {
 
 std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& seq_lens,
                                const OptTensor& cu_seqlens, bool causal, double scale, double dropout_p, i64 seed,
-                               i64 offset, i64 window) {
-  Call call(q, k, v, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window);
+                               i64 offset, i64 window, const OptTensor& left_pad, const OptTensor& sinks,
+                               double softcap) {
+  Call call(q, k, v, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window, left_pad, sinks, softcap);
   AttentionParams& p = call.p;
   const Launch on(q);
   Tensor out = new_heads(q, &p.y), statistics = new_tensor(kOp, q, {2, p.B, p.H, p.T}, ScalarType::Float);
@@ -83,11 +97,12 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v
   return {out, statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                                       const Tensor& out, const Tensor& statistics, const OptTensor& seq_lens,
-                                       const OptTensor& cu_seqlens, bool causal, double scale, double dropout_p,
-                                       i64 seed, i64 offset, i64 window) {
-  Call call(q, k, v, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window);
+std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                               const Tensor& out, const Tensor& statistics, const OptTensor& seq_lens,
+                                               const OptTensor& cu_seqlens, bool causal, double scale, double dropout_p,
+                                               i64 seed, i64 offset, i64 window, const OptTensor& left_pad,
+                                               const OptTensor& sinks, double softcap) {
+  Call call(q, k, v, seq_lens, cu_seqlens, causal, scale, dropout_p, seed, offset, window, left_pad, sinks, softcap);
   AttentionParams& p = call.p;
   p.out = heads_of("out", out, p.H, p.T, q, &call.owners[5]);
   p.dout = heads_of("dout", dout, p.H, p.T, q, &call.owners[6]);
@@ -107,8 +122,10 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& q, cons
     p.out = {p.y.data, p.y.sb, p.y.sh, p.y.st};
   }
   Tensor dq = new_heads(q, &p.dq), dk = new_heads(k, &p.dk), dv = new_heads(k, &p.dv);
+  Tensor dsinks = new_tensor(kOp, q, {sinks ? p.H : 0}, ScalarType::Float);
+  if (sinks) p.dsinks = floats(dsinks);
   check(kOp, causal_attention_bwd(p, on.stream));
-  return {dq, dk, dv};
+  return {dq, dk, dv, dsinks};
 }
 
 }  // namespace

@@ -44,6 +44,7 @@ static void visible_keys(Visible& s, const AttentionParams& p, i64 b, i64 key_he
     if (p.causal && hi > last + 1) hi = last + 1;
     if (p.window && lo < last - p.window + 1) lo = last - p.window + 1;
     if (p.seq_lens && hi > p.seq_lens[b]) hi = p.seq_lens[b];
+    if (p.left_pad && lo < p.left_pad[b]) lo = p.left_pad[b];
     if (p.cu_seqlens) {
       while (document < p.documents && p.cu_seqlens[document + 1] <= i) document++;
       if (document == p.documents || i < p.cu_seqlens[0]) hi = 0;
@@ -95,6 +96,34 @@ INL int tile_groups(const Visible& s, i64 j0, i64 keys, Group* groups, bool* edg
 INL M is_visible(const Visible& s, int v, i64 j) {
   const I key = iset(uint32_t(j));
   return both(igt(iload(s.hi + v * L), key), igt(iadd(key, iset(1)), iload(s.lo + v * L)));
+}
+
+// ---- scores ---------------------------------------------------------------------------------------------------------
+// With a soft cap the scores of the kernels are tanh(inner q k^T), in units of the cap: what scale is to others, the cap is
+// to them.
+
+INL float scale_of(const AttentionParams& p) { return p.softcap > 0.f ? p.softcap : p.scale; }
+
+// Relative error below 2e-7: an odd polynomial (Cephes, tanhf) near 0, beyond 1 - 2 / (e^2|x| + 1).
+INL F tanh(F x) {
+  const F s = x * x, a = abs(x);
+  F p = set(-5.70498872745e-3f);
+  p = fma(p, s, set(2.06390887954e-2f));
+  p = fma(p, s, set(-5.37397155531e-2f));
+  p = fma(p, s, set(1.33314422036e-1f));
+  p = fma(p, s, set(-3.33332819422e-1f));
+  const F far = set(1.f) - set(2.f) / (exp2<6>(a * set(2.f * kLog2e)) + set(1.f));
+  return select(lt(a, set(0.625f)), fma(p * s, x, x), copysign(far, x));
+}
+// Products of a tile -> scores.
+static void cap_scores(float* s, const Group* groups, int n, float inner) {
+  const F factor = set(inner);
+  for (int g = 0; g < n; g++)
+    for (i64 j = groups[g].begin; j < groups[g].end; j++)
+      for (int v = groups[g].va; v < groups[g].vb; v++) {
+        float* x = s + j * kQueries + v * L;
+        store(x, tanh(load(x) * factor));
+      }
 }
 
 // ---- words and packing ----------------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@
 //   dv[j] += sum_i P'[i][j] dout[i]         dS^T = P^T (keep dP^T / (1 - p) - delta)      P' = dropped P
 //   dk[j] += sum_i dS[i][j] q[i]            dq^T[d][i] += sum_j k[j][d] dS^T[j][i]
 //
+// With a soft cap S^T = tanh(inner k q^T), c that of the cap, and dS^T has the factor 1 - S^T^2. The sink of a head has the
+// weight p_i = exp2(sink log2(e) - c shift - level) in row i and the value 0: dsink = -sum_i p_i delta_i.
+//
 // Floor: 10 T S D flops a query head, half of them under a causal mask; k and v are read, dk and dv written once a group.
 //
 // dk[j] and dv[j] are summed in fp32: blocks of 64 rows in their order; within a block, rows in their order. With a group
@@ -80,7 +83,7 @@ template <bool PAIR> struct AttentionBackward {
 
   AttentionBackward(const AttentionParams& params, i64 bh, i64 slice, i64 slices)
       : p(params), b(bh / key_heads(p)), h(bh % key_heads(p)), D(p.D), words(words_of<PAIR>(D)), stride(round_up(D, L)),
-        dropout(dropout_key(p, b)), scale(set(p.scale * kLog2e)) {
+        dropout(dropout_key(p, b)), scale(set(scale_of(p) * kLog2e)) {
     carve({nullptr});
     carve({static_cast<char*>(scratch(bytes))});
     if (p.partial) {
@@ -131,8 +134,20 @@ template <bool PAIR> struct AttentionBackward {
     }
   }
 
+  // What the rows of the block add to the gradients of their sinks.
+  void sink_gradients(i64 r0, i64 queries) {
+    const i64 blocks = (p.T * p.group + kQueries - 1) / kQueries;
+    float* to = p.dsinks + (b * blocks + r0 / kQueries) * p.H;
+    for (i64 member = 0; member < p.group; member++) to[h * p.group + member] = 0.f;
+    for (i64 i = 0; i < queries; i++) {
+      const i64 head = visible.head[i];
+      const float level = p.sinks[head] * kLog2e - shift[i] * scale_of(p) * kLog2e;
+      if (minus_level[i] != __builtin_inff()) to[head] -= __builtin_exp2f(level + minus_level[i]) * delta[i];
+    }
+  }
+
   // s, dp -> P' and dS of one vector of queries over one group of keys.
-  template <bool DROP, bool EDGE> void slopes(int v, i64 j0, const Group* groups, int n) {
+  template <bool DROP, bool EDGE, bool CAP> void slopes(int v, i64 j0, const Group* groups, int n) {
     float *sv = s + v * L, *dpv = dp + v * L;
     const F top = load(shift + v * L), bottom = load(minus_level + v * L), center = load(delta + v * L);
     const F kept = set(dropout.scale);
@@ -141,8 +156,9 @@ template <bool PAIR> struct AttentionBackward {
     for (int g = 0; g < n; g++) {
       if (v < groups[g].va || v >= groups[g].vb) continue;
       for (i64 j = groups[g].begin; j < groups[g].end; j += 2) {
-        F x = exp2<PAIR ? 4 : 6>(fma(load(sv + j * kQueries) - top, scale, bottom));
-        F y = exp2<PAIR ? 4 : 6>(fma(load(sv + (j + 1) * kQueries) - top, scale, bottom));
+        const F sx = load(sv + j * kQueries), sy = load(sv + (j + 1) * kQueries);
+        F x = exp2<PAIR ? 4 : 6>(fma(sx - top, scale, bottom));
+        F y = exp2<PAIR ? 4 : 6>(fma(sy - top, scale, bottom));
         F gx = load(dpv + j * kQueries), gy = load(dpv + (j + 1) * kQueries), px = x, py = y;
         if (DROP) {
           if (have_bits != (j0 + j) / 32) {
@@ -158,6 +174,10 @@ template <bool PAIR> struct AttentionBackward {
         }
         x = x * (gx - center);
         y = y * (gy - center);
+        if (CAP) {
+          x = fnma(x * sx, sx, x);
+          y = fnma(y * sy, sy, y);
+        }
         if (EDGE) {
           const M see_x = is_visible(visible, v, j0 + j), see_y = is_visible(visible, v, j0 + j + 1);
           x = keep(see_x, x);
@@ -199,8 +219,13 @@ template <bool PAIR> struct AttentionBackward {
       product<PAIR>({TileOp::set, v + (j0 + g.begin) * words, words, 1, g_t + g.va * L, kQueries, words, dp + at_s,
                      kQueries, count, g.vb - g.va, nullptr});
     }
-    for (int vec = 0; vec < visible.vectors; vec++)
-      edge ? slopes<DROP, true>(vec, j0, groups, n) : slopes<DROP, false>(vec, j0, groups, n);
+    if (p.softcap > 0.f) {
+      cap_scores(s, groups, n, p.scale / p.softcap);
+      for (int vec = 0; vec < visible.vectors; vec++) slopes<DROP, true, true>(vec, j0, groups, n);
+    } else {
+      for (int vec = 0; vec < visible.vectors; vec++)
+        edge ? slopes<DROP, true, false>(vec, j0, groups, n) : slopes<DROP, false, false>(vec, j0, groups, n);
+    }
     const bool finite = !edge || all_finite<PAIR>(dq_rows(j0), D, PAIR ? (keys + 1) / 2 : keys, D);
     for (int t = 0; t < n; t++) accumulate(j0, groups[t], finite);
   }
@@ -228,6 +253,7 @@ template <bool PAIR> struct AttentionBackward {
     pack_lanes(q_rows, q, queries);
     pack_lanes(g_rows, g, queries);
     row_statistics(queries);
+    if (p.dsinks) sink_gradients(r0, queries);
     __builtin_memset(dq, 0, size_t(D * kQueries) * 4);
     for (i64 j0 = visible.first / kKeys * kKeys; j0 < visible.last; j0 += kKeys) key_tile<DROP>(j0);
     for (int v = 0; v < kVectors; v++) store(factor + v * L, set(p.scale));

@@ -41,7 +41,7 @@ template <bool PAIR> struct AttentionForward {
 
   AttentionForward(const AttentionParams& params, i64 bh)
       : p(params), b(bh / key_heads(p)), h(bh % key_heads(p)), D(p.D), words(words_of<PAIR>(D)),
-        dropout(dropout_key(p, b)), scale(set(p.scale * kLog2e)) {
+        dropout(dropout_key(p, b)), scale(set(scale_of(p) * kLog2e)) {
     carve({nullptr});
     carve({static_cast<char*>(scratch(bytes))});
     k = k_direct() ? static_cast<const uint32_t*>(head_row(p.k, p.dtype, b, h, 0)) : k_packed;
@@ -152,6 +152,7 @@ template <bool PAIR> struct AttentionForward {
       product<PAIR>({TileOp::set, k + (j0 + groups[g].begin) * k_stride, k_stride, 1, q + groups[g].va * L, kQueries,
                      words, s + groups[g].begin * kQueries + groups[g].va * L, kQueries,
                      groups[g].end - groups[g].begin, groups[g].vb - groups[g].va, nullptr});
+    if (p.softcap > 0.f) cap_scores(s, groups, n, p.scale / p.softcap);
     for (int v = 0; v < visible.vectors; v++)
       edge ? softmax<DROP, true>(v, j0, groups, n) : softmax<DROP, false>(v, j0, groups, n);
     if (!edge) return accumulate_pv(first ? TileOp::set : TileOp::scale, j0, groups[0]);
@@ -179,17 +180,33 @@ template <bool PAIR> struct AttentionForward {
     finish(queries);
   }
 
+  // The sink of each row joins its sum l, which is then relative to the larger one of the row's maximum and its sink, and
+  // what it adds to level lies in `lift`. Sums of before are to be multiplied by `fade`. A row that saw no key has its
+  // sink alone.
+  void add_sinks(float* lift, float* fade) {
+    for (i64 i = 0; i < kQueries; i++) {
+      const bool blind = l[i] == 0.f;
+      if (blind) m[i] = 0.f;
+      const float sink = p.sinks[visible.head[i]] * kLog2e, beyond = sink - m[i] * scale_of(p) * kLog2e;
+      lift[i] = __builtin_fmaxf(beyond, blind ? kMasked : 0.f);
+      fade[i] = blind ? 0.f : __builtin_exp2f(-lift[i]);
+      l[i] = l[i] * fade[i] + __builtin_exp2f(beyond - lift[i]);
+    }
+  }
   void finish(i64 queries) {  // normalise and write; a query that saw no key gives 0 and level -inf
     const float kept = p.dropout.threshold ? dropout.scale : 1.f;
+    float *lift = s, *fade = s + kQueries;  // the scores of the last tile are no longer needed
+    if (p.sinks) add_sinks(lift, fade);
     for (int v = 0; v < kVectors; v++) {
       const F total = load(l + v * L);
       store(alpha + v * L, select(eq(total, zero()), zero(), set(kept) / total));
+      if (p.sinks) store(alpha + v * L, load(alpha + v * L) * load(fade + v * L));
     }
     unpack_transposed({p.y, p.dtype, b, visible}, queries, D, o, alpha);
     for (i64 i = 0; i < queries; i++) {
       const i64 row = statistics_of(p, b, visible, i);
       p.shift[row] = l[i] == 0.f ? 0.f : m[i];
-      p.level[row] = l[i] == 0.f ? -__builtin_inff() : __builtin_log2f(l[i]);
+      p.level[row] = l[i] == 0.f ? -__builtin_inff() : __builtin_log2f(l[i]) + (p.sinks ? lift[i] : 0.f);
     }
   }
 };

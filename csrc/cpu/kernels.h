@@ -30,12 +30,15 @@ struct AttentionParams {
   float*
       partial;  // (B H / group, slices, 2, S, D rounded up to 16): sums of dk and dv; nullptr when there is one slice
   float *shift, *level;  // (B, H, T), written by forward, read by backward: weights are exp2(c (q k^T - shift) - level)
-  const i64* seq_lens;   // (B) or nullptr
-  const i64* cu_seqlens;  // (documents + 1) or nullptr
+  const i64 *left_pad, *seq_lens;  // (B) or nullptr
+  const i64* cu_seqlens;           // (documents + 1) or nullptr
   i64 documents;
   i64 window;  // 0: none
   bool causal;
-  float scale;  // >= 0
+  float scale;         // >= 0
+  float softcap;       // 0: none; else scores are softcap tanh(scale / softcap q k^T)
+  const float* sinks;  // (H) or nullptr: a logit of each query head
+  float* dsinks;       // (B, blocks of the rows of a key head, H): sums of each block, backward with sinks only
   Dropout dropout;
 };
 constexpr i64 kAttentionBlock = 64;  // rows that are computed together; the heads of a group have T * group of them

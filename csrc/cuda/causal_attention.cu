@@ -18,6 +18,9 @@ AttentionParams prepared(AttentionParams p) {
   return p;
 }
 
+// The kernels for Hopper have no soft cap: those for every GPU take such calls.
+bool hopper_has_scores(const AttentionParams& p) { return p.softcap == 0.f; }
+
 }  // namespace
 
 i64 causal_attention_partial(const AttentionParams& p) {
@@ -31,16 +34,22 @@ cudaError_t causal_attention_fwd(AttentionParams p, cudaStream_t stream) {
 cudaError_t causal_attention_fwd_tiles(AttentionParams p, cudaStream_t stream) {
   if (!p.B || !p.H || !p.T) return cudaSuccess;
   p = prepared(p);
-  if (causal_attention_fwd_sm90_takes(p))
+  if (hopper_has_scores(p) && causal_attention_fwd_sm90_takes(p))
     if (const cudaError_t error = causal_attention_fwd_sm90(p, stream); error != kMapRefused) return error;
   return causal_attention_fwd_sm80(p, stream);
 }
 cudaError_t causal_attention_bwd(AttentionParams p, cudaStream_t stream) {
-  if (!p.B || !p.H) return cudaSuccess;
+  if (!p.H) return cudaSuccess;
   p = prepared(p);
-  if (causal_attention_bwd_sm90_takes(p))
+  if (p.dsinks) {
+    if (const cudaError_t error = causal_attention_delta(p, stream)) return error;
+    if (const cudaError_t error = causal_attention_dsinks(p, stream)) return error;
+  }
+  if (!p.B) return cudaSuccess;
+  if (hopper_has_scores(p) && causal_attention_bwd_sm90_takes(p))
     if (const cudaError_t error = causal_attention_bwd_sm90(p, stream); error != kMapRefused) return error;
-  if (const cudaError_t error = causal_attention_delta(p, stream)) return error;
+  if (!p.dsinks)
+    if (const cudaError_t error = causal_attention_delta(p, stream)) return error;
   return causal_attention_bwd_sm80(p, stream);
 }
 

@@ -23,6 +23,7 @@ struct AttentionParams {
   float *shift, *level;  // (B, H, T), written by forward: weights are exp2(scale log2(e) (q k^T - shift) - level)
   float* delta;          // (B, H, T), backward only: sum over d of out * dout
   float* partial;        // forward: room for causal_attention_partial(p) values
+  Lengths left_pad;      // (B)
   Lengths seq_lens;      // (B)
   Lengths cu_seqlens;    // (documents + 1)
   int documents;
@@ -30,6 +31,9 @@ struct AttentionParams {
   bool causal;
   bool whole_chunks;  // rows of all tensors are whole, aligned chunks of 16 bytes; set by the launchers
   float scale;        // >= 0
+  float softcap;      // 0: none; else scores are softcap tanh(scale / softcap q k^T), without softcap in what is summed
+  const float* sinks;  // (H) or nullptr: a logit of each query head
+  float* dsinks;       // (H), backward with sinks
   Dropout dropout;
 };
 
@@ -48,7 +52,8 @@ cudaError_t causal_attention_fwd_sm80(const AttentionParams&, cudaStream_t);  //
 cudaError_t causal_attention_bwd_sm80(const AttentionParams&, cudaStream_t);  // all
 bool causal_attention_fwd_sm90_takes(const AttentionParams&);
 cudaError_t causal_attention_fwd_sm90(const AttentionParams&, cudaStream_t);
-cudaError_t causal_attention_delta(const AttentionParams&, cudaStream_t);  // fills p.delta, for the backward of sm_80
+cudaError_t causal_attention_dsinks(const AttentionParams&, cudaStream_t);  // of the backward, from p.delta
+cudaError_t causal_attention_delta(const AttentionParams&, cudaStream_t);   // fills p.delta, for dsinks and for sm_80
 bool causal_attention_bwd_sm90_takes(const AttentionParams&);
 cudaError_t causal_attention_bwd_sm90(const AttentionParams&, cudaStream_t);
 int decode_attention_splits(const AttentionParams&);  // 0: not taken

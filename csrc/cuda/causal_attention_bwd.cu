@@ -9,6 +9,9 @@
 //
 // key_gradients forms S^T and dP^T, whose rows are keys: packed, they are the first operands of dv and dk.
 //
+// With a soft cap S = tanh(inner q k^T), c that of the cap, and dS has the factor 1 - S^2. The sink of a head has the weight
+// p_i = exp2(sink log2(e) - c shift - level) in row i and the value 0: dsink = -sum_i p_i delta_i.
+//
 // Floor: 10 T S D flops a query head, half of them under a causal mask; this takes 14, as both kernels form S and dP.
 #include "causal_attention_delta.cuh"
 #include "causal_attention_softmax.cuh"
@@ -72,7 +75,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_con
     delta[n / 2][n % 2] = inside ? p.delta[query] : 0.f;
     far |= shift[n / 2][n % 2] != 0.f;
   }
-  const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
+  const float scale_log2 = score_scale_of(p) * kLog2e, kept = dropout_scale(p.dropout);
 
   auto load = [&](int j0, int stage) {
     const T k{stages + stage * STAGE}, v{k.data + BN * T::kRow};
@@ -116,11 +119,19 @@ __global__ void __launch_bounds__(C::THREADS, 1) query_gradient(const __grid_con
           level[n / 2][n % 2] = row + 8 * n < p.T ? p.level[query] : 0.f;
         }
       }
-      if (C::D > 128 || far) each_element<MT, NT>([&](int m, int n, int e) { s[m][n][e] -= shift[m][e / 2]; });
-      each_element<MT, NT>([&](int m, int n, int e) {
-        const float weight = fast_exp2(fmaf(s[m][n][e], scale_log2, -level[m][e / 2]));
-        s[m][n][e] = weight * (dp[m][n][e] - delta[m][e / 2]);
-      });
+      if (p.softcap > 0.f) {
+        each_element<MT, NT>([&](int m, int n, int e) {
+          const float score = capped(p, s[m][n][e]);
+          const float weight = fast_exp2(fmaf(score - shift[m][e / 2], scale_log2, -level[m][e / 2]));
+          s[m][n][e] = weight * (dp[m][n][e] - delta[m][e / 2]) * fmaf(-score, score, 1.f);
+        });
+      } else {
+        if (C::D > 128 || far) each_element<MT, NT>([&](int m, int n, int e) { s[m][n][e] -= shift[m][e / 2]; });
+        each_element<MT, NT>([&](int m, int n, int e) {
+          const float weight = fast_exp2(fmaf(s[m][n][e], scale_log2, -level[m][e / 2]));
+          s[m][n][e] = weight * (dp[m][n][e] - delta[m][e / 2]);
+        });
+      }
       if (edge) mask(s, seen + warp_row, j0, 0.f);
       add_weighted<E>(dq, s, k, 0, 0);
     }
@@ -161,7 +172,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
   const Range *first = seen, *last = seen + min(C::BM, p.S - j0) - 1;
 
   float dk[MT][C::OUT / 8][4] = {}, dv[MT][C::OUT / 8][4] = {};
-  const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
+  const float scale_log2 = score_scale_of(p) * kLog2e, kept = dropout_scale(p.dropout);
+  const float kept_or_1 = p.dropout.threshold ? kept : 1.f;
 
   auto load = [&](int h, int i0, int stage) {
     const T q{stages + stage * STAGE}, dout{q.data + BN * T::kRow};
@@ -198,12 +210,24 @@ __global__ void __launch_bounds__(C::THREADS, 1) key_gradients(const __grid_cons
       float s[MT][NT][4] = {}, dp[MT][NT][4] = {};
       multiply_rows<E, C::D, true>(s, k, warp_row, q, n0);  // the scores whose maximum forward took
       multiply_rows<E, C::D, true>(dp, v, warp_row, dout, n0);
-      if (any_far<8 * NT>(tile + 2 * BN))
+      if (any_far<8 * NT>(tile + 2 * BN) && !(p.softcap > 0.f))
         each_element<MT, NT>([&](int m, int n, int e) { s[m][n][e] -= shift[n * 8 + e % 2]; });
-      each_element<MT, NT>(
-          [&](int m, int n, int e) { s[m][n][e] = fast_exp2(fmaf(s[m][n][e], scale_log2, -level[n * 8 + e % 2])); });
+      if (!(p.softcap > 0.f))
+        each_element<MT, NT>(
+            [&](int m, int n, int e) { s[m][n][e] = fast_exp2(fmaf(s[m][n][e], scale_log2, -level[n * 8 + e % 2])); });
       auto slope = [&](int m, int n, int e, float d) { return s[m][n][e] * (d - delta[n * 8 + e % 2]); };
-      if (p.dropout.threshold) {
+      // score -> weight and slope in one pass, as the slope needs both
+      auto capped_slope = [&](int m, int n, int e, bool keep) {
+        const float score = capped(p, s[m][n][e]), d = keep ? dp[m][n][e] * kept_or_1 : 0.f;
+        const float weight = fast_exp2(fmaf(score - shift[n * 8 + e % 2], scale_log2, -level[n * 8 + e % 2]));
+        dp[m][n][e] = weight * (d - delta[n * 8 + e % 2]) * fmaf(-score, score, 1.f);
+        s[m][n][e] = keep ? weight : 0.f;
+      };
+      if (p.softcap > 0.f && p.dropout.threshold) {
+        each_decision_transposed<MT, NT>(p.dropout, b * p.H + h, j0 + warp_row, i0 + n0, capped_slope);
+      } else if (p.softcap > 0.f) {
+        each_element<MT, NT>([&](int m, int n, int e) { capped_slope(m, n, e, true); });
+      } else if (p.dropout.threshold) {
         each_decision_transposed<MT, NT>(p.dropout, b * p.H + h, j0 + warp_row, i0 + n0,
                                          [&](int m, int n, int e, bool keep) {
                                            dp[m][n][e] = slope(m, n, e, keep ? dp[m][n][e] * kept : 0.f);
@@ -252,8 +276,29 @@ template <class Q, class K> cudaError_t launch(const AttentionParams& p, cudaStr
   return cudaGetLastError();
 }
 
+// ---- dsinks: one block a head ---------------------------------------------------------------------------------------
+
+constexpr int kSinkThreads = 256;
+__global__ void __launch_bounds__(kSinkThreads) sink_gradients(const __grid_constant__ AttentionParams p) {
+  DYN_SMEM(smem);
+  const int h = blockIdx.x;
+  const float sink = p.sinks[h] * kLog2e, scale_log2 = scale_log2_of(p);
+  float sum = 0.f;
+  for (i64 n = threadIdx.x; n < i64(p.B) * p.T; n += kSinkThreads) {
+    const i64 query = (n / p.T * p.H + h) * p.T + n % p.T;
+    const float level = p.level[query];
+    if (level != -INFINITY) sum -= fast_exp2(sink - p.shift[query] * scale_log2 - level) * p.delta[query];
+  }
+  sum = block_reduce(sum, Sum{}, 0.f, smem);
+  if (threadIdx.x == 0) p.dsinks[h] = sum;
+}
+
 }  // namespace
 
+cudaError_t causal_attention_dsinks(const AttentionParams& p, cudaStream_t stream) {
+  LAUNCH(sink_gradients, dim3(unsigned(p.H)), dim3(kSinkThreads), 4 * kSinkThreads / 32, stream, p);
+  return cudaGetLastError();
+}
 cudaError_t causal_attention_delta(const AttentionParams& p, cudaStream_t stream) {
   const i64 rows = i64(p.B) * p.H * p.T;
   if (!rows) return cudaSuccess;

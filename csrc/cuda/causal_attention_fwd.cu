@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_
       nonfinite |= any_found<C::THREADS / 32>(found, threadIdx.x / 32, flags, [] { __syncthreads(); });
     }
     if (!active) continue;
+    if (p.softcap > 0.f) each_element<MT, C::NT>([&](int i, int n, int e) { s[i][n][e] = capped(p, s[i][n][e]); });
     if (edge) mask(s, seen + warp_row, j0, -INFINITY);
     float rescale[MT][2];
     softmax(s, m, l, rescale, scale_log2);

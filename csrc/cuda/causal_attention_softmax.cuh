@@ -1,6 +1,8 @@
 // The softmax of attention over fragments of scores, with a running maximum and sum of each row, and the decisions of
 // dropout in fragment order.
 #pragma once
+#include <cfloat>
+
 #include "causal_attention.h"
 #include "causal_attention_tile.cuh"
 #include "common.cuh"
@@ -15,15 +17,35 @@ namespace gptfast::cuda {
 
 constexpr float kFar = 64.f;  // units of log2
 
+// With a soft cap the scores of the kernels are tanh(inner q k^T), in units of the cap: what scale is to others, the cap is
+// to them.
+DEV_INLINE float score_scale_of(const AttentionParams& p) { return p.softcap > 0.f ? p.softcap : p.scale; }
 DEV_INLINE float scale_log2_of(const AttentionParams& p) {  // above 0, as 0 times the -inf of masked scores is nan
-  return fmaxf(p.scale, 1e-30f) * kLog2e;
+  return fmaxf(score_scale_of(p), 1e-30f) * kLog2e;
 }
-// What backward needs of a query whose scores have maximum m, and weights relative to it that sum up to `sum`.
-DEV_INLINE void store_statistics(const AttentionParams& p, i64 query, float m, float sum) {
+DEV_INLINE float capped(const AttentionParams& p, float product) { return tanhf(p.scale / p.softcap * product); }
+
+// A query whose scores have maximum m, and weights relative to it that sum up to `sum`; its sink joins them. Stores what
+// backward needs, and gives what the weighted sum of its values is to be multiplied by: 0 where it saw no key.
+DEV_INLINE float finish_query(const AttentionParams& p, int bh, int i, float m, float sum, float kept, bool stores) {
   const float top = m * scale_log2_of(p);
-  const bool far = fabsf(top) > kFar;
-  p.shift[query] = sum != 0.f && far ? m : 0.f;
-  p.level[query] = sum == 0.f ? -INFINITY : far ? log2f(sum) : top + log2f(sum);
+  bool far = fabsf(top) > kFar;
+  float level = sum == 0.f ? -INFINITY : far ? log2f(sum) : top + log2f(sum);
+  float factor = sum == 0.f ? 0.f : kept / sum;
+  if (p.sinks) {  // weights are then relative to the larger one of maximum and sink, which is `lift` above the maximum
+    const bool blind = sum == 0.f;
+    const float base = blind ? 0.f : top, beyond = p.sinks[bh % p.H] * kLog2e - base;
+    const float lift = fmaxf(beyond, blind ? -FLT_MAX : 0.f), fade = blind ? 0.f : fast_exp2(-lift);
+    sum = sum * fade + fast_exp2(beyond - lift);
+    far = far && !blind;
+    level = sum == 0.f ? -INFINITY : (far ? 0.f : base) + lift + log2f(sum);
+    factor = sum == 0.f ? 0.f : kept * fade / sum;
+  }
+  if (stores) {
+    p.shift[i64(bh) * p.T + i] = sum != 0.f && far ? m : 0.f;
+    p.level[i64(bh) * p.T + i] = level;
+  }
+  return factor;
 }
 
 // Scores -> weights, and the running maximum m and sum l of the lane's rows brought up to date, the sum over its own columns
@@ -78,9 +100,8 @@ DEV_INLINE void finish_softmax(const float (&m)[MT][2], const float (&l)[MT][2],
     float sum = l[n / 2][n % 2];
     sum += __shfl_xor_sync(kAllLanes, sum, 1);
     sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    factor[n / 2][n % 2] = sum == 0.f ? 0.f : kept / sum;
-    if (threadIdx.x % 4 == 0 && row + 8 * n < p.T)
-      store_statistics(p, i64(bh) * p.T + row + 8 * n, m[n / 2][n % 2], sum);
+    const int i = row + 8 * n;
+    factor[n / 2][n % 2] = finish_query(p, bh, i, m[n / 2][n % 2], sum, kept, threadIdx.x % 4 == 0 && i < p.T);
   }
 }
 // Is any of the shifts of a tile's N columns not 0?

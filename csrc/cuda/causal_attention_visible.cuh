@@ -39,6 +39,7 @@ DEV_INLINE Range visible_keys(const AttentionParams& p, int b, int i) {
   if (p.causal) r.clip(0, last + 1);
   if (p.window) r.clip(last - p.window + 1, p.S);
   if (p.seq_lens.data) r.clip(0, length_at(p.seq_lens, b, p.S));
+  if (p.left_pad.data) r.clip(length_at(p.left_pad, b, p.S), p.S);
   if (p.cu_seqlens.data) clip_to_document(r, p, i);
   return r;
 }
@@ -49,6 +50,7 @@ DEV_INLINE Range visible_queries(const AttentionParams& p, int b, int j) {
   if (p.causal) r.clip(first, p.T);
   if (p.window && first + p.window < p.T) r.clip(0, max(first + p.window, 0));
   if (p.cu_seqlens.data) clip_to_document(r, p, j);  // T = S
+  if (p.left_pad.data && j < length_at(p.left_pad, b, p.S)) r.clip(0, 0);
   if (j >= (p.seq_lens.data ? length_at(p.seq_lens, b, p.S) : p.S)) r.clip(p.T, p.T);
   return r;
 }

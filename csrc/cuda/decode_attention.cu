@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads) attend_split(const __grid_constant__
 #pragma unroll
         for (int distance = LANES / 2; distance; distance /= 2) s += __shfl_xor_sync(kAllLanes, s, distance);
         if (j >= end || !seen[i].holds(j)) continue;
+        if (p.softcap > 0.f) s = capped(p, s);
         const float top = fmaxf(m[i], s), shift = top == -INFINITY ? 0.f : top;
         const float rescale = fast_exp2((m[i] - shift) * scale_log2), weight = fast_exp2((s - shift) * scale_log2);
         m[i] = top, l[i] = fmaf(l[i], rescale, weight);
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Atte
     const float* x = partial_of(p, query, splits, s);
     sum += x[1] * fast_exp2((x[0] - shift) * scale_log2);
   }
-  const float factor = sum == 0.f ? 0.f : 1.f / sum;
+  const float factor = finish_query(p, bh, i, top, sum, 1.f, lane == 0);
   E* out = row_of<E>(p.y, bh / p.H, bh % p.H, i);
   for (int d = lane; d < p.D; d += 32) {
     float y = 0.f;
@@ -134,7 +135,6 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Atte
     }
     from_float(out[d], y * factor);
   }
-  if (lane == 0) store_statistics(p, query, top, sum);
 }
 
 template <class E, int LANES, int QUERIES>

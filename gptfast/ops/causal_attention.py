@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast._schemas import AttentionOptions
-from gptfast.backend import chosen, resolve
+from gptfast.backend import resolve
 from gptfast.ops import reference
 from gptfast.ops._attention_checks import OP, check_heads, check_numbers, check_options, check_tensors
 from gptfast.ops._checks import check_float
@@ -90,33 +90,19 @@ def causal_attention(
     options = AttentionOptions(seq_lens, cu_seqlens, causal, scale, float(dropout_p), seed, offset, window or 0)
     options = options._replace(left_pad=left_pad, sinks=sinks, softcap=float(softcap or 0))
     check_options(q, k, options)
-    runs_on = _resolve(backend, q, options)
+    runs_on = resolve(OP, backend, q, sinks)
     if runs_on == "eager":
         return reference.attention(q, k, v, options, return_lse)
     if scale < 0:  # the kernels take the maximum of unscaled scores
         q, options = -q, options._replace(scale=-scale)
-    out, statistics = _fused(runs_on, q, k, v, *options[:_IN_KERNELS])
-    return (out, _lse(statistics, options.scale)) if return_lse else out
-
-
-_IN_KERNELS = 8  # of the options; the others run in eager PyTorch
-
-
-def _resolve(backend: str | None, q: Tensor, options: AttentionOptions) -> str:
-    """The backend that runs a call; a choice that was made explicitly does not fall back."""
-    runs_on = resolve(OP, backend, q, options.sinks)
-    others = {"left_pad": options.left_pad, "sinks": options.sinks, "softcap": options.softcap or None}
-    asked = [name for name, value in others.items() if value is not None]
-    if not asked or runs_on == "eager":
-        return runs_on
-    if (backend or chosen()) != "auto":
-        raise NotImplementedError(
-            f"{OP}: backend={runs_on!r} was asked for, but it has no kernel for {asked[0]}; use backend='auto' or 'eager'"
-        )
-    return "eager"
+    if sinks is not None:
+        options = options._replace(sinks=sinks.float())
+    out, statistics = _fused(runs_on, q, k, v, *options)
+    return (out, _lse(statistics, options.softcap or options.scale)) if return_lse else out
 
 
 _TENSORS = ("seq_lens", "cu_seqlens", "left_pad", "sinks")  # those of the options that are tensors
+_NOTHING: Any = AttentionOptions._make([None] * len(AttentionOptions._fields))  # the gradients of options
 
 
 def _lse(statistics: Tensor, scale: float) -> Tensor:
@@ -140,8 +126,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, call: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     options = ctx.options._replace(**dict(zip(_TENSORS, saved[5:], strict=True)))
-    gradients = call("causal_attention_bwd", dout, *saved[:5], *options[:_IN_KERNELS])
-    return *gradients, *(None,) * _IN_KERNELS
+    dq, dk, dv, dsinks = call("causal_attention_bwd", dout, *saved[:5], *options)
+    return dq, dk, dv, *_NOTHING._replace(sinks=None if options.sinks is None else dsinks)
 
 
 def _new_heads(x: Tensor) -> Tensor:
@@ -156,8 +142,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
 
 
 @register_fake("causal_attention_bwd")
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_heads(q), _new_heads(k), _new_heads(v)
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = AttentionOptions(*options).sinks
+    dsinks = q.new_empty(0 if sinks is None else sinks.shape, dtype=torch.float32)
+    return _new_heads(q), _new_heads(k), _new_heads(v), dsinks
 
 
 _fused = differentiable("causal_attention_fwd", _save, _backward)

@@ -38,6 +38,7 @@ class Heads(NamedTuple):
 class Mask(NamedTuple):
     """The tensors that limit the interval of keys that a query sees; causality and the window are scalars."""
 
+    left_pad: Tensor | None  # (B,)
     seq_lens: Tensor | None  # (B,)
     starts: Tensor | None  # (T,) of the document that a position lies in
     ends: Tensor | None  # (T,)
@@ -47,19 +48,27 @@ def common_arguments(q: Tensor, k: Tensor, options: AttentionOptions) -> dict[st
     """The arguments that all kernels of a call have in common. GROUP query heads share a key head."""
     B, H, T, D = q.shape
     group = H // max(k.shape[1], 1)
-    seq_lens = None if options.seq_lens is None else options.seq_lens.contiguous()
-    mask = Mask(seq_lens, *documents(options.cu_seqlens, T))
+    rows = (None if x is None else x.contiguous() for x in (options.left_pad, options.seq_lens))
+    mask = Mask(*rows, *documents(options.cu_seqlens, T))
     dropout = dict(zip(DROPOUT, dropout_arguments(options.dropout_p, options.seed, options.offset), strict=True))
     sizes = {"heads": B * H, "H": H, "T": T, "S": k.shape[2], "GROUP": group, "D": D, "BLOCK_D": padded(D)}
     drops = dropout["threshold"] != 0
-    variant = {"CAUSAL": options.causal, "WINDOW": options.window > 0, "DROP": drops, "DTYPE": product_dtype(q.dtype)}
-    return {**sizes, "scale": options.scale, "mask": mask, "window": options.window, **dropout, **variant}
+    variant = {"CAUSAL": options.causal, "WINDOW": options.window > 0, "DROP": drops, "CAP": options.softcap > 0}
+    scales = {"scale": options.scale, "score_scale": score_scale(options)}
+    scales["inner"] = options.scale / options.softcap if options.softcap else 0.0
+    variant["DTYPE"] = product_dtype(q.dtype)
+    return {**sizes, **scales, "mask": mask, "window": options.window, **dropout, **variant}
+
+
+def score_scale(options: AttentionOptions) -> float:
+    """Of the scores in kernels. With a soft cap they are tanh(inner q k^T), in units of the cap."""
+    return options.softcap or options.scale
 
 
 def shape_class(q: Tensor, common: dict[str, Any]) -> tuple[object, ...]:
     """What the best tile depends on; lengths rounded up to powers of two, since generation uses every length."""
     lengths = (triton.next_power_of_2(common[name]) for name in "TS")
-    options = (common[name] for name in ("CAUSAL", "WINDOW", "DROP", "GROUP"))
+    options = (common[name] for name in ("CAUSAL", "WINDOW", "DROP", "CAP", "GROUP"))
     return str(q.dtype), common["BLOCK_D"], *lengths, *options
 
 
@@ -129,10 +138,10 @@ def documents(cu_seqlens: Tensor | None, T: int) -> tuple[Tensor | None, Tensor 
 
 
 @triton.jit
-def visible_keys(i, T, S, seq_len, mask, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+def visible_keys(i, T, S, left_pad, seq_len, mask, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """[first, end) of the keys that each query of i, all < T, may see."""
-    first = tl.zeros_like(i)
-    end = first + tl.minimum(seq_len, S)
+    first = tl.zeros_like(i) + left_pad
+    end = tl.zeros_like(i) + tl.minimum(seq_len, S)
     if CAUSAL:
         end = tl.maximum(tl.minimum(end, i + (S - T) + 1), 0)
     if WINDOW:
@@ -145,11 +154,13 @@ def visible_keys(i, T, S, seq_len, mask, window, CAUSAL: tl.constexpr, WINDOW: t
 
 @triton.jit
 def keys_of_batch(mask, b, S):
-    """The number of keys of batch row b."""
-    if mask.seq_lens is None:
-        return S
-    else:
-        return tl.load(mask.seq_lens + b).to(tl.int32)
+    """The first key of batch row b, and the end of its keys."""
+    first, end = 0, S
+    if mask.left_pad is not None:
+        first = tl.maximum(tl.load(mask.left_pad + b).to(tl.int32), 0)
+    if mask.seq_lens is not None:
+        end = tl.load(mask.seq_lens + b).to(tl.int32)
+    return first, end
 
 
 @triton.jit
@@ -158,7 +169,8 @@ def keys_of_queries(
 ):
     """[first, end) of the keys that each query of i sees, and the edges (low, whole_low, whole_high, high) of this split's
     share of them: between the inner two every query sees every key. All edges but high are multiples of BLOCK_N."""
-    first, end = visible_keys(i, T, S, keys_of_batch(mask, b, S), mask, window, CAUSAL, WINDOW)
+    left_pad, seq_len = keys_of_batch(mask, b, S)
+    first, end = visible_keys(i, T, S, left_pad, seq_len, mask, window, CAUSAL, WINDOW)
     low = tl.min(tl.where(first < end, first, S), 0) // BLOCK_N * BLOCK_N
     high = tl.max(end, 0)
     share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N
@@ -168,6 +180,45 @@ def keys_of_queries(
     whole_low = tl.minimum(whole_low, tl.cdiv(high, BLOCK_N) * BLOCK_N)
     whole_high = tl.maximum(whole_low, tl.minimum(high, tl.min(end, 0)) // BLOCK_N * BLOCK_N)
     return first, end, (low, whole_low, whole_high, high)
+
+
+@triton.jit
+def queries_of_keys(
+    n0,
+    j,
+    T,
+    S,
+    left_pad,
+    seq_len,
+    mask,
+    window,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The edges (low, whole_low, whole_high, high) of the queries that see any of the keys n0 … n0 + BLOCK_N - 1: between the
+    inner two every query sees all of them. All edges but high are multiples of BLOCK_M."""
+    low, high = tl.zeros_like(n0), T + tl.zeros_like(n0)
+    whole_low, whole_high = low, high // BLOCK_M * BLOCK_M
+    if CAUSAL:  # key j is seen from query j - (S - T) on
+        low = tl.maximum(n0 - (S - T), 0)
+        whole_low = tl.maximum(n0 + BLOCK_N - 1 - (S - T), 0)
+    if WINDOW:  # and up to query j - (S - T) + window - 1
+        high = tl.minimum(high, tl.maximum(n0 + BLOCK_N - 1 - (S - T) + window, 0))
+        whole_high = tl.minimum(whole_high, tl.maximum(n0 - (S - T) + window, 0) // BLOCK_M * BLOCK_M)
+    if mask.starts is not None:  # T = S: a key's document is that of the query at its position
+        inside = tl.minimum(j, T - 1)
+        start, end = tl.load(mask.starts + inside), tl.load(mask.ends + inside)
+        low = tl.maximum(low, tl.min(tl.where(start < end, start, T), 0))
+        high = tl.minimum(high, tl.max(end, 0))
+        whole_high = tl.zeros_like(n0)
+    high = tl.where((n0 < seq_len) & (n0 + BLOCK_N > left_pad), high, 0)
+    whole_high = tl.where((n0 + BLOCK_N <= tl.minimum(seq_len, S)) & (n0 >= left_pad), whole_high, 0)
+    low = low // BLOCK_M * BLOCK_M
+    whole_low = tl.minimum(tl.cdiv(whole_low, BLOCK_M), tl.cdiv(high, BLOCK_M)) * BLOCK_M
+    whole_low = tl.maximum(low, whole_low)
+    return low, whole_low, tl.maximum(whole_low, whole_high), high
 
 
 @triton.jit
@@ -203,3 +254,15 @@ def _matrix(x, head, H):
 def finite(x):
     """x with 0 in place of inf and nan, so that 0 times it is 0."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def tanh(x):
+    """Relative error below 2e-7: an odd polynomial (Cephes, tanhf) near 0, beyond 1 - 2 / (e^2|x| + 1)."""
+    s, a = x * x, tl.abs(x)
+    p = -5.70498872745e-3 * s + 2.06390887954e-2
+    p = p * s - 5.37397155531e-2
+    p = p * s + 1.33314422036e-1
+    p = p * s - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2E)) + 1.0)
+    return tl.where(a < 0.625, p * s * x + x, tl.where(x < 0, -far, far))

@@ -8,6 +8,7 @@ al., 2023).
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -31,10 +32,13 @@ from gptfast.triton._attention import (
     new_heads,
     operand,
     padded,
+    score_scale,
     shape_class,
     store_tile,
+    tanh,
 )
 from gptfast.triton._philox import first_of, keep_mask
+from gptfast.triton._sinks import add_sink
 from gptfast.triton._tiles import Blocks
 from gptfast.triton._tuning import fastest
 
@@ -50,12 +54,14 @@ def causal_attention_fwd(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     B, H, T, D = q.shape
-    S = k.shape[2]
+    S, given = k.shape[2], AttentionOptions(*options)
+    sinks = None if given.sinks is None else given.sinks.contiguous()
     out, statistics = new_heads(q), torch.empty((2, B, H, T), dtype=torch.float32, device=q.device)
     if not statistics.numel():
         return out, statistics
     if not S:
-        statistics[0], statistics[1] = 0.0, float("-inf")
+        statistics[0] = 0.0
+        statistics[1] = float("-inf") if sinks is None else sinks[:, None] * math.log2(math.e)
         return out.zero_(), statistics
     q, k, v = heads_of(q), heads_of(k), heads_of(v)
     splits = min(MOST_SPLITS, triton.cdiv(S, SPLIT_KEYS)) if T <= FEW_QUERIES else 1
@@ -63,7 +69,8 @@ def causal_attention_fwd(
     if splits > 1:
         parts = torch.empty((splits, B, H, T, D), dtype=torch.float32, device=q.device)
         part_statistics = torch.empty((2, splits, B, H, T), dtype=torch.float32, device=q.device)
-    common = common_arguments(q, k, AttentionOptions(*options))
+    common = common_arguments(q, k, given)
+    common["sinks"] = sinks if splits == 1 else None
 
     def launch(blocks: Blocks) -> None:
         operands = operand(q, blocks.m, blocks), operand(k, blocks.n, blocks), operand(v, blocks.n, blocks)
@@ -75,7 +82,9 @@ def causal_attention_fwd(
     if splits > 1:
         sizes = {"D": D, "BLOCK_S": MOST_SPLITS, "BLOCK_D": padded(D)}
         _join_kernel[(B * H * T,)](
-            parts, *part_statistics, heads(out), *statistics, H, T, splits, common["scale"], **sizes, num_warps=4
+            *(parts, *part_statistics, heads(out), *statistics, sinks, H, T, splits, score_scale(given)),
+            **sizes,
+            num_warps=4,
         )
     return out, statistics
 
@@ -105,11 +114,14 @@ def _fwd_kernel(
     out,
     shift,
     level,
+    sinks,
     heads,
     H,
     T,
     S,
     scale,
+    score_scale,
+    inner,
     mask,
     window,
     threshold,
@@ -121,6 +133,7 @@ def _fwd_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     DROP: tl.constexpr,
+    CAP: tl.constexpr,
     DTYPE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -136,14 +149,18 @@ def _fwd_kernel(
     queries = load_tile(q, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
     first, end, edges = keys_of_queries(i, head // H, T, S, mask, window, split, splits, CAUSAL, WINDOW, BLOCK_N)
 
-    scale_log2 = tl.maximum(scale, 1e-30) * LOG2E  # above 0, as 0 times the -inf of masked scores is nan
+    scale_log2 = tl.maximum(score_scale, 1e-30) * LOG2E  # above 0, as 0 times the -inf of masked scores is nan
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for part in tl.static_range(0 if WINDOW or mask.starts is not None else 1, 3):  # masked, whole, masked
+    for part in tl.static_range(
+        0 if WINDOW or mask.starts is not None or mask.left_pad is not None else 1, 3
+    ):  # masked, whole, masked
         for n0 in range(edges[part], edges[part + 1], BLOCK_N):
             keys = load_tile(k, head // GROUP, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+            if CAP:
+                scores = tanh(scores * inner)
             if part != 1:
                 j = n0 + tl.arange(0, BLOCK_N)[None, :]
                 visible = (j >= first[:, None]) & (j < end[:, None])
@@ -166,12 +183,17 @@ def _fwd_kernel(
             acc = tl.dot(p.to(DTYPE), values, acc, input_precision="ieee")
 
     kept_scale = dropout[1] if DROP else 1.0
-    acc = acc * tl.where(total == 0, 0.0, kept_scale / total)[:, None]
+    if sinks is None:
+        own_shift, own_level = tl.where(total == 0, 0.0, top), tl.where(total == 0, float("-inf"), tl.log2(total))
+        factor = tl.where(total == 0, 0.0, kept_scale / total)
+    else:
+        own_shift, own_level, factor = add_sink(top, total, tl.load(sinks + head % H), scale_log2)
+        factor = factor * kept_scale
     matrix = split * heads + head
-    store_tile(out, matrix, H, m0, T, acc, D)
+    store_tile(out, matrix, H, m0, T, acc * factor[:, None], D)
     place = matrix.to(tl.int64) * T + row
-    tl.store(shift + place, tl.where(total == 0, 0.0, top), row < T)
-    tl.store(level + place, tl.where(total == 0, float("-inf"), tl.log2(total)), row < T)
+    tl.store(shift + place, own_shift, row < T)
+    tl.store(level + place, own_level, row < T)
 
 
 @triton.jit
@@ -187,7 +209,7 @@ def _infinities(values, visible):
     return found
 
 
-@triton.jit(do_not_specialize=["splits", "scale"])
+@triton.jit(do_not_specialize=["splits", "score_scale"])
 def _join_kernel(
     parts,
     part_shift,
@@ -195,10 +217,11 @@ def _join_kernel(
     out,
     shift,
     level,
+    sinks,
     H,
     T,
     splits,
-    scale,
+    score_scale,
     D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -213,11 +236,15 @@ def _join_kernel(
     tops = tl.where(levels == float("-inf"), float("-inf"), tops)  # a part that saw no key
     top = tl.max(tops, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp2((tops - base) * (tl.maximum(scale, 1e-30) * LOG2E) + levels)
+    scale_log2 = tl.maximum(score_scale, 1e-30) * LOG2E
+    weights = tl.exp2((tops - base) * scale_log2 + levels)
     total = tl.sum(weights, 0)
     inside = (s[:, None] < splits) & (d[None, :] < D)
     values = tl.load(parts + (s[:, None] * rows + row) * D + d[None, :], inside, other=0.0)
-    joined = tl.sum(values * weights[:, None], 0) * tl.where(total == 0, 0.0, 1.0 / total)
+    factor, joined_level = tl.where(total == 0, 0.0, 1.0 / total), tl.where(total == 0, float("-inf"), tl.log2(total))
+    if sinks is not None:
+        base, joined_level, factor = add_sink(base, total, tl.load(sinks + row // T % H), scale_log2)
+    joined = tl.sum(values * weights[:, None], 0) * factor
     tl.store(shift + row, base)
-    tl.store(level + row, tl.where(total == 0, float("-inf"), tl.log2(total)))
+    tl.store(level + row, joined_level)
     store_tile(out, (row // T).to(tl.int32), H, (row % T).to(tl.int32), T, joined[None, :], D)

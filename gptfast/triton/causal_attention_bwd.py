@@ -5,6 +5,9 @@
     dK = scale dS^T Q     a program handles a block of keys and loops over the queries that see them, of one query head of
     dV = P^T dO           the key head's group after another
 
+With a soft cap the scores are tanh(inner Q K^T), c that of the cap, and dS has the factor 1 - tanh^2. The sink of a head has the
+weight p_i = exp2(sink log2(e) - c shift - level) in row i and the value 0: dsink = -sum_i p_i delta_i.
+
 (Dao, FlashAttention-2, arXiv 2307.08691). With dropout, P in dV and dP in dS go through the mask, which is recomputed.
 """
 
@@ -33,11 +36,15 @@ from gptfast.triton._attention import (
     new_heads,
     operand,
     padded,
+    queries_of_keys,
+    score_scale,
     shape_class,
     store_tile,
+    tanh,
     visible_keys,
 )
 from gptfast.triton._philox import first_of, keep_bits, keep_mask
+from gptfast.triton._sinks import dsinks_kernel
 from gptfast.triton._tiles import Blocks
 from gptfast.triton._tuning import fastest
 
@@ -50,15 +57,16 @@ def causal_attention_bwd(
     out: Tensor,
     statistics: Tensor,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, T, D = q.shape
-    S = k.shape[2]
+    S, given = k.shape[2], AttentionOptions(*options)
     dq, dk, dv = new_heads(q), new_heads(k), new_heads(k)
+    dsinks = q.new_zeros(0 if given.sinks is None else H, dtype=torch.float32)
     if not (B * H * T and S):
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
     q, k, v, out, dout = (heads_of(x) for x in (q, k, v, out, dout))
     rows = *statistics.contiguous(), torch.empty((B, H, T), dtype=torch.float32, device=q.device)
-    common = common_arguments(q, k, AttentionOptions(*options))
+    common = common_arguments(q, k, given)
 
     def launch_dq(blocks: Blocks) -> None:
         operands = [operand(x, blocks.m, blocks) for x in (q, dout, out)]
@@ -75,7 +83,9 @@ def causal_attention_bwd(
     kind, tma = shape_class(q, common), loadable_by_tma(q, k, v, out, dout)
     launch_dq(fastest("causal_attention_bwd_dq", kind, dq_candidates(D, q.dtype, tma), launch_dq))
     launch_dkdv(fastest("causal_attention_bwd_dkdv", kind, dkdv_candidates(D, q.dtype, tma), launch_dkdv))
-    return dq, dk, dv
+    if given.sinks is not None:
+        dsinks_kernel[(H,)](given.sinks.contiguous(), dsinks, *rows, B, H, T, score_scale(given), BLOCK=1024)
+    return dq, dk, dv, dsinks
 
 
 def dq_candidates(D: int, dtype: torch.dtype, tma: bool) -> list[Blocks]:
@@ -119,6 +129,8 @@ def _dq_kernel(
     T,
     S,
     scale,
+    score_scale,
+    inner,
     mask,
     window,
     threshold,
@@ -129,6 +141,7 @@ def _dq_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     DROP: tl.constexpr,
+    CAP: tl.constexpr,
     DTYPE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -150,12 +163,16 @@ def _dq_kernel(
     first, end, edges = keys_of_queries(i, head // H, T, S, mask, window, 0, 1, CAUSAL, WINDOW, BLOCK_N)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for part in tl.static_range(0 if WINDOW or mask.starts is not None else 1, 3):  # masked, whole, masked
+    for part in tl.static_range(
+        0 if WINDOW or mask.starts is not None or mask.left_pad is not None else 1, 3
+    ):  # masked, whole, masked
         for n0 in range(edges[part], edges[part + 1], BLOCK_N):
             keys = load_tile(k, head // GROUP, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
             values = load_tile(v, head // GROUP, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-            p = tl.exp2((scores - tops) * (scale * LOG2E) - levels)
+            if CAP:
+                scores = tanh(scores * inner)
+            p = tl.exp2((scores - tops) * (score_scale * LOG2E) - levels)
             dp = tl.dot(upstream, tl.trans(values), input_precision="ieee")
             if DROP:
                 dp = tl.where(
@@ -164,6 +181,8 @@ def _dq_kernel(
                     0.0,
                 )
             ds = p * (dp - own[:, None])
+            if CAP:
+                ds = ds * (1.0 - scores * scores)
             if part != 1:
                 j = n0 + tl.arange(0, BLOCK_N)[None, :]
                 ds = tl.where((j >= first[:, None]) & (j < end[:, None]), ds, 0.0)
@@ -188,6 +207,8 @@ def _dkdv_kernel(
     T,
     S,
     scale,
+    score_scale,
+    inner,
     mask,
     window,
     threshold,
@@ -198,6 +219,7 @@ def _dkdv_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     DROP: tl.constexpr,
+    CAP: tl.constexpr,
     DTYPE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -211,8 +233,8 @@ def _dkdv_kernel(
     j = n0 + tl.arange(0, BLOCK_N)
     keys = load_tile(k, key_head, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
     values = load_tile(v, key_head, H // GROUP, n0, S, D, DTYPE, BLOCK_N, BLOCK_D)
-    seq_len = keys_of_batch(mask, key_head // (H // GROUP), S)
-    edges = _queries_of_keys(n0, j, T, S, seq_len, mask, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
+    left_pad, seq_len = keys_of_batch(mask, key_head // (H // GROUP), S)
+    edges = queries_of_keys(n0, j, T, S, left_pad, seq_len, mask, window, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
 
     key_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     value_sum = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -228,10 +250,14 @@ def _dkdv_kernel(
                 queries = load_tile(q, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
                 upstream = load_tile(dout, head, H, m0, T, D, DTYPE, BLOCK_M, BLOCK_D)
                 scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")  # BLOCK_N, BLOCK_M
-                p = tl.exp2((scores - tl.load(tops + i)[None, :]) * (scale * LOG2E) - tl.load(levels + i)[None, :])
+                if CAP:
+                    scores = tanh(scores * inner)
+                p = tl.exp2(
+                    (scores - tl.load(tops + i)[None, :]) * (score_scale * LOG2E) - tl.load(levels + i)[None, :]
+                )
                 dp = tl.dot(values, tl.trans(upstream), input_precision="ieee")
                 if part != 1:
-                    first, end = visible_keys(i, T, S, seq_len, mask, window, CAUSAL, WINDOW)
+                    first, end = visible_keys(i, T, S, left_pad, seq_len, mask, window, CAUSAL, WINDOW)
                     end = tl.where(row < T, end, 0)  # past the end of the queries nothing is seen
                     visible = (j[:, None] >= first[None, :]) & (j[:, None] < end[None, :])
                     p = tl.where(visible, p, 0.0)
@@ -241,6 +267,8 @@ def _dkdv_kernel(
                     kept = _select(keep, p * dropout[1])
                     dp = _select(keep, dp * dropout[1])
                 ds = p * (dp - tl.load(deltas + i)[None, :])
+                if CAP:
+                    ds = ds * (1.0 - scores * scores)
                 if part != 1:
                     ds = tl.where(visible, ds, 0.0)  # p = 0 times a bad value
                 value_sum = tl.dot(kept.to(DTYPE), upstream, value_sum, input_precision="ieee")
@@ -253,41 +281,3 @@ def _dkdv_kernel(
 def _select(keep, x):
     """x where all bits of `keep` are set, 0 where none is."""
     return (x.to(tl.int32, bitcast=True) & keep).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _queries_of_keys(
-    n0,
-    j,
-    T,
-    S,
-    seq_len,
-    mask,
-    window,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The edges (low, whole_low, whole_high, high) of the queries that see any of the keys n0 … n0 + BLOCK_N - 1: between the
-    inner two every query sees all of them. All edges but high are multiples of BLOCK_M."""
-    low, high = tl.zeros_like(n0), T + tl.zeros_like(n0)
-    whole_low, whole_high = low, high // BLOCK_M * BLOCK_M
-    if CAUSAL:  # key j is seen from query j - (S - T) on
-        low = tl.maximum(n0 - (S - T), 0)
-        whole_low = tl.maximum(n0 + BLOCK_N - 1 - (S - T), 0)
-    if WINDOW:  # and up to query j - (S - T) + window - 1
-        high = tl.minimum(high, tl.maximum(n0 + BLOCK_N - 1 - (S - T) + window, 0))
-        whole_high = tl.minimum(whole_high, tl.maximum(n0 - (S - T) + window, 0) // BLOCK_M * BLOCK_M)
-    if mask.starts is not None:  # T = S: a key's document is that of the query at its position
-        inside = tl.minimum(j, T - 1)
-        start, end = tl.load(mask.starts + inside), tl.load(mask.ends + inside)
-        low = tl.maximum(low, tl.min(tl.where(start < end, start, T), 0))
-        high = tl.minimum(high, tl.max(end, 0))
-        whole_high = tl.zeros_like(n0)
-    high = tl.where(n0 < seq_len, high, 0)
-    whole_high = tl.where(n0 + BLOCK_N <= tl.minimum(seq_len, S), whole_high, 0)
-    low = low // BLOCK_M * BLOCK_M
-    whole_low = tl.minimum(tl.cdiv(whole_low, BLOCK_M), tl.cdiv(high, BLOCK_M)) * BLOCK_M
-    whole_low = tl.maximum(low, whole_low)
-    return low, whole_low, tl.maximum(whole_low, whole_high), high

@@ -14,6 +14,7 @@ from torch import Tensor
 from gptfast import ops, rng
 from gptfast.ops.causal_attention import causal_attention
 from gptfast.testing import dtypes
+from tests.support.op_properties import check_compiles, check_no_double_backward
 
 NINF = float("-inf")
 
@@ -27,10 +28,10 @@ def inputs(H: int, K: int, T: int, D: int, S: int | None = None, B: int = 2, dty
 
 
 def by_hand(
-    q: Tensor, k: Tensor, v: Tensor, sees: Tensor, sinks: Tensor | None = None, softcap: float = 0.0, keep: Any = 1.0
+    qkv: Any, sees: Tensor, sinks: Tensor | None = None, softcap: float = 0.0, keep: Any = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp in float64, written from the definition. sees: (B or 1, 1, T, S); keep: scaled dropout mask."""
-    q, k, v = (x.double() for x in (q, k, v))
+    q, k, v = (x.double() for x in qkv)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = torch.einsum("bhtd,bhsd->bhts", q, k) / q.shape[-1] ** 0.5
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
@@ -59,7 +60,7 @@ def test_sinks_by_their_definition(dtype, isa):
     """Result, lse and every gradient; that of a sink is -sum p_sink (out . dout)."""
     q, k, v, sinks = inputs(4, 2, 50, 24, dtype=dtype)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, sinks)]
-    expected, lse = by_hand(*wide[:3], causal(50), wide[3])
+    expected, lse = by_hand(wide[:3], causal(50), wide[3])
     got, ours = causal_attention(q, k, v, sinks, enable_gqa=True, return_lse=True)
     upstream = torch.randn(got.shape).to(dtype)
     assert_near([got, *torch.autograd.grad(got, (q, k, v, sinks), upstream)], [
@@ -148,7 +149,7 @@ def test_sinks_of_another_dtype(isa):
 def test_soft_caps_by_their_definition(softcap, dtype, isa):
     q, k, v, _ = inputs(4, 2, 50, 24, dtype=dtype)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected, lse = by_hand(*wide, causal(50), softcap=softcap)
+    expected, lse = by_hand(wide, causal(50), softcap=softcap)
     got, ours = causal_attention(q, k, v, softcap=softcap, enable_gqa=True, return_lse=True)
     upstream = torch.randn(got.shape).to(dtype)
     found = [got, *torch.autograd.grad(got, (q, k, v), upstream)]
@@ -176,7 +177,7 @@ def test_scores_far_beyond_the_cap(isa):
     q, k, v, _ = inputs(2, 2, 40, 16)
     big = (q.detach() * 1e4).requires_grad_()
     out = causal_attention(big, k, v, softcap=30.0)
-    expected, _ = by_hand(big, k, v, causal(40), softcap=30.0)
+    expected, _ = by_hand((big, k, v), causal(40), softcap=30.0)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (big, k, v)))
 
@@ -225,7 +226,7 @@ def test_a_padded_row_equals_its_tokens_alone(options, isa):
     assert out.isfinite().all() and all(g.isfinite().all() for g in grads)
     for b, (first, end) in enumerate(zip(pads.tolist(), ends.tolist(), strict=True)):
         part = [x[b : b + 1, :, first:end] for x in (q, k, v)]
-        alone = causal_attention(*part, sinks, enable_gqa=True, **options)
+        alone = causal_attention(part[0], part[1], part[2], sinks, enable_gqa=True, **options)
         torch.testing.assert_close(out[b : b + 1, :, first:end], alone, rtol=1e-5, atol=2e-6)
         assert all((g[b, :, :first] == 0).all() and (g[b, :, end:] == 0).all() for g in grads[1:])
 
@@ -236,21 +237,21 @@ def test_packed_texts_without_causality_equal_single_ones(isa):
     packed = causal_attention(q, k, v, sinks, causal=False, cu_seqlens=cu, softcap=3.0, enable_gqa=True)
     for a, b in pairwise(cu.tolist()):
         part = [x[:, :, a:b] for x in (q, k, v)]
-        alone = causal_attention(*part, sinks, causal=False, softcap=3.0, enable_gqa=True)
+        alone = causal_attention(part[0], part[1], part[2], sinks, causal=False, softcap=3.0, enable_gqa=True)
         torch.testing.assert_close(packed[:, :, a:b], alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", dtypes())
 def test_dropout_with_sinks_cap_and_padding_uses_the_contract_mask(dtype, isa):
-    p, key = 0.3, {"seed": 2**40 + 17, "offset": 5}
+    p, seed, offset = 0.3, 2**40 + 17, 5
     q, k, v, sinks = inputs(3, 3, 70, 32, dtype=dtype)
     pads, ends = torch.tensor([0, 11]), torch.tensor([50, 70])
     places = torch.arange(70)
     sees = (places >= pads[:, None]) & (places < ends[:, None])
     options = {"causal": False, "left_pad": pads, "seq_lens": ends, "softcap": 2.0}
-    out = causal_attention(q, k, v, sinks, dropout_p=p, **key, **options)
-    keep = rng.dropout_keep((6, 70, 70), p, *key.values()).view(2, 3, 70, 70) * rng.dropout_scale(p)
-    expected, _ = by_hand(q, k, v, sees[:, None, None], sinks, 2.0, keep)
+    out = causal_attention(q, k, v, sinks, dropout_p=p, seed=seed, offset=offset, **options)
+    keep = rng.dropout_keep((6, 70, 70), p, seed, offset).view(2, 3, 70, 70) * rng.dropout_scale(p)
+    expected, _ = by_hand((q, k, v), sees[:, None, None], sinks, 2.0, keep)
     assert_near([out], [expected], dtype)
 
 
@@ -264,8 +265,9 @@ def test_real_keys():
         ops.real_keys(torch.tensor([[1, 1, 0], [1, 0, 1]]))
     with pytest.raises(ValueError, match=r"real_keys: attention_mask has shape \(3,\); expected \(B, S\)"):
         ops.real_keys(torch.ones(3))
+    no_tensor: Any = [[1, 1]]
     with pytest.raises(TypeError, match="real_keys: attention_mask is a list"):
-        ops.real_keys([[1, 1]])
+        ops.real_keys(no_tensor)
 
 
 # ---- properties -----------------------------------------------------------------------------------------------------
@@ -275,6 +277,17 @@ def test_reference_gradcheck():
     q, k, v, sinks = (x.detach().double().requires_grad_() for x in inputs(2, 1, 6, 4, B=2))
     options = {"dropout_p": 0.3, "seed": 1, "softcap": 1.5, "left_pad": torch.tensor([0, 2]), "enable_gqa": True}
     torch.autograd.gradcheck(lambda *x: causal_attention(*x, **options), (q, k, v, sinks))
+
+
+def test_compiles():
+    q, k, v, sinks = (x.detach() for x in inputs(4, 2, 20, 8))
+    options = {"dropout_p": 0.2, "seed": 5, "softcap": 2.0, "enable_gqa": True}
+    check_compiles(lambda *x: causal_attention(*x, left_pad=torch.tensor([0, 3]), **options) * 2, q, k, v, sinks)
+
+
+def test_no_double_backward():
+    q, k, v, sinks = (x.detach() for x in inputs(2, 2, 4, 8))
+    check_no_double_backward(lambda s: causal_attention(q, k, v, s), sinks, "causal_attention: double backward")
 
 
 X = torch.zeros(2, 3, 5, 8)

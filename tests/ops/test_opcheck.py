@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no com
 DIFFERENTIABLE = {
     "add_layer_norm_fwd": ("x", "residual", "weight", "bias"),
     "add_rms_norm_fwd": ("x", "residual", "weight"),
-    "causal_attention_fwd": ("q", "k", "v"),
+    "causal_attention_fwd": ("q", "k", "v", "sinks"),
     "cross_entropy_fwd": ("logits",),
     "dropout": ("x",),
     "embedding_fwd": ("wte", "wpe"),

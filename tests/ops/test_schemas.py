@@ -127,7 +127,7 @@ def test_importing_gptfast_compares_library_and_table(change: str, message: str)
 
 def test_attention_options_are_those_of_the_schemas():
     """Field by field, as they are passed by position."""
-    fields = list(_schemas.AttentionOptions._fields)[:8]  # the others run in eager PyTorch
+    fields = list(_schemas.AttentionOptions._fields)
     for schema in _schemas.KERNELS["causal_attention"]:
         names = [a.name for a in torch._C.parse_schema(schema).arguments]
         assert names[-len(fields) :] == fields

@@ -66,12 +66,14 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     q, k, v = random(B, H, T, D), random(B, H, T + 2, D), random(B, H, T + 2, D).flip(0)
     attention = {"causal": True, "scale": 0.3, "dropout_p": 0.1, "seed": 5, "offset": 3, "window": 4}
     attention |= {"q": q, "k": k, "v": v, "seq_lens": torch.tensor([4, 7]), "cu_seqlens": None}
+    attention |= {"left_pad": torch.tensor([0, 2]), "sinks": random(H), "softcap": 1.5}
     out, statistics = invoke(ops, "causal_attention_fwd", attention)
     packed = {
         "k": q[:1].flip(2),
         "q": q[:1],
         "v": q[:1].flip(1),
         "seq_lens": None,
+        "left_pad": None,
         "cu_seqlens": torch.tensor([0, 2, T]),
     }
     grouped = {"k": random(B, 1, T + 2, D), "v": random(B, 1, T + 2, D).flip(2)}
