@@ -7,7 +7,7 @@ from typing import Any
 
 from gptfast._json import NULL, field
 from gptfast.checkpoints.families import FAMILIES, family_of
-from gptfast.checkpoints.family_configs import KEYS
+from gptfast.checkpoints.family_fields import KEYS
 from gptfast.config import NEWER, GPTConfig
 
 CONFIG = "config.json"
