@@ -89,7 +89,7 @@ def _kernel(
     logits,
     position,
     stream,
-    options,
+    of_rows,
     out,
     stride,
     V,
@@ -109,9 +109,9 @@ def _kernel(
     k, p, key = tl.cast(top_k, tl.int64), _float64(tl.cast(top_p_bits, tl.int64)), tl.cast(seed, tl.uint64)
     t, bad = tl.cast(temperature, tl.float32), False
     if PER_ROW:
-        given = _float64(tl.load(options + 4 * r))
-        k, p = tl.load(options + 4 * r + 1), _float64(tl.load(options + 4 * r + 2))
-        key = tl.load(options + 4 * r + 3).to(tl.uint64, bitcast=True)
+        given = _float64(tl.load(of_rows + 4 * r))
+        k, p = tl.load(of_rows + 4 * r + 1), _float64(tl.load(of_rows + 4 * r + 2))
+        key = tl.load(of_rows + 4 * r + 3).to(tl.uint64, bitcast=True)
         bad = ~((given >= 0) & (given < float("inf")) & (k >= 0) & (p > 0) & (p <= 1))
         t = given.to(tl.float32)
     best, has_nan = _maximum(row, V, BLOCK_V)

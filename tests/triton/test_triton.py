@@ -16,6 +16,7 @@ import torch
 import gptfast.triton
 from gptfast import ops
 from gptfast.backend import has_kernel, resolve
+from tests.ops.test_every_op import HELPERS
 from tests.support import ROOT
 from tests.support.chosen_tests import passed
 
@@ -32,7 +33,7 @@ needs_triton = pytest.mark.skipif(
 SUITE = {
     "gelu": "not 8300 and not repeatable",
     "layer_norm": "not 8300 and not 8200 and not repeatable and (not far_from_zero or 14.1 or 3000)",
-    "rms_norm": "not repeatable and (not rounded_once or 64)",
+    "rms_norm": "not repeatable and not as_torch_has_it and (not rounded_once or 64)",  # it rounds to bfloat16 wrongly
     "relu_squared": "not repeatable",
     "swiglu": "not repeatable and not (every_tail and 2)",
     "rotary": "not repeatable and not IndexError and (not every_number or -3)",
@@ -188,12 +189,9 @@ for T, S, D, layout, options in (
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-NOT_KERNELS = {"dropout_mask", "quantize_groups", "quantize_nf4", "row_options"}
-
-
 def test_kernels_of_every_op():
     """Whatever has a CUDA kernel has a Triton kernel; linear is PyTorch's own on both."""
-    assert all(has_kernel(op, "triton") for op in ops.__all__ if op not in NOT_KERNELS)
+    assert all(has_kernel(op, "triton") for op in ops.__all__ if op not in HELPERS)
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------
