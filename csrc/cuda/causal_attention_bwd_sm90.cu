@@ -213,7 +213,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
     if (!is_edge(at)) return;
     mask(dp, seen + warp_row, at, 0.f);
     if constexpr (KEYS) mask(s, seen + warp_row, at, 0.f);
-    else clean(stage);
+    else wgmma_wait<0>(), clean(stage);
   };
   auto pack_both = [&] {
     if constexpr (KEYS) pack(kept_weights, s);

@@ -18,8 +18,10 @@ template <class E> DEV_INLINE float query_delta(const AttentionParams& p, int b,
     for (int c = 0; c < CHUNKS; c++) {
       float x[8], y[8];
       both[c].values(x), both[CHUNKS + c].values(y);
+      float part = 0.f;  // a query that sees one key needs delta as exact as its only product
 #pragma unroll
-      for (int n = 0; n < 8; n++) sum = fmaf(x[n], y[n], sum);
+      for (int n = 0; n < 8; n++) part = fmaf(x[n], y[n], part);
+      sum += part;
     }
   }
   sum += __shfl_xor_sync(kAllLanes, sum, 1);

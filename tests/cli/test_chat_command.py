@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -208,7 +209,12 @@ def test_a_terminal(folders):
     """A real process on a real terminal: prompts, Ctrl-C at the prompt, a reply, a command, Ctrl-D."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "gptfast", "chat", "--model", folders["chatml"], "--system", "a cat"]
-    child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    awake = functools.partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it
+    child = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=awake
+    )
     os.close(theirs)
     shown = ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,23 +98,22 @@ def test_commands_and_their_options_exist():
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
-    """A reader in a folder with data and models, in which the pages are read one after another."""
-    folder, patch = tmp_path_factory.mktemp("site"), pytest.MonkeyPatch()
-    patch.chdir(folder)
-    patch.setenv("PYTHONPATH", str(ROOT))
+def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data and models that pages name."""
+    folder = tmp_path_factory.mktemp("site")
     prepare(folder)
     make_models(folder)
-    reader = Reader()
-    yield reader
-    reader.close()
-    patch.undo()
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", READ, ids=lambda page: page.stem)
-def test_the_page_runs(page: Path, reader: Reader):
+def test_the_page_runs(page: Path, furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By a reader who has read no other page, in a folder of his own."""
     python = page.stem not in PYTHON_ELSEWHERE and page.stem != "README"  # tests/repository/test_readme.py runs that
+    monkeypatch.chdir(shutil.copytree(furnished, tmp_path / "site"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    reader = Reader()
     try:
         reader.read(page, python)
     finally:
