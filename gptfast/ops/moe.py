@@ -11,6 +11,7 @@ from gptfast._checks import check_choice
 from gptfast.ops._checks import check_float, check_int, check_same_device
 from gptfast.ops._tensors import autocast
 from gptfast.ops.grouped_linear import grouped_linear
+from gptfast.ops.reference._numbers import upcast
 from gptfast.ops.swiglu import LAYOUTS, swiglu
 
 OP = "moe"
@@ -40,8 +41,7 @@ def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         )
     experts = logits.detach().sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()
     chosen = logits.gather(1, experts)
-    wide = chosen if chosen.dtype == torch.float64 else chosen.float()
-    return experts, wide.softmax(1).to(logits.dtype)
+    return experts, upcast(chosen).softmax(1).to(logits.dtype)
 
 
 def load_balance_loss(logits: Tensor, experts: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -68,7 +68,7 @@ def load_balance_loss(logits: Tensor, experts: Tensor, mask: Tensor | None = Non
     if mask is not None and mask.shape != logits.shape[:1]:
         raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}; expected ({len(logits)},), one number a token")
     E = logits.shape[1]
-    probabilities = (logits if logits.dtype == torch.float64 else logits.float()).softmax(1)
+    probabilities = upcast(logits).softmax(1)
     counts = probabilities.new_ones(len(logits)) if mask is None else mask.to(probabilities.dtype)
     total = counts.sum().clamp(min=1)
     sent = probabilities.new_zeros(E).index_add(0, experts.flatten(), counts.repeat_interleave(experts.shape[1]))
@@ -120,7 +120,7 @@ def moe(
     hidden = grouped_linear(rows, offsets, gate_up, gate_up_bias, backend=backend)
     hidden = swiglu(hidden, alpha=alpha, limit=limit, layout=layout, backend=backend)
     y = grouped_linear(hidden, offsets, down, down_bias, backend=backend)
-    own = _wide(_Collect.apply(y, order, places).view(*experts.shape, y.shape[1]))
+    own = upcast(_Collect.apply(y, order, places).view(*experts.shape, y.shape[1]))
     return (own * weights[..., None].to(own.dtype)).sum(1).to(y.dtype)
 
 
@@ -172,7 +172,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (drows,), (places,) = grads, ctx.saved_tensors
-        return _wide(drows[places].view(-1, ctx.k, drows.shape[1])).sum(1).to(drows.dtype), None, None, None
+        return upcast(drows[places].view(-1, ctx.k, drows.shape[1])).sum(1).to(drows.dtype), None, None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -187,7 +187,3 @@ class _Collect(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,), (order,) = grads, ctx.saved_tensors
         return dy[order], None, None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
