@@ -148,7 +148,10 @@ class GPTConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"GPTConfig.preset: unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], "dropout": dropout, **_known(overrides)})
+        shape = dict(PRESETS[name])
+        rate = shape.pop("dropout", None)
+        rates = {} if rate is None else dict.fromkeys(_DROPOUTS, rate)
+        return cls(**{**rates, **shape, **_known(overrides), "dropout": dropout})
 
     def with_dropout(self, p: float) -> GPTConfig:
         """A copy with all three dropout rates set to p."""

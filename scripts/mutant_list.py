@@ -173,8 +173,8 @@ TEXT = [
     Mutant(
         "accumulated batches count alike, whatever they hold",
         "gptfast/training/gradients.py",
-        "loss * (count / sum(everywhere))",
-        "loss * (1 / len(counts))",
+        "share = count / sum(everywhere)",
+        "share = 1 / len(counts)",
         _in("training/test_schedule_and_optimizers", "accumulation"),
     ),
     Mutant(

@@ -132,6 +132,7 @@ def report(run: Run, result: TrainResult) -> list[str]:
     """Lines about the result of a run, its files, and what to do next."""
     from gptfast._busy import busy_line
     from gptfast.training.evaluate import evaluated_tokens
+    from gptfast.training.plot import EXPERTS
     from gptfast.training.progress import clock
 
     trainer, config = run.trainer, run.trainer.config
@@ -149,6 +150,7 @@ def report(run: Run, result: TrainResult) -> list[str]:
         f"checkpoints  {out / 'best'}  (lowest validation loss)",
         f"             {out / 'last'}  (to continue with: --resume)",
         f"loss curve   {out / 'loss.png'}, figures in {out / 'log.jsonl'}",
+        *([f"experts      {out / EXPERTS}: their loads"] if trainer.model.config.n_expert else []),
         f"generate     {_generate(run, 'best')}",
         *([busy] if busy else []),
     ]

@@ -25,7 +25,11 @@ class ExpertMLP(torch.nn.Module):
 
     Args:
         config: uses n_embd, inner_dim, n_expert, n_expert_per_tok, the biases of MLPs, swiglu_alpha and swiglu_limit.
+
+    routed: a list to which each forward appends the router's logits (N, E) and the experts (N, k) of its N tokens; None: none.
     """
+
+    routed: list[tuple[Tensor, Tensor]] | None = None
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -35,18 +39,21 @@ class ExpertMLP(torch.nn.Module):
             )
         E, C, F, bias = config.n_expert, config.n_embd, config.inner_dim, config.has_bias("mlp")
         self.k, self.alpha, self.limit = config.n_expert_per_tok, config.swiglu_alpha, config.swiglu_limit
-        self.router = Router(C, E, bias=bias)
         self.gate_up_proj = torch.nn.Parameter(torch.empty(E, C, 2 * F))
         self.gate_up_proj_bias = torch.nn.Parameter(torch.zeros(E, 2 * F)) if bias else None
         self.down_proj = torch.nn.Parameter(torch.empty(E, F, C))
         self.down_proj_bias = torch.nn.Parameter(torch.zeros(E, C)) if bias else None
         for matrix in (self.gate_up_proj, self.down_proj):
             torch.nn.init.normal_(matrix, std=0.02)
+        self.router = Router(C, E, bias=bias)
 
     def forward(self, x: Tensor, adapters: Selection | None = None) -> Tensor:
         """(..., C) -> (..., C). The dropout after it belongs to `Block`. adapters: of a forward; none is of experts."""
         rows = x.flatten(0, -2)
-        experts, weights = ops.route(self.router(rows), self.k)
+        logits = self.router(rows)
+        experts, weights = ops.route(logits, self.k)
+        if self.routed is not None:
+            self.routed.append((logits, experts))
         gate_up, down = self.gate_up_proj.transpose(1, 2), self.down_proj.transpose(1, 2)
         biases = self.gate_up_proj_bias, self.down_proj_bias
         form = {"alpha": self.alpha, "limit": self.limit, "layout": "interleaved"}

@@ -44,7 +44,9 @@ def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return experts, upcast(chosen).softmax(1).to(logits.dtype)
 
 
-def load_balance_loss(logits: Tensor, experts: Tensor, mask: Tensor | None = None) -> Tensor:
+def load_balance_loss(
+    logits: Tensor, experts: Tensor, mask: Tensor | None = None, *, sent: Tensor | None = None
+) -> Tensor:
     """E times the sum over experts of (share of tokens that go there) x (mean probability of the router), a scalar.
 
     It is k where tokens are spread evenly and up to E k where all go to the same expert; added to the loss with a factor such as 0.01
@@ -55,6 +57,8 @@ def load_balance_loss(logits: Tensor, experts: Tensor, mask: Tensor | None = Non
         logits: (N, E), of the router; those of several layers one after another count together.
         experts: (N, k), from `route`.
         mask: (N,) of bool or numbers, 0 for tokens that do not count, as padding; None: all count.
+        sent: (E,), the share of tokens that go to each expert, where it is that of more tokens than these, such as those of
+            other processes: the mean of their losses, weighted by their tokens, is then the loss of all; None: of these tokens.
     Raises:
         TypeError, ValueError: wrong dtype or shape.
     """
@@ -68,11 +72,15 @@ def load_balance_loss(logits: Tensor, experts: Tensor, mask: Tensor | None = Non
     if mask is not None and mask.shape != logits.shape[:1]:
         raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}; expected ({len(logits)},), one number a token")
     E = logits.shape[1]
+    if sent is not None and sent.shape != (E,):
+        raise ValueError(f"{op}: sent has shape {tuple(sent.shape)}; expected ({E},), one share an expert")
     probabilities = upcast(logits).softmax(1)
     counts = probabilities.new_ones(len(logits)) if mask is None else mask.to(probabilities.dtype)
     total = counts.sum().clamp(min=1)
-    sent = probabilities.new_zeros(E).index_add(0, experts.flatten(), counts.repeat_interleave(experts.shape[1]))
-    return E * (sent / total * (probabilities * counts[:, None]).sum(0) / total).sum()
+    if sent is None:
+        sent = probabilities.new_zeros(E).index_add(0, experts.flatten(), counts.repeat_interleave(experts.shape[1]))
+        sent = sent / total
+    return E * (sent.to(probabilities.dtype) * (probabilities * counts[:, None]).sum(0) / total).sum()
 
 
 def moe(

@@ -8,6 +8,7 @@ from typing import Any
 from gptfast._options import Real, Whole, check_fields, describe_fields, device_option, option
 
 WARMUP_STEPS = 100
+AUX_LOSS_COEF = 0.01  # Fedus et al., arXiv 2101.03961, section 2.2
 _LEARNING, _RUN = "Learning", "The run"
 
 
@@ -154,6 +155,14 @@ class TrainConfig:
         1.0,
         "Largest norm of the gradient; a larger gradient is scaled down to it. 0: no clipping.",
         allowed=Real(least=0, example="1.0 (0: no clipping)"),
+        group=_LEARNING,
+    )
+    router_aux_loss_coef: float | None = option(
+        None,
+        "Of a model with experts: weight of the loss that spreads tokens over them; it is added to the loss that is minimised, not "
+        "to the one in the log. Too small and a few experts get all tokens; too large and the router learns nothing else. 0: none.",
+        words=f"{AUX_LOSS_COEF:g} where the model has experts",
+        allowed=Real(least=0, example="0.01"),
         group=_LEARNING,
     )
     ema: float = option(

@@ -13,6 +13,7 @@ from gptfast.data.packing import Batch
 from gptfast.models import GPT
 from gptfast.training.batch_loss import batch_loss, with_a_target
 from gptfast.training.ranks import Ranks
+from gptfast.training.routing import Routing
 from gptfast.training.sharding import plan_pass
 
 
@@ -22,6 +23,7 @@ def accumulate_gradients(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     device: torch.device | str = "cpu",
     ranks: Ranks | None = None,
+    routing: Routing | None = None,
 ) -> float | Tensor:
     """Add the gradient of the mean loss over all targets of all batches to the parameters' gradients.
 
@@ -35,6 +37,7 @@ def accumulate_gradients(
         device: the device of the model.
         ranks: the processes that have a part of every batch each; the counts are then those of all. The gradients are still
             to be summed over the ranks, or summed already where the ranks have a part of the parameters each.
+        routing: of a model with experts: its auxiliary loss is minimised too. None: it is not.
     Returns:
         The loss; of one process on a GPU a scalar there, which is not waited for.
     Raises:
@@ -48,17 +51,21 @@ def accumulate_gradients(
     start, waited = time.perf_counter(), 0.0 if ranks is None else ranks.waited
     last = max(n for n, others in enumerate(everywhere) if others)
     for n, (batch, count, others) in enumerate(zip(batches, counts, everywhere, strict=True)):
+        targets = batch[1]
         if ranks is not None and ranks.sharding:
             plan_pass(model, ranks, n == last)
             batch = batch if count or not others else with_a_target(batch)  # all ranks take part in a pass
         elif others and not count:
             model.skip_forward()
+            if routing is not None:
+                routing.skip()
         if count or (others and ranks is not None and ranks.sharding):
-            with autocast():
+            share = count / sum(everywhere)
+            with autocast(), nullcontext() if routing is None else routing.watched():
                 loss = batch_loss(model, batch, device)
-            share = loss * (count / sum(everywhere))
-            share.backward()
-            total += share.detach()
+            whole = loss if routing is None else loss + routing.loss(targets, share)
+            (whole * share).backward()
+            total += loss.detach() * share
     if ranks is None:
         return total if on_gpu else float(total)
     seconds = time.perf_counter() - start - (ranks.waited - waited)

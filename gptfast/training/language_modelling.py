@@ -21,6 +21,7 @@ from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_bat
 from gptfast.training.gradients import accumulate_gradients
 from gptfast.training.objective import Autocast, Evaluation, Objective
 from gptfast.training.ranks import Ranks
+from gptfast.training.routing import Routing
 from gptfast.training.schedule import row_length
 from gptfast.training.sharding import put, whole_copy
 from gptfast.training.slow import SlowRanks
@@ -56,6 +57,7 @@ class LanguageModelling(Objective):
             check_ranks(config, ranks)
         self.ranks, rows = ranks, config.batch_size if ranks is None else ranks.rows(config.batch_size)
         self._first = 0 if ranks is None else ranks.share * rows
+        self._routing = Routing.of(model, config, ranks)
         model.dropout_row, self._slow = self._first, SlowRanks()
         self._step: Any = torch.compile(model, fullgraph=True) if config.compile else model
         row_length(0, self.block_size, config)  # refuses what cannot be cut
@@ -73,17 +75,20 @@ class LanguageModelling(Objective):
         return [tuple(part.reshape(-1, length) for part in batch) for batch in batches]
 
     def add_gradients(self, batches: list[Batch], autocast: Autocast, device: torch.device) -> dict[str, Any]:
+        if self._routing is not None:
+            self._routing.begin()
         loss = self._gradients(batches, autocast, device)
         if self.ranks is not None and not self.ranks.sharding:
             trained = [p for p in self.network.parameters() if p.requires_grad]
             self.ranks.sum_gradients(trained, "the gradients")
-        return {"loss": loss} | ({} if self.ranks is None else self._slow.look(self.ranks.seconds))
+        figures = {"loss": loss} | ({} if self._routing is None else self._routing.figures())
+        return figures | ({} if self.ranks is None else self._slow.look(self.ranks.seconds))
 
     def _gradients(self, batches: list[Batch], autocast: Autocast, device: torch.device) -> Any:
         if self._step is self.network:
-            return accumulate_gradients(self._step, batches, autocast, device, self.ranks)
+            return accumulate_gradients(self._step, batches, autocast, device, self.ranks, self._routing)
         try:
-            return accumulate_gradients(self._step, batches, autocast, device, self.ranks)
+            return accumulate_gradients(self._step, batches, autocast, device, self.ranks, self._routing)
         except RuntimeError as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise

@@ -54,7 +54,7 @@ class Log:
             text = f"cannot write {self.path}: {error.strerror}; free some space and continue the run with `resume`"
             raise OSError(error.errno, text) from error
         self.records[-1 if again else len(self.records) :] = [whole]
-        values = {name: value for name, value in record.items() if name != "step" and _is_number(value)}
+        values = {name: x for name, x in _numbers(record).items() if name != "step"}
         for board in self._boards:
             board.write(record["step"], values)
 
@@ -80,8 +80,15 @@ class Log:
             board.close()
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _numbers(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record by name; those of a list have their place in it, as in "expert_load/0/3"."""
+    found: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            found |= _numbers({f"{name}/{n}": part for n, part in enumerate(value)})
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[name] = value
+    return found
 
 
 def _joined(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

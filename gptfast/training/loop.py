@@ -21,7 +21,7 @@ from gptfast.training.ema import WeightAverage
 from gptfast.training.interrupt import Interrupt
 from gptfast.training.objective import Evaluation, Objective
 from gptfast.training.optim import build_optimizers
-from gptfast.training.plot import plot_losses, require_matplotlib
+from gptfast.training.plot import EXPERTS, plot_experts, plot_losses, require_matplotlib
 from gptfast.training.progress import TrainingProgress
 from gptfast.training.ranks import RankLostError, Ranks
 from gptfast.training.reporting import Reporting
@@ -36,7 +36,7 @@ from gptfast.training.values import Values
 
 
 class Loop(Updates, Reporting):
-    """Trains an objective and writes RUN/last, RUN/best, RUN/log.jsonl and RUN/loss.png.
+    """Trains an objective and writes RUN/last, RUN/best, RUN/log.jsonl, RUN/loss.png and, with experts, RUN/experts.png.
 
     Args:
         objective: what is trained; its network is moved to the device of the config.
@@ -170,6 +170,7 @@ class Loop(Updates, Reporting):
             title = f"{self.out.name}: {self.state.step} steps"
             if self._is_main:
                 plot_losses(self.log.records, self.out / "loss.png", title, self.objective.metric)
+                plot_experts(self.log.records, self.out / EXPERTS, title)
         finally:
             self._release()
         return TrainResult(

@@ -62,8 +62,8 @@ class Objective(ABC):
 
     @abstractmethod
     def add_gradients(self, batches: list[Any], autocast: Autocast, device: torch.device) -> dict[str, Any]:
-        """Add the gradient of the batches' mean loss to the parameters'; returns "loss" and other figures for the log: floats,
-        or scalars on a GPU."""
+        """Add the gradient of the batches' mean loss to the parameters'; returns "loss" and other figures for the log: floats
+        or tensors."""
 
     @abstractmethod
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:

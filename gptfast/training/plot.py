@@ -1,4 +1,4 @@
-"""The loss curve of a run as a PNG file."""
+"""The loss curve of a run, and the load of its experts, as PNG files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptfast._files import save_figure
+
+EXPERTS = "experts.png"  # in the folder of a run
 
 
 def require_matplotlib() -> None:
@@ -55,3 +57,43 @@ def _draw(axis: Any, records: Sequence[dict[str, Any]], curves: Sequence[tuple[s
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend()
+
+
+def plot_experts(records: Sequence[dict[str, Any]], path: str | os.PathLike[str], title: str = "") -> None:
+    """Draw the load of each expert over the steps, a panel for each layer: dark where it gets no tokens.
+
+    Args:
+        records: records of the log; where none has "expert_load" nothing is drawn.
+        path, title: as in `plot_losses`.
+    Raises:
+        ImportError, OSError: as `plot_losses`.
+    """
+    points = [(r["step"], r["expert_load"]) for r in records if "expert_load" in r]
+    if not points:
+        return
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    layers, experts = len(points[0][1]), len(points[0][1][0])
+    columns = min(4, layers)
+    rows = -(-layers // columns)
+    figure = Figure(figsize=(2.6 * columns + 1.4, 1.9 * rows + 1), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    steps = [step for step, _ in points]
+    edges = [steps[0] - 1, *steps]  # a load is shown from the record before to its own
+    colours = {"vmin": 0.0, "vmax": min(1.0, 2 / experts), "cmap": "viridis"}
+    for layer, axis in enumerate(axes.flat):
+        if layer >= layers:
+            axis.set_visible(False)
+            continue
+        loads = [[load[layer][expert] for _, load in points] for expert in range(experts)]
+        drawn = axis.pcolormesh(edges, range(experts + 1), loads, **colours)
+        axis.set_title(f"layer {layer}", fontsize=9)
+        if layer % columns == 0:
+            axis.set(ylabel="expert")
+        if layer + columns >= layers:
+            axis.set(xlabel="step")
+            axis.tick_params(labelbottom=True)
+    figure.colorbar(drawn, ax=axes, label=f"share of the layer's tokens (even: {1 / experts:.3g})", extend="max")
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)

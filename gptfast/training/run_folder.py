@@ -10,6 +10,7 @@ from pathlib import Path
 from gptfast._folders import holds_more
 from gptfast._locks import FileLock
 from gptfast.training.kept import kept
+from gptfast.training.plot import EXPERTS
 
 LOCK = "training.lock"
 
@@ -61,10 +62,11 @@ def check_room(out: Path, overwrite: bool) -> list[Path]:
 
 
 def make_room(out: Path, overwrite: bool) -> None:
-    """Delete the checkpoints of a run that is to be replaced.
+    """Delete the checkpoints of a run that is to be replaced, and the picture that its successor may not have.
 
     Raises:
         FileExistsError: there are checkpoints and `overwrite` is False.
     """
     for folder in check_room(out, overwrite):
         shutil.rmtree(folder)
+        (out / EXPERTS).unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from gptfast.training.values import Values
 
 
 class Trainer(Loop):
-    """Trains a GPT and writes RUN/last, RUN/best, RUN/log.jsonl and RUN/loss.png.
+    """Trains a GPT and writes RUN/last, RUN/best, RUN/log.jsonl, RUN/loss.png and, with experts, RUN/experts.png.
 
     Args:
         model: a float32 GPT; moved to the device of the config.

@@ -46,7 +46,7 @@ class Step:
     """A step whose gradient is there.
 
     number: from 1 on. batches, rows: what it sees, and the first of its rows. dropout_step: of the network, before it.
-    figures: "loss", "grad_norm", "lr" and others, of which some may be scalars on a GPU.
+    figures: "loss", "grad_norm", "lr" and others, of which some may be tensors on a GPU.
     """
 
     number: int
@@ -141,7 +141,7 @@ class Updates:
             RuntimeError: the run is to stop.
         """
         figures = step.figures.items()
-        record = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in figures}
+        record: dict[str, Any] = {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in figures}
         loss, norm = record["loss"], record["grad_norm"]
         self._loss = loss if math.isfinite(loss) else self._loss
         wrong = what_is_wrong(loss, norm, self.state.recent)
@@ -149,7 +149,7 @@ class Updates:
             remember(self.state.recent, loss, norm)
             self._wrong_in_a_row = 0
             return record
-        finite = {name: value for name, value in record.items() if math.isfinite(value)}
+        finite = {name: x for name, x in record.items() if isinstance(x, list) or math.isfinite(x)}
         return {**finite, "wrong": wrong, "done": self._act_on(wrong, step, len(finite) == len(record))}
 
     def _act_on(self, wrong: str, step: Step, finite: bool) -> str:

@@ -14,6 +14,7 @@ from gptfast.config import GPTConfig
 from gptfast.models import GPT
 from gptfast.models.pretrained import on_meta, read_lazily, resolve
 from gptfast.models.stored import StoredModel
+from gptfast.nn.experts import ExpertMLP
 
 Values = Callable[[str], Tensor]  # of the parameter's name
 
@@ -40,7 +41,10 @@ def initial(config: GPTConfig, seed: int) -> tuple[GPT, Values]:
 def _draw_of_constructors(model: GPT) -> None:
     """Take from torch's generator what the constructors take before the model's own values."""
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, ExpertMLP):
+            for matrix in (module.gate_up_proj, module.down_proj):
+                torch.empty(matrix.shape).normal_()
+        elif isinstance(module, nn.Linear):
             nn.Linear(module.in_features, module.out_features, module.bias is not None)
         elif isinstance(module, nn.Embedding):
             nn.Embedding(module.num_embeddings, module.embedding_dim)

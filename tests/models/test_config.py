@@ -88,6 +88,15 @@ def test_dropout_sets_all_three():
     assert GPTConfig.preset("gpt2", resid_pdrop=0.5).resid_pdrop == 0.5
 
 
+def test_presets_have_the_dropout_of_their_papers():
+    """GPT-3 was trained without; a rate that is given counts."""
+    for name in ("gpt3-125m", "gptoss-tiny"):
+        config = GPTConfig.preset(name, resid_pdrop=0.5)
+        assert (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop) == (0.0, 0.0, 0.5)
+        assert GPTConfig.preset(name, dropout=0.2).attn_pdrop == 0.2
+    assert GPTConfig.preset("gpt2").attn_pdrop == 0.1
+
+
 def test_config_is_frozen_and_without_arguments_gpt2():
     assert GPTConfig() == GPTConfig.preset("gpt2")
     with pytest.raises(dataclasses.FrozenInstanceError):

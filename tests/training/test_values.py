@@ -8,14 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gptfast.config import GPTConfig
 from gptfast.models import GPT
 from gptfast.training.values import initial, stored
 from tests.support.training import SHAPE
 
+EXPERTS = GPTConfig.preset(
+    "gptoss-tiny", n_layer=2, n_embd=16, n_head=2, n_kv_head=1, head_size=8, n_inner=16, vocab_size=31, n_expert=3
+)
 SHAPES = {
     "tied": SHAPE,
     "untied, no biases": SHAPE.replace(tie_weights=False, bias=False),
     "GPT-1": SHAPE.replace(norm_position="post", final_norm=False),
+    "experts": EXPERTS,
     "sinusoids": SHAPE.replace(position_embedding="sinusoidal"),
 }
 
