@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from gptfast.checkpoints.adapter_config import LoraConfig
 from gptfast.evaluation.inside import look_inside
 from gptfast.models import GPT, GPTConfig
 from gptfast.nn import Block, RMSNorm
+from gptfast.nn.kv_cache import KVCache
 
 LLAMA = {"norm": "rms_norm", "position_embedding": "rotary", "activation": "swiglu", "bias": False, "n_kv_head": 2}
 NEOX = {"parallel_residual": True, "position_embedding": "rotary", "partial_rotary_factor": 0.5, "activation": "gelu"}
@@ -120,6 +122,27 @@ def test_matrices_in_few_bits(format: str, tmp_path: Path):
     assert small.h[0].mlp.c_fc.codes.dtype in (torch.int8, torch.uint8)
     error = (small(IDS) - model(IDS)).abs().mean() / model(IDS).abs().mean()
     assert error < (0.03 if format == "int8" else 0.3)  # measured: 0.006 and 0.1
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "experts"])
+def test_a_cache_gives_the_logits_that_there_are_without(kind: str):
+    """Windows, sinks, soft caps and shared heads reach the cached attention: of all rows together, in pieces, and of rows of
+    different lengths."""
+    experts = {"n_expert": 4, "n_expert_per_tok": 2, "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+    model = make("sinks", **experts) if kind == "experts" else make(kind)
+    ids = torch.randint(V, (3, 24), generator=torch.Generator().manual_seed(2))
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    with torch.no_grad():
+        wanted, cache = model(ids), KVCache(model.config, 3)
+        ends = (0, 9, 10, 11, 18, 24)
+        parts = [model(ids[:, first:last], cache=cache) for first, last in pairwise(ends)]
+        torch.testing.assert_close(torch.cat(parts, 1), wanted, **close)
+        cache.lengths = torch.tensor([15, 6, 11])
+        for T in (1, 3, 1):
+            starts = cache.lengths.tolist()
+            got = model(torch.stack([row[n : n + T] for row, n in zip(ids, starts, strict=True)]), cache=cache)
+            for row, n, logits in zip(wanted, starts, got, strict=True):
+                torch.testing.assert_close(logits, row[n : n + T], **close)
 
 
 @pytest.mark.parametrize("kind", ["llama", "nanochat", "neox"])
