@@ -20,7 +20,7 @@ JOBS    ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1); ech
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SHARED   = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help torch-requirement demo demo-finetune bench-finetune bench-evaluate test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-step bench-drop-in bench-generate bench-gpu gpu-check docs wheel release released clean install
+.PHONY: help torch-requirement demo demo-finetune bench-finetune bench-evaluate bench-family test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-step bench-drop-in bench-generate bench-gpu gpu-check docs wheel release released clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -95,6 +95,9 @@ bench-finetune: $(TESTED)  ## GPT-2's step full, frozen, with LoRA and QLoRA, th
 
 bench-evaluate: $(TESTED)  ## lm-evaluation-harness with our model beside `hf`: multiple choice, cloze, few shots
 	$(BIN)/python benchmarks/bench_evaluate.py
+
+bench-family: $(TESTED)  ## BERT's attention with padding and dropout, Llama's row ops, experts; beside SDPA, a copy, loops and reading
+	$(BIN)/python benchmarks/bench_family.py
 
 bench-generate: $(TESTED)  ## generation with GPT-2 by format, beside transformers and, with PEERS="--llama-bin …", others; the server
 	$(BIN)/python benchmarks/bench_generate.py $(PEERS)

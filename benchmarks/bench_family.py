@@ -1,0 +1,304 @@
+"""Speeds of what the family beside GPT-1 to GPT-3 needs: bidirectional attention, row ops of Llama's kind, experts.
+
+    python benchmarks/bench_family.py [--rounds 7] [--only attention rows experts decode] [--cpu-time]
+
+Kinds take turns, in an order that changes from round to round; a ratio is the median over the rounds, after one that is not
+counted. Results are compared with the peer's before anything is timed.
+
+attention: BERT base's shape in fp32 with padding on the right of rows, with dropout and without, beside
+`F.scaled_dot_product_attention` with the same mask (wanted: 1.5 times as fast with dropout), and beside our causal attention of the
+same tensors: flops of scores that are not masked, a second. rows: rms_norm, add_rms_norm, rotary, swiglu, relu_squared, forward and
+backward, as a share of a copy of the bytes that they must move, in the same round (wanted: 0.85). experts: grouped_linear and moe
+beside a loop of torch's products over the experts. decode: moe of one token, as a share of a loop that only reads the bytes of its
+experts; and those bytes for the published shapes. --cpu-time counts the process's own CPU seconds, for a machine that others use
+too. Rows go to the terminal and, as JSON, to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gptfast
+from gptfast import ops
+from gptfast.machine import cpu_name, peak_flops
+from gptfast.ops import reference
+from gptfast.testing import SPECS, Case
+from gptfast.testing.case import rows as rows_case
+
+Row = dict[str, Any]
+Call = Callable[[], Any]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GPT_OSS = {"alpha": 1.702, "limit": 7.0, "layout": "interleaved"}
+BACKWARD = {"rms_norm": 3, "add_rms_norm": 4, "rotary": 2, "swiglu": 5, "relu_squared": 3}  # passes: docs/notes/cpu.md
+
+
+def turns(calls: dict[str, Call], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each call in each round."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for n in range(options.rounds + 1):
+        for name in random.Random(n).sample(list(calls), len(calls)):
+            start = options.clock()
+            calls[name]()
+            if n:
+                times[name].append(options.clock() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
+    """Median over the rounds of a's time over b's."""
+    return round(statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)), 3)
+
+
+def milliseconds(times: list[float]) -> float:
+    return round(1e3 * statistics.median(times), 3)
+
+
+def with_gradients(call: Call, wanted: list[Tensor]) -> Call:
+    """Forward and backward, with a gradient of ones."""
+    return lambda: torch.autograd.grad(call().sum(), wanted)
+
+
+# ---- attention ----------------------------------------------------------------------------------------------------
+
+
+def attention(options: argparse.Namespace) -> Iterator[Row]:
+    B, H, T, D = options.batch, 12, options.length, 64
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, H, T, D, generator=g) for _ in range(3))
+    lengths = torch.linspace(T // 2, T, B).long()
+    mask = (torch.arange(T) < lengths[:, None])[:, None, None]  # B 1 1 T
+    ours = ops.causal_attention(q, k, v, causal=False, seq_lens=lengths)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), rtol=1e-4, atol=1e-5)
+    scores = {"bidirectional": H * T * int(lengths.sum()), "causal": B * H * T * (T + 1) // 2}
+    for p in (0.0, 0.1):
+        for backward in (False, True):
+            leaves = [x.clone().requires_grad_(backward) for x in (q, k, v)]
+            own = {"dropout_p": p, "seed": 1}
+            calls: dict[str, Call] = {
+                "bidirectional": lambda x=leaves, o=own: ops.causal_attention(*x, causal=False, seq_lens=lengths, **o),
+                "causal": lambda x=leaves, o=own: ops.causal_attention(*x, **o),
+                "sdpa": lambda x=leaves, p=p: F.scaled_dot_product_attention(*x, attn_mask=mask, dropout_p=p),
+            }
+            if backward:
+                calls = {name: with_gradients(call, leaves) for name, call in calls.items()}
+            times = turns(calls, options)
+            flops = {name: (14 if backward else 4) * D * count for name, count in scores.items()}
+            rates = {name: n / statistics.median(times[name]) / 1e9 for name, n in flops.items()}
+            yield {
+                **{"op": "attention", "shape": f"B{B} H{H} T{T} D{D}, padded", "dtype": "fp32", "dropout": p},
+                **{"mode": "fwd+bwd" if backward else "fwd", "ms": milliseconds(times["bidirectional"])},
+                **{"sdpa_ms": milliseconds(times["sdpa"]), "of_sdpa": ratio(times, "sdpa", "bidirectional")},
+                **{f"{name}_gflops": round(rate) for name, rate in rates.items()},
+                "of_peak": round(rates["bidirectional"] * 1e9 / options.peaks["fp32"], 3),
+            }
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+def row_cases(options: argparse.Namespace) -> list[Case]:
+    N, C = options.rows, 2880
+    return [
+        rows_case("rms_norm", N, C),
+        rows_case("add_rms_norm", N, C),
+        rows_case("add_rms_norm", N, C, dropout_p=0.1),
+        Case("rotary", {"B": 1, "H": 64, "T": max(1, N * C // (64 * 64)), "D": 64}, {}, "strided"),
+        rows_case("swiglu", N, C),
+        Case("swiglu", {"N": N, "C": C, "packed": 1}, GPT_OSS),
+        rows_case("relu_squared", N, C),
+    ]
+
+
+def copy_of(size: float) -> Call:
+    """A copy that reads and writes `size` bytes in all, between tensors that exist."""
+    source, target = torch.zeros(2, int(size) // 2, dtype=torch.uint8).unbind()
+    return lambda: target.copy_(source)
+
+
+def row_ops(options: argparse.Namespace) -> Iterator[Row]:
+    for case in row_cases(options):
+        for name, dtype in DTYPES.items():
+            spec, op = SPECS[case.op], getattr(ops, case.op)
+            tensors = [x if x is None else x.detach() for x in case.inputs(dtype)]
+            assert spec.cost is not None
+            size = torch.finfo(dtype).bits // 8
+            bytes_forward = spec.cost(case, size)[1]
+            elements = math.prod(case.dims.values()) if case.op == "rotary" else case.dims["N"] * case.dims["C"]
+            passes = BACKWARD[case.op] + bool(case.options.get("dropout_p"))  # the gradients of branch and residual
+            bytes_backward = passes * elements * size
+            leaves = [x if x is None or not x.is_floating_point() else x.requires_grad_() for x in tensors]
+            wanted = [x for n, x in enumerate(leaves) if x is not None and n not in spec.non_differentiable]
+            found = op(*leaves, **case.options)
+            outs = [x for x in (found if isinstance(found, tuple) else (found,)) if x.requires_grad]
+            ones = [torch.ones_like(x) for x in outs]
+
+            def forward(op: Any = op, leaves: list = leaves, case: Case = case) -> None:
+                with torch.no_grad():
+                    op(*leaves, **case.options)
+
+            calls = {
+                "forward": forward,
+                "copy": copy_of(bytes_forward),
+                "backward": lambda o=outs, w=wanted, u=ones: torch.autograd.grad(o, w, u, retain_graph=True),
+                "copy back": copy_of(bytes_backward),
+            }
+            times = turns(calls, options)
+            yield {
+                **{"op": case.op, "shape": case.id, "dtype": name},
+                **{"ms": milliseconds(times["forward"]), "of_copy": ratio(times, "copy", "forward")},
+                **{"backward_ms": milliseconds(times["backward"])},
+                **{"backward_of_copy": ratio(times, "copy back", "backward")},
+                "copy_gb_per_s": round(bytes_forward / statistics.median(times["copy"]) / 1e9, 1),
+            }
+
+
+# ---- experts ------------------------------------------------------------------------------------------------------
+
+
+def torch_moe(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As transformers' gpt-oss computes it: a product for each expert over the tokens that it has."""
+    total = torch.zeros_like(x)
+    for e in range(len(gate_up)):
+        tokens, places = torch.where(experts == e)
+        hidden = F.linear(x[tokens], gate_up[e])
+        gate, up = hidden[:, ::2].clamp(max=7.0), hidden[:, 1::2].clamp(-7.0, 7.0)
+        hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+        share = weights[tokens, places, None]
+        total = total.index_add(0, tokens, F.linear(hidden, down[e]) * share)
+    return total
+
+
+def moe_inputs(N: int, options: argparse.Namespace, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    E, k, C = options.experts, options.chosen, options.width
+    g = torch.Generator().manual_seed(0)
+    experts, weights = ops.route(torch.randn(N, E, generator=g), k)
+    matrices = ((torch.randn(E, rows, C, generator=g) * C**-0.5).to(dtype) for rows in (2 * C, C))
+    return torch.randn(N, C, generator=g).to(dtype), experts, weights.to(dtype), *matrices
+
+
+def expert_calls(op: str, inputs: tuple[Tensor, ...], backward: bool) -> dict[str, Call]:
+    """Ours and the loop of torch's products, of the same inputs."""
+    x, chosen, weights, *matrices = inputs
+    if op == "moe":
+        leaves = [t.clone().requires_grad_(backward) for t in (x, *matrices)]
+        a, b, c = leaves
+        calls: dict[str, Call] = {
+            "ours": lambda: ops.moe(a, chosen, weights, b, c, **GPT_OSS),
+            "loop": lambda: torch_moe(a, chosen, weights, b, c),
+        }
+    else:
+        rows = x.repeat_interleave(chosen.shape[1], 0)
+        offsets = F.pad(torch.bincount(chosen.flatten(), minlength=len(matrices[0])).cumsum(0), (1, 0))
+        leaves = [t.clone().requires_grad_(backward) for t in (rows, matrices[0])]
+        a, b = leaves
+        calls = {
+            "ours": lambda: ops.grouped_linear(a, offsets, b),
+            "loop": lambda: reference.grouped_linear(a, offsets, b),
+        }
+    return {kind: with_gradients(call, leaves) for kind, call in calls.items()} if backward else calls
+
+
+def experts(options: argparse.Namespace) -> Iterator[Row]:
+    N, E, k, C = options.tokens, options.experts, options.chosen, options.width
+    for name, dtype in DTYPES.items():
+        inputs = moe_inputs(N, options, dtype)
+        close = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+        torch.testing.assert_close(ops.moe(*inputs, **GPT_OSS), torch_moe(*inputs), **close)
+        for op, flops in {"grouped_linear": 4 * N * k * C * C, "moe": 6 * N * k * C * C}.items():
+            for backward in (False, True):
+                times = turns(expert_calls(op, inputs, backward), options)
+                done = (3 if backward else 1) * flops / statistics.median(times["ours"])
+                yield {
+                    **{"op": op, "shape": f"N{N} E{E} k{k} C{C} F{C}", "dtype": name},
+                    **{"mode": "fwd+bwd" if backward else "fwd", "ms": milliseconds(times["ours"])},
+                    **{"loop_ms": milliseconds(times["loop"]), "of_loop": ratio(times, "loop", "ours")},
+                    "of_peak": round(done / options.peaks[name], 3),
+                }
+
+
+def one_token(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, list[float]]:
+    """Seconds of one token, and of reading the bytes of its experts: each time to experts that the time before did not have, so
+    that their weights come from memory."""
+    E, k = options.experts, options.chosen
+    x, _, weights, gate_up, down = moe_inputs(1, options, dtype)
+    groups, reads = (cycle(torch.arange(E - E % k).view(-1, k)) for _ in range(2))
+
+    def token() -> None:
+        ops.moe(x, next(groups)[None], weights, gate_up, down, **GPT_OSS)
+
+    def read() -> None:
+        for e in next(reads).tolist():
+            for matrix in (gate_up[e], down[e]):
+                matrix.view(torch.float32).amax()
+
+    with torch.no_grad():
+        return turns({"ours": token, "read": read}, options)
+
+
+def decode(options: argparse.Namespace) -> Iterator[Row]:
+    E, k, C = options.experts, options.chosen, options.width
+    for name, dtype in DTYPES.items():
+        times, size = one_token(options, dtype), 3 * k * C * C * dtype.itemsize
+        yield {
+            **{
+                "op": "moe, one token",
+                "shape": f"E{E} k{k} C{C} F{C}",
+                "dtype": name,
+                "ms": milliseconds(times["ours"]),
+            },
+            **{"of_reading": ratio(times, "read", "ours"), "active_mb": round(size / 1e6, 1)},
+            "read_gb_per_s": round(size / statistics.median(times["read"]) / 1e9, 1),
+        }
+    for preset in ("gpt-oss-20b", "gpt-oss-120b"):
+        config = gptfast.GPTConfig.preset(preset)
+        weights_of_token = 3 * config.n_layer * (config.n_expert_per_tok or 0) * config.n_embd * config.inner_dim
+        yield {
+            **{"op": "experts of a token", "shape": preset},
+            **{
+                f"{kind}_gb": round(weights_of_token * bits / 8e9, 2)
+                for kind, bits in {"mxfp4": 4.25, "bf16": 16}.items()
+            },
+        }
+
+
+def main() -> None:
+    parts = {"attention": attention, "rows": row_ops, "experts": experts, "decode": decode}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--cpu-time", dest="clock", action="store_const", const=time.process_time)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench/family.jsonl"), help="a JSON value a row, appended"
+    )
+    numbers = {"rounds": 7, "batch": 8, "length": 512, "rows": 4096}
+    for name, value in {**numbers, "tokens": 1024, "experts": 16, "chosen": 4, "width": 1024}.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    options = parser.parse_args()
+    if options.rounds < 1 or not 1 <= options.chosen <= options.experts:
+        parser.error("expected at least one round, and at most as many chosen experts as there are")
+    options.clock = options.clock or time.perf_counter
+    gptfast.tune_malloc()
+    options.peaks = {name: peak_flops(dtype) for name, dtype in DTYPES.items()}
+    head = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "rounds": options.rounds}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("a", encoding="utf-8") as out:
+        for part in options.only:
+            for row in parts[part](options):
+                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+                out.write(json.dumps({**row, **head}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
