@@ -91,7 +91,8 @@ class Dialogue:
         room = self._block - len(prompt)
         options = {**self._options, "max_new_tokens": min(self._limit or room, room)}
         options["seed"] = (self._seed + self._attempt) % 2**64
-        text = ChoiceText(self._tokenizer, self._stops, self._ends, flush=self.format.template is None)
+        plain = self.format.template is None
+        text = ChoiceText(self._tokenizer, self._stops, self._ends, flush=plain, channels=self.format.channels())
         message = {"role": "assistant", "content": ""}
         self.messages.append(message)
         for step in stream(self._gpt, [prompt], tokenizer=self._tokenizer, **options):

@@ -181,7 +181,7 @@ class Chat:
 
     def _new_choice(self, used: ChatFormat, ask: ChatCompletion, request: Request, index: int) -> Choice:
         tokenizer, flush = self._service.tokenizer, used.template is None
-        text = ChoiceText(tokenizer, [*ask.stops, *used.stops], request.config.eos_ids, flush)
+        text = ChoiceText(tokenizer, [*ask.stops, *used.stops], request.config.eos_ids, flush, used.channels())
         return Choice(index, text, _logprobs_with(tokenizer) if ask.logprobs else None)
 
 

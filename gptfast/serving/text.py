@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Sequence
 
 from gptfast.tokenizer import StreamDecoder, Tokenizer, token_text
+from gptfast.tokenizer.conversation import Channels
 
 
 class ChoiceText:
@@ -16,17 +17,27 @@ class ChoiceText:
         stops: strings that end the choice and are not a part of its text.
         eos_ids: end tokens, which have no text.
         flush: leave out blanks at the beginning, as behind the "Assistant:" of a transcript.
+        channels: leaves out the thoughts of a reply; None: it has none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], eos_ids: Sequence[int], flush: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str],
+        eos_ids: Sequence[int],
+        flush: bool = False,
+        channels: Channels | None = None,
+    ) -> None:
         self._decoder = StreamDecoder(tokenizer)
         self._stops, self._eos, self._flush = stops, eos_ids, flush
         self._held = ""  # characters that may begin a stop string
-        self._stopped = False
+        self._stopped, self._channels = False, channels
 
     def push(self, token: int) -> str:
         """The text that can be sent after this token."""
         if token in self._eos or self._stopped:
+            return ""
+        if self._channels is not None and not self._channels.keeps(token):
             return ""
         text = self._cut(self._held + self._from_left(self._decoder.push(token)))
         keep = 0 if self._stopped else self._longest_beginning(text)

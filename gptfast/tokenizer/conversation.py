@@ -15,9 +15,44 @@ TRANSCRIPT = {"system": "System", "developer": "System", "user": "User", "assist
 TRANSCRIPT_STOPS = tuple(f"{gap}{name}:" for name in ("User", "System", "Assistant") for gap in ("\n\n", "\n"))
 _KEYS = ("role", "content", "name")
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private characters around special tokens that a message contains
-_PROBE = ("\ue002", "\ue003")  # a reply and the message behind it, for which `_turn_end` looks
+_PROBE = ("\ue002", "\ue003")  # a reply and the message behind it, for which `_turn_ends` looks
+
+_HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+_CALL = "<|call|>"  # ends a reply of gpt-oss that calls a tool
 
 Messages = Sequence[Mapping[str, Any]]
+
+
+class Channels:
+    """Which tokens of a reply are what the user is told, in gpt-oss' format (Harmony): a reply is several messages, each with
+    a header that names its channel, such as "analysis" for thoughts. The reply is the text of "final", or of a message without
+    a channel. One object follows one reply, whose prompt ends inside the first header.
+
+    Args:
+        tokenizer: of the model.
+        start, channel, message, end: ids of the tokens around the parts of a message.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int, channel: int, message: int, end: int) -> None:
+        self._tokenizer, self._ids = tokenizer, (start, channel, message, end)
+        self._header: list[int] | None = None  # ids of the channel's name; None: no channel was named
+        self._inside, self._shown = False, False
+
+    def keeps(self, token: int) -> bool:
+        """Whether the next token of the reply is a part of its text."""
+        start, channel, message, end = self._ids
+        if token in (start, end):
+            self._header, self._inside = None, False
+        elif token == channel and not self._inside:
+            self._header = []
+        elif token == message and not self._inside:
+            name = None if self._header is None else self._tokenizer.decode(self._header).split()[:1]
+            self._inside, self._shown = True, name in (None, [], ["final"])
+        elif self._inside:
+            return self._shown
+        elif self._header is not None:
+            self._header.append(token)
+        return False
 
 
 @dataclass(frozen=True)
@@ -32,12 +67,14 @@ class ChatFormat:
         template: None: a plain transcript.
         end_ids: special tokens that end a reply, beside those of the model.
         stops: texts that end a reply and are not a part of it.
+        harmony: ids of the tokens that divide a reply into channels (`Channels`); (): replies are plain.
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     end_ids: tuple[int, ...] = ()
     stops: tuple[str, ...] = TRANSCRIPT_STOPS
+    harmony: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ChatFormat:
@@ -50,12 +87,20 @@ class ChatFormat:
         template = ChatTemplate.of(tokenizer)
         if template is None:
             return cls(tokenizer, None)
-        end = _turn_end(template)
         specials = _specials(tokenizer)
-        token = next((t for t in sorted(specials, key=len, reverse=True) if end.lstrip().startswith(t)), None)
-        if token is not None:
-            return cls(tokenizer, template, tuple(encode_chat(tokenizer, token)), ())
-        return cls(tokenizer, template, (), (end.rstrip(),) if end.strip() else ())
+        harmony = _HARMONY if _HARMONY[1] in template.source and {*_HARMONY} <= {*specials} else ()
+        dividers = tuple(encode_chat(tokenizer, token)[0] for token in harmony)
+        last, between = _turn_ends(template)
+        for end in (last, between):  # gpt-oss ends its last reply otherwise than those before
+            token = next((t for t in sorted(specials, key=len, reverse=True) if end.lstrip().startswith(t)), None)
+            if token is not None:
+                ends = (token, _CALL) if harmony and _CALL in specials and _CALL in template.source else (token,)
+                return cls(tokenizer, template, tuple(encode_chat(tokenizer, "".join(ends))), (), dividers)
+        return cls(tokenizer, template, (), (between.rstrip(),) if between.strip() else (), dividers)
+
+    def channels(self) -> Channels | None:
+        """What tells the text of a new reply from its thoughts; None: replies are plain."""
+        return Channels(self.tokenizer, *self.harmony) if self.harmony else None
 
     @property
     def name(self) -> str:
@@ -185,18 +230,21 @@ def _content(where: str, content: Any) -> str:
     return "\n".join(texts)
 
 
-def _turn_end(template: ChatTemplate) -> str:
-    """The text that a template writes between a reply and the message behind it; "": none, or it refuses to."""
+def _turn_ends(template: ChatTemplate) -> tuple[str, str]:
+    """The texts that a template writes behind a reply that is the last message, and between one and the message behind it; "":
+    none, or it refuses to."""
     reply, after = _PROBE
     messages = [
         {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", reply), ("user", after))
     ]
-    try:
-        text = template.render(messages)
-    except ValueError:  # a template for other conversations; its own error says so when it is used
-        return ""
-    found = re.search(f"{reply}(.*?)(?:{after}|$)", text, re.S)
-    return found[1] if found else ""
+    found = []
+    for several in (messages[:2], messages):
+        try:
+            match = re.search(f"{reply}(.*?)(?:{after}|$)", template.render(several), re.S)
+        except ValueError:  # a template for other conversations; its own error says so when it is used
+            match = None
+        found.append(match[1] if match else "")
+    return found[0], found[1]
 
 
 def _specials(tokenizer: Tokenizer) -> tuple[str, ...]:

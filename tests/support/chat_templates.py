@@ -110,6 +110,24 @@ HARMONY = """{%- macro turn(role, text, channel=none) -%}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
 
+GPT_OSS = """{%- macro today() %}{{ strftime_now('%Y') }}{% endmacro -%}
+{{- '<|start|>system<|message|>You are a cat of ' + today() + '.\n\n# Valid channels: analysis, final.<|end|>' }}
+{%- if messages[0].role in ('developer', 'system') %}{%- set rules, talk = messages[0].content, messages[1:] %}
+    {{- '<|start|>developer<|message|># Instructions\n\n' + rules + '<|end|>' }}
+{%- else %}{%- set talk = messages %}{%- endif %}
+{%- for message in talk %}
+    {%- if message.role == 'assistant' and message.tool_calls %}{{- '<|start|>assistant to=cat<|message|>{}<|call|>' }}
+    {%- elif message.role == 'assistant' %}
+        {%- if message.thinking and loop.last %}
+            {{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}
+        {%- endif %}
+        {{- '<|start|>assistant<|channel|>final<|message|>' + message.content }}
+        {{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+    {%- else %}{{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
+HARMONY_TOKENS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>")
+
 TEMPLATES = {
     "chatml": Template(CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
     "llama-2": Template(LLAMA2, (), "<|endoftext|>"),
@@ -120,7 +138,8 @@ TEMPLATES = {
     "phi": Template(PHI, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
     "vicuna": Template(VICUNA, (), "<|endoftext|>"),
     "alpaca": Template(ALPACA, (), "\n\n### Instruction:"),
-    "harmony": Template(HARMONY, ("<|start|>", "<|end|>", "<|message|>", "<|channel|>"), "<|end|>"),
+    "harmony": Template(HARMONY, HARMONY_TOKENS, "<|end|>"),
+    "gpt-oss": Template(GPT_OSS, (*HARMONY_TOKENS, "<|return|>", "<|call|>"), "<|return|>"),
 }
 
 

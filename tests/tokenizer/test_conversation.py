@@ -1,4 +1,4 @@
-"""Conversations as prompts: ten templates beside transformers, the plain transcript, what is refused, what is left out."""
+"""Conversations as prompts: eleven templates beside transformers, the plain transcript, what is refused, what is left out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 import transformers
 
 from gptfast.metadata import Metadata
+from gptfast.serving.text import ChoiceText
 from gptfast.tokenizer import CharTokenizer, load_tokenizer
-from gptfast.tokenizer.chat import ChatTemplate, with_chat_template
+from gptfast.tokenizer.chat import ChatTemplate, encode_chat, with_chat_template
 from gptfast.tokenizer.conversation import ChatFormat, checked
 from tests.support.chat_templates import TEMPLATES, WORDS, tokenizer_with
 
@@ -45,9 +46,30 @@ def test_what_ends_a_reply_is_read_off_the_template(name):
     used, end = tokenizer_with(name), TEMPLATES[name].end
     found = ChatFormat.of(used)
     if end in used.specials:
-        assert (found.end_ids, found.stops) == ((used.specials[end],), ())
+        calls = [used.specials["<|call|>"]] if name == "gpt-oss" else []  # a call of a tool ends a reply too
+        assert (found.end_ids, found.stops) == ((used.specials[end], *calls), ())
     else:
         assert (found.end_ids, found.stops) == ((), (end,))
+
+
+@pytest.mark.parametrize("name", ["harmony", "gpt-oss"])
+def test_the_thoughts_of_a_reply_are_not_a_part_of_its_text(name, tmp_path):
+    """A reply in channels, as gpt-oss writes it behind "<|start|>assistant"; text, and with it the history, is that of the last."""
+    tokenizer_with(name).save(tmp_path)
+    used = load_tokenizer(tmp_path)
+    found = ChatFormat.of(used)
+
+    def said(reply: str) -> str:
+        text = ChoiceText(used, (), found.end_ids, channels=found.channels())
+        return "".join(text.push(token) for token in encode_chat(used, reply)) + text.finish()
+
+    thoughts = "<|channel|>analysis<|message|>the cat sat — on what?<|end|><|start|>assistant"
+    assert said(thoughts + "<|channel|>final<|message|>on the mat<|end|>") == "on the mat"
+    assert said(thoughts + "<|channel|>final json<|message|>on the") == "on the"
+    assert said("<|message|>on the mat") == "on the mat"
+    assert said(thoughts + "<|channel|>commentary to=cat<|message|>{}") == said(thoughts) == ""
+    plain = ChatFormat.of(tokenizer_with("chatml"))
+    assert plain.channels() is None
 
 
 def test_listed_end_tokens_stand_for_themselves():
