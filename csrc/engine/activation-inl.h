@@ -22,5 +22,6 @@ template <Epilogue EPILOGUE> INL F activate(F z) {
   if constexpr (EPILOGUE == Epilogue::silu) return z * sigmoid(z);
   if constexpr (EPILOGUE == Epilogue::quick_gelu) return z * sigmoid(set(1.702f) * z);
   if constexpr (EPILOGUE == Epilogue::tanh) return tanh(z);
+  if constexpr (EPILOGUE == Epilogue::relu_squared) return max(zero(), z) * max(zero(), z);
   return z;
 }

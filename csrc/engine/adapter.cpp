@@ -31,7 +31,8 @@ Adapter::Adapter(const Shape& shape, const std::vector<Source>& updates)
 }
 
 bool Adapter::fits(const Shape& shape) const {
-  return shape.layers == shape_.layers && shape.C == shape_.C && shape.F == shape_.F && shape.V == shape_.V;
+  return shape.layers == shape_.layers && shape.C == shape_.C && shape.F == shape_.F && shape.V == shape_.V &&
+         shape.qkv() == shape_.qkv() && shape.attended() == shape_.attended() && shape.fc() == shape_.fc();
 }
 
 }  // namespace gptfast::engine

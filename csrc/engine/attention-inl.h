@@ -7,6 +7,7 @@
 //
 // With one query the floor is the read of the pages, and a jump to another page costs as much as the read of 8 KB. So
 // the heads of a page are read one after the other, and each line is asked for one head ahead.
+#include "activation-inl.h"
 #include "pages-inl.h"
 
 // In 16 bits, whole vectors; fp16 holds at most 65504, and nothing becomes infinite by being kept.
@@ -46,23 +47,32 @@ static void store_kv(const AttendParams& p) {
   }
 }
 
-// scores[0..n) -> exp(scores - max) where [low, high) counts, else 0; returns the sum. n is a multiple of 64.
-static float exponentials(float* scores, i64 n, i64 low, i64 high) {
+// scores[0..n) -> exp(scores - max) where [low, high) counts, else 0; returns the sum. n is a multiple of 64. sink: null, or
+// one more score that counts in max and sum.
+static float exponentials(float* scores, i64 n, i64 low, i64 high, float softcap, const float* sink) {
+  if (softcap > 0.f) {
+    const F cap = set(softcap), inverse = set(1.f / softcap);
+    for (i64 i = low / L * L; i < high; i += L) store(scores + i, cap * tanh(load(scores + i) * inverse));
+  }
   for (i64 i = 0; i < low; i++) scores[i] = -__builtin_inff();
   for (i64 i = high; i < n; i++) scores[i] = -__builtin_inff();
   F top = set(-__builtin_inff());
   for (i64 i = 0; i < n; i += L) top = max(top, load(scores + i));
-  const F most = set(hmax(top)), log2e = set(kLog2e);
-  return row_sum(n, [&](i64 i, i64) {
+  const F most = set(sink ? hmax(max(top, set(*sink))) : hmax(top)), log2e = set(kLog2e);
+  const float total = row_sum(n, [&](i64 i, i64) {
     const F e = exp2<6>((load(scores + i) - most) * log2e);
     store(scores + i, e);
     return e;
   });
+  if (!sink) return total;
+  alignas(64) float lanes[L];
+  store(lanes, exp2<6>((set(*sink) - most) * log2e));
+  return total + lanes[0];
 }
 
-// Queries row .. row + R of the run.
+// Queries row .. row + R of each head.
 static void attend_rows(const Kernels& k, const AttendParams& p, i64 row, int R) {
-  const i64 oldest = p.start + row, end = oldest + R;
+  const i64 oldest = p.position(row), end = p.position(row + R - 1) + 1;
   const i64 first = p.window && oldest >= p.window ? (oldest - p.window + 1) / kPage * kPage : 0;
   const i64 n = (end - first + kPage - 1) / kPage * kPage;
   float *const scores = p.scratch, *const total = scores + p.heads * R * n;
@@ -70,14 +80,16 @@ static void attend_rows(const Kernels& k, const AttendParams& p, i64 row, int R)
   k.page_scores[int(p.cache)][R - 1](rows);
   for (i64 h = 0; h < p.heads; h++)
     for (int r = 0; r < R; r++) {
-      const i64 position = oldest + r, low = p.window && position >= p.window ? position - p.window + 1 : 0;
-      total[h * R + r] = exponentials(scores + (h * R + r) * n, n, low > first ? low - first : 0, position + 1 - first);
+      const i64 position = p.position(row + r), low = p.window && position >= p.window ? position - p.window + 1 : 0;
+      const float* sink = p.sinks ? p.sinks + (p.together ? h * p.n + row + r : h) : nullptr;
+      total[h * R + r] = exponentials(scores + (h * R + r) * n, n, low > first ? low - first : 0, position + 1 - first,
+                                      p.softcap, sink);
     }
   k.page_values[int(p.cache)][R - 1](rows);
   float* out = p.out + row * p.out_stride;
   for (i64 h = 0; h < p.heads; h++)
     for (int r = 0; r < R; r++) {
-      float* y = out + r * p.out_stride + h * p.D;
+      float* y = out + r * p.out_stride + h * p.q_heads;
       const F inverse = set(1.f / total[h * R + r]);
       for_lanes(p.D, [&](i64 d, i64 lanes) { store_lanes(y + d, load_lanes(y + d, lanes) * inverse, lanes); });
     }

@@ -15,11 +15,13 @@ constexpr i64 kPrefillChunk = 256;  // tokens of a pass: their activations stay 
 Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int threads, DType cache,
                const Kernels& kernels)
     : model_(shape, formats), weights_(weights), kernels_(kernels), pool_(threads), cache_type_(cache),
-      key_bytes_(key_elements(shape.D()) * element_size(cache)),
-      value_bytes_(value_elements(shape.D()) * element_size(cache)),
-      layer_bytes_(shape.heads * (key_bytes_ + value_bytes_)), Cp_(round_up(shape.C, kPanel)),
-      Qp_(round_up(3 * shape.C, kPanel)), Fp_(round_up(shape.F, kPanel)), stride_(std::max(Cp_, Fp_)),
-      next_(size_t(shape.layers)), own_(size_t(threads)) {}
+      key_bytes_(key_elements(shape.D) * element_size(cache)),
+      value_bytes_(value_elements(shape.D) * element_size(cache)),
+      layer_bytes_(shape.kv_heads * (key_bytes_ + value_bytes_)), Cp_(round_up(shape.C, kPanel)),
+      Qp_(round_up(shape.qkv(), kPanel)), Ap_(round_up(shape.attended(), kPanel)), Fp_(round_up(shape.fc(), kPanel)),
+      stride_(std::max({Cp_, Ap_, round_up(shape.F, kPanel)})), next_(size_t(shape.layers)), own_(size_t(threads)) {
+  zeros_.grow(Cp_);
+}
 
 void Engine::pack(const Weight& weight, const float* values, i64 ld, i64 first, i64 rows, float factor) {
   const std::lock_guard guard(mutex_);
@@ -88,9 +90,9 @@ void Engine::prefix(Cache& cache, i64 row, const float* vectors, i64 n) {
 
 // The first positions of one head of a page.
 void Engine::copy_head(const char* from, char* to, i64 layer, i64 head, i64 positions) const {
-  const i64 size = element_size(cache_type_), D = model_.shape.D();
+  const i64 size = element_size(cache_type_), D = model_.shape.D;
   const i64 keys = layer * layer_bytes_ + head * key_bytes_;
-  const i64 values = layer * layer_bytes_ + model_.shape.heads * key_bytes_ + head * value_bytes_;
+  const i64 values = layer * layer_bytes_ + model_.shape.kv_heads * key_bytes_ + head * value_bytes_;
   for (i64 at = keys; at < keys + key_bytes_; at += kPage * size)
     std::memcpy(to + at, from + at, size_t(positions * size));
   std::memcpy(to + values, from + values, size_t(positions * padded_head(D) * size));
@@ -100,7 +102,7 @@ void Engine::reserve(Cache& cache, const std::vector<i64>& rows, const std::vect
   std::vector<Cache::Copy> copies;
   const auto copy = [&] {
     pool_.run([&](int t) {
-      const Range mine = share(model_.shape.heads, t);
+      const Range mine = share(model_.shape.kv_heads, t);
       for (const auto& [from, to, positions] : copies)
         for (i64 layer = 0; layer < model_.shape.layers; layer++)
           for (i64 head = mine.first; head < mine.last; head++) copy_head(from, to, layer, head, positions);
@@ -147,7 +149,7 @@ void Engine::reserve_workspace(i64 M, i64 longest) {
   if (M <= capacity_) return;
   const i64 rows = M == 1 ? 1 : round_up(M, 8);
   auto inputs = [&](Inputs& in, i64 n) {
-    in.normed.grow(n * Cp_);
+    in.normed.grow(n * (model_.shape.gated ? stride_ : Cp_));
     in.bf16.grow(n * stride_);
     in.q.grow(n * stride_);
     in.scale.grow(n * stride_ / kGroup);
@@ -157,7 +159,7 @@ void Engine::reserve_workspace(i64 M, i64 longest) {
   inputs(shared_, rows);
   x_.grow(rows * Cp_);
   qkv_.grow(rows * Qp_);
-  attended_.grow(rows * Cp_);
+  attended_.grow(rows * Ap_);
   hidden_.grow(rows * Fp_);
   branch_.grow(rows * Cp_);
   capacity_ = rows;

@@ -107,13 +107,19 @@ class Engine {
   void forward(int t, const int* tokens, float* out, i64 ld);
   void embed(int t, const int* tokens);
   void attention(int t, i64 layer);
+  void store(i64 layer, const Run& run, i64 first, i64 heads);
   void attend(int t, i64 layer, const Run& run, i64 first, i64 heads);
+  AttendParams pages_of(i64 layer, const Run& run, i64 first, i64 heads) const;
+  void place_heads(const Weight& norm, float* x, i64 position, i64 heads);
   void keep_wanted();
   void head(int t, float* out, i64 ld);
+  void normalise(const Norm& norm, const float* x, float* y);
   void normalise_in_place(int t, const Norm& norm, i64 rows);
 
   Activations inputs_of(int t, const Linear& linear, const float* x, i64 ld, i64 K, Rows rows);
+  template <class Make> Activations made_inputs(int t, const Linear& linear, i64 K, Rows rows, Make make);
   Activations normed_inputs(int t, const Linear& linear, const Norm& norm, const float* x, i64 ld, Rows rows);
+  Activations hidden_inputs(int t, const Linear& linear, Rows rows);
   void multiply(int t, const Linear& linear, const Activations& x, Rows rows, Epilogue epilogue, float* y, i64 ldy,
                 float* out, i64 ldo);
   void note_adapters();
@@ -135,7 +141,8 @@ class Engine {
   const DType cache_type_;
   const i64 key_bytes_, value_bytes_;  // of a page, for one head of one layer
   const i64 layer_bytes_;
-  const i64 Cp_, Qp_, Fp_, stride_;  // C, 3 C, F, and the larger of C and F, rounded up to whole panels
+  // C, what c_attn gives, the heads together, what c_fc gives, rounded up to whole panels; and the widest input of a product
+  const i64 Cp_, Qp_, Ap_, Fp_, stride_;
 
   i64 M_ = 0, wanted_ = 0;  // tokens of the running pass, and how many of them get logits
   i64 capacity_ = 0;        // tokens there is memory for
@@ -143,7 +150,8 @@ class Engine {
   std::vector<Updated> updated_, updated_wanted_;       // among all M_ rows, and among the wanted_ ones
   i64 ldh_ = 0;                                         // of Inputs::down
   std::vector<std::atomic<i64>> next_;                  // item of attention, per layer
-  Buffer<float> x_, qkv_, attended_, hidden_, branch_;  // (M, C), (M, 3 C), (M, C), (M, F), (M, C)
+  Buffer<float> x_, qkv_, attended_, hidden_, branch_;  // (M, C), (M, qkv), (M, heads D), (M, fc), (M, C)
+  Buffer<float> zeros_;                                 // C, in the place of a position's embedding
   Inputs shared_;
   std::vector<Thread> own_;
 };

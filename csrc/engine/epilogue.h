@@ -3,9 +3,19 @@
 
 namespace gptfast::engine {
 
-enum class Epilogue { store, add, gelu_tanh, gelu, relu, silu, quick_gelu, tanh };  // add: to what `out` holds
-constexpr int kFirstActivation = int(Epilogue::gelu_tanh), kEpilogues = int(Epilogue::tanh) + 1;
-constexpr const char* kEpilogueNames[kEpilogues] = {"store", "add",  "gelu_tanh",  "gelu",
-                                                    "relu",  "silu", "quick_gelu", "tanh"};
+enum class Epilogue {
+  store,
+  add,
+  gelu_tanh,
+  gelu,
+  relu,
+  silu,
+  quick_gelu,
+  tanh,
+  relu_squared
+};  // add: to what `out` holds
+constexpr int kFirstActivation = int(Epilogue::gelu_tanh), kEpilogues = int(Epilogue::relu_squared) + 1;
+constexpr const char* kEpilogueNames[kEpilogues] = {"store", "add",        "gelu_tanh", "gelu",        "relu",
+                                                    "silu",  "quick_gelu", "tanh",      "relu_squared"};
 
 }  // namespace gptfast::engine

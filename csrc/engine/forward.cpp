@@ -27,15 +27,19 @@ void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
     }
     pool_.barrier(t);
     if (!rows.count) return;
-    const Activations attended = inputs_of(t, layer.attn_proj, attended_.get(), Cp_, s.C, rows);
+    auto first_of_mlp = [&] {
+      multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), rows, s.gated ? Epilogue::store : s.activation,
+               hidden_.get(), Fp_, hidden_.get(), Fp_);
+      pool_.barrier(t);
+    };
+    if (s.parallel) first_of_mlp();  // it reads what entered the block
+    const Activations attended = inputs_of(t, layer.attn_proj, attended_.get(), Ap_, s.attended(), rows);
     multiply(t, layer.attn_proj, attended, rows, Epilogue::add, branch_.get(), Cp_, x, Cp_);
     pool_.barrier(t);
     if (!s.pre_norm) normalise_in_place(t, layer.ln_1, rows.count);
-    multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), rows, s.activation, hidden_.get(), Fp_,
-             hidden_.get(), Fp_);
-    pool_.barrier(t);
-    const Activations hidden = inputs_of(t, layer.mlp_proj, hidden_.get(), Fp_, s.F, rows);
-    multiply(t, layer.mlp_proj, hidden, rows, Epilogue::add, branch_.get(), Cp_, x, Cp_);
+    if (!s.parallel) first_of_mlp();
+    multiply(t, layer.mlp_proj, hidden_inputs(t, layer.mlp_proj, rows), rows, Epilogue::add, branch_.get(), Cp_, x,
+             Cp_);
     pool_.barrier(t);
     if (!s.pre_norm) normalise_in_place(t, layer.ln_2, rows.count);
   }
@@ -48,61 +52,17 @@ void Engine::embed(int t, const int* tokens) {
     for (i64 i = 0; i < run.n; i++) {
       const i64 m = run.first + i;
       if (m < mine.first || m >= mine.last) continue;
-      const float* position = floats(model_.wpe) + (run.start + i) * Cp_;
+      const float* position = model_.shape.rotary ? zeros_.get() : floats(model_.wpe) + (run.start + i) * Cp_;
       float* x = x_.get() + m * Cp_;
       if (run.vectors) {
         const float* vector = run.vectors + i * model_.shape.C;
         for (i64 c = 0; c < model_.shape.C; c++) x[c] = model_.shape.embed_scale * vector[c] + position[c];
-        continue;
+      } else {
+        kernels_.embed(model_.wte.format, weights_ + model_.wte.offset, model_.shape.C, tokens[m],
+                       model_.shape.embed_scale * model_.wte.factor, position, x);
       }
-      kernels_.embed(model_.wte.format, weights_ + model_.wte.offset, model_.shape.C, tokens[m],
-                     model_.shape.embed_scale * model_.wte.factor, position, x);
+      if (model_.shape.embedding_norm) normalise(model_.ln_e, x, x);
     }
-}
-
-// One item is a head of a run. Single positions are shared out evenly, the heads of a run together; longer runs are
-// taken dynamically.
-void Engine::attention(int t, i64 layer) {
-  const i64 heads = model_.shape.heads, items = i64(runs_.size()) * heads;
-  if (M_ > i64(runs_.size())) {
-    for (i64 i; (i = next_[size_t(layer)].fetch_add(1)) < items;)
-      attend(t, layer, runs_[size_t(i / heads)], i % heads, 1);
-    return;
-  }
-  const Range mine = share(items, t);
-  for (i64 i = mine.first, n; i < mine.last; i += n) {
-    n = std::min(heads - i % heads, mine.last - i);
-    attend(t, layer, runs_[size_t(i / heads)], i % heads, n);
-  }
-}
-void Engine::attend(int t, i64 layer, const Run& run, i64 first, i64 heads) {
-  const Shape& s = model_.shape;
-  const i64 D = s.D(), keys = layer * layer_bytes_;
-  const bool last = layer == s.layers - 1;
-  const i64 unread = last ? run.unwanted() : 0;  // queries whose answer nobody reads
-  const float* q = qkv_.get() + run.first * Qp_ + first * D;
-  AttendParams p{q,
-                 q + s.C,
-                 q + 2 * s.C,
-                 Qp_,
-                 run.n,
-                 heads,
-                 D,
-                 run.start,
-                 s.window_of(layer),
-                 float(1 / std::sqrt(double(D))),
-                 cache_type_,
-                 run.pages,
-                 keys + first * key_bytes_,
-                 keys + s.heads * key_bytes_ + first * value_bytes_,
-                 attended_.get() + (last ? run.row : run.first) * Cp_ + first * D,
-                 Cp_,
-                 own_[size_t(t)].scratch.get()};
-  kernels_.store_kv(p);
-  p.q += unread * Qp_;
-  p.n -= unread;
-  p.start += unread;
-  kernels_.attend(kernels_, p);
 }
 
 // Moves the rows that are asked for to the front.
@@ -119,19 +79,26 @@ void Engine::head(int t, float* out, i64 ld) {
   const Activations x = s.final_norm ? normed_inputs(t, head, model_.ln_f, x_.get(), Cp_, rows)
                                      : inputs_of(t, head, x_.get(), Cp_, s.C, rows);
   multiply(t, head, x, rows, Epilogue::store, out, ld, out, ld);
+  if (!s.logit_softcap) return;
+  const Range mine = share(panels(s.V), t);
+  for (i64 m = 0; m < rows.count; m++)
+    kernels_.cap(s.logit_softcap, (mine.last - mine.first) * kPanel, out + m * ld + mine.first * kPanel);
 }
 
+void Engine::normalise(const Norm& norm, const float* x, float* y) {
+  const Shape& s = model_.shape;
+  if (s.rms_norm) kernels_.rms_norm(x, floats(norm.weight), s.eps, s.C, y);
+  else kernels_.layer_norm(x, floats(norm.weight), floats(norm.bias), s.eps, s.C, y);
+}
 void Engine::normalise_in_place(int t, const Norm& norm, i64 rows) {
   const Range mine = share(rows, t);
-  for (i64 m = mine.first; m < mine.last; m++) {
-    float* x = x_.get() + m * Cp_;
-    kernels_.layer_norm(x, floats(norm.weight), floats(norm.bias), model_.shape.eps, model_.shape.C, x);
-  }
+  for (i64 m = mine.first; m < mine.last; m++) normalise(norm, x_.get() + m * Cp_, x_.get() + m * Cp_);
   pool_.barrier(t);
 }
 
 Activations Engine::view(Inputs& in, i64 K) const {
-  return {in.normed.get(), Cp_, in.bf16.get(), in.q.get(), in.scale.get(), in.acc_init.get(), round_up(K, kGroup)};
+  return {in.normed.get(), round_up(K, kPanel), in.bf16.get(),      in.q.get(),
+          in.scale.get(),  in.acc_init.get(),   round_up(K, kGroup)};
 }
 // x as the product with a matrix reads it; the matrix's factor goes into the scales of x. And x A^T of the rows that have
 // adapters. A single row is prepared by every thread for itself, which is quicker than waiting for another; several rows
@@ -151,22 +118,32 @@ Activations Engine::inputs_of(int t, const Linear& linear, const float* x, i64 l
   if (!single) pool_.barrier(t);
   return in;
 }
-// The same of LayerNorm(x).
-Activations Engine::normed_inputs(int t, const Linear& linear, const Norm& norm, const float* x, i64 ld, Rows rows) {
+// The same of rows that make(m, to) writes.
+template <class Make> Activations Engine::made_inputs(int t, const Linear& linear, i64 K, Rows rows, Make make) {
   const bool single = rows.count == 1;
   const Weight& weight = linear.weight;
   Inputs& to = single ? own_[size_t(t)].inputs : shared_;
   const Range mine = single ? Range{0, 1} : share(rows.count, t);
-  const Activations in = view(to, model_.shape.C);
+  const Activations in = view(to, K);
   for (i64 m = mine.first; m < mine.last; m++) {
-    float* normed = to.normed.get() + m * Cp_;
-    kernels_.layer_norm(x + m * ld, floats(norm.weight), floats(norm.bias), model_.shape.eps, model_.shape.C, normed);
-    if (!reads_f32(weight.format))
-      kernels_.quantize_activations(weight.format, normed, model_.shape.C, in, m, weight.factor);
+    float* made = to.normed.get() + m * in.f32_stride;
+    make(m, made);
+    if (!reads_f32(weight.format)) kernels_.quantize_activations(weight.format, made, K, in, m, weight.factor);
   }
-  project(linear, in, model_.shape.C, rows, mine.first, mine.last, to);
+  project(linear, in, K, rows, mine.first, mine.last, to);
   if (!single) pool_.barrier(t);
   return in;
+}
+Activations Engine::normed_inputs(int t, const Linear& linear, const Norm& norm, const float* x, i64 ld, Rows rows) {
+  return made_inputs(t, linear, model_.shape.C, rows, [&](i64 m, float* to) { normalise(norm, x + m * ld, to); });
+}
+Activations Engine::hidden_inputs(int t, const Linear& linear, Rows rows) {
+  const Shape& s = model_.shape;
+  if (!s.gated) return inputs_of(t, linear, hidden_.get(), Fp_, s.F, rows);
+  return made_inputs(t, linear, s.F, rows, [&](i64 m, float* to) {
+    const float* gates = hidden_.get() + m * Fp_;
+    kernels_.gate(s.gate, gates, gates + s.F, s.F, to);
+  });
 }
 
 // Of one panel; with many rows one of few bits becomes one of int8 first.

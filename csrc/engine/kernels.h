@@ -34,20 +34,27 @@ constexpr i64 lora_stride(i64 K) { return round_up(K, 16); }
 
 constexpr i64 kPage = 64;  // positions of a page of keys and values
 
-// Neighbouring heads of one run of neighbouring new positions. For each layer a page holds the keys of all heads,
-// [D][64], and then their values, [64][D rounded up to 16], in the type `cache`.
+// Neighbouring heads of keys of one run of neighbouring new positions, and of the queries that read them the rows of each:
+// those of one head at n positions, or `together` those of n heads at one position. For each layer a page holds the keys of
+// all heads, [D][64], and then their values, [64][D rounded up to 16], in the type `cache`.
 struct AttendParams {
-  const float *q, *k, *v;  // (n, heads, D), rows `stride` apart
-  i64 stride, n, heads, D;
-  i64 start;   // position of the first
-  i64 window;  // positions that a query sees, its own included; 0: all
+  const float *q, *k, *v;         // k, v: (n, heads, D), positions `stride` apart
+  i64 stride, q_stride, q_heads;  // q: rows q_stride apart, those of the next head of keys q_heads further
+  i64 n, heads, D;
+  i64 start;      // position of the first
+  bool together;  // all rows are at this position
+  i64 window;     // positions that a query sees, its own included; 0: all
   float scale;
+  float softcap;       // 0: none; else scores are softcap tanh(scale / softcap q . k)
+  const float* sinks;  // null, or a logit of no key: of each row of each head `together`, else of the head
   DType cache;
   char* const* pages;
   i64 keys, values;  // bytes into a page, where those of the first head begin
-  float* out;        // (n, heads, D), rows `out_stride` apart
+  float* out;        // as q, rows `out_stride` apart
   i64 out_stride;
   float* scratch;  // attend_scratch floats
+
+  i64 position(i64 row) const { return together ? start : start + row; }
 };
 constexpr i64 kAttendRows = 6;  // queries of a head that are computed together
 // Some queries, `row` the first of them, and the positions [first, end) of which each sees some. n: these in whole pages.
@@ -64,12 +71,17 @@ inline i64 attend_scratch(i64 heads, i64 positions) {
   return (heads < kAttendRows ? kAttendRows : heads) * (round_up(positions, kPage) + 1);
 }
 
+// y = (u + shift) g sigmoid(alpha g),  g = min(gate, limit),  u = up within -limit and limit
+struct GateForm {
+  float alpha = 1.f, shift = 0.f, limit = __builtin_inff();
+};
+
 // Each is compiled by kernel_unit.cpp for each instruction set, from the -inl.h of its name. The build reads
 // this list. The sampler is that of csrc/cpu.
 // clang-format off
 #define GPTFAST_ENGINE_KERNELS(X) \
-  X(product_float) X(product_bytes) X(product_small) X(rows) X(attention) X(page_scores) X(page_values) \
-  X(checksum) X(lora)
+  X(product_float) X(product_bytes) X(product_small) X(rows) X(heads) X(gate) X(attention) X(page_scores) \
+  X(page_values) X(checksum) X(lora)
 // clang-format on
 
 struct Kernels {
@@ -88,7 +100,13 @@ struct Kernels {
   void (*lora_down)(const float* x, i64 ldx, i64 M, i64 K, const LowRank&, float* h, i64 ldh);
   // y[m][0..32) += h[m] B^T of one panel
   void (*lora_up)(const float* h, i64 ldh, i64 M, const LowRank&, i64 panel, float* y, i64 ldy);
+  // weight, bias: null where there is none
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, i64 C, float* y);
+  void (*rms_norm)(const float* x, const float* weight, float eps, i64 C, float* y);
+  // Turns the first 2 half channels of a head at one position, whose row of the tables cos and sin have.
+  void (*rotate)(const float* cos, const float* sin, i64 half, bool interleaved, float* x);
+  void (*gate)(const GateForm&, const float* gate, const float* up, i64 C, float* y);
+  void (*cap)(float cap, i64 C, float* y);  // y -> cap tanh(y / cap)
   // out = scale * row n of W + position
   void (*embed)(Format, const char* matrix, i64 K, i64 n, float scale, const float* position, float* out);
   void (*store_kv)(const AttendParams&);  // the new keys and values into the pages

@@ -23,24 +23,33 @@ i64 sum(i64 a, i64 b) {
 }  // namespace
 
 void Shape::check() const {
-  const std::pair<const char*, i64> sizes[] = {{"n_layer", layers},   {"n_head", heads}, {"n_embd", C},
-                                               {"inner_dim", F},      {"vocab_size", V}, {"block_size", positions},
-                                               {"window", window + 1}};
+  const std::pair<const char*, i64> sizes[] = {
+      {"n_layer", layers}, {"n_head", heads},         {"n_embd", C},          {"inner_dim", F},
+      {"vocab_size", V},   {"block_size", positions}, {"window", window + 1}, {"n_kv_head", kv_heads}};
   for (const auto& [name, value] : sizes)
     if (value < 1 || value > kMostOf)
       throw std::invalid_argument(std::string(name) + " is out of range; expected a size below 2**31");
-  if (C % heads || C / heads > kMostHead)
-    throw std::invalid_argument("n_embd is " + std::to_string(C) + " and n_head " + std::to_string(heads) +
-                                "; expected heads of equal size, at most 256");
+  if (D < 1 || D > kMostHead || heads % kv_heads)
+    throw std::invalid_argument("head_dim is " + std::to_string(D) + ", n_head " + std::to_string(heads) +
+                                " and n_kv_head " + std::to_string(kv_heads) +
+                                "; expected heads of 1 to 256 channels, as many for each of keys");
+  for (i64 n : {heads * D, (heads + 2 * kv_heads) * D, 2 * F})
+    if (n > kMostOf) throw std::invalid_argument("the model's matrices have 2**31 rows or more");
+  if (rotary < 0 || rotary % 2 || rotary > D)
+    throw std::invalid_argument("rotary_dim is " + std::to_string(rotary) + "; expected an even number up to head_dim");
+  if (pattern.empty() || pattern.find_first_not_of("SL") != std::string::npos)
+    throw std::invalid_argument("pattern is '" + pattern + "'; expected letters S and L");
   if (!(eps > 0 && std::isfinite(eps)) || !std::isfinite(embed_scale))
     throw std::invalid_argument("eps or embed_scale is no finite number");
+  if (!(attn_softcap >= 0 && logit_softcap >= 0 && gate.limit > 0 && std::isfinite(gate.alpha)))
+    throw std::invalid_argument("a soft cap, or the gate's alpha or limit, is out of range");
 }
 
 Size size_of(const Shape& s, i64 number) {
   if (number < 0 || number >= numbered_matrices(s))
     throw std::invalid_argument("the model has no matrix of number " + std::to_string(number));
   if (number == 4 * s.layers) return {s.V, s.C};
-  const Size sizes[] = {{3 * s.C, s.C}, {s.C, s.C}, {s.F, s.C}, {s.C, s.F}};
+  const Size sizes[] = {{s.qkv(), s.C}, {s.C, s.attended()}, {s.fc(), s.C}, {s.C, s.F}};
   return sizes[number % 4];
 }
 
@@ -69,26 +78,35 @@ Weight Model::vector(const std::string& name, i64 N, bool present) {
   return present ? place(name, {Format::f32, N, 0, 0, 1.f}) : Weight();
 }
 Norm Model::norm(const std::string& name) {
-  return {vector(name + ".weight", shape.C), vector(name + ".bias", shape.C, shape.bias)};
+  return {vector(name + ".weight", shape.C, shape.norm_weight), vector(name + ".bias", shape.C, shape.norm_bias)};
 }
-Linear Model::linear(const std::string& name, Format format, i64 number) {
+Linear Model::linear(const std::string& name, Format format, i64 number, bool bias) {
   const auto [N, K] = size_of(shape, number);
-  const Weight bias = vector(name + ".bias", N, shape.bias);
-  return {matrix(name + ".weight", format, N, K), bias, number};
+  const Weight own = vector(name + ".bias", N, bias);
+  return {matrix(name + ".weight", format, N, K), own, number};
 }
 
 Model::Model(const Shape& s, const Formats& f) : shape(s), formats(f) {
-  wpe = vector("wpe.weight", s.positions * round_up(s.C, kPanel));
+  if (s.rotary) {
+    cos = vector("rotary.cos", product(s.positions, s.rotary / 2));
+    sin = vector("rotary.sin", product(s.positions, s.rotary / 2));
+  } else {
+    wpe = vector("wpe.weight", product(s.positions, round_up(s.C, kPanel)));
+  }
+  if (s.embedding_norm) ln_e = norm("ln_e");
   if (!s.tied) wte = matrix("wte.weight", formats.head, s.V, s.C);
   for (i64 l = 0; l < s.layers; l++) {
     const std::string name = "h." + std::to_string(l);
     Layer layer;
     layer.ln_1 = norm(name + ".ln_1");
-    layer.c_attn = linear(name + ".attn.c_attn", formats.c_attn, 4 * l);
-    layer.attn_proj = linear(name + ".attn.c_proj", formats.attn_proj, 4 * l + 1);
+    layer.c_attn = linear(name + ".attn.c_attn", formats.c_attn, 4 * l, s.attn_bias);
+    layer.q_norm = vector(name + ".attn.q_norm.weight", s.D, s.qk_norm && s.norm_weight);
+    layer.k_norm = vector(name + ".attn.k_norm.weight", s.D, s.qk_norm && s.norm_weight);
+    layer.sinks = vector(name + ".attn.sinks", s.heads, s.sinks);
+    layer.attn_proj = linear(name + ".attn.c_proj", formats.attn_proj, 4 * l + 1, s.attn_out_bias);
     layer.ln_2 = norm(name + ".ln_2");
-    layer.c_fc = linear(name + ".mlp.c_fc", formats.c_fc, 4 * l + 2);
-    layer.mlp_proj = linear(name + ".mlp.c_proj", formats.mlp_proj, 4 * l + 3);
+    layer.c_fc = linear(name + ".mlp.c_fc", formats.c_fc, 4 * l + 2, s.mlp_bias);
+    layer.mlp_proj = linear(name + ".mlp.c_proj", formats.mlp_proj, 4 * l + 3, s.mlp_bias);
     layers.push_back(layer);
   }
   if (s.final_norm) ln_f = norm("ln_f");

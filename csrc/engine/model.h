@@ -6,20 +6,32 @@
 
 #include "epilogue.h"
 #include "format.h"
+#include "kernels.h"
 
 namespace gptfast::engine {
 
 struct Shape {
   i64 layers = 0, heads = 0, C = 0, F = 0, V = 0, positions = 0;  // F: hidden channels of the MLP
-  i64 window = 0;                                                 // of layers 1, 3, 5, …; 0: none
-  bool pre_norm = true, final_norm = true, tied = true, bias = true;
-  Epilogue activation = Epilogue::gelu_tanh;  // of the MLP
+  i64 kv_heads = 0, D = 0;    // heads of keys, each read by heads / kv_heads of queries
+  i64 rotary = 0;             // channels of a head that are rotated; 0: positions are added to the embedding
+  i64 window = 0;             // of the layers with an S
+  std::string pattern = "L";  // a letter for each layer, from the first again after the last
+  bool pre_norm = true, final_norm = true, embedding_norm = false, parallel = false, tied = true;
+  bool attn_bias = true, attn_out_bias = true, mlp_bias = true, norm_bias = true;
+  bool rms_norm = false, norm_weight = true, qk_norm = false, interleaved = false, sinks = false;
+  bool gated = false;                         // c_fc has 2 F rows: of the gate, and of what it multiplies
+  Epilogue activation = Epilogue::gelu_tanh;  // of the MLP, where it is not gated
+  GateForm gate = {};
   float eps = 1e-5f;
-  float embed_scale = 1.f;  // of the token embedding
+  float embed_scale = 1.f;                        // of the token embedding
+  float attn_softcap = 0.f, logit_softcap = 0.f;  // 0: none
 
-  i64 D() const { return C / heads; }
+  i64 group() const { return heads / kv_heads; }
+  i64 attended() const { return heads * D; }
+  i64 qkv() const { return (heads + 2 * kv_heads) * D; }
+  i64 fc() const { return gated ? 2 * F : F; }
   void check() const;  // std::invalid_argument where a number cannot be a model's
-  i64 window_of(i64 layer) const { return layer % 2 ? window : 0; }
+  i64 window_of(i64 layer) const { return pattern[size_t(layer) % pattern.size()] == 'S' ? window : 0; }
 };
 
 // A packed matrix (N, K), or with K == 0 a vector of N floats, followed by zeros up to a whole panel.
@@ -40,6 +52,7 @@ struct Linear {
 struct Layer {
   Norm ln_1, ln_2;
   Linear c_attn, attn_proj, c_fc, mlp_proj;
+  Weight q_norm, k_norm, sinks;
 };
 
 // The formats of the matrices of a layer, in the order c_attn, attn.c_proj, c_fc, mlp.c_proj, and of the embeddings; and the
@@ -65,8 +78,9 @@ struct Model {
   Shape shape;
   Formats formats;
   Weight wte, wpe;  // wpe: fp32, positions rows of C rounded up to a panel
+  Weight cos, sin;  // of rotary positions, rotary / 2 each
   std::vector<Layer> layers;
-  Norm ln_f;
+  Norm ln_e, ln_f;
   Weight head;  // wte itself when tied
   i64 bytes = 0;
   std::unordered_map<std::string, Weight> by_name;  // of all, under GPT-2's parameter names
@@ -76,7 +90,7 @@ struct Model {
   Weight matrix(const std::string& name, Format format, i64 N, i64 K);
   Weight vector(const std::string& name, i64 N, bool present = true);
   Norm norm(const std::string& name);
-  Linear linear(const std::string& name, Format format, i64 number);
+  Linear linear(const std::string& name, Format format, i64 number, bool bias);
 };
 
 }  // namespace gptfast::engine

@@ -28,13 +28,13 @@ static void page_scores(const char* keys, const char* after, const float* q, i64
 // Page by page: the heads of a page lie side by side.
 template <DType T, int R> static void scores_of_rows(const AttendRows& rows) {
   const AttendParams& p = rows.p;
-  const float* q = p.q + rows.row * p.stride;
+  const float* q = p.q + rows.row * p.q_stride;
   for (i64 at = rows.first; at < rows.end; at += kPage)
     for (i64 h = 0; h < p.heads; h++) {
       const char* after = h + 1 < p.heads         ? keys_of<T>(p, h + 1, at)
                           : at + kPage < rows.end ? keys_of<T>(p, 0, at + kPage)
                                                   : values_of<T>(p, 0, rows.first);
-      page_scores<T, R>(keys_of<T>(p, h, at), after, q + h * p.D, p.stride, p.D, p.scale,
+      page_scores<T, R>(keys_of<T>(p, h, at), after, q + h * p.q_heads, p.q_stride, p.D, p.scale,
                         rows.scores + h * R * rows.n + (at - rows.first), rows.n);
     }
 }

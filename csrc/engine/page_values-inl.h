@@ -54,7 +54,8 @@ template <DType T, int R> static void values_of_rows(const AttendRows& rows) {
     for (i64 h = 0; h < p.heads; h++) {
       const i64 to = at + stretch < end ? at + stretch : end;
       const char* after = h + 1 < p.heads || to == end ? values_of<T>(p, h + 1, at) : values_of<T>(p, 0, to);
-      page_values<T, R>(p, h, at, to, after, rows.scores + h * R * n + (at - first), n, at == first, out + h * p.D);
+      page_values<T, R>(p, h, at, to, after, rows.scores + h * R * n + (at - first), n, at == first,
+                        out + h * p.q_heads);
     }
 }
 

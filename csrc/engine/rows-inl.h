@@ -60,7 +60,7 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
                          float(C);
   const F rstd = set(1.f / __builtin_sqrtf(variance + eps));
   for_lanes(C, [&](i64 c, i64 n) {
-    const F normed = (load_lanes(x + c, n) - mean) * rstd, w = load_lanes(weight + c, n);
+    const F normed = (load_lanes(x + c, n) - mean) * rstd, w = weight ? load_lanes(weight + c, n) : set(1.f);
     store_lanes(y + c, bias ? fma(normed, w, load_lanes(bias + c, n)) : normed * w, n);
   });
 }
@@ -86,6 +86,7 @@ static void epilogue(Epilogue kind, const float* y, i64 ldy, i64 M, const float*
     case Epilogue::silu: return epilogue_rows<Epilogue::silu>(y, ldy, M, bias, out, ldo);
     case Epilogue::quick_gelu: return epilogue_rows<Epilogue::quick_gelu>(y, ldy, M, bias, out, ldo);
     case Epilogue::tanh: return epilogue_rows<Epilogue::tanh>(y, ldy, M, bias, out, ldo);
+    case Epilogue::relu_squared: return epilogue_rows<Epilogue::relu_squared>(y, ldy, M, bias, out, ldo);
   }
 }
 

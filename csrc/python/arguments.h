@@ -44,10 +44,18 @@ inline Shape shape_of(const Object& d) {
   auto flag = [&](const char* key) { return from_python<bool>(d[key].get()); };
   s.layers = count("n_layer"), s.heads = count("n_head"), s.C = count("n_embd"), s.F = count("inner_dim");
   s.V = count("vocab_size"), s.positions = count("block_size"), s.window = count("window");
-  s.pre_norm = flag("pre_norm"), s.final_norm = flag("final_norm");
-  s.activation = activation_named(from_python<std::string>(d["activation"].get()));
-  s.tied = flag("tied"), s.bias = flag("bias");
-  s.eps = from_python<float>(d["eps"].get()), s.embed_scale = from_python<float>(d["embed_scale"].get());
+  s.kv_heads = count("n_kv_head"), s.D = count("head_dim"), s.rotary = count("rotary_dim");
+  s.pattern = from_python<std::string>(d["pattern"].get());
+  s.pre_norm = flag("pre_norm"), s.final_norm = flag("final_norm"), s.embedding_norm = flag("embedding_norm");
+  s.parallel = flag("parallel"), s.tied = flag("tied"), s.interleaved = flag("interleaved");
+  s.attn_bias = flag("attn_bias"), s.attn_out_bias = flag("attn_out_bias"), s.mlp_bias = flag("mlp_bias");
+  s.norm_bias = flag("norm_bias"), s.norm_weight = flag("norm_weight"), s.rms_norm = flag("rms_norm");
+  s.qk_norm = flag("qk_norm"), s.sinks = flag("sinks"), s.gated = flag("gated");
+  if (!s.gated) s.activation = activation_named(from_python<std::string>(d["activation"].get()));
+  const auto real = [&](const char* key) { return from_python<float>(d[key].get()); };
+  s.gate = {real("gate_alpha"), real("gate_shift"), real("gate_limit")};
+  s.eps = real("eps"), s.embed_scale = real("embed_scale");
+  s.attn_softcap = real("attn_softcap"), s.logit_softcap = real("logit_softcap");
   s.check();
   return s;
 }

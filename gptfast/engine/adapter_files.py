@@ -74,5 +74,7 @@ def _update(folder: Path, config: GPTConfig, module: str, found: dict[str, Tenso
 
 def size_of(config: GPTConfig, number: int) -> tuple[int, int]:
     """(N, K) of the matrix of a number, see `number_of`."""
-    C, F = config.n_embd, config.inner_dim
-    return (config.vocab_size, C) if number == 4 * config.n_layer else ((3 * C, C), (C, C), (F, C), (C, F))[number % 4]
+    C = config.n_embd
+    if number == 4 * config.n_layer:
+        return config.vocab_size, C
+    return ((config.qkv_dim, C), (C, config.attn_dim), (config.fc_dim, C), (C, config.inner_dim))[number % 4]

@@ -15,12 +15,15 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 from gptfast.engine.adapter_files import Update, read_adapter
 from gptfast.metadata import Metadata, end_tokens_in
 from gptfast.nn.adapted import LoraLinear
+from gptfast.nn.rotary import layout_of
 from gptfast.nn.selection import BASE, check_adapter, check_one_prompt, known_adapters
 from gptfast.nn.soft_prompt import prompts_of
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
     from gptfast.nn.transformer import Transformer
+
+PATTERNS = {"dense": "L", "alternating": "LS"}  # in letters, see `GPTConfig.attention_pattern`
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,7 @@ class AdapterMethods:
 
 def unsupported(config: GPTConfig) -> str | None:
     """What of a config the engine does not have, as "field=value"; None: it can run the model."""
-    if config.activation == "relu_squared":
-        return "activation='relu_squared'"
-    return config.beyond_gpt3()
+    return None if config.n_expert is None else f"n_expert={config.n_expert}"
 
 
 def shape_of(config: GPTConfig) -> dict[str, Any]:
@@ -155,16 +156,32 @@ def shape_of(config: GPTConfig) -> dict[str, Any]:
             f"compile_for_inference: the native engine does not compute a model with {told}; use GPT.generate, which runs it in "
             "torch"
         )
-    learned = config.position_embedding == "learned"
-    names = ("n_layer", "n_head", "n_embd", "inner_dim", "vocab_size", "block_size", "final_norm", "bias")
+    added = config.position_embedding == "sinusoidal"
+    rotary = config.position_embedding == "rotary"
+    names = ("n_layer", "n_head", "n_embd", "head_dim", "inner_dim", "vocab_size", "block_size", "final_norm")
+    names += ("embedding_norm", "qk_norm", "activation")
     return {
         **{name: getattr(config, name) for name in names},
+        **{f"{place}_bias": config.has_bias(place) for place in ("attn", "attn_out", "mlp", "norm")},
+        "n_kv_head": config.kv_heads,
+        "rotary_dim": config.rotary_dim if rotary else 0,
+        "interleaved": rotary and layout_of(config) == "interleaved",
         "window": min(config.window or 0, config.block_size),
+        "pattern": PATTERNS.get(config.attention_pattern, config.attention_pattern),
         "pre_norm": config.norm_position == "pre",
-        "activation": config.activation,
+        "parallel": config.parallel_residual,
+        "rms_norm": config.norm == "rms_norm",
+        "norm_weight": config.norm_affine,
+        "sinks": config.attention_sinks,
         "tied": config.tie_weights,
         "eps": config.layer_norm_epsilon,
-        "embed_scale": 1.0 if learned else math.sqrt(config.n_embd),
+        "embed_scale": math.sqrt(config.n_embd) if added else 1.0,
+        "attn_softcap": config.attn_softcap or 0.0,
+        "logit_softcap": config.logit_softcap or 0.0,
+        "gated": config.activation == "swiglu",
+        "gate_alpha": 1.0 if config.swiglu_alpha is None else config.swiglu_alpha,
+        "gate_shift": 0.0 if config.swiglu_alpha is None else 1.0,
+        "gate_limit": math.inf if config.swiglu_limit is None else config.swiglu_limit,
     }
 
 

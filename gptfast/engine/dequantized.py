@@ -11,6 +11,7 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 
 from gptfast._lazy import provided
 from gptfast.engine.runner import PANEL
+from gptfast.nn.rotary import ROTARY_TABLES
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
@@ -30,6 +31,6 @@ def dequantized(config: GPTConfig, metadata: Metadata, core: Any) -> Any:
             core.unpack(name, to_dlpack(rows.flatten()))
             value.copy_(rows[:, :C])
         else:
-            core.unpack(name, to_dlpack(value))
+            core.unpack(name, to_dlpack(value.flatten() if name in ROTARY_TABLES else value))
     model.metadata = replace(deepcopy(metadata), adapters={})  # these are not in it
     return model

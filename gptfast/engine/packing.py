@@ -134,7 +134,7 @@ class Packer:
             value = rows(0, shape[0])
             if name == "wpe.weight":  # rows are padded to whole panels
                 value = torch.nn.functional.pad(value, (0, -shape[1] % PANEL)).flatten()
-            value = self._fp32(value)
+            value = self._fp32(value.flatten())  # tables of rotary positions lie as they are
             if not _finite(value):
                 raise _not_finite(name)
             core.pack(name, to_dlpack(value), 0, 0)

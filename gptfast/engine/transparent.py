@@ -20,6 +20,7 @@ from gptfast.engine.packing import compile_model
 from gptfast.generation.runner import torch_num_threads
 from gptfast.nn.adapted import adapter_modules
 from gptfast.nn.difference import difference, true_config
+from gptfast.nn.rotary import ROTARY_TABLES
 from gptfast.nn.soft_prompt import prompts_of
 
 if TYPE_CHECKING:
@@ -58,10 +59,11 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
         return None
     of_adapters = adapter_modules(model)
     parameters = [(name.rpartition(".")[0] in of_adapters, x.detach()) for name, x in model.named_parameters()]
-    tensors = [x for own, x in parameters if not own] + [x.detach() for x in model.buffers()]
-    factors = [x for own, x in parameters if own]
-    dtype = tensors[0].dtype
-    if dtype not in (torch.float32, torch.bfloat16) or any(x.dtype != dtype for x in tensors):
+    weights, factors = [x for own, x in parameters if not own], [x for own, x in parameters if own]
+    tables = [x.detach() for name, x in model.named_buffers() if name in ROTARY_TABLES]  # fp32 in any model
+    weights += [x.detach() for name, x in model.named_buffers() if name not in ROTARY_TABLES]
+    tensors, dtype = weights + tables, weights[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16) or any(x.dtype != dtype for x in weights):
         return None
     if any(x.device.type != "cpu" for x in (*tensors, *factors)) or difference(model, adapters=True) is not None:
         return None

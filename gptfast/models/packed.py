@@ -23,6 +23,7 @@ from gptfast.engine.packing import Packer, layout_of
 from gptfast.models.pretrained import on_meta, read_weights, resolve
 from gptfast.models.quantized import mark_of, sample
 from gptfast.models.stored import StoredModel
+from gptfast.nn.rotary import ROTARY_TABLES
 from gptfast.nn.transformer import Transformer
 
 
@@ -94,10 +95,13 @@ class _EnginePacking:
         return True
 
     def finish(self, model: Transformer) -> CompiledGPT:
-        """The packed model. model: has the sinusoids, if there are such, which are not stored; in the embedding's dtype."""
+        """The packed model. model: has what is computed and not stored: sinusoids, in the embedding's dtype, or rotary tables."""
         if self._config.position_embedding == "sinusoidal":
             table = model.wpe.weight.to(self._embedding)
             self._packer.take("wpe.weight", tuple(table.shape), partial(_rows, table))
+        for name, table in model.named_buffers():
+            if name in ROTARY_TABLES:
+                self._packer.take(name, tuple(table.shape), partial(_rows, table))
         return self._packer.finish()
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from gptfast.config import GPTConfig
 
 
+ROTARY_TABLES = ("rotary.cos", "rotary.sin")  # names of the buffers of a GPT, which are computed and not stored
+
+
 class Rotation(NamedTuple):
     """How the queries and keys of a forward are rotated.
 

@@ -135,7 +135,8 @@ struct Checker {
                                std::max(z, 0.),
                                z / (1 + std::exp(-z)),
                                z / (1 + std::exp(-1.702 * z)),
-                               std::tanh(z)};
+                               std::tanh(z),
+                               std::max(z, 0.) * std::max(z, 0.)};
         check.near(out[i], want[e], 3e-6, 3e-6);
       }
     }
@@ -185,9 +186,64 @@ struct Checker {
     check.holds(y.intact(), "wrote beside its row");
   }
 
-  void attend(DType cache, i64 n, i64 start, i64 D, i64 window) const {
+  void rms_norm(i64 C) const {
+    Random random{uint64_t(C)};
+    Array x(DType::f32, C), w(DType::f32, C), y(DType::f32, C);
+    x.fill(random, 2), w.fill(random, 1);
+    Check check("engine rms_norm C", C);
+    double squares = 0;
+    for (i64 c = 0; c < C; c++) squares += double(x[c]) * x[c] / double(C);
+    for (const float* weight : {static_cast<const float*>(w.floats()), static_cast<const float*>(nullptr)}) {
+      k.rms_norm(x.floats(), weight, 1e-5f, C, y.floats());
+      for (i64 c = 0; c < C; c++) check.near(y[c], x[c] / std::sqrt(squares + 1e-5) * (weight ? w[c] : 1), 2e-6, 2e-6);
+    }
+    check.holds(y.intact(), "wrote beside its row");
+  }
+
+  void rotate(i64 half, bool interleaved) const {
+    Random random{uint64_t(half)};
+    const i64 D = 2 * half + 3;
+    Array x(DType::f32, D), before(DType::f32, D), cos(DType::f32, half), sin(DType::f32, half);
+    before.fill(random, 1), cos.fill(random, 1), sin.fill(random, 1);
+    for (i64 i = 0; i < D; i++) x.set(i, before[i]);
+    k.rotate(cos.floats(), sin.floats(), half, interleaved, x.floats());
+    Check check("rotate half", half, "interleaved", interleaved);
+    for (i64 i = 0; i < half; i++) {
+      const i64 first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : half + i;
+      check.near(x[first], before[first] * cos[i] - before[second] * sin[i], 1e-6, 1e-6);
+      check.near(x[second], before[second] * cos[i] + before[first] * sin[i], 1e-6, 1e-6);
+    }
+    for (i64 i = 2 * half; i < D; i++) check.near(x[i], before[i], 0);
+    check.holds(x.intact(), "wrote beside its row");
+  }
+
+  void gates(i64 C) const {
+    Random random{uint64_t(C)};
+    Array g(DType::f32, C), u(DType::f32, C), y(DType::f32, C);
+    g.fill(random, 9), u.fill(random, 9);
+    Check check("gate and cap C", C);
+    for (const GateForm& form : {GateForm{}, GateForm{1.702f, 1.f, 7.f}}) {
+      k.gate(form, g.floats(), u.floats(), C, y.floats());
+      for (i64 c = 0; c < C; c++) {
+        const double most = form.limit, gate = std::min<double>(g[c], most), up = std::clamp<double>(u[c], -most, most);
+        check.near(y[c], (up + form.shift) * gate / (1 + std::exp(-form.alpha * gate)), 3e-6, 3e-6);
+      }
+    }
+    for (i64 c = 0; c < C; c++) y.set(c, g[c]);
+    k.cap(4.f, C, y.floats());
+    for (i64 c = 0; c < C; c++) check.near(y[c], 4 * std::tanh(g[c] / 4), 1e-6, 2e-6);
+    check.holds(y.intact(), "wrote beside its row");
+  }
+
+  struct Attention {
+    i64 n, start, D, window, group = 1;  // group: heads of queries that read one of keys, of one position
+    float softcap = 0.f;
+    bool sinks = false;
+  };
+  void attend(DType cache, const Attention& a) const {
+    const i64 n = a.n, start = a.start, D = a.D, group = a.group;
     const i64 heads = n == 1 ? 3 : 1;  // the heads of one query, or the queries of one head
-    const i64 stride = heads * D + 1, positions = start + n, size = element_size(cache);
+    const i64 stride = heads * D + 1, wide = heads * group * D + 1, positions = start + n, size = element_size(cache);
     const i64 key_bytes = key_elements(D) * size, value_bytes = value_elements(D) * size;
     const i64 pages = (positions + kPage - 1) / kPage, page_bytes = heads * (key_bytes + value_bytes);
     std::vector<uint8_t> memory(size_t(pages * page_bytes + 64 + 16384), 0);
@@ -196,49 +252,48 @@ struct Checker {
       page.push_back(reinterpret_cast<char*>(memory.data()) +
                      (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64 + i * page_bytes);
     Random random(uint64_t(positions * 10 + D));
-    Array q(DType::f32, positions * stride), key(DType::f32, positions * stride), value(DType::f32, positions * stride);
-    for (Array* a : {&q, &key, &value}) a->fill(random, 1, heads * D, stride);
-    Array out(DType::f32, n * stride), scratch(DType::f32, attend_scratch(heads, positions), true);
-    AttendParams p{q.floats(),
-                   key.floats(),
-                   value.floats(),
-                   stride,
-                   positions,
-                   heads,
-                   D,
-                   0,
-                   window,
-                   float(1 / std::sqrt(double(D))),
-                   cache,
-                   page.data(),
-                   0,
-                   heads * key_bytes,
-                   out.floats(),
-                   stride,
-                   scratch.floats()};
+    Array q(DType::f32, positions * wide), key(DType::f32, positions * stride), value(DType::f32, positions * stride);
+    q.fill(random, 1, heads * group * D, wide);
+    for (Array* x : {&key, &value}) x->fill(random, 1, heads * D, stride);
+    Array out(DType::f32, n * wide), scratch(DType::f32, attend_scratch(heads * group, positions), true);
+    Array sinks(DType::f32, heads * group);
+    sinks.fill(random, 2);
+    AttendParams p = {};
+    p.k = key.floats(), p.v = value.floats(), p.stride = stride;
+    p.n = positions, p.heads = heads, p.D = D;
+    p.cache = cache, p.pages = page.data(), p.values = heads * key_bytes;
     k.store_kv(p);
-    p.q += start * stride, p.n = n, p.start = start;
+    p.together = group > 1;
+    p.q = q.floats() + start * wide, p.q_stride = p.together ? D : wide, p.q_heads = group * D;
+    p.n = p.together ? group : n, p.start = start;
+    p.window = a.window, p.scale = float(1 / std::sqrt(double(D))), p.softcap = a.softcap;
+    p.sinks = a.sinks ? sinks.floats() : nullptr;
+    p.out = out.floats(), p.out_stride = p.q_stride, p.scratch = scratch.floats();
     k.attend(k, p);
-    Check check("attend", cache, "n", n, "start", start, "D", D, "window", window);
+    Check check("attend", cache, "n", n, "start", start, "D", D, "window", a.window, "group", group, "softcap",
+                int(a.softcap), "sinks", a.sinks);
     const auto kept = [&](double x) { return cache == DType::f32 ? x : widened(cache, narrowed(cache, float(x))); };
     for (i64 i = start; i < positions; i++)
-      for (i64 h = 0; h < heads; h++) {
-        const i64 first = window ? std::max<i64>(0, i - window + 1) : 0;
+      for (i64 g = 0; g < heads * group; g++) {
+        const i64 h = g / group, first = a.window ? std::max<i64>(0, i - a.window + 1) : 0;
         std::vector<double> w(size_t(i + 1), 0.);
-        double top = -INFINITY, sum = 0;
+        double top = a.sinks ? double(sinks[g]) : -INFINITY, sum = 0;
         for (i64 j = first; j <= i; j++) {
+          double& score = w[size_t(j)];
           for (i64 d = 0; d < D; d++)
-            w[size_t(j)] += q[i * stride + h * D + d] * kept(key[j * stride + h * D + d]) * double(p.scale);
-          top = std::max(top, w[size_t(j)]);
+            score += q[i * wide + g * D + d] * kept(key[j * stride + h * D + d]) * double(p.scale);
+          if (a.softcap > 0) score = a.softcap * std::tanh(score / a.softcap);
+          top = std::max(top, score);
         }
         for (i64 j = first; j <= i; j++) sum += w[size_t(j)] = std::exp(w[size_t(j)] - top);
+        if (a.sinks) sum += std::exp(sinks[g] - top);
         for (i64 d = 0; d < D; d++) {
           double want = 0;
           for (i64 j = first; j <= i; j++) want += w[size_t(j)] / sum * kept(value[j * stride + h * D + d]);
-          check.near(out[(i - start) * stride + h * D + d], want, 5e-6, 1e-5);
+          check.near(out[(i - start) * wide + g * D + d], want, 5e-6, 1e-5);
         }
       }
-    check.holds(out.intact(heads * D, stride) && scratch.intact(), "wrote beside its rows");
+    check.holds(out.intact(heads * group * D, wide) && scratch.intact(), "wrote beside its rows");
   }
 
   void checksum() const {
@@ -267,10 +322,12 @@ void check_engine(const char* isa) {
   c.epilogues();
   for (i64 M : {1, 5})
     for (i64 r : {1, 4, 9}) c.lora(M, 35, r);
-  for (i64 C : {1, 5, 64, 67}) c.layer_norm(C);
+  for (i64 C : {1, 5, 64, 67}) c.layer_norm(C), c.rms_norm(C), c.gates(C);
+  for (i64 half : {1, 7, 32, 40}) c.rotate(half, false), c.rotate(half, true);
   for (DType cache : kTypes) {
-    c.attend(cache, 1, 0, 5, 0), c.attend(cache, 1, 130, 64, 0), c.attend(cache, 9, 60, 24, 0),
-        c.attend(cache, 7, 120, 12, 70);
+    c.attend(cache, {1, 0, 5, 0}), c.attend(cache, {1, 130, 64, 0}), c.attend(cache, {9, 60, 24, 0});
+    c.attend(cache, {7, 120, 12, 70}), c.attend(cache, {1, 130, 20, 70, 8, 0.f, true});
+    c.attend(cache, {7, 66, 12, 70, 1, 3.f, true}), c.attend(cache, {1, 70, 24, 0, 3, 2.f});
   }
   c.checksum();
 }

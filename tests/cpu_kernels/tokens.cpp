@@ -69,7 +69,7 @@ struct Model {
 void print_tokens(const char* isa) {
   Shape shape;
   shape.layers = 2, shape.heads = 2, shape.C = 48, shape.F = 100, shape.V = 61, shape.positions = 128,
-  shape.window = 20, shape.tied = false;
+  shape.kv_heads = 2, shape.D = 24, shape.window = 20, shape.pattern = "LS", shape.tied = false;
   for (int f = 0; f < kFormats; f++)
     for (DType cache : kTypes) {
       if (f && cache != (f % 2 ? DType::bf16 : DType::f16)) continue;

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from gptfast.checkpoints.families import FAMILIES
 from gptfast.checkpoints.family_files import sources
+from gptfast.engine import CompiledGPT, engine_for
 from gptfast.models import GPT, GPTConfig, KVCache
 
 transformers = pytest.importorskip("transformers")
@@ -99,6 +100,7 @@ def test_logits_gradients_generation_and_files(pair):
         torch.testing.assert_close(ours(ids), theirs(ids).logits, **CLOSE)
     assert ours.num_parameters() == theirs.num_parameters()
     _check_generation(ours, theirs)
+    _check_engine(ours, theirs, folder / "theirs")
     _check_gradients(ours, theirs)
     ours.save_pretrained(folder / "ours")
     assert json.loads((folder / "ours/config.json").read_text())["model_type"] == theirs.config.model_type
@@ -122,6 +124,21 @@ def _check_generation(ours: GPT, theirs: torch.nn.Module) -> None:
     mask[0, :3] = 0
     wanted = theirs.generate(prompts, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert ours.generate(prompts, attention_mask=mask, max_new_tokens=6)[:, 7:].tolist() == wanted[:, 7:].tolist()
+
+
+def _check_engine(ours: GPT, theirs: torch.nn.Module, folder: Path) -> None:
+    """Packed from the model and from the file, also in bytes; what it lacks runs in torch."""
+    ids = ids_of()
+    engine = engine_for(ours)
+    assert (engine is None) == (ours.config.n_expert is not None)
+    if engine is None:
+        return
+    with torch.no_grad():
+        wanted = theirs(ids).logits
+    torch.testing.assert_close(engine.logits(ids), wanted, **CLOSE)
+    assert torch.equal(CompiledGPT.from_pretrained(folder, "float32").logits(ids), engine.logits(ids))
+    in_bytes = CompiledGPT.from_pretrained(folder, "int8").logits(ids)
+    assert (in_bytes - wanted).norm() < 0.1 * wanted.norm()  # 0.05
 
 
 def _check_gradients(ours: GPT, theirs: torch.nn.Module) -> None:
@@ -293,7 +310,8 @@ def test_the_engine_and_tensor_parallelism_name_what_they_lack():
     from gptfast.training.tensor_parallel import check_shape
 
     config = GPTConfig(n_layer=1, n_head=4, n_embd=32, block_size=16, vocab_size=97, n_kv_head=2)
-    with pytest.raises(ValueError, match="the native engine does not compute a model with n_kv_head=2"):
-        GPT(config).compile_for_inference("float32")
+    experts = config.replace(activation="swiglu", n_expert=4, n_expert_per_tok=2)
+    with pytest.raises(ValueError, match="the native engine does not compute a model with n_expert=4"):
+        GPT(experts).compile_for_inference("float32")
     with pytest.raises(ValueError, match="does not divide a model with n_kv_head=2"):
         check_shape(config, 2)
