@@ -17,6 +17,8 @@ from gptfast.nn.selection import check_adapter
 from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 
+PROMPT_TOKENS = 4096  # of prompts that run together: they fill a GPU, and what a layer holds of them is small
+
 
 class TorchRunner(Runner):
     """`Runner` of any `Transformer`, on the device of its weights.
@@ -24,7 +26,7 @@ class TorchRunner(Runner):
     The slots in use lie side by side in rows 0 to n - 1 of the cache, so that a step of all of them is one forward over a
     slice; the last row moves into the place of one that is freed.
 
-    Prompts run one by one, without padding, and single tokens of several sequences together. The logits of a sequence do
+    Prompts of one length run together, others one by one, without padding, and single tokens of several sequences together. The logits of a sequence do
     not depend on the others, up to the rounding of matrix products, which libraries do differently for different numbers
     of rows. With GPTFAST_GEMM=own they are equal bit for bit.
 
@@ -134,9 +136,10 @@ class TorchRunner(Runner):
             if single:
                 step = self._step(single, [new_of[slot][0] for slot in single])
                 logits.update(zip(single, step[:, None], strict=True))
-            for slot, new in new_of.items():
-                if slot not in logits:
-                    logits[slot] = self._forward([slot], [new], last_only)[0].float()
+            for run in self._alike([slot for slot in slots if slot not in logits], new_of, last_only):
+                logits.update(
+                    zip(run, self._forward(run, [new_of[slot] for slot in run], last_only).float(), strict=True)
+                )
             ordered = [logits[slot] for slot in slots]
             return torch.cat(ordered) if last_only else ordered
 
@@ -177,6 +180,14 @@ class TorchRunner(Runner):
             order += run
         logits = parts[0].float() if len(parts) == 1 else torch.cat(parts).float()
         return logits if order == list(slots) else logits[[order.index(slot) for slot in slots]]
+
+    def _alike(self, slots: Sequence[int], new_of: dict[int, Sequence[int]], last_only: bool) -> Iterator[list[int]]:
+        """The slots that get equally many tokens and run in one forward, of at most PROMPT_TOKENS in all; alone where the
+        logits of every token are asked for."""
+        for count in dict.fromkeys(len(new_of[slot]) for slot in slots):
+            most = max(1, PROMPT_TOKENS // count) if last_only else 1
+            for run in self._neighbours([slot for slot in slots if len(new_of[slot]) == count]):
+                yield from (run[n : n + most] for n in range(0, len(run), most))
 
     def _neighbours(self, slots: Sequence[int]) -> Iterator[list[int]]:
         """The slots in the order of their rows in the cache, cut where rows are missing between them, and between those

@@ -139,6 +139,10 @@ _LAYOUTS = {  # is a stored by columns, is b, dtype
     for b in (False, True)
     for dtype in KERNEL_DTYPES
 }
+_HALF = (torch.bfloat16, torch.float16)
+_LARGE = (
+    1 << 28
+)  # products and sums, from which on a GPU two or three calls cost less than one: 8 rows by 50,257 of 768
 _FORCED = _check_forced(os.environ.get("GPTFAST_GEMM", ""))
 
 
@@ -149,7 +153,33 @@ def _dense(x: Tensor) -> Tensor:
 
 def _torch(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, dtype: torch.dtype, accumulate: bool) -> None:
     a, b = a.to(dtype), b.to(dtype)
-    if out.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16) and out.is_cuda and bias is None:
+    if out.is_cuda and dtype in _HALF and bias is None and a.numel() * b.shape[1] >= _LARGE:
+        return _in_eights(a, b, out, accumulate)
+    return _product(a, b, out, bias, accumulate)
+
+
+def _in_eights(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out = a b (+ out), with sides of whole eights in the large product, and what is beyond in small ones.
+
+    Where a row of a factor or of the result ends within 16 bytes, as one of 50,257 values does, cuBLAS reads them one by one:
+    its kernels for that ran at 95 to 125 TFLOP/s on an H200, those for whole eights at 485 and more."""
+    (M, K), N = a.shape, b.shape[1]
+    m = M if a.stride(1) == 1 else M - M % 8
+    k = K - K % 8 if a.stride(1) == 1 or b.stride(0) == 1 else K
+    n = N - N % 8
+    if k < K:  # first, as the large product then rounds the sum
+        _product(a[:, k:], b[k:], out, None, accumulate)
+        accumulate = True
+    for rows in (slice(0, m), slice(m, M)):
+        for columns in (slice(0, n), slice(n, N)):
+            part = out[rows, columns]
+            if part.numel() and k:
+                _product(a[rows, :k], b[:k, columns], part, None, accumulate)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, accumulate: bool) -> None:
+    dtype = a.dtype
+    if out.dtype == torch.float32 and dtype in _HALF and out.is_cuda and bias is None:
         # cuBLAS accumulates into a float32 result; torch offers that on CUDA only
         if accumulate:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)

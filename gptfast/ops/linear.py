@@ -21,6 +21,7 @@ from gptfast.ops.relu_squared import relu_squared
 
 OP = "linear"
 GELUS = {"gelu_tanh": "tanh", "gelu": "none"}  # fused with the bias
+_HEAD = 4096  # more columns than layers have, so those of a vocabulary
 ACTIVATIONS = (None, *GELUS, *reference.ACTIVATIONS)
 
 
@@ -57,7 +58,9 @@ def linear(
         raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     runs_on = resolve(OP, backend, x)
     few = not torch.compiler.is_compiling() and x.numel() < MIN_ROWS * x.shape[-1]
-    if runs_on != "cpu" or (few and not is_forced()):
+    if _is_ragged_head(x, weight, added):
+        y = _ragged_head(x, weight)
+    elif runs_on != "cpu" or (few and not is_forced()):
         y = F.linear(x, weight, added)
     else:
         rows = rows_of(x)
@@ -72,6 +75,21 @@ def activated(y: Tensor, bias: Tensor | None, activation: str | None, backend: s
     if activation == "relu_squared":
         return relu_squared(y, backend=backend)
     return y if activation is None else reference.ACTIVATIONS[activation](y)
+
+
+def _is_ragged_head(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether cuBLAS would read the result one by one, as of 50,257 columns; with autograd it is torch's product anyway."""
+    if not x.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled() or is_many(x):
+        return False
+    return bias is None and len(weight) % 8 != 0 and len(weight) > _HEAD and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _ragged_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T, in rows that begin at whole 128 bytes."""
+    rows, N = rows_of(x), len(weight)
+    y = x.new_empty(len(rows), -(-N // 64) * 64)[:, :N]
+    gemm(rows, weight.t(), y, dtype=x.dtype)
+    return y.view(*x.shape[:-1], N)
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

@@ -120,6 +120,23 @@ def test_logits_do_not_depend_on_the_batch_bit_for_bit(make_runner):
         alone.free(slot[0])
 
 
+def test_prompts_of_one_length_run_together(model, monkeypatch):
+    """In forwards of a bounded number of tokens, with the logits of their own."""
+    monkeypatch.setattr("gptfast.generation.torch_runner.PROMPT_TOKENS", 12)
+    together, alone, calls = TorchRunner(model, 6, BLOCK), TorchRunner(model, 1, BLOCK), []
+    prompts = [[n + k for k in range(length)] for n, length in enumerate((5, 3, 5, 5, 3, 5))]
+    hook = model.register_forward_pre_hook(
+        lambda _, args, given: calls.append(tuple(given["ids"].shape)), with_kwargs=True
+    )
+    logits = together.extend(together.allocate(6), prompts)
+    hook.remove()
+    assert sorted(calls) == [(1, 3), (1, 3), (1, 5), (1, 5), (2, 5)]  # rows of one forward lie side by side
+    for prompt, own in zip(prompts, logits, strict=True):
+        (slot,) = alone.allocate()
+        assert torch.equal(alone.extend([slot], [prompt])[0], own)
+        alone.free(slot)
+
+
 def test_a_full_slot_is_left_alone_by_steps_of_others(make_runner):
     """Captured steps write behind the last position of slots that take no part."""
     runner, other = make_runner(3, 8), make_runner(1, 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -107,6 +106,20 @@ def test_product(shape, layout, pairs, isa):
         assert (error <= limit).all(), (of_a, of_b, of_c, of_bias, add, (error / limit).max().item())
         if sums is not None:
             torch.testing.assert_close(sums, a.float().sum(1), rtol=1e-5, atol=1e-5 * (K**0.5 + 1))
+
+
+@pytest.mark.parametrize("shape", [(17, 33, 41), (8, 16, 24), (7, 5, 3)])
+def test_products_in_whole_eights(shape):
+    """What a GPU's products of ragged sides are cut into."""
+    M, K, N = shape
+    for of_a, of_b, add in product("nt", "nt", (False, True)):
+        a, b = (
+            torch.randn(*s) if of == "n" else torch.randn(*s[::-1]).t() for s, of in (((M, K), of_a), ((K, N), of_b))
+        )
+        c = torch.randn(M, N)
+        expected = a.double() @ b.double() + (c if add else 0)
+        gemm_file._in_eights(a, b, c if add else c.fill_(torch.nan), add)
+        torch.testing.assert_close(c.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("N", [1024, 1025, 1100])
