@@ -61,6 +61,8 @@ def stored_network(folder: Path, task: TaskOptions, method: MethodOptions, base:
         ValueError: the base is not the one that the adapter was trained on.
     """
     loading: dict[str, Any] = {"dtype": torch.float32, **method.loading()}
+    for name in ("extend_context", "rope_scaling"):  # the checkpoint has its longer context already
+        loading.pop(name, None)
     if not methods.is_adapter(method.method):
         if task.task in METRICS:
             model = TaskModel.from_pretrained(folder, **loading)

@@ -10,7 +10,7 @@ from typing import Any
 from gptfast._options import Real, Whole, check_fields, describe_fields, format_value, option
 from gptfast.finetuning.tasks import METRICS, TASKS
 from gptfast.training.config import TrainConfig
-from gptfast.training.options import RUN, PlaceOptions
+from gptfast.training.options import ROPE_SCALINGS, RUN, PlaceOptions
 
 METHODS = ("full", "lora", "qlora", "prompt")
 _ALL_METRICS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
@@ -37,6 +37,7 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "target_modules"), ("method", _LORA)),
     **dict.fromkeys(("quantize", "double_quant"), ("method", ("qlora", "prompt"))),
     "num_virtual_tokens": ("method", ("prompt",)),
+    **dict.fromkeys(("extend_context", "rope_scaling"), ("method", ("full",))),
     **dict.fromkeys(("metric", "lm_coef"), ("task", _WITH_HEAD)),
     "class_weights": ("task", ("classification", "entailment")),
 }
@@ -158,6 +159,21 @@ class MethodOptions:
         allowed=Real(least=0, below=1),
         group=_METHOD,
     )
+    extend_context: int | None = option(
+        None,
+        "The tokens that the model is to take, more than it takes now: learned positions are interpolated, rotary ones scaled. With "
+        "`method` full alone, which keeps them.",
+        words="the model's own",
+        allowed=Whole(2),
+        group=_METHOD,
+    )
+    rope_scaling: str | None = option(
+        None,
+        "With `extend_context`, how rotary positions are scaled: yarn, by parts; linear, all alike (position interpolation).",
+        words="the model's own, else yarn",
+        allowed=ROPE_SCALINGS,
+        group=_METHOD,
+    )
     num_virtual_tokens: int = option(
         20,
         "Length of the soft prompt of `method` prompt; texts have that much less room.",
@@ -167,6 +183,10 @@ class MethodOptions:
 
     def __post_init__(self) -> None:
         check_fields("finetune", self)
+        if self.rope_scaling is not None and self.extend_context is None:
+            raise ValueError(
+                "finetune: `rope_scaling` goes with `extend_context`; give it too, or leave `rope_scaling` out"
+            )
 
     @property
     def held_in(self) -> str | None:
@@ -176,6 +196,8 @@ class MethodOptions:
     def loading(self) -> dict[str, Any]:
         """How the model is loaded: arguments of `from_pretrained` beside its dtype."""
         changes: dict[str, Any] = {} if self.dropout is None else {"dropout": self.dropout}
+        for name in ("extend_context", "rope_scaling"):
+            changes |= {} if getattr(self, name) is None else {name: getattr(self, name)}
         if self.held_in is not None:
             changes |= {"quantize": self.held_in, "double_quant": self.double_quant and self.held_in == "nf4"}
         return changes

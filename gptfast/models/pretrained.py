@@ -19,7 +19,7 @@ from gptfast.checkpoints.hf_layout import CONFIG
 from gptfast.checkpoints.weight_files import INDEX, OLD_INDEX, SINGLE, StoredTensor, has_safetensors
 from gptfast.config import GPTConfig
 from gptfast.metadata import GENERATION
-from gptfast.models import nanogpt
+from gptfast.models import longer, nanogpt
 from gptfast.models.quantized import Packing, check_format
 from gptfast.models.stored import StoredModel
 from gptfast.nn.meta import only_shapes
@@ -71,13 +71,13 @@ def load(
             say activation="gelu_tanh" for one that was trained before May 2023. Of pickles only tensors and plain data are
             read (torch.load with weights_only=True).
         dtype: of the weights; None: as stored.
-        overrides: fields of GPTConfig to change, such as dropout=0.0; a smaller block_size cuts the position
-            embedding.
+        overrides: fields of GPTConfig to change, such as dropout=0.0; a smaller block_size cuts the position embedding;
+            extend_context=N makes it longer, see `gptfast.models.longer`.
         quantize, double_quant: see `gptfast.models.quantized.Packing`; None: as floats.
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
-        ValueError: damaged or truncated file, another architecture, tensors that are missing, too many or
-            ill-shaped, or a pickle that names other code than that of tensors.
+        ValueError: a damaged file, another architecture, tensors that are missing, too many or ill-shaped, or a
+            pickle that names other code than that of tensors.
         ImportError, OSError: a hub id without huggingface-hub, or without a connection.
     """
     check_format(quantize, double_quant)
@@ -93,10 +93,11 @@ def build(
     double_quant: bool = False,
 ) -> Model:
     """As `load`, from files that are open already."""
-    config = stored.config.replace(**overrides)
+    config = longer.changed(stored.config, overrides)
     model = on_meta(cls, config)
     packing = None if quantize is None else Packing(model, quantize, double_quant)
-    model.load_state_dict(read_weights(stored, model, dtype, packing), assign=True)
+    stretch = longer.OWNER in overrides
+    model.load_state_dict(read_weights(stored, model, dtype, packing, stretch), assign=True)
     if packing is not None:
         packing.put_into(model)
     model.tie_weights()
@@ -126,7 +127,7 @@ def read_lazily(
     Raises:
         ValueError: tensors are missing; or when it is read, one is ill-shaped.
     """
-    config, rows = stored.config.replace(**overrides), stored.config.block_size
+    config, rows = longer.changed(stored.config, overrides), stored.config.block_size
     model = on_meta(cls, config)
     model.metadata = deepcopy(stored.metadata)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -146,7 +147,7 @@ def read_lazily(
             raise _unfit(stored, [f"{key} {problem}"])
         x = found.read()
         x = x.t() if transposed else x
-        x = x[: config.block_size] if name == "wpe.weight" else x
+        x = longer.fitted(x, config.block_size, longer.OWNER in overrides) if name == "wpe.weight" else x
         return x.float().contiguous()
 
     return model, read
@@ -206,17 +207,21 @@ def _download(hub_id: str) -> Path:
 
 
 def read_weights(
-    stored_model: StoredModel, model: Transformer, dtype: torch.dtype | None = None, packing: Taking | None = None
+    stored_model: StoredModel,
+    model: Transformer,
+    dtype: torch.dtype | None = None,
+    packing: Taking | None = None,
+    stretch: bool = False,
 ) -> dict[str, Tensor]:
     """state_dict of `model` (on the meta device) from the files, all of it checked; a model with a shorter block_size
-    takes the first positions. What `packing` takes stays on the meta device here.
+    takes the first positions, with `stretch` all of them, interpolated. What `packing` takes stays on the meta device here.
 
     Raises:
         OSError, ValueError: see `load`.
     """
     config, rows = model.config, stored_model.config.block_size
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    if config.position_embedding == "learned" and config.block_size < rows:
+    if config.position_embedding == "learned" and (stretch or config.block_size < rows):
         shapes["wpe.weight"] = (rows, config.n_embd)
     state: dict[str, Tensor] = {}
     found: dict[str, StoredTensor] = {}
@@ -234,7 +239,7 @@ def read_weights(
             if packing is not None and packing.take(name, stored, transposed, dtype):
                 state[name] = torch.empty(shapes[name], dtype=dtype or stored.dtype, device="meta")
                 continue
-            x = stored.read(0, config.block_size) if name == "wpe.weight" else stored.read()
+            x = longer.fitted(stored.read(), config.block_size, stretch) if name == "wpe.weight" else stored.read()
             x = x.t() if transposed else x
             state[name] = torch.empty(x.shape, dtype=dtype or x.dtype, device="cpu").copy_(x)
     problems = problems or _tie(state, found, config) or _missing(state, shapes, config)

@@ -15,6 +15,7 @@ import torch
 from gptfast._files import absolute
 from gptfast._locks import FileLock
 from gptfast._options import default_of, options_of, values_of
+from gptfast._rope import RopeScaling
 from gptfast.config import GPTConfig
 from gptfast.data import PreparedData, is_tokens, open_data
 from gptfast.data.options import DataOptions
@@ -105,6 +106,8 @@ def _new_run(options: Options, place: RunOptions, lock: FileLock | None, ranks: 
     size, note = model.config.block_size, ""
     if positions is not None and size < positions:
         note = f"`block_size` {size}: the first of the {positions} positions of {options['init_from']}"
+    elif "extend_context" in options:
+        note = f"its context of {positions} tokens is extended to {size}: {_how(model.config)}"
     kept = {name: value for name, value in options.items() if name not in _MAY_CHANGE}
     source = {
         "data": absolute(options["data"]),
@@ -245,7 +248,7 @@ def _untrained(
 
 
 def _reshaped(model: GPT, options: Options, defaults: dict[str, Any], ranks: Ranks | None) -> tuple[GPT, Values | None]:
-    """A loaded model with another dropout or a smaller block_size; its other sizes stay.
+    """A loaded model with another dropout, a smaller block_size or a longer context; its other sizes stay.
 
     Raises:
         ValueError: another size was given, or more positions than the model has learnt.
@@ -259,13 +262,21 @@ def _reshaped(model: GPT, options: Options, defaults: dict[str, Any], ranks: Ran
     size, longest = options.get("block_size", 0), model.config.block_size
     if size > longest and model.config.position_embedding == "learned":
         raise ValueError(
-            f"train: `block_size` is {size} but {options['init_from']} has learnt {longest} positions; leave it out, or "
-            f"give at most {longest}"
+            f"train: `block_size` is {size} but {options['init_from']} has learnt {longest} positions; leave it out, give "
+            f"at most {longest}, or interpolate them with `extend_context` {size}"
         )
     changes = {"dropout": options.get("dropout", defaults["dropout"])}
+    changes |= {name: options[name] for name in ("extend_context", "rope_scaling") if name in options}
     if "block_size" in options:
         changes["block_size"] = options["block_size"]
     return _load(options["init_from"], ranks, **changes)
+
+
+def _how(config: GPTConfig) -> str:
+    scaling = RopeScaling.of(config.rope_scaling)
+    if scaling is None:
+        return "learned positions are interpolated"
+    return f"rotary positions are scaled by {scaling.factor:g} ({scaling.rope_type})"
 
 
 def _refuse_changes(options: Options, place: RunOptions, checkpoint: Checkpoint, model: GPT) -> None:

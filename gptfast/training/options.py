@@ -17,6 +17,7 @@ DATA = ("data", "glob", "text_field", "tokenizer", "vocab_size", "unk")  # the f
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # the fields of GPTConfig that are options
 RUN = "The run"  # heading of the options of a run
 TIMEOUT = 120.0
+ROPE_SCALINGS = ("yarn", "linear")  # of `extend_context`, see `gptfast.models.longer`
 SHARDING = ("forward", "pass", "step")  # see `gptfast.training.sharding`
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # by the option that chooses the initial weights; "": random weights
@@ -47,6 +48,19 @@ class Weights:
     init_from: str | None = option(
         None,
         "Start from the weights of a checkpoint FOLDER, nanoGPT's ckpt.pt or a hub id instead of random ones.",
+    )
+    extend_context: int | None = option(
+        None,
+        "With `init_from`: the tokens that the model is to take, more than it takes now. Learned positions are interpolated, rotary "
+        "ones scaled; then the model is trained on rows of so many tokens, of which some hundred steps suffice.",
+        allowed=Whole(2),
+    )
+    rope_scaling: str | None = option(
+        None,
+        "With `extend_context`, how rotary positions are scaled. yarn: by parts, so that near tokens keep their distances; linear: "
+        "all alike (position interpolation).",
+        words="the model's own, else yarn",
+        allowed=ROPE_SCALINGS,
     )
     recipe: str | None = option(
         None,
@@ -158,8 +172,14 @@ def start_of(options: Mapping[str, Any]) -> str:
     """The key of `DEFAULTS` for the options that were given.
 
     Raises:
-        ValueError: both a preset and a checkpoint.
+        ValueError: both a preset and a checkpoint; or a longer context of none.
     """
+    extending = next((name for name in ("extend_context", "rope_scaling") if name in options), None)
+    if extending is not None and not {"init_from", "extend_context"} <= {*options}:
+        needed = "init_from" if "init_from" not in options else "extend_context"
+        raise ValueError(f"train: `{extending}` goes with `{needed}`; give it too, or leave `{extending}` out")
+    if extending is not None and "block_size" in options:
+        raise ValueError("train: `extend_context` is the new `block_size`; leave `block_size` out")
     if "preset" in options and "init_from" in options:
         raise ValueError(
             "train: `preset` and `init_from` were both given; a checkpoint has its shape already - leave `preset` out"

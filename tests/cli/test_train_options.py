@@ -173,9 +173,9 @@ def test_init_from_a_checkpoint_without_a_tokenizer(text, tmp_path, failure):
 def test_block_size_and_the_checkpoints(text, run, tmp_path, capsys, failure):
     start = ["--data", text, "--init-from", run / "best", "--max-steps", "1", "--threads", "1"]
     refused = failure("train", *start, "--block-size", "32", "--out", tmp_path / "a")
-    assert (
-        refused
-        == f"train: --block-size is 32 but {run / 'best'} has learnt 16 positions; leave it out, or give at most 16"
+    assert refused == (
+        f"train: --block-size is 32 but {run / 'best'} has learnt 16 positions; leave it out, give at most 16, or "
+        "interpolate them with --extend-context 32"
     )
     assert failure("train", *start, "--n-layer", "3", "--out", tmp_path / "a").startswith("train: --n-layer is 3 but")
     assert gptfast("train", *start, "--block-size", "8", "--out", tmp_path / "b") == 0
