@@ -7,6 +7,8 @@
 // A warp has a row of up to 32 * V * 8 columns, a block a longer one. Their first N vectors stay in registers over the
 // passes; what does not fit is read again, from cache. All of them are asked for before the first is used: one load at a
 // time leaves memory idle for most of its latency. Floor: one read and one write (with a residual two and two).
+// Few rows, as in decoding, leave nothing to hide a latency behind: there a row has a warp for each of its vectors, weight and
+// bias are on their way with it, and a sum costs one barrier. Its bits are those of the warp that has a row to itself.
 #include <type_traits>
 
 #include "common.cuh"
@@ -18,6 +20,7 @@ namespace {
 struct None {};                   // no residual
 constexpr int kRowsPerBlock = 4;  // where a warp has a row
 constexpr int kWarpVectors = 8, kBlockVectors = 4, kBlockThreads = 256;
+constexpr i64 kFewRows = 528;  // four blocks on each of 132 processors
 
 // Values c .. c + V - 1 of a row as memory has them: of x, of type X, and of the residual, of type R.
 template <class X, class R, int V> struct Input {
@@ -58,6 +61,39 @@ DEV_INLINE void total_of(float (&v)[V], const Input<X, R, V>& input, const Layer
   }
 }
 
+// Sums of one vector, in one order wherever it is formed.
+template <int V> DEV_INLINE float sum_of(const float (&v)[V]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int k = 0; k < V; k++) sum += v[k];
+  return sum;
+}
+// Of the differences from a number, and of their squares.
+template <int V> DEV_INLINE float2 differences_of(const float (&v)[V], float near) {
+  float2 rest = make_float2(0.f, 0.f);
+#pragma unroll
+  for (int k = 0; k < V; k++) rest.x += v[k] - near, rest.y += (v[k] - near) * (v[k] - near);
+  return rest;
+}
+// What a row becomes, from its mean as first summed and the sums of the differences from that.
+struct Affine {
+  float mean, rstd, shift;
+  DEV_INLINE Affine(const LayerNormParams& p, i64 r, float near, float2 rest, bool first) {
+    const float C = float(int(p.C)), left = rest.x / C, variance = rest.y / C - left * left;
+    mean = near + left;
+    const float remainder = left - (mean - near);
+    rstd = 1.f / sqrtf((variance < 0.f ? 0.f : variance) + p.eps), shift = -remainder * rstd;
+    if (first) p.mean[r] = mean, p.mean[p.R + r] = remainder, p.rstd[r] = rstd;
+  }
+  template <int V>
+  DEV_INLINE void store(float (&v)[V], const float (&weight)[V], const float (&bias)[V], const LayerNormParams& p,
+                        i64 r, int c) const {
+#pragma unroll
+    for (int k = 0; k < V; k++) v[k] = fmaf(fmaf(v[k] - mean, rstd, shift), weight[k], bias[k]);
+    store_any(p.y.data, p.y.dtype, r * p.y.stride + c, v);
+  }
+};
+
 // T: of what is normalised. N: vectors of a row that a thread keeps.
 template <class T, class X, class R, int V, int N, bool WARP>
 __global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads, 2)
@@ -77,46 +113,32 @@ __global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads, 2)
   float x[N][V], sum = 0.f;
 #pragma unroll
   for (int i = 0; i < N; i++) input[i].load(p, r, i * step + t * V);
-  const auto add = [&](const float (&v)[V]) {
 #pragma unroll
-    for (int k = 0; k < V; k++) sum += v[k];
-  };
-#pragma unroll
-  for (int i = 0; i < N; i++) total_of<T>(x[i], input[i], p, r, i * step + t * V), add(x[i]);
+  for (int i = 0; i < N; i++) total_of<T>(x[i], input[i], p, r, i * step + t * V), sum += sum_of(x[i]);
   for (int c0 = N * step; !WARP && c0 < C; c0 += step) {
     float v[V];
     Input<X, R, V> more;
     more.load(p, r, c0 + t * V);
-    total_of<T>(v, more, p, r, c0 + t * V), add(v);
+    total_of<T>(v, more, p, r, c0 + t * V), sum += sum_of(v);
   }
   const float near = reduce(sum) / float(C);
 
   const T* again = static_cast<const T*>(kSum ? p.total.data : p.x.data) + r * (kSum ? p.total.stride : p.x.stride);
-  float2 rest = make_float2(0.f, 0.f);  // of the differences from it, and of their squares
-  const auto add_difference = [&](const float (&v)[V]) {
-#pragma unroll
-    for (int k = 0; k < V; k++) rest.x += v[k] - near, rest.y += (v[k] - near) * (v[k] - near);
-  };
+  float2 rest = make_float2(0.f, 0.f);
 #pragma unroll
   for (int i = 0; i < N; i++)
-    if (i * step + t * V < C) add_difference(x[i]);
+    if (i * step + t * V < C) rest = Sum{}(rest, differences_of(x[i], near));
   for (int c = N * step + t * V; !WARP && c < C; c += step) {
     float v[V];
-    load(v, again + c), add_difference(v);
+    load(v, again + c), rest = Sum{}(rest, differences_of(v, near));
   }
-  rest = reduce(rest);
-  const float left = rest.x / float(C), variance = rest.y / float(C) - left * left;
-  const float mean = near + left, remainder = left - (mean - near);
-  const float rstd = 1.f / sqrtf((variance < 0.f ? 0.f : variance) + p.eps), shift = -remainder * rstd;
-  if (t == 0) p.mean[r] = mean, p.mean[p.R + r] = remainder, p.rstd[r] = rstd;
+  const Affine affine(p, r, near, reduce(rest), t == 0);
 
   const auto finish = [&](float (&v)[V], int c) {
     float weight[V], bias[V] = {};
     load_any(weight, p.weight.data, p.weight.dtype, c);
     if (p.bias.data) load_any(bias, p.bias.data, p.bias.dtype, c);
-#pragma unroll
-    for (int k = 0; k < V; k++) v[k] = fmaf(fmaf(v[k] - mean, rstd, shift), weight[k], bias[k]);
-    store_any(p.y.data, p.y.dtype, r * p.y.stride + c, v);
+    affine.store(v, weight, bias, p, r, c);
   };
 #pragma unroll
   for (int i = 0; i < N; i++)
@@ -125,6 +147,78 @@ __global__ void __launch_bounds__(WARP ? 32 * kRowsPerBlock : kBlockThreads, 2)
     float v[V];
     load(v, again + c), finish(v, c);
   }
+}
+
+// V values of a vector whose dtype is known at run time only, on their way before they are asked for. As words: the compiler
+// takes values of 16 bits apart where they are loaded, which is to wait for them there.
+template <int V> struct Late {
+  uint32_t words[V];
+  DEV_INLINE void load(const Vector& x, int c) {
+    Raw<float, V> wide;
+    Raw<bf16, V> narrow;  // or the bits of fp16
+    if (!x.data) {
+      memset(words, 0, sizeof words);
+    } else if (x.dtype == DType::f32) {
+      wide.load(static_cast<const float*>(x.data) + c);
+      memcpy(words, wide.words, sizeof words);
+    } else {
+      narrow.load(static_cast<const bf16*>(x.data) + c);
+      memcpy(words, narrow.words, sizeof words / 2);
+    }
+  }
+  DEV_INLINE void values(float (&to)[V], const Vector& x) const {
+#pragma unroll
+    for (int k = 0; k < V; k++) {
+      const uint32_t pair = words[k / 2], upper = k % 2 ? pair & 0xffff0000u : pair << 16;
+      const uint16_t bits = uint16_t(upper >> 16);
+      __half half;
+      memcpy(&half, &bits, sizeof half);
+      to[k] = x.dtype == DType::f16 ? to_float(half) : __uint_as_float(x.dtype == DType::f32 ? words[k] : upper);
+    }
+  }
+};
+
+// The sum over a row of what its warps have, which is one vector each: `parts` has a T for each of the block's threads. Every
+// warp adds the vectors' parts in order, as the warp that has a row to itself does, and then its lanes'.
+template <class T> DEV_INLINE T row_sum(T x, T* parts) {
+  parts[threadIdx.x] = x;
+  __syncthreads();
+  T sum{};
+#pragma unroll
+  for (int w = 0; w < 32 * kWarpVectors; w += 32)
+    if (w < int(blockDim.x)) sum = Sum{}(sum, parts[w + (threadIdx.x & 31)]);
+  return warp_reduce(sum, Sum{});
+}
+
+// A row a block, a vector a thread.
+template <class T, class X, class R, int V>
+__global__ void __launch_bounds__(32 * kWarpVectors) layer_norm_few_kernel(const LayerNormParams p) {
+  DYN_SMEM(smem);
+  float* parts = reinterpret_cast<float*>(smem);
+  const i64 r = blockIdx.x;
+  const int c = int(threadIdx.x) * V;
+  const bool inside = c < int(p.C);
+  Input<X, R, V> input;
+  Late<V> weight, bias;
+  input.load(p, r, c);
+  if (inside) weight.load(p.weight, c), bias.load(p.bias, c);
+  float x[V];
+  total_of<T>(x, input, p, r, c);
+  const float near = row_sum(sum_of(x), parts) / float(int(p.C));
+  float2 rest = make_float2(0.f, 0.f);
+  if (inside) rest = differences_of(x, near);
+  const Affine affine(p, r, near, row_sum(rest, reinterpret_cast<float2*>(parts + blockDim.x)), threadIdx.x == 0);
+  if (!inside) return;
+  float w[V], b[V];
+  weight.values(w, p.weight), bias.values(b, p.bias);
+  affine.store(x, w, b, p, r, c);
+}
+
+template <class T, class X, class R, int V> cudaError_t launch_few(const LayerNormParams& p, cudaStream_t stream) {
+  const int threads = 32 * int(ceil_div(p.C, 32 * V));
+  auto kernel = layer_norm_few_kernel<T, X, R, V>;
+  LAUNCH(kernel, dim3(unsigned(p.R)), dim3(threads), threads * (sizeof(float) + sizeof(float2)), stream, p);
+  return cudaGetLastError();
 }
 
 template <class T, class X, class R, int V, int N, bool WARP>
@@ -145,6 +239,7 @@ template <class T, class X, class R> cudaError_t launch(const LayerNormParams& p
         const i64 vectors = ceil_div(p.C, 32 * V);
         if (vectors > kWarpVectors) return launch_rows<T, X, R, V, kBlockVectors, false>(p, stream);
         if constexpr (V > 1) {
+          if (p.R <= kFewRows) return launch_few<T, X, R, V>(p, stream);
           if (vectors <= 3) return launch_rows<T, X, R, V, 3, true>(p, stream);
           if (vectors == 4) return launch_rows<T, X, R, V, 4, true>(p, stream);
           if (vectors <= 6) return launch_rows<T, X, R, V, 6, true>(p, stream);

@@ -90,6 +90,20 @@ def by_torch(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, x.shape[-1:], w, b)
 
 
+@pytest.mark.parametrize("C", [8, 264, 768, 1600, 2048])
+@pytest.mark.parametrize("types", [("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "fp16")])
+def test_few_rows_have_the_bits_of_many(types, C, emu):
+    """On a GPU a row of a decoding step has a block to itself, one of many rows a warp."""
+    x, residual = (torch.randn(600, C).to(DTYPES[name]) for name in types)
+    w, b = torch.randn(C).to(x.dtype), torch.randn(C)
+    few = slice(100, 103)
+    for options in ({}, {"dropout_p": 0.3, "seed": 5}):
+        many = ops.add_layer_norm(x, residual, w, b, **options)
+        some = ops.add_layer_norm(x[few], residual[few], w, b, **options, **({"first_row": 100} if options else {}))
+        assert all(torch.equal(a[few], c) for a, c in zip(many, some, strict=True))
+    assert torch.equal(ops.layer_norm(x, w)[few], ops.layer_norm(x[few], w))
+
+
 def test_add_layer_norm_is_its_parts(isa):
     x, residual, w, b = torch.randn(5, 33), torch.randn(5, 33), torch.randn(33), torch.randn(33)
     y, total = ops.add_layer_norm(x, residual, w, b, dropout_p=0.4, seed=9, offset=4)
