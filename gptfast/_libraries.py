@@ -62,7 +62,9 @@ def _load_cuda_ops() -> str | None:
     if not has_cpu_ops:
         return missing_reason  # it defines the schemas that both libraries implement
     remedy = ": rebuild where nvcc is found, with GPTFAST_CUDA=1"
-    return _load("_cuda_ops.so", "cuda", _schemas.compiled("cuda"), _schemas.CUDA_LIBRARY, remedy)
+    return _load(
+        "_cuda_ops.so", "cuda", _schemas.compiled("cuda"), (*_schemas.CUDA_KERNELS, *_schemas.CUDA_LIBRARY), remedy
+    )
 
 
 missing_cuda_reason: str | None = _load_cuda_ops()

@@ -132,6 +132,11 @@ CPU_LIBRARY = (
     "signal_ns(int rounds) -> float",
 )
 CUDA_LIBRARY = ("cuda_unavailable_reason(int device) -> str",)
+# Kernels of csrc/cuda that no other backend has.
+CUDA_KERNELS = (
+    "causal_attention_append(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor lengths, float scale, "
+    "Tensor? sinks, float softcap) -> Tensor",
+)
 
 # Operators written in Python: torch.compile sees one call.
 _LOSS = "Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing"

@@ -2,6 +2,7 @@
 // check their values here would mean to wait for the GPU.
 #include "../cuda/causal_attention.h"
 
+#include "../cuda/decode_attention.h"
 #include "cuda_common.h"
 
 namespace gptfast::cuda {
@@ -97,6 +98,36 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v
   return {out, statistics};
 }
 
+// A tensor that is written in place, like k or v of the call it stands for.
+MutHeads cache_of(const char* name, Tensor& x) {
+  GPTFAST_CHECK(defined(x).dim() == 4 && (x.stride(3) == 1 || x.size(3) == 1), kOp, ": ", name,
+                " must be (B, H, S, D) with a contiguous last dimension");
+  return {x.mutable_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+// k and v, (B, heads, 1, D), become position lengths[b] of the keys and values of row b, and q attends to those up to there.
+Tensor append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor keys, Tensor values, const Tensor& lengths,
+              double scale, const OptTensor& sinks, double softcap) {
+  NewPosition n{};
+  n.keys = cache_of("keys", keys), n.values = cache_of("values", values);
+  Call call(q, keys, values, {}, {}, true, scale, 0.0, 0, 0, 0, {}, sinks, softcap);
+  AttentionParams& p = call.p;
+  GPTFAST_CHECK(p.T == 1, kOp, ": q has ", p.T, " positions a row; expected the one that is appended");
+  n.B = p.B, n.heads = p.H / p.group, n.S = p.S, n.D = p.D, n.dtype = p.dtype;
+  n.k = heads_of("k", k, n.heads, 1, q, &call.owners[5]), n.v = heads_of("v", v, n.heads, 1, q, &call.owners[6]);
+  n.lengths = indices_of(kOp, "lengths", lengths, p.B, q, &call.owners[4]);
+  const Launch on(q);
+  Tensor seen = new_tensor(kOp, q, {p.B}, ScalarType::Long);
+  n.seen = static_cast<i64*>(seen.mutable_data_ptr());
+  check(kOp, append_position(n, on.stream));
+  p.seq_lens = {n.seen, true};
+  Tensor out = new_heads(q, &p.y), statistics = new_tensor(kOp, q, {2, p.B, p.H, p.T}, ScalarType::Float);
+  Tensor partial = new_tensor(kOp, q, {causal_attention_partial(p)}, ScalarType::Float);
+  set_statistics(p, statistics);
+  p.partial = floats(partial);
+  check(kOp, causal_attention_fwd(p, on.stream));
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                                const Tensor& out, const Tensor& statistics, const OptTensor& seq_lens,
                                                const OptTensor& cu_seqlens, bool causal, double scale, double dropout_p,
@@ -133,6 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor&
 GPTFAST_CUDA_IMPL(m) {
   m.impl("causal_attention_fwd", TORCH_BOX(&fwd));
   m.impl("causal_attention_bwd", TORCH_BOX(&bwd));
+  m.impl("causal_attention_append", TORCH_BOX(&append));
 }
 
 }  // namespace gptfast::cuda

@@ -25,7 +25,6 @@ from gptfast._warn import warn
 from gptfast.generation.torch_runner import evaluating, make_cache
 from gptfast.nn.kv_cache import KVCache
 from gptfast.nn.transformer import Transformer
-from gptfast.ops._attention_checks import trusted
 
 MAX_TOKENS = 16  # of each sequence between two waits for the GPU
 GREEDY = ops.row_options(temperature=0.0)  # of rows that take no part in a draw
@@ -53,22 +52,17 @@ class StaticKVCache(KVCache):
     def __init__(self, store: KVCache, rows: int, lengths: Tensor) -> None:
         self.k, self.v = store.k.narrow(1, 0, rows), store.v.narrow(1, 0, rows)  # L B H S_max D
         self.lengths = lengths  # (B,), updated in place
-        self._rows = torch.arange(rows, device=lengths.device)
 
     def start(self, T: int) -> Tensor:
         if T != 1:
             raise ValueError(f"StaticKVCache: {T} new positions a row; expected 1 - read prompts through KVCache")
         self._layer = 0
-        self._at = self.lengths.clamp(max=self.max_len - 1)  # rows that nobody uses may run past the end
-        self._seen = trusted(self._at + 1)
-        return self._at.unsqueeze(1)
+        return self.lengths.clamp(max=self.max_len - 1).unsqueeze(1)  # rows that nobody uses may run past the end
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
         layer = self.take_layer(k)
         keys, values = self.k.select(0, layer), self.v.select(0, layer)
-        for stored, new in ((keys, k), (values, v)):
-            stored.transpose(1, 2).index_put_((self._rows, self._at), new.squeeze(2).to(stored.dtype))  # B H D
-        return ops.causal_attention(q.to(keys.dtype), keys, values, seq_lens=self._seen, **options).to(q.dtype)
+        return ops.append_and_attend(q, k, v, keys, values, self.lengths, **options).to(q.dtype)
 
     def finish(self, T: int) -> None:
         self.lengths.add_(T)

@@ -130,7 +130,7 @@ def _backward(ctx: Any, call: Any, dout: Tensor, _: Any) -> tuple[Tensor | None,
     return dq, dk, dv, *_NOTHING._replace(sinks=None if options.sinks is None else dsinks)
 
 
-def _new_heads(x: Tensor) -> Tensor:
+def new_heads(x: Tensor) -> Tensor:
     """(B, H, T, D) stored as (B, T, H, D)."""
     B, H, T, D = x.shape
     return x.new_empty(B, T, H, D).transpose(1, 2)
@@ -138,7 +138,7 @@ def _new_heads(x: Tensor) -> Tensor:
 
 @register_fake("causal_attention_fwd")
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return _new_heads(q), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
+    return new_heads(q), q.new_empty((2, *q.shape[:3]), dtype=torch.float32)
 
 
 @register_fake("causal_attention_bwd")
@@ -147,7 +147,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sinks = AttentionOptions(*options).sinks
     dsinks = q.new_empty(0 if sinks is None else sinks.shape, dtype=torch.float32)
-    return _new_heads(q), _new_heads(k), _new_heads(v), dsinks
+    return new_heads(q), new_heads(k), new_heads(v), dsinks
 
 
 _fused = differentiable("causal_attention_fwd", _save, _backward)

@@ -33,8 +33,9 @@ def expected(schemas: list[str]) -> dict[str, str]:
 @compiled
 def test_the_compiled_namespace_is_the_table():
     schemas = [*_schemas.compiled("cpu"), *_schemas.CPU_LIBRARY, *_schemas.PYTHON]
-    cuda = _schemas.CUDA_LIBRARY if torch.ops.gptfast.__dict__.get("cuda_unavailable_reason") else ()
-    assert defined("gptfast") == expected([*schemas, *cuda])
+    cuda = (*_schemas.CUDA_KERNELS, *_schemas.CUDA_LIBRARY)
+    loaded = torch.ops.gptfast.__dict__.get("cuda_unavailable_reason")
+    assert defined("gptfast") == expected([*schemas, *(cuda if loaded else ())])
 
 
 def test_the_triton_namespace_is_the_table():
@@ -44,7 +45,7 @@ def test_the_triton_namespace_is_the_table():
 @compiled
 def test_the_emulated_namespace_is_the_table():
     emulated.load()
-    assert defined("gptfast_emu") == expected(list(_schemas.compiled("cuda")))
+    assert defined("gptfast_emu") == expected([*_schemas.compiled("cuda"), *_schemas.CUDA_KERNELS])
 
 
 def test_a_triton_module_has_the_functions_of_its_schemas():
@@ -55,14 +56,14 @@ def test_a_triton_module_has_the_functions_of_its_schemas():
 
 def test_every_schema_has_a_fake():
     """Of kernels and Python operators: results without memory, for torch.compile, torch.export and meta tensors."""
-    assert {_schemas.name_of(s) for s in KERNELS} <= set(_registry._fakes)
+    assert {_schemas.name_of(s) for s in (*KERNELS, *_schemas.CUDA_KERNELS)} <= set(_registry._fakes)
     for name in map(_schemas.name_of, _schemas.PYTHON):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gptfast::{name}", "Meta"), name
 
 
 def test_every_fake_has_a_schema():
-    known = {*map(_schemas.name_of, KERNELS), *map(_schemas.name_of, _schemas.CPU_LIBRARY)}
-    assert set(_registry._fakes) <= known
+    schemas = (*KERNELS, *_schemas.CUDA_KERNELS, *_schemas.CPU_LIBRARY)
+    assert set(_registry._fakes) <= set(map(_schemas.name_of, schemas))
 
 
 # ---- what does not belong together --------------------------------------------------------------------------------

@@ -76,8 +76,9 @@ def load(variant: str | None = None) -> ctypes.CDLL:
     """Make backend="emu" available in this process. One variant a process: GPTFAST_EMU_VARIANT, or plain."""
     path = build(variant or os.environ.get("GPTFAST_EMU_VARIANT", "plain"))
     torch.ops.load_library(path)
-    _schemas.define(NAMESPACE, _schemas.compiled("cuda"))
-    _schemas.check_library(NAMESPACE, "cpu", _schemas.compiled("cuda"), path)
+    schemas = (*_schemas.compiled("cuda"), *_schemas.CUDA_KERNELS)
+    _schemas.define(NAMESPACE, schemas)
+    _schemas.check_library(NAMESPACE, "cpu", schemas, path)
     register_properties(NAMESPACE)
     register(Backend("emu", NAMESPACE, "cpu", lambda _: None, automatic=False))
     return ctypes.CDLL(str(path))

@@ -68,6 +68,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     attention |= {"q": q, "k": k, "v": v, "seq_lens": torch.tensor([4, 7]), "cu_seqlens": None}
     attention |= {"left_pad": torch.tensor([0, 2]), "sinks": random(H), "softcap": 1.5}
     out, statistics = invoke(ops, "causal_attention_fwd", attention)
+    step = attention | {"q": q[:, :, :1], "k": k[:, :, :1], "v": v[:, :, :1], "keys": k, "values": v}
     packed = {
         "k": q[:1].flip(2),
         "q": q[:1],
@@ -109,6 +110,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         "causal_attention_fwd": attention,
         "causal_attention_fwd packed": attention | packed,
         "causal_attention_fwd grouped": attention | grouped,
+        "causal_attention_append": step | {"lengths": torch.tensor([3, T + 1])},
         "causal_attention_bwd grouped": attention | grouped | {"dout": q.flip(1), "out": out, "statistics": statistics},
         "causal_attention_bwd": attention | {"dout": q.flip(1), "out": out, "statistics": statistics},
         "layer_norm_fwd": norm,
