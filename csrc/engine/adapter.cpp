@@ -32,7 +32,8 @@ Adapter::Adapter(const Shape& shape, const std::vector<Source>& updates)
 
 bool Adapter::fits(const Shape& shape) const {
   return shape.layers == shape_.layers && shape.C == shape_.C && shape.F == shape_.F && shape.V == shape_.V &&
-         shape.qkv() == shape_.qkv() && shape.attended() == shape_.attended() && shape.fc() == shape_.fc();
+         shape.qkv() == shape_.qkv() && shape.attended() == shape_.attended() && shape.fc() == shape_.fc() &&
+         shape.experts == shape_.experts;
 }
 
 }  // namespace gptfast::engine

@@ -19,7 +19,7 @@ Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int th
       value_bytes_(value_elements(shape.D) * element_size(cache)),
       layer_bytes_(shape.kv_heads * (key_bytes_ + value_bytes_)), Cp_(round_up(shape.C, kPanel)),
       Qp_(round_up(shape.qkv(), kPanel)), Ap_(round_up(shape.attended(), kPanel)), Fp_(round_up(shape.fc(), kPanel)),
-      stride_(std::max({Cp_, Ap_, round_up(shape.F, kPanel)})), next_(size_t(shape.layers)), own_(size_t(threads)) {
+      stride_(std::max({Cp_, Ap_, round_up(shape.F, kPanel)})), next_(size_t(3 * shape.layers)), own_(size_t(threads)) {
   zeros_.grow(Cp_);
 }
 
@@ -160,8 +160,17 @@ void Engine::reserve_workspace(i64 M, i64 longest) {
   x_.grow(rows * Cp_);
   qkv_.grow(rows * Qp_);
   attended_.grow(rows * Ap_);
-  hidden_.grow(rows * Fp_);
+  hidden_.grow(rows * std::max<i64>(1, model_.shape.experts_a_token) * Fp_);
   branch_.grow(rows * Cp_);
+  if (const i64 slots = rows * model_.shape.experts_a_token; slots) {
+    inputs(routes_.inputs, slots);
+    routes_.logits.grow(rows * round_up(model_.shape.experts, kPanel));
+    routes_.answers.grow(slots * Cp_);
+    for (auto* list : {&routes_.row, &routes_.expert, &routes_.slot}) list->resize(size_t(slots));
+    routes_.share.resize(size_t(slots));
+    routes_.first.resize(size_t(model_.shape.experts) + 1);
+    routes_.active.reserve(size_t(model_.shape.experts));
+  }
   capacity_ = rows;
 }
 

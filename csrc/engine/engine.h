@@ -111,6 +111,12 @@ class Engine {
   void attend(int t, i64 layer, const Run& run, i64 first, i64 heads);
   AttendParams pages_of(i64 layer, const Run& run, i64 first, i64 heads) const;
   void place_heads(const Weight& norm, float* x, i64 position, i64 heads);
+  void experts(int t, i64 layer, Rows rows);
+  void route(i64 rows);
+  template <class Fill> Activations slot_inputs(int t, const Layer& layer, Linear Expert::* linear, i64 K, Fill fill);
+  void expert_products(int t, i64 layer, Linear Expert::* linear, const Activations& x, bool few,
+                       std::atomic<i64>& next, float* y, i64 ldy);
+  void combine(int t, i64 rows);
   void keep_wanted();
   void head(int t, float* out, i64 ld);
   void normalise(const Norm& norm, const float* x, float* y);
@@ -149,9 +155,19 @@ class Engine {
   std::vector<Run> runs_;
   std::vector<Updated> updated_, updated_wanted_;       // among all M_ rows, and among the wanted_ ones
   i64 ldh_ = 0;                                         // of Inputs::down
-  std::vector<std::atomic<i64>> next_;                  // item of attention, per layer
+  std::vector<std::atomic<i64>> next_;                  // item of attention and of both products of experts, per layer
   Buffer<float> x_, qkv_, attended_, hidden_, branch_;  // (M, C), (M, qkv), (M, heads D), (M, fc), (M, C)
   Buffer<float> zeros_;                                 // C, in the place of a position's embedding
+  // The rows of a mixture of experts, one for each expert of a token ("slot"), those of an expert together.
+  struct Routes {
+    std::vector<i64> first, active;  // by expert, where its slots begin; and the experts that have some
+    std::vector<i64> row, expert;    // by slot
+    std::vector<i64> slot;           // by token, of its experts in their order
+    std::vector<float> share;        // by token, of its experts
+    Buffer<float> logits, answers;   // (M, experts), (slots, C)
+    Inputs inputs;                   // of slots
+  } routes_;
+  const std::vector<Updated> none_;
   Inputs shared_;
   std::vector<Thread> own_;
 };

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "engine.h"
+#include "panel_product.h"
 
 namespace gptfast::engine {
 
@@ -28,6 +29,7 @@ void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
     pool_.barrier(t);
     if (!rows.count) return;
     auto first_of_mlp = [&] {
+      if (s.experts) return experts(t, l, rows);
       multiply(t, layer.c_fc, branch_inputs(layer.c_fc, layer.ln_2), rows, s.gated ? Epilogue::store : s.activation,
                hidden_.get(), Fp_, hidden_.get(), Fp_);
       pool_.barrier(t);
@@ -38,8 +40,10 @@ void Engine::forward(int t, const int* tokens, float* out, i64 ld) {
     pool_.barrier(t);
     if (!s.pre_norm) normalise_in_place(t, layer.ln_1, rows.count);
     if (!s.parallel) first_of_mlp();
-    multiply(t, layer.mlp_proj, hidden_inputs(t, layer.mlp_proj, rows), rows, Epilogue::add, branch_.get(), Cp_, x,
-             Cp_);
+    if (s.experts) combine(t, rows.count);
+    else
+      multiply(t, layer.mlp_proj, hidden_inputs(t, layer.mlp_proj, rows), rows, Epilogue::add, branch_.get(), Cp_, x,
+               Cp_);
     pool_.barrier(t);
     if (!s.pre_norm) normalise_in_place(t, layer.ln_2, rows.count);
   }
@@ -128,6 +132,7 @@ template <class Make> Activations Engine::made_inputs(int t, const Linear& linea
   for (i64 m = mine.first; m < mine.last; m++) {
     float* made = to.normed.get() + m * in.f32_stride;
     make(m, made);
+    std::fill(made + K, made + in.stride, 0.f);  // what formats of whole groups read beyond
     if (!reads_f32(weight.format)) kernels_.quantize_activations(weight.format, made, K, in, m, weight.factor);
   }
   project(linear, in, K, rows, mine.first, mine.last, to);
@@ -140,22 +145,8 @@ Activations Engine::normed_inputs(int t, const Linear& linear, const Norm& norm,
 Activations Engine::hidden_inputs(int t, const Linear& linear, Rows rows) {
   const Shape& s = model_.shape;
   if (!s.gated) return inputs_of(t, linear, hidden_.get(), Fp_, s.F, rows);
-  return made_inputs(t, linear, s.F, rows, [&](i64 m, float* to) {
-    const float* gates = hidden_.get() + m * Fp_;
-    kernels_.gate(s.gate, gates, gates + s.F, s.F, to);
-  });
-}
-
-// Of one panel; with many rows one of few bits becomes one of int8 first.
-static void product(const Kernels& k, Format f, const char* panel, const Activations& x, i64 rows, i64 K, float* y,
-                    i64 ldy) {
-  if (k.unpack[int(f)] && rows >= kUnpackedRows) {
-    char* bytes = static_cast<char*>(cpu::scratch(size_t(panel_bytes(Format::int8, K))));
-    k.unpack[int(f)](panel, K, bytes);
-    f = Format::int8;
-    panel = bytes;
-  }
-  k.product[int(f)](panel, x, rows, K, y, ldy);
+  return made_inputs(t, linear, s.F, rows,
+                     [&](i64 m, float* to) { kernels_.gate(s.gate, hidden_.get() + m * Fp_, s.F, to); });
 }
 
 // This thread's panels of out = finish(x W^T + updates + bias); y is room for the products, and may be `out`.
@@ -168,7 +159,7 @@ void Engine::multiply(int t, const Linear& linear, const Activations& x, Rows ro
   const Inputs& in = rows.count == 1 ? own_[size_t(t)].inputs : shared_;
   for (i64 p = mine.first; p < mine.last; p++) {
     const i64 n = p * kPanel;
-    product(kernels_, w.format, weights_ + w.offset + p * panel, x, rows.count, K, y + n, ldy);
+    panel_product(kernels_, w.format, weights_ + w.offset + p * panel, x, rows.count, K, y + n, ldy);
     update(linear, rows, p, in, y + n, ldy);
     if (bias || epilogue != Epilogue::store)
       kernels_.epilogue(epilogue, y + n, ldy, rows.count, bias ? bias + n : nullptr, out + n, ldo);

@@ -19,6 +19,12 @@ struct Activations {
   float* scale = nullptr;       // per group of 32: stride / 32 a row
   int32_t* acc_init = nullptr;  // where the integer sum of a group begins: -offset * sum of q, see weight_offset
   i64 stride = 0;
+
+  // Those from row m on.
+  Activations from(i64 m) const {
+    const i64 at = m * stride, groups = at / kGroup;
+    return {f32 + m * f32_stride, f32_stride, bf16 + at, q + at, scale + groups, acc_init + groups, stride};
+  }
 };
 
 constexpr i64 kUnpackedRows = 16;  // from so many rows on a panel is unpacked first
@@ -74,6 +80,7 @@ inline i64 attend_scratch(i64 heads, i64 positions) {
 // y = (u + shift) g sigmoid(alpha g),  g = min(gate, limit),  u = up within -limit and limit
 struct GateForm {
   float alpha = 1.f, shift = 0.f, limit = __builtin_inff();
+  bool interleaved = false;  // gate and up are neighbours, else C gates and then C others
 };
 
 // Each is compiled by kernel_unit.cpp for each instruction set, from the -inl.h of its name. The build reads
@@ -105,7 +112,7 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, i64 C, float* y);
   // Turns the first 2 half channels of a head at one position, whose row of the tables cos and sin have.
   void (*rotate)(const float* cos, const float* sin, i64 half, bool interleaved, float* x);
-  void (*gate)(const GateForm&, const float* gate, const float* up, i64 C, float* y);
+  void (*gate)(const GateForm&, const float* gate_up, i64 C, float* y);
   void (*cap)(float cap, i64 C, float* y);  // y -> cap tanh(y / cap)
   // out = scale * row n of W + position
   void (*embed)(Format, const char* matrix, i64 K, i64 n, float scale, const float* position, float* out);

@@ -35,6 +35,9 @@ void Shape::check() const {
                                 "; expected heads of 1 to 256 channels, as many for each of keys");
   for (i64 n : {heads * D, (heads + 2 * kv_heads) * D, 2 * F})
     if (n > kMostOf) throw std::invalid_argument("the model's matrices have 2**31 rows or more");
+  if (experts < 0 || experts > kMostOf || (experts && (!gated || experts_a_token < 1 || experts_a_token > experts)))
+    throw std::invalid_argument("n_expert is " + std::to_string(experts) + " and n_expert_per_tok " +
+                                std::to_string(experts_a_token) + "; expected gated experts, at least as many");
   if (rotary < 0 || rotary % 2 || rotary > D)
     throw std::invalid_argument("rotary_dim is " + std::to_string(rotary) + "; expected an even number up to head_dim");
   if (pattern.empty() || pattern.find_first_not_of("SL") != std::string::npos)
@@ -48,6 +51,9 @@ void Shape::check() const {
 Size size_of(const Shape& s, i64 number) {
   if (number < 0 || number >= numbered_matrices(s))
     throw std::invalid_argument("the model has no matrix of number " + std::to_string(number));
+  if (s.experts && number < 4 * s.layers && number % 4 > 1)
+    throw std::invalid_argument("matrix " + std::to_string(number) +
+                                " is in a mixture of experts, which adapters leave alone");
   if (number == 4 * s.layers) return {s.V, s.C};
   const Size sizes[] = {{s.qkv(), s.C}, {s.C, s.attended()}, {s.fc(), s.C}, {s.C, s.F}};
   return sizes[number % 4];
@@ -85,6 +91,10 @@ Linear Model::linear(const std::string& name, Format format, i64 number, bool bi
   const Weight own = vector(name + ".bias", N, bias);
   return {matrix(name + ".weight", format, N, K), own, number};
 }
+Linear Model::unnumbered(const std::string& weight, const std::string& bias, Format format, i64 N, i64 K) {
+  const Weight own = vector(bias, N, shape.mlp_bias);
+  return {matrix(weight, format, N, K), own, -1};
+}
 
 Model::Model(const Shape& s, const Formats& f) : shape(s), formats(f) {
   if (s.rotary) {
@@ -105,8 +115,19 @@ Model::Model(const Shape& s, const Formats& f) : shape(s), formats(f) {
     layer.sinks = vector(name + ".attn.sinks", s.heads, s.sinks);
     layer.attn_proj = linear(name + ".attn.c_proj", formats.attn_proj, 4 * l + 1, s.attn_out_bias);
     layer.ln_2 = norm(name + ".ln_2");
-    layer.c_fc = linear(name + ".mlp.c_fc", formats.c_fc, 4 * l + 2, s.mlp_bias);
-    layer.mlp_proj = linear(name + ".mlp.c_proj", formats.mlp_proj, 4 * l + 3, s.mlp_bias);
+    if (!s.experts) {
+      layer.c_fc = linear(name + ".mlp.c_fc", formats.c_fc, 4 * l + 2, s.mlp_bias);
+      layer.mlp_proj = linear(name + ".mlp.c_proj", formats.mlp_proj, 4 * l + 3, s.mlp_bias);
+    } else {
+      const std::string mlp = name + ".mlp.";
+      layer.router = unnumbered(mlp + "router.weight", mlp + "router.bias", Format::f32, s.experts, s.C);
+      for (i64 e = 0; e < s.experts; e++) {
+        const std::string own = "." + std::to_string(e);
+        layer.experts.push_back(
+            {unnumbered(mlp + "gate_up_proj" + own, mlp + "gate_up_proj_bias" + own, formats.c_fc, s.fc(), s.C),
+             unnumbered(mlp + "down_proj" + own, mlp + "down_proj_bias" + own, formats.mlp_proj, s.C, s.F)});
+      }
+    }
     layers.push_back(layer);
   }
   if (s.final_norm) ln_f = norm("ln_f");

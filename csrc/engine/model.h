@@ -22,6 +22,7 @@ struct Shape {
   bool gated = false;                         // c_fc has 2 F rows: of the gate, and of what it multiplies
   Epilogue activation = Epilogue::gelu_tanh;  // of the MLP, where it is not gated
   GateForm gate = {};
+  i64 experts = 0, experts_a_token = 0;  // of each MLP, all gated; 0: one MLP
   float eps = 1e-5f;
   float embed_scale = 1.f;                        // of the token embedding
   float attn_softcap = 0.f, logit_softcap = 0.f;  // 0: none
@@ -47,11 +48,17 @@ struct Norm {
 };
 struct Linear {
   Weight weight, bias;
-  i64 number = 0;  // 4 layer + 0 to 3 in the order of Layer, and 4 layers for the head
+  i64 number =
+      0;  // 4 layer + 0 to 3 in the order of Layer, and 4 layers for the head; -1: no adapter has updates of it
+};
+struct Expert {
+  Linear fc, proj;
 };
 struct Layer {
   Norm ln_1, ln_2;
   Linear c_attn, attn_proj, c_fc, mlp_proj;
+  Linear router;  // in fp32: its rounding would send tokens elsewhere
+  std::vector<Expert> experts;
   Weight q_norm, k_norm, sinks;
 };
 
@@ -91,6 +98,8 @@ struct Model {
   Weight vector(const std::string& name, i64 N, bool present = true);
   Norm norm(const std::string& name);
   Linear linear(const std::string& name, Format format, i64 number, bool bias);
+  // Of the MLPs: `weight` and `bias` are the names of its tensors.
+  Linear unnumbered(const std::string& weight, const std::string& bias, Format format, i64 N, i64 K);
 };
 
 }  // namespace gptfast::engine

@@ -53,7 +53,8 @@ inline Shape shape_of(const Object& d) {
   s.qk_norm = flag("qk_norm"), s.sinks = flag("sinks"), s.gated = flag("gated");
   if (!s.gated) s.activation = activation_named(from_python<std::string>(d["activation"].get()));
   const auto real = [&](const char* key) { return from_python<float>(d[key].get()); };
-  s.gate = {real("gate_alpha"), real("gate_shift"), real("gate_limit")};
+  s.gate = {real("gate_alpha"), real("gate_shift"), real("gate_limit"), flag("gate_interleaved")};
+  s.experts = count("n_expert"), s.experts_a_token = count("n_expert_per_tok");
   s.eps = real("eps"), s.embed_scale = real("embed_scale");
   s.attn_softcap = real("attn_softcap"), s.logit_softcap = real("logit_softcap");
   s.check();

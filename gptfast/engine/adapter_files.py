@@ -59,6 +59,8 @@ def read_adapter(path: str | os.PathLike[str], config: GPTConfig, mark: str, any
 
 def _update(folder: Path, config: GPTConfig, module: str, found: dict[str, Tensor], lora: LoraConfig) -> Update:
     number = number_of(module, config.n_layer)
+    if number is not None and config.n_expert is not None and number < 4 * config.n_layer and number % 4 > 1:
+        number = None  # experts have no such matrices
     a, b = found.get("lora_A"), found.get("lora_B")
     if number is None or a is None or b is None:
         what = "no matrix of this model" if number is None else "without one of its two factors"

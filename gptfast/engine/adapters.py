@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from gptfast.config import GPTConfig
     from gptfast.nn.transformer import Transformer
 
+# Fields of a config that the engine computes with, or that decide nothing in evaluation mode: another one that is not as in
+# a GPT-2 is refused.
+COMPUTED = {
+    *("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "embd_pdrop", "attn_pdrop", "resid_pdrop", "n_inner"),
+    *("norm_position", "final_norm", "activation", "attention_pattern", "window", "position_embedding", "tie_weights"),
+    *("bias", "layer_norm_epsilon", "n_kv_head", "head_size", "norm", "norm_affine", "qk_norm", "embedding_norm"),
+    *("parallel_residual", "rope_theta", "partial_rotary_factor", "rotary_layout", "rope_scaling", "attn_bias"),
+    *("attn_out_bias", "mlp_bias", "norm_bias", "attention_sinks", "attn_softcap", "logit_softcap", "n_expert"),
+    *("n_expert_per_tok", "swiglu_alpha", "swiglu_limit"),
+}
 PATTERNS = {"dense": "L", "alternating": "LS"}  # in letters, see `GPTConfig.attention_pattern`
 
 
@@ -145,7 +155,8 @@ class AdapterMethods:
 
 def unsupported(config: GPTConfig) -> str | None:
     """What of a config the engine does not have, as "field=value"; None: it can run the model."""
-    return None if config.n_expert is None else f"n_expert={config.n_expert}"
+    unknown = (field.name for field in fields(config) if field.name not in COMPUTED)
+    return next(iter(config.others(tuple(unknown))), None)
 
 
 def shape_of(config: GPTConfig) -> dict[str, Any]:
@@ -178,7 +189,10 @@ def shape_of(config: GPTConfig) -> dict[str, Any]:
         "embed_scale": math.sqrt(config.n_embd) if added else 1.0,
         "attn_softcap": config.attn_softcap or 0.0,
         "logit_softcap": config.logit_softcap or 0.0,
+        "n_expert": config.n_expert or 0,
+        "n_expert_per_tok": config.n_expert_per_tok or 0,
         "gated": config.activation == "swiglu",
+        "gate_interleaved": config.n_expert is not None,
         "gate_alpha": 1.0 if config.swiglu_alpha is None else config.swiglu_alpha,
         "gate_shift": 0.0 if config.swiglu_alpha is None else 1.0,
         "gate_limit": math.inf if config.swiglu_limit is None else config.swiglu_limit,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 FORMATS = ("float32", "bfloat16", "int8", "int6", "int4", "nf4", "q4")
 CACHE_DTYPES = ("float32", "float16", "bfloat16")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names on the command line
@@ -13,6 +15,21 @@ BITS = {  # per weight, with its share of the scale
 }
 
 MATRICES: tuple[str, ...] = ("c_attn", "attn_proj", "c_fc", "mlp_proj", "head")
+
+
+EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # parameters with a row for each expert
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """The parameter of a GPT, with a row for each expert, and the expert that this weight of the engine belongs to; None: none."""
+    parameter, _, last = name.rpartition(".")
+    return (parameter, int(last)) if last.isdigit() else None
+
+
+def of_expert(x: Tensor) -> Tensor:
+    """The weight of the engine for an expert's row of a parameter: (inputs, outputs) as (outputs, inputs), or a bias itself. The other
+    way round, the same."""
+    return x.t() if x.dim() == 2 else x
 
 
 def format_name(dtype: Any) -> str:

@@ -18,7 +18,7 @@ from gptfast.checkpoints.weight_files import room
 from gptfast.engine.adapters import packed_adapters, shape_of
 from gptfast.engine.compiled import CompiledGPT
 from gptfast.engine.exponents import exponent_of, extremes, quantised
-from gptfast.engine.formats import format_name, matrix_formats
+from gptfast.engine.formats import expert_of, format_name, matrix_formats, of_expert
 from gptfast.engine.runner import PANEL
 from gptfast.metadata import metadata_of
 from gptfast.nn.difference import check_values, difference, true_config
@@ -48,6 +48,9 @@ def compile_model(
     for key in packer.names:
         if key in values:
             x = values[key].detach()
+            packer.take(key, tuple(x.shape), partial(_rows, x))
+        elif (expert := expert_of(key)) is not None:
+            x = of_expert(values[expert[0]].detach()[expert[1]])
             packer.take(key, tuple(x.shape), partial(_rows, x))
         else:
             layer = model.get_submodule(key.removesuffix(".weight"))

@@ -17,7 +17,7 @@ from gptfast.config import GPTConfig
 from gptfast.engine.compiled import CompiledGPT
 from gptfast.engine.compiled import load as open_packed
 from gptfast.engine.exponents import SMALLEST, quantised
-from gptfast.engine.formats import format_name
+from gptfast.engine.formats import EXPERTS, format_name, of_expert
 from gptfast.engine.packed_file import Draft, described
 from gptfast.engine.packing import Packer, layout_of
 from gptfast.models.pretrained import on_meta, read_weights, resolve
@@ -84,6 +84,13 @@ class _EnginePacking:
             if self._embedding is not None:
                 return True
             name, self._embedding = "wte.weight", stored.dtype
+        if name.rpartition(".")[2] in EXPERTS:
+            whole = stored.read()
+            if whole.dim() == 2:
+                self.samples[name] = sample(whole)
+            for e, x in enumerate(map(of_expert, whole)):
+                self._packer.take(f"{name}.{e}", tuple(x.shape), partial(_rows, x))
+            return True
         shape, rows = stored.shape, stored.read
         if name == "wpe.weight":
             shape = (min(shape[0], self._config.block_size), *shape[1:])

@@ -219,19 +219,21 @@ struct Checker {
 
   void gates(i64 C) const {
     Random random{uint64_t(C)};
-    Array g(DType::f32, C), u(DType::f32, C), y(DType::f32, C);
-    g.fill(random, 9), u.fill(random, 9);
+    Array x(DType::f32, 2 * C), y(DType::f32, C);
+    x.fill(random, 9);
     Check check("gate and cap C", C);
-    for (const GateForm& form : {GateForm{}, GateForm{1.702f, 1.f, 7.f}}) {
-      k.gate(form, g.floats(), u.floats(), C, y.floats());
+    for (const GateForm& form : {GateForm{}, GateForm{1.702f, 1.f, 7.f, false}, GateForm{1.702f, 1.f, 7.f, true}}) {
+      k.gate(form, x.floats(), C, y.floats());
       for (i64 c = 0; c < C; c++) {
-        const double most = form.limit, gate = std::min<double>(g[c], most), up = std::clamp<double>(u[c], -most, most);
+        const double most = form.limit, g = x[form.interleaved ? 2 * c : c],
+                     u = x[form.interleaved ? 2 * c + 1 : C + c];
+        const double gate = std::min<double>(g, most), up = std::clamp<double>(u, -most, most);
         check.near(y[c], (up + form.shift) * gate / (1 + std::exp(-form.alpha * gate)), 3e-6, 3e-6);
       }
     }
-    for (i64 c = 0; c < C; c++) y.set(c, g[c]);
+    for (i64 c = 0; c < C; c++) y.set(c, x[c]);
     k.cap(4.f, C, y.floats());
-    for (i64 c = 0; c < C; c++) check.near(y[c], 4 * std::tanh(g[c] / 4), 1e-6, 2e-6);
+    for (i64 c = 0; c < C; c++) check.near(y[c], 4 * std::tanh(x[c] / 4), 1e-6, 2e-6);
     check.holds(y.intact(), "wrote beside its row");
   }
 

@@ -331,6 +331,8 @@ def test_the_compiled_part_checks_shapes() -> None:
     with pytest.raises(ValueError, match="for a model of another shape"):
         runner._cache.add(1, [other])
     assert isinstance(other, _C.Adapter)
+    with pytest.raises(ValueError, match="matrix 2 is in a mixture of experts"):
+        pack("test", "x", [Update(2, 1.0, torch.ones(2, 64), torch.ones(150, 2))], shape_of(model_of("gptoss").config))
 
 
 def test_adapters_load_beside_a_packed_file(tmp_path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from gptfast.checkpoints.families import FAMILIES
 from gptfast.checkpoints.family_files import sources
-from gptfast.engine import CompiledGPT, engine_for
+from gptfast.engine import CompiledGPT, adapters, engine_for
 from gptfast.models import GPT, GPTConfig, KVCache
 
 transformers = pytest.importorskip("transformers")
@@ -127,18 +127,17 @@ def _check_generation(ours: GPT, theirs: torch.nn.Module) -> None:
 
 
 def _check_engine(ours: GPT, theirs: torch.nn.Module, folder: Path) -> None:
-    """Packed from the model and from the file, also in bytes; what it lacks runs in torch."""
+    """Packed from the model and from the file, also in bytes."""
     ids = ids_of()
     engine = engine_for(ours)
-    assert (engine is None) == (ours.config.n_expert is not None)
-    if engine is None:
-        return
+    assert engine is not None
     with torch.no_grad():
         wanted = theirs(ids).logits
     torch.testing.assert_close(engine.logits(ids), wanted, **CLOSE)
     assert torch.equal(CompiledGPT.from_pretrained(folder, "float32").logits(ids), engine.logits(ids))
     in_bytes = CompiledGPT.from_pretrained(folder, "int8").logits(ids)
-    assert (in_bytes - wanted).norm() < 0.1 * wanted.norm()  # 0.05
+    rows = (in_bytes - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert rows.median() < 0.1  # 0.05; with one expert a token some rows go to another, which answers differently
 
 
 def _check_gradients(ours: GPT, theirs: torch.nn.Module) -> None:
@@ -306,12 +305,13 @@ def test_every_family_writes_what_it_reads():
         assert GPTConfig(**family.read(family.write(config), kind)).resolved() == config.resolved()
 
 
-def test_the_engine_and_tensor_parallelism_name_what_they_lack():
+def test_the_engine_and_tensor_parallelism_name_what_they_lack(monkeypatch: pytest.MonkeyPatch):
     from gptfast.training.tensor_parallel import check_shape
 
+    monkeypatch.setattr(adapters, "COMPUTED", adapters.COMPUTED - {"n_kv_head"})  # as a field of a later gptfast
     config = GPTConfig(n_layer=1, n_head=4, n_embd=32, block_size=16, vocab_size=97, n_kv_head=2)
-    experts = config.replace(activation="swiglu", n_expert=4, n_expert_per_tok=2)
-    with pytest.raises(ValueError, match="the native engine does not compute a model with n_expert=4"):
-        GPT(experts).compile_for_inference("float32")
+    with pytest.raises(ValueError, match="the native engine does not compute a model with n_kv_head=2"):
+        GPT(config).compile_for_inference("float32")
+    assert engine_for(GPT(config).eval()) is None
     with pytest.raises(ValueError, match="does not divide a model with n_kv_head=2"):
         check_shape(config, 2)
