@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu import attention, ceilings, decode, memory_bound, training, tuning
+from gpu import attention, ceilings, decode, memory_bound, packed, training, tuning
 from gpu.provenance import provenance
 from gpu.timing import Bench, Row
 
@@ -39,6 +39,7 @@ PARTS = {
     for name, module in {
         "ceilings": ceilings,
         "memory": memory_bound,
+        "packed": packed,
         "attention": attention,
         "decode": decode,
         "training": training,

@@ -1,4 +1,4 @@
-"""Eight calls, which run every CUDA kernel once: under compute-sanitizer, where a kernel takes a hundred times longer, and under
+"""Nine calls, which run every CUDA kernel once: under compute-sanitizer, where a kernel takes a hundred times longer, and under
 Nsight Compute with --real shapes. No reference: it is the tools that look."""
 
 from __future__ import annotations
@@ -30,6 +30,15 @@ def calls(device: str, real: bool) -> None:
         q, k, v = torch.randn(3, 1, 2, T, D, device=device, dtype=torch.bfloat16).requires_grad_().unbind()
         ops.causal_attention(q, k, v, dropout_p=0.1, seed=1).sum().backward()
         ops.causal_attention(q[:, :, -1:].detach(), *(x.repeat(1, 1, 9, 1).detach() for x in (k, v)))
+    for format, size in (("int8", 32), ("int4", 32), ("nf4", 64)):  # few rows, many, and the gradient
+        weight = torch.randn(V, 4 * C, device=device)
+        packed = ops.quantize_nf4(weight).rows(V) if format == "nf4" else ops.quantize_groups(weight, format)
+        for rows in (1, 5, T):
+            wide = torch.randn(rows, 4 * C, device=device, dtype=torch.bfloat16).requires_grad_()
+            ops.quantized_linear(wide, *packed, format=format, group_size=size).sum().backward()
+    ops.quantized_linear(
+        torch.randn(T, 4 * C, device=device).requires_grad_(), *packed, format="nf4", group_size=64
+    ).sum().backward()
     ops.sample(torch.randn(3, V, device=device), top_k=50, top_p=0.9, seed=1)
 
 
@@ -47,7 +56,7 @@ def main() -> int:
         calls("cpu" if options.trial else "cuda", options.real and not options.trial)
     if not options.trial:
         torch.cuda.synchronize()
-    print("eight calls ran")
+    print("nine calls ran")
     return 0
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast import ops
 
-from .peers import PEERS, Cases, Makers, backends, liger, theirs
+from .peers import PEERS, Cases, backends, liger, theirs
 from .timing import Bench, Row, that_run, with_gradients
 from .vocabulary import losses, sampling, tables
 
 
 def cases(bench: Bench) -> Cases:
     narrow, wide = norms(bench, bench.size(768, 48)), norms(bench, bench.size(1024, 64))
-    heads = {**narrow, **wide, **activations(bench), **losses(bench), **sampling(bench), **tables(bench)}
-    return {**heads, **packed_weights(bench)}
+    return {**narrow, **wide, **activations(bench), **losses(bench), **sampling(bench), **tables(bench)}
 
 
 def norms(bench: Bench, C: int) -> Cases:
@@ -119,22 +117,6 @@ def activations(bench: Bench) -> Cases:
             },
         ),
     }
-
-
-def packed_weights(bench: Bench) -> Cases:
-    """One row through a frozen layer: what counts is the read of its weight. PyTorch's has it in bf16."""
-    K, N = bench.size(4096, 64), bench.size(16384, 64)
-    x, weight = bench.randn(1, K), bench.randn(N, K)
-    cases: Cases = {}
-    for format in ("int8", "int4"):
-        packed = ops.quantize_groups(weight, format)
-
-        def decode(packed: tuple[Tensor, Tensor] = packed, format: str = format) -> Any:
-            return ops.quantized_linear(x, *packed, format=format)
-
-        makers: Makers = {"gptfast": lambda run=decode: run, "torch": lambda: lambda: F.linear(x, weight)}
-        cases[f"quantized_linear {format}, 1 row"] = (sum(t.numel() * t.element_size() for t in packed), makers)
-    return cases
 
 
 def plan(bench: Bench) -> list[str]:

@@ -80,10 +80,10 @@ def quantized_linear(
 
     The weight is read packed: once for a few rows of x, which bounds decoding, and for many in pieces of a few MB that are
     decoded as they are multiplied, by a library where `gptfast.ops.gemm` names one for bfloat16. The gradient dy W goes to x
-    alone: the weight is frozen, and only its codes are kept for backward (Dettmers et al., arXiv 2305.14314). C++ on CPUs, a
-    Triton kernel on GPUs. Where the CPU has products of
-    bfloat16, x of that dtype multiplies values that are rounded to it: up to 8 rows those of 4-bit codes, before the float32
-    scale, else the weights. All other products are float32.
+    alone: the weight is frozen, and only its codes are kept for backward (Dettmers et al., arXiv 2305.14314). C++ on CPUs, CUDA
+    or Triton on GPUs. Where the CPU has products of bfloat16, x of that dtype multiplies values that are rounded to it: up to
+    8 rows those of 4-bit codes, before the float32 scale, else the weights; CUDA's kernels do so in both 16-bit dtypes, up to 32
+    rows with values, else with weights. Sums are of float32, and so are all other products.
 
     Args:
         x: (..., K), float32, bfloat16, float16 or float64.

@@ -19,7 +19,7 @@ from tests.support.sass import REGISTERS, WAIT_FOR_SCORES, WARPGROUPS, code_of
 
 CUDA = ROOT / "csrc/cuda"
 KERNELS = sorted(CUDA.glob("*.cu"))
-WITH_PTX = {"mma.cuh", "hopper.cuh", "wgmma.cuh"}  # the only files that may hold inline assembly
+WITH_PTX = {"mma.cuh", "hopper.cuh", "wgmma.cuh", "bits.cuh"}  # the only files that may hold inline assembly
 pytestmark = pytest.mark.skipif(not KERNELS, reason="not run from the source tree")
 
 

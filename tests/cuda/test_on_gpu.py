@@ -13,6 +13,7 @@ from gptfast import generation, ops
 from gptfast.backend import ops_of, resolve
 from gptfast.generation import TorchRunner, captured_steps
 from gptfast.testing import CASES, Case, cases, check_case, dtypes, run
+from gptfast.testing.ops.quantized_linear import case as packed
 from tests.support.attention_cases import FEW_QUERIES, MODE_CASES
 from tests.support.attention_cases import LONG as LONG_ATTENTION
 from tests.support.op_properties import bitwise
@@ -28,6 +29,12 @@ LONG = [
     Case("add_layer_norm", {"N": 700, "C": 1600}, {"dropout_p": 0.2, "seed": 3}),
     Case("dropout", {"N": 70000, "C": 8}, {"p": 0.4, "seed": 3}),
     Case("cross_entropy", {"N": 64, "V": 50257}),
+    packed(1, 4096, 4100, "int4", 32),
+    packed(7, 1100, 4096, "int8", 64),
+    packed(20, 768, 3072, "nf4", 64),
+    packed(300, 1024, 520, "nf4", 64),
+    packed(1000, 2048, 2055, "int4", 128),
+    packed(513, 520, 1024, "int8", 32),
     *LONG_ATTENTION,
     *FEW_QUERIES,
     *MODE_CASES,

@@ -1,0 +1,133 @@
+// Codes of quantised weights as numbers, on their way from 16-byte loads to products. A word is 32 bits of a row of codes: four
+// of int8, or eight of 4 bits, the first of a pair in the high half of its byte.
+#pragma once
+#include "bits.cuh"
+#include "common.cuh"
+#include "mma.cuh"
+#include "quantized_linear.h"
+
+namespace gptfast::cuda {
+
+template <Codes F> constexpr int kCodesOfWord = F == Codes::int8 ? 4 : 8;
+
+DEV_INLINE uint32_t word_of(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+
+// NormalFloat of 4 bits (gptfast/_nf4.py).
+DEV_INLINE float nf4_value(int code) {
+  constexpr float values[16] = {-1.f,
+                                -0.6961928009986877f,
+                                -0.5250730514526367f,
+                                -0.39491748809814453f,
+                                -0.28444138169288635f,
+                                -0.18477343022823334f,
+                                -0.09105003625154495f,
+                                0.f,
+                                0.07958029955625534f,
+                                0.16093020141124725f,
+                                0.24611230194568634f,
+                                0.33791524171829224f,
+                                0.44070982933044434f,
+                                0.5626170039176941f,
+                                0.7229568362236023f,
+                                1.f};
+  return values[code];
+}
+
+// ---- NF4 in shared memory: a copy for each lane, so that no two lanes meet in a bank ---------------------------------
+
+// What decoding as T needs. The table: of single codes, as fp32; of bytes, as pairs of T.
+template <class T> struct Decoder {
+  static constexpr int ENTRIES = sizeof(T) == 4 ? 16 : 256, BYTES = ENTRIES * 128;
+  const char* table;
+  uint32_t lane = threadIdx.x % 32 * 4;
+  static DEV_INLINE void fill(char* table) {
+    uint32_t* words = reinterpret_cast<uint32_t*>(table);
+    for (int i = int(threadIdx.x); i < ENTRIES * 32; i += int(blockDim.x)) {
+      const int entry = i / 32;
+      if constexpr (sizeof(T) == 4) words[i] = __float_as_uint(nf4_value(entry));
+      else words[i] = pair<T>(nf4_value(entry / 16), nf4_value(entry % 16));
+    }
+  }
+  // The entry whose number stands in `word` from bit BIT on.
+  template <int BIT> DEV_INLINE uint32_t entry(uint32_t word) const {
+    constexpr uint32_t bits = (ENTRIES - 1) * 128;
+    const uint32_t at = ((BIT < 7 ? word << (7 - BIT) : word >> (BIT - 7)) & bits) | lane;
+    return *reinterpret_cast<const uint32_t*>(table + at);
+  }
+};
+
+// ---- a word as numbers, in the order of their columns ------------------------------------------------------------------
+
+// As fp32, exactly.
+template <Codes F>
+DEV_INLINE void word_values(uint32_t word, [[maybe_unused]] const Decoder<float>& decoder,
+                            float (&x)[kCodesOfWord<F>]) {
+  if constexpr (F == Codes::int8) {
+    const uint32_t biased = word ^ 0x80808080u;  // the last bits of 2^23 + 128 + code
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      x[i] = __uint_as_float(pick_bytes(biased, 0x4b000000u, 0x7440u | unsigned(i))) - 8388736.f;
+  } else if constexpr (F == Codes::int4) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = __uint_as_float(masked_with(word >> (i ^ 1) * 4, 15u, 0x4b000000u)) - 8388616.f;
+  } else {
+    x[0] = __uint_as_float(decoder.entry<4>(word)), x[1] = __uint_as_float(decoder.entry<0>(word));
+    x[2] = __uint_as_float(decoder.entry<12>(word)), x[3] = __uint_as_float(decoder.entry<8>(word));
+    x[4] = __uint_as_float(decoder.entry<20>(word)), x[5] = __uint_as_float(decoder.entry<16>(word));
+    x[6] = __uint_as_float(decoder.entry<28>(word)), x[7] = __uint_as_float(decoder.entry<24>(word));
+  }
+}
+
+template <class T> DEV_INLINE uint32_t minus(uint32_t a, uint32_t b) {  // of pairs
+  if constexpr (std::is_same_v<T, bf16>) {
+    const bf162 d = __hsub2(*reinterpret_cast<const bf162*>(&a), *reinterpret_cast<const bf162*>(&b));
+    return *reinterpret_cast<const uint32_t*>(&d);
+  } else {
+    const __half2 d = __hsub2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+    return *reinterpret_cast<const uint32_t*>(&d);
+  }
+}
+// As pairs of 16 bits: integers exactly, NF4 rounded.
+template <class T, Codes F>
+DEV_INLINE void word_pairs(uint32_t word, [[maybe_unused]] const Decoder<T>& decoder,
+                           uint32_t (&x)[kCodesOfWord<F> / 2]) {
+  // numbers whose last bits are whole: 128 + 0 … 127 and 1024 + 0 … 1023
+  constexpr uint32_t base = std::is_same_v<T, bf16> ? 0x43004300u : 0x64006400u;
+  if constexpr (F == Codes::int8) {  // the low seven bits less 128 times the sign
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint32_t both = pick_bytes(word, 0, 0x4140u + unsigned(i) * 0x0202u);
+      x[i] = minus<T>(masked_with(both, 0x007f007fu, base), masked_with(both, 0x00800080u, base));
+    }
+  } else if constexpr (F == Codes::int4) {
+    const uint32_t high = word >> 4;
+    constexpr uint32_t eight = std::is_same_v<T, bf16> ? 0x43084308u : 0x64086408u;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const uint32_t both = pick_bytes(high, word, 0x0400u + unsigned(i) * 0x0101u);
+      x[i] = minus<T>(masked_with(both, 0x000f000fu, base), eight);
+    }
+  } else {
+    x[0] = decoder.template entry<0>(word), x[1] = decoder.template entry<8>(word);
+    x[2] = decoder.template entry<16>(word), x[3] = decoder.template entry<24>(word);
+  }
+}
+
+// ---- scales, as they lie in memory until they are used -------------------------------------------------------------------
+
+DEV_INLINE int scale_bytes(const PackedWeight& w) { return w.scale_dtype == DType::f32 ? 4 : 2; }
+template <int COUNT>
+DEV_INLINE void scale_values(float (&x)[COUNT], const PackedWeight& w, const uint32_t (&bits)[COUNT]) {
+  if (w.scale_dtype == DType::f32) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) x[i] = __uint_as_float(bits[i]);
+  } else if (w.scale_dtype == DType::f16) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) x[i] = __half2float(__ushort_as_half(uint16_t(bits[i])));
+  } else {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) x[i] = __uint_as_float(bits[i] << 16);
+  }
+}
+
+}  // namespace gptfast::cuda
