@@ -134,8 +134,8 @@ CPU_LIBRARY = (
 CUDA_LIBRARY = ("cuda_unavailable_reason(int device) -> str",)
 # Kernels of csrc/cuda that no other backend has.
 CUDA_KERNELS = (
-    "causal_attention_append(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor lengths, float scale, "
-    "Tensor? sinks, float softcap) -> Tensor",
+    "causal_attention_append(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor lengths, "
+    "Tensor(c!) counters, float scale, Tensor? sinks, float softcap) -> Tensor",
 )
 
 # Operators written in Python: torch.compile sees one call.

@@ -106,25 +106,24 @@ MutHeads cache_of(const char* name, Tensor& x) {
 }
 // k and v, (B, heads, 1, D), become position lengths[b] of the keys and values of row b, and q attends to those up to there.
 Tensor append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor keys, Tensor values, const Tensor& lengths,
-              double scale, const OptTensor& sinks, double softcap) {
-  NewPosition n{};
-  n.keys = cache_of("keys", keys), n.values = cache_of("values", values);
-  Call call(q, keys, values, {}, {}, true, scale, 0.0, 0, 0, 0, {}, sinks, softcap);
+              Tensor counters, double scale, const OptTensor& sinks, double softcap) {
+  NewPosition next{};
+  next.keys = cache_of("keys", keys), next.values = cache_of("values", values);
+  Call call(q, keys, values, lengths, {}, true, scale, 0.0, 0, 0, 0, {}, sinks, softcap);
   AttentionParams& p = call.p;
   GPTFAST_CHECK(p.T == 1, kOp, ": q has ", p.T, " positions a row; expected the one that is appended");
-  n.B = p.B, n.heads = p.H / p.group, n.S = p.S, n.D = p.D, n.dtype = p.dtype;
-  n.k = heads_of("k", k, n.heads, 1, q, &call.owners[5]), n.v = heads_of("v", v, n.heads, 1, q, &call.owners[6]);
-  n.lengths = indices_of(kOp, "lengths", lengths, p.B, q, &call.owners[4]);
+  GPTFAST_CHECK(p.seq_lens.wide, kOp, ": lengths must be int64");
+  next.k = heads_of("k", k, p.H / p.group, 1, q, &call.owners[5]);
+  next.v = heads_of("v", v, p.H / p.group, 1, q, &call.owners[6]);
+  check_device(kOp, "counters", counters, q);
+  GPTFAST_CHECK(counters.scalar_type() == ScalarType::Int && counters.dim() == 1 && counters.stride(0) == 1 &&
+                    counters.numel() >= split_counters(p),
+                kOp, ": counters must be at least ", split_counters(p), " zeros of int32, side by side");
   const Launch on(q);
-  Tensor seen = new_tensor(kOp, q, {p.B}, ScalarType::Long);
-  n.seen = static_cast<i64*>(seen.mutable_data_ptr());
-  check(kOp, append_position(n, on.stream));
-  p.seq_lens = {n.seen, true};
-  Tensor out = new_heads(q, &p.y), statistics = new_tensor(kOp, q, {2, p.B, p.H, p.T}, ScalarType::Float);
-  Tensor partial = new_tensor(kOp, q, {causal_attention_partial(p)}, ScalarType::Float);
-  set_statistics(p, statistics);
+  Tensor out = new_heads(q, &p.y);
+  Tensor partial = new_tensor(kOp, q, {split_partial(p, append_splits(p))}, ScalarType::Float);
   p.partial = floats(partial);
-  check(kOp, causal_attention_fwd(p, on.stream));
+  check(kOp, causal_attention_append(p, next, static_cast<unsigned*>(counters.mutable_data_ptr()), on.stream));
   return out;
 }
 

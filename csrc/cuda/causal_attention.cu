@@ -2,6 +2,7 @@
 #include "causal_attention.h"
 
 #include "common.cuh"
+#include "decode_attention.h"
 
 namespace gptfast::cuda {
 namespace {
@@ -24,12 +25,27 @@ bool hopper_has_scores(const AttentionParams& p) { return p.softcap == 0.f; }
 }  // namespace
 
 i64 causal_attention_partial(const AttentionParams& p) {
-  return i64(p.B) * p.H * p.T * decode_attention_splits(p) * (p.D + 2);
+  const int splits = decode_attention_splits(p);
+  return splits > 1 ? split_partial(p, splits) + split_counters(p) : 0;
 }
 cudaError_t causal_attention_fwd(AttentionParams p, cudaStream_t stream) {
   if (!p.B || !p.H || !p.T) return cudaSuccess;
-  if (decode_attention_splits(p)) return decode_attention(prepared(p), stream);
-  return causal_attention_fwd_tiles(p, stream);
+  const int splits = decode_attention_splits(p);
+  if (!splits) return causal_attention_fwd_tiles(p, stream);
+  unsigned* counters = nullptr;
+  if (splits > 1) {
+    counters = reinterpret_cast<unsigned*>(p.partial + split_partial(p, splits));
+    const size_t bytes = size_t(split_counters(p)) * sizeof(unsigned);
+    if (const cudaError_t error = cleared(cudaMemsetAsync(counters, 0, bytes, stream))) return error;
+  }
+  return decode_attention(prepared(p), {}, splits, counters, stream);
+}
+cudaError_t causal_attention_append(AttentionParams p, const NewPosition& next, unsigned* counters,
+                                    cudaStream_t stream) {
+  if (!p.B || !p.H) return cudaSuccess;
+  p = prepared(p);
+  p.whole_chunks = p.whole_chunks && whole_chunks(p, next.k) && whole_chunks(p, next.v);
+  return decode_attention(p, next, append_splits(p), counters, stream);
 }
 cudaError_t causal_attention_fwd_tiles(AttentionParams p, cudaStream_t stream) {
   if (!p.B || !p.H || !p.T) return cudaSuccess;

@@ -56,7 +56,5 @@ cudaError_t causal_attention_dsinks(const AttentionParams&, cudaStream_t);  // o
 cudaError_t causal_attention_delta(const AttentionParams&, cudaStream_t);   // fills p.delta, for dsinks and for sm_80
 bool causal_attention_bwd_sm90_takes(const AttentionParams&);
 cudaError_t causal_attention_bwd_sm90(const AttentionParams&, cudaStream_t);
-int decode_attention_splits(const AttentionParams&);  // 0: not taken
-cudaError_t decode_attention(const AttentionParams&, cudaStream_t);
 
 }  // namespace gptfast::cuda

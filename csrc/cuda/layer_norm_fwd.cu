@@ -170,9 +170,7 @@ template <int V> struct Late {
 #pragma unroll
     for (int k = 0; k < V; k++) {
       const uint32_t pair = words[k / 2], upper = k % 2 ? pair & 0xffff0000u : pair << 16;
-      const uint16_t bits = uint16_t(upper >> 16);
-      __half half;
-      memcpy(&half, &bits, sizeof half);
+      const __half half = __ushort_as_half(uint16_t(upper >> 16));
       to[k] = x.dtype == DType::f16 ? to_float(half) : __uint_as_float(x.dtype == DType::f32 ? words[k] : upper);
     }
   }

@@ -49,9 +49,10 @@ def bucket_of(rows: int) -> int:
 class StaticKVCache(KVCache):
     """The first rows of a cache, for steps of one token at positions that only the GPU knows."""
 
-    def __init__(self, store: KVCache, rows: int, lengths: Tensor) -> None:
+    def __init__(self, store: KVCache, rows: int, lengths: Tensor, counters: Tensor) -> None:
         self.k, self.v = store.k.narrow(1, 0, rows), store.v.narrow(1, 0, rows)  # L B H S_max D
         self.lengths = lengths  # (B,), updated in place
+        self._counters = counters  # as `ops.append_and_attend` takes them
 
     def start(self, T: int) -> Tensor:
         if T != 1:
@@ -62,7 +63,7 @@ class StaticKVCache(KVCache):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
         layer = self.take_layer(k)
         keys, values = self.k.select(0, layer), self.v.select(0, layer)
-        return ops.append_and_attend(q, k, v, keys, values, self.lengths, **options).to(q.dtype)
+        return ops.append_and_attend(q, k, v, keys, values, self.lengths, self._counters, **options).to(q.dtype)
 
     def finish(self, T: int) -> None:
         self.lengths.add_(T)
@@ -118,6 +119,7 @@ class CapturedSteps:
         self.cache = make_cache(model, self._rows, max_len)
         for stored in (self.cache.k, self.cache.v):
             stored.zero_()  # steps read the unused rows of their bucket, too
+        self._counters = torch.zeros(self._rows * model.config.n_head, dtype=torch.int32, device=weight.device)
         self.bucket = 0
         self._addresses = addresses_of(model)
         self._held = _weights_of(model)  # what the graphs read stays there, also where the model gets other tensors
@@ -192,7 +194,8 @@ class CapturedSteps:
     def forward_step(self, model: Transformer) -> None:
         """Append the last token of every row to the cache, and compute the logits behind it: what is captured."""
         lengths, ids, _, logits, _ = self.buffers.first(self.bucket)
-        logits.copy_(model(ids.unsqueeze(1), cache=StaticKVCache(self.cache, self.bucket, lengths)).squeeze(1))
+        cache = StaticKVCache(self.cache, self.bucket, lengths, self._counters)
+        logits.copy_(model(ids.unsqueeze(1), cache=cache).squeeze(1))
 
     def _run(self, name: str, vocab: int, step: Callable[[], None], model: Transformer) -> None:
         """Replay a step; run it where it cannot be captured."""

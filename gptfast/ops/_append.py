@@ -20,6 +20,7 @@ def append_and_attend(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
+    counters: Tensor,
     *,
     sinks: Tensor | None = None,
     softcap: float | None = None,
@@ -34,6 +35,7 @@ def append_and_attend(
         k, v: (B, Hk, 1, D), the same.
         keys, values: (B, Hk, S, D), written in place.
         lengths: (B,) int64. A row whose length is S or more, which nobody uses, attends to the whole cache.
+        counters: at least B * H int32 zeros on the device, for one call at a time. They are zeros again after it.
         sinks, softcap, enable_gqa: see `gptfast.ops.causal_attention`.
     Returns:
         (B, H, 1, D) of the cache's dtype, without gradients.
@@ -44,7 +46,7 @@ def append_and_attend(
     if runs_on != "eager" and has_kernel("causal_attention_append", runs_on):
         sinks = None if sinks is None else sinks.float()
         run = kernels(runs_on).causal_attention_append
-        return run(q, k, v, keys, values, lengths, q.shape[-1] ** -0.5, sinks, float(softcap or 0))
+        return run(q, k, v, keys, values, lengths, counters, q.shape[-1] ** -0.5, sinks, float(softcap or 0))
     at, rows = lengths.clamp(max=keys.shape[2] - 1), torch.arange(len(lengths), device=lengths.device)
     for stored, new in ((keys, k), (values, v)):
         stored.transpose(1, 2).index_put_((rows, at), new.squeeze(2))  # B H D

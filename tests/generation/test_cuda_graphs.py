@@ -189,7 +189,7 @@ def test_an_error_code_ends_its_request_alone(code, text, monkeypatch):
 
 def test_steps_are_of_one_token():
     steps = CapturedSteps(tiny().eval(), 1, 8)
-    cache = StaticKVCache(steps.cache, 1, steps.buffers.inputs[0])
+    cache = StaticKVCache(steps.cache, 1, steps.buffers.inputs[0], steps._counters)
     with pytest.raises(ValueError, match="StaticKVCache: 2 new positions a row; expected 1"):
         cache.start(2)
 

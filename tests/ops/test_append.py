@@ -27,13 +27,15 @@ def test_a_step_is_an_assignment_and_an_attention(shape, dtype, emu):
     qkv = torch.randn(B, 1, H + 2 * K, D).to(dtype)  # views of one buffer, as c_attn leaves it
     q, k, v = (x.transpose(1, 2) for x in qkv.split((H, K, K), 2))
     store = torch.randn(2, B + 1, K, S, D).to(dtype)
+    counters = torch.zeros(B * H, dtype=torch.int32)
     lengths = torch.tensor([S - 1, 0, S + 3][:B])  # the last position, the first, and a row that nobody uses
     for options in ({}, {"softcap": 2.0}, {"sinks": torch.randn(H)}):
         results = []
         for backend in ("emu", "cpu"):
             keys, values = store.clone()[:, :B]
             with gptfast.backend(backend):
-                y = ops.append_and_attend(q, k, v, keys, values, lengths, enable_gqa=True, **options)
+                y = ops.append_and_attend(q, k, v, keys, values, lengths, counters, enable_gqa=True, **options)
+            assert not counters.any(), "they are zeros again for the next step"
             results.append((y, keys, values))
         (y, *written), (expected, *assigned) = results
         assert y.shape == (B, H, 1, D) and y.dtype == dtype
@@ -49,22 +51,32 @@ def test_a_cache_of_another_dtype(emu):
     """What a model computes in fp32 is cast to the cache's dtype."""
     q, k, v = torch.randn(3, 2, 2, 1, 16)
     keys, values = torch.zeros(2, 2, 2, 9, 16, dtype=torch.bfloat16)
-    y = ops.append_and_attend(q, k, v, keys, values, torch.tensor([0, 4]))
+    y = ops.append_and_attend(q, k, v, keys, values, torch.tensor([0, 4]), COUNTERS)
     assert y.dtype == torch.bfloat16 and torch.equal(y[0], v[0].bfloat16()), "the only key has all the weight"
     assert torch.equal(keys[1, :, 4], k[1, :, 0].bfloat16())
 
 
 X, LENGTHS = torch.zeros(2, 3, 1, 8), torch.zeros(2, dtype=torch.int64)
-CACHE = torch.zeros(2, 3, 5, 8)
+CACHE, COUNTERS = torch.zeros(2, 3, 5, 8), torch.zeros(6, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((X[:, :, [0, 0]], X, X, CACHE, CACHE, LENGTHS), "causal_attention: q has 2 positions a row; expected the one"),
-        ((X, X, X[:, :2], CACHE, CACHE, LENGTHS), "causal_attention: v and q differ in shape or dtype"),
-        ((X, X, X, CACHE.mT.contiguous().mT, CACHE, LENGTHS), "causal_attention: keys must be .* contiguous last"),
-        ((X, X, X, CACHE, CACHE, LENGTHS.int()), "causal_attention: lengths must be int64 with 2 values"),
+        (
+            (X[:, :, [0, 0]], X, X, CACHE, CACHE, LENGTHS, COUNTERS),
+            "causal_attention: q has 2 positions a row; expected the one",
+        ),
+        ((X, X, X[:, :2], CACHE, CACHE, LENGTHS, COUNTERS), "causal_attention: v and q differ in shape or dtype"),
+        (
+            (X, X, X, CACHE.mT.contiguous().mT, CACHE, LENGTHS, COUNTERS),
+            "causal_attention: keys must be .* contiguous last",
+        ),
+        ((X, X, X, CACHE, CACHE, LENGTHS.int(), COUNTERS), "causal_attention: lengths must be int64"),
+        (
+            (X, X, X, CACHE, CACHE, LENGTHS, COUNTERS[:5]),
+            "causal_attention: counters must be at least 6 zeros of int32",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, match, emu):
@@ -74,4 +86,4 @@ def test_what_does_not_fit_is_refused(arguments, match, emu):
 
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="causal_attention: k has 3 heads but q has 2"):
-        ops.append_and_attend(X[:, :2], X, X, CACHE, CACHE, LENGTHS)
+        ops.append_and_attend(X[:, :2], X, X, CACHE, CACHE, LENGTHS, COUNTERS)

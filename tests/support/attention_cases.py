@@ -49,6 +49,7 @@ FEW_QUERIES = [  # decode_attention
     attention(1, 64, S=600, H=8, K=1, sinks=True, window=128),
     attention(3, 40, S=700, B=2, sinks=True, left_pad=torch.tensor([700, 13])),
     attention(2, 128, S=530, H=2, softcap=2.0),
+    attention(1, 8, B=1, H=1, S=8600),  # more splits than a block has threads
 ]
 MODE_CASES = [
     attention(3, 64, S=600),

@@ -110,7 +110,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         "causal_attention_fwd": attention,
         "causal_attention_fwd packed": attention | packed,
         "causal_attention_fwd grouped": attention | grouped,
-        "causal_attention_append": step | {"lengths": torch.tensor([3, T + 1])},
+        "causal_attention_append": step | {"lengths": torch.tensor([3, T + 1]), "counters": torch.zeros(B * H).int()},
         "causal_attention_bwd grouped": attention | grouped | {"dout": q.flip(1), "out": out, "statistics": statistics},
         "causal_attention_bwd": attention | {"dout": q.flip(1), "out": out, "statistics": statistics},
         "layer_norm_fwd": norm,

@@ -127,6 +127,7 @@ REGISTERS = [
     ("embedding_bwd_kernel", "sm_80", 64),  # four blocks of 256 threads
     ("sample_kernel", "sm_80", 64),  # one of 1024
     ("attend_split.*Li1EE", "sm_80", 128),  # four of 128 threads, each with 8 loads under way, for one query a head
+    ("attend_split", "sm_80", 255),  # two
     (
         "row_products",
         "sm_80",
