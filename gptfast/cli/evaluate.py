@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gptfast._json import to_text
-from gptfast._options import option, options_of, values_of
-from gptfast.cli._evaluate_task import counting, evaluate_tasks, named, show_tasks, shown_name
-from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, TOKENIZER_HELP, load
+from gptfast._options import Whole, check_fields, option, options_of, values_of
+from gptfast.cli._evaluate_needle import needles, show_needles
+from gptfast.cli._evaluate_task import evaluate_tasks, show_tasks
+from gptfast.cli._evaluate_texts import perplexities, show_texts
+from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, TOKENIZER_HELP
 from gptfast.cli._options import Change, Options, takes
-from gptfast.cli._tables import print_whole
-
-if TYPE_CHECKING:
-    from gptfast.data import Document
 
 FORMATS = ("int8", "int6", "q4", "int4", "nf4", "bf16", "fp32")
 
@@ -113,10 +110,34 @@ class Tasks:
 
 
 @dataclass(frozen=True)
+class LongContext:
+    """What a model makes of a long context."""
+
+    by_position: bool = option(
+        False,
+        "With `data`: perplexity by how many tokens stand before a token, in windows that do not overlap; positions.png in `out`.",
+    )
+    needle: bool = option(
+        False,
+        "Hide a pass key in a long text and see whether the model finds it, by the text's length and the key's depth; needle.png "
+        "in `out`. With `data` the haystack is that text, else sentences about grass and the sky.",
+    )
+    lengths: str | None = option(
+        None,
+        "With `needle`: tokens of the texts, such as 1024,4096.",
+        words="the context, and halves down to an eighth",
+    )
+    depths: int = option(
+        5, "With `needle`: number of places, from the beginning of a text to its end.", allowed=Whole(1)
+    )
+    trials: int = option(3, "With `needle`: keys at each length and depth.", allowed=Whole(1))
+
+
+@dataclass(frozen=True)
 class Output:
     """Where the results go."""
 
-    out: Path | None = option(None, "Folder for results.json, and shots.png of a task.")
+    out: Path | None = option(None, "Folder for results.json, and a picture of a task or of a long context.")
     json: bool = option(False, "Print one JSON object instead of a table.")
 
 
@@ -127,10 +148,12 @@ _CHANGES = {"models": Change(argument=True)}
     Options(Models, changes=_CHANGES),
     Options(Texts, changes={"bos": Change(both=True)}),
     Options(Tasks),
+    Options(LongContext),
     Options(Output),
 )
 def evaluate(options: dict[str, Any]) -> None:
-    """Measure a model: how well it predicts texts (--data), or how many items of a task it solves from examples (--task).
+    """Measure a model: how well it predicts texts (--data), how many items of a task it solves from examples (--task), or
+    whether it finds a key in a long text (--needle).
 
     A text longer than the context is scored in overlapping windows, as the documentation of transformers does, with an exact
     sum. What was scored and how is part of the result.
@@ -161,20 +184,22 @@ def evaluate(options: dict[str, Any]) -> None:
 
       [cyan]gptfast evaluate --model gpt2 --task reviews.jsonl --template sentiment --labels positive,negative --shots 0,4[/]
 
+      A longer context before and after its training, and whether a key in it is found:
+
+      [cyan]gptfast evaluate --compare runs/short/best runs/long/best --data plays.txt --by-position --out runs/positions[/]
+
+      [cyan]gptfast evaluate --model runs/long/best --needle --out runs/needle[/]
+
       Chains of thought, and the majority of five:
 
       [cyan]gptfast evaluate --model gpt2 --task arithmetic --template arithmetic-cot --shots 2 --samples 5 --log-samples[/]
     """
     given, texts = Models(**values_of(Models, options)), Texts(**values_of(Texts, options))
     tasks, output = Tasks(**values_of(Tasks, options)), Output(**values_of(Output, options))
+    long = LongContext(**values_of(LongContext, options))
+    check_fields("evaluate", long)
     names = _names(given)
-    if (texts.data is None) == (tasks.task is None):
-        raise ValueError("evaluate: give `data`, a text to predict, or `task`, items to solve: one of them")
-    others = set(options) & set(options_of(Texts if tasks.task else Tasks))
-    if others:
-        raise ValueError(
-            f"evaluate: `{sorted(others)[0]}` does not go with `{'task' if tasks.task else 'data'}`; leave it out"
-        )
+    _check_kind(options, texts, tasks, long)
     written = set(options) & {"temperature", "max_new_tokens", "answer_pattern"}
     if tasks.samples is None and written:
         raise ValueError(
@@ -185,17 +210,39 @@ def evaluate(options: dict[str, Any]) -> None:
             "evaluate: `normalize` ranks labels by likelihood and `samples` writes texts; give one of them"
         )
     if tasks.task is not None:
-        value = evaluate_tasks(names, given.tokenizer, given.adapter, tasks, output)
+        value, show = evaluate_tasks(names, given.tokenizer, given.adapter, tasks, output), show_tasks
+    elif long.needle:
+        value, show = needles(names, given, texts, tasks.seed, long, output.out), show_needles
     else:
-        value = _perplexities(names, given, texts, str(texts.data))
+        value, show = perplexities(names, given, texts, output.out, long.by_position), show_texts
     if output.out is not None:
         _write(output.out, value)
     if output.json:
         print(to_text(value, 2))
-    elif tasks.task is not None:
-        show_tasks(value)
     else:
-        _show(value)
+        show(value)
+
+
+def _check_kind(options: dict[str, Any], texts: Texts, tasks: Tasks, long: LongContext) -> None:
+    """Raise ValueError for options of more than one kind of evaluation, or of none."""
+    if long.needle and long.by_position:
+        raise ValueError("evaluate: `needle` and `by_position` are two evaluations; give one of them")
+    if (texts.data is None) == (tasks.task is None) and not (long.needle and tasks.task is None):
+        raise ValueError(
+            "evaluate: give `data`, a text to predict, `task`, items to solve, or `needle`, a key to find: one of them"
+        )
+    of_needle = set(options) & {"lengths", "depths", "trials"}
+    if of_needle and not long.needle:
+        raise ValueError(f"evaluate: `{sorted(of_needle)[0]}` goes with `needle`; give it, or leave this out")
+    kind = "task" if tasks.task else "needle" if long.needle else "data"
+    strange = {
+        "task": {*options_of(Texts), "by_position", "needle"},
+        "data": set(options_of(Tasks)),
+        "needle": {*options_of(Tasks), *options_of(Texts)} - {"seed", "data", "text_field"},
+    }[kind]
+    others = {name for name in set(options) & strange if options[name] is not False}
+    if others:
+        raise ValueError(f"evaluate: `{sorted(others)[0]}` does not go with `{kind}`; leave it out")
 
 
 def _write(folder: Path, value: dict[str, Any]) -> None:
@@ -203,33 +250,6 @@ def _write(folder: Path, value: dict[str, Any]) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "results.json", (to_text(value, 2) + "\n").encode())
-
-
-def _perplexities(names: list[tuple[str, str | None]], given: Models, texts: Texts, data: str) -> dict[str, Any]:
-    from gptfast.evaluation import Settings, compare, score_documents, summarise
-
-    asked = Settings(texts.context, texts.stride, texts.bos, texts.join, texts.detokenize)
-    documents = _documents(data, texts.text_field)
-    results, scores = [], []
-    for name, quantize in names:
-        model, tokenizer = load(name, quantize, given.tokenizer, named(given.adapter))
-        with counting(f"{name}, {sum(document.size for document in documents):,} bytes", "tokens") as advance:
-            scores.append(score_documents(model, documents, tokenizer, asked, advance))
-        about = {"model": name, "format": quantize, **({"adapter": given.adapter} if given.adapter else {})}
-        results.append({**about, **summarise(scores[-1], asked.resolved(model))})
-    if not given.compare:
-        return results[0]
-    pairs = [
-        {**{key: row[key] for key in ("model", "format")}, **compare(scores[0], other)}
-        for row, other in zip(results[1:], scores[1:], strict=True)
-    ]
-    if len({row["tokens"] for row in results}) > 1:
-        print(
-            "warning: the models cut the text into different tokens, so nats a token of one are not those of another; compare bits "
-            "per byte",
-            file=sys.stderr,
-        )
-    return {"results": results, "comparisons": pairs}
 
 
 def _names(given: Models) -> list[tuple[str, str | None]]:
@@ -256,42 +276,3 @@ def _divided(name: str) -> tuple[str, str | None]:
             f"evaluate: {name!r} has format {format!r} after its colon; expected one of {', '.join(FORMATS)}"
         )
     return path, format
-
-
-def _documents(data: str, text_field: str) -> list[Document]:
-    from gptfast.data import load_documents
-    from gptfast.data.records import RECORDS, kind_of
-
-    records = kind_of(data)[0] in RECORDS
-    documents = load_documents(data, text_field=text_field if records else None)
-    if not documents:
-        raise ValueError(f"evaluate: {data} holds no text")
-    return documents
-
-
-def _show(value: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console, results = Console(), value.get("results", [value])
-    columns = ("perplexity", "word_perplexity", "char_perplexity", "byte_perplexity", "bits_per_byte")
-    table = Table("model", *(name.replace("_", " ") for name in columns), box=None, pad_edge=False)
-    for row in results:
-        name = shown_name(row)
-        table.add_row(name, *("-" if row[column] is None else f"{row[column]:.4f}" for column in columns))
-    print_whole(console, table)
-    first = results[0]
-    counted = ", ".join(f"{first[name]:,} {name}" for name in ("tokens", "words", "characters", "bytes"))
-    windows = f"context {first['context']}, stride {first['stride']}"
-    edge = "a first token before each" if first["bos"] else "the first token of each not scored"
-    for line in (
-        f"scored   {counted}",
-        f"windows  {windows}",
-        f"texts    {first['documents']:,} documents, {edge}; detokenize {first['detokenize']}",
-    ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for row in value.get("comparisons", []):
-        error = "" if row["standard_error"] is None else f" ± {row['standard_error']:.5f}"
-        name = shown_name(row)
-        line = f"{name} - {shown_name(first)}: {row['difference']:+.5f}{error} nats a token over {row['documents']} documents"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)

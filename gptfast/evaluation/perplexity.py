@@ -113,8 +113,10 @@ def score_documents(
     tokenizer: Tokenizer,
     settings: Settings = Settings(),
     progress: Callable[[int], None] | None = None,
+    observe: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[DocumentScore]:
-    """The scores of each document; arguments and errors as in `perplexity`.
+    """The scores of each document; arguments and errors as in `perplexity`. observe: receives the log-probabilities of the
+    scored tokens of each window, and the place in it of the first.
 
     A document is read, encoded and scored in pieces, so that memory does not grow with its text; one that the tokenizer can only
     encode as a whole is held as a whole.
@@ -131,7 +133,16 @@ def score_documents(
     scores: list[DocumentScore] = []
     try:
         with closing(encode_documents(_read(documents, scores, settings), tokenizer, 1, BLOCK)) as encoded:
-            _score(model, _streams(encoded, tokenizer, settings.join), scores, tokenizer, settings, first, progress)
+            _score(
+                model,
+                _streams(encoded, tokenizer, settings.join),
+                scores,
+                tokenizer,
+                settings,
+                first,
+                progress,
+                observe,
+            )
     finally:
         if was_training:
             model.train()
@@ -179,6 +190,7 @@ def _score(
     settings: Settings,
     first: int | None,
     progress: Callable[[int], None] | None,
+    observe: Callable[[int, np.ndarray], None] | None,
 ) -> None:
     """Add loss and tokens to the scores, and take what is not scored from their counts."""
     size = settings.context or 0, settings.stride or 0  # resolved: never None
@@ -190,6 +202,8 @@ def _score(
         for (n, window), logprobs in zip(waiting, found, strict=True):
             scores[n].loss -= float(logprobs.sum())
             scores[n].tokens += len(logprobs)
+            if observe is not None:
+                observe(window.first, logprobs)
             if progress is not None:
                 progress(len(window.ids) - window.first)
         waiting.clear()

@@ -19,6 +19,10 @@ from gptfast.nn.transformer import Transformer
 
 PROMPT_TOKENS = 4096  # of prompts that run together: they fill a GPU, and what a layer holds of them is small
 
+PREFILL = (
+    2048  # tokens of one forward: what a prompt needs at a time is its keys and values, and the activations of so many
+)
+
 
 class TorchRunner(Runner):
     """`Runner` of any `Transformer`, on the device of its weights.
@@ -225,10 +229,18 @@ class TorchRunner(Runner):
     def _forward(self, slots: list[int], tokens: list[Sequence[int]], last_only: bool = False) -> Tensor:
         """Append equally many tokens, (B, T), to slots in neighbouring rows; logits (B, T, V), or (B, 1, V) if last_only."""
         ids = torch.tensor(tokens, dtype=torch.int64, device=self._cache.k.device)
-        logits = self._run(slots, ids, last_only)
-        for slot in slots:
-            self._lengths[slot] += ids.shape[1]
-        return logits[:, None] if last_only else logits
+        before, found = [self._lengths[slot] for slot in slots], []
+        try:
+            for part in ids.split(max(1, PREFILL // len(slots)), 1):
+                logits = self._run(slots, part, last_only)
+                found = [logits[:, None]] if last_only else [*found, logits]
+                for slot in slots:
+                    self._lengths[slot] += part.shape[1]
+        except BaseException:  # what a part has stored does not count
+            for slot, length in zip(slots, before, strict=True):
+                self._lengths[slot] = length
+            raise
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     def _run(self, slots: list[int], tokens: Tensor, last_only: bool) -> Tensor:
         """Append ids (B, T), or vectors (B, T, C), to the rows of slots in the cache; logits (B, T, V), or (B, V)."""
