@@ -78,10 +78,14 @@ def run(
     return Run([o.detach().cpu() for o in outputs], [g.cpu() for g in grads], largest)
 
 
-def check_case(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> tuple[float, float]:
+def check_case(
+    case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu", floors: tuple[float, float] = (0.0, 0.0)
+) -> tuple[float, float]:
     """Parity of one case: the public op (on `device`), and on the CPU the eager reference in the same dtype, in float32
     and in float64.
 
+    Args:
+        floors: for results and gradients, beside those of the op: see `assert_accurate`.
     Returns:
         The error of the results, and of the gradients, as a multiple of eager PyTorch's (plus rounding).
     """
@@ -92,7 +96,8 @@ def check_case(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu
     fine = run(eager_op, case, dtype, widen=torch.float32, seed=seed) if rounds else eager
     exact = run(eager_op, case, dtype, widen=torch.float64, seed=seed)
     label = f"{case.op} {case.id} {dtype}"
-    for_results, for_grads = SPECS[case.op].floors.get(dtype, (0.0, 0.0))
+    of_op = SPECS[case.op].floors.get(dtype, (0.0, 0.0))
+    for_results, for_grads = (own + more for own, more in zip(of_op, floors, strict=True))
     results = assert_accurate(
         ours.outputs, eager.outputs, exact.outputs, 2, f"{label} result", fine=fine.outputs, floor=for_results
     )

@@ -42,6 +42,10 @@ LONG = [
     Case("causal_attention", {"B": 1, "H": 2, "T": 1500, "D": 128}),
 ]
 
+# In eps of fp32, of the size of a row: tensor cores cut off what they add, where the emulator rounds it. With head dims of 128 and
+# 256 results on an H200 were up to 7.2e-7 beyond the rule (error 4.28e-6, limit 3.56e-6), gradients 1.8e-6 (6.0e-6, 4.24e-6).
+TENSOR_CORE_SUMS = (8.0, 16.0)
+
 
 def test_the_kernels_are_there():
     assert resolve("gelu", None, torch.ones(4, device="cuda")) == "cuda"
@@ -50,7 +54,8 @@ def test_the_kernels_are_there():
 @pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.parametrize("case", SHORT + LONG, ids=lambda c: f"{c.op}-{c.id}")
 def test_parity(case, dtype):
-    check_case(case, dtype, device="cuda")
+    exact = dtype != torch.float32 or case.op != "causal_attention"
+    check_case(case, dtype, device="cuda", floors=(0.0, 0.0) if exact else TENSOR_CORE_SUMS)
 
 
 @pytest.mark.parametrize("case", SHORT + LONG, ids=lambda c: f"{c.op}-{c.id}")

@@ -269,7 +269,10 @@ def test_command(model: Any, tokenizer: Any, tmp_path: Path, capsys: Any, monkey
         (["--task", "copying", "--limit", "0"], "limit is 0"),
         (["--task", "copying", "--bos"], "--bos does not go with --task"),
         (["--data", "FILE", "--shots", "1"], "--shots does not go with --data"),
-        (["--task", "copying", "--data", "FILE"], "give --data, a text to predict, --task, items to solve, or --needle"),
+        (
+            ["--task", "copying", "--data", "FILE"],
+            "give --data, a text to predict, --task, items to solve, or --needle",
+        ),
         ([], "give --data, a text to predict, --task, items to solve, or --needle"),
     ],
 )
