@@ -113,7 +113,7 @@ gpu-check bench-gpu: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-g
 fuzz: $(TESTED)  ## look for faults by chance: damaged files, ops, disks that fail, bodies of clients; MINUTES=60
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),60)
 
-gpu-check: install  ## on a machine with an NVIDIA GPU: PART=ops, speed, model, triton or profile, eight minutes each; or all
+gpu-check: install  ## on a machine with an NVIDIA GPU: PART=ops, speed, family, model, triton or profile, eight minutes each; or all
 	$(BIN)/python scripts/gpu_check.py $(PART)
 
 bench-gpu: install  ## the CUDA kernels beside PyTorch's: table, benchmarks/results/<gpu>.jsonl

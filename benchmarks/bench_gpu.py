@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu import attention, ceilings, decode, memory_bound, packed, training, tuning
+from gpu import attention, ceilings, decode, family, memory_bound, packed, training, tuning
 from gpu.provenance import provenance
 from gpu.timing import Bench, Row
 
@@ -40,6 +40,7 @@ PARTS = {
         "ceilings": ceilings,
         "memory": memory_bound,
         "packed": packed,
+        "family": family,
         "attention": attention,
         "decode": decode,
         "training": training,

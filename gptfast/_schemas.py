@@ -113,7 +113,7 @@ class AttentionOptions(NamedTuple):
 # Ops without a kernel in some compiled library: where there is none they run in PyTorch.
 _NOT_COMPILED = {
     "cpu": {"dequantize_nf4"},
-    "cuda": {"dequantize_nf4", "relu_squared", "rms_norm", "rotary", "swiglu"},
+    "cuda": {"dequantize_nf4"},
 }
 
 # Functions of the compiled libraries that no other backend has.

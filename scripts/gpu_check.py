@@ -3,6 +3,7 @@
     ops      every PTX wrapper does what its definition says; every op agrees with float64, repeats bit for bit and draws what
              the CPU draws; compute-sanitizer finds nothing in one small call of each kernel
     speed    ceilings, ops that move memory, attention, each beside its peers; without Triton
+    family   the ops of Llama-shaped GPTs and of gpt-oss that move memory, each beside its peers; without Triton
     model    generation and training of GPT-2
     triton   the Triton kernels: parity untuned, then how long compiling and tuning take
     profile  Nsight Compute's counters of every kernel
@@ -68,6 +69,10 @@ def speed(check: Check) -> None:
         check.rows(f"benchmarks: {part}", [*BENCH, "--no-triton", "--only", part], seconds)
 
 
+def family(check: Check) -> None:
+    check.rows("benchmarks: family", [*BENCH, "--no-triton", "--only", "family"], 200)
+
+
 def model(check: Check) -> None:
     for part, seconds in (("decode", 100), ("training", 260)):
         check.rows(f"benchmarks: {part}", [*BENCH, "--no-triton", "--only", part], seconds)
@@ -95,7 +100,7 @@ def profile(check: Check) -> None:
         "-k",
         "regex:gptfast",
         "-c",
-        "40",
+        "70",
         "-f",
         "-o",
         f"{out}/gpu",
@@ -107,7 +112,7 @@ def profile(check: Check) -> None:
     return None
 
 
-PARTS = {"ops": ops, "speed": speed, "model": model, "triton": triton, "profile": profile}
+PARTS = {"ops": ops, "speed": speed, "family": family, "model": model, "triton": triton, "profile": profile}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -124,9 +124,14 @@ def plan(bench: Bench) -> list[str]:
 
 
 def measure(bench: Bench) -> Iterator[Row]:
+    return report(bench, cases(bench))
+
+
+def report(bench: Bench, cases: Cases) -> Iterator[Row]:
+    """Measure the cases one after the other, print a line of each, and give its row."""
     copy = bench.ceilings["GB/s"]
     print(f"\n{'all in bfloat16':44}{'GB/s':>8}{'% of copy':>12}" + "".join(f"{f'{n} /':>10}" for n in PEERS))
-    for name, (least, makers) in cases(bench).items():
+    for name, (least, makers) in cases.items():
         runs, refused = that_run(makers.items())
         times = bench.milliseconds(runs)
         speeds = {n: least / t / 1e6 for n, t in times.items()}

@@ -105,10 +105,11 @@ def query(*names: str) -> Row:
     return dict(zip(names, (value.strip() for value in said.stdout.splitlines()[0].split(",")), strict=False))
 
 
-def with_gradients(f: Callable[..., Tensor], *inputs: Tensor) -> Run:
-    """Forward and backward of f against a fixed upstream gradient."""
+def with_gradients(f: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Run:
+    """Forward and backward of f against fixed upstream gradients, one for each of its results."""
     leaves = tuple(t.detach().requires_grad_() for t in inputs)
-    upstream = torch.randn_like(f(*leaves))
+    results = f(*leaves)
+    upstream = [torch.randn_like(y) for y in ((results,) if isinstance(results, Tensor) else results)]
     return lambda: torch.autograd.grad(f(*leaves), leaves, upstream)
 
 

@@ -18,6 +18,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace gptfast::cuda {
 
 using torch::headeronly::IntHeaderOnlyArrayRef;
+constexpr i64 kFlatRow = 2048;  // of pointwise ops whose shape does not matter: fills a block
 constexpr i64 kMostRows = (i64(1) << 31) - 1, kMostColumns = i64(1) << 30;
 
 #if defined(GPTFAST_EMU)

@@ -1,19 +1,11 @@
 // gelu on CUDA: checks, allocation, launch.
 #include "cuda_common.h"
+#include "flat.h"
 
 namespace gptfast::cuda {
 namespace {
 
 constexpr const char* kOp = "gelu";
-
-// Without a bias the shape does not matter: contiguous values are cut into rows that fill a block.
-void cut_flat(GeluParams& p) {
-  constexpr i64 kRow = 2048;
-  const i64 n = p.R * p.C;
-  p.R = (n + kRow - 1) / kRow;
-  p.C = p.x.stride = p.dout.stride = p.out.stride = kRow;
-  p.tail = n - (p.R - 1) * kRow;
-}
 
 Tensor fwd(const Tensor& x, const OptTensor& bias, bool tanh) {
   const View v = view_of(kOp, x);
@@ -23,7 +15,7 @@ Tensor fwd(const Tensor& x, const OptTensor& bias, bool tanh) {
   GeluParams p{
       v.rows(), vector_of(kOp, "bias", bias, v.C, x, &bias_owner), {}, mut_rows(kOp, out, v.C), nullptr, v.R, v.C, v.C,
       tanh};
-  if (!bias && v.stride == v.C) cut_flat(p);
+  if (!bias && v.stride == v.C) cut_flat(p, {&p.x.stride, &p.out.stride}, kFlatRow);  // the shape does not matter
   check(kOp, gelu_fwd(p, on.stream));
   return out;
 }
@@ -40,7 +32,7 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& dout, const Tensor& x, const OptTen
                tanh};
   Tensor partial = new_tensor(kOp, x, {bias ? parts_of(v.R) : 0, bias ? v.C : 0}, ScalarType::Float);
   if (bias) p.dbias = floats(partial);
-  else if (v.stride == v.C && g.stride == v.C && x.numel()) cut_flat(p);
+  else if (v.stride == v.C && g.stride == v.C) cut_flat(p, {&p.x.stride, &p.dout.stride, &p.out.stride}, kFlatRow);
   check(kOp, gelu_bwd(p, on.stream));
   return {dx, sum_of_parts(kOp, partial, bias ? bias->scalar_type() : ScalarType::Float, on.stream)};
 }

@@ -165,9 +165,10 @@ template <class T> DEV_INLINE T shuffle_xor(T x, int mask) {
   memcpy(&x, words, sizeof x);
   return x;
 }
-template <class T, class Op> DEV_INLINE T warp_reduce(T x, Op op) {
+// Over a warp, or over each of its groups of LANES.
+template <int LANES = 32, class T, class Op> DEV_INLINE T warp_reduce(T x, Op op) {
 #pragma unroll
-  for (int distance = 16; distance; distance >>= 1) {
+  for (int distance = LANES / 2; distance; distance >>= 1) {
     const T other = shuffle_xor(x, distance);
     x = threadIdx.x & distance ? op(other, x) : op(x, other);  // lower lane first: a fused a b + c d is not symmetric
   }

@@ -20,7 +20,7 @@ inline i64 parts_of(i64 R) {
   const i64 parts = (R + 7) / 8;  // eight rows a part, until there are enough parts to fill a large GPU
   return parts < 1 ? 1 : parts > 1024 ? 1024 : parts;
 }
-// The same of layer_norm, whose blocks take many rows each: two of them for each of the 132 processors of an H100.
+// The same of layer_norm and rms_norm, whose blocks take many rows each: two of them for each of the 132 processors of an H100.
 inline i64 norm_parts_of(i64 R) {
   const i64 parts = (R + 7) / 8;
   return parts < 1 ? 1 : parts > 264 ? 264 : parts;
@@ -40,9 +40,17 @@ inline cudaError_t cleared(cudaError_t error) {
 
 cudaError_t gelu_fwd(const GeluParams&, cudaStream_t);
 cudaError_t gelu_bwd(const GeluParams&, cudaStream_t);
+cudaError_t relu_squared_fwd(const ReluSquaredParams&, cudaStream_t);
+cudaError_t relu_squared_bwd(const ReluSquaredParams&, cudaStream_t);
+cudaError_t swiglu_fwd(const SwigluParams&, cudaStream_t);
+cudaError_t swiglu_bwd(const SwigluParams&, cudaStream_t);
 cudaError_t dropout(const DropoutRowsParams&, cudaStream_t);
 cudaError_t layer_norm_fwd(const LayerNormParams&, cudaStream_t);
 cudaError_t layer_norm_bwd(const LayerNormParams&, cudaStream_t);
+cudaError_t rms_norm_fwd(const LayerNormParams&, cudaStream_t);
+cudaError_t rms_norm_bwd(const LayerNormParams&, cudaStream_t);
+// A token whose position is not one of the `rows` of the tables becomes nan.
+cudaError_t rotary(const RotaryParams&, i64 rows, cudaStream_t);
 cudaError_t cross_entropy_fwd(const CrossEntropyParams&, cudaStream_t);
 cudaError_t cross_entropy_bwd(const CrossEntropyParams&, cudaStream_t);
 // Forward and backward in one launch: the row is in cache when its gradient takes its place.

@@ -12,10 +12,9 @@ from gptfast.nn.adapted import LoraLinear, SavedLinear, call
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.experts import ExpertMLP
-from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
-from gptfast.nn.norm import norm_of
+from gptfast.nn.norm import Norm, norm_of
 from gptfast.nn.quantized import QuantizedLinear
 from gptfast.nn.selection import Selection
 
@@ -163,14 +162,14 @@ def first_layer(module: torch.nn.Module, kind: type[torch.nn.Module], name: str)
 
 
 def written_for(reader: torch.nn.Module | None, norm: torch.nn.Module, stream: Tensor) -> dict[str, Any]:
-    """Options of the LayerNorm of a stream, (B, T, C), whose result `reader` alone takes. Under autocast a `Linear` rounds a
-    float32 input to the autocast dtype: the LayerNorm then writes that dtype, with the same bits and without float32 in
-    memory. The result is empty where the LayerNorm's dtype must stay: another class may do more with its input, as one
+    """Options of the norm of a stream, (B, T, C), whose result `reader` alone takes. Under autocast a `Linear` rounds a
+    float32 input to the autocast dtype: the LayerNorm or RMSNorm then writes that dtype, with the same bits and without
+    float32 in memory. The result is empty where the norm's dtype must stay: another class may do more with its input, as one
     that sums its gradient over ranks.
     """
     kind = stream.device.type
     rounds = reader is not None and any(type(reader).forward is forward for forward in _ROUNDING)
-    ours = rounds and isinstance(norm, LayerNorm) and stream.dtype == torch.float32
+    ours = rounds and isinstance(norm, Norm) and stream.dtype == torch.float32
     if not ours or kind == "meta" or not torch.is_autocast_enabled(kind):
         return {}
     return {"out_dtype": torch.get_autocast_dtype(kind)}

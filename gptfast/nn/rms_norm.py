@@ -24,6 +24,7 @@ class RMSNorm(torch.nn.RMSNorm):
         seed: int | None = None,
         offset: int = 0,
         first_row: int = 0,
+        out_dtype: torch.dtype | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """RMSNorm(input), or, with a residual: (RMSNorm(sum), sum) where sum = dropout(input) + residual.
 
@@ -31,6 +32,7 @@ class RMSNorm(torch.nn.RMSNorm):
             input: (..., C).
             residual: None or shaped like `input`.
             dropout_p, seed, offset, first_row: dropout of `input` before the addition; see `gptfast.ops.add_rms_norm`.
+            out_dtype: of RMSNorm(…); None: that of the input or of the sum, under autocast too.
         Raises:
             ValueError: the last dimension is not normalized_shape, or that has several.
         """
@@ -41,5 +43,6 @@ class RMSNorm(torch.nn.RMSNorm):
             )
         eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps  # as torch has it
         if residual is None:
-            return ops.rms_norm(input, self.weight, eps)
-        return ops.add_rms_norm(input, residual, self.weight, eps, dropout_p, seed, offset, first_row=first_row)
+            return ops.rms_norm(input, self.weight, eps, out_dtype=out_dtype)
+        options = (self.weight, eps, dropout_p, seed, offset)
+        return ops.add_rms_norm(input, residual, *options, first_row=first_row, out_dtype=out_dtype)

@@ -153,16 +153,25 @@ def test_registers(built, hopper):
 @pytest.mark.slow
 def test_rows_are_asked_for_at_once(built):
     """Kernels bound by memory: a thread's part of a row, of x and of the residual, is on its way before the first value is used,
-    with few rows also its part of weight and bias, and so are the next row of LayerNorm's backward, eight rows of an embedding's gradient, four keys and values of a decoding
+    with few rows also its part of weight and bias, and so are the next row of a norm's backward, four heads of rotary, two rows
+    of an activation, eight rows of an embedding's gradient, four keys and values of a decoding
     step (two of fp32), and four parts of the logits that are sampled. One after the other, each would wait for memory by itself."""
     count = Counter()
     for name, text in functions(built[1], "sm_80").items():
-        if found := re.search(r"layer_norm_fwd_kernelI(.*)Li[48]ELi(\d)ELb", name):
+        if found := re.search(r"norm_fwd_kernelI(.*)Li[48]ELi(\d)ELi\d+EE", name):
             kernel, wanted = "forward", int(found[2]) * (1 if "None" in found[1] else 2)
-        elif found := re.search(r"layer_norm_few_kernelI(.*)Li[48]EE", name):
-            kernel, wanted = "few rows", 3 if "None" in found[1] else 4
-        elif found := re.search(r"layer_norm_bwd_kernelI.*Li[48]ELi(\d)ELb1", name):
+        elif found := re.search(r"norm_few_kernelILb(\d)E(.*)Li[48]EE", name):
+            kernel, wanted = "few rows", (2 if "None" in found[2] else 3) + int(found[1])
+        elif found := re.search(r"norm_bwd_kernelI.*Li[48]ELi(\d)ELi[1-9]\d*EE", name):
             kernel, wanted = "backward", 2 * int(found[1])
+        elif found := re.search(r"rotary_kernelI.*Li[48]ELb([01])", name):
+            kernel, wanted = "rotary", 4 if found[1] == "1" else 7
+        elif re.search(r"swiglu_kernelI.*Li[48]ELb0ELb", name):
+            kernel, wanted = "swiglu", 3
+        elif re.search(r"swiglu_kernelI.*Li[24]ELb1ELb", name):
+            kernel, wanted = "swiglu in pairs", 4
+        elif re.search(r"activation_(f|b)wd_kernelI.*Li[48]EE", name):
+            kernel, wanted = "activation", 2
         elif re.search(r"embedding_bwd_kernelI.*Li[48]E", name):
             kernel, wanted = "embedding", 8
         elif "attend_split" in name:
@@ -175,7 +184,9 @@ def test_rows_are_asked_for_at_once(built):
             continue
         count[kernel] += 1
         assert code_of(text).loads_at_once() >= wanted, name
-    assert count == {"forward": 40, "few rows": 8, "backward": 7, "embedding": 3, "decoding": 24, "sampling": 3}
+    rows = {"forward": 40 + 49, "backward": 7 + 22}  # LayerNorm, RMSNorm
+    pointwise = {"rotary": 10, "swiglu": 6, "swiglu in pairs": 6, "activation": 18}
+    assert count == {**rows, "few rows": 16, **pointwise, "embedding": 3, "decoding": 24, "sampling": 3}
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,15 @@ from tests.support import emulated
 from tests.support.op_properties import bitwise
 from tests.support.sass import MULTIPROCESSOR, SHARED_MEMORY
 
-OPS = ["gelu", "dropout", "layer_norm", "add_layer_norm", "cross_entropy"]
+OPS = ["gelu", "dropout", "layer_norm", "add_layer_norm", "cross_entropy", "rms_norm", "add_rms_norm"]
+OPS += ["relu_squared", "swiglu", "rotary"]
 CASES = [case for op in OPS for case in cases(op)] + [
     Case("gelu", {"N": 300, "C": 8}),
     Case("layer_norm", {"N": 3, "C": 8200}),
     Case("add_layer_norm", {"N": 3, "C": 2051}, {"dropout_p": 0.2, "seed": 3}),
     Case("dropout", {"N": 5, "C": 1032}, {"p": 0.4, "seed": 3}),
+    Case("rms_norm", {"N": 3, "C": 8200, "no_weight": 1}),
+    Case("add_rms_norm", {"N": 3, "C": 2056}, {"dropout_p": 0.2, "seed": 3}),
 ]
 MODES = [("forward", False), ("reverse", True), ("reverse", False), ("random", True), ("random", False)]
 

@@ -12,7 +12,19 @@ from tests.support.chosen_tests import passed
 
 ROWS = "emu and (test_parity or reference or aligned_width) and not 50257 and not N65C768 and not N6V2049"
 SHAPES = "bf16 and (B2H2T129D128 or B2H2T113D59 or S700 or S560 or T300D128 or T130D128K1 or T5S530D64K1) or fp32 and B1H2T5S200"
-CHOSEN = {f"ops/test_{op}.py": ROWS for op in ("gelu", "dropout", "layer_norm", "cross_entropy", "sample", "embedding")}
+OPS = (
+    "gelu",
+    "dropout",
+    "layer_norm",
+    "cross_entropy",
+    "sample",
+    "embedding",
+    "rms_norm",
+    "relu_squared",
+    "swiglu",
+    "rotary",
+)
+CHOSEN = {f"ops/test_{op}.py": ROWS for op in OPS}
 CHOSEN["ops/test_causal_attention.py"] = f"test_parity and emu and ({SHAPES})"
 CHOSEN["cuda_emulator/test_emulator_attention.py"] = (
     f"(test_long_rows or test_few_queries) and ({SHAPES})"

@@ -1,4 +1,4 @@
-"""GPT under autocast: which LayerNorms write the autocast dtype, and that this changes no bit of a training run."""
+"""GPT under autocast: which norms write the autocast dtype, and that this changes no bit of a training run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ from gptfast.nn import block, transformer
 
 V, T = 61, 24
 HALF = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")]
+LLAMA: dict[str, Any] = {
+    "position_embedding": "rotary",
+    "norm": "rms_norm",
+    "activation": "swiglu",
+    "bias": False,
+    "dropout": 0.1,
+}
 RUNS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "dropout": {"dropout": 0.1},
     "gpt1": {"norm_position": "post", "final_norm": False},
     "untied, without biases": {"tie_weights": False, "bias": False},
+    "llama": LLAMA,
 }
 
 
@@ -70,7 +78,7 @@ def same_as_through_fp32(run: Callable[[], list[Tensor]], monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", RUNS)
 def test_training_has_the_bits_of_fp32_between(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    """A LayerNorm that writes float32, which the next product rounds: how every run before had it."""
+    """A norm that writes float32, which the next product rounds: how every run before had it."""
     same_as_through_fp32(lambda: trained(make(**RUNS[name]), dtype), monkeypatch)
 
 
@@ -102,7 +110,7 @@ def test_so_have_others(run: Callable[[], list[Tensor]], monkeypatch: pytest.Mon
 
 @contextmanager
 def written(model: nn.Module) -> Iterator[dict[str, torch.dtype]]:
-    """The dtypes that the LayerNorms write in the forwards inside."""
+    """The dtypes that the norms write in the forwards inside."""
     found: dict[str, torch.dtype] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -114,9 +122,10 @@ def written(model: nn.Module) -> Iterator[dict[str, torch.dtype]]:
         hook.remove()
 
 
+@pytest.mark.parametrize("options", [{}, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", HALF)
-def test_what_only_products_read_is_in_their_dtype(dtype: torch.dtype):
-    model = make()
+def test_what_only_products_read_is_in_their_dtype(dtype: torch.dtype, options: dict[str, Any]):
+    model = make(**options)
     with written(model) as found, torch.autocast("cpu", dtype):
         model(ids(), ids())
     assert found == {f"h.{n}.ln_{k}": dtype for n in range(2) for k in (1, 2)} | {"ln_f": dtype}

@@ -28,6 +28,19 @@ def test_every_tail_length(C, isa):
         torch.testing.assert_close(ops.rms_norm(rows, w), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("C", [8, 128, 768, 2048])
+@pytest.mark.parametrize("types", [("bf16", "bf16"), ("fp32", "fp32"), ("bf16", "fp32")])
+def test_few_rows_have_the_bits_of_many(types, C, emu):
+    """On a GPU a row of a decoding step has a block to itself, one of many rows a warp or part of one."""
+    x, residual = (torch.randn(600, C).to(DTYPES[name]) for name in types)
+    few = slice(100, 103)
+    for w in (torch.randn(C), torch.randn(C).bfloat16(), None):
+        many = ops.add_rms_norm(x, residual, w, dropout_p=0.3, seed=5)
+        some = ops.add_rms_norm(x[few], residual[few], w, dropout_p=0.3, seed=5, first_row=100)
+        assert all(torch.equal(a[few], c) for a, c in zip(many, some, strict=True))
+        assert torch.equal(ops.rms_norm(x, w)[few], ops.rms_norm(x[few], w))
+
+
 def test_add_rms_norm_is_its_parts(isa):
     x, residual, w = torch.randn(5, 33), torch.randn(5, 33), torch.randn(33)
     y, total = ops.add_rms_norm(x, residual, w, dropout_p=0.4, seed=9, offset=4)

@@ -28,7 +28,9 @@ ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 
 def has_kernel(op: str) -> bool:
     """Is there a CUDA kernel of this op to emulate?"""
-    family = {"linear_cross_entropy": "cross_entropy", "add_layer_norm": "layer_norm"}.get(op, op)
+    family = {"linear_cross_entropy": "cross_entropy", "add_layer_norm": "layer_norm", "add_rms_norm": "rms_norm"}.get(
+        op, op
+    )
     return has_cpu_ops and any((ROOT / "csrc/cuda").glob(f"{family}*.cu"))
 
 

@@ -29,6 +29,8 @@ SPEC = Spec(
         rows("rms_norm", 67, 40, out_dtype=torch.bfloat16),
         rows("rms_norm", 9, 133, "strided", out_dtype=torch.float16),
         rows("rms_norm", 5, 64, out_dtype=torch.float32),
+        rows("rms_norm", 133, 24),  # rows of heads, several of which share a warp on GPUs
+        rows("rms_norm", 37, 128, fp32_weights=1),
         rows("rms_norm", 0, 8),
         rows("rms_norm", 4096, 768, bench=True),
     ],

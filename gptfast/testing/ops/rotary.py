@@ -46,6 +46,8 @@ SPEC = Spec(
         case(2, 2, 9, 80, R=20),
         case(1, 2, 6, 67, "strided", R=66, layout="interleaved"),
         case(1, 3, 4, 31, R=14),
+        case(1, 6, 3, 96, "strided", R=24),
+        case(2, 5, 3, 96, "strided", R=64, layout="interleaved"),
         case(2, 1, 3, 16, n=50, positions=torch.tensor([[49, 0, 7], [3, 3, 2]])),
         case(
             2, 2, 4, 34, "strided", n=9, positions=torch.tensor([5, 8, 0, 1], dtype=torch.int32), layout="interleaved"
