@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.generation.runner import LanguageModel, Runner, single_threaded_torch
+from gptfast.generation import TorchRunner
+from gptfast.generation.runner import Runner, single_threaded_torch
 
 ROWS = 8  # windows of a forward pass
 PIECE = 128  # positions whose logits are held at a time: 26 MB for GPT-2
+LONG = 8192  # tokens of windows that torch reads at once; a longer window is read in parts through a cache
 
 Scorer = Callable[[Sequence[tuple[np.ndarray, int]]], list[np.ndarray]]
 
@@ -25,14 +27,17 @@ def scorer(model: Any, context: int) -> Scorer:
         model: a GPT, which runs in torch with its own forward pass; a compiled GPT, which runs in the native engine.
         context: most tokens of a window.
     """
-    return _in_torch(model) if isinstance(model, torch.nn.Module) else _by_runner(model, context)
+    if not isinstance(model, torch.nn.Module):
+        return _by_runner(model.runner(1, context))
+    return _in_torch(model, max(1, LONG // context)) if context <= LONG else _by_runner(TorchRunner(model, 1, context))
 
 
-def _in_torch(model: Any) -> Scorer:
+def _in_torch(model: Any, most: int) -> Scorer:
+    """most: windows of a forward pass."""
     device = next(model.parameters()).device
 
     @torch.inference_mode()
-    def run(rows: Sequence[tuple[np.ndarray, int]]) -> list[np.ndarray]:
+    def some(rows: Sequence[tuple[np.ndarray, int]]) -> list[np.ndarray]:
         if not model.has_plain_head():  # one with an adapter, a soft cap, or one of the user's
             return [_by_logits(model(_ids(tokens[:-1], device)[None])[0], tokens, first) for tokens, first in rows]
         longest = max(len(tokens) for tokens, _ in rows) - 1
@@ -47,6 +52,9 @@ def _in_torch(model: Any) -> Scorer:
         logprobs = ops.linear_logprobs(needed, model.lm_head.weight, wanted).double().cpu().numpy()
         return np.split(logprobs, np.cumsum([len(tokens) - first for tokens, first in rows])[:-1])
 
+    def run(rows: Sequence[tuple[np.ndarray, int]]) -> list[np.ndarray]:
+        return [found for start in range(0, len(rows), most) for found in some(rows[start : start + most])]
+
     return run
 
 
@@ -60,9 +68,7 @@ def _ids(tokens: np.ndarray, device: Any) -> Tensor:
     return torch.from_numpy(tokens.astype(np.int64)).to(device)
 
 
-def _by_runner(model: LanguageModel, context: int) -> Scorer:
-    runner = model.runner(1, context)
-
+def _by_runner(runner: Runner) -> Scorer:
     def run(rows: Sequence[tuple[np.ndarray, int]]) -> list[np.ndarray]:
         with single_threaded_torch(runner), torch.inference_mode():
             return [_one_window(runner, tokens, first) for tokens, first in rows]

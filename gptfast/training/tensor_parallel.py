@@ -34,6 +34,7 @@ def check_shape(config: GPTConfig, tensor: int) -> None:
         ValueError: it names both numbers; or what heads or units have beside those of a GPT-3, which no rank has a part of.
     """
     undivided = {
+        "n_expert": config.n_expert is not None,
         "n_kv_head": config.kv_heads != config.n_head,
         "qk_norm": config.qk_norm and config.norm_affine,
         "attention_sinks": config.attention_sinks,

@@ -13,7 +13,7 @@ import torch
 
 from gptfast import GPT, GPTConfig
 from gptfast.data import Document
-from gptfast.evaluation import Settings, loss_by_position, needle_test
+from gptfast.evaluation import Settings, logprobs, loss_by_position, needle_test
 from gptfast.evaluation.needle import HAYSTACK, NEEDLE, QUESTION
 from gptfast.generation import TorchRunner, torch_runner
 from gptfast.tokenizer import CharTokenizer
@@ -161,3 +161,17 @@ def test_a_prompt_in_parts_has_the_logits_of_the_whole(monkeypatch: pytest.Monke
         torch.testing.assert_close(runner.extend([slot], [ids[30:]], last_only=False)[0], wanted[30:])
         runner.truncate(slot, 3)
         torch.testing.assert_close(runner.extend([slot], [ids[3:]], last_only=False)[0], wanted[3:])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_long_windows_are_read_in_parts(monkeypatch: pytest.MonkeyPatch, softcap: float | None):
+    model, documents = small(32, logit_softcap=softcap), [Document("text", TEXT)]
+    wanted = loss_by_position(model, documents, LETTERS)
+    widest: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, out: widest.append(out.shape[-2]))
+    monkeypatch.setattr(logprobs, "LONG", 16)
+    monkeypatch.setattr(logprobs, "PIECE", 5)
+    found = loss_by_position(model, documents, LETTERS)
+    assert found["perplexity"] == pytest.approx(wanted["perplexity"], rel=1e-5)
+    assert [row["loss"] for row in found["positions"]] == pytest.approx([row["loss"] for row in wanted["positions"]])
+    assert max(widest) == 5

@@ -315,3 +315,5 @@ def test_the_engine_and_tensor_parallelism_name_what_they_lack(monkeypatch: pyte
     assert engine_for(GPT(config).eval()) is None
     with pytest.raises(ValueError, match="does not divide a model with n_kv_head=2"):
         check_shape(config, 2)
+    with pytest.raises(ValueError, match="does not divide a model with n_expert=8"):
+        check_shape(GPTConfig.preset("gptoss-tiny"), 2)
