@@ -16,7 +16,7 @@ Run = Callable[[], Any]
 Row = dict[str, Any]
 # What a backend says of a call that it does not take, or has no memory for.
 Refused = (RuntimeError, NotImplementedError, ValueError, TypeError)
-SUSTAINED_S = 2.0
+SUSTAINED_S = 1.0
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Bench:
         return begin.elapsed_time(end)
 
     def sustained(self, run: Run, milliseconds: float) -> Row:
-        """Milliseconds of one run in two seconds of them back to back, and the clock at the end: chips that wait between
+        """Milliseconds of one run in a second of them back to back, and the clock at the end: chips that wait between
         runs stay cool and clock higher."""
         count = 2 if self.tiny else max(1, int(SUSTAINED_S * 1e3 / milliseconds))
         return {"sustained ms": self._milliseconds(run, count) / count, "sustained": self.clock()}
