@@ -68,6 +68,15 @@ def test_positions_and_views_to_the_bit(positions, isa):
             assert torch.equal(one[0, :, 0], whole[b, :, t])
 
 
+def test_a_position_outside_the_tables_is_nan_on_a_gpu(emu):
+    """It is not looked at before the launch; what is not rotated is copied."""
+    x, (cos, sin) = torch.randn(1, 2, 4, 10), ops.rotary_tables(5, 8)
+    for layout in ("neox", "interleaved"):
+        y = ops.rotary(x, cos, sin, positions=torch.tensor([4, 5, -1, 2**40]), layout=layout)
+        assert y[:, :, 1:, :8].isnan().all() and torch.equal(y[..., 8:], x[..., 8:])
+        assert torch.equal(y[:, :, :1], ops.rotary(x[:, :, :1], cos[4:], sin[4:], layout=layout))
+
+
 def test_transformers():
     """Their function and ours: in float32 to a rounding; in bfloat16 theirs rounds the tables first."""
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")

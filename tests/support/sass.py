@@ -134,8 +134,12 @@ REGISTERS = [
         128,
     ),  # four of 128 threads, each with 8 loads of 16 bytes under way: 64 KB; 64 registers spill
     ("cross_entropy", "sm_80", 32),  # four of 512
-    (r"norm_fwd_kernelILb0.*Li1ELi(8|16|32)E", "sm_80", 40),  # twelve of 128, each thread with one vector of a head
-    (r"norm_bwd_kernelILb0.*Li1ELi(8|16|32)E", "sm_80", 80),  # two of 384
+    (
+        r"norm_fwd_kernelILb0.*Li[48]ELi1ELi(8|16|32)E",
+        "sm_80",
+        40,
+    ),  # twelve of 128, each thread with one vector of a head
+    (r"norm_bwd_kernelILb0.*Li[48]ELi1ELi(8|16|32)E", "sm_80", 80),  # two of 384
     ("swiglu_kernel", "sm_80", 64),  # four of 256
     ("rotary_kernel", "sm_80", 128),  # two of 256, with 8 loads under way
     (r"activation_\wwd_kernel.*ReluSquared", "sm_80", 48),  # five of 256
