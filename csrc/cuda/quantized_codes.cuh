@@ -10,7 +10,7 @@ namespace gptfast::cuda {
 
 template <Codes F> constexpr int kCodesOfWord = F == Codes::int8 ? 4 : 8;
 
-DEV_INLINE uint32_t word_of(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+DEV_INLINE uint32_t word_at(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
 // NormalFloat of 4 bits (gptfast/_nf4.py).
 DEV_INLINE float nf4_value(int code) {
@@ -111,6 +111,14 @@ DEV_INLINE void word_pairs(uint32_t word, [[maybe_unused]] const Decoder<T>& dec
     x[0] = decoder.template entry<0>(word), x[1] = decoder.template entry<8>(word);
     x[2] = decoder.template entry<16>(word), x[3] = decoder.template entry<24>(word);
   }
+}
+
+// Of the current GPU.
+inline cudaError_t multiprocessors(int* count) {
+  int device = 0;
+  cudaError_t error = cleared(cudaGetDevice(&device));
+  if (error == cudaSuccess) error = cleared(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+  return error;
 }
 
 // ---- scales, as they lie in memory until they are used -------------------------------------------------------------------

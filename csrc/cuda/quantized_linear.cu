@@ -6,7 +6,12 @@ namespace gptfast::cuda {
 cudaError_t quantized_linear(const QuantizedLinearParams& p, cudaStream_t stream) {
   if (!p.M || !(p.transposed ? p.w.K : p.w.N)) return cudaSuccess;
   if (quantized_linear_few_takes(p)) return quantized_linear_few(p, stream);
-  return p.x.dtype == DType::f32 ? quantized_linear_fp32(p, stream) : quantized_linear_sm80(p, stream);
+  if (p.x.dtype == DType::f32) return quantized_linear_fp32(p, stream);
+  if (quantized_linear_sm90_takes(p)) {
+    const cudaError_t error = quantized_linear_sm90(p, stream);
+    if (error != cudaErrorNotSupported) return error;
+  }
+  return quantized_linear_sm80(p, stream);
 }
 
 }  // namespace gptfast::cuda

@@ -36,6 +36,9 @@ cudaError_t quantized_linear(const QuantizedLinearParams&, cudaStream_t);
 // Its parts, each for the calls that it takes on.
 bool quantized_linear_few_takes(const QuantizedLinearParams&);
 cudaError_t quantized_linear_few(const QuantizedLinearParams&, cudaStream_t);
+bool quantized_linear_sm90_takes(const QuantizedLinearParams&);
+// cudaErrorNotSupported where the driver makes no TMA map: the one for sm_80 then does it.
+cudaError_t quantized_linear_sm90(const QuantizedLinearParams&, cudaStream_t);  // 16 bits, any rows, on Hopper
 cudaError_t quantized_linear_sm80(const QuantizedLinearParams&, cudaStream_t);  // 16 bits, any rows
 cudaError_t quantized_linear_fp32(const QuantizedLinearParams&, cudaStream_t);  // fp32, any rows
 

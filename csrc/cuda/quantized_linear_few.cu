@@ -119,14 +119,14 @@ template <class T, Codes F, int SETS> struct Products {  // in 16 bits: sets of 
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
         uint32_t low[PER_WORD / 2], high[PER_WORD / 2];
-        word_pairs<T, F>(word_of(codes[0], i + j), decoder, low);
-        word_pairs<T, F>(word_of(codes[1], i + j), decoder, high);
+        word_pairs<T, F>(word_at(codes[0], i + j), decoder, low);
+        word_pairs<T, F>(word_at(codes[1], i + j), decoder, high);
 #pragma unroll
         for (int pair = 0; pair < PER_WORD / 2; pair += 2) {
           const uint32_t a[4] = {low[pair], high[pair], low[pair + 1], high[pair + 1]};
           const int word = j * PER_WORD / 2 + pair;
 #pragma unroll
-          for (int s = 0; s < SETS; s++) mma_16<T>(part[s], a, word_of(x[s], word), word_of(x[s], word + 1));
+          for (int s = 0; s < SETS; s++) mma_16<T>(part[s], a, word_at(x[s], word), word_at(x[s], word + 1));
         }
       }
     }
@@ -160,7 +160,7 @@ template <Codes F, int ROWS> struct Products<float, F, ROWS> {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       float w[2][PER_WORD];
-      word_values<F>(word_of(codes[0], i), decoder, w[0]), word_values<F>(word_of(codes[1], i), decoder, w[1]);
+      word_values<F>(word_at(codes[0], i), decoder, w[0]), word_values<F>(word_at(codes[1], i), decoder, w[1]);
 #pragma unroll
       for (int c = 0; c < PER_WORD; c += 4)
 #pragma unroll
@@ -250,11 +250,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <class T, Codes F, int SETS>
 cudaError_t launch(const QuantizedLinearParams& p, const Split& split, cudaStream_t stream) {
-  int device = 0, processors = 0;
-  cudaError_t error = cleared(cudaGetDevice(&device));
-  if (error == cudaSuccess)
-    error = cleared(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  if (error != cudaSuccess) return error;
+  int processors = 0;
+  if (const cudaError_t error = multiprocessors(&processors)) return error;
   const i64 items = i64(split.tiles) * split.rows, most = i64(processors) * kBlocks;
   const size_t smem = kFoundBytes + (F == Codes::nf4 ? Decoder<T>::BYTES : 0);
   auto kernel = quantized_rows<T, F, SETS>;

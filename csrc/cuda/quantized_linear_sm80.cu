@@ -72,14 +72,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
+  const i64 columns = TRANSPOSED ? p.w.K : p.w.N;
 #pragma unroll
-  for (int i = 0; i < 4; i++)
+  for (int j = 0; j < 4; j++) {
+    const i64 c = column0 + across + j * 8 + lane % 4 * 2;
+    const float2 bias = bias_pair(p.bias, c, columns);
 #pragma unroll
-    for (int j = 0; j < 4; j++)
+    for (int i = 0; i < 4; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        store_pair<E>(p, m0 + down + i * 16 + half * 8 + lane / 4, column0 + across + j * 8 + lane % 4 * 2,
-                      TRANSPOSED ? p.w.K : p.w.N, sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+        store_pair<E>(p, m0 + down + i * 16 + half * 8 + lane / 4, c, columns, sums[i][j][2 * half] + bias.x,
+                      sums[i][j][2 * half + 1] + bias.y);
+  }
 }
 
 template <class E, Codes F, bool TRANSPOSED> cudaError_t launch(const QuantizedLinearParams& p, cudaStream_t stream) {

@@ -37,7 +37,7 @@ template <Codes F> struct CodeRun {
       for (int i = 0; i < 8 / PER_WORD; i++) {
         const int word = chunk * 8 / PER_WORD + i;
         float x[PER_WORD];
-        word_values<F>(word_of(codes[word / 4], word % 4), decoder, x);
+        word_values<F>(word_at(codes[word / 4], word % 4), decoder, x);
 #pragma unroll
         for (int c = 0; c < PER_WORD; c += 2) pairs[(i * PER_WORD + c) / 2] = pair<E>(x[c] * by[0], x[c + 1] * by[0]);
       }
@@ -47,23 +47,23 @@ template <Codes F> struct CodeRun {
   }
 };
 
+// Bias of columns c and c + 1.
+DEV_INLINE float2 bias_pair(const Vector& bias, i64 c, i64 columns) {
+  float first[1] = {0.f}, second[1] = {0.f};
+  if (bias.data && c < columns) load_any<1>(first, bias.data, bias.dtype, c);
+  if (bias.data && c + 1 < columns) load_any<1>(second, bias.data, bias.dtype, c + 1);
+  return make_float2(first[0], second[0]);
+}
 // Results c and c + 1 of a row of y.
 template <class E>
 DEV_INLINE void store_pair(const QuantizedLinearParams& p, i64 m, i64 c, i64 columns, float first, float second) {
   if (m >= p.M || c >= columns) return;
-  float x[2] = {first, second};
-  if (p.bias.data) {
-    float bias[1];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (c + i < columns) load_any<1>(bias, p.bias.data, p.bias.dtype, c + i), x[i] += bias[0];
-  }
   E* to = static_cast<E*>(p.y.data) + m * p.y.stride + c;
   if (columns % 2 == 0) {
-    *reinterpret_cast<uint32_t*>(to) = pair<E>(x[0], x[1]);
+    *reinterpret_cast<uint32_t*>(to) = pair<E>(first, second);
   } else {
-    from_float(to[0], x[0]);
-    if (c + 1 < columns) from_float(to[1], x[1]);
+    from_float(to[0], first);
+    if (c + 1 < columns) from_float(to[1], second);
   }
 }
 

@@ -118,7 +118,7 @@ def test_hopper_code_of_a_list_is_not_empty(asked, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["causal_attention_fwd_sm90", "causal_attention_bwd_sm90"])
+@pytest.mark.parametrize("name", ["causal_attention_fwd_sm90", "causal_attention_bwd_sm90", "quantized_linear_sm90"])
 def test_kernels_without_a_body_trap(name, monkeypatch, tmp_path):
     """As compiled for sm_90, which setup.py never does: not a bare EXIT, and at most a warp may start."""
     options = ["-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90"]

@@ -106,6 +106,9 @@ def test_the_library_finds_torch_on_a_gpu_machine(built):
     [
         ("attention_forward_sm90", "sm_90a", ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"), 8),
         ("attention_backward_sm90", "sm_90a", ("HGMMA", "UTMALDG", "USETMAXREG"), 16),
+        ("quantized_products_sm90", "sm_90a", ("HGMMA", "UTMALDG", "USETMAXREG"), 24),
+        ("quantized_products_sm80", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 12),
+        ("quantized_rows", "sm_80", ("HMMA.16816", "LDG.E.EF.128"), 12),
         ("attention_forward", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 8),
         ("query_gradient", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 8),
         ("key_gradients", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 8),
@@ -228,7 +231,10 @@ def test_one_question_about_the_gpu():
         found = re.findall(r"__CUDA_ARCH\w*", re.sub(r"//.*", "", path.read_text()))
         asked |= {path.name: found} if found else {}
     assert asked == {"hopper.cuh": ["__CUDA_ARCH_FEAT_SM90_ALL", "__CUDA_ARCH__"]}  # the second: of a device at all
-    assert [path.stem for path in HOPPER] == ["causal_attention_bwd_sm90", "causal_attention_fwd_sm90"]
+    assert [path.stem for path in HOPPER] == [
+        *("causal_attention_bwd_sm90", "causal_attention_fwd_sm90"),
+        "quantized_linear_sm90",
+    ]
 
 
 def test_kernels_have_no_float_atomics():

@@ -55,6 +55,26 @@ def test_products(format, size, rows, dtype):
     check(gradient(dy, weight, format, size, K), dy, w)
 
 
+GPUS = {"hopper": {}, "sm_80": {"hopper_code": False}, "no maps": {"maps": False}}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda t: str(t)[6:])
+@pytest.mark.parametrize("format", FORMATS)
+def test_tensor_cores_of_every_gpu(format, dtype, gpu):
+    """130 rows, once in blocks of 128 rows, and of 256 on Hopper where there are enough; more steps than a ring has buffers."""
+    emulated.configure(**GPUS[gpu])
+    for N, K in ((140, 512), (520, 96 if format != "nf4" else 128)):
+        weight = packed(N, K, format, 64)
+        w = _nf4.dequantize_groups(*weight, format, 64)[:, :K].double()
+        x, dy, bias = torch.randn(130, K).to(dtype), torch.randn(130, N).to(dtype), torch.randn(N).to(dtype)
+        y, dx = forward(x, weight, format, 64, bias), gradient(dy, weight, format, 64, K)
+        check(y, x, w.T, bias.double())
+        check(dx, dy, w)
+        emulated.configure("reverse", False, **GPUS[gpu])
+        assert bitwise(forward(x, weight, format, 64, bias), y) and bitwise(gradient(dy, weight, format, 64, K), dx)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
 @pytest.mark.parametrize("format", FORMATS)
 def test_scales_of_any_dtype_and_rows_anywhere(format, dtype):
