@@ -1,4 +1,5 @@
 // sample on CUDA: checks, allocation, launch.
+#include "../cuda/sample_parts.h"
 #include "cuda_common.h"
 
 namespace gptfast::cuda {
@@ -37,7 +38,9 @@ Tensor draw(const Tensor& logits, const SampleOptions& all, const Tensor* each, 
                        .R = x.R,
                        .V = x.C,
                        .all = all};
-  check(kOp, sample(p, on.stream));
+  const i64 bytes = sample_parts_room(p);
+  Tensor room = new_tensor(kOp, logits, {bytes / i64(sizeof(float))}, ScalarType::Float);
+  check(kOp, bytes ? sample_parts(p, room.mutable_data_ptr(), on.stream) : sample(p, on.stream));
   if (!on.capturing()) check_tokens(out);
   return out;
 }

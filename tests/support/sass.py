@@ -125,7 +125,7 @@ REGISTERS = [
     ("attention_forward_sm90.*Li64ELi3E", "sm_90a", 128),
     ("attention_(forward|backward)_sm90", "sm_90a", 168),
     ("embedding_bwd_kernel", "sm_80", 64),  # four blocks of 256 threads
-    ("sample_kernel", "sm_80", 64),  # one of 1024
+    ("sample_(part_|join_|)kernel", "sm_80", 64),  # one of 1024
     ("attend_split.*Li1EE", "sm_80", 128),  # four of 128 threads, each with 8 loads under way, for one query a head
     ("attend_split", "sm_80", 255),  # two
     (
