@@ -11,6 +11,7 @@
 // tile's sums run on while the next tile's scores are formed. Barriers in shared memory: the rows kept have landed; of each
 // stage, the tiles have landed and have been used.
 #include "causal_attention_delta.cuh"
+#include "causal_attention_dropout_sm90.cuh"
 #include "causal_attention_sm90.cuh"
 
 namespace gptfast::cuda {
@@ -19,7 +20,7 @@ namespace {
 template <class E_, int D_, bool KEYS_> struct BackwardShape90 {
   using E = E_;
   static constexpr bool KEYS = KEYS_;
-  static constexpr int D = D_, CONSUMERS = 2, BM = 64 * CONSUMERS, BN = 64, STAGES = 2, WARPS = 4 * CONSUMERS;
+  static constexpr int D = D_, CONSUMERS = 2, BM = 64 * CONSUMERS, BN = 64, STAGES = 4, WARPS = 4 * CONSUMERS;
   static constexpr int THREADS = 128 * (CONSUMERS + 1), KEPT_BYTES = BM * D * 2, TILE_BYTES = BN * D * 2;
   static constexpr int BARRIERS = 1 + 2 * STAGES;
   static constexpr int SMEM = 2 * KEPT_BYTES + 2 * STAGES * TILE_BYTES + BARRIERS * 8 + BM * int(sizeof(Range)) +
@@ -32,11 +33,16 @@ struct BackwardMaps {
 
 template <class C, bool DROPOUT>
 __global__ void HOPPER_BOUNDS(C::THREADS)
-    attention_backward_sm90(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps) {
+    attention_backward_sm90(const __grid_constant__ AttentionParams p, const __grid_constant__ BackwardMaps maps,
+                            const __grid_constant__ HopperDropout dropout) {
 #if defined(GPTFAST_HOPPER)
   using E = typename C::E;
   constexpr bool KEYS = C::KEYS;
   constexpr int D = C::D, BM = C::BM, BN = C::BN, STAGES = C::STAGES, PANELS = D / 64, NT = BN / 8;
+  // The rows kept as first operands in registers: read from shared memory for every tile, they and the tile would take all that
+  // it can give beside products of 64 columns.
+  constexpr bool IN_REGISTERS = D == 64;
+  constexpr bool REORDERED = IN_REGISTERS && KEYS && DROPOUT;  // row r of the block is key key_of_row(r)
   DYN_SMEM(smem);
   char* const tiles_data = smem + 2 * C::KEPT_BYTES;  // of each stage: b0, then b1
   char* const after_tiles = tiles_data + 2 * STAGES * C::TILE_BYTES;
@@ -81,9 +87,10 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
     }
     for (int n = 0; n < min(members * own.hi, STAGES); n++) load_tiles(n, own.lo, own.hi);
   }
-  for (int r = threadIdx.x; r < BM; r += C::THREADS) seen[r] = seen_by(row0 + r);
+  auto place_of_row = [](int r) { return REORDERED ? row_of_key(r) : r; };
+  for (int r = threadIdx.x; r < BM; r += C::THREADS) seen[place_of_row(r)] = seen_by(row0 + r);
   __syncthreads();
-  const Range first = seen[0], last = seen[min(BM, rows - row0) - 1];
+  const Range first = seen[0], last = seen[place_of_row(min(BM, rows - row0) - 1)];
   const int begin = tiles_of(first, last).lo, tiles = tiles_of(first, last).hi;
 
   if (threadIdx.x < 128) {  // ---- loads
@@ -120,8 +127,9 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   const int w = (TIGHT ? int(threadIdx.x) / 32 : warp_number()) / 4 - 1;
   const int warp = int(threadIdx.x) / 32 - 4, lane = threadIdx.x % 32;
   const int warp_row = warp * 16, row = row0 + warp_row + lane / 4;
+  auto result_row = [&](int r) { return REORDERED ? key_of_row(warp_row + r) : warp_row + r; };
   const Range group_first = seen[w * 64], group_last = seen[w * 64 + 63];
-  const float scale_log2 = p.scale * kLog2e, kept = dropout_scale(p.dropout);
+  const float scale_log2 = p.scale * kLog2e, kept = TIGHT ? dropout_scale(p.dropout) : dropout.kept;
   float sum0[1][D / 8][4] = {}, sum1[1][D / 8][4] = {};  // dq or dk; dv
   float level[2] = {}, delta[2] = {}, shift[2] = {};     // of this lane's queries, where rows are queries
   if constexpr (!KEYS) {
@@ -136,13 +144,16 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
     }
   }
 
+  uint32_t own[2][IN_REGISTERS ? D / 16 : 1][4];                    // this warp's rows of a0 and a1
   auto multiply = [&](float (&x)[1][NT][4], int side, int stage) {  // a b^T
     const uint64_t a = smem_descriptor(kept_at + side * C::KEPT_BYTES + w * 64 * 128, 16, 1024);
     const uint64_t other = smem_descriptor(tiles_at + (stage * 2 + side) * C::TILE_BYTES, 16, 1024);
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
       const int at = k % 4 * 32, panel = k / 4;
-      wgmma<E, 0, 0>(x[0], moved(a, panel * BM * 128 + at), moved(other, panel * BN * 128 + at), k != 0);
+      const uint64_t b = moved(other, panel * BN * 128 + at);
+      if constexpr (IN_REGISTERS) wgmma<E, 0>(x[0], own[side][k], b, k != 0);
+      else wgmma<E, 0, 0>(x[0], moved(a, panel * BM * 128 + at), b, k != 0);
     }
   };
   auto add_weighted_rows = [&](float (&sum)[1][D / 8][4], const uint32_t (&weights)[BN / 16][4], int side, int stage) {
@@ -154,35 +165,49 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
 #pragma unroll
     for (int k = 0; k < BN / 16; k++) result_as_a<E>(weights[k], x[0][2 * k], x[0][2 * k + 1]);
   };
-  // One bit an element of a tile: bit 4 n + e of element (n, e). Made while the products run; one register, where the
-  // words behind them would be many.
+  // What is kept of a tile. Made while the products run: of queries the random words, of keys, where registers are few, a bit
+  // an element.
+  struct Decisions {
+    uint32_t words[KEYS ? 1 : 2 * NT];
+  };
   static_assert(4 * NT <= 32);
   auto decisions = [&](int matrix, int at) {
-    uint32_t bits = 0;
-    auto note = [&](int, int n, int e, bool keep) { bits |= uint32_t(keep) << (4 * n + e); };
-    if constexpr (KEYS) each_decision_transposed<1, NT>(p.dropout, matrix, row0 + warp_row, at, note);
-    else each_decision<1, NT>(p.dropout, matrix, row, at, note);
-    return opaque(bits);
+    Decisions kept;
+    if constexpr (REORDERED) kept.words[0] = decisions_of_keys(dropout, matrix, row0, warp_row, at);
+    else if constexpr (KEYS) kept.words[0] = decisions_in_order<NT>(p.dropout, matrix, row0 + warp_row, at);
+    else pair_words<NT>(kept.words, dropout, matrix, row, at);
+    return kept;
   };
   // s -> P (after dropout where rows are keys), dp -> dS
-  auto slopes = [&](float (&s)[1][NT][4], float (&dp)[1][NT][4], uint32_t keep_bits, int stage) {
+  auto slopes = [&](float (&s)[1][NT][4], float (&dp)[1][NT][4], const Decisions& decided, int stage) {
     const float* columns = statistics + stage * 3 * BN + lane % 4 * 2;
     auto level_of = [&](int n, int e) { return KEYS ? columns[n * 8 + e % 2] : level[e / 2]; };
     auto delta_of = [&](int n, int e) { return KEYS ? columns[BN + n * 8 + e % 2] : delta[e / 2]; };
     auto shift_of = [&](int n, int e) { return KEYS ? columns[2 * BN + n * 8 + e % 2] : shift[e / 2]; };
-    constexpr bool always = KEYS && DROPOUT;  // a branch would spill at head dim 128
+    constexpr bool always = KEYS && DROPOUT && D == 128;  // a branch would spill
     if (!always && (KEYS ? far[stage] : shift[0] != 0.f || shift[1] != 0.f))
       each_element<1, NT>([&](int, int n, int e) { s[0][n][e] -= shift_of(n, e); });
     each_element<1, NT>([&](int, int n, int e) {
       const float score = always ? s[0][n][e] - shift_of(n, e) : s[0][n][e];
       s[0][n][e] = fast_exp2(fmaf(score, scale_log2, -level_of(n, e)));
     });
-    each_element<1, NT>([&](int, int n, int e) {
-      const bool keep = !DROPOUT || (keep_bits >> (4 * n + e) & 1);
-      const float d = DROPOUT ? (keep ? dp[0][n][e] * kept : 0.f) : dp[0][n][e];
-      dp[0][n][e] = s[0][n][e] * (d - delta_of(n, e));
+    auto slope = [&](int n, int e, bool keep) {
+      const float d = DROPOUT ? fmaf(dp[0][n][e], keep ? kept : 0.f, -delta_of(n, e)) : dp[0][n][e] - delta_of(n, e);
+      dp[0][n][e] = s[0][n][e] * d;
       if (KEYS && !keep) s[0][n][e] = 0.f;
-    });
+    };
+    if constexpr (DROPOUT && !KEYS) {
+#pragma unroll
+      for (int n = 0; n < 2 * NT; n++) {
+        bool low, high;
+        halves_at_least(decided.words[n], dropout.least, low, high);
+        slope(n % NT, n / NT * 2, low), slope(n % NT, n / NT * 2 + 1, high);
+      }
+    } else {
+      each_element<1, NT>([&](int, int n, int e) {
+        slope(n, e, !DROPOUT || (decided.words[0] >> (REORDERED ? bit_of_key(n, e) : 4 * n + e) & 1));
+      });
+    }
   };
   bool nonfinite = false;        // keys in tiles with masked elements
   int edges = 0;                 // of them so far: flags alternate, as a warp may be one tile ahead of another
@@ -208,8 +233,8 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
     wgmma_commit();
   };
   auto is_edge = [&](int at) { return at < last.lo || at + BN > first.hi; };
-  auto weigh = [&](int stage, int at, uint32_t keep_bits) {
-    slopes(s, dp, keep_bits, stage);
+  auto weigh = [&](int stage, int at, const Decisions& decided) {
+    slopes(s, dp, decided, stage);
     if (!is_edge(at)) return;
     mask(dp, seen + warp_row, at, 0.f);
     if constexpr (KEYS) mask(s, seen + warp_row, at, 0.f);
@@ -233,6 +258,13 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   const uint32_t scratch = smem_u32(flags + 2 * C::WARPS) + (threadIdx.x - 128) * 4;
 
   if (tiles) mbarrier_wait(kept_full, 0);
+  if constexpr (IN_REGISTERS)
+    if (tiles)
+#pragma unroll
+      for (int n = 0; n < 2 * (D / 16); n++)
+        ldmatrix_x4(own[n % 2][n / 2], smem_u32(Tile<E, 64>{smem + n % 2 * C::KEPT_BYTES}.chunk(
+                                           result_row(lane % 16), n / 2 * 2 + lane / 16)));
+  if constexpr (REORDERED) named_barrier(2 + w, 128);  // before another warp's results are written where these lay
   for (int member = 0; member < members; member++) {
     const int matrix = KEYS ? bh * members + member : bh, n0 = GROUPS ? member * tiles : 0;
     for (int i = 0; i < from; i++) pass(n0 + i, begin + i * BN);
@@ -244,12 +276,15 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       multiply(dp, 1, stage_of(i));
       wgmma_commit();
     };
-    auto decisions_of = [&](int i) { return DROPOUT ? decisions(matrix, begin + i * BN) : 0; };
+    auto decisions_of = [&](int i) {
+      if constexpr (DROPOUT) return decisions(matrix, begin + i * BN);
+      else return Decisions{};
+    };
     auto weights_of = [&](int i) {
       scores_of(i);
-      const uint32_t keep_bits = decisions_of(i);
+      const Decisions decided = decisions_of(i);
       wgmma_wait<0>();
-      weigh(stage_of(i), begin + i * BN, keep_bits);
+      weigh(stage_of(i), begin + i * BN, decided);
       pack_both();
     };
     auto finish_sums = [&](int i) {
@@ -263,9 +298,9 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       for (int i = from + 1; i < to; i++) {
         scores_of(i);
         add_sums(stage_of(i - 1));
-        const uint32_t keep_bits = decisions_of(i);
+        const Decisions decided = decisions_of(i);
         wgmma_wait<1>();
-        weigh(stage_of(i), begin + i * BN, keep_bits);
+        weigh(stage_of(i), begin + i * BN, decided);
         finish_before_wait(scratch, dp[0][0][0] + dp[0][NT - 1][3]);
         wgmma_wait<0>();
         release(stage_of(i - 1));
@@ -288,7 +323,12 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       const Tile<E, 64> tile{smem + side * C::KEPT_BYTES + panel * BM * 128};
       result_to_tile<E>(part, factor, tile, warp_row);
       if (nonfinite) spread_nonfinite<16>(tile, warp_row, seen + warp_row, p, p.k, b, h / p.group, panel * 64);
-      store_rows<16>(tile, warp_row, p, y, b, h, row0 + warp_row, rows, panel * 64);
+      for (int c = lane; c < 16 * 8; c += 32) {
+        const int at = row0 + result_row(c / 8), column = panel * 64 + c % 8 * 8;
+        if (at < rows && column < p.D)
+          *reinterpret_cast<uint4*>(row_of<E>(y, b, h, at) + column) =
+              *reinterpret_cast<const uint4*>(tile.chunk(warp_row + c / 8, c % 8));
+      }
     }
   };
   if constexpr (KEYS) {
@@ -313,7 +353,8 @@ template <class C, bool DROPOUT> cudaError_t launch(const AttentionParams& p, cu
   if (!map_of(&maps.a0, p, a0, heads, rows, C::BM) || !map_of(&maps.a1, p, a1, heads, rows, C::BM) ||
       !map_of(&maps.b0, p, b0, other_heads, others, C::BN) || !map_of(&maps.b1, p, b1, other_heads, others, C::BN))
     return kMapRefused;
-  LAUNCH(kernel, dim3(unsigned(ceil_div(rows, C::BM) * p.B * heads)), dim3(C::THREADS), C::SMEM, stream, p, maps);
+  LAUNCH(kernel, dim3(unsigned(ceil_div(rows, C::BM) * p.B * heads)), dim3(C::THREADS), C::SMEM, stream, p, maps,
+         hopper_dropout(p.dropout));
   return cudaGetLastError();
 }
 template <class E, int D, bool DROPOUT> cudaError_t launch_both(const AttentionParams& p, cudaStream_t stream) {

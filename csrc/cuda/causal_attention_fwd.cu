@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) attention_forward(const __grid_
   __syncthreads();  // q has been used, also where there was no key
 
   float factor[MT][2];
-  finish_softmax(m, l, factor, p, bh, row);
+  finish_softmax(m, l, factor, p, p.dropout.threshold ? dropout_scale(p.dropout) : 1.f, bh, row);
   result_to_tile<E>(o, factor, q, warp_row);
   if (nonfinite) spread_nonfinite<16 * MT>(q, warp_row, seen + warp_row, p, p.v, b, key_head, 0);
   store_rows<16 * MT>(q, warp_row, p, p.y, b, h, i0 + warp_row, p.T, 0);

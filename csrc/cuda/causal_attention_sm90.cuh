@@ -10,7 +10,8 @@ namespace gptfast::cuda {
 
 // The number of the warp in the block, the same register in all its lanes as the compiler sees it: what is computed from it
 // need not be moved to the uniform registers that wgmma takes its descriptors from.
-DEV_INLINE int warp_number() { return __shfl_sync(kAllLanes, int(threadIdx.x) / 32, 0); }
+DEV_INLINE int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
+DEV_INLINE int warp_number() { return uniform(int(threadIdx.x) / 32); }
 
 // The block of rows and the matrix (of a batch and a head) of a thread block. `blocks` a matrix, of falling length, are dealt
 // for `together` matrices at a time, the longest of all first: so they end together, and what they read stays in L2.
@@ -26,6 +27,47 @@ DEV_INLINE Place place_of(int index, int blocks, int matrices, int together) {
 inline int matrices_together(int matrices, int group, i64 bytes) {
   const i64 fit = (i64(25) << 20) / (bytes < 1 ? 1 : bytes) * group;
   return int(fit < group ? group : fit < matrices ? fit : matrices);
+}
+
+// The tasks of a kernel: `blocks` of rows of `matrices`, as place_of deals them. Where rows are few, so that a task is short beside
+// its first loads, the blocks of the kernel stay, one on each multiprocessor, and take one task after another. Elsewhere each
+// task has a block of its own, which goes to whichever multiprocessor is free: that balances long ones better.
+struct Schedule {
+  int blocks, matrices, together;
+  float scale_log2;  // the kernel would keep it in a register
+  unsigned grid;
+};
+constexpr int kFewRows = 2048;
+inline cudaError_t schedule_of(Schedule* schedule, const AttentionParams& p, int rows, int height, int matrices,
+                               int group, i64 bytes) {
+  const int blocks = int(ceil_div(rows, height));
+  const i64 tasks = i64(blocks) * matrices;
+  const float scale_log2 = (p.scale > 1e-30f ? p.scale : 1e-30f) * kLog2e;  // as scale_log2_of
+  *schedule = {blocks, matrices, matrices_together(matrices, group, bytes), scale_log2, unsigned(tasks)};
+  if (rows > kFewRows) return cudaSuccess;
+  int device = 0, processors = 0;
+  cudaError_t error = cleared(cudaGetDevice(&device));
+  if (error == cudaSuccess)
+    error = cleared(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  schedule->together = matrices;
+  if (tasks > processors) schedule->grid = unsigned(processors);
+  return error;
+}
+// The task of a block in its turn: there and back over the blocks, so that the longest of one turn gets the shortest of the next.
+DEV_INLINE int task_number(int turn) {
+  const int count = int(gridDim.x), mine = int(blockIdx.x);
+  return turn * count + (turn % 2 ? count - 1 - mine : mine);
+}
+
+// Does a thread, number `thread` of THREADS, find nan or inf in its part of BYTES of shared memory? For warps of few registers.
+template <class E, int BYTES, int THREADS> DEV_INLINE bool holds_nonfinite(const char* data, int thread) {
+  uint32_t found = 0;
+#pragma unroll 2
+  for (int c = thread; c < BYTES / 16; c += THREADS) {
+    const uint4 x = *reinterpret_cast<const uint4*>(data + c * 16);
+    found |= nonfinite_bits<E>(x.x) | nonfinite_bits<E>(x.y) | nonfinite_bits<E>(x.z) | nonfinite_bits<E>(x.w);
+  }
+  return found != 0;
 }
 
 // x (B, heads, rows, D) as a map of tiles of 64 columns and `tile_rows` rows; a dimension of one element has no stride to

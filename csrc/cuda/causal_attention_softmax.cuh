@@ -93,8 +93,7 @@ DEV_INLINE void softmax(float (&s)[MT][NT][4], float (&m)[MT][2], float (&l)[MT]
 // Leaves the statistics, and gives what the lane's rows of output must be multiplied by: 0 for a row that saw no key.
 template <int MT>
 DEV_INLINE void finish_softmax(const float (&m)[MT][2], const float (&l)[MT][2], float (&factor)[MT][2],
-                               const AttentionParams& p, int bh, int row) {
-  const float kept = p.dropout.threshold ? dropout_scale(p.dropout) : 1.f;
+                               const AttentionParams& p, float kept, int bh, int row) {
 #pragma unroll
   for (int n = 0; n < 2 * MT; n++) {
     float sum = l[n / 2][n % 2];

@@ -86,6 +86,13 @@ DEV_INLINE uint32_t opaque(uint32_t x) {
   return x;
 }
 
+// Byte n of the result is byte `order` >> 4 n & 7 of the eight bytes of a and b.
+DEV_INLINE uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t order) { return __byte_perm(a, b, order); }
+// Are the two 16-bit halves of a word at least those of `least`? One instruction.
+DEV_INLINE void halves_at_least(uint32_t word, uint32_t least, bool& low, bool& high) {
+  __vibmax_u16x2(word, least, &high, &low);
+}
+
 // ptxas moves a wait for products, which names no register, above the arithmetic before it, but not above this store of the
 // result x of that arithmetic: what precedes it in the source then runs while the products do. `scratch`: 4 bytes of the thread.
 DEV_INLINE void finish_before_wait(uint32_t scratch, float x) {
@@ -240,6 +247,15 @@ inline void fence_proxy_async() { EMU_RACE(emu::race::proxy_fence();) }
 template <int N> inline void setmaxnreg_inc() { emu::set_registers(N); }
 template <int N> inline void setmaxnreg_dec() { emu::set_registers(N); }
 inline uint32_t opaque(uint32_t x) { return x; }
+inline uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t order) {
+  const uint64_t both = uint64_t(b) << 32 | a;
+  uint32_t result = 0;
+  for (int n = 0; n < 4; n++) result |= uint32_t(both >> (order >> 4 * n & 7) * 8 & 0xff) << 8 * n;
+  return result;
+}
+inline void halves_at_least(uint32_t word, uint32_t least, bool& low, bool& high) {
+  low = (word & 0xffff) >= (least & 0xffff), high = word >> 16 >= least >> 16;
+}
 inline void finish_before_wait(uint32_t scratch, float x) {
   memcpy(emu::smem_ptr(scratch, 4, 4, "finish_before_wait"), &x, 4);
 }
