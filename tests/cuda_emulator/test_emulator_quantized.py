@@ -115,6 +115,17 @@ def test_a_row_has_the_same_bits_in_any_batch(format, dtype):
 
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
+def test_nothing_to_sum(dtype, rows):
+    """No features, no outputs: the bias, and zeros."""
+    empty, bias = torch.zeros(rows, 0, dtype=dtype), torch.randn(5).to(dtype)
+    codes = torch.zeros(5, 64, dtype=torch.int8)
+    assert torch.equal(forward(empty, (codes[:, :0], torch.zeros(5, 0)), "int8", 32, bias), bias.expand(rows, 5))
+    dx = gradient(empty, (codes[:0], torch.zeros(0, 2)), "int8", 32, 64)
+    assert dx.shape == (rows, 64) and (dx == 0).all()
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t)[6:])
 def test_nan_and_inf_stay_in_their_rows(dtype, rows):
     weight = packed(40, 100, "int4", 32)
     x = torch.randn(rows, 100).to(dtype)

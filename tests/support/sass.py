@@ -134,6 +134,8 @@ REGISTERS = [
         128,
     ),  # four of 128 threads, each with 8 loads of 16 bytes under way: 64 KB; 64 registers spill
     ("cross_entropy", "sm_80", 32),  # four of 512
+    ("quantized_(rows|products)", "sm_80", 128),  # two of 256
+    ("quantized_products_sm90", "sm_90a", 168),
     (
         r"norm_fwd_kernelILb0.*Li[48]ELi1ELi(8|16|32)E",
         "sm_80",
