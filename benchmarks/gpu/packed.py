@@ -40,10 +40,11 @@ def bitsandbytes(weight: Tensor, x: Tensor) -> Makers:
         return {}
 
     def maker() -> Run:
-        import bitsandbytes as bnb
+        from bitsandbytes.autograd._functions import matmul_4bit
+        from bitsandbytes.functional import quantize_4bit
 
-        codes, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-        return lambda: bnb.matmul_4bit(x, codes.t(), quant_state=state)
+        codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        return lambda: matmul_4bit(x, codes.t(), quant_state=state)
 
     return {"bitsandbytes": maker}
 
