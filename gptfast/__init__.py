@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from gptfast.backend import backend
     from gptfast.integrations import accelerate, restore
     from gptfast.malloc import tune_malloc
-    from gptfast.models import GPT, GPTConfig
+    from gptfast.models import BERT, GPT, GPTConfig
 
 __all__ = [
+    "BERT",
     "GPT",
     "GPTConfig",
     "__version__",
@@ -36,6 +37,7 @@ when_imported("transformers.modeling_utils", register)  # attn_implementation="g
 # Imported when first used, because torch takes seconds: `gptfast --help` does not wait for it, and what has to be set
 # before torch loads can be. Every other name is a module of the package; `gptfast.backend` is one that can be called.
 _CLASSES = {
+    "BERT": "gptfast.models",
     "GPT": "gptfast.models",
     "GPTConfig": "gptfast.models",
     "accelerate": "gptfast.integrations",

@@ -14,6 +14,7 @@ def check_shape(config: Any) -> None:
     _check_rotary(config)
     _check_norms(config)
     _check_experts(config)
+    _check_direction(config)
 
 
 def _check_heads(config: Any) -> None:
@@ -83,6 +84,20 @@ def _check_experts(config: Any) -> None:
     given = next((name for name, value in gated.items() if value is not None), None)
     if given and config.activation != "swiglu":
         raise ValueError(f"GPTConfig: {given} is for activation='swiglu', and it is {config.activation!r}")
+
+
+def _check_direction(config: Any) -> None:
+    if config.causal:
+        given = config.others(("type_vocab_size", "head_transform", "pooler", "next_sentence_head"))
+        if given:
+            raise ValueError(f"GPTConfig: {given[0]} is for causal=False, as in BERT, and causal is True")
+    elif config.is_banded:
+        raise ValueError(
+            f"GPTConfig: attention_pattern is {config.attention_pattern!r} with causal=False; no kernel has a band without a "
+            "causal mask - use 'dense'"
+        )
+    if config.next_sentence_head and not config.pooler:
+        raise ValueError("GPTConfig: next_sentence_head reads the pooler, and pooler is False; expected both")
 
 
 def _multiples_near(n: int, of: int) -> str:

@@ -1,4 +1,4 @@
-"""The shapes of the published GPT-1, GPT-2 and GPT-3, as fields of `gptfast.GPTConfig`."""
+"""The shapes of the published GPT-1, GPT-2, GPT-3, gpt-oss and BERT, as fields of `gptfast.GPTConfig`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,17 @@ def _gpt_oss(n_layer: int, n_expert: int, **others: Any) -> dict[str, Any]:
     }
 
 
+BERT: dict[str, Any] = {  # what every BERT has and no GPT
+    **{"causal": False, "type_vocab_size": 2, "head_transform": True, "pooler": True, "next_sentence_head": True},
+    **{"norm_position": "post", "final_norm": False, "embedding_norm": True, "activation": "gelu"},
+    "layer_norm_epsilon": 1e-12,
+}
+
+
+def _bert(**sizes: Any) -> dict[str, Any]:
+    return {"block_size": 512, "vocab_size": 30522, **BERT, **sizes}
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt1": {"block_size": 512, "vocab_size": 40478, "norm_position": "post", "final_norm": False},
     "gpt2": {},
@@ -51,6 +62,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt3-6.7b": _gpt3(32, 4096, 32),
     "gpt3-13b": _gpt3(40, 5120, 40),
     "gpt3-175b": _gpt3(96, 12288, 96, tie_weights=False),
+    "bert-base": _bert(),
+    "bert-large": _bert(n_layer=24, n_head=16, n_embd=1024),
     "gpt-oss-20b": _gpt_oss(24, 32),
     "gpt-oss-120b": _gpt_oss(36, 128),
     "gptoss-tiny": _gpt_oss(
@@ -68,7 +81,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 """Shapes from the papers: Radford et al. 2018 (GPT-1), Radford et al. 2019 (GPT-2), Brown et al., arXiv
-2005.14165, Table 2.1 (GPT-3). Where the GPT-3 paper leaves a choice:
+2005.14165, Table 2.1 (GPT-3), Devlin et al., arXiv 1810.04805, section 3 (BERT, with both heads of its pre-training and
+the uncased vocabulary). Where the GPT-3 paper leaves a choice:
 
 * its XL row (2048 channels, 24 heads of 128) and its 13B row (5140 channels, 40 heads of 128) contradict
   themselves; n_head * head_dim = n_embd and the printed parameter counts hold with 16 heads and with 5120

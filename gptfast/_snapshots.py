@@ -22,7 +22,9 @@ from gptfast._locks import courtesy
 
 COMMITTED, STALE = ".saved", ".stale"
 WEIGHTS = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
-TOKENIZER = r"(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|merges\.txt|chat_template\.jinja"
+TOKENIZER = (
+    r"(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json|(merges|vocab)\.txt|chat_template\.jinja"
+)
 TOKENS = r"data\.json|(train|val)(-\d+-of-\d+)?\.bin"
 ADAPTER = r"adapter_config\.json|adapter_model\.(safetensors|bin)"
 TASK = r"task_config\.json|special_tokens\.safetensors"

@@ -119,6 +119,16 @@ class GPTConfig:
     swiglu_limit: float | None = option(
         None, "SwiGLU's gate is at most this, the rest within plus and minus this (gpt-oss: 7).", allowed=Real(above=0)
     )
+    causal: bool = option(True, "Position t sees the positions up to t; False: all of them, as in BERT.")
+    type_vocab_size: int | None = option(
+        None, "Types of tokens, each with an embedding that is added (BERT: 2, first and second text).", allowed=_SIZE
+    )
+    head_transform: bool = option(
+        False,
+        "Linear layer, activation and norm before the head, which has biases (BERT's masked-language-model head).",
+    )
+    pooler: bool = option(False, "Linear layer and tanh of the first position, for heads of whole rows (BERT).")
+    next_sentence_head: bool = option(False, "Two logits behind the pooler: the second text follows the first, or not.")
     dropout: InitVar[float | None] = option(
         None,
         "Part of the activations that training sets to 0 at random, in [0, 1]. It keeps a model from memorising a small text "
@@ -140,7 +150,7 @@ class GPTConfig:
 
         Args:
             name: gpt1; gpt2, gpt2-medium, gpt2-large, gpt2-xl; gpt3-125m, -350m, -760m, -1.3b, -2.7b, -6.7b,
-                -13b, -175b (see `PRESETS` for where the numbers come from).
+                -13b, -175b; bert-base, bert-large; gpt-oss-20b, -120b (see `PRESETS` for where the numbers come from).
             dropout: sets all three dropouts; None keeps the preset's.
             overrides: any field of GPTConfig.
         Raises:

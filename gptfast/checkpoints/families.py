@@ -1,4 +1,4 @@
-"""Architectures of transformers beside GPT-1 and GPT-2, as one network: the names of their tensors, and their config.json.
+"""Architectures of transformers beside GPT-1 and GPT-2, BERT too, as one network: the names of their tensors, and their config.json.
 
 A tensor of ours may be several of theirs, whose rows follow one another: c_attn is q_proj, k_proj and v_proj.
 C channels, H heads, K heads of keys, D head_dim.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from gptfast.checkpoints import bert
 from gptfast.checkpoints.family_configs import (
     Fields,
     Raw,
@@ -66,6 +67,8 @@ class Family:
     block: their names of the modules of a block.  outside: those of the others.
     layers: what comes before the number of a layer.
     by_head: the rows of c_attn lie by heads: the query, key and value of each.
+    whole: their names of tensors that are not those of their module.
+    copies: names in the file of what stands there under another name too, where the head is not tied.
     """
 
     architecture: str
@@ -75,10 +78,14 @@ class Family:
     outside: dict[str, str]
     layers: str
     by_head: bool = False
+    whole: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
 
     def parts(self, name: str) -> Parts:
         """Their names of one of our tensors."""
         module, _, kind = name.rpartition(".")
+        if name in self.whole:
+            return (self.whole[name],)
         match = re.fullmatch(r"h\.(\d+)\.(.+)", module)
         if match is None:
             return (f"{self.outside[module]}.{kind}",)
@@ -124,9 +131,25 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family("GptOssForCausalLM", from_gpt_oss, to_gpt_oss, _GPT_OSS, _USUAL, "model.layers"),
     "gpt_neox": Family("GPTNeoXForCausalLM", from_neox, to_neox, _NEOX, _NEOX_OUTSIDE, "gpt_neox.layers", by_head=True),
     "nanochat": Family("NanoChatForCausalLM", from_nanochat, to_nanochat, _NANOCHAT, _USUAL, "model.layers"),
+    "bert": Family(
+        *("BertForPreTraining", bert.from_bert, bert.to_bert, bert.BLOCK, bert.OUTSIDE, "bert.encoder.layer"),
+        whole={"lm_head.bias": bert.BIAS},
+        copies={bert.DECODER_BIAS: bert.BIAS},
+    ),
 }
-IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")  # buffers that old files have
-RENAMED = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}  # names of newer files, beside the older ones
+IGNORED = re.compile(
+    r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$|embeddings\.position_ids$"
+)  # buffers that old files have
+RENAMED = {  # names of other files, beside the usual ones
+    "gpt_neox": {"lm_head.weight": "embed_out.weight"},
+    "bert": {bert.DECODER_BIAS: bert.BIAS},
+}
+
+
+def usual_name(kind: str, key: str) -> str:
+    """The usual name of a tensor in a file."""
+    key = bert.renamed(key) if kind == "bert" else key
+    return RENAMED.get(kind, {}).get(key, key)
 
 
 def family_of(config: GPTConfig) -> str | None:

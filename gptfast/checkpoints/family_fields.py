@@ -39,6 +39,7 @@ KEYS = {
         "swiglu_limit",
     ),
     "quantization_config",
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "type_vocab_size"),
 }  # of all of them
 
 # transformers' names of the activations, of several for one the usual one first

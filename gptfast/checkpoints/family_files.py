@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptfast.checkpoints.families import FAMILIES, IGNORED, RENAMED, Family
+from gptfast.checkpoints.families import FAMILIES, IGNORED, Family, usual_name
 from gptfast.checkpoints.mxfp4 import decoded
 from gptfast.checkpoints.weight_files import StoredTensor, WeightFile
 from gptfast.config import GPTConfig
@@ -35,8 +35,7 @@ class JoinedFile(WeightFile):
     ) -> None:
         self._family, self._config = FAMILIES[kind], config
         there = {key: file for file in files for key in file.shapes if not IGNORED.search(key)}
-        older = RENAMED.get(kind, {})
-        where = decoded({older.get(key, key): file.stored(key) for key, file in there.items()}, path)
+        where = decoded({usual_name(kind, key): file.stored(key) for key, file in there.items()}, path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, list[StoredTensor]] = {}
         for name in names:
@@ -97,7 +96,10 @@ def sources(kind: str, config: GPTConfig, names: Sequence[str]) -> Iterator[tupl
     family: Family = FAMILIES[kind]
     for name in names:
         for n, key in enumerate(family.parts(name)):
-            yield key, Source(name, partial(_form, family, name, config, n))
+            source = Source(name, partial(_form, family, name, config, n))
+            yield key, source
+            if not config.tie_weights:
+                yield from ((copy, source) for copy, of in family.copies.items() if of == key)
 
 
 def _form(family: Family, name: str, config: GPTConfig, part: int, x: Tensor) -> Tensor:

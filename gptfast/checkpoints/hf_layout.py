@@ -63,7 +63,7 @@ def model_type(config: GPTConfig) -> str:
     transformers does not know banded layers, sinusoids, or other places of the norms in a GPT-2. Such a checkpoint has
     GPT-2's tensors, but its model_type makes transformers stop rather than compute something else.
     """
-    if config.position_embedding == "rotary":
+    if config.position_embedding == "rotary" or not config.causal:
         return family_of(config) or "gptfast"
     plain = config.attention_pattern == "dense" and config.position_embedding == "learned"
     plain = plain and config.beyond_gpt3() is None

@@ -83,6 +83,8 @@ class PromptTuningConfig:
 def check_fits(model: GPTConfig, config: PromptTuningConfig) -> None:
     """Raise ValueError for a soft prompt that is for another model, or leaves no room for tokens."""
     n, C, limit = config.n, model.n_embd, model.block_size
+    if not model.causal:
+        raise ValueError("add_adapter: a soft prompt goes before the tokens of a causal model, not of a BERT; use LoRA")
     if n >= limit:
         raise ValueError(
             f"add_adapter: num_virtual_tokens is {n} and the model's block_size {limit}, which leaves no room for tokens; "

@@ -15,6 +15,7 @@ from gptfast.cli.chat import chat
 from gptfast.cli.doctor import doctor
 from gptfast.cli.evaluate import evaluate
 from gptfast.cli.explain import explain
+from gptfast.cli.fill_mask import fill_mask
 from gptfast.cli.finetune import finetune
 from gptfast.cli.generate import generate
 from gptfast.cli.info import info
@@ -59,6 +60,7 @@ for command in (
     finetune,
     generate,
     chat,
+    fill_mask,
     evaluate,
     explain,
     scaling,

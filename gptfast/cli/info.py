@@ -102,6 +102,7 @@ def _shape(config: GPTConfig) -> str:
         attention = f"banded ({config.window}) as {config.attention_pattern}"
     shared = f", {config.kv_heads} of keys" if config.kv_heads != config.n_head else ""
     others = {"rotary positions": config.position_embedding == "rotary", "RMSNorm": config.norm == "rms_norm"}
+    others |= {"every position sees all": not config.causal}
     others |= {f"{config.n_expert_per_tok} of {config.n_expert} experts": config.n_expert is not None}
     others |= {config.activation: config.activation in ("swiglu", "relu_squared"), "QK-norm": config.qk_norm}
     more = "".join(f", {name}" for name, has in others.items() if has)

@@ -12,7 +12,7 @@ LEARNT = 64_000_000  # bytes; merges are learnt from at most this much text
 
 
 def learn(name: str, surveys: Sequence[Survey], vocab_size: int | None, unk: bool) -> tuple[Tokenizer, str | None]:
-    """The tokenizer "char", "word" or "bpe" of texts, and a note where its merges come from a part of them, else None.
+    """The tokenizer "char", "word", "bpe" or "wordpiece" of texts, and a note where its merges come from a part of them, else None.
 
     Characters come from all the text, so that each can be encoded; words and merges come from the training parts.
     """
@@ -25,9 +25,9 @@ def learn(name: str, surveys: Sequence[Survey], vocab_size: int | None, unk: boo
         for piece in pieces(document.blocks(), WORDS)
     )
     total = sum(found.size - (0 if everything else found.val_size) for found in surveys)
-    if name != "bpe" or total <= LEARNT:
+    if name not in ("bpe", "wordpiece") or total <= LEARNT:
         return get_tokenizer(name, parts, vocab_size, unk), None
-    note = f"bpe: learnt from {LEARNT / 1e6:.0f} of {total / 1e6:.0f} MB, taken evenly from all the text"
+    note = f"{name}: learnt from {LEARNT / 1e6:.0f} of {total / 1e6:.0f} MB, taken evenly from all the text"
     return get_tokenizer(name, _sample(parts, LEARNT / total), vocab_size, unk), note
 
 

@@ -18,11 +18,11 @@ from gptfast.data.corpus import load_corpus
 from gptfast.data.filters import Filters
 from gptfast.data.learn import learn
 from gptfast.data.mixture import Mixture, Source, is_mixture, read_mixture
-from gptfast.data.prepared import MANIFEST, TRAINABLE, PreparedData, check_fit, given_tokenizer, load_prepared, prepare
+from gptfast.data.prepared import MANIFEST, PreparedData, check_fit, given_tokenizer, load_prepared, prepare
 from gptfast.data.survey import survey
 from gptfast.data.token_file import TokenFile, is_token_file, write_tokens
 from gptfast.data.token_format import crc, vocabulary_hash
-from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer import TRAINED, Tokenizer
 
 
 def open_data(
@@ -84,7 +84,7 @@ def open_data(
 
 def _open_token_file(path: Path, tokenizer: Any, val_fraction: float) -> PreparedData:
     file = TokenFile.open(path)
-    if tokenizer in TRAINABLE:
+    if tokenizer in TRAINED:
         raise ValueError(
             f"open_data: tokenizer is {tokenizer!r}, which is trained on text, but {path} holds tokens; "
             "name 'gpt2' or the folder of the tokenizer that made them"
@@ -123,7 +123,7 @@ def _open_mixture(
             opened[source.name] = open_data(source.data, cache_dir / source.name, val_fraction=options["val_fraction"])
     if tokenizer is None:
         tokenizer = next((data.tokenizer for data in opened.values()), "gpt2")
-    elif tokenizer in TRAINABLE:
+    elif tokenizer in TRAINED:
         tokenizer, learning = _learnt(path, texts, str(tokenizer), learning, options), {}
     chosen = given_tokenizer(tokenizer, **learning)
     for source in texts:

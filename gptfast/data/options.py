@@ -31,12 +31,12 @@ class DataOptions:
         "gpt2",
         "How to cut text into tokens. gpt2: GPT-2's 50257 subwords, to compare with it or to fine-tune it. char: one token "
         "per character, best for a small model and minutes of training. word: one per word. bpe: subwords learnt from your "
-        "text. Or the FOLDER of a checkpoint, to use its tokenizer.",
+        "text. wordpiece: BERT's kind of subwords, in lower case, learnt from your text. Or the FOLDER of a checkpoint, to use its tokenizer.",
     )
     vocab_size: int | None = option(
         None,
-        "How many tokens bpe or word learns. More tokens make shorter sequences and a larger embedding matrix.",
-        words="8192 for bpe, all words for word",
+        "How many tokens bpe, wordpiece or word learns. More tokens make shorter sequences and a larger embedding matrix.",
+        words="8192 for bpe and wordpiece, all words for word",
     )
     unk: bool = option(
         False, "char: a token <|unk|> for characters that the text does not have; without it they are an error."

@@ -29,14 +29,13 @@ from gptfast.data.token_file import TokenFile
 from gptfast.data.token_format import UNKNOWN, vocabulary_hash
 from gptfast.data.token_shards import TokenShards
 from gptfast.data.workers import Workers
-from gptfast.tokenizer import Tokenizer, get_tokenizer, load_tokenizer
+from gptfast.tokenizer import TRAINED, Tokenizer, get_tokenizer, load_tokenizer
 from gptfast.tokenizer.base import save_files
 
 MANIFEST = "data.json"
 _VERSION = 1
 _UNFINISHED = ".preparing"
 _LARGE = 32_000_000  # bytes of files from which processes are worth their start
-TRAINABLE = ("char", "word", "bpe")
 _PATH = (str, os.PathLike)
 
 
@@ -90,10 +89,10 @@ def prepare(
     Args:
         data: "shakespeare", "shakespeare:comedy", a text file, a file of records, a folder of `datasets`, or another folder
             (see `load_documents`).
-        tokenizer: "gpt2", "char", "word" or "bpe" (the last three are trained on the text; bpe on at most 64 MB of it, in
-            evenly spaced parts), a folder with a saved tokenizer, or a tokenizer.
+        tokenizer: "gpt2", "char", "word", "bpe" or "wordpiece" (the last four are trained on the text; the last two on at most
+            64 MB of it, in evenly spaced parts), a folder with a saved tokenizer, or a tokenizer.
         out_dir: the folder to write, created if missing.
-        vocab_size, unk: for "bpe" and "word", and for "char", see `get_tokenizer`.
+        vocab_size, unk: for "bpe", "wordpiece" and "word", and for "char", see `get_tokenizer`.
         glob, text_field: which files of a folder, and which field of a record (see `load_documents`).
         val_fraction: part of the text for validation, in (0, 1); see `split_documents`. It does not count for a dictionary of
             splits that has one for validation.
@@ -120,7 +119,7 @@ def prepare(
         check_count("prepare", "workers", workers)
     filters = Filters(min_chars, max_chars, drop_near_duplicates)
     corpus = load_corpus(data, glob, text_field)
-    chosen = None if tokenizer in TRAINABLE else given_tokenizer(tokenizer, vocab_size, unk)
+    chosen = None if tokenizer in TRAINED else given_tokenizer(tokenizer, vocab_size, unk)
     files = None if chosen is None else chosen.files()  # taken once: those of GPT-2 take some 20 ms
     with (
         progress_bar(corpus.size, corpus.is_cheap_to_keep, progress) as bar,

@@ -156,7 +156,11 @@ def _run(
             raise ValueError(
                 f"finetune: metric is {metric!r}, which {network.task} does not have; expected {', '.join(METRICS[network.task])}"
             )
-        objective = TaskObjective(network, parts[0], parts[1], metric, task.lm_coef, methods.write)
+        causal = network.gpt.config.causal
+        if task.lm_coef and not causal:
+            raise ValueError(f"finetune: `lm_coef` is {task.lm_coef:g}, but a BERT has no such loss; leave it out")
+        lm_coef = (0.5 if causal else 0.0) if task.lm_coef is None else task.lm_coef
+        objective = TaskObjective(network, parts[0], parts[1], metric, lm_coef, methods.write)
     else:
         limit, rows = network.config.block_size - network.virtual_tokens(), []
         for part in (data.train, data.held_out):

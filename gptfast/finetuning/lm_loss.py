@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.models import GPT
+from gptfast.models import BERT, GPT
 
 
-def mean_of_rows(gpt: GPT, hidden: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+def mean_of_rows(gpt: GPT | BERT, hidden: Tensor, ids: Tensor, real: Tensor) -> Tensor:
     """Mean over rows of the mean cross-entropy of each real token given those before it; never holds all logits.
 
     Args:

@@ -16,6 +16,7 @@ from gptfast.finetuning.task_model import TaskModel
 from gptfast.finetuning.tasks import METRICS
 from gptfast.models import GPT
 from gptfast.models.pretrained import resolve
+from gptfast.models.stored import StoredModel
 from gptfast.tokenizer import BPETokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from gptfast.tokenizer.chat import ChatTemplate
 
@@ -29,6 +30,13 @@ def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[A
     loading: dict[str, Any] = {"dtype": torch.float32, **method.loading()}
     tokenizer = _tokenizer(task)
     notes: list[str] = []
+    if not StoredModel(resolve(place)).config.causal and (
+        methods.is_adapter(method.method) or task.task not in METRICS
+    ):
+        raise ValueError(
+            f"finetune: {place} is a BERT, which classification, entailment and similarity train by `method` full; got `task` "
+            f"{task.task} by {method.method}"
+        )
     if task.task in METRICS:
         given: dict[str, Any] = {
             "labels": data.labels or None,

@@ -88,9 +88,10 @@ class TaskOptions:
         allowed=_ALL_METRICS,
         group=_TASK,
     )
-    lm_coef: float = option(
-        0.5,
-        "Weight of the language-modelling loss beside that of the task (GPT-1 has 0.5). 0: none.",
+    lm_coef: float | None = option(
+        None,
+        "Weight of the language-modelling loss beside that of the task (GPT-1 has 0.5). 0: none, as for a BERT.",
+        words="0.5, for a BERT 0",
         allowed=Real(least=0),
         group=_TASK,
     )

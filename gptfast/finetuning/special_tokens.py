@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptfast.models import GPT
+from gptfast.models import BERT, GPT
 from gptfast.models.vocabulary import set_rows
 from gptfast.tokenizer import Tokenizer
 from gptfast.tokenizer.extended import token_id, with_special_tokens
 
 BOS, SEP, EOS, PAD = "bos", "sep", "eos", "pad"
 USUAL = {BOS: "[BOS]", SEP: "[SEP]", EOS: "[EOS]", PAD: "[PAD]"}
+BERTS = {BOS: "[CLS]", SEP: "[SEP]", EOS: "[SEP]", PAD: "[PAD]"}
 
 
-def add_tokens(gpt: GPT, tokenizer: Tokenizer | None, tokens: Sequence[str]) -> tuple[Tokenizer | None, dict[str, int]]:
+def add_tokens(
+    gpt: GPT | BERT, tokenizer: Tokenizer | None, tokens: Sequence[str]
+) -> tuple[Tokenizer | None, dict[str, int]]:
     """Give tokens ids and rows; those that the tokenizer has keep theirs.
 
     A new id is the first that the tokenizer has no token for. Its row in the embedding, and in a head of its own, starts
@@ -48,18 +51,19 @@ def add_tokens(gpt: GPT, tokenizer: Tokenizer | None, tokens: Sequence[str]) -> 
 
 
 def task_tokens(
-    gpt: GPT, tokenizer: Tokenizer | None, names: Sequence[str], given: Mapping[str, Any] | None
+    gpt: GPT | BERT, tokenizer: Tokenizer | None, names: Sequence[str], given: Mapping[str, Any] | None
 ) -> tuple[Tokenizer | None, dict[str, int | None]]:
     """The delimiters of a task, made where they are new.
 
     Args:
         gpt, tokenizer: as `add_tokens`.
         names: those that the task needs, of "bos", "sep", "eos" and "pad".
-        given: name -> text, id, or None for a row without this delimiter; what it leaves out is `USUAL`.
+        given: name -> text, id, or None for a row without this delimiter; what it leaves out is `USUAL`, of a BERT `BERTS`.
     Raises:
         TypeError, ValueError: an unknown name, an id outside the vocabulary, or padding that is the end token.
     """
-    wanted: dict[str, Any] = {name: USUAL[name] for name in names}
+    usual = USUAL if gpt.config.causal else BERTS
+    wanted: dict[str, Any] = {name: usual[name] for name in names}
     for name, value in (given or {}).items():
         plain = name.removesuffix("_id").removesuffix("_token") if isinstance(name, str) else name
         if plain not in USUAL:

@@ -15,21 +15,23 @@ from gptfast._json import NULL, expect, field
 from gptfast._snapshots import EVERYTHING
 from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.adapter_files import check_finite
+from gptfast.checkpoints.bert import CLASSIFIER
 from gptfast.checkpoints.families import FAMILIES
 from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.finetuning.examples import DELIMITERS
-from gptfast.finetuning.special_tokens import PAD, USUAL
-from gptfast.models import GPT, export
+from gptfast.finetuning.special_tokens import BERTS, PAD, USUAL
+from gptfast.models import BERT, GPT, export
 from gptfast.models.pretrained import build, resolve
 from gptfast.models.quantized import check_format
 from gptfast.models.stored import StoredModel
 from gptfast.nn.difference import check_values
 from gptfast.tokenizer import has_tokenizer, load_tokenizer
+from gptfast.tokenizer.extended import token_id
 
 TaskModel = Any  # of gptfast.finetuning.task_model, which imports this module
 
 SETTINGS = "gptfast_task"  # key of config.json: what transformers' keys do not say
-CHOICE, SCORE = "multiple_choice_head.summary.", "score."
+CHOICE, SCORE = "multiple_choice_head.summary.", "score."  # of a BERT CLASSIFIER
 _CLASSES = {
     "gpt2": ("GPT2ForSequenceClassification", "GPT2DoubleHeadsModel"),
     "openai-gpt": ("OpenAIGPTForSequenceClassification", "OpenAIGPTDoubleHeadsModel"),
@@ -69,9 +71,14 @@ def save(model: TaskModel, path: Path) -> None:
             model.tokenizer.save(stage)
 
 
+def prefix_of(model: TaskModel) -> str:
+    """What the names of the head's tensors begin with."""
+    return CHOICE if model.task == "choice" else SCORE if model.gpt.config.causal else CLASSIFIER
+
+
 def heads_of(model: TaskModel) -> dict[str, Tensor]:
     """The head by transformers' names."""
-    prefix = CHOICE if model.task == "choice" else SCORE
+    prefix = prefix_of(model)
     return {prefix + name: x for name, x in model.score.state_dict().items()}
 
 
@@ -95,6 +102,8 @@ def _class_of(kind: str, choice: bool) -> str:
     """transformers' class for a task of an architecture; ours where it has none."""
     if kind in _CLASSES:
         return _CLASSES[kind][choice]
+    if kind == "bert":
+        return "BertForSequenceClassification"
     found = FAMILIES[kind].architecture.replace("ForCausalLM", "ForSequenceClassification")
     return "TaskModel" if choice or kind == "nanochat" else found
 
@@ -119,7 +128,7 @@ class StoredTask(StoredModel):
 
     def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
         for name, x in super().tensors():
-            if name.startswith(("score.", CHOICE)):
+            if name.startswith((SCORE, CHOICE, CLASSIFIER)):
                 self.heads[name] = x.read()
             else:
                 yield name, x
@@ -141,7 +150,7 @@ def load(
     Args:
         cls: TaskModel.
         path: a folder of `save`, or of transformers' GPT2ForSequenceClassification, GPT2DoubleHeadsModel or their
-            openai-gpt forms, whose rows have no delimiters; or a language model as in `GPT.from_pretrained`, which gets a
+            openai-gpt forms, whose rows have no delimiters, or BertForSequenceClassification; or a language model as in `GPT.from_pretrained`, which gets a
             new head.
         given: arguments of TaskModel; None: as stored. The tokenizer is that of the folder, where it has one.
         dtype, overrides: as `GPT.from_pretrained`, quantize and double_quant too.
@@ -155,11 +164,13 @@ def load(
         overrides = {"tie_weights": True, **overrides}
     quantize, double_quant = overrides.pop("quantize", None), overrides.pop("double_quant", False)
     check_format(quantize, double_quant)
-    gpt = build(GPT, stored, dtype, overrides, quantize, double_quant)
+    gpt = build(GPT if stored.config.causal else BERT, stored, dtype, overrides, quantize, double_quant)
     settings = {name: gpt.metadata.config.pop(name) for name in _OURS if kind and name in gpt.metadata.config}
     arguments = {**_stored_arguments(kind, settings, stored.settings_file), **_said(given)}
     if arguments.get("tokenizer") is None and folder.is_dir() and has_tokenizer(folder):
         arguments["tokenizer"] = load_tokenizer(folder)
+    if kind and not stored.config.causal and SETTINGS not in settings and "special_tokens" not in _said(given):
+        arguments["special_tokens"] = _delimiters_of_bert(arguments)
     if arguments.get("task") is None:
         raise ValueError(f"{path} is a language model without a head; say which one it gets with task=")
     model = cls(gpt, **arguments)
@@ -185,7 +196,16 @@ def _kind(stored: StoredTask) -> str | None:
     """Which head a checkpoint has: "score", "choice", or None."""
     if any(name.startswith(CHOICE) for name in stored.names):
         return "choice"
-    return "score" if any(name.startswith("score.") for name in stored.names) else None
+    return "score" if any(name.startswith((SCORE, CLASSIFIER)) for name in stored.names) else None
+
+
+def _delimiters_of_bert(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those that transformers' BERT puts around texts: of the tokenizer, where there is one."""
+    stored = arguments["special_tokens"]
+    if arguments.get("tokenizer") is None:
+        return stored
+    known = {name: token_id(arguments["tokenizer"], token) for name, token in BERTS.items()}
+    return {**known, PAD: known[PAD] if stored.get(PAD) is None else stored[PAD]}
 
 
 def _said(given: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +269,7 @@ def fill(model: TaskModel, heads: dict[str, Tensor], path: Path) -> None:
     """
     for name, x in heads.items():
         check_finite(path, name, x)
-    prefix = CHOICE if model.task == "choice" else SCORE
+    prefix = prefix_of(model)
     found = {name.removeprefix(prefix): x for name, x in heads.items()}
     shapes = {name: tuple(x.shape) for name, x in found.items()}
     wanted = {name: tuple(x.shape) for name, x in model.score.state_dict().items()}

@@ -1,4 +1,4 @@
-"""A GPT with the head of a task.  R rows of token ids, T positions, C channels, N choices."""
+"""A GPT, or a BERT, with the head of a task.  R rows of token ids, T positions, C channels, N choices."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from gptfast import ops
 from gptfast._checks import check_choice, check_real
 from gptfast.finetuning import task_adapters, task_files
+from gptfast.finetuning.encoder import keep_encoder, token_types
 from gptfast.finetuning.examples import DELIMITERS, Encoder, Row, padded, target_of
 from gptfast.finetuning.lm_loss import mean_of_rows
 from gptfast.finetuning.predictions import Prediction, TaskOutput, predict
-from gptfast.finetuning.special_tokens import PAD, task_tokens
+from gptfast.finetuning.special_tokens import PAD, SEP, task_tokens
 from gptfast.finetuning.task_checks import check_arguments, checked_labels, checked_weights
-from gptfast.models import GPT
+from gptfast.models import BERT, GPT
 from gptfast.nn import Linear
 from gptfast.tokenizer import Tokenizer, load_tokenizer
 
@@ -28,17 +29,18 @@ _HEAD = 0x7461736B68656164  # tells the head's dropout from those of the network
 class TaskModel(nn.Module):
     """A GPT with the head of a task, and the way from an example to its rows (`gptfast.finetuning.examples`).
 
-    The head reads the hidden state of each row's last token. Similarity adds those of both orders.
+    The head reads the hidden state of each row's last token, of a BERT what the pooler makes of the first. Similarity adds those
+    of both orders.
 
     Args:
-        gpt: a GPT; new delimiters give it rows in place.
-        task: "classification", "entailment", "similarity" or "choice".
+        gpt: a GPT; new delimiters give it rows in place. Or a BERT, which loses the heads of its pre-training in place.
+        task: "classification", "entailment", "similarity" or, of a GPT, "choice".
         labels: names of the classes, at least two. None: entailment, neutral, contradiction for entailment; similarity and
             choice have none.
         tokenizer: of the gpt, or its name or folder; None: `forward` alone can be used.
         class_weights: weight of each class in the loss, in the order of labels or by label; None: 1.
         special_tokens: "bos", "sep", "eos", "pad" -> text or id of a token, or None for no such delimiter; what is left
-            out is [BOS], [SEP], [EOS] or [PAD], which get ids and rows where they are new.
+            out is [BOS], [SEP], [EOS] or [PAD], of a BERT [CLS], [SEP], [SEP] or [PAD], which get ids and rows where they are new.
     Raises:
         TypeError, ValueError: unknown task, labels that do not fit it, or special tokens: see `task_tokens`.
 
@@ -50,7 +52,7 @@ class TaskModel(nn.Module):
 
     def __init__(
         self,
-        gpt: GPT,
+        gpt: GPT | BERT,
         task: str,
         labels: Sequence[str] | None = None,
         tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
@@ -58,9 +60,13 @@ class TaskModel(nn.Module):
         special_tokens: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(gpt, GPT):
-            raise TypeError(f"TaskModel: gpt is a {type(gpt).__name__}; expected a gptfast.GPT")
+        if not isinstance(gpt, (GPT, BERT)):
+            raise TypeError(f"TaskModel: gpt is a {type(gpt).__name__}; expected a gptfast.GPT or gptfast.BERT")
         check_choice("TaskModel", "task", task, tuple(DELIMITERS))
+        if isinstance(gpt, BERT):
+            if task == "choice":
+                raise ValueError("TaskModel: task is 'choice', which a BERT has no head for here; use a GPT")
+            keep_encoder(gpt)
         self.gpt, self.task = gpt, task
         self.labels = checked_labels(task, labels)
         weights = checked_weights(self.labels, class_weights)
@@ -68,7 +74,9 @@ class TaskModel(nn.Module):
         self.tokenizer, self.special_tokens = task_tokens(gpt, found, DELIMITERS[task], special_tokens)
         weight = gpt.wte.weight
         place = {"device": weight.device, "dtype": weight.dtype}
-        self.score = Linear(gpt.config.n_embd, max(len(self.labels), 1), bias=task == "choice", **place)
+        self.score = Linear(
+            gpt.config.n_embd, max(len(self.labels), 1), bias=task == "choice" or isinstance(gpt, BERT), **place
+        )
         nn.init.normal_(self.score.weight, std=0.02)
         if self.score.bias is not None:
             nn.init.zeros_(self.score.bias)
@@ -165,10 +173,11 @@ class TaskModel(nn.Module):
         self,
         ids: Tensor,
         labels: Tensor | None = None,
-        lm_coef: float = 0.5,
+        lm_coef: float | None = None,
         mc_token_ids: Tensor | None = None,
         *,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> TaskOutput:
         """Logits and losses.
 
@@ -177,24 +186,38 @@ class TaskModel(nn.Module):
                 choice. Padding is the token "pad" of special_tokens, on the right.
             labels: (B,) index of the class or choice, int64; scores for similarity.
             lm_coef: weight of the LM loss, >= 0: the mean over the rows, for choice over the right choices' rows, of the mean
-                over the row's real tokens of the cross-entropy of each token given those before it.
+                over the row's real tokens of the cross-entropy of each token given those before it. None: 0.5, of a BERT 0, which has
+                no such loss.
             mc_token_ids: position in each row that the head reads, of ids' shape without T; None: the last real token.
             attention_mask: of ids' shape, 0 for padding on either side; None: the token "pad" is padding.
+            token_type_ids: of a BERT, of ids' shape; None: 1 behind the first delimiter "sep" of two texts, else 0.
         Raises:
             TypeError, ValueError: shapes, labels outside the set, or a lm_coef below 0.
         """
+        is_bert = isinstance(self.gpt, BERT)
+        lm_coef = (0.0 if is_bert else 0.5) if lm_coef is None else lm_coef
         check_real("TaskModel", "lm_coef", lm_coef, "a number >= 0", lambda x: 0 <= x < float("inf"))
         check_arguments(self.task, len(self.labels), ids, labels, mc_token_ids, attention_mask)
         rows = ids.flatten(0, -2)  # R T
         mask = None if attention_mask is None else attention_mask.flatten(0, -2)
         real = self._real(rows, mask)
         step = self.gpt.dropout_step
-        hidden = self.gpt.hidden_states(rows, attention_mask=mask)  # R T C
-        if mc_token_ids is None:
-            last = (real * torch.arange(1, rows.shape[1] + 1, device=rows.device)).argmax(1)
+        if is_bert:
+            if lm_coef or mc_token_ids is not None:
+                name = "mc_token_ids" if mc_token_ids is not None else "lm_coef"
+                raise ValueError(
+                    f"TaskModel: {name} is given for a BERT, whose head reads the first token; leave it out"
+                )
+            hidden = self._encoded(rows, real, token_type_ids)
+            read = self.gpt.pooled(hidden)
         else:
-            last = mc_token_ids.flatten()
-        logits = self.score(self._dropped(hidden[torch.arange(len(rows), device=rows.device), last], step))
+            hidden = self.gpt.hidden_states(rows, attention_mask=mask)  # R T C
+            if mc_token_ids is None:
+                last = (real * torch.arange(1, rows.shape[1] + 1, device=rows.device)).argmax(1)
+            else:
+                last = mc_token_ids.flatten()
+            read = hidden[torch.arange(len(rows), device=rows.device), last]
+        logits = self.score(self._dropped(read, step))
         logits = self._shaped(logits, ids, real)
         if labels is None:
             return TaskOutput(logits)
@@ -203,6 +226,15 @@ class TaskModel(nn.Module):
             return TaskOutput(logits, task_loss, task_loss)
         lm_loss = mean_of_rows(self.gpt, *self._counted(hidden, rows, real, labels))
         return TaskOutput(logits, task_loss + lm_coef * lm_loss, task_loss, lm_loss)
+
+    def _encoded(self, rows: Tensor, real: Tensor, types: Tensor | None) -> Tensor:
+        """(R, T, C), of a BERT."""
+        if types is None:
+            pair = self.task != "classification"
+            types = token_types(rows, real, self.special_tokens.get(SEP) if pair else None)
+        else:
+            types = types.flatten(0, -2)
+        return self.gpt.hidden_states(rows, attention_mask=real, token_type_ids=types)
 
     def _real(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """(R, T), where there is no padding."""

@@ -22,11 +22,17 @@ class GPT(AdapterMethods):
 
     Args:
         config: see `GPTConfig`.
+    Raises:
+        ValueError: a config with causal=False.
 
     metadata: what the checkpoint says beside the config, see `gptfast.metadata`; `save_pretrained` writes it back.
     """
 
     def __init__(self, config: GPTConfig) -> None:
+        if isinstance(config, GPTConfig) and not config.causal:
+            raise ValueError(
+                "GPT: the config has causal=False, as a BERT has: it fills masks and continues no text; use gptfast.BERT"
+            )
         super().__init__(config)
         self.metadata = Metadata()
 

@@ -29,6 +29,8 @@ def parameter_table(config: GPTConfig) -> list[ParameterGroup]:
     rows = [ParameterGroup("Embedding", f"{C} x {V}", 1, C * V)]
     if config.position_embedding == "learned":
         rows.append(ParameterGroup("Position embedding", f"{C} x {config.block_size}", 1, C * config.block_size))
+    if config.type_vocab_size is not None:
+        rows.append(ParameterGroup("Type embedding", f"{C} x {config.type_vocab_size}", 1, C * config.type_vocab_size))
     heads = {"Key": K, "Query": H, "Value": K}
     rows += [ParameterGroup(name, f"{D} x {C}", n * L, n * D * C * L) for name, n in heads.items()]
     rows.append(ParameterGroup("Output", f"{C} x {D}", H * L, C * H * D * L))
@@ -43,15 +45,28 @@ def parameter_table(config: GPTConfig) -> list[ParameterGroup]:
         ParameterGroup("Unembedding", f"{V} x {C}", 1, 0 if config.tie_weights else V * C),
     ]
     name = "LayerNorm" if config.norm == "layer_norm" else "RMSNorm"
-    norms, each = 2 * L + config.final_norm + config.embedding_norm, config.norm_affine + config.has_bias("norm")
+    norms = 2 * L + config.final_norm + config.embedding_norm + config.head_transform
+    each = config.norm_affine + config.has_bias("norm")
     rows += [ParameterGroup(name, f"{C}", norms * each, norms * each * C)] if each else []
     if config.qk_norm and config.norm_affine:
         rows.append(ParameterGroup("QK-norm", f"{D}", 2 * L, 2 * L * D))
     if config.attention_sinks:
         rows.append(ParameterGroup("Sinks", f"{H}", L, H * L))
+    rows += _heads(config)
     places = {"attn": config.qkv_dim, "attn_out": C, "mlp": E * (config.fc_dim + C) + (config.n_expert or 0)}
     biases = sum(n for place, n in places.items() if config.has_bias(place))
     return rows + ([ParameterGroup("Bias", f"{biases} a layer", L, biases * L)] if biases else [])
+
+
+def _heads(config: GPTConfig) -> list[ParameterGroup]:
+    """BERT's matrices behind the blocks, with their biases."""
+    C, V = config.n_embd, config.vocab_size
+    sizes = {
+        "Head transform": (f"{C} x {C} + {C} + {V}", (C + 1) * C + V) if config.head_transform else None,
+        "Pooler": (f"{C} x {C} + {C}", (C + 1) * C) if config.pooler else None,
+        "Next sentence": (f"2 x {C} + 2", 2 * C + 2) if config.next_sentence_head else None,
+    }
+    return [ParameterGroup(name, size[0], 1, size[1]) for name, size in sizes.items() if size is not None]
 
 
 def active_parameters(config: GPTConfig) -> int:

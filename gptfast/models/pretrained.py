@@ -28,7 +28,7 @@ from gptfast.nn.rotary import RotaryEmbedding
 from gptfast.nn.transformer import Transformer
 
 ADAPTER = "adapter_config.json"
-_HEADS = ("score.", "multiple_choice_head.")  # of tasks
+_HEADS = ("score.", "multiple_choice_head.", "classifier.")  # of tasks
 Model = TypeVar("Model", bound=Transformer)
 EQUAL_ROWS = 4096  # of two matrices that are compared, read at a time
 
@@ -46,7 +46,15 @@ class Taking(Protocol):
 
 _HUB_FILES = [
     *(CONFIG, "model*.safetensors", INDEX),
-    *(GENERATION, "vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"),
+    *(
+        GENERATION,
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ),
     "chat_template.jinja",
 ]
 _OLD_HUB_FILES = ["pytorch_model*.bin", OLD_INDEX]  # where there are no others
@@ -65,8 +73,8 @@ def load(
 
     Args:
         cls: GPT or a subclass.
-        path: folder with config.json and safetensors of a gpt2, openai-gpt, llama, qwen3, gpt_neox or nanochat model, ours or
-            transformers'; or a hub id such as "openai-community/gpt2" (needs huggingface-hub). The older pytorch_model.bin serves where there
+        path: folder with config.json and safetensors of a gpt2, openai-gpt, llama, qwen3, gpt_neox, gpt_oss, nanochat or bert model,
+            ours or transformers'; or a hub id such as "openai-community/gpt2" (needs huggingface-hub). The older pytorch_model.bin serves where there
             are no safetensors. Or nanoGPT's ckpt.pt, or the folder that holds it: its GELU is taken for the exact one, so
             say activation="gelu_tanh" for one that was trained before May 2023. Of pickles only tensors and plain data are
             read (torch.load with weights_only=True).

@@ -8,7 +8,8 @@ from pathlib import Path
 from gptfast._json import read_json
 from gptfast._snapshots import current, read_whole
 from gptfast.checkpoints import hf_layout
-from gptfast.checkpoints.families import FAMILIES
+from gptfast.checkpoints.bert import with_heads
+from gptfast.checkpoints.families import FAMILIES, usual_name
 from gptfast.checkpoints.family_files import JoinedFile
 from gptfast.checkpoints.hf_layout import CONFIG
 from gptfast.checkpoints.weight_files import StoredTensor, WeightFile, has_weights, open_weights, weight_files
@@ -61,6 +62,10 @@ class StoredModel:
             lambda: (*read_settings(path), kind_of(path), [open_weights(file) for file in weight_files(path)]),
         )
         self.conv1d = kind not in FAMILIES
+        if kind == "bert":
+            self.config = with_heads(
+                self.config, {usual_name(kind, key) for file in self._files for key in file.shapes}
+            )
         if not self.conv1d:
             self._files = [JoinedFile(path, self._files, kind, self.config, self._names())]
         self._compare(path / CONFIG, SIZES if self.conv1d else HF_SIZES)

@@ -1,4 +1,4 @@
-"""Causal self-attention of a GPT as a module.  B batch, T time, C channels, H heads, K heads of keys, D head_dim."""
+"""Self-attention of a GPT, and of a BERT, as a module.  B batch, T time, C channels, H heads, K heads of keys, D head_dim."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class CausalSelfAttention(torch.nn.Module):
     """c_proj(attention(c_attn(x))) with GPT-2's parameter names, through `gptfast.ops.causal_attention`.
 
-    The rows of c_attn are those of all queries, then keys, then values.
+    The rows of c_attn are those of all queries, then keys, then values. With a config whose `causal` is False every position
+    sees all of its row.
 
     Args:
         config: uses n_embd, the heads, the biases, attn_pdrop, the attention pattern, and what else it says of attention.
@@ -36,7 +37,7 @@ class CausalSelfAttention(torch.nn.Module):
         self.heads_a_key = config.n_head // config.kv_heads
         self.attn_pdrop = config.attn_pdrop
         self.window = config.window_of(layer)
-        self.softcap = config.attn_softcap
+        self.softcap, self.causal = config.attn_softcap, config.causal
         self.layer = layer
         self.c_attn = Linear(config.n_embd, config.qkv_dim, bias=config.has_bias("attn"))
         self.c_proj = Linear(config.attn_dim, config.n_embd, bias=config.has_bias("attn_out"))
@@ -54,6 +55,7 @@ class CausalSelfAttention(torch.nn.Module):
         cu_seqlens: Tensor | None = None,
         adapters: Selection | None = None,
         rotation: Rotation | None = None,
+        seq_lens: Tensor | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). The dropout after the projection belongs to `Block`.
 
@@ -65,6 +67,7 @@ class CausalSelfAttention(torch.nn.Module):
             cu_seqlens: ends of the texts that a row is packed of, see `gptfast.ops.causal_attention`; B = 1.
             adapters: of this forward; None: the active ones.
             rotation: rotary positions of this forward; None: positions from 0 on, where the config has such.
+            seq_lens: (B,) how many tokens each row begins with, if the rest is padding that none is to see; None: all T.
         """
         if self.rotary is not None and rotation is None and cache is not None:
             raise TypeError("CausalSelfAttention: rotation is None beside a cache; give that of the new positions")
@@ -78,6 +81,8 @@ class CausalSelfAttention(torch.nn.Module):
             p = self.attn_pdrop if self.training else 0.0
             seed, offset, *row = (rng or self.counter.take()) if p > 0 else (0, 0)
             options |= {"dropout_p": p, "seed": seed, "offset": offset, "cu_seqlens": cu_seqlens}
+            options |= {} if seq_lens is None else {"seq_lens": seq_lens}
+            options |= {} if self.causal else {"causal": False}
             if row:
                 options["first_row"] = row[0]
             out = self.attend(q, k, v, **options)

@@ -1,4 +1,4 @@
-"""One transformer block: pre-norm (GPT-2, GPT-3), post-norm (GPT-1), or with both branches beside each other (GPT-NeoX)."""
+"""One transformer block: pre-norm (GPT-2, GPT-3), post-norm (GPT-1, BERT), or with both branches beside each other (GPT-NeoX)."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ class Block(torch.nn.Module):
         cu_seqlens: Tensor | None = None,
         adapters: Selection | None = None,
         rotation: Rotation | None = None,
+        seq_lens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor | None, Tensor]:
         """The whole block, or with `residual` its fused form.
 
@@ -69,7 +70,7 @@ class Block(torch.nn.Module):
             rng: (seed, offset) of the attention dropout, or (seed, offset, first_row), where first_row is the number of x's
                 first row in the whole batch. The dropouts after attention and MLP have offset + 1 and + 2, that of the
                 branch handed in offset - 1. None: the next four of the module's own counter (`gptfast.ops.streams`).
-            cache, cu_seqlens, adapters, rotation: see `CausalSelfAttention`.
+            cache, cu_seqlens, adapters, rotation, seq_lens: see `CausalSelfAttention`.
         Returns:
             (B, T, C); with `residual`: (branch, residual), where branch is None for post-norm blocks.
         """
@@ -82,6 +83,7 @@ class Block(torch.nn.Module):
         options: dict[str, Any] = {"rng": rng, "cache": cache, "cu_seqlens": cu_seqlens}
         options |= {} if adapters is None else {"adapters": adapters}
         options |= {} if rotation is None else {"rotation": rotation}
+        options |= {} if seq_lens is None else {"seq_lens": seq_lens}
         run = self._parallel if self.parallel else self._pre_norm if self.pre_norm else self._post_norm
         branch, stream = run(branch, stream, rng, adapters, options)
         return add_branch(branch, stream, self._dropout(rng, 2)) if residual is None else (branch, stream)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from gptfast.config import GPTConfig
+from gptfast.nn.heads import HeadTransform
 from gptfast.nn.linear import Linear
 from gptfast.nn.quantized import QuantizedLinear
 
@@ -15,6 +16,7 @@ class Counted(nn.Module):
     config: GPTConfig
     h: nn.ModuleList
     lm_head: Linear
+    lm_transform: HeadTransform | None
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of parameters; tied weights count once, quantised ones (never trained) as the numbers that they stand for."""
@@ -38,8 +40,13 @@ class Counted(nn.Module):
             experts = [p for p in self.h.parameters() if p.dim() == 3]
             matrices += sum(p.numel() for p in experts) * config.n_expert_per_tok // config.n_expert
             matrices -= sum(p.numel() for n, p in self.h.named_parameters() if n.endswith("_proj_bias"))
+        if self.lm_transform is not None:
+            matrices += self.lm_transform.c_fc.weight.numel()
         weights = self.lm_head.weight.numel() + matrices
-        keys = sum(_mean_visible_keys(T, config.window_of(layer)) for layer in range(config.n_layer))
+        seen = [
+            _mean_visible_keys(T, config.window_of(layer)) if config.causal else T for layer in range(config.n_layer)
+        ]
+        keys = sum(seen)
         return (3 if training else 1) * (2 * weights + 4 * config.attn_dim * keys)
 
 

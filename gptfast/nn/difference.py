@@ -16,6 +16,7 @@ from gptfast.nn.adapted import ADAPTED, LoraLinear, QuantizedLoraLinear, adapter
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.block import Block
 from gptfast.nn.embeddings import Embeddings
+from gptfast.nn.heads import Heads, HeadTransform
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
@@ -237,4 +238,4 @@ def remember_methods(*kinds: type[nn.Module]) -> None:
 
 
 remember_methods(Linear, LoraLinear, QuantizedLinear, QuantizedLoraLinear)
-remember_methods(LayerNorm, RMSNorm, CausalSelfAttention, Block, MLP, Embeddings, Transformer)
+remember_methods(LayerNorm, RMSNorm, CausalSelfAttention, Block, MLP, Embeddings, Heads, HeadTransform, Transformer)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gptfast import ops
 from gptfast.config import GPTConfig
 from gptfast.nn.adapted import call, embedded
+from gptfast.nn.bidirectional import Beside
 from gptfast.nn.inputs import Packed, behind, check_tokens, check_vectors, without
 from gptfast.nn.kv_cache import KVCache
 from gptfast.nn.norm import Norm
@@ -28,6 +29,7 @@ class Embeddings(nn.Module):
     wte: nn.Embedding
     wpe: nn.Embedding | SinusoidalEmbedding  # of a model without rotary positions
     rotary: RotaryEmbedding  # of one with them
+    wse: nn.Embedding | None  # of types of tokens
     ln_e: Norm | None
     adapters: AdapterState | None
     _selection: Callable[..., Selection | None]
@@ -39,6 +41,7 @@ class Embeddings(nn.Module):
         adapters: Selection | None,
         packed: Packed | None,
         prefix: Prefix | None,
+        beside: Beside | None = None,
     ) -> tuple[Tensor, Rotation | None]:
         """What enters the first block, (B, T, C), or with virtual tokens; and its rotary positions, if the model has these.
 
@@ -46,9 +49,13 @@ class Embeddings(nn.Module):
         """
         if prefix is None:
             positions = packed.positions if packed else None if cache is None else cache.start(tokens.shape[1])
+            positions = positions if beside is None or beside.positions is None else beside.positions
             x = self._embedded(tokens, positions, adapters)
         else:
             x, positions = self._prefixed(tokens, prefix, cache, adapters)
+        if self.wse is not None:
+            types = None if beside is None else beside.types
+            x = x + (self.wse.weight[0] if types is None else ops.embedding(types, self.wse.weight))
         x = x if self.ln_e is None else call(self.ln_e, adapters, x)
         return x, self.rotary(positions) if self.config.position_embedding == "rotary" else None
 

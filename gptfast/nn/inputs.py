@@ -112,7 +112,7 @@ def behind(
         raise ValueError(
             f"GPT: prefix_embeds has {prefix.shape[0]} rows and ids {len(tokens)}; expected equal numbers - expand one"
         )
-    before = {"attention_mask": 1, "targets": ignore_index, "labels": ignore_index}
+    before = {"attention_mask": 1, "targets": ignore_index, "labels": ignore_index, "token_type_ids": 0}
     return {
         name: None if given is None else torch.nn.functional.pad(given, (n, 0), value=before[name])
         for name, given in columns.items()
@@ -149,7 +149,7 @@ class Padding:
                 "shapes, (B, T) - attention is causal by itself"
             )
         self.counts = mask.to(ids.device) != 0
-        self._order = (~self.counts).to(torch.uint8).argsort(dim=1, stable=True)
+        self.order = (~self.counts).to(torch.uint8).argsort(dim=1, stable=True)  # (B, T), the columns of compacted rows
         self._rows = torch.arange(ids.shape[0], device=ids.device)
 
     def without(self, ids: Tensor) -> Tensor:
@@ -158,11 +158,11 @@ class Padding:
 
     def compact(self, ids: Tensor) -> Tensor:
         """ids (B, T), or vectors (B, T, C), with the tokens of each row at the front."""
-        return ids.gather(1, self._order) if ids.dim() == 2 else ids[self._rows[:, None], self._order]
+        return ids.gather(1, self.order) if ids.dim() == 2 else ids[self._rows[:, None], self.order]
 
     def restore(self, x: Tensor) -> Tensor:
         """x (B, T, C) of compacted rows, moved back to the positions of their tokens."""
-        return x[self._rows[:, None], self._order.argsort(dim=1)]
+        return x[self._rows[:, None], self.order.argsort(dim=1)]
 
     def last(self, x: Tensor) -> Tensor:
         """(B, C): x of the last token of each row; x as in `restore`."""
@@ -256,6 +256,8 @@ def check_call(
 ) -> None:
     """Raise TypeError or ValueError for arguments of a forward that do not fit the model or each other."""
     V, limit = config.vocab_size, config.block_size
+    if cache is not None and not config.causal:
+        raise ValueError("GPT: a cache with causal=False; earlier positions would see the new ones - run the whole row")
     check_tokens(config, ids)
     if ids.shape[1] == 0:
         raise ValueError("GPT: ids holds no tokens (T = 0); give at least one, such as the end-of-text token")

@@ -12,6 +12,7 @@ from gptfast.config import GPTConfig
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.block import Block
 from gptfast.nn.experts import ExpertMLP, Router
+from gptfast.nn.heads import HeadTransform
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
@@ -40,8 +41,16 @@ def expected_parts(config: GPTConfig) -> dict[str, Part]:
         "": Part(Transformer, root=True),
         "wte": Part(nn.Embedding, {"weight": (V, C)}),
         "h": Part(nn.ModuleList),
-        "lm_head": _linear(V, C, bias=False),
+        "lm_head": _linear(V, C, bias=config.head_transform),
     }
+    parts |= (
+        {} if config.type_vocab_size is None else {"wse": Part(nn.Embedding, {"weight": (config.type_vocab_size, C)})}
+    )
+    if config.head_transform:
+        parts |= {"lm_transform": Part(HeadTransform), "lm_transform.ln": norm}
+        parts["lm_transform.c_fc"] = _linear(C, C, True, config.activation)
+    parts |= {"pooler": _linear(C, C, True, "tanh")} if config.pooler else {}
+    parts |= {"next_sentence": _linear(2, C, True)} if config.next_sentence_head else {}
     if config.position_embedding == "rotary":
         table = (P, config.rotary_dim // 2)
         parts["rotary"] = Part(RotaryEmbedding, {"cos": table, "sin": table}, {"layout": layout_of(config)})
@@ -58,7 +67,7 @@ def expected_parts(config: GPTConfig) -> dict[str, Part]:
 def _block(config: GPTConfig, layer: int, norm: Part) -> dict[str, Part]:
     C = config.n_embd
     heads = {"n_head": config.n_head, "kv_heads": config.kv_heads, "head_dim": config.head_dim}
-    attention = {**heads, "window": config.window_of(layer), "softcap": config.attn_softcap}
+    attention = {**heads, "window": config.window_of(layer), "softcap": config.attn_softcap, "causal": config.causal}
     order = {"pre_norm": config.norm_position == "pre", "parallel": config.parallel_residual}
     head_norms = ("q_norm", "k_norm") if config.qk_norm else ()
     sinks = {"sinks": (config.n_head,)} if config.attention_sinks else {}

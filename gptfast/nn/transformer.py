@@ -14,23 +14,14 @@ from gptfast import ops
 from gptfast.config import GPTConfig
 from gptfast.nn.adapted import DROPOUTS, call
 from gptfast.nn.adapter_watch import watch, watch_rows
+from gptfast.nn.bidirectional import Beside, check_next_sentence
 from gptfast.nn.block import Block, add_branch, written_for
 from gptfast.nn.counts import Counted
 from gptfast.nn.dropout import DropoutCounter, NumberedDropouts
 from gptfast.nn.embeddings import Embeddings
-from gptfast.nn.inputs import (
-    REFUSED,
-    Packed,
-    check_call,
-    check_form,
-    one_of,
-    packed_row,
-    padded,
-    refuse,
-    shifted,
-)
+from gptfast.nn.heads import Heads
+from gptfast.nn.inputs import REFUSED, Packed, check_call, check_form, one_of, packed_row, padded, refuse, shifted
 from gptfast.nn.kv_cache import KVCache
-from gptfast.nn.linear import Linear, is_plain_linear
 from gptfast.nn.norm import norm_of
 from gptfast.nn.position import SinusoidalEmbedding
 from gptfast.nn.rotary import RotaryEmbedding
@@ -40,12 +31,12 @@ from gptfast.nn.soft_prompt import Prefix
 INIT_STD = 0.02  # of all matrices and embeddings (GPT-2)
 
 
-class Transformer(Embeddings, Counted, NumberedDropouts):
+class Transformer(Embeddings, Heads, Counted, NumberedDropouts):
     """The network of a GPT with GPT-2's parameter names; all of it runs through `gptfast.ops`.
     `gptfast.GPT` is this with generation and checkpoints.
 
     Weights are normal with standard deviation 0.02, divided by sqrt(2 n_layer) for the projections into the
-    residual stream (Radford et al. 2019, section 2.3); biases are 0.
+    residual stream of a causal model (Radford et al. 2019, section 2.3); biases are 0.
 
     By default each forward in training mode draws the seed of its dropouts from torch's CPU generator, so `torch.manual_seed`,
     `torch.get_rng_state`, activation checkpointing, deep copies and ranks behave as with torch's own dropout. Once
@@ -73,18 +64,14 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
         else:
             places = nn.Embedding if config.position_embedding == "learned" else SinusoidalEmbedding
             self.wpe = places(config.block_size, C).to(self.wte.weight.dtype)
+        self.wse = None if config.type_vocab_size is None else nn.Embedding(config.type_vocab_size, C)
         self.ln_e = norm_of(config) if config.embedding_norm else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm_of(config) if config.final_norm else None
-        self.lm_head = Linear(C, config.vocab_size, bias=False)
+        self._add_heads(config)
         self._dropout = DropoutCounter()  # its offset counts forwards
         self.tie_weights()
         self._init_weights()
-
-    def tie_weights(self) -> None:
-        """Make the head share the token embedding, if the config says so."""
-        if self.config.tie_weights:
-            self.lm_head.weight = self.wte.weight
 
     def _init_weights(self) -> None:
         for name, parameter in self.named_parameters():
@@ -93,7 +80,7 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
     def init_parameter(self, name: str, parameter: nn.Parameter) -> None:
         """Give a parameter, by its name, its value in a new model; the weight of a LayerNorm stays 1."""
         if parameter.dim() >= 2 and not name.endswith("bias"):
-            residual = name.endswith(("c_proj.weight", "mlp.down_proj"))
+            residual = self.config.causal and name.endswith(("c_proj.weight", "mlp.down_proj"))
             nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
         elif name.endswith(("bias", "sinks")):
             nn.init.zeros_(parameter)
@@ -113,6 +100,8 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
         adapter_names: Sequence[str] | None = None,
         inputs_embeds: Tensor | None = None,
         prefix_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
         **others: Any,
     ) -> Tensor | tuple[Tensor | None, Tensor]:
         """Logits, or logits and mean cross-entropy. A batch of transformers' collators may be expanded: model(**batch).
@@ -120,14 +109,14 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
         Args:
             ids: (B, T) int64 or int32 in [0, V), 1 <= T <= block_size; input_ids is another name. Or a
                 BatchEncoding or dict with input_ids.
-            targets: (B, T) int64, the token that follows each id, in [0, V) or ignore_index. In
-                training mode the head and the loss are one op that never holds all logits.
+            targets: (B, T) int64, the token that follows each id, in [0, V) or ignore_index; without `causal` the token that
+                belongs at each position. In training mode the head and the loss are one op that never holds all logits.
             attention_mask: (B, T), 0 where ids are padding, on either side, 1 else. The results of the other positions are
                 those of their row without padding; those of padding mean nothing, and their targets do not count.
             ignore_index: targets of this value do not count; -1 in nanoGPT.
             cache: append the T positions of every row to it and attend to what it holds; no gradients.
             last_only: logits of the last position only, with attention_mask of the last one that it shows.
-            labels: instead of targets, as in transformers: (B, T), the ids themselves or ignore_index, shifted here.
+            labels: instead of targets, as in transformers: (B, T), the ids themselves or ignore_index, shifted here if `causal`.
             cu_seqlens: (n + 1,) int32 or int64, rising from 0 to T: B = 1, and the row is n texts one after another, text d at
                 positions cu_seqlens[d] .. cu_seqlens[d + 1]. None sees another, and the positions of each begin at 0, so
                 T may be more than block_size. labels are not shifted over the ends.
@@ -138,6 +127,9 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
                 added as to these. Targets and labels are those of the same positions, ignore_index where there is no token.
             prefix_embeds: (B, n, C), vectors before the tokens of each row, which take the positions 0 to n - 1. Mask,
                 targets, labels and logits are those of the tokens alone; labels of first tokens count.
+            token_type_ids: (B, T) int64 or int32, the type of each token (BERT: 0 in the first text, 1 in the second); None: 0.
+            next_sentence_label: (B,) int64, 0 where the second text follows the first, 1 where it does not: its mean
+                cross-entropy is added to the loss.
             others: what transformers has besides is refused.
         Returns:
             Without targets: logits (B, T, V), or (B, V) with last_only.
@@ -147,6 +139,7 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
         """
         if isinstance(ids, Mapping):
             named = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+            named |= {"token_type_ids": token_type_ids, "next_sentence_label": next_sentence_label}
             given = {name: value for name, value in named.items() if value is not None}
             options = {"ignore_index": ignore_index, "cache": cache, "last_only": last_only, "cu_seqlens": cu_seqlens}
             options |= {"adapter_names": adapter_names, "prefix_embeds": prefix_embeds}
@@ -157,6 +150,7 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
         check_form(tokens, inputs_embeds is not None, self.config.n_embd)
         if prefix_embeds is not None:
             columns = {"targets": targets, "attention_mask": attention_mask, "labels": labels}
+            columns |= {"token_type_ids": token_type_ids}
             options = {"ignore_index": ignore_index, "cache": cache, "last_only": last_only, "cu_seqlens": cu_seqlens}
             return self._behind(prefix_embeds, tokens, columns, adapter_names=adapter_names, **options)
         padding = None if attention_mask is None else padded(tokens, attention_mask, cache)
@@ -164,7 +158,9 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
         packed = None if cu_seqlens is None else packed_row(tokens, cu_seqlens, padding, cache, last_only, self.config)
         wanted = one_of("targets", targets, "labels", labels)
         check_call(self.config, tokens, wanted, cache, last_only, ignore_index, packed, self.training)
-        targets = targets if labels is None else shifted(labels, ignore_index, packed)
+        beside = Beside.of(self.config, tokens, token_type_ids, padding)
+        check_next_sentence(self.config, next_sentence_label, wanted, len(tokens))
+        targets = wanted if labels is None or not self.config.causal else shifted(labels, ignore_index, packed)
         if targets is not None and padding is not None:
             targets = targets.masked_fill(~padding.counts, ignore_index)  # nothing is predicted from padding
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
@@ -172,7 +168,8 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
             adapters = self._selection(adapter_names, len(tokens), *numbers)
             tokens = tokens if padding is None else padding.compact(tokens)
             prefix = self._prefix(tokens, adapters, packed)
-            x = self._hidden(tokens, cache, numbers, adapters, packed, prefix, self.lm_head)  # B T C, or with virtual
+            reader = self.lm_head if self.lm_transform is None else None
+            x = self._hidden(tokens, cache, numbers, adapters, packed, prefix, reader, beside)  # B T C, or with virtual
             ends = None
             if prefix is not None and x.shape[1] > tokens.shape[1]:
                 x, ends = prefix.tokens(x), prefix.ends(x)
@@ -184,39 +181,38 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
             if prefix is not None and ends is not None and labels is not None:
                 x = torch.cat((x, ends), 1)
                 targets = torch.cat((targets, prefix.firsts(labels, padding, ignore_index)), 1)
-            hidden, wanted = x.flatten(0, 1), targets.flatten()
-            if self.training and self.has_plain_head():
-                logits = None
-                loss = ops.linear_cross_entropy(hidden, self.lm_head.weight, wanted, ignore_index=ignore_index)
+            wanted = targets.flatten()
+            if self.training:
+                logits, loss = None, self._training_loss(x, wanted, ignore_index, adapters)
             else:
                 logits = self.logits_of(x, adapters)
                 loss = ops.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=ignore_index)
+            if next_sentence_label is not None:
+                loss = loss + ops.cross_entropy(self.next_sentence_logits(x, adapters), next_sentence_label)
             if self.training and self.adapters is not None:
                 watch(self, self.adapters, loss) if adapter_names is None else watch_rows(self, self.adapters, adapters)
-            if logits is None or self.training:
+            if logits is None:
                 return None, loss
             return logits if x.shape[1] == tokens.shape[1] else logits[:, : tokens.shape[1]], loss
 
-    def logits_of(self, hidden: Tensor, adapters: Selection | None = None) -> Tensor:
-        """The logits of hidden states: (..., C) -> (..., V). adapters: of this forward; None: the active ones."""
-        logits, cap = call(self.lm_head, adapters, hidden), self.config.logit_softcap
-        return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
-
-    def has_plain_head(self) -> bool:
-        """Whether logits are a product with `lm_head.weight` and nothing else."""
-        return is_plain_linear(self.lm_head) and self.config.logit_softcap is None
-
     def hidden_states(
-        self, ids: Tensor, *, attention_mask: Tensor | None = None, adapter_names: Sequence[str] | None = None
+        self,
+        ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """What the head multiplies: (B, T, C) after the last block and the final LayerNorm. Arguments as in `forward`."""
         padding = None if attention_mask is None else padded(ids, attention_mask, None)
         ids = ids if padding is None else padding.without(ids)
         check_call(self.config, ids, None, None, False, -100, None, self.training)
+        beside = Beside.of(self.config, ids, token_type_ids, padding)
         numbers = self._take_numbers()
         adapters = self._selection(adapter_names, len(ids), *numbers)
         prefix = self._prefix(ids, adapters, None)
-        x = self._hidden(ids if padding is None else padding.compact(ids), None, numbers, adapters, None, prefix)
+        ids = ids if padding is None else padding.compact(ids)
+        x = self._hidden(ids, None, numbers, adapters, None, prefix, None, beside)
         x = x if prefix is None else prefix.tokens(x)
         return x if padding is None else padding.restore(x)
 
@@ -229,14 +225,16 @@ class Transformer(Embeddings, Counted, NumberedDropouts):
         packed: Packed | None = None,
         prefix: Prefix | None = None,
         reader: nn.Module | None = None,
+        beside: Beside | None = None,
     ) -> Tensor:
         """Hidden states before the head, (B, T, C), or with the virtual tokens of soft prompts that these rows got now (see
         `Prefix`). Each forward has 1 + 3 n_layer dropouts, numbered in order. reader: the layer that alone takes them."""
         config, (seed, step) = self.config, numbers
         first, under = step * (1 + 3 * config.n_layer), {} if adapters is None else {"adapters": adapters}
         row = (self.dropout_row,) if self.dropout_row else ()
-        residual, rotation = self._enter(ids, cache, adapters, packed, prefix)
+        residual, rotation = self._enter(ids, cache, adapters, packed, prefix, beside)
         under = under if rotation is None else {**under, "rotation": rotation}
+        under = under if beside is None or beside.lengths is None else {**under, "seq_lens": beside.lengths}
         cu_seqlens = None if packed is None else packed.cu_seqlens if prefix is None else prefix.cu_seqlens
         if self.training and config.embd_pdrop > 0:
             residual = ops.dropout(residual, config.embd_pdrop, seed, first, first_row=self.dropout_row)

@@ -18,7 +18,7 @@ AllowedSpecial = Collection[str] | Literal["all"]
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    kind: "gpt2", "bpe", "openai-gpt", "hf", "char" or "word".
+    kind: "gpt2", "bpe", "openai-gpt", "hf", "char", "word" or "wordpiece".
     """
 
     kind: str

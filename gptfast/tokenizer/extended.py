@@ -39,7 +39,7 @@ def with_special_tokens(tokenizer: Tokenizer, tokens: Mapping[str, int]) -> Toke
     if isinstance(inner, OpenAIGPTTokenizer):
         return OpenAIGPTTokenizer({**inner.vocab, **tokens}, inner.merges, inner.unk_token)
     if isinstance(inner, HFTokenizer):
-        return HFTokenizer(_extended(inner.hf_files, tokens))
+        return type(inner)(_extended(inner.hf_files, tokens))
     if isinstance(inner, (CharTokenizer, WordTokenizer)):
         wanted = list(range(inner.vocab_size, inner.vocab_size + len(tokens)))
         if sorted(tokens.values()) != wanted:

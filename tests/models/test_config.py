@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gptfast.models import GPT, PRESETS, GPTConfig
+from gptfast.models import BERT, GPT, PRESETS, GPTConfig
 from gptfast.models.parameter_table import parameter_table
 
 MILLION, BILLION = 10**6, 10**9
@@ -28,16 +28,19 @@ PUBLISHED = {  # GPT-2's paper prints 117M, 345M, 762M and 1542M; these are the 
     "gpt3-6.7b": 6.7 * BILLION,
     "gpt3-13b": 13.0 * BILLION,
     "gpt3-175b": 175.0 * BILLION,
+    "bert-base": 110 * MILLION,
+    "bert-large": 340 * MILLION,
     "gpt-oss-20b": 20.9 * BILLION,
     "gpt-oss-120b": 116.8 * BILLION,
 }
 OWN = {"gptoss-tiny"}  # published nowhere
 EXACT = {"gpt1": 116_534_784, "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080}
+EXACT |= {"bert-base": 110_106_428, "bert-large": 336_226_108}  # the paper rounds the second to 340M
 
 
-def on_meta(config: GPTConfig) -> GPT:
+def on_meta(config: GPTConfig) -> GPT | BERT:
     with torch.device("meta"):
-        return GPT(config)
+        return GPT(config) if config.causal else BERT(config)
 
 
 def test_every_preset_has_a_published_size():
@@ -158,6 +161,6 @@ def test_info_lists_the_presets(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     printed = CliRunner().invoke(app, ["info"])
     assert printed.exit_code == 0
-    lines = [line for line in printed.output.splitlines() if line.startswith("│ gpt")]
+    lines = [line for line in printed.output.splitlines() if line.startswith(("│ gpt", "│ bert"))]
     assert [line.split()[1] for line in lines] == list(PRESETS)
     assert lines[1].split("│")[-2].strip() == "124.4M"

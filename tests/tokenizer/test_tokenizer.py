@@ -326,7 +326,7 @@ def test_two_tokens_with_one_id(tokenizers):
 
 
 def test_tokenizers_of_another_kind(tokenizers, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": {}}}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": []}}))
     with pytest.raises(ValueError, match="is not a tokenizer that gptfast supports"):
         load_tokenizer(tmp_path)
     tokenizers["openai-gpt"].save(tmp_path)

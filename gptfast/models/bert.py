@@ -1,0 +1,96 @@
+"""BERT: the network without a causal mask, with the checkpoints of transformers' BERT and the filling of masks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gptfast.config import GPTConfig
+from gptfast.metadata import Metadata
+from gptfast.models import export, pretrained
+from gptfast.models.fill_mask import fill_mask
+from gptfast.models.gpt import GPT
+from gptfast.models.stored import StoredModel
+from gptfast.nn.transformer import Transformer
+from gptfast.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+
+
+class BERT(Transformer):
+    """A BERT (Devlin et al., arXiv 1810.04805); `forward`, training and checkpoints are those of `gptfast.nn.Transformer`.
+
+    model(ids, attention_mask=..., token_type_ids=...) are the logits of the masked-language-model head, (B, T, V). With
+    labels, the token that belongs at each position or -100, it gives (logits, loss), and with next_sentence_label the loss
+    of next sentences is in it. `hidden_states` gives what the heads read, `pooled` and `next_sentence_logits` take that.
+
+    Args:
+        config: with causal=False, such as `GPTConfig.preset("bert-base")`.
+    Raises:
+        ValueError: a causal config.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        if isinstance(config, GPTConfig) and config.causal:
+            raise ValueError(
+                "BERT: the config has causal=True, which is a GPT; use gptfast.GPT, or a config with causal=False such as "
+                "GPTConfig.preset('bert-base')"
+            )
+        super().__init__(config)
+        self.metadata = Metadata()
+        self.folder = ""  # of the checkpoint, which may have the tokenizer
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **config_overrides: Any
+    ) -> BERT:
+        """Load transformers' BertForPreTraining, BertForMaskedLM or BertModel, or what `save_pretrained` wrote; see
+        `gptfast.models.pretrained.load`. The model has the heads that the checkpoint has.
+
+        A BertForSequenceClassification is read by `gptfast.finetuning.TaskModel.from_pretrained`.
+        """
+        folder = pretrained.resolve(path)
+        model = pretrained.load(cls, folder, dtype, config_overrides)
+        model.folder = str(folder)
+        return model
+
+    def fill_mask(
+        self,
+        texts: str | Sequence[str],
+        *,
+        top_k: int = 5,
+        targets: str | Sequence[str] | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Any:
+        """The tokens that most probably stand behind each [MASK] of a text, as transformers' fill-mask pipeline gives them.
+
+        Args:
+            texts: one text or several, each with one [MASK] or more.
+            top_k: how many tokens of a mask, at least 1.
+            targets: only these words, each of which must be one token; their scores stay those among all tokens.
+            tokenizer: a WordPiece; None: that of the checkpoint folder.
+        Returns:
+            Of one text with one mask a list of {"score", "token", "token_str", "sequence"}, the most probable first: probability,
+            id, text of the token, and the text with it. Of several masks a list of such lists, each with the other masks in
+            its sequences. Of several texts a list of these.
+        Raises:
+            TypeError, ValueError: a text without a mask or longer than block_size, a target of several tokens, a model without
+                the head, or no tokenizer.
+        """
+        if tokenizer is None:
+            if not self.folder or not has_tokenizer(self.folder):
+                raise ValueError("fill_mask: the model was not loaded from a folder with a tokenizer; pass tokenizer=")
+            tokenizer = load_tokenizer(self.folder)
+        return fill_mask(self, texts, tokenizer, top_k, targets)
+
+    def save_pretrained(self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Write a checkpoint folder that transformers reads with the same logits; see `gptfast.models.export.save`."""
+        export.save(self, path, max_shard_size)
+
+
+def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **options: Any) -> GPT | BERT:
+    """The GPT or BERT of a checkpoint; arguments as in its `from_pretrained`."""
+    folder = pretrained.resolve(path)
+    kind = GPT if StoredModel(folder).config.causal else BERT
+    return kind.from_pretrained(folder, dtype=dtype, **options)
