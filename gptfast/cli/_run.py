@@ -131,7 +131,6 @@ def _batch_lines(old: TrainConfig, new: TrainConfig, block_size: int) -> list[st
 def report(run: Run, result: TrainResult) -> list[str]:
     """Lines about the result of a run, its files, and what to do next."""
     from gptfast._busy import busy_line
-    from gptfast.training.evaluate import evaluated_tokens
     from gptfast.training.plot import EXPERTS
     from gptfast.training.progress import clock
 
@@ -141,41 +140,66 @@ def report(run: Run, result: TrainResult) -> list[str]:
     if result.interrupted is not None:
         return _interruption(run, result.steps) + ([busy] if busy else [])
     unit = "character" if run.data.tokenizer.kind == "char" else "token"
-    count = evaluated_tokens(trainer.val_tokens, trainer.block_size, trainer.eval_batch_size, config.eval_batches)
+    unit = "nats" if config.objective == "mlm" else f"nats per {unit}"
+    count = trainer.objective.evaluated_tokens(trainer.eval_batch_size, config)
     speed = f", {result.tokens_per_second:,.0f} tokens/s at the end" if result.tokens_per_second else ""
     return [
-        f"best validation loss {result.best_val_loss:.4f} nats per {unit} at step {result.best_step} "
+        f"best validation loss {result.best_val_loss:.4f} {unit} at step {result.best_step} "
         f"(over {count:,} held-out tokens)",
+        *_accuracies(run),
         f"{result.steps} steps in {clock(result.seconds)}{speed}",
         f"checkpoints  {out / 'best'}  (lowest validation loss)",
         f"             {out / 'last'}  (to continue with: --resume)",
         f"loss curve   {out / 'loss.png'}, figures in {out / 'log.jsonl'}",
         *([f"experts      {out / EXPERTS}: their loads"] if trainer.model.config.n_expert else []),
-        f"generate     {_generate(run, 'best')}",
+        f"{'fill masks' if config.objective == 'mlm' else 'generate':12} {_generate(run, 'best')}",
         *([busy] if busy else []),
+    ]
+
+
+def _accuracies(run: Run) -> list[str]:
+    """A line about the last evaluation of masked tokens and next sentences."""
+    found = next((record for record in reversed(run.trainer.log.records) if "val_mlm_accuracy" in record), None)
+    if found is None:
+        return []
+    pairs = (
+        f"; next sentences {found['val_nsp_loss']:.4f} nats, {found['val_nsp_accuracy']:.1%} right"
+        if "val_nsp_loss" in found
+        else ""
+    )
+    return [
+        f"at step {found['step']}: masked tokens {found['val_mlm_loss']:.4f} nats, {found['val_mlm_accuracy']:.1%} right{pairs}"
     ]
 
 
 def _interruption(run: Run, step: int) -> list[str]:
     """Lines about a run that was ended early."""
-    out = run.trainer.out
+    out, config = run.trainer.out, run.trainer.config
     if not holds_more(out / "last"):
         return ["interrupted before the first step; nothing was saved"]
     lines = [f"interrupted at step {step}; saved. Continue with: gptfast train --resume --out {quote(str(out))}"]
     if (out / "best").exists():
-        return [*lines, f"generate: {_generate(run, 'best')}"]
+        return [*lines, f"{'fill masks' if config.objective == 'mlm' else 'generate'}: {_generate(run, 'best')}"]
     return [
         *lines,
         f"there is no {out / 'best'} yet: it comes with the first evaluation, at step {run.trainer.config.eval_every}",
-        f"generate with the newest weights: {_generate(run, 'last')}",
+        f"{'fill masks' if config.objective == 'mlm' else 'generate'} with the newest weights: {_generate(run, 'last')}",
     ]
 
 
 def _generate(run: Run, name: str) -> str:
     """A command that can be run as printed."""
+    if run.trainer.config.objective == "mlm":
+        return f"gptfast fill-mask --model {quote(str(run.trainer.out / name))} --text {quote(_masked_prompt(run))}"
     prompt = example_prompt(run.data, run.trainer.model.config.block_size // 2)
     given = f"--prompt {quote(prompt)}" if prompt else "--prompt-file FILE"
     return f"gptfast generate --model {quote(str(run.trainer.out / name))} {given}"
+
+
+def _masked_prompt(run: Run) -> str:
+    """A few words of the validation text, the last of them masked."""
+    words = example_prompt(run.data, 8).split() or ["the"]
+    return " ".join([*words[:-1], "[MASK]"])
 
 
 def example_prompt(data: PreparedData, longest: int) -> str:

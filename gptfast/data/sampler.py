@@ -56,7 +56,7 @@ class WindowSampler:
             raise ValueError(
                 f"WindowSampler: rank is {rank} and world_size {world_size}; expected 0 <= rank < world_size"
             )
-        self._take, self.vocab_size = _unpack(tokens)
+        self.take, self.vocab_size = _unpack(tokens)
         self._documents = documents_of(tokens) if pack_documents else None
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         self.rank, self.world_size = rank, world_size
@@ -80,7 +80,7 @@ class WindowSampler:
         return self._batch(self._starts(row))
 
     def _batch(self, starts: np.ndarray) -> Batch:
-        rows = _taken(self._take, starts, self.block_size, self.vocab_size)
+        rows = self.tokens_at(starts)
         if self._documents is None:
             return inputs_and_targets(rows)
         return packed(*inputs_and_targets(rows), begins_in(self._documents, starts, self.block_size))
@@ -100,7 +100,15 @@ class WindowSampler:
         """
         starts = np.concatenate([self._starts(number, 1) for number in numbers.tolist()])
         begins = None if self._documents is None else begins_in(self._documents, starts, self.block_size)
-        return _taken(self._take, starts, self.block_size, self.vocab_size), begins
+        return self.tokens_at(starts), begins
+
+    def starts_from(self, row: int, count: int) -> np.ndarray:
+        """(count,) int64: the positions at which the rows from number `row` on begin."""
+        return self._starts(row, count)
+
+    def tokens_at(self, starts: np.ndarray) -> np.ndarray:
+        """(n, T + 1) int64: the tokens of the windows that begin at `starts`. Raises ValueError, OSError as `batch`."""
+        return _taken(self.take, starts, self.block_size, self.vocab_size)
 
     def _starts(self, first: int, count: int | None = None) -> np.ndarray:
         parts = shuffled(first, count or self.batch_size, self.windows_per_epoch, self.seed)

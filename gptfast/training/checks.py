@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from gptfast.data import Mixture, TokenFile
-from gptfast.models import GPT
+from gptfast.models import BERT, GPT
 from gptfast.training.config import TrainConfig
 from gptfast.training.ranks import Ranks
 
 
-def check_model(model: GPT, config: TrainConfig, *tokens: TokenFile | Mixture | np.ndarray) -> int:
+def check_model(model: GPT | BERT, config: TrainConfig, *tokens: TokenFile | Mixture | np.ndarray) -> int:
     """Check that model, config and tokens fit together; returns T."""
     limit = model.config.block_size
     if model.wte.weight.dtype != torch.float32:

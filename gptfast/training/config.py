@@ -23,6 +23,24 @@ class TrainConfig:
         TypeError, ValueError: a value of the wrong type or out of range, or two that contradict each other.
     """
 
+    objective: str = option(
+        "lm",
+        "What is learnt. lm: the next token, from those before it (GPT). mlm: tokens that are masked, from both sides, and whether "
+        "the second of two texts follows the first (BERT).",
+        allowed=("lm", "mlm"),
+        group=_LEARNING,
+    )
+    mlm_probability: float = option(
+        0.15,
+        "Under mlm, the part of the tokens that are to be predicted: 80% of them are [MASK] in the input, 10% a random token, "
+        "10% themselves. At least one in a row.",
+        allowed=Real(above=0, below=1),
+        group=_LEARNING,
+    )
+    whole_words: bool = option(False, "Under mlm, mask whole words instead of single pieces.", group=_LEARNING)
+    no_next_sentence: bool = option(
+        False, "Under mlm, one text in a row, and nothing learnt about next sentences.", group=_LEARNING
+    )
     batch_size: int = option(
         32,
         "B, rows of text in one forward and backward pass. A larger batch gives a steadier gradient and a slower step. May "
@@ -246,8 +264,21 @@ class TrainConfig:
         for name in ("sequence_warmup", "compile"):
             if self.pack_documents and getattr(self, name):
                 raise ValueError(f"TrainConfig: pack_documents and {name} exclude each other; leave one out")
+        self._check_objective()
         if self.seed >= 2**63:
             raise ValueError(f"TrainConfig: seed is {self.seed}; expected a seed in [0, 2**63)")
+
+    def _check_objective(self) -> None:
+        masks = {"mlm_probability": 0.15, "whole_words": False, "no_next_sentence": False}
+        given = next((name for name, usual in masks.items() if getattr(self, name) != usual), None)
+        if self.objective == "lm" and given:
+            raise ValueError(
+                f"TrainConfig: `{given}` is {getattr(self, given)}, but `objective` is 'lm', a causal model without masks; use "
+                "`objective` 'mlm', or leave it out"
+            )
+        for name in ("pack_documents", "sequence_warmup", "compile"):
+            if self.objective == "mlm" and getattr(self, name):
+                raise ValueError(f"TrainConfig: `{name}` is for `objective` 'lm', and it is 'mlm'; leave one out")
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A checked copy with some fields changed.

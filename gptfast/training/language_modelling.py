@@ -50,6 +50,11 @@ class LanguageModelling(Objective):
         tokenizer: Tokenizer | None = None,
         ranks: Ranks | None = None,
     ) -> None:
+        if not model.config.causal:
+            raise ValueError(
+                "Trainer: objective is lm, but every position of the model sees the token that it is to predict (causal=False); "
+                "take objective mlm"
+            )
         self.block_size = check_model(model, config, train_tokens, val_tokens)
         self.network, self.tokenizer, self.val_tokens = model, tokenizer, val_tokens
         self.tokens_per_row = self.block_size

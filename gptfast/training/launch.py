@@ -15,11 +15,12 @@ import torch
 from gptfast._files import absolute
 from gptfast._locks import FileLock
 from gptfast._options import default_of, options_of, values_of
+from gptfast._presets import BERT as BERT_SHAPE
 from gptfast._rope import RopeScaling
 from gptfast.config import GPTConfig
 from gptfast.data import PreparedData, is_tokens, open_data
 from gptfast.data.options import DataOptions
-from gptfast.models import GPT
+from gptfast.models import BERT, GPT, load_model
 from gptfast.models.pretrained import resolve
 from gptfast.tokenizer import has_tokenizer, load_tokenizer
 from gptfast.training.checkpoint import Checkpoint, check_source, read_checkpoint
@@ -28,7 +29,7 @@ from gptfast.training.config import TrainConfig
 from gptfast.training.find_batch import fitted
 from gptfast.training.fingerprint import fingerprint
 from gptfast.training.kept import newest_intact
-from gptfast.training.options import DEFAULTS, SHAPE, RunOptions, start_of
+from gptfast.training.options import SHAPE, RunOptions, defaults_of
 from gptfast.training.ranks import Ranks
 from gptfast.training.resuming import MAY_CHANGE, refuse_changes
 from gptfast.training.run import Run
@@ -61,7 +62,7 @@ def new_run(options: Options, ranks: Ranks | None = None) -> Run:
     options = {"data": default_of(DataOptions, "data"), **options}
     place = RunOptions(**values_of(RunOptions, options))
     if ranks is not None:
-        check_ranks(_train_config({**DEFAULTS[start_of(options)], **options}), ranks)  # before anything is written
+        check_ranks(_train_config({**defaults_of(options), **options}), ranks)  # before anything is written
     if ranks is not None and not ranks.is_main:
         return _new_run(options, place, None, ranks)
     with locked_run(place.out) as lock:
@@ -90,8 +91,9 @@ def resumed_run(options: Options, ranks: Ranks | None = None, finished_too: bool
 
 
 def _new_run(options: Options, place: RunOptions, lock: FileLock | None, ranks: Ranks | None) -> Run:
-    defaults = DEFAULTS[start_of(options)]
+    defaults = defaults_of(options)
     config = _train_config({**defaults, **options})
+    _check_direction(options, config)
     place.set_threads()
     model = _load(options["init_from"], ranks)[0] if "init_from" in options else None
     tokenizer = _tokenizer(options, model)
@@ -119,6 +121,19 @@ def _new_run(options: Options, place: RunOptions, lock: FileLock | None, ranks: 
     return replace(run, note=note)
 
 
+def _check_direction(options: Options, config: TrainConfig) -> None:
+    """Refuse an objective and a preset that do not go together, before the data is prepared."""
+    if "preset" not in options:
+        return
+    causal = GPTConfig.preset(options["preset"]).causal
+    if causal == (config.objective == "mlm"):
+        why = "sees no later tokens" if causal else "sees the token that it is to predict"
+        raise ValueError(
+            f"train: `objective` is {config.objective}, but every position of `preset` {options['preset']} {why}; use "
+            f"`objective` {'lm' if causal else 'mlm'}, or another preset"
+        )
+
+
 def _resumed_run(
     options: Options, place: RunOptions, lock: FileLock | None, ranks: Ranks | None, finished_too: bool
 ) -> Run:
@@ -140,16 +155,18 @@ def _resumed_run(
     return replace(_run(model, data, config, place, values=values, **more), damage=tuple(damage))
 
 
-def _load(path: Any, ranks: Ranks | None, **changes: Any) -> tuple[GPT, Values | None]:
+def _load(path: Any, ranks: Ranks | None, **changes: Any) -> tuple[GPT | BERT, Values | None]:
     """The model of a checkpoint, with its values, or beside what reads these where no process is to have all of them."""
     if ranks is not None and ranks.sharding:
         return stored(path, **changes)
-    return GPT.from_pretrained(path, dtype=torch.float32, **changes), None
+    return load_model(path, dtype=torch.float32, **changes), None
 
 
-def _run(model: GPT, data: PreparedData, config: TrainConfig, place: RunOptions, **others: Any) -> Run:
+def _run(model: GPT | BERT, data: PreparedData, config: TrainConfig, place: RunOptions, **others: Any) -> Run:
     fit = ""
     if place.find_batch_size:
+        if not isinstance(model, GPT):
+            raise ValueError("train: `find_batch_size` is for `objective` lm; choose `batch_size` yourself")
         config, fit = fitted(model, config, others.get("ranks"))
     trainer = Trainer(
         model,
@@ -173,12 +190,12 @@ def _train_config(options: Options) -> TrainConfig:
     return TrainConfig(**chosen)
 
 
-def _tokenizer(options: Options, model: GPT | None) -> str | None:
+def _tokenizer(options: Options, model: GPT | BERT | None) -> str | None:
     """The requested tokenizer, else the checkpoint's, else the default; None for data that is tokens already."""
     if "tokenizer" in options or is_tokens(options["data"]):
         return options.get("tokenizer")
     if model is None:
-        return DEFAULTS[start_of(options)]["tokenizer"]
+        return defaults_of(options)["tokenizer"]
     folder = resolve(options["init_from"])
     if not has_tokenizer(folder):
         size = model.config.vocab_size
@@ -232,22 +249,27 @@ def _open(options: Options, place: RunOptions, tokenizer: str | None, ranks: Ran
 
 def _untrained(
     options: Options, defaults: dict[str, Any], data: PreparedData, seed: int, ranks: Ranks | None
-) -> tuple[GPT, Values | None]:
+) -> tuple[GPT | BERT, Values | None]:
     shape = {name: options[name] for name in SHAPE if name in options}
     vocab_size, eos = data.tokenizer.vocab_size, data.tokenizer.eos_id
     if "preset" in options:
         config = GPTConfig.preset(options["preset"], **shape, vocab_size=vocab_size)
     else:
         sizes = {name: value for name, value in {**defaults, **shape}.items() if name in SHAPE}
-        config = GPTConfig(**sizes, vocab_size=vocab_size)
+        network = BERT_SHAPE if options.get("objective") == "mlm" else {}
+        config = GPTConfig(**sizes, **network, vocab_size=vocab_size)
     torch.manual_seed(seed)
     divided = ranks is not None and bool(ranks.sharding)
-    model, draw = initial(config, seed) if divided else (GPT(config), None)
-    model.metadata.config = {} if eos is None else {"bos_token_id": eos, "eos_token_id": eos}
+    kind = GPT if config.causal else BERT
+    model, draw = initial(config, seed) if divided and config.causal else (kind(config), None)
+    if config.causal:
+        model.metadata.config = {} if eos is None else {"bos_token_id": eos, "eos_token_id": eos}
     return model, draw
 
 
-def _reshaped(model: GPT, options: Options, defaults: dict[str, Any], ranks: Ranks | None) -> tuple[GPT, Values | None]:
+def _reshaped(
+    model: GPT | BERT, options: Options, defaults: dict[str, Any], ranks: Ranks | None
+) -> tuple[GPT | BERT, Values | None]:
     """A loaded model with another dropout, a smaller block_size or a longer context; its other sizes stay.
 
     Raises:
@@ -279,7 +301,7 @@ def _how(config: GPTConfig) -> str:
     return f"rotary positions are scaled by {scaling.factor:g} ({scaling.rope_type})"
 
 
-def _refuse_changes(options: Options, place: RunOptions, checkpoint: Checkpoint, model: GPT) -> None:
+def _refuse_changes(options: Options, place: RunOptions, checkpoint: Checkpoint, model: GPT | BERT) -> None:
     stored = {**vars(checkpoint.config), **vars(model.config), "dropout": model.config.resid_pdrop}
     stored |= checkpoint.source["options"]
     remedy = f"start a new run with `init_from` {checkpoint.folder}"

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ Autocast = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: of the held-out data. metric: where the objective has one, the larger the better; None: the loss decides."""
+    """loss: of the held-out data. metric: where the objective has one, the larger the better; None: the loss decides.
+    figures: others by their names in the log."""
 
     loss: float
     metric: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
 
     @property
     def rank(self) -> tuple[float, float]:

@@ -34,6 +34,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # by the option that chooses the initia
     "preset": {"tokenizer": "gpt2", "batch_size": 8, "learning_rate": 6e-4},
     "init_from": {"dropout": 0.1, "batch_size": 8, "learning_rate": 1e-4},
 }
+MASKED: dict[str, dict[str, Any]] = {  # what is different with objective mlm
+    "": {"tokenizer": "wordpiece", "learning_rate": 1e-3},
+    "preset": {"tokenizer": "wordpiece", "learning_rate": 1e-4},  # BERT's rate
+    "init_from": {},
+}
+
+
+def defaults_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a new run with these options."""
+    start = start_of(options)
+    return DEFAULTS[start] | (MASKED[start] if options.get("objective") == "mlm" else {})
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Weights:
 
     preset: str | None = option(
         None,
-        "The shape of a published model, with random weights: gpt1, gpt2, gpt2-medium, gpt3-125m, ... (gptfast info lists "
+        "The shape of a published model, with random weights: gpt1, gpt2, gpt2-medium, gpt3-125m, bert-base, ... (gptfast info lists "
         "them). The options below change it.",
     )
     init_from: str | None = option(

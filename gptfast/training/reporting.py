@@ -45,7 +45,7 @@ class Reporting:
 
     def _log(self, found: Evaluation) -> None:
         named = {} if found.metric is None else {self.objective.metric: found.metric}
-        self.log.write(step=self.state.step, val_loss=found.loss, **named)
+        self.log.write(step=self.state.step, val_loss=found.loss, **named, **found.figures)
 
     def _tokens_per_second(self) -> float | None:
         seconds = self.clock.step_seconds
@@ -74,6 +74,11 @@ class Reporting:
         step, planned, speed = self.state.step, self.state.planned_steps, self._tokens_per_second()
         found, share = self._found, self._share_of_peak()
         metric = "" if found is None or found.metric is None else f"{self.objective.metric} {found.metric:.3f}"
+        if found is not None and found.figures:
+            right = {name: x for name, x in found.figures.items() if name.endswith("_accuracy")}
+            metric = "  ".join(
+                f"{name.removeprefix('val_').removesuffix('_accuracy')} {x:.1%}" for name, x in right.items()
+            )
         return Figures(
             step=step,
             total=planned,

@@ -17,7 +17,7 @@ from gptfast._options import default_of, default_text, options_of, values_of
 from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
 from gptfast.training.config import TrainConfig
-from gptfast.training.options import DATA, DEFAULTS, SHAPE, RunOptions, Weights, start_of
+from gptfast.training.options import DATA, SHAPE, RunOptions, Weights, defaults_of
 from gptfast.training.recipes import recipe, recipe_options
 
 NAME = "config.toml"
@@ -121,7 +121,7 @@ def whole_options(options: Mapping[str, Any]) -> str:
 
 def _values(options: Mapping[str, Any]) -> dict[str, Any]:
     """The values of all keys."""
-    chosen = {**DEFAULTS[start_of(options)], **options}
+    chosen = {**defaults_of(options), **options}
     if chosen.get("max_minutes") is not None and "max_steps" not in options:
         chosen["max_steps"] = None
     train = TrainConfig(

@@ -1,4 +1,4 @@
-"""Trainer: the training of a GPT on tokens."""
+"""Trainer: the training of a GPT or a BERT on tokens."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ import numpy as np
 
 from gptfast._locks import FileLock
 from gptfast.data import Mixture, TokenFile
-from gptfast.models import GPT
+from gptfast.models import BERT, GPT
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.checkpoint import Checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.language_modelling import LanguageModelling
 from gptfast.training.loop import Loop
+from gptfast.training.masked_language_modelling import MaskedLanguageModelling
 from gptfast.training.ranks import Ranks
 from gptfast.training.values import Values
 
 
 class Trainer(Loop):
-    """Trains a GPT and writes RUN/last, RUN/best, RUN/log.jsonl, RUN/loss.png and, with experts, RUN/experts.png.
+    """Trains a GPT, or with objective mlm a BERT, and writes RUN/last, RUN/best, RUN/log.jsonl, RUN/loss.png and, with experts,
+    RUN/experts.png.
 
     Args:
-        model: a float32 GPT; moved to the device of the config.
+        model: a float32 GPT or BERT; moved to the device of the config.
         train_tokens, val_tokens: token files, or (N,) arrays of ids; train_tokens may be a mixture.
         config: see `TrainConfig`.
         out: RUN, the folder to write.
-        tokenizer: saved with every checkpoint; None: no tokenizer.
+        tokenizer: saved with every checkpoint; None: no tokenizer. Objective mlm needs one with [MASK].
         source: JSON values that describe the data, saved with every checkpoint; None: {}.
         resume: a checkpoint of `read_checkpoint` from which `model` was loaded. The run continues bit for bit as without
             an interruption. None: a new run.
@@ -46,11 +48,11 @@ class Trainer(Loop):
         BlockingIOError: another process trains in `out`.
     """
 
-    objective: LanguageModelling
+    objective: LanguageModelling | MaskedLanguageModelling
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | BERT,
         train_tokens: TokenFile | Mixture | np.ndarray,
         val_tokens: TokenFile | np.ndarray,
         config: TrainConfig,
@@ -69,7 +71,8 @@ class Trainer(Loop):
         ranks: Ranks | None = None,
         finished_too: bool = False,
     ) -> None:
-        objective = LanguageModelling(model, train_tokens, val_tokens, config, tokenizer, ranks)
+        kind: Any = MaskedLanguageModelling if config.objective == "mlm" else LanguageModelling
+        objective = kind(model, train_tokens, val_tokens, config, tokenizer, ranks)
         self.block_size, self.sampler, self.val_tokens = objective.block_size, objective.sampler, val_tokens
         self.model, self.tokenizer = model, tokenizer
         super().__init__(

@@ -107,8 +107,8 @@ def test_the_tree_exists():
 def test_the_commands_exist():
     from gptfast.cli import app
 
-    known = {command.callback.__name__ for command in app.registered_commands}
-    assert {m for m in re.findall(r"^gptfast (\w+)", TEXT, re.M)} <= known
+    known = {command.callback.__name__.replace("_", "-") for command in app.registered_commands}
+    assert {m for m in re.findall(r"^gptfast ([a-z-]+)", TEXT, re.M)} <= known
     targets = re.findall(r"^([a-z-]+):.*##", (README.parent / "Makefile").read_text(), re.M)
     assert {m for m in re.findall(r"(?:^ *|`)make ([a-z-]+)", TEXT, re.M)} <= set(targets)
 

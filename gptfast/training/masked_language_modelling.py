@@ -1,0 +1,172 @@
+"""BERT's pre-training: masked tokens predicted from both sides, and whether the second text follows the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.data import Mixture, TokenFile
+from gptfast.data.masked import MaskedSampler, MaskTokens
+from gptfast.models import BERT, export
+from gptfast.tokenizer import Tokenizer
+from gptfast.training.checks import check_model
+from gptfast.training.config import TrainConfig
+from gptfast.training.objective import Autocast, Evaluation, Objective
+from gptfast.training.ranks import Ranks
+
+Batch = dict[str, Tensor]
+_LOGITS = 1 << 26  # largest number of logits of a forward pass
+_IGNORED = -100
+
+
+class MaskedLanguageModelling(Objective):
+    """Trains a BERT on tokens; see `gptfast.data.masked`.
+
+    The loss is the mean cross-entropy of the masked tokens, and that of next sentences is added where the model has the head and
+    the config does not leave it out. The log has both, and of an evaluation the part that was right too.
+
+    Args:
+        model: a float32 BERT.
+        train_tokens, val_tokens: token files, or (N,) arrays of ids.
+        config: of the run.
+        tokenizer: with [MASK], [CLS] and [SEP]; saved with every checkpoint.
+        ranks: None, or one process.
+    Raises:
+        TypeError, ValueError: a GPT, a tokenizer without masks, or an option that this objective does not have.
+    """
+
+    def __init__(
+        self,
+        model: BERT,
+        train_tokens: TokenFile | Mixture | np.ndarray,
+        val_tokens: TokenFile | np.ndarray,
+        config: TrainConfig,
+        tokenizer: Tokenizer | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        if model.config.causal or not model.config.head_transform:
+            what = (
+                "causal: a mask would be seen by later tokens only"
+                if model.config.causal
+                else "without a head for masks"
+            )
+            raise ValueError(
+                f"Trainer: objective is mlm, but the model is {what}; train a BERT (`preset` bert-base), or take objective lm"
+            )
+        if isinstance(train_tokens, Mixture):
+            raise ValueError("Trainer: objective mlm takes one text, and train_tokens is a mixture; join its sources")
+        if ranks is not None and ranks.size > 1:
+            raise ValueError(
+                f"Trainer: objective mlm trains in one process, and there are {ranks.size}; leave torchrun out"
+            )
+        self.block_size = check_model(model, config, train_tokens, val_tokens)
+        self.network, self.tokenizer, self.val_tokens = model, tokenizer, val_tokens
+        self.tokens_per_row = self.block_size
+        self._special = MaskTokens.of(tokenizer)
+        self._pairs = model.config.next_sentence_head and not config.no_next_sentence
+        self.sampler = self._sampler(train_tokens, config, config.seed)
+        self._held_out = self._sampler(val_tokens, config, 0)
+
+    def _sampler(self, tokens: TokenFile | np.ndarray, config: TrainConfig, seed: int) -> MaskedSampler:
+        about = (self._special, self.network.config.vocab_size, seed, config.mlm_probability, config.whole_words)
+        return MaskedSampler(tokens, self.block_size, config.batch_size, *about, self._pairs)
+
+    def batches(self, row: int, config: TrainConfig) -> list[Batch]:
+        passes = config.passes(row * self.block_size, self.block_size)
+        return [self.sampler.batch_from(row + n * config.batch_size, config.batch_size) for n in range(passes)]
+
+    def add_gradients(self, batches: list[Batch], autocast: Autocast, device: torch.device) -> dict[str, Any]:
+        counts = [int((batch["labels"] != _IGNORED).sum()) for batch in batches]
+        masked = torch.zeros((), dtype=torch.float64, device=device)
+        follows = torch.zeros_like(masked)
+        for batch, count in zip(batches, counts, strict=True):
+            with autocast():
+                hidden, moved = self._hidden(batch, device)
+                loss = self.network.masked_loss(hidden, moved["labels"]) * (count / sum(counts))
+                masked += loss.detach()
+                if self._pairs:
+                    logits = self.network.next_sentence_logits(hidden)
+                    second = ops.cross_entropy(logits, moved["next_sentence_label"]) / len(batches)
+                    follows += second.detach()
+                    loss = loss + second
+            loss.backward()
+        found = {"loss": masked + follows, "mlm_loss": masked, **({"nsp_loss": follows} if self._pairs else {})}
+        return found if device.type == "cuda" else {name: float(x) for name, x in found.items()}
+
+    def _hidden(self, batch: Batch, device: torch.device) -> tuple[Tensor, Batch]:
+        moved = {name: x.to(device) for name, x in batch.items()}
+        return self.network.hidden_states(moved["input_ids"], token_type_ids=moved["token_type_ids"]), moved
+
+    @torch.no_grad()
+    def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
+        """Of the same rows, masked in the same way, each time."""
+        training = self.network.training
+        self.network.eval()
+        sums = np.zeros(6)  # of masked tokens and of pairs: loss, right, number
+        try:
+            for batch in self._evaluated(batch_size, config):
+                with autocast():
+                    hidden, moved = self._hidden(batch, device)
+                    chosen = moved["labels"] != _IGNORED
+                    sums[:3] += _judged(self.network.logits_of(hidden[chosen]), moved["labels"][chosen])
+                    if self._pairs:
+                        sums[3:] += _judged(self.network.next_sentence_logits(hidden), moved["next_sentence_label"])
+        finally:
+            self.network.train(training)
+        masked, right = sums[:2] / sums[2]
+        figures = {"val_mlm_loss": masked, "val_mlm_accuracy": right}
+        if not self._pairs:
+            return Evaluation(float(masked), figures=_plain(figures))
+        follows, right = sums[3:5] / sums[5]
+        return Evaluation(
+            float(masked + follows), figures=_plain({**figures, "val_nsp_loss": follows, "val_nsp_accuracy": right})
+        )
+
+    def _rows(self, batch_size: int, config: TrainConfig) -> int:
+        every = self._held_out.rows_per_epoch
+        return every if config.eval_batches == 0 else min(every, config.eval_batches * batch_size)
+
+    def _evaluated(self, batch_size: int, config: TrainConfig) -> Iterator[Batch]:
+        rows = self._rows(batch_size, config)
+        each = max(1, min(batch_size, _LOGITS // (self.block_size * self.network.config.vocab_size)))
+        for first in range(0, rows, each):
+            yield self._held_out.batch_from(first, min(each, rows - first))
+
+    def evaluated_tokens(self, batch_size: int, config: TrainConfig) -> float:
+        return self._rows(batch_size, config) * self.block_size
+
+    def flops_per_token(self) -> float:
+        """Those of the head count for the masked tokens alone."""
+        config = self.network.config
+        head = config.n_embd * (config.vocab_size + config.n_embd)
+        chosen = self.sampler.probability
+        return self.network.flops_per_token(self.block_size) - 6 * head * (1 - chosen)
+
+    def restore(self, folder: Path) -> None:
+        self.network.load_state_dict(BERT.from_pretrained(folder, dtype=torch.float32).state_dict())
+
+    def writer(self, copy: bool) -> Callable[[Path], None]:
+        export.check(self.network, patched=True)  # a probe in forward must not cost a run its checkpoints
+        described = export.described(self.network)
+        return described.copied().write if copy else described.write
+
+    def write(self, folder: Path) -> None:
+        self.writer(copy=False)(folder)
+
+
+def _judged(logits: Tensor, wanted: Tensor) -> tuple[float, int, int]:
+    """The summed loss, how many are right, and how many there are."""
+    if not len(wanted):
+        return 0.0, 0, 0
+    loss = ops.cross_entropy(logits, wanted, reduction="sum")
+    return float(loss), int((logits.argmax(-1) == wanted).sum()), len(wanted)
+
+
+def _plain(figures: dict[str, Any]) -> dict[str, float]:
+    return {name: float(x) for name, x in figures.items()}
