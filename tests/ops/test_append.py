@@ -29,12 +29,14 @@ def test_a_step_is_an_assignment_and_an_attention(shape, dtype, emu):
     store = torch.randn(2, B + 1, K, S, D).to(dtype)
     counters = torch.zeros(B * H, dtype=torch.int32)
     lengths = torch.tensor([S - 1, 0, S + 3][:B])  # the last position, the first, and a row that nobody uses
-    for options in ({}, {"softcap": 2.0}, {"sinks": torch.randn(H)}):
+    for cap, sinks in ((None, None), (2.0, None), (None, torch.randn(H))):
         results = []
         for backend in ("emu", "cpu"):
             keys, values = store.clone()[:, :B]
             with gptfast.backend(backend):
-                y = ops.append_and_attend(q, k, v, keys, values, lengths, counters, enable_gqa=True, **options)
+                y = ops.append_and_attend(
+                    q, k, v, keys, values, lengths, counters, sinks=sinks, softcap=cap, enable_gqa=True
+                )
             assert not counters.any(), "they are zeros again for the next step"
             results.append((y, keys, values))
         (y, *written), (expected, *assigned) = results
