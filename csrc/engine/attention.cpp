@@ -62,9 +62,10 @@ void Engine::store(i64 layer, const Run& run, i64 first, i64 heads) {
 AttendParams Engine::pages_of(i64 layer, const Run& run, i64 first, i64 heads) const {
   AttendParams p = {};
   p.n = run.n, p.heads = heads, p.D = model_.shape.D, p.start = run.start;
-  p.cache = cache_type_, p.pages = run.pages;
-  p.keys = layer * layer_bytes_ + first * key_bytes_;
-  p.values = layer * layer_bytes_ + model_.shape.kv_heads * key_bytes_ + first * value_bytes_;
+  const i64 begin = place_[size_t(layer)] * layer_bytes_;
+  p.cache = cache_type_, p.pages = model_.shape.window_of(layer) > 0 ? run.banded : run.pages;
+  p.keys = begin + first * key_bytes_;
+  p.values = begin + model_.shape.kv_heads * key_bytes_ + first * value_bytes_;
   return p;
 }
 

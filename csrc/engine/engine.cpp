@@ -8,10 +8,6 @@
 
 namespace gptfast::engine {
 
-namespace {
-constexpr i64 kPrefillChunk = 256;  // tokens of a pass: their activations stay in the caches
-}  // namespace
-
 Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int threads, DType cache,
                const Kernels& kernels)
     : model_(shape, formats), weights_(weights), kernels_(kernels), pool_(threads), cache_type_(cache),
@@ -21,6 +17,8 @@ Engine::Engine(const Shape& shape, const Formats& formats, char* weights, int th
       Qp_(round_up(shape.qkv(), kPanel)), Ap_(round_up(shape.attended(), kPanel)), Fp_(round_up(shape.fc(), kPanel)),
       stride_(std::max({Cp_, Ap_, round_up(shape.F, kPanel)})), next_(size_t(3 * shape.layers)), own_(size_t(threads)) {
   zeros_.grow(Cp_);
+  i64 places[2] = {0, 0};
+  for (i64 l = 0; l < shape.layers; l++) place_.push_back(places[shape.window_of(l) > 0]++);
 }
 
 void Engine::pack(const Weight& weight, const float* values, i64 ld, i64 first, i64 rows, float factor) {
@@ -64,84 +62,6 @@ double Engine::read_rate(int times) {
     }
   });
   return double(model_.bytes) * times / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-void Engine::extend(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
-                    bool last_only, float* out, i64 ld) {
-  const std::lock_guard guard(mutex_);
-  cache.check_rows("extend", rows);
-  for (size_t i = 0; i < rows.size(); i++) cache.check_room("extend", rows[i], counts[i]);
-  extend_locked(cache, rows, counts, tokens, last_only, out, ld);
-}
-
-void Engine::prefix(Cache& cache, i64 row, const float* vectors, i64 n) {
-  const std::lock_guard guard(mutex_);
-  cache.check_live("prefix", row);
-  if (cache.length(row) || n < 1 || n >= model_.shape.positions)
-    throw std::invalid_argument("prefix: expected an empty slot and fewer vectors than block_size");
-  reserve(cache, {row}, {n});
-  for (i64 at = 0; at < n; at += kPrefillChunk)
-    run_chunk({{0, std::min(n - at, kPrefillChunk), at, 0, 0, cache.pages(row), &cache.adapters(row),
-                vectors + at * model_.shape.C}},
-              nullptr, nullptr, 0);
-  cache.append(row, n);
-  cache.set_prefix(row);
-}
-
-// The first positions of one head of a page.
-void Engine::copy_head(const char* from, char* to, i64 layer, i64 head, i64 positions) const {
-  const i64 size = element_size(cache_type_), D = model_.shape.D;
-  const i64 keys = layer * layer_bytes_ + head * key_bytes_;
-  const i64 values = layer * layer_bytes_ + model_.shape.kv_heads * key_bytes_ + head * value_bytes_;
-  for (i64 at = keys; at < keys + key_bytes_; at += kPage * size)
-    std::memcpy(to + at, from + at, size_t(positions * size));
-  std::memcpy(to + values, from + values, size_t(positions * padded_head(D) * size));
-}
-
-void Engine::reserve(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts) {
-  std::vector<Cache::Copy> copies;
-  const auto copy = [&] {
-    pool_.run([&](int t) {
-      const Range mine = share(model_.shape.kv_heads, t);
-      for (const auto& [from, to, positions] : copies)
-        for (i64 layer = 0; layer < model_.shape.layers; layer++)
-          for (i64 head = mine.first; head < mine.last; head++) copy_head(from, to, layer, head, positions);
-    });
-  };
-  try {
-    for (size_t i = 0; i < rows.size(); i++) cache.reserve(rows[i], counts[i], copies);
-  } catch (const std::bad_alloc&) {  // what has a page of its own already must not lose its past
-    copy();
-    throw;
-  }
-  if (!copies.empty()) copy();
-}
-
-void Engine::extend_locked(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts,
-                           const int* tokens, bool last_only, float* out, i64 ld) {
-  reserve(cache, rows, counts);
-  std::vector<Run> runs;
-  i64 M = 0, wanted = 0, written = 0, done = 0;
-  auto flush = [&] {
-    if (!M) return;
-    run_chunk(runs, tokens + done, out + written * ld, ld);
-    written += std::exchange(wanted, 0);
-    done += std::exchange(M, 0);
-    runs.clear();
-  };
-  for (size_t i = 0; i < rows.size(); i++)
-    for (i64 at = 0; at < counts[i];) {
-      const i64 n = std::min(counts[i] - at, kPrefillChunk - M);
-      const i64 logits = !last_only ? n : at + n == counts[i] ? 1 : 0;
-      runs.push_back(
-          {M, n, cache.length(rows[i]) + at, logits, wanted, cache.pages(rows[i]), &cache.adapters(rows[i]), nullptr});
-      at += n;
-      M += n;
-      wanted += logits;
-      if (M == kPrefillChunk) flush();
-    }
-  flush();
-  for (size_t i = 0; i < rows.size(); i++) cache.append(rows[i], counts[i]);
 }
 
 void Engine::reserve_workspace(i64 M, i64 longest) {

@@ -20,6 +20,7 @@ struct Run {
   char* const* pages;
   const Adapters* adapters;
   const float* vectors = nullptr;  // (n, C): instead of the embeddings of its tokens
+  char* const* banded = nullptr;   // pages of the banded layers
 
   i64 unwanted() const { return n - wanted; }
 };
@@ -52,7 +53,7 @@ class Engine {
 
   const Model& model() const { return model_; }
   int threads() const { return pool_.threads(); }
-  i64 page_bytes() const { return model_.shape.layers * layer_bytes_; }
+  Cache::Sizes cache_sizes() const;
   std::mutex& lock() { return mutex_; }
 
   // Packs fp32 values / factor, a power of two, as this weight: a vector, or rows [first, first + rows) of a matrix, ld apart.
@@ -67,6 +68,9 @@ class Engine {
               bool last_only, float* out, i64 ld);
   // Begins an empty row with a soft prompt: n vectors of C values in the places of token embeddings.
   void prefix(Cache& cache, i64 row, const float* vectors, i64 n);
+  // Keeps the first tokens of a row. Where pages of banded layers that the next one sees are gone, these tokens are read again;
+  // if memory for that is missing, the row is left without tokens.
+  void truncate(Cache& cache, i64 row, i64 length);
   // One token for each row of logits, each drawn as it asks; -1 where the row holds nan, -2 where nothing but -inf.
   std::vector<i64> draw(const std::vector<Sampling>& samplings, const std::vector<i64>& positions, const float* logits,
                         i64 ld);
@@ -98,7 +102,9 @@ class Engine {
 
   void extend_locked(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
                      bool last_only, float* out, i64 ld);
-  void copy_head(const char* from, char* to, i64 layer, i64 head, i64 positions) const;
+  void copy_head(const Cache::Copy& copy, i64 layer, i64 head) const;
+  void copy_pages(const std::vector<Cache::Copy>& copies);
+  void slide(Cache& cache, const std::vector<i64>& rows, std::vector<Run>& runs, bool keep);
   void reserve(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts);
   std::vector<i64> draw_locked(const std::vector<Sampling>& samplings, const std::vector<i64>& positions,
                                const float* logits, i64 ld);
@@ -147,6 +153,7 @@ class Engine {
   const DType cache_type_;
   const i64 key_bytes_, value_bytes_;  // of a page, for one head of one layer
   const i64 layer_bytes_;
+  std::vector<i64> place_;  // of a layer among the dense or the banded ones
   // C, what c_attn gives, the heads together, what c_fc gives, rounded up to whole panels; and the widest input of a product
   const i64 Cp_, Qp_, Ap_, Fp_, stride_;
 

@@ -122,7 +122,8 @@ Model::Model(const Shape& s, const Formats& f) : shape(s), formats(f) {
       const std::string mlp = name + ".mlp.";
       layer.router = unnumbered(mlp + "router.weight", mlp + "router.bias", Format::f32, s.experts, s.C);
       for (i64 e = 0; e < s.experts; e++) {
-        const std::string own = "." + std::to_string(e);
+        std::string own(".");
+        own += std::to_string(e);
         layer.experts.push_back(
             {unnumbered(mlp + "gate_up_proj" + own, mlp + "gate_up_proj_bias" + own, formats.c_fc, s.fc(), s.C),
              unnumbered(mlp + "down_proj" + own, mlp + "down_proj_bias" + own, formats.mlp_proj, s.C, s.F)});

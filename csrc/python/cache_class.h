@@ -69,13 +69,8 @@ class PyCache {
     locked([&] { return cache_.check_live("free", row), cache_.release(row), 0; });
   }
   void truncate(i64 row, i64 length) {
-    locked([&] {
-      cache_.check_live("truncate", row);
-      if (length < 0 || length > cache_.tokens(row))
-        throw std::invalid_argument("truncate: length is " + std::to_string(length) + "; slot " + std::to_string(row) +
-                                    " holds " + std::to_string(cache_.tokens(row)) + " positions");
-      return cache_.truncate(row, length), 0;
-    });
+    const WithoutGil release;
+    engine_->get().truncate(cache_, row, length);
   }
   void copy(const std::vector<i64>& rows, const std::vector<i64>& sources) {
     if (rows.size() != sources.size()) throw std::invalid_argument("copy: as many rows as sources are needed");
@@ -133,13 +128,13 @@ class PyCache {
   }
 
  private:
-  // The bytes of a page, where the sizes are some that the engine can have.
-  static i64 checked(PyEngine& engine, i64 capacity, i64 max_len) {
+  // The sizes of a page, where the others are some that the engine can have.
+  static Cache::Sizes checked(PyEngine& engine, i64 capacity, i64 max_len) {
     if (capacity < 1) throw std::invalid_argument("sequences: the capacity must be at least 1");
     if (capacity >= i64(1) << 31) throw std::bad_alloc();
     if (max_len < 1 || max_len > engine.get().model().shape.positions)
       throw std::invalid_argument("sequences: max_len must be 1 to block_size");
-    return engine.get().page_bytes();
+    return engine.get().cache_sizes();
   }
   std::shared_ptr<PyEngine> engine_;
   Cache cache_;

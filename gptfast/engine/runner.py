@@ -116,7 +116,9 @@ class EngineRunner(Runner):
         self._check_slots("truncate", [slot])
         if not isinstance(length, int) or not 0 <= length <= self.max_len:
             raise ValueError(f"truncate: length is {length!r}; expected 0 to the length of slot {slot}")
-        self._cache.truncate(slot, length)
+        self._cache.truncate(slot, length)  # which may read tokens of banded layers again
+        if self.config.is_banded:
+            self._check_weights()
 
     def free(self, slot: int) -> None:
         self._check_slots("free", [slot])

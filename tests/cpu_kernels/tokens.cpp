@@ -38,7 +38,7 @@ struct Model {
   // What greedy decoding of two rows writes, and how near the second best token ever came.
   std::vector<int> write(i64 steps, double* margin) {
     const i64 ld = panels(shape.V) * kPanel;
-    Cache cache(engine.page_bytes(), 2, shape.positions, shape.positions);
+    Cache cache(engine.cache_sizes(), 2, shape.positions, shape.positions);
     const std::vector<i64> rows = {cache.add(), cache.add()}, counts = {37, 3};
     std::vector<int> tokens, written;
     Random random(5);

@@ -92,10 +92,13 @@ def test_vocabulary_of_gpt2_and_its_last_token() -> None:
     assert compiled.logits(ids).shape == (1, 3, 50257)
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
-def test_bits_do_not_depend_on_threads_or_cuts(dtype: str, isa: str) -> None:
+OTHERS = [("llama", "float32"), ("gptoss", "bfloat16"), ("gptoss", "int8"), ("nanochat", "q4")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*(("gpt3", dtype) for dtype in FORMATS), *OTHERS])
+def test_bits_do_not_depend_on_threads_or_cuts(name: str, dtype: str, isa: str) -> None:
     """One row in one call on one thread; the same beside others, token by token, in stretches, on two and three."""
-    model, ids = model_of("gpt3"), ids_of("gpt3")[0].tolist()
+    model, ids = model_of(name), ids_of(name)[0].tolist()
     alone = model.compile_for_inference(dtype, threads=1).logits(ids)
     for threads in (2, 3):
         runner = model.compile_for_inference(dtype, threads=threads).runner(3)
@@ -142,6 +145,25 @@ def test_greedy_text_is_that_of_the_model(name: str) -> None:
     prompts = [ids_of(name)[0, :5].tolist(), ids_of(name)[1, :23].tolist(), [1]]
     options = {"max_new_tokens": 60, "temperature": 0.0}
     assert model.compile_for_inference("float32").generate(prompts, **options) == model.generate(prompts, **options)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "neox", "nanochat", "gptoss"])
+def test_texts_of_other_families_are_those_of_torch(name: str) -> None:
+    model = model_of(name)
+    compiled, prompts = model.compile_for_inference("float32"), [ids_of(name)[0, :5].tolist(), [1]]
+    assert engine_for(model) is not None
+    for options in (
+        {},
+        {"num_beams": 3, "max_new_tokens": 12},
+        {"prompt_lookup_num_tokens": 3},
+        {"overflow": "slide", "max_new_tokens": 160},
+    ):
+        options = {"max_new_tokens": 40, "temperature": 0.0, **options}
+        options = {key: value for key, value in options.items() if key != "temperature" or "num_beams" not in options}
+        with gptfast.backend("eager"):
+            assert engine_for(model) is None
+            wanted = model.generate(prompts, **options)
+        assert compiled.generate(prompts, **options) == wanted, options
 
 
 def test_drawn_text_is_that_of_the_model() -> None:

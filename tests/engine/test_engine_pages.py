@@ -202,3 +202,78 @@ def test_large_pages():
     rows.check()
     for row, logits in zip((copy, source), last, strict=True):
         assert torch.equal(logits, compiled.logits(rows.texts[row])[-1])
+
+
+BANDED = {"n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "block_size": 700, "vocab_size": 301, "window": 70}
+
+
+def banded(pattern: str) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**BANDED, attention_pattern=pattern, position_embedding="rotary", dropout=0.0)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+class BandedRows(Rows):
+    """Counts no pages: which ones are dropped depends on the stretches in which a text was read."""
+
+    def check(self) -> None:
+        assert self.runner.lengths == [len(self.texts.get(row, [])) for row in range(self.runner.max_slots)]
+
+
+@pytest.mark.parametrize(("pattern", "seed"), [("SL", 1), ("SSS", 2)])
+def test_any_history_of_banded_layers_gives_the_logits_of_the_text(pattern, seed):
+    """Cuts far back are read again."""
+    model, chance = banded(pattern).compile_for_inference("float32"), random.Random(seed)
+    rows, fresh = BandedRows(model.runner(4)), model.runner(1)
+    for _ in range(250):
+        short = [row for row, text in rows.texts.items() if len(text) < 400]
+        if short and chance.random() < 0.3:
+            rows.extend([chance.choice(short)], [[chance.randrange(301) for _ in range(280)]])
+        extended = step(rows, chance, 690)
+        rows.check()
+        for row, logits in extended[:1]:
+            (one,) = fresh.allocate()
+            assert torch.equal(logits, fresh.extend([one], [rows.texts[row]])[0])
+            fresh.free(one)
+
+
+def test_pages_of_banded_layers_are_bounded_by_the_window():
+    """Behind a long text as beside one that is read token by token; against torch."""
+    model = banded("SSS")
+    compiled = model.compile_for_inference("float32")
+    runner, ids = compiled.runner(2), torch.randint(301, (1, 600), generator=torch.Generator().manual_seed(1))
+    first, second = runner.allocate(2)
+    logits = runner.extend([first], ids.tolist(), last_only=False)[0]
+    for token in ids[0, :400].tolist():
+        last = runner.extend([second], [[token]])
+    with torch.no_grad():
+        wanted = model(ids)[0]
+    assert relative_error(logits, wanted) < 2e-6 and torch.equal(last[0], logits[399])
+    layer = (8 + 16) * PAGE * 4  # keys of one head, and its values, padded to 16 channels
+    held, rest = divmod(runner.nbytes, 3 * layer)
+    # positions that are seen, 64 more, and a pass of 256 in its pages; of the other row one
+    assert rest == 0 and held <= -(-(70 + 64 + 256) // PAGE) + 1 + -(-(70 + 64) // PAGE) + 2 + SPARE
+    for length in range(600, 690):
+        runner.extend([first], [[length % 301]])
+    assert runner.nbytes == held * 3 * layer, "it grows with the text"
+    mixed = banded("LLS").compile_for_inference("float32").runner(1)
+    (row,) = mixed.allocate()
+    mixed.extend([row], ids.tolist())
+    assert 20 * layer < mixed.nbytes <= (20 + 8 + SPARE) * layer, "ten pages of two layers, and few of the third"
+
+
+def test_a_cut_beyond_the_window_reads_the_text_again():
+    model = banded("SL").compile_for_inference("float32")
+    ids = torch.randint(301, (600,), generator=torch.Generator().manual_seed(1)).tolist()
+    runner = model.runner(3)
+    prefix = torch.randn(80, 16, generator=torch.Generator().manual_seed(2))
+    (plain,), (behind,) = runner.allocate(1), runner.allocate(1, prefix=prefix)
+    for row in (plain, behind):
+        whole = runner.extend([row], [ids], last_only=False)[0]
+        for length in (590, 520, 300, 64, 1):
+            runner.truncate(row, length)
+            assert torch.equal(runner.extend([row], [ids[length : length + 1]])[0], whole[length])
+            runner.truncate(row, length)
