@@ -114,22 +114,22 @@ COMPILED = [
     Mutant(
         "pages are never given back",
         "csrc/engine/cache.cpp",
-        "  if (spare_.size() < kSpare) return",
-        "  if (MUTANT || spare_.size() < kSpare) return",
+        "  if (spare.size() < most_spare) return",
+        "  if (MUTANT || spare.size() < most_spare) return",
         _in("engine/test_engine_pages"),
     ),
     Mutant(
         "a shared page with one free place is written to",
         "csrc/engine/cache.cpp",
-        "row.pages[first]->users > 1) {",
-        "row.pages[first]->users > 1 && !(MUTANT && row.length % kPage == kPage - 1)) {",
+        "pages.pages[first]->users > 1) {",
+        "pages.pages[first]->users > 1 && !(MUTANT && at % kPage == kPage - 1)) {",
         _in("engine/test_engine_pages"),
     ),
     Mutant(
         "truncation keeps a page too few",
         "csrc/engine/cache.cpp",
-        "  drop_from(row, size_t((row.length + kPage - 1) / kPage));",
-        "  drop_from(row, size_t((row.length + (MUTANT ? 0 : kPage - 1)) / kPage));",
+        "  drop_from(row, pages_of(row.length));",
+        "  drop_from(row, MUTANT ? size_t(row.length / kPage) : pages_of(row.length));",
         _in("engine/test_engine_pages"),
     ),
 ]

@@ -58,7 +58,9 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
     }
     const int8_t* q = x.q + m * x.stride + g * kGroup;
     UNROLL_FOR (int i = 0; i < 8; i++) {
-      if constexpr (R > 1) AFTER(sum[0][0], q);
+      if constexpr (R > 1) {
+        AFTER(sum[0][0], q);
+      }
       // in the order of the memory: one after the other, or both nibbles of a byte together
       const int j = U::kFormat == Format::int8 ? i : i / 2 + 4 * (i % 2);
       if (R == 1) prefetch_range(w + kAhead + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);

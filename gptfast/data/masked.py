@@ -44,7 +44,7 @@ class MaskTokens:
     def of(cls, tokenizer: Tokenizer | None) -> MaskTokens:
         """Of a tokenizer of BERT's kind. Raises ValueError for one without [MASK], [CLS] or [SEP]."""
         found: Any = getattr(tokenizer, "inner", tokenizer)
-        ids = [found.special_id(role) for role in _ROLES] if hasattr(found, "special_id") else [None]
+        ids: list[Any] = [found.special_id(role) for role in _ROLES] if hasattr(found, "special_id") else [None]
         if None in ids[:3]:
             kind = "none was given" if tokenizer is None else f"{tokenizer.kind!r} has none"
             raise ValueError(

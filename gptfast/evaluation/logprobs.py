@@ -12,6 +12,7 @@ from torch import Tensor
 from gptfast import ops
 from gptfast.generation import TorchRunner
 from gptfast.generation.runner import Runner, single_threaded_torch
+from gptfast.nn.transformer import Transformer
 
 ROWS = 8  # windows of a forward pass
 PIECE = 128  # positions whose logits are held at a time: 26 MB for GPT-2
@@ -29,7 +30,9 @@ def scorer(model: Any, context: int) -> Scorer:
     """
     if not isinstance(model, torch.nn.Module):
         return _by_runner(model.runner(1, context))
-    return _in_torch(model, max(1, LONG // context)) if context <= LONG else _by_runner(TorchRunner(model, 1, context))
+    if context > LONG and isinstance(model, Transformer):
+        return _by_runner(TorchRunner(model, 1, context))
+    return _in_torch(model, max(1, LONG // context))
 
 
 def _in_torch(model: Any, most: int) -> Scorer:
