@@ -17,7 +17,7 @@ template <class E_, Codes F_, bool TRANSPOSED_, int ROWS_> struct PackedShape {
   static constexpr Codes F = F_;
   static constexpr bool TRANSPOSED = TRANSPOSED_;
   static constexpr int ROWS = ROWS_, CONSUMERS = 2, BM = 64 * ROWS * CONSUMERS, BN = 128, DEPTH = 64, STAGES = 4;
-  static constexpr int THREADS = 128 * (CONSUMERS + 1), X_BYTES = BM * 128, W_BYTES = BN * 128;
+  static constexpr int THREADS = 128 * (CONSUMERS + 1), X_BYTES = BM * DEPTH * 2, W_BYTES = BN * DEPTH * 2;
   static constexpr int BARRIERS = STAGES * (X_BYTES + W_BYTES), TABLE = BARRIERS + 2 * STAGES * 8;
   static constexpr int SMEM = TABLE + (F == Codes::nf4 ? Decoder<float>::BYTES : 0);
 };

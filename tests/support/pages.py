@@ -164,6 +164,9 @@ def as_small(words: list[str]) -> list[str]:
         again = "--resume" in words or "--print-config" in words
         more = ["--max-steps", "6"] if "--resume" in words else SHORT if again else ["--overwrite", *SHORT]
         more += ["--grad-accum", "1"] if "--recipe" in words else []
+        if "--extend-context" in words:  # has the block size
+            own = [n for n, word in enumerate(more) if word == "--block-size"]
+            more = [word for n, word in enumerate(more) if n not in own and n - 1 not in own]
     elif words[0] == "finetune":
         more = ["--overwrite", *SMALL[-6:], "--max-steps", "2", "--eval-every", "1", "--batch-size", "2"]
     elif words[0] == "evaluate" and "--task" in words:
