@@ -17,7 +17,8 @@ template <class E_, Codes F_, bool TRANSPOSED_, int ROWS_> struct PackedShape {
   static constexpr Codes F = F_;
   static constexpr bool TRANSPOSED = TRANSPOSED_;
   static constexpr int ROWS = ROWS_, CONSUMERS = 2, BM = 64 * ROWS * CONSUMERS, BN = 128, DEPTH = 64, STAGES = 4;
-  static constexpr int THREADS = 128 * (CONSUMERS + 1), X_BYTES = BM * DEPTH * 2, W_BYTES = BN * DEPTH * 2;
+  static constexpr int W_ROWS = TRANSPOSED ? DEPTH : BN, W_COLUMNS = TRANSPOSED ? BN : DEPTH;
+  static constexpr int THREADS = 128 * (CONSUMERS + 1), X_BYTES = BM * DEPTH * 2, W_BYTES = W_ROWS * W_COLUMNS * 2;
   static constexpr int BARRIERS = STAGES * (X_BYTES + W_BYTES), TABLE = BARRIERS + 2 * STAGES * 8;
   static constexpr int SMEM = TABLE + (F == Codes::nf4 ? Decoder<float>::BYTES : 0);
 };
@@ -30,7 +31,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
   using E = typename C::E;
   using Run = CodeRun<C::F>;
   constexpr bool TRANSPOSED = C::TRANSPOSED;
-  constexpr int STAGES = C::STAGES, ROWS = C::ROWS, DEPTH = C::DEPTH, W_ROWS = TRANSPOSED ? DEPTH : C::BN;
+  constexpr int STAGES = C::STAGES, ROWS = C::ROWS, DEPTH = C::DEPTH, W_ROWS = C::W_ROWS;
   DYN_SMEM(smem);
   const uint32_t x_at = smem_u32(smem), w_at = x_at + STAGES * C::X_BYTES, barriers = x_at + C::BARRIERS;
   auto full = [&](int stage) { return barriers + stage * 8; };
