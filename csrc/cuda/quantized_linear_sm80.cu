@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       store_run(step + 1);
       load_run(step + 2);
     }
-#pragma unroll(TRANSPOSED ? 4 : F == Codes::int8 ? 1 : 2)  // all of it would keep too many addresses in registers
+#pragma unroll(F == Codes::int8 ? (TRANSPOSED ? 4 : 1) : TRANSPOSED ? 1 : 2)  // all of it would keep too many addresses in registers
     for (int d = 0; d < kDepth; d += 16) {
       uint32_t a[4][4];
 #pragma unroll
