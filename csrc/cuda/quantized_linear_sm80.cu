@@ -14,6 +14,8 @@ template <class E, Codes F, bool TRANSPOSED>
 __global__ void __launch_bounds__(kThreads, 2)
     quantized_products_sm80(const __grid_constant__ QuantizedLinearParams p, int row_tiles) {
   using Run = CodeRun<F>;
+  // All of a step unrolled would keep too many addresses in registers; ptxas for 9.0 has fewer left than that for 8.0.
+  constexpr int UNROLL = F == Codes::int8 ? (TRANSPOSED ? 4 : 1) : TRANSPOSED ? 1 : 2;
   constexpr int WIDTH = TRANSPOSED ? kTile : kDepth, RUNS = WIDTH / Run::LENGTH;  // of a row of the weight's tile
   DYN_SMEM(smem);
   char* table = smem + 4 * kTileBytes;
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       store_run(step + 1);
       load_run(step + 2);
     }
-#pragma unroll(F == Codes::int8 ? (TRANSPOSED ? 4 : 1) : TRANSPOSED ? 1 : 2)  // all of it would keep too many addresses in registers
+#pragma unroll(UNROLL)
     for (int d = 0; d < kDepth; d += 16) {
       uint32_t a[4][4];
 #pragma unroll
