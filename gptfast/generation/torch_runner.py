@@ -17,11 +17,9 @@ from gptfast.nn.selection import check_adapter
 from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 
-PROMPT_TOKENS = 4096  # of prompts that run together: they fill a GPU, and what a layer holds of them is small
-
-PREFILL = (
-    2048  # tokens of one forward: what a prompt needs at a time is its keys and values, and the activations of so many
-)
+# Tokens of one forward, of one prompt or of several: they fill a GPU, and a prompt needs at a time its keys and values, and the
+# activations of so many.
+PREFILL = 2048
 
 
 class TorchRunner(Runner):
@@ -30,9 +28,9 @@ class TorchRunner(Runner):
     The slots in use lie side by side in rows 0 to n - 1 of the cache, so that a step of all of them is one forward over a
     slice; the last row moves into the place of one that is freed.
 
-    Prompts of one length run together, others one by one, without padding, and single tokens of several sequences together. The logits of a sequence do
-    not depend on the others, up to the rounding of matrix products, which libraries do differently for different numbers
-    of rows. With GPTFAST_GEMM=own they are equal bit for bit.
+    Prompts of one length run together, others one by one, without padding, and single tokens of several sequences together.
+    The logits of a sequence do not depend on the others, up to the rounding of matrix products, which libraries do
+    differently for different numbers of rows. With GPTFAST_GEMM=own they are equal bit for bit.
 
     Args:
         model: runs in evaluation mode; its training flags are restored after each call.
@@ -186,10 +184,10 @@ class TorchRunner(Runner):
         return logits if order == list(slots) else logits[[order.index(slot) for slot in slots]]
 
     def _alike(self, slots: Sequence[int], new_of: dict[int, Sequence[int]], last_only: bool) -> Iterator[list[int]]:
-        """The slots that get equally many tokens and run in one forward, of at most PROMPT_TOKENS in all; alone where the
+        """The slots that get equally many tokens and run in one forward, of at most PREFILL in all; alone where the
         logits of every token are asked for."""
         for count in dict.fromkeys(len(new_of[slot]) for slot in slots):
-            most = max(1, PROMPT_TOKENS // count) if last_only else 1
+            most = max(1, PREFILL // count) if last_only else 1
             for run in self._neighbours([slot for slot in slots if len(new_of[slot]) == count]):
                 yield from (run[n : n + most] for n in range(0, len(run), most))
 

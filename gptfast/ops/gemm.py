@@ -140,9 +140,7 @@ _LAYOUTS = {  # is a stored by columns, is b, dtype
     for dtype in KERNEL_DTYPES
 }
 _HALF = (torch.bfloat16, torch.float16)
-_LARGE = (
-    1 << 28
-)  # products and sums, from which on a GPU two or three calls cost less than one: 8 rows by 50,257 of 768
+_LARGE = 1 << 28  # multiply-adds from which on two or three calls cost a GPU less than one: 8 rows by 50,257 of 768
 _FORCED = _check_forced(os.environ.get("GPTFAST_GEMM", ""))
 
 

@@ -122,7 +122,7 @@ def test_logits_do_not_depend_on_the_batch_bit_for_bit(make_runner):
 
 def test_prompts_of_one_length_run_together(model, monkeypatch):
     """In forwards of a bounded number of tokens, with the logits of their own."""
-    monkeypatch.setattr("gptfast.generation.torch_runner.PROMPT_TOKENS", 12)
+    monkeypatch.setattr("gptfast.generation.torch_runner.PREFILL", 12)
     together, alone, calls = TorchRunner(model, 6, BLOCK), TorchRunner(model, 1, BLOCK), []
     prompts = [[n + k for k in range(length)] for n, length in enumerate((5, 3, 5, 5, 3, 5))]
     hook = model.register_forward_pre_hook(
