@@ -8,6 +8,18 @@
 
 namespace gptfast::cuda {
 
+// f(Format<F>{}) with the format of `codes`.
+template <Codes F> struct Format {
+  static constexpr Codes value = F;
+};
+template <class F> cudaError_t with_codes(Codes codes, F f) {
+  switch (codes) {
+    case Codes::int8: return f(Format<Codes::int8>{});
+    case Codes::int4: return f(Format<Codes::int4>{});
+    default: return f(Format<Codes::nf4>{});
+  }
+}
+
 template <Codes F> constexpr int kCodesOfWord = F == Codes::int8 ? 4 : 8;
 
 DEV_INLINE uint32_t word_at(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }

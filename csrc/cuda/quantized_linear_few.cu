@@ -284,11 +284,7 @@ cudaError_t quantized_linear_few(const QuantizedLinearParams& p, cudaStream_t st
   split.rows = int(ceil_div(p.M, split.rows_each));
   return with_dtype(p.x.dtype, [&](auto t) {
     using T = decltype(t);
-    switch (p.w.format) {
-      case Codes::int8: return launch_rows<T, Codes::int8>(p, split, stream);
-      case Codes::int4: return launch_rows<T, Codes::int4>(p, split, stream);
-      default: return launch_rows<T, Codes::nf4>(p, split, stream);
-    }
+    return with_codes(p.w.format, [&](auto f) { return launch_rows<T, decltype(f)::value>(p, split, stream); });
   });
 }
 

@@ -130,18 +130,14 @@ template <Codes F, bool TRANSPOSED> cudaError_t launch(const QuantizedLinearPara
   LAUNCH(kernel, dim3(unsigned(tiles)), dim3(kThreads), smem, stream, p, int(row_tiles));
   return cudaGetLastError();
 }
-template <Codes F> cudaError_t launch_either(const QuantizedLinearParams& p, cudaStream_t stream) {
-  return p.transposed ? launch<F, true>(p, stream) : launch<F, false>(p, stream);
-}
 
 }  // namespace
 
 cudaError_t quantized_linear_fp32(const QuantizedLinearParams& p, cudaStream_t stream) {
-  switch (p.w.format) {
-    case Codes::int8: return launch_either<Codes::int8>(p, stream);
-    case Codes::int4: return launch_either<Codes::int4>(p, stream);
-    default: return launch_either<Codes::nf4>(p, stream);
-  }
+  return with_codes(p.w.format, [&](auto f) {
+    constexpr Codes F = decltype(f)::value;
+    return p.transposed ? launch<F, true>(p, stream) : launch<F, false>(p, stream);
+  });
 }
 
 }  // namespace gptfast::cuda

@@ -97,15 +97,11 @@ template <class E, Codes F, bool TRANSPOSED> cudaError_t launch(const QuantizedL
   LAUNCH(kernel, dim3(unsigned(tiles)), dim3(kThreads), smem, stream, p, int(row_tiles));
   return cudaGetLastError();
 }
-template <class E, Codes F> cudaError_t launch_either(const QuantizedLinearParams& p, cudaStream_t stream) {
-  return p.transposed ? launch<E, F, true>(p, stream) : launch<E, F, false>(p, stream);
-}
 template <class E> cudaError_t launch_format(const QuantizedLinearParams& p, cudaStream_t stream) {
-  switch (p.w.format) {
-    case Codes::int8: return launch_either<E, Codes::int8>(p, stream);
-    case Codes::int4: return launch_either<E, Codes::int4>(p, stream);
-    default: return launch_either<E, Codes::nf4>(p, stream);
-  }
+  return with_codes(p.w.format, [&](auto f) {
+    constexpr Codes F = decltype(f)::value;
+    return p.transposed ? launch<E, F, true>(p, stream) : launch<E, F, false>(p, stream);
+  });
 }
 
 }  // namespace

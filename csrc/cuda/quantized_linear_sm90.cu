@@ -143,15 +143,11 @@ cudaError_t launch_rows(const QuantizedLinearParams& p, cudaStream_t stream) {
   if (large >= processors && large <= INT32_MAX) return launch<Large>(p, large, stream);
   return launch<Small>(p, across * ceil_div(p.M, Small::BM), stream);
 }
-template <class E, Codes F> cudaError_t launch_either(const QuantizedLinearParams& p, cudaStream_t stream) {
-  return p.transposed ? launch_rows<E, F, true>(p, stream) : launch_rows<E, F, false>(p, stream);
-}
 template <class E> cudaError_t launch_format(const QuantizedLinearParams& p, cudaStream_t stream) {
-  switch (p.w.format) {
-    case Codes::int8: return launch_either<E, Codes::int8>(p, stream);
-    case Codes::int4: return launch_either<E, Codes::int4>(p, stream);
-    default: return launch_either<E, Codes::nf4>(p, stream);
-  }
+  return with_codes(p.w.format, [&](auto f) {
+    constexpr Codes F = decltype(f)::value;
+    return p.transposed ? launch_rows<E, F, true>(p, stream) : launch_rows<E, F, false>(p, stream);
+  });
 }
 
 }  // namespace
