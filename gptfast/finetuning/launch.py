@@ -28,6 +28,7 @@ from gptfast.training.checkpoint import Checkpoint, read_checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.loop import Loop
 from gptfast.training.resuming import MAY_CHANGE, refuse_changes
+from gptfast.training.routing import Routing
 from gptfast.training.run_folder import check_room, locked_run
 
 Options = Mapping[str, Any]
@@ -144,6 +145,9 @@ def _run(
     **others: Any,
 ) -> Finetuning:
     truncated = left_out = 0
+    gpt = network.gpt if isinstance(network, TaskModel) else network
+    # a soft prompt's vectors are routed too, and are no tokens whose load could be told
+    routing = None if gpt.virtual_tokens() else Routing.of(gpt, config, what="finetune")
     objective: Any
     if isinstance(network, TaskModel):
         parts: list[Rows] = []
@@ -156,11 +160,11 @@ def _run(
             raise ValueError(
                 f"finetune: metric is {metric!r}, which {network.task} does not have; expected {', '.join(METRICS[network.task])}"
             )
-        causal = network.gpt.config.causal
+        causal = gpt.config.causal
         if task.lm_coef and not causal:
             raise ValueError(f"finetune: `lm_coef` is {task.lm_coef:g}, but a BERT has no such loss; leave it out")
         lm_coef = (0.5 if causal else 0.0) if task.lm_coef is None else task.lm_coef
-        objective = TaskObjective(network, parts[0], parts[1], metric, lm_coef, methods.write)
+        objective = TaskObjective(network, parts[0], parts[1], metric, lm_coef, methods.write, routing)
     else:
         limit, rows = network.config.block_size - network.virtual_tokens(), []
         for part in (data.train, data.held_out):
@@ -173,7 +177,7 @@ def _run(
                 rows.append(found_rows)
                 if cut:
                     notes.append(f"{cut} texts of {part.path} are longer than {limit} tokens and are cut into rows")
-        objective = TextObjective(network, rows[0], rows[1], tokenizer, methods.write)
+        objective = TextObjective(network, rows[0], rows[1], tokenizer, methods.write, routing)
     loop = Loop(
         objective,
         config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from gptfast.models import GPT
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.config import TrainConfig
 from gptfast.training.objective import Autocast, Evaluation, Objective
+from gptfast.training.routing import Routing
 
 _LOGITS = 1 << 26  # at most, in a forward of an evaluation, which holds all of them
 Write = Callable[[Any, Path], None]
@@ -51,11 +52,20 @@ class TaskObjective(Objective):
         metric: a function of `gptfast.finetuning.metrics`.
         lm_coef: weight of the language-modelling loss.
         write: writes the model to a folder.
+        routing: of a model with experts, whose auxiliary loss over all but padding is minimised too; None: it is not.
     """
 
     def __init__(
-        self, model: TaskModel, train: Rows, held_out: Rows, metric: str, lm_coef: float, write: Write
+        self,
+        model: TaskModel,
+        train: Rows,
+        held_out: Rows,
+        metric: str,
+        lm_coef: float,
+        write: Write,
+        routing: Routing | None = None,
     ) -> None:
+        self._routing = routing
         self.network, self.tokenizer, self.metric, self.lm_coef = model, None, metric, lm_coef
         self.train, self.held_out, self._write = train, held_out, write
         self.train_rows = train[0]
@@ -68,16 +78,23 @@ class TaskObjective(Objective):
 
     def add_gradients(
         self, batches: list[dict[str, Tensor]], autocast: Autocast, device: torch.device
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         total, task, lm = 0.0, 0.0, 0.0
+        if self._routing is not None:
+            self._routing.begin()
         for batch in batches:
-            with autocast():
+            with autocast(), nullcontext() if self._routing is None else self._routing.watched():
                 out = self.network(**batch, lm_coef=self.lm_coef)
-            (out.loss / len(batches)).backward()
+            whole = out.loss
+            if self._routing is not None:
+                real = self.network.real_tokens(batch["ids"], batch.get("attention_mask"))
+                whole = whole + self._routing.loss(batch["ids"].masked_fill(~real, IGNORED), 1 / len(batches))
+            (whole / len(batches)).backward()
             total += float(out.loss.detach()) / len(batches)
             task += float(out.task_loss.detach()) / len(batches)
             lm += 0.0 if out.lm_loss is None else float(out.lm_loss.detach()) / len(batches)
-        return {"loss": total, "task_loss": task, **({"lm_loss": lm} if self.lm_coef else {})}
+        losses = {"loss": total, "task_loss": task, **({"lm_loss": lm} if self.lm_coef else {})}
+        return losses | ({} if self._routing is None else self._routing.figures())
 
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
         loss, true, found = self.predict(batch_size, autocast)
@@ -123,6 +140,7 @@ class TextObjective(Objective):
         train, held_out: (ids, mask) rows; see `gptfast.finetuning.response_mask`.
         tokenizer: saved with every checkpoint.
         write: writes the model to a folder.
+        routing: of a model with experts, whose auxiliary loss over all tokens is minimised too; None: it is not.
     """
 
     def __init__(
@@ -132,7 +150,9 @@ class TextObjective(Objective):
         held_out: Sequence[tuple[Row, Row]],
         tokenizer: Tokenizer,
         write: Write,
+        routing: Routing | None = None,
     ) -> None:
+        self._routing = routing
         self.network, self.tokenizer, self._write = model, tokenizer, write
         self.train = self.train_rows = train
         self.held_out = held_out
@@ -141,14 +161,19 @@ class TextObjective(Objective):
     def batches(self, row: int, config: TrainConfig) -> list[Packed]:
         return [pack([self.train[i] for i in part]) for part in examples_of_step(row, len(self.train), config)]
 
-    def add_gradients(self, batches: list[Packed], autocast: Autocast, device: torch.device) -> dict[str, float]:
+    def add_gradients(self, batches: list[Packed], autocast: Autocast, device: torch.device) -> dict[str, Any]:
         counts = [learnt(batch) for batch in batches]
         total = 0.0
+        if self._routing is not None:
+            self._routing.begin()
         for batch, count in zip(batches, counts, strict=True):
-            loss = self._loss(batch, autocast, device) * (count / sum(counts))
-            loss.backward()
-            total += float(loss.detach())
-        return {"loss": total}
+            share = count / sum(counts)
+            with nullcontext() if self._routing is None else self._routing.watched():
+                loss = self._loss(batch, autocast, device)
+            whole = loss if self._routing is None else loss + self._routing.loss(batch.ids, share)
+            (whole * share).backward()
+            total += float(loss.detach()) * share
+        return {"loss": total} | ({} if self._routing is None else self._routing.figures())
 
     @torch.no_grad()
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:

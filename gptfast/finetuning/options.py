@@ -9,7 +9,7 @@ from typing import Any
 
 from gptfast._options import Real, Whole, check_fields, describe_fields, format_value, option
 from gptfast.finetuning.tasks import METRICS, TASKS
-from gptfast.training.config import TrainConfig
+from gptfast.training.config import AUX_LOSS_COEF, TrainConfig
 from gptfast.training.options import ROPE_SCALINGS, RUN, PlaceOptions
 
 METHODS = ("full", "lora", "qlora", "prompt")
@@ -19,7 +19,8 @@ _TASK, _METHOD, _DATA = "The task", "The method", "Data"
 # Fields of TrainConfig that are options.
 TRAINING = (
     *("max_steps", "batch_size", "grad_accum", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip"),
-    *("eval_every", "checkpoint_every", "patience", "log_every", "seed", "dtype", "device", "recompute"),
+    *("router_aux_loss_coef", "eval_every", "checkpoint_every", "patience", "log_every", "seed", "dtype", "device"),
+    "recompute",
 )
 # Defaults of TrainConfig's fields by method, where they are not its own. Full: GPT-1's fine-tuning had 6.25e-5 and a decay
 # of 0.01 (Radford et al. 2018, section 4.1). LoRA: that of GPT-2 (Hu et al., arXiv 2106.09685, table 11) for AdamW beside
@@ -37,6 +38,7 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "target_modules"), ("method", _LORA)),
     **dict.fromkeys(("quantize", "double_quant"), ("method", ("qlora", "prompt"))),
     "num_virtual_tokens": ("method", ("prompt",)),
+    "router_aux_loss_coef": ("method", ("full", "lora")),  # qlora packs no experts; a soft prompt has tokens of its own
     **dict.fromkeys(("extend_context", "rope_scaling"), ("method", ("full",))),
     **dict.fromkeys(("metric", "lm_coef"), ("task", _WITH_HEAD)),
     "class_weights": ("task", ("classification", "entailment")),
@@ -276,6 +278,7 @@ def defaults_in_words() -> dict[str, str]:
         "batch_size": format_value(_COMMON["batch_size"]),
         "learning_rate": rates,
         "weight_decay": "full 0.01, else 0",
+        "router_aux_loss_coef": f"{AUX_LOSS_COEF:g} where routers are trained: a model with experts, `method` full; else 0",
         "eval_every": "a tenth of the steps",
         "warmup_steps": "a tenth of the steps, at most 100",
     }

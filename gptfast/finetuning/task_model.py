@@ -200,7 +200,7 @@ class TaskModel(nn.Module):
         check_arguments(self.task, len(self.labels), ids, labels, mc_token_ids, attention_mask)
         rows = ids.flatten(0, -2)  # R T
         mask = None if attention_mask is None else attention_mask.flatten(0, -2)
-        real = self._real(rows, mask)
+        real = self.real_tokens(rows, mask)
         step = self.gpt.dropout_step
         if is_bert:
             if lm_coef or mc_token_ids is not None:
@@ -236,8 +236,8 @@ class TaskModel(nn.Module):
             types = types.flatten(0, -2)
         return self.gpt.hidden_states(rows, attention_mask=real, token_type_ids=types)
 
-    def _real(self, rows: Tensor, mask: Tensor | None) -> Tensor:
-        """(R, T), where there is no padding."""
+    def real_tokens(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """Of the rows' shape, where there is no padding; arguments as `forward`'s ids and attention_mask."""
         if mask is not None:
             return mask != 0
         pad = self.special_tokens.get(PAD)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.models import GPT
 from gptfast.nn.experts import ExpertMLP
+from gptfast.nn.transformer import Transformer
 from gptfast.training.config import AUX_LOSS_COEF, TrainConfig
 from gptfast.training.ranks import Ranks
 
@@ -31,26 +31,36 @@ class Routing:
         ranks: the processes that have a part of every batch each; None: this one has it all.
     """
 
-    def __init__(self, model: GPT, coef: float, ranks: Ranks | None = None) -> None:
+    def __init__(self, model: Transformer, coef: float, ranks: Ranks | None = None) -> None:
         self.coef, self.ranks = coef, ranks
         self._experts = [m for m in model.modules() if isinstance(m, ExpertMLP)]
         self._shape = len(self._experts), self._experts[0].router.out_features
         self.begin()
 
     @classmethod
-    def of(cls, model: GPT, config: TrainConfig, ranks: Ranks | None = None) -> Routing | None:
-        """That of a run; None: the model has no experts.
+    def of(
+        cls, model: Transformer, config: TrainConfig, ranks: Ranks | None = None, what: str = "train"
+    ) -> Routing | None:
+        """That of a run; None: the model has no experts. Its weight is that of the config, which by default is AUX_LOSS_COEF where
+        the routers are trained and 0 where they are frozen.
 
+        Args:
+            model, ranks: as for the class.
+            config: of the run.
+            what: the command, for messages.
         Raises:
             ValueError: a weight of a loss that the model does not have.
         """
         given, experts = config.router_aux_loss_coef, model.config.n_expert
         if experts is None and given is not None:
             raise ValueError(
-                f"train: `router_aux_loss_coef` is {given:g} but the model has no experts (n_expert is None); leave it out, or "
+                f"{what}: `router_aux_loss_coef` is {given:g} but the model has no experts (n_expert is None); leave it out, or "
                 "train a model with experts, such as `preset` gptoss-tiny"
             )
-        return None if experts is None else cls(model, AUX_LOSS_COEF if given is None else given, ranks)
+        if experts is None:
+            return None
+        trained = any(m.router.weight.requires_grad for m in model.modules() if isinstance(m, ExpertMLP))
+        return cls(model, (AUX_LOSS_COEF if trained else 0.0) if given is None else given, ranks)
 
     def begin(self) -> None:
         """Begin a step."""
@@ -72,7 +82,7 @@ class Routing:
         """What the pass adds to the loss that is minimised: `coef` times its auxiliary loss.
 
         Args:
-            targets: (B, T), of the tokens of the pass; -100: the token does not count.
+            targets: (B, T), of the tokens of the pass, or their ids; -100: the token does not count.
             share: the part of this pass in the loss of the step.
         """
         kept, self._found = self._found, []

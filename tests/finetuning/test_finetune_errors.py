@@ -24,6 +24,7 @@ BY_METHOD = {
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "target_modules"), LORA),
     **dict.fromkeys(("quantize", "double_quant"), ("qlora", "prompt")),
     "num_virtual_tokens": ("prompt",),
+    "router_aux_loss_coef": ("full", "lora"),
 }
 HEADS = ("classification", "entailment", "similarity", "choice")
 BY_TASK = {**dict.fromkeys(("metric", "lm_coef"), HEADS), "class_weights": HEADS[:2]}
@@ -111,6 +112,7 @@ def given(name: str, value: object) -> list[str]:
 VALUES = {
     **{"lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "target_modules": "c_attn", "num_virtual_tokens": 4},
     **{"quantize": "int8", "double_quant": False, "metric": "accuracy", "lm_coef": 0.2, "class_weights": "balanced"},
+    "router_aux_loss_coef": 0.1,
 }
 # The options that a method or a kind of task has not, beside which they have no effect.
 WITHOUT_EFFECT = [("method", m, name) for name in VALUES for m in METHODS if m not in BY_METHOD.get(name, METHODS)]
@@ -192,7 +194,7 @@ def test_a_run_that_was_killed_in_its_first_save_begins_again(tmp_path, capsys):
     assert "no training run to resume" in failure_of(capsys, "--resume", "--out", tmp_path / "out")
     assert run(tmp_path) == 0
     assert result(tmp_path)["steps"] == 8
-    assert "9.0" not in (tmp_path / "out" / "log.jsonl").read_text()
+    assert '"val_loss": 9.0' not in (tmp_path / "out" / "log.jsonl").read_text()
 
 
 def failure_of(capsys, *arguments) -> str:
