@@ -253,25 +253,20 @@ def decode(options: argparse.Namespace) -> Iterator[Row]:
     for name, dtype in DTYPES.items():
         times, size = one_token(options, dtype), 3 * k * C * C * dtype.itemsize
         yield {
+            **{"op": "moe, one token", "shape": f"E{E} k{k} C{C} F{C}", "dtype": name},
             **{
-                "op": "moe, one token",
-                "shape": f"E{E} k{k} C{C} F{C}",
-                "dtype": name,
                 "ms": milliseconds(times["ours"]),
+                "of_reading": ratio(times, "read", "ours"),
+                "active_mb": round(size / 1e6, 1),
             },
-            **{"of_reading": ratio(times, "read", "ours"), "active_mb": round(size / 1e6, 1)},
             "read_gb_per_s": round(size / statistics.median(times["read"]) / 1e9, 1),
         }
     for preset in ("gpt-oss-20b", "gpt-oss-120b"):
         config = gptfast.GPTConfig.preset(preset)
         weights_of_token = 3 * config.n_layer * (config.n_expert_per_tok or 0) * config.n_embd * config.inner_dim
-        yield {
-            **{"op": "experts of a token", "shape": preset},
-            **{
-                f"{kind}_gb": round(weights_of_token * bits / 8e9, 2)
-                for kind, bits in {"mxfp4": 4.25, "bf16": 16}.items()
-            },
-        }
+        sizes = {"mxfp4_gb": 4.25, "bf16_gb": 16}  # bits of a weight
+        read = {name: round(weights_of_token * bits / 8e9, 2) for name, bits in sizes.items()}
+        yield {"op": "experts of a token", "shape": preset, **read}
 
 
 def main() -> None:

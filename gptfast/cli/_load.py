@@ -35,7 +35,8 @@ def load(
     """
     from gptfast._snapshots import read_whole
     from gptfast.models import GPT, packed
-    from gptfast.models.pretrained import build, resolve
+    from gptfast.models.locate import resolve
+    from gptfast.models.pretrained import build
     from gptfast.models.stored import StoredModel
     from gptfast.tokenizer import lenient, load_tokenizer
 

@@ -66,7 +66,7 @@ def doctor(
 def _config(model: str) -> GPTConfig:
     from gptfast._snapshots import read_whole
     from gptfast.config import PRESETS, GPTConfig
-    from gptfast.models.pretrained import resolve
+    from gptfast.models.locate import resolve
     from gptfast.models.stored import read_settings
 
     if model in PRESETS:

@@ -64,7 +64,7 @@ def _settings(config: GPTConfig, metadata: Metadata) -> list[str]:
 def _read(model: str) -> tuple[GPTConfig, Metadata, dict[str, str]]:
     """The configuration of a checkpoint, its metadata, and the verified checksums of its files."""
     from gptfast._snapshots import read_whole
-    from gptfast.models.pretrained import resolve
+    from gptfast.models.locate import resolve
     from gptfast.models.stored import StoredModel, is_complete, read_settings
     from gptfast.training.checkpoint import verify
 

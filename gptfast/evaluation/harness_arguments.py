@@ -8,7 +8,7 @@ import torch
 
 from gptfast._checks import check_count
 from gptfast.metadata import metadata_of
-from gptfast.models.pretrained import resolve
+from gptfast.models.locate import resolve
 from gptfast.tokenizer import load_tokenizer
 
 OWNER = "gptfast"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
@@ -22,6 +22,7 @@ from gptfast.data.encode import encode_documents
 from gptfast.data.spool import Spool
 from gptfast.evaluation.counts import Counts, count_text, count_token
 from gptfast.evaluation.detokenizers import DETOKENIZERS, by_lines
+from gptfast.evaluation.document_scores import DocumentScore, sum_of
 from gptfast.evaluation.logprobs import ROWS, scorer
 from gptfast.evaluation.windows import Window, check_windows, windows
 from gptfast.generation.runner import virtual_tokens
@@ -49,21 +50,6 @@ class Settings:
         if self.detokenize not in DETOKENIZERS:
             raise ValueError(f"{OWNER}: detokenize is {self.detokenize!r}; expected one of {', '.join(DETOKENIZERS)}")
         return replace(self, context=context, stride=stride)
-
-
-@dataclass(slots=True)
-class DocumentScore:
-    """The scored tokens of a document.
-
-    loss: their negative log-likelihood, in nats.
-    tokens: their number.
-    counts: bytes, characters and words of their text.
-    """
-
-    name: str
-    loss: float = 0.0
-    tokens: int = 0
-    counts: Counts = field(default_factory=Counts)
 
 
 def perplexity(
@@ -221,15 +207,6 @@ def _score(
         work()
 
 
-def _sum(name: str, scores: Iterable[DocumentScore]) -> DocumentScore:
-    total = DocumentScore(name)
-    for score in scores:
-        total.loss += score.loss
-        total.tokens += score.tokens
-        total.counts += score.counts
-    return total
-
-
 def _leave_out(counts: Counts, tokenizer: Tokenizer, window: Window, bos: bool) -> None:
     """Take the text of a window's unscored first token from the counts."""
     token, end = int(window.ids[0]), tokenizer.eos_id  # text is never encoded to the end token
@@ -263,7 +240,7 @@ def _check_ids(name: str, ids: np.ndarray, vocab_size: int) -> np.ndarray:
 
 def summarise(scores: Sequence[DocumentScore], settings: Settings) -> dict[str, Any]:
     """What `perplexity` returns, from the scores of its documents and its settings, which are `resolved`."""
-    total = _sum("", scores)
+    total = sum_of(scores)
     loss, tokens, counts = total.loss, total.tokens, total.counts
     if tokens == 0:
         raise ValueError(f"{OWNER}: no token to score; expected a text of at least two tokens, or one with bos=True")
@@ -284,20 +261,3 @@ def summarise(scores: Sequence[DocumentScore], settings: Settings) -> dict[str, 
 
 def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
-
-
-def compare(first: Sequence[DocumentScore], other: Sequence[DocumentScore]) -> dict[str, Any]:
-    """The paired difference of two models on the same documents.
-
-    Returns:
-        difference: mean over documents of other - first, in nats a token; standard_error: of that mean, with n - 1; None for
-        one document. documents: those with a scored token.
-    """
-    pairs = [(a.loss / a.tokens, b.loss / b.tokens) for a, b in zip(first, other, strict=True) if a.tokens and b.tokens]
-    differences = np.array([b - a for a, b in pairs])
-    n = len(differences)
-    return {
-        "difference": float(differences.mean()),
-        "standard_error": float(differences.std(ddof=1) / math.sqrt(n)) if n > 1 else None,
-        "documents": n,
-    }

@@ -15,7 +15,7 @@ from gptfast.finetuning.sources import Data, class_weights
 from gptfast.finetuning.task_model import TaskModel
 from gptfast.finetuning.tasks import METRICS
 from gptfast.models import GPT
-from gptfast.models.pretrained import resolve
+from gptfast.models.locate import resolve
 from gptfast.models.stored import StoredModel
 from gptfast.tokenizer import BPETokenizer, Tokenizer, has_tokenizer, load_tokenizer
 from gptfast.tokenizer.chat import ChatTemplate

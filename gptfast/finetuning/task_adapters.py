@@ -27,7 +27,7 @@ from gptfast.finetuning.special_tokens import PAD, USUAL
 from gptfast.models import GPT
 from gptfast.models.adapters import files
 from gptfast.models.export import write_json, write_tensors
-from gptfast.models.pretrained import resolve
+from gptfast.models.locate import resolve
 from gptfast.models.vocabulary import set_rows
 from gptfast.nn.difference import is_tied
 from gptfast.tokenizer import has_tokenizer, load_tokenizer

@@ -21,7 +21,8 @@ from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.finetuning.examples import DELIMITERS
 from gptfast.finetuning.special_tokens import BERTS, PAD, USUAL
 from gptfast.models import BERT, GPT, export
-from gptfast.models.pretrained import build, resolve
+from gptfast.models.locate import resolve
+from gptfast.models.pretrained import build
 from gptfast.models.quantized import check_format
 from gptfast.models.stored import StoredModel
 from gptfast.nn.difference import check_values

@@ -19,6 +19,7 @@ from gptfast.finetuning.lm_loss import mean_of_rows
 from gptfast.finetuning.predictions import Prediction, TaskOutput, predict
 from gptfast.finetuning.special_tokens import PAD, SEP, task_tokens
 from gptfast.finetuning.task_checks import check_arguments, checked_labels, checked_weights
+from gptfast.finetuning.task_loss import last_positions, logits_of_examples, real_positions, rows_of_lm_loss, task_loss
 from gptfast.models import BERT, GPT
 from gptfast.nn import Linear
 from gptfast.tokenizer import Tokenizer, load_tokenizer
@@ -212,20 +213,17 @@ class TaskModel(nn.Module):
             read = self.gpt.pooled(hidden)
         else:
             hidden = self.gpt.hidden_states(rows, attention_mask=mask)  # R T C
-            if mc_token_ids is None:
-                last = (real * torch.arange(1, rows.shape[1] + 1, device=rows.device)).argmax(1)
-            else:
-                last = mc_token_ids.flatten()
+            last = last_positions(real) if mc_token_ids is None else mc_token_ids.flatten()
             read = hidden[torch.arange(len(rows), device=rows.device), last]
         logits = self.score(self._dropped(read, step))
-        logits = self._shaped(logits, ids, real)
+        logits = logits_of_examples(self.task, logits, ids, real)
         if labels is None:
             return TaskOutput(logits)
-        task_loss = self._task_loss(logits, labels)
+        loss = task_loss(self.task, logits, labels, self.class_weights)
         if lm_coef == 0:
-            return TaskOutput(logits, task_loss, task_loss)
-        lm_loss = mean_of_rows(self.gpt, *self._counted(hidden, rows, real, labels))
-        return TaskOutput(logits, task_loss + lm_coef * lm_loss, task_loss, lm_loss)
+            return TaskOutput(logits, loss, loss)
+        lm_loss = mean_of_rows(self.gpt, *rows_of_lm_loss(self.task, hidden, rows, real, labels))
+        return TaskOutput(logits, loss + lm_coef * lm_loss, loss, lm_loss)
 
     def _encoded(self, rows: Tensor, real: Tensor, types: Tensor | None) -> Tensor:
         """(R, T, C), of a BERT."""
@@ -238,10 +236,7 @@ class TaskModel(nn.Module):
 
     def real_tokens(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """Of the rows' shape, where there is no padding; arguments as `forward`'s ids and attention_mask."""
-        if mask is not None:
-            return mask != 0
-        pad = self.special_tokens.get(PAD)
-        return torch.ones_like(rows, dtype=torch.bool) if pad is None else rows != pad
+        return real_positions(rows, mask, self.special_tokens.get(PAD))
 
     def _dropped(self, picked: Tensor, step: int | None) -> Tensor:
         p = self.gpt.config.resid_pdrop if self.training else 0.0
@@ -251,27 +246,6 @@ class TaskModel(nn.Module):
         if seed is None or step is None:
             return ops.dropout(picked, p)
         return ops.dropout(picked, p, seed ^ _HEAD, step)
-
-    def _shaped(self, logits: Tensor, ids: Tensor, real: Tensor) -> Tensor:
-        if self.task == "similarity":
-            return logits.view(ids.shape[:2]).sum(1)
-        if self.task == "choice":
-            return logits.view(ids.shape[:2]).masked_fill(~real.any(1).view(ids.shape[:2]), float("-inf"))
-        return logits
-
-    def _task_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        if self.task == "similarity":
-            return nn.functional.mse_loss(wide, labels.to(wide.dtype))
-        weights = None if self.class_weights is None else self.class_weights.to(wide.dtype)
-        return nn.functional.cross_entropy(wide, labels, weight=weights)
-
-    def _counted(self, hidden: Tensor, rows: Tensor, real: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows of the LM loss: all of them, for choice those of the right choices."""
-        if self.task != "choice":
-            return hidden, rows, real
-        right = torch.arange(len(labels), device=rows.device) * (len(rows) // len(labels)) + labels
-        return hidden[right], rows[right], real[right]
 
     @torch.no_grad()
     def predict(self, examples: Sequence[Any]) -> list[Prediction]:

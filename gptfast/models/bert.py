@@ -13,6 +13,7 @@ from gptfast.metadata import Metadata
 from gptfast.models import export, pretrained
 from gptfast.models.fill_mask import fill_mask
 from gptfast.models.gpt import GPT
+from gptfast.models.locate import resolve
 from gptfast.models.stored import StoredModel
 from gptfast.nn.transformer import Transformer
 from gptfast.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -50,7 +51,7 @@ class BERT(Transformer):
 
         A BertForSequenceClassification is read by `gptfast.finetuning.TaskModel.from_pretrained`.
         """
-        folder = pretrained.resolve(path)
+        folder = resolve(path)
         model = pretrained.load(cls, folder, dtype, config_overrides)
         model.folder = str(folder)
         return model
@@ -91,6 +92,6 @@ class BERT(Transformer):
 
 def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **options: Any) -> GPT | BERT:
     """The GPT or BERT of a checkpoint; arguments as in its `from_pretrained`."""
-    folder = pretrained.resolve(path)
+    folder = resolve(path)
     kind = GPT if StoredModel(folder).config.causal else BERT
     return kind.from_pretrained(folder, dtype=dtype, **options)

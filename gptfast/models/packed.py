@@ -20,7 +20,8 @@ from gptfast.engine.exponents import SMALLEST, quantised
 from gptfast.engine.formats import EXPERTS, format_name, of_expert
 from gptfast.engine.packed_file import Draft, described
 from gptfast.engine.packing import Packer, layout_of
-from gptfast.models.pretrained import on_meta, read_weights, resolve
+from gptfast.models.locate import resolve
+from gptfast.models.pretrained import on_meta, read_weights
 from gptfast.models.quantized import mark_of, sample
 from gptfast.models.stored import StoredModel
 from gptfast.nn.rotary import ROTARY_TABLES

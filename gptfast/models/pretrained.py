@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from gptfast._json import read_json
-from gptfast._snapshots import current
 from gptfast.checkpoints import hf_layout
-from gptfast.checkpoints.hf_layout import CONFIG
-from gptfast.checkpoints.weight_files import INDEX, OLD_INDEX, SINGLE, StoredTensor, has_safetensors
+from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.config import GPTConfig
-from gptfast.metadata import GENERATION
-from gptfast.models import longer, nanogpt
+from gptfast.models import longer
+from gptfast.models.locate import resolve
 from gptfast.models.quantized import Packing, check_format
 from gptfast.models.stored import StoredModel
 from gptfast.nn.meta import only_shapes
@@ -27,7 +22,6 @@ from gptfast.nn.position import SinusoidalEmbedding
 from gptfast.nn.rotary import RotaryEmbedding
 from gptfast.nn.transformer import Transformer
 
-ADAPTER = "adapter_config.json"
 _HEADS = ("score.", "multiple_choice_head.", "classifier.")  # of tasks
 Model = TypeVar("Model", bound=Transformer)
 EQUAL_ROWS = 4096  # of two matrices that are compared, read at a time
@@ -42,22 +36,6 @@ class Taking(Protocol):
         transposed: the file has the transpose of our matrix. dtype: in which it would be loaded; None: as stored.
         """
         ...
-
-
-_HUB_FILES = [
-    *(CONFIG, "model*.safetensors", INDEX),
-    *(
-        GENERATION,
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "tokenizer*.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ),
-    "chat_template.jinja",
-]
-_OLD_HUB_FILES = ["pytorch_model*.bin", OLD_INDEX]  # where there are no others
 
 
 def load(
@@ -159,59 +137,6 @@ def read_lazily(
         return x.float().contiguous()
 
     return model, read
-
-
-def resolve(path: str | os.PathLike[str]) -> Path:
-    """Where a checkpoint is: `path` itself, or where huggingface-hub keeps the model of that id."""
-    folder = Path(path)
-    if folder.is_dir():
-        own = current(folder, CONFIG).exists() or nanogpt.find(folder) is not None
-        if not own and current(folder, ADAPTER).is_file():
-            base = read_json(current(folder, ADAPTER)).get("base_model_name_or_path")
-            raise FileNotFoundError(
-                f"{path} holds an adapter and no model; load it on its base with GPT.from_pretrained({base or 'BASE'!r})"
-                f".load_adapter({str(path)!r}), or for a task with gptfast.finetuning.TaskModel.from_pretrained({str(path)!r})"
-            )
-        if not own and (found := _checkpoints(folder)):
-            raise FileNotFoundError(f"{path} is the folder of a training run; name one of its checkpoints: {found}")
-        return folder
-    if folder.is_file() and folder.suffix in nanogpt.SUFFIXES:
-        return folder
-    if not folder.exists() and folder.name == "best" and (found := _checkpoints(folder.parent)):
-        raise FileNotFoundError(f"{path} does not exist, as the run has not been evaluated yet; there is {found}")
-    if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(path)):
-        raise FileNotFoundError(
-            f"{path} is not a folder; expected a checkpoint folder with {CONFIG} and {SINGLE}, or nanoGPT's "
-            f"{nanogpt.FILE_NAME}"
-        )
-    return _download(str(path))
-
-
-def _checkpoints(run: Path) -> str:
-    """The checkpoints in the folder of a training run, in words."""
-    what = {"best": "the lowest validation loss", "last": "the newest"}
-    return " or ".join(f"{run / name} ({of})" for name, of in what.items() if current(run / name, CONFIG).exists())
-
-
-def _download(hub_id: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ImportError(
-            f"there is no folder {hub_id!r} here, and to load it from the Hugging Face hub "
-            "huggingface-hub is needed: pip install huggingface-hub"
-        ) from error
-    try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-        if has_safetensors(folder):
-            return folder
-        return Path(snapshot_download(hub_id, allow_patterns=[*_HUB_FILES, *_OLD_HUB_FILES]))
-    except OSError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise OSError(
-            f"there is no folder {hub_id!r} here, and it could not be fetched from the Hugging Face hub "
-            f"({reason}); check the name and the connection, or copy the checkpoint here and give its folder"
-        ) from error
 
 
 def read_weights(

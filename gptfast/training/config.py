@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from gptfast._options import Real, Whole, check_fields, describe_fields, device_option, option
+from gptfast.training.config_checks import check_together
 
 WARMUP_STEPS = 100
 AUX_LOSS_COEF = 0.01  # Fedus et al., arXiv 2101.03961, section 2.2
@@ -252,33 +253,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields("TrainConfig", self)
-        if self.max_steps is None and self.max_minutes is None:
-            raise ValueError("TrainConfig: max_steps and max_minutes are both None; give at least one of them")
         if not isinstance(self.device, str):
             raise TypeError(f"TrainConfig: device is {self.device!r}; expected a str such as 'cpu' or 'cuda'")
-        if self.min_lr is not None and self.min_lr > self.learning_rate:
-            raise ValueError(
-                f"TrainConfig: min_lr is {self.min_lr} but learning_rate is {self.learning_rate}; expected min_lr <= "
-                "learning_rate - lower one or raise the other"
-            )
-        for name in ("sequence_warmup", "compile"):
-            if self.pack_documents and getattr(self, name):
-                raise ValueError(f"TrainConfig: pack_documents and {name} exclude each other; leave one out")
-        self._check_objective()
         if self.seed >= 2**63:
             raise ValueError(f"TrainConfig: seed is {self.seed}; expected a seed in [0, 2**63)")
-
-    def _check_objective(self) -> None:
-        masks = {"mlm_probability": 0.15, "whole_words": False, "no_next_sentence": False}
-        given = next((name for name, usual in masks.items() if getattr(self, name) != usual), None)
-        if self.objective == "lm" and given:
-            raise ValueError(
-                f"TrainConfig: `{given}` is {getattr(self, given)}, but `objective` is 'lm', a causal model without masks; use "
-                "`objective` 'mlm', or leave it out"
-            )
-        for name in ("pack_documents", "sequence_warmup", "compile"):
-            if self.objective == "mlm" and getattr(self, name):
-                raise ValueError(f"TrainConfig: `{name}` is for `objective` 'lm', and it is 'mlm'; leave one out")
+        check_together(self)
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A checked copy with some fields changed.

@@ -18,11 +18,9 @@ from gptfast._options import default_of, options_of, values_of
 from gptfast._presets import BERT as BERT_SHAPE
 from gptfast._rope import RopeScaling
 from gptfast.config import GPTConfig
-from gptfast.data import PreparedData, is_tokens, open_data
+from gptfast.data import PreparedData, open_data
 from gptfast.data.options import DataOptions
 from gptfast.models import BERT, GPT, load_model
-from gptfast.models.pretrained import resolve
-from gptfast.tokenizer import has_tokenizer, load_tokenizer
 from gptfast.training.checkpoint import Checkpoint, check_source, read_checkpoint
 from gptfast.training.checks import check_ranks
 from gptfast.training.config import TrainConfig
@@ -34,6 +32,7 @@ from gptfast.training.ranks import Ranks
 from gptfast.training.resuming import MAY_CHANGE, refuse_changes
 from gptfast.training.run import Run
 from gptfast.training.run_folder import locked_run
+from gptfast.training.tokenizer_choice import check_ids, tokenizer_of
 from gptfast.training.trainer import Trainer
 from gptfast.training.values import Values, initial, stored
 
@@ -46,7 +45,6 @@ _MAY_CHANGE = MAY_CHANGE | {
     *("reshard", "async_save", "tensor_parallel"),
     *("log_to", "find_batch_size", "compile"),
 }
-GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary: as it is, and padded as nanoGPT does
 
 
 def new_run(options: Options, ranks: Ranks | None = None) -> Run:
@@ -96,10 +94,10 @@ def _new_run(options: Options, place: RunOptions, lock: FileLock | None, ranks: 
     _check_direction(options, config)
     place.set_threads()
     model = _load(options["init_from"], ranks)[0] if "init_from" in options else None
-    tokenizer = _tokenizer(options, model)
+    tokenizer = tokenizer_of(options, model)
     data = _open(options, place, tokenizer, ranks)
     if model is not None:
-        _check_ids(options, data)
+        check_ids(options, data)
     positions = None if model is None else model.config.block_size
     if model is None:
         model, values = _untrained(options, defaults, data, config.seed, ranks)
@@ -188,50 +186,6 @@ def _train_config(options: Options) -> TrainConfig:
     if "max_minutes" in chosen:
         chosen.setdefault("max_steps", None)
     return TrainConfig(**chosen)
-
-
-def _tokenizer(options: Options, model: GPT | BERT | None) -> str | None:
-    """The requested tokenizer, else the checkpoint's, else the default; None for data that is tokens already."""
-    if "tokenizer" in options or is_tokens(options["data"]):
-        return options.get("tokenizer")
-    if model is None:
-        return defaults_of(options)["tokenizer"]
-    folder = resolve(options["init_from"])
-    if not has_tokenizer(folder):
-        size = model.config.vocab_size
-        hint = "`tokenizer` gpt2, if it was trained with GPT-2's tokens" if size in GPT2_SIZES else "`tokenizer` FOLDER"
-        raise ValueError(
-            f"train: {options['init_from']} has no tokenizer and a vocabulary of {size}; say which with {hint}"
-        )
-    return str(folder)
-
-
-def _check_ids(options: Options, data: PreparedData) -> None:
-    """Refuse ids that stand for other text in the checkpoint that training starts from.
-
-    Raises:
-        ValueError: there is such an id.
-    """
-    folder, tokenizer = resolve(options["init_from"]), data.tokenizer
-    if not has_tokenizer(folder):
-        return
-    try:
-        own = load_tokenizer(folder)
-    except ValueError:
-        if "tokenizer" not in options:
-            raise
-        return  # an unsupported kind: the user has named another one
-    for token in filter(own.has_token, range(min(own.vocab_size, tokenizer.vocab_size))):
-        if tokenizer.has_token(token) and (a := own.decode_bytes([token])) != (b := tokenizer.decode_bytes([token])):
-            if "tokenizer" in options:
-                cause = f"`tokenizer` {options['tokenizer']} has other ids than {options['init_from']}"
-                remedy = "leave `tokenizer` out to use the checkpoint's own"
-            else:
-                cause = f"`data` {options['data']} was prepared with other ids than {options['init_from']} has"
-                remedy = f"prepare it with `tokenizer` {options['init_from']}"
-            raise ValueError(
-                f"train: {cause}: {token} is {a!r} to the model and {b!r} in the text; {remedy}, or leave `init_from` out"
-            )
 
 
 def _open(options: Options, place: RunOptions, tokenizer: str | None, ranks: Ranks | None) -> PreparedData:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gptfast.config import GPTConfig
 from gptfast.models import GPT
-from gptfast.models.pretrained import on_meta, read_lazily, resolve
+from gptfast.models.locate import resolve
+from gptfast.models.pretrained import on_meta, read_lazily
 from gptfast.models.stored import StoredModel
 from gptfast.nn.experts import ExpertMLP
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from gptfast.cli import app
 from gptfast.models import GPT
-from gptfast.models.pretrained import resolve
+from gptfast.models.locate import resolve
 from tests.support.checkpoints import V, close_logits, hf, make, same
 
 transformers = pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from gptfast import _folders
 from gptfast.models import GPT, KVCache
-from gptfast.models.pretrained import resolve
+from gptfast.models.locate import resolve
 from tests.support.checkpoints import V, close_logits, hf, make, same
 
 transformers = pytest.importorskip("transformers")
