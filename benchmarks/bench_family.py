@@ -7,11 +7,11 @@ counted. Results are compared with the peer's before anything is timed.
 
 attention: BERT base's shape in fp32 with padding on the right of rows, with dropout and without, beside
 `F.scaled_dot_product_attention` with the same mask (wanted: 1.5 times as fast with dropout), and beside our causal attention of the
-same tensors: flops of scores that are not masked, a second. rows: rms_norm, add_rms_norm, rotary, swiglu, relu_squared, forward and
+same tensors: flops of scores that are not masked, a second (wanted: as many). rows: rms_norm, add_rms_norm, rotary, swiglu, relu_squared, forward and
 backward, as a share of a copy of the bytes that they must move, in the same round (wanted: 0.85). experts: grouped_linear and moe
 beside a loop of torch's products over the experts. decode: moe of one token, as a share of a loop that only reads the bytes of its
-experts; and those bytes for the published shapes. --cpu-time counts the process's own CPU seconds, for a machine that others use
-too. Rows go to the terminal and, as JSON, to --out.
+experts (wanted: 0.8); and those bytes for the published shapes. --cpu-time counts the process's own CPU seconds, for a machine that
+others use too. Rows go to the terminal and, as JSON, to --out; the last lines say of each wish whether it was met.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def attention(options: argparse.Namespace) -> Iterator[Row]:
                 **{"op": "attention", "shape": f"B{B} H{H} T{T} D{D}, padded", "dtype": "fp32", "dropout": p},
                 **{"mode": "fwd+bwd" if backward else "fwd", "ms": milliseconds(times["bidirectional"])},
                 **{"sdpa_ms": milliseconds(times["sdpa"]), "of_sdpa": ratio(times, "sdpa", "bidirectional")},
+                "of_causal": round(rates["bidirectional"] / rates["causal"], 3),
                 **{f"{name}_gflops": round(rate) for name, rate in rates.items()},
                 "of_peak": round(rates["bidirectional"] * 1e9 / options.peaks["fp32"], 3),
             }
@@ -269,6 +270,28 @@ def decode(options: argparse.Namespace) -> Iterator[Row]:
         yield {"op": "experts of a token", "shape": preset, **read}
 
 
+# ---- wishes -------------------------------------------------------------------------------------------------------
+
+WISHES = (  # (what is compared, its key, the least that is wanted)
+    ("BERT's attention with padding and dropout, fp32, beside SDPA", "of_sdpa", 1.5),
+    ("its flops a second beside those of causal attention", "of_causal", 1.0),
+    ("row ops beside a copy of the bytes that they must move", "of_copy", 0.85),
+    ("their backward", "backward_of_copy", 0.85),
+    ("a token's experts beside reading their bytes", "of_reading", 0.8),
+)
+
+
+def judged(found: list[Row]) -> Iterator[str]:
+    """A line for each wish that rows speak of."""
+    for what, key, least in WISHES:
+        rows = [row for row in found if key in row and (key != "of_sdpa" or row["dropout"] > 0)]
+        if rows:
+            worst = min(rows, key=lambda row: row[key])
+            met = sum(row[key] >= least for row in rows)
+            where = "  ".join(str(worst[name]) for name in ("op", "shape", "dtype", "mode") if name in worst)
+            yield f"wanted  {what}: {least} or more; met by {met} of {len(rows)} rows, the least {worst[key]} ({where})"
+
+
 def main() -> None:
     parts = {"attention": attention, "rows": row_ops, "experts": experts, "decode": decode}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -288,11 +311,14 @@ def main() -> None:
     options.peaks = {name: peak_flops(dtype) for name, dtype in DTYPES.items()}
     head = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "rounds": options.rounds}
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    found = []
     with options.out.open("a", encoding="utf-8") as out:
         for part in options.only:
             for row in parts[part](options):
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
                 out.write(json.dumps({**row, **head}) + "\n")
+                found.append(row)
+    print("\n".join(judged(found)))
 
 
 if __name__ == "__main__":

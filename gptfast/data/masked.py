@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptfast.data.sampler import WindowSampler, documents_of
+from gptfast.data.mixture import Mixture, MixtureSampler
+from gptfast.data.sampler import WindowSampler, derived_seed, documents_of
 from gptfast.data.token_file import TokenFile
 from gptfast.tokenizer import Tokenizer
 
@@ -183,3 +184,48 @@ class MaskedSampler:
         j, r = torch.from_numpy(positions)[None], torch.from_numpy(numbers)[:, None]
         domain = torch.full((1, 1), MASKING_DOMAIN, dtype=torch.int64)
         return tuple(x.numpy() for x in philox4x32((j, r & 0xFFFFFFFF, r >> 32, domain), self.seed))
+
+
+class MaskedMixtureSampler:
+    """Rows of the sources of a mixture, dealt as `MixtureSampler` deals them; each is a row of its source's `MaskedSampler`, so
+    that a second text from elsewhere is from another document of the same source.
+
+    Args:
+        mixture: the sources.
+        block_size, batch_size, seed: as of `MaskedSampler`.
+        options: its others, in their order.
+    Raises:
+        ValueError: as `MaskedSampler`, with the name of the source.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        block_size: int,
+        batch_size: int,
+        special: MaskTokens,
+        vocab_size: int,
+        seed: int,
+        *options: Any,
+    ) -> None:
+        self.batch_size = batch_size
+        self._samplers: list[MaskedSampler] = []
+        for k, (name, file) in enumerate(zip(mixture.names, mixture.files, strict=True)):
+            own = derived_seed(seed, k)
+            try:
+                found = MaskedSampler(file, block_size, batch_size, special, vocab_size, own, *options)
+            except ValueError as error:
+                raise ValueError(f"source {name}: {error}") from None
+            self._samplers.append(found)
+        self.probability = self._samplers[0].probability
+        self._places = MixtureSampler(
+            mixture, 1, batch_size, seed
+        ).places  # which do not depend on the length of windows
+
+    def batch_from(self, row: int, count: int | None = None) -> dict[str, Tensor]:
+        """As `MaskedSampler.batch_from`."""
+        import torch
+
+        places = self._places(np.arange(row, row + (self.batch_size if count is None else count)))
+        rows = [self._samplers[k].batch_from(n, 1) for k, n in zip(*(x.tolist() for x in places), strict=True)]
+        return {name: torch.cat([one[name] for one in rows]) for name in rows[0]}

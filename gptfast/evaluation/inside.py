@@ -1,4 +1,4 @@
-"""The inside of a GPT on a prompt: attention weights, the logit lens, neighbours of embeddings, the next token.
+"""The inside of a GPT or BERT on a prompt: attention weights, the logit lens, neighbours of embeddings, the next token.
 
 L layers, H heads, T tokens, V vocabulary.
 """
@@ -20,7 +20,7 @@ ROWS = 256  # queries whose weights are computed at a time
 
 
 class Inside(NamedTuple):
-    """The inside of a GPT on a prompt.
+    """The inside of a GPT or BERT on a prompt.
 
     attention: (L, H, T, T) float32, 0 where a query may not look. lens: (L + 1, T) ids and log-probabilities of the token that
     each position would predict from the embedding, and after each block, by the final LayerNorm and the head.
@@ -33,7 +33,7 @@ class Inside(NamedTuple):
 
 @torch.inference_mode()
 def look_inside(model: Any, ids: Sequence[int]) -> Inside:
-    """Attention weights and the logit lens of a GPT on a prompt.
+    """Attention weights and the logit lens of a GPT on a prompt, or of a BERT, with [CLS] and [SEP] where ids have them.
 
     Our kernels never hold the weights of attention; here they are computed from queries and keys, `ROWS` queries at a time.
 
@@ -42,7 +42,7 @@ def look_inside(model: Any, ids: Sequence[int]) -> Inside:
     """
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "h"):
         raise TypeError(
-            f"look_inside: model is a {type(model).__name__}; expected a GPT, which has blocks to look into"
+            f"look_inside: model is a {type(model).__name__}; expected a GPT or BERT, which has blocks to look into"
         )
     weights: list[Tensor] = []
     streams: list[Tensor] = []
@@ -91,7 +91,7 @@ def _weights(qkv: Tensor, attn: Any) -> Tensor:
     keys = torch.arange(T, device=q.device)
     for start in range(0, T, ROWS):
         queries = keys[start : start + ROWS, None]
-        hidden = keys > queries
+        hidden = (keys > queries) & attn.causal
         if attn.window is not None:
             hidden |= keys <= queries - attn.window
         scores = q[:, start : start + ROWS] @ k.transpose(1, 2) * attn.head_dim**-0.5

@@ -28,6 +28,6 @@ def _check_objective(config: Any) -> None:
             f"TrainConfig: `{given}` is {getattr(config, given)}, but `objective` is 'lm', a causal model without masks; use "
             "`objective` 'mlm', or leave it out"
         )
-    for name in ("pack_documents", "sequence_warmup", "compile"):
+    for name in ("pack_documents", "sequence_warmup"):
         if config.objective == "mlm" and getattr(config, name):
             raise ValueError(f"TrainConfig: `{name}` is for `objective` 'lm', and it is 'mlm'; leave one out")

@@ -16,6 +16,7 @@ from gptfast.models import GPT, export
 from gptfast.tokenizer import Tokenizer
 from gptfast.training import bad_step
 from gptfast.training.checks import check_model, check_ranks
+from gptfast.training.compiling import compiler_errors
 from gptfast.training.config import TrainConfig
 from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_batches
 from gptfast.training.gradients import accumulate_gradients
@@ -90,17 +91,8 @@ class LanguageModelling(Objective):
         return figures | ({} if self.ranks is None else self._slow.look(self.ranks.seconds))
 
     def _gradients(self, batches: list[Batch], autocast: Autocast, device: torch.device) -> Any:
-        if self._step is self.network:
+        with compiler_errors():
             return accumulate_gradients(self._step, batches, autocast, device, self.ranks, self._routing)
-        try:
-            return accumulate_gradients(self._step, batches, autocast, device, self.ranks, self._routing)
-        except RuntimeError as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise RuntimeError(
-                f"train: torch.compile cannot compile this network here ({lines[0] if lines else error}); leave `compile` out"
-            ) from error
 
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
         sizes = (self.block_size, batch_size, config.eval_batches)

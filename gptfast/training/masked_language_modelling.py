@@ -12,10 +12,11 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.data import Mixture, TokenFile
-from gptfast.data.masked import MaskedSampler, MaskTokens
+from gptfast.data.masked import MaskedMixtureSampler, MaskedSampler, MaskTokens
 from gptfast.models import BERT, export
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.checks import check_model
+from gptfast.training.compiling import compiler_errors
 from gptfast.training.config import TrainConfig
 from gptfast.training.objective import Autocast, Evaluation, Objective
 from gptfast.training.ranks import Ranks
@@ -33,7 +34,7 @@ class MaskedLanguageModelling(Objective):
 
     Args:
         model: a float32 BERT.
-        train_tokens, val_tokens: token files, or (N,) arrays of ids.
+        train_tokens, val_tokens: token files, or (N,) arrays of ids; train_tokens may be a mixture.
         config: of the run.
         tokenizer: with [MASK], [CLS] and [SEP]; saved with every checkpoint.
         ranks: None, or one process.
@@ -59,8 +60,6 @@ class MaskedLanguageModelling(Objective):
             raise ValueError(
                 f"Trainer: objective is mlm, but the model is {what}; train a BERT (`preset` bert-base), or take objective lm"
             )
-        if isinstance(train_tokens, Mixture):
-            raise ValueError("Trainer: objective mlm takes one text, and train_tokens is a mixture; join its sources")
         if ranks is not None and ranks.size > 1:
             raise ValueError(
                 f"Trainer: objective mlm trains in one process, and there are {ranks.size}; leave torchrun out"
@@ -70,12 +69,14 @@ class MaskedLanguageModelling(Objective):
         self.tokens_per_row = self.block_size
         self._special = MaskTokens.of(tokenizer)
         self._pairs = model.config.next_sentence_head and not config.no_next_sentence
+        self._read = torch.compile(model.hidden_states, fullgraph=True) if config.compile else model.hidden_states
         self.sampler = self._sampler(train_tokens, config, config.seed)
         self._held_out = self._sampler(val_tokens, config, 0)
 
-    def _sampler(self, tokens: TokenFile | np.ndarray, config: TrainConfig, seed: int) -> MaskedSampler:
+    def _sampler(self, tokens: Any, config: TrainConfig, seed: int) -> Any:
+        kind = MaskedMixtureSampler if isinstance(tokens, Mixture) else MaskedSampler
         about = (self._special, self.network.config.vocab_size, seed, config.mlm_probability, config.whole_words)
-        return MaskedSampler(tokens, self.block_size, config.batch_size, *about, self._pairs)
+        return kind(tokens, self.block_size, config.batch_size, *about, self._pairs)
 
     def batches(self, row: int, config: TrainConfig) -> list[Batch]:
         passes = config.passes(row * self.block_size, self.block_size)
@@ -86,8 +87,8 @@ class MaskedLanguageModelling(Objective):
         masked = torch.zeros((), dtype=torch.float64, device=device)
         follows = torch.zeros_like(masked)
         for batch, count in zip(batches, counts, strict=True):
-            with autocast():
-                hidden, moved = self._hidden(batch, device)
+            with compiler_errors(), autocast():
+                hidden, moved = self._hidden(batch, device, self._read)
                 loss = self.network.masked_loss(hidden, moved["labels"]) * (count / sum(counts))
                 masked += loss.detach()
                 if self._pairs:
@@ -95,13 +96,14 @@ class MaskedLanguageModelling(Objective):
                     second = ops.cross_entropy(logits, moved["next_sentence_label"]) / len(batches)
                     follows += second.detach()
                     loss = loss + second
-            loss.backward()
+            with compiler_errors():
+                loss.backward()
         found = {"loss": masked + follows, "mlm_loss": masked, **({"nsp_loss": follows} if self._pairs else {})}
         return found if device.type == "cuda" else {name: float(x) for name, x in found.items()}
 
-    def _hidden(self, batch: Batch, device: torch.device) -> tuple[Tensor, Batch]:
+    def _hidden(self, batch: Batch, device: torch.device, read: Callable[..., Tensor]) -> tuple[Tensor, Batch]:
         moved = {name: x.to(device) for name, x in batch.items()}
-        return self.network.hidden_states(moved["input_ids"], token_type_ids=moved["token_type_ids"]), moved
+        return read(moved["input_ids"], token_type_ids=moved["token_type_ids"]), moved
 
     @torch.no_grad()
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
@@ -112,7 +114,7 @@ class MaskedLanguageModelling(Objective):
         try:
             for batch in self._evaluated(batch_size, config):
                 with autocast():
-                    hidden, moved = self._hidden(batch, device)
+                    hidden, moved = self._hidden(batch, device, self.network.hidden_states)
                     chosen = moved["labels"] != _IGNORED
                     sums[:3] += _judged(self.network.logits_of(hidden[chosen]), moved["labels"][chosen])
                     if self._pairs:

@@ -49,6 +49,25 @@ def test_weights_and_lens_are_those_of_transformers(tmp_path: Path, ids: list[in
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_bert_looks_both_ways(tmp_path: Path):
+    from transformers import BertModel
+
+    torch.manual_seed(2)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 24, "vocab_size": 30, "dropout": 0.1}
+    model = gptfast.BERT(gptfast.GPTConfig.preset("bert-base", **shape))
+    for parameter in model.parameters():
+        parameter.data *= 4
+    model.save_pretrained(tmp_path)
+    theirs = BertModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        wanted = torch.cat(theirs(torch.tensor([IDS]), output_attentions=True).attentions)
+        logits = model.eval()(torch.tensor([IDS]))[0]
+    found = look_inside(model, IDS)
+    np.testing.assert_allclose(found.attention, wanted.numpy(), atol=2e-6)
+    assert found.attention[0, :, 0, -1].min() > 0, "the first token sees the last"
+    assert found.lens_ids[-1].tolist() == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize(
     "options", [{"attention_pattern": "alternating", "window": 3}, {"norm_position": "post", "final_norm": False}]
 )

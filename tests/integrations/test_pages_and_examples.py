@@ -25,7 +25,11 @@ EXAMPLES = {
     "classifier.py": ["MODEL", "DATA", "--steps", "2", "--out", "OUT"],
     "two_kernels.py": ["--steps", "3"],
     "image_captions.py": ["--steps", "2", "--batch-size", "4"],
+    "gpt_and_bert.py": ["--steps", "2", "--width", "16", "--passages", "4", "--out", "OUT"],
+    "needle.py": ["--steps", "2", "--batch-size", "4", "--trials", "1", "--out", "OUT"],
 }
+LONG = ("image_captions.py", "gpt_and_bert.py", "needle.py")  # at most 150 lines, the others 99
+PICTURES = {"gpt_and_bert.py": {"who-attends.png"}, "needle.py": {"needle.png", "positions.png"}}
 PRINTED = {
     "openai_client.py": "---- a chat",
     "classifier.py": "parameters trained in 2 steps",
@@ -60,8 +64,9 @@ def test_examples_run(name: str, tmp_path: Path):
         made["DATA"].write_text("\n".join(map(json.dumps, rows)))
     arguments = [str(made.get(argument, argument)) for argument in EXAMPLES[name]]
     path: Path = ROOT / "examples" / name
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= (150 if name == "image_captions.py" else 99)
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= (150 if name in LONG else 99)
     done = subprocess.run([sys.executable, path, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert PRINTED.get(name, "loss") in done.stdout
+    assert PICTURES.get(name, set()) <= {file.name for file in made["OUT"].glob("*.png")}
     assert "INFO:" not in done.stdout, "the log of a server is not what the example prints"

@@ -128,7 +128,11 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     decoding_pictures.run_notebook(tmp_path, steps=3)
     written = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert written == set(re.findall(r"\(pictures/(\S+?)\)", (DOCS / "generation.md").read_text(encoding="utf-8")))
-    assert written == {path.name for path in (DOCS / "pictures").iterdir()}
+
+
+def test_every_picture_is_shown():
+    shown = {name for page in PAGES for name in re.findall(r"\(pictures/(\S+?)\)", page.read_text(encoding="utf-8"))}
+    assert shown == {path.name for path in (DOCS / "pictures").iterdir()}
 
 
 def test_the_citation_has_the_version():

@@ -77,6 +77,51 @@ def test_accumulated_passes_have_the_gradient_of_one(text: Path, tmp_path: Path)
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_mixture_resumes_to_the_same_bits_and_names_its_sources(text: Path, tmp_path: Path):
+    for name, file in (("one", "0.txt"), ("two", "1.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text((text / file).read_text())
+        (tmp_path / name / "more.txt").write_text((text / "2.txt").read_text())
+    tables = [f'[[source]]\nname = "{name}"\ndata = "{name}"\nweight = {w}\n' for name, w in (("one", 3), ("two", 1))]
+    mixture = tmp_path / "mixture.toml"
+    mixture.write_text("".join(tables))
+    ready, _ = run(mixture, tmp_path / "whole", 8)
+    run(mixture, tmp_path / "part", 3)
+    resumed_run({"out": tmp_path / "part", "max_steps": 8}).trainer.train()
+    assert same(tmp_path / "whole", tmp_path / "part")
+    sampler = ready.trainer.objective.sampler
+    batch, alone = sampler.batch_from(5, 6), [sampler.batch_from(n, 1) for n in range(5, 11)]
+    for name, rows in batch.items():
+        assert torch.equal(rows, torch.cat([one[name] for one in alone])), "a row depends on its number alone"
+    sources, numbers = sampler._places(np.arange(4096))
+    assert np.bincount(sources).tolist() == [3072, 1024]
+    n = int(np.flatnonzero(sources == 1)[0])
+    own = sampler._samplers[1].batch_from(int(numbers[n]), 1)
+    assert all(torch.equal(sampler.batch_from(n, 1)[name], rows) for name, rows in own.items())
+    with pytest.raises(ValueError, match="source one: WindowSampler: the data has"):
+        run(mixture, tmp_path / "long", 1, block_size=1 << 14)
+
+
+@pytest.mark.slow  # a compilation
+def test_a_compiled_network_trains_to_the_same_losses_in_one_graph(text: Path, tmp_path: Path):
+    from torch._dynamo.utils import counters
+
+    run(text, tmp_path / "plain", 3, eval_every=1)
+    torch._dynamo.reset()
+    counters.clear()
+    run(text, tmp_path / "compiled", 3, eval_every=1, compile=True)
+    plain, compiled = (
+        [
+            r["val_loss"]
+            for r in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+            if "val_loss" in r
+        ]
+        for name in ("plain", "compiled")
+    )
+    assert len(plain) == 3 and compiled == pytest.approx(plain, abs=1e-5)  # dropout 0.1: the same masks
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_without_next_sentences_and_from_a_checkpoint(text: Path, tmp_path: Path):
     _, result = run(text, tmp_path / "one", 4, no_next_sentence=True, whole_words=True)
     records = [json.loads(line) for line in (tmp_path / "one/log.jsonl").read_text().splitlines()]
@@ -122,7 +167,6 @@ def test_a_step_that_goes_back_and_an_average(text: Path, tmp_path: Path):
         ),
         (["--objective", "mlm", "--pack-documents"], "--pack-documents is for --objective 'lm'"),
         (["--objective", "mlm", "--sequence-warmup", "3"], "--sequence-warmup is for --objective 'lm'"),
-        (["--objective", "mlm", "--compile"], "--compile is for --objective 'lm'"),
         (["--objective", "mlm", "--mlm-probability", "1"], "--mlm-probability is 1.0; expected a number in (0, 1)"),
         (["--objective", "mlm", "--vocab-size", "60", "--find-batch-size"], "--find-batch-size is for --objective lm"),
         (["--objective", "rtd"], "--objective"),
