@@ -8,13 +8,14 @@ import io
 import lzma
 import os
 import secrets
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import resources
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from gptfast._crc32 import crc32
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -230,7 +231,7 @@ def checksum(path: str | os.PathLike[str]) -> str:
     crc, buffer = 0, memoryview(bytearray(1 << 18))  # stays in the processor's cache
     with open_read(path) as file:
         while size := file.readinto(buffer):
-            crc = zlib.crc32(buffer[:size], crc)
+            crc = crc32(buffer[:size], crc)
     return f"crc32:{crc:08x}"
 
 

@@ -6,11 +6,12 @@ import errno
 import mmap
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+
+from gptfast._crc32 import copy_crc32
 
 _BLOCK = 4 << 20  # bytes that are written at once; a multiple of what every disk asks for
 _LEAST = 16 << 20  # bytes of a file from which on it pays
@@ -68,8 +69,8 @@ def write_pieces(path: Path, pieces: Iterable[memoryview], size: int) -> None:
     try:
         crc, block, pause = 0, memoryview(mmap.mmap(-1, _BLOCK)), _pause.get()  # the block begins where a page does
         start = time.thread_time()
-        for length in _filled(block, pieces):
-            crc = zlib.crc32(block[:length], crc)
+        for length, sum_until_here in _filled(block, pieces):
+            crc = sum_until_here
             if direct and length < _BLOCK:  # the end is no multiple of the disk's block
                 direct = _through_the_cache(descriptor)
             direct = _write(descriptor, block[:length], direct)
@@ -93,20 +94,21 @@ def _open(path: Path, direct: bool) -> tuple[int, bool]:
     return os.open(path, flags, 0o666), False
 
 
-def _filled(block: memoryview, pieces: Iterable[memoryview]) -> Iterator[int]:
-    """Fill the block with the pieces' bytes again and again; yields how many it has, all of it but for the last time."""
-    at = 0
+def _filled(block: memoryview, pieces: Iterable[memoryview]) -> Iterator[tuple[int, int]]:
+    """Fill the block with the pieces' bytes again and again; yields how many it has, all of it but for the last time, and the
+    CRC-32 of all until then."""
+    at, crc = 0, 0
     for piece in pieces:
         begin = 0
         while begin < len(piece):
             n = min(len(piece) - begin, len(block) - at)
-            block[at : at + n] = piece[begin : begin + n]
+            crc = copy_crc32(block[at : at + n], piece[begin : begin + n], crc)
             at, begin = at + n, begin + n
             if at == len(block):
-                yield at
+                yield at, crc
                 at = 0
     if at:
-        yield at
+        yield at, crc
 
 
 def _write(descriptor: int, content: memoryview, direct: bool) -> bool:

@@ -1,5 +1,6 @@
-// gptfast._C: what is not a tensor operation: build information, the inference engine, and guards of mapped files.
+// gptfast._C: what is not a tensor operation: build information, the inference engine, guards of mapped files, checksums.
 #include "bind.h"
+#include "crc32.h"
 #include "engine.h"
 #include "mapping.h"
 
@@ -46,6 +47,7 @@ PyMODINIT_FUNC PyInit__C() {
     gptfast::python::Object module = gptfast::python::Object::owned(PyModule_Create(&gptfast::definition));
     gptfast::engine::bind(module.get());
     gptfast::mapping::bind(module.get());
+    gptfast::crc32::bind(module.get());
     return module;
   });
 }

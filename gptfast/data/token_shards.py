@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from gptfast.data.token_file import TokenFile
 
@@ -54,8 +55,9 @@ class TokenShards(TokenFile):
             file.verify()
 
 
-class JoinedArray:
-    """Arrays of one dtype, one after another, read like one array (N,)."""
+class JoinedArray(NDArrayOperatorsMixin):
+    """Arrays of one dtype, one after another, read like one array (N,). Operators, numpy's functions and other methods of an array
+    take a copy of all."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self._parts = [part for part in parts if len(part)] or list(parts[:1])
@@ -78,6 +80,14 @@ class JoinedArray:
             raise ValueError("tokens of several files are no single array; a copy is needed")
         return np.concatenate(self._parts).astype(dtype or self.dtype, copy=False)
 
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        return getattr(ufunc, method)(*(np.asarray(x) if isinstance(x, JoinedArray) else x for x in inputs), **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(np.asarray(self), name)
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
@@ -99,9 +109,6 @@ class JoinedArray:
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.chain.from_iterable(self._parts)
-
-    def tolist(self) -> list[int]:
-        return [token for part in self._parts for token in part.tolist()]
 
 
 class _Sources:

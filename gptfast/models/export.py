@@ -120,9 +120,9 @@ class Description:
     sizes: dict[str, int]
     read: Callable[[str], Tensor]
 
-    def copied(self) -> Description:
-        """The same with tensors of its own, so that those of the model may change."""
-        tensors = {name: self.read(name).detach().to("cpu", copy=True) for name in self.sizes}
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> Description:
+        """The same with tensors of its own, so that those of the model may change. copy: makes them."""
+        tensors = {name: copy(self.read(name)) for name in self.sizes}
         return replace(self, read=tensors.__getitem__)
 
     def write(self, path: str | os.PathLike[str], limit: int = 5 * 10**9) -> None:

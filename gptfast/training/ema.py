@@ -15,6 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from gptfast._files import open_read
 from gptfast._folders import staged_folder
 from gptfast._snapshots import EVERYTHING, current
+from gptfast.training.copies import Copies
 from gptfast.training.objective import Objective
 
 NAME = "ema.safetensors"
@@ -63,10 +64,10 @@ class WeightAverage:
             p.copy_(average)
             average.copy_(kept)
 
-    def tensors(self, copy: bool) -> dict[str, Tensor]:
-        """The content of `ema.safetensors`. copy: clone the tensors, so that later updates do not change them."""
+    def tensors(self, copies: Copies | None) -> dict[str, Tensor]:
+        """The content of `ema.safetensors`. copies: take copies, so that later updates do not change the tensors."""
         named = zip(self._named, self._average, strict=True)
-        found = {name: x.to("cpu", copy=True) if copy else x for name, x in named}
+        found = {name: x if copies is None else copies.take(x) for name, x in named}
         return {**found, _UPDATES: torch.tensor(self.updates)}
 
     @torch.no_grad()
@@ -92,20 +93,22 @@ class WeightAverage:
         self.updates = int(found[_UPDATES]) if _UPDATES in found else 1
 
 
-def best_writer(average: WeightAverage | None, objective: Objective, folder: Path, copy: bool) -> Callable[[], None]:
+def best_writer(
+    average: WeightAverage | None, objective: Objective, folder: Path, copies: Copies | None
+) -> Callable[[], None]:
     """A function that writes a checkpoint with the averaged weights.
 
     Args:
         average: None: the function does nothing.
         objective: writes the model and has the tokenizer.
         folder: of the checkpoint; replaced atomically.
-        copy: copy the weights now, so that the function may run in a thread while training goes on.
+        copies: copy the weights now, so that the function may run in a thread while training goes on.
     """
     if average is None:
         return lambda: None
-    inside: Callable[[], AbstractContextManager] = nullcontext if copy else average.in_the_network
-    with average.in_the_network() if copy else nullcontext():
-        write = objective.writer(copy)
+    inside: Callable[[], AbstractContextManager] = average.in_the_network if copies is None else nullcontext
+    with nullcontext() if copies is None else average.in_the_network():
+        write = objective.writer(copies)
 
     def save() -> None:
         with inside(), staged_folder(folder, replaces=EVERYTHING) as stage:

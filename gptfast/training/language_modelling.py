@@ -18,6 +18,7 @@ from gptfast.training import bad_step
 from gptfast.training.checks import check_model, check_ranks
 from gptfast.training.compiling import compiler_errors
 from gptfast.training.config import TrainConfig
+from gptfast.training.copies import Copies
 from gptfast.training.evaluate import evaluate, evaluated_tokens, evaluation_batches
 from gptfast.training.gradients import accumulate_gradients
 from gptfast.training.objective import Autocast, Evaluation, Objective
@@ -122,10 +123,10 @@ class LanguageModelling(Objective):
     def restore(self, folder: Path) -> None:
         put(self.network, stored(folder)[1], self.ranks)
 
-    def writer(self, copy: bool) -> Callable[[Path], None]:
+    def writer(self, copies: Copies | None) -> Callable[[Path], None]:
         export.check(self.network, patched=True)  # a probe in forward must not cost a run its checkpoints
         described = export.described(self.network)
-        return described.copied().write if copy else described.write
+        return described.write if copies is None else described.copied(copies.take).write
 
     def write(self, folder: Path) -> None:
-        self.writer(copy=False)(folder)
+        self.writer(None)(folder)

@@ -20,7 +20,7 @@ from gptfast.training.config import TrainConfig
 from gptfast.training.ema import WeightAverage
 from gptfast.training.interrupt import Interrupt
 from gptfast.training.objective import Evaluation, Objective
-from gptfast.training.optim import build_optimizers
+from gptfast.training.optim import build_optimizers, bytes_of_training
 from gptfast.training.plot import EXPERTS, plot_experts, plot_losses, require_matplotlib
 from gptfast.training.progress import TrainingProgress
 from gptfast.training.ranks import RankLostError, Ranks
@@ -192,6 +192,9 @@ class Loop(Updates, Reporting):
             self.ranks.signalled = lambda: interrupt.signal is not None
             if not self.ranks.sharding:  # what is divided came from one seed or one file
                 self.ranks.same(self.objective.network.parameters(), "the start")
+        if self._is_main or (self.ranks is not None and self.ranks.sharding):
+            # no step is to wait for the memory of the copies
+            self.saver.begin(bytes_of_training(self.objective.network, self.optimizers))
         if self.config.on_spike == "rewind" and self.state.step == 0:
             self._save()  # what a spike before the first checkpoint goes back to
         if self._evaluate_first:

@@ -18,6 +18,7 @@ from gptfast.tokenizer import Tokenizer
 from gptfast.training.checks import check_model
 from gptfast.training.compiling import compiler_errors
 from gptfast.training.config import TrainConfig
+from gptfast.training.copies import Copies
 from gptfast.training.objective import Autocast, Evaluation, Objective
 from gptfast.training.ranks import Ranks
 
@@ -153,13 +154,13 @@ class MaskedLanguageModelling(Objective):
     def restore(self, folder: Path) -> None:
         self.network.load_state_dict(BERT.from_pretrained(folder, dtype=torch.float32).state_dict())
 
-    def writer(self, copy: bool) -> Callable[[Path], None]:
+    def writer(self, copies: Copies | None) -> Callable[[Path], None]:
         export.check(self.network, patched=True)  # a probe in forward must not cost a run its checkpoints
         described = export.described(self.network)
-        return described.copied().write if copy else described.write
+        return described.write if copies is None else described.copied(copies.take).write
 
     def write(self, folder: Path) -> None:
-        self.writer(copy=False)(folder)
+        self.writer(None)(folder)
 
 
 def _judged(logits: Tensor, wanted: Tensor) -> tuple[float, int, int]:

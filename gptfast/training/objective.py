@@ -14,6 +14,7 @@ import torch
 
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.config import TrainConfig
+from gptfast.training.copies import Copies
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -97,8 +98,8 @@ class Objective(ABC):
         """Write the network to a folder, from which a run can be resumed."""
         self.network.save_pretrained(folder)
 
-    def writer(self, copy: bool) -> Callable[[Path], None]:
-        """A function that does; with `copy` it writes the network as it is now, in any thread."""
-        if copy:
+    def writer(self, copies: Copies | None) -> Callable[[Path], None]:
+        """A function that does; with `copies` it writes the network as it is now, in any thread."""
+        if copies is not None:
             raise NotImplementedError(f"{type(self).__name__} cannot be written while it is trained")
         return self.write

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.training.config import TrainConfig
+from gptfast.training.division import local
 
 _STATE = {"AdamW": ("exp_avg", "exp_avg_sq", "step"), "Muon": ("momentum_buffer",), "Lion": ("exp_avg",)}
 _MOMENTUM = 0.95  # Muon
@@ -88,6 +89,18 @@ def optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
         for p, values in optimizer.state.items()
         for key in _STATE[type(optimizer).__name__]
     }
+
+
+def bytes_of_training(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Bytes of what this process has of the model and, after a step, of the optimizers' state; scalars do not count."""
+    states = [
+        p
+        for optimizer in optimizers
+        for p in parameters_of([optimizer])
+        for key in _STATE[type(optimizer).__name__]
+        if key != "step"
+    ]
+    return sum(local(p).nbytes for p in [*model.parameters(), *states])
 
 
 def empty_optimizer_tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from gptfast.models import GPT
 from gptfast.models.export import Description, described, file_tensors, write_tensors
 from gptfast.nn.difference import true_config
 from gptfast.training.checkpoint import OPTIMIZER
+from gptfast.training.copies import Copies
 from gptfast.training.division import Box, Division, division_of, is_sharded, local
 from gptfast.training.optim import empty_optimizer_tensors, optimizer_tensors, restore_optimizers
 from gptfast.training.ranks import Ranks
@@ -47,20 +48,25 @@ class Parts:
         ranks: of the run.
         number: of the save among those of this process; the same on all ranks.
         model, optimizers: sharded.
-        copy: take copies, so that `lead` or `follow` may run in a thread while training goes on.
+        copies: take copies, so that `lead` or `follow` may run in a thread while training goes on.
     """
 
     def __init__(
-        self, ranks: Ranks, number: int, model: GPT, optimizers: Sequence[torch.optim.Optimizer], copy: bool
+        self,
+        ranks: Ranks,
+        number: int,
+        model: GPT,
+        optimizers: Sequence[torch.optim.Optimizer],
+        copies: Copies | None,
     ) -> None:
         self._ranks, self._key = ranks, f"save/{number}"
         parameters = dict(model.named_parameters())
         self._divisions = {name: division_of(name, p, ranks) for name, p in parameters.items()}
-        self._model = _own(parameters, ranks, copy)
+        self._model = _own(parameters, ranks, copies)
         state = optimizer_tensors(model, optimizers)
         files = 3 if ranks.tensor > 1 else 1
         self._state: list[dict[str, tuple[list[int], Tensor]]] = [{} for _ in range(files)]  # offsets, values
-        for name, x in _own(state, ranks, copy).items():
+        for name, x in _own(state, ranks, copies).items():
             pieces = division_of(name, state[name], ranks).pieces(x) if x.dim() else [((), x)]
             for file, (box, piece) in zip(self._state, pieces, strict=False):
                 file[name] = [s.start for s in box], piece
@@ -127,13 +133,14 @@ def _part(rank: int) -> str:
     return f"part-{rank:05d}.safetensors"
 
 
-def _own(tensors: Mapping[str, Tensor], ranks: Ranks, copy: bool) -> dict[str, Tensor]:
+def _own(tensors: Mapping[str, Tensor], ranks: Ranks, copies: Copies | None) -> dict[str, Tensor]:
     """This rank's parts that are not empty and that no rank before it has, on the CPU."""
     first = {
         name: division_of(name, x, ranks).is_first if is_sharded(x) else ranks.is_main for name, x in tensors.items()
     }
     own = {name: local(x).detach() for name, x in tensors.items() if first[name]}
-    return {name: x.to("cpu", copy=copy).contiguous() for name, x in own.items() if x.numel()}
+    take = copies.take if copies is not None else Tensor.cpu
+    return {name: take(x).contiguous() for name, x in own.items() if x.numel()}
 
 
 def put_together(twin: GPT, files: Sequence[Path], divisions: Mapping[str, Division]) -> Description:

@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable
 
 from gptfast._large_files import paced
+from gptfast.training.copies import Copies
 from gptfast.training.ranks import RankLostError
 
 Job = Callable[[], None]
-_REST = 40  # seconds that a writer rests for one of the processor: it then costs a training that has all cores 2.5%
+_REST = 50  # seconds that a writer rests for one of the processor: it then costs a training that has all cores 2%
 
 
 class Saver:
@@ -26,11 +27,23 @@ class Saver:
 
     def __init__(self, background: bool) -> None:
         self.background = background
+        self._copies = Copies()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._begins = threading.Event()
         self._steps = 0  # since the save in the background was asked for
         self._awaited = threading.Event()  # nothing is gained by writing slowly
+
+    def begin(self, size: int = 0) -> Copies | None:
+        """Wait for the save before, whose error is raised; returns the memory for the copies of the next one, None: it needs none.
+
+        size: bytes of the copies, for which memory is to be taken from the system now.
+        """
+        if not self.background:
+            return None
+        self.finish()
+        self._copies.begin(size)
+        return self._copies
 
     def save(self, job: Job) -> None:
         """Run a job that writes a checkpoint. In the background it must write copies, as training changes the originals.

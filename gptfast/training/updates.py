@@ -26,6 +26,7 @@ from gptfast.training.checkpoint import (
 )
 from gptfast.training.clipping import clipped_step, gradient_norm, only_adamw
 from gptfast.training.config import TrainConfig
+from gptfast.training.copies import Copies
 from gptfast.training.ema import WeightAverage
 from gptfast.training.kept import forget, keep_last
 from gptfast.training.log import Log, NoLog
@@ -225,16 +226,17 @@ class Updates:
         all where the model is divided."""
         ranks, self._saved = self.ranks, self.state.step
         self._saves += 1
+        copies = self.saver.begin()
         if ranks is not None and ranks.sharding:
-            parts = Parts(ranks, self._saves, self.objective.network, self.optimizers, self.saver.background)
+            parts = Parts(ranks, self._saves, self.objective.network, self.optimizers, copies)
             self.saver.save(
                 partial(parts.lead, self._writing()) if ranks.is_main else partial(parts.follow, self.out / "last")
             )
-        elif self._is_main and self.saver.background:
-            self.saver.save(self._alone(copy=True))
+        elif self._is_main and copies is not None:
+            self.saver.save(self._alone(copies))
         elif ranks is None:
             self._alone()()
-        elif not self.saver.background:
+        elif copies is None:
             ranks.main_first(lambda: self._alone()(), "the checkpoint")
 
     def save_alone(self) -> None:
@@ -250,11 +252,11 @@ class Updates:
         if saved_step(last) < self.state.step and not is_saved_by_another(last):
             self._alone()()
 
-    def _alone(self, copy: bool = False) -> Callable[[], None]:
-        """A function that writes the checkpoint of a model that this process has whole; with `copy` as it is now."""
-        write, tensors = self.objective.writer(copy), optimizer_tensors(self.objective.network, self.optimizers)
-        if copy:
-            tensors = {name: x.to("cpu", copy=True) for name, x in tensors.items()}
+    def _alone(self, copies: Copies | None = None) -> Callable[[], None]:
+        """A function that writes the checkpoint of a model that this process has whole; with `copies` as it is now."""
+        write, tensors = self.objective.writer(copies), optimizer_tensors(self.objective.network, self.optimizers)
+        if copies is not None:
+            tensors = {name: copies.take(x) for name, x in tensors.items()}
 
         def content(stage: Path) -> dict[str, str]:
             write(stage)
@@ -263,9 +265,9 @@ class Updates:
                 write_tensors(stage / ema.NAME, average)
             return {}
 
-        average = {} if self.average is None else self.average.tensors(copy)
+        average = {} if self.average is None else self.average.tensors(copies)
         is_best = self.state.best_ema_step == self.state.step
-        best = ema.best_writer(self.average if is_best else None, self.objective, self.out / "best-ema", copy)
+        best = ema.best_writer(self.average if is_best else None, self.objective, self.out / "best-ema", copies)
         writing = self._writing()
 
         def save() -> None:

@@ -91,6 +91,11 @@ def test_an_array_of_shards_is_that_of_one_file(records: Path, tmp_path: Path):
     np.testing.assert_array_equal(np.asarray(many), whole)
     for index in (slice(5, 9), slice(29_990, 60_010), slice(None, None, 7000), slice(-10, None), slice(7, 7)):
         np.testing.assert_array_equal(np.asarray(many[index]), whole[index])
+    assert (many == whole).all() and (many[5:60_010] > many[4:60_009]).tolist() == (
+        whole[5:60_010] > whole[4:60_009]
+    ).tolist()
+    assert many.tobytes() == whole.tobytes() and many.max() == whole.max() and many.tolist() == whole.tolist()
+    assert not hasattr(many, "no_such_thing")
     places = np.array([[0, 29_999, 30_000], [-1, 60_000, 5]])
     np.testing.assert_array_equal(many[places], whole[places])
     assert many[-1] == whole[-1] and many[30_000] == whole[30_000]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import random
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptfast import _large_files
+from gptfast import _crc32, _large_files
 from gptfast._files import checksum
 from gptfast._large_files import sum_of, summed, write_pieces
 from gptfast.models.export import write_tensors
@@ -100,3 +101,23 @@ def test_a_large_file_takes_the_way_past_the_cache(tmp_path):
     with pytest.raises(OSError, match="No space left") as full:
         write_pieces(Path("/dev/full"), [x.view(torch.uint8).numpy().data], x.nbytes)
     assert full.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_sum_of_bytes_is_zlibs_and_copies_are_whole(monkeypatch, compiled):
+    if compiled and _crc32._compiled() is None:
+        pytest.skip("this CPU has no instructions for it, or nothing is compiled")
+    if not compiled:
+        monkeypatch.setattr(_crc32, "_compiled", lambda: None)
+    monkeypatch.setattr(_crc32, "_LEAST", 1)
+    content = memoryview(random.Random(0).randbytes(70_000))
+    for size in (*range(1, 200), 4096, 65_537):
+        for begin in (0, 1, 15):
+            piece, target = content[begin : begin + size], memoryview(bytearray(size))
+            for crc in (0, 0xDEADBEEF):
+                expected = zlib.crc32(piece, crc)
+                assert _crc32.crc32(piece, crc) == expected
+                assert _crc32.copy_crc32(target, piece, crc) == expected
+                assert target == piece
+    with pytest.raises(ValueError):
+        _crc32.copy_crc32(memoryview(bytearray(9)), content[:8])

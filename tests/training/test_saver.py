@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,30 @@ def test_a_saver_raises_at_the_next_save_or_at_the_end():
     saver.save(fail)
     with pytest.raises(OSError, match="full"):
         saver.save(lambda: None)
+
+
+def test_copies_lie_where_those_of_the_save_before_lay_and_are_made_when_it_is_written():
+    saver, written = Saver(background=True), []
+    kinds = (torch.float32, torch.bfloat16, torch.int64)
+    tensors = [torch.arange(7 * n).view(7, n).to(kind) for n in (0, 1, 5, 1 << 16) for kind in kinds]
+    tensors += [torch.tensor(3.0), torch.arange(12.0).view(3, 4).t(), torch.arange(20.0).view(4, 5)[:, :2]]
+    places = []
+    for size in (100 << 20, 0, 0):
+        copies = saver.begin(size)
+        assert copies is not None
+        assert len(written) == len(places)  # the save before is whole
+        found = [copies.take(x) for x in tensors]
+        for x, copy in zip(tensors, found, strict=True):
+            assert copy.equal(x) and copy.dtype == x.dtype
+            assert copy.stride() == (x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()).stride()
+            assert copy.data_ptr() != x.data_ptr() or not x.numel()
+        places.append([copy.data_ptr() for copy in found])
+        begins = sorted((copy.data_ptr(), copy.nbytes) for copy in found if copy.numel())
+        assert all(at + size <= then for (at, size), (then, _) in pairwise(begins))
+        saver.save(lambda: (time.sleep(0.05), written.append(True)))
+    saver.finish()
+    assert places[0] == places[1] == places[2]
+    assert Saver(background=False).begin() is None
 
 
 def test_a_rank_that_is_slower_for_some_steps_is_told_and_again_after_many():

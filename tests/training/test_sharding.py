@@ -20,6 +20,7 @@ from gptfast.training.checkpoint import TrainState, described_run, write_checkpo
 from gptfast.training.checks import check_ranks
 from gptfast.training.checksums import verify
 from gptfast.training.clipping import clipped_step, gradient_norm
+from gptfast.training.copies import Copies
 from gptfast.training.division import Division, gathered, local
 from gptfast.training.gradients import accumulate_gradients
 from gptfast.training.join import join
@@ -111,7 +112,7 @@ def _save(ranks: Ranks, net: GPT, folder: Path, found: dict[str, Any]) -> None:
     optimizers = build_optimizers(net, TrainConfig())
     for optimizer in optimizers:
         optimizer.step()
-    parts, saved = Parts(ranks, 7, net, optimizers, copy=False), folder / LAYERS
+    parts, saved = Parts(ranks, 7, net, optimizers, copies=None), folder / LAYERS
     about = described_run(net, TrainState(), TrainConfig(), {})
     save = partial(write_checkpoint, saved, about, TOKENIZER)
     parts.lead(save) if ranks.is_main else parts.follow(saved)
@@ -126,7 +127,7 @@ def _save(ranks: Ranks, net: GPT, folder: Path, found: dict[str, Any]) -> None:
 def _save_on_a_full_disk(ranks: Ranks, net: GPT, folder: Path, found: dict[str, Any]) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     optimizer.step()
-    parts, stage = Parts(ranks, 1, net, [optimizer], copy=True), folder / ".saving"
+    parts, stage = Parts(ranks, 1, net, [optimizer], copies=Copies()), folder / ".saving"
     stage.mkdir(exist_ok=True)
     told = (folder / "store").stat().st_size + 2000  # what the ranks tell each other is a file here
     with file_size_limit(told if ranks.rank else 10**9):

@@ -1,0 +1,4 @@
+#pragma once
+#include "values.h"
+
+namespace gptfast::crc32 { void bind(PyObject* module); }
