@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from gptfast._options import option
 from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, SPECIAL_TOKENS_HELP, TOKENIZER_HELP, check_batch_size, load
 from gptfast.cli._options import Options, takes
+from gptfast.serving.hosts import hosts_of, is_loopback
 
 KEY_VARIABLE = "GPTFAST_API_KEY"
 
@@ -34,6 +34,12 @@ class ServeOptions:
         "Allow web pages of this origin, such as https://example.com; may be given several times. *: all pages; none: not "
         "even pages of this machine.",
         words="pages of this machine",
+    )
+    allowed_host: list[str] | None = option(
+        None,
+        "Answer requests that were sent to this name, such as gpu.example.org of a proxy; may be given several times. "
+        "*.example.org: every name below it; *: every name. Names of this machine are always answered.",
+        words="every name; where --host is an address of this machine alone: that one",
     )
     adapter: list[str] | None = option(
         None,
@@ -76,6 +82,7 @@ def serve(given: dict[str, Any]) -> None:
     options = ServeOptions(**given)
     key = options.api_key or os.environ.get(KEY_VARIABLE) or None
     _check(options, key)
+    hosts, origins = hosts_of(options.host, options.allowed_host or []), options.cors_origin or []
     adapters = _adapters(options.adapter or [])
     try:
         from gptfast.serving.app import Limits, create_app
@@ -84,7 +91,6 @@ def serve(given: dict[str, Any]) -> None:
         from gptfast.serving.server import bind, run
     except ImportError as error:
         raise ImportError(f"serve: {error.name} is not installed; pip install 'gptfast-kernels[serve]'") from None
-    origins = options.cors_origin or []
     check_origins(origins)
     connections = choose_connections(options.max_connections, options.batch_size + options.max_queue)
     with bind(options.host, options.port) as bound:
@@ -97,7 +103,7 @@ def serve(given: dict[str, Any]) -> None:
             special_tokens=options.special_tokens,
         )
         name = options.name or _name(options.model)
-        run(create_app(model, tokenizer, name, limits, key, origins), bound)
+        run(create_app(model, tokenizer, name, limits, key, origins, hosts), bound)
 
 
 def _name(model: str) -> str:
@@ -125,15 +131,8 @@ def _check(options: ServeOptions, key: str | None) -> None:
         raise ValueError(f"serve: `max_queue` is {options.max_queue}; expected at least 0")
     if not options.timeout > 0:
         raise ValueError(f"serve: `timeout` is {options.timeout}; expected seconds > 0")
-    if key is None and not options.no_auth and not _is_loopback(options.host):
+    if key is None and not options.no_auth and not is_loopback(options.host):
         raise ValueError(
             f"serve: `host` {options.host} can be reached from other machines, and there is no API key; set {KEY_VARIABLE}, "
             "or give `no_auth`"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

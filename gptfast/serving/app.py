@@ -17,6 +17,8 @@ from gptfast.serving.completions import Completions
 from gptfast.serving.cors import allow_origins
 from gptfast.serving.errors import BodyLimit, add_error_handlers
 from gptfast.serving.explore import Explore
+from gptfast.serving.guard import Guard
+from gptfast.serving.hosts import ANY
 from gptfast.serving.limits import Limits
 from gptfast.serving.pages import add_page
 from gptfast.serving.protocol import ApiError
@@ -33,6 +35,7 @@ def create_app(
     limits: Limits | None = None,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    hosts: Sequence[str] = (ANY,),
 ) -> FastAPI:
     """The application, whose worker runs during its lifespan.
 
@@ -42,6 +45,7 @@ def create_app(
         limits: None: the defaults of `Limits`.
         api_key: the bearer token that /v1 requires; None disables authentication.
         cors_origins: see `gptfast.serving.cors.allow_origins`.
+        hosts: names that it answers to, see `gptfast.serving.hosts.hosts_of`; the default is every name.
     """
     limits, tokenizer = limits or Limits(), lenient(tokenizer)
     runner = model.runner(1, 1)  # all runners of this app are made from it, and so have the same weights
@@ -71,6 +75,7 @@ def create_app(
     app.state.worker, app.state.limits = worker, limits
     app.add_middleware(BodyLimit, most=limits.max_body)
     allow_origins(app, cors_origins)
+    app.add_middleware(Guard, hosts=hosts, origins=cors_origins)
     add_error_handlers(app)
 
     async def check_key(request: HTTPRequest) -> None:

@@ -24,6 +24,13 @@ def check_origins(origins: Sequence[str]) -> None:
         raise ValueError("serve: `cors_origin` has none and others; give none, or the others")
 
 
+def is_allowed(origin: str, origins: Sequence[str]) -> bool:
+    """Whether pages of an origin may use the server. origins: as in `allow_origins`."""
+    if "none" in origins:
+        return False
+    return "*" in origins or origin in origins or re.fullmatch(OWN_MACHINE, origin) is not None
+
+
 def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
     """Add the CORS middleware, which answers preflight requests (OPTIONS) and sets the CORS headers.
 

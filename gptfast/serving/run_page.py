@@ -12,12 +12,12 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import Response
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from gptfast._json import to_text
+from gptfast.serving.guard import Guard
+from gptfast.serving.hosts import hosts_of
 from gptfast.serving.pages import HEADERS, add_page
 
-OWN_NAMES = ("127.0.0.1", "localhost")
 _NO_ANSWER_IS_KEPT = {**HEADERS, "Cache-Control": "no-store"}
 Look = Callable[[], Any]
 
@@ -49,7 +49,7 @@ def create_run_app(run: Look, samples: Look, every: float) -> FastAPI:
         every: seconds for which an answer is given again.
     """
     app = FastAPI(title="gptfast watch", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(OWN_NAMES))
+    app.add_middleware(Guard, hosts=hosts_of("localhost"), advice="open it as http://localhost, with its port")
     add_page(app, ["GET", "HEAD"], "run.html")
     for path, look in (("/run", run), ("/samples", samples)):
         _add(app, path, _Newest(look, every))

@@ -98,7 +98,8 @@ def test_the_answer_is_the_log(trained, served):
 def test_other_names_of_this_machine_get_nothing(trained, served):
     """A page elsewhere may let its own name lead to 127.0.0.1; the browser then sends that name."""
     url, _ = served(viewer_of(trained))
-    assert httpx.get(url + "/run", headers={"Host": "evil.example"}).status_code == 400
+    refused = httpx.get(url + "/run", headers={"Host": "evil.example"})
+    assert refused.status_code == 403 and "open it as http://localhost" in refused.json()["error"]["message"]
     assert httpx.get(url + "/run", headers={"Host": "localhost:9000"}).status_code == 200
 
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from tests.support.command import save_model
-from tests.support.serving_app import BLOCK, new_text, openai
+from tests.support.serving_app import BLOCK, httpx, new_text, openai
 
 
 @pytest.mark.slow
@@ -21,6 +21,7 @@ def test_the_command_serves_until_sigterm(quantize, tmp_path, tokenizer):
     model = save_model(tmp_path / "bard", tokenizer, BLOCK)
     code = "import sys; from gptfast.cli import main; main()"
     args = [sys.executable, "-c", code, "serve", "--model", str(tmp_path / "bard"), "--port", "0", *quantize]
+    args += ["--allowed-host", "gpu.example.org"]
     env = {**os.environ, "GPTFAST_API_KEY": "sesame"}
     with subprocess.Popen(args, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stderr is not None
@@ -30,6 +31,10 @@ def test_the_command_serves_until_sigterm(quantize, tmp_path, tokenizer):
         with openai.OpenAI(base_url=found[1] + "/v1", api_key="sesame") as client:
             got = client.completions.create(model="bard", prompt="ROMEO:", max_tokens=7, temperature=0)
         assert [got.choices[0].text] == new_text(model, tokenizer, "ROMEO:", max_new_tokens=7, temperature=0)
+        named = [
+            httpx.get(found[1], headers={"Host": host}).status_code for host in ("gpu.example.org", "evil.example")
+        ]
+        assert named == [200, 403]
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
 

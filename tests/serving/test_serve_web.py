@@ -1,4 +1,4 @@
-"""gptfast serve for browsers and monitors: CORS, HEAD, and the options of streams."""
+"""gptfast serve for browsers and monitors: CORS, names of the server, HEAD, and the options of streams."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from gptfast.cli import app as command
 from gptfast.serving.app import create_app
-from tests.support.serving_app import ASK, httpx, serving
+from gptfast.serving.hosts import hosts_of
+from tests.support.serving_app import ASK, httpx, openai, serving
 
 # ---- options of streams ----
 
@@ -100,7 +101,7 @@ def test_which_pages_may_ask(model, tokenizer, origins, let_in, kept_out):
         headers = {"Authorization": "Bearer sesame", "Origin": origin}
         for ask, status in ((ASK, 200), ({**ASK, "stream": True}, 200), ({"model": "bard"}, 400)):
             got = httpx.post(url + "/v1/completions", json=ask, headers=headers)
-            assert got.status_code == status
+            assert got.status_code == (status if let_in else 403)
             assert (got.headers.get("access-control-allow-origin") in (origin, "*")) == bool(let_in)
         wrong = httpx.get(url + "/v1/models", headers={"Origin": origin})  # a page can read why
         assert wrong.status_code == 401 and ("access-control-allow-origin" in wrong.headers) == bool(let_in)
@@ -118,3 +119,99 @@ def test_origins_are_checked_before_the_model_is_loaded(origins, said):
     options = [part for origin in origins for part in ("--cors-origin", origin)]
     done = CliRunner().invoke(command, ["serve", "--model", "nowhere", *options])
     assert done.exit_code == 1 and said in str(done.exception)
+
+
+# ---- pages of other sites ----
+
+OWN_HOSTS = ["localhost", "127.0.0.1:8000", "127.0.0.9", "[::1]:8000", "LOCALHOST:1", "localhost."]
+STRANGE_HOSTS = ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "192.0.2.1",
+                 "0.0.0.0", "[::2]", "notlocalhost", "", "a b", "localhost:80:80", "[::1].evil.example"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("listens", "names", "answered", "refused"),
+    [
+        ("127.0.0.1", [], OWN_HOSTS, STRANGE_HOSTS),
+        ("::1", [], OWN_HOSTS, STRANGE_HOSTS),
+        ("localhost", ["gpu.example.org"], [*OWN_HOSTS, "GPU.example.org:443"], [*STRANGE_HOSTS, "a.gpu.example.org"]),
+        ("127.0.0.1", ["*.example.org", "192.0.2.1"], ["a.example.org", "a.b.example.org:1", "192.0.2.1:80"],
+         ["example.org", "anexample.org", "evil.example", "192.0.2.2"]),
+        ("127.0.0.1", ["[2001:DB8:0:0::1]"], ["[2001:db8::1]:80", *OWN_HOSTS], ["[2001:db8::2]"]),
+        ("127.0.0.1", ["*"], [*OWN_HOSTS, *STRANGE_HOSTS], []),
+        ("0.0.0.0", [], [*OWN_HOSTS, *STRANGE_HOSTS], []),
+        ("192.0.2.7", [], [*OWN_HOSTS, *STRANGE_HOSTS], []),
+        ("0.0.0.0", ["gpu.example.org"], [*OWN_HOSTS, "gpu.example.org"], ["evil.example"]),
+        ("192.0.2.7", ["gpu.example.org"], ["192.0.2.7:80", "gpu.example.org"], ["evil.example"]),
+    ],
+)  # fmt: skip
+def test_the_names_of_a_server(listens, names, answered, refused):
+    from gptfast.serving.hosts import is_name_of
+
+    hosts = hosts_of(listens, names)
+    assert [name for name in answered if not is_name_of(hosts, name)] == []
+    assert [name for name in refused if is_name_of(hosts, name)] == []
+
+
+def test_a_page_whose_own_name_leads_here_gets_nothing(model, tokenizer):
+    """DNS rebinding: for the browser it is the page's own site, so neither CORS nor the policy of the page helps."""
+    with serving(create_app(model, tokenizer, "bard", hosts=hosts_of("127.0.0.1"))) as url:
+        port = url.rpartition(":")[2]
+        rebound = {
+            "Host": f"evil.example:{port}",
+            "Origin": f"http://evil.example:{port}",
+            "Sec-Fetch-Site": "same-origin",
+        }
+        for path in ("/", "/health", "/v1/models", "/tokenizer_info", "/page/app.js", "/nothing"):
+            got = httpx.get(url + path, headers=rebound)
+            assert got.status_code == 403 and "bard" not in got.text
+        for path in ("/v1/completions", "/v1/chat/completions", "/next_tokens", "/beam_tree", "/tokenize"):
+            error = httpx.post(url + path, json=ASK, headers=rebound).json()["error"]
+            assert error["code"] == "host_not_allowed" and error["param"] is None
+            assert error["message"] == (
+                f"this server does not answer to the name 'evil.example:{port}'; if it is one of its own, start it with "
+                "--allowed-host evil.example"
+            )
+        assert httpx.options(url + "/v1/completions", headers=rebound).status_code == 403
+        assert httpx.post(url + "/v1/completions", json=ASK, headers={"Host": f"localhost:{port}"}).status_code == 200
+        client = openai.OpenAI(base_url=url + "/v1", api_key="-", default_headers={"Host": "evil.example"})
+        with client, pytest.raises(openai.PermissionDeniedError, match=r"--allowed-host evil\.example"):
+            client.models.list()
+
+
+@pytest.mark.parametrize(
+    ("origins", "headers", "status"),
+    [
+        ([], {}, 200),  # no browser
+        ([], {"Sec-Fetch-Site": "same-origin", "Origin": "https://behind.a.proxy"}, 200),
+        ([], {"Origin": "http://{host}"}, 200),  # a browser without Sec-Fetch-Site, as over http in a local network
+        ([], {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:3000"}, 200),
+        (["https://example.com"], {"Sec-Fetch-Site": "cross-site", "Origin": "https://example.com"}, 200),
+        (["*"], {"Sec-Fetch-Site": "cross-site", "Origin": "null"}, 200),
+        (["none"], {"Origin": "http://{host}", "Sec-Fetch-Site": "same-origin"}, 200),  # its own page
+        (["none"], {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:3000"}, 403),
+        ([], {"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, 403),
+        ([], {"Origin": "https://evil.example"}, 403),
+        ([], {"Origin": "null"}, 403),
+        ([], {"Sec-Fetch-Site": "cross-site"}, 403),
+    ],
+)
+def test_pages_elsewhere_give_the_model_no_work(model, tokenizer, origins, headers, status):
+    """A form, or fetch in the mode no-cors, asks nothing before: the request itself must be refused."""
+    with serving(create_app(model, tokenizer, "bard", cors_origins=origins)) as url:
+        headers = {name: value.format(host=url[7:]) for name, value in headers.items()}
+        got = httpx.post(
+            url + "/v1/completions", content=json.dumps(ASK), headers={**headers, "Content-Type": "text/plain"}
+        )
+        assert got.status_code == status
+        if status == 403:
+            error = got.json()["error"]
+            named = headers.get("Origin", "null")
+            assert error["code"] == "origin_not_allowed"
+            assert f"start it with --cors-origin {'*' if named == 'null' else named}" in error["message"]
+        assert httpx.get(url + "/health", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["http://gpu", "gpu:8000", "gpu/x", "", "*gpu", "a..b", "-a", "*.", "[::g]"])
+def test_names_are_checked_before_the_model_is_loaded(name):
+    done = CliRunner().invoke(command, ["serve", "--model", "nowhere", "--allowed-host", name])
+    assert done.exit_code == 1 and f"`allowed_host` is {name!r}; expected a name without http://" in str(done.exception)
