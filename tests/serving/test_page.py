@@ -42,7 +42,7 @@ def url(model, tokenizer):
 
 def test_every_file_is_sent_with_a_policy(url):
     names = [name for name in read_page() if not name.endswith(".html")]
-    assert len(names) >= 11
+    assert len(names) >= 13
     for path in ("/", *(f"/page/{name}" for name in names)):
         got = httpx.get(url + path)
         assert got.status_code == 200
@@ -140,7 +140,7 @@ def test_the_beam_tree_is_that_of_explain(url, model, tokenizer):
         ({"model": "cat", "prompt": "a", "messages": HELLO}, 400, "expected one of prompt and messages"),
         ({"model": "cat", "messages": [{"content": "a"}]}, 400, "messages[0] has no role"),
         ({"model": "cat", "prompt": "cat " * 200}, 400, "the context of this model is 96 tokens; the text has"),
-        ({"model": "cat", "prompt": "a", "tops": 3}, 400, "tops: Extra inputs are not permitted"),
+        ({"model": "cat", "prompt": "a", "tops": 3}, 400, "tops: this server has no such field"),
     ],
 )
 def test_bad_questions(url, path, body, status, text):
@@ -282,7 +282,7 @@ def test_sliders_change_the_bars(page):
 
 
 @pytest.mark.slow
-def test_stop_and_a_server_that_is_gone(browser, model, tokenizer):
+def test_stop(browser, model, tokenizer):
     from tests.support.serving_app import Gated
 
     page = browser.new_page()
@@ -297,11 +297,100 @@ def test_stop_and_a_server_that_is_gone(browser, model, tokenizer):
         stopped = replies(page)
         assert len(stopped) == 2 and stopped[1]
         assert not page.locator("#notice").is_visible()
-    page.fill("#input", "are you there?")
-    page.click("#send")
-    page.wait_for_selector("#notice:not([hidden])")
-    assert "The server does not answer. Is gptfast serve still running?" in page.text_content("#notice")
     page.close()
+
+
+GONE = "The server does not answer. Is gptfast serve still running?"
+CONNECTED = "document.getElementById('notice').hidden && document.getElementById('model').value === "
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_and_comes_back(browser, model, tokenizer):
+    """What was written stays, what could not be sent can be sent again, and nothing needs to be loaded again."""
+    page = browser.new_page()
+    with serving(create_app(model, tokenizer, "cat")) as url:
+        page.goto(url)
+        wait(page, "document.getElementById('model').value === 'cat'")
+        page.locator("#set-max_tokens").fill("8")
+        send(page, "the cat")
+        page.check("input[value=completion]")
+        send(page, "the dog")
+        chat, written = page.evaluate("['turns', 'written'].map((n) => sessionStorage.getItem('gptfast.' + n))")
+    assert "the cat" in chat and "the dog" in written
+    for mode in ("completion", "chat"):
+        page.check(f"input[value={mode}]")
+        before = replies(page)
+        page.fill("#input", "and the bird?")
+        page.click("#send")
+        page.wait_for_selector("#notice:not([hidden])")
+        assert GONE in page.text_content("#notice")
+        wait(page, "!document.getElementById('send').disabled")
+        assert replies(page) == before and len(before) == 2 and page.input_value("#input") == "and the bird?"
+    page.click("#again")
+    wait(page, "!document.getElementById('again').disabled")
+    assert replies(page) == before
+    assert [chat, written] == page.evaluate("['turns', 'written'].map((n) => sessionStorage.getItem('gptfast.' + n))")
+    with serving(create_app(model, tokenizer, "dog"), port=int(url.rpartition(":")[2])):
+        wait(page, CONNECTED + "'dog'")  # by itself, also where another model is served now
+        wait(page, "document.querySelectorAll('#bars li').length > 5")
+        page.click("#send")
+        wait(page, "document.querySelectorAll('.turn').length === 4 && !document.getElementById('send').disabled")
+        assert replies(page)[:3] == [*before, "and the bird?"] and page.input_value("#input") == ""
+        assert page.locator("#notice").is_hidden()
+    page.close()
+
+
+@pytest.mark.slow
+def test_a_page_opened_with_the_server_gone(browser, url):
+    """Its files came, perhaps from the browser's memory, and then nobody answers."""
+    page = browser.new_page()
+    away = re.compile(r"/(v1/models|next_tokens|v1/chat/completions)$")
+    page.route(away, lambda route: route.abort("connectionrefused"))
+    page.goto(url)
+    page.wait_for_selector("#notice:not([hidden])")
+    assert GONE in page.text_content("#notice") and page.input_value("#model") == ""
+    page.fill("#input", "sat the dog?")
+    page.click("#send")
+    assert page.input_value("#input") == "sat the dog?" and replies(page) == []
+    page.unroute(away)
+    wait(page, CONNECTED + "'cat'")
+    page.locator("#set-max_tokens").fill("4")
+    page.click("#send")
+    wait(page, "document.querySelectorAll('.token').length && !document.getElementById('send').disabled")
+    assert replies(page)[0] == "sat the dog?" and len(replies(page)) == 2
+    page.close()
+
+
+@pytest.mark.slow
+def test_clear_and_another_mode_while_a_text_is_written(browser, model, tokenizer):
+    """What still arrives belongs to nothing that is shown."""
+    from tests.support.serving_app import Gated
+
+    page = browser.new_page()
+    wrong = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    with serving(create_app(Gated(model, delay=0.1), tokenizer, "cat")) as url:
+        page.goto(url)
+        wait(page, "document.getElementById('model').value === 'cat'")
+        for mode in ("chat", "completion"):
+            page.check(f"input[value={mode}]")
+            page.fill("#input", "the dog")
+            page.keyboard.press("Control+Enter")
+            wait(page, "document.querySelectorAll('.token').length > 2")
+            page.click("#clear")
+            wait(page, "document.getElementById('stop').disabled")
+            stored = page.evaluate("['turns', 'written'].map((n) => sessionStorage.getItem('gptfast.' + n))")
+            assert replies(page) == [] and stored == ["[]", "null"]
+        page.fill("#input", "the dog")
+        page.keyboard.press("Control+Enter")
+        wait(page, "document.querySelectorAll('.token').length > 2")
+        page.check("input[value=chat]")
+        wait(page, "document.getElementById('stop').disabled")
+        assert replies(page) == []
+        page.check("input[value=completion]")
+        assert len(replies(page)) == 2 and replies(page)[1], "what came before stays"
+    page.close()
+    assert wrong == []
 
 
 @pytest.mark.slow

@@ -58,9 +58,9 @@ class Gated:
 
 
 @contextmanager
-def serving(app, grace=0.0):
+def serving(app, grace=0.0, port=0):
     """The base URL of a running server."""
-    with bind("127.0.0.1", 0) as bound:
+    with bind("127.0.0.1", port) as bound:
         server = GracefulServer(app, bound, log_level="error", grace=grace)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()

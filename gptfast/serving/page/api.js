@@ -1,9 +1,12 @@
 // Requests to the server that this page came from, and its errors in words.
 
+const GONE = "The server does not answer. Is gptfast serve still running? Nothing is lost; this page goes on as soon as it answers.";
+
 export class ServerError extends Error {
   constructor(message, status, told = {}) {
     super(message);
     this.status = status;
+    this.gone = Boolean(told.gone); // nobody answers
     this.tooLong = told.code === "context_length_exceeded" && /tokens$/.test(told.param);
   }
 }
@@ -27,7 +30,7 @@ async function ask(path, body, signal) {
     answer = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ServerError("The server does not answer. Is gptfast serve still running?", 0);
+    throw new ServerError(GONE, 0, { gone: true });
   }
   if (!answer.ok) {
     const told = (await answer.json().catch(() => null))?.error ?? {};

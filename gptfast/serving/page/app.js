@@ -1,17 +1,16 @@
 // The page: a conversation or a text with a model of this server, and views of its next token.
 
-import { getJson, postJson, setKey, streamInRoom } from "./api.js";
-import { drawBars } from "./bars.js";
-import { drawTree } from "./beams.js";
+import { setKey, streamInRoom } from "./api.js";
 import { asCurl, asPython, makeDialog } from "./code.js";
+import { connect, connectSoon } from "./connection.js";
 import { makeSettings, reset, sampling, setting } from "./settings.js";
 import { recall, remember } from "./store.js";
 import { makeTheme } from "./theme.js";
 import { TokenText, tokensOf } from "./tokens.js";
+import { makeViews } from "./views.js";
 
 const byId = (id) => document.getElementById(id);
 const ALTERNATIVES = 5;
-const WAIT = 200; // milliseconds between the last change and the question what follows
 
 const state = {
   mode: recall("mode", "chat"),
@@ -67,6 +66,7 @@ function complain(error) {
     byId("key-label").hidden = false;
     byId("key").focus();
   }
+  if (error?.gone) connectSoon(greet, complain);
 }
 
 function turn(who) {
@@ -116,10 +116,12 @@ function showState() {
 
 // ---- writing ----
 
-async function write(path, body, who, done) {
+// Resolves to the text, whole or as far as it came, and whether an error ended it.
+async function write(path, body, who) {
   const text = showTurn(who, "", []);
   const started = performance.now();
   let count = 0;
+  let failed = false;
   state.running = new AbortController();
   complain(null);
   showState();
@@ -139,45 +141,64 @@ async function write(path, body, who, done) {
       byId("status").textContent = `${count} tokens, ${(count / seconds).toFixed(0)} tokens/s`;
     }
   } catch (error) {
-    if (error.name === "AbortError") byId("status").textContent += ", stopped";
-    else complain(error);
+    failed = error.name !== "AbortError";
+    if (failed) complain(error);
+    if (count) byId("status").textContent += failed ? ", broken off" : ", stopped";
+    else byId("status").textContent = failed ? "" : "Stopped";
   } finally {
     state.running = null;
     text.end();
-    done(text);
-    showState();
-    refreshSoon();
   }
+  return { text: text.text, tokens: text.tokens, failed };
 }
 
 async function send() {
+  if (state.running || !(model() || await connect(greet, complain))) return;
+  await (state.mode === "completion" ? complete() : say());
+  showState();
+  refreshSoon();
+}
+
+async function complete() {
+  const before = state.written;
+  const [path, body] = request();
+  const written = { prompt: body.prompt, content: "", tokens: [] };
+  state.written = written;
+  showAll();
+  byId("output").lastElementChild.remove();
+  const { text, tokens, failed } = await write(path, body, "Text");
+  Object.assign(written, { content: text, tokens });
+  if (!failed || text || state.written !== written) return;
+  state.written = before; // nothing came in its place
+  showAll();
+}
+
+async function say() {
   const typed = byId("input").value;
-  if (state.running) return;
-  if (state.mode === "completion") {
-    const [path, body] = request();
-    state.written = { prompt: body.prompt, content: "", tokens: [] };
-    showAll();
-    byId("output").lastElementChild.remove();
-    await write(path, body, "Text", ({ text, tokens }) => Object.assign(state.written, { content: text, tokens }));
-    return;
-  }
+  const turns = state.turns;
   if (typed.trim()) {
-    state.turns.push({ role: "user", content: typed });
+    turns.push({ role: "user", content: typed });
     byId("input").value = "";
     showTurn("You", typed);
   }
-  if (state.turns.at(-1)?.role === "user") await reply();
+  if (turns.at(-1)?.role !== "user" || await reply() || !typed.trim()) return;
+  if (byId("input").value || turns !== state.turns) return;
+  turns.pop(); // the message is there to be sent again
+  byId("input").value = typed;
+  showAll();
 }
 
+// Resolves to whether the model answered, or was stopped.
 async function reply() {
-  const [path, body] = request();
-  await write(path, body, "Model", ({ text, tokens }) => {
-    if (text) state.turns.push({ role: "assistant", content: text, tokens });
-    else byId("output").lastElementChild.remove();
-  });
+  const turns = state.turns; // others after Clear
+  const { text, tokens, failed } = await write(...request(), "Model");
+  if (text) turns.push({ role: "assistant", content: text, tokens });
+  else showAll();
+  return Boolean(text) || !failed;
 }
 
 async function again() {
+  if (state.running || !(model() || await connect(greet, complain))) return;
   const seed = byId("set-seed");
   seed.value = (setting("seed") + 1) % 1001;
   seed.dispatchEvent(new Event("input"));
@@ -185,66 +206,32 @@ async function again() {
     byId("input").value = state.written.prompt;
     return send();
   }
-  if (state.turns.at(-1)?.role === "assistant") state.turns.pop();
+  const turns = state.turns;
+  const before = turns.at(-1)?.role === "assistant" ? turns.pop() : null;
   showAll();
-  await reply();
-}
-
-// ---- views of the next token ----
-
-let timer = 0;
-let asking = null;
-
-function refreshSoon() {
-  clearTimeout(timer);
-  timer = setTimeout(refresh, WAIT);
-}
-
-async function refresh() {
-  asking?.abort();
-  const about = context();
-  if (!byId("next").open || !about || state.running) {
-    if (!about) byId("bars").replaceChildren();
-    return;
+  if (!(await reply()) && before) {
+    turns.push(before);
+    showAll();
   }
-  asking = new AbortController();
-  const { seed, ...options } = sampling();
-  try {
-    const { tokens } = await postJson("/next_tokens", { ...about, ...options, top: 20 }, asking.signal);
-    drawBars(byId("bars"), tokens);
-  } catch (error) {
-    if (error.name !== "AbortError") byId("bars").replaceChildren(error.message);
-  }
-}
-
-async function drawBeams() {
-  const about = context();
-  if (!about) return complain(new Error("Write a prompt first."));
-  complain(null);
-  try {
-    const { nodes } = await postJson("/beam_tree", { ...about, beams: setting("beams"), steps: 4 });
-    drawTree(byId("tree"), nodes);
-  } catch (error) {
-    complain(error);
-  }
+  showState();
+  refreshSoon();
 }
 
 // ---- the beginning ----
 
-async function connect() {
-  try {
-    const { data } = await getJson("/v1/models");
-    byId("model").replaceChildren(...data.map(({ id }) => new Option(id, id)));
-    const { chat_template: template } = await getJson("/tokenizer_info");
-    byId("format").textContent = template === null
-      ? "The tokenizer has no chat template: the conversation is a plain transcript (System:, User:, Assistant:)."
-      : "";
-    complain(null);
-    showState();
-    refreshSoon();
-  } catch (error) {
-    complain(error);
-  }
+const { drawBeams, refreshSoon } = makeViews(context, () => Boolean(state.running), complain);
+
+// What the server serves, now or again.
+function greet(models, template) {
+  const chosen = model();
+  byId("model").replaceChildren(...models.map((id) => new Option(id, id)));
+  if (models.includes(chosen)) byId("model").value = chosen;
+  byId("format").textContent = template === null
+    ? "The tokenizer has no chat template: the conversation is a plain transcript (System:, User:, Assistant:)."
+    : "";
+  complain(null);
+  showState();
+  refreshSoon();
 }
 
 function begin() {
@@ -267,7 +254,7 @@ function begin() {
   on("input", "input", () => { showState(); refreshSoon(); });
   on("system", "input", () => { showState(); refreshSoon(); });
   on("model", "change", refreshSoon);
-  on("key", "change", () => { setKey(byId("key").value); state.keyed = Boolean(byId("key").value); connect(); });
+  on("key", "change", () => { setKey(byId("key").value); state.keyed = Boolean(byId("key").value); connect(greet, complain); });
   on("stop", "click", () => state.running?.abort());
   on("again", "click", again);
   on("clear", "click", () => { state.running?.abort(); Object.assign(state, { turns: [], written: null }); complain(null); showAll(); refreshSoon(); });
@@ -278,7 +265,7 @@ function begin() {
   on("as-curl", "click", () => show("The same request with curl", asCurl(...request(), state.keyed)));
   on("as-python", "click", () => show("The same request in Python", asPython(...request(), state.keyed)));
   showAll();
-  connect();
+  connect(greet, complain);
 }
 
 begin();
