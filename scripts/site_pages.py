@@ -2,6 +2,7 @@
 
 CONTRIBUTING.md and CHANGELOG.md become pages. The reference lists every public name, module by module, from the
 `__all__` of each package; mkdocstrings fills in its signature and docstring. Links to other files of the tree become their paths.
+Blocks of commands are coloured as commands.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ MODULES = ("", "ops", "nn", "models", "generation", "engine", "training", "finet
            "integrations", "benchmarking", "testing")  # fmt: skip
 _PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _NOT_LISTED = {"__version__", "scaling", "metrics", "engine", "nn", "ops"}  # a number, and modules
+_CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)")
 
 
@@ -62,8 +64,15 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def coloured(markdown: str) -> str:
+    """The text with its blocks `console` as `bash`, where they hold commands alone: without a prompt that marks the commands
+    among their output, all of a block `console` is output, and grey."""
+    return _CONSOLE.sub(lambda m: m[0] if re.search(r"^\$ ", m[1], re.M) else f"```bash\n{m[1]}```", markdown)
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links to pages stay; those to other files of the tree become the path, which a reader of the sources finds."""
+    markdown = coloured(markdown)
     source = _PAGES.get(page.file.src_uri)
     folder = ROOT if source else (ROOT / "docs" / page.file.src_uri).parent
 

@@ -58,6 +58,25 @@ def test_the_reference_has_every_public_name():
             assert hasattr(importlib.import_module(module), name)
 
 
+def test_commands_are_coloured_as_commands():
+    """As pygments does it, which the site uses: a command that it takes for output is grey."""
+    pygments = pytest.importorskip("pygments")
+    from pygments.lexers import get_lexer_by_name
+    from pygments.token import Generic
+
+    count = 0
+    for page in PAGES:
+        for language, text in re.findall(
+            r"^```(console|bash)\n(.*?)^```", site_pages.coloured(page.read_text()), re.M | re.S
+        ):
+            kinds = {kind for kind, _ in pygments.lex(text, get_lexer_by_name(language))}
+            assert Generic.Output not in kinds or Generic.Prompt in kinds, f"{page.name}: {text}"
+            count += 1
+    assert count > 40
+    mixed = "```console\n$ ls\na\n```\n"
+    assert site_pages.coloured(mixed) == mixed
+
+
 def test_every_block_is_run_or_says_why_not():
     """Commands stand in fenced blocks; those that are run by another test are known, and so is the Python of some pages."""
     for page in READ:
