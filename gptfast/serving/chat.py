@@ -49,9 +49,12 @@ class ChatCompletion(Sampling):
     function_call: Any = None
     parallel_tool_calls: Any = None
     modalities: list[str] | None = None
+    store: bool | None = None
     metadata: dict[str, str] | None = None  # accepted, as `user`, and not used
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: str | None = None
 
     def check_supported(self) -> None:
         for name in TOOLS:
@@ -59,6 +62,8 @@ class ChatCompletion(Sampling):
                 raise ApiError(400, f"{name}: tools are not supported; this model writes texts", name)
         if self.modalities and self.modalities != ["text"]:
             raise ApiError(400, f"modalities is {self.modalities}; this model writes texts only", "modalities")
+        if self.store:
+            raise ApiError(400, "store: this server keeps nothing; leave it out, or give false", "store")
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs without logprobs=true; set logprobs, or leave it out", "top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
@@ -135,6 +140,8 @@ class Chat:
         ask, used = accepted.ask, self._used()
         with bad_requests("messages"):
             ids = await accepted.aside(self.prompt, ask.messages)
+            if not ids:
+                raise ValueError("the chat template writes nothing for these messages; change them or the template")
         with bad_requests("response_format"):
             grammar = await asyncio.to_thread(self._grammar) if ask.wants_json else None
         with bad_requests():

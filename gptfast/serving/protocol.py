@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -52,7 +53,11 @@ def read_body(kind: type[AnyBody], body: bytes) -> AnyBody:
         first = error.errors(include_input=False, include_url=False)[0]
         name = str(first["loc"][0]) if first["loc"] else None
         where = ".".join(str(part) for part in first["loc"][: 1 if name in kind.EXPECTED else None])
-        message = first["msg"] if first["type"] == "missing" else kind.EXPECTED.get(name or "", first["msg"])
+        if first["type"] == "extra_forbidden":
+            alike = difflib.get_close_matches(where, kind.model_fields, n=1, cutoff=0.8)
+            message = f"this server has no such field; {f'did you mean {alike[0]}?' if alike else 'leave it out'}"
+        else:
+            message = first["msg"] if first["type"] == "missing" else kind.EXPECTED.get(name or "", first["msg"])
         raise ApiError(400, f"{where or 'body'}: {message}", name) from None
 
 

@@ -219,8 +219,9 @@ def _content(where: str, content: Any) -> str:
         raise ValueError(f"{where} {got}; expected a text, or a list of parts of the type text")
     texts = []
     for n, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text":
+        if not isinstance(part, Mapping) or part.get("type") is None:
+            raise ValueError(f'{where}.content[{n}] is {part!r:.60}; expected {{"type": "text", "text": ...}}')
+        if (kind := part["type"]) != "text":
             raise ValueError(
                 f"{where}.content[{n}] is of the type {kind!r}; this model reads texts only - expected the type text"
             )

@@ -243,6 +243,24 @@ def test_conversations_at_once_do_not_mix(chatting):
         assert [text] == expected(model, tokenizer, talks[n], max_new_tokens=15, temperature=1.2, seed=n)
 
 
+def test_the_helper_of_the_client_that_streams(url):
+    """`stream` puts chunks together by itself, and refuses what does not fit together."""
+    tokens = {"logprobs": True, "top_logprobs": 2, "n": 2, "stream_options": {"include_usage": True}}
+    with client_of(url) as client:
+        ask = {**ASK, "stop": ["zzz"], "max_completion_tokens": 50, "response_format": {"type": "json_object"}}
+        ask["logit_bias"] = {str(tokenizer_with("chatml").encode(c)[0]): 8 for c in '"}'}
+        whole = client.chat.completions.create(**ask, logprobs=True, top_logprobs=2, n=2)
+        with client.chat.completions.stream(**ask, **tokens) as stream:
+            kinds = [event.type for event in stream]
+            final = stream.get_final_completion()
+    assert {choice.finish_reason for choice in whole.choices} == {"stop"}
+    assert {"content.delta", "content.done", "logprobs.content.delta"} <= set(kinds)
+    assert final.usage == whole.usage
+    for one, other in zip(final.choices, whole.choices, strict=True):
+        assert one.message.content == other.message.content and one.finish_reason == other.finish_reason
+        assert one.logprobs.content == other.logprobs.content
+
+
 def test_replies_and_errors_come_through_the_async_client(url):
     import asyncio
 
@@ -326,7 +344,18 @@ USER = {"role": "user", "content": "a"}
         ({"stop": ["a"] * 65}, 400, "stop", "expected 1 to 64 texts"),
         ({"stream_options": {}}, 400, "stream_options", "stream_options without stream=true"),
         ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
-        ({"prompt": "a"}, 400, "prompt", "Extra inputs are not permitted"),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            400,
+            "messages",
+            r"content\[0\] is 'a'; expected {\"type\"",
+        ),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "messages", r"messages\[0\] has no content"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}]}, 400, "messages", "tools are not supported"),
+        ({"store": True}, 400, "store", "this server keeps nothing"),
+        ({"prompt": "a"}, 400, "prompt", "^prompt: this server has no such field; leave it out$"),
+        ({"reasoning_effort": "low"}, 400, "reasoning_effort", "this server has no such field; leave it out"),
+        ({"temperatures": 1}, 400, "temperatures", "this server has no such field; did you mean temperature"),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias", "expected token ids as keys"),
     ],
 )
@@ -339,9 +368,16 @@ def test_bad_bodies_get_errors_in_openais_format(url, change, status, param, mat
 
 
 @pytest.mark.parametrize(
-    "nothing", [{"tools": []}, {"tool_choice": "none"}, {"parallel_tool_calls": False}, {"tools": None}]
+    "nothing",
+    [
+        {"tools": []},
+        {"tools": None, "tool_choice": "none"},
+        {"parallel_tool_calls": False, "function_call": "none"},
+        {"store": False, "service_tier": "auto", "prompt_cache_retention": "24h", "metadata": {"a": "b"}, "user": "u"},
+        {"stop": None, "logit_bias": None, "response_format": {"type": "text"}, "modalities": ["text"]},
+    ],
 )
-def test_no_tools_are_no_error(url, nothing):
+def test_fields_that_change_nothing_are_no_error(url, nothing):
     assert httpx.post(url + "/v1/chat/completions", json={**ASK, **nothing}).status_code == 200
 
 
@@ -379,6 +415,10 @@ def test_a_template_that_fails_and_one_that_is_no_template(served, caplog):
         error = httpx.post(url + "/v1/chat/completions", json=ASK).json()["error"]
         assert (error["param"], error["code"]) == ("messages", None)
         assert "chat template: no cats (in line 2)" in error["message"]
+    silent = with_chat_template(tokenizer, "{% if messages | length > 5 %}a{% endif %}")
+    with serving(create_app(model, silent, "cat")) as url:
+        error = httpx.post(url + "/v1/chat/completions", json=ASK).json()["error"]
+        assert error["param"] == "messages" and "the chat template writes nothing for these" in error["message"]
     broken = with_chat_template(tokenizer, "a")
     broken.settings["chat_template"] = "\n{% for %}"
     with serving(create_app(model, broken, "cat")) as url:

@@ -350,7 +350,7 @@ def test_a_key_is_asked_for(model, tokenizer):
             {"model": "bard", "prompt": "a", "max_token": 1},
             400,
             "max_token",
-            "max_token: Extra inputs are not permitted",
+            "max_token: this server has no such field; did you mean max_tokens?",
         ),
         ({"model": "bard", "prompt": "a", "stop": [""]}, 400, "stop", "expected 1 to 64 texts that are not empty"),
         ({"model": "bard", "prompt": "a", "stop": ""}, 400, "stop", "stop is ''; expected 1 to 64 texts"),
@@ -359,7 +359,7 @@ def test_a_key_is_asked_for(model, tokenizer):
         ({"model": "bard", "prompt": "a", "stream_options": {}}, 400, "stream_options", "without stream=true"),
         (
             {"model": "bard", "prompt": "a", "stream": True, "stream_options": {"include_usages": True}},
-            *(400, "stream_options", "stream_options.include_usages: Extra inputs are not permitted"),
+            *(400, "stream_options", "stream_options.include_usages: this server has no such field; leave it out"),
         ),
         ({"model": "bard", "prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "holds 'x'; expected token ids"),
         ({"model": "bard", "prompt": "a", "logit_bias": {"1_0": 1}}, 400, "logit_bias", "holds '1_0'; expected token"),
