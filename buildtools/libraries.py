@@ -29,6 +29,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mtune=haswell"],
     "avx512": ["-march=skylake-avx512", *WIDE],
     "avx512_bf16": ["-march=cooperlake", "-mtune=znver3", *WIDE],
+    "amx": ["-march=cooperlake", "-mtune=znver3", "-DGPTFAST_TILES", *WIDE],  # its instructions are written out
     "neon": [*NEON],  # what every ARMv8-A processor has
     "neon_dotprod": ["-march=armv8.2-a+dotprod", *NEON],
     "neon_bf16": ["-march=armv8.2-a+dotprod+bf16+i8mm", *NEON],
@@ -40,21 +41,24 @@ ZIG_ISA_FLAGS = {
     "avx2": ["-mcpu=haswell"],
     "avx512": ["-mcpu=skylake_avx512", "-mprefer-vector-width=512"],
     "avx512_bf16": ["-mcpu=cooperlake", "-mprefer-vector-width=512"],
+    "amx": ["-mcpu=cooperlake+amx_tile+amx_bf16+amx_int8", "-mprefer-vector-width=512", "-DGPTFAST_TILES"],
     "neon": [],
     "neon_dotprod": ["-mcpu=generic+dotprod"],
     "neon_bf16": ["-mcpu=generic+dotprod+bf16+i8mm"],
 }
+SELECT = "csrc/cpu/isa_select.h"
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 def listed(header: str, macro: str, condition: str = "") -> list[str]:
-    """The names in a list of macros, such as `#define GPTFAST_ISAS(X) X(scalar) X(avx2)`: the first after `condition`."""
+    """The names in a list of macros, such as `#define GPTFAST_ISAS(X, PART) X(scalar) X(neon) PART(neon_dotprod, neon)`: the first
+    list after `condition`."""
     text = (ROOT / header).read_text(encoding="utf-8").replace("\\\n", " ")
-    match = re.search(rf"{re.escape(condition)}\n?#define {macro}\(X\)(.*)", text)
+    match = re.search(rf"{re.escape(condition)}\n?#define {macro}\(X(?:, PART)?\)(.*)", text)
     if not match:
         fail(f"{header} does not define {macro}")
         return []
-    return re.findall(r"X\((\w+)\)", match[1])
+    return re.findall(r"(?:X|PART)\((\w+)", match[1])
 
 
 def isas() -> list[str]:
@@ -62,7 +66,7 @@ def isas() -> list[str]:
     machine, _ = target()
     if machine not in ("x86_64", "aarch64"):
         return ["scalar"]
-    return listed("csrc/cpu/isa_select.h", "GPTFAST_ISAS", f"if defined(__{machine}__)")
+    return listed(SELECT, "GPTFAST_ISAS", f"if defined(__{machine}__)")
 
 
 def isa_flags(isa: str) -> list[str]:
@@ -84,15 +88,24 @@ def link_flags() -> list[str]:
     return ["-s"] if is_zig() else []
 
 
-def kernel_units(folder: str, kernels: Sequence[str]) -> list[Unit]:
-    """kernel_unit.cpp of csrc/`folder`, once for each kernel and instruction set that has one of its own."""
-    few = {"neon_dotprod": listed("csrc/cpu/isa_select.h", "GPTFAST_DOTPROD_KERNELS")}
+def kernels_of(folder: str, isa: str) -> list[str]:
+    """The kernels of csrc/`folder` that an instruction set has of its own."""
+    part = f"GPTFAST_{folder.upper()}_{isa}"  # of one that has the others of another
+    if f"#define {part}(X)" in (ROOT / SELECT).read_text(encoding="utf-8"):
+        return listed(SELECT, part)
+    return listed(f"csrc/{folder}/kernels.h", f"GPTFAST_{folder.upper()}_KERNELS")
+
+
+def kernel_units(folder: str, only: Sequence[str] = ()) -> list[Unit]:
+    """kernel_unit.cpp of csrc/`folder`, once for each kernel (of those named) and instruction set that has one of its own."""
     units = []
     for isa in isas():
         flags = [*CXX_FLAGS, *isa_flags(isa), f"-DGPTFAST_ISA=isa_{isa}"]
         prelude = ROOT / f"csrc/{folder}/kernel_prelude.h"  # a third of what small units take
         read = Unit(prelude, [*flags, "-x", "c++-header"], f"csrc/{folder}/kernel_prelude.{isa}.h.gch")
-        for kernel in kernels if isa not in few else [k for k in kernels if k in few[isa]]:
+        for kernel in kernels_of(folder, isa):
+            if only and kernel not in only:
+                continue
             source, object = ROOT / f"csrc/{folder}/kernel_unit.cpp", f"csrc/{folder}/{kernel}.{isa}.o"
             own = [*flags, f"-DGPTFAST_KERNEL={kernel}"]
             units.append(Unit(source, own, object, header=read if is_gcc() else None))
@@ -126,7 +139,7 @@ def bindings(*, cuda: bool) -> list[Path]:
 
 
 def cpu_ops(torch: Path) -> Library:
-    units = kernel_units("cpu", listed("csrc/cpu/kernels.h", "GPTFAST_CPU_KERNELS"))
+    units = kernel_units("cpu")
     units += cpp_units("_ops", plain_sources("cpu"))
     units += cpp_units("_ops", bindings(cuda=False), stable_abi(torch))
     return Library("gptfast/_ops.so", units, [*torch_link(torch), *link_flags()])
@@ -158,9 +171,11 @@ def python_module(torch: Path, cuda: Cuda | None) -> Library:
         f'-DGPTFAST_TORCH_HEADERS="{torch_version(torch)}"',
     ]
     flags += [f'-DGPTFAST_CUDA="{cuda.describe()}"'] if cuda else []
-    units = kernel_units("engine", listed("csrc/engine/kernels.h", "GPTFAST_ENGINE_KERNELS"))
+    units = kernel_units("engine")
     units += kernel_units("cpu", ["sample"])  # the objects of _ops.so
-    units += cpp_units("_C", [*plain_sources("engine"), ROOT / "csrc/cpu/scratch.cpp"])
+    units += cpp_units(
+        "_C", [*plain_sources("engine"), *(ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("amx", "scratch"))]
+    )
     units += cpp_units("_C", plain_sources("python"), flags)
     return Library("gptfast/_C.abi3.so", units, ["-pthread", *link_flags()])
 

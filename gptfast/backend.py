@@ -240,7 +240,7 @@ def cpu_isa() -> str | None:
 
 
 # The instruction sets that multiply pairs of bfloat16, and what they are called.
-BFLOAT16_ISAS = {"avx512_bf16": "AVX-512 BF16", "neon_bf16": "Arm's BF16"}
+BFLOAT16_ISAS = {"avx512_bf16": "AVX-512 BF16", "amx": "AMX", "neon_bf16": "Arm's BF16"}
 
 
 def cpu_isas() -> list[str]:

@@ -53,9 +53,9 @@ void multiply(const Weight& weight, const RowView& a, Tensor& c, const Vector& b
   p.pairs = a.dtype == DType::bf16 && cpu::kernels().multiplies_pairs;
   const i64 room = kWorkspace / packed_depth(p) / kPanel, panels = ceil_div(p.N, kPanel);
   const i64 width = ceil_div(panels, ceil_div(panels, room)) * kPanel;
-  const auto product = p.pairs && cpu::kernels().gemm_amx ? cpu::kernels().gemm_amx : cpu::kernels().gemm;
   by_stretches(
-      p, width, [&](i64 item) { cpu::kernels().quantized_pack(q, item); }, [&](i64 item) { product(p, item); });
+      p, width, [&](i64 item) { cpu::kernels().quantized_pack(q, item); },
+      [&](i64 item) { cpu::kernels().gemm(p, item); });
 }
 void multiply_few(const Weight& weight, const RowView& x, Tensor& y, const Vector& bias) {
   cpu::QuantizedRowsParams p{weight.w, x.rows(), bias, mut_rows(kOp, y, weight.w.N), y.size(0), nullptr};

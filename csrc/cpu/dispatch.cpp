@@ -13,17 +13,17 @@ namespace gptfast::cpu {
   namespace isa_##isa {          \
     GPTFAST_CPU_KERNELS(DECLARE) \
   }
-#if defined(__aarch64__)
-DECLARE_ALL(scalar) DECLARE_ALL(neon) DECLARE_ALL(neon_bf16) namespace isa_neon_dotprod { using namespace isa_neon; }
-#else
-GPTFAST_ISAS(DECLARE_ALL)
-#endif
+#define DECLARE_PART(isa, base) \
+  namespace isa_##isa {         \
+    GPTFAST_CPU_##isa(DECLARE)  \
+  }
+GPTFAST_ISAS(DECLARE_ALL, DECLARE_PART)
 
 namespace {
 
 struct Available {
-  Kernels tables[4];
-  const char* names[4];
+  Kernels tables[5] = {};
+  const char* names[5];
   int count = 0;
   Available() {
 #define FILL(kernel) from::fill_##kernel(k);
@@ -34,9 +34,14 @@ struct Available {
     k.isa = names[count++] = #name; \
     GPTFAST_CPU_KERNELS(FILL)       \
   }
-    GPTFAST_ISAS(ADD)
-    for (int i = 0; i < count; i++)
-      if (tables[i].gemm_amx && !amx_permitted()) tables[i].gemm_amx = nullptr;
+#define ADD_PART(name, base)                   \
+  if (can_run(#name)) {                        \
+    namespace from = isa_##name;               \
+    Kernels& k = tables[count] = *find(#base); \
+    k.isa = names[count++] = #name;            \
+    GPTFAST_CPU_##name(FILL)                   \
+  }
+    GPTFAST_ISAS(ADD, ADD_PART)
   }
   const Kernels* find(const char* name) const {
     for (int i = 0; i < count; i++)

@@ -12,6 +12,7 @@
 #include "gemm_block-inl.h"
 #include "gemm_short-inl.h"
 
+#ifndef GPTFAST_TILES
 // Words [w0, w0 + words) of columns [c, c + kPanel) of B, stored by columns: transposed in registers. The lines of the
 // next columns are asked for on the way: a column is too short a stretch for the processor to see it coming.
 template <bool PAIR> static void gemm_pack_columns(const GemmParams& p, i64 w0, i64 words, i64 c0, uint32_t* out) {
@@ -73,9 +74,17 @@ static void gemm(const GemmParams& p, i64 item) {
 #endif
   p.pairs ? gemm_item<GemmBlock<true>>(p, item) : gemm_item<GemmBlock<false>>(p, item);
 }
+#else
+static void (*base_gemm)(const GemmParams&, i64 item);  // of avx512_bf16
+static void gemm(const GemmParams& p, i64 item) { p.pairs ? gemm_item<GemmBlock<true>>(p, item) : base_gemm(p, item); }
+#endif
 
 static void fill(Kernels& k) {
   own_table = &k;
+#ifdef GPTFAST_TILES
+  base_gemm = k.gemm;
+#else
   k.gemm_pack = gemm_pack;
+#endif
   k.gemm = gemm;
 }

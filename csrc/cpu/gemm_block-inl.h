@@ -1,4 +1,4 @@
-// A block of C = A B (+ bias) (+ C) from packed panels of B: shared by the products of gemm-inl.h and gemm_amx-inl.h.
+// A block of C = A B (+ bias) (+ C) from packed panels of B.
 #pragma once
 #include "products-inl.h"
 
@@ -29,7 +29,9 @@ template <bool PAIR> INL I gemm_word_row(const void* first, const void* second, 
 }
 
 constexpr i64 kPanel = kGemmPanel;
-constexpr i64 kGemmPitch = kGemmRows + 16;  // words from row to row of a transposed block of A: spreads over L1's sets
+// Words from row to row of a packed block of A, and of a transposed one. They spread over L1's sets, which rows in tiles need too.
+constexpr i64 kGemmRow = kTiles ? kGemmDepth + 16 : kGemmDepth, kGemmPitch = kGemmRows + 16;
+static_assert(kGemmRows * kGemmRow <= kGemmPitch * kGemmDepth);
 
 // One item: rows [m0, m0 + rows) and columns [c0, c1) of C.
 template <bool PAIR> struct GemmBlock {
@@ -65,10 +67,11 @@ template <bool PAIR> struct GemmBlock {
     if (!a.by_columns) {
       for (i64 r = 0; r < rows; r++)
         for (i64 w = 0; w < words; w += L)
-          istore(packed_a + r * kGemmDepth + w, gemm_words<PAIR>(at(a.data, a.dtype, (m0 + r) * a.stride), a.dtype,
-                                                                 k0 + w * per_word, p.K - k0 - w * per_word));
-      return {packed_a, kGemmDepth, 1};
+          istore(packed_a + r * kGemmRow + w, gemm_words<PAIR>(at(a.data, a.dtype, (m0 + r) * a.stride), a.dtype,
+                                                               k0 + w * per_word, p.K - k0 - w * per_word));
+      return {packed_a, kGemmRow, 1};
     }
+    if constexpr (kTiles) return turned_columns(k0, words);
     for (i64 r = 0; r < rows; r += L) {
       const i64 n = rows - r < L ? rows - r : L;
       F sum = zero();
@@ -81,6 +84,27 @@ template <bool PAIR> struct GemmBlock {
       store(sums + r, load(sums + r) + sum);
     }
     return {packed_a, 1, kGemmPitch};
+  }
+  // The same of A by columns, turned into rows.
+  Words turned_columns(i64 k0, i64 words) {
+    const Matrix& a = p.a;
+    for (i64 r = 0; r < rows; r += L) {
+      const i64 n = rows - r < L ? rows - r : L;
+      F sum = load(sums + r);
+      for (i64 w = 0; w < words; w += L) {
+        I x[L];
+        for (i64 i = 0; i < L; i++) {
+          const i64 k = k0 + (w + i) * per_word;
+          const void* row = at(a.data, a.dtype, k * a.stride + m0 + r);
+          const void* next = PAIR && k + 1 < p.K ? at(row, a.dtype, a.stride) : nullptr;
+          x[i] = w + i < words ? gemm_word_row<PAIR>(row, next, a.dtype, n, &sum) : iset(0);
+        }
+        transpose(x);
+        for (i64 i = 0; i < n; i++) istore(packed_a + (r + i) * kGemmRow + w, x[i]);
+      }
+      store(sums + r, sum);
+    }
+    return {packed_a, kGemmRow, 1};
   }
 
   void multiply() {
@@ -128,5 +152,6 @@ template <class Block> static void gemm_item(const GemmParams& p, i64 t) {
   const i64 m0 = t % row_blocks * kGemmRows, c0 = p.n0 + t / row_blocks * p.columns;
   Block block(p, m0, c0, c0 + p.columns < p.n1 ? c0 + p.columns : p.n1);
   block.multiply();
+  end_products();
   block.finish();
 }

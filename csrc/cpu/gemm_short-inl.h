@@ -7,7 +7,7 @@
 #pragma once
 #include "gemm_block-inl.h"
 
-#if defined(GPTFAST_PAIRS) && !defined(GPTFAST_MATRIX)
+#if defined(GPTFAST_PAIRS) && !defined(GPTFAST_MATRIX) && !defined(GPTFAST_TILES)  // whose sums have other bits
 #define GPTFAST_SHORT
 constexpr i64 kMostWords = kMostFew / 2;
 constexpr i64 kAhead = 256;  // columns

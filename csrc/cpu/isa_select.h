@@ -2,6 +2,8 @@
 #pragma once
 #include <cstring>
 
+#include "kernels.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -12,15 +14,18 @@
 
 namespace gptfast::cpu {
 
-// Worst first. The build reads these lines, and has the compiler's flags of each (buildtools/libraries.py).
+// Worst first. PART(isa, base): one that has few kernels of its own, listed below, and all others of `base`. The build reads
+// these lines, and has the compiler's flags of each (buildtools/libraries.py).
 #if defined(__x86_64__)
-#define GPTFAST_ISAS(X) X(scalar) X(avx2) X(avx512) X(avx512_bf16)
+#define GPTFAST_ISAS(X, PART) X(scalar) X(avx2) X(avx512) X(avx512_bf16) PART(amx, avx512_bf16)
+#define GPTFAST_CPU_amx(X) X(tile_amx) X(gemm)
+#define GPTFAST_ENGINE_amx(X)
 #elif defined(__aarch64__)
-#define GPTFAST_ISAS(X) X(scalar) X(neon) X(neon_dotprod) X(neon_bf16)
-#define GPTFAST_DOTPROD_KERNELS(X) \
-  X(product_bytes) X(product_small)  // all that neon_dotprod has of its own beside neon's
+#define GPTFAST_ISAS(X, PART) X(scalar) X(neon) PART(neon_dotprod, neon) X(neon_bf16)
+#define GPTFAST_CPU_neon_dotprod(X)
+#define GPTFAST_ENGINE_neon_dotprod(X) X(product_bytes) X(product_small)
 #else
-#define GPTFAST_ISAS(X) X(scalar)
+#define GPTFAST_ISAS(X, PART) X(scalar)
 #endif
 
 #if defined(__x86_64__)
@@ -102,6 +107,11 @@ inline bool can_run(const char* isa) {
   if (is("avx2")) return cpu.avx2();
   if (is("avx512")) return cpu.avx512();
   if (is("avx512_bf16")) return cpu.avx512_bf16();
+#ifdef GPTFAST_EMULATED_TILES
+  if (is("amx")) return cpu.avx512_bf16();
+#else
+  if (is("amx")) return cpu.avx512_bf16() && amx_permitted();
+#endif
 #elif defined(__aarch64__)
   const Cpu cpu;
   if (is("neon")) return true;

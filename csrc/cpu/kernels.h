@@ -138,7 +138,7 @@ constexpr i64 kChunkCodes = 128;    // K is rounded up to it in `spread`
 // clang-format off
 #define GPTFAST_CPU_KERNELS(X) \
   X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) \
-  X(tile_product) X(gemm) X(gemm_amx) X(gemm_few) X(quantized_pack) X(quantized_rows) \
+  X(tile_product) X(gemm) X(gemm_few) X(quantized_pack) X(quantized_rows) \
   X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) \
   X(relu_squared) X(swiglu) X(rotary) X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding) X(sample)
 // clang-format on
@@ -171,10 +171,9 @@ struct Kernels {
   // Called by other kernels; the second is null without products of bf16 pairs.
   void (*tile_product)(const TileProduct&);
   void (*tile_product_pairs)(const TileProduct&);
+  void (*tiles_end)();  // after the last tile product of an item; null but on AMX, which it leaves
   void (*gemm_pack)(const GemmParams&, i64 item_begin, i64 item_end);
   void (*gemm)(const GemmParams&, i64 item);
-  // The same on AMX tiles, which panels of whole 16 words and A with contiguous rows can use; null without them.
-  void (*gemm_amx)(const GemmParams&, i64 item);
   void (*gemm_few_pack)(const GemmFewParams&);  // both null without products of bf16 pairs
   void (*gemm_few)(const GemmFewParams&, i64 item);
   void (*quantized_pack)(const QuantizedPackParams&, i64 item);
@@ -189,11 +188,11 @@ struct Kernels {
 // The table in use: the best ISA that this CPU and operating system support and that was compiled in, or the one
 // that GPTFAST_CPU_ISA or set_isa names.
 const Kernels& kernels();
-// Names of the tables that can run here, worst first: scalar, avx2, avx512, avx512_bf16.
+// Names of the tables that can run here, worst first: those of isa_select.h.
 const char* const* available_isas(int* count);
 // Returns false, changing nothing, when `name` cannot run here. nullptr restores the automatic choice.
 bool set_isa(const char* name);
-// Whether this CPU and operating system let this process use AMX tiles of bf16 (amx.cpp).
+// Whether this CPU and operating system let this process use AMX's tiles of bf16 and of bytes (amx.cpp).
 bool amx_permitted();
 // The value of GPTFAST_CPU_ISA when it names no table that can run here, else nullptr; the bindings raise.
 const char* rejected_isa();

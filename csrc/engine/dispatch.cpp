@@ -12,25 +12,19 @@
   namespace engine::isa_##isa {     \
     GPTFAST_ENGINE_KERNELS(DECLARE) \
   }
+#define DECLARE_PART(isa, base)   \
+  namespace engine::isa_##isa {   \
+    GPTFAST_ENGINE_##isa(DECLARE) \
+  }
 namespace gptfast {
-#if defined(__aarch64__)
-DECLARE_ALL(scalar) DECLARE_ALL(neon) DECLARE_ALL(neon_bf16) namespace cpu::isa_neon_dotprod {
-  using namespace isa_neon;
-}
-namespace engine::isa_neon_dotprod {
-using namespace isa_neon;
-GPTFAST_DOTPROD_KERNELS(DECLARE)
-}
-#else
-GPTFAST_ISAS(DECLARE_ALL)
-#endif
+GPTFAST_ISAS(DECLARE_ALL, DECLARE_PART)
 }
 
 namespace gptfast::engine {
 namespace {
 
 struct Tables {
-  Kernels table[4];
+  Kernels table[5];
   int count = 0;
   Tables() {
 #define FILL(kernel) from::fill_##kernel(k);
@@ -44,7 +38,20 @@ struct Tables {
     cpu::isa_##name::fill_sample(shared); \
     k.sample = shared.sample;             \
   }
-    GPTFAST_ISAS(ADD)
+#define ADD_PART(name, base)                  \
+  if (cpu::can_run(#name)) {                  \
+    namespace from = isa_##name;              \
+    Kernels& k = table[count] = *find(#base); \
+    count++;                                  \
+    k.isa = #name;                            \
+    GPTFAST_ENGINE_##name(FILL)               \
+  }
+    GPTFAST_ISAS(ADD, ADD_PART)
+  }
+  const Kernels* find(const char* isa) const {
+    for (int i = 0; i < count; i++)
+      if (!std::strcmp(isa, table[i].isa)) return &table[i];
+    return nullptr;
   }
 };
 
@@ -52,9 +59,7 @@ struct Tables {
 
 const Kernels* kernels(const char* isa) {
   static const Tables tables;
-  for (int i = 0; i < tables.count; i++)
-    if (!std::strcmp(isa, tables.table[i].isa)) return &tables.table[i];
-  return nullptr;
+  return tables.find(isa);
 }
 
 }  // namespace gptfast::engine

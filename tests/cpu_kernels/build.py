@@ -11,7 +11,6 @@ from buildtools.libraries import (
     cpp_units,
     kernel_units,
     link_flags,
-    listed,
     plain_sources,
 )
 from buildtools.ninja_file import Library, Unit
@@ -30,11 +29,19 @@ def build_dir() -> Path:
     return ROOT / "build" / ("objects" if native else f"checks/{name()}/objects")
 
 
+def emulated(unit: Unit) -> Unit:
+    """With AMX's tile registers in C++, so that its kernels run on every machine with AVX-512 BF16."""
+    flags = [*unit.flags, "-include", str(FOLDER / "emulated_tiles.h")]
+    return Unit(unit.source, flags, f"checks/emulated/{unit.object}")
+
+
 def checks() -> Library:
     """The program for the machine that CXX compiles for."""
-    units = kernel_units("cpu", listed("csrc/cpu/kernels.h", "GPTFAST_CPU_KERNELS"))
-    units += kernel_units("engine", listed("csrc/engine/kernels.h", "GPTFAST_ENGINE_KERNELS"))
+    units = kernel_units("cpu") + kernel_units("engine")
     units += cpp_units("_ops", plain_sources("cpu")) + cpp_units("_C", plain_sources("engine"))
+    units = [
+        emulated(unit) if ".amx.o" in unit.object or unit.source.name == "dispatch.cpp" else unit for unit in units
+    ]
     flags = [*CXX_FLAGS, "-O1", "-Wno-missing-field-initializers", *base_flags()]  # the loops in double are few
     units += [Unit(path, flags, f"checks/{path.stem}.o") for path in sorted(FOLDER.glob("*.cpp"))]
     static = ["-static"] if target()[1] == "linux" else []  # so that qemu needs no libraries of the other machine

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/kernels.h"
+#include "emulated_tiles.h"
 
 namespace gptfast::checks {
 
@@ -134,6 +135,7 @@ class Check {
     totals.checks++;
     totals.values += values_;
     if (values_ == 0) fail("compared nothing");
+    if (emulated::in_use()) fail("left AMX's tiles in use");
     if (wrong_) {
       totals.failures++;
       std::printf("FAILED %s: %lld of %lld values; %s\n", what_.c_str(), (long long)wrong_, (long long)values_,
@@ -226,6 +228,7 @@ void check_quantized();
 void check_attention();
 void check_sample();
 void check_engine(const char* isa);
+void check_tiles();  // of AMX, elsewhere nothing
 void print_tokens(const char* isa);
 
 }  // namespace gptfast::checks

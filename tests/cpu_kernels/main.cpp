@@ -26,6 +26,7 @@ int main(int count, char** names) {
     checks::check_attention();
     checks::check_sample();
     checks::check_engine(isas[i]);
+    checks::check_tiles();
     const checks::Totals& t = checks::totals;
     std::printf("checked %s: %lld values in %lld checks, %lld failed\n", isas[i], (long long)t.values,
                 (long long)t.checks, (long long)t.failures);

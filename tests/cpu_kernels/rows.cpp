@@ -12,7 +12,8 @@ DropoutRowsParams copy_of(const Array& x, Array& y) {
 
 // Every 16-bit value to fp32; every value, every tie and its neighbours back, bit for bit.
 void conversions(DType type) {
-  const bool flushes = type == DType::bf16 && !std::strcmp(k().isa, "avx512_bf16");  // takes numbers below 2^-126 for 0
+  const bool flushes =
+      type == DType::bf16 && k().lanes == 16 && k().multiplies_pairs;  // takes numbers below 2^-126 for 0
   const bool payload = type == DType::f16 || flushes;  // of a nan stays, by the instruction; else nan is 0x7fc0
   Array halves(type, 65536), wide(DType::f32, 65536);
   for (i64 h = 0; h < 65536; h++) {

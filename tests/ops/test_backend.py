@@ -209,8 +209,10 @@ def best_isa_by_linux() -> str:
     """The best instruction set that kernels are compiled for, by what Linux says of this CPU."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = set(next(line for line in lines if line.startswith("flags")).split())
+    pairs = {"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
     needed = {
-        "avx512_bf16": {"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "amx": {"amx_tile", "amx_bf16", "amx_int8", *pairs},
+        "avx512_bf16": pairs,
         "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
         "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"},
     }

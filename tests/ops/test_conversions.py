@@ -12,10 +12,10 @@ import torch
 
 from gptfast import ops, rng
 from gptfast.backend import cpu_isa
+from tests.support import X86_PAIRS
 from tests.support.op_properties import bitwise
 
 HALVES = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")]
-FLUSH = ["avx512_bf16"]  # its instruction takes numbers below 2^-126 for 0 (csrc/cpu/simd_avx512.h)
 WIDTH = 1021  # of a row: whole vectors and a tail on every instruction set
 
 
@@ -74,7 +74,7 @@ def check_conversions(dtype: torch.dtype, flushes: bool = False) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_bit_for_bit(dtype, isa):
-    check_conversions(dtype, flushes=dtype == torch.bfloat16 and isa in FLUSH)
+    check_conversions(dtype, flushes=dtype == torch.bfloat16 and isa in X86_PAIRS)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -86,7 +86,7 @@ def test_bit_for_bit_on_cuda(dtype, emu):
 def test_whole_rows_in_a_buffer(dtype, isa):
     """dropout converts a block of a row at a time: as it is, and times a factor that rounds."""
     x = patterns(dtype)
-    x = rows(x[not_subnormal(x)] if isa in FLUSH else x)
+    x = rows(x[not_subnormal(x)] if isa in X86_PAIRS else x)
     same = ops.dropout(x, 0.0)
     assert bitwise(same, x) and torch.equal(same.signbit() | x.isnan(), x.signbit() | x.isnan())
     keep, scale = rng.dropout_keep((1, *x.shape), 0.3, 5, 0)[0], torch.tensor(rng.dropout_scale(0.3))
@@ -98,7 +98,7 @@ def test_products_of_pairs_round_their_factors(by_columns, isa):
     """With pairs=True float32 factors become bf16 first, where the instruction set multiplies such."""
     x = sweep(torch.bfloat16)
     x = x[(x == 0) | (x.isfinite() & (x.abs() >= torch.finfo(torch.bfloat16).tiny) & (x.abs() < 3e38))][:, None]
-    rounded = x.bfloat16().float() if cpu_isa() == "avx512_bf16" else x
+    rounded = x.bfloat16().float() if cpu_isa() in X86_PAIRS else x
     rounded = rounded.where(rounded.isfinite(), x)
     a = torch.cat([x, torch.zeros(len(x), 2)], 1)  # an odd number of columns
     a = a.t().contiguous().t() if by_columns else a

@@ -18,6 +18,7 @@ from gptfast.backend import cpu_isa, force_cpu_isa
 from gptfast.ops import gemm as gemm_file
 from gptfast.testing import Case, cases, check_case, dtypes
 from gptfast.testing.accuracy import rounding
+from tests.support import X86_PAIRS
 from tests.support.op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
 CASES = cases("linear")
@@ -96,7 +97,7 @@ def test_product(shape, layout, pairs, isa):
         c = (torch.randn(M, N + 3) * 10).to(of_c)[:, :-3]
         bias = None if of_bias is None else (torch.randn(N) * 10).to(of_bias)
         sums = torch.full((M,), float("nan")) if layout[0] == "t" else None
-        rounded = pairs and cpu_isa() == "avx512_bf16"  # elsewhere bfloat16 is multiplied as float32
+        rounded = pairs and cpu_isa() in X86_PAIRS  # elsewhere bfloat16 is multiplied as float32
         exact_a, exact_b = ((x.bfloat16() if rounded else x).double() for x in (a, b))
         more = (0 if bias is None else bias.double()) + (c.double() if add else torch.zeros(M, N))
         expected = exact_a @ exact_b + more

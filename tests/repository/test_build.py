@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import platform
 import re
 import shutil
 import subprocess
@@ -35,7 +36,7 @@ def disassembled(library: str) -> str:
 @pytest.mark.parametrize("library", ["_ops.so", "_C.abi3.so"])
 def test_wide_registers_only_in_their_units(library):
     """No AVX-512 or AVX code outside the functions of the units that were compiled for it."""
-    allowed = {"ymm": ("isa_avx2", "isa_avx512"), "zmm": ("isa_avx512",)}
+    allowed = {"ymm": ("isa_avx2", "isa_avx512", "isa_amx"), "zmm": ("isa_avx512", "isa_amx")}
     seen, function = set(), ""
     for line in disassembled(library).splitlines():
         if line.endswith(">:"):
@@ -58,6 +59,22 @@ def test_wide_code_clears_the_upper_halves(library):
     wide = [function for function in functions if re.search(r"%[yz]mm\d", function)]
     assert wide, "the check saw no wide code at all"
     assert not [function.splitlines()[0] for function in wide if "vzeroupper" not in function]
+
+
+@needs_ops
+@needs_objdump
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is Intel's")
+@pytest.mark.parametrize(("library", "product"), [("_ops.so", "tdpbf16ps")])
+def test_tiles_stay_in_registers(library, product):
+    """Functions that multiply AMX's tiles. A loop loads two tiles of A and two of B for four products and stores none."""
+    functions = [f for f in re.split(r"\n(?=[0-9a-f]+ <)", disassembled(library)) if product in f]
+    assert functions and all("isa_amx" in function.splitlines()[0] for function in functions)
+    text = "\n".join(functions)
+    order = " ".join(re.findall(r"\t(tile\w+|tdp\w+|j\w+|ldtilecfg)\b", text))
+    loop = f"tileloadd tileloadd {product} tileloadd {product} tileloadd {product} {product} j"
+    assert order.count(loop) >= 1, order
+    assert {"ldtilecfg", "tilezero", "tilestored"} <= {*order.split()}
+    assert "tilerelease" in disassembled(library)
 
 
 @needs_ops

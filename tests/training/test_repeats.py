@@ -184,6 +184,7 @@ def test_an_unknown_way_in_a_checkpoint_is_named(tmp_path):
     ("amx", "kernels", "pairs", "expected"),
     [
         (True, "avx512_bf16", True, ("bfloat16", "this CPU has AMX")),
+        (False, "amx", True, ("bfloat16", "this CPU has AMX")),  # torch does not use it
         (False, "avx512_bf16", True, ("bfloat16", "this CPU has AVX-512 BF16")),
         (False, "neon_bf16", False, ("bfloat16", "this CPU has Arm's BF16")),
         (False, "neon_dotprod", False, ("float32", "no fast bfloat16 here")),
