@@ -43,6 +43,34 @@ def test_links_lead_somewhere(page: Path):
     assert [link for link in found if link != "reference.md" and not (page.parent / link).exists()] == []
 
 
+def headings(page: Path) -> dict[str, str]:
+    """The headings of a page by their anchors on the site."""
+    plain = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    texts = [re.sub(r"[`*]", "", text) for text in re.findall(r"^#+ (.*)$", plain, re.M)]
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", text).strip().lower()): text for text in texts}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_anchors_exist(page: Path):
+    found = re.findall(r"\]\((?!https?:)([^)#\s]*\.md)?#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    places = [((page.parent / name) if name else page, anchor) for name, anchor in found if name != "reference.md"]
+    assert [(place.name, anchor) for place, anchor in places if anchor not in headings(place)] == []
+
+
+@pytest.mark.parametrize("name", ["start.md", "index.md"])
+def test_a_link_of_the_tasks_is_the_heading_that_it_leads_to(name: str):
+    """So whoever follows one sees at once that it is the right place."""
+    rows = re.findall(r"^\| (?!I want|---|\|).*$", (DOCS / name).read_text(encoding="utf-8"), re.M)
+    assert len(rows) >= 20
+    for row in rows:
+        links = re.findall(r"\[([^\]]+)\]\(([^)#]+\.md)#?([^)]*)\)", row)
+        assert links, row
+        for label, target, anchor in links:
+            if target != "reference.md":
+                there = headings(DOCS / target)
+                assert label == (there[anchor] if anchor else next(iter(there.values()))), row
+
+
 def test_the_reference_has_every_public_name():
     listed, text = site_pages.public_names(), site_pages.reference()
     with_names = {

@@ -189,6 +189,7 @@ def prepare(folder: Path) -> None:
     rows = [{"text": TEXT[n : n + 90], "body": TEXT[n : n + 90], "label": "ab"[n % 2]} for n in range(40)]
     reviews = [{"text": f"No dull scene {n}.", "label": ("positive", "negative")[n % 2]} for n in range(8)]
     files = {"posts": rows, "train": rows, "test": rows[:6], "sonnets": rows[:4], "reviews": reviews}
+    files["chats"] = [{"prompt": f"to be {n}?", "response": "or not to be"} for n in range(8)]
     files["prompts"] = [{"prompt": "ROMEO:", "max_new_tokens": 4}]
     (folder / "wiki").mkdir()
     draw = random.Random(0)  # no two alike, for --drop-near-duplicates
