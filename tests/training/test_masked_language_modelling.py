@@ -16,6 +16,7 @@ from gptfast.training.config import TrainConfig
 from gptfast.training.launch import new_run, resumed_run
 from gptfast.training.masked_language_modelling import MaskedLanguageModelling
 from gptfast.training.trainer import Trainer
+from tests.support.processes import finish, ranks
 from tests.support.train_command import gptfast
 
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "dropout": 0.1}
@@ -75,6 +76,28 @@ def test_accumulated_passes_have_the_gradient_of_one(text: Path, tmp_path: Path)
     assert moments
     for name in moments:  # the first moment is a tenth of the gradient; measured: 1e-8
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_every_number_of_processes_has_the_losses_of_one(text: Path, tmp_path: Path):
+    names = {name: value for name, value in OPTIONS.items() if name != "batch_size"} | {"device": "cpu", "threads": 1}
+    options = [part for name, value in names.items() for part in ("--" + name.replace("_", "-"), str(value))]
+    command = ["-m", "gptfast", "train", "--data", str(text), *options, "--batch-size", "6", "--grad-accum", "2"]
+    command += ["--max-steps", "12", "--eval-every", "6", "--log-every", "1", "--whole-words"]
+    logs = {}
+    for n in (1, 2, 3):
+        out = tmp_path / str(n)
+        found = [finish(process) for process in ranks(n, *command, "--out", str(out))]
+        assert [code for code, _ in found] == [0] * n, found
+        logs[n] = [{k: r[k] for k in r if "loss" in k} for r in map(json.loads, (out / "log.jsonl").open())]
+        assert sum("mlm_loss" in record for record in logs[n]) == 12
+    for n in (2, 3):
+        for one, many in zip(logs[1], logs[n], strict=True):
+            assert many == pytest.approx(one, abs=1e-6)
+    refused = [finish(process) for process in ranks(2, *command, "--out", str(tmp_path / "no"), "--parallel", "fsdp")]
+    said = "".join(printed for _, printed in refused)
+    assert [code for code, _ in refused] == [1, 1] and said.count("error:") == 1
+    assert "--objective mlm needs the whole model in each process, but --parallel fsdp leaves it a part" in said
 
 
 def test_a_mixture_resumes_to_the_same_bits_and_names_its_sources(text: Path, tmp_path: Path):
