@@ -109,7 +109,8 @@ class LanguageModelling(Objective):
     def where_not_finite(
         self, batches: list[Batch], autocast: Autocast, device: torch.device, dropout_step: int | None
     ) -> str:
-        return bad_step.first_bad(self.network, batches, autocast, device, dropout_step, self.ranks)
+        found = bad_step.first_bad(self.network, batches, autocast, device, dropout_step, self.ranks)
+        return found or "nothing when the step is repeated"
 
     def keep(self, folder: Path, batches: list[Batch], about: dict[str, Any]) -> str:
         network = self.network

@@ -122,6 +122,19 @@ def test_numbers_that_are_not_finite_end_the_run_with_module_and_how_to_repeat_i
     assert "everything is finite this time" in replay(folder)
 
 
+def test_numbers_that_are_finite_when_the_step_is_repeated(tmp_path, monkeypatch):
+    forward, calls = GPT.forward, []
+
+    def once(self, ids, targets=None, **options):
+        out, loss = forward(self, ids, targets, **options)
+        calls.append(1)
+        return out, loss * math.nan if len(calls) == 3 else loss
+
+    monkeypatch.setattr(GPT, "forward", once)
+    with pytest.raises(RuntimeError, match=r"at step 3, .*; not finite first: nothing when the step is repeated; "):
+        make_trainer(tmp_path / "run", STEPS).train()
+
+
 def test_stop_ends_the_run_at_a_spike_and_the_default_notes_it(tmp_path, seen):
     with pytest.raises(RuntimeError, match=rf"the loss is 2\d\.\d+, far above the 2\.\d+ .* at step {BAD}"):
         make_trainer(tmp_path / "run", STEPS.replace(on_spike="stop")).train()
