@@ -37,12 +37,13 @@ def text_with_key(draw: random.Random, sentences: int) -> str:
 
 
 def rows(draw: random.Random, tokenizer: Tokenizer, n: int, tokens: int) -> torch.Tensor:
-    """(n, tokens + 1) ids: texts whose ends are cut or lengthened on the left, so that the answer is always the end."""
+    """(n, tokens + 1) ids: a text with its answer, among others that are cut."""
     found = []
     while len(found) < n:
         ids = tokenizer.encode(text_with_key(draw, draw.randint(tokens // 16, tokens // 6)))
-        if len(ids) <= tokens + 1:  # what is before the text is another one
-            before = tokenizer.encode(" ".join(draw.choices(SENTENCES, k=tokens // 4)))
+        before, after = (tokenizer.encode(" ".join(draw.choices(SENTENCES, k=tokens // 4))) for _ in range(2))
+        ids += after[: draw.randint(0, tokens // 4)]
+        if len(ids) <= tokens + 1:
             found.append([*before, *ids][-tokens - 1 :])
     return torch.tensor(found)
 
@@ -70,9 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/needle"))
     parser.add_argument(
-        "--steps", type=int, default=1000, help="on rows of 128 tokens; a twentieth as many follow on rows of 512"
+        "--steps", type=int, default=800, help="on rows of 128 tokens; an eighth as many follow on rows of 512"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="rows of a step; a quarter as many of 512 tokens")
+    parser.add_argument("--batch-size", type=int, default=24, help="rows of a step; a third as many of 512 tokens")
     parser.add_argument("--trials", type=int, default=10, help="keys at each length and depth")
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -94,11 +95,11 @@ def main() -> None:
         "YaRN": longer(extend_context=LONG, rope_scaling="yarn"),
     }
     trained = longer(extend_context=LONG, rope_scaling="yarn")
-    train(trained, draw, tokenizer, max(1, given.steps // 20), max(1, given.batch_size // 4), 1e-3)
+    train(trained, draw, tokenizer, max(1, given.steps // 8), max(1, given.batch_size // 3), 1e-3)
     trained.save_pretrained(given.out / "long")
     tokenizer.save(given.out / "long")
     models["YaRN, trained on"] = trained
-    documents = [Document(str(n), text_with_key(draw, LONG // 5)) for n in range(4 * given.trials)]
+    documents = [Document(str(n), text_with_key(draw, LONG // 6)) for n in range(4 * given.trials)]
     needles, positions = {}, {}
     for name, one in models.items():
         lengths = [n for n in (64, SHORT, 256, LONG) if n <= one.config.block_size]

@@ -100,9 +100,9 @@ class _Descriptor:
         status = os.fstat(self._number)
         return status.st_size, status.st_mtime_ns
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the end of the interpreter os is gone
         if self._number >= 0:
-            os.close(self._number)
+            close(self._number)
 
 
 def _guard(mapped: MappedFile, recover: bool) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptfast import _mapping
 from gptfast._mapping import MappedFile
 from gptfast.backend import has_cpu_ops
 
@@ -78,6 +79,18 @@ def test_arrays_keep_the_mapping_and_its_descriptor(path: Path) -> None:
     del values
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_it_is_closed_at_the_end_of_the_interpreter(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the names of modules are None already."""
+    with path.open("rb") as file:
+        kept = _mapping._Descriptor(file.fileno())
+    number = kept._number
+    os.fstat(number)
+    monkeypatch.setattr(_mapping, "os", None)
+    del kept
+    with pytest.raises(OSError):
+        os.fstat(number)
 
 
 @compiled
