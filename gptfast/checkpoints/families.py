@@ -158,7 +158,7 @@ def family_of(config: GPTConfig) -> str | None:
 
 
 def difference(config: GPTConfig, kind: str) -> str | None:
-    """The first field of a config that the architecture has otherwise, as "field=value"; None: there is none."""
+    """The first field of a config that differs from what the architecture computes, as "field=value"; None: none differs."""
     family = FAMILIES[kind]
     try:
         there = GPTConfig(**family.read(family.write(config), kind)).resolved()

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Annotated, Any
+from dataclasses import MISSING, dataclass
+from typing import Any
 
-import typer
-
+from gptfast._options import Whole, option, values_of
 from gptfast.cli._load import TOKENIZER_HELP
+from gptfast.cli._options import Options, takes
 
 
-def fill_mask(
-    model: Annotated[str, typer.Option(help="Checkpoint folder of a BERT, such as runs/bert/best, or a hub id.")],
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A text with [MASK] in it; may be given several times. Without it each line of standard input."
-        ),
-    ] = None,
-    top_k: Annotated[int, typer.Option(help="How many tokens to show for each mask.")] = 5,
-    target: Annotated[
-        list[str] | None, typer.Option(help="Only compare these words, each one token; may be given several times.")
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help=TOKENIZER_HELP, show_default="the model's own")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the answers as JSON, as transformers' fill-mask pipeline has them.")
-    ] = False,
-) -> None:
+@dataclass(frozen=True)
+class Masked:
+    """The options of `gptfast fill-mask`."""
+
+    model: str = option(MISSING, "Checkpoint folder of a BERT, such as runs/bert/best, or a hub id.")
+    text: list[str] | None = option(
+        None, "A text with [MASK] in it; may be given several times. Without it each line of standard input."
+    )
+    top_k: int = option(5, "How many tokens to show for each mask.", allowed=Whole(1))
+    target: list[str] | None = option(None, "Only compare these words, each one token; may be given several times.")
+    tokenizer: str | None = option(None, TOKENIZER_HELP, words="the model's own")
+    json: bool = option(False, "Print the answers as JSON, as transformers' fill-mask pipeline has them.")
+
+
+@takes(Options(Masked))
+def fill_mask(options: dict[str, Any]) -> None:
     """Fill in the masked words of a text with a BERT.
 
     Each [MASK] stands for one token. The score is the probability that the
@@ -37,15 +38,14 @@ def fill_mask(
     from gptfast.models import BERT
     from gptfast.tokenizer import load_tokenizer
 
-    texts = text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    asked = Masked(**values_of(Masked, options))
+    texts = asked.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise ValueError("fill-mask: there is no `text`; give one with [MASK] in it")
-    bert = BERT.from_pretrained(model)
-    own = None if tokenizer is None else load_tokenizer(tokenizer)
-    found = bert.fill_mask(texts, tokenizer=own, top_k=top_k, targets=target or None)
-    if as_json:
-        import json
-
+    bert = BERT.from_pretrained(asked.model)
+    own = None if asked.tokenizer is None else load_tokenizer(asked.tokenizer)
+    found = bert.fill_mask(texts, tokenizer=own, top_k=asked.top_k, targets=asked.target or None)
+    if asked.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
     for one, answers in zip(texts, found if len(texts) > 1 else [found], strict=True):

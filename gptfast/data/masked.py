@@ -43,7 +43,7 @@ class MaskTokens:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer | None) -> MaskTokens:
-        """Of a tokenizer of BERT's kind. Raises ValueError for one without [MASK], [CLS] or [SEP]."""
+        """The mask tokens of a BERT's tokenizer. Raises ValueError for one without [MASK], [CLS] or [SEP]."""
         found: Any = getattr(tokenizer, "inner", tokenizer)
         ids: list[Any] = [found.special_id(role) for role in _ROLES] if hasattr(found, "special_id") else [None]
         if None in ids[:3]:

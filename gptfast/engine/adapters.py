@@ -154,7 +154,7 @@ class AdapterMethods:
 
 
 def unsupported(config: GPTConfig) -> str | None:
-    """What of a config the engine does not have, as "field=value"; None: it can run the model."""
+    """The first field of a config that the engine does not support, as "field=value"; None: it can run the model."""
     unknown = (field.name for field in fields(config) if field.name not in COMPUTED)
     return next(iter(config.others(tuple(unknown))), None)
 

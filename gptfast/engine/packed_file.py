@@ -114,7 +114,7 @@ class Draft:
         self._file = path.open("w+b")
         os.posix_fallocate(
             self._file.fileno(), 0, begin + size
-        )  # a full disk is told here; a mapped write would be SIGBUS
+        )  # a full disk raises here; a mapped write would be SIGBUS
         self._mapped = mmap.mmap(self._file.fileno(), begin + size)
         self.weights = memoryview(self._mapped)[begin:]
 

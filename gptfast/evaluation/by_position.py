@@ -29,8 +29,8 @@ def loss_by_position(
     bins: int = BINS,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """The loss of tokens by their position in a window. Windows do not overlap: so many tokens stand before a token as its
-    position says, and a model that uses what is far back has a loss that falls to the end.
+    """The loss of tokens by their position in a window. Windows do not overlap, so a token at position n has n tokens before
+    it. The loss of a model that uses distant tokens falls to the end of the window.
 
     Args:
         model, documents, tokenizer, progress: as in `score_documents`.

@@ -90,7 +90,9 @@ class Group:
             for change in changes:
                 rows = [change(row, self.prompt, new) for row, new in zip(rows, self.running, strict=True)]
             scores = torch.stack(rows)
-        return warp(scores, self.config, least=max(2, 1 + len(self.config.eos_ids))) if self.config.draws else scores
+        return (
+            warp(scores, self.config, least=max(2, 1 + len(self.config.eos_ids))) if self.config.is_sampling else scores
+        )
 
     def _candidates(self, logprobs: Tensor) -> list[tuple[float, int]]:
         """(score, beam * V + token) of the best extensions, or of sampled ones; enough of them if the best K all end.
@@ -98,7 +100,7 @@ class Group:
         Those with the largest score + Gumbel noise are a sample without replacement (Kool et al., arXiv 1903.06059).
         """
         noisy, V = logprobs, logprobs.shape[-1]
-        if self.config.draws:
+        if self.config.is_sampling:
             beams = torch.arange(self.K, device="cpu")
             position = torch.full_like(beams, len(self.prompt) + len(self.running[0]))
             noisy = logprobs + rng.gumbel_noise(V, self.config.seed or 0, position, self.first_stream + beams)

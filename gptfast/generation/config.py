@@ -198,7 +198,7 @@ class GenerationConfig:
         object.__setattr__(self, "stop_strings", tuple(stops))
 
     @property
-    def draws(self) -> bool:
+    def is_sampling(self) -> bool:
         """Whether tokens are drawn, and not the most likely taken."""
         return bool(self.do_sample) and self.temperature >= LEAST_TEMPERATURE
 
@@ -232,7 +232,7 @@ class GenerationConfig:
 
     def with_seed(self) -> GenerationConfig:
         """The config with a seed, if it draws: one from torch's generator where none was given."""
-        if not self.draws or self.seed is not None:
+        if not self.is_sampling or self.seed is not None:
             return self
         from gptfast.ops.streams import draw_seed  # here, because the command line reads this module without torch
 

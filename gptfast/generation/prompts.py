@@ -22,7 +22,7 @@ class Prompts:
     rows: the tokens of each prompt, without padding.
     given: each prompt as it was given, with its padding.
     device: device of the tensor that held them; None: they were not in a tensor.
-    adapters: the adapter of each prompt; None: the active ones. Whether there are such is known to the runner.
+    adapters: the adapter of each prompt, checked by the runner; None: the active ones.
     prefixes: the vectors before each prompt, (n, C); None: there are none.
     """
 

@@ -1,8 +1,8 @@
 """Sampling: the next token of each sequence from its logits.  B rows of logits, V vocabulary.
 
 Processors change the logits first. Their names, meanings and order are those of transformers' logits processors; the
-presence and frequency penalties are OpenAI's. `sample_rows` then draws the tokens with `ops.sample`. A new processor goes
-into `processors`, with a field of `GenerationConfig`.
+presence and frequency penalties are OpenAI's. `sample_rows` then draws the tokens with `ops.sample`. What a new option changes
+before the temperature goes into `processors`; what it excludes after the temperature goes into `warp`, and its name into `CUTS`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from gptfast.ops.reference import kept_tokens
 NAN = "generate: the logits hold nan - look for an overflow in the model"
 NOTHING_LEFT = "generate: no token is left to choose, all are excluded - relax no_repeat_ngram_size or logit_bias"
 SAMPLING_ERRORS = {-1: NAN, -2: NOTHING_LEFT}  # error codes that are returned instead of a token
+CUTS = ("min_p",)  # options of `warp` that `ops.sample` does not have; 0: off
 
 Processor = Callable[[Tensor, list[int], list[int]], Tensor]  # scores (V,), prompt, new tokens -> scores (V,)
 
@@ -63,9 +64,9 @@ class SamplingContext:
     def params(self) -> SamplingParams:
         """How the token is drawn from processed logits."""
         config, vocab = self.config, self.config.usable_vocab
-        if not config.draws:
+        if not config.is_sampling:
             return SamplingParams(0.0, 0, 1.0, 0, self.stream, vocab)
-        if config.min_p:  # `_process` has applied temperature, top_k, top_p and min_p
+        if cuts_here(config):  # `_process` has applied temperature, top_k, top_p and the cuts
             return SamplingParams(1.0, 0, 1.0, config.seed or 0, self.stream, vocab)
         return SamplingParams(config.temperature, config.top_k, config.top_p, config.seed or 0, self.stream, vocab)
 
@@ -134,17 +135,24 @@ def _int_or_tensor(values: list[int]) -> int | Tensor:
 
 def needs_only_logits(config: GenerationConfig) -> bool:
     """Whether a token is drawn from the logits as they are: no option needs the earlier tokens or other scores."""
-    return not (processors(config) or (config.draws and config.min_p))
+    return not (processors(config) or cuts_here(config))
+
+
+def cuts_here(config: GenerationConfig) -> bool:
+    """Whether the distribution is cut by `warp`, and not by `ops.sample`."""
+    return config.is_sampling and any(getattr(config, name) for name in CUTS)
 
 
 def _process(logits: Tensor, contexts: Sequence[SamplingContext]) -> Tensor:
-    """The logits after all processors. min_p and the cuts that go with it are applied here, all others by `ops.sample`."""
+    """The logits after all processors and `CUTS`; temperature, top_k and top_p alone are left to `ops.sample`."""
     changes = [processors(context.config) for context in contexts]
-    with_min_p: dict[tuple[float, int, float, float], list[int]] = {}
+    cut: dict[tuple[float, ...], list[int]] = {}
     for n, config in enumerate(context.config for context in contexts):
-        if config.draws and config.min_p:
-            with_min_p.setdefault((config.temperature, config.top_k, config.top_p, config.min_p), []).append(n)
-    if not any(changes) and not with_min_p and all(context.allowed is None for context in contexts):
+        if cuts_here(config):
+            cut.setdefault(
+                tuple(getattr(config, name) for name in ("temperature", "top_k", "top_p", *CUTS)), []
+            ).append(n)
+    if not any(changes) and not cut and all(context.allowed is None for context in contexts):
         return logits
     scores = logits.clone()  # the caller's logits stay unchanged
     for n, context in enumerate(contexts):
@@ -156,7 +164,7 @@ def _process(logits: Tensor, contexts: Sequence[SamplingContext]) -> Tensor:
         if context.allowed is not None:
             mask = context.allowed(context.tokens[context.prompt_len :]).to(scores.device)
             scores[n] = scores[n].where(mask | scores[n].isnan(), -math.inf)  # nan must stay visible
-    for rows in with_min_p.values():
+    for rows in cut.values():
         part = scores[rows]
         scores[rows] = part.where(part.isnan(), warp(part, contexts[rows[0]].config))  # nan must stay visible
     return scores
@@ -165,9 +173,9 @@ def _process(logits: Tensor, contexts: Sequence[SamplingContext]) -> Tensor:
 def probabilities(logits: Tensor, context: SamplingContext) -> Tensor:
     """The distribution (V,) from which `choose` draws the next token, from logits (V,)."""
     scores = _process(logits[None], [context])[0]
-    if not context.config.draws:
+    if not context.config.is_sampling:
         return torch.zeros_like(scores).index_fill(0, scores.argmax(), 1.0)
-    return (scores if context.config.min_p else warp(scores[None], context.config)[0]).softmax(-1)
+    return (scores if cuts_here(context.config) else warp(scores[None], context.config)[0]).softmax(-1)
 
 
 def processors(config: GenerationConfig) -> list[Processor]:
@@ -230,7 +238,7 @@ def _at(scores: Tensor, tokens: list[int], change: Callable[[Tensor], Tensor]) -
 
 
 def warp(scores: Tensor, config: GenerationConfig, least: int = 1) -> Tensor:
-    """Scores (B, V) divided by the temperature, with -inf for the tokens that top_k, top_p or min_p exclude.
+    """Scores (B, V) divided by the temperature, with -inf for the tokens that top_k, top_p or one of `CUTS` excludes.
 
     Args:
         least: number of tokens that are always kept; beam search needs more than can end.

@@ -22,9 +22,9 @@ from gptfast.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 class BERT(Transformer):
     """A BERT (Devlin et al., arXiv 1810.04805); `forward`, training and checkpoints are those of `gptfast.nn.Transformer`.
 
-    model(ids, attention_mask=..., token_type_ids=...) are the logits of the masked-language-model head, (B, T, V). With
-    labels, the token that belongs at each position or -100, it gives (logits, loss), and with next_sentence_label the loss
-    of next sentences is in it. `hidden_states` gives what the heads read, `pooled` and `next_sentence_logits` take that.
+    model(ids, attention_mask=..., token_type_ids=...) returns the logits of the masked-language-model head, (B, T, V). With
+    labels, (B, T) the right token of each position or -100, it returns (logits, loss); next_sentence_label adds the loss of
+    next sentences. `hidden_states` returns the input of the heads, which `pooled` and `next_sentence_logits` take.
 
     Args:
         config: with causal=False, such as `GPTConfig.preset("bert-base")`.
@@ -68,8 +68,8 @@ class BERT(Transformer):
 
         Args:
             texts: one text or several, each with one [MASK] or more.
-            top_k: how many tokens of a mask, at least 1.
-            targets: only these words, each of which must be one token; their scores stay those among all tokens.
+            top_k: number of answers for each mask, >= 1.
+            targets: the only words to answer with, each of one token; scores are still probabilities among all tokens. None: all.
             tokenizer: a WordPiece; None: that of the checkpoint folder.
         Returns:
             Of one text with one mask a list of {"score", "token", "token_str", "sequence"}, the most probable first: probability,

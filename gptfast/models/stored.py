@@ -133,7 +133,7 @@ class StoredModel:
 
 
 def is_complete(path: Path) -> bool:
-    """Does a checkpoint have weights, beside what it says about them?"""
+    """Whether a checkpoint holds weights, and not only their description."""
     return nanogpt.find(path) is not None or has_weights(path)
 
 

@@ -48,7 +48,7 @@ class ExpertMLP(torch.nn.Module):
         self.router = Router(C, E, bias=bias)
 
     def forward(self, x: Tensor, adapters: Selection | None = None) -> Tensor:
-        """(..., C) -> (..., C). The dropout after it belongs to `Block`. adapters: of a forward; none is of experts."""
+        """(..., C) -> (..., C). The dropout after it belongs to `Block`. adapters: unused, as experts have none."""
         rows = x.flatten(0, -2)
         logits = self.router(rows)
         experts, weights = ops.route(logits, self.k)

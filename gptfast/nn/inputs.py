@@ -215,7 +215,7 @@ class Packed:
 
 
 def padded(ids: Any, mask: Any, cache: KVCache | None) -> Padding:
-    """The padding of a call. Raises ValueError beside a cache."""
+    """The padding of a call. Raises ValueError if there is a cache too."""
     if not (isinstance(ids, Tensor) and ids.is_floating_point()):
         check_ids("ids", ids, (torch.int64, torch.int32), None)
     if cache is not None:
@@ -229,7 +229,7 @@ def padded(ids: Any, mask: Any, cache: KVCache | None) -> Padding:
 def packed_row(
     ids: Any, cu_seqlens: Any, padding: Padding | None, cache: KVCache | None, last_only: bool, config: GPTConfig
 ) -> Packed:
-    """The texts of a packed row. Raises ValueError beside what it does not go with."""
+    """The texts of a packed row. Raises ValueError where another argument excludes it."""
     if not (isinstance(ids, Tensor) and ids.is_floating_point()):
         check_ids("ids", ids, (torch.int64, torch.int32), None)
     for name, given in (

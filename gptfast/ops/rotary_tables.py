@@ -98,7 +98,7 @@ def _yarn(periods: Tensor, dim: int, theta: float, given: dict[str, Any]) -> tup
     factor, length = given["factor"], given["original_max_position_embeddings"]
 
     def channel(turns: float) -> float:
-        """Where a frequency makes so many turns in `length` positions."""
+        """The channel, a real number, whose frequency makes `turns` turns in `length` positions."""
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = channel(given.get("beta_fast") or 32), channel(given.get("beta_slow") or 1)

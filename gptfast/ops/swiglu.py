@@ -1,4 +1,4 @@
-"""SwiGLU: a gate and what it lets through, plain as in Llama or clamped as in gpt-oss."""
+"""SwiGLU, the gated activation: plain as in Llama, or clamped as in gpt-oss."""
 
 from __future__ import annotations
 

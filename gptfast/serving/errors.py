@@ -34,7 +34,7 @@ def bad_requests(param: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Turn what the worker raises, whatever it is, into the error that the client is told."""
+    """Turn what the worker raises, whatever it is, into the error that the client receives."""
     try:
         yield
     except ApiError:

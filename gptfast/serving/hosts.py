@@ -21,11 +21,11 @@ def is_loopback(host: str) -> bool:
 
 
 def hosts_of(host: str, names: Sequence[str] = ()) -> tuple[str, ...]:
-    """The names that a server answers to, beside those of this machine; ("*",): all names.
+    """The names that a server answers to, besides those of this machine; ("*",): all names.
 
     Args:
         host: the address that it listens on. One that others can reach, with no names given, answers to every name.
-        names: of whoever starts it: names, addresses, "*.example.org" for all names below it, or "*".
+        names: more names, from the operator: host names, addresses, "*.example.org" for all names below it, or "*".
     Raises:
         ValueError: one of `names` is none of these.
     """

@@ -154,7 +154,7 @@ def _resumed_run(
 
 
 def _load(path: Any, ranks: Ranks | None, **changes: Any) -> tuple[GPT | BERT, Values | None]:
-    """The model of a checkpoint, with its values, or beside what reads these where no process is to have all of them."""
+    """The model of a checkpoint with its weights; where these are divided, one without, and what reads them."""
     if ranks is not None and ranks.sharding:
         return stored(path, **changes)
     return load_model(path, dtype=torch.float32, **changes), None

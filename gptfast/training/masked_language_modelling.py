@@ -132,7 +132,7 @@ class MaskedLanguageModelling(Objective):
 
     @torch.no_grad()
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
-        """Of the same rows, masked in the same way, each time; ranks take them in turns, to the same bits."""
+        """Evaluate on the same rows, with the same masks, each time; ranks take them in turns, to the same bits."""
         training = self.network.training
         self.network.eval()
         try:
@@ -180,7 +180,7 @@ class MaskedLanguageModelling(Objective):
         return self._evaluated_rows(batch_size, config) * self.block_size
 
     def flops_per_token(self) -> float:
-        """Those of the head count for the masked tokens alone."""
+        """FLOPs of a step per token; the head's count for the masked tokens alone."""
         config = self.network.config
         head = config.n_embd * (config.vocab_size + config.n_embd)
         chosen = self.sampler.probability

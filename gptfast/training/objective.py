@@ -30,7 +30,7 @@ class Evaluation:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Of two evaluations the better one has the larger; of two with one metric that with the lower loss."""
+        """The key of an evaluation: the better of two has the larger one. The loss decides between equal metrics."""
         return (-self.loss if self.metric is None else self.metric, -self.loss)
 
 
@@ -77,7 +77,7 @@ class Objective(ABC):
         return math.nan
 
     def flops_per_token(self) -> float | None:
-        """Of a step, to be compared with the machine's; None: not known."""
+        """FLOPs of a step per token, to be compared with the machine's; None: not known."""
         return None
 
     def where_not_finite(
@@ -99,7 +99,7 @@ class Objective(ABC):
         self.network.save_pretrained(folder)
 
     def writer(self, copies: Copies | None) -> Callable[[Path], None]:
-        """A function that does; with `copies` it writes the network as it is now, in any thread."""
+        """A function that does what `write` does; with `copies` it writes the network as it is now, in any thread."""
         if copies is not None:
             raise NotImplementedError(f"{type(self).__name__} cannot be written while it is trained")
         return self.write

@@ -62,8 +62,8 @@ class Weights:
     )
     extend_context: int | None = option(
         None,
-        "With `init_from`: the tokens that the model is to take, more than it takes now. Learned positions are interpolated, rotary "
-        "ones scaled; then the model is trained on rows of so many tokens, of which some hundred steps suffice.",
+        "With `init_from`: the new context in tokens, longer than the checkpoint's. Learned positions are interpolated, rotary ones "
+        "scaled, and training rows have this length; some hundred steps suffice.",
         allowed=Whole(2),
     )
     rope_scaling: str | None = option(

@@ -41,7 +41,7 @@ class Routing:
     def of(
         cls, model: Transformer, config: TrainConfig, ranks: Ranks | None = None, what: str = "train"
     ) -> Routing | None:
-        """That of a run; None: the model has no experts. Its weight is that of the config, which by default is AUX_LOSS_COEF where
+        """The routing of a run; None: the model has no experts. The weight of its loss is the config's, by default AUX_LOSS_COEF where
         the routers are trained and 0 where they are frozen.
 
         Args:
@@ -113,7 +113,7 @@ class Routing:
         return counts, tokens
 
     def figures(self) -> dict[str, Any]:
-        """Of the step, for the log: "router_aux_loss", without its weight, and "expert_load", (L, E): the share of a layer's
+        """Figures of the step for the log: "router_aux_loss", without its weight, and "expert_load", (L, E): the share of a layer's
         choices that each expert got, which is 1 / E where all have as many."""
         total = self._counts.sum(1, keepdim=True).clamp(min=1)
         loss = self._loss if self.ranks is None else self.ranks.sum([float(self._loss)], "the loss of routers")[0]

@@ -56,10 +56,10 @@ def test_greedy_by_default_as_transformers(pair):
 
 @pytest.mark.parametrize("options", DRAWING, ids=str)
 def test_each_of_these_draws(options):
-    assert GenerationConfig(**options).draws and GenerationConfig.of(**options).draws
-    assert GenerationConfig(**options, seed=3).draws
-    assert not GenerationConfig(**options, num_beams=2).draws if options == {"temperature": 1.0} else True
-    assert GenerationConfig(seed=0).draws
+    assert GenerationConfig(**options).is_sampling and GenerationConfig.of(**options).is_sampling
+    assert GenerationConfig(**options, seed=3).is_sampling
+    assert not GenerationConfig(**options, num_beams=2).is_sampling if options == {"temperature": 1.0} else True
+    assert GenerationConfig(seed=0).is_sampling
 
 
 def test_what_does_not_draw():
@@ -71,7 +71,7 @@ def test_what_does_not_draw():
         {"num_beams": 3, "seed": 1},
         {"temperature": 0.0, "top_p": 0.5},
     ):
-        assert not GenerationConfig.of(**options).draws, options
+        assert not GenerationConfig.of(**options).is_sampling, options
     config = GenerationConfig.of(**quiet)
     assert (config.temperature, config.top_k, config.top_p, config.min_p) == (1.0, 0, 1.0, 0.0)
 

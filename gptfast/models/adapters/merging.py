@@ -82,7 +82,7 @@ def unmerge(model: Transformer) -> None:
 
 
 def _tell_drift(name: str, format: str, before: Mapping[str, nn.Module], merged: dict[str, Parameters]) -> None:
-    """Warn how far merged weights are from what their codes would stand for, beside what the adapter changed."""
+    """Warn by how much the merged weights would change if they were quantised again, and by how much the adapter changed them."""
     off = changed = norm = 0.0
     for path, parameters in merged.items():
         weight = parameters.get("weight")
