@@ -23,7 +23,7 @@ namespace gptfast::cpu {
 #elif defined(__aarch64__)
 #define GPTFAST_ISAS(X, PART) X(scalar) X(neon) PART(neon_dotprod, neon) X(neon_bf16)
 #define GPTFAST_CPU_neon_dotprod(X)
-#define GPTFAST_ENGINE_neon_dotprod(X) X(product_bytes) X(product_small)
+#define GPTFAST_ENGINE_neon_dotprod(X) X(product_bytes) X(product_mxfp4) X(product_small)
 #else
 #define GPTFAST_ISAS(X, PART) X(scalar)
 #endif

@@ -15,7 +15,7 @@ static void byte_matrix(const uint8_t* levels, const char* w, const Activations&
   F acc[R][V];
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
-  for (i64 g = 0; g * kGroup < K; g++, w += group_bytes(U::kFormat)) {
+  for (i64 g = 0; g * kGroup < K; g++, w += U::kBytes) {
     int32x4_t sum[P][2][V];  // outputs n and n + 1 (then n + 2 and n + 3), each of rows 2 p and 2 p + 1
     i64 next[P];
     UNROLL_FOR (int p = 0; p < P; p++) {
@@ -27,7 +27,7 @@ static void byte_matrix(const uint8_t* levels, const char* w, const Activations&
       int8x16_t a[P];
       UNROLL_FOR (int p = 0; p < P; p++) a[p] = eight_of_rows(x, m + 2 * p, next[p], g * kGroup + 4 * q);
       UNROLL_FOR (int v = 0; v < V; v++) {
-        const I b0 = quads.quad(w + kPanel * 2, N + v * L, q), b1 = quads.quad(w + kPanel * 2, N + v * L, q + 1);
+        const I b0 = quads.quad(w + U::kScales, N + v * L, q), b1 = quads.quad(w + U::kScales, N + v * L, q + 1);
         const uint8x16_t low = vreinterpretq_u8_u32(vzip1q_u32(b0, b1)),
                          high = vreinterpretq_u8_u32(vzip2q_u32(b0, b1));
         UNROLL_FOR (int p = 0; p < P; p++) {
@@ -37,7 +37,7 @@ static void byte_matrix(const uint8_t* levels, const char* w, const Activations&
       }
     }
     UNROLL_FOR (int v = 0; v < V; v++) {
-      const F scale = load_f16(reinterpret_cast<const uint16_t*>(w) + N + v * L);
+      const F scale = U::scales(w, N + v * L);
       UNROLL_FOR (int r = 0; r < R; r++) {
         const int32x4_t low = sum[r / 2][0][v], high = sum[r / 2][1][v];
         const F total = vcvtq_f32_s32(r % 2 ? vuzp2q_s32(low, high) : vuzp1q_s32(low, high));

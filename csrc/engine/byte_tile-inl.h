@@ -4,11 +4,16 @@
 
 constexpr int kByteRows = L == 16 ? 6 : kNeon ? 4 : 2;
 
+// The scales of a group, before its codes: of L outputs from n on.
+template <Format F_> struct HalfScales {
+  static constexpr Format kFormat = F_;
+  static constexpr i64 kScales = kPanel * 2, kBytes = group_bytes(F_);  // of them, and of a group
+  INL F scales(const char* group, int n) { return load_f16(reinterpret_cast<const uint16_t*>(group) + n); }
+};
 // Quad q of a group, k = 4q .. 4q + 3: four unsigned bytes for each of L outputs from n on. Each is made from the 16
 // bytes that its codes stand for, or from null. Functions get these bytes and not the quads: a vector as an argument
 // would make the compiler leave out vzeroupper, and code without wide registers is slower then.
-struct Int4Quads {
-  static constexpr Format kFormat = Format::int4;
+struct Int4Quads : HalfScales<Format::int4> {
   static constexpr bool kSigned = false;  // whether dot multiplies w - 128
   explicit Int4Quads(const uint8_t*) {}
   INL_MEMBER I quad(const char* w, int n, int q) const { return nibbles(w, n, q); }
@@ -19,9 +24,16 @@ struct Int4Quads {
   INL_MEMBER I dot(I acc, I w, I x) const { return dot4_small(acc, w, x); }
 };
 
+struct LevelTable {
+  alignas(16) uint8_t byte[16];
+  constexpr LevelTable(Format f, const int8_t (&levels)[16]) : byte() {
+    for (int i = 0; i < 16; i++) byte[i] = uint8_t(levels[i] + weight_offset(f));
+  }
+};
+
 template <class U> static void unpack_quads(const uint8_t* levels, const char* w, i64 K, char* to) {
   const U quads(levels);
-  constexpr i64 kScales = kPanel * 2;
+  constexpr i64 kScales = U::kScales;
   // where w - 128 is multiplied bytes get the offset of int8, else they keep that of their format (Activations::acc_init)
   constexpr uint32_t kMore = kSignedBytes ? 0x01010101u * uint32_t(128 - weight_offset(U::kFormat)) : 0;
   for (i64 k = 0; k < K; k += kGroup, w += group_bytes(U::kFormat), to += group_bytes(Format::int8)) {
@@ -46,7 +58,7 @@ template <class U> static void unpack_quads(const uint8_t* levels, const char* w
 template <class U, int R, int V, int N>
 static void byte_tile(const uint8_t* levels, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
   const U quads(levels);
-  constexpr i64 kBytes = group_bytes(U::kFormat), kLines = kBytes / 64;
+  constexpr i64 kBytes = U::kBytes, kLines = kBytes / 64;
   F acc[R][V];
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
@@ -65,14 +77,14 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
       const int j = U::kFormat == Format::int8 ? i : i / 2 + 4 * (i % 2);
       if (R == 1) prefetch_range(w + kAhead + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);
       I quad[V];
-      UNROLL_FOR (int v = 0; v < V; v++) quad[v] = quads.quad(w + kPanel * 2, N + v * L, j);
+      UNROLL_FOR (int v = 0; v < V; v++) quad[v] = quads.quad(w + U::kScales, N + v * L, j);
       UNROLL_FOR (int r = 0; r < R; r++) {
         const I a = broadcast4(q + r * x.stride + 4 * j);
         UNROLL_FOR (int v = 0; v < V; v++) sum[r][v] = quads.dot(sum[r][v], quad[v], a);
       }
     }
     UNROLL_FOR (int v = 0; v < V; v++) {
-      const F scale = load_f16(reinterpret_cast<const uint16_t*>(w) + N + v * L);
+      const F scale = U::scales(w, N + v * L);
       UNROLL_FOR (int r = 0; r < R; r++) {
         const F both_scales = scale * set(x.scale[(m + r) * (x.stride / kGroup) + g]);
         acc[r][v] = fma(to_float_signed(sum[r][v]), both_scales, acc[r][v]);

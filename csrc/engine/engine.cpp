@@ -43,6 +43,20 @@ void Engine::unpack(const Weight& weight, float* values, i64 ld) {
     return;
   }
   const std::vector<float> zeros(size_t(weight.K));
+  if (const Blocks& all = weight.outside; all.blocks) {
+    const i64 K = weight.K;
+    pool_.run([&](int t) {
+      const Range mine = share(panels(weight.N), t);
+      std::vector<char> panel(size_t(panel_bytes(weight.format, K)));  // the two parts together
+      for (i64 p = mine.first; p < mine.last; p++) {
+        std::memcpy(panel.data(), all.blocks + p * kPanel * K / 2, size_t(kPanel * K / 2));
+        std::memcpy(panel.data() + kPanel * K / 2, all.scales + p * K, size_t(K));
+        for (i64 n = 0; n < kPanel; n++)
+          kernels_.embed(weight.format, panel.data(), K, n, 1.f, zeros.data(), values + (p * kPanel + n) * ld);
+      }
+    });
+    return;
+  }
   pool_.run([&](int t) {
     const Range mine = share(weight.N, t);
     for (i64 n = mine.first; n < mine.last; n++)
@@ -53,15 +67,23 @@ void Engine::unpack(const Weight& weight, float* values, i64 ld) {
 double Engine::read_rate(int times) {
   const std::lock_guard guard(mutex_);
   std::atomic<int64_t> sink{0};
+  i64 outside = 0;
+  for (const auto& [name, part] : model_.formats.outside) outside += part.block_bytes;
   const auto start = std::chrono::steady_clock::now();
   pool_.run([&](int t) {
-    const Range mine = share(model_.bytes / 4096, t);
+    const auto read = [&](const char* from, i64 bytes) {
+      const Range mine = share(bytes / 4096, t);
+      sink += kernels_.read(from + mine.first * 4096, (mine.last - mine.first) * 4096);
+    };
     for (int i = 0; i < times; i++) {
-      sink += kernels_.read(weights_ + mine.first * 4096, (mine.last - mine.first) * 4096);
+      read(weights_, model_.bytes);
+      for (const auto& [name, part] : model_.formats.outside)
+        read(reinterpret_cast<const char*>(part.of.blocks), part.block_bytes);
       pool_.barrier(t);
     }
   });
-  return double(model_.bytes) * times / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return double(model_.bytes + outside) * times /
+         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 void Engine::reserve_workspace(i64 M, i64 longest) {

@@ -142,6 +142,8 @@ class Engine {
   const float* floats(const Weight& w) const {
     return w.offset < 0 ? nullptr : reinterpret_cast<const float*>(weights_ + w.offset);
   }
+  // Panel p of the product with a matrix.
+  void product(const Weight& w, i64 p, const Activations& x, i64 rows, float* y, i64 ldy) const;
   bool reads_f32(Format f) const { return f == Format::f32 || (f == Format::bf16 && !kernels_.bf16_pairs); }
   Activations view(Inputs& in, i64 K) const;
 

@@ -7,7 +7,6 @@
 #include <cstring>
 
 #include "engine.h"
-#include "panel_product.h"
 
 namespace gptfast::engine {
 
@@ -88,19 +87,18 @@ Activations Engine::slot_inputs(int t, const Layer& layer, Linear Expert::* line
   return in;
 }
 
-// y = x W^T + bias of the slots of each expert. An item is a panel of an expert: with one token threads have neighbouring ones.
+// y = x W^T + bias of the slots of each expert. An item is a panel of an expert: with one token threads have neighbouring ones, else a few.
 void Engine::expert_products(int t, i64 layer, Linear Expert::* linear, const Activations& x, bool few,
                              std::atomic<i64>& next, float* y, i64 ldy) {
   const std::vector<Expert>& experts = model_.layers[size_t(layer)].experts;
   const Weight& any = (experts[0].*linear).weight;
   const i64 each = panels(any.N), items = i64(routes_.active.size()) * each;
-  const i64 K = padded_depth(any.format, any.K), panel = panel_bytes(any.format, any.K);
   const auto run = [&](i64 item) {
     const i64 e = routes_.active[size_t(item / each)], p = item % each;
     const i64 first = routes_.first[size_t(e)], count = routes_.first[size_t(e) + 1] - first;
     const Linear& own = experts[size_t(e)].*linear;
     float* to = y + first * ldy + p * kPanel;
-    panel_product(kernels_, any.format, weights_ + own.weight.offset + p * panel, x.from(first), count, K, to, ldy);
+    product(own.weight, p, x.from(first), count, to, ldy);
     if (const float* bias = floats(own.bias))
       kernels_.epilogue(Epilogue::store, to, ldy, count, bias + p * kPanel, to, ldy);
   };
@@ -108,7 +106,9 @@ void Engine::expert_products(int t, i64 layer, Linear Expert::* linear, const Ac
     const Range mine = share(items, t);
     for (i64 item = mine.first; item < mine.last; item++) run(item);
   } else {
-    for (i64 item; (item = next.fetch_add(1)) < items;) run(item);
+    constexpr i64 kTogether = 4;  // a panel asks for the next one's blocks
+    for (i64 first; (first = next.fetch_add(kTogether)) < items;)
+      for (i64 item = first; item < std::min(first + kTogether, items); item++) run(item);
   }
 }
 

@@ -149,17 +149,23 @@ Activations Engine::hidden_inputs(int t, const Linear& linear, Rows rows) {
                      [&](i64 m, float* to) { kernels_.gate(s.gate, hidden_.get() + m * Fp_, s.F, to); });
 }
 
+void Engine::product(const Weight& w, i64 p, const Activations& x, i64 rows, float* y, i64 ldy) const {
+  const i64 K = padded_depth(w.format, w.K);
+  if (const uint8_t* blocks = w.outside.blocks)
+    return kernels_.product_of_blocks({blocks + p * kPanel * K / 2, w.outside.scales + p * K}, x, rows, K, y, ldy);
+  panel_product(kernels_, w.format, weights_ + w.offset + p * panel_bytes(w.format, w.K), x, rows, K, y, ldy);
+}
+
 // This thread's panels of out = finish(x W^T + updates + bias); y is room for the products, and may be `out`.
 void Engine::multiply(int t, const Linear& linear, const Activations& x, Rows rows, Epilogue epilogue, float* y,
                       i64 ldy, float* out, i64 ldo) {
   const Weight& w = linear.weight;
   const Range mine = share(panels(w.N), t);
-  const i64 K = padded_depth(w.format, w.K), panel = panel_bytes(w.format, w.K);
   const float* bias = floats(linear.bias);
   const Inputs& in = rows.count == 1 ? own_[size_t(t)].inputs : shared_;
   for (i64 p = mine.first; p < mine.last; p++) {
     const i64 n = p * kPanel;
-    panel_product(kernels_, w.format, weights_ + w.offset + p * panel, x, rows.count, K, y + n, ldy);
+    product(w, p, x, rows.count, y + n, ldy);
     update(linear, rows, p, in, y + n, ldy);
     if (bias || epilogue != Epilogue::store)
       kernels_.epilogue(epilogue, y + n, ldy, rows.count, bias ? bias + n : nullptr, out + n, ldo);

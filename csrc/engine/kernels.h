@@ -20,6 +20,7 @@ struct Activations {
   int32_t* acc_init = nullptr;  // where the integer sum of a group begins: -offset * sum of q, see weight_offset
   i64 stride = 0;
 
+  // Of mxfp4 q is in the order of the nibbles: of each 8 along k the even ones, then the odd ones.
   // Those from row m on.
   Activations from(i64 m) const {
     const i64 at = m * stride, groups = at / kGroup;
@@ -87,7 +88,7 @@ struct GateForm {
 // this list. The sampler is that of csrc/cpu.
 // clang-format off
 #define GPTFAST_ENGINE_KERNELS(X) \
-  X(product_float) X(product_bytes) X(product_small) X(rows) X(heads) X(gate) X(attention) X(page_scores) \
+  X(product_float) X(product_bytes) X(product_small) X(product_mxfp4) X(rows) X(heads) X(gate) X(attention) X(page_scores) \
   X(page_values) X(checksum) X(lora)
 // clang-format on
 
@@ -99,6 +100,8 @@ struct Kernels {
   void (*quantize_activations)(Format, const float* x, i64 K, const Activations& to, i64 row, float factor);
   // By format: y[m][0..32) = x[m] W^T for rows [0, M) and one panel of depth K, which is padded_depth.
   void (*product[kFormats])(const char* panel, const Activations& x, i64 M, i64 K, float* y, i64 ldy);
+  // The same of mxfp4 that lies outside the block of weights.
+  void (*product_of_blocks)(const Blocks& panel, const Activations& x, i64 M, i64 K, float* y, i64 ldy);
   // A panel of a format narrower than int8 -> one of int8, which products of kUnpackedRows or more read; else null.
   void (*unpack[kFormats])(const char* panel, i64 K, char* to) = {};
   // The panel's outputs y, M rows: out = epilogue(y + bias). bias has 32 values, or is null.

@@ -91,9 +91,25 @@ Linear Model::linear(const std::string& name, Format format, i64 number, bool bi
   const Weight own = vector(name + ".bias", N, bias);
   return {matrix(name + ".weight", format, N, K), own, number};
 }
-Linear Model::unnumbered(const std::string& weight, const std::string& bias, Format format, i64 N, i64 K) {
-  const Weight own = vector(bias, N, shape.mlp_bias);
-  return {matrix(weight, format, N, K), own, -1};
+Weight Model::outside_matrix(const std::string& parameter, i64 expert, Format format, i64 N, i64 K) {
+  const auto found = formats.outside.find(parameter);
+  if (found == formats.outside.end()) throw std::invalid_argument(parameter + " is missing among what is outside");
+  const Outside& all = found->second;
+  const i64 blocks = product(N, K) / 2, scales = product(N, K) / kGroup;
+  if (format != Format::mxfp4 || N % kPanel || K % kGroup || all.block_bytes != product(blocks, shape.experts) ||
+      all.scale_bytes != product(scales, shape.experts))
+    throw std::invalid_argument(parameter + " outside does not have the size of its experts, whole panels of mxfp4");
+  Weight weight{format, N, K, -1, 1.f, {all.of.blocks + expert * blocks, all.of.scales + expert * scales}};
+  by_name[parameter + "." + std::to_string(expert)] = weight;
+  return weight;
+}
+// Of an MLP: the names of its tensors, which begin those of its experts.
+Linear Model::unnumbered(const std::string& name, const std::string& bias, Format format, i64 N, i64 K, i64 expert) {
+  std::string of(".");
+  of += std::to_string(expert);
+  const Weight own = vector(expert < 0 ? bias : bias + of, N, shape.mlp_bias);
+  if (expert >= 0 && !formats.outside.empty()) return {outside_matrix(name, expert, format, N, K), own, -1};
+  return {matrix(expert < 0 ? name : name + of, format, N, K), own, -1};
 }
 
 Model::Model(const Shape& s, const Formats& f) : shape(s), formats(f) {
@@ -122,11 +138,9 @@ Model::Model(const Shape& s, const Formats& f) : shape(s), formats(f) {
       const std::string mlp = name + ".mlp.";
       layer.router = unnumbered(mlp + "router.weight", mlp + "router.bias", Format::f32, s.experts, s.C);
       for (i64 e = 0; e < s.experts; e++) {
-        std::string own(".");
-        own += std::to_string(e);
         layer.experts.push_back(
-            {unnumbered(mlp + "gate_up_proj" + own, mlp + "gate_up_proj_bias" + own, formats.c_fc, s.fc(), s.C),
-             unnumbered(mlp + "down_proj" + own, mlp + "down_proj_bias" + own, formats.mlp_proj, s.C, s.F)});
+            {unnumbered(mlp + "gate_up_proj", mlp + "gate_up_proj_bias", formats.c_fc, s.fc(), s.C, e),
+             unnumbered(mlp + "down_proj", mlp + "down_proj_bias", formats.mlp_proj, s.C, s.F, e)});
       }
     }
     layers.push_back(layer);

@@ -39,8 +39,9 @@ struct Shape {
 struct Weight {
   Format format = Format::f32;
   i64 N = 0, K = 0;
-  i64 offset = -1;     // bytes into the block; -1: the model has none
-  float factor = 1.f;  // a power of two: the matrix is what is packed, times this
+  i64 offset = -1;      // bytes into the block; -1: the model has none
+  float factor = 1.f;   // a power of two: the matrix is what is packed, times this
+  Blocks outside = {};  // of mxfp4 that lies in no block of weights
   i64 bytes() const;
 };
 struct Norm {
@@ -62,11 +63,19 @@ struct Layer {
   Weight q_norm, k_norm, sinks;
 };
 
-// The formats of the matrices of a layer, in the order c_attn, attn.c_proj, c_fc, mlp.c_proj, and of the embeddings; and the
-// exponents of the factors that are not 1, by the names of their matrices.
+// A parameter with the matrices of all experts of a layer, in mxfp4, as a mapped file has them.
+struct Outside {
+  Blocks of;
+  i64 block_bytes, scale_bytes;
+};
+
+// The formats of the matrices of a layer, in the order c_attn, attn.c_proj, c_fc, mlp.c_proj, and of the embeddings; the
+// exponents of the factors that are not 1, by the names of their matrices; and the matrices of experts that are not in the block
+// of weights, all or none, by the names of their parameters.
 struct Formats {
   Format c_attn, attn_proj, c_fc, mlp_proj, head;
   std::unordered_map<std::string, int> exponents = {};
+  std::unordered_map<std::string, Outside> outside = {};
 };
 
 // N and K of the matrix of a number; std::invalid_argument where there is none.
@@ -95,11 +104,11 @@ struct Model {
  private:
   Weight place(const std::string& name, Weight weight);
   Weight matrix(const std::string& name, Format format, i64 N, i64 K);
+  Weight outside_matrix(const std::string& parameter, i64 expert, Format format, i64 N, i64 K);
   Weight vector(const std::string& name, i64 N, bool present = true);
   Norm norm(const std::string& name);
   Linear linear(const std::string& name, Format format, i64 number, bool bias);
-  // Of the MLPs: `weight` and `bias` are the names of its tensors.
-  Linear unnumbered(const std::string& weight, const std::string& bias, Format format, i64 N, i64 K);
+  Linear unnumbered(const std::string& name, const std::string& bias, Format format, i64 N, i64 K, i64 expert = -1);
 };
 
 }  // namespace gptfast::engine

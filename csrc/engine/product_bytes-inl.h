@@ -1,27 +1,19 @@
 // Products with weights in int8, and in nf4 and q4, whose levels are bytes; see byte_tile-inl.h.
 #include "byte_tile-inl.h"
 
-struct Int8Quads {
-  static constexpr Format kFormat = Format::int8;
+struct Int8Quads : HalfScales<Format::int8> {
   static constexpr bool kSigned = kSignedBytes;
   explicit Int8Quads(const uint8_t*) {}
   INL_MEMBER I quad(const char* w, int n, int q) const { return iload(w + (q * kPanel + n) * 4); }
   INL_MEMBER I dot(I acc, I w, I x) const { return dot4(acc, w, x); }
 };
 // nf4 and q4: a nibble is an index into a table of bytes.
-struct LevelQuads {
-  static constexpr Format kFormat = Format::nf4;  // q4 has the same layout
+struct LevelQuads : HalfScales<Format::nf4> {  // q4 has the same layout
   static constexpr bool kSigned = kSignedBytes;
   const Lookup16 bytes;
   explicit LevelQuads(const uint8_t* levels) : bytes(levels) {}
   INL_MEMBER I quad(const char* w, int n, int q) const { return bytes.of(Int4Quads::nibbles(w, n, q)); }
   INL_MEMBER I dot(I acc, I w, I x) const { return dot4(acc, w, x); }
-};
-struct LevelTable {
-  alignas(16) uint8_t byte[16];
-  constexpr LevelTable(Format f, const int8_t (&levels)[16]) : byte() {
-    for (int i = 0; i < 16; i++) byte[i] = uint8_t(levels[i] + weight_offset(f));
-  }
 };
 constexpr LevelTable kNf4Bytes(Format::nf4, kNf4), kQ4Bytes(Format::q4, kQ4);
 

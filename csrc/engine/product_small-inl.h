@@ -1,8 +1,7 @@
 // Products with weights in int6 and int4, whose codes are below 128: dot4_small; see byte_tile-inl.h.
 #include "byte_tile-inl.h"
 
-struct Int6Quads {
-  static constexpr Format kFormat = Format::int6;
+struct Int6Quads : HalfScales<Format::int6> {
   static constexpr bool kSigned = false;
   explicit Int6Quads(const uint8_t*) {}
   INL_MEMBER I quad(const char* w, int n, int q) const {

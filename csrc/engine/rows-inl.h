@@ -40,10 +40,28 @@ static void quantize_row(const float* x, i64 K, int offset, float factor, int8_t
     *acc_init++ = all == all ? -offset * int32_t(all) : 0;
   }
 }
+// The four even bytes of each 8, then the four odd ones.
+static void even_then_odd(int8_t* q, i64 n) {
+  for (i64 i = 0; i < n; i += 8) {
+    uint64_t all, halves[2];
+    __builtin_memcpy(&all, q + i, 8);
+    for (int odd = 0; odd < 2; odd++) {
+      uint64_t b = all >> 8 * odd & 0x00ff00ff00ff00ffull;
+      b = (b | b >> 8) & 0x0000ffff0000ffffull;
+      halves[odd] = (b | b >> 16) & 0xffffffffull;
+    }
+    all = halves[0] | halves[1] << 32;
+    __builtin_memcpy(q + i, &all, 8);
+  }
+}
 static void quantize_activations(Format f, const float* x, i64 K, const Activations& to, i64 row, float factor) {
-  if (quantised(f))
-    return quantize_row(x, K, weight_offset(f), factor, to.q + row * to.stride, to.scale + row * to.stride / kGroup,
-                        to.acc_init + row * to.stride / kGroup);
+  if (quantised(f)) {
+    int8_t* q = to.q + row * to.stride;
+    quantize_row(x, K, weight_offset(f), factor * (f == Format::mxfp4 ? 0.5f : 1.f), q,
+                 to.scale + row * to.stride / kGroup, to.acc_init + row * to.stride / kGroup);
+    if (f == Format::mxfp4) even_then_odd(q, round_up(K, kGroup));
+    return;
+  }
   if (f != Format::bf16 || !kPairs) return;
   uint16_t* out = to.bf16 + row * to.stride;
   narrow_row(out, x, DType::bf16, K);
@@ -96,8 +114,8 @@ INL float widen_half(const uint16_t* p) {
   store(out, load_f16(lanes));
   return out[0];
 }
-// Value k of output n of a panel (n < 32).
-static float weight_at(Format f, const char* panel, i64 n, i64 k) {
+// Value k of output n of a panel (n < 32) of so many bytes.
+static float weight_at(Format f, const char* panel, i64 bytes, i64 n, i64 k) {
   if (f == Format::f32) return reinterpret_cast<const float*>(panel)[k * kPanel + n];
   if (f == Format::bf16) {
     const char* step = panel + header_bytes(f) + k / 4 * (group_bytes(f) / 8);
@@ -109,23 +127,29 @@ static float weight_at(Format f, const char* panel, i64 n, i64 k) {
     __builtin_memcpy(&x, &bits, 4);
     return x;
   }
+  if (f == Format::mxfp4) {
+    const uint8_t* blocks = reinterpret_cast<const uint8_t*>(panel);
+    const i64 groups = bytes / group_bytes(f), at = n * groups + k / kGroup;
+    const int code = blocks[at * 16 + k % kGroup / 2] >> (k % 2 * 4) & 15;
+    return __builtin_ldexpf(float(kMxfp4[code]), int(blocks[kPanel * groups * 16 + at]) - kMxfp4Bias);
+  }
   const char* group = panel + k / kGroup * group_bytes(f);
   const float scale = widen_half(reinterpret_cast<const uint16_t*>(group) + n);
-  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(group) + kPanel * 2;
+  const uint8_t* codes = reinterpret_cast<const uint8_t*>(group) + kPanel * 2;
   const i64 i = k % kGroup;
-  if (f == Format::int8) return scale * float(int(bytes[(i / 4 * kPanel + n) * 4 + i % 4]) - weight_offset(f));
-  const uint8_t* nibbles = f == Format::int6 ? bytes + 2 * kPanel * 4 : bytes;
+  if (f == Format::int8) return scale * float(int(codes[(i / 4 * kPanel + n) * 4 + i % 4]) - weight_offset(f));
+  const uint8_t* nibbles = f == Format::int6 ? codes + 2 * kPanel * 4 : codes;
   const int low = nibbles[(i % 16 / 4 * kPanel + n) * 4 + i % 4] >> (i < 16 ? 0 : 4) & 15;
   if (f == Format::nf4) return scale * float(kNf4[low]);
   if (f == Format::q4) return scale * float(kQ4[low]);
-  const int high = f == Format::int6 ? bytes[(i / 16 * kPanel + n) * 4 + i % 4] >> (i % 16 / 4 * 2) & 3 : 0;
+  const int high = f == Format::int6 ? codes[(i / 16 * kPanel + n) * 4 + i % 4] >> (i % 16 / 4 * 2) & 3 : 0;
   return scale * float((high << 4 | low) - weight_offset(f));
 }
 static void embed(Format f, const char* matrix, i64 K, i64 n, float scale, const float* position, float* out) {
   const char* panel = matrix + n / kPanel * panel_bytes(f, K);
   const i64 bytes = panel_bytes(f, K), step = f == Format::f32 ? kPanel * 4 : 64;
   for (i64 i = n % kPanel * 4; i < bytes; i += step) __builtin_prefetch(panel + i, 0, 3);  // all lines it is in
-  for (i64 k = 0; k < K; k++) out[k] = scale * weight_at(f, panel, n % kPanel, k) + position[k];
+  for (i64 k = 0; k < K; k++) out[k] = scale * weight_at(f, panel, bytes, n % kPanel, k) + position[k];
 }
 
 static int64_t read(const char* data, i64 bytes) {

@@ -60,10 +60,19 @@ inline Shape shape_of(const Object& d) {
   s.check();
   return s;
 }
-inline Formats formats_of(const Object& d) {
+// `kept`: gets the memory of what is outside, which these formats point to.
+inline Formats formats_of(const Object& d, std::vector<Memory>* kept = nullptr) {
   auto of = [&](const char* key) { return format_named(from_python<std::string>(d[key].get())); };
-  Formats formats{of("c_attn"), of("attn_proj"), of("c_fc"), of("mlp_proj"), of("head"), {}};
+  Formats formats{of("c_attn"), of("attn_proj"), of("c_fc"), of("mlp_proj"), of("head"), {}, {}};
   if (d.contains("exponents")) formats.exponents = from_python<decltype(formats.exponents)>(d["exponents"].get());
+  using Parts = std::unordered_map<std::string, std::tuple<Object, Object>>;
+  if (d.contains("outside"))
+    for (const auto& [name, parts] : from_python<Parts>(d["outside"].get())) {
+      const Memory blocks(std::get<0>(parts)), scales(std::get<1>(parts));
+      formats.outside[name] = {
+          {reinterpret_cast<uint8_t*>(blocks.data), reinterpret_cast<uint8_t*>(scales.data)}, blocks.size, scales.size};
+      if (kept) kept->insert(kept->end(), {blocks, scales});
+    }
   return formats;
 }
 

@@ -24,7 +24,7 @@ class PyEngine {
     if (!k) throw std::invalid_argument("instruction set " + isa + " cannot run here");
     if (threads < 1 || threads > kMostThreads) throw std::invalid_argument("threads must be 1 to 1024");
     const Shape s = shape_of(shape);
-    const Formats f = formats_of(formats);
+    const Formats f = formats_of(formats, &outside_);
     const i64 needed = Model::bytes_of(s, f);
     if (weights_.size != needed)
       throw std::invalid_argument("the model does not fit its weights: they take " + std::to_string(needed) +
@@ -64,6 +64,7 @@ class PyEngine {
             : rows != 1 || values.columns != w.N || first)
       throw std::invalid_argument(name + " has another shape");
     if (exponent < -126 || exponent > 126) throw std::invalid_argument(name + ": the exponent is out of range");
+    if (w.outside.blocks) throw std::invalid_argument(name + " lies outside the weights' memory");
     if (weights_.readonly) throw std::invalid_argument("the weights' memory cannot be written");
     const WithoutGil release;
     engine_->pack(w, values.data, values.ld, first, rows, std::ldexp(1.f, exponent));
@@ -101,6 +102,7 @@ class PyEngine {
 
   static constexpr int kMostThreads = 1024;
   const Memory weights_;
+  std::vector<Memory> outside_;
   std::unique_ptr<Engine> engine_;
 };
 

@@ -63,7 +63,8 @@ class JoinedFile(WeightFile):
         parts = self._parts[key]
         read = partial(_read_joined, parts) if len(parts) > 1 else parts[0].read
         if key in self._others or self._family.is_plain(key):
-            return StoredTensor(self.shapes[key], parts[0].dtype, read)
+            mxfp4 = parts[0].mxfp4 if len(parts) == 1 else None
+            return StoredTensor(self.shapes[key], parts[0].dtype, read, mxfp4=mxfp4)
         return StoredTensor(self.shapes[key], parts[0].dtype, partial(self._read_moved, key, read))
 
     def _read_moved(self, name: str, read: Callable[..., Tensor], first: int = 0, last: int | None = None) -> Tensor:

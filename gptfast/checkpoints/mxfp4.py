@@ -41,7 +41,8 @@ def decoded(stored: dict[str, StoredTensor], path: Path) -> dict[str, StoredTens
                 "scales (E, out, in / 32), both uint8"
             )
         whole = (shape[0], 32 * shape[2], shape[1])
-        found[name] = StoredTensor(whole, torch.bfloat16, partial(_read, blocks, scales, f"{path}: {name}{_SCALES}"))
+        read = partial(_read, blocks, scales, f"{path}: {name}{_SCALES}")
+        found[name] = StoredTensor(whole, torch.bfloat16, read, mxfp4=(blocks, scales))
     return found
 
 
@@ -51,14 +52,19 @@ def _read(blocks: StoredTensor, scales: StoredTensor, where: str, first: int = 0
     return torch.stack(parts).transpose(1, 2)
 
 
+def check_scales(largest: int, where: str) -> None:
+    """Raise ValueError where the largest scale is 255, which is no number; `where` names the tensor."""
+    if largest == _NAN:
+        raise ValueError(f"{where} holds 255, which stands for nan; copy the file again")
+
+
 def mxfp4_values(blocks: Tensor, scales: Tensor, where: str = "mxfp4") -> Tensor:
     """(..., n, 16) codes and (..., n) scales, uint8 both, as (..., 32 n) bfloat16.
 
     Raises:
         ValueError: a scale of 255, which is no number; `where` names the tensor.
     """
-    if bool((scales == _NAN).any()):
-        raise ValueError(f"{where} holds 255, which stands for nan; copy the file again")
+    check_scales(int(scales.max()) if scales.numel() else 0, where)
     table = torch.tensor([*_VALUES, *(-x for x in _VALUES)], dtype=torch.float32)
     codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
     values = torch.ldexp(table[codes.long()], scales.int()[..., None] - _BIAS)

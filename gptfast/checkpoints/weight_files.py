@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gptfast._files import open_read
 from gptfast._json import field, items, read_json
+from gptfast._mapping import MappedFile
 from gptfast._snapshots import current
 from gptfast.checkpoints.pickled import check_tensors, read_pickled
 
@@ -31,11 +32,15 @@ class StoredTensor:
     """A tensor of a weight file, which is read when it is asked for.
 
     read: `read()` gives the tensor, `read(first, last)` rows [first, last) of its first dimension.
+    mapped: gives its bytes in the file, a view of a `MappedFile`; None: it does not lie in one as it is.
+    mxfp4: the blocks and the scales that `read` decodes, see `gptfast.checkpoints.mxfp4`; None: it does not.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[..., Tensor]
+    mapped: Callable[[], memoryview] | None = None
+    mxfp4: tuple[StoredTensor, StoredTensor] | None = None
 
     @classmethod
     def of(cls, x: Tensor) -> StoredTensor:
@@ -107,11 +112,14 @@ def _shards(folder: Path, index_name: str) -> list[Path]:
 
 
 _LARGE = 1 << 20
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    "U8": torch.uint8,  # of MXFP4
+}
 
 
 class _Safetensors(WeightFile):
-    """Tensors are read, not mapped: pages of a mapping would stay resident until the file is closed."""
+    """Tensors are read, not mapped, unless `mapped` is asked for: pages of a mapping would stay resident until the file is closed."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, _open(path)  # which checks the header
@@ -120,13 +128,21 @@ class _Safetensors(WeightFile):
         self._header = {key: x for key, x in json.loads(self._bytes.read(length)).items() if key != "__metadata__"}
         self._start = 8 + length
         self.shapes = {key: tuple(x["shape"]) for key, x in self._header.items()}
+        self._mapping: MappedFile | None = None
 
     def stored(self, key: str) -> StoredTensor:
         entry = self._header[key]
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             return StoredTensor.of(self._unusual(key))
-        return StoredTensor(self.shapes[key], dtype, partial(self._read, entry, dtype))
+        return StoredTensor(
+            self.shapes[key], dtype, partial(self._read, entry, dtype), partial(self._mapped, *entry["data_offsets"])
+        )
+
+    def _mapped(self, begin: int, end: int) -> memoryview:
+        if self._mapping is None:
+            self._mapping = MappedFile(self._bytes, self._path, recover=True)
+        return memoryview(self._mapping)[self._start + begin : self._start + end]
 
     def _unusual(self, key: str) -> Tensor:
         try:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 MODEL_HELP = "Checkpoint folder, such as runs/bard/best, nanoGPT's ckpt.pt, or a Hugging Face hub id."
 TOKENIZER_HELP = "How to cut text into tokens: gpt2, or the FOLDER of a tokenizer."
 SPECIAL_TOKENS_HELP = "Read special tokens in prompts, such as <|endoftext|>, as such; without, as ordinary text."
-QUANTIZE_HELP = "Pack the weights in int8, int6, q4, int4, nf4, bf16 or fp32 for the native CPU engine"
+QUANTIZE_HELP = "Pack the weights in int8, int6, q4, int4, nf4, mxfp4, bf16 or fp32 for the native CPU engine"
 MOST_TEXTS = 1 << 16  # largest --batch-size; more would use much memory before the first token
 
 

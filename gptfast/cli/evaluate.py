@@ -14,7 +14,7 @@ from gptfast.cli._evaluate_texts import perplexities, show_texts
 from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, TOKENIZER_HELP
 from gptfast.cli._options import Change, Options, takes
 
-FORMATS = ("int8", "int6", "q4", "int4", "nf4", "bf16", "fp32")
+FORMATS = ("int8", "int6", "q4", "int4", "nf4", "mxfp4", "bf16", "fp32")
 
 
 @dataclass(frozen=True)

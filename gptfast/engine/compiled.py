@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from gptfast.config import GPTConfig
 
 
+# By the parameter of the experts of a layer, blocks and scales of MXFP4, views of a `MappedFile`.
+Outside = dict[str, tuple[memoryview, memoryview]]
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 MOST_THREADS = 1024  # a larger number is a mistake, and would take seconds to start
 
@@ -58,6 +60,7 @@ class CompiledGPT(AdapterMethods):
         max_rows: int | None = None,
         cache_dtype: Any = None,
         source: packed_file.PackedFile | None = None,
+        outside: Outside | None = None,
     ) -> None:
         from gptfast import _C
 
@@ -67,11 +70,12 @@ class CompiledGPT(AdapterMethods):
         self.max_rows = max_rows
         self.cache_dtype = cache_dtype_of(cache_dtype, dtype)
         self._formats, self._weights, self._source = formats, weights, source
-        self._exponents = exponents or {}
+        self._exponents, self._outside = exponents or {}, outside or {}
+        self._files = {id(part.obj): part.obj for parts in self._outside.values() for part in parts}.values()
         self._adapters, self.base_mark = PackedAdapters(), ""
         threads = torch_num_threads() if threads is None else threads
         check_count("compile_for_inference", "threads", threads, 1, MOST_THREADS, ", better one per core")
-        layout = {**formats, "exponents": self._exponents}
+        layout = {**formats, "exponents": self._exponents, "outside": self._outside}
         self._core = _C.Engine(shape_of(config), layout, weights, threads, self.cache_dtype, cpu_isa() or "scalar")
 
     @property
@@ -81,8 +85,9 @@ class CompiledGPT(AdapterMethods):
 
     @property
     def nbytes(self) -> int:
-        """Size of the packed weights, and of the adapters beside them, in bytes."""
-        return memoryview(self._weights).nbytes + self._adapters.nbytes
+        """Size of the packed weights, of those that a mapped checkpoint has, and of the adapters beside them, in bytes."""
+        mapped = sum(part.nbytes for parts in self._outside.values() for part in parts)
+        return memoryview(self._weights).nbytes + mapped + self._adapters.nbytes
 
     @classmethod
     def from_pretrained(
@@ -99,11 +104,13 @@ class CompiledGPT(AdapterMethods):
         """Pack a checkpoint without loading it first: the same weights, to the bit, as of
         `GPT.from_pretrained(path).compile_for_inference(dtype)`, but beside them no more than one matrix is in memory.
 
+        With "mxfp4" the experts of a checkpoint of gpt-oss in MXFP4 are not packed: its files are mapped, and read as they lie.
+
         Args:
             path, config_overrides: as in `GPT.from_pretrained`.
             dtype, threads, max_rows, cache_dtype: as in `GPT.compile_for_inference`.
             file: pack into this file, as `save` writes it, and map it: then the packed model need not fit into memory either.
-                None: into memory.
+                None: into memory. All weights are then in that file, MXFP4 too.
         Raises:
             OSError, ValueError: as these. An existing file then stays as it was.
         """
@@ -128,14 +135,17 @@ class CompiledGPT(AdapterMethods):
             max_rows=self.max_rows,
             cache_dtype=self.cache_dtype,
             source=self._source,
+            outside=self._outside,
         )
         other.metadata, other._adapters, other.base_mark = self.metadata, self._adapters, self.base_mark
         return other
 
     def check_weights(self) -> None:
-        """Raise OSError if the weights are mapped from a file that has changed; see `PackedFile.check`."""
+        """Raise OSError if the weights are mapped from a file that has changed; see `PackedFile.check`, `MappedFile.check`."""
         if self._source is not None:
             self._source.check()
+        for file in self._files:
+            file.check()
 
     def runner(self, max_slots: int = 1, max_len: int | None = None) -> EngineRunner:
         """A runner for these weights; see `gptfast.generation.Runner`. Keys and values take memory as they come."""
@@ -205,12 +215,18 @@ class CompiledGPT(AdapterMethods):
         """Write the packed model to a file for `gptfast.engine.load`.
 
         Raises:
-            OSError: it cannot be written; an existing file stays as it was.  ValueError: the model has adapters.
+            OSError: it cannot be written; an existing file stays as it was.  ValueError: the model has adapters, or a mapped
+                checkpoint has its experts.
         """
         if self.adapters:
             raise ValueError(
                 f"save: the model has the adapter {', '.join(map(repr, self.adapters))}, and the file is for the base alone; "
                 "write adapters with GPT.save_adapter, take them out here with delete_adapter, and load_adapter them beside the file"
+            )
+        if self._outside:
+            raise ValueError(
+                "save: the experts are read from the mapped checkpoint; for a file with all weights say `file` in "
+                "CompiledGPT.from_pretrained"
             )
         packed_file.save(path, self.description(), memoryview(self._weights), self.check_weights)
 

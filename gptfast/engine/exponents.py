@@ -20,8 +20,8 @@ LARGEST = 128 - 15
 
 
 def quantised(format: str) -> bool:
-    """Whether groups of weights share a scale in this format. "" is the format of vectors."""
-    return BITS.get(format, 32.0) < 12
+    """Whether groups of weights share a scale in fp16 in this format. "" is the format of vectors."""
+    return BITS.get(format, 32.0) < 12 and format != "mxfp4"
 
 
 def extremes(weight: Tensor) -> tuple[float, float]:

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-FORMATS = ("float32", "bfloat16", "int8", "int6", "int4", "nf4", "q4")
+FORMATS = ("float32", "bfloat16", "int8", "int6", "int4", "nf4", "q4", "mxfp4")
 CACHE_DTYPES = ("float32", "float16", "bfloat16")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # names on the command line
 BITS = {  # per weight, with its share of the scale
     **{"float32": 32.0, "bfloat16": 12.0},
-    **{"int8": 8.5, "int6": 6.5, "int4": 4.5, "nf4": 4.5, "q4": 4.5},
+    **{"int8": 8.5, "int6": 6.5, "int4": 4.5, "nf4": 4.5, "q4": 4.5, "mxfp4": 4.25},
 }
 
 MATRICES: tuple[str, ...] = ("c_attn", "attn_proj", "c_fc", "mlp_proj", "head")
@@ -49,10 +49,12 @@ def matrix_formats(name: str) -> dict[str, str]:
     """The format of each kind of matrix.
 
     The 4-bit formats keep the head, which is also the token embedding, in 8 or 6 bits: it is a third of GPT-2 124M, and its
-    errors go directly into the logits.
+    errors go directly into the logits. "mxfp4" is for the MLPs, as in gpt-oss' checkpoints, whose other matrices are in bfloat16.
     """
     formats: dict[str, str] = dict.fromkeys(MATRICES, name)
-    if BITS[name] < 6:
+    if name == "mxfp4":
+        formats |= dict.fromkeys(("c_attn", "attn_proj", "head"), "bfloat16")
+    elif BITS[name] < 6:
         formats["head"] = "int6" if name == "q4" else "int8"
     return formats
 

@@ -16,7 +16,7 @@ from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportU
 
 from gptfast.checkpoints.weight_files import room
 from gptfast.engine.adapters import packed_adapters, shape_of
-from gptfast.engine.compiled import CompiledGPT
+from gptfast.engine.compiled import CompiledGPT, Outside
 from gptfast.engine.exponents import exponent_of, extremes, quantised
 from gptfast.engine.formats import expert_of, format_name, matrix_formats, of_expert
 from gptfast.engine.runner import PANEL
@@ -74,8 +74,8 @@ class Layout(NamedTuple):
     size: int
 
 
-def layout_of(config: GPTConfig, dtype: Any) -> Layout:
-    """The layout of a model in a format. Raises ValueError: an unknown format.  RuntimeError: gptfast has no compiled part."""
+def layout_of(config: GPTConfig, dtype: Any, outside: Outside | None = None) -> Layout:
+    """The layout of a model in a format, but for what is outside. Raises ValueError: an unknown format.  RuntimeError: gptfast has no compiled part."""
     try:
         from gptfast import _C
     except ImportError as error:
@@ -84,7 +84,8 @@ def layout_of(config: GPTConfig, dtype: Any) -> Layout:
             "compiler, or use GPT.generate"
         ) from None
     formats, shape = matrix_formats(format_name(dtype)), shape_of(config)
-    return Layout(formats, _C.weight_formats(shape, formats), _C.packed_bytes(shape, formats))
+    whole = {**formats, "outside": outside or {}}
+    return Layout(formats, _C.weight_formats(shape, whole), _C.packed_bytes(shape, whole))
 
 
 class Packer:
@@ -97,6 +98,7 @@ class Packer:
         dtype: format of the matrices.
         weights: where to pack, memory of the layout's size; None: into new memory.
         after: called after each stripe of rows that is packed; None: nothing.
+        outside: weights that are not packed, but used where they lie; None: there are none.
         options: threads, max_rows and cache_dtype, see `GPT.compile_for_inference`.
     Raises:
         ValueError: an unknown format, or options that are out of range.  RuntimeError: gptfast has no compiled part.
@@ -108,16 +110,20 @@ class Packer:
         dtype: Any = "bfloat16",
         weights: Any = None,
         after: Callable[[], None] | None = None,
+        outside: Outside | None = None,
         **options: Any,
     ) -> None:
-        layout = layout_of(config, dtype)
+        layout = layout_of(config, dtype, outside)
+        self.outside = outside or {}
         self._kinds, self.names = layout.kinds, tuple(layout.kinds)
         if weights is None:  # zeroed, aligned to a page, and given back to the system at once when it is freed
             weights = mmap.mmap(-1, layout.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             _ask_for_large_pages(weights)
         self._exponents: dict[str, int] = {}
         # the engine that packs has no exponents: these are known at the end
-        self._made = partial(CompiledGPT, config, format_name(dtype), layout.formats, weights, **options)
+        self._made = partial(
+            CompiledGPT, config, format_name(dtype), layout.formats, weights, outside=outside, **options
+        )
         self._compiled = self._made()
         self._room = torch.empty(0)
         self._after = after or (lambda: None)

@@ -38,7 +38,7 @@ class GPTFastLM(TemplateLM):
 
     Args:
         pretrained: a checkpoint folder, nanoGPT's ckpt.pt, or a hub id; or a GPT.
-        dtype: on the CPU a format of the engine: float32, bfloat16, int8, int6, q4, int4, nf4; on a GPU float32, bfloat16 or
+        dtype: on the CPU a format of the engine: float32, bfloat16, int8, int6, q4, int4, nf4, mxfp4; on a GPU float32, bfloat16 or
             float16. "auto": that of the weights.
         device: "cpu", which is the default, or one of torch's. lm-eval's command line says "cuda:0" unless told otherwise: that
             is the CPU where there is no GPU, as under `--model hf`, and for formats that only the engine has.

@@ -86,7 +86,8 @@ class GPT(AdapterMethods):
         Args:
             dtype: of the matrices: "float32"; "bfloat16" (12 bits a weight: its exponents need no more than 4); "int8"
                 (8.5), "int6" (6.5); in 4.5 bits "q4" (levels of least error, the head and the token embedding in int6),
-                "int4" and "nf4" (both with these in int8). The quantised formats multiply in bytes. What each costs in
+                "int4" and "nf4" (both with these in int8); "mxfp4" (4.25, the MLPs alone, the rest in bfloat16: the numbers of
+                gpt-oss' checkpoints as they are). The quantised formats multiply in bytes. What each costs in
                 quality: docs/notes/engine.md.
             threads: None: as many as torch uses. The results do not depend on it.
             max_rows: the most sequences that may run at a time; None: as many as are asked for.

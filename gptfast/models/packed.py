@@ -7,19 +7,23 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gptfast._files import atomic_path
 from gptfast._pages import drop_code
+from gptfast.checkpoints import hf_layout
+from gptfast.checkpoints.mxfp4 import check_scales
 from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.config import GPTConfig
-from gptfast.engine.compiled import CompiledGPT
+from gptfast.engine.compiled import CompiledGPT, Outside
 from gptfast.engine.compiled import load as open_packed
 from gptfast.engine.exponents import SMALLEST, quantised
 from gptfast.engine.formats import EXPERTS, format_name, of_expert
 from gptfast.engine.packed_file import Draft, described
 from gptfast.engine.packing import Packer, layout_of
+from gptfast.engine.runner import PANEL
 from gptfast.models.locate import resolve
 from gptfast.models.pretrained import on_meta, read_weights
 from gptfast.models.quantized import mark_of, sample
@@ -53,7 +57,29 @@ def load(
 def build(stored: StoredModel, dtype: Any, overrides: dict[str, Any] | None = None, **options: Any) -> CompiledGPT:
     """As `load`, into memory, from files that are open already."""
     config = stored.config.replace(**overrides or {})
-    return _packed(stored, config, Packer(config, dtype, **options))
+    return _packed(stored, config, Packer(config, dtype, outside=_outside(stored, config, dtype), **options))
+
+
+def _outside(stored: StoredModel, config: GPTConfig, dtype: Any) -> Outside:
+    """What the engine reads where it lies, in the mapped files: the experts in MXFP4, if it is all of them in whole panels.
+
+    Raises:
+        ValueError: a scale that is no number.
+    """
+    found: Outside = {}
+    if format_name(dtype) != "mxfp4" or config.n_expert is None:
+        return found
+    E, C, F = config.n_expert, config.n_embd, config.inner_dim
+    shapes = {"gate_up_proj": (E, C, 2 * F), "down_proj": (E, F, C)}
+    for key, tensor in stored.tensors():
+        name = hf_layout.from_file(key) or key
+        if tensor.mxfp4 is None or tensor.shape != shapes.get(name.rpartition(".")[2]) or tensor.shape[2] % PANEL:
+            continue
+        blocks, scales = tensor.mxfp4
+        if blocks.mapped is not None and scales.mapped is not None:
+            found[name] = (blocks.mapped(), scales.mapped())
+            check_scales(int(np.frombuffer(found[name][1], np.uint8).max()), f"{stored.path}: {key}_scales")
+    return found if len(found) == 2 * config.n_layer else {}
 
 
 def _packed(stored: StoredModel, config: GPTConfig, packer: Packer) -> CompiledGPT:
@@ -85,6 +111,8 @@ class _EnginePacking:
             if self._embedding is not None:
                 return True
             name, self._embedding = "wte.weight", stored.dtype
+        if name in self._packer.outside:
+            return True
         if name.rpartition(".")[2] in EXPERTS:
             whole = stored.read()
             if whole.dim() == 2:

@@ -319,6 +319,6 @@ def test_quantize(run, chars, quantize):
 
 def test_unknown_quantize(run, chars):
     code, _, err = run("--model", chars[0], "--prompt", "ROMEO", "--quantize", "int3")
-    assert code and "dtype is 'int3'; expected one of float32, bfloat16, int8, int6, int4, nf4, q4" in " ".join(
+    assert code and "dtype is 'int3'; expected one of float32, bfloat16, int8, int6, int4, nf4, q4, mxfp4" in " ".join(
         err.split()
     )

@@ -33,6 +33,7 @@ TOLERANCE = {
     "int4": 0.25,  # 0.15
     "nf4": 0.25,  # 0.16
     "q4": 0.25,
+    "mxfp4": 0.25,
 }
 
 
@@ -465,7 +466,7 @@ def test_memory_that_caches_of_files_hold_counts_as_free() -> None:
 def test_errors_of_compiling() -> None:
     model = model_of("odd")
     with pytest.raises(
-        ValueError, match="dtype is 'int3'; expected one of float32, bfloat16, int8, int6, int4, nf4, q4"
+        ValueError, match="dtype is 'int3'; expected one of float32, bfloat16, int8, int6, int4, nf4, q4, mxfp4"
     ):
         model.compile_for_inference("int3")
     with pytest.raises(ValueError, match="compile_for_inference: threads is 0; expected at least 1"):
