@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gptfast
-from gptfast import GPT, engine
+from gptfast import GPT, GPTConfig, engine
 from gptfast.backend import has_cpu_ops
 from gptfast.engine import CompiledGPT
+from tests.support import ROOT
 from tests.support.engine_models import ids_of, relative_error
-from tests.support.mxfp4 import mxfp4_folder
+from tests.support.mxfp4 import CONFIG, mxfp4_folder
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
 
@@ -84,3 +85,23 @@ def test_damage_is_told(tmp_path: Path):
     save_file(tensors, file)
     with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj_blocks has shape .* expected blocks"):
         CompiledGPT.from_pretrained(folder, "mxfp4")
+
+
+@pytest.mark.skipif(not (ROOT / "scripts").exists(), reason="not run from the source tree")
+def test_a_random_checkpoint_in_shards(tmp_path: Path):
+    """scripts/random_checkpoint.py: tensors by name and seed, in files that are mapped each, under the published names."""
+    from scripts.random_checkpoint import described
+
+    config = GPTConfig(**CONFIG)
+    described(config, 5).write(tmp_path / "shards", 30_000)
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    tensors = {name: x for file in shards for name, x in load_file(file).items()}
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert len(shards) > 5 and tensors[f"{name}_blocks"].shape == (5, 192, 2, 16)
+    assert set(tensors[f"{name}_scales"].unique().tolist()) == {119, 120, 121}
+    assert torch.equal(described(config, 5).read(f"{name}_blocks"), tensors[f"{name}_blocks"])
+    assert not torch.equal(described(config, 6).read(f"{name}_blocks"), tensors[f"{name}_blocks"])
+    mapped = CompiledGPT.from_pretrained(tmp_path / "shards", "mxfp4")
+    packed = GPT.from_pretrained(tmp_path / "shards").compile_for_inference("mxfp4")
+    assert len(list(mapped._files)) > 3
+    assert torch.equal(mapped.logits(ids_of("gptoss")), packed.logits(ids_of("gptoss")))
