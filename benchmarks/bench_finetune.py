@@ -7,7 +7,8 @@ Training: forward and backward of B=2, T=1024 in bf16, kinds in turns, ratios ar
 position embedding alone, so that the gradient passes through all layers; LoRA has r=8 in all matrices of the blocks, QLoRA the
 same beside NF4, of which "peft qlora" is bitsandbytes'. Products: see bench_quantized_linear.py. Decoding: tokens a second of the
 packed base in each format, bare and with one adapter of r=8: one row, and four of which two are bare. --cpu-time counts the
-process's own CPU seconds, for a machine that others use too. Rows go to the terminal and, as JSON, to --out.
+process's own CPU seconds, for a machine that others use too. Rows go to the terminal and, as JSON, to --out. At the end comes
+each ratio that is aimed at, with its aim, and whether it is met; a faster look at them all: --rounds 2.
 """
 
 from __future__ import annotations
@@ -30,6 +31,18 @@ from gptfast.machine import cpu_name
 V = 50257
 MATRICES = ["c_attn", "c_proj", "c_fc"]
 OWN, PEERS = ("full", "frozen", "lora", "qlora"), ("peft full", "peft lora", "peft qlora")
+
+
+AIMS = (  # part, kinds or rows, ratio, bound; a ratio "of" something is one of times, but of decoding, where it is one of speeds
+    ("step", ("lora",), "of_frozen", "<=", 1.05),
+    ("step", ("lora",), "of_full", "<=", 0.75),
+    ("product", (1,), "over_bitsandbytes", ">=", 2.0),
+    ("product", (2048,), "over_bitsandbytes", ">=", 1.3),
+    ("product", (2048,), "over_bitsandbytes_dx", ">=", 1.3),
+    ("product", (2048,), "of_linear", "<=", 1.15),
+    ("product", (2048,), "of_linear_dx", "<=", 1.15),
+    ("decode", ("bfloat16", "int8", "q4"), "of_bare", ">=", 0.9),
+)
 
 
 def model_of(kind: str, layers: int) -> Any:
@@ -146,6 +159,25 @@ def time_decoding(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def judged(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each ratio that is aimed at, of those that were measured."""
+    lines, missed, measured = [], [], 0
+    for part, wanted, ratio, relation, bound in AIMS:
+        for row in rows:
+            if row["part"] != part or row["rows" if part == "product" else "kind"] not in wanted:
+                continue
+            where = f"{row['K']}x{row['N']} of {row['rows']}" if part == "product" else row["kind"]
+            met = row[ratio] <= bound if relation == "<=" else row[ratio] >= bound
+            name = f"{part} {where}: {ratio}"
+            lines.append(f"{name:<46}{row[ratio]:>8.3f}   aim {relation} {bound:<5g} {'met' if met else 'MISSED'}")
+            measured += 1
+            missed += [] if met else [name]
+    return [
+        *lines,
+        f"{measured - len(missed)} of {measured} aims met" + (f"; missed: {'; '.join(missed)}" * bool(missed)),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu-time", dest="clock", action="store_const", const=time.process_time)
@@ -164,6 +196,7 @@ def main() -> None:
     shape = {"batch": options.batch, "length": options.length, "layers": options.layers}
     head = {"cpu": cpu_name(), "threads": torch.get_num_threads(), **shape}
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    began, found = (time.perf_counter(), time.process_time()), []
     with options.out.open("a", encoding="utf-8") as out:
         for part, wanted in {
             time_steps: True,
@@ -173,6 +206,10 @@ def main() -> None:
             for row in part(options) if wanted else ():
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
                 out.write(json.dumps({**row, **head}) + "\n")
+                found.append(row)
+    print("\n" + "\n".join(judged(found)))
+    seconds, own = time.perf_counter() - began[0], time.process_time() - began[1]
+    print(f"{seconds:.0f} s, {own:.0f} s of processor time")
 
 
 if __name__ == "__main__":
