@@ -237,38 +237,6 @@ static void unpack_transposed(const LaneRows<MutHeads>& row, i64 rows, i64 D, co
   }
 }
 
-// Are rows [0, n) of `stride` words all finite? Scans fp32 values, or halves of words with PAIR.
-template <bool PAIR> static bool all_finite(const uint32_t* x, i64 stride, i64 n, i64 words) {
-  uint32_t bad = 0;
-  for (i64 j = 0; j < n; j++)
-    for (i64 w = 0; w < words; w++) {
-      uint32_t u;
-      __builtin_memcpy(&u, x + j * stride + w, 4);
-      if constexpr (PAIR) bad |= ((u & 0x7f80u) == 0x7f80u) | ((u & 0x7f800000u) == 0x7f800000u);
-      else bad |= (u & 0x7f800000u) == 0x7f800000u;
-    }
-  return !bad;
-}
-// block[d][query] += sum_j x[j][d] a[j][query] over a group, leaving out every a that is 0: nan and inf of keys that a
-// query does not see stay away from it. Slow; used only when such keys are about.
-template <bool PAIR>
-static void guarded_product(float* block, const uint32_t* x, i64 xs, const uint32_t* a, const Group& g, i64 D) {
-  for (i64 j = g.begin; j < g.end; j++)
-    for (int v = g.va; v < g.vb; v++) {
-      I w = iload(a + (PAIR ? j / 2 : j) * kQueries + v * L);
-      if (PAIR) w = j % 2 ? iand(w, iset(0xffff0000u)) : shl16(w);
-      const F weight = as_float(w);
-      for (i64 d = 0; d < D; d++) {
-        uint32_t u;
-        __builtin_memcpy(&u, x + (PAIR ? j / 2 : j) * xs + d, 4);
-        if (PAIR) u = j % 2 ? u & 0xffff0000u : u << 16;
-        float* out = block + d * kQueries + v * L;
-        const F sum = load(out);
-        store(out, select(eq(weight, zero()), sum, fma(as_float(iset(u)), weight, sum)));
-      }
-    }
-}
-
 // ---- dropout --------------------------------------------------------------------------------------------------------
 
 struct DropoutKey {

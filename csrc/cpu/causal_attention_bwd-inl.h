@@ -15,7 +15,7 @@
 // of query heads that is by query, then by head, and rounding to the dtype comes after the whole group.
 // Where key heads are few, the blocks of each are dealt to a number of slices that depends on the shape alone; their
 // sums of dk and dv are added in the order of the slices, so the threads do not show in the bits.
-#include "attention_tile-inl.h"
+#include "key_words-inl.h"
 
 INL i64 key_gradient_floats(const AttentionParams& p) {
   return p.S * round_up(p.D, 16);
@@ -37,10 +37,12 @@ static void write_key_gradients(const AttentionParams& p, i64 bh, const float* d
       store_any(at(head_row(p.dv, p.dtype, b, h, j), p.dtype, d), p.dtype, v_sum * to_dv, n);
     }
 }
+#ifndef GPTFAST_TILES
 static void causal_attention_bwd_sum(const AttentionParams& p, i64 bh, i64 slices) {
   const float* dk = p.partial + bh * slices * 2 * key_gradient_floats(p);
   write_key_gradients(p, bh, dk, dk + key_gradient_floats(p), slices);
 }
+#endif
 
 template <bool PAIR> struct AttentionBackward {
   const AttentionParams& p;
@@ -54,6 +56,7 @@ template <bool PAIR> struct AttentionBackward {
   uint32_t *p_rows, *ds_rows, *ds_lanes;    // P', dS as words along i; dS with queries in the lanes
   float *s, *dp, *dq, *shift, *minus_level, *delta, *dk, *dv, *factor;
   const uint32_t *k, *v, *k_for_dq;
+  const KeyWords k_words;  // how k_for_dq lies
   size_t bytes = 0;
 
   bool direct(const Heads& x) const { return PAIR ? x.st == D && D % 2 == 0 : p.dtype == DType::f32 && x.st == D; }
@@ -75,7 +78,7 @@ template <bool PAIR> struct AttentionBackward {
     factor = a.take<float>(kQueries);
     k_packed = a.take<uint32_t>(direct(p.k) ? 0 : keys * words + L);
     v_packed = a.take<uint32_t>(direct(p.v) ? 0 : keys * words + L);
-    k_pairs = a.take<uint32_t>(PAIR ? keys / 2 * D + L : 0);
+    k_pairs = a.take<uint32_t>(PAIR ? k_words.size : 0);
     dk = a.take<float>(p.partial ? 0 : p.S * stride);
     dv = a.take<float>(p.partial ? 0 : p.S * stride);
     bytes = a.used;
@@ -83,7 +86,7 @@ template <bool PAIR> struct AttentionBackward {
 
   AttentionBackward(const AttentionParams& params, i64 bh, i64 slice, i64 slices)
       : p(params), b(bh / key_heads(p)), h(bh % key_heads(p)), D(p.D), words(words_of<PAIR>(D)), stride(round_up(D, L)),
-        dropout(dropout_key(p, b)), scale(set(scale_of(p) * kLog2e)) {
+        dropout(dropout_key(p, b)), scale(set(scale_of(p) * kLog2e)), k_words(key_words<PAIR>(p)) {
     carve({nullptr});
     carve({static_cast<char*>(scratch(bytes))});
     if (p.partial) {
@@ -97,13 +100,13 @@ template <bool PAIR> struct AttentionBackward {
     if (!direct(p.k)) pack_rows<PAIR>(k_packed, words, k_rows, 0, p.S, D);
     if (!direct(p.v)) pack_rows<PAIR>(v_packed, words, v_rows, 0, p.S, D);
 #ifdef GPTFAST_PAIRS
-    if (PAIR) pack_row_pairs(k_pairs, D, k_rows, 0, p.S, D);
+    if (PAIR) pack_key_words(k_pairs, k_words, k_rows, 0, p.S, D);
 #endif
     __builtin_memset(dk, 0, size_t(p.S * stride) * 4);
     __builtin_memset(dv, 0, size_t(p.S * stride) * 4);
   }
 
-  const uint32_t* dq_rows(i64 j) const { return k_for_dq + (PAIR ? j / 2 : j) * D; }
+  const uint32_t* dq_rows(i64 j) const { return k_for_dq + (PAIR ? j / 2 : j) * k_words.key; }
 
   // Rows of a block with d in the lanes, zeros past the last query and past D.
   void pack_lanes(uint32_t* out, const LaneRows<Heads>& row, i64 queries) {
@@ -226,7 +229,7 @@ template <bool PAIR> struct AttentionBackward {
       for (int vec = 0; vec < visible.vectors; vec++)
         edge ? slopes<DROP, true, false>(vec, j0, groups, n) : slopes<DROP, false, false>(vec, j0, groups, n);
     }
-    const bool finite = !edge || all_finite<PAIR>(dq_rows(j0), D, PAIR ? (keys + 1) / 2 : keys, D);
+    const bool finite = !edge || finite_keys<PAIR>(dq_rows(j0), k_words, PAIR ? (keys + 1) / 2 : keys, D);
     for (int t = 0; t < n; t++) accumulate(j0, groups[t], finite);
   }
   void accumulate(i64 j0, const Group& g, bool finite) {
@@ -238,10 +241,10 @@ template <bool PAIR> struct AttentionBackward {
                    dv + (j0 + g.begin) * stride, stride, count, int(lanes), nullptr});
     product<PAIR>({op, ds_rows + g.begin * kRow + from, kRow, 1, q_rows + from * stride, stride, length,
                    dk + (j0 + g.begin) * stride, stride, count, int(lanes), nullptr});
-    if (!finite) return guarded_product<PAIR>(dq, dq_rows(j0), D, ds_lanes, g, D);
+    if (!finite) return guarded_product<PAIR>(dq, dq_rows(j0), k_words, ds_lanes, g, D);
     const i64 first = PAIR ? g.begin / 2 : g.begin, pairs = PAIR ? (count + 1) / 2 : count;
-    product<PAIR>({op, dq_rows(j0 + g.begin), 1, D, ds_lanes + first * kQueries + g.va * L, kQueries, pairs,
-                   dq + g.va * L, kQueries, D, g.vb - g.va, nullptr});
+    product<PAIR>({op, dq_rows(j0 + g.begin), k_words.channel, k_words.key, ds_lanes + first * kQueries + g.va * L,
+                   kQueries, pairs, dq + g.va * L, kQueries, D, g.vb - g.va, nullptr});
   }
 
   template <bool DROP> void block(i64 r0) {
@@ -267,17 +270,29 @@ template <bool PAIR> static void attention_backward(const AttentionParams& p, i6
     if (p.dropout.threshold) w.template block<true>(r0);
     else w.template block<false>(r0);
   }
+  end_products();
   if (!p.partial) write_key_gradients(p, bh, w.dk, w.dv, 1);
 }
+#ifdef GPTFAST_TILES
+static void (*base_backward)(const AttentionParams&, i64, i64, i64);  // of avx512_bf16
+#endif
 static void causal_attention_bwd(const AttentionParams& p, i64 bh, i64 slice, i64 slices) {
 #ifdef GPTFAST_PAIRS
   if (p.dtype == DType::bf16) return attention_backward<true>(p, bh, slice, slices);
 #endif
+#ifdef GPTFAST_TILES
+  base_backward(p, bh, slice, slices);
+#else
   attention_backward<false>(p, bh, slice, slices);
+#endif
 }
 
 static void fill(Kernels& k) {
   own_table = &k;
-  k.causal_attention_bwd = causal_attention_bwd;
+#ifdef GPTFAST_TILES
+  base_backward = k.causal_attention_bwd;
+#else
   k.causal_attention_bwd_sum = causal_attention_bwd_sum;
+#endif
+  k.causal_attention_bwd = causal_attention_bwd;
 }

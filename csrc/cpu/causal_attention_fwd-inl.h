@@ -2,12 +2,12 @@
 // maximum and sum per query (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135).
 //
 //   S^T[j][i] = sum_d k[j][d] q^T[d][i]      k broadcast as it lies, q^T packed once per block
-//   O^T[d][i] = sum_j v[j][d] P^T[j][i]      v broadcast as it lies, P^T as produced
+//   O^T[d][i] = sum_j v[j][d] P^T[j][i]      v broadcast as it lies (AMX: turned once a key head), P^T as produced
 //
 // Floor: 4 T S D flops a query head, half of them under a causal mask; k and v are read once a group of query heads.
 // Where the CPU multiplies bf16 (PAIR) k and q are read as pairs along d, v and P as pairs along j; elsewhere
 // half-precision inputs are widened to fp32 once a key head.
-#include "attention_tile-inl.h"
+#include "key_words-inl.h"
 
 template <bool PAIR> struct AttentionForward {
   const AttentionParams& p;
@@ -17,15 +17,15 @@ template <bool PAIR> struct AttentionForward {
   Visible visible;
   uint32_t *q, *k_packed, *v_packed, *pairs;
   float *s, *o, *m, *l, *alpha;
-  const uint32_t *k, *v;  // word rows of all keys: k[j * k_stride], v[j * v_stride] (PAIR: v[j / 2 * v_stride])
-  i64 k_stride, v_stride, packed = 0;
+  const uint32_t *k, *v;  // words of all keys: rows k[j * k_stride], and v as v_words says
+  const KeyWords v_words;
+  i64 k_stride, packed = 0;
 
   // k as it lies serves when its rows are words without gaps; gaps are packed away, as rows kilobytes apart collide in L1
   bool k_direct() const { return PAIR ? p.k.st == D && D % 2 == 0 : p.dtype == DType::f32 && p.k.st == D; }
   bool v_direct() const { return !PAIR && p.dtype == DType::f32 && p.v.st == D; }
 
   void carve(Arena a) {
-    const i64 keys = round_up(p.S, kKeys);
     q = a.take<uint32_t>(words * kQueries);
     s = a.take<float>(kKeys * kQueries);
     pairs = PAIR ? a.take<uint32_t>(kKeys / 2 * kQueries) : reinterpret_cast<uint32_t*>(s);
@@ -33,21 +33,20 @@ template <bool PAIR> struct AttentionForward {
     m = a.take<float>(kQueries);
     l = a.take<float>(kQueries);
     alpha = a.take<float>(kQueries);
-    k_packed = a.take<uint32_t>(k_direct() ? 0 : keys * words + L);
-    v_packed = a.take<uint32_t>(v_direct() ? 0 : keys * D + L);
+    k_packed = a.take<uint32_t>(k_direct() ? 0 : round_up(p.S, kKeys) * words + L);
+    v_packed = a.take<uint32_t>(v_direct() ? 0 : v_words.size);
     bytes = a.used;
   }
   size_t bytes = 0;
 
   AttentionForward(const AttentionParams& params, i64 bh)
       : p(params), b(bh / key_heads(p)), h(bh % key_heads(p)), D(p.D), words(words_of<PAIR>(D)),
-        dropout(dropout_key(p, b)), scale(set(scale_of(p) * kLog2e)) {
+        dropout(dropout_key(p, b)), scale(set(scale_of(p) * kLog2e)), v_words(key_words<PAIR>(p)) {
     carve({nullptr});
     carve({static_cast<char*>(scratch(bytes))});
     k = k_direct() ? static_cast<const uint32_t*>(head_row(p.k, p.dtype, b, h, 0)) : k_packed;
     v = v_direct() ? static_cast<const uint32_t*>(head_row(p.v, p.dtype, b, h, 0)) : v_packed;
     k_stride = words;
-    v_stride = D;
   }
 
   void pack_keys(i64 end) {  // makes keys [0, end) available
@@ -55,8 +54,8 @@ template <bool PAIR> struct AttentionForward {
     if (!k_direct()) pack_rows<PAIR>(k_packed, words, KeyRows{p.k, p.dtype, b, h}, packed, end, D);
     if constexpr (PAIR) {
 #ifdef GPTFAST_PAIRS
-      const i64 from = packed / 2 * 2;  // an odd end was paired with 0
-      pack_row_pairs(v_packed + from / 2 * D, D, KeyRows{p.v, p.dtype, b, h}, from, end, D);
+      const i64 from = packed / kKeysPacked * kKeysPacked;  // what was missing at the end counted as 0
+      pack_key_words(v_packed, v_words, KeyRows{p.v, p.dtype, b, h}, from, end, D);
 #endif
     } else if (!v_direct()) {
       pack_rows<PAIR>(v_packed, D, KeyRows{p.v, p.dtype, b, h}, packed, end, D);
@@ -64,7 +63,7 @@ template <bool PAIR> struct AttentionForward {
     packed = end;
   }
 
-  const uint32_t* v_rows(i64 j) const { return v + (PAIR ? j / 2 : j) * v_stride; }
+  const uint32_t* v_rows(i64 j) const { return v + (PAIR ? j / 2 : j) * v_words.key; }
 
   // s -> P^T of one vector of queries over one group of keys; returns nothing, updates m, l, alpha of the vector.
   template <bool DROP, bool EDGE> void softmax(int v, i64 j0, const Group* groups, int n) {
@@ -132,8 +131,8 @@ template <bool PAIR> struct AttentionForward {
   // O^T += V^T P^T over one group.
   void accumulate_pv(TileOp op, i64 j0, const Group& g) {
     const i64 from = PAIR ? g.begin / 2 : g.begin, count = PAIR ? (g.end - g.begin + 1) / 2 : g.end - g.begin;
-    product<PAIR>({op, v_rows(j0 + g.begin), 1, v_stride, pairs + from * kQueries + g.va * L, kQueries, count,
-                   o + g.va * L, kQueries, D, g.vb - g.va, alpha + g.va * L});
+    product<PAIR>({op, v_rows(j0 + g.begin), v_words.channel, v_words.key, pairs + from * kQueries + g.va * L, kQueries,
+                   count, o + g.va * L, kQueries, D, g.vb - g.va, alpha + g.va * L});
   }
   void rescale_output() {
     for (i64 d = 0; d < D; d++)
@@ -158,10 +157,10 @@ template <bool PAIR> struct AttentionForward {
     if (!edge) return accumulate_pv(first ? TileOp::set : TileOp::scale, j0, groups[0]);
     if (first) __builtin_memset(o, 0, size_t(D * kQueries) * 4);
     else rescale_output();
-    const bool finite = all_finite<PAIR>(v_rows(j0), v_stride, PAIR ? (keys + 1) / 2 : keys, D);
+    const bool finite = finite_keys<PAIR>(v_rows(j0), v_words, PAIR ? (keys + 1) / 2 : keys, D);
     for (int g = 0; g < n; g++) {
       if (finite) accumulate_pv(TileOp::accumulate, j0, groups[g]);
-      else guarded_product<PAIR>(o, v_rows(j0), v_stride, pairs, groups[g], D);
+      else guarded_product<PAIR>(o, v_rows(j0), v_words, pairs, groups[g], D);
     }
   }
 
@@ -217,15 +216,26 @@ template <bool PAIR> static void attention_forward(const AttentionParams& p, i64
     if (p.dropout.threshold) f.template block<true>(r0);
     else f.template block<false>(r0);
   }
+  end_products();
 }
+#ifdef GPTFAST_TILES
+static void (*base_forward)(const AttentionParams&, i64, i64, i64);  // of avx512_bf16
+#endif
 static void causal_attention_fwd(const AttentionParams& p, i64 bh, i64 first, i64 step) {
 #ifdef GPTFAST_PAIRS
   if (p.dtype == DType::bf16) return attention_forward<true>(p, bh, first, step);
 #endif
+#ifdef GPTFAST_TILES
+  base_forward(p, bh, first, step);
+#else
   attention_forward<false>(p, bh, first, step);
+#endif
 }
 
 static void fill(Kernels& k) {
   own_table = &k;
+#ifdef GPTFAST_TILES
+  base_forward = k.causal_attention_fwd;
+#endif
   k.causal_attention_fwd = causal_attention_fwd;
 }

@@ -18,8 +18,8 @@ namespace gptfast::cpu {
 // these lines, and has the compiler's flags of each (buildtools/libraries.py).
 #if defined(__x86_64__)
 #define GPTFAST_ISAS(X, PART) X(scalar) X(avx2) X(avx512) X(avx512_bf16) PART(amx, avx512_bf16)
-#define GPTFAST_CPU_amx(X) X(tile_amx) X(gemm)
-#define GPTFAST_ENGINE_amx(X)
+#define GPTFAST_CPU_amx(X) X(tile_amx) X(gemm) X(causal_attention_fwd) X(causal_attention_bwd)
+#define GPTFAST_ENGINE_amx(X) X(product_amx)
 #elif defined(__aarch64__)
 #define GPTFAST_ISAS(X, PART) X(scalar) X(neon) PART(neon_dotprod, neon) X(neon_bf16)
 #define GPTFAST_CPU_neon_dotprod(X)

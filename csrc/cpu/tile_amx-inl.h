@@ -4,8 +4,8 @@
 // below 2^-126 count as 0 (Intel's description of tdpbf16ps). So the bits are not those of vdpbf16ps, but they depend on K alone:
 // a row of C on no other row, and not on how many there are. A step is summed by itself, so TileOp::add is `accumulate`.
 //
-// Floor: a tile product does 16,384 flops, one in 16 cycles on the first such processors; with 32 rows and 32 columns one tile
-// is loaded for each, which takes half as long.
+// Floor: a tile product does 16,384 flops, in 16 cycles on the first such processors; with 32 rows and 32 columns a tile is loaded
+// for each.
 #include "products-inl.h"
 #include "tiles-inl.h"
 

@@ -46,8 +46,8 @@ template <int C, int A, int B> INL void tile_bytes() {
 }
 #endif
 
-// The shapes in use. To configure them takes as long as a dozen products and clears the registers, so it is done where a shape
-// changes; who multiplies last calls end().
+// The shapes in use. To configure them is slow and clears the registers, so it is done where a shape changes; who multiplies
+// last calls end().
 struct Tiles {
   i64 rows = 0, words = 0;  // of tiles 0, 1, 4, and of A along k; 2, 3 and 5 have 16 rows. 0: not configured
 

@@ -185,6 +185,13 @@ class Check {
   i64 values_ = 0, wrong_ = 0;
 };
 
+// What has been done with tiles since `then`.
+inline void counted(Check& check, const emulated::Counts& then, const emulated::Counts& want) {
+  const emulated::Counts seen = emulated::since(then);
+  check.equal(seen.configured, want.configured), check.equal(seen.loaded, want.loaded);
+  check.equal(seen.stored, want.stored), check.equal(seen.multiplied, want.multiplied);
+}
+
 // Rows of an array, to read or to write.
 struct ArrayRows {
   void* data;

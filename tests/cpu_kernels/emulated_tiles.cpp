@@ -127,6 +127,11 @@ void multiply_bytes(int c, int a, int b) {
 }
 
 Counts counts() { return state.counts; }
+Counts since(const Counts& then) {
+  const Counts& now = state.counts;
+  return {now.configured - then.configured, now.loaded - then.loaded, now.stored - then.stored,
+          now.multiplied - then.multiplied};
+}
 bool in_use() { return state.configured; }
 
 }  // namespace gptfast::emulated

@@ -18,7 +18,8 @@ void multiply_bytes(int c, int a, int b);  // tdpbsud
 struct Counts {
   int64_t configured, loaded, stored, multiplied;
 };
-Counts counts();  // of this thread, so far
-bool in_use();    // this thread has configured tiles and not released them
+Counts counts();                   // of this thread, so far
+Counts since(const Counts& then);  // the difference
+bool in_use();                     // this thread has configured tiles and not released them
 
 }  // namespace gptfast::emulated

@@ -134,6 +134,17 @@ struct Checker {
                         alone.floats(), kPanel);
     for (i64 n = 0; n < kPanel; n++) check.near(alone[n], y[(M - 1) * (kPanel + 3) + n], 0);
   }
+  // bf16: four products and loads for 32 k. int8: for 16 outputs a product, two loads and a store.
+  void tiles() const {
+    for (const bool bytes : {false, true}) {
+      Product p(*this, bytes ? Format::int8 : Format::bf16, 32, 256);
+      Check check("tiles of the engine", kFormatNames[int(p.format)]);
+      const emulated::Counts before = emulated::counts(),
+                             want = bytes ? emulated::Counts{1, 64, 32, 32} : emulated::Counts{1, 32, 4, 32};
+      k.product[int(p.format)](p.panel(), p.activations(), p.M, p.depth, p.y.floats(), kPanel);
+      counted(check, before, want);
+    }
+  }
   // The first and the last row alone: the same bits.
   void rows_do_not_depend(Product& p) const {
     Check check("a row of a product alone", kFormatNames[int(p.format)], "M", p.M, "K", p.K);
@@ -363,9 +374,11 @@ void check_engine(const char* isa) {
     c.weights(Format(f));
     for (i64 M : {1, 2, 3, 4, 5, 6, 7, 15, 16, 17})
       for (i64 K : {1, 33, 68}) c.product(Format(f), M, K);
+    for (i64 M : {32, 33, 50}) c.product(Format(f), M, 100);
   }
   for (i64 M : {1, 2, 5, 17})
     for (i64 K : {32, 480, 544, 2880}) c.blocks(M, K);  // rows of scales that fill 16 and do not
+  if (!std::strcmp(isa, "amx")) c.tiles();
   c.epilogues();
   for (i64 M : {1, 5})
     for (i64 r : {1, 4, 9}) c.lora(M, 35, r);

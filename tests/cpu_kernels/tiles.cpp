@@ -20,12 +20,6 @@ float in_steps(const Array& a, i64 first, const Array& b, i64 column, i64 ldb, i
   return sum;
 }
 
-emulated::Counts since(const emulated::Counts& before) {
-  const emulated::Counts now = emulated::counts();
-  return {now.configured - before.configured, now.loaded - before.loaded, now.stored - before.stored,
-          now.multiplied - before.multiplied};
-}
-
 // C = A B of bf16 with fp32 sums as they are; `scale` makes products that are too small for normal numbers.
 void gemm(i64 M, i64 N, i64 K, double scale, const emulated::Counts* want) {
   Random random(uint64_t(M * 1000 + N + K));
@@ -40,8 +34,8 @@ void gemm(i64 M, i64 N, i64 K, double scale, const emulated::Counts* want) {
   k().gemm_pack(p, 0, ceil_div(N, cpu::kGemmPanel * cpu::kPackPanels) * ceil_div(p.k1, cpu::kGemmDepth));
   const emulated::Counts before = emulated::counts();
   for (i64 i = 0; i < ceil_div(M, cpu::kGemmRows); i++) k().gemm(p, i);
-  const emulated::Counts seen = since(before);
   Check check("the bits of gemm on tiles M", M, "N", N, "K", K);
+  if (want) counted(check, before, *want);
   i64 some = 0;
   for (i64 m = 0; m < M; m++)
     for (i64 n = 0; n < N; n++) {
@@ -49,9 +43,31 @@ void gemm(i64 M, i64 N, i64 K, double scale, const emulated::Counts* want) {
       some += c[m * N + n] != 0;
     }
   check.holds(some > M * N / 4, "all sums are 0");
-  if (!want) return;
-  check.equal(seen.configured, want->configured), check.equal(seen.loaded, want->loaded);
-  check.equal(seen.stored, want->stored), check.equal(seen.multiplied, want->multiplied);
+}
+
+// One head of 64 queries and S keys of 64 channels, which all are seen: all in tiles of 2 x 2.
+void attention(i64 S) {
+  constexpr i64 T = 64, D = 64;
+  Random random{uint64_t(S)};
+  Array q(DType::bf16, T * D), kv(DType::bf16, S * D), out(DType::bf16, T * D), grads(DType::bf16, (T + 2 * S) * D);
+  Array shift(DType::f32, T), level(DType::f32, T);
+  q.fill(random, 1), kv.fill(random, 1);
+  cpu::AttentionParams p{};
+  p.B = p.H = p.group = 1, p.T = T, p.S = S, p.D = D, p.dtype = DType::bf16, p.scale = 0.125f;
+  p.q = p.dout = {q.data(), T * D, T * D, D}, p.k = p.v = {kv.data(), S * D, S * D, D};
+  p.y = {out.data(), T * D, T * D, D}, p.out = {out.data(), T * D, T * D, D};
+  char* gradient = static_cast<char*>(grads.data());
+  p.dq = {gradient, T * D, T * D, D}, p.dk = {gradient + 2 * T * D, S * D, S * D, D};
+  p.dv = {gradient + 2 * (T + S) * D, S * D, S * D, D};
+  p.shift = shift.floats(), p.level = level.floats();
+  Check check("tiles of attention S", S);
+  const i64 tiles = S / 64, products = 32, sums = 16;  // of 64 x 64 x 64, and tiles of its result
+  emulated::Counts before = emulated::counts();
+  k().causal_attention_fwd(p, 0, 0, 1);
+  counted(check, before, {1, tiles * 2 * products + (tiles - 1) * sums, tiles * 2 * sums, tiles * 2 * products});
+  before = emulated::counts();
+  k().causal_attention_bwd(p, 0, 0, 1);
+  counted(check, before, {1, tiles * (5 * products + 3 * sums), tiles * 5 * sums, tiles * 5 * products});
 }
 
 }  // namespace
@@ -65,6 +81,7 @@ void check_tiles() {
   gemm(96, 32, 1024, 1, &deep);
   for (i64 K : {1, 2, 31, 33, 70, 513}) gemm(19, 33, K, 1, nullptr);
   for (i64 M : {1, 15, 16, 17, 31, 33, 97}) gemm(M, 48, 40, 1, nullptr);
+  attention(64), attention(128);
   gemm(17, 32, 64, 0x1p-62, nullptr);  // products around the smallest normal number
 }
 
