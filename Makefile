@@ -20,7 +20,7 @@ JOBS    ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1); ech
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SHARED   = $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder)
 
-.PHONY: help torch-requirement demo demo-finetune bench-finetune bench-evaluate bench-family test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-step bench-drop-in bench-generate bench-gpu gpu-check docs wheel release released clean install
+.PHONY: help torch-requirement demo demo-finetune bench-finetune bench-evaluate bench-family test test-fast test-sanitize fuzz mutants lint fmt bench bench-cpu bench-step bench-drop-in bench-generate bench-gpu gpu-check docs wheel wheel-macos torch-macos release released clean install
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -133,6 +133,22 @@ wheel: $(VENV)/.installed  ## sdist and wheel in dist/: Linux with glibc >= 2.28
 		--exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
 	$(BIN)/abi3audit --strict --assume-minimum-abi3 3.10 dist/*.whl
 	cp build/wheel/*.tar.gz dist
+
+# torch's wheel for macOS has what the ops are compiled and linked against. Nothing of either runs here.
+MACOS = build/torch-macos
+$(MACOS)/torch/version.py: | $(BIN)/python
+	$(PIP) download --quiet --no-deps --only-binary=:all: --platform macosx_14_0_arm64 --python-version 3.11 \
+		--dest $(MACOS) "$(TORCH)"
+	$(BIN)/python -m zipfile -e $(MACOS)/torch-*-macosx_14_0_arm64.whl $(MACOS)
+	@touch $@
+
+torch-macos: $(MACOS)/torch/version.py  ## torch for macOS in build/torch-macos (111 MB), for `make wheel-macos` and its test
+
+wheel-macos: $(VENV)/.installed $(MACOS)/torch/version.py  ## wheel in dist/ for macOS 14 or newer on arm64, cross-built: it links, and has not run
+	$(PIP) --quiet --group wheel
+	CXX="$(abspath $(BIN))/python -m ziglang c++ -target aarch64-macos.14.0" GPTFAST_CUDA=0 GPTFAST_TORCH="$(abspath $(MACOS))/torch" \
+		$(BIN)/python -m build --no-isolation --outdir build/wheel-macos .
+	mkdir -p dist && cp build/wheel-macos/*-macosx_14_0_arm64.whl dist
 
 # twine: the description renders, the metadata are complete; check-wheel-contents: no file too many, none twice.
 release: wheel  ## `make wheel`, and the checks of an index on what lies in dist/

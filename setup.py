@@ -9,6 +9,7 @@ GPTFAST_CUDA=auto|1|0: build the CUDA ops where nvcc is found and torch is a CUD
 TORCH_CUDA_ARCH_LIST names the GPUs, as for torch's own extensions, such as "8.0;9.0+PTX", the default; with nvcc 12.8 or newer
 that is "8.0;9.0+PTX;10.0;12.0+PTX". 9.0 is built as 9.0a, which has wgmma and TMA and runs on every GPU of capability 9.0;
 GPUs below 8.0 are left out.
+GPTFAST_TORCH: the folder torch of an unpacked wheel, for a cross build: CXX="python -m ziglang c++ -target aarch64-macos.14.0".
 MAX_JOBS bounds the number of compilers at work, CXX names the compiler.
 
 Objects stay in build/objects, so that every kind of install compiles only what changed. A build in place also writes
@@ -41,7 +42,9 @@ from buildtools.toolchain import (  # noqa: E402
     fail,
     find_cuda,
     find_torch,
+    objects_folder,
     wanted_cuda,
+    wheel_platform,
 )
 
 
@@ -59,7 +62,7 @@ class NinjaBuild(build_ext):
 
     def finalize_options(self) -> None:
         if self.build_temp is None:  # pip names a temporary folder, which would compile everything each time
-            self.build_temp = str(ROOT / "build" / "objects")
+            self.build_temp = str(ROOT / objects_folder())
         super().finalize_options()
 
     def run(self) -> None:
@@ -132,8 +135,10 @@ if (
     int(setuptools_version.split(".")[0]) < 77
 ):  # older ones refuse the licence in pyproject.toml, in ten lines of their own
     fail(f"setuptools {setuptools_version} is too old; gptfast needs >= 77: {BUILD_TOOLS}")
+platform = wheel_platform()
+WHEEL = {"py_limited_api": "cp310"} | ({"plat_name": platform} if platform else {})
 setup(
     ext_modules=[Extension("gptfast._C", sources=[], py_limited_api=True)] if BUILD else [],
     cmdclass={"build_ext": NinjaBuild, "build_emu": EmulatorBuild, "build_checks": ChecksBuild} if BUILD else {},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if BUILD else {},
+    options={"bdist_wheel": WHEEL} if BUILD else {},
 )

@@ -134,6 +134,11 @@ def torch_link(torch: Path) -> list[str]:
     return [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]  # loaded before any of our libraries: no rpath
 
 
+def macos_link(name: str, *flags: str) -> list[str]:
+    """On macOS a library has a name, which must not be its place in the build, and says what it leaves to others."""
+    return [f"-Wl,-install_name,@rpath/{name}", *flags] if target()[1] == "macos" else []
+
+
 def bindings(*, cuda: bool) -> list[Path]:
     return [p for p in plain_sources("bindings") if p.name.startswith("cuda_") == cuda]
 
@@ -142,7 +147,8 @@ def cpu_ops(torch: Path) -> Library:
     units = kernel_units("cpu")
     units += cpp_units("_ops", plain_sources("cpu"))
     units += cpp_units("_ops", bindings(cuda=False), stable_abi(torch))
-    return Library("gptfast/_ops.so", units, [*torch_link(torch), *link_flags()])
+    beside = macos_link("_ops.so", "-Wl,-rpath,@loader_path/../torch/lib")  # where pip puts torch
+    return Library("gptfast/_ops.so", units, [*torch_link(torch), *beside, *link_flags()])
 
 
 def cuda_ops(torch: Path, cuda: Cuda) -> Library:
@@ -177,7 +183,8 @@ def python_module(torch: Path, cuda: Cuda | None) -> Library:
         "_C", [*plain_sources("engine"), *(ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("amx", "scratch"))]
     )
     units += cpp_units("_C", plain_sources("python"), flags)
-    return Library("gptfast/_C.abi3.so", units, ["-pthread", *link_flags()])
+    python = macos_link("_C.abi3.so", "-Wl,-undefined,dynamic_lookup")  # Python's functions are in the program
+    return Library("gptfast/_C.abi3.so", units, ["-pthread", *python, *link_flags()])
 
 
 def libraries(torch: Path, cuda: Cuda | None) -> list[Library]:

@@ -18,6 +18,7 @@ BLACKWELL = (
     "10.0;12.0+PTX"  # too, from nvcc 12.8 on; GPUs without code of theirs compile the PTX when they first run it
 )
 OLDEST_GPU = 8.0
+TORCH_HEADER = "include/torch/csrc/stable/library.h"
 
 NO_TORCH = """
 gptfast's compiled ops need the headers of PyTorch >= 2.11, and no torch was found in {places}.
@@ -56,18 +57,48 @@ def this_machine() -> tuple[str, str]:
 def target() -> tuple[str, str]:
     """The machine and the system that CXX compiles for: those of `-target aarch64-macos` or of its name, else these here."""
     command = os.environ.get("CXX", "")
-    match = re.search(r"-target[ =](\w+)-(linux|macos)", command) or re.search(
+    match = re.search(r"-target[ =](\w+)-(linux|macos|windows)", command) or re.search(
         r"\b(x86_64|aarch64)-(linux)-gnu-g\+\+", command
     )
     return (match[1], match[2]) if match else this_machine()
 
 
+def is_cross() -> bool:
+    """Whether CXX compiles for another machine or system than this one."""
+    return target() != this_machine()
+
+
+def objects_folder() -> str:
+    """Where objects are, below the sources: those for other machines beside each other."""
+    return f"build/checks/{'-'.join(target())}/objects" if is_cross() else "build/objects"
+
+
+MACOS = "14.0"  # the oldest that torch >= 2.11 has wheels for
+
+
+def wheel_platform() -> str | None:
+    """The platform that a cross-built wheel names; None: setuptools' own, that of this machine."""
+    machine, system = target()
+    if not is_cross() or system != "macos":
+        return None  # auditwheel names those of Linux
+    version = re.search(r"-macos[.](\d+)[.](\d+)", os.environ["CXX"])
+    oldest = "_".join(version.groups()) if version else MACOS.replace(".", "_")
+    return f"macosx_{oldest}_{'arm64' if machine == 'aarch64' else machine}"
+
+
 def find_torch() -> Path:
-    """torch's folder in the environment that gptfast is installed into (also from inside an isolated build)."""
+    """torch's folder: GPTFAST_TORCH, for a cross build; else in the environment that gptfast is installed into.
+
+    An isolated build finds that environment too."""
+    named = os.environ.get("GPTFAST_TORCH")
+    if named:
+        if not (Path(named) / TORCH_HEADER).exists():
+            fail(f"GPTFAST_TORCH is {named!r}; expected the folder torch of an unpacked wheel, with {TORCH_HEADER}")
+        return Path(named).resolve()
     places = [Path(sysconfig.get_paths()[key]) for key in ("purelib", "platlib")]
     places += [Path(p) for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
     for place in dict.fromkeys(places):
-        if (place / "torch" / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+        if (place / "torch" / TORCH_HEADER).exists():
             return place / "torch"
     fail(NO_TORCH.format(places=", ".join(str(p) for p in dict.fromkeys(places))))
     raise AssertionError("unreachable")

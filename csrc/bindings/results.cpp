@@ -1,10 +1,9 @@
 // Memory for large results, kept for the next ones. As installed, glibc maps every buffer of this size afresh and unmaps
 // it when freed: 12,000 page faults for 50 MB, more than the arithmetic of most ops (docs/notes/cpu.md).
-#include <cstdlib>
 #include <mutex>
-#include <new>
 #include <unordered_map>
 
+#include "../cpu/system.h"
 #include "common.h"
 
 namespace gptfast {
@@ -32,8 +31,7 @@ class ResultMemory {
       free_.erase(free_.begin() + long(best));
     } else {
       block.size = (bytes + 63) / 64 * 64;
-      block.data = std::aligned_alloc(64, block.size);
-      if (!block.data) throw std::bad_alloc();
+      block.data = cpu::allocate_aligned(64, block.size);
     }
     sizes_[block.data] = block.size;
     return block.data;
@@ -61,7 +59,7 @@ class ResultMemory {
     size_t n = 0;
     for (; kept_ > most_; n++) {
       kept_ -= free_[n].size;
-      std::free(free_[n].data);
+      cpu::free_aligned(free_[n].data);
     }
     free_.erase(free_.begin(), free_.begin() + long(n));
   }

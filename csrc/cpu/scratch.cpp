@@ -1,8 +1,8 @@
 // Scratch memory of a thread, for the kernels of csrc/cpu and csrc/engine.
-#include <cstdlib>
-#include <new>
+#include <utility>
 
 #include "kernels.h"
+#include "system.h"
 
 namespace gptfast::cpu {
 namespace {
@@ -10,16 +10,14 @@ namespace {
 struct Scratch {
   void* data = nullptr;
   size_t size = 0;
-  ~Scratch() { std::free(data); }
+  ~Scratch() { free_aligned(data); }
   void* get(size_t bytes) {
     if (bytes <= size) return data;
-    std::free(data);
-    size = (bytes + 4095) / 4096 * 4096;
-    data = std::aligned_alloc(4096, size);
-    if (!data) {
-      size = 0;
-      throw std::bad_alloc();
-    }
+    free_aligned(std::exchange(data, nullptr));
+    size = 0;
+    const size_t whole = (bytes + 4095) / 4096 * 4096;
+    data = allocate_aligned(4096, whole);
+    size = whole;
     return data;
   }
 };

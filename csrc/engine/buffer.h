@@ -1,10 +1,9 @@
 // Grow-only zeroed memory, aligned for every vector.
 #pragma once
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <utility>
 
+#include "../cpu/system.h"
 #include "format.h"
 
 namespace gptfast::engine {
@@ -13,15 +12,14 @@ template <class T> class Buffer {
  public:
   Buffer() = default;
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { cpu::free_aligned(data_); }
   T* get() const { return data_; }
   void grow(i64 n) {
     if (n <= size_) return;
-    std::free(std::exchange(data_, nullptr));
+    cpu::free_aligned(std::exchange(data_, nullptr));
     size_ = 0;
     const size_t bytes = size_t(round_up(n * i64(sizeof(T)), 64));
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (!data_) throw std::bad_alloc();
+    data_ = static_cast<T*>(cpu::allocate_aligned(64, bytes));
     std::memset(data_, 0, bytes);
     size_ = n;
   }

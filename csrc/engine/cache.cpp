@@ -1,13 +1,10 @@
 #include "cache.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 
-#include <sys/mman.h>
-
+#include "../cpu/system.h"
 #include "kernels.h"
 
 namespace gptfast::engine {
@@ -22,19 +19,15 @@ Cache::~Cache() {
   for (Row& row : rows_) drop_from(row, 0);
   for (Pool* pool : {&dense_, &banded_})
     for (Page* page : pool->spare) {
-      std::free(page->data);
+      cpu::free_aligned(page->data);
       delete page;
     }
 }
 
 Cache::Page* Cache::Pool::make() {
   const i64 alignment = bytes >= kLargePage ? kLargePage : 4096, size = round_up(bytes, 4096);
-  void* memory = nullptr;
-  if (posix_memalign(&memory, size_t(alignment), size_t(size))) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE                                                          // of Linux
-  if (alignment == kLargePage) madvise(memory, size_t(size), MADV_HUGEPAGE);  // where there are such; fewer TLB misses
-#endif
-  char* data = static_cast<char*>(memory);
+  char* data = static_cast<char*>(cpu::allocate_aligned(size_t(alignment), size_t(size)));
+  if (alignment == kLargePage) cpu::prefer_large_pages(data, size_t(size));  // fewer TLB misses
   made++;
   return new Page{data, 0};
 }
@@ -48,7 +41,7 @@ Cache::Page* Cache::Pool::take() {
 void Cache::Pool::drop(Page* page) {
   if (!page || --page->users) return;
   if (spare.size() < most_spare) return spare.push_back(page);
-  std::free(page->data);
+  cpu::free_aligned(page->data);
   delete page;
   made--;
 }

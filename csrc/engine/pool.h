@@ -12,8 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include <sched.h>
-#include <unistd.h>
+#include "../cpu/system.h"
 
 namespace gptfast::engine {
 
@@ -54,7 +53,7 @@ class Pool {
     for (Flag& other : team.flags)
       for (int polls = 0; int32_t(other.count.load(std::memory_order_acquire) - mine) < 0;) {
         relax();
-        if (++polls == kPollsToYield) sched_yield(), polls = 0;
+        if (++polls == kPollsToYield) std::this_thread::yield(), polls = 0;
       }
   }
 
@@ -66,25 +65,25 @@ class Pool {
     std::atomic<uint32_t> count{0};
   };
   struct Team {
-    explicit Team(int threads) : flags(size_t(threads)), process(getpid()) {}
+    explicit Team(int threads) : flags(size_t(threads)), process(cpu::process_id()) {}
     std::vector<Flag> flags;
     alignas(128) std::atomic<uint32_t> epoch{0};
     std::atomic<bool> stopping{false};
     const std::function<void(int)>* job = nullptr;
     std::vector<std::thread> workers;
-    pid_t process;
+    long process;
   };
 
   // A forked child has no workers: it leaves the parent's team alone and makes one of its own.
   void start() {
-    if (team_ && team_->process != getpid()) (void)team_.release();
+    if (team_ && team_->process != cpu::process_id()) (void)team_.release();
     if (team_) return;
     team_ = std::make_unique<Team>(threads_);
     for (int t = 1; t < threads_; t++) team_->workers.emplace_back([this, team = team_.get(), t] { work(*team, t); });
   }
   void stop() {
     if (!team_) return;
-    if (team_->process != getpid()) return (void)team_.release();
+    if (team_->process != cpu::process_id()) return (void)team_.release();
     team_->stopping = true;
     team_->epoch.fetch_add(1);
     team_->epoch.notify_all();
@@ -107,7 +106,7 @@ class Pool {
         if (now != seen) return now;
         for (int i = 0; i < 16; i++) relax();
       }
-      sched_yield();
+      std::this_thread::yield();
       if (std::chrono::steady_clock::now() > until) team.epoch.wait(seen);
     }
   }

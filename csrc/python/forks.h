@@ -1,10 +1,9 @@
 // fork() and the engines' threads.
 #pragma once
-#include <pthread.h>
-
 #include <mutex>
 #include <set>
 
+#include "../cpu/system.h"
 #include "../engine/engine.h"
 
 namespace gptfast::engine {
@@ -14,7 +13,7 @@ namespace gptfast::engine {
 class Forks {
  public:
   static void add(Engine* engine) {
-    static const int once = pthread_atfork(lock_all, unlock_all, unlock_all);
+    static const int once = cpu::at_fork(lock_all, unlock_all);
     (void)once;
     const std::lock_guard guard(mutex_);
     engines_.insert(engine);

@@ -10,9 +10,7 @@
 
 #include <atomic>
 
-#include <sys/mman.h>
-#include <unistd.h>
-
+#include "../cpu/system.h"
 #include "bind.h"
 #include "matrix.h"
 
@@ -42,10 +40,9 @@ Entry* entry_at(uintptr_t address) {
 
 // Zeros instead of the file from this page on, so that the reader comes to its end and then learns of it.
 bool replace_by_zeros(Entry* e, uintptr_t address) {
-  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), from = address / page * page;
+  const uintptr_t page = cpu::page_size(), from = address / page * page;
   e->failed.store(true);
-  return mmap(reinterpret_cast<void*>(from), e->end.load() - from, PROT_READ,
-              MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED;
+  return cpu::map_zeros(reinterpret_cast<void*>(from), e->end.load() - from);
 }
 
 // Only what is safe in a signal handler: system calls, and memory that is there.

@@ -94,6 +94,16 @@ def _start(description: dict[str, Any], length: int = 0) -> bytes:
     return _START.pack(MAGIC, version, len(header), zlib.crc32(header)) + header
 
 
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Take room on the disk for an empty file, of zeros. A full disk raises here; a mapped write would be SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    for at in range(0, size, _CHUNK):  # macOS has no such call
+        file.write(bytes(min(_CHUNK, size - at)))
+    file.flush()
+
+
 class Draft:
     """A file of a compiled model that is packed in place, so that its weights are not held in memory. Its header comes last.
 
@@ -112,9 +122,7 @@ class Draft:
         self._length = len(_start(longest | {"bytes": size, "crc32": 2**32 - 1}))
         begin = self._length + -self._length % _PAGE
         self._file = path.open("w+b")
-        os.posix_fallocate(
-            self._file.fileno(), 0, begin + size
-        )  # a full disk raises here; a mapped write would be SIGBUS
+        _reserve(self._file, begin + size)
         self._mapped = mmap.mmap(self._file.fileno(), begin + size)
         self.weights = memoryview(self._mapped)[begin:]
 

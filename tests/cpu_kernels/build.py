@@ -14,7 +14,7 @@ from buildtools.libraries import (
     plain_sources,
 )
 from buildtools.ninja_file import Library, Unit
-from buildtools.toolchain import target, this_machine
+from buildtools.toolchain import objects_folder, target
 
 FOLDER = Path(__file__).parent
 
@@ -25,8 +25,7 @@ def name() -> str:
 
 def build_dir() -> Path:
     """Where the objects are: those of the libraries where they are for this machine too."""
-    native = target() == this_machine()
-    return ROOT / "build" / ("objects" if native else f"checks/{name()}/objects")
+    return ROOT / objects_folder()
 
 
 def emulated(unit: Unit) -> Unit:

@@ -174,6 +174,16 @@ def test_a_full_disk_is_told_before_packing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+def test_packing_into_a_file_without_fallocate(tmp_path, monkeypatch):
+    """On macOS zeros are written in its place: the same file."""
+    model_of("gpt2").save_pretrained(tmp_path / "base")
+    CompiledGPT.from_pretrained(tmp_path / "base", file=tmp_path / "linux.gptfast")
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr("gptfast.engine.packed_file._CHUNK", 10_000)
+    CompiledGPT.from_pretrained(tmp_path / "base", file=tmp_path / "macos.gptfast")
+    assert (tmp_path / "macos.gptfast").read_bytes() == (tmp_path / "linux.gptfast").read_bytes()
+
+
 MEASURE = """
 import json, sys
 from gptfast.engine import CompiledGPT
