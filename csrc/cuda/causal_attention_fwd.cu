@@ -6,6 +6,7 @@
 //
 // Floor: 4 T S D flops a query head on tensor cores, half of them under a causal mask. The blocks of the query heads that
 // share a key head follow one another, so memory is asked for k and v once a group, and L2 for the rest.
+#include "causal_attention_finite.cuh"
 #include "causal_attention_softmax.cuh"
 #include "causal_attention_tile.cuh"
 

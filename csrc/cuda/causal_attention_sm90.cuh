@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 
+#include "causal_attention_finite.cuh"
 #include "causal_attention_softmax.cuh"
 #include "causal_attention_tile.cuh"
 #include "wgmma.cuh"
