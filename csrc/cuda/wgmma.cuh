@@ -71,6 +71,7 @@ inline void wgmma_commit(EMU_SITE) {
   emu::wg_collective("wgmma.commit_group", emu_line, nullptr, [](int g, void**) {
     emu::B->wg_group[g].push_back(std::move(emu::B->wg_open[g]));
     emu::B->wg_open[g].clear();
+    EMU_RACE(emu::race::wg_commit(g);)
   });
 }
 template <int N> inline void wgmma_wait(EMU_SITE) {
@@ -81,17 +82,17 @@ template <int N> inline void wgmma_wait(EMU_SITE) {
       for (auto& product : groups.front()) product.run();
       groups.erase(groups.begin());
     }
-    EMU_RACE(emu::race::wg_wait(g, groups.empty());)
+    EMU_RACE(emu::race::wg_wait(g, N);)
   });
 }
 // One element of an operand through its descriptor; r is the index across the contraction.
-template <class E> inline float emu_operand([[maybe_unused]] int g, uint64_t d, bool mn_major, int r, int k) {
+template <class E> inline float emu_operand([[maybe_unused]] int product, uint64_t d, bool mn_major, int r, int k) {
   const uint32_t start = uint32_t(d & 0x3fff) << 4, leading = uint32_t(d >> 16 & 0x3fff) << 4;
   const uint32_t stride = uint32_t(d >> 32 & 0x3fff) << 4;
   if (d >> 62 != 1) emu::fail("wgmma: only the 128-byte swizzle is emulated");
   const uint32_t a = emu_swizzle(mn_major ? start + r / 64 * leading + r % 64 * 2 + k / 8 * stride + k % 8 * 128
                                           : start + r / 8 * stride + r % 8 * 128 + k * 2);
-  EMU_RACE(emu::race::wg_read(g, a - emu::kSmemBase, 2);)
+  EMU_RACE(emu::race::wg_read(product, a - emu::kSmemBase, 2);)
   uint16_t v;
   memcpy(&v, emu::smem_ptr(a, 2, 2, "wgmma operand"), 2);
   return emu_half_of<E>(v, 0);
@@ -123,16 +124,17 @@ inline void emu_wgmma(float (&d)[R][4], const uint32_t* a, uint64_t a_desc, uint
       op->d[t] = x.d;
       if (REGISTERS) memcpy(op->a[t], x.a, 16);
     }
-    EMU_RACE(emu::race::wg_issue(g);)
-    auto product = [op, g] {
+    int number = 0;
+    EMU_RACE(number = emu::race::wg_issue(g);)
+    auto product = [op, number] {
       [[maybe_unused]] const emu::Quiet quiet;
       static thread_local float A[64][16], Bm[16][N];
       for (int k = 0; k < 16; k++)
-        for (int n = 0; n < N; n++) Bm[k][n] = emu_operand<E>(g, op->b_desc, TB, n, k);
+        for (int n = 0; n < N; n++) Bm[k][n] = emu_operand<E>(number, op->b_desc, TB, n, k);
       for (int r = 0; r < 64; r++)
         for (int k = 0; k < 16; k++) {
           const int t = r / 16 * 32 + r % 8 * 4 + k % 8 / 2, word = k / 8 * 2 + r % 16 / 8;
-          A[r][k] = REGISTERS ? emu_half_of<E>(op->a[t][word], k % 2) : emu_operand<E>(g, op->a_desc, TA, r, k);
+          A[r][k] = REGISTERS ? emu_half_of<E>(op->a[t][word], k % 2) : emu_operand<E>(number, op->a_desc, TA, r, k);
         }
       for (int t = 0; t < 128; t++)
         for (int j = 0; j < R; j++)

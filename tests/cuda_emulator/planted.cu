@@ -2,6 +2,7 @@
 //     planted NAME    prints "CAUGHT <message>" or "no complaint: <sum of the results>"
 #include "../../csrc/cuda/common.cuh"
 #include "../../csrc/cuda/hopper.cuh"
+#include "../../csrc/cuda/wgmma.cuh"
 
 using namespace gptfast::cuda;
 using gptfast::DType;
@@ -33,6 +34,9 @@ enum Fault {
   store_overwritten,
   store_at_exit,
   too_many_registers,
+  products_correct,
+  products_overwritten,
+  products_not_committed,
   faults
 };
 const char* const names[faults] = {"correct",
@@ -56,7 +60,10 @@ const char* const names[faults] = {"correct",
                                    "store_without_barrier",
                                    "store_overwritten",
                                    "store_at_exit",
-                                   "too_many_registers"};
+                                   "too_many_registers",
+                                   "products_correct",
+                                   "products_overwritten",
+                                   "products_not_committed"};
 
 float deep(int n) {
   volatile float local[1024];
@@ -120,9 +127,36 @@ __global__ void greedy(float*) {
   else setmaxnreg_inc<240>();
 }
 
+// Two products of 64 x 64 x 16, a group each, of buffers of zeros. When all but the last group are done the first buffer may
+// be written again, and no other.
+__global__ void faulty_products(float* out, int fault) {
+  DYN_SMEM(smem);
+  constexpr int kBuffer = 64 * 128;
+  for (int i = threadIdx.x; i < 2 * kBuffer / 4; i += 128) reinterpret_cast<float*>(smem)[i] = 0.f;
+  fence_proxy_async();
+  __syncthreads();
+  float sums[8][4];
+  wgmma_fence();
+  for (int n = 0; n < 2; n++) {
+    const uint64_t operand = smem_descriptor(smem_u32(smem) + n * kBuffer, 16, 1024);
+    wgmma<__nv_bfloat16, 0, 0>(sums, operand, operand, n);
+    if (n == 0 || fault != products_not_committed) wgmma_commit();
+  }
+  if (fault == products_not_committed) wgmma_wait<0>();
+  else wgmma_wait<1>();
+  __syncthreads();
+  float* first = reinterpret_cast<float*>(smem + (fault == products_correct ? 0 : kBuffer));
+  first[threadIdx.x] = 1.f;
+  if (fault == products_not_committed) wgmma_commit();
+  wgmma_wait<0>();
+  if (threadIdx.x < kThreads) out[threadIdx.x] = sums[0][0];
+}
+
 void run(int fault, float* out) {
   if (fault == too_many_registers) {
     LAUNCH(greedy, dim3(1), dim3(384), 0, nullptr, out);
+  } else if (fault >= products_correct) {
+    LAUNCH(faulty_products, dim3(1), dim3(128), 2 * 64 * 128, nullptr, out, fault);
   } else if (fault >= store_correct) {
     CUtensorMap map;
     const TensorShape shape{out, {32, 2, 1, 1}, {128, 256, 256}, DType::f32};

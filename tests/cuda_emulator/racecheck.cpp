@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdio>
 #include <cstring>
+#include <deque>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -37,8 +38,8 @@ struct Cell {  // the last write, and the last read by each agent
   uint8_t r_lane[kAgents];
   void* r_pc;
 };
-struct Copy {
-  int engine;
+struct Started {  // an asynchronous copy or product: what was known when it started, whenever it reads and writes
+  int agent;
   Clock known;
   uint32_t epoch;
 };
@@ -50,7 +51,9 @@ thread_local std::vector<Cell> cell;
 thread_local Clock vc[kAgents];
 thread_local uint32_t clk[kAgents], fenced[kWgmma][32];  // fenced: by warp and lane, as each fences its own writes
 thread_local std::unordered_map<uint32_t, Clock> mb;
-thread_local std::vector<Copy> copies;
+thread_local std::vector<Started> copies, products;
+thread_local std::deque<Clock>
+    groups[kAgents - kWgmma];  // of each warpgroup: what its warps learn when the group is done
 
 void join(Clock& a, const Clock& b) {
   for (int i = 0; i < kAgents; i++) a[i] = std::max(a[i], b[i]);
@@ -128,6 +131,8 @@ void reset(const char* p, size_t n) {
   memset(fenced, 0, sizeof fenced);
   mb.clear();
   copies.clear();
+  products.clear();
+  for (auto& of_warpgroup : groups) of_warpgroup.clear();
 }
 void current(int w, int l) { warp = w, lane = l; }
 void barrier(uint32_t arrived, const uint32_t* waiting) {
@@ -152,30 +157,34 @@ int tma_issue(Engine engine) {
   return int(copies.size()) - 1;
 }
 void tma_done(int id, uint32_t bar, size_t off, size_t n) {
-  const Copy& copy = copies[size_t(id)];
+  const Started& copy = copies[size_t(id)];
   check({kLoads, 0, nullptr}, copy.known, copy.epoch, off, n, true, true);
   Clock c = copy.known;
   c[kLoads] = std::max(c[kLoads], copy.epoch);
   join(mb[bar], c);
 }
 void tma_read(int id, size_t off, size_t n) {
-  const Copy& copy = copies[size_t(id)];
-  check({copy.engine, 0, nullptr}, copy.known, copy.epoch, off, n, false, true);
+  const Started& copy = copies[size_t(id)];
+  check({copy.agent, 0, nullptr}, copy.known, copy.epoch, off, n, false, true);
 }
 void tma_wait(int id) {
-  const Copy& copy = copies[size_t(id)];
-  vc[warp][copy.engine] = std::max(vc[warp][copy.engine], copy.epoch);
+  const Started& copy = copies[size_t(id)];
+  vc[warp][copy.agent] = std::max(vc[warp][copy.agent], copy.epoch);
 }
-void wg_issue(int g) {
-  for (int w = g * 4; w < g * 4 + 4; w++) join(vc[kWgmma + g], release(w));
+int wg_issue(int g) {
+  const int agent = kWgmma + g;
+  for (int w = g * 4; w < g * 4 + 4; w++) join(vc[agent], release(w));
+  products.push_back({agent, vc[agent], clk[agent]});
+  return int(products.size()) - 1;
 }
-void wg_read(int g, size_t off, size_t n) {
-  check({kWgmma + g, 0, nullptr}, vc[kWgmma + g], clk[kWgmma + g], off, n, false, true);
+void wg_read(int id, size_t off, size_t n) {
+  const Started& product = products[size_t(id)];
+  check({product.agent, 0, nullptr}, product.known, product.epoch, off, n, false, true);
 }
-void wg_wait(int g, bool drained) {
-  const Clock c = release(kWgmma + g);
-  if (!drained) return;
-  for (int w = g * 4; w < g * 4 + 4; w++) join(vc[w], c);
+void wg_commit(int g) { groups[g].push_back(release(kWgmma + g)); }
+void wg_wait(int g, int left) {
+  for (; int(groups[g].size()) > left; groups[g].pop_front())
+    for (int w = g * 4; w < g * 4 + 4; w++) join(vc[w], groups[g].front());
 }
 
 }  // namespace race

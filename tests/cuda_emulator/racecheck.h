@@ -21,9 +21,10 @@ int tma_issue(Engine engine);                               // a copy starts: re
 void tma_done(int id, uint32_t bar, size_t off, size_t n);  // it wrote shared memory and completes on `bar`
 void tma_read(int id, size_t off, size_t n);                // it read shared memory (a store or a reduction)
 void tma_wait(int id);                                      // the current warp knows that it has read
-void wg_issue(int g);
-void wg_read(int g, size_t off, size_t n);
-void wg_wait(int g, bool drained);
+int wg_issue(int g);                                        // a product starts: returns its number
+void wg_read(int product, size_t off, size_t n);            // it reads shared memory, whenever it runs
+void wg_commit(int g);                                      // a group ends
+void wg_wait(int g, int left);  // the warps of g know that all groups but the last `left` have read
 
 }  // namespace race
 }  // namespace emu

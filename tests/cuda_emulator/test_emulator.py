@@ -89,6 +89,17 @@ def test_races_of_stores_are_named(order, copies):
     assert "(no fence.proxy.async)" in outcome("store_without_fence", "race", EMU_ORDER=order, EMU_COPY=copies)
 
 
+@pytest.mark.parametrize("products", ["lazy", "eager"])
+@pytest.mark.parametrize("order", ["fwd", "rev", "rand"])
+def test_races_of_products_are_named(order, products):
+    """A wait for all groups but the last gives back what those groups read, and nothing of the last or of none."""
+    mode = {"EMU_ORDER": order, "EMU_MMA": products}
+    assert outcome("products_correct", "race", **mode).strip() == "no complaint: 0"
+    for fault in ("products_overwritten", "products_not_committed"):
+        text = outcome(fault, "race", **mode)
+        assert "RACE " in text and "wgmma of warpgroup 0" in text, text
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
