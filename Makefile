@@ -137,7 +137,7 @@ wheel: $(VENV)/.installed  ## sdist and wheel in dist/: Linux with glibc >= 2.28
 # torch's wheel for macOS has what the ops are compiled and linked against. Nothing of either runs here.
 MACOS = build/torch-macos
 $(MACOS)/torch/version.py: | $(BIN)/python
-	$(PIP) download --quiet --no-deps --only-binary=:all: --platform macosx_14_0_arm64 --python-version 3.11 \
+	$(BIN)/python -m pip download --disable-pip-version-check --quiet --no-deps --only-binary=:all: --platform macosx_14_0_arm64 --python-version 3.11 \
 		--dest $(MACOS) "$(TORCH)"
 	$(BIN)/python -m zipfile -e $(MACOS)/torch-*-macosx_14_0_arm64.whl $(MACOS)
 	@touch $@
