@@ -39,16 +39,19 @@ def first_bad(
     device: torch.device,
     dropout_step: int | None,
     ranks: Ranks | None = None,
-) -> str:
-    """The module whose output is the first that is not finite, or the parameter whose gradient is; "": none.
+) -> tuple[str, int]:
+    """The module whose output is the first that is not finite, or the parameter whose gradient is; "": none. And the rank in whose
+    rows it is.
 
-    The step is repeated with the dropout masks of `dropout_step`; the model's own counter and gradients stay. Ranks that have a
-    part of the model each look together.
+    The step is repeated with the dropout masks of `dropout_step`; the model's own counter and gradients stay. All ranks call it
+    at the same time.
     """
     found: list[str] = []
     after, sharded = model.dropout_step, ranks is not None and bool(ranks.sharding)
     kept = [p.grad for p in model.parameters()]
-    modules, names = [name for name, _ in model.named_modules()], [name for name, _ in model.named_parameters()]
+    gradients = {name: f"the gradient of {name}" for name, _ in model.named_parameters()}
+    names = [*(name for name, _ in model.named_modules()), "the loss", *gradients.values()]
+    together, told = ranks if sharded else None, ("", 0)
     hooks = [module.register_forward_hook(_noting(name, found)) for name, module in model.named_modules() if name]
     model.dropout_step = dropout_step
     try:
@@ -58,14 +61,16 @@ def first_bad(
                 plan_pass(model, ranks, last=True)
             with autocast():
                 loss = batch_loss(model, batch, device)
-            told = found[0] if found else "" if torch.isfinite(loss) else "the loss"
-            if told := _told([*modules, "the loss"], told, ranks):
-                return told
+            own = found[0] if found else "" if torch.isfinite(loss) else "the loss"
+            told = _told(names, own, together)
+            if told[0]:
+                break
             loss.backward()
             bad = (n for n, p in reversed(list(model.named_parameters())) if p.grad is not None and not _finite(p.grad))
-            if told := _told(names, next(bad, ""), ranks):
-                return f"the gradient of {told}"
-        return ""
+            told = _told(names, gradients.get(next(bad, ""), ""), together)
+            if told[0]:
+                break
+        return told if sharded else _told(names, told[0], ranks)
     finally:
         for hook in hooks:
             hook.remove()
@@ -76,13 +81,13 @@ def first_bad(
             p.grad = grad
 
 
-def _told(names: list[str], own: str, ranks: Ranks | None) -> str:
-    """What this process found, one of `names` or ""; where all must look together, what one of them found."""
-    if ranks is None or not ranks.sharding:
-        return own
+def _told(names: list[str], own: str, ranks: Ranks | None) -> tuple[str, int]:
+    """The first of `names` that a process has found, and which one; "", 0: none has. own: what this one found, or ""."""
+    if ranks is None:
+        return own, 0
     found = ranks.exchange([names.index(own) if own else math.inf], "the search for what is not finite")
-    first = min(number for number, *_ in found)
-    return names[int(first)] if first < math.inf else ""
+    first, rank = min((number, rank) for rank, (number,) in enumerate(found))
+    return (names[int(first)], rank) if first < math.inf else ("", 0)
 
 
 def _noting(name: str, found: list[str]) -> Callable[[nn.Module, Any, Any], None]:
@@ -103,7 +108,8 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def keep(folder: Path, model: GPT, batches: Sequence[Batch], about: dict[str, Any]) -> None:
-    """Write a step to a folder: weights, batches, and `about`: step, dropout (seed and step), dtype, what went wrong.
+    """Write a step to a folder: weights, batches, and `about`: step, dropout (seed and step), dtype, what went wrong, and the number
+    of the first row in the whole batch ("first_row").
 
     Raises:
         OSError: it cannot be written.
@@ -127,6 +133,7 @@ def replay(folder: Path) -> str:
     count = sum(name.startswith("x") for name in tensors)
     batches = [tuple(tensors[f"{name}{n}"] for name in "xye" if f"{name}{n}" in tensors) for n in range(count)]
     model.dropout_seed, step = about["dropout"]
+    model.dropout_row = about.get("first_row", 0)
     dtype = getattr(torch, about["dtype"])
     autocast = nullcontext if dtype == torch.float32 else lambda: torch.autocast("cpu", dtype=dtype)
     with torch.no_grad():
@@ -135,7 +142,7 @@ def replay(folder: Path) -> str:
         for batch in batches:
             with autocast():
                 losses.append(float(batch_loss(model, batch, "cpu")))
-    found = first_bad(model, batches, autocast, torch.device("cpu"), step)
+    found, _ = first_bad(model, batches, autocast, torch.device("cpu"), step)
     lines = [
         f"step {about['step']}: {about['wrong']}",
         f"losses of its {len(batches)} passes again: {', '.join(f'{loss:.4f}' for loss in losses)}",

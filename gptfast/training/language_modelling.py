@@ -71,8 +71,16 @@ class LanguageModelling(Objective):
         self.sampler = sampler_of(train_tokens, self.block_size, rows, config.seed, config.pack_documents)
 
     def batches(self, row: int, config: TrainConfig) -> list[Batch]:
+        return self._batches(row, self._first, config)
+
+    def _batches(self, row: int, first: int, config: TrainConfig) -> list[Batch]:
         passes = config.passes(row * self.block_size, self.block_size)
-        return [self.sampler.batch_from(row + n * config.batch_size + self._first) for n in range(passes)]
+        return [self.sampler.batch_from(row + n * config.batch_size + first) for n in range(passes)]
+
+    def batches_of(self, rank: int, row: int, step: int, config: TrainConfig) -> list[Batch]:
+        assert self.ranks is not None
+        first = rank // self.ranks.tensor * self.ranks.rows(config.batch_size)
+        return self.cut(self._batches(row, first, config), step, config)
 
     def cut(self, batches: list[Batch], step: int, config: TrainConfig) -> list[Batch]:
         if not config.sequence_warmup:
@@ -108,17 +116,18 @@ class LanguageModelling(Objective):
 
     def where_not_finite(
         self, batches: list[Batch], autocast: Autocast, device: torch.device, dropout_step: int | None
-    ) -> str:
-        found = bad_step.first_bad(self.network, batches, autocast, device, dropout_step, self.ranks)
-        return found or "nothing when the step is repeated"
+    ) -> tuple[str, int]:
+        found, rank = bad_step.first_bad(self.network, batches, autocast, device, dropout_step, self.ranks)
+        return found or "nothing when the step is repeated", rank
 
-    def keep(self, folder: Path, batches: list[Batch], about: dict[str, Any]) -> str:
-        network = self.network
-        if self.ranks is not None and self.ranks.sharding:
-            network = whole_copy(network, self.ranks)
-            if not self.ranks.is_main:
-                return ""
-        bad_step.keep(folder, network, batches, about)
+    def keep(self, folder: Path, batches: list[Batch], about: dict[str, Any], rank: int = 0) -> str:
+        if self.ranks is None:
+            bad_step.keep(folder, self.network, batches, about)
+        else:
+            network = whole_copy(self.network, self.ranks) if self.ranks.sharding else self.network
+            about = {**about, "first_row": rank // self.ranks.tensor * len(batches[0][0])}
+            what = "the step that went wrong"
+            self.ranks.main_first(lambda: bad_step.keep(folder, network, batches, about), what)
         return f"python -m gptfast.training.bad_step {quote(str(folder))}"
 
     def restore(self, folder: Path) -> None:

@@ -63,6 +63,10 @@ class Objective(ABC):
             return batches
         raise ValueError(f"{type(self).__name__}: its rows cannot be cut; leave `sequence_warmup` out")
 
+    def batches_of(self, rank: int, row: int, step: int, config: TrainConfig) -> list[Any]:
+        """What `cut` returns in the process of that number, for the rows from `row` on."""
+        raise NotImplementedError(f"{type(self).__name__} does not know the rows of other processes")
+
     @abstractmethod
     def add_gradients(self, batches: list[Any], autocast: Autocast, device: torch.device) -> dict[str, Any]:
         """Add the gradient of the batches' mean loss to the parameters'; returns "loss" and other figures for the log: floats
@@ -82,12 +86,17 @@ class Objective(ABC):
 
     def where_not_finite(
         self, batches: list[Any], autocast: Autocast, device: torch.device, dropout_step: int | None
-    ) -> str:
-        """The first module, or gradient, of a step whose values are not finite, when the step is repeated; "": not known."""
-        return ""
+    ) -> tuple[str, int]:
+        """The first module, or gradient, of a step whose values are not finite, when the step is repeated, "": not known; and the
+        process in whose rows it is. All processes call it, and have the same answer."""
+        return "", 0
 
-    def keep(self, folder: Path, batches: list[Any], about: dict[str, Any]) -> str:
-        """Write the batches of a step that went wrong, and the network, to a folder; the command that repeats it, "": none."""
+    def keep(self, folder: Path, batches: list[Any], about: dict[str, Any], rank: int = 0) -> str:
+        """Write the batches of a step that went wrong, and the network, to a folder; the command that repeats it, "": none. All
+        processes call it, and the first one writes.
+
+        rank: the process whose batches they are.
+        """
         return ""
 
     def restore(self, folder: Path) -> None:

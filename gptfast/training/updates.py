@@ -174,16 +174,17 @@ class Updates:
 
     def _why_stopped(self, wrong: str, step: Step, finite: bool) -> str:
         network = self.objective.network
-        place, again = "", ""
+        place, rank, batches = "", 0, step.batches
         if not finite:
-            place = self.objective.where_not_finite(step.batches, self.autocast, self.device, step.dropout_step)
-        if self._is_main or (self.ranks is not None and self.ranks.sharding):
-            about = {"step": step.number, "wrong": wrong, "dtype": self.config.dtype}
-            about["dropout"] = [network.dropout_seed, step.dropout_step]
-            try:
-                again = self.objective.keep(self.out / f"bad-step-{step.number:06d}", step.batches, about)
-            except OSError as error:
-                again = f"(the step could not be kept: {error})"
+            place, rank = self.objective.where_not_finite(batches, self.autocast, self.device, step.dropout_step)
+        if self._is_main and rank:
+            batches = self.objective.batches_of(rank, step.rows, self.state.step, self.config)
+        about = {"step": step.number, "wrong": wrong, "dtype": self.config.dtype}
+        about["dropout"] = [network.dropout_seed, step.dropout_step]
+        try:
+            again = self.objective.keep(self.out / f"bad-step-{step.number:06d}", batches, about, rank)
+        except OSError as error:
+            again = f"(the step could not be kept: {error})"
         return (
             f"training: {wrong} at step {step.number}, where the learning rate is {step.figures['lr']:.2g}"
             + (f"; not finite first: {place}" if place else "")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 
 from gptfast.data.packing import packed, part_of
 from gptfast.models import GPT, GPTConfig
 from gptfast.training import TrainConfig
-from gptfast.training.bad_step import first_bad
+from gptfast.training.bad_step import BATCHES, first_bad, replay
 from gptfast.training.checkpoint import TrainState, described_run, write_checkpoint
 from gptfast.training.checks import check_ranks
 from gptfast.training.checksums import verify
@@ -24,6 +27,7 @@ from gptfast.training.copies import Copies
 from gptfast.training.division import Division, gathered, local
 from gptfast.training.gradients import accumulate_gradients
 from gptfast.training.join import join
+from gptfast.training.language_modelling import LanguageModelling
 from gptfast.training.optim import build_optimizers, empty_optimizer_tensors, optimizer_tensors
 from gptfast.training.options import RunOptions
 from gptfast.training.parts import Parts, optimizer_parts, read_parts
@@ -99,12 +103,28 @@ def _work(rank: int, folder: str) -> None:
         own = [(x[2 * rank : 2 * rank + 2], y[2 * rank : 2 * rank + 2]) for x, y in passes()]
         net.h[1].mlp.register_forward_hook(lambda *_: _[2] * (float("nan") if rank else 1.0))
         found["first bad"] = first_bad(net, own, nullcontext, CPU, 0, ranks)
+        _bad_step(rank, store, Path(folder), found)
         copied = whole_copy(net, ranks)
         found["whole"] = copied.state_dict() if rank == 0 else {}
         _save_on_a_full_disk(ranks, net, Path(folder), found)
         torch.save(found, f"{folder}/found {rank}")
     finally:
         dist.destroy_process_group()
+
+
+def _bad_step(rank: int, store: Any, folder: Path, found: dict[str, Any]) -> None:
+    """A step that is not finite in the rows of rank 1, where each has the whole model."""
+    net, ranks = model(), Ranks(rank, 2, store, store, CPU, 20.0)
+    config = TrainConfig(batch_size=4, grad_accum=2, block_size=16)
+    trained = LanguageModelling(net, np.arange(500) % SHAPE.vocab_size, np.arange(99), config, ranks=ranks)
+    batches = trained.batches(8, config)
+    hook = net.h[1].mlp.register_forward_hook(lambda *_: _[2] * (float("nan") if rank else 1.0))
+    place, where = trained.where_not_finite(batches, nullcontext, CPU, 3)
+    hook.remove()  # a model with one is not written
+    shown = trained.batches_of(where, 8, 0, config) if rank == 0 else batches
+    about = {"step": 1, "wrong": "nan", "dtype": "float32", "dropout": [5, 3]}
+    command = trained.keep(folder / "bad-step", shown, about, where)
+    found["bad step"] = place, where, command, batches, net.dropout_row
 
 
 def _save(ranks: Ranks, net: GPT, folder: Path, found: dict[str, Any]) -> None:
@@ -156,7 +176,16 @@ def test_two_processes_that_divide_a_model_compute_what_one_does(tmp_path: Path)
                 assert p.grad is not None
                 torch.testing.assert_close(found[f"gradient {way} {name}"], p.grad, rtol=0, atol=tolerance)
     for found in both:
-        assert found["first bad"] == "h.1.mlp"  # only rank 1 saw it
+        assert found["first bad"] == ("h.1.mlp", 1)  # only rank 1 saw it
+        assert found["bad step"][:2] == ("h.1.mlp", 1) and found["bad step"][2].endswith(
+            f"bad_step {tmp_path}/bad-step"
+        )
+    kept = load_file(tmp_path / "bad-step" / BATCHES)
+    for n, (x, y) in enumerate(both[1]["bad step"][3]):
+        assert x.shape == (2, 16) and kept[f"x{n}"].equal(x) and kept[f"y{n}"].equal(y)
+        assert not both[0]["bad step"][3][n][0].equal(x)
+    assert json.loads((tmp_path / "bad-step" / "step.json").read_text())["first_row"] == both[1]["bad step"][4] == 2
+    assert "everything is finite this time" in replay(tmp_path / "bad-step")
     saved = tmp_path / LAYERS
     assert len(verify(saved)) >= 9
     files = optimizer_parts(saved)
