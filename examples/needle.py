@@ -4,8 +4,7 @@
 
 Rows of 128 tokens tell of grass and the sky; somewhere in them is a pass key of five digits, and their end asks for it. Then the
 context becomes 512: without scaling, by position interpolation and by YaRN, and after a few steps on such rows. needle.png shows
-how often keys are found by length and depth, positions.png the perplexity of long texts by position. For models of your own:
-`gptfast evaluate --needle` and `--by-position`, `gptfast train --extend-context`.
+how often keys are found by length and depth. For models of your own: `gptfast train --extend-context`, `gptfast evaluate --needle`.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ import argparse
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gptfast import GPT, GPTConfig
-from gptfast.data import Document
-from gptfast.evaluation import loss_by_position, needle_test
-from gptfast.evaluation.by_position import plot_positions
+from gptfast.evaluation import needle_test
 from gptfast.evaluation.needle import HAYSTACK, NEEDLE, QUESTION, plot_needles
 from gptfast.tokenizer import Tokenizer, get_tokenizer
 
@@ -37,13 +35,12 @@ def text_with_key(draw: random.Random, sentences: int) -> str:
 
 
 def rows(draw: random.Random, tokenizer: Tokenizer, n: int, tokens: int) -> torch.Tensor:
-    """(n, tokens + 1) ids: a text with its answer, among others that are cut."""
+    """(n, tokens + 1) ids: texts that end with the answer, behind what is left of others."""
     found = []
     while len(found) < n:
         ids = tokenizer.encode(text_with_key(draw, draw.randint(tokens // 16, tokens // 6)))
-        before, after = (tokenizer.encode(" ".join(draw.choices(SENTENCES, k=tokens // 4))) for _ in range(2))
-        ids += after[: draw.randint(0, tokens // 4)]
         if len(ids) <= tokens + 1:
+            before = tokenizer.encode(" ".join(draw.choices(SENTENCES, k=tokens // 4)))
             found.append([*before, *ids][-tokens - 1 :])
     return torch.tensor(found)
 
@@ -85,7 +82,7 @@ def main() -> None:
     model.save_pretrained(given.out / "short")
     tokenizer.save(given.out / "short")
 
-    def longer(**how: object) -> GPT:
+    def longer(**how: Any) -> GPT:
         return GPT.from_pretrained(given.out / "short", **how).eval()
 
     models = {
@@ -99,18 +96,13 @@ def main() -> None:
     trained.save_pretrained(given.out / "long")
     tokenizer.save(given.out / "long")
     models["YaRN, trained on"] = trained
-    documents = [Document(str(n), text_with_key(draw, LONG // 6)) for n in range(4 * given.trials)]
-    needles, positions = {}, {}
+    needles = {}
     for name, one in models.items():
         lengths = [n for n in (64, SHORT, 256, LONG) if n <= one.config.block_size]
         needles[name] = needle_test(one, tokenizer, lengths=lengths, depths=5, trials=given.trials)
-        positions[name] = loss_by_position(one, documents, tokenizer, bins=32)
-        shares = ", ".join(
-            f"{n}: {sum(row) / len(row):.0%}" for n, row in zip(lengths, needles[name]["found"], strict=True)
-        )
-        print(f"{name:18} found by length {shares}; perplexity {positions[name]['perplexity']:.3f}")
+        found = zip(lengths, needles[name]["found"], strict=True)
+        print(f"{name:18} found", ", ".join(f"{sum(row) / len(row):.0%} in {n} tokens" for n, row in found), flush=True)
     plot_needles(needles, given.out / "needle.png")
-    plot_positions(positions, given.out / "positions.png")
 
 
 if __name__ == "__main__":

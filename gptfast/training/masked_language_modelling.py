@@ -81,7 +81,7 @@ class MaskedLanguageModelling(Objective):
         self._held_out = self._sampler(val_tokens, config, 0)
 
     def _sampler(self, tokens: Any, config: TrainConfig, seed: int) -> Any:
-        kind = MaskedMixtureSampler if isinstance(tokens, Mixture) else MaskedSampler
+        kind: Any = MaskedMixtureSampler if isinstance(tokens, Mixture) else MaskedSampler
         about = (self._special, self.network.config.vocab_size, seed, config.mlm_probability, config.whole_words)
         return kind(tokens, self.block_size, self._rows, *about, self._pairs)
 

@@ -29,7 +29,7 @@ EXAMPLES = {
     "needle.py": ["--steps", "2", "--batch-size", "4", "--trials", "1", "--out", "OUT"],
 }
 LONG = ("image_captions.py", "gpt_and_bert.py", "needle.py")  # at most 150 lines, the others 99
-PICTURES = {"gpt_and_bert.py": {"who-attends.png"}, "needle.py": {"needle.png", "positions.png"}}
+PICTURES = {"gpt_and_bert.py": {"who-attends.png"}, "needle.py": {"needle.png"}}
 PRINTED = {
     "openai_client.py": "---- a chat",
     "classifier.py": "parameters trained in 2 steps",
