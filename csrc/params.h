@@ -18,12 +18,12 @@ struct Rows {
   i64 stride;
   DType dtype;
 };
-// stream, on the CPU: write past the caches, for results that do not fit there; data and rows are then aligned to 64 bytes.
+// non_temporal, on the CPU: write past the caches, for results that do not fit there; data and rows are then aligned to 64 bytes.
 struct MutRows {
   void* data;
   i64 stride;
   DType dtype;
-  bool stream = false;
+  bool non_temporal = false;
 };
 // A vector such as a bias; data == nullptr when absent.
 struct Vector {
@@ -92,7 +92,7 @@ struct RotaryParams {
   Heads x;
   MutHeads y;
   DType dtype;
-  bool stream;             // as in MutRows
+  bool non_temporal;       // as in MutRows
   const float *cos, *sin;  // (rows, half)
   const i64* positions;
   i64 position_stride;

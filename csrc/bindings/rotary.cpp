@@ -39,7 +39,7 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptTe
   p.x = {owners[3].const_data_ptr(), owners[3].stride(0), owners[3].stride(1), owners[3].stride(2)};
   Tensor y = new_tensor({p.B, p.T, p.H, p.D}, x.scalar_type());
   const bool lines = p.half * element_size(p.dtype) % 64 == 0;  // each half of a row then begins a cache line
-  p.stream = mut_rows(kOp, y, p.D).stream && lines;
+  p.non_temporal = mut_rows(kOp, y, p.D).non_temporal && lines;
   p.y = {y.mutable_data_ptr(), p.T * p.H * p.D, p.D, p.H * p.D};
   parallel(p.B * p.T, p.H * p.D * 8, [&](i64 begin, i64 end) { cpu::kernels().rotary(p, begin, end); });
   return torch::stable::transpose(y, 1, 2);

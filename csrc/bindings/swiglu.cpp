@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dout, const Tensor& gate, co
   p.dout = g.rows(), p.dgate = p.dup = mut_rows(kOp, dgate, in.gate.C, in.packed ? 1 : 2);
   if (!in.packed) p.dup = mut_rows(kOp, dup, in.F, 2);
   else p.dup.data = static_cast<char*>(p.dgate.data) + in.F * element_size(p.dgate.dtype);
-  if (in.packed && !in.interleaved) p.dgate.stream &= in.F * element_size(p.dgate.dtype) % 64 == 0;
+  if (in.packed && !in.interleaved) p.dgate.non_temporal &= in.F * element_size(p.dgate.dtype) % 64 == 0;
   if (in.whole() && g.stride == g.C)
     cut(p, {&p.gate.stride, &p.up.stride, &p.dout.stride, &p.dgate.stride, &p.dup.stride});
   parallel(p.R, p.C * 24, [&](i64 begin, i64 end) { cpu::kernels().swiglu_bwd(p, begin, end); });

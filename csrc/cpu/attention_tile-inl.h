@@ -95,7 +95,7 @@ INL int tile_groups(const Visible& s, i64 j0, i64 keys, Group* groups, bool* edg
 // Lanes of vector v that see key j.
 INL M is_visible(const Visible& s, int v, i64 j) {
   const I key = iset(uint32_t(j));
-  return both(igt(iload(s.hi + v * L), key), igt(iadd(key, iset(1)), iload(s.lo + v * L)));
+  return and_mask(igt(iload(s.hi + v * L), key), igt(iadd(key, iset(1)), iload(s.lo + v * L)));
 }
 
 // ---- scores ---------------------------------------------------------------------------------------------------------

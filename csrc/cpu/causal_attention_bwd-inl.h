@@ -170,10 +170,10 @@ template <bool PAIR> struct AttentionBackward {
           }
           const I w = bits[(j0 + j) / 2 % 16];
           const M keep_x = keeps_even(dropout, w), keep_y = keeps_odd(dropout, w);
-          gx = keep(keep_x, gx * kept);
-          gy = keep(keep_y, gy * kept);
-          px = keep(keep_x, px);
-          py = keep(keep_y, py);
+          gx = select_or_zero(keep_x, gx * kept);
+          gy = select_or_zero(keep_y, gy * kept);
+          px = select_or_zero(keep_x, px);
+          py = select_or_zero(keep_y, py);
         }
         x = x * (gx - center);
         y = y * (gy - center);
@@ -183,10 +183,10 @@ template <bool PAIR> struct AttentionBackward {
         }
         if (EDGE) {
           const M see_x = is_visible(visible, v, j0 + j), see_y = is_visible(visible, v, j0 + j + 1);
-          x = keep(see_x, x);
-          y = keep(see_y, y);
-          px = keep(see_x, px);
-          py = keep(see_y, py);
+          x = select_or_zero(see_x, x);
+          y = select_or_zero(see_y, y);
+          px = select_or_zero(see_x, px);
+          py = select_or_zero(see_y, py);
         }
         if constexpr (PAIR) {
 #ifdef GPTFAST_PAIRS

@@ -105,15 +105,15 @@ template <bool PAIR> struct AttentionForward {
         }
         F x = weight(load(sv + j * kQueries)), y = weight(load(sv + (j + 1) * kQueries));
         if (EDGE) {
-          x = keep(is_visible(visible, v, j0 + j), x);
-          y = keep(is_visible(visible, v, j0 + j + 1), y);
+          x = select_or_zero(is_visible(visible, v, j0 + j), x);
+          y = select_or_zero(is_visible(visible, v, j0 + j + 1), y);
         }
         sum0 = sum0 + x;
         sum1 = sum1 + y;
         if (DROP) {
           const I w = drawn[(j0 + j) / 2 % 16];
-          x = keep(keeps_even(dropout, w), x);
-          y = keep(keeps_odd(dropout, w), y);
+          x = select_or_zero(keeps_even(dropout, w), x);
+          y = select_or_zero(keeps_odd(dropout, w), y);
         }
         if constexpr (PAIR) {
 #ifdef GPTFAST_PAIRS

@@ -34,14 +34,14 @@ struct LossRow {
     const F center = set(level), log2e = set(kLog2e);
     total += row_sum(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
       const F e = exp2<6>((load_as<T>(x, c, k) - center) * log2e);
-      return k == L ? e : keep(first_n(k), e);
+      return k == L ? e : select_or_zero(first_n(k), e);
     });
     if (!smooth) return;
     if (first) origin = level;
     const F from = set(origin);
     shifted += row_sum(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
       const F d = load_as<T>(x, c, k) - from;
-      return k == L ? d : keep(first_n(k), d);
+      return k == L ? d : select_or_zero(first_n(k), d);
     });
   }
 };
@@ -78,7 +78,7 @@ template <DType T> static void cross_entropy_bwd_row(const CrossEntropyParams& p
   const auto slope = [=](i64 c, i64 k) __attribute__((always_inline)) {
     return exp2<6>(fma(load_as<T>(x, c, k) - top, log2e, zero() - log2_total)) * scale - even;
   };
-  const bool past = p.dlogits.stream;
+  const bool past = p.dlogits.non_temporal;
   float at_target[L];  // before x is overwritten where it is d
   store(at_target, slope(target, 1));
   for_lanes(p.V, [=](i64 c, i64 k) __attribute__((always_inline)) { put_as<T>(past, d, c, slope(c, k), k); });

@@ -16,5 +16,5 @@ static void dropout_lanes(uint16_t* lanes, const Dropout& d, i64 m, i64 i, i64 j
 INL float dropout_scale(const Dropout& d) { return d.threshold >= 65536 ? 0.f : 65536.f / float(65536 - d.threshold); }
 // x where the element at `lanes` is kept, times `scale`; 0 elsewhere, also for nan. Reads L decisions.
 INL F drop(F x, const uint16_t* lanes, uint32_t threshold, float scale) {
-  return keep(uge(iload_u16(lanes), iset(threshold)), x * set(scale));
+  return select_or_zero(uge(iload_u16(lanes), iset(threshold)), x * set(scale));
 }

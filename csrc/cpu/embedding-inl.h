@@ -13,7 +13,7 @@ static void embedding_fwd(const EmbeddingParams& p, i64 row_begin, i64 row_end) 
       for_lanes(p.C, [&](i64 c, i64 k) __attribute__((always_inline)) {
         F x = load_as<t.value>(token, c, k);
         if (place) x = x + load_any(at(place, p.wpe.dtype, c), p.wpe.dtype, k);
-        put_as<t.value>(p.out.stream, y, c, x, k);
+        put_as<t.value>(p.out.non_temporal, y, c, x, k);
       });
     });
   }

@@ -4,7 +4,7 @@
 template <DType T, bool TANH> static void gelu_bwd_chunk(const GeluParams& p, i64 chunk) {
   alignas(64) float buffer[kGeluBlock];
   const i64 r0 = chunk * kRowChunk, r1 = r0 + kRowChunk < p.R ? r0 + kRowChunk : p.R;
-  const bool past = p.out.stream;
+  const bool past = p.out.non_temporal;
   for (i64 c0 = 0; c0 < p.C; c0 += kGeluBlock) {
     const i64 width = p.C - c0 < kGeluBlock ? p.C - c0 : kGeluBlock;
     const float* bias = gelu_bias(p, c0, width, buffer);

@@ -3,7 +3,7 @@
 
 template <DType T, bool TANH> static void gelu_fwd_rows(const GeluParams& p, i64 row_begin, i64 row_end) {
   alignas(64) float buffer[kGeluBlock];
-  const bool past = p.out.stream;
+  const bool past = p.out.non_temporal;
   for (i64 c0 = 0; c0 < p.C; c0 += kGeluBlock) {
     const i64 width = p.C - c0 < kGeluBlock ? p.C - c0 : kGeluBlock;
     const float* bias = gelu_bias(p, c0, width, buffer);

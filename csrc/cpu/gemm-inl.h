@@ -1,4 +1,4 @@
-// Matrix product C = A B (+ bias) (+ C) on the micro-kernel of tile_product-inl.h, for any layout of A and B: forward,
+// Matrix product C = A B (+ bias) (+ C) on the micro-kernel of tile-inl.h, for any layout of A and B: forward,
 // input gradient and weight gradient of a linear layer.
 //
 // B is packed once for all threads, into [block of kGemmDepth words][panel of 32 columns][word][32], so that the loads

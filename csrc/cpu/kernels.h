@@ -138,7 +138,7 @@ constexpr i64 kChunkCodes = 128;    // K is rounded up to it in `spread`
 // clang-format off
 #define GPTFAST_CPU_KERNELS(X) \
   X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) \
-  X(tile_product) X(gemm) X(gemm_few) X(quantized_pack) X(quantized_rows) \
+  X(tile_product) X(tile_product_pairs) X(gemm) X(gemm_few) X(quantized_pack) X(quantized_rows) \
   X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) \
   X(relu_squared) X(swiglu) X(rotary) X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding) X(sample)
 // clang-format on

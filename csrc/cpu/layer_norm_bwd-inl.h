@@ -1,10 +1,10 @@
 // LayerNorm, backward; see layer_norm-inl.h.
 #include "layer_norm-inl.h"
 
-// dy at column c of its row, of the type T of x or, where ANY, of another.
-template <DType T, bool ANY> INL F load_dy(const void* dy, DType type, i64 c, i64 n) {
-  if constexpr (ANY) return load_any(at(dy, type, c), type, n);
-  else return load_as<T>(dy, c, n);
+// dy and dtotal have the type T of x; where ANY, each its own, and an x of fp16 was brought to fp32.
+template <DType T, bool ANY> INL F load_own(const void* p, DType type, i64 c, i64 n) {
+  if constexpr (ANY) return load_any(at(p, type, c), type, n);
+  else return load_as<T>(p, c, n);
 }
 
 // xhat of a row is x scale + rest about center.
@@ -15,44 +15,46 @@ struct RowStatistics {
         rest(set(p.mean ? -p.mean[p.R + r] * p.rstd[r] : 0.f)) {}
 };
 
-// Two sums over a row of x and dy: mean(g) and mean(g xhat); adds the row's share to dweight and dbias on the way.
+// Two sums over a row x and its dy: mean(g) and mean(g xhat); adds the row's share to dweight and dbias on the way.
 template <DType T, bool ANY>
-INL void norm_means(const LayerNormParams& p, const float* weight, i64 r, float* dw, float* db, F* mean_g, F* mean_gx) {
-  const void *x = row(p.x, r), *dy = row(p.dy, r);
+INL void norm_means(const LayerNormParams& p, const float* weight, const void* x, i64 r, float* dw, float* db,
+                    F* mean_g, F* mean_gx) {
+  const void* dy = row(p.dy, r);
   const DType dy_type = p.dy.dtype;
   const RowStatistics s(p, r);
   F g_sum[2] = {zero(), zero()}, gx_sum[2] = {zero(), zero()};
   for_lanes_paired(p.C, [&](i64 c, i64 n, int u) __attribute__((always_inline)) {
-    const F xhat = fma(load_as<T>(x, c, n) - s.center, s.scale, s.rest), d = load_dy<T, ANY>(dy, dy_type, c, n);
+    const F xhat = fma(load_as<T>(x, c, n) - s.center, s.scale, s.rest), d = load_own<T, ANY>(dy, dy_type, c, n);
     if (dw) store_lanes(dw + c, fma(d, xhat, load_lanes(dw + c, n)), n);
     if (db) store_lanes(db + c, load_lanes(db + c, n) + d, n);
     const F g = d * load_lanes(weight + c, n);  // 0 in lanes past the end
     g_sum[u] = g_sum[u] + g;
-    gx_sum[u] = fma(g, n == L ? xhat : keep(first_n(n), xhat), gx_sum[u]);
+    gx_sum[u] = fma(g, n == L ? xhat : select_or_zero(first_n(n), xhat), gx_sum[u]);
   });
   *mean_g = p.mean ? set(sum(g_sum[0] + g_sum[1]) / float(p.C)) : zero();
   *mean_gx = set(sum(gx_sum[0] + gx_sum[1]) / float(p.C));
 }
 
-// The gradient of row r of what was normalised, L values at a time, to store(c, gradient, n).
+// The gradient of row r, x, of what was normalised, L values at a time, to store(c, gradient, n).
 template <DType T, bool ANY, class Store>
-INL void norm_gradient(const LayerNormParams& p, const float* weight, i64 r, F mean_g, F mean_gx, Store store) {
-  const void* x = row(p.x, r);
+INL void norm_gradient(const LayerNormParams& p, const float* weight, const void* x, i64 r, F mean_g, F mean_gx,
+                       Store store) {
   const void *dy = p.dy.data ? row(p.dy, r) : nullptr, *dtotal = p.dtotal.data ? row(p.dtotal, r) : nullptr;
   const RowStatistics s(p, r);
   const char *next_x = next_row(p, p.x, r), *next_dy = next_row(p, p.dy, r);
-  const DType dy_type = p.dy.dtype;
+  const DType dy_type = p.dy.dtype, dtotal_type = p.dtotal.dtype;
+  const i64 x_size = ANY ? element_size(p.x.dtype) : element_size(T);
   for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
     F d = zero();
-    prefetch(next_x + c * element_size(T));
+    prefetch(next_x + c * x_size);
     if (next_dy) prefetch(next_dy + c * element_size(ANY ? dy_type : T));
     if (dy) {
       const F xhat = fma(load_as<T>(x, c, n) - s.center, s.scale, s.rest);
       // rounded as in norm_means: a product fused with the difference would leave its rounding where both are equal
-      const F g = fma(load_dy<T, ANY>(dy, dy_type, c, n), load_lanes(weight + c, n), zero());
+      const F g = fma(load_own<T, ANY>(dy, dy_type, c, n), load_lanes(weight + c, n), zero());
       d = s.scale * fnma(xhat, mean_gx, g - mean_g);
     }
-    store(c, dtotal ? d + load_as<T>(dtotal, c, n) : d, n);
+    store(c, dtotal ? d + load_own<T, ANY>(dtotal, dtotal_type, c, n) : d, n);
   });
 }
 
@@ -60,13 +62,14 @@ template <DType T, bool ANY>
 static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, float* dw, float* db) {
   const MutRows &dx = p.dx, &dresidual = p.dresidual;
   const uint32_t threshold = dx.data ? p.dropout.threshold : 0;
+  const void* x = ANY && T == DType::f32 ? read_row(row(p.x, r), p.x.dtype, p.C, t.wide) : row(p.x, r);
   F mean_g = zero(), mean_gx = zero();
-  if (p.dy.data) norm_means<T, ANY>(p, t.weight, r, dw, db, &mean_g, &mean_gx);
+  if (p.dy.data) norm_means<T, ANY>(p, t.weight, x, r, dw, db, &mean_g, &mean_gx);
   const MutRows& only = dx.data ? dx : dresidual;
   if (!threshold && !(dx.data && dresidual.data) && only.dtype == T) {
     void* out = row(only, r);
-    const bool past = only.stream;
-    norm_gradient<T, ANY>(p, t.weight, r, mean_g, mean_gx,
+    const bool past = only.non_temporal;
+    norm_gradient<T, ANY>(p, t.weight, x, r, mean_g, mean_gx,
                           [=](i64 c, F d, i64 n) __attribute__((always_inline)) { put_as<T>(past, out, c, d, n); });
     return;
   }
@@ -74,7 +77,7 @@ static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, 
   void *to_x = dx.data ? row(dx, r) : nullptr, *to_residual = dresidual.data ? row(dresidual, r) : nullptr;
   const uint16_t* lanes = t.lanes;
   const float kept = dropout_scale(p.dropout);
-  norm_gradient<T, ANY>(p, t.weight, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
+  norm_gradient<T, ANY>(p, t.weight, x, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
     if (to_residual) store_any(at(to_residual, dresidual.dtype, c), dresidual.dtype, d, n);
     if (to_x) store_any(at(to_x, dx.dtype, c), dx.dtype, threshold ? drop(d, lanes + c, threshold, kept) : d, n);
   });
@@ -91,10 +94,10 @@ template <DType T, bool ANY> static void norm_bwd_chunks(const LayerNormParams& 
   }
 }
 static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
-  with_dtype(p.x.dtype, [&](auto t) {
-    if (p.dy.data && p.dy.dtype != t.value) norm_bwd_chunks<t.value, true>(p, chunk_begin, chunk_end);
-    else norm_bwd_chunks<t.value, false>(p, chunk_begin, chunk_end);
-  });
+  if (p.dy.data && p.dy.dtype != p.x.dtype)
+    p.x.dtype == DType::bf16 ? norm_bwd_chunks<DType::bf16, true>(p, chunk_begin, chunk_end)
+                             : norm_bwd_chunks<DType::f32, true>(p, chunk_begin, chunk_end);
+  else with_dtype(p.x.dtype, [&](auto t) { norm_bwd_chunks<t.value, false>(p, chunk_begin, chunk_end); });
   stream_end();
 }
 

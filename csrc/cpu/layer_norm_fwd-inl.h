@@ -20,7 +20,7 @@ template <DType T> static const void* norm_input(const LayerNormParams& p, const
   const void* x = row(p.x, r);
   if (!p.residual.data) return x;
   const void* residual = row(p.residual, r);
-  void *total = row(p.total, r), *copy = p.total.stream ? t.total : nullptr;
+  void *total = row(p.total, r), *copy = p.total.non_temporal ? t.total : nullptr;
   if (p.dropout.threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
   const DType x_type = p.x.dtype, residual_type = p.residual.dtype;
   if (x_type == T && residual_type == T)
@@ -53,7 +53,7 @@ template <DType T> INL Moments moments(const void* x, float* wide, i64 C) {
   const F center = set(near);
   const TwoSums rest = row_sums(C, [&](i64 c, i64 n, F& sum, F& squares) __attribute__((always_inline)) {
     const F d = load_lanes(values + c, n) - center;
-    const F counted = n == L ? d : keep(first_n(n), d);
+    const F counted = n == L ? d : select_or_zero(first_n(n), d);
     sum = sum + counted;
     squares = fma(counted, counted, squares);
   });
@@ -78,7 +78,7 @@ static void norm_result(const LayerNormParams& p, const NormBuffers& t, const fl
   const F center = set(m.mean), scale = set(rstd), rest = set(-m.rest * rstd);
   void* y = row(p.y, r);
   const float *weight = t.weight, *bias = t.bias;
-  const bool past = p.y.stream;
+  const bool past = p.y.non_temporal;
   const char *next_x = next_row(p, p.x, r), *next_residual = next_row(p, p.residual, r);
   for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
     prefetch(next_x + c * size);

@@ -1,4 +1,4 @@
-// Products of tiles for the kernels of this instruction set: those of tile_product-inl.h, called through the table.
+// Products of tiles for the kernels of this instruction set: those of tile-inl.h, called through the table.
 #pragma once
 #include "tile_words-inl.h"
 

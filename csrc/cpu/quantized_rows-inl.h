@@ -88,6 +88,16 @@ INL void add_chunk(const C& codes, const LaneScales<C>& lanes, const float* scal
     UNROLL_FOR (int r = 0; r < R; r++) acc[r][o] = fma(sums[r][o], scale, acc[r][o]);
   }
 }
+// Adds the last, incomplete chunk of one output for one row of x to the L sums of `acc`. Compiled once: few K have one.
+template <bool PAIR, class C>
+COLD void add_last_chunk(const C& codes, const LaneScales<C>& lanes, const float* scales, i64 chunk,
+                         const uint8_t* from, i64 bytes, const float* x, float* acc) {
+  alignas(64) uint8_t last[4 * L] = {};
+  __builtin_memcpy(last, from, size_t(bytes));
+  F sums[1][1] = {{load(acc)}};
+  add_chunk<PAIR, 1, 1>(codes, lanes, scales, chunk, last, 4 * L, x, sums);
+  store(acc, sums[0][0]);
+}
 // Outputs [n, n + O) for rows [m, m + R) of x.
 template <bool PAIR, int R, int O, class C>
 static void dot_rows(const QuantizedRowsParams& p, const C& codes, i64 n, const LaneScales<C>& lanes,
@@ -103,10 +113,15 @@ static void dot_rows(const QuantizedRowsParams& p, const C& codes, i64 n, const 
   for (i64 chunk = 0; chunk < whole; chunk++)
     add_chunk<PAIR, R, O>(codes, lanes, scales, chunk, bytes + chunk * 4 * L, w.row_bytes, x + chunk * step, acc);
   if (whole < chunks) {
-    alignas(64) uint8_t tail[O][4 * L] = {};
-    for (int o = 0; o < O; o++)
-      __builtin_memcpy(tail[o], bytes + o * w.row_bytes + whole * 4 * L, size_t(w.row_bytes - whole * 4 * L));
-    add_chunk<PAIR, R, O>(codes, lanes, scales, whole, tail[0], 4 * L, x + whole * step, acc);
+    alignas(64) float sums[R][O][L];
+    UNROLL_FOR (int r = 0; r < R; r++)
+      UNROLL_FOR (int o = 0; o < O; o++) store(sums[r][o], acc[r][o]);
+    ROLLED_FOR (int r = 0; r < R; r++)
+      ROLLED_FOR (int o = 0; o < O; o++)
+        add_last_chunk<PAIR>(codes, lanes, scales + o * lanes.stride, whole, bytes + o * w.row_bytes + whole * 4 * L,
+                             w.row_bytes - whole * 4 * L, x + whole * step + r * row_step, sums[r][o]);
+    UNROLL_FOR (int r = 0; r < R; r++)
+      UNROLL_FOR (int o = 0; o < O; o++) acc[r][o] = load(sums[r][o]);
   }
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int o = 0; o < O; o++) out[r * kQuantizedRows + o] = sum(acc[r][o]);

@@ -3,7 +3,7 @@
 #include "pointwise-inl.h"
 
 template <DType T> static void relu_squared_fwd_rows(const ReluSquaredParams& p, i64 begin, i64 end) {
-  const bool past = p.out.stream;
+  const bool past = p.out.non_temporal;
   rows_by_twos(p, begin, end, 0, p.C, [&](i64 r, auto rows, i64 width) __attribute__((always_inline)) {
     const void* x[] = {row(p.x, r), row(p.x, r + rows.value - 1)};
     void* y[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
@@ -16,7 +16,7 @@ template <DType T> static void relu_squared_fwd_rows(const ReluSquaredParams& p,
   });
 }
 template <DType T> static void relu_squared_bwd_rows(const ReluSquaredParams& p, i64 begin, i64 end) {
-  const bool past = p.out.stream;
+  const bool past = p.out.non_temporal;
   rows_by_twos(p, begin, end, 0, p.C, [&](i64 r, auto rows, i64 width) __attribute__((always_inline)) {
     const void* x[] = {row(p.x, r), row(p.x, r + rows.value - 1)};
     const void* dy[] = {row(p.dout, r), row(p.dout, r + rows.value - 1)};

@@ -9,7 +9,7 @@
 template <DType T, bool PAIRS>
 INL void rotate(const RotaryParams& p, const float* cos, const float* sin, const char* x, char* y) {
   const i64 half = p.half;
-  const bool past = p.stream;
+  const bool past = p.non_temporal;
   const F sign = set(p.inverse ? -1.f : 1.f);
   for_lanes(half, [=](i64 c, i64 n) __attribute__((always_inline)) {
     const F co = load_lanes(cos + c, n), si = load_lanes(sin + c, n) * sign;

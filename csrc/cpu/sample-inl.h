@@ -11,7 +11,7 @@
 constexpr float kMostNoise = 22.9f;  // above -log(2^-33), the noise of the least v
 
 // The best token so far. A token can only beat it if its v <= exp(x / T - score) = exp2(x scale + limit).
-struct Draw {
+struct BestCandidate {
   float score = -__builtin_inff();
   i64 token = -1;
   F limit = set(__builtin_inff());
@@ -22,13 +22,14 @@ struct Sampler : Candidates {
 
   INL F uniform(I word) { return min(fma(to_float(word), set(0x1p-32f), set(0x1p-33f)), set(1.f - 0x1p-24f)); }
   // Offers L tokens with logits v and noise from u, where m is set; ids rise from call to call and over the lanes.
-  __attribute__((always_inline)) void consider(Draw& draw, F v, F u, M m, const uint32_t* ids, i64 first) const {
+  __attribute__((always_inline)) void consider(BestCandidate& draw, F v, F u, M m, const uint32_t* ids,
+                                               i64 first) const {
     if (!bits(m)) return;
     const F noise = zero() - log(zero() - log1p_negative(zero() - u));
     const F score = select(m, v / set(temperature) + noise, set(-__builtin_inff()));
     const float top = hmax(score);
     if (!(top > draw.score)) return;
-    const int lane = __builtin_ctz(bits(both(eq(score, set(top)), m)));
+    const int lane = __builtin_ctz(bits(and_mask(eq(score, set(top)), m)));
     draw.score = top;
     draw.token = ids ? i64(ids[lane]) : first + lane;
     // Rounding of both sides moves the comparison by less than this, for scores near the largest.
@@ -42,14 +43,14 @@ struct Sampler : Candidates {
     const Wide position = widen(uint32_t(p.position[r])), stream = widen(uint32_t(p.stream[r]));
     const Wide domain = widen(0x73616d70u);
     const F scale = set(per_unit), bound = set(low), none = zero();
-    Draw draw;
+    BestCandidate draw;
     for (i64 c0 = 0; c0 < V; c0 += 4 * L) {
       F v[4], most_v[4], any = none;
       UNROLL_FOR (int j = 0; j < 4; j++) {
         const i64 k = V - c0 - j * L < L ? V - c0 - j * L : L;
         v[j] = k > 0 ? load_lanes(x + c0 + j * L, k) : none;
         const M m = k > 0 ? valid_lanes(ge(v[j], bound), k) : first_n(0);
-        most_v[j] = keep(m, exp2<4>(fma(v[j], scale, draw.limit)));
+        most_v[j] = select_or_zero(m, exp2<4>(fma(v[j], scale, draw.limit)));
         any = max(most_v[j], any);
       }
       if (!bits(ge(any, set(0x1p-33f)))) continue;  // the least v
@@ -70,7 +71,7 @@ struct Sampler : Candidates {
     const Wide position = widen(uint32_t(p.position[r])), stream = widen(uint32_t(p.stream[r]));
     const Wide domain = widen(0x73616d70u);
     const F scale = set(per_unit);
-    Draw draw;
+    BestCandidate draw;
     for (i64 c = 0; c < n; c += L) {
       const i64 k = n - c < L ? n - c : L;
       const F v = load_lanes(kept_x + c, k), most_v = exp2<4>(fma(v, scale, draw.limit));
@@ -82,7 +83,7 @@ struct Sampler : Candidates {
       const I first = iselect(ieq(word, iset(0)), words[0], words[1]);
       const I second = iselect(ieq(word, iset(2)), words[2], words[3]);
       const F u = uniform(iselect(igt(iset(2), word), first, second));
-      consider(draw, v, u, both(m, ge(most_v, u)), kept_id + c, 0);
+      consider(draw, v, u, and_mask(m, ge(most_v, u)), kept_id + c, 0);
     }
     return draw.token;
   }

@@ -22,7 +22,7 @@ INL float key_value(uint32_t k) {
   __builtin_memcpy(&x, &u, 4);
   return x;
 }
-INL M valid_lanes(M m, i64 n) { return n == L ? m : both(m, first_n(n)); }
+INL M valid_lanes(M m, i64 n) { return n == L ? m : and_mask(m, first_n(n)); }
 
 // How many of the values are >= (ABOVE: >) low.
 template <bool ABOVE> static i64 count(const float* values, i64 n, float low) {
@@ -90,7 +90,7 @@ struct Candidates {
       F peak = least;
       for_lanes(V - c0 < kPeak * L ? V - c0 : kPeak * L, [&](i64 c, i64 k) __attribute__((always_inline)) {
         const F v = load_lanes(x + c0 + c, k);
-        ordered = both(ordered, eq(v, v));
+        ordered = and_mask(ordered, eq(v, v));
         peak = max(k == L ? v : select(first_n(k), v, least), peak);
       });
       store(peaks + n_peaks, peak);
@@ -134,7 +134,7 @@ struct Candidates {
       const I id = iload(kept_id + c);
       i64 count = compress(kept_id + out, id, reach);
       compress(kept_x + out, as_int(v), reach);
-      const i64 same = __builtin_popcount(bits(both(reach, eq(v, bound))));
+      const i64 same = __builtin_popcount(bits(and_mask(reach, eq(v, bound))));
       if (same > equals) count = drop_equals(out, count, low, equals);
       equals = same > equals ? 0 : equals - same;
       out += count;
@@ -167,7 +167,7 @@ struct Candidates {
     for (i64 c0 = 0; c0 < count; c0 += 2048)
       total += double(row_sum(count - c0 < 2048 ? count - c0 : 2048, [&](i64 c, i64 k) __attribute__((always_inline)) {
         const F w = exp2<6>((load_lanes(values + c0 + c, k) - center) * scale);
-        const F counted = k == L ? w : keep(first_n(k), w);
+        const F counted = k == L ? w : select_or_zero(first_n(k), w);
         store_lanes(out + c0 + c, counted, k);
         return counted;
       }));
@@ -178,7 +178,7 @@ struct Candidates {
     double total = 0;
     for (i64 c0 = 0; c0 < count; c0 += 2048)
       total += double(row_sum(count - c0 < 2048 ? count - c0 : 2048, [&](i64 c, i64 k) __attribute__((always_inline)) {
-        return keep(lt(set(bound), load_lanes(logits + c0 + c, k)), load_lanes(w + c0 + c, k));
+        return select_or_zero(lt(set(bound), load_lanes(logits + c0 + c, k)), load_lanes(w + c0 + c, k));
       }));
     return total;
   }

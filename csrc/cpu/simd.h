@@ -5,7 +5,7 @@
 //   load / load_n     L floats / the first n (the rest 0);  store / store_n likewise; load_bf16, store_f16, … convert
 //   stream            an aligned store past the caches;  prefetch  into L2
 //   fma fnma          a * b + c, c - a * b
-//   lt ge eq, select, keep    compares, m ? a : b, m ? a : 0;  min and max return b where either is nan
+//   lt ge eq, select, select_or_zero   compares, m ? a : b, m ? a : 0;  min and max return b where either is nan
 //   sum hmax          over the lanes
 //   exp2 exp log erf  below, with their error in units in the last place (ulp), measured over the range in tests
 //   philox_*          Philox4x32-10, a call per lane
@@ -21,7 +21,12 @@
 //   store_halves      the lower half of a vector at p, the upper at q
 #pragma once
 
+#ifdef GPTFAST_SCALAR
+#define INL static inline  // the compiler decides, which takes it less time
+#else
 #define INL static inline __attribute__((always_inline))
+#endif
+#define COLD static inline __attribute__((noinline))  // compiled once, and called: for what is rarely run
 #define INL_MEMBER inline __attribute__((always_inline))
 #ifdef GPTFAST_SCALAR
 #define UNROLL_FOR for  // tiles of 4 lanes are many, and take a compiler a minute when they are unrolled
@@ -54,6 +59,11 @@
 #include "simd_avx2.h"
 #endif
 
+#ifdef GPTFAST_SCALAR
+constexpr bool kScalar = true;  // of which only the compile time matters
+#else
+constexpr bool kScalar = false;
+#endif
 #ifdef GPTFAST_PAIRS
 constexpr bool kPairs = true;  // multiplies pairs of bf16
 #else

@@ -31,10 +31,10 @@ INL F floor(F a) { return _mm256_floor_ps(a); }
 INL M lt(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_LT_OQ)}; }
 INL M ge(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_GE_OQ)}; }
 INL M eq(F a, F b) { return {_mm256_cmp_ps(a, b, _CMP_EQ_OQ)}; }
-INL M both(M a, M b) { return {_mm256_and_ps(a.v, b.v)}; }
+INL M and_mask(M a, M b) { return {_mm256_and_ps(a.v, b.v)}; }
 INL unsigned bits(M m) { return unsigned(_mm256_movemask_ps(m.v)); }
 INL F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m.v); }
-INL F keep(M m, F a) { return _mm256_and_ps(m.v, a); }
+INL F select_or_zero(M m, F a) { return _mm256_and_ps(m.v, a); }
 INL float sum(F a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

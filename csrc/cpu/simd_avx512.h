@@ -29,10 +29,10 @@ INL F floor(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FR
 INL M lt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 INL M ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 INL M eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-INL M both(M a, M b) { return a & b; }
+INL M and_mask(M a, M b) { return a & b; }
 INL unsigned bits(M m) { return m; }
 INL F select(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); }
-INL F keep(M m, F a) { return _mm512_maskz_mov_ps(m, a); }
+INL F select_or_zero(M m, F a) { return _mm512_maskz_mov_ps(m, a); }
 INL float sum(F a) { return _mm512_reduce_add_ps(a); }
 INL float hmax(F a) { return _mm512_reduce_max_ps(a); }
 

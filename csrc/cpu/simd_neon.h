@@ -46,10 +46,10 @@ INL F floor(F a) { return vrndmq_f32(a); }
 INL M lt(F a, F b) { return {vcltq_f32(a, b)}; }
 INL M ge(F a, F b) { return {vcgeq_f32(a, b)}; }
 INL M eq(F a, F b) { return {vceqq_f32(a, b)}; }
-INL M both(M a, M b) { return {vandq_u32(a.v, b.v)}; }
+INL M and_mask(M a, M b) { return {vandq_u32(a.v, b.v)}; }
 INL unsigned bits(M m) { return vaddvq_u32(vandq_u32(m.v, I{1, 2, 4, 8})); }
 INL F select(M m, F a, F b) { return vbslq_f32(m.v, a, b); }
-INL F keep(M m, F a) { return as_float(vandq_u32(m.v, as_int(a))); }
+INL F select_or_zero(M m, F a) { return as_float(vandq_u32(m.v, as_int(a))); }
 INL float sum(F a) { return vaddvq_f32(a); }
 INL float hmax(F a) { return vmaxnmvq_f32(a); }
 

@@ -1,6 +1,20 @@
 // Rows of any dtype with the vocabulary of simd.h, which includes this file: any dtype at the edges, fp32 inside.
 #pragma once
 
+// The last n < L values of a row of 16 bits, as L floats of which the others are 0; and back. Compiled once: they run once a
+// row, and inlined at each end of a loop they are a quarter of what a compiler has to do.
+COLD void widen_tail(float* out, const void* p, DType t, i64 n) {
+  alignas(64) uint16_t tail[L] = {};
+  __builtin_memcpy(tail, p, size_t(n) * 2);
+  store(out, t == DType::bf16 ? load_bf16(tail) : load_f16(tail));
+}
+COLD void narrow_tail(void* p, DType t, const float* x, i64 n) {
+  alignas(64) uint16_t tail[L];
+  if (t == DType::bf16) store_bf16(tail, load(x));
+  else store_f16(tail, load(x));
+  __builtin_memcpy(p, tail, size_t(n) * 2);
+}
+
 INL void widen_row(float* out, const void* x, DType t, i64 n) {
   const uint16_t* p = static_cast<const uint16_t*>(x);
   alignas(64) uint16_t tail[L] = {};
@@ -50,15 +64,25 @@ INL void finish_row(void* p, DType t, const float* buffer, i64 n) {
 INL const void* row(const Rows& x, i64 i) { return at(x.data, x.dtype, i * x.stride); }
 INL void* row(const MutRows& x, i64 i) { return at(x.data, x.dtype, i * x.stride); }
 
-// Calls f(c, n) for c = 0, L, 2L, … < C with n = lanes that count: f sees whole vectors but for the last.
+INL i64 lanes_of(i64 left) { return left < L ? left : i64(L); }
+// Calls f(c, n) for c = 0, L, 2L, … < C with n = lanes that count: f sees whole vectors but for the last. Where only the
+// compile time matters, f is compiled once, here and below.
 template <class Fn> INL void for_lanes(i64 C, Fn f) {
   i64 c = 0;
+  if constexpr (kScalar) {
+    for (; c < C; c += L) f(c, lanes_of(C - c));
+    return;
+  }
   for (; c + L <= C; c += L) f(c, i64(L));
   if (c < C) f(c, C - c);
 }
 // The same with f(c, n, u), u = 0, 1, 0, … a constant once unrolled: two chains of sums hide the latency of one.
 template <class Fn> INL void for_lanes_paired(i64 C, Fn f) {
   i64 c = 0;
+  if constexpr (kScalar) {
+    for (int u = 0; c < C; c += L, u ^= 1) f(c, lanes_of(C - c), C - c < L ? 1 : u);
+    return;
+  }
   for (; c + 2 * L <= C; c += 2 * L) {
     f(c, i64(L), 0);
     f(c + L, i64(L), 1);
@@ -75,8 +99,16 @@ INL i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
 // The sum over the row of f(c, n), which gives 0 in lanes that do not count; four sums run side by side
 template <class Fn> INL float row_sum(i64 C, Fn f) {
-  F s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
   i64 c = 0;
+  if constexpr (kScalar) {
+    F s[4] = {zero(), zero(), zero(), zero()};
+    for (; c < C; c += L) {
+      const int at = C - c < L ? 1 : c < C / (4 * L) * (4 * L) ? int(c / L % 4) : 0;
+      s[at] = s[at] + f(c, lanes_of(C - c));
+    }
+    return sum((s[0] + s[1]) + (s[2] + s[3]));
+  }
+  F s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
   for (; c + 4 * L <= C; c += 4 * L) {
     s0 = s0 + f(c, i64(L));
     s1 = s1 + f(c + L, i64(L));
@@ -95,6 +127,13 @@ struct TwoSums {
 template <class Fn> INL TwoSums row_sums(i64 C, Fn f) {
   F a[4] = {zero(), zero(), zero(), zero()}, b[4] = {zero(), zero(), zero(), zero()};
   i64 c = 0;
+  if constexpr (kScalar) {
+    for (; c < C; c += L) {
+      const int at = C - c < L ? 1 : c < C / (4 * L) * (4 * L) ? int(c / L % 4) : 0;
+      f(c, lanes_of(C - c), a[at], b[at]);
+    }
+    return {sum((a[0] + a[1]) + (a[2] + a[3])), sum((b[0] + b[1]) + (b[2] + b[3]))};
+  }
   for (; c + 4 * L <= C; c += 4 * L)
     UNROLL_FOR (int u = 0; u < 4; u++) f(c + u * L, i64(L), a[u], b[u]);
   for (; c + L <= C; c += L) f(c, i64(L), a[0], b[0]);
@@ -105,25 +144,28 @@ template <class Fn> INL TwoSums row_sums(i64 C, Fn f) {
 // n <= L values at p as fp32, the other lanes 0.
 INL F load_any(const void* p, DType t, i64 n) {
   if (t == DType::f32) return load_lanes(static_cast<const float*>(p), n);
-  alignas(64) uint16_t buffer[L] = {};
-  const uint16_t* h = static_cast<const uint16_t*>(p);
   if (n < L) {
-    __builtin_memcpy(buffer, p, size_t(n) * 2);
-    h = buffer;
+    alignas(64) float tail[L];
+    widen_tail(tail, p, t, n);
+    return load(tail);
   }
+  const uint16_t* h = static_cast<const uint16_t*>(p);
   return t == DType::bf16 ? load_bf16(h) : load_f16(h);
 }
 template <DType T> INL F load_as(const void* row, i64 c, i64 n) { return load_any(at(row, T, c), T, n); }
 INL void store_any(void* p, DType t, F x, i64 n) {
   if (t == DType::f32) return store_lanes(static_cast<float*>(p), x, n);
-  alignas(64) uint16_t buffer[L];
-  uint16_t* h = n < L ? buffer : static_cast<uint16_t*>(p);
+  if (n < L) {
+    alignas(64) float tail[L];
+    store(tail, x);
+    return narrow_tail(p, t, tail, n);
+  }
+  uint16_t* h = static_cast<uint16_t*>(p);
   if (t == DType::bf16) store_bf16(h, x);
   else store_f16(h, x);
-  if (n < L) __builtin_memcpy(p, buffer, size_t(n) * 2);
 }
 template <DType T> INL void store_as(void* row, i64 c, F x, i64 n) { store_any(at(row, T, c), T, x, n); }
-// The same past the caches where `past` is set (MutRows::stream); to be followed by stream_end().
+// The same past the caches where `past` is set (MutRows::non_temporal); to be followed by stream_end().
 template <DType T> INL void put_as(bool past, void* row, i64 c, F x, i64 n) {
   void* p = at(row, T, c);
   if (!past || n < L) return store_any(p, T, x, n);

@@ -38,7 +38,7 @@ INL void store_n(float* p, F x, i64 n) {
 INL F fma(F a, F b, F c) { return a * b + c; }  // two roundings where there is no such instruction
 INL F fnma(F a, F b, F c) { return c - a * b; }
 INL F select(M m, F a, F b) { return as_float((as_int(a) & m.v) | (as_int(b) & ~m.v)); }
-INL F keep(M m, F a) { return as_float(as_int(a) & m.v); }
+INL F select_or_zero(M m, F a) { return as_float(as_int(a) & m.v); }
 INL F reciprocal(F x) { return set(1.f) / x; }
 INL F coarse_reciprocal(F x) { return reciprocal(x); }
 INL F max(F a, F b) { return select({(I)(a > b)}, a, b); }  // b where either is nan, as on x86
@@ -52,7 +52,7 @@ INL F floor(F a) {
 INL M lt(F a, F b) { return {(I)(a < b)}; }
 INL M ge(F a, F b) { return {(I)(a >= b)}; }
 INL M eq(F a, F b) { return {(I)(a == b)}; }
-INL M both(M a, M b) { return {a.v & b.v}; }
+INL M and_mask(M a, M b) { return {a.v & b.v}; }
 INL unsigned bits(M m) { return (m.v[0] & 1) | (m.v[1] & 2) | (m.v[2] & 4) | (m.v[3] & 8); }
 INL float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 INL float hmax(F a) {

@@ -31,7 +31,7 @@ INL const void* up_row(const SwigluParams& p, i64 r) { return p.interleaved ? nu
 INL i64 columns(const SwigluParams& p, i64 r) { return r == p.R - 1 ? p.tail : p.C; }
 
 template <DType T, bool PAIRS> static void swiglu_fwd_rows(const SwigluParams& p, i64 begin, i64 end) {
-  const bool past = p.out.stream;
+  const bool past = p.out.non_temporal;
   const float alpha = p.alpha, limit = p.limit;
   const F shift = set(p.shift);
   for (i64 r = begin; r < end; r++) {
@@ -44,7 +44,7 @@ template <DType T, bool PAIRS> static void swiglu_fwd_rows(const SwigluParams& p
   }
 }
 template <DType T, bool PAIRS> static void swiglu_bwd_rows(const SwigluParams& p, i64 begin, i64 end) {
-  const bool past = p.dgate.stream;
+  const bool past = p.dgate.non_temporal;
   const float alpha = p.alpha, limit = p.limit;
   const F shift = set(p.shift);
   for (i64 r = begin; r < end; r++) {

@@ -1,4 +1,4 @@
-// The products of pairs of bf16 of tile_product-inl.h on AMX's tiles, for A by rows (ka == 1).
+// The products of pairs of bf16 of tile-inl.h on AMX's tiles, for A by rows (ka == 1).
 //
 // Sums: 16 words of k at a time, even and odd values along k apart, then their two sums together, then that to C; numbers
 // below 2^-126 count as 0 (Intel's description of tdpbf16ps). So the bits are not those of vdpbf16ps, but they depend on K alone:

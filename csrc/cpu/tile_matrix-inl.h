@@ -1,4 +1,4 @@
-// The tile of tile_product-inl.h for pairs of bf16 on BF16's matrix product: bfmmla multiplies 2 rows of 4 values by 4 values
+// The tile of tile-inl.h for pairs of bf16 on BF16's matrix product: bfmmla multiplies 2 rows of 4 values by 4 values
 // of 2 columns, twice as many as bfdot, and sums them in the same order, to the same bits (with FPCR.EBF 0, as it is).
 //
 // A sum is a square: rows r and r + 1, columns c and c + 1. B's words of two steps along k, zipped, are its factor; A's come

@@ -11,7 +11,6 @@ namespace gptfast::engine {
 
 namespace {
 constexpr i64 kLargePage = 1 << 21;
-constexpr i64 kPass = 256;  // positions that a pass appends to a row at most
 constexpr size_t pages_of(i64 positions) { return size_t((positions + kPage - 1) / kPage); }
 }  // namespace
 
@@ -157,7 +156,7 @@ void Cache::reserve(i64 r, i64 n, std::vector<Copy>& copies) {
   row.tokens.reserve(size_t(row.length + n));
   const std::vector<Page*>& held = row.banded.pages;
   const size_t first = size_t(row.length / kPage), missing = pages_of(row.length + n) - held.size();
-  reserved_ += std::min(missing, pages_of(window_ + kSlack + kPass) + 1);
+  reserved_ += std::min(missing, pages_of(window_ + kSlack + kPrefillChunk) + 1);
   if (first < held.size() && held[first]->users > 1) reserved_++;
   banded_.ensure(reserved_);
 }

@@ -15,6 +15,9 @@
 
 namespace gptfast::engine {
 
+// Tokens of a pass, of one row at most: their activations stay in the caches of the CPU.
+constexpr i64 kPrefillChunk = 256;
+
 class Cache {
  public:
   struct Sizes {
@@ -59,8 +62,7 @@ class Cache {
   std::vector<int> to_reread(i64 row, i64 length) const;
   void release(i64 row);
   // Makes room for n more positions, with the pages that will be written the row's own; append then counts them. Pages
-  // that were shared are still to be copied, so many positions of them. Pages of banded layers are made sure of, and made
-  // by `slide`.
+  // that were shared are still to be copied: `positions` of each. For banded layers it reserves pages, which `slide` makes.
   struct Copy {
     const char* from;
     char* to;
@@ -88,7 +90,7 @@ class Cache {
     Page* make();
     Page* take();
     void drop(Page* page);
-    void ensure(size_t pages);  // that so many can be taken
+    void ensure(size_t pages);  // until `take` can give this many
   };
   struct Pages {
     std::vector<Page*> pages;  // null: dropped

@@ -43,7 +43,7 @@ struct Sampling {
   double top_p;
   uint64_t seed;
   i64 stream;
-  i64 vocab;  // among so many first tokens; 0: all
+  i64 vocab;  // only the first `vocab` tokens may be drawn; 0: all
 };
 
 // `weights` is Model::bytes of memory, aligned to 64, that outlives the engine. Calls are serialised by a mutex.

@@ -28,7 +28,7 @@ struct Activations {
   }
 };
 
-constexpr i64 kUnpackedRows = 16;  // from so many rows on a panel is unpacked first
+constexpr i64 kUnpackedRows = 16;  // at this number of rows and more a panel is unpacked first
 
 // A low-rank update (adapter.h). A: r rows of K values, each padded with zeros to lora_stride(K).  B: for each panel of
 // 32 outputs [r][32].

@@ -4,8 +4,8 @@
 // out[r][d0 + v L ...) += sum over positions [begin, end) of weights[r][position - begin] values[position][d0 + v L
 // ...), of head h; `fresh`: out counts as 0. `after` is read next.
 template <DType T, int R, int V>
-static void weigh_values(const AttendParams& p, i64 h, i64 begin, i64 end, const char* after, const float* weights,
-                         i64 ldw, i64 d0, bool fresh, float* out) {
+static void accumulate_values(const AttendParams& p, i64 h, i64 begin, i64 end, const char* after, const float* weights,
+                              i64 ldw, i64 d0, bool fresh, float* out) {
   const i64 Dp = padded_head(p.D), size = element_size(T);
   const auto lanes = [&](int v) {  // of a vector that count
     const i64 left = p.D - d0 - v * L;
@@ -40,9 +40,9 @@ INL void page_values(const AttendParams& p, i64 h, i64 begin, i64 end, const cha
   constexpr int V = kAttendVectors;
   i64 d = 0;
   for (; d + V * L <= padded_head(p.D); d += V * L)
-    weigh_values<T, R, V>(p, h, begin, end, after, weights, ldw, d, fresh, out);
+    accumulate_values<T, R, V>(p, h, begin, end, after, weights, ldw, d, fresh, out);
   if constexpr (16 % (V * L) != 0)  // heads are padded to 16
-    for (; d < p.D; d += L) weigh_values<T, R, 1>(p, h, begin, end, after, weights, ldw, d, fresh, out);
+    for (; d < p.D; d += L) accumulate_values<T, R, 1>(p, h, begin, end, after, weights, ldw, d, fresh, out);
 }
 
 template <DType T, int R> static void values_of_rows(const AttendRows& rows) {

@@ -73,7 +73,7 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
   const float variance = row_sum(C,
                                  [&](i64 c, i64 n) {
                                    const F d = load_lanes(x + c, n) - mean;
-                                   return n == L ? d * d : keep(first_n(n), d * d);
+                                   return n == L ? d * d : select_or_zero(first_n(n), d * d);
                                  }) /
                          float(C);
   const F rstd = set(1.f / __builtin_sqrtf(variance + eps));

@@ -9,10 +9,6 @@
 
 namespace gptfast::engine {
 
-namespace {
-constexpr i64 kPrefillChunk = 256;  // tokens of a pass: their activations stay in the caches
-}  // namespace
-
 Cache::Sizes Engine::cache_sizes() const {
   const Shape& s = model_.shape;
   i64 banded = 0;

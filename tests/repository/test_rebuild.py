@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -123,3 +125,19 @@ def test_every_kernel_is_listed_once():
         assert sorted(kernels) == sorted(
             p.name.removesuffix("-inl.h") for p in files if "static void fill(Kernels& k)" in p.read_text()
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="avx512_bf16 is of x86-64")
+@pytest.mark.parametrize("folder", ["cpu", "engine"])
+def test_shared_kernels_have_no_use_for_bf16(folder, tmp_path):
+    """What avx512_bf16 takes from avx512 has none of its instructions, compiled for it: its list in isa_select.h lacks no kernel."""
+    libraries = buildtools_libraries()
+    every = libraries.listed(f"csrc/{folder}/kernels.h", f"GPTFAST_{folder.upper()}_KERNELS")
+    shared = {*every} - {*libraries.kernels_of(folder, "avx512_bf16")}
+    assert shared and "rows" not in shared and "gelu_fwd" not in shared
+    for kernel in sorted(shared):
+        given = [*libraries.CXX_FLAGS, *libraries.ISA_FLAGS["avx512_bf16"], "-O1", "-DGPTFAST_ISA=isa_avx512_bf16"]
+        given += [f"-DGPTFAST_KERNEL={kernel}", "-S", "-o", "-", str(ROOT / f"csrc/{folder}/kernel_unit.cpp")]
+        text = subprocess.run(["g++", *given], check=True, capture_output=True, text=True).stdout
+        assert "fill_" in text and not (found := re.search(r"\t(v\w*bf16\w*|vpdp\w+)\t", text)), (kernel, found)
