@@ -67,7 +67,7 @@ def test_kernels_of_this_machine():
     emulated = [*cpu_isas(), *(["amx"] if cpu_isas()[-1:] == ["avx512_bf16"] else [])]
     assert list(tokens) == emulated or not cpu_isas()
     first, *others = tokens.values()
-    assert len(first) == 9  # formats of weights and of the cache
+    assert len(first) == 10  # formats of weights and of the cache
     assert all(other == first for other in others)
 
 
