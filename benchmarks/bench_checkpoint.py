@@ -69,6 +69,7 @@ def main() -> None:
         (slot,) = runner.allocate(1)
         start = time.perf_counter()
         logits = runner.extend([slot], [prompt])
+        assert isinstance(logits, torch.Tensor)  # of the last token alone
         prefill = len(prompt) / (time.perf_counter() - start)
         start = time.perf_counter()
         made = runner.decode_steps([slot], logits, args.tokens + 1, [GREEDY])  # the last of which is not computed with

@@ -71,7 +71,8 @@ class CompiledGPT(AdapterMethods):
         self.cache_dtype = cache_dtype_of(cache_dtype, dtype)
         self._formats, self._weights, self._source = formats, weights, source
         self._exponents, self._outside = exponents or {}, outside or {}
-        self._files = {id(part.obj): part.obj for parts in self._outside.values() for part in parts}.values()
+        mapped: dict[int, Any] = {id(part.obj): part.obj for parts in self._outside.values() for part in parts}
+        self._files = list(mapped.values())
         self._adapters, self.base_mark = PackedAdapters(), ""
         threads = torch_num_threads() if threads is None else threads
         check_count("compile_for_inference", "threads", threads, 1, MOST_THREADS, ", better one per core")
