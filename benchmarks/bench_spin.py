@@ -15,8 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+
+from gptfast.benchmarking.busy import busy_loops
 
 BOUNDS = (None, 300_000, 10_000, 1_000)
 SHAPE = {"n_layer": 4, "n_head": 6, "n_embd": 192, "block_size": 128, "vocab_size": 90, "dropout": 0.0}
@@ -58,17 +58,6 @@ def worker(seconds: float) -> float:
         if steps == 0:
             start = time.perf_counter()
     return steps * x.numel() / (time.perf_counter() - start)
-
-
-@contextmanager
-def busy_loops(count: int) -> Iterator[None]:
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def main() -> None:

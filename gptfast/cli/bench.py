@@ -18,6 +18,9 @@ def bench(
     tune_malloc: Annotated[
         bool, typer.Option("--tune-malloc", help="Let glibc keep large buffers, for gptfast and the peers.")
     ] = False,
+    busy: Annotated[
+        int, typer.Option(min=0, help="Busy loops that run beside, each as a program that would take a core.")
+    ] = 0,
 ) -> None:
     """Time the ops against eager PyTorch and torch's functions; print a table, write JSON and a plot.
 
@@ -28,7 +31,15 @@ def bench(
     from rich.progress import Progress
 
     import gptfast
-    from gptfast.benchmarking import compare, comparisons, measure_machine, print_table, save_json, save_plot
+    from gptfast.benchmarking import (
+        busy_loops,
+        compare,
+        comparisons,
+        measure_machine,
+        print_table,
+        save_json,
+        save_plot,
+    )
     from gptfast.testing import CASES
 
     unknown = sorted(set(ops or []) - set(CASES))
@@ -40,8 +51,10 @@ def bench(
         raise RuntimeError("bench: --tune-malloc needs glibc; leave it out here")
     machine = measure_machine()
     print("malloc: " + ("tuned (gptfast.tune_malloc)" if tune_malloc else "as installed"))
+    if busy:
+        print(f"{busy} busy loops beside; the limits are measured without them")
     results = []
-    with Progress(transient=True) as progress:
+    with busy_loops(busy), Progress(transient=True) as progress:
         task = progress.add_task("checking and timing", total=None)
         for c in comparisons(ops):
             progress.update(task, description=c.name)

@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from gptfast import machine
+from gptfast.benchmarking.busy import busy_loops
 from gptfast.benchmarking.compare import COPY, Comparison
 from gptfast.benchmarking.report import losses, percent_of_limit, print_table
 from gptfast.cli import app
@@ -69,12 +70,18 @@ def test_command(tmp_path, monkeypatch):
     """On a case of the size of a test: eager PyTorch takes seconds for a mask of those that are timed otherwise."""
     module = sys.modules["gptfast.benchmarking.compare"]
     monkeypatch.setattr(module, "bench_cases", lambda op: [Case(op, {"N": 64, "C": 96}, {"p": 0.1})])
-    done = CliRunner().invoke(app, ["bench", "dropout", "--rounds", "3", "--out", str(tmp_path)])
-    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(app, ["bench", "dropout", "--rounds", "3", "--busy", "1", "--out", str(tmp_path)])
+    assert done.exit_code == 0 and "1 busy loops beside" in done.output, done.output
     found = json.loads((tmp_path / "bench.json").read_text())
     assert {r["op"] for r in found["results"]} == {"dropout"}
     assert all(r["milliseconds"]["ours"] > 0 for r in found["results"])
     assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_busy_loops_run_beside_and_end_with_the_block():
+    with busy_loops(2) as loops:
+        assert [loop.poll() for loop in loops] == [None, None]
+    assert [loop.returncode for loop in loops] == [-9, -9]
 
 
 def test_unknown_op():
