@@ -46,14 +46,15 @@ def swiglu(
         TypeError, ValueError: wrong dtype, shape, device, alpha, limit or layout.
     """
     check_swiglu(gate, up, alpha, limit, layout)
+    alpha, limit = (None if value is None else float(value) for value in (alpha, limit))  # also an int beyond 2^63
     if up is not None and gate.dtype != up.dtype:
         dtype = torch.promote_types(gate.dtype, up.dtype)
         gate, up = gate.to(dtype), up.to(dtype)
     runs_on = resolve("swiglu", backend, gate, up)
     if runs_on == "eager":
         return reference.swiglu(gate, up, alpha=alpha, limit=limit, layout=layout)
-    slope, shift = (1.0, 0.0) if alpha is None else (float(alpha), 1.0)
-    options = layout == "interleaved", slope, shift, math.inf if limit is None else float(limit)
+    slope, shift = (1.0, 0.0) if alpha is None else (alpha, 1.0)
+    options = layout == "interleaved", slope, shift, math.inf if limit is None else limit
     if up is not None and gate.dim() == 0:
         return _fused(runs_on, gate[None], up[None], *options)[0]
     return _fused(runs_on, gate, up, *options)

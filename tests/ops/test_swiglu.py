@@ -86,6 +86,13 @@ def test_gradients_at_the_clamp(isa):
     assert (dup[up.abs() > 7] == 0).all() and (dup[(up.abs() == 7) & (gate == 7)] != 0).all()
 
 
+def test_whole_numbers_beyond_64_bits_are_numbers():
+    for device in ("cpu", "meta"):
+        x = torch.ones(2, 4, device=device)
+        y = ops.swiglu(x, x, alpha=1, limit=2**64, backend="eager")
+        assert y.shape == x.shape and (device == "meta" or torch.equal(y, ops.swiglu(x, x, alpha=1.0)))
+
+
 def test_the_modules_of_transformers():
     """gpt-oss' experts, and the MLP of Llama."""
     gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
