@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <initializer_list>
@@ -165,12 +166,7 @@ inline void check_row_options(const char* op, const Tensor& logits, const Tensor
                 op, ": options must be int64 of shape (B, 4) for logits of shape (B, V)");
 }
 
-// Runs f(begin, end) over [0, n) on torch's pool in fixed parts; `cost` is the work of one item in bytes or so.
-template <class Fn> void parallel(i64 n, i64 cost, const Fn& f) {
-  if (n <= 0) return;
-  const i64 grain = cost > 0 ? (32768 + cost - 1) / cost : 1;
-  torch::stable::parallel_for(0, n, grain < 1 ? 1 : grain, f);
-}
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 // Runs f(item) for every item of [0, n), dealt one by one in order, so that threads end together when items differ.
 template <class Fn> void parallel_items(i64 n, const Fn& f) {
@@ -180,6 +176,14 @@ template <class Fn> void parallel_items(i64 n, const Fn& f) {
   torch::stable::parallel_for(0, threads < n ? threads : n, 1, [&](i64, i64) {
     for (i64 item; (item = next.fetch_add(1)) < n;) f(item);
   });
+}
+
+// Runs f(begin, end) over [0, n) on torch's pool; `cost` is the work of one item in bytes or so. Parts of at least 32 KB,
+// at most eight a thread, are dealt in order: beside another process a thread that gets half a core takes fewer of them.
+template <class Fn> void parallel(i64 n, i64 cost, const Fn& f) {
+  const i64 least = cost > 0 ? ceil_div(32768, cost) : 1, most = 8 * i64(torch::stable::get_num_threads());
+  const i64 part = std::max(least, ceil_div(n, most));
+  parallel_items(ceil_div(n, part), [&](i64 i) { f(i * part, std::min(n, (i + 1) * part)); });
 }
 
 // (chunks, C) fp32 partial sums -> (C) of `dtype`.

@@ -9,8 +9,6 @@ namespace gptfast {
 constexpr i64 kPanel = cpu::kGemmPanel;
 constexpr i64 kMostDepth = 4096;  // words of k in a stretch
 
-inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-
 // Words of k: a word is two values where they are multiplied in pairs.
 inline i64 words_of(const cpu::GemmParams& p) { return p.pairs ? ceil_div(p.K, 2) : p.K; }
 
