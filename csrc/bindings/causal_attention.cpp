@@ -157,8 +157,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_attention_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("causal_attention_fwd", TORCH_BOX(&causal_attention_fwd));
-  m.impl("causal_attention_bwd", TORCH_BOX(&causal_attention_bwd));
+  m.impl("causal_attention_fwd", GPTFAST_BOX(&causal_attention_fwd));
+  m.impl("causal_attention_bwd", GPTFAST_BOX(&causal_attention_bwd));
 }
 
 }  // namespace gptfast

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "boxed.h"
 
 namespace gptfast {
 

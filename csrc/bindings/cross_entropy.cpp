@@ -73,9 +73,9 @@ Tensor cross_entropy_in_place(Tensor& logits, const Tensor& targets, const OptTe
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd));
-  m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd));
-  m.impl("cross_entropy_in_place", TORCH_BOX(&cross_entropy_in_place));
+  m.impl("cross_entropy_fwd", GPTFAST_BOX(&cross_entropy_fwd));
+  m.impl("cross_entropy_bwd", GPTFAST_BOX(&cross_entropy_bwd));
+  m.impl("cross_entropy_in_place", GPTFAST_BOX(&cross_entropy_in_place));
 }
 
 }  // namespace gptfast

@@ -161,9 +161,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor&
 }  // namespace
 
 GPTFAST_CUDA_IMPL(m) {
-  m.impl("causal_attention_fwd", TORCH_BOX(&fwd));
-  m.impl("causal_attention_bwd", TORCH_BOX(&bwd));
-  m.impl("causal_attention_append", TORCH_BOX(&append));
+  m.impl("causal_attention_fwd", GPTFAST_BOX(&fwd));
+  m.impl("causal_attention_bwd", GPTFAST_BOX(&bwd));
+  m.impl("causal_attention_append", GPTFAST_BOX(&append));
 }
 
 }  // namespace gptfast::cuda

@@ -65,9 +65,9 @@ Tensor in_place(Tensor& logits, const Tensor& targets, const OptTensor& dloss, i
 }  // namespace
 
 GPTFAST_CUDA_IMPL(m) {
-  m.impl("cross_entropy_fwd", TORCH_BOX(&fwd));
-  m.impl("cross_entropy_bwd", TORCH_BOX(&bwd));
-  m.impl("cross_entropy_in_place", TORCH_BOX(&in_place));
+  m.impl("cross_entropy_fwd", GPTFAST_BOX(&fwd));
+  m.impl("cross_entropy_bwd", GPTFAST_BOX(&bwd));
+  m.impl("cross_entropy_in_place", GPTFAST_BOX(&in_place));
 }
 
 }  // namespace gptfast::cuda

@@ -21,7 +21,7 @@ std::string unavailable_reason(i64 index) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
-  m.impl("cuda_unavailable_reason", TORCH_BOX(&unavailable_reason));
+  m.impl("cuda_unavailable_reason", GPTFAST_BOX(&unavailable_reason));
 }
 
 }  // namespace gptfast::cuda

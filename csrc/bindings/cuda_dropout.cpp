@@ -16,6 +16,6 @@ Tensor rows(const Tensor& x, double p, i64 seed, i64 offset) {
 
 }  // namespace
 
-GPTFAST_CUDA_IMPL(m) { m.impl("dropout", TORCH_BOX(&rows)); }
+GPTFAST_CUDA_IMPL(m) { m.impl("dropout", GPTFAST_BOX(&rows)); }
 
 }  // namespace gptfast::cuda

@@ -55,8 +55,8 @@ Tensor bwd(const Tensor& dout, const Tensor& keys, const Tensor& order, const Te
 }  // namespace
 
 GPTFAST_CUDA_IMPL(m) {
-  m.impl("embedding_fwd", TORCH_BOX(&fwd));
-  m.impl("embedding_bwd", TORCH_BOX(&bwd));
+  m.impl("embedding_fwd", GPTFAST_BOX(&fwd));
+  m.impl("embedding_bwd", GPTFAST_BOX(&bwd));
 }
 
 }  // namespace gptfast::cuda

@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& dout, const Tensor& x, const OptTen
 }  // namespace
 
 GPTFAST_CUDA_IMPL(m) {
-  m.impl("gelu_fwd", TORCH_BOX(&fwd));
-  m.impl("gelu_bwd", TORCH_BOX(&bwd));
+  m.impl("gelu_fwd", GPTFAST_BOX(&fwd));
+  m.impl("gelu_bwd", GPTFAST_BOX(&bwd));
 }
 
 }  // namespace gptfast::cuda

@@ -41,10 +41,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_bwd(const OptTensor& dy, const Op
 }  // namespace
 
 GPTFAST_CUDA_IMPL(m) {
-  m.impl("layer_norm_fwd", TORCH_BOX(&fwd));
-  m.impl("layer_norm_bwd", TORCH_BOX(&bwd));
-  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_fwd));
-  m.impl("add_layer_norm_bwd", TORCH_BOX(&add_bwd));
+  m.impl("layer_norm_fwd", GPTFAST_BOX(&fwd));
+  m.impl("layer_norm_bwd", GPTFAST_BOX(&bwd));
+  m.impl("add_layer_norm_fwd", GPTFAST_BOX(&add_fwd));
+  m.impl("add_layer_norm_bwd", GPTFAST_BOX(&add_bwd));
 }
 
 }  // namespace gptfast::cuda

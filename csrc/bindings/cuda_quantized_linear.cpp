@@ -97,8 +97,8 @@ Tensor bwd(const Tensor& dy, const Tensor& codes, const Tensor& scales, std::str
 }  // namespace
 
 GPTFAST_CUDA_IMPL(m) {
-  m.impl("quantized_linear_fwd", TORCH_BOX(&fwd));
-  m.impl("quantized_linear_bwd", TORCH_BOX(&bwd));
+  m.impl("quantized_linear_fwd", GPTFAST_BOX(&fwd));
+  m.impl("quantized_linear_bwd", GPTFAST_BOX(&bwd));
 }
 
 }  // namespace gptfast::cuda

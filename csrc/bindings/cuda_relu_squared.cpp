@@ -33,8 +33,8 @@ Tensor bwd(const Tensor& dout, const Tensor& x) {
 }  // namespace
 
 GPTFAST_CUDA_IMPL(m) {
-  m.impl("relu_squared_fwd", TORCH_BOX(&fwd));
-  m.impl("relu_squared_bwd", TORCH_BOX(&bwd));
+  m.impl("relu_squared_fwd", GPTFAST_BOX(&fwd));
+  m.impl("relu_squared_bwd", GPTFAST_BOX(&bwd));
 }
 
 }  // namespace gptfast::cuda

@@ -51,6 +51,6 @@ Tensor rotary_op(const Tensor& x, const Tensor& cos, const Tensor& sin, const Op
 
 }  // namespace
 
-GPTFAST_CUDA_IMPL(m) { m.impl("rotary", TORCH_BOX(&rotary_op)); }
+GPTFAST_CUDA_IMPL(m) { m.impl("rotary", GPTFAST_BOX(&rotary_op)); }
 
 }  // namespace gptfast::cuda

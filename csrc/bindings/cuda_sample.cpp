@@ -59,8 +59,8 @@ Tensor sample_rows(const Tensor& logits, const Tensor& options, const Tensor& po
 }  // namespace
 
 GPTFAST_CUDA_IMPL(m) {
-  m.impl("sample", TORCH_BOX(&sample_all));
-  m.impl("sample_rows", TORCH_BOX(&sample_rows));
+  m.impl("sample", GPTFAST_BOX(&sample_all));
+  m.impl("sample_rows", GPTFAST_BOX(&sample_rows));
 }
 
 }  // namespace gptfast::cuda

@@ -72,8 +72,8 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& dout, const Tensor& gate, const Opt
 }  // namespace
 
 GPTFAST_CUDA_IMPL(m) {
-  m.impl("swiglu_fwd", TORCH_BOX(&fwd));
-  m.impl("swiglu_bwd", TORCH_BOX(&bwd));
+  m.impl("swiglu_fwd", GPTFAST_BOX(&fwd));
+  m.impl("swiglu_bwd", GPTFAST_BOX(&bwd));
 }
 
 }  // namespace gptfast::cuda

@@ -25,7 +25,7 @@ Tensor dropout_mask(i64 matrices, i64 rows, i64 cols, double p, i64 seed, i64 of
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("dropout", TORCH_BOX(&dropout)); }
-STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) { m.impl("dropout_mask", TORCH_BOX(&dropout_mask)); }
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("dropout", GPTFAST_BOX(&dropout)); }
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) { m.impl("dropout_mask", GPTFAST_BOX(&dropout_mask)); }
 
 }  // namespace gptfast

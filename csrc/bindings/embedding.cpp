@@ -65,8 +65,8 @@ Tensor embedding_bwd(const Tensor& dout, const Tensor& keys, const Tensor& order
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("embedding_fwd", TORCH_BOX(&embedding_fwd));
-  m.impl("embedding_bwd", TORCH_BOX(&embedding_bwd));
+  m.impl("embedding_fwd", GPTFAST_BOX(&embedding_fwd));
+  m.impl("embedding_bwd", GPTFAST_BOX(&embedding_bwd));
 }
 
 }  // namespace gptfast

@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor> gelu_bwd(const Tensor& dout, const Tensor& x, const O
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("gelu_fwd", TORCH_BOX(&gelu_fwd));
-  m.impl("gelu_bwd", TORCH_BOX(&gelu_bwd));
+  m.impl("gelu_fwd", GPTFAST_BOX(&gelu_fwd));
+  m.impl("gelu_bwd", GPTFAST_BOX(&gelu_bwd));
 }
 
 }  // namespace gptfast

@@ -78,8 +78,8 @@ void gemm_few(const Tensor& a, const Tensor& b, Tensor c) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("gemm", TORCH_BOX(&gemm));
-  m.impl("gemm_few", TORCH_BOX(&gemm_few));
+  m.impl("gemm", GPTFAST_BOX(&gemm));
+  m.impl("gemm_few", GPTFAST_BOX(&gemm_few));
 }
 
 }  // namespace gptfast

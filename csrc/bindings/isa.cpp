@@ -21,10 +21,10 @@ bool set_cpu_isa(std::string name) { return cpu::set_isa(name.empty() ? nullptr 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-  m.impl("cpu_isas", TORCH_BOX(&cpu_isas));
-  m.impl("cpu_rejected_isa", TORCH_BOX(&cpu_rejected_isa));
-  m.impl("set_cpu_isa", TORCH_BOX(&set_cpu_isa));
+  m.impl("cpu_isa", GPTFAST_BOX(&cpu_isa));
+  m.impl("cpu_isas", GPTFAST_BOX(&cpu_isas));
+  m.impl("cpu_rejected_isa", GPTFAST_BOX(&cpu_rejected_isa));
+  m.impl("set_cpu_isa", GPTFAST_BOX(&set_cpu_isa));
 }
 
 }  // namespace gptfast

@@ -42,10 +42,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const OptTensor& d
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
-  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
-  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
-  m.impl("add_layer_norm_bwd", TORCH_BOX(&add_layer_norm_bwd));
+  m.impl("layer_norm_fwd", GPTFAST_BOX(&layer_norm_fwd));
+  m.impl("layer_norm_bwd", GPTFAST_BOX(&layer_norm_bwd));
+  m.impl("add_layer_norm_fwd", GPTFAST_BOX(&add_layer_norm_fwd));
+  m.impl("add_layer_norm_bwd", GPTFAST_BOX(&add_layer_norm_bwd));
 }
 
 }  // namespace gptfast

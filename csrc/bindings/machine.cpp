@@ -56,8 +56,8 @@ double signal_ns(i64 rounds) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
-  m.impl("peak_flops", TORCH_BOX(&peak_flops));
-  m.impl("signal_ns", TORCH_BOX(&signal_ns));
+  m.impl("peak_flops", GPTFAST_BOX(&peak_flops));
+  m.impl("signal_ns", GPTFAST_BOX(&signal_ns));
 }
 
 }  // namespace gptfast

@@ -105,9 +105,9 @@ Tensor quantized_decode(const Tensor& codes, const Tensor& scales, std::string f
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("quantized_linear_fwd", TORCH_BOX(&quantized_linear_fwd));
-  m.impl("quantized_linear_bwd", TORCH_BOX(&quantized_linear_bwd));
-  m.impl("quantized_decode", TORCH_BOX(&quantized_decode));
+  m.impl("quantized_linear_fwd", GPTFAST_BOX(&quantized_linear_fwd));
+  m.impl("quantized_linear_bwd", GPTFAST_BOX(&quantized_linear_bwd));
+  m.impl("quantized_decode", GPTFAST_BOX(&quantized_decode));
 }
 
 }  // namespace gptfast

@@ -30,8 +30,8 @@ Tensor relu_squared_bwd(const Tensor& dout, const Tensor& x) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("relu_squared_fwd", TORCH_BOX(&relu_squared_fwd));
-  m.impl("relu_squared_bwd", TORCH_BOX(&relu_squared_bwd));
+  m.impl("relu_squared_fwd", GPTFAST_BOX(&relu_squared_fwd));
+  m.impl("relu_squared_bwd", GPTFAST_BOX(&relu_squared_bwd));
 }
 
 }  // namespace gptfast

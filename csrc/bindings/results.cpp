@@ -94,5 +94,5 @@ Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtyp
 }  // namespace gptfast
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CompositeExplicitAutograd, m) {
-  m.impl("keep_results", TORCH_BOX(&gptfast::keep_results));
+  m.impl("keep_results", GPTFAST_BOX(&gptfast::keep_results));
 }

@@ -38,10 +38,10 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_bwd(const OptTensor& dy, const O
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd));
-  m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd));
-  m.impl("add_rms_norm_fwd", TORCH_BOX(&add_rms_norm_fwd));
-  m.impl("add_rms_norm_bwd", TORCH_BOX(&add_rms_norm_bwd));
+  m.impl("rms_norm_fwd", GPTFAST_BOX(&rms_norm_fwd));
+  m.impl("rms_norm_bwd", GPTFAST_BOX(&rms_norm_bwd));
+  m.impl("add_rms_norm_fwd", GPTFAST_BOX(&add_rms_norm_fwd));
+  m.impl("add_rms_norm_bwd", GPTFAST_BOX(&add_rms_norm_bwd));
 }
 
 }  // namespace gptfast

@@ -47,6 +47,6 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptTe
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("rotary", TORCH_BOX(&rotary)); }
+STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) { m.impl("rotary", GPTFAST_BOX(&rotary)); }
 
 }  // namespace gptfast

@@ -50,8 +50,8 @@ Tensor sample_rows(const Tensor& logits, const Tensor& options, const Tensor& po
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("sample", TORCH_BOX(&sample));
-  m.impl("sample_rows", TORCH_BOX(&sample_rows));
+  m.impl("sample", GPTFAST_BOX(&sample));
+  m.impl("sample_rows", GPTFAST_BOX(&sample_rows));
 }
 
 }  // namespace gptfast

@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor> swiglu_bwd(const Tensor& dout, const Tensor& gate, co
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
-  m.impl("swiglu_fwd", TORCH_BOX(&swiglu_fwd));
-  m.impl("swiglu_bwd", TORCH_BOX(&swiglu_bwd));
+  m.impl("swiglu_fwd", GPTFAST_BOX(&swiglu_fwd));
+  m.impl("swiglu_bwd", GPTFAST_BOX(&swiglu_bwd));
 }
 
 }  // namespace gptfast
