@@ -1,6 +1,6 @@
 """Hooks of mkdocs: the pages of the site that docs/ does not have, and links out of docs/.
 
-CONTRIBUTING.md and CHANGELOG.md become pages. The reference lists every public name, module by module, from the
+README.md, CONTRIBUTING.md, RELEASING.md and CHANGELOG.md become pages. The reference lists every public name, module by module, from the
 `__all__` of each package; mkdocstrings fills in its signature and docstring. Links to other files of the tree become their paths.
 Blocks of commands are coloured as commands.
 """
@@ -15,7 +15,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("", "ops", "nn", "models", "generation", "engine", "training", "finetuning", "evaluation", "ladder", "data", "tokenizer",
            "integrations", "benchmarking", "testing")  # fmt: skip
-_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+_PAGES = {
+    "overview.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "releasing.md": "RELEASING.md",
+    "changelog.md": "CHANGELOG.md",
+}
 _NOT_LISTED = {"__version__", "scaling", "metrics", "engine", "nn", "ops"}  # a number, and modules
 _CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)")

@@ -32,7 +32,7 @@ READ = [ROOT / "README.md", *(page for page in PAGES if blocks(page))]
 
 def test_the_navigation_has_every_page():
     listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M)
-    generated = {"contributing.md", "changelog.md", "reference.md"}
+    generated = {"overview.md", "contributing.md", "releasing.md", "changelog.md", "reference.md"}
     assert len(listed) == len(set(listed))
     assert set(listed) == {str(page.relative_to(DOCS)) for page in PAGES} | generated
 
