@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from gptfast import GPT, GPTConfig
 from gptfast.checkpoints.mxfp4 import mxfp4_values
@@ -16,6 +16,7 @@ from gptfast.models.parameter_table import active_parameters, parameter_table
 from gptfast.nn.experts import ExpertMLP
 from gptfast.training.config import TrainConfig
 from gptfast.training.optim import build_optimizers
+from tests.support.mxfp4 import with_mxfp4
 
 TINY = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "head_size": 8, "n_inner": 64, "vocab_size": 61}
 
@@ -57,18 +58,7 @@ def test_mxfp4_is_that_of_transformers(tmp_path: Path):
 
     base = tiny().bfloat16()
     base.save_pretrained(tmp_path / "base")
-    tensors, codes = load_file(tmp_path / "base/model.safetensors"), {}
-    assert json.loads((tmp_path / "base/config.json").read_text())["model_type"] == "gpt_oss"
-    for name, x in tensors.items():
-        if name.endswith(("gate_up_proj", "down_proj")):
-            E, rows, columns = x.shape
-            codes[name + "_blocks"] = torch.randint(256, (E, columns, rows // 32, 16), dtype=torch.uint8)
-            codes[name + "_scales"] = torch.randint(118, 126, (E, columns, rows // 32), dtype=torch.uint8)
-        else:
-            codes[name] = x
-    save_file(codes, tmp_path / "base/model.safetensors")
-    raw = json.loads((tmp_path / "base/config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
-    (tmp_path / "base/config.json").write_text(json.dumps(raw))
+    codes, raw = with_mxfp4(tmp_path / "base")
     model = GPT.from_pretrained(tmp_path / "base")
     for n, block in enumerate(model.h):
         name = f"model.layers.{n}.mlp.experts."

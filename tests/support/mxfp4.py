@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from gptfast import GPT, GPTConfig
 from tests.support.engine_models import CONFIGS
@@ -28,6 +29,13 @@ def mxfp4_folder(folder: Path, **changes: Any) -> Path:
             elif name.endswith("router.weight"):
                 p.mul_(16)  # or rounding sends tokens to other experts
     model.bfloat16().save_pretrained(folder)
+    with_mxfp4(folder)
+    return folder
+
+
+def with_mxfp4(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Write random blocks and scales of MXFP4 in the place of the experts' matrices of a folder of gpt-oss. Returns its tensors and
+    its config.json."""
     file, tensors = folder / "model.safetensors", {}
     for name, x in load_file(file).items():
         if name.endswith(("gate_up_proj", "down_proj")):
@@ -41,4 +49,4 @@ def mxfp4_folder(folder: Path, **changes: Any) -> Path:
     assert raw["model_type"] == "gpt_oss"
     raw |= {"quantization_config": {"quant_method": "mxfp4"}}
     (folder / "config.json").write_text(json.dumps(raw))
-    return folder
+    return tensors, raw
