@@ -218,9 +218,8 @@ class MaskedMixtureSampler:
                 raise ValueError(f"source {name}: {error}") from None
             self._samplers.append(found)
         self.probability = self._samplers[0].probability
-        self._places = MixtureSampler(
-            mixture, 1, batch_size, seed
-        ).places  # which do not depend on the length of windows
+        # Places do not depend on the length of windows.
+        self._places = MixtureSampler(mixture, 1, batch_size, seed).places
 
     def batch_from(self, row: int, count: int | None = None) -> dict[str, Tensor]:
         """As `MaskedSampler.batch_from`."""

@@ -75,7 +75,11 @@ class Layout(NamedTuple):
 
 
 def layout_of(config: GPTConfig, dtype: Any, outside: Outside | None = None) -> Layout:
-    """The layout of a model in a format, but for what is outside. Raises ValueError: an unknown format.  RuntimeError: gptfast has no compiled part."""
+    """The layout of a model in a format, but for what is outside.
+
+    Raises:
+        ValueError: an unknown format.  RuntimeError: gptfast has no compiled part.
+    """
     try:
         from gptfast import _C
     except ImportError as error:
