@@ -12,8 +12,13 @@ def bench(
     ops: Annotated[list[str] | None, typer.Argument(help="Ops to time, such as gelu. Default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("runs/bench"),
     rounds: Annotated[
-        int, typer.Option(min=3, help="Interleaved rounds (gptfast, peer, gptfast, peer, …) per case.")
-    ] = 7,
+        int | None,
+        typer.Option(
+            min=3,
+            help="Interleaved rounds (gptfast, peer, gptfast, peer, …) per case, at most 4 seconds of them. "
+            "Default: 7, and 40 beside busy loops, where single calls differ by a factor of three.",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
     tune_malloc: Annotated[
         bool, typer.Option("--tune-malloc", help="Let glibc keep large buffers, for gptfast and the peers.")
@@ -58,7 +63,7 @@ def bench(
         task = progress.add_task("checking and timing", total=None)
         for c in comparisons(ops):
             progress.update(task, description=c.name)
-            results.append(compare(c, rounds))
+            results.append(compare(c, rounds or (40 if busy else 7)))
     machine = machine.measured_again()
     print_table(results, machine)
     out.mkdir(parents=True, exist_ok=True)
