@@ -1,7 +1,8 @@
 """The native CPU engine: GPTs packed in 32 to 4 bits a weight, for generation."""
 
-from gptfast.engine.compiled import CompiledGPT, load
+from gptfast.engine.compiled import CompiledGPT
 from gptfast.engine.formats import FORMATS
+from gptfast.engine.loading import load
 from gptfast.engine.packing import compile_model
 from gptfast.engine.runner import EngineRunner
 from gptfast.engine.transparent import engine_for, forget

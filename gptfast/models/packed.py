@@ -18,9 +18,9 @@ from gptfast.checkpoints.mxfp4 import check_scales
 from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.config import GPTConfig
 from gptfast.engine.compiled import CompiledGPT, Outside
-from gptfast.engine.compiled import load as open_packed
 from gptfast.engine.exponents import SMALLEST, quantised
 from gptfast.engine.formats import EXPERTS, format_name, of_expert
+from gptfast.engine.loading import load as open_packed
 from gptfast.engine.packed_file import Draft, described
 from gptfast.engine.packing import Packer, layout_of
 from gptfast.engine.runner import PANEL
