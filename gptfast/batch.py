@@ -18,7 +18,6 @@ from gptfast._files import atomic_write, check_target, read_bytes, read_text
 from gptfast.generation import LanguageModel, Request, Scheduler, generate
 from gptfast.generation.config import TEXT_TOKENS, GenerationConfig
 from gptfast.generation.prompts import check_prompt
-from gptfast.generation.stopping import Stopping
 from gptfast.metadata import metadata_of, without_greedy
 from gptfast.tokenizer import Tokenizer, encode_prompt, lenient
 
@@ -113,7 +112,7 @@ def _read_job(
     if options.get("max_length") is None:
         options.setdefault("max_new_tokens", default_new_tokens(model, len(ids), options))
     config = GenerationConfig.of(**options).with_room(len(ids), len(ids), model.config.block_size)
-    Stopping(config, tokenizer)  # checks stop strings
+    Request(ids, config, tokenizer)  # checks stop strings
     check_prompt("", ids, model.config.vocab_size, model.config.block_size, config)
     return Job(number, prompt, ids, options, config)
 
@@ -257,7 +256,9 @@ def _run(
             except RuntimeError as error:  # bad logits: the other jobs go on
                 yield job, _result(tokenizer, job, [], error)
                 continue
-            yield job, _result(tokenizer, job, [tokens[len(job.ids) :] for tokens in texts])
+            reason = Request(job.ids, job.config, tokenizer).stopping.reason
+            new = [text[len(job.ids) :] for text in texts]
+            yield job, _result(tokenizer, job, [(tokens, reason(tokens)) for tokens in new])
     todo = deque(job for job in jobs if job.config.num_beams == 1)
     copies = max((job.config.num_return_sequences for job in todo), default=0)
     if not todo:
@@ -271,20 +272,23 @@ def _run(
         scheduler.step(STEPS_WHILE_WAITING if scheduler.waiting else STEPS_PER_CALL)
         for request in [request for request in running if request.done]:
             job = running.pop(request)
-            yield job, _result(tokenizer, job, [sequence.new for sequence in request.sequences], request.error)
+            yield job, _result(tokenizer, job, [(s.new, s.finish) for s in request.sequences], request.error)
 
 
-def _result(tokenizer: Tokenizer, job: Job, new: list[list[int]], error: RuntimeError | None = None) -> dict[str, Any]:
+def _result(
+    tokenizer: Tokenizer, job: Job, new: list[tuple[list[int], str | None]], error: RuntimeError | None = None
+) -> dict[str, Any]:
+    """new: the new tokens of each sequence, and why it ended."""
     if error is not None:
         return {"completions": [], "error": str(error)}
-    eos, stopping = job.config.eos_ids, Stopping(job.config, tokenizer)
+    eos = job.config.eos_ids
     return {
         "completions": [
             {
                 "text": tokenizer.decode([token for token in tokens if token not in eos]),
-                "finish_reason": stopping.reason(tokens),
+                "finish_reason": reason,
                 "tokens": len(tokens),
             }
-            for tokens in new
+            for tokens, reason in new
         ]
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from gptfast.generation.runner import LanguageModel
 from gptfast.generation.scheduler import Scheduler
 from gptfast.generation.scoring import score
 from gptfast.generation.speculative import check_assistant
-from gptfast.generation.stopping import Stopping
 from gptfast.generation.textless import choosing_text
 
-STEPS_PER_CALL = 16  # tokens of a sequence per call of the runner; Ctrl-C is handled between calls
+# Tokens of a sequence in the first call of the runner. Ctrl-C is handled between calls, and a call costs as much as a few tokens
+# of a small model: after one that took less than SHORT seconds the next makes twice as many, after another half as many.
+STEPS_PER_CALL, SHORT = 16, 0.02
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ def generate(
     given, config = read_prompts(ids, mask, model, config, adapter_names, prefix_embeds)
     prompts, apart, config = given.rows, config.seed is None, config.with_seed()
     adapters = given.adapters
-    stopping = Stopping(config, tokenizer)
+    alone = len(prompts) * config.num_return_sequences == 1 and streamer is None and assistant_model is None
+    wanted = {"logprobs": return_logprobs, "draft_repeats": draft_repeats and alone}
+    requests = _requests(prompts, config, tokenizer, apart, adapters, **wanted)
     if streamer is not None:
         _check_streamer(streamer, len(prompts), config)
     if assistant_model is not None:
@@ -125,14 +129,11 @@ def generate(
     scores: list[float] | None = None
     if config.num_beams > 1:
         runner = model.runner(len(prompts) * config.num_beams, max(map(len, prompts)) + config.max_new_tokens)
-        texts, scores = beam_search(runner, prompts, config, stopping, apart, adapters)
+        texts, scores = beam_search(runner, prompts, config, requests[0].stopping, apart, adapters)
         each = zip(prompts, adapters, strict=True)
         copies = [(len(prompt), adapter) for prompt, adapter in each for _ in range(config.num_return_sequences)]
         logprobs = [score(runner, t, *of) for t, of in zip(texts, copies, strict=True)] if return_logprobs else []
     else:
-        alone = len(prompts) * config.num_return_sequences == 1 and streamer is None and assistant_model is None
-        wanted = {"logprobs": return_logprobs, "draft_repeats": draft_repeats and alone}
-        requests = _requests(prompts, config, tokenizer, apart, adapters, **wanted)
         for request, prefix in zip(requests, given.prefixes, strict=True):
             request.prefix = prefix
         logprobs = _run(model, requests, assistant_model, streamer)
@@ -184,13 +185,16 @@ def _run(
     if streamer is not None:
         streamer.put(torch.tensor([requests[0].prompt], dtype=torch.int64, device="cpu"))
     logprobs: dict[tuple[int, int], list[float]] = {}
+    steps, begin = STEPS_PER_CALL, time.perf_counter()
     while scheduler.waiting or scheduler.running:
-        for token in scheduler.step(1 if streamer is not None else STEPS_PER_CALL):
+        for token in scheduler.step(1 if streamer is not None else steps):
             if token.logprob is not None:
                 logprobs.setdefault((id(token.request), token.index), []).append(token.logprob)
             if streamer is not None:
                 streamer.put(torch.tensor([token.id], dtype=torch.int64, device="cpu"))
         _raise_error(requests)
+        end = time.perf_counter()
+        steps, begin = 2 * steps if end - begin < SHORT else max(STEPS_PER_CALL, steps // 2), end
     if streamer is not None:
         streamer.end()
     return [logprobs.get((id(request), s.index), []) for request in requests for s in request.sequences]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -69,13 +70,25 @@ def multi_step(runner: Runner, sequences: list[Sequence], logits: Tensor, max_to
     stop_ids = {token for sequence in sequences for token in sequence.request.config.eos_ids}
     slots, params = [sequence.slot for sequence in sequences], [sequence.context.params for sequence in sequences]
     drawn = runner.decode_steps(slots, logits, max(1, min(limits)), params, list(stop_ids))
+    each = list(zip(sequences, drawn, strict=True))
+    if all(tokens[-1] >= 0 and sequence.request.stopping.by_last_token for sequence, tokens in each):
+        made = [_append_all(sequence, tokens) for sequence, tokens in each]
+        return made[0] if len(made) == 1 else [token for step in zip_longest(*made) for token in step if token]
     new: list[Token] = []
     for n in range(max(map(len, drawn))):
-        for sequence, tokens in zip(sequences, drawn, strict=True):
+        for sequence, tokens in each:
             if n < len(tokens):
                 token = tokens[n] if tokens[n] >= 0 else RuntimeError(SAMPLING_ERRORS[tokens[n]])
                 _append(sequence, token, new)
     return new
+
+
+def _append_all(sequence: Sequence, tokens: list[int]) -> list[Token]:
+    """Append tokens of which only the last can end the sequence: a look at each costs as much as half of its step in a small model."""
+    request = sequence.request
+    sequence.tokens += tokens
+    sequence.finish = request.stopping.reason(sequence.tokens, len(request.prompt))
+    return [Token(request, sequence.index, token, None, []) for token in tokens]
 
 
 def single_step(runner: Runner, sequences: list[Sequence], logits: Logits, drafts: list[list[int]]) -> list[Token]:

@@ -34,6 +34,11 @@ class Stopping:
                 "gptfast.tokenizer, such as load_tokenizer(folder)"
             )
 
+    @property
+    def by_last_token(self) -> bool:
+        """Whether an end token and the length alone end a sequence."""
+        return not self._stops and self._grammar is None
+
     def reason(self, tokens: Sequence[int], start: int = 0) -> str | None:
         """Why a sequence ends: "stop" (an end token or a stop string) or "length"; None: it goes on.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from gptfast import ops
 from gptfast.backend import has_cpu_ops
 from gptfast.engine import EngineRunner
 from gptfast.engine.runner import empty_logits
-from gptfast.generation import GenerationConfig, Runner, beam, decoding, generate, scheduler
+from gptfast.generation import GenerationConfig, Runner, api, beam, decoding, generate, scheduler
 from gptfast.generation.sampling import SamplingParams
 from gptfast.tokenizer import CharTokenizer
 from tests.support.engine_models import ids_of, model_of
@@ -249,6 +251,15 @@ def test_multi_token_steps_give_the_tokens_of_single_steps(name, monkeypatch):
         told.append([(row.new, row.finish) for row in rows])
         assert max_tokens == 4 or set(steps) <= {1}
     assert told[0] == told[1] and 4 in steps and all(1 <= n <= 4 for n in steps)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, [1, 32, 17]), (1.0, [1, 16, 16, 16, 1])])
+def test_calls_that_are_short_grow(seconds, expected, monkeypatch):
+    """Ctrl-C is handled between calls of the engine."""
+    steps, decode, clock = [], EngineRunner.decode_steps, itertools.count(0.0, seconds)
+    monkeypatch.setattr(EngineRunner, "decode_steps", lambda self, *args: steps.append(args[2]) or decode(self, *args))
+    monkeypatch.setattr(api.time, "perf_counter", lambda: next(clock))
+    assert len(generate(compiled(), [[1, 2]], max_new_tokens=50)[0]) == 52 and steps == expected
 
 
 def test_an_interrupt_ends_a_multi_token_step():
