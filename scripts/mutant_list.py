@@ -43,9 +43,9 @@ COMPILED = [
     Mutant(
         "the bias is added once in every stretch of 4096",
         "csrc/cpu/gemm_block-inl.h",
-        "        if (!last) return store_lanes(carry + j, x, n);",
-        "        if (MUTANT && !last && p.bias.data) x = x + load_any(at(p.bias.data, p.bias.dtype, c0 + j), "
-        "p.bias.dtype, n);\n        if (!last) return store_lanes(carry + j, x, n);",
+        "      if (!last) return store_lanes(carry + j, x, n);",
+        "      if (MUTANT && !last && p.bias.data) x = x + load_any(at(p.bias.data, p.bias.dtype, c0 + j), "
+        "p.bias.dtype, n);\n      if (!last) return store_lanes(carry + j, x, n);",
         _in("ops/test_linear", "test_product and avx2"),
     ),
     Mutant(

@@ -10,6 +10,7 @@
 //
 // Floor: 2 M N K flops.
 #include "gemm_block-inl.h"
+#include "gemm_rows-inl.h"
 #include "gemm_short-inl.h"
 
 #ifndef GPTFAST_TILES
@@ -69,6 +70,7 @@ static void gemm_pack(const GemmParams& p, i64 begin, i64 end) {
 }
 
 static void gemm(const GemmParams& p, i64 item) {
+  if (!p.packed) return p.pairs ? gemm_item<RowsBlock<kPairs>>(p, item) : gemm_item<RowsBlock<false>>(p, item);
 #ifdef GPTFAST_SHORT
   if (is_short(p)) return gemm_item<ShortBlock>(p, item);
 #endif
@@ -76,7 +78,9 @@ static void gemm(const GemmParams& p, i64 item) {
 }
 #else
 static void (*base_gemm)(const GemmParams&, i64 item);  // of avx512_bf16
-static void gemm(const GemmParams& p, i64 item) { p.pairs ? gemm_item<GemmBlock<true>>(p, item) : base_gemm(p, item); }
+static void gemm(const GemmParams& p, i64 item) {
+  p.pairs&& p.packed ? gemm_item<GemmBlock<true>>(p, item) : base_gemm(p, item);
+}
 #endif
 
 static void fill(Kernels& k) {

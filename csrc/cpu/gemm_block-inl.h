@@ -33,6 +33,23 @@ constexpr i64 kPanel = kGemmPanel;
 constexpr i64 kGemmRow = kTiles ? kGemmDepth + 16 : kGemmDepth, kGemmPitch = kGemmRows + 16;
 static_assert(kGemmRows * kGemmRow <= kGemmPitch * kGemmDepth);
 
+// Brings a block of sums, its rows `pitch` apart, to C, or to the sums that are carried until the last stretch of k.
+INL void finish_block(const GemmParams& p, i64 m0, i64 rows, i64 c0, i64 c1, const float* c, i64 pitch, bool last) {
+  for (i64 r = 0; r < rows; r++) {
+    const float* from = c + r * pitch;
+    float* carry = p.carry ? p.carry + (m0 + r) * p.N + c0 : nullptr;
+    void* to = at(row(p.c, m0 + r), p.c.dtype, c0);
+    for_lanes(c1 - c0, [&](i64 j, i64 n) __attribute__((always_inline)) {
+      F x = load(from + j);  // a row of the block is whole vectors
+      if (p.k0) x = x + load_lanes(carry + j, n);
+      if (!last) return store_lanes(carry + j, x, n);
+      if (p.bias.data) x = x + load_any(at(p.bias.data, p.bias.dtype, c0 + j), p.bias.dtype, n);
+      if (p.accumulate) x = x + load_any(at(to, p.c.dtype, j), p.c.dtype, n);
+      store_any(at(to, p.c.dtype, j), p.c.dtype, x, n);
+    });
+  }
+}
+
 // One item: rows [m0, m0 + rows) and columns [c0, c1) of C.
 template <bool PAIR> struct GemmBlock {
   static constexpr i64 per_word = PAIR ? 2 : 1;
@@ -127,20 +144,7 @@ template <bool PAIR> struct GemmBlock {
   }
 
   void finish() const {
-    const bool last = p.k1 * per_word >= p.K;
-    for (i64 r = 0; r < rows; r++) {
-      const float* from = c + r * pitch;
-      float* carry = p.carry ? p.carry + (m0 + r) * p.N + c0 : nullptr;
-      void* to = at(row(p.c, m0 + r), p.c.dtype, c0);
-      for_lanes(c1 - c0, [&](i64 j, i64 n) __attribute__((always_inline)) {
-        F x = load(from + j);  // a row of the block is whole vectors
-        if (p.k0) x = x + load_lanes(carry + j, n);
-        if (!last) return store_lanes(carry + j, x, n);
-        if (p.bias.data) x = x + load_any(at(p.bias.data, p.bias.dtype, c0 + j), p.bias.dtype, n);
-        if (p.accumulate) x = x + load_any(at(to, p.c.dtype, j), p.c.dtype, n);
-        store_any(at(to, p.c.dtype, j), p.c.dtype, x, n);
-      });
-    }
+    finish_block(p, m0, rows, c0, c1, c, pitch, p.k1 * per_word >= p.K);
     if (!p.a_sums || c0 > 0) return;
     for (i64 r = 0; r < rows; r++) p.a_sums[m0 + r] = sums[r] + (p.k0 ? p.a_sums[m0 + r] : 0.f);
   }

@@ -38,6 +38,10 @@ def _gemm(a: Shape, b: Shape, *others: Any, **_: Any) -> int:
     return 2 * prod(a) * b[1]
 
 
+def _grouped_gemm(a: Shape, offsets: Shape, b: Shape, *others: Any, **_: Any) -> int:
+    return 2 * prod(a) * b[2]
+
+
 def _lora_fwd(x: Shape, weight: Shape, bias: Shape | None, a: list[Shape], *others: Any, **_: Any) -> int:
     spans = others[2]
     rows = [last - first for first, last in zip(spans[::2], spans[1::2], strict=True)]
@@ -89,6 +93,7 @@ FORMULAS = {
     "grouped_linear_bwd": _grouped_bwd,
     "gemm": _gemm,
     "gemm_few": _gemm,
+    "grouped_gemm": _grouped_gemm,
     "lora_linear_fwd": _lora_fwd,
     "lora_linear_bwd": _lora_bwd,
     "quantized_linear_fwd": _quantized_linear_fwd,

@@ -8,16 +8,18 @@
 The rule depends on the CPU's instructions and the dtype, never on timing: implementations round differently, so a timed
 choice would make the bits of a run depend on the load of the machine when it started. It is `own`, except where a library
 is much faster (docs/notes/cpu.md): `torch` for bfloat16 on CPUs with AMX, and where our kernels have no vectors. Products of
-fewer than 16 rows run in torch. GPTFAST_GEMM=own, torch or onednn forces one; a resumed training run uses the implementations
+fewer than 16 rows run in torch, but for those of `grouped_gemm`. GPTFAST_GEMM=own, torch or onednn forces one; a resumed training run uses the implementations
 that its checkpoint names.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,6 +58,41 @@ def gemm(
     _LIBRARY[name](a, b, out, bias, dtype, accumulate)
     if a_sums is not None:
         torch.sum(a, 1, dtype=torch.float32, out=a_sums)
+
+
+def grouped_gemm(
+    a: Tensor, ends: Sequence[int], b: Tensor, out: Tensor, *, dtype: torch.dtype, bias: Tensor | None = None
+) -> None:
+    """out = a b[g] (+ bias[g]) in the rows of each group g, from ends[g] to ends[g + 1].
+
+    Where our kernels multiply, all groups are one call, and a group of fewer than 16 rows reads a matrix by columns once where it
+    lies: also where a library multiplies larger groups, unless GPTFAST_GEMM names it. Else each group is one `gemm`.
+
+    Args:
+        a: (M, K); ends: from 0 to M, rising; b: (G, K, N), matrices contiguous along rows or columns.
+        out, dtype: as in `gemm`.
+        bias: (G, N) or None.
+    """
+    own = _own_rows(a, b, dtype)
+    if own:
+        rows = a if a.stride(1) == 1 else a.contiguous()
+        matrices = b if 1 in b.stride()[1:] else b.contiguous()
+        pairs = dtype == torch.bfloat16
+        torch.ops.gptfast.grouped_gemm(rows, torch.tensor(ends), matrices, bias, out, pairs, own[0], own[-1])
+    for g, (first, last) in enumerate(pairwise(ends)):
+        if first < last and last - first not in own:
+            added = None if bias is None else bias[g]
+            gemm(a[first:last], b[g], out[first:last], dtype=dtype, bias=added)
+
+
+def _own_rows(a: Tensor, b: Tensor, dtype: torch.dtype) -> range:
+    """The numbers of rows of a group that our kernels multiply."""
+    if dtype not in KERNEL_DTYPES or a.device.type != "cpu" or not may_be_own() or not (a.numel() and b.numel()):
+        return range(0)
+    layout = _LAYOUTS[False, b.stride(2) != 1, dtype]
+    name = _FORCED or _local.kept.get(layout) or default_for(dtype)
+    as_it_lies = b.stride(1) == 1 and cpu_isa() not in (None, "scalar")
+    return range(1 if as_it_lies or _FORCED else MIN_ROWS, sys.maxsize if name == "own" else MIN_ROWS)
 
 
 def implementation_for(a: Tensor, b: Tensor, dtype: torch.dtype) -> str:

@@ -89,6 +89,28 @@ void rows_do_not_depend(bool pairs) {
   }
 }
 
+// Few rows by a B that is read where it lies.
+void gemm_rows(DType type, const Shape& s, bool pairs) {
+  Product g{type, s, false, true, pairs, true};
+  Random random(uint64_t(s.M * 10000 + s.N * 100 + s.K));
+  g.a.fill(random, 1, s.K, g.a_stride);
+  g.b.fill(random, 1, s.K, g.b_stride);
+  g.bias.fill(random, 1);
+  cpu::GemmParams p{};
+  p.a = {g.a.data(), g.a_stride, type, false}, p.b = {g.b.data(), g.b_stride, g.b.type(), true};
+  p.c = rows(g.c, g.c_stride), p.M = s.M, p.N = s.N, p.K = s.K, p.bias = vector(g.bias), p.pairs = pairs;
+  p.k1 = pairs ? ceil_div(s.K, 2) : s.K, p.n1 = s.N, p.columns = cpu::kGemmPanel;
+  for (i64 i = 0; i < ceil_div(s.N, p.columns); i++) k().gemm(p, i);
+  Check check("gemm of few rows", type, pairs ? "pairs" : "words", "M", s.M, "N", s.N, "K", s.K);
+  for (i64 m = 0; m < s.M; m++)
+    for (i64 n = 0; n < s.N; n++) {
+      double sum = g.bias[n];
+      for (i64 i = 0; i < s.K; i++) sum += g.a_at(m, i) * g.b_at(i, n);
+      check.stored(type, g.c[m * g.c_stride + n], sum, 3e-6 * (std::sqrt(double(s.K)) + 1), 1e-6);
+    }
+  check.holds(g.c.intact(s.N, g.c_stride), "wrote beside its rows");
+}
+
 void gemm_few(DType type, const Shape& s) {
   if (!k().gemm_few) return;
   Random random(uint64_t(s.M * 10000 + s.N * 100 + s.K));
@@ -122,6 +144,8 @@ void check_products() {
     gemm(DType::bf16, {98, 9, 300}, 0, pairs, false, 4096);
     for (i64 K : {2, 8, 31}) gemm(DType::bf16, {19, 75, K}, 2, pairs, false, 4096);  // few k
     gemm(DType::bf16, {5, 35, 1100}, 2, pairs, true, cpu::kGemmDepth);  // sums carried over three stretches of k
+    for (DType type : kTypes)
+      for (const Shape& s : {Shape{1, 1, 1}, Shape{15, 37, 67}, Shape{6, 33, 64}}) gemm_rows(type, s, pairs);
     rows_do_not_depend(pairs);
   }
   for (DType type : kTypes)

@@ -1,6 +1,8 @@
-"""grouped_linear: parity, each group as `linear` alone, layouts of the weight, groups without rows, errors."""
+"""grouped_linear: parity, each group as `linear` alone, layouts of the weight, groups without rows or with few, errors."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -48,6 +50,35 @@ def test_a_group_is_linear(dtype, by_columns):
         kept += [y, *(t.grad for t in leaves)]
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert found[2].stride() == weight.stride() and not found[2][1].any() and not found[3][1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_large_groups_are_linear(dtype, by_columns, isa, threads):
+    """Sums carried from one stretch of k to the next, and columns of several threads: the bits of `linear`."""
+    K, N = (8300, 40) if dtype == torch.bfloat16 else (70, 600)
+    weight = torch.randn(2, K, N).mT if by_columns else torch.randn(2, N, K)
+    x, offsets, weight = torch.randn(133, K).to(dtype), torch.tensor([0, 20, 133]), (weight / K**0.5).to(dtype)
+    y = ops.grouped_linear(x, offsets, weight)
+    for g, a, b in ((0, 0, 20), (1, 20, 133)):
+        assert torch.equal(y[a:b], ops.linear(x[a:b], weight[g]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", [1, 31, 64, 200])
+def test_groups_of_few_rows(dtype, K, isa, threads):
+    """Each row has the bits that it has alone, in any group of fewer than 16 rows, and is a product to a rounding."""
+    rows = [1, 15, 0, 2, 7]
+    offsets = torch.tensor([0, *rows]).cumsum(0)
+    x, weight, bias = (torch.randn(*s).to(dtype) for s in ((sum(rows), K), (len(rows), 77, K), (len(rows), 77)))
+    y = ops.grouped_linear(x, offsets, weight, bias)
+    for g, (a, b) in enumerate(pairwise(offsets.tolist())):
+        own = torch.tensor([b > a and n > g for n in range(len(rows) + 1)]).long()  # one row, of group g
+        for r in range(a, b):
+            assert torch.equal(ops.grouped_linear(x[r : r + 1], own, weight, bias)[0], y[r])
+        wanted = x[a:b].double() @ weight[g].double().T + bias[g].double()
+        rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(y[a:b].double(), wanted, rtol=rounding, atol=2e-6 * K**0.5 + 1e-6)
 
 
 def test_autocast():

@@ -44,6 +44,7 @@ OTHERS = {
         "dropout_mask",
         "gemm",
         "gemm_few",
+        "grouped_gemm",
         "quantized_decode",
         "linear_cross_entropy_scale",
         "sample",
