@@ -7,12 +7,13 @@
 #include "pairs-inl.h"
 
 template <DType T, bool PAIRS>
-INL void rotate(const RotaryParams& p, const float* cos, const float* sin, const char* x, char* y) {
-  const i64 half = p.half;
+INL void rotate(const RotaryParams& p, const float* cos, const float* sin, const char* x, const char* next, char* y) {
+  const i64 half = p.half, size = element_size(T);
   const bool past = p.non_temporal;
   const F sign = set(p.inverse ? -1.f : 1.f);
   for_lanes(half, [=](i64 c, i64 n) __attribute__((always_inline)) {
     const F co = load_lanes(cos + c, n), si = load_lanes(sin + c, n) * sign;
+    prefetch(next + c * size), prefetch(next + (half + c) * size);
     Pair v;
     if constexpr (PAIRS) v = load_pairs<T>(x, c, n);
     else v = {load_as<T>(x, c, n), load_as<T>(x, half + c, n)};
@@ -24,7 +25,6 @@ INL void rotate(const RotaryParams& p, const float* cos, const float* sin, const
       put_as<T>(past, y, half + c, turned.second, n);
     }
   });
-  const i64 size = element_size(T);
   if (p.D > 2 * half) __builtin_memcpy(y + 2 * half * size, x + 2 * half * size, size_t((p.D - 2 * half) * size));
 }
 
@@ -35,7 +35,11 @@ template <DType T, bool PAIRS> static void rotary_tokens(const RotaryParams& p, 
     const float *cos = p.cos + place * p.half, *sin = p.sin + place * p.half;
     const char* x = static_cast<const char*>(p.x.data) + (b * p.x.sb + t * p.x.st) * size;
     char* y = static_cast<char*>(p.y.data) + (b * p.y.sb + t * p.y.st) * size;
-    for (i64 h = 0; h < p.H; h++) rotate<T, PAIRS>(p, cos, sin, x + h * p.x.sh * size, y + h * p.y.sh * size);
+    const i64 after = t + 1 < p.T ? p.x.st * size : 0;  // the same head of the next token
+    for (i64 h = 0; h < p.H; h++) {
+      const char* from = x + h * p.x.sh * size;
+      rotate<T, PAIRS>(p, cos, sin, from, from + after, y + h * p.y.sh * size);
+    }
   }
 }
 static void rotary(const RotaryParams& p, i64 token_begin, i64 token_end) {
