@@ -1,5 +1,6 @@
 // LayerNorm, forward; see layer_norm-inl.h.
 #include "layer_norm-inl.h"
+#include "norm_words-inl.h"
 
 // total = dropout(x) + residual, and the same into `copy` if there is one; load_x(c, n) and load_residual(c, n) give the
 // values.
@@ -36,9 +37,6 @@ template <DType T> static const void* norm_input(const LayerNormParams& p, const
   return copy ? copy : total;
 }
 
-struct Moments {
-  float mean, rest, variance;  // the mean is mean + rest
-};
 // In two passes over the row, which it leaves in `wide` where T is not fp32. The first sum's roundings may exceed the spread
 // of a row far from 0, so the second pass sums the differences from that mean too and corrects it. Where the mean is
 // thousands of spreads away its own rounding counts: `rest` keeps it.
@@ -88,6 +86,25 @@ static void norm_result(const LayerNormParams& p, const NormBuffers& t, const fl
   });
 }
 
+#ifdef GPTFAST_PAIRS
+static void norm_fwd_words(const LayerNormParams& p, i64 row_begin, i64 row_end) {
+  const NormBuffers t(p);
+  split_columns(t.weight, p.C), split_columns(t.bias, p.C);
+  const bool plain = !p.mean && !p.bias.data;
+  for (i64 r = row_begin; r < row_end; r++) {
+    const void* x = norm_input<DType::bf16>(p, t, r);
+    const Moments m = p.mean ? moments_of_words(x, p.C) : mean_square_of_words(x, p.C);
+    const float rstd = 1.f / __builtin_sqrtf(m.variance + p.eps);
+    if (p.mean) p.mean[r] = m.mean, p.mean[p.R + r] = m.rest;
+    p.rstd[r] = rstd;
+    with_dtype(p.y.dtype, [&](auto y) {
+      plain ? result_of_words<y.value, true>(p, t, x, m, rstd, r)
+            : result_of_words<y.value, false>(p, t, x, m, rstd, r);
+    });
+  }
+}
+#endif
+
 template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_begin, i64 row_end) {
   const NormBuffers t(p);
   for (i64 r = row_begin; r < row_end; r++) {
@@ -102,6 +119,12 @@ template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_b
 }
 static void layer_norm_fwd(const LayerNormParams& p, i64 row_begin, i64 row_end) {
   const DType normalised = p.residual.data ? p.total.dtype : p.x.dtype;
+#ifdef GPTFAST_PAIRS
+  if (normalised == DType::bf16 && p.C % (2 * L) == 0) {
+    norm_fwd_words(p, row_begin, row_end);
+    return stream_end();
+  }
+#endif
   with_dtype(normalised, [&](auto t) { norm_fwd_rows<t.value>(p, row_begin, row_end); });
   stream_end();
 }

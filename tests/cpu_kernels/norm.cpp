@@ -1,4 +1,4 @@
-// layer_norm and add_layer_norm.
+// layer_norm and add_layer_norm, and both without the mean: rms_norm and add_rms_norm.
 #include "check.h"
 
 namespace gptfast::checks {
@@ -61,6 +61,22 @@ struct Norm {
     check.holds(y.intact(C, stride) && total.intact(C, stride) && mean.intact(), "wrote beside its rows");
   }
 
+  void without_mean() {  // RMSNorm
+    p.mean = nullptr, p.bias = {nullptr, DType::f32};
+    k().layer_norm_fwd(p, 0, R);
+    Check check("rms_norm_fwd", type, added ? "added C" : "C", C);
+    const Array& input = added ? total : x;
+    for (i64 r = 0; r < R; r++) {
+      double squares = 0;
+      for (i64 c = 0; c < C; c++) squares += input[r * stride + c] * input[r * stride + c];
+      const double s = 1 / std::sqrt(squares / double(C) + double(p.eps));
+      check.near(rstd[r], s, 0, 1e-5);
+      for (i64 c = 0; c < C; c++)
+        check.stored(type, y[r * stride + c], input[r * stride + c] * s * weight[c], 1e-6, 1e-5);
+    }
+    check.holds(y.intact(C, stride), "wrote beside its rows");
+  }
+
   void backward() {
     const Array& input = added ? total : x;
     p.x = rows(input, stride), p.dy = rows(dy, stride);
@@ -99,11 +115,12 @@ struct Norm {
 
 void check_norm() {
   for (DType type : kTypes)
-    for (i64 C : {1, 3, 4, 7, 16, 33, 67, 257})
+    for (i64 C : {1, 3, 4, 7, 16, 33, 67, 160, 257})
       for (bool added : {false, true}) {
         Norm norm(type, C, added);
         norm.forward();
         norm.backward();
+        Norm(type, C, added).without_mean();
       }
 }
 

@@ -1,0 +1,96 @@
+// Norms of rows of bf16 in whole vectors of words, where there are products of pairs: a load is two vectors of values, no copy
+// of the row in fp32 is written, and stores are of whole vectors. A word holds columns 2 i and 2 i + 1, so weight and bias lie
+// that way too (split_columns).
+#pragma once
+#include "layer_norm-inl.h"
+#include "pairs-inl.h"
+
+struct Moments {
+  float mean, rest, variance;  // the mean is mean + rest
+};
+
+#ifdef GPTFAST_PAIRS
+struct Split {
+  F even, odd;
+};
+#ifdef GPTFAST_NEON
+INL void stream_words(void* p, I words) { istore(p, words); }
+#else
+INL void stream_words(void* p, I words) { _mm512_stream_si512(static_cast<__m512i*>(p), words); }
+#endif
+INL Split split(I words) { return {as_float(shl16(words)), as_float(iand(words, iset(0xffff0000u)))}; }
+INL void split_columns(float* x, i64 C) {
+  for (i64 c = 0; c < C; c += 2 * L) {
+    F first = load(x + c), second = load(x + c + L);
+    deinterleave(first, second);
+    store(x + c, first), store(x + c + L, second);
+  }
+}
+// f(c, values, n) for the words from column c on, n = 0 to N - 1 in turn.
+template <int N, class Fn> INL void for_words(const void* x, i64 C, Fn f) {
+  const uint16_t* values = static_cast<const uint16_t*>(x);
+  i64 c = 0;
+  for (; c + 2 * N * L <= C; c += 2 * N * L)
+    UNROLL_FOR (int n = 0; n < N; n++) f(c + 2 * n * L, split(iload(values + c + 2 * n * L)), n);
+  for (; c < C; c += 2 * L) f(c, split(iload(values + c)), 0);
+}
+
+// In two passes, as `moments` of layer_norm_fwd-inl.h, which corrects what the products by 1 round.
+INL Moments moments_of_words(const void* x, i64 C) {
+  const uint16_t* words = static_cast<const uint16_t*>(x);
+  static const volatile uint32_t two_ones =
+      0x3f803f80u;  // a constant becomes an instruction that AArch64's assembler refuses
+  const I ones = iset(two_ones);
+  F s[4] = {zero(), zero(), zero(), zero()}, a[2][2], b[2][2];
+  i64 c = 0;
+  for (; c + 8 * L <= C; c += 8 * L)
+    UNROLL_FOR (int n = 0; n < 4; n++) s[n] = multiply_pairs(s[n], iload(words + c + 2 * n * L), ones);
+  for (; c < C; c += 2 * L) s[0] = multiply_pairs(s[0], iload(words + c), ones);
+  const float near = sum((s[0] + s[1]) + (s[2] + s[3])) / float(C);
+  const F center = set(near);
+  UNROLL_FOR (int n = 0; n < 2; n++) a[n][0] = a[n][1] = b[n][0] = b[n][1] = zero();
+  for_words<2>(x, C, [&](i64, Split v, int n) __attribute__((always_inline)) {
+    const F even = v.even - center, odd = v.odd - center;
+    a[n][0] = a[n][0] + even, a[n][1] = a[n][1] + odd;
+    b[n][0] = fma(even, even, b[n][0]), b[n][1] = fma(odd, odd, b[n][1]);
+  });
+  const float left = sum((a[0][0] + a[0][1]) + (a[1][0] + a[1][1])) / float(C);
+  const float squares = sum((b[0][0] + b[0][1]) + (b[1][0] + b[1][1])) / float(C), mean = near + left;
+  const float variance = squares - left * left;
+  return {mean, left - (mean - near), variance < 0.f ? 0.f : variance};
+}
+INL Moments mean_square_of_words(const void* x, i64 C) {
+  F s[2][2] = {{zero(), zero()}, {zero(), zero()}};
+  for_words<2>(x, C, [&](i64, Split v, int n) __attribute__((always_inline)) {
+    s[n][0] = fma(v.even, v.even, s[n][0]), s[n][1] = fma(v.odd, v.odd, s[n][1]);
+  });
+  return {0.f, 0.f, sum((s[0][0] + s[0][1]) + (s[1][0] + s[1][1])) / float(C)};
+}
+
+// Row r of y, of type Y. PLAIN: neither mean nor bias.
+template <DType Y, bool PLAIN>
+static void result_of_words(const LayerNormParams& p, const NormBuffers& t, const void* x, const Moments& m, float rstd,
+                            i64 r) {
+  const F center = set(m.mean), scale = set(rstd), rest = set(-m.rest * rstd);
+  void* y = row(p.y, r);
+  const float *weight = t.weight, *bias = t.bias;
+  const bool past = p.y.non_temporal;
+  const char *next_x = next_row(p, p.x, r), *next_residual = next_row(p, p.residual, r);
+  const auto value = [=](F x, i64 c) __attribute__((always_inline)) {
+    if (PLAIN) return x * scale * load(weight + c);
+    return fma(fma(x - center, scale, rest), load(weight + c), load(bias + c));
+  };
+  for_words<1>(x, p.C, [=](i64 c, Split v, int) __attribute__((always_inline)) {
+    prefetch(next_x + 2 * c);
+    if (next_residual) prefetch(next_residual + 2 * c);
+    F first = value(v.even, c), second = value(v.odd, c + L);
+    if constexpr (Y == DType::bf16) {
+      void* to = at(y, Y, c);
+      past ? stream_words(to, pair_bf16(first, second)) : istore(to, pair_bf16(first, second));
+    } else {
+      interleave(first, second);
+      put_as<Y>(past, y, c, first, L), put_as<Y>(past, y, c + L, second, L);
+    }
+  });
+}
+#endif
