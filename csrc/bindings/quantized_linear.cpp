@@ -30,7 +30,8 @@ Weight weight_of(const Tensor& codes, const Tensor& scales, const std::string& f
                     scales.size(1) == groups,
                 kOp, ": expected codes (", N, ", ", row_bytes, ") and scales (", N, ", ", groups, ") for ", K,
                 " features in ", format);
-  Weight r{{}, torch::stable::contiguous(codes), torch::stable::contiguous(scales)};
+  const auto dense = [](const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); };
+  Weight r{{}, dense(codes), dense(scales)};  // the call takes a microsecond a tensor
   r.w = {static_cast<const uint8_t*>(r.codes.const_data_ptr()),
          row_bytes,
          {r.scales.const_data_ptr(), groups, dtype_of(kOp, scales)},

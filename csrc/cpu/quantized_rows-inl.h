@@ -37,38 +37,69 @@ static void quantized_spread(const QuantizedRowsParams& p) {
   else spread<float, Nibbles>(p);
 }
 
-// The fp32 scales of an item's outputs, rows of them with L zeros after each, and those of the lanes of a chunk.
-template <class C> struct LaneScales {
-  const int shift, in_chunk;
-  const i64 groups, stride;
-  const I lanes;
-  float* const data;
-  LaneScales(const QuantizedMatrix& w, i64 n0, i64 count)
-      : shift(__builtin_ctzll(uint64_t(w.group))), in_chunk(int(kDepth<C> >> shift)),
-        groups((w.K + w.group - 1) >> shift), stride(round_up(groups, L) + L),
-        lanes(shr(iota(), shift - __builtin_ctz(unsigned(C::kPerLane)))),
-        data(static_cast<float*>(scratch(size_t(count * stride) * 4))) {
-    for (i64 n = 0; n < count; n++) {
-      const void* from = row(w.scales, n0 + n);
-      for_lanes(groups, [&](i64 c, i64 m) __attribute__((always_inline)) {
-        store(data + n * stride + c, load_any(at(from, w.scales.dtype, c), w.scales.dtype, m));
-      });
-      store(data + (n + 1) * stride - L, zero());
-    }
+// out[i] = the sum over the lanes of a[i], to the same bits for any O.
+template <int O> INL void sums_of(const F* a, float* out) {
+#ifdef __AVX512F__
+  if constexpr (O == 4) {                                            // side by side, in the order of `sum`
+    const auto fold = [](F x, F y) __attribute__((always_inline)) {  // halves of x, then of y
+      return _mm512_shuffle_f32x4(x, y, 0x44) + _mm512_shuffle_f32x4(x, y, 0xee);
+    };
+    const F ab = fold(a[0], a[1]), cd = fold(a[2], a[3]);
+    F s = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+    s = s + _mm512_permute_ps(s, 0x4e);
+    s = s + _mm512_permute_ps(s, 0xb1);
+    _mm_storeu_ps(out, _mm512_castps512_ps128(permute(s, shl(iota(), 2))));
+    return;
   }
-  INL_MEMBER F of(const float* scales, i64 chunk) const {
-    const float* first = scales + (chunk * kDepth<C> >> shift);
-    return in_chunk <= 1 ? set(*first) : permute(load(first), lanes);
+#endif
+  UNROLL_FOR (int o = 0; o < O; o++) out[o] = sum(a[o]);
+}
+
+// The scales of an item's outputs as fp32, where they lie or as copies, and how those of a chunk come to its lanes.
+template <class C> struct Scales {
+  struct Spread {
+    int groups;  // of a chunk; 0 is a part of one
+    I lanes;     // the group of each lane
+  };
+  const int shift;
+  const i64 stride;  // groups of an output
+  Spread whole, last;
+  const float* data;  // L values may be read from each on
+  Scales(const QuantizedMatrix& w, i64 n0, i64 count)
+      : shift(__builtin_ctzll(uint64_t(w.group))), stride((w.K + w.group - 1) >> shift) {
+    whole = {int(kDepth<C> >> shift), shr(iota(), shift - __builtin_ctz(unsigned(C::kPerLane)))};
+    last.groups = int(stride - first(w.row_bytes / (4 * L)));
+    last.lanes = iselect(igt(iset(uint32_t(last.groups)), whole.lanes), whole.lanes, iset(0));
+    const Rows& from = w.scales;
+    data = static_cast<const float*>(row(from, n0));
+    if (from.dtype == DType::f32 && (w.N - n0 - count) * stride >= L) return;
+    float* copies = static_cast<float*>(scratch(size_t(count * stride + L) * 4));
+    for (i64 n = 0; n < count; n++) copy_row(copies + n * stride, row(from, n0 + n), from.dtype, stride);
+    store(copies + count * stride, zero());
+    data = copies;
+  }
+  INL_MEMBER i64 first(i64 chunk) const { return chunk * kDepth<C> >> shift; }
+  static INL_MEMBER F of(const float* scales, const Spread& chunk) {
+#ifdef __AVX512F__
+    return permute(load(scales), chunk.lanes);
+#else
+    return chunk.groups <= 1 ? set(*scales) : select(igt(chunk.lanes, iset(0)), set(scales[1]), set(*scales));
+#endif
   }
 };
 
-// Adds chunk `chunk` of O outputs, whose codes lie `pitch` bytes apart, for R rows of x.
+// Adds a chunk of O outputs, whose codes lie `pitch` bytes apart and whose scales `stride`, for R rows of x.
 template <bool PAIR, int R, int O, class C>
-INL void add_chunk(const C& codes, const LaneScales<C>& lanes, const float* scales, i64 chunk, const uint8_t* from,
-                   i64 pitch, const float* x, F acc[R][O]) {
+INL void add_chunk(const C& codes, const float* scales, i64 stride, const typename Scales<C>::Spread& spread,
+                   const uint8_t* from, i64 pitch, const float* x, F acc[R][O]) {
   I words[O];
   F sums[R][O];
-  UNROLL_FOR (int o = 0; o < O; o++) words[o] = iload(from + o * pitch);
+  UNROLL_FOR (int o = 0; o < O; o++) {
+    words[o] = iload(from + o * pitch);
+#ifdef __AVX512F__
+    __asm__("" : "+v"(words[o]));  // else g++ reads them again for each part
+#endif
+  }
   UNROLL_FOR (int j = 0; j < kParts<PAIR, C>; j++) {
     I v[O];
     UNROLL_FOR (int o = 0; o < O; o++) {
@@ -84,70 +115,61 @@ INL void add_chunk(const C& codes, const LaneScales<C>& lanes, const float* scal
     }
   }
   UNROLL_FOR (int o = 0; o < O; o++) {
-    const F scale = lanes.of(scales + o * lanes.stride, chunk);
+    const F scale = Scales<C>::of(scales + o * stride, spread);
     UNROLL_FOR (int r = 0; r < R; r++) acc[r][o] = fma(sums[r][o], scale, acc[r][o]);
   }
 }
-// Adds the last, incomplete chunk of one output for one row of x to the L sums of `acc`. Compiled once: few K have one.
-template <bool PAIR, class C>
-COLD void add_last_chunk(const C& codes, const LaneScales<C>& lanes, const float* scales, i64 chunk,
-                         const uint8_t* from, i64 bytes, const float* x, float* acc) {
-  alignas(64) uint8_t last[4 * L] = {};
-  __builtin_memcpy(last, from, size_t(bytes));
-  F sums[1][1] = {{load(acc)}};
-  add_chunk<PAIR, 1, 1>(codes, lanes, scales, chunk, last, 4 * L, x, sums);
-  store(acc, sums[0][0]);
-}
-// Outputs [n, n + O) for rows [m, m + R) of x.
+// Outputs [n, n + O) for rows [m, m + R) of x; `scales` are those of n. A last, incomplete chunk goes the same way: the loop is
+// compiled once, as g++ else keeps its sums in memory. Called, so that its registers are its own.
 template <bool PAIR, int R, int O, class C>
-static void dot_rows(const QuantizedRowsParams& p, const C& codes, i64 n, const LaneScales<C>& lanes,
-                     const float* scales, i64 m, float* out) {
+__attribute__((noinline)) static void dot_rows(const QuantizedRowsParams& p, const C& codes, i64 n, const Scales<C>& of,
+                                               const float* scales, i64 m, float* out) {
   const QuantizedMatrix& w = p.w;
-  const uint8_t* bytes = w.codes + n * w.row_bytes;
   const i64 chunks = (w.K + kDepth<C> - 1) / kDepth<C>, complete = w.row_bytes / (4 * L);
-  const i64 whole = complete < chunks ? complete : chunks, row_step = kParts<PAIR, C> * L, step = row_step * p.M;
+  const i64 row_step = kParts<PAIR, C> * L, step = row_step * p.M, stride = of.stride;
   const float* x = p.spread + m * row_step;
+  const uint8_t* from = w.codes + n * w.row_bytes;
+  i64 pitch = w.row_bytes, end = complete < chunks ? complete : chunks;
+  typename Scales<C>::Spread spread = of.whole;
+  alignas(64) uint8_t copies[O][4 * L];
   F acc[R][O];
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int o = 0; o < O; o++) acc[r][o] = zero();
-  for (i64 chunk = 0; chunk < whole; chunk++)
-    add_chunk<PAIR, R, O>(codes, lanes, scales, chunk, bytes + chunk * 4 * L, w.row_bytes, x + chunk * step, acc);
-  if (whole < chunks) {
-    alignas(64) float sums[R][O][L];
-    UNROLL_FOR (int r = 0; r < R; r++)
-      UNROLL_FOR (int o = 0; o < O; o++) store(sums[r][o], acc[r][o]);
-    ROLLED_FOR (int r = 0; r < R; r++)
-      ROLLED_FOR (int o = 0; o < O; o++)
-        add_last_chunk<PAIR>(codes, lanes, scales + o * lanes.stride, whole, bytes + o * w.row_bytes + whole * 4 * L,
-                             w.row_bytes - whole * 4 * L, x + whole * step + r * row_step, sums[r][o]);
-    UNROLL_FOR (int r = 0; r < R; r++)
-      UNROLL_FOR (int o = 0; o < O; o++) acc[r][o] = load(sums[r][o]);
+  for (i64 chunk = 0;;) {
+    for (; chunk < end; chunk++, from += 4 * L, x += step)
+      add_chunk<PAIR, R, O>(codes, scales + of.first(chunk), stride, spread, from, pitch, x, acc);
+    if (end == chunks) break;
+    end = chunks, spread = of.last;
+    if ((w.N - n - O) * w.row_bytes >= 4 * L) continue;  // codes of the next output, which meet zeros of x
+    __builtin_memset(copies, 0, sizeof copies);
+    ROLLED_FOR (int o = 0; o < O; o++)
+      __builtin_memcpy(copies[o], from + o * pitch, size_t(w.row_bytes - complete * 4 * L));
+    from = copies[0], pitch = 4 * L;
   }
-  UNROLL_FOR (int r = 0; r < R; r++)
-    UNROLL_FOR (int o = 0; o < O; o++) out[r * kQuantizedRows + o] = sum(acc[r][o]);
+  UNROLL_FOR (int r = 0; r < R; r++) sums_of<O>(acc[r], out + r * kQuantizedRows);
 }
 // R rows of x for all outputs of an item: as many outputs at once as hide the latency of a sum.
 template <bool PAIR, int R, class C>
-static void dot_outputs(const QuantizedRowsParams& p, const C& codes, i64 n0, i64 count, const LaneScales<C>& lanes,
-                        i64 m, float* out) {
+static void dot_outputs(const QuantizedRowsParams& p, const C& codes, i64 n0, i64 count, const Scales<C>& scales, i64 m,
+                        float* out) {
   constexpr int O = L == 16 && R <= 4 ? 4 / (R == 4 ? 2 : 1) : 1;
   i64 n = 0;
   for (; n + O <= count; n += O)
-    dot_rows<PAIR, R, O>(p, codes, n0 + n, lanes, lanes.data + n * lanes.stride, m, out + n);
+    dot_rows<PAIR, R, O>(p, codes, n0 + n, scales, scales.data + n * scales.stride, m, out + n);
   if constexpr (O > 1)
-    for (; n < count; n++) dot_rows<PAIR, R, 1>(p, codes, n0 + n, lanes, lanes.data + n * lanes.stride, m, out + n);
+    for (; n < count; n++) dot_rows<PAIR, R, 1>(p, codes, n0 + n, scales, scales.data + n * scales.stride, m, out + n);
 }
 
 template <bool PAIR, class C> static void rows_item(const QuantizedRowsParams& p, const C& codes, i64 item) {
   alignas(64) float out[kFewRows][kQuantizedRows];
   const i64 n0 = item * kQuantizedRows, count = p.w.N - n0 < kQuantizedRows ? p.w.N - n0 : kQuantizedRows;
-  const LaneScales<C> lanes(p.w, n0, count);
+  const Scales<C> scales(p.w, n0, count);
   i64 m = 0;
   if constexpr (L == 16)
-    for (; m + 8 <= p.M; m += 8) dot_outputs<PAIR, 8>(p, codes, n0, count, lanes, m, out[m]);
-  for (; m + 4 <= p.M; m += 4) dot_outputs<PAIR, 4>(p, codes, n0, count, lanes, m, out[m]);
-  for (; m + 2 <= p.M; m += 2) dot_outputs<PAIR, 2>(p, codes, n0, count, lanes, m, out[m]);
-  if (m < p.M) dot_outputs<PAIR, 1>(p, codes, n0, count, lanes, m, out[m]);
+    for (; m + 8 <= p.M; m += 8) dot_outputs<PAIR, 8>(p, codes, n0, count, scales, m, out[m]);
+  for (; m + 4 <= p.M; m += 4) dot_outputs<PAIR, 4>(p, codes, n0, count, scales, m, out[m]);
+  for (; m + 2 <= p.M; m += 2) dot_outputs<PAIR, 2>(p, codes, n0, count, scales, m, out[m]);
+  if (m < p.M) dot_outputs<PAIR, 1>(p, codes, n0, count, scales, m, out[m]);
   for (m = 0; m < p.M; m++)
     for_lanes(count, [&](i64 c, i64 n) __attribute__((always_inline)) {
       F y = load_lanes(out[m] + c, n);

@@ -10,6 +10,7 @@ import torch
 
 from gptfast import _nf4, backend, ops
 from gptfast.backend import BFLOAT16_ISAS, cpu_isas, force_cpu_isa
+from tests.support.native_calls import at_the_edge
 
 if not cpu_isas():
     pytest.skip("this install has no compiled ops", allow_module_level=True)
@@ -78,6 +79,30 @@ SHAPES = [
 def test_shapes(isa, M, K, N, dtype):
     for format, size in (("nf4", 64), ("nf4", 32), ("int4", 128), ("int8", 64)):
         check(M, -(-K // size) * size if format == "nf4" else K - 1, N, format, size, dtype)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
+def test_incomplete_chunks_of_few_rows(isa, format):
+    """Rows whose last chunk of codes ends early: nothing is read past the weight, and a nan among the scales of an output, which
+    lie behind those of the one before, stays in that output."""
+    for size in (32, 64):
+        for K in (size, 3 * size, 5 * size, 1024 + size):
+            for N in (1, 3, 6, 37):
+                codes, scales = quantized(N, K, format, size)
+                x = torch.randn(8, K)
+                spoilt = scales.clone()
+                spoilt[N // 2, 0] = float("nan")
+                for dtype in (torch.float32, torch.bfloat16):
+                    arguments = {"format": format, "group_size": size, "backend": "cpu"}
+                    y = ops.quantized_linear(x.to(dtype), codes, scales, **arguments)
+                    for M in (1, 2, 4, 8):
+                        few = x[:M].to(dtype)
+                        got = ops.quantized_linear(few, at_the_edge(codes), at_the_edge(scales), **arguments)
+                        assert torch.equal(got, y[:M])
+                        got = ops.quantized_linear(few, codes, spoilt, **arguments)
+                        assert got[:, N // 2].isnan().all() and got.isnan().sum() == M
+                        got[:, N // 2] = y[:M, N // 2]
+                        assert torch.equal(got, y[:M])
 
 
 def test_a_row_depends_on_no_other(isa, threads, monkeypatch):
