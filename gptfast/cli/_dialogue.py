@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from gptfast.generation.config import GenerationConfig
 from gptfast.generation.runner import virtual_tokens
 from gptfast.metadata import end_option, metadata_of
 from gptfast.serving.text import ChoiceText
-from gptfast.tokenizer.conversation import ChatFormat
+from gptfast.tokenizer.conversation import NONE, ChatFormat
 
 if TYPE_CHECKING:
     from gptfast.models import GPT
@@ -40,12 +40,22 @@ class Dialogue:
         options: arguments of `gptfast.generation.stream`; seed is one of them.
         system: instructions before the conversation; None: none.
         special: see `ChatFormat.prompt`.
+        variables: for the chat template, see `ChatFormat.checked_variables`.
+    Raises:
+        ValueError: variables that the template does not take.
     """
 
     def __init__(
-        self, gpt: GPT, tokenizer: Tokenizer, options: dict[str, Any], system: str | None = None, special: bool = True
+        self,
+        gpt: GPT,
+        tokenizer: Tokenizer,
+        options: dict[str, Any],
+        system: str | None = None,
+        special: bool = True,
+        variables: Mapping[str, Any] = NONE,
     ) -> None:
         self.format = ChatFormat.of(tokenizer)
+        self._variables = self.format.checked_variables(variables)
         self._gpt, self._tokenizer, self._special = gpt, tokenizer, special
         self._system = [{"role": "system", "content": system}] if system else []
         self._seed, self._attempt, self._limit = options["seed"], 0, options.get("max_new_tokens")
@@ -83,7 +93,7 @@ class Dialogue:
     def fit(self) -> tuple[list[int], int]:
         """The prompt of the next reply, and how many of the oldest messages it leaves out. Raises ValueError: too long."""
         free = self._limit or min(LEAST_ROOM, max(1, self._block // 4))
-        kept, ids = self.format.fitted(self.messages, self._block - free, self._special)
+        kept, ids = self.format.fitted(self.messages, self._block - free, self._special, self._variables)
         return ids, len(self.messages) - len(kept)
 
     def reply(self, prompt: list[int]) -> Iterator[str]:

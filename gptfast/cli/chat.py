@@ -11,6 +11,7 @@ from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, SPECIAL_TOKENS_HELP, TO
 from gptfast.cli._options import Change, Options, takes
 from gptfast.cli.generate import DRAWING, SEED, TEMPERATURE, defaults_of, with_drawing
 from gptfast.generation.config import GenerationConfig
+from gptfast.tokenizer.conversation import EFFORTS, REASONING, check_effort
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class ChatOptions:
     tokenizer: str | None = option(None, TOKENIZER_HELP, words="the checkpoint's own")
     special_tokens: bool = option(True, SPECIAL_TOKENS_HELP)
     quantize: str | None = option(None, f"{QUANTIZE_HELP}.")
+    reasoning_effort: str | None = option(
+        None,
+        "How long a model thinks before it replies, where its chat template asks for that, as gpt-oss' does.",
+        words="as the template has it",
+        allowed=EFFORTS,
+    )
 
 
 _GENERATION: Sequence[str] = (
@@ -60,12 +67,12 @@ def chat(given: dict[str, Any]) -> None:
     options = ChatOptions(**values_of(ChatOptions, given))
     chosen = {"seed": SEED, **values_of(GenerationConfig, given)}
     GenerationConfig.of(**chosen)  # what is wrong is said before the model is loaded
+    check_effort(options.reasoning_effort)
     adapters = {"default": options.adapter} if options.adapter else {}
     gpt, tokenizer = load(options.model, options.quantize, options.tokenizer, adapters)
     from gptfast.cli._dialogue import Dialogue, converse
 
     usual, drawing = defaults_of(gpt, tokenizer)
-    dialogue = Dialogue(
-        gpt, tokenizer, with_drawing({**usual, **chosen}, drawing), options.system, options.special_tokens
-    )
-    converse(dialogue)
+    variables = {REASONING: options.reasoning_effort}
+    drawn = with_drawing({**usual, **chosen}, drawing)
+    converse(Dialogue(gpt, tokenizer, drawn, options.system, options.special_tokens, variables))

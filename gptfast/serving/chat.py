@@ -20,7 +20,7 @@ from gptfast.serving.protocol import MOST_LOGPROBS, ApiError, Sampling
 from gptfast.serving.service import Service
 from gptfast.serving.text import ChoiceText, printable_token
 from gptfast.tokenizer import Tokenizer
-from gptfast.tokenizer.conversation import ChatFormat
+from gptfast.tokenizer.conversation import NONE, REASONING, ChatFormat
 
 FORMAT_HEADER = "Gptfast-Chat-Format"
 TOOLS = ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls")
@@ -35,6 +35,7 @@ class ChatCompletion(Sampling):
     EXPECTED: ClassVar[Mapping[str, str]] = {
         **Sampling.EXPECTED,
         "messages": "expected a list of objects with role and content",
+        "chat_template_kwargs": "expected an object: variables of the chat template by name",
         "response_format": f"expected an object with a type, one of {', '.join(FORMATS)}",
     }
     messages: list[dict[str, Any]]
@@ -43,6 +44,8 @@ class ChatCompletion(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     response_format: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None
@@ -69,6 +72,11 @@ class ChatCompletion(Sampling):
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ApiError(
                 400, "max_tokens and max_completion_tokens differ; give the latter alone", "max_completion_tokens"
+            )
+        both = (self.chat_template_kwargs or {}).get(REASONING)
+        if self.reasoning_effort is not None and both not in (None, self.reasoning_effort):
+            raise ApiError(
+                400, f"{REASONING} and that of chat_template_kwargs differ; give the former alone", REASONING
             )
         kind = "text" if self.response_format is None else self.response_format.get("type")
         if kind not in FORMATS:
@@ -138,8 +146,12 @@ class Chat:
     async def complete(self, http: HTTPRequest) -> Response:
         accepted = await self._service.accept(http, ChatCompletion)
         ask, used = accepted.ask, self._used()
+        with bad_requests("chat_template_kwargs"):
+            variables = used.checked_variables(ask.chat_template_kwargs or {})
+        with bad_requests(REASONING):
+            variables |= used.checked_variables({REASONING: ask.reasoning_effort})
         with bad_requests("messages"):
-            ids = await accepted.aside(self.prompt, ask.messages)
+            ids = await accepted.aside(self.prompt, ask.messages, variables)
             if not ids:
                 raise ValueError("the chat template writes nothing for these messages; change them or the template")
         with bad_requests("response_format"):
@@ -151,9 +163,9 @@ class Chat:
         answer = Answer(ask, [request], choices, CHAT, accepted.deadline, opening, {FORMAT_HEADER: used.name})
         return await answer.respond(http, self._service.worker)
 
-    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+    def prompt(self, messages: list[dict[str, Any]], variables: Mapping[str, Any] = NONE) -> list[int]:
         """The ids of a conversation. Raises ApiError: no format.  ValueError: bad messages."""
-        return self._used().prompt(messages, self._service.limits.special_tokens)
+        return self._used().prompt(messages, self._service.limits.special_tokens, variables)
 
     def _used(self) -> ChatFormat:
         if self.format is None:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from traceback import walk_tb
 from typing import Any
 
@@ -59,6 +59,13 @@ class ChatTemplate:
     @property
     def marks_replies(self) -> bool:
         return _MARKS.search(self.source) is not None
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The variables that it reads, `messages` among them."""
+        from jinja2.meta import find_undeclared_variables
+
+        return frozenset(find_undeclared_variables(self._compiled.environment.parse(self.source)))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False, **variables: Any) -> str:
         """The text of a conversation.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from gptfast.tokenizer.base import Tokenizer, encode_prompt
@@ -13,7 +14,10 @@ from gptfast.tokenizer.chat import ChatTemplate, encode_chat
 ROLES = ("system", "developer", "user", "assistant")
 TRANSCRIPT = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 TRANSCRIPT_STOPS = tuple(f"{gap}{name}:" for name in ("User", "System", "Assistant") for gap in ("\n\n", "\n"))
+REASONING = "reasoning_effort"  # OpenAI's name, and that of the variable in gpt-oss' template
+EFFORTS = ("low", "medium", "high")
 _KEYS = ("role", "content", "name")
+_FIXED = ("messages", "add_generation_prompt", "tools", "documents", "self")  # variables that are not the client's
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private characters around special tokens that a message contains
 _PROBE = ("\ue002", "\ue003")  # a reply and the message behind it, for which `_turn_ends` looks
 
@@ -21,6 +25,7 @@ _HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 _CALL = "<|call|>"  # ends a reply of gpt-oss that calls a tool
 
 Messages = Sequence[Mapping[str, Any]]
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Channels:
@@ -106,46 +111,67 @@ class ChatFormat:
     def name(self) -> str:
         return "transcript" if self.template is None else "template"
 
-    def text(self, messages: Messages) -> str:
+    def checked_variables(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables of the template that a client sets, such as reasoning_effort="low" (None: not set); for `text`, `prompt` and
+        `fitted`.
+
+        Raises:
+            ValueError: one that the template does not read or that is not the client's, or a reasoning_effort other than
+                EFFORTS.
+        """
+        found = {name: value for name, value in given.items() if name != REASONING or value is not None}
+        for name in found:
+            if self.template is None:
+                why = "the tokenizer of this model has no chat template, so nothing reads it"
+            elif name in _FIXED or name in self.template.variables:
+                why = "the conversation and the tokenizer decide it"
+            elif name not in self.template.names:
+                why = "the chat template of this model does not read it"
+            else:
+                continue
+            raise ValueError(f"`{name:.60}`: {why}; leave it out")
+        check_effort(found.get(REASONING))
+        return found
+
+    def text(self, messages: Messages, variables: Mapping[str, Any] = NONE) -> str:
         """The prompt of the reply to messages.
 
+        Args:
+            variables: for the template, see `checked_variables`.
         Raises:
             ValueError: messages that `checked` refuses, or that the template refuses.
         """
         plain = self._for_template(checked(messages))
         if self.template is not None:
-            return self.template.render(plain, add_generation_prompt=True)
+            return self.template.render(plain, add_generation_prompt=True, **variables)
         written = (f"{TRANSCRIPT[message['role']]}: {message['content'].strip()}\n\n" for message in plain)
         return "".join(written) + "Assistant:"
 
-    def prompt(self, messages: Messages, special: bool = True) -> list[int]:
+    def prompt(self, messages: Messages, special: bool = True, variables: Mapping[str, Any] = NONE) -> list[int]:
         """The ids of `text`.
 
         Args:
-            special: special tokens inside messages are these tokens, as in transformers' `apply_chat_template`. False: they are
-                ordinary text, so that a message cannot end itself; those of the template stay tokens.
+            special: special tokens inside messages and variables are these tokens, as in transformers' `apply_chat_template`.
+                False: they are ordinary text, so that a message cannot end itself; those of the template stay tokens.
+            variables: as of `text`.
         Raises:
             ValueError: as `text`; or a character that the tokenizer lacks.
         """
         if self.template is None:
             return encode_prompt(self.tokenizer, self.text(messages), special)
         if special:
-            return encode_chat(self.tokenizer, self.text(messages))
+            return encode_chat(self.tokenizer, self.text(messages, variables))
         names = sorted(_specials(self.tokenizer), key=len, reverse=True)
         pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
-        marked = [
-            {
-                key: pattern.sub(f"{_OPEN}\\g<0>{_CLOSE}", re.sub(f"[{_OPEN}{_CLOSE}]", "", value))
-                for key, value in message.items()
-            }
-            for message in checked(messages)
-        ]
+        marked = self.text(_marked(checked(messages), pattern), _marked(dict(variables), pattern))
         ids: list[int] = []
-        for n, piece in enumerate(re.split(f"[{_OPEN}{_CLOSE}]", self.text(marked))):
+        for n, piece in enumerate(re.split(f"[{_OPEN}{_CLOSE}]", marked)):
             ids += encode_chat(self.tokenizer, piece, special=n % 2 == 0) if piece else []
         return ids
 
-    def fitted(self, messages: Messages, room: int, special: bool = True) -> tuple[list[Mapping[str, Any]], list[int]]:
+    def fitted(
+        self, messages: Messages, room: int, special: bool = True, variables: Mapping[str, Any] = NONE
+    ) -> tuple[list[Mapping[str, Any]], list[int]]:
         """The messages whose prompt fits into `room` tokens, and its ids: the oldest are left out first, system messages never,
         and the last message never. A reply is left out with the message that it answers.
 
@@ -153,7 +179,7 @@ class ChatFormat:
             ValueError: as `prompt`; or nothing more can be left out.
         """
         kept = list(messages)
-        while len(ids := self.prompt(kept, special)) > room:
+        while len(ids := self.prompt(kept, special, variables)) > room:
             old = [n for n, message in enumerate(kept[:-1]) if message["role"] not in ("system", "developer")]
             if not old:
                 raise ValueError(
@@ -210,6 +236,12 @@ def checked(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     return found
 
 
+def check_effort(effort: Any) -> None:
+    """Raise ValueError for a reasoning_effort that is not one of EFFORTS; None: none is given."""
+    if effort not in (None, *EFFORTS):
+        raise ValueError(f"`{REASONING}` is {effort!r}; expected one of {', '.join(EFFORTS)}")
+
+
 def _content(where: str, content: Any) -> str:
     """The text of a message: a text, or parts of the type text, which are joined with newlines."""
     if isinstance(content, str):
@@ -229,6 +261,15 @@ def _content(where: str, content: Any) -> str:
             raise ValueError(f"{where}.content[{n}].text is {part.get('text')!r:.60}; expected a text")
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
+    """A value of JSON, in whose texts each match stands between our marks."""
+    if isinstance(value, str):
+        return pattern.sub(f"{_OPEN}\\g<0>{_CLOSE}", re.sub(f"[{_OPEN}{_CLOSE}]", "", value))
+    if isinstance(value, dict):
+        return {_marked(key, pattern): _marked(x, pattern) for key, x in value.items()}
+    return [_marked(x, pattern) for x in value] if isinstance(value, list) else value
 
 
 def _turn_ends(template: ChatTemplate) -> tuple[str, str]:

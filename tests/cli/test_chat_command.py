@@ -176,6 +176,14 @@ def test_adapters_and_formats_are_those_of_generate(folders, run, tmp_path):
     [
         (["--temperature", "-1"], "--temperature is -1.0; expected a number >= 0"),
         (["--model", "nowhere"], "nowhere"),
+        (
+            ["--model", "nowhere", "--reasoning-effort", "most"],
+            "--reasoning-effort is 'most'; expected one of low, medium",
+        ),
+        (
+            ["--reasoning-effort", "low"],
+            "--reasoning-effort: the chat template of this model does not read it; leave it",
+        ),
         (["--stop", ""], "--stop holds ''; expected texts of at least one character"),
     ],
 )

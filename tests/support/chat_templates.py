@@ -110,8 +110,12 @@ HARMONY = """{%- macro turn(role, text, channel=none) -%}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
 
-GPT_OSS = """{%- macro today() %}{{ strftime_now('%Y') }}{% endmacro -%}
-{{- '<|start|>system<|message|>You are a cat of ' + today() + '.\n\n# Valid channels: analysis, final.<|end|>' }}
+GPT_OSS = """{%- macro rules_of_all() -%}
+    {%- if reasoning_effort is not defined %}{%- set reasoning_effort = 'medium' %}{%- endif %}
+    {{- 'You are a cat of ' + strftime_now('%Y') + '.\n\nReasoning: ' + reasoning_effort }}
+    {{- '\n\n# Valid channels: analysis, final.' }}
+{%- endmacro -%}
+{{- '<|start|>system<|message|>' }}{{- rules_of_all() }}{{- '<|end|>' }}
 {%- if messages[0].role in ('developer', 'system') %}{%- set rules, talk = messages[0].content, messages[1:] %}
     {{- '<|start|>developer<|message|># Instructions\n\n' + rules + '<|end|>' }}
 {%- else %}{%- set talk = messages %}{%- endif %}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,32 @@ def mxfp4_folder(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def with_mxfp4(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Write random blocks and scales of MXFP4 in the place of the experts' matrices of a folder of gpt-oss. Returns its tensors and
-    its config.json."""
+def random_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks and scales of the shape of experts' matrices (E, in, out)."""
+    E, rows, columns = x.shape
+    blocks = torch.randint(256, (E, columns, rows // 32, 16), dtype=torch.uint8)
+    return blocks, torch.randint(118, 126, (E, columns, rows // 32), dtype=torch.uint8)
+
+
+def nearest_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest blocks to experts' matrices (E, in, out), with the scales of the OCP's specification."""
+    groups = x.float().transpose(1, 2).unflatten(-1, (-1, 32))
+    exponents = groups.abs().amax(-1).clamp(min=2.0**-100).log2().floor().int() - 2
+    values = torch.ldexp(groups, -exponents[..., None])
+    table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    codes = (values.abs()[..., None] - table).abs().argmin(-1) | (values < 0).int() << 3
+    return (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8), (127 + exponents).to(torch.uint8)
+
+
+def with_mxfp4(
+    folder: Path, codes: Callable[[Tensor], tuple[Tensor, Tensor]] = random_codes
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Write blocks and scales of MXFP4 in the place of the experts' matrices of a folder of gpt-oss. Returns its tensors and its
+    config.json."""
     file, tensors = folder / "model.safetensors", {}
     for name, x in load_file(file).items():
         if name.endswith(("gate_up_proj", "down_proj")):
-            E, rows, columns = x.shape
-            tensors[name + "_blocks"] = torch.randint(256, (E, columns, rows // 32, 16), dtype=torch.uint8)
-            tensors[name + "_scales"] = torch.randint(118, 126, (E, columns, rows // 32), dtype=torch.uint8)
+            tensors[name + "_blocks"], tensors[name + "_scales"] = codes(x)
         else:
             tensors[name] = x
     save_file(tensors, file)

@@ -9,7 +9,7 @@ from gptfast.metadata import Metadata
 from gptfast.serving.text import ChoiceText
 from gptfast.tokenizer import CharTokenizer, load_tokenizer
 from gptfast.tokenizer.chat import ChatTemplate, encode_chat, with_chat_template
-from gptfast.tokenizer.conversation import ChatFormat, checked
+from gptfast.tokenizer.conversation import EFFORTS, ChatFormat, checked
 from tests.support.chat_templates import TEMPLATES, WORDS, tokenizer_with
 
 TALK = [
@@ -72,6 +72,47 @@ def test_the_thoughts_of_a_reply_are_not_a_part_of_its_text(name, tmp_path):
     assert plain.channels() is None
 
 
+def test_a_client_sets_variables_of_the_template(tmp_path):
+    """As keywords of transformers' apply_chat_template."""
+    used = tokenizer_with("gpt-oss")
+    used.save(tmp_path)
+    peer, found = transformers.AutoTokenizer.from_pretrained(tmp_path), ChatFormat.of(used)
+    ids = {}
+    assert found.checked_variables({"reasoning_effort": None}) == {}
+    for given in ({}, *({"reasoning_effort": effort} for effort in EFFORTS)):
+        ids[str(given)] = found.prompt(TALK[:2], variables=found.checked_variables(given))
+        assert ids[str(given)] == found.fitted(TALK[:2], 500, variables=given)[1]
+        assert ids[str(given)] == found.prompt(TALK[:2], special=False, variables=given)
+        wanted = peer.apply_chat_template(TALK[:2], add_generation_prompt=True, return_dict=False, **given)
+        assert ids[str(given)] == wanted
+    assert len({*map(tuple, ids.values())}) == 3  # medium is the template's own
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "text"),
+    [
+        (
+            "gpt-oss",
+            {"reasoning_effort": "minimal"},
+            "`reasoning_effort` is 'minimal'; expected one of low, medium, high",
+        ),
+        ("gpt-oss", {"reasoning_effort": ""}, "`reasoning_effort` is ''; expected one of low, medium, high"),
+        (
+            "gpt-oss",
+            {"builtin_tools": []},
+            "`builtin_tools`: the chat template of this model does not read it; leave it",
+        ),
+        ("gpt-oss", {"messages": []}, "`messages`: the conversation and the tokenizer decide it; leave it out"),
+        ("mistral", {"eos_token": "a"}, "`eos_token`: the conversation and the tokenizer decide it; leave it out"),
+        ("chatml", {"reasoning_effort": "low"}, "`reasoning_effort`: the chat template of this model does not read it"),
+        ("", {"reasoning_effort": "low"}, "`reasoning_effort`: the tokenizer of this model has no chat template"),
+    ],
+)
+def test_variables_that_the_template_does_not_take(name, given, text):
+    with pytest.raises(ValueError, match=text):
+        ChatFormat.of(tokenizer_with(name)).checked_variables(given)
+
+
 def test_listed_end_tokens_stand_for_themselves():
     """A model whose generation_config.json lists ends may write more than one turn before them."""
     assert Metadata(generation={"eos_token_id": [7, 8]}).reply_ends((7, 8), (5,)) == (7, 8)
@@ -125,6 +166,10 @@ def test_special_tokens_in_messages():
     assert used.decode(safe) == found.text(forged)
     marked = [{"role": "user", "content": "\ue001<|im_end|>\ue000 <|im_\ue000end|>"}]  # our own marks do not help
     assert found.prompt(marked, special=False).count(end) == 1
+    titled = with_chat_template(used, "{{ title }}{{ rules[0].text }}" + ChatTemplate.of(used).source)
+    variables = {"title": "a<|im_end|>", "rules": [{"text": "<|im_end|>"}]}
+    assert ChatFormat.of(titled).prompt(forged[:1], special=False, variables=variables).count(end) == 1
+    assert ChatFormat.of(titled).prompt(forged[:1], variables=variables).count(end) == 4
     plain = ChatFormat.of(tokenizer_with(""))
     written = [{"role": "user", "content": "a<|endoftext|>"}]
     assert plain.tokenizer.eos_id in plain.prompt(written)
