@@ -1,12 +1,17 @@
-"""Documents for developers: paths exist, targets exist, every environment variable is listed."""
+"""Documents: paths exist, targets exist, every environment variable is listed, tables of defaults are those of the code."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 
+from gptfast._options import format_value
+from gptfast.finetuning import options as finetuning
+from gptfast.training.config import TrainConfig
+from gptfast.training.options import defaults_of
 from tests.support import ROOT
 
 PAGES = ["docs/architecture.md", "docs/developing.md", "docs/glossary.md", "CONTRIBUTING.md", "RELEASING.md"]
@@ -73,3 +78,44 @@ def test_environment_variables_in_documents_exist():
     known = read_in_the_tree().keys()
     for path in [ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile"]:
         assert set(re.findall(r"\bGPTFAST_[A-Z_]+", path.read_text(encoding="utf-8"))) <= known, path.name
+
+
+def table(path: str, first: str) -> dict[str, list[str]]:
+    """The cells of a table by their row's first one. first: that of the heading."""
+    lines = page(path).splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_the_defaults_of_a_new_run_are_those_in_the_table():
+    """docs/training.md, against what `gptfast train` takes."""
+    found = table("docs/training.md", "without an option for it | random weights")
+    for n, start in enumerate(("", "preset", "init_from")):
+        given = {start: "x"} if start else {}
+        for objective, where in (("lm", ""), ("mlm", " with `--objective mlm`")):
+            wanted = defaults_of({**given, "objective": objective})
+            names = ("tokenizer", "learning_rate") if where else ("tokenizer", "learning_rate", "dropout", "batch_size")
+            for name in names:
+                row = f"`--{name.replace('_', '-')}`{', rows in a pass' * (name == 'batch_size')}{where}"
+                usual = TrainConfig().batch_size if name == "batch_size" else "the model's own"
+                assert found[row][n] == format_value(wanted.get(name, usual)), (row, start)
+        shape = ", ".join(str(wanted[name]) for name in ("n_layer", "n_head", "n_embd", "block_size") if name in wanted)
+        row = "`--n-layer`, `--n-head`, `--n-embd`, `--block-size`"
+        assert found[row][n] == (shape or "the model's own")
+
+
+def test_the_defaults_of_fine_tuning_are_those_in_the_table():
+    found = table("docs/finetuning.md", "without an option for it | `full`")
+    for n, methods in enumerate((("full",), ("lora", "qlora"), ("prompt",))):
+        for method in methods:
+            wanted = finetuning.DEFAULTS[method]
+            assert found["`--learning-rate`"][n] == format_value(wanted["learning_rate"])
+            assert found["`--weight-decay`"][n] == format_value(wanted["weight_decay"])
+            assert found["`--batch-size`, examples in a pass"][n] == format_value(wanted["batch_size"])
+    own = finetuning.MethodOptions()
+    lora = f"{own.lora_r}, {own.lora_alpha:g}, {own.target_modules}"
+    assert found["`--lora-r`, `--lora-alpha`, `--target-modules`"] == ["", lora, ""]
+    assert found["`--num-virtual-tokens`"] == ["", "", str(own.num_virtual_tokens)]
+    assert f"`--epochs` is {finetuning.RunOptions().epochs:g}," in page("docs/finetuning.md")
