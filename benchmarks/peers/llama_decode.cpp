@@ -1,7 +1,7 @@
 // Times llama.cpp, or a fork of it, from C++: a model in memory, a command a line, an answer in JSON a line.
 //
 //   llama_decode MODEL.gguf THREADS [repack]     then on standard input:
-//     decode ROWS TOKENS    seconds of so many greedy steps of ROWS sequences, after prompts of 16 tokens
+//     decode ROWS TOKENS [PROMPT]    seconds of so many greedy steps of ROWS sequences, after prompts of PROMPT (16) tokens
 //     prefill TOKENS        seconds until the logits behind a prompt are there
 //     logits TOKENS         the first five logits behind a prompt
 //     write FILE ID ...     the logits behind every token of a text, as floats
@@ -59,16 +59,16 @@ class Decoder {
     vocabulary_ = llama_vocab_n_tokens(llama_model_get_vocab(model_));
   }
 
-  double decode(int rows, int tokens) {
-    if (rows < 1 || kPrompt + tokens > room(rows)) fail("decode: no room for so many tokens");
+  double decode(int rows, int tokens, int length) {
+    if (rows < 1 || length < 1 || length + tokens > room(rows)) fail("decode: no room for so many tokens");
     use(rows);
     std::vector<Ids> next;
-    for (int n = 0; n < rows; ++n) next.push_back(prompt(n, kPrompt));
+    for (int n = 0; n < rows; ++n) next.push_back(prompt(n, length));
     run(next, 0, false);
     for (int n = 0; n < rows; ++n) next[n] = {best(logits_of_[n])};
     double start = now();
     for (int i = 0; i < tokens; ++i) {
-      run(next, kPrompt + i, false);
+      run(next, length + i, false);
       for (int n = 0; n < rows; ++n) next[n][0] = best(logits_of_[n]);
     }
     return now() - start;
@@ -184,7 +184,11 @@ std::string answer(Decoder& decoder, const std::string& line) {
   std::string command;
   words >> command;
   int a = 0, b = 0;
-  if (command == "decode" && words >> a >> b) return "{\"seconds\": " + std::to_string(decoder.decode(a, b)) + "}";
+  if (command == "decode" && words >> a >> b) {
+    int length = 0;
+    if (!(words >> length)) length = kPrompt;
+    return "{\"seconds\": " + std::to_string(decoder.decode(a, b, length)) + "}";
+  }
   if (command == "prefill" && words >> a && a <= kContext)
     return "{\"seconds\": " + std::to_string(decoder.prefill(a)) + "}";
   if (command == "logits" && words >> a && a <= kContext) return "{\"logits\": " + decoder.logits(a) + "}";
