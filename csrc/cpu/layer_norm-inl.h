@@ -36,3 +36,8 @@ struct NormBuffers {
 INL const char* next_row(const LayerNormParams& p, const Rows& x, i64 r) {
   return static_cast<const char*>(x.data ? row(x, r + 1 < p.R ? r + 1 : r) : nullptr);
 }
+
+// put_as of any dtype.
+INL void put_any(bool past, void* row, DType type, i64 c, F x, i64 n) {
+  with_dtype(type, [&](auto t) __attribute__((always_inline)) { put_as<t.value>(past, row, c, x, n); });
+}

@@ -1,5 +1,5 @@
 // LayerNorm, backward; see layer_norm-inl.h.
-#include "layer_norm-inl.h"
+#include "norm_words-inl.h"
 
 // dy and dtotal have the type T of x; where ANY, each its own, and an x of fp16 was brought to fp32.
 template <DType T, bool ANY> INL F load_own(const void* p, DType type, i64 c, i64 n) {
@@ -78,10 +78,95 @@ static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, 
   const uint16_t* lanes = t.lanes;
   const float kept = dropout_scale(p.dropout);
   norm_gradient<T, ANY>(p, t.weight, x, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
-    if (to_residual) store_any(at(to_residual, dresidual.dtype, c), dresidual.dtype, d, n);
-    if (to_x) store_any(at(to_x, dx.dtype, c), dx.dtype, threshold ? drop(d, lanes + c, threshold, kept) : d, n);
+    if (to_residual) put_any(dresidual.non_temporal, to_residual, dresidual.dtype, c, d, n);
+    if (to_x) put_any(dx.non_temporal, to_x, dx.dtype, c, threshold ? drop(d, lanes + c, threshold, kept) : d, n);
   });
 }
+
+#ifdef GPTFAST_PAIRS
+// ---- the same of rows of bf16 in words (norm_words-inl.h); dw and db lie as the weight does until their chunk is done ---------
+
+INL Split normalised(const RowStatistics& s, Split x) {
+  return {fma(x.even - s.center, s.scale, s.rest), fma(x.odd - s.center, s.scale, s.rest)};
+}
+template <bool ANY>
+INL void means_of_words(const LayerNormParams& p, const float* weight, i64 r, float* dw, float* db, F* mean_g,
+                        F* mean_gx) {
+  const void* dy = row(p.dy, r);
+  const DType type = p.dy.dtype;
+  const RowStatistics s(p, r);
+  F g_sum[2] = {zero(), zero()}, gx_sum[2] = {zero(), zero()};
+  for_words<1>(row(p.x, r), p.C, [&](i64 c, Split v, int) __attribute__((always_inline)) {
+    const Split xhat = normalised(s, v), d = load_split<ANY>(dy, type, c);
+    if (dw)
+      store(dw + c, fma(d.even, xhat.even, load(dw + c))), store(dw + c + L, fma(d.odd, xhat.odd, load(dw + c + L)));
+    if (db) store(db + c, load(db + c) + d.even), store(db + c + L, load(db + c + L) + d.odd);
+    const F even = d.even * load(weight + c), odd = d.odd * load(weight + c + L);
+    g_sum[0] = g_sum[0] + even, g_sum[1] = g_sum[1] + odd;
+    gx_sum[0] = fma(even, xhat.even, gx_sum[0]), gx_sum[1] = fma(odd, xhat.odd, gx_sum[1]);
+  });
+  *mean_g = p.mean ? set(sum(g_sum[0] + g_sum[1]) / float(p.C)) : zero();
+  *mean_gx = set(sum(gx_sum[0] + gx_sum[1]) / float(p.C));
+}
+template <bool ANY, class Store>
+INL void gradient_of_words(const LayerNormParams& p, const float* weight, i64 r, F mean_g, F mean_gx, Store store) {
+  const void *dy = p.dy.data ? row(p.dy, r) : nullptr, *dtotal = p.dtotal.data ? row(p.dtotal, r) : nullptr;
+  const RowStatistics s(p, r);
+  const char *next_x = next_row(p, p.x, r), *next_dy = next_row(p, p.dy, r);
+  const DType type = p.dy.dtype;
+  const i64 dy_size = ANY ? element_size(type) : 2;
+  for_words<1>(row(p.x, r), p.C, [=](i64 c, Split v, int) __attribute__((always_inline)) {
+    Split d = {zero(), zero()};
+    prefetch(next_x + 2 * c);
+    if (next_dy) prefetch(next_dy + c * dy_size);
+    if (dy) {
+      const Split xhat = normalised(s, v), up = load_split<ANY>(dy, type, c);
+      const F even = fma(up.even, load(weight + c), zero()), odd = fma(up.odd, load(weight + c + L), zero());
+      d = {s.scale * fnma(xhat.even, mean_gx, even - mean_g), s.scale * fnma(xhat.odd, mean_gx, odd - mean_g)};
+    }
+    if (dtotal) {
+      const Split more = load_split<false>(dtotal, DType::bf16, c);
+      d = {d.even + more.even, d.odd + more.odd};
+    }
+    store(c, d);
+  });
+}
+template <bool ANY>
+static void bwd_row_of_words(const LayerNormParams& p, const NormBuffers& t, i64 r, float* dw, float* db) {
+  const MutRows &dx = p.dx, &dresidual = p.dresidual;
+  const uint32_t threshold = dx.data ? p.dropout.threshold : 0;
+  F mean_g = zero(), mean_gx = zero();
+  if (p.dy.data) means_of_words<ANY>(p, t.weight, r, dw, db, &mean_g, &mean_gx);
+  if (threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
+  const MutRows& only = dx.data ? dx : dresidual;
+  if (!threshold && !(dx.data && dresidual.data) && only.dtype == DType::bf16) {
+    uint16_t* out = static_cast<uint16_t*>(row(only, r));
+    const bool past = only.non_temporal;
+    return gradient_of_words<ANY>(p, t.weight, r, mean_g, mean_gx,
+                                  [=](i64 c, Split d) __attribute__((always_inline)) { put_words(past, out + c, d); });
+  }
+  void *to_x = dx.data ? row(dx, r) : nullptr, *to_residual = dresidual.data ? row(dresidual, r) : nullptr;
+  const uint16_t* lanes = t.lanes;
+  const float kept = dropout_scale(p.dropout);
+  gradient_of_words<ANY>(p, t.weight, r, mean_g, mean_gx, [=](i64 c, Split d) __attribute__((always_inline)) {
+    if (to_residual) put_split(dresidual.non_temporal, to_residual, dresidual.dtype, c, d);
+    if (to_x) put_split(dx.non_temporal, to_x, dx.dtype, c, threshold ? drop(d, lanes + c, threshold, kept) : d);
+  });
+}
+template <bool ANY> static void bwd_chunks_of_words(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
+  const NormBuffers t(p);
+  split_columns(t.weight, p.C);
+  for (i64 k = chunk_begin; k < chunk_end; k++) {
+    float *dw = p.dweight ? p.dweight + k * p.C : nullptr, *db = p.dbias ? p.dbias + k * p.C : nullptr;
+    if (dw) __builtin_memset(dw, 0, size_t(p.C) * 4);
+    if (db) __builtin_memset(db, 0, size_t(p.C) * 4);
+    const i64 end = (k + 1) * kRowChunk < p.R ? (k + 1) * kRowChunk : p.R;
+    for (i64 r = k * kRowChunk; r < end; r++) bwd_row_of_words<ANY>(p, t, r, dw, db);
+    if (dw) join_columns(dw, p.C);
+    if (db) join_columns(db, p.C);
+  }
+}
+#endif
 
 template <DType T, bool ANY> static void norm_bwd_chunks(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
   const NormBuffers t(p);
@@ -94,6 +179,13 @@ template <DType T, bool ANY> static void norm_bwd_chunks(const LayerNormParams& 
   }
 }
 static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
+#ifdef GPTFAST_PAIRS
+  if (in_words(p.x.dtype, p.C)) {
+    p.dy.data&& p.dy.dtype != DType::bf16 ? bwd_chunks_of_words<true>(p, chunk_begin, chunk_end)
+                                          : bwd_chunks_of_words<false>(p, chunk_begin, chunk_end);
+    return stream_end();
+  }
+#endif
   if (p.dy.data && p.dy.dtype != p.x.dtype)
     p.x.dtype == DType::bf16 ? norm_bwd_chunks<DType::bf16, true>(p, chunk_begin, chunk_end)
                              : norm_bwd_chunks<DType::f32, true>(p, chunk_begin, chunk_end);

@@ -23,6 +23,12 @@ template <DType T> static const void* norm_input(const LayerNormParams& p, const
   const void* residual = row(p.residual, r);
   void *total = row(p.total, r), *copy = p.total.non_temporal ? t.total : nullptr;
   if (p.dropout.threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
+#ifdef GPTFAST_PAIRS
+  if (in_words(T, p.C)) {  // of bf16 are then x and the residual too
+    add_words(p, t.lanes, r, copy);
+    return copy ? copy : total;
+  }
+#endif
   const DType x_type = p.x.dtype, residual_type = p.residual.dtype;
   if (x_type == T && residual_type == T)
     add_rows<T>(
@@ -120,7 +126,7 @@ template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_b
 static void layer_norm_fwd(const LayerNormParams& p, i64 row_begin, i64 row_end) {
   const DType normalised = p.residual.data ? p.total.dtype : p.x.dtype;
 #ifdef GPTFAST_PAIRS
-  if (normalised == DType::bf16 && p.C % (2 * L) == 0) {
+  if (in_words(normalised, p.C)) {
     norm_fwd_words(p, row_begin, row_end);
     return stream_end();
   }

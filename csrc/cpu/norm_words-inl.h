@@ -19,6 +19,28 @@ INL void stream_words(void* p, I words) { istore(p, words); }
 INL void stream_words(void* p, I words) { _mm512_stream_si512(static_cast<__m512i*>(p), words); }
 #endif
 INL Split split(I words) { return {as_float(shl16(words)), as_float(iand(words, iset(0xffff0000u)))}; }
+// The same of a row of any dtype, from column c on; and back.
+template <bool ANY> INL Split load_split(const void* p, DType type, i64 c) {
+  if (!ANY || type == DType::bf16) return split(iload(at(p, DType::bf16, c)));
+  F first = load_any(at(p, type, c), type, L), second = load_any(at(p, type, c + L), type, L);
+  deinterleave(first, second);
+  return {first, second};
+}
+INL void put_words(bool past, void* p, Split v) {
+  const I words = pair_bf16(v.even, v.odd);
+  past ? stream_words(p, words) : istore(p, words);
+}
+INL void put_split(bool past, void* p, DType type, i64 c, Split v) {
+  if (type == DType::bf16) return put_words(past, at(p, type, c), v);
+  interleave(v.even, v.odd);
+  put_any(past, p, type, c, v.even, L), put_any(past, p, type, c + L, v.odd, L);
+}
+// `drop` of neighbouring columns.
+INL Split drop(Split x, const uint16_t* lanes, uint32_t threshold, float scale) {
+  const I decisions = iload(lanes), least = iset(threshold);
+  return {select_or_zero(uge(iand(decisions, iset(0xffffu)), least), x.even * set(scale)),
+          select_or_zero(uge(shr16(decisions), least), x.odd * set(scale))};
+}
 INL void split_columns(float* x, i64 C) {
   for (i64 c = 0; c < C; c += 2 * L) {
     F first = load(x + c), second = load(x + c + L);
@@ -26,6 +48,14 @@ INL void split_columns(float* x, i64 C) {
     store(x + c, first), store(x + c + L, second);
   }
 }
+INL void join_columns(float* x, i64 C) {
+  for (i64 c = 0; c < C; c += 2 * L) {
+    F first = load(x + c), second = load(x + c + L);
+    interleave(first, second);
+    store(x + c, first), store(x + c + L, second);
+  }
+}
+INL bool in_words(DType type, i64 C) { return type == DType::bf16 && C % (2 * L) == 0; }
 // f(c, values, n) for the words from column c on, n = 0 to N - 1 in turn.
 template <int N, class Fn> INL void for_words(const void* x, i64 C, Fn f) {
   const uint16_t* values = static_cast<const uint16_t*>(x);
@@ -33,6 +63,21 @@ template <int N, class Fn> INL void for_words(const void* x, i64 C, Fn f) {
   for (; c + 2 * N * L <= C; c += 2 * N * L)
     UNROLL_FOR (int n = 0; n < N; n++) f(c + 2 * n * L, split(iload(values + c + 2 * n * L)), n);
   for (; c < C; c += 2 * L) f(c, split(iload(values + c)), 0);
+}
+
+// total = dropout(x) + residual, and the same into `copy` if there is one.
+INL void add_words(const LayerNormParams& p, const uint16_t* lanes, i64 r, void* copy) {
+  const uint32_t threshold = p.dropout.threshold;
+  const float kept = dropout_scale(p.dropout);
+  const void *x = row(p.x, r), *residual = row(p.residual, r);
+  void* total = row(p.total, r);
+  for_words<1>(x, p.C, [=](i64 c, Split v, int) __attribute__((always_inline)) {
+    const Split own = threshold ? drop(v, lanes + c, threshold, kept) : v,
+                rest = load_split<false>(residual, DType::bf16, c);
+    const Split sum = {own.even + rest.even, own.odd + rest.odd};
+    put_words(copy, at(total, DType::bf16, c), sum);
+    if (copy) put_words(false, at(copy, DType::bf16, c), sum);
+  });
 }
 
 // In two passes, as `moments` of layer_norm_fwd-inl.h, which corrects what the products by 1 round.
@@ -83,14 +128,8 @@ static void result_of_words(const LayerNormParams& p, const NormBuffers& t, cons
   for_words<1>(x, p.C, [=](i64 c, Split v, int) __attribute__((always_inline)) {
     prefetch(next_x + 2 * c);
     if (next_residual) prefetch(next_residual + 2 * c);
-    F first = value(v.even, c), second = value(v.odd, c + L);
-    if constexpr (Y == DType::bf16) {
-      void* to = at(y, Y, c);
-      past ? stream_words(to, pair_bf16(first, second)) : istore(to, pair_bf16(first, second));
-    } else {
-      interleave(first, second);
-      put_as<Y>(past, y, c, first, L), put_as<Y>(past, y, c + L, second, L);
-    }
+    const Split result = {value(v.even, c), value(v.odd, c + L)};
+    put_split(past, y, Y, c, result);
   });
 }
 #endif

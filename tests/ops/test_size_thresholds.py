@@ -118,6 +118,25 @@ def test_embeddings_past_the_caches(dtype, C, isa):
     assert torch.equal(ops.embedding(ids, wte, wpe, positions), wte[ids] + wpe[positions])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_norms_with_dropout_past_the_caches(dtype, isa):
+    """Two gradients a row. The part draws what the whole draws there."""
+    C = 1024
+    N = STREAM_BYTES // (C * dtype.itemsize) + 1
+    x, weight = rows_of(N, C, dtype), torch.randn(C).to(dtype)
+
+    def results(first: int, count: int) -> list[Tensor]:
+        branch = x[first : first + count].clone().requires_grad_()
+        residual = (branch.detach() * 2).requires_grad_()
+        y = ops.add_rms_norm(branch, residual, weight, dropout_p=0.3, seed=5, first_row=first)
+        return differentiated(y, (branch, residual), branch.detach())
+
+    whole = results(0, N)
+    for first in (0, N // 2, N - 37):
+        for n, (a, b) in enumerate(zip(whole, results(first, 37), strict=True)):
+            assert bitwise(a[first : first + 37], b), f"result {n}, rows from {first} on"
+
+
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_dropout_past_the_caches(more, isa):
     C = 1024

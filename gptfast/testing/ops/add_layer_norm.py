@@ -35,6 +35,8 @@ SPEC = Spec(
         rows("add_layer_norm", 66, 41, fp32_residual=1, dropout_p=0.1, out_dtype=torch.bfloat16),
         rows("add_layer_norm", 9, 136, fp32_residual=1, fp32_weights=1, out_dtype=torch.float16),
         rows("add_layer_norm", 6, 24, out_dtype=torch.float32),
+        rows("add_layer_norm", 70, 160, dropout_p=0.3, seed=5),
+        rows("add_layer_norm", 5, 96, "strided", out_dtype=torch.bfloat16),
         rows("add_layer_norm", 0, 8),
         rows("add_layer_norm", 4096, 768, bench=True),
         rows("add_layer_norm", 4096, 768, dropout_p=0.1, bench=True),
