@@ -15,6 +15,7 @@ from gptfast.checkpoints.prompt_config import HEADS, PromptTuningConfig
 
 BIASES = ("none", "all", "lora_only")
 INITS = (True, False, "gaussian")
+_SWITCHES = ("use_rslora", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
 # Keys of peft's files that say nothing about the model.
 _INFORMATION = ("auto_mapping", "peft_version", "revision", "runtime_config", "peft_type")
 # peft's fields for other methods, and the values at which they do nothing, beside None, False and what is empty.
@@ -96,16 +97,38 @@ class LoraConfig:
         self.exclude_modules = _names("exclude_modules", self.exclude_modules)
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"LoraConfig: modules_to_save is {self.modules_to_save!r}; expected a list of names")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"LoraConfig: {name} is {getattr(self, name)!r}; expected True or False")
         named = _names("modules_to_save", self.modules_to_save)
         self.modules_to_save = named if isinstance(named, list) else None
         layers = self.layers_to_transform
         for layer in layers if isinstance(layers, (list, tuple)) else () if layers is None else (layers,):
             check_count("LoraConfig", "layers_to_transform", layer, 0)
+        self._check_layers()
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(
+                    f"LoraConfig: {name} is {getattr(self, name)!r}; expected a mapping of names to numbers"
+                )
         for pattern, rank in self.rank_pattern.items():
             check_count("LoraConfig", f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
             check_real("LoraConfig", f"alpha_pattern[{pattern!r}]", alpha, positive, lambda x: 0 < x < math.inf)
         self.task_type = _plain(self.task_type)
+
+    def _check_layers(self) -> None:
+        """As peft: layers are for lists of names, as a regular expression says them itself."""
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) not in (None, [], ""):
+                raise ValueError(
+                    f"LoraConfig: {name} has no effect beside target_modules={self.target_modules!r}; list names in "
+                    "target_modules, or write the layers into a regular expression"
+                )
+        if self.layers_pattern and self.layers_to_transform in (None, []):
+            raise ValueError(
+                f"LoraConfig: layers_pattern is {self.layers_pattern!r} without layers_to_transform; give both or none"
+            )
 
     def rank_of(self, name: str) -> int:
         """r of a module."""

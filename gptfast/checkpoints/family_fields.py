@@ -159,9 +159,13 @@ def _rope(raw: Raw, where: object) -> Fields:
 def bands(raw: Raw, layers: int, where: object) -> Fields:
     """Sliding layers of Qwen3: layer_types, or those from max_window_layers on."""
     window = field(raw, "sliding_window", COUNT, where, 4096)
-    if not field(raw, "use_sliding_window", OPTION, where, False) or window is None:
-        return {}
     kinds = field(raw, "layer_types", (list, NULL), where, None)
+    if not field(raw, "use_sliding_window", OPTION, where, False) or window is None:
+        if "sliding_attention" in (kinds or []):
+            raise ValueError(
+                f"{where}: layer_types has 'sliding_attention' without a sliding_window; set that to a number"
+            )
+        return {}
     if kinds is None:
         first = field(raw, "max_window_layers", int, where, 28)
         kinds = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(layers - first, 0)

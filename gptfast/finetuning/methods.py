@@ -18,6 +18,7 @@ from gptfast.metadata import GENERATION
 from gptfast.models import GPT
 from gptfast.models.adapters.targets import ALL_LINEAR
 from gptfast.models.export import write_json
+from gptfast.nn.difference import is_tied
 from gptfast.nn.quantized import QuantizedLinear
 
 NAME = "default"  # of the adapter
@@ -47,7 +48,7 @@ def attach(gpt: GPT, method: MethodOptions, base: str, new_tokens: bool) -> None
                 lora_alpha=method.lora_alpha,
                 lora_dropout=method.lora_dropout,
                 target_modules=modules(method.target_modules),
-                modules_to_save=["wte"] if new_tokens else None,
+                modules_to_save=["wte", *([] if is_tied(gpt) else ["lm_head"])] if new_tokens else None,
                 ensure_weight_tying=new_tokens,
                 base_model_name_or_path=base,
                 task_type="CAUSAL_LM",

@@ -51,14 +51,14 @@ def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[A
         methods.attach(gpt, method, base["path"], False)
         return model, model.tokenizer, notes, base
     gpt = GPT.from_pretrained(place, **loading)
-    base, V = _base(gpt, place), gpt.config.vocab_size
+    base = _base(gpt, place)
     if task.task == "chat" and ChatTemplate.of(tokenizer) is None and _needs_template(data, tokenizer):
         tokenizer = set_up_chat(gpt, tokenizer)
         notes.append(
             "the tokenizer has no chat template: it gets ChatML's, with the tokens <|im_start|> and <|im_end|>"
         )
     if methods.is_adapter(method.method):
-        methods.attach(gpt, method, base["path"], gpt.config.vocab_size > V)
+        methods.attach(gpt, method, base["path"], gpt.new_rows)
     return gpt, tokenizer, notes, base if methods.is_adapter(method.method) else {}
 
 

@@ -60,10 +60,14 @@ def task_tokens(
         names: those that the task needs, of "bos", "sep", "eos" and "pad".
         given: name -> text, id, or None for a row without this delimiter; what it leaves out is `USUAL`, of a BERT `BERTS`.
     Raises:
-        TypeError, ValueError: an unknown name, an id outside the vocabulary, or padding that is the end token.
+        TypeError, ValueError: no mapping, an unknown name, an id outside the vocabulary, or padding that is the end token.
     """
     usual = USUAL if gpt.config.causal else BERTS
     wanted: dict[str, Any] = {name: usual[name] for name in names}
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(
+            f"TaskModel: special_tokens is {given!r}; expected a mapping such as {{'bos': '<|endoftext|>'}}"
+        )
     for name, value in (given or {}).items():
         plain = name.removesuffix("_id").removesuffix("_token") if isinstance(name, str) else name
         if plain not in USUAL:

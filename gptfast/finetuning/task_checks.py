@@ -49,15 +49,19 @@ def checked_weights(labels: list[str], given: Any) -> Tensor | None:
 
 
 def check_arguments(task: str, classes: int, ids: Any, labels: Any, places: Tensor | None, mask: Tensor | None) -> None:
-    """Check the arguments of `TaskModel.forward`; the values of labels on the CPU only."""
+    """Check the arguments of `TaskModel.forward`; the values of labels and mc_token_ids on the CPU only."""
     dims = {"similarity": "(B, 2, T)", "choice": "(B, N, T)"}.get(task, "(B, T)")
     fits = isinstance(ids, Tensor) and ids.dim() == dims.count(",") + 1
     if not fits or (task == "similarity" and ids.shape[1] != 2) or not ids.numel():
         got = f"has shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"is a {type(ids).__name__}"
         raise ValueError(f"TaskModel: ids {got}; expected {dims} token ids for {task}, see TaskModel.batch")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"TaskModel: ids has dtype {ids.dtype}; expected token ids of torch.int64 or torch.int32")
     for name, x, shape in (("mc_token_ids", places, ids.shape[:-1]), ("attention_mask", mask, ids.shape)):
         if x is not None and x.shape != shape:
             raise ValueError(f"TaskModel: {name} has shape {tuple(x.shape)}; expected {tuple(shape)}")
+    if places is not None:
+        _check_places(places, ids.shape[-1])
     if labels is None:
         return
     if labels.shape != ids.shape[:1]:
@@ -69,3 +73,10 @@ def check_arguments(task: str, classes: int, ids: Any, labels: Any, places: Tens
         raise ValueError(
             f"TaskModel: labels is {labels.tolist()[:8]}, {labels.dtype}; expected int64 indices in [0, {classes})"
         )
+
+
+def _check_places(places: Tensor, T: int) -> None:
+    if places.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"TaskModel: mc_token_ids has dtype {places.dtype}; expected positions of torch.int64")
+    if places.device.type == "cpu" and (int(places.min()) < 0 or int(places.max()) >= T):
+        raise ValueError(f"TaskModel: mc_token_ids is {places.tolist()}; expected positions in [0, {T})")

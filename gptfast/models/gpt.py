@@ -128,3 +128,4 @@ class GPT(AdapterMethods):
     def save_pretrained(self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write a checkpoint folder in the Hugging Face layout; see `gptfast.models.export.save`."""
         export.save(self, path, max_shard_size)
+        self.new_rows = False

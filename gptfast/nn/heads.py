@@ -57,7 +57,10 @@ class Heads(nn.Module):
         if self.lm_transform is not None:
             hidden = self.lm_transform(hidden, adapters)
         logits, cap = call(self.lm_head, adapters, hidden), self.config.logit_softcap
-        return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
+        if cap is None:
+            return logits
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return (cap * torch.tanh(wide / cap)).to(logits.dtype)
 
     def has_plain_head(self) -> bool:
         """Whether logits are a product of hidden states with `lm_head.weight` and nothing else."""

@@ -11,8 +11,12 @@ import torch
 from gptfast import GPT
 from gptfast.backend import has_cpu_ops
 from gptfast.finetuning import LoraConfig, set_up_chat
+from gptfast.finetuning.methods import write as write_network
+from gptfast.finetuning.networks import new_network, stored_network
+from gptfast.finetuning.options import MethodOptions, TaskOptions
+from gptfast.finetuning.sources import open_examples
 from gptfast.tokenizer import load_tokenizer
-from tests.finetuning.models import gpt
+from tests.finetuning.models import bpe, gpt
 from tests.support.finetuning import base, result, write
 from tests.support.finetuning import finetune as run
 from tests.support.train_command import _argv, gptfast  # noqa: F401  a fixture
@@ -118,3 +122,31 @@ def test_adapters_with_different_tokenizers_are_told(tmp_path, capsys):
     options = [f"--adapter={name}={tmp_path / name}" for name in ("one", "two")]
     assert gptfast("serve", "--model", at, "--port", "0", *options) == 1
     assert "the adapter 'two' has another tokenizer than 'one'; run them apart" in capsys.readouterr().err
+
+
+CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on the mat"}]
+BASES = {"tied head": (290, True), "head of its own": (290, False), "spare rows": (320, True)}
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_rows_of_a_template_are_trained_and_saved_with_lora(kind: str, tmp_path: Path):
+    """Those of a head of its own too, and those that the base has to spare."""
+    tokenizer, (V, tied) = bpe(), BASES[kind]
+    gpt(max(V, tokenizer.vocab_size), tie_weights=tied).save_pretrained(tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+    data = str(write(tmp_path / "train.jsonl", [{"messages": CHAT}] * 10))
+    task = TaskOptions(model=str(tmp_path / "base"), data=data, task="chat")
+    method = MethodOptions(method="lora", target_modules="c_fc")
+    network, extended, _, place = new_network(task, method, open_examples(data, None, "chat", 0, None))
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert extended.vocab_size > tokenizer.vocab_size
+    with torch.no_grad():
+        for p in (p for p in network.parameters() if p.requires_grad):
+            p.add_(0.05 * torch.randn_like(p))
+    write_network(network, tmp_path / "out")
+    extended.save(tmp_path / "out")
+    again, _ = stored_network(tmp_path / "out", task, method, place)
+    ids = torch.arange(tokenizer.vocab_size - 4, extended.vocab_size)[None]
+    assert torch.equal(again.eval()(ids), network.eval()(ids))
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
+    assert "wte.modules_to_save.default.weight" in trained

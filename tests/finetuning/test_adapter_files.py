@@ -103,6 +103,38 @@ def test_new_tokens_survive(tmp_path: Path):
     )
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["wte"]}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_rows_of_new_tokens_that_are_not_trained_survive(tied: bool, options: dict[str, Any], tmp_path: Path):
+    """They are random, and in no checkpoint of the base: another model that is resized gets others."""
+    torch.manual_seed(0)
+    gptfast.GPT(GPT2.replace(tie_weights=tied)).save_pretrained(tmp_path / "base")
+    gpt = gptfast.GPT.from_pretrained(tmp_path / "base")
+    gpt.resize_token_embeddings(64)
+    gpt.add_adapter(LoraConfig(init_lora_weights=False, **options))
+    ids = torch.where(IDS % 5 == 0, 62, IDS)
+    expected = gpt(ids)
+    gpt.save_adapter(tmp_path / "a")
+    other = gptfast.GPT.from_pretrained(tmp_path / "base")
+    other.resize_token_embeddings(64)
+    other.load_adapter(tmp_path / "a")
+    assert torch.equal(other(ids), expected)
+    hf = theirs(tmp_path / "base")
+    hf.resize_token_embeddings(64)
+    again = peft.PeftModel.from_pretrained(hf, tmp_path / "a")
+    torch.testing.assert_close(again(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_a_checkpoint_has_are_not_stored_with_an_adapter(tmp_path: Path):
+    gpt = gptfast.GPT(GPT2)
+    gpt.resize_token_embeddings(64)
+    gpt.save_pretrained(tmp_path / "base")
+    gpt.add_adapter(LoraConfig(r=2))
+    gpt.save_adapter(tmp_path / "a")
+    assert all("lora_" in key for key in load_file(tmp_path / "a/adapter_model.safetensors"))
+
+
 def test_peft_stores_resized_embeddings_of_its_own(tmp_path: Path):
     """Keys of the embeddings outside of modules_to_save are a copy for the adapter: the base keeps its own."""
     torch.manual_seed(0)

@@ -232,10 +232,17 @@ BAD = {
         r"no whole name matches; for names that end so say \['c_attn'\]",
     ),
     "bad regex": ({"target_modules": "("}, "no regular expression"),
-    "embedding": ({"target_modules": ["wte"]}, "names wte, a Embedding; low-rank updates are for the linear layers"),
+    "embedding": ({"target_modules": ["wte"]}, r"names wte \(Embedding\); low-rank updates are for the linear layers"),
     "saved": ({"modules_to_save": ["score"]}, "modules_to_save has 'score'"),
     "positions": ({"modules_to_save": ["wpe"]}, "modules_to_save names wpe"),
-    "nothing": ({"target_modules": ["c_attn"], "layers_to_transform": [9]}, "leave no module"),
+    "layer": (
+        {"target_modules": ["c_attn"], "layers_to_transform": [0, 9]},
+        "layers_to_transform has 9; the model has",
+    ),
+    "nothing": (
+        {"target_modules": ["c_fc"], "exclude_modules": ["c_fc"]},
+        r"target_modules=\['c_fc'\] and exclude_modules=\['c_fc'\] leave no module",
+    ),
 }
 
 
@@ -264,6 +271,11 @@ def test_bad_modules_leave_the_model_as_it_was(case: str):
         {"rank_pattern": {"c_attn": 0}},
         {"layers_to_transform": "h"},
         {"layers_to_transform": [0, -1]},
+        {"layers_to_transform": [0], "target_modules": "all-linear"},
+        {"layers_pattern": "h", "target_modules": r"h\.0\..*"},
+        {"layers_pattern": "h"},
+        {"use_rslora": "yes"},
+        {"rank_pattern": ["c_attn"]},
     ],
 )
 def test_what_a_config_refuses_is_named(options: dict[str, Any]):
@@ -287,7 +299,7 @@ def test_what_a_config_refuses_is_named(options: dict[str, Any]):
 def test_target_modules(targets: Any, count: int):
     gpt = gptfast.GPT(CONFIG)
     if count == 0:
-        with pytest.raises(ValueError, match=r"names h\.0\.ln_1, a LayerNorm"):
+        with pytest.raises(ValueError, match=r"names h\.0\.ln_1 \(LayerNorm\)"):
             gpt.add_adapter(LoraConfig(target_modules=targets))
         return
     gpt.add_adapter(LoraConfig(target_modules=targets))

@@ -284,6 +284,7 @@ def test_bad_examples(task, example, text):
         ({"special_tokens": {"cls": "x"}}, "special_tokens names 'cls'; expected names of bos, sep, eos, pad"),
         ({"special_tokens": {"bos": 400}}, "is 400; expected an id in [0, 300)"),
         ({"special_tokens": {"bos": 1.5}}, "expected a text, an id or None"),
+        ({"special_tokens": ["<|endoftext|>"]}, "special_tokens is ['<|endoftext|>']; expected a mapping"),
     ],
 )
 def test_bad_arguments(arguments, text):
@@ -299,7 +300,14 @@ def test_bad_tensors():
         ({"ids": batch["ids"][0]}, r"expected \(B, N, T\) token ids for choice"),
         ({"labels": torch.tensor([0, 2])}, r"expected int64 indices in \[0, 2\)"),
         ({"labels": torch.tensor([0])}, r"labels has shape \(1,\)"),
+        ({"ids": batch["ids"].float()}, r"ids has dtype torch\.float32; expected token ids"),
         ({"mc_token_ids": torch.tensor([0])}, "mc_token_ids has shape"),
+        (
+            {"mc_token_ids": torch.tensor([[0, 1], [0, 99]])},
+            r"mc_token_ids is \[\[0, 1\], \[0, 99\]\]; expected positions",
+        ),
+        ({"mc_token_ids": torch.tensor([[0, 1], [0, -1]])}, "expected positions in"),
+        ({"mc_token_ids": torch.tensor([[0.0, 1], [0, 1]])}, "mc_token_ids has dtype torch.float32"),
         ({"lm_coef": -1.0}, "lm_coef is -1"),
     ):
         with pytest.raises((TypeError, ValueError), match=text):

@@ -215,6 +215,7 @@ REFUSED = {
     ),
     "by layer": ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer"),
     "layer_types": ("qwen3-banded", {"layer_types": ["chunked_attention"] * 3}, "layer_types has 'chunked_attention'"),
+    "no window": ("gpt_oss", {"sliding_window": None}, "layer_types has 'sliding_attention' without a sliding_window"),
     "share": (
         "llama",
         {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},

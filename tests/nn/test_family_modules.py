@@ -166,3 +166,10 @@ def test_under_autocast_and_in_bf16_rotary_tables_stay_exact():
         near = model(IDS)
     torch.testing.assert_close(half(IDS).float(), model(IDS), rtol=0.05, atol=0.1)
     torch.testing.assert_close(near.float(), model(IDS), rtol=0.05, atol=0.1)
+
+
+def test_a_soft_cap_of_logits_keeps_float64():
+    model = make("nanochat").double()
+    logits, cap = model(IDS), model.config.logit_softcap
+    raw = model.hidden_states(IDS) @ model.lm_head.weight.T
+    torch.testing.assert_close(logits, cap * torch.tanh(raw / cap), rtol=1e-12, atol=1e-12)  # 1e-7 of a cap in float32

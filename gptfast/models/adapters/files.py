@@ -31,6 +31,7 @@ from gptfast.models.adapters.targets import adapter_kind, as_peft_has_them, file
 from gptfast.models.export import write_json, write_tensors
 from gptfast.models.quantized import mark_of, sample
 from gptfast.nn.adapted import adapter_modules
+from gptfast.nn.difference import is_tied
 from gptfast.nn.selection import known_adapters
 from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
@@ -57,6 +58,7 @@ def save(model: Transformer, folder: str | os.PathLike[str], name: str) -> None:
         raw = to_peft(config, **prompts.filled_in(model, config))
     else:
         raw = to_peft(config, **_fields(model, config, attached.adapted_paths(model, name)))
+        tensors |= _new_rows(model, config, name)
     with staged_folder(folder, replaces=ADAPTER) as stage:
         write_json(stage / CONFIG, raw)
         held = state.quantized.get(name)
@@ -147,7 +149,7 @@ def _copies(model: Transformer, config: LoraConfig, tensors: dict[str, Tensor]) 
             f"load_adapter: the adapter has embeddings of {count} tokens and the model {model.config.vocab_size}; call "
             f"model.resize_token_embeddings({count}) first"
         )
-    if not config.ensure_weight_tying or "wte" not in named:
+    if not (config.ensure_weight_tying and "wte" in named and is_tied(model)):
         named += extra
     return named or None
 
@@ -174,6 +176,23 @@ def _stored(model: Transformer, name: str) -> Iterator[tuple[str, Tensor]]:
             path = key.removesuffix(".bias")
             own = "base_layer.bias" if path in targeted else "bias"
         yield f"{PREFIX}{file_name(model, path)}.{own}", parameter
+
+
+def _new_rows(model: Transformer, config: LoraConfig, name: str) -> dict[str, Tensor]:
+    """The embedding and the head of a base with rows for new tokens, where the adapter has no copy of them; as peft stores
+    them, from which `_copies` makes some."""
+    if not getattr(model, "new_rows", False):
+        return {}
+    own = {entry.removeprefix("transformer.") for entry in config.modules_to_save or []}
+    if config.ensure_weight_tying and "wte" in own and is_tied(model):
+        own.add("lm_head")
+    targeted = attached.adapted_paths(model, name)
+    found = {}
+    for path in ("wte", "lm_head"):
+        if path not in own:
+            key = f"{PREFIX}{file_name(model, path)}{'.base_layer' if path in targeted else ''}.weight"
+            found[key] = model.get_parameter(f"{path}.weight").detach().to("cpu", copy=True).contiguous()
+    return found
 
 
 def _to_file(key: str, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ class AdapterMethods(Transformer):
     """Adapters: small trained parts beside a frozen base, with the names of peft and of transformers' models."""
 
     metadata: Metadata
+    new_rows = False  # whether tokens got rows that no checkpoint of the base has: adapters are saved with these
 
     def add_adapter(self, config: Any, name: str = "default") -> None:
         """Add a new adapter, make it the active one, and freeze the base.
@@ -126,7 +127,8 @@ class AdapterMethods(Transformer):
 
     def resize_token_embeddings(self, new_num_tokens: int) -> None:
         """Give the model a vocabulary of another size, as transformers does: rows of new tokens are normal around the mean of
-        the others. Call it before `add_adapter`.
+        the others. Call it before `add_adapter`. `save_adapter` stores the embeddings beside an adapter that has no trained copy
+        of them, as the new rows are in no checkpoint of the base; after `save_pretrained` they are.
 
         Raises:
             TypeError, ValueError: no size, or the model has adapters.
@@ -136,3 +138,4 @@ class AdapterMethods(Transformer):
             raise ValueError("resize_token_embeddings: the model has adapters; resize it before add_adapter")
         V = self.config.vocab_size
         set_rows(self, new_num_tokens, min(V, new_num_tokens), new_num_tokens)
+        self.new_rows = self.new_rows or new_num_tokens > V

@@ -39,6 +39,7 @@ def targets(model: Transformer, config: LoraConfig) -> list[str]:
         ValueError: a name that no module has (the nearest is suggested), or one of a module that is no linear layer.
     """
     wanted, modules = config.target_modules, _modules(model)
+    _check_layers(model, config)
     linear = [name for name, module in modules.items() if type(module) in (*LORA, *LORA.values(), SavedLinear)]
     if wanted == ALL_LINEAR:
         found = [name for name in linear if name != "lm_head"]
@@ -49,7 +50,7 @@ def targets(model: Transformer, config: LoraConfig) -> list[str]:
     for name in left:
         if name not in linear:
             raise ValueError(
-                f"add_adapter: target_modules names {name}, a {type(modules[name]).__name__}; low-rank updates are for the "
+                f"add_adapter: target_modules names {name} ({type(modules[name]).__name__}); low-rank updates are for the "
                 f"linear layers ({_leaves(linear)}) - modules_to_save trains a copy of another module"
             )
         if isinstance(module := modules[name], SavedLinear):
@@ -59,10 +60,19 @@ def targets(model: Transformer, config: LoraConfig) -> list[str]:
                 "modules, or delete that adapter"
             )
     if not left:
-        raise ValueError(
-            f"add_adapter: target_modules={wanted!r} and the fields beside it leave no module; name others"
-        )
+        beside = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+        fields = [f"{name}={getattr(config, name)!r}" for name in ("target_modules", *beside) if getattr(config, name)]
+        raise ValueError(f"add_adapter: {' and '.join(fields)} leave no module; name others")
     return left
+
+
+def _check_layers(model: Transformer, config: LoraConfig) -> None:
+    layers = config.layers_to_transform
+    for layer in layers if isinstance(layers, (list, tuple)) else () if layers is None else (layers,):
+        if layer >= model.config.n_layer:
+            raise ValueError(
+                f"add_adapter: layers_to_transform has {layer}; the model has the layers 0 to {model.config.n_layer - 1}"
+            )
 
 
 def saved(model: Transformer, config: LoraConfig) -> list[str]:
@@ -73,7 +83,7 @@ def saved(model: Transformer, config: LoraConfig) -> list[str]:
         module = modules[name]
         if not isinstance(module, tuple(SAVED)) or name == "wpe" or isinstance(module, (LoraLinear, QuantizedLinear)):
             raise ValueError(
-                f"add_adapter: modules_to_save names {name}, a {type(module).__name__}; expected wte, a LayerNorm, or a linear "
+                f"add_adapter: modules_to_save names {name} ({type(module).__name__}); expected wte, a LayerNorm, or a linear "
                 "layer in floats without low-rank updates"
             )
     return found
