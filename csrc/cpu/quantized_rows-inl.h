@@ -37,22 +37,29 @@ static void quantized_spread(const QuantizedRowsParams& p) {
   else spread<float, Nibbles>(p);
 }
 
-// out[i] = the sum over the lanes of a[i], to the same bits for any O.
-template <int O> INL void sums_of(const F* a, float* out) {
+// out[r * kQuantizedRows + o] = the sum over the lanes of acc[r][o], to the same bits for any R and O.
+template <int R, int O> INL void store_sums(const F acc[R][O], float* out) {
 #ifdef __AVX512F__
-  if constexpr (O == 4) {                                            // side by side, in the order of `sum`
+  if constexpr (R * O % 4 == 0) {                                    // four side by side, in the order of `sum`
     const auto fold = [](F x, F y) __attribute__((always_inline)) {  // halves of x, then of y
       return _mm512_shuffle_f32x4(x, y, 0x44) + _mm512_shuffle_f32x4(x, y, 0xee);
     };
-    const F ab = fold(a[0], a[1]), cd = fold(a[2], a[3]);
-    F s = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
-    s = s + _mm512_permute_ps(s, 0x4e);
-    s = s + _mm512_permute_ps(s, 0xb1);
-    _mm_storeu_ps(out, _mm512_castps512_ps128(permute(s, shl(iota(), 2))));
+    UNROLL_FOR (int i = 0; i < R * O; i += 4) {
+      const auto of = [&](int k) __attribute__((always_inline)) { return acc[(i + k) / O][(i + k) % O]; };
+      const F ab = fold(of(0), of(1)), cd = fold(of(2), of(3));
+      F s = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+      s = s + _mm512_permute_ps(s, 0x4e);
+      s = s + _mm512_permute_ps(s, 0xb1);
+      float four[4];
+      _mm_storeu_ps(O == 4 ? out + i / O * kQuantizedRows : four, _mm512_castps512_ps128(permute(s, shl(iota(), 2))));
+      if constexpr (O != 4)
+        UNROLL_FOR (int k = 0; k < 4; k++) out[(i + k) / O * kQuantizedRows + (i + k) % O] = four[k];
+    }
     return;
   }
 #endif
-  UNROLL_FOR (int o = 0; o < O; o++) out[o] = sum(a[o]);
+  UNROLL_FOR (int r = 0; r < R; r++)
+    UNROLL_FOR (int o = 0; o < O; o++) out[r * kQuantizedRows + o] = sum(acc[r][o]);
 }
 
 // The scales of an item's outputs as fp32, where they lie or as copies, and how those of a chunk come to its lanes.
@@ -146,7 +153,7 @@ __attribute__((noinline)) static void dot_rows(const QuantizedRowsParams& p, con
       __builtin_memcpy(copies[o], from + o * pitch, size_t(w.row_bytes - complete * 4 * L));
     from = copies[0], pitch = 4 * L;
   }
-  UNROLL_FOR (int r = 0; r < R; r++) sums_of<O>(acc[r], out + r * kQuantizedRows);
+  store_sums<R, O>(acc, out);
 }
 // R rows of x for all outputs of an item: as many outputs at once as hide the latency of a sum.
 template <bool PAIR, int R, class C>
