@@ -18,8 +18,23 @@ cpu::Matrix matrix_of(const char* name, const Tensor& x) {
   return {x.const_data_ptr(), x.stride(by_columns ? 1 : 0), dtype_of(kOp, x), by_columns};
 }
 
+// Whether columns serve so few rows that each item rather packs its own; the bits are the same.
+bool packs_own(const cpu::GemmParams& p) {
+  const bool read_in_place = !p.a.by_columns && p.a.dtype == (p.pairs ? DType::bf16 : DType::f32);
+  return read_in_place && p.b.by_columns && p.K > cpu::kMostFew && words_of(p) <= kMostDepth &&
+         p.M <= 6 * cpu::kGemmRows && ceil_div(p.N, packed_columns(p)) >= 6 * i64(torch::stable::get_num_threads());
+}
+
 void multiply(cpu::GemmParams& p) {
   if (!p.M || !p.N) return;
+  if (packs_own(p)) {
+    const i64 columns = packed_columns(p);
+    return parallel_items(ceil_div(p.N, columns), [&](i64 item) {
+      cpu::GemmParams own = p;
+      own.n0 = item * columns, own.n1 = std::min(own.n0 + columns, p.N);
+      multiply_own_columns(own);
+    });
+  }
   const i64 width = std::min<i64>(ceil_div(p.N, kPanel), kWorkspace / packed_depth(p) / kPanel) * kPanel;
   by_stretches(
       p, width, [&](i64 item) { cpu::kernels().gemm_pack(p, item, item + 1); },

@@ -45,4 +45,26 @@ template <class Pack, class Product> void by_stretches(cpu::GemmParams& p, i64 w
     }
 }
 
+// ---- items that pack the columns that they multiply, where these serve few rows: nobody waits for what others pack ------------
+
+constexpr i64 kOwnWords = 1 << 16;  // of packed B of a thread, 256 KB: they stay in its L2
+constexpr i64 kMostColumns = 256;   // of an item
+
+inline i64 packed_columns(const cpu::GemmParams& p) {
+  return std::clamp<i64>(kOwnWords / packed_depth(p) / kPanel * kPanel, kPanel, kMostColumns);
+}
+// All rows of columns [p.n0, p.n1).
+inline void multiply_own_columns(cpu::GemmParams& p) {
+  const auto& kernels = cpu::kernels();
+  const i64 words = words_of(p);
+  p.columns = p.n1 - p.n0;
+  p.packed = static_cast<uint32_t*>(cpu::workspace(size_t(packed_depth(p) * ceil_div(p.columns, kPanel) * kPanel) * 4));
+  for (p.k0 = 0; p.k0 == 0 || p.k0 < words; p.k0 += kMostDepth) {
+    p.k1 = std::min(p.k0 + kMostDepth, words);
+    const i64 parts = ceil_div(p.columns, kPanel * cpu::kPackPanels) * ceil_div(p.k1 - p.k0, cpu::kGemmDepth);
+    kernels.gemm_pack(p, 0, parts);
+    for (i64 item = 0; item < ceil_div(p.M, cpu::kGemmRows); item++) kernels.gemm(p, item);
+  }
+}
+
 }  // namespace gptfast

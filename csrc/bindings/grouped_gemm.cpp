@@ -11,20 +11,13 @@ namespace gptfast {
 namespace {
 
 constexpr const char* kOp = "grouped_gemm";
-constexpr i64 kOwnWords = 1 << 16;  // of packed B of a thread, 256 KB: they stay in its L2
-constexpr i64 kMostColumns = 256;   // of an item
-constexpr i64 kFewRows = 15;        // that read B where it lies
+constexpr i64 kFewRows = 15;  // that read B where it lies
 
 struct Group {
   i64 matrix, first, rows;
   bool as_it_lies;          // its matrix is read once, without packing
   i64 columns, first_item;  // of an item
 };
-
-// Words of packed B of a column, and columns of an item that packs them.
-i64 packed_columns(const cpu::GemmParams& p) {
-  return std::clamp<i64>(kOwnWords / packed_depth(p) / kPanel * kPanel, kPanel, kMostColumns);
-}
 
 // Columns of an item that reads B where it lies: the more, the longer the stretches of memory, but enough items for every thread.
 i64 few_columns(i64 N, i64 groups) {
@@ -58,20 +51,9 @@ std::vector<Group> groups_of(const cpu::GemmParams& p, const Tensor& offsets, i6
 
 // Columns [p.n0, p.n1) of one group.
 void multiply(cpu::GemmParams& p, bool as_it_lies) {
-  const auto& kernels = cpu::kernels();
-  const i64 words = words_of(p);
-  p.columns = p.n1 - p.n0;
-  if (as_it_lies) {
-    p.packed = nullptr, p.carry = nullptr, p.k1 = words;
-    return kernels.gemm(p, 0);
-  }
-  p.packed = static_cast<uint32_t*>(cpu::workspace(size_t(packed_depth(p) * ceil_div(p.columns, kPanel) * kPanel) * 4));
-  for (p.k0 = 0; p.k0 == 0 || p.k0 < words; p.k0 += kMostDepth) {
-    p.k1 = std::min(p.k0 + kMostDepth, words);
-    const i64 parts = ceil_div(p.columns, kPanel * cpu::kPackPanels) * ceil_div(p.k1 - p.k0, cpu::kGemmDepth);
-    kernels.gemm_pack(p, 0, parts);
-    for (i64 item = 0; item < ceil_div(p.M, cpu::kGemmRows); item++) kernels.gemm(p, item);
-  }
+  if (!as_it_lies) return multiply_own_columns(p);
+  p.packed = nullptr, p.carry = nullptr, p.k1 = words_of(p), p.columns = p.n1 - p.n0;
+  cpu::kernels().gemm(p, 0);
 }
 
 // c[r] = a[r] b[g] (+ bias[g]) for the rows r of every group g of `least` to `most` rows, offsets[g] <= r < offsets[g + 1].

@@ -84,9 +84,11 @@ struct GemmParams {
   i64 M, N, K;
   bool pairs, accumulate;  // pairs: multiply as bf16, where the ISA can
   i64 k0, k1, n0, n1;      // n0 a multiple of 32, k0 of kGemmDepth
-  uint32_t* packed;  // of B: ceil((k1 - k0) / kGemmDepth) x ceil((n1 - n0) / kGemmPanel) panels of kGemmDepth rows
-  float* carry;      // (M, N) sums of the stretches of k before; null when there is one stretch
-  i64 columns;       // of an item, a multiple of 32
+  // of B: ceil((k1 - k0) / kGemmDepth) x ceil((n1 - n0) / kGemmPanel) panels of kGemmDepth rows. Null: B, by columns, is read
+  // where it lies, for few rows of A by rows and all k at once.
+  uint32_t* packed;
+  float* carry;  // (M, N) sums of the stretches of k before; null when there is one stretch
+  i64 columns;   // of an item, a multiple of 32
 };
 
 // C = A^T B for an A of at most kMostFew columns.

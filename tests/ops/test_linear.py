@@ -325,3 +325,12 @@ def test_the_gradient_of_a_transposed_weight_lies_as_the_weight(rows: int, dtype
     allowed = 8 * torch.finfo(dtype).eps  # of the largest: sums of 40 products in fp32, measured 1.6
     for got, want in zip([y.detach(), *gradients], [exact[0] @ exact[1] + exact[2], *wanted], strict=True):
         assert (got - want).abs().max() <= allowed * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_do_not_depend_on_how_many_there_are(dtype, isa, threads):
+    """Where few rows meet many columns each item packs its own: the bits of narrow products, which all threads pack."""
+    x, weight, bias = (torch.randn(*s).to(dtype) for s in ((100, 70), (3300, 70), (3300,)))
+    y = ops.linear(x, weight, bias)
+    for a, b in ((0, 600), (3000, 3300)):
+        assert torch.equal(ops.linear(x, weight[a:b], bias[a:b]), y[:, a:b])
