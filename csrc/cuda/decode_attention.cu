@@ -65,23 +65,18 @@ DEV_INLINE void combine(const AttentionParams& p, const BlockRows& rows, int spl
     maxima[e] = from[0], sums[e] = from[1];
   }
   __syncthreads();
-  float top[QUERIES], sum[QUERIES];
-#pragma unroll
+#pragma unroll 1  // compiled once: it waits for memory, and unrolled is most of what ptxas has to do
   for (int i = 0; i < QUERIES; i++) {
-    top[i] = -INFINITY;
-    for (int s = 0; s < splits; s++) top[i] = fmaxf(top[i], maxima[i * splits + s]);
-    const float shift = top[i] == -INFINITY ? 0.f : top[i];
+    float top = -INFINITY, sum = 0.f;
+    for (int s = 0; s < splits; s++) top = fmaxf(top, maxima[i * splits + s]);
+    const float shift = top == -INFINITY ? 0.f : top;
     for (int s = threadIdx.x; s < splits; s += kThreads)
       weights[i * splits + s] = fast_exp2((maxima[i * splits + s] - shift) * scale_log2);
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < QUERIES; i++) {
-    sum[i] = 0.f;
-    for (int s = 0; s < splits; s++) sum[i] += sums[i * splits + s] * weights[i * splits + s];
+    __syncthreads();
+    for (int s = 0; s < splits; s++) sum += sums[i * splits + s] * weights[i * splits + s];
     if (!rows.holds(i)) continue;
     const int head = rows.b * p.H + rows.head(i);
-    const float factor = finish_query(p, head, rows.query(i), top[i], sum[i], 1.f, threadIdx.x == 0 && p.shift);
+    const float factor = finish_query(p, head, rows.query(i), top, sum, 1.f, threadIdx.x == 0 && p.shift);
     E* out = row_of<E>(p.y, rows.b, rows.head(i), rows.query(i));
     for (int d = threadIdx.x; d < p.D; d += kThreads) {
       const float* from = partial_of(p, rows.index(i), splits, 0) + 2 + d;
@@ -178,13 +173,17 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(QUERIES))
     }
   }
 
-#pragma unroll
+  float* own = found + group * ROW;
+#pragma unroll 1  // compiled once, as in combine()
   for (int i = 0; i < QUERIES; i++) {
-    float* own = found + group * ROW;
     __syncthreads();  // the query before has been combined
-    if (column == 0) own[0] = m[i], own[1] = l[i];
 #pragma unroll
-    for (int n = 0; n < 8; n++) own[2 + column + n] = o[i][n];
+    for (int query = 0; query < QUERIES; query++) {  // registers have no index
+      if (query != i) continue;
+      if (column == 0) own[0] = m[query], own[1] = l[query];
+#pragma unroll
+      for (int n = 0; n < 8; n++) own[2 + column + n] = o[query][n];
+    }
     __syncthreads();
     if (!rows.holds(i)) continue;
     float top = -INFINITY, sum = 0.f, weights[GROUPS];
