@@ -46,6 +46,7 @@ ZIG_ISA_FLAGS = {
     "neon_dotprod": ["-mcpu=generic+dotprod"],
     "neon_bf16": ["-mcpu=generic+dotprod+bf16+i8mm"],
 }
+VECTORS = {"amx": "avx512_bf16"}  # whose vectors an instruction set has, and whose flags but for its own macro
 SELECT = "csrc/cpu/isa_select.h"
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
@@ -100,9 +101,11 @@ def kernel_units(folder: str, only: Sequence[str] = ()) -> list[Unit]:
     """kernel_unit.cpp of csrc/`folder`, once for each kernel (of those named) and instruction set that has one of its own."""
     units = []
     for isa in isas():
-        flags = [*CXX_FLAGS, *isa_flags(isa), f"-DGPTFAST_ISA=isa_{isa}"]
-        prelude = ROOT / f"csrc/{folder}/kernel_prelude.h"  # a third of what small units take
-        read = Unit(prelude, [*flags, "-x", "c++-header"], f"csrc/{folder}/kernel_prelude.{isa}.h.gch")
+        vectors = VECTORS.get(isa, isa)
+        shared = [*CXX_FLAGS, *isa_flags(vectors), f"-DGPTFAST_VECTORS=isa_{vectors}"]
+        prelude = ROOT / "csrc/cpu/kernel_prelude.h"  # a third of what small units take
+        read = Unit(prelude, [*shared, "-x", "c++-header"], f"csrc/cpu/kernel_prelude.{vectors}.h.gch")
+        flags = [*CXX_FLAGS, *isa_flags(isa), f"-DGPTFAST_VECTORS=isa_{vectors}", f"-DGPTFAST_ISA=isa_{isa}"]
         for kernel in kernels_of(folder, isa):
             if only and kernel not in only:
                 continue

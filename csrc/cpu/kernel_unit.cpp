@@ -4,6 +4,9 @@
 //
 // To keep the instructions out of every other unit, nothing from the standard library is instantiated here and all code
 // sits in an anonymous namespace; a test disassembles the shared objects and fails on wide registers outside of isa_*.
+#ifndef GPTFAST_VECTORS
+#define GPTFAST_VECTORS GPTFAST_ISA
+#endif
 #include "kernel_prelude.h"
 
 #define QUOTED(file) #file
@@ -15,6 +18,7 @@
 
 namespace gptfast::cpu::GPTFAST_ISA {
 namespace {
+using namespace GPTFAST_VECTORS;
 #include HEADER(GPTFAST_KERNEL)
 }  // namespace
 

@@ -1,5 +1,9 @@
 // One of the engine's kernels for one instruction set, as csrc/cpu/kernel_unit.cpp has those of the ops.
-#include "kernel_prelude.h"
+#ifndef GPTFAST_VECTORS
+#define GPTFAST_VECTORS GPTFAST_ISA
+#endif
+#include "../cpu/kernel_prelude.h"
+#include "kernels.h"
 
 #define QUOTED(file) #file
 // clang-format off
@@ -10,6 +14,8 @@
 
 namespace gptfast::engine::GPTFAST_ISA {
 namespace {
+using namespace gptfast::cpu;
+using namespace gptfast::cpu::GPTFAST_VECTORS;
 #include HEADER(GPTFAST_KERNEL)
 }  // namespace
 

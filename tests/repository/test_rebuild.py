@@ -30,7 +30,7 @@ if "-c" in given:
     with open("{log}", "a") as log:
         log.write(os.path.relpath(out, "{tree}/build/objects") + "\\n")
     depends = given[given.index("-MF") + 1]
-    if any(x.startswith("-DGPTFAST_ISA=") for x in given):
+    if any(x.startswith("-DGPTFAST_VECTORS=") for x in given):
         kept = [x for x in given if x.startswith(("-D", "-std"))]
         source = given[given.index("-c") + 1]
         subprocess.run(["g++", *kept, "-DGPTFAST_SCALAR", "-MM", "-MT", out, "-MF", depends, source], check=True)
