@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptfast import _mxfp4
 from gptfast.backend import has_values
 
 # NormalFloat, 4 bits (Dettmers et al., QLoRA, arXiv 2305.14314, appendix E): quantiles of a normal distribution, with 0.
@@ -85,6 +86,8 @@ def nf4_absmax(absmax: Tensor, nested_absmax: Tensor | None = None, offset: Tens
 
 def dequantize_groups(codes: Tensor, scales: Tensor, format: str, group_size: int) -> Tensor:
     """(N, G * group_size): each value of a code times the scale of its group."""
+    if format == "mxfp4":
+        return _mxfp4.dequantize(codes, scales)
     if format == "int8":
         values = codes.float()
     elif format == "int4":

@@ -16,11 +16,11 @@ struct Weight {
 };
 Weight weight_of(const Tensor& x, const Tensor& codes, const Tensor& scales, const std::string& format, i64 group_size,
                  i64 K) {
-  const bool bytes = format == "int8";
-  GPTFAST_CHECK(bytes || format == "int4" || format == "nf4", kOp, ": format is ", format,
-                "; expected int8, int4 or nf4");
-  GPTFAST_CHECK(group_size == 32 || group_size == 64 || group_size == 128, kOp, ": group_size is ", group_size,
-                "; expected 32, 64 or 128");
+  const bool bytes = format == "int8", mxfp4 = format == "mxfp4";
+  GPTFAST_CHECK(bytes || mxfp4 || format == "int4" || format == "nf4", kOp, ": format is ", format,
+                "; expected int8, int4, nf4 or mxfp4");
+  GPTFAST_CHECK(group_size == 32 || (!mxfp4 && (group_size == 64 || group_size == 128)), kOp, ": group_size is ",
+                group_size, mxfp4 ? "; mxfp4 has groups of 32" : "; expected 32, 64 or 128");
   check_device(kOp, "codes", codes, x);
   check_device(kOp, "scales", scales, x);
   GPTFAST_CHECK(codes.dim() == 2 && codes.scalar_type() == (bytes ? ScalarType::Char : ScalarType::Byte), kOp,
@@ -29,15 +29,17 @@ Weight weight_of(const Tensor& x, const Tensor& codes, const Tensor& scales, con
                 " outputs and ", K, " features; expected 0 to ", kMostColumns);
   const i64 groups = (K + group_size - 1) / group_size, row_bytes = groups * group_size / (bytes ? 1 : 2);
   const i64 N = codes.size(0);
-  GPTFAST_CHECK(codes.size(1) == row_bytes && scales.dim() == 2 && scales.size(0) == N && scales.size(1) == groups, kOp,
-                ": expected codes (", N, ", ", row_bytes, ") and scales (", N, ", ", groups, ") for ", K,
-                " features in ", format);
+  GPTFAST_CHECK(codes.size(1) == row_bytes && scales.dim() == 2 && scales.size(0) == N && scales.size(1) == groups &&
+                    (!mxfp4 || scales.scalar_type() == ScalarType::Byte),
+                kOp, ": expected codes (", N, ", ", row_bytes, ") and scales (", N, ", ", groups, ")",
+                mxfp4 ? " of uint8" : "", " for ", K, " features in ", format);
   Weight r{{}, contiguous(kOp, codes), contiguous(kOp, scales)};
   if (reinterpret_cast<uintptr_t>(r.codes.const_data_ptr()) % 16) r.codes = torch::stable::clone(r.codes);
   r.w = {static_cast<const uint8_t*>(r.codes.const_data_ptr()),
          r.scales.const_data_ptr(),
-         dtype_of(kOp, scales),
+         mxfp4 ? DType::f32 : dtype_of(kOp, scales),
          bytes              ? Codes::int8
+         : mxfp4            ? Codes::mxfp4
          : format == "int4" ? Codes::int4
                             : Codes::nf4,
          int(N),

@@ -16,29 +16,30 @@ struct Weight {
   Tensor codes, scales;  // keep copies alive
 };
 Weight weight_of(const Tensor& codes, const Tensor& scales, const std::string& format, i64 group_size, i64 K) {
-  const bool bytes = format == "int8";
-  GPTFAST_CHECK(bytes || format == "int4" || format == "nf4", kOp, ": format is ", format,
-                "; expected int8, int4 or nf4");
-  GPTFAST_CHECK(group_size == 32 || group_size == 64 || group_size == 128, kOp, ": group_size is ", group_size,
-                "; expected 32, 64 or 128");
+  const bool bytes = format == "int8", mxfp4 = format == "mxfp4";
+  GPTFAST_CHECK(bytes || mxfp4 || format == "int4" || format == "nf4", kOp, ": format is ", format,
+                "; expected int8, int4, nf4 or mxfp4");
+  GPTFAST_CHECK(group_size == 32 || (!mxfp4 && (group_size == 64 || group_size == 128)), kOp, ": group_size is ",
+                group_size, mxfp4 ? "; mxfp4 has groups of 32" : "; expected 32, 64 or 128");
   GPTFAST_CHECK(
       on_cpu(codes) && codes.dim() == 2 && codes.scalar_type() == (bytes ? ScalarType::Char : ScalarType::Byte), kOp,
       ": codes must be a CPU matrix of ", bytes ? "int8" : "uint8");
   GPTFAST_CHECK(K >= 0 && K < (i64(1) << 40), kOp, ": ", K, " features");
   const i64 groups = ceil_div(K, group_size), row_bytes = groups * group_size / (bytes ? 1 : 2), N = codes.size(0);
   GPTFAST_CHECK(codes.size(1) == row_bytes && on_cpu(scales) && scales.dim() == 2 && scales.size(0) == N &&
-                    scales.size(1) == groups,
-                kOp, ": expected codes (", N, ", ", row_bytes, ") and scales (", N, ", ", groups, ") for ", K,
-                " features in ", format);
+                    scales.size(1) == groups && (!mxfp4 || scales.scalar_type() == ScalarType::Byte),
+                kOp, ": expected codes (", N, ", ", row_bytes, ") and scales (", N, ", ", groups, ")",
+                mxfp4 ? " of uint8" : "", " for ", K, " features in ", format);
   const auto dense = [](const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); };
   Weight r{{}, dense(codes), dense(scales)};  // the call takes a microsecond a tensor
   r.w = {static_cast<const uint8_t*>(r.codes.const_data_ptr()),
          row_bytes,
-         {r.scales.const_data_ptr(), groups, dtype_of(kOp, scales)},
+         {r.scales.const_data_ptr(), groups, mxfp4 ? DType::f32 : dtype_of(kOp, scales)},
          N,
          K,
          group_size,
          bytes              ? cpu::Codes::int8
+         : mxfp4            ? cpu::Codes::mxfp4
          : format == "int4" ? cpu::Codes::int4
                             : cpu::Codes::nf4};
   return r;

@@ -18,11 +18,13 @@ alignas(64) static constexpr float kNf4Values[16] = {-1.f,
                                                      0.7229568362236023f,
                                                      1.f};
 alignas(64) static constexpr float kInt4Values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+alignas(64) static constexpr float kMxfp4Values[16] = {0,    0.5f,  1,  1.5f,  2,  3,  4,  6,
+                                                       -0.f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
 
 //   permute       lane i of the result is lane index[i] of x
 //   Table::of     the table at the low four bits of each lane
 //   spread_bytes  L bytes -> lanes;  spread_signed  the same of signed ones
-//   nibbles       the L codes of L / 2 bytes, the first of a pair in the high half; other bits may be set
+//   nibbles       the L codes of L / 2 bytes, the first of a pair in the high half (HIGH) or the low; other bits may be set
 //   PairTable::of the table in bf16, at the low four bits of each 16;  shr_halves  a shift of each 16 bits
 #if defined(GPTFAST_SCALAR)
 INL F permute(F x, I index) {
@@ -41,7 +43,10 @@ struct Table {
 };
 INL I spread_bytes(const uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
 INL I spread_signed(const uint8_t* p) { return sra(shl(spread_bytes(p), 24), 24); }
-INL I nibbles(const uint8_t* p) { return I{uint32_t(p[0] >> 4), p[0], uint32_t(p[1] >> 4), p[1]}; }
+template <bool HIGH> INL I nibbles(const uint8_t* p) {
+  constexpr int first = HIGH ? 4 : 0, second = 4 - first;
+  return I{uint32_t(p[0] >> first), uint32_t(p[0] >> second), uint32_t(p[1] >> first), uint32_t(p[1] >> second)};
+}
 #elif defined(GPTFAST_NEON)
 // The bytes of word i, for i in the low four bits of each lane.
 INL uint8x16_t word_bytes(I index) {
@@ -83,10 +88,10 @@ INL I spread_signed(const uint8_t* p) {
   const int16x8_t words = vmovl_s8(vget_low_s8(vreinterpretq_s8_u32(four_bytes(p))));
   return vreinterpretq_u32_s32(vmovl_s16(vget_low_s16(words)));
 }
-INL I nibbles(const uint8_t* p) {
+template <bool HIGH> INL I nibbles(const uint8_t* p) {
   uint16_t two;
   __builtin_memcpy(&two, p, 2);
-  return vshlq_u32(iset(two), int32x4_t{-4, 0, -12, -8});
+  return vshlq_u32(iset(two), HIGH ? int32x4_t{-4, 0, -12, -8} : int32x4_t{0, -4, -8, -12});
 }
 #elif defined(__AVX512F__)
 INL F permute(F x, I index) { return _mm512_permutexvar_ps(index, x); }
@@ -105,9 +110,10 @@ INL I shr_halves(I a, int n) { return _mm512_srli_epi16(a, unsigned(n)); }
 #endif
 INL I spread_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INL I spread_signed(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-INL I nibbles(const uint8_t* p) {
+template <bool HIGH> INL I nibbles(const uint8_t* p) {
   const I bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
-  return ior(_mm512_slli_epi64(bytes, 32), _mm512_srli_epi64(bytes, 4));
+  if constexpr (HIGH) return ior(_mm512_slli_epi64(bytes, 32), _mm512_srli_epi64(bytes, 4));
+  else return ior(_mm512_slli_epi64(bytes, 28), bytes);
 }
 #else
 INL F permute(F x, I index) { return _mm256_permutevar8x32_ps(x, index); }
@@ -120,15 +126,34 @@ struct Table {
 };
 INL I spread_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 INL I spread_signed(const uint8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-INL I nibbles(const uint8_t* p) {
+template <bool HIGH> INL I nibbles(const uint8_t* p) {
   uint32_t four;
   __builtin_memcpy(&four, p, 4);
   const I bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(int(four)));
-  return ior(_mm256_slli_epi64(bytes, 32), _mm256_srli_epi64(bytes, 4));
+  if constexpr (HIGH) return ior(_mm256_slli_epi64(bytes, 32), _mm256_srli_epi64(bytes, 4));
+  else return ior(_mm256_slli_epi64(bytes, 28), bytes);
 }
 #endif
 
-INL const float* values_of(Codes format) { return format == Codes::nf4 ? kNf4Values : kInt4Values; }
+INL const float* values_of(Codes format) {
+  return format == Codes::nf4 ? kNf4Values : format == Codes::mxfp4 ? kMxfp4Values : kInt4Values;
+}
+// 2^(x - 127) of bytes in 32 bits: 0 gives a subnormal number, 255 nan.
+INL F power_of_two(I x) {
+  const I bits = iselect(ieq(x, iset(0)), iset(0x00400000u), shl(x, 23));
+  return as_float(iselect(ieq(x, iset(255)), iset(0x7fc00000u), bits));
+}
+// n scales of an output from a group on, as fp32.
+INL void copy_scales(float* out, const QuantizedMatrix& w, i64 output, i64 group, i64 n) {
+  if (w.format != Codes::mxfp4)
+    return copy_row(out, at(row(w.scales, output), w.scales.dtype, group), w.scales.dtype, n);
+  for_lanes(n, [&](i64 c, i64 m) __attribute__((always_inline)) {
+    const uint8_t* from = static_cast<const uint8_t*>(w.scales.data) + output * w.scales.stride + group + c;
+    uint8_t bytes[L] = {};
+    __builtin_memcpy(bytes, from, size_t(m));
+    store_lanes(out + c, power_of_two(spread_bytes(bytes)), m);
+  });
+}
 
 // L values from value k of a row on: bytes, or nibbles. k is a multiple of L.
 struct Bytes {
@@ -145,29 +170,34 @@ struct Bytes {
   }
 #endif
 };
-struct Nibbles {
+template <bool HIGH> struct NibblePairs {  // the first of a pair in the high half, or the low
   static constexpr int kPerLane = 8;
   const Table table;
 #ifdef GPTFAST_PAIRS
   const PairTable pair_table;
-  INL_MEMBER explicit Nibbles(Codes format) : table(values_of(format)), pair_table(table) {}
+  INL_MEMBER explicit NibblePairs(Codes format) : table(values_of(format)), pair_table(table) {}
   // Codes j of each 16 bits, rounded to bf16.
   INL_MEMBER I pair_part(I words, int j) const { return pair_table.of(shr_halves(words, 4 * j)); }
 #else
-  INL_MEMBER explicit Nibbles(Codes format) : table(values_of(format)) {}
+  INL_MEMBER explicit NibblePairs(Codes format) : table(values_of(format)) {}
 #endif
-  INL_MEMBER F load(const uint8_t* row, i64 k) const { return table.of(nibbles(row + k / 2)); }
+  INL_MEMBER F load(const uint8_t* row, i64 k) const { return table.of(nibbles<HIGH>(row + k / 2)); }
   INL_MEMBER F part(I words, int j) const { return table.of(shr(words, 4 * j)); }
-  static constexpr int place(int j) { return j ^ 1; }  // the high half comes first
+  static constexpr int place(int j) { return HIGH ? j ^ 1 : j; }
 #ifdef GPTFAST_PAIRS
   // 2 L values from k on, rounded to bf16.
   INL_MEMBER I pairs(const uint8_t* row, i64 k, F scale) const {
     const I bytes = spread_bytes(row + k / 2);
-    return pair_bf16(table.of(shr(bytes, 4)) * scale, table.of(bytes) * scale);
+    const F high = table.of(shr(bytes, 4)) * scale, low = table.of(bytes) * scale;
+    return HIGH ? pair_bf16(high, low) : pair_bf16(low, high);
   }
 #endif
 };
+using Nibbles = NibblePairs<true>;
+using LowNibbles = NibblePairs<false>;
+
 template <class Fn> INL void with_codes(Codes format, Fn f) {
   if (format == Codes::int8) f(Bytes(format));
+  else if (format == Codes::mxfp4) f(LowNibbles(format));
   else f(Nibbles(format));
 }

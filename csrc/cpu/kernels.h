@@ -102,11 +102,11 @@ constexpr i64 kMostFew = 32;
 constexpr i64 kFewColumns = 256;  // of an item
 
 // W (N outputs, K inputs) in codes: W[n, k] = scales[n, k / group] * value of code [n, k].
-enum class Codes : int { int8 = 0, int4 = 1, nf4 = 2 };
+enum class Codes : int { int8 = 0, int4 = 1, nf4 = 2, mxfp4 = 3 };
 struct QuantizedMatrix {
-  const uint8_t* codes;  // rows of whole groups: a byte each, or two to a byte, the first in the high half
+  const uint8_t* codes;  // rows of whole groups: a byte each, or two to a byte, the first in the high half; mxfp4: low
   i64 row_bytes;
-  Rows scales;  // (N, groups)
+  Rows scales;  // (N, groups); of mxfp4 bytes, 127 more than the exponent of a power of two, whatever dtype says
   i64 N, K, group;
   Codes format;
 };

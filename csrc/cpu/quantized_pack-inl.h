@@ -12,7 +12,7 @@ INL void widen_scales(const QuantizedMatrix& w, i64 n, i64 k, i64 count, float* 
   const i64 first = k / w.group, last = (k + count + w.group - 1) / w.group;
   const i64 groups = (w.K + w.group - 1) / w.group;
   const i64 end = last < groups ? last : groups;
-  copy_row(out, at(row(w.scales, n), w.scales.dtype, first), w.scales.dtype, end - first);
+  copy_scales(out, w, n, first, end - first);
 }
 template <bool PAIR, class C> INL I code_words(const C& codes, const uint8_t* row, i64 k, float scale) {
 #ifdef GPTFAST_PAIRS

@@ -32,9 +32,9 @@ template <class T, class C> static void spread(const QuantizedRowsParams& p) {
   }
 }
 static void quantized_spread(const QuantizedRowsParams& p) {
-  if (in_pairs(p)) spread<uint16_t, Nibbles>(p);
-  else if (p.w.format == Codes::int8) spread<float, Bytes>(p);
-  else spread<float, Nibbles>(p);
+  if (p.w.format == Codes::int8) spread<float, Bytes>(p);
+  else if (p.w.format == Codes::mxfp4) in_pairs(p) ? spread<uint16_t, LowNibbles>(p) : spread<float, LowNibbles>(p);
+  else in_pairs(p) ? spread<uint16_t, Nibbles>(p) : spread<float, Nibbles>(p);
 }
 
 // out[r * kQuantizedRows + o] = the sum over the lanes of acc[r][o], to the same bits for any R and O.
@@ -79,9 +79,9 @@ template <class C> struct Scales {
     last.lanes = iselect(igt(iset(uint32_t(last.groups)), whole.lanes), whole.lanes, iset(0));
     const Rows& from = w.scales;
     data = static_cast<const float*>(row(from, n0));
-    if (from.dtype == DType::f32 && (w.N - n0 - count) * stride >= L) return;
+    if (w.format != Codes::mxfp4 && from.dtype == DType::f32 && (w.N - n0 - count) * stride >= L) return;
     float* copies = static_cast<float*>(scratch(size_t(count * stride + L) * 4));
-    for (i64 n = 0; n < count; n++) copy_row(copies + n * stride, row(from, n0 + n), from.dtype, stride);
+    for (i64 n = 0; n < count; n++) copy_scales(copies + n * stride, w, n0 + n, 0, stride);
     store(copies + count * stride, zero());
     data = copies;
   }
@@ -185,8 +185,10 @@ template <bool PAIR, class C> static void rows_item(const QuantizedRowsParams& p
     });
 }
 static void quantized_rows(const QuantizedRowsParams& p, i64 item) {
-  if (in_pairs(p)) rows_item<kPairs>(p, Nibbles(p.w.format), item);
-  else with_codes(p.w.format, [&](const auto& codes) { rows_item<false>(p, codes, item); });
+  // x is laid out to meet the codes: here it does not matter which half of a byte comes first
+  if (p.w.format == Codes::int8) rows_item<false>(p, Bytes(p.w.format), item);
+  else if (in_pairs(p)) rows_item<kPairs>(p, Nibbles(p.w.format), item);
+  else rows_item<false>(p, Nibbles(p.w.format), item);
 }
 
 static void fill(Kernels& k) {

@@ -4,13 +4,13 @@
 
 namespace gptfast::cuda {
 
-enum class Codes : int { int8, int4, nf4 };
+enum class Codes : int { int8, int4, nf4, mxfp4 };
 
 // W[n, k] = scales[n, k / group] * value of code [n, k]. A row of codes is whole groups; its bytes and its address are
 // multiples of 16.
 struct PackedWeight {
   const uint8_t* codes;  // (N, row_bytes)
-  const void* scales;    // (N, groups)
+  const void* scales;  // (N, groups); of mxfp4 bytes, 127 more than the exponent of a power of two, whatever dtype says
   DType scale_dtype;
   Codes format;
   int N, K, groups, group_shift;  // groups of 2^group_shift values

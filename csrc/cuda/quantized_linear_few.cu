@@ -51,11 +51,11 @@ template <Codes F> struct Place {
     const int first = warp % split.warps * kTurn, at = first + int(threadIdx.x) % 4 * kChunk;
     outputs = w.N - n0 < kOutputs ? int(w.N - n0) : kOutputs, left = int(w.row_bytes) - first;
     codes = w.codes + n * w.row_bytes + at;
-    scales = static_cast<const char*>(w.scales) + (n * w.groups + (at * PER_BYTE >> w.group_shift)) * scale_bytes(w);
+    scales = static_cast<const char*>(w.scales) + (n * w.groups + (at * PER_BYTE >> w.group_shift)) * scale_bytes<F>(w);
   }
   DEV_INLINE void advance(const PackedWeight& w, const Split& split) {
     const int bytes = split.warps * kTurn;
-    codes += bytes, left -= bytes, scales += (bytes * PER_BYTE >> w.group_shift) * scale_bytes(w);
+    codes += bytes, left -= bytes, scales += (bytes * PER_BYTE >> w.group_shift) * scale_bytes<F>(w);
   }
   // Asks for step s of the turn.
   DEV_INLINE void load(Step& to, const PackedWeight& w, int s) const {
@@ -78,9 +78,9 @@ template <Codes F> struct Place {
     to.codes[o] = __ldcs(reinterpret_cast<const uint4*>(codes + o * 8 * w.row_bytes + s * kStep));
   }
   DEV_INLINE void load_scale(Step& to, const PackedWeight& w, int s, int o) const {
-    const int size = scale_bytes(w), step = (s * kStep * PER_BYTE >> w.group_shift) * size;
+    const int size = scale_bytes<F>(w), step = (s * kStep * PER_BYTE >> w.group_shift) * size;
     const char* from = scales + o * i64(8 * size) * w.groups + step;
-    to.scales[o] = size == 4 ? *reinterpret_cast<const uint32_t*>(from) : *reinterpret_cast<const uint16_t*>(from);
+    to.scales[o] = scale_bits<F>(w, from, 0);
   }
 };
 
@@ -131,7 +131,7 @@ template <class T, Codes F, int SETS> struct Products {  // in 16 bits: sets of 
       }
     }
     float scales[2];
-    scale_values(scales, p.w, bits);
+    scale_values<F>(scales, p.w, bits);
 #pragma unroll
     for (int i = 0; i < COUNT; i++)
 #pragma unroll
@@ -174,7 +174,7 @@ template <Codes F, int ROWS> struct Products<float, F, ROWS> {
         }
     }
     float scales[2];
-    scale_values(scales, p.w, bits);
+    scale_values<F>(scales, p.w, bits);
 #pragma unroll
     for (int m = 0; m < COUNT; m++)
 #pragma unroll
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   place.at_item(p.w, split, item);
 #pragma unroll
   for (int s = 0; s < DEPTH; s++) place.load(steps[s], p.w, s);
-  if constexpr (F == Codes::nf4) decoder.fill(smem + kFoundBytes), __syncthreads();
+  if constexpr (kLooksUp<T, F>) decoder.template fill<F>(smem + kFoundBytes), __syncthreads();
   Products<T, F, SETS> products;
   for (int turn_of = 0; item < items; item += int(gridDim.x), turn_of ^= 1) {
     auto first_row = [&] { return item % split.rows * split.rows_each; };
@@ -253,7 +253,7 @@ cudaError_t launch(const QuantizedLinearParams& p, const Split& split, cudaStrea
   int processors = 0;
   if (const cudaError_t error = multiprocessors(&processors)) return error;
   const i64 items = i64(split.tiles) * split.rows, most = i64(processors) * kBlocks;
-  const size_t smem = kFoundBytes + (F == Codes::nf4 ? Decoder<T>::BYTES : 0);
+  const size_t smem = kFoundBytes + (kLooksUp<T, F> ? Decoder<T>::BYTES : 0);
   auto kernel = quantized_rows<T, F, SETS>;
   LAUNCH(kernel, dim3(unsigned(items < most ? items : most)), dim3(kThreads), smem, stream, p, split, int(items));
   return cudaGetLastError();

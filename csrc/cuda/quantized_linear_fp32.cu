@@ -35,9 +35,7 @@ template <Codes F, bool TRANSPOSED> struct Step {
     using Word = std::conditional_t<WORDS == 4, uint4, uint2>;
     const Word codes = *reinterpret_cast<const Word*>(w.codes + n * w.row_bytes + k * 4 / kCodesOfWord<F>);
     memcpy(words, &codes, sizeof codes);
-    const i64 number = n * w.groups + (k >> w.group_shift);
-    scale[0] = w.scale_dtype == DType::f32 ? static_cast<const uint32_t*>(w.scales)[number]
-                                           : static_cast<const uint16_t*>(w.scales)[number];
+    scale[0] = scale_bits<F>(w, w.scales, n * w.groups + (k >> w.group_shift));
   }
   DEV_INLINE void store(float* xs, float* ws, const PackedWeight& w, const Decoder<float>& decoder) const {
     const int tid = threadIdx.x, column = tid % kTile, row = tid / kTile * kEach;
@@ -47,7 +45,7 @@ template <Codes F, bool TRANSPOSED> struct Step {
       to[0] = x[i].x, to[kPitch] = x[i].y, to[2 * kPitch] = x[i].z, to[3 * kPitch] = x[i].w;
     }
     float by[1];
-    scale_values(by, w, scale);
+    scale_values<F>(by, w, scale);
 #pragma unroll
     for (int i = 0; i < WORDS; i++) {
       constexpr int COUNT = kCodesOfWord<F>;
@@ -85,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float *xs = reinterpret_cast<float*>(smem), *ws = xs + kDepth * kPitch;
   char* table = smem + 2 * kDepth * kPitch * sizeof(float);
   const Decoder<float> decoder{table};
-  if constexpr (F == Codes::nf4) decoder.fill(table);
+  if constexpr (kLooksUp<float, F>) decoder.template fill<F>(table);
   const i64 m0 = i64(blockIdx.x % row_tiles) * kTile, column0 = i64(blockIdx.x / row_tiles) * kTile;
   const int depth = TRANSPOSED ? p.w.N : p.w.groups << p.w.group_shift;
   const int down = int(threadIdx.x) / 16, across = int(threadIdx.x) % 16;
@@ -125,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <Codes F, bool TRANSPOSED> cudaError_t launch(const QuantizedLinearParams& p, cudaStream_t stream) {
   const i64 row_tiles = ceil_div(p.M, kTile), tiles = row_tiles * ceil_div(TRANSPOSED ? p.w.K : p.w.N, kTile);
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const size_t smem = 2 * kDepth * kPitch * sizeof(float) + (F == Codes::nf4 ? Decoder<float>::BYTES : 0);
+  const size_t smem = 2 * kDepth * kPitch * sizeof(float) + (kLooksUp<float, F> ? Decoder<float>::BYTES : 0);
   auto kernel = quantized_products_fp32<F, TRANSPOSED>;
   LAUNCH(kernel, dim3(unsigned(tiles)), dim3(kThreads), smem, stream, p, int(row_tiles));
   return cudaGetLastError();

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   load_x(0);
   load_run(0);
-  if constexpr (F == Codes::nf4) decoder.fill(table), __syncthreads();
+  if constexpr (kLooksUp<float, F>) decoder.template fill<F>(table), __syncthreads();
   store_run(0);
   load_run(1);
   float sums[4][4][4] = {};
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class E, Codes F, bool TRANSPOSED> cudaError_t launch(const QuantizedLinearParams& p, cudaStream_t stream) {
   const i64 row_tiles = ceil_div(p.M, kTile), tiles = row_tiles * ceil_div(TRANSPOSED ? p.w.K : p.w.N, kTile);
   if (tiles > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const size_t smem = 4 * kTileBytes + (F == Codes::nf4 ? Decoder<float>::BYTES : 0);
+  const size_t smem = 4 * kTileBytes + (kLooksUp<float, F> ? Decoder<float>::BYTES : 0);
   auto kernel = quantized_products_sm80<E, F, TRANSPOSED>;
   if (const cudaError_t error = allow_smem(kernel, smem)) return error;
   LAUNCH(kernel, dim3(unsigned(tiles)), dim3(kThreads), smem, stream, p, int(row_tiles));

@@ -20,7 +20,7 @@ template <class E_, Codes F_, bool TRANSPOSED_, int ROWS_> struct PackedShape {
   static constexpr int W_ROWS = TRANSPOSED ? DEPTH : BN, W_COLUMNS = TRANSPOSED ? BN : DEPTH;
   static constexpr int THREADS = 128 * (CONSUMERS + 1), X_BYTES = BM * DEPTH * 2, W_BYTES = W_ROWS * W_COLUMNS * 2;
   static constexpr int BARRIERS = STAGES * (X_BYTES + W_BYTES), TABLE = BARRIERS + 2 * STAGES * 8;
-  static constexpr int SMEM = TABLE + (F == Codes::nf4 ? Decoder<float>::BYTES : 0);
+  static constexpr int SMEM = TABLE + (kLooksUp<float, F> ? Decoder<float>::BYTES : 0);
 };
 
 template <class C>
@@ -43,7 +43,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
     for (int s = 0; s < STAGES; s++) mbarrier_init(full(s), 1 + 128), mbarrier_init(free(s), C::CONSUMERS);
     mbarrier_init_fence();
   }
-  if constexpr (C::F == Codes::nf4) Decoder<float>::fill(smem + C::TABLE);
+  if constexpr (kLooksUp<float, C::F>) Decoder<float>::template fill<C::F>(smem + C::TABLE);
   __syncthreads();
 
   if (threadIdx.x < 128) {  // ---- decodes 64 columns of a row, in runs of 32

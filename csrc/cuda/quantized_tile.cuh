@@ -12,7 +12,7 @@ template <Codes F> struct CodeRun {
   uint32_t scale[1];
 
   DEV_INLINE void load(const PackedWeight& w, i64 n, int k) {
-    const int group = k >> w.group_shift;
+    const int group = k >> (F == Codes::mxfp4 ? 5 : w.group_shift);  // known, it saves registers
     scale[0] = 0;
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) codes[i] = make_uint4(0, 0, 0, 0);
@@ -20,16 +20,14 @@ template <Codes F> struct CodeRun {
     const uint4* from = reinterpret_cast<const uint4*>(w.codes + n * w.row_bytes + k * 4 / PER_WORD);
 #pragma unroll
     for (int i = 0; i < CHUNKS; i++) codes[i] = from[i];
-    const i64 number = n * w.groups + group;
-    scale[0] = w.scale_dtype == DType::f32 ? static_cast<const uint32_t*>(w.scales)[number]
-                                           : static_cast<const uint16_t*>(w.scales)[number];
+    scale[0] = scale_bits<F>(w, w.scales, n * w.groups + group);
   }
   // As weights, rounded once, to columns `column` … of a row of a tile.
   template <class E, int WIDTH>
   DEV_INLINE void store(const Tile<E, WIDTH>& tile, int row, int column, const PackedWeight& w,
                         const Decoder<float>& decoder) const {
     float by[1];
-    scale_values(by, w, scale);
+    scale_values<F>(by, w, scale);
 #pragma unroll
     for (int chunk = 0; chunk < LENGTH / 8; chunk++) {
       uint32_t pairs[4];

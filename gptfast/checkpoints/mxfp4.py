@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptfast import _mxfp4
 from gptfast.checkpoints.weight_files import StoredTensor
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
-_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the lower three bits of a code; the fourth is the sign
-_BIAS, _NAN = 127, 255
 
 
 def decoded(stored: dict[str, StoredTensor], path: Path) -> dict[str, StoredTensor]:
@@ -54,7 +53,7 @@ def _read(blocks: StoredTensor, scales: StoredTensor, where: str, first: int = 0
 
 def check_scales(largest: int, where: str) -> None:
     """Raise ValueError where the largest scale is 255, which is no number; `where` names the tensor."""
-    if largest == _NAN:
+    if largest == _mxfp4.NAN:
         raise ValueError(f"{where} holds 255, which stands for nan; copy the file again")
 
 
@@ -65,7 +64,4 @@ def mxfp4_values(blocks: Tensor, scales: Tensor, where: str = "mxfp4") -> Tensor
         ValueError: a scale of 255, which is no number; `where` names the tensor.
     """
     check_scales(int(scales.max()) if scales.numel() else 0, where)
-    table = torch.tensor([*_VALUES, *(-x for x in _VALUES)], dtype=torch.float32)
-    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
-    values = torch.ldexp(table[codes.long()], scales.int()[..., None] - _BIAS)
-    return values.to(torch.bfloat16).flatten(-2)
+    return _mxfp4.dequantize(blocks.flatten(-2), scales).to(torch.bfloat16)

@@ -145,9 +145,9 @@ class MethodOptions:
     quantize: str | None = option(
         None,
         "What `method` qlora, or prompt, holds the base's matrices in. nf4: bitsandbytes' 4 bits, for widths that are "
-        "multiples of 64; int4 and int8: for any.",
+        "multiples of 64; int4, int8 and mxfp4 (gpt-oss' 4 bits): for any.",
         words="qlora nf4; prompt: as they are",
-        allowed=("nf4", "int4", "int8"),
+        allowed=("nf4", "int4", "int8", "mxfp4"),
         group=_METHOD,
     )
     double_quant: bool = option(

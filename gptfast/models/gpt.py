@@ -119,7 +119,7 @@ class GPT(AdapterMethods):
 
         Args:
             path, dtype, config_overrides: as there.
-            quantize: "nf4", "int4" or "int8": the matrices of the blocks are held in that, frozen, each quantised as it is
+            quantize: "nf4", "int4", "int8" or "mxfp4": the matrices of the blocks are held in that, frozen, each quantised as it is
                 read; to train adapters around them (QLoRA). None: as floats.
             double_quant: with "nf4": quantise the scales too, 4.13 bits a weight instead of 4.5.
         """

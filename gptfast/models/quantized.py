@@ -30,7 +30,7 @@ class Packing:
 
     Args:
         model: on the meta device.
-        format: "nf4", "int4" or "int8".
+        format: "nf4", "int4", "int8" or "mxfp4".
         double: quantise the scales of NF4 too.
     Raises:
         ValueError: NF4 of a width that is no multiple of its block.
@@ -48,7 +48,7 @@ class Packing:
             if format == "nf4" and module.in_features % GROUPS[format]:
                 raise ValueError(
                     f"from_pretrained: {name} has {module.in_features} inputs; nf4 takes multiples of {GROUPS[format]} - "
-                    "say `quantize` int4 or int8"
+                    "say `quantize` int4, int8 or mxfp4"
                 )
         self._packed: dict[str, dict[str, Tensor]] = {}
         self._samples: dict[str, bytes] = {}

@@ -14,7 +14,7 @@ from gptfast.nn.linear import Linear
 from gptfast.ops import LowRank
 from gptfast.ops.quantized_lora_linear import quantized_lora_linear
 
-GROUPS = {"nf4": 64, "int4": 32, "int8": 32}  # values that share a scale, by format
+GROUPS = {"nf4": 64, "int4": 32, "int8": 32, "mxfp4": 32}  # values that share a scale, by format
 
 
 class QuantizedLinear(Linear):
@@ -91,6 +91,8 @@ class QuantizedLinear(Linear):
 def quantized(weight: Tensor, format: str, double: bool = False) -> dict[str, Tensor]:
     """The buffers of a `QuantizedLinear` that holds a weight (out_features, in_features)."""
     N = weight.shape[0]
+    if format == "mxfp4":
+        return dict(zip(("codes", "scales"), ops.quantize_mxfp4(weight), strict=True))
     if format != "nf4":
         codes, scales = ops.quantize_groups(weight, format, group_size=GROUPS[format], scale_dtype=torch.float32)
         return {"codes": codes, "scales": scales}
@@ -112,8 +114,9 @@ def empty(N: int, K: int, format: str, double: bool, device: Any = "meta") -> di
     """Room for the buffers of a layer of N outputs and K inputs."""
     groups = -(-K // GROUPS[format])
     width, kind = groups * GROUPS[format], torch.int8 if format == "int8" else torch.uint8
+    bytes_ = double or format == "mxfp4"
     packed = {"codes": torch.empty(N, width if format == "int8" else width // 2, dtype=kind, device=device)}
-    packed["scales"] = torch.empty(N, groups, dtype=torch.uint8 if double else torch.float32, device=device)
+    packed["scales"] = torch.empty(N, groups, dtype=torch.uint8 if bytes_ else torch.float32, device=device)
     if double:
         packed["nested_absmax"] = torch.empty(-(-N * groups // NESTED_BLOCK), dtype=torch.float32, device=device)
         packed["offset"] = torch.empty((), dtype=torch.float32, device=device)

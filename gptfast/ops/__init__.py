@@ -20,6 +20,7 @@ from gptfast.ops.linear import linear
 from gptfast.ops.linear_cross_entropy import linear_cross_entropy, linear_logprobs
 from gptfast.ops.lora_linear import lora_linear as lora_linear  # for gptfast.nn, not for users
 from gptfast.ops.moe import load_balance_loss, moe, route
+from gptfast.ops.mxfp4 import dequantize_mxfp4, quantize_mxfp4
 from gptfast.ops.padding import real_keys
 from gptfast.ops.quantized_linear import quantize_groups, quantized_linear
 from gptfast.ops.relu_squared import relu_squared
@@ -34,6 +35,7 @@ __all__ = [
     "add_rms_norm",
     "causal_attention",
     "cross_entropy",
+    "dequantize_mxfp4",
     "dequantize_nf4",
     "dropout",
     "dropout_mask",
@@ -47,6 +49,7 @@ __all__ = [
     "load_balance_loss",
     "moe",
     "quantize_groups",
+    "quantize_mxfp4",
     "quantize_nf4",
     "quantized_linear",
     "real_keys",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast._checks import check_choice
+from gptfast._mxfp4 import BLOCK as MXFP4_BLOCK
 from gptfast._nf4 import blocks_of, check_finite, check_power_of_two, dequantize_groups, pack_pairs
 from gptfast.backend import BFLOAT16_ISAS, cpu_isa, has_values, kernels, resolve
 from gptfast.ops import reference
@@ -18,7 +19,7 @@ from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.gemm import MIN_ROWS, gemm, implementation_for
 
 OP = "quantized_linear"
-FORMATS = ("int8", "int4", "nf4")
+FORMATS = ("int8", "int4", "nf4", "mxfp4")
 GROUP_SIZES = (32, 128)
 DECODED = 1 << 21  # weights that are decoded for a library at a time, 4 MB
 
@@ -33,7 +34,7 @@ def quantize_groups(
 
     Args:
         weight: float32, bfloat16, float16 or float64, finite.
-        format: "int8" or "int4" (for "nf4" see `quantize_nf4`).
+        format: "int8" or "int4" (see `quantize_nf4` and `quantize_mxfp4` for the others).
         group_size: 32, 64 or 128.
         scale_dtype: float16 or float32.
     Returns:
@@ -87,10 +88,11 @@ def quantized_linear(
 
     Args:
         x: (..., K), float32, bfloat16, float16 or float64.
-        codes, scales: of `quantize_groups`: G = ceil(K / group_size); or of `NF4.rows`, K a multiple of the group size.
+        codes, scales: of `quantize_groups`: G = ceil(K / group_size); of `NF4.rows`, K a multiple of the group size; or of
+            `quantize_mxfp4`, scales uint8.
         bias: (N,) or None.
-        format: "int8", "int4" or "nf4".
-        group_size: 32, 64 or 128; of NF4 its block size.
+        format: "int8", "int4", "nf4" or "mxfp4".
+        group_size: 32, 64 or 128; of NF4 its block size, of MXFP4 32.
         backend: see `gptfast.backend`; None follows the surrounding choice.
     Returns:
         (..., N) in x's dtype, under autocast in the autocast dtype.
@@ -99,7 +101,7 @@ def quantized_linear(
     """
     check_quantized(x, codes, scales, bias, format, group_size)
     x = autocast(x)[0]
-    runs_on = resolve(OP, backend, x, scales)
+    runs_on = resolve(OP, backend, x, float_scales(scales, format))
     rows = x if x.dim() == 2 else rows_of(x)
     arguments = (rows, codes, scales, bias, format, group_size)
     in_python = runs_on == "eager" or multiplies_by_library(runs_on, x, codes)
@@ -110,9 +112,18 @@ def quantized_linear(
 def check_quantized(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str, group_size: int
 ) -> None:
-    check_float(OP, x=x, scales=scales, bias=bias)
     check_choice(OP, "format", format, FORMATS)
-    check_power_of_two(OP, "group_size", group_size, *GROUP_SIZES)
+    if format == "mxfp4":
+        check_float(OP, x=x, bias=bias)
+        if check_dense(OP, "scales", scales).dtype != torch.uint8:
+            raise TypeError(
+                f"{OP}: scales has dtype {scales.dtype}; format='mxfp4' has torch.uint8, see quantize_mxfp4"
+            )
+        if group_size != MXFP4_BLOCK:
+            raise ValueError(f"{OP}: group_size is {group_size!r}; format='mxfp4' has blocks of {MXFP4_BLOCK}")
+    else:
+        check_float(OP, x=x, scales=scales, bias=bias)
+        check_power_of_two(OP, "group_size", group_size, *GROUP_SIZES)
     check_dense(OP, "codes", codes)
     check_same_device(OP, x=x, codes=codes, scales=scales, bias=bias)
     code_dtype, per_byte = (torch.int8, 1) if format == "int8" else (torch.uint8, 2)
@@ -137,6 +148,11 @@ def check_quantized(
                 f"{group_size} in {format} - was the weight quantised with another format or group_size?"
             )
     check_vector(OP, "bias", bias, N, "the output")
+
+
+def float_scales(scales: Tensor, format: str) -> Tensor | None:
+    """The scales, if they are numbers of a dtype that a backend may not take; those of MXFP4 are bytes."""
+    return None if format == "mxfp4" else scales
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -16,7 +16,7 @@ from gptfast.backend import resolve
 from gptfast.ops._low_rank import LowRank, Options, add_updates, check_updates, options_of, update_gradients
 from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.linear import GELUS, activated
-from gptfast.ops.quantized_linear import OP, backward_product, check_quantized, forward_product
+from gptfast.ops.quantized_linear import OP, backward_product, check_quantized, float_scales, forward_product
 
 
 def quantized_lora_linear(
@@ -45,7 +45,7 @@ def quantized_lora_linear(
     check_quantized(x, codes, scales, bias, format, group_size)
     added = None if activation in GELUS else bias  # the op gelu adds the bias itself
     x = autocast(x)[0]
-    runs_on = resolve(OP, backend, x, scales)
+    runs_on = resolve(OP, backend, x, float_scales(scales, format))
     rows = rows_of(x)
     options = options_of(rows, list(updates))
     factors = [u.a for u in updates] + [u.b for u in updates]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptfast.triton._codes import load_values, nf4_table
+from gptfast.triton._codes import code_table, load_scales, load_values
 from gptfast.triton._rows import load_vector, sum_rows
 from gptfast.triton._tiles import Blocks, product_dtype
 from gptfast.triton._tuning import fastest
@@ -40,7 +40,7 @@ def quantized_linear_fwd(
 
     def launch(blocks: Blocks) -> None:
         grid = (triton.cdiv(M, blocks.m) * triton.cdiv(N, blocks.n), splits)
-        tensors = (x, codes, scales, bias, nf4_table(x.device), parts)
+        tensors = (x, codes, scales, bias, code_table(format, x.device), parts)
         _fwd_kernel[grid](
             *tensors,
             *(M, N, K, G, codes.shape[1], per_split),
@@ -66,7 +66,7 @@ def quantized_linear_bwd(
 
     def launch(blocks: Blocks) -> None:
         _bwd_kernel[(triton.cdiv(M, blocks.m) * G,)](
-            *(dy, codes, scales, nf4_table(dy.device), dx),
+            *(dy, codes, scales, code_table(format, dy.device), dx),
             *(M, N, in_features, G, codes.shape[1]),
             FORMAT=format,
             GROUP=group_size,
@@ -130,7 +130,7 @@ def _fwd_kernel(
         inside = (m[:, None] < M) & (k[None, :] < K)
         rows = tl.load(x + m.to(tl.int64)[:, None] * K + k[None, :], inside, other=0.0).to(DTYPE)
         values = load_values(codes, table, n, N, g * GROUP, row_bytes, FORMAT, GROUP).to(DTYPE)
-        scale = tl.load(scales + n.to(tl.int64) * G + g, n < N, other=0.0).to(tl.float32)
+        scale = load_scales(scales, n, N, g, G, FORMAT)
         total += tl.dot(rows, tl.trans(values), input_precision="ieee") * scale[None, :]
     place = (split * M + m).to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), (m[:, None] < M) & (n[None, :] < N))
@@ -162,7 +162,7 @@ def _bwd_kernel(
         inside = (m[:, None] < M) & (n[None, :] < N)
         upstream = tl.load(dy + m.to(tl.int64)[:, None] * N + n[None, :], inside, other=0.0).to(DTYPE)
         values = load_values(codes, table, n, N, g * GROUP, row_bytes, FORMAT, GROUP)
-        scale = tl.load(scales + n.to(tl.int64) * G + g, n < N, other=0.0).to(tl.float32)
+        scale = load_scales(scales, n, N, g, G, FORMAT)
         total = tl.dot(upstream, (values * scale[:, None]).to(DTYPE), total, input_precision="ieee")
     k = g * GROUP + tl.arange(0, GROUP)
     place = m.to(tl.int64)[:, None] * K + k[None, :]

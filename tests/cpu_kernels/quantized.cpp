@@ -26,6 +26,8 @@ constexpr double kNf4[16] = {-1,
                              0.5626170039176941,
                              0.7229568362236023,
                              1};
+constexpr double kMxfp4[8] = {0, 0.5, 1, 1.5,
+                              2, 3,   4, 6};  // of the low three bits of a code (OCP Microscaling Formats 1.0)
 
 struct Codes {
   cpu::Codes format;
@@ -33,22 +35,37 @@ struct Codes {
   i64 groups = ceil_div(K, group), row_bytes = groups * group / (format == cpu::Codes::int8 ? 1 : 2);
   std::vector<uint8_t> codes = std::vector<uint8_t>(size_t(N * row_bytes));
   Array scales{DType::f16, N * groups};
+  std::vector<uint8_t> exponents = std::vector<uint8_t>(size_t(N * groups));  // of mxfp4, in place of the scales
 
   Codes(cpu::Codes f, i64 outputs, i64 inputs, i64 size) : format(f), N(outputs), K(inputs), group(size) {
     Random random(uint64_t(N * 1000 + K));
     for (uint8_t& c : codes) c = uint8_t(random.next());
     for (i64 i = 0; i < scales.size(); i++) scales.set(i, 0.01 + 0.1 * random.uniform());
+    for (uint8_t& e : exponents) e = uint8_t(120 + random.next() % 5);
   }
-  cpu::QuantizedMatrix matrix() const { return {codes.data(), row_bytes, rows(scales, groups), N, K, group, format}; }
+  cpu::QuantizedMatrix matrix() const {
+    cpu::Rows of = rows(scales, groups);
+    if (format == cpu::Codes::mxfp4) of.data = exponents.data();
+    return {codes.data(), row_bytes, of, N, K, group, format};
+  }
+  double scale(i64 n, i64 i) const {
+    const i64 at = n * groups + i / group;
+    return format == cpu::Codes::mxfp4 ? std::ldexp(1., exponents[size_t(at)] - 127) : scales[at];
+  }
   double at(i64 n, i64 i) const {
-    const double scale = scales[n * groups + i / group];
+    const double scale = this->scale(n, i);
     if (format == cpu::Codes::int8) return scale * double(int8_t(codes[size_t(n * row_bytes + i)]));
     const uint8_t byte = codes[size_t(n * row_bytes + i / 2)];
-    const int code = i % 2 ? byte & 15 : byte >> 4;  // the first in the high half
+    const bool low = (i % 2 == 0) == (format == cpu::Codes::mxfp4);  // the first in the high half, of mxfp4 in the low
+    const int code = low ? byte & 15 : byte >> 4;
+    if (format == cpu::Codes::mxfp4) return scale * (code & 8 ? -1 : 1) * kMxfp4[code & 7];
     return scale * (format == cpu::Codes::nf4 ? double(float(kNf4[code])) : code - 8.);
   }
 };
-const char* name(cpu::Codes f) { return f == cpu::Codes::int8 ? "int8" : f == cpu::Codes::int4 ? "int4" : "nf4"; }
+const char* name(cpu::Codes f) {
+  constexpr const char* names[] = {"int8", "int4", "nf4", "mxfp4"};
+  return names[int(f)];
+}
 double as_bf16(double x) { return widened(DType::bf16, narrowed(DType::bf16, float(x))); }
 
 // y = x W^T (transposed), or dx = dy W, by the product of packed panels.
@@ -96,7 +113,7 @@ void few_rows(const Codes& w, DType type, i64 M) {
     for (i64 n = 0; n < w.N; n++) {
       double sum = bias[n], size = 1;
       for (i64 i = 0; i < w.K; i++) {
-        const double scale = w.scales[n * w.groups + i / w.group], level = w.at(n, i) / scale;
+        const double scale = w.scale(n, i), level = w.at(n, i) / scale;
         const double product = x[m * w.K + i] * scale * (pairs ? as_bf16(level) : level);
         sum += product, size += std::fabs(product);
       }
@@ -117,9 +134,9 @@ void decode(const Codes& w, i64 first, i64 last) {
 }  // namespace
 
 void check_quantized() {
-  for (cpu::Codes format : {cpu::Codes::int8, cpu::Codes::int4, cpu::Codes::nf4})
+  for (cpu::Codes format : {cpu::Codes::int8, cpu::Codes::int4, cpu::Codes::nf4, cpu::Codes::mxfp4})
     for (const auto& [N, K, group] : {std::array<i64, 3>{1, 1, 32}, {35, 33, 32}, {33, 160, 64}, {5, 300, 128}}) {
-      const Codes w(format, N, K, group);
+      const Codes w(format, N, K, format == cpu::Codes::mxfp4 ? 32 : group);
       for (DType type : kTypes) {
         for (i64 M : {1, 2, 3, 4, 7, 8})
           if (M < 3 || N == 35) few_rows(w, type, M);

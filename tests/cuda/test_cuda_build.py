@@ -106,9 +106,9 @@ def test_the_library_finds_torch_on_a_gpu_machine(built):
     [
         ("attention_forward_sm90", "sm_90a", ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG"), 8),
         ("attention_backward_sm90", "sm_90a", ("HGMMA", "UTMALDG", "USETMAXREG"), 16),
-        ("quantized_products_sm90", "sm_90a", ("HGMMA", "UTMALDG", "USETMAXREG"), 24),
-        ("quantized_products_sm80", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 12),
-        ("quantized_rows", "sm_80", ("HMMA.16816", "LDG.E.EF.128"), 12),
+        ("quantized_products_sm90", "sm_90a", ("HGMMA", "UTMALDG", "USETMAXREG"), 32),
+        ("quantized_products_sm80", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 16),
+        ("quantized_rows", "sm_80", ("HMMA.16816", "LDG.E.EF.128"), 16),
         ("attention_forward", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 8),
         ("query_gradient", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 8),
         ("key_gradients", "sm_80", ("HMMA.16816", "LDSM", "LDGSTS"), 8),

@@ -41,7 +41,7 @@ def test_experts_are_read_where_they_lie(tmp_path: Path, isa: str):
     logits = mapped.logits(ids)
     with torch.no_grad(), gptfast.backend("eager"):
         exact = copy.deepcopy(own).double()(ids)
-    assert relative_error(logits, exact) < 2e-2  # 6e-3 on every instruction set
+    assert relative_error(logits, exact) < 2e-2  # 1.74e-2, with AVX-512 BF16 1.76e-2: activations are bytes
     assert torch.equal(logits, packed.logits(ids))
     alone = mapped.runner(1)
     (slot,) = alone.allocate(1)

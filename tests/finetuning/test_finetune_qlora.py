@@ -57,7 +57,7 @@ def test_what_the_base_is_held_in(tmp_path, capsys):
     assert network.gpt.h[0].mlp.c_fc.scales.dtype == torch.uint8
     base(tmp_path / "narrow")
     assert run(tmp_path, "--method", "qlora", "--model", tmp_path / "narrow", out="none") == 1
-    assert "has 16 inputs; nf4 takes multiples of 64 - say --quantize int4 or int8" in capsys.readouterr().err
+    assert "has 16 inputs; nf4 takes multiples of 64 - say --quantize int4, int8 or mxfp4" in capsys.readouterr().err
     assert run(tmp_path, "--method", "qlora", "--model", tmp_path / "narrow", "--quantize", "int4", out="int4") == 0
     assert result(tmp_path, "int4")["method"] == "qlora"
 

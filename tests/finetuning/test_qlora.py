@@ -17,7 +17,7 @@ from gptfast.finetuning import LoraConfig, PromptTuningConfig
 from gptfast.nn.quantized import QuantizedLinear, quantized
 from tests.finetuning.models import gpt
 
-FORMATS = [("nf4", False), ("nf4", True), ("int4", False), ("int8", False)]
+FORMATS = [("nf4", False), ("nf4", True), ("int4", False), ("int8", False), ("mxfp4", False)]
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +171,14 @@ def test_what_is_refused(folder, tmp_path):
     assert torch.equal(model(ids), y)
     model.delete_adapter("default")
     assert type(model.h[0].attn.c_attn) is QuantizedLinear
-    with pytest.raises(ValueError, match="from_pretrained: quantize is 'int3'; expected one of 'nf4', 'int4', 'int8'"):
+    with pytest.raises(
+        ValueError, match="from_pretrained: quantize is 'int3'; expected one of 'nf4', 'int4', 'int8', 'mxfp4'"
+    ):
         load(folder, "int3")
     with pytest.raises(ValueError, match="double_quant is for quantize='nf4', got quantize='int8'"):
         load(folder, "int8", True)
+    with pytest.raises(ValueError, match="double_quant is for quantize='nf4', got quantize='mxfp4'"):
+        load(folder, "mxfp4", True)
     gpt(50, n_embd=32).save_pretrained(tmp_path / "narrow")
     with pytest.raises(ValueError, match=r"h.0.attn.c_attn.weight has 32 inputs; nf4 takes multiples of 64"):
         load(tmp_path / "narrow")
@@ -198,6 +202,9 @@ def test_the_engine_takes_what_the_codes_stand_for(folder, format, double, tmp_p
         packed.load_adapter(tmp_path / "adapter", "again")  # of the base that was quantised
         assert torch.equal(packed.logits(ids, ["again"] * 2), packed.logits(ids))
     torch.testing.assert_close(model.compile_for_inference("float32").logits(ids), model(ids), rtol=1e-4, atol=1e-4)
+    if format == "mxfp4":  # the engine's own numbers: nothing is rounded again
+        own = load(folder, format).compile_for_inference("mxfp4").dequantized().h[1].mlp.c_fc.weight
+        assert torch.equal(own, plain.h[1].mlp.c_fc.weight)
     model.h[0].mlp.c_fc.codes = model.h[0].mlp.c_fc.codes[:-1]
     with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_fc has codes of shape \(191, \d+\) and the config says \(192"):
         model.compile_for_inference()

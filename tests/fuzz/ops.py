@@ -286,10 +286,12 @@ def _losses(rng: random.Random, op: str, names: str) -> OddCase:
 
 
 def _quantized(rng: random.Random) -> OddCase:
-    options = {"format": rng.choice(["int8", "int4", "nf4"]), "group_size": rng.choice([32, 64, 128])}
+    options = {"format": rng.choice(["int8", "int4", "nf4", "mxfp4"]), "group_size": rng.choice([32, 64, 128])}
     dims = _dims(rng, "N", M=SIZES[1:], C=[1, 33, 64, 100, 256], bias=[0, 1])
     if options["format"] == "nf4":
         dims["C"] = options["group_size"] * rng.choice([1, 3])
+    if options["format"] == "mxfp4":
+        options["group_size"] = 32
     return OddCase("quantized_linear", dims, options)
 
 

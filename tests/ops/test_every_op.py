@@ -14,11 +14,13 @@ from gptfast.testing import SPECS, bench_cases, cases
 
 # Made from another op, or of no kernel: the tests of that op or of its file cover them.
 HELPERS = {
+    "dequantize_mxfp4",
     "dropout_mask",
     "embedding",
     "linear_logprobs",
     "load_balance_loss",
     "quantize_groups",
+    "quantize_mxfp4",
     "quantize_nf4",
     "real_keys",
     "rotary_tables",

@@ -151,9 +151,10 @@ def test_quantising_on_meta_and_of_nothing():
             assert len(packed.rows(shape[0])[0]) == shape[0]
     with pytest.raises(ValueError, match=r"NF4.rows: out_features is 5, but there are 3 blocks; expected whole"):
         ops.quantize_nf4(torch.zeros(3, 64)).rows(5)
-    for format in ("int8", "int4"):
+    for format in ("int8", "int4", "mxfp4"):
         for shape in [(0, 4), (4, 0), (0, 0)]:
-            packed = ops.quantize_groups(torch.zeros(shape), format)
+            weight = torch.zeros(shape)
+            packed = ops.quantize_mxfp4(weight) if format == "mxfp4" else ops.quantize_groups(weight, format)
             assert ops.quantized_linear(torch.zeros(2, shape[1]), *packed, format=format).shape == (2, shape[0])
 
 

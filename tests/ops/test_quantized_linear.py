@@ -5,6 +5,8 @@ On every instruction set of the CPU; tests/triton/test_triton.py runs it on the 
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -22,6 +24,8 @@ def quantized(N: int, K: int, format: str, size: int = 32, **options) -> tuple[t
     weight = torch.randn(N, K) * K**-0.5
     if format == "nf4":
         return ops.quantize_nf4(weight, block_size=size, **options).rows(N)
+    if format == "mxfp4":
+        return ops.quantize_mxfp4(weight)
     return ops.quantize_groups(weight, format, group_size=size, **options)
 
 
@@ -36,8 +40,9 @@ def test_parity(isa, case, dtype):
     check_case(case, dtype)
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
-@pytest.mark.parametrize("format", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize(
+    ("format", "size"), [*product(("int8", "int4", "nf4"), (32, 64, 128)), ("mxfp4", 32)], ids=lambda x: str(x)
+)
 def test_the_identity_reads_every_value(isa, format, size):
     """x = 1 gives back the weight, transposed and to the bit in float32: no code, scale or place is taken for another."""
     codes, scales = quantized(70, 256, format, size)
@@ -169,7 +174,7 @@ C4 = torch.zeros(5, 32, dtype=torch.uint8)
         (
             lambda: ops.quantized_linear(X, C8, S8, format="int3"),
             ValueError,
-            "format is 'int3'; expected one of 'int8', 'int4', 'nf4'",
+            "format is 'int3'; expected one of 'int8', 'int4', 'nf4', 'mxfp4'",
         ),
         (
             lambda: ops.quantized_linear(X, C8, S8, format="int4"),
@@ -195,6 +200,26 @@ C4 = torch.zeros(5, 32, dtype=torch.uint8)
             lambda: ops.quantized_linear(X, C4, S8, format="nf4"),
             ValueError,
             "x has 40 features; format='nf4' takes whole blocks of 32.* use dequantize_nf4 and linear",
+        ),
+        (
+            lambda: ops.quantized_linear(X, C4, S8, format="mxfp4"),
+            TypeError,
+            "scales has dtype torch.float32; format='mxfp4' has torch.uint8, see quantize_mxfp4",
+        ),
+        (
+            lambda: ops.quantized_linear(X, C4, S8.byte(), format="mxfp4", group_size=64),
+            ValueError,
+            "group_size is 64; format='mxfp4' has blocks of 32",
+        ),
+        (
+            lambda: ops.quantized_linear(X, C4[:, :16], S8.byte(), format="mxfp4"),
+            ValueError,
+            r"codes has shape \(5, 16\); expected \(5, 32\) for 40 features in groups of 32 in mxfp4",
+        ),
+        (
+            lambda: ops.quantized_linear(X, C4, S8.byte(), format="int4"),
+            TypeError,
+            "quantized_linear: scales has dtype torch.uint8; expected float32",
         ),
         (lambda: ops.quantized_linear(X[0, 0], C8, S8), ValueError, r"x has shape \(\), codes \(5, 64\); expected x"),
         (

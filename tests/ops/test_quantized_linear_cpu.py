@@ -24,6 +24,8 @@ def quantized(N: int, K: int, format: str, size: int) -> tuple[torch.Tensor, tor
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(N * K)) * K**-0.5
     if format == "nf4":
         return ops.quantize_nf4(weight, block_size=size).rows(N)
+    if format == "mxfp4":
+        return ops.quantize_mxfp4(weight)
     return ops.quantize_groups(weight, format, group_size=size)
 
 
@@ -59,7 +61,7 @@ def check(M: int, K: int, N: int, format: str, size: int, dtype: torch.dtype) ->
         assert ((got.double() - right).abs() <= bound).all(), (M, K, N, format, size, dtype)
 
 
-@pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int4", "int8", "mxfp4"])
 def test_every_number_of_rows(isa, format):
     """1 to 65 rows: single rows in tiles of 8, 4, 2 and 1, then products of blocks."""
     K, size = (192, 64) if format == "nf4" else (200, 32)  # no whole groups, tiles or chunks
@@ -77,7 +79,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("M", "K", "N"), SHAPES)
 def test_shapes(isa, M, K, N, dtype):
-    for format, size in (("nf4", 64), ("nf4", 32), ("int4", 128), ("int8", 64)):
+    for format, size in (("nf4", 64), ("nf4", 32), ("int4", 128), ("int8", 64), ("mxfp4", 32)):
         check(M, -(-K // size) * size if format == "nf4" else K - 1, N, format, size, dtype)
 
 
@@ -119,7 +121,7 @@ def test_a_row_depends_on_no_other(isa, threads, monkeypatch):
     assert all(torch.equal(run(x[m : m + 1]), few[m : m + 1]) for m in range(8))
 
 
-@pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int4", "int8", "mxfp4"])
 def test_stretches_that_a_library_multiplies(format, monkeypatch):
     """As on a CPU with AMX: several stretches of outputs and of inputs, the last one smaller; single rows are as ever."""
     monkeypatch.setattr(sys.modules["gptfast.ops.quantized_linear"], "DECODED", 8000)
@@ -135,10 +137,10 @@ def test_stretches_that_a_library_multiplies(format, monkeypatch):
     assert seen.count(K) == (2 * 2 * (3 + 3) if cpu_isas()[-1] in BFLOAT16_ISAS else 0), seen
 
 
-@pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("format", ["nf4", "int4", "int8", "mxfp4"])
 def test_decoded_weights(isa, format):
     """The weight rounded to bfloat16, any columns from a group's begin on."""
-    for K, size in ((640, 32), (640, 64), (1152, 128)):
+    for K, size in ((640, 32), (640, 64), (1152, 128))[: 1 if format == "mxfp4" else 3]:
         codes, scales = quantized(5, K, format, size)
         wanted = _nf4.dequantize_groups(codes, scales, format, size).bfloat16()
         for first, last in ((0, K), (size, K), (2 * size, 2 * size + 37), (size, size)):
@@ -196,8 +198,11 @@ X, C8, S8 = torch.zeros(3, 40), torch.zeros(5, 64, dtype=torch.int8), torch.zero
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((X, C8, S8, None, "int3", 32), "quantized_linear: format is int3; expected int8, int4 or nf4"),
+        ((X, C8, S8, None, "int3", 32), "quantized_linear: format is int3; expected int8, int4, nf4 or mxfp4"),
         ((X, C8, S8, None, "int8", 33), "quantized_linear: group_size is 33; expected 32, 64 or 128"),
+        ((X, C8.byte(), S8.byte(), None, "mxfp4", 64), "quantized_linear: group_size is 64; mxfp4 has groups of 32"),
+        ((X, C8[:, :32].byte(), S8, None, "mxfp4", 32), r"expected codes \(5, 32\) and scales \(5, 2\) of uint8"),
+        ((X, C8, S8.byte(), None, "int8", 32), "expected a float32, bfloat16 or float16 tensor"),
         ((X, C8, S8, None, "int4", 32), "quantized_linear: codes must be a CPU matrix of uint8"),
         (
             (X, C8[:, :32], S8, None, "int8", 32),

@@ -101,7 +101,11 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     few |= {"x": rows, "dy": random(R, V)}
     four_bits = dict(zip(("codes", "scales"), gptfast.ops.quantize_nf4(random(V, 64)).rows(V), strict=True))
     many = few | four_bits | {"x": random(20, 64), "dy": random(20, V), "format": "nf4", "group_size": 64}
+    micro = dict(zip(("codes", "scales"), gptfast.ops.quantize_mxfp4(random(V, 70)), strict=True))
+    micro = few | micro | {"x": random(3, 70), "dy": random(3, V), "format": "mxfp4", "in_features": 70}
     return {
+        "quantized_linear_fwd mxfp4": micro,
+        "quantized_linear_bwd mxfp4": micro,
         "quantized_linear_fwd": few,
         "quantized_linear_fwd many": many,
         "quantized_linear_bwd": few,

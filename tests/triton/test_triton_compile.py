@@ -74,10 +74,11 @@ def attention_kernels(D: int, dtype: torch.dtype, dropout_p: float, group: int =
 def quantized_kernels(dtype: torch.dtype) -> None:
     from gptfast.triton import quantized_linear
 
-    for format, size in (("int8", 32), ("int4", 128), ("nf4", 64)):
+    for format, size in (("int8", 32), ("int4", 128), ("nf4", 64), ("mxfp4", 32)):
         groups = 768 // size
         codes = torch.empty(64, 768, dtype=torch.int8) if format == "int8" else torch.empty(64, 384, dtype=torch.uint8)
-        scales = torch.empty(64, groups, dtype=torch.float32 if format == "nf4" else torch.float16)
+        scale_dtype = {"nf4": torch.float32, "mxfp4": torch.uint8}.get(format, torch.float16)
+        scales = torch.empty(64, groups, dtype=scale_dtype)
         for M in (1, 200):
             x, dy = torch.empty(M, 768, dtype=dtype), torch.empty(M, 64, dtype=dtype)
             quantized_linear.quantized_linear_fwd(x, codes, scales, None, format, size)

@@ -13,6 +13,8 @@ def make(c: Case, dtype: torch.dtype, g: torch.Generator) -> Inputs:
     weight, format, size = torch.randn(M, C, generator=g) * C**-0.5, c.options["format"], c.options["group_size"]
     if format == "nf4":
         codes, scales = ops.quantize_nf4(weight, block_size=size).rows(M)
+    elif format == "mxfp4":
+        codes, scales = ops.quantize_mxfp4(weight)
     else:
         scale_dtype = torch.float32 if c.dims.get("fp32_scales") else torch.float16
         codes, scales = ops.quantize_groups(weight, format, group_size=size, scale_dtype=scale_dtype)
@@ -35,6 +37,9 @@ SPEC = Spec(
         case(17, 100, 65, "int4", 32, "strided", bias=0, fp32_scales=1),
         case(67, 256, 70, "nf4", 128),
         case(97, 33, 130, "int8", 64, fp32_scales=1),
+        case(1, 768, 40, "mxfp4", 32),
+        case(7, 100, 33, "mxfp4", 32, bias=0),
+        case(67, 160, 70, "mxfp4", 32, "strided"),
         case(0, 64, 4, "int4", 64),
         case(3, 64, 0, "int8", 32),
     ],
