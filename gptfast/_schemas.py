@@ -121,6 +121,7 @@ CPU_LIBRARY = (
     "gemm(Tensor a, Tensor b, Tensor? bias, Tensor(a!) c, bool pairs, bool accumulate, Tensor(b!)? a_sums) -> ()",
     "gemm_few(Tensor a, Tensor b, Tensor(a!) c) -> ()",
     "grouped_gemm(Tensor a, Tensor offsets, Tensor b, Tensor? bias, Tensor(a!) c, bool pairs, int least, int most) -> ()",
+    "gemm_narrow(Tensor a, Tensor b, Tensor(a!) c) -> ()",
     "quantized_decode(Tensor codes, Tensor scales, str format, int group_size, int in_features, int first, int last) "
     "-> Tensor",
     "dropout_mask(int matrices, int rows, int cols, float p, SymInt seed, SymInt offset) -> Tensor",

@@ -90,11 +90,40 @@ void gemm_few(const Tensor& a, const Tensor& b, Tensor c) {
   parallel_items(ceil_div(N, cpu::kFewColumns), [&](i64 item) { kernels.gemm_few(p, item); });
 }
 
+// c = a b for a `b` of few columns and an `a` of bf16.
+void gemm_narrow(const Tensor& a, const Tensor& b, Tensor c) {
+  const auto by_rows = [](const Tensor& x) {
+    return on_cpu(x) && x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1) &&
+           (x.size(0) <= 1 || x.stride(0) >= x.size(1));
+  };
+  GPTFAST_CHECK(by_rows(defined(a)) && by_rows(defined(c)) && defined(b).dim() == 2 && a.size(1) == b.size(0) &&
+                    c.size(0) == a.size(0) && c.size(1) == b.size(1) && c.scalar_type() == ScalarType::Float,
+                kOp, "_narrow: expected a (M, K), b (K, N), c (M, N) float32, a and c with contiguous rows");
+  const i64 M = a.size(0), N = b.size(1), K = a.size(1);
+  const auto& kernels = cpu::kernels();
+  if (!kernels.gemm_narrow || dtype_of(kOp, a) != DType::bf16 || N > cpu::kMostFew) {
+    const bool pairs = dtype_of(kOp, a) == DType::bf16;
+    return gemm(a, b, OptTensor(), c, pairs, false, OptTensor());
+  }
+  if (!M || !N) return;
+  cpu::GemmNarrowParams p{{a.const_data_ptr(), a.stride(0), DType::bf16},
+                          matrix_of("b", b),
+                          static_cast<float*>(c.mutable_data_ptr()),
+                          c.stride(0),
+                          N,
+                          K,
+                          nullptr};
+  p.packed = static_cast<uint16_t*>(cpu::workspace(size_t(cpu::narrow_values(N, K)) * 2));
+  kernels.gemm_narrow_pack(p);
+  parallel(M, K * 2, [&](i64 begin, i64 end) { kernels.gemm_narrow(p, begin, end); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gptfast, CPU, m) {
   m.impl("gemm", GPTFAST_BOX(&gemm));
   m.impl("gemm_few", GPTFAST_BOX(&gemm_few));
+  m.impl("gemm_narrow", GPTFAST_BOX(&gemm_narrow));
 }
 
 }  // namespace gptfast

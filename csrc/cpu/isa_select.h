@@ -22,7 +22,7 @@ namespace gptfast::cpu {
 // Those that round to bf16, multiply pairs of it or sum bytes; and the engine's attention, whose instructions are the same
 // but in the order that suits other processors. The rest is avx512's.
 #define GPTFAST_CPU_avx512_bf16(X) \
-  X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) X(tile_product_pairs) X(gemm) X(gemm_few) X(quantized_pack) \
+  X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) X(tile_product_pairs) X(gemm) X(gemm_few) X(gemm_narrow) X(quantized_pack) \
   X(quantized_rows) X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) X(relu_squared) X(swiglu) X(rotary) \
   X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding)
 #define GPTFAST_ENGINE_avx512_bf16(X) \

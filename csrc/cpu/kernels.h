@@ -101,6 +101,17 @@ struct GemmFewParams {
 constexpr i64 kMostFew = 32;
 constexpr i64 kFewColumns = 256;  // of an item
 
+// C = A B for a B of at most kMostFew columns.
+struct GemmNarrowParams {
+  Rows a;    // (M, K), bf16
+  Matrix b;  // (K, N), any dtype
+  float* c;  // (M, N)
+  i64 c_stride, N, K;
+  uint16_t* packed;  // of B: narrow_values(N, K) values of bf16
+};
+// Values of a packed B: whole groups of 8 columns, of K up to a multiple of what two vectors hold at most.
+inline i64 narrow_values(i64 N, i64 K) { return (N + 7) / 8 * 8 * ((K + 31) / 32 * 32); }
+
 // W (N outputs, K inputs) in codes: W[n, k] = scales[n, k / group] * value of code [n, k].
 enum class Codes : int { int8 = 0, int4 = 1, nf4 = 2, mxfp4 = 3 };
 struct QuantizedMatrix {
@@ -140,7 +151,7 @@ constexpr i64 kChunkCodes = 128;    // K is rounded up to it in `spread`
 // clang-format off
 #define GPTFAST_CPU_KERNELS(X) \
   X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) \
-  X(tile_product) X(tile_product_pairs) X(gemm) X(gemm_few) X(quantized_pack) X(quantized_rows) \
+  X(tile_product) X(tile_product_pairs) X(gemm) X(gemm_few) X(gemm_narrow) X(quantized_pack) X(quantized_rows) \
   X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) \
   X(relu_squared) X(swiglu) X(rotary) X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding) X(sample)
 // clang-format on
@@ -178,6 +189,8 @@ struct Kernels {
   void (*gemm)(const GemmParams&, i64 item);
   void (*gemm_few_pack)(const GemmFewParams&);  // both null without products of bf16 pairs
   void (*gemm_few)(const GemmFewParams&, i64 item);
+  void (*gemm_narrow_pack)(const GemmNarrowParams&);  // both null without products of bf16 pairs
+  void (*gemm_narrow)(const GemmNarrowParams&, i64 row_begin, i64 row_end);
   void (*quantized_pack)(const QuantizedPackParams&, i64 item);
   void (*quantized_decode)(const QuantizedDecodeParams&, i64 row_begin, i64 row_end);
   void (*quantized_spread)(const QuantizedRowsParams&);

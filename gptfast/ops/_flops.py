@@ -94,6 +94,7 @@ FORMULAS = {
     "gemm": _gemm,
     "gemm_few": _gemm,
     "grouped_gemm": _grouped_gemm,
+    "gemm_narrow": _gemm,
     "lora_linear_fwd": _lora_fwd,
     "lora_linear_bwd": _lora_bwd,
     "quantized_linear_fwd": _quantized_linear_fwd,

@@ -133,6 +133,34 @@ void gemm_few(DType type, const Shape& s) {
   check.holds(c.intact(s.N, ldc) && packed.intact(), "wrote beside its rows");
 }
 
+void gemm_narrow(DType type, bool by_columns, const Shape& s) {
+  if (!k().gemm_narrow) return;
+  Random random(uint64_t(s.M * 10000 + s.N * 100 + s.K));
+  const i64 lda = s.K + 3, ldb = (by_columns ? s.K : s.N) + 2, ldc = s.N + 1;
+  Array a(DType::bf16, s.M * lda), b(type, (by_columns ? s.N : s.K) * ldb), c(DType::f32, s.M * ldc);
+  Array packed(DType::bf16, cpu::narrow_values(s.N, s.K), true);
+  a.fill(random, 1, s.K, lda);
+  b.fill(random, 1, by_columns ? s.K : s.N, ldb);
+  const cpu::Matrix factor{b.data(), ldb, type, by_columns};
+  cpu::GemmNarrowParams p{rows(a, lda), factor, c.floats(), ldc, s.N, s.K, static_cast<uint16_t*>(packed.data())};
+  k().gemm_narrow_pack(p);
+  k().gemm_narrow(p, 0, s.M);
+  Check check("gemm_narrow", type, "M", s.M, "N", s.N, "K", s.K, "by columns", by_columns);
+  for (i64 m = 0; m < s.M; m++)
+    for (i64 n = 0; n < s.N; n++) {
+      double sum = 0;
+      for (i64 i = 0; i < s.K; i++)
+        sum += a[m * lda + i] *
+               widened(DType::bf16, narrowed(DType::bf16, float(b[by_columns ? n * ldb + i : i * ldb + n])));
+      check.stored(DType::f32, c[m * ldc + n], sum, 3e-6 * (std::sqrt(double(s.K)) + 1), 1e-6);
+    }
+  check.holds(c.intact(s.N, ldc) && packed.intact(), "wrote beside its rows");
+  Array again(DType::f32, ldc);  // the bits of a row alone
+  p.a.data = static_cast<const uint16_t*>(a.data()) + (s.M - 1) * lda, p.c = again.floats();
+  k().gemm_narrow(p, 0, 1);
+  for (i64 n = 0; n < s.N; n++) check.holds(again[n] == c[(s.M - 1) * ldc + n], "a row depends on others");
+}
+
 }  // namespace
 
 void check_products() {
@@ -150,6 +178,9 @@ void check_products() {
   }
   for (DType type : kTypes)
     for (const Shape& s : {Shape{1, 1, 1}, Shape{4, 33, 7}, Shape{13, 263, 65}, Shape{32, 40, 66}}) gemm_few(type, s);
+  for (DType type : kTypes)
+    for (const Shape& s : {Shape{1, 1, 1}, Shape{3, 8, 32}, Shape{8, 5, 63}, Shape{7, 17, 130}, Shape{4, 32, 33}})
+      for (bool by_columns : {false, true}) gemm_narrow(type, by_columns, s);
   float sink = 0;
   Check peak("peak_flops");
   for (bool pairs : {false, true}) peak.holds(k().peak_flops(8, pairs, &sink) >= 8 * 2 * k().lanes, "did nothing");

@@ -45,6 +45,7 @@ OTHERS = {
         "gemm",
         "gemm_few",
         "grouped_gemm",
+        "gemm_narrow",
         "quantized_decode",
         "linear_cross_entropy_scale",
         "sample",

@@ -159,6 +159,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         | {"a_sums": torch.zeros(C)},
         "grouped_gemm": {"a": rows, "b": random(3, V, C).mT, "c": random(R, V), "pairs": False, "least": 1, "most": R}
         | {"offsets": torch.tensor([0, 2, 2, R]), "bias": random(3, V)},
+        "gemm_narrow": {"a": random(R, V).bfloat16(), "b": random(V, C), "c": random(R, C)},
         "gemm_few": {"a": rows, "b": random(R, V).bfloat16(), "c": random(C, V)},
         "linear_fwd": product,
         "linear_bwd": product | {"want_weight": True, "want_bias": True},
