@@ -239,6 +239,7 @@ BAD = {
         {"target_modules": ["c_attn"], "layers_to_transform": [0, 9]},
         "layers_to_transform has 9; the model has",
     ),
+    "none": ({"target_modules": []}, r"target_modules=\[\] leave no module"),
     "nothing": (
         {"target_modules": ["c_fc"], "exclude_modules": ["c_fc"]},
         r"target_modules=\['c_fc'\] and exclude_modules=\['c_fc'\] leave no module",

@@ -61,8 +61,9 @@ def targets(model: Transformer, config: LoraConfig) -> list[str]:
             )
     if not left:
         beside = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-        fields = [f"{name}={getattr(config, name)!r}" for name in ("target_modules", *beside) if getattr(config, name)]
-        raise ValueError(f"add_adapter: {' and '.join(fields)} leave no module; name others")
+        fields = [f"{name}={getattr(config, name)!r}" for name in beside if getattr(config, name) not in (None, [], "")]
+        said = " and ".join([f"target_modules={wanted!r}", *fields])
+        raise ValueError(f"add_adapter: {said} leave no module; name others")
     return left
 
 
