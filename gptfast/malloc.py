@@ -71,6 +71,41 @@ def return_memory() -> bool:
     return all([libc.mallopt(name, _LARGE) for name in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD)])
 
 
+class SteadyMemory:
+    """Gives back to the kernel what glibc's malloc holds in holes, whenever a process that repeats its work has grown by much.
+
+    Until glibc 2.38 a buffer that is freed often fits no request for an aligned one of its size, and PyTorch's are all aligned: the
+    process grows with every step, by 3 MB in fine-tuning a small model. A process may grow by a quarter and 256 MiB before its
+    holes are given back (malloc_trim(3), some milliseconds, and the page faults of one step).
+    """
+
+    def __init__(self, every: int = 16) -> None:
+        """every: steps between two looks."""
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._trim = getattr(libc, "malloc_trim", None)
+        self._every, self._steps, self._most = every, 0, 0.0
+
+    def after_step(self) -> bool:
+        """Count a step, and look whether it is time; returns whether memory was given back."""
+        self._steps += 1
+        if self._trim is None or self._steps % self._every:
+            return False
+        held = _resident()
+        grown = 0 < self._most < held
+        if grown:
+            self._trim(0)
+            held = _resident()
+        if grown or not self._most:
+            self._most = 1.25 * held + (256 << 20)
+        return grown
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds; Linux."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def keeps_memory() -> bool | None:
     """Whether large buffers stay in the process: by `tune_malloc`, by glibc's variables of the environment, or by another
     allocator in LD_PRELOAD. None: the C library is another one."""

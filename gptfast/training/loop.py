@@ -14,6 +14,7 @@ import torch
 from gptfast._busy import CpuWait
 from gptfast._locks import FileLock
 from gptfast.machine import choose_dtype, peak_flops, resolve_device
+from gptfast.malloc import SteadyMemory
 from gptfast.ops.gemm import check_implementations, use_implementations
 from gptfast.training.checkpoint import Checkpoint
 from gptfast.training.config import TrainConfig
@@ -90,7 +91,7 @@ class Loop(Updates, Reporting):
         self._unfinished: int | None = None  # dropout_step before a step that has not come to its end
         self._last_is_intact = resume is not None and resume.folder == self.out / "last"
         self._evaluated, self._saved = 0, 0  # the steps of the last evaluation and of RUN/last
-        self.saver, self._saves = Saver(async_save), 0
+        self.saver, self._saves, self._memory = Saver(async_save), 0, SteadyMemory()
         self._lock = (lock or lock_run(self.out)) if self._is_main else None
         try:
             if resume is not None:
@@ -244,6 +245,7 @@ class Loop(Updates, Reporting):
         self.saver.before_step()
         with self.clock.step():
             record = self._update()
+        self._memory.after_step()
         if record.get("done") == "rewound":
             return
         state, step = self.state, self.state.step

@@ -55,6 +55,13 @@ def test_the_metric_decides_which_step_is_best_and_ties_the_loss(tmp_path):
     assert read_checkpoint(tmp_path / "best").state.best_metric == 0.7
 
 
+def test_each_step_looks_whether_the_process_has_grown(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr("gptfast.malloc.SteadyMemory.after_step", lambda self: steps.append(self))
+    loop(tmp_path, QUICK.replace(max_steps=3)).train()
+    assert len(steps) == 3 and len(set(map(id, steps))) == 1
+
+
 def test_training_ends_after_too_many_evaluations_without_a_better_one(tmp_path):
     result = loop(tmp_path, QUICK.replace(max_steps=60, patience=2)).train()
     assert (result.steps, result.best_step) == (18, 12)  # 15 and 18 are no better than 12
