@@ -44,7 +44,7 @@ struct Codes {
     for (uint8_t& e : exponents) e = uint8_t(120 + random.next() % 5);
   }
   cpu::QuantizedMatrix matrix() const {
-    cpu::Rows of = rows(scales, groups);
+    Rows of = rows(scales, groups);
     if (format == cpu::Codes::mxfp4) of.data = exponents.data();
     return {codes.data(), row_bytes, of, N, K, group, format};
   }
