@@ -51,7 +51,7 @@ RATES = {  # learning rates that are tried; the first is the better one on the v
     "full": ("2e-3", "1e-3"),
     "lora": ("5e-3", "1e-2"),
     "qlora": ("5e-3", "1e-2"),
-    "prompt": ("3e-2", "1e-1"),
+    "prompt": ("3e-2", "1e-2"),
 }
 SEEDS = (0, 1, 2)
 
