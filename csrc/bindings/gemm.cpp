@@ -65,10 +65,6 @@ void gemm(const Tensor& a, const Tensor& b, const OptTensor& bias, Tensor c, boo
 
 // c = a^T b for an `a` of few columns.
 void gemm_few(const Tensor& a, const Tensor& b, Tensor c) {
-  const auto by_rows = [](const Tensor& x) {
-    return on_cpu(x) && x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1) &&
-           (x.size(0) <= 1 || x.stride(0) >= x.size(1));
-  };
   GPTFAST_CHECK(by_rows(defined(a)) && by_rows(defined(b)) && by_rows(defined(c)) && a.size(0) == b.size(0) &&
                     c.size(0) == a.size(1) && c.size(1) == b.size(1),
                 kOp, "_few: expected a (K, M), b (K, N), c (M, N) with contiguous rows");
@@ -92,10 +88,6 @@ void gemm_few(const Tensor& a, const Tensor& b, Tensor c) {
 
 // c = a b for a `b` of few columns and an `a` of bf16.
 void gemm_narrow(const Tensor& a, const Tensor& b, Tensor c) {
-  const auto by_rows = [](const Tensor& x) {
-    return on_cpu(x) && x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1) &&
-           (x.size(0) <= 1 || x.stride(0) >= x.size(1));
-  };
   GPTFAST_CHECK(by_rows(defined(a)) && by_rows(defined(c)) && defined(b).dim() == 2 && a.size(1) == b.size(0) &&
                     c.size(0) == a.size(0) && c.size(1) == b.size(1) && c.scalar_type() == ScalarType::Float,
                 kOp, "_narrow: expected a (M, K), b (K, N), c (M, N) float32, a and c with contiguous rows");

@@ -6,6 +6,12 @@
 
 namespace gptfast {
 
+// Whether x is a CPU matrix with contiguous rows, which do not overlap.
+inline bool by_rows(const Tensor& x) {
+  return on_cpu(x) && x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1) &&
+         (x.size(0) <= 1 || x.stride(0) >= x.size(1));
+}
+
 constexpr i64 kPanel = cpu::kGemmPanel;
 constexpr i64 kMostDepth = 4096;  // words of k in a stretch
 

@@ -59,10 +59,6 @@ void multiply(cpu::GemmParams& p, bool as_it_lies) {
 // c[r] = a[r] b[g] (+ bias[g]) for the rows r of every group g of `least` to `most` rows, offsets[g] <= r < offsets[g + 1].
 void grouped_gemm(const Tensor& a, const Tensor& offsets, const Tensor& b, const OptTensor& bias, Tensor c, bool pairs,
                   i64 least, i64 most) {
-  const auto by_rows = [](const Tensor& x) {
-    return on_cpu(x) && x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1) &&
-           (x.size(0) <= 1 || x.stride(0) >= x.size(1));
-  };
   GPTFAST_CHECK(by_rows(defined(a)) && by_rows(defined(c)) && on_cpu(b) && b.dim() == 3 && b.size(1) == a.size(1) &&
                     c.size(0) == a.size(0) && c.size(1) == b.size(2),
                 kOp, ": expected a (M, K), b (G, K, N), c (M, N) on the CPU, a and c with contiguous rows");
