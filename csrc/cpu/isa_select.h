@@ -19,14 +19,13 @@ namespace gptfast::cpu {
 // clang-format off
 #if defined(__x86_64__)
 #define GPTFAST_ISAS(X, PART) X(scalar) X(avx2) X(avx512) PART(avx512_bf16, avx512) PART(amx, avx512_bf16)
-// Those that round to bf16, multiply pairs of it or sum bytes; and the engine's attention, whose instructions are the same
-// but in the order that suits other processors. The rest is avx512's.
+// Those that round to bf16, multiply pairs of it or sum bytes. The rest is avx512's.
 #define GPTFAST_CPU_avx512_bf16(X) \
   X(sum_chunks) X(peak) X(gelu_fwd) X(gelu_bwd) X(tile_product_pairs) X(gemm) X(gemm_few) X(gemm_narrow) X(quantized_pack) \
   X(quantized_rows) X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) X(relu_squared) X(swiglu) X(rotary) \
   X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding)
 #define GPTFAST_ENGINE_avx512_bf16(X) \
-  X(product_float) X(product_bytes) X(product_small) X(product_mxfp4) X(rows) X(attention) X(page_scores) X(page_values)
+  X(product_float) X(product_bytes) X(product_small) X(product_mxfp4) X(rows)
 #define GPTFAST_CPU_amx(X) X(tile_amx) X(gemm) X(causal_attention_fwd) X(causal_attention_bwd)
 #define GPTFAST_ENGINE_amx(X) X(product_amx)
 #elif defined(__aarch64__)

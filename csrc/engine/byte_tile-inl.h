@@ -8,6 +8,7 @@ constexpr int kByteRows = L == 16 ? 6 : kNeon ? 4 : 2;
 template <Format F_> struct HalfScales {
   static constexpr Format kFormat = F_;
   static constexpr i64 kScales = kPanel * 2, kBytes = group_bytes(F_);  // of them, and of a group
+  static constexpr bool kRolled = true;  // whether tiles of rows have a loop over the quads
   INL F scales(const char* group, int n) { return load_f16(reinterpret_cast<const uint16_t*>(group) + n); }
 };
 // Quad q of a group, k = 4q .. 4q + 3: four unsigned bytes for each of L outputs from n on. Each is made from the 16
@@ -69,12 +70,12 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
       UNROLL_FOR (int v = 0; v < V; v++) sum[r][v] = start;
     }
     const int8_t* q = x.q + m * x.stride + g * kGroup;
-    UNROLL_FOR (int i = 0; i < 8; i++) {
+    // in the order of the memory: one after the other, or both nibbles of a byte together
+    const auto step = [&](int pair, int second) __attribute__((always_inline)) {
       if constexpr (R > 1) {
         AFTER(sum[0][0], q);
       }
-      // in the order of the memory: one after the other, or both nibbles of a byte together
-      const int j = U::kFormat == Format::int8 ? i : i / 2 + 4 * (i % 2);
+      const int i = 2 * pair + second, j = U::kFormat == Format::int8 ? i : pair + 4 * second;
       if (R == 1) prefetch_range(w + kAhead + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);
       I quad[V];
       UNROLL_FOR (int v = 0; v < V; v++) quad[v] = quads.quad(w + U::kScales, N + v * L, j);
@@ -82,6 +83,12 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
         const I a = broadcast4(q + r * x.stride + 4 * j);
         UNROLL_FOR (int v = 0; v < V; v++) sum[r][v] = quads.dot(sum[r][v], quad[v], a);
       }
+    };
+    // unrolled, products of three instructions are moved ahead until the sums are spilled
+    if constexpr (R > 1 && U::kRolled) {
+      ROLLED_FOR (int pair = 0; pair < 4; pair++) step(pair, 0), step(pair, 1);
+    } else {
+      UNROLL_FOR (int pair = 0; pair < 4; pair++) step(pair, 0), step(pair, 1);
     }
     UNROLL_FOR (int v = 0; v < V; v++) {
       const F scale = U::scales(w, N + v * L);

@@ -1,20 +1,28 @@
 // Sums of values, weighted, over pages; see attention-inl.h.
 #include "pages-inl.h"
 
+// Columns of rows of floats, from one place to another: heads whose columns fill no vector go through a buffer of whole ones.
+COLD void copy_columns(float* to, i64 to_stride, const float* from, i64 from_stride, i64 rows, i64 columns) {
+  for (i64 r = 0; r < rows; r++)
+    __builtin_memcpy(to + r * to_stride, from + r * from_stride, size_t(columns) * sizeof(float));
+}
+
 // out[r][d0 + v L ...) += sum over positions [begin, end) of weights[r][position - begin] values[position][d0 + v L
 // ...), of head h; `fresh`: out counts as 0. `after` is read next.
 template <DType T, int R, int V>
 static void accumulate_values(const AttendParams& p, i64 h, i64 begin, i64 end, const char* after, const float* weights,
                               i64 ldw, i64 d0, bool fresh, float* out) {
   const i64 Dp = padded_head(p.D), size = element_size(T);
-  const auto lanes = [&](int v) {  // of a vector that count
-    const i64 left = p.D - d0 - v * L;
-    return left < 0 ? 0 : left < L ? left : i64(L);
-  };
+  alignas(64) float buffer[R * V * L];
+  const bool whole = d0 + V * L <= p.D;
+  const i64 left = p.D > d0 ? p.D - d0 : 0;  // heads are padded
+  float* const sums = whole ? out + d0 : buffer;
+  const i64 stride = whole ? p.out_stride : V * L;
+  if (!whole && !fresh) copy_columns(buffer, stride, out + d0, p.out_stride, R, left);
   F acc[R][V];
-  UNROLL_FOR (int r = 0; r < R; r++)
-    UNROLL_FOR (int v = 0; v < V; v++)
-      acc[r][v] = fresh ? zero() : load_lanes(out + r * p.out_stride + d0 + v * L, lanes(v));
+  const float* from = sums;
+  UNROLL_FOR (int r = 0; r < R; r++, from += stride)
+    UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = fresh ? zero() : load(from + v * L);
   for (i64 page = begin; page < end; page += kPage) {
     const char* values = values_of<T>(p, h, page);
     const char* next = page + kPage < end ? values_of<T>(p, h, page + kPage) : after;
@@ -30,8 +38,10 @@ static void accumulate_values(const AttendParams& p, i64 h, i64 begin, i64 end, 
       }
     }
   }
-  UNROLL_FOR (int r = 0; r < R; r++)
-    UNROLL_FOR (int v = 0; v < V; v++) store_lanes(out + r * p.out_stride + d0 + v * L, acc[r][v], lanes(v));
+  float* to = sums;
+  UNROLL_FOR (int r = 0; r < R; r++, to += stride)
+    UNROLL_FOR (int v = 0; v < V; v++) store(to + v * L, acc[r][v]);
+  if (!whole) copy_columns(out + d0, p.out_stride, buffer, stride, R, left);
 }
 
 template <DType T, int R>

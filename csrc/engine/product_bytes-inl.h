@@ -10,6 +10,7 @@ struct Int8Quads : HalfScales<Format::int8> {
 // nf4 and q4: a nibble is an index into a table of bytes.
 struct LevelQuads : HalfScales<Format::nf4> {  // q4 has the same layout
   static constexpr bool kSigned = kSignedBytes;
+  static constexpr bool kRolled = L != 8;  // AVX2: 0.93 of the speed
   const Lookup16 bytes;
   explicit LevelQuads(const uint8_t* levels) : bytes(levels) {}
   INL_MEMBER I quad(const char* w, int n, int q) const { return bytes.of(Int4Quads::nibbles(w, n, q)); }

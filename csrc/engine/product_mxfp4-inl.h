@@ -101,7 +101,7 @@ static void block_tile(const uint8_t* levels, const Blocks& w, const Activations
 // A panel that is unpacked: of each group [32] fp32 scales, then [8][32] quads of levels, in the order of the nibbles.
 struct UnpackedQuads {
   static constexpr Format kFormat = Format::int8;  // by its order of quads
-  static constexpr bool kSigned = false;
+  static constexpr bool kSigned = false, kRolled = true;
   static constexpr i64 kScales = kPanel * 4, kBytes = kScales + kPanel * kGroup;
   explicit UnpackedQuads(const uint8_t*) {}
   INL_MEMBER I quad(const char* w, int n, int q) const { return iload(w + (q * kPanel + n) * 4); }

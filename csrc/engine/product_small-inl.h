@@ -2,7 +2,7 @@
 #include "byte_tile-inl.h"
 
 struct Int6Quads : HalfScales<Format::int6> {
-  static constexpr bool kSigned = false;
+  static constexpr bool kSigned = false, kRolled = false;  // each quad has shifts of its own
   explicit Int6Quads(const uint8_t*) {}
   INL_MEMBER I quad(const char* w, int n, int q) const {
     const I high = iload(w + (q / 4 * kPanel + n) * 4), low = Int4Quads::nibbles(w + 2 * kPanel * 4, n, q);
