@@ -8,13 +8,15 @@
 // operations a vector, below the memory time outside the cache.
 #pragma once
 #include "pointwise-inl.h"
+#include "words-inl.h"
 
 constexpr i64 kGeluBlock = 2048;  // columns at a time: bias and its gradient stay in L1
 
-// e^-2u. What becomes bf16 does with less: 2^-9 is half its last place.
+// e^-2u.
 template <DType T> INL F gelu_decay(F z, F z2) {
-  constexpr int kDegree = T == DType::bf16 ? 4 : 6;
-  return exp2<kDegree>(z * set(-2.f * 0.7978845608f * 1.4426950409f) * fma(z2, set(0.044715f), set(1.f)));
+  constexpr float kFirst = -2.f * 0.7978845608f * 1.4426950409f;
+  if constexpr (T == DType::bf16) return exp2_coarse(z * fma(z2, set(kFirst * 0.044715f), set(kFirst)));
+  return exp2<6>(z * set(kFirst) * fma(z2, set(0.044715f), set(1.f)));
 }
 template <DType T> INL F gelu_sigmoid(F decay) {
   const F x = set(1.f) + decay;
@@ -37,21 +39,39 @@ template <DType T, bool TANH> INL F gelu_slope(F z) {
   return fma(z, pdf, cdf);
 }
 
-// Columns [c0, c0 + n) of rows r .. r + ROWS - 1: f(u, c, z, lanes that count) with z = x + bias of row r + u.
+// Columns [c0 + c, c0 + n) of rows r .. r + ROWS - 1: f(u, c, z, lanes that count) with z = x + bias of row r + u.
 template <DType T, int ROWS, class Fn>
-INL void gelu_columns(const GeluParams& p, i64 r, const float* bias, i64 c0, i64 n, Fn f) {
+INL void gelu_columns(const GeluParams& p, i64 r, const float* bias, i64 c0, i64 c, i64 n, Fn f) {
   const void* x[ROWS];
   for (int u = 0; u < ROWS; u++) x[u] = row(p.x, r + u);
   const auto vector_of = [&](int u, i64 c, i64 k) __attribute__((always_inline)) {
     const F z = load_as<T>(x[u], c0 + c, k);
     f(u, c, bias ? z + load_lanes(bias + c, k) : z, k);
   };
-  i64 c = 0;
   for (; c + L <= n; c += L)
     UNROLL_FOR (int u = 0; u < ROWS; u++) vector_of(u, c, L);
   if (c < n)
     ROLLED_FOR (int u = 0; u < ROWS; u++) vector_of(u, c, n - c);
 }
-INL const float* gelu_bias(const GeluParams& p, i64 c0, i64 n, float* buffer) {
-  return p.bias.data ? read_row(at(p.bias.data, p.bias.dtype, c0), p.bias.dtype, n, buffer) : nullptr;
+// The same of bf16 in whole vectors of words: f(u, c, z) with z as it was split, as the bias is; returns the columns they are.
+template <DType T, int ROWS, class Fn>
+INL i64 gelu_words(const GeluParams& p, i64 r, const float* bias, i64 c0, i64 n, Fn f) {
+  i64 c = 0;
+#ifdef GPTFAST_PAIRS
+  if constexpr (T == DType::bf16)
+    for (; c + 2 * L <= n; c += 2 * L)
+      UNROLL_FOR (int u = 0; u < ROWS; u++) {
+        const Split z = load_words(row(p.x, r + u), c0 + c);
+        f(u, c, bias ? Split{z.even + load(bias + c), z.odd + load(bias + c + L)} : z);
+      }
+#endif
+  return c;
+}
+template <DType T> INL const float* gelu_bias(const GeluParams& p, i64 c0, i64 n, float* buffer) {
+  if (!p.bias.data) return nullptr;
+  copy_row(buffer, at(p.bias.data, p.bias.dtype, c0), p.bias.dtype, n);
+#ifdef GPTFAST_PAIRS
+  if constexpr (T == DType::bf16) split_columns(buffer, n / (2 * L) * (2 * L));
+#endif
+  return buffer;
 }

@@ -6,12 +6,19 @@ template <DType T, bool TANH> static void gelu_fwd_rows(const GeluParams& p, i64
   const bool past = p.out.non_temporal;
   for (i64 c0 = 0; c0 < p.C; c0 += kGeluBlock) {
     const i64 width = p.C - c0 < kGeluBlock ? p.C - c0 : kGeluBlock;
-    const float* bias = gelu_bias(p, c0, width, buffer);
+    const float* bias = gelu_bias<T>(p, c0, width, buffer);
     rows_by_twos(p, row_begin, row_end, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
       void* y[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
-      gelu_columns<T, rows.value>(p, r, bias, c0, n, [&](int u, i64 c, F z, i64 k) __attribute__((always_inline)) {
-        put_as<T>(past, y[u], c0 + c, gelu_value<T, TANH>(z), k);
+      i64 done = 0;
+#ifdef GPTFAST_PAIRS
+      done = gelu_words<T, rows.value>(p, r, bias, c0, n, [&](int u, i64 c, Split z) __attribute__((always_inline)) {
+        put_words(past, at(y[u], T, c0 + c), {gelu_value<T, TANH>(z.even), gelu_value<T, TANH>(z.odd)});
       });
+#endif
+      gelu_columns<T, rows.value>(p, r, bias, c0, done, n,
+                                  [&](int u, i64 c, F z, i64 k) __attribute__((always_inline)) {
+                                    put_as<T>(past, y[u], c0 + c, gelu_value<T, TANH>(z), k);
+                                  });
     });
   }
 }

@@ -89,30 +89,47 @@ static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, 
 INL Split normalised(const RowStatistics& s, Split x) {
   return {fma(x.even - s.center, s.scale, s.rest), fma(x.odd - s.center, s.scale, s.rest)};
 }
-template <bool ANY>
-INL void means_of_words(const LayerNormParams& p, const float* weight, i64 r, float* dw, float* db, F* mean_g,
-                        F* mean_gx) {
-  const void* dy = row(p.dy, r);
+// Of ROWS rows at once, which read and write dw and db together.
+template <bool ANY, int ROWS>
+static void means_of_words(const LayerNormParams& p, const float* weight, i64 r, float* dw, float* db, F* mean_g,
+                           F* mean_gx) {
+  const void *x[ROWS], *dy[ROWS];
+  F center[ROWS], scale[ROWS], rest[ROWS], g_sum[ROWS][2], gx_sum[ROWS][2];
+  UNROLL_FOR (int u = 0; u < ROWS; u++) {
+    const RowStatistics s(p, r + u);
+    x[u] = row(p.x, r + u), dy[u] = row(p.dy, r + u), center[u] = s.center, scale[u] = s.scale, rest[u] = s.rest;
+    g_sum[u][0] = g_sum[u][1] = gx_sum[u][0] = gx_sum[u][1] = zero();
+  }
   const DType type = p.dy.dtype;
-  const RowStatistics s(p, r);
-  F g_sum[2] = {zero(), zero()}, gx_sum[2] = {zero(), zero()};
-  for_words<1>(row(p.x, r), p.C, [&](i64 c, Split v, int) __attribute__((always_inline)) {
-    const Split xhat = normalised(s, v), d = load_split<ANY>(dy, type, c);
-    if (dw)
-      store(dw + c, fma(d.even, xhat.even, load(dw + c))), store(dw + c + L, fma(d.odd, xhat.odd, load(dw + c + L)));
-    if (db) store(db + c, load(db + c) + d.even), store(db + c + L, load(db + c + L) + d.odd);
-    const F even = d.even * load(weight + c), odd = d.odd * load(weight + c + L);
-    g_sum[0] = g_sum[0] + even, g_sum[1] = g_sum[1] + odd;
-    gx_sum[0] = fma(even, xhat.even, gx_sum[0]), gx_sum[1] = fma(odd, xhat.odd, gx_sum[1]);
-  });
-  *mean_g = p.mean ? set(sum(g_sum[0] + g_sum[1]) / float(p.C)) : zero();
-  *mean_gx = set(sum(gx_sum[0] + gx_sum[1]) / float(p.C));
+  for (i64 c = 0; c < p.C; c += 2 * L) {
+    const Split w = {load(weight + c), load(weight + c + L)};
+    Split to_w = {zero(), zero()}, to_b = to_w;
+    if (dw) to_w = {load(dw + c), load(dw + c + L)};
+    if (db) to_b = {load(db + c), load(db + c + L)};
+    UNROLL_FOR (int u = 0; u < ROWS; u++) {
+      const Split v = load_words(x[u], c), d = load_split<ANY>(dy[u], type, c);
+      const Split xhat = {fma(v.even - center[u], scale[u], rest[u]), fma(v.odd - center[u], scale[u], rest[u])};
+      to_w = {fma(d.even, xhat.even, to_w.even), fma(d.odd, xhat.odd, to_w.odd)};
+      to_b = {to_b.even + d.even, to_b.odd + d.odd};
+      const F even = d.even * w.even, odd = d.odd * w.odd;
+      g_sum[u][0] = g_sum[u][0] + even, g_sum[u][1] = g_sum[u][1] + odd;
+      gx_sum[u][0] = fma(even, xhat.even, gx_sum[u][0]), gx_sum[u][1] = fma(odd, xhat.odd, gx_sum[u][1]);
+    }
+    if (dw) store(dw + c, to_w.even), store(dw + c + L, to_w.odd);
+    if (db) store(db + c, to_b.even), store(db + c + L, to_b.odd);
+  }
+  UNROLL_FOR (int u = 0; u < ROWS; u++) {
+    mean_g[u] = p.mean ? set(sum(g_sum[u][0] + g_sum[u][1]) / float(p.C)) : zero();
+    mean_gx[u] = set(sum(gx_sum[u][0] + gx_sum[u][1]) / float(p.C));
+  }
 }
+constexpr int kAhead = 2;
 template <bool ANY, class Store>
 INL void gradient_of_words(const LayerNormParams& p, const float* weight, i64 r, F mean_g, F mean_gx, Store store) {
   const void *dy = p.dy.data ? row(p.dy, r) : nullptr, *dtotal = p.dtotal.data ? row(p.dtotal, r) : nullptr;
   const RowStatistics s(p, r);
-  const char *next_x = next_row(p, p.x, r), *next_dy = next_row(p, p.dy, r);
+  const i64 ahead = r + kAhead < p.R ? kAhead - 1 : 0;  // rows are taken by twos
+  const char *next_x = next_row(p, p.x, r + ahead), *next_dy = next_row(p, p.dy, r + ahead);
   const DType type = p.dy.dtype;
   const i64 dy_size = ANY ? element_size(type) : 2;
   for_words<1>(row(p.x, r), p.C, [=](i64 c, Split v, int) __attribute__((always_inline)) {
@@ -132,12 +149,9 @@ INL void gradient_of_words(const LayerNormParams& p, const float* weight, i64 r,
   });
 }
 template <bool ANY>
-static void bwd_row_of_words(const LayerNormParams& p, const NormBuffers& t, i64 r, float* dw, float* db) {
+static void bwd_row_of_words(const LayerNormParams& p, const NormBuffers& t, i64 r, F mean_g, F mean_gx) {
   const MutRows &dx = p.dx, &dresidual = p.dresidual;
   const uint32_t threshold = dx.data ? p.dropout.threshold : 0;
-  F mean_g = zero(), mean_gx = zero();
-  if (p.dy.data) means_of_words<ANY>(p, t.weight, r, dw, db, &mean_g, &mean_gx);
-  if (threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
   const MutRows& only = dx.data ? dx : dresidual;
   if (!threshold && !(dx.data && dresidual.data) && only.dtype == DType::bf16) {
     uint16_t* out = static_cast<uint16_t*>(row(only, r));
@@ -146,11 +160,15 @@ static void bwd_row_of_words(const LayerNormParams& p, const NormBuffers& t, i64
                                   [=](i64 c, Split d) __attribute__((always_inline)) { put_words(past, out + c, d); });
   }
   void *to_x = dx.data ? row(dx, r) : nullptr, *to_residual = dresidual.data ? row(dresidual, r) : nullptr;
-  const uint16_t* lanes = t.lanes;
+  uint16_t* lanes = t.lanes;
   const float kept = dropout_scale(p.dropout);
-  gradient_of_words<ANY>(p, t.weight, r, mean_g, mean_gx, [=](i64 c, Split d) __attribute__((always_inline)) {
+  gradient_of_words<ANY>(p, t.weight, r, mean_g, mean_gx, [=, &p](i64 c, Split d) __attribute__((always_inline)) {
     if (to_residual) put_split(dresidual.non_temporal, to_residual, dresidual.dtype, c, d);
-    if (to_x) put_split(dx.non_temporal, to_x, dx.dtype, c, threshold ? drop(d, lanes + c, threshold, kept) : d);
+    if (!to_x) return;
+    if (threshold && c % kDecided == 0)
+      dropout_lanes(lanes, p.dropout, 0, r, c, p.C - c < kDecided ? p.C - c : kDecided);
+    if (threshold) put_kept(dx.non_temporal, to_x, dx.dtype, c, d, lanes + c % kDecided, threshold, kept);
+    else put_split(dx.non_temporal, to_x, dx.dtype, c, d);
   });
 }
 template <bool ANY> static void bwd_chunks_of_words(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
@@ -161,7 +179,13 @@ template <bool ANY> static void bwd_chunks_of_words(const LayerNormParams& p, i6
     if (dw) __builtin_memset(dw, 0, size_t(p.C) * 4);
     if (db) __builtin_memset(db, 0, size_t(p.C) * 4);
     const i64 end = (k + 1) * kRowChunk < p.R ? (k + 1) * kRowChunk : p.R;
-    for (i64 r = k * kRowChunk; r < end; r++) bwd_row_of_words<ANY>(p, t, r, dw, db);
+    for (i64 r = k * kRowChunk; r < end; r += kAhead) {
+      F mean_g[kAhead] = {zero(), zero()}, mean_gx[kAhead] = {zero(), zero()};
+      if (p.dy.data)
+        r + 1 < end ? means_of_words<ANY, kAhead>(p, t.weight, r, dw, db, mean_g, mean_gx)
+                    : means_of_words<ANY, 1>(p, t.weight, r, dw, db, mean_g, mean_gx);
+      for (i64 u = 0; u < kAhead && r + u < end; u++) bwd_row_of_words<ANY>(p, t, r + u, mean_g[u], mean_gx[u]);
+    }
     if (dw) join_columns(dw, p.C);
     if (db) join_columns(db, p.C);
   }

@@ -22,13 +22,13 @@ template <DType T> static const void* norm_input(const LayerNormParams& p, const
   if (!p.residual.data) return x;
   const void* residual = row(p.residual, r);
   void *total = row(p.total, r), *copy = p.total.non_temporal ? t.total : nullptr;
-  if (p.dropout.threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
 #ifdef GPTFAST_PAIRS
   if (in_words(T, p.C)) {  // of bf16 are then x and the residual too
     add_words(p, t.lanes, r, copy);
     return copy ? copy : total;
   }
 #endif
+  if (p.dropout.threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
   const DType x_type = p.x.dtype, residual_type = p.residual.dtype;
   if (x_type == T && residual_type == T)
     add_rows<T>(

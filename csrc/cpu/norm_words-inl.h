@@ -3,58 +3,45 @@
 // that way too (split_columns).
 #pragma once
 #include "layer_norm-inl.h"
-#include "pairs-inl.h"
+#include "words-inl.h"
 
 struct Moments {
   float mean, rest, variance;  // the mean is mean + rest
 };
 
 #ifdef GPTFAST_PAIRS
-struct Split {
-  F even, odd;
-};
-#ifdef GPTFAST_NEON
-INL void stream_words(void* p, I words) { istore(p, words); }
-#else
-INL void stream_words(void* p, I words) { _mm512_stream_si512(static_cast<__m512i*>(p), words); }
-#endif
-INL Split split(I words) { return {as_float(shl16(words)), as_float(iand(words, iset(0xffff0000u)))}; }
-// The same of a row of any dtype, from column c on; and back.
+// `split` of a row of any dtype, from column c on; and back.
 template <bool ANY> INL Split load_split(const void* p, DType type, i64 c) {
   if (!ANY || type == DType::bf16) return split(iload(at(p, DType::bf16, c)));
   F first = load_any(at(p, type, c), type, L), second = load_any(at(p, type, c + L), type, L);
   deinterleave(first, second);
   return {first, second};
 }
-INL void put_words(bool past, void* p, Split v) {
-  const I words = pair_bf16(v.even, v.odd);
-  past ? stream_words(p, words) : istore(p, words);
-}
 INL void put_split(bool past, void* p, DType type, i64 c, Split v) {
   if (type == DType::bf16) return put_words(past, at(p, type, c), v);
   interleave(v.even, v.odd);
   put_any(past, p, type, c, v.even, L), put_any(past, p, type, c + L, v.odd, L);
 }
-// `drop` of neighbouring columns.
-INL Split drop(Split x, const uint16_t* lanes, uint32_t threshold, float scale) {
+// The words with 0 in the halves of columns that are dropped; threshold > 0.
+INL I kept_words(I words, const uint16_t* lanes, uint32_t threshold) {
+#ifdef GPTFAST_NEON
+  const uint16x8_t least = vdupq_n_u16(uint16_t(threshold - 1)), decisions = vreinterpretq_u16_u32(iload(lanes));
+  return iand(words, vreinterpretq_u32_u16(vcgtq_u16(decisions, least)));
+#else
+  return _mm512_maskz_mov_epi16(_mm512_cmpgt_epu16_mask(iload(lanes), _mm512_set1_epi16(short(threshold - 1))), words);
+#endif
+}
+// put_split of what is left of v after dropout, times `scale`.
+INL void put_kept(bool past, void* p, DType type, i64 c, Split v, const uint16_t* lanes, uint32_t threshold,
+                  float scale) {
+  v = {v.even * set(scale), v.odd * set(scale)};
+  if (type == DType::bf16) return put(past, at(p, type, c), kept_words(pair_bf16(v.even, v.odd), lanes, threshold));
   const I decisions = iload(lanes), least = iset(threshold);
-  return {select_or_zero(uge(iand(decisions, iset(0xffffu)), least), x.even * set(scale)),
-          select_or_zero(uge(shr16(decisions), least), x.odd * set(scale))};
+  put_split(past, p, type, c,
+            {select_or_zero(uge(iand(decisions, iset(0xffffu)), least), v.even),
+             select_or_zero(uge(shr16(decisions), least), v.odd)});
 }
-INL void split_columns(float* x, i64 C) {
-  for (i64 c = 0; c < C; c += 2 * L) {
-    F first = load(x + c), second = load(x + c + L);
-    deinterleave(first, second);
-    store(x + c, first), store(x + c + L, second);
-  }
-}
-INL void join_columns(float* x, i64 C) {
-  for (i64 c = 0; c < C; c += 2 * L) {
-    F first = load(x + c), second = load(x + c + L);
-    interleave(first, second);
-    store(x + c, first), store(x + c + L, second);
-  }
-}
+constexpr i64 kDecided = 16 * L;  // columns whose dropout is decided at a time, so that memory has work to do meanwhile
 INL bool in_words(DType type, i64 C) { return type == DType::bf16 && C % (2 * L) == 0; }
 // f(c, values, n) for the words from column c on, n = 0 to N - 1 in turn.
 template <int N, class Fn> INL void for_words(const void* x, i64 C, Fn f) {
@@ -66,18 +53,21 @@ template <int N, class Fn> INL void for_words(const void* x, i64 C, Fn f) {
 }
 
 // total = dropout(x) + residual, and the same into `copy` if there is one.
-INL void add_words(const LayerNormParams& p, const uint16_t* lanes, i64 r, void* copy) {
+INL void add_words(const LayerNormParams& p, uint16_t* lanes, i64 r, void* copy) {
   const uint32_t threshold = p.dropout.threshold;
   const float kept = dropout_scale(p.dropout);
   const void *x = row(p.x, r), *residual = row(p.residual, r);
   void* total = row(p.total, r);
-  for_words<1>(x, p.C, [=](i64 c, Split v, int) __attribute__((always_inline)) {
-    const Split own = threshold ? drop(v, lanes + c, threshold, kept) : v,
-                rest = load_split<false>(residual, DType::bf16, c);
-    const Split sum = {own.even + rest.even, own.odd + rest.odd};
+  for (i64 c = 0; c < p.C; c += 2 * L) {
+    if (threshold && c % kDecided == 0)
+      dropout_lanes(lanes, p.dropout, 0, r, c, p.C - c < kDecided ? p.C - c : kDecided);
+    const I words = iload(at(x, DType::bf16, c));
+    const Split own = split(threshold ? kept_words(words, lanes + c % kDecided, threshold) : words);
+    const Split rest = load_words(residual, c);
+    const Split sum = {fma(own.even, set(kept), rest.even), fma(own.odd, set(kept), rest.odd)};
     put_words(copy, at(total, DType::bf16, c), sum);
     if (copy) put_words(false, at(copy, DType::bf16, c), sum);
-  });
+  }
 }
 
 // In two passes, as `moments` of layer_norm_fwd-inl.h, which corrects what the products by 1 round.
