@@ -60,9 +60,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     ),
     "quantized_linear": (
-        "quantized_linear_fwd(Tensor x, Tensor codes, Tensor scales, Tensor? bias, str format, int group_size) -> Tensor",
-        "quantized_linear_bwd(Tensor dy, Tensor codes, Tensor scales, str format, int group_size, SymInt in_features) "
-        "-> Tensor",
+        "quantized_linear_fwd(Tensor x, Tensor codes, Tensor scales, Tensor? bias, str format, int group_size, "
+        "Tensor? nested_absmax=None, Tensor? offset=None) -> Tensor",
+        "quantized_linear_bwd(Tensor dy, Tensor codes, Tensor scales, str format, int group_size, SymInt in_features, "
+        "Tensor? nested_absmax=None, Tensor? offset=None) -> Tensor",
     ),
     "relu_squared": (
         "relu_squared_fwd(Tensor x) -> Tensor",

@@ -74,6 +74,9 @@ inline Tensor new_tensor(std::initializer_list<i64> size, ScalarType dtype) {
 inline Tensor new_like(const Tensor& x, ScalarType dtype) { return new_tensor(x.sizes(), dtype); }
 inline Tensor new_like(const Tensor& x) { return new_like(x, x.scalar_type()); }
 
+// The tensor without gaps; torch's call takes a microsecond, also where there is nothing to do.
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // x (…, C) seen as rows of C. `owner` keeps the copy alive that is made where no single row stride exists.
 struct RowView {
   Tensor owner;
@@ -118,7 +121,7 @@ inline MutRows mut_rows(const char* op, Tensor& y, i64 C, i64 results = 1) {
 inline Vector vector_of(const char* op, const OptTensor& v, i64 n, Tensor* owner) {
   if (!v) return {nullptr, DType::f32};
   GPTFAST_CHECK(on_cpu(*v) && v->numel() == n, op, ": expected a CPU vector of ", n, " values, got ", v->numel());
-  *owner = torch::stable::contiguous(*v);
+  *owner = dense(*v);
   return {owner->const_data_ptr(), dtype_of(op, *v)};
 }
 
@@ -126,7 +129,7 @@ inline Vector vector_of(const char* op, const OptTensor& v, i64 n, Tensor* owner
 inline const float* floats_of(const char* op, const char* name, const Tensor& x, i64 n, Tensor* owner) {
   GPTFAST_CHECK(on_cpu(x) && x.scalar_type() == ScalarType::Float && x.numel() == n, op, ": ", name, " must be ", n,
                 " float32 values on the CPU");
-  *owner = torch::stable::contiguous(x);
+  *owner = dense(x);
   return static_cast<const float*>(owner->const_data_ptr());
 }
 

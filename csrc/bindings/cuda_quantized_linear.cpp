@@ -52,6 +52,10 @@ Weight weight_of(const Tensor& x, const Tensor& codes, const Tensor& scales, con
   return r;
 }
 
+void check_decoded(const OptTensor& nested_absmax, const OptTensor& offset) {
+  GPTFAST_CHECK(!nested_absmax && !offset, kOp, ": doubly quantised scales are decoded before CUDA's kernels");
+}
+
 // x (M, C) in rows as QuantizedLinearParams has them; elsewhere a copy with zeros up to `columns`.
 View whole_rows(const Tensor& x, i64 columns) {
   View v = view_of(kOp, x);
@@ -66,7 +70,8 @@ View whole_rows(const Tensor& x, i64 columns) {
 }
 
 Tensor fwd(const Tensor& x, const Tensor& codes, const Tensor& scales, const OptTensor& bias, std::string format,
-           i64 group_size) {
+           i64 group_size, const OptTensor& nested_absmax, const OptTensor& offset) {
+  check_decoded(nested_absmax, offset);
   GPTFAST_CHECK(defined(x).dim() == 2, kOp, ": expected x (M, K)");
   const Weight weight = weight_of(x, codes, scales, format, group_size, x.size(1));
   GPTFAST_CHECK(x.size(0) <= kMostRows, kOp, ": x has ", x.size(0), " rows; expected at most ", kMostRows);
@@ -81,7 +86,8 @@ Tensor fwd(const Tensor& x, const Tensor& codes, const Tensor& scales, const Opt
   return y;
 }
 Tensor bwd(const Tensor& dy, const Tensor& codes, const Tensor& scales, std::string format, i64 group_size,
-           i64 in_features) {
+           i64 in_features, const OptTensor& nested_absmax, const OptTensor& offset) {
+  check_decoded(nested_absmax, offset);
   GPTFAST_CHECK(defined(dy).dim() == 2, kOp, ": expected dy (M, N)");
   const Weight weight = weight_of(dy, codes, scales, format, group_size, in_features);
   GPTFAST_CHECK(dy.size(1) == weight.w.N, kOp, ": dy has ", dy.size(1), " columns; expected ", weight.w.N);

@@ -1,5 +1,6 @@
 // Codes of quantised weights as fp32, L at a time: nibbles that index a table, or signed bytes.
 #pragma once
+#include "nested_scales-inl.h"
 
 alignas(64) static constexpr float kNf4Values[16] = {-1.f,
                                                      -0.6961928009986877f,
@@ -145,6 +146,7 @@ INL F power_of_two(I x) {
 }
 // n scales of an output from a group on, as fp32.
 INL void copy_scales(float* out, const QuantizedMatrix& w, i64 output, i64 group, i64 n) {
+  if (w.nested) return copy_nested(out, w, output * w.scales.stride + group, n);
   if (w.format != Codes::mxfp4)
     return copy_row(out, at(row(w.scales, output), w.scales.dtype, group), w.scales.dtype, n);
   for_lanes(n, [&](i64 c, i64 m) __attribute__((always_inline)) {

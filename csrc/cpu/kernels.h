@@ -120,7 +120,11 @@ struct QuantizedMatrix {
   Rows scales;  // (N, groups); of mxfp4 bytes, 127 more than the exponent of a power of two, whatever dtype says
   i64 N, K, group;
   Codes format;
+  // Of doubly quantised scales, which are bytes without gaps: scale b is the value of its byte * nested[b / kNestedBlock] + offset.
+  const float* nested = nullptr;
+  float offset = 0;
 };
+constexpr i64 kNestedBlock = 256;
 // Packs a stretch of W^T (by columns of W^T: y = x W^T) or W (dx = dy W) as gemm_pack does; `gemm.b` is not read.
 struct QuantizedPackParams {
   QuantizedMatrix w;

@@ -79,9 +79,11 @@ template <class C> struct Scales {
     last.lanes = iselect(igt(iset(uint32_t(last.groups)), whole.lanes), whole.lanes, iset(0));
     const Rows& from = w.scales;
     data = static_cast<const float*>(row(from, n0));
-    if (w.format != Codes::mxfp4 && from.dtype == DType::f32 && (w.N - n0 - count) * stride >= L) return;
+    if (w.format != Codes::mxfp4 && !w.nested && from.dtype == DType::f32 && (w.N - n0 - count) * stride >= L) return;
     float* copies = static_cast<float*>(scratch(size_t(count * stride + L) * 4));
-    for (i64 n = 0; n < count; n++) copy_scales(copies + n * stride, w, n0 + n, 0, stride);
+    if (w.nested) copy_nested(copies, w, n0 * stride, count * stride);
+    else
+      for (i64 n = 0; n < count; n++) copy_scales(copies + n * stride, w, n0 + n, 0, stride);
     store(copies + count * stride, zero());
     data = copies;
   }
@@ -126,45 +128,46 @@ INL void add_chunk(const C& codes, const float* scales, i64 stride, const typena
     UNROLL_FOR (int r = 0; r < R; r++) acc[r][o] = fma(sums[r][o], scale, acc[r][o]);
   }
 }
-// Outputs [n, n + O) for rows [m, m + R) of x; `scales` are those of n. A last, incomplete chunk goes the same way: the loop is
-// compiled once, as g++ else keeps its sums in memory. Called, so that its registers are its own.
+// Outputs [n0 + n, n0 + count), O at once as long as there are so many, for rows [m, m + R) of x; returns the first that is left.
+// A last, incomplete chunk goes the same way: the loop is compiled once, as g++ else keeps its sums in memory. Called, so that its
+// registers are its own.
 template <bool PAIR, int R, int O, class C>
-__attribute__((noinline)) static void dot_rows(const QuantizedRowsParams& p, const C& codes, i64 n, const Scales<C>& of,
-                                               const float* scales, i64 m, float* out) {
+__attribute__((noinline)) static i64 dot_rows(const QuantizedRowsParams& p, const C& codes, i64 n0, i64 n, i64 count,
+                                              const Scales<C>& of, i64 m, float* out) {
   const QuantizedMatrix& w = p.w;
   const i64 chunks = (w.K + kDepth<C> - 1) / kDepth<C>, complete = w.row_bytes / (4 * L);
   const i64 row_step = kParts<PAIR, C> * L, step = row_step * p.M, stride = of.stride;
-  const float* x = p.spread + m * row_step;
-  const uint8_t* from = w.codes + n * w.row_bytes;
-  i64 pitch = w.row_bytes, end = complete < chunks ? complete : chunks;
-  typename Scales<C>::Spread spread = of.whole;
   alignas(64) uint8_t copies[O][4 * L];
-  F acc[R][O];
-  UNROLL_FOR (int r = 0; r < R; r++)
-    UNROLL_FOR (int o = 0; o < O; o++) acc[r][o] = zero();
-  for (i64 chunk = 0;;) {
-    for (; chunk < end; chunk++, from += 4 * L, x += step)
-      add_chunk<PAIR, R, O>(codes, scales + of.first(chunk), stride, spread, from, pitch, x, acc);
-    if (end == chunks) break;
-    end = chunks, spread = of.last;
-    if ((w.N - n - O) * w.row_bytes >= 4 * L) continue;  // codes of the next output, which meet zeros of x
-    __builtin_memset(copies, 0, sizeof copies);
-    ROLLED_FOR (int o = 0; o < O; o++)
-      __builtin_memcpy(copies[o], from + o * pitch, size_t(w.row_bytes - complete * 4 * L));
-    from = copies[0], pitch = 4 * L;
+  for (; n + O <= count; n += O) {
+    const float *x = p.spread + m * row_step, *scales = of.data + n * stride;
+    const uint8_t* from = w.codes + (n0 + n) * w.row_bytes;
+    i64 pitch = w.row_bytes, end = complete < chunks ? complete : chunks;
+    typename Scales<C>::Spread spread = of.whole;
+    F acc[R][O];
+    UNROLL_FOR (int r = 0; r < R; r++)
+      UNROLL_FOR (int o = 0; o < O; o++) acc[r][o] = zero();
+    for (i64 chunk = 0;;) {
+      for (; chunk < end; chunk++, from += 4 * L, x += step)
+        add_chunk<PAIR, R, O>(codes, scales + of.first(chunk), stride, spread, from, pitch, x, acc);
+      if (end == chunks) break;
+      end = chunks, spread = of.last;
+      if ((w.N - n0 - n - O) * w.row_bytes >= 4 * L) continue;  // codes of the next output, which meet zeros of x
+      __builtin_memset(copies, 0, sizeof copies);
+      ROLLED_FOR (int o = 0; o < O; o++)
+        __builtin_memcpy(copies[o], from + o * pitch, size_t(w.row_bytes - complete * 4 * L));
+      from = copies[0], pitch = 4 * L;
+    }
+    store_sums<R, O>(acc, out + n);
   }
-  store_sums<R, O>(acc, out);
+  return n;
 }
 // R rows of x for all outputs of an item: as many outputs at once as hide the latency of a sum.
 template <bool PAIR, int R, class C>
 static void dot_outputs(const QuantizedRowsParams& p, const C& codes, i64 n0, i64 count, const Scales<C>& scales, i64 m,
                         float* out) {
   constexpr int O = L == 16 && R <= 4 ? 4 / (R == 4 ? 2 : 1) : 1;
-  i64 n = 0;
-  for (; n + O <= count; n += O)
-    dot_rows<PAIR, R, O>(p, codes, n0 + n, scales, scales.data + n * scales.stride, m, out + n);
-  if constexpr (O > 1)
-    for (; n < count; n++) dot_rows<PAIR, R, 1>(p, codes, n0 + n, scales, scales.data + n * scales.stride, m, out + n);
+  const i64 n = dot_rows<PAIR, R, O>(p, codes, n0, 0, count, scales, m, out);
+  if (O > 1 && n < count) dot_rows<PAIR, R, 1>(p, codes, n0, n, count, scales, m, out);
 }
 
 template <bool PAIR, class C> static void rows_item(const QuantizedRowsParams& p, const C& codes, i64 item) {

@@ -9,18 +9,15 @@ import torch
 from torch import Tensor
 
 from gptfast._checks import check_choice
-from gptfast._mxfp4 import BLOCK as MXFP4_BLOCK
 from gptfast._nf4 import blocks_of, check_finite, check_power_of_two, dequantize_groups, pack_pairs
 from gptfast.backend import BFLOAT16_ISAS, cpu_isa, has_values, kernels, resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_dense, check_float, check_same_device, check_vector
+from gptfast.ops._checks import check_float
+from gptfast.ops._quantized_checks import GROUP_SIZES, OP, check_quantized, float_scales, scales_for
 from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 from gptfast.ops._tensors import autocast, rows_of
 from gptfast.ops.gemm import MIN_ROWS, gemm, implementation_for
 
-OP = "quantized_linear"
-FORMATS = ("int8", "int4", "nf4", "mxfp4")
-GROUP_SIZES = (32, 128)
 DECODED = 1 << 21  # weights that are decoded for a library at a time, 4 MB
 
 
@@ -75,6 +72,8 @@ def quantized_linear(
     *,
     format: str = "int8",
     group_size: int = 32,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """x W^T + bias where W[n, k] = scales[n, k // group_size] * value of code [n, k].
@@ -93,71 +92,28 @@ def quantized_linear(
         bias: (N,) or None.
         format: "int8", "int4", "nf4" or "mxfp4".
         group_size: 32, 64 or 128; of NF4 its block size, of MXFP4 32.
+        nested_absmax, offset: those of `quantize_nf4(double=True)` beside its absmax, (N, G) uint8, as scales. On the CPU each
+            scale is decoded where it is used.
         backend: see `gptfast.backend`; None follows the surrounding choice.
     Returns:
         (..., N) in x's dtype, under autocast in the autocast dtype.
     Raises:
         TypeError, ValueError: wrong dtype, shape, device, format or group size.
     """
-    check_quantized(x, codes, scales, bias, format, group_size)
+    check_quantized(x, codes, scales, bias, format, group_size, nested_absmax, offset)
     x = autocast(x)[0]
-    runs_on = resolve(OP, backend, x, float_scales(scales, format))
+    runs_on = resolve(OP, backend, x, float_scales(scales))
+    scales, nested_absmax, offset = scales_for(runs_on, scales, nested_absmax, offset)
     rows = x if x.dim() == 2 else rows_of(x)
-    arguments = (rows, codes, scales, bias, format, group_size)
+    arguments = (rows, codes, scales, bias, format, group_size, nested_absmax, offset)
     in_python = runs_on == "eager" or multiplies_by_library(runs_on, x, codes)
     y = PythonFunction.apply(*arguments, runs_on) if in_python else _fused(runs_on, *arguments)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], codes.shape[0])
 
 
-def check_quantized(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str, group_size: int
-) -> None:
-    check_choice(OP, "format", format, FORMATS)
-    if format == "mxfp4":
-        check_float(OP, x=x, bias=bias)
-        if check_dense(OP, "scales", scales).dtype != torch.uint8:
-            raise TypeError(
-                f"{OP}: scales has dtype {scales.dtype}; format='mxfp4' has torch.uint8, see quantize_mxfp4"
-            )
-        if group_size != MXFP4_BLOCK:
-            raise ValueError(f"{OP}: group_size is {group_size!r}; format='mxfp4' has blocks of {MXFP4_BLOCK}")
-    else:
-        check_float(OP, x=x, scales=scales, bias=bias)
-        check_power_of_two(OP, "group_size", group_size, *GROUP_SIZES)
-    check_dense(OP, "codes", codes)
-    check_same_device(OP, x=x, codes=codes, scales=scales, bias=bias)
-    code_dtype, per_byte = (torch.int8, 1) if format == "int8" else (torch.uint8, 2)
-    if codes.dtype != code_dtype:
-        raise TypeError(f"{OP}: codes has dtype {codes.dtype}; format={format!r} has {code_dtype}")
-    if x.dim() == 0 or codes.dim() != 2:
-        raise ValueError(
-            f"{OP}: x has shape {tuple(x.shape)}, codes {tuple(codes.shape)}; expected x (..., K) and (N, …)"
-        )
-    K, N = x.shape[-1], codes.shape[0]
-    if format == "nf4" and K % group_size:
-        raise ValueError(
-            f"{OP}: x has {K} features; format='nf4' takes whole blocks of {group_size}, as blocks of others run across "
-            "rows - use dequantize_nf4 and linear"
-        )
-    groups = -(-K // group_size)
-    expected = {"codes": (codes, (N, groups * group_size // per_byte)), "scales": (scales, (N, groups))}
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{OP}: {name} has shape {tuple(tensor.shape)}; expected {shape} for {K} features in groups of "
-                f"{group_size} in {format} - was the weight quantised with another format or group_size?"
-            )
-    check_vector(OP, "bias", bias, N, "the output")
-
-
-def float_scales(scales: Tensor, format: str) -> Tensor | None:
-    """The scales, if they are numbers of a dtype that a backend may not take; those of MXFP4 are bytes."""
-    return None if format == "mxfp4" else scales
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scales, bias, format, group_size = inputs
-    ctx.save_for_backward(codes, scales)
+    x, codes, scales, bias, format, group_size, nested_absmax, offset = inputs
+    ctx.save_for_backward(codes, scales, nested_absmax, offset)
     ctx.weight = format, group_size, x.shape[1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -165,10 +121,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, call: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = call("quantized_linear_bwd", dy, *ctx.saved_tensors, *ctx.weight)
+        codes, scales, *nested = ctx.saved_tensors
+        dx = call("quantized_linear_bwd", dy, codes, scales, *ctx.weight, *nested)
     if ctx.needs_input_grad[3]:
         dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
-    return dx, None, None, dbias, None, None
+    return dx, None, None, dbias, None, None, None, None
 
 
 class PythonFunction(torch.autograd.Function):
@@ -197,14 +154,23 @@ def multiplies_by_library(runs_on: str, x: Tensor, codes: Tensor) -> bool:
 
 
 def forward_product(
-    runs_on: str, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str, group_size: int
+    runs_on: str,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    format: str,
+    group_size: int,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """y of a backend or "eager"."""
     if runs_on == "eager":
         return reference.quantized_linear(x, codes, scales, bias, format=format, group_size=group_size)
     own = kernels(runs_on)
     if not multiplies_by_library(runs_on, x, codes):
-        return own.quantized_linear_fwd(x, codes, scales, bias, format, group_size)
+        return own.quantized_linear_fwd(x, codes, scales, bias, format, group_size, nested_absmax, offset)
+    scales = scales_for("a library", scales, nested_absmax, offset)[0]
     (M, K), N = x.shape, codes.shape[0]
     y = x.new_empty(M, N)
     for first, last in _stretches(N, K, 1):
@@ -215,7 +181,15 @@ def forward_product(
 
 
 def backward_product(
-    runs_on: str, dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int
+    runs_on: str,
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    group_size: int,
+    in_features: int,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """dx of a backend or "eager"."""
     if runs_on == "eager":
@@ -224,7 +198,8 @@ def backward_product(
         return (dy.to(wide) @ weight.to(wide)).to(dy.dtype)
     own = kernels(runs_on)
     if not multiplies_by_library(runs_on, dy, codes):
-        return own.quantized_linear_bwd(dy, codes, scales, format, group_size, in_features)
+        return own.quantized_linear_bwd(dy, codes, scales, format, group_size, in_features, nested_absmax, offset)
+    scales = scales_for("a library", scales, nested_absmax, offset)[0]
     dx = dy.new_empty(dy.shape[0], in_features)
     for first, last in _stretches(in_features, codes.shape[0], group_size):
         part = own.quantized_decode(codes, scales, format, group_size, in_features, first, last)
@@ -241,12 +216,14 @@ def _stretches(n: int, each: int, unit: int) -> Iterator[tuple[int, int]]:
 
 
 @register_fake("quantized_linear_fwd")
-def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str, group_size: int) -> Tensor:
+def _(x: Tensor, codes: Tensor, *others: Any) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
 @register_fake("quantized_linear_bwd")
-def _(dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int) -> Tensor:
+def _(
+    dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int, *nested: Any
+) -> Tensor:
     return dy.new_empty(dy.shape[0], in_features)
 
 

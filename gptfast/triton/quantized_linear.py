@@ -26,8 +26,16 @@ LEAST_GROUPS = 4  # of a split
 
 
 def quantized_linear_fwd(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, format: str, group_size: int
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    format: str,
+    group_size: int,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
+    check_decoded(nested_absmax, offset)
     (M, K), (N, G) = x.shape, scales.shape
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if not out.numel():
@@ -56,8 +64,16 @@ def quantized_linear_fwd(
 
 
 def quantized_linear_bwd(
-    dy: Tensor, codes: Tensor, scales: Tensor, format: str, group_size: int, in_features: int
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    format: str,
+    group_size: int,
+    in_features: int,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
+    check_decoded(nested_absmax, offset)
     (M, N), G = dy.shape, scales.shape[1]
     dx = torch.empty((M, in_features), dtype=dy.dtype, device=dy.device)
     if not dx.numel():
@@ -77,6 +93,11 @@ def quantized_linear_bwd(
     kind = (str(dy.dtype), format, group_size, triton.next_power_of_2(M), N, in_features)
     launch(fastest("quantized_linear_bwd", kind, candidates(M, dy.dtype), launch))
     return dx
+
+
+def check_decoded(nested_absmax: Tensor | None, offset: Tensor | None) -> None:
+    if nested_absmax is not None or offset is not None:
+        raise ValueError("quantized_linear: doubly quantised scales are decoded before Triton's kernels")
 
 
 def splits_of(M: int, N: int, G: int) -> int:

@@ -29,6 +29,15 @@ constexpr double kNf4[16] = {-1,
 constexpr double kMxfp4[8] = {0, 0.5, 1, 1.5,
                               2, 3,   4, 6};  // of the low three bits of a code (OCP Microscaling Formats 1.0)
 
+// What a byte of a doubly quantised scale stands for (arXiv 1511.04561): places 1, 2 to 3, 4 to 7, … from 127 on are the middles of
+// 1, 2, 4, … parts of (0.1, 1), times 10^-6 and ten times as much each; below 127 the same, negative; 255 is 1.
+double dynamic(int byte) {
+  if (byte == 127 || byte == 255) return byte == 255;
+  const int place = std::abs(byte - 127), parts = 1 << int(std::log2(place));
+  const double middle = 0.1 + 0.9 * (place - parts + 0.5) / parts;
+  return (byte < 127 ? -1 : 1) * middle * std::pow(10, std::log2(parts) - 6);
+}
+
 struct Codes {
   cpu::Codes format;
   i64 N, K, group;
@@ -36,20 +45,27 @@ struct Codes {
   std::vector<uint8_t> codes = std::vector<uint8_t>(size_t(N * row_bytes));
   Array scales{DType::f16, N * groups};
   std::vector<uint8_t> exponents = std::vector<uint8_t>(size_t(N * groups));  // of mxfp4, in place of the scales
+  bool twice = false;  // scales are these bytes, and `nested` for each 256 of them
+  std::vector<uint8_t> bytes = exponents;
+  std::vector<float> nested = std::vector<float>(size_t(ceil_div(N * groups, cpu::kNestedBlock)));
 
   Codes(cpu::Codes f, i64 outputs, i64 inputs, i64 size) : format(f), N(outputs), K(inputs), group(size) {
     Random random(uint64_t(N * 1000 + K));
     for (uint8_t& c : codes) c = uint8_t(random.next());
     for (i64 i = 0; i < scales.size(); i++) scales.set(i, 0.01 + 0.1 * random.uniform());
     for (uint8_t& e : exponents) e = uint8_t(120 + random.next() % 5);
+    for (uint8_t& b : bytes) b = uint8_t(random.next());
+    for (float& f : nested) f = float(0.01 + 0.1 * random.uniform());
   }
   cpu::QuantizedMatrix matrix() const {
     Rows of = rows(scales, groups);
     if (format == cpu::Codes::mxfp4) of.data = exponents.data();
-    return {codes.data(), row_bytes, of, N, K, group, format};
+    if (twice) of.data = bytes.data();
+    return {codes.data(), row_bytes, of, N, K, group, format, twice ? nested.data() : nullptr, 0.25f};
   }
   double scale(i64 n, i64 i) const {
     const i64 at = n * groups + i / group;
+    if (twice) return dynamic(bytes[size_t(at)]) * double(nested[size_t(at / cpu::kNestedBlock)]) + 0.25;
     return format == cpu::Codes::mxfp4 ? std::ldexp(1., exponents[size_t(at)] - 127) : scales[at];
   }
   double at(i64 n, i64 i) const {
@@ -145,6 +161,14 @@ void check_quantized() {
       decode(w, 0, K);
       if (K > group) decode(w, group, K);
     }
+  for (const auto& [N, K, group] : {std::array<i64, 3>{1, 64, 64}, {35, 1120, 32}, {33, 384, 128}}) {
+    Codes w(cpu::Codes::nf4, N, K, group);
+    w.twice = true;
+    for (DType type : {DType::f32, DType::bf16}) {
+      for (i64 M : {1, 3, 8}) few_rows(w, type, M);
+      for (bool transposed : {true, false}) many_rows(w, type, transposed, 9);
+    }
+  }
   const Codes deep(cpu::Codes::nf4, 3, 700, 32);  // more words than a block of panels has
   for (DType type : {DType::f32, DType::bf16}) many_rows(deep, type, true, 2), many_rows(deep, type, false, 2);
 }

@@ -90,8 +90,33 @@ def test_codes_of_a_known_weight():
 def test_nf4_rows_are_the_weight():
     nf4 = ops.quantize_nf4(torch.randn(6, 128), double=True)
     x = torch.randn(3, 128)
+    expected = x @ ops.dequantize_nf4(*nf4, shape=(6, 128)).T
     y = ops.quantized_linear(x, *nf4.rows(6), format="nf4", group_size=64)
-    torch.testing.assert_close(y, x @ ops.dequantize_nf4(*nf4, shape=(6, 128)).T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    twice = {"nested_absmax": nf4.nested_absmax, "offset": nf4.offset, "format": "nf4", "group_size": 64}
+    for multiply in (ops.quantized_linear, reference.quantized_linear):
+        y = multiply(x, nf4.codes.view(6, -1), nf4.absmax.view(6, -1), **twice)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("N", "K", "size"), [(70, 256, 32), (37, 192, 64), (3, 1152, 128)])
+def test_doubly_quantized_scales(isa, N, K, size):
+    """Every byte of a scale, in blocks of 256 that begin and end anywhere: the bits of the scales decoded, both ways."""
+    codes, _ = quantized(N, K, "nf4", size)
+    scales = (torch.randperm(N * K // size) % 256).to(torch.uint8).view(N, -1)
+    nested, offset = torch.rand(-(-scales.numel() // 256)), torch.tensor(0.37)
+    decoded = _nf4.nf4_absmax(scales, nested, offset).view(N, -1)
+    for M, dtype in ((1, torch.bfloat16), (3, torch.float32), (20, torch.float32), (20, torch.bfloat16)):
+        x = torch.randn(M, K).to(dtype).requires_grad_()
+        options = {"format": "nf4", "group_size": size}
+        y, wanted = (
+            ops.quantized_linear(x, codes, of, **options, **extra)
+            for of, extra in ((scales, {"nested_absmax": nested, "offset": offset}), (decoded, {}))
+        )
+        assert bitwise(y, wanted), (M, dtype)
+        dy = torch.randn(M, N).to(dtype)
+        (dx,), (dx_wanted,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(wanted, x, dy)
+        assert bitwise(dx, dx_wanted), (M, dtype)
 
 
 @pytest.mark.parametrize(("K", "size"), [(40, 32), (1100, 128)])
@@ -140,12 +165,15 @@ def test_fp64_passes_gradcheck():
     torch.autograd.gradcheck(lambda x, b: ops.quantized_linear(x, codes, scales, b, format="int4"), (x, bias))
 
 
-def test_compiles():
-    codes, scales = quantized(7, 64, "nf4")
+@pytest.mark.parametrize("double", [False, True])
+def test_compiles(double):
+    nf4 = ops.quantize_nf4(torch.randn(7, 64), block_size=32, double=double)
+    codes, scales, nested = nf4.codes.view(7, 32), nf4.absmax.view(7, 2), nf4[2:]
     torch._dynamo.reset()
 
     def layer(x, bias):
-        return ops.quantized_linear(x, codes, scales, bias, format="nf4") * 2
+        options = {"format": "nf4", "nested_absmax": nested[0], "offset": nested[1]}
+        return ops.quantized_linear(x, codes, scales, bias, **options) * 2
 
     results = []
     for f in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
@@ -165,6 +193,8 @@ def test_no_double_backward():
 
 X, C8, S8 = torch.zeros(3, 40), torch.zeros(5, 64, dtype=torch.int8), torch.zeros(5, 2)
 C4 = torch.zeros(5, 32, dtype=torch.uint8)
+X4, S4, B4 = torch.zeros(3, 64), torch.zeros(5, 2), torch.zeros(5, 2, dtype=torch.uint8)
+DOUBLE = {"format": "nf4", "nested_absmax": torch.zeros(1), "offset": torch.zeros(())}
 
 
 @pytest.mark.parametrize(
@@ -228,6 +258,74 @@ C4 = torch.zeros(5, 32, dtype=torch.uint8)
             r"bias has shape \(4,\); expected \(5,\)",
         ),
         (lambda: ops.quantized_linear(X, C8.to("meta"), S8), ValueError, "all tensors must be on one device"),
+        # what the look at a glance must not let pass
+        (lambda: ops.quantized_linear(X4.long(), C4, S4, format="nf4"), TypeError, "x has dtype torch.int64"),
+        (lambda: ops.quantized_linear(X4, C4.char(), S4, format="nf4"), TypeError, "codes has dtype torch.int8"),
+        (
+            lambda: ops.quantized_linear(X4, C4, B4, format="nf4"),
+            TypeError,
+            "scales has dtype torch.uint8; expected fl",
+        ),
+        (
+            lambda: ops.quantized_linear(X4, C4, S4[:4], format="nf4"),
+            ValueError,
+            r"scales has shape \(4, 2\); expected",
+        ),
+        (
+            lambda: ops.quantized_linear(X4, C4[0], S4, format="nf4"),
+            ValueError,
+            r"codes \(32,\); expected x \(..., K\)",
+        ),
+        (lambda: ops.quantized_linear(X4[0, 0], C4, S4, format="nf4"), ValueError, r"x has shape \(\)"),
+        (lambda: ops.quantized_linear(X4, C4, S4, format="nf4", group_size=16), ValueError, "group_size is 16"),
+        (
+            lambda: ops.quantized_linear(X4, C4, S4.to_sparse(), format="nf4"),
+            TypeError,
+            "scales has layout torch.sparse",
+        ),
+        (
+            lambda: ops.quantized_linear(X4, C4, S4.to("meta"), format="nf4"),
+            ValueError,
+            "all tensors must be on one dev",
+        ),
+        (lambda: ops.quantized_linear(X4, C4, S4, torch.zeros(4), format="nf4"), ValueError, "bias has shape"),
+        (lambda: ops.quantized_linear(X4, C4, S4, X4[0].int(), format="nf4"), TypeError, "bias has dtype torch.int32"),
+        (
+            lambda: ops.quantized_linear(X4, C4.tolist(), S4, format="nf4"),
+            TypeError,
+            "codes is a list; expected a torch",
+        ),
+        # doubly quantised scales
+        (
+            lambda: ops.quantized_linear(X4, C4, S4, **DOUBLE),
+            TypeError,
+            "format='nf4' with nested_absmax has torch.uint8",
+        ),
+        (
+            lambda: ops.quantized_linear(X4, C4, B4, **DOUBLE | {"format": "int4"}),
+            ValueError,
+            "nested_absmax and offset with format='int4'; nested_absmax and offset go together, with format='nf4'",
+        ),
+        (
+            lambda: ops.quantized_linear(X4, C4, B4, **DOUBLE | {"offset": None}),
+            ValueError,
+            "quantized_linear: nested_absmax with format='nf4'; nested_absmax and offset go together",
+        ),
+        (
+            lambda: ops.quantized_linear(X4, C4, B4, **DOUBLE | {"offset": torch.zeros(2)}),
+            ValueError,
+            r"offset has shape \(2,\); expected \(\) for 64 features",
+        ),
+        (
+            lambda: ops.quantized_linear(X4, C4, B4, **DOUBLE | {"nested_absmax": torch.zeros(2)}),
+            ValueError,
+            r"nested_absmax has shape \(2,\); expected \(1,\) for 64 features",
+        ),
+        (
+            lambda: ops.quantized_linear(X4, C4, B4, **DOUBLE | {"offset": torch.zeros((), dtype=torch.float64)}),
+            TypeError,
+            "offset has dtype torch.float64; expected torch.float32",
+        ),
         (lambda: ops.quantize_groups(X, "nf4"), ValueError, "quantize_groups: format is 'nf4'; expected one of 'int8'"),
         (
             lambda: ops.quantize_groups(X, group_size=16),

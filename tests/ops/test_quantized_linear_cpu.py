@@ -16,6 +16,7 @@ if not cpu_isas():
     pytest.skip("this install has no compiled ops", allow_module_level=True)
 
 ISAS = cpu_isas()
+NATIVE = torch.ops.gptfast
 # Of the sum of the products' magnitudes: fp32 sums, and weights that are rounded to bf16 where pairs of it are multiplied.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 1e-6}
 
@@ -107,6 +108,21 @@ def test_incomplete_chunks_of_few_rows(isa, format):
                         assert torch.equal(got, y[:M])
 
 
+def test_nothing_is_read_past_doubly_quantized_scales(isa):
+    """Bytes that end anywhere in a vector, before memory that cannot be read."""
+    for N, K, size in ((1, 64, 64), (3, 192, 64), (5, 416, 32), (37, 128, 128), (33, 1152, 64)):
+        codes, _ = quantized(N, K, "nf4", size)
+        scales = torch.randint(0, 256, (N, K // size), dtype=torch.uint8)
+        nested, offset = torch.rand(-(-scales.numel() // 256)), torch.rand(())
+        decoded = _nf4.nf4_absmax(scales, nested, offset).view(N, -1)
+        for M in (1, 20):
+            x = torch.randn(M, K).bfloat16()
+            got = NATIVE.quantized_linear_fwd(
+                x, codes, at_the_edge(scales), None, "nf4", size, at_the_edge(nested), at_the_edge(offset[None])
+            )
+            assert torch.equal(got, NATIVE.quantized_linear_fwd(x, codes, decoded, None, "nf4", size)), (N, K, M)
+
+
 def test_a_row_depends_on_no_other(isa, threads, monkeypatch):
     """With our own products the bits of a row are the same alone in its block, at any place, and for any number of threads."""
     monkeypatch.setattr(sys.modules["gptfast.ops.gemm"], "_FORCED", "own")
@@ -191,8 +207,9 @@ def test_the_matrix_is_never_dequantized_whole():
     assert float(result.stdout) < 24, result.stdout
 
 
-NATIVE = torch.ops.gptfast
 X, C8, S8 = torch.zeros(3, 40), torch.zeros(5, 64, dtype=torch.int8), torch.zeros(5, 2)
+X4, C4, S4 = torch.zeros(3, 64), torch.zeros(5, 32, dtype=torch.uint8), torch.zeros(5, 2)
+B4 = S4.byte()
 
 
 @pytest.mark.parametrize(
@@ -212,6 +229,12 @@ X, C8, S8 = torch.zeros(3, 40), torch.zeros(5, 64, dtype=torch.int8), torch.zero
         ((X[0], C8, S8, None, "int8", 32), r"expected x \(M, K\)"),
         ((X, C8, S8, torch.zeros(4), "int8", 32), "expected a CPU vector of 5 values, got 4"),
         ((X.double(), C8, S8, None, "int8", 32), "expected a float32, bfloat16 or float16 tensor"),
+        ((X4, C4, S4, None, "nf4", 32, torch.ones(1)), "nested_absmax and offset go together, with format nf4"),
+        ((X4, C4, B4, None, "int4", 32, torch.ones(1), torch.ones(1)), "go together, with format nf4"),
+        ((X4, C4, S4, None, "nf4", 32, torch.ones(1), torch.ones(1)), r"scales \(5, 2\) of uint8 for 64 features"),
+        ((X4, C4, B4, None, "nf4", 32, torch.ones(2), torch.ones(1)), "nested_absmax must be 1 float32 values"),
+        ((X4, C4, B4, None, "nf4", 32, torch.ones(1), torch.ones(2)), "offset must be 1 float32 values"),
+        ((X4, C4, B4, None, "nf4", 32, torch.ones(1), torch.ones(1).int()), "offset must be 1 float32 values"),
     ],
 )
 def test_the_operator_checks_its_arguments(arguments, match):

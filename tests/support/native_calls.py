@@ -101,8 +101,13 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     few |= {"x": rows, "dy": random(R, V)}
     four_bits = dict(zip(("codes", "scales"), gptfast.ops.quantize_nf4(random(V, 64)).rows(V), strict=True))
     many = few | four_bits | {"x": random(20, 64), "dy": random(20, V), "format": "nf4", "group_size": 64}
+    nf4 = gptfast.ops.quantize_nf4(random(V, 64), double=True)
+    double = {"scales": nf4.absmax.view(V, -1), "nested_absmax": nf4.nested_absmax, "offset": nf4.offset}
+    few, many = (arguments | {"nested_absmax": None, "offset": None} for arguments in (few, many))
     micro = dict(zip(("codes", "scales"), gptfast.ops.quantize_mxfp4(random(V, 70)), strict=True))
     micro = few | micro | {"x": random(3, 70), "dy": random(3, V), "format": "mxfp4", "in_features": 70}
+    twice = many | double | {"x": random(2, 64), "dy": random(2, V), "in_features": 64}
+    doubly_quantized = {f"quantized_linear_{way} double": twice for way in ("fwd", "bwd")}
     return {
         "quantized_linear_fwd mxfp4": micro,
         "quantized_linear_bwd mxfp4": micro,
@@ -110,6 +115,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         "quantized_linear_fwd many": many,
         "quantized_linear_bwd": few,
         "quantized_linear_bwd many": many | {"in_features": 64},
+        **(doubly_quantized if ops is torch.ops.gptfast else {}),  # others get the scales decoded
         "quantized_decode": many | {"in_features": 64, "first": 0, "last": 64},
         "causal_attention_fwd": attention,
         "causal_attention_fwd packed": attention | packed,

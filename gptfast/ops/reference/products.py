@@ -44,7 +44,11 @@ def quantized_linear(
     *,
     format: str = "int8",
     group_size: int = 32,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
+    if nested_absmax is not None:
+        scales = nf4_absmax(scales, nested_absmax, offset).view(scales.shape)
     xf = upcast(x)
     weight = dequantize_groups(codes, scales, format, group_size)[:, : x.shape[-1]].to(xf.dtype)  # N K
     y = F.linear(xf, weight)
