@@ -175,17 +175,18 @@ LIMITED_API = "0x030A0000"  # Python 3.10: one module for it and all newer ones
 
 def python_module(torch: Path, cuda: Cuda | None) -> Library:
     flags = ["-isystem", sysconfig.get_paths()["include"], f"-DPy_LIMITED_API={LIMITED_API}"]
-    flags += [
+    told = [  # what module.cpp alone reads: the others are not compiled again where it changes
         f'-DGPTFAST_TORCH_TARGET="{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"',
         f'-DGPTFAST_TORCH_HEADERS="{torch_version(torch)}"',
     ]
-    flags += [f'-DGPTFAST_CUDA="{cuda.describe()}"'] if cuda else []
+    told += [f'-DGPTFAST_CUDA="{cuda.describe()}"'] if cuda else []
     units = kernel_units("engine")
     units += kernel_units("cpu", ["sample"])  # the objects of _ops.so
     units += cpp_units(
         "_C", [*plain_sources("engine"), *(ROOT / "csrc/cpu" / f"{name}.cpp" for name in ("amx", "scratch"))]
     )
-    units += cpp_units("_C", plain_sources("python"), flags)
+    for source in plain_sources("python"):
+        units += cpp_units("_C", [source], [*flags, *(told if source.name == "module.cpp" else [])])
     python = macos_link("_C.abi3.so", "-Wl,-undefined,dynamic_lookup")  # Python's functions are in the program
     return Library("gptfast/_C.abi3.so", units, ["-pthread", *python, *link_flags()])
 

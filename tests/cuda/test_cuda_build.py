@@ -15,6 +15,7 @@ import pytest
 
 from tests.support import ROOT, emulated
 from tests.support.cuda_tools import functions, nvcc_flags
+from tests.support.nvcc_messages import keeping_nvcc, said
 from tests.support.sass import REGISTERS, WAIT_FOR_SCORES, WARPGROUPS, code_of
 
 CUDA = ROOT / "csrc/cuda"
@@ -39,38 +40,36 @@ HOPPER = [path for path in KERNELS if "hopper.cuh" in included(path)]  # these h
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[str, Path]:
-    """What nvcc and ptxas said while the library was built, and the library: for sm_80, and the same PTX for sm_90.
+    """What nvcc and ptxas said of the library's units, and the library: for sm_80, and the same PTX for sm_90.
 
     For sm_90a setup.py runs the front end again, which makes other PTX of the units in `HOPPER` alone; see `hopper`. Without
-    the PTX for newer GPUs: test_cuda_archs has it made.
+    the PTX for newer GPUs: test_cuda_archs has it made. Units that have not changed are not compiled again.
     """
-    emulated.nvcc()
+    nvcc = keeping_nvcc(emulated.nvcc(), VERBOSE, TWO_GPUS)
     folder = tmp_path_factory.mktemp("gpu")
-    shutil.rmtree(ROOT / "build/objects/_cuda_ops", ignore_errors=True)  # say it all again
-    settings = {"NVCC_APPEND_FLAGS": f"{VERBOSE} {TWO_GPUS}", "TORCH_CUDA_ARCH_LIST": "8.0"}
     command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={folder}"]
-    env = {**os.environ, "GPTFAST_CUDA": "1", **settings}
+    env = {**os.environ, "GPTFAST_CUDA": "1", "CUDA_HOME": str(nvcc.parents[1]), "TORCH_CUDA_ARCH_LIST": "8.0"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert re.search(r"built the CPU ops .*; the CUDA ops \(sm_80; nvcc [\d.]+\)", result.stdout + result.stderr), (
         result.stdout[-500:]
     )
-    return result.stdout + result.stderr, folder / "gptfast/_cuda_ops.so"
+    objects = [ROOT / f"build/objects/_cuda_ops/csrc/cuda/{source.stem}.o" for source in KERNELS]
+    return said(objects), folder / "gptfast/_cuda_ops.so"
 
 
 @pytest.fixture(scope="module")
-def hopper(tmp_path_factory) -> tuple[str, list[Path]]:
+def hopper() -> tuple[str, list[Path]]:
     """What nvcc and ptxas said about the units of sm_90a, and their objects."""
-    folder, said, objects = tmp_path_factory.mktemp("sm_90a"), "", []
-    for source in HOPPER:
-        objects.append(folder / f"{source.stem}.o")
-        options = [*nvcc_flags(), "-gencode=arch=compute_90a,code=sm_90a", VERBOSE, f"-I{CUDA}", "-c", str(source)]
-        result = subprocess.run(
-            [emulated.nvcc(), *options, "-o", str(objects[-1])], capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-        said += result.stdout + result.stderr
-    return said, objects
+    from buildtools.ninja_file import Library, Unit, run_ninja
+
+    nvcc = keeping_nvcc(emulated.nvcc(), VERBOSE)
+    flags = [*nvcc_flags(), "-gencode=arch=compute_90a,code=sm_90a"]
+    units = [Unit(source, flags, f"{source.stem}.o", nvcc=nvcc) for source in HOPPER]
+    place = ROOT / "build/sm_90a"
+    run_ninja([Library("kernels.so", units)], place, place)
+    objects = [place / unit.object for unit in units]
+    return said(objects), objects
 
 
 @pytest.mark.slow
