@@ -21,21 +21,19 @@ pytestmark = pytest.mark.skipif(
 )
 ISAS = ["scalar", "avx2", "avx512", "avx512_bf16"]
 # Stands for g++: notes what it is asked for, and tells ninja which headers of ours a kernel or its prelude reads.
-COMPILER = """#!{python}
-import os, subprocess, sys
-given = sys.argv[1:]
-out = given[given.index("-o") + 1]
-open(out, "w").close()
-if "-c" in given:
-    with open("{log}", "a") as log:
-        log.write(os.path.relpath(out, "{tree}/build/objects") + "\\n")
-    depends = given[given.index("-MF") + 1]
-    if any(x.startswith("-DGPTFAST_VECTORS=") for x in given):
-        kept = [x for x in given if x.startswith(("-D", "-std"))]
-        source = given[given.index("-c") + 1]
-        subprocess.run(["g++", *kept, "-DGPTFAST_SCALAR", "-MM", "-MT", out, "-MF", depends, source], check=True)
-    else:
-        open(depends, "w").write(out + ":\\n")
+COMPILER = """#!/bin/sh
+compiles= kernel= kept= before=
+for word in "$@"; do
+  case $before in -o) out=$word ;; -MF) depends=$word ;; -c) source=$word ;; esac
+  case $word in -c) compiles=1 ;; -DGPTFAST_VECTORS=*) kernel=1 ;; esac
+  case $word in -D* | -std*) kept="$kept $word" ;; esac
+  before=$word
+done
+: >"$out"
+[ "$compiles" ] || exit 0
+echo "${{out#{tree}/build/objects/}}" >>"{log}"
+[ "$kernel" ] && exec g++ $kept -DGPTFAST_SCALAR -MM -MT "$out" -MF "$depends" "$source"
+echo "$out:" >"$depends"
 """
 
 
@@ -48,7 +46,7 @@ def tree(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, copy)
     compiler = tmp_path / "g++"
-    compiler.write_text(COMPILER.format(python=sys.executable, log=log, tree=copy))
+    compiler.write_text(COMPILER.format(log=log, tree=copy))
     compiler.chmod(0o755)
 
     def compiled(*command: str) -> list[str]:
