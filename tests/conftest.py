@@ -119,10 +119,12 @@ def _on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def emu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs the test on the emulated CUDA kernels only."""
+    """Runs the test on the emulated CUDA kernels only. New tensors are full of nan: a value that a kernel forgets shows."""
     emulated.load()
     monkeypatch.setitem(AUTOMATIC, "cpu", ["emu", "cpu"])
+    torch.use_deterministic_algorithms(True)
     yield
+    torch.use_deterministic_algorithms(False)
     emulated.configure()
 
 

@@ -241,6 +241,8 @@ FEW_HEADS = [  # the backward deals the query blocks of each head to several sli
 @pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.parametrize("case", FEW_HEADS, ids=lambda c: c.id)
 def test_few_heads(case, dtype, isa):
+    if isa == "emu":
+        pytest.skip("no slices on a GPU; test_emulator_attention has its long rows")
     check_case(case, dtype, seed=2)
 
 
