@@ -71,10 +71,10 @@ INL W wshr32(W a) { return _mm512_srli_epi64(a, 32); }
 INL W wxor3(W a, W b, W c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 INL I interleave_low(W even, W odd) { return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA); }
 
-INL F load_bf16(const uint16_t* p) {
-  return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-}
-INL F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INL F widen_bf16(H h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
+INL F widen_f16(H h) { return _mm512_cvtph_ps(h); }
+INL F load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+INL F load_f16(const uint16_t* p) { return widen_f16(_mm256_loadu_si256((const __m256i*)p)); }
 INL H narrow_bf16(F x) {
 #ifdef __AVX512BF16__
   return (H)_mm512_cvtneps_pbh(x);  // numbers below 2^-126 become 0; a branch for them cost ops in cache 4 to 20%
@@ -87,6 +87,13 @@ INL H narrow_bf16(F x) {
 #endif
 }
 INL H narrow_f16(F x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#define GPTFAST_MASKED_HALVES  // the first n < L of 16-bit values, the rest 0; and back
+INL H load_some_halves(const uint16_t* p, i64 n) {
+  return _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(first_n(n), p));
+}
+INL void store_some_halves(uint16_t* p, H h, i64 n) {
+  _mm512_mask_storeu_epi16(p, first_n(n), _mm512_castsi256_si512(h));
+}
 INL void store(uint16_t* p, H x) { _mm256_storeu_si256((__m256i*)p, x); }
 INL void stream(float* p, F x) { _mm512_stream_ps(p, x); }
 INL void stream(uint16_t* p, H x) { _mm256_stream_si256((__m256i*)p, x); }

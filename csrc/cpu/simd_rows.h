@@ -1,19 +1,39 @@
 // Rows of any dtype with the vocabulary of simd.h, which includes this file: any dtype at the edges, fp32 inside.
 #pragma once
 
-// The last n < L values of a row of 16 bits, as L floats of which the others are 0; and back. Compiled once: they run once a
-// row, and inlined at each end of a loop they are a quarter of what a compiler has to do.
-COLD void widen_tail(float* out, const void* p, DType t, i64 n) {
+// The last n < L values of a row of 16 bits, as L floats of which the others are 0; and back. Where memory has no masks they are
+// compiled once: they run once a row, and inlined at each end of a loop they are a quarter of what a compiler has to do.
+#ifdef GPTFAST_MASKED_HALVES
+INL F widen_tail(const void* p, DType t, i64 n) {
+  const H h = load_some_halves(static_cast<const uint16_t*>(p), n);
+  return t == DType::bf16 ? widen_bf16(h) : widen_f16(h);
+}
+INL void narrow_tail(void* p, DType t, F x, i64 n) {
+  store_some_halves(static_cast<uint16_t*>(p), t == DType::bf16 ? narrow_bf16(x) : narrow_f16(x), n);
+}
+#else
+COLD void widen_into(float* out, const void* p, DType t, i64 n) {
   alignas(64) uint16_t tail[L] = {};
   __builtin_memcpy(tail, p, size_t(n) * 2);
   store(out, t == DType::bf16 ? load_bf16(tail) : load_f16(tail));
 }
-COLD void narrow_tail(void* p, DType t, const float* x, i64 n) {
+COLD void narrow_from(void* p, DType t, const float* x, i64 n) {
   alignas(64) uint16_t tail[L];
   if (t == DType::bf16) store_bf16(tail, load(x));
   else store_f16(tail, load(x));
   __builtin_memcpy(p, tail, size_t(n) * 2);
 }
+INL F widen_tail(const void* p, DType t, i64 n) {
+  alignas(64) float tail[L];
+  widen_into(tail, p, t, n);
+  return load(tail);
+}
+INL void narrow_tail(void* p, DType t, F x, i64 n) {
+  alignas(64) float tail[L];
+  store(tail, x);
+  narrow_from(p, t, tail, n);
+}
+#endif
 
 INL void widen_row(float* out, const void* x, DType t, i64 n) {
   const uint16_t* p = static_cast<const uint16_t*>(x);
@@ -144,22 +164,14 @@ template <class Fn> INL TwoSums row_sums(i64 C, Fn f) {
 // n <= L values at p as fp32, the other lanes 0.
 INL F load_any(const void* p, DType t, i64 n) {
   if (t == DType::f32) return load_lanes(static_cast<const float*>(p), n);
-  if (n < L) {
-    alignas(64) float tail[L];
-    widen_tail(tail, p, t, n);
-    return load(tail);
-  }
+  if (n < L) return widen_tail(p, t, n);
   const uint16_t* h = static_cast<const uint16_t*>(p);
   return t == DType::bf16 ? load_bf16(h) : load_f16(h);
 }
 template <DType T> INL F load_as(const void* row, i64 c, i64 n) { return load_any(at(row, T, c), T, n); }
 INL void store_any(void* p, DType t, F x, i64 n) {
   if (t == DType::f32) return store_lanes(static_cast<float*>(p), x, n);
-  if (n < L) {
-    alignas(64) float tail[L];
-    store(tail, x);
-    return narrow_tail(p, t, tail, n);
-  }
+  if (n < L) return narrow_tail(p, t, x, n);
   uint16_t* h = static_cast<uint16_t*>(p);
   if (t == DType::bf16) store_bf16(h, x);
   else store_f16(h, x);
