@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptfast.generation.config import GenerationConfig
 from gptfast.generation.runner import LanguageModel, virtual_tokens
-from gptfast.nn.selection import one_a_row
+from gptfast.nn.selection import AdapterState, check_separate, one_a_row
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def read_prompts(
         adapter_names: the adapter of each prompt; None: the active ones for all.
         prefix_embeds: see `read_prefixes`.
     Raises:
-        TypeError, ValueError: another type, no prompts, ids outside the vocabulary, or prompts that are too long.
+        TypeError, ValueError: another type, no prompts, ids outside the vocabulary, prompts that are too long, or
+            adapter_names while adapters are merged.
     """
     given = [read_prompt(f" {n}", row) for n, row in enumerate(_split("ids", ids))]
     if not given:
@@ -88,6 +89,8 @@ def read_prompts(
     adapters: list[str | None] = [None] * len(rows)
     if adapter_names is not None:
         adapters[:] = one_a_row("generate", adapter_names, len(rows))
+        if isinstance(state := getattr(model, "adapters", None), AdapterState):
+            check_separate("generate", state)
     prefixes = read_prefixes(prefix_embeds, len(rows), model.config.n_embd)
     virtual, limit = [virtual_tokens(model, adapter) for adapter in adapters], model.config.block_size
     virtual = [n + (0 if own is None else len(own)) for n, own in zip(virtual, prefixes, strict=True)]

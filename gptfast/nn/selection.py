@@ -45,6 +45,7 @@ class AdapterState:
     enabled: False: such a forward uses none.
     names: of all adapters of the model.
     drops: whether one of them has dropout.
+    merged: names of those that are merged into the weights.
     watched: whether a backward pass has been checked, told: the names of rows; see `gptfast.nn.adapter_watch`.
     """
 
@@ -53,6 +54,7 @@ class AdapterState:
 
     names: tuple[str, ...] = ()
     drops: bool = False
+    merged: tuple[str, ...] = ()
     watched: bool = False
     told: bool = False
 
@@ -61,15 +63,16 @@ class AdapterState:
         return Selection(0, (Part(0, 0, self.active if self.enabled else ()),), rng)
 
 
-def select_rows(names: tuple[str, ...], adapter_names: Any, rows: int, rng: tuple[int, int] | None) -> Selection:
-    """The selection of adapter_names, one for each of `rows` rows; names: of the adapters that there are.
+def select_rows(state: AdapterState, adapter_names: Any, rows: int, rng: tuple[int, int] | None) -> Selection:
+    """The selection of adapter_names, one for each of `rows` rows.
 
     Raises:
-        TypeError, ValueError: no list of names, another number of them, or an unknown one.
+        TypeError, ValueError: no list of names, another number of them, an unknown one, or adapters are merged.
     """
     wanted = one_a_row("GPT", adapter_names, rows)
+    check_separate("GPT", state)
     for name in wanted:
-        check_adapter("GPT", names, name)
+        check_adapter("GPT", state.names, name)
     parts, first = [], 0
     for row in range(1, rows + 1):
         if row == rows or wanted[row] != wanted[first]:
@@ -88,6 +91,15 @@ def one_a_row(op: str, adapter_names: Any, rows: int) -> list[str]:
             f"{op}: adapter_names has {len(adapter_names)} names and the batch {rows} rows; expected one a row"
         )
     return list(adapter_names)
+
+
+def check_separate(op: str, state: AdapterState) -> None:
+    """Raise ValueError where adapters are merged: the weights of all rows are then theirs."""
+    if state.merged:
+        raise ValueError(
+            f"{op}: adapter_names is given while {', '.join(map(repr, state.merged))} is merged into the weights of all rows; call "
+            "unmerge_adapter() first"
+        )
 
 
 def check_adapter(op: str, names: Sequence[str], name: Any) -> None:

@@ -292,4 +292,4 @@ class Transformer(Embeddings, Heads, Counted, NumberedDropouts):
         rng = (seed, DROPOUTS + step * (1 + 4 * self.config.n_layer)) if self.training and state.drops else None
         if adapter_names is None:
             return state.selection(rng)
-        return select_rows(state.names, adapter_names, rows, rng)
+        return select_rows(state, adapter_names, rows, rng)

@@ -170,6 +170,10 @@ def test_merging_gives_a_plain_model_and_unmerging_the_old_bits(tmp_path):
     for call in (gpt.disable_adapters, lambda: gpt.delete_adapter("default"), lambda: gpt.save_adapter(tmp_path / "a")):
         with pytest.raises(ValueError, match=r"'default' is merged; call unmerge_adapter\(\) first"):
             call()
+    for call in (gpt, lambda ids, **names: gpt.generate(ids, 2, **names)):
+        for name in ("default", "__base__"):  # the weights are the adapter's for every row
+            with pytest.raises(ValueError, match=r"adapter_names is given while 'default' is merged"):
+                call(IDS, adapter_names=[name] * len(IDS))
     gpt.unmerge_adapter()
     assert all(torch.equal(v, state[k]) for k, v in gpt.state_dict().items()) and len(state) == len(gpt.state_dict())
     assert torch.equal(gpt(IDS), expected)

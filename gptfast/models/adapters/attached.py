@@ -33,7 +33,7 @@ class Adapters(AdapterState):
     biases: values of the base's biases before an adapter trained them, by the names of parameters.
     trainable: names of the base's parameters that were trained before, and are again when the last adapter goes.
     quantized: formats of the bases on which adapters were trained, where these were quantised.
-    merged: names of the adapters that are merged. aside: while they are, what was taken out of the modules; see `merging`.
+    aside: while adapters are merged, what was taken out of the modules; see `merging`.
     prompts: likewise the soft prompts.
     """
 
@@ -42,7 +42,6 @@ class Adapters(AdapterState):
     biases: dict[str, Tensor] = field(default_factory=dict)
     trainable: set[str] = field(default_factory=set)
     quantized: dict[str, str] = field(default_factory=dict)
-    merged: tuple[str, ...] = ()
     aside: dict[str, Any] = field(default_factory=dict)
     prompts: nn.Module | None = None
 
