@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,11 +132,15 @@ class LoraConfig:
 
     def rank_of(self, name: str) -> int:
         """r of a module."""
-        return _by_pattern(self.rank_pattern, name, self.r)
+        return by_pattern(self.rank_pattern, _names_of(name), self.r)
+
+    def alpha_of(self, name: str) -> float:
+        """lora_alpha of a module."""
+        return by_pattern(self.alpha_pattern, _names_of(name), self.lora_alpha)
 
     def scale_of(self, name: str) -> float:
         """Factor of a module's update."""
-        r, alpha = self.rank_of(name), _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+        r, alpha = self.rank_of(name), self.alpha_of(name)
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
@@ -201,5 +205,12 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((v for pattern, v in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
+def by_pattern(patterns: Mapping[str, Any], names: Sequence[str], default: Any) -> Any:
+    """The value of the first pattern that fits one of a module's names, as peft has it."""
+    fits = (v for pattern, v in patterns.items() if any(re.match(rf"(.*\.)?({pattern})$", name) for name in names))
+    return next(fits, default)
+
+
+def _names_of(name: str) -> tuple[str, str]:
+    """The names of a module by which patterns that begin with ^ may call it."""
+    return name, f"transformer.{name}"

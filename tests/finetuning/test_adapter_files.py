@@ -31,6 +31,11 @@ CASES: dict[str, dict[str, Any]] = {
         "rank_pattern": {"c_fc": 3},
         "modules_to_save": ["ln_1"],
     },
+    "anchored patterns": {
+        "target_modules": ["c_attn"],
+        "rank_pattern": {r"^transformer\.h\.0\.attn\.c_attn": 2},
+        "alpha_pattern": {r"^transformer\.h\.1\..*": 3},
+    },
     "own biases": {"target_modules": ["c_fc"], "bias": "lora_only", "layers_to_transform": [1]},
 }
 
@@ -72,6 +77,30 @@ def test_round_trips_with_peft(case: str, base: Path, tmp_path: Path):
     gpt.unmerge_adapter()
     gpt.delete_adapter("default")
     assert torch.equal(gpt(IDS), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_patterns_of_our_names_are_written_for_peft(base: Path, tmp_path: Path):
+    gpt, patterns = gptfast.GPT.from_pretrained(base), {r"^h\.0\.attn\.c_attn": 2}
+    gpt.add_adapter(LoraConfig(r=4, rank_pattern=patterns, alpha_pattern=patterns, init_lora_weights=False))
+    assert [len(block.attn.c_attn.lora_A["default"].weight) for block in gpt.h] == [2, 4]
+    gpt.save_adapter(tmp_path)
+    again = peft.PeftModel.from_pretrained(theirs(base), tmp_path)
+    torch.testing.assert_close(again(IDS).logits, gpt(IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_peft_left_untied_stays_so(tmp_path: Path):
+    """peft ties embed_tokens and lm_head by ensure_weight_tying, but not GPT-2's wte; the file tells."""
+    gptfast.GPT(GPT2).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["c_fc"], modules_to_save=["wte"], ensure_weight_tying=True)
+    trained = peft.get_peft_model(theirs(tmp_path / "base"), config)
+    with torch.no_grad():
+        trained.base_model.model.transformer.wte.modules_to_save.default.weight.add_(0.1)
+    trained.save_pretrained(tmp_path / "theirs")
+    gpt = gptfast.GPT.from_pretrained(tmp_path / "base")
+    gpt.load_adapter(tmp_path / "theirs")
+    torch.testing.assert_close(gpt(IDS), trained(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

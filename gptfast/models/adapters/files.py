@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from gptfast._folders import staged_folder
 from gptfast._snapshots import ADAPTER
 from gptfast.checkpoints import hf_layout
-from gptfast.checkpoints.adapter_config import LoraConfig, to_peft
+from gptfast.checkpoints.adapter_config import LoraConfig, by_pattern, to_peft
 from gptfast.checkpoints.adapter_files import (
     CONFIG,
     MARK,
@@ -72,7 +72,18 @@ def _fields(model: Transformer, config: LoraConfig, paths: list[str]) -> dict[st
         "target_modules": as_peft_has_them(model, config, paths),
         "fan_in_fan_out": conv1d and adapter_kind(model) != "gptfast",
         "modules_to_save": [_in_file(model, m) for m in config.modules_to_save or []] or None,
+        "rank_pattern": _patterns(model, config.rank_pattern, config.r, {p: config.rank_of(p) for p in paths}),
+        "alpha_pattern": _patterns(
+            model, config.alpha_pattern, config.lora_alpha, {p: config.alpha_of(p) for p in paths}
+        ),
     }
+
+
+def _patterns(model: Transformer, given: Mapping[str, Any], default: float, meant: dict[str, Any]) -> dict[str, Any]:
+    """Patterns for the file: as given, where they mean the same under transformers' names, else every name. meant: by path."""
+    named = {file_name(model, path): value for path, value in meant.items()}
+    same = all(by_pattern(given, [name], default) == value for name, value in named.items())
+    return dict(given) if same else named
 
 
 def head_prefix(model: Transformer, name: str) -> str:
@@ -148,6 +159,10 @@ def _copies(model: Transformer, config: LoraConfig, tensors: dict[str, Tensor]) 
         raise ValueError(
             f"load_adapter: the adapter has embeddings of {count} tokens and the model {model.config.vocab_size}; call "
             f"model.resize_token_embeddings({count}) first"
+        )
+    if config.ensure_weight_tying and "lm_head.weight" not in tensors:
+        config.ensure_weight_tying = (
+            False  # peft knows embed_tokens and lm_head, and leaves GPT-2's head untied beside wte
         )
     if not (config.ensure_weight_tying and "wte" in named and is_tied(model)):
         named += extra
