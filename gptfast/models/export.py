@@ -190,11 +190,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     Args:
         path: of the file.
         tensors: on any device; what two of them share is written for each.
-        metadata: beside format = pt.
+        metadata: beside format = pt; in the order of its keys, as safetensors reads them in any.
     Raises:
         OSError: as `write_pieces`.  TypeError: a dtype that such a file cannot have.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **dict(sorted((metadata or {}).items()))}}
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each is aligned
     at = 0
     for name in names:

@@ -148,6 +148,12 @@ def test_parts_are_read_by_any_number_of_processes_and_a_missing_one_is_named(tm
         optimizer_parts(tmp_path)
 
 
+def test_a_file_has_the_same_bytes_in_whatever_order_its_metadata_is_read(tmp_path: Path):
+    for name, about in (("a", {"x": "1", "y": "2"}), ("b", {"y": "2", "x": "1"})):
+        write_tensors(tmp_path / name, {"t": torch.ones(2)}, about)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_a_save_in_the_background_begins_a_step_later_and_takes_its_time_until_somebody_waits_for_it(
     tmp_path: Path, monkeypatch
 ):
