@@ -64,6 +64,7 @@ def _held_in(run: Finetuning) -> str:
 
 def report(run: Finetuning, result: TrainResult, found: FinetuneResult) -> list[str]:
     """Lines about the result of a run, its files, and what to do next."""
+    from gptfast.finetuning.results import CONFUSION
     from gptfast.training.plot import EXPERTS
     from gptfast.training.progress import clock
 
@@ -84,7 +85,7 @@ def report(run: Finetuning, result: TrainResult, found: FinetuneResult) -> list[
         f"result       {out / 'best'}  ({'an adapter of ' + str(run.task.model) if run.method.method != 'full' else 'a whole model'})",
         f"             {out / 'last'}  (to continue with: --resume)",
         f"figures      {out / 'metrics.json'}, {out / 'loss.png'}"
-        + (f", {out / 'confusion.png'}" if run.data.labels else "")
+        + (f", {out / CONFUSION}" if (out / CONFUSION).exists() else "")
         + (f", {out / EXPERTS}" if (out / EXPERTS).exists() else ""),
         f"use          {_use(run)}",
     ]

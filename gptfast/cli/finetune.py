@@ -53,8 +53,8 @@ def finetune(options: dict[str, Any]) -> None:
 
     OUT/best is the best step: with method full a whole model, else an adapter
     that is loaded on its model. OUT/metrics.json has the figures, OUT/loss.png
-    the learning curve, OUT/confusion.png which classes are confused. Ctrl-C
-    saves and stops; --resume continues.
+    the learning curve, OUT/confusion.png which classes or choices are confused.
+    Ctrl-C saves and stops; --resume continues.
 
     [bold]Examples[/]
 

@@ -24,7 +24,7 @@ def finetune(
     **options: Any,
 ) -> FinetuneResult:
     """Fine-tune a model on a file of examples; writes OUT/best, OUT/last, metrics.json, loss.png, log.jsonl, and
-    confusion.png for tasks with labels.
+    confusion.png for classes and choices.
 
     Args:
         model: a checkpoint folder or hub id. With resume=True model, data and task may be left out.

@@ -82,8 +82,10 @@ def _checked(name: str, true: Values, predicted: Values) -> tuple[np.ndarray, np
 
 
 def _array(values: Any) -> np.ndarray:
-    is_tensor = hasattr(values, "detach")  # importing torch takes seconds, and numbers need none of it
-    return values.detach().cpu().double().numpy() if is_tensor else np.asarray(values)
+    if not hasattr(values, "detach"):  # importing torch takes seconds, and numbers need none of it
+        return np.asarray(values)
+    held = values.detach().cpu()
+    return (held.double() if held.is_floating_point() else held).numpy()  # numpy has no bfloat16
 
 
 def _sklearn(name: str) -> Callable[..., float]:

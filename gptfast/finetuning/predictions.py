@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,11 @@ def predictions(task: str, labels: Sequence[str], logits: Tensor) -> list[Predic
     return [Prediction(label=max(row, key=row.__getitem__), probabilities=row) for row in named]
 
 
-def predict(model: TaskModel, examples: Sequence[Any]) -> list[Prediction]:
+def predict(model: TaskModel, examples: Iterable[Any]) -> list[Prediction]:
     """See `TaskModel.predict`."""
     if isinstance(examples, (str, Mapping)):
         raise TypeError(f"TaskModel.predict: examples is a {type(examples).__name__}; expected a list of them")
+    examples = list(examples)
     training, before = model.training, model.truncated
     model.eval()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,8 @@ def finish(run: Finetuning, result: TrainResult) -> FinetuneResult:
         if result.interrupted is None:
             true, found = predictions_of_best(run)
             value = score(metric, true, found)
-            if run.data.labels:
-                plot_confusion(
-                    true, found, run.data.labels, loop.out / CONFUSION, f"{loop.out.name}: {metric} {value:.3f}"
-                )
+            if names := confused(objective, run.data.labels):
+                plot_confusion(true, found, names, loop.out / CONFUSION, f"{loop.out.name}: {metric} {value:.3f}")
     else:
         metric = "perplexity"
         first = next((r["val_loss"] for r in loop.log.records if r["step"] == 0 and "val_loss" in r), float("nan"))
@@ -78,14 +77,15 @@ def finish(run: Finetuning, result: TrainResult) -> FinetuneResult:
 
 
 def predictions_of_best(run: Finetuning) -> tuple[list[Any], list[Any]]:
-    """The labels or scores of the held-out examples, and those that the best checkpoint predicts."""
+    """The labels or scores of the held-out examples, and those that the best checkpoint predicts: in float32, as `predict` of
+    what is saved."""
     loop, objective = run.loop, run.objective
     if loop.state.best_step != loop.state.step:
         loop.optimizers.clear()
         objective.network = None  # two would not have to fit into memory
         objective.network, _ = stored_network(loop.out / "best", run.task, run.method, loop.source.get("base"))
         objective.network.to(loop.device)
-    _, true, found = objective.predict(loop.eval_batch_size, loop.autocast)
+    _, true, found = objective.predict(loop.eval_batch_size, nullcontext)
     return true, found
 
 
@@ -93,6 +93,13 @@ def majority(objective: TaskObjective) -> float:
     """The metric of always predicting the most frequent label of the training examples; 0 for correlations."""
     most = Counter(objective.train[1]).most_common(1)[0][0]
     return score(objective.metric, objective.held_out[1], [most] * len(objective.held_out[1]))
+
+
+def confused(objective: TaskObjective, labels: Sequence[str]) -> list[str]:
+    """The names of what may be taken for one another: classes; of choices their places, 1, 2, …; scores have none."""
+    if objective.network is not None and objective.network.task != "choice":
+        return list(labels)
+    return [str(n + 1) for n in range(max(map(len, objective.held_out[0])))]
 
 
 def plot_confusion(true: Sequence[int], found: Sequence[int], labels: Sequence[str], path: Path, title: str) -> None:

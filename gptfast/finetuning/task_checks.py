@@ -58,10 +58,12 @@ def check_arguments(task: str, classes: int, ids: Any, labels: Any, places: Tens
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"TaskModel: ids has dtype {ids.dtype}; expected token ids of torch.int64 or torch.int32")
     for name, x, shape in (("mc_token_ids", places, ids.shape[:-1]), ("attention_mask", mask, ids.shape)):
+        _check_tensor(name, x)
         if x is not None and x.shape != shape:
             raise ValueError(f"TaskModel: {name} has shape {tuple(x.shape)}; expected {tuple(shape)}")
     if places is not None:
         _check_places(places, ids.shape[-1])
+    _check_tensor("labels", labels)
     if labels is None:
         return
     if labels.shape != ids.shape[:1]:
@@ -73,6 +75,11 @@ def check_arguments(task: str, classes: int, ids: Any, labels: Any, places: Tens
         raise ValueError(
             f"TaskModel: labels is {labels.tolist()[:8]}, {labels.dtype}; expected int64 indices in [0, {classes})"
         )
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    if x is not None and not isinstance(x, Tensor):
+        raise TypeError(f"TaskModel: {name} is a {type(x).__name__}; expected a tensor, see TaskModel.batch")
 
 
 def _check_places(places: Tensor, T: int) -> None:

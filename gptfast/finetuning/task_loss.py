@@ -41,12 +41,17 @@ def logits_of_examples(task: str, logits: Tensor, ids: Tensor, real: Tensor) -> 
 
 
 def task_loss(task: str, logits: Tensor, labels: Tensor, class_weights: Tensor | None) -> Tensor:
-    """Mean loss of the examples, at least in float32: the squared error for similarity, else the cross-entropy."""
+    """Mean loss of the examples, at least in float32: the squared error for similarity, else the cross-entropy; 0 where all of
+    them are of classes of weight 0."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if task == "similarity":
         return nn.functional.mse_loss(wide, labels.to(wide.dtype))
-    weights = None if class_weights is None else class_weights.to(wide.dtype)
-    return nn.functional.cross_entropy(wide, labels, weight=weights)
+    if class_weights is None:
+        return nn.functional.cross_entropy(wide, labels)
+    weights = class_weights.to(wide.dtype)
+    of_all = weights[labels].sum()
+    loss = nn.functional.cross_entropy(wide, labels, weight=weights, reduction="sum")
+    return loss / torch.where(of_all == 0, 1, of_all)
 
 
 def rows_of_lm_loss(

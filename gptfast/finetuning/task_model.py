@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +248,7 @@ class TaskModel(nn.Module):
         return ops.dropout(picked, p, seed ^ _HEAD, step)
 
     @torch.no_grad()
-    def predict(self, examples: Sequence[Any]) -> list[Prediction]:
+    def predict(self, examples: Iterable[Any]) -> list[Prediction]:
         """The label and the probability of each, or the score, of examples; in evaluation mode, whatever the model is in.
 
         Args:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from gptfast import GPT
 from gptfast.cli import _finetune
 from gptfast.finetuning import TaskModel, finetune, metrics, read_examples
+from gptfast.finetuning.launch import new_run
+from gptfast.finetuning.results import finish
 from gptfast.tokenizer import load_tokenizer
 from gptfast.training.log import read_log
 from tests.support.finetuning import SMALL, base, files, result
@@ -49,7 +51,7 @@ def test_every_task_by_every_method(tmp_path, capsys, task, method):
     assert run(tmp_path, "--method", method, "--show-batch", task=task) == 0, capsys.readouterr().err
     said, found, out = capsys.readouterr().out, result(tmp_path), tmp_path / "out"
     assert found.keys() >= KEYS
-    labels = task in ("classification", "entailment")
+    labels = task in ("classification", "entailment", "choice")
     made = {"best", "last", "log.jsonl", "loss.png", "metrics.json", "training.lock", *(["confusion.png"] * labels)}
     assert {f.name for f in out.iterdir()} | {"training.lock"} == made
     assert (out / "best" / WEIGHTS[method]).exists()
@@ -57,6 +59,7 @@ def test_every_task_by_every_method(tmp_path, capsys, task, method):
     expected = {"similarity": "pearson", "lm": "perplexity", "chat": "perplexity"}.get(task, "accuracy")
     assert found["metric"] == expected
     assert f"{expected} {found['value']:.3f} on 16 held-out examples" in said
+    assert ("confusion.png" in said) is labels
     assert [r["step"] for r in read_log(out / "log.jsonl") if "val_loss" in r] == [0, 2, 4, 6, 8]
     if expected == "perplexity":
         assert found["value"] < found["baseline"]
@@ -141,6 +144,23 @@ def test_the_function_does_what_the_command_does(tmp_path):
         == 2 * 2 * ((16 + 48) + (16 + 64)) + 2 * 16
         == result(tmp_path)["trainable_parameters"]
     )
+
+
+def test_the_result_is_judged_as_predict_does(tmp_path, monkeypatch):
+    """In float32, whatever the products of the training: else metrics.json tells of ties that predict does not have."""
+    files(tmp_path, "choice")
+    given = {"model": str(tmp_path / "base"), "data": str(tmp_path / "choice-0.jsonl"), "task": "choice"}
+    run = new_run({**given, "out": tmp_path / "out", "max_steps": 1, "dtype": "bfloat16", "device": "cpu"}, False)
+    trained, rounded, forward = run.loop.train(), [], TaskModel.forward
+
+    def watched(self, *args, **given):
+        rounded.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, *args, **given)
+
+    monkeypatch.setattr(TaskModel, "forward", watched)
+    finish(run, trained)
+    assert rounded
+    assert not any(rounded)
 
 
 def test_metrics_weights_and_truncation(tmp_path, capsys):

@@ -37,6 +37,8 @@ def test_metrics_take_tensors_and_return_floats():
         tensors = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 0], dtype=torch.int32)
         assert type(metric(*tensors)) is float
         assert metric(*tensors) == metric([0, 1, 1, 0], np.array([0, 1, 0, 0]))
+        large = torch.tensor([2**53, 2**53 + 1, 2**53 + 3])  # which floats do not tell apart
+        assert metric in SCORE_METRICS or metric(large, large.flip(0)) == metric([0, 1, 2], [2, 1, 0])
         assert metric(torch.ones(2).bfloat16().cumsum(0), [1, 2]) == pytest.approx(1)
 
 

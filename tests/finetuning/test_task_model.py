@@ -85,6 +85,18 @@ def test_without_labels_or_with_lm_coef_0():
     assert out.loss is out.task_loss
 
 
+def test_class_weights_weigh_and_a_batch_without_weight_has_no_loss():
+    model = task_model("classification", class_weights={"yes": 0.0, "no": 3.0})
+    batch = model.batch(EXAMPLES["classification"])
+    out = model(**batch, lm_coef=0)
+    weights = torch.tensor([{"yes": 0.0, "no": 3.0}.get(label, 1.0) for label in model.labels])
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, batch["labels"], weights))
+    none = torch.full_like(batch["labels"], model.labels.index("yes"))
+    loss = model(**{**batch, "labels": none}, lm_coef=0).loss
+    loss.backward()
+    assert loss.item() == 0 and not model.score.weight.grad.any()
+
+
 def test_mc_token_ids_name_the_token_that_is_read():
     model = task_model("choice")
     ids = model.batch(EXAMPLES["choice"])["ids"]
@@ -200,6 +212,7 @@ def test_predict():
         alone = model.predict([{"text": text}])[0]
         assert p.probabilities["yes"] == pytest.approx(alone.probabilities["yes"], abs=1e-5)
     assert model.predict([]) == []
+    assert model.predict(text for text in texts) == found
     with pytest.raises(AttributeError, match="it has label, probabilities"):
         _ = found[0].score
     with pytest.raises(TypeError, match="examples is a str"):
@@ -309,6 +322,9 @@ def test_bad_tensors():
         ({"mc_token_ids": torch.tensor([[0, 1], [0, -1]])}, "expected positions in"),
         ({"mc_token_ids": torch.tensor([[0.0, 1], [0, 1]])}, "mc_token_ids has dtype torch.float32"),
         ({"lm_coef": -1.0}, "lm_coef is -1"),
+        ({"labels": [0, 1]}, "labels is a list; expected a tensor"),
+        ({"mc_token_ids": [[0, 1], [0, 1]]}, "mc_token_ids is a list; expected a tensor"),
+        ({"attention_mask": batch["ids"].numpy()}, "attention_mask is a ndarray; expected a tensor"),
     ):
         with pytest.raises((TypeError, ValueError), match=text):
             model(**{**batch, **change})
