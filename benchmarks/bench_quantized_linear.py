@@ -3,7 +3,7 @@
 Run: python benchmarks/bench_quantized_linear.py [--shapes 768x3072 1600x6400] [--rows 1 2048] [--rounds 9]. It prints a JSON line
 for each shape and number of rows, with the processor time of one thread in ms, which other work on the machine moves less than
 the clock, and ratios, each the median of the ratios of the rounds: over_bitsandbytes is its time, in the faster of its forms, over
-ours; of_linear is our time over that of `ops.linear`. Floors: the read of the codes (1 row), 2 M N K flops (2048 rows). Needs
+ours, with _double where our scales are doubly quantised; of_linear is our time over that of `ops.linear`. Floors: the read of the codes (1 row), 2 M N K flops (2048 rows). Needs
 bitsandbytes.
 """
 
@@ -41,6 +41,8 @@ def race(calls: dict[str, Callable[[], object]], rounds: int, repeats: int) -> d
 def calls(K: int, N: int, M: int) -> dict[str, Callable[[], object]]:
     weight, x, dy = torch.randn(N, K) * 0.02, torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
     codes, scales = ops.quantize_nf4(weight).rows(N)
+    double = ops.quantize_nf4(weight, double=True)
+    bytes_, nested, offset = double.absmax.view_as(scales), double.nested_absmax, double.offset
     theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     layer = nn.Linear4bit(K, N, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=False)
     layer.weight = nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False).to("cpu")
@@ -48,6 +50,9 @@ def calls(K: int, N: int, M: int) -> dict[str, Callable[[], object]]:
     half = weight.bfloat16()
     found: dict[str, Callable[[], object]] = {
         "quantized_linear": lambda: ops.quantized_linear(x, codes, scales, format="nf4", group_size=64),
+        "quantized_linear double": lambda: ops.quantized_linear(
+            x, codes, bytes_, format="nf4", group_size=64, nested_absmax=nested, offset=offset
+        ),
         "dequantize_4bit + F.linear": lambda: F.linear(x, functional.dequantize_4bit(theirs, state).bfloat16()),
         "linear": lambda: ops.linear(x, half),
         "quantized_linear dx": lambda: torch.ops.gptfast.quantized_linear_bwd(dy, codes, scales, "nf4", 64, K),
@@ -68,6 +73,10 @@ def ratios(times: dict[str, list[float]]) -> dict[str, float]:
         theirs = [times[f"dequantize_4bit{what or ' + F.linear'}"], *([times["Linear4bit"]] if not what else ())]
         ours, key = times[f"quantized_linear{what}"], what.replace(" ", "_")
         found[f"over_bitsandbytes{key}"] = median(min(theirs, key=statistics.median), ours)
+        if not what:
+            found["over_bitsandbytes_double"] = median(
+                min(theirs, key=statistics.median), times["quantized_linear double"]
+            )
         found[f"of_linear{key}"] = median(ours, times[f"linear{what}"])
     return found
 

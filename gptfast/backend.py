@@ -172,9 +172,12 @@ def resolve(op: str, choice: str | None, x: Tensor, *others: Tensor | None) -> s
     name = choice or chosen()
     if name == "eager":
         return name
-    strange = [y.dtype for y in others if y is not None and y.dtype not in KERNEL_DTYPES]
     if name == "auto":
-        return "eager" if strange or transformed() else _automatic(op, x)
+        for y in others:
+            if y is not None and y.dtype not in KERNEL_DTYPES:
+                return "eager"
+        return "eager" if transformed() else _automatic(op, x)
+    strange = [y.dtype for y in others if y is not None and y.dtype not in KERNEL_DTYPES]
     _checked(name, op)
     _check_explicit(op, name, x, *strange)
     return name

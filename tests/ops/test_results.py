@@ -99,3 +99,14 @@ def test_results_outlive_the_limit():
     torch.ops.gptfast.keep_results(0)
     result(8)
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 0), (0, 4), (2, 3, 5), (2, 1, 3, 4), (2, 1, 1, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_small_results_are_laid_out_as_those_of_torch(shape, dtype):
+    expected = torch.empty(shape, dtype=dtype)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = torch.ops.gptfast.relu_squared_fwd(torch.randn(shape).to(dtype))
+        assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), dtype)
+        assert y.device.type == "cpu" and y.is_inference() == (mode is torch.inference_mode)
