@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -61,15 +61,16 @@ def gemm(
 
 
 def grouped_gemm(
-    a: Tensor, ends: Sequence[int], b: Tensor, out: Tensor, *, dtype: torch.dtype, bias: Tensor | None = None
+    a: Tensor, offsets: Tensor, b: Tensor, out: Tensor, *, dtype: torch.dtype, bias: Tensor | None = None
 ) -> None:
-    """out = a b[g] (+ bias[g]) in the rows of each group g, from ends[g] to ends[g + 1].
+    """out = a b[g] (+ bias[g]) in the rows of each group g, from offsets[g] to offsets[g + 1].
 
     Where our kernels multiply, all groups are one call, and a group of fewer than 16 rows reads a matrix by columns once where it
     lies: also where a library multiplies larger groups, unless GPTFAST_GEMM names it. Else each group is one `gemm`.
 
     Args:
-        a: (M, K); ends: from 0 to M, rising; b: (G, K, N), matrices contiguous along rows or columns.
+        a: (M, K); offsets: (G + 1,) int64 on the CPU, contiguous, rising from 0 to M; b: (G, K, N), matrices contiguous along
+            rows or columns.
         out, dtype: as in `gemm`.
         bias: (G, N) or None.
     """
@@ -78,8 +79,10 @@ def grouped_gemm(
         rows = a if a.stride(1) == 1 else a.contiguous()
         matrices = b if 1 in b.stride()[1:] else b.contiguous()
         pairs = dtype == torch.bfloat16
-        torch.ops.gptfast.grouped_gemm(rows, torch.tensor(ends), matrices, bias, out, pairs, own[0], own[-1])
-    for g, (first, last) in enumerate(pairwise(ends)):
+        torch.ops.gptfast.grouped_gemm(rows, offsets, matrices, bias, out, pairs, own[0], own[-1])
+        if own[0] == 1 and len(a) <= own[-1]:
+            return
+    for g, (first, last) in enumerate(pairwise(offsets.tolist())):
         if first < last and last - first not in own:
             added = None if bias is None else bias[g]
             gemm(a[first:last], b[g], out[first:last], dtype=dtype, bias=added)

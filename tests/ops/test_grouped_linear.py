@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gptfast import ops
+from gptfast.ops import gemm
 from gptfast.testing import cases, check_case, dtypes
 from tests.support.op_properties import check_compiles, check_no_double_backward, check_pure, check_repeatable
 
@@ -79,6 +80,17 @@ def test_groups_of_few_rows(dtype, K, isa, threads):
         wanted = x[a:b].double() @ weight[g].double().T + bias[g].double()
         rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(y[a:b].double(), wanted, rtol=rounding, atol=2e-6 * K**0.5 + 1e-6)
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_few_rows_in_all(by_columns, monkeypatch):
+    """Also where our kernels leave a matrix to a library."""
+    monkeypatch.setattr(gemm, "_FORCED", "")
+    x, offsets = torch.randn(7, 24), torch.tensor([0, 2, 2, 7])
+    weight = torch.randn(3, 24, 40).mT if by_columns else torch.randn(3, 40, 24)
+    wanted = torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[2].T])
+    with torch.no_grad():
+        torch.testing.assert_close(ops.grouped_linear(x, offsets, weight), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast():

@@ -28,6 +28,22 @@ def test_properties():
     check_compiles(ops.moe, *CASES[1].inputs(torch.float32))
 
 
+@pytest.mark.parametrize("dtype", dtypes())
+def test_without_a_graph(dtype):
+    """The same bits by a shorter way, of int32 experts too; and the message for two dtypes."""
+    for case in CASES:
+        x, experts, *rest = case.inputs(dtype)
+        recorded = ops.moe(x, experts, *rest, **case.options)
+        with torch.no_grad():
+            assert torch.equal(ops.moe(x, experts.int(), *rest, **case.options), recorded)
+    x, experts, *rest = CASES[1].inputs(torch.float32)
+    with (
+        torch.no_grad(),
+        pytest.raises(TypeError, match=r"grouped_linear: x is torch.float64 but weight is torch.float32"),
+    ):
+        ops.moe(x.double(), experts, *rest)
+
+
 def test_gpt_oss_of_transformers():
     """Router, clamped SwiGLU of interleaved columns, biases, outputs and all gradients."""
     torch.manual_seed(0)
