@@ -46,8 +46,6 @@ ZIG_ISA_FLAGS = {
     "neon_dotprod": ["-mcpu=generic+dotprod"],
     "neon_bf16": ["-mcpu=generic+dotprod+bf16+i8mm"],
 }
-# g++ looks for seconds whether it can make vectors of loops that are vectors already.
-KERNEL_FLAGS = {"quantized_rows": ["-fno-tree-loop-vectorize"]}
 VECTORS = {"amx": "avx512_bf16"}  # whose vectors an instruction set has, and whose flags but for its own macro
 SELECT = "csrc/cpu/isa_select.h"
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -112,8 +110,7 @@ def kernel_units(folder: str, only: Sequence[str] = ()) -> list[Unit]:
             if only and kernel not in only:
                 continue
             source, object = ROOT / f"csrc/{folder}/kernel_unit.cpp", f"csrc/{folder}/{kernel}.{isa}.o"
-            more = KERNEL_FLAGS.get(kernel, []) if is_gcc() else []
-            own = [*flags, *more, f"-DGPTFAST_KERNEL={kernel}"]
+            own = [*flags, f"-DGPTFAST_KERNEL={kernel}"]
             units.append(Unit(source, own, object, header=read if is_gcc() else None))
     return units
 
