@@ -20,29 +20,40 @@ RNG = np.random.default_rng(0)
 
 @functools.cache
 def library(place: str) -> ctypes.CDLL:
-    folder = ROOT / "build/conformance"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{place}.so"
-    command = {"emulator": emulator_command, "gpu": gpu_command}[place](target)
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    loaded = ctypes.CDLL(str(target))
+    loaded = ctypes.CDLL(str({"emulator": for_emulator, "gpu": for_gpu}[place]()))
     loaded.conformance.restype = ctypes.c_char_p
     return loaded
 
 
-def emulator_command(target: Path) -> list[str]:
+def built(name: str, flags: list[str], link: list[str], nvcc: str | None = None) -> Path:
+    """The program as a library. It is compiled where it, its headers or the flags are other ones than the last time."""
+    from buildtools.ninja_file import Library, Unit, run_ninja
+
+    folder = ROOT / "build/conformance" / name
+    unit = Unit(SOURCE, flags, "conformance.o", nvcc=Path(nvcc) if nvcc else None)
+    run_ninja([Library("conformance.so", [unit], link)], folder, folder)
+    return folder / "conformance.so"
+
+
+def for_emulator() -> Path:
     emulator = ["-include", str(SOURCE.with_name("cuda_emulator.h")), "-x", "c++", f"-I{emulated.cuda_include()}"]
-    flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-fvisibility=hidden"]
-    return ["g++", *flags, *emulator, str(SOURCE), "-o", str(target), "-lpthread", "-ldl"]
+    flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-w", "-fPIC", "-fvisibility=hidden", *emulator]
+    return built("emulator", flags, ["-lpthread", "-ldl"])
 
 
-def gpu_command(target: Path, arch: str | None = None) -> list[str]:
-    if arch is None:
-        major, minor = torch.cuda.get_device_capability()
-        arch = "90a" if major == 9 else f"{major}{minor}"
-    code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    return [emulated.nvcc(), "-std=c++20", "-O2", "-shared", "-Xcompiler=-fPIC", code, str(SOURCE), "-o", str(target)]
+def gpu_flags(arch: str) -> list[str]:
+    return ["-std=c++20", "-O2", "-Xcompiler=-fPIC", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+
+
+def for_gpu() -> Path:
+    major, minor = torch.cuda.get_device_capability()
+    target = ROOT / "build/conformance/gpu.so"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    flags = gpu_flags("90a" if major == 9 else f"{major}{minor}")
+    command = [emulated.nvcc(), *flags, "-shared", str(SOURCE), "-o", str(target)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return target
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -197,7 +208,6 @@ def test_named_barrier_and_registers(hopper):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90a"])
-def test_nvcc_takes_the_same_program(arch, tmp_path):
+def test_nvcc_takes_the_same_program(arch):
     """So that a machine with a GPU does not find out first."""
-    result = subprocess.run(gpu_command(tmp_path / "gpu.so", arch), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert built(f"sm_{arch}", gpu_flags(arch), [], emulated.nvcc()).exists()
