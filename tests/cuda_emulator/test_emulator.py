@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from buildtools.ninja_file import Library, Unit, run_ninja
 from tests.cuda_emulator.build import VARIANTS
 from tests.support import ROOT, emulated
 
@@ -17,22 +18,16 @@ EMULATOR = ROOT / "tests/cuda_emulator"
 
 @functools.cache
 def program(variant: str) -> Path:
-    folder = ROOT / "build/emu" / variant
-    folder.mkdir(parents=True, exist_ok=True)
+    """Compiled where it, its headers or the flags are other ones than the last time."""
+    folder = ROOT / "build/planted" / variant
     flags = ["-std=c++20", "-fno-strict-aliasing", "-w", f"-I{emulated.cuda_include()}", *VARIANTS[variant]]
     emulator = ["-include", str(EMULATOR / "cuda_emulator.h"), "-x", "c++"]
     watched = ["-fsanitize=thread"] if variant == "race" else []
-    compiled = [folder / "planted.o"] + [folder / "planted_racecheck.o"] * (variant == "race")
-    run(["g++", *flags, *emulator, *watched, "-c", EMULATOR / "planted.cu", "-o", compiled[0]])
-    if variant == "race":
-        run(["g++", *flags, "-c", EMULATOR / "racecheck.cpp", "-o", compiled[1]])
-    run(["g++", *VARIANTS[variant], *compiled, "-o", folder / "planted", "-lpthread", "-ldl"])
+    units = [Unit(EMULATOR / "planted.cu", [*flags, *emulator, *watched], "planted.o")]
+    units += [Unit(EMULATOR / "racecheck.cpp", flags, "racecheck.o")] * (variant == "race")
+    link = [*VARIANTS[variant], "-lpthread", "-ldl"]
+    run_ninja([Library("planted", units, link, program=True)], folder, folder)
     return folder / "planted"
-
-
-def run(command: list) -> None:
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def outcome(fault: str, variant: str = "plain", **environment: str) -> str:
