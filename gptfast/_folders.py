@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptfast._locks import FileLock, courtesy, holder
@@ -48,7 +48,7 @@ def staged_folder(folder: str | os.PathLike[str], replaces: str = WEIGHTS) -> It
     the block of another save, that one's folder is yielded: its files and these are then replaced together.
 
     Args:
-        folder: made if it is missing.
+        folder: made if it is missing; a failure leaves none that was not there.
         replaces: regular expression, part of `_snapshots.EVERYTHING`; files in `folder` with such a name that the
             block does not write are removed, so that a model in one file is not left beside the shards of the one
             before.
@@ -60,7 +60,7 @@ def staged_folder(folder: str | os.PathLike[str], replaces: str = WEIGHTS) -> It
     if target in _stages:
         yield target
         return
-    lock = FileLock(target / LOCK)
+    lock, new = FileLock(target / LOCK), not target.exists()
     try:
         with explained(folder):
             target.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,9 @@ def staged_folder(folder: str | os.PathLike[str], replaces: str = WEIGHTS) -> It
             _finish(target, written)
     finally:
         lock.release()
+        if new:
+            with suppress(OSError):  # what a failure leaves is empty; what a save leaves is not
+                target.rmdir()
 
 
 def is_saved_by_another(folder: str | os.PathLike[str]) -> bool:

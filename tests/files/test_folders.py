@@ -121,6 +121,15 @@ def test_a_save_inside_another_is_part_of_it(tmp_path: Path):
     assert load_tokenizer(tmp_path).encode("abc") == [0, 1, 2]
 
 
+def test_a_failure_leaves_no_new_folder(tmp_path: Path):
+    with pytest.raises(ValueError, match="no adapter"):
+        GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=8)).save_adapter(tmp_path / "a")
+    with pytest.raises(RuntimeError, match="full"), staged_folder(tmp_path / "b") as stage:  # noqa: PT012
+        (stage / "config.json").write_text("{}")
+        raise RuntimeError("full")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- two processes --------------------------------------------------------------------------------------------------
 
 

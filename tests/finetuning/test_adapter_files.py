@@ -80,9 +80,13 @@ def test_round_trips_with_peft(case: str, base: Path, tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_patterns_of_our_names_are_written_for_peft(base: Path, tmp_path: Path):
+@pytest.mark.parametrize("copy", ["transformer.wte", "transformer.lm_head"])
+def test_our_names_are_written_for_peft(copy: str, base: Path, tmp_path: Path):
     gpt, patterns = gptfast.GPT.from_pretrained(base), {r"^h\.0\.attn\.c_attn": 2}
-    gpt.add_adapter(LoraConfig(r=4, rank_pattern=patterns, alpha_pattern=patterns, init_lora_weights=False))
+    about = {"rank_pattern": patterns, "alpha_pattern": patterns, "modules_to_save": [copy]}
+    gpt.add_adapter(LoraConfig(r=4, init_lora_weights=False, **about))
+    with torch.no_grad():
+        gpt.get_submodule(copy.removeprefix("transformer.")).modules_to_save["default"].weight.mul_(1.1)
     assert [len(block.attn.c_attn.lora_A["default"].weight) for block in gpt.h] == [2, 4]
     gpt.save_adapter(tmp_path)
     again = peft.PeftModel.from_pretrained(theirs(base), tmp_path)

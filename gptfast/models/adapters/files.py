@@ -147,13 +147,9 @@ def _of_adapter(model: Transformer, tensors: dict[str, Tensor], folder: Path) ->
 
 def _copies(model: Transformer, config: LoraConfig, tensors: dict[str, Tensor]) -> list[str] | None:
     """`modules_to_save` under our names; embeddings that peft stores because they were resized count as copies too."""
-    names = {"tokens_embed": "wte", "positions_embed": "wpe"}
+    names = {"tokens_embed": "wte", "wte": "wte", "lm_head": "lm_head"}
     named = [names.get(entry.removeprefix("transformer."), entry) for entry in config.modules_to_save or []]
-    extra = [
-        n
-        for n in ("wte", "lm_head")
-        if f"{n}.weight" in tensors and n not in [e.removeprefix("transformer.") for e in named]
-    ]
+    extra = [n for n in ("wte", "lm_head") if f"{n}.weight" in tensors and n not in named]
     rows = {tensors[f"{n}.weight"].shape[0] for n in ("wte", "lm_head") if f"{n}.weight" in tensors}
     for count in rows - {model.config.vocab_size}:
         raise ValueError(
@@ -171,7 +167,8 @@ def _copies(model: Transformer, config: LoraConfig, tensors: dict[str, Tensor]) 
 
 def _in_file(model: Transformer, name: str) -> str:
     """An entry of `modules_to_save` as transformers calls the module."""
-    return file_name(model, name).removeprefix("transformer.") if name in ("wte", "wpe") else name
+    own = name.removeprefix("transformer.")
+    return file_name(model, own).removeprefix("transformer.") if own in ("wte", "lm_head") else name
 
 
 def _stored(model: Transformer, name: str) -> Iterator[tuple[str, Tensor]]:
