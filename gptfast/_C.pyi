@@ -43,7 +43,9 @@ class Engine:
 class Adapter:
     """The low-rank updates of an adapter, as the engine reads them."""
 
-    def __init__(self, shape: dict[str, Any], updates: Sequence[tuple[int, float, object, object]], /) -> None: ...
+    def __init__(
+        self, shape: dict[str, Any], half: bool, updates: Sequence[tuple[int, float, object, object]], /
+    ) -> None: ...
     @property
     def bytes(self) -> int: ...
 

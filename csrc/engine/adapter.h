@@ -1,7 +1,7 @@
 // Low-rank updates of a model's matrices (LoRA): y = x W^T + scale (x A^T) B^T for the rows of sequences that have them.
 //
-// Floor of decoding: A and B are read once beside W, 4 r (N + K) bytes. The sums of a row run in the same order whatever
-// other rows there are.
+// Floor of decoding: A and B are read once beside W, 2 r (N + K) bytes in bf16 and twice these in fp32. The sums of a row run in
+// the same order whatever other rows there are.
 #pragma once
 #include <memory>
 #include <vector>
@@ -21,19 +21,20 @@ class Adapter {
     const float *A, *B;
     i64 lda, ldb;
   };
-  Adapter(const Shape& shape, const std::vector<Source>& updates);  // std::invalid_argument: a matrix twice
+  // half: A and B are rounded to bf16. std::invalid_argument: a matrix twice.
+  Adapter(const Shape& shape, bool half, const std::vector<Source>& updates);
 
   bool fits(const Shape& shape) const;
   // r == 0: none.
   const LowRank& of(i64 number) const { return updates_[size_t(number)]; }
   i64 max_rank() const { return max_rank_; }
-  i64 bytes() const { return floats_ * 4; }
+  i64 bytes() const { return bytes_; }
 
  private:
   Shape shape_;
   std::vector<LowRank> updates_;
-  i64 max_rank_ = 0, floats_ = 0;
-  Buffer<float> memory_;
+  i64 max_rank_ = 0, bytes_ = 0;
+  Buffer<char> memory_;
 };
 using Adapters = std::vector<std::shared_ptr<const Adapter>>;  // of one sequence: they are added up
 

@@ -25,9 +25,9 @@ struct Run {
   i64 unwanted() const { return n - wanted; }
 };
 
-// Neighbouring rows of a pass under the same adapters, at least one.
+// The rows of a pass under the same adapters, in ascending order, at least one.
 struct Updated {
-  i64 first, n;
+  std::vector<i64> rows;
   const Adapters* adapters;
 };
 // The rows of a product.
@@ -87,7 +87,7 @@ class Engine {
  private:
   // Inputs of a product, and the memory for them.
   struct Inputs {
-    Buffer<float> normed, scale, down;  // down: x A^T of the rows that have adapters
+    Buffer<float> normed, scale;
     Buffer<uint16_t> bf16;
     Buffer<int8_t> q;
     Buffer<int32_t> acc_init;
@@ -135,8 +135,9 @@ class Engine {
   void multiply(int t, const Linear& linear, const Activations& x, Rows rows, Epilogue epilogue, float* y, i64 ldy,
                 float* out, i64 ldo);
   void note_adapters();
-  void project(const Linear& linear, const Activations& x, i64 K, Rows rows, i64 first, i64 last, Inputs& to);
-  void update(const Linear& linear, Rows rows, i64 panel, const Inputs& in, float* y, i64 ldy);
+  bool has_updates(const Linear& linear, Rows rows) const;
+  void share_inputs(int t, const Linear& linear, const Activations& x, i64 K, Rows rows);
+  void update(const Linear& linear, Rows rows, i64 panel, i64 count, float* y, i64 ldy);
 
   Range share(i64 n, int t) const { return {n * t / threads(), n * (t + 1) / threads()}; }
   const float* floats(const Weight& w) const {
@@ -162,8 +163,9 @@ class Engine {
   i64 M_ = 0, wanted_ = 0;  // tokens of the running pass, and how many of them get logits
   i64 capacity_ = 0;        // tokens there is memory for
   std::vector<Run> runs_;
-  std::vector<Updated> updated_, updated_wanted_;       // among all M_ rows, and among the wanted_ ones
-  i64 ldh_ = 0;                                         // of Inputs::down
+  std::vector<Updated> updated_, updated_wanted_;  // among all M_ rows, and among the wanted_ ones
+  Buffer<float> down_;                             // (M, ldh): x A^T of these rows
+  i64 ldh_ = 0;
   std::vector<std::atomic<i64>> next_;                  // item of attention and of both products of experts, per layer
   Buffer<float> x_, qkv_, attended_, hidden_, branch_;  // (M, C), (M, qkv), (M, heads D), (M, fc), (M, C)
   Buffer<float> zeros_;                                 // C, in the place of a position's embedding

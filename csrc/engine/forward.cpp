@@ -104,8 +104,7 @@ Activations Engine::view(Inputs& in, i64 K) const {
   return {in.normed.get(), round_up(K, kPanel), in.bf16.get(),      in.q.get(),
           in.scale.get(),  in.acc_init.get(),   round_up(K, kGroup)};
 }
-// x as the product with a matrix reads it; the matrix's factor goes into the scales of x. And x A^T of the rows that have
-// adapters. A single row is prepared by every thread for itself, which is quicker than waiting for another; several rows
+// x as the product with a matrix reads it; the matrix's factor goes into the scales of x. A single row is prepared by every thread for itself, which is quicker than waiting for another; several rows
 // are shared out.
 Activations Engine::inputs_of(int t, const Linear& linear, const float* x, i64 ld, i64 K, Rows rows) {
   const bool single = rows.count == 1;
@@ -114,12 +113,11 @@ Activations Engine::inputs_of(int t, const Linear& linear, const float* x, i64 l
   Activations in = view(to, K);
   in.f32 = x;
   in.f32_stride = ld;
-  if (reads_f32(weight.format) && rows.updated->empty()) return in;
+  if (reads_f32(weight.format) && !has_updates(linear, rows)) return in;
   const Range mine = single ? Range{0, 1} : share(rows.count, t);
   for (i64 m = mine.first; m < mine.last && !reads_f32(weight.format); m++)
     kernels_.quantize_activations(weight.format, x + m * ld, K, in, m, weight.factor);
-  project(linear, in, K, rows, mine.first, mine.last, to);
-  if (!single) pool_.barrier(t);
+  share_inputs(t, linear, in, K, rows);
   return in;
 }
 // The same of rows that make(m, to) writes.
@@ -135,8 +133,7 @@ template <class Make> Activations Engine::made_inputs(int t, const Linear& linea
     std::fill(made + K, made + in.stride, 0.f);  // what formats of whole groups read beyond
     if (!reads_f32(weight.format)) kernels_.quantize_activations(weight.format, made, K, in, m, weight.factor);
   }
-  project(linear, in, K, rows, mine.first, mine.last, to);
-  if (!single) pool_.barrier(t);
+  share_inputs(t, linear, in, K, rows);
   return in;
 }
 Activations Engine::normed_inputs(int t, const Linear& linear, const Norm& norm, const float* x, i64 ld, Rows rows) {
@@ -156,19 +153,26 @@ void Engine::product(const Weight& w, i64 p, const Activations& x, i64 rows, flo
   panel_product(kernels_, w.format, weights_ + w.offset + p * panel_bytes(w.format, w.K), x, rows, K, y, ldy);
 }
 
-// This thread's panels of out = finish(x W^T + updates + bias); y is room for the products, and may be `out`.
+// This thread's panels of out = finish(x W^T + updates + bias); y is room for the products, and may be `out`. With few rows all
+// products come first, so that nothing interrupts the stream of weights, nor then that of updates.
 void Engine::multiply(int t, const Linear& linear, const Activations& x, Rows rows, Epilogue epilogue, float* y,
                       i64 ldy, float* out, i64 ldo) {
   const Weight& w = linear.weight;
   const Range mine = share(panels(w.N), t);
   const float* bias = floats(linear.bias);
-  const Inputs& in = rows.count == 1 ? own_[size_t(t)].inputs : shared_;
-  for (i64 p = mine.first; p < mine.last; p++) {
-    const i64 n = p * kPanel;
-    product(w, p, x, rows.count, y + n, ldy);
-    update(linear, rows, p, in, y + n, ldy);
-    if (bias || epilogue != Epilogue::store)
+  const bool few = rows.count < kUnpackedRows, updated = has_updates(linear, rows);
+  const i64 together = few ? mine.last - mine.first : 1;
+  for (i64 first = mine.first; first < mine.last; first += together) {
+    const i64 last = std::min(first + together, mine.last);
+    for (i64 p = first; p < last; p++) product(w, p, x, rows.count, y + p * kPanel, ldy);
+    if (updated) {
+      if (few) pool_.wait(t);
+      update(linear, rows, first, last - first, y + first * kPanel, ldy);
+    }
+    for (i64 p = first; p < last && (bias || epilogue != Epilogue::store); p++) {
+      const i64 n = p * kPanel;
       kernels_.epilogue(epilogue, y + n, ldy, rows.count, bias ? bias + n : nullptr, out + n, ldo);
+    }
   }
 }
 

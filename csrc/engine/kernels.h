@@ -30,14 +30,19 @@ struct Activations {
 
 constexpr i64 kUnpackedRows = 16;  // at this number of rows and more a panel is unpacked first
 
-// A low-rank update (adapter.h). A: r rows of K values, each padded with zeros to lora_stride(K).  B: for each panel of
-// 32 outputs [r][32].
+// A low-rank update (adapter.h) in fp32 or bf16. A: r rows of K values, each padded with zeros to lora_stride(K).  B: for each
+// panel of 32 outputs [r][32].
 struct LowRank {
-  const float *A = nullptr, *B = nullptr;
-  i64 r = 0;  // 0: none
+  const char *A = nullptr, *B = nullptr;
+  bool half = false;  // bf16
+  i64 r = 0;          // 0: none
   float scale = 1.f;
+  i64 row = 0;  // bytes of a row of A
+
+  i64 panel() const { return r * kPanel * (half ? 2 : 4); }  // bytes of B
+  LowRank ranks(i64 first, i64 last) const { return {A + first * row, B, half, last - first, scale, row}; }  // of A
 };
-constexpr i64 lora_stride(i64 K) { return round_up(K, 16); }
+constexpr i64 lora_stride(i64 K) { return round_up(K, 32); }
 
 constexpr i64 kPage = 64;  // positions of a page of keys and values
 
@@ -106,10 +111,11 @@ struct Kernels {
   void (*unpack[kFormats])(const char* panel, i64 K, char* to) = {};
   // The panel's outputs y, M rows: out = epilogue(y + bias). bias has 32 values, or is null.
   void (*epilogue)(Epilogue, const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo);
-  // h[m][0..r) = scale x[m] A^T for rows [0, M) of K values
-  void (*lora_down)(const float* x, i64 ldx, i64 M, i64 K, const LowRank&, float* h, i64 ldh);
-  // y[m][0..32) += h[m] B^T of one panel
-  void (*lora_up)(const float* h, i64 ldh, i64 M, const LowRank&, i64 panel, float* y, i64 ldy);
+  // h[m][0..r) = scale x[m] A^T for the M rows m of K values
+  void (*lora_down)(const float* x, i64 ldx, const i64* rows, i64 M, i64 K, const LowRank&, float* h, i64 ldh);
+  // y[m][0..32 count) += h[m] B^T of `count` panels from `panel` on, for the M rows m
+  void (*lora_up)(const float* h, i64 ldh, const i64* rows, i64 M, const LowRank&, i64 panel, i64 count, float* y,
+                  i64 ldy);
   // weight, bias: null where there is none
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, i64 C, float* y);
   void (*rms_norm)(const float* x, const float* weight, float eps, i64 C, float* y);

@@ -6,7 +6,6 @@
 #include <vector>
 
 namespace gptfast::engine {
-namespace {
 
 uint16_t to_bf16(float x) {
   uint32_t u;
@@ -14,6 +13,9 @@ uint16_t to_bf16(float x) {
   if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
   return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
+
+namespace {
+
 float from_half(uint16_t h) {  // finite and not negative
   const uint32_t u = uint32_t(h) << 13;
   float x;

@@ -9,4 +9,6 @@ namespace gptfast::engine {
 // every machine.
 void pack(Format format, const float* W, i64 ld, i64 N, i64 K, float factor, i64 first, i64 last, char* matrix);
 
+uint16_t to_bf16(float x);  // rounded to nearest, ties to even
+
 }  // namespace gptfast::engine

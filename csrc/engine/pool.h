@@ -46,10 +46,20 @@ class Pool {
 
   // Inside a job: waits until every thread has come here.
   void barrier(int thread) {
+    arrive(thread);
+    wait(thread);
+  }
+  // A barrier in two parts, between which a thread does what needs no other one. All threads arrive, those that need the
+  // others wait.
+  void arrive(int thread) {
+    if (threads_ == 1) return;
+    std::atomic<uint32_t>& count = team_->flags[thread].count;
+    count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_release);
+  }
+  void wait(int thread) {
     if (threads_ == 1) return;
     Team& team = *team_;
-    const uint32_t mine = team.flags[thread].count.load(std::memory_order_relaxed) + 1;
-    team.flags[thread].count.store(mine, std::memory_order_release);
+    const uint32_t mine = team.flags[thread].count.load(std::memory_order_relaxed);
     for (Flag& other : team.flags)
       for (int polls = 0; int32_t(other.count.load(std::memory_order_acquire) - mine) < 0;) {
         relax();

@@ -5,51 +5,69 @@
 
 namespace gptfast::engine {
 
-// Neighbouring rows of sequences with the same adapters are updated together.
+// Rows of sequences with the same adapters are updated together.
 void Engine::note_adapters() {
   updated_.clear();
   updated_wanted_.clear();
   ldh_ = 0;
-  const auto note = [](std::vector<Updated>& rows, i64 first, i64 n, const Adapters* adapters) {
+  const auto note = [](std::vector<Updated>& parts, i64 first, i64 n, const Adapters* adapters) {
     if (!n) return;
-    if (!rows.empty() && rows.back().first + rows.back().n == first && *rows.back().adapters == *adapters)
-      rows.back().n += n;
-    else rows.push_back({first, n, adapters});
+    auto part = std::find_if(parts.begin(), parts.end(), [&](const auto& p) { return *p.adapters == *adapters; });
+    if (part == parts.end()) part = parts.insert(part, {{}, adapters});
+    for (i64 m = first; m < first + n; m++) part->rows.push_back(m);
   };
   for (const Run& run : runs_) {
     if (run.adapters->empty()) continue;
     note(updated_, run.first, run.n, run.adapters);
     note(updated_wanted_, run.row, run.wanted, run.adapters);
+  }
+  for (const Updated& part : updated_) {
     i64 ranks = 0;
-    for (const auto& adapter : *run.adapters) ranks += adapter->max_rank();
+    for (const auto& adapter : *part.adapters) ranks += adapter->max_rank();
     ldh_ = std::max(ldh_, ranks);
   }
-  if (updated_.empty()) return;
-  shared_.down.grow(M_ * ldh_);
-  for (Thread& own : own_) own.inputs.down.grow(ldh_);
+  down_.grow(M_ * ldh_);
 }
 
-// x A^T of rows first to last, as far as they have adapters; those of one row one after another.
-void Engine::project(const Linear& linear, const Activations& x, i64 K, Rows rows, i64 first, i64 last, Inputs& to) {
+bool Engine::has_updates(const Linear& linear, Rows rows) const {
+  for (const Updated& part : *rows.updated)
+    for (const auto& adapter : *part.adapters)
+      if (adapter->of(linear.number).r) return true;
+  return false;
+}
+
+// Until all rows of x are there for every thread, with x A^T of those that have adapters; those of one row one after another.
+// Of a few rows each thread multiplies some ranks, so that each reads a part of A, and `multiply` waits for the others where
+// it needs them; of more rows each multiplies those that it made.
+void Engine::share_inputs(int t, const Linear& linear, const Activations& x, i64 K, Rows rows) {
+  const bool few = rows.count < kUnpackedRows, updated = has_updates(linear, rows);
+  if (rows.count > 1 && (few || !updated)) pool_.barrier(t);
+  if (!updated) return;
+  const Range mine = few ? Range{0, rows.count} : share(rows.count, t);
   for (const Updated& part : *rows.updated) {
-    const i64 m = std::max(first, part.first), n = std::min(last, part.first + part.n) - m;
-    if (n <= 0) continue;
-    float* h = to.down.get() + m * ldh_;
+    const auto begin = std::lower_bound(part.rows.begin(), part.rows.end(), mine.first);
+    const auto end = std::lower_bound(begin, part.rows.end(), mine.last);
+    float* h = down_.get();
     for (const auto& adapter : *part.adapters) {
       const LowRank& u = adapter->of(linear.number);
-      if (u.r) kernels_.lora_down(x.f32 + m * x.f32_stride, x.f32_stride, n, K, u, h, ldh_);
+      const Range ranks = few ? share(u.r, t) : Range{0, u.r};
+      if (begin < end && ranks.first < ranks.last)
+        kernels_.lora_down(x.f32, x.f32_stride, &*begin, end - begin, K, u.ranks(ranks.first, ranks.last),
+                           h + ranks.first, ldh_);
       h += u.r;
     }
   }
+  if (few) pool_.arrive(t);
+  else pool_.barrier(t);
 }
 
-// Adds the updates of a panel to its products.
-void Engine::update(const Linear& linear, Rows rows, i64 panel, const Inputs& in, float* y, i64 ldy) {
+// Adds the updates of some panels to their products.
+void Engine::update(const Linear& linear, Rows rows, i64 panel, i64 count, float* y, i64 ldy) {
   for (const Updated& part : *rows.updated) {
-    const float* h = in.down.get() + part.first * ldh_;
+    const float* h = down_.get();
     for (const auto& adapter : *part.adapters) {
       const LowRank& u = adapter->of(linear.number);
-      if (u.r) kernels_.lora_up(h, ldh_, part.n, u, panel, y + part.first * ldy, ldy);
+      if (u.r) kernels_.lora_up(h, ldh_, part.rows.data(), i64(part.rows.size()), u, panel, count, y, ldy);
       h += u.r;
     }
   }

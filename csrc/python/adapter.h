@@ -15,9 +15,9 @@ namespace gptfast::engine {
 // The updates of an adapter for engines of this shape.
 class PyAdapter {
  public:
-  // (number of the matrix, scale, A, B) of each
+  // (number of the matrix, scale, A, B) of each; half: to be held in bf16
   using Source = std::tuple<i64, double, Object, Object>;
-  PyAdapter(const Object& shape, const std::vector<Source>& sources) {
+  PyAdapter(const Object& shape, bool half, const std::vector<Source>& sources) {
     const Shape s = shape_of(shape);
     std::vector<Adapter::Source> updates;
     for (const auto& [number, scale, a, b] : sources) {
@@ -28,7 +28,7 @@ class PyAdapter {
       updates.push_back({number, A.rows, float(scale), A.data, B.data, A.ld, B.ld});
     }
     const python::WithoutGil release;
-    adapter_ = std::make_shared<const Adapter>(s, updates);
+    adapter_ = std::make_shared<const Adapter>(s, half, updates);
   }
   const std::shared_ptr<const Adapter>& get() const { return adapter_; }
   i64 bytes() { return adapter_->bytes(); }

@@ -76,7 +76,7 @@ void bind(PyObject* module) {
   python::add_class<PyEngine, Object, Object, Object, int, std::string, std::string>(
       module, "gptfast._C.Engine", "A packed model, and the threads that compute with it.", engine_methods,
       engine_properties);
-  python::add_class<PyAdapter, Object, std::vector<PyAdapter::Source>>(
+  python::add_class<PyAdapter, Object, bool, std::vector<PyAdapter::Source>>(
       module, "gptfast._C.Adapter", "The low-rank updates of an adapter, as the engine reads them.", nullptr,
       adapter_properties);
   python::add_class<PyCache, std::shared_ptr<PyEngine>, i64, i64>(

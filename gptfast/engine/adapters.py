@@ -91,6 +91,7 @@ class AdapterMethods:
     """The adapters of a compiled model, by the names of `GPT`'s methods."""
 
     config: GPTConfig
+    dtype: str
     base_mark: str
     metadata: Metadata
     _adapters: PackedAdapters
@@ -111,7 +112,7 @@ class AdapterMethods:
         if isinstance(own, Tensor):
             packed = vectors_of("load_adapter", name, own)
         else:
-            packed = pack("load_adapter", name, own, shape_of(self.config))
+            packed = pack("load_adapter", name, own, shape_of(self.config), self.dtype)
         self._adapters = self._adapters.with_one(name, packed)
         if ends:
             self.metadata = self.metadata.with_adapter(name, ends)
@@ -211,8 +212,8 @@ def updates_of(model: Transformer) -> dict[str, list[Update]]:
     return found if modules else {}
 
 
-def packed_adapters(model: Transformer, shape: dict[str, Any]) -> PackedAdapters:
-    """The adapters of a model, packed; its active ones are active."""
+def packed_adapters(model: Transformer, shape: dict[str, Any], dtype: str) -> PackedAdapters:
+    """The adapters of a model, packed for a base of this format; its active ones are active."""
     op, state, updates, prompts = "compile_for_inference", model.adapters, updates_of(model), prompts_of(model)
     if state is None or not (updates or prompts):
         return PackedAdapters()
@@ -221,7 +222,7 @@ def packed_adapters(model: Transformer, shape: dict[str, Any]) -> PackedAdapters
         if name in prompts:
             packed[name] = vectors_of(op, name, prompts[name].embedding.weight)
         else:
-            packed[name] = pack(op, name, updates.get(name, []), shape)
+            packed[name] = pack(op, name, updates.get(name, []), shape, dtype)
     return PackedAdapters(packed, state.active, state.enabled)
 
 
@@ -233,8 +234,12 @@ def vectors_of(op: str, name: str, vectors: Tensor) -> Tensor:
     return copy
 
 
-def pack(op: str, name: str, updates: Sequence[Update], shape: dict[str, Any]) -> Any:
-    """A `gptfast._C.Adapter`. Raises ValueError for factors that are not finite, or do not fit the shape of the model."""
+def pack(op: str, name: str, updates: Sequence[Update], shape: dict[str, Any], dtype: str) -> Any:
+    """A `gptfast._C.Adapter`: in bf16 beside a base of 8 bits and fewer, which its rounding disappears beside, else in fp32.
+
+    Raises:
+        ValueError: factors that are not finite, or do not fit the shape of the model.
+    """
     from gptfast import _C
 
     sources, kept = [], []
@@ -244,4 +249,4 @@ def pack(op: str, name: str, updates: Sequence[Update], shape: dict[str, Any]) -
             raise ValueError(f"{op}: the adapter {name!r} holds nan or infinities; it is damaged")
         kept += factors
         sources.append((update.number, update.scale, *map(to_dlpack, factors)))
-    return _C.Adapter(shape, sources)
+    return _C.Adapter(shape, dtype not in ("float32", "bfloat16"), sources)

@@ -43,7 +43,7 @@ def compile_model(
     name = format_name(dtype)
     config = _config_of(model)
     packer = Packer(config, name, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
-    adapters = packed_adapters(model, shape_of(config))
+    adapters = packed_adapters(model, shape_of(config), name)
     values = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for key in packer.names:
         if key in values:

@@ -78,7 +78,7 @@ def engine_for(model: Transformer) -> CompiledGPT | None:
                     return None
                 compiled = compile_model(model, dtype)
             elif known.adapters != adapters:
-                own = packed_adapters(model, shape_of(known.compiled.config))
+                own = packed_adapters(model, shape_of(known.compiled.config), known.compiled.dtype)
                 compiled = known.compiled.with_threads(None).with_adapters(own)
             elif known.compiled.threads != torch_num_threads():
                 compiled = known.compiled.with_threads(None)

@@ -196,29 +196,42 @@ struct Checker {
     }
   }
 
-  void lora(i64 M, i64 K, i64 r) const {
+  void lora(DType type, i64 M, i64 K, i64 r) const {
     Random random{uint64_t(K)};
-    const i64 lda = lora_stride(K);
-    Array x(DType::f32, M * (K + 1)), A(DType::f32, r * lda), B(DType::f32, 2 * r * kPanel);
-    Array h(DType::f32, M * r), y(DType::f32, M * kPanel), before(DType::f32, M * kPanel);
-    x.fill(random, 1, K, K + 1), A.fill(random, 1), B.fill(random, 1), before.fill(random, 1);
+    constexpr i64 N = 2 * kPanel;  // the last two panels of three
+    const i64 lda = lora_stride(K), wide = M + M / 2;
+    Array x(DType::f32, wide * (K + 1)), A(type, r * lda), B(type, 3 * r * kPanel);
+    Array h(DType::f32, wide * r), y(DType::f32, wide * N), before(DType::f32, wide * N);
+    x.fill(random, 1, K, K + 1), A.fill(random, 1), B.fill(random, 1), h.fill(random, 1), before.fill(random, 1);
+    std::vector<i64> rows;  // two of three
+    for (i64 m = 0; m < wide; m++)
+      if (i64(rows.size()) < M && m % 3 != 1) rows.push_back(m);
     for (i64 j = 0; j < r; j++)
       for (i64 i = K; i < lda; i++) A.set(j * lda + i, 0);
     for (i64 i = 0; i < y.size(); i++) y.set(i, before[i]);
-    const LowRank update{A.floats(), B.floats(), r, 0.5f};
-    k.lora_down(x.floats(), K + 1, M, K, update, h.floats(), r);
-    k.lora_up(h.floats(), r, M, update, 1, y.floats(), kPanel);
-    Check check("lora M", M, "K", K, "r", r);
-    for (i64 m = 0; m < M; m++) {
+    std::vector<double> untouched(size_t(h.size()));
+    for (i64 i = 0; i < h.size(); i++) untouched[size_t(i)] = h[i];
+    const bool half = type == DType::bf16;
+    const auto at = [](const Array& x) { return static_cast<const char*>(x.data()); };
+    const LowRank update{at(A), at(B), half, r, 0.5f, lda * (half ? 2 : 4)};
+    const i64 split = r / 2;  // in two parts, as threads share the ranks
+    for (auto [first, last] : {std::pair<i64, i64>{0, split}, {split, r}})
+      k.lora_down(x.floats(), K + 1, rows.data(), M, K, update.ranks(first, last), h.floats() + first, r);
+    k.lora_up(h.floats(), r, rows.data(), M, update, 1, 2, y.floats(), N);
+    Check check("lora", int(type), "M", M, "K", K, "r", r);
+    for (i64 m = 0; m < wide; m++) {
+      const bool updated = std::find(rows.begin(), rows.end(), m) != rows.end();
       for (i64 j = 0; j < r; j++) {
         double sum = 0;
         for (i64 i = 0; i < K; i++) sum += 0.5 * x[m * (K + 1) + i] * A[j * lda + i];
-        check.near(h[m * r + j], sum, 1e-5 * std::sqrt(double(K)));
+        if (updated) check.near(h[m * r + j], sum, 1e-5 * std::sqrt(double(K)));
+        else check.holds(h[m * r + j] == untouched[size_t(m * r + j)], "wrote to another row");
       }
-      for (i64 n = 0; n < kPanel; n++) {
-        double sum = before[m * kPanel + n];
-        for (i64 j = 0; j < r; j++) sum += h[m * r + j] * B[(r + j) * kPanel + n];
-        check.near(y[m * kPanel + n], sum, 1e-5 * std::sqrt(double(K)));
+      for (i64 n = 0; n < N; n++) {
+        double sum = before[m * N + n];
+        for (i64 j = 0; j < r && updated; j++)
+          sum += h[m * r + j] * B[((1 + n / kPanel) * r + j) * kPanel + n % kPanel];
+        check.near(y[m * N + n], sum, 1e-5 * std::sqrt(double(K)));
       }
     }
     check.holds(h.intact() && y.intact(), "wrote beside its rows");
@@ -380,8 +393,9 @@ void check_engine(const char* isa) {
     for (i64 K : {32, 480, 544, 2880}) c.blocks(M, K);  // rows of scales that fill 16 and do not
   if (!std::strcmp(isa, "amx")) c.tiles();
   c.epilogues();
-  for (i64 M : {1, 5})
-    for (i64 r : {1, 4, 9}) c.lora(M, 35, r);
+  for (DType type : {DType::f32, DType::bf16})
+    for (i64 M : {1, 5})
+      for (i64 r : {1, 4, 9}) c.lora(type, M, 35, r);
   for (i64 C : {1, 5, 64, 67}) c.layer_norm(C), c.rms_norm(C), c.gates(C);
   for (i64 half : {1, 7, 32, 40}) c.rotate(half, false), c.rotate(half, true);
   for (DType cache : kTypes) {

@@ -230,6 +230,28 @@ def test_a_base_in_bfloat16_has_factors_in_float32() -> None:
     assert isinstance(engine, CompiledGPT) and engine.adapters == ("one",) and engine.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "q4"])
+def test_factors_are_packed_in_bfloat16_beside_quantised_weights(dtype: str, tmp_path) -> None:
+    """Rounded to nearest; by whichever way they come."""
+    gpt, given, half = adapted(), ids("gpt2"), dtype not in ("float32", "bfloat16")
+    rounded = copy.deepcopy(gpt)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(parameter.bfloat16())
+    compiled, other = (model.compile_for_inference(dtype) for model in (gpt, rounded))
+    wanted = compiled.logits(given, NAMES)
+    assert torch.equal(wanted, other.logits(given, NAMES)) == half
+    gpt.save_adapter(tmp_path, "deep")
+    bare = model_of("gpt2").compile_for_inference(dtype)
+    size = bare.nbytes
+    bare.load_adapter(tmp_path, "deep")
+    assert torch.equal(bare.logits(given, ["deep"] * 6)[2], wanted[2])
+    head, c_attn = (11 * (128 + rows) for rows in (320, 384))  # numbers of A and B, r = 11, rows in panels of 32
+    layers = gpt.config.n_layer
+    assert bare.nbytes - size == (head + layers * c_attn) * (2 if half else 4)
+
+
 def test_modules_to_save_run_in_torch() -> None:
     gpt = adapted()
     gpt.add_adapter(LoraConfig(r=4, modules_to_save=["wte"], init_lora_weights=False), "tokens")
@@ -324,16 +346,22 @@ def test_the_compiled_part_checks_shapes() -> None:
         good._replace(a=torch.ones(0, 128), b=torch.ones(384, 0)),
     ):
         with pytest.raises(ValueError, match="matrix"):
-            pack("test", "x", [bad], shape)
+            pack("test", "x", [bad], shape, "int8")
     with pytest.raises(ValueError, match="two updates"):
-        pack("test", "x", [good, good], shape)
-    other = pack("test", "x", [good], shape)
+        pack("test", "x", [good, good], shape, "int8")
+    other = pack("test", "x", [good], shape, "int8")
     runner = model_of("gpt1").compile_for_inference("float32").runner(1)
     with pytest.raises(ValueError, match="for a model of another shape"):
         runner._cache.add(1, [other])
     assert isinstance(other, _C.Adapter)
     with pytest.raises(ValueError, match="matrix 2 is in a mixture of experts"):
-        pack("test", "x", [Update(2, 1.0, torch.ones(2, 64), torch.ones(150, 2))], shape_of(model_of("gptoss").config))
+        pack(
+            "test",
+            "x",
+            [Update(2, 1.0, torch.ones(2, 64), torch.ones(150, 2))],
+            shape_of(model_of("gptoss").config),
+            "int8",
+        )
 
 
 def test_adapters_load_beside_a_packed_file(tmp_path) -> None:
