@@ -10,13 +10,17 @@ from torch import Tensor
 from gptfast import ops
 from gptfast.nn.adapted import LoraLinear, SavedLinear, call
 from gptfast.nn.attention import CausalSelfAttention
+from gptfast.nn.block_node import as_one_node
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.experts import ExpertMLP
+from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
-from gptfast.nn.norm import Norm, norm_of
+from gptfast.nn.norm import norm_of
 from gptfast.nn.quantized import QuantizedLinear
+from gptfast.nn.rms_norm import RMSNorm
 from gptfast.nn.selection import Selection
+from gptfast.ops._tensors import autocast_dtype
 
 if TYPE_CHECKING:
     from gptfast.config import GPTConfig
@@ -80,6 +84,11 @@ class Block(torch.nn.Module):
         stream, branch = (x, None) if residual is None else (residual, x)
         if stream is None:
             raise TypeError("Block: x is None without a residual; expected (B, T, C)")
+        plain = self.pre_norm and not self.parallel and residual is not None and cache is None and cu_seqlens is None
+        if plain and adapters is None and rotation is None and seq_lens is None:
+            found = as_one_node(self, branch, stream, rng)
+            if found is not None:
+                return found
         options: dict[str, Any] = {"rng": rng, "cache": cache, "cu_seqlens": cu_seqlens}
         options |= {} if adapters is None else {"adapters": adapters}
         options |= {} if rotation is None else {"rotation": rotation}
@@ -169,12 +178,11 @@ def written_for(reader: torch.nn.Module | None, norm: torch.nn.Module, stream: T
     float32 in memory. The result is empty where the norm's dtype must stay: another class may do more with its input, as one
     that sums its gradient over ranks.
     """
-    kind = stream.device.type
-    rounds = reader is not None and any(type(reader).forward is forward for forward in _ROUNDING)
-    ours = rounds and isinstance(norm, Norm) and stream.dtype == torch.float32
-    if not ours or kind == "meta" or not torch.is_autocast_enabled(kind):
+    dtype = autocast_dtype(stream)
+    if dtype is None or stream.dtype != torch.float32 or not isinstance(norm, (LayerNorm, RMSNorm)):
         return {}
-    return {"out_dtype": torch.get_autocast_dtype(kind)}
+    rounds = reader is not None and type(reader).forward in _ROUNDING
+    return {"out_dtype": dtype} if rounds else {}
 
 
 def add_branch(branch: Tensor | None, residual: Tensor, dropout: dict[str, Any]) -> Tensor:

@@ -35,28 +35,21 @@ class LayerNorm(torch.nn.LayerNorm):
         Raises:
             ValueError: the last dimensions are not normalized_shape.
         """
-        n = len(self.normalized_shape)
-        if tuple(input.shape[-n:]) != self.normalized_shape:
+        shape, given = self.normalized_shape, input.shape
+        n = len(shape)
+        if given[-n:] != shape:
             raise ValueError(
-                f"LayerNorm: input has shape {tuple(input.shape)}; expected its last {n} dimension(s) to be "
-                f"{self.normalized_shape}, the normalized_shape"
+                f"LayerNorm: input has shape {tuple(given)}; expected its last {n} dimension(s) to be "
+                f"{shape}, the normalized_shape"
             )
-        weight = self._weight(input)
-        bias = None if self.bias is None else self.bias.flatten()
+        weight, bias = self.weight, self.bias
+        weight = input.new_ones(shape) if weight is None else weight  # elementwise_affine=False
+        if n > 1:  # as one dimension
+            input, residual = input.flatten(-n), None if residual is None else residual.flatten(-n)
+            weight, bias = weight.flatten(), None if bias is None else bias.flatten()
         if residual is None:
-            y = ops.layer_norm(_rows(input, n), weight, bias, self.eps, out_dtype=out_dtype)
-            return y.view(input.shape)
+            y = ops.layer_norm(input, weight, bias, self.eps, out_dtype=out_dtype)
+            return y if n == 1 else y.view(given)
         options = (weight, bias, self.eps, dropout_p, seed, offset)
-        rows = (_rows(input, n), _rows(residual, n))
-        y, total = ops.add_layer_norm(*rows, *options, first_row=first_row, out_dtype=out_dtype)
-        return y.view(input.shape), total.view(input.shape)
-
-    def _weight(self, input: Tensor) -> Tensor:
-        if self.weight is None:  # elementwise_affine=False
-            return input.new_ones(input.shape[-len(self.normalized_shape) :]).flatten()
-        return self.weight.flatten()
-
-
-def _rows(x: Tensor, n: int) -> Tensor:
-    """The last n dimensions as one."""
-    return x if n == 1 else x.flatten(-n)
+        y, total = ops.add_layer_norm(input, residual, *options, first_row=first_row, out_dtype=out_dtype)
+        return (y, total) if n == 1 else (y.view(given), total.view(given))

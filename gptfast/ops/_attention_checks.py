@@ -10,32 +10,32 @@ import torch
 from torch import Tensor
 
 from gptfast._schemas import AttentionOptions
-from gptfast.ops._checks import check_int, check_number, check_probability, check_same_device
+from gptfast.ops._checks import check_int, check_number, check_probability
 
 OP = "causal_attention"
 # Attributes of lengths on a GPU: the version, limit and check that they passed; whether `trusted` marked them.
 _FOUND_RIGHT, _TRUSTED = "_gptfast_found_right", "_gptfast_trusted"
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, **lengths: Tensor | None) -> None:
-    check_same_device(OP, q=q, k=k, v=v, sinks=sinks, **lengths)
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+    """Dtypes and shapes; all are on one device."""
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"{OP}: q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; they must be equal")
-    if q.dim() != 4:
-        raise ValueError(f"{OP}: q has shape {tuple(q.shape)}; expected (B, H, T, D)")
-    if k.shape != v.shape or k.dim() != 4:
-        raise ValueError(f"{OP}: k has shape {tuple(k.shape)} and v {tuple(v.shape)}; expected equal (B, H, S, D)")
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"{OP}: k has batch {k.shape[0]} but q has {q.shape[0]}; they must be equal")
-    if k.shape[3] != q.shape[3]:
+    of_q, of_k = q.shape, k.shape
+    if len(of_q) != 4:
+        raise ValueError(f"{OP}: q has shape {tuple(of_q)}; expected (B, H, T, D)")
+    if of_k != v.shape or len(of_k) != 4:
+        raise ValueError(f"{OP}: k has shape {tuple(of_k)} and v {tuple(v.shape)}; expected equal (B, H, S, D)")
+    (B, H, _, D), (batch, _, _, depth) = of_q, of_k
+    if batch != B:
+        raise ValueError(f"{OP}: k has batch {batch} but q has {B}; they must be equal")
+    if depth != D:
+        raise ValueError(f"{OP}: k has head_dim {depth} but q has {D}; they must be equal - check the c_attn split")
+    if not 1 <= D <= 256:
+        raise ValueError(f"{OP}: head_dim is {D}; expected 1 to 256 - use more heads")
+    if sinks is not None and sinks.shape != (H,):
         raise ValueError(
-            f"{OP}: k has head_dim {k.shape[3]} but q has {q.shape[3]}; they must be equal - check the c_attn split"
-        )
-    if not 1 <= q.shape[3] <= 256:
-        raise ValueError(f"{OP}: head_dim is {q.shape[3]}; expected 1 to 256 - use more heads")
-    if sinks is not None and tuple(sinks.shape) != (q.shape[1],):
-        raise ValueError(
-            f"{OP}: sinks has shape {tuple(sinks.shape)}; expected ({q.shape[1]},), one logit a head of q "
+            f"{OP}: sinks has shape {tuple(sinks.shape)}; expected ({H},), one logit a head of q "
             "- a mask is no argument of this op: seq_lens, left_pad, cu_seqlens or window say who sees whom"
         )
 

@@ -21,6 +21,23 @@ def check_float(op: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} has dtype {dtype}; expected float32, bfloat16, float16 or float64")
 
 
+def check_floats(op: str, **tensors: Tensor | None) -> None:
+    """`check_float` and `check_same_device`, in one pass over tensors that are right."""
+    device = None
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.layout is torch.strided and x.dtype in FLOATS:
+            if device is None:
+                device = x.device
+            elif x.device != device:
+                break
+        elif x is not None or name not in OPTIONAL:
+            break
+    else:
+        return
+    check_float(op, **tensors)
+    check_same_device(op, **tensors)
+
+
 def check_dense(op: str, name: str, x: object) -> Tensor:
     """`x`, which must be a tensor whose elements all lie in memory."""
     if not isinstance(x, Tensor):
@@ -42,7 +59,7 @@ def check_same_device(op: str, **tensors: Tensor | None) -> None:
 
 def check_vector(op: str, name: str, v: Tensor | None, size: int, of: str) -> None:
     """`v` must have shape (size,), where `of` says what the size comes from."""
-    if v is not None and tuple(v.shape) != (size,):
+    if v is not None and v.shape != (size,):
         raise ValueError(f"{op}: {name} has shape {tuple(v.shape)}; expected ({size},), the last dimension of {of}")
 
 

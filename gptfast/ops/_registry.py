@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 
 from gptfast import _schemas
 from gptfast.backend import has_cpu_ops, namespace_of
@@ -86,39 +87,52 @@ def differentiable(name: str, save: Save, backward: Backward, eager: Callable[..
         eager: computes the eager call instead of the operator.
     """
     register_derivative(name, save, backward)
-    functions: dict[str, tuple[Callable[..., Any], type[torch.autograd.Function]]] = {}
+    functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
     def call(backend: str, *inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return getattr(getattr(torch.ops, namespace_of(backend)), name)(*inputs)
         if backend not in functions:
-            kernel = getattr(getattr(torch.ops, namespace_of(backend)), name)
-            functions[backend] = kernel, _function(name, namespace_of(backend), eager)
-        kernel, function = functions[backend]
-        recorded = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        if recorded or eager is not None:
-            return function.apply(*inputs)
+            kernel = eager or getattr(getattr(torch.ops, namespace_of(backend)), name)
+            functions[backend] = kernel, _recorder(name, namespace_of(backend), kernel)
+        kernel, record = functions[backend]
+        if torch.is_grad_enabled():
+            for x in inputs:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return record(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return kernel(*inputs)
 
     return call
 
 
-def _function(name: str, namespace: str, eager: Callable[..., Any] | None) -> type[torch.autograd.Function]:
+def _recorder(name: str, namespace: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply` of a `torch.autograd.Function`, without what it does for torch.func, where no kernel runs."""
     save, backward = _derivatives[name]
-    kernel, others = eager or getattr(getattr(torch.ops, namespace), name), caller(namespace)
+    others = caller(namespace)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             output = kernel(*inputs)
+        ctx.set_materialize_grads(False)  # or each backward would fill gradients of 0 for the statistics
         save(ctx, inputs, output)
         return output
 
     def differentiate(ctx: Any, *grads: Any) -> Any:
-        return backward(ctx, others, *grads)
+        for grad in grads:
+            if grad is not None:
+                return backward(ctx, others, *grads)
+        return (None,) * len(ctx.needs_input_grad)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
-    return type(f"{namespace}_{name}", (torch.autograd.Function,), members)
+    function = type(f"{namespace}_{name}", (torch.autograd.Function,), members)
+    above: Any = super(torch.autograd.Function, function)
+    apply = above.apply
+
+    def record(*inputs: Any) -> Any:
+        return apply(*[unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs])
+
+    return record
 
 
 def caller(namespace: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gptfast import rng
 from gptfast.backend import KERNEL_DTYPES, resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float, check_probability, check_same_device
+from gptfast.ops._checks import check_floats, check_probability
 from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 from gptfast.ops._tensors import dtype_code, new_of_code
 from gptfast.ops.layer_norm import check_norm, new_statistics, result_dtype
@@ -67,8 +67,7 @@ def add_layer_norm(
 
 def check_sum(op: str, x: Tensor, residual: Tensor, dropout_p: float) -> None:
     """The checks of dropout(x) + residual."""
-    check_float(op, residual=residual)
-    check_same_device(op, x=x, residual=residual)
+    check_floats(op, x=x, residual=residual)
     if residual.shape != x.shape:
         raise ValueError(
             f"{op}: residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}; they must be equal"
@@ -81,7 +80,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, total, mean, rstd = output
     ctx.save_for_backward(total, weight, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)  # a gradient of zeros would cost a pass over memory
+    ctx.set_materialize_grads(False)  # a gradient of zeros would cost a pass over memory, traced too
     ctx.options = dtype_code(bias), dtype_code(x), dtype_code(residual), dropout_p, seed, offset
 
 

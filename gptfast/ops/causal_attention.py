@@ -12,7 +12,7 @@ from gptfast._schemas import AttentionOptions
 from gptfast.backend import resolve
 from gptfast.ops import reference
 from gptfast.ops._attention_checks import OP, check_heads, check_numbers, check_options, check_tensors
-from gptfast.ops._checks import check_float
+from gptfast.ops._checks import check_floats, check_same_device
 from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 from gptfast.ops._tensors import autocast
 from gptfast.ops.streams import stream
@@ -80,15 +80,18 @@ def causal_attention(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or range.
     """
-    check_float(OP, q=q, k=k, v=v, sinks=sinks)
+    check_floats(OP, q=q, k=k, v=v, sinks=sinks)
     q, k, v = autocast(q, k, v)
-    check_tensors(q, k, v, sinks, left_pad=left_pad, seq_lens=seq_lens, cu_seqlens=cu_seqlens)
-    check_heads(q.shape[1], k.shape[1], enable_gqa)
+    if left_pad is not None or seq_lens is not None or cu_seqlens is not None:
+        check_same_device(OP, q=q, left_pad=left_pad, seq_lens=seq_lens, cu_seqlens=cu_seqlens)
+    check_tensors(q, k, v, sinks)
+    H, D = q.shape[1], q.shape[3]
+    check_heads(H, k.shape[1], enable_gqa)
     check_numbers(dropout_p, window, softmax_scale, softcap)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    seed, offset = stream(OP, seed, offset, dropout_p > 0, first_row, q.shape[1])
-    options = AttentionOptions(seq_lens, cu_seqlens, causal, scale, float(dropout_p), seed, offset, window or 0)
-    options = options._replace(left_pad=left_pad, sinks=sinks, softcap=float(softcap or 0))
+    scale = D**-0.5 if softmax_scale is None else float(softmax_scale)
+    seed, offset = stream(OP, seed, offset, dropout_p > 0, first_row, H)
+    mask = (seq_lens, cu_seqlens, causal, scale, float(dropout_p), seed, offset, window or 0, left_pad)
+    options = AttentionOptions(*mask, sinks, float(softcap or 0))
     check_options(q, k, options)
     runs_on = resolve(OP, backend, q, sinks)
     if runs_on == "eager":
@@ -99,10 +102,6 @@ def causal_attention(
         options = options._replace(sinks=sinks.float())
     out, statistics = _fused(runs_on, q, k, v, *options)
     return (out, _lse(statistics, options.softcap or options.scale)) if return_lse else out
-
-
-_TENSORS = ("seq_lens", "cu_seqlens", "left_pad", "sinks")  # those of the options that are tensors
-_NOTHING: Any = AttentionOptions._make([None] * len(AttentionOptions._fields))  # the gradients of options
 
 
 def _lse(statistics: Tensor, scale: float) -> Tensor:
@@ -117,17 +116,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     Their sum, the log-sum-exp, would have a rounding error in proportion to its size, which exp would amplify in the weights.
     """
     out, statistics = output
-    options = AttentionOptions(*inputs[3:])
-    ctx.save_for_backward(*inputs[:3], out, statistics, *(getattr(options, name) for name in _TENSORS))
+    q, k, v, seq_lens, cu_seqlens, *numbers, left_pad, sinks, softcap = inputs  # as in AttentionOptions
+    ctx.save_for_backward(q, k, v, out, statistics, seq_lens, cu_seqlens, left_pad, sinks)
     ctx.mark_non_differentiable(statistics)
-    ctx.options = options._replace(**dict.fromkeys(_TENSORS))
+    ctx.numbers, ctx.softcap = numbers, softcap
 
 
 def _backward(ctx: Any, call: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    options = ctx.options._replace(**dict(zip(_TENSORS, saved[5:], strict=True)))
-    dq, dk, dv, dsinks = call("causal_attention_bwd", dout, *saved[:5], *options)
-    return dq, dk, dv, *_NOTHING._replace(sinks=None if options.sinks is None else dsinks)
+    *tensors, seq_lens, cu_seqlens, left_pad, sinks = ctx.saved_tensors
+    options = (seq_lens, cu_seqlens, *ctx.numbers, left_pad, sinks, ctx.softcap)
+    dq, dk, dv, dsinks = call("causal_attention_bwd", dout, *tensors, *options)
+    return dq, dk, dv, *(None,) * (len(options) - 2), None if sinks is None else dsinks, None
 
 
 def new_heads(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gptfast._checks import check_choice
 from gptfast.backend import resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float, check_same_device, check_vector
+from gptfast.ops._checks import check_floats, check_vector
 from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 
 
@@ -30,9 +30,8 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none", *, ba
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or `approximate`.
     """
-    check_float("gelu", x=x, bias=bias)
+    check_floats("gelu", x=x, bias=bias)
     check_choice("gelu", "approximate", approximate, ("tanh", "none"))
-    check_same_device("gelu", x=x, bias=bias)
     if bias is not None:
         check_vector("gelu", "bias", bias, x.shape[-1] if x.dim() else 1, "x")
     runs_on = resolve("gelu", backend, x, bias)

@@ -12,7 +12,7 @@ from gptfast.backend import is_many, resolve
 from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device
 from gptfast.ops._registry import define_python_op, differentiable, forbid_double_backward
-from gptfast.ops._tensors import autocast
+from gptfast.ops._tensors import autocast, check_product_dtypes
 from gptfast.ops.gemm import gemm, grouped_gemm
 
 OP = "grouped_linear"
@@ -46,11 +46,8 @@ def grouped_linear(
     """
     check_float(OP, x=x, weight=weight, bias=bias)
     check_same_device(OP, x=x, offsets=offsets, weight=weight, bias=bias)
+    check_product_dtypes(OP, x, weight, bias)
     x = autocast(x)[0]
-    if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
-        raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
-    if bias is not None and autocast(bias)[0].dtype != autocast(weight)[0].dtype:
-        raise TypeError(f"{OP}: weight is {weight.dtype} but bias is {bias.dtype}; cast one, or use torch.autocast")
     if resolve(OP, backend, x) == "eager" and x.device.type != "meta":
         _check(x, offsets, weight, bias)
         _ends(offsets, len(x))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptfast.backend import KERNEL_DTYPES, resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float, check_number, check_same_device, check_vector
+from gptfast.ops._checks import check_floats, check_number, check_vector
 from gptfast.ops._registry import differentiable, forbid_double_backward, register_fake
 from gptfast.ops._tensors import dtype_code, new_of_code
 
@@ -52,12 +52,12 @@ def layer_norm(
 
 def check_norm(op: str, x: Tensor, eps: float, **vectors: Tensor | None) -> None:
     """The checks that the norms share. vectors: weight and bias, (C,)."""
-    check_float(op, x=x, **vectors)
-    check_same_device(op, x=x, **vectors)
-    if x.dim() == 0 or x.shape[-1] == 0:
+    check_floats(op, x=x, **vectors)
+    C = x.shape[-1] if x.dim() else 0
+    if C == 0:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (..., C) with C >= 1")
     for name, vector in vectors.items():
-        check_vector(op, name, vector, x.shape[-1], "x")
+        check_vector(op, name, vector, C, "x")
     check_number(op, "eps", eps)
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{op}: eps is {eps}; expected a finite number >= 0, such as 1e-5")

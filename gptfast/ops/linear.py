@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor
 from gptfast._checks import check_choice
 from gptfast.backend import is_many, resolve
 from gptfast.ops import reference
-from gptfast.ops._checks import check_float, check_same_device, check_vector
+from gptfast.ops._checks import check_floats, check_vector
 from gptfast.ops._registry import define_python_op, differentiable, forbid_double_backward
-from gptfast.ops._tensors import autocast, rows_of
+from gptfast.ops._tensors import autocast, check_product_dtypes, rows_of
 from gptfast.ops.gelu import gelu
 from gptfast.ops.gemm import MIN_ROWS, gemm, is_forced
 from gptfast.ops.relu_squared import relu_squared
@@ -54,18 +53,21 @@ def linear(
     check_linear(x, weight, bias, activation)
     added = None if activation in GELUS else bias  # the op gelu adds the bias itself
     x = autocast(x)[0]
-    if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
-        raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     runs_on = resolve(OP, backend, x)
-    few = not torch.compiler.is_compiling() and x.numel() < MIN_ROWS * x.shape[-1]
     if _is_ragged_head(x, weight, added):
         y = _ragged_head(x, weight)
-    elif runs_on != "cpu" or (few and not is_forced()):
-        y = F.linear(x, weight, added)
+    elif by_our_kernels(runs_on, x):
+        y = _fused("cpu", x, weight, added)
     else:
-        rows = rows_of(x)
-        y = _fused("cpu", rows, weight, added).view(*x.shape[:-1], weight.shape[0])
+        y = F.linear(x, weight, added)
     return activated(y, bias, activation, backend)
+
+
+def by_our_kernels(runs_on: str, x: Tensor) -> bool:
+    """Whether a product with x is `gptfast.ops.gemm`'s, not `F.linear`'s."""
+    if runs_on != "cpu":
+        return False
+    return torch.compiler.is_compiling() or x.numel() >= MIN_ROWS * x.shape[-1] or is_forced()
 
 
 def activated(y: Tensor, bias: Tensor | None, activation: str | None, backend: str | None) -> Tensor:
@@ -93,8 +95,7 @@ def _ragged_head(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
-    check_float(OP, x=x, weight=weight, bias=bias)
-    check_same_device(OP, x=x, weight=weight, bias=bias)
+    check_floats(OP, x=x, weight=weight, bias=bias)
     check_choice(OP, "activation", activation, ACTIVATIONS)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -102,8 +103,7 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
             "and weight (out_features, in_features)"
         )
     check_vector(OP, "bias", bias, weight.shape[0], "the output")
-    if bias is not None and autocast(bias)[0].dtype != autocast(weight)[0].dtype:
-        raise TypeError(f"{OP}: weight is {weight.dtype} but bias is {bias.dtype}; cast one, or use torch.autocast")
+    check_product_dtypes(OP, x, weight, bias)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -113,16 +113,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, call: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad
-    dx, dweight, dbias = _op("linear_bwd", dy)(dy, *ctx.saved_tensors, *wanted)
+    wanted, (x, weight) = ctx.needs_input_grad, ctx.saved_tensors
+    dx, dweight, dbias = input_and_weight_gradients(rows_of(dy), rows_of(x), weight, *wanted)
     dbias = dbias.to(ctx.bias_dtype) if wanted[2] else None
-    return dx if wanted[0] else None, dweight if wanted[1] else None, dbias
+    return dx.view(x.shape) if wanted[0] else None, dweight if wanted[1] else None, dbias
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = _fake_forward(x, weight, bias)
-    gemm(x, weight.t(), y, dtype=x.dtype, bias=bias)
-    return y
+    rows = rows_of(x)
+    y = rows.new_empty(rows.shape[0], weight.shape[0])
+    gemm(rows, weight.t(), y, dtype=x.dtype, bias=bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _backward(
@@ -146,16 +147,20 @@ def _backward(
     return dx, dweight, dbias
 
 
-def _op(name: str, x: Tensor) -> Callable[..., Any]:
-    """The operator if the call is traced, recorded by autograd or batched (vmap); else its Python function, which saves some
-    15 us of dispatch."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or is_many(x):
-        return getattr(torch.ops.gptfast, name)
-    return _forward if name == "linear_fwd" else _backward
+def unrecorded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product without the operator's 15 us of dispatch where the tensor is none of another class or batched."""
+    return (torch.ops.gptfast.linear_fwd if type(x) is not Tensor or is_many(x) else _forward)(x, weight, bias)
+
+
+def input_and_weight_gradients(dy: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_bwd` likewise; the operator where the call is traced or recorded too."""
+    recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    by_operator = recorded or type(dy) is not Tensor or is_many(dy)
+    return (torch.ops.gptfast.linear_bwd if by_operator else _backward)(dy, *others)
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _fake_backward(
@@ -170,5 +175,5 @@ def _fake_backward(
 
 define_python_op("linear_fwd", _forward, _fake_forward)
 define_python_op("linear_bwd", _backward, _fake_backward)
-_fused = differentiable("linear_fwd", _save, _differentiate, eager=lambda x, *others: _op("linear_fwd", x)(x, *others))
+_fused = differentiable("linear_fwd", _save, _differentiate, eager=unrecorded)
 forbid_double_backward(OP, "linear_bwd")

@@ -61,8 +61,6 @@ def lora_linear(
         check_factors(x, weight.shape, update.a, update.b)
     added = None if activation in GELUS else bias  # the op gelu adds the bias itself
     x = autocast(x)[0]
-    if x.dtype != weight.dtype and autocast(weight)[0].dtype != x.dtype:
-        raise TypeError(f"{OP}: x is {x.dtype} but weight is {weight.dtype}; cast one, or use torch.autocast")
     run = _eager if resolve("linear", backend, x) == "eager" else _fused
     y = run(rows_of(x), weight, added, list(updates)).view(*x.shape[:-1], weight.shape[0])
     return activated(y, bias, activation, backend)

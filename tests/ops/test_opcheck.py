@@ -159,4 +159,4 @@ def _eager_call(name: str) -> Any:
     if name == "lora_linear_fwd":
         lora = import_module("gptfast.ops.lora_linear").LoRAFunction
         return lambda x, w, bias, a, b, *options: lora.apply(len(a), options, x, w, bias, *a, *b)
-    return lambda *inputs: _registry._function(name, "gptfast", None).apply(*inputs)
+    return _registry._recorder(name, "gptfast", getattr(torch.ops.gptfast, name))
