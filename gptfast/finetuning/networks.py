@@ -18,7 +18,7 @@ from gptfast.models import GPT
 from gptfast.models.locate import resolve
 from gptfast.models.stored import StoredModel
 from gptfast.tokenizer import BPETokenizer, Tokenizer, has_tokenizer, load_tokenizer
-from gptfast.tokenizer.chat import ChatTemplate
+from gptfast.tokenizer.chat import PLAIN, ChatTemplate, with_chat_template
 
 
 def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[Any, Any, list[str], dict[str, Any]]:
@@ -53,10 +53,16 @@ def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[A
     gpt = GPT.from_pretrained(place, **loading)
     base = _base(gpt, place)
     if task.task == "chat" and ChatTemplate.of(tokenizer) is None and _needs_template(data, tokenizer):
-        tokenizer = set_up_chat(gpt, tokenizer)
-        notes.append(
-            "the tokenizer has no chat template: it gets ChatML's, with the tokens <|im_start|> and <|im_end|>"
-        )
+        if method.method == "prompt" and tokenizer.eos_id is not None:  # which would not train new tokens
+            tokenizer = with_chat_template(tokenizer, PLAIN)
+            notes.append(
+                "the tokenizer has no chat template: it gets one of plain words, whose replies end with its end token"
+            )
+        else:
+            tokenizer = set_up_chat(gpt, tokenizer)
+            notes.append(
+                "the tokenizer has no chat template: it gets ChatML's, with the tokens <|im_start|> and <|im_end|>"
+            )
     if methods.is_adapter(method.method):
         methods.attach(gpt, method, base["path"], gpt.new_rows)
     return gpt, tokenizer, notes, base if methods.is_adapter(method.method) else {}

@@ -13,7 +13,7 @@ from gptfast import GPT, engine
 from gptfast.finetuning import Conversations, response_mask, set_up_chat
 from gptfast.serving.app import create_app
 from gptfast.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
-from gptfast.tokenizer.chat import CHATML, ChatTemplate, with_chat_template
+from gptfast.tokenizer.chat import CHATML, PLAIN, ChatTemplate, with_chat_template
 from tests.finetuning.models import TEXT, bpe, gpt
 
 CHAT = [
@@ -25,6 +25,7 @@ CHAT = [
 ]
 TEMPLATES = {
     "chatml": CHATML,
+    "roles": PLAIN,
     "plain": "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
     "words": "{{ bos_token }}{%- for m in messages %}\n    {% if m['role'] == 'assistant' -%}\n"

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 from gptfast import GPT
 from gptfast.cli import _finetune
-from gptfast.finetuning import TaskModel, finetune, metrics, read_examples
+from gptfast.finetuning import TaskModel, finetune, metrics, read_examples, response_mask
 from gptfast.finetuning.launch import new_run
 from gptfast.finetuning.results import finish
 from gptfast.tokenizer import load_tokenizer
 from gptfast.training.log import read_log
-from tests.support.finetuning import SMALL, base, files, result
+from tests.support.finetuning import SMALL, base, files, result, write
 from tests.support.finetuning import finetune as run
 from tests.support.train_command import _argv, gptfast  # noqa: F401  a fixture
 from tests.support.training import timeless
@@ -43,6 +43,20 @@ def assert_same_run(a: Path, b: Path, method: str) -> None:
     assert timeless(a) == timeless(b)
     found = [json.loads((folder / "metrics.json").read_text()) for folder in (a, b)]
     assert [f["value"] for f in found] == [found[0]["value"]] * 2
+
+
+def test_a_soft_prompt_learns_chats_without_new_tokens(tmp_path, capsys):
+    folder = base(tmp_path / "base", block_size=64)
+    chat = [{"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}] * 8
+    data = write(tmp_path / "chat.jsonl", chat)
+    more = ("--data", data, "--eval-data", data, "--num-virtual-tokens", "4")
+    assert run(tmp_path, "--method", "prompt", *more, task="chat") == 0, capsys.readouterr().err
+    assert "it gets one of plain words, whose replies end with its end token" in capsys.readouterr().out
+    tokenizer, found = load_tokenizer(tmp_path / "out" / "best"), result(tmp_path)
+    assert tokenizer.vocab_size == load_tokenizer(folder).vocab_size and found["value"] < found["baseline"]
+    ids, mask = response_mask(chat[0], tokenizer)
+    assert tokenizer.decode(ids) == "User:\nthe cat\n\nAssistant:\nsat<|endoftext|>\n"
+    assert [i for i, learnt in zip(ids, mask, strict=True) if learnt][-1] == tokenizer.eos_id
 
 
 @pytest.mark.parametrize(("task", "method"), CASES)

@@ -11,7 +11,8 @@ import torch
 
 from gptfast import GPT
 from gptfast.finetuning import finetune
-from gptfast.finetuning.options import METHODS, of_method
+from gptfast.finetuning.methods import attach
+from gptfast.finetuning.options import METHODS, MethodOptions, of_method
 from gptfast.finetuning.tasks import TASKS
 from gptfast.training.checksums import TRAINER, own_checksum
 from tests.support.finetuning import base, files, records, result, write
@@ -258,7 +259,8 @@ def test_a_soft_prompt_has_room_and_no_new_tokens(tmp_path, capsys):
         "a row has 2 positions (block_size less virtual tokens), of which the delimiters of classification leave 0"
         in said
     )
-    chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 8
-    more = ("--data", write(tmp_path / "chat.jsonl", chat), "--num-virtual-tokens", "4")
-    said = failure(capsys, tmp_path, "--method", "prompt", *more, task="chat")
-    assert "the tokenizer gets new tokens for its chat template, whose embeddings method prompt does not train" in said
+    gpt = GPT.from_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ValueError, match="gets new tokens for its chat template, whose embeddings method prompt does not"
+    ):
+        attach(gpt, MethodOptions("prompt"), "base", True)  # of a tokenizer without an end token
