@@ -130,6 +130,15 @@ class LoraConfig:
                 f"LoraConfig: layers_pattern is {self.layers_pattern!r} without layers_to_transform; give both or none"
             )
 
+    def unmatched(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """The patterns of rank_pattern and alpha_pattern that fit none of these modules."""
+        fields = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        left = {
+            field: [p for p in given if not any(by_pattern({p: True}, _names_of(name), False) for name in names)]
+            for field, given in fields.items()
+        }
+        return {field: patterns for field, patterns in left.items() if patterns}
+
     def rank_of(self, name: str) -> int:
         """r of a module."""
         return by_pattern(self.rank_pattern, _names_of(name), self.r)

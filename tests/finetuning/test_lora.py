@@ -323,6 +323,13 @@ def test_a_pattern_means_layers_of_the_base_not_of_another_adapter():
 
 def test_patterns_and_layers():
     gpt = gptfast.GPT(CONFIG)
+    unmatched = {"rank_pattern": {"c_fx": 2, "c_fc": 3}, "alpha_pattern": {"^h.9.mlp": 4}}
+    with pytest.warns(RuntimeWarning) as said:  # as in peft
+        gpt.add_adapter(LoraConfig(target_modules=ALL, **unmatched), "unmatched")
+    texts = [str(one.message) for one in said]
+    assert "add_adapter: rank_pattern has ['c_fx'], which fit no target module and change nothing" in texts
+    assert any("alpha_pattern has ['^h.9.mlp']" in text for text in texts)
+    gpt.delete_adapter("unmatched")
     gpt.add_adapter(
         LoraConfig(
             r=4,

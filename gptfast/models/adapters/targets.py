@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from torch import nn
 
+from gptfast._warn import warn
 from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.adapter_config import LoraConfig
 from gptfast.checkpoints.families import FAMILIES
@@ -64,6 +65,8 @@ def targets(model: Transformer, config: LoraConfig) -> list[str]:
         fields = [f"{name}={getattr(config, name)!r}" for name in beside if getattr(config, name) not in (None, [], "")]
         said = " and ".join([f"target_modules={wanted!r}", *fields])
         raise ValueError(f"add_adapter: {said} leave no module; name others")
+    for field, patterns in config.unmatched(left).items():
+        warn(f"add_adapter: {field} has {patterns!r}, which fit no target module and change nothing", RuntimeWarning)
     return left
 
 
