@@ -255,7 +255,7 @@ def test_auto_moves_on(monkeypatch):
     interpreted."""
 
     class OnAGpu:  # as much of a CUDA tensor as is looked at
-        dtype, device = torch.float32, torch.device("cuda", 0)
+        dtype, device, is_cpu = torch.float32, torch.device("cuda", 0), False
 
     monkeypatch.setitem(resolve.__globals__, "missing_cuda_reason", "not built")
     monkeypatch.setattr(gptfast.triton, "missing_reason", "no Triton")
