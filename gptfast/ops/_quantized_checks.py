@@ -125,7 +125,11 @@ def _fits(
     if scales.shape != (N, G) or codes.dtype is not torch.uint8 or x.dtype not in FLOATS:
         return False
     if bias is not None and not (
-        bias.is_cpu and bias.layout is torch.strided and bias.dtype in FLOATS and bias.shape == (N,)
+        isinstance(bias, Tensor)
+        and bias.is_cpu
+        and bias.layout is torch.strided
+        and bias.dtype in FLOATS
+        and bias.shape == (N,)
     ):
         return False
     if nested_absmax is None or offset is None:

@@ -258,6 +258,7 @@ DOUBLE = {"format": "nf4", "nested_absmax": torch.zeros(1), "offset": torch.zero
             r"bias has shape \(4,\); expected \(5,\)",
         ),
         (lambda: ops.quantized_linear(X, C8.to("meta"), S8), ValueError, "all tensors must be on one device"),
+        (lambda: ops.quantized_linear(X4, C4, B4, [], **DOUBLE), TypeError, "bias is a list; expected a torch.Tensor"),
         # what the look at a glance must not let pass
         (lambda: ops.quantized_linear(X4.long(), C4, S4, format="nf4"), TypeError, "x has dtype torch.int64"),
         (lambda: ops.quantized_linear(X4, C4.char(), S4, format="nf4"), TypeError, "codes has dtype torch.int8"),
