@@ -25,7 +25,7 @@ namespace gptfast::cpu {
   X(quantized_rows) X(causal_attention_fwd) X(causal_attention_bwd) X(dropout) X(relu_squared) X(swiglu) X(rotary) \
   X(layer_norm_fwd) X(layer_norm_bwd) X(cross_entropy) X(embedding)
 #define GPTFAST_ENGINE_avx512_bf16(X) \
-  X(product_float) X(product_bytes) X(product_small) X(product_mxfp4) X(rows)
+  X(product_float) X(product_bytes) X(product_small) X(product_mxfp4) X(rows) X(attention)
 #define GPTFAST_CPU_amx(X) X(tile_amx) X(gemm) X(causal_attention_fwd) X(causal_attention_bwd)
 #define GPTFAST_ENGINE_amx(X) X(product_amx)
 #elif defined(__aarch64__)

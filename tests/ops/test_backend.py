@@ -162,7 +162,7 @@ def test_a_backend_registers_itself(monkeypatch):
         resolve("gelu", "first", X)
 
     class OnAGpu:  # as much of a CUDA tensor as is looked at
-        dtype, device = torch.float32, torch.device("cuda", 1)
+        dtype, device, is_cpu = torch.float32, torch.device("cuda", 1), False
 
     here = {0: None, 1: "too old"}
     for name, reason in {"picky": here.get, "any": lambda _: None}.items():
