@@ -8,7 +8,7 @@ constexpr int kByteRows = L == 16 ? 6 : kNeon ? 4 : 2;
 template <Format F_> struct HalfScales {
   static constexpr Format kFormat = F_;
   static constexpr i64 kScales = kPanel * 2, kBytes = group_bytes(F_);  // of them, and of a group
-  static constexpr bool kRolled = true;  // whether tiles of rows have a loop over the quads
+  static constexpr bool kRolled = true;  // whether tiles of rows may have a loop over the quads
   INL F scales(const char* group, int n) { return load_f16(reinterpret_cast<const uint16_t*>(group) + n); }
 };
 // Quad q of a group, k = 4q .. 4q + 3: four unsigned bytes for each of L outputs from n on. Each is made from the 16
@@ -54,6 +54,14 @@ template <class U> static void unpack_quads(const uint8_t* levels, const char* w
 #define AFTER(sum, address)
 #endif
 
+// Unrolled, products of three instructions are moved ahead until the sums are spilled. Those of one are not, and are
+// no slower unrolled.
+#if defined(__AVX512VNNI__) || defined(GPTFAST_SCALAR) || defined(GPTFAST_NEON)
+constexpr bool kRolls = false;
+#else
+constexpr bool kRolls = true;
+#endif
+
 // Integer sums within a group: x . w = scale_x scale_w (start + sum of x_q (w_q + offset)); start is 0 where dot takes the
 // offset off.
 template <class U, int R, int V, int N>
@@ -84,8 +92,7 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
         UNROLL_FOR (int v = 0; v < V; v++) sum[r][v] = quads.dot(sum[r][v], quad[v], a);
       }
     };
-    // unrolled, products of three instructions are moved ahead until the sums are spilled
-    if constexpr (R > 1 && U::kRolled) {
+    if constexpr (R > 1 && kRolls && U::kRolled) {
       ROLLED_FOR (int pair = 0; pair < 4; pair++) step(pair, 0), step(pair, 1);
     } else {
       UNROLL_FOR (int pair = 0; pair < 4; pair++) step(pair, 0), step(pair, 1);
