@@ -132,12 +132,10 @@ class LoraConfig:
 
     def unmatched(self, names: Sequence[str]) -> dict[str, list[str]]:
         """The patterns of rank_pattern and alpha_pattern that fit none of these modules."""
+        called = [own for name in names for own in _names_of(name)]
         fields = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-        left = {
-            field: [p for p in given if not any(by_pattern({p: True}, _names_of(name), False) for name in names)]
-            for field, given in fields.items()
-        }
-        return {field: patterns for field, patterns in left.items() if patterns}
+        left = {key: [p for p in given if not by_pattern({p: True}, called, False)] for key, given in fields.items()}
+        return {key: patterns for key, patterns in left.items() if patterns}
 
     def rank_of(self, name: str) -> int:
         """r of a module."""

@@ -13,12 +13,10 @@ from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.block_node import as_one_node
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.experts import ExpertMLP
-from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
-from gptfast.nn.norm import norm_of
+from gptfast.nn.norm import Norm, norm_of
 from gptfast.nn.quantized import QuantizedLinear
-from gptfast.nn.rms_norm import RMSNorm
 from gptfast.nn.selection import Selection
 from gptfast.ops._tensors import autocast_dtype
 
@@ -179,7 +177,7 @@ def written_for(reader: torch.nn.Module | None, norm: torch.nn.Module, stream: T
     that sums its gradient over ranks.
     """
     dtype = autocast_dtype(stream)
-    if dtype is None or stream.dtype != torch.float32 or not isinstance(norm, (LayerNorm, RMSNorm)):
+    if dtype is None or stream.dtype != torch.float32 or not isinstance(norm, Norm):
         return {}
     rounds = reader is not None and type(reader).forward in _ROUNDING
     return {"out_dtype": dtype} if rounds else {}

@@ -103,9 +103,9 @@ def _fit(
         if not known or type(branch) is not Tensor or branch.shape != shape or branch.device != device:
             return False
     C, of_heads, hidden = shape[2], attn.n_head * attn.head_dim, parameters[8]
-    F = 0 if hidden is None else hidden.shape[0]
+    width = 0 if hidden is None else hidden.shape[0]
     of_qkv = of_heads + 2 * attn.kv_heads * attn.head_dim
-    expected = (C,), (of_qkv, C), (C, of_heads), (C,), (F, C), (C, F)
+    expected = (C,), (of_qkv, C), (C, of_heads), (C,), (width, C), (C, width)
     for weight, bias, size in zip(parameters[::2], parameters[1::2], expected, strict=True):
         if type(weight) is not nn.Parameter or weight.dtype != dtype or weight.device != device or weight.shape != size:
             return False
