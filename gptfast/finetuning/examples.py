@@ -68,7 +68,8 @@ def target_of(task: str, example: Mapping[str, Any], labels: Sequence[str], wher
 
     Args:
         task: its name.
-        example: with `TARGETS[task]`; a class by its name in `labels` or its index, a choice by its text or its index.
+        example: with `TARGETS[task]`; a choice by its text or its index, a class by its name in `labels`, or by its index where
+            no class is called by a number.
         labels: names of the classes.
         where: as `texts_of`.
     Raises:
@@ -86,11 +87,32 @@ def target_of(task: str, example: Mapping[str, Any], labels: Sequence[str], wher
     if isinstance(value, str) and value in known:
         return known.index(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        if str(value) in known:  # classes that are called 0, 1, …
+        numbered = task != "choice" and any(map(_is_number, known))  # classes that are called 1, 2, …
+        if numbered and str(value) in known:
             return known.index(str(value))
-        if 0 <= value < len(known):
+        if not numbered and 0 <= value < len(known):
             return value
     raise ValueError(f"{where}: the label {value!r} is not in the set; expected one of {', '.join(map(repr, known))}")
+
+
+def encoded(encode: Callable[[str], list[int]], text: str, where: str) -> list[int]:
+    """encode(text). where: file and line of the text, for messages; "": not said.
+
+    Raises:
+        ValueError: the tokenizer has no token for a part of it.
+    """
+    try:
+        return encode(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 class Encoder:
@@ -116,9 +138,10 @@ class Encoder:
         """The rows of an example.
 
         Raises:
-            TypeError, ValueError: see `texts_of`; or nothing of the texts has room.
+            TypeError, ValueError: see `texts_of`; a text that the tokenizer does not encode; or nothing of the texts has room.
         """
-        found = [[self.encode(text) for text in texts] for texts in self._pairs(texts_of(self.task, example, where))]
+        pairs = self._pairs(texts_of(self.task, example, where))
+        found = [[encoded(self.encode, text, where) for text in texts] for texts in pairs]
         lengths = [sum(map(len, texts)) for texts in found]
         rows = [self._row(texts) for texts in found]
         kept = [len(row) - self._overhead(len(texts)) for row, texts in zip(rows, found, strict=True)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast.finetuning.examples import encoded
 from gptfast.finetuning.special_tokens import add_tokens
 from gptfast.models import GPT
 from gptfast.tokenizer import Tokenizer
@@ -91,7 +92,7 @@ def response_mask(
             "gptfast.finetuning.set_up_chat, or give prompt and response"
         )
     if template is None:
-        prompt, response = (tokenizer.encode(example[name]) for name in ("prompt", "response"))
+        prompt, response = (encoded(tokenizer.encode, example[name], where) for name in ("prompt", "response"))
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         return [*prompt, *response, *end], [0] * len(prompt) + [1] * len(response + end)
     try:

@@ -42,7 +42,7 @@ class Examples:
             ValueError: there is only one.
         """
         found = {str(record["label"]) for record in self.records}
-        numbers = all(name.isdecimal() for name in found)
+        numbers = all(name.removeprefix("-").isdecimal() for name in found)
         names = sorted(found, key=(lambda name: (int(name), name)) if numbers else None)
         if len(names) < 2:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptfast.finetuning.examples import Row
+from gptfast.finetuning.examples import Row, encoded
 from gptfast.finetuning.jsonl import Examples
 from gptfast.tokenizer import Tokenizer
 
@@ -20,13 +20,13 @@ def text_rows(examples: Examples, tokenizer: Tokenizer, limit: int) -> tuple[lis
     Returns:
         The rows, and how many texts were longer than `limit`.
     Raises:
-        ValueError: a text of fewer than two tokens.
+        ValueError: a text of fewer than two tokens, or one that the tokenizer does not encode.
     """
     rows: list[tuple[Row, Row]] = []
     long = 0
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for record, where in zip(examples.records, examples.where, strict=True):
-        ids = [*tokenizer.encode(record["text"]), *end]
+        ids = [*encoded(tokenizer.encode, record["text"], where), *end]
         if len(ids) < 2:
             raise ValueError(f"{where}: the text has {len(ids)} token; expected at least two, one to be predicted")
         long += len(ids) > limit

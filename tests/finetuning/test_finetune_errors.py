@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptfast import GPT
+from gptfast import GPT, GPTConfig
 from gptfast.finetuning import finetune
 from gptfast.finetuning.methods import attach
 from gptfast.finetuning.options import METHODS, MethodOptions, of_method
 from gptfast.finetuning.tasks import TASKS
+from gptfast.tokenizer import CharTokenizer
 from gptfast.training.checksums import TRAINER, own_checksum
 from tests.support.finetuning import base, files, records, result, write
 from tests.support.finetuning import finetune as run
@@ -60,6 +61,36 @@ DATA = {
     "an empty text": ("--data", [*GOOD, {"text": "", "label": "pet"}], None),
     "no file": ("--data", None, "bad.jsonl"),
 }
+
+
+OUTSIDE = {
+    "classification": (
+        {"text": "the cat", "label": "a"},
+        {"text": "the dog", "label": "b"},
+        {"text": "zebra", "label": "a"},
+    ),
+    "choice": ({"context": "the", "choices": ["cat", "dog"], "label": 0},) * 2
+    + ({"context": "the", "choices": ["cat", "zebra"], "label": 0},),
+    "lm": ({"text": "the cat"}, {"text": "the dog"}, {"text": "zebra"}),
+    "chat": (
+        {"prompt": "the", "response": "cat"},
+        {"prompt": "a", "response": "dog"},
+        {"prompt": "a", "response": "zebra"},
+    ),
+}
+
+
+@pytest.mark.parametrize("task", OUTSIDE)
+def test_a_text_outside_the_tokenizer_is_named_by_its_line(tmp_path, capsys, task):
+    tokenizer = CharTokenizer.train("the cat dog")
+    GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=tokenizer.vocab_size)).save_pretrained(
+        tmp_path / "base"
+    )
+    tokenizer.save(tmp_path / "base")
+    path, held = bad(tmp_path, *OUTSIDE[task]), write(tmp_path / "held.jsonl", OUTSIDE[task][:2])
+    message = failure(capsys, tmp_path, "--data", path, "--eval-data", held, task=task)
+    assert f"{path}, line 3: " in message and "'z'" in message
+    assert not (tmp_path / "out").exists(), "nothing was made"
 
 
 @pytest.mark.parametrize("case", DATA)

@@ -47,6 +47,8 @@ def test_labels_are_sorted(tmp_path):
     assert labels == ["2", "9", "10"]
     model = TaskModel(gpt(300), "classification", labels, bpe())
     assert model.batch(rows)["labels"].tolist() == [2, 1, 0, 1], "a label that is a name is no index"
+    rows = [{"text": "a", "label": x} for x in (1, -10, 0, -1)]
+    assert read_examples(write(tmp_path, *rows), "classification").labels() == ["-10", "-1", "0", "1"]
     rows = [{"text": "a", "label": x} for x in ("b", "a")]
     assert read_examples(write(tmp_path, *rows), "classification").labels() == ["a", "b"]
 
@@ -80,6 +82,21 @@ def test_sets_of_labels(tmp_path):
         read_examples(write(tmp_path, *rows), "classification").labels()
     with pytest.raises(ValueError, match="line 1: the label 'x' is not in the set; expected one of 'y', 'z'"):
         read_examples(write(tmp_path, *rows), "classification", ["y", "z"])
+
+
+@pytest.mark.parametrize("labels", [["1", "2", "3"], ["-1", "1"], ["0.5", "1.5"], ["none", "1"]])
+def test_a_number_beside_classes_called_by_numbers_is_no_index(tmp_path, labels):
+    rows = [{"text": "a", "label": 0}]
+    with pytest.raises(ValueError, match="line 1: the label 0 is not in the set"):
+        read_examples(write(tmp_path, *rows), "classification", labels)
+    assert len(read_examples(write(tmp_path, *rows), "classification", ["no", "yes"])) == 1
+
+
+def test_a_number_is_the_place_of_a_choice_and_a_text_the_choice():
+    """Also where the choices are numbers."""
+    model = TaskModel(gpt(300), "choice", tokenizer=bpe())
+    rows = [{"context": "1 + 1 is", "choices": ["1", "2", "0"], "label": x} for x in (0, 1, 2, "0", "1", "2")]
+    assert model.batch(rows)["labels"].tolist() == [0, 1, 2, 2, 0, 1]
 
 
 def test_other_files(tmp_path):
