@@ -105,6 +105,7 @@ class LoraConfig:
         layers = self.layers_to_transform
         for layer in layers if isinstance(layers, (list, tuple)) else () if layers is None else (layers,):
             check_count("LoraConfig", "layers_to_transform", layer, 0)
+        self.layers_pattern = _names("layers_pattern", self.layers_pattern)
         self._check_layers()
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), Mapping):
@@ -115,7 +116,26 @@ class LoraConfig:
             check_count("LoraConfig", f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
             check_real("LoraConfig", f"alpha_pattern[{pattern!r}]", alpha, positive, lambda x: 0 < x < math.inf)
+        self._check_expressions()
         self.task_type = _plain(self.task_type)
+
+    def _check_expressions(self) -> None:
+        patterns = self.layers_pattern or []
+        given: dict[str, Sequence[Any]] = {
+            "layers_pattern": [patterns] if isinstance(patterns, str) else patterns,
+            "rank_pattern": list(self.rank_pattern),
+            "alpha_pattern": list(self.alpha_pattern),
+        }
+        for name in ("target_modules", "exclude_modules"):  # lists hold names
+            given[name] = [value] if isinstance(value := getattr(self, name), str) else []
+        for name, expressions in given.items():
+            for expression in expressions:
+                try:
+                    re.compile(expression)
+                except (re.error, TypeError) as error:
+                    raise ValueError(
+                        f"LoraConfig: {name} has {expression!r}, no regular expression ({error})"
+                    ) from error
 
     def _check_layers(self) -> None:
         """As peft: layers are for lists of names, as a regular expression says them itself."""
@@ -162,7 +182,7 @@ def from_peft(raw: Mapping[str, Any], where: object) -> AdapterConfig:
         ValueError: another method, a field that gptfast does not have set to something, or a value out of range.
     """
     kind = _plain(raw.get("peft_type"))
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"{where}: peft_type is {kind!r}; gptfast has {' and '.join(_KINDS)} - use peft for others")
     known = {f.name for f in dataclasses.fields(_KINDS[kind])}
     for key, value in raw.items():

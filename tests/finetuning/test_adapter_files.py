@@ -230,6 +230,17 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "another rank": (lambda f: change(f, r=3), r"lora_A\.weight is \(8, 32\).*this model has \(3, 32\)"),
     "fewer modules": (lambda f: change(f, target_modules=["c_fc"]), "is unexpected"),
     "another method": (lambda f: change(f, peft_type="IA3"), "peft_type is 'IA3'"),
+    "no method": (lambda f: change(f, peft_type=["LORA"]), r"adapter_config\.json: peft_type is \['LORA'\]"),
+    "a pattern": (
+        lambda f: change(f, rank_pattern={"c_(": 4}),
+        r"adapter_config\.json: LoraConfig: rank_pattern has 'c_\('",
+    ),
+    "modules": (lambda f: change(f, target_modules="("), r"adapter_config\.json: LoraConfig: target_modules has '\('"),
+    "layers": (
+        lambda f: change(f, layers_pattern=3, layers_to_transform=[0]),
+        r"adapter_config\.json: LoraConfig: layers_pattern is 3",
+    ),
+    "a copy": (lambda f: change(f, modules_to_save=["("]), r"modules_to_save has '\('"),
     "dora": (lambda f: change(f, use_dora=True), "use_dora"),
     "an option to come": (lambda f: change(f, use_next_thing=True), "use_next_thing is true"),
 }

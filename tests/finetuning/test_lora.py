@@ -281,6 +281,12 @@ def test_bad_modules_leave_the_model_as_it_was(case: str):
         {"layers_pattern": "h"},
         {"use_rslora": "yes"},
         {"rank_pattern": ["c_attn"]},
+        {"rank_pattern": {"c_attn[": 2}},
+        {"alpha_pattern": {"c_attn)": 2}},
+        {"alpha_pattern": {3: 2}},
+        {"layers_pattern": "h(", "layers_to_transform": [0]},
+        {"layers_pattern": 3, "layers_to_transform": [0]},
+        {"exclude_modules": "*"},
     ],
 )
 def test_what_a_config_refuses_is_named(options: dict[str, Any]):

@@ -129,10 +129,7 @@ def _checked(found: list[str], entry: str, names: list[str], field: str) -> list
 def _fits(model: Transformer, name: str, wanted: list[str] | str) -> bool:
     called = {name, f"transformer.{name}", file_name(model, name)}
     if isinstance(wanted, str):
-        try:
-            return any(re.fullmatch(wanted, key) for key in called)
-        except re.error as error:
-            raise ValueError(f"add_adapter: {wanted!r} is no regular expression ({error})") from error
+        return any(re.fullmatch(wanted, key) for key in called)
     return any(key == entry or key.endswith("." + entry) for key in called for entry in wanted)
 
 
@@ -140,7 +137,8 @@ def _is_excluded(model: Transformer, config: LoraConfig, name: str) -> bool:
     out = config.exclude_modules
     if out and _fits(model, name, out):
         return True
-    if any(re.match(rf"(^|.*\.){m}($|\..*)", f"transformer.{name}") for m in config.modules_to_save or []):
+    copied = map(re.escape, config.modules_to_save or [])
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", f"transformer.{name}") for m in copied):
         return True
     layers = config.layers_to_transform
     if layers is None or layers == [] or isinstance(config.target_modules, str):
