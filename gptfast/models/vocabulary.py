@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gptfast.nn.adapted import ADAPTED
 from gptfast.nn.difference import is_tied
 from gptfast.nn.transformer import INIT_STD, Transformer
 
@@ -20,7 +21,10 @@ def set_rows(model: Transformer, size: int, first: int, end: int) -> None:
         model: changed in place; its embedding and head get new parameters.
         size: of the vocabulary.
         first, end: 0 < first <= end <= size.
+    Raises:
+        ValueError: adapters have copies or updates of the embedding or the head, in which the new tokens would have no rows.
     """
+    _check_adapters(model)
     V, C = model.config.vocab_size, model.config.n_embd
     kept, tied = min(V, size), is_tied(model)
     for module in (model.wte,) if tied else (model.wte, model.lm_head):
@@ -34,3 +38,13 @@ def set_rows(model: Transformer, size: int, first: int, end: int) -> None:
     if tied:
         model.lm_head.weight = model.wte.weight
     model.wte.num_embeddings = model.lm_head.out_features = size
+
+
+def _check_adapters(model: Transformer) -> None:
+    aside = getattr(model.adapters, "aside", {})  # of adapters that are merged
+    for name in ("wte", "lm_head"):
+        if name in aside or isinstance(model.get_submodule(name), ADAPTED):
+            raise ValueError(
+                f"new tokens: the model has adapters with a copy or an update of {name}, in which they have no rows; give the "
+                "model its tokens first (TaskModel, set_up_chat), then add_adapter"
+            )

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import gptfast
-from gptfast.finetuning import LoraConfig
+from gptfast.finetuning import LoraConfig, TaskModel, set_up_chat
+from gptfast.tokenizer import BPETokenizer
 
 CONFIG = gptfast.GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=61, dropout=0.0)
 IDS = torch.arange(3 * 20).view(3, 20) * 7 % 61
@@ -110,3 +111,29 @@ def test_a_name_twice_counts_once():
     assert torch.equal(gpt(IDS), once) and gpt.active_adapters == ["a"]
     gpt.delete_adapter(["a", "a"])
     assert gpt.adapters is None
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [HEAD, {"modules_to_save": ["wte"], "ensure_weight_tying": True}, {"target_modules": ["c_attn", "lm_head"]}],
+)
+def test_new_tokens_need_rows_in_the_copies_and_updates_too(options, merged):
+    """A vocabulary that grew under them had no rows for its new tokens in them, nor after unmerging."""
+    gpt = model(CONFIG.replace(vocab_size=300), a=options)
+    if merged:
+        gpt.merge_adapter()
+    message = "new tokens: the model has adapters with a copy or an update of (wte|lm_head)"
+    assert_refuses(gpt, lambda: TaskModel(gpt, "classification", ["no", "yes"]), message)
+    assert_refuses(gpt, lambda: set_up_chat(gpt, BPETokenizer.train("to be or not", 258)), "new tokens")
+    assert TaskModel(gpt, "classification", ["no", "yes"], special_tokens={"bos": 1, "eos": 2, "pad": 3}).gpt is gpt
+
+
+def test_new_tokens_beside_updates_of_the_blocks():
+    gpt = model(a={"target_modules": ["c_attn"]})
+    before = gpt(IDS)
+    TaskModel(gpt, "classification", ["no", "yes"])
+    torch.testing.assert_close(gpt(IDS)[..., :61], before)
+    gpt.merge_adapter()
+    gpt.unmerge_adapter()
+    torch.testing.assert_close(gpt(IDS)[..., :61], before)
