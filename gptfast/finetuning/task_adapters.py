@@ -22,6 +22,7 @@ from gptfast._folders import staged_folder
 from gptfast._json import NULL, field, items, read_json
 from gptfast._snapshots import EVERYTHING, current, read_whole
 from gptfast.checkpoints.adapter_files import CONFIG, WEIGHTS, check_finite
+from gptfast.checkpoints.weight_files import open_weights
 from gptfast.finetuning import task_files
 from gptfast.finetuning.special_tokens import PAD, USUAL
 from gptfast.models import GPT
@@ -130,7 +131,7 @@ def put_on(
             if folder.is_dir() and has_tokenizer(folder)
         ]
         arguments["tokenizer"] = load_tokenizer(found[0]) if found else None
-    model = cls(gpt, **arguments)
+    model = task_files.made(cls, gpt, arguments, given, path)
     task_files.fill(model, heads, path)
     return model.eval()
 
@@ -147,7 +148,7 @@ def _task(path: Path) -> dict[str, Any] | None:
 
 def _rows(path: Path) -> dict[str, Tensor]:
     file = current(path, TOKENS)
-    rows = load_file(file) if file.is_file() else {}
+    rows = dict(open_weights(file).tensors()) if file.is_file() else {}
     for key, x in rows.items():
         check_finite(file, key, x)
     return rows

@@ -174,7 +174,7 @@ def load(
         arguments["special_tokens"] = _delimiters_of_bert(arguments)
     if arguments.get("task") is None:
         raise ValueError(f"{path} is a language model without a head; say which one it gets with task=")
-    model = cls(gpt, **arguments)
+    model = made(cls, gpt, arguments, given, stored.path)
     if kind is not None:
         fill(model, stored.heads, stored.path)
     return model.eval()
@@ -207,6 +207,18 @@ def _delimiters_of_bert(arguments: dict[str, Any]) -> dict[str, Any]:
         return stored
     known = {name: token_id(arguments["tokenizer"], token) for name, token in BERTS.items()}
     return {**known, PAD: known[PAD] if stored.get(PAD) is None else stored[PAD]}
+
+
+def made(
+    cls: type[TaskModel], gpt: GPT | BERT, arguments: dict[str, Any], given: dict[str, Any], path: Path
+) -> TaskModel:
+    """A task model of arguments of which `given` are not from the folder `path`; it is named where none of them are to blame."""
+    try:
+        return cls(gpt, **arguments)
+    except (TypeError, ValueError) as error:
+        if _said(given):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _said(given: dict[str, Any]) -> dict[str, Any]:

@@ -141,13 +141,20 @@ def spoil(file, key: str) -> None:
     save_file(tensors, file)
 
 
-@pytest.mark.parametrize("damage", ["labels", "rows", "half", "rows of nan", "a head of nan"])
+@pytest.mark.parametrize(
+    "damage", ["labels", "one label twice", "rows", "cut rows", "half", "rows of nan", "a head of nan"]
+)
 def test_damaged_folders_are_refused(tmp_path, damage):
     adapted(tmp_path, "classification").save_adapter(tmp_path / "adapter")
     file = tmp_path / "adapter" / "task_config.json"
     raw = json.loads(file.read_text())
     if damage == "labels":
         file.write_text(json.dumps({**raw, "labels": ["a", "b", "c"]}))
+    elif damage == "one label twice":
+        file.write_text(json.dumps({**raw, "labels": ["a", "a"]}))
+    elif damage == "cut rows":
+        rows = tmp_path / "adapter" / "special_tokens.safetensors"
+        rows.write_bytes(rows.read_bytes()[:-4])
     elif damage == "rows":
         save_file({"wte": torch.zeros(1, 7)}, tmp_path / "adapter" / "special_tokens.safetensors")
     elif damage == "rows of nan":

@@ -180,6 +180,10 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
         ),
         ({"id2label": {"0": "a", "2": "b"}}, "id2label has the keys 0, 2; expected 0, 1"),
         ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "its head has the tensors"),
+        (
+            {"id2label": {"0": "a", "1": "a"}},
+            "labels is ['a', 'a']; expected at least two classes with different names",
+        ),
         ({task_files.SETTINGS: {"task": "x"}}, "gptfast_task.task is 'x'; expected one of"),
         ({task_files.SETTINGS: {"task": "choice"}}, "gptfast_task.special_tokens is missing"),
     ],
@@ -190,7 +194,7 @@ def test_damaged_settings(tmp_path, change, text):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError) as error:
         TaskModel.from_pretrained(tmp_path)
-    assert text in str(error.value)
+    assert text in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_a_head_that_is_not_finite_is_refused(tmp_path):
