@@ -3,7 +3,7 @@
     own      csrc/cpu/gemm-inl.h: a row of the result depends on no other row and not on the number of threads; reads
              weights of another dtype without a converted copy
     torch    torch.mm (MKL, OpenBLAS, oneDNN for bfloat16)
-    onednn   oneDNN's linear, which torch uses for bfloat16 only
+    onednn   oneDNN's linear, which torch uses for bfloat16 only; `torch` where oneDNN does not multiply the dtype on this CPU
 
 The rule depends on the CPU's instructions and the dtype, never on timing: implementations round differently, so a timed
 choice would make the bits of a run depend on the load of the machine when it started. It is `own`, except where a library
@@ -14,6 +14,7 @@ that its checkpoint names.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -105,8 +106,19 @@ def implementation_for(a: Tensor, b: Tensor, dtype: torch.dtype) -> str:
     if not _FORCED and a.shape[0] < MIN_ROWS:
         return "torch"
     name = _FORCED or _local.kept.get(_LAYOUTS[a.stride(1) != 1, b.stride(1) != 1, dtype]) or default_for(dtype)
+    if name == "onednn" and not _onednn_multiplies(dtype):
+        return "torch"
     # with AMX, oneDNN 3.x writes past its scratch memory in 200 x 1 by 1 x 31 of bfloat16
     return "torch" if name == "onednn" and min(*a.shape, b.shape[1]) < MIN_ROWS else name
+
+
+@functools.cache
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products in `dtype` on this CPU: those of 16 bits need AVX-512."""
+    if dtype == torch.float32:
+        return True
+    half = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported")())
 
 
 def default_for(dtype: torch.dtype) -> str:
