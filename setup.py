@@ -115,10 +115,11 @@ class ChecksBuild(Command):
     """`python setup.py build_checks`: the checks of the CPU kernels as a program, also for another machine than this one."""
 
     description = "build the checks of the CPU kernels"
-    user_options: list[tuple[str, str | None, str]] = []  # noqa: RUF012 (setuptools' own way)
+    user_options = [("emulated", None, "with AVX-512's vectors in C++")]  # noqa: RUF012 (setuptools' own way)
+    boolean_options = ["emulated"]  # noqa: RUF012
 
     def initialize_options(self) -> None:
-        pass
+        self.emulated = False
 
     def finalize_options(self) -> None:
         pass
@@ -126,8 +127,9 @@ class ChecksBuild(Command):
     def run(self) -> None:
         from tests.cpu_kernels.build import build_dir, checks
 
-        run_ninja([checks()], build_dir(), ROOT / "build")
-        print(f"gptfast: built build/{checks().target}")
+        wanted = checks(bool(self.emulated))
+        run_ninja([wanted], build_dir(), ROOT / "build")
+        print(f"gptfast: built build/{wanted.target}")
 
 
 BUILD = os.environ.get("GPTFAST_BUILD", "1") != "0"

@@ -60,6 +60,10 @@ struct Cpu {
     return has(saved, xmm_ymm) && has(ecx1, fma | movbe | avx | f16c) && has(ebx7, bmi1 | avx2 | bmi2) &&
            has(ecx_ext, lzcnt);
   }
+#ifdef GPTFAST_EMULATED_AVX512
+  bool avx512() const { return avx2(); }
+  bool avx512_bf16() const { return avx2(); }
+#else
   bool avx512() const {
     constexpr unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, masks_and_zmm = 0xe0;
     return avx2() && has(saved, masks_and_zmm) && has(ebx7, f | dq | bw | vl);
@@ -68,6 +72,7 @@ struct Cpu {
     constexpr unsigned vnni = 1u << 11, bf16 = 1u << 5;
     return avx512() && has(ecx7, vnni) && has(eax7_1, bf16);
   }
+#endif
 
  private:
   static bool has(unsigned word, unsigned bits) { return (word & bits) == bits; }

@@ -38,13 +38,7 @@ static constexpr DynamicValues kDynamic;
 
 // A product that does not become part of a multiply-add: a scale has the bits of PyTorch's two operations.
 INL F rounded(F product) {
-#if defined(__aarch64__)
-  __asm__("" : "+w"(product));
-#elif defined(__AVX512F__)
-  __asm__("" : "+v"(product));
-#else
-  __asm__("" : "+x"(product));
-#endif
+  __asm__("" : IN_VECTOR(product));
   return product;
 }
 

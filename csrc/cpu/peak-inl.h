@@ -1,9 +1,5 @@
 // The arithmetic limit of one core: independent fused multiply-adds on registers. Returns flops done.
-#if defined(__x86_64__)
-#define GPTFAST_OPAQUE(x) asm volatile("" : "+v"(x))  // in a register, and not merged with its neighbours
-#else
-#define GPTFAST_OPAQUE(x) asm volatile("" : "+w"(x))
-#endif
+#define GPTFAST_OPAQUE(x) asm volatile("" : IN_VECTOR(x))  // not merged with its neighbours
 #ifdef GPTFAST_PAIRS
 INL F most_products(F acc, F a, F b) {
 #ifdef GPTFAST_MATRIX

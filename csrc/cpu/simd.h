@@ -27,6 +27,14 @@
 #define INL static inline __attribute__((always_inline))
 #endif
 #define COLD static inline __attribute__((noinline))  // compiled once, and called: for what is rarely run
+// An operand of inline assembler that keeps a vector, which the compiler then knows nothing of, in its register.
+#if defined(GPTFAST_EMULATED_AVX512)
+#define IN_VECTOR(x) "+m"(x)
+#elif defined(__aarch64__)
+#define IN_VECTOR(x) "+w"(x)
+#else
+#define IN_VECTOR(x) "+v"(x)
+#endif
 #define INL_MEMBER inline __attribute__((always_inline))
 #ifdef GPTFAST_SCALAR
 #define UNROLL_FOR for  // tiles of 4 lanes are many, and take a compiler a minute when they are unrolled
@@ -68,6 +76,12 @@ constexpr bool kScalar = false;
 constexpr bool kPairs = true;  // multiplies pairs of bf16
 #else
 constexpr bool kPairs = false;
+#endif
+#if defined(GPTFAST_PAIRS) && !defined(GPTFAST_NEON)
+constexpr bool kOnlyBf16 =
+    true;  // compiled for bf16 alone where avx512 does the same for the other dtypes (isa_select.h)
+#else
+constexpr bool kOnlyBf16 = false;
 #endif
 #ifdef GPTFAST_NEON
 constexpr bool kNeon = true;  // vectors are short and registers many: tiles are of more vectors

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from buildtools.libraries import (
     CXX_FLAGS,
+    QUIET,
     ROOT,
     base_flags,
     cpp_units,
+    isa_flags,
     kernel_units,
     link_flags,
     plain_sources,
@@ -28,20 +30,46 @@ def build_dir() -> Path:
     return ROOT / objects_folder()
 
 
-def emulated(unit: Unit) -> Unit:
-    """With AMX's tile registers in C++, so that its kernels run on every machine with AVX-512 BF16."""
-    flags = [*unit.flags, "-include", str(FOLDER / "emulated_tiles.h")]
-    return Unit(unit.source, flags, f"checks/emulated/{unit.object}")
+def isa_of(unit: Unit) -> str:
+    """Of a kernel's unit; else "o"."""
+    return unit.object.removesuffix(".o").rsplit(".", 1)[-1]
 
 
-def checks() -> Library:
+def emulated(unit: Unit, vectors: bool) -> Unit:
+    """With AMX's tile registers in C++, so that its kernels run on every machine with AVX-512 BF16; `vectors`: with AVX-512's vectors
+    too, on every machine with AVX2."""
+    isa, dispatch = isa_of(unit), unit.source.name == "dispatch.cpp"
+    flags = unit.flags
+    if vectors and (isa.startswith("avx512") or isa == "amx"):
+        macros = [flag for flag in flags if flag.startswith("-D")]
+        bf16 = [] if isa == "avx512" else ["-DGPTFAST_EMULATED_BF16"]
+        flags = [
+            *CXX_FLAGS,
+            *isa_flags("avx2"),
+            *QUIET,
+            "-O1",
+            "-Wno-psabi",
+            *macros,
+            *bf16,
+            "-include",
+            str(FOLDER / "emulated_avx512.h"),
+        ]
+    if vectors and dispatch:
+        flags = [*flags, "-DGPTFAST_EMULATED_AVX512"]
+    if isa == "amx" or dispatch:
+        flags = [*flags, "-include", str(FOLDER / "emulated_tiles.h")]
+    if flags is unit.flags:
+        return unit
+    return Unit(unit.source, flags, f"checks/emulated{'_vectors' if vectors else ''}/{unit.object}")
+
+
+def checks(vectors: bool = False) -> Library:
     """The program for the machine that CXX compiles for."""
     units = kernel_units("cpu") + kernel_units("engine")
     units += cpp_units("_ops", plain_sources("cpu")) + cpp_units("_C", plain_sources("engine"))
-    units = [
-        emulated(unit) if ".amx.o" in unit.object or unit.source.name == "dispatch.cpp" else unit for unit in units
-    ]
+    units = [emulated(unit, vectors) for unit in units]
     flags = [*CXX_FLAGS, "-O1", "-Wno-missing-field-initializers", *base_flags()]  # the loops in double are few
     units += [Unit(path, flags, f"checks/{path.stem}.o") for path in sorted(FOLDER.glob("*.cpp"))]
     static = ["-static"] if target()[1] == "linux" else []  # so that qemu needs no libraries of the other machine
-    return Library(f"checks/{name()}/checks", units, ["-pthread", *static, *link_flags()], program=True)
+    program = "checks-emulated" if vectors else "checks"
+    return Library(f"checks/{name()}/{program}", units, ["-pthread", *static, *link_flags()], program=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -24,12 +25,12 @@ MARGIN = 0.04  # of the best token's logit before the second: far above what ins
 
 
 @functools.cache
-def built(compiler: str, name: str) -> Path:
-    command = [sys.executable, "setup.py", "-q", "build_checks"]
+def built(compiler: str, name: str, *options: str) -> Path:
+    command = [sys.executable, "setup.py", "-q", "build_checks", *options]
     environment = {**os.environ, "CXX": compiler}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return ROOT / f"build/checks/{name}/checks"
+    return ROOT / f"build/checks/{name}/checks{'-emulated' if options else ''}"
 
 
 @functools.cache
@@ -47,11 +48,11 @@ def written(*command: str) -> dict[str, dict[str, str]]:
     return tokens
 
 
-def here() -> dict[str, dict[str, str]]:
+def here(*options: str) -> dict[str, dict[str, str]]:
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     name = "-".join(os.uname()[i] for i in (4, 0)).lower()
-    return written(str(built("g++", name)))
+    return written(str(built("g++", name, *options)))
 
 
 @functools.cache
@@ -68,6 +69,18 @@ def test_kernels_of_this_machine():
     assert list(tokens) == emulated or not cpu_isas()
     first, *others = tokens.values()
     assert len(first) == 10  # formats of weights and of the cache
+    assert all(other == first for other in others)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is of x86-64")
+@pytest.mark.skipif(
+    "avx512_bf16" in cpu_isas(), reason="this machine has AVX-512, and test_kernels_of_this_machine its kernels"
+)
+def test_kernels_for_avx512():
+    """With its vectors, and AMX's tiles, in C++: on a machine that has AVX2 alone."""
+    tokens = here("--emulated")
+    assert list(tokens) == ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
+    first, *others = tokens.values()
     assert all(other == first for other in others)
 
 
