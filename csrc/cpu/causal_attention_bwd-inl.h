@@ -273,25 +273,17 @@ template <bool PAIR> static void attention_backward(const AttentionParams& p, i6
   end_products();
   if (!p.partial) write_key_gradients(p, bh, w.dk, w.dv, 1);
 }
-#ifdef GPTFAST_TILES
-static void (*base_backward)(const AttentionParams&, i64, i64, i64);  // of avx512_bf16
-#endif
 static void causal_attention_bwd(const AttentionParams& p, i64 bh, i64 slice, i64 slices) {
 #ifdef GPTFAST_PAIRS
   if (p.dtype == DType::bf16) return attention_backward<true>(p, bh, slice, slices);
 #endif
-#ifdef GPTFAST_TILES
-  base_backward(p, bh, slice, slices);
-#else
-  attention_backward<false>(p, bh, slice, slices);
-#endif
+  if constexpr (kOnlyBf16) base.causal_attention_bwd(p, bh, slice, slices);
+  else attention_backward<false>(p, bh, slice, slices);
 }
 
 static void fill(Kernels& k) {
   own_table = &k;
-#ifdef GPTFAST_TILES
-  base_backward = k.causal_attention_bwd;
-#else
+#ifndef GPTFAST_TILES
   k.causal_attention_bwd_sum = causal_attention_bwd_sum;
 #endif
   k.causal_attention_bwd = causal_attention_bwd;

@@ -218,24 +218,15 @@ template <bool PAIR> static void attention_forward(const AttentionParams& p, i64
   }
   end_products();
 }
-#ifdef GPTFAST_TILES
-static void (*base_forward)(const AttentionParams&, i64, i64, i64);  // of avx512_bf16
-#endif
 static void causal_attention_fwd(const AttentionParams& p, i64 bh, i64 first, i64 step) {
 #ifdef GPTFAST_PAIRS
   if (p.dtype == DType::bf16) return attention_forward<true>(p, bh, first, step);
 #endif
-#ifdef GPTFAST_TILES
-  base_forward(p, bh, first, step);
-#else
-  attention_forward<false>(p, bh, first, step);
-#endif
+  if constexpr (kOnlyBf16) base.causal_attention_fwd(p, bh, first, step);
+  else attention_forward<false>(p, bh, first, step);
 }
 
 static void fill(Kernels& k) {
   own_table = &k;
-#ifdef GPTFAST_TILES
-  base_forward = k.causal_attention_fwd;
-#endif
   k.causal_attention_fwd = causal_attention_fwd;
 }

@@ -12,7 +12,7 @@ constexpr i64 kLossBlock = 2048;
 
 template <DType T> INL float block_max(const void* x, i64 n) {
   F m[2] = {set(-__builtin_inff()), set(-__builtin_inff())};  // nan passes by and shows up in the sum
-  for_lanes_paired(n, [&](i64 c, i64 k, int u) __attribute__((always_inline)) {
+  for_lanes_paired<T>(n, [&](i64 c, i64 k, int u) __attribute__((always_inline)) {
     const F value = load_as<T>(x, c, k);
     m[u] = max(k == L ? value : select(first_n(k), value, m[u]), m[u]);
   });
@@ -32,14 +32,14 @@ struct LossRow {
     }
     const float level = top == -__builtin_inff() ? 0.f : top;
     const F center = set(level), log2e = set(kLog2e);
-    total += row_sum(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
+    total += row_sum<T>(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
       const F e = exp2<6>((load_as<T>(x, c, k) - center) * log2e);
       return k == L ? e : select_or_zero(first_n(k), e);
     });
     if (!smooth) return;
     if (first) origin = level;
     const F from = set(origin);
-    shifted += row_sum(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
+    shifted += row_sum<T>(n, [&](i64 c, i64 k) __attribute__((always_inline)) {
       const F d = load_as<T>(x, c, k) - from;
       return k == L ? d : select_or_zero(first_n(k), d);
     });
@@ -81,18 +81,20 @@ template <DType T> static void cross_entropy_bwd_row(const CrossEntropyParams& p
   const bool past = p.dlogits.non_temporal;
   float at_target[L];  // before x is overwritten where it is d
   store(at_target, slope(target, 1));
-  for_lanes(p.V, [=](i64 c, i64 k) __attribute__((always_inline)) { put_as<T>(past, d, c, slope(c, k), k); });
+  for_lanes<T>(p.V, [=](i64 c, i64 k) __attribute__((always_inline)) { put_as<T>(past, d, c, slope(c, k), k); });
   if (past) stream_end();  // before the same line is written once more
   store_as<T>(d, target, set(at_target[0] - g * (1.f - e)), 1);
 }
 
 static void cross_entropy_fwd(const CrossEntropyParams& p, i64 row_begin, i64 row_end) {
+  if (is_left_to_base(p.logits.dtype)) return base.cross_entropy_fwd(p, row_begin, row_end);
   for (i64 r = row_begin; r < row_end; r++)
-    with_dtype(p.logits.dtype, [&](auto t) { cross_entropy_fwd_row<t.value>(p, r); });
+    with_own_dtype(p.logits.dtype, [&](auto t) { cross_entropy_fwd_row<t.value>(p, r); });
 }
 static void cross_entropy_bwd(const CrossEntropyParams& p, i64 row_begin, i64 row_end) {
+  if (is_left_to_base(p.logits.dtype)) return base.cross_entropy_bwd(p, row_begin, row_end);
   for (i64 r = row_begin; r < row_end; r++)
-    with_dtype(p.logits.dtype, [&](auto t) { cross_entropy_bwd_row<t.value>(p, r); });
+    with_own_dtype(p.logits.dtype, [&](auto t) { cross_entropy_bwd_row<t.value>(p, r); });
 }
 
 static void fill(Kernels& k) {

@@ -5,12 +5,13 @@
 // Floor: forward two reads and one write of (N, C); backward one read of (N, C) and one write of the table.
 
 static void embedding_fwd(const EmbeddingParams& p, i64 row_begin, i64 row_end) {
+  if (is_left_to_base(p.out.dtype)) return base.embedding_fwd(p, row_begin, row_end);
   for (i64 r = row_begin; r < row_end; r++) {
     const void* token = row(p.wte, p.ids[r]);
     const void* place = p.wpe.data ? row(p.wpe, p.positions ? p.positions[r] : r % p.T) : nullptr;
     void* y = row(p.out, r);
-    with_dtype(p.out.dtype, [&](auto t) {
-      for_lanes(p.C, [&](i64 c, i64 k) __attribute__((always_inline)) {
+    with_own_dtype(p.out.dtype, [&](auto t) {
+      for_lanes<t.value>(p.C, [&](i64 c, i64 k) __attribute__((always_inline)) {
         F x = load_as<t.value>(token, c, k);
         if (place) x = x + load_any(at(place, p.wpe.dtype, c), p.wpe.dtype, k);
         put_as<t.value>(p.out.non_temporal, y, c, x, k);

@@ -48,6 +48,11 @@ INL void gelu_columns(const GeluParams& p, i64 r, const float* bias, i64 c0, i64
     const F z = load_as<T>(x[u], c0 + c, k);
     f(u, c, bias ? z + load_lanes(bias + c, k) : z, k);
   };
+  if constexpr (kOnce<T>) {
+    static_assert(ROWS == 1);
+    for (; c < n; c += L) vector_of(0, c, lanes_of(n - c));
+    return;
+  }
   for (; c + L <= n; c += L)
     UNROLL_FOR (int u = 0; u < ROWS; u++) vector_of(u, c, L);
   if (c < n)

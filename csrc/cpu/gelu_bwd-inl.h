@@ -10,7 +10,7 @@ template <DType T, bool TANH> static void gelu_bwd_chunk(const GeluParams& p, i6
     const float* bias = gelu_bias<T>(p, c0, width, buffer);
     float* db = p.dbias ? p.dbias + chunk * p.C + c0 : nullptr;
     if (db) __builtin_memset(db, 0, size_t(width) * 4);
-    rows_by_twos(p, r0, r1, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
+    rows_by_twos<T>(p, r0, r1, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
       const void* dy[] = {row(p.dout, r), row(p.dout, r + rows.value - 1)};
       void* dx[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
       i64 done = 0;
@@ -42,7 +42,8 @@ template <DType T, bool TANH> static void gelu_bwd_chunk(const GeluParams& p, i6
   }
 }
 static void gelu_bwd(const GeluParams& p, i64 chunk_begin, i64 chunk_end) {
-  with_dtype(p.x.dtype, [&](auto t) {
+  if (is_left_to_base(p.x.dtype)) return base.gelu_bwd(p, chunk_begin, chunk_end);
+  with_own_dtype(p.x.dtype, [&](auto t) {
     for (i64 k = chunk_begin; k < chunk_end; k++)
       p.tanh ? gelu_bwd_chunk<t.value, true>(p, k) : gelu_bwd_chunk<t.value, false>(p, k);
   });

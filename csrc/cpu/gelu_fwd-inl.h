@@ -7,7 +7,7 @@ template <DType T, bool TANH> static void gelu_fwd_rows(const GeluParams& p, i64
   for (i64 c0 = 0; c0 < p.C; c0 += kGeluBlock) {
     const i64 width = p.C - c0 < kGeluBlock ? p.C - c0 : kGeluBlock;
     const float* bias = gelu_bias<T>(p, c0, width, buffer);
-    rows_by_twos(p, row_begin, row_end, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
+    rows_by_twos<T>(p, row_begin, row_end, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
       void* y[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
       i64 done = 0;
 #ifdef GPTFAST_PAIRS
@@ -23,7 +23,8 @@ template <DType T, bool TANH> static void gelu_fwd_rows(const GeluParams& p, i64
   }
 }
 static void gelu_fwd(const GeluParams& p, i64 row_begin, i64 row_end) {
-  with_dtype(p.x.dtype, [&](auto t) {
+  if (is_left_to_base(p.x.dtype)) return base.gelu_fwd(p, row_begin, row_end);
+  with_own_dtype(p.x.dtype, [&](auto t) {
     p.tanh ? gelu_fwd_rows<t.value, true>(p, row_begin, row_end) : gelu_fwd_rows<t.value, false>(p, row_begin, row_end);
   });
   stream_end();

@@ -66,28 +66,32 @@ template <bool PAIR> static void gemm_pack_group(const GemmParams& p, i64 t) {
     gemm_pack_columns<PAIR>(p, w0, words, p.n0 + (first + n) * kPanel, out + n * kGemmDepth * kPanel);
 }
 static void gemm_pack(const GemmParams& p, i64 begin, i64 end) {
-  for (i64 t = begin; t < end; t++) p.pairs ? gemm_pack_group<true>(p, t) : gemm_pack_group<false>(p, t);
+  if (kOnlyBf16 && !p.pairs) return base.gemm_pack(p, begin, end);
+  for (i64 t = begin; t < end; t++)
+    if (kOnlyBf16 || (kPairs && p.pairs)) gemm_pack_group<kPairs>(p, t);
+    else if constexpr (!kOnlyBf16) gemm_pack_group<false>(p, t);
 }
 
 static void gemm(const GemmParams& p, i64 item) {
-  if (!p.packed) return p.pairs ? gemm_item<RowsBlock<kPairs>>(p, item) : gemm_item<RowsBlock<false>>(p, item);
+  if (kOnlyBf16 && !p.pairs) return base.gemm(p, item);
+#ifdef GPTFAST_PAIRS
+  if (p.pairs && !p.packed) return gemm_item<RowsBlock<true>>(p, item);
 #ifdef GPTFAST_SHORT
   if (is_short(p)) return gemm_item<ShortBlock>(p, item);
 #endif
-  p.pairs ? gemm_item<GemmBlock<true>>(p, item) : gemm_item<GemmBlock<false>>(p, item);
+  if (p.pairs) return gemm_item<GemmBlock<true>>(p, item);
+#endif
+  if constexpr (!kOnlyBf16) p.packed ? gemm_item<GemmBlock<false>>(p, item) : gemm_item<RowsBlock<false>>(p, item);
 }
 #else
-static void (*base_gemm)(const GemmParams&, i64 item);  // of avx512_bf16
 static void gemm(const GemmParams& p, i64 item) {
-  p.pairs&& p.packed ? gemm_item<GemmBlock<true>>(p, item) : base_gemm(p, item);
+  p.pairs&& p.packed ? gemm_item<GemmBlock<true>>(p, item) : base.gemm(p, item);
 }
 #endif
 
 static void fill(Kernels& k) {
   own_table = &k;
-#ifdef GPTFAST_TILES
-  base_gemm = k.gemm;
-#else
+#ifndef GPTFAST_TILES
   k.gemm_pack = gemm_pack;
 #endif
   k.gemm = gemm;

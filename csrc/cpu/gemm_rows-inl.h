@@ -73,11 +73,14 @@ template <bool PAIR> struct RowsBlock {
   void multiply() const {
     with_dtype(p.b.dtype, [&](auto t) {
       i64 m = 0;
+      // fp16, and fp32 that is rounded to pairs, are rarer: fewer kinds of tiles
+      constexpr bool few = t.value == DType::f16 || (PAIR && t.value == DType::f32);
       if constexpr (!kScalar) {
-        if constexpr (L != 8)
+        if constexpr (L != 8 && !few)
           for (; m + 8 <= p.M; m += 8) rows<t.value, 8>(m);
         for (; m + 4 <= p.M; m += 4) rows<t.value, 4>(m);
-        for (; m + 2 <= p.M; m += 2) rows<t.value, 2>(m);
+        if constexpr (!few)
+          for (; m + 2 <= p.M; m += 2) rows<t.value, 2>(m);
       }
       for (; m < p.M; m++) rows<t.value, 1>(m);
     });

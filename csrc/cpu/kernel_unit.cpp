@@ -19,10 +19,14 @@
 namespace gptfast::cpu::GPTFAST_ISA {
 namespace {
 using namespace GPTFAST_VECTORS;
+[[maybe_unused]] Kernels base;  // the table that an instruction set of some kernels adds to: what is_left_to_base
 #include HEADER(GPTFAST_KERNEL)
 }  // namespace
 
 void FILL(GPTFAST_KERNEL)(Kernels&);
-void FILL(GPTFAST_KERNEL)(Kernels& k) { fill(k); }
+void FILL(GPTFAST_KERNEL)(Kernels& k) {
+  if constexpr (kOnlyBf16) base = k;
+  fill(k);
+}
 
 }  // namespace gptfast::cpu::GPTFAST_ISA

@@ -210,10 +210,18 @@ static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_
     return stream_end();
   }
 #endif
-  if (p.dy.data && p.dy.dtype != p.x.dtype)
+  if constexpr (kOnlyBf16) {  // the rest rounds gradients to bf16, of what was normalised in fp32
+    const bool rounds =
+        (p.dx.data && p.dx.dtype == DType::bf16) || (p.dresidual.data && p.dresidual.dtype == DType::bf16);
+    if (p.x.dtype != DType::f32 || !rounds) return base.layer_norm_bwd(p, chunk_begin, chunk_end);
+    norm_bwd_chunks<DType::f32, true>(p, chunk_begin, chunk_end);
+  } else if (p.x.dtype == DType::f16 || (p.dy.data && p.dy.dtype != p.x.dtype)) {
     p.x.dtype == DType::bf16 ? norm_bwd_chunks<DType::bf16, true>(p, chunk_begin, chunk_end)
                              : norm_bwd_chunks<DType::f32, true>(p, chunk_begin, chunk_end);
-  else with_dtype(p.x.dtype, [&](auto t) { norm_bwd_chunks<t.value, false>(p, chunk_begin, chunk_end); });
+  } else {
+    p.x.dtype == DType::bf16 ? norm_bwd_chunks<DType::bf16, false>(p, chunk_begin, chunk_end)
+                             : norm_bwd_chunks<DType::f32, false>(p, chunk_begin, chunk_end);
+  }
   stream_end();
 }
 

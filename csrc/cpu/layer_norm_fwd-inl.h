@@ -103,10 +103,9 @@ static void norm_fwd_words(const LayerNormParams& p, i64 row_begin, i64 row_end)
     const float rstd = 1.f / __builtin_sqrtf(m.variance + p.eps);
     if (p.mean) p.mean[r] = m.mean, p.mean[p.R + r] = m.rest;
     p.rstd[r] = rstd;
-    with_dtype(p.y.dtype, [&](auto y) {
-      plain ? result_of_words<y.value, true>(p, t, x, m, rstd, r)
-            : result_of_words<y.value, false>(p, t, x, m, rstd, r);
-    });
+    if (p.y.dtype == DType::f32) result_of_words<DType::f32, false>(p, t, x, m, rstd, r);
+    else if (plain) result_of_words<DType::bf16, true>(p, t, x, m, rstd, r);
+    else result_of_words<DType::bf16, false>(p, t, x, m, rstd, r);
   }
 }
 #endif
@@ -115,23 +114,30 @@ template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_b
   const NormBuffers t(p);
   for (i64 r = row_begin; r < row_end; r++) {
     const void* x = norm_input<T>(p, t, r);
-    const Moments m = p.mean ? moments<T>(x, t.wide, p.C) : mean_square<T>(x, t.wide, p.C);
+    constexpr DType kRead = T == DType::f16 ? DType::f32 : T;
+    if constexpr (T == DType::f16) x = read_row(x, T, p.C, t.wide);
+    const Moments m = p.mean ? moments<kRead>(x, t.wide, p.C) : mean_square<kRead>(x, t.wide, p.C);
     const float rstd = 1.f / __builtin_sqrtf(m.variance + p.eps);
     if (p.mean) p.mean[r] = m.mean, p.mean[p.R + r] = m.rest;
     p.rstd[r] = rstd;
-    const float* values = T == DType::f32 ? static_cast<const float*>(x) : t.wide;
-    with_dtype(p.y.dtype, [&](auto y) { norm_result<y.value>(p, t, values, m, rstd, r, element_size(T)); });
+    const float* values = kRead == DType::f32 ? static_cast<const float*>(x) : t.wide;
+    with_own_dtype(p.y.dtype, [&](auto y) { norm_result<y.value>(p, t, values, m, rstd, r, element_size(T)); });
   }
 }
 static void layer_norm_fwd(const LayerNormParams& p, i64 row_begin, i64 row_end) {
   const DType normalised = p.residual.data ? p.total.dtype : p.x.dtype;
 #ifdef GPTFAST_PAIRS
-  if (in_words(normalised, p.C)) {
+  if (in_words(normalised, p.C) && p.y.dtype != DType::f16) {
     norm_fwd_words(p, row_begin, row_end);
     return stream_end();
   }
 #endif
-  with_dtype(normalised, [&](auto t) { norm_fwd_rows<t.value>(p, row_begin, row_end); });
+  if constexpr (kOnlyBf16) {  // the rest rounds to bf16 what is normalised in fp32
+    if (normalised != DType::f32 || p.y.dtype != DType::bf16) return base.layer_norm_fwd(p, row_begin, row_end);
+    norm_fwd_rows<DType::f32>(p, row_begin, row_end);
+  } else {
+    with_dtype(normalised, [&](auto t) { norm_fwd_rows<t.value>(p, row_begin, row_end); });
+  }
   stream_end();
 }
 

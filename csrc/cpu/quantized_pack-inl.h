@@ -86,9 +86,10 @@ template <bool PAIR, class C> static void pack_item(const QuantizedPackParams& q
     pack_outputs<PAIR>(q.w, codes, w0, words, p.n0 + (first + n) * kPanel, out + n * kGemmDepth * kPanel);
 }
 static void quantized_pack(const QuantizedPackParams& q, i64 item) {
+  if (kOnlyBf16 && !q.gemm.pairs) return base.quantized_pack(q, item);
   with_codes(q.w.format, [&](const auto& codes) {
-    if (kPairs && q.gemm.pairs) pack_item<kPairs>(q, codes, item);
-    else pack_item<false>(q, codes, item);
+    if (kOnlyBf16 || (kPairs && q.gemm.pairs)) pack_item<kPairs>(q, codes, item);
+    else if constexpr (!kOnlyBf16) pack_item<false>(q, codes, item);
   });
 }
 

@@ -32,6 +32,9 @@ template <class T, class C> static void spread(const QuantizedRowsParams& p) {
   }
 }
 static void quantized_spread(const QuantizedRowsParams& p) {
+  if (kOnlyBf16 && !in_pairs(p)) return base.quantized_spread(p);
+  if constexpr (kOnlyBf16)
+    return p.w.format == Codes::mxfp4 ? spread<uint16_t, LowNibbles>(p) : spread<uint16_t, Nibbles>(p);
   if (p.w.format == Codes::int8) spread<float, Bytes>(p);
   else if (p.w.format == Codes::mxfp4) in_pairs(p) ? spread<uint16_t, LowNibbles>(p) : spread<float, LowNibbles>(p);
   else in_pairs(p) ? spread<uint16_t, Nibbles>(p) : spread<float, Nibbles>(p);
@@ -106,7 +109,7 @@ INL void add_chunk(const C& codes, const float* scales, i64 stride, const typena
   UNROLL_FOR (int o = 0; o < O; o++) {
     words[o] = iload(from + o * pitch);
 #ifdef __AVX512F__
-    __asm__("" : "+v"(words[o]));  // else g++ reads them again for each part
+    __asm__("" : IN_VECTOR(words[o]));  // else g++ reads them again for each part
 #endif
   }
   UNROLL_FOR (int j = 0; j < kParts<PAIR, C>; j++) {
@@ -188,7 +191,9 @@ template <bool PAIR, class C> static void rows_item(const QuantizedRowsParams& p
     });
 }
 static void quantized_rows(const QuantizedRowsParams& p, i64 item) {
+  if (kOnlyBf16 && !in_pairs(p)) return base.quantized_rows(p, item);
   // x is laid out to meet the codes: here it does not matter which half of a byte comes first
+  if constexpr (kOnlyBf16) return rows_item<true>(p, Nibbles(p.w.format), item);
   if (p.w.format == Codes::int8) rows_item<false>(p, Bytes(p.w.format), item);
   else if (in_pairs(p)) rows_item<kPairs>(p, Nibbles(p.w.format), item);
   else rows_item<false>(p, Nibbles(p.w.format), item);

@@ -4,10 +4,10 @@
 
 template <DType T> static void relu_squared_fwd_rows(const ReluSquaredParams& p, i64 begin, i64 end) {
   const bool past = p.out.non_temporal;
-  rows_by_twos(p, begin, end, 0, p.C, [&](i64 r, auto rows, i64 width) __attribute__((always_inline)) {
+  rows_by_twos<T>(p, begin, end, 0, p.C, [&](i64 r, auto rows, i64 width) __attribute__((always_inline)) {
     const void* x[] = {row(p.x, r), row(p.x, r + rows.value - 1)};
     void* y[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
-    for_lanes(width, [&](i64 c, i64 n) __attribute__((always_inline)) {
+    for_lanes<T>(width, [&](i64 c, i64 n) __attribute__((always_inline)) {
       UNROLL_FOR (int u = 0; u < rows.value; u++) {
         const F v = max(zero(), load_as<T>(x[u], c, n));  // nan stays
         put_as<T>(past, y[u], c, v * v, n);
@@ -17,11 +17,11 @@ template <DType T> static void relu_squared_fwd_rows(const ReluSquaredParams& p,
 }
 template <DType T> static void relu_squared_bwd_rows(const ReluSquaredParams& p, i64 begin, i64 end) {
   const bool past = p.out.non_temporal;
-  rows_by_twos(p, begin, end, 0, p.C, [&](i64 r, auto rows, i64 width) __attribute__((always_inline)) {
+  rows_by_twos<T>(p, begin, end, 0, p.C, [&](i64 r, auto rows, i64 width) __attribute__((always_inline)) {
     const void* x[] = {row(p.x, r), row(p.x, r + rows.value - 1)};
     const void* dy[] = {row(p.dout, r), row(p.dout, r + rows.value - 1)};
     void* dx[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
-    for_lanes(width, [&](i64 c, i64 n) __attribute__((always_inline)) {
+    for_lanes<T>(width, [&](i64 c, i64 n) __attribute__((always_inline)) {
       UNROLL_FOR (int u = 0; u < rows.value; u++) {
         const F v = max(zero(), load_as<T>(x[u], c, n));
         put_as<T>(past, dx[u], c, load_as<T>(dy[u], c, n) * (v + v), n);
@@ -30,11 +30,13 @@ template <DType T> static void relu_squared_bwd_rows(const ReluSquaredParams& p,
   });
 }
 static void relu_squared_fwd(const ReluSquaredParams& p, i64 row_begin, i64 row_end) {
-  with_dtype(p.x.dtype, [&](auto t) { relu_squared_fwd_rows<t.value>(p, row_begin, row_end); });
+  if (is_left_to_base(p.x.dtype)) return base.relu_squared_fwd(p, row_begin, row_end);
+  with_own_dtype(p.x.dtype, [&](auto t) { relu_squared_fwd_rows<t.value>(p, row_begin, row_end); });
   stream_end();
 }
 static void relu_squared_bwd(const ReluSquaredParams& p, i64 row_begin, i64 row_end) {
-  with_dtype(p.x.dtype, [&](auto t) { relu_squared_bwd_rows<t.value>(p, row_begin, row_end); });
+  if (is_left_to_base(p.x.dtype)) return base.relu_squared_bwd(p, row_begin, row_end);
+  with_own_dtype(p.x.dtype, [&](auto t) { relu_squared_bwd_rows<t.value>(p, row_begin, row_end); });
   stream_end();
 }
 

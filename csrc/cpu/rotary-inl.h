@@ -11,7 +11,7 @@ INL void rotate(const RotaryParams& p, const float* cos, const float* sin, const
   const i64 half = p.half, size = element_size(T);
   const bool past = p.non_temporal;
   const F sign = set(p.inverse ? -1.f : 1.f);
-  for_lanes(half, [=](i64 c, i64 n) __attribute__((always_inline)) {
+  for_lanes<T>(half, [=](i64 c, i64 n) __attribute__((always_inline)) {
     const F co = load_lanes(cos + c, n), si = load_lanes(sin + c, n) * sign;
     prefetch(next + c * size), prefetch(next + (half + c) * size);
     Pair v;
@@ -43,7 +43,8 @@ template <DType T, bool PAIRS> static void rotary_tokens(const RotaryParams& p, 
   }
 }
 static void rotary(const RotaryParams& p, i64 token_begin, i64 token_end) {
-  with_dtype(p.dtype, [&](auto t) {
+  if (is_left_to_base(p.dtype)) return base.rotary(p, token_begin, token_end);
+  with_own_dtype(p.dtype, [&](auto t) {
     p.interleaved ? rotary_tokens<t.value, true>(p, token_begin, token_end)
                   : rotary_tokens<t.value, false>(p, token_begin, token_end);
   });

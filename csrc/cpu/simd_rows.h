@@ -85,11 +85,13 @@ INL const void* row(const Rows& x, i64 i) { return at(x.data, x.dtype, i * x.str
 INL void* row(const MutRows& x, i64 i) { return at(x.data, x.dtype, i * x.stride); }
 
 INL i64 lanes_of(i64 left) { return left < L ? left : i64(L); }
-// Calls f(c, n) for c = 0, L, 2L, … < C with n = lanes that count: f sees whole vectors but for the last. Where only the
-// compile time matters, f is compiled once, here and below.
-template <class Fn> INL void for_lanes(i64 C, Fn f) {
+// Whether the body of a loop over lanes is compiled once, not for whole vectors, the last lanes and several rows apart: where only
+// the compile time matters, and for rows of fp16, which few train or serve in on a CPU.
+template <DType T> constexpr bool kOnce = kScalar || T == DType::f16;
+// Calls f(c, n) for c = 0, L, 2L, … < C with n = lanes that count: f sees whole vectors but for the last. T: the dtype of the rows.
+template <DType T = DType::f32, class Fn> INL void for_lanes(i64 C, Fn f) {
   i64 c = 0;
-  if constexpr (kScalar) {
+  if constexpr (kOnce<T>) {
     for (; c < C; c += L) f(c, lanes_of(C - c));
     return;
   }
@@ -97,9 +99,9 @@ template <class Fn> INL void for_lanes(i64 C, Fn f) {
   if (c < C) f(c, C - c);
 }
 // The same with f(c, n, u), u = 0, 1, 0, … a constant once unrolled: two chains of sums hide the latency of one.
-template <class Fn> INL void for_lanes_paired(i64 C, Fn f) {
+template <DType T = DType::f32, class Fn> INL void for_lanes_paired(i64 C, Fn f) {
   i64 c = 0;
-  if constexpr (kScalar) {
+  if constexpr (kOnce<T>) {
     for (int u = 0; c < C; c += L, u ^= 1) f(c, lanes_of(C - c), C - c < L ? 1 : u);
     return;
   }
@@ -118,9 +120,9 @@ INL void store_lanes(float* p, F x, i64 n) {
 INL i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 
 // The sum over the row of f(c, n), which gives 0 in lanes that do not count; four sums run side by side
-template <class Fn> INL float row_sum(i64 C, Fn f) {
+template <DType T = DType::f32, class Fn> INL float row_sum(i64 C, Fn f) {
   i64 c = 0;
-  if constexpr (kScalar) {
+  if constexpr (kOnce<T>) {
     F s[4] = {zero(), zero(), zero(), zero()};
     for (; c < C; c += L) {
       const int at = C - c < L ? 1 : c < C / (4 * L) * (4 * L) ? int(c / L % 4) : 0;
@@ -194,3 +196,9 @@ template <class Fn> INL void with_dtype(DType t, Fn f) {
   else if (t == DType::bf16) f(DTypeConstant<DType::bf16>());
   else f(DTypeConstant<DType::f16>());
 }
+// The same where `base` has been asked for what is_left_to_base.
+template <class Fn> INL void with_own_dtype(DType t, Fn f) {
+  if constexpr (kOnlyBf16) f(DTypeConstant<DType::bf16>());
+  else with_dtype(t, f);
+}
+INL bool is_left_to_base(DType t) { return kOnlyBf16 && t != DType::bf16; }

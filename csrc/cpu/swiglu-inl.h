@@ -109,7 +109,7 @@ template <DType T, bool PAIRS> static void swiglu_fwd_rows(const SwigluParams& p
     const void *gate = row(p.gate, r), *up = up_row(p, r);
     void* y = row(p.out, r);
     const i64 C = columns(p, r), done = T == DType::bf16 ? value_words<PAIRS>(past, form, gate, up, y, C) : 0;
-    for_lanes(C - done, [=](i64 c, i64 n) __attribute__((always_inline)) {
+    for_lanes<T>(C - done, [=](i64 c, i64 n) __attribute__((always_inline)) {
       c += done;
       const Pair v = load_gate<T, PAIRS>(gate, up, c, n);
       put_as<T>(past, y, c, value<T>(form, v.first, v.second), n);
@@ -124,7 +124,7 @@ template <DType T, bool PAIRS> static void swiglu_bwd_rows(const SwigluParams& p
     void *dgate = row(p.dgate, r), *dup = PAIRS ? nullptr : row(p.dup, r);
     const i64 C = columns(p, r);
     const i64 done = T == DType::bf16 ? gradient_words<PAIRS>(past, form, gate, up, dy, dgate, dup, C) : 0;
-    for_lanes(C - done, [=](i64 c, i64 n) __attribute__((always_inline)) {
+    for_lanes<T>(C - done, [=](i64 c, i64 n) __attribute__((always_inline)) {
       c += done;
       const Pair in = load_gate<T, PAIRS>(gate, up, c, n);
       const Pair g = gradients<T>(form, in.first, in.second, load_as<T>(dy, c, n));
@@ -138,14 +138,16 @@ template <DType T, bool PAIRS> static void swiglu_bwd_rows(const SwigluParams& p
   }
 }
 static void swiglu_fwd(const SwigluParams& p, i64 row_begin, i64 row_end) {
-  with_dtype(p.gate.dtype, [&](auto t) {
+  if (is_left_to_base(p.gate.dtype)) return base.swiglu_fwd(p, row_begin, row_end);
+  with_own_dtype(p.gate.dtype, [&](auto t) {
     p.interleaved ? swiglu_fwd_rows<t.value, true>(p, row_begin, row_end)
                   : swiglu_fwd_rows<t.value, false>(p, row_begin, row_end);
   });
   stream_end();
 }
 static void swiglu_bwd(const SwigluParams& p, i64 row_begin, i64 row_end) {
-  with_dtype(p.gate.dtype, [&](auto t) {
+  if (is_left_to_base(p.gate.dtype)) return base.swiglu_bwd(p, row_begin, row_end);
+  with_own_dtype(p.gate.dtype, [&](auto t) {
     p.interleaved ? swiglu_bwd_rows<t.value, true>(p, row_begin, row_end)
                   : swiglu_bwd_rows<t.value, false>(p, row_begin, row_end);
   });
