@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class TaskOptions:
 
     def __post_init__(self) -> None:
         check_fields("finetune", self)
+        _check_texts(self)
 
 
 @describe_fields
@@ -186,6 +187,7 @@ class MethodOptions:
 
     def __post_init__(self) -> None:
         check_fields("finetune", self)
+        _check_texts(self)
         if self.rope_scaling is not None and self.extend_context is None:
             raise ValueError(
                 "finetune: `rope_scaling` goes with `extend_context`; give it too, or leave `rope_scaling` out"
@@ -230,6 +232,14 @@ class RunOptions(PlaceOptions):
 
     def __post_init__(self) -> None:
         check_fields("finetune", self)
+
+
+def _check_texts(options: TaskOptions | MethodOptions) -> None:
+    """Raise TypeError for what is no text, as from Python a model, or a list of modules."""
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if f.type in ("str", "str | None") and not isinstance(value, (str, type(None))):
+            raise TypeError(f"finetune: {f.name} is a {type(value).__name__}; expected a text, as the command has it")
 
 
 def of_method(method: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -191,6 +191,14 @@ def test_bad_options(tmp_path, capsys, monkeypatch, case):
     assert not (tmp_path / "out" / "last").exists()
 
 
+@pytest.mark.parametrize("name", ["model", "data", "tokenizer", "class_weights", "target_modules"])
+def test_what_is_no_text_is_named(tmp_path, name):
+    given = {"model": "m", "data": "d", "task": "classification", "method": "lora", name: ["c_attn"]}
+    with pytest.raises(TypeError, match=f"^finetune: {name} is a list; expected a text"):
+        finetune(out=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_must_be_said(tmp_path, capsys):
     for given, missing in (([], "--model"), (["--model", "x"], "--data"), (["--model", "x", "--data", "y"], "--task")):
         assert gptfast("finetune", *given) == 1
