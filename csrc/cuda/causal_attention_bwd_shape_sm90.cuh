@@ -26,6 +26,8 @@ template <class E_, int D_, bool KEYS_> struct BackwardShape90 {
   static constexpr bool IN_REGISTERS = D == 64;
   static constexpr bool GROUPS = KEYS && D == 64;     // at head dim 128 no register is left to count heads
   static constexpr bool AHEAD = !(KEYS && D == 128);  // sums of a tile under the exponentials of the next one
+  // Tiles asked for before the block's warps meet for the first time: they wait for it. With one, dk and dv spill.
+  static constexpr int AT_FIRST = KEYS ? 2 : 1;
   static constexpr int BARRIERS = 1 + 2 * STAGES;
   static constexpr int SMEM = 2 * KEPT_BYTES + 2 * STAGES * TILE_BYTES + BARRIERS * 8 + BM * int(sizeof(Range)) +
                               3 * STAGES * BN * int(sizeof(float)) + (STAGES + 2 * WARPS) * int(sizeof(int)) +

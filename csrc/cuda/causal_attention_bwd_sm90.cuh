@@ -56,7 +56,7 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       load(kept_at, maps.a0, kept_full, h, row0, BM);
       load(kept_at + C::KEPT_BYTES, maps.a1, kept_full, h, row0, BM);
     }
-    for (int n = 0; n < min(members * own.hi, STAGES); n++) load_tiles(n, own.lo, own.hi);
+    for (int n = 0; n < min(members * own.hi, C::AT_FIRST); n++) load_tiles(n, own.lo, own.hi);
   }
   auto place_of_row = [](int r) { return REORDERED ? row_of_key(r) : r; };
   for (int r = threadIdx.x; r < BM; r += C::THREADS) seen[place_of_row(r)] = seen_by(row0 + r);
@@ -67,8 +67,8 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
     setmaxnreg_dec<40>();
     const int lane = threadIdx.x;
     if (lane == 0)
-      for (int n = STAGES; n < members * tiles; n++) {
-        mbarrier_wait(used(n % STAGES), (n / STAGES - 1) & 1);
+      for (int n = C::AT_FIRST; n < members * tiles; n++) {
+        mbarrier_wait(used(n % STAGES), (n / STAGES & 1) ^ 1);
         load_tiles(n, begin, tiles);
       }
     if (KEYS && lane / 32 == 1)
@@ -107,9 +107,8 @@ __global__ void HOPPER_BOUNDS(C::THREADS)
       const i64 query = i64(bh) * p.T + row + 8 * n;
       level[n] = inside ? p.level[query] : 0.f;
       shift[n] = inside ? p.shift[query] : 0.f;
-      delta[n] = query_delta<E>(p, b, h, row + 8 * n, inside);
-      if (inside && lane % 4 == 0) p.delta[query] = delta[n];
     }
+    query_deltas<E, D>(delta, p, b, h, row);
   }
 
   uint32_t own[2][IN_REGISTERS ? D / 16 : 1][4];                    // this warp's rows of a0 and a1

@@ -16,7 +16,7 @@ import pytest
 from tests.support import ROOT, emulated
 from tests.support.cuda_tools import functions, nvcc_flags
 from tests.support.nvcc_messages import keeping_nvcc, said
-from tests.support.sass import REGISTERS, WAIT_FOR_SCORES, WARPGROUPS, code_of
+from tests.support.sass import BWD, REGISTERS, WAIT_FOR_SCORES, WARPGROUPS, code_of
 
 CUDA = ROOT / "csrc/cuda"
 KERNELS = sorted(CUDA.glob("*.cu"))
@@ -141,6 +141,17 @@ def test_main_loops_of_hopper(kernel, hopper):
         assert loop.widest_gap() <= kernel.gap and loop.count("R2UR") <= kernel.moves
         if kernel.under_products:
             assert code.under_products(r"MUFU\.EX2") >= kernel.under_products, "the softmax waits for the products"
+
+
+@pytest.mark.slow
+def test_delta_waits_for_memory_once(hopper):
+    """In the kernel of dq on Hopper a lane asks for all of both its queries' out and dout before it uses any: a chunk of each for
+    every 32 columns."""
+    binary = next(path for path in hopper[1] if path.stem == BWD)
+    found = {name: code_of(text).loads_at_once() for name, text in functions(binary, "sm_90a").items()}
+    for D, loads in ((64, 8), (128, 16)):
+        ours = [n for name, n in found.items() if re.search(f"Li{D}ELb0EEELb", name)]
+        assert len(ours) == 4 and min(ours) >= loads, (D, ours)
 
 
 @pytest.mark.slow
