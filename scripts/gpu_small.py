@@ -1,5 +1,5 @@
-"""A call of each op, which run every CUDA kernel once: under compute-sanitizer, where a kernel takes a hundred times longer, and under
-Nsight Compute with --real shapes. No reference: it is the tools that look."""
+"""Calls of each op. Small ones run every CUDA kernel that the GPU chooses at least once, under compute-sanitizer, where a kernel takes a
+hundred times longer; with --real they have the shapes of GPT-2, under Nsight Compute. No reference: it is the tools that look."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 
 import gptfast
 from gptfast import ops
+from gptfast.ops._append import append_and_attend
+
+FORMATS = {"int8": 32, "int4": 32, "nf4": 64, "mxfp4": 32}
 
 
 def calls(device: str, real: bool) -> None:
@@ -19,10 +22,12 @@ def calls(device: str, real: bool) -> None:
     w, b = (torch.randn(C, device=device).requires_grad_() for _ in range(2))
     targets = torch.randint(V, (T,), device=device)
     table = torch.randn(V, C, device=device, dtype=torch.bfloat16).requires_grad_()
-    ops.layer_norm(x, w, b).sum().backward()
+    many = x.detach().repeat(1 if real else 9, 1).requires_grad_()
+    for rows in (x, many):  # of few rows each has a block
+        ops.layer_norm(rows, w, b).sum().backward()
+        ops.rms_norm(rows, w).sum().backward()
     y, total = ops.add_layer_norm(x, residual, w, b, dropout_p=0.1, seed=1)
     (y.sum() + total.sum()).backward()
-    ops.rms_norm(x, w).sum().backward()
     y, total = ops.add_rms_norm(x, residual, w, dropout_p=0.1, seed=1)
     (y.sum() + total.sum()).backward()
     ops.gelu(x, b).sum().backward()
@@ -35,21 +40,48 @@ def calls(device: str, real: bool) -> None:
         ops.rotary(heads, *ops.rotary_tables(T, 48, device=device), layout=layout).sum().backward()
     ops.dropout(x, 0.1, 1).sum().backward()
     ops.linear_cross_entropy(x, table, targets).backward()
+    ops.cross_entropy(torch.randn(T, V, device=device, dtype=torch.bfloat16).requires_grad_(), targets).backward()
     ops.embedding(targets, table).sum().backward()
-    for D in (64, 128, 40):  # on Hopper TMA and wgmma, and what runs everywhere
+    attention(device, T, real)
+    packed(device, T, C, V)
+    ops.sample(torch.randn(3, V, device=device), top_k=50, top_p=0.9, seed=1)
+    few = torch.randn(2, 9000, device=device)  # long rows: in parts, a block each
+    ops.sample(few, top_k=50, seed=1)
+    ops.sample_rows(few, torch.tensor([ops.row_options(top_k=50, seed=n) for n in (1, 2)], device=device))
+
+
+def attention(device: str, T: int, real: bool) -> None:
+    """On Hopper by TMA and wgmma, but for a soft cap and fp32, which take the kernels of every GPU."""
+    sinks = torch.randn(2, device=device).requires_grad_()
+    for D in (64, 128, 40):
         q, k, v = torch.randn(3, 1, 2, T, D, device=device, dtype=torch.bfloat16).requires_grad_().unbind()
+        ops.causal_attention(q, k, v).sum().backward()
         ops.causal_attention(q, k, v, dropout_p=0.1, seed=1).sum().backward()
-        ops.causal_attention(q[:, :, -1:].detach(), *(x.repeat(1, 1, 9, 1).detach() for x in (k, v)))
-    for format, size in (("int8", 32), ("int4", 32), ("nf4", 64)):  # few rows, many, and the gradient
-        weight = torch.randn(V, 4 * C, device=device)
-        packed = ops.quantize_nf4(weight).rows(V) if format == "nf4" else ops.quantize_groups(weight, format)
+        if not real:
+            ops.causal_attention(q, k, v, sinks, softcap=30.0).sum().backward()
+            ops.causal_attention(*(x.float() for x in (q, k, v)), causal=False).sum().backward()
+            ops.causal_attention(q, *(x[:, :1] for x in (k, v)), enable_gqa=True).sum().backward()
+        keys, values = (x.detach().repeat(1, 1, 9, 1) for x in (k, v))
+        new = [x[:, :, -1:].detach() for x in (q, k, v)]
+        ops.causal_attention(new[0], keys, values)
+        lengths, counters = torch.tensor([8 * T], device=device), torch.zeros(2, dtype=torch.int32, device=device)
+        append_and_attend(*new, keys, values, lengths, counters)
+
+
+def packed(device: str, T: int, C: int, V: int) -> None:
+    """Products by codes: few rows, many, and the gradient."""
+    weight = torch.randn(V, 4 * C, device=device)
+    for format, size in FORMATS.items():
+        if format == "mxfp4":
+            codes = ops.quantize_mxfp4(weight)
+        else:
+            codes = ops.quantize_nf4(weight).rows(V) if format == "nf4" else ops.quantize_groups(weight, format)
         for rows in (1, 5, T):
             wide = torch.randn(rows, 4 * C, device=device, dtype=torch.bfloat16).requires_grad_()
-            ops.quantized_linear(wide, *packed, format=format, group_size=size).sum().backward()
-    ops.quantized_linear(
-        torch.randn(T, 4 * C, device=device).requires_grad_(), *packed, format="nf4", group_size=64
-    ).sum().backward()
-    ops.sample(torch.randn(3, V, device=device), top_k=50, top_p=0.9, seed=1)
+            ops.quantized_linear(wide, *codes, format=format, group_size=size).sum().backward()
+        for rows in (1, T):
+            wide = torch.randn(rows, 4 * C, device=device).requires_grad_()
+            ops.quantized_linear(wide, *codes, format=format, group_size=size).sum().backward()
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from gptfast._nf4 import dequantize_groups
 from .peers import Makers, backends
 from .timing import Bench, Row, Run, that_run
 
-FORMATS = {"int8": 32, "int4": 32, "nf4": 64}
+FORMATS = {"int8": 32, "int4": 32, "nf4": 64, "mxfp4": 32}
 ROWS = (1, 8, 32, 256, 2048)
 PEERS = ("torch", "decoded", "triton", "bitsandbytes")
 
@@ -47,6 +47,12 @@ def bitsandbytes(weight: Tensor, x: Tensor) -> Makers:
         return lambda: matmul_4bit(x, codes.t(), quant_state=state)
 
     return {"bitsandbytes": maker}
+
+
+def codes_of(weight: Tensor, format: str, size: int) -> tuple[Tensor, Tensor]:
+    if format == "nf4":
+        return ops.quantize_nf4(weight, block_size=size).rows(len(weight))
+    return ops.quantize_mxfp4(weight) if format == "mxfp4" else ops.quantize_groups(weight, format, group_size=size)
 
 
 def makers_of(
@@ -81,8 +87,7 @@ def measure(bench: Bench) -> Iterator[Row]:
         f"\n{f'{N} x {K}, bfloat16':44}{'ms':>8}{'GB/s':>8}{'TFLOP/s':>9}" + "".join(f"{f'{n} /':>15}" for n in PEERS)
     )
     for format, size in FORMATS.items():
-        nf4 = format == "nf4"
-        packed = ops.quantize_nf4(weight).rows(N) if nf4 else ops.quantize_groups(weight, format, group_size=size)
+        packed = codes_of(weight, format, size)
         least = sum(t.numel() * t.element_size() for t in packed)
         for rows, back in [*((n, False) for n in rows_of(bench)), (rows_of(bench)[-1], True)]:
             runs, refused = that_run(makers_of(bench, weight, packed, format, rows, back).items())

@@ -44,6 +44,8 @@ LONG = [
     packed(300, 1024, 520, "nf4", 64),
     packed(1000, 2048, 2055, "int4", 128),
     packed(513, 520, 1024, "int8", 32),
+    packed(3, 4096, 4100, "mxfp4", 32),
+    packed(300, 1024, 520, "mxfp4", 32),
     *LONG_ATTENTION,
     *FEW_QUERIES,
     *MODE_CASES,
