@@ -398,8 +398,8 @@ def test_no_positions_have_no_documents():
 @pytest.mark.parametrize("dtype", dtypes())
 def test_rows_of_one_key_have_no_gradient(dtype, isa):
     """Where one weight is 1 and the others are 0, delta is dP to the bit on a CPU, and dq and dk are exactly 0."""
-    if isa in ("emu", "triton"):
-        pytest.skip("tensor cores sum in an order of their own")
+    if isa in ("emu", "triton") or (isa == "amx" and dtype == torch.bfloat16):
+        pytest.skip("tensor cores and AMX's tiles sum in an order of their own")
     q, k, v = torch.randn(3, 1, 2, 150, 80).to(dtype).unbind()
     q = q * 4000
     scores = q.double() @ k.double().mT * 80**-0.5 + torch.full((150, 150), -1e30).triu(1)
