@@ -103,9 +103,8 @@ static void norm_fwd_words(const LayerNormParams& p, i64 row_begin, i64 row_end)
     const float rstd = 1.f / __builtin_sqrtf(m.variance + p.eps);
     if (p.mean) p.mean[r] = m.mean, p.mean[p.R + r] = m.rest;
     p.rstd[r] = rstd;
-    if (p.y.dtype == DType::f32) result_of_words<DType::f32, false>(p, t, x, m, rstd, r);
-    else if (plain) result_of_words<DType::bf16, true>(p, t, x, m, rstd, r);
-    else result_of_words<DType::bf16, false>(p, t, x, m, rstd, r);
+    if (plain && p.y.dtype == DType::bf16) result_of_words<DType::bf16, true>(p, t, x, m, rstd, r);
+    else with_dtype(p.y.dtype, [&](auto y) { result_of_words<y.value, false>(p, t, x, m, rstd, r); });
   }
 }
 #endif
@@ -127,7 +126,7 @@ template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_b
 static void layer_norm_fwd(const LayerNormParams& p, i64 row_begin, i64 row_end) {
   const DType normalised = p.residual.data ? p.total.dtype : p.x.dtype;
 #ifdef GPTFAST_PAIRS
-  if (in_words(normalised, p.C) && p.y.dtype != DType::f16) {
+  if (in_words(normalised, p.C)) {
     norm_fwd_words(p, row_begin, row_end);
     return stream_end();
   }
