@@ -42,7 +42,7 @@ class PackedAdapters:
 
     packed: by name a `gptfast._C.Adapter`, or of a soft prompt its vectors (n, C).
     active: names of the adapters of a row that names none; their updates are added up.
-    enabled: False: none is active.
+    enabled: False: no row has one, whichever it names.
     """
 
     packed: Mapping[str, Any] = field(default_factory=dict)
@@ -67,9 +67,9 @@ class PackedAdapters:
         return sum(len(x) for x in own if isinstance(x, Tensor))
 
     def _names(self, name: str | None) -> tuple[str, ...]:
-        if name is None:
-            return self.active if self.enabled else ()
-        return () if name == BASE else (name,)
+        if not self.enabled or name == BASE:
+            return ()
+        return self.active if name is None else (name,)
 
     def activated(self, names: str | Sequence[str]) -> PackedAdapters:
         active = known_adapters("set_adapter", tuple(self.packed), names)
@@ -140,7 +140,7 @@ class AdapterMethods:
         self._adapters = replace(self._adapters, enabled=True)
 
     def disable_adapters(self) -> None:
-        """Run rows that name no adapter on the base alone, until `enable_adapters` or `set_adapter`."""
+        """Run all rows on the base alone, whichever adapters they name, until `enable_adapters` or `set_adapter`."""
         self._adapters = replace(self._adapters, enabled=False)
 
     def delete_adapter(self, names: str | Sequence[str]) -> None:

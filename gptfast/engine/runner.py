@@ -78,6 +78,10 @@ class EngineRunner(Runner):
     def adapters(self) -> tuple[str, ...]:
         return tuple(self._adapters.packed)
 
+    @property
+    def adapters_enabled(self) -> bool:
+        return self._adapters.enabled
+
     def allocate(self, count: int = 1, adapter: str | None = None, prefix: Tensor | None = None) -> list[int]:
         check_count("allocate", "count", count, 0, LARGEST, SLOTS)
         updates, prompt = self._adapters.of("allocate", adapter)

@@ -65,6 +65,11 @@ class Runner(ABC):
         """Names of the adapters that slots may have."""
         return ()
 
+    @property
+    def adapters_enabled(self) -> bool:
+        """Whether slots have the adapters that they name. False: all of them run on the base alone (`disable_adapters`)."""
+        return True
+
     @abstractmethod
     def allocate(self, count: int = 1, adapter: str | None = None, prefix: Tensor | None = None) -> list[int]:
         """Take `count` empty slots.

@@ -62,6 +62,10 @@ class TorchRunner(Runner):
         attached = any(isinstance(m, ADAPTED) for m in self._model.modules()) or prompts_of(self._model)
         return state.names if state is not None and attached else ()
 
+    @property
+    def adapters_enabled(self) -> bool:
+        return self._model.adapters is None or self._model.adapters.enabled
+
     def virtual_tokens(self, adapter: str | None = None) -> int:
         return self._model.virtual_tokens(adapter)
 

@@ -137,6 +137,7 @@ class Embeddings(nn.Module):
     def virtual_tokens(self, adapter: str | None = None) -> int:
         """Number of virtual tokens before those of a row. adapter: of the row; None: the active ones."""
         prompts, state = prompts_of(self), self.adapters
-        active = state.active if state is not None and state.enabled else ()
-        names = active if adapter is None else (adapter,)
+        if state is None or not state.enabled:
+            return 0
+        names = state.active if adapter is None else (adapter,)
         return max((len(prompts[name]) for name in names if name in prompts), default=0)

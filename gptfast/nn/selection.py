@@ -42,7 +42,7 @@ class AdapterState:
     """What the modules of a model with adapters share.
 
     active: names of the adapters of a forward without adapter_names; their updates are added up.
-    enabled: False: such a forward uses none.
+    enabled: False: no forward uses any, whatever its adapter_names say, as in peft.
     names: of all adapters of the model.
     drops: whether one of them has dropout.
     merged: names of those that are merged into the weights.
@@ -64,7 +64,7 @@ class AdapterState:
 
 
 def select_rows(state: AdapterState, adapter_names: Any, rows: int, rng: tuple[int, int] | None) -> Selection:
-    """The selection of adapter_names, one for each of `rows` rows.
+    """The selection of adapter_names, one for each of `rows` rows; while adapters are disabled, that of the base.
 
     Raises:
         TypeError, ValueError: no list of names, another number of them, an unknown one, or adapters are merged.
@@ -73,6 +73,8 @@ def select_rows(state: AdapterState, adapter_names: Any, rows: int, rng: tuple[i
     check_separate("GPT", state)
     for name in wanted:
         check_adapter("GPT", state.names, name)
+    if not state.enabled:
+        return state.selection(rng)
     parts, first = [], 0
     for row in range(1, rows + 1):
         if row == rows or wanted[row] != wanted[first]:

@@ -190,7 +190,8 @@ class Transformer(Embeddings, Heads, Counted, NumberedDropouts):
             if next_sentence_label is not None:
                 loss = loss + ops.cross_entropy(self.next_sentence_logits(x, adapters), next_sentence_label)
             if self.training and self.adapters is not None:
-                watch(self, self.adapters, loss) if adapter_names is None else watch_rows(self, self.adapters, adapters)
+                named = adapter_names is not None and self.adapters.enabled
+                watch_rows(self, self.adapters, adapters) if named else watch(self, self.adapters, loss)
             if logits is None:
                 return None, loss
             return logits if x.shape[1] == tokens.shape[1] else logits[:, : tokens.shape[1]], loss

@@ -58,7 +58,7 @@ class Service:
         self, model: LanguageModel, runner: Runner, tokenizer: Tokenizer, name: str, limits: Limits, worker: Worker
     ) -> None:
         self.config, self.runner, self.tokenizer = model.config, runner, tokenizer
-        self.names = Names(name, runner.adapters)
+        self.names = Names(name, runner.adapters if runner.adapters_enabled else ())
         self.limits, self.worker, self.seeds = limits, worker, SeedPool()
         self.metadata = metadata_of(model)
         self.ends = self.metadata.end_tokens(model.config.vocab_size, [tokenizer.eos_id])

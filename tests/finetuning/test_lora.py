@@ -207,6 +207,7 @@ def test_rows_of_a_mixed_batch_are_those_of_the_row_alone(training: bool):
     names, ids = [*names, "third"], torch.cat((ids, IDS[1:2]))
     mixed = gpt(ids, adapter_names=names)
     for row, name in enumerate(names):
+        gpt.enable_adapters()
         assert torch.equal(mixed[row], gpt(ids[row : row + 1], adapter_names=[name])[0])  # 20 rows: our own products
         if name == "__base__":
             gpt.disable_adapters()

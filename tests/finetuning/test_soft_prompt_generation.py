@@ -57,6 +57,7 @@ def test_prompts_under_different_adapters(gpt: gptfast.GPT, options: dict[str, A
     prompts = [*PROMPTS, [1, 2], [6]]
     texts = gpt.generate(prompts, 10, adapter_names=names, **options)
     for text, prompt, name in zip(texts, prompts, names, strict=True):
+        gpt.enable_adapters()
         assert [text] == gpt.generate([prompt], 10, adapter_names=[name], **options)
         gpt.disable_adapters() if name == "__base__" else gpt.set_adapter(name)
         assert [text] == gpt.generate([prompt], 10, **options)
@@ -79,6 +80,7 @@ def test_each_row_has_the_room_that_its_prompt_leaves(gpt: gptfast.GPT):
     assert slid[0] == gpt.generate([rows[0][:3]], 40, overflow="slide")[0]
     gpt.disable_adapters()
     assert slid[1] == gpt.generate([[5]], 40, overflow="slide")[0]
+    gpt.enable_adapters()
     scheduler = gptfast.generation.Scheduler(gpt, 2)
     assert scheduler.submit([1] * 22, max_new_tokens=1, adapter="long").max_len == 23
     with pytest.raises(ValueError, match="block_size is 32, of which a soft prompt takes 9"):

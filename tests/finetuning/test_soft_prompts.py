@@ -212,6 +212,7 @@ def test_rows_of_a_mixed_batch_are_those_of_the_row_alone(training: bool, monkey
     gpt.train(training)
     batch = gpt(ids, adapter_names=names)
     for row, name in enumerate(names):
+        gpt.enable_adapters()
         assert torch.equal(batch[row], gpt(ids[row : row + 1], adapter_names=[name])[0])
         gpt.disable_adapters() if name == "__base__" else gpt.set_adapter(name)
         assert torch.equal(batch[row], gpt(ids[row : row + 1])[0])

@@ -65,6 +65,17 @@ def test_requests_of_all_adapters_run_in_one_batch(adapted, tokenizer, quantize)
         assert new == text_of(gpt, tokenizer, "bard:poems", "or", max_new_tokens=9)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_model_whose_adapters_are_disabled_is_served_alone(adapted, tokenizer, quantize):
+    gpt = copy.deepcopy(adapted)
+    gpt = gpt if quantize is None else gpt.compile_for_inference(quantize)
+    gpt.disable_adapters()
+    with serving(app_of(gpt, tokenizer)) as url:
+        assert [card["id"] for card in httpx.get(url + "/v1/models").json()["data"]] == ["bard"]
+        answer = httpx.post(url + "/v1/completions", json={"model": "bard:poems", "prompt": "a"})
+        assert answer.status_code == 404
+
+
 def test_models_are_listed_and_unknown_ones_are_named(adapted, tokenizer):
     with serving(app_of(adapted, tokenizer)) as url:
         listed = httpx.get(url + "/v1/models").json()["data"]

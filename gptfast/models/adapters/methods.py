@@ -95,7 +95,7 @@ class AdapterMethods(Transformer):
         attached.enable(self, True)
 
     def disable_adapters(self) -> None:
-        """Compute as the base alone, until `enable_adapters` or `set_adapter`."""
+        """Compute as the base alone, whatever adapter_names say (as in peft), until `enable_adapters` or `set_adapter`."""
         attached.enable(self, False)
 
     def delete_adapter(self, names: str | Sequence[str]) -> None:
