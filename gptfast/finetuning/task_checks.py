@@ -49,7 +49,8 @@ def checked_weights(labels: list[str], given: Any) -> Tensor | None:
 
 
 def check_arguments(task: str, classes: int, ids: Any, labels: Any, places: Tensor | None, mask: Tensor | None) -> None:
-    """Check the arguments of `TaskModel.forward`; the values of labels and mc_token_ids on the CPU only."""
+    """Check the arguments of `TaskModel.forward`; the values of labels and mc_token_ids on the CPU alone, and not under
+    `torch.compile`, whose graph has no values."""
     dims = {"similarity": "(B, 2, T)", "choice": "(B, N, T)"}.get(task, "(B, T)")
     fits = isinstance(ids, Tensor) and ids.dim() == dims.count(",") + 1
     if not fits or (task == "similarity" and ids.shape[1] != 2) or not ids.numel():
@@ -69,9 +70,9 @@ def check_arguments(task: str, classes: int, ids: Any, labels: Any, places: Tens
     if labels.shape != ids.shape[:1]:
         raise ValueError(f"TaskModel: labels has shape {tuple(labels.shape)}; expected {tuple(ids.shape[:1])}")
     classes = ids.shape[1] if task == "choice" else classes
-    if task == "similarity" or (labels.device.type != "cpu" and labels.dtype == torch.int64):
+    if task == "similarity":
         return
-    if labels.dtype != torch.int64 or int(labels.min()) < 0 or int(labels.max()) >= classes:
+    if labels.dtype != torch.int64 or not _within(labels, classes):
         raise ValueError(
             f"TaskModel: labels is {labels.tolist()[:8]}, {labels.dtype}; expected int64 indices in [0, {classes})"
         )
@@ -85,5 +86,10 @@ def _check_tensor(name: str, x: Any) -> None:
 def _check_places(places: Tensor, T: int) -> None:
     if places.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"TaskModel: mc_token_ids has dtype {places.dtype}; expected positions of torch.int64")
-    if places.device.type == "cpu" and (int(places.min()) < 0 or int(places.max()) >= T):
+    if not _within(places, T):
         raise ValueError(f"TaskModel: mc_token_ids is {places.tolist()}; expected positions in [0, {T})")
+
+
+def _within(x: Tensor, end: int) -> bool:
+    """Whether the values of a tensor are in [0, end), where they can be looked at."""
+    return torch.compiler.is_compiling() or x.device.type != "cpu" or (int(x.min()) >= 0 and int(x.max()) < end)
