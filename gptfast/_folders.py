@@ -84,6 +84,12 @@ def staged_folder(folder: str | os.PathLike[str], replaces: str = WEIGHTS) -> It
                 target.rmdir()
 
 
+def destination(folder: str | os.PathLike[str]) -> Path:
+    """Where the files that are written to a folder will be: inside the block of a save, the folder that it is for."""
+    target = Path(os.path.realpath(folder))
+    return target.parent if target in _stages else target
+
+
 def is_saved_by_another(folder: str | os.PathLike[str]) -> bool:
     """Whether a process that lives is saving there."""
     found = holder(Path(os.path.realpath(folder)) / LOCK)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptfast._files import absolute
 from gptfast._folders import staged_folder
 from gptfast._json import NULL, expect, field
 from gptfast._snapshots import EVERYTHING
@@ -165,7 +166,8 @@ def load(
         overrides = {"tie_weights": True, **overrides}
     quantize, double_quant = overrides.pop("quantize", None), overrides.pop("double_quant", False)
     check_format(quantize, double_quant)
-    gpt = build(GPT if stored.config.causal else BERT, stored, dtype, overrides, quantize, double_quant)
+    gpt: Any = build(GPT if stored.config.causal else BERT, stored, dtype, overrides, quantize, double_quant)
+    gpt.name_or_path = str(absolute(path))
     settings = {name: gpt.metadata.config.pop(name) for name in _OURS if kind and name in gpt.metadata.config}
     arguments = {**_stored_arguments(kind, settings, stored.settings_file), **_said(given)}
     if arguments.get("tokenizer") is None and folder.is_dir() and has_tokenizer(folder):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gptfast._folders import destination
 from gptfast._pages import drop_code
 from gptfast.config import GPTConfig
 from gptfast.engine import CompiledGPT, compile_model, engine_for
@@ -128,4 +129,5 @@ class GPT(AdapterMethods):
     def save_pretrained(self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write a checkpoint folder in the Hugging Face layout; see `gptfast.models.export.save`."""
         export.save(self, path, max_shard_size)
-        self.new_rows = False
+        if self.adapters is None:  # else a merged model was written, which is not the base of its adapters
+            self.new_rows, self.name_or_path = False, str(destination(path))

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from gptfast._files import absolute
 from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.config import GPTConfig
@@ -67,7 +68,9 @@ def load(
         ImportError, OSError: a hub id without huggingface-hub, or without a connection.
     """
     check_format(quantize, double_quant)
-    return build(cls, StoredModel(resolve(path)), dtype, overrides, quantize, double_quant)
+    model: Any = build(cls, StoredModel(resolve(path)), dtype, overrides, quantize, double_quant)
+    model.name_or_path = str(absolute(path))
+    return model
 
 
 def build(

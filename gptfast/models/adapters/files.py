@@ -54,10 +54,11 @@ def save(model: Transformer, folder: str | os.PathLike[str], name: str) -> None:
     (name,) = known_adapters("save_adapter", state.names, name)
     config = state.configs[name]
     tensors = {key: _to_file(key, p.detach()).to("cpu", copy=True).contiguous() for key, p in _stored(model, name)}
+    base = {"base_model_name_or_path": config.base_model_name_or_path or getattr(model, "name_or_path", None)}
     if isinstance(config, PromptTuningConfig):
-        raw = to_peft(config, **prompts.filled_in(model, config))
+        raw = to_peft(config, **base, **prompts.filled_in(model, config))
     else:
-        raw = to_peft(config, **_fields(model, config, attached.adapted_paths(model, name)))
+        raw = to_peft(config, **base, **_fields(model, config, attached.adapted_paths(model, name)))
         tensors |= _new_rows(model, config, name)
     with staged_folder(folder, replaces=ADAPTER) as stage:
         write_json(stage / CONFIG, raw)

@@ -19,6 +19,7 @@ class AdapterMethods(Transformer):
     """Adapters: small trained parts beside a frozen base, with the names of peft and of transformers' models."""
 
     metadata: Metadata
+    name_or_path: str | None = None  # of the checkpoint that holds this base, which adapters name; None: none is known
     new_rows = False  # whether tokens got rows that no checkpoint of the base has: adapters are saved with these
 
     def add_adapter(self, config: Any, name: str = "default") -> None:
@@ -60,6 +61,9 @@ class AdapterMethods(Transformer):
 
     def save_adapter(self, path: str | os.PathLike[str], name: str = "default") -> None:
         """Write an adapter to a folder in peft's format, without the base.
+
+        Where its configuration names no base_model_name_or_path, the file has `name_or_path`, as in peft: where the base was
+        loaded from, or where `save_pretrained` wrote it last; null where there is no such checkpoint.
 
         Raises:
             OSError: it cannot be written; what was there stays.  ValueError: no adapter of this name, or it is merged.
