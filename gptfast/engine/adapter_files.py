@@ -42,6 +42,11 @@ def read_adapter(path: str | os.PathLike[str], config: GPTConfig, mark: str, any
         tensors = file.tensors()
         check_fits(config, lora)
         check_prompt(config.n_embd, lora, tensors, folder)
+        for key in tensors.keys() & {"wte.weight", "lm_head.weight"}:
+            raise ValueError(
+                f"{folder} holds {key}, with rows for new tokens, which a packed base does not have; load the adapter into a GPT, "
+                "which runs it in torch"
+            )
         return tensors[PROMPT]
     factors: dict[str, dict[str, Tensor]] = {}
     for key, x in file.stored():

@@ -14,10 +14,20 @@ from gptfast._warn import warn
 from gptfast.checkpoints.adapter_config import AdapterConfig, LoraConfig
 from gptfast.checkpoints.prompt_config import PromptTuningConfig, check_fits
 from gptfast.models.adapters import prompts
-from gptfast.models.adapters.copies import add_copies, check_copies
+from gptfast.models.adapters.copies import add_copies, check_copies, check_tables
 from gptfast.models.adapters.targets import saved, targets
 from gptfast.models.quantized import format_of
-from gptfast.nn.adapted import ADAPTED, HOLDERS, LORA, LoraFactor, LoraFactors, LoraLinear, make_plain, number_of
+from gptfast.nn.adapted import (
+    ADAPTED,
+    HOLDERS,
+    LORA,
+    PROMPTS,
+    LoraFactor,
+    LoraFactors,
+    LoraLinear,
+    make_plain,
+    number_of,
+)
 from gptfast.nn.quantized import QuantizedLinear
 from gptfast.nn.selection import BASE, AdapterState, known_adapters
 from gptfast.nn.soft_prompt import one_prompt, prompts_of
@@ -64,11 +74,15 @@ def check_not_merged(model: Transformer, op: str) -> None:
         raise ValueError(f"{op}: {', '.join(map(repr, state.merged))} is merged; call unmerge_adapter() first")
 
 
-def add(model: Transformer, config: AdapterConfig, name: str, mark: str, blank: bool = False) -> None:
+def add(
+    model: Transformer, config: AdapterConfig, name: str, mark: str, blank: bool = False, tables: Sequence[str] = ()
+) -> None:
     """Put an adapter into the modules, make it the active one, and freeze the base.
 
     Args:
         blank: its values are to be read from a file.
+        tables: "wte" and "lm_head", of which the file of a soft prompt has other values than the base. It gets copies, which
+            are not trained. A tied head follows the embedding, if it is not named.
     Raises:
         ValueError: a name that is taken or cannot be one, modules that do not exist, two adapters of which one trains
             the biases of the base, or a soft prompt that does not fit. The model is then as it was.
@@ -82,9 +96,11 @@ def add(model: Transformer, config: AdapterConfig, name: str, mark: str, blank: 
         state = old
     if isinstance(config, PromptTuningConfig):
         check_fits(model.config, config)
+        check_tables(model, tables)
         weight = prompts.first_values(model, config, blank)
         _freeze(model, old)
         prompts.place(model, name, weight)
+        add_copies(model, tables, "lm_head" not in tables, name, state)
     else:
         _add_lora(model, config, name, state, old)
     state.configs[name] = config
@@ -92,6 +108,8 @@ def add(model: Transformer, config: AdapterConfig, name: str, mark: str, blank: 
         state.quantized[name] = held
     model.adapters = state
     state.follow()
+    for _, parameter in parameters_of(model, name):
+        parameter.requires_grad_(False)
     activate(model, name)
 
 
@@ -114,7 +132,7 @@ def _add_lora(model: Transformer, config: LoraConfig, name: str, state: Adapters
         if number is None:  # a layer that a subclass has added
             number = 4 * model.config.n_layer
         _attach(model.get_submodule(path), name, state, a, b, number)
-    add_copies(model, copies, config, name, state)
+    add_copies(model, copies, config.ensure_weight_tying, name, state)
     for path, parameter in _trained_biases(model, config, where):
         state.biases[path] = parameter.detach().clone()
 
@@ -176,6 +194,12 @@ def parameters_of(model: Transformer, name: str) -> list[tuple[str, nn.Parameter
     return own + _trained_biases(model, adapters_of(model, "adapter").configs[name], adapted_paths(model, name))
 
 
+def _trained(model: Transformer, name: str) -> list[tuple[str, nn.Parameter]]:
+    """Of `parameters_of` those that training changes: of a soft prompt its vectors alone."""
+    own = parameters_of(model, name)
+    return [(n, p) for n, p in own if n.startswith(f"{PROMPTS}.")] if name in prompts_of(model) else own
+
+
 def activate(model: Transformer, names: str | Sequence[str]) -> None:
     """Make adapters the ones that a forward uses, and the only ones that are trained."""
     check_not_merged(model, "set_adapter")
@@ -186,7 +210,7 @@ def activate(model: Transformer, names: str | Sequence[str]) -> None:
     state.active = wanted
     state.enabled = True
     for name in state.configs:
-        for _, parameter in parameters_of(model, name):
+        for _, parameter in _trained(model, name):
             parameter.requires_grad_(name in state.active)
 
 
@@ -195,7 +219,7 @@ def set_requires_grad(model: Transformer, names: str | Sequence[str], requires_g
     check_not_merged(model, "set_requires_grad")
     state = adapters_of(model, "set_requires_grad")
     for name in known_adapters("set_requires_grad", state.names, names):
-        for _, parameter in parameters_of(model, name):
+        for _, parameter in _trained(model, name):
             parameter.requires_grad_(requires_grad)
 
 

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from gptfast.checkpoints.adapter_config import LoraConfig
-from gptfast.nn.adapted import SAVED
+from gptfast.nn.adapted import SAVED, LoraLinear
 from gptfast.nn.difference import USUAL
 from gptfast.nn.selection import AdapterState
 from gptfast.nn.transformer import Transformer
 
 
-def add_copies(model: Transformer, paths: list[str], config: LoraConfig, name: str, state: AdapterState) -> None:
-    """Give modules the copies of `modules_to_save`."""
-    tied = config.ensure_weight_tying and model.lm_head.weight is model.wte.weight
+def add_copies(model: Transformer, paths: Sequence[str], tying: bool, name: str, state: AdapterState) -> None:
+    """Give modules the copies of `modules_to_save`. tying: a head that is tied gets the copy of the embedding."""
+    tied = tying and model.lm_head.weight is model.wte.weight
     for path in [*paths, *(["lm_head"] if tied and "wte" in paths and "lm_head" not in paths else [])]:
         module = model.get_submodule(path)
         original = next(kind for kind in SAVED if isinstance(module, kind))
@@ -26,6 +25,17 @@ def add_copies(model: Transformer, paths: list[str], config: LoraConfig, name: s
         module.modules_to_save[name] = copy  # pyright: ignore
     if tied and "wte" in paths:
         model.lm_head.modules_to_save[name].weight = model.wte.modules_to_save[name].weight  # pyright: ignore
+
+
+def check_tables(model: Transformer, tables: Sequence[str]) -> None:
+    """Raise ValueError for copies of the embedding or head beside low-rank updates of the head, which would be of the base's."""
+    tied = model.lm_head.weight is model.wte.weight
+    if isinstance(model.lm_head, LoraLinear) and ("lm_head" in tables or (tables and tied)):
+        own = ", ".join(map(repr, model.lm_head.lora_A))
+        raise ValueError(
+            f"load_adapter: the file has rows of new tokens for lm_head, of which {own} has low-rank updates; load it without that "
+            "adapter, or give the base its tokens, save_pretrained it and train the adapters on that"
+        )
 
 
 def _like(kind: type[nn.Module], module: nn.Module) -> nn.Module:

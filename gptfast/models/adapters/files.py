@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptfast._folders import staged_folder
 from gptfast._snapshots import ADAPTER
@@ -36,6 +36,8 @@ from gptfast.nn.selection import known_adapters
 from gptfast.nn.soft_prompt import prompts_of
 from gptfast.nn.transformer import Transformer
 
+TABLES = ("wte", "lm_head")
+
 
 def base_mark(model: Transformer) -> str:
     """Tells the base of an adapter from others: a checksum of numbers of its blocks' matrices, rounded to bfloat16, so that
@@ -59,7 +61,7 @@ def save(model: Transformer, folder: str | os.PathLike[str], name: str) -> None:
         raw = to_peft(config, **base, **prompts.filled_in(model, config))
     else:
         raw = to_peft(config, **base, **_fields(model, config, attached.adapted_paths(model, name)))
-        tensors |= _new_rows(model, config, name)
+    tensors |= _new_rows(model, name)
     with staged_folder(folder, replaces=ADAPTER) as stage:
         write_json(stage / CONFIG, raw)
         held = state.quantized.get(name)
@@ -108,14 +110,16 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
     stored = file.tensors()
     heads = {key: stored.pop(key) for key in list(stored) if key.startswith(tuple(f"{head}." for head in HEADS))}
     tensors = _of_adapter(model, stored, folder)
+    tables: list[str] = []
     if isinstance(config, PromptTuningConfig):
         check_prompt(model.config.n_embd, config, tensors, folder)
+        tables = _tables(model, tensors)
     else:
         config.modules_to_save = [m for m in config.modules_to_save or [] if m.rpartition(".")[2] not in HEADS] or None
         config.modules_to_save = _copies(model, config, tensors)
     before = None if model.adapters is None else (model.adapters.active, model.adapters.enabled)
     with torch.random.fork_rng(devices=[]):
-        attached.add(model, config, name, mine, blank=True)
+        attached.add(model, config, name, mine, blank=True, tables=tables)
     if told.get(QUANTIZED):
         attached.adapters_of(model, "load_adapter").quantized[name] = told[QUANTIZED]
     try:
@@ -150,13 +154,7 @@ def _copies(model: Transformer, config: LoraConfig, tensors: dict[str, Tensor]) 
     """`modules_to_save` under our names; embeddings that peft stores because they were resized count as copies too."""
     names = {"tokens_embed": "wte", "wte": "wte", "lm_head": "lm_head"}
     named = [names.get(entry.removeprefix("transformer."), entry) for entry in config.modules_to_save or []]
-    extra = [n for n in ("wte", "lm_head") if f"{n}.weight" in tensors and n not in named]
-    rows = {tensors[f"{n}.weight"].shape[0] for n in ("wte", "lm_head") if f"{n}.weight" in tensors}
-    for count in rows - {model.config.vocab_size}:
-        raise ValueError(
-            f"load_adapter: the adapter has embeddings of {count} tokens and the model {model.config.vocab_size}; call "
-            f"model.resize_token_embeddings({count}) first"
-        )
+    extra = [n for n in _stored_tables(model, tensors) if n not in named]
     if config.ensure_weight_tying and "lm_head.weight" not in tensors:
         config.ensure_weight_tying = (
             False  # peft knows embed_tokens and lm_head, and leaves GPT-2's head untied beside wte
@@ -164,6 +162,29 @@ def _copies(model: Transformer, config: LoraConfig, tensors: dict[str, Tensor]) 
     if not (config.ensure_weight_tying and "wte" in named and is_tied(model)):
         named += extra
     return named or None
+
+
+def _tables(model: Transformer, tensors: dict[str, Tensor]) -> list[str]:
+    """The embedding and the head in the file of a soft prompt. Where they are the model's own, they are taken out of `tensors`."""
+    found = _stored_tables(model, tensors)
+    for path in found:
+        mine, x = model.get_parameter(f"{path}.weight").detach(), tensors[f"{path}.weight"]
+        if mine.is_meta or mine.shape != x.shape or not torch.equal(mine.cpu(), x.to(mine.dtype)):
+            return found
+    for path in found:
+        del tensors[f"{path}.weight"]
+    return []
+
+
+def _stored_tables(model: Transformer, tensors: dict[str, Tensor]) -> list[str]:
+    """Which of the embedding and the head a file has. Raises ValueError for another number of tokens than the model's."""
+    found = [n for n in TABLES if f"{n}.weight" in tensors]
+    for count in {tensors[f"{n}.weight"].shape[0] for n in found} - {model.config.vocab_size}:
+        raise ValueError(
+            f"load_adapter: the adapter has embeddings of {count} tokens and the model {model.config.vocab_size}; call "
+            f"model.resize_token_embeddings({count}) first"
+        )
+    return found
 
 
 def _in_file(model: Transformer, name: str) -> str:
@@ -176,6 +197,11 @@ def _stored(model: Transformer, name: str) -> Iterator[tuple[str, Tensor]]:
     """The parameters of an adapter by their keys in the file."""
     if name in prompts_of(model):
         yield PROMPT, prompts_of(model)[name].embedding.weight
+        copies = {
+            cast(Tensor, copy.weight): n for n in reversed(TABLES) if (copy := _copy_of(model, n, name)) is not None
+        }
+        for copy, path in copies.items():  # of a tied head and its embedding that of the embedding
+            yield f"{head_prefix(model, name)}{file_name(model, path)}.weight", copy
         return
     targeted = attached.adapted_paths(model, name)
     for key, parameter in attached.parameters_of(model, name):
@@ -191,19 +217,24 @@ def _stored(model: Transformer, name: str) -> Iterator[tuple[str, Tensor]]:
         yield f"{PREFIX}{file_name(model, path)}.{own}", parameter
 
 
-def _new_rows(model: Transformer, config: LoraConfig, name: str) -> dict[str, Tensor]:
+def _copy_of(model: Transformer, path: str, name: str) -> nn.Module | None:
+    """The copy of a module that an adapter has, or None."""
+    copies = model.get_submodule(path)._modules.get("modules_to_save")
+    return copies[name] if isinstance(copies, nn.ModuleDict) and name in copies else None
+
+
+def _new_rows(model: Transformer, name: str) -> dict[str, Tensor]:
     """The embedding and the head of a base with rows for new tokens, where the adapter has no copy of them; as peft stores
-    them, from which `_copies` makes some."""
+    them, from which loading makes some."""
     if not getattr(model, "new_rows", False):
         return {}
-    own = {entry.removeprefix("transformer.") for entry in config.modules_to_save or []}
-    if config.ensure_weight_tying and "wte" in own and is_tied(model):
-        own.add("lm_head")
-    targeted = attached.adapted_paths(model, name)
+    targeted, prompt = attached.adapted_paths(model, name), name in prompts_of(model)
     found = {}
-    for path in ("wte", "lm_head"):
-        if path not in own:
-            key = f"{PREFIX}{file_name(model, path)}{'.base_layer' if path in targeted else ''}.weight"
+    for path in TABLES:
+        if _copy_of(model, path, name) is None and not (prompt and path == "lm_head" and is_tied(model)):
+            key = (
+                f"{head_prefix(model, name)}{file_name(model, path)}{'.base_layer' if path in targeted else ''}.weight"
+            )
             found[key] = model.get_parameter(f"{path}.weight").detach().to("cpu", copy=True).contiguous()
     return found
 
