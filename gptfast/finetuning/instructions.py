@@ -57,9 +57,7 @@ def set_up_chat(
         TypeError, ValueError: see `ChatTemplate`, `with_chat_template` and `add_tokens`.
     """
     changed = with_chat_template(tokenizer, template)
-    rows = model.wte.weight
     extended, ids = add_tokens(model, changed, list(dict.fromkeys((*special_tokens, end_token))))
-    model.new_rows = model.new_rows or model.wte.weight is not rows
     ends = model.metadata.end_tokens(model.config.vocab_size, [tokenizer.eos_id])
     named = list(dict.fromkeys((ids[end_token], *ends)))
     model.metadata.generation = {**(model.metadata.generation or {}), "eos_token_id": named}

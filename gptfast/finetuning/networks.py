@@ -64,7 +64,7 @@ def new_network(task: TaskOptions, method: MethodOptions, data: Data) -> tuple[A
                 "the tokenizer has no chat template: it gets ChatML's, with the tokens <|im_start|> and <|im_end|>"
             )
     if methods.is_adapter(method.method):
-        methods.attach(gpt, method, base["path"], gpt.new_rows)
+        methods.attach(gpt, method, base["path"], bool(gpt.new_rows))
     return gpt, tokenizer, notes, base if methods.is_adapter(method.method) else {}
 
 

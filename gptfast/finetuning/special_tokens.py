@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gptfast.models import BERT, GPT
@@ -46,8 +46,15 @@ def add_tokens(
     new = {token: first + n for n, token in enumerate(missing)}
     if new:
         set_rows(gpt, max(gpt.config.vocab_size, first + len(new)), first, first + len(new))
+        note_new_rows(gpt, new.values())
     extended = tokenizer if tokenizer is None else with_special_tokens(tokenizer, new)
     return extended, {token: new[token] if i is None else i for token, i in known.items()}
+
+
+def note_new_rows(gpt: GPT | BERT, ids: Iterable[int]) -> None:
+    """Say that rows of these tokens are in no checkpoint of a model; of a BERT, which has no adapters, nothing."""
+    if isinstance(gpt, GPT):
+        gpt.new_rows |= frozenset(ids)
 
 
 def task_tokens(

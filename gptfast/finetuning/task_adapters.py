@@ -21,10 +21,10 @@ from torch import Tensor
 from gptfast._folders import staged_folder
 from gptfast._json import NULL, field, items, read_json
 from gptfast._snapshots import EVERYTHING, current, read_whole
-from gptfast.checkpoints.adapter_files import CONFIG, WEIGHTS, check_finite
+from gptfast.checkpoints.adapter_files import CONFIG, WEIGHTS, check_finite, embedding_rows
 from gptfast.checkpoints.weight_files import open_weights
 from gptfast.finetuning import task_files
-from gptfast.finetuning.special_tokens import PAD, USUAL
+from gptfast.finetuning.special_tokens import PAD, USUAL, note_new_rows
 from gptfast.models import GPT
 from gptfast.models.adapters import files
 from gptfast.models.export import write_json, write_tensors
@@ -54,7 +54,8 @@ def save(model: TaskModel, path: Path, name: str) -> None:
     """
     gpt = model.gpt
     with staged_folder(path, replaces=EVERYTHING) as stage:
-        gpt.save_adapter(stage, name)
+        ids = sorted({i for i in model.special_tokens.values() if i is not None})
+        files.save(gpt, stage, name, elsewhere=ids)
         with safe_open(stage / WEIGHTS, framework="pt") as opened:
             metadata = opened.metadata() or {}
         prefix = files.head_prefix(gpt, name)
@@ -66,7 +67,6 @@ def save(model: TaskModel, path: Path, name: str) -> None:
         own_type = gpt.adapters.configs[name].task_type
         config["task_type"] = own_type or (None if model.task == "choice" else "SEQ_CLS")
         write_json(stage / CONFIG, config)
-        ids = sorted({i for i in model.special_tokens.values() if i is not None})
         own = {"labels": model.labels, "vocab_size": gpt.config.vocab_size, "rows": ids}
         write_json(stage / TASK, {**task_files.own_settings(model), **own})
         if ids:
@@ -166,16 +166,20 @@ def _arguments(gpt: GPT, task: dict[str, Any], rows: dict[str, Tensor], path: Pa
     C, V = gpt.config.n_embd, gpt.config.vocab_size
     tables = {"wte": gpt.wte, "lm_head": gpt.lm_head}
     fits = all(key in tables and x.shape == (len(ids), C) for key, x in rows.items()) and ("wte" in rows or not ids)
-    if not fits or any(not 0 <= i < size for i in ids) or size < V or size - V > len(ids):
+    whole = size - V > len(ids) and embedding_rows(path) == size  # a base that had new tokens before the task's
+    if not fits or any(not 0 <= i < size for i in ids) or size < V or (size - V > len(ids) and not whole):
         raise ValueError(
             f"{path}: the rows of its special tokens do not fit a model of {V} tokens and {C} channels; load its own base"
         )
     if size > V:
         with torch.random.fork_rng(devices=[]):
             set_rows(gpt, size, V, size)
+    note_new_rows(gpt, range(V, size))
     with torch.no_grad():
         for key, x in rows.items():
-            tables[key].weight[ids] = x.to(tables[key].weight)
+            weight, x = tables[key].weight, x.to(tables[key].weight)
+            note_new_rows(gpt, [i for i, own in zip(ids, x, strict=True) if not torch.equal(weight[i], own)])
+            weight[ids] = x
     return task_files.own_arguments(task, labels, file)
 
 

@@ -130,4 +130,4 @@ class GPT(AdapterMethods):
         """Write a checkpoint folder in the Hugging Face layout; see `gptfast.models.export.save`."""
         export.save(self, path, max_shard_size)
         if self.adapters is None:  # else a merged model was written, which is not the base of its adapters
-            self.new_rows, self.name_or_path = False, str(destination(path))
+            self.new_rows, self.name_or_path = frozenset(), str(destination(path))

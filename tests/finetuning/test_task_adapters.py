@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from gptfast import GPT
-from gptfast.finetuning import LoraConfig, TaskModel
+from gptfast.finetuning import LoraConfig, PromptTuningConfig, TaskModel
 from tests.finetuning.models import EXAMPLES, LABELS, gpt, tokenizer
 
 EVERYWHERE = ["c_attn", "c_proj", "c_fc"]
@@ -166,3 +166,44 @@ def test_damaged_folders_are_refused(tmp_path, damage):
     said = r".*(wte|score\.weight) holds nan" if "nan" in damage else ""
     with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path / "adapter") + said):
         TaskModel.from_pretrained(tmp_path / "adapter")
+
+
+CONFIGS = {
+    "lora": LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False),
+    "prompt": PromptTuningConfig(3, prompt_tuning_init="RANDOM"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_base_that_had_new_tokens_before_those_of_the_task(tmp_path, kind):
+    """The adapter's file holds their rows, and the folder is read on the base without them."""
+    gpt(40).save_pretrained(tmp_path / "base")
+    made = GPT.from_pretrained(tmp_path / "base")
+    made.resize_token_embeddings(47)  # more than the task has delimiters
+    model = TaskModel(made, "classification", ["no", "yes"]).eval()
+    made.add_adapter(CONFIGS[kind])
+    ids = torch.arange(made.config.vocab_size - 12, made.config.vocab_size)[None]
+    model.save_adapter(tmp_path / "a")
+    back = TaskModel.from_pretrained(tmp_path / "a")
+    assert torch.equal(back(ids).logits, model(ids).logits)
+    back.save_adapter(tmp_path / "b")
+    again = TaskModel.from_pretrained(tmp_path / "b")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_gpt_of_a_task_saves_the_rows_of_its_delimiters(tmp_path, kind):
+    gpt(40).save_pretrained(tmp_path / "base")
+    made = GPT.from_pretrained(tmp_path / "base")
+    model = TaskModel(made, "classification", ["no", "yes"]).eval()
+    made.add_adapter(CONFIGS[kind])
+    model.save_adapter(tmp_path / "task")
+    again = TaskModel.from_pretrained(tmp_path / "task").gpt
+    V = made.config.vocab_size
+    ids = torch.arange(V - 8, V)[None]
+    for n, network in enumerate((made, again)):
+        network.save_adapter(tmp_path / f"alone {n}")
+        alone = GPT.from_pretrained(tmp_path / "base")
+        alone.resize_token_embeddings(V)
+        alone.load_adapter(tmp_path / f"alone {n}")
+        assert torch.equal(alone(ids), made(ids))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,8 +49,10 @@ def base_mark(model: Transformer) -> str:
     return mark_of(sample(x) for n, x in named if n.rpartition(".")[0] not in own)
 
 
-def save(model: Transformer, folder: str | os.PathLike[str], name: str) -> None:
-    """Write an adapter; see `GPT.save_adapter`."""
+def save(
+    model: Transformer, folder: str | os.PathLike[str], name: str, elsewhere: Collection[int] = frozenset()
+) -> None:
+    """Write an adapter; see `GPT.save_adapter`. elsewhere: tokens whose rows another file holds."""
     attached.check_not_merged(model, "save_adapter")
     state = attached.adapters_of(model, "save_adapter")
     (name,) = known_adapters("save_adapter", state.names, name)
@@ -61,7 +63,8 @@ def save(model: Transformer, folder: str | os.PathLike[str], name: str) -> None:
         raw = to_peft(config, **base, **prompts.filled_in(model, config))
     else:
         raw = to_peft(config, **base, **_fields(model, config, attached.adapted_paths(model, name)))
-    tensors |= _new_rows(model, name)
+    if getattr(model, "new_rows", frozenset()) - frozenset(elsewhere):
+        tensors |= _new_rows(model, name)
     with staged_folder(folder, replaces=ADAPTER) as stage:
         write_json(stage / CONFIG, raw)
         held = state.quantized.get(name)
@@ -226,8 +229,6 @@ def _copy_of(model: Transformer, path: str, name: str) -> nn.Module | None:
 def _new_rows(model: Transformer, name: str) -> dict[str, Tensor]:
     """The embedding and the head of a base with rows for new tokens, where the adapter has no copy of them; as peft stores
     them, from which loading makes some."""
-    if not getattr(model, "new_rows", False):
-        return {}
     targeted, prompt = attached.adapted_paths(model, name), name in prompts_of(model)
     found = {}
     for path in TABLES:

@@ -20,7 +20,9 @@ class AdapterMethods(Transformer):
 
     metadata: Metadata
     name_or_path: str | None = None  # of the checkpoint that holds this base, which adapters name; None: none is known
-    new_rows = False  # whether tokens got rows that no checkpoint of the base has: adapters are saved with these
+    new_rows: frozenset[int] = (
+        frozenset()
+    )  # tokens whose rows are in no checkpoint of the base: adapters are saved with them
 
     def add_adapter(self, config: Any, name: str = "default") -> None:
         """Add a new adapter, make it the active one, and freeze the base.
@@ -142,4 +144,4 @@ class AdapterMethods(Transformer):
             raise ValueError("resize_token_embeddings: the model has adapters; resize it before add_adapter")
         V = self.config.vocab_size
         set_rows(self, new_num_tokens, min(V, new_num_tokens), new_num_tokens)
-        self.new_rows = self.new_rows or new_num_tokens > V
+        self.new_rows = frozenset(n for n in {*self.new_rows, *range(V, new_num_tokens)} if n < new_num_tokens)
