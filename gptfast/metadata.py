@@ -36,6 +36,10 @@ class Metadata:
         others = {other: tokens for other, tokens in self.adapters.items() if other != name}
         return replace(self, adapters={**others, **({name: ends} if ends else {})})
 
+    def of_adapter(self, name: str) -> Metadata:
+        """A copy with the end tokens of this adapter alone."""
+        return replace(self, adapters={other: ends for other, ends in self.adapters.items() if other == name})
+
     def to_write(self) -> dict[str, Any] | None:
         """generation_config.json with the end tokens of the adapters; None: no file."""
         own = [token for ends in self.adapters.values() for token in ends]

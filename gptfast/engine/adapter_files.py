@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptfast.checkpoints.adapter_config import LoraConfig
 from gptfast.checkpoints.adapter_files import PROMPT, WEIGHTS, check_prompt, open_adapter, our_key
-from gptfast.checkpoints.prompt_config import PromptTuningConfig, check_fits
+from gptfast.checkpoints.prompt_config import HEADS, PromptTuningConfig, check_fits
 from gptfast.config import GPTConfig
 from gptfast.nn.adapted import number_of
 
@@ -47,6 +47,9 @@ def read_adapter(path: str | os.PathLike[str], config: GPTConfig, mark: str, any
                 f"{folder} holds {key}, with rows for new tokens, which a packed base does not have; load the adapter into a GPT, "
                 "which runs it in torch"
             )
+        for key in tensors:
+            if key != PROMPT and not key.startswith(tuple(f"{head}." for head in HEADS)):
+                raise ValueError(f"{folder}: the adapter does not fit this model: {key} is unexpected")
         return tensors[PROMPT]
     factors: dict[str, dict[str, Tensor]] = {}
     for key, x in file.stored():

@@ -14,10 +14,8 @@ from gptfast.checkpoints.adapter_config import LoraConfig
 from gptfast.checkpoints.prompt_config import PromptTuningConfig
 from gptfast.finetuning.options import MethodOptions
 from gptfast.finetuning.task_model import TaskModel
-from gptfast.metadata import GENERATION
 from gptfast.models import GPT
 from gptfast.models.adapters.targets import ALL_LINEAR
-from gptfast.models.export import write_json
 from gptfast.nn.difference import is_tied
 from gptfast.nn.quantized import QuantizedLinear
 
@@ -79,8 +77,6 @@ def write(network: Any, folder: Path) -> None:
         network.save_pretrained(folder)
         return
     network.save_adapter(folder, NAME)
-    if (generation := gpt.metadata.to_write()) is not None:
-        write_json(folder / GENERATION, generation)
 
 
 def base_fingerprint(gpt: nn.Module) -> str:

@@ -54,6 +54,28 @@ def test_generate_ends_there(places, tmp_path):
     assert model.metadata.end_tokens(50) == ()
 
 
+def test_saving_keeps_it(places, tmp_path):
+    """That of each adapter beside others, and that of a chat that was set up in Python."""
+    at, adapter, end = places
+    model = GPT.from_pretrained(at)
+    model.load_adapter(adapter, "chat")
+    model.add_adapter(LoraConfig(r=2), "other")
+    for name in ("chat", "other"):
+        model.save_adapter(tmp_path / name, name)
+    again = GPT.from_pretrained(at)
+    again.load_adapter(tmp_path / "chat")
+    assert again.generate(PROMPT, 8)[0, -1] == end
+    model.save_adapter(tmp_path / "chat", "other")
+    assert not (tmp_path / "chat/generation_config.json").exists(), "that of the adapter before"
+    model = GPT.from_pretrained(at)
+    model.metadata.generation = {"eos_token_id": [end]}  # as set_up_chat does
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False))
+    model.save_adapter(tmp_path / "set up")
+    again = GPT.from_pretrained(at)
+    again.load_adapter(tmp_path / "set up")
+    assert again.metadata.end_tokens(50) == (end,)
+
+
 @pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
 def test_the_engine_ends_there(places):
     at, adapter, end = places

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gptfast
+from gptfast.backend import has_cpu_ops
 from gptfast.finetuning import PromptTuningConfig, TaskModel
 
 peft = pytest.importorskip("peft")
@@ -155,6 +156,18 @@ def test_damaged_prompts_leave_the_model_as_it_was(case: str, saved: Path):
         gpt.load_adapter(saved, "new")
     assert torch.equal(gpt(IDS), before) and gpt.active_adapters == ["mine"]
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+@pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled part")
+@pytest.mark.parametrize("case", ["no prompt", "more than the prompt", "nan", "another length", "another width"])
+def test_damaged_prompts_leave_a_packed_model_as_it_was(case: str, saved: Path):
+    damage, message = DAMAGES[case]
+    damage(saved)
+    torch.manual_seed(0)
+    packed = gptfast.GPT(GPT2).eval().compile_for_inference("float32")
+    with pytest.raises(ValueError, match=message):
+        packed.load_adapter(saved)
+    assert packed.adapters == ()
 
 
 def test_a_prompt_of_another_base_is_refused(saved: Path):

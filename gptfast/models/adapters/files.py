@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast._folders import staged_folder
-from gptfast._snapshots import ADAPTER
+from gptfast._snapshots import ADAPTER, current
 from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.adapter_config import LoraConfig, by_pattern, to_peft
 from gptfast.checkpoints.adapter_files import (
@@ -26,6 +27,7 @@ from gptfast.checkpoints.adapter_files import (
     our_key,
 )
 from gptfast.checkpoints.prompt_config import HEADS, PromptTuningConfig
+from gptfast.metadata import GENERATION, metadata_of
 from gptfast.models.adapters import attached, prompts
 from gptfast.models.adapters.targets import adapter_kind, as_peft_has_them, file_name
 from gptfast.models.export import write_json, write_tensors
@@ -65,8 +67,11 @@ def save(
         raw = to_peft(config, **base, **_fields(model, config, attached.adapted_paths(model, name)))
     if getattr(model, "new_rows", frozenset()) - frozenset(elsewhere):
         tensors |= _new_rows(model, name)
-    with staged_folder(folder, replaces=ADAPTER) as stage:
+    beside = current(Path(folder), hf_layout.CONFIG).is_file()  # a model: a generation_config.json there is its own
+    with staged_folder(folder, replaces=ADAPTER if beside else rf"{ADAPTER}|{re.escape(GENERATION)}") as stage:
         write_json(stage / CONFIG, raw)
+        if not beside and (generation := metadata_of(model).of_adapter(name).to_write()) is not None:
+            write_json(stage / GENERATION, generation)
         held = state.quantized.get(name)
         write_tensors(stage / WEIGHTS, tensors, {MARK: state.base} | ({QUANTIZED: held} if held else {}))
 

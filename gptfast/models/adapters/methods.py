@@ -65,7 +65,8 @@ class AdapterMethods(Transformer):
         """Write an adapter to a folder in peft's format, without the base.
 
         Where its configuration names no base_model_name_or_path, the file has `name_or_path`, as in peft: where the base was
-        loaded from, or where `save_pretrained` wrote it last; null where there is no such checkpoint.
+        loaded from, or where `save_pretrained` wrote it last; null where there is no such checkpoint. Where the model has a
+        generation_config.json, or the adapter end tokens of its own, the folder has them too.
 
         Raises:
             OSError: it cannot be written; what was there stays.  ValueError: no adapter of this name, or it is merged.
