@@ -46,6 +46,12 @@ ZIG_ISA_FLAGS = {
     "neon_dotprod": ["-mcpu=generic+dotprod"],
     "neon_bf16": ["-mcpu=generic+dotprod+bf16+i8mm"],
 }
+# Passes that g++ spends time on and that leave the hot loops of these kernels as they are (docs/developing.md).
+KERNEL_FLAGS = {
+    **dict.fromkeys(("causal_attention_fwd", "causal_attention_bwd"), ["-fno-unswitch-loops"]),
+    **dict.fromkeys(("product_float", "product_bytes", "product_small", "product_mxfp4"), ["-O2"]),
+    **dict.fromkeys(("attention", "page_scores", "page_values"), ["-O2"]),
+}
 VECTORS = {"amx": "avx512_bf16"}  # whose vectors an instruction set has, and whose flags but for its own macro
 SELECT = "csrc/cpu/isa_select.h"
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -111,6 +117,8 @@ def kernel_units(folder: str, only: Sequence[str] = ()) -> list[Unit]:
                 continue
             source, object = ROOT / f"csrc/{folder}/kernel_unit.cpp", f"csrc/{folder}/{kernel}.{isa}.o"
             own = [*flags, f"-DGPTFAST_KERNEL={kernel}"]
+            if is_gcc() and isa != "scalar":
+                own += KERNEL_FLAGS.get(kernel, [])
             units.append(Unit(source, own, object, header=read if is_gcc() else None))
     return units
 

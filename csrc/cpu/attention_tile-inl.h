@@ -29,7 +29,7 @@ struct Visible {
 };
 
 // Of rows r0 .. r0 + queries of key head `key_head`.
-static void visible_keys(Visible& s, const AttentionParams& p, i64 b, i64 key_head, i64 r0, i64 queries) {
+APART static void visible_keys(Visible& s, const AttentionParams& p, i64 b, i64 key_head, i64 r0, i64 queries) {
   i64 document = 0, i = r0 / p.group, member = r0 % p.group;
   s.vectors = int((queries + L - 1) / L);
   s.all_lo = s.last = 0;
@@ -116,7 +116,7 @@ INL F tanh(F x) {
   return select(lt(a, set(0.625f)), fma(p * s, x, x), copysign(far, x));
 }
 // Products of a tile -> scores.
-static void cap_scores(float* s, const Group* groups, int n, float inner) {
+APART static void cap_scores(float* s, const Group* groups, int n, float inner) {
   const F factor = set(inner);
   for (int g = 0; g < n; g++)
     for (i64 j = groups[g].begin; j < groups[g].end; j++)
@@ -181,7 +181,7 @@ template <bool PAIR> INL I load_words(const void* p, DType t, i64 w, i64 D) {
 }
 
 // The rows of a block, transposed: out[word][lane], lanes past the last row 0.
-template <bool PAIR> static void pack_transposed(uint32_t* out, const LaneRows<Heads>& row, i64 rows, i64 D) {
+template <bool PAIR> APART static void pack_transposed(uint32_t* out, const LaneRows<Heads>& row, i64 rows, i64 D) {
   const i64 words = words_of<PAIR>(D);
   for (int v = 0; v < kVectors; v++) {
     const void* from[L];
@@ -222,7 +222,8 @@ static void pack_row_pairs(uint32_t* out, i64 stride, const Rows& row, i64 begin
 #endif
 
 // A block^T [d][lane] times `factor` per lane, written as its rows. Rows of `block` past D are never stored.
-static void unpack_transposed(const LaneRows<MutHeads>& row, i64 rows, i64 D, const float* block, const float* factor) {
+APART static void unpack_transposed(const LaneRows<MutHeads>& row, i64 rows, i64 D, const float* block,
+                                    const float* factor) {
   for (int v = 0; v < kVectors && v * L < rows; v++) {
     const F f = load(factor + v * L);
     void* to[L];
@@ -251,8 +252,7 @@ INL DropoutKey dropout_key(const AttentionParams& p, i64 b) {
 }
 // Decisions of 32 keys from j (a multiple of 32) on for the L rows of vector v: words[(j >> 1) & 15], low half for even j.
 // Not inline: 40 rounds of Philox, once for 32 keys.
-static __attribute__((noinline)) void dropout_words(const DropoutKey& k, const Visible& lanes, int v, i64 j,
-                                                    I words[16]) {
+APART static void dropout_words(const DropoutKey& k, const Visible& lanes, int v, i64 j, I words[16]) {
   const Wide row = widen(iload(lanes.query + v * L));
   const Wide matrix = widen(iadd(iset(k.first_matrix), iload(lanes.head + v * L)));
   for (uint32_t q = 0; q < 4; q++) {

@@ -22,7 +22,7 @@ INL i64 key_gradient_floats(const AttentionParams& p) {
 }  // room for dk or dv of a slice
 
 // dk and dv of a head from the sums of its slices, each followed by the next 2 * key_gradient_floats later.
-static void write_key_gradients(const AttentionParams& p, i64 bh, const float* dk, const float* dv, i64 slices) {
+APART static void write_key_gradients(const AttentionParams& p, i64 bh, const float* dk, const float* dv, i64 slices) {
   const i64 b = bh / key_heads(p), h = bh % key_heads(p), stride = round_up(p.D, L), next = 2 * key_gradient_floats(p);
   const F to_dk = set(p.scale), to_dv = set(p.dropout.threshold ? dropout_key(p, b).scale : 1.f);
   for (i64 j = 0; j < p.S; j++)
@@ -109,7 +109,7 @@ template <bool PAIR> struct AttentionBackward {
   const uint32_t* dq_rows(i64 j) const { return k_for_dq + (PAIR ? j / 2 : j) * k_words.key; }
 
   // Rows of a block with d in the lanes, zeros past the last query and past D.
-  void pack_lanes(uint32_t* out, const LaneRows<Heads>& row, i64 queries) {
+  APART void pack_lanes(uint32_t* out, const LaneRows<Heads>& row, i64 queries) {
     __builtin_memset(out, 0, size_t(kRow * stride) * 4);
     if constexpr (PAIR) {
 #ifdef GPTFAST_PAIRS
@@ -121,7 +121,7 @@ template <bool PAIR> struct AttentionBackward {
   }
   // delta is summed as dP^T is: a query that sees one key only, as nearly all do where scores are large, has delta = dP to
   // the bit, and dS = 0.
-  void row_statistics(i64 queries) {
+  APART void row_statistics(i64 queries) {
     auto* o_t = reinterpret_cast<uint32_t*>(dq);  // not in use yet
     pack_transposed<PAIR>(o_t, {p.out, p.dtype, b, visible}, queries, D);
     for (int v = 0; v < kVectors; v++) {
@@ -138,7 +138,7 @@ template <bool PAIR> struct AttentionBackward {
   }
 
   // What the rows of the block add to the gradients of their sinks.
-  void sink_gradients(i64 r0, i64 queries) {
+  APART void sink_gradients(i64 r0, i64 queries) {
     const i64 blocks = (p.T * p.group + kQueries - 1) / kQueries;
     float* to = p.dsinks + (b * blocks + r0 / kQueries) * p.H;
     for (i64 member = 0; member < p.group; member++) to[h * p.group + member] = 0.f;
@@ -150,7 +150,7 @@ template <bool PAIR> struct AttentionBackward {
   }
 
   // s, dp -> P' and dS of one vector of queries over one group of keys.
-  template <bool DROP, bool EDGE, bool CAP> void slopes(int v, i64 j0, const Group* groups, int n) {
+  template <bool DROP, bool EDGE, bool CAP> APART void slopes(int v, i64 j0, const Group* groups, int n) {
     float *sv = s + v * L, *dpv = dp + v * L;
     const F top = load(shift + v * L), bottom = load(minus_level + v * L), center = load(delta + v * L);
     const F kept = set(dropout.scale);
@@ -209,7 +209,14 @@ template <bool PAIR> struct AttentionBackward {
   }
 #endif
 
-  template <bool DROP> void key_tile(i64 j0) {
+  template <bool DROP> void slopes_of(bool edge, i64 j0, const Group* groups, int n) {
+    for (int v = 0; v < visible.vectors; v++) {
+      if (p.softcap > 0.f) slopes<DROP, true, true>(v, j0, groups, n);
+      else if (edge) slopes<DROP, true, false>(v, j0, groups, n);
+      else slopes<DROP, false, false>(v, j0, groups, n);
+    }
+  }
+  APART void key_tile(i64 j0) {
     const i64 keys = visible.last - j0 < kKeys ? visible.last - j0 : kKeys;
     Group groups[kKeys / kGroup];
     bool edge;
@@ -222,17 +229,12 @@ template <bool PAIR> struct AttentionBackward {
       product<PAIR>({TileOp::set, v + (j0 + g.begin) * words, words, 1, g_t + g.va * L, kQueries, words, dp + at_s,
                      kQueries, count, g.vb - g.va, nullptr});
     }
-    if (p.softcap > 0.f) {
-      cap_scores(s, groups, n, p.scale / p.softcap);
-      for (int vec = 0; vec < visible.vectors; vec++) slopes<DROP, true, true>(vec, j0, groups, n);
-    } else {
-      for (int vec = 0; vec < visible.vectors; vec++)
-        edge ? slopes<DROP, true, false>(vec, j0, groups, n) : slopes<DROP, false, false>(vec, j0, groups, n);
-    }
+    if (p.softcap > 0.f) cap_scores(s, groups, n, p.scale / p.softcap);
+    p.dropout.threshold ? slopes_of<true>(edge, j0, groups, n) : slopes_of<false>(edge, j0, groups, n);
     const bool finite = !edge || finite_keys<PAIR>(dq_rows(j0), k_words, PAIR ? (keys + 1) / 2 : keys, D);
     for (int t = 0; t < n; t++) accumulate(j0, groups[t], finite);
   }
-  void accumulate(i64 j0, const Group& g, bool finite) {
+  APART void accumulate(i64 j0, const Group& g, bool finite) {
     // queries [va, vb) as words of rows: contraction of dv and dk
     const i64 from = g.va * L * kRow / kQueries, length = (g.vb - g.va) * L * kRow / kQueries;
     const i64 count = g.end - g.begin, lanes = stride / L;
@@ -247,7 +249,7 @@ template <bool PAIR> struct AttentionBackward {
                    kQueries, pairs, dq + g.va * L, kQueries, D, g.vb - g.va, nullptr});
   }
 
-  template <bool DROP> void block(i64 r0) {
+  void block(i64 r0) {
     const i64 rows = p.T * p.group, queries = rows - r0 < kQueries ? rows - r0 : kQueries;
     visible_keys(visible, p, b, h, r0, queries);
     const LaneRows<Heads> q{p.q, p.dtype, b, visible}, g{p.dout, p.dtype, b, visible};
@@ -258,7 +260,7 @@ template <bool PAIR> struct AttentionBackward {
     row_statistics(queries);
     if (p.dsinks) sink_gradients(r0, queries);
     __builtin_memset(dq, 0, size_t(D * kQueries) * 4);
-    for (i64 j0 = visible.first / kKeys * kKeys; j0 < visible.last; j0 += kKeys) key_tile<DROP>(j0);
+    for (i64 j0 = visible.first / kKeys * kKeys; j0 < visible.last; j0 += kKeys) key_tile(j0);
     for (int v = 0; v < kVectors; v++) store(factor + v * L, set(p.scale));
     unpack_transposed({p.dq, p.dtype, b, visible}, queries, D, dq, factor);
   }
@@ -266,10 +268,7 @@ template <bool PAIR> struct AttentionBackward {
 
 template <bool PAIR> static void attention_backward(const AttentionParams& p, i64 bh, i64 slice, i64 slices) {
   AttentionBackward<PAIR> w(p, bh, slice, slices);
-  for (i64 r0 = slice * kQueries; r0 < p.T * p.group; r0 += slices * kQueries) {
-    if (p.dropout.threshold) w.template block<true>(r0);
-    else w.template block<false>(r0);
-  }
+  for (i64 r0 = slice * kQueries; r0 < p.T * p.group; r0 += slices * kQueries) w.block(r0);
   end_products();
   if (!p.partial) write_key_gradients(p, bh, w.dk, w.dv, 1);
 }

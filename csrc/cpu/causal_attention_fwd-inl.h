@@ -49,7 +49,7 @@ template <bool PAIR> struct AttentionForward {
     k_stride = words;
   }
 
-  void pack_keys(i64 end) {  // makes keys [0, end) available
+  APART void pack_keys(i64 end) {  // makes keys [0, end) available
     if (end <= packed) return;
     if (!k_direct()) pack_rows<PAIR>(k_packed, words, KeyRows{p.k, p.dtype, b, h}, packed, end, D);
     if constexpr (PAIR) {
@@ -66,7 +66,7 @@ template <bool PAIR> struct AttentionForward {
   const uint32_t* v_rows(i64 j) const { return v + (PAIR ? j / 2 : j) * v_words.key; }
 
   // s -> P^T of one vector of queries over one group of keys; returns nothing, updates m, l, alpha of the vector.
-  template <bool DROP, bool EDGE> void softmax(int v, i64 j0, const Group* groups, int n) {
+  template <bool DROP, bool EDGE> APART void softmax(int v, i64 j0, const Group* groups, int n) {
     float* sv = s + v * L;
     F top = load(m + v * L);
     for (int g = 0; g < n; g++) {
@@ -129,12 +129,12 @@ template <bool PAIR> struct AttentionForward {
   }
 
   // O^T += V^T P^T over one group.
-  void accumulate_pv(TileOp op, i64 j0, const Group& g) {
+  APART void accumulate_pv(TileOp op, i64 j0, const Group& g) {
     const i64 from = PAIR ? g.begin / 2 : g.begin, count = PAIR ? (g.end - g.begin + 1) / 2 : g.end - g.begin;
     product<PAIR>({op, v_rows(j0 + g.begin), v_words.channel, v_words.key, pairs + from * kQueries + g.va * L, kQueries,
                    count, o + g.va * L, kQueries, D, g.vb - g.va, alpha + g.va * L});
   }
-  void rescale_output() {
+  APART void rescale_output() {
     for (i64 d = 0; d < D; d++)
       for (int v = 0; v < kVectors; v++) {
         float* x = o + d * kQueries + v * L;
@@ -142,7 +142,11 @@ template <bool PAIR> struct AttentionForward {
       }
   }
 
-  template <bool DROP> void key_tile(i64 j0, bool first) {
+  template <bool DROP> void softmax_of(bool edge, i64 j0, const Group* groups, int n) {
+    for (int v = 0; v < visible.vectors; v++)
+      edge ? softmax<DROP, true>(v, j0, groups, n) : softmax<DROP, false>(v, j0, groups, n);
+  }
+  APART void key_tile(i64 j0, bool first) {
     const i64 keys = visible.last - j0 < kKeys ? visible.last - j0 : kKeys;
     Group groups[kKeys / kGroup];
     bool edge;
@@ -152,8 +156,7 @@ template <bool PAIR> struct AttentionForward {
                      words, s + groups[g].begin * kQueries + groups[g].va * L, kQueries,
                      groups[g].end - groups[g].begin, groups[g].vb - groups[g].va, nullptr});
     if (p.softcap > 0.f) cap_scores(s, groups, n, p.scale / p.softcap);
-    for (int v = 0; v < visible.vectors; v++)
-      edge ? softmax<DROP, true>(v, j0, groups, n) : softmax<DROP, false>(v, j0, groups, n);
+    p.dropout.threshold ? softmax_of<true>(edge, j0, groups, n) : softmax_of<false>(edge, j0, groups, n);
     if (!edge) return accumulate_pv(first ? TileOp::set : TileOp::scale, j0, groups[0]);
     if (first) __builtin_memset(o, 0, size_t(D * kQueries) * 4);
     else rescale_output();
@@ -164,7 +167,7 @@ template <bool PAIR> struct AttentionForward {
     }
   }
 
-  template <bool DROP> void block(i64 r0) {
+  void block(i64 r0) {
     const i64 rows = p.T * p.group, queries = rows - r0 < kQueries ? rows - r0 : kQueries;
     visible_keys(visible, p, b, h, r0, queries);
     pack_keys(visible.last);
@@ -175,14 +178,14 @@ template <bool PAIR> struct AttentionForward {
     }
     const i64 j_first = visible.first / kKeys * kKeys;
     if (visible.last <= visible.first) __builtin_memset(o, 0, size_t(D * kQueries) * 4);
-    for (i64 j0 = j_first; j0 < visible.last; j0 += kKeys) key_tile<DROP>(j0, j0 == j_first);
+    for (i64 j0 = j_first; j0 < visible.last; j0 += kKeys) key_tile(j0, j0 == j_first);
     finish(queries);
   }
 
   // The sink of each row joins its sum l, which is then relative to the larger one of the row's maximum and its sink, and
   // what it adds to level lies in `lift`. Sums of before are to be multiplied by `fade`. A row that saw no key has its
   // sink alone.
-  void add_sinks(float* lift, float* fade) {
+  APART void add_sinks(float* lift, float* fade) {
     for (i64 i = 0; i < kQueries; i++) {
       const bool blind = l[i] == 0.f;
       if (blind) m[i] = 0.f;
@@ -192,7 +195,7 @@ template <bool PAIR> struct AttentionForward {
       l[i] = l[i] * fade[i] + __builtin_exp2f(beyond - lift[i]);
     }
   }
-  void finish(i64 queries) {  // normalise and write; a query that saw no key gives 0 and level -inf
+  APART void finish(i64 queries) {  // normalise and write; a query that saw no key gives 0 and level -inf
     const float kept = p.dropout.threshold ? dropout.scale : 1.f;
     float *lift = s, *fade = s + kQueries;  // the scores of the last tile are no longer needed
     if (p.sinks) add_sinks(lift, fade);
@@ -212,10 +215,7 @@ template <bool PAIR> struct AttentionForward {
 
 template <bool PAIR> static void attention_forward(const AttentionParams& p, i64 bh, i64 first, i64 step) {
   AttentionForward<PAIR> f(p, bh);
-  for (i64 r0 = first * kQueries; r0 < p.T * p.group; r0 += step * kQueries) {
-    if (p.dropout.threshold) f.template block<true>(r0);
-    else f.template block<false>(r0);
-  }
+  for (i64 r0 = first * kQueries; r0 < p.T * p.group; r0 += step * kQueries) f.block(r0);
   end_products();
 }
 static void causal_attention_fwd(const AttentionParams& p, i64 bh, i64 first, i64 step) {

@@ -46,7 +46,7 @@ struct LossRow {
   }
 };
 
-template <DType T> static void cross_entropy_fwd_row(const CrossEntropyParams& p, i64 r) {
+template <DType T> APART static void cross_entropy_fwd_row(const CrossEntropyParams& p, i64 r) {
   const i64 target = p.targets[r];
   const float e = p.label_smoothing;
   const void* x = row(p.logits, r);
@@ -64,7 +64,7 @@ template <DType T> static void cross_entropy_fwd_row(const CrossEntropyParams& p
   if (e != 0.f) p.loss[r] += e * (s.top - s.origin - s.shifted / float(p.V) + log_total);
 }
 
-template <DType T> static void cross_entropy_bwd_row(const CrossEntropyParams& p, i64 r) {
+template <DType T> APART static void cross_entropy_bwd_row(const CrossEntropyParams& p, i64 r) {
   const i64 target = p.targets[r];
   const void* x = row(p.logits, r);
   void* d = row(p.dlogits, r);

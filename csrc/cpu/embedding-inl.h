@@ -21,29 +21,29 @@ static void embedding_fwd(const EmbeddingParams& p, i64 row_begin, i64 row_end) 
   stream_end();
 }
 
+// Columns [c, c + W L) of the sum of rows [first, last) in their order; `lanes` of the last vector count.
+template <int W> INL void sum_run(const EmbeddingBwdParams& p, i64 first, i64 last, void* to, i64 c, i64 lanes) {
+  F sums[W];
+  UNROLL_FOR (int w = 0; w < W; w++) sums[w] = zero();
+  for (i64 n = first; n < last; n++) {
+    const void* g = row(p.dout, p.order[n]);
+    UNROLL_FOR (int w = 0; w < W; w++)
+      sums[w] = sums[w] + load_any(at(g, p.dout.dtype, c + w * L), p.dout.dtype, lanes);
+  }
+  UNROLL_FOR (int w = 0; w < W; w++) store_any(at(to, p.dtable.dtype, c + w * L), p.dtable.dtype, sums[w], lanes);
+}
 // The runs that begin in [begin, end).
 static void embedding_bwd(const EmbeddingBwdParams& p, i64 begin, i64 end) {
-  constexpr i64 kWidth = 4;  // vectors of sums in registers
+  constexpr int kWidth = 4;  // vectors of sums in registers
   for (i64 first = begin; first < end; first++) {
     const i64 id = p.keys[first];
     if (first > 0 && p.keys[first - 1] == id) continue;
     i64 last = first + 1;
     while (last < p.N && p.keys[last] == id) last++;
-    for (i64 c0 = 0; c0 < p.C; c0 += kWidth * L) {
-      F sums[kWidth];
-      UNROLL_FOR (i64 w = 0; w < kWidth; w++) sums[w] = zero();
-      for (i64 n = first; n < last; n++) {
-        const void* g = row(p.dout, p.order[n]);
-        UNROLL_FOR (i64 w = 0; w < kWidth; w++) {
-          const i64 c = c0 + w * L, k = p.C - c < L ? p.C - c : L;
-          if (k > 0) sums[w] = sums[w] + load_any(at(g, p.dout.dtype, c), p.dout.dtype, k);
-        }
-      }
-      UNROLL_FOR (i64 w = 0; w < kWidth; w++) {
-        const i64 c = c0 + w * L, k = p.C - c < L ? p.C - c : L;
-        if (k > 0) store_any(at(row(p.dtable, id), p.dtable.dtype, c), p.dtable.dtype, sums[w], k);
-      }
-    }
+    void* to = row(p.dtable, id);
+    i64 c = 0;
+    for (; c + kWidth * L <= p.C; c += kWidth * L) sum_run<kWidth>(p, first, last, to, c, L);
+    for (; c < p.C; c += L) sum_run<1>(p, first, last, to, c, lanes_of(p.C - c));
   }
 }
 

@@ -1,7 +1,7 @@
 // GELU, backward; see gelu-inl.h.
 #include "gelu-inl.h"
 
-template <DType T, bool TANH> static void gelu_bwd_chunk(const GeluParams& p, i64 chunk) {
+template <DType T, bool TANH> APART static void gelu_bwd_chunk(const GeluParams& p, i64 chunk) {
   alignas(64) float buffer[kGeluBlock];
   const i64 r0 = chunk * kRowChunk, r1 = r0 + kRowChunk < p.R ? r0 + kRowChunk : p.R;
   const bool past = p.out.non_temporal;

@@ -1,7 +1,7 @@
 // GELU, forward; see gelu-inl.h.
 #include "gelu-inl.h"
 
-template <DType T, bool TANH> static void gelu_fwd_rows(const GeluParams& p, i64 row_begin, i64 row_end) {
+template <DType T, bool TANH> APART static void gelu_fwd_rows(const GeluParams& p, i64 row_begin, i64 row_end) {
   alignas(64) float buffer[kGeluBlock];
   const bool past = p.out.non_temporal;
   for (i64 c0 = 0; c0 < p.C; c0 += kGeluBlock) {

@@ -16,7 +16,8 @@
 #ifndef GPTFAST_TILES
 // Words [w0, w0 + words) of columns [c, c + kPanel) of B, stored by columns: transposed in registers. The lines of the
 // next columns are asked for on the way: a column is too short a stretch for the processor to see it coming.
-template <bool PAIR> static void gemm_pack_columns(const GemmParams& p, i64 w0, i64 words, i64 c0, uint32_t* out) {
+template <bool PAIR>
+APART static void gemm_pack_columns(const GemmParams& p, i64 w0, i64 words, i64 c0, uint32_t* out) {
   constexpr i64 per_word = PAIR ? 2 : 1;
   const Matrix& b = p.b;
   for (i64 v = 0; v < kPanel; v += L)
@@ -34,7 +35,7 @@ template <bool PAIR> static void gemm_pack_columns(const GemmParams& p, i64 w0, 
 }
 // The same of B stored by rows, for `panels` panels side by side, so that long stretches of a row are read.
 template <bool PAIR>
-static void gemm_pack_rows(const GemmParams& p, i64 w0, i64 words, i64 c0, i64 panels, uint32_t* out) {
+APART static void gemm_pack_rows(const GemmParams& p, i64 w0, i64 words, i64 c0, i64 panels, uint32_t* out) {
   constexpr i64 per_word = PAIR ? 2 : 1;
   const Matrix& b = p.b;
   const i64 end = c0 + panels * kPanel;
@@ -68,7 +69,7 @@ template <bool PAIR> static void gemm_pack_group(const GemmParams& p, i64 t) {
 static void gemm_pack(const GemmParams& p, i64 begin, i64 end) {
   if (kOnlyBf16 && !p.pairs) return base.gemm_pack(p, begin, end);
   for (i64 t = begin; t < end; t++)
-    if (kOnlyBf16 || (kPairs && p.pairs)) gemm_pack_group<kPairs>(p, t);
+    if (kPairs && p.pairs) gemm_pack_group<kPairs>(p, t);
     else if constexpr (!kOnlyBf16) gemm_pack_group<false>(p, t);
 }
 

@@ -34,7 +34,8 @@ constexpr i64 kGemmRow = kTiles ? kGemmDepth + 16 : kGemmDepth, kGemmPitch = kGe
 static_assert(kGemmRows * kGemmRow <= kGemmPitch * kGemmDepth);
 
 // Brings a block of sums, its rows `pitch` apart, to C, or to the sums that are carried until the last stretch of k.
-INL void finish_block(const GemmParams& p, i64 m0, i64 rows, i64 c0, i64 c1, const float* c, i64 pitch, bool last) {
+APART static void finish_block(const GemmParams& p, i64 m0, i64 rows, i64 c0, i64 c1, const float* c, i64 pitch,
+                               bool last) {
   for (i64 r = 0; r < rows; r++) {
     const float* from = c + r * pitch;
     float* carry = p.carry ? p.carry + (m0 + r) * p.N + c0 : nullptr;
@@ -74,7 +75,7 @@ template <bool PAIR> struct GemmBlock {
     const uint32_t* data;
     i64 row, k;
   };
-  Words words_of_a(i64 w0, i64 words) {
+  APART Words words_of_a(i64 w0, i64 words) {
     const i64 k0 = w0 * per_word;
     const Matrix& a = p.a;
     if (direct) {
@@ -151,7 +152,7 @@ template <bool PAIR> struct GemmBlock {
 };
 
 // Item t: block t % row_blocks of rows, columns [n0 + t / row_blocks * columns, …).
-template <class Block> static void gemm_item(const GemmParams& p, i64 t) {
+template <class Block> APART static void gemm_item(const GemmParams& p, i64 t) {
   const i64 row_blocks = (p.M + kGemmRows - 1) / kGemmRows;
   const i64 m0 = t % row_blocks * kGemmRows, c0 = p.n0 + t / row_blocks * p.columns;
   Block block(p, m0, c0, c0 + p.columns < p.n1 ? c0 + p.columns : p.n1);

@@ -47,14 +47,14 @@ template <bool PAIR> static bool all_finite(const uint32_t* x, i64 stride, i64 n
   return !bad;
 }
 // The same of n words of keys, from x on.
-template <bool PAIR> static bool finite_keys(const uint32_t* x, const KeyWords& at, i64 n, i64 D) {
+template <bool PAIR> APART static bool finite_keys(const uint32_t* x, const KeyWords& at, i64 n, i64 D) {
   return at.channel == 1 ? all_finite<PAIR>(x, at.key, n, D) : all_finite<PAIR>(x, at.channel, D, n);
 }
 // block[d][query] += sum_j x[j][d] a[j][query] over a group, leaving out every a that is 0: nan and inf of keys that a
 // query does not see stay away from it. Slow; used only when such keys are about.
 template <bool PAIR>
-static void guarded_product(float* block, const uint32_t* x, const KeyWords& at, const uint32_t* a, const Group& g,
-                            i64 D) {
+APART static void guarded_product(float* block, const uint32_t* x, const KeyWords& at, const uint32_t* a,
+                                  const Group& g, i64 D) {
   for (i64 j = g.begin; j < g.end; j++)
     for (int v = g.va; v < g.vb; v++) {
       I w = iload(a + (PAIR ? j / 2 : j) * kQueries + v * L);

@@ -1,7 +1,7 @@
 // LayerNorm, backward; see layer_norm-inl.h.
 #include "norm_words-inl.h"
 
-// dy and dtotal have the type T of x; where ANY, each its own, and an x of fp16 was brought to fp32.
+// dy and dtotal have the type T of x; where ANY, each its own, and x was brought to fp32.
 template <DType T, bool ANY> INL F load_own(const void* p, DType type, i64 c, i64 n) {
   if constexpr (ANY) return load_any(at(p, type, c), type, n);
   else return load_as<T>(p, c, n);
@@ -59,10 +59,10 @@ INL void norm_gradient(const LayerNormParams& p, const float* weight, const void
 }
 
 template <DType T, bool ANY>
-static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, float* dw, float* db) {
+APART static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, float* dw, float* db) {
   const MutRows &dx = p.dx, &dresidual = p.dresidual;
   const uint32_t threshold = dx.data ? p.dropout.threshold : 0;
-  const void* x = ANY && T == DType::f32 ? read_row(row(p.x, r), p.x.dtype, p.C, t.wide) : row(p.x, r);
+  const void* x = ANY && p.dy.data ? read_row(row(p.x, r), p.x.dtype, p.C, t.wide) : row(p.x, r);
   F mean_g = zero(), mean_gx = zero();
   if (p.dy.data) norm_means<T, ANY>(p, t.weight, x, r, dw, db, &mean_g, &mean_gx);
   const MutRows& only = dx.data ? dx : dresidual;
@@ -90,9 +90,9 @@ INL Split normalised(const RowStatistics& s, Split x) {
   return {fma(x.even - s.center, s.scale, s.rest), fma(x.odd - s.center, s.scale, s.rest)};
 }
 // Of ROWS rows at once, which read and write dw and db together.
-template <bool ANY, int ROWS>
-static void means_of_words(const LayerNormParams& p, const float* weight, i64 r, float* dw, float* db, F* mean_g,
-                           F* mean_gx) {
+template <int ROWS>
+APART static void means_of_words(const LayerNormParams& p, const float* weight, i64 r, float* dw, float* db, F* mean_g,
+                                 F* mean_gx) {
   const void *x[ROWS], *dy[ROWS];
   F center[ROWS], scale[ROWS], rest[ROWS], g_sum[ROWS][2], gx_sum[ROWS][2];
   UNROLL_FOR (int u = 0; u < ROWS; u++) {
@@ -100,14 +100,13 @@ static void means_of_words(const LayerNormParams& p, const float* weight, i64 r,
     x[u] = row(p.x, r + u), dy[u] = row(p.dy, r + u), center[u] = s.center, scale[u] = s.scale, rest[u] = s.rest;
     g_sum[u][0] = g_sum[u][1] = gx_sum[u][0] = gx_sum[u][1] = zero();
   }
-  const DType type = p.dy.dtype;
   for (i64 c = 0; c < p.C; c += 2 * L) {
     const Split w = {load(weight + c), load(weight + c + L)};
     Split to_w = {zero(), zero()}, to_b = to_w;
     if (dw) to_w = {load(dw + c), load(dw + c + L)};
     if (db) to_b = {load(db + c), load(db + c + L)};
     UNROLL_FOR (int u = 0; u < ROWS; u++) {
-      const Split v = load_words(x[u], c), d = load_split<ANY>(dy[u], type, c);
+      const Split v = load_words(x[u], c), d = load_words(dy[u], c);
       const Split xhat = {fma(v.even - center[u], scale[u], rest[u]), fma(v.odd - center[u], scale[u], rest[u])};
       to_w = {fma(d.even, xhat.even, to_w.even), fma(d.odd, xhat.odd, to_w.odd)};
       to_b = {to_b.even + d.even, to_b.odd + d.odd};
@@ -124,31 +123,28 @@ static void means_of_words(const LayerNormParams& p, const float* weight, i64 r,
   }
 }
 constexpr int kAhead = 2;
-template <bool ANY, class Store>
+template <class Store>
 INL void gradient_of_words(const LayerNormParams& p, const float* weight, i64 r, F mean_g, F mean_gx, Store store) {
   const void *dy = p.dy.data ? row(p.dy, r) : nullptr, *dtotal = p.dtotal.data ? row(p.dtotal, r) : nullptr;
   const RowStatistics s(p, r);
   const i64 ahead = r + kAhead < p.R ? kAhead - 1 : 0;  // rows are taken by twos
   const char *next_x = next_row(p, p.x, r + ahead), *next_dy = next_row(p, p.dy, r + ahead);
-  const DType type = p.dy.dtype;
-  const i64 dy_size = ANY ? element_size(type) : 2;
   for_words<1>(row(p.x, r), p.C, [=](i64 c, Split v, int) __attribute__((always_inline)) {
     Split d = {zero(), zero()};
     prefetch(next_x + 2 * c);
-    if (next_dy) prefetch(next_dy + c * dy_size);
+    if (next_dy) prefetch(next_dy + 2 * c);
     if (dy) {
-      const Split xhat = normalised(s, v), up = load_split<ANY>(dy, type, c);
+      const Split xhat = normalised(s, v), up = load_words(dy, c);
       const F even = fma(up.even, load(weight + c), zero()), odd = fma(up.odd, load(weight + c + L), zero());
       d = {s.scale * fnma(xhat.even, mean_gx, even - mean_g), s.scale * fnma(xhat.odd, mean_gx, odd - mean_g)};
     }
     if (dtotal) {
-      const Split more = load_split<false>(dtotal, DType::bf16, c);
+      const Split more = load_words(dtotal, c);
       d = {d.even + more.even, d.odd + more.odd};
     }
     store(c, d);
   });
 }
-template <bool ANY>
 static void bwd_row_of_words(const LayerNormParams& p, const NormBuffers& t, i64 r, F mean_g, F mean_gx) {
   const MutRows &dx = p.dx, &dresidual = p.dresidual;
   const uint32_t threshold = dx.data ? p.dropout.threshold : 0;
@@ -156,13 +152,13 @@ static void bwd_row_of_words(const LayerNormParams& p, const NormBuffers& t, i64
   if (!threshold && !(dx.data && dresidual.data) && only.dtype == DType::bf16) {
     uint16_t* out = static_cast<uint16_t*>(row(only, r));
     const bool past = only.non_temporal;
-    return gradient_of_words<ANY>(p, t.weight, r, mean_g, mean_gx,
-                                  [=](i64 c, Split d) __attribute__((always_inline)) { put_words(past, out + c, d); });
+    return gradient_of_words(p, t.weight, r, mean_g, mean_gx,
+                             [=](i64 c, Split d) __attribute__((always_inline)) { put_words(past, out + c, d); });
   }
   void *to_x = dx.data ? row(dx, r) : nullptr, *to_residual = dresidual.data ? row(dresidual, r) : nullptr;
   uint16_t* lanes = t.lanes;
   const float kept = dropout_scale(p.dropout);
-  gradient_of_words<ANY>(p, t.weight, r, mean_g, mean_gx, [=, &p](i64 c, Split d) __attribute__((always_inline)) {
+  gradient_of_words(p, t.weight, r, mean_g, mean_gx, [=, &p](i64 c, Split d) __attribute__((always_inline)) {
     if (to_residual) put_split(dresidual.non_temporal, to_residual, dresidual.dtype, c, d);
     if (!to_x) return;
     if (threshold && c % kDecided == 0)
@@ -171,7 +167,7 @@ static void bwd_row_of_words(const LayerNormParams& p, const NormBuffers& t, i64
     else put_split(dx.non_temporal, to_x, dx.dtype, c, d);
   });
 }
-template <bool ANY> static void bwd_chunks_of_words(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
+static void bwd_chunks_of_words(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
   const NormBuffers t(p);
   split_columns(t.weight, p.C);
   for (i64 k = chunk_begin; k < chunk_end; k++) {
@@ -182,9 +178,9 @@ template <bool ANY> static void bwd_chunks_of_words(const LayerNormParams& p, i6
     for (i64 r = k * kRowChunk; r < end; r += kAhead) {
       F mean_g[kAhead] = {zero(), zero()}, mean_gx[kAhead] = {zero(), zero()};
       if (p.dy.data)
-        r + 1 < end ? means_of_words<ANY, kAhead>(p, t.weight, r, dw, db, mean_g, mean_gx)
-                    : means_of_words<ANY, 1>(p, t.weight, r, dw, db, mean_g, mean_gx);
-      for (i64 u = 0; u < kAhead && r + u < end; u++) bwd_row_of_words<ANY>(p, t, r + u, mean_g[u], mean_gx[u]);
+        r + 1 < end ? means_of_words<kAhead>(p, t.weight, r, dw, db, mean_g, mean_gx)
+                    : means_of_words<1>(p, t.weight, r, dw, db, mean_g, mean_gx);
+      for (i64 u = 0; u < kAhead && r + u < end; u++) bwd_row_of_words(p, t, r + u, mean_g[u], mean_gx[u]);
     }
     if (dw) join_columns(dw, p.C);
     if (db) join_columns(db, p.C);
@@ -203,10 +199,10 @@ template <DType T, bool ANY> static void norm_bwd_chunks(const LayerNormParams& 
   }
 }
 static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
+  const bool own = !p.dy.data || p.dy.dtype == p.x.dtype;
 #ifdef GPTFAST_PAIRS
-  if (in_words(p.x.dtype, p.C)) {
-    p.dy.data&& p.dy.dtype != DType::bf16 ? bwd_chunks_of_words<true>(p, chunk_begin, chunk_end)
-                                          : bwd_chunks_of_words<false>(p, chunk_begin, chunk_end);
+  if (own && in_words(p.x.dtype, p.C)) {
+    bwd_chunks_of_words(p, chunk_begin, chunk_end);
     return stream_end();
   }
 #endif
@@ -215,9 +211,8 @@ static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_
         (p.dx.data && p.dx.dtype == DType::bf16) || (p.dresidual.data && p.dresidual.dtype == DType::bf16);
     if (p.x.dtype != DType::f32 || !rounds) return base.layer_norm_bwd(p, chunk_begin, chunk_end);
     norm_bwd_chunks<DType::f32, true>(p, chunk_begin, chunk_end);
-  } else if (p.x.dtype == DType::f16 || (p.dy.data && p.dy.dtype != p.x.dtype)) {
-    p.x.dtype == DType::bf16 ? norm_bwd_chunks<DType::bf16, true>(p, chunk_begin, chunk_end)
-                             : norm_bwd_chunks<DType::f32, true>(p, chunk_begin, chunk_end);
+  } else if (kScalar || p.x.dtype == DType::f16 || !own) {
+    norm_bwd_chunks<DType::f32, true>(p, chunk_begin, chunk_end);
   } else {
     p.x.dtype == DType::bf16 ? norm_bwd_chunks<DType::bf16, false>(p, chunk_begin, chunk_end)
                              : norm_bwd_chunks<DType::f32, false>(p, chunk_begin, chunk_end);

@@ -17,7 +17,7 @@ INL void add_rows(const LayerNormParams& p, const uint16_t* lanes, void* total, 
 }
 
 // Row r of what is normalised: x, or the total, rounded as it is stored, which is what the next layer sees too.
-template <DType T> static const void* norm_input(const LayerNormParams& p, const NormBuffers& t, i64 r) {
+template <DType T> APART static const void* norm_input(const LayerNormParams& p, const NormBuffers& t, i64 r) {
   const void* x = row(p.x, r);
   if (!p.residual.data) return x;
   const void* residual = row(p.residual, r);
@@ -30,7 +30,7 @@ template <DType T> static const void* norm_input(const LayerNormParams& p, const
 #endif
   if (p.dropout.threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
   const DType x_type = p.x.dtype, residual_type = p.residual.dtype;
-  if (x_type == T && residual_type == T)
+  if (!kScalar && x_type == T && residual_type == T)
     add_rows<T>(
         p, t.lanes, total, copy, [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(x, c, n); },
         [=](i64 c, i64 n) __attribute__((always_inline)) { return load_as<T>(residual, c, n); });
@@ -77,8 +77,8 @@ template <DType T> INL Moments mean_square(const void* x, float* wide, i64 C) {
 
 // Row r of y, of type Y, from the values that were normalised; `size` is that of an element of x.
 template <DType Y>
-static void norm_result(const LayerNormParams& p, const NormBuffers& t, const float* values, const Moments& m,
-                        float rstd, i64 r, i64 size) {
+APART static void norm_result(const LayerNormParams& p, const NormBuffers& t, const float* values, const Moments& m,
+                              float rstd, i64 r, i64 size) {
   const F center = set(m.mean), scale = set(rstd), rest = set(-m.rest * rstd);
   void* y = row(p.y, r);
   const float *weight = t.weight, *bias = t.bias;
@@ -109,7 +109,7 @@ static void norm_fwd_words(const LayerNormParams& p, i64 row_begin, i64 row_end)
 }
 #endif
 
-template <DType T> static void norm_fwd_rows(const LayerNormParams& p, i64 row_begin, i64 row_end) {
+template <DType T> APART static void norm_fwd_rows(const LayerNormParams& p, i64 row_begin, i64 row_end) {
   const NormBuffers t(p);
   for (i64 r = row_begin; r < row_end; r++) {
     const void* x = norm_input<T>(p, t, r);

@@ -10,13 +10,7 @@ struct Moments {
 };
 
 #ifdef GPTFAST_PAIRS
-// `split` of a row of any dtype, from column c on; and back.
-template <bool ANY> INL Split load_split(const void* p, DType type, i64 c) {
-  if (!ANY || type == DType::bf16) return split(iload(at(p, DType::bf16, c)));
-  F first = load_any(at(p, type, c), type, L), second = load_any(at(p, type, c + L), type, L);
-  deinterleave(first, second);
-  return {first, second};
-}
+// To a row of any dtype, from column c on.
 INL void put_split(bool past, void* p, DType type, i64 c, Split v) {
   if (type == DType::bf16) return put_words(past, at(p, type, c), v);
   interleave(v.even, v.odd);

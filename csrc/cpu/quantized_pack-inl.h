@@ -24,7 +24,7 @@ template <bool PAIR, class C> INL I code_words(const C& codes, const uint8_t* ro
 // Words [w0, w0 + words) along k of outputs [c0, c0 + kPanel), transposed in registers; words up to a multiple of L are
 // written.
 template <bool PAIR, class C>
-static void pack_outputs(const QuantizedMatrix& w, const C& codes, i64 w0, i64 words, i64 c0, uint32_t* out) {
+APART static void pack_outputs(const QuantizedMatrix& w, const C& codes, i64 w0, i64 words, i64 c0, uint32_t* out) {
   constexpr i64 per_word = PAIR ? 2 : 1;
   alignas(64) float scales[L][kMostGroups];
   const i64 base = w0 * per_word;
@@ -46,8 +46,8 @@ static void pack_outputs(const QuantizedMatrix& w, const C& codes, i64 w0, i64 w
 }
 // Words along the outputs, [w0, w0 + words), of inputs [c0, c0 + panels * kPanel); rows up to a multiple of 16 are written.
 template <bool PAIR, class C>
-static void pack_inputs(const QuantizedMatrix& w, const C& codes, i64 w0, i64 words, i64 c0, i64 panels,
-                        uint32_t* out) {
+APART static void pack_inputs(const QuantizedMatrix& w, const C& codes, i64 w0, i64 words, i64 c0, i64 panels,
+                              uint32_t* out) {
   constexpr i64 per_word = PAIR ? 2 : 1;
   alignas(64) float scales[per_word][kMostGroups];
   const i64 end = c0 + panels * kPanel, rounded = round_up(words, 16);
@@ -88,12 +88,12 @@ template <bool PAIR, class C> static void pack_item(const QuantizedPackParams& q
 static void quantized_pack(const QuantizedPackParams& q, i64 item) {
   if (kOnlyBf16 && !q.gemm.pairs) return base.quantized_pack(q, item);
   with_codes(q.w.format, [&](const auto& codes) {
-    if (kOnlyBf16 || (kPairs && q.gemm.pairs)) pack_item<kPairs>(q, codes, item);
+    if (kPairs && q.gemm.pairs) pack_item<kPairs>(q, codes, item);
     else if constexpr (!kOnlyBf16) pack_item<false>(q, codes, item);
   });
 }
 
-template <class C> static void decode_row(const QuantizedDecodeParams& p, const C& codes, i64 n) {
+template <class C> APART static void decode_row(const QuantizedDecodeParams& p, const C& codes, i64 n) {
   const QuantizedMatrix& w = p.w;
   const uint8_t* codes_of_n = w.codes + n * w.row_bytes;
   uint16_t* out = p.out + n * (p.last - p.first) - p.first;

@@ -135,8 +135,8 @@ INL void add_chunk(const C& codes, const float* scales, i64 stride, const typena
 // A last, incomplete chunk goes the same way: the loop is compiled once, as g++ else keeps its sums in memory. Called, so that its
 // registers are its own.
 template <bool PAIR, int R, int O, class C>
-__attribute__((noinline)) static i64 dot_rows(const QuantizedRowsParams& p, const C& codes, i64 n0, i64 n, i64 count,
-                                              const Scales<C>& of, i64 m, float* out) {
+APART static i64 dot_rows(const QuantizedRowsParams& p, const C& codes, i64 n0, i64 n, i64 count, const Scales<C>& of,
+                          i64 m, float* out) {
   const QuantizedMatrix& w = p.w;
   const i64 chunks = (w.K + kDepth<C> - 1) / kDepth<C>, complete = w.row_bytes / (4 * L);
   const i64 row_step = kParts<PAIR, C> * L, step = row_step * p.M, stride = of.stride;

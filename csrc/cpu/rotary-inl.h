@@ -6,8 +6,10 @@
 // Floor: one read and one write of x; the tables are read once for all heads.
 #include "pairs-inl.h"
 
-template <DType T, bool PAIRS>
-INL void rotate(const RotaryParams& p, const float* cos, const float* sin, const char* x, const char* next, char* y) {
+// `pairs`: whether the channels of a pair are neighbours; a constant (with_bool).
+template <DType T, class B>
+INL void rotate(B pairs, const RotaryParams& p, const float* cos, const float* sin, const char* x, const char* next,
+                char* y) {
   const i64 half = p.half, size = element_size(T);
   const bool past = p.non_temporal;
   const F sign = set(p.inverse ? -1.f : 1.f);
@@ -15,10 +17,10 @@ INL void rotate(const RotaryParams& p, const float* cos, const float* sin, const
     const F co = load_lanes(cos + c, n), si = load_lanes(sin + c, n) * sign;
     prefetch(next + c * size), prefetch(next + (half + c) * size);
     Pair v;
-    if constexpr (PAIRS) v = load_pairs<T>(x, c, n);
+    if (pairs) v = load_pairs<T>(x, c, n);
     else v = {load_as<T>(x, c, n), load_as<T>(x, half + c, n)};
     const Pair turned = {fnma(v.second, si, v.first * co), fma(v.first, si, v.second * co)};
-    if constexpr (PAIRS) {
+    if (pairs) {
       store_pairs<T>(past, y, c, turned, n);
     } else {
       put_as<T>(past, y, c, turned.first, n);
@@ -28,7 +30,7 @@ INL void rotate(const RotaryParams& p, const float* cos, const float* sin, const
   if (p.D > 2 * half) __builtin_memcpy(y + 2 * half * size, x + 2 * half * size, size_t((p.D - 2 * half) * size));
 }
 
-template <DType T, bool PAIRS> static void rotary_tokens(const RotaryParams& p, i64 begin, i64 end) {
+template <DType T, class B> APART static void rotary_tokens(B pairs, const RotaryParams& p, i64 begin, i64 end) {
   const i64 size = element_size(T);
   for (i64 i = begin; i < end; i++) {
     const i64 b = i / p.T, t = i % p.T, place = p.positions ? p.positions[b * p.position_stride + t] : t;
@@ -38,15 +40,14 @@ template <DType T, bool PAIRS> static void rotary_tokens(const RotaryParams& p, 
     const i64 after = t + 1 < p.T ? p.x.st * size : 0;  // the same head of the next token
     for (i64 h = 0; h < p.H; h++) {
       const char* from = x + h * p.x.sh * size;
-      rotate<T, PAIRS>(p, cos, sin, from, from + after, y + h * p.y.sh * size);
+      rotate<T>(pairs, p, cos, sin, from, from + after, y + h * p.y.sh * size);
     }
   }
 }
 static void rotary(const RotaryParams& p, i64 token_begin, i64 token_end) {
   if (is_left_to_base(p.dtype)) return base.rotary(p, token_begin, token_end);
   with_own_dtype(p.dtype, [&](auto t) {
-    p.interleaved ? rotary_tokens<t.value, true>(p, token_begin, token_end)
-                  : rotary_tokens<t.value, false>(p, token_begin, token_end);
+    with_bool(p.interleaved, [&](auto pairs) { rotary_tokens<t.value>(pairs, p, token_begin, token_end); });
   });
   stream_end();
 }

@@ -39,7 +39,7 @@ struct Sampler : Candidates {
   static float magnitude(float a) { return a < 0.f ? -a : a; }
 
   // The draw among all tokens whose logit reaches `low`. One Philox call gives the words of four.
-  i64 draw_all(i64 r, float low) const {
+  APART i64 draw_all(i64 r, float low) const {
     const Wide position = widen(uint32_t(p.position[r])), stream = widen(uint32_t(p.stream[r]));
     const Wide domain = widen(0x73616d70u);
     const F scale = set(per_unit), bound = set(low), none = zero();
@@ -67,7 +67,7 @@ struct Sampler : Candidates {
   }
 
   // The draw among the candidates.
-  i64 draw_kept(i64 r) const {
+  APART i64 draw_kept(i64 r) const {
     const Wide position = widen(uint32_t(p.position[r])), stream = widen(uint32_t(p.stream[r]));
     const Wide domain = widen(0x73616d70u);
     const F scale = set(per_unit);

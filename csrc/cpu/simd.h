@@ -27,6 +27,8 @@
 #define INL static inline __attribute__((always_inline))
 #endif
 #define COLD static inline __attribute__((noinline))  // compiled once, and called: for what is rarely run
+// Of what runs once a row or once a tile: a long function takes g++ more time than its parts.
+#define APART __attribute__((noinline))
 // An operand of inline assembler that keeps a vector, which the compiler then knows nothing of, in its register.
 #if defined(GPTFAST_EMULATED_AVX512)
 #define IN_VECTOR(x) "+m"(x)

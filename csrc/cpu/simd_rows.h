@@ -201,4 +201,13 @@ template <class Fn> INL void with_own_dtype(DType t, Fn f) {
   if constexpr (kOnlyBf16) f(DTypeConstant<DType::bf16>());
   else with_dtype(t, f);
 }
+// Calls f(b) with b as a constant, for which f is compiled twice; of scalar units as it is.
+template <bool B> struct BoolConstant {
+  constexpr operator bool() const { return B; }
+};
+template <class Fn> INL void with_bool(bool b, Fn f) {
+  if constexpr (kScalar) f(b);
+  else if (b) f(BoolConstant<true>());
+  else f(BoolConstant<false>());
+}
 INL bool is_left_to_base(DType t) { return kOnlyBf16 && t != DType::bf16; }

@@ -33,9 +33,10 @@ template <DType T> struct Gate {
   }
 };
 
-template <DType T, bool PAIRS> INL Pair load_gate(const void* gate, const void* up, i64 c, i64 n) {
-  if constexpr (PAIRS) return load_pairs<T>(gate, c, n);
-  else return {load_as<T>(gate, c, n), load_as<T>(up, c, n)};
+// `pairs`: whether gate and up are neighbours; a constant (with_bool).
+template <DType T, class B> INL Pair load_gate(B pairs, const void* gate, const void* up, i64 c, i64 n) {
+  if (pairs) return load_pairs<T>(gate, c, n);
+  return {load_as<T>(gate, c, n), load_as<T>(up, c, n)};
 }
 INL Pair clamped(Pair v, float limit) {
   if (limit == __builtin_inff()) return v;
@@ -59,14 +60,14 @@ template <DType T> INL Pair gradients(const Form& form, F gate, F up, F d) {
 }
 
 // Whole vectors of words; returns how many columns they are.
-template <bool PAIRS>
-INL i64 value_words(bool past, const Form& form, const void* gate, const void* up, void* y, i64 C) {
+template <class B>
+INL i64 value_words(B pairs, bool past, const Form& form, const void* gate, const void* up, void* y, i64 C) {
   i64 c = 0;
 #ifdef GPTFAST_PAIRS
   constexpr DType T = DType::bf16;
   for (; c + 2 * L <= C; c += 2 * L) {
     void* to = at(y, T, c);
-    if constexpr (PAIRS) {
+    if (pairs) {
       const Split a = load_words(gate, 2 * c), b = load_words(gate, 2 * c + 2 * L);
       put(past, to, join_bf16(value<T>(form, a.even, a.odd), value<T>(form, b.even, b.odd)));
     } else {
@@ -77,14 +78,14 @@ INL i64 value_words(bool past, const Form& form, const void* gate, const void* u
 #endif
   return c;
 }
-template <bool PAIRS>
-INL i64 gradient_words(bool past, const Form& form, const void* gate, const void* up, const void* dy, void* dgate,
-                       void* dup, i64 C) {
+template <class B>
+INL i64 gradient_words(B pairs, bool past, const Form& form, const void* gate, const void* up, const void* dy,
+                       void* dgate, void* dup, i64 C) {
   i64 c = 0;
 #ifdef GPTFAST_PAIRS
   constexpr DType T = DType::bf16;
   for (; c + 2 * L <= C; c += 2 * L) {
-    if constexpr (PAIRS) {
+    if (pairs) {
       UNROLL_FOR (int half = 0; half < 2; half++) {
         const i64 from = c + half * L;
         const Split in = load_words(gate, 2 * from);
@@ -102,33 +103,33 @@ INL i64 gradient_words(bool past, const Form& form, const void* gate, const void
   return c;
 }
 
-template <DType T, bool PAIRS> static void swiglu_fwd_rows(const SwigluParams& p, i64 begin, i64 end) {
+template <DType T, class B> APART static void swiglu_fwd_rows(B pairs, const SwigluParams& p, i64 begin, i64 end) {
   const bool past = p.out.non_temporal;
   const Form form(p);
   for (i64 r = begin; r < end; r++) {
     const void *gate = row(p.gate, r), *up = up_row(p, r);
     void* y = row(p.out, r);
-    const i64 C = columns(p, r), done = T == DType::bf16 ? value_words<PAIRS>(past, form, gate, up, y, C) : 0;
+    const i64 C = columns(p, r), done = T == DType::bf16 ? value_words(pairs, past, form, gate, up, y, C) : 0;
     for_lanes<T>(C - done, [=](i64 c, i64 n) __attribute__((always_inline)) {
       c += done;
-      const Pair v = load_gate<T, PAIRS>(gate, up, c, n);
+      const Pair v = load_gate<T>(pairs, gate, up, c, n);
       put_as<T>(past, y, c, value<T>(form, v.first, v.second), n);
     });
   }
 }
-template <DType T, bool PAIRS> static void swiglu_bwd_rows(const SwigluParams& p, i64 begin, i64 end) {
+template <DType T, class B> APART static void swiglu_bwd_rows(B pairs, const SwigluParams& p, i64 begin, i64 end) {
   const bool past = p.dgate.non_temporal;
   const Form form(p);
   for (i64 r = begin; r < end; r++) {
     const void *gate = row(p.gate, r), *up = up_row(p, r), *dy = row(p.dout, r);
-    void *dgate = row(p.dgate, r), *dup = PAIRS ? nullptr : row(p.dup, r);
+    void *dgate = row(p.dgate, r), *dup = pairs ? nullptr : row(p.dup, r);
     const i64 C = columns(p, r);
-    const i64 done = T == DType::bf16 ? gradient_words<PAIRS>(past, form, gate, up, dy, dgate, dup, C) : 0;
+    const i64 done = T == DType::bf16 ? gradient_words(pairs, past, form, gate, up, dy, dgate, dup, C) : 0;
     for_lanes<T>(C - done, [=](i64 c, i64 n) __attribute__((always_inline)) {
       c += done;
-      const Pair in = load_gate<T, PAIRS>(gate, up, c, n);
+      const Pair in = load_gate<T>(pairs, gate, up, c, n);
       const Pair g = gradients<T>(form, in.first, in.second, load_as<T>(dy, c, n));
-      if constexpr (PAIRS) {
+      if (pairs) {
         store_pairs<T>(past, dgate, c, g, n);
       } else {
         put_as<T>(past, dgate, c, g.first, n);
@@ -140,16 +141,14 @@ template <DType T, bool PAIRS> static void swiglu_bwd_rows(const SwigluParams& p
 static void swiglu_fwd(const SwigluParams& p, i64 row_begin, i64 row_end) {
   if (is_left_to_base(p.gate.dtype)) return base.swiglu_fwd(p, row_begin, row_end);
   with_own_dtype(p.gate.dtype, [&](auto t) {
-    p.interleaved ? swiglu_fwd_rows<t.value, true>(p, row_begin, row_end)
-                  : swiglu_fwd_rows<t.value, false>(p, row_begin, row_end);
+    with_bool(p.interleaved, [&](auto pairs) { swiglu_fwd_rows<t.value>(pairs, p, row_begin, row_end); });
   });
   stream_end();
 }
 static void swiglu_bwd(const SwigluParams& p, i64 row_begin, i64 row_end) {
   if (is_left_to_base(p.gate.dtype)) return base.swiglu_bwd(p, row_begin, row_end);
   with_own_dtype(p.gate.dtype, [&](auto t) {
-    p.interleaved ? swiglu_bwd_rows<t.value, true>(p, row_begin, row_end)
-                  : swiglu_bwd_rows<t.value, false>(p, row_begin, row_end);
+    with_bool(p.interleaved, [&](auto pairs) { swiglu_bwd_rows<t.value>(pairs, p, row_begin, row_end); });
   });
   stream_end();
 }

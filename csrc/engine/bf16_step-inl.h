@@ -15,17 +15,17 @@ template <int R, int V> INL void add_pairs(const I (&b)[V], const Activations& x
     }
   }
 }
-// Steps along k: kDepth values of x, kBytes of the panel, V vectors from output N on. N is a constant: as a variable it
-// costs an address for every load, more than there are registers.
+// Steps along k: kDepth values of x, kBytes of the panel, V vectors from output n on, a constant where there
+// are vectors: as a variable it costs an address for every load, more than there are registers.
 //
 // Unpacked bf16: [K/2][32] pairs of neighbours along k.
 struct PairStep {
   static constexpr i64 kDepth = 2, kBytes = kPanel * 4;
   explicit PairStep(const char*) {}
-  template <int R, int V, int N>
-  INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
+  template <int R, int V, class N>
+  INL_MEMBER void run(const char* w, N n, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
     I b[V];
-    UNROLL_FOR (int v = 0; v < V; v++) b[v] = iload(w + (N + v * L) * 4);
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = iload(w + (n + v * L) * 4);
     add_pairs<R, V>(b, x, m, k, acc);
   }
 };
@@ -42,12 +42,12 @@ struct Bf16Step {
     return merge(signs_and_fractions,
                  n < 16 ? exponents.of(shr(nibbles, 8 * H)) : exponents.of(shr(nibbles, 8 * H + 4)));
   }
-  template <int R, int V, int N>
-  INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
+  template <int R, int V, class N>
+  INL_MEMBER void run(const char* w, N n, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
     I b[V];
-    UNROLL_FOR (int v = 0; v < V; v++) b[v] = pairs<0>(w, N + v * L);
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = pairs<0>(w, n + v * L);
     add_pairs<R, V>(b, x, m, k, acc);
-    UNROLL_FOR (int v = 0; v < V; v++) b[v] = pairs<1>(w, N + v * L);
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = pairs<1>(w, n + v * L);
     add_pairs<R, V>(b, x, m, k + 2, acc);
   }
 };

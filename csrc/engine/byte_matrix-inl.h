@@ -7,8 +7,9 @@ INL int8x16_t eight_of_rows(const Activations& x, i64 m, i64 next, i64 k) {
   return vcombine_s8(vld1_s8(x.q + m * x.stride + k), vld1_s8(x.q + next * x.stride + k));
 }
 
-template <class U, int R, int V, int N>
-static void byte_matrix(const uint8_t* levels, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
+template <class U, int R, int V, class N>
+static void byte_matrix(const uint8_t* levels, const char* w, N n, const Activations& x, i64 m, i64 K, float* y,
+                        i64 ldy) {
   const U quads(levels);
   constexpr int P = (R + 1) / 2;
   const i64 groups = x.stride / kGroup;
@@ -27,7 +28,7 @@ static void byte_matrix(const uint8_t* levels, const char* w, const Activations&
       int8x16_t a[P];
       UNROLL_FOR (int p = 0; p < P; p++) a[p] = eight_of_rows(x, m + 2 * p, next[p], g * kGroup + 4 * q);
       UNROLL_FOR (int v = 0; v < V; v++) {
-        const I b0 = quads.quad(w + U::kScales, N + v * L, q), b1 = quads.quad(w + U::kScales, N + v * L, q + 1);
+        const I b0 = quads.quad(w + U::kScales, n + v * L, q), b1 = quads.quad(w + U::kScales, n + v * L, q + 1);
         const uint8x16_t low = vreinterpretq_u8_u32(vzip1q_u32(b0, b1)),
                          high = vreinterpretq_u8_u32(vzip2q_u32(b0, b1));
         UNROLL_FOR (int p = 0; p < P; p++) {
@@ -37,7 +38,7 @@ static void byte_matrix(const uint8_t* levels, const char* w, const Activations&
       }
     }
     UNROLL_FOR (int v = 0; v < V; v++) {
-      const F scale = U::scales(w, N + v * L);
+      const F scale = U::scales(w, n + v * L);
       UNROLL_FOR (int r = 0; r < R; r++) {
         const int32x4_t low = sum[r / 2][0][v], high = sum[r / 2][1][v];
         const F total = vcvtq_f32_s32(r % 2 ? vuzp2q_s32(low, high) : vuzp1q_s32(low, high));
@@ -46,5 +47,5 @@ static void byte_matrix(const uint8_t* levels, const char* w, const Activations&
     }
   }
   UNROLL_FOR (int r = 0; r < R; r++)
-    UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
+    UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + n + v * L, acc[r][v]);
 }

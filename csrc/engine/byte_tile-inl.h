@@ -64,8 +64,9 @@ constexpr bool kRolls = true;
 
 // Integer sums within a group: x . w = scale_x scale_w (start + sum of x_q (w_q + offset)); start is 0 where dot takes the
 // offset off.
-template <class U, int R, int V, int N>
-static void byte_tile(const uint8_t* levels, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
+template <class U, int R, int V, class N>
+static void byte_tile(const uint8_t* levels, const char* w, N n, const Activations& x, i64 m, i64 K, float* y,
+                      i64 ldy) {
   const U quads(levels);
   constexpr i64 kBytes = U::kBytes, kLines = kBytes / 64;
   F acc[R][V];
@@ -86,7 +87,7 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
       const int i = 2 * pair + second, j = U::kFormat == Format::int8 ? i : pair + 4 * second;
       if (R == 1) prefetch_range(w + kAhead + kLines * i / 8 * 64, (kLines * (i + 1) / 8 - kLines * i / 8) * 64);
       I quad[V];
-      UNROLL_FOR (int v = 0; v < V; v++) quad[v] = quads.quad(w + U::kScales, N + v * L, j);
+      UNROLL_FOR (int v = 0; v < V; v++) quad[v] = quads.quad(w + U::kScales, n + v * L, j);
       UNROLL_FOR (int r = 0; r < R; r++) {
         const I a = broadcast4(q + r * x.stride + 4 * j);
         UNROLL_FOR (int v = 0; v < V; v++) sum[r][v] = quads.dot(sum[r][v], quad[v], a);
@@ -98,7 +99,7 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
       UNROLL_FOR (int pair = 0; pair < 4; pair++) step(pair, 0), step(pair, 1);
     }
     UNROLL_FOR (int v = 0; v < V; v++) {
-      const F scale = U::scales(w, N + v * L);
+      const F scale = U::scales(w, n + v * L);
       UNROLL_FOR (int r = 0; r < R; r++) {
         const F both_scales = scale * set(x.scale[(m + r) * (x.stride / kGroup) + g]);
         acc[r][v] = fma(to_float_signed(sum[r][v]), both_scales, acc[r][v]);
@@ -106,7 +107,7 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
     }
   }
   UNROLL_FOR (int r = 0; r < R; r++)
-    UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
+    UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + n + v * L, acc[r][v]);
 }
 
 #ifdef GPTFAST_MATRIX
@@ -115,20 +116,20 @@ static void byte_tile(const uint8_t* levels, const char* w, const Activations& x
 
 // Apart from byte_product: what its lambdas capture would cost a single row a frame.
 template <class U>
-__attribute__((noinline)) static void byte_rows(const uint8_t* levels, const char* w, const Activations& x, i64 M,
-                                                i64 K, float* y, i64 ldy) {
+APART static void byte_rows(const uint8_t* levels, const char* w, const Activations& x, i64 M, i64 K, float* y,
+                            i64 ldy) {
   constexpr int V = kTileVectors;
-  tiles_of_panel<V>([&]<int N> {
+  tiles_of_panel<V, kOneBody || L == 8>([&](auto n) {
     rows_of_tiles<kByteRows>(M, [&]<int R>(i64 m) {
 #ifdef GPTFAST_MATRIX
-      if constexpr (R > 1) return byte_matrix<U, R, V, N>(levels, w, x, m, K, y + m * ldy, ldy);
+      if constexpr (R > 1) return byte_matrix<U, R, V>(levels, w, n, x, m, K, y + m * ldy, ldy);
 #endif
-      byte_tile<U, R, V, N>(levels, w, x, m, K, y + m * ldy, ldy);
+      byte_tile<U, R, V>(levels, w, n, x, m, K, y + m * ldy, ldy);
     });
   });
 }
 template <class U>
 static void byte_product(const uint8_t* levels, const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {
-  if (M == 1) return byte_tile<U, 1, kVectors, 0>(levels, w, x, 0, K, y, ldy);
+  if (M == 1) return byte_tile<U, 1, kVectors>(levels, w, Output<0>(), x, 0, K, y, ldy);
   byte_rows<U>(levels, w, x, M, K, y, ldy);
 }

@@ -26,11 +26,16 @@ static void down_tile(const float* x, i64 ldx, const i64* rows, i64 K, const T* 
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int j = 0; j < J; j++) h[rows[r] * ldh + j] = scale * sum(acc[r][j]);
 }
+// Ranks in tiles of J, then of half as many: most are powers of two.
+template <int J, class Tile> INL void ranks_in_tiles(i64 j, i64 r, Tile tile) {
+  for (; j + J <= r; j += J) tile.template operator()<J>(j);
+  if constexpr (J > 1) ranks_in_tiles<J / 2>(j, r, tile);
+}
 template <class T>
 static void down(const float* x, i64 ldx, const i64* rows, i64 M, i64 K, const LowRank& u, float* h, i64 ldh) {
   const T* A = reinterpret_cast<const T*>(u.A);
   const i64 lda = u.row / i64(sizeof(T));
-  rows_of_tiles<kDownRanks>(u.r, [&]<int J>(i64 j) {
+  ranks_in_tiles<kDownRanks>(0, u.r, [&]<int J>(i64 j) {
     rows_of_tiles<kDownRows>(
         M, [&]<int R>(i64 m) { down_tile<R, J>(x, ldx, rows + m, K, A + j * lda, lda, u.scale, h + j, ldh); });
   });

@@ -6,10 +6,10 @@ constexpr int kFloatRows = L == 16 ? 8 : L == 8 || kNeon ? 6 : 4, kFloatVectors 
 struct FloatStep {  // see bf16_step-inl.h
   static constexpr i64 kDepth = 1, kBytes = kPanel * 4;
   explicit FloatStep(const char*) {}
-  template <int R, int V, int N>
-  INL_MEMBER void run(const char* w, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
+  template <int R, int V, class N>
+  INL_MEMBER void run(const char* w, N n, const Activations& x, i64 m, i64 k, F (&acc)[R][V]) const {
     F b[V];
-    UNROLL_FOR (int v = 0; v < V; v++) b[v] = load(reinterpret_cast<const float*>(w) + N + v * L);
+    UNROLL_FOR (int v = 0; v < V; v++) b[v] = load(reinterpret_cast<const float*>(w) + n + v * L);
     UNROLL_FOR (int r = 0; r < R; r++) {
       const F a = set(x.f32[(m + r) * x.f32_stride + k]);
       UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = fma(a, b[v], acc[r][v]);
@@ -30,28 +30,28 @@ static void unpack_bf16(const char* w, i64 K, char* pairs) {
 #include "product_matrix-inl.h"
 #endif
 
-template <class Step, int R, int V, int N>
-static void float_tile(const Step& step, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
+template <class Step, int R, int V, class N>
+static void float_tile(const Step& step, const char* w, N n, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
 #ifdef GPTFAST_MATRIX
-  if constexpr (R > 1 && Step::kDepth > 1) return pair_matrix<Step, R, V, N>(step, w, x, m, K, y, ldy);
+  if constexpr (R > 1 && Step::kDepth > 1) return pair_matrix<Step, R, V>(step, w, n, x, m, K, y, ldy);
 #endif
   F acc[R][V];
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int v = 0; v < V; v++) acc[r][v] = zero();
   for (i64 k = 0; k < K; k += Step::kDepth, w += Step::kBytes) {
     if (R == 1) prefetch_range(w + kAhead, Step::kBytes);
-    step.template run<R, V, N>(w, x, m, k, acc);
+    step.template run<R, V>(w, n, x, m, k, acc);
   }
   UNROLL_FOR (int r = 0; r < R; r++)
-    UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + N + v * L, acc[r][v]);
+    UNROLL_FOR (int v = 0; v < V; v++) store(y + r * ldy + n + v * L, acc[r][v]);
 }
 
 template <class Step>
 static void float_product(const Step& step, const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {
-  if (M == 1) return float_tile<Step, 1, kVectors, 0>(step, w, x, 0, K, y, ldy);
+  if (M == 1) return float_tile<Step, 1, kVectors>(step, w, Output<0>(), x, 0, K, y, ldy);
   constexpr int V = kFloatVectors;
-  tiles_of_panel<V>([&]<int N> {
-    rows_of_tiles<kFloatRows>(M, [&]<int R>(i64 m) { float_tile<Step, R, V, N>(step, w, x, m, K, y + m * ldy, ldy); });
+  tiles_of_panel<V>([&](auto n) {
+    rows_of_tiles<kFloatRows>(M, [&]<int R>(i64 m) { float_tile<Step, R, V>(step, w, n, x, m, K, y + m * ldy, ldy); });
   });
 }
 static void bf16_product(const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {

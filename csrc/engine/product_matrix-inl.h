@@ -19,8 +19,8 @@ INL void words_of_step(const PairStep&, const char* w, int n, I words[2]) {
   words[1] = iload(w + PairStep::kBytes + n * 4);
 }
 
-template <class Step, int R, int V, int N>
-static void pair_matrix(const Step& step, const char* w, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
+template <class Step, int R, int V, class N>
+static void pair_matrix(const Step& step, const char* w, N n, const Activations& x, i64 m, i64 K, float* y, i64 ldy) {
   constexpr int P = (R + 1) / 2;
   F acc[P][2][V];  // sums of rows 2 p and 2 p + 1 for outputs n, n + 1 and for n + 2, n + 3
   UNROLL_FOR (int p = 0; p < P; p++)
@@ -30,7 +30,7 @@ static void pair_matrix(const Step& step, const char* w, const Activations& x, i
     UNROLL_FOR (int p = 0; p < P; p++) a[p] = four_of_rows(x, m + 2 * p, m + (2 * p + 1 < R ? 2 * p + 1 : 2 * p), k);
     UNROLL_FOR (int v = 0; v < V; v++) {
       I b[2];
-      words_of_step(step, w, N + v * L, b);
+      words_of_step(step, w, n + v * L, b);
       const I low = vzip1q_u32(b[0], b[1]), high = vzip2q_u32(b[0], b[1]);
       UNROLL_FOR (int p = 0; p < P; p++) {
         acc[p][0][v] = vbfmmlaq_f32(acc[p][0][v], vreinterpretq_bf16_u32(a[p]), vreinterpretq_bf16_u32(low));
@@ -41,7 +41,7 @@ static void pair_matrix(const Step& step, const char* w, const Activations& x, i
   UNROLL_FOR (int p = 0; p < P; p++)
     UNROLL_FOR (int v = 0; v < V; v++) {
       const I low = as_int(acc[p][0][v]), high = as_int(acc[p][1][v]);
-      store(y + 2 * p * ldy + N + v * L, as_float(zip_low64(low, high)));
-      if (2 * p + 1 < R) store(y + (2 * p + 1) * ldy + N + v * L, as_float(zip_high64(low, high)));
+      store(y + 2 * p * ldy + n + v * L, as_float(zip_low64(low, high)));
+      if (2 * p + 1 < R) store(y + (2 * p + 1) * ldy + n + v * L, as_float(zip_high64(low, high)));
     }
 }

@@ -68,18 +68,18 @@ INL I nibbles_of(const I words[4], int i) {
 }
 
 // One row.
-template <int V, int N>
-static void block_tile(const uint8_t* levels, const Blocks& w, const Activations& x, i64 groups, float* y) {
+template <int V, class N>
+static void block_tile(const uint8_t* levels, const Blocks& w, N n, const Activations& x, i64 groups, float* y) {
   const Lookup16 bytes(levels);
-  const uint8_t* blocks = w.blocks + N * groups * kBlock;
+  const uint8_t* blocks = w.blocks + n * groups * kBlock;
   const uint8_t* ahead = blocks + kPanel * groups * kBlock;
   alignas(64) float scales[kScaleGroups][V * L];
   F acc[V];
   UNROLL_FOR (int v = 0; v < V; v++) acc[v] = zero();
   for (i64 g = 0; g < groups; g++, blocks += kBlock, ahead += V * L * kBlock) {
     if (g % kScaleGroups == 0) {
-      turn_scales<V>(w.scales, groups, N, g, scales);
-      prefetch_range(reinterpret_cast<const char*>(w.scales + (kPanel + N) * groups + g * V * L), kScaleGroups * V * L);
+      turn_scales<V>(w.scales, groups, n, g, scales);
+      prefetch_range(reinterpret_cast<const char*>(w.scales + (kPanel + n) * groups + g * V * L), kScaleGroups * V * L);
     }
     UNROLL_FOR (int i = 0; i < V * L * kBlock; i += 64) __builtin_prefetch(ahead + i, 0, 2);
     const int8_t* q = x.q + g * kGroup;
@@ -95,7 +95,7 @@ static void block_tile(const uint8_t* levels, const Blocks& w, const Activations
     UNROLL_FOR (int v = 0; v < V; v++)
       acc[v] = fma(to_float_signed(sum[v]), load(scales[g % kScaleGroups] + v * L) * set(x.scale[g]), acc[v]);
   }
-  UNROLL_FOR (int v = 0; v < V; v++) store(y + N + v * L, acc[v]);
+  UNROLL_FOR (int v = 0; v < V; v++) store(y + n + v * L, acc[v]);
 }
 
 // A panel that is unpacked: of each group [32] fp32 scales, then [8][32] quads of levels, in the order of the nibbles.
@@ -130,7 +130,7 @@ static void product_of_blocks(const Blocks& panel, const Activations& x, i64 M, 
   const i64 groups = K / kGroup;
   const uint8_t* levels = kMxfp4Bytes.byte;
   if (M == 1)
-    return tiles_of_panel<kBlockVectors>([&]<int N> { block_tile<kBlockVectors, N>(levels, panel, x, groups, y); });
+    return tiles_of_panel<kBlockVectors>([&](auto n) { block_tile<kBlockVectors>(levels, panel, n, x, groups, y); });
   char* unpacked = static_cast<char*>(scratch(size_t(groups * UnpackedQuads::kBytes)));
   unpack_blocks(levels, panel, groups, unpacked);
   byte_rows<UnpackedQuads>(levels, unpacked, x, M, K, y, ldy);

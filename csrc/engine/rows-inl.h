@@ -84,9 +84,9 @@ static void layer_norm(const float* x, const float* weight, const float* bias, f
 }
 
 template <Epilogue EPILOGUE>
-static void epilogue_rows(const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
+APART static void epilogue_rows(const float* y, i64 ldy, i64 M, const float* bias, float* out, i64 ldo) {
   for (i64 m = 0; m < M; m++)
-    UNROLL_FOR (int c = 0; c < kPanel; c += L) {
+    ROLLED_FOR (int c = 0; c < kPanel; c += L) {
       F v = load(y + m * ldy + c);
       if (bias) v = v + load(bias + c);
       v = activate<EPILOGUE>(v);
