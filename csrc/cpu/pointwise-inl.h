@@ -15,14 +15,13 @@ INL F exp2_coarse(F y) {
 template <int N> struct Count {
   static constexpr int value = N;
 };
-// Whether two rows at once come faster from memory than one: gelu of 4096 x 3072 fp32 took 2.9 ms for 3.5 with AVX-512 (Zen 4), but
-// 41 ms for 22 with AVX2 (Zen 3), where bf16 gains 5 to 10% of it.
-template <DType T> constexpr bool kByTwos = !kOnce<T> && !(L == 8 && T == DType::f32);
-// f(r, rows, n) over the rows of p by twos, or one by one. n: of the columns from c0 on, at most `width`. The last row of all may be
-// short (p.tail), and stands alone.
-template <DType T, class P, class Fn> INL void rows_by_twos(const P& p, i64 begin, i64 end, i64 c0, i64 width, Fn f) {
+// f(r, rows, n) over the rows of p by twos: two streams from memory are faster than one (gelu: 3.5 -> 2.9 ms at 4096 x 3072
+// fp32). f loads of both before it stores: rows of whole pages make a load wait for a store of the other. n: of the columns from c0
+// on, at most `width`. The last row of all may be short (p.tail), and stands alone. TWOS false: one by one.
+template <DType T, bool TWOS = true, class P, class Fn>
+INL void rows_by_twos(const P& p, i64 begin, i64 end, i64 c0, i64 width, Fn f) {
   i64 r = begin;
-  if constexpr (kByTwos<T>)
+  if constexpr (TWOS && !kOnce<T>)
     for (; r + 2 <= end && r + 2 < p.R; r += 2) f(r, Count<2>(), width);
   for (; r < end; r++) {
     const i64 C = r == p.R - 1 ? p.tail : p.C;

@@ -8,10 +8,9 @@ template <DType T> static void relu_squared_fwd_rows(const ReluSquaredParams& p,
     const void* x[] = {row(p.x, r), row(p.x, r + rows.value - 1)};
     void* y[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
     for_lanes<T>(width, [&](i64 c, i64 n) __attribute__((always_inline)) {
-      UNROLL_FOR (int u = 0; u < rows.value; u++) {
-        const F v = max(zero(), load_as<T>(x[u], c, n));  // nan stays
-        put_as<T>(past, y[u], c, v * v, n);
-      }
+      F v[rows.value];
+      UNROLL_FOR (int u = 0; u < rows.value; u++) v[u] = max(zero(), load_as<T>(x[u], c, n));  // nan stays
+      UNROLL_FOR (int u = 0; u < rows.value; u++) put_as<T>(past, y[u], c, v[u] * v[u], n);
     });
   });
 }
@@ -22,10 +21,12 @@ template <DType T> static void relu_squared_bwd_rows(const ReluSquaredParams& p,
     const void* dy[] = {row(p.dout, r), row(p.dout, r + rows.value - 1)};
     void* dx[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
     for_lanes<T>(width, [&](i64 c, i64 n) __attribute__((always_inline)) {
+      F d[rows.value];
       UNROLL_FOR (int u = 0; u < rows.value; u++) {
         const F v = max(zero(), load_as<T>(x[u], c, n));
-        put_as<T>(past, dx[u], c, load_as<T>(dy[u], c, n) * (v + v), n);
+        d[u] = load_as<T>(dy[u], c, n) * (v + v);
       }
+      UNROLL_FOR (int u = 0; u < rows.value; u++) put_as<T>(past, dx[u], c, d[u], n);
     });
   });
 }
