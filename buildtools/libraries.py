@@ -48,9 +48,9 @@ ZIG_ISA_FLAGS = {
 }
 # Passes that g++ spends time on and that leave the hot loops of these kernels as they are (docs/developing.md).
 KERNEL_FLAGS = {
-    **dict.fromkeys(("causal_attention_fwd", "causal_attention_bwd"), ["-fno-unswitch-loops"]),
-    **dict.fromkeys(("product_float", "product_bytes", "product_small", "product_mxfp4"), ["-O2"]),
-    **dict.fromkeys(("attention", "page_scores", "page_values"), ["-O2"]),
+    **dict.fromkeys(("causal_attention_fwd", "causal_attention_bwd"), "-fno-unswitch-loops"),
+    **dict.fromkeys(("product_float", "product_bytes", "product_small", "product_mxfp4"), "-O2"),
+    **dict.fromkeys(("attention", "page_scores", "page_values"), "-O2"),
 }
 VECTORS = {"amx": "avx512_bf16"}  # whose vectors an instruction set has, and whose flags but for its own macro
 SELECT = "csrc/cpu/isa_select.h"
@@ -117,8 +117,8 @@ def kernel_units(folder: str, only: Sequence[str] = ()) -> list[Unit]:
                 continue
             source, object = ROOT / f"csrc/{folder}/kernel_unit.cpp", f"csrc/{folder}/{kernel}.{isa}.o"
             own = [*flags, f"-DGPTFAST_KERNEL={kernel}"]
-            if is_gcc() and isa != "scalar":
-                own += KERNEL_FLAGS.get(kernel, [])
+            if is_gcc() and isa != "scalar" and kernel in KERNEL_FLAGS:
+                own.append(KERNEL_FLAGS[kernel])
             units.append(Unit(source, own, object, header=read if is_gcc() else None))
     return units
 
