@@ -20,9 +20,8 @@ class AdapterMethods(Transformer):
 
     metadata: Metadata
     name_or_path: str | None = None  # of the checkpoint that holds this base, which adapters name; None: none is known
-    new_rows: frozenset[int] = (
-        frozenset()
-    )  # tokens whose rows are in no checkpoint of the base: adapters are saved with them
+    # Tokens whose rows are in no checkpoint of the base: adapters are saved with them.
+    new_rows: frozenset[int] = frozenset()
 
     def add_adapter(self, config: Any, name: str = "default") -> None:
         """Add a new adapter, make it the active one, and freeze the base.
