@@ -12,8 +12,9 @@
 
 constexpr i64 kGeluBlock = 2048;  // columns at a time: bias and its gradient stay in L1
 
-// Of fp32 on AVX2 two rows of whole pages come half as fast from memory as one (41 and 22 ms at 4096 x 3072, Zen 3).
-template <DType T> constexpr bool kGeluTwos = !(L == 8 && T == DType::f32);
+// Whether rows are taken by twos. On AVX2 two rows of whole pages wait for each other's stores: at 2048 x 4096 bf16 takes two to three
+// times as long by twos, fp32 twice (Zen 3). The exact form waits for arithmetic, not for memory.
+template <bool TANH> constexpr bool kGeluTwos = TANH && L != 8;
 
 // e^-2u.
 template <DType T> INL F gelu_decay(F z, F z2) {

@@ -10,7 +10,7 @@ template <DType T, bool TANH> APART static void gelu_bwd_chunk(const GeluParams&
     const float* bias = gelu_bias<T>(p, c0, width, buffer);
     float* db = p.dbias ? p.dbias + chunk * p.C + c0 : nullptr;
     if (db) __builtin_memset(db, 0, size_t(width) * 4);
-    rows_by_twos<T, kGeluTwos<T>>(p, r0, r1, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
+    rows_by_twos<T, kGeluTwos<TANH>>(p, r0, r1, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
       const void* dy[] = {row(p.dout, r), row(p.dout, r + rows.value - 1)};
       void* dx[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
       i64 done = 0;

@@ -7,7 +7,7 @@ template <DType T, bool TANH> APART static void gelu_fwd_rows(const GeluParams& 
   for (i64 c0 = 0; c0 < p.C; c0 += kGeluBlock) {
     const i64 width = p.C - c0 < kGeluBlock ? p.C - c0 : kGeluBlock;
     const float* bias = gelu_bias<T>(p, c0, width, buffer);
-    rows_by_twos<T, kGeluTwos<T>>(
+    rows_by_twos<T, kGeluTwos<TANH>>(
         p, row_begin, row_end, c0, width, [&](i64 r, auto rows, i64 n) __attribute__((always_inline)) {
           void* y[] = {row(p.out, r), row(p.out, r + rows.value - 1)};
           i64 done = 0;

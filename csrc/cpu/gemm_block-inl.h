@@ -3,16 +3,26 @@
 #include "products-inl.h"
 
 // A word is an fp32 value or, with PAIR, two bf16 that are neighbours along k.
-template <bool PAIR> INL I gemm_words(const void* p, DType t, i64 element, i64 n) {  // n elements count, the rest is 0
+template <bool PAIR> constexpr i64 kWordStep = PAIR ? 2 * L : L;  // values in a vector of words
+template <bool PAIR> COLD void gemm_last_words(uint32_t* out, const void* p, DType t, i64 n) {
 #ifdef GPTFAST_PAIRS
-  if constexpr (PAIR) {
-    if (t == DType::bf16 && n >= 2 * L) return iload(at(p, t, element));
-    const F low = load_any(at(p, t, element), t, n < L ? n : L);
-    const F high = n > L ? load_any(at(p, t, element + L), t, n < 2 * L ? n - L : L) : zero();
-    return join_bf16(low, high);
-  }
+  if constexpr (PAIR)
+    return istore(out, join_bf16(load_any(p, t, n < L ? n : L), n > L ? load_any(at(p, t, L), t, n - L) : zero()));
 #endif
-  return as_int(load_any(at(p, t, element), t, n < L ? n : L));
+  istore(out, as_int(load_any(p, t, n)));
+}
+// Those of the row p from `element` on, of which n elements count; the rest is 0.
+template <bool PAIR> INL I gemm_words(const void* p, DType t, i64 element, i64 n) {
+  p = at(p, t, element);
+  if (n < kWordStep<PAIR>) {
+    alignas(64) uint32_t last[L];
+    gemm_last_words<PAIR>(last, p, t, n);
+    return iload(last);
+  }
+#ifdef GPTFAST_PAIRS
+  if constexpr (PAIR) return t == DType::bf16 ? iload(p) : join_bf16(load_any(p, t, L), load_any(at(p, t, L), t, L));
+#endif
+  return as_int(load_any(p, t, L));
 }
 // L words of neighbouring columns of a row (PAIR: of two rows, the second may be missing) of n columns.
 template <bool PAIR> INL I gemm_word_row(const void* first, const void* second, DType t, i64 n, F* sum) {

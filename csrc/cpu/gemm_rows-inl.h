@@ -11,31 +11,28 @@
 // R rows of A, words that lie `pitch` apart, by O columns of B.
 template <bool PAIR, DType T, int R, int O>
 static void dot_columns(const uint32_t* a, i64 pitch, const void* b, i64 stride, i64 K, float* c, i64 ldc) {
-  constexpr i64 step = PAIR ? 2 * L : L;
+  constexpr i64 step = kWordStep<PAIR>;
   F acc[R][O];
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int o = 0; o < O; o++) acc[r][o] = zero();
-  const auto add = [&](const uint32_t* words, i64 k, i64 n) __attribute__((always_inline)) {
+  for (i64 k = 0; k < K; k += step, a += L) {
     I column[O];
-    UNROLL_FOR (int o = 0; o < O; o++) column[o] = gemm_words<PAIR>(at(b, T, o * stride), T, k, n);
+    UNROLL_FOR (int o = 0; o < O; o++) {
+      prefetch(at(b, T, (O + o) * stride + k));
+      column[o] = gemm_words<PAIR>(at(b, T, o * stride), T, k, K - k);
+    }
     UNROLL_FOR (int r = 0; r < R; r++) {
-      const I row_of_a = iload(words + r * pitch);
+      const I row_of_a = iload(a + r * pitch);
       UNROLL_FOR (int o = 0; o < O; o++) acc[r][o] = multiply_words<PAIR>(row_of_a, column[o], acc[r][o]);
     }
-  };
-  i64 k = 0;
-  for (; k + step <= K; k += step, a += L) {
-    UNROLL_FOR (int o = 0; o < O; o++) prefetch(at(b, T, (O + o) * stride + k));
-    add(a, k, step);
   }
-  if (k < K) add(a, k, K - k);
   UNROLL_FOR (int r = 0; r < R; r++)
     UNROLL_FOR (int o = 0; o < O; o++) c[r * ldc + o] = sum(acc[r][o]);
 }
 
 // One item: all rows, columns [c0, c1) of C.
 template <bool PAIR> struct RowsBlock {
-  static constexpr i64 step = PAIR ? 2 * L : L;
+  static constexpr i64 step = kWordStep<PAIR>;
   const GemmParams& p;
   const i64 c0, c1, pitch;
   float* c;

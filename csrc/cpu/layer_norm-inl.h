@@ -14,16 +14,16 @@
 
 // What this thread keeps beside the rows: weight and bias as fp32, and the dropout decisions of a row.
 struct NormBuffers {
-  float *weight, *bias, *wide;  // wide: a row of 16 bits as fp32
+  float *weight, *bias, *wide[3];  // wide: rows of 16 bits as fp32
   uint16_t* lanes;
   void* total;  // the row that is normalised, where p.total goes past the caches
   explicit NormBuffers(const LayerNormParams& p) {
-    const i64 n = round_up(p.C + L, 16);
-    weight = static_cast<float*>(scratch(size_t(4 * n) * 4 + size_t(round_up(p.C, 8 * L)) * 2));
+    const i64 n = round_up(p.C + L, 16), n_lanes = round_up(p.C, 8 * L);
+    weight = static_cast<float*>(scratch(size_t(6 * n) * 4 + size_t(n_lanes) * 2));
     bias = weight + n;
     total = bias + n;
-    wide = bias + 2 * n;
-    lanes = reinterpret_cast<uint16_t*>(bias + 3 * n);
+    for (int i = 0; i < 3; i++) wide[i] = bias + (2 + i) * n;
+    lanes = reinterpret_cast<uint16_t*>(bias + 5 * n);
     if (p.weight.data) copy_row(weight, p.weight.data, p.weight.dtype, p.C);
     else
       for (i64 c = 0; c < p.C; c++) weight[c] = 1.f;

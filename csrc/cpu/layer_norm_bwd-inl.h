@@ -1,12 +1,6 @@
 // LayerNorm, backward; see layer_norm-inl.h.
 #include "norm_words-inl.h"
 
-// dy and dtotal have the type T of x; where ANY, each its own, and x was brought to fp32.
-template <DType T, bool ANY> INL F load_own(const void* p, DType type, i64 c, i64 n) {
-  if constexpr (ANY) return load_any(at(p, type, c), type, n);
-  else return load_as<T>(p, c, n);
-}
-
 // xhat of a row is x scale + rest about center.
 struct RowStatistics {
   F center, scale, rest;
@@ -15,16 +9,25 @@ struct RowStatistics {
         rest(set(p.mean ? -p.mean[p.R + r] * p.rstd[r] : 0.f)) {}
 };
 
+// Row r of what was normalised, and its gradients, of which either may be null. Where T is fp32 they were brought to it.
+template <DType T> struct NormRow {
+  const void *x, *dy, *dtotal;
+  INL_MEMBER NormRow(const LayerNormParams& p, const NormBuffers& t, i64 r)
+      : x(of(p, p.x, r, t.wide[0])), dy(of(p, p.dy, r, t.wide[1])), dtotal(of(p, p.dtotal, r, t.wide[2])) {}
+  static INL_MEMBER const void* of(const LayerNormParams& p, const Rows& rows, i64 r, float* buffer) {
+    if (!rows.data) return nullptr;
+    return T == DType::f32 ? read_row(row(rows, r), rows.dtype, p.C, buffer) : row(rows, r);
+  }
+};
+
 // Two sums over a row x and its dy: mean(g) and mean(g xhat); adds the row's share to dweight and dbias on the way.
-template <DType T, bool ANY>
-INL void norm_means(const LayerNormParams& p, const float* weight, const void* x, i64 r, float* dw, float* db,
-                    F* mean_g, F* mean_gx) {
-  const void* dy = row(p.dy, r);
-  const DType dy_type = p.dy.dtype;
-  const RowStatistics s(p, r);
+template <DType T>
+INL void norm_means(const LayerNormParams& p, const float* weight, const NormRow<T>& from, const RowStatistics& s,
+                    float* dw, float* db, F* mean_g, F* mean_gx) {
+  const void *x = from.x, *dy = from.dy;
   F g_sum[2] = {zero(), zero()}, gx_sum[2] = {zero(), zero()};
   for_lanes_paired(p.C, [&](i64 c, i64 n, int u) __attribute__((always_inline)) {
-    const F xhat = fma(load_as<T>(x, c, n) - s.center, s.scale, s.rest), d = load_own<T, ANY>(dy, dy_type, c, n);
+    const F xhat = fma(load_as<T>(x, c, n) - s.center, s.scale, s.rest), d = load_as<T>(dy, c, n);
     if (dw) store_lanes(dw + c, fma(d, xhat, load_lanes(dw + c, n)), n);
     if (db) store_lanes(db + c, load_lanes(db + c, n) + d, n);
     const F g = d * load_lanes(weight + c, n);  // 0 in lanes past the end
@@ -35,49 +38,46 @@ INL void norm_means(const LayerNormParams& p, const float* weight, const void* x
   *mean_gx = set(sum(gx_sum[0] + gx_sum[1]) / float(p.C));
 }
 
-// The gradient of row r, x, of what was normalised, L values at a time, to store(c, gradient, n).
-template <DType T, bool ANY, class Store>
-INL void norm_gradient(const LayerNormParams& p, const float* weight, const void* x, i64 r, F mean_g, F mean_gx,
-                       Store store) {
-  const void *dy = p.dy.data ? row(p.dy, r) : nullptr, *dtotal = p.dtotal.data ? row(p.dtotal, r) : nullptr;
-  const RowStatistics s(p, r);
+// The gradient of row r of what was normalised, L values at a time, to store(c, gradient, n).
+template <DType T, class Store>
+INL void norm_gradient(const LayerNormParams& p, const float* weight, const NormRow<T>& from, const RowStatistics& s,
+                       i64 r, F mean_g, F mean_gx, Store store) {
+  const void *x = from.x, *dy = from.dy, *dtotal = from.dtotal;
   const char *next_x = next_row(p, p.x, r), *next_dy = next_row(p, p.dy, r);
-  const DType dy_type = p.dy.dtype, dtotal_type = p.dtotal.dtype;
-  const i64 x_size = ANY ? element_size(p.x.dtype) : element_size(T);
+  const i64 x_size = element_size(p.x.dtype), dy_size = element_size(p.dy.dtype);
   for_lanes(p.C, [=](i64 c, i64 n) __attribute__((always_inline)) {
     F d = zero();
     prefetch(next_x + c * x_size);
-    if (next_dy) prefetch(next_dy + c * element_size(ANY ? dy_type : T));
+    if (next_dy) prefetch(next_dy + c * dy_size);
     if (dy) {
       const F xhat = fma(load_as<T>(x, c, n) - s.center, s.scale, s.rest);
       // rounded as in norm_means: a product fused with the difference would leave its rounding where both are equal
-      const F g = fma(load_own<T, ANY>(dy, dy_type, c, n), load_lanes(weight + c, n), zero());
+      const F g = fma(load_as<T>(dy, c, n), load_lanes(weight + c, n), zero());
       d = s.scale * fnma(xhat, mean_gx, g - mean_g);
     }
-    store(c, dtotal ? d + load_own<T, ANY>(dtotal, dtotal_type, c, n) : d, n);
+    store(c, dtotal ? d + load_as<T>(dtotal, c, n) : d, n);
   });
 }
 
-template <DType T, bool ANY>
+template <DType T>
 APART static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i64 r, float* dw, float* db) {
-  const MutRows &dx = p.dx, &dresidual = p.dresidual;
+  const MutRows &dx = p.dx, &dresidual = p.dresidual, &only = dx.data ? dx : dresidual;
   const uint32_t threshold = dx.data ? p.dropout.threshold : 0;
-  const void* x = ANY && p.dy.data ? read_row(row(p.x, r), p.x.dtype, p.C, t.wide) : row(p.x, r);
+  const NormRow<T> from(p, t, r);
+  const RowStatistics s(p, r);
   F mean_g = zero(), mean_gx = zero();
-  if (p.dy.data) norm_means<T, ANY>(p, t.weight, x, r, dw, db, &mean_g, &mean_gx);
-  const MutRows& only = dx.data ? dx : dresidual;
+  if (from.dy) norm_means(p, t.weight, from, s, dw, db, &mean_g, &mean_gx);
   if (!threshold && !(dx.data && dresidual.data) && only.dtype == T) {
     void* out = row(only, r);
     const bool past = only.non_temporal;
-    norm_gradient<T, ANY>(p, t.weight, x, r, mean_g, mean_gx,
-                          [=](i64 c, F d, i64 n) __attribute__((always_inline)) { put_as<T>(past, out, c, d, n); });
-    return;
+    return norm_gradient(p, t.weight, from, s, r, mean_g, mean_gx,
+                         [=](i64 c, F d, i64 n) __attribute__((always_inline)) { put_as<T>(past, out, c, d, n); });
   }
   if (threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
   void *to_x = dx.data ? row(dx, r) : nullptr, *to_residual = dresidual.data ? row(dresidual, r) : nullptr;
   const uint16_t* lanes = t.lanes;
   const float kept = dropout_scale(p.dropout);
-  norm_gradient<T, ANY>(p, t.weight, x, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
+  norm_gradient(p, t.weight, from, s, r, mean_g, mean_gx, [=](i64 c, F d, i64 n) __attribute__((always_inline)) {
     if (to_residual) put_any(dresidual.non_temporal, to_residual, dresidual.dtype, c, d, n);
     if (to_x) put_any(dx.non_temporal, to_x, dx.dtype, c, threshold ? drop(d, lanes + c, threshold, kept) : d, n);
   });
@@ -188,19 +188,22 @@ static void bwd_chunks_of_words(const LayerNormParams& p, i64 chunk_begin, i64 c
 }
 #endif
 
-template <DType T, bool ANY> static void norm_bwd_chunks(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
+constexpr DType kOwn = kScalar || kOnlyBf16 ? DType::f32 : DType::bf16;
+static void norm_bwd_chunks(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
+  const bool own = p.x.dtype == DType::bf16 && (!p.dy.data || p.dy.dtype == DType::bf16);
   const NormBuffers t(p);
   for (i64 k = chunk_begin; k < chunk_end; k++) {
     float *dw = p.dweight ? p.dweight + k * p.C : nullptr, *db = p.dbias ? p.dbias + k * p.C : nullptr;
     if (dw) __builtin_memset(dw, 0, size_t(p.C) * 4);
     if (db) __builtin_memset(db, 0, size_t(p.C) * 4);
     const i64 end = (k + 1) * kRowChunk < p.R ? (k + 1) * kRowChunk : p.R;
-    for (i64 r = k * kRowChunk; r < end; r++) norm_bwd_row<T, ANY>(p, t, r, dw, db);
+    for (i64 r = k * kRowChunk; r < end; r++)
+      own ? norm_bwd_row<kOwn>(p, t, r, dw, db) : norm_bwd_row<DType::f32>(p, t, r, dw, db);
   }
 }
 static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
-  const bool own = !p.dy.data || p.dy.dtype == p.x.dtype;
 #ifdef GPTFAST_PAIRS
+  const bool own = !p.dy.data || p.dy.dtype == p.x.dtype;
   if (own && in_words(p.x.dtype, p.C)) {
     bwd_chunks_of_words(p, chunk_begin, chunk_end);
     return stream_end();
@@ -210,13 +213,8 @@ static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_
     const bool rounds =
         (p.dx.data && p.dx.dtype == DType::bf16) || (p.dresidual.data && p.dresidual.dtype == DType::bf16);
     if (p.x.dtype != DType::f32 || !rounds) return base.layer_norm_bwd(p, chunk_begin, chunk_end);
-    norm_bwd_chunks<DType::f32, true>(p, chunk_begin, chunk_end);
-  } else if (kScalar || p.x.dtype == DType::f16 || !own) {
-    norm_bwd_chunks<DType::f32, true>(p, chunk_begin, chunk_end);
-  } else {
-    p.x.dtype == DType::bf16 ? norm_bwd_chunks<DType::bf16, false>(p, chunk_begin, chunk_end)
-                             : norm_bwd_chunks<DType::f32, false>(p, chunk_begin, chunk_end);
   }
+  norm_bwd_chunks(p, chunk_begin, chunk_end);
   stream_end();
 }
 

@@ -26,9 +26,14 @@
 #else
 #define INL static inline __attribute__((always_inline))
 #endif
-#define COLD static inline __attribute__((noinline))  // compiled once, and called: for what is rarely run
-// Of what runs once a row or once a tile: a long function takes g++ more time than its parts.
+// Of what runs once a row or once a tile: a long function takes g++ more time than its parts. Nor does it copy such a function for
+// arguments that it knows.
+#ifdef __clang__
 #define APART __attribute__((noinline))
+#else
+#define APART __attribute__((noinline, noclone))
+#endif
+#define COLD static inline APART  // compiled once, and called: for what is rarely run
 // An operand of inline assembler that keeps a vector, which the compiler then knows nothing of, in its register.
 #if defined(GPTFAST_EMULATED_AVX512)
 #define IN_VECTOR(x) "+m"(x)

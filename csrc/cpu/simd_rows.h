@@ -35,7 +35,7 @@ INL void narrow_tail(void* p, DType t, F x, i64 n) {
 }
 #endif
 
-INL void widen_row(float* out, const void* x, DType t, i64 n) {
+COLD void widen_row(float* out, const void* x, DType t, i64 n) {
   const uint16_t* p = static_cast<const uint16_t*>(x);
   alignas(64) uint16_t tail[L] = {};
   i64 i = 0;
@@ -48,7 +48,7 @@ INL void widen_row(float* out, const void* x, DType t, i64 n) {
   __builtin_memcpy(tail, p + i, size_t(n - i) * 2);
   store_n(out + i, t == DType::bf16 ? load_bf16(tail) : load_f16(tail), n - i);
 }
-INL void narrow_row(void* y, const float* x, DType t, i64 n) {
+COLD void narrow_row(void* y, const float* x, DType t, i64 n) {
   uint16_t* p = static_cast<uint16_t*>(y);
   alignas(64) uint16_t tail[L];
   i64 i = 0;

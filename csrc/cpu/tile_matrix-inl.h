@@ -26,18 +26,14 @@ INL void exchange_halves(F* a, F* b) {
   *b = as_float(second);
 }
 
-template <int R, int V, TileOp OP>
-INL void matrix_tile(const uint32_t* A, i64 ra, i64 ka, const uint32_t* B, i64 ldb, i64 K, float* C, i64 ldc,
+template <int R, int V, class Op>
+INL void matrix_tile(Op op, const uint32_t* A, i64 ra, i64 ka, const uint32_t* B, i64 ldb, i64 K, float* C, i64 ldc,
                      const float* alpha) {
   static_assert(R % 2 == 0);
   constexpr int P = R / 2;
   F acc[R][V];  // row 2 p: the squares of columns c, row 2 p + 1: those of columns c + 2
-  UNROLL_FOR (int r = 0; r < R; r++)
-    UNROLL_FOR (int v = 0; v < V; v++) {
-      acc[r][v] = OP == TileOp::set || OP == TileOp::add ? zero() : load(C + r * ldc + v * L);
-      if (OP == TileOp::scale) acc[r][v] = acc[r][v] * load(alpha + v * L);
-    }
-  if (OP == TileOp::accumulate || OP == TileOp::scale)
+  tile_begin<R, V>(op, acc, C, ldc, alpha);
+  if (op == TileOp::accumulate || op == TileOp::scale)
     UNROLL_FOR (int p = 0; p < P; p++)
       UNROLL_FOR (int v = 0; v < V; v++) exchange_halves(&acc[2 * p][v], &acc[2 * p + 1][v]);
   const auto step = [&](const I(&a)[P], const uint32_t* first, const uint32_t* second) __attribute__((always_inline)) {
@@ -74,9 +70,5 @@ INL void matrix_tile(const uint32_t* A, i64 ra, i64 ka, const uint32_t* B, i64 l
   }
   UNROLL_FOR (int p = 0; p < P; p++)
     UNROLL_FOR (int v = 0; v < V; v++) exchange_halves(&acc[2 * p][v], &acc[2 * p + 1][v]);
-  UNROLL_FOR (int r = 0; r < R; r++)
-    UNROLL_FOR (int v = 0; v < V; v++) {
-      if (OP == TileOp::add) acc[r][v] = load(C + r * ldc + v * L) + acc[r][v];
-      store(C + r * ldc + v * L, acc[r][v]);
-    }
+  tile_end<R, V>(op, acc, C, ldc);
 }
