@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 SECONDS = 60.0  # that a case may take on a busy machine
 MAKING = 600.0  # that all of their preparation may take, which trains models
 MOST = 20  # findings, then it is enough
+LEAST = 10  # cases, however long they take: a busy machine must not make a campaign of nothing
 MEMORY = 4 << 30  # bytes that a process may have beyond those at its start
 
 Case = Callable[[random.Random], tuple[str, str | None]]  # the kind of case; what it found, or None
@@ -47,7 +48,7 @@ class Report:
 
 
 def campaign(name: str, make: Callable[[], Case], seconds: float, seed: int) -> Report:
-    """Run cases for about so many seconds, beside what it takes to prepare them.
+    """Run cases for about so many seconds, and `LEAST` of them at least, beside what it takes to prepare them.
 
     Args:
         name: of the part, for reports.
@@ -56,7 +57,7 @@ def campaign(name: str, make: Callable[[], Case], seconds: float, seed: int) -> 
     """
     report, number, end = Report(name, seed), 0, time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="gptfast-fuzz-") as place:
-        while time.monotonic() < end and len(report.findings) < MOST:
+        while (time.monotonic() < end or number < LEAST) and len(report.findings) < MOST:
             number, making = _run_until_it_ends(report, make, number, end - time.monotonic(), place)
             end += making
     return report
@@ -122,7 +123,7 @@ def _work(make: Callable[[], Case], seed: int, number: int, seconds: float, pipe
         _limit_memory()
         case = make()
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end or number < LEAST:
             tell(begins=number)
             kind, found = case(random.Random(f"{seed}:{number}"))
             tell(kind=kind, found=found)
