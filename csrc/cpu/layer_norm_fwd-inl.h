@@ -31,7 +31,9 @@ APART static const void* norm_input(const LayerNormParams& p, const NormBuffers&
 #endif
   if (p.dropout.threshold) dropout_lanes(t.lanes, p.dropout, 0, r, 0, p.C);
   if (!kScalar && p.x.dtype == p.residual.dtype) {
-    with_own_dtype(type, [&](auto T) { add_rows<T.value>(p, t.lanes, x, residual, total, copy); });
+    const auto add = [&](auto T) { add_rows<T.value>(p, t.lanes, x, residual, total, copy); };
+    if constexpr (kOnlyBf16) add(DTypeConstant<DType::f32>());  // base has the others
+    else with_dtype(type, add);
     return copy ? copy : total;
   }
   x = read_row(x, p.x.dtype, p.C, t.wide[0]), residual = read_row(residual, p.residual.dtype, p.C, t.wide[1]);

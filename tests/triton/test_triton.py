@@ -30,7 +30,8 @@ needs_triton = pytest.mark.skipif(
 # 3.9 truncate instead of rounding); thousands of programs, a few milliseconds each; what reads integers of a GPU's memory to
 # raise an error about them, which the Triton kernels leave out so as not to wait; repetition, as here a thread runs all; what
 # is about the CUDA kernels, and would run on their emulator once more.
-# Of products of parameters that take the same path through a kernel, each value once instead of each pair.
+# Of products of parameters that take the same path through a kernel, each value once instead of each pair; few_heads is about
+# the slices of the CPU's backward.
 SUITE = {
     "gelu": "not 8300 and not repeatable",
     "layer_norm": "not 8300 and not 8200 and not repeatable and not few_rows and (not far_from_zero or 14.1 or 3000)",
@@ -42,7 +43,8 @@ SUITE = {
     "mixed_dtypes": "not a_bias_beyond or weight0",
     "dropout": "not half_a_unit and not repeatable",
     "cross_entropy": "not repeatable and not memory and not underflow and not not_rounded and not outside",
-    "causal_attention": "not repeatable and not pure and not below_python and not T256D64 and not (T129D128 and fp32)",
+    "causal_attention": "not repeatable and not pure and not below_python and not T256D64 and not (T129D128 and fp32)"
+    " and not few_heads and not (equal_scores and (dtype1-1 or dtype2 or dtype4))",
     "dequantize_nf4": "not errors",
     "quantized_linear": "not errors and (not identity or int8-32 or int4-64 or nf4-128 or mxfp4)",
     "embedding": "not 2049 and not IndexError and not long_runs and not on_cuda and not outside"
