@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Annotated, Any
@@ -72,7 +73,7 @@ class Options:
             names = [option_name(name)] if default is False and not change.both else []  # a flag, without its opposite
             option = (typer.Argument if change.argument else typer.Option)(
                 *names,
-                help=as_options(f"{change.help or described.help} {change.more}".strip()),
+                help=_shown(f"{change.help or described.help} {change.more}".strip()),
                 show_default=(default is not None and default is not False) if is_value else as_options(words),
                 rich_help_panel=group or None,
                 metavar="|".join(choices) or None,
@@ -86,6 +87,11 @@ class Options:
                     annotation=Annotated[change.type or _plain(hints[name]), option],
                 ),
             )
+
+
+def _shown(text: str) -> str:
+    """A description as a help text: names of fields are options, and [[source]] is text, which Rich takes for markup."""
+    return re.sub(r"\[(?=[a-z#/@])", r"\\[", as_options(text))
 
 
 def _hints(source: type) -> dict[str, Any]:

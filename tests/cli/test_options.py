@@ -37,7 +37,7 @@ class Oven:
     mode: str = option("fan", "Which heat.", allowed=("fan", "grill"))
     part: float = option(0.5, "Part of the power.", allowed=Real(0, below=1))
     shelf: int = option(1, "Which shelf.", allowed=Whole(1, 4))
-    humidity: float = option(0.0, "Share of water.", allowed=Real(0, most=1, noun="a share"))
+    humidity: float = option(0.0, "Share of [[water]] in [0, 1].", allowed=Real(0, most=1, noun="a share"))
     steam: bool = option(False, "With steam.")
     light: bool = option(True, "With light.")
     secret: int = 0
@@ -68,7 +68,7 @@ def test_the_help_of_an_option_has_description_default_and_choices():
         "--minutes <float> Time. [default: (until done, None)]",
         "--mode fan|grill Which heat. [default: fan]",
         "--part <float> Part of the power. [default: 0.5]",
-        "--humidity <float> Share of water. [default: 0.0]",
+        "--humidity <float> Share of [[water]] in [0, 1]. [default: 0.0]",
         "--steam <bool> With steam. --light --no-light <bool> With light. [default: light]",
     ):
         assert text in shown
