@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 MODEL_HELP = "Checkpoint folder, such as runs/bard/best, nanoGPT's ckpt.pt, or a Hugging Face hub id."
 TOKENIZER_HELP = "How to cut text into tokens: gpt2, or the FOLDER of a tokenizer."
 SPECIAL_TOKENS_HELP = "Read special tokens in prompts, such as <|endoftext|>, as such; without, as ordinary text."
-QUANTIZE_HELP = "Pack the weights in int8, int6, q4, int4, nf4, mxfp4, bf16 or fp32 for the native CPU engine"
+QUANTIZED = "int8, int6, q4, int4, nf4, mxfp4, bf16 or fp32"
+QUANTIZE_HELP = f"Pack the weights in {QUANTIZED} for the native CPU engine"
 MOST_TEXTS = 1 << 16  # largest --batch-size; more would use much memory before the first token
 
 
@@ -41,6 +42,8 @@ def load(
     from gptfast.tokenizer import lenient, load_tokenizer
 
     path = resolve(model)
+    if quantize is not None:
+        _check_format(quantize)
     if tokenizer is None:
         stored, found = read_whole(path, lambda: (StoredModel(path), _own_tokenizer(path)))
     else:
@@ -53,6 +56,15 @@ def load(
     for name, folder in (adapters or {}).items():
         gpt.load_adapter(folder, name)
     return gpt, lenient(found)
+
+
+def _check_format(quantize: str) -> None:
+    from gptfast.engine.formats import format_name
+
+    try:
+        format_name(quantize)
+    except ValueError:
+        raise ValueError(f"`quantize` is {quantize!r}; expected one of {QUANTIZED}") from None
 
 
 def _make_room(gpt: GPT, adapters: Mapping[str, str]) -> None:

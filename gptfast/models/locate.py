@@ -19,6 +19,7 @@ _HUB_FILES = [
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer*.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 ]
+_EXPECTED = f"expected a checkpoint folder with {CONFIG} and {SINGLE}, or nanoGPT's {nanogpt.FILE_NAME}"
 _OLD_HUB_FILES = ["pytorch_model*.bin", OLD_INDEX]  # where there are no others
 
 
@@ -35,16 +36,16 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             )
         if not own and (found := _checkpoints(folder)):
             raise FileNotFoundError(f"{path} is the folder of a training run; name one of its checkpoints: {found}")
+        if not own:
+            raise FileNotFoundError(f"{path} has no {CONFIG}; {_EXPECTED}")
         return folder
     if folder.is_file() and folder.suffix in nanogpt.SUFFIXES:
         return folder
     if not folder.exists() and folder.name == "best" and (found := _checkpoints(folder.parent)):
         raise FileNotFoundError(f"{path} does not exist, as the run has not been evaluated yet; there is {found}")
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(path)):
-        raise FileNotFoundError(
-            f"{path} is not a folder; expected a checkpoint folder with {CONFIG} and {SINGLE}, or nanoGPT's "
-            f"{nanogpt.FILE_NAME}"
-        )
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; {_EXPECTED}")
     return _download(str(path))
 
 

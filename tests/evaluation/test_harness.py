@@ -246,7 +246,7 @@ def test_the_command_says_what_is_wrong_in_a_line(command: Any, tasks: Path, cap
         command("--tasks", "own_read", "--include_path", str(tasks), "--model_args", "pretrained=nowhere/at/all") == 1
     )
     said = capfd.readouterr().err.splitlines()  # before: pytest's complaints about the streams that it has closed
-    assert said[-2].startswith("error: nowhere/at/all is not a folder; expected a checkpoint folder")
+    assert said[-2].startswith("error: nowhere/at/all does not exist; expected a checkpoint folder")
     assert said[-1] == "(GPTFAST_DEBUG=1 shows where it was raised)"
 
 

@@ -279,8 +279,12 @@ def test_pickle_beside_safetensors_is_not_opened(saved: Path):
 
 
 def test_no_such_folder_and_wrong_arguments(tmp_path: Path, saved: Path):
-    with pytest.raises(FileNotFoundError, match=r"is not a folder; expected a checkpoint folder with config\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing does not exist; expected a checkpoint folder with config\.json"
+    ):
         GPT.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json; expected a checkpoint folder with config\.json"):
+        GPT.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"config\.json is not a folder"):
         GPT.from_pretrained(saved / "config.json")
     with pytest.raises(TypeError, match="GPTConfig has no field 'n_layers'"):

@@ -54,8 +54,8 @@ def test_the_command_serves_until_sigterm(quantize, tmp_path, tokenizer):
         (["--max-connections", "0"], "--max-connections is 0; expected 1 to "),
         (["--max-connections", "1000000000"], "the limit of open files - give fewer, or raise"),
         (["--timeout", "nan"], "--timeout is nan; expected seconds > 0"),
-        (["--port", "0"], "nowhere is not a folder"),
-        (["--host", "0.0.0.0", "--no-auth", "--port", "0"], "nowhere is not a folder"),
+        (["--port", "0"], "nowhere does not exist"),
+        (["--host", "0.0.0.0", "--no-auth", "--port", "0"], "nowhere does not exist"),
         (
             ["--host", "192.0.2.1", "--no-auth", "--port", "0"],
             "serve: cannot listen on 192.0.2.1, port 0: Cannot assign requested address; choose another --port, or a --host",
