@@ -11,7 +11,7 @@ import pytest
 
 from gptfast._pages import drop_code
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="smaps are Linux's")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pagemap is Linux's")
 
 DROP = """
 import torch
