@@ -96,14 +96,14 @@ def _sync(path: Path) -> None:
 def _explain(error: OSError, failure: str, state: str = "") -> OSError:
     """The same class of error and errno, with a text that names the file, the reason and the remedy."""
     reason = error.strerror or str(error)
-    remedy = _REMEDIES.get(type(error), "check the disk (free space, quota) and try again")
+    remedy = REMEDIES.get(type(error), "check the disk (free space, quota) and try again")
     message = "; ".join(filter(None, [f"{failure}: {reason}", state, remedy]))
     explained = OSError(error.errno, message) if error.errno is not None else OSError(message)
     explained.explained = True  # type: ignore[attr-defined]
     return explained
 
 
-_REMEDIES: dict[type, str] = {
+REMEDIES: dict[type, str] = {
     PermissionError: "check who owns the file and its folder, or name another place",
     FileNotFoundError: "check the spelling of the path",
     NotADirectoryError: "a part of the path is a file, not a folder; name another place",

@@ -36,13 +36,19 @@ def fill_mask(options: dict[str, Any]) -> None:
     gptfast fill-mask --model runs/bert/best --text "To be, or not to [MASK]."
     """
     from gptfast.models import BERT
+    from gptfast.models.bert import load_model
     from gptfast.tokenizer import load_tokenizer
 
     asked = Masked(**values_of(Masked, options))
     texts = asked.text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise ValueError("fill-mask: there is no `text`; give one with [MASK] in it")
-    bert = BERT.from_pretrained(asked.model)
+    bert = load_model(asked.model)
+    if not isinstance(bert, BERT):
+        raise ValueError(
+            f"fill-mask: {asked.model} is a GPT, which continues texts (gptfast generate); expected a BERT, such as gptfast train "
+            "--objective mlm makes"
+        )
     own = None if asked.tokenizer is None else load_tokenizer(asked.tokenizer)
     found = bert.fill_mask(texts, tokenizer=own, top_k=asked.top_k, targets=asked.target or None)
     if asked.json:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from gptfast._json import read_json
-from gptfast._snapshots import current
+from gptfast._snapshots import current, read_whole
 from gptfast.checkpoints.hf_layout import CONFIG
 from gptfast.checkpoints.weight_files import INDEX, OLD_INDEX, SINGLE, has_safetensors
 from gptfast.metadata import GENERATION
@@ -27,7 +27,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     """Where a checkpoint is: `path` itself, or where huggingface-hub keeps the model of that id."""
     folder = Path(path)
     if folder.is_dir():
-        own = current(folder, CONFIG).exists() or nanogpt.find(folder) is not None
+        own = _has_model(folder)
         if not own and current(folder, ADAPTER).is_file():
             base = read_json(current(folder, ADAPTER)).get("base_model_name_or_path")
             raise FileNotFoundError(
@@ -37,7 +37,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         if not own and (found := _checkpoints(folder)):
             raise FileNotFoundError(f"{path} is the folder of a training run; name one of its checkpoints: {found}")
         if not own:
-            raise FileNotFoundError(f"{path} has no {CONFIG}; {_EXPECTED}")
+            read_whole(folder, lambda: _expect_model(folder, path))
         return folder
     if folder.is_file() and folder.suffix in nanogpt.SUFFIXES:
         return folder
@@ -47,6 +47,15 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         what = "is not a folder" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; {_EXPECTED}")
     return _download(str(path))
+
+
+def _has_model(folder: Path) -> bool:
+    return current(folder, CONFIG).exists() or nanogpt.find(folder) is not None
+
+
+def _expect_model(folder: Path, path: str | os.PathLike[str]) -> None:
+    if not _has_model(folder):  # nor is another process saving one there: then `read_whole` looks again
+        raise FileNotFoundError(f"{path} has no {CONFIG}; {_EXPECTED}")
 
 
 def _checkpoints(run: Path) -> str:

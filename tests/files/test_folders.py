@@ -110,6 +110,16 @@ def test_a_kill_at_any_moment_leaves_all_old_or_all_new_and_readers_change_nothi
     assert outcomes.count(True) > 5, "the kill never came after the commit"
 
 
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with (
+        pytest.raises(FileExistsError, match=r"cannot write to .*notes.txt: .*is a file, not a folder; name another"),
+        staged_folder(tmp_path / "notes.txt"),
+    ):
+        pass
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_a_save_inside_another_is_part_of_it(tmp_path: Path):
     with pytest.raises(RuntimeError, match="full"), staged_folder(tmp_path) as stage:  # noqa: PT012
         CharTokenizer.train("abc").save(stage)

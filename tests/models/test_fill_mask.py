@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptfast.models import BERT, GPTConfig
+from gptfast.models import BERT, GPT, GPTConfig
 from gptfast.tokenizer import WordPieceTokenizer, get_tokenizer
 from tests.support.train_command import gptfast
 
@@ -105,3 +105,6 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys):
     assert "there is no [MASK]" in capsys.readouterr().err
     assert gptfast("generate", "--model", folder, "--prompt", "the") == 1
     assert "use gptfast.BERT" in capsys.readouterr().err
+    GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=9, block_size=8)).save_pretrained(tmp_path / "gpt")
+    assert gptfast("fill-mask", "--model", tmp_path / "gpt", "--text", "the [MASK]") == 1
+    assert "gpt is a GPT, which continues texts (gptfast generate); expected a BERT" in capsys.readouterr().err
