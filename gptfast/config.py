@@ -146,11 +146,11 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, dropout: float | None = None, **overrides: Any) -> GPTConfig:
-        """The configuration of a published model, with some fields changed.
+        """The configuration of a published model, with some fields changed; `gptfast info` lists them with their sizes.
 
         Args:
             name: gpt1; gpt2, gpt2-medium, gpt2-large, gpt2-xl; gpt3-125m, -350m, -760m, -1.3b, -2.7b, -6.7b,
-                -13b, -175b; bert-base, bert-large; gpt-oss-20b, -120b (see `PRESETS` for where the numbers come from).
+                -13b, -175b; bert-base, bert-large; gpt-oss-20b, -120b; gptoss-tiny, of gpt-oss' form to train on a CPU.
             dropout: sets all three dropouts; None keeps the preset's.
             overrides: any field of GPTConfig.
         Raises:

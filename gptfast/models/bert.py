@@ -46,10 +46,18 @@ class BERT(Transformer):
     def from_pretrained(
         cls, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **config_overrides: Any
     ) -> BERT:
-        """Load transformers' BertForPreTraining, BertForMaskedLM or BertModel, or what `save_pretrained` wrote; see
-        `gptfast.models.pretrained.load`. The model has the heads that the checkpoint has.
+        """Load transformers' BertForPreTraining, BertForMaskedLM or BertModel, or what `save_pretrained` wrote.
 
         A BertForSequenceClassification is read by `gptfast.finetuning.TaskModel.from_pretrained`.
+
+        Args:
+            path: a folder with config.json and safetensors (or an older pytorch_model.bin), or a hub id.
+            dtype: of the weights; None: as stored.
+            config_overrides: fields of `GPTConfig` to change, such as dropout=0.0.
+        Returns:
+            The model in evaluation mode, with the heads that the checkpoint has.
+        Raises:
+            OSError, ValueError, ImportError: as `GPT.from_pretrained`.
         """
         folder = resolve(path)
         model = pretrained.load(cls, folder, dtype, config_overrides)
@@ -86,7 +94,15 @@ class BERT(Transformer):
         return fill_mask(self, texts, tokenizer, top_k, targets)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
-        """Write a checkpoint folder that transformers reads with the same logits; see `gptfast.models.export.save`."""
+        """Write config.json and the weights to a folder that transformers reads with the same logits.
+
+        Args:
+            path: a folder, made if missing; its other files stay. A failure leaves what was there.
+            max_shard_size: bytes, or text such as "500MB" (10**6 each); larger weights become several files with an index.
+        Raises:
+            OSError: it cannot be written (disk full, no permission).
+            ValueError: a wrong max_shard_size, or the model's modules are not what its config says.
+        """
         export.save(self, path, max_shard_size)
 
 

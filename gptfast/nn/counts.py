@@ -19,7 +19,11 @@ class Counted(nn.Module):
     lm_transform: HeadTransform | None
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """Number of parameters; tied weights count once, quantised ones (never trained) as the numbers that they stand for."""
+        """Number of parameters; tied weights count once, quantised ones (never trained) as the numbers that they stand for.
+
+        Args:
+            only_trainable: count those with requires_grad alone.
+        """
         own = sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
         return own if only_trainable else own + _quantized(self)
 

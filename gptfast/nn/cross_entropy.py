@@ -62,8 +62,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     """Cross-entropy of `input @ weight.T` by chunks of rows, through `gptfast.ops.linear_cross_entropy`.
 
     Signature and state_dict (`linear.weight`) are those of `torch.nn.LinearCrossEntropyLoss` (torch >= 2.13).
-    Not
-    supported, with an error that says so: out_features, bias, class weights, class probabilities.
+    Not supported, with an error that says so: out_features, bias, class weights, class probabilities.
 
     Args:
         in_features: C, size of a hidden state.  num_classes: V.

@@ -132,12 +132,16 @@ class AdapterMethods(Transformer):
         merging.unmerge(self)
 
     def resize_token_embeddings(self, new_num_tokens: int) -> None:
-        """Give the model a vocabulary of another size, as transformers does: rows of new tokens are normal around the mean of
-        the others. Call it before `add_adapter`. `save_adapter` stores the embeddings beside an adapter that has no trained copy
-        of them, as the new rows are in no checkpoint of the base; after `save_pretrained` they are.
+        """Give the model a vocabulary of another size, as transformers does.
 
+        Rows of new tokens are drawn around the mean of the others. Call it before `add_adapter`. `save_adapter` stores the
+        embeddings beside an adapter that has no trained copy of them, as the new rows are in no checkpoint of the base; after
+        `save_pretrained` they are.
+
+        Args:
+            new_num_tokens: V, the number of token ids, at least 1.
         Raises:
-            TypeError, ValueError: no size, or the model has adapters.
+            TypeError, ValueError: no such number, or the model has adapters.
         """
         check_count("resize_token_embeddings", "new_num_tokens", new_num_tokens)
         if self.adapters is not None:
