@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import errno
 import os
 import platform
 import re
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from gptfast._files import cache_folder
+from gptfast._files import REMEDIES, cache_folder
 from gptfast._version import __version__
 from gptfast.cli._names import as_options
 
@@ -55,12 +56,23 @@ def print_error(error: Exception, options: dict[str, str] | None = None) -> None
     elif not _is_users_mistake(error):
         return _print_internal_error(error)
     else:
-        _print(f"error: {_in_options(_without_owners(_one_line(error), error), options or {})}")
+        _print(f"error: {_in_options(_without_owners(_one_line(error), error), options or {})}{_remedy(error)}")
     _print(f"({DEBUG}=1 shows where it was raised)")
 
 
 def _print(line: str) -> None:
     print(line, file=sys.stderr)
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about an error of the system whose text does not say it, behind a semicolon; "": nothing is known."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return ""
+    if error.strerror != os.strerror(error.errno):
+        return ""
+    read_only = "nothing can be written there; name another place" if error.errno == errno.EROFS else ""
+    remedy = read_only or REMEDIES.get(type(error), "")
+    return f"; {remedy}" if remedy else ""
 
 
 def _one_line(error: Exception) -> str:
@@ -104,8 +116,9 @@ def _in_options(text: str, options: dict[str, str]) -> str:
     text = as_options(text, options)
     if re.search(r", (line|record) \d+", text):
         return text
+    of_file = re.search(r"\.(json|toml)\b", text)  # .jsonl is data
     for name, option in options.items():
-        if (".json" in text or ".toml" in text) and not _is_given(option):
+        if of_file and not _is_given(option):
             continue
         text = re.sub(rf"(?<![\w./'\"=-]){name}=True\b", option, text)
         text = re.sub(rf"(?<![\w./'\"=-]){name}=(?=[\w'\"\[-])", f"{option} ", text)

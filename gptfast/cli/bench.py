@@ -54,6 +54,7 @@ def bench(
         torch.set_num_threads(threads)
     if tune_malloc and not gptfast.tune_malloc():
         raise RuntimeError("bench: --tune-malloc needs glibc; leave it out here")
+    out.mkdir(parents=True, exist_ok=True)  # before minutes of work: it may not be writable
     machine = measure_machine()
     print("malloc: " + ("tuned (gptfast.tune_malloc)" if tune_malloc else "as installed"))
     if busy:
@@ -66,7 +67,6 @@ def bench(
             results.append(compare(c, rounds or (40 if busy else 7)))
     machine = machine.measured_again()
     print_table(results, machine)
-    out.mkdir(parents=True, exist_ok=True)
     save_json(results, machine, out / "bench.json")
     save_plot(results, machine, out / "bench.png")
     print(f"wrote {out / 'bench.json'} and {out / 'bench.png'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -72,11 +73,20 @@ def refuse():
     raise TypeError("GPTConfig: n_layer is None;\n expected an int")
 
 
+def read_only():
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), "runs")
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
         (refuse, "error: GPTConfig: n_layer is None; expected an int"),
-        (lambda: os.stat("/no/such/file"), "error: [Errno 2] No such file or directory: '/no/such/file'"),
+        (lambda: os.stat("/no/such/file"), "error: [Errno 2] No such file or directory: '/no/such/file'; check"),
+        (lambda: os.mkdir(__file__), f"error: [Errno 17] File exists: {__file__!r}; a part of the path is a file"),
+        (
+            read_only,
+            "error: [Errno 30] Read-only file system: 'runs'; nothing can be written there; name another place",
+        ),
         (lambda: [None] * 2**60, "error: no memory is left (MemoryError); take a smaller batch, a shorter text or a"),
         (lambda: torch.empty(2**55), "error: no memory is left ("),
     ],

@@ -145,6 +145,11 @@ def test_quoted_names_in_messages_become_the_options_of_the_command():
         == "--n-layer is 3; choose another --out than `data`"
     )
     assert _in_options("replace it, or choose another `out_dir`", options) == "replace it, or choose another --out"
+    assert (
+        _in_options("name the text of .jsonl with n_layer='text'", options)
+        == "name the text of .jsonl with --n-layer 'text'"
+    )
+    assert _in_options("a.json: n_layer='text'", options) == "a.json: n_layer='text'"
     assert as_options("`n_layer` or `init_from`") == "--n-layer or --init-from"
 
 
