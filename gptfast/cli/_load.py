@@ -15,6 +15,7 @@ TOKENIZER_HELP = "How to cut text into tokens: gpt2, or the FOLDER of a tokenize
 SPECIAL_TOKENS_HELP = "Read special tokens in prompts, such as <|endoftext|>, as such; without, as ordinary text."
 QUANTIZED = "int8, int6, q4, int4, nf4, mxfp4, bf16 or fp32"
 QUANTIZE_HELP = f"Pack the weights in {QUANTIZED} for the native CPU engine"
+STOP_HELP = "End a text with the token that completes this string; may be given several times."
 MOST_TEXTS = 1 << 16  # largest --batch-size; more would use much memory before the first token
 
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from typing import Any
 
 from gptfast._options import option, values_of
-from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, SPECIAL_TOKENS_HELP, TOKENIZER_HELP, load
+from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, SPECIAL_TOKENS_HELP, STOP_HELP, TOKENIZER_HELP, load
 from gptfast.cli._options import Change, Options, takes
 from gptfast.cli.generate import DRAWING, SEED, TEMPERATURE, defaults_of, with_drawing
 from gptfast.generation.config import GenerationConfig
@@ -41,7 +41,7 @@ _CHANGES = {
     "max_new_tokens": Change(help="Largest number of tokens of a reply.", words="as many as the context has room for"),
     "temperature": Change(default=TEMPERATURE),
     "seed": Change(default=SEED, more="/regenerate takes the next one."),
-    "stop_strings": Change(name="stop", type=list[str]),
+    "stop_strings": Change(name="stop", type=list[str], help=STOP_HELP),
 }
 
 

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptfast._options import option, values_of
-from gptfast.cli._load import MODEL_HELP, QUANTIZE_HELP, SPECIAL_TOKENS_HELP, TOKENIZER_HELP, check_batch_size, load
+from gptfast.cli._load import (
+    MODEL_HELP,
+    QUANTIZE_HELP,
+    SPECIAL_TOKENS_HELP,
+    STOP_HELP,
+    TOKENIZER_HELP,
+    check_batch_size,
+    load,
+)
 from gptfast.cli._options import Change, Options, takes
 from gptfast.cli._prompts import encode, read_prompts
 from gptfast.cli._show import print_all, print_probabilities, stream_one
@@ -87,7 +95,7 @@ _CHANGES = {
     "max_new_tokens": Change(words=f"{TEXT_TOKENS}, or fewer where the model has no more room"),
     "temperature": Change(default=TEMPERATURE),
     "seed": Change(default=SEED),
-    "stop_strings": Change(name="stop", type=list[str]),
+    "stop_strings": Change(name="stop", type=list[str], help=STOP_HELP),
     "do_sample": Change(default=False, type=bool),
 }
 

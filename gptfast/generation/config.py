@@ -87,7 +87,7 @@ class GenerationConfig:
     )
     stop_strings: str | tuple[str, ...] | None = option(
         None,
-        "End a text with the token that completes this string; may be given several times.",
+        "A text, or several: the token that completes one ends the sequence.",
     )
     repetition_penalty: float = option(
         1.0,
