@@ -17,7 +17,7 @@ BIASES = ("none", "all", "lora_only")
 INITS = (True, False, "gaussian")
 _SWITCHES = ("use_rslora", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
 # Keys of peft's files that say nothing about the model.
-_INFORMATION = ("auto_mapping", "peft_version", "revision", "runtime_config", "peft_type")
+_INFORMATION = ("auto_mapping", "peft_version", "runtime_config", "peft_type")
 # peft's fields for other methods, and the values at which they do nothing, beside None, False and what is empty.
 _NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 _REMEDIES = {
@@ -49,7 +49,9 @@ class LoraConfig:
         rank_pattern, alpha_pattern: other r and lora_alpha for names or endings, as regular expressions.
         fan_in_fan_out: how the base stores its matrices; here it changes nothing, and what is written fits transformers.
         ensure_weight_tying: a copy of the token embedding by `modules_to_save` is the head's too, where the base ties them.
-        task_type, base_model_name_or_path, inference_mode: kept for the file.
+        task_type, base_model_name_or_path: kept for the file.
+        inference_mode: `add_adapter` leaves the adapter frozen, until `set_adapter`. Files say True, as peft's, whatever it is.
+        revision: of the base, where base_model_name_or_path is a model of the Hugging Face hub.
         use_dora, lora_bias, trainable_token_indices, target_parameters, layer_replication: refused.
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, or a field of peft's that gptfast does not have.
@@ -78,6 +80,7 @@ class LoraConfig:
     trainable_token_indices: Any = None
     target_parameters: Any = None
     layer_replication: Any = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         for name in _REMEDIES:

@@ -28,7 +28,8 @@ class PromptTuningConfig:
             embeddings of a new GPT. Random choices come from torch's generator. peft's own default is "RANDOM".
         prompt_tuning_init_text, tokenizer_name_or_path: for "TEXT": the text, and "gpt2" or the folder of a tokenizer.
         token_dim, num_transformer_submodules, num_attention_heads, num_layers: of the model; None: filled in.
-        task_type, base_model_name_or_path, inference_mode: kept for the file.
+        task_type, base_model_name_or_path, inference_mode: kept for the file; as in peft the last freezes no soft prompt.
+        revision: of the base, where base_model_name_or_path is a model of the Hugging Face hub.
         tokenizer_kwargs, modules_to_save: refused.
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range, "TEXT" without text or tokenizer, or a field of
@@ -48,6 +49,7 @@ class PromptTuningConfig:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     inference_mode: bool = False
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         for name, remedy in _REMEDIES.items():

@@ -38,6 +38,12 @@ def read_adapter(path: str | os.PathLike[str], config: GPTConfig, mark: str, any
     if not any_base:
         file.check_base(mark)
     lora = file.config
+    for key in file.weights.shapes:
+        if our_key(key).startswith(tuple(f"{head}." for head in HEADS)):
+            raise ValueError(
+                f"{folder} holds {key}, the head of a task, which a packed base does not have; "
+                "gptfast.finetuning.TaskModel.from_pretrained reads the adapter with it"
+            )
     if isinstance(lora, PromptTuningConfig):
         tensors = file.tensors()
         check_fits(config, lora)
@@ -48,7 +54,7 @@ def read_adapter(path: str | os.PathLike[str], config: GPTConfig, mark: str, any
                 "which runs it in torch"
             )
         for key in tensors:
-            if key != PROMPT and not key.startswith(tuple(f"{head}." for head in HEADS)):
+            if key != PROMPT:
                 raise ValueError(f"{folder}: the adapter does not fit this model: {key} is unexpected")
         return tensors[PROMPT]
     factors: dict[str, dict[str, Tensor]] = {}

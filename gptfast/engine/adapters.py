@@ -104,7 +104,8 @@ class AdapterMethods:
         """Add the adapter in a folder and make it the active one, as `GPT.load_adapter` does.
 
         Raises:
-            OSError, ValueError: as `GPT.load_adapter`; also an adapter with modules_to_save or trained biases.
+            OSError, ValueError: as `GPT.load_adapter`; also an adapter with modules_to_save, trained biases, or the head of a
+                task, of which `GPT.load_adapter` warns: what generates has no use of it.
         """
         if name in self._adapters.packed or name == BASE or not isinstance(name, str) or not name:
             raise ValueError(f"load_adapter: name is {name!r}; expected one that no adapter has, and not {BASE!r}")

@@ -101,3 +101,11 @@ def _padding_ends(token: Any) -> ValueError:
         f"TaskModel: special_tokens gives {token!r} to pad and to eos; the end token is where the head reads, so padding needs "
         "a token of its own - leave pad out for a new one"
     )
+
+
+def delimiters_of_bert(stored: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Those that transformers' BERT puts around texts: of the tokenizer, where there is one. stored: what its checkpoint says."""
+    if tokenizer is None:
+        return stored
+    known = {name: token_id(tokenizer, token) for name, token in BERTS.items()}
+    return {**known, PAD: known[PAD] if stored.get(PAD) is None else stored[PAD]}

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gptfast._files import absolute
 from gptfast._folders import staged_folder
 from gptfast._json import NULL, field, items, read_json
 from gptfast._snapshots import EVERYTHING, current, read_whole
@@ -91,20 +92,23 @@ def load(
         path: a folder of `save`, or of peft's for transformers' ForSequenceClassification.
         given: arguments of TaskModel; None: as stored. Of peft's folders the labels are LABEL_0, ….
         dtype, overrides: of the base, as `GPT.from_pretrained`, quantize and double_quant too.
-        base: where the base is; None: where the folder says.
+        base: where the base is, a language model or a checkpoint of a task, whose head is left out; None: where the folder
+            says.
     Raises:
         FileNotFoundError, ValueError: as `GPT.from_pretrained` and `GPT.load_adapter`; or a head that does not fit the task.
     """
-    place = base or _base_of(path)
+    place, revision = (base, None) if base else _base_of(path)
     if place is None:
         raise ValueError(f"{path}: the adapter does not say which model it belongs to; say it with base=")
     try:
-        gpt = GPT.from_pretrained(place, dtype=dtype, **overrides)
+        found = resolve(place, revision)
+        gpt = task_files.without_head(found, dtype, overrides)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path} is an adapter of {place}: {error}; say where its base is with base="
         ) from error
-    return put_on(cls, gpt, path, given, place)
+    gpt.name_or_path = str(absolute(place))
+    return put_on(cls, gpt, path, given, found)
 
 
 def put_on(
@@ -112,7 +116,7 @@ def put_on(
     gpt: GPT,
     path: Path,
     given: dict[str, Any],
-    place: str | os.PathLike[str] | None = None,
+    place: Path | None = None,
 ) -> TaskModel:
     """As `load`, on a base that is loaded. place: where it is, for a tokenizer that the folder lacks."""
     task, rows = read_whole(path, lambda: (_task(path), _rows(path)))
@@ -127,7 +131,7 @@ def put_on(
     if arguments.get("tokenizer") is None:
         found = [
             folder
-            for folder in (path, *([] if place is None else [resolve(place)]))
+            for folder in (path, *([] if place is None else [place]))
             if folder.is_dir() and has_tokenizer(folder)
         ]
         arguments["tokenizer"] = load_tokenizer(found[0]) if found else None
@@ -136,9 +140,12 @@ def put_on(
     return model.eval()
 
 
-def _base_of(path: Path) -> str | None:
+def _base_of(path: Path) -> tuple[str | None, str | None]:
+    """Where the base is, and its revision."""
     raw = read_whole(path, lambda: read_json(current(path, CONFIG)))
-    return field(raw, "base_model_name_or_path", (str, NULL), path / CONFIG, None)
+    names = ("base_model_name_or_path", "revision")
+    place, revision = (field(raw, name, (str, NULL), path / CONFIG, None) for name in names)
+    return place, revision
 
 
 def _task(path: Path) -> dict[str, Any] | None:

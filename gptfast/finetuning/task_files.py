@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptfast._files import absolute
-from gptfast._folders import staged_folder
+from gptfast._folders import destination, staged_folder
 from gptfast._json import NULL, expect, field
 from gptfast._snapshots import EVERYTHING
 from gptfast.checkpoints import hf_layout
@@ -20,7 +20,7 @@ from gptfast.checkpoints.bert import CLASSIFIER
 from gptfast.checkpoints.families import FAMILIES
 from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.finetuning.examples import DELIMITERS
-from gptfast.finetuning.special_tokens import BERTS, PAD, USUAL
+from gptfast.finetuning.special_tokens import PAD, USUAL, delimiters_of_bert
 from gptfast.models import BERT, GPT, export
 from gptfast.models.locate import resolve
 from gptfast.models.pretrained import build
@@ -28,7 +28,6 @@ from gptfast.models.quantized import check_format
 from gptfast.models.stored import StoredModel
 from gptfast.nn.difference import check_values
 from gptfast.tokenizer import has_tokenizer, load_tokenizer
-from gptfast.tokenizer.extended import token_id
 
 TaskModel = Any  # of gptfast.finetuning.task_model, which imports this module
 
@@ -71,6 +70,8 @@ def save(model: TaskModel, path: Path) -> None:
         export.save(model.gpt, stage, heads=heads_of(model), settings=_settings(model))
         if model.tokenizer is not None:
             model.tokenizer.save(stage)
+    if isinstance(model.gpt, GPT) and model.gpt.adapters is None:  # as `GPT.save_pretrained`
+        model.gpt.new_rows, model.gpt.name_or_path = frozenset(), str(destination(path))
 
 
 def prefix_of(model: TaskModel) -> str:
@@ -159,27 +160,39 @@ def load(
     Raises:
         FileNotFoundError, ValueError: as `GPT.from_pretrained`; or a head that does not fit the task.
     """
-    folder, overrides = resolve(path), dict(overrides)
-    stored = StoredTask(folder)
-    kind = _kind(stored)
-    if kind is not None and "lm_head.weight" not in stored.names:
-        overrides = {"tie_weights": True, **overrides}
-    quantize, double_quant = overrides.pop("quantize", None), overrides.pop("double_quant", False)
-    check_format(quantize, double_quant)
-    gpt: Any = build(GPT if stored.config.causal else BERT, stored, dtype, overrides, quantize, double_quant)
+    stored = StoredTask(folder := resolve(path))
+    gpt, kind, settings = _opened(stored, dtype, overrides)
     gpt.name_or_path = str(absolute(path))
-    settings = {name: gpt.metadata.config.pop(name) for name in _OURS if kind and name in gpt.metadata.config}
     arguments = {**_stored_arguments(kind, settings, stored.settings_file), **_said(given)}
     if arguments.get("tokenizer") is None and folder.is_dir() and has_tokenizer(folder):
         arguments["tokenizer"] = load_tokenizer(folder)
     if kind and not stored.config.causal and SETTINGS not in settings and "special_tokens" not in _said(given):
-        arguments["special_tokens"] = _delimiters_of_bert(arguments)
+        arguments["special_tokens"] = delimiters_of_bert(arguments["special_tokens"], arguments.get("tokenizer"))
     if arguments.get("task") is None:
         raise ValueError(f"{path} is a language model without a head; say which one it gets with task=")
     model = made(cls, gpt, arguments, given, stored.path)
     if kind is not None:
         fill(model, stored.heads, stored.path)
     return model.eval()
+
+
+def without_head(folder: Path, dtype: torch.dtype | None, overrides: dict[str, Any]) -> Any:
+    """The GPT or BERT of a checkpoint of a task, or a language model, in evaluation mode; as `load`."""
+    return _opened(StoredTask(folder), dtype, overrides)[0]
+
+
+def _opened(
+    stored: StoredTask, dtype: torch.dtype | None, overrides: dict[str, Any]
+) -> tuple[Any, str | None, dict[str, Any]]:
+    """The GPT or BERT of a checkpoint, which head is stored beside it, and what its config.json says of that head."""
+    kind, overrides = _kind(stored), dict(overrides)
+    if kind is not None and "lm_head.weight" not in stored.names:
+        overrides = {"tie_weights": True, **overrides}
+    quantize, double_quant = overrides.pop("quantize", None), overrides.pop("double_quant", False)
+    check_format(quantize, double_quant)
+    gpt: Any = build(GPT if stored.config.causal else BERT, stored, dtype, overrides, quantize, double_quant)
+    settings = {name: gpt.metadata.config.pop(name) for name in _OURS if kind and name in gpt.metadata.config}
+    return gpt, kind, settings
 
 
 def stored_task(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -200,15 +213,6 @@ def _kind(stored: StoredTask) -> str | None:
     if any(name.startswith(CHOICE) for name in stored.names):
         return "choice"
     return "score" if any(name.startswith((SCORE, CLASSIFIER)) for name in stored.names) else None
-
-
-def _delimiters_of_bert(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those that transformers' BERT puts around texts: of the tokenizer, where there is one."""
-    stored = arguments["special_tokens"]
-    if arguments.get("tokenizer") is None:
-        return stored
-    known = {name: token_id(arguments["tokenizer"], token) for name, token in BERTS.items()}
-    return {**known, PAD: known[PAD] if stored.get(PAD) is None else stored[PAD]}
 
 
 def made(

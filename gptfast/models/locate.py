@@ -23,8 +23,9 @@ _EXPECTED = f"expected a checkpoint folder with {CONFIG} and {SINGLE}, or nanoGP
 _OLD_HUB_FILES = ["pytorch_model*.bin", OLD_INDEX]  # where there are no others
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
-    """Where a checkpoint is: `path` itself, or where huggingface-hub keeps the model of that id."""
+def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """Where a checkpoint is: `path` itself, or where huggingface-hub keeps the model of that id. revision: of that model; None:
+    the newest."""
     folder = Path(path)
     if folder.is_dir():
         own = _has_model(folder)
@@ -46,7 +47,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(path)):
         what = "is not a folder" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; {_EXPECTED}")
-    return _download(str(path))
+    return _download(str(path), revision)
 
 
 def _has_model(folder: Path) -> bool:
@@ -64,7 +65,7 @@ def _checkpoints(run: Path) -> str:
     return " or ".join(f"{run / name} ({of})" for name, of in what.items() if current(run / name, CONFIG).exists())
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -73,10 +74,10 @@ def _download(hub_id: str) -> Path:
             "huggingface-hub is needed: pip install huggingface-hub"
         ) from error
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
         if has_safetensors(folder):
             return folder
-        return Path(snapshot_download(hub_id, allow_patterns=[*_HUB_FILES, *_OLD_HUB_FILES]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_HUB_FILES, *_OLD_HUB_FILES]))
     except OSError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise OSError(

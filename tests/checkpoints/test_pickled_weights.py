@@ -162,7 +162,7 @@ def test_a_hub_model_that_has_nothing_else(saved: Path, monkeypatch):
     to_bin(saved)
     asked = []
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, revision: None, allow_patterns: list[str]) -> str:
         asked.append("pytorch_model*.bin" in allow_patterns)
         return str(saved)
 

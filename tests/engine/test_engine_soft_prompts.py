@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import gptfast
 from gptfast import GPT
 from gptfast.backend import has_cpu_ops
 from gptfast.engine import EngineRunner
-from gptfast.finetuning import LoraConfig, PromptTuningConfig
+from gptfast.finetuning import LoraConfig, PromptTuningConfig, TaskModel
 from gptfast.generation import TorchRunner, generate, score
 from tests.support.engine_models import ids_of, model_of, relative_error
 
@@ -153,3 +154,15 @@ def test_the_compiled_part_checks_vectors() -> None:
         runner._cache.prefix(slot, to_dlpack(torch.ones(2, 128)))
     with pytest.raises(ValueError, match="slot 3 is not in use"):
         runner._cache.prefix(3, to_dlpack(torch.ones(2, 128)))
+
+
+@pytest.mark.parametrize("config", [LoraConfig(target_modules=["c_attn"]), PromptTuningConfig(3)])
+def test_the_head_of_a_task_is_refused(config: Any, tmp_path: Path) -> None:
+    gpt = copy.deepcopy(model_of("gpt2"))
+    packed = gpt.compile_for_inference("int8")
+    model = TaskModel(gpt, "classification", labels=["no", "yes"], special_tokens={"pad": 0})
+    gpt.add_adapter(config)
+    model.save_adapter(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"holds base_model\.\S*score\.weight, the head of a task.*TaskModel"):
+        packed.load_adapter(tmp_path / "a", any_base=True)
+    assert packed.adapters == ()

@@ -93,3 +93,67 @@ def test_a_task_adapter_finds_its_base(base: Path, tmp_path: Path):
     model.save_adapter(tmp_path / "a")
     again = TaskModel.from_pretrained(tmp_path / "a")
     assert torch.equal(again(IDS + 1).logits, model(IDS + 1).logits)
+
+
+def test_the_revision_of_a_base_is_kept_and_fetched(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As peft's AutoPeftModel."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    model = TaskModel.from_pretrained(base, task="classification", labels=["no", "yes"], special_tokens={"pad": 0})
+    model.gpt.add_adapter(LoraConfig(base_model_name_or_path="some/model", revision="v2", **LORA))
+    model.save_adapter(tmp_path / "a")
+    asked = []
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(base)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    again = TaskModel.from_pretrained(tmp_path / "a")
+    assert asked == [("some/model", "v2")] and again.gpt.name_or_path == "some/model"
+    assert torch.equal(again(IDS + 1).logits, model(IDS + 1).logits)
+    again.save_adapter(tmp_path / "b")
+    assert json.loads((tmp_path / "b/adapter_config.json").read_text())["revision"] == "v2"
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_peft_reads_the_revision_and_gptfast_that_of_peft(kind: str, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig if kind == "lora" else peft.PromptTuningConfig
+    size = {"target_modules": ["c_attn"]} if kind == "lora" else {"num_virtual_tokens": 3}
+    gpt = gptfast.GPT(CONFIG)
+    gpt.add_adapter(config(revision="v2", base_model_name_or_path="some/model", **size))
+    gpt.save_adapter(tmp_path / "a")
+    gpt.load_adapter(tmp_path / "a", "again")
+    gpt.save_adapter(tmp_path / "b", "again")
+    assert peft.PeftConfig.from_pretrained(tmp_path / "b").revision == "v2"
+
+
+@pytest.mark.parametrize("task", ["classification", "choice"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_of_a_task_is_the_base_of_its_adapter(task: str, tied: bool, tmp_path: Path):
+    """As transformers' ForSequenceClassification is in peft; its head is replaced by the adapter's."""
+    torch.manual_seed(0)
+    labels = {"labels": ["no", "yes"]} if task == "classification" else {}
+    gpt = gptfast.GPT(CONFIG.replace(tie_weights=tied))
+    TaskModel(gpt, task, special_tokens={"pad": 0}, **labels).save_pretrained(tmp_path / "task")
+    model = TaskModel.from_pretrained(tmp_path / "task")
+    model.gpt.add_adapter(LoraConfig(**LORA))
+    torch.nn.init.normal_(model.score.weight)
+    model.save_adapter(tmp_path / "a")
+    raw = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert raw["base_model_name_or_path"] == str((tmp_path / "task").resolve())
+    again = TaskModel.from_pretrained(tmp_path / "a")
+    ids = IDS % 60 + 1 if task == "classification" else IDS[:, None].repeat(1, 2, 1) % 60 + 1
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.gpt.name_or_path == raw["base_model_name_or_path"]
+    assert again.gpt.metadata.config.keys() == model.gpt.metadata.config.keys()
+
+
+def test_the_checkpoint_of_a_task_that_was_written_last_is_the_base(base: Path, tmp_path: Path):
+    model = TaskModel.from_pretrained(base, task="classification", labels=["no", "yes"], special_tokens={"pad": 0})
+    model.gpt.h[0].attn.c_attn.weight.data.add_(1.0)
+    model.save_pretrained(tmp_path / "task")
+    model.gpt.add_adapter(LoraConfig(**LORA))
+    model.save_adapter(tmp_path / "a")
+    again = TaskModel.from_pretrained(tmp_path / "a")
+    assert torch.equal(again(IDS + 1).logits, model(IDS + 1).logits)

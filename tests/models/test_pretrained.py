@@ -303,7 +303,7 @@ def test_hub_id_is_fetched(saved: Path, monkeypatch):
 
     asked = {}
 
-    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, revision: None, allow_patterns: list[str]) -> str:
         asked[name] = allow_patterns
         return str(saved)
 

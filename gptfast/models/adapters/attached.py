@@ -111,6 +111,8 @@ def add(
     for _, parameter in parameters_of(model, name):
         parameter.requires_grad_(False)
     activate(model, name)
+    if isinstance(config, LoraConfig) and config.inference_mode:  # as peft, which does not ask it of a soft prompt
+        set_requires_grad(model, name, False)
 
 
 def _freeze(model: Transformer, old: Adapters | None) -> None:
@@ -245,6 +247,8 @@ def delete(model: Transformer, names: str | Sequence[str]) -> None:
         state.quantized.pop(name, None)
         state.follow()
     left = [name for name in state.active if name in state.configs] or list(state.configs)[:1]
+    if left and left == list(state.active):  # what is trained beside them stays so, or frozen
+        return
     if left:
         enabled = state.enabled
         activate(model, left)

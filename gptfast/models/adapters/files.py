@@ -112,6 +112,7 @@ def load(model: Transformer, folder: str | os.PathLike[str], name: str, any_base
     folder = Path(folder)
     file = open_adapter(folder)
     config, told = file.config, file.told
+    config.inference_mode = False  # every file says True; peft asks `is_trainable` instead, and ours are trained
     mine = model.adapters.base if isinstance(model.adapters, attached.Adapters) else base_mark(model)
     if not any_base:
         file.check_base(mine)

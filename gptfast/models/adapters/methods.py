@@ -42,6 +42,9 @@ class AdapterMethods(Transformer):
     def load_adapter(self, path: str | os.PathLike[str], name: str = "default", *, any_base: bool = False) -> None:
         """Add the adapter in a folder that `save_adapter` or peft wrote, and make it the active one.
 
+        It is trained as one of `add_adapter` is, also where its configuration says inference_mode, as all files do; peft's
+        default is_trainable=False is `set_requires_grad(name, False)` after it.
+
         Where the folder has a generation_config.json, as that of a chat has, its end tokens end texts too.
 
         Args:
