@@ -49,8 +49,8 @@ def checked_weights(labels: list[str], given: Any) -> Tensor | None:
 
 
 def check_arguments(task: str, classes: int, ids: Any, labels: Any, places: Tensor | None, mask: Tensor | None) -> None:
-    """Check the arguments of `TaskModel.forward`; the values of labels and mc_token_ids on the CPU alone, and not under
-    `torch.compile`, whose graph has no values."""
+    """Check the arguments of `TaskModel.forward`; the values of labels and mc_token_ids on the CPU alone. Under `torch.compile`
+    a graph checks them as it runs, with a RuntimeError."""
     dims = {"similarity": "(B, 2, T)", "choice": "(B, N, T)"}.get(task, "(B, T)")
     fits = isinstance(ids, Tensor) and ids.dim() == dims.count(",") + 1
     if not fits or (task == "similarity" and ids.shape[1] != 2) or not ids.numel():
@@ -72,7 +72,7 @@ def check_arguments(task: str, classes: int, ids: Any, labels: Any, places: Tens
     classes = ids.shape[1] if task == "choice" else classes
     if task == "similarity":
         return
-    if labels.dtype != torch.int64 or not _within(labels, classes):
+    if labels.dtype != torch.int64 or not _within("labels", labels, classes):
         raise ValueError(
             f"TaskModel: labels is {labels.tolist()[:8]}, {labels.dtype}; expected int64 indices in [0, {classes})"
         )
@@ -86,10 +86,15 @@ def _check_tensor(name: str, x: Any) -> None:
 def _check_places(places: Tensor, T: int) -> None:
     if places.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"TaskModel: mc_token_ids has dtype {places.dtype}; expected positions of torch.int64")
-    if not _within(places, T):
+    if not _within("mc_token_ids", places, T):
         raise ValueError(f"TaskModel: mc_token_ids is {places.tolist()}; expected positions in [0, {T})")
 
 
-def _within(x: Tensor, end: int) -> bool:
-    """Whether the values of a tensor are in [0, end), where they can be looked at."""
-    return torch.compiler.is_compiling() or x.device.type != "cpu" or (int(x.min()) >= 0 and int(x.max()) < end)
+def _within(name: str, x: Tensor, end: int) -> bool:
+    """Whether the values of a tensor are in [0, end), where they can be looked at; a graph is told to look."""
+    if x.device.type != "cpu":
+        return True
+    if torch.compiler.is_compiling():
+        torch._assert_async(((x >= 0) & (x < end)).all(), f"TaskModel: {name} has an index outside its range")
+        return True
+    return int(x.min()) >= 0 and int(x.max()) < end
