@@ -66,8 +66,8 @@ COMPILED = [
     Mutant(
         "sums over rows are kept in bf16",
         "csrc/cpu/layer_norm_bwd-inl.h",
-        "      own ? norm_bwd_row<kOwn>(p, t, r, dw, db) : norm_bwd_row<DType::f32>(p, t, r, dw, db);",
-        "      own ? norm_bwd_row<kOwn>(p, t, r, dw, db) : norm_bwd_row<DType::f32>(p, t, r, dw, db);\n"
+        "      own ? norm_bwd_row<kOwnRows>(p, t, r, dw, db) : norm_bwd_row<DType::f32>(p, t, r, dw, db);",
+        "      own ? norm_bwd_row<kOwnRows>(p, t, r, dw, db) : norm_bwd_row<DType::f32>(p, t, r, dw, db);\n"
         "    if (MUTANT && dw && p.x.dtype == DType::bf16)\n"
         "      for (i64 c = 0; c + L <= p.C; c += L) {\n"
         "        alignas(64) uint16_t h[L];\n"

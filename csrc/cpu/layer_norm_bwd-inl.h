@@ -188,7 +188,7 @@ static void bwd_chunks_of_words(const LayerNormParams& p, i64 chunk_begin, i64 c
 }
 #endif
 
-constexpr DType kOwn = kScalar || kOnlyBf16 ? DType::f32 : DType::bf16;
+constexpr DType kOwnRows = kScalar || kOnlyBf16 ? DType::f32 : DType::bf16;
 static void norm_bwd_chunks(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
   const bool own = p.x.dtype == DType::bf16 && (!p.dy.data || p.dy.dtype == DType::bf16);
   const NormBuffers t(p);
@@ -198,7 +198,7 @@ static void norm_bwd_chunks(const LayerNormParams& p, i64 chunk_begin, i64 chunk
     if (db) __builtin_memset(db, 0, size_t(p.C) * 4);
     const i64 end = (k + 1) * kRowChunk < p.R ? (k + 1) * kRowChunk : p.R;
     for (i64 r = k * kRowChunk; r < end; r++)
-      own ? norm_bwd_row<kOwn>(p, t, r, dw, db) : norm_bwd_row<DType::f32>(p, t, r, dw, db);
+      own ? norm_bwd_row<kOwnRows>(p, t, r, dw, db) : norm_bwd_row<DType::f32>(p, t, r, dw, db);
   }
 }
 static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {

@@ -45,14 +45,8 @@ _SUMMARY = {  # how transformers' DoubleHeadsModel reads a row: at mc_token_ids,
     "summary_proj_to_labels": True,
 }
 _OURS = (
-    SETTINGS,
-    "id2label",
-    "label2id",
-    "num_labels",
-    "problem_type",
-    "pad_token_id",
-    "summary_first_dropout",
-    *_SUMMARY,
+    *(SETTINGS, "id2label", "label2id", "num_labels", "problem_type"),
+    *("pad_token_id", "summary_first_dropout", *_SUMMARY),
 )
 
 
