@@ -95,6 +95,8 @@ def _within(name: str, x: Tensor, end: int) -> bool:
     if x.device.type != "cpu":
         return True
     if torch.compiler.is_compiling():
-        torch._assert_async(((x >= 0) & (x < end)).all(), f"TaskModel: {name} has an index outside its range")
+        torch.ops.aten._assert_async.msg(
+            ((x >= 0) & (x < end)).all(), f"TaskModel: {name} has an index outside its range"
+        )
         return True
     return int(x.min()) >= 0 and int(x.max()) < end
