@@ -43,14 +43,14 @@ def test_places_that_the_head_reads_are_an_input_of_the_graph():
 
 
 @pytest.mark.parametrize("task", ["classification", "choice"])
-@pytest.mark.parametrize("labels", [[0, 2], [-1, 0], [-100, 1]])  # -100 is what cross_entropy leaves out
-def test_a_graph_refuses_labels_outside_the_set(task: str, labels: list[int]):
+def test_a_graph_refuses_labels_outside_the_set(task: str):
     torch.compiler.reset()
     model = task_model(task)
     batch = model.batch(EXAMPLES[task])
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     compiled(**batch)
-    with pytest.raises(RuntimeError, match="labels has an index outside its range"):
-        compiled(**{**batch, "labels": torch.tensor(labels)})
+    for labels in ([0, 2], [-1, 0], [-100, 1]):  # -100 is what cross_entropy leaves out
+        with pytest.raises(RuntimeError, match="labels has an index outside its range"):
+            compiled(**{**batch, "labels": torch.tensor(labels)})
     with pytest.raises(RuntimeError, match="mc_token_ids has an index outside its range"):
         compiled(**batch, mc_token_ids=torch.full(batch["ids"].shape[:-1], -1))
