@@ -45,7 +45,7 @@ $(BUILT): $(VENV)/.installed $(SOURCES)
 	@touch $@
 
 $(TESTED): $(BUILT) pyproject.toml
-	@echo "Installing the packages of the tests (once, about 1.3 GB: transformers, Triton, pyright and others)"
+	@echo "Installing the packages of the tests (once, about 2.5 GB: transformers, Triton, pyright and others)"
 	$(PIP) --quiet --group test
 	@touch $@
 
