@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gptfast.machine import choose_dtype
 from gptfast.training.config import TrainConfig
 from gptfast.training.division import local
 
@@ -63,8 +64,42 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True))
     if matrices:
         options = {"weight_decay": config.weight_decay, "momentum": _MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(matrices, lr=rate, **options))
+        fast = all(choose_dtype(p.device)[0] == "bfloat16" for p in matrices)
+        optimizers.append((torch.optim.Muon if fast else Muon)(matrices, lr=rate, **options))
     return optimizers
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon with adjust_lr_fn="match_rms_adamw" whose products are of fp32: for CPUs without instructions for bfloat16, on
+    which torch's, always of bfloat16, take ten times as long as the rest of a step."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            momentum, rate = group["momentum"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update = p.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+                p.mul_(1 - rate * group["weight_decay"])
+                update = _orthogonal(update.float(), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                p.add_(update.to(p.dtype), alpha=-rate * 0.2 * max(p.shape) ** 0.5)
+
+
+def _orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """x with singular values of about 1, by the iteration x <- a x + (b g + c g^2) x, g = x x^T, as torch's Muon has it."""
+    a, b, c = coefficients
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        g = x @ x.T
+        x = torch.addmm(x, torch.addmm(g, g, g, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
 
 
 def _lion(groups: list[dict], rate: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
