@@ -33,6 +33,7 @@ SLOWEST_FIRST = (
     "cuda/test_cuda_build.py",  # nvcc compiles every kernel for every GPU
     "triton/test_triton.py",  # the op suite in Triton's interpreter
     "cuda_emulator/test_emulator_variants.py",  # two more builds of the emulator
+    "cpu_kernels/test_cpu_kernels.py",  # every kernel for AVX-512 in words of AVX2, and under qemu
     "ops/test_causal_attention.py",
     "ops/test_layer_norm.py",
     "ops/test_cross_entropy.py",

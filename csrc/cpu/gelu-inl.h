@@ -12,8 +12,8 @@
 
 constexpr i64 kGeluBlock = 2048;  // columns at a time: bias and its gradient stay in L1
 
-// Whether rows are taken by twos. On AVX2 two rows of whole pages wait for each other's stores: at 2048 x 4096 bf16 takes two to three
-// times as long by twos, fp32 twice (Zen 3). The exact form waits for arithmetic, not for memory.
+// Whether rows are taken by twos. On AVX2 (Zen 3) two rows of whole pages are slow, whichever is loaded first: at 2048 x 4096 bf16
+// takes two to three times as long by twos, fp32 twice. The exact form waits for arithmetic, not for memory.
 template <bool TANH> constexpr bool kGeluTwos = TANH && L != 8;
 
 // e^-2u.

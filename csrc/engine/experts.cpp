@@ -87,7 +87,8 @@ Activations Engine::slot_inputs(int t, const Layer& layer, Linear Expert::* line
   return in;
 }
 
-// y = x W^T + bias of the slots of each expert. An item is a panel of an expert: with one token threads have neighbouring ones, else a few.
+// y = x W^T + bias of the slots of each expert. An item is a panel of an expert: with one token threads have neighbouring ones,
+// else a few.
 void Engine::expert_products(int t, i64 layer, Linear Expert::* linear, const Activations& x, bool few,
                              std::atomic<i64>& next, float* y, i64 ldy) {
   const std::vector<Expert>& experts = model_.layers[size_t(layer)].experts;

@@ -104,8 +104,8 @@ Activations Engine::view(Inputs& in, i64 K) const {
   return {in.normed.get(), round_up(K, kPanel), in.bf16.get(),      in.q.get(),
           in.scale.get(),  in.acc_init.get(),   round_up(K, kGroup)};
 }
-// x as the product with a matrix reads it; the matrix's factor goes into the scales of x. A single row is prepared by every thread for itself, which is quicker than waiting for another; several rows
-// are shared out.
+// x as the product with a matrix reads it; the matrix's factor goes into the scales of x. A single row is prepared by every
+// thread for itself, which is quicker than waiting for another; several rows are shared out.
 Activations Engine::inputs_of(int t, const Linear& linear, const float* x, i64 ld, i64 K, Rows rows) {
   const bool single = rows.count == 1;
   const Weight& weight = linear.weight;
