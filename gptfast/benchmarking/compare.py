@@ -16,6 +16,8 @@ from gptfast.ops import reference
 from gptfast.testing import CASES, SPECS, Case, bench_cases, cases, check_case
 
 Fn = Callable[..., Any]
+_DTYPES = (torch.float32, torch.bfloat16)
+_SECONDS = 4.0  # of the rounds of a case
 COPY = "copy of its bytes"  # not a peer: the floor of an op that is bound by memory
 
 
@@ -31,6 +33,9 @@ class Comparison:
     errors: tuple[float, float] = (0.0, 0.0)  # of results and gradients, as multiples of eager PyTorch's; small cases
     milliseconds: dict[str, float] = field(default_factory=dict)  # medians; "ours" first
     ratios: dict[str, float] = field(default_factory=dict)  # peer / ours, median over the rounds
+    once: list[str] = field(
+        default_factory=list
+    )  # peers that were called once, as a call took longer than all rounds may
 
     @property
     def name(self) -> str:
@@ -49,25 +54,36 @@ def _closure(fn: Fn, case: Case, dtype: torch.dtype, backward: bool) -> Callable
 
     if not backward:
         return forward
-    out = fn(*args, **case.options)
-    first = out[0] if isinstance(out, tuple) else out
-    upstream = torch.ones_like(first)
+    upstream: list[torch.Tensor] = []  # made in the first call, which warms up: a call may take seconds
 
     def both() -> Any:
         out = fn(*args, **case.options)
-        return torch.autograd.grad(out[0] if isinstance(out, tuple) else out, wanted, upstream, allow_unused=True)
+        first = out[0] if isinstance(out, tuple) else out
+        if not upstream:
+            upstream.append(torch.ones_like(first))
+        return torch.autograd.grad(first, wanted, upstream[0], allow_unused=True)
 
     return both
 
 
-def comparisons(op_names: list[str] | None = None, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)):
+def count_comparisons(op_names: list[str] | None = None) -> int:
+    """How many `comparisons` yields."""
+    return sum(len(_DTYPES) * len(bench_cases(op)) * len(_modes(op)) for op in op_names or list(CASES))
+
+
+def _modes(op: str) -> tuple[bool, ...]:
+    """Whether there is a backward pass, for each way in which an op is timed."""
+    return (False, True) if SPECS[op].has_backward else (False,)
+
+
+def comparisons(op_names: list[str] | None = None, dtypes: tuple[torch.dtype, ...] = _DTYPES):
     """Yield a ready Comparison for every benchmark case: parity is checked on the small cases of the op first."""
     for op in op_names or list(CASES):
         for dtype in dtypes:
             checked = [check_case(case, dtype) for case in cases(op)]
             errors = max(e[0] for e in checked), max(e[1] for e in checked)
             for case in bench_cases(op):
-                for backward in (False, True) if SPECS[op].has_backward else (False,):
+                for backward in _modes(op):
                     comparison = make_comparison(case, dtype, backward)
                     comparison.errors = errors
                     yield comparison
@@ -99,17 +115,19 @@ def _timed(fn: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def compare(c: Comparison, rounds: int = 7, seconds: float = 4.0) -> Comparison:
+def compare(c: Comparison, rounds: int = 7, seconds: float = _SECONDS) -> Comparison:
     """Measure times and ratios. All take turns, so that a drift of the machine affects all alike, in an order that changes
-    from round to round, since eager PyTorch evicts the caches of its successor.
+    from round to round, since eager PyTorch evicts the caches of its successor. A peer whose first call takes longer than
+    `seconds`, at least four, is not called again: that call is its time. Some of bfloat16 do where the CPU emulates it.
 
     Args:
         rounds: most rounds after one warm-up round.
         seconds: stop after three rounds or more when this much time has passed.
     """
     runners = {"ours": c.ours, **c.peers}
-    for fn in runners.values():
-        fn()
+    first = {name: _timed(fn) for name, fn in runners.items()}
+    c.once = [name for name in c.peers if first[name] > 1e3 * max(seconds, _SECONDS)]
+    runners = {name: fn for name, fn in runners.items() if name not in c.once}
     times: dict[str, list[float]] = {name: [] for name in runners}
     start = time.perf_counter()
     for n in range(rounds):
@@ -117,14 +135,15 @@ def compare(c: Comparison, rounds: int = 7, seconds: float = 4.0) -> Comparison:
             times[name].append(_timed(runners[name]))
         if n >= 2 and time.perf_counter() - start > seconds:
             break
-    record(c, times)
+    record(c, times | {name: [first[name]] for name in c.once})
     return c
 
 
 def record(c: Comparison, times: dict[str, list[float]]) -> None:
-    """Medians of the times, and of the ratios round by round, into `c`."""
+    """Medians of the times, and of the ratios round by round, into `c`; of a peer that was called once its time over our median."""
     c.milliseconds = {name: statistics.median(values) for name, values in times.items()}
     ours = times["ours"]
     for name, values in times.items():
         if name != "ours":
-            c.ratios[name] = statistics.median(t / o for t, o in zip(values, ours, strict=True))
+            mine = [c.milliseconds["ours"]] if name in c.once else ours
+            c.ratios[name] = statistics.median(t / o for t, o in zip(values, mine, strict=True))

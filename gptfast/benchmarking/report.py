@@ -50,11 +50,14 @@ def print_table(results: list[Comparison], machine: Machine) -> None:
             limit = f"? {what}" if share is None else f"{share:.0f} {what}"
             mine = (c.name, f"{c.milliseconds['ours']:.2f}", limit, error) if n == 0 else ("",) * 4
             style = "green" if ratio >= 1 else "red"
-            table.add_row(*mine, peer, f"{c.milliseconds[peer]:.2f}", f"[{style}]{ratio:.2f}x[/]")
+            once = ", once" if peer in c.once else ""
+            table.add_row(*mine, peer, f"{c.milliseconds[peer]:.2f}{once}", f"[{style}]{ratio:.2f}x[/]")
     console.print(table)
     console.print("error: of results / gradients against fp64 on small inputs, as a multiple of eager PyTorch's")
     if any(percent_of_limit(c, machine)[0] is None for c in results):
         console.print("?: above 100; the limit was measured while the machine was busy, or data came from the cache")
+    if any(c.once for c in results):
+        console.print("once: a call took longer than all rounds of a case may, and was not repeated")
     for line in losses(results):
         console.print(f"[red]slower:[/] {line}")
 
@@ -74,6 +77,7 @@ def save_json(results: list[Comparison], machine: Machine, path: Path) -> None:
             "backward": c.backward,
             "milliseconds": c.milliseconds,
             "speedup": c.ratios,
+            "timed_once": c.once,
             "errors": c.errors,
             "percent_of_limit": percent_of_limit(c, machine),
         }

@@ -15,7 +15,8 @@ def bench(
         int | None,
         typer.Option(
             min=3,
-            help="Interleaved rounds (gptfast, peer, gptfast, peer, …) per case, at most 4 seconds of them. "
+            help="Interleaved rounds (gptfast, peer, gptfast, peer, …) per case, at most 4 seconds of them, or three. "
+            "A peer whose call takes longer is called once. "
             "Default: 7, and 40 beside busy loops, where single calls differ by a factor of three.",
         ),
     ] = None,
@@ -33,13 +34,14 @@ def bench(
     speed drifts favours neither. Each op's results are checked against float64 before it is timed.
     """
     import torch
-    from rich.progress import Progress
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     import gptfast
     from gptfast.benchmarking import (
         busy_loops,
         compare,
         comparisons,
+        count_comparisons,
         measure_machine,
         print_table,
         save_json,
@@ -60,11 +62,13 @@ def bench(
     if busy:
         print(f"{busy} busy loops beside; the limits are measured without them")
     results = []
-    with busy_loops(busy), Progress(transient=True) as progress:
-        task = progress.add_task("checking and timing", total=None)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with busy_loops(busy), Progress(*columns, transient=True) as progress:
+        task = progress.add_task("checking", total=count_comparisons(ops))
         for c in comparisons(ops):
             progress.update(task, description=c.name)
             results.append(compare(c, rounds or (40 if busy else 7)))
+            progress.advance(task)
     machine = machine.measured_again()
     print_table(results, machine)
     save_json(results, machine, out / "bench.json")

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from gptfast import machine
 from gptfast.benchmarking.busy import busy_loops
-from gptfast.benchmarking.compare import COPY, Comparison
-from gptfast.benchmarking.report import losses, percent_of_limit, print_table
+from gptfast.benchmarking.compare import COPY, Comparison, compare, comparisons, count_comparisons
+from gptfast.benchmarking.report import losses, percent_of_limit, print_table, save_json
 from gptfast.cli import app
 from gptfast.machine import Machine
 from gptfast.testing import Case
@@ -76,6 +76,41 @@ def test_command(tmp_path, monkeypatch):
     assert {r["op"] for r in found["results"]} == {"dropout"}
     assert all(r["milliseconds"]["ours"] > 0 for r in found["results"])
     assert (tmp_path / "bench.png").stat().st_size > 10_000
+
+
+def test_a_peer_whose_call_outlasts_the_rounds_is_called_once(monkeypatch, tmp_path, capsys):
+    """Three rounds of it would take minutes where the CPU emulates bfloat16."""
+    module = sys.modules["gptfast.benchmarking.compare"]
+    now, calls = [0.0], []
+
+    def call(name: str, seconds: float):
+        def run() -> None:
+            calls.append(name)
+            now[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    c = comparison("gelu", {"N": 64, "C": 32}, 1.0)
+    c.ours, c.peers = call("ours", 0.5), {"torch": call("torch", 1.0), "eager": call("eager", 20.0)}
+    compare(c, rounds=3)
+    assert [calls.count(name) for name in ("ours", "torch", "eager")] == [4, 4, 1]
+    assert c.once == ["eager"] and c.ratios == pytest.approx({"torch": 2.0, "eager": 40.0})
+    assert c.milliseconds == pytest.approx({"ours": 500.0, "torch": 1000.0, "eager": 20_000.0})
+    compare(c, rounds=3, seconds=0.1)  # little time, as the self-test has, makes no single call the measure of a peer
+    assert calls.count("torch") == 8 and c.once == ["eager"]
+    print_table([c], MACHINE)
+    printed = capsys.readouterr().out
+    assert "20000.00, once" in printed and "1000.00, once" not in printed and "once: a call took longer" in printed
+    save_json([c], MACHINE, tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text())["results"][0]["timed_once"] == ["eager"]
+
+
+def test_the_cases_are_counted_before_they_are_made(monkeypatch):
+    module = sys.modules["gptfast.benchmarking.compare"]
+    monkeypatch.setattr(module, "bench_cases", lambda op: [Case(op, {"N": 8, "C": 16}, {"p": 0.1})])
+    monkeypatch.setattr(module, "check_case", lambda case, dtype: (0.0, 0.0))
+    assert count_comparisons(["dropout"]) == len(list(comparisons(["dropout"]))) == 4
 
 
 def test_busy_loops_run_beside_and_end_with_the_block():
