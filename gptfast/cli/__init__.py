@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from gptfast.cli._commands import Command
 from gptfast.cli._errors import print_error, wants_traceback
 from gptfast.cli.bench import bench
 from gptfast.cli.chat import chat
@@ -70,7 +71,7 @@ for command in (
     doctor,
     bench,
 ):
-    app.command(cls=TrainCommand if command is train else None)(command)
+    app.command(cls=TrainCommand if command is train else Command)(command)
 _commands = app
 
 

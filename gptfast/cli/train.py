@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import typer
-from typer.core import TyperCommand
 
+from gptfast.cli._commands import Command
 from gptfast.cli._options import Change, Options, takes
 from gptfast.cli._run import describe, report
 from gptfast.config import GPTConfig
@@ -21,11 +21,16 @@ _DEFAULTS = {name: Change(words=words) for name, words in defaults_in_words().it
 _PREPARED = Change(more="Or a folder made by gptfast prepare, or a token file. A tenth is kept for validation.")
 
 
-class TrainCommand(TyperCommand):
+class TrainCommand(Command):
     """The command with `--resume` alone, which means `--resume last`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         following = [*args[1:], ""]
+        value = next((b for a, b in zip(args, following, strict=True) if a == "--resume"), "")
+        if value and not value.startswith("-") and value not in ("last", "auto"):
+            raise typer.BadParameter(
+                f"{value!r} is neither last nor auto; the folder of the run is --out", ctx, param_hint="'--resume'"
+            )
         alone = [a == "--resume" and b not in ("last", "auto") for a, b in zip(args, following, strict=True)]
         return super().parse_args(ctx, ["--resume=last" if n else a for a, n in zip(args, alone, strict=True)])
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from gptfast._options import options_of
+from gptfast._other_names import likely
 from gptfast.finetuning.launch import new_run, resumed_run
 from gptfast.finetuning.options import TRAINING, MethodOptions, RunOptions, TaskOptions
 from gptfast.finetuning.results import FinetuneResult, finish
@@ -43,8 +43,11 @@ def finetune(
     known = [name for cls in (TaskOptions, MethodOptions, RunOptions) for name in options_of(cls)] + list(TRAINING)
     for name in options:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            raise TypeError(f"finetune: there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            near = likely(name, known)
+            raise TypeError(
+                f"finetune: there is no option {name!r}"
+                + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
+            )
     given = {"model": model, "data": data, "task": task, **options}
     given = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items() if v is not None}
     resume = bool(options.get("resume"))

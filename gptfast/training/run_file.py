@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from gptfast._files import atomic_write, read_toml
 from gptfast._options import default_of, default_text, options_of, values_of
+from gptfast._other_names import likely
 from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
 from gptfast.training.config import TrainConfig
@@ -60,8 +60,8 @@ def read_options(path: Path) -> dict[str, Any]:
         if key in _PLACE:
             raise ValueError(f"{path}: {key} is of one start of a run; give `{key}` on the command line")
         if key not in owners:
-            near = get_close_matches(key.replace("-", "_"), owners, n=1)
-            hint = f"did you mean {near[0]}?" if near else "gptfast train --print-config shows all keys"
+            near = likely(key, owners)
+            hint = f"did you mean {' or '.join(near)}?" if near else "gptfast train --print-config shows all keys"
             raise ValueError(f"{path}: unknown key {key}; {hint}")
         found[key] = _typed(path, key, value, owners[key])
     return found
