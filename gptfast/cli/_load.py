@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from gptfast.models import GPT
     from gptfast.tokenizer import Tokenizer
 
-MODEL_HELP = "Checkpoint folder, such as runs/bard/best, nanoGPT's ckpt.pt, or a Hugging Face hub id."
+MODEL_HELP = (
+    "Checkpoint folder, such as runs/bard/best, nanoGPT's ckpt.pt, or a Hugging Face hub id, also NAME@REVISION."
+)
 TOKENIZER_HELP = "How to cut text into tokens: gpt2, or the FOLDER of a tokenizer."
 SPECIAL_TOKENS_HELP = "Read special tokens in prompts, such as <|endoftext|>, as such; without, as ordinary text."
 QUANTIZED = "int8, int6, q4, int4, nf4, mxfp4, bf16 or fp32"

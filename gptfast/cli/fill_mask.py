@@ -16,7 +16,9 @@ from gptfast.cli._options import Options, takes
 class Masked:
     """The options of `gptfast fill-mask`."""
 
-    model: str = option(MISSING, "Checkpoint folder of a BERT, such as runs/bert/best, or a hub id.")
+    model: str = option(
+        MISSING, "Checkpoint folder of a BERT, such as runs/bert/best, or a hub id (NAME, or NAME@REVISION)."
+    )
     text: list[str] | None = option(
         None, "A text with [MASK] in it; may be given several times. Without it each line of standard input."
     )

@@ -99,6 +99,7 @@ class CompiledGPT(AdapterMethods):
         max_rows: int | None = None,
         cache_dtype: str | torch.dtype | None = None,
         file: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
         **config_overrides: Any,
     ) -> CompiledGPT:
         """Pack a checkpoint without loading it first: the same weights, to the bit, as of
@@ -107,7 +108,7 @@ class CompiledGPT(AdapterMethods):
         With "mxfp4" the experts of a checkpoint of gpt-oss in MXFP4 are not packed: its files are mapped, and read as they lie.
 
         Args:
-            path, config_overrides: as in `GPT.from_pretrained`.
+            path, revision, config_overrides: as in `GPT.from_pretrained`.
             dtype, threads, max_rows, cache_dtype: as in `GPT.compile_for_inference`.
             file: pack into this file, as `save` writes it, and map it: then the packed model need not fit into memory either.
                 None: into memory. All weights are then in that file, MXFP4 too.
@@ -115,7 +116,8 @@ class CompiledGPT(AdapterMethods):
             OSError, ValueError: as these. An existing file then stays as it was.
         """
         load = provided("packed").load
-        return load(path, dtype, config_overrides, file, threads=threads, max_rows=max_rows, cache_dtype=cache_dtype)
+        options = {"threads": threads, "max_rows": max_rows, "cache_dtype": cache_dtype}
+        return load(path, dtype, config_overrides, file, revision, **options)
 
     def with_adapters(self, adapters: PackedAdapters) -> CompiledGPT:
         """A model with other adapters that shares the weights."""

@@ -26,6 +26,19 @@ def keep_encoder(bert: BERT) -> None:
     bert.tie_weights()
 
 
+def encoded(bert: BERT, rows: Tensor, real: Tensor, types: Tensor | None, sep: int | None) -> Tensor:
+    """(R, T, C). types: (R, T), or of the ids that the rows were made of; None: as `token_types` has them."""
+    types = token_types(rows, real, sep) if types is None else types.flatten(0, -2)
+    return bert.hidden_states(rows, attention_mask=real, token_type_ids=types)
+
+
+def check_head(lm_coef: float, places: Tensor | None) -> None:
+    """Raise ValueError for arguments of `TaskModel.forward` that a BERT has no use for."""
+    if lm_coef or places is not None:
+        name = "mc_token_ids" if places is not None else "lm_coef"
+        raise ValueError(f"TaskModel: {name} is given for a BERT, whose head reads the first token; leave it out")
+
+
 def token_types(rows: Tensor, real: Tensor, sep: int | None) -> Tensor:
     """(R, T): 0 up to the first [SEP] and for padding, 1 behind it, as BERT has its two texts."""
     if sep is None:

@@ -16,6 +16,7 @@ from gptfast.finetuning.options import MethodOptions
 from gptfast.finetuning.task_model import TaskModel
 from gptfast.models import GPT
 from gptfast.models.adapters.targets import ALL_LINEAR
+from gptfast.models.locate import hub_name
 from gptfast.nn.difference import is_tied
 from gptfast.nn.quantized import QuantizedLinear
 
@@ -39,6 +40,7 @@ def attach(gpt: GPT, method: MethodOptions, base: str, new_tokens: bool) -> None
     Raises:
         ValueError: module names that do not exist; the nearest is suggested.
     """
+    place, revision = hub_name(base)
     if method.method in ("lora", "qlora"):
         gpt.add_adapter(
             LoraConfig(
@@ -48,7 +50,8 @@ def attach(gpt: GPT, method: MethodOptions, base: str, new_tokens: bool) -> None
                 target_modules=modules(method.target_modules),
                 modules_to_save=["wte", *([] if is_tied(gpt) else ["lm_head"])] if new_tokens else None,
                 ensure_weight_tying=new_tokens,
-                base_model_name_or_path=base,
+                base_model_name_or_path=place,
+                revision=revision,
                 task_type="CAUSAL_LM",
             ),
             NAME,
@@ -59,7 +62,7 @@ def attach(gpt: GPT, method: MethodOptions, base: str, new_tokens: bool) -> None
                 "finetune: the tokenizer gets new tokens for its chat template, whose embeddings method prompt does not train; "
                 "take method lora, or a model with a chat template of its own"
             )
-        config = PromptTuningConfig(method.num_virtual_tokens, base_model_name_or_path=base)
+        config = PromptTuningConfig(method.num_virtual_tokens, base_model_name_or_path=place, revision=revision)
         gpt.add_adapter(config, NAME)
 
 

@@ -56,7 +56,7 @@ class TaskOptions:
 
     model: str | None = option(
         None,
-        "What to start from: a checkpoint FOLDER such as runs/bard/best, nanoGPT's ckpt.pt, or a hub id such as gpt2. A "
+        "What to start from: a checkpoint FOLDER such as runs/bard/best, nanoGPT's ckpt.pt, or a hub id such as gpt2 or gpt2@REVISION. A "
         "checkpoint of the same task keeps its head.",
         words="needed, but with `resume`",
         group=_TASK,

@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gptfast._files import absolute
 from gptfast._folders import staged_folder
 from gptfast._json import NULL, field, items, read_json
 from gptfast._snapshots import EVERYTHING, current, read_whole
@@ -29,7 +28,7 @@ from gptfast.finetuning.special_tokens import PAD, USUAL, note_new_rows
 from gptfast.models import GPT
 from gptfast.models.adapters import files
 from gptfast.models.export import write_json, write_tensors
-from gptfast.models.locate import resolve
+from gptfast.models.locate import hub_name, resolve
 from gptfast.models.vocabulary import set_rows
 from gptfast.nn.difference import is_tied
 from gptfast.tokenizer import has_tokenizer, load_tokenizer
@@ -84,6 +83,7 @@ def load(
     dtype: torch.dtype | None,
     base: str | os.PathLike[str] | None,
     overrides: dict[str, Any],
+    revision: str | None = None,
 ) -> TaskModel:
     """A task model in evaluation mode: the base with an adapter, whose name is "default", and the head.
 
@@ -94,12 +94,15 @@ def load(
         dtype, overrides: of the base, as `GPT.from_pretrained`, quantize and double_quant too.
         base: where the base is, a language model or a checkpoint of a task, whose head is left out; None: where the folder
             says.
+        revision: of the base, where that is a model of the hub; None: what the folder says.
     Raises:
         FileNotFoundError, ValueError: as `GPT.from_pretrained` and `GPT.load_adapter`; or a head that does not fit the task.
     """
-    place, revision = (base, None) if base else _base_of(path)
+    place, told = (base, None) if base else _base_of(path)
     if place is None:
         raise ValueError(f"{path}: the adapter does not say which model it belongs to; say it with base=")
+    if revision is None and not Path(place).exists():  # as peft, which reads a folder whatever the file says
+        revision = told
     try:
         found = resolve(place, revision)
         gpt = task_files.without_head(found, dtype, overrides)
@@ -107,7 +110,7 @@ def load(
         raise FileNotFoundError(
             f"{path} is an adapter of {place}: {error}; say where its base is with base="
         ) from error
-    gpt.name_or_path = str(absolute(place))
+    gpt.name_or_path, gpt.revision = hub_name(place, revision)
     return put_on(cls, gpt, path, given, found)
 
 

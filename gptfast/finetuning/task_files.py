@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast._files import absolute
 from gptfast._folders import destination, staged_folder
 from gptfast._json import NULL, expect, field
 from gptfast._snapshots import EVERYTHING
@@ -22,7 +21,7 @@ from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.finetuning.examples import DELIMITERS
 from gptfast.finetuning.special_tokens import PAD, USUAL, delimiters_of_bert
 from gptfast.models import BERT, GPT, export
-from gptfast.models.locate import resolve
+from gptfast.models.locate import hub_name, resolve
 from gptfast.models.pretrained import build
 from gptfast.models.quantized import check_format
 from gptfast.models.stored import StoredModel
@@ -65,7 +64,8 @@ def save(model: TaskModel, path: Path) -> None:
         if model.tokenizer is not None:
             model.tokenizer.save(stage)
     if isinstance(model.gpt, GPT) and model.gpt.adapters is None:  # as `GPT.save_pretrained`
-        model.gpt.new_rows, model.gpt.name_or_path = frozenset(), str(destination(path))
+        gpt = model.gpt
+        gpt.new_rows, gpt.name_or_path, gpt.revision = frozenset(), str(destination(path)), None
 
 
 def prefix_of(model: TaskModel) -> str:
@@ -141,6 +141,7 @@ def load(
     given: dict[str, Any],
     dtype: torch.dtype | None,
     overrides: dict[str, Any],
+    revision: str | None = None,
 ) -> TaskModel:
     """A task model in evaluation mode.
 
@@ -150,13 +151,13 @@ def load(
             openai-gpt forms, whose rows have no delimiters, or BertForSequenceClassification; or a language model as in `GPT.from_pretrained`, which gets a
             new head.
         given: arguments of TaskModel; None: as stored. The tokenizer is that of the folder, where it has one.
-        dtype, overrides: as `GPT.from_pretrained`, quantize and double_quant too.
+        dtype, overrides, revision: as `GPT.from_pretrained`, quantize and double_quant too.
     Raises:
         FileNotFoundError, ValueError: as `GPT.from_pretrained`; or a head that does not fit the task.
     """
-    stored = StoredTask(folder := resolve(path))
+    stored = StoredTask(folder := resolve(path, revision))
     gpt, kind, settings = _opened(stored, dtype, overrides)
-    gpt.name_or_path = str(absolute(path))
+    gpt.name_or_path, gpt.revision = hub_name(path, revision)
     arguments = {**_stored_arguments(kind, settings, stored.settings_file), **_said(given)}
     if arguments.get("tokenizer") is None and folder.is_dir() and has_tokenizer(folder):
         arguments["tokenizer"] = load_tokenizer(folder)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gptfast import ops
 from gptfast._checks import check_choice, check_real
 from gptfast.finetuning import task_adapters, task_files
-from gptfast.finetuning.encoder import keep_encoder, token_types
+from gptfast.finetuning.encoder import check_head, encoded, keep_encoder
 from gptfast.finetuning.examples import DELIMITERS, Encoder, Row, padded, target_of
 from gptfast.finetuning.lm_loss import mean_of_rows
 from gptfast.finetuning.predictions import Prediction, TaskOutput, predict
@@ -204,12 +204,9 @@ class TaskModel(nn.Module):
         real = self.real_tokens(rows, mask)
         step = self.gpt.dropout_step
         if is_bert:
-            if lm_coef or mc_token_ids is not None:
-                name = "mc_token_ids" if mc_token_ids is not None else "lm_coef"
-                raise ValueError(
-                    f"TaskModel: {name} is given for a BERT, whose head reads the first token; leave it out"
-                )
-            hidden = self._encoded(rows, real, token_type_ids)
+            check_head(lm_coef, mc_token_ids)
+            sep = None if self.task == "classification" else self.special_tokens.get(SEP)
+            hidden = encoded(self.gpt, rows, real, token_type_ids, sep)
             read = self.gpt.pooled(hidden)
         else:
             hidden = self.gpt.hidden_states(rows, attention_mask=mask)  # R T C
@@ -224,15 +221,6 @@ class TaskModel(nn.Module):
             return TaskOutput(logits, loss, loss)
         lm_loss = mean_of_rows(self.gpt, *rows_of_lm_loss(self.task, hidden, rows, real, labels))
         return TaskOutput(logits, loss + lm_coef * lm_loss, loss, lm_loss)
-
-    def _encoded(self, rows: Tensor, real: Tensor, types: Tensor | None) -> Tensor:
-        """(R, T, C), of a BERT."""
-        if types is None:
-            pair = self.task != "classification"
-            types = token_types(rows, real, self.special_tokens.get(SEP) if pair else None)
-        else:
-            types = types.flatten(0, -2)
-        return self.gpt.hidden_states(rows, attention_mask=real, token_type_ids=types)
 
     def real_tokens(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         """Of the rows' shape, where there is no padding; arguments as `forward`'s ids and attention_mask."""
@@ -262,11 +250,12 @@ class TaskModel(nn.Module):
         return predict(self, examples)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write a checkpoint folder with the tokenizer; see `gptfast.finetuning.task_files.save`."""
+        """Write a checkpoint folder with the tokenizer: ForSequenceClassification of transformers with the same logits
+        (of similarity those of each order), choice as DoubleHeadsModel. Raises OSError, ValueError as `GPT.save_pretrained`."""
         task_files.save(self, Path(path))
 
     def save_adapter(self, path: str | os.PathLike[str], name: str = "default") -> None:
-        """Write an adapter of `gpt` and the head, without the base; see `gptfast.finetuning.task_adapters.save`."""
+        """Write an adapter of `gpt` in peft's format with the head and the tokenizer, without the base; as `GPT.save_adapter`."""
         task_adapters.save(self, Path(path), name)
 
     @classmethod
@@ -281,18 +270,30 @@ class TaskModel(nn.Module):
         special_tokens: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         base: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
         **config_overrides: Any,
     ) -> TaskModel:
-        """Load a checkpoint of a task, ours or transformers', or give a language model a new head; see `task_files.load`.
-        Or an adapter of a task, ours or peft's, on its base; see `task_adapters.load`."""
+        """Load a checkpoint or an adapter of a task, in evaluation mode, or give a language model a new head.
+
+        Args:
+            path: a checkpoint of a task, ours or transformers' (GPT2ForSequenceClassification, GPT2DoubleHeadsModel, their
+                openai-gpt forms, BertForSequenceClassification); a language model as in `GPT.from_pretrained`, or a BERT;
+                or the folder of a task's adapter, ours or peft's.
+            task, labels, tokenizer, class_weights, special_tokens: as `TaskModel`; None: as stored. A language model needs task.
+            dtype, config_overrides: of the network, as `GPT.from_pretrained`; quantize and double_quant too.
+            base: of an adapter: a language model, or a checkpoint of a task, whose head is left out; None: what it names.
+            revision: of a model of the hub, path or an adapter's base, as `GPT.from_pretrained`.
+        Raises:
+            OSError, ValueError, ImportError: as `GPT.from_pretrained` and `GPT.load_adapter`; or a head that does not fit.
+        """
         given = {
             **{"task": task, "labels": labels, "tokenizer": tokenizer},
             **{"class_weights": class_weights, "special_tokens": special_tokens},
         }
         if task_adapters.is_adapter(path):
-            return task_adapters.load(cls, Path(path), given, dtype, base, config_overrides)
+            return task_adapters.load(cls, Path(path), given, dtype, base, config_overrides, revision)
         if base is not None:
             raise ValueError(
                 f"TaskModel.from_pretrained: base is {base}, but {path} is no folder of an adapter; leave it out"
             )
-        return task_files.load(cls, path, given, dtype, config_overrides)
+        return task_files.load(cls, path, given, dtype, config_overrides, revision)

@@ -44,7 +44,12 @@ class BERT(Transformer):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **config_overrides: Any
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        **config_overrides: Any,
     ) -> BERT:
         """Load transformers' BertForPreTraining, BertForMaskedLM or BertModel, or what `save_pretrained` wrote.
 
@@ -53,13 +58,14 @@ class BERT(Transformer):
         Args:
             path: a folder with config.json and safetensors (or an older pytorch_model.bin), or a hub id.
             dtype: of the weights; None: as stored.
+            revision: as in `GPT.from_pretrained`.
             config_overrides: fields of `GPTConfig` to change, such as dropout=0.0.
         Returns:
             The model in evaluation mode, with the heads that the checkpoint has.
         Raises:
             OSError, ValueError, ImportError: as `GPT.from_pretrained`.
         """
-        folder = resolve(path)
+        folder = resolve(path, revision)
         model = pretrained.load(cls, folder, dtype, config_overrides)
         model.folder = str(folder)
         return model
@@ -106,8 +112,10 @@ class BERT(Transformer):
         export.save(self, path, max_shard_size)
 
 
-def load_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **options: Any) -> GPT | BERT:
+def load_model(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, revision: str | None = None, **options: Any
+) -> GPT | BERT:
     """The GPT or BERT of a checkpoint; arguments as in its `from_pretrained`."""
-    folder = resolve(path)
+    folder = resolve(path, revision)
     kind = GPT if StoredModel(folder).config.causal else BERT
     return kind.from_pretrained(folder, dtype=dtype, **options)

@@ -125,6 +125,7 @@ class GPT(AdapterMethods):
         dtype: torch.dtype | None = None,
         quantize: str | None = None,
         double_quant: bool = False,
+        revision: str | None = None,
         **config_overrides: Any,
     ) -> GPT:
         """Load a checkpoint folder or a model of the Hugging Face hub, in evaluation mode.
@@ -140,15 +141,17 @@ class GPT(AdapterMethods):
             quantize: "nf4", "int4", "int8" or "mxfp4": the matrices of the blocks are held in that, frozen, each quantised as it is
                 read; to train adapters around them (QLoRA). None: as floats.
             double_quant: with "nf4": quantise the scales too, 4.13 bits a weight instead of 4.5.
+            revision: of a model of the hub: a branch, a tag or a commit, as in transformers; None: the newest. The hub id
+                NAME@REVISION says the same, also on the command line.
         Returns:
             The model in evaluation mode; call .train() to train it.
         Raises:
             FileNotFoundError: no such folder, or a file is missing in it.
-            ValueError: a damaged file, another architecture, tensors that are missing, too many or ill-shaped, or a pickle that
-                names other code than that of tensors.
+            ValueError: a damaged file, another architecture, tensors that are missing, too many or ill-shaped, a pickle that
+                names other code than that of tensors, or a revision of what is on this machine.
             ImportError, OSError: a hub id without huggingface-hub, or without a connection.
         """
-        return pretrained.load(cls, path, dtype, config_overrides, quantize, double_quant)
+        return pretrained.load(cls, path, dtype, config_overrides, quantize, double_quant, revision)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write config.json and the weights to a folder that transformers reads with the same logits.
@@ -163,4 +166,4 @@ class GPT(AdapterMethods):
         """
         export.save(self, path, max_shard_size)
         if self.adapters is None:  # else a merged model was written, which is not the base of its adapters
-            self.new_rows, self.name_or_path = frozenset(), str(destination(path))
+            self.new_rows, self.name_or_path, self.revision = frozenset(), str(destination(path)), None

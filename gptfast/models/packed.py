@@ -37,10 +37,11 @@ def load(
     dtype: Any,
     overrides: dict[str, Any],
     file: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
     **options: Any,
 ) -> CompiledGPT:
     """A packed model from a checkpoint; see `CompiledGPT.from_pretrained`."""
-    stored = StoredModel(resolve(path))
+    stored = StoredModel(resolve(path, revision))
     if file is None:
         return build(stored, dtype, overrides, **options)
     config = stored.config.replace(**overrides)

@@ -10,12 +10,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from gptfast._files import absolute
 from gptfast.checkpoints import hf_layout
 from gptfast.checkpoints.weight_files import StoredTensor
 from gptfast.config import GPTConfig
 from gptfast.models import longer
-from gptfast.models.locate import resolve
+from gptfast.models.locate import hub_name, resolve
 from gptfast.models.quantized import Packing, check_format
 from gptfast.models.stored import StoredModel
 from gptfast.nn.meta import only_shapes
@@ -46,6 +45,7 @@ def load(
     overrides: dict[str, Any],
     quantize: str | None = None,
     double_quant: bool = False,
+    revision: str | None = None,
 ) -> Model:
     """A model in evaluation mode, from a checkpoint folder or a Hugging Face hub id (call .train() to train
     it).
@@ -61,6 +61,7 @@ def load(
         overrides: fields of GPTConfig to change, such as dropout=0.0; a smaller block_size cuts the position embedding;
             extend_context=N makes it longer, see `gptfast.models.longer`.
         quantize, double_quant: see `gptfast.models.quantized.Packing`; None: as floats.
+        revision: of a model of the hub, see `gptfast.models.locate.resolve`.
     Raises:
         FileNotFoundError: no such folder, or a file is missing in it.
         ValueError: a damaged file, another architecture, tensors that are missing, too many or ill-shaped, or a
@@ -68,8 +69,8 @@ def load(
         ImportError, OSError: a hub id without huggingface-hub, or without a connection.
     """
     check_format(quantize, double_quant)
-    model: Any = build(cls, StoredModel(resolve(path)), dtype, overrides, quantize, double_quant)
-    model.name_or_path = str(absolute(path))
+    model: Any = build(cls, StoredModel(resolve(path, revision)), dtype, overrides, quantize, double_quant)
+    model.name_or_path, model.revision = hub_name(path, revision)
     return model
 
 

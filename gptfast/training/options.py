@@ -58,7 +58,7 @@ class Weights:
     )
     init_from: str | None = option(
         None,
-        "Start from the weights of a checkpoint FOLDER, nanoGPT's ckpt.pt or a hub id instead of random ones.",
+        "Start from the weights of a checkpoint FOLDER, nanoGPT's ckpt.pt or a hub id (also NAME@REVISION) instead of random ones.",
     )
     extend_context: int | None = option(
         None,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gptfast._folders import staged_folder
 from gptfast._snapshots import ADAPTER, current
 from gptfast.checkpoints import hf_layout
-from gptfast.checkpoints.adapter_config import LoraConfig, by_pattern, to_peft
+from gptfast.checkpoints.adapter_config import AdapterConfig, LoraConfig, by_pattern, to_peft
 from gptfast.checkpoints.adapter_files import (
     CONFIG,
     MARK,
@@ -60,7 +60,7 @@ def save(
     (name,) = known_adapters("save_adapter", state.names, name)
     config = state.configs[name]
     tensors = {key: _to_file(key, p.detach()).to("cpu", copy=True).contiguous() for key, p in _stored(model, name)}
-    base = {"base_model_name_or_path": config.base_model_name_or_path or getattr(model, "name_or_path", None)}
+    base = _base_of(model, config)
     if isinstance(config, PromptTuningConfig):
         raw = to_peft(config, **base, **prompts.filled_in(model, config))
     else:
@@ -74,6 +74,15 @@ def save(
             write_json(stage / GENERATION, generation)
         held = state.quantized.get(name)
         write_tensors(stage / WEIGHTS, tensors, {MARK: state.base} | ({QUANTIZED: held} if held else {}))
+
+
+def _base_of(model: Any, config: AdapterConfig) -> dict[str, str | None]:
+    """Where the base is, as the configuration says it, else as the model knows it."""
+    own = getattr(model, "name_or_path", None)
+    place, revision = config.base_model_name_or_path or own, config.revision
+    if revision is None and place == own:
+        revision = getattr(model, "revision", None)
+    return {"base_model_name_or_path": place, "revision": revision}
 
 
 def _fields(model: Transformer, config: LoraConfig, paths: list[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class AdapterMethods(Transformer):
 
     metadata: Metadata
     name_or_path: str | None = None  # of the checkpoint that holds this base, which adapters name; None: none is known
+    revision: str | None = None  # of that checkpoint, where it is a model of the Hugging Face hub
     # Tokens whose rows are in no checkpoint of the base: adapters are saved with them.
     new_rows: frozenset[int] = frozenset()
 
@@ -67,7 +68,7 @@ class AdapterMethods(Transformer):
         """Write an adapter to a folder in peft's format, without the base.
 
         Where its configuration names no base_model_name_or_path, the file has `name_or_path`, as in peft: where the base was
-        loaded from, or where `save_pretrained` wrote it last; null where there is no such checkpoint. Where the model has a
+        loaded from (with its revision), or where `save_pretrained` wrote it last; null where there is no such checkpoint. Where the model has a
         generation_config.json, or the adapter end tokens of its own, the folder has them too.
 
         Raises:
