@@ -109,6 +109,5 @@ def with_heads(config: GPTConfig, keys: Collection[str]) -> GPTConfig:
 
 
 def renamed(key: str) -> str:
-    """The name of a tensor in newer files: LayerNorms had gamma and beta, and BertModel's tensors have no "bert." before them."""
-    key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
-    return f"bert.{key}" if key.startswith(("embeddings.", "encoder.", "pooler.")) else key
+    """The name of a tensor in newer files: LayerNorms had gamma and beta."""
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))

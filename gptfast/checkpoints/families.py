@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 from torch import Tensor
 
@@ -149,7 +150,19 @@ RENAMED = {  # names of other files, beside the usual ones
 def usual_name(kind: str, key: str) -> str:
     """The usual name of a tensor in a file."""
     key = bert.renamed(key) if kind == "bert" else key
+    base, names = _inside(kind)
+    if key.partition(".")[0] in names:  # of a model that was saved without its head, as LlamaModel
+        key = f"{base}.{key}"
     return RENAMED.get(kind, {}).get(key, key)
+
+
+@cache
+def _inside(kind: str) -> tuple[str, frozenset[str]]:
+    """Their name of the network below the head, and the first words of the names that it has inside."""
+    family = FAMILIES[kind]
+    base = family.layers.partition(".")[0]
+    names = (name.split(".") for name in (*family.outside.values(), family.layers))
+    return base, frozenset(first for of, first, *_ in (n for n in names if len(n) > 1) if of == base)
 
 
 def family_of(config: GPTConfig) -> str | None:

@@ -6,7 +6,7 @@ of transformers' configurations.
 
 from __future__ import annotations
 
-from gptfast._json import NULL, field
+from gptfast._json import field
 from gptfast.checkpoints.family_fields import (
     NANOCHAT_ACTIVATIONS,
     NEOX_ACTIVATIONS,
@@ -126,7 +126,6 @@ def to_nanochat(config: GPTConfig) -> Raw:
 
 
 def from_gpt_oss(raw: Raw, where: object) -> Fields:
-    _check_quantization(raw, where)
     usual = {"num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072, "hidden_act": "silu"}
     usual |= {"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "sliding_window": 128, "use_sliding_window": True}
     layers = field(raw, "num_hidden_layers", int, where, 0)
@@ -160,15 +159,6 @@ def to_gpt_oss(config: GPTConfig) -> Raw:
         **{"num_local_experts": config.n_expert, "num_experts_per_tok": config.n_expert_per_tok},
         **{"swiglu_alpha": config.swiglu_alpha, "swiglu_limit": config.swiglu_limit},
     }
-
-
-def _check_quantization(raw: Raw, where: object) -> None:
-    """Codes are read where they are MXFP4."""
-    method = (field(raw, "quantization_config", (dict, NULL), where, None) or {}).get("quant_method", "mxfp4")
-    if method != "mxfp4":
-        raise ValueError(
-            f"{where}: quantization_config has quant_method {method!r}; gptfast reads mxfp4 - use transformers"
-        )
 
 
 _OSS_ROPE = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptfast._json import NULL, field
-from gptfast._rope import RopeScaling
+from gptfast._rope import TYPES, RopeScaling
 from gptfast.config import GPTConfig
 
 Raw = dict[str, Any]
@@ -131,18 +131,25 @@ def to_common(config: GPTConfig) -> Raw:
 
 
 def _rope(raw: Raw, where: object) -> Fields:
-    """Rotary positions: rope_parameters, or the older rope_theta and rope_scaling."""
-    told = field(raw, "rope_parameters", (dict, NULL), where, None) or {}
-    told = dict(told or field(raw, "rope_scaling", (dict, NULL), where, None) or {})
+    """Rotary positions: rope_parameters, or the older rope_theta and rope_scaling, which counts where a file has both."""
+    dicts = [(name, field(raw, name, (dict, NULL), where, None)) for name in ("rope_scaling", "rope_parameters")]
+    name, told = next(((name, dict(found)) for name, found in dicts if found), ("rope_parameters", {}))
     if any(isinstance(value, dict) for value in told.values()):
         raise ValueError(f"{where}: rope_parameters differ by layer, which gptfast does not compute; use transformers")
     kind = told.pop("rope_type", None) or told.pop("type", None) or "default"
     told.pop("type", None)
-    theta = told.pop("rope_theta", None) or field(raw, "rope_theta", NUMBER, where, None) or 1e4
-    factor = told.pop("partial_rotary_factor", None) or field(raw, "partial_rotary_factor", NUMBER, where, None) or 1.0
-    fields: Fields = {"rope_theta": float(theta), "partial_rotary_factor": float(factor)}
+    fields: Fields = {}
+    for key, usual in (("rope_theta", 1e4), ("partial_rotary_factor", 1.0)):
+        given = field(told, key, NUMBER, where, None, inside=name)
+        given = field(raw, key, NUMBER, where, None) if given is None else given
+        fields[key] = float(usual if given is None else given)
+        told.pop(key, None)
     if kind == "default":
         return fields
+    if kind not in TYPES:
+        raise ValueError(
+            f"{where}: {name} has rope_type {kind!r}; gptfast has default, {', '.join(TYPES)} - use transformers"
+        )
     given = {name: value for name, value in told.items() if value is not None}
     if kind in ("llama3", "yarn"):
         given.setdefault("original_max_position_embeddings", raw["max_position_embeddings"])

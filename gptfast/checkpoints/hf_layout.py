@@ -132,6 +132,7 @@ def from_hf(raw: Any, where: object) -> dict[str, Any]:
         raise ValueError(
             f"{where}: model_type is {kind!r}; gptfast loads {', '.join(ARCHITECTURES)} - use transformers for others"
         )
+    _check_quantization(raw, kind, where)
     if kind in FAMILIES:
         return FAMILIES[kind].read(raw, where)
     missing = [key for key in _REQUIRED if key not in raw]
@@ -154,6 +155,17 @@ def from_hf(raw: Any, where: object) -> dict[str, Any]:
         }
     activation = _activation(raw, "activation_function", "gelu_new", where)
     return values | {"activation": activation, "n_inner": raw.get("n_inner")}
+
+
+def _check_quantization(raw: dict[str, Any], kind: str, where: object) -> None:
+    """Codes are read where they are MXFP4, which gpt-oss' experts are published in."""
+    told = field(raw, "quantization_config", (dict, NULL), where, None)
+    method = None if told is None else told.get("quant_method")
+    if told and not (kind == "gpt_oss" and method in ("mxfp4", None)):
+        raise ValueError(
+            f"{where}: quantization_config has quant_method {method!r}; gptfast reads float weights, and mxfp4 of gpt_oss - use "
+            "transformers, or the checkpoint that this one was made of"
+        )
 
 
 def _activation(raw: dict[str, Any], key: str, usual: str, where: object) -> str:

@@ -50,6 +50,7 @@ class StoredModel:
     def __init__(self, path: Path) -> None:
         self.path, self.settings = path, CONFIG
         self.metadata = Metadata()
+        self._kind = "gpt2"  # whose names nanoGPT has
         self._files: Sequence[WeightFile]
         found = nanogpt.find(path)
         if found is not None:
@@ -61,7 +62,7 @@ class StoredModel:
             path,
             lambda: (*read_settings(path), kind_of(path), [open_weights(file) for file in weight_files(path)]),
         )
-        self.conv1d = kind not in FAMILIES
+        self._kind, self.conv1d = kind, kind not in FAMILIES
         if kind == "bert":
             self.config = with_heads(
                 self.config, {usual_name(kind, key) for file in self._files for key in file.shapes}
@@ -109,7 +110,7 @@ class StoredModel:
         for name, axis, field, value in self._sizes(file, keys["block_size"]):
             tensor, shape = shapes.get(name, (name, ()))
             if len(shape) < 2 or len(shape) <= axis or shape[axis] != value:
-                got = f"{tensor} has shape {shape}" if shape else f"{tensor} is missing"
+                got = f"{tensor} has shape {shape}" if shape else f"{hf_layout.to_file(name, self._kind)} is missing"
                 raise self._contradiction(file, keys[field], value, got)
 
     def _sizes(self, file: Path, positions: str) -> list[tuple[str, int, str, int]]:

@@ -76,7 +76,7 @@ def test_mxfp4_is_that_of_transformers(tmp_path: Path):
         GPT.from_pretrained(tmp_path / "base")
     raw["quantization_config"] = {"quant_method": "awq"}
     (tmp_path / "base/config.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="quant_method 'awq'; gptfast reads mxfp4"):
+    with pytest.raises(ValueError, match="quant_method 'awq'; gptfast reads float weights, and mxfp4"):
         GPT.from_pretrained(tmp_path / "base")
 
 

@@ -205,13 +205,79 @@ def test_old_keys_names_and_buffers_are_read(shape: str, tmp_path: Path):
     torch.testing.assert_close(again(ids_of()), model(ids_of()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", ["llama", "qwen3", "gpt_neox", "nanochat", "gpt_oss"])
+def test_a_model_that_was_saved_without_its_head(shape: str, tmp_path: Path):
+    """Its names have nothing before them; where the embedding is the head, all is there."""
+    theirs = theirs_of(shape)
+    theirs.base_model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for tied in (False, True):
+        (tmp_path / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": tied}))
+        if not tied:
+            with pytest.raises(ValueError, match=r"(lm_head|embed_out)\.weight is missing"):
+                GPT.from_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = ids_of()
+    with torch.no_grad():
+        torch.testing.assert_close(GPT.from_pretrained(tmp_path)(ids), theirs(ids).logits, **CLOSE)
+
+
+def test_a_missing_embedding_has_the_name_of_the_file(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    theirs_of("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"but model\.embed_tokens\.weight is missing"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_a_file_with_both_forms_of_scaling_is_read_as_transformers_reads_it(tmp_path: Path):
+    theirs_of("llama").save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw |= {"rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert raw["rope_parameters"]["rope_type"] == "default"
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = ids_of()
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path)(ids), theirs(ids).logits, rtol=0, atol=4e-6)
+
+
 REFUSED = {
     "model_type": ("llama", {"model_type": "mamba"}, "model_type is 'mamba'; gptfast loads gpt2"),
     "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; gptfast has silu"),
     "scaling": (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        "rope_type is 'dynamic'; expected one of linear, llama3, yarn",
+        "rope_parameters has rope_type 'dynamic'; gptfast has default, linear, llama3, yarn - use transformers",
+    ),
+    "scaling with keys of its own": (
+        "llama",
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+        "rope_parameters has rope_type 'longrope'; gptfast has default",
+    ),
+    "older scaling": (
+        "llama",
+        {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        "rope_scaling has rope_type 'mrope'; gptfast has default",
+    ),
+    "type of a scaling": (
+        "llama",
+        {"rope_parameters": {"rope_type": 3, "rope_theta": 1e4}},
+        "rope_parameters has rope_type 3; gptfast has default",
+    ),
+    "theta": ("llama", {"rope_parameters": {"rope_theta": "many"}}, 'rope_parameters.rope_theta is "many"; expected a'),
+    "no theta": ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope_theta is 0"),
+    "codes": (
+        "llama",
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        "quantization_config has quant_method 'bitsandbytes'; gptfast reads float weights",
+    ),
+    "codes of unknown kind": (
+        "qwen3",
+        {"quantization_config": {"load_in_8bit": True}},
+        "has quant_method None; gptfast",
     ),
     "by layer": ("llama", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ by layer"),
     "layer_types": ("qwen3-banded", {"layer_types": ["chunked_attention"] * 3}, "layer_types has 'chunked_attention'"),
