@@ -28,7 +28,9 @@ TOKENIZER = (
 TOKENS = r"data\.json|(train|val)(-\d+-of-\d+)?\.bin"
 ADAPTER = r"adapter_config\.json|adapter_model\.(safetensors|bin)"
 TASK = r"task_config\.json|special_tokens\.safetensors"
-OPTIMIZER = r"optimizer(-\d+-of-\d+)?\.safetensors|part-\d+\.safetensors"  # a part is there while a save lasts
+OPTIMIZER = (
+    r"optimizer(-\d+-of-\d+)?\.safetensors|part-\d+\.safetensors|ema\.safetensors"  # a part is there while a save lasts
+)
 EVERYTHING = rf"{WEIGHTS}|{ADAPTER}|{TASK}|{TOKENIZER}|{TOKENS}|(generation_)?config\.json|trainer\.json|{OPTIMIZER}"
 _PATIENCE = 30.0  # seconds for a moment between two saves
 

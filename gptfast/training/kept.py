@@ -19,10 +19,10 @@ def kept(out: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
 
 
-def keep_last(out: Path) -> None:
-    """Give RUN/last, which is about to be replaced, a second name with its step."""
+def keep_last(out: Path, next_step: int) -> None:
+    """Give RUN/last, which is about to be replaced, a second name with its step, unless its successor is of the same step."""
     step = _step(out / "last")
-    if step >= 0:
+    if step >= 0 and step != next_step:
         copy_checkpoint(out / "last", out / f"step-{step:06d}")
 
 

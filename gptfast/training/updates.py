@@ -282,11 +282,11 @@ class Updates:
         state, objective = self.state, self.objective
         state.seconds, state.evaluated = self.clock.seconds, self._evaluated
         trainer = described_run(objective.network, state, self.config, self.source)
-        last, is_best = self.out / "last", state.best_step == state.step > 0
+        last, step, is_best = self.out / "last", state.step, state.best_step == state.step > 0
 
         def write(content: Callable[[Path], dict[str, str]]) -> None:
             if self.config.keep_last > 1 and self._last_is_intact:
-                keep_last(self.out)
+                keep_last(self.out, step)
             write_checkpoint(last, trainer, objective.tokenizer, content)
             if is_best:
                 copy_checkpoint(last, self.out / "best")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from gptfast._snapshots import is_ours
+from gptfast.training.checksums import verify
 from gptfast.training.log import read_log
 from tests.support.train_command import gptfast, run
 
@@ -44,6 +46,27 @@ def test_the_newest_are_kept_and_a_damaged_one_is_reported_and_passed_over(text,
     assert all(a[name].equal(b[name]) for name in a)
     found = [r["step"] for r in read_log(out / "log.jsonl") if "loss" in r]
     assert found == list(range(1, 13))
+
+
+def test_kept_checkpoints_have_the_average_of_the_weights(text, tmp_path, capsys):
+    """They are copies of OUT/last: with --ema each of them, and OUT/best, used to lack a file, and none could be resumed."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert run(text, whole, *OFTEN, "--ema", "0.5", "--max-steps", "8") == 0
+    short = [*OFTEN, "--ema", "0.5", "--keep-last", "2", "--lr-decay-steps", "8", "--max-steps", "6"]
+    assert run(text, out, *short) == 0
+    assert all(is_ours(file.name) for file in (out / "last").iterdir()), "a save that is killed would not be completed"
+    assert [p.name for p in out.glob("step-*")] == ["step-000005"], "the evaluation's; not the last step once more"
+    for folder in ("best", "step-000005"):
+        assert {p.name for p in (out / folder).iterdir()} == {p.name for p in (out / "last").iterdir()}, folder
+        verify(out / folder)
+    spoil(out / "last")
+    shutil.rmtree(out / "best")
+    capsys.readouterr()
+    assert gptfast("train", "--resume", "--out", out, "--max-steps", "8") == 0
+    assert "resume   from step 5" in capsys.readouterr().out
+    for name in ("model", "ema"):
+        a, b = (load_file(folder / f"last/{name}.safetensors") for folder in (whole, out))
+        assert all(a[key].equal(b[key]) for key in a)
 
 
 def test_auto_begins_resumes_and_refuses_where_all_are_damaged(text, tmp_path, capsys):
