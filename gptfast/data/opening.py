@@ -37,6 +37,7 @@ def open_data(
     val_fraction: float = 0.1,
     seed: int = 0,
     progress: bool = True,
+    overwrite: bool = True,
 ) -> PreparedData:
     """The tokens of a text, of a prepared folder, of a token file or of a mixture.
 
@@ -45,7 +46,7 @@ def open_data(
             file, whose last documents become the validation part; or a .toml file of sources (`gptfast.data.mixture`).
         cache_dir: folder for the tokens of a text; later calls find them there.
         tokenizer: as in `prepare`. None: "gpt2" for text; for tokens the tokenizer in their folder.
-        vocab_size, unk, glob, text_field, val_fraction, seed, progress: as in `prepare`.
+        vocab_size, unk, glob, text_field, val_fraction, seed, progress, overwrite: as in `prepare`.
     Raises:
         OSError, ValueError: as `prepare` and `load_prepared`; a tokenizer that does not match the tokens.
     """
@@ -54,7 +55,14 @@ def open_data(
             raise ValueError(f"open_data: {data} is a mixture; give glob and text_field in its [[source]] tables")
         learning = {"vocab_size": vocab_size, "unk": unk}
         return _open_mixture(
-            Path(data), Path(cache_dir), tokenizer, learning, val_fraction=val_fraction, seed=seed, progress=progress
+            Path(data),
+            Path(cache_dir),
+            tokenizer,
+            learning,
+            val_fraction=val_fraction,
+            seed=seed,
+            progress=progress,
+            overwrite=overwrite,
         )
     given = [name for name, value in (("glob", glob), ("text_field", text_field), ("unk", unk)) if value]
     if given and (current(data, MANIFEST).exists() or is_token_file(data)):
@@ -79,6 +87,7 @@ def open_data(
         val_fraction=val_fraction,
         seed=seed,
         progress=progress,
+        overwrite=overwrite,
     )
 
 
@@ -113,7 +122,7 @@ def _open_mixture(
 ) -> PreparedData:
     """The sources of a file, all with one tokenizer: the one asked for, else that of those which are tokens already.
 
-    learning: vocab_size and unk. options: val_fraction, seed and progress.
+    learning: vocab_size and unk. options: val_fraction, seed, progress and overwrite.
     """
     sources = read_mixture(path)
     texts = [source for source in sources if not is_tokens(source.data)]

@@ -18,7 +18,7 @@ from gptfast._options import default_of, options_of, values_of
 from gptfast._presets import BERT as BERT_SHAPE
 from gptfast._rope import RopeScaling
 from gptfast.config import GPTConfig
-from gptfast.data import PreparedData, open_data
+from gptfast.data import PreparedData
 from gptfast.data.options import DataOptions
 from gptfast.models import BERT, GPT, load_model
 from gptfast.training.checkpoint import Checkpoint, check_source, read_checkpoint
@@ -31,7 +31,8 @@ from gptfast.training.options import SHAPE, RunOptions, defaults_of
 from gptfast.training.ranks import Ranks
 from gptfast.training.resuming import MAY_CHANGE, refuse_changes
 from gptfast.training.run import Run
-from gptfast.training.run_folder import locked_run
+from gptfast.training.run_data import open_run_data, reopened
+from gptfast.training.run_folder import check_room, locked_run
 from gptfast.training.tokenizer_choice import check_ids, tokenizer_of
 from gptfast.training.trainer import Trainer
 from gptfast.training.values import Values, initial, stored
@@ -64,6 +65,7 @@ def new_run(options: Options, ranks: Ranks | None = None) -> Run:
     if ranks is not None and not ranks.is_main:
         return _new_run(options, place, None, ranks)
     with locked_run(place.out) as lock:
+        check_room(place.out, place.overwrite)  # before the tokens in OUT/data are replaced
         return _new_run(options, place, lock, ranks)
 
 
@@ -95,7 +97,7 @@ def _new_run(options: Options, place: RunOptions, lock: FileLock | None, ranks: 
     place.set_threads()
     model = _load(options["init_from"], ranks)[0] if "init_from" in options else None
     tokenizer = tokenizer_of(options, model)
-    data = _open(options, place, tokenizer, ranks)
+    data = open_run_data(options, place.out, tokenizer, _speaks(ranks))
     if model is not None:
         check_ids(options, data)
     positions = None if model is None else model.config.block_size
@@ -117,6 +119,10 @@ def _new_run(options: Options, place: RunOptions, lock: FileLock | None, ranks: 
     more = {"source": source, "overwrite": place.overwrite, "lock": lock, "ranks": ranks, "values": values}
     run = _run(model, data, config, place, **more)
     return replace(run, note=note)
+
+
+def _speaks(ranks: Ranks | None) -> bool:
+    return ranks is None or ranks.is_main
 
 
 def _check_direction(options: Options, config: TrainConfig) -> None:
@@ -142,15 +148,9 @@ def _resumed_run(
     model, values = _load(last, ranks)
     _refuse_changes(options, place, checkpoint, model)
     config = checkpoint.config.replace(**{k: v for k, v in options.items() if k in _TRAIN and k in _MAY_CHANGE})
-    given = {**source["options"], "data": source["data"], **options}
-    data = _open(given, place, source["options"]["tokenizer"], ranks)
-    if fingerprint(data) != source["marks"]:
-        raise ValueError(
-            f"train: the data is not what {last} was trained on; resume with the same data, or start a new run from "
-            f"these weights with `init_from` {last}"
-        )
+    data, note = reopened(options, checkpoint, place.out, _speaks(ranks))
     more = {"source": source, "resume": checkpoint, "lock": lock, "ranks": ranks, "finished_too": finished_too}
-    return replace(_run(model, data, config, place, values=values, **more), damage=tuple(damage))
+    return replace(_run(model, data, config, place, values=values, **more), note=note, damage=tuple(damage))
 
 
 def _load(path: Any, ranks: Ranks | None, **changes: Any) -> tuple[GPT | BERT, Values | None]:
@@ -186,19 +186,6 @@ def _train_config(options: Options) -> TrainConfig:
     if "max_minutes" in chosen:
         chosen.setdefault("max_steps", None)
     return TrainConfig(**chosen)
-
-
-def _open(options: Options, place: RunOptions, tokenizer: str | None, ranks: Ranks | None) -> PreparedData:
-    return open_data(
-        options["data"],
-        place.out / "data",
-        tokenizer,
-        vocab_size=options.get("vocab_size"),
-        glob=options.get("glob"),
-        text_field=options.get("text_field"),
-        unk=bool(options.get("unk")),
-        progress=ranks is None or ranks.is_main,
-    )
 
 
 def _untrained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,8 +202,26 @@ def test_resume_notices_other_data(tmp_path, capsys):
     text, out = tmp_path / "dagger.txt", tmp_path / "run"
     text.write_text(TEXT)
     assert run(str(text), out, "--max-steps", "3") == 0
+    kept = (out / "data" / "train.bin").read_bytes()
     text.write_text(TEXT.replace("dagger", "bodkin"))
     assert "the data is not what" in failure(capsys, "train", "--resume", "--max-steps", "9", "--out", out)
+    assert "already has a training run" in failure(capsys, "train", "--data", text, "--out", out)
+    assert (out / "data" / "train.bin").read_bytes() == kept, "the tokens that the run was trained on"
+    assert gptfast("train", "--resume", "--max-steps", "4", "--out", out, "--data", out / "data") == 0
+
+
+def test_resume_finds_a_text_that_was_moved_and_the_tokens_of_one_that_is_gone(tmp_path, capsys):
+    text, out = tmp_path / "dagger.txt", tmp_path / "run"
+    text.write_text(TEXT)
+    assert run(str(text), out, "--max-steps", "3") == 0
+    text = text.rename(tmp_path / "moved.txt")
+    assert gptfast("train", "--resume", "--max-steps", "4", "--out", out, "--data", text) == 0
+    text.unlink()
+    capsys.readouterr()
+    assert gptfast("train", "--resume", "--max-steps", "5", "--out", out) == 0
+    assert "dagger.txt is no longer there; its tokens are in" in capsys.readouterr().out.replace("\n", " ")
+    shutil.rmtree(out / "data")
+    assert "dagger.txt' is neither" in failure(capsys, "train", "--resume", "--max-steps", "6", "--out", out)
 
 
 def test_init_from_refuses_a_tokenizer_of_another_vocabulary(short_run, text, tmp_path, capsys):

@@ -1,0 +1,86 @@
+"""The data of a run: its tokens are in OUT/data, where a run that is resumed finds them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from gptfast.data import PreparedData, load_prepared, open_data
+from gptfast.data.mixture import is_mixture
+from gptfast.training.checkpoint import Checkpoint
+from gptfast.training.fingerprint import fingerprint
+
+_OF_TEXT = ("tokenizer", "vocab_size", "glob", "text_field", "unk")
+
+
+def open_run_data(
+    options: Mapping[str, Any], out: Path, tokenizer: str | None, progress: bool = True, overwrite: bool = True
+) -> PreparedData:
+    """The data that the options of a run name; the tokens of a text are in OUT/data.
+
+    Raises:
+        OSError, ValueError: as `open_data`.  FileExistsError: OUT/data has tokens of another text and `overwrite` is False.
+    """
+    return open_data(
+        options["data"],
+        out / "data",
+        tokenizer,
+        vocab_size=options.get("vocab_size"),
+        glob=options.get("glob"),
+        text_field=options.get("text_field"),
+        unk=bool(options.get("unk")),
+        progress=progress,
+        overwrite=overwrite,
+    )
+
+
+def reopened(
+    options: Mapping[str, Any], checkpoint: Checkpoint, out: Path, progress: bool = True
+) -> tuple[PreparedData, str]:
+    """The data of a run that is resumed, and a sentence about it or "".
+
+    Where the text is gone, the tokens in OUT/data are read. They are never replaced by those of another text.
+
+    Args:
+        options: those that were given.
+        checkpoint: where the run is resumed.
+        out: OUT.
+    Raises:
+        ValueError: it is not what the run was trained on.  OSError: as `open_data`.
+    """
+    source, kept, note = checkpoint.source, out / "data", ""
+    given = {**source["options"], "data": source["data"], **options}
+    is_kept = _has(kept, source["marks"])
+    if is_kept and "data" not in options and not _is_there(given["data"]):
+        given["data"], note = str(kept), f"{given['data']} is no longer there; its tokens are in {kept}"
+    if is_kept and Path(given["data"]).resolve() == kept.resolve():
+        given |= dict.fromkeys(_OF_TEXT)  # it has its tokenizer
+    try:
+        data = open_run_data(given, out, given["tokenizer"], progress, overwrite=not is_kept)
+    except FileExistsError:  # other names of documents, or other text
+        with TemporaryDirectory(prefix=".data-", dir=out) as place:
+            same = fingerprint(open_run_data(given, Path(place), given["tokenizer"], progress)) == source["marks"]
+        data = load_prepared(kept) if same else None
+    if data is None or fingerprint(data) != source["marks"]:
+        last = checkpoint.folder
+        same = f"the same data, with `data` {kept}, which has its tokens," if is_kept else "the same data"
+        raise ValueError(
+            f"train: the data is not what {last} was trained on; resume with {same} or start a new run from these weights "
+            f"with `init_from` {last}"
+        )
+    return data, note
+
+
+def _is_there(data: str) -> bool:
+    """Whether `data` can be looked for and is found: a name that is no path is."""
+    return Path(data).exists() or is_mixture(data) or not Path(data).is_absolute()
+
+
+def _has(folder: Path, marks: dict[str, Any]) -> bool:
+    """Whether a folder of tokens has these."""
+    try:
+        return fingerprint(load_prepared(folder)) == marks
+    except (OSError, ValueError):
+        return False
