@@ -49,8 +49,22 @@ def describe(run: Run) -> list[str]:
         f"         {products}; at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s, {limit}: the 100% of peak",
         *([f"batch    {as_options(run.fit)}"] if run.fit else []),
         f"plan     {' or '.join(limits)}, {train.rows_per_step * trainer.block_size:,} tokens a step",
+        *_warmup_lines(train),
     ]
     return lines + _resume_lines(run)
+
+
+def _warmup_lines(train: TrainConfig) -> list[str]:
+    """A line where the run ends before the learning rate has risen."""
+    from gptfast.training.schedule import learning_rate
+
+    if train.max_steps is None or (train.warmup_steps or 0) <= train.max_steps:
+        return []
+    reached = learning_rate(train.max_steps - 1, train, train.max_steps)
+    return [
+        f"         the learning rate ends at {reached:.3g} on its way to {train.learning_rate:.3g}: --warmup-steps is "
+        f"{train.warmup_steps:,}"
+    ]
 
 
 def _has_data_sheet(trainer: Trainer) -> bool:

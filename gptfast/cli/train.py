@@ -96,6 +96,10 @@ def _train(options: dict[str, Any], ranks: Ranks | None) -> int | None:
         write_options({**options, **({**sizes, "find_batch_size": False} if run.fit else {})}, run.trainer.out / NAME)
     for line in describe(run):
         run.trainer.progress.note(line)
+    if ranks is None and "parallel" in options:
+        run.trainer.progress.note(
+            f"         --parallel {options['parallel']} shares nothing in one process: torchrun --nproc-per-node 2 -m gptfast train ..."
+        )
     result = run.trainer.train()
     for line in report(run, result):
         run.trainer.progress.note(line)

@@ -63,7 +63,7 @@ def get_tokenizer(
         )
     if unk and name not in ("char", "word"):
         raise ValueError(
-            f"get_tokenizer: unk is for 'char' ('word' has it anyway), but the tokenizer is {str(name)!r}; leave it out"
+            f"get_tokenizer: `unk` is for 'char' ('word' has it anyway), but the tokenizer is {str(name)!r}; leave it out"
         )
     if name not in TRAINED:
         return load_tokenizer(name)

@@ -27,7 +27,7 @@ from gptfast.training.config import TrainConfig
 from gptfast.training.find_batch import fitted
 from gptfast.training.fingerprint import fingerprint
 from gptfast.training.kept import newest_intact
-from gptfast.training.options import SHAPE, RunOptions, defaults_of
+from gptfast.training.options import SHAPE, RunOptions, check_effect, defaults_of
 from gptfast.training.ranks import Ranks
 from gptfast.training.resuming import MAY_CHANGE, refuse_changes
 from gptfast.training.run import Run
@@ -59,6 +59,7 @@ def new_run(options: Options, ranks: Ranks | None = None) -> Run:
         BlockingIOError: another process trains in the folder.
     """
     options = {"data": default_of(DataOptions, "data"), **options}
+    check_effect(options)
     place = RunOptions(**values_of(RunOptions, options))
     if ranks is not None:
         check_ranks(_train_config({**defaults_of(options), **options}), ranks)  # before anything is written

@@ -198,6 +198,37 @@ def start_of(options: Mapping[str, Any]) -> str:
     return next((name for name in ("init_from", "preset") if name in options), "")
 
 
+_NEEDS: dict[
+    str, tuple[type, str, str]
+] = {  # by option: its class, the option that it needs, and the value of that; "": any
+    "decay_share": (TrainConfig, "schedule", "wsd"),
+    "sequence_warmup_from": (TrainConfig, "sequence_warmup", ""),
+    "batch_warmup_from": (TrainConfig, "batch_warmup_tokens", ""),
+    "reshard": (RunOptions, "parallel", "fsdp"),
+}
+
+
+def check_effect(options: Mapping[str, Any]) -> None:
+    """Refuse an option of a new run that has no effect without another one. Defaults, which a file of options lists, pass.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, (owner, other, value) in _NEEDS.items():
+        chosen = options.get(other, default_of(owner, other))
+        if options.get(name, default_of(owner, name)) == default_of(owner, name) or (
+            chosen == value if value else chosen
+        ):
+            continue
+        if name == "reshard" and options.get("tensor_parallel", 1) > 1:
+            continue
+        raise ValueError(
+            f"train: `{name}` is {format_value(options[name])}, but has no effect without `{other}`"
+            + (f" {value}" if value else "")
+            + f"; give it too, or leave `{name}` out"
+        )
+
+
 def defaults_in_words() -> dict[str, str]:
     """The defaults that depend on the initial weights, in words, for --help."""
     names = dict.fromkeys(name for values in DEFAULTS.values() for name in values)

@@ -17,7 +17,7 @@ from gptfast._other_names import likely
 from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
 from gptfast.training.config import TrainConfig
-from gptfast.training.options import DATA, SHAPE, RunOptions, Weights, defaults_of
+from gptfast.training.options import DATA, SHAPE, RunOptions, Weights, check_effect, defaults_of
 from gptfast.training.recipes import recipe, recipe_options
 
 NAME = "config.toml"
@@ -128,6 +128,7 @@ def _values(options: Mapping[str, Any]) -> dict[str, Any]:
         **{name: value for name, value in values_of(TrainConfig, chosen).items() if name != "block_size"}
     )
     RunOptions(**values_of(RunOptions, options))
+    check_effect(options)
     if "preset" in options:
         shape = GPTConfig.preset(options["preset"], **{n: options[n] for n in SHAPE if n in options})
         chosen = {**{name: getattr(shape, name, None) for name in SHAPE}, "dropout": shape.resid_pdrop, **chosen}
