@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptfast.generation.request import Request, Sequence, Token
 from gptfast.generation.runner import Runner
-from gptfast.generation.sampling import SAMPLING_ERRORS, choose
+from gptfast.generation.sampling import SAMPLING_ERRORS, choose, over_temperature
 from gptfast.generation.textless import likeliest
 
 Logits = Tensor | list[Tensor]  # (N, V) without drafts; with drafts, for each sequence, (1 + its draft tokens, V)
@@ -146,7 +146,7 @@ def _details(
             if request.logprobs:
                 logprob = row.log_softmax(-1)[token].item()
             if request.top:
-                probs = (row / request.top_temperature).softmax(-1)
+                probs = over_temperature(row, request.top_temperature).softmax(-1)
                 values, ids = likeliest(probs, request.top, request.tokenizer)
                 top = list(zip(ids.tolist(), values.tolist(), strict=True))
         found.append((logprob, top))

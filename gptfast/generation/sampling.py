@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.generation.config import GenerationConfig
+from gptfast.generation.config import LEAST_TEMPERATURE, GenerationConfig
 from gptfast.ops.reference import kept_tokens
 
 NAN = "generate: the logits hold nan - look for an overflow in the model"
@@ -245,10 +245,18 @@ def warp(scores: Tensor, config: GenerationConfig, least: int = 1) -> Tensor:
     """
     top_k = max(config.top_k, least) if config.top_k else 0
     kept = kept_tokens(scores, config.temperature, top_k, config.top_p)
-    scores = scores / config.temperature
+    scores = over_temperature(scores, config.temperature)
     if config.min_p:
         kept &= scores >= scores.amax(-1, keepdim=True) + math.log(config.min_p)
     if least > 1:
         best = scores.topk(min(least, scores.shape[-1])).indices
         kept.scatter_(-1, best, torch.ones_like(best, dtype=torch.bool))
     return scores.masked_fill(~kept, -math.inf)
+
+
+def over_temperature(scores: Tensor, temperature: float) -> Tensor:
+    """scores / temperature, (…, V). A row whose largest quotient is beyond the range of fp32 is shifted: its best is 0."""
+    temperature = max(temperature, LEAST_TEMPERATURE)  # less is 0 in fp32, or nearly
+    top = scores.amax(-1, keepdim=True)
+    beyond = top.isfinite() & ((top / temperature) == math.inf)
+    return (scores - torch.where(beyond, top, 0.0)) / temperature
