@@ -43,9 +43,12 @@ def score_labels(
     Returns:
         The score of each label; the largest is the prediction.
     Raises:
+        TypeError: labels that are no texts, or one text alone.
         ValueError: no labels, two alike, an unknown way to normalise, a prompt that is empty or too long.
     """
     check_choice("score_labels", "normalize", normalize, NORMALIZE)
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"score_labels: labels are {labels!r}; expected a list of texts")
     if not labels or len(set(labels)) < len(labels) or not all(labels):
         raise ValueError(f"score_labels: labels are {list(labels)}; expected texts, at least one and none twice")
     if (normalize == "calibrated") != (content_free is not None):

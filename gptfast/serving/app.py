@@ -62,7 +62,7 @@ def create_app(
     service = Service(model, runner, tokenizer, name, limits, worker)
     server, chat = Completions(service), Chat(service)
     explore = Explore(service, chat)
-    tokens = Tokens(tokenizer, model.config.block_size, limits.special_tokens, chat.template)
+    tokens = Tokens(tokenizer, service.names, model.config.block_size, limits.special_tokens, chat.template)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -85,6 +85,10 @@ class ChatCompletion(Sampling):
                 f"response_format.type is {kind!r}, which is not supported; expected one of {', '.join(FORMATS)}",
                 "response_format",
             )
+        if more := sorted(set(self.response_format or ()) - {"type"}):
+            raise ApiError(
+                400, f"response_format.{more[0]} is not supported; expected a type and nothing else", "response_format"
+            )
         super().check_supported()
 
     @property

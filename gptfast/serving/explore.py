@@ -112,6 +112,9 @@ class Explore:
             ids += encode_prompt(service.tokenizer, ask.continuation, service.limits.special_tokens)
             ids = ids or ([] if service.tokenizer.eos_id is None else [service.tokenizer.eos_id])
             block = service.block(accepted.adapter)
+            if len(ids) > block and not room:
+                message = f"the context of this model is {block} tokens; the text has {len(ids)} - shorten it"
+                raise ApiError(400, message, "prompt", "context_length_exceeded")
             service.check_room(len(ids), room, block, ("text", "prompt", "steps"))
             check_prompt("", ids, service.config.vocab_size, block + 1, GenerationConfig(max_new_tokens=1))
         return ids, prompt_len

@@ -16,12 +16,16 @@ from gptfast.tokenizer import Tokenizer, encode_prompt
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, of a completion
 MOST_LOGPROBS = 20
 MOST_STOPS = 64  # OpenAI takes 4; tasks of lm-evaluation-harness name a dozen
+MOST_OF_MESSAGE = 1000  # characters of an error; a message can quote a value of the request, of up to a megabyte
 
 
 class ApiError(Exception):
     """An error that is answered in OpenAI's format."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        if len(message) > MOST_OF_MESSAGE:
+            half = MOST_OF_MESSAGE // 2
+            message = f"{message[:half]} … {message[-half:]}"
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
@@ -54,7 +58,8 @@ def read_body(kind: type[AnyBody], body: bytes) -> AnyBody:
         name = str(first["loc"][0]) if first["loc"] else None
         where = ".".join(str(part) for part in first["loc"][: 1 if name in kind.EXPECTED else None])
         if first["type"] == "extra_forbidden":
-            alike = difflib.get_close_matches(where, kind.model_fields, n=1, cutoff=0.8)
+            fields = kind.model_fields if len(first["loc"]) == 1 else ()  # those inside of another are not the kind's
+            alike = difflib.get_close_matches(where, fields, n=1, cutoff=0.8)
             message = f"this server has no such field; {f'did you mean {alike[0]}?' if alike else 'leave it out'}"
         else:
             message = first["msg"] if first["type"] == "missing" else kind.EXPECTED.get(name or "", first["msg"])

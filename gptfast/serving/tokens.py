@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gptfast.serving.names import Names
 from gptfast.serving.protocol import ApiError, Body, read_body
 from gptfast.tokenizer import Tokenizer, encode_prompt
 
@@ -26,12 +27,16 @@ class Tokens:
     """Answers requests about the tokenizer.
 
     Args:
+        names: of the models, for requests that name one.
         special: encode special tokens in prompts as such, as the completions do.
         template: the chat template; None: there is none.
     """
 
-    def __init__(self, tokenizer: Tokenizer, block_size: int, special: bool, template: str | None) -> None:
-        self._tokenizer, self._block_size, self._special, self._template = tokenizer, block_size, special, template
+    def __init__(
+        self, tokenizer: Tokenizer, names: Names, block_size: int, special: bool, template: str | None
+    ) -> None:
+        self._tokenizer, self._names, self._block_size = tokenizer, names, block_size
+        self._special, self._template = special, template
 
     def info(self) -> dict[str, Any]:
         eos = self._tokenizer.eos_id
@@ -47,6 +52,7 @@ class Tokens:
 
     def tokenize(self, body: bytes) -> dict[str, Any]:
         ask = read_body(Tokenize, body)
+        self._check_model(ask.model)
         try:
             ids = encode_prompt(self._tokenizer, ask.prompt, self._special)
         except (ValueError, TypeError) as error:
@@ -55,8 +61,14 @@ class Tokens:
 
     def detokenize(self, body: bytes) -> dict[str, Any]:
         ask = read_body(Detokenize, body)
+        self._check_model(ask.model)
         known = [0 <= token < self._tokenizer.vocab_size and self._tokenizer.has_token(token) for token in ask.tokens]
         if not all(known):
             token = ask.tokens[known.index(False)]
             raise ApiError(400, f"tokens: {token} has no token; ids run to {self._tokenizer.vocab_size - 1}", "tokens")
         return {"prompt": self._tokenizer.decode(ask.tokens)}
+
+    def _check_model(self, name: str | None) -> None:
+        """Raise ApiError for the name of a model that this server does not have."""
+        if name is not None:
+            self._names.adapter_of(name)

@@ -84,6 +84,12 @@ def test_a_shared_prefix_changes_nothing(model: Any, tokenizer: Any):
             assert one.logprob == pytest.approx(logprob(model, ids + tokens, len(ids)), abs=2e-4)
 
 
+@pytest.mark.parametrize("labels", ["ab", ["a", 3], [b"a"]])
+def test_labels_that_are_no_texts(model: Any, tokenizer: Any, labels: Any):
+    with pytest.raises(TypeError, match=r"score_labels: labels are .*; expected a list of texts"):
+        score_labels(model, tokenizer, "to be", labels)
+
+
 def test_greedy_is_seen(model: Any, tokenizer: Any):
     ids = tokenizer.encode("To be")
     best = model.generate([ids], max_new_tokens=3, eos_token_id=None)[0][len(ids) :]

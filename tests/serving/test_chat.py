@@ -332,6 +332,10 @@ USER = {"role": "user", "content": "a"}
         ),
         ({"response_format": {}}, 400, "response_format", "response_format.type is None"),
         (
+            {"response_format": {"type": "json_object", "schema": {}}},
+            *(400, "response_format", "response_format.schema is not supported; expected a type and nothing else"),
+        ),
+        (
             {"response_format": "json"},
             400,
             "response_format",

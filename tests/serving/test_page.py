@@ -156,6 +156,8 @@ def test_bounds_of_questions(url):
         ("/beam_tree", {"beams": 9}),
     ):
         assert httpx.post(url + path, json={**ask, **more}).status_code == 400
+    long = httpx.post(url + "/next_tokens", json={**ask, "prompt": "cat " * 200}).json()["error"]
+    assert long["message"].endswith(" - shorten it") and long["code"] == "context_length_exceeded"  # it has no `steps`
     full = {**ask, "prompt": [], "continuation": "x"}
     assert httpx.post(url + "/next_tokens", json=full).status_code == 400
 

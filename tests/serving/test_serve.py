@@ -361,6 +361,10 @@ def test_a_key_is_asked_for(model, tokenizer):
             {"model": "bard", "prompt": "a", "stream": True, "stream_options": {"include_usages": True}},
             *(400, "stream_options", "stream_options.include_usages: this server has no such field; leave it out"),
         ),
+        (
+            {"model": "bard", "prompt": "a", "stream": True, "stream_options": {"x": 1}},
+            *(400, "stream_options", "stream_options.x: this server has no such field; leave it out"),
+        ),
         ({"model": "bard", "prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "holds 'x'; expected token ids"),
         ({"model": "bard", "prompt": "a", "logit_bias": {"1_0": 1}}, 400, "logit_bias", "holds '1_0'; expected token"),
         ({"model": "bard", "prompt": "a", "logit_bias": {"٣": 1}}, 400, "logit_bias", "expected token ids as keys"),
@@ -443,6 +447,12 @@ def test_bad_bodies_get_errors_in_openais_format(url, body, status, param, match
 def test_a_body_without_a_length_is_limited_too(url):
     answer = httpx.post(url + "/v1/completions", content=(b"x" * 1000 for _ in range(40)))
     assert answer.status_code == 413 and "the body has more than 20000 bytes" in answer.json()["error"]["message"]
+
+
+def test_errors_quote_no_more_than_the_ends_of_a_long_value(url):
+    for body in ({"model": "b" * 9000, "prompt": "a"}, {"model": "bard", "prompt": "a", "stop": ["a" * 130] * 65}):
+        message = httpx.post(url + "/v1/completions", json=body).json()["error"]["message"]
+        assert 500 < len(message) < 1010 and re.search("does not exist; this server has 'bard'$|not empty$", message)
 
 
 def test_the_client_raises_bad_request(client):

@@ -48,6 +48,13 @@ def test_bad_bodies_name_the_field(address, path, body, message):
     assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message)
 
 
+@pytest.mark.parametrize(("path", "body"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})])
+def test_the_tokenizer_of_another_model_is_not_there(address, path, body):
+    answer = httpx.post(address + path, json={**body, "model": "large"})
+    assert answer.status_code == 404 and "the model 'large' does not exist" in answer.json()["error"]["message"]
+    assert httpx.post(address + path, json={**body, "model": "small"}).status_code == 200
+
+
 def test_the_tokenizer_is_behind_the_key(folder):
     from gptfast import GPT
 
