@@ -96,6 +96,10 @@ def _ours(model: Any, inputs: Any, config: Any, options: dict[str, Any]) -> tupl
             ours.pop(name, None)
     elif config.num_beams > 1:
         raise NotImplementedError("beams that are drawn")
+    elif "top_p" in ours:  # transformers takes 0, which leaves one token, and draws among all from 1 on
+        if ours["top_p"] == 0:
+            raise NotImplementedError("top_p=0")
+        ours["top_p"] = min(ours["top_p"], 1.0)
     V = model.get_input_embeddings().weight.shape[0]
     ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
     if config.pad_token_id is not None and not 0 <= config.pad_token_id < V:

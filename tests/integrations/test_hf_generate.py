@@ -105,6 +105,18 @@ def test_draws_follow_set_seed(calls: list[dict[str, Any]]):
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2]) and len(calls) == 3
 
 
+def test_a_nucleus_of_any_size_that_transformers_takes(calls: list[dict[str, Any]]):
+    """One of 0 keeps a token; from 1 on nothing is left out."""
+    plain, patched = hf_model(), hf_model()
+    gptfast.accelerate(patched)
+    ids, _ = padded("none")
+    options = {"do_sample": True, "max_new_tokens": 4, "pad_token_id": 0, "top_k": 0}
+    assert torch.equal(patched.generate(ids, top_p=0.0, **options), plain.generate(ids, top_p=0.0, **options))
+    assert not calls
+    assert patched.generate(ids, top_p=2.0, **options).shape == plain.generate(ids, top_p=2.0, **options).shape
+    assert len(calls) == 1
+
+
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "min_new_tokens": ({"min_new_tokens": 4}, "min_new_tokens=4"),
     "bad words": ({"bad_words_ids": [[5]]}, "bad_words_ids"),
