@@ -1,9 +1,9 @@
 // Matrix product C = A B (+ bias) (+ C) on the micro-kernel of tile-inl.h, for any layout of A and B: forward,
 // input gradient and weight gradient of a linear layer.
 //
-// B is packed once for all threads, into [block of kGemmDepth words][panel of 32 columns][word][32], so that the loads
-// of the micro-kernel run straight through L1. A is broadcast where it lies when its rows are words already, else each
-// item packs its block. A block of C (kGemmRows x some hundred columns) gathers in scratch memory, in L2, over all of k.
+// B is packed once for all threads (gemm_panels-inl.h), so that the loads of the micro-kernel run straight through L1. A is
+// broadcast where it lies when its rows are words already, else each item packs its block. A block of C (kGemmRows x some
+// hundred columns) gathers in scratch memory, in L2, over all of k.
 //
 // An element of C is summed over k in blocks of kGemmDepth, whatever M, N, the threads and the items are: a row of the
 // result depends on no other row, and its bits on nothing but K.
@@ -30,7 +30,7 @@ APART static void gemm_pack_columns(const GemmParams& p, i64 w0, i64 words, i64 
         if (column + L < p.N) prefetch(at(b.data, b.dtype, (column + L) * b.stride + k));
       }
       transpose(r);
-      for (i64 i = 0; i < L && w + i < words; i++) istore(out + (w + i) * kPanel + v, r[i]);
+      for (i64 i = 0; i < L && w + i < words; i++) istore(out + packed_place(w + i, v), r[i]);
     }
 }
 // The same of B stored by rows, for `panels` panels side by side, so that long stretches of a row are read.
@@ -46,7 +46,7 @@ APART static void gemm_pack_rows(const GemmParams& p, i64 w0, i64 words, i64 c0,
     const void* next = PAIR && k + 1 < p.K ? at(row, b.dtype, b.stride) : nullptr;
     for (i64 c = c0; c < end; c += L) {
       const i64 n = p.N - c < 0 ? 0 : p.N - c < L ? p.N - c : L;
-      uint32_t* to = out + ((c - c0) / kPanel * kGemmDepth + w) * kPanel + c % kPanel;
+      uint32_t* to = out + packed_place(w, c - c0);
       istore(to,
              n ? gemm_word_row<PAIR>(at(row, b.dtype, c), next ? at(next, b.dtype, c) : nullptr, b.dtype, n, &unused)
                : iset(0));

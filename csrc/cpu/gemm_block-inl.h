@@ -1,5 +1,6 @@
 // A block of C = A B (+ bias) (+ C) from packed panels of B.
 #pragma once
+#include "gemm_panels-inl.h"
 #include "products-inl.h"
 
 // A word is an fp32 value or, with PAIR, two bf16 that are neighbours along k.
@@ -38,7 +39,6 @@ template <bool PAIR> INL I gemm_word_row(const void* first, const void* second, 
   return as_int(x);
 }
 
-constexpr i64 kPanel = kGemmPanel;
 // Words from row to row of a packed block of A, and of a transposed one. They spread over L1's sets, which rows in tiles need too.
 constexpr i64 kGemmRow = kTiles ? kGemmDepth + 16 : kGemmDepth, kGemmPitch = kGemmRows + 16;
 static_assert(kGemmRows * kGemmRow <= kGemmPitch * kGemmDepth);
@@ -149,7 +149,10 @@ template <bool PAIR> struct GemmBlock {
         const i64 left = (c1 - column + L - 1) / L;  // vectors: a low rank fills no panel
         const int vectors = int(left < kPanel / L ? left : kPanel / L);
         const TileOp op = block == 0 ? TileOp::set : TileOp::add;
-        product<PAIR>({op, a.data, a.row, a.k, b, kPanel, words, to, pitch, rows, vectors, nullptr});
+        constexpr int kVectors = int(kStrip / L);
+        for (int v = 0; v < vectors; v += kVectors)
+          product<PAIR>({op, a.data, a.row, a.k, b + packed_place(0, v * L), kStrip, words, to + v * L, pitch, rows,
+                         vectors - v < kVectors ? vectors - v : kVectors, nullptr});
       }
     }
   }

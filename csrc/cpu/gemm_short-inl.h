@@ -10,6 +10,7 @@
 #if defined(GPTFAST_PAIRS) && !defined(GPTFAST_MATRIX) && !defined(GPTFAST_TILES)  // whose sums have other bits
 #define GPTFAST_SHORT
 constexpr i64 kMostWords = kMostFew / 2;
+static_assert(kStrip == kPanel);
 constexpr i64 kAhead = 256;  // columns
 
 // R rows of C, 2 L columns from `c` on, of which n are C's.

@@ -4,8 +4,8 @@
 //
 // Floor: the read of the codes; the decoding is some ten instructions for 32 weights, which as many as 2048 rows share.
 #include "codes-inl.h"
+#include "gemm_panels-inl.h"
 
-constexpr i64 kPanel = kGemmPanel;
 constexpr i64 kMostGroups = 16;  // of a row in kGemmDepth words, or in the columns of an item: 512 / 32
 
 INL void widen_scales(const QuantizedMatrix& w, i64 n, i64 k, i64 count, float* out) {
@@ -40,7 +40,7 @@ APART static void pack_outputs(const QuantizedMatrix& w, const C& codes, i64 w0,
         if (n + L < w.N) prefetch(codes_of_n + L * w.row_bytes + k * 4 / C::kPerLane);
       }
       transpose(r);
-      for (i64 i = 0; i < L; i++) istore(out + (word + i) * kPanel + v, r[i]);
+      for (i64 i = 0; i < L; i++) istore(out + packed_place(word + i, v), r[i]);
     }
   }
 }
@@ -68,7 +68,7 @@ APART static void pack_inputs(const QuantizedMatrix& w, const C& codes, i64 w0, 
           x = pair_bf16(low, second ? codes.load(codes_of_n + w.row_bytes, c) * set(scales[1][group]) : zero());
 #endif
       }
-      istore(out + ((c - c0) / kPanel * kGemmDepth + word) * kPanel + c % kPanel, x);
+      istore(out + packed_place(word, c - c0), x);
     }
   }
 }
