@@ -16,13 +16,27 @@ struct FloatStep {  // see bf16_step-inl.h
     }
   }
 };
-static void unpack_bf16(const char* w, i64 K, char* pairs) {
+// What bf16 is unpacked to: fp32 where each tile would have to widen pairs.
+template <bool PAIRS> struct Unpacked {
+  using Step = FloatStep;
+};
+template <> struct Unpacked<true> {
+  using Step = PairStep;
+};
+using UnpackedStep = Unpacked<kPairs>::Step;
+INL void store_pairs(char* to, I pairs) {
+  if constexpr (kPairs) return istore(to, pairs);
+  store(reinterpret_cast<float*>(to), low_half(pairs));
+  store(reinterpret_cast<float*>(to) + kPanel, high_half(pairs));
+}
+static void unpack_bf16(const char* w, i64 K, char* to) {
+  constexpr i64 kPair = 2 / UnpackedStep::kDepth * UnpackedStep::kBytes;
   const Bf16Step step(w);
   w += header_bytes(Format::bf16);
-  for (i64 k = 0; k < K; k += Bf16Step::kDepth, w += Bf16Step::kBytes, pairs += 2 * PairStep::kBytes)
+  for (i64 k = 0; k < K; k += Bf16Step::kDepth, w += Bf16Step::kBytes, to += 2 * kPair)
     UNROLL_FOR (int n = 0; n < kPanel; n += L) {
-      istore(pairs + n * 4, step.pairs<0>(w, n));
-      istore(pairs + PairStep::kBytes + n * 4, step.pairs<1>(w, n));
+      store_pairs(to + n * 4, step.pairs<0>(w, n));
+      store_pairs(to + kPair + n * 4, step.pairs<1>(w, n));
     }
 }
 
@@ -56,9 +70,9 @@ static void float_product(const Step& step, const char* w, const Activations& x,
 }
 static void bf16_product(const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {
   if (M < kUnpackedRows) return float_product(Bf16Step(w), w + header_bytes(Format::bf16), x, M, K, y, ldy);
-  char* pairs = static_cast<char*>(scratch(size_t(K * kPanel * 2)));
-  unpack_bf16(w, K, pairs);
-  float_product(PairStep(pairs), pairs, x, M, K, y, ldy);
+  char* unpacked = static_cast<char*>(scratch(size_t(K / UnpackedStep::kDepth * UnpackedStep::kBytes)));
+  unpack_bf16(w, K, unpacked);
+  float_product(UnpackedStep(unpacked), unpacked, x, M, K, y, ldy);
 }
 static void f32_product(const char* w, const Activations& x, i64 M, i64 K, float* y, i64 ldy) {
   float_product(FloatStep(w), w, x, M, K, y, ldy);
