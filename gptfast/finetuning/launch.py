@@ -24,8 +24,9 @@ from gptfast.finetuning.sources import Data, open_examples
 from gptfast.finetuning.task_model import TaskModel
 from gptfast.finetuning.tasks import METRICS
 from gptfast.finetuning.texts import text_rows
-from gptfast.training.checkpoint import Checkpoint, read_checkpoint
+from gptfast.training.checkpoint import Checkpoint
 from gptfast.training.config import TrainConfig
+from gptfast.training.kept import newest_intact
 from gptfast.training.loop import Loop
 from gptfast.training.resuming import MAY_CHANGE, refuse_changes
 from gptfast.training.routing import Routing
@@ -93,16 +94,15 @@ def new_run(options: Options, progress: bool = True) -> Finetuning:
 
 
 def resumed_run(options: Options, progress: bool = True) -> Finetuning:
-    """The run in the folder `out`, from its last checkpoint on; one that is complete makes no step.
+    """The run in the folder `out`, from its newest intact checkpoint on; one that is complete makes no step.
 
     Raises:
         FileNotFoundError: there is no run.
-        ValueError: an option that cannot change, other data, or another base.
+        ValueError: an option that cannot change, other data, another base, or every checkpoint is damaged.
         OSError, TypeError, ImportError, BlockingIOError: as `new_run`.
     """
     place = RunOptions(**values_of(RunOptions, options))
-    last = place.out / "last"
-    checkpoint = read_checkpoint(last)
+    checkpoint, damaged = newest_intact(place.out)
     stored = checkpoint.source.get("finetune")
     if not isinstance(stored, dict):
         raise ValueError(
@@ -119,15 +119,15 @@ def resumed_run(options: Options, progress: bool = True) -> Finetuning:
         data = open_examples(str(task.data), task.eval_data, str(task.task), checkpoint.config.seed, labels)
         if data.marks() != checkpoint.source.get("marks"):
             raise ValueError(
-                f"finetune: the examples of {task.data} are not those that {last} was trained on; resume with the same ones, or "
-                "start a new run"
+                f"finetune: the examples of {task.data} are not those that {checkpoint.folder} was trained on; resume with "
+                "the same ones, or start a new run"
             )
         given = {name: value for name, value in options.items() if name in TRAINING and name in _MAY_CHANGE}
         config = checkpoint.config.replace(**given)
         if "epochs" in options and "max_steps" not in options:
             config = config.replace(max_steps=math.ceil(place.epochs * len(data.train) / config.rows_per_step))
-        network, tokenizer = stored_network(last, task, method, checkpoint.source.get("base"))
-        about = (place, lock, [], progress)
+        network, tokenizer = stored_network(checkpoint.folder, task, method, checkpoint.source.get("base"))
+        about = (place, lock, damaged, progress)
         return _run(network, tokenizer, task, method, data, config, *about, source=checkpoint.source, resume=checkpoint)
 
 

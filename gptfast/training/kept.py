@@ -32,6 +32,13 @@ def forget(out: Path, count: int) -> None:
         shutil.rmtree(folder)
 
 
+def complete_best(checkpoint: Checkpoint, out: Path) -> None:
+    """Make RUN/best of a checkpoint that is the best one: a kill may come between RUN/last and its copy."""
+    state, best = checkpoint.state, out / "best"
+    if 0 < state.best_step == state.step and checkpoint.folder != best and _step(best) != state.step:
+        copy_checkpoint(checkpoint.folder, best)
+
+
 def newest_intact(out: Path) -> tuple[Checkpoint, list[str]]:
     """The newest checkpoint of a run whose checksums are right, and what is wrong with the newer ones.
 

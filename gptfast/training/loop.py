@@ -20,6 +20,7 @@ from gptfast.training.checkpoint import Checkpoint
 from gptfast.training.config import TrainConfig
 from gptfast.training.ema import WeightAverage
 from gptfast.training.interrupt import Interrupt
+from gptfast.training.kept import complete_best
 from gptfast.training.objective import Evaluation, Objective
 from gptfast.training.optim import build_optimizers, bytes_of_training
 from gptfast.training.plot import EXPERTS, plot_experts, plot_losses, require_matplotlib
@@ -96,6 +97,8 @@ class Loop(Updates, Reporting):
         try:
             if resume is not None:
                 self._restore(resume)
+                if self._is_main:
+                    complete_best(resume, self.out)
             elif self._is_main:
                 make_room(self.out, overwrite)
             self.log = self._open_log({"tensorboard" if tensorboard else None, log_to} - {None})
@@ -216,7 +219,7 @@ class Loop(Updates, Reporting):
 
     def _agree(self, interrupt: Interrupt) -> tuple[bool, int | None]:
         """Whether the run has come to its end, and the signal that ends it early; of all ranks the same."""
-        done, signal = self._done(), interrupt.signal
+        done, signal = self._has_ended() or self.clock.out_of_time, interrupt.signal
         if self.ranks is None:
             return done, signal
         self.ranks.step = self.state.step + 1
@@ -235,9 +238,6 @@ class Loop(Updates, Reporting):
         return (planned is not None and self.state.step >= planned) or (
             patience is not None and self.state.stale >= patience
         )
-
-    def _done(self) -> bool:
-        return self._has_ended() or self.clock.out_of_time
 
     def _step(self) -> None:
         """Make one update, and log, evaluate and save when due."""

@@ -30,8 +30,10 @@ class Evaluation:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The key of an evaluation: the better of two has the larger one. The loss decides between equal metrics."""
-        return (-self.loss if self.metric is None else self.metric, -self.loss)
+        """The key of an evaluation: the better of two has the larger one. The loss decides between equal metrics. One whose loss
+        is not finite is worse than all others, whatever a metric makes of its predictions."""
+        first = -self.loss if self.metric is None else self.metric
+        return (first, -self.loss) if math.isfinite(self.loss) and math.isfinite(first) else (-math.inf, -math.inf)
 
 
 class Objective(ABC):

@@ -13,6 +13,7 @@ from gptfast.training.kept import kept
 from gptfast.training.plot import EXPERTS
 
 LOCK = "training.lock"
+_FIGURES = (EXPERTS, "loss.png", "confusion.png", "metrics.json")  # of a run that has ended
 
 
 def lock_run(out: Path) -> FileLock:
@@ -62,11 +63,12 @@ def check_room(out: Path, overwrite: bool) -> list[Path]:
 
 
 def make_room(out: Path, overwrite: bool) -> None:
-    """Delete the checkpoints of a run that is to be replaced, and the picture that its successor may not have.
+    """Delete the checkpoints of a run that is to be replaced, and the figures that its successor has not yet, or may never have.
 
     Raises:
         FileExistsError: there are checkpoints and `overwrite` is False.
     """
     for folder in check_room(out, overwrite):
         shutil.rmtree(folder)
-        (out / EXPERTS).unlink(missing_ok=True)
+        for name in _FIGURES:
+            (out / name).unlink(missing_ok=True)
