@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import resources
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptfast._crc32 import crc32
+from gptfast._warn import warn
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -43,11 +45,27 @@ def absolute(value: Any) -> Any:
     return value
 
 
+def as_drawn(text: str) -> str:
+    """A text as matplotlib draws it as it is: what is between two dollar signs would be a formula."""
+    return text.replace("$", r"\$")
+
+
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a figure of matplotlib as a PNG file; raises OSError as `atomic_write`."""
+    """Write a figure of matplotlib as a PNG file; raises OSError as `atomic_write`. Of characters that its font lacks one warning
+    says what to do."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", r"Glyph .* missing from")
+        figure.savefig(buffer, format="png", dpi=120)
     atomic_write(path, buffer.getvalue())
+    for warning in caught:
+        if "missing from" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if any("missing from" in str(warning.message) for warning in caught):
+        warn(
+            f"{path} has boxes for characters that matplotlib's font lacks; name a font that has them under font.family in "
+            "matplotlibrc and draw it again"
+        )
 
 
 @contextmanager

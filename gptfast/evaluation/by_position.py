@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gptfast._checks import check_count
-from gptfast._files import save_figure
+from gptfast._files import as_drawn, save_figure
 from gptfast.data import Document
 from gptfast.evaluation.perplexity import Settings, score_documents, summarise
 from gptfast.tokenizer import Tokenizer
@@ -92,7 +92,9 @@ def plot_positions(results: Mapping[str, Mapping[str, Any]], path: str | os.Path
         rows = result["positions"]
         middles = [(row["first"] + row["last"]) / 2 for row in rows]
         errors = [row["standard_error"] or 0.0 for row in rows]
-        (line,) = axis.plot(middles, [row["perplexity"] for row in rows], marker="o", markersize=3, label=name)
+        (line,) = axis.plot(
+            middles, [row["perplexity"] for row in rows], marker="o", markersize=3, label=as_drawn(name)
+        )
         low, high = (
             [np.exp(min(row["loss"] + s * e, 700.0)) for row, e in zip(rows, errors, strict=True)] for s in (-1, 1)
         )

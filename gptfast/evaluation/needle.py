@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gptfast._checks import check_count
-from gptfast._files import save_figure
+from gptfast._files import as_drawn, save_figure
 from gptfast.evaluation.labels import encode_pair
 from gptfast.generation.runner import Runner, single_threaded_torch, virtual_tokens
 from gptfast.tokenizer import Tokenizer
@@ -129,6 +129,6 @@ def plot_needles(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLi
         axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axis.set(xlabel="tokens of the prompt", ylabel="depth of the needle")
-        axis.set_title(f"{name}: {result['accuracy']:.0%} found", fontsize=9)
+        axis.set_title(f"{as_drawn(name)}: {result['accuracy']:.0%} found", fontsize=9)
     figure.colorbar(drawn, ax=axes, label=f"share of {result['trials']} keys found")
     save_figure(figure, path)

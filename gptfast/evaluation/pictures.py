@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from gptfast._files import save_figure
+from gptfast._files import as_drawn, save_figure
 
 MOST_HEADS, MOST_LABELS = 16, 32  # shown in a picture of attention; tokens whose names fit on an axis
 
 
 def visible(text: str) -> str:
     """A token's text for a picture: blanks can be seen, and a dollar sign begins no formula."""
-    return text.replace(" ", "\u2423").replace("\n", "\\n").replace("\t", "\\t").replace("$", r"\$")
+    return as_drawn(text.replace(" ", "\u2423").replace("\n", "\\n").replace("\t", "\\t"))
 
 
 def _figure(width: float, height: float) -> Any:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from gptfast._files import save_figure
+from gptfast._files import as_drawn, save_figure
 
 
 def plot_shots(
@@ -30,10 +30,12 @@ def plot_shots(
         shots, accuracy = [point["shots"] for point in curve], [point["accuracy"] for point in curve]
         below = [point["accuracy"] - point["interval"][0] for point in curve]
         above = [point["interval"][1] - point["accuracy"] for point in curve]
-        axis.errorbar(shots, accuracy, yerr=[below, above], marker="o", markersize=4, capsize=3, label=name)
+        axis.errorbar(shots, accuracy, yerr=[below, above], marker="o", markersize=4, capsize=3, label=as_drawn(name))
     if chance is not None:
         axis.axhline(chance, color="#888", linestyle="--", linewidth=1, label="guessing")
-    axis.set(xlabel="solved items in the prompt", ylabel="accuracy (95% interval)", title=task, ylim=(-0.02, 1.02))
+    axis.set(
+        xlabel="solved items in the prompt", ylabel="accuracy (95% interval)", title=as_drawn(task), ylim=(-0.02, 1.02)
+    )
     axis.set_xticks(sorted({point["shots"] for result in results.values() for point in result["curve"]}))
     axis.grid(alpha=0.3)
     axis.legend()

@@ -39,7 +39,10 @@ def matthews(labels: Values, predictions: Values) -> float:
 
     Arguments and errors: as `accuracy`.
     """
-    return float(_sklearn("matthews_corrcoef")(*_checked("matthews", labels, predictions)))
+    true, found = _checked("matthews", labels, predictions)
+    if len(np.unique(np.concatenate((true, found)))) == 1:  # of which scikit-learn warns
+        return 0.0
+    return float(_sklearn("matthews_corrcoef")(true, found))
 
 
 def pearson(scores: Values, predictions: Values) -> float:

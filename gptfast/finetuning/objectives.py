@@ -79,21 +79,25 @@ class TaskObjective(Objective):
     def add_gradients(
         self, batches: list[dict[str, Tensor]], autocast: Autocast, device: torch.device
     ) -> dict[str, Any]:
-        total, task, lm = 0.0, 0.0, 0.0
+        task, lm, part = 0.0, 0.0, 1 / len(batches)
+        weighs = self.network.class_weights is not None  # else all passes of a step count alike
+        weights = [_weight(self.network, batch["labels"]) if weighs else 1.0 for batch in batches]
         if self._routing is not None:
             self._routing.begin()
-        for batch in batches:
+        for batch, weight in zip(batches, weights, strict=True):
+            share = weight / (sum(weights) or 1.0)
             with autocast(), nullcontext() if self._routing is None else self._routing.watched():
                 out = self.network(**batch, lm_coef=self.lm_coef)
-            whole = out.loss
+            whole = out.task_loss * share
+            if out.lm_loss is not None:
+                whole = whole + self.lm_coef * part * out.lm_loss
             if self._routing is not None:
                 real = self.network.real_tokens(batch["ids"], batch.get("attention_mask"))
-                whole = whole + self._routing.loss(batch["ids"].masked_fill(~real, IGNORED), 1 / len(batches))
-            (whole / len(batches)).backward()
-            total += float(out.loss.detach()) / len(batches)
-            task += float(out.task_loss.detach()) / len(batches)
-            lm += 0.0 if out.lm_loss is None else float(out.lm_loss.detach()) / len(batches)
-        losses = {"loss": total, "task_loss": task, **({"lm_loss": lm} if self.lm_coef else {})}
+                whole = whole + part * self._routing.loss(batch["ids"].masked_fill(~real, IGNORED), part)
+            whole.backward()
+            task += float(out.task_loss.detach()) * share
+            lm += 0.0 if out.lm_loss is None else float(out.lm_loss.detach()) * part
+        losses = {"loss": task + self.lm_coef * lm, "task_loss": task, **({"lm_loss": lm} if self.lm_coef else {})}
         return losses | ({} if self._routing is None else self._routing.figures())
 
     def evaluate(self, batch_size: int, config: TrainConfig, autocast: Autocast, device: torch.device) -> Evaluation:
@@ -105,24 +109,29 @@ class TaskObjective(Objective):
         """The task's mean loss over the held-out examples, their labels or scores, and those that the model predicts."""
         groups, targets = self.held_out
         order = sorted(range(len(groups)), key=lambda i: max(map(len, groups[i])))  # rows of one length: little padding
-        training, total, found = self.network.training, 0.0, {}
+        training, total, weights, found = self.network.training, 0.0, 0.0, {}
         self.network.eval()
         try:
             for n in range(0, len(order), batch_size):
                 part = order[n : n + batch_size]
+                batch = self.network.collate([groups[i] for i in part], [targets[i] for i in part])
                 with autocast():
-                    out = self.network(
-                        **self.network.collate([groups[i] for i in part], [targets[i] for i in part]), lm_coef=0
-                    )
-                total += float(out.task_loss) * len(part)
+                    out = self.network(**batch, lm_coef=0)
+                weight = _weight(self.network, batch["labels"])
+                total, weights = total + float(out.task_loss) * weight, weights + weight
                 predicted = out.logits if self.network.task == "similarity" else out.logits.argmax(-1)
                 found.update(zip(part, predicted.tolist(), strict=True))
         finally:
             self.network.train(training)
-        return total / len(order), list(targets), [found[i] for i in range(len(groups))]
+        return total / (weights or 1.0), list(targets), [found[i] for i in range(len(groups))]
 
     def write(self, folder: Path) -> None:
         self._write(self.network, folder)
+
+
+def _weight(model: TaskModel, labels: Tensor) -> float:
+    """What a batch's mean loss counts among those of others: as much as its examples, by the weights of their classes."""
+    return float(len(labels) if model.class_weights is None else model.class_weights[labels].sum())
 
 
 def score(metric: str, true: Sequence[Any], found: Sequence[Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfast._files import atomic_write, save_figure
+from gptfast._files import as_drawn, atomic_write, save_figure
 from gptfast.finetuning.launch import Finetuning
 from gptfast.finetuning.networks import stored_network
 from gptfast.finetuning.objectives import TaskObjective, perplexity, score
@@ -51,9 +52,14 @@ def finish(run: Finetuning, result: TrainResult) -> FinetuneResult:
     """Judge the best step on the held-out examples, and write metrics.json and confusion.png.
 
     Raises:
-        OSError: a file cannot be written.
+        RuntimeError: no evaluation of the run had a finite loss.  OSError: a file cannot be written.
     """
     loop, objective, trained = run.loop, run.objective, run.trained
+    if result.interrupted is None and not math.isfinite(result.best_val_loss or 0.0):
+        raise RuntimeError(
+            f"finetune: the loss on the held-out examples is {result.best_val_loss} at step {result.best_step}; lower "
+            "`learning_rate` or raise `warmup_steps`"
+        )
     value: float | None = None
     if isinstance(objective, TaskObjective):
         metric, baseline = objective.metric, majority(objective)
@@ -115,7 +121,7 @@ def plot_confusion(true: Sequence[int], found: Sequence[int], labels: Sequence[s
     side = 2.5 + 0.9 * min(len(labels), 30)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axis = figure.add_subplot()
-    display = ConfusionMatrixDisplay(counts, display_labels=list(labels))
+    display = ConfusionMatrixDisplay(counts, display_labels=[as_drawn(label) for label in labels])
     display.plot(
         ax=axis,
         cmap="Blues",
@@ -123,5 +129,5 @@ def plot_confusion(true: Sequence[int], found: Sequence[int], labels: Sequence[s
         colorbar=False,
         xticks_rotation="vertical" if len(labels) > 6 else "horizontal",
     )
-    axis.set(title=title, xlabel="predicted", ylabel="true")
+    axis.set(title=as_drawn(title), xlabel="predicted", ylabel="true")
     save_figure(figure, path)

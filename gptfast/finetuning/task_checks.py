@@ -39,11 +39,11 @@ def checked_weights(labels: list[str], given: Any) -> Tensor | None:
     if (
         weights.shape != (len(labels),)
         or not labels
-        or not bool((weights >= 0).all())
+        or not bool((weights >= 0).all() and weights.any())
         or not bool(weights.isfinite().all())
     ):
         raise ValueError(
-            f"TaskModel: class_weights is {weights.tolist()}; expected one finite number >= 0 for each of {labels or 'no labels'}"
+            f"TaskModel: class_weights is {weights.tolist()}; expected one finite number >= 0 for each of {labels or 'no labels'}, not all 0"
         )
     return weights
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from gptfast._files import save_figure
+from gptfast._files import as_drawn, save_figure
 
 EXPERTS = "experts.png"  # in the folder of a run
 
@@ -43,7 +43,7 @@ def plot_losses(
     training = "task_loss" if any("task_loss" in r for r in records) else "loss"
     _draw(axes[-1], records, [(training, "training (one batch)", "#9db4c0"), ("val_loss", "validation", "#b23a48")])
     axes[-1].set(xlabel="step", ylabel="loss" if metric else "loss, nats per token")
-    axes[0].set(title=title)
+    axes[0].set(title=as_drawn(title))
     save_figure(figure, path)
 
 
@@ -95,5 +95,5 @@ def plot_experts(records: Sequence[dict[str, Any]], path: str | os.PathLike[str]
             axis.set(xlabel="step")
             axis.tick_params(labelbottom=True)
     figure.colorbar(drawn, ax=axes, label=f"share of the layer's tokens (even: {1 / experts:.3g})", extend="max")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(as_drawn(title), fontsize=10)
     save_figure(figure, path)
