@@ -37,25 +37,34 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return parse(read_text(path), path)
 
 
-def parse(text: str, where: object) -> Any:
-    """The value of a JSON text. where: its place, for messages.
+def parse(text: str, where: object, unique: bool = False) -> Any:
+    """The value of a JSON text. where: its place, for messages. unique: an object that has a key twice is refused.
 
     Raises:
         ValueError: it is no JSON, or beyond what Python reads (depth, digits, half a surrogate pair).
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_keys if unique else None)
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at line {error.lineno}, column {error.colno}"
     except RecursionError:
         problem = "nested too deeply"
-    except ValueError as error:  # thousands of digits
+    except ValueError as error:  # thousands of digits, a key twice
         problem = str(error)
     else:
         if len(text) < LARGE and _depth(value) > DEEPEST:
             raise ValueError(f"{where} is nested more than {DEEPEST} levels deep; it is damaged - write it again")
         return _checked(value, where) if _SURROGATES.search(text) else value
     raise ValueError(f"{where} is not valid JSON ({problem}); it is damaged or cut short - write it again")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError: it has a key twice, of which one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return found
 
 
 def _depth(value: Any) -> int:

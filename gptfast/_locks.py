@@ -93,9 +93,10 @@ class FileLock:
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(asdict(_this_process())).encode(), 0)
-        except OSError:
+        except OSError as error:
             self.release()
-            raise
+            text = f"cannot write {self.path}: {error.strerror}; check the disk (free space, quota) and try again"
+            raise OSError(error.errno, text) from error
 
 
 def holder(path: Path) -> tuple[Owner, bool] | None:

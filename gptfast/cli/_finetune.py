@@ -48,7 +48,7 @@ def describe(run: Finetuning) -> list[str]:
         f"method   {run.method.method}: {trained:,} trained parameters ({trained / total:.2%}){_held_in(run)}",
         f"data     {len(data.train):,} examples to learn from, {len(data.held_out):,} to judge by",
         *([f"         {', '.join(f'{label} {n:,}' for label, n in counts.items())}"] if 1 < len(counts) <= 20 else []),
-        *(f"         {line}" for line in (*cut, *run.notes)),
+        *(f"         {line}" for line in (*data.notes(), *cut, *run.notes)),
         f"plan     {train.max_steps:,} steps of {train.rows_per_step} examples, {train.dtype} products, "
         f"{torch.get_num_threads()} threads",
         *([f"resume   from step {run.checkpoint.state.step} in {run.checkpoint.folder}"] if run.checkpoint else []),

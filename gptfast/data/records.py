@@ -16,7 +16,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TextIO, cast
 
 from gptfast._files import decoded_blocks, open_read
-from gptfast._json import parse, short
+from gptfast._json import parse, short, unique_keys
 from gptfast.data.columns import COLUMNS, Record, listed, pyarrow, read_columns
 
 JSON, CSV = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
@@ -62,12 +62,12 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: another kind of file, a damaged line, or a line that is no object. The message names the line.
+        ValueError: another kind of file, a damaged line, or one that is no object or has a key twice. The message names the line.
     """
     if kind_of(path.name)[0] not in JSON:
         raise ValueError(f"{path}: expected a file of JSON Lines, whose name ends in {', '.join(JSON)}")
     with _unpacked(path) as file:
-        for _, where, value in _json_values(file, path):
+        for _, where, value in _json_values(file, path, unique=True):
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: the record is {short(value)}; expected an object")
             yield where, value
@@ -114,18 +114,18 @@ def _read_json(file: BinaryIO, path: Path, field: str) -> Iterator[Record]:
         yield number, _text(value, field, where)
 
 
-def _json_values(file: BinaryIO, path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Number, place and value of the records of a file with one value per line, or one list of values."""
+def _json_values(file: BinaryIO, path: Path, unique: bool = False) -> Iterator[tuple[int, str, Any]]:
+    """Number, place and value of the records of a file with one value per line, or one list of values; see `parse`."""
     beginning = cast(Any, file).peek(_BLANK).removeprefix(_MARK).lstrip()
     if beginning.startswith(b"["):
-        for number, value in enumerate(_List(file, path).values(), start=1):
+        for number, value in enumerate(_List(file, path, unique).values(), start=1):
             yield number, f"{path}, record {number}", value
         return
     for number, line in enumerate(file, start=1):
         line = line.removeprefix(_MARK) if number == 1 else line
         if line.strip():
             where = f"{path}, line {number}"
-            yield number, where, parse(_decoded(line, where), where)
+            yield number, where, parse(_decoded(line, where), where, unique)
 
 
 def _decoded(line: bytes, where: str) -> str:
@@ -151,10 +151,10 @@ def _text(record: Any, field: str, where: str) -> str | None:
 class _List:
     """A JSON list in a file, read as a stream."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO, path: Path, unique: bool) -> None:
         self._source, self._path = io.TextIOWrapper(file, "utf-8-sig"), path
         self._text, self._place = "", 0
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(object_pairs_hook=unique_keys if unique else None)
 
     def values(self) -> Iterator[Any]:
         with self._source:

@@ -85,6 +85,10 @@ def target_of(task: str, example: Mapping[str, Any], labels: Sequence[str], wher
         return float(value)
     known = list(example["choices"]) if task == "choice" else list(labels)
     if isinstance(value, str) and value in known:
+        if known.count(value) > 1:
+            raise ValueError(
+                f"{where}: the label {value!r} is the text of several choices; give the index of the right one"
+            )
         return known.index(value)
     if isinstance(value, int) and not isinstance(value, bool):
         numbered = task != "choice" and any(map(_is_number, known))  # classes that are called 1, 2, …

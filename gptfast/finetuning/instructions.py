@@ -165,8 +165,9 @@ class Conversations:
             else:
                 self.left_out += 1
         if not self.rows:
+            place = f"{where[0]} and on" if where else "Conversations"
             raise ValueError(
-                f"Conversations: none of {len(examples)} examples has a response within {limit} tokens; give others, or a model "
+                f"{place}: none of {len(examples)} examples has a response within {limit} tokens; give others, or a model "
                 "with a larger block_size"
             )
 

@@ -89,7 +89,11 @@ def _check(task: str, record: dict[str, Any], labels: Sequence[str] | None, wher
         raise ValueError(str(error)) from error
     label = record.get("label")
     if TARGETS[task] == "label" and task != "choice" and labels is None:
-        if isinstance(label, bool) or not isinstance(label, (str, int)):
+        if (
+            isinstance(label, bool)
+            or not isinstance(label, (str, int))
+            or (isinstance(label, str) and not label.strip())
+        ):
             got = f"label is {label!r}" if "label" in record else "there is no field 'label'"
             raise ValueError(f"{where}: {got}; expected the name or the number of a class")
         return

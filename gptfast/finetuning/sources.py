@@ -12,6 +12,7 @@ from gptfast.data.sampler import shuffled
 from gptfast.finetuning.examples import target_of
 from gptfast.finetuning.jsonl import Examples, read_examples
 from gptfast.finetuning.task_checks import ENTAILMENT
+from gptfast.finetuning.tasks import FIELDS
 
 _HELD_OUT = 10  # one example in this many is held out, where no file of held-out examples is given
 
@@ -30,12 +31,31 @@ class Data:
         """The number of examples of each part, and a checksum of them."""
         return {"train": _mark(self.train), "held_out": _mark(self.held_out)}
 
+    def notes(self) -> list[str]:
+        """Sentences for the user about examples that judge the model wrongly."""
+        learnt, notes = set(_contents(self.train)), []
+        if again := sum(content in learnt for content in _contents(self.held_out)):
+            notes.append(
+                f"{again} of those to judge by are learnt from too, so the figures are better than they should be"
+            )
+        if self.held_out.task == "similarity":
+            scores = {float(record["score"]) for record in self.held_out.records}
+            notes += [
+                f"all scores to judge by are {score:g}: no correlation can be told"
+                for score in scores
+                if len(scores) == 1
+            ]
+        counts, held = self.counts(), _found(self.held_out, self.labels) if self.labels else Counter()
+        unseen = [label for n, label in enumerate(self.labels) if held[n] and not counts[label]]
+        if unseen:
+            notes.append(f"{', '.join(unseen)}: among those to judge by, but not among those to learn from")
+        return notes
+
     def counts(self) -> dict[str, int]:
         """How often each class occurs in the training part."""
         if not self.labels:
             return {}
-        train = self.train
-        found = Counter(target_of(train.task, record, self.labels) for record in train.records)
+        found = _found(self.train, self.labels)
         return {label: found[n] for n, label in enumerate(self.labels)}
 
 
@@ -91,6 +111,17 @@ def _some(examples: Examples, numbers: list[int]) -> Examples:
     return replace(examples, records=records, where=where)
 
 
+def _found(examples: Examples, labels: Sequence[str]) -> Counter[int | float]:
+    """How often each class occurs, by its index."""
+    return Counter(target_of(examples.task, record, labels) for record in examples.records)
+
+
+def _contents(examples: Examples) -> list[str]:
+    """The texts of each example, without its label or score."""
+    names = {**FIELDS, "lm": ("text",), "chat": ("messages", "prompt", "response")}[examples.task]
+    return [json.dumps([record.get(name) for name in names], sort_keys=True) for record in examples.records]
+
+
 def _mark(examples: Examples) -> list[int]:
     """Their number, and a checksum."""
     return [len(examples), zlib.crc32(json.dumps(examples.records, sort_keys=True).encode())]
@@ -114,6 +145,8 @@ def class_weights(text: str | None, data: Data) -> dict[str, float] | None:
             raise ValueError(
                 f"finetune: class_weights has {part!r}; expected LABEL=NUMBER with a label of {', '.join(data.labels)}"
             )
+        if label.strip() in weights:
+            raise ValueError(f"finetune: class_weights has two weights for {label.strip()!r}; give one")
         weights[label.strip()] = _number(number, part)
     return weights
 

@@ -39,12 +39,13 @@ def lock_run(out: Path) -> FileLock:
 @contextmanager
 def locked_run(out: Path) -> Iterator[FileLock]:
     """The lock of a run. Where the block fails it is released, and a folder that was made for it is removed."""
-    made = not out.exists()
-    lock = lock_run(out)
+    made, lock = not out.exists(), None
     try:
+        lock = lock_run(out)
         yield lock
     except BaseException:
-        lock.release()
+        if lock is not None:
+            lock.release()
         if made:
             with suppress(OSError):  # something was written there
                 out.rmdir()

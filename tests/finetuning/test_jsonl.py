@@ -64,9 +64,25 @@ def test_labels_are_sorted(tmp_path):
         ("classification", [{"text": "a"}], "line 1: there is no field 'label'"),
         ("classification", [{"text": 3, "label": "a"}], "line 1: text is 3; expected a text"),
         ("classification", [{"text": "a", "label": 1.5}], "line 1: label is 1.5"),
+        ("classification", [{"text": "a", "label": " "}], "line 1: label is ' '"),
+        (
+            "classification",
+            ['{"text": "a", "text": "b", "label": "c"}'],
+            "line 1 is not valid JSON (the key 'text' occurs",
+        ),
+        (
+            "classification",
+            ['[{"text": "a", "label": "b", "label": "c"}]'],
+            "record 1 is not valid JSON (the key 'label'",
+        ),
         ("entailment", [{"premise": "a", "label": "x"}], "line 1: there is no field 'hypothesis'"),
         ("similarity", [{"text1": "a", "text2": "b", "score": None}], "line 1: score is None"),
         ("choice", [{"context": "a", "choices": ["b", "c"], "label": 5}], "line 1: the label 5 is not in the set"),
+        (
+            "choice",
+            [{"context": "a", "choices": ["b", "b"], "label": "b"}],
+            "line 1: the label 'b' is the text of several",
+        ),
         ("chat", [{"prompt": "a"}], "line 1: there is no field 'response'"),
     ],
 )
