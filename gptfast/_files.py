@@ -91,7 +91,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         if getattr(error, "explained", False):  # of another file that the block reads or writes
             raise
-        raise _explain(error, f"cannot write {path}", "the previous file, if any, is intact") from error
+        raise explained(error, f"cannot write {path}", "the previous file, if any, is intact") from error
     finally:
         with suppress(OSError):  # gone already when all went well
             temporary.unlink()
@@ -111,14 +111,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _explain(error: OSError, failure: str, state: str = "") -> OSError:
+def explained(error: OSError, failure: str, state: str = "") -> OSError:
     """The same class of error and errno, with a text that names the file, the reason and the remedy."""
     reason = error.strerror or str(error)
     remedy = REMEDIES.get(type(error), "check the disk (free space, quota) and try again")
     message = "; ".join(filter(None, [f"{failure}: {reason}", state, remedy]))
-    explained = OSError(error.errno, message) if error.errno is not None else OSError(message)
-    explained.explained = True  # type: ignore[attr-defined]
-    return explained
+    told = OSError(error.errno, message) if error.errno is not None else OSError(message)
+    told.explained = True  # type: ignore[attr-defined]
+    return told
 
 
 REMEDIES: dict[type, str] = {
@@ -135,7 +135,7 @@ def open_read(path: str | os.PathLike[str]) -> BufferedReader:
     try:
         return Path(path).open("rb")
     except OSError as error:
-        raise _explain(error, f"cannot read {path}") from error
+        raise explained(error, f"cannot read {path}") from error
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:

@@ -5,8 +5,7 @@ does not (some network and FUSE mounts), the file itself is the lock. Its record
 
 * a record of this machine holds while a process with this number and this start time exists;
 * a record of another machine (or of a container, whose process numbers mean nothing here) holds while the file is
-  touched, which its holder does every five seconds. On network mounts this counts even where `flock` succeeds: there it
-  may reach no further than this machine.
+  touched, every five seconds. On network mounts this counts even where `flock` succeeds: it may end at this machine.
 """
 
 from __future__ import annotations
@@ -24,14 +23,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gptfast._files import explained
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
 BEAT, LEASE, WATCH = 5.0, 60.0, 12.0  # seconds: between touches; of silence; for which a silent file is watched
-_POLL, _WRITING = 0.05, 5.0
-_RECORD = 4096  # bytes of a lock file that count
+_POLL, _WRITING, _RECORD = 0.05, 5.0, 4096  # seconds, seconds, and bytes of a lock file that count
 _NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF}
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "ceph", "9p", "afs", "gpfs", "beegfs", "glusterfs"}
 
@@ -95,8 +95,7 @@ class FileLock:
             os.pwrite(descriptor, json.dumps(asdict(_this_process())).encode(), 0)
         except OSError as error:
             self.release()
-            text = f"cannot write {self.path}: {error.strerror}; check the disk (free space, quota) and try again"
-            raise OSError(error.errno, text) from error
+            raise explained(error, f"cannot write {self.path}") from error
 
 
 def holder(path: Path) -> tuple[Owner, bool] | None:

@@ -33,9 +33,7 @@ class Comparison:
     errors: tuple[float, float] = (0.0, 0.0)  # of results and gradients, as multiples of eager PyTorch's; small cases
     milliseconds: dict[str, float] = field(default_factory=dict)  # medians; "ours" first
     ratios: dict[str, float] = field(default_factory=dict)  # peer / ours, median over the rounds
-    once: list[str] = field(
-        default_factory=list
-    )  # peers that were called once, as a call took longer than all rounds may
+    once: list[str] = field(default_factory=list)  # peers that were called once: a call took longer than all rounds may
 
     @property
     def name(self) -> str:
