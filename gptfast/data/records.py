@@ -151,7 +151,7 @@ def _text(record: Any, field: str, where: str) -> str | None:
 class _List:
     """A JSON list in a file, read as a stream."""
 
-    def __init__(self, file: BinaryIO, path: Path, unique: bool) -> None:
+    def __init__(self, file: BinaryIO, path: Path, unique: bool = False) -> None:
         self._source, self._path = io.TextIOWrapper(file, "utf-8-sig"), path
         self._text, self._place = "", 0
         self._decoder = json.JSONDecoder(object_pairs_hook=unique_keys if unique else None)
