@@ -195,15 +195,14 @@ class TaskModel(nn.Module):
         Raises:
             TypeError, ValueError: shapes, labels outside the set, or a lm_coef below 0.
         """
-        is_bert = isinstance(self.gpt, BERT)
-        lm_coef = (0.0 if is_bert else 0.5) if lm_coef is None else lm_coef
+        lm_coef = (0.0 if isinstance(self.gpt, BERT) else 0.5) if lm_coef is None else lm_coef
         check_real("TaskModel", "lm_coef", lm_coef, "a number >= 0", lambda x: 0 <= x < float("inf"))
         check_arguments(self.task, len(self.labels), ids, labels, mc_token_ids, attention_mask)
         rows = ids.flatten(0, -2)  # R T
         mask = None if attention_mask is None else attention_mask.flatten(0, -2)
         real = self.real_tokens(rows, mask)
         step = self.gpt.dropout_step
-        if is_bert:
+        if isinstance(self.gpt, BERT):
             check_head(lm_coef, mc_token_ids)
             sep = None if self.task == "classification" else self.special_tokens.get(SEP)
             hidden = encoded(self.gpt, rows, real, token_type_ids, sep)
