@@ -198,9 +198,8 @@ def start_of(options: Mapping[str, Any]) -> str:
     return next((name for name in ("init_from", "preset") if name in options), "")
 
 
-_NEEDS: dict[
-    str, tuple[type, str, str]
-] = {  # by option: its class, the option that it needs, and the value of that; "": any
+# By option: its class, the option that it needs, and the value of that; "": any.
+_NEEDS: dict[str, tuple[type, str, str]] = {
     "decay_share": (TrainConfig, "schedule", "wsd"),
     "sequence_warmup_from": (TrainConfig, "sequence_warmup", ""),
     "batch_warmup_from": (TrainConfig, "batch_warmup_tokens", ""),
@@ -215,12 +214,11 @@ def check_effect(options: Mapping[str, Any]) -> None:
         ValueError: there is one.
     """
     for name, (owner, other, value) in _NEEDS.items():
-        chosen = options.get(other, default_of(owner, other))
-        if options.get(name, default_of(owner, name)) == default_of(owner, name) or (
-            chosen == value if value else chosen
-        ):
-            continue
-        if name == "reshard" and options.get("tensor_parallel", 1) > 1:
+        chosen, default = options.get(other, default_of(owner, other)), default_of(owner, name)
+        has_effect = chosen == value if value else bool(chosen)
+        if name == "reshard":  # tensor parallel ranks shard too
+            has_effect = has_effect or options.get("tensor_parallel", 1) > 1
+        if has_effect or options.get(name, default) == default:
             continue
         raise ValueError(
             f"train: `{name}` is {format_value(options[name])}, but has no effect without `{other}`"
