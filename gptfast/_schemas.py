@@ -139,6 +139,8 @@ CUDA_LIBRARY = ("cuda_unavailable_reason(int device) -> str",)
 CUDA_KERNELS = (
     "causal_attention_append(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor lengths, "
     "Tensor(c!) counters, float scale, Tensor? sinks, float softcap) -> Tensor",
+    "linear_few(Tensor x, Tensor weight, Tensor? bias, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "str activation, Tensor? residual) -> Tensor",
 )
 
 # Operators written in Python: torch.compile sees one call.

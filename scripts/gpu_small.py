@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import gptfast
 from gptfast import ops
+from gptfast.ops import RowNorm, few_backend, linear_few
 from gptfast.ops._append import append_and_attend
 
 FORMATS = {"int8": 32, "int4": 32, "nf4": 64, "mxfp4": 32}
@@ -43,6 +45,7 @@ def calls(device: str, real: bool) -> None:
     ops.cross_entropy(torch.randn(T, V, device=device, dtype=torch.bfloat16).requires_grad_(), targets).backward()
     ops.embedding(targets, table).sum().backward()
     attention(device, T, real)
+    few_rows(x, table[:C], w)
     packed(device, T, C, V)
     ops.sample(torch.randn(3, V, device=device), top_k=50, top_p=0.9, seed=1)
     few = torch.randn(2, 9000, device=device)  # long rows: in parts, a block each
@@ -66,6 +69,22 @@ def attention(device: str, T: int, real: bool) -> None:
         ops.causal_attention(new[0], keys, values)
         lengths, counters = torch.tensor([8 * T], device=device), torch.zeros(2, dtype=torch.int32, device=device)
         append_and_attend(*new, keys, values, lengths, counters)
+
+
+def few_rows(x: Tensor, weight: Tensor, scale: Tensor) -> None:
+    """A layer of a decoding step, with a norm and without, of few features and of many."""
+    x, weight, scale = (t.detach().bfloat16() for t in (x[:5], weight, scale))
+    for times in (1, 16 if x.shape[1] < 128 else 4):
+        wide, layer, norm = (
+            x.repeat(1, times),
+            weight.repeat(1, times),
+            RowNorm("layer_norm", scale.repeat(times), None, 1e-5),
+        )
+        runs_on = few_backend(wide, [(wide.shape[1], True)])
+        if runs_on is None:
+            raise RuntimeError(f"linear_few does not take {tuple(wide.shape)}")
+        linear_few(runs_on, wide, layer, None, norm=norm, activation="gelu")
+        linear_few(runs_on, wide, layer, None, residual=layer[:5, : len(layer)])
 
 
 def packed(device: str, T: int, C: int, V: int) -> None:

@@ -1,8 +1,10 @@
-"""Cached generation with GPT-2 124M in bfloat16: tokens/s in captured steps, in steps that wait for every token, and by
-transformers with a static cache, whose step it compiles on a GPU."""
+"""Cached generation with GPT-2 124M in bfloat16: tokens/s in captured steps, with blocks of five kernels and module by module,
+in steps that wait for every token, and by transformers with a static cache, whose step it compiles on a GPU. Before that the
+layers of a block at one row and at eight, each a kernel of ours beside torch's norm, product and activation."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import tempfile
 from collections.abc import Iterator
@@ -10,12 +12,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import gptfast
 from gptfast import generation
 from gptfast.generation import Runner, TorchRunner
 from gptfast.generation.cuda_graphs import CudaGraphRunner
+from gptfast.ops import RowNorm, linear_few
 
+from .memory_bound import Cases, report
 from .timing import Bench, Row, Run, that_run
 
 OPTIONS: dict[str, Any] = {"top_k": 50, "seed": 3}
@@ -31,6 +37,7 @@ def configuration(bench: Bench) -> gptfast.GPTConfig:
 def runs(bench: Bench, model: gptfast.GPT, rows: int, prompt: int, new: int) -> dict[str, Run]:
     prompts = torch.randint(model.config.vocab_size, (rows, prompt)).tolist()
     runners = {"gptfast": CudaGraphRunner(model, 1, 1), "without graphs": TorchRunner(model, 1, 1)}
+    runners["by modules"] = CudaGraphRunner(by_modules(model), 1, 1)
 
     def run(runner: Runner) -> None:
         """As `model.generate` on a GPU, or in uncaptured steps; on the emulator all steps are uncaptured."""
@@ -40,9 +47,48 @@ def runs(bench: Bench, model: gptfast.GPT, rows: int, prompt: int, new: int) -> 
     return {name: partial(run, runner) for name, runner in runners.items()}
 
 
+def by_modules(model: gptfast.GPT) -> gptfast.GPT:
+    """A copy whose blocks are not five kernels each: anything hooked to them runs module by module."""
+    copied = copy.deepcopy(model)
+    for block in copied.h:
+        block.ln_2.register_forward_hook(lambda *_: None)
+    return copied
+
+
+def layers(bench: Bench) -> Cases:
+    """The least bytes of a layer are its weight's."""
+    C = bench.size(768, 64)
+    shapes = {"c_attn": (C, 3 * C), "attn.c_proj": (C, C), "c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+    return {
+        f"{name}, {rows} rows": (2 * K * N, candidates(bench, rows, K, N, name))
+        for rows in bench.sizes((1, 8), (2,))
+        for name, (K, N) in shapes.items()
+    }
+
+
+def candidates(bench: Bench, rows: int, K: int, N: int, name: str) -> dict[str, Any]:
+    x, weight, bias, residual = bench.randn(rows, K), bench.randn(N, K), bench.randn(N), bench.randn(rows, N)
+    scale, shift = bench.randn(K), bench.randn(K)
+    norm = RowNorm("layer_norm", scale, shift, 1e-5) if name in ("c_attn", "c_fc") else None
+    activation = "gelu_tanh" if name == "c_fc" else None
+    added = None if norm else residual
+
+    def ours() -> Tensor:
+        return linear_few(bench.backend, x, weight, bias, norm=norm, activation=activation, residual=added)
+
+    def theirs(x: Tensor) -> Tensor:
+        x = F.layer_norm(x, (K,), scale, shift) if norm else x
+        y = F.linear(x, weight, bias)
+        y = F.gelu(y, approximate="tanh") if activation else y
+        return y if added is None else y + added
+
+    compiled = torch.compile(theirs) if bench.real else theirs
+    return {"gptfast": lambda: ours, "torch": lambda: partial(theirs, x), "compile": lambda: partial(compiled, x)}
+
+
 def plan(bench: Bench) -> list[str]:
     beside = [BESIDE] if importlib.util.find_spec("transformers") else []
-    return [*(f"decode, {rows} rows" for rows in counts(bench)), *beside]
+    return [*layers(bench), *(f"decode, {rows} rows" for rows in counts(bench)), *beside]
 
 
 def counts(bench: Bench) -> tuple[int, ...]:
@@ -50,18 +96,21 @@ def counts(bench: Bench) -> tuple[int, ...]:
 
 
 def measure(bench: Bench) -> Iterator[Row]:
+    yield from report(bench, layers(bench))
     model = gptfast.GPT(configuration(bench)).to(bench.device, torch.bfloat16).eval()
     prompt, new = bench.size(64, 3), bench.size(256, 4)
-    print(f"\n{f'decode, prompts of {prompt}, {new} new':32}{'tokens/s':>12}{'without graphs':>16}{'gptfast is':>12}")
+    head = f"\n{f'decode, prompts of {prompt}, {new} new':32}{'tokens/s':>12}"
+    print(head + f"{'without graphs':>16}{'by modules':>12}{'gptfast is':>12}")
     for rows in counts(bench):
-        candidates = runs(bench, model, rows, prompt, new)
-        able, refused = that_run((name, lambda run=run: run) for name, run in candidates.items())
+        found = runs(bench, model, rows, prompt, new)
+        able, refused = that_run((name, lambda run=run: run) for name, run in found.items())
         times = bench.milliseconds(able, rounds=5, warmup=1)
         speeds = {name: rows * new / ms * 1e3 for name, ms in times.items()}
-        shown = {name: f"{speeds[name]:,.0f}" if name in speeds else "-" for name in candidates}
-        both = len(speeds) == len(candidates)
+        shown = {name: f"{speeds[name]:,.0f}" if name in speeds else "-" for name in found}
+        both = len(speeds) == len(found)
         ratio = f"{times['without graphs'] / times['gptfast']:.2f}x" if both else "-"
-        print(f"{f'{rows} rows':32}{shown['gptfast']:>12}{shown['without graphs']:>16}{ratio:>12}", flush=True)
+        cells = f"{shown['gptfast']:>12}{shown['without graphs']:>16}{shown['by modules']:>12}{ratio:>12}"
+        print(f"{f'{rows} rows':32}{cells}", flush=True)
         for name, reason in refused.items():
             print(f"{name:32}did not run: {reason}")
         yield {"what": f"decode, {rows} rows", "ms": times, "tokens/s": speeds, "refused": refused, **bench.spread}

@@ -210,6 +210,13 @@ inline cudaError_t shared_memory(int* most) {
     error = cleared(cudaDeviceGetAttribute(most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return error;
 }
+// Of the current device.
+inline cudaError_t multiprocessors(int* count) {
+  int device = 0;
+  cudaError_t error = cleared(cudaGetDevice(&device));
+  if (error == cudaSuccess) error = cleared(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+  return error;
+}
 // Beyond 48 KB a kernel has to ask for its dynamic shared memory.
 template <class... P> cudaError_t allow_smem(void (*kernel)(P...), size_t bytes) {
   if (bytes <= 48 << 10) return cudaSuccess;

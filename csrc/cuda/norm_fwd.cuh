@@ -13,7 +13,7 @@
 // Few rows, as in decoding, leave nothing to hide a latency behind: there a row has a warp for each of its vectors, weight and
 // bias are on their way with it, and a sum costs one barrier. Its bits are those of the warp that has a row to itself.
 #pragma once
-#include "norm.cuh"
+#include "norm_row.cuh"
 
 namespace gptfast::cuda {
 namespace {
@@ -62,42 +62,6 @@ DEV_INLINE void total_of(float (&v)[V], const Input<X, R, V>& input, const Layer
   }
 }
 
-// Sums of one vector, in one order wherever it is formed: of the values, or of their squares.
-template <bool CENTERED, int V> DEV_INLINE float sum_of(const float (&v)[V]) {
-  float sum = 0.f;
-#pragma unroll
-  for (int k = 0; k < V; k++) sum = CENTERED ? sum + v[k] : fmaf(v[k], v[k], sum);
-  return sum;
-}
-// Of the differences from a number, and of their squares.
-template <int V> DEV_INLINE float2 differences_of(const float (&v)[V], float near) {
-  float2 rest = make_float2(0.f, 0.f);
-#pragma unroll
-  for (int k = 0; k < V; k++) rest.x += v[k] - near, rest.y += (v[k] - near) * (v[k] - near);
-  return rest;
-}
-// What a row becomes.
-template <bool CENTERED> struct Affine {
-  float mean, rstd, shift;
-  // near: the mean as first summed, or the mean of the squares; rest: sums of the differences from the first.
-  DEV_INLINE Affine(const LayerNormParams& p, i64 r, float near, float2 rest, bool first) {
-    const float C = float(int(p.C)), left = rest.x / C, variance = CENTERED ? rest.y / C - left * left : near;
-    mean = near + left;
-    const float remainder = left - (mean - near);
-    rstd = 1.f / sqrtf((variance < 0.f ? 0.f : variance) + p.eps), shift = -remainder * rstd;
-    if (first) p.rstd[r] = rstd;
-    if (CENTERED && first) p.mean[r] = mean, p.mean[p.R + r] = remainder;
-  }
-  template <int V>
-  DEV_INLINE void store(float (&v)[V], const float (&weight)[V], const float (&bias)[V], const LayerNormParams& p,
-                        i64 r, int c) const {
-#pragma unroll
-    for (int k = 0; k < V; k++)
-      v[k] = CENTERED ? fmaf(fmaf(v[k] - mean, rstd, shift), weight[k], bias[k]) : v[k] * rstd * weight[k];
-    store_any(p.y.data, p.y.dtype, r * p.y.stride + c, v);
-  }
-};
-
 // T: of what is normalised. N: vectors of a row that a thread keeps. LANES: of a warp that have a row; 0: a block has one.
 template <bool CENTERED, class T, class X, class R, int V, int N, int LANES>
 __global__ void __launch_bounds__(LANES ? kWarpThreads : kBlockThreads, N == 1 ? 12 : 2)
@@ -145,7 +109,8 @@ __global__ void __launch_bounds__(LANES ? kWarpThreads : kBlockThreads, N == 1 ?
     float weight[V], bias[V] = {};
     load_weight<CENTERED>(weight, p, c);
     if (CENTERED && p.bias.data) load_any(bias, p.bias.data, p.bias.dtype, c);
-    affine.store(v, weight, bias, p, r, c);
+    affine.apply(v, weight, bias);
+    store_any(p.y.data, p.y.dtype, r * p.y.stride + c, v);
   };
 #pragma unroll
   for (int i = 0; i < N; i++)
@@ -221,7 +186,8 @@ __global__ void __launch_bounds__(32 * kWarpVectors) norm_few_kernel(const Layer
   if (!inside) return;
   weight.values(w, p.weight, 1.f);
   if constexpr (CENTERED) bias.values(b, p.bias, 0.f);
-  affine.store(x, w, b, p, r, c);
+  affine.apply(x, w, b);
+  store_any(p.y.data, p.y.dtype, r * p.y.stride + c, x);
 }
 
 template <bool CENTERED, class T, class X, class R, int V>

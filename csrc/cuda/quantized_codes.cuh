@@ -155,14 +155,6 @@ DEV_INLINE void word_pairs(uint32_t word, [[maybe_unused]] const Decoder<T>& dec
   }
 }
 
-// Of the current GPU.
-inline cudaError_t multiprocessors(int* count) {
-  int device = 0;
-  cudaError_t error = cleared(cudaGetDevice(&device));
-  if (error == cudaSuccess) error = cleared(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
-  return error;
-}
-
 // ---- scales, as they lie in memory until they are used -------------------------------------------------------------------
 
 template <Codes F> DEV_INLINE int scale_bytes(const PackedWeight& w) {

@@ -1,15 +1,10 @@
-// max(x, 0)^2 (So et al., arXiv 2109.08668), forward and backward; see activation.cuh.
+// max(x, 0)^2, forward and backward; see activation.cuh and activation_values.cuh.
 #include "activation.cuh"
+#include "activation_values.cuh"
 
 namespace gptfast::cuda {
 namespace {
 
-struct ReluSquared {
-  static constexpr bool kBias = false;
-  static DEV_INLINE float above(float x) { return x < 0.f ? 0.f : x; }  // nan stays
-  static DEV_INLINE float value(float x) { return above(x) * above(x); }
-  static DEV_INLINE float slope(float x) { return above(x) + above(x); }
-};
 GeluParams as_activation(const ReluSquaredParams& p) {
   return {p.x, {}, p.dout, p.out, nullptr, p.R, p.C, p.tail, false};
 }

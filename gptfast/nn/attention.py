@@ -71,22 +71,30 @@ class CausalSelfAttention(torch.nn.Module):
         """
         if self.rotary is not None and rotation is None and cache is not None:
             raise TypeError("CausalSelfAttention: rotation is None beside a cache; give that of the new positions")
-        q, k, v = self.queries_keys_values(call(self.c_attn, adapters, x), rotation)
+        qkv = call(self.c_attn, adapters, x)
+        if cache is not None:
+            return call(self.c_proj, adapters, self.attend_cached(qkv, cache, rotation))
+        q, k, v = self.queries_keys_values(qkv, rotation)
+        p = self.attn_pdrop if self.training else 0.0
+        seed, offset, *row = (rng or self.counter.take()) if p > 0 else (0, 0)
+        options = self._options() | {"dropout_p": p, "seed": seed, "offset": offset, "cu_seqlens": cu_seqlens}
+        options |= {} if seq_lens is None else {"seq_lens": seq_lens}
+        options |= {} if self.causal else {"causal": False}
+        if row:
+            options["first_row"] = row[0]
+        out = self.attend(q, k, v, **options)
+        return call(self.c_proj, adapters, out.transpose(1, 2).flatten(2))
+
+    def attend_cached(self, qkv: Tensor, cache: KVCache, rotation: Rotation | None) -> Tensor:
+        """What c_proj takes of new positions, (B, T, H D), whose keys and values are stored. qkv: as `queries_keys_values`."""
+        q, k, v = self.queries_keys_values(qkv, rotation)
+        return cache.attend(q, k, v, self.window, **self._options()).transpose(1, 2).flatten(2)
+
+    def _options(self) -> dict[str, Any]:
+        """Of `gptfast.ops.causal_attention`, with a cache or without."""
         options: dict[str, Any] = {} if self.sinks is None else {"sinks": self.sinks}
         options |= {} if self.softcap is None else {"softcap": self.softcap}
-        options |= {} if self.heads_a_key == 1 else {"enable_gqa": True}
-        if cache is not None:
-            out = cache.attend(q, k, v, self.window, **options)
-        else:
-            p = self.attn_pdrop if self.training else 0.0
-            seed, offset, *row = (rng or self.counter.take()) if p > 0 else (0, 0)
-            options |= {"dropout_p": p, "seed": seed, "offset": offset, "cu_seqlens": cu_seqlens}
-            options |= {} if seq_lens is None else {"seq_lens": seq_lens}
-            options |= {} if self.causal else {"causal": False}
-            if row:
-                options["first_row"] = row[0]
-            out = self.attend(q, k, v, **options)
-        return call(self.c_proj, adapters, out.transpose(1, 2).flatten(2))
+        return options if self.heads_a_key == 1 else options | {"enable_gqa": True}
 
     @property
     def kv_heads(self) -> int:

@@ -11,6 +11,7 @@ from gptfast import ops
 from gptfast.nn.adapted import LoraLinear, SavedLinear, call
 from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.block_node import as_one_node
+from gptfast.nn.decode_block import decode_step
 from gptfast.nn.dropout import DropoutCounter
 from gptfast.nn.experts import ExpertMLP
 from gptfast.nn.linear import Linear
@@ -82,11 +83,16 @@ class Block(torch.nn.Module):
         stream, branch = (x, None) if residual is None else (residual, x)
         if stream is None:
             raise TypeError("Block: x is None without a residual; expected (B, T, C)")
-        plain = self.pre_norm and not self.parallel and residual is not None and cache is None and cu_seqlens is None
-        if plain and adapters is None and rotation is None and seq_lens is None:
-            found = as_one_node(self, branch, stream, rng)
-            if found is not None:
-                return found
+        plain = self.pre_norm and not self.parallel and residual is not None and cu_seqlens is None
+        if plain and adapters is None and seq_lens is None:
+            if cache is not None:
+                after = decode_step(self, branch, stream, cache, rotation)
+                if after is not None:
+                    return None, after
+            elif rotation is None:
+                found = as_one_node(self, branch, stream, rng)
+                if found is not None:
+                    return found
         options: dict[str, Any] = {"rng": rng, "cache": cache, "cu_seqlens": cu_seqlens}
         options |= {} if adapters is None else {"adapters": adapters}
         options |= {} if rotation is None else {"rotation": rotation}

@@ -19,12 +19,14 @@ from gptfast.nn.attention import CausalSelfAttention
 from gptfast.nn.layer_norm import LayerNorm
 from gptfast.nn.linear import Linear
 from gptfast.nn.mlp import MLP
+from gptfast.nn.rms_norm import RMSNorm
 from gptfast.ops._tensors import autocast_dtype, dtype_code, rows_of
 from gptfast.ops.linear import GELUS, by_our_kernels, input_and_weight_gradients, unrecorded
 from gptfast.ops.streams import stream
 
-_KINDS = (LayerNorm, Linear, Linear, LayerNorm, Linear, Linear, CausalSelfAttention, MLP)
-_FORWARDS = {kind: kind.forward for kind in _KINDS}
+_NORMS, _LINEAR = (LayerNorm, RMSNorm), (Linear,)
+_KINDS: tuple[Any, ...] = (_NORMS, _LINEAR, _LINEAR, _NORMS, _LINEAR, _LINEAR, (CausalSelfAttention,), (MLP,))
+_FORWARDS = {kind: kind.forward for kinds in _KINDS for kind in kinds}
 _OPS = ("layer_norm", "add_layer_norm", "causal_attention", "gelu")
 
 
@@ -63,8 +65,9 @@ def as_one_node(block: Any, branch: Tensor | None, residual: Tensor, rng: tuple[
         torch.set_autocast_enabled(kind, True)
 
 
-def _plain_parameters(block: Any) -> tuple[Tensor | None, ...] | None:
-    """Weight and bias of ln_1, c_attn, attn.c_proj, ln_2, c_fc, mlp.c_proj; None where a module is not what `Block` makes."""
+def plain_modules(block: Any) -> tuple[Any, ...] | None:
+    """ln_1, c_attn, attn.c_proj, ln_2, c_fc, mlp.c_proj of a block, where they, its attention and its MLP are what `Block` makes
+    of a config without experts, and have no hooks; else None."""
     inside = block._modules
     attn, mlp = inside["attn"], inside["mlp"]
     if type(attn) is not CausalSelfAttention or type(mlp) is not MLP or nn.modules.module._has_any_global_hook():
@@ -72,14 +75,26 @@ def _plain_parameters(block: Any) -> tuple[Tensor | None, ...] | None:
     of_attn, of_mlp = attn.__dict__["_modules"], mlp.__dict__["_modules"]
     c_attn, attn_out, c_fc, mlp_out = of_attn["c_attn"], of_attn["c_proj"], of_mlp["c_fc"], of_mlp["c_proj"]
     ordered = inside["ln_1"], c_attn, attn_out, inside["ln_2"], c_fc, mlp_out
-    for module, kind in zip((*ordered, attn, mlp), _KINDS, strict=True):
-        own = module.__dict__
+    for module, kinds in zip((*ordered, attn, mlp), _KINDS, strict=True):
+        own, kind = module.__dict__, type(module)
         hooked = (
             own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
         )
-        changed = type(module) is not kind or kind.forward is not _FORWARDS[kind]
+        changed = kind not in kinds or kind.forward is not _FORWARDS[kind]
         if hooked or changed or "forward" in own or own.get("_compiled_call_impl") is not None:
             return None
+    return ordered
+
+
+def _plain_parameters(block: Any) -> tuple[Tensor | None, ...] | None:
+    """Weight and bias of each of the plain modules; None where the block is not plainly GPT-2's."""
+    ordered = plain_modules(block)
+    if ordered is None:
+        return None
+    attn, mlp = block._modules["attn"], block._modules["mlp"]
+    ln_1, c_attn, attn_out, ln_2, c_fc, mlp_out = ordered
+    if type(ln_1) is not LayerNorm or type(ln_2) is not LayerNorm:
+        return None
     if attn.rotary is not None or attn.q_norm is not None or attn.sinks is not None:
         return None
     activations = c_attn.activation, attn_out.activation, mlp_out.activation

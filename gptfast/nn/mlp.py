@@ -34,6 +34,8 @@ class MLP(torch.nn.Module):
 
     def forward(self, x: Tensor, adapters: Selection | None = None) -> Tensor:
         """(..., C) -> (..., C). The dropout after the projection belongs to `Block`. adapters: None: the active ones."""
-        hidden = call(self.c_fc, adapters, x)
-        hidden = ops.swiglu(hidden, alpha=self.alpha, limit=self.limit) if self.gated else hidden
-        return call(self.c_proj, adapters, hidden)
+        return call(self.c_proj, adapters, self.gate(call(self.c_fc, adapters, x)))
+
+    def gate(self, hidden: Tensor) -> Tensor:
+        """What c_proj takes of what c_fc gives."""
+        return ops.swiglu(hidden, alpha=self.alpha, limit=self.limit) if self.gated else hidden

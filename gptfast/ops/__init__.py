@@ -3,6 +3,9 @@
 from gptfast import triton as _triton
 from gptfast.ops import _flops
 from gptfast.ops._append import append_and_attend as append_and_attend  # for gptfast.generation, not for users
+from gptfast.ops._linear_few import RowNorm as RowNorm
+from gptfast.ops._linear_few import few_backend as few_backend
+from gptfast.ops._linear_few import linear_few as linear_few  # for gptfast.nn, not for users
 from gptfast.ops._low_rank import LowRank as LowRank
 from gptfast.ops._registry import register_properties as _register_properties
 from gptfast.ops._row_options import row_options

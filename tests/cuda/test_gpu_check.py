@@ -17,7 +17,7 @@ import torch
 from tests.support import ROOT, emulated
 
 # Parts of the benchmarks, and how many rows compare the CUDA kernels on trial.
-PARTS = {"memory": 18, "packed": 12, "family": 14, "attention": 5, "training": 2, "decode": 2}
+PARTS = {"memory": 18, "packed": 12, "family": 14, "attention": 5, "training": 2, "decode": 6}
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc/cuda").exists(), reason="not run from the source tree")
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.ops import reference
+from gptfast.ops import RowNorm, linear_few, reference
 from gptfast.testing import DTYPES, Case, cases, run
 from tests.support import emulated
 from tests.support.op_properties import bitwise
@@ -54,6 +54,17 @@ def test_no_order_changes_a_token(options, emu):
         for order, lazy in [("forward", True), *MODES]:
             emulated.configure(order, lazy, seed=7)
             assert torch.equal(ops.sample(logits, **options), expected), (V, order, lazy)
+
+
+def test_no_order_changes_a_layer_of_few_rows(emu):
+    x, weight, scale, shift, residual = (
+        torch.randn(*shape).bfloat16() for shape in ((5, 640), (70, 640), (640,), (640,), (5, 70))
+    )
+    norm, found = RowNorm("layer_norm", scale, shift, 1e-5), []
+    for order, lazy in [("forward", True), *MODES]:
+        emulated.configure(order, lazy, seed=7)
+        found.append(linear_few("emu", x, weight, None, norm=norm, activation="gelu", residual=residual))
+    assert not found[0].isnan().any() and all(torch.equal(found[0], y) for y in found[1:])
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_p": 0.9}])

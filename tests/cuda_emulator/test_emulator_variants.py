@@ -26,6 +26,7 @@ OPS = (
 )
 CHOSEN = {f"ops/test_{op}.py": ROWS for op in OPS}
 CHOSEN["ops/test_causal_attention.py"] = f"test_parity and emu and ({SHAPES})"
+CHOSEN["ops/test_linear_few.py"] = "bf16 and test_it_is and not (eight or many)"
 CHOSEN["cuda_emulator/test_emulator_attention.py"] = (
     f"(test_long_rows or test_few_queries) and ({SHAPES})"
     " or test_nan_in_masked and hopper and bf16"  # what threads clean, wgmma reads

@@ -31,7 +31,7 @@ def has_kernel(op: str) -> bool:
     family = {"linear_cross_entropy": "cross_entropy", "add_layer_norm": "layer_norm", "add_rms_norm": "rms_norm"}.get(
         op, op
     )
-    return has_cpu_ops and any((ROOT / "csrc/cuda").glob(f"{family}*.cu"))
+    return has_cpu_ops and any((ROOT / f"csrc/cuda/{family}{part}.cu").exists() for part in ("", "_fwd"))
 
 
 def build(variant: str = "plain") -> Path:

@@ -101,6 +101,9 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     few |= {"x": rows, "dy": random(R, V)}
     four_bits = dict(zip(("codes", "scales"), gptfast.ops.quantize_nf4(random(V, 64)).rows(V), strict=True))
     many = few | four_bits | {"x": random(20, 64), "dy": random(20, V), "format": "nf4", "group_size": 64}
+    half = {"x": random(3, 16), "weight": random(V, 16), "norm_weight": random(16), "residual": random(3, V)}
+    decoding = {name: x.bfloat16() for name, x in half.items()} | {"bias": None, "norm_bias": None}
+    decoding |= {"norm": "rms_norm", "eps": 1e-5, "activation": "gelu"}
     nf4 = gptfast.ops.quantize_nf4(random(V, 64), double=True)
     double = {"scales": nf4.absmax.view(V, -1), "nested_absmax": nf4.nested_absmax, "offset": nf4.offset}
     few, many = (arguments | {"nested_absmax": None, "offset": None} for arguments in (few, many))
@@ -121,6 +124,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         "causal_attention_fwd packed": attention | packed,
         "causal_attention_fwd grouped": attention | grouped,
         "causal_attention_append": step | {"lengths": torch.tensor([3, T + 1]), "counters": torch.zeros(B * H).int()},
+        "linear_few": decoding,
         "causal_attention_bwd grouped": attention | grouped | {"dout": q.flip(1), "out": out, "statistics": statistics},
         "causal_attention_bwd": attention | {"dout": q.flip(1), "out": out, "statistics": statistics},
         "layer_norm_fwd": norm,

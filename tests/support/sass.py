@@ -59,7 +59,7 @@ class Code:
         most = 0
         for x in self.instructions:
             used = {int(n) for n in re.findall(r"\bR(\d+)", x)}
-            if match := re.match(r"LDG\.E\.(64|128)\S* R(\d+), \S*\[R(\d+)", x):
+            if match := re.match(r"LDG\.E\.(?:EF\.)?(64|128)\S* R(\d+), \S*\[R(\d+)", x):
                 width, first, address = int(match[1]) // 32, int(match[2]), int(match[3])
                 used = {address, address + 1}
             if any(used & registers for registers in waiting):
@@ -135,6 +135,8 @@ REGISTERS = [
     ),  # four of 128 threads, each with 8 loads of 16 bytes under way: 64 KB; 64 registers spill
     ("cross_entropy", "sm_80", 32),  # four of 512
     ("quantized_(rows|products)", "sm_80", 128),  # two of 256
+    ("linear_few_kernel.*Li4E", "sm_80", 80),  # three of 256, each thread with 4 loads of 16 bytes under way
+    ("linear_few_kernel.*Li12E", "sm_80", 128),  # two, with 12
     ("quantized_products_sm90", "sm_90a", 168),
     (
         r"norm_fwd_kernelILb0.*Li[48]ELi1ELi(8|16|32)E",
