@@ -15,6 +15,7 @@ from gptfast._snapshots import current, read_whole
 from gptfast.tokenizer.added import END_OF_TEXT, gather, named_token, read_settings
 
 Merge = tuple[str, str]
+_ENDS = ("bos_token", "eos_token")
 MOST_IDS = 2**31 - 1  # the limit of vocab_size in GPTConfig
 
 
@@ -46,7 +47,7 @@ class HFFiles:
         spec, added = self.spec, self.spec["added_tokens"]
         post = spec.get("post_processor") or {"type": "ByteLevel"}
         names = [token["content"] for token in added]
-        if post["type"] != "ByteLevel" or any(
+        if not _adds_nothing(post) or any(
             not t["special"] or t["lstrip"] or t["rstrip"] or t["single_word"] for t in added
         ):
             return False
@@ -102,6 +103,8 @@ def _read_files(folder: Path) -> HFFiles:
         current(folder, name) for name in ("vocab.json", "merges.txt", "tokenizer.json")
     )
     if fast_file.exists():
+        for name in _ENDS:  # as transformers from 5 on: the post-processor of tokenizer.json counts
+            settings.pop(f"add_{name}", None)
         spec = _read_fast(fast_file)
         vocab = _check_ids(fast_file, field(spec["model"], "vocab", dict, fast_file, {}, inside="model"))
         pairs = items(
@@ -127,7 +130,8 @@ def _read_files(folder: Path) -> HFFiles:
     if not fast_file.exists():
         _check_whole(merges_file, base - {token["content"] for token in spec["added_tokens"]}, vocab, merges)
     spec["model"] |= {"vocab": vocab, "merges": [list(pair) for pair in merges]}
-    _set_ends(spec, settings, folder)
+    if not fast_file.exists():
+        _set_ends(spec, settings, folder)
     return HFFiles(vocab, merges, named_token(settings, "eos_token", folder), spec, settings)
 
 
@@ -178,8 +182,8 @@ def _check_whole(path: Path, base: set[str], vocab: dict[str, int], merges: list
 
 
 def _set_ends(spec: dict[str, Any], settings: dict[str, Any], folder: Path) -> None:
-    """Apply add_bos_token and add_eos_token as transformers does."""
-    flags = {name: settings.get(f"add_{name}") for name in ("bos_token", "eos_token")}
+    """Apply add_bos_token and add_eos_token as transformers does to vocab.json and merges.txt."""
+    flags = {name: settings.get(f"add_{name}") for name in _ENDS}
     if all(flag is None for flag in flags.values()):
         return
     ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -199,6 +203,14 @@ def _set_ends(spec: dict[str, Any], settings: dict[str, Any], folder: Path) -> N
     pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
     template = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
     spec["post_processor"] = template if special else None
+
+
+def _adds_nothing(post: dict[str, Any]) -> bool:
+    """Whether a post-processor keeps the ids of a single text; transformers from 5 on writes a template that does."""
+    if post["type"] == "TemplateProcessing":
+        single = post.get("single")
+        return isinstance(single, list) and len(single) == 1 and isinstance(single[0], dict) and "Sequence" in single[0]
+    return post["type"] == "ByteLevel"
 
 
 def _same(part: Any, wanted: dict[str, Any] | None) -> bool:

@@ -111,6 +111,29 @@ def test_settings_in_the_files_that_transformers_saves(bpe, tmp_path, name):
     check(tmp_path / "fast")
 
 
+@pytest.mark.parametrize("kind", ["bpe", "gpt1"])
+def test_what_transformers_saves_again_stays_as_fast(kind, bpe, gpt1, tmp_path):
+    """Its template adds no token: texts are still encoded in pieces, and by tiktoken."""
+    ours = bpe if kind == "bpe" else gpt1
+    ours.save(tmp_path / "slow")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "slow").save_pretrained(tmp_path / "fast")
+    spec = json.loads((tmp_path / "fast/tokenizer.json").read_text())
+    if kind == "bpe":
+        assert spec["post_processor"]["type"] == "TemplateProcessing"
+    check(tmp_path / "fast", type(ours))
+
+
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("flags", [{"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}])
+def test_the_ends_of_tokenizer_json_count_before_settings(bpe, tmp_path, template, flags):
+    bpe.save(tmp_path / "slow")
+    add(tmp_path / "slow", add_bos_token=template)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "slow").save_pretrained(tmp_path / "fast")
+    add(tmp_path / "fast", **flags)
+    ours = check(tmp_path / "fast", HFTokenizer if template else BPETokenizer)
+    assert ours.encode("x", "all") == [*([ours.eos_id] if template else []), *bpe.encode("x")]
+
+
 def test_tokenizer_json_counts_before_vocab_and_merges(bpe, tmp_path):
     bpe.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
