@@ -13,7 +13,14 @@ from gptfast.finetuning.examples import encoded
 from gptfast.finetuning.special_tokens import add_tokens
 from gptfast.models import GPT
 from gptfast.tokenizer import Tokenizer
-from gptfast.tokenizer.chat import CHATML, CHATML_TOKENS, ChatTemplate, encode_with_spans, with_chat_template
+from gptfast.tokenizer.chat import (
+    CHATML,
+    CHATML_TOKENS,
+    ChatTemplate,
+    content_text,
+    encode_with_spans,
+    with_chat_template,
+)
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 IGNORED = -100
@@ -73,7 +80,8 @@ def response_mask(
     and the tokenizer's end token, which is learnt, follows the response.
 
     Args:
-        example: {"prompt", "response"}, or {"messages": [{"role", "content"}, …]}.
+        example: {"prompt", "response"}, or {"messages": [{"role", "content"}, …]}; a content is a text, or a list of parts
+            {"type": "text", "text"}: see `ChatTemplate.readable`.
         tokenizer: with the chat template, if template is None.
         template: None: the tokenizer's own.
         where: file and line of the example, for messages.
@@ -94,7 +102,7 @@ def response_mask(
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         return [*prompt, *response, *end], [0] * len(prompt) + [1] * len(response + end)
     try:
-        text, spans = template.render_with_replies(messages_of(example))
+        text, spans = template.render_with_replies(template.readable(messages_of(example)))
         return encode_with_spans(tokenizer, text, spans)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -124,8 +132,8 @@ def check_conversation(example: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: messages[{n}] is {message!r}; expected an object with role and content")
         if message["role"] not in ROLES:
             raise ValueError(f"{where}: messages[{n}].role is {message['role']!r}; expected one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
-            raise ValueError(f"{where}: messages[{n}].content is {message.get('content')!r}; expected a text")
+        if message.get("content") is not None or not message.get("tool_calls"):
+            content_text(f"{where}: messages[{n}]", message.get("content"))
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError(f"{where}: messages has no message of the role assistant; there is nothing to learn")
 

@@ -101,6 +101,28 @@ class ChatTemplate:
         text, spans = self._render(messages, False, variables)
         return text, spans if self.marks_replies else self._added(text, messages, variables)
 
+    def readable(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages as this template reads them: contents that are lists of parts stay where it writes a part as it writes a text, as
+        templates of Hugging Face do that know parts; else they are texts.
+
+        Raises:
+            ValueError: a content that is neither a text nor a list of texts.
+        """
+        lists = [n for n, message in enumerate(messages) if isinstance(message.get("content"), list)]
+        texts = [dict(message) for message in messages]
+        for n in lists:
+            texts[n]["content"] = content_text(f"messages[{n}]", messages[n]["content"])
+        if not lists:
+            return texts
+        parts = [dict(message) for message in texts]
+        for n in lists:
+            parts[n]["content"] = [{"type": "text", "text": texts[n]["content"]}]
+        try:
+            knows = self.render(parts) == self.render(texts)
+        except ValueError:  # it adds a list to a text
+            knows = False
+        return [dict(message) for message in messages] if knows else texts
+
     def _added(self, text: str, messages: Sequence[Message], variables: dict[str, Any]) -> list[Span]:
         spans = []
         for n, message in enumerate(messages):
@@ -132,6 +154,31 @@ class ChatTemplate:
             where = f" (in line {line})" if line else ""
             raise ValueError(f"chat template: {what}{where}; change the messages or the template") from error
         return "".join(blocks), spans
+
+
+def content_text(where: str, content: Any) -> str:
+    """The text of a message: a text, or parts of the type text, which are joined with newlines.
+
+    Raises:
+        ValueError: something else; the error begins with `where`, the name of the message.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        got = "has no content" if content is None else f"has the content {content!r:.60}"
+        raise ValueError(f"{where} {got}; expected a text, or a list of parts of the type text")
+    texts = []
+    for n, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") is None:
+            raise ValueError(f'{where}.content[{n}] is {part!r:.60}; expected {{"type": "text", "text": ...}}')
+        if (kind := part["type"]) != "text":
+            raise ValueError(
+                f"{where}.content[{n}] is of the type {kind!r}; this model reads texts only - expected the type text"
+            )
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{where}.content[{n}].text is {part.get('text')!r:.60}; expected a text")
+        texts.append(part["text"])
+    return "\n".join(texts)
 
 
 def with_chat_template(tokenizer: Tokenizer, source: str | None) -> Tokenizer:

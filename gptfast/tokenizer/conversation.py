@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gptfast.tokenizer.base import Tokenizer, encode_prompt
-from gptfast.tokenizer.chat import ChatTemplate, encode_chat
+from gptfast.tokenizer.chat import ChatTemplate, content_text, encode_chat
 
 ROLES = ("system", "developer", "user", "assistant")
 TRANSCRIPT = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
@@ -226,7 +226,7 @@ def checked(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
         others = [key for key, value in message.items() if key not in _KEYS and value]  # clients send back refusal=null
         if others:
             raise ValueError(f"{where}.{others[0]} is not supported; expected role, content and name")
-        whole = {"role": role, "content": _content(where, message.get("content"))}
+        whole = {"role": role, "content": content_text(where, message.get("content"))}
         name = message.get("name")
         if name is not None and not isinstance(name, str):
             raise ValueError(f"{where}.name is {name!r}; expected a text")
@@ -240,27 +240,6 @@ def check_effort(effort: Any) -> None:
     """Raise ValueError for a reasoning_effort that is not one of EFFORTS; None: none is given."""
     if effort not in (None, *EFFORTS):
         raise ValueError(f"`{REASONING}` is {effort!r}; expected one of {', '.join(EFFORTS)}")
-
-
-def _content(where: str, content: Any) -> str:
-    """The text of a message: a text, or parts of the type text, which are joined with newlines."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        got = "has no content" if content is None else f"has the content {content!r:.60}"
-        raise ValueError(f"{where} {got}; expected a text, or a list of parts of the type text")
-    texts = []
-    for n, part in enumerate(content):
-        if not isinstance(part, Mapping) or part.get("type") is None:
-            raise ValueError(f'{where}.content[{n}] is {part!r:.60}; expected {{"type": "text", "text": ...}}')
-        if (kind := part["type"]) != "text":
-            raise ValueError(
-                f"{where}.content[{n}] is of the type {kind!r}; this model reads texts only - expected the type text"
-            )
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"{where}.content[{n}].text is {part.get('text')!r:.60}; expected a text")
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
 def _marked(value: Any, pattern: re.Pattern[str]) -> Any:

@@ -58,6 +58,44 @@ def test_texts_ids_and_masks_are_those_of_transformers(tmp_path, name):
         assert 0 < sum(mask) < len(mask)
 
 
+KNOWS_PARTS = (
+    "{% for m in messages %}{{ m.role + ': ' }}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def in_parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_parts_of_a_content_as_templates_of_transformers_write_them(tmp_path):
+    used = chat_tokenizer(KNOWS_PARTS)
+    used.save(tmp_path)
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    chat = [
+        CHAT[0],
+        {"role": "user", "content": in_parts("the", " cat", "")},
+        {"role": "assistant", "content": in_parts("sat")},
+    ]
+    ids, mask = response_mask({"messages": chat}, used)
+    assert ids == peer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    assert used.decode([i for i, m in zip(ids, mask, strict=True) if m]) == " sat<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_parts_are_lines_of_a_text_where_the_template_knows_texts_alone(name):
+    """As `gptfast serve` writes them; transformers raises a TypeError there, or writes Python's list."""
+    used = chat_tokenizer(TEMPLATES[name])
+    parts = [
+        CHAT[0],
+        {"role": "user", "content": in_parts("the cat", "sat")},
+        {"role": "assistant", "content": in_parts("on")},
+    ]
+    texts = [CHAT[0], {"role": "user", "content": "the cat\nsat"}, {"role": "assistant", "content": "on"}]
+    assert response_mask({"messages": parts}, used) == response_mask({"messages": texts}, used)
+
+
 @pytest.mark.parametrize("name", ["chatml", "plain"])
 def test_the_loss_is_on_replies_and_their_end(name):
     used = chat_tokenizer(TEMPLATES[name])
@@ -169,7 +207,22 @@ def test_long_conversations_are_cut_and_counted():
         ({"messages": []}, "messages is []; expected a list"),
         ({"messages": [{"content": "a"}]}, "messages[0] is"),
         ({"messages": [{"role": "bot", "content": "a"}]}, "messages[0].role is 'bot'; expected one of system"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is None"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            "messages[0] has no content; expected a text, or a list of",
+        ),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            "messages[0] has the content 3; expected a text, or a list of",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["a"]}]},
+            'messages[0].content[0] is \'a\'; expected {"type": "text"',
+        ),
+        (
+            {"messages": [*CHAT[:1], {"role": "user", "content": [{"type": "image", "url": "a.png"}]}]},
+            "messages[1].content[0] is of the type 'image'; this model reads texts only",
+        ),
         ({"messages": CHAT[:2]}, "no message of the role assistant"),
     ],
 )
