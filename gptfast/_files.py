@@ -220,8 +220,8 @@ def _blocks(file: BinaryIO, path: str | os.PathLike[str], start: int, stop: int 
 
 def _decoded(path: str | os.PathLike[str], content: bytes, at: int, decode: Callable[[bytes], str]) -> str:
     """The text of a part of a file that begins at byte `at`."""
-    if at == 0 and content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path} is UTF-16 (byte order mark at byte 0); {_convert(path, 'UTF-16')}")
+    if at == 0:
+        check_beginning(path, content)
     null = content.find(b"\0")
     if null >= 0:
         raise ValueError(f"{path} is binary, not text (zero byte at byte {at + null}); give a UTF-8 text file")
@@ -229,14 +229,47 @@ def _decoded(path: str | os.PathLike[str], content: bytes, at: int, decode: Call
         return decode(content)
     except UnicodeDecodeError as error:
         held = len(error.object) - len(content)  # of a character that began in the part before
-        raise ValueError(
-            f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at byte {at - held + error.start}: "
-            f"{error.reason}); {_convert(path, 'LATIN1')} if it is Latin-1"
-        ) from error
+        raise not_utf8(path, path, error, at - held) from error
+
+
+def not_utf8(place: object, path: str | os.PathLike[str], error: UnicodeDecodeError, start: int = 0) -> ValueError:
+    """The error for bytes that are not UTF-8.
+
+    Args:
+        place: begins the message: the file, or a line of it.
+        path: the file.
+        error: of the decoder.
+        start: where the decoder's bytes begin in `place`.
+    """
+    return ValueError(
+        f"{place} is not UTF-8 (byte 0x{error.object[error.start]:02x} at byte {start + error.start}: {error.reason}); "
+        f"{_convert(path, 'CP1252')} if it is Latin-1 or Windows-1252"
+    )
+
+
+_ENCODINGS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_PACKED = {b"\x1f\x8b": ".gz", b"BZh91AY&SY": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+
+
+def check_beginning(path: str | os.PathLike[str], content: bytes) -> None:
+    """Refuse the beginning of a file that is to be UTF-8 and is packed or has another encoding's byte order mark.
+
+    Raises:
+        ValueError: the text says what it is, and what to do.
+    """
+    for mark, encoding in _ENCODINGS.items():
+        if content.startswith(mark):
+            raise ValueError(f"{path} is {encoding} (byte order mark at byte 0); {_convert(path, encoding)}")
+    for mark, suffix in _PACKED.items():
+        if content.startswith(mark):
+            raise ValueError(f"{path} is packed, and its name does not say so; rename it to {Path(path).name}{suffix}")
+    if content.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path} is a ZIP archive; unpack it, and give what is inside")
 
 
 def _convert(path: str | os.PathLike[str], encoding: str) -> str:
-    return f"convert it: iconv -f {encoding} -t UTF-8 {path} > {Path(path).stem}.utf8.txt"
+    path = Path(path)
+    return f"convert it: iconv -f {encoding} -t UTF-8 {path} > {path.stem}.utf8{path.suffix or '.txt'}"
 
 
 def cache_folder() -> Path:

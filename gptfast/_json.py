@@ -52,10 +52,15 @@ def parse(text: str, where: object, unique: bool = False) -> Any:
     except ValueError as error:  # thousands of digits, a key twice
         problem = str(error)
     else:
-        if len(text) < LARGE and _depth(value) > DEEPEST:
-            raise ValueError(f"{where} is nested more than {DEEPEST} levels deep; it is damaged - write it again")
-        return _checked(value, where) if _SURROGATES.search(text) else value
+        return check_value(value, text, where)
     raise ValueError(f"{where} is not valid JSON ({problem}); it is damaged or cut short - write it again")
+
+
+def check_value(value: Any, text: str, where: object) -> Any:
+    """The value of a JSON text. Raises ValueError: it is nested too deeply, or has half a surrogate pair."""
+    if len(text) < LARGE and _depth(value) > DEEPEST:
+        raise ValueError(f"{where} is nested more than {DEEPEST} levels deep; it is damaged - write it again")
+    return _checked(value, where) if _SURROGATES.search(text) else value
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

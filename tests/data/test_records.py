@@ -21,8 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptfast.data import json_records as module
 from gptfast.data import load_documents, load_prepared, open_data, prepare, write_tokens
-from gptfast.data import records as module
 from gptfast.data.corpus import load_corpus
 
 TEXTS = ['To be, or "not" to be;', "größe\nand {braces} 🤗", "the, third", "x" * 300]
@@ -64,6 +64,7 @@ FILES = {
     "a.csv": as_csv(","),
     "bom.csv": b"\xef\xbb\xbf" + as_csv(","),
     "semicolon.csv": as_csv(";"),
+    "blank.csv": b"\n \r\n" + as_csv(","),
     "a.tsv": as_csv("\t"),
     "a.parquet": as_parquet(TEXTS, row_group_size=2),
     "large.parquet": as_parquet(TEXTS, pa.large_string()),
@@ -122,19 +123,35 @@ def test_a_list_is_read_as_json_reads_it_however_it_is_cut(tmp_path_factory, val
         ("a.jsonl", b"", "has no text: it has no records"),
         ("a.jsonl", b'{"text": ""}\n{"text": null}\n', "has no text: 2 records without text skipped"),
         ("a.json", b'[{"text": "a"}, {"body": 1}]', "a.json, record 2: there is no field 'text'; the fields are 'body'"),
-        ("a.json", b'[{"text": "a"},]', "a.json is damaged or cut short"),
+        ("a.json", b'[{"text": "a"},]', "a.json, record 1 has a comma behind it, and is the last one; remove"),
+        ("a.json", b'[{"text": "a"},\n', "a.json is damaged or cut short: its JSON list has no end"),
+        ("a.json", b'[{"text": nil}]', "a.json, record 1 is not valid JSON .Expecting value at 'nil}]'.; correct it"),
+        ("a.json", b'[{"text": "a"}, {"text": "b",}]', "a.json, record 2 is not valid JSON .*at '}]'"),
+        ("a.json", b'[{"text": "a", "more": ' + b"[" * 200 + b"]" * 200 + b"}]", "a.json, record 1 is nested more than 100"),
+        ("a.json", b'[{"text": "a"},\n{"text": "caf\xe9"}]', "a.json, line 2 is not UTF-8 .byte 0xe9 at byte 13"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"},\n', "a.jsonl, line 2 ends with a comma; expected one object a line"),
+        ("a.jsonl", b'{\n "text": "a"\n}\n', "a.jsonl, line 1 does not end its object; .*`jq -c .` puts each on a line"),
+        ("a.jsonl", b"{'text': 'a'}\n", "a.jsonl, line 1 is written as Python's dict; expected JSON"),
+        ("a.jsonl", b'{"text": "a", ', "a.jsonl, line 1 is not valid JSON .*damaged or cut short"),
+        ("a.jsonl", LINES.decode().encode("utf-16"), "a.jsonl is UTF-16 .byte order mark at byte 0.; convert it: iconv .*utf8.jsonl"),
+        ("a.jsonl", gzip.compress(LINES), "a.jsonl is packed, and its name does not say so; rename it to a.jsonl.gz"),
+        ("a.csv", as_csv(",").decode().encode("utf-16"), "a.csv is UTF-16 .byte order mark"),
+        ("a.csv", b"\n \nid,body\n1,a\n", "a.csv, line 3: there is no field 'text'"),
+        ("a.csv", b"\n\nid,text\n1,a\n\n2\n", "a.csv, line 6: the record has 1 values; expected 2, as line 3 has"),
+        ("a.csv", b"\n", "a.csv is empty; expected a first line with the names of its fields, 'text' among them"),
+        ("a.csv.gz", gzip.compress(b"id,text\n1,a\n2,caf\xe9\n"), "a.csv.gz, line 3 is not UTF-8 .byte 0xe9 at byte 5"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "'{' where ',' is expected"),
         ("a.json", b'[{"text": "a"}', "a.json is damaged or cut short: its JSON list has no end"),
         ("a.json", b'[{"text": "a', "a.json is damaged or cut short: its JSON list has no end"),
         ("a.json", b'[{"text": "a"}]\n[]', "a.json has text after its list"),
         ("a.json", b'[{"text": "\\ud800"}]', "record 1 holds .* half of a surrogate pair"),
-        ("a.json", b'[{"text": "caf\xe9"}]', "a.json is not UTF-8"),
+        ("a.json", b'[{"text": "caf\xe9"}]', "a.json, line 1 is not UTF-8"),
         ("a.csv", b"id,body\n1,a\n", "a.csv, line 1: there is no field 'text'; the fields are 'id', 'body'"),
         ("a.csv", b"text,text\n1,a\n", "a.csv, line 1: there is more than one field 'text'"),
         ("a.csv", b'id,text\n1,"two\nlines"\n2\n', "a.csv, line 4: the record has 1 values; expected 2, as line 1 has"),
         ("a.csv", b'id,text\n1,"a"b\n', "a.csv, line 2: .*expected CSV with quotes doubled"),
         ("a.csv", b'id,text\n1,"a\n', "a.csv, line 2: unexpected end of data"),
-        ("a.csv", b"id,text\n1,caf\xe9\n", "a.csv is not UTF-8"),
+        ("a.csv", b"id,text\n1,caf\xe9\n", "a.csv, line 2 is not UTF-8 .byte 0xe9 at byte 5"),
         ("a.parquet", b"PAR1 nonsense", "a.parquet is damaged or no Parquet file"),
         ("a.parquet", as_parquet([1, 2], pa.int64()), "a.parquet: the field 'text' is of type int64; expected string; the fields are 'id', 'text'"),
         ("a.arrow", b"ARROW1 nonsense", "a.arrow is damaged or no Arrow file"),

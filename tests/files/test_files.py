@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 import resource
 from contextlib import contextmanager
@@ -142,10 +143,13 @@ def test_read_text(tmp_path, content, text):
         (b"", "is empty"),
         (b"\xef\xbb\xbf", "is empty"),
         (b"\x89PNG\r\n\x1a\n\0\0", "is binary, not text .zero byte at byte 8"),
-        ("été".encode("latin-1"), "is not UTF-8 .byte 0xe9 at byte 0: .*iconv -f LATIN1"),
+        ("été".encode("latin-1"), "is not UTF-8 .byte 0xe9 at byte 0: .*iconv -f CP1252"),
         (b"a" * 5000 + b"\xff", "is not UTF-8 .byte 0xff at byte 5000: invalid start byte"),
         ("über".encode()[:-3] + b"\xc3", "is not UTF-8"),
         ("hi".encode("utf-16"), "is UTF-16 .*iconv -f UTF-16"),
+        ("hi".encode("utf-32"), "is UTF-32 .*iconv -f UTF-32"),
+        (gzip.compress(b"hi"), "is packed, and its name does not say so; rename it to .*\\.gz"),
+        (b"PK\x03\x04 and so on", "is a ZIP archive; unpack it"),
     ],
 )
 def test_read_text_errors(tmp_path, content, message):

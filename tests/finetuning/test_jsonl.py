@@ -118,7 +118,17 @@ def test_a_number_is_the_place_of_a_choice_and_a_text_the_choice():
 def test_other_files(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_examples(tmp_path / "none.jsonl", "lm")
-    with pytest.raises(ValueError, match=r"a\.csv: expected a file of JSON Lines"):
+    with pytest.raises(FileNotFoundError):
         read_examples(tmp_path / "a.csv", "lm")
+    with pytest.raises(IsADirectoryError, match="this is a folder; name a file"):
+        read_examples(tmp_path, "lm")
+    (tmp_path / "a.csv").write_text("text\na\n")
+    with pytest.raises(
+        ValueError, match=r"a\.csv: expected a file of JSON Lines, .*, not in \.csv; write it .*read_csv\(FILE\)"
+    ):
+        read_examples(tmp_path / "a.csv", "lm")
+    (tmp_path / "a").write_text("{}")
+    with pytest.raises(ValueError, match=r"ends in \.jsonl, \.ndjson, \.json; name it so if it is one"):
+        read_examples(tmp_path / "a", "lm")
     with pytest.raises(ValueError, match="task is 'tags'; expected one of"):
         read_examples(write(tmp_path, {}), "tags")
