@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from gptfast.data.corpus import load_documents
     from gptfast.data.documents import Document
     from gptfast.data.mixture import Mixture, MixtureSampler, sampler_of
-    from gptfast.data.opening import is_tokens, open_data
+    from gptfast.data.opening import is_tokens, load_tokens, open_data
     from gptfast.data.prepared import PreparedData, load_prepared, prepare
     from gptfast.data.sampler import WindowSampler, sequential_batches, shuffled
     from gptfast.data.split import Split, split_documents
@@ -30,6 +30,7 @@ __all__ = [
     "is_tokens",
     "load_documents",
     "load_prepared",
+    "load_tokens",
     "open_data",
     "prepare",
     "sampler_of",
@@ -46,7 +47,7 @@ __getattr__, __dir__ = lazy_names(
         "TokenShards": "gptfast.data.token_shards",
         "load_documents": "gptfast.data.corpus",
         **dict.fromkeys(("Mixture", "MixtureSampler", "sampler_of"), "gptfast.data.mixture"),
-        **dict.fromkeys(("is_tokens", "open_data"), "gptfast.data.opening"),
+        **dict.fromkeys(("is_tokens", "load_tokens", "open_data"), "gptfast.data.opening"),
         **dict.fromkeys(("PreparedData", "load_prepared", "prepare"), "gptfast.data.prepared"),
         **dict.fromkeys(("WindowSampler", "sequential_batches", "shuffled"), "gptfast.data.sampler"),
         **dict.fromkeys(("Split", "split_documents"), "gptfast.data.split"),

@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gptfast._files import atomic_write
-from gptfast._json import read_json
+from gptfast._json import NULL, field, items, read_json
 from gptfast._snapshots import current
 from gptfast.data.corpus import load_corpus
 from gptfast.data.filters import Filters
@@ -23,6 +24,10 @@ from gptfast.data.survey import survey
 from gptfast.data.token_file import TokenFile, is_token_file, write_tokens
 from gptfast.data.token_format import crc, vocabulary_hash
 from gptfast.tokenizer import TRAINED, Tokenizer
+
+_MIXTURE = "mixture.json"  # in the folder of a mixture's tokens: its sources as they were opened
+_MARK = "val.json"  # beside it: what the validation texts were made of
+_VERSION = 1
 
 
 def open_data(
@@ -43,7 +48,8 @@ def open_data(
 
     Args:
         data: a text as `prepare` takes it, whose tokens are written to `cache_dir`; a folder of `prepare`; one token
-            file, whose last documents become the validation part; or a .toml file of sources (`gptfast.data.mixture`).
+            file, whose last documents become the validation part; a .toml file of sources (`gptfast.data.mixture`); or the
+            `cache_dir` of such a file, for the mixture as it was opened.
         cache_dir: folder for the tokens of a text; later calls find them there.
         tokenizer: as in `prepare`. None: "gpt2" for text; for tokens the tokenizer in their folder.
         vocab_size, unk, glob, text_field, val_fraction, seed, progress, overwrite: as in `prepare`.
@@ -65,15 +71,16 @@ def open_data(
             overwrite=overwrite,
         )
     given = [name for name, value in (("glob", glob), ("text_field", text_field), ("unk", unk)) if value]
-    if given and (current(data, MANIFEST).exists() or is_token_file(data)):
+    kept = current(data, MANIFEST).exists() or _is_kept_mixture(data)
+    if given and (kept or is_token_file(data)):
         raise ValueError(f"open_data: {data} holds tokens; leave {' and '.join(given)} out, or pass the text")
-    if current(data, MANIFEST).exists():
+    if kept:
         if tokenizer is not None or vocab_size is not None:
             raise ValueError(
                 f"open_data: {data} holds tokens and their tokenizer; leave tokenizer and vocab_size out, or "
                 "pass the text"
             )
-        return load_prepared(data)
+        return load_tokens(data)
     if is_token_file(data):
         return _open_token_file(Path(data), tokenizer, val_fraction)
     return prepare(
@@ -114,7 +121,20 @@ def is_tokens(data: str | os.PathLike[str]) -> bool:
     """Whether `data` names tokens with their tokenizer: a folder of `prepare`, a token file, or a mixture with one of these."""
     if is_mixture(data):
         return any(is_tokens(source.data) for source in read_mixture(Path(data)))
-    return current(data, MANIFEST).exists() or is_token_file(data)
+    return current(data, MANIFEST).exists() or _is_kept_mixture(data) or is_token_file(data)
+
+
+def load_tokens(folder: str | os.PathLike[str]) -> PreparedData:
+    """The tokens in a folder that `open_data` had as its `cache_dir`: of a text, or of a mixture as it was opened.
+
+    Raises:
+        OSError, ValueError: as `load_prepared`; a source of the mixture that is elsewhere is gone.
+    """
+    return _load_mixture(Path(folder)) if _is_kept_mixture(folder) else load_prepared(folder)
+
+
+def _is_kept_mixture(data: str | os.PathLike[str]) -> bool:
+    return Path(data, _MIXTURE).exists()
 
 
 def _open_mixture(
@@ -125,6 +145,11 @@ def _open_mixture(
     learning: vocab_size and unk. options: val_fraction, seed, progress and overwrite.
     """
     sources = read_mixture(path)
+    for source in sources:
+        if is_mixture(source.data) or _is_kept_mixture(source.data):
+            raise ValueError(
+                f"{path}: source {source.name} is a mixture itself; list the sources of {source.data} here"
+            )
     texts = [source for source in sources if not is_tokens(source.data)]
     opened: dict[str, PreparedData] = {}
     for source in (s for s in sources if s not in texts):
@@ -147,12 +172,68 @@ def _open_mixture(
                 f"{path}: source {source.name} has another tokenizer ({kinds[0]}) than the mixture ({kinds[1]}); prepare it with "
                 "that of the others, or give its text"
             )
-    files = [part.train for part in parts if isinstance(part.train, TokenFile)]
-    train = Mixture(tuple(s.name for s in sources), tuple(files), tuple(s.share for s in sources))
-    val = _joined([part.val for part in parts], cache_dir, chosen)
+    kept: dict[str, Any] = {"version": _VERSION, "data": str(path), "val_fraction": options["val_fraction"]}
+    kept["sources"] = [
+        {"name": s.name, "share": s.share, "tokens": None if s in texts else os.path.abspath(s.data)} for s in sources
+    ]
+    if not options["overwrite"]:
+        _refuse_others(cache_dir, kept, parts)
+    data = _mixed(cache_dir, kept, parts)
+    atomic_write(cache_dir / _MIXTURE, json.dumps(kept, indent=2).encode())
     notes = [f"{s.name}: {note}" for s, part in zip(sources, parts, strict=True) for note in part.info.get("notes", [])]
-    split = f"validation: the validation texts of the {len(sources)} sources, one after the other"
-    return PreparedData(cache_dir, train, val, chosen, {"data": str(path), "split": split, "notes": notes})
+    return replace(data, info={**data.info, "notes": notes})
+
+
+def _mixed(folder: Path, kept: dict[str, Any], parts: list[PreparedData]) -> PreparedData:
+    """The mixture of sources that are open. kept: the content of its file in `folder`."""
+    names, shares = (tuple(source[key] for source in kept["sources"]) for key in ("name", "share"))
+    files = [part.train for part in parts if isinstance(part.train, TokenFile)]
+    val = _joined([part.val for part in parts], folder, parts[0].tokenizer)
+    split = f"validation: the validation texts of the {len(parts)} sources, one after the other"
+    info = {"data": kept["data"], "split": split}
+    return PreparedData(folder, Mixture(names, tuple(files), shares), val, parts[0].tokenizer, info)
+
+
+def _load_mixture(folder: Path) -> PreparedData:
+    """A mixture as it was opened, from its tokens: neither its file nor the texts of its sources are read."""
+    kept = _read_kept(folder)
+    parts = []
+    for source in kept["sources"]:
+        place = folder / source["name"]
+        try:
+            if source["tokens"] is None:
+                parts.append(load_prepared(place))
+            else:
+                parts.append(open_data(source["tokens"], place, val_fraction=kept["val_fraction"]))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder / _MIXTURE}: source {source['name']}: {error}") from error
+    _refuse_others(folder, kept, parts)
+    return _mixed(folder, kept, parts)
+
+
+def _read_kept(folder: Path) -> dict[str, Any]:
+    path = folder / _MIXTURE
+    kept = read_json(path)
+    if field(kept, "version", int, path) != _VERSION:
+        raise ValueError(f"{path}: version is {kept['version']}; expected {_VERSION} - update gptfast")
+    field(kept, "data", str, path)
+    field(kept, "val_fraction", float, path)
+    for n, source in enumerate(items(field(kept, "sources", list, path), dict, "sources", path)):
+        for key, kinds in (("name", str), ("share", float), ("tokens", (str, NULL))):
+            field(source, key, kinds, path, inside=f"sources[{n}]")
+    return kept
+
+
+def _refuse_others(folder: Path, kept: dict[str, Any], parts: list[PreparedData]) -> None:
+    """Raise FileExistsError where a folder has the tokens of another mixture."""
+    there = _read_kept(folder) if _is_kept_mixture(folder) else {"sources": kept["sources"], "data": "a mixture"}
+    mark = folder / _MARK
+    val = read_json(mark) if mark.exists() else None
+    if there["sources"] != kept["sources"] or val not in (None, _marks([part.val for part in parts])):
+        raise FileExistsError(
+            f"{folder} holds tokens of {there['data']} with other sources, weights or validation texts; replace that with "
+            "`overwrite`, or choose another `out_dir`"
+        )
 
 
 @contextmanager
@@ -184,8 +265,8 @@ def _learnt(
 
 def _joined(parts: list[TokenFile], folder: Path, tokenizer: Tokenizer) -> TokenFile:
     """One token file of all documents, which is kept and found again."""
-    wanted = [[len(part), crc(part.tokens)] for part in parts]
-    mark, file = folder / "val.json", folder / "val.bin"
+    wanted = _marks(parts)
+    mark, file = folder / _MARK, folder / "val.bin"
     try:
         if read_json(mark) == wanted:
             found = TokenFile.open(file)
@@ -199,6 +280,11 @@ def _joined(parts: list[TokenFile], folder: Path, tokenizer: Tokenizer) -> Token
     found = write_tokens(file, documents, tokenizer.vocab_size, tokenizer.eos_id, vocabulary_hash(tokenizer))
     atomic_write(mark, json.dumps(wanted).encode())
     return found
+
+
+def _marks(parts: list[TokenFile]) -> list[list[int]]:
+    """The length and the checksum of each file."""
+    return [[len(part), crc(part.tokens)] for part in parts]
 
 
 def _documents(file: TokenFile) -> Iterator[np.ndarray]:

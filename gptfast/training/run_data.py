@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gptfast.data import PreparedData, load_prepared, open_data
-from gptfast.data.mixture import is_mixture
+from gptfast.data import PreparedData, load_tokens, open_data
+from gptfast.data.mixture import is_mixture, read_mixture
 from gptfast.training.checkpoint import Checkpoint
 from gptfast.training.fingerprint import fingerprint
 
@@ -53,17 +53,12 @@ def reopened(
     source, kept, note = checkpoint.source, out / "data", ""
     given = {**source["options"], "data": source["data"], **options}
     is_kept = _has(kept, source["marks"])
-    if is_kept and "data" not in options and not _is_there(given["data"]):
-        given["data"], note = str(kept), f"{given['data']} is no longer there; its tokens are in {kept}"
+    if is_kept and "data" not in options and (gone := _missing(given["data"])):
+        given["data"], note = str(kept), f"{gone} is no longer there; its tokens are in {kept}"
     if is_kept and Path(given["data"]).resolve() == kept.resolve():
         given |= dict.fromkeys(_OF_TEXT)  # it has its tokenizer
-    try:
-        data = open_run_data(given, out, given["tokenizer"], progress, overwrite=not is_kept)
-    except FileExistsError:  # other names of documents, or other text
-        with TemporaryDirectory(prefix=".data-", dir=out) as place:
-            same = fingerprint(open_run_data(given, Path(place), given["tokenizer"], progress)) == source["marks"]
-        data = load_prepared(kept) if same else None
-    if data is None or fingerprint(data) != source["marks"]:
+    data = _same_data(given, out, source["marks"], is_kept, progress)
+    if data is None:
         last = checkpoint.folder
         same = f"the same data, with `data` {kept}, which has its tokens," if is_kept else "the same data"
         raise ValueError(
@@ -73,14 +68,44 @@ def reopened(
     return data, note
 
 
-def _is_there(data: str) -> bool:
-    """Whether `data` can be looked for and is found: a name that is no path is."""
-    return Path(data).exists() or is_mixture(data) or not Path(data).is_absolute()
+def _same_data(
+    given: Mapping[str, Any], out: Path, marks: dict[str, Any], is_kept: bool, progress: bool
+) -> PreparedData | None:
+    """The data of these options; None where it is other data than `marks` say. Tokens of other data are never replaced by it."""
+    if is_mixture(given["data"]) and not _has_shares(given["data"], marks):
+        return None  # before its texts are read
+    try:
+        kept = is_kept or is_mixture(given["data"])  # older runs with a mixture cannot tell
+        data = open_run_data(given, out, given["tokenizer"], progress, overwrite=not kept)
+    except FileExistsError:  # other names of documents, or other text
+        with TemporaryDirectory(prefix=".data-", dir=out) as place:
+            same = fingerprint(open_run_data(given, Path(place), given["tokenizer"], progress)) == marks
+        data = load_tokens(out / "data") if same and is_kept else None
+    return data if data is not None and fingerprint(data) == marks else None
+
+
+def _has_shares(mixture: str, marks: dict[str, Any]) -> bool:
+    """Whether the sources of a mixture have these shares, in this order."""
+    train = marks["train"]
+    return all(isinstance(mark, list) for mark in train) and [s.share for s in read_mixture(mixture)] == [
+        mark[0] for mark in train
+    ]
+
+
+def _missing(data: str) -> str:
+    """What of `data` can be looked for and is not found, in words; "": nothing. A name that is no path is not looked for."""
+    if is_mixture(data) and Path(data).exists():
+        try:
+            read_mixture(data)
+        except FileNotFoundError:
+            return f"a source of {data}"
+        return ""
+    return data if Path(data).is_absolute() and not Path(data).exists() else ""
 
 
 def _has(folder: Path, marks: dict[str, Any]) -> bool:
     """Whether a folder of tokens has these."""
     try:
-        return fingerprint(load_prepared(folder)) == marks
+        return fingerprint(load_tokens(folder)) == marks
     except (OSError, ValueError):
         return False

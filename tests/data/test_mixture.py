@@ -139,6 +139,77 @@ def test_a_run_on_a_mixture_resumes_to_the_bit_and_shows_its_sources(file: Path,
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def trained(file: Path, out: Path) -> list:
+    """A run of six of twelve steps on the mixture, and the options that end it."""
+    options = [*SMALL, *SCHEDULE, "--data", file, "--tokenizer", "char"]
+    assert gptfast("train", *options, "--out", out, "--max-steps", "6", "--lr-decay-steps", "12") == 0
+    return ["--out", out, "--resume", "--max-steps", "12"]
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("change", ["a text", "the weights", "the order", "a source"])
+@pytest.mark.parametrize("older", [False, True])
+def test_tokens_of_a_mixture_are_not_lost_to_other_ones(file: Path, tmp_path: Path, capsys, change: str, older: bool):
+    resume, data = trained(file, tmp_path / "run"), tmp_path / "run" / "data"
+    if older:  # a run of before there was this file
+        (data / "mixture.json").unlink(missing_ok=True)
+    before = content_of(data)
+    if change == "a text":
+        (tmp_path / "plays.txt").write_text("Is this a dagger which I see before me, or not?\n" * 60)
+    elif change == "the weights":
+        file.write_text(FILE.replace("weight = 3", "weight = 6"))
+    elif change == "the order":
+        file.write_text(
+            "[[source]]".join(["", *reversed(FILE.split("[[source]]")[1:])]).replace("weight = 3", "weight = 1")
+        )
+    else:
+        (tmp_path / "plays.txt").rename(tmp_path / "others.txt")
+        (tmp_path / "plays.txt").write_text("Shall I compare thee to a summer's day? 'Tis a dagger before me.\n" * 60)
+    capsys.readouterr()
+    assert gptfast("train", *resume) == 1
+    assert "the data is not what" in capsys.readouterr().err
+    after = content_of(data)
+    assert {name: after.get(name) for name in before} == before
+    if older:
+        return
+    assert gptfast("train", *resume, "--data", data) == 0
+    assert gptfast("train", *SMALL, *SCHEDULE, "--data", data, "--out", tmp_path / "whole") == 0
+    a, b = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("gone", ["mix.toml", "plays.txt"])
+def test_a_run_on_a_mixture_goes_on_where_its_texts_are_gone(file: Path, tmp_path: Path, capsys, gone: str):
+    resume = trained(file, tmp_path / "run")
+    (tmp_path / gone).unlink()
+    capsys.readouterr()
+    assert gptfast("train", *resume) == 0
+    what = str(file) if gone == "mix.toml" else f"a source of {file}"
+    assert f"{what} is no longer there; its tokens are in" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_mixture_is_opened_again_from_its_tokens(file: Path, tmp_path: Path):
+    data = open_data(file, tmp_path / "out", "char")
+    again = open_data(tmp_path / "out", tmp_path / "unused")
+    assert (again.train.names, again.train.shares) == (data.train.names, data.train.shares)
+    assert [f.tokens.tolist() for f in again.train.files] == [f.tokens.tolist() for f in data.train.files]
+    assert again.val.tokens.tolist() == data.val.tokens.tolist() and again.notes == data.notes
+    assert again.tokenizer.files() == data.tokenizer.files()
+    with pytest.raises(ValueError, match="holds tokens and their tokenizer; leave tokenizer and vocab_size out"):
+        open_data(tmp_path / "out", tmp_path / "unused", "char")
+    kept = (tmp_path / "out" / "mixture.json").read_text()
+    (tmp_path / "out" / "mixture.json").write_text(kept.replace('"version": 1', '"version": 2'))
+    with pytest.raises(ValueError, match=r"mixture.json: version is 2; expected 1 - update gptfast"):
+        open_data(tmp_path / "out", tmp_path / "unused")
+    (tmp_path / "out" / "mixture.json").write_text(kept)
+    file.write_text(FILE.replace("plays.txt", "out"))
+    with pytest.raises(ValueError, match=r"source plays is a mixture itself; list the sources of .*out here"):
+        open_data(file, tmp_path / "other", "char")
+
+
 def test_a_source_that_cannot_be_read_is_named(file: Path, tmp_path: Path):
     (tmp_path / "plays.txt").write_bytes(b"\xff\xfe\x00bad")
     with pytest.raises(ValueError, match=r"mix.toml: source plays: "):
