@@ -21,7 +21,8 @@ from gptfast.cli._names import as_options
 
 DEBUG = "GPTFAST_DEBUG"  # set: tracebacks are shown
 _PACKAGE = Path(__file__).parent.parent
-_MISTAKES = (ValueError, TypeError, LookupError, RuntimeError, NotImplementedError)  # where we raise them with a text
+# Where we raise them with a text.
+_MISTAKES = (ValueError, TypeError, LookupError, RuntimeError, NotImplementedError, MemoryError)
 _RAISE = dis.opmap["RAISE_VARARGS"]
 _OWNER = re.compile(r"(?:^|(?<=: ))([A-Za-z_]\w*(?:\.\w+)*): ")
 _OTHER_NAMES = {  # parameters of the library -> the parameter of a command that sets them
@@ -49,11 +50,12 @@ def print_error(error: Exception, options: dict[str, str] | None = None) -> None
     Args:
         options: the options of the command, such as {"max_steps": "--max-steps"}; None: {}.
     """
-    if _lacks_memory(error):
+    mistake = _is_users_mistake(error)
+    if _lacks_memory(error) and not mistake:
         _print(
             f"error: no memory is left ({_first_line(error)}); take a smaller batch, a shorter text or a smaller model"
         )
-    elif not _is_users_mistake(error):
+    elif not mistake:
         return _print_internal_error(error)
     else:
         _print(f"error: {_in_options(_without_owners(_one_line(error), error), options or {})}{_remedy(error)}")

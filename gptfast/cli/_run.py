@@ -21,6 +21,7 @@ def describe(run: Run) -> list[str]:
     """Lines about the model, the data, the machine and the plan of a run."""
     import torch
 
+    from gptfast._busy import usable_cores
     from gptfast.backend import cpu_isa
     from gptfast.machine import cpu_name
 
@@ -28,7 +29,9 @@ def describe(run: Run) -> list[str]:
     train = trainer.config
     shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} channels, block size {config.block_size}"
     kernels = f"{cpu_isa()} kernels" if cpu_isa() else "eager PyTorch"
-    place = f"{cpu_name()}, {torch.get_num_threads()} threads, {kernels}"
+    threads, cores = torch.get_num_threads(), usable_cores()
+    crowd = f" on {cores} cores" if threads > cores else ""
+    place = f"{cpu_name()}, {threads} threads{crowd}, {kernels}"
     if trainer.device.type == "cuda":
         place = f"{torch.cuda.get_device_name(trainer.device)}, eager PyTorch"
     if trainer.ranks is not None and trainer.ranks.size > 1:
@@ -49,22 +52,33 @@ def describe(run: Run) -> list[str]:
         f"         {products}; at most {trainer.peak_flops / 1e9:,.0f} GFLOP/s, {limit}: the 100% of peak",
         *([f"batch    {as_options(run.fit)}"] if run.fit else []),
         f"plan     {' or '.join(limits)}, {train.rows_per_step * trainer.block_size:,} tokens a step",
-        *_warmup_lines(train),
+        *_warmup_lines(train, trainer.block_size),
     ]
     return lines + _resume_lines(run)
 
 
-def _warmup_lines(train: TrainConfig) -> list[str]:
-    """A line where the run ends before the learning rate has risen."""
+def _warmup_lines(train: TrainConfig, block_size: int) -> list[str]:
+    """Lines where the learning rate, or the batch, has no room to grow."""
     from gptfast.training.schedule import learning_rate
 
-    if train.max_steps is None or (train.warmup_steps or 0) <= train.max_steps:
-        return []
-    reached = learning_rate(train.max_steps - 1, train, train.max_steps)
-    return [
-        f"         the learning rate ends at {reached:.3g} on its way to {train.learning_rate:.3g}: --warmup-steps is "
-        f"{train.warmup_steps:,}"
-    ]
+    lines, warmup = [], train.warmup_steps or 0
+    if train.max_steps is not None and warmup > train.max_steps:
+        reached = learning_rate(train.max_steps - 1, train, train.max_steps)
+        lines.append(
+            f"the learning rate ends at {reached:.3g} on its way to {train.learning_rate:.3g}: --warmup-steps is {warmup:,}"
+        )
+    elif train.lr_decay_steps is not None and train.lr_decay_steps <= warmup:
+        lines.append(
+            f"the learning rate drops to {train.lowest_rate:.3g} at once after {warmup + 1:,} steps: --lr-decay-steps is "
+            f"{train.lr_decay_steps:,}, and --warmup-steps {warmup:,}"
+        )
+    one = train.batch_size * block_size
+    if train.batch_warmup_tokens and one > train.batch_warmup_from:
+        growth = "and a step is one" if train.grad_accum == 1 else "which is the first step"
+        lines.append(
+            f"--batch-warmup-from is {train.batch_warmup_from:,} tokens, but a pass has {one:,}, {growth}: see --batch-size"
+        )
+    return [f"         {line}" for line in lines]
 
 
 def _has_data_sheet(trainer: Trainer) -> bool:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from gptfast._checks import check_choice
 from gptfast._files import atomic_write
 
 BOARDS = ("tensorboard", "wandb", "trackio")
@@ -38,8 +39,9 @@ def open_board(name: str, out: Path, step: int, config: dict[str, Any]) -> Board
         step: the last step before this process, 0 for a new run.
         config: the options of the run, which the dashboard shows.
     Raises:
-        ImportError: its package is not installed.
+        ValueError: another name.  ImportError: its package is not installed.
     """
+    check_choice("Trainer", "log_to", name, BOARDS)
     if name == "tensorboard":
         return _TensorBoard(out / "tensorboard", step)
     return _Hosted(name, out, step, config)

@@ -35,6 +35,7 @@ from gptfast.ops.gemm import implementations_of
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.checksums import TRAINER, own_checksum, verify
 from gptfast.training.config import TrainConfig
+from gptfast.training.config_checks import with_effect
 from gptfast.training.optim import optimizer_tensors
 from gptfast.training.train_state import TrainState
 
@@ -205,7 +206,7 @@ def _parse(folder: Path, raw: dict[str, Any]) -> Checkpoint:
     return Checkpoint(
         folder,
         state,
-        TrainConfig(**json_field(raw, "config", dict, TRAINER)),
+        TrainConfig(**with_effect(TrainConfig, json_field(raw, "config", dict, TRAINER))),
         json_field(raw, "source", dict, TRAINER),
         _parse_dropout(json_field(raw, "dropout", list, TRAINER)),
         json_field(raw, "threads", int, TRAINER),
@@ -238,3 +239,14 @@ def check_source(checkpoint: Checkpoint) -> dict[str, Any]:
     items(json_field(options, "glob", list, path, [], inside="source.options"), str, "source.options.glob", path)
     json_field(source, "marks", dict, path, inside="source")
     return source
+
+
+def checked_source(source: dict[str, Any] | None) -> dict[str, Any]:
+    """The source of a run. Raises TypeError where no checkpoint could hold it, before a step is lost for that."""
+    try:
+        json.dumps(source)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"Trainer: source cannot be written to a checkpoint ({error}); expected JSON values") from error
+    if source is not None and not isinstance(source, dict):
+        raise TypeError(f"Trainer: source is a {type(source).__name__}; expected a dict of JSON values")
+    return source or {}

@@ -23,7 +23,7 @@ _CGROUPS = (  # limit, use
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
-_COPIES = {"adamw": 2, "muon": 2, "lion": 1}  # numbers of an optimizer's state for each trained one, at most
+COPIES = {"adamw": 2, "muon": 2, "lion": 1}  # numbers of an optimizer's state for each trained one, at most
 
 
 def fitted(model: GPT, config: TrainConfig, ranks: Ranks | None = None) -> tuple[TrainConfig, str]:
@@ -31,7 +31,8 @@ def fitted(model: GPT, config: TrainConfig, ranks: Ranks | None = None) -> tuple
 
     Sizes are doubled, as far as they divide batch_size * grad_accum. On a GPU a size fits if its pass does not run out of
     memory; on a CPU, where that would end the process, if the growth of the passes before says that it stays within
-    nine tenths of what is free. The optimizer's state and the average of the weights are counted in.
+    nine tenths of what is free. The optimizer's state and the average of the weights are counted in. Where steps grow from
+    batch_warmup_from tokens, a pass has no more.
 
     Args:
         model: float32; it keeps its weights, its gradients are deleted.
@@ -47,8 +48,10 @@ def fitted(model: GPT, config: TrainConfig, ranks: Ranks | None = None) -> tuple
             "train: `find_batch_size` needs the whole model in each process; leave it out with `parallel` fsdp"
         )
     device, size = (resolve_device("train", config.device), 1) if ranks is None else (ranks.device, ranks.size)
-    sizes = _sizes(config.rows_per_step // size)
-    trial = _Trial(model.to(device), config, device)
+    trial, sizes = _Trial(model.to(device), config, device), _sizes(config.rows_per_step // size)
+    if config.batch_warmup_tokens:  # the first step is one pass
+        most = config.batch_warmup_from // (trial.block_size * size)
+        sizes = [rows for rows in sizes if rows <= max(1, most)]
     found = trial.largest(sizes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1)
     if ranks is not None:
         found = int(min(row[0] for row in ranks.exchange([found], "the search for a batch size")))
@@ -59,7 +62,9 @@ def fitted(model: GPT, config: TrainConfig, ranks: Ranks | None = None) -> tuple
         )
     batch = found * size
     passes = config.rows_per_step // batch
-    larger = "all of a step" if found == sizes[-1] else "the largest that fits"
+    larger = "the largest that fits"
+    if found == sizes[-1]:
+        larger = "all of a step" if passes == 1 else "as many as `batch_warmup_from` has"
     text = f"{batch} rows a pass, {larger}; {passes} passes a step (`batch_size` {batch}, `grad_accum` {passes})"
     return config.replace(batch_size=batch, grad_accum=passes), text
 
@@ -82,7 +87,7 @@ class _Trial:
         self.model, self.config, self.device = model, config, device
         self.block_size = config.block_size or model.config.block_size
         trained = parameters_of(build_optimizers(model, config))
-        copies = _COPIES[config.optimizer] + bool(config.ema)
+        copies = COPIES[config.optimizer] + bool(config.ema)
         self.gradients = sum(p.numel() * p.element_size() for p in trained)  # bytes
         self.later = copies * self.gradients  # bytes that the first step adds
 

@@ -16,7 +16,7 @@ from gptfast._locks import FileLock
 from gptfast.machine import choose_dtype, peak_flops, resolve_device
 from gptfast.malloc import SteadyMemory
 from gptfast.ops.gemm import check_implementations, use_implementations
-from gptfast.training.checkpoint import Checkpoint
+from gptfast.training.checkpoint import Checkpoint, checked_source
 from gptfast.training.config import TrainConfig
 from gptfast.training.ema import WeightAverage
 from gptfast.training.interrupt import Interrupt
@@ -46,7 +46,7 @@ class Loop(Updates, Reporting):
         evaluate_first: also before the first step.
         finished_too: a run that is complete may be resumed; it makes no step.
     Raises:
-        FileExistsError, BlockingIOError: see `Trainer`.  ValueError: the network has no trainable parameter.
+        FileExistsError, BlockingIOError, TypeError: see `Trainer`.  ValueError: the network has no trainable parameter.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Loop(Updates, Reporting):
         finished_too: bool = False,
     ) -> None:
         require_matplotlib()
-        self.objective, self.source = objective, source or {}
+        self.objective, self.source = objective, checked_source(source)
         self.ranks, self._is_main = ranks, ranks is None or ranks.is_main
         self.out = Path(out)
         self.device = resolve_device("TrainConfig", config.device) if ranks is None else ranks.device
@@ -288,10 +288,10 @@ class Loop(Updates, Reporting):
 
     def _evaluate_average(self, average: WeightAverage) -> None:
         with average.in_the_network():
-            loss = self._evaluation().loss
-        if self.state.best_ema_loss is None or loss < self.state.best_ema_loss:
-            self.state.best_ema_loss, self.state.best_ema_step = loss, self.state.step
-        self.log.write(step=self.state.step, ema_val_loss=loss)
+            found, best = Evaluation(self._evaluation().loss), self.state.best_ema_loss
+        if best is None or found.rank > Evaluation(best).rank:
+            self.state.best_ema_loss, self.state.best_ema_step = found.loss, self.state.step
+        self.log.write(step=self.state.step, ema_val_loss=found.loss)
 
     def _plan(self) -> dict[str, int]:
         """Set planned_steps from the time that is left."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptfast._busy import usable_cores
 from gptfast._options import Real, Whole, check_fields, default_of, default_text, format_value, option, options_of
 from gptfast.config import GPTConfig
 from gptfast.data.options import DataOptions
@@ -18,6 +19,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout")  # the fields o
 RUN = "The run"  # heading of the options of a run
 TIMEOUT = 120.0
 ROPE_SCALINGS = ("yarn", "linear")  # of `extend_context`, see `gptfast.models.longer`
+_MANY = 256  # threads; 10,000 on two cores made a step of 10 ms one of 18 s
 SHARDING = ("forward", "pass", "step")  # see `gptfast.training.sharding`
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # by the option that chooses the initial weights; "": random weights
@@ -90,9 +92,19 @@ class PlaceOptions:
     overwrite: bool = option(False, "Replace the run in OUT.", group=RUN)
 
     def set_threads(self, usual: int | None = None) -> None:
-        """Give torch the threads of the run; usual: where the options do not say, None: as many as it has."""
+        """Give torch the threads of the run; usual: where the options do not say, None: as many as it has.
+
+        Raises:
+            ValueError: so many that they only wait for one another.
+        """
         import torch  # not to show --help
 
+        cores = usable_cores()
+        if self.threads is not None and self.threads > max(_MANY, cores):
+            raise ValueError(
+                f"`threads` is {self.threads:,}, but this machine has {cores:,} cores, for which more threads wait; leave it out, or "
+                f"give at most {max(_MANY, cores):,}"
+            )
         threads = usual if self.threads is None else self.threads
         if threads is not None:
             torch.set_num_threads(threads)
@@ -198,32 +210,21 @@ def start_of(options: Mapping[str, Any]) -> str:
     return next((name for name in ("init_from", "preset") if name in options), "")
 
 
-# By option: its class, the option that it needs, and the value of that; "": any.
-_NEEDS: dict[str, tuple[type, str, str]] = {
-    "decay_share": (TrainConfig, "schedule", "wsd"),
-    "sequence_warmup_from": (TrainConfig, "sequence_warmup", ""),
-    "batch_warmup_from": (TrainConfig, "batch_warmup_tokens", ""),
-    "reshard": (RunOptions, "parallel", "fsdp"),
-}
-
-
 def check_effect(options: Mapping[str, Any]) -> None:
-    """Refuse an option of a new run that has no effect without another one. Defaults, which a file of options lists, pass.
+    """Refuse `reshard` where nothing is divided. Its default, which a file of options lists, passes; what a TrainConfig needs, that
+    checks itself.
 
     Raises:
-        ValueError: there is one.
+        ValueError: it has no effect.
     """
-    for name, (owner, other, value) in _NEEDS.items():
-        chosen, default = options.get(other, default_of(owner, other)), default_of(owner, name)
-        has_effect = chosen == value if value else bool(chosen)
-        if name == "reshard":  # tensor parallel ranks shard too
-            has_effect = has_effect or options.get("tensor_parallel", 1) > 1
-        if has_effect or options.get(name, default) == default:
-            continue
+    default = default_of(RunOptions, "reshard")
+    divides = (
+        options.get("parallel") == "fsdp" or options.get("tensor_parallel", 1) > 1
+    )  # tensor parallel ranks shard too
+    if not divides and options.get("reshard", default) != default:
         raise ValueError(
-            f"train: `{name}` is {format_value(options[name])}, but has no effect without `{other}`"
-            + (f" {value}" if value else "")
-            + f"; give it too, or leave `{name}` out"
+            f"train: `reshard` is {options['reshard']}, but has no effect without `parallel` fsdp; give it too, or leave "
+            "`reshard` out"
         )
 
 

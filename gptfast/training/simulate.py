@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gptfast.config import GPTConfig
-from gptfast.models import GPT
+from gptfast.models import BERT, GPT
 from gptfast.training.division import is_divided, local
 from gptfast.training.options import SHARDING
 from gptfast.training.ranks import Ranks
@@ -151,7 +151,7 @@ def activations(config: GPTConfig, rows: int, dtype: torch.dtype, recompute: boo
 def _kept(config: GPTConfig, dtype: torch.dtype, recompute: bool, tensor: int) -> float:
     """Bytes that a small model keeps for its backward pass, for each element of the residual stream (B, T, C)."""
     if tensor == 1:
-        return _kept_by(GPT(config), dtype, recompute)
+        return _kept_by(GPT(config) if config.causal else BERT(config), dtype, recompute)
     with _fake_ranks(tensor, tensor) as ranks:
         model = GPT(config)
         for part in parts_of(model):
@@ -159,7 +159,7 @@ def _kept(config: GPTConfig, dtype: torch.dtype, recompute: bool, tensor: int) -
         return _kept_by(model, dtype, recompute)
 
 
-def _kept_by(model: GPT, dtype: torch.dtype, recompute: bool) -> float:
+def _kept_by(model: GPT | BERT, dtype: torch.dtype, recompute: bool) -> float:
     """As `_kept`, of a model: what autograd saves in a forward, each storage once, without the weights."""
     storages: dict[int, Tensor] = {}
     model.train().recompute = recompute
@@ -173,7 +173,7 @@ def _kept_by(model: GPT, dtype: torch.dtype, recompute: bool) -> float:
     ids = torch.zeros((2, model.config.block_size), dtype=torch.int64)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
     with autocast, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = model(ids, ids)[1]
+        loss = model(ids, ids)[1] if isinstance(model, GPT) else model.masked_loss(model.hidden_states(ids), ids)
     del loss
     return sum(x.untyped_storage().nbytes() for x in storages.values()) / (ids.numel() * model.config.n_embd)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from gptfast._locks import FileLock
 from gptfast.data import Mixture, TokenFile
+from gptfast.machine import resolve_device
 from gptfast.models import BERT, GPT
 from gptfast.tokenizer import Tokenizer
 from gptfast.training.checkpoint import Checkpoint
@@ -16,7 +17,9 @@ from gptfast.training.config import TrainConfig
 from gptfast.training.language_modelling import LanguageModelling
 from gptfast.training.loop import Loop
 from gptfast.training.masked_language_modelling import MaskedLanguageModelling
+from gptfast.training.memory import look_at_memory
 from gptfast.training.ranks import Ranks
+from gptfast.training.result import TrainResult
 from gptfast.training.values import Values
 
 
@@ -43,9 +46,11 @@ class Trainer(Loop):
         ranks: the processes of the run, of which rank 0 writes and logs; each has the same arguments. None: this one alone.
         finished_too: a run that is complete may be resumed; it makes no step.
     Raises:
-        TypeError, ValueError: a model of another dtype, too few tokens, or tokens or a block_size that do not fit the model.
+        TypeError, ValueError: a model of another dtype, too few tokens, tokens or a block_size that do not fit the model, an argument
+            of another type, or a source that is not JSON.
         FileExistsError: `out` already has a run.
         BlockingIOError: another process trains in `out`.
+        MemoryError: a step needs more memory than there is.
     """
 
     objective: LanguageModelling | MaskedLanguageModelling
@@ -71,10 +76,13 @@ class Trainer(Loop):
         ranks: Ranks | None = None,
         finished_too: bool = False,
     ) -> None:
+        _check_kinds(model, config, resume)
         kind: Any = MaskedLanguageModelling if config.objective == "mlm" else LanguageModelling
         objective = kind(model, train_tokens, val_tokens, config, tokenizer, ranks)
         self.block_size, self.sampler, self.val_tokens = objective.block_size, objective.sampler, val_tokens
         self.model, self.tokenizer = model, tokenizer
+        device = resolve_device("TrainConfig", config.device) if ranks is None else ranks.device
+        self._memory_note = look_at_memory(model, config, device, self.block_size, ranks)
         super().__init__(
             objective,
             config,
@@ -91,3 +99,20 @@ class Trainer(Loop):
             ranks=ranks,
             finished_too=finished_too,
         )
+
+    def train(self) -> TrainResult:
+        if self._memory_note:
+            self.progress.note(f"memory   {self._memory_note}")
+        return super().train()
+
+
+def _check_kinds(model: Any, config: Any, resume: Any) -> None:
+    """Raise TypeError for arguments that are something else, such as `resume` of the command line."""
+    kinds = {
+        "model": (model, (GPT, BERT), "a GPT or a BERT"),
+        "config": (config, TrainConfig, "a TrainConfig"),
+        "resume": (resume, (Checkpoint, type(None)), "a Checkpoint, read_checkpoint(RUN/last), or None"),
+    }
+    for name, (value, kind, expected) in kinds.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"Trainer: {name} is {value!r:.100}; expected {expected}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,8 +11,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gptfast.models import GPT
 from gptfast.tokenizer import load_tokenizer
-from gptfast.training import TrainConfig
+from gptfast.training import Evaluation, TrainConfig
 from gptfast.training.evaluate import evaluate, evaluation_batches
+from gptfast.training.language_modelling import LanguageModelling
 from gptfast.training.log import read_log
 from tests.support.training import QUICK, TOKENIZER, VAL, make_trainer, resumed
 
@@ -30,6 +33,14 @@ def test_the_average_is_that_of_torch_and_the_weights_keep_their_bits(tmp_path):
         assert torch.equal(kept[name], p), name
     plain, ours = (load_file(tmp_path / run / "last" / "model.safetensors") for run in ("plain", "run"))
     assert all(torch.equal(plain[name], ours[name]) for name in plain)
+
+
+def test_an_average_without_a_finite_loss_is_not_the_best_for_long(tmp_path, monkeypatch):
+    found = iter([2.7, math.nan, 2.6, 2.5, 2.4, 2.6])  # of the weights and the average in turn
+    monkeypatch.setattr(LanguageModelling, "evaluate", lambda *_: Evaluation(next(found)))
+    trainer = make_trainer(tmp_path, EMA.replace(max_steps=9))
+    trainer.train()
+    assert (trainer.state.best_ema_loss, trainer.state.best_ema_step) == (2.5, 6)
 
 
 def test_the_average_is_evaluated_and_its_best_is_a_model(tmp_path):

@@ -48,6 +48,12 @@ def test_the_largest_pass_that_fits_keeps_the_rows_of_a_step(machine, free, batc
     assert model.dropout_step == 3 and all(p.grad is None for p in model.parameters())
 
 
+def test_a_pass_is_no_larger_than_the_first_step(machine):
+    machine["free"] = 1000
+    config, text = fitted(GPT(SHAPE), STEP.replace(batch_warmup_tokens=1000, batch_warmup_from=150))  # 9 rows of 16
+    assert (config.batch_size, config.grad_accum, config.passes(0, 16)) == (8, 6, 1) and "`batch_warmup_from`" in text
+
+
 def test_not_even_one_row(machine):
     machine["free"] = 5
     with pytest.raises(MemoryError, match=r"not enough memory for a pass of 1 row"):
