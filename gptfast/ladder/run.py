@@ -16,7 +16,7 @@ import torch
 from gptfast._files import absolute, atomic_write
 from gptfast._json import expect, field, read_json
 from gptfast._options import values_of
-from gptfast.data import open_data
+from gptfast.data import PreparedData, open_data
 from gptfast.ladder.options import LadderOptions
 from gptfast.ladder.plan import Plan, Run, heads_of, learning_rate, make_plan
 from gptfast.ladder.points import Points
@@ -25,6 +25,7 @@ from gptfast.models import GPT, GPTConfig
 from gptfast.training.config import TrainConfig
 from gptfast.training.fingerprint import fingerprint
 from gptfast.training.resuming import refuse_changes
+from gptfast.training.run_data import same_data
 from gptfast.training.run_folder import lock_run
 from gptfast.training.trainer import Trainer
 
@@ -86,31 +87,32 @@ class Ladder:
         self.options = LadderOptions(
             **{**values_of(LadderOptions, self.chosen), "out": place.out, "resume": place.resume}
         )
-        self.data = open_data(
-            self.chosen["data"],
-            self.out / "data",
-            self.chosen["tokenizer"],
-            **{name: self.chosen[name] for name in _DATA[2:] if name in self.chosen},
-        )
-        marks = fingerprint(self.data)
         if stored is None:
+            self.data = self._data(self.out / "data")
             self.plan, self.setup = self._planned(started)
             value = {
                 "options": self.chosen,
-                "marks": marks,
+                "marks": fingerprint(self.data),
                 "setup": self.setup,
                 "runs": list(map(asdict, self.plan.runs)),
             }
             value["predicted"] = asdict(self.plan.predicted)
             atomic_write(self.out / PLAN, (json.dumps(value, indent=2) + "\n").encode())
             return
-        if field(stored, "marks", dict, self.out / PLAN) != marks:
+        data = same_data(self.chosen["data"], self.out, field(stored, "marks", dict, self.out / PLAN), self._data)
+        if data is None:
             raise ValueError(
                 f"scaling: the data is not what the points in {self.out} were measured on; resume with the same data"
             )
+        self.data = data
         runs = [_run_of(row, self.out / PLAN) for row in field(stored, "runs", list, self.out / PLAN)]
         self.plan = Plan(tuple(runs), _run_of(field(stored, "predicted", dict, self.out / PLAN), self.out / PLAN))
         self.setup = float(field(stored, "setup", float, self.out / PLAN))
+
+    def _data(self, folder: Path, overwrite: bool = True) -> PreparedData:
+        """The data of the ladder, with its tokens in `folder`."""
+        others = {name: self.chosen[name] for name in _DATA[2:] if name in self.chosen}
+        return open_data(self.chosen["data"], folder, self.chosen["tokenizer"], overwrite=overwrite, **others)
 
     def _same(self, given: Mapping[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
         """The options of the ladder; those that are given must be the same."""

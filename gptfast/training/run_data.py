@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,10 +23,14 @@ def open_run_data(
     Raises:
         OSError, ValueError: as `open_data`.  FileExistsError: OUT/data has tokens of another text and `overwrite` is False.
     """
+    return _opened({**options, "tokenizer": tokenizer}, out / "data", progress, overwrite)
+
+
+def _opened(options: Mapping[str, Any], folder: Path, progress: bool, overwrite: bool) -> PreparedData:
     return open_data(
         options["data"],
-        out / "data",
-        tokenizer,
+        folder,
+        options["tokenizer"],
         vocab_size=options.get("vocab_size"),
         glob=options.get("glob"),
         text_field=options.get("text_field"),
@@ -57,7 +61,9 @@ def reopened(
         given["data"], note = str(kept), f"{gone} is no longer there; its tokens are in {kept}"
     if is_kept and Path(given["data"]).resolve() == kept.resolve():
         given |= dict.fromkeys(_OF_TEXT)  # it has its tokenizer
-    data = _same_data(given, out, source["marks"], is_kept, progress)
+    data = same_data(
+        given["data"], out, source["marks"], lambda folder, overwrite: _opened(given, folder, progress, overwrite)
+    )
     if data is None:
         last = checkpoint.folder
         same = f"the same data, with `data` {kept}, which has its tokens," if is_kept else "the same data"
@@ -68,28 +74,37 @@ def reopened(
     return data, note
 
 
-def _same_data(
-    given: Mapping[str, Any], out: Path, marks: dict[str, Any], is_kept: bool, progress: bool
+def same_data(
+    data: str, out: Path, marks: dict[str, Any], open_in: Callable[[Path, bool], PreparedData]
 ) -> PreparedData | None:
-    """The data of these options; None where it is other data than `marks` say. Tokens of other data are never replaced by it."""
-    if is_mixture(given["data"]) and not _has_shares(given["data"], marks):
+    """The data of something that is resumed; None where it is not what `marks` say. Tokens in OUT/data are never replaced by
+    those of other data.
+
+    Args:
+        data: the text or the mixture.
+        out: OUT.
+        marks: its fingerprint.
+        open_in: opens it with its tokens in a folder; the second argument is `overwrite`.
+    Raises:
+        OSError, ValueError: as `open_data`.
+    """
+    if is_mixture(data) and not _has_shares(data, marks):
         return None  # before its texts are read
+    kept = out / "data"
+    is_kept = _has(kept, marks)
     try:
-        kept = is_kept or is_mixture(given["data"])  # older runs with a mixture cannot tell
-        data = open_run_data(given, out, given["tokenizer"], progress, overwrite=not kept)
+        found = open_in(kept, not (is_kept or is_mixture(data)))  # older mixtures cannot tell
     except FileExistsError:  # other names of documents, or other text
         with TemporaryDirectory(prefix=".data-", dir=out) as place:
-            same = fingerprint(open_run_data(given, Path(place), given["tokenizer"], progress)) == marks
-        data = load_tokens(out / "data") if same and is_kept else None
-    return data if data is not None and fingerprint(data) == marks else None
+            same = fingerprint(open_in(Path(place), True)) == marks
+        found = load_tokens(kept) if same and is_kept else None
+    return found if found is not None and fingerprint(found) == marks else None
 
 
 def _has_shares(mixture: str, marks: dict[str, Any]) -> bool:
     """Whether the sources of a mixture have these shares, in this order."""
-    train = marks["train"]
-    return all(isinstance(mark, list) for mark in train) and [s.share for s in read_mixture(mixture)] == [
-        mark[0] for mark in train
-    ]
+    shares = [mark[0] if isinstance(mark, list) else None for mark in marks.get("train", [])]
+    return [source.share for source in read_mixture(mixture)] == shares
 
 
 def _missing(data: str) -> str:

@@ -132,8 +132,10 @@ def test_command(small: dict[str, Any], capsys: Any, monkeypatch: Any):
         (["--data", "shakespeare"], "--data is shakespeare but the ladder in"),
     ):
         assert message in command(capsys, monkeypatch, "--resume", "--out", out, *change).err
+    tokens = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
     Path(small["data"]).write_text("Another text of another length. " * 90)
     assert "the data is not what the points" in command(capsys, monkeypatch, "--resume", "--out", out).err
+    assert {path.name: path.read_bytes() for path in (out / "data").iterdir()} == tokens
 
 
 @pytest.mark.slow
