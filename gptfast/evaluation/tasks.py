@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptfast._files import read_text
 from gptfast.data import load_documents
 from gptfast.data.corpus import GENRES
 from gptfast.data.records import read_objects
@@ -84,9 +85,10 @@ def load_task(
         raise ValueError(
             f"task {path}: no template; name a shipped one, or a Jinja2 file that makes a prompt of an item"
         )
-    records = [item for _, item in read_objects(path)]
+    found = list(read_objects(path))
+    records = [item for _, item in found]
     chosen = _template(template)
-    target = _target(path, records, labels)
+    target = _target(path, found, labels)
     needed = set.intersection(*(set(example) for example in chosen.examples)) if chosen.examples else set()
     pool = [item for item in records if needed <= set(item)]
     spare = [item for item in chosen.examples if labels is None or item.get(target) in labels]
@@ -95,23 +97,19 @@ def load_task(
 
 def _template(name: str) -> Template:
     path = Path(name)
-    return Template(path.read_text("utf-8"), path.name) if path.is_file() else load_template(name)
+    return Template(read_text(path), path.name) if path.is_file() else load_template(name)
 
 
-def _target(path: Path, records: Sequence[Item], labels: Sequence[str] | None) -> str:
-    """The field of the answers, which every item must have."""
-    if not records:
+def _target(path: Path, found: Sequence[tuple[str, Item]], labels: Sequence[str] | None) -> str:
+    """The field of the answers, which every item must have. found: the items, each after its place in the file."""
+    if not found:
         raise ValueError(f"task {path}: no items; expected an object a line")
-    target = next((name for name in _ANSWERS if name in records[0]), "")
-    for n, item in enumerate(records):
+    target = next((name for name in _ANSWERS if name in found[0][1]), "")
+    for where, item in found:
         if not isinstance(item.get(target), str) or not item[target]:
-            raise ValueError(
-                f"task {path}: item {n + 1} has no text in `label`, `target` or `answer`; every item needs its answer"
-            )
+            raise ValueError(f"{where}: no text in `{target or '`, `'.join(_ANSWERS)}`; every item needs its answer")
         if labels and item[target] not in labels:
-            raise ValueError(
-                f"task {path}: item {n + 1} has {target} {item[target]!r}; expected one of {', '.join(labels)}"
-            )
+            raise ValueError(f"{where}: {target} is {item[target]!r}; expected one of {', '.join(labels)}")
     return target
 
 

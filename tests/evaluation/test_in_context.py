@@ -254,6 +254,14 @@ def test_command(model: Any, tokenizer: Any, tmp_path: Path, capsys: Any, monkey
     assert [row["format"] for row in json.loads(both)["results"]] == [None, "int8"]
 
 
+def test_files_with_a_byte_order_mark_and_line_ends_of_windows(tmp_path: Path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "good", "label": "yes"}\r\n\r\n')
+    (tmp_path / "a.jinja").write_bytes(mark + b"Text: {{ text }}\r\nAnswer:")
+    task = load_task(tmp_path / "a.jsonl", str(tmp_path / "a.jinja"))
+    assert task.template.render(task.items[0]) == "Text: good\nAnswer:"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -264,10 +272,11 @@ def test_command(model: Any, tokenizer: Any, tmp_path: Path, capsys: Any, monkey
         (["--task", "FILE"], "no template; name a shipped one"),
         (
             ["--task", "FILE", "--template", "sentiment", "--labels", "good,bad"],
-            "item 1 has label 'positive'; expected one of good",
+            "line 1: label is 'positive'; expected one of good",
         ),
         (["--task", "EMPTY", "--template", "sentiment"], "no items"),
-        (["--task", "BARE", "--template", "sentiment"], "item 1 has no text in"),
+        (["--task", "FILE", "--template", "LATIN"], "LATIN.jsonl is not UTF-8 (byte 0xe9 at byte 3"),
+        (["--task", "BARE", "--template", "sentiment"], "line 1: no text in `label`, `target`, `answer`; every item"),
         (["--task", "copying", "--shots", "0,x"], "--shots is '0,x'"),
         (["--task", "copying", "--shots", "65"], "k is 65, but the pool has 64 items"),
         (["--task", "copying", "--normalize", "mean"], "normalize is 'mean'"),
@@ -290,6 +299,7 @@ def test_errors_of_the_command(
     contents = {"FILE": '{"text": "a", "label": "positive"}\n', "EMPTY": "\n", "BARE": '{"text": "a"}\n'}
     for name, content in contents.items():
         (tmp_path / f"{name}.jsonl").write_text(content)
-    given = [str(tmp_path / f"{a}.jsonl") if a in contents else a for a in arguments]
+    (tmp_path / "LATIN.jsonl").write_bytes(b"caf\xe9 {{ text }}")
+    given = [str(tmp_path / f"{a}.jsonl") if a in {*contents, "LATIN"} else a for a in arguments]
     text = run(capsys, monkeypatch, "--model", tmp_path / "model", *given)
     assert text.startswith("error: ") and message in text
