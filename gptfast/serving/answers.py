@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from gptfast.generation import Request, Token
 from gptfast.serving.choices import Choice, Form, Part, join, usage
-from gptfast.serving.errors import CLIENT_LEFT, worker_errors
+from gptfast.serving.errors import worker_errors
 from gptfast.serving.events import Events
+from gptfast.serving.leaving import while_connected
 from gptfast.serving.limits import Deadline
 from gptfast.serving.protocol import ApiError, Sampling
 from gptfast.serving.submission import Submission
@@ -92,16 +92,10 @@ class Answer:
                     by_choice[part["index"]].append(part)
             return [join(parts) for parts in by_choice]
 
-        collecting, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(_disconnected(http))
         try:
-            await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not collecting.done():
-                return Response(status_code=CLIENT_LEFT)
             with worker_errors():
-                joined = collecting.result()
+                joined = await while_connected(http, collect())
         finally:
-            leaving.cancel()
-            collecting.cancel()
             worker.cancel(submission)
         choices = [self.form.choice(part) for part in joined]
         body = {**self.form.envelope(self.ask.model), "choices": choices, "usage": _usage(submission)}
@@ -142,9 +136,3 @@ class SubmissionResponse(StreamingResponse):
 def _usage(submission: Submission) -> dict[str, int]:
     made = sum(sequence.num_new for request in submission.requests for sequence in request.sequences)
     return usage(sum(len(request.prompt) for request in submission.requests), made)
-
-
-async def _disconnected(http: HTTPRequest) -> None:
-    """Wait until the client has disconnected."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass

@@ -14,6 +14,7 @@ from gptfast.generation.scoring import score_in_pieces
 from gptfast.serving.answers import Answer
 from gptfast.serving.choices import COMPLETION, CompletionChoice, Part, prompt_logprobs
 from gptfast.serving.errors import bad_requests, worker_errors
+from gptfast.serving.leaving import while_connected
 from gptfast.serving.limits import Deadline
 from gptfast.serving.protocol import ApiError, Completion
 from gptfast.serving.service import Service
@@ -40,7 +41,7 @@ class Completions:
         answer = Answer(ask, requests, choices, COMPLETION, deadline)
         if ask.echo:
             with worker_errors():
-                answer.opening = await self._echo(ask, requests, choices, deadline)
+                answer.opening = await while_connected(http, self._echo(ask, requests, choices, deadline))
         if ask.max_tokens != 0:
             return await answer.respond(http, service.worker)
         if not ask.echo:

@@ -34,10 +34,10 @@ def bad_requests(param: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Turn what the worker raises, whatever it is, into the error that the client receives."""
+    """Turn what the worker raises, whatever it is, into the error that the client receives, unless it has left."""
     try:
         yield
-    except ApiError:
+    except (ApiError, ClientDisconnect):
         raise
     except QueueFull as error:
         message = "too many requests are running and waiting; try again later"

@@ -16,6 +16,7 @@ from gptfast.generation.prompts import check_prompt
 from gptfast.serving.chat import Chat
 from gptfast.serving.choices import logprob_of
 from gptfast.serving.errors import bad_requests, worker_errors
+from gptfast.serving.leaving import while_connected
 from gptfast.serving.limits import Deadline
 from gptfast.serving.protocol import ApiError, ModelBody
 from gptfast.serving.service import Accepted, Service
@@ -83,7 +84,7 @@ class Explore:
                 "logprob": logprob_of(own),
                 "probability": p,
             }
-            for token, own, p in await self._run(pieces, accepted.deadline)
+            for token, own, p in await self._run(http, pieces, accepted.deadline)
         ]
         return JSONResponse({"object": "next_tokens", "model": ask.model, "prompt_tokens": len(ids), "tokens": tokens})
 
@@ -96,7 +97,7 @@ class Explore:
             pieces = beam_tree_in_pieces(service.runner, ids, ask.beams, ask.steps, service.tokenizer, adapter)
         nodes = [
             {**node._asdict(), "text": printable_token(service.tokenizer, node.token)}
-            for node in await self._run(pieces, accepted.deadline)
+            for node in await self._run(http, pieces, accepted.deadline)
         ]
         return JSONResponse({"object": "beam_tree", "model": ask.model, "prompt_tokens": len(ids), "nodes": nodes})
 
@@ -125,6 +126,7 @@ class Explore:
             return list(encode_prompt(self._service.tokenizer, ask.prompt or "", special))
         return list(self._chat.prompt(ask.messages))
 
-    async def _run(self, pieces: Any, deadline: Deadline) -> Any:
+    async def _run(self, http: HTTPRequest, pieces: Any, deadline: Deadline) -> Any:
         with worker_errors():
-            return await asyncio.wait_for(self._service.worker.run(pieces), deadline.left)
+            running = asyncio.wait_for(self._service.worker.run(pieces), deadline.left)
+            return await while_connected(http, running)

@@ -79,6 +79,31 @@ def test_a_client_that_leaves_amid_its_stream_frees_its_row_at_once(url, app, ga
     wait_until(lambda: app.state.worker.open_sequences == 0)
 
 
+LONG = {"model": "bard", "prompt": "to be", "max_tokens": 0, "echo": True, "logprobs": 1}
+READINGS = {
+    "echo": ("/v1/completions", {**LONG, "prompt": ["a" * 40] * 3}),
+    "echo, then a stream": ("/v1/completions", {**LONG, "prompt": ["a" * 40] * 3, "max_tokens": 5, "stream": True}),
+    "next_tokens": ("/next_tokens", {"model": "bard", "prompt": "a" * 40}),
+    "beam_tree": ("/beam_tree", {"model": "bard", "prompt": "to be", "steps": 10}),
+}
+
+
+@pytest.mark.parametrize(("path", "body"), READINGS.values(), ids=READINGS)
+def test_what_a_client_that_leaves_has_asked_to_read_is_read_no_further(
+    url, app, gated, closed, monkeypatch, path, body
+):
+    """At the gate each waits in its first piece; behind it no other piece begins."""
+    monkeypatch.setattr("gptfast.generation.scoring.PIECE", 5)
+    monkeypatch.setattr("gptfast.generation.next_tokens.PIECE", 5)
+    before = gated.steps
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url + path, json=body, timeout=httpx.Timeout(10, read=0.3))
+    wait_until(lambda: app.state.worker.open_sequences == 0)
+    closed.set()
+    assert httpx.post(url + "/v1/completions", json={**ASK, "max_tokens": 1}, timeout=10).status_code == 200
+    assert gated.steps - before == 2, "one piece, and the token asked for behind it"
+
+
 def test_requests_that_take_too_long_are_cancelled(model, tokenizer):
     gated = Gated(model)
     app = create_app(gated, tokenizer, "bard", Limits(seconds=0.3))
