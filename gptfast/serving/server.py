@@ -10,7 +10,7 @@ import socket
 import uvicorn
 from fastapi import FastAPI
 
-from gptfast.serving.connections import Connections, choose_connections
+from gptfast.serving.connections import IDLE_SECONDS, Connections, choose_connections
 
 log = logging.getLogger("uvicorn.error")  # the log of uvicorn
 
@@ -62,6 +62,7 @@ class GracefulServer(uvicorn.Server):
             ws="none",
             log_level=log_level,
             backlog=self.connections.burst,
+            timeout_keep_alive=int(IDLE_SECONDS),
             timeout_graceful_shutdown=int(grace) + 5,
         )
         super().__init__(config)

@@ -18,7 +18,8 @@ import pytest
 import uvicorn
 
 from gptfast.serving.app import Limits, create_app
-from gptfast.serving.connections import Connections, choose_connections, most_connections
+from gptfast.serving.connections import IDLE_SECONDS, Connections, choose_connections, most_connections
+from gptfast.serving.server import GracefulServer, bind
 from tests.support.command import save_model
 from tests.support.serving_app import ASK, BLOCK, Gated, httpx, serving, wait_until
 
@@ -168,6 +169,26 @@ def test_the_time_of_an_answer_is_for_all_of_it(model, tokenizer):
         assert httpx.post(url + "/v1/completions", json={**ask, "prompt": "to be"}).status_code == 200
 
 
+@contextlib.asynccontextmanager
+async def connected(app, connections):
+    """The two ends of a client's connection to a server that has these connections alone."""
+    config = uvicorn.Config(
+        app, http=connections, lifespan="off", log_level="critical", port=0, timeout_keep_alive=int(IDLE_SECONDS)
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.ensure_future(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname(), limit=1)
+    try:
+        yield reader, writer
+    finally:
+        server.should_exit = server.force_exit = True
+        writer.close()
+        [task.cancel() for task in server.server_state.tasks]
+        await serving
+
+
 def test_an_answer_that_nobody_takes_is_cut():
     """By the connection itself: the application waits until its client takes what there is, however long that is."""
     sent = 0
@@ -182,24 +203,53 @@ def test_an_answer_that_nobody_takes_is_cut():
 
     async def run():
         connections = Connections(most=4, client_seconds=30, answer_seconds=0.5)
-        config = uvicorn.Config(app, http=connections, lifespan="off", log_level="critical", port=0)
-        server = uvicorn.Server(config)
-        serving = asyncio.ensure_future(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname(), limit=1)
-        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        begin = time.monotonic()
-        while not sent or len(connections):
-            assert time.monotonic() < begin + 10
-            await asyncio.sleep(0.01)
-        server.should_exit = server.force_exit = True
-        del reader
-        writer.close()
-        [task.cancel() for task in server.server_state.tasks]
-        await serving
+        async with connected(app, connections) as (_, writer):
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            begin = time.monotonic()
+            while not sent or len(connections):
+                assert time.monotonic() < begin + 10
+                await asyncio.sleep(0.01)
 
     asyncio.run(run())
+
+
+def test_a_connection_stays_open_between_requests(model, tokenizer):
+    """Longer than clients keep theirs: else the server may close one on which a request is under way."""
+    client_seconds, used = 40, (httpx.Limits().keepalive_expiry, 15, 90, 118)  # httpx, aiohttp, Go, curl
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    async def run():
+        connections = Connections(most=4, client_seconds=client_seconds, answer_seconds=30)
+        loop = asyncio.get_running_loop()
+
+        def left():
+            return [timer.when() - loop.time() for timer in connections._waiting.values()]
+
+        async with connected(app, connections) as (reader, writer):
+            while not connections:
+                await asyncio.sleep(0.01)
+            assert max(left()) <= client_seconds, "a new connection has the time of a request"
+            for _ in range(2):
+                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                got = b""
+                while not got.endswith(b"done"):
+                    got += await asyncio.wait_for(reader.read(4096), 10)
+                assert min(left()) > max(used)
+            [protocol] = connections._waiting
+            assert protocol.timeout_keep_alive_task.when() - loop.time() > max(used)
+            writer.write(b"GET / HTTP/1.1\r\n")
+            begin = loop.time()
+            while max(left()) > client_seconds:
+                assert loop.time() < begin + 10, "a request that has begun has its own time"
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    with bind("127.0.0.1", 0) as bound:
+        server = GracefulServer(create_app(model, tokenizer, "bard"), bound)
+        assert server.config.timeout_keep_alive > max(used)
 
 
 # ---- leaving, odd HTTP, keys ----
