@@ -39,21 +39,21 @@ class ChoiceText:
             return ""
         if self._channels is not None and not self._channels.keeps(token):
             return ""
-        text = self._cut(self._held + self._from_left(self._decoder.push(token)))
+        text = self._cut(self._held + self._decoder.push(token))
         keep = 0 if self._stopped else self._longest_beginning(text)
         self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        return self._from_left(text[: len(text) - keep])
 
     def finish(self) -> str:
         """The remaining text, after the last token."""
         if self._stopped:
             return ""
-        text = self._cut(self._held + self._from_left(self._decoder.finish()))
+        text = self._cut(self._held + self._decoder.finish())
         self._held = ""
-        return text
+        return self._from_left(text)
 
     def _from_left(self, text: str) -> str:
-        """New text without blanks, until there is another character."""
+        """What is sent, without blanks until there is another character; a stop string may have begun with these."""
         text = text.lstrip() if self._flush else text
         self._flush = self._flush and not text
         return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gptfast.serving.text import ChoiceText
+from gptfast.tokenizer.conversation import TRANSCRIPT_STOPS
 
 
 class Pieces:
@@ -20,9 +21,9 @@ class Pieces:
         return self.decode_bytes(ids).decode()
 
 
-def sent(pieces, stops):
+def sent(pieces, stops, flush=False):
     """What goes out with each token, and at the end."""
-    choice = ChoiceText(Pieces(*pieces), stops, ())
+    choice = ChoiceText(Pieces(*pieces), stops, (), flush)
     return [*(choice.push(n) for n in range(len(pieces))), choice.finish()]
 
 
@@ -51,6 +52,23 @@ def test_a_text_ends_at_the_earliest_stop(pieces, stops, expected):
     got = sent(list(pieces), stops)
     assert "".join(got) == "".join(expected)
     assert [text for text in got if text] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\n\nUser: and thou?", ""),  # nothing is said before somebody else speaks
+        (" \n\nUser: and thou?", ""),
+        ("\nSystem: be brief", ""),
+        ("\n  so\nUser: and thou?", "so"),
+        ("\n\n so\n\nit is", "so\n\nit is"),
+        ("\n \n", ""),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_blanks_before_a_reply_may_begin_a_stop(text, expected, size):
+    pieces = [text[n : n + size] for n in range(0, len(text), size)]
+    assert "".join(sent(pieces, TRANSCRIPT_STOPS, flush=True)) == expected
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
