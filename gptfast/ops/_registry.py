@@ -47,6 +47,10 @@ def _on_one_device(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+# Below autograd and below what notes views: a result that a kernel reshapes last is a tensor of its own, so that callers may
+# write into it, as `nn.ReLU(inplace=True)` does. As a view made inside of an autograd function it would refuse that.
+_untracked: Any = torch._C._AutoDispatchBelowADInplaceOrView
+
 # ---- derivatives ----------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +104,7 @@ def differentiable(name: str, save: Save, backward: Backward, eager: Callable[..
             for x in inputs:
                 if isinstance(x, Tensor) and x.requires_grad:
                     return record(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _untracked():
             return kernel(*inputs)
 
     return call
@@ -112,7 +116,7 @@ def _recorder(name: str, namespace: str, kernel: Callable[..., Any]) -> Callable
     others = caller(namespace)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _untracked():
             output = kernel(*inputs)
         ctx.set_materialize_grads(False)  # or each backward would fill gradients of 0 for the statistics
         save(ctx, inputs, output)
@@ -185,7 +189,7 @@ def _below_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
     and the products that write into their result refuse that."""
 
     def unrecorded(*arguments: Any, **options: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _untracked():
             return function(*arguments, **options)
 
     return unrecorded

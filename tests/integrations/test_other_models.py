@@ -356,3 +356,21 @@ def test_a_model_made_from_the_class_of_a_patched_one_is_not_patched():
     other = type(model)(dropout=0.5)
     assert type(other) is MinGPT and other.drop.p == 0.5 and type(other.h[0].attn) is CausalSelfAttention  # type: ignore[union-attr]
     gptfast.accelerate(other)
+
+
+def test_activations_that_write_into_the_result_of_a_layer():
+    """`inplace=True` saves memory in much code; the result must not be a view that refuses it."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(16, 32), nn.ReLU(inplace=True), nn.Linear(32, 16), nn.SiLU(inplace=True), nn.LayerNorm(16))
+    model, x = nn.Sequential(*layers, nn.LeakyReLU(inplace=True)), torch.randn(4, 64, 16)
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        return [y.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = step()
+    gptfast.accelerate(model)
+    for got, value in zip(step(), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4 * float(value.abs().max()))

@@ -1,4 +1,5 @@
-"""Memory of large results: kept for the next one of about the same size, up to a limit, and never shared."""
+"""Memory of results: that of large ones is kept for the next one of about the same size, up to a limit, and never shared.
+Callers may write into a result."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import torch
 import gptfast
 from gptfast import ops
 from gptfast.backend import has_cpu_ops
+from gptfast.testing import SPECS, cases
 
 pytestmark = pytest.mark.skipif(not has_cpu_ops, reason="this install has no compiled ops")
 MB = 1 << 20
@@ -110,3 +112,22 @@ def test_small_results_are_laid_out_as_those_of_torch(shape, dtype):
             y = torch.ops.gptfast.relu_squared_fwd(torch.randn(shape).to(dtype))
         assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), dtype)
         assert y.device.type == "cpu" and y.is_inference() == (mode is torch.inference_mode)
+
+
+@pytest.mark.parametrize("op", sorted(SPECS))
+def test_a_result_may_be_written_into(op: str):
+    """As torch's own may, by `nn.ReLU(inplace=True)` or `y += update`: a view made inside of an autograd function refuses it."""
+    one, constant = torch.ones((), requires_grad=True), SPECS[op].non_differentiable
+    for case in cases(op):
+        inputs = case.inputs(torch.float32)
+        if sum(a.numel() for a in inputs if a is not None) > 200_000:
+            continue
+        leaves = [
+            a.requires_grad_() if a is not None and a.is_floating_point() and n not in constant else a
+            for n, a in enumerate(inputs)
+        ]
+        out = getattr(ops, op)(*leaves, **case.options)
+        for y in out if isinstance(out, tuple) else (out,):
+            if y.is_floating_point() and y.dim():
+                y += one
+                assert y.requires_grad
