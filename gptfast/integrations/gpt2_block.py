@@ -99,13 +99,14 @@ patches(gpt2.GPT2Model)(looking_ahead_class(gpt2.GPT2Model))
 
 
 def _following(model: Any) -> dict[nn.Module, nn.Module]:
-    """The LayerNorm after each block of a model, where no hook or wrapper stands between the two."""
+    """The LayerNorm after each block of a model, where no hook or wrapper stands between the two: it may write into the sum,
+    which that pass has saved for backward."""
     blocks = list(model.h)
     following: dict[nn.Module, nn.Module] = {}
     for block, after in pairwise(blocks):
-        if type(after) is GPT2Block and not is_watched(after):
+        if type(after) is GPT2Block and not is_watched(block) and not is_watched(after):
             following[block] = after.ln_1
-    if blocks:
+    if blocks and not is_watched(blocks[-1]):
         following[blocks[-1]] = model.ln_f
     return following
 

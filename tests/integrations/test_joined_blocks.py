@@ -107,6 +107,26 @@ def test_a_hook_that_changes_the_residual_stream_counts():
         torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+WRITTEN = ["h.0", "h.1", "h.0.attn", "h.1.mlp", "ln_f", "h.1.ln_1", "drop", "h.0.mlp.c_fc", "h.0.attn.c_attn"]
+
+
+@pytest.mark.parametrize("place", WRITTEN)
+def test_a_hook_that_writes_into_what_a_module_returned(place: str):
+    """As steering vectors are added; backward must not need what was there."""
+
+    def steer(module: nn.Module, args: Any, output: Any) -> None:
+        (output[0] if isinstance(output, tuple) else output).add_(0.5)
+
+    found = []
+    for model in (hf_model(), patched()):
+        model.transformer.get_submodule(place).register_forward_hook(steer)
+        found.append(step(model))
+    (expected, expected_grads), (loss, grads) = found
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for name, value in expected_grads.items():
+        torch.testing.assert_close(grads[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=name)
+
+
 def test_a_block_by_itself_and_blocks_of_another_class():
     plain, model = hf_model(), patched()
     x = torch.randn(3, 5, 32)
