@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from gptfast import ops
-from gptfast.integrations.joined import holding, is_held
+from gptfast.integrations.joined import holding, is_held, is_watched, version_of
 from gptfast.integrations.lazy import Later, lazy
 from gptfast.integrations.modules import Linear, runs
 from gptfast.integrations.swap import derive, mark
@@ -86,9 +86,7 @@ def _forward(model: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 def _may_wait(model: Any, head: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the product of the head can be put off unseen, and the loss is the usual one."""
-    if type(head) is not Head or head.bias is not None or torch.compiler.is_compiling() or "forward" in vars(head):
-        return False
-    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
+    if type(head) is not Head or head.bias is not None or torch.compiler.is_compiling() or is_watched(head):
         return False
     plain_tuple = kwargs.get("return_dict") is False or not getattr(model.config, "return_dict", True)
     kept = kwargs.get("logits_to_keep", 0)
@@ -143,10 +141,10 @@ def _logits_of(head: Any, hidden: Tensor) -> Later:
     """head(hidden), as it would have been computed now."""
     kind, grad = hidden.device.type, torch.is_grad_enabled()
     cast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    weight, version = head.weight, head.weight._version
+    weight, version = head.weight, version_of(head.weight)
 
     def compute() -> Tensor:
-        if head.weight is not weight or weight._version != version:
+        if head.weight is not weight or version_of(weight) != version:
             raise RuntimeError(
                 "outputs.logits: the head's weight has changed since the forward pass, and the logits had not been computed; "
                 "read outputs.logits before optimizer.step()"

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from gptfast.checkpoints import hf_layout
 from gptfast.config import GPTConfig
+from gptfast.integrations.joined import calls_hooks
 from gptfast.integrations.swap import original_class
 from gptfast.models import GPT
 
@@ -196,8 +197,7 @@ def check_plain(model: Any) -> None:
         original = original_class(module)
         if original is None and not own and not name.endswith(".act"):
             raise NotImplementedError(told)
-        hooks = [hook for hook in module._forward_hooks.values() if "output_capturing" not in hook.__name__]
-        if hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if calls_hooks(module) or module._forward_pre_hooks or "forward" in vars(module):
             raise NotImplementedError(f"{name or 'the model'} has hooks")
         if isinstance(module, nn.LayerNorm) and module.eps != config.layer_norm_epsilon:
             raise NotImplementedError(f"{name}.eps is {module.eps}")

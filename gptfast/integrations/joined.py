@@ -13,14 +13,24 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 
+def calls_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of forward. Those by which transformers records hidden states do not count: they are on what
+    no pass changes."""
+    return any("output_capturing" not in getattr(hook, "__name__", "") for hook in module._forward_hooks.values())
+
+
 def is_watched(module: nn.Module) -> bool:
-    """Whether others see the calls of a module, by hooks or a forward set on the instance. The hooks by which transformers
-    records hidden states do not count: they are on what no pass changes."""
-    own = any("output_capturing" not in getattr(hook, "__name__", "") for hook in module._forward_hooks.values())
+    """Whether others see the calls of a module, by hooks or a forward set on the instance."""
+    own = calls_hooks(module)
     others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     everywhere = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
     everywhere = everywhere or hooks._global_backward_hooks or hooks._global_backward_pre_hooks
     return bool(own or others or everywhere or "forward" in vars(module))
+
+
+def version_of(x: Tensor) -> int:
+    """How often a tensor was written into. Those of `torch.inference_mode` do not count it: 0."""
+    return 0 if x.is_inference() else x._version
 
 
 class Held:
@@ -42,12 +52,12 @@ class Ahead:
         return self._following.get(block)
 
     def put(self, norm: nn.Module, total: Tensor, normed: Tensor) -> None:
-        self._known = norm, total, total._version, normed
+        self._known = norm, total, version_of(total), normed
 
     def take(self, norm: nn.Module, x: Tensor) -> Tensor | None:
         """norm(x), if an earlier pass has computed it; else None."""
         known, self._known = self._known, None
-        if known is None or known[0] is not norm or known[1] is not x or known[2] != x._version:
+        if known is None or known[0] is not norm or known[1] is not x or known[2] != version_of(x):
             return None
         return known[3]
 

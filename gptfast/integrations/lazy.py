@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -9,9 +10,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parallel.distributed import _DDPSink
 from torch.utils._pytree import tree_map_only
 
 _CLASSES: dict[type, type] = {}
+_DEPTH = (
+    3  # frames from the function that copies to the one that is told of it: a generator's, and those of later versions
+)
 _COMPUTE = "_gptfast_compute"
 
 
@@ -34,8 +39,9 @@ def lazy(outputs: Any, later: Later) -> Any:
     """A transformers `ModelOutput` that has a loss, whose logits are computed when they are first read.
 
     Attributes, indices, `keys`, `items`, `to_tuple`, iteration, pickles and copies see the logits as in the plain output,
-    which it is from then on. The loss can be read without them, and so can `items`: transformers' Trainer lists them in an
-    evaluation that reads nothing but the loss, and accelerate in every step in mixed precision, to make them fp32.
+    which it is from then on. The loss can be read without them, and so can `items` and `values`: transformers' Trainer lists
+    them in an evaluation that reads nothing but the loss, accelerate in every step in mixed precision, to make them fp32, and
+    DistributedDataParallel in every step that looks for unused parameters, as Trainer's do.
     """
     original = type(outputs)
     if original not in _CLASSES:
@@ -67,6 +73,9 @@ class _Lazy:
         waiting = _waiting(self, later, later.dtype)
         return [(n, waiting if n == "logits" else x) for n, x in found if n == "logits" or x is not None]
 
+    def values(self) -> Any:
+        return [value for _, value in self.items()]
+
     @property
     def logits(self) -> Tensor:
         return self._complete().logits
@@ -91,7 +100,7 @@ def _completing(name: str) -> Any:
     return method
 
 
-for _name in ("values", "to_tuple", "get", "copy", "__repr__", "__eq__", "__or__"):
+for _name in ("to_tuple", "get", "copy", "__repr__", "__eq__", "__or__"):
     setattr(_Lazy, _name, _completing(_name))
 for _name in ("__reduce__", "__reduce_ex__"):
     setattr(_Lazy, _name, _completing(_name))
@@ -121,10 +130,23 @@ class _Waiting(Tensor):
                 return func(*args, **(kwargs or {}))
             if func is Tensor.float and len(args) == 1 and not kwargs:
                 return _waiting(args[0]._outputs, args[0]._later, torch.float32)
+            if func is Tensor.clone and _is_copied_by_ddp():
+                return _Waiting(args[0]._outputs, args[0]._later, _DTYPE(args[0]))
             args, kwargs = tree_map_only(_Waiting, _Waiting.read, (args, kwargs or {}))
             return func(*args, **kwargs)
 
     __torch_dispatch__ = __torch_function__
+
+
+def _is_copied_by_ddp() -> bool:
+    """Whether DistributedDataParallel copies its outputs in the function that tells it which of them backward uses. Other
+    copies are of the logits as they are now."""
+    frame = sys._getframe(2)
+    for _ in range(_DEPTH):
+        if frame is None or frame.f_code is _DDPSink.forward.__code__:
+            return frame is not None
+        frame = frame.f_back
+    return False
 
 
 class _Product(torch.autograd.Function):
@@ -152,6 +174,7 @@ def _waiting(outputs: Any, later: Later, dtype: torch.dtype) -> Tensor:
 
 _DTYPE: Any = getattr(Tensor, "dtype").__get__  # noqa: B009
 _KNOWN = {
-    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_meta")
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_meta", "grad_fn")
 }
 _KNOWN |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}

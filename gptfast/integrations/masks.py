@@ -34,18 +34,24 @@ R = TypeVar("R")
 
 def once(function: Callable[..., R]) -> Callable[..., R]:
     """A function of a mask, called once for each mask and its other arguments: all layers share the tensor."""
-    known: dict[int, tuple[weakref.ref[Tensor], int, tuple[Any, ...], R]] = {}
+    known: dict[int, tuple[weakref.ref[Tensor], Any, tuple[Any, ...], R]] = {}
 
     @wraps(function)
     def cached(mask: Tensor, *others: Any) -> R:
         key = id(mask)
         entry = known.get(key)
-        if entry is None or entry[0]() is not mask or entry[1:3] != (mask._version, others):
-            entry = (weakref.ref(mask, lambda _: known.pop(key, None)), mask._version, others, function(mask, *others))
+        if entry is None or entry[0]() is not mask or entry[2] != others or not _is_as_it_was(mask, entry[1]):
+            state = mask.clone() if mask.is_inference() else mask._version
+            entry = (weakref.ref(mask, lambda _: known.pop(key, None)), state, others, function(mask, *others))
             known[key] = entry
         return entry[3]
 
     return cached
+
+
+def _is_as_it_was(mask: Tensor, state: Any) -> bool:
+    """state: the version of the mask, or a copy of it, as tensors of `torch.inference_mode` have no version."""
+    return torch.equal(mask, state) if isinstance(state, Tensor) else mask._version == state
 
 
 @once

@@ -258,6 +258,37 @@ def test_gradient_checkpointing_gives_the_gradients_of_a_run_without(reentrant: 
         torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("sides", ["none", "both"])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "OpenAIGPTLMHeadModel"])
+def test_inference_mode(name: str, sides: str):
+    """Its tensors have no version."""
+    batch, shown = batch_of(name, sides)
+    found = []
+    for patch in (False, True):
+        with torch.inference_mode():
+            model = hf_model(name)
+            if patch:
+                gptfast.accelerate(model)
+            outputs = model(**batch)
+            found.append((outputs.loss, outputs.logits[shown]))
+    for got, value in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_of_inference_mode_that_is_written_into():
+    ids, _ = padded("none")
+    model, mask = hf_model(), torch.ones(3, 1, T, T).tril().bool()
+    expected = [model(ids, attention_mask=m).logits for m in (mask, mask & (torch.arange(T) > 2))]
+    gptfast.accelerate(model)
+    with torch.inference_mode():
+        mask = mask.clone()
+        first = model(ids, attention_mask=mask).logits
+        mask[..., :3] = False
+        second = model(ids, attention_mask=mask).logits
+    for got, value in zip((first, second), expected, strict=True):
+        torch.testing.assert_close(got[:, 3:], value[:, 3:], rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_follows_manual_seed_and_the_mode():
     model, (batch, _) = hf_model().train(), batch_of("GPT2LMHeadModel", "none")
     gptfast.accelerate(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -150,7 +151,7 @@ def test_what_we_do_not_do_is_transformers_own(
     assert not calls and expected in told[0]
 
 
-@pytest.mark.parametrize("change", ["hook", "eps", "activation", "training", "adapter"])
+@pytest.mark.parametrize("change", ["hook", "hook without a name", "eps", "activation", "training", "adapter"])
 def test_a_model_that_is_more_than_its_config_is_not_ours(
     change: str, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ):
@@ -161,6 +162,8 @@ def test_a_model_that_is_more_than_its_config_is_not_ours(
     block = model.transformer.h[0]
     if change == "hook":
         block.register_forward_hook(lambda module, args, output: output * 2)
+    elif change == "hook without a name":
+        block.register_forward_hook(partial(lambda by, module, args, output: output * by, 2))
     elif change == "eps":
         block.ln_1.eps = 0.4
     elif change == "activation":

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import gptfast
+from gptfast.integrations.causal_lm import Head
 from tests.support.hf_models import hf_model, labels_of, padded
 
 pytest.importorskip("transformers")
@@ -145,6 +149,17 @@ def test_hooks_of_the_head_see_every_call(pair: tuple[Any, Any]):
     assert seen == [outputs.logits.shape]
 
 
+def test_hooks_of_all_modules_see_the_head(pair: tuple[Any, Any]):
+    seen = []
+    note = lambda module, args, output: seen.append(output.shape) if isinstance(module, torch.nn.Linear) else None  # noqa: E731
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        outputs = pair[1](**BATCH)
+    finally:
+        handle.remove()
+    assert seen == [outputs.logits.shape]
+
+
 def test_token_accuracy(pair: tuple[Any, Any]):
     outputs = pair[1](**BATCH, return_token_accuracy=True)
     best, targets = pair[0](**BATCH).logits[:, :-1].argmax(-1), BATCH["labels"][:, 1:]
@@ -227,3 +242,42 @@ def test_logits_among_items_have_gradients(use: str, autocast: bool):
     for name, grad in found[0].items():
         error = (found[1][name] - grad).norm() / grad.norm()
         assert error <= (3e-2 if autocast else 1e-5), (name, error)  # 0.0097 was measured: bf16 on both sides
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}, {}], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_ddp_holds_no_logits(alone: None, monkeypatch: Any, options: dict[str, Any], autocast: bool):
+    """It lists and copies what a forward returns where it looks for unused parameters, which transformers' Trainer asks for."""
+    accelerate = pytest.importorskip("accelerate")
+    made, compute = [], Head.forward
+    monkeypatch.setattr(Head, "forward", lambda self, x: made.append(compute(self, x)) or made[-1])
+    found = []
+    for patched in (False, True):
+        model = hf_model(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0).train()
+        if patched:
+            gptfast.accelerate(model)
+        if autocast:  # as accelerate prepares a model
+            inside = torch.autocast("cpu", torch.bfloat16)(model.forward)
+            model.forward = accelerate.utils.convert_outputs_to_fp32(inside)
+        wrapped = DistributedDataParallel(model, **options)
+        for reads in (False, True):
+            model.zero_grad()
+            outputs = wrapped(**BATCH)
+            loss = outputs.loss + outputs.logits.float().square().mean() if reads else outputs["loss"]
+            assert not patched or sum(logits.numel() for logits in made) == (
+                IDS.numel() * model.config.vocab_size if reads else 0
+            )
+            loss.backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for expected, got in ((found[0], found[2]), (found[1], found[3])):
+        for name, grad in expected.items():
+            error = (got[name] - grad).norm() / grad.norm()
+            assert error <= (3e-2 if autocast else 1e-5), (name, error)
