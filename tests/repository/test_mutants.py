@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 
 import pytest
@@ -27,6 +28,15 @@ def test_every_mutant_fits_the_tree(script):
     names = [mutant.name for mutant in script.MUTANTS]
     assert len(set(names)) == len(names)
     assert all(("MUTANT" in mutant.new) == mutant.compiled for mutant in script.MUTANTS)
+
+
+def test_the_build_leaves_avx512_out(script):
+    """What is compiled twice over otherwise; the build reads the same line."""
+    text = (ROOT / script.ISAS).read_text()
+    found = re.findall(r"#define GPTFAST_ISAS.*X\(avx2\).*", script.without_avx512(text))
+    assert found == ["#define GPTFAST_ISAS(X, PART) X(scalar) X(avx2)"]
+    with pytest.raises(SystemExit, match="lists AVX-512 behind AVX2 0 times; expected once"):
+        script.without_avx512(found[0])
 
 
 def test_a_mutant_that_no_longer_fits_is_reported(script, tmp_path):
