@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gptfast
 from gptfast import ops
-from gptfast.ops import RowNorm, few_backend, linear_few
+from gptfast.ops import RowNorm, few_backend, linear_few, takes_few
 from gptfast.ops._append import append_and_attend
 
 FORMATS = {"int8": 32, "int4": 32, "nf4": 64, "mxfp4": 32}
@@ -80,8 +80,8 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor) -> None:
             weight.repeat(1, times),
             RowNorm("layer_norm", scale.repeat(times), None, 1e-5),
         )
-        runs_on = few_backend(wide, [(wide.shape[1], True)])
-        if runs_on is None:
+        runs_on = few_backend(wide)
+        if runs_on is None or not takes_few(*wide.shape, True):
             raise RuntimeError(f"linear_few does not take {tuple(wide.shape)}")
         linear_few(runs_on, wide, layer, None, norm=norm, activation="gelu")
         linear_few(runs_on, wide, layer, None, residual=layer[:5, : len(layer)])

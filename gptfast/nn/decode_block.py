@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gptfast.nn.block_node import plain_modules
 from gptfast.nn.layer_norm import LayerNorm
-from gptfast.ops import RowNorm, few_backend, linear_few
+from gptfast.ops import RowNorm, few_backend, linear_few, takes_few
 from gptfast.ops._linear_few import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -34,16 +34,16 @@ def decode_step(
     """
     if block.training or stream.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    modules = plain_modules(block)
-    if modules is None:
+    runs_on = few_backend(stream)
+    modules = None if runs_on is None else plain_modules(block)
+    if runs_on is None or modules is None:
         return None
     ln_1, c_attn, attn_out, ln_2, c_fc, mlp_out = modules
     activations = c_attn.activation, attn_out.activation, mlp_out.activation
     if activations != (None, None, None) or c_fc.activation not in ACTIVATIONS or not _fit(modules, stream):
         return None
-    widths = [(layer.in_features, layer in (c_attn, c_fc)) for layer in (c_attn, attn_out, c_fc, mlp_out)]
-    runs_on = few_backend(stream, widths)
-    if runs_on is None:
+    normed = ((c_attn, True), (attn_out, False), (c_fc, True), (mlp_out, False))
+    if not all(takes_few(len(stream), layer.in_features, norm) for layer, norm in normed):
         return None
     x = (stream if branch is None else branch + stream).flatten(0, 1)
     qkv = linear_few(runs_on, x, c_attn.weight, c_attn.bias, norm=_row_norm(ln_1, x.dtype))

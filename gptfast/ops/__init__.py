@@ -6,6 +6,7 @@ from gptfast.ops._append import append_and_attend as append_and_attend  # for gp
 from gptfast.ops._linear_few import RowNorm as RowNorm
 from gptfast.ops._linear_few import few_backend as few_backend
 from gptfast.ops._linear_few import linear_few as linear_few  # for gptfast.nn, not for users
+from gptfast.ops._linear_few import takes_few as takes_few
 from gptfast.ops._low_rank import LowRank as LowRank
 from gptfast.ops._registry import register_properties as _register_properties
 from gptfast.ops._row_options import row_options

@@ -5,7 +5,6 @@ M rows, K features, N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -29,20 +28,18 @@ class RowNorm(NamedTuple):
     eps: float
 
 
-def few_backend(x: Tensor, layers: Iterable[tuple[int, bool]]) -> str | None:
-    """The backend that runs such layers on the rows of x; None where none does.
-
-    Args:
-        x: (M, …), what enters the first.
-        layers: the features of each, and whether it has a norm.
-    """
-    M = x.shape[0]
-    if M > MOST_ROWS or x.dtype not in (torch.bfloat16, torch.float16) or autocast_dtype(x) is not None:
-        return None
-    if any(K % 8 or (M + 2 * norm) * K > MOST_VALUES for K, norm in layers):
+def few_backend(x: Tensor) -> str | None:
+    """The backend that runs `linear_few` on the rows of x, (M, …); None where none does."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if not half or x.shape[0] > MOST_ROWS or autocast_dtype(x) is not None:
         return None
     runs_on = resolve("linear", None, x)
     return runs_on if runs_on != "eager" and has_kernel(OP, runs_on) else None
+
+
+def takes_few(rows: int, features: int, normed: bool) -> bool:
+    """Whether a layer of so many features, with a norm or without, has a kernel for so many rows."""
+    return features % 8 == 0 and (rows + 2 * normed) * features <= MOST_VALUES
 
 
 def linear_few(

@@ -10,7 +10,7 @@ from torch import Tensor
 import gptfast
 from gptfast import ops
 from gptfast.backend import kernels
-from gptfast.ops._linear_few import MOST_VALUES, RowNorm, few_backend, linear_few
+from gptfast.ops._linear_few import MOST_VALUES, RowNorm, few_backend, linear_few, takes_few
 from gptfast.testing import DTYPES
 
 SHAPES = {  # M, K, N
@@ -61,7 +61,7 @@ def test_it_is_norm_layer_activation_and_sum(shape, kind, dtype, emu):
     norm = norm_of(kind, K, dtype)
     with gptfast.backend("emu"):
         entering = normed(x, norm)
-        assert few_backend(x, [(K, norm is not None)]) == "emu"
+        assert few_backend(x) == "emu" and takes_few(M, K, norm is not None)
     for activation, with_bias, with_sum in CALLS:
         b, r = bias if with_bias else None, residual if with_sum else None
         y = linear_few("emu", x, weight, b, norm=norm, activation=activation, residual=r)
@@ -106,26 +106,20 @@ def test_tensors_at_any_address(emu):
 
 def test_what_it_takes(emu):
     x = torch.zeros(8, 16).bfloat16()
+    assert takes_few(8, MOST_VALUES // 8, False) and not takes_few(8, MOST_VALUES // 8 + 8, False)
+    assert takes_few(8, 2864, True)
+    assert not takes_few(8, 2872, True), "a norm's weight and bias are in shared memory too"
+    assert not takes_few(8, 12, False)
     with gptfast.backend("emu"):
-        assert few_backend(x, [(MOST_VALUES // 8, False), (2864, True)]) == "emu"
-        assert few_backend(x, [(MOST_VALUES // 8 + 8, False)]) is None
-        assert few_backend(x, [(2872, True)]) is None, "a norm's weight and bias are in shared memory too"
-        assert few_backend(x, [(12, False)]) is None
-        assert few_backend(torch.zeros(9, 16).bfloat16(), [(16, False)]) is None
-        assert few_backend(x.float(), [(16, False)]) is None
+        assert few_backend(x) == "emu"
+        assert few_backend(x.float()) is None
+        assert few_backend(torch.zeros(9, 16).bfloat16()) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert few_backend(x) is None
     with gptfast.backend("cpu"):
-        assert few_backend(x, [(16, False)]) is None, "no kernel there"
-    assert (
-        linear_few(
-            "emu",
-            torch.zeros(8, 2864).half(),
-            torch.zeros(8, 2864).half(),
-            None,
-            norm=RowNorm("rms_norm", None, None, 0.1),
-        )
-        .eq(0)
-        .all()
-    )
+        assert few_backend(x) is None, "no kernel there"
+    largest = torch.zeros(8, 2864).half()
+    assert linear_few("emu", largest, largest, None, norm=RowNorm("rms_norm", None, None, 0.1)).eq(0).all()
 
 
 X, W = torch.zeros(2, 16).bfloat16(), torch.zeros(8, 16).bfloat16()
