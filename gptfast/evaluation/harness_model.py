@@ -27,7 +27,8 @@ from gptfast.generation.config import GenerationConfig
 from gptfast.metadata import drawing, end_option, metadata_of
 from gptfast.models import GPT
 from gptfast.tokenizer import encode_prompt, lenient
-from gptfast.tokenizer.chat import ChatTemplate
+from gptfast.tokenizer.chat import ChatTemplate, encode_bare
+from gptfast.tokenizer.conversation import continued
 
 Request = tuple[Any, list[int], list[int]]  # the texts, or None; ids of the context; ids of the continuation
 
@@ -92,6 +93,7 @@ class GPTFastLM(TemplateLM):
         self.max_length, self.max_gen_toks = max_length or block, max_gen_toks
         self.batch_size = batch_size_of(batch_size, max_batch_size)
         self._prefix = prefix_token_of(self._model, self._tokens, prefix_token_id)
+        self._told = False  # that system messages are left out
         self.truncated = {"loglikelihood": 0, "generate_until": 0}
         shown = "none" if self._prefix is None else f"{self._prefix} {self._tokens.decode([self._prefix])!r}"
         _say(f"{self._name} in {self.dtype} on {self._device}; prefix token {shown}; max_length {self.max_length}")
@@ -114,20 +116,38 @@ class GPTFastLM(TemplateLM):
         return str(self._name).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The ids of a text, special tokens as their ids, as transformers' tokenizers encode them."""
-        return encode_prompt(self._tokens, string)
+        """The ids of a text, special tokens as their ids, as `--model hf` encodes it: a text that begins with the prefix token, such
+        as one of a chat template, gets no other first token."""
+        if add_special_tokens is None:
+            add_special_tokens = self._prefix is None or not string.startswith(self._tokens.decode([self._prefix]))
+        return encode_prompt(self._tokens, string) if add_special_tokens else encode_bare(self._tokens, string)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         template = ChatTemplate.of(self._tokens) if chat_template else None
         return None if template is None else template.source
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation; without generation prompt its last message is to be continued, as `--model hf` does."""
         template = ChatTemplate.of(self._tokens)
         if template is None:
             raise ValueError(
                 f"{OWNER}: the tokenizer of {self._name} has no chat template; leave out --apply_chat_template"
             )
-        return template.render(chat_history, add_generation_prompt)
+
+        def write(messages: list[dict[str, str]]) -> str:
+            return template.render(messages, True) if add_generation_prompt else continued(template, messages)
+
+        try:
+            return write(chat_history)
+        except ValueError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            text = write(others)
+            if not self._told:
+                _say(f"system messages are left out: {error}")
+            self._told = True
+            return text
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval puts into its results beside the arguments."""

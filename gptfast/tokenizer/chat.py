@@ -237,6 +237,14 @@ def encode_chat(tokenizer: Tokenizer, text: str, special: bool = True) -> list[i
     return inner.encode_plain(text) if isinstance(inner, HFTokenizer) else inner.encode(text)
 
 
+def encode_bare(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, special tokens as their ids, without tokens that the tokenizer would add to it."""
+    inner: Any = getattr(tokenizer, "inner", tokenizer)
+    if isinstance(inner, HFTokenizer):
+        return inner.encode_with_offsets(text)[0]
+    return inner.encode(text, allowed_special="all")
+
+
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     found, n = [], 0
     for start, end in offsets:

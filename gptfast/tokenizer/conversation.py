@@ -21,6 +21,9 @@ _FIXED = ("messages", "add_generation_prompt", "tools", "documents", "self")  # 
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private characters around special tokens that a message contains
 _PROBE = ("\ue002", "\ue003")  # a reply and the message behind it, for which `_turn_ends` looks
 
+_CONTINUED = (
+    "\ue004 "  # stands behind a message that is to be continued; the blank tells whether a template trims messages
+)
 _HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 _CALL = "<|call|>"  # ends a reply of gpt-oss that calls a tool
 
@@ -234,6 +237,23 @@ def checked(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     if not found:
         raise ValueError("messages is empty; expected at least one message with role and content")
     return found
+
+
+def continued(template: ChatTemplate, messages: Messages) -> str:
+    """The text of a conversation up to the end of its last message, which is to be continued; as transformers'
+    `apply_chat_template(continue_final_message=True)`.
+
+    Raises:
+        ValueError: as `ChatTemplate.render`; or the template does not write that message.
+    """
+    if not messages:
+        return template.render(messages)  # raises ValueError
+    last = content_text("the last message", messages[-1].get("content"))
+    text = template.render([*messages[:-1], {**messages[-1], "content": last + _CONTINUED}])
+    end = text.rfind(_CONTINUED.strip())
+    if end < 0:
+        raise ValueError("chat template: it does not write the last message as it is, so that nothing can continue it")
+    return text[:end] if text.startswith(_CONTINUED, end) else text[:end].rstrip()
 
 
 def check_effort(effort: Any) -> None:

@@ -103,6 +103,65 @@ def test_formats_and_prefix_and_length(ours: Any, folder: Path, tasks: Path, cap
         assert flat(answers(mine)[name]) != flat(answers(ours)[name])
 
 
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'system' and m.content != 'be kind' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ bos_token if loop.first }}[{{ m.role }}]{{ m.content PIPE trim }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", params=["trims", "keeps"])
+def pair(request: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[GPTFastLM, Any]:
+    """Our model and that of `--model hf` with a tokenizer that puts a first token before a text, and a chat template that does."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    place = tmp_path_factory.mktemp("first")
+    for file in folder.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((place / "tokenizer_config.json").read_text())
+    (place / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer.chat_template = CHAT.replace("PIPE trim", "| trim" if request.param == "trims" else "")
+    tokenizer.save_pretrained(place)
+    return GPTFastLM(str(place), dtype="float32"), HFLM(str(place), device="cpu", dtype="float32")
+
+
+def asked(model: Any, kind: str, *arguments: Any) -> Any:
+    from lm_eval.api.instance import Instance
+
+    request = Instance(request_type=kind, doc={}, arguments=arguments, idx=0, metadata=("t", 0, 1))
+    return getattr(model, kind)([request], disable_tqdm=True)[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["A cat", "<|endoftext|>A cat", "<|endoftext|>", "A<|endoftext|>", " <|endoftext|>A", ""]
+)
+def test_a_first_token_is_not_put_before_itself(pair: tuple[GPTFastLM, Any], text: str):
+    ours, theirs = pair
+    assert ours.tok_encode(text) == theirs.tok_encode(text)
+    near = {"abs": 1e-4, "rel": 1e-6}  # as in `test_every_answer_is_that_of_hf`
+    for kind, arguments in (("loglikelihood", (text, " sat down")), ("loglikelihood_rolling", (text + " sat",))):
+        found, expected = (flat([asked(model, kind, *arguments)]) for model in pair)
+        assert found == pytest.approx(expected, **near), kind
+    if text:  # hf cannot continue nothing
+        options = {"until": ["\n"], "max_gen_toks": 5, "do_sample": False}
+        assert asked(ours, "generate_until", text, options) == asked(theirs, "generate_until", text, dict(options))
+
+
+@pytest.mark.parametrize("system", ["be kind", "be quick"])
+@pytest.mark.parametrize("last", [None, "The answer is", " the answer: ", ""])
+def test_conversations_are_those_of_hf(pair: tuple[GPTFastLM, Any], system: str, last: str | None):
+    """Also where the template refuses a system message, and where the last message is to be continued (`gen_prefix`)."""
+    ours, theirs = pair
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": "How many? "}]
+    if last is not None:
+        chat.append({"role": "assistant", "content": last})
+    text = ours.apply_chat_template(chat, add_generation_prompt=last is None)
+    assert text == theirs.apply_chat_template(chat, add_generation_prompt=last is None)
+    assert ours.tok_encode(text) == theirs.tok_encode(text)
+
+
 def test_what_is_too_long_is_counted(ours: Any):
     """One cloze of 94 tokens; rolling windows are cut, not truncated; one prompt of 83 tokens before 12 new ones."""
     assert ours["config"]["truncated_requests"] == {"loglikelihood": 1, "generate_until": 1}
