@@ -76,6 +76,7 @@ def _explain(subject: Subject, model: Any, tokenizer: Tokenizer) -> dict[str, An
     from gptfast.generation.beam_tree import beam_tree
     from gptfast.models.parameter_table import parameter_table
     from gptfast.tokenizer import encode_prompt, token_text
+    from gptfast.tokenizer.base import encode_part
 
     def text(token: int) -> str:
         found = token_text(tokenizer, token)
@@ -111,7 +112,7 @@ def _explain(subject: Subject, model: Any, tokenizer: Tokenizer) -> dict[str, An
     }
     if subject.analogy:
         words = subject.analogy.split(",")
-        tokens = [tokenizer.encode(word) for word in words]
+        tokens = [encode_part(tokenizer, word) for word in words]
         if len(words) != 3 or any(len(token) != 1 for token in tokens):
             raise ValueError(
                 f"explain: `analogy` is {subject.analogy!r}, {[len(token) for token in tokens]} tokens; expected three words of one "

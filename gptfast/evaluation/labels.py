@@ -8,6 +8,7 @@ from typing import Any
 from gptfast._checks import check_choice
 from gptfast.evaluation.continuations import Continuation, ContinuationScorer
 from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer.base import encode_part
 
 NORMALIZE = ("sum", "token", "byte", "calibrated")
 
@@ -19,7 +20,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     continuation, context = context[len(bare) :] + continuation, bare
     before, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
     if whole[: len(before)] != before:
-        return before, tokenizer.encode(continuation)
+        return before, encode_part(tokenizer, continuation)
     return before, whole[len(before) :]
 
 

@@ -15,6 +15,7 @@ from gptfast._files import as_drawn, save_figure
 from gptfast.evaluation.labels import encode_pair
 from gptfast.generation.runner import Runner, single_threaded_torch, virtual_tokens
 from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer.base import encode_part, first_tokens
 
 OWNER = "needle_test"
 HAYSTACK = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -61,13 +62,14 @@ def needle_test(
     check_count(OWNER, "trials", trials)
     room = model.config.block_size - virtual_tokens(model)
     key = "9" * DIGITS
-    least = sum(len(tokenizer.encode(part)) for part in (NEEDLE.format(key=key), f"{QUESTION} {key}")) + 1
+    parts = (NEEDLE.format(key=key), f"{QUESTION} {key}")
+    least = len(first_tokens(tokenizer)) + sum(len(encode_part(tokenizer, part)) for part in parts) + 1
     asked = lengths if lengths is not None else [n for n in (room >> s for s in range(LENGTHS)[::-1]) if n >= least]
     if not asked:
         raise ValueError(f"{OWNER}: the model's context is {room} tokens; needle and question alone take {least}")
     for n in asked:
         check_count(OWNER, "length", n, least, room, " (the model's context)")
-    filler = tokenizer.encode(HAYSTACK if haystack is None else haystack[: _CHARACTERS * max(asked)])
+    filler = encode_part(tokenizer, HAYSTACK if haystack is None else haystack[: _CHARACTERS * max(asked)])
     if not filler:
         raise ValueError(f"{OWNER}: haystack is empty; expected a text")
     places = [0.5] if depths == 1 else [n / (depths - 1) for n in range(depths)]
@@ -90,12 +92,13 @@ def needle_test(
 
 def _prompt(tokenizer: Tokenizer, filler: list[int], n: int, place: float, key: str) -> tuple[list[int], list[int]]:
     """The ids of a prompt, and those of the key behind it, n together."""
+    first, needle = first_tokens(tokenizer), encode_part(tokenizer, NEEDLE.format(key=key))
     question, answer = encode_pair(tokenizer, QUESTION, f" {key}")
-    needle = tokenizer.encode(NEEDLE.format(key=key))
-    size = n - len(needle) - len(question) - len(answer)
+    question = question[len(first) :]
+    size = n - len(first) - len(needle) - len(question) - len(answer)
     hay = (filler * (size // len(filler) + 1))[:size]
     at = round(place * size)
-    return [*hay[:at], *needle, *hay[at:], *question], answer
+    return [*first, *hay[:at], *needle, *hay[at:], *question], answer
 
 
 def _finds(runner: Runner, prompt: list[int], answer: list[int]) -> bool:

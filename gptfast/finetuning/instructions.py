@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from gptfast.finetuning.examples import encoded
 from gptfast.finetuning.special_tokens import add_tokens
 from gptfast.models import GPT
 from gptfast.tokenizer import Tokenizer
+from gptfast.tokenizer.base import encode_part
 from gptfast.tokenizer.chat import (
     CHATML,
     CHATML_TOKENS,
@@ -98,7 +100,8 @@ def response_mask(
             "gptfast.finetuning.set_up_chat, or give prompt and response"
         )
     if template is None:
-        prompt, response = (encoded(tokenizer.encode, example[name], where) for name in ("prompt", "response"))
+        prompt = encoded(tokenizer.encode, example["prompt"], where)
+        response = encoded(partial(encode_part, tokenizer), example["response"], where)
         end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         return [*prompt, *response, *end], [0] * len(prompt) + [1] * len(response + end)
     try:

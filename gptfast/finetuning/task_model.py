@@ -23,6 +23,7 @@ from gptfast.finetuning.task_loss import last_positions, logits_of_examples, rea
 from gptfast.models import BERT, GPT
 from gptfast.nn import Linear
 from gptfast.tokenizer import Tokenizer, load_tokenizer
+from gptfast.tokenizer.base import encode_part
 
 _HEAD = 0x7461736B68656164  # tells the head's dropout from those of the network, which have the same seed
 
@@ -115,7 +116,7 @@ class TaskModel(nn.Module):
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise ValueError("TaskModel: there is no tokenizer to encode texts with; pass tokenizer=")
-        return self.tokenizer.encode(text)
+        return encode_part(self.tokenizer, text)
 
     def encode(self, example: Any) -> Row | list[Row]:
         """The token ids of an example: one row, or a list of rows for similarity (both orders) and choice.

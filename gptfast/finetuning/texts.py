@@ -26,7 +26,8 @@ def text_rows(examples: Examples, tokenizer: Tokenizer, limit: int) -> tuple[lis
     long = 0
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for record, where in zip(examples.records, examples.where, strict=True):
-        ids = [*encoded(tokenizer.encode, record["text"], where), *end]
+        ids = encoded(tokenizer.encode, record["text"], where)
+        ids += end if ids[-1:] != end else []  # some tokenizers put it there themselves
         if len(ids) < 2:
             raise ValueError(f"{where}: the text has {len(ids)} token; expected at least two, one to be predicted")
         long += len(ids) > limit

@@ -22,6 +22,8 @@ from gptfast.serving.protocol import ApiError, ModelBody
 from gptfast.serving.service import Accepted, Service
 from gptfast.serving.text import printable_token
 from gptfast.tokenizer import encode_prompt
+from gptfast.tokenizer.base import encode_part
+from gptfast.tokenizer.chat import encode_bare
 
 MOST_TOKENS, MOST_BEAMS, MOST_STEPS = 50, 8, 10
 _OPTIONS = (  # of `NextTokens`, those of generation
@@ -110,7 +112,8 @@ class Explore:
         with bad_requests("prompt" if ask.messages is None else "messages"):
             ids = await accepted.aside(self._encode, ask)
             prompt_len = len(ids)
-            ids += encode_prompt(service.tokenizer, ask.continuation, service.limits.special_tokens)
+            encode = encode_bare if service.limits.special_tokens else encode_part
+            ids += encode(service.tokenizer, ask.continuation)
             ids = ids or ([] if service.tokenizer.eos_id is None else [service.tokenizer.eos_id])
             block = service.block(accepted.adapter)
             if len(ids) > block and not room:

@@ -201,6 +201,20 @@ def encode_prompt(tokenizer: Tokenizer, text: str, special: bool = True) -> list
     return tokenizer.encode(text, allowed_special="all" if special else ())
 
 
+def encode_part(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that others stand before or behind: special tokens as ordinary text, and without the tokens that some
+    tokenizers (Llama's) put before or behind every text."""
+    plain = getattr(getattr(tokenizer, "inner", tokenizer), "encode_plain", None)
+    return tokenizer.encode(text) if plain is None else plain(text)
+
+
+def first_tokens(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a tokenizer puts before every text; most put none."""
+    whole, part = tokenizer.encode("1"), encode_part(tokenizer, "1")
+    starts = (n for n in range(len(whole)) if part and whole[n : n + len(part)] == part)
+    return whole[: next(starts, 0)]
+
+
 def token_text(tokenizer: Tokenizer, token: int) -> str | bytes:
     """The text of a token; its bytes, if they are not whole characters of UTF-8."""
     content = tokenizer.decode_bytes([token])
