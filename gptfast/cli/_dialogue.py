@@ -42,7 +42,7 @@ class Dialogue:
         special: see `ChatFormat.prompt`.
         variables: for the chat template, see `ChatFormat.checked_variables`.
     Raises:
-        ValueError: variables that the template does not take.
+        ValueError: variables that the template does not take, or a max_new_tokens beside which nothing has room.
     """
 
     def __init__(
@@ -65,6 +65,11 @@ class Dialogue:
         self._ends = metadata_of(gpt).reply_ends(ends, self.format.end_ids)
         self._options = {**options, "stop_strings": self._stops, "eos_token_id": end_option(self._ends)}
         self._block = gpt.config.block_size - virtual_tokens(gpt)
+        if self._limit is not None and self._limit >= self._block:
+            raise ValueError(
+                f"chat: `max_new_tokens` is {self._limit}; the context of this model is {self._block} tokens, and the "
+                "conversation needs some of them - lower max_new_tokens"
+            )
         self._saved: set[Path] = set()
         self.messages, self.left_out = list(self._system), 0
 

@@ -133,6 +133,11 @@ def test_the_oldest_messages_are_left_out_with_a_notice(folders, run):
     assert code == 1 and "the context has room for 86 tokens before a reply, and the last message needs" in err
 
 
+def test_a_length_beside_which_nothing_has_room(folders, run):
+    code, out, err = run("--model", folders["chatml"], "--max-new-tokens", 96, lines=["hi"])
+    assert (code, out) == (1, "") and "--max-new-tokens is 96; the context of this model is 96 tokens" in err
+
+
 def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(folders, run, monkeypatch):
     plain = _dialogue.stream
 
