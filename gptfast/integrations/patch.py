@@ -182,31 +182,47 @@ def _patches(model: nn.Module, report: Report, generate: bool) -> Iterator[_Patc
             if "cross-attention" in reason:
                 alone.append(name)
             continue
-        if (
+        is_language_model = (
             of_transformers
             and type(module).__name__ in LANGUAGE_MODELS
             and type(module).__module__.startswith("transformers.")
-        ):
-            from gptfast.integrations.causal_lm import language_model_class
-
+        )
+        if is_language_model:
             heads.add(id(module.get_output_embeddings()))  # type: ignore[operator]
-            generates = generate and type(module).__name__.endswith("LMHeadModel")
-            told = "linear_cross_entropy, logits when they are read" + (
-                "; generate by the native engine or captured steps" if generates else ""
-            )
-            yield _Patch(module, language_model_class(type(module), generates), told)
-        elif id(module) in heads and type(module) is nn.Linear:
-            from gptfast.integrations.causal_lm import Head
+        patch = _language_model(module, generate) if is_language_model else _part(module, id(module) in heads)
+        if patch is None:
+            continue
+        if "forward" in vars(module):
+            report.skipped[name] = "its forward was replaced on the instance"
+            continue
+        yield patch
 
-            yield _Patch(module, Head, "linear")
-        elif (patched := patched_class(module)) is not None:
-            yield _Patch(module, patched, _told(patched))
-        elif (gelu := own_gelu_class(module)) is not None:
-            yield _Patch(module, gelu, "gelu")
-        elif (attention := written_out_class(module)) is not None:
-            yield _Patch(module, attention, "causal_attention")
-        elif functions := functions_of(module):
-            yield _Patch(module, rerouted_class(type(module)), ", ".join(functions))
+
+def _language_model(module: nn.Module, generate: bool) -> _Patch:
+    from gptfast.integrations.causal_lm import language_model_class
+
+    generates = generate and type(module).__name__.endswith("LMHeadModel")
+    told = "linear_cross_entropy, logits when they are read" + (
+        "; generate by the native engine or captured steps" if generates else ""
+    )
+    return _Patch(module, language_model_class(type(module), generates), told)
+
+
+def _part(module: nn.Module, is_head: bool) -> _Patch | None:
+    """The patch of a module that is no language model; None where there is none."""
+    if is_head and type(module) is nn.Linear:
+        from gptfast.integrations.causal_lm import Head
+
+        return _Patch(module, Head, "linear")
+    if (patched := patched_class(module)) is not None:
+        return _Patch(module, patched, _told(patched))
+    if (gelu := own_gelu_class(module)) is not None:
+        return _Patch(module, gelu, "gelu")
+    if (attention := written_out_class(module)) is not None:
+        return _Patch(module, attention, "causal_attention")
+    if functions := functions_of(module):
+        return _Patch(module, rerouted_class(type(module)), ", ".join(functions))
+    return None
 
 
 def _told(patched: type[nn.Module]) -> str:
@@ -235,8 +251,6 @@ def _reason_to_leave(module: nn.Module) -> str | None:
         return f"a {type(module).__name__}, whose forward may differ from {_kind(module).__name__}'s"
     if patched_class(module) is None:
         return None
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
     if isinstance(module, nn.Dropout) and module.inplace:
         return "inplace"
     if any(parameter.dtype not in FLOATS for parameter in module.parameters(recurse=False)):

@@ -71,6 +71,7 @@ def check_restorable(name: str, module: nn.Module) -> None:
         )
     if "forward" in vars(module):
         raise RuntimeError(
-            f"restore: somebody has set {name}.forward since it was patched, as hooks of the package accelerate do; undo that "
-            "first, such as by accelerate.hooks.remove_hook_from_module"
+            f"restore: somebody has set {name}.forward since it was patched, as the package accelerate does; undo that first: "
+            "its hooks by accelerate.hooks.remove_hook_from_module, mixed precision, as of a Trainer with bf16, by "
+            "`del model.forward, model._is_accelerate_prepared`"
         )

@@ -158,6 +158,26 @@ def test_trainer_that_makes_its_model(tmp_path: Any):
     assert original_class(again) is None and torch.equal(again.lm_head.weight, trainer.model.lm_head.weight)
 
 
+def test_the_forward_of_mixed_precision_is_told_and_undone(tmp_path: Any):
+    """accelerate leaves its forward on the model after training."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no", bf16=True
+    )
+    model = hf_model()
+    gptfast.accelerate(model)
+    transformers.Trainer(model=model, args=arguments, train_dataset=Texts()).train()
+    with pytest.raises(
+        RuntimeError, match=r"a Trainer with bf16, by `del model\.forward, model\._is_accelerate_prepared`"
+    ):
+        gptfast.restore(model)
+    del model.forward, model._is_accelerate_prepared  # without the second, the next run would not be in bf16
+    gptfast.restore(model)
+    transformers.Trainer(model=model, args=arguments, train_dataset=Texts()).train()
+    report = gptfast.accelerate(model)  # which is not reached by what runs the forward on the instance
+    assert report.skipped[""] == "its forward was replaced on the instance" and "" not in report.replaced
+    assert original_class(model) is None and original_class(model.transformer)
+
+
 LORA = {"r": 4, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "init_lora_weights": False}
 
 
