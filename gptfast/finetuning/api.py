@@ -48,6 +48,9 @@ def finetune(
                 f"finetune: there is no option {name!r}"
                 + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
             )
+    for name in ("compare", "show_batch"):
+        if options.get(name):
+            raise TypeError(f"finetune: {name!r} is of the command line, which prints its answer; leave it out")
     given = {"model": model, "data": data, "task": task, **options}
     given = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items() if v is not None}
     resume = bool(options.get("resume"))

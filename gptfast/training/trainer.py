@@ -82,6 +82,7 @@ class Trainer(Loop):
         self.block_size, self.sampler, self.val_tokens = objective.block_size, objective.sampler, val_tokens
         self.model, self.tokenizer = model, tokenizer
         device = resolve_device("TrainConfig", config.device) if ranks is None else ranks.device
+        self._begun = False
         self._memory_note = look_at_memory(model, config, device, self.block_size, ranks)
         super().__init__(
             objective,
@@ -101,6 +102,17 @@ class Trainer(Loop):
         )
 
     def train(self) -> TrainResult:
+        """As `Loop.train`. A run that was ended early has let go of its folder: it goes on in a Trainer of its own.
+
+        Raises:
+            RuntimeError: the loss is not finite, or the run was ended early before.  OSError: a file cannot be written.
+        """
+        if self._begun and not self._has_ended():
+            raise RuntimeError(
+                f"Trainer: the run was ended at step {self.state.step}; continue it with a new Trainer, whose model and `resume` are "
+                f"those of {self.out / 'last'}"
+            )
+        self._begun = True
         if self._memory_note:
             self.progress.note(f"memory   {self._memory_note}")
         return super().train()

@@ -205,6 +205,9 @@ def test_what_must_be_said(tmp_path, capsys):
         assert f"{missing} is missing" in capsys.readouterr().err
     with pytest.raises(TypeError, match=r"no option 'learning_rat'; did you mean 'learning_rate'\?"):
         finetune("x", "y", "chat", learning_rat=1.0)
+    for name in ("compare", "show_batch"):
+        with pytest.raises(TypeError, match=f"'{name}' is of the command line"):
+            finetune("x", "y", "chat", **{name: True})
 
 
 def test_a_run_that_is_there_is_kept(tmp_path, capsys):

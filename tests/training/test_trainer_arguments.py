@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from gptfast.models import GPT
 from gptfast.training import Trainer
-from tests.support.training import QUICK, SHAPE, TRAIN, VAL
+from tests.support.training import QUICK, SHAPE, TRAIN, VAL, make_trainer, resumed
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,14 @@ def test_an_array_on_the_disk_is_not_read_whole_for_it(tmp_path):
     np.array([*TRAIN, 40], np.uint16).tofile(tmp_path / "ids.bin")
     tokens = np.memmap(tmp_path / "ids.bin", np.uint16)
     Trainer(GPT(SHAPE), tokens, VAL, QUICK, tmp_path / "run", progress=False)
+
+
+def test_a_run_that_was_ended_goes_on_in_another_trainer(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, QUICK)
+    evaluate = trainer._evaluate
+    monkeypatch.setattr(trainer, "_evaluate", lambda: [evaluate(), signal.raise_signal(signal.SIGTERM)])
+    assert trainer.train().interrupted == signal.SIGTERM and trainer.state.step == 3
+    with pytest.raises(RuntimeError, match="Trainer: the run was ended at step 3; continue it with a new Trainer"):
+        trainer.train()
+    again = resumed(tmp_path, QUICK)
+    assert again.train().steps == again.train().steps == 12  # one that is complete has nothing to do
