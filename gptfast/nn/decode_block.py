@@ -55,10 +55,10 @@ def decode_step(
 
 
 def _fit(modules: tuple[Any, ...], stream: Tensor) -> bool:
-    """Whether all parameters are of the stream's dtype, on its device, and matrices lie row by row."""
+    """Whether all parameters are plain, of the stream's dtype, on its device, and matrices lie row by row."""
     parameters = [p for module in modules for p in (module.weight, getattr(module, "bias", None)) if p is not None]
     return all(
-        isinstance(p, nn.Parameter) and p.dtype == stream.dtype and p.device == stream.device and p.is_contiguous()
+        type(p) is nn.Parameter and p.dtype == stream.dtype and p.device == stream.device and p.is_contiguous()
         for p in parameters
     )
 

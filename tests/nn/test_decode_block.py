@@ -102,6 +102,15 @@ def transpose(model: GPT) -> None:
     weight.data = weight.data.t().contiguous().t()
 
 
+class Sharded(Tensor):
+    """As a weight that is spread over ranks: kernels cannot read it."""
+
+
+def shard(model: GPT) -> None:
+    weight = model.h[0].mlp.c_fc.weight.detach().as_subclass(Sharded)
+    model.h[0].mlp.c_fc.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
 def widen_a_norm(model: GPT) -> None:
     model.h[0].ln_1.float()
 
@@ -114,10 +123,11 @@ def widen_a_norm(model: GPT) -> None:
         (own_forward, 1),
         (adapt, 0),
         (transpose, 1),
+        (shard, 1),
         (widen_a_norm, 1),
         (lambda model: model.h[0].train(), 1),
     ],
-    ids=["fp32", "hook", "own forward", "adapter", "transposed", "mixed", "training"],
+    ids=["fp32", "hook", "own forward", "adapter", "transposed", "subclass", "mixed", "training"],
 )
 def test_what_is_not_plain_runs_by_its_modules(change, blocks, emu):
     """blocks: how many of the two are still five kernels."""
