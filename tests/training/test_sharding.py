@@ -116,7 +116,9 @@ def _bad_step(rank: int, store: Any, folder: Path, found: dict[str, Any]) -> Non
     """A step that is not finite in the rows of rank 1, where each has the whole model."""
     net, ranks = model(), Ranks(rank, 2, store, store, CPU, 20.0)
     config = TrainConfig(batch_size=4, grad_accum=2, block_size=16)
-    trained = LanguageModelling(net, np.arange(500) % SHAPE.vocab_size, np.arange(99), config, ranks=ranks)
+    trained = LanguageModelling(
+        net, np.arange(500) % SHAPE.vocab_size, np.arange(99) % SHAPE.vocab_size, config, ranks=ranks
+    )
     batches = trained.batches(8, config)
     hook = net.h[1].mlp.register_forward_hook(lambda *_: _[2] * (float("nan") if rank else 1.0))
     place, where = trained.where_not_finite(batches, nullcontext, CPU, 3)
