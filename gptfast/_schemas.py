@@ -138,9 +138,9 @@ CUDA_LIBRARY = ("cuda_unavailable_reason(int device) -> str",)
 # Kernels of csrc/cuda that no other backend has.
 CUDA_KERNELS = (
     "causal_attention_append(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor lengths, "
-    "Tensor(c!) counters, float scale, Tensor? sinks, float softcap) -> Tensor",
+    "Tensor(c!) counters, float scale, Tensor? sinks, float softcap, bool cache_ready) -> Tensor",
     "linear_few(Tensor x, Tensor weight, Tensor? bias, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-    "str activation, Tensor? residual) -> Tensor",
+    "str activation, Tensor? residual, bool weights_ready) -> Tensor",
 )
 
 # Operators written in Python: torch.compile sees one call.

@@ -68,7 +68,8 @@ def attention(device: str, T: int, real: bool) -> None:
         new = [x[:, :, -1:].detach() for x in (q, k, v)]
         ops.causal_attention(new[0], keys, values)
         lengths, counters = torch.tensor([8 * T], device=device), torch.zeros(2, dtype=torch.int32, device=device)
-        append_and_attend(*new, keys, values, lengths, counters)
+        for ready in (False, True):
+            append_and_attend(*new, keys, values, lengths, counters, cache_ready=ready)
 
 
 def few_rows(x: Tensor, weight: Tensor, scale: Tensor) -> None:
@@ -83,7 +84,7 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor) -> None:
         runs_on = few_backend(wide)
         if runs_on is None or not takes_few(*wide.shape, True):
             raise RuntimeError(f"linear_few does not take {tuple(wide.shape)}")
-        linear_few(runs_on, wide, layer, None, norm=norm, activation="gelu")
+        linear_few(runs_on, wide, layer, None, norm=norm, activation="gelu", weights_ready=True)
         linear_few(runs_on, wide, layer, None, residual=layer[:5, : len(layer)])
 
 

@@ -106,7 +106,7 @@ MutHeads cache_of(const char* name, Tensor& x) {
 }
 // k and v, (B, heads, 1, D), become position lengths[b] of the keys and values of row b, and q attends to those up to there.
 Tensor append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor keys, Tensor values, const Tensor& lengths,
-              Tensor counters, double scale, const OptTensor& sinks, double softcap) {
+              Tensor counters, double scale, const OptTensor& sinks, double softcap, bool cache_ready) {
   NewPosition next{};
   next.keys = cache_of("keys", keys), next.values = cache_of("values", values);
   Call call(q, keys, values, lengths, {}, true, scale, 0.0, 0, 0, 0, {}, sinks, softcap);
@@ -119,6 +119,9 @@ Tensor append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor keys, Te
   GPTFAST_CHECK(counters.scalar_type() == ScalarType::Int && counters.dim() == 1 && counters.stride(0) == 1 &&
                     counters.numel() >= split_counters(p),
                 kOp, ": counters must be at least ", split_counters(p), " zeros of int32, side by side");
+  const bool as_given = p.k.data == keys.const_data_ptr() && p.v.data == values.const_data_ptr() &&
+                        p.seq_lens.data == lengths.const_data_ptr();
+  next.cache_ready = cache_ready && as_given;  // a copy is made just now
   const Launch on(q);
   Tensor out = new_heads(q, &p.y);
   Tensor partial = new_tensor(kOp, q, {split_partial(p, append_splits(p))}, ScalarType::Float);

@@ -43,7 +43,7 @@ Vector chunks_of(const char* name, const OptTensor& t, i64 n, const Tensor& x, T
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, std::string norm,
               const OptTensor& norm_weight, const OptTensor& norm_bias, double eps, std::string activation,
-              const OptTensor& residual) {
+              const OptTensor& residual, bool weights_ready) {
   View in = view_of(kOp, x);
   GPTFAST_CHECK(in.dtype != DType::f32, kOp, ": x is float32; expected bfloat16 or float16");
   GPTFAST_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.size(1) == in.C, kOp,
@@ -75,6 +75,11 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptTensor& bias, std:
     p.residual = added.rows();
   }
   p.y = mut_rows(kOp, y, N);
+  const auto as_given = [](const OptTensor& t, const Tensor& owner) {  // a copy is made just now
+    return !t || t->const_data_ptr() == owner.const_data_ptr();
+  };
+  p.weights_ready = weights_ready && as_given(weight, weight_owner) && as_given(norm_weight, scale_owner) &&
+                    as_given(norm_bias, shift_owner);
   check(kOp, linear_few(p, on.stream));
   return y;
 }

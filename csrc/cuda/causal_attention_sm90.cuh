@@ -1,7 +1,5 @@
 // What the attention kernels for Hopper share on the host: which calls TMA can serve, and its maps.
 #pragma once
-#include <atomic>
-
 #include "causal_attention_finite.cuh"
 #include "causal_attention_softmax.cuh"
 #include "causal_attention_tile.cuh"
@@ -108,23 +106,15 @@ class HopperGpus {
            cleared(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) == cudaSuccess &&
            major == 9 &&
            cleared(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) == cudaSuccess &&
-           most >= smem_ && has_body(device);
+           most >= smem_ && has_body_.holds(kernel_, [&](const cudaFuncAttributes& code) {
+             return code.maxThreadsPerBlock >= threads_;
+           });
   }
 
  private:
-  bool has_body(int device) {  // asked once: it takes longer than the attributes of a device
-    if (device < kDevices && answers_[device]) return answers_[device] > 0;
-    cudaFuncAttributes attributes{};
-    if (cleared(cudaFuncGetAttributes(&attributes, kernel_)) != cudaSuccess) return false;
-    const bool found = attributes.maxThreadsPerBlock >= threads_;
-    if (device < kDevices) answers_[device] = found ? 1 : -1;
-    return found;
-  }
-
-  static constexpr int kDevices = 64;
   const void* kernel_;
   int threads_, smem_;
-  std::atomic<signed char> answers_[kDevices] = {};  // 0: not asked
+  KernelFact has_body_;
 };
 
 }  // namespace gptfast::cuda

@@ -1,5 +1,7 @@
 // What the memory-bound kernels share: values of any dtype as fp32, 16-byte accesses, reductions, launch helpers.
 #pragma once
+#include <atomic>
+
 #include "compat.cuh"
 #include "kernels.h"
 
@@ -217,6 +219,24 @@ inline cudaError_t multiprocessors(int* count) {
   if (error == cudaSuccess) error = cleared(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
   return error;
 }
+// What the code of a kernel for a device is like, from its attributes: asked once, as that takes longer than a launch.
+class KernelFact {
+ public:
+  template <class F> bool holds(const void* kernel, F of_attributes) {
+    int device = 0;
+    if (cleared(cudaGetDevice(&device)) != cudaSuccess) return false;
+    if (device < kDevices && answers_[device]) return answers_[device] > 0;
+    cudaFuncAttributes attributes{};
+    if (cleared(cudaFuncGetAttributes(&attributes, kernel)) != cudaSuccess) return false;
+    const bool found = of_attributes(attributes);
+    if (device < kDevices) answers_[device] = found ? 1 : -1;
+    return found;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<signed char> answers_[kDevices] = {};  // 0: not asked
+};
 // Beyond 48 KB a kernel has to ask for its dynamic shared memory.
 template <class... P> cudaError_t allow_smem(void (*kernel)(P...), size_t bytes) {
   if (bytes <= 48 << 10) return cudaSuccess;

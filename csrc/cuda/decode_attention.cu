@@ -8,12 +8,16 @@
 // memory, in one order too, whichever block does it. The key of a new position is attended to from registers by the last
 // split, which stores it.
 //
+// A step that appends starts while the kernel before it ends: with the length of its row and the first keys and values where
+// these are ready. What it waits for is the query and the new position.
+//
 // Floor: k and v are read once a group of query heads: 2 B (H / group) S D values, here from memory; every QUERIES rows
 // read them once more from L2.
 #include "decode_attention.h"
 
 #include "causal_attention_softmax.cuh"
 #include "causal_attention_visible.cuh"
+#include "overlap.cuh"
 
 namespace gptfast::cuda {
 namespace {
@@ -44,24 +48,25 @@ DEV_INLINE bool comes_last(unsigned* counter, int count, unsigned* shared) {
   return last;
 }
 
-// The rows of a block: row r0 + i is a query of a query head; `index` is its place in (B, H, T).
-struct BlockRows {
+// The rows of a block: row r0 + i is a query of a query head; `index` is its place in (B, H, T). A block of one row has the only
+// query of a head.
+template <int QUERIES> struct BlockRows {
   int b, h, r0, T, group, H;
-  DEV_INLINE int query(int i) const { return (r0 + i) / group; }
-  DEV_INLINE int head(int i) const { return h * group + (r0 + i) % group; }
-  DEV_INLINE bool holds(int i) const { return r0 + i < T * group; }
+  DEV_INLINE int query(int i) const { return QUERIES == 1 ? 0 : (r0 + i) / group; }
+  DEV_INLINE int head(int i) const { return QUERIES == 1 ? h : h * group + (r0 + i) % group; }
+  DEV_INLINE bool holds(int i) const { return QUERIES == 1 || r0 + i < T * group; }
   DEV_INLINE i64 index(int i) const { return i64(b * H + head(i)) * T + query(i); }
 };
 
 // Adds up what the splits have left, in order, and stores the rows. `room`: 3 QUERIES splits floats.
 template <class E, int QUERIES>
-DEV_INLINE void combine(const AttentionParams& p, const BlockRows& rows, int splits, float* room) {
+DEV_INLINE void combine(const AttentionParams& p, const BlockRows<QUERIES>& rows, int splits, float* room) {
   const float scale_log2 = scale_log2_of(p);
   const int n = QUERIES * splits;
   float *maxima = room, *sums = room + n, *weights = room + 2 * n;
   for (int e = threadIdx.x; e < n; e += kThreads) {
-    const bool there = rows.holds(e / splits);
-    const float* from = partial_of(p, rows.index(there ? e / splits : 0), splits, e % splits);
+    const int row = QUERIES == 1 ? 0 : e / splits;
+    const float* from = partial_of(p, rows.index(rows.holds(row) ? row : 0), splits, e - row * splits);
     maxima[e] = from[0], sums[e] = from[1];
   }
   __syncthreads();
@@ -97,10 +102,12 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(QUERIES))
       sizeof(E) == 4 ? 2 : 4;  // keys, and as many values, that a lane asks for before it uses the first
   DYN_SMEM(smem);
   float* found = reinterpret_cast<float*>(smem);  // of each group: m, l, output
-  const int parts = (p.T * p.group + QUERIES - 1) / QUERIES, key_heads = p.H / p.group;
+  if (!next.cache_ready) wait_for_earlier_kernels();
+  const int parts = QUERIES == 1 ? 1 : (p.T * p.group + QUERIES - 1) / QUERIES;
+  const int key_heads = QUERIES == 1 ? p.H : p.H / p.group;
   const int split = blockIdx.x % splits, part = int(blockIdx.x) / splits % parts;
   const int b = int(blockIdx.x) / (splits * parts) / key_heads, h = int(blockIdx.x) / (splits * parts) % key_heads;
-  const BlockRows rows{b, h, part * QUERIES, p.T, p.group, p.H};
+  const BlockRows<QUERIES> rows{b, h, part * QUERIES, p.T, p.group, p.H};
   const int group = int(threadIdx.x) / LANES, column = int(threadIdx.x) % LANES * 8;
   const float scale_log2 = scale_log2_of(p);
   const auto mine = [&](int) { return column; };
@@ -110,17 +117,9 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(QUERIES))
 #pragma unroll
   for (int i = 0; i < QUERIES; i++) {
     m[i] = -INFINITY, l[i] = 0.f, seen[i] = {0, 0};
-    if (rows.holds(i)) {
-      seen[i] = visible_keys(p, b, rows.query(i));
-      Raw<E, 8> raw[1];
-      load_chunks<E>(
-          raw, p, [&](int) { return row_of<E>(p.q, b, rows.head(i), rows.query(i)); }, mine, [](int) { return true; });
-      raw[0].values(q[i]);
-      any.lo = min(any.lo, seen[i].lo), any.hi = max(any.hi, seen[i].hi);
-    } else {
-#pragma unroll
-      for (int n = 0; n < 8; n++) q[i][n] = 0.f;
-    }
+    if (!rows.holds(i)) continue;
+    seen[i] = visible_keys(p, b, rows.query(i));
+    any.lo = min(any.lo, seen[i].lo), any.hi = max(any.hi, seen[i].hi);
   }
   // One key of each group; all lanes of a warp call.
   const auto attend = [&](const Raw<E, 8>& key, const Raw<E, 8>& value, auto visible) {
@@ -142,14 +141,27 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(QUERIES))
       for (int n = 0; n < 8; n++) o[i][n] = fmaf(o[i][n], rescale, weight * v[n]);
     }
   };
+  const auto take_queries = [&] {
+    wait_for_earlier_kernels();
+    let_next_kernel_start();
+    Raw<E, 8> raw[QUERIES];
+    load_chunks<E>(
+        raw, p, [&](int i) { return row_of<E>(p.q, b, rows.head(i), rows.query(i)); }, mine,
+        [&](int i) { return rows.holds(i); });
+#pragma unroll
+    for (int i = 0; i < QUERIES; i++) raw[i].values(q[i]);
+  };
+  if (!kOverlaps) take_queries();  // elsewhere when the first keys are on their way
   const int keys = max(any.hi - any.lo, 0), each = (keys + splits - 1) / splits;
   const int begin = any.lo + split * each, end = min(begin + each, any.hi);
-  // whole warps go on together, as they exchange sums; a group past the end sees no key
-  for (int first = begin + group; first - group < end; first += AT_ONCE * GROUPS) {
+  // Whole warps go on together, as they exchange sums; a group past the end sees no key. A block without keys may turn once.
+  for (int first = begin + group; first - group < end || (kOverlaps && first - group == begin);
+       first += AT_ONCE * GROUPS) {
     Raw<E, 8> both[2 * AT_ONCE];  // keys, then values
     load_chunks<E>(
         both, p, [&](int n) { return row_of<E>(n < AT_ONCE ? p.k : p.v, b, h, first + n % AT_ONCE * GROUPS); }, mine,
         [&](int n) { return first + n % AT_ONCE * GROUPS < end; });
+    if (kOverlaps && first - group == begin) take_queries();
 #pragma unroll
     for (int u = 0; u < AT_ONCE; u++) {
       const int j = first + u * GROUPS;
@@ -218,10 +230,12 @@ template <class E, int LANES, int QUERIES>
 cudaError_t launch(const AttentionParams& p, const NewPosition& next, int splits, unsigned* counters,
                    cudaStream_t stream) {
   const i64 parts = ceil_div(i64(p.T) * p.group, QUERIES), key_heads = i64(p.B) * p.H / p.group;
-  auto attend = attend_split<E, LANES, QUERIES>;
+  constexpr auto attend = attend_split<E, LANES, QUERIES>;
   constexpr int smem = kThreads / LANES * (LANES * 8 + 2) * 4;
   static_assert(smem >= 3 * kMostSplits * 4);
-  LAUNCH(attend, dim3(unsigned(key_heads * parts * splits)), dim3(kThreads), smem, stream, p, next, splits, counters);
+  const dim3 grid(unsigned(key_heads * parts * splits));
+  if (next.k.data) return launch_early<attend>(grid, dim3(kThreads), smem, stream, p, next, splits, counters);
+  LAUNCH(attend, grid, dim3(kThreads), smem, stream, p, next, splits, counters);  // its counters have just been cleared
   return cudaGetLastError();
 }
 

@@ -10,6 +10,7 @@ namespace gptfast::cuda {
 struct NewPosition {
   Heads k, v;             // (B, H / group, 1, D); k.data is null where there is no new position
   MutHeads keys, values;  // what p.k and p.v read
+  bool cache_ready;       // no kernel that may still run writes these, nor p.seq_lens
 };
 
 int decode_attention_splits(const AttentionParams&);  // of causal_attention_fwd; 0: not taken

@@ -10,12 +10,15 @@
 // x lies in shared memory, brought there while the first weights are under way, and is normalised there, a row by a warp, with
 // the bits of layer_norm or rms_norm. Each block does that for itself: 2 M K bytes more from L2 for 16 K of the weight.
 //
+// It starts while the kernel before it ends, with the weights where those are ready, and waits for x.
+//
 // Floor: one read of the weight. The order of a sum depends on K alone, so that y has the same bits however many rows x has.
 #include "linear_few.h"
 
 #include "activation_values.cuh"
 #include "mma.cuh"
 #include "norm_row.cuh"
+#include "overlap.cuh"
 
 namespace gptfast::cuda {
 namespace {
@@ -114,18 +117,21 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(DEPTH))
     if (p.residual.data) residual.load(static_cast<const T*>(p.residual.data) + m * p.residual.stride + n);
   };
 
-#pragma unroll 1
-  for (int r = 0; r < M; r++) stage(x + r * stride, static_cast<const T*>(p.norm.x.data) + r * p.norm.x.stride, K);
+  if (!p.weights_ready) wait_for_earlier_kernels();
   T* affine = x + M * stride;  // weight, then bias
   if (NORM && p.norm.weight.data) stage(affine, p.norm.weight.data, K);
   if (NORM && p.norm.bias.data) stage(affine + K, p.norm.bias.data, K);
-  cp_async_commit();
   int tile = blockIdx.x;
   Weights<T> from;
   from.at_tile(p, tile, first_column, g);
   uint4 ring[DEPTH];
 #pragma unroll
   for (int i = 0; i < DEPTH; i++) ring[i] = from.step(i);
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+#pragma unroll 1
+  for (int r = 0; r < M; r++) stage(x + r * stride, static_cast<const T*>(p.norm.x.data) + r * p.norm.x.stride, K);
+  cp_async_commit();
   ask_for_rest(tile);
   cp_async_wait<0>();
   __syncthreads();
@@ -176,11 +182,10 @@ template <class T, bool NORM, int DEPTH> cudaError_t launch(const LinearFewParam
   int processors = 0;
   if (const cudaError_t error = multiprocessors(&processors)) return error;
   const size_t smem = shared_bytes<T>(p);
-  auto kernel = linear_few_kernel<T, NORM, DEPTH>;
-  if (const cudaError_t error = allow_smem(kernel, smem)) return error;
+  if (const cudaError_t error = allow_smem(linear_few_kernel<T, NORM, DEPTH>, smem)) return error;
   const i64 tiles = ceil_div(p.N, kOutputs), most = i64(processors) * blocks_at_once(DEPTH);
-  LAUNCH(kernel, dim3(unsigned(tiles < most ? tiles : most)), dim3(kThreads), smem, stream, p, int(tiles));
-  return cudaGetLastError();
+  const dim3 grid(unsigned(tiles < most ? tiles : most));
+  return launch_early<linear_few_kernel<T, NORM, DEPTH>>(grid, dim3(kThreads), smem, stream, p, int(tiles));
 }
 
 template <class T, bool NORM> cudaError_t launch(const LinearFewParams& p, cudaStream_t stream) {

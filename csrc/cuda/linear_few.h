@@ -18,6 +18,7 @@ struct LinearFewParams {
   MutRows y;           // (M, N)
   int N;
   Activation activation;
+  bool weights_ready;  // no kernel that may still run writes weight, bias or those of the norm
 };
 
 // Rows of K values that a block keeps in shared memory: x, and the norm's weight and bias.

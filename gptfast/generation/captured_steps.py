@@ -63,6 +63,8 @@ class StaticKVCache(KVCache):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
         layer = self.take_layer(k)
         keys, values = self.k.select(0, layer), self.v.select(0, layer)
+        # The kernel before made q, k and v; lengths and cache are of earlier ones, which had ended when it began its work.
+        options["cache_ready"] = True
         return ops.append_and_attend(q, k, v, keys, values, self.lengths, self._counters, **options).to(q.dtype)
 
     def finish(self, T: int) -> None:

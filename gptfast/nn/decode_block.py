@@ -6,6 +6,7 @@ does. Adapters, quantised layers, experts, hooks and other classes run module by
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,10 +49,12 @@ def decode_step(
     x = (stream if branch is None else branch + stream).flatten(0, 1)
     qkv = linear_few(runs_on, x, c_attn.weight, c_attn.bias, norm=_row_norm(ln_1, x.dtype))
     y = block.attn.attend_cached(qkv.unsqueeze(1), cache, rotation).flatten(0, 1)
-    x = linear_few(runs_on, y, attn_out.weight, attn_out.bias, residual=x)
-    y = linear_few(runs_on, x, c_fc.weight, c_fc.bias, norm=_row_norm(ln_2, x.dtype), activation=c_fc.activation)
+    # From here on the kernel before is one of this step; before c_attn it may be the one that wrote the weights.
+    later = partial(linear_few, runs_on, weights_ready=True)
+    x = later(y, attn_out.weight, attn_out.bias, residual=x)
+    y = later(x, c_fc.weight, c_fc.bias, norm=_row_norm(ln_2, x.dtype), activation=c_fc.activation)
     y = block.mlp.gate(y)
-    return linear_few(runs_on, y, mlp_out.weight, mlp_out.bias, residual=x).unsqueeze(1)
+    return later(y, mlp_out.weight, mlp_out.bias, residual=x).unsqueeze(1)
 
 
 def _fit(modules: tuple[Any, ...], stream: Tensor) -> bool:

@@ -25,6 +25,7 @@ def append_and_attend(
     sinks: Tensor | None = None,
     softcap: float | None = None,
     enable_gqa: bool = False,
+    cache_ready: bool = False,
 ) -> Tensor:
     """Store k and v as position `lengths[b]` of each row b of a cache, and attend from q to all positions up to there.
 
@@ -37,6 +38,8 @@ def append_and_attend(
         lengths: (B,) int64. A row whose length is S or more, which nobody uses, attends to the whole cache.
         counters: at least B * H int32 zeros on the device, for one call at a time. They are zeros again after it.
         sinks, softcap, enable_gqa: see `gptfast.ops.causal_attention`.
+        cache_ready: the kernel before this one in the stream, which may still run, writes none of keys, values and lengths: they
+            are read before it ends.
     Returns:
         (B, H, 1, D) of the cache's dtype, without gradients.
     """
@@ -46,7 +49,8 @@ def append_and_attend(
     if runs_on != "eager" and has_kernel("causal_attention_append", runs_on):
         sinks = None if sinks is None else sinks.float()
         run = kernels(runs_on).causal_attention_append
-        return run(q, k, v, keys, values, lengths, counters, q.shape[-1] ** -0.5, sinks, float(softcap or 0))
+        scale, cap = q.shape[-1] ** -0.5, float(softcap or 0)
+        return run(q, k, v, keys, values, lengths, counters, scale, sinks, cap, cache_ready)
     at, rows = lengths.clamp(max=keys.shape[2] - 1), torch.arange(len(lengths), device=lengths.device)
     for stored, new in ((keys, k), (values, v)):
         stored.transpose(1, 2).index_put_((rows, at), new.squeeze(2))  # B H D

@@ -51,6 +51,7 @@ def linear_few(
     norm: RowNorm | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    weights_ready: bool = False,
 ) -> Tensor:
     """activation(norm(x) weight^T + bias) + residual, without gradients.
 
@@ -65,13 +66,17 @@ def linear_few(
         norm: of the rows of x; None: none.
         activation: one of ACTIVATIONS; None: none.
         residual: (M, N) or None.
+        weights_ready: the kernel before this one in the stream, which may still run, writes none of weight, bias and the norm's:
+            they are asked for before it ends.
     Returns:
         (M, N) in x's dtype.
     Raises:
         RuntimeError: shapes or dtypes that the kernel does not take.
     """
     kind, scale, shift, eps = norm or ("", None, None, 0.0)
-    return kernels(runs_on).linear_few(x, weight, bias, kind, scale, shift, eps, activation or "", residual)
+    return kernels(runs_on).linear_few(
+        x, weight, bias, kind, scale, shift, eps, activation or "", residual, weights_ready
+    )
 
 
 @register_fake(OP)

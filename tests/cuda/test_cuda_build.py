@@ -16,11 +16,17 @@ import pytest
 from tests.support import ROOT, emulated
 from tests.support.cuda_tools import functions, nvcc_flags
 from tests.support.nvcc_messages import keeping_nvcc, said
-from tests.support.sass import BWD, REGISTERS, WAIT_FOR_SCORES, WARPGROUPS, code_of
+from tests.support.sass import BWD, REGISTERS, WAIT_FOR_SCORES, WARPGROUPS, Code, code_of
 
 CUDA = ROOT / "csrc/cuda"
 KERNELS = sorted(CUDA.glob("*.cu"))
-WITH_PTX = {"mma.cuh", "hopper.cuh", "wgmma.cuh", "bits.cuh"}  # the only files that may hold inline assembly
+WITH_PTX = {
+    "mma.cuh",
+    "hopper.cuh",
+    "wgmma.cuh",
+    "bits.cuh",
+    "overlap.cuh",
+}  # the only files that may hold inline assembly
 pytestmark = pytest.mark.skipif(not KERNELS, reason="not run from the source tree")
 
 
@@ -35,7 +41,8 @@ def included(path: Path) -> set[str]:
     return names.union(*(included(CUDA / name) for name in names))
 
 
-HOPPER = [path for path in KERNELS if "hopper.cuh" in included(path)]  # these have a form of their own for sm_90a
+# These have a form of their own for sm_90a.
+HOPPER = [path for path in KERNELS if included(path) & {"hopper.cuh", "overlap.cuh"}]
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +213,31 @@ def test_rows_are_asked_for_at_once(built):
     assert count == {**rows, **pointwise, **decoding, "embedding": 3}
 
 
+@pytest.mark.slow
+def test_what_comes_before_the_wait_for_earlier_kernels(built, hopper):
+    """Kernels of a decoding step ask for weights, or for keys and values, and then wait; they store nothing before, and let the
+    next kernel start after it. The machine code lies in the order in which it runs. Kernels for other GPUs have no wait, by which
+    `can_overlap` knows them: they are PTX of 8.0."""
+    count = Counter()
+    for binary in hopper[1]:
+        for name, text in functions(binary, "sm_90a").items():
+            code = code_of(text)
+            waits, starts = (
+                [n for n, x in enumerate(code.instructions) if x.startswith(kind)] for kind in ("ACQBULK", "PREEXIT")
+            )
+            layer = re.search(r"linear_few_kernelI.*Li(\d+)EEE", name)
+            if not layer and "attend_split" not in name:
+                assert not waits and not starts, name
+                continue
+            before = Code(code.instructions[: waits[-1]], ())
+            assert len(waits) == 2 and len(starts) == 1 and starts[0] > waits[-1], name
+            assert before.count(r"LDG\.E\.(EF\.)?128") >= (int(layer[1]) if layer else 8), name
+            assert not before.count("STG|ST\\.|RED|ATOM"), name
+            count["layer" if layer else "attention"] += 1
+    assert count == {"layer": 8, "attention": 24}
+    assert not any("ACQBULK" in text for arch in ("sm_80", "sm_90") for text in functions(built[1], arch).values())
+
+
 @pytest.mark.parametrize(
     ("environment", "match"),
     [
@@ -239,14 +271,18 @@ def test_inline_assembly_and_static_shared_memory_stay_where_they_belong():
 
 
 def test_one_question_about_the_gpu():
-    """Device code has two forms: of sm_90a, which `hopper` compiles, and of all others, which `built` compiles."""
+    """Device code has two forms: of sm_90a, which `hopper` compiles, and of all others, which `built` compiles. But for
+    the kernels that overlap: those of all GPUs from 9.0 on have the form of sm_90a."""
     asked = {}
     for path in [*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("*.h")]:
         found = re.findall(r"__CUDA_ARCH\w*", re.sub(r"//.*", "", path.read_text()))
         asked |= {path.name: found} if found else {}
-    assert asked == {"hopper.cuh": ["__CUDA_ARCH_FEAT_SM90_ALL", "__CUDA_ARCH__"]}  # the second: of a device at all
+    assert asked == {
+        "hopper.cuh": ["__CUDA_ARCH_FEAT_SM90_ALL", "__CUDA_ARCH__"],  # the second: of a device at all
+        "overlap.cuh": ["__CUDA_ARCH__", "__CUDA_ARCH__"],  # of a device, and of which
+    }
     assert [path.stem for path in HOPPER] == [
-        *("causal_attention_bwd_sm90", "causal_attention_fwd_sm90"),
+        *("causal_attention_bwd_sm90", "causal_attention_fwd_sm90", "decode_attention", "linear_few"),
         "quantized_linear_sm90",
     ]
 

@@ -12,6 +12,7 @@ import gptfast
 from gptfast import generation, ops
 from gptfast.backend import ops_of, resolve
 from gptfast.generation import TorchRunner, captured_steps
+from gptfast.generation.cuda_graphs import CudaGraphRunner
 from gptfast.testing import CASES, Case, cases, check_case, dtypes, run
 from gptfast.testing.ops.quantized_linear import case as packed
 from tests.support.attention_cases import FEW_QUERIES, MODE_CASES
@@ -153,6 +154,20 @@ def test_generation_in_cuda_graphs(options):
         assert [sequence.tokens for request in requests for sequence in request.sequences] == expected
     graphs = scheduler.runner._steps._graphs
     assert graphs and all(graph is not None for graph in graphs.values())
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_kernels_that_overlap_give_the_same_tokens(rows, monkeypatch):
+    """A kernel that read too early would find what the step before has left."""
+    torch.manual_seed(0)
+    model = gptfast.GPT(gptfast.GPTConfig.preset("gpt2", dropout=0.0)).eval().to("cuda", torch.bfloat16)
+    prompts, options = [[1 + n, 2, 3] for n in range(rows)], {"max_new_tokens": 300, "seed": 1, "temperature": 1.0}
+    found = {}
+    for overlap in ("0", "1"):
+        monkeypatch.setenv("GPTFAST_CUDA_OVERLAP", overlap)
+        runner = CudaGraphRunner(model, 1, 1)
+        found[overlap] = [generation.generate(runner, prompts, **options) for _ in range(3)]
+    assert found["0"] == found["1"]
 
 
 def test_captured_steps_do_not_wait():

@@ -112,6 +112,37 @@ inline void check_stores() {
     for (Store& s : g.stores) finish(s.write);
 }
 
+// ---- kernels that start before the one before them has ended -------------------------------------------------------------
+
+// Until all threads of the block wait, what the kernel before writes is nan.
+inline void begin_early(Block& b) {
+  b.early = true;
+  for (const Span& span : opt().late) {
+    b.written.emplace_back(span.data, span.data + span.bytes);
+    memset(span.data, 0xff, span.bytes);
+  }
+}
+inline void earlier_kernels_end(Block& b) {
+  for (size_t i = 0; i < b.written.size(); i++) memcpy(opt().late[i].data, b.written[i].data(), b.written[i].size());
+  b.written.clear();
+}
+inline void wait_for_earlier_kernels(int line) {
+  Fiber* me = B->cur;
+  if (!B->early || me->waited) return;
+  me->waited = true, me->where = "wait_for_earlier_kernels", me->line = line;
+  if (++B->waiting < B->live) {
+    B->ready[me->warp] &= ~(1u << me->lane), B->at_wait[me->warp] |= 1u << me->lane;
+    return reschedule();
+  }
+  earlier_kernels_end(*B);
+  for (int w = 0; w < B->nwarps; w++) B->ready[w] |= B->at_wait[w], B->at_wait[w] = 0;
+  B->progress++;
+}
+inline void let_next_kernel_start(int line) {
+  B->cur->where = "let_next_kernel_start", B->cur->line = line;
+  if (B->early && !B->cur->waited) fail("the next kernel may start before this one has waited for earlier ones");
+}
+
 // ---- registers ------------------------------------------------------------------------------------------------------
 
 // This thread's warpgroup goes on with so many registers a thread. Once all have said so, they must fit into what the

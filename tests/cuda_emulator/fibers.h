@@ -12,11 +12,16 @@ inline constexpr int warpSize = 32;
 
 namespace emu {
 
+struct Span {  // of global memory
+  char* data;
+  size_t bytes;
+};
 struct Options {
   int order = 0;  // 0 fwd, 1 rev, 2 rand
   unsigned seed = 1;
   bool lazy = true, lazy_mma = true, poison = true;
   int threads = 1;
+  std::vector<Span> late;                // what the kernel before an early one writes as late as it can
   bool hopper_code = true, maps = true;  // false: the library was built without sm_90a; the driver makes no TMA map
 };
 inline Options& opt() {
@@ -64,6 +69,7 @@ struct Fiber {
   bool done = false;
   const char* where = "start";  // what it waits for, and in which line
   int line = 0;
+  bool waited = false;                         // for earlier kernels
   std::vector<Pending> cp_open;                // cp.async not yet committed
   std::vector<std::vector<Pending>> cp_group;  // committed groups, oldest first
   std::vector<Store> store_open;               // the same of TMA stores
@@ -104,6 +110,10 @@ struct Block {
   Barrier bar[16];
   WgMeet wg[8];
   bool wg_fenced[8] = {};  // since the last wait
+  bool early = false;      // launched before the kernel before it had ended
+  int waiting = 0;         // threads that wait for that
+  uint32_t at_wait[32] = {};
+  std::vector<std::vector<char>> written;  // what that kernel writes
   std::vector<Pending> wg_open[8];
   std::vector<std::vector<Pending>> wg_group[8];
   std::vector<Pending> async_q;  // TMA loads in flight

@@ -14,6 +14,7 @@ inline void fiber_main() {
   B->body();
   check_stores();
   Fiber* me = B->cur;
+  if (B->early && !me->waited) fail("the thread ends without a wait for earlier kernels (wait_for_earlier_kernels)");
   me->done = true;
   me->where = "exit";
   B->live--;
@@ -60,9 +61,10 @@ struct Worker {  // per OS thread: stacks are reused from block to block
     for (int k = 0; k < 6; k++) *--top = nullptr;
     f.sp = top;
   }
-  void run_block(dim3 grid, dim3 block, uint3 index, size_t smem, const std::function<void()>& body) {
+  void run_block(dim3 grid, dim3 block, uint3 index, size_t smem, const std::function<void()>& body, bool early) {
     b = Block{};
     B = &b;
+    if (early) begin_early(b);
     b.nthreads = int(block.x * block.y * block.z);
     b.nwarps = (b.nthreads + 31) / 32;
     b.live = b.nthreads;
@@ -86,6 +88,7 @@ struct Worker {  // per OS thread: stacks are reused from block to block
     enter(pick(), &b.main_sp, &b.main_fake);
     resumed(b.main_fake);
     B = nullptr;
+    earlier_kernels_end(b);
     if (!b.error.empty()) throw std::runtime_error("emu: " + b.error);
   }
 };
@@ -99,7 +102,8 @@ inline void check_launch(dim3 grid, dim3 block, size_t smem) {
   if (smem > 227 << 10) throw std::runtime_error("emu: launch with more than 227 KB of shared memory");
 }
 
-template <class... P, class... A> inline void launch(void (*k)(P...), dim3 grid, dim3 block, size_t smem, A&&... a) {
+template <class... P, class... A>
+inline void run(bool early, void (*k)(P...), dim3 grid, dim3 block, size_t smem, A&&... a) {
   check_launch(grid, block, smem);
   std::tuple<std::decay_t<P>...> args(std::forward<A>(a)...);
   const std::function<void()> body = [&] { std::apply(k, args); };
@@ -113,7 +117,7 @@ template <class... P, class... A> inline void launch(void (*k)(P...), dim3 grid,
       for (size_t i; (i = next++) < n;) {
         const size_t j = opt().order == 1 ? n - 1 - i : i;
         const size_t y = j / grid.x, z = y / grid.y;
-        w.run_block(grid, block, uint3{unsigned(j % grid.x), unsigned(y % grid.y), unsigned(z)}, smem, body);
+        w.run_block(grid, block, uint3{unsigned(j % grid.x), unsigned(y % grid.y), unsigned(z)}, smem, body, early);
       }
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex);
@@ -122,10 +126,18 @@ template <class... P, class... A> inline void launch(void (*k)(P...), dim3 grid,
     }
   };
   std::vector<std::thread> pool;
-  for (size_t i = 1; i < std::min(size_t(opt().threads), n); i++) pool.emplace_back(work);
+  const size_t threads = early && !opt().late.empty() ? 1 : size_t(opt().threads);  // blocks share what is late
+  for (size_t i = 1; i < std::min(threads, n); i++) pool.emplace_back(work);
   work();
   for (auto& p : pool) p.join();
   if (error) std::rethrow_exception(error);
+}
+template <class... P, class... A> inline void launch(void (*k)(P...), dim3 grid, dim3 block, size_t smem, A&&... a) {
+  run(false, k, grid, block, smem, std::forward<A>(a)...);
+}
+template <class... P, class... A>
+inline void launch_early(void (*k)(P...), dim3 grid, dim3 block, size_t smem, A&&... a) {
+  run(true, k, grid, block, smem, std::forward<A>(a)...);
 }
 
 }  // namespace emu

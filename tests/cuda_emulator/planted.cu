@@ -2,6 +2,7 @@
 //     planted NAME    prints "CAUGHT <message>" or "no complaint: <sum of the results>"
 #include "../../csrc/cuda/common.cuh"
 #include "../../csrc/cuda/hopper.cuh"
+#include "../../csrc/cuda/overlap.cuh"
 #include "../../csrc/cuda/wgmma.cuh"
 
 using namespace gptfast::cuda;
@@ -37,6 +38,10 @@ enum Fault {
   products_correct,
   products_overwritten,
   products_not_committed,
+  early_correct,
+  early_reads,
+  early_never_waits,
+  early_lets_go,
   faults
 };
 const char* const names[faults] = {"correct",
@@ -63,7 +68,11 @@ const char* const names[faults] = {"correct",
                                    "too_many_registers",
                                    "products_correct",
                                    "products_overwritten",
-                                   "products_not_committed"};
+                                   "products_not_committed",
+                                   "early_correct",
+                                   "early_reads",
+                                   "early_never_waits",
+                                   "early_lets_go"};
 
 float deep(int n) {
   volatile float local[1024];
@@ -152,8 +161,25 @@ __global__ void faulty_products(float* out, int fault) {
   if (threadIdx.x < kThreads) out[threadIdx.x] = sums[0][0];
 }
 
+// Starts before the kernel before it, which fills `in`, has ended.
+__global__ void faulty_early(const float* in, float* out, int fault) {
+  const int t = threadIdx.x;
+  float v = fault == early_reads ? in[t] : 0.f;
+  if (fault == early_lets_go) let_next_kernel_start();
+  if (fault == early_never_waits && t == 5) return;
+  wait_for_earlier_kernels();
+  let_next_kernel_start();
+  if (fault != early_reads) v = in[t];
+  out[t] = v;
+}
+
 void run(int fault, float* out) {
-  if (fault == too_many_registers) {
+  if (fault >= early_correct) {
+    float in[kThreads];
+    for (int t = 0; t < kThreads; t++) in[t] = float(t);
+    emu::opt().late = {{reinterpret_cast<char*>(in), sizeof in}};
+    (void)launch_early<faulty_early>(dim3(1), dim3(kThreads), 0, nullptr, in, out, fault);
+  } else if (fault == too_many_registers) {
     LAUNCH(greedy, dim3(1), dim3(384), 0, nullptr, out);
   } else if (fault >= products_correct) {
     LAUNCH(faulty_products, dim3(1), dim3(128), 2 * 64 * 128, nullptr, out, fault);

@@ -52,5 +52,10 @@ __attribute__((visibility("default"))) void gptfast_emu_configure(int order, uns
 __attribute__((visibility("default"))) void gptfast_emu_play(int hopper_code, int maps) {
   emu::opt().hopper_code = hopper_code != 0, emu::opt().maps = maps != 0;
 }
+// What the kernels before write no sooner than a kernel that starts early waits for them; bytes 0: nothing any more.
+__attribute__((visibility("default"))) void gptfast_emu_late(void* data, size_t bytes) {
+  if (bytes) emu::opt().late.push_back({static_cast<char*>(data), bytes});
+  else emu::opt().late.clear();
+}
 __attribute__((visibility("default"))) int gptfast_emu_shared_memory() { return smem_asked; }
 }

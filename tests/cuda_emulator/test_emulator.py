@@ -95,6 +95,14 @@ def test_races_of_products_are_named(order, products):
         assert "RACE " in text and "wgmma of warpgroup 0" in text, text
 
 
+@pytest.mark.parametrize("order", ["fwd", "rev", "rand"])
+def test_kernels_that_start_before_the_one_before_has_ended(order):
+    assert outcome("early_correct", EMU_ORDER=order).strip() == SUM
+    assert "nan" in outcome("early_reads", EMU_ORDER=order)
+    assert "may start before this one has waited" in outcome("early_lets_go", EMU_ORDER=order)
+    assert "ends without a wait for earlier kernels" in outcome("early_never_waits", EMU_ORDER=order)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -9,6 +9,7 @@ import gptfast
 from gptfast import ops
 from gptfast.backend import kernels
 from gptfast.testing import DTYPES
+from tests.support import emulated
 
 SHAPES = {
     "few keys": (3, 2, 2, 20, 8),  # B, H, heads of keys, S, D
@@ -49,6 +50,27 @@ def test_a_step_is_an_assignment_and_an_attention(shape, dtype, emu):
         assert y.isfinite().all()
 
 
+@pytest.mark.parametrize("order", emulated.ORDERS)
+def test_it_starts_before_the_kernel_before_has_ended(order, emu):
+    """It waits before it reads anything that an earlier kernel may write."""
+    B, H, S, D = 2, 3, 300, 16
+    q, k, v = torch.randn(3, B, H, 1, D).bfloat16()
+    keys, values = torch.randn(2, B, H, S, D).bfloat16()
+    lengths, counters, sinks = torch.tensor([290, 70]), torch.zeros(B * H, dtype=torch.int32), torch.randn(H)
+    emulated.configure(order)
+    found = []
+    for late, ready in [("", False), ("qs", True), ("qskvl", False), ("k", True), ("v", True)]:
+        cache = keys.clone(), values.clone()
+        named = {"q": q, "s": sinks, "k": cache[0], "v": cache[1], "l": lengths}
+        with gptfast.backend("emu"), emulated.late(*(named[name] for name in late)):
+            y = ops.append_and_attend(q, k, v, *cache, lengths, counters, sinks=sinks, cache_ready=ready)
+        assert not counters.any()
+        found.append((y, *cache))
+    usual, *others = found
+    assert all(torch.equal(a, b) for other in others[:2] for a, b in zip(usual, other, strict=True))
+    assert all(y.isnan().all() for y, *_ in others[2:]), "keys and values are asked for early where they are ready"
+
+
 def test_a_cache_of_another_dtype(emu):
     """What a model computes in fp32 is cast to the cache's dtype."""
     q, k, v = torch.randn(3, 2, 2, 1, 16)
@@ -83,7 +105,7 @@ CACHE, COUNTERS = torch.zeros(2, 3, 5, 8), torch.zeros(6, dtype=torch.int32)
 )
 def test_what_does_not_fit_is_refused(arguments, match, emu):
     with pytest.raises(RuntimeError, match=match):
-        kernels("emu").causal_attention_append(*arguments, 1.0, None, 0.0)
+        kernels("emu").causal_attention_append(*arguments, 1.0, None, 0.0, True)
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -12,6 +12,7 @@ from gptfast import ops
 from gptfast.backend import kernels
 from gptfast.ops._linear_few import MOST_VALUES, RowNorm, few_backend, linear_few, takes_few
 from gptfast.testing import DTYPES
+from tests.support import emulated
 
 SHAPES = {  # M, K, N
     "one row": (1, 64, 24),
@@ -90,6 +91,30 @@ def test_values_that_are_not_finite_stay_in_their_row(emu):
     assert torch.equal(y[[0, 3]], expected[[0, 3]])
 
 
+@pytest.mark.parametrize("order", emulated.ORDERS)
+@pytest.mark.parametrize("lazy", [True, False], ids=["late copies", "early copies"])
+def test_it_starts_before_the_kernel_before_has_ended(order, lazy, emu):
+    """It waits before it reads what that one may write: x and what is added, and the weights where they are not ready."""
+    x, weight, bias = torch.randn(3, 600).bfloat16(), torch.randn(20, 600).bfloat16(), torch.randn(20).bfloat16()
+    norm, residual = norm_of("layer_norm", 600, torch.bfloat16), torch.randn(3, 20).bfloat16()
+    emulated.configure(order, lazy, seed=3)
+
+    def run(*late: Tensor, ready: bool) -> Tensor:
+        with emulated.late(*late):
+            return linear_few(
+                "emu", x, weight, bias, norm=norm, activation="gelu", residual=residual, weights_ready=ready
+            )
+
+    expected = run(ready=False)
+    assert torch.equal(run(x, residual, bias, ready=True), expected)
+    parameters = weight, bias, norm.weight, norm.bias
+    assert torch.equal(run(x, residual, *parameters, ready=False), expected)
+    for early in (weight, norm.weight, norm.bias):
+        found = run(early, ready=True)
+        # a copy that is asked for early may still come late
+        assert found.isnan().all() or (lazy and early is not weight and torch.equal(found, expected))
+
+
 def test_tensors_at_any_address(emu):
     """Rows and weights that do not begin at multiples of 16 bytes are copied first."""
     x, weight, scale = (torch.randn(n + 1).bfloat16()[1:] for n in (3 * 40, 24 * 40, 40))
@@ -151,6 +176,6 @@ X, W = torch.zeros(2, 16).bfloat16(), torch.zeros(8, 16).bfloat16()
 )
 def test_what_does_not_fit_is_refused(changed, match, emu):
     arguments = {"x": X, "weight": W, "bias": None, "norm": "", "norm_weight": None, "norm_bias": None, "eps": 0.0}
-    arguments |= {"activation": "", "residual": None} | changed
+    arguments |= {"activation": "", "residual": None, "weights_ready": False} | changed
     with pytest.raises(RuntimeError, match=match):
         kernels("emu").linear_few(*arguments.values())

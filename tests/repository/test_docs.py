@@ -55,7 +55,7 @@ def read_in_the_tree() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for folder in ("gptfast", "csrc", "scripts", "tests/support"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".cpp", ".h", ".cu"):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
                 pattern = r"""["'](GPTFAST_[A-Z_]+)["']""" if path.suffix == ".py" else r'getenv\("(GPTFAST_[A-Z_]+)"'
                 for name in re.findall(pattern, path.read_text(encoding="utf-8")):
                     found.setdefault(name, set()).add(str(path.relative_to(ROOT)))

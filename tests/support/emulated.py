@@ -100,6 +100,19 @@ def configure(
     load().gptfast_emu_play(int(hopper_code), int(maps))
 
 
+@contextmanager
+def late(*tensors: torch.Tensor) -> Iterator[None]:
+    """What kernels that start early find written only after they have waited for earlier kernels; nan until then."""
+    announce = load().gptfast_emu_late
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
+    for storage in storages.values():
+        announce(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()))
+    try:
+        yield
+    finally:
+        announce(None, ctypes.c_size_t(0))
+
+
 def shared_memory() -> int:
     """Bytes of shared memory of the last kernel that requested more than 48 KB."""
     return load().gptfast_emu_shared_memory()

@@ -69,6 +69,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     attention |= {"left_pad": torch.tensor([0, 2]), "sinks": random(H), "softcap": 1.5}
     out, statistics = invoke(ops, "causal_attention_fwd", attention)
     step = attention | {"q": q[:, :, :1], "k": k[:, :, :1], "v": v[:, :, :1], "keys": k, "values": v}
+    step |= {"lengths": torch.tensor([3, T + 1]), "counters": torch.zeros(B * H).int(), "cache_ready": True}
     packed = {
         "k": q[:1].flip(2),
         "q": q[:1],
@@ -103,7 +104,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
     many = few | four_bits | {"x": random(20, 64), "dy": random(20, V), "format": "nf4", "group_size": 64}
     half = {"x": random(3, 16), "weight": random(V, 16), "norm_weight": random(16), "residual": random(3, V)}
     decoding = {name: x.bfloat16() for name, x in half.items()} | {"bias": None, "norm_bias": None}
-    decoding |= {"norm": "rms_norm", "eps": 1e-5, "activation": "gelu"}
+    decoding |= {"norm": "rms_norm", "eps": 1e-5, "activation": "gelu", "weights_ready": True}
     nf4 = gptfast.ops.quantize_nf4(random(V, 64), double=True)
     double = {"scales": nf4.absmax.view(V, -1), "nested_absmax": nf4.nested_absmax, "offset": nf4.offset}
     few, many = (arguments | {"nested_absmax": None, "offset": None} for arguments in (few, many))
@@ -123,7 +124,7 @@ def calls(ops: Any) -> dict[str, dict[str, Any]]:
         "causal_attention_fwd": attention,
         "causal_attention_fwd packed": attention | packed,
         "causal_attention_fwd grouped": attention | grouped,
-        "causal_attention_append": step | {"lengths": torch.tensor([3, T + 1]), "counters": torch.zeros(B * H).int()},
+        "causal_attention_append": step,
         "linear_few": decoding,
         "causal_attention_bwd grouped": attention | grouped | {"dout": q.flip(1), "out": out, "statistics": statistics},
         "causal_attention_bwd": attention | {"dout": q.flip(1), "out": out, "statistics": statistics},

@@ -128,6 +128,10 @@ REGISTERS = [
     ("sample_(part_|join_|)kernel", "sm_80", 64),  # one of 1024
     ("attend_split.*Li1EE", "sm_80", 128),  # four of 128 threads, each with 8 loads under way, for one query a head
     ("attend_split", "sm_80", 255),  # two
+    ("attend_split.*Li1EE", "sm_90a", 128),
+    ("attend_split", "sm_90a", 255),
+    ("linear_few_kernel.*Li4E", "sm_90a", 80),
+    ("linear_few_kernel.*Li12E", "sm_90a", 128),
     (
         "row_products",
         "sm_80",
