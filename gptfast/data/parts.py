@@ -26,7 +26,7 @@ from gptfast.tokenizer import Tokenizer
 PARTS = ("train", "val")
 STATE = "state.json"
 _EVERY = 64  # batches of 256 KB of text between two states that a run can go on from
-_VERSION = 1
+_VERSION = 2
 
 Advance = Callable[[int, int, int], None]  # bytes, tokens and documents since the last call
 
@@ -122,6 +122,7 @@ class _Writer:
         self.is_intact = True
         self._document: int | None = None  # the one that is being written
         self._begun = self._pending = False  # it has tokens; its first token is still to be written
+        self._last: int | None = None  # token
         self._writer: TokenWriter | None = None
         self._file: BinaryIO | None = None
         self._starts = 0  # of the open shard, in its file of starts
@@ -158,7 +159,7 @@ class _Writer:
         """What `kept` is to be for going on from here."""
         writer = self._writer
         state = {name: getattr(self, name) for name in ("tokens", "documents", "bytes", "done")}
-        state |= {"document": self._document, "begun": self._begun, "open": None}
+        state |= {"document": self._document, "begun": self._begun, "last": self._last, "open": None}
         if writer is not None and self._file is not None:
             self._file.flush()
             with self._path(len(self.done), "starts").open("ab") as file:
@@ -174,8 +175,9 @@ class _Writer:
             self.documents += 1
 
     def _end(self) -> None:
-        if self._begun and self.tokenizer.eos_id is not None:
-            self._put(np.array([self.tokenizer.eos_id], np.uint32))
+        eos = self.tokenizer.eos_id
+        if self._begun and eos is not None and self._last != eos:  # a tokenizer may end its texts itself
+            self._put(np.array([eos], np.uint32))
 
     def _put(self, ids: np.ndarray) -> None:
         at = 0
@@ -190,6 +192,8 @@ class _Writer:
             writer.add(part)
             at += len(part)
         self.tokens += len(ids)
+        if len(ids):
+            self._last = int(ids[-1])
 
     def _path(self, n: int, suffix: str = "part") -> Path:
         return self.folder / f"{self.part}-{n:05d}.{suffix}"
@@ -216,7 +220,7 @@ class _Writer:
     def _restore(self, kept: dict[str, Any]) -> bool:
         """Take up what was left; False where the files are not what they were."""
         self.tokens, self.documents, self.bytes = kept["tokens"], kept["documents"], kept["bytes"]
-        self.done, self._document, self._begun = kept["done"], kept["document"], kept["begun"]
+        self.done, self._document, self._begun, self._last = (kept[k] for k in ("done", "document", "begun", "last"))
         try:
             for n, count in enumerate(self.done):
                 file = TokenFile.open(self._path(n))

@@ -170,7 +170,7 @@ def write_tokens(
         documents: the ids of each document: a sequence, or an iterator over pieces of it, so that a document need not fit
             in memory. Empty documents are left out.
         vocab_size: ids are in [0, vocab_size). Up to 65536 an id takes two bytes, else four.
-        eos_id: a token to append to each document; None: no token.
+        eos_id: a token to append to each document that does not end with it; None: no token.
         vocabulary: its hash, of `gptfast.data.token_format.vocabulary_hash`; zeros: not known.
     Returns:
         The file, opened.

@@ -41,13 +41,14 @@ class TokenWriter:
     def write(self, documents: Iterable[Ids | Iterator[Ids]]) -> None:
         """Write all documents, without those that have no token, and the header."""
         for document in documents:
-            start = self.count
+            start, last = self.count, None
             for piece in document if isinstance(document, Iterator) else (document,):
                 ids = self.checked(piece)
                 if len(ids) and self.count == start:
                     self.starts.append(start)
                 self.add(ids)
-            if self.count > start and self.eos_id is not None:
+                last = ids[-1] if len(ids) else last
+            if self.count > start and self.eos_id is not None and last != self.eos_id:
                 self.add(self.checked([self.eos_id]))
         if not self.count:
             raise ValueError("write_tokens: documents have no token; expected at least one")

@@ -160,10 +160,13 @@ def _streams(
         return
 
     def joined() -> Iterator[np.ndarray]:
-        for place, (_, chunks) in enumerate(documents):
-            if place:
-                yield np.array([tokenizer.eos_id], np.uint32)
-            yield from chunks
+        end, last = np.array([tokenizer.eos_id], np.uint32), tokenizer.eos_id
+        for _, chunks in documents:
+            if last != tokenizer.eos_id:  # some tokenizers put it there themselves
+                yield end
+            for ids in chunks:
+                last = ids[-1] if len(ids) else last
+                yield ids
 
     yield 0, joined()
 

@@ -140,7 +140,11 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """The text that `token` completes; "" where more bytes are needed."""
-        text = self._spaces + self._utf8.decode(self.tokenizer.decode_bytes([token]))
+        decode_next = getattr(getattr(self.tokenizer, "inner", self.tokenizer), "decode_next", None)
+        if decode_next is not None and self.tokenizer.has_token(token):
+            text = self._spaces + decode_next(token, not self._length)
+        else:
+            text = self._spaces + self._utf8.decode(self.tokenizer.decode_bytes([token]))
         shown = text.rstrip(" ")
         self._spaces = text[len(shown) :]
         self._ids.append(token)

@@ -65,6 +65,12 @@ class WordPieceTokenizer(HFTokenizer):
             self._bytes(i)  # an id without a token is an error
         return self._encoder(frozenset(self.specials)).decode(ids, skip_special_tokens=False)
 
+    def decode_next(self, token: int, first: bool) -> str:
+        """What a token adds to the text of those before it: a blank and its own, but for pieces of a word, marks that stand
+        behind a word, and the first of all."""
+        text = self.decode([token])
+        return text if first else self.decode([token, token])[len(text) :]
+
     def _bytes(self, i: int) -> bytes:
         token = self._tokens.get(i)
         if token is None:

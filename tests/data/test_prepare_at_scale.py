@@ -16,7 +16,7 @@ import pytest
 from gptfast.data import TokenFile, TokenShards, WindowSampler, load_prepared, parts, prepare, prepared
 from gptfast.data.near_duplicates import NearDuplicates, signature
 from gptfast.data.split import choose
-from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer, get_tokenizer
+from gptfast.tokenizer import CharTokenizer, GPT2Tokenizer, get_tokenizer, load_tokenizer
 
 GPT2 = GPT2Tokenizer()
 
@@ -53,6 +53,20 @@ def records(tmp_path: Path) -> Path:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("own_end", [False, True])
+def test_each_document_has_one_end(records: Path, tmp_path: Path, small_steps: None, own_end: bool):
+    """Also where the tokenizer ends its texts itself."""
+    GPT2.save(tmp_path / "tokenizer")
+    settings = tmp_path / "tokenizer/tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "add_eos_token": own_end}))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    assert (tokenizer.encode("x", "all")[-1] == tokenizer.eos_id) == own_end
+    data = prepare(records, tokenizer, tmp_path / "data", text_field="text")
+    for part in (data.train, data.val):
+        ends = np.flatnonzero(np.asarray(part.tokens) == tokenizer.eos_id)
+        assert np.array_equal(ends + 1, [*part.document_starts[1:], len(part)])
 
 
 @pytest.fixture

@@ -45,6 +45,11 @@ def test_end_of_text_and_pieces(tmp_path):
     assert file.eos_id == 9
 
 
+def test_a_document_that_has_its_end_gets_no_second_one(tmp_path):
+    file = write_tokens(tmp_path / "t.bin", [iter([[1], [9], []]), [9, 4], [9]], vocab_size=10, eos_id=9)
+    assert file.tokens.tolist() == [1, 9, 9, 4, 9, 9] and file.document_starts.tolist() == [0, 2, 5]
+
+
 @pytest.mark.parametrize(
     ("documents", "options", "error", "message"),
     [

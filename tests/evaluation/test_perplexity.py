@@ -130,6 +130,16 @@ def test_a_stream_of_documents(model: Any, tokenizer: Any):
     assert found["bytes"] == len("".join(parts).encode()) - len(tokenizer.decode_bytes(unscored))
 
 
+def test_a_stream_by_a_tokenizer_that_ends_its_texts_itself(model: Any, tokenizer: Any, tmp_path: Path):
+    tokenizer.save(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "add_eos_token": True}))
+    parts, ends = [TEXT[:90], TEXT[90:200]], load_tokenizer(tmp_path)
+    assert ends.encode("x")[-1] == tokenizer.eos_id
+    wanted, found = (perplexity(model, parts, kind, join=True, stride=32) for kind in (tokenizer, ends))
+    assert found["tokens"] == wanted["tokens"] + 1, "the end of the last one is scored too"
+
+
 def test_dropout_is_off_and_comes_back(model: Any, tokenizer: Any):
     model.train()
     try:

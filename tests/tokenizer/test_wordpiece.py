@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptfast.data import prepare
-from gptfast.tokenizer import StreamDecoder, WordPieceTokenizer, get_tokenizer, has_tokenizer, load_tokenizer
+from gptfast.tokenizer import StreamDecoder, WordPieceTokenizer, get_tokenizer, has_tokenizer, lenient, load_tokenizer
 from gptfast.tokenizer.extended import with_special_tokens
 
 transformers = pytest.importorskip("transformers")
@@ -62,14 +63,26 @@ def test_pieces_of_a_text_a_stream_and_prepared_data(trained: WordPieceTokenizer
     ids = trained.encode(TEXT)
     stream = StreamDecoder(trained)
     shown = "".join(stream.push(i) for i in ids) + stream.finish()
-    assert shown.split()[:4] == ["the", "quick", "brown", "foxes"]
-    assert trained.decode_bytes(ids[:3]).decode() == shown[: len(trained.decode_bytes(ids[:3]))]
+    assert shown.split()[:4] == ["the", "quick", "brown", "foxes"] and shown == trained.decode(ids)
     (tmp_path / "text.txt").write_text(TEXT * 3, encoding="utf-8")
     data = prepare(tmp_path / "text.txt", "wordpiece", tmp_path / "data", vocab_size=90, progress=False)
     assert data.tokenizer.kind == "wordpiece" and data.train.eos_id == data.tokenizer.eos_id
     assert data.train.tokens[: len(ids)].tolist() == data.tokenizer.encode(TEXT)
     more = with_special_tokens(trained, {"[NEW]": 90})
     assert more.encode("[NEW]", allowed_special="all") == [90] and isinstance(more, WordPieceTokenizer)
+
+
+def test_a_stream_of_any_tokens_is_their_text(trained: WordPieceTokenizer, tmp_path: Path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*trained.vocab, "##!", "##'m", "##n't"]) + "\n", encoding="utf-8")
+    tokenizer, rng = load_tokenizer(tmp_path), random.Random(0)
+    assert tokenizer.kind == "wordpiece" and tokenizer.vocab_size == 93
+    for soft in (tokenizer, lenient(tokenizer)):
+        for _ in range(200):
+            ids = [rng.randrange(93) for _ in range(rng.randrange(12))]
+            stream = StreamDecoder(soft)
+            assert "".join(stream.push(i) for i in ids) + stream.finish() == soft.decode(ids)
+    stream = StreamDecoder(lenient(tokenizer))
+    assert stream.push(1000) + stream.push(4) + stream.finish() == "[MASK]", "an id without a token has no text"
 
 
 def test_bad_files_and_sizes(trained: WordPieceTokenizer, tmp_path: Path):
