@@ -114,19 +114,28 @@ def _sync(path: Path) -> None:
 def explained(error: OSError, failure: str, state: str = "") -> OSError:
     """The same class of error and errno, with a text that names the file, the reason and the remedy."""
     reason = error.strerror or str(error)
-    remedy = REMEDIES.get(type(error), "check the disk (free space, quota) and try again")
+    remedy = remedy_of(error) or "check the disk (free space, quota) and try again"
     message = "; ".join(filter(None, [f"{failure}: {reason}", state, remedy]))
     told = OSError(error.errno, message) if error.errno is not None else OSError(message)
     told.explained = True  # type: ignore[attr-defined]
     return told
 
 
-REMEDIES: dict[type, str] = {
+def remedy_of(error: OSError) -> str:
+    """What to do about it; "": nothing is known."""
+    return _BY_NUMBER.get(error.errno or 0) or _BY_TYPE.get(type(error), "")
+
+
+_BY_TYPE: dict[type, str] = {
     PermissionError: "check who owns the file and its folder, or name another place",
     FileNotFoundError: "check the spelling of the path",
     NotADirectoryError: "a part of the path is a file, not a folder; name another place",
     FileExistsError: "a part of the path is a file, not a folder; name another place",
     IsADirectoryError: "this is a folder; name a file",
+}
+_BY_NUMBER = {
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f, or the file system's own)",
+    errno.EROFS: "nothing can be written there; name another place",
 }
 
 

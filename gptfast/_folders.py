@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gptfast._files import REMEDIES
+from gptfast._files import remedy_of
 from gptfast._locks import FileLock, courtesy, holder
 from gptfast._snapshots import COMMITTED, STALE, WEIGHTS, is_file, is_folder, is_ours, stale_names
 from gptfast._warn import warn
@@ -202,6 +202,6 @@ def explained(folder: str | os.PathLike[str], state: str = "what was there is in
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space (a save needs room for the old and the new files) and save again" if full else None
-        remedy = remedy or REMEDIES.get(type(error), "check the path and save again")
+        remedy = remedy or remedy_of(error) or "check the path and save again"
         text = f"cannot write to {folder}: {error.strerror}; {state} - {remedy}"
         raise OSError(error.errno, text) from error

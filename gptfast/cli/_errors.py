@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import errno
 import os
 import platform
 import re
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from gptfast._files import REMEDIES, cache_folder
+from gptfast._files import cache_folder, remedy_of
 from gptfast._version import __version__
 from gptfast.cli._names import as_options
 
@@ -72,8 +71,7 @@ def _remedy(error: Exception) -> str:
         return ""
     if error.strerror != os.strerror(error.errno):
         return ""
-    read_only = "nothing can be written there; name another place" if error.errno == errno.EROFS else ""
-    remedy = read_only or REMEDIES.get(type(error), "")
+    remedy = remedy_of(error)
     return f"; {remedy}" if remedy else ""
 
 

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from gptfast._files import remedy_of
+
 
 class Spool:
     """A temporary file of texts, in TMPDIR (usually /tmp)."""
@@ -56,7 +58,7 @@ class Spool:
         place = tempfile.gettempdir()
         return OSError(
             error.errno,
-            f"cannot write texts to {place}: {error.strerror}; free some space, or set TMPDIR to another folder",
+            f"cannot write texts to {place}: {error.strerror}; {remedy_of(error) or 'free some space'}, or set TMPDIR to another folder",
         )
 
 

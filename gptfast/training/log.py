@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from gptfast._files import atomic_write
+from gptfast._files import atomic_write, remedy_of
 from gptfast._json import field, parse
 from gptfast.training.boards import Board
 
@@ -45,13 +44,13 @@ class Log:
                 self._file.seek(self._last)
             else:
                 self._last = self._file.tell()
-            written = self._file.write(line)
-            if written < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while line:  # a part may have found room: the next call says why there is no more
+                line = line[self._file.write(line) :]
             if again:
                 self._file.truncate()
         except OSError as error:
-            text = f"cannot write {self.path}: {error.strerror}; free some space and continue the run with `resume`"
+            remedy = remedy_of(error) or "free some space"
+            text = f"cannot write {self.path}: {error.strerror}; {remedy} and continue the run with `resume`"
             raise OSError(error.errno, text) from error
         self.records[-1 if again else len(self.records) :] = [whole]
         values = {name: x for name, x in _numbers(record).items() if name != "step"}

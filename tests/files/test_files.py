@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_the_old_file_and_is_an_error(tmp_path):
     path.write_bytes(b"old")
     with (
         full_disk(100_000),
-        pytest.raises(OSError, match=r"cannot write .*file: .*intact.*free space") as caught,
+        pytest.raises(OSError, match=r"cannot write .*file: .*intact.*ulimit -f") as caught,
     ):
         atomic_write(path, bytes(200_000))
     assert caught.value.errno == errno.EFBIG

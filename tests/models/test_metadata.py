@@ -66,6 +66,15 @@ def test_special_ids_and_unknown_keys_survive(tmp_path, eos):
     assert (config.eos_token_id, config.bos_token_id, config.pad_token_id, config.my_own) == (eos, 2, 4, "é")
 
 
+def test_a_gpt2_has_its_context_by_the_older_name_too(tmp_path):
+    """llama.cpp's convert_hf_to_gguf.py reads n_ctx alone, and stops without it."""
+    GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=V, block_size=24)).save_pretrained(tmp_path / "a")
+    GPT.from_pretrained(tmp_path / "a", block_size=8).save_pretrained(tmp_path / "b")
+    for folder, context in (("a", 24), ("b", 8)):
+        assert read(tmp_path / folder)["n_ctx"] == context
+        assert transformers.GPT2LMHeadModel.from_pretrained(tmp_path / folder).config.n_positions == context
+
+
 def test_a_model_built_here_replaces_the_settings_of_the_one_before(tmp_path):
     theirs(tmp_path, eos_token_id=3, generation={"eos_token_id": 4})
     GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=50257, block_size=8)).save_pretrained(tmp_path)

@@ -344,7 +344,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, limit: str):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
         with pytest.raises(
-            OSError, match=r"cannot write to .*; what was there is intact - .* and save again"
+            OSError,
+            match=r"cannot write to .*; what was there is intact - raise the limit on the size of files .*ulimit -f",
         ) as caught:
             new.save_pretrained(tmp_path, max_shard_size=limit)
     finally:

@@ -15,7 +15,9 @@ from tests.support.training import QUICK, file_size_limit, make_trainer
 
 def test_a_log_that_cannot_grow_names_the_file(tmp_path):
     log = Log(tmp_path / "log.jsonl")
-    message = r"cannot write .*log.jsonl: .*; free some space and continue the run with `resume`"
+    message = (
+        r"cannot write .*log.jsonl: File too large; raise the limit .*ulimit -f.* and continue the run with `resume`"
+    )
     with file_size_limit(90), pytest.raises(OSError, match=message):
         _ = [log.write(step=step, loss=4.0) for step in range(1, 10)]  # 25 bytes each
     log.close()
