@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gptfast.finetuning import TaskModel, finetune
-from gptfast.finetuning.jsonl import read_examples
+from gptfast.finetuning import TaskModel, finetune, read_examples
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a checkpoint, or a hub id")
-    parser.add_argument("data", type=Path, help="JSON Lines with text and label")
+    parser.add_argument("data", type=Path, help="JSON Lines, CSV or Parquet with text and label")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/classifier"))
     given = parser.parse_args()

@@ -67,7 +67,7 @@ class Tasks:
 
     task: str | None = option(
         None,
-        "Measure accuracy on this instead: genre, cloze, copying, reversal, addition, arithmetic, induction, or a file of JSON Lines, "
+        "Measure accuracy on this instead: genre, cloze, copying, reversal, addition, arithmetic, induction, or a file of records such as .jsonl, "
         "whose items are shown before each other.",
     )
     template: str | None = option(

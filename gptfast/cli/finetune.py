@@ -31,7 +31,8 @@ _CHANGES = {name: Change(words=_WORDS.get(name, ""), help=_HELP.get(name, "")) f
 def finetune(options: dict[str, Any]) -> None:
     """Fine-tune a GPT: to classify, compare or choose, or to reply.
 
-    Each line of the data is a JSON object with the fields of its task:
+    Each line of the data is a JSON object with the fields of its task, or a line
+    of CSV under their names; Parquet is read too:
 
     classification  {"text": "To be, or not", "label": "tragedy"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path, PurePath
@@ -24,14 +24,31 @@ def read_columns(path: Path, field: str) -> Iterator[Record]:
         OSError: the file cannot be read.  ImportError: pyarrow is missing.
         ValueError: the file is damaged, or has no such field, or the field is not text. The message names the fields.
     """
-    open_read(path).close()  # its errors name the file
-    read = _parquet if PurePath(path.name.lower()).suffix == ".parquet" else _arrow
-    number = 0
+
+    def check(schema: Any) -> None:
+        _check_once(schema, field, path)
+        kind = str(schema.field(field).type)
+        if "string" not in kind or not kind.startswith(("string", "large_string", "dictionary<values=")):
+            raise ValueError(f"{path}: the field {field!r} is of type {kind}; expected string; {listed(schema.names)}")
+
     with _damage_named(path):
-        for column in read(path, field):
-            for text in column.to_pylist():
-                number += 1
-                yield number, text
+        texts = (text for rows in _batches(path, check, [field]) for text in rows.column(field).to_pylist())
+        yield from enumerate(texts, start=1)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number and the values of each row, by field.
+
+    Raises:
+        OSError, ImportError: as `read_columns`.  ValueError: the file is damaged, or has a field twice.
+    """
+
+    def check(schema: Any) -> None:
+        for field in schema.names:
+            _check_once(schema, field, path)
+
+    with _damage_named(path):
+        yield from enumerate((row for rows in _batches(path, check) for row in rows.to_pylist()), start=1)
 
 
 def pyarrow(module: str, path: Path) -> Any:
@@ -60,33 +77,34 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged or no {name} file ({reason}); write it again") from error
 
 
-def _parquet(path: Path, field: str) -> Iterator[Any]:
+def _batches(path: Path, check: Callable[[Any], None], fields: list[str] | None = None) -> Iterator[Any]:
+    """The rows, a few at a time, with these fields at least. check: of the schema, before anything is read."""
+    open_read(path).close()  # its errors name the file
+    is_parquet = PurePath(path.name.lower()).suffix == ".parquet"
+    yield from _parquet(path, check, fields) if is_parquet else _arrow(path, check)
+
+
+def _parquet(path: Path, check: Callable[[Any], None], fields: list[str] | None) -> Iterator[Any]:
     with pyarrow("pyarrow.parquet", path).ParquetFile(path, pre_buffer=False) as file:
-        _check_field(file.schema_arrow, field, path)
+        check(file.schema_arrow)
         for group in range(file.num_row_groups):
-            for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=[field]):
-                yield batch.column(0)
+            yield from file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=fields)
 
 
-def _arrow(path: Path, field: str) -> Iterator[Any]:
-    """The column in pieces; a file has an index of its batches, a stream (what `datasets` saves) is read to its end."""
+def _arrow(path: Path, check: Callable[[Any], None]) -> Iterator[Any]:
+    """A file has an index of its batches, a stream (what `datasets` saves) is read to its end."""
     ipc = pyarrow("pyarrow.ipc", path)
     with open_read(path) as file:
         is_file = file.read(len(_FILE)) == _FILE
     with pyarrow("pyarrow", path).OSFile(str(path)) as source:  # a mapped file would stay in memory as it is read
         reader = (ipc.open_file if is_file else ipc.open_stream)(source)
-        _check_field(reader.schema, field, path)
-        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-        for batch in batches:
-            column = batch.column(reader.schema.get_field_index(field))
-            for start in range(0, len(column), _ROWS):
-                yield column.slice(start, _ROWS)
+        check(reader.schema)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            for start in range(0, batch.num_rows, _ROWS):
+                yield batch.slice(start, _ROWS)
 
 
-def _check_field(schema: Any, field: str, path: Path) -> None:
+def _check_once(schema: Any, field: str, path: Path) -> None:
     if schema.names.count(field) != 1:
         problem = "no field" if field not in schema.names else "more than one field"
         raise ValueError(f"{path}: there is {problem} {field!r}; {listed(schema.names)}")
-    kind = str(schema.field(field).type)
-    if "string" not in kind or not kind.startswith(("string", "large_string", "dictionary<values=")):
-        raise ValueError(f"{path}: the field {field!r} is of type {kind}; expected string; {listed(schema.names)}")

@@ -79,7 +79,7 @@ def load_task(
     path = Path(task)
     if not path.exists():
         raise FileNotFoundError(
-            f"task {str(task)!r}: no such file; expected a file of JSON Lines, or one of {', '.join(TASKS)}"
+            f"task {str(task)!r}: no such file; expected a file of records (.jsonl, .csv, .parquet), or one of {', '.join(TASKS)}"
         )
     if template is None:
         raise ValueError(

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from gptfast.checkpoints.adapter_config import LoraConfig
     from gptfast.checkpoints.prompt_config import PromptTuningConfig
     from gptfast.finetuning.api import finetune
+    from gptfast.finetuning.example_files import Examples, read_examples
     from gptfast.finetuning.instructions import Conversations, pack, response_mask, set_up_chat
-    from gptfast.finetuning.jsonl import Examples, read_examples
     from gptfast.finetuning.predictions import Prediction, TaskOutput
     from gptfast.finetuning.results import FinetuneResult
     from gptfast.finetuning.task_model import TaskModel
@@ -38,7 +38,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Conversations": "gptfast.finetuning.instructions",
-        "Examples": "gptfast.finetuning.jsonl",
+        "Examples": "gptfast.finetuning.example_files",
         "FinetuneResult": "gptfast.finetuning.results",
         "LoraConfig": "gptfast.checkpoints.adapter_config",
         "PromptTuningConfig": "gptfast.checkpoints.prompt_config",
@@ -47,7 +47,7 @@ __getattr__, __dir__ = lazy_names(
         "TaskOutput": "gptfast.finetuning.predictions",
         "finetune": "gptfast.finetuning.api",
         "pack": "gptfast.finetuning.instructions",
-        "read_examples": "gptfast.finetuning.jsonl",
+        "read_examples": "gptfast.finetuning.example_files",
         "response_mask": "gptfast.finetuning.instructions",
         "set_up_chat": "gptfast.finetuning.instructions",
     },

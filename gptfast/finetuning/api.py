@@ -28,7 +28,7 @@ def finetune(
 
     Args:
         model: a checkpoint folder or hub id. With resume=True model, data and task may be left out.
-        data: JSON Lines; see `read_examples`.
+        data: a file of examples; see `read_examples`.
         task: "classification", "entailment", "similarity", "choice", "lm" or "chat".
         method: "full", "lora", "qlora" or "prompt".
         out: OUT.

@@ -63,8 +63,8 @@ class TaskOptions:
     )
     data: str | None = option(
         None,
-        "FILE of examples to learn from: a JSON object on each line, also packed (.gz, .xz, .zst). Its fields are those of "
-        "the task; see above.",
+        "FILE of examples to learn from: a JSON object on each line, CSV or TSV, also packed (.gz, .xz, .zst), or Parquet. Its fields "
+        "are those of the task; see above.",
         words="needed, but with `resume`",
         group=_DATA,
     )

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gptfast.data.sampler import shuffled
+from gptfast.finetuning.example_files import Examples, read_examples
 from gptfast.finetuning.examples import target_of
-from gptfast.finetuning.jsonl import Examples, read_examples
 from gptfast.finetuning.task_checks import ENTAILMENT
 from gptfast.finetuning.tasks import FIELDS
 

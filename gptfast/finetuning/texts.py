@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from gptfast.finetuning.example_files import Examples
 from gptfast.finetuning.examples import Row, encoded
-from gptfast.finetuning.jsonl import Examples
 from gptfast.tokenizer import Tokenizer
 
 

@@ -20,7 +20,7 @@ from gptfast.backend import has_cpu_ops
 from gptfast.cli import _dialogue, main
 from gptfast.cli._dialogue import Dialogue
 from gptfast.finetuning import LoraConfig
-from gptfast.finetuning.jsonl import read_examples
+from gptfast.finetuning.example_files import read_examples
 from gptfast.serving.text import ChoiceText
 from gptfast.tokenizer.conversation import ChatFormat
 from tests.finetuning.models import gpt

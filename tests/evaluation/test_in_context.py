@@ -267,7 +267,7 @@ def test_files_with_a_byte_order_mark_and_line_ends_of_windows(tmp_path: Path):
     [
         (
             ["--task", "nothing.jsonl"],
-            "task 'nothing.jsonl': no such file; expected a file of JSON Lines, or one of genre, ",
+            "task 'nothing.jsonl': no such file; expected a file of records (.jsonl, .csv, .parquet), or one of genre, ",
         ),
         (["--task", "FILE"], "no template; name a shipped one"),
         (

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from gptfast.evaluation import needle
 from gptfast.evaluation.labels import encode_pair
 from gptfast.finetuning import TaskModel, response_mask
-from gptfast.finetuning.jsonl import read_examples
+from gptfast.finetuning.example_files import read_examples
 from gptfast.finetuning.texts import text_rows
 from gptfast.serving.app import create_app
 from gptfast.tokenizer import HFTokenizer, lenient, load_tokenizer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,73 @@ def test_every_task_is_read(tmp_path, task):
     listed = tmp_path / "train.json"
     listed.write_text(json.dumps(GOOD[task]))
     assert read_examples(packed, task).records == read_examples(listed, task).records == GOOD[task]
+
+
+def as_csv(rows: list[dict[str, Any]], delimiter: str) -> str:
+    out, fields = io.StringIO(), list(dict.fromkeys(name for row in rows for name in row))
+    table = csv.DictWriter(out, fields, delimiter=delimiter)
+    table.writeheader()
+    table.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("task", GOOD)
+def test_tables_have_the_examples_of_json(tmp_path, task):
+    pa, parquet, feather = (pytest.importorskip(f"pyarrow{part}") for part in ("", ".parquet", ".feather"))
+    for name, delimiter in (("a.csv", ","), ("b.csv", ";"), ("a.tsv", "\t")):
+        (tmp_path / name).write_text("\ufeff" + as_csv(GOOD[task], delimiter), encoding="utf-8")
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    table = pa.Table.from_pylist(GOOD[task], pa.schema(schema_of(pa, GOOD[task])))
+    parquet.write_table(table, tmp_path / "a.parquet")
+    feather.write_feather(table, tmp_path / "a.arrow")
+    for name in ("a.csv", "b.csv", "a.tsv", "a.csv.gz", "a.parquet", "a.arrow"):
+        found = read_examples(tmp_path / name, task, LABELS.get(task))
+        wanted = [{k: v for k, v in row.items() if v != ""} for row in GOOD[task]]
+        assert [{k: v for k, v in row.items() if v != ""} for row in found.records] == wanted, name
+        place = "line 2" if ".csv" in name or ".tsv" in name else "record 1"
+        assert found.where[0] == f"{tmp_path / name}, {place}"
+
+
+def schema_of(pa: Any, rows: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """Types of all fields; pyarrow looks at the first row alone."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [(name, pa.infer_type([row[name] for row in rows if name in row])) for name in names]
+
+
+def test_cells_of_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    for label, kept in (("1", 1), ("-3", -3), ("007", "007"), ("1.5", "1.5"), ("yes", "yes")):
+        path.write_text(f"text,label\na,{label}\n")
+        assert read_examples(path, "classification").records == [{"text": "a", "label": kept}]
+    path.write_text('context,choices,label\n1 + 1 is,"[""1"", ""2""]",2\n')
+    assert read_examples(path, "choice").records[0]["label"] == "2", "the text of a choice, not a place"
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content", "text"),
+    [
+        ("classification", "a.csv", "text,label\na,\n", r"a\.csv, line 2: label is ''; expected the name"),
+        ("classification", "a.csv", "text,genre\na,b\n", r"line 2: there is no field 'label'"),
+        ("classification", "a.csv", "text,label,text\na,b,c\n", r"line 1: there is more than one field 'text'"),
+        ("classification", "a.csv", "text,label\na,b,c\n", r"line 2: the record has 3 values; expected 2"),
+        ("classification", "a.csv", "\n", r"a\.csv is empty; expected a first line with the names of its fields"),
+        ("classification", "a.csv", "text,label\n", r"a\.csv has no examples; expected one a line"),
+        (
+            "similarity",
+            "a.tsv",
+            "text1\ttext2\tscore\na\tb\tmany\n",
+            "line 2: score is 'many'; expected a finite number",
+        ),
+        ("choice", "a.csv", "context,choices,label\na,b|c,0\n", r"line 2, choices is not valid JSON"),
+        ("chat", "a.csv", "messages\nhello\n", r"line 2, messages is not valid JSON"),
+        ("lm", "a.parquet", "PAR1", r"a\.parquet is damaged or no Parquet file"),
+        ("lm", "a.parquet.gz", "", r"a\.parquet\.gz is a compressed Parquet file"),
+    ],
+)
+def test_bad_tables(tmp_path, task, name, content, text):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=text):
+        read_examples(tmp_path / name, task)
 
 
 def test_labels_are_sorted(tmp_path):
@@ -122,13 +191,13 @@ def test_other_files(tmp_path):
         read_examples(tmp_path / "a.csv", "lm")
     with pytest.raises(IsADirectoryError, match="this is a folder; name a file"):
         read_examples(tmp_path, "lm")
-    (tmp_path / "a.csv").write_text("text\na\n")
+    (tmp_path / "a.txt").write_text("text\na\n")
     with pytest.raises(
-        ValueError, match=r"a\.csv: expected a file of JSON Lines, .*, not in \.csv; write it .*read_csv\(FILE\)"
+        ValueError, match=r"a\.txt: expected a file of records, .*, not in \.txt; name it so if it is one"
     ):
-        read_examples(tmp_path / "a.csv", "lm")
+        read_examples(tmp_path / "a.txt", "lm")
     (tmp_path / "a").write_text("{}")
-    with pytest.raises(ValueError, match=r"ends in \.jsonl, \.ndjson, \.json; name it so if it is one"):
+    with pytest.raises(ValueError, match=r"ends in \.jsonl, \.ndjson, \.json, \.csv, .*; name it so if it is one"):
         read_examples(tmp_path / "a", "lm")
     with pytest.raises(ValueError, match="task is 'tags'; expected one of"):
         read_examples(write(tmp_path, {}), "tags")

@@ -1,4 +1,4 @@
-"""Files of examples: JSON Lines with the fields of a task.
+"""Files of examples: records with the fields of a task.
 
 classification  text, label                      similarity  text1, text2, score
 entailment      premise, hypothesis, label       choice      context, choices, label
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptfast._checks import check_choice
-from gptfast.data.records import read_objects
+from gptfast._json import parse
+from gptfast.data.columns import COLUMNS
+from gptfast.data.records import CSV, kind_of, read_objects
 from gptfast.finetuning.examples import target_of, texts_of
 from gptfast.finetuning.instructions import check_conversation
 from gptfast.finetuning.tasks import TARGETS, TASKS
@@ -56,11 +59,12 @@ def read_examples(path: str | os.PathLike[str], task: str, labels: Sequence[str]
     """Read and check the examples of a task.
 
     Args:
-        path: JSON Lines, or a JSON list; also compressed (.gz, .bz2, .xz, .zst).
+        path: JSON Lines, a JSON list, CSV or TSV with the names of the fields in the first line, also compressed (.gz, .bz2, .xz,
+            .zst); Parquet or Arrow. In a cell of CSV choices and messages are JSON; a label that is a whole number is one.
         task: "classification", "entailment", "similarity", "choice", "lm" or "chat".
         labels: the classes that may occur; None: any.
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read.  ImportError: the file needs pyarrow.
         ValueError: an unknown task, no example, a damaged line, a field that is missing or of another kind, or a label that
             is not in the set. The message names the line.
     """
@@ -68,10 +72,32 @@ def read_examples(path: str | os.PathLike[str], task: str, labels: Sequence[str]
     path = Path(path)
     found = list(read_objects(path))
     if not found:
-        raise ValueError(f"{path} has no examples; expected one JSON object a line")
+        raise ValueError(f"{path} has no examples; expected one a line")
+    kind = kind_of(path.name)[0]
+    if kind in CSV:
+        found = [(where, _from_cells(record, where)) for where, record in found]
+    elif kind in COLUMNS:  # a record lacks what is null
+        found = [(where, {k: v for k, v in record.items() if v is not None}) for where, record in found]
     for where, record in found:
         _check(task, record, labels, where)
     return Examples(path, task, [record for _, record in found], [where for where, _ in found])
+
+
+def _from_cells(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """A record of CSV with the values that JSON would have."""
+    values = dict(record)
+    for name in ("choices", "messages"):
+        if values.get(name) == "":
+            del values[name]
+        elif name in values:
+            values[name] = parse(values[name], f"{where}, {name}")
+    label, score = values.get("label"), values.get("score")
+    if label is not None and label.removeprefix("-").isdecimal() and label not in values.get("choices", ()):
+        values["label"] = int(label) if str(int(label)) == label else label
+    if score is not None:
+        with suppress(ValueError):  # what is no number is told with the others
+            values["score"] = float(score)
+    return values
 
 
 def _check(task: str, record: dict[str, Any], labels: Sequence[str] | None, where: str) -> None:
