@@ -54,7 +54,7 @@ cudaError_t launch_early(dim3 grid, dim3 block, size_t smem, cudaStream_t stream
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = smem, config.stream = stream;
   config.attrs = &early, config.numAttrs = can_overlap<KERNEL>() ? 1 : 0;
-  return cudaLaunchKernelEx(&config, KERNEL, arguments...);
+  return cleared(cudaLaunchKernelEx(&config, KERNEL, arguments...));
 }
 #else
 inline void wait_for_earlier_kernels(int line = __builtin_LINE()) { emu::wait_for_earlier_kernels(line); }
