@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import itertools
 import json
 import math
 import re
+import threading
 import time
 
 import pytest
@@ -72,26 +74,32 @@ def test_streams_join_to_the_whole(client, model, tokenizer):
             texts[choice.index] += choice.text
             reasons[choice.index] = choice.finish_reason
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
-    assert texts == [choice.text for choice in whole.choices] and sent >= 8 and usage.completion_tokens == 48
+    assert texts == [choice.text for choice in whole.choices] and sent >= 4 and usage.completion_tokens == 48
     assert reasons == [choice.finish_reason for choice in whole.choices] == ["length"] * 4
     options = {"max_new_tokens": 12, "seed": 2, "temperature": 1.5, "num_return_sequences": 2}
     assert texts == new_text(model, tokenizer, "to be", **options) + new_text(model, tokenizer, "or", **options)
 
 
 def test_what_comes_in_a_short_time_is_sent_together(model, tokenizer, monkeypatch):
-    step = Scheduler.step
+    step, steps, sent = Scheduler.step, itertools.count(), threading.Event()
 
     def slow(*args):
-        time.sleep(0.01)  # else all is there before the first is sent
+        time.sleep(0.01)
+        if next(steps) > 20:  # of 40: else all may be there before the first is sent
+            assert sent.wait(60)
         return step(*args)
 
     monkeypatch.setattr(Scheduler, "step", slow)
     app = create_app(model, tokenizer, "bard", Limits(max_events=10))
     ask = {"model": "bard", "prompt": "to be", "max_tokens": 40, "seed": 2, "logprobs": 1}
     with serving(app) as url, openai.OpenAI(base_url=url + "/v1", api_key="x") as client:
-        parts = [chunk.choices[0] for chunk in client.completions.create(**ask, stream=True)]
+        parts, begin = [], time.monotonic()
+        for chunk in client.completions.create(**ask, stream=True):
+            parts.append(chunk.choices[0])
+            sent.set()
+        seconds = time.monotonic() - begin
         whole = client.completions.create(**ask).choices[0]
-    assert len(parts) < 10 and "".join(part.text for part in parts) == whole.text
+    assert len(parts) <= 10 * seconds + 2 and len(parts) < 40 and "".join(part.text for part in parts) == whole.text
     told = [part.logprobs for part in parts if part.logprobs]
     for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
         assert [value for logprobs in told for value in getattr(logprobs, name)] == getattr(whole.logprobs, name)
