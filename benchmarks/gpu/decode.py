@@ -1,6 +1,6 @@
 """Cached generation with GPT-2 124M in bfloat16: tokens/s in captured steps, with blocks of five kernels that overlap, that do
-not, and module by module, in steps that wait for every token, and by transformers with a static cache, whose step it compiles on a GPU. Before that the
-layers of a block at one row and at eight, each a kernel of ours beside torch's norm, product and activation."""
+not, and module by module, in steps that wait for every token, and by transformers with a static cache, whose step it compiles on
+a GPU. Before that the layers of a block at one row and at eight, each a kernel of ours beside torch's norm, product and activation."""
 
 from __future__ import annotations
 

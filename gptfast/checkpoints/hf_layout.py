@@ -101,9 +101,8 @@ def to_hf(config: GPTConfig, dtype: str, extra: dict[str, Any] | None = None) ->
         raw |= {name: value for name, value in config.stored().items() if name in NEWER}
     if not config.bias:
         raw["bias"] = False
-    if (
-        kind == "gpt2" or "n_ctx" in extra
-    ):  # an older name of n_positions, beside it; llama.cpp's converter reads no other
+    # an older name of n_positions, beside it; llama.cpp's converter reads no other
+    if kind == "gpt2" or "n_ctx" in extra:
         extra["n_ctx"] = config.block_size
     return raw | extra
 

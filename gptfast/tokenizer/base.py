@@ -133,6 +133,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._decode_next = getattr(getattr(tokenizer, "inner", tokenizer), "decode_next", None)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._ids: list[int] = []
         self._spaces = ""
@@ -140,9 +141,8 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """The text that `token` completes; "" where more bytes are needed."""
-        decode_next = getattr(getattr(self.tokenizer, "inner", self.tokenizer), "decode_next", None)
-        if decode_next is not None and self.tokenizer.has_token(token):
-            text = self._spaces + decode_next(token, not self._length)
+        if self._decode_next is not None and self.tokenizer.has_token(token):
+            text = self._spaces + self._decode_next(token, not self._length)
         else:
             text = self._spaces + self._utf8.decode(self.tokenizer.decode_bytes([token]))
         shown = text.rstrip(" ")

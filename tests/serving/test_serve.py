@@ -63,33 +63,42 @@ def test_without_a_seed_every_answer_is_another(client):
     assert len(texts) == 3
 
 
-def test_streams_join_to_the_whole(client, model, tokenizer):
+def hold_steps(monkeypatch: pytest.MonkeyPatch, free: int, seconds: float = 0.0) -> threading.Event:
+    """Steps that take so long, and after `free` of them wait for the event: else all may be there before the first is sent."""
+    step, steps, sent = Scheduler.step, itertools.count(), threading.Event()
+
+    def held(*args):
+        time.sleep(seconds)
+        if next(steps) >= free:
+            assert sent.wait(60)
+        return step(*args)
+
+    monkeypatch.setattr(Scheduler, "step", held)
+    return sent
+
+
+def test_streams_join_to_the_whole(client, model, tokenizer, monkeypatch):
     ask = {"model": "bard", "prompt": ["to be", "or"], "n": 2, "max_tokens": 12, "seed": 2, "temperature": 1.5}
     whole = client.completions.create(**ask)
     texts, reasons, sent, usage = [""] * 4, [None] * 4, 0, None
+    all_began = hold_steps(monkeypatch, 4)
     for chunk in client.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage
         for choice in chunk.choices:
             sent += 1
             texts[choice.index] += choice.text
             reasons[choice.index] = choice.finish_reason
+        if all(texts):
+            all_began.set()
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
-    assert texts == [choice.text for choice in whole.choices] and sent >= 4 and usage.completion_tokens == 48
+    assert texts == [choice.text for choice in whole.choices] and sent >= 8 and usage.completion_tokens == 48
     assert reasons == [choice.finish_reason for choice in whole.choices] == ["length"] * 4
     options = {"max_new_tokens": 12, "seed": 2, "temperature": 1.5, "num_return_sequences": 2}
     assert texts == new_text(model, tokenizer, "to be", **options) + new_text(model, tokenizer, "or", **options)
 
 
 def test_what_comes_in_a_short_time_is_sent_together(model, tokenizer, monkeypatch):
-    step, steps, sent = Scheduler.step, itertools.count(), threading.Event()
-
-    def slow(*args):
-        time.sleep(0.01)
-        if next(steps) > 20:  # of 40: else all may be there before the first is sent
-            assert sent.wait(60)
-        return step(*args)
-
-    monkeypatch.setattr(Scheduler, "step", slow)
+    sent = hold_steps(monkeypatch, 20, seconds=0.01)
     app = create_app(model, tokenizer, "bard", Limits(max_events=10))
     ask = {"model": "bard", "prompt": "to be", "max_tokens": 40, "seed": 2, "logprobs": 1}
     with serving(app) as url, openai.OpenAI(base_url=url + "/v1", api_key="x") as client:
