@@ -88,6 +88,14 @@ def rank(path: Path) -> int:
     return SLOWEST_FIRST.index(name) if name in SLOWEST_FIRST else len(SLOWEST_FIRST)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """In a test's name, the argument's name stands for bytes that are not ASCII.
+
+    A file packed by gzip holds the time: two processes of pytest-xdist would collect different names, and run nothing.
+    """
+    return argname if isinstance(val, bytes) and not val.isascii() else None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import gzip
 import platform
 import re
 import shutil
@@ -184,6 +185,15 @@ test = [
     project.write_text(old)
     assert conftest.missing_packages(project) == ["no-such-package-of-gptfast"]
     assert "--whole" in (ROOT / "Makefile").read_text()
+
+
+def test_packed_bytes_are_not_in_the_name_of_a_test(request):
+    """They hold the time; pytest-xdist runs nothing where two processes collect different names."""
+    from tests import conftest
+
+    assert conftest.pytest_make_parametrize_id(gzip.compress(b"a"), "content") == "content"
+    assert conftest.pytest_make_parametrize_id(b"a,b\n", "content") is None
+    assert [item.nodeid for item in request.session.items if "\\x8b" in item.nodeid] == []
 
 
 @needs_tree
