@@ -87,7 +87,7 @@ INL void* row(const MutRows& x, i64 i) { return at(x.data, x.dtype, i * x.stride
 INL i64 lanes_of(i64 left) { return left < L ? left : i64(L); }
 // Whether the body of a loop over lanes is compiled once, not for whole vectors, the last lanes and several rows apart: where only
 // the compile time matters, and for rows of fp16, which few train or serve in on a CPU.
-template <DType T> constexpr bool kOnce = kScalar || T == DType::f16;
+template <DType T> constexpr bool kOnce = kScalar || (T == DType::f16 && L != 16);
 // Calls f(c, n) for c = 0, L, 2L, … < C with n = lanes that count: f sees whole vectors but for the last. T: the dtype of the rows.
 template <DType T = DType::f32, class Fn> INL void for_lanes(i64 C, Fn f) {
   i64 c = 0;
