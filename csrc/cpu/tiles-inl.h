@@ -26,7 +26,7 @@ template <int T> INL void tile_zero() { emulated::zero(T); }
 template <int T> INL void tile_load(const void* p, i64 row_bytes) { emulated::load(T, p, row_bytes); }
 template <int T> INL void tile_store(void* p, i64 row_bytes) { emulated::store(T, p, row_bytes); }
 template <int C, int A, int B> INL void tile_pairs() { emulated::multiply_pairs(C, A, B); }
-template <int C, int A, int B> INL void tile_bytes() { emulated::multiply_bytes(C, A, B); }
+template <int C, int A, int B> INL void tile_signed_bytes() { emulated::multiply_signed_bytes(C, A, B); }
 #else
 INL void tile_config(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
 INL void tile_release() { asm volatile("tilerelease"); }
@@ -37,12 +37,12 @@ template <int T> INL void tile_load(const void* p, i64 row_bytes) {
 template <int T> INL void tile_store(void* p, i64 row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(T) : "memory");
 }
-// C += A B: pairs of bf16, in fp32; signed bytes of A by unsigned ones of B, in 32 bits.
+// C += A B: pairs of bf16, in fp32; signed bytes, in 32 bits.
 template <int C, int A, int B> INL void tile_pairs() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
-template <int C, int A, int B> INL void tile_bytes() {
-  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+template <int C, int A, int B> INL void tile_signed_bytes() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 #endif
 

@@ -15,8 +15,8 @@
 
 namespace gptfast::engine {
 
-// Tokens of a pass, of one row at most: their activations stay in the caches of the CPU.
-constexpr i64 kPrefillChunk = 256;
+// Tokens of a pass at most (Kernels::most_rows).
+constexpr i64 kPrefillChunk = 512;
 
 class Cache {
  public:

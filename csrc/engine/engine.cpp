@@ -97,7 +97,10 @@ void Engine::reserve_workspace(i64 M, i64 longest) {
     in.scale.grow(n * stride_ / kGroup);
     in.acc_init.grow(n * stride_ / kGroup);
   };
-  for (Thread& own : own_) inputs(own.inputs, 1);
+  for (Thread& own : own_) {
+    inputs(own.inputs, 1);
+    if (kernels_.gathers && rows >= kUnpackedRows) own.products.grow(rows * kProductsRow);
+  }
   inputs(shared_, rows);
   x_.grow(rows * Cp_);
   qkv_.grow(rows * Qp_);

@@ -95,10 +95,13 @@ class Engine {
   struct Thread {
     Inputs inputs;  // of single rows, which every thread prepares for itself
     Buffer<float> scratch;
+    Buffer<float> products;  // of many rows, kProductsRow apart
   };
   struct Range {
     i64 first, last;
   };
+  static constexpr i64 kPanelsTogether = 4;  // of many rows
+  static constexpr i64 kProductsRow = kPanelsTogether * kPanel + 16;
 
   void extend_locked(Cache& cache, const std::vector<i64>& rows, const std::vector<i64>& counts, const int* tokens,
                      bool last_only, float* out, i64 ld);
@@ -143,8 +146,9 @@ class Engine {
   const float* floats(const Weight& w) const {
     return w.offset < 0 ? nullptr : reinterpret_cast<const float*>(weights_ + w.offset);
   }
-  // Panel p of the product with a matrix.
+  // Panel p, or panels [first, last), of the product with a matrix.
   void product(const Weight& w, i64 p, const Activations& x, i64 rows, float* y, i64 ldy) const;
+  void products(const Weight& w, i64 first, i64 last, const Activations& x, i64 rows, float* y, i64 ldy) const;
   bool reads_f32(Format f) const { return f == Format::f32 || (f == Format::bf16 && !kernels_.bf16_pairs); }
   Activations view(Inputs& in, i64 K) const;
 

@@ -153,25 +153,39 @@ void Engine::product(const Weight& w, i64 p, const Activations& x, i64 rows, flo
   panel_product(kernels_, w.format, weights_ + w.offset + p * panel_bytes(w.format, w.K), x, rows, K, y, ldy);
 }
 
+void Engine::products(const Weight& w, i64 first, i64 last, const Activations& x, i64 rows, float* y, i64 ldy) const {
+  const auto together = kernels_.products[int(w.format)];
+  if (!together || w.outside.blocks) {
+    for (i64 p = first; p < last; p++) product(w, p, x, rows, y + (p - first) * kPanel, ldy);
+    return;
+  }
+  const i64 K = padded_depth(w.format, w.K);
+  together(weights_ + w.offset + first * panel_bytes(w.format, w.K), last - first, x, rows, K, y, ldy);
+}
+
 // This thread's panels of out = finish(x W^T + updates + bias); y is room for the products, and may be `out`. With few rows all
-// products come first, so that nothing interrupts the stream of weights, nor then that of updates.
+// products come first, so that nothing interrupts the stream of weights, nor then that of updates. With many rows they may be
+// gathered in memory of the thread, whose rows spread over the sets of the caches.
 void Engine::multiply(int t, const Linear& linear, const Activations& x, Rows rows, Epilogue epilogue, float* y,
                       i64 ldy, float* out, i64 ldo) {
   const Weight& w = linear.weight;
   const Range mine = share(panels(w.N), t);
   const float* bias = floats(linear.bias);
-  const bool few = rows.count < kUnpackedRows, updated = has_updates(linear, rows);
-  const i64 together = few ? mine.last - mine.first : 1;
+  const bool few = rows.count < kUnpackedRows, gathered = !few && kernels_.gathers;
+  const bool updated = has_updates(linear, rows), finished = bias || epilogue != Epilogue::store || gathered;
+  const i64 together = few ? mine.last - mine.first : gathered ? kPanelsTogether : 1;
+  if (gathered) ldy = kProductsRow;
   for (i64 first = mine.first; first < mine.last; first += together) {
     const i64 last = std::min(first + together, mine.last);
-    for (i64 p = first; p < last; p++) product(w, p, x, rows.count, y + p * kPanel, ldy);
+    float* to = gathered ? own_[size_t(t)].products.get() : y + first * kPanel;
+    products(w, first, last, x, rows.count, to, ldy);
     if (updated) {
       if (few) pool_.wait(t);
-      update(linear, rows, first, last - first, y + first * kPanel, ldy);
+      update(linear, rows, first, last - first, to, ldy);
     }
-    for (i64 p = first; p < last && (bias || epilogue != Epilogue::store); p++) {
+    for (i64 p = first; p < last && finished; p++) {
       const i64 n = p * kPanel;
-      kernels_.epilogue(epilogue, y + n, ldy, rows.count, bias ? bias + n : nullptr, out + n, ldo);
+      kernels_.epilogue(epilogue, to + n - first * kPanel, ldy, rows.count, bias ? bias + n : nullptr, out + n, ldo);
     }
   }
 }

@@ -19,12 +19,15 @@ struct Activations {
   float* scale = nullptr;       // per group of 32: stride / 32 a row
   int32_t* acc_init = nullptr;  // where the integer sum of a group begins: -offset * sum of q, see weight_offset
   i64 stride = 0;
+  int offset = weight_offset(Format::int8);  // of the weights' bytes; those of an unpacked panel keep their format's
 
   // Of mxfp4 q is in the order of the nibbles: of each 8 along k the even ones, then the odd ones.
+  // Those from column k on, a multiple of 32, of bf16 alone.
+  Activations columns(i64 k) const { return {nullptr, 0, bf16 + k, nullptr, nullptr, nullptr, stride, offset}; }
   // Those from row m on.
   Activations from(i64 m) const {
     const i64 at = m * stride, groups = at / kGroup;
-    return {f32 + m * f32_stride, f32_stride, bf16 + at, q + at, scale + groups, acc_init + groups, stride};
+    return {f32 + m * f32_stride, f32_stride, bf16 + at, q + at, scale + groups, acc_init + groups, stride, offset};
   }
 };
 
@@ -99,12 +102,16 @@ struct GateForm {
 
 struct Kernels {
   const char* isa;
-  bool bf16_pairs;  // products of bf16 weights read Activations::bf16, else f32
+  bool bf16_pairs;       // products of bf16 weights read Activations::bf16, else f32
+  i64 most_rows = 256;   // of a pass; more make inputs leave L2, and are worth it where products are fast
+  bool gathers = false;  // products of many rows add to y several times, so it should lie close together
   // Brings a row of K values into the form that the format's product reads (none for those that read f32). `factor`, a
   // power of two, goes into the scales of quantised formats; it is 1 with others.
   void (*quantize_activations)(Format, const float* x, i64 K, const Activations& to, i64 row, float factor);
   // By format: y[m][0..32) = x[m] W^T for rows [0, M) and one panel of depth K, which is padded_depth.
   void (*product[kFormats])(const char* panel, const Activations& x, i64 M, i64 K, float* y, i64 ldy);
+  // The same of `count` panels, one after the other, which read x together where rows are many; null: one by one.
+  void (*products[kFormats])(const char* panels, i64 count, const Activations& x, i64 M, i64 K, float* y, i64 ldy) = {};
   // The same of mxfp4 that lies outside the block of weights.
   void (*product_of_blocks)(const Blocks& panel, const Activations& x, i64 M, i64 K, float* y, i64 ldy);
   // A panel of a format narrower than int8 -> one of int8, which products of kUnpackedRows or more read; else null.

@@ -10,8 +10,9 @@ inline void panel_product(const Kernels& k, Format f, const char* panel, const A
   if (k.unpack[int(f)] && rows >= kUnpackedRows) {
     char* bytes = static_cast<char*>(cpu::scratch(size_t(panel_bytes(Format::int8, K))));
     k.unpack[int(f)](panel, K, bytes);
-    f = Format::int8;
-    panel = bytes;
+    Activations read = x;
+    read.offset = weight_offset(f);
+    return k.product[int(Format::int8)](bytes, read, rows, K, y, ldy);
   }
   k.product[int(f)](panel, x, rows, K, y, ldy);
 }

@@ -30,8 +30,8 @@ void Engine::prefix(Cache& cache, i64 row, const float* vectors, i64 n) {
   if (cache.length(row) || n < 1 || n >= model_.shape.positions)
     throw std::invalid_argument("prefix: expected an empty slot and fewer vectors than block_size");
   reserve(cache, {row}, {n});
-  for (i64 at = 0; at < n; at += kPrefillChunk) {
-    std::vector<Run> runs = {{0, std::min(n - at, kPrefillChunk), at, 0, 0, cache.pages(row), &cache.adapters(row),
+  for (i64 at = 0; at < n; at += kernels_.most_rows) {
+    std::vector<Run> runs = {{0, std::min(n - at, kernels_.most_rows), at, 0, 0, cache.pages(row), &cache.adapters(row),
                               vectors + at * model_.shape.C}};
     slide(cache, {row}, runs, true);
     run_chunk(runs, nullptr, nullptr, 0);
@@ -112,7 +112,7 @@ void Engine::extend_locked(Cache& cache, const std::vector<i64>& rows, const std
   };
   for (size_t i = 0; i < rows.size(); i++)
     for (i64 at = 0; at < counts[i];) {
-      const i64 n = std::min(counts[i] - at, kPrefillChunk - M);
+      const i64 n = std::min(counts[i] - at, kernels_.most_rows - M);
       const i64 logits = !out ? 0 : !last_only ? n : at + n == counts[i] ? 1 : 0;
       runs.push_back(
           {M, n, cache.length(rows[i]) + at, logits, wanted, cache.pages(rows[i]), &cache.adapters(rows[i]), nullptr});
@@ -120,7 +120,7 @@ void Engine::extend_locked(Cache& cache, const std::vector<i64>& rows, const std
       at += n;
       M += n;
       wanted += logits;
-      if (M == kPrefillChunk) flush();
+      if (M == kernels_.most_rows) flush();
     }
   flush();
   for (size_t i = 0; i < rows.size(); tokens += counts[i], i++) cache.append(rows[i], counts[i], tokens);

@@ -114,14 +114,14 @@ void multiply_pairs(int c, int a, int b) {
       std::memcpy(state.data[c][m] + 4 * n, &sum, 4);
     }
 }
-void multiply_bytes(int c, int a, int b) {
+void multiply_signed_bytes(int c, int a, int b) {
   expect_shapes(c, a, b);
   for (int m = 0; m < state.rows[c]; m++)
     for (int n = 0; n < state.row_bytes[c] / 4; n++) {
       uint32_t sum;
       std::memcpy(&sum, state.data[c][m] + 4 * n, 4);
       for (int k = 0; k < state.row_bytes[a]; k++)
-        sum += uint32_t(int32_t(int8_t(state.data[a][m][k])) * int32_t(state.data[b][k / 4][4 * n + k % 4]));
+        sum += uint32_t(int32_t(int8_t(state.data[a][m][k])) * int32_t(int8_t(state.data[b][k / 4][4 * n + k % 4])));
       std::memcpy(state.data[c][m] + 4 * n, &sum, 4);
     }
 }

@@ -13,7 +13,7 @@ void zero(int tile);
 void load(int tile, const void* data, int64_t row_bytes);
 void store(int tile, void* data, int64_t row_bytes);
 void multiply_pairs(int c, int a, int b);  // tdpbf16ps
-void multiply_bytes(int c, int a, int b);  // tdpbsud
+void multiply_signed_bytes(int c, int a, int b);  // tdpbssd
 
 struct Counts {
   int64_t configured, loaded, stored, multiplied;

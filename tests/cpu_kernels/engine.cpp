@@ -98,6 +98,26 @@ struct Checker {
     rows_do_not_depend(p);
     if (k.unpack[int(format)]) unpacked(p);
   }
+  // Two panels together: the bits of each alone. They differ, as one has the inputs of the other along k.
+  void together(Format format, i64 M, i64 K) const {
+    if (!k.products[int(format)]) return;
+    Product p(*this, format, M, K);
+    const i64 bytes = panel_bytes(format, K), ldy = 2 * kPanel + 3;
+    std::vector<char> memory(size_t(2 * bytes + 64 + Product::kAhead));
+    char* panels = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+    Array turned(DType::f32, kPanel * K), y(DType::f32, M * ldy), alone(DType::f32, M * kPanel);
+    for (i64 i = 0; i < kPanel * K; i++) turned.set(i, p.w[kPanel * K - 1 - i]);
+    std::memcpy(panels, p.panel(), size_t(bytes));
+    engine::pack(format, turned.floats(), K, kPanel, K, 1.f, 0, 1, panels + bytes);
+    k.products[int(format)](panels, 2, p.activations(), M, p.depth, y.floats(), ldy);
+    Check check("products of panels together", kFormatNames[int(format)], "M", M, "K", K);
+    for (i64 i = 0; i < 2; i++) {
+      k.product[int(format)](panels + i * bytes, p.activations(), M, p.depth, alone.floats(), kPanel);
+      for (i64 m = 0; m < M; m++)
+        for (i64 n = 0; n < kPanel; n++) check.near(y[m * ldy + i * kPanel + n], alone[m * kPanel + n], 0);
+    }
+    check.holds(y.intact(2 * kPanel, ldy), "wrote beside its rows");
+  }
   // Any bytes of blocks, and scales far apart, in the second panel of a matrix that ends where its memory does.
   void blocks(i64 M, i64 K) const {
     Random random(uint64_t(K * 10 + M));
@@ -163,7 +183,9 @@ struct Checker {
     char* panel = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
     k.unpack[int(p.format)](p.panel(), p.depth, panel);
     Array y(DType::f32, p.M * kPanel);
-    k.product[int(Format::int8)](panel, p.activations(), p.M, p.depth, y.floats(), kPanel);
+    Activations x = p.activations();
+    x.offset = weight_offset(p.format);
+    k.product[int(Format::int8)](panel, x, p.M, p.depth, y.floats(), kPanel);
     Check check("unpack", kFormatNames[int(p.format)], "M", p.M, "K", p.K);
     for (i64 m = 0; m < p.M; m++)
       for (i64 n = 0; n < kPanel; n++) check.near(y[m * kPanel + n], p.y[m * (kPanel + 3) + n], 0);
@@ -388,6 +410,8 @@ void check_engine(const char* isa) {
     for (i64 M : {1, 2, 3, 4, 5, 6, 7, 15, 16, 17})
       for (i64 K : {1, 33, 68}) c.product(Format(f), M, K);
     for (i64 M : {32, 33, 50}) c.product(Format(f), M, 100);
+    c.product(Format(f), 35, 548);  // more than once what is unpacked together
+    for (i64 M : {5, 32, 49}) c.together(Format(f), M, 548);
   }
   for (i64 M : {1, 2, 5, 17})
     for (i64 K : {32, 480, 544, 2880}) c.blocks(M, K);  // rows of scales that fill 16 and do not

@@ -69,16 +69,16 @@ def test_wide_code_clears_the_upper_halves(library):
 @needs_objdump
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is Intel's")
 @pytest.mark.parametrize(
-    ("library", "product"), [("_ops.so", "tdpbf16ps"), ("_C.abi3.so", "tdpbf16ps"), ("_C.abi3.so", "tdpbsud")]
+    ("library", "product"), [("_ops.so", "tdpbf16ps"), ("_C.abi3.so", "tdpbf16ps"), ("_C.abi3.so", "tdpbssd")]
 )
 def test_tiles_stay_in_registers(library, product):
     """Functions that multiply AMX's tiles. A loop loads two tiles of A and two of B for four products of bf16 and stores none; of
-    bytes one stores each product."""
+    bytes one stores each product, of two groups."""
     functions = re.split(r"\n(?=[0-9a-f]+ <)", disassembled(library))
     tiled = [f for f in functions if re.search(r"\t(?:tile|tdp|ldtilecfg)", f)]
     assert all("isa_amx" in function.splitlines()[0] for function in tiled)
     order = " ".join(re.findall(r"\t(tile\w+|tdp\w+|ldtilecfg|j\w)", "\n".join(tiled)))
-    loop = "tileloadd tileloadd tilezero tdpbsud tilestored j"
+    loop = " ".join(["tileloadd tileloadd tilezero tdpbssd tilestored"] * 2) + " j"
     if product == "tdpbf16ps":
         loop = f"tileloadd tileloadd {product} tileloadd {product} tileloadd {product} {product} j"
     assert loop in order
