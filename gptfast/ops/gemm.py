@@ -58,7 +58,27 @@ def gemm(
         return torch.ops.gptfast.gemm(a, b, bias, out, dtype == torch.bfloat16, accumulate, a_sums)
     _LIBRARY[name](a, b, out, bias, dtype, accumulate)
     if a_sums is not None:
-        torch.sum(a, 1, dtype=torch.float32, out=a_sums)
+        column_sums(a.t(), a_sums)
+
+
+def column_sums(x: Tensor, out: Tensor) -> None:
+    """out = the sums of the columns of x, in fp32.
+
+    torch makes a float32 copy of 16 bits first: 14 ms for 4096 x 3072 of bfloat16 on two threads of a Xeon, where our product with one
+    column, which sums on the way, takes 2.
+
+    Args:
+        x: (M, N), rows contiguous.
+        out: (N,) float32.
+    """
+    own = (
+        x.dtype in _HALF and x.device.type == "cpu" and x.numel() and may_be_own() and cpu_isa() not in (None, "scalar")
+    )
+    if not own:
+        torch.sum(x, 0, dtype=torch.float32, out=out)
+        return
+    unread = x.new_empty(x.shape[1], 1)
+    torch.ops.gptfast.gemm(x.t(), x[:, :1], None, unread, x.dtype == torch.bfloat16, False, out)
 
 
 def grouped_gemm(

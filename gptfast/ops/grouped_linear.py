@@ -13,7 +13,7 @@ from gptfast.ops import reference
 from gptfast.ops._checks import check_float, check_same_device
 from gptfast.ops._registry import define_python_op, differentiable, forbid_double_backward
 from gptfast.ops._tensors import autocast, check_product_dtypes
-from gptfast.ops.gemm import gemm, grouped_gemm
+from gptfast.ops.gemm import column_sums, gemm, grouped_gemm
 
 OP = "grouped_linear"
 
@@ -135,7 +135,7 @@ def _backward(
         elif want_weight:
             gemm(rows.t(), x[first:last], dweight[g], dtype=x.dtype, a_sums=sums)
         if want_bias and (transposed or not want_weight):
-            torch.sum(rows, 0, dtype=torch.float32, out=sums)
+            column_sums(rows, sums)
     return dx, dweight, dbias
 
 

@@ -15,7 +15,7 @@ from gptfast.ops._checks import check_floats, check_vector
 from gptfast.ops._registry import define_python_op, differentiable, forbid_double_backward
 from gptfast.ops._tensors import autocast, check_product_dtypes, rows_of
 from gptfast.ops.gelu import gelu
-from gptfast.ops.gemm import MIN_ROWS, gemm, is_forced
+from gptfast.ops.gemm import MIN_ROWS, column_sums, gemm, is_forced
 from gptfast.ops.relu_squared import relu_squared
 
 OP = "linear"
@@ -143,7 +143,7 @@ def _backward(
     elif want_weight:
         gemm(dy.t(), x, dweight, dtype=x.dtype, a_sums=dbias if want_bias else None)
     if want_bias and (transposed or not want_weight):
-        torch.sum(dy, 0, dtype=torch.float32, out=dbias)
+        column_sums(dy, dbias)
     return dx, dweight, dbias
 
 
