@@ -12,7 +12,7 @@ void release();
 void zero(int tile);
 void load(int tile, const void* data, int64_t row_bytes);
 void store(int tile, void* data, int64_t row_bytes);
-void multiply_pairs(int c, int a, int b);  // tdpbf16ps
+void multiply_pairs(int c, int a, int b);         // tdpbf16ps
 void multiply_signed_bytes(int c, int a, int b);  // tdpbssd
 
 struct Counts {
