@@ -7,8 +7,8 @@
 
 The rule depends on the CPU's instructions and the dtype, never on timing: implementations round differently, so a timed
 choice would make the bits of a run depend on the load of the machine when it started. It is `own`, except where a library
-is much faster (docs/notes/cpu.md): `torch` for bfloat16 on CPUs with AMX, and where our kernels have no vectors. Products of
-fewer than 16 rows run in torch, but for those of `grouped_gemm`. GPTFAST_GEMM=own, torch or onednn forces one; a resumed training run uses the implementations
+is much faster (docs/notes/cpu.md): `torch` for bfloat16 on CPUs with AMX, but for products of groups, and where our kernels have no
+vectors. Products of fewer than 16 rows run in torch, but for those of `grouped_gemm`. GPTFAST_GEMM=own, torch or onednn forces one; a resumed training run uses the implementations
 that its checkpoint names.
 """
 
@@ -41,6 +41,7 @@ def gemm(
     bias: Tensor | None = None,
     accumulate: bool = False,
     a_sums: Tensor | None = None,
+    of_groups: bool = False,
 ) -> None:
     """out = a b (+ bias) (+ out).
 
@@ -51,9 +52,10 @@ def gemm(
         bias: (N,) or None.
         accumulate: add the product to `out`.
         a_sums: (M,) float32 or None; receives the sums of a's rows. a must be contiguous along its columns.
+        of_groups: this is one of the products of many groups of rows, for which the rule differs.
     """
     a, b = _dense(a), _dense(b)
-    name = implementation_for(a, b, dtype)
+    name = implementation_for(a, b, dtype, of_groups)
     if name == "own":
         return torch.ops.gptfast.gemm(a, b, bias, out, dtype == torch.bfloat16, accumulate, a_sums)
     _LIBRARY[name](a, b, out, bias, dtype, accumulate)
@@ -106,26 +108,25 @@ def grouped_gemm(
     for g, (first, last) in enumerate(pairwise(offsets.tolist())):
         if first < last and last - first not in own:
             added = None if bias is None else bias[g]
-            gemm(a[first:last], b[g], out[first:last], dtype=dtype, bias=added)
+            gemm(a[first:last], b[g], out[first:last], dtype=dtype, bias=added, of_groups=True)
 
 
 def _own_rows(a: Tensor, b: Tensor, dtype: torch.dtype) -> range:
     """The numbers of rows of a group that our kernels multiply."""
     if dtype not in KERNEL_DTYPES or a.device.type != "cpu" or not may_be_own() or not (a.numel() and b.numel()):
         return range(0)
-    layout = _LAYOUTS[False, b.stride(2) != 1, dtype]
-    name = _FORCED or _local.kept.get(layout) or default_for(dtype)
+    name = _name(_GROUPS[dtype])
     as_it_lies = b.stride(1) == 1 and cpu_isa() not in (None, "scalar")
     return range(1 if as_it_lies or _FORCED else MIN_ROWS, sys.maxsize if name == "own" else MIN_ROWS)
 
 
-def implementation_for(a: Tensor, b: Tensor, dtype: torch.dtype) -> str:
+def implementation_for(a: Tensor, b: Tensor, dtype: torch.dtype, of_groups: bool = False) -> str:
     """The implementation that `gemm` uses for this product."""
     if dtype not in KERNEL_DTYPES or a.device.type != "cpu" or not (a.numel() and b.numel()):
         return "torch"
     if not _FORCED and a.shape[0] < MIN_ROWS:
         return "torch"
-    name = _FORCED or _local.kept.get(_LAYOUTS[a.stride(1) != 1, b.stride(1) != 1, dtype]) or default_for(dtype)
+    name = _name(_GROUPS[dtype] if of_groups else _LAYOUTS[a.stride(1) != 1, b.stride(1) != 1, dtype])
     if name == "onednn" and not _onednn_multiplies(dtype):
         return "torch"
     # with AMX, oneDNN 3.x writes past its scratch memory in 200 x 1 by 1 x 31 of bfloat16
@@ -141,20 +142,22 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
     return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported")())
 
 
-def default_for(dtype: torch.dtype) -> str:
+def default_for(dtype: torch.dtype, of_groups: bool = False) -> str:
     """The rule: the implementation of products in `dtype` on this CPU."""
-    if dtype == torch.bfloat16 and has_amx():
+    if dtype == torch.bfloat16 and has_amx() and not (of_groups and cpu_isa() == "amx"):
         return "torch"
     return "torch" if cpu_isa() in (None, "scalar") else "own"
 
 
 def implementations_of(dtype: str) -> dict[str, str]:
-    """The implementations in use for products in `dtype`, such as "float32": by layout of the factors and dtype."""
-    return {
-        layout: _FORCED or _local.kept.get(layout) or default_for(kind)
-        for (_, _, kind), layout in _LAYOUTS.items()
-        if layout.endswith(" " + dtype)
-    }
+    """The implementations in use for products in `dtype`, such as "float32": by layout of the factors, or "groups", and dtype."""
+    products = (*_LAYOUTS.values(), *_GROUPS.values())
+    return {product: _name(product) for product in products if product.endswith(" " + dtype)}
+
+
+def _name(product: str) -> str:
+    layout, _, dtype = product.partition(" ")
+    return _FORCED or _local.kept.get(product) or default_for(getattr(torch, dtype), layout == "groups")
 
 
 def check_implementations(choices: Mapping[str, str]) -> None:
@@ -211,6 +214,7 @@ _LAYOUTS = {  # is a stored by columns, is b, dtype
     for b in (False, True)
     for dtype in KERNEL_DTYPES
 }
+_GROUPS = {dtype: f"groups {str(dtype)[6:]}" for dtype in KERNEL_DTYPES}
 _HALF = (torch.bfloat16, torch.float16)
 _LARGE = 1 << 28  # multiply-adds from which on two or three calls cost a GPU less than one: 8 rows by 50,257 of 768
 _FORCED = _check_forced(os.environ.get("GPTFAST_GEMM", ""))

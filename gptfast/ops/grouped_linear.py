@@ -131,9 +131,9 @@ def _backward(
         rows, sums = dy[first:last], dbias[g] if want_bias else None
         transposed = want_weight and dweight.stride(2) != 1
         if transposed:
-            gemm(x[first:last].t(), rows, dweight[g].t(), dtype=x.dtype)
+            gemm(x[first:last].t(), rows, dweight[g].t(), dtype=x.dtype, of_groups=True)
         elif want_weight:
-            gemm(rows.t(), x[first:last], dweight[g], dtype=x.dtype, a_sums=sums)
+            gemm(rows.t(), x[first:last], dweight[g], dtype=x.dtype, a_sums=sums, of_groups=True)
         if want_bias and (transposed or not want_weight):
             column_sums(rows, sums)
     return dx, dweight, dbias

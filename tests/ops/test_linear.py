@@ -244,8 +244,11 @@ def test_the_rule_looks_at_instructions_and_dtype_and_at_no_clock(unforced, amx,
         expected = "torch" if isa == "scalar" or (tiles and dtype == torch.bfloat16) else "own"
         a = torch.randn(64, 64).to(dtype)
         assert {gemm_file.implementation_for(x, y, dtype) for x in (a, a.t()) for y in (a, a.t())} == {expected}
+        groups = "own" if isa == "amx" else expected
+        assert gemm_file.implementation_for(a, a, dtype, of_groups=True) == groups
         assert gemm_file.implementations_of(str(dtype)[6:]) == {
-            f"{layout} {str(dtype)[6:]}": expected for layout in ("nn", "nt", "tn", "tt")
+            **{f"{layout} {str(dtype)[6:]}": expected for layout in ("nn", "nt", "tn", "tt")},
+            f"groups {str(dtype)[6:]}": groups,
         }
         assert gemm_file.implementation_for(a[:4], a.t(), dtype) == "torch"  # few rows
     assert gemm_file.implementation_for(a.double(), a.t().double(), torch.float64) == "torch"

@@ -103,7 +103,7 @@ def test_a_command_gives_the_same_bits_again(tmp_path):
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=50, dropout=0.1)
 QUICK = TrainConfig(batch_size=4, max_steps=5, eval_every=3, eval_batches=2, dtype="float32", device="cpu")
 TOKENS = np.random.default_rng(0).integers(0, 50, 1200).astype(np.uint16)
-LAYOUTS = ("nn", "nt", "tn", "tt")
+LAYOUTS = ("nn", "nt", "tn", "tt", "groups")
 
 
 def trainer(out: Path, config: TrainConfig = QUICK, shape: GPTConfig = SHAPE) -> Trainer:
@@ -147,7 +147,7 @@ def test_a_resumed_run_multiplies_as_before(tmp_path, asked):
         run._methods = measured
         run.train()
     before = read_checkpoint(tmp_path / "parts" / "last").gemm
-    assert before == {"nn float32": "own", "tt float32": "own", **measured}
+    assert before == {"nn float32": "own", "tt float32": "own", "groups float32": "own", **measured}
     asked.clear()
     resumed(tmp_path / "parts", QUICK.replace(lr_decay_steps=5)).train()
     assert set(asked) == {"own", "onednn", "torch"}
