@@ -134,7 +134,7 @@ def _backward(
             gemm(x[first:last].t(), rows, dweight[g].t(), dtype=x.dtype, of_groups=True)
         elif want_weight:
             gemm(rows.t(), x[first:last], dweight[g], dtype=x.dtype, a_sums=sums, of_groups=True)
-        if want_bias and (transposed or not want_weight):
+        if sums is not None and (transposed or not want_weight):
             column_sums(rows, sums)
     return dx, dweight, dbias
 
