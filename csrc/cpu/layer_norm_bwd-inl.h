@@ -38,6 +38,27 @@ INL void norm_means(const LayerNormParams& p, const float* weight, const NormRow
   *mean_gx = set(sum(gx_sum[0] + gx_sum[1]) / float(p.C));
 }
 
+#ifdef GPTFAST_PAIRS
+// The same two sums in the order of means_of_words, of a row whose dy has another dtype than x: so y has the gradients of its fp32
+// result that is rounded afterwards, to the bit.
+APART static void means_as_of_words(const LayerNormParams& p, const float* weight, const NormRow<DType::f32>& from,
+                                    const RowStatistics& s, F* mean_g, F* mean_gx) {
+  const float *x = static_cast<const float*>(from.x), *dy = static_cast<const float*>(from.dy);
+  F g_sum[2] = {zero(), zero()}, gx_sum[2] = {zero(), zero()};
+  for (i64 c = 0; c < p.C; c += 2 * L) {
+    F g[2], xhat[2];
+    UNROLL_FOR (int u = 0; u < 2; u++) {
+      g[u] = load(dy + c + u * L) * load(weight + c + u * L);
+      xhat[u] = fma(load(x + c + u * L) - s.center, s.scale, s.rest);
+    }
+    deinterleave(g[0], g[1]), deinterleave(xhat[0], xhat[1]);
+    UNROLL_FOR (int u = 0; u < 2; u++) g_sum[u] = g_sum[u] + g[u], gx_sum[u] = fma(g[u], xhat[u], gx_sum[u]);
+  }
+  *mean_g = p.mean ? set(sum(g_sum[0] + g_sum[1]) / float(p.C)) : zero();
+  *mean_gx = set(sum(gx_sum[0] + gx_sum[1]) / float(p.C));
+}
+#endif
+
 // The gradient of row r of what was normalised, L values at a time, to store(c, gradient, n).
 template <DType T, class Store>
 INL void norm_gradient(const LayerNormParams& p, const float* weight, const NormRow<T>& from, const RowStatistics& s,
@@ -67,6 +88,10 @@ APART static void norm_bwd_row(const LayerNormParams& p, const NormBuffers& t, i
   const RowStatistics s(p, r);
   F mean_g = zero(), mean_gx = zero();
   if (from.dy) norm_means(p, t.weight, from, s, dw, db, &mean_g, &mean_gx);
+#ifdef GPTFAST_PAIRS
+  if constexpr (T == DType::f32)
+    if (from.dy && in_words(p.x.dtype, p.C)) means_as_of_words(p, t.weight, from, s, &mean_g, &mean_gx);
+#endif
   if (!threshold && !(dx.data && dresidual.data) && only.dtype == T) {
     void* out = row(only, r);
     const bool past = only.non_temporal;
@@ -203,9 +228,9 @@ static void norm_bwd_chunks(const LayerNormParams& p, i64 chunk_begin, i64 chunk
 }
 static void layer_norm_bwd(const LayerNormParams& p, i64 chunk_begin, i64 chunk_end) {
 #ifdef GPTFAST_PAIRS
-  const bool own = !p.dy.data || p.dy.dtype == p.x.dtype;
-  if (own && in_words(p.x.dtype, p.C)) {
-    bwd_chunks_of_words(p, chunk_begin, chunk_end);
+  if (in_words(p.x.dtype, p.C)) {
+    const bool own = !p.dy.data || p.dy.dtype == p.x.dtype;
+    own ? bwd_chunks_of_words(p, chunk_begin, chunk_end) : norm_bwd_chunks(p, chunk_begin, chunk_end);
     return stream_end();
   }
 #endif
