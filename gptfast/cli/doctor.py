@@ -142,9 +142,6 @@ def report() -> list[tuple[str, str]]:
         usable = ", ".join(cpu_isas())
         built = _C.build_info()
         rows.append(("instruction sets", f"{usable} (GPTFAST_CPU_ISA forces one)"))
-        if "avx2" in cpu_isas():  # Intel's
-            here = "in use unless GPTFAST_CPU_ISA names another" if "amx" in cpu_isas() else "not on this machine"
-            rows.append(("AMX kernels", f"{here}; their speed has not been measured"))
         rows.append(("built with", f"{built['compiler']}, headers of torch {built['torch_headers']}"))
         rows.append(("CUDA ops built", built["cuda"] or "no (GPTFAST_CUDA=1 when installing, where nvcc is found)"))
     rows.append(("ops on CUDA", _cuda_status()))

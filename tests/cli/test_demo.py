@@ -100,9 +100,7 @@ def test_doctor_reports_what_runs(monkeypatch):
     assert f"Python {sys.version_info.major}.{sys.version_info.minor}" in rows["gptfast"]
     assert "compiled kernels" in rows["ops on the CPU"]
     assert rows["instruction sets"].startswith("scalar, ")
-    assert "not been measured" in rows.get("AMX kernels", "not been measured") and ("AMX kernels" in rows) == (
-        "avx2" in cpu_isas()
-    )
+    assert rows["instruction sets"].startswith(", ".join(cpu_isas()))
     assert rows["ops on CUDA"].startswith("torch sees no GPU") or "compiled kernels for" in rows["ops on CUDA"]
     printed = CliRunner().invoke(app, ["doctor", "--seconds", "0"])
     assert printed.exit_code == 0
