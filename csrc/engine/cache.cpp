@@ -156,7 +156,7 @@ void Cache::reserve(i64 r, i64 n, std::vector<Copy>& copies) {
   row.tokens.reserve(size_t(row.length + n));
   const std::vector<Page*>& held = row.banded.pages;
   const size_t first = size_t(row.length / kPage), missing = pages_of(row.length + n) - held.size();
-  reserved_ += std::min(missing, pages_of(window_ + kSlack + kPrefillChunk) + 1);
+  reserved_ += std::min(missing, pages_of(window_ + kSlack + kMostRows) + 1);
   if (first < held.size() && held[first]->users > 1) reserved_++;
   banded_.ensure(reserved_);
 }

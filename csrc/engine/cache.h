@@ -12,11 +12,9 @@
 
 #include "adapter.h"
 #include "format.h"
+#include "kernels.h"
 
 namespace gptfast::engine {
-
-// Tokens of a pass at most (Kernels::most_rows).
-constexpr i64 kPrefillChunk = 512;
 
 class Cache {
  public:

@@ -31,6 +31,7 @@ struct Activations {
   }
 };
 
+constexpr i64 kMostRows = 512;     // of a pass, on any instruction set
 constexpr i64 kUnpackedRows = 16;  // at this number of rows and more a panel is unpacked first
 
 // A low-rank update (adapter.h) in fp32 or bf16. A: r rows of K values, each padded with zeros to lora_stride(K).  B: for each
@@ -102,9 +103,9 @@ struct GateForm {
 
 struct Kernels {
   const char* isa;
-  bool bf16_pairs;       // products of bf16 weights read Activations::bf16, else f32
-  i64 most_rows = 256;   // of a pass; more make inputs leave L2, and are worth it where products are fast
-  bool gathers = false;  // products of many rows add to y several times, so it should lie close together
+  bool bf16_pairs;                // products of bf16 weights read Activations::bf16, else f32
+  i64 most_rows = kMostRows / 2;  // of a pass; more make inputs leave L2, and are worth it where products are fast
+  bool gathers = false;           // products of many rows add to y several times, so it should lie close together
   // Brings a row of K values into the form that the format's product reads (none for those that read f32). `factor`, a
   // power of two, goes into the scales of quantised formats; it is 1 with others.
   void (*quantize_activations)(Format, const float* x, i64 K, const Activations& to, i64 row, float factor);

@@ -208,7 +208,7 @@ static void int8_product(const char* w, const Activations& x, i64 M, i64 K, floa
 }
 
 static void fill(Kernels& k) {
-  k.most_rows = 512, k.gathers = true;
+  k.most_rows = kMostRows, k.gathers = true;
   base_int8 = k.product[int(Format::int8)];
   k.product[int(Format::bf16)] = bf16_product;
   k.products[int(Format::bf16)] = bf16_products;
